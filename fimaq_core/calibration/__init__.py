@@ -1,0 +1,1 @@
+"""Ranges: where scales and zero points come from before any reconstruction."""

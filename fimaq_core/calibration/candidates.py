@@ -1,0 +1,90 @@
+"""Candidate ranges, after RepQ-ViT's percentile scheme (Li et al., ICCV 2023) as FIMA-Q's code uses it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+#: Lower bound of activation scales, as released; keeps dead channels from dividing by zero.
+MIN_SCALE = 1e-4
+#: Lower bound of weight scales: only keeps an all-zero row from dividing by zero.
+MIN_WEIGHT_SCALE = 1e-12
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Scales and zero points to choose from, each of shape (candidates, groups)."""
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def pick(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point (groups,) of the candidate ``index`` (groups,) of each group."""
+        row = index.unsqueeze(0)
+        return self.scale.gather(0, row)[0], self.zero_point.gather(0, row)[0]
+
+
+def quantiles(sorted_rows: Tensor, points: list[float]) -> Tensor:
+    """Quantiles with linear interpolation of rows that are sorted already.
+
+    ``torch.quantile`` refuses more than 2**24 values; the released code then averages the quantiles of
+    pieces. These are exact.
+
+    Args:
+        sorted_rows: (groups, n), ascending.
+        points: positions in [0, 1].
+
+    Returns:
+        (points, groups), of the dtype of ``sorted_rows``.
+    """
+    last = sorted_rows.shape[1] - 1
+    out = []
+    for point in points:
+        position = point * last
+        low = min(int(position), last)
+        high = min(low + 1, last)
+        weight = position - low
+        out.append(sorted_rows[:, low] * (1 - weight) + sorted_rows[:, high] * weight)
+    return torch.stack(out)
+
+
+def grid_candidates(sorted_rows: Tensor, levels: int, count: int, min_scale: float = MIN_SCALE) -> Candidates:
+    """Candidates of linear layers: ``min(16, L)`` zero points around L/2 times ``count / min(16, L)`` scales.
+
+    Scales run evenly from the rows' inner span, between the 0.1 and 0.9 quantiles, to their full span.
+
+    Args:
+        sorted_rows: (groups, n), ascending values of each group.
+        levels: grid points L.
+        count: candidates in all.
+        min_scale: lower bound of the scales.
+    """
+    zeros = min(16, levels)
+    scales = max(count // zeros, 1)
+    upper_in, upper, lower_in, lower = quantiles(sorted_rows, [0.9, 1.0, 0.1, 0.0])
+    narrow, wide = upper_in - lower_in, upper - lower
+    share = torch.linspace(0, 1, scales, device=narrow.device)[:, None]
+    spans = narrow + share * (wide - narrow)
+    first = levels // 2 - zeros // 2
+    zero = torch.arange(first, first + zeros, device=narrow.device, dtype=torch.float32)
+    return Candidates(
+        (spans / (levels - 1)).clamp(min=min_scale).repeat(zeros, 1),
+        zero.repeat_interleave(scales)[:, None].expand(-1, spans.shape[1]).contiguous(),
+    )
+
+
+def from_bounds(lower: Tensor, upper: Tensor, levels: int) -> Candidates:
+    """Scale and rounded zero point of ranges given by their bounds, each (candidates, groups)."""
+    scale = ((upper - lower) / (levels - 1)).clamp(min=MIN_WEIGHT_SCALE)
+    return Candidates(scale, -torch.round(lower / scale))
+
+
+def minmax(values: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """Scale and zero point (groups,) that span each row of ``values`` (groups, n), zero included.
+
+    Zero is always in the range, so that zero padding and dead channels are represented exactly.
+    """
+    lower = values.amin(dim=1).clamp(max=0)
+    upper = values.amax(dim=1).clamp(min=0)
+    found = from_bounds(lower[None], upper[None], levels)
+    return found.scale[0], found.zero_point[0]

@@ -1,0 +1,53 @@
+"""LayerNorm reparameterisation (RepQ-ViT: Li et al., ICCV 2023, arXiv:2212.08254).
+
+A LayerNorm's output varies much between channels. Per-channel ranges (s_c, z_c) are turned into one common range
+by moving the channels' factors into the norm's affine parameters and the weight behind it.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from fimaq_core.calibration.candidates import grid_candidates
+from fimaq_core.calibration.own_error import best_by_own_error
+
+
+def channel_ranges(x: Tensor, levels: int, count: int) -> tuple[Tensor, Tensor]:
+    """Per-channel scale and zero point (channels,) of ``x`` (tokens, channels) by own squared error."""
+    ordered = x.t().contiguous().sort(dim=1).values
+    candidates = grid_candidates(ordered, levels, count)
+    return candidates.pick(best_by_own_error(ordered, candidates, levels))
+
+
+def reparameterize(
+    norm: nn.LayerNorm, linear: nn.Linear, scale: Tensor, zero_point: Tensor, pad: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Move per-channel factors from the norm's output into norm and linear, in place; the function is unchanged.
+
+    With s = mean s_c, z = round(mean z_c), r = s_c / s and b = min_c / r - min (min_c = -z_c s_c, min = -z s) the norm's
+    output becomes ``x / r - b``, and the linear layer undoes that.
+
+    Args:
+        norm: normalisation with weight (and bias, else one is made).
+        linear: the only consumer of the norm's output.
+        scale, zero_point: (channels,) per-channel range.
+        pad: (channels,) buffer that replaces zeros padded between the two; set in place.
+
+    Returns:
+        ``r`` and ``b``, each (channels,).
+    """
+    common_scale = scale.mean()
+    common_zero = zero_point.mean().round()
+    r = scale / common_scale
+    b = -zero_point * scale / r + common_zero * common_scale
+    with torch.no_grad():
+        if norm.bias is None:
+            norm.bias = nn.Parameter(torch.zeros_like(norm.weight), requires_grad=False)
+        if linear.bias is None:
+            linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features), requires_grad=False)
+        norm.weight.div_(r)
+        norm.bias.div_(r).sub_(b)
+        linear.weight.mul_(r)
+        linear.bias.add_(linear.weight @ b)
+        if pad is not None:
+            pad.div_(r).sub_(b)
+    return r, b

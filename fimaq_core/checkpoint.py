@@ -1,0 +1,130 @@
+"""Checkpoints: safetensors files whose header says what they belong to. Strict, and free of code.
+
+The header holds a :class:`Fingerprint`. A checkpoint of another run is refused with the reason.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fimaq_core import NUMERICS_VERSION
+from fimaq_core.errors import CheckpointError
+from fimaq_core.files import replaced_whole
+from fimaq_core.layers import QuantLinear
+from fimaq_core.recipe import Recipe
+
+
+class Fingerprint(BaseModel):
+    """What a checkpoint depends on.
+
+    Attributes:
+        numerics: version of the code's arithmetic.
+        weights: sha256 of the float weights.
+        calibration: fingerprint of the calibration images (ids, order, transform).
+        recipe: all recipe fields.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    numerics: int = NUMERICS_VERSION
+    weights: str
+    calibration: str
+    recipe: dict[str, Any]
+
+    def mismatch(self, other: "Fingerprint", *, ranges_only: bool = False) -> str | None:
+        """Say what differs in ``other``, or None. ``ranges_only`` ignores fields that do not change the ranges."""
+        if self.numerics != other.numerics:
+            return f"it was made by numerics version {other.numerics}, this is version {self.numerics}"
+        if self.weights != other.weights:
+            return f"it was made from other weights (sha256 {other.weights[:12]}, here {self.weights[:12]})"
+        if self.calibration != other.calibration:
+            return "it was made with other calibration images"
+        mine, theirs = Recipe.model_validate(self.recipe), Recipe.model_validate(other.recipe)
+        if ranges_only and mine.calibration_digest() == theirs.calibration_digest():
+            return None
+        fields = Recipe.calibration_fields() if ranges_only else tuple(Recipe.model_fields)
+        different = [
+            f"{name} ({getattr(theirs, name)!r}, here {getattr(mine, name)!r})"
+            for name in fields
+            if getattr(mine, name) != getattr(theirs, name)
+        ]
+        return f"it was made with another recipe: {', '.join(different)}" if different else None
+
+
+def save_checkpoint(path: Path, tensors: dict[str, Tensor], fingerprint: Fingerprint, facts: dict[str, Any]) -> None:
+    """Write a checkpoint so that it is there whole or not at all.
+
+    Args:
+        path: the file.
+        tensors: what to keep.
+        fingerprint: what it belongs to.
+        facts: JSON values to keep beside it.
+
+    Raises:
+        CheckpointError: the disk is full or the folder cannot be written.
+    """
+    metadata = {"fingerprint": fingerprint.model_dump_json(), "facts": json.dumps(facts)}
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    with replaced_whole(path) as temporary:
+        save_file(plain, temporary, metadata=metadata)
+
+
+def read_header(path: Path) -> tuple[Fingerprint, dict[str, Any]]:
+    """Read fingerprint and facts of a checkpoint without its tensors.
+
+    Raises:
+        CheckpointError: missing, damaged, or not a checkpoint of this project.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"There is no checkpoint {path}.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        return Fingerprint.model_validate_json(metadata["fingerprint"]), json.loads(metadata["facts"])
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"The checkpoint {path} is damaged ({error}): delete it and run again.") from error
+    except (KeyError, ValidationError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is not a checkpoint of this project: its header lacks the fingerprint.") from error
+
+
+def load_checkpoint(path: Path, module: nn.Module, expected: Fingerprint | None, *, ranges_only: bool = False) -> dict[str, Any]:
+    """Load a checkpoint into ``module``, strictly, and return its facts.
+
+    Args:
+        path: the file.
+        module: of the structure that was saved.
+        expected: fingerprint the checkpoint must have; None takes any.
+        ranges_only: compare only what determines calibrated ranges.
+
+    Raises:
+        CheckpointError: it belongs to another run (says why), is damaged, or does not fit.
+    """
+    fingerprint, facts = read_header(path)
+    if expected is not None:
+        reason = expected.mismatch(fingerprint, ranges_only=ranges_only)
+        if reason is not None:
+            raise CheckpointError(f"The checkpoint {path} does not belong to this run: {reason}. Delete it or use its settings.")
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    with safe_open(path, framework="pt", device=str(device)) as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    _add_biases(module, state)
+    try:
+        module.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"The checkpoint {path} does not fit the model: {error}") from error
+    module.to(device)
+    return facts
+
+
+def _add_biases(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Make the biases that LayerNorm reparameterisation added where the float model has none."""
+    for name, child in module.named_modules():
+        key = f"{name}.bias" if name else "bias"
+        if isinstance(child, QuantLinear | nn.LayerNorm) and child.bias is None and key in state:
+            child.bias = nn.Parameter(torch.empty_like(state[key]), requires_grad=False)

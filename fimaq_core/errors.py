@@ -1,0 +1,35 @@
+"""Errors a user can act on. Their text is the whole message: what is wrong and what to do."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class FimaqError(Exception):
+    """Base of every error whose message is meant for the user; the commands print it and exit with 2."""
+
+
+class RecipeError(FimaqError):
+    """A recipe, method or setting that does not exist or does not make sense."""
+
+
+class ModelError(FimaqError):
+    """A model or its weights cannot be found, do not fit or are not supported."""
+
+
+class DataError(FimaqError):
+    """Data that is missing, damaged or does not fit the model."""
+
+
+class CheckpointError(FimaqError):
+    """A checkpoint or record that is damaged, belongs to another run or cannot be written."""
+
+
+class NumericsError(FimaqError):
+    """NaN or infinity in weights, activations or a loss."""
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """Return `` Did you mean ...?`` for the known name nearest to ``word``, or the list of names."""
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    return f" Did you mean '{close[0]}'?" if close else f" Known: {', '.join(names)}."

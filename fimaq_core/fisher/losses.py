@@ -1,0 +1,68 @@
+"""Block losses: squared error weighted by approximations of the Fisher information. Pure functions.
+
+Symbols: Δ the block's output error, flattened to (B, N); g mean absolute gradients and d mean absolute errors of
+k Fisher passes, stacked to G and D, (k, N). Source: FIMA-Q (Wu et al., CVPR 2025, arXiv:2506.11543) and its
+released code; ``fisher_brecq`` is BRECQ's squared gradient (Li et al., ICLR 2021).
+"""
+
+import torch
+from torch import Tensor
+
+#: Eigenvalues of D Dᵀ below this share of the largest one are raised to it.
+DAMPING = 1e-8
+
+
+def squared_error(delta: Tensor) -> Tensor:
+    """``mean over samples of Σ Δ²``; ``delta`` (B, N)."""
+    return delta.square().sum(1).mean()
+
+
+def absolute_error(delta: Tensor) -> Tensor:
+    """``mean over samples of Σ |Δ|``; ``delta`` (B, N)."""
+    return delta.abs().sum(1).mean()
+
+
+def squared_gradient_loss(delta: Tensor, gradient: Tensor) -> Tensor:
+    """``mean(Δ² g²)`` with one gradient a sample; both (B, N)."""
+    return (delta * gradient).square().mean()
+
+
+def diagonal_loss(delta: Tensor, gradients: Tensor) -> Tensor:
+    """``mean(Δ² · mean_k G)``; ``delta`` (B, N), ``gradients`` (k, N) absolute."""
+    return (delta.square() * gradients.mean(0)).mean()
+
+
+def rank_one_loss(delta: Tensor, gradients: Tensor) -> Tensor:
+    """``mean over samples of (mean_N |Δ| g)²`` with g the mean of the k gradients.
+
+    The released code runs this loss for k = 1 only; taking the mean of G is our generalisation.
+    """
+    return (delta.abs() @ gradients.mean(0) / delta.shape[1]).square().mean()
+
+
+def low_rank_loss(delta: Tensor, gradients: Tensor, inverse: Tensor) -> Tensor:
+    """``mean over samples of A M Aᵀ``, A = |Δ| Gᵀ (B, k), M = (D Dᵀ)⁻¹ (k, k)."""
+    a = delta.abs() @ gradients.t()
+    return ((a @ inverse) * a).sum(1).mean()
+
+
+def inverse_gram(errors: Tensor) -> tuple[Tensor, bool]:
+    """Return ``(D Dᵀ)⁻¹`` and whether damping was needed.
+
+    The k mean errors of a block are alike, so D Dᵀ is near singular or, when two passes saw the same
+    quantization, singular. Eigenvalues are kept above :data:`DAMPING` times the largest.
+
+    Args:
+        errors: D, (k, N).
+
+    Returns:
+        (k, k) of the dtype of ``errors``; zeros if D is zero.
+    """
+    wide = errors.double()
+    values, vectors = torch.linalg.eigh(wide @ wide.t())
+    top = values[-1]
+    if top <= 0:
+        return torch.zeros_like(vectors).to(errors.dtype), True
+    floor = top * DAMPING
+    inverse = (vectors / values.clamp(min=floor)) @ vectors.t()
+    return inverse.to(errors.dtype), bool(values[0] < floor)

@@ -1,0 +1,105 @@
+"""Linear, convolution and matrix product with quantizers. ``quantized = False`` gives the float layer."""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fimaq_core.quantizers.affine import AffineQuantizer
+from fimaq_core.quantizers.weight import WeightQuantizer
+
+
+class QuantLinear(nn.Linear):
+    """``nn.Linear`` with a weight quantizer (per output channel) and an input quantizer."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, weight_bits: int, input_bits: int) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+        self.weight_quantizer = WeightQuantizer(weight_bits)
+        self.input_quantizer = AffineQuantizer(input_bits)
+        self.quantized = False
+        #: The soft weight of the present optimisation step, if any.
+        self.weight_override: Tensor | None = None
+
+    @classmethod
+    def from_float(cls, layer: nn.Linear, weight_bits: int, input_bits: int) -> "QuantLinear":
+        """Take over weight and bias (the same parameters) of ``layer``."""
+        new = cls(layer.in_features, layer.out_features, layer.bias is not None, weight_bits, input_bits)
+        new.weight, new.bias = layer.weight, layer.bias
+        return new.train(layer.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.quantized:
+            return F.linear(x, self.weight, self.bias)
+        return F.linear(self.input_quantizer(x), _effective_weight(self), self.bias)
+
+
+class QuantConv2d(nn.Conv2d):
+    """``nn.Conv2d`` with a weight quantizer (per output channel) and an input quantizer."""
+
+    weight_quantizer: WeightQuantizer
+    input_quantizer: AffineQuantizer
+    quantized: bool
+    weight_override: Tensor | None
+
+    @classmethod
+    def from_float(cls, layer: nn.Conv2d, weight_bits: int, input_bits: int) -> "QuantConv2d":
+        """Take over weight and bias (the same parameters) of ``layer``."""
+        new = cls(
+            layer.in_channels,
+            layer.out_channels,
+            cast(tuple[int, int], layer.kernel_size),
+            stride=cast(tuple[int, int], layer.stride),
+            padding=cast("tuple[int, int] | str", layer.padding),
+            dilation=cast(tuple[int, int], layer.dilation),
+            groups=layer.groups,
+            bias=layer.bias is not None,
+            padding_mode=layer.padding_mode,
+        )
+        new.weight, new.bias = layer.weight, layer.bias
+        new.weight_quantizer = WeightQuantizer(weight_bits)
+        new.input_quantizer = AffineQuantizer(input_bits)
+        new.quantized = False
+        new.weight_override = None
+        return new.train(layer.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = _effective_weight(self) if self.quantized else self.weight
+        out: Tensor = self._conv_forward(self.input_quantizer(x) if self.quantized else x, weight, self.bias)
+        return out
+
+
+class QuantMatMul(nn.Module):
+    """The product of two activations, ``a @ b``, each with a quantizer (per head once calibrated).
+
+    Args of ``forward``: ``a`` (batch, heads, rows, inner) and ``b`` (batch, heads, inner, columns).
+    """
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.a_quantizer = AffineQuantizer(bits)
+        self.b_quantizer = AffineQuantizer(bits)
+        self.quantized = False
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        if self.quantized:
+            a, b = self.a_quantizer(a), self.b_quantizer(b)
+        return a @ b
+
+
+QuantLayer = QuantLinear | QuantConv2d | QuantMatMul
+
+
+def _effective_weight(layer: QuantLinear | QuantConv2d) -> Tensor:
+    if layer.weight_override is not None:
+        return layer.weight_override
+    return layer.weight_quantizer.quantized(layer.weight)
+
+
+def decide_rounding(layer: QuantLinear | QuantConv2d) -> None:
+    """Fix the weight's codes to the nearest grid points, unless they are decided already."""
+    quantizer = layer.weight_quantizer
+    if quantizer.off or quantizer.codes.numel():
+        return
+    ratio = torch.round(layer.weight.detach().flatten(1) / quantizer.scale)
+    quantizer.set_codes((ratio + quantizer.zero_point).clamp(0, quantizer.levels - 1))

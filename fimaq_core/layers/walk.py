@@ -1,0 +1,20 @@
+"""Finding the quantizable layers of a module."""
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from fimaq_core.layers.layers import QuantConv2d, QuantLayer, QuantLinear, QuantMatMul
+
+
+def quant_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, QuantLayer]]:
+    """Yield (name, layer) of every quantizable layer in ``module``, itself included, in order."""
+    for name, child in module.named_modules(prefix=prefix):
+        if isinstance(child, QuantLinear | QuantConv2d | QuantMatMul):
+            yield name, child
+
+
+def set_quantized(module: nn.Module, on: bool) -> None:
+    """Switch every quantizable layer in ``module`` to its quantized or its full-precision form."""
+    for _, layer in quant_layers(module):
+        layer.quantized = on

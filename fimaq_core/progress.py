@@ -1,0 +1,22 @@
+"""What a run tells its caller while it works."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A moment of a run: ``done`` of ``total`` units of ``stage``, inside ``block`` where there is one."""
+
+    stage: str
+    done: int
+    total: int
+    block: str = ""
+    detail: str = ""
+
+
+Report = Callable[[Progress], None]
+
+
+def silent(_: Progress) -> None:
+    """Report to nobody."""

@@ -1,0 +1,142 @@
+"""The whole of a quantization: calibrate, reconstruct, with checkpoints to go on from."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fimaq_core.calibration.calibrate import calibrate
+from fimaq_core.chain import BlockChain, Segment
+from fimaq_core.checkpoint import Fingerprint, load_checkpoint, save_checkpoint
+from fimaq_core.fisher.divergence import Divergence
+from fimaq_core.layers import QuantMatMul, quant_layers, set_quantized
+from fimaq_core.layers.layers import decide_rounding
+from fimaq_core.progress import Report, silent
+from fimaq_core.recipe import Recipe
+from fimaq_core.reconstruction.reconstruct import ReconstructionLog, reconstruct
+from fimaq_core.reconstruction.tape import Placement
+
+
+@dataclass(frozen=True)
+class Resources:
+    """How to run, as far as it does not belong to the recipe.
+
+    Attributes:
+        report: receives progress.
+        placement: where the tape lives.
+        batch_size: images a forward pass of calibration, tape and Fisher passes.
+    """
+
+    report: Report = silent
+    placement: Placement = "device"
+    batch_size: int = 32
+
+
+def calibrate_or_load(
+    chain: BlockChain,
+    images: Tensor,
+    recipe: Recipe,
+    resources: Resources = Resources(),
+    path: Path | None = None,
+    fingerprint: Fingerprint | None = None,
+    facts: dict[str, Any] | None = None,
+) -> bool:
+    """Calibrate ``chain``, or load its calibration from ``path`` if it is there; return whether it was loaded.
+
+    Args:
+        path: checkpoint of the calibrated chain, read or written; None keeps nothing.
+        fingerprint: what the checkpoint must belong to; needed with ``path``.
+        facts: JSON values kept in it.
+    """
+    if path is not None and path.is_file():
+        load_checkpoint(path, chain, fingerprint, ranges_only=True)
+        set_quantized(chain, True)
+        return True
+    calibrate(chain, images, recipe, resources.report, resources.batch_size)
+    if path is not None:
+        assert fingerprint is not None
+        save_checkpoint(path, chain.state_dict(), fingerprint, {"stage": "calibrated", **(facts or {})})
+    return False
+
+
+def reconstruct_with_checkpoints(
+    chain: BlockChain,
+    images: Tensor,
+    recipe: Recipe,
+    divergence: Divergence,
+    resources: Resources = Resources(),
+    folder: Path | None = None,
+    fingerprint: Fingerprint | None = None,
+) -> ReconstructionLog:
+    """Reconstruct a calibrated chain; with ``folder``, each finished block is kept there and not done twice.
+
+    Args:
+        folder: for ``block-NNN.safetensors`` files.
+        fingerprint: what they must belong to; needed with ``folder``.
+    """
+    earlier = ReconstructionLog()
+
+    def path(index: int) -> Path | None:
+        return None if folder is None else folder / f"block-{index:03d}.safetensors"
+
+    def restore(index: int, segment: Segment) -> bool:
+        file = path(index)
+        if file is None or not file.is_file():
+            return False
+        facts = load_checkpoint(file, segment.block, fingerprint)
+        earlier.last_loss[segment.label] = facts["last_loss"]
+        earlier.fisher_passes[segment.label] = facts["fisher_passes"]
+        earlier.notes += [note for note in facts["notes"] if note not in earlier.notes]
+        return True
+
+    def save(index: int, segment: Segment, log: ReconstructionLog) -> None:
+        file = path(index)
+        if file is not None:
+            assert fingerprint is not None
+            notes = [note for note in log.notes if note.startswith(f"{segment.label}:")]
+            facts = {"last_loss": log.last_loss[segment.label], "fisher_passes": log.fisher_passes[segment.label], "notes": notes}
+            save_checkpoint(file, segment.block.state_dict(), fingerprint, {"stage": "block", "index": index, **facts})
+
+    log = reconstruct(
+        chain,
+        images,
+        recipe,
+        divergence,
+        report=resources.report,
+        placement=resources.placement,
+        batch_size=resources.batch_size,
+        restore=restore,
+        save=save,
+    )
+    return ReconstructionLog(
+        {**earlier.last_loss, **log.last_loss}, {**earlier.fisher_passes, **log.fisher_passes}, earlier.notes + log.notes
+    )
+
+
+def finish(chain: BlockChain) -> None:
+    """Decide all roundings that are still open (to nearest) and leave the chain in its quantized form."""
+    for _, layer in quant_layers(chain):
+        if not isinstance(layer, QuantMatMul):
+            decide_rounding(layer)
+    set_quantized(chain, True)
+
+
+def quantize(
+    chain: BlockChain, images: Tensor, recipe: Recipe, divergence: Divergence, resources: Resources = Resources()
+) -> ReconstructionLog:
+    """Quantize ``chain`` in place: calibrate, reconstruct if the recipe says so, decide the roundings.
+
+    Args:
+        chain: the model on the device to use.
+        images: (n, C, H, W) float32 calibration images; the first ``recipe.range_images`` set the ranges.
+        recipe: all settings.
+        divergence: of the task.
+        resources: how to run.
+    """
+    calibrate_or_load(chain, images, recipe, resources)
+    log = ReconstructionLog()
+    if recipe.reconstruct:
+        log = reconstruct_with_checkpoints(chain, images, recipe, divergence, resources)
+    finish(chain)
+    return log

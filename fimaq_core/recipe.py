@@ -1,0 +1,224 @@
+"""The recipe: one frozen, validated object that says everything a run does to a model.
+
+Defaults are FIMA-Q's released settings. Methods (:data:`METHODS`) are named sets of changes to
+them. Merging happens in one place, :func:`make_recipe`: defaults, method, file, command line.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from fimaq_core.errors import RecipeError, suggest
+
+#: Bit-width that switches a quantizer off.
+OFF = 32
+
+Loss = Literal["mse", "mae", "fisher_brecq", "fisher_diag", "fisher_lr", "fisher_dplr"]
+
+_CALIBRATION_FIELDS = (
+    "w_bits",
+    "a_bits",
+    "head_bits",
+    "patch_input_bits",
+    "range_search",
+    "range_images",
+    "range_candidates",
+    "range_rounds",
+    "reparameterize",
+    "calibration_images",
+    "calibration_transform",
+    "seed",
+)
+
+
+def _field(default: Any, group: str, help: str, **kwargs: Any) -> Any:
+    return Field(default, description=help, json_schema_extra={"group": group}, **kwargs)
+
+
+class Recipe(BaseModel):
+    """Everything that determines the numbers of a quantized model, given model, weights and images."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    method: str = _field("fimaq", "method", "Name of the method the recipe started from.")
+    seed: int = _field(3407, "method", "Seed of the calibration sample, batches, dropping and Fisher passes.", ge=0)
+
+    w_bits: int = _field(4, "bits", "Bits of weights, 2 to 8, or 32 for off.")
+    a_bits: int = _field(4, "bits", "Bits of activations (linear inputs, attention operands), 2 to 8, or 32 for off.")
+    head_bits: int | None = _field(None, "bits", "Bits of the classifier's input; as a_bits if not given.")
+    patch_input_bits: int = _field(
+        OFF, "bits", "Bits of the patch embedding's input. 32 as in the released code (nominally 8, left in full precision)."
+    )
+
+    calibration_images: int = _field(1024, "calibration", "Images drawn for calibration and reconstruction.", ge=1)
+    calibration_transform: Literal["eval", "train"] = _field(
+        "train", "calibration", "Transform of the calibration images: 'train' as released (seeded here), or 'eval'."
+    )
+    range_search: Literal["minmax", "output-error"] = _field(
+        "output-error", "calibration", "How scales and zero points are found: min-max, or by error of the layer's output."
+    )
+    range_images: int = _field(128, "calibration", "The first of the calibration images, used for ranges.", ge=1)
+    range_candidates: int = _field(128, "calibration", "Candidates tried per search.", ge=16)
+    range_rounds: int = _field(3, "calibration", "Rounds of alternating search.", ge=0)
+    reparameterize: bool = _field(
+        True, "calibration", "Reparameterise LayerNorm and the linear layer behind it (where weight and activation bits agree)."
+    )
+    per_token: bool = _field(True, "calibration", "Expand activation scales to one per token position (FIMA-Q).")
+
+    reconstruct: bool = _field(True, "reconstruction", "Reconstruct blocks after calibration.")
+    steps: int = _field(20_000, "reconstruction", "Optimisation steps a block.", ge=1)
+    batch_size: int = _field(32, "reconstruction", "Images a step.", ge=1)
+    prefix_prob: float = _field(
+        0.5, "reconstruction", "Probability that an element of the block's input comes from the quantized prefix.", ge=0, le=1
+    )
+    activation_prob: float = _field(
+        0.5,
+        "reconstruction",
+        "Probability that an activation is quantized while the block trains (QDrop); 1 = no dropping.",
+        ge=0,
+        le=1,
+    )
+    lr_alpha: float = _field(1e-3, "reconstruction", "Learning rate of the rounding variables (Adam).", gt=0)
+    lr_scale: float = _field(4e-5, "reconstruction", "Learning rate of activation scales (Adam, cosine to 0).", gt=0)
+    learn_scales: bool = _field(True, "reconstruction", "Learn activation scales.")
+    round_weight: float = _field(0.01, "reconstruction", "Weight of the rounding regulariser.", ge=0)
+    round_warmup: float = _field(0.2, "reconstruction", "Share of the steps before the regulariser starts.", ge=0, lt=1)
+    beta_start: float = _field(20.0, "reconstruction", "Exponent of the regulariser at its start.", gt=0)
+    beta_end: float = _field(2.0, "reconstruction", "Exponent of the regulariser at the end.", gt=0)
+
+    loss: Loss = _field("fisher_dplr", "loss", "Block loss.")
+    fisher_k: int = _field(5, "loss", "Fisher passes a block, the rank of the low-rank part.", ge=1, le=64)
+    fisher_mode: Literal["q", "qf"] = _field(
+        "q", "loss", "Fisher passes spread over the steps (q) or before each of the first k steps (qf)."
+    )
+    fisher_p1: float = _field(1.0, "loss", "Weight of the low-rank part.", ge=0)
+    fisher_p2: float = _field(1.0, "loss", "Weight of the diagonal part.", ge=0)
+    fisher_drop: bool = _field(True, "loss", "Keep random dropping active in Fisher passes, as released.")
+    temperature: float = _field(20.0, "loss", "Temperature of the divergence behind the Fisher information.", gt=0)
+
+    frozen_dtype: Literal["float32", "bfloat16"] = _field(
+        "float32", "numerics", "Arithmetic of the frozen full-precision parts: float32 or bfloat16 autocast."
+    )
+
+    @field_validator("w_bits", "a_bits", "head_bits", "patch_input_bits")
+    @classmethod
+    def _bits(cls, value: int | None) -> int | None:
+        if value is not None and value != OFF and not 2 <= value <= 8:
+            raise ValueError(f"{value} bits is outside 2 to 8 (or {OFF} for off)")
+        return value
+
+    @property
+    def classifier_bits(self) -> int:
+        """Bits of the classifier's input."""
+        return self.a_bits if self.head_bits is None else self.head_bits
+
+    @property
+    def bits_name(self) -> str:
+        """Short name of the bit-widths, such as ``w3a3``."""
+        return f"w{self.w_bits}a{self.a_bits}"
+
+    def digest(self) -> str:
+        """Return the sha256 (hex) of all fields: the recipe's identity."""
+        return _digest(self.model_dump(mode="json"))
+
+    @staticmethod
+    def calibration_fields() -> tuple[str, ...]:
+        """Names of the fields that determine the calibrated ranges."""
+        return _CALIBRATION_FIELDS
+
+    def calibration_digest(self) -> str:
+        """Return the sha256 (hex) of the fields that determine the calibrated ranges.
+
+        Methods that differ only behind calibration share it, so one calibration can serve them all.
+        """
+        dump = self.model_dump(mode="json")
+        return _digest({name: dump[name] for name in _CALIBRATION_FIELDS})
+
+    def changes(self) -> dict[str, Any]:
+        """Return the fields, but method, bits and seed, that differ from the method's own settings."""
+        base = make_recipe(self.method, {"w_bits": self.w_bits, "a_bits": self.a_bits, "seed": self.seed})
+        mine, default = self.model_dump(mode="json"), base.model_dump(mode="json")
+        return {name: value for name, value in mine.items() if value != default[name]}
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+#: Each method as changes to the defaults (FIMA-Q's released settings).
+#:
+#: rtn: rounding to nearest with min-max ranges. brecq: Li et al., ICLR 2021 (arXiv:2102.05426), as released
+#: with these codes: squared error, full-precision inputs, no dropping. qdrop: Wei et al., ICLR 2022
+#: (arXiv:2203.05740): squared error, mixed inputs, dropping. fimaq: Wu et al., CVPR 2025 (arXiv:2506.11543).
+METHODS: dict[str, dict[str, Any]] = {
+    "rtn": {"reconstruct": False, "range_search": "minmax", "reparameterize": False, "per_token": False},
+    "brecq": {"loss": "mse", "prefix_prob": 0.0, "activation_prob": 1.0, "per_token": False},
+    "qdrop": {"loss": "mse", "per_token": False},
+    "fimaq": {},
+}
+
+
+def register_method(name: str, changes: Mapping[str, Any]) -> None:
+    """Add a method: a name and its changes to the defaults.
+
+    Raises:
+        RecipeError: if the name is taken or a field does not exist.
+    """
+    if name in METHODS:
+        raise RecipeError(f"A method named '{name}' exists already: choose another name.")
+    _check_keys(changes, f"method '{name}'")
+    METHODS[name] = dict(changes)
+
+
+def make_recipe(method: str = "fimaq", *overrides: Mapping[str, Any]) -> Recipe:
+    """Merge defaults, the method and any overrides (later ones win) into a validated recipe.
+
+    Raises:
+        RecipeError: unknown method or key (with a suggestion), or a value that does not fit.
+    """
+    if method not in METHODS:
+        raise RecipeError(f"Unknown method '{method}'.{suggest(method, METHODS)}")
+    merged: dict[str, Any] = {"method": method, **METHODS[method]}
+    for override in overrides:
+        _check_keys(override, "the recipe")
+        merged.update(override)
+    try:
+        return Recipe(**merged)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(str(part) for part in item['loc'])}: {item['msg'].removeprefix('Value error, ')}"
+            f" (given: {item['input']!r})"
+            for item in error.errors()
+        )
+        raise RecipeError(f"The recipe does not make sense: {problems}.") from error
+
+
+def read_recipe_file(path: Path) -> dict[str, Any]:
+    """Read recipe fields from a YAML file: a flat mapping of field names to values.
+
+    Raises:
+        RecipeError: the file is missing, is no YAML mapping, or names an unknown field.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"Cannot read the recipe file {path}: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"The recipe file {path} is not YAML: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise RecipeError(f"The recipe file {path} must hold 'field: value' lines.")
+    _check_keys(content, str(path))
+    return content
+
+
+def _check_keys(content: Mapping[str, Any], where: str) -> None:
+    for key in content:
+        if key not in Recipe.model_fields:
+            raise RecipeError(f"Unknown key '{key}' in {where}.{suggest(str(key), Recipe.model_fields)}")

@@ -1,0 +1,147 @@
+"""The walk over a chain that reconstructs block after block and can go on from any finished block."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fimaq_core.chain import BlockChain, Segment
+from fimaq_core.errors import RecipeError
+from fimaq_core.fisher.divergence import Divergence
+from fimaq_core.layers import QuantLinear, QuantMatMul, quant_layers, set_quantized
+from fimaq_core.progress import Progress, Report, silent
+from fimaq_core.recipe import Recipe
+from fimaq_core.reconstruction.block import block_generator, optimise_block
+from fimaq_core.reconstruction.objective import BlockObjective
+from fimaq_core.reconstruction.tape import Placement, Storage, Tape
+
+
+@dataclass
+class ReconstructionLog:
+    """What a reconstruction did.
+
+    Attributes:
+        last_loss: last loss of each block by label (without the regulariser; relative to its start, the head's absolute).
+        fisher_passes: Fisher passes of each block by label.
+        notes: sentences about anything that did not go as the recipe says.
+    """
+
+    last_loss: dict[str, float] = field(default_factory=dict)
+    fisher_passes: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def reconstruct(
+    chain: BlockChain,
+    images: Tensor,
+    recipe: Recipe,
+    divergence: Divergence,
+    *,
+    report: Report = silent,
+    placement: Placement = "device",
+    batch_size: int = 32,
+    restore: Callable[[int, Segment], bool] = lambda index, segment: False,
+    save: Callable[[int, Segment, ReconstructionLog], None] = lambda index, segment, log: None,
+) -> ReconstructionLog:
+    """Reconstruct every block of a calibrated chain, in place and in forward order.
+
+    Args:
+        chain: calibrated; its device is where everything runs.
+        images: (n, C, H, W) calibration images, on any device.
+        recipe: all settings.
+        divergence: of the task, behind the Fisher passes.
+        report: receives progress, one unit a step.
+        placement: where the tape lives.
+        batch_size: images a forward pass (the tape and Fisher passes; not the optimisation's batch).
+        restore: called for each block first; loads a finished block and returns True, or returns False.
+        save: called after each block that was optimised.
+
+    Raises:
+        RecipeError: fewer images than a batch.
+        NumericsError: a loss or a scale is no longer usable.
+    """
+    if images.shape[0] < recipe.batch_size:
+        raise RecipeError(
+            f"{images.shape[0]} calibration images are fewer than a batch of {recipe.batch_size}: "
+            "lower batch_size or give more images."
+        )
+    log, total = ReconstructionLog(), len(chain) * recipe.steps
+    device = next(chain.parameters()).device
+    if recipe.per_token:
+        expand_per_token(chain, images[:1].to(device))
+    set_quantized(chain, False)
+    reference = _outputs(chain, images, device, batch_size)
+    tape = Tape(
+        chain,
+        images,
+        Storage(placement, device),
+        with_prefix=recipe.prefix_prob > 0 or recipe.loss == "fisher_brecq",
+        batch_size=batch_size,
+        frozen_dtype=recipe.frozen_dtype,
+    )
+    for index, segment in enumerate(chain):
+        start = index * recipe.steps
+        if not restore(index, segment):
+            report(Progress("reconstruct", start, total, segment.label))
+            tape.compute_target()
+            objective = BlockObjective(chain, tape, recipe, reference, divergence, log.notes)
+
+            def tick(step: int, loss: Tensor, start: int = start, label: str = segment.label) -> None:
+                # Reading the loss makes a GPU wait, so it happens rarely.
+                if step % 50 == 0 or step == recipe.steps:
+                    report(Progress("reconstruct", start + step, total, label, f"loss {float(loss):.4g}"))
+
+            generator = block_generator(recipe.seed, segment.label, device)
+            loss = optimise_block(segment, tape, objective, recipe, generator, tick)
+            log.last_loss[segment.label] = float(loss)
+            log.fisher_passes[segment.label] = objective.passes
+            save(index, segment, log)
+        if index + 1 < len(chain):
+            tape.advance()
+    set_quantized(chain, True)
+    report(Progress("reconstruct", total, total))
+    return log
+
+
+@torch.no_grad()
+def _outputs(chain: BlockChain, images: Tensor, device: torch.device, batch_size: int) -> Tensor:
+    return torch.cat([chain(part.to(device)).float() for part in torch.split(images, batch_size)])
+
+
+@torch.no_grad()
+def expand_per_token(chain: BlockChain, image: Tensor) -> None:
+    """Give activation quantizers one scale per token position, all starting from the calibrated one.
+
+    Linear layers with inputs (B, tokens, C): (1, tokens, 1). Attention operands: a per head and row, b per head and
+    column. Zero points stay shared. Quantizers expanded before are left alone. Other inputs stay per tensor.
+
+    Args:
+        chain: calibrated.
+        image: (1, C, H, W), only its shape matters.
+    """
+    handles = []
+    for _, layer in quant_layers(chain):
+        if isinstance(layer, QuantMatMul):
+            handles.append(layer.register_forward_pre_hook(_expand_matmul))
+        elif isinstance(layer, QuantLinear):
+            handles.append(layer.register_forward_pre_hook(_expand_linear))
+    chain(image)
+    for handle in handles:
+        handle.remove()
+
+
+def _expand_linear(layer: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+    assert isinstance(layer, QuantLinear)
+    quantizer = layer.input_quantizer
+    if args[0].ndim == 3 and not quantizer.off and quantizer.scale.numel() == 1:
+        quantizer.set_range(quantizer.scale.expand(1, args[0].shape[1], 1), quantizer.zero_point)
+
+
+def _expand_matmul(layer: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+    assert isinstance(layer, QuantMatMul)
+    a, b = layer.a_quantizer, layer.b_quantizer
+    if not a.off and a.scale.shape[2] == 1:
+        a.set_range(a.scale.expand(-1, -1, args[0].shape[2], -1), a.zero_point)
+    if not b.off and b.scale.shape[3] == 1:
+        b.set_range(b.scale.expand(-1, -1, -1, args[1].shape[3]), b.zero_point)

@@ -1,0 +1,116 @@
+"""The tape: inputs and outputs of the present block over all calibration images, each computed once.
+
+Block i's output is block i + 1's input, so walking forward costs two forwards a block (full precision and quantized)
+whatever the depth. Memory: at most five tensors of images x block output (input and output in full precision, the
+quantized prefix's input, and the next two while advancing), on the device, in host memory or memory-mapped.
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fimaq_core.chain import BlockChain
+from fimaq_core.fisher.passes import frozen_arithmetic
+from fimaq_core.layers import set_quantized
+
+Placement = Literal["device", "host", "disk"]
+
+
+class Storage:
+    """Makes the tape's tensors, in one of three places.
+
+    Args:
+        placement: ``device`` (fastest), ``host`` memory, or ``disk`` (memory-mapped temporary files).
+        device: the computing device.
+    """
+
+    def __init__(self, placement: Placement, device: torch.device) -> None:
+        self.placement, self.device = placement, device
+        self._folder = tempfile.TemporaryDirectory(prefix="fimaq-tape-") if placement == "disk" else None
+        self._count = 0
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """An uninitialised tensor in this place."""
+        if self.placement == "device":
+            return torch.empty(shape, dtype=dtype, device=self.device)
+        if self._folder is None:
+            return torch.empty(shape, dtype=dtype, pin_memory=self.device.type == "cuda")
+        self._count += 1
+        path = Path(self._folder.name) / f"{self._count}.bin"
+        size = int(torch.Size(shape).numel())
+        mapped = torch.from_file(str(path), shared=True, size=size, dtype=dtype)
+        path.unlink()  # the mapping keeps the data; the space is freed with the tensor
+        return mapped.view(shape)
+
+
+class Tape:
+    """Position of a walk over a chain.
+
+    Attributes:
+        index: number of the present block.
+        full: (n, ...) the present block's inputs in the full-precision model.
+        prefix: the same with everything before quantized, or None where nobody asks for it.
+        target: (n, ...) the present block's full-precision outputs; None until :meth:`compute_target`.
+    """
+
+    def __init__(
+        self,
+        chain: BlockChain,
+        images: Tensor,
+        storage: Storage,
+        *,
+        with_prefix: bool,
+        batch_size: int = 32,
+        frozen_dtype: str = "float32",
+    ) -> None:
+        self.chain, self.storage, self.batch_size, self.frozen_dtype = chain, storage, batch_size, frozen_dtype
+        self.index = 0
+        self.full = self._map(chain.segment(0).before, images)
+        # Nothing is quantized before the first block.
+        self.prefix: Tensor | None = self.full if with_prefix else None
+        self.target: Tensor | None = None
+
+    def compute_target(self) -> Tensor:
+        """Run the present block in full precision, once; its layers are switched to full precision."""
+        if self.target is None:
+            block = self.chain.segment(self.index).block
+            set_quantized(block, False)
+            self.target = self._map(block, self.full)
+        return self.target
+
+    def advance(self) -> None:
+        """Go to the next block. The present one must be finished: it is left in its quantized form."""
+        target = self.compute_target()
+        block = self.chain.segment(self.index).block
+        outputs = None
+        if self.prefix is not None:
+            set_quantized(block, True)
+            outputs = self._map(block, self.prefix, frozen=False)
+        before = self.chain.segment(self.index + 1).before
+        self.full = self._map(before, target)
+        self.prefix = None if outputs is None else self._map(before, outputs)
+        self.target = None
+        self.index += 1
+
+    @torch.no_grad()
+    def _map(self, module: nn.Module, source: Tensor, frozen: bool = True) -> Tensor:
+        if isinstance(module, nn.Identity) and source.device == self._home():
+            return source
+        device, result = self.storage.device, None
+        for start in range(0, source.shape[0], self.batch_size):
+            part = source[start : start + self.batch_size].to(device, non_blocking=True)
+            with frozen_arithmetic(self.frozen_dtype if frozen else "float32", device):
+                out = module(part).float()
+            if result is None:
+                result = self.storage.empty((source.shape[0], *out.shape[1:]), out.dtype)
+            result[start : start + self.batch_size].copy_(out, non_blocking=True)
+        assert result is not None
+        if device.type == "cuda" and self.storage.placement != "device":
+            torch.cuda.synchronize(device)
+        return result
+
+    def _home(self) -> torch.device:
+        return self.storage.device if self.storage.placement == "device" else torch.device("cpu")

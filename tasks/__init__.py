@@ -1,0 +1,1 @@
+"""Evaluation tasks: each subpackage provides its data, models and metrics."""

@@ -1,0 +1,69 @@
+"""Attention with its two products as quantizable layers, taken over from timm's modules."""
+
+from timm.layers import Attention
+from timm.models.swin_transformer import WindowAttention
+from torch import Tensor, nn
+
+from fimaq_core.errors import ModelError
+from fimaq_core.layers import QuantLinear, QuantMatMul
+from fimaq_core.recipe import Recipe
+
+
+class ExplicitAttention(nn.Module):
+    """timm's ``Attention`` (ViT, DeiT) written out: qkv, ``q kᵀ``, softmax, ``softmax v``, projection.
+
+    Args of ``forward``: x (B, N, C). The keyword arguments that timm's blocks pass must be unused.
+    """
+
+    def __init__(self, attention: Attention, recipe: Recipe) -> None:
+        super().__init__()
+        if type(attention) is not Attention or attention.gate is not None:
+            raise ModelError(f"Attention of type {type(attention).__name__} (or with a gate) is not supported for ViT models.")
+        self.num_heads, self.head_dim, self.scale = attention.num_heads, attention.head_dim, attention.scale
+        self.qkv = QuantLinear.from_float(attention.qkv, recipe.w_bits, recipe.a_bits)
+        self.q_norm, self.k_norm, self.norm = attention.q_norm, attention.k_norm, attention.norm
+        self.query_key = QuantMatMul(recipe.a_bits)
+        self.attention_value = QuantMatMul(recipe.a_bits)
+        self.proj = QuantLinear.from_float(attention.proj, recipe.w_bits, recipe.a_bits)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        if attn_mask is not None or is_causal:
+            raise ModelError("Attention masks are not supported for ViT models.")
+        batch, tokens, _ = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        q, k = self.q_norm(q), self.k_norm(k)
+        weights = (self.query_key(q, k.transpose(-2, -1)) * self.scale).softmax(dim=-1)
+        out = self.attention_value(weights, v).transpose(1, 2).reshape(batch, tokens, -1)
+        projected: Tensor = self.proj(self.norm(out))
+        return projected
+
+
+class ExplicitWindowAttention(nn.Module):
+    """timm's Swin ``WindowAttention`` written out, with relative position bias and shift mask.
+
+    Args of ``forward``: x (windows * B, N, C); mask (windows, N, N) or None.
+    """
+
+    def __init__(self, attention: WindowAttention, recipe: Recipe) -> None:
+        super().__init__()
+        if type(attention) is not WindowAttention:
+            raise ModelError(f"Attention of type {type(attention).__name__} is not supported for Swin models.")
+        self.num_heads, self.scale, self.window_area = attention.num_heads, attention.scale, attention.window_area
+        self.qkv = QuantLinear.from_float(attention.qkv, recipe.w_bits, recipe.a_bits)
+        self.query_key = QuantMatMul(recipe.a_bits)
+        self.attention_value = QuantMatMul(recipe.a_bits)
+        self.proj = QuantLinear.from_float(attention.proj, recipe.w_bits, recipe.a_bits)
+        # Frozen, so the table is looked up once: (1, heads, N, N).
+        self.register_buffer("bias", attention._get_rel_pos_bias().detach().clone())
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        batch, tokens, _ = x.shape
+        q, k, v = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        scores = self.query_key(q * self.scale, k.transpose(-2, -1)) + self.bias
+        if mask is not None:
+            scores = scores.view(-1, mask.shape[0], self.num_heads, tokens, tokens) + mask[None, :, None]
+            scores = scores.view(-1, self.num_heads, tokens, tokens)
+        out = self.attention_value(scores.softmax(dim=-1), v).transpose(1, 2).reshape(batch, tokens, -1)
+        projected: Tensor = self.proj(out)
+        return projected

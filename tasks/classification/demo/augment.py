@@ -1,0 +1,81 @@
+"""Random warps of digit pairs, per digit and on whole batches at once (per-image PIL would dominate training)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class RandomDigitWarp(nn.Module):
+    """Warps each digit of a pair independently: rotation, scale, shear, shift and a smooth elastic displacement.
+
+    Digits are never flipped or exchanged, so labels stay valid. Randomness comes from torch's global generator.
+    """
+
+    def __init__(
+        self,
+        degrees: float = 15.0,
+        scale: float = 0.15,
+        shear: float = 0.2,
+        shift: float = 2.0,
+        elastic: float = 1.5,
+        contrast: float = 0.3,
+    ) -> None:
+        """Sets the strength of the warp; every parameter is drawn uniformly from plus or minus its value.
+
+        Args:
+            degrees: Rotation in degrees.
+            scale: Relative change of width and of height.
+            shear: Horizontal shear in pixels per pixel.
+            shift: Translation in pixels in each direction.
+            elastic: Displacement in pixels of the 4x4 control points of the elastic warp.
+            contrast: Strength of the change of the stroke's weight, as a log2 exponent of the pixel values.
+        """
+        super().__init__()
+        self.degrees = degrees
+        self.scale = scale
+        self.shear = shear
+        self.shift = shift
+        self.elastic = elastic
+        self.contrast = contrast
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Warps images.
+
+        Args:
+            images: float32 in [0, 1] of shape ``(1, h, 2 * h)`` or ``(b, 1, h, 2 * h)``.
+
+        Returns:
+            The warped images, same shape, dtype and range.
+        """
+        batch = images if images.ndim == 4 else images[None]
+        # (b, 1, h, 2h) -> (2b, 1, h, h): from here on every digit is an image of its own.
+        digits = torch.cat(batch.chunk(2, dim=-1))
+        digits = F.grid_sample(digits, self._grid(digits), mode="bilinear", align_corners=False).clamp(0, 1)
+        gamma = torch.exp2(self._uniform((len(digits), 1, 1, 1), digits) * self.contrast)
+        digits = digits.pow(gamma)
+        return torch.cat(digits.chunk(2), dim=-1).reshape(images.shape)
+
+    def _grid(self, digits: torch.Tensor) -> torch.Tensor:
+        """Draws the sampling grid, float32 of shape ``(n, h, h, 2)``, in `grid_sample` coordinates."""
+        count, _, size, _ = digits.shape
+        pixel = 2.0 / size
+        angle = self._uniform((count,), digits) * math.radians(self.degrees)
+        stretch = 1 + self._uniform((count, 2), digits) * self.scale
+        shear = self._uniform((count,), digits) * self.shear
+        cos, sin = angle.cos(), angle.sin()
+        row_x = torch.stack([cos * stretch[:, 0], shear - sin * stretch[:, 1]], dim=1)
+        row_y = torch.stack([sin * stretch[:, 0], cos * stretch[:, 1]], dim=1)
+        shift = self._uniform((count, 2), digits) * self.shift * pixel
+        theta = torch.cat([torch.stack([row_x, row_y], dim=1), shift[:, :, None]], dim=2)
+        grid = F.affine_grid(theta, list(digits.shape), align_corners=False)
+        bumps = self._uniform((count, 2, 4, 4), digits) * self.elastic * pixel
+        bumps = F.interpolate(bumps, size=(size, size), mode="bicubic", align_corners=True)
+        return grid + bumps.permute(0, 2, 3, 1)
+
+    @staticmethod
+    def _uniform(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+        return torch.rand(shape, dtype=like.dtype, device=like.device) * 2 - 1

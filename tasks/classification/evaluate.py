@@ -1,0 +1,87 @@
+"""Top-1 and top-5 of a classifier, with the outcome of every sample."""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from fimaq_core.errors import DataError, ModelError, NumericsError
+from fimaq_core.progress import Progress, Report
+from tasks.classification.data import Images, Source
+from tasks.common.record import proportion
+from tasks.common.task import Evaluation
+
+
+def _collate(items: list[tuple[Tensor, int, int] | None]) -> tuple[Tensor, Tensor, Tensor] | None:
+    kept = [item for item in items if item is not None]
+    if not kept:
+        return None
+    images, labels, positions = zip(*kept, strict=True)
+    return torch.stack(images), torch.tensor(labels), torch.tensor(positions)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, images: Images, source: Source, device: torch.device, batch_size: int, workers: int, report: Report
+) -> Evaluation:
+    """Measure ``model`` on all of ``images``.
+
+    Args:
+        model: on ``device``, in eval mode; (B, C, H, W) to (B, classes).
+        images: the samples with their transform.
+        source: where they came from.
+        device: of the model.
+        batch_size: images a forward pass.
+        workers: data-loading processes.
+        report: receives progress, one unit an image.
+
+    Raises:
+        DataError: a damaged image (unless skipped), or none left.
+        NumericsError: a logit is NaN.
+    """
+    loader = DataLoader(images, batch_size=batch_size, num_workers=workers, collate_fn=_collate, pin_memory=device.type == "cuda")
+    positions: list[Tensor] = []
+    labels: list[Tensor] = []
+    ranks: list[Tensor] = []
+    predictions: list[Tensor] = []
+    done = 0
+    for batch in loader:
+        done = min(done + batch_size, len(images))
+        if batch is None:
+            continue
+        pixels, target, position = batch
+        try:
+            logits = model(pixels.to(device, non_blocking=True)).float()
+        except (RuntimeError, AssertionError) as error:
+            if isinstance(error, torch.cuda.OutOfMemoryError):
+                raise
+            raise ModelError(f"The model does not take images of shape {tuple(pixels.shape[1:])}: {error}") from error
+        if not bool(torch.isfinite(logits).all()):
+            raise NumericsError("The model's outputs have NaN or infinite values: check the weights and the recipe.")
+        target = target.to(device)
+        own = logits.gather(1, target[:, None])
+        # Ties count against the model: a constant output must not score.
+        rank = ((logits >= own).sum(1) - 1).cpu()
+        positions.append(position)
+        labels.append(target.cpu())
+        ranks.append(rank)
+        predictions.append(logits.argmax(1).cpu())
+        report(Progress("evaluate", done, len(images)))
+    if not positions:
+        raise DataError(f"No image of {source.name} {source.split} could be read.")
+    order = torch.cat(positions).numpy()
+    rank_array = torch.cat(ranks).numpy()
+    count = len(order)
+    metrics = {"top1": proportion(int((rank_array < 1).sum()), count)}
+    if source.classes > 5:
+        metrics["top5"] = proportion(int((rank_array < 5).sum()), count)
+    kept = set(order.tolist())
+    outcomes = {
+        "sample": np.array([source.ids[index] for index in order]),
+        "label": torch.cat(labels).numpy().astype(np.int32),
+        "predicted": torch.cat(predictions).numpy().astype(np.int32),
+        "rank": rank_array.astype(np.int32),
+        "correct": rank_array < 1,
+    }
+    skipped = [source.ids[index] for index in range(len(images)) if index not in kept]
+    return Evaluation(metrics, count, outcomes, source.describe(), skipped)

@@ -1,0 +1,52 @@
+"""What the families share: swapping an MLP's layers, the patch embedding, and pieces between blocks."""
+
+from collections.abc import Callable
+
+from timm.layers import Mlp, PatchEmbed
+from torch import Tensor, nn
+
+from fimaq_core.chain import NormPair
+from fimaq_core.errors import ModelError
+from fimaq_core.layers import QuantConv2d, QuantLinear
+from fimaq_core.recipe import Recipe
+
+
+class Stage(nn.Module):
+    """A frozen piece of a model between two blocks: its modules, and what to do with them."""
+
+    def __init__(self, run: Callable[[Tensor], Tensor], *modules: nn.Module) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(modules)
+        self.run = run
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x)
+
+
+def swap_mlp(mlp: nn.Module, recipe: Recipe) -> None:
+    """Replace ``fc1`` and ``fc2`` of timm's ``Mlp`` by quantizable layers, in place."""
+    if type(mlp) is not Mlp or not isinstance(mlp.fc1, nn.Linear) or not isinstance(mlp.fc2, nn.Linear):
+        raise ModelError(f"An MLP of type {type(mlp).__name__} is not supported.")
+    mlp.fc1 = QuantLinear.from_float(mlp.fc1, recipe.w_bits, recipe.a_bits)
+    mlp.fc2 = QuantLinear.from_float(mlp.fc2, recipe.w_bits, recipe.a_bits)
+
+
+def swap_patch_embed(patch_embed: nn.Module, recipe: Recipe) -> None:
+    """Replace the projection of timm's ``PatchEmbed`` by a quantizable convolution, in place."""
+    if type(patch_embed) is not PatchEmbed:
+        raise ModelError(f"A patch embedding of type {type(patch_embed).__name__} is not supported.")
+    patch_embed.proj = QuantConv2d.from_float(patch_embed.proj, recipe.w_bits, recipe.patch_input_bits)
+
+
+def classifier(linear: nn.Module, recipe: Recipe) -> QuantLinear:
+    """The quantizable form of a classifier layer."""
+    if not isinstance(linear, nn.Linear):
+        raise ModelError("The model has no linear classifier: load it with its classes (num_classes > 0).")
+    return QuantLinear.from_float(linear, recipe.w_bits, recipe.classifier_bits)
+
+
+def norm_pair(norm: nn.Module, linear: str, pad: Tensor | None = None) -> tuple[NormPair, ...]:
+    """The pair, if the norm can take factors: a LayerNorm with affine parameters."""
+    if isinstance(norm, nn.LayerNorm) and norm.weight is not None:
+        return (NormPair(norm, linear, pad),)
+    return ()

@@ -1,0 +1,106 @@
+"""Family of timm's Swin Transformer."""
+
+import torch
+from timm.models.swin_transformer import (
+    PatchMerging,
+    SwinTransformer,
+    SwinTransformerBlock,
+    window_partition,
+    window_reverse,
+)
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fimaq_core.chain import BlockChain, Segment
+from fimaq_core.errors import ModelError
+from fimaq_core.layers import QuantLinear
+from fimaq_core.recipe import Recipe
+from tasks.classification.attention import ExplicitWindowAttention
+from tasks.classification.parts import classifier, norm_pair, swap_mlp, swap_patch_embed
+
+
+class ExplicitSwinBlock(nn.Module):
+    """timm's ``SwinTransformerBlock`` with a pad value that LayerNorm reparameterisation can move.
+
+    timm pads windows with zeros after the first norm. Once that norm's output has been shifted per channel, a zero means
+    something else: ``pad`` (channels,) holds what stands for zero.
+
+    Args of ``forward``: x (B, H, W, C).
+    """
+
+    def __init__(self, block: SwinTransformerBlock, recipe: Recipe) -> None:
+        super().__init__()
+        if type(block) is not SwinTransformerBlock or block.dynamic_mask:
+            raise ModelError(f"A Swin block of type {type(block).__name__} (or with a dynamic mask) is not supported.")
+        self.window_size, self.shift_size = block.window_size, block.shift_size
+        self.norm1, self.norm2, self.mlp = block.norm1, block.norm2, block.mlp
+        self.attn = ExplicitWindowAttention(block.attn, recipe)
+        swap_mlp(self.mlp, recipe)
+        self.register_buffer("pad", torch.zeros(block.dim))
+        self.register_buffer("mask", block.attn_mask, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self._windows(self.norm1(x))
+        tokens = x.flatten(1, 2)
+        return (tokens + self.mlp(self.norm2(tokens))).view_as(x)
+
+    def _windows(self, x: Tensor) -> Tensor:
+        _, height, width, channels = x.shape
+        shifted = any(self.shift_size)
+        if shifted:
+            x = torch.roll(x, shifts=(-self.shift_size[0], -self.shift_size[1]), dims=(1, 2))
+        down, right = -height % self.window_size[0], -width % self.window_size[1]
+        if down or right:
+            # Padding (x - pad) with zeros and adding pad again pads x with pad.
+            x = F.pad(x - self.pad, (0, 0, 0, right, 0, down)) + self.pad
+        windows = window_partition(x, self.window_size).flatten(1, 2)
+        out = self.attn(windows, self.mask).view(-1, *self.window_size, channels)
+        x = window_reverse(out, self.window_size, height + down, width + right)[:, :height, :width]
+        return torch.roll(x, shifts=self.shift_size, dims=(1, 2)) if shifted else x
+
+
+class _Head(nn.Module):
+    """Global pooling and classifier: (B, H, W, C) to (B, classes)."""
+
+    def __init__(self, pool: nn.Module, fc: QuantLinear) -> None:
+        super().__init__()
+        self.global_pool, self.fc = pool, fc
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.fc(self.global_pool(x))
+        return logits
+
+
+class SwinFamily:
+    """timm ``SwinTransformer``."""
+
+    name = "timm-swin"
+
+    def matches(self, model: nn.Module) -> bool:
+        """Whether ``model`` is exactly that class."""
+        return type(model) is SwinTransformer
+
+    def build(self, model: nn.Module, recipe: Recipe) -> BlockChain:
+        """Cut ``model`` into patch embedding, blocks, patch mergings and head. Takes over its parameters.
+
+        Raises:
+            ModelError: a part of a kind that is not supported.
+        """
+        assert isinstance(model, SwinTransformer)
+        swap_patch_embed(model.patch_embed, recipe)
+        segments = [Segment("patch_embed", "patch_embed", model.patch_embed)]
+        for stage_number, stage in enumerate(model.layers):
+            if type(stage.downsample) is PatchMerging:
+                merging = stage.downsample
+                merging.reduction = QuantLinear.from_float(merging.reduction, recipe.w_bits, recipe.a_bits)
+                label = f"layers.{stage_number}.downsample"
+                segments.append(Segment(label, "merge", merging, pairs=norm_pair(merging.norm, "reduction")))
+            elif not isinstance(stage.downsample, nn.Identity):
+                raise ModelError(f"Downsampling of type {type(stage.downsample).__name__} is not supported.")
+            for number, original in enumerate(stage.blocks):
+                block = ExplicitSwinBlock(original, recipe)
+                pairs = norm_pair(block.norm1, "attn.qkv", block.get_buffer("pad")) + norm_pair(block.norm2, "mlp.fc1")
+                segments.append(Segment(f"layers.{stage_number}.blocks.{number}", "block", block, pairs=pairs))
+        head = _Head(model.head.global_pool, classifier(model.head.fc, recipe))
+        segments.append(Segment("head", "head", head, before=model.norm))
+        return BlockChain(segments)

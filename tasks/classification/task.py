@@ -1,0 +1,82 @@
+"""The classification task as the pipeline sees it."""
+
+import torch
+from torch import nn
+
+from fimaq_core.chain import BlockChain
+from fimaq_core.errors import ModelError
+from fimaq_core.family import Family
+from fimaq_core.fisher.divergence import ClassifierDivergence, Divergence
+from fimaq_core.progress import Report
+from fimaq_core.recipe import Recipe
+from tasks.classification import models
+from tasks.classification.data import Images, calibration_set, missing_data, open_source
+from tasks.classification.demo.models import DEMO_MODELS
+from tasks.classification.evaluate import evaluate
+from tasks.classification.swin import SwinFamily
+from tasks.classification.vit import ViTFamily
+from tasks.common.request import DataRequest, ModelRequest
+from tasks.common.task import CalibrationSet, Evaluation, LoadedModel
+
+#: Model families, asked in order. A new family is one file and one entry.
+FAMILIES: list[Family] = [ViTFamily(), SwinFamily()]
+
+
+class ClassificationTask:
+    """Image classification with timm models; see :class:`tasks.common.task.Task`."""
+
+    name = "classification"
+
+    def model_tag(self, request: ModelRequest) -> str:
+        """``model.tag`` of the request."""
+        return models.model_tag(request)
+
+    def model_names(self) -> dict[str, str]:
+        """Short and demo names with what they stand for."""
+        return {**models.SHORT_NAMES, **dict.fromkeys(DEMO_MODELS, "demo model on digit pairs")}
+
+    def preflight(self, model: ModelRequest, data: DataRequest) -> str | None:
+        """What is missing of data and weights, both in one message."""
+        brings_data = model.name in DEMO_MODELS
+        problems = [missing_data(data, brings_data), models.missing_weights(model)]
+        return "\n".join(problem for problem in problems if problem is not None) or None
+
+    def load(self, request: ModelRequest) -> LoadedModel:
+        """Model, weights and transforms."""
+        return models.load_model(request)
+
+    def build(self, loaded: LoadedModel, recipe: Recipe) -> BlockChain:
+        """The model as a chain, by the family that knows its class."""
+        for family in FAMILIES:
+            if family.matches(loaded.model):
+                return family.build(loaded.model, recipe)
+        raise ModelError(
+            f"{loaded.tag} is a {type(loaded.model).__name__}, which no model family knows: "
+            f"{', '.join(family.name for family in FAMILIES)} are there. CONTRIBUTING.md shows how to add one."
+        )
+
+    def calibration(self, loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> CalibrationSet:
+        """The calibration images."""
+        return calibration_set(loaded, data, recipe)
+
+    def divergence(self, recipe: Recipe) -> Divergence:
+        """KL of the class probabilities at the recipe's temperature."""
+        return ClassifierDivergence(recipe.temperature)
+
+    def evaluate(
+        self,
+        model: nn.Module,
+        loaded: LoadedModel,
+        data: DataRequest,
+        device: torch.device,
+        batch_size: int,
+        workers: int,
+        report: Report,
+    ) -> Evaluation:
+        """Top-1 and top-5 on the evaluation part."""
+        source = open_source(loaded, data, "val").head(data.limit)
+        images = Images(source.ids, source.targets, source.read, loaded.eval_transform, data.skip_corrupt)
+        return evaluate(model, images, source, device, batch_size, workers, report)
+
+
+TASK = ClassificationTask()

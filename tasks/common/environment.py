@@ -1,0 +1,86 @@
+"""Facts about where a run happens."""
+
+import platform
+import resource
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+import fimaq_core
+from fimaq_core.errors import RecipeError
+from tasks.common.record import Environment
+
+_PACKAGES = ("torch", "torchvision", "timm", "numpy", "safetensors")
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device called ``name``.
+
+    Raises:
+        RecipeError: no such device here. Nothing falls back to another device.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise RecipeError(f"Unknown device '{name}': give cpu, cuda or cuda:N.") from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if not torch.cuda.is_available() or (device.index or 0) >= count:
+            raise RecipeError(f"Device '{name}' is not available: PyTorch sees {count} CUDA device(s). Use --device cpu.")
+    elif device.type == "mps":
+        if not torch.backends.mps.is_available():
+            raise RecipeError("Device 'mps' is not available. Use --device cpu.")
+    elif device.type != "cpu":
+        raise RecipeError(f"Device '{name}' is not supported: give cpu, cuda, cuda:N or mps.")
+    return device
+
+
+def describe(device: torch.device) -> Environment:
+    """Versions, git revision and device of this process."""
+    versions = {"python": platform.python_version(), "fimaq": fimaq_core.__version__}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {processor()}"
+    return Environment(versions=versions, git_revision=git_revision(), device=name, threads=torch.get_num_threads())
+
+
+def processor() -> str:
+    """The processor's model name, or the architecture where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def git_revision() -> str:
+    """Commit of the checkout, with ``+changes`` where files differ from it; ``unknown`` outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True, timeout=10)
+        state = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=30,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return commit.stdout.strip() + ("+changes" if state.stdout.strip() else "")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes: of the device's tensors on CUDA, of the whole process so far on the CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)

@@ -1,0 +1,73 @@
+"""What a run is asked to do: plain data that can travel to another process."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from fimaq_core.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class ModelRequest:
+    """Which model, and where its weights come from.
+
+    Attributes:
+        name: short name, demo name or the task library's own name.
+        model_args: keyword arguments for the library's constructor.
+        weights: a local checkpoint file; None for the demo's own or the library's pretrained weights.
+        weights_folder: a folder that holds ``<model.tag>.safetensors`` (or .pth, .bin), tried before the library's cache.
+    """
+
+    name: str
+    model_args: dict[str, Any] = field(default_factory=dict)
+    weights: Path | None = None
+    weights_folder: Path | None = None
+
+
+@dataclass(frozen=True)
+class DataRequest:
+    """Which data.
+
+    Attributes:
+        path: root of the data set; None where the model brings its own (demo).
+        calibration_list: file with image paths, or a result record, that replaces the drawn calibration sample.
+        limit: evaluate on the first so many samples only; recorded as another split.
+        skip_corrupt: leave damaged images out (named in the record) instead of stopping.
+    """
+
+    path: Path | None = None
+    calibration_list: Path | None = None
+    limit: int | None = None
+    skip_corrupt: bool = False
+
+
+@dataclass(frozen=True)
+class CellRequest:
+    """One cell of a grid, or one ``run`` of an adapter.
+
+    Attributes:
+        task: ``classification``.
+        model, data: see there.
+        recipe: all settings; None measures the full-precision model.
+        variant: name of the recipe's variant in tables; None derives it from what differs from the method's settings.
+        results: root folder of result records (``results/runs``).
+        device: ``cpu``, ``cuda`` or ``cuda:N``.
+        threads: CPU threads; None leaves PyTorch's choice.
+        eval_batch: images a forward pass (evaluation, tape, Fisher passes).
+        placement: where the tape lives.
+        workers: data-loading processes.
+        force: measure again although a record exists.
+    """
+
+    task: str
+    model: ModelRequest
+    data: DataRequest
+    recipe: Recipe | None
+    variant: str | None = None
+    results: Path = Path("results/runs")
+    device: str = "cpu"
+    threads: int | None = None
+    eval_batch: int = 32
+    placement: Literal["device", "host", "disk"] = "device"
+    workers: int = 0
+    force: bool = False

@@ -1,0 +1,236 @@
+"""The pipeline behind every ``run``: load, full-precision score, calibrate, reconstruct, evaluate, record."""
+
+import hashlib
+import json
+import time
+from dataclasses import replace
+from datetime import UTC, datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fimaq_core import NUMERICS_VERSION
+from fimaq_core.checkpoint import Fingerprint, save_checkpoint
+from fimaq_core.errors import DataError
+from fimaq_core.files import replaced_whole
+from fimaq_core.progress import Report, silent
+from fimaq_core.quantize import Resources, calibrate_or_load, finish, reconstruct_with_checkpoints
+from fimaq_core.recipe import Recipe
+from fimaq_core.reconstruction.reconstruct import ReconstructionLog
+from tasks.common.environment import describe, peak_memory, resolve_device
+from tasks.common.modules import module_map
+from tasks.common.record import Calibration, Metric, ResultRecord, Weights, cell_folder, read_record, write_record
+from tasks.common.request import CellRequest
+from tasks.common.task import CalibrationSet, Evaluation, LoadedModel, Task, get_task
+
+
+def run_cell(request: CellRequest, report: Report = silent) -> Path:
+    """Measure one cell and write its record; a cell that has a valid record is not measured again.
+
+    Args:
+        request: the cell.
+        report: receives progress.
+
+    Returns:
+        Path of ``result.json``; ``outcomes.npz`` and, for quantized models, ``quantized.safetensors`` are beside it.
+
+    Raises:
+        FimaqError: anything the user can mend; finished cells and blocks are kept.
+    """
+    folder = planned_folder(request)
+    path = folder / "result.json"
+    if path.is_file() and not request.force:
+        read_record(path)
+        return path
+
+    device = resolve_device(request.device)
+    if request.threads is not None:
+        torch.set_num_threads(request.threads)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    task = get_task(request.task)
+    loaded = task.load(request.model)
+    if request.recipe is None:
+        return _measure_full_precision(request, folder, task, loaded, device, report)
+
+    full_request = replace(request, recipe=None, force=False, variant=None)
+    full_path = planned_folder(full_request) / "result.json"
+    if not full_path.is_file():
+        _measure_full_precision(full_request, full_path.parent, task, task.load(request.model), device, report)
+    return _measure_quantized(request, request.recipe, folder, task, loaded, read_record(full_path), device, report)
+
+
+def planned_folder(request: CellRequest) -> Path:
+    """The folder of a cell, its identity: task, model.tag, method, bits, seed, and a digest of all the rest."""
+    tag = get_task(request.task).model_tag(request.model)
+    recipe = request.recipe
+    rest = {
+        "numerics": NUMERICS_VERSION,
+        "recipe": None if recipe is None else recipe.digest(),
+        "variant": variant_name(request),
+        "model_args": request.model.model_args,
+        "data": None if request.data.path is None else str(request.data.path.resolve()),
+        "list": None if request.data.calibration_list is None or recipe is None else _file_digest(request.data.calibration_list),
+        "limit": request.data.limit,
+    }
+    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    if recipe is None:
+        return cell_folder(request.results, request.task, tag, "fp", 32, 32, None, digest)
+    return cell_folder(request.results, request.task, tag, recipe.method, recipe.w_bits, recipe.a_bits, recipe.seed, digest)
+
+
+def preflight(request: CellRequest) -> str | None:
+    """None if the cell's data and weights are there, else one message that says what is missing and how to get it."""
+    return get_task(request.task).preflight(request.model, request.data)
+
+
+def variant_name(request: CellRequest) -> str:
+    """Name of the variant: as asked for, else what differs from the method's released settings."""
+    if request.variant is not None:
+        return request.variant
+    if request.recipe is None:
+        return "fp"
+    changes = request.recipe.changes()
+    return ",".join(f"{name}={value}" for name, value in changes.items()) if changes else "released"
+
+
+@lru_cache(maxsize=64)
+def _file_digest(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise DataError(f"Cannot read {path}: {error.strerror}.") from error
+
+
+def fingerprint_of(loaded: LoadedModel, images: CalibrationSet, recipe: Recipe) -> Fingerprint:
+    """What a checkpoint of this run belongs to."""
+    return Fingerprint(weights=loaded.sha256, calibration=images.fingerprint, recipe=recipe.model_dump(mode="json"))
+
+
+def checkpoint_facts(request: CellRequest, loaded: LoadedModel) -> dict[str, Any]:
+    """What a checkpoint says of itself, so that a later stage can build its model."""
+    return {"task": request.task, "model": request.model.name, "model_args": request.model.model_args, "tag": loaded.tag}
+
+
+def _measure_full_precision(
+    request: CellRequest, folder: Path, task: Task, loaded: LoadedModel, device: torch.device, report: Report
+) -> Path:
+    start = time.monotonic()
+    evaluation = task.evaluate(loaded.model.to(device), loaded, request.data, device, request.eval_batch, request.workers, report)
+    seconds = {"evaluate": time.monotonic() - start}
+    record = _record(request, loaded, evaluation, evaluation.metrics, seconds, device)
+    return _write(record, evaluation, folder)
+
+
+def _measure_quantized(
+    request: CellRequest,
+    recipe: Recipe,
+    folder: Path,
+    task: Task,
+    loaded: LoadedModel,
+    full: ResultRecord,
+    device: torch.device,
+    report: Report,
+) -> Path:
+    seconds: dict[str, float] = {}
+    clock = time.monotonic()
+
+    def lap(stage: str) -> None:
+        nonlocal clock
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds[stage] = time.monotonic() - clock
+        clock = time.monotonic()
+
+    calibration = task.calibration(loaded, request.data, recipe)
+    fingerprint = fingerprint_of(loaded, calibration, recipe)
+    chain = task.build(loaded, recipe).to(device)
+    resources = Resources(report, request.placement, request.eval_batch)
+    facts = checkpoint_facts(request, loaded)
+    lap("load")
+    # Methods that share all range settings share the file: it is computed once.
+    shared = f"{recipe.calibration_digest()}{loaded.sha256}{calibration.fingerprint}{NUMERICS_VERSION}{request.model.model_args}"
+    ranges = request.results.parent / "calibration" / f"{hashlib.sha256(shared.encode()).hexdigest()[:24]}.safetensors"
+    if request.force:
+        ranges.unlink(missing_ok=True)
+    reused = calibrate_or_load(chain, calibration.images, recipe, resources, ranges, fingerprint, facts)
+    lap("calibrate (reused)" if reused else "calibrate")
+    log = ReconstructionLog()
+    blocks = folder / "blocks"
+    if request.force:
+        _remove_blocks(blocks)
+    if recipe.reconstruct:
+        log = reconstruct_with_checkpoints(
+            chain, calibration.images, recipe, task.divergence(recipe), resources, blocks, fingerprint
+        )
+        lap("reconstruct")
+    finish(chain)
+    facts["stage"] = "reconstructed" if recipe.reconstruct else "calibrated"
+    save_checkpoint(folder / "quantized.safetensors", chain.state_dict(), fingerprint, facts)
+    evaluation = task.evaluate(chain, loaded, request.data, device, request.eval_batch, request.workers, report)
+    lap("evaluate")
+    record = _record(request, loaded, evaluation, full.metrics, seconds, device).model_copy(
+        update={
+            "calibration": Calibration(ids=calibration.ids, transform=calibration.transform, fingerprint=calibration.fingerprint),
+            "modules": module_map(chain),
+            "last_loss": log.last_loss,
+            "fisher_passes": log.fisher_passes,
+            "notes": log.notes,
+            "skipped_images": sorted({*calibration.skipped, *evaluation.skipped}),
+        }
+    )
+    path = _write(record, evaluation, folder)
+    _remove_blocks(blocks)
+    return path
+
+
+def _record(
+    request: CellRequest,
+    loaded: LoadedModel,
+    evaluation: Evaluation,
+    full: dict[str, Metric],
+    seconds: dict[str, float],
+    device: torch.device,
+) -> ResultRecord:
+    recipe = request.recipe
+    return ResultRecord(
+        task=request.task,
+        model=loaded.tag,
+        method="fp" if recipe is None else recipe.method,
+        variant=variant_name(request),
+        w_bit=32 if recipe is None else recipe.w_bits,
+        a_bit=32 if recipe is None else recipe.a_bits,
+        seed=None if recipe is None else recipe.seed,
+        recipe=None if recipe is None else recipe.model_dump(mode="json"),
+        recipe_digest="" if recipe is None else recipe.digest(),
+        metrics=evaluation.metrics,
+        n=evaluation.n,
+        fp_metrics=full,
+        weights=Weights(tag=loaded.tag, source=loaded.source, sha256=loaded.sha256),
+        dataset=evaluation.dataset,
+        calibration=None,
+        modules=None,
+        skipped_images=evaluation.skipped,
+        environment=describe(device),
+        seconds={stage: round(value, 3) for stage, value in seconds.items()},
+        peak_memory_bytes=peak_memory(device),
+        finished=datetime.now(UTC).isoformat(timespec="seconds"),
+        outcomes="outcomes.npz",
+    )
+
+
+def _write(record: ResultRecord, evaluation: Evaluation, folder: Path) -> Path:
+    with replaced_whole(folder / record.outcomes) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **evaluation.outcomes)
+    return write_record(record, folder)
+
+
+def _remove_blocks(folder: Path) -> None:
+    """Remove block checkpoints: once the record stands, the whole model is in ``quantized.safetensors``."""
+    for file in folder.glob("block-*.safetensors"):
+        file.unlink()
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()

@@ -1,0 +1,122 @@
+"""The stages of a run one by one, each from checkpoint to checkpoint."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fimaq_core.chain import BlockChain
+from fimaq_core.checkpoint import Fingerprint, load_checkpoint, read_header, save_checkpoint
+from fimaq_core.errors import CheckpointError
+from fimaq_core.layers import set_quantized
+from fimaq_core.progress import Report
+from fimaq_core.quantize import Resources, calibrate_or_load, finish, reconstruct_with_checkpoints
+from fimaq_core.recipe import Recipe, make_recipe
+from fimaq_core.reconstruction.reconstruct import ReconstructionLog
+from tasks.common.environment import resolve_device
+from tasks.common.request import CellRequest, DataRequest, ModelRequest
+from tasks.common.run import checkpoint_facts, fingerprint_of
+from tasks.common.task import Evaluation, LoadedModel, Task, get_task
+
+
+def calibrate_stage(request: CellRequest, out: Path, report: Report) -> None:
+    """Calibrate the model of ``request`` and write the checkpoint ``out``; an ``out`` of the same run is kept."""
+    assert request.recipe is not None
+    device = _start(request.device, request.threads)
+    task = get_task(request.task)
+    loaded = task.load(request.model)
+    calibration = task.calibration(loaded, request.data, request.recipe)
+    chain = task.build(loaded, request.recipe).to(device)
+    calibrate_or_load(
+        chain,
+        calibration.images,
+        request.recipe,
+        Resources(report, request.placement, request.eval_batch),
+        out,
+        fingerprint_of(loaded, calibration, request.recipe),
+        checkpoint_facts(request, loaded),
+    )
+
+
+def reconstruct_stage(
+    task_name: str, checkpoint: Path, out: Path, given: dict[str, Any], data: DataRequest, options: dict[str, Any], report: Report
+) -> ReconstructionLog:
+    """Reconstruct a calibrated checkpoint and write ``out``; finished blocks are kept beside it until it is whole.
+
+    Args:
+        given: recipe fields that replace the checkpoint's.
+        options: device, threads, eval_batch, placement, workers, weights, weights_folder.
+
+    Raises:
+        CheckpointError: the checkpoint is of another run, or given fields would change its ranges.
+    """
+    fingerprint, facts = read_header(checkpoint)
+    recipe = _changed(Recipe.model_validate(fingerprint.recipe), given)
+    device = _start(options["device"], options["threads"])
+    task, loaded = _load(task_name, checkpoint, facts, options)
+    calibration = task.calibration(loaded, data, recipe)
+    expected = fingerprint_of(loaded, calibration, recipe)
+    chain = task.build(loaded, recipe).to(device)
+    load_checkpoint(checkpoint, chain, expected, ranges_only=True)
+    blocks = out.with_name(f"{out.stem}.blocks")
+    log = reconstruct_with_checkpoints(
+        chain,
+        calibration.images,
+        recipe,
+        task.divergence(recipe),
+        Resources(report, options["placement"], options["eval_batch"]),
+        blocks,
+        expected,
+    )
+    finish(chain)
+    save_checkpoint(out, chain.state_dict(), expected, {**facts, "stage": "reconstructed"})
+    for file in blocks.glob("block-*.safetensors"):
+        file.unlink()
+    if blocks.is_dir():
+        blocks.rmdir()
+    return log
+
+
+def evaluate_stage(task_name: str, checkpoint: Path, data: DataRequest, options: dict[str, Any], report: Report) -> Evaluation:
+    """Evaluate a checkpoint of any stage. ``options`` as in :func:`reconstruct_stage`."""
+    fingerprint, facts = read_header(checkpoint)
+    device = _start(options["device"], options["threads"])
+    task, loaded = _load(task_name, checkpoint, facts, options)
+    chain = _restored(task, loaded, checkpoint, fingerprint).to(device)
+    return task.evaluate(chain, loaded, data, device, options["eval_batch"], options["workers"], report)
+
+
+def _restored(task: Task, loaded: LoadedModel, checkpoint: Path, fingerprint: Fingerprint) -> BlockChain:
+    if fingerprint.weights != loaded.sha256:
+        raise CheckpointError(
+            f"The checkpoint {checkpoint} was made from other weights (sha256 {fingerprint.weights[:12]}) than those found now "
+            f"({loaded.sha256[:12]})."
+        )
+    chain = task.build(loaded, Recipe.model_validate(fingerprint.recipe))
+    load_checkpoint(checkpoint, chain, None)
+    set_quantized(chain, True)
+    return chain
+
+
+def _changed(recipe: Recipe, given: dict[str, Any]) -> Recipe:
+    """The checkpoint's recipe with ``given`` fields; a given method replaces everything that does not determine ranges."""
+    ranges = {name: getattr(recipe, name) for name in Recipe.calibration_fields()}
+    method = given.get("method")
+    kept = ranges if method is not None else recipe.model_dump(mode="json", exclude={"method"})
+    return make_recipe(method or recipe.method, kept, {name: value for name, value in given.items() if name != "method"})
+
+
+def _load(task_name: str, checkpoint: Path, facts: dict[str, Any], options: dict[str, Any]) -> tuple[Task, LoadedModel]:
+    if facts.get("task") != task_name:
+        raise CheckpointError(f"The checkpoint {checkpoint} is of task {facts.get('task')!r}, not {task_name!r}.")
+    task = get_task(task_name)
+    request = ModelRequest(facts["model"], facts["model_args"])
+    request = replace(request, weights=options["weights"], weights_folder=options["weights_folder"])
+    return task, task.load(request)
+
+
+def _start(device: str, threads: int | None) -> torch.device:
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return resolve_device(device)

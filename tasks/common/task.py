@@ -1,0 +1,125 @@
+"""The protocol of a task: what the pipeline asks of it. One package a task, loaded only when it runs."""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fimaq_core.chain import BlockChain
+from fimaq_core.errors import RecipeError, suggest
+from fimaq_core.fisher.divergence import Divergence
+from fimaq_core.progress import Report
+from fimaq_core.recipe import Recipe
+from tasks.common.record import Dataset, Metric
+from tasks.common.request import DataRequest, ModelRequest
+
+TASKS = ("classification",)
+
+
+@dataclass
+class LoadedModel:
+    """A float model with its weights.
+
+    Attributes:
+        model: in eval mode, on the CPU.
+        tag: ``model.tag``.
+        source: where the weights came from, for people.
+        sha256: of the weights.
+        classes: number of outputs.
+        eval_transform, train_transform: image transforms.
+        data: name of the data set the model brings along, or None.
+    """
+
+    model: nn.Module
+    tag: str
+    source: str
+    sha256: str
+    classes: int
+    eval_transform: Callable[[Any], Tensor]
+    train_transform: Callable[[Any], Tensor]
+    data: str | None = None
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Calibration images (n, C, H, W) float32 with their ids, and which damaged ones were left out."""
+
+    images: Tensor
+    ids: list[str]
+    transform: str
+    fingerprint: str
+    skipped: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics and per-sample outcomes of one evaluation; ``outcomes`` are arrays of equal length."""
+
+    metrics: dict[str, Metric]
+    n: int
+    outcomes: dict[str, np.ndarray]
+    dataset: Dataset
+    skipped: list[str] = field(default_factory=list)
+
+
+class Task(Protocol):
+    """What a task package offers as ``tasks.<name>.task.TASK``."""
+
+    name: str
+
+    def model_tag(self, request: ModelRequest) -> str:
+        """The model's ``model.tag``; cheap, loads nothing but may hash a weights file. Raises ModelError."""
+        ...
+
+    def model_names(self) -> dict[str, str]:
+        """Short and demo names with what they stand for."""
+        ...
+
+    def preflight(self, model: ModelRequest, data: DataRequest) -> str | None:
+        """None if weights and data are there, else what is missing, where it is looked for, how to get it."""
+        ...
+
+    def load(self, request: ModelRequest) -> LoadedModel:
+        """Load model and weights. Raises ModelError."""
+        ...
+
+    def build(self, loaded: LoadedModel, recipe: Recipe) -> BlockChain:
+        """Turn the model into a chain. Raises ModelError."""
+        ...
+
+    def calibration(self, loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> CalibrationSet:
+        """Draw the calibration images. Raises DataError."""
+        ...
+
+    def divergence(self, recipe: Recipe) -> Divergence:
+        """The divergence behind the Fisher passes."""
+        ...
+
+    def evaluate(
+        self,
+        model: nn.Module,
+        loaded: LoadedModel,
+        data: DataRequest,
+        device: torch.device,
+        batch_size: int,
+        workers: int,
+        report: Report,
+    ) -> Evaluation:
+        """Measure ``model``, which is on ``device``. Raises DataError, NumericsError."""
+        ...
+
+
+def get_task(name: str) -> Task:
+    """Import a task.
+
+    Raises:
+        RecipeError: there is no such task.
+    """
+    if name not in TASKS:
+        raise RecipeError(f"Unknown task '{name}'.{suggest(name, TASKS)}")
+    task: Task = importlib.import_module(f"tasks.{name}.task").TASK
+    return task
