@@ -18,7 +18,8 @@ from fimaq_core.errors import RecipeError, suggest
 #: Bit-width that switches a quantizer off.
 OFF = 32
 
-Loss = Literal["mse", "mae", "fisher_brecq", "fisher_diag", "fisher_lr", "fisher_dplr"]
+#: Names of block losses; :func:`fimaq_core.fisher.losses.register_loss` adds to them.
+LOSSES = ["mse", "mae", "fisher_brecq", "fisher_diag", "fisher_lr", "fisher_dplr"]
 
 _CALIBRATION_FIELDS = (
     "w_bits",
@@ -88,10 +89,10 @@ class Recipe(BaseModel):
     learn_scales: bool = _field(True, "reconstruction", "Learn activation scales.")
     round_weight: float = _field(0.01, "reconstruction", "Weight of the rounding regulariser.", ge=0)
     round_warmup: float = _field(0.2, "reconstruction", "Share of the steps before the regulariser starts.", ge=0, lt=1)
-    beta_start: float = _field(20.0, "reconstruction", "Exponent of the regulariser at its start.", gt=0)
-    beta_end: float = _field(2.0, "reconstruction", "Exponent of the regulariser at the end.", gt=0)
+    beta_start: float = _field(20.0, "reconstruction", "Exponent of the regulariser at its start.", ge=1)
+    beta_end: float = _field(2.0, "reconstruction", "Exponent of the regulariser at the end.", ge=1)
 
-    loss: Loss = _field("fisher_dplr", "loss", "Block loss.")
+    loss: str = _field("fisher_dplr", "loss", f"Block loss: {', '.join(LOSSES)}.")
     fisher_k: int = _field(5, "loss", "Fisher passes a block, the rank of the low-rank part.", ge=1, le=64)
     fisher_mode: Literal["q", "qf"] = _field(
         "q", "loss", "Fisher passes spread over the steps (q) or before each of the first k steps (qf)."
@@ -110,6 +111,13 @@ class Recipe(BaseModel):
     def _bits(cls, value: int | None) -> int | None:
         if value is not None and value != OFF and not 2 <= value <= 8:
             raise ValueError(f"{value} bits is outside 2 to 8 (or {OFF} for off)")
+        return value
+
+    @field_validator("loss")
+    @classmethod
+    def _loss(cls, value: str) -> str:
+        if value not in LOSSES:
+            raise ValueError(f"there is no loss '{value}'.{suggest(value, LOSSES)}")
         return value
 
     @property

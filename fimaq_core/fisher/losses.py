@@ -5,8 +5,13 @@ k Fisher passes, stacked to G and D, (k, N). Source: FIMA-Q (Wu et al., CVPR 202
 released code; ``fisher_brecq`` is BRECQ's squared gradient (Li et al., ICLR 2021).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from fimaq_core.errors import RecipeError
+from fimaq_core.recipe import LOSSES
 
 #: Eigenvalues of D Dᵀ below this share of the largest one are raised to it.
 DAMPING = 1e-8
@@ -66,3 +71,19 @@ def inverse_gram(errors: Tensor) -> tuple[Tensor, bool]:
     floor = top * DAMPING
     inverse = (vectors / values.clamp(min=floor)) @ vectors.t()
     return inverse.to(errors.dtype), bool(values[0] < floor)
+
+
+#: Losses of the output error alone, (B, N) to a scalar, by name.
+PLAIN: dict[str, Callable[[Tensor], Tensor]] = {"mse": squared_error, "mae": absolute_error}
+
+
+def register_loss(name: str, loss: Callable[[Tensor], Tensor]) -> None:
+    """Add a block loss: a function of the block's output error Δ, (B, N) to a scalar. It is divided by its start.
+
+    Raises:
+        RecipeError: the name is taken.
+    """
+    if name in LOSSES:
+        raise RecipeError(f"A loss named '{name}' exists already: choose another name.")
+    PLAIN[name] = loss
+    LOSSES.append(name)

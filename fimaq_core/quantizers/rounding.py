@@ -97,6 +97,29 @@ class RoundingProblem:
         return [part.flatten(1).clamp(0, count - 1) for part, count in zip(decided, self.levels, strict=True)]
 
 
-def rounding_penalty(h: Tensor, beta: float | Tensor) -> Tensor:
-    """Regulariser ``Σ (1 - |2h - 1| ** β)``: 0 where every h is 0 or 1."""
-    return (1 - (2 * h - 1).abs().pow(beta)).sum()
+class _Penalty(torch.autograd.Function):
+    """``Σ (1 - |2h - 1| ** β)`` with one power for value and gradient together."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, beta: float) -> Tensor:
+        centred = h * 2 - 1
+        distance = centred.abs()
+        power = distance.pow(beta - 1)
+        ctx.save_for_backward(centred.sign_().mul_(power).mul_(-2 * beta))
+        return h.numel() - torch.dot(power, distance)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (slope,) = ctx.saved_tensors
+        return slope * grads[0], None
+
+
+def rounding_penalty(h: Tensor, beta: float) -> Tensor:
+    """Regulariser ``Σ (1 - |2h - 1| ** β)``, a scalar: 0 where every h is 0 or 1.
+
+    Args:
+        h: (n,) soft roundings in [0, 1].
+        beta: β, at least 1.
+    """
+    penalty: Tensor = _Penalty.apply(h, beta)  # type: ignore[no-untyped-call]
+    return penalty

@@ -139,7 +139,7 @@ class BlockTrainer:
         mask = bernoulli_mask(quantized, probability, self.generator)
         if mask is None:
             return quantized
-        return torch.where(mask, quantized, self._gather(self.tape.full, samples))
+        return torch.lerp(self._gather(self.tape.full, samples), quantized, mask)
 
     def finish(self) -> None:
         """Decide the rounding, fold it into the layers' codes and leave training."""

@@ -118,10 +118,8 @@ class BlockObjective:
         if self.kind == "head":
             return kl_divergence(output, target)
         delta = (output - target).flatten(1)
-        if self.kind == "mse":
-            return self._over_start("mse", losses.squared_error(delta))
-        if self.kind == "mae":
-            return self._over_start("mae", losses.absolute_error(delta))
+        if self.kind in losses.PLAIN:
+            return self._over_start(self.kind, losses.PLAIN[self.kind](delta))
         gradients = self._gradients
         assert gradients is not None
         if self.kind == "fisher_brecq":

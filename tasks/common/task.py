@@ -17,7 +17,9 @@ from fimaq_core.recipe import Recipe
 from tasks.common.record import Dataset, Metric
 from tasks.common.request import DataRequest, ModelRequest
 
+#: Tasks that are packages here; their heavy libraries load only when they run.
 TASKS = ("classification",)
+_REGISTERED: dict[str, "Task"] = {}
 
 
 @dataclass
@@ -113,13 +115,26 @@ class Task(Protocol):
         ...
 
 
+def register_task(task: Task) -> None:
+    """Make a task from elsewhere known under its name.
+
+    Raises:
+        RecipeError: the name is taken.
+    """
+    if task.name in TASKS or task.name in _REGISTERED:
+        raise RecipeError(f"A task named '{task.name}' exists already: choose another name.")
+    _REGISTERED[task.name] = task
+
+
 def get_task(name: str) -> Task:
-    """Import a task.
+    """Find a task, importing its package.
 
     Raises:
         RecipeError: there is no such task.
     """
+    if name in _REGISTERED:
+        return _REGISTERED[name]
     if name not in TASKS:
-        raise RecipeError(f"Unknown task '{name}'.{suggest(name, TASKS)}")
+        raise RecipeError(f"Unknown task '{name}'.{suggest(name, [*TASKS, *_REGISTERED])}")
     task: Task = importlib.import_module(f"tasks.{name}.task").TASK
     return task

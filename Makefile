@@ -1,0 +1,58 @@
+# The front door. Every target sets up what it needs; `make help` lists them.
+SHELL := /bin/sh
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.setup-done
+
+PROFILE ?= demo
+RUN := $(PY) -m benchmarks
+
+# Filters and settings become options only where they are given.
+FILTERS := $(if $(TASKS),--tasks $(TASKS)) $(if $(MODELS),--models $(MODELS)) $(if $(METHODS),--methods $(METHODS)) \
+	$(if $(BITS),--bits $(BITS)) $(if $(SEEDS),--seeds $(SEEDS))
+PLACES := $(if $(IMAGENET),--imagenet "$(IMAGENET)") $(if $(WEIGHTS),--weights "$(WEIGHTS)")
+SETTINGS := $(if $(DEVICE),--device $(DEVICE)) $(if $(JOBS),--jobs $(JOBS)) $(if $(filter 1,$(PLAN)),--plan) \
+	$(if $(filter 1,$(FORCE)),--force)
+
+.PHONY: help setup reproduce-table diff test lint format clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo "  reproduce-table takes PROFILE=demo|paper IMAGENET=/path WEIGHTS=/path TASKS= MODELS= METHODS= BITS=w3a3,w4a4"
+	@echo "  SEEDS= DEVICE=cpu|cuda|cuda:N JOBS=N PLAN=1 FORCE=1"
+
+setup: $(STAMP) ## make the virtual environment in .venv
+
+# The stamp is made last, so that a set-up that was broken off is done again.
+$(STAMP): requirements/lock.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 2; }
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip install --quiet --disable-pip-version-check uv
+	@echo "installing packages into $(VENV)"
+	@$(PY) -m uv pip install --quiet --python $(PY) -r requirements/lock.txt
+	@$(PY) -m uv pip install --quiet --python $(PY) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+reproduce-table: $(STAMP) ## run a profile's grid and print its table
+	@$(RUN) run --profile $(PROFILE) $(FILTERS) $(PLACES) $(SETTINGS)
+
+# Nothing comparable (2) is an answer, not a failure; differing results (1) are.
+diff: $(STAMP) ## set measured tables against published numbers
+	@$(RUN) diff; status=$$?; test $$status -eq 2 || exit $$status
+
+test: $(STAMP) ## run all tests
+	@$(PY) -m pytest
+
+lint: $(STAMP) ## ruff, and mypy (strict on fimaq_core)
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+
+format: $(STAMP) ## format the code
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .
+
+clean: ## remove the virtual environment and everything that runs wrote
+	rm -rf $(VENV) results/runs results/tables results/calibration

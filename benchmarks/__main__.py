@@ -1,0 +1,6 @@
+"""``python -m benchmarks``. Worker processes import this file too, so nothing may happen outside the guard."""
+
+if __name__ == "__main__":
+    from benchmarks.cli import cli
+
+    cli(prog_name="python -m benchmarks")

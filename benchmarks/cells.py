@@ -1,0 +1,123 @@
+"""A cell of a grid, and the three functions of a task adapter that the harness needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fimaq_core.errors import FimaqError
+from fimaq_core.progress import Report
+from fimaq_core.recipe import OFF, Recipe
+from tasks.common.record import ResultRecord, bits_name, read_record
+from tasks.common.request import CellRequest, DataRequest, ModelRequest
+
+if TYPE_CHECKING:
+    from benchmarks.grid import Grid
+
+Key = tuple[str, str, str, int, int, int | None]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What the command line says beside the grid.
+
+    Attributes:
+        results: root of everything a run writes.
+        data: the data set's folder, for tasks whose grid needs one.
+        weights: folder with local checkpoints.
+        device: replaces the grid's device; None keeps it.
+        threads: replaces the grid's threads; None keeps them.
+        force: measure again what is done.
+    """
+
+    results: Path = Path("results")
+    data: Path | None = None
+    weights: Path | None = None
+    device: str | None = None
+    threads: int | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement: a model, a method, bits and a seed. Full precision has 32/32 bits and no seed."""
+
+    task: str
+    model: str
+    method: str
+    w_bit: int
+    a_bit: int
+    seed: int | None
+    request: CellRequest
+
+    @property
+    def key(self) -> Key:
+        """What tells the cells of a grid apart."""
+        return (self.task, self.model, self.method, self.w_bit, self.a_bit, self.seed)
+
+    @property
+    def bits(self) -> str:
+        """Short name of the bit-widths."""
+        return bits_name(self.w_bit, self.a_bit)
+
+    @property
+    def label(self) -> str:
+        """Name for people."""
+        if self.request.recipe is None:
+            return f"{self.model} {self.method}"
+        return f"{self.model} {self.method} {self.bits} seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What the harness asks of the tasks; tests put their own in.
+
+    Attributes:
+        run_cell: measures one cell and returns the path of its record. Must be importable by name (worker processes).
+        planned_folder: the cell's folder, without running anything.
+        preflight: what is missing for the cell, in one message, or None.
+    """
+
+    run_cell: Callable[[CellRequest, Report], Path]
+    planned_folder: Callable[[CellRequest], Path]
+    preflight: Callable[[CellRequest], str | None]
+
+
+def default_adapter() -> Adapter:
+    """Return the real one. Imported late: planning and tables should not wait for heavy libraries."""
+    from tasks.common import run
+
+    return Adapter(run.run_cell, run.planned_folder, run.preflight)
+
+
+def make_cell(grid: Grid, task: str, model: str, recipe: Recipe | None, options: RunOptions) -> Cell:
+    """Return the cell of ``model`` with ``recipe`` (None: full precision) under the grid's settings."""
+    device = options.device or grid.device
+    request = CellRequest(
+        task=task,
+        model=ModelRequest(name=model, weights_folder=options.weights),
+        data=DataRequest(path=options.data if grid.tasks[task].data == "folder" else None),
+        recipe=recipe,
+        variant=None if recipe is None else grid.variant,
+        results=options.results / "runs",
+        device=device,
+        threads=options.threads or grid.threads,
+        force=options.force,
+    )
+    if recipe is None:
+        return Cell(task, model, "fp", OFF, OFF, None, request)
+    return Cell(task, model, recipe.method, recipe.w_bits, recipe.a_bits, recipe.seed, request)
+
+
+def finished_record(cell: Cell, adapter: Adapter) -> ResultRecord | None:
+    """Return the cell's record, or None if there is none that can be read.
+
+    Where not even the cell's identity can be known yet (data or weights are missing), it is not finished either.
+    """
+    try:
+        path = adapter.planned_folder(cell.request) / "result.json"
+        return read_record(path) if path.is_file() else None
+    except FimaqError:
+        return None

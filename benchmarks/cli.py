@@ -1,0 +1,106 @@
+"""The command line: ``python -m benchmarks run | diff | reference``.
+
+Exit codes: 0 done; 1 some cells failed, or measured numbers differ from published ones; 2 cannot run, or nothing is
+comparable; 130 broken off.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from benchmarks.cells import Adapter, RunOptions, default_adapter
+from benchmarks.commands import NotReady, run_diff, run_grid, run_reference
+from benchmarks.grid import Filters, Grid, load_grid, parse_filters
+from fimaq_core.errors import FimaqError
+
+
+class _Group(click.Group):
+    """A command group whose user errors are one line on stderr."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except NotReady as error:
+            click.echo(str(error), err=True)
+        except FimaqError as error:
+            click.echo(f"error: {error}", err=True)
+        except KeyboardInterrupt:
+            click.echo("\nBroken off. Finished cells are kept: the same command goes on where it stopped.", err=True)
+            ctx.exit(130)
+        except BrokenPipeError:
+            # The reader of our output has gone (such as `| head`); Python would complain once more while it exits.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        ctx.exit(2)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+def cli() -> None:
+    """Run grids of models and methods, make tables, compare with published numbers."""
+
+
+def _profile(command: Any) -> Any:
+    return click.option("--profile", default="demo", show_default=True, help="demo, paper, or a grid's .yaml file.")(command)
+
+
+def _results(command: Any) -> Any:
+    return click.option(
+        "--results", type=click.Path(path_type=Path), default=Path("results"), show_default=True,
+        help="Folder of runs and tables.",
+    )(command)  # fmt: skip
+
+
+def _adapter() -> Adapter:
+    found = click.get_current_context().obj
+    return found if isinstance(found, Adapter) else default_adapter()
+
+
+def _folder(text: str) -> Path | None:
+    return Path(text).expanduser() if text else None
+
+
+@cli.command()
+@_profile
+@click.option("--tasks", default="", help="Only these tasks (comma list).")
+@click.option("--models", default="", help="Only these models; also ones the profile has but does not run by default.")
+@click.option("--methods", default="", help="Only these methods; fp is full precision.")
+@click.option("--bits", default="", help="Only these bits, such as w3a3,w4a4; also ones outside the profile.")
+@click.option("--seeds", default="", help="Only these seeds; also ones outside the profile.")
+@click.option("--device", default="", help="cpu, cuda, cuda:N or auto instead of the profile's device.")
+@click.option("--imagenet", default="", metavar="PATH", help="ImageNet-1k folder that holds val/ and train/.")
+@click.option("--weights", default="", metavar="DIR", help="Folder with checkpoints named <model.tag>.safetensors, .pth or .bin.")
+@_results
+@click.option("--jobs", type=click.IntRange(min=1), help="Cells at a time. CPU: by cores and threads; GPU: 1.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads a cell, instead of the profile's.")
+@click.option("--plan", is_flag=True, help="List the cells and their settings; run nothing.")
+@click.option("--force", is_flag=True, help="Measure again what is done.")
+def run(
+    profile: str, tasks: str, models: str, methods: str, bits: str, seeds: str, device: str, imagenet: str, weights: str,
+    results: Path, jobs: int | None, threads: int | None, plan: bool, force: bool,
+) -> None:  # fmt: skip
+    """Measure a grid's cells, then print and write its table. Finished cells are not measured again."""
+    grid: Grid = load_grid(profile)
+    filters: Filters = parse_filters(grid, tasks, models, methods, bits, seeds)
+    options = RunOptions(results, _folder(imagenet), _folder(weights), device or None, threads, force)
+    click.get_current_context().exit(run_grid(grid, profile, filters, options, _adapter(), jobs, plan))
+
+
+@cli.command()
+@_results
+@click.option("--all", "show_all", is_flag=True, help="Also list what has no published number.")
+def diff(results: Path, show_all: bool) -> None:
+    """Compare everything measured with published numbers, like with like only."""
+    click.get_current_context().exit(run_diff(results, show_all))
+
+
+@cli.command()
+@_profile
+@click.option("--imagenet", default="", metavar="PATH", help="As for run.")
+@click.option("--weights", default="", metavar="DIR", help="As for run.")
+@_results
+def reference(profile: str, imagenet: str, weights: str, results: Path) -> None:
+    """Make the finished grid the committed reference (results/reference/) of its profile."""
+    options = RunOptions(results, _folder(imagenet), _folder(weights))
+    click.get_current_context().exit(run_reference(load_grid(profile), options, _adapter()))

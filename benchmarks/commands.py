@@ -1,0 +1,188 @@
+"""What the commands do, behind their options."""
+
+import dataclasses
+import os
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from benchmarks.cells import Adapter, Cell, RunOptions, finished_record
+from benchmarks.grid import Filters, Grid, expand
+from fimaq_core.errors import FimaqError
+
+
+class NotReady(FimaqError):
+    """The run cannot start; the text holds whole error lines, printed as they are."""
+
+
+def run_grid(
+    grid: Grid, profile: str, filters: Filters, options: RunOptions, adapter: Adapter, jobs: int | None, plan: bool
+) -> int:
+    """Run a grid and return the exit code. See ``python -m benchmarks run --help``."""
+    from benchmarks.display import make_display
+    from benchmarks.plan import plan_text
+    from benchmarks.runner import Runner, default_jobs, missing
+
+    cells = expand(grid, filters, options)
+    if not cells:
+        raise FimaqError("The filters leave no cell.")
+    if plan:
+        print(plan_text(cells, adapter))
+        return 0
+    todo = cells if options.force else [cell for cell in cells if finished_record(cell, adapter) is None]
+    failures = []
+    if todo:
+        options = dataclasses.replace(options, device=_device(options.device or grid.device))
+        todo_keys = {cell.key for cell in todo}
+        todo = [cell for cell in expand(grid, filters, options) if cell.key in todo_keys]
+        messages = missing(todo, adapter)
+        if messages:
+            raise NotReady("\n".join(f"error: {message}" for message in messages))
+        threads = options.threads or grid.threads
+        console = Console(highlight=False)
+        runner = Runner(
+            adapter, make_display(console), jobs or grid.jobs or default_jobs(threads, str(options.device)), threads,
+            options.results / "runs" / ".logs", done=len(cells) - len(todo),
+        )  # fmt: skip
+        failures = runner.run(todo)
+    else:
+        print(f"All {len(cells)} cells are done already.")
+    write_tables(grid, filters, options, adapter, cells)
+    if failures:
+        print(f"\n{len(failures)} of {len(cells)} cells failed:", file=sys.stderr)
+        for failure in failures:
+            log = f" (details: {failure.log})" if failure.log else ""
+            kept = " The table keeps its former value." if finished_record(failure.cell, adapter) else ""
+            print(f"  {failure.cell.label}: {failure.message}{log}{kept}", file=sys.stderr)
+        print("Finished cells are kept. To run only the failed ones:", file=sys.stderr)
+        print(f"  {rerun_command(profile, [f.cell for f in failures], options, jobs)}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _device(device: str) -> str:
+    """Resolve ``auto`` and refuse a GPU that is not there. Only for runs: it costs the import of torch."""
+    if not re.fullmatch(r"cpu|auto|mps|cuda(:\d+)?", device):
+        raise FimaqError(f"Unknown device '{device}': use cpu, cuda, cuda:N or auto.")
+    if device == "cpu":
+        return device
+    import torch
+
+    if device == "auto":
+        chosen = "cuda" if torch.cuda.is_available() else "cpu"
+        note = "" if chosen == "cuda" else ": no GPU is visible to PyTorch, and this grid takes very long without one"
+        print(f"Device: {chosen}{note}.")
+        return chosen
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise FimaqError(f"Device '{device}': PyTorch sees no GPU here. Use cpu, or install a driver and PyTorch with CUDA.")
+    return device
+
+
+def write_tables(grid: Grid, filters: Filters, options: RunOptions, adapter: Adapter, cells: Sequence[Cell]) -> None:
+    """Write the profile's table files, print the table of ``cells`` and compare it with the reference.
+
+    The files cover the whole grid's finished cells and this run's: a run with filters never shrinks them.
+    """
+    from benchmarks import reference, summary, tables
+
+    full = expand(grid, Filters(), options)
+    everything = list({cell.key: cell for cell in [*full, *cells]}.values())
+    if filters.active:
+        # In the grid's order, also where this run went beyond it: group by model as the grid does.
+        order = {model: index for index, model in enumerate(dict.fromkeys(cell.model for cell in everything))}
+        everything.sort(key=lambda cell: (cell.task, order[cell.model]))
+    measured = tables.collect(everything, adapter)
+    folder = options.results / "tables"
+    tables.write_text(folder / f"{grid.name}.csv", tables.csv_text(tables.frame(measured)))
+    tables.write_text(folder / f"{grid.name}.md", summary.report(title(grid), measured, everything))
+    keys = {cell.key for cell in cells}
+    mine = [item for item in measured if item.cell.key in keys]
+    print()
+    print(summary.report(title(grid), mine, cells))
+    for line in reference.compare(grid, mine):
+        print(line)
+    print(f"Table: {folder / f'{grid.name}.csv'} and {folder / f'{grid.name}.md'}")
+
+
+def title(grid: Grid) -> str:
+    """Return the heading of a grid's table."""
+    return f"Profile {grid.name}" + (f": {grid.description}" if grid.description else "")
+
+
+def rerun_command(profile: str, cells: Sequence[Cell], options: RunOptions, jobs: int | None) -> str:
+    """Return the command that runs just these cells. It may name finished ones beside them, which are skipped."""
+
+    def values(name: str) -> str:
+        found = [getattr(cell, name) for cell in cells if name in ("task", "model", "method") or cell.request.recipe is not None]
+        return ",".join(dict.fromkeys(str(value) for value in found))
+
+    parts = [_python(), "-m", "benchmarks", "run", "--profile", profile]
+    for flag, value in (
+        ("--tasks", values("task")), ("--models", values("model")), ("--methods", values("method")), ("--bits", values("bits")),
+        ("--seeds", values("seed")), ("--device", options.device), ("--imagenet", options.data), ("--weights", options.weights),
+        ("--threads", options.threads), ("--jobs", jobs),
+    ):  # fmt: skip
+        if value:
+            parts += [flag, str(value)]
+    if options.results != Path("results"):
+        parts += ["--results", str(options.results)]
+    return shlex.join(parts)
+
+
+def _python() -> str:
+    relative = os.path.relpath(sys.executable)
+    return "python" if relative.startswith("..") else relative
+
+
+def run_reference(grid: Grid, options: RunOptions, adapter: Adapter) -> int:
+    """Write the reference of a finished grid and return the exit code."""
+    from benchmarks import reference, summary, tables
+
+    cells = expand(grid, Filters(), options)
+    measured = tables.collect(cells, adapter)
+    if len(measured) < len(cells):
+        raise FimaqError(
+            f"Only {len(measured)} of {len(cells)} cells of '{grid.name}' are measured, and a reference needs all: "
+            f"run `make reproduce-table PROFILE={grid.name}` first."
+        )
+    for path in reference.write_reference(grid, measured, summary.report(title(grid), measured, cells)):
+        print(f"wrote {path}")
+    return 0
+
+
+def run_diff(results: Path, show_all: bool) -> int:
+    """Compare all records with published numbers, print and write the table, and return the exit code."""
+    from tabulate import tabulate  # type: ignore[import-untyped, unused-ignore]
+
+    from benchmarks import diff, tables
+
+    records, problems = diff.read_records(results / "runs")
+    for problem in problems:
+        print(f"warning: {problem}", file=sys.stderr)
+    if not records:
+        print(f"Nothing is comparable yet: nothing is measured under {results / 'runs'}. Run `make reproduce-table` first.")
+        return 2
+    table = diff.diff(records)
+    path = results / "tables" / "diff.csv"
+    tables.write_text(path, tables.csv_text(table))
+    judged = table[table["verdict"] != diff.NOT_COMPARABLE]
+    shown = table if show_all else table[table["published"].notna()]
+    if not shown.empty:
+        columns = [name for name in diff.COLUMNS if name not in ("task", "dataset", "seeds")]
+        print(tabulate(shown[columns].fillna("").values.tolist(), headers=columns, floatfmt=".2f"))
+        print()
+    hidden = table[~table.index.isin(shown.index)]
+    for reason, count in hidden["reason"].value_counts().items():
+        print(f"{count} measured values: {reason}.")
+    if judged.empty:
+        print(
+            "Nothing is comparable yet: no measured number is on the same data, weights, settings and bits as a published one. "
+            "For that: make reproduce-table PROFILE=paper IMAGENET=/path/to/imagenet"
+        )
+        return 2
+    counts = ", ".join(f"{count} {verdict}" for verdict, count in judged["verdict"].value_counts().items())
+    print(f"{len(judged)} comparisons: {counts}. Table: {path}")
+    return 0 if (judged["verdict"] == diff.REPRODUCED).all() else 1

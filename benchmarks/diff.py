@@ -1,0 +1,214 @@
+"""Measured against published numbers: like with like, two-sided, each verdict with its tolerance and its reason."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import pandas as pd
+
+from benchmarks.names import PUBLISHED, Names, load_names
+from fimaq_core.errors import FimaqError
+from fimaq_core.recipe import METHODS, Recipe
+from tasks.common.record import ResultRecord, bits_name, read_record, recipe_of
+
+COLUMNS = [
+    "task", "dataset", "model", "method", "bits", "metric", "measured", "se", "seeds", "published", "variant", "source",
+    "evidence", "difference", "verdict", "reason",
+]  # fmt: skip
+
+#: Points by which two runs of one recipe may differ in any case.
+TOLERANCE = 0.3
+REPRODUCED, ABOVE, BELOW, NOT_COMPARABLE = "reproduced", "above", "below", "not comparable"
+_STRONG = ("primary", "cited")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One metric of one model, method and bits under one set of settings: its mean over seeds.
+
+    Attributes:
+        sampling: standard error from the finite number of samples. All seeds see the same samples, so it does not shrink
+            with their number.
+        spread: sample standard deviation over seeds; None where there is one.
+    """
+
+    record: ResultRecord
+    metric: str
+    value: float
+    sampling: float
+    spread: float | None
+    seeds: int
+
+    @property
+    def se(self) -> float:
+        """Standard error of the mean: sampling and seeds together."""
+        return math.hypot(self.sampling, 0.0 if self.spread is None else self.spread / math.sqrt(self.seeds))
+
+
+def read_records(root: Path) -> tuple[list[ResultRecord], list[str]]:
+    """Return every record under ``root`` and a message for each that cannot be read."""
+    records, problems = [], []
+    for path in sorted(root.rglob("result.json")):
+        try:
+            records.append(read_record(path))
+        except FimaqError as error:
+            problems.append(str(error))
+    return records, problems
+
+
+def measurements(records: Iterable[ResultRecord]) -> list[Measurement]:
+    """Average over seeds whatever differs in nothing but the seed."""
+    groups: dict[tuple[object, ...], dict[int | None, ResultRecord]] = {}
+    for record in records:
+        recipe = None if record.recipe is None else {k: v for k, v in record.recipe.items() if k != "seed"}
+        key = (
+            record.task, record.dataset.fingerprint, record.dataset.name, record.dataset.split, record.model, record.method,
+            record.w_bit, record.a_bit, record.variant, record.weights.sha256, repr(sorted((recipe or {}).items())),
+        )  # fmt: skip
+        group = groups.setdefault(key, {})
+        if record.seed not in group or group[record.seed].finished < record.finished:
+            group[record.seed] = record
+    found = []
+    for group in groups.values():
+        members = list(group.values())
+        for name in members[0].metrics:
+            metrics = [record.metrics[name] for record in members if name in record.metrics]
+            values = [metric.value for metric in metrics]
+            found.append(Measurement(
+                members[0], name, fmean(values), math.sqrt(fmean(metric.stderr**2 for metric in metrics)),
+                stdev(values) if len(values) > 1 else None, len(values),
+            ))  # fmt: skip
+    return found
+
+
+def published_rows() -> pd.DataFrame:
+    """Return the published accuracies, ``value`` and bits as numbers (bits 0 where the source states none)."""
+    table = pd.read_csv(PUBLISHED / "accuracy.csv", dtype=str, keep_default_na=False)
+    for column in ("w_bit", "a_bit"):
+        table[column] = pd.to_numeric(table[column]).fillna(0).astype(int)
+    return table.assign(value=table["value"].astype(float))
+
+
+def changed_settings(recipe: Recipe) -> dict[str, object]:
+    """Return the settings that are not the method's released ones and bear on the result."""
+    idle = ("reconstruction", "loss") if not recipe.reconstruct else ()
+    return {name: value for name, value in recipe.changes().items() if name == "reconstruct" or _group(name) not in idle}
+
+
+def _group(field: str) -> str:
+    extra = Recipe.model_fields[field].json_schema_extra
+    return str(extra.get("group")) if isinstance(extra, dict) else ""
+
+
+def _unlike(item: Measurement, names: Names) -> str | None:
+    """Say why a measurement compares with no published number whatsoever, or None if it may."""
+    record, data = item.record, item.record.dataset
+    wanted = [entry for entry in names.datasets.values() if entry.task == record.task and entry.name == data.name]
+    if not wanted:
+        return f"measured on {data.name} ({data.split}, {data.count} samples), on which nothing is published"
+    if (data.split, data.count) != (wanted[0].split, wanted[0].count) or record.n != wanted[0].count:
+        return (
+            f"measured on a part of {data.name} ({data.split}, {record.n} samples); "
+            f"published numbers use {wanted[0].split} with {wanted[0].count}"
+        )
+    if record.skipped_images:
+        return f"{len(record.skipped_images)} damaged images were left out"
+    model = _model(record, names)
+    if model is None:
+        return f"no published name is mapped to the model {record.model}"
+    if record.weights.tag != names.models[model].tag:
+        return f"weights {record.weights.tag}; published numbers use {names.models[model].tag}"
+    if record.method == "fp":
+        return None
+    if record.method not in METHODS:
+        return f"the method '{record.method}' is not known to this version, nor are its released settings"
+    try:
+        recipe = recipe_of(record)
+    except ValueError:
+        return "the record's recipe is not one of this version"
+    changes = changed_settings(recipe) if recipe is not None else {}
+    if changes:
+        return "settings changed from the released ones: " + ", ".join(f"{name} {value}" for name, value in changes.items())
+    return None
+
+
+def model_name(record: ResultRecord, names: Names) -> str:
+    """Return the short name of a record's model where it has one."""
+    published = _model(record, names)
+    return record.model if published is None else names.models[published].id
+
+
+def _model(record: ResultRecord, names: Names) -> str | None:
+    for published, model in names.models.items():
+        if record.model in (model.id, model.tag):
+            return published
+    return None
+
+
+def _rows_for(item: Measurement, rows: pd.DataFrame, names: Names) -> pd.DataFrame:
+    """Return the published rows of the same task, data set, model, method, bits and metric, whatever the variant."""
+    record = item.record
+    methods = [name for name, entry in names.methods.items() if record.method in (entry.id, *entry.comparable.values())]
+    sets = [name for name, entry in names.datasets.items() if (entry.task, entry.name) == (record.task, record.dataset.name)]
+    metrics = [name for name, here in names.metrics.items() if here == item.metric]
+    return rows[
+        (rows["task"] == record.task) & rows["dataset"].isin(sets) & (rows["model"] == (_model(record, names) or ""))
+        & rows["method"].isin(methods) & (rows["w_bit"] == record.w_bit) & (rows["a_bit"] == record.a_bit)
+        & rows["metric"].isin(metrics)
+    ]  # fmt: skip
+
+
+def diff(records: Sequence[ResultRecord], rows: pd.DataFrame | None = None, names: Names | None = None) -> pd.DataFrame:
+    """Compare records with published numbers.
+
+    A verdict is ``reproduced`` where the difference is within 0.3 points or two standard errors of the measured mean
+    (sampling and seeds), whichever is larger; else ``above`` or ``below``: better than published is a finding too. The
+    sampling error counts although published numbers come from the very same images, so the tolerance is on the wide side.
+    ``not comparable`` covers other data, other settings, other weights, published variants run with another framework,
+    and weak evidence, which is context only.
+
+    Returns:
+        One row a measured metric and published row (:data:`COLUMNS`); measured metrics without a published number have
+        one row with empty published columns.
+    """
+    rows = published_rows() if rows is None else rows
+    names = load_names() if names is None else names
+    result = []
+    for item in measurements(records):
+        record, unlike = item.record, _unlike(item, names)
+        common = [
+            record.task, record.dataset.name, model_name(record, names), record.method,
+            bits_name(record.w_bit, record.a_bit), item.metric, item.value, item.se, item.seeds,
+        ]  # fmt: skip
+        found = _rows_for(item, rows, names)
+        if found.empty:
+            reason = unlike or "no published number for this model, method and bits"
+            result.append([*common, math.nan, "", "", "", math.nan, NOT_COMPARABLE, reason])
+        for row in found.to_dict("records"):
+            value = float(row["value"])
+            verdict, reason = (NOT_COMPARABLE, unlike) if unlike else _judge(item, row, names)
+            # A difference between unlike things is no number anyone should quote.
+            gap = math.nan if unlike else item.value - value
+            result.append([*common, value, row["variant"], row["source"], row["evidence"], gap, verdict, reason])
+    return pd.DataFrame(result, columns=COLUMNS)
+
+
+def _judge(item: Measurement, row: Mapping[Any, Any], names: Names) -> tuple[str, str]:
+    """Return verdict and reason for a measurement and a published row of the same cell."""
+    method, variant = names.methods[str(row["method"])], str(row["variant"])
+    if row["evidence"] not in _STRONG:
+        return NOT_COMPARABLE, f"context only: {row['evidence']} evidence"
+    if method.comparable.get(variant) != item.record.method:
+        return NOT_COMPARABLE, f"context only: published variant '{variant}' was run with another framework or recipe"
+    gap = item.value - float(row["value"])
+    tolerance = max(TOLERANCE, 2 * item.se)
+    within = abs(gap) <= tolerance + 1e-9
+    rule = "0.3 points" if tolerance == TOLERANCE else "2 standard errors"
+    reason = f"{'within' if within else 'beyond'} ±{tolerance:.2f} ({rule})"
+    if item.spread is None and item.record.method != "fp":
+        reason += "; one seed, so the spread over seeds is not counted"
+    verdict = REPRODUCED if within else ABOVE if gap > 0 else BELOW
+    return verdict, reason

@@ -1,0 +1,157 @@
+"""The committed reference of a profile: what a sound installation should measure, and the comparison with it."""
+
+import json
+import math
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from benchmarks.grid import Grid
+from benchmarks.summary import pooled_sd
+from benchmarks.tables import Measured, csv_text, frame, over_seeds, read_csv, write_text
+
+REFERENCE = Path(__file__).resolve().parents[1] / "results" / "reference"
+
+#: Points. Below the first a difference is never worth a word; seeds spread by at least the second, however alike two of them
+#: happen to be; full precision has no seeds, and other machines only flip near-ties.
+SMALLEST, SPREAD_FLOOR, FP_TOLERANCE = 1.0, 0.3, 0.2
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where, when and from what a reference was measured."""
+
+    machine: str
+    versions: dict[str, str]
+    date: str
+    settings: dict[str, Any]
+    data: list[str]
+
+    def line(self) -> str:
+        """Return it in one line."""
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        return f"measured {self.date} on {self.machine}; {versions}"
+
+
+def provenance(grid: Grid, measured: Sequence[Measured]) -> Provenance:
+    """Describe the present measurements. No host names and no paths: they say nothing and do not belong in a repository."""
+    versions: dict[str, set[str]] = {"python": {platform.python_version()}}
+    for item in measured:
+        for name, version in item.record.environment.versions.items():
+            versions.setdefault(name, set()).add(version)
+    return Provenance(
+        machine=_machine(),
+        versions={name: " / ".join(sorted(found)) for name, found in sorted(versions.items())},
+        date=max((item.record.finished[:10] for item in measured), default=datetime.now(UTC).date().isoformat()),
+        settings=_settings(grid),
+        data=_data(measured),
+    )
+
+
+def _settings(grid: Grid) -> dict[str, Any]:
+    settings: dict[str, Any] = json.loads(json.dumps({"variant": grid.variant, "overrides": grid.overrides}))
+    return settings
+
+
+def _data(measured: Sequence[Measured]) -> list[str]:
+    sets = {item.record.dataset for item in measured}
+    return sorted(f"{data.name}, {data.split}, {data.count} samples, {data.fingerprint[:16]}" for data in sets)
+
+
+def _machine() -> str:
+    name = ""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                name = line.split(":", 1)[1].strip()
+                break
+    except OSError:
+        pass
+    return f"{name or platform.processor() or platform.machine()}, {os.cpu_count()} cores, {platform.system()}"
+
+
+def write_reference(grid: Grid, measured: Sequence[Measured], text: str, folder: Path = REFERENCE) -> list[Path]:
+    """Write the reference of a profile (CSV, Markdown, provenance as JSON) and return the files."""
+    origin = provenance(grid, measured)
+    content = {"machine": origin.machine, "versions": origin.versions, "date": origin.date, "settings": origin.settings,
+               "data": origin.data}  # fmt: skip
+    title, _, body = text.partition("\n\n")
+    files = {
+        folder / f"{grid.name}.csv": csv_text(frame(measured)),
+        folder / f"{grid.name}.md": f"{title}\n\nReference: {origin.line()}.\n\n{body}",
+        folder / f"{grid.name}.json": json.dumps(content, indent=1) + "\n",
+    }
+    for path, words in files.items():
+        write_text(path, words)
+    return list(files)
+
+
+def tolerances(reference: pd.DataFrame, mine: pd.DataFrame) -> pd.DataFrame:
+    """Return the cells both tables have, with their difference and the tolerance for it.
+
+    On another machine rounding errors differ, and thousands of optimisation steps turn them into what amounts to other
+    seeds. So a difference of means may be as large as seeds allow: ``max(1.0, 3·s·√(1/k_ref + 1/k_mine))`` points, with
+    ``s`` the reference's standard deviation over seeds, pooled over the models of one method and bits (two seeds alone
+    say little) and at least 0.3. The new table's own spread is left out on purpose: a broken installation must not widen
+    its own tolerance. Full precision, without seeds, may differ by 0.2.
+
+    Args:
+        reference, mine: tables of cells and metrics.
+    """
+    keys = ["task", "dataset", "model", "method", "bits", "metric"]
+    ours, theirs = over_seeds(mine), over_seeds(reference)
+    spread = {key: pooled_sd(rows) for key, rows in theirs.groupby(["task", "method", "bits", "metric"])}
+    both = theirs.merge(ours, on=keys, suffixes=("_ref", "_mine"))
+    limits = []
+    for row in both.to_dict("records"):
+        sd = spread[(row["task"], row["method"], row["bits"], row["metric"])]
+        sd = max(SPREAD_FLOOR, 0.0 if math.isnan(sd) else sd)
+        noise = 3 * sd * math.sqrt(1 / row["k_ref"] + 1 / row["k_mine"])
+        limits.append(FP_TOLERANCE if row["method"] == "fp" else max(SMALLEST, noise))
+    return both.assign(difference=both["mean_mine"] - both["mean_ref"], tolerance=limits)
+
+
+def compare(grid: Grid, measured: Sequence[Measured], folder: Path = REFERENCE) -> list[str]:
+    """Return what a reader should know of ``measured`` against the committed reference; empty without a reference."""
+    table_path, origin_path = folder / f"{grid.name}.csv", folder / f"{grid.name}.json"
+    if not table_path.is_file() or not origin_path.is_file():
+        return []
+    try:
+        origin = Provenance(**json.loads(origin_path.read_text(encoding="utf-8")))
+        reference = read_csv(table_path)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        return [f"The reference {table_path.name} cannot be read, so nothing is compared with it: {error}"]
+    about = f"(reference: {origin.line()})"
+    if origin.settings != _settings(grid):
+        return [f"Not compared with the reference: it has other settings, {origin.settings}. {about}"]
+    mine = _data(measured)
+    if not set(mine) <= set(origin.data):
+        return [f"Not compared with the reference: it was measured on other data, {'; '.join(origin.data)}. {about}"]
+    both = tolerances(reference, frame(measured))
+    if both.empty:
+        return [f"No cell of this run is in the reference. {about}"]
+    off = both[both["difference"].abs() > both["tolerance"]]
+    largest = both.iloc[int(both["difference"].abs().to_numpy().argmax())]
+    if off.empty:
+        return [
+            f"Agrees with the reference in all {len(both)} cells: largest difference {largest['difference']:+.2f} points at "
+            f"{_name(largest)}, tolerance {largest['tolerance']:.2f}. {about}"
+        ]
+    lines = [f"WARNING: {len(off)} of {len(both)} cells differ from the reference by more than seeds spread {about}:"]
+    for _, row in off.iterrows():
+        lines.append(
+            f"  {_name(row)}: {row['mean_mine']:.2f} here, {row['mean_ref']:.2f} in the reference "
+            f"({row['difference']:+.2f}, tolerance {row['tolerance']:.2f})"
+        )
+    return lines
+
+
+def _name(row: Any) -> str:
+    bits = "" if row["method"] == "fp" else f" {row['bits']}"
+    return f"{row['model']} {row['method']}{bits} {row['metric']}"

@@ -1,0 +1,129 @@
+"""Tables from records: one row a cell and metric as CSV, and a table for people with mean and spread over seeds."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from benchmarks.cells import Adapter, Cell, finished_record
+from fimaq_core.files import replaced_whole
+from tasks.common.record import ResultRecord, bits_name
+
+COLUMNS = [
+    "task", "dataset", "model", "method", "variant", "w_bit", "a_bit", "seed", "metric", "value", "stderr", "n", "fp_value",
+]  # fmt: skip
+
+#: The metric a task's table shows; the CSV has all.
+MAIN_METRIC = {"classification": "top1"}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A finished cell and its record."""
+
+    cell: Cell
+    record: ResultRecord
+
+
+def collect(cells: Iterable[Cell], adapter: Adapter) -> list[Measured]:
+    """Return the finished ones of ``cells`` (each once, in order) with their records."""
+    found: dict[object, Measured] = {}
+    for cell in cells:
+        if cell.key not in found:
+            record = finished_record(cell, adapter)
+            if record is not None:
+                found[cell.key] = Measured(cell, record)
+    return list(found.values())
+
+
+def frame(measured: Iterable[Measured]) -> pd.DataFrame:
+    """Return one row a cell and metric, with :data:`COLUMNS`; percent throughout."""
+    rows = []
+    for item in measured:
+        record = item.record
+        for name, metric in record.metrics.items():
+            full = metric if record.method == "fp" else record.fp_metrics.get(name)
+            rows.append((
+                record.task, record.dataset.name, item.cell.model, record.method, record.variant, record.w_bit, record.a_bit,
+                record.seed, name, metric.value, metric.stderr, record.n, None if full is None else full.value,
+            ))  # fmt: skip
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    table["seed"] = table["seed"].astype("Int64")
+    for column in ("value", "stderr", "fp_value"):
+        table[column] = table[column].astype(float)
+    return table
+
+
+def csv_text(table: pd.DataFrame) -> str:
+    """Return the table as CSV: numbers with 4 decimals, no seed for full precision."""
+    return str(table.to_csv(index=False, float_format="%.4f", lineterminator="\n"))
+
+
+def read_csv(path: Path) -> pd.DataFrame:
+    """Read a table back that :func:`csv_text` made."""
+    table = pd.read_csv(path, dtype={"seed": "Int64"}, keep_default_na=False, na_values={"seed": [""], "fp_value": [""]})
+    return table[COLUMNS]
+
+
+def with_bits(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a copy with a column ``bits``: ``fp``, ``w3a3`` and so on."""
+    names = [bits_name(int(w), int(a)) for w, a in zip(table["w_bit"], table["a_bit"], strict=True)]
+    return table.assign(bits=names)
+
+
+def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
+    """Return mean, sample standard deviation (NaN for one seed) and number of seeds a model, method and bits."""
+    keys = ["task", "dataset", "model", "method", "bits", "metric"]
+    grouped = with_bits(table).groupby(keys, sort=False)["value"]
+    return grouped.agg(mean="mean", sd="std", k="count").reset_index()
+
+
+def main_metric(task: str, table: pd.DataFrame) -> str:
+    """Return the metric that a task's table shows."""
+    present = list(dict.fromkeys(table["metric"]))
+    wanted = MAIN_METRIC.get(task)
+    return wanted if wanted is not None and wanted in present else present[0]
+
+
+def value_text(mean: float, sd: float) -> str:
+    """Return ``88.20 ± 0.40``, or the mean alone where there is one seed only."""
+    return f"{mean:.2f}" if pd.isna(sd) else f"{mean:.2f} ± {sd:.2f}"
+
+
+def unique(values: Iterable[str]) -> list[str]:
+    """Return the distinct values in order of first appearance."""
+    return list(dict.fromkeys(values))
+
+
+def wide(task_table: pd.DataFrame, cells: Sequence[Cell]) -> pd.DataFrame:
+    """Return the table for people: methods as rows, ``model bits`` as columns, ``-`` where nothing is measured.
+
+    Args:
+        task_table: rows of one task and metric.
+        cells: the cells the table should cover, measured or not; they give the order.
+    """
+    texts_by_key = {
+        (row["model"], row["method"], row["bits"]): value_text(row["mean"], row["sd"])
+        for row in over_seeds(task_table).to_dict("records")
+    }
+    methods = unique(cell.method for cell in cells)
+    models = unique(cell.model for cell in cells)
+    columns: dict[str, list[str]] = {}
+    for model in models:
+        widths = unique(cell.bits for cell in cells if cell.model == model and cell.method != "fp") or ["fp"]
+        for bits in widths:
+            keys = [(model, method, "fp" if method == "fp" else bits) for method in methods]
+            columns[f"{model} {bits}" if bits != "fp" else model] = [texts_by_key.get(key, "-") for key in keys]
+    return pd.DataFrame(columns, index=pd.Index(methods, name="method"))
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """Return a wide table as Markdown."""
+    return str(table.to_markdown(disable_numparse=True, stralign="right", colalign=("left", *["right"] * table.shape[1])))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with replaced_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")

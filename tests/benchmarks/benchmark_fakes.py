@@ -1,0 +1,98 @@
+"""A task adapter that measures nothing: quick, importable by worker processes, with faults on demand."""
+
+import json
+import os
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cells import Adapter
+from fimaq_core.errors import ModelError
+from fimaq_core.progress import Progress, Report
+from fimaq_core.recipe import OFF
+from tasks.common.record import Dataset, Environment, Metric, ResultRecord, Weights, cell_folder, write_record
+from tasks.common.request import CellRequest
+
+LEVELS = {"rtn": 20.0, "brecq": 70.0, "qdrop": 75.0, "fimaq": 80.0}
+
+IMAGENET = Dataset(name="ImageNet-1k val", split="val", count=50_000, classes=1000, fingerprint="f" * 64)
+DIGITS = Dataset(name="digit-pairs", split="test", count=2000, classes=100, fingerprint="d" * 64)
+
+
+def make_record(**changes: Any) -> ResultRecord:
+    """A record with some sense in it; ``value``, ``stderr``, ``fp`` and ``recipe`` are short for what they set."""
+    value, stderr = changes.pop("value", 80.0), changes.pop("stderr", 0.5)
+    recipe = changes.pop("recipe", None)
+    fields: dict[str, Any] = {
+        "task": "classification",
+        "model": "demo_vit",
+        "method": "fp" if recipe is None else recipe.method,
+        "variant": "fp" if recipe is None else "released",
+        "w_bit": OFF if recipe is None else recipe.w_bits,
+        "a_bit": OFF if recipe is None else recipe.a_bits,
+        "seed": None if recipe is None else recipe.seed,
+        "recipe": None if recipe is None else recipe.model_dump(mode="json"),
+        "recipe_digest": "" if recipe is None else recipe.digest(),
+        "metrics": {"top1": Metric(value=value, stderr=stderr)},
+        "n": changes.get("dataset", DIGITS).count,
+        "fp_metrics": {"top1": Metric(value=changes.pop("fp", 95.0), stderr=0.3)},
+        "weights": Weights(tag=changes.get("model", "demo_vit"), source="test", sha256="0" * 64),
+        "dataset": DIGITS,
+        "calibration": None,
+        "modules": None,
+        "environment": Environment(versions={"torch": "1", "timm": "2"}, git_revision="x", device="cpu", threads=1),
+        "seconds": {"evaluate": 1.0},
+        "peak_memory_bytes": 1,
+        "finished": "2024-01-01T00:00:00+00:00",
+        "outcomes": "outcomes.npz",
+    }
+    return ResultRecord(**{**fields, **changes})
+
+
+def fake_value(request: CellRequest) -> float:
+    """The score of a cell: by method and bits, a little by model and seed."""
+    recipe = request.recipe
+    if recipe is None:
+        return 95.0
+    noise = random.Random(f"{request.model.name} {recipe.method} {recipe.bits_name} {recipe.seed}").gauss(0, 0.4)
+    return LEVELS[recipe.method] + 2 * (recipe.w_bits - 3) + noise
+
+
+def planned_folder(request: CellRequest) -> Path:
+    recipe = request.recipe
+    method, w_bit, a_bit = ("fp", OFF, OFF) if recipe is None else (recipe.method, recipe.w_bits, recipe.a_bits)
+    seed, digest = (None, "f" * 10) if recipe is None else (recipe.seed, recipe.digest())
+    return cell_folder(request.results, request.task, request.model.name, method, w_bit, a_bit, seed, digest)
+
+
+def run_cell(request: CellRequest, report: Report) -> Path:
+    """Write a record, unless ``faults.json`` beside the results says otherwise for this method."""
+    faults_file = request.results.parent / "faults.json"
+    faults = json.loads(faults_file.read_text()) if faults_file.is_file() else {}
+    fault = faults.get("fp" if request.recipe is None else request.recipe.method)
+    report(Progress("evaluate", 1, 2, "block 0", "loss 1"))
+    print("a library speaks")
+    with (request.results.parent / "log.txt").open("a") as log:
+        log.write(f"{os.getpid()} {request.model.name} {request.recipe.method if request.recipe else 'fp'}\n")
+    if fault == "error":
+        raise ValueError("it broke")
+    if fault == "user error":
+        raise ModelError("The weights do not fit.")
+    if fault == "crash":
+        os._exit(3)
+    if fault == "slow":
+        time.sleep(60)
+    record = make_record(
+        recipe=request.recipe, model=request.model.name, value=fake_value(request), variant=request.variant or "fp"
+    )
+    return write_record(record, planned_folder(request))
+
+
+def preflight(request: CellRequest) -> str | None:
+    if (request.results.parent / "no-data").exists():
+        return f"The data folder is missing.\nThe weights of {request.model.name} are missing."
+    return None
+
+
+ADAPTER = Adapter(run_cell, planned_folder, preflight)

@@ -1,0 +1,174 @@
+"""Learned rounding against AdaRound's definition, element by element."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from fimaq_core.layers import QuantLinear
+from fimaq_core.layers.layers import decide_rounding
+from fimaq_core.quantizers.rounding import RoundingProblem, initial_alpha, rounding_penalty, soft_rounding
+from fimaq_core.quantizers.weight import WeightQuantizer
+
+
+def problem(seed: int = 0) -> tuple[RoundingProblem, list[Tensor], list[Tensor], list[Tensor], list[int]]:
+    """A matrix and a convolution weight of different bits; ranges so narrow that both ends clamp."""
+    torch.manual_seed(seed)
+    weights = [torch.randn(6, 10), torch.randn(4, 3, 2, 2) * 0.5]
+    scales = [torch.rand(6, 1) * 0.2 + 0.1, torch.rand(4, 1) * 0.1 + 0.15]
+    zeros = [torch.randint(1, 7, (6, 1)).float(), torch.randint(0, 4, (4, 1)).float()]
+    levels = [8, 4]
+    return RoundingProblem.build(weights, scales, zeros, levels), weights, scales, zeros, levels
+
+
+def plain_soft(alpha: Tensor, weight: Tensor, scale: Tensor, zero: Tensor, levels: int) -> Tensor:
+    """The definition as it stands in the paper, differentiable by autograd."""
+    h = (1.2 * torch.sigmoid(alpha) - 0.1).clamp(0, 1)
+    rows = weight.flatten(1)
+    codes = (torch.floor(rows / scale) + h.view_as(rows) + zero).clamp(0, levels - 1)
+    return (scale * (codes - zero)).view_as(weight)
+
+
+def test_soft_weight_equals_the_definition_element_by_element() -> None:
+    rounding, weights, scales, zeros, levels = problem()
+    with torch.no_grad():
+        rounding.alpha.copy_(torch.randn_like(rounding.alpha) * 3)
+    with torch.no_grad():
+        soft, h = rounding.soft()
+    position, clamped = 0, 0
+    for found, weight, scale, zero, count in zip(soft, weights, scales, zeros, levels, strict=True):
+        assert found.shape == weight.shape
+        flat, rows = found.flatten(1), weight.flatten(1)
+        for i in range(rows.shape[0]):
+            for j in range(rows.shape[1]):
+                sigma = 1 / (1 + math.exp(-float(rounding.alpha.detach()[position])))
+                expected_h = min(max(1.2 * sigma - 0.1, 0.0), 1.0)
+                code = math.floor(float(rows[i, j] / scale[i, 0])) + expected_h + float(zero[i, 0])
+                clamped += not 0 <= code <= count - 1
+                code = min(max(code, 0.0), count - 1.0)
+                assert float(h[position]) == pytest.approx(expected_h, abs=1e-6)
+                assert float(flat[i, j]) == pytest.approx(float(scale[i, 0]) * (code - float(zero[i, 0])), abs=2e-6)
+                position += 1
+    assert position == rounding.alpha.numel()
+    assert clamped > 10
+
+
+def test_gradient_equals_autograd_of_the_definition() -> None:
+    rounding, weights, scales, zeros, levels = problem(1)
+    with torch.no_grad():
+        rounding.alpha.copy_(torch.randn_like(rounding.alpha) * 3)
+    reference = rounding.alpha.detach().clone().requires_grad_(True)
+    upstream = [torch.randn_like(weight) for weight in weights]
+    upstream_h = torch.randn_like(reference)
+
+    soft, h = rounding.soft()
+    (sum((a * b).sum() for a, b in zip(soft, upstream, strict=True)) + (h * upstream_h).sum()).backward()
+
+    pieces = reference.split([weight.numel() for weight in weights])
+    total = ((1.2 * torch.sigmoid(reference) - 0.1).clamp(0, 1) * upstream_h).sum()
+    for piece, weight, scale, zero, count, up in zip(pieces, weights, scales, zeros, levels, upstream, strict=True):
+        total = total + (plain_soft(piece, weight, scale, zero, count) * up).sum()
+    total.backward()
+    assert rounding.alpha.grad is not None
+    assert reference.grad is not None
+    assert (reference.grad == 0).any()
+    assert torch.allclose(rounding.alpha.grad, reference.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_only_the_weights_need_a_gradient() -> None:
+    """A loss that never touches h, as during the warm-up, trains α too."""
+    rounding, weights, scales, zeros, levels = problem(2)
+    soft, _ = rounding.soft()
+    sum(part.square().sum() for part in soft).backward()
+    reference = rounding.alpha.detach().clone().requires_grad_(True)
+    pieces = reference.split([weight.numel() for weight in weights])
+    sum(
+        plain_soft(piece, weight, scale, zero, count).square().sum()
+        for piece, weight, scale, zero, count in zip(pieces, weights, scales, zeros, levels, strict=True)
+    ).backward()
+    assert rounding.alpha.grad is not None
+    assert reference.grad is not None
+    assert torch.allclose(rounding.alpha.grad, reference.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_soft_weight_starts_at_the_clamped_weight() -> None:
+    rounding, weights, scales, zeros, levels = problem()
+    for found, weight, scale, zero, count in zip(rounding.soft()[0], weights, scales, zeros, levels, strict=True):
+        rows = weight.flatten(1)
+        expected = ((rows / scale + zero).clamp(0, count - 1) - zero) * scale
+        assert torch.allclose(found.flatten(1), expected, atol=1e-5)
+        assert not torch.allclose(found, weight, atol=1e-3)
+
+
+def test_initial_alpha_inverts_the_soft_rounding() -> None:
+    fraction = torch.linspace(0, 1, 101)
+    assert torch.isfinite(initial_alpha(fraction)).all()
+    assert torch.allclose(soft_rounding(initial_alpha(fraction)), fraction, atol=1e-6)
+
+
+def test_codes_are_floor_or_floor_plus_one_before_clamping() -> None:
+    rounding, weights, scales, zeros, levels = problem()
+    with torch.no_grad():
+        rounding.alpha.copy_(torch.randn_like(rounding.alpha))
+    position, ups, downs = 0, 0, 0
+    for codes, weight, scale, zero, count in zip(rounding.codes(), weights, scales, zeros, levels, strict=True):
+        rows = weight.flatten(1)
+        for i in range(rows.shape[0]):
+            for j in range(rows.shape[1]):
+                floor = math.floor(float(rows[i, j] / scale[i, 0])) + int(zero[i, 0])
+                up = float(rounding.alpha.detach()[position]) >= 0
+                assert int(codes[i, j]) == min(max(floor + up, 0), count - 1)
+                ups, downs, position = ups + up, downs + (not up), position + 1
+    assert min(ups, downs) > 10
+
+
+def test_untrained_codes_round_to_nearest() -> None:
+    """α = 0 stands for h = 1/2, so codes decided at the start are those of rounding to nearest."""
+    rounding, weights, scales, zeros, levels = problem(5)
+    for codes, weight, scale, zero, count in zip(rounding.codes(), weights, scales, zeros, levels, strict=True):
+        nearest = (torch.round(weight.flatten(1) / scale) + zero).clamp(0, count - 1)
+        assert torch.equal(codes, nearest)
+
+
+@pytest.mark.parametrize("beta", [2.0, 7.3, 20.0])
+def test_penalty_and_its_gradient(beta: float) -> None:
+    h = torch.tensor([0.0, 0.1, 0.4, 0.5, 0.75, 1.0], dtype=torch.float64, requires_grad=True)
+    penalty = rounding_penalty(h, beta)
+    penalty.backward()
+    expected = sum(1 - abs(2 * value - 1) ** beta for value in h.tolist())
+    slopes = [-2 * beta * abs(2 * v - 1) ** (beta - 1) * math.copysign(1, 2 * v - 1) for v in h.tolist()]
+    assert penalty.item() == pytest.approx(expected, rel=1e-12)
+    assert h.grad is not None
+    assert h.grad.tolist() == pytest.approx(slopes, rel=1e-9, abs=1e-12)
+    assert float(rounding_penalty(torch.tensor([0.0, 1.0, 1.0]), beta)) == 0
+
+
+def test_weight_quantizer_uses_decided_codes() -> None:
+    weight = torch.randn(4, 3, 2, 2)
+    quantizer = WeightQuantizer(3)
+    quantizer.set_range(torch.rand(4, 1) + 0.1, torch.tensor([[1.0], [2.0], [3.0], [4.0]]))
+    nearest = quantizer.quantized(weight)
+    assert nearest.shape == weight.shape
+    codes = torch.randint(0, 8, (4, 12))
+    quantizer.set_codes(codes)
+    expected = ((codes - quantizer.zero_point) * quantizer.scale).view_as(weight)
+    assert torch.equal(quantizer.quantized(weight), expected)
+    fresh = WeightQuantizer(3)
+    fresh.load_state_dict(quantizer.state_dict(), strict=True)
+    assert torch.equal(fresh.quantized(weight), expected)
+    assert fresh.codes.dtype == torch.uint8
+
+
+def test_deciding_the_rounding_changes_nothing_but_the_storage() -> None:
+    torch.manual_seed(0)
+    layer = QuantLinear(5, 4, True, 3, 4)
+    layer.weight_quantizer.set_range(torch.rand(4, 1) * 0.1 + 0.05, torch.full((4, 1), 3.0))
+    before = layer.weight_quantizer.quantized(layer.weight.detach())
+    decide_rounding(layer)
+    assert layer.weight_quantizer.codes.shape == (4, 5)
+    assert torch.equal(layer.weight_quantizer.quantized(layer.weight.detach()), before)
+    kept = layer.weight_quantizer.codes.clone()
+    layer.weight_quantizer.set_codes(7 - kept)
+    decide_rounding(layer)
+    assert torch.equal(layer.weight_quantizer.codes, 7 - kept)

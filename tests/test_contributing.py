@@ -1,0 +1,30 @@
+"""The code in CONTRIBUTING.md runs as it stands."""
+
+import re
+from pathlib import Path
+
+from fimaq_core import recipe
+from fimaq_core.fisher import losses
+from tasks.classification import task as classification
+from tasks.common import task as tasks
+
+
+def test_examples_run(tmp_path: Path) -> None:
+    before = dict(recipe.METHODS), list(recipe.LOSSES), dict(losses.PLAIN), list(classification.FAMILIES)
+    text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len(blocks) == 3
+    scope = {"results": str(tmp_path)}
+    try:
+        for block in blocks:
+            exec(compile(block, "CONTRIBUTING.md", "exec"), scope)  # the project's own text
+        assert scope["record"].modules.quantized
+        assert scope["record"].last_loss.keys() == {"body", "fc2"}
+    finally:
+        recipe.METHODS.clear()
+        recipe.METHODS.update(before[0])
+        recipe.LOSSES[:] = before[1]
+        losses.PLAIN.clear()
+        losses.PLAIN.update(before[2])
+        classification.FAMILIES[:] = before[3]
+        tasks._REGISTERED.clear()
