@@ -16,6 +16,9 @@ from tasks.common.request import CellRequest, DataRequest, ModelRequest
 if TYPE_CHECKING:
     from benchmarks.grid import Grid
 
+#: The metric that a task's tables and progress show; the CSV has all.
+MAIN_METRIC = {"classification": "top1"}
+
 Key = tuple[str, str, str, int, int, int | None]
 
 
@@ -86,10 +89,26 @@ class Adapter:
 
 
 def default_adapter() -> Adapter:
-    """Return the real one. Imported late: planning and tables should not wait for heavy libraries."""
-    from tasks.common import run
+    """Return the real one. Each part imports what it needs when called: most commands run nothing."""
+    return Adapter(_run_cell, _planned_folder, _preflight)
 
-    return Adapter(run.run_cell, run.planned_folder, run.preflight)
+
+def _run_cell(request: CellRequest, report: Report) -> Path:
+    from tasks.common.run import run_cell
+
+    return run_cell(request, report)
+
+
+def _planned_folder(request: CellRequest) -> Path:
+    from tasks.common.plan import planned_folder
+
+    return planned_folder(request)
+
+
+def _preflight(request: CellRequest) -> str | None:
+    from tasks.common.plan import preflight
+
+    return preflight(request)
 
 
 def make_cell(grid: Grid, task: str, model: str, recipe: Recipe | None, options: RunOptions) -> Cell:

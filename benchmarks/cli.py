@@ -90,9 +90,10 @@ def run(
 @cli.command()
 @_results
 @click.option("--all", "show_all", is_flag=True, help="Also list what has no published number.")
-def diff(results: Path, show_all: bool) -> None:
+@click.option("--allow-nothing", is_flag=True, help="Exit with 0, not 2, where nothing is comparable yet.")
+def diff(results: Path, show_all: bool, allow_nothing: bool) -> None:
     """Compare everything measured with published numbers, like with like only."""
-    click.get_current_context().exit(run_diff(results, show_all))
+    click.get_current_context().exit(run_diff(results, show_all, nothing=0 if allow_nothing else 2))
 
 
 @cli.command()

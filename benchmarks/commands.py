@@ -101,7 +101,7 @@ def write_tables(grid: Grid, filters: Filters, options: RunOptions, adapter: Ada
     keys = {cell.key for cell in cells}
     mine = [item for item in measured if item.cell.key in keys]
     print()
-    print(summary.report(title(grid), mine, cells))
+    print(summary.report(title(grid), mine, cells, Console().width if sys.stdout.isatty() else None))
     for line in reference.compare(grid, mine):
         print(line)
     print(f"Table: {folder / f'{grid.name}.csv'} and {folder / f'{grid.name}.md'}")
@@ -153,8 +153,14 @@ def run_reference(grid: Grid, options: RunOptions, adapter: Adapter) -> int:
     return 0
 
 
-def run_diff(results: Path, show_all: bool) -> int:
-    """Compare all records with published numbers, print and write the table, and return the exit code."""
+def run_diff(results: Path, show_all: bool, nothing: int = 2) -> int:
+    """Compare all records with published numbers, print and write the table, and return the exit code.
+
+    Args:
+        results: root of what runs wrote.
+        show_all: also list what has no published number.
+        nothing: the exit code where nothing is comparable.
+    """
     from tabulate import tabulate  # type: ignore[import-untyped, unused-ignore]
 
     from benchmarks import diff, tables
@@ -164,7 +170,7 @@ def run_diff(results: Path, show_all: bool) -> int:
         print(f"warning: {problem}", file=sys.stderr)
     if not records:
         print(f"Nothing is comparable yet: nothing is measured under {results / 'runs'}. Run `make reproduce-table` first.")
-        return 2
+        return nothing
     table = diff.diff(records)
     path = results / "tables" / "diff.csv"
     tables.write_text(path, tables.csv_text(table))
@@ -182,7 +188,7 @@ def run_diff(results: Path, show_all: bool) -> int:
             "Nothing is comparable yet: no measured number is on the same data, weights, settings and bits as a published one. "
             "For that: make reproduce-table PROFILE=paper IMAGENET=/path/to/imagenet"
         )
-        return 2
+        return nothing
     counts = ", ".join(f"{count} {verdict}" for verdict, count in judged["verdict"].value_counts().items())
     print(f"{len(judged)} comparisons: {counts}. Table: {path}")
     return 0 if (judged["verdict"] == diff.REPRODUCED).all() else 1

@@ -119,7 +119,8 @@ class BarDisplay:
         self._overall.update(self._task, completed=done, note=_left(left) if done < self._total else "")
 
     def tick(self, left: float | None) -> None:
-        self._overall.update(self._task, note=_left(left))
+        if self._rows:
+            self._overall.update(self._task, note=_left(left))
 
     def close(self) -> None:
         for row in self._rows.values():

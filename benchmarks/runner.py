@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from benchmarks.cells import Adapter, Cell
+from benchmarks.cells import MAIN_METRIC, Adapter, Cell
 from benchmarks.display import Display
 from benchmarks.estimate import Estimator, duration, expected_cost
 from benchmarks.worker import Failed, Finished, Worker
@@ -181,7 +181,10 @@ def _outcome(message: Finished) -> str:
     except FimaqError as error:
         return f"measured, but {error}"
     parts = []
+    wanted = MAIN_METRIC.get(record.task)
     for name, metric in record.metrics.items():
+        if wanted in record.metrics and name != wanted:
+            continue
         full = record.fp_metrics.get(name)
         against = "" if full is None or record.method == "fp" else f" (fp {full.value:.1f})"
         parts.append(f"{name} {metric.value:.1f}{against}")

@@ -16,8 +16,15 @@ from tasks.common.record import recipe_of
 _ALWAYS = ("steps", "batch_size", "calibration_images", "calibration_transform", "lr_alpha", "lr_scale")
 
 
-def report(title: str, measured: Sequence[Measured], cells: Sequence[Cell]) -> str:
-    """Return the Markdown text for ``cells``: a table a task, and what it rests on."""
+def report(title: str, measured: Sequence[Measured], cells: Sequence[Cell], width: int | None = None) -> str:
+    """Return the Markdown text for ``cells``: a table a task, and what it rests on.
+
+    Args:
+        title: the heading.
+        measured: the finished cells.
+        cells: the cells the table covers, measured or not.
+        width: a terminal's width; a wider table is printed in several parts. None keeps it whole.
+    """
     parts = [f"# {title}"]
     for task in unique(cell.task for cell in cells):
         mine = [item for item in measured if item.cell.task == task]
@@ -25,11 +32,11 @@ def report(title: str, measured: Sequence[Measured], cells: Sequence[Cell]) -> s
         if not mine:
             parts.append(f"{task}: nothing is measured yet.")
             continue
-        parts.extend(_task_parts(task, mine, planned))
+        parts.extend(_task_parts(task, mine, planned, width))
     return "\n\n".join(parts) + "\n"
 
 
-def _task_parts(task: str, mine: Sequence[Measured], planned: Sequence[Cell]) -> list[str]:
+def _task_parts(task: str, mine: Sequence[Measured], planned: Sequence[Cell], width: int | None) -> list[str]:
     table = frame(mine)
     metric = main_metric(task, table)
     table = table[table["metric"] == metric]
@@ -39,13 +46,22 @@ def _task_parts(task: str, mine: Sequence[Measured], planned: Sequence[Cell]) ->
         lines.append(f"{unfinished} of {len(planned)} cells are not measured: `-`.")
     parts = [
         f"## {task}: {metric} (percent), mean ± sd over seeds",
-        markdown(wide(table, planned)),
+        *_fitting(wide(table, planned), width),
         "\n".join(f"- {line}" for line in lines),
     ]
     means = mean_over_models(table)
     if not means.empty:
         parts += ["Mean over models:", markdown(means)]
     return parts
+
+
+def _fitting(table: pd.DataFrame, width: int | None) -> list[str]:
+    """Return the table as Markdown, cut between columns into parts that fit ``width``."""
+    columns = list(table.columns)
+    count = len(columns)
+    while width is not None and count > 1 and len(markdown(table[columns[:count]]).split("\n")[0]) > width:
+        count -= 1
+    return [markdown(table[columns[start : start + count]]) for start in range(0, len(columns), count)]
 
 
 def _data_lines(mine: Sequence[Measured]) -> list[str]:
@@ -122,7 +138,7 @@ def mean_over_models(table: pd.DataFrame) -> pd.DataFrame:
     for bits in unique(quantized["bits"]):
         here = quantized[quantized["bits"] == bits].pivot(index="model", columns="method", values="mean").dropna()
         if len(here):
-            columns[f"{bits} ({len(here)} models)"] = {str(name): f"{value:.2f}" for name, value in here.mean().items()}
+            columns[f"{bits} ({_count(len(here), 'model')})"] = {str(name): f"{value:.2f}" for name, value in here.mean().items()}
     order = unique(quantized["method"])
     return pd.DataFrame(columns, index=pd.Index(order, name="method")).fillna("-") if columns else pd.DataFrame()
 
@@ -139,8 +155,7 @@ def order_lines(table: pd.DataFrame) -> list[str]:
     claim = f"Expected order at {lowest} (rtn worst, fimaq not below qdrop and brecq, mean over models)"
     if means.empty:
         absent = [name for name in needed if name not in set(here["method"])]
-        return [f"{claim}: not judged, since {', '.join(absent) or 'every model'} {'is' if absent else 'lacks a method and is'} "
-                "not fully measured."]  # fmt: skip
+        return [f"{claim}: not judged, since no model has all four; not fully measured: {', '.join(absent) or 'some cells'}."]
     mean = means.mean()
     worst = all(mean["rtn"] < mean[name] for name in needed[1:])
     first = all(mean["fimaq"] >= mean[name] for name in ("qdrop", "brecq"))
@@ -153,7 +168,7 @@ def order_lines(table: pd.DataFrame) -> list[str]:
         pairs = here[here["model"].isin(means.index)].pivot_table(index=["model", "seed"], columns="method", values="value")
         gaps = (pairs["fimaq"] - pairs[other]).dropna().to_numpy(dtype=float)
         error = f" ± {np.std(gaps, ddof=1) / math.sqrt(len(gaps)):.2f}" if len(gaps) > 1 else ""
-        where = f"(mean ± se over {len(gaps)} pairs of model and seed)"
+        where = f"(mean ± se over {_count(len(gaps), 'pair')} of model and seed)"
         lines.append(f"fimaq - {other} at {lowest}: {gaps.mean():+.2f}{error} points {where}.")
     return lines
 
@@ -161,3 +176,7 @@ def order_lines(table: pd.DataFrame) -> list[str]:
 def _width(table: pd.DataFrame, bits: str) -> int:
     row = table[table["bits"] == bits].iloc[0]
     return int(row["w_bit"]) + int(row["a_bit"])
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -6,16 +6,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmarks.cells import Adapter, Cell, finished_record
+from benchmarks.cells import MAIN_METRIC, Adapter, Cell, finished_record
 from fimaq_core.files import replaced_whole
 from tasks.common.record import ResultRecord, bits_name
 
 COLUMNS = [
     "task", "dataset", "model", "method", "variant", "w_bit", "a_bit", "seed", "metric", "value", "stderr", "n", "fp_value",
 ]  # fmt: skip
-
-#: The metric a task's table shows; the CSV has all.
-MAIN_METRIC = {"classification": "top1"}
 
 
 @dataclass(frozen=True)

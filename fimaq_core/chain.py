@@ -16,13 +16,13 @@ class NormPair:
     Attributes:
         norm: the normalisation, with affine parameters.
         linear: name of the linear layer inside the segment's block.
-        pad: buffer of shape (channels,) that the block pads with between norm and linear; None where
-            the block never pads there. Reparameterisation moves the pad value along.
+        pad: name of the block's buffer of shape (channels,) that it pads with between norm and linear; None where it
+            never pads there. Reparameterisation moves the pad value along. (A name: moving a module replaces its buffers.)
     """
 
     norm: nn.LayerNorm
     linear: str
-    pad: Tensor | None = None
+    pad: str | None = None
 
 
 class Segment(nn.Module):

@@ -6,7 +6,7 @@ from pathlib import Path
 from fimaq_core import recipe
 from fimaq_core.fisher import losses
 from tasks.classification import task as classification
-from tasks.common import task as tasks
+from tasks.common import registry
 
 
 def test_examples_run(tmp_path: Path) -> None:
@@ -27,4 +27,4 @@ def test_examples_run(tmp_path: Path) -> None:
         losses.PLAIN.clear()
         losses.PLAIN.update(before[2])
         classification.FAMILIES[:] = before[3]
-        tasks._REGISTERED.clear()
+        registry._REGISTERED.clear()

@@ -65,7 +65,8 @@ def _reparameterized(segment: Segment, name: str, layer: QuantLinear, x: Tensor,
     for pair in segment.pairs:
         if pair.linear == name:
             scale, zero = channel_ranges(x.flatten(0, -2), layer.input_quantizer.levels, recipe.range_candidates)
-            r, b = reparameterize(pair.norm, layer, scale, zero, pair.pad)
+            pad = None if pair.pad is None else segment.block.get_buffer(pair.pad)
+            r, b = reparameterize(pair.norm, layer, scale, zero, pad)
             return x / r - b
     return x
 

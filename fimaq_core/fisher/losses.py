@@ -46,9 +46,12 @@ def rank_one_loss(delta: Tensor, gradients: Tensor) -> Tensor:
 
 
 def low_rank_loss(delta: Tensor, gradients: Tensor, inverse: Tensor) -> Tensor:
-    """``mean over samples of A M Aᵀ``, A = |Δ| Gᵀ (B, k), M = (D Dᵀ)⁻¹ (k, k)."""
-    a = delta.abs() @ gradients.t()
-    return ((a @ inverse) * a).sum(1).mean()
+    """``mean over samples of A M Aᵀ``, A = |Δ| Gᵀ (B, k), M = (D Dᵀ)⁻¹ (k, k).
+
+    The quadratic form is taken in M's float64: rounded to float32, an M of condition 1e8 is no longer positive.
+    """
+    a = (delta.abs() @ gradients.t()).to(inverse.dtype)
+    return ((a @ inverse) * a).sum(1).mean().to(delta.dtype)
 
 
 def inverse_gram(errors: Tensor) -> tuple[Tensor, bool]:
@@ -61,16 +64,16 @@ def inverse_gram(errors: Tensor) -> tuple[Tensor, bool]:
         errors: D, (k, N).
 
     Returns:
-        (k, k) of the dtype of ``errors``; zeros if D is zero.
+        (k, k) float64; zeros if D is zero.
     """
     wide = errors.double()
     values, vectors = torch.linalg.eigh(wide @ wide.t())
     top = values[-1]
     if top <= 0:
-        return torch.zeros_like(vectors).to(errors.dtype), True
+        return torch.zeros_like(vectors), True
     floor = top * DAMPING
     inverse = (vectors / values.clamp(min=floor)) @ vectors.t()
-    return inverse.to(errors.dtype), bool(values[0] < floor)
+    return inverse, bool(values[0] < floor)
 
 
 #: Losses of the output error alone, (B, N) to a scalar, by name.

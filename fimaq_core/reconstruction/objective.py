@@ -55,7 +55,7 @@ class BlockObjective:
         k, steps = self.recipe.fisher_k, self.recipe.steps
         if self.recipe.fisher_mode == "qf":
             return frozenset(range(min(k, steps)))
-        return frozenset(i * steps // k for i in range(min(k, steps)))
+        return frozenset(i * steps // k for i in range(k))
 
     def before_step(self, step: int) -> None:
         """Take a Fisher pass if one is due before ``step`` (counted from 0)."""

@@ -18,12 +18,12 @@ from torchvision.datasets import ImageFolder
 from fimaq_core.errors import DataError
 from fimaq_core.recipe import Recipe
 from tasks.classification.demo.digits import DigitPairs
+from tasks.classification.tags import LAYOUT
 from tasks.common.record import Dataset
 from tasks.common.request import DataRequest
 from tasks.common.task import CalibrationSet, LoadedModel
 
 IMAGENET = "ImageNet-1k val"
-_LAYOUT = "ImageFolder layout is expected: <folder>/train/<class>/<image> and <folder>/val/<class>/<image>"
 
 
 class Images(TorchDataset[tuple[Tensor, int, int] | None]):
@@ -98,31 +98,13 @@ def open_source(loaded: LoadedModel, data: DataRequest, part: str) -> Source:
     if loaded.data == "digit-pairs" and data.path is None:
         return _digits("train" if part == "train" else "test")
     if data.path is None:
-        raise DataError(f"{loaded.tag} needs data: give --data /path/to/imagenet. {_LAYOUT}.")
+        raise DataError(f"{loaded.tag} needs data: give --data /path/to/imagenet. {LAYOUT}.")
     source = _folder(data.path, part)
     if source.classes != loaded.classes:
         raise DataError(
             f"{data.path / part} has {source.classes} classes, {loaded.tag} has {loaded.classes}: use data or weights that fit."
         )
     return source
-
-
-def missing_data(data: DataRequest, brings_data: bool) -> str | None:
-    """None if the data is there, else what is missing and how to get it."""
-    if data.path is None:
-        return (
-            None
-            if brings_data
-            else f"ImageNet is missing: give its folder (IMAGENET=/path for make, --data for an adapter). {_LAYOUT}."
-        )
-    parts = ["val"] if data.calibration_list is not None else ["train", "val"]
-    absent = [str(data.path / part) for part in parts if not (data.path / part).is_dir()]
-    if not absent:
-        return None
-    return (
-        f"The data folder {' and '.join(absent)} is missing. {_LAYOUT}; ImageNet-1k (ILSVRC 2012) is to be had from its "
-        "site after registration."
-    )
 
 
 def _digits(part: str) -> Source:
@@ -133,11 +115,11 @@ def _digits(part: str) -> Source:
 def _folder(root: Path, part: str) -> Source:
     folder = root / part
     if not folder.is_dir():
-        raise DataError(f"There is no folder {folder}. {_LAYOUT}.")
+        raise DataError(f"There is no folder {folder}. {LAYOUT}.")
     try:
         found = ImageFolder(str(folder))
     except FileNotFoundError as error:
-        raise DataError(f"{folder} holds no images in class folders ({error}). {_LAYOUT}.") from error
+        raise DataError(f"{folder} holds no images in class folders ({error}). {LAYOUT}.") from error
     paths = [Path(path) for path, _ in found.samples]
 
     def read(index: int) -> Image.Image:

@@ -45,7 +45,7 @@ def classifier(linear: nn.Module, recipe: Recipe) -> QuantLinear:
     return QuantLinear.from_float(linear, recipe.w_bits, recipe.classifier_bits)
 
 
-def norm_pair(norm: nn.Module, linear: str, pad: Tensor | None = None) -> tuple[NormPair, ...]:
+def norm_pair(norm: nn.Module, linear: str, pad: str | None = None) -> tuple[NormPair, ...]:
     """The pair, if the norm can take factors: a LayerNorm with affine parameters."""
     if isinstance(norm, nn.LayerNorm) and norm.weight is not None:
         return (NormPair(norm, linear, pad),)

@@ -99,7 +99,7 @@ class SwinFamily:
                 raise ModelError(f"Downsampling of type {type(stage.downsample).__name__} is not supported.")
             for number, original in enumerate(stage.blocks):
                 block = ExplicitSwinBlock(original, recipe)
-                pairs = norm_pair(block.norm1, "attn.qkv", block.get_buffer("pad")) + norm_pair(block.norm2, "mlp.fc1")
+                pairs = norm_pair(block.norm1, "attn.qkv", "pad") + norm_pair(block.norm2, "mlp.fc1")
                 segments.append(Segment(f"layers.{stage_number}.blocks.{number}", "block", block, pairs=pairs))
         head = _Head(model.head.global_pool, classifier(model.head.fc, recipe))
         segments.append(Segment("head", "head", head, before=model.norm))

@@ -9,9 +9,8 @@ from fimaq_core.family import Family
 from fimaq_core.fisher.divergence import ClassifierDivergence, Divergence
 from fimaq_core.progress import Report
 from fimaq_core.recipe import Recipe
-from tasks.classification import models
-from tasks.classification.data import Images, calibration_set, missing_data, open_source
-from tasks.classification.demo.models import DEMO_MODELS
+from tasks.classification import models, tags
+from tasks.classification.data import Images, calibration_set, open_source
 from tasks.classification.evaluate import evaluate
 from tasks.classification.swin import SwinFamily
 from tasks.classification.vit import ViTFamily
@@ -29,17 +28,15 @@ class ClassificationTask:
 
     def model_tag(self, request: ModelRequest) -> str:
         """``model.tag`` of the request."""
-        return models.model_tag(request)
+        return tags.model_tag(request)
 
     def model_names(self) -> dict[str, str]:
         """Short and demo names with what they stand for."""
-        return {**models.SHORT_NAMES, **dict.fromkeys(DEMO_MODELS, "demo model on digit pairs")}
+        return {**tags.SHORT_NAMES, **dict.fromkeys(tags.DEMO_NAMES, "demo model on digit pairs")}
 
     def preflight(self, model: ModelRequest, data: DataRequest) -> str | None:
         """What is missing of data and weights, both in one message."""
-        brings_data = model.name in DEMO_MODELS
-        problems = [missing_data(data, brings_data), models.missing_weights(model)]
-        return "\n".join(problem for problem in problems if problem is not None) or None
+        return tags.preflight(model, data)
 
     def load(self, request: ModelRequest) -> LoadedModel:
         """Model, weights and transforms."""

@@ -254,7 +254,7 @@ def build_group(task_name: str, summary: str) -> click.Group:
 
     @group.command(help="List short names and demo models.")
     def models() -> None:
-        from tasks.common.task import get_task
+        from tasks.common.registry import get_task
 
         for name, meaning in get_task(task_name).model_names().items():
             click.echo(f"{name:14s} {meaning}")

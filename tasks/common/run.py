@@ -1,11 +1,9 @@
 """The pipeline behind every ``run``: load, full-precision score, calibrate, reconstruct, evaluate, record."""
 
 import hashlib
-import json
 import time
 from dataclasses import replace
 from datetime import UTC, datetime
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ import torch
 
 from fimaq_core import NUMERICS_VERSION
 from fimaq_core.checkpoint import Fingerprint, save_checkpoint
-from fimaq_core.errors import DataError
 from fimaq_core.files import replaced_whole
 from fimaq_core.progress import Report, silent
 from fimaq_core.quantize import Resources, calibrate_or_load, finish, reconstruct_with_checkpoints
@@ -22,9 +19,14 @@ from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction.reconstruct import ReconstructionLog
 from tasks.common.environment import describe, peak_memory, resolve_device
 from tasks.common.modules import module_map
-from tasks.common.record import Calibration, Metric, ResultRecord, Weights, cell_folder, read_record, write_record
+from tasks.common.plan import planned_folder, variant_name
+from tasks.common.record import Calibration, Metric, ResultRecord, Weights, read_record, write_record
+from tasks.common.registry import get_task
 from tasks.common.request import CellRequest
-from tasks.common.task import CalibrationSet, Evaluation, LoadedModel, Task, get_task
+from tasks.common.task import CalibrationSet, Evaluation, LoadedModel, Task
+
+#: Calibrations that this process has made or used: forcing several methods calibrates once, not once a method.
+_FORCED: set[Path] = set()
 
 
 def run_cell(request: CellRequest, report: Report = silent) -> Path:
@@ -61,48 +63,6 @@ def run_cell(request: CellRequest, report: Report = silent) -> Path:
     if not full_path.is_file():
         _measure_full_precision(full_request, full_path.parent, task, task.load(request.model), device, report)
     return _measure_quantized(request, request.recipe, folder, task, loaded, read_record(full_path), device, report)
-
-
-def planned_folder(request: CellRequest) -> Path:
-    """The folder of a cell, its identity: task, model.tag, method, bits, seed, and a digest of all the rest."""
-    tag = get_task(request.task).model_tag(request.model)
-    recipe = request.recipe
-    rest = {
-        "numerics": NUMERICS_VERSION,
-        "recipe": None if recipe is None else recipe.digest(),
-        "variant": variant_name(request),
-        "model_args": request.model.model_args,
-        "data": None if request.data.path is None else str(request.data.path.resolve()),
-        "list": None if request.data.calibration_list is None or recipe is None else _file_digest(request.data.calibration_list),
-        "limit": request.data.limit,
-    }
-    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-    if recipe is None:
-        return cell_folder(request.results, request.task, tag, "fp", 32, 32, None, digest)
-    return cell_folder(request.results, request.task, tag, recipe.method, recipe.w_bits, recipe.a_bits, recipe.seed, digest)
-
-
-def preflight(request: CellRequest) -> str | None:
-    """None if the cell's data and weights are there, else one message that says what is missing and how to get it."""
-    return get_task(request.task).preflight(request.model, request.data)
-
-
-def variant_name(request: CellRequest) -> str:
-    """Name of the variant: as asked for, else what differs from the method's released settings."""
-    if request.variant is not None:
-        return request.variant
-    if request.recipe is None:
-        return "fp"
-    changes = request.recipe.changes()
-    return ",".join(f"{name}={value}" for name, value in changes.items()) if changes else "released"
-
-
-@lru_cache(maxsize=64)
-def _file_digest(path: Path) -> str:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise DataError(f"Cannot read {path}: {error.strerror}.") from error
 
 
 def fingerprint_of(loaded: LoadedModel, images: CalibrationSet, recipe: Recipe) -> Fingerprint:
@@ -154,8 +114,9 @@ def _measure_quantized(
     # Methods that share all range settings share the file: it is computed once.
     shared = f"{recipe.calibration_digest()}{loaded.sha256}{calibration.fingerprint}{NUMERICS_VERSION}{request.model.model_args}"
     ranges = request.results.parent / "calibration" / f"{hashlib.sha256(shared.encode()).hexdigest()[:24]}.safetensors"
-    if request.force:
+    if request.force and ranges not in _FORCED:
         ranges.unlink(missing_ok=True)
+    _FORCED.add(ranges)
     reused = calibrate_or_load(chain, calibration.images, recipe, resources, ranges, fingerprint, facts)
     lap("calibrate (reused)" if reused else "calibrate")
     log = ReconstructionLog()

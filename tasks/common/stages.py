@@ -15,9 +15,10 @@ from fimaq_core.quantize import Resources, calibrate_or_load, finish, reconstruc
 from fimaq_core.recipe import Recipe, make_recipe
 from fimaq_core.reconstruction.reconstruct import ReconstructionLog
 from tasks.common.environment import resolve_device
+from tasks.common.registry import get_task
 from tasks.common.request import CellRequest, DataRequest, ModelRequest
 from tasks.common.run import checkpoint_facts, fingerprint_of
-from tasks.common.task import Evaluation, LoadedModel, Task, get_task
+from tasks.common.task import Evaluation, LoadedModel, Task
 
 
 def calibrate_stage(request: CellRequest, out: Path, report: Report) -> None:

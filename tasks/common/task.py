@@ -1,6 +1,5 @@
 """The protocol of a task: what the pipeline asks of it. One package a task, loaded only when it runs."""
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -10,16 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from fimaq_core.chain import BlockChain
-from fimaq_core.errors import RecipeError, suggest
 from fimaq_core.fisher.divergence import Divergence
 from fimaq_core.progress import Report
 from fimaq_core.recipe import Recipe
 from tasks.common.record import Dataset, Metric
 from tasks.common.request import DataRequest, ModelRequest
-
-#: Tasks that are packages here; their heavy libraries load only when they run.
-TASKS = ("classification",)
-_REGISTERED: dict[str, "Task"] = {}
 
 
 @dataclass
@@ -113,28 +107,3 @@ class Task(Protocol):
     ) -> Evaluation:
         """Measure ``model``, which is on ``device``. Raises DataError, NumericsError."""
         ...
-
-
-def register_task(task: Task) -> None:
-    """Make a task from elsewhere known under its name.
-
-    Raises:
-        RecipeError: the name is taken.
-    """
-    if task.name in TASKS or task.name in _REGISTERED:
-        raise RecipeError(f"A task named '{task.name}' exists already: choose another name.")
-    _REGISTERED[task.name] = task
-
-
-def get_task(name: str) -> Task:
-    """Find a task, importing its package.
-
-    Raises:
-        RecipeError: there is no such task.
-    """
-    if name in _REGISTERED:
-        return _REGISTERED[name]
-    if name not in TASKS:
-        raise RecipeError(f"Unknown task '{name}'.{suggest(name, [*TASKS, *_REGISTERED])}")
-    task: Task = importlib.import_module(f"tasks.{name}.task").TASK
-    return task

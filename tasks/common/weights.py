@@ -2,7 +2,6 @@
 
 import hashlib
 import pickle
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fimaq_core.errors import ModelError, NumericsError
-
-SUFFIXES = (".safetensors", ".pth", ".bin", ".pt")
-
-
-@lru_cache(maxsize=64)
-def file_sha256(path: Path) -> str:
-    """The sha256 (hex) of a file's bytes.
-
-    Raises:
-        ModelError: the file is not there.
-    """
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise ModelError(f"Cannot read the weights {path}: {error.strerror}.") from error
+from tasks.common.hashing import SUFFIXES
 
 
 def read_state(path: Path) -> dict[str, Tensor]:

@@ -160,6 +160,7 @@ def test_diff_after_demo_numbers_alone_has_nothing_to_compare(tmp_path: Path):
     result = invoke(tmp_path, "diff")
     assert result.exit_code == 2
     assert "Nothing is comparable yet" in result.output
+    assert invoke(tmp_path, "diff", "--allow-nothing").exit_code == 0
     assert "6 measured values: measured on digit-pairs (test, 2000 samples), on which nothing is published." in result.output
     assert len((tmp_path / "tables/diff.csv").read_text().splitlines()) == 7
 

@@ -72,7 +72,7 @@ def test_missing_cells_show_as_dashes(tmp_path: Path):
     assert row.split("|")[3].strip() == "-"
     assert row.split("|")[2].strip() != "-"
     assert "6 of 51 cells are not measured" in text
-    assert "not judged, since qdrop is not fully measured" in text
+    assert "not judged, since no model has all four; not fully measured: qdrop." in text
 
 
 def test_the_text_below_states_settings_spread_and_order(tmp_path: Path):
@@ -95,6 +95,14 @@ def test_the_text_below_states_settings_spread_and_order(tmp_path: Path):
         for model in ("demo_vit", "demo_deit", "demo_swin")
     ]
     assert re.search(rf"w3a3: .*fimaq {np.sqrt(np.mean(spreads)):.2f}", text)
+
+
+def test_a_narrow_terminal_gets_the_table_in_parts(tmp_path: Path):
+    cells, measured = measure(tmp_path)
+    text = summary.report("Demo", measured, cells, width=60)
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert max(map(len, rows)) <= 60
+    assert sum(line.startswith("| fp") for line in rows) == 3
 
 
 def test_an_order_that_did_not_come_out_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

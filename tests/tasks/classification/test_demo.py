@@ -107,7 +107,7 @@ def test_warp_keeps_each_digit_in_its_half() -> None:
     canvas[..., 8:24, 8:24] = 1.0
     warped = RandomDigitWarp()(canvas)
     assert warped.shape == canvas.shape
-    assert 0 <= float(warped.min()) and float(warped.max()) <= 1
+    assert float(warped.min()) >= 0 and float(warped.max()) <= 1
     assert not warped[..., 32:].any()
     assert (warped[..., :32].flatten(1).sum(1) > 100).all()
     still = RandomDigitWarp(degrees=0, scale=0, shear=0, shift=0, elastic=0, contrast=0)(canvas)

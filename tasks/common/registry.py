@@ -1,0 +1,63 @@
+"""Finding tasks. Nothing heavy is imported until a task runs, so that planning a grid takes no time."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from fimaq_core.errors import RecipeError, suggest
+from tasks.common.request import DataRequest, ModelRequest
+
+if TYPE_CHECKING:
+    from tasks.common.task import Task
+
+#: Tasks that are packages here. Each has ``tags.py`` (light: names and what is missing) and ``task.py``.
+TASKS = ("classification",)
+_REGISTERED: dict[str, Task] = {}
+
+
+def register_task(task: Task) -> None:
+    """Make a task from elsewhere known under its name.
+
+    Raises:
+        RecipeError: the name is taken.
+    """
+    if task.name in TASKS or task.name in _REGISTERED:
+        raise RecipeError(f"A task named '{task.name}' exists already: choose another name.")
+    _REGISTERED[task.name] = task
+
+
+def get_task(name: str) -> Task:
+    """Find a task, importing its package and libraries.
+
+    Raises:
+        RecipeError: there is no such task.
+    """
+    if name in _REGISTERED:
+        return _REGISTERED[name]
+    _check(name)
+    task: Task = importlib.import_module(f"tasks.{name}.task").TASK
+    return task
+
+
+def model_tag(name: str, request: ModelRequest) -> str:
+    """``model.tag`` of a request to task ``name``; light for short and demo names. Raises ModelError."""
+    if name in _REGISTERED:
+        return _REGISTERED[name].model_tag(request)
+    _check(name)
+    tag: str = importlib.import_module(f"tasks.{name}.tags").model_tag(request)
+    return tag
+
+
+def preflight(name: str, model: ModelRequest, data: DataRequest) -> str | None:
+    """None if task ``name`` finds weights and data, else what is missing, where it is looked for, how to get it."""
+    if name in _REGISTERED:
+        return _REGISTERED[name].preflight(model, data)
+    _check(name)
+    problem: str | None = importlib.import_module(f"tasks.{name}.tags").preflight(model, data)
+    return problem
+
+
+def _check(name: str) -> None:
+    if name not in TASKS:
+        raise RecipeError(f"Unknown task '{name}'.{suggest(name, [*TASKS, *_REGISTERED])}")

@@ -1,0 +1,138 @@
+"""Block losses against explicit loops, and the inverse of the Gram matrix."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from fimaq_core.fisher import losses
+from fimaq_core.fisher.divergence import ClassifierDivergence, kl_divergence
+
+
+def example(batch: int = 4, width: int = 7, k: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    """Δ (B, N), G and D (k, N), double."""
+    generator = torch.Generator().manual_seed(2)
+    delta = torch.randn(batch, width, generator=generator, dtype=torch.float64)
+    gradients = torch.rand(k, width, generator=generator, dtype=torch.float64)
+    errors = torch.rand(k, width, generator=generator, dtype=torch.float64)
+    return delta, gradients, errors
+
+
+def test_squared_and_absolute_error() -> None:
+    delta, _, _ = example()
+    squared = sum(sum(v * v for v in row) for row in delta.tolist()) / 4
+    absolute = sum(sum(abs(v) for v in row) for row in delta.tolist()) / 4
+    assert float(losses.squared_error(delta)) == pytest.approx(squared, rel=1e-12)
+    assert float(losses.absolute_error(delta)) == pytest.approx(absolute, rel=1e-12)
+
+
+def test_squared_gradient_loss() -> None:
+    delta, _, _ = example()
+    gradient = torch.randn_like(delta)
+    total = sum(
+        (d * g) ** 2 for ds, gs in zip(delta.tolist(), gradient.tolist(), strict=True) for d, g in zip(ds, gs, strict=True)
+    )
+    assert float(losses.squared_gradient_loss(delta, gradient)) == pytest.approx(total / delta.numel(), rel=1e-12)
+
+
+def test_diagonal_loss() -> None:
+    delta, gradients, _ = example()
+    total = 0.0
+    for row in delta.tolist():
+        for n, value in enumerate(row):
+            total += value**2 * sum(gradients[k, n].item() for k in range(3)) / 3
+    assert float(losses.diagonal_loss(delta, gradients)) == pytest.approx(total / delta.numel(), rel=1e-12)
+
+
+def test_rank_one_loss() -> None:
+    delta, gradients, _ = example()
+    total = 0.0
+    for row in delta.tolist():
+        mean = sum(abs(v) * gradients[:, n].mean().item() for n, v in enumerate(row)) / len(row)
+        total += mean**2
+    assert float(losses.rank_one_loss(delta, gradients)) == pytest.approx(total / 4, rel=1e-12)
+
+
+def test_low_rank_loss() -> None:
+    delta, gradients, errors = example()
+    inverse, damped = losses.inverse_gram(errors)
+    assert not damped
+    matrix = torch.linalg.inv(errors @ errors.t())
+    total = 0.0
+    for row in delta.abs():
+        a = [float(row @ gradients[i]) for i in range(3)]
+        total += sum(a[i] * matrix[i, j].item() * a[j] for i in range(3) for j in range(3))
+    assert float(losses.low_rank_loss(delta, gradients, inverse)) == pytest.approx(total / 4, rel=1e-9)
+
+
+def test_low_rank_loss_of_one_pass_equals_its_formula() -> None:
+    delta, gradients, errors = example(k=1)
+    inverse, damped = losses.inverse_gram(errors)
+    expected = sum(float((row.abs() * gradients[0]).sum()) ** 2 for row in delta) / 4 / float((errors[0] * errors[0]).sum())
+    assert not damped
+    assert float(losses.low_rank_loss(delta, gradients, inverse)) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["squared", "absolute", "brecq", "diagonal", "rank one", "low rank"])
+def test_losses_can_be_differentiated(name: str) -> None:
+    delta, gradients, errors = example()
+    delta.requires_grad_(True)
+    inverse, _ = losses.inverse_gram(errors)
+    functions = {
+        "squared": losses.squared_error,
+        "absolute": losses.absolute_error,
+        "brecq": lambda d: losses.squared_gradient_loss(d, gradients[:1].expand_as(d)),
+        "diagonal": lambda d: losses.diagonal_loss(d, gradients),
+        "rank one": lambda d: losses.rank_one_loss(d, gradients),
+        "low rank": lambda d: losses.low_rank_loss(d, gradients, inverse),
+    }
+    assert torch.autograd.gradcheck(functions[name], (delta,))
+
+
+def test_inverse_gram_of_well_conditioned_errors() -> None:
+    torch.manual_seed(0)
+    errors = torch.rand(5, 400)
+    inverse, damped = losses.inverse_gram(errors)
+    assert not damped
+    expected = torch.linalg.inv(errors.double() @ errors.double().t())
+    assert torch.allclose(inverse, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("kind", ["equal rows", "nearly equal rows", "a zero row", "k above N"])
+def test_singular_errors_are_damped(kind: str) -> None:
+    torch.manual_seed(1)
+    row = torch.rand(1, 50)
+    errors = {
+        "equal rows": row.repeat(4, 1),
+        "nearly equal rows": row.repeat(4, 1) * (1 + 1e-6 * torch.rand(4, 50)),
+        "a zero row": torch.cat([torch.rand(2, 50), torch.zeros(1, 50)]),
+        "k above N": torch.rand(6, 3),
+    }[kind]
+    inverse, damped = losses.inverse_gram(errors)
+    assert damped
+    assert torch.isfinite(inverse).all()
+    assert (torch.linalg.eigvalsh(inverse) > 0).all()
+    width = errors.shape[1]
+    delta = torch.randn(8, width, requires_grad=True)
+    loss = losses.low_rank_loss(delta, torch.rand(errors.shape[0], width), inverse)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert loss.item() >= 0
+    assert delta.grad is not None
+    assert torch.isfinite(delta.grad).all()
+
+
+def test_no_error_at_all() -> None:
+    inverse, damped = losses.inverse_gram(torch.zeros(3, 10))
+    assert damped
+    assert torch.equal(inverse, torch.zeros(3, 3, dtype=inverse.dtype))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 20.0])
+def test_divergence(temperature: float) -> None:
+    torch.manual_seed(0)
+    reference, logits = torch.randn(6, 5) * 3, torch.randn(6, 5) * 3
+    p, q = (reference.double() / temperature).softmax(-1), (logits.double() / temperature).softmax(-1)
+    expected = sum(float((p[i] * (p[i] / q[i]).log()).sum()) for i in range(6)) / 6
+    assert float(kl_divergence(logits, reference, temperature)) == pytest.approx(expected, rel=1e-4)
+    assert float(ClassifierDivergence(temperature)(logits, reference)) == pytest.approx(expected, rel=1e-4)
+    assert float(kl_divergence(reference, reference, temperature)) == pytest.approx(0, abs=1e-6)
