@@ -80,7 +80,7 @@ def recipe_options(command: Callable[..., None]) -> Callable[..., None]:
 def _click_type(annotation: Any) -> Any:
     if get_origin(annotation) is Literal:
         return click.Choice([str(choice) for choice in get_args(annotation)])
-    if annotation in (int, float, bool):
+    if annotation in (int, float, bool, str):
         return annotation
     return next(part for part in get_args(annotation) if part is not type(None))
 
