@@ -11,7 +11,7 @@ from fimaq_core.errors import FimaqError
 from fimaq_core.progress import Report
 from fimaq_core.recipe import OFF, Recipe
 from tasks.common.record import ResultRecord, bits_name, read_record
-from tasks.common.request import CellRequest, DataRequest, ModelRequest
+from tasks.common.request import CellRequest, DataRequest, Missing, ModelRequest
 
 if TYPE_CHECKING:
     from benchmarks.grid import Grid
@@ -80,12 +80,12 @@ class Adapter:
     Attributes:
         run_cell: measures one cell and returns the path of its record. Must be importable by name (worker processes).
         planned_folder: the cell's folder, without running anything.
-        preflight: what is missing for the cell, in one message, or None.
+        preflight: what the cell needs and is not there.
     """
 
     run_cell: Callable[[CellRequest, Report], Path]
     planned_folder: Callable[[CellRequest], Path]
-    preflight: Callable[[CellRequest], str | None]
+    preflight: Callable[[CellRequest], list[Missing]]
 
 
 def default_adapter() -> Adapter:
@@ -105,7 +105,7 @@ def _planned_folder(request: CellRequest) -> Path:
     return planned_folder(request)
 
 
-def _preflight(request: CellRequest) -> str | None:
+def _preflight(request: CellRequest) -> list[Missing]:
     from tasks.common.plan import preflight
 
     return preflight(request)

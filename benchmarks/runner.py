@@ -14,6 +14,7 @@ from benchmarks.worker import Failed, Finished, Worker
 from fimaq_core.errors import FimaqError
 from fimaq_core.progress import Progress
 from tasks.common.record import read_record
+from tasks.common.request import Missing, describe_missing
 
 
 @dataclass(frozen=True)
@@ -34,20 +35,19 @@ def default_jobs(threads: int | None, device: str) -> int:
 
 
 def missing(cells: Sequence[Cell], adapter: Adapter) -> list[str]:
-    """Return every distinct message about data or weights that the cells need and that are not there."""
-    messages: dict[str, None] = {}
+    """Return one message for every kind of data or weights that the cells need and that are not there."""
+    found: list[Missing] = []
+    errors: dict[str, None] = {}
     seen: set[tuple[str, str]] = set()
     for cell in cells:
         if (cell.task, cell.model) in seen:
             continue
         seen.add((cell.task, cell.model))
         try:
-            message = adapter.preflight(cell.request)
+            found += adapter.preflight(cell.request)
         except FimaqError as error:
-            message = str(error)
-        for line in (message or "").splitlines():  # data and weights may each have one
-            messages.setdefault(line)
-    return list(messages)
+            errors.setdefault(str(error))
+    return [*errors, *(describe_missing(found) or "").splitlines()]
 
 
 def make_chains(cells: Sequence[Cell]) -> list[list[Cell]]:

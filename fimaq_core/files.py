@@ -1,7 +1,7 @@
 """Writing files so that they are there whole or not at all."""
 
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,9 +21,8 @@ def replaced_whole(path: Path) -> Iterator[Path]:
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        temporary = Path(name)
-        os.close(handle)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+        temporary.touch(exist_ok=False)  # with the usual permissions, where tempfile's are private
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())

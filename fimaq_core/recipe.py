@@ -195,6 +195,9 @@ def make_recipe(method: str = "fimaq", *overrides: Mapping[str, Any]) -> Recipe:
     for override in overrides:
         _check_keys(override, "the recipe")
         merged.update(override)
+    if merged["method"] != method:
+        # Its settings were not merged: the result would carry a name that is not its own.
+        raise RecipeError(f"The recipe names method '{merged['method']}', but method '{method}' is asked for: choose one.")
     try:
         return Recipe(**merged)
     except ValidationError as error:

@@ -10,6 +10,13 @@ import torch
 from torch import Tensor
 
 from fimaq_core.calibration.candidates import Candidates
+from fimaq_core.quantizers.affine import fake_quantize
+
+#: What one lookup of the sorted form costs beside one element of a plain pass (measured on a CPU).
+_LOOKUP_COST = 100
+#: Elements of a temporary: of a plain pass (it stays in a core's caches), and of the sorted form.
+_CHUNK = 2**18
+_TABLE = 2**22
 
 
 def own_errors(sorted_rows: Tensor, candidates: Candidates, levels: int) -> Tensor:
@@ -23,8 +30,10 @@ def own_errors(sorted_rows: Tensor, candidates: Candidates, levels: int) -> Tens
     Returns:
         float64 (candidates, groups).
     """
+    groups, count = sorted_rows.shape
+    if count < _LOOKUP_COST * levels:
+        return _direct(sorted_rows, candidates, levels)
     values = sorted_rows.double()
-    groups, count = values.shape
     pad = values.new_zeros(groups, 1)
     first = torch.cat([pad, values.cumsum(1)], 1)
     second = torch.cat([pad, values.square().cumsum(1)], 1)
@@ -43,6 +52,21 @@ def own_errors(sorted_rows: Tensor, candidates: Candidates, levels: int) -> Tens
     return errors.sum(-1).t()
 
 
+def _direct(rows: Tensor, candidates: Candidates, levels: int) -> Tensor:
+    """The same by a pass per candidate, cheaper for rows that are short beside the number of levels."""
+    out = []
+    step = max(_CHUNK // rows.numel(), 1)
+    for start in range(0, candidates.scale.shape[0], step):
+        scale = candidates.scale[start : start + step, :, None]
+        zero = candidates.zero_point[start : start + step, :, None]
+        out.append(fake_quantize(rows, scale, zero, levels).sub_(rows).double().square_().sum(-1))
+    return torch.cat(out)
+
+
 def best_by_own_error(sorted_rows: Tensor, candidates: Candidates, levels: int) -> Tensor:
-    """Index (groups,) of the candidate with the smallest own squared error."""
-    return own_errors(sorted_rows, candidates, levels).argmin(0)
+    """Index (groups,) of the candidate with the smallest own squared error; groups go in chunks of bounded memory."""
+    step = max(_TABLE // (candidates.scale.shape[0] * levels), 1)
+    pieces = [torch.split(sorted_rows, step), torch.split(candidates.scale, step, 1), torch.split(candidates.zero_point, step, 1)]
+    return torch.cat(
+        [own_errors(rows, Candidates(scale, zero), levels).argmin(0) for rows, scale, zero in zip(*pieces, strict=True)]
+    )

@@ -26,8 +26,9 @@ from tasks.common.task import CalibrationSet, LoadedModel
 IMAGENET = "ImageNet-1k val"
 
 
-class Images(TorchDataset[tuple[Tensor, int, int] | None]):
-    """Samples with stable ids. An item is (image, label, position); None for a damaged image that is to be skipped.
+class Images(TorchDataset[tuple[Tensor, int, int] | DataError | None]):
+    """Samples with stable ids. An item is (image, label, position); for a damaged image None where such are skipped, else the
+    error for the caller to raise (raised in a data-loading process, its message would arrive inside a traceback).
 
     Args:
         ids: sample ids, in order.
@@ -51,16 +52,16 @@ class Images(TorchDataset[tuple[Tensor, int, int] | None]):
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int, int] | None:
+    def __getitem__(self, index: int) -> tuple[Tensor, int, int] | DataError | None:
         try:
             image = self.read(index)
         except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
             if self.skip_corrupt:
                 return None
-            raise DataError(
+            return DataError(
                 f"The image {self.ids[index]} is damaged ({error}): repair or remove it, or leave such images out with "
                 "--skip-corrupt."
-            ) from error
+            )
         return self.transform(image), int(self.targets[index]), index
 
 
@@ -193,6 +194,8 @@ def _seeded(images: Images, index: int, seed: int) -> Tensor | None:
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)
+    if isinstance(item, DataError):
+        raise item
     return None if item is None else item[0]
 
 

@@ -12,8 +12,13 @@ from tasks.common.record import proportion
 from tasks.common.task import Evaluation
 
 
-def _collate(items: list[tuple[Tensor, int, int] | None]) -> tuple[Tensor, Tensor, Tensor] | None:
-    kept = [item for item in items if item is not None]
+def _collate(items: list[tuple[Tensor, int, int] | DataError | None]) -> tuple[Tensor, Tensor, Tensor] | DataError | None:
+    kept = []
+    for item in items:
+        if isinstance(item, DataError):
+            return item
+        if item is not None:
+            kept.append(item)
     if not kept:
         return None
     images, labels, positions = zip(*kept, strict=True)
@@ -47,6 +52,8 @@ def evaluate(
     done = 0
     for batch in loader:
         done = min(done + batch_size, len(images))
+        if isinstance(batch, DataError):
+            raise batch
         if batch is None:
             continue
         pixels, target, position = batch

@@ -15,7 +15,7 @@ from tasks.classification.demo.digits import eval_transform, train_transform
 from tasks.classification.demo.models import build_demo_model, demo_weights_path
 from tasks.classification.tags import DEMO_NAMES, cached_weights, full_name, local_weights, missing_weights, model_tag
 from tasks.common.hashing import file_sha256
-from tasks.common.request import ModelRequest
+from tasks.common.request import ModelRequest, describe_missing
 from tasks.common.task import LoadedModel
 from tasks.common.weights import load_state, read_state, state_sha256
 
@@ -29,7 +29,7 @@ def load_model(request: ModelRequest) -> LoadedModel:
     """
     missing = missing_weights(request)
     if missing is not None:
-        raise ModelError(missing)
+        raise ModelError(describe_missing([missing]))
     tag, weights = model_tag(request), local_weights(request)
     if request.name in DEMO_NAMES:
         if request.model_args:

@@ -9,7 +9,7 @@ from urllib.parse import urlparse
 
 from fimaq_core.errors import ModelError, suggest
 from tasks.common.hashing import SUFFIXES, file_sha256
-from tasks.common.request import DataRequest, ModelRequest
+from tasks.common.request import DataRequest, Missing, ModelRequest
 
 #: Short names and the published checkpoints they mean. Untagged timm names have moved over the years.
 SHORT_NAMES = {
@@ -98,40 +98,42 @@ def model_tag(request: ModelRequest) -> str:
     return name
 
 
-def preflight(model: ModelRequest, data: DataRequest) -> str | None:
-    """What is missing of data and weights, in one message; None if nothing is. Downloads nothing."""
-    problems = [missing_data(data, model.name in DEMO_NAMES), missing_weights(model)]
-    return "\n".join(problem for problem in problems if problem is not None) or None
+def preflight(model: ModelRequest, data: DataRequest) -> list[Missing]:
+    """What is missing of data and weights. Downloads nothing."""
+    found = [missing_data(data, model.name in DEMO_NAMES), missing_weights(model)]
+    return [item for item in found if item is not None]
 
 
-def missing_data(data: DataRequest, brings_data: bool) -> str | None:
-    """None if the data is there, else what is missing and how to get it."""
+def missing_data(data: DataRequest, brings_data: bool) -> Missing | None:
+    """The data, if it is not there."""
     if data.path is None:
-        give = "give its folder (IMAGENET=/path for make, --imagenet for a grid, --data for an adapter)"
-        return None if brings_data else f"ImageNet is missing: {give}. {LAYOUT}."
+        advice = f"Give its folder: IMAGENET=/path for make, --imagenet for a grid, --data for an adapter. {LAYOUT}."
+        return None if brings_data else Missing("the data set ImageNet", advice)
     parts = ["val"] if data.calibration_list is not None else ["train", "val"]
     absent = [str(data.path / part) for part in parts if not (data.path / part).is_dir()]
     if not absent:
         return None
-    return (
-        f"The data is missing: there is no {' and no '.join(absent)}. {LAYOUT}; ImageNet-1k (ILSVRC 2012) is to be had from its "
-        "site after registration."
+    return Missing(
+        f"the folder {' and the folder '.join(absent)}",
+        f"{LAYOUT}; ImageNet-1k (ILSVRC 2012) is to be had from its site after registration.",
     )
 
 
-def missing_weights(request: ModelRequest) -> str | None:
-    """None if the weights are here or the hub that has them answers, else what is missing and how to get it."""
+def missing_weights(request: ModelRequest) -> Missing | None:
+    """The weights, if they are not here and the hub that has them does not answer."""
     if request.name in DEMO_NAMES and local_weights(request) is None:
         path = _DEMO_FOLDER / f"{request.name}.safetensors"
-        return None if path.is_file() else f"There are no demo weights of {request.name}: run `python scripts/train_demo.py`."
+        advice = "They belong to the repository; `python scripts/train_demo.py` makes them anew."
+        return None if path.is_file() else Missing(f"the weights of {request.name}", advice)
     tag, weights = model_tag(request), local_weights(request)
     if weights is not None or cached_weights(tag) is not None or hub_answers():
         return None
     folder = f"in the folder {request.weights_folder}, " if request.weights_folder is not None else ""
-    return (
-        f"The weights of {tag} are missing. Looked for: {folder}in the Hugging Face cache, and at its hub (repository "
-        f"timm/{tag}), which does not answer. Run once with a network, or give a folder with {tag}.safetensors (WEIGHTS=/path "
-        "for make, --weights for a grid, --weights-folder for an adapter)."
+    return Missing(
+        f"the weights of {tag}",
+        f"Looked for {folder}in the Hugging Face cache and at its hub (timm/<name>), which does not answer. Run once with a "
+        "network, or give a folder with <name>.safetensors: WEIGHTS=/path for make, --weights for a grid, --weights-folder for "
+        "an adapter.",
     )
 
 

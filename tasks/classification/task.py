@@ -14,7 +14,7 @@ from tasks.classification.data import Images, calibration_set, open_source
 from tasks.classification.evaluate import evaluate
 from tasks.classification.swin import SwinFamily
 from tasks.classification.vit import ViTFamily
-from tasks.common.request import DataRequest, ModelRequest
+from tasks.common.request import DataRequest, Missing, ModelRequest
 from tasks.common.task import CalibrationSet, Evaluation, LoadedModel
 
 #: Model families, asked in order. A new family is one file and one entry.
@@ -34,8 +34,8 @@ class ClassificationTask:
         """Short and demo names with what they stand for."""
         return {**tags.SHORT_NAMES, **dict.fromkeys(tags.DEMO_NAMES, "demo model on digit pairs")}
 
-    def preflight(self, model: ModelRequest, data: DataRequest) -> str | None:
-        """What is missing of data and weights, both in one message."""
+    def preflight(self, model: ModelRequest, data: DataRequest) -> list[Missing]:
+        """What is missing of data and weights."""
         return tags.preflight(model, data)
 
     def load(self, request: ModelRequest) -> LoadedModel:

@@ -8,7 +8,7 @@ from fimaq_core import NUMERICS_VERSION
 from tasks.common import registry
 from tasks.common.hashing import file_sha256
 from tasks.common.record import cell_folder
-from tasks.common.request import CellRequest
+from tasks.common.request import CellRequest, Missing
 
 
 def planned_folder(request: CellRequest) -> Path:
@@ -30,8 +30,8 @@ def planned_folder(request: CellRequest) -> Path:
     return cell_folder(request.results, request.task, tag, recipe.method, recipe.w_bits, recipe.a_bits, recipe.seed, digest)
 
 
-def preflight(request: CellRequest) -> str | None:
-    """None if the cell's data and weights are there, else one message that says what is missing and how to get it."""
+def preflight(request: CellRequest) -> list[Missing]:
+    """What the cell needs of data and weights that is not there; see :func:`tasks.common.request.describe_missing`."""
     return registry.preflight(request.task, request.model, request.data)
 
 

@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from fimaq_core.errors import RecipeError, suggest
-from tasks.common.request import DataRequest, ModelRequest
+from tasks.common.request import DataRequest, Missing, ModelRequest
 
 if TYPE_CHECKING:
     from tasks.common.task import Task
@@ -49,13 +49,13 @@ def model_tag(name: str, request: ModelRequest) -> str:
     return tag
 
 
-def preflight(name: str, model: ModelRequest, data: DataRequest) -> str | None:
-    """None if task ``name`` finds weights and data, else what is missing, where it is looked for, how to get it."""
+def preflight(name: str, model: ModelRequest, data: DataRequest) -> list[Missing]:
+    """What task ``name`` needs of weights and data that is not there. Downloads nothing."""
     if name in _REGISTERED:
         return _REGISTERED[name].preflight(model, data)
     _check(name)
-    problem: str | None = importlib.import_module(f"tasks.{name}.tags").preflight(model, data)
-    return problem
+    missing: list[Missing] = importlib.import_module(f"tasks.{name}.tags").preflight(model, data)
+    return missing
 
 
 def _check(name: str) -> None:

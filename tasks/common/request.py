@@ -1,5 +1,6 @@
 """What a run is asked to do: plain data that can travel to another process."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -39,6 +40,28 @@ class DataRequest:
     calibration_list: Path | None = None
     limit: int | None = None
     skip_corrupt: bool = False
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Something that a cell needs and that is not there.
+
+    Attributes:
+        what: its name, such as ``weights of vit_small_...``.
+        advice: where it was looked for and how to get it, in words that fit all things of the kind.
+    """
+
+    what: str
+    advice: str
+
+
+def describe_missing(missing: Iterable[Missing]) -> str | None:
+    """One line for every kind of thing that is missing, naming all of the kind; None if nothing is."""
+    kinds: dict[str, dict[str, None]] = {}
+    for item in missing:
+        kinds.setdefault(item.advice, {})[item.what] = None
+    lines = [f"Missing: {', '.join(names)}. {advice}" for advice, names in kinds.items()]
+    return "\n".join(lines) or None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from fimaq_core.fisher.divergence import Divergence
 from fimaq_core.progress import Report
 from fimaq_core.recipe import Recipe
 from tasks.common.record import Dataset, Metric
-from tasks.common.request import DataRequest, ModelRequest
+from tasks.common.request import DataRequest, Missing, ModelRequest
 
 
 @dataclass
@@ -75,8 +75,8 @@ class Task(Protocol):
         """Short and demo names with what they stand for."""
         ...
 
-    def preflight(self, model: ModelRequest, data: DataRequest) -> str | None:
-        """None if weights and data are there, else what is missing, where it is looked for, how to get it."""
+    def preflight(self, model: ModelRequest, data: DataRequest) -> list[Missing]:
+        """What is not there of weights and data, where it is looked for and how to get it. Downloads nothing."""
         ...
 
     def load(self, request: ModelRequest) -> LoadedModel:

@@ -12,7 +12,7 @@ from fimaq_core.errors import ModelError
 from fimaq_core.progress import Progress, Report
 from fimaq_core.recipe import OFF
 from tasks.common.record import Dataset, Environment, Metric, ResultRecord, Weights, cell_folder, write_record
-from tasks.common.request import CellRequest
+from tasks.common.request import CellRequest, Missing
 
 LEVELS = {"rtn": 20.0, "brecq": 70.0, "qdrop": 75.0, "fimaq": 80.0}
 
@@ -89,10 +89,10 @@ def run_cell(request: CellRequest, report: Report) -> Path:
     return write_record(record, planned_folder(request))
 
 
-def preflight(request: CellRequest) -> str | None:
+def preflight(request: CellRequest) -> list[Missing]:
     if (request.results.parent / "no-data").exists():
-        return f"The data folder is missing.\nThe weights of {request.model.name} are missing."
-    return None
+        return [Missing("the data", "Fetch it."), Missing(f"the weights of {request.model.name}", "Train them.")]
+    return []
 
 
 ADAPTER = Adapter(run_cell, planned_folder, preflight)

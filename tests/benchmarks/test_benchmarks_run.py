@@ -96,8 +96,8 @@ def test_missing_data_is_said_once_before_anything_runs(tmp_path: Path):
     (tmp_path / "no-data").touch()
     result = invoke(tmp_path, "run", "--profile", small_grid(tmp_path))
     assert result.exit_code == 2
-    assert result.output.count("error: The data folder is missing.") == 1
-    assert result.output.count("error: The weights of") == 2
+    assert result.output.count("error: Missing: the data. Fetch it.") == 1
+    assert result.output.count("error: Missing: the weights of demo_vit, the weights of demo_swin. Train them.") == 1
     assert measured(tmp_path) == []
 
 

@@ -56,7 +56,11 @@ def test_grid_candidates(levels: int) -> None:
 
 @pytest.mark.parametrize("levels", [4, 16, 256])
 @pytest.mark.parametrize("kind", KINDS)
-def test_own_errors_equal_a_direct_pass_per_candidate(levels: int, kind: str) -> None:
+@pytest.mark.parametrize("lookup_cost", [0, 10**9], ids=["sorted form", "pass per candidate"])
+def test_own_errors_equal_a_direct_pass_per_candidate(
+    monkeypatch: pytest.MonkeyPatch, levels: int, kind: str, lookup_cost: int
+) -> None:
+    monkeypatch.setattr("fimaq_core.calibration.own_error._LOOKUP_COST", lookup_cost)
     torch.manual_seed(levels)
     rows = KINDS[kind](4, 700)
     ordered = rows.sort(dim=1).values
@@ -65,9 +69,19 @@ def test_own_errors_equal_a_direct_pass_per_candidate(levels: int, kind: str) ->
     assert found.shape == candidates.scale.shape
     scale, zero = candidates.scale.double()[:, :, None], candidates.zero_point.double()[:, :, None]
     direct = (fake_quantize(rows.double(), scale, zero, levels) - rows.double()).square().sum(-1)
-    assert torch.allclose(found, direct, rtol=1e-9)
+    assert torch.allclose(found, direct, rtol=1e-5 if lookup_cost else 1e-9)
     chosen = best_by_own_error(ordered, candidates, levels)
     assert (direct.gather(0, chosen[None])[0] <= direct.amin(0) * CLOSE).all()
+
+
+def test_many_groups_are_searched_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    ordered = heavy(23, 40).sort(dim=1).values
+    candidates = grid_candidates(ordered, 16, 64)
+    whole = best_by_own_error(ordered, candidates, 16)
+    assert torch.equal(whole, own_errors(ordered, candidates, 16).argmin(0))
+    monkeypatch.setattr("fimaq_core.calibration.own_error._TABLE", 5 * 64 * 16)
+    assert torch.equal(best_by_own_error(ordered, candidates, 16), whole)
 
 
 def test_own_errors_of_a_constant_row() -> None:
@@ -133,7 +147,7 @@ def direct_operand_errors(x: Tensor, other: Tensor, other_fp: Tensor, candidates
 SHAPES = {"direct form": (20, 16, 6), "gram form": (7, 5, 40), "one image": (9, 16, 4), "square": (6, 6, 6)}
 
 
-@pytest.mark.parametrize("rows, inner, columns", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize(("rows", "inner", "columns"), SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("batch", [1, 2, 33])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shared", [True, False], ids=["weight", "activation"])
@@ -200,11 +214,11 @@ def own(rows: Tensor, candidates: Candidates, levels: int) -> Tensor:
 
 
 CONVOLUTIONS = {
-    "patch embedding": dict(in_channels=3, out_channels=6, kernel_size=4, stride=4),
-    "padding": dict(in_channels=3, out_channels=6, kernel_size=3, stride=2, padding=1),
-    "groups": dict(in_channels=4, out_channels=6, kernel_size=3, padding=1, groups=2),
-    "same": dict(in_channels=2, out_channels=4, kernel_size=3, padding="same", dilation=2),
-    "reflect": dict(in_channels=2, out_channels=4, kernel_size=3, padding=2, padding_mode="reflect"),
+    "patch embedding": {"in_channels": 3, "out_channels": 6, "kernel_size": 4, "stride": 4},
+    "padding": {"in_channels": 3, "out_channels": 6, "kernel_size": 3, "stride": 2, "padding": 1},
+    "groups": {"in_channels": 4, "out_channels": 6, "kernel_size": 3, "padding": 1, "groups": 2},
+    "same": {"in_channels": 2, "out_channels": 4, "kernel_size": 3, "padding": "same", "dilation": 2},
+    "reflect": {"in_channels": 2, "out_channels": 4, "kernel_size": 3, "padding": 2, "padding_mode": "reflect"},
 }
 
 

@@ -67,7 +67,7 @@ def due_steps(monkeypatch: pytest.MonkeyPatch, recipe: Recipe) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "mode, steps, k, expected",
+    ("mode", "steps", "k", "expected"),
     [
         ("q", 20, 5, [0, 4, 8, 12, 16]),
         ("q", 20, 1, [0]),
@@ -91,7 +91,7 @@ def test_no_passes_for_plain_errors(monkeypatch: pytest.MonkeyPatch, name: str) 
 
 
 @pytest.mark.parametrize(
-    "changes, start",
+    ("changes", "start"),
     [
         ({"loss": "fisher_dplr"}, 2.0),
         ({"loss": "fisher_dplr", "fisher_p1": 0.7, "fisher_p2": 1.9}, 2.6),
@@ -114,7 +114,7 @@ def test_starts_are_taken_anew_after_each_pass(changes: dict[str, object], start
     assert objective.passes == 3
 
 
-@pytest.mark.parametrize("name, start", [("mse", 1.0), ("mae", 1.0), ("fisher_brecq", 1.0)])
+@pytest.mark.parametrize(("name", "start"), [("mse", 1.0), ("mae", 1.0), ("fisher_brecq", 1.0)])
 def test_other_losses_start_at_one_and_keep_their_start(name: str, start: float) -> None:
     objective, tape = make(quick(loss=name))
     objective.before_step(0)

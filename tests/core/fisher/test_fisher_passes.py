@@ -1,5 +1,7 @@
 """What a Fisher pass returns: F·Δ to first order, and means that do not depend on the batches."""
 
+import itertools
+
 import pytest
 import torch
 from small_models import chain_of, images, quick, vit
@@ -50,7 +52,7 @@ def test_gradient_is_the_fisher_matrix_times_the_error(temperature: float) -> No
         left.append(float((found - expected).norm()))
         size.append(float(expected.norm()))
     assert left[2] < 0.1 * size[2]
-    for larger, smaller in zip(left, left[1:], strict=False):
+    for larger, smaller in itertools.pairwise(left):
         assert 3.3 < larger / smaller < 4.7
 
 

@@ -22,9 +22,7 @@ def loop_quantize(x: Tensor, scale: Tensor, zero: Tensor, levels: int) -> Tensor
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize(
-    "shape", [(1,), (5, 1), (1, 7), (5, 7)], ids=["per tensor", "per row", "per column", "per element"]
-)
+@pytest.mark.parametrize("shape", [(1,), (5, 1), (1, 7), (5, 7)], ids=["per tensor", "per row", "per column", "per element"])
 def test_fake_quantize_equals_the_loop(bits: int, shape: tuple[int, ...]) -> None:
     torch.manual_seed(bits)
     levels = levels_of(bits)

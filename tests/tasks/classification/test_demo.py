@@ -38,7 +38,8 @@ def test_split_is_disjoint_and_stratified() -> None:
 def test_part_is_composed_of_its_own_digits(part: str) -> None:
     data = digits.DigitPairs(part)
     assert len(data) == len(data.ids) == len(data.targets) == SIZES[part]
-    assert data.pixels.shape == (SIZES[part], 32, 64) and data.pixels.dtype == np.uint8
+    assert data.pixels.shape == (SIZES[part], 32, 64)
+    assert data.pixels.dtype == np.uint8
     assert len(set(data.ids)) == len(data)
     members = set(digits.split_digits()[part])
     used = np.concatenate([data.plan.left, data.plan.right])
@@ -48,7 +49,8 @@ def test_part_is_composed_of_its_own_digits(part: str) -> None:
     assert not (data.plan.left == data.plan.right).any()
     per_class = np.bincount(data.targets, minlength=100)
     assert per_class.max() - per_class.min() <= 1
-    assert data.plan.offsets.min() == 0 and data.plan.offsets.max() == 4
+    assert data.plan.offsets.min() == 0
+    assert data.plan.offsets.max() == 4
 
 
 def test_labels_and_pixels_match_the_composed_digits() -> None:
@@ -84,14 +86,18 @@ def test_fingerprint_depends_on_pixels() -> None:
 def test_items_and_transforms() -> None:
     plain = digits.DigitPairs("val")
     image, label = plain[3]
-    assert isinstance(image, Image.Image) and image.mode == "L" and image.size == (64, 32)
+    assert isinstance(image, Image.Image)
+    assert image.mode == "L"
+    assert image.size == (64, 32)
     assert label == plain.targets[3]
     tensor, _ = digits.DigitPairs("val", transform=digits.eval_transform())[3]
     expected = (plain.pixels[3] / 255 - digits.PIXEL_MEAN) / digits.PIXEL_STD
-    assert tensor.shape == (1, 32, 64) and tensor.dtype == torch.float32
+    assert tensor.shape == (1, 32, 64)
+    assert tensor.dtype == torch.float32
     assert np.allclose(tensor[0].numpy(), expected, atol=1e-5)
     warped = digits.train_transform()(image)
-    assert warped.shape == tensor.shape and warped.dtype == torch.float32
+    assert warped.shape == tensor.shape
+    assert warped.dtype == torch.float32
     assert not torch.equal(warped, tensor)
 
 
@@ -107,7 +113,8 @@ def test_warp_keeps_each_digit_in_its_half() -> None:
     canvas[..., 8:24, 8:24] = 1.0
     warped = RandomDigitWarp()(canvas)
     assert warped.shape == canvas.shape
-    assert float(warped.min()) >= 0 and float(warped.max()) <= 1
+    assert float(warped.min()) >= 0
+    assert float(warped.max()) <= 1
     assert not warped[..., 32:].any()
     assert (warped[..., :32].flatten(1).sum(1) > 100).all()
     still = RandomDigitWarp(degrees=0, scale=0, shear=0, shift=0, elastic=0, contrast=0)(canvas)

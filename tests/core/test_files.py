@@ -1,0 +1,122 @@
+"""Files are there whole or not at all: full disks, read-only folders and broken-off writes leave the old one."""
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_models import quick
+
+from fimaq_core import files
+from fimaq_core.checkpoint import Fingerprint, read_header, save_checkpoint
+from fimaq_core.errors import CheckpointError
+from fimaq_core.files import replaced_whole
+
+
+def write(path: Path, text: str) -> None:
+    with replaced_whole(path) as temporary:
+        assert temporary.parent == path.parent
+        temporary.write_text(text)
+
+
+def test_writes_and_replaces(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "folder" / "file.txt"
+    write(path, "old")
+    assert path.read_text() == "old"
+    write(path, "new")
+    assert path.read_text() == "new"
+    assert os.listdir(path.parent) == ["file.txt"]
+
+
+def fails(code: int) -> Callable[..., Any]:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError(code, os.strerror(code))
+
+    return fail
+
+
+@pytest.mark.parametrize("name", ["replace", "fsync"])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
+def test_failed_writes_leave_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: int) -> None:
+    path = tmp_path / "file.txt"
+    write(path, "old")
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, name, fails(code))
+        with pytest.raises(CheckpointError, match=r"Cannot write .*file.txt.*Free space") as caught:
+            write(path, "new")
+    assert os.strerror(code) in str(caught.value)
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file.txt"]
+    write(path, "new")
+    assert path.read_text() == "new"
+
+
+def test_disk_full_while_the_content_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+    write(path, "old")
+
+    def half() -> None:
+        with replaced_whole(path) as temporary:
+            temporary.write_text("half of the n")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(CheckpointError, match="No space left"):
+        half()
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file.txt"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_device_that_is_full(tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+    with pytest.raises(CheckpointError, match="No space left"), replaced_whole(path), open("/dev/full", "w") as full:
+        full.write("x" * 100_000)
+    assert os.listdir(tmp_path) == []
+
+
+def test_other_errors_pass_and_clean_up(tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+    write(path, "old")
+
+    def half() -> None:
+        with replaced_whole(path) as temporary:
+            temporary.write_text("half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        half()
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file.txt"]
+
+
+def test_a_file_where_a_folder_should_be(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(CheckpointError, match="Cannot write"):
+        write(tmp_path / "taken" / "file.txt", "x")
+
+
+def test_written_files_can_be_read_by_others(tmp_path: Path) -> None:
+    """Results are shared: the usual permissions, not those of a private temporary file."""
+    path = tmp_path / "file.txt"
+    before = os.umask(0o022)
+    try:
+        write(path, "x")
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_failed_checkpoint_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mark = Fingerprint(weights="w", calibration="c", recipe=quick().model_dump(mode="json"))
+    path = tmp_path / "a.safetensors"
+    save_checkpoint(path, {"x": torch.ones(3)}, mark, {"stage": "old"})
+    before = path.read_bytes()
+    monkeypatch.setattr(files.os, "replace", fails(errno.ENOSPC))
+    with pytest.raises(CheckpointError, match="No space left"):
+        save_checkpoint(path, {"x": torch.zeros(3)}, mark, {"stage": "new"})
+    assert path.read_bytes() == before
+    assert read_header(path)[1] == {"stage": "old"}
+    assert os.listdir(tmp_path) == ["a.safetensors"]

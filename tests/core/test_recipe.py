@@ -1,0 +1,171 @@
+"""Merging and validating recipes."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fimaq_core.errors import RecipeError
+from fimaq_core.recipe import METHODS, Recipe, make_recipe, read_recipe_file, register_method
+
+
+def test_defaults_are_the_released_settings() -> None:
+    recipe = make_recipe()
+    assert recipe.method == "fimaq"
+    assert (recipe.calibration_images, recipe.batch_size, recipe.steps, recipe.seed) == (1024, 32, 20_000, 3407)
+    assert (recipe.range_images, recipe.range_candidates, recipe.range_rounds) == (128, 128, 3)
+    assert (recipe.lr_alpha, recipe.lr_scale, recipe.round_weight, recipe.round_warmup) == (1e-3, 4e-5, 0.01, 0.2)
+    assert (recipe.beta_start, recipe.beta_end) == (20, 2)
+    assert (recipe.loss, recipe.fisher_k, recipe.fisher_p1, recipe.fisher_p2, recipe.temperature) == ("fisher_dplr", 5, 1, 1, 20)
+    assert (recipe.prefix_prob, recipe.activation_prob, recipe.per_token) == (0.5, 0.5, True)
+
+
+def test_methods() -> None:
+    assert list(METHODS) == ["rtn", "brecq", "qdrop", "fimaq"]
+    brecq, qdrop, rtn = make_recipe("brecq"), make_recipe("qdrop"), make_recipe("rtn")
+    assert (brecq.loss, brecq.prefix_prob, brecq.activation_prob, brecq.per_token) == ("mse", 0, 1, False)
+    assert (qdrop.loss, qdrop.prefix_prob, qdrop.activation_prob, qdrop.per_token) == ("mse", 0.5, 0.5, False)
+    assert (rtn.reconstruct, rtn.range_search, rtn.reparameterize) == (False, "minmax", False)
+
+
+def test_later_overrides_win_over_the_method_and_the_defaults() -> None:
+    assert make_recipe("qdrop", {"loss": "mae", "steps": 10}, {"steps": 20}).model_dump() == {
+        **make_recipe("qdrop").model_dump(), "loss": "mae", "steps": 20,
+    }  # fmt: skip
+    assert make_recipe("brecq", {"prefix_prob": 0.5}).prefix_prob == 0.5
+
+
+def test_unknown_names_come_with_a_suggestion() -> None:
+    with pytest.raises(RecipeError, match=r"Unknown method 'fimq'. Did you mean 'fimaq'\?"):
+        make_recipe("fimq")
+    with pytest.raises(RecipeError, match=r"Unknown method 'xyz'. Known: brecq, fimaq, qdrop, rtn"):
+        make_recipe("xyz")
+    with pytest.raises(RecipeError, match=r"Unknown key 'w_bit' in the recipe. Did you mean 'w_bits'\?"):
+        make_recipe("fimaq", {"w_bit": 3})
+    with pytest.raises(RecipeError, match=r"Did you mean 'activation_prob'\?"):
+        make_recipe("fimaq", {"activation_probs": 0.5})
+
+
+@pytest.mark.parametrize("field", ["w_bits", "a_bits", "head_bits", "patch_input_bits"])
+@pytest.mark.parametrize("bits", [-1, 0, 1, 9, 16, 31, 33])
+def test_bits_outside_are_refused(field: str, bits: int) -> None:
+    with pytest.raises(RecipeError, match=rf"{field}: {bits} bits is outside 2 to 8 \(or 32 for off\)"):
+        make_recipe("fimaq", {field: bits})
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8, 32])
+def test_bits_inside_are_taken(bits: int) -> None:
+    recipe = make_recipe("fimaq", {"w_bits": bits, "a_bits": bits})
+    assert recipe.bits_name == f"w{bits}a{bits}"
+    assert recipe.classifier_bits == bits
+    assert make_recipe("fimaq", {"a_bits": bits, "head_bits": 8}).classifier_bits == 8
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"steps": 0}, {"steps": "many"}, {"prefix_prob": 1.5}, {"activation_prob": -0.1}, {"lr_alpha": 0}, {"lr_scale": -1},
+        {"loss": "hessian"}, {"fisher_mode": "z"}, {"round_warmup": 1.0}, {"seed": -1}, {"temperature": 0},
+        {"lr_alpha": float("nan")}, {"lr_alpha": float("inf")}, {"calibration_transform": "test"}, {"w_bits": 3.5},
+    ],
+)  # fmt: skip
+def test_values_that_make_no_sense_are_named(changes: dict[str, object]) -> None:
+    (name,) = changes
+    with pytest.raises(RecipeError, match=rf"does not make sense: .*{name}"):
+        make_recipe("fimaq", changes)
+
+
+def test_all_problems_are_told_at_once() -> None:
+    with pytest.raises(RecipeError, match=r"w_bits.*; .*steps"):
+        make_recipe("fimaq", {"w_bits": 1, "steps": 0})
+
+
+def test_recipes_are_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        make_recipe().steps = 3  # type: ignore[misc]
+
+
+def test_recipe_files(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"w_bits": 3, "loss": "mae"}))
+    assert make_recipe("qdrop", read_recipe_file(path)) == make_recipe("qdrop", {"w_bits": 3, "loss": "mae"})
+    path.write_text("# nothing but a comment\n")
+    assert read_recipe_file(path) == {}
+    path.write_text("- a\n- b\n")
+    with pytest.raises(RecipeError, match=r"must hold 'field: value' lines"):
+        read_recipe_file(path)
+    path.write_text("w_bits: [3\n")
+    with pytest.raises(RecipeError, match="is not YAML"):
+        read_recipe_file(path)
+    path.write_bytes(b"\xff\xfe\x00w_bits")
+    with pytest.raises(RecipeError, match="is not YAML"):
+        read_recipe_file(path)
+    path.write_text("stepz: 3\n")
+    with pytest.raises(RecipeError, match=r"Unknown key 'stepz' in .*recipe.yaml. Did you mean 'steps'\?"):
+        read_recipe_file(path)
+    path.write_text("3: 4\n")
+    with pytest.raises(RecipeError, match="Unknown key '3'"):
+        read_recipe_file(path)
+    path.write_text("object: !!python/object/apply:os.system [echo]\n")
+    with pytest.raises(RecipeError, match="is not YAML"):
+        read_recipe_file(path)
+    with pytest.raises(RecipeError, match="Cannot read the recipe file"):
+        read_recipe_file(tmp_path / "none.yaml")
+
+
+def test_changes_say_what_differs_from_the_method() -> None:
+    assert make_recipe("qdrop").changes() == {}
+    assert make_recipe("qdrop", {"w_bits": 3, "a_bits": 3, "seed": 7}).changes() == {}
+    assert make_recipe("qdrop", {"steps": 5, "loss": "mae"}).changes() == {"loss": "mae", "steps": 5}
+    assert make_recipe("brecq", {"prefix_prob": 0.0}).changes() == {}
+
+
+def test_digests() -> None:
+    recipe = make_recipe("fimaq", {"w_bits": 3})
+    assert recipe.digest() == Recipe.model_validate(recipe.model_dump(mode="json")).digest()
+    assert recipe.digest() == make_recipe("fimaq", {"w_bits": 3}).digest()
+    seen = {recipe.digest()}
+    for changes in ({"w_bits": 4}, {"w_bits": 3, "seed": 1}, {"w_bits": 3, "lr_alpha": 0.01}):
+        seen.add(make_recipe("fimaq", changes).digest())
+    assert len(seen) == 4
+
+
+def test_methods_that_differ_behind_calibration_share_its_digest() -> None:
+    shared = {make_recipe(method).calibration_digest() for method in ("qdrop", "brecq", "fimaq")}
+    assert len(shared) == 1
+    assert make_recipe("rtn").calibration_digest() not in shared
+    behind = {"steps": 7, "loss": "mae", "per_token": False, "fisher_k": 2, "prefix_prob": 0.1, "frozen_dtype": "bfloat16"}
+    for name, value in behind.items():
+        assert make_recipe("fimaq", {name: value}).calibration_digest() in shared, name
+    before = {
+        "w_bits": 3, "a_bits": 3, "head_bits": 8, "patch_input_bits": 8, "range_search": "minmax", "range_images": 64,
+        "range_candidates": 64, "range_rounds": 1, "reparameterize": False, "calibration_images": 256,
+        "calibration_transform": "eval", "seed": 1,
+    }  # fmt: skip
+    assert set(before) == set(Recipe.calibration_fields())
+    for name, value in before.items():
+        assert make_recipe("fimaq", {name: value}).calibration_digest() not in shared, name
+
+
+def test_every_field_says_what_it_is() -> None:
+    for name, field in Recipe.model_fields.items():
+        assert field.description, name
+        assert field.json_schema_extra, name
+
+
+def test_registering_a_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fimaq_core.recipe.METHODS", dict(METHODS))
+    register_method("qdrop-mae", {"loss": "mae", "per_token": False})
+    assert make_recipe("qdrop-mae").loss == "mae"
+    assert make_recipe("qdrop-mae").changes() == {}
+    with pytest.raises(RecipeError, match="exists already"):
+        register_method("fimaq", {})
+    with pytest.raises(RecipeError, match=r"Unknown key 'los' in method 'other'. Did you mean 'loss'\?"):
+        register_method("other", {"los": "mae"})
+
+
+def test_the_label_cannot_be_swapped_without_its_settings() -> None:
+    """An override that names another method must not leave the first method's settings under the other's name."""
+    with pytest.raises(RecipeError, match="method"):
+        make_recipe("fimaq", {"method": "qdrop"})
+    assert make_recipe("fimaq", {"method": "fimaq"}) == make_recipe("fimaq")

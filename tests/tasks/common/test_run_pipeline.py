@@ -1,0 +1,164 @@
+"""A cell from its request to its record, on a demo model and few samples."""
+
+import errno
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fimaq_core import files
+from fimaq_core.checkpoint import load_checkpoint, read_header
+from fimaq_core.errors import CheckpointError, RecipeError
+from fimaq_core.layers import set_quantized
+from fimaq_core.progress import Progress, silent
+from fimaq_core.recipe import make_recipe
+from tasks.classification.task import TASK
+from tasks.common import run as run_module
+from tasks.common.environment import resolve_device
+from tasks.common.plan import planned_folder, variant_name
+from tasks.common.record import read_record, recipe_of
+from tasks.common.request import CellRequest, DataRequest, ModelRequest
+from tasks.common.run import run_cell
+
+QUICK: dict[str, Any] = {
+    "calibration_images": 16, "range_images": 4, "range_candidates": 16, "range_rounds": 1, "steps": 3, "batch_size": 8,
+    "fisher_k": 1,
+}  # fmt: skip
+
+
+def cell(results: Path, method: str | None = "rtn", **changes: Any) -> CellRequest:
+    recipe = None if method is None else make_recipe(method, QUICK, changes)
+    return CellRequest("classification", ModelRequest("demo_vit"), DataRequest(limit=64), recipe, results=results / "runs")
+
+
+def test_a_cell_and_its_full_precision_record(tmp_path: Path) -> None:
+    request = cell(tmp_path, "fimaq")
+    path = run_cell(request)
+    assert path == planned_folder(request) / "result.json"
+    record = read_record(path)
+    assert (record.task, record.method, record.w_bit, record.a_bit, record.seed, record.n) == (
+        "classification", "fimaq", 4, 4, 3407, 64,
+    )  # fmt: skip
+    assert record.model.startswith("demo_vit.")
+    assert recipe_of(record) == request.recipe
+    assert record.dataset.split == "test[:64]"
+    assert record.calibration is not None
+    assert len(record.calibration.ids) == 16
+    assert record.modules is not None
+    assert record.fisher_passes == {"patch_embed": 1, **{f"blocks.{i}": 1 for i in range(4)}, "head": 0}
+    full = read_record(planned_folder(cell(tmp_path, None)) / "result.json")
+    assert full.metrics == record.fp_metrics
+    assert (full.method, full.recipe, full.seed, full.w_bit) == ("fp", None, None, 32)
+    outcomes = np.load(path.parent / record.outcomes)
+    assert set(outcomes.files) >= {"sample", "label", "predicted", "correct"}
+    assert record.metrics["top1"].value == pytest.approx(100 * outcomes["correct"].mean())
+    assert not (path.parent / "blocks").exists()
+
+    loaded = TASK.load(request.model)
+    chain = TASK.build(loaded, make_recipe("fimaq", QUICK))
+    _, facts = read_header(path.parent / "quantized.safetensors")
+    assert facts["stage"] == "reconstructed"
+    load_checkpoint(path.parent / "quantized.safetensors", chain, None)
+    set_quantized(chain, True)
+    again = TASK.evaluate(chain, loaded, request.data, torch.device("cpu"), 32, 0, silent)
+    assert np.array_equal(again.outcomes["predicted"], outcomes["predicted"])
+    assert again.metrics == record.metrics
+
+
+def test_finished_cells_are_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = run_cell(cell(tmp_path))
+    before = path.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "get_task", lambda _: pytest.fail("a finished cell was loaded again"))
+        assert run_cell(cell(tmp_path)) == path
+    assert path.read_bytes() == before
+    assert run_cell(replace(cell(tmp_path), force=True)) == path
+    assert path.read_bytes() != before
+
+
+def test_identity_of_cells(tmp_path: Path) -> None:
+    base = cell(tmp_path)
+    others = [
+        cell(tmp_path, None), cell(tmp_path, "fimaq"), cell(tmp_path, w_bits=3), cell(tmp_path, seed=1),
+        cell(tmp_path, range_images=5), replace(base, data=DataRequest(limit=65)), replace(base, variant="mine"),
+        replace(base, model=ModelRequest("demo_deit")), replace(base, data=DataRequest(path=tmp_path)),
+    ]  # fmt: skip
+    folders = {planned_folder(request) for request in (base, *others)}
+    assert len(folders) == len(others) + 1
+    assert planned_folder(replace(base, device="cuda", threads=3, eval_batch=5, force=True)) == planned_folder(base)
+    assert variant_name(cell(tmp_path, None)) == "fp"
+    assert "steps=3" in variant_name(base)
+    assert variant_name(replace(base, recipe=make_recipe("rtn"))) == "released"
+
+
+def test_methods_share_their_calibration(tmp_path: Path) -> None:
+    for method in ("qdrop", "brecq"):
+        run_cell(cell(tmp_path, method))
+    (ranges,) = (tmp_path / "calibration").iterdir()
+    assert ranges.suffix == ".safetensors"
+    reused = read_record(planned_folder(cell(tmp_path, "brecq")) / "result.json")
+    assert "calibrate (reused)" in reused.seconds
+    alone = cell(tmp_path / "alone", "brecq")
+    assert read_record(run_cell(alone)).last_loss == reused.last_loss
+
+
+def test_a_record_serves_as_calibration_list(tmp_path: Path) -> None:
+    first = run_cell(cell(tmp_path, "fimaq", seed=5))
+    request = replace(cell(tmp_path, "fimaq", seed=5), data=DataRequest(limit=64, calibration_list=first))
+    second = run_cell(request)
+    assert second != first
+    a, b = read_record(first), read_record(second)
+    assert a.calibration == b.calibration
+    assert (a.metrics, a.last_loss) == (b.metrics, b.last_loss)
+
+
+def test_a_full_disk_keeps_what_is_finished_and_a_later_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finished = run_cell(cell(tmp_path))
+    before = finished.read_bytes()
+    request = cell(tmp_path, "fimaq")
+    original, written = files.os.replace, []
+
+    def full_after_three(source: Any, target: Any) -> None:
+        if len(written) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(source, target)
+        written.append(Path(target).name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "replace", full_after_three)
+        with pytest.raises(CheckpointError, match=r"Cannot write .*block-002.safetensors.*No space left"):
+            run_cell(request)
+    assert written[1:] == ["block-000.safetensors", "block-001.safetensors"]
+    assert finished.read_bytes() == before
+    assert read_record(finished).method == "rtn"
+    started: list[str] = []
+
+    def watch(event: Progress) -> None:
+        if event.stage == "reconstruct" and event.block and event.block not in started:
+            started.append(event.block)
+
+    record = read_record(run_cell(request, watch))
+    assert started == ["blocks.1", "blocks.2", "blocks.3", "head"]
+    undisturbed = read_record(run_cell(cell(tmp_path / "undisturbed", "fimaq")))
+    assert record.metrics == undisturbed.metrics
+    assert record.last_loss == undisturbed.last_loss
+
+
+def test_damaged_records_are_not_taken_for_finished(tmp_path: Path) -> None:
+    path = run_cell(cell(tmp_path))
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(CheckpointError, match="is damaged"):
+        run_cell(cell(tmp_path))
+
+
+def test_unknown_tasks_and_devices() -> None:
+    request = replace(cell(Path("x")), task="clasification")
+    with pytest.raises(RecipeError, match=r"Unknown task 'clasification'. Did you mean 'classification'\?"):
+        planned_folder(request)
+    for name in ("gpu", "cuda:99", "xla", "meta"):
+        with pytest.raises(RecipeError, match=r"Device|device"):
+            resolve_device(name)
+    assert resolve_device("cpu").type == "cpu"
