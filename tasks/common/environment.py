@@ -30,11 +30,8 @@ def resolve_device(name: str) -> torch.device:
         count = torch.cuda.device_count()
         if not torch.cuda.is_available() or (device.index or 0) >= count:
             raise RecipeError(f"Device '{name}' is not available: PyTorch sees {count} CUDA device(s). Use --device cpu.")
-    elif device.type == "mps":
-        if not torch.backends.mps.is_available():
-            raise RecipeError("Device 'mps' is not available. Use --device cpu.")
     elif device.type != "cpu":
-        raise RecipeError(f"Device '{name}' is not supported: give cpu, cuda, cuda:N or mps.")
+        raise RecipeError(f"Device '{name}' is not supported: give cpu, cuda or cuda:N (range search needs float64).")
     return device
 
 

@@ -89,10 +89,8 @@ def test_every_part_of_the_model_matters(build: Any) -> None:
         for name, parameter in chain.named_parameters():
             if parameter.numel() == 0:  # scales before calibration
                 continue
-            if name.endswith("attn.qkv.bias"):  # softmax does not see a shift common to all keys
-                part = parameter[-parameter.numel() // 3 :]
-            else:
-                part = parameter
+            # Softmax does not see a shift common to all keys, so of this bias only the values' part is moved.
+            part = parameter[-parameter.numel() // 3 :] if name.endswith("attn.qkv.bias") else parameter
             kept = part.clone()
             part.add_(torch.linspace(-0.5, 0.7, part.numel()).view_as(part))
             assert not torch.allclose(chain(x), before, atol=1e-6), name

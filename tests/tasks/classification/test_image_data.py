@@ -15,10 +15,10 @@ from torch import nn
 from fimaq_core.errors import DataError
 from fimaq_core.progress import silent
 from fimaq_core.recipe import Recipe, make_recipe
-from tasks.classification import tags
 from tasks.classification.data import Images, calibration_set, open_source
+from tasks.classification.tags import missing_data
 from tasks.classification.task import TASK
-from tasks.common.request import DataRequest
+from tasks.common.request import DataRequest, describe_missing
 from tasks.common.task import Evaluation, LoadedModel
 
 CPU = torch.device("cpu")
@@ -31,6 +31,12 @@ def loaded(classes: int = 3) -> LoadedModel:
     evaluation = create_transform(size, is_training=False, crop_pct=0.9)
     training = create_transform(size, is_training=True, color_jitter=0.4)
     return LoadedModel(model.eval(), "some_model.tag", "file", "0" * 64, classes, evaluation, training)
+
+
+def missing(data: DataRequest, brings_data: bool) -> str | None:
+    """What a user is told of missing data."""
+    found = missing_data(data, brings_data)
+    return describe_missing([] if found is None else [found])
 
 
 def recipe(count: int = 6, **changes: object) -> Recipe:
@@ -88,29 +94,29 @@ def test_missing_parts_are_named(root: Path, part: str) -> None:
     shutil.rmtree(root / part)
     with pytest.raises(DataError, match=rf"There is no folder .*{part}. ImageFolder layout"):
         open_source(loaded(), DataRequest(root), part)
-    message = tags.missing_data(DataRequest(root), brings_data=False)
+    message = missing(DataRequest(root), brings_data=False)
     assert message is not None
     assert str(root / part) in message
     assert str(root / ("val" if part == "train" else "train")) not in message
 
 
 def test_missing_root_and_no_path(tmp_path: Path) -> None:
-    message = tags.missing_data(DataRequest(tmp_path / "none"), brings_data=False)
+    message = missing(DataRequest(tmp_path / "none"), brings_data=False)
     assert message is not None
     assert str(tmp_path / "none" / "train") in message
-    message = tags.missing_data(DataRequest(), brings_data=False)
+    message = missing(DataRequest(), brings_data=False)
     assert message is not None
     assert "--data" in message
-    assert tags.missing_data(DataRequest(), brings_data=True) is None
+    assert missing(DataRequest(), brings_data=True) is None
     with pytest.raises(DataError, match="give --data"):
         open_source(loaded(), DataRequest(), "val")
 
 
 def test_complete_data_has_nothing_missing(root: Path) -> None:
-    assert tags.missing_data(DataRequest(root), brings_data=False) is None
+    assert missing(DataRequest(root), brings_data=False) is None
     shutil.rmtree(root / "train")
     some_list = root / "list.txt"
-    assert tags.missing_data(DataRequest(root, calibration_list=some_list), brings_data=False) is None
+    assert missing(DataRequest(root, calibration_list=some_list), brings_data=False) is None
 
 
 @pytest.mark.parametrize("kind", ["no classes", "no images", "one class without images"])

@@ -17,7 +17,7 @@ from tasks.classification import tags
 from tasks.classification.models import load_model
 from tasks.classification.tags import DEMO_NAMES, SHORT_NAMES, full_name, model_tag
 from tasks.classification.task import TASK
-from tasks.common.request import ModelRequest
+from tasks.common.request import DataRequest, ModelRequest, describe_missing
 
 ARGUMENTS: dict[str, Any] = {"img_size": 32, "num_classes": 5, "depth": 2}
 VIT = "vit_tiny_patch16_224"
@@ -126,7 +126,7 @@ def test_identity_of_weights_does_not_depend_on_the_file_format(tmp_path: Path) 
 
 def test_weights_folder_is_searched_by_tag(tmp_path: Path, no_hub: None) -> None:
     request = ModelRequest("vit_tiny", ARGUMENTS, weights_folder=tmp_path)
-    with pytest.raises(ModelError, match=rf"weights of {PUBLISHED} are missing. Looked for: in the folder {tmp_path}"):
+    with pytest.raises(ModelError, match=rf"weights of {PUBLISHED}.* in the folder {tmp_path}"):
         load_model(request)
     model, x = tiny(), images(2)
     write(model, tmp_path / f"{PUBLISHED}.pth")
@@ -135,13 +135,13 @@ def test_weights_folder_is_searched_by_tag(tmp_path: Path, no_hub: None) -> None
 
 
 def test_missing_weights_say_where_and_how(no_hub: None, tmp_path: Path) -> None:
-    message = tags.missing_weights(ModelRequest("vit_small"))
+    message = describe_missing(tags.preflight(ModelRequest("vit_small"), DataRequest()))
     assert message is not None
-    for part in ("vit_small_patch16_224.augreg_in21k_ft_in1k", "Hugging Face cache", "--weights-folder", "WEIGHTS="):
+    for part in ("vit_small_patch16_224.augreg_in21k_ft_in1k", "Hugging Face cache", "--weights-folder", "WEIGHTS=", "ImageNet"):
         assert part in message
     with pytest.raises(ModelError, match="There is no weights file"):
         load_model(ModelRequest(VIT, ARGUMENTS, weights=tmp_path / "none.pth"))
-    assert tags.missing_weights(ModelRequest("demo_vit")) is None
+    assert tags.preflight(ModelRequest("demo_vit"), DataRequest()) == []
 
 
 def test_weights_that_do_not_fit(tmp_path: Path) -> None:
