@@ -6,6 +6,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.setup-done
 
 PROFILE ?= demo
+TEST_JOBS ?= 2
 RUN := $(PY) -m benchmarks
 
 # Filters and settings become options only where they are given.
@@ -43,7 +44,7 @@ diff: $(STAMP) ## set measured tables against published numbers
 	@$(RUN) diff --allow-nothing
 
 test: $(STAMP) ## run all tests
-	@$(PY) -m pytest
+	@$(PY) -m pytest -n $(TEST_JOBS)
 
 lint: $(STAMP) ## ruff, and mypy (strict on fimaq_core)
 	@$(PY) -m ruff check .

@@ -319,10 +319,14 @@ class _bars:
         self._bars.stop()
 
 
-def main(group: click.Group) -> None:
-    """Run a command group: errors meant for the user become one message and exit code 2."""
+def main(group: click.Group, arguments: list[str] | None = None) -> None:
+    """Run a command group: errors meant for the user become one message and exit code 2.
+
+    Args:
+        arguments: instead of the process's own.
+    """
     try:
-        group.main(standalone_mode=False)
+        group.main(arguments, standalone_mode=False)
     except FimaqError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(2)

@@ -163,8 +163,9 @@ def test_value_after_the_start_equals_the_formula(name: str) -> None:
 
 def test_brecq_gradient_is_taken_with_the_prefix_quantized_and_this_block_in_full_precision() -> None:
     recipe = quick(loss="fisher_brecq")
-    objective, tape = make(recipe)
-    chain = objective.chain
+    chain, tape, reference = at_block(recipe, 2)
+    set_quantized(chain.segment(2).block, True)
+    objective = BlockObjective(chain, tape, recipe, reference, ClassifierDivergence(recipe.temperature), [])
     assert objective.kind == "fisher_brecq"
     assert tape.prefix is not None
     block = chain.segment(2).block
