@@ -35,7 +35,7 @@ class Fingerprint(BaseModel):
     numerics: int = NUMERICS_VERSION
     weights: str
     calibration: str
-    recipe: dict[str, Any]
+    recipe: Recipe
 
     def mismatch(self, other: "Fingerprint", *, ranges_only: bool = False) -> str | None:
         """Say what differs in ``other``, or None. ``ranges_only`` ignores fields that do not change the ranges."""
@@ -46,7 +46,7 @@ class Fingerprint(BaseModel):
         if self.calibration != other.calibration:
             return "it was made with other calibration images"
         try:
-            mine, theirs = Recipe.model_validate(self.recipe), Recipe.model_validate(other.recipe)
+            mine, theirs = self.recipe, other.recipe
         except ValidationError:
             return "its recipe was written by another version of this project"
         if ranges_only and mine.calibration_digest() == theirs.calibration_digest():

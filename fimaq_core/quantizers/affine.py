@@ -154,8 +154,8 @@ class AffineQuantizer(nn.Module):
         # Granularity is decided by calibration, so the shapes come from the checkpoint.
         scale = state_dict.get(prefix + "scale")
         if scale is not None and scale.shape != self.scale.shape:
-            self.set_range(torch.ones_like(scale), torch.zeros_like(state_dict[prefix + "zero_point"]))
-            self.to(scale.device)
+            self.scale = nn.Parameter(torch.empty_like(scale), requires_grad=False)
+            self.zero_point = torch.empty_like(state_dict[prefix + "zero_point"])
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

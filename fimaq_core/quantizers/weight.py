@@ -31,6 +31,11 @@ class WeightQuantizer(AffineQuantizer):
             matrix = fake_quantize(weight.flatten(1), self.scale, self.zero_point, self.levels)
         return matrix.view_as(weight)
 
+    def set_range(self, scale: Tensor, zero_point: Tensor) -> None:
+        """Set scale and zero point, (rows, 1); codes decided for another range are forgotten."""
+        super().set_range(scale, zero_point)
+        self.codes = torch.empty(0, dtype=torch.uint8, device=self.scale.device)
+
     def set_codes(self, codes: Tensor) -> None:
         """Fix the rounding. ``codes``: integers in [0, levels - 1], rows x columns."""
         self.codes = codes.to(torch.uint8).contiguous()

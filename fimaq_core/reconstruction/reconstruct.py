@@ -1,5 +1,6 @@
 """The walk over a chain that reconstructs block after block and can go on from any finished block."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fimaq_core.chain import BlockChain, Segment
-from fimaq_core.errors import RecipeError
+from fimaq_core.errors import NumericsError, RecipeError
 from fimaq_core.fisher.divergence import Divergence
 from fimaq_core.layers import QuantLinear, QuantMatMul, quant_layers, set_quantized
 from fimaq_core.progress import Progress, Report, silent
@@ -90,6 +91,8 @@ def reconstruct(
             def tick(step: int, loss: Tensor, start: int = start, label: str = segment.label) -> None:
                 # Reading the loss makes a GPU wait, so it happens rarely.
                 if step % 50 == 0 or step == recipe.steps:
+                    if not math.isfinite(float(loss)):
+                        raise NumericsError(f"{label}: the reconstruction loss is {float(loss)}; lower the learning rates.")
                     report(Progress("reconstruct", start + step, total, label, f"loss {float(loss):.4g}"))
 
             generator = block_generator(recipe.seed, segment.label, device)

@@ -55,7 +55,7 @@ class Images(TorchDataset[tuple[Tensor, int, int] | DataError | None]):
     def __getitem__(self, index: int) -> tuple[Tensor, int, int] | DataError | None:
         try:
             image = self.read(index)
-        except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+        except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             if self.skip_corrupt:
                 return None
             return DataError(
@@ -121,6 +121,12 @@ def _folder(root: Path, part: str) -> Source:
         found = ImageFolder(str(folder))
     except FileNotFoundError as error:
         raise DataError(f"{folder} holds no images in class folders ({error}). {LAYOUT}.") from error
+    sibling = root / ("val" if part == "train" else "train")
+    if sibling.is_dir():
+        others = {entry.name for entry in sibling.iterdir() if entry.is_dir()}
+        if others != set(found.classes):
+            odd = sorted(others ^ set(found.classes))
+            raise DataError(f"{folder} and {sibling} do not have the same classes: {', '.join(odd[:5])} is in one of them only.")
     paths = [Path(path) for path, _ in found.samples]
 
     def read(index: int) -> Image.Image:
@@ -223,7 +229,9 @@ def _listed(data: DataRequest, source: Source | None) -> tuple[list[str], Callab
             )
         return ids, lambda index: source.read(positions[ids[index]])
     root = data.path or Path()
+    # Ids are relative to the data's folder where they can be: random transforms are seeded by them.
     paths = [path if (path := Path(name)).is_absolute() else root / path for name in ids]
+    ids = [path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path) for path in paths]
     absent = [str(path) for path in paths if not path.is_file()]
     if absent:
         raise DataError(f"The calibration list names {len(absent)} files that are not there, such as {absent[0]}.")

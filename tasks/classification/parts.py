@@ -1,26 +1,12 @@
 """What the families share: swapping an MLP's layers, the patch embedding, and pieces between blocks."""
 
-from collections.abc import Callable
-
 from timm.layers import Mlp, PatchEmbed
-from torch import Tensor, nn
+from torch import nn
 
 from fimaq_core.chain import NormPair
 from fimaq_core.errors import ModelError
 from fimaq_core.layers import QuantConv2d, QuantLinear
 from fimaq_core.recipe import Recipe
-
-
-class Stage(nn.Module):
-    """A frozen piece of a model between two blocks: its modules, and what to do with them."""
-
-    def __init__(self, run: Callable[[Tensor], Tensor], *modules: nn.Module) -> None:
-        super().__init__()
-        self.parts = nn.ModuleList(modules)
-        self.run = run
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.run(x)
 
 
 def swap_mlp(mlp: nn.Module, recipe: Recipe) -> None:

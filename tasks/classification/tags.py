@@ -5,6 +5,7 @@ import os
 import socket
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 from fimaq_core.errors import ModelError, suggest
@@ -85,10 +86,7 @@ def model_tag(request: ModelRequest) -> str:
     if weights is not None and not weights.is_file():
         raise ModelError(f"There is no weights file {weights}.")
     if request.name in DEMO_NAMES and weights is None:
-        path = _DEMO_FOLDER / f"{request.name}.json"
-        if not path.is_file():
-            raise ModelError(f"There are no demo weights of {request.name}: run `python scripts/train_demo.py`.")
-        return f"{request.name}.{json.loads(path.read_text(encoding='utf-8'))['tag']}"
+        return f"{request.name}.{_demo_metadata(request.name)['tag']}"
     name = request.name if request.name in DEMO_NAMES else full_name(request.name)
     if weights is not None and weights.stem != name:
         return f"{name.split('.')[0]}.local-{file_sha256(weights)[:12]}"
@@ -96,6 +94,24 @@ def model_tag(request: ModelRequest) -> str:
         choices = " or ".join(f"{name}.{tag}" for tag in timm_tags(name)[:8]) or "a local file with --weights"
         raise ModelError(f"'{name}' names no weights, and untagged names have changed their meaning: choose {choices}.")
     return name
+
+
+def weights_digest(request: ModelRequest) -> str | None:
+    """The sha256 of weights that are a file here (demo weights: by their metadata); None for the hub's."""
+    weights = local_weights(request)
+    if weights is not None:
+        return file_sha256(weights)
+    if request.name in DEMO_NAMES:
+        return str(_demo_metadata(request.name)["sha256"])
+    return None
+
+
+def _demo_metadata(name: str) -> dict[str, Any]:
+    path = _DEMO_FOLDER / f"{name}.json"
+    if not path.is_file():
+        raise ModelError(f"There are no demo weights of {name}: run `python scripts/train_demo.py`.")
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
 
 
 def preflight(model: ModelRequest, data: DataRequest) -> list[Missing]:

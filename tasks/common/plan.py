@@ -13,10 +13,12 @@ from tasks.common.request import CellRequest, Missing
 
 def planned_folder(request: CellRequest) -> Path:
     """The folder of a cell, its identity: task, model.tag, method, bits, seed, and a digest of all the rest."""
-    tag = registry.model_tag(request.task, request.model)
+    model = registry.model_identity(request.task, request.model)
+    tag = model[0]
     recipe, chosen = request.recipe, request.data.calibration_list
     rest = {
         "numerics": NUMERICS_VERSION,
+        "model": model,
         "recipe": None if recipe is None else recipe.digest(),
         "variant": variant_name(request),
         "model_args": request.model.model_args,

@@ -165,4 +165,9 @@ def proportion(correct: int, count: int) -> Metric:
 
 def recipe_of(record: ResultRecord) -> Recipe | None:
     """The record's recipe as a validated object; None for full precision."""
-    return None if record.recipe is None else Recipe.model_validate(record.recipe)
+    try:
+        return None if record.recipe is None else Recipe.model_validate(record.recipe)
+    except ValidationError as error:
+        raise CheckpointError(
+            f"The record of {record.model} {record.method} holds a recipe that this version does not know: {error}"
+        ) from error

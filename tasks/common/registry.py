@@ -49,6 +49,15 @@ def model_tag(name: str, request: ModelRequest) -> str:
     return tag
 
 
+def model_identity(name: str, request: ModelRequest) -> list[str]:
+    """``model.tag`` and, where the weights are a file here, its sha256: what a cell's identity needs of its model."""
+    tag = model_tag(name, request)
+    if name in _REGISTERED:
+        return [tag]
+    digest: str | None = importlib.import_module(f"tasks.{name}.tags").weights_digest(request)
+    return [tag] if digest is None else [tag, digest]
+
+
 def preflight(name: str, model: ModelRequest, data: DataRequest) -> list[Missing]:
     """What task ``name`` needs of weights and data that is not there. Downloads nothing."""
     if name in _REGISTERED:

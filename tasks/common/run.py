@@ -67,7 +67,7 @@ def run_cell(request: CellRequest, report: Report = silent) -> Path:
 
 def fingerprint_of(loaded: LoadedModel, images: CalibrationSet, recipe: Recipe) -> Fingerprint:
     """What a checkpoint of this run belongs to."""
-    return Fingerprint(weights=loaded.sha256, calibration=images.fingerprint, recipe=recipe.model_dump(mode="json"))
+    return Fingerprint(weights=loaded.sha256, calibration=images.fingerprint, recipe=recipe)
 
 
 def checkpoint_facts(request: CellRequest, loaded: LoadedModel) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def reconstruct_stage(
         CheckpointError: the checkpoint is of another run, or given fields would change its ranges.
     """
     fingerprint, facts = read_header(checkpoint)
-    recipe = _changed(Recipe.model_validate(fingerprint.recipe), given)
+    recipe = _changed(fingerprint.recipe, given)
     device = _start(options["device"], options["threads"])
     task, loaded = _load(task_name, checkpoint, facts, options)
     calibration = task.calibration(loaded, data, recipe)
@@ -94,7 +94,7 @@ def _restored(task: Task, loaded: LoadedModel, checkpoint: Path, fingerprint: Fi
             f"The checkpoint {checkpoint} was made from other weights (sha256 {fingerprint.weights[:12]}) than those found now "
             f"({loaded.sha256[:12]})."
         )
-    chain = task.build(loaded, Recipe.model_validate(fingerprint.recipe))
+    chain = task.build(loaded, fingerprint.recipe)
     load_checkpoint(checkpoint, chain, None)
     set_quantized(chain, True)
     return chain
