@@ -127,7 +127,7 @@ def _unlike(item: Measurement, names: Names) -> str | None:
         return f"the method '{record.method}' is not known to this version, nor are its released settings"
     try:
         recipe = recipe_of(record)
-    except ValueError:
+    except FimaqError:
         return "the record's recipe is not one of this version"
     changes = changed_settings(recipe) if recipe is not None else {}
     if changes:
