@@ -4,7 +4,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,7 @@ def open_source(loaded: LoadedModel, data: DataRequest, part: str) -> Source:
     return source
 
 
+@lru_cache(maxsize=4)
 def _digits(part: str) -> Source:
     pairs = DigitPairs(part)
     return Source("digit-pairs", part, list(pairs.ids), list(pairs.targets), len(pairs.classes), lambda index: pairs[index][0])
@@ -117,6 +118,15 @@ def _folder(root: Path, part: str) -> Source:
     folder = root / part
     if not folder.is_dir():
         raise DataError(f"There is no folder {folder}. {LAYOUT}.")
+    # A folder's time changes when a file comes or goes.
+    changed = tuple(sorted((entry.name, entry.stat().st_mtime_ns) for entry in folder.iterdir() if entry.is_dir()))
+    return _listed_folder(root, part, changed)
+
+
+@lru_cache(maxsize=4)
+def _listed_folder(root: Path, part: str, changed: tuple[tuple[str, int], ...]) -> Source:
+    """List a folder, once a process as long as it does not change: ImageNet's 1.3 million files take minutes."""
+    folder = root / part
     try:
         found = ImageFolder(str(folder))
     except FileNotFoundError as error:
