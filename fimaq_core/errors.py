@@ -24,6 +24,10 @@ class CheckpointError(FimaqError):
     """A checkpoint or record that is damaged, belongs to another run or cannot be written."""
 
 
+class EngineError(FimaqError):
+    """An engine that cannot run on this machine."""
+
+
 class NumericsError(FimaqError):
     """NaN or infinity in weights, activations or a loss."""
 

@@ -14,6 +14,7 @@ from fimaq_core.layers import QuantMatMul, quant_layers, set_quantized
 from fimaq_core.layers.layers import decide_rounding
 from fimaq_core.progress import Report, silent
 from fimaq_core.recipe import Recipe
+from fimaq_core.reconstruction.engines import EngineChoice
 from fimaq_core.reconstruction.reconstruct import ReconstructionLog, reconstruct
 from fimaq_core.reconstruction.tape import Placement
 
@@ -26,11 +27,13 @@ class Resources:
         report: receives progress.
         placement: where the tape lives.
         batch_size: images a forward pass of calibration, tape and Fisher passes.
+        engine: how optimisation steps run, see :mod:`fimaq_core.reconstruction.engines`.
     """
 
     report: Report = silent
     placement: Placement = "device"
     batch_size: int = 32
+    engine: EngineChoice = "auto"
 
 
 def calibrate_or_load(
@@ -106,11 +109,15 @@ def reconstruct_with_checkpoints(
         report=resources.report,
         placement=resources.placement,
         batch_size=resources.batch_size,
+        engine=resources.engine,
         restore=restore,
         save=save,
     )
     return ReconstructionLog(
-        {**earlier.last_loss, **log.last_loss}, {**earlier.fisher_passes, **log.fisher_passes}, earlier.notes + log.notes
+        {**earlier.last_loss, **log.last_loss},
+        {**earlier.fisher_passes, **log.fisher_passes},
+        earlier.notes + log.notes,
+        log.engine,
     )
 
 

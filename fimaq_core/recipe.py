@@ -75,12 +75,16 @@ class Recipe(BaseModel):
     steps: int = _field(20_000, "reconstruction", "Optimisation steps a block.", ge=1)
     batch_size: int = _field(32, "reconstruction", "Images a step.", ge=1)
     prefix_prob: float = _field(
-        0.5, "reconstruction", "Probability that an element of the block's input comes from the quantized prefix.", ge=0, le=1
+        0.5,
+        "reconstruction",
+        "Probability that an element of the block's input comes from the quantized prefix, in steps of 1/256.",
+        ge=0,
+        le=1,
     )
     activation_prob: float = _field(
         0.5,
         "reconstruction",
-        "Probability that an activation is quantized while the block trains (QDrop); 1 = no dropping.",
+        "Probability that an activation is quantized while the block trains (QDrop), in steps of 1/256; 1 = no dropping.",
         ge=0,
         le=1,
     )
@@ -102,8 +106,11 @@ class Recipe(BaseModel):
     fisher_drop: bool = _field(True, "loss", "Keep random dropping active in Fisher passes, as released.")
     temperature: float = _field(20.0, "loss", "Temperature of the divergence behind the Fisher information.", gt=0)
 
-    frozen_dtype: Literal["float32", "bfloat16"] = _field(
-        "float32", "numerics", "Arithmetic of the frozen full-precision parts: float32 or bfloat16 autocast."
+    step_dtype: Literal["float32", "tf32", "bfloat16"] = _field(
+        "float32", "numerics", "Arithmetic of the steps' matrix products (values stay float32); tf32 is float32 on CPUs."
+    )
+    frozen_dtype: Literal["float32", "tf32", "bfloat16"] = _field(
+        "float32", "numerics", "Arithmetic of the frozen full-precision parts (tape, Fisher passes); tf32 is float32 on CPUs."
     )
 
     @field_validator("w_bits", "a_bits", "head_bits", "patch_input_bits")

@@ -32,48 +32,47 @@ def squared_gradient_loss(delta: Tensor, gradient: Tensor) -> Tensor:
     return (delta * gradient).square().mean()
 
 
-def diagonal_loss(delta: Tensor, gradients: Tensor) -> Tensor:
-    """``mean(Δ² · mean_k G)``; ``delta`` (B, N), ``gradients`` (k, N) absolute."""
-    return (delta.square() * gradients.mean(0)).mean()
+def diagonal_loss(delta: Tensor, gradient: Tensor) -> Tensor:
+    """``mean(Δ² · g)``; ``delta`` (B, N), ``gradient`` (N,) the mean of the k absolute gradients."""
+    return (delta.square() * gradient).mean()
 
 
-def rank_one_loss(delta: Tensor, gradients: Tensor) -> Tensor:
-    """``mean over samples of (mean_N |Δ| g)²`` with g the mean of the k gradients.
+def rank_one_loss(delta: Tensor, gradient: Tensor) -> Tensor:
+    """``mean over samples of (mean_N |Δ| g)²``; ``delta`` (B, N), ``gradient`` (N,) the mean of the k absolute gradients.
 
     The released code runs this loss for k = 1 only; taking the mean of G is our generalisation.
     """
-    return (delta.abs() @ gradients.mean(0) / delta.shape[1]).square().mean()
+    return (delta.abs() @ gradient / delta.shape[1]).square().mean()
 
 
-def low_rank_loss(delta: Tensor, gradients: Tensor, inverse: Tensor) -> Tensor:
-    """``mean over samples of A M Aᵀ``, A = |Δ| Gᵀ (B, k), M = (D Dᵀ)⁻¹ (k, k).
+def low_rank_loss(delta: Tensor, gradients: Tensor, root: Tensor) -> Tensor:
+    """``mean over samples of A M Aᵀ``, A = |Δ| Gᵀ (B, k), M = (D Dᵀ)⁻¹ = root rootᵀ (k, k).
 
-    The quadratic form is taken in M's float64: rounded to float32, an M of condition 1e8 is no longer positive.
+    As the squared length of ``A root`` it cannot become negative, whatever the condition of M.
     """
-    a = (delta.abs() @ gradients.t()).to(inverse.dtype)
-    return ((a @ inverse) * a).sum(1).mean().to(delta.dtype)
+    return (delta.abs() @ gradients.t() @ root).square().sum(1).mean()
 
 
-def inverse_gram(errors: Tensor) -> tuple[Tensor, bool]:
-    """Return ``(D Dᵀ)⁻¹`` and whether damping was needed.
+def inverse_gram_root(errors: Tensor) -> tuple[Tensor, bool]:
+    """Return a root R of ``(D Dᵀ)⁻¹ = R Rᵀ`` and whether damping was needed.
 
     The k mean errors of a block are alike, so D Dᵀ is near singular or, when two passes saw the same
-    quantization, singular. Eigenvalues are kept above :data:`DAMPING` times the largest.
+    quantization, singular. Eigenvalues (in float64) are kept above :data:`DAMPING` times the largest.
 
     Args:
         errors: D, (k, N).
 
     Returns:
-        (k, k) float64; zeros if D is zero.
+        (k, k) float32; zeros if D is zero.
     """
     wide = errors.double()
     values, vectors = torch.linalg.eigh(wide @ wide.t())
     top = values[-1]
     if top <= 0:
-        return torch.zeros_like(vectors), True
+        return torch.zeros_like(vectors, dtype=torch.float32), True
     floor = top * DAMPING
-    inverse = (vectors / values.clamp(min=floor)) @ vectors.t()
-    return inverse, bool(values[0] < floor)
+    root = vectors / values.clamp(min=floor).sqrt()
+    return root.float(), bool(values[0] < floor)
 
 
 #: Losses of the output error alone, (B, N) to a scalar, by name.

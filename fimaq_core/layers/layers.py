@@ -18,8 +18,8 @@ class QuantLinear(nn.Linear):
         self.weight_quantizer = WeightQuantizer(weight_bits)
         self.input_quantizer = AffineQuantizer(input_bits)
         self.quantized = False
-        #: The soft weight of the present optimisation step, if any.
-        self.weight_override: Tensor | None = None
+        #: Whether ``weight`` stands for its own quantized form (the soft rounding of an optimisation step).
+        self.soft = False
 
     @classmethod
     def from_float(cls, layer: nn.Linear, weight_bits: int, input_bits: int) -> "QuantLinear":
@@ -40,7 +40,7 @@ class QuantConv2d(nn.Conv2d):
     weight_quantizer: WeightQuantizer
     input_quantizer: AffineQuantizer
     quantized: bool
-    weight_override: Tensor | None
+    soft: bool
 
     @classmethod
     def from_float(cls, layer: nn.Conv2d, weight_bits: int, input_bits: int) -> "QuantConv2d":
@@ -60,7 +60,7 @@ class QuantConv2d(nn.Conv2d):
         new.weight_quantizer = WeightQuantizer(weight_bits)
         new.input_quantizer = AffineQuantizer(input_bits)
         new.quantized = False
-        new.weight_override = None
+        new.soft = False
         return new.train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -83,7 +83,10 @@ class QuantMatMul(nn.Module):
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         if self.quantized:
-            a, b = self.a_quantizer(a), self.b_quantizer(b)
+            a = self.a_quantizer(a)
+            # A transposed operand is quantized as it lies in memory, so that its elements are read in a row.
+            lies_transposed = b.stride(-1) > b.stride(-2)
+            b = self.b_quantizer(b.mT, transposed=True).mT if lies_transposed else self.b_quantizer(b)
         return a @ b
 
 
@@ -91,9 +94,7 @@ QuantLayer = QuantLinear | QuantConv2d | QuantMatMul
 
 
 def _effective_weight(layer: QuantLinear | QuantConv2d) -> Tensor:
-    if layer.weight_override is not None:
-        return layer.weight_override
-    return layer.weight_quantizer.quantized(layer.weight)
+    return layer.weight if layer.soft else layer.weight_quantizer.quantized(layer.weight)
 
 
 def decide_rounding(layer: QuantLinear | QuantConv2d) -> None:

@@ -3,11 +3,12 @@
 Quantization is simulated: every function returns floating point values on the quantization grid.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from fimaq_core.quantizers.dropping import eager_mask, threshold_of, traced_mask
 from fimaq_core.recipe import OFF
 
 
@@ -33,7 +34,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, levels: int) -> 
 
 
 class _LearnedScale(torch.autograd.Function):
-    """Fake quantization with a straight-through ``round``, learned scale and random dropping.
+    """Fake quantization with a straight-through ``round``, learned scale and random dropping; for plain execution.
 
     One node instead of the dozen that autograd would record: backward needs two tensors only, the
     scale's local derivative and where the input's gradient passes.
@@ -50,20 +51,64 @@ class _LearnedScale(torch.autograd.Function):
         slope = torch.addcmul(codes, ratio, inside, value=-1)
         out = codes.mul_(scale)
         if keep is not None:
-            out = torch.lerp(x, out, keep)  # exact at 0 and 1
+            out = torch.lerp(x.to(out.dtype), out, keep)  # exact at 0 and 1
             slope.mul_(keep)
             inside.sub_(1).mul_(keep).add_(1)
         ctx.save_for_backward(slope, inside)
-        ctx.scale_shape = scale.shape
+        ctx.scale_shape, ctx.dtype = scale.shape, x.dtype
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         (grad,) = grads
         slope, passes = ctx.saved_tensors
-        grad_x = grad * passes if ctx.needs_input_grad[0] else None
+        grad_x = (grad * passes).to(ctx.dtype) if ctx.needs_input_grad[0] else None
         grad_scale = (grad * slope).sum_to_size(ctx.scale_shape) if ctx.needs_input_grad[1] else None
         return grad_x, grad_scale, None, None, None
+
+
+class _TracedScale(torch.autograd.Function):
+    """The same for compilation: written so that forward and backward each fuse into one pass.
+
+    Saved are input and output, which the layers beside it save anyway. What was kept follows from them (an element
+    that differs from its input was quantized; where it does not differ, both branches of the gradient agree), so
+    backward draws no mask; and no boolean tensor is ever stored, which on CPUs costs more than all the rest.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, top: Tensor, key: Tensor, threshold: int) -> Tensor:
+        codes = _traced_codes(torch.round(x / scale), zero_point, top)
+        out = codes * scale
+        if threshold < 256:
+            out = torch.where(traced_mask(x, key, threshold), out, x)
+        ctx.save_for_backward(x, scale, zero_point, top, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+        (grad,) = grads
+        x, scale, zero_point, top, out = ctx.saved_tensors
+        ratio = x / scale
+        rounded = torch.round(ratio)
+        codes = _traced_codes(rounded, zero_point, top)
+        inside, kept = codes == rounded, out != x
+        slope = torch.where(inside, codes - ratio, codes)
+        grad_scale = _sum_in_two(torch.where(kept, grad * slope, 0.0), scale.shape)
+        grad_x = torch.where(torch.logical_and(kept, torch.logical_not(inside)), 0.0, grad)
+        return grad_x.to(x.dtype), grad_scale, None, None, None, None
+
+
+def _traced_codes(rounded: Tensor, zero_point: Tensor, top: Tensor) -> Tensor:
+    # The highest code is a tensor, so that one compiled step serves all bit-widths.
+    return torch.minimum((rounded + zero_point).clamp(min=0), top) - zero_point
+
+
+def _sum_in_two(values: Tensor, shape: torch.Size) -> Tensor:
+    """Sum to ``shape``, the first dimension last: the inner sum fuses with what makes ``values``."""
+    wide = (1,) * (values.ndim - len(shape)) + tuple(shape)
+    inner = [dim for dim in range(1, values.ndim) if wide[dim] == 1]
+    part = values.sum(inner, keepdim=True) if inner else values
+    return (part.sum(0, keepdim=True) if wide[0] == 1 else part).view(shape)
 
 
 def learned_fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, levels: int, keep: Tensor | None = None) -> Tensor:
@@ -76,31 +121,28 @@ def learned_fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, levels: 
         scale: step sizes, broadcastable to ``x``.
         zero_point: integers as floating point, broadcastable to ``x``.
         levels: number of grid points.
-        keep: mask of the shape and dtype of ``x``; where it is 0 (not 1) the value stays in full
+        keep: float mask of the shape of ``x``; where it is 0 (not 1) the value stays in full
             precision (QDrop, Wei et al., ICLR 2022).
     """
     out: Tensor = _LearnedScale.apply(x, scale, zero_point, levels, keep)  # type: ignore[no-untyped-call]
     return out
 
 
-def bernoulli_mask(like: Tensor, probability: float, generator: torch.Generator | None) -> Tensor | None:
-    """Random mask of the shape and dtype of ``like``: 1 with ``probability``, else 0; None stands for all ones.
+def textbook_fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, levels: int, keep: Tensor | None = None) -> Tensor:
+    """:func:`learned_fake_quantize` in the operations of its definition, differentiated by autograd.
 
-    At probabilities that are multiples of 1/256 one random byte decides an element, eight of them
-    drawn as one 64-bit integer; other probabilities are rounded to multiples of 2**-31.
+    Args:
+        keep: boolean mask.
+        x, scale, zero_point, levels: as there.
     """
-    if probability >= 1:
-        return None
-    count = like.numel()
-    mask = torch.empty_like(like, memory_format=torch.contiguous_format)
-    if probability * 256 == int(probability * 256):
-        words = torch.empty((count + 7) // 8, dtype=torch.int64, device=like.device)
-        words.random_(-(2**63), None, generator=generator)
-        draws, threshold = words.view(torch.uint8)[:count], int(probability * 256)
-    else:
-        draws = torch.empty(count, dtype=torch.int32, device=like.device).random_(0, 2**31 - 1, generator=generator)
-        threshold = round(probability * 2**31)
-    return torch.lt(draws.view(like.shape), threshold, out=mask)
+    ratio = x / scale
+    rounded = ratio + (torch.round(ratio) - ratio).detach()
+    out = (torch.clamp(rounded + zero_point, 0, levels - 1) - zero_point) * scale
+    return out if keep is None else torch.where(keep, out, x)
+
+
+#: How a quantizer computes while its scale is learned: by definition, by hand-written passes, or for compilation.
+Form = Literal["textbook", "fused", "traced"]
 
 
 class AffineQuantizer(nn.Module):
@@ -109,21 +151,26 @@ class AffineQuantizer(nn.Module):
     Attributes:
         scale: float32 parameter, broadcastable to the input; empty before calibration.
         zero_point: float32 buffer with integer values, broadcastable to the input.
-        keep_probability: share of elements quantized while ``training_scale`` is on.
-        generator: source of the random dropping.
+        learning: how to compute while the scale is learned; None outside of training.
+        keep_probability: share of elements quantized while learning, a multiple of 1/256.
+        key: (2,) int32 buffer, the random dropping's key (:mod:`fimaq_core.quantizers.dropping`).
+        top: float32 buffer, the highest code.
     """
 
     scale: nn.Parameter
     zero_point: Tensor
+    key: Tensor
+    top: Tensor
 
     def __init__(self, bits: int) -> None:
         super().__init__()
         self.bits = bits
         self.scale = nn.Parameter(torch.empty(0), requires_grad=False)
         self.register_buffer("zero_point", torch.empty(0))
-        self.training_scale = False
+        self.register_buffer("key", torch.zeros(2, dtype=torch.int32), persistent=False)
+        self.register_buffer("top", torch.tensor(float(levels_of(bits) - 1)), persistent=False)
+        self.learning: Form | None = None
         self.keep_probability = 1.0
-        self.generator: torch.Generator | None = None
 
     @property
     def levels(self) -> int:
@@ -140,15 +187,24 @@ class AffineQuantizer(nn.Module):
         self.scale = nn.Parameter(scale.detach().clone().float().contiguous(), requires_grad=False)
         self.zero_point = zero_point.detach().clone().float().contiguous()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, transposed: bool = False) -> Tensor:
+        """Quantize ``x``; ``transposed``: its last two dimensions are swapped against those of scale and zero point."""
         if self.off:
             return x
         if self.scale.numel() == 0:
             raise RuntimeError("quantizer used before calibration")
-        if not self.training_scale:
-            return fake_quantize(x, self.scale, self.zero_point, self.levels)
-        keep = bernoulli_mask(x, self.keep_probability, self.generator)
-        return learned_fake_quantize(x, self.scale, self.zero_point, self.levels, keep)
+        scale, zero = (self.scale.mT, self.zero_point.mT) if transposed else (self.scale, self.zero_point)
+        if self.learning is None:
+            return fake_quantize(x, scale, zero, self.levels)
+        threshold = threshold_of(self.keep_probability)
+        if self.learning == "traced":
+            out: Tensor = _TracedScale.apply(x, scale, zero, self.top, self.key, threshold)  # type: ignore[no-untyped-call]
+            return out
+        plain = self.learning == "textbook"
+        keep = None
+        if threshold < 256:
+            keep = eager_mask(x, self.key, threshold, torch.bool if plain else torch.float32)
+        return (textbook_fake_quantize if plain else learned_fake_quantize)(x, scale, zero, self.levels, keep)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Granularity is decided by calibration, so the shapes come from the checkpoint.

@@ -13,7 +13,8 @@ from fimaq_core.fisher.divergence import Divergence
 from fimaq_core.layers import QuantLinear, QuantMatMul, quant_layers, set_quantized
 from fimaq_core.progress import Progress, Report, silent
 from fimaq_core.recipe import Recipe
-from fimaq_core.reconstruction.block import block_generator, optimise_block
+from fimaq_core.reconstruction.block import optimise_block
+from fimaq_core.reconstruction.engines import Engine, EngineChoice, choose_engine
 from fimaq_core.reconstruction.objective import BlockObjective
 from fimaq_core.reconstruction.tape import Placement, Storage, Tape
 
@@ -26,11 +27,13 @@ class ReconstructionLog:
         last_loss: last loss of each block by label (without the regulariser; relative to its start, the head's absolute).
         fisher_passes: Fisher passes of each block by label.
         notes: sentences about anything that did not go as the recipe says.
+        engine: how steps ran.
     """
 
     last_loss: dict[str, float] = field(default_factory=dict)
     fisher_passes: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    engine: Engine = "fused"
 
 
 def reconstruct(
@@ -42,6 +45,7 @@ def reconstruct(
     report: Report = silent,
     placement: Placement = "device",
     batch_size: int = 32,
+    engine: EngineChoice = "auto",
     restore: Callable[[int, Segment], bool] = lambda index, segment: False,
     save: Callable[[int, Segment, ReconstructionLog], None] = lambda index, segment, log: None,
 ) -> ReconstructionLog:
@@ -55,11 +59,13 @@ def reconstruct(
         report: receives progress, one unit a step.
         placement: where the tape lives.
         batch_size: images a forward pass (the tape and Fisher passes; not the optimisation's batch).
+        engine: how steps run, see :mod:`fimaq_core.reconstruction.engines`.
         restore: called for each block first; loads a finished block and returns True, or returns False.
         save: called after each block that was optimised.
 
     Raises:
         RecipeError: fewer images than a batch.
+        EngineError: the engine asked for cannot run here.
         NumericsError: a loss or a scale is no longer usable.
     """
     if images.shape[0] < recipe.batch_size:
@@ -67,8 +73,8 @@ def reconstruct(
             f"{images.shape[0]} calibration images are fewer than a batch of {recipe.batch_size}: "
             "lower batch_size or give more images."
         )
-    log, total = ReconstructionLog(), len(chain) * recipe.steps
     device = next(chain.parameters()).device
+    log, total = ReconstructionLog(engine=choose_engine(engine, device, recipe.steps)), len(chain) * recipe.steps
     if recipe.per_token:
         expand_per_token(chain, images[:1].to(device))
     set_quantized(chain, False)
@@ -95,8 +101,7 @@ def reconstruct(
                         raise NumericsError(f"{label}: the reconstruction loss is {float(loss)}; lower the learning rates.")
                     report(Progress("reconstruct", start + step, total, label, f"loss {float(loss):.4g}"))
 
-            generator = block_generator(recipe.seed, segment.label, device)
-            loss = optimise_block(segment, tape, objective, recipe, generator, tick)
+            loss = optimise_block(segment, tape, objective, recipe, log.engine, tick)
             log.last_loss[segment.label] = float(loss)
             log.fisher_passes[segment.label] = objective.passes
             save(index, segment, log)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fimaq_core.chain import BlockChain
-from fimaq_core.fisher.passes import frozen_arithmetic
 from fimaq_core.layers import set_quantized
+from fimaq_core.numerics import Arithmetic, arithmetic
 
 Placement = Literal["device", "host", "disk"]
 
@@ -64,7 +64,7 @@ class Tape:
         *,
         with_prefix: bool,
         batch_size: int = 32,
-        frozen_dtype: str = "float32",
+        frozen_dtype: Arithmetic = "float32",
     ) -> None:
         self.chain, self.storage, self.batch_size, self.frozen_dtype = chain, storage, batch_size, frozen_dtype
         self.index = 0
@@ -102,7 +102,7 @@ class Tape:
         device, result = self.storage.device, None
         for start in range(0, source.shape[0], self.batch_size):
             part = source[start : start + self.batch_size].to(device, non_blocking=True)
-            with frozen_arithmetic(self.frozen_dtype if frozen else "float32", device):
+            with arithmetic(self.frozen_dtype if frozen else "float32", device):
                 out = module(part).float()
             if result is None:
                 result = self.storage.empty((source.shape[0], *out.shape[1:]), out.dtype)

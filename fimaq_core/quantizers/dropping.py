@@ -1,0 +1,64 @@
+"""Random masks by a counter-based generator: a pure function of a key and an element's number.
+
+Nothing is drawn in sequence, so a mask is the same on every device, inside a compiled step and inside a CUDA graph,
+and costs a few integer operations that fuse with the arithmetic around them. Four neighbouring elements share one
+32-bit word, a byte each; so probabilities are multiples of 1/256.
+
+The word is a multiply and xor-shift hash of its number with a 64-bit key, one half of it before each of the first two
+multiplications (multipliers: the golden ratio, and T. Mueller's "lowbias"-like constants). It is made for dropping
+activations, not for cryptography.
+"""
+
+import torch
+from torch import Tensor
+
+# Multipliers as signed 32-bit integers: 0x9E3779B9, 0x85EBCA6B, 0xC2B2AE35.
+_GOLDEN, _FIRST, _SECOND = -1640531527, -2048144789, -1028477387
+
+
+def threshold_of(probability: float) -> int:
+    """The number of the 256 byte values that stand for ``probability``."""
+    return round(probability * 256)
+
+
+def draw_keys(count: int, generator: torch.Generator) -> Tensor:
+    """``count`` random keys, (count, 2) int32, on the CPU; ``generator`` is a CPU generator."""
+    return torch.randint(-(2**31), 2**31, (count, 2), generator=generator).to(torch.int32)
+
+
+def _words(numbers: Tensor, key: Tensor) -> Tensor:
+    """Random words, int32, for word numbers (int32, any shape) and a key (2,)."""
+    # Shifts of negative numbers copy the sign; the masks take that away.
+    h = numbers * _GOLDEN + key[0]
+    h = h ^ ((h >> 15) & 0x1FFFF)
+    h = h * _FIRST + key[1]
+    h = h ^ ((h >> 13) & 0x7FFFF)
+    h = h * _SECOND
+    return h ^ ((h >> 16) & 0xFFFF)
+
+
+def traced_mask(like: Tensor, key: Tensor, threshold: int) -> Tensor:
+    """Boolean mask of the shape of ``like``, true with probability ``threshold / 256``; made to be compiled.
+
+    Args:
+        like: gives shape and device.
+        key: (2,) int32.
+        threshold: 0 to 256.
+    """
+    number = torch.arange(like.numel(), device=like.device, dtype=torch.int32)
+    word = _words(number >> 2, key)
+    byte = (word >> ((number & 3) * 8)) & 255
+    return (byte < threshold).view(like.shape)
+
+
+def eager_mask(like: Tensor, key: Tensor, threshold: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The same mask, of ``dtype`` (0 and 1), with a pass a word instead of a pass an element: for plain execution.
+
+    Args:
+        like, key, threshold: as in :func:`traced_mask`.
+        dtype: of the result. Floating point is the fastest on CPUs, where boolean tensors are slow.
+    """
+    count = like.numel()
+    number = torch.arange((count + 3) // 4, device=like.device, dtype=torch.int32)
+    draws = _words(number, key).view(torch.uint8)[:count].view(like.shape)
+    return torch.lt(draws, threshold, out=torch.empty(like.shape, dtype=dtype, device=like.device))

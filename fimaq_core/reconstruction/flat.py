@@ -1,0 +1,210 @@
+"""The step on flat vectors: as it is, compiled, or captured in a CUDA graph."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.partitioners import default_partition
+from torch._inductor.custom_graph_pass import CustomPartitionerFn
+
+from fimaq_core.chain import Segment
+from fimaq_core.quantizers.dropping import threshold_of
+from fimaq_core.recipe import Recipe
+from fimaq_core.reconstruction.feeder import Feeder
+from fimaq_core.reconstruction.objective import BlockObjective
+from fimaq_core.reconstruction.schedule import Schedule
+from fimaq_core.reconstruction.state import BlockState
+from fimaq_core.reconstruction.step import StepPlan, batch_loss, update
+from fimaq_core.reconstruction.tape import Tape
+
+#: Steps that run one by one before a graph is captured (compilation, libraries' workspaces).
+WARM_UP = 3
+
+#: Captures a step and returns what replays it and the tensor that holds its result.
+Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
+
+
+class FlatStep:
+    """The step on flat vectors, run as it is (``fused``).
+
+    Args:
+        segment: whose block is optimised.
+        state: its variables, attached.
+        tape: at that block, target computed.
+        objective: of the block.
+        recipe: rates and probabilities.
+        schedule: tables of the steps.
+    """
+
+    traced = False
+
+    def __init__(
+        self,
+        segment: Segment,
+        state: BlockState,
+        tape: Tape,
+        objective: BlockObjective,
+        recipe: Recipe,
+        schedule: Schedule,
+    ) -> None:
+        self.segment, self.state, self.objective, self.schedule = segment, state, objective, schedule
+        self.counter = torch.zeros(1, dtype=torch.int64, device=state.soft.device)
+        self.plan = StepPlan(
+            state.layout,
+            objective.kind,
+            objective.part_weights(),
+            threshold_of(recipe.prefix_prob) if tape.prefix is not None and tape.prefix is not tape.full else 0,
+            self.traced,
+            torch.bfloat16 if recipe.step_dtype == "bfloat16" else None,
+        )
+        prefix = tape.prefix if self.plan.mix else None
+        assert tape.target is not None
+        self.tensors = (tape.full, prefix, tape.target, objective.sample_gradients)
+        self.feeder = None
+        if tape.full.device != state.soft.device:
+            self.feeder = Feeder(self.tensors, schedule.samples.cpu(), state.soft.device)
+        # Leaves that share memory with the state: the update writes there, so the next step's leaves are these again.
+        self.soft = state.soft.detach().requires_grad_(state.rounding is not None)
+        self.scales = state.scales.detach().requires_grad_(state.learn_scales)
+        self.wanted = [leaf for leaf in (self.soft, self.scales) if leaf.requires_grad]
+
+    def run(self, number: int) -> Tensor:
+        """See :class:`fimaq_core.reconstruction.engines.StepEngine`."""
+        if self.feeder is not None:
+            self.feeder.load(number)
+        return self.once()
+
+    def once(self) -> Tensor:
+        """The step that the counter stands at; no Python number is read from the device or changes with it."""
+        loss, starts = self._loss()
+        grads = iter(torch.autograd.grad(loss, self.wanted) if self.wanted else ())
+        state, rounding = self.state, self.state.rounding
+        with torch.no_grad():
+            self._update(
+                self.counter,
+                self.schedule.rates,
+                self.objective.starts,
+                starts,
+                next(grads) if rounding is not None else None,
+                None if rounding is None else rounding.alpha,
+                None if rounding is None else rounding.offset,
+                None if rounding is None else rounding.gain,
+                state.soft,
+                next(grads) if state.learn_scales else None,
+                state.scales,
+                state.moments,
+            )
+        return loss.detach()
+
+    def _loss(self) -> tuple[Tensor, Tensor]:
+        objective = self.objective
+        full, prefix, target, own = self.tensors if self.feeder is None else self.feeder.batch
+        return self._batch_loss(
+            self.segment.block,
+            self.plan,
+            self.soft,
+            self.scales,
+            self.counter,
+            self.schedule.keys,
+            self.schedule.samples if self.feeder is None else None,
+            full,
+            prefix,
+            target,
+            objective.starts,
+            objective.gradients,
+            objective.mean_gradient,
+            objective.root,
+            own,
+        )
+
+    def _batch_loss(self, *args: Any) -> tuple[Tensor, Tensor]:
+        return batch_loss(*args)
+
+    def _update(self, *args: Any) -> None:
+        update(*args)
+
+    def finish(self) -> None:
+        """See :class:`fimaq_core.reconstruction.engines.StepEngine`."""
+        self.state.soft, self.state.scales = self.state.soft.detach(), self.state.scales.detach()
+
+
+class CompiledStep(FlatStep):
+    """The step through ``torch.compile``: one compilation for all blocks of a make."""
+
+    traced = True
+
+    def _batch_loss(self, *args: Any) -> tuple[Tensor, Tensor]:
+        out: tuple[Tensor, Tensor] = _compiled(batch_loss, args[2].device.type, torch.get_num_threads())(*args)
+        return out
+
+    def _update(self, *args: Any) -> None:
+        _compiled(update, args[0].device.type, torch.get_num_threads())(*args)
+
+
+class GraphStep(CompiledStep):
+    """The compiled step as one CUDA graph: a replay a step, whatever the number of kernels.
+
+    The first :data:`WARM_UP` steps run one by one. Everything a step reads or writes keeps its address; Fisher passes
+    between replays change the objective's tensors in place.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.capture: Capture = capture_cuda_graph
+        self._warm = 0
+        self._replay: Callable[[], None] | None = None
+        self._result: Tensor | None = None
+
+    def once(self) -> Tensor:
+        """See :class:`FlatStep`; after the warm-up, a replay."""
+        if self._replay is None:
+            if self._warm < WARM_UP:
+                self._warm += 1
+                return super().once()
+            self._replay, self._result = self.capture(super().once)
+        self._replay()
+        assert self._result is not None
+        return self._result
+
+
+def capture_cuda_graph(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """Capture ``step`` (without running it); return what replays it, and the tensor that holds its result."""
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        result = step()
+    return graph.replay, result
+
+
+class SaveAsWritten(CustomPartitionerFn):
+    """Keep for the backward pass what the operations themselves save.
+
+    PyTorch's default saves the fewest bytes: boolean masks (slow on CPUs) and inputs from which costly functions
+    (GELU) are then computed again.
+    """
+
+    def __call__(self, gm: Any, joint_inputs: Any, **kwargs: Any) -> Any:
+        kwargs.pop("compiler", None)
+        return default_partition(gm, joint_inputs, **kwargs)
+
+    def uuid(self) -> str:
+        """Key of the cache on disk."""
+        return "fimaq-save-as-written"
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any], device_type: str, threads: int) -> Callable[..., Any]:
+    """``function`` compiled for a kind of device; on CPUs the code is made for a number of threads."""
+    options: dict[str, Any] = {}
+    if device_type == "cpu":
+        # The number of threads is compiled in; as an option it is part of the key of the cache on disk.
+        # Masks of many cheap integer operations shall fuse into what uses them, not be stored.
+        options = {
+            "cpp.threads": threads,
+            "realize_opcount_threshold": 200,
+            "realize_reads_threshold": 12,
+            "custom_partitioner_fn": SaveAsWritten(),
+        }
+    return torch.compile(function, fullgraph=True, dynamic=False, options=options)

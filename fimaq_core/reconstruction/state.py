@@ -1,0 +1,131 @@
+"""What an optimisation of a block learns, as two flat vectors, and how they reach the block's layers."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from fimaq_core.chain import Segment
+from fimaq_core.layers import QuantConv2d, QuantLinear, QuantMatMul, quant_layers
+from fimaq_core.quantizers.affine import AffineQuantizer, Form
+from fimaq_core.quantizers.rounding import RoundingProblem
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which parameters of a block the flat vectors stand for: names and shapes in order.
+
+    Blocks of the same make have equal layouts, so they share what has been compiled.
+
+    Attributes:
+        weights: of weights that are rounded.
+        scales: of activation scales.
+        keys: names of the activation quantizers' keys; their masks are streams 1, 2, ... (0 mixes the block's input).
+    """
+
+    weights: tuple[tuple[str, tuple[int, ...]], ...]
+    scales: tuple[tuple[str, tuple[int, ...]], ...]
+    keys: tuple[str, ...]
+
+    @property
+    def streams(self) -> int:
+        """Random masks a step."""
+        return 1 + len(self.keys)
+
+    def tensors(self, soft: Tensor, scales: Tensor, keys: Tensor) -> dict[str, Tensor]:
+        """The block's parameters and buffers by name.
+
+        Args:
+            soft: (n,) soft weights.
+            scales: (m,) activation scales.
+            keys: (streams, 2) keys of the step.
+        """
+        found = {name: keys[number + 1] for number, name in enumerate(self.keys)}
+        for flat, entries in ((soft, self.weights), (scales, self.scales)):
+            pieces = torch.split(flat, [torch.Size(shape).numel() for _, shape in entries]) if entries else ()
+            for (name, shape), piece in zip(entries, pieces, strict=True):
+                found[name] = piece.view(shape)
+        return found
+
+
+class BlockState:
+    """The variables of one block's optimisation, beside the block itself.
+
+    Attributes:
+        layout: where they belong.
+        layers: the layers whose rounding is learned.
+        quantizers: the activation quantizers.
+        rounding: the rounding problem, or None if no weight is quantized.
+        soft: (n,) present soft weights, in step with ``rounding.alpha``.
+        scales: (m,) present activation scales.
+        moments: Adam's first and second moments, of α and of the scales.
+        learn_scales: whether the scales are learned.
+    """
+
+    def __init__(self, segment: Segment, learn_scales: bool) -> None:
+        named = list(quant_layers(segment.block))
+        device = next(segment.block.parameters()).device
+        rounded = [(name, layer) for name, layer in named if _is_rounded(layer)]
+        activations = active_quantizers(segment)
+        self.layers: list[QuantLinear | QuantConv2d] = [layer for _, layer in rounded if not isinstance(layer, QuantMatMul)]
+        self.quantizers = [quantizer for _, quantizer in activations]
+        self.layout = Layout(
+            tuple(
+                (_join(name, "weight"), tuple(layer.weight.shape)) for (name, _), layer in zip(rounded, self.layers, strict=True)
+            ),
+            tuple((_join(name, "scale"), tuple(quantizer.scale.shape)) for name, quantizer in activations),
+            tuple(_join(name, "key") for name, _ in activations),
+        )
+        self.rounding: RoundingProblem | None = None
+        self.soft = torch.zeros(0, device=device)
+        if self.layers:
+            self.rounding = RoundingProblem.build(
+                [layer.weight for layer in self.layers],
+                [layer.weight_quantizer.scale for layer in self.layers],
+                [layer.weight_quantizer.zero_point for layer in self.layers],
+                [layer.weight_quantizer.levels for layer in self.layers],
+            )
+            self.soft = self.rounding.soft()
+        self.scales = torch.cat([self.soft[:0], *(quantizer.scale.detach().flatten() for quantizer in self.quantizers)])
+        self.learn_scales = learn_scales and self.scales.numel() > 0
+        self.moments = [torch.zeros_like(like) for like in (self.soft, self.soft, self.scales, self.scales)]
+
+    def attach(self, form: Form, probability: float) -> None:
+        """Set the layers up for optimisation: weights are given soft, quantizers compute in ``form``."""
+        for layer in self.layers:
+            layer.soft = True
+        for quantizer in self.quantizers:
+            quantizer.learning, quantizer.keep_probability = form, probability
+
+    def detach(self) -> None:
+        """Leave optimisation; scales go to their quantizers."""
+        for layer in self.layers:
+            layer.soft = False
+        pieces = torch.split(self.scales, [quantizer.scale.numel() for quantizer in self.quantizers]) if self.quantizers else ()
+        for quantizer, piece in zip(self.quantizers, pieces, strict=True):
+            quantizer.learning, quantizer.keep_probability = None, 1.0
+            quantizer.set_range(piece.view(quantizer.scale.shape), quantizer.zero_point)
+
+
+def run_block(block: torch.nn.Module, layout: Layout, soft: Tensor, scales: Tensor, keys: Tensor, x: Tensor) -> Tensor:
+    """Output of a block with the given variables in place of its own (arguments as in :meth:`Layout.tensors`)."""
+    out: Tensor = functional_call(block, layout.tensors(soft, scales, keys), (x,))
+    return out
+
+
+def active_quantizers(segment: Segment) -> list[tuple[str, AffineQuantizer]]:
+    """Names (within the block) and activation quantizers of a segment's block that are not off."""
+    found: list[tuple[str, AffineQuantizer]] = []
+    for name, layer in quant_layers(segment.block):
+        parts = ("a_quantizer", "b_quantizer") if isinstance(layer, QuantMatMul) else ("input_quantizer",)
+        found += [(_join(name, part), getattr(layer, part)) for part in parts]
+    return [(name, quantizer) for name, quantizer in found if not quantizer.off]
+
+
+def _is_rounded(layer: object) -> bool:
+    return isinstance(layer, QuantLinear | QuantConv2d) and not layer.weight_quantizer.off
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name

@@ -1,0 +1,152 @@
+"""The optimisation step as two functions of tensors: the loss of a batch, and the update that follows its gradients.
+
+Everything that changes from step to step is a tensor on the device (:mod:`fimaq_core.reconstruction.schedule`), so both
+can be run as they are, compiled, and captured in a CUDA graph; blocks of equal layout share what was compiled.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fimaq_core.quantizers.dropping import eager_mask, traced_mask
+from fimaq_core.quantizers.rounding import alpha_gradient, soft_rounding
+from fimaq_core.reconstruction.objective import block_loss
+from fimaq_core.reconstruction.schedule import BETA1, BETA2, EPSILON
+from fimaq_core.reconstruction.state import Layout, run_block
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What of a step is the same for all steps of a block, and for all blocks of its make.
+
+    Attributes:
+        layout: of the variables.
+        kind: of the loss, see :func:`fimaq_core.reconstruction.objective.block_loss`.
+        part_weights: of the loss's parts.
+        mix: of 256 elements of the input, how many come from the quantized prefix.
+        traced: whether the step is compiled.
+        autocast: dtype that matrix products run in, or None for float32.
+    """
+
+    layout: Layout
+    kind: str
+    part_weights: tuple[float, ...]
+    mix: int
+    traced: bool
+    autocast: torch.dtype | None = None
+
+
+def batch_loss(
+    block: nn.Module,
+    plan: StepPlan,
+    soft: Tensor,
+    scales: Tensor,
+    counter: Tensor,
+    keys: Tensor,
+    samples: Tensor | None,
+    full: Tensor,
+    prefix: Tensor | None,
+    target: Tensor,
+    starts: Tensor,
+    gradients: Tensor | None,
+    mean_gradient: Tensor | None,
+    root: Tensor | None,
+    sample_gradients: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Loss of the present step's batch, and the loss's starts.
+
+    Args:
+        block: the block, its layers attached (:meth:`BlockState.attach`).
+        plan: see there.
+        soft: (n,) soft weights, requiring gradients.
+        scales: (m,) activation scales, requiring gradients if they are learned.
+        counter: (1,) int64, the step's number.
+        keys: (steps, streams, 2) of the masks.
+        samples: (steps, B) images of each batch; None if what follows holds the batch already.
+        full, prefix, target: (n, ...) the tape's tensors, or (B, ...).
+        starts, gradients, mean_gradient, root, sample_gradients: state of the objective.
+    """
+    # index_select, since indexing with a tensor of one number would wait for that number.
+    row = keys.index_select(0, counter)[0]
+    if samples is not None:
+        batch = samples.index_select(0, counter)[0]
+        full, target = full[batch], target[batch]
+        prefix = None if prefix is None else prefix[batch]
+        sample_gradients = None if sample_gradients is None else sample_gradients[batch]
+    x = full
+    if prefix is not None:
+        x = mixed(full, prefix, row[0], plan.mix, plan.traced)
+    if plan.autocast is None:
+        output = run_block(block, plan.layout, soft, scales, row, x)
+    else:
+        with torch.autocast(x.device.type, dtype=plan.autocast):
+            output = run_block(block, plan.layout, soft, scales, row, x)
+    return block_loss(
+        plan.kind,
+        plan.part_weights,
+        output.float(),
+        target,
+        starts,
+        gradients,
+        mean_gradient,
+        root,
+        sample_gradients,
+    )
+
+
+def mixed(full: Tensor, prefix: Tensor, key: Tensor, threshold: int, traced: bool) -> Tensor:
+    """Elements of ``prefix`` with probability ``threshold / 256``, else of ``full`` (QDrop's input)."""
+    if threshold >= 256:
+        return prefix
+    if traced:
+        return torch.where(traced_mask(full, key, threshold), prefix, full)
+    return torch.lerp(full, prefix, eager_mask(full, key, threshold))
+
+
+def update(
+    counter: Tensor,
+    rates: Tensor,
+    starts: Tensor,
+    new_starts: Tensor,
+    grad_soft: Tensor | None,
+    alpha: Tensor | None,
+    offset: Tensor | None,
+    gain: Tensor | None,
+    soft: Tensor,
+    grad_scales: Tensor | None,
+    scales: Tensor,
+    moments: list[Tensor],
+) -> None:
+    """Adam's step of α and of the scales, in place, then the next soft weights; advances the counter.
+
+    α, its moments, the regulariser's gradient and the soft weights pass once through memory, all layers together.
+
+    Args:
+        counter: (1,) int64.
+        rates: (steps, 5), see :class:`fimaq_core.reconstruction.schedule.Schedule`.
+        starts, new_starts: (parts,) of the loss.
+        grad_soft, grad_scales: gradients of the loss; None where nothing is learned.
+        alpha, offset, gain, soft: (n,) of the rounding problem.
+        scales: (m,).
+        moments: first and second moments of α, then of the scales.
+    """
+    weight, beta, size_alpha, size_scale, inverse = rates.index_select(0, counter)[0].unbind()
+    if grad_soft is not None:
+        assert alpha is not None
+        assert offset is not None
+        assert gain is not None
+        grad = alpha_gradient(alpha, gain, grad_soft, weight, beta)
+        _adam(alpha, grad, moments[0], moments[1], size_alpha, inverse)
+        soft.copy_(torch.addcmul(offset, gain, soft_rounding(alpha)))
+    if grad_scales is not None:
+        _adam(scales, grad_scales, moments[2], moments[3], size_scale, inverse)
+    starts.copy_(new_starts)
+    counter.add_(1)
+
+
+def _adam(variable: Tensor, grad: Tensor, first: Tensor, second: Tensor, size: Tensor, inverse: Tensor) -> None:
+    """PyTorch's Adam with its bias corrections given as tensors, so that it fuses with what is around it."""
+    first.lerp_(grad, 1 - BETA1)
+    second.mul_(BETA2).addcmul_(grad, grad, value=1 - BETA2)
+    variable.sub_(size * first / (second.sqrt() * inverse + EPSILON))
