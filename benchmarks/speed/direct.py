@@ -132,7 +132,9 @@ def calibrate_conv(layer: QuantConv2d, x: Tensor, recipe: Recipe) -> None:
     weights, inputs, count = layer.weight_quantizer, layer.input_quantizer, recipe.range_candidates
     if not inputs.off:
         lower, upper = x.amin().clamp(max=0).view(1, 1), x.amax().clamp(min=0).view(1, 1)
-        inputs.set_range(*(part.view(1, 1, 1, 1) for part in from_bounds(lower, upper, inputs.levels).pick(torch.zeros_like(lower[0]).long())))
+        inputs.set_range(
+            *(part.view(1, 1, 1, 1) for part in from_bounds(lower, upper, inputs.levels).pick(torch.zeros_like(lower[0]).long()))
+        )
     if weights.off:
         return
     matrix, x_hat = layer.weight.detach().flatten(1), inputs(x)

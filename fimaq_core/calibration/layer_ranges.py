@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from fimaq_core.calibration.candidates import (
     MIN_WEIGHT_SCALE,
     Candidates,
+    ascending,
     from_bounds,
     grid_candidates,
     minmax,
@@ -14,6 +15,7 @@ from fimaq_core.calibration.candidates import (
 )
 from fimaq_core.calibration.output_error import Product, best_of_heads, best_operand
 from fimaq_core.calibration.own_error import best_by_own_error
+from fimaq_core.calibration.shared_codes import shared_errors
 from fimaq_core.calibration.weight_error import best_rows, input_moments
 from fimaq_core.layers import QuantConv2d, QuantLinear, QuantMatMul
 from fimaq_core.quantizers.affine import AffineQuantizer, fake_quantize, levels_of
@@ -43,12 +45,12 @@ def calibrate_linear(layer: QuantLinear, x: Tensor, recipe: Recipe) -> None:
     row_candidates = input_candidates = None
     rows, index = torch.zeros(0, dtype=torch.long), 0
     if not weights.off:
-        ordered = weight.sort(dim=1).values
+        ordered = ascending(weight)
         row_candidates = grid_candidates(ordered, weights.levels, count, MIN_WEIGHT_SCALE)
         rows = best_by_own_error(ordered, row_candidates, weights.levels)
         _set_rows(weights, row_candidates, rows)
     if not inputs.off:
-        ordered = flat.reshape(1, -1).sort(dim=1).values
+        ordered = ascending(flat.reshape(1, -1))
         input_candidates = grid_candidates(ordered, inputs.levels, count)
         index = int(best_by_own_error(ordered, input_candidates, inputs.levels)[0])
         _set_input(inputs, input_candidates, index)
@@ -110,7 +112,7 @@ def calibrate_conv(layer: QuantConv2d, x: Tensor, recipe: Recipe) -> None:
         return
     count = recipe.range_candidates
     points = [0.99 + 0.0099 * (i / (count - 1)) ** 0.5 for i in range(count)] + [1.0]
-    ordered = matrix.sort(dim=1).values
+    ordered = ascending(matrix)
     uppers, lowers = quantiles(ordered, points), quantiles(ordered, [1 - point for point in points])
     moments = [_conv_moments(layer, x, inputs, group) for group in range(layer.groups)]
 
@@ -204,7 +206,7 @@ class _HeadSearch:
         self.memory: dict[str, tuple[Tensor, Tensor]] = {}
         if quantizer.off:
             return
-        ordered = self.x.flatten(1).sort(dim=1).values
+        ordered = ascending(self.x.flatten(1))
         upper_in, upper, lower, lower_in = quantiles(ordered, [0.99, 0.99999, 0.00001, 0.01])
         share = torch.linspace(0, 1, count + 1, device=x.device)[:count, None]
         self.uppers = upper_in + share * (upper - upper_in)
@@ -213,7 +215,9 @@ class _HeadSearch:
 
     def _set(self) -> None:
         """Set the ranges that belong to the present indices."""
-        lower, upper = (bounds.gather(0, row[None]) for bounds, row in zip((self.lowers, self.uppers), self.index.t(), strict=True))
+        lower, upper = (
+            bounds.gather(0, row[None]) for bounds, row in zip((self.lowers, self.uppers), self.index.t(), strict=True)
+        )
         found = from_bounds(lower, upper, self.quantizer.levels)
         self.quantizer.set_range(found.scale.view(1, -1, 1, 1), found.zero_point.view(1, -1, 1, 1))
 
@@ -257,10 +261,20 @@ class _HeadSearch:
         for side in held:
             bounds[side] = bounds[side].gather(0, self.index[heads, side][None]).expand_as(bounds[side])
         candidates = from_bounds(bounds[0], bounds[1], self.quantizer.levels)
-        x, plain, hat = (part.flatten(0, 1) for part in (self.x[heads], other.x[heads], other.quantized(heads)))
-        residual = x @ (hat - plain).transpose(1, 2)
-        product = Product(x, hat.transpose(1, 2), residual, self.quantizer.levels)
-        return best_of_heads(product, candidates.scale, candidates.zero_point)
+        x, plain, hat = self.x[heads], other.x[heads].transpose(2, 3), other.quantized(heads).transpose(2, 3)
+        ranges = candidates.scale, candidates.zero_point
+        best = torch.full_like(heads, -1)
+        for head in range(len(heads)):
+            scale, zero = (part[:, head] for part in ranges)
+            errors = shared_errors(x[head], hat[head], x[head] @ plain[head], scale, zero, self.quantizer.levels)
+            if errors is not None:
+                best[head] = errors.argmin()
+        rest = (best < 0).nonzero()[:, 0]
+        if len(rest):
+            x, plain, hat = (part[rest].flatten(0, 1) for part in (x, plain, hat))
+            product = Product(x, hat, x @ (hat - plain), self.quantizer.levels)
+            best[rest] = best_of_heads(product, *(part[:, rest] for part in ranges))
+        return best
 
 
 def _set_rows(quantizer: WeightQuantizer, candidates: Candidates, index: Tensor) -> None:

@@ -84,8 +84,8 @@ def best_of_heads(product: Product, scale: Tensor, zero_point: Tensor) -> Tensor
     """
     count, heads = scale.shape
     images = len(product.x) // heads
-    wide = [part.t().repeat_interleave(images, 0) for part in (scale, zero_point)]
-    return product.errors(*wide).view(heads, images, count).sum(1).argmin(1)
+    wide, zeros = (part.t().repeat_interleave(images, 0) for part in (scale, zero_point))
+    return product.errors(wide, zeros).view(heads, images, count).sum(1).argmin(1)
 
 
 def best_operand(product: Product, scale: Tensor, zero_point: Tensor, guess: int = 0) -> int:
@@ -122,9 +122,6 @@ def best_operand(product: Product, scale: Tensor, zero_point: Tensor, guess: int
 
 
 def _pieces(batch: int) -> list[tuple[int, int]]:
-    """Bounds of slices of a batch: a small piece first (it drops most candidates), then pieces twice as large each."""
-    out, start, size = [], 0, max(batch // 16, 1)
-    while start < batch:
-        out.append((start, min(start + size, batch)))
-        start, size = start + size, size * 2
-    return out
+    """Bounds of at most 16 slices of a batch."""
+    size = -(-batch // 16)
+    return [(start, min(start + size, batch)) for start in range(0, batch, size)]

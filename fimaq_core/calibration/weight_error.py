@@ -9,6 +9,8 @@ whole sum of another one is out, so most candidates cost a fraction of d². This
 everything near the best; float64 decides among what is left.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -92,7 +94,7 @@ def best_rows(weight: Tensor, candidates: Candidates, levels: int, square: Tenso
     every = torch.arange(len(weight), device=weight.device)
     bound = sieve.squares(guess, every, 0, width)
     ends = [width]
-    while ends[0] > 16:
+    while ends[0] > 32:
         ends.insert(0, ends[0] // 2)
     partial = sieve.all_squares(ends[0])
     # The most promising candidate is finished at once: its whole error is a tight bound for the rest.
@@ -101,7 +103,7 @@ def best_rows(weight: Tensor, candidates: Candidates, levels: int, square: Tenso
     bound = torch.minimum(bound, whole) * (1 + _MARGIN)
     index, row = (partial <= bound).nonzero(as_tuple=True)
     partial = partial[index, row]
-    for start, end in zip(ends, ends[1:], strict=False):
+    for start, end in pairwise(ends):
         partial += sieve.squares(index, row, start, end)
         kept = partial <= bound[row]
         index, row, partial = index[kept], row[kept], partial[kept]
