@@ -15,9 +15,9 @@ from torch import Tensor
 from fimaq_core.calibration.blocks import block_elements
 
 #: Where a larger share of elements or rows changes, looking at every candidate alone is cheaper.
-_ELEMENTS, _ROWS = 0.6, 0.4
+_ELEMENTS, _ROWS = 0.5, 0.25
 #: Few elements change, so many more can be looked at together than a temporary may have of elements x candidates.
-_CROWD = 128
+_CROWD = 32
 #: Candidates that are looked at together for codes that change at all.
 _SEGMENT = 32
 
@@ -100,22 +100,23 @@ def _codes(x: Tensor, ranges: Tensor) -> Tensor:
 def _starts(flat: Tensor, ranges: Tensor, sure: bool) -> Tensor | None:
     """Mask (rows, candidates): where a row's codes are not those of the candidate before; None if it would not pay."""
     count, inner = ranges.shape[1], flat.shape[1]
-    # Each segment of candidates ends with the first of the next one, so that every step lies in one segment.
-    first = torch.arange(0, max(count - 1, 1), _SEGMENT, device=flat.device)
-    steps = (first[:, None] + torch.arange(_SEGMENT + 1, device=flat.device)).clamp(max=count - 1)
-    segments = ranges[:, steps]  # 3, segments, steps + 1
-    # Clamping is monotone in value and bounds, so these two enclose an element's codes in a segment.
-    least, most = segments.amin(2), segments.amax(2)
-    values = flat.reshape(-1, 1)
-    small, large = torch.div(values, most[0]).round_(), torch.div(values, least[0]).round_()
-    low = torch.minimum(small, large).maximum(least[1]).minimum(least[2])
-    high = torch.maximum(small, large).maximum(most[1]).minimum(most[2])
-    element, segment = (low != high).nonzero(as_tuple=True)
-    if not sure and len(element) > _ELEMENTS * low.numel():
-        return None
-    codes = _codes(values[element], segments[:, segment])
-    changed, step = (codes[:, 1:] != codes[:, :-1]).nonzero(as_tuple=True)
     starts = torch.zeros(len(flat), count, dtype=torch.bool, device=flat.device)
     starts[:, 0] = True
-    starts[element[changed] // inner, first[segment[changed]] + step + 1] = True
+    values = flat.flatten()
+    for first in range(0, count - 1, _SEGMENT):
+        part = ranges[:, first : first + _SEGMENT + 1]
+        least, most = part.amin(1), part.amax(1)
+        small, large = torch.div(values, most[0]).round_(), torch.div(values, least[0]).round_()
+        low = torch.minimum(small, large)
+        # Clamping is monotone in value and bounds, so these two enclose an element's codes in the segment.
+        high = torch.maximum(small, large, out=large)
+        for codes, bounds in ((low, least), (high, most)):
+            torch.maximum(codes, bounds[1], out=codes)
+            torch.minimum(codes, bounds[2], out=codes)
+        element = (low != high).nonzero()[:, 0]
+        if not sure and len(element) > _ELEMENTS * len(values):
+            return None
+        codes = _codes(values[element], part[..., None])  # candidates of the segment, elements
+        step, changed = (codes[1:] != codes[:-1]).nonzero(as_tuple=True)
+        starts[element[changed] // inner, first + 1 + step] = True
     return starts
