@@ -169,6 +169,8 @@ def test_errors_from_shared_codes_equal_direct_ones(
     monkeypatch: pytest.MonkeyPatch, levels: int, columns: int, moving: str
 ) -> None:
     monkeypatch.setattr("fimaq_core.calibration.shared_codes._CROWD", 0)  # a batch entry at a time
+    monkeypatch.setattr("fimaq_core.calibration.shared_codes._ELEMENTS", 1)
+    monkeypatch.setattr("fimaq_core.calibration.shared_codes._ROWS", 1)
     torch.manual_seed(levels)
     x, other, target = heavy(5, 7, 6), heavy(5, 6, columns), heavy(5, 7, columns)
     share = torch.linspace(0, 1, 70)[:, None]
