@@ -22,6 +22,10 @@ def calibrate(chain: BlockChain, images: Tensor, recipe: Recipe, report: Report 
     Every layer is calibrated on what it sees in the full-precision model, so each block runs once. LayerNorm
     reparameterisation (where the recipe asks for it) changes norms and weights, but not the float function.
 
+    Time grows in proportion to the images, but for the weights' searches, which see only moments of the inputs. Memory: the
+    block's output and the inputs of all its quantizable layers for all images (N x values an image x 4 bytes), about five
+    copies of one layer's inputs while it is searched, and temporaries that do not depend on N.
+
     Args:
         chain: the model.
         images: (N, C, H, W) calibration images; the first ``recipe.range_images`` are used.

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +23,13 @@ class Candidates:
         """Scale and zero point (groups,) of the candidate ``index`` (groups,) of each group."""
         row = index.unsqueeze(0)
         return self.scale.gather(0, row)[0], self.zero_point.gather(0, row)[0]
+
+
+def ascending(rows: Tensor) -> Tensor:
+    """Sort each row (..., n); on a CPU by NumPy, which takes a tenth of the time since it keeps no indices."""
+    if rows.device.type == "cpu":
+        return torch.from_numpy(np.sort(rows.detach().numpy(), axis=-1))
+    return rows.sort(dim=-1).values
 
 
 def quantiles(sorted_rows: Tensor, points: list[float]) -> Tensor:

@@ -7,15 +7,18 @@ from torch.nn import functional as F
 from fimaq_core.calibration.candidates import (
     MIN_WEIGHT_SCALE,
     Candidates,
+    ascending,
     from_bounds,
     grid_candidates,
     minmax,
     quantiles,
 )
-from fimaq_core.calibration.output_error import best_operand, input_moments, weight_errors
+from fimaq_core.calibration.output_error import Product, best_of_heads, best_operand
 from fimaq_core.calibration.own_error import best_by_own_error
+from fimaq_core.calibration.shared_codes import shared_errors
+from fimaq_core.calibration.weight_error import best_rows, input_moments
 from fimaq_core.layers import QuantConv2d, QuantLinear, QuantMatMul
-from fimaq_core.quantizers.affine import AffineQuantizer, levels_of
+from fimaq_core.quantizers.affine import AffineQuantizer, fake_quantize, levels_of
 from fimaq_core.quantizers.weight import WeightQuantizer
 from fimaq_core.recipe import Recipe
 
@@ -40,37 +43,50 @@ def calibrate_linear(layer: QuantLinear, x: Tensor, recipe: Recipe) -> None:
 
     count = recipe.range_candidates
     row_candidates = input_candidates = None
-    guess = torch.zeros((), dtype=torch.long)
+    rows, index = torch.zeros(0, dtype=torch.long), 0
     if not weights.off:
-        ordered = weight.sort(dim=1).values
+        ordered = ascending(weight)
         row_candidates = grid_candidates(ordered, weights.levels, count, MIN_WEIGHT_SCALE)
-        _set_rows(weights, row_candidates, best_by_own_error(ordered, row_candidates, weights.levels))
+        rows = best_by_own_error(ordered, row_candidates, weights.levels)
+        _set_rows(weights, row_candidates, rows)
     if not inputs.off:
-        ordered = flat.reshape(1, -1).sort(dim=1).values
+        ordered = ascending(flat.reshape(1, -1))
         input_candidates = grid_candidates(ordered, inputs.levels, count)
-        guess = best_by_own_error(ordered, input_candidates, inputs.levels)[0]
-        _set_input(inputs, input_candidates, int(guess))
+        index = int(best_by_own_error(ordered, input_candidates, inputs.levels)[0])
+        _set_input(inputs, input_candidates, index)
+        del ordered
 
-    batched = flat.view(1, 1, -1) if x.ndim < 2 else x.reshape(x.shape[0], -1, x.shape[-1])
-    for _ in range(recipe.range_rounds):
+    # Each search sees nothing but the other one's last choice, so the rounds are over once a choice repeats itself.
+    for number in range(recipe.range_rounds):
         if row_candidates is not None:
-            square, cross = input_moments(flat, inputs(flat))
-            errors = weight_errors(weight, row_candidates, weights.levels, square, cross)
-            _set_rows(weights, row_candidates, errors.argmin(0))
-        if input_candidates is not None:
-            other = weights.quantized(weight).t().unsqueeze(0)
-            residual = batched @ (other - weight.t())
-            index = best_operand(
-                batched,
-                other,
-                residual,
-                input_candidates.scale[:, 0],
-                input_candidates.zero_point[:, 0],
-                inputs.levels,
-                int(guess),
-            )
-            guess = torch.as_tensor(index)
-            _set_input(inputs, input_candidates, index)
+            rows_before, rows = rows, _search_rows(layer, flat, row_candidates, rows)
+            if number and torch.equal(rows, rows_before):
+                break
+        if input_candidates is None:
+            break
+        index_before, index = index, _search_input(layer, x, input_candidates, index)
+        if index == index_before or row_candidates is None:
+            break
+
+
+def _search_rows(layer: QuantLinear, flat: Tensor, candidates: Candidates, guess: Tensor) -> Tensor:
+    """Set the weight's ranges by the error of the output for inputs (tokens, d), quantized as now; return their indices."""
+    weight, weights, inputs = layer.weight.detach(), layer.weight_quantizer, layer.input_quantizer
+    moments = input_moments(flat, inputs(flat), None if inputs.off else inputs.scale)
+    index = best_rows(weight, candidates, weights.levels, *moments, guess)
+    _set_rows(weights, candidates, index)
+    return index
+
+
+def _search_input(layer: QuantLinear, x: Tensor, candidates: Candidates, guess: int) -> int:
+    """Set the range of the input (..., d) by the error of the output, the weight quantized as now; return its index."""
+    weight = layer.weight.detach()
+    batched = x.view(1, 1, -1) if x.ndim < 2 else x.reshape(x.shape[0], -1, x.shape[-1])
+    other = layer.weight_quantizer.quantized(weight).t().unsqueeze(0)
+    product = Product(batched, other, batched @ (other - weight.t()), layer.input_quantizer.levels)
+    index = best_operand(product, candidates.scale[:, 0], candidates.zero_point[:, 0], guess)
+    _set_input(layer.input_quantizer, candidates, index)
+    return index
 
 
 def calibrate_conv(layer: QuantConv2d, x: Tensor, recipe: Recipe) -> None:
@@ -96,25 +112,25 @@ def calibrate_conv(layer: QuantConv2d, x: Tensor, recipe: Recipe) -> None:
         return
     count = recipe.range_candidates
     points = [0.99 + 0.0099 * (i / (count - 1)) ** 0.5 for i in range(count)] + [1.0]
-    ordered = matrix.sort(dim=1).values
+    ordered = ascending(matrix)
     uppers, lowers = quantiles(ordered, points), quantiles(ordered, [1 - point for point in points])
     moments = [_conv_moments(layer, x, inputs, group) for group in range(layer.groups)]
 
-    def search(lower: Tensor, upper: Tensor) -> Tensor:
+    def search(lower: Tensor, upper: Tensor, guess: Tensor) -> Tensor:
         candidates = from_bounds(lower, upper, weights.levels)
         rows = matrix.shape[0] // layer.groups
-        errors = []
+        best = []
         for group, part in enumerate(torch.split(matrix, rows)):
             own = slice(group * rows, (group + 1) * rows)
             chosen = Candidates(candidates.scale[:, own], candidates.zero_point[:, own])
-            errors.append(weight_errors(part, chosen, weights.levels, *moments[group]))
-        index = torch.cat(errors, 1).argmin(0)
+            best.append(best_rows(part, chosen, weights.levels, *moments[group], guess[own]))
+        index = torch.cat(best)
         _set_rows(weights, candidates, index)
-        return index[None]
+        return index
 
-    index = search(lowers, uppers)
-    index = search(lowers, uppers.gather(0, index).expand_as(uppers))
-    search(lowers.gather(0, index).expand_as(lowers), uppers)
+    index = search(lowers, uppers, torch.full(matrix.shape[:1], count, device=matrix.device))
+    index = search(lowers, uppers.gather(0, index[None]).expand_as(uppers), index)
+    search(lowers.gather(0, index[None]).expand_as(lowers), uppers, index)
 
 
 def _conv_moments(layer: QuantConv2d, x: Tensor, inputs: AffineQuantizer, group: int) -> tuple[Tensor, Tensor]:
@@ -166,82 +182,99 @@ def calibrate_matmul(layer: QuantMatMul, a: Tensor, b: Tensor, recipe: Recipe) -
     # The right operand is searched as the left one of the transposed product.
     left = _HeadSearch(layer.a_quantizer, a, count)
     right = _HeadSearch(layer.b_quantizer, b.transpose(2, 3), count)
-    left.start()
-    right.start()
-
-    def other(search: _HeadSearch) -> tuple[Tensor, Tensor]:
-        return search.quantized().transpose(2, 3), search.x.transpose(2, 3)
-
-    left.search("both", *other(right))
-    right.search("both", *other(left))
+    left.search("both", right)
+    right.search("both", left)
     for _ in range(recipe.range_rounds):
-        for which in ("lower", "upper"):
-            left.search(which, *other(right))
-        for which in ("lower", "upper"):
-            right.search(which, *other(left))
+        for side, other in ((left, right), (right, left)):
+            side.search("lower", other)
+            side.search("upper", other)
 
 
 class _HeadSearch:
-    """Bounds of one attention operand ``x`` (batch, heads, rows, inner), searched per head."""
+    """Bounds of one attention operand ``x`` (batch, heads, rows, inner), searched per head.
+
+    Starts with the widest upper and the narrowest lower bound, as released.
+    """
 
     def __init__(self, quantizer: AffineQuantizer, x: Tensor, count: int) -> None:
-        self.quantizer, self.x = quantizer, x
+        self.quantizer = quantizer
+        self.x = x.transpose(0, 1).contiguous()  # heads, batch, rows, inner
+        self.heads = len(self.x)
+        #: Index of the lower and of the upper bound of each head.
+        self.index = torch.full((self.heads, 2), count - 1, device=x.device)
+        #: What the last search of each kind saw and chose.
+        self.memory: dict[str, tuple[Tensor, Tensor]] = {}
         if quantizer.off:
             return
-        ordered = x.transpose(0, 1).flatten(1).sort(dim=1).values
+        ordered = ascending(self.x.flatten(1))
         upper_in, upper, lower, lower_in = quantiles(ordered, [0.99, 0.99999, 0.00001, 0.01])
         share = torch.linspace(0, 1, count + 1, device=x.device)[:count, None]
         self.uppers = upper_in + share * (upper - upper_in)
         self.lowers = lower + share * (lower_in - lower)
-        heads = x.shape[1]
-        self.index = torch.full((heads,), count - 1, device=x.device)
+        self._set()
 
-    def start(self) -> None:
-        """Set the start ranges: the widest upper with the narrowest lower bound, as released."""
-        if not self.quantizer.off:
-            self._set(from_bounds(self.lowers, self.uppers, self.quantizer.levels), self.index)
+    def _set(self) -> None:
+        """Set the ranges that belong to the present indices."""
+        lower, upper = (
+            bounds.gather(0, row[None]) for bounds, row in zip((self.lowers, self.uppers), self.index.t(), strict=True)
+        )
+        found = from_bounds(lower, upper, self.quantizer.levels)
+        self.quantizer.set_range(found.scale.view(1, -1, 1, 1), found.zero_point.view(1, -1, 1, 1))
 
-    def quantized(self) -> Tensor:
-        """``x`` quantized with the present ranges."""
-        out: Tensor = self.quantizer(self.x)
-        return out
+    def quantized(self, heads: Tensor) -> Tensor:
+        """``x`` of some heads quantized with the present ranges."""
+        x = self.x[heads]
+        if self.quantizer.off:
+            return x
+        scale, zero = (part.view(-1, 1, 1, 1)[heads] for part in (self.quantizer.scale, self.quantizer.zero_point))
+        return fake_quantize(x, scale, zero, self.quantizer.levels)
 
-    def _set(self, candidates: Candidates, index: Tensor) -> None:
-        scale, zero = candidates.pick(index)
-        self.quantizer.set_range(scale.view(1, -1, 1, 1), zero.view(1, -1, 1, 1))
-
-    def search(self, which: str, other_hat: Tensor, other: Tensor) -> None:
-        """Choose anew per head, by the error of ``x̂ @ other_hat`` against ``x @ other``.
+    def search(self, which: str, other: "_HeadSearch") -> None:
+        """Choose anew per head, by the error of ``x̂ @ ôᵀ`` against ``x @ oᵀ`` with the other operand o.
 
         Args:
             which: the bounds that vary, ``both``, ``lower`` or ``upper``; the other one stays at its present choice.
-            other_hat, other: (batch, heads, inner, columns), quantized and in full precision.
+            other: the other operand, as ``x`` (batch, heads, columns, inner), quantized as now.
         """
         if self.quantizer.off:
             return
-        uppers, lowers = self.uppers, self.lowers
-        if which == "lower":
-            uppers = uppers.gather(0, self.index[None]).expand_as(uppers)
-        elif which == "upper":
-            lowers = lowers.gather(0, self.index[None]).expand_as(lowers)
-        candidates = from_bounds(lowers, uppers, self.quantizer.levels)
-        best = []
-        for head in range(self.x.shape[1]):
-            x, hat = self.x[:, head].contiguous(), other_hat[:, head].contiguous()
-            residual = x @ (hat - other[:, head])
-            best.append(
-                best_operand(
-                    x,
-                    hat,
-                    residual,
-                    candidates.scale[:, head],
-                    candidates.zero_point[:, head],
-                    self.quantizer.levels,
-                    int(self.index[head]),
-                )
-            )
-        self.index = torch.tensor(best, device=self.x.device)
-        self._set(candidates, self.index)
+        held = {"both": [], "lower": [1], "upper": [0]}[which]
+        free = [side for side in (0, 1) if side not in held]
+        # A head whose held bound and whose other operand are as at the last such search would choose the same again.
+        seen = torch.cat([self.index[:, held], other.index], 1)
+        chosen = self.index[:, free[0]]
+        heads = torch.arange(self.heads, device=chosen.device)
+        if which in self.memory:
+            before, chosen = self.memory[which]
+            heads = (seen != before).any(1).nonzero()[:, 0]
+        if len(heads):
+            chosen = chosen.clone()
+            chosen[heads] = self._best(heads, held, other)
+        self.memory[which] = (seen, chosen)
+        self.index = self.index.clone()
+        self.index[:, free] = chosen[:, None]
+        self._set()
+
+    def _best(self, heads: Tensor, held: list[int], other: "_HeadSearch") -> Tensor:
+        """Best candidates of some heads; bounds in ``held`` (0 lower, 1 upper) stay at their present index."""
+        bounds = [self.lowers[:, heads], self.uppers[:, heads]]
+        for side in held:
+            bounds[side] = bounds[side].gather(0, self.index[heads, side][None]).expand_as(bounds[side])
+        candidates = from_bounds(bounds[0], bounds[1], self.quantizer.levels)
+        x, plain, hat = self.x[heads], other.x[heads].transpose(2, 3), other.quantized(heads).transpose(2, 3)
+        ranges = candidates.scale, candidates.zero_point
+        best = torch.full_like(heads, -1)
+        for head in range(len(heads)):
+            scale, zero = (part[:, head] for part in ranges)
+            errors = shared_errors(x[head], hat[head], x[head] @ plain[head], scale, zero, self.quantizer.levels)
+            if errors is not None:
+                best[head] = errors.argmin()
+        rest = (best < 0).nonzero()[:, 0]
+        if len(rest):
+            x, plain, hat = (part[rest].flatten(0, 1) for part in (x, plain, hat))
+            product = Product(x, hat, x @ (hat - plain), self.quantizer.levels)
+            best[rest] = best_of_heads(product, *(part[:, rest] for part in ranges))
+        return best
 
 
 def _set_rows(quantizer: WeightQuantizer, candidates: Candidates, index: Tensor) -> None:

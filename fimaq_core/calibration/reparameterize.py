@@ -7,13 +7,13 @@ by moving the channels' factors into the norm's affine parameters and the weight
 import torch
 from torch import Tensor, nn
 
-from fimaq_core.calibration.candidates import grid_candidates
+from fimaq_core.calibration.candidates import ascending, grid_candidates
 from fimaq_core.calibration.own_error import best_by_own_error
 
 
 def channel_ranges(x: Tensor, levels: int, count: int) -> tuple[Tensor, Tensor]:
     """Per-channel scale and zero point (channels,) of ``x`` (tokens, channels) by own squared error."""
-    ordered = x.t().contiguous().sort(dim=1).values
+    ordered = ascending(x.t().contiguous())
     candidates = grid_candidates(ordered, levels, count)
     return candidates.pick(best_by_own_error(ordered, candidates, levels))
 

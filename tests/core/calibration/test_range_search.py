@@ -7,8 +7,10 @@ from torch.nn import functional as F
 
 from fimaq_core.calibration.candidates import Candidates, from_bounds, grid_candidates, minmax, quantiles
 from fimaq_core.calibration.layer_ranges import calibrate_conv, calibrate_linear, calibrate_matmul
-from fimaq_core.calibration.output_error import best_operand, input_moments, weight_errors
+from fimaq_core.calibration.output_error import Product, best_operand
 from fimaq_core.calibration.own_error import best_by_own_error, own_errors
+from fimaq_core.calibration.shared_codes import shared_errors
+from fimaq_core.calibration.weight_error import best_rows, input_moments, weight_errors
 from fimaq_core.layers import QuantConv2d, QuantLinear, QuantMatMul
 from fimaq_core.quantizers.affine import fake_quantize
 from fimaq_core.recipe import Recipe, make_recipe
@@ -132,6 +134,63 @@ def test_weight_errors_equal_direct_output_errors(kind: str, bits: int, input_bi
     assert torch.allclose(found + offset, direct, rtol=1e-6)
     chosen = direct.gather(0, found.argmin(0)[None])[0]
     assert (chosen <= direct.amin(0) * CLOSE).all()
+    for guess in (0, 63):
+        index = best_rows(weight, candidates, levels, *input_moments(x, x_hat), torch.full((10,), guess))
+        assert (direct.gather(0, index[None])[0] <= direct.amin(0) * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("levels", [8, 256])
+def test_moments_of_whole_codes(levels: int) -> None:
+    torch.manual_seed(0)
+    x = heavy(1500, 12) + 3
+    scale = (x.amax() - x.amin()) / (levels - 1)
+    x_hat = fake_quantize(x, scale, (-x.amin() / scale).round(), levels)
+    for found, expected in zip(input_moments(x, x_hat, scale), input_moments(x, x_hat), strict=True):
+        assert torch.allclose(found, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().mean()))
+
+
+def test_weight_search_with_dead_channels_and_rows() -> None:
+    """Inputs without any signal leave the moments singular, and rows of zeros have no range to choose."""
+    torch.manual_seed(0)
+    x = torch.randn(9, 24)
+    x[:, ::3] = 0
+    weight = heavy(6, 24)
+    weight[2] = 0
+    candidates = grid_candidates(weight.sort(dim=1).values, 8, 64)
+    index = best_rows(weight, candidates, 8, *input_moments(x, x), torch.zeros(6, dtype=torch.long))
+    direct = output_errors(weight, x, x, candidates, 8)
+    assert (direct.gather(0, index[None])[0] <= direct.amin(0) * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("levels", [8, 16])
+@pytest.mark.parametrize("columns", [4, 11])
+@pytest.mark.parametrize("moving", ["lower", "upper", "both"])
+def test_errors_from_shared_codes_equal_direct_ones(
+    monkeypatch: pytest.MonkeyPatch, levels: int, columns: int, moving: str
+) -> None:
+    monkeypatch.setattr("fimaq_core.calibration.shared_codes._CROWD", 0)  # a batch entry at a time
+    monkeypatch.setattr("fimaq_core.calibration.shared_codes._ELEMENTS", 1)
+    monkeypatch.setattr("fimaq_core.calibration.shared_codes._ROWS", 1)
+    torch.manual_seed(levels)
+    x, other, target = heavy(5, 7, 6), heavy(5, 6, columns), heavy(5, 7, columns)
+    share = torch.linspace(0, 1, 70)[:, None]
+    lower = -4 + (2 * share if moving != "upper" else 0 * share)
+    upper = 2 + (3 * share if moving != "lower" else 0 * share)
+    candidates = from_bounds(lower, upper, levels)
+    found = shared_errors(x, other, target, candidates.scale[:, 0], candidates.zero_point[:, 0], levels)
+    assert found is not None
+    direct = [
+        (fake_quantize(x, scale, zero, levels).double() @ other.double() - target.double()).square().sum()
+        for scale, zero in zip(candidates.scale[:, 0], candidates.zero_point[:, 0], strict=True)
+    ]
+    assert torch.allclose(found, torch.stack(direct), rtol=1e-6)
+
+
+def test_shared_codes_are_left_to_a_pass_per_candidate_where_most_change() -> None:
+    torch.manual_seed(0)
+    x, other = torch.randn(4, 7, 6), torch.randn(4, 6, 5)
+    candidates = from_bounds(torch.linspace(-4, -1, 64)[:, None], torch.full((64, 1), 4.0), 256)
+    assert shared_errors(x, other, x @ other, candidates.scale[:, 0], candidates.zero_point[:, 0], 256) is None
 
 
 def direct_operand_errors(x: Tensor, other: Tensor, other_fp: Tensor, candidates: Candidates, levels: int) -> Tensor:
@@ -162,7 +221,7 @@ def test_best_operand_equals_brute_force(rows: int, inner: int, columns: int, ba
     candidates = grid_candidates(x.reshape(1, -1).sort(dim=1).values, levels, 64)
     direct = direct_operand_errors(x, other, other_fp, candidates, levels)
     for guess in (0, 31, int(direct.argmin()), int(direct.argmax())):
-        index = best_operand(x, other, residual, candidates.scale[:, 0], candidates.zero_point[:, 0], levels, guess)
+        index = best_operand(Product(x, other, residual, levels), candidates.scale[:, 0], candidates.zero_point[:, 0], guess)
         assert direct[index] <= direct.min() * CLOSE
 
 
@@ -175,7 +234,7 @@ def test_best_operand_looks_at_every_image() -> None:
     scale = torch.tensor([0.01 / 15, 0.1, 1.0, 100 / 15])
     zero = torch.zeros(4)
     for guess in range(4):
-        assert best_operand(x, other, torch.zeros(32, 8, 3), scale, zero, 16, guess) == 3
+        assert best_operand(Product(x, other, torch.zeros(32, 8, 3), 16), scale, zero, guess) == 3
 
 
 @pytest.mark.parametrize("bits", [3, 8])

@@ -1,0 +1,122 @@
+"""Output errors of candidate ranges that leave most codes alone.
+
+Neighbouring candidates of an attention operand's bounds differ little, so with few bits a row of the operand has the same
+codes for long stretches of them. With codes q (zero point subtracted) and scale s the row's output error is
+``|s qM - t|² = s² |qM|² - 2 s qM·t + |t|²``: the two products are worked out where a code changes, once a stretch. With
+``G = MMᵀ`` they are also ``qGqᵀ`` and ``q·(tMᵀ)``, which is cheaper where M has more columns than rows.
+
+The squares are those of whole outputs, not of small errors; the sums are in float64, which leaves the rounding of the outputs
+themselves, as in any other form.
+"""
+
+import torch
+from torch import Tensor
+
+from fimaq_core.calibration.blocks import block_elements
+
+#: Where a larger share of elements or rows changes, looking at every candidate alone is cheaper.
+_ELEMENTS, _ROWS = 0.5, 0.25
+#: Few elements change, so many more can be looked at together than a temporary may have of elements x candidates.
+_CROWD = 32
+#: Candidates that are looked at together for codes that change at all.
+_SEGMENT = 32
+
+
+def shared_errors(x: Tensor, other: Tensor, target: Tensor, scale: Tensor, zero_point: Tensor, levels: int) -> Tensor | None:
+    """Squared error of ``x̂ @ other`` against ``target`` for candidate ranges of ``x``.
+
+    Args:
+        x: (batch, rows, inner), the operand in full precision.
+        other: (batch, inner, columns), the other operand, quantized.
+        target: (batch, rows, columns).
+        scale, zero_point: (candidates,), neighbours similar.
+        levels: grid points.
+
+    Returns:
+        float64 (candidates,), or None where too many codes change for this to pay.
+    """
+    count = len(scale)
+    step = max(_CROWD * block_elements(x.device) // (count * x[0].numel()), 1)
+    square = torch.zeros(count, dtype=torch.float64, device=x.device)
+    cross = torch.zeros_like(square)
+    ranges = torch.stack([scale, -zero_point, levels - 1 - zero_point])
+    for start in range(0, len(x), step):
+        part = slice(start, start + step)
+        found = _sums(x[part], other[part], target[part], ranges, sure=start > 0)
+        if found is None:
+            return None
+        square += found[0]
+        cross += found[1]
+    wide = scale.double()
+    return wide.square() * square - 2 * wide * cross + target.double().square().sum()
+
+
+def _sums(x: Tensor, other: Tensor, target: Tensor, ranges: Tensor, sure: bool) -> tuple[Tensor, Tensor] | None:
+    """Sums (candidates,) of ``|qM|²`` and of ``qM·t``, or None if it would not pay and is not ``sure`` to."""
+    batch, rows, inner = x.shape
+    flat = x.reshape(-1, inner)
+    starts = _starts(flat, ranges, sure)
+    if starts is None:
+        return None
+    row, candidate = starts.nonzero(as_tuple=True)  # stretches: in order of rows, then candidates
+    if not sure and len(row) > _ROWS * starts.numel():
+        return None
+    codes = _codes(flat[row], ranges[:, candidate, None])
+
+    # Stretches of one batch entry share M: they are brought into a rectangle for one batched product.
+    lengths = starts.view(batch, -1).sum(1)
+    entry = row // rows
+    slot = torch.arange(len(row), device=x.device) - (lengths.cumsum(0) - lengths)[entry]
+    packed = codes.new_zeros(batch, int(lengths.max()), inner)
+    packed[entry, slot] = codes
+    if other.shape[2] > inner:
+        made = torch.bmm(packed, other @ other.transpose(1, 2))[entry, slot]
+        square = made.mul_(codes).sum(1, dtype=torch.float64)
+        cross = codes.mul_((target @ other.transpose(1, 2)).reshape(-1, inner)[row]).sum(1, dtype=torch.float64)
+    else:
+        made = torch.bmm(packed, other)[entry, slot]
+        square = made.square().sum(1, dtype=torch.float64)
+        cross = made.mul_(target.reshape(-1, target.shape[2])[row]).sum(1, dtype=torch.float64)
+
+    def total(values: Tensor) -> Tensor:
+        """Sum over rows for every candidate, from the values of stretches."""
+        step = values.clone()
+        step[1:] -= torch.where(candidate[1:] > 0, values[:-1], 0)
+        table = torch.zeros(starts.shape, dtype=torch.float64, device=x.device)
+        table[row, candidate] = step
+        return table.sum(0).cumsum(0)
+
+    return total(square), total(cross)
+
+
+def _codes(x: Tensor, ranges: Tensor) -> Tensor:
+    """Codes with the zero point subtracted, as floating point; ``ranges``: (3, ...), scale, lowest and highest code."""
+    scale, lowest, highest = ranges
+    codes = torch.div(x, scale).round_()
+    torch.maximum(codes, lowest, out=codes)
+    return torch.minimum(codes, highest, out=codes)
+
+
+def _starts(flat: Tensor, ranges: Tensor, sure: bool) -> Tensor | None:
+    """Mask (rows, candidates): where a row's codes are not those of the candidate before; None if it would not pay."""
+    count, inner = ranges.shape[1], flat.shape[1]
+    starts = torch.zeros(len(flat), count, dtype=torch.bool, device=flat.device)
+    starts[:, 0] = True
+    values = flat.flatten()
+    for first in range(0, count - 1, _SEGMENT):
+        part = ranges[:, first : first + _SEGMENT + 1]
+        least, most = part.amin(1), part.amax(1)
+        small, large = torch.div(values, most[0]).round_(), torch.div(values, least[0]).round_()
+        low = torch.minimum(small, large)
+        # Clamping is monotone in value and bounds, so these two enclose an element's codes in the segment.
+        high = torch.maximum(small, large, out=large)
+        for codes, bounds in ((low, least), (high, most)):
+            torch.maximum(codes, bounds[1], out=codes)
+            torch.minimum(codes, bounds[2], out=codes)
+        element = (low != high).nonzero()[:, 0]
+        if not sure and len(element) > _ELEMENTS * len(values):
+            return None
+        codes = _codes(values[element], part[..., None])  # candidates of the segment, elements
+        step, changed = (codes[1:] != codes[:-1]).nonzero(as_tuple=True)
+        starts[element[changed] // inner, first + 1 + step] = True
+    return starts
