@@ -58,6 +58,8 @@ def eager_mask(like: Tensor, key: Tensor, threshold: int, dtype: torch.dtype = t
         like, key, threshold: as in :func:`traced_mask`.
         dtype: of the result. Floating point is the fastest on CPUs, where boolean tensors are slow.
     """
+    if threshold > 255:  # as a byte it would be 0
+        return torch.ones(like.shape, dtype=dtype, device=like.device)
     count = like.numel()
     number = torch.arange((count + 3) // 4, device=like.device, dtype=torch.int32)
     draws = _words(number, key).view(torch.uint8)[:count].view(like.shape)

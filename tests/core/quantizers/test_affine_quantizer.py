@@ -1,13 +1,28 @@
-"""Affine quantization against loops, its straight-through gradients against finite differences, and random dropping."""
+"""Affine quantization against loops, its straight-through gradients against finite differences, and its three forms."""
 
-import math
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from fimaq_core.quantizers.affine import AffineQuantizer, bernoulli_mask, fake_quantize, learned_fake_quantize, levels_of
+from fimaq_core.quantizers import affine
+from fimaq_core.quantizers.affine import AffineQuantizer, Form, fake_quantize, learned_fake_quantize, levels_of
+from fimaq_core.quantizers.dropping import draw_keys, eager_mask, threshold_of
+
+FORMS: tuple[Form, ...] = get_args(Form)
+KEY = draw_keys(1, torch.Generator().manual_seed(6))[0]
+
+
+def quantizer(form: Form, scale: Tensor, zero: Tensor, bits: int = 3, probability: float = 1.0) -> AffineQuantizer:
+    """A quantizer that learns in ``form``; scale and zero point keep their type."""
+    made = AffineQuantizer(bits)
+    made.set_range(scale, zero)
+    made.scale, made.zero_point, made.key = torch.nn.Parameter(scale.detach().clone()), zero.clone(), KEY.clone()
+    made.top = made.top.to(scale.dtype)
+    made.learning, made.keep_probability = form, probability
+    return made
 
 
 def loop_quantize(x: Tensor, scale: Tensor, zero: Tensor, levels: int) -> Tensor:
@@ -63,22 +78,28 @@ SCALES = {"per tensor": (1,), "per token": (1, 6, 1), "per head": (4, 1, 1)}
 
 @pytest.mark.parametrize("shape", SCALES.values(), ids=SCALES.keys())
 @pytest.mark.parametrize("dropping", [False, True])
-def test_gradients_of_the_learned_form(shape: tuple[int, ...], dropping: bool) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_of_the_learned_form(shape: tuple[int, ...], dropping: bool, form: Form) -> None:
     """In x: 1 inside the range and where dropped, else 0. In s: finite differences with the roundings held."""
     torch.manual_seed(3)
     levels = 8
     x = torch.randn(4, 6, 5, dtype=torch.float64) * 2
-    scale = torch.rand(shape, dtype=torch.float64) * 0.3 + 0.2
+    start = torch.rand(shape, dtype=torch.float64) * 0.3 + 0.2
     zero = torch.randint(2, 6, shape).double()
-    keep = torch.rand(4, 6, 5) < 0.5 if dropping else None
+    keep = eager_mask(x, KEY, 128) == 1 if dropping else None
     upstream = torch.randn_like(x)
 
     x.requires_grad_(True)
-    scale.requires_grad_(True)
-    out = learned_fake_quantize(x, scale, zero, levels, None if keep is None else keep.double())
+    made = quantizer(form, start, zero, probability=0.5 if dropping else 1.0)
+    scale: Tensor = made.scale
+    if form == "fused":  # its masks are float32 where values are
+        out = learned_fake_quantize(x, scale, zero, levels, None if keep is None else keep.double())
+    else:
+        out = made(x)
     (out * upstream).sum().backward()
     plain = fake_quantize(x.detach(), scale.detach(), zero, levels)
-    assert torch.equal(out.detach(), plain if keep is None else torch.where(keep, plain, x.detach()))
+    expected_out = plain if keep is None else torch.where(keep, plain, x.detach())
+    assert torch.allclose(out.detach(), expected_out, rtol=0, atol=1e-12)  # by definition the rounding is x / s plus a rest
 
     with torch.no_grad():
         unclamped = torch.round(x / scale) + zero
@@ -86,7 +107,7 @@ def test_gradients_of_the_learned_form(shape: tuple[int, ...], dropping: bool) -
         assert 10 < int(inside.sum()) < inside.numel() - 10
         passes = inside if keep is None else inside | ~keep
         assert x.grad is not None
-        assert torch.equal(x.grad, upstream * passes)
+        assert torch.allclose(x.grad, upstream * passes, rtol=1e-14, atol=0)
 
         residue = torch.round(x / scale) - x / scale
         code = unclamped.clamp(0, levels - 1) - zero
@@ -118,78 +139,128 @@ def test_scale_gradient_of_clamped_values_is_that_of_the_true_function() -> None
     assert float(scale.grad) == pytest.approx(4 - 3 + 4)
 
 
-@pytest.mark.parametrize("probability", [0.0, 0.25, 0.5, 0.3, 0.9])
-def test_mask_frequency(probability: float) -> None:
-    like = torch.empty(613, 331)
-    mask = bernoulli_mask(like, probability, torch.Generator().manual_seed(5))
-    assert mask is not None
-    assert mask.shape == like.shape
-    assert mask.dtype == like.dtype
-    assert ((mask == 0) | (mask == 1)).all()
-    count = like.numel()
-    deviation = math.sqrt(probability * (1 - probability) / count)
-    assert abs(float(mask.double().mean()) - probability) <= 4.5 * deviation
-    # Neither neighbours nor the eight bytes of a word depend on one another.
-    bits = mask.flatten()[: count // 8 * 8].double() - mask.double().mean()
-    for distance in (1, 3, 8):
-        assert abs(float((bits[distance:] * bits[:-distance]).mean())) <= 4.5 * probability * (1 - probability) / math.sqrt(count)
-    assert (bits.view(-1, 8).mean(0).abs() <= 4.5 * deviation * math.sqrt(8)).all()
+@pytest.mark.parametrize("form", FORMS)
+def test_no_mask_is_drawn_when_everything_is_quantized(form: Form, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("eager_mask", "traced_mask"):
+        monkeypatch.setattr(affine, name, lambda *_: pytest.fail("a mask was drawn"))
+    x, scale, zero = torch.randn(40), torch.tensor([0.3]), torch.tensor([4.0])
+    assert torch.allclose(quantizer(form, scale, zero)(x), fake_quantize(x, scale, zero, 8), rtol=0, atol=1e-6)
+    with pytest.raises(pytest.fail.Exception, match="a mask was drawn"):
+        quantizer(form, scale, zero, probability=0.5)(x)
 
 
-def test_mask_at_one_half_is_exact() -> None:
-    """128 of the 256 values of a byte keep an element, so the probability is 0.5 and not nearly so."""
-    like = torch.empty(3, 7, 5)
-    mask = bernoulli_mask(like, 0.5, torch.Generator().manual_seed(11))
-    words = torch.empty(14, dtype=torch.int64).random_(-(2**63), None, generator=torch.Generator().manual_seed(11))
-    octets = np.frombuffer(words.numpy().tobytes(), dtype=np.uint8)[: like.numel()]
-    assert mask is not None
-    assert np.array_equal(mask.numpy().ravel() == 1, octets < 128)
-    assert sum(value < 128 for value in range(256)) * 2 == 256
+#: Shapes of scales against x of shape (batch, tokens, channels) or (batch, heads, rows, columns).
+GRAINS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "per tensor": ((6, 17, 12), (1,)),
+    "per token": ((6, 17, 12), (1, 17, 1)),
+    "per head": ((4, 3, 9, 7), (1, 3, 1, 1)),
+    "per head and row": ((4, 3, 9, 7), (1, 3, 9, 1)),
+}
 
 
-@pytest.mark.parametrize("probability", [0.5, 0.3])
-def test_mask_follows_the_generator(probability: float) -> None:
-    like = torch.empty(40, 40)
-
-    def draw(seed: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        first, second = (bernoulli_mask(like, probability, generator) for _ in range(2))
-        assert first is not None
-        assert second is not None
-        assert not torch.equal(first, second)
-        return torch.stack([first, second])
-
-    assert torch.equal(draw(1), draw(1))
-    assert not torch.equal(draw(1), draw(2))
+def example(grain: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Values of which some are clamped at either end, scales and zero points."""
+    shape, scales = GRAINS[grain]
+    generator = torch.Generator().manual_seed(8)
+    x = torch.randn(shape, generator=generator) * 2
+    scale = torch.rand(scales, generator=generator) * 0.3 + 0.3
+    zero = torch.randint(2, 6, scales[:2] + (1,) * len(scales[2:]), generator=generator).float()
+    codes = torch.round(x / scale) + zero
+    assert (codes < 0).any()
+    assert (codes > 7).any()
+    return x, scale, zero
 
 
-def test_no_mask_is_drawn_when_everything_is_quantized() -> None:
-    generator = torch.Generator().manual_seed(0)
-    state = generator.get_state()
-    assert bernoulli_mask(torch.empty(8), 1.0, generator) is None
-    assert torch.equal(generator.get_state(), state)
+def through(made: AffineQuantizer, x: Tensor, upstream: Tensor, transposed: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Output and gradients in x and in the scale."""
+    leaf = x.detach().requires_grad_(True)
+    made.scale.requires_grad_(True)
+    out = made(leaf, transposed)
+    grad_x, grad_scale = torch.autograd.grad((out * upstream).sum(), (leaf, made.scale))
+    return out.detach(), grad_x, grad_scale
+
+
+@pytest.mark.parametrize("grain", GRAINS)
+@pytest.mark.parametrize("probability", [0.25, 0.5, 1.0])
+def test_the_forms_agree(grain: str, probability: float) -> None:
+    x, scale, zero = example(grain)
+    upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(9))
+    out, grad_x, grad_scale = through(quantizer("textbook", scale, zero, probability=probability), x, upstream)
+    dropped = float((out == x).double().mean())
+    assert abs(dropped - (1 - probability)) < 0.08
+    for form in ("fused", "traced"):
+        other, other_x, other_scale = through(quantizer(form, scale, zero, probability=probability), x, upstream)
+        assert float((other - out).abs().max()) <= 1e-6
+        assert torch.allclose(other_x, grad_x, rtol=1e-6, atol=0)
+        assert other_scale.shape == scale.shape
+        assert float((other_scale - grad_scale).abs().max()) <= 1e-5 * float(grad_scale.abs().max())
+    assert float(grad_scale.abs().min()) > 0
+    if probability == 1:
+        assert 0.02 < float((grad_x == 0).double().mean()) < 0.5
+
+
+@pytest.mark.parametrize("grain", ["per head", "per head and row"])
+@pytest.mark.parametrize("form", [*FORMS, None])
+def test_transposed_operand_has_its_own_scale(grain: str, form: Form | None) -> None:
+    """Quantizing xᵀ as transposed equals the transpose of quantizing x, in value and gradients."""
+    x, scale, zero = example(grain)
+    upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(9))
+    made = quantizer("fused", scale, zero)
+    made.learning = form
+    if form is None:
+        assert torch.equal(made(x.mT.contiguous(), transposed=True).mT, made(x))
+        return
+    out, grad_x, grad_scale = through(made, x, upstream)
+    for source in (x.mT, x.mT.contiguous()):
+        other, other_x, other_scale = through(made, source, upstream.mT, transposed=True)
+        assert torch.equal(other.mT, out)
+        assert torch.allclose(other_x.mT, grad_x, rtol=1e-6, atol=0)
+        assert torch.allclose(other_scale, grad_scale, rtol=1e-5, atol=1e-5 * float(grad_scale.abs().max()))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("probability", [0.5, 1.0])
+def test_gradients_on_grid_points(form: Form, probability: float) -> None:
+    """There the output is the input, quantized or not: the gradient passes, and the scale has none."""
+    scale, zero = torch.tensor([0.5]), torch.tensor([3.0])
+    x = (torch.arange(8.0) - 3).repeat(20) * 0.5
+    upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
+    out, grad_x, grad_scale = through(quantizer(form, scale, zero, probability=probability), x, upstream)
+    assert torch.equal(out, x)
+    assert torch.allclose(grad_x, upstream, rtol=1e-6, atol=0)
+    assert grad_scale.tolist() == [0.0]
 
 
 def test_quantizer_module() -> None:
     x = torch.randn(3, 4)
-    quantizer = AffineQuantizer(4)
+    made = AffineQuantizer(4)
     with pytest.raises(RuntimeError, match="before calibration"):
-        quantizer(x)
+        made(x)
     assert torch.equal(AffineQuantizer(32)(x), x)
     scale, zero = torch.tensor([0.3]), torch.tensor([7.0])
-    quantizer.set_range(scale, zero)
+    made.set_range(scale, zero)
     expected = fake_quantize(x, scale, zero, 16)
-    assert torch.equal(quantizer(x), expected)
-    quantizer.training_scale, quantizer.keep_probability = True, 0.5
-    quantizer.generator = torch.Generator().manual_seed(4)
-    mixed = quantizer(x)
-    assert ((mixed == expected) | (mixed == x)).all()
-    assert not torch.equal(mixed, expected)
+    assert torch.equal(made(x), expected)
+    made.keep_probability = 0.5
+    assert torch.equal(made(x), expected)  # nothing is dropped outside of learning
+    for form in FORMS:
+        made.learning, made.key = form, KEY.clone()
+        mixed = made(x)
+        keep = eager_mask(x, KEY, threshold_of(0.5)) == 1
+        assert torch.allclose(mixed, torch.where(keep, expected, x), rtol=0, atol=1e-6)
+        assert torch.equal(mixed[~keep], x[~keep])
+        assert not torch.equal(mixed, expected)
+        made.key = made.key + 1
+        assert not torch.equal(made(x), mixed)
+
+
+def test_keys_and_masks_are_no_part_of_a_checkpoint() -> None:
+    assert set(AffineQuantizer(4).state_dict()) == {"scale", "zero_point"}
 
 
 def test_quantizer_takes_its_shapes_from_a_checkpoint() -> None:
-    quantizer, fresh = AffineQuantizer(4), AffineQuantizer(4)
-    quantizer.set_range(torch.rand(1, 5, 1) + 0.1, torch.tensor([7.0]))
-    fresh.load_state_dict(quantizer.state_dict(), strict=True)
+    saved, fresh = AffineQuantizer(4), AffineQuantizer(4)
+    saved.set_range(torch.rand(1, 5, 1) + 0.1, torch.tensor([7.0]))
+    fresh.load_state_dict(saved.state_dict(), strict=True)
     x = torch.randn(2, 5, 3)
-    assert torch.equal(fresh(x), quantizer(x))
+    assert torch.equal(fresh(x), saved(x))
