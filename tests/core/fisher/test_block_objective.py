@@ -12,7 +12,7 @@ from fimaq_core.fisher.divergence import ClassifierDivergence
 from fimaq_core.layers import set_quantized
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction import objective as objective_module
-from fimaq_core.reconstruction.objective import BlockObjective
+from fimaq_core.reconstruction.objective import BlockObjective, block_loss
 from fimaq_core.reconstruction.tape import Storage, Tape
 
 SAMPLES = torch.arange(8)
@@ -39,13 +39,36 @@ def make(recipe: Recipe, index: int = 2) -> tuple[BlockObjective, Tape]:
     return made, tape
 
 
+def before_step(objective: BlockObjective, number: int) -> None:
+    """What a step begins with: a pass where one is due."""
+    if number in objective.update_steps:
+        objective.update(objective.chain.segment(objective.tape.index).block)
+
+
+def loss_of(objective: BlockObjective, output: Tensor, samples: Tensor = SAMPLES) -> float:
+    """Loss of the samples' output; what it starts at is kept as a step keeps it."""
+    target, own = objective.tape.target, objective.sample_gradients
+    assert target is not None
+    value, starts = block_loss(
+        objective.kind,
+        objective.part_weights(),
+        output,
+        target[samples],
+        objective.starts,
+        objective.gradients,
+        objective.mean_gradient,
+        objective.root,
+        None if own is None else own[samples],
+    )
+    objective.starts.copy_(starts)
+    return float(value)
+
+
 @torch.no_grad()
 def loss(objective: BlockObjective, tape: Tape, noise: float = 0.0) -> float:
     """Loss of the first samples; ``noise`` changes the output."""
     output = objective.chain.segment(tape.index).block(tape.full[SAMPLES])
-    output = output + noise * torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
-    assert tape.target is not None
-    return float(objective(output, tape.target[SAMPLES], SAMPLES))
+    return loss_of(objective, output + noise * torch.randn(output.shape, generator=torch.Generator().manual_seed(0)))
 
 
 def due_steps(monkeypatch: pytest.MonkeyPatch, recipe: Recipe) -> list[int]:
@@ -61,7 +84,7 @@ def due_steps(monkeypatch: pytest.MonkeyPatch, recipe: Recipe) -> list[int]:
     monkeypatch.setattr(objective_module, "mean_gradient_and_error", count)
     for step in range(recipe.steps):
         now[0] = step
-        objective.before_step(step)
+        before_step(objective, step)
     assert objective.passes == len(due)
     return due
 
@@ -106,7 +129,7 @@ def test_starts_are_taken_anew_after_each_pass(changes: dict[str, object], start
     objective, tape = make(recipe)
     due = {"q": (0, 3, 6), "qf": (0, 1, 2)}[mode]
     for step in range(9):
-        objective.before_step(step)
+        before_step(objective, step)
         if step in due:
             # Another output at every pass: only a start taken anew gives the same value again.
             assert loss(objective, tape, noise=0.1 * step) == pytest.approx(start, rel=1e-5)
@@ -117,11 +140,11 @@ def test_starts_are_taken_anew_after_each_pass(changes: dict[str, object], start
 @pytest.mark.parametrize(("name", "start"), [("mse", 1.0), ("mae", 1.0), ("fisher_brecq", 1.0)])
 def test_other_losses_start_at_one_and_keep_their_start(name: str, start: float) -> None:
     objective, tape = make(quick(loss=name))
-    objective.before_step(0)
+    before_step(objective, 0)
     assert loss(objective, tape) == pytest.approx(start, rel=1e-5)
     after = loss(objective, tape, noise=1.0)
     assert after > 1.2
-    objective.before_step(1)
+    before_step(objective, 1)
     assert loss(objective, tape, noise=1.0) == pytest.approx(after, rel=1e-6)
 
 
@@ -129,7 +152,7 @@ def test_other_losses_start_at_one_and_keep_their_start(name: str, start: float)
 def test_value_after_the_start_equals_the_formula(name: str) -> None:
     """Loss of a second output over that of the first, from the pass's own g and d."""
     objective, tape = make(quick(loss=name, fisher_k=1))
-    objective.before_step(0)
+    before_step(objective, 0)
     loss(objective, tape)
     found = loss(objective, tape, noise=0.5)
     assert tape.target is not None
@@ -138,7 +161,7 @@ def test_value_after_the_start_equals_the_formula(name: str) -> None:
         output = chain.segment(tape.index).block(tape.full[SAMPLES])
     noisy = output + 0.5 * torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
     first, second = ((out - tape.target[SAMPLES]).flatten(1) for out in (output, noisy))
-    gradients = objective._gradients
+    gradients = objective.sample_gradients if name == "fisher_brecq" else objective.mean_gradient
 
     def parts(delta: Tensor) -> list[Tensor]:
         if kind == "mse":
@@ -152,9 +175,8 @@ def test_value_after_the_start_equals_the_formula(name: str) -> None:
             return [2 * losses.diagonal_loss(delta, gradients)]
         if kind == "fisher_lr":
             return [2 * losses.rank_one_loss(delta, gradients)]
-        assert objective._errors is not None
-        inverse, _ = losses.inverse_gram(objective._errors)
-        return [losses.low_rank_loss(delta, gradients, inverse), losses.diagonal_loss(delta, gradients)]
+        root, _ = losses.inverse_gram_root(torch.stack(objective._errors))
+        return [losses.low_rank_loss(delta, gradients[None], root), losses.diagonal_loss(delta, gradients)]
 
     factor = 2 if kind in ("fisher_diag", "fisher_lr") else 1
     expected = factor * sum(float(b / a) for a, b in zip(parts(first), parts(second), strict=True))
@@ -174,9 +196,9 @@ def test_brecq_gradient_is_taken_with_the_prefix_quantized_and_this_block_in_ful
     divergence = ClassifierDivergence(recipe.temperature)
     value = divergence(chain.tail(3, output), objective.reference) * output.shape[0]
     (expected,) = torch.autograd.grad(value, output)
-    assert objective._gradients is not None
+    assert objective.sample_gradients is not None
     scale = float(expected.abs().max())
-    assert torch.allclose(objective._gradients, expected.flatten(1), rtol=1e-4, atol=1e-5 * scale)
+    assert torch.allclose(objective.sample_gradients, expected.flatten(1), rtol=1e-4, atol=1e-5 * scale)
     assert objective.passes == 1
 
 
@@ -193,13 +215,71 @@ def test_brecq_falls_back_at_the_first_block_and_says_so() -> None:
     assert loss(objective, tape, noise=0.3) == pytest.approx(loss(plain, plain_tape, noise=0.3), rel=1e-6)
 
 
+@pytest.mark.parametrize("name", ["fisher_dplr", "fisher_diag", "fisher_lr"])
+def test_passes_fill_the_state_in_place(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Rows of G in order, their mean, and the root of the passes done; all where they were, whatever reads them."""
+    objective, tape = make(quick(loss=name, fisher_k=3, fisher_mode="qf"))
+    torch.manual_seed(0)
+    width = tape.full[0].numel()
+    passes = [(torch.rand(width), torch.rand(width)) for _ in range(3)]
+    queue = iter(passes)
+    monkeypatch.setattr(objective_module, "mean_gradient_and_error", lambda *_: next(queue))
+    state = (objective.gradients, objective.mean_gradient, objective.root, objective.starts)
+    places = [tensor.data_ptr() for tensor in state if tensor is not None]
+    assert len(places) == 4
+    for step in range(3):
+        before_step(objective, step)
+        assert objective.gradients is not None
+        assert objective.mean_gradient is not None
+        assert objective.root is not None
+        done = torch.stack([gradient for gradient, _ in passes[: step + 1]])
+        assert torch.equal(objective.gradients[: step + 1], done)
+        assert not objective.gradients[step + 1 :].any()
+        assert torch.allclose(objective.mean_gradient, done.mean(0))
+        expected = torch.zeros(3, 3)
+        if name == "fisher_dplr":
+            root, damped = losses.inverse_gram_root(torch.stack([error for _, error in passes[: step + 1]]))
+            assert not damped
+            expected[: step + 1, : step + 1] = root
+        assert torch.equal(objective.root, expected)
+        assert not objective.starts.any()
+        loss(objective, tape)
+        assert (objective.starts > 0).all()
+    state = (objective.gradients, objective.mean_gradient, objective.root, objective.starts)
+    assert [tensor.data_ptr() for tensor in state if tensor is not None] == places
+
+
+def test_a_start_of_zero_becomes_one() -> None:
+    """Nothing is off at the first batch: the loss is 0, and a later one is not divided by 0."""
+    target, kind = torch.zeros(2, 3), "fisher_dplr"
+    state = (torch.rand(2, 3), torch.rand(3), torch.rand(2, 2))
+    value, starts = block_loss(kind, (1.0, 1.0), target, target, torch.zeros(2), *state)
+    assert float(value) == 0
+    assert starts.tolist() == [1.0, 1.0]
+    later, kept = block_loss(kind, (0.5, 2.0), target + 0.1, target, starts, *state)
+    delta = torch.full((2, 3), 0.1)
+    expected = 0.5 * losses.low_rank_loss(delta, state[0], state[2]) + 2 * losses.diagonal_loss(delta, state[1])
+    assert float(later) == pytest.approx(float(expected), rel=1e-6)
+    assert torch.equal(kept, starts)
+
+
+def test_starts_have_no_gradient() -> None:
+    """A part's gradient is that of the part over a constant, at the step that takes the start too."""
+    output, target = torch.randn(4, 6, requires_grad=True), torch.randn(4, 6)
+    value, starts = block_loss("mse", (1.0,), output, target, torch.zeros(1))
+    assert float(value.detach()) == 1
+    assert not starts.requires_grad
+    (found,) = torch.autograd.grad(value, output)
+    assert torch.allclose(found, 2 * (output - target).detach() / 4 / starts, rtol=1e-5)
+
+
 def test_singular_passes_are_noted_and_stay_finite(monkeypatch: pytest.MonkeyPatch) -> None:
     objective, tape = make(quick(fisher_k=3, fisher_mode="qf"))
     width = tape.full[0].numel()
     same = torch.rand(width)
     monkeypatch.setattr(objective_module, "mean_gradient_and_error", lambda *_: (torch.rand(width), same))
     for step in range(3):
-        objective.before_step(step)
+        before_step(objective, step)
         value = loss(objective, tape, noise=0.2)
         assert value == pytest.approx(2.0, rel=1e-4)
     assert any("damped" in note for note in objective.notes)
@@ -208,14 +288,14 @@ def test_singular_passes_are_noted_and_stay_finite(monkeypatch: pytest.MonkeyPat
 def test_nothing_quantized_gives_zero_and_no_nan() -> None:
     for name in ("mse", "fisher_dplr", "fisher_diag", "fisher_lr"):
         objective, tape = make(quick(loss=name, w_bits=32, a_bits=32))
-        objective.before_step(0)
+        before_step(objective, 0)
         assert loss(objective, tape) == 0.0
 
 
 def test_head_uses_the_plain_divergence() -> None:
     """KL at temperature 1, not divided by its start, whatever the recipe's loss."""
     objective, tape = make(quick(), index=3)
-    objective.before_step(0)
+    before_step(objective, 0)
     assert objective.passes == 0
     with torch.no_grad():
         output = objective.chain.segment(3).block(tape.full[SAMPLES])

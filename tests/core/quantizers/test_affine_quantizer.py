@@ -92,10 +92,9 @@ def test_gradients_of_the_learned_form(shape: tuple[int, ...], dropping: bool, f
     x.requires_grad_(True)
     made = quantizer(form, start, zero, probability=0.5 if dropping else 1.0)
     scale: Tensor = made.scale
-    if form == "fused":  # its masks are float32 where values are
-        out = learned_fake_quantize(x, scale, zero, levels, None if keep is None else keep.double())
-    else:
-        out = made(x)
+    # The fused form's masks are float32, so for float64 values it is given one.
+    wide = None if keep is None else keep.double()
+    out = learned_fake_quantize(x, scale, zero, levels, wide) if form == "fused" else made(x)
     (out * upstream).sum().backward()
     plain = fake_quantize(x.detach(), scale.detach(), zero, levels)
     expected_out = plain if keep is None else torch.where(keep, plain, x.detach())

@@ -8,7 +8,14 @@ from torch import Tensor
 
 from fimaq_core.layers import QuantLinear
 from fimaq_core.layers.layers import decide_rounding
-from fimaq_core.quantizers.rounding import RoundingProblem, initial_alpha, rounding_penalty, soft_rounding
+from fimaq_core.quantizers.rounding import (
+    RoundingProblem,
+    alpha_gradient,
+    initial_alpha,
+    penalty_slope,
+    rounding_penalty,
+    soft_rounding,
+)
 from fimaq_core.quantizers.weight import WeightQuantizer
 
 
@@ -32,10 +39,8 @@ def plain_soft(alpha: Tensor, weight: Tensor, scale: Tensor, zero: Tensor, level
 
 def test_soft_weight_equals_the_definition_element_by_element() -> None:
     rounding, weights, scales, zeros, levels = problem()
-    with torch.no_grad():
-        rounding.alpha.copy_(torch.randn_like(rounding.alpha) * 3)
-    with torch.no_grad():
-        soft, h = rounding.soft()
+    rounding.alpha.copy_(torch.randn_like(rounding.alpha) * 3)
+    soft, h = rounding.split(rounding.soft()), soft_rounding(rounding.alpha)
     position, clamped = 0, 0
     for found, weight, scale, zero, count in zip(soft, weights, scales, zeros, levels, strict=True):
         assert found.shape == weight.shape
@@ -54,47 +59,53 @@ def test_soft_weight_equals_the_definition_element_by_element() -> None:
     assert clamped > 10
 
 
-def test_gradient_equals_autograd_of_the_definition() -> None:
-    rounding, weights, scales, zeros, levels = problem(1)
-    with torch.no_grad():
-        rounding.alpha.copy_(torch.randn_like(rounding.alpha) * 3)
-    reference = rounding.alpha.detach().clone().requires_grad_(True)
-    upstream = [torch.randn_like(weight) for weight in weights]
-    upstream_h = torch.randn_like(reference)
+def gradient_by_autograd(upstream: list[Tensor], weight: float, beta: float, alpha: Tensor, seed: int) -> Tensor:
+    """Gradient of ``Σ upstream · ŵ + weight · penalty`` by the definitions."""
+    _, weights, scales, zeros, levels = problem(seed)
+    reference = alpha.clone().requires_grad_(True)
+    pieces = reference.split([part.numel() for part in weights])
+    total = weight * rounding_penalty((1.2 * torch.sigmoid(reference) - 0.1).clamp(0, 1), beta)
+    for piece, part, scale, zero, count, up in zip(pieces, weights, scales, zeros, levels, upstream, strict=True):
+        total = total + (plain_soft(piece, part, scale, zero, count) * up).sum()
+    (found,) = torch.autograd.grad(total, reference)
+    return found
 
-    soft, h = rounding.soft()
-    (sum((a * b).sum() for a, b in zip(soft, upstream, strict=True)) + (h * upstream_h).sum()).backward()
 
-    pieces = reference.split([weight.numel() for weight in weights])
-    total = ((1.2 * torch.sigmoid(reference) - 0.1).clamp(0, 1) * upstream_h).sum()
-    for piece, weight, scale, zero, count, up in zip(pieces, weights, scales, zeros, levels, upstream, strict=True):
-        total = total + (plain_soft(piece, weight, scale, zero, count) * up).sum()
-    total.backward()
-    assert rounding.alpha.grad is not None
-    assert reference.grad is not None
-    assert (reference.grad == 0).any()
-    assert torch.allclose(rounding.alpha.grad, reference.grad, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("weight", [0.0, 0.01, 3.0])
+@pytest.mark.parametrize("beta", [2.0, 7.3, 20.0])
+def test_gradient_equals_autograd_of_the_definition(weight: float, beta: float) -> None:
+    rounding, weights, *_ = problem(1)
+    rounding.alpha.copy_(torch.randn_like(rounding.alpha) * 3)
+    rounding.alpha[:4] = torch.tensor([0.0, 30.0, -30.0, 1e-4])
+    upstream = [torch.randn_like(part) for part in weights]
+    flat = torch.cat([part.flatten() for part in upstream])
+    found = alpha_gradient(rounding.alpha, rounding.gain, flat, torch.tensor(weight), torch.tensor(beta))
+    expected = gradient_by_autograd(upstream, weight, beta, rounding.alpha, 1)
+    clipped = (soft_rounding(rounding.alpha) == 0) | (soft_rounding(rounding.alpha) == 1)
+    assert clipped.sum() > 10
+    assert (found[clipped] == 0).all()
+    assert (found[~clipped & (rounding.gain > 0)] != 0).all()
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_only_the_weights_need_a_gradient() -> None:
-    """A loss that never touches h, as during the warm-up, trains α too."""
-    rounding, weights, scales, zeros, levels = problem(2)
-    soft, _ = rounding.soft()
-    sum(part.square().sum() for part in soft).backward()
-    reference = rounding.alpha.detach().clone().requires_grad_(True)
-    pieces = reference.split([weight.numel() for weight in weights])
-    sum(
-        plain_soft(piece, weight, scale, zero, count).square().sum()
-        for piece, weight, scale, zero, count in zip(pieces, weights, scales, zeros, levels, strict=True)
-    ).backward()
-    assert rounding.alpha.grad is not None
-    assert reference.grad is not None
-    assert torch.allclose(rounding.alpha.grad, reference.grad, rtol=1e-5, atol=1e-6)
+    """A loss without a penalty, as during the warm-up, trains α too; and the penalty alone where no gradient comes."""
+    rounding, weights, *_ = problem(2)
+    off, beta = torch.tensor(0.0), torch.tensor(2.0)
+    upstream = [2 * part for part in rounding.split(rounding.soft())]
+    flat = torch.cat([part.flatten() for part in upstream])
+    found = alpha_gradient(rounding.alpha, rounding.gain, flat, off, beta)
+    assert torch.allclose(found, gradient_by_autograd(upstream, 0.0, 2.0, rounding.alpha, 2), rtol=1e-5, atol=1e-6)
+    assert float(found.abs().max()) > 0.01
+    nothing = [torch.zeros_like(part) for part in weights]
+    found = alpha_gradient(rounding.alpha, rounding.gain, torch.zeros_like(flat), torch.tensor(0.5), beta)
+    assert torch.allclose(found, gradient_by_autograd(nothing, 0.5, 2.0, rounding.alpha, 2), rtol=1e-5, atol=1e-6)
+    assert float(found.abs().max()) > 0.01
 
 
 def test_soft_weight_starts_at_the_clamped_weight() -> None:
     rounding, weights, scales, zeros, levels = problem()
-    for found, weight, scale, zero, count in zip(rounding.soft()[0], weights, scales, zeros, levels, strict=True):
+    for found, weight, scale, zero, count in zip(rounding.split(rounding.soft()), weights, scales, zeros, levels, strict=True):
         rows = weight.flatten(1)
         expected = ((rows / scale + zero).clamp(0, count - 1) - zero) * scale
         assert torch.allclose(found.flatten(1), expected, atol=1e-5)
@@ -109,8 +120,7 @@ def test_initial_alpha_inverts_the_soft_rounding() -> None:
 
 def test_codes_are_floor_or_floor_plus_one_before_clamping() -> None:
     rounding, weights, scales, zeros, levels = problem()
-    with torch.no_grad():
-        rounding.alpha.copy_(torch.randn_like(rounding.alpha))
+    rounding.alpha.copy_(torch.randn_like(rounding.alpha))
     position, ups, downs = 0, 0, 0
     for codes, weight, scale, zero, count in zip(rounding.codes(), weights, scales, zeros, levels, strict=True):
         rows = weight.flatten(1)
@@ -141,6 +151,8 @@ def test_penalty_and_its_gradient(beta: float) -> None:
     assert penalty.item() == pytest.approx(expected, rel=1e-12)
     assert h.grad is not None
     assert h.grad.tolist() == pytest.approx(slopes, rel=1e-9, abs=1e-12)
+    by_hand = penalty_slope(h.detach(), torch.tensor(beta, dtype=torch.float64))
+    assert by_hand.tolist() == pytest.approx(slopes, rel=1e-9, abs=1e-12)
     assert float(rounding_penalty(torch.tensor([0.0, 1.0, 1.0]), beta)) == 0
 
 
