@@ -16,10 +16,11 @@ from fimaq_core.errors import NumericsError, RecipeError
 from fimaq_core.fisher.divergence import ClassifierDivergence
 from fimaq_core.layers import QuantConv2d, QuantMatMul, quant_layers, set_quantized
 from fimaq_core.quantize import Resources, finish, quantize
+from fimaq_core.quantizers import affine
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction import objective as objective_module
 from fimaq_core.reconstruction import reconstruct as reconstruct_module
-from fimaq_core.reconstruction.block import block_generator
+from fimaq_core.reconstruction import step as step_module
 from fimaq_core.reconstruction.reconstruct import expand_per_token, reconstruct
 from fimaq_core.reconstruction.tape import Storage, Tape
 
@@ -189,15 +190,6 @@ def test_another_seed_another_result() -> None:
     assert not torch.equal(logits(first, images(5)), logits(second, images(5)))
 
 
-def test_generators_of_blocks_differ() -> None:
-    draws = {
-        tuple(torch.randint(0, 1000, (8,), generator=block_generator(seed, label, torch.device("cpu"))).tolist())
-        for seed in (0, 1)
-        for label in ("blocks.0", "blocks.1")
-    }
-    assert len(draws) == 4
-
-
 def test_off_leaves_the_outputs_alone() -> None:
     recipe = quick(w_bits=32, a_bits=32)
     model = vit(2)
@@ -296,56 +288,63 @@ def test_baselines_keep_one_scale_a_tensor() -> None:
                 assert layer.input_quantizer.scale.numel() == 1, name
 
 
-def test_brecq_neither_mixes_nor_drops(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: list[float] = []
-    from fimaq_core.quantizers import affine
-    from fimaq_core.reconstruction import block
+class MaskWatch:
+    """Notes threshold and key of every mask that the fused form draws, and whether a Fisher pass asked for it."""
 
-    original = affine.bernoulli_mask
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.steps: list[tuple[int, tuple[int, ...]]] = []
+        self.passes: list[tuple[int, tuple[int, ...]]] = []
+        self._present = self.steps
+        for module in (affine, step_module):
+            monkeypatch.setattr(module, "eager_mask", self._watch(module.eager_mask))
+        original = objective_module.mean_gradient_and_error
 
-    def watch(like: Tensor, probability: float, generator: torch.Generator | None) -> Tensor | None:
-        drawn.append(probability)
-        return original(like, probability, generator)
-
-    monkeypatch.setattr(affine, "bernoulli_mask", watch)
-    monkeypatch.setattr(block, "bernoulli_mask", watch)
-    quantized(quick("brecq"))
-    assert set(drawn) == {1.0}
-    drawn.clear()
-    quantized(quick("qdrop"))
-    assert set(drawn) == {0.5}
-
-
-def test_fisher_passes_may_run_without_dropping(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fimaq_core.quantizers import affine
-
-    seen: dict[bool, set[float]] = {}
-    for drop in (True, False):
-        recipe = quick(fisher_drop=drop)
-        inside: set[float] = set()
-        original_pass, original_mask = objective_module.mean_gradient_and_error, affine.bernoulli_mask
-        active = [False]
-
-        def watch(
-            like: Tensor, probability: float, generator: Any, active: list[bool] = active, inside: set[float] = inside,
-            original: Callable[..., Any] = original_mask,
-        ) -> Any:  # fmt: skip
-            if active[0]:
-                inside.add(probability)
-            return original(like, probability, generator)
-
-        def entered(*args: Any, active: list[bool] = active, original: Callable[..., Any] = original_pass) -> Any:
-            active[0] = True
+        def within(*args: Any) -> tuple[Tensor, Tensor]:
+            self._present = self.passes
             result = original(*args)
-            active[0] = False
+            self._present = self.steps
             return result
 
-        with monkeypatch.context() as patch:
-            patch.setattr(affine, "bernoulli_mask", watch)
-            patch.setattr(objective_module, "mean_gradient_and_error", entered)
-            quantized(recipe)
-        seen[drop] = inside
-    assert seen == {True: {0.5}, False: {1.0}}
+        monkeypatch.setattr(objective_module, "mean_gradient_and_error", within)
+
+    def _watch(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def draw(like: Tensor, key: Tensor, threshold: int, *args: Any) -> Tensor:
+            self._present.append((threshold, tuple(key.tolist())))
+            return original(like, key, threshold, *args)
+
+        return draw
+
+
+def test_brecq_neither_mixes_nor_drops(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = MaskWatch(monkeypatch)
+    quantized(quick("brecq"))
+    assert watch.steps == watch.passes == []
+    quantized(quick("qdrop"))
+    assert {threshold for threshold, _ in watch.steps} == {128}
+    quantized(quick("qdrop", prefix_prob=0.25, activation_prob=0.75))
+    assert {threshold for threshold, _ in watch.steps} == {64, 128, 192}
+
+
+@pytest.mark.parametrize("drop", [True, False])
+def test_fisher_passes_may_run_without_dropping(drop: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = MaskWatch(monkeypatch)
+    quantized(quick(fisher_drop=drop))
+    assert {threshold for threshold, _ in watch.steps} == {128}
+    assert {threshold for threshold, _ in watch.passes} == ({128} if drop else set())
+
+
+def test_every_mask_has_a_key_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over blocks, steps, quantizers, Fisher passes and their batches."""
+    recipe = quick(steps=4, fisher_k=2)
+    watch = MaskWatch(monkeypatch)
+    chain = quantized(recipe)
+    quantizers = 8  # in a block of the ViT: four linear layers and two products
+    assert len(watch.passes) == 2 * recipe.fisher_k * 3 * quantizers
+    # Blocks mix their input (but the first segment) and the head has one quantizer.
+    assert len(watch.steps) == recipe.steps * (2 * (quantizers + 1) + 2)
+    assert len(chain) == 4
+    keys = [key for _, key in watch.steps + watch.passes]
+    assert len(set(keys)) == len(keys)
 
 
 LOSSES = [
