@@ -390,7 +390,7 @@ def test_every_loss_goes_down(monkeypatch: pytest.MonkeyPatch, loss: str, mode: 
 
 def test_reconstruction_beats_calibration_alone() -> None:
     """On the images it saw, the reconstructed model is nearer to full precision than one only calibrated."""
-    recipe = quick(steps=60, w_bits=3, a_bits=3, lr_alpha=0.02)
+    recipe = quick(steps=200, w_bits=3, a_bits=3, lr_alpha=0.02)
     x = images(24)
     reference = logits(chain_of(vit(2), recipe), x)
     calibrated = chain_of(vit(2), recipe)
