@@ -22,6 +22,9 @@ from fimaq_core.reconstruction.tape import Tape
 #: Steps that run one by one before a graph is captured (compilation, libraries' workspaces).
 WARM_UP = 3
 
+#: Makes of blocks (with loss and dropping) that one process can compile.
+MAKES = 128
+
 #: Captures a step and returns what replays it and the tensor that holds its result.
 Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
 
@@ -207,4 +210,6 @@ def _compiled(function: Callable[..., Any], device_type: str, threads: int) -> C
             "realize_reads_threshold": 12,
             "custom_partitioner_fn": SaveAsWritten(),
         }
+    # A Swin has a dozen makes of blocks, more than PyTorch's limit; beyond it a step would silently run uncompiled.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAKES)
     return torch.compile(function, fullgraph=True, dynamic=False, options=options)
