@@ -60,7 +60,7 @@ class FlatStep:
             objective.part_weights(),
             threshold_of(recipe.prefix_prob) if tape.prefix is not None and tape.prefix is not tape.full else 0,
             self.traced,
-            torch.bfloat16 if recipe.step_dtype == "bfloat16" else None,
+            recipe.step_dtype,
         )
         prefix = tape.prefix if self.plan.mix else None
         assert tape.target is not None
