@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 from torch._functorch.partitioners import default_partition
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
 from fimaq_core.chain import Segment
+from fimaq_core.errors import EngineError
 from fimaq_core.quantizers.dropping import threshold_of
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction.feeder import Feeder
@@ -139,11 +141,20 @@ class CompiledStep(FlatStep):
     traced = True
 
     def _batch_loss(self, *args: Any) -> tuple[Tensor, Tensor]:
-        out: tuple[Tensor, Tensor] = _compiled(batch_loss, args[2].device.type, torch.get_num_threads())(*args)
+        out: tuple[Tensor, Tensor] = self._call(batch_loss, args)
         return out
 
     def _update(self, *args: Any) -> None:
-        _compiled(update, args[0].device.type, torch.get_num_threads())(*args)
+        self._call(update, args)
+
+    def _call(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        try:
+            return _compiled(function, self.counter.device.type, torch.get_num_threads())(*args)
+        except TorchDynamoException as error:
+            first = str(error).strip().splitlines()[0]
+            raise EngineError(
+                f"{self.segment.label}: the step cannot be compiled ({first}): use the engine 'fused', which compiles nothing."
+            ) from error
 
 
 class GraphStep(CompiledStep):
