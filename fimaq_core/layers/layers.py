@@ -103,7 +103,8 @@ class QuantMatMul(nn.Module):
             return a @ b
         a = self.a_quantizer(a)
         if b.stride(-1) <= b.stride(-2):
-            return a @ self.b_quantizer(b)
+            b = self.b_quantizer(b)
+            return a @ b
         # A transposed operand (keys) is quantized, and gets its gradient, as it lies in memory: elements are read in a row.
         out: Tensor = _TimesTransposed.apply(a, self.b_quantizer(b.mT, transposed=True))  # type: ignore[no-untyped-call]
         return out
