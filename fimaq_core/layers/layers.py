@@ -1,6 +1,6 @@
 """Linear, convolution and matrix product with quantizers. ``quantized = False`` gives the float layer."""
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,23 @@ class QuantConv2d(nn.Conv2d):
         return out
 
 
+class _TimesTransposed(torch.autograd.Function):
+    """``a @ bᵀ`` whose gradient in ``b`` is computed in the layout of ``b`` (autograd's is its transpose)."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        out: Tensor = a @ b.mT
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        (grad,) = grads
+        a, b = ctx.saved_tensors
+        # Under autocast the product's dtype is not the operands'.
+        return (grad @ b.to(grad.dtype)).to(a.dtype), (grad.mT @ a.to(grad.dtype)).to(b.dtype)
+
+
 class QuantMatMul(nn.Module):
     """The product of two activations, ``a @ b``, each with a quantizer (per head once calibrated).
 
@@ -82,12 +99,15 @@ class QuantMatMul(nn.Module):
         self.quantized = False
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        if self.quantized:
-            a = self.a_quantizer(a)
-            # A transposed operand is quantized as it lies in memory, so that its elements are read in a row.
-            lies_transposed = b.stride(-1) > b.stride(-2)
-            b = self.b_quantizer(b.mT, transposed=True).mT if lies_transposed else self.b_quantizer(b)
-        return a @ b
+        if not self.quantized:
+            return a @ b
+        a = self.a_quantizer(a)
+        if b.stride(-1) <= b.stride(-2):
+            b = self.b_quantizer(b)
+            return a @ b
+        # A transposed operand (keys) is quantized, and gets its gradient, as it lies in memory: elements are read in a row.
+        out: Tensor = _TimesTransposed.apply(a, self.b_quantizer(b.mT, transposed=True))  # type: ignore[no-untyped-call]
+        return out
 
 
 QuantLayer = QuantLinear | QuantConv2d | QuantMatMul

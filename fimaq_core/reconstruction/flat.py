@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 from torch._functorch.partitioners import default_partition
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
 from fimaq_core.chain import Segment
+from fimaq_core.errors import EngineError
 from fimaq_core.quantizers.dropping import threshold_of
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction.feeder import Feeder
@@ -21,6 +23,9 @@ from fimaq_core.reconstruction.tape import Tape
 
 #: Steps that run one by one before a graph is captured (compilation, libraries' workspaces).
 WARM_UP = 3
+
+#: Makes of blocks (with loss and dropping) that one process can compile.
+MAKES = 128
 
 #: Captures a step and returns what replays it and the tensor that holds its result.
 Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
@@ -57,7 +62,7 @@ class FlatStep:
             objective.part_weights(),
             threshold_of(recipe.prefix_prob) if tape.prefix is not None and tape.prefix is not tape.full else 0,
             self.traced,
-            torch.bfloat16 if recipe.step_dtype == "bfloat16" else None,
+            recipe.step_dtype,
         )
         prefix = tape.prefix if self.plan.mix else None
         assert tape.target is not None
@@ -136,11 +141,20 @@ class CompiledStep(FlatStep):
     traced = True
 
     def _batch_loss(self, *args: Any) -> tuple[Tensor, Tensor]:
-        out: tuple[Tensor, Tensor] = _compiled(batch_loss, args[2].device.type, torch.get_num_threads())(*args)
+        out: tuple[Tensor, Tensor] = self._call(batch_loss, args)
         return out
 
     def _update(self, *args: Any) -> None:
-        _compiled(update, args[0].device.type, torch.get_num_threads())(*args)
+        self._call(update, args)
+
+    def _call(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        try:
+            return _compiled(function, self.counter.device.type, torch.get_num_threads())(*args)
+        except TorchDynamoException as error:
+            first = str(error).strip().splitlines()[0]
+            raise EngineError(
+                f"{self.segment.label}: the step cannot be compiled ({first}): use the engine 'fused', which compiles nothing."
+            ) from error
 
 
 class GraphStep(CompiledStep):
@@ -207,4 +221,6 @@ def _compiled(function: Callable[..., Any], device_type: str, threads: int) -> C
             "realize_reads_threshold": 12,
             "custom_partitioner_fn": SaveAsWritten(),
         }
+    # A Swin has a dozen makes of blocks, more than PyTorch's limit; beyond it a step would silently run uncompiled.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAKES)
     return torch.compile(function, fullgraph=True, dynamic=False, options=options)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fimaq_core.numerics import Arithmetic, autocast
 from fimaq_core.quantizers.dropping import eager_mask, traced_mask
 from fimaq_core.quantizers.rounding import alpha_gradient, soft_rounding
 from fimaq_core.reconstruction.objective import block_loss
@@ -26,7 +27,7 @@ class StepPlan:
         part_weights: of the loss's parts.
         mix: of 256 elements of the input, how many come from the quantized prefix.
         traced: whether the step is compiled.
-        autocast: dtype that matrix products run in, or None for float32.
+        arithmetic: of the matrix products.
     """
 
     layout: Layout
@@ -34,7 +35,7 @@ class StepPlan:
     part_weights: tuple[float, ...]
     mix: int
     traced: bool
-    autocast: torch.dtype | None = None
+    arithmetic: Arithmetic = "float32"
 
 
 def batch_loss(
@@ -77,11 +78,8 @@ def batch_loss(
     x = full
     if prefix is not None:
         x = mixed(full, prefix, row[0], plan.mix, plan.traced)
-    if plan.autocast is None:
+    with autocast(plan.arithmetic, x.device):
         output = run_block(block, plan.layout, soft, scales, row, x)
-    else:
-        with torch.autocast(x.device.type, dtype=plan.autocast):
-            output = run_block(block, plan.layout, soft, scales, row, x)
     return block_loss(
         plan.kind,
         plan.part_weights,

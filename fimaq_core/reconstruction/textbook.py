@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from fimaq_core.chain import Segment
+from fimaq_core.numerics import autocast
 from fimaq_core.quantizers.dropping import eager_mask, threshold_of
 from fimaq_core.quantizers.rounding import rounding_penalty
 from fimaq_core.recipe import Recipe
@@ -52,12 +53,13 @@ class TextbookStep:
         objective, recipe = self.objective, self.recipe
         roundings = [(1.2 * torch.sigmoid(alpha) - 0.1).clamp(0, 1) for alpha in self.alphas]
         keys, samples = self.schedule.keys[number], self.schedule.samples[number]
-        output = functional_call(self.segment.block, self._tensors(roundings, keys), (self._input(samples, keys),))
+        with autocast(recipe.step_dtype, self.state.soft.device):
+            output = functional_call(self.segment.block, self._tensors(roundings, keys), (self._input(samples, keys),))
         own = objective.sample_gradients
         loss, starts = block_loss(
             objective.kind,
             objective.part_weights(),
-            output,
+            output.float(),
             self._rows(self.tape.target, samples),
             objective.starts,
             objective.gradients,

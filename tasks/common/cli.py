@@ -146,6 +146,13 @@ def _run_options() -> list[Callable[..., Any]]:
             type=click.Choice(["device", "host", "disk"]),
             help="Where block inputs are cached.",
         ),
+        click.option(
+            "--step-engine",
+            default="auto",
+            show_default=True,
+            type=click.Choice(["auto", "eager", "fused", "compiled", "graph"]),
+            help="How optimisation steps run; auto: one CUDA graph, compiled for long runs on CPUs, else fused.",
+        ),
     ]
 
 

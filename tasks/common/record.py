@@ -101,6 +101,7 @@ class ResultRecord(_Strict):
     last_loss: dict[str, float] = {}
     fisher_passes: dict[str, int] = {}
     notes: list[str] = []
+    step_engine: str | None = None
     skipped_images: list[str] = []
     environment: Environment
     seconds: dict[str, float]

@@ -78,6 +78,7 @@ class CellRequest:
         threads: CPU threads; None leaves PyTorch's choice.
         eval_batch: images a forward pass (evaluation, tape, Fisher passes).
         placement: where the tape lives.
+        step_engine: how optimisation steps run, see :mod:`fimaq_core.reconstruction.engines`.
         workers: data-loading processes.
         force: measure again although a record exists.
     """
@@ -92,5 +93,6 @@ class CellRequest:
     threads: int | None = None
     eval_batch: int = 32
     placement: Literal["device", "host", "disk"] = "device"
+    step_engine: Literal["auto", "eager", "fused", "compiled", "graph"] = "auto"
     workers: int = 0
     force: bool = False

@@ -108,7 +108,7 @@ def _measure_quantized(
     calibration = task.calibration(loaded, request.data, recipe)
     fingerprint = fingerprint_of(loaded, calibration, recipe)
     chain = task.build(loaded, recipe).to(device)
-    resources = Resources(report, request.placement, request.eval_batch)
+    resources = Resources(report, request.placement, request.eval_batch, request.step_engine)
     facts = checkpoint_facts(request, loaded)
     lap("load")
     # Methods that share all range settings share the file: it is computed once.
@@ -140,6 +140,7 @@ def _measure_quantized(
             "last_loss": log.last_loss,
             "fisher_passes": log.fisher_passes,
             "notes": log.notes,
+            "step_engine": log.engine if recipe.reconstruct else None,
             "skipped_images": sorted({*calibration.skipped, *evaluation.skipped}),
         }
     )

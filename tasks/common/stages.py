@@ -33,7 +33,7 @@ def calibrate_stage(request: CellRequest, out: Path, report: Report) -> None:
         chain,
         calibration.images,
         request.recipe,
-        Resources(report, request.placement, request.eval_batch),
+        Resources(report, request.placement, request.eval_batch, request.step_engine),
         out,
         fingerprint_of(loaded, calibration, request.recipe),
         checkpoint_facts(request, loaded),
@@ -47,7 +47,7 @@ def reconstruct_stage(
 
     Args:
         given: recipe fields that replace the checkpoint's.
-        options: device, threads, eval_batch, placement, workers, weights, weights_folder.
+        options: device, threads, eval_batch, placement, step_engine, workers, weights, weights_folder.
 
     Raises:
         CheckpointError: the checkpoint is of another run, or given fields would change its ranges.
@@ -66,7 +66,7 @@ def reconstruct_stage(
         calibration.images,
         recipe,
         task.divergence(recipe),
-        Resources(report, options["placement"], options["eval_batch"]),
+        Resources(report, options["placement"], options["eval_batch"], options["step_engine"]),
         blocks,
         expected,
     )
