@@ -405,6 +405,29 @@ def test_blocks_of_a_make_have_one_layout() -> None:
     assert first.state.layout.streams == 1 + 8
 
 
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("engine", ["eager", "fused", "compiled", "graph"])
+@pytest.mark.parametrize("drop", [True, False])
+def test_a_fisher_pass_computes_fused_and_gives_the_engine_its_form_back(
+    engine: Engine, drop: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = trainer(engine, quick("fimaq", fisher_drop=drop, activation_prob=0.75))
+    original, passes = made.objective.update, []
+
+    def how() -> tuple[set[str | None], set[float]]:
+        quantizers = made.state.quantizers
+        return {quantizer.learning for quantizer in quantizers}, {quantizer.keep_probability for quantizer in quantizers}
+
+    def watch(forward: Callable[[Tensor], Tensor]) -> None:
+        passes.append(how())
+        original(forward)
+
+    monkeypatch.setattr(made.objective, "update", watch)
+    made.step(0)
+    assert passes == [({"fused"}, {0.75 if drop else 1.0})]
+    assert how() == ({engines.FORMS[engine]}, {0.75})
+
+
 @pytest.mark.parametrize("engine", ["eager", "fused", "compiled", "graph"])
 @pytest.mark.usefixtures("uncompiled")
 def test_detaching_leaves_nothing_behind(engine: Engine) -> None:
