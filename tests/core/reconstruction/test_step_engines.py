@@ -118,10 +118,10 @@ def assert_same_learning(a: Course, b: Course, changes: int) -> None:
     assert correlation(a.alpha - a.start, b.alpha - b.start) >= 0.99
     assert correlation(a.scales - a.first_scales, b.scales - b.first_scales) >= 0.99
     assert float(b.losses[-1]) == pytest.approx(float(a.losses[-1]), rel=1e-3)
-    # One activation that lies on a rounding boundary moves a single batch's loss, in so small a block, by more than 1e-3.
+    # One activation on a rounding boundary can move a single batch's loss by per cents in so small a block, hence a quantile.
     apart = (a.losses / b.losses - 1).abs()
-    assert float(apart.median()) <= 1e-4
-    assert float(apart.max()) <= 2e-2
+    assert float(apart.median()) <= 1e-5
+    assert float(apart.quantile(0.95)) <= 1e-3
 
 
 @functools.cache
