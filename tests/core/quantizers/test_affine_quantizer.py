@@ -163,7 +163,7 @@ def example(grain: str) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(8)
     x = torch.randn(shape, generator=generator) * 2
     scale = torch.rand(scales, generator=generator) * 0.3 + 0.3
-    zero = torch.randint(2, 6, scales[:2] + (1,) * len(scales[2:]), generator=generator).float()
+    zero = torch.randint(2, 6, scales, generator=generator).float()
     codes = torch.round(x / scale) + zero
     assert (codes < 0).any()
     assert (codes > 7).any()

@@ -197,6 +197,19 @@ def test_first_block_has_nothing_to_mix(engine: Engine) -> None:
     assert torch.equal(inputs[0], tape.full[made.schedule.samples[0]])
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("dtype", ["float32", "tf32"])
+def test_tf32_is_allowed_in_steps_alone(engine: Engine, dtype: str) -> None:
+    """A Fisher pass's frozen parts have a setting of their own, and what was set outside comes back."""
+    made, _ = trainer(quick("fimaq", step_dtype=dtype, fisher_k=1), engine=engine)
+    allowed: list[bool] = []
+    made.segment.block.register_forward_pre_hook(lambda *_: allowed.append(torch.backends.cuda.matmul.allow_tf32))
+    before = torch.backends.cuda.matmul.allow_tf32
+    made.step(0)
+    assert allowed == [before] * 3 + [dtype == "tf32"]  # three batches of the Fisher pass
+    assert torch.backends.cuda.matmul.allow_tf32 == before
+
+
 def gradients_of_step(made: BlockTrainer, number: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, Tensor]:
     """Do step ``number`` and return the whole gradient in α and that in the scales, flat."""
     step = made._step
