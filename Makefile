@@ -16,13 +16,19 @@ PLACES := $(if $(IMAGENET),--imagenet "$(IMAGENET)") $(if $(WEIGHTS),--weights "
 SETTINGS := $(if $(DEVICE),--device $(DEVICE)) $(if $(JOBS),--jobs $(JOBS)) $(if $(filter 1,$(PLAN)),--plan) \
 	$(if $(filter 1,$(FORCE)),--force)
 
-.PHONY: help setup reproduce-table diff test lint format clean
+BENCH_OUT := $(if $(filter 1,$(REFERENCE)),results/reference/speed.json,results/speed.json)
+BENCH := $(if $(DEVICE),--device $(DEVICE)) $(if $(MODELS),--models $(MODELS)) $(if $(THREADS),--threads $(THREADS)) \
+	$(if $(BUDGET),--budget $(BUDGET))
+
+.PHONY: help setup reproduce-table diff bench test lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  reproduce-table takes PROFILE=demo|paper IMAGENET=/path WEIGHTS=/path TASKS= MODELS= METHODS= BITS=w3a3,w4a4"
 	@echo "  SEEDS= DEVICE=cpu|cuda|cuda:N JOBS=N PLAN=1 FORCE=1"
+	@echo "  bench takes DEVICE= MODELS= THREADS=N BUDGET=seconds; it writes results/speed.json, with REFERENCE=1"
+	@echo "  results/reference/speed.json"
 
 setup: $(STAMP) ## make the virtual environment in .venv
 
@@ -43,6 +49,9 @@ reproduce-table: $(STAMP) ## run a profile's grid and print its table
 diff: $(STAMP) ## set measured tables against published numbers
 	@$(RUN) diff --allow-nothing
 
+bench: $(STAMP) ## time every stage and engine beside the machine's floors
+	@$(PY) -m benchmarks.speed $(BENCH) --output $(BENCH_OUT)
+
 test: $(STAMP) ## run all tests
 	@$(PY) -m pytest -n $(TEST_JOBS)
 
@@ -56,4 +65,4 @@ format: $(STAMP) ## format the code
 	@$(PY) -m ruff format .
 
 clean: ## remove the virtual environment and everything that runs wrote
-	rm -rf $(VENV) results/runs results/tables results/calibration
+	rm -rf $(VENV) results/runs results/tables results/calibration results/speed.json

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from small_models import chain_of, images, quick, swin, vit
 from torch import Tensor, nn
 
+from fimaq_core import NUMERICS_VERSION
 from fimaq_core.chain import BlockChain
 from fimaq_core.checkpoint import Fingerprint, load_checkpoint, read_header, save_checkpoint
 from fimaq_core.errors import CheckpointError
@@ -147,14 +148,16 @@ def saved(tmp_path: Path) -> Path:
 
 
 def test_another_run_is_refused_with_the_reason(saved: Path) -> None:
-    recipe = quick()
+    recipe, later = quick(), NUMERICS_VERSION + 1
     chain = chain_of(vit(), recipe)
     cases = {
         r"another recipe: w_bits \(4, here 3\)": fingerprint(quick(w_bits=3)),
         r"seed \(3407, here 5\), lr_alpha \(0.05, here 0.1\)|lr_alpha .*seed": fingerprint(quick(seed=5, lr_alpha=0.1)),
         r"other weights \(sha256 wwwwwwwwwwww, here xxxxxxxxxxxx\)": fingerprint(recipe, weights="x" * 64),
         "other calibration images": fingerprint(recipe, calibration="d" * 64),
-        "numerics version 1, this is version 2": fingerprint(recipe).model_copy(update={"numerics": 2}),
+        f"numerics version {NUMERICS_VERSION}, this is version {later}": fingerprint(recipe).model_copy(
+            update={"numerics": later}
+        ),
     }
     for message, expected in cases.items():
         with pytest.raises(CheckpointError, match=message) as caught:

@@ -117,10 +117,11 @@ def assert_same_learning(a: Course, b: Course, changes: int) -> None:
     assert float(agree[a.changed | b.changed].double().mean()) >= 0.98
     assert correlation(a.alpha - a.start, b.alpha - b.start) >= 0.99
     assert correlation(a.scales - a.first_scales, b.scales - b.first_scales) >= 0.99
-    # In single batches an activation just between two grid points may be rounded the other way.
-    assert float(b.losses[-10:].mean()) == pytest.approx(float(a.losses[-10:].mean()), rel=1e-3)
-    apart = (b.losses / a.losses - 1).abs()
-    assert float((apart <= 1e-3).double().mean()) >= 0.95
+    assert float(b.losses[-1]) == pytest.approx(float(a.losses[-1]), rel=1e-3)
+    # One activation on a rounding boundary can move a single batch's loss by per cents in so small a block, hence a quantile.
+    apart = (a.losses / b.losses - 1).abs()
+    assert float(apart.median()) <= 1e-5
+    assert float(apart.quantile(0.95)) <= 1e-3
 
 
 @functools.cache
