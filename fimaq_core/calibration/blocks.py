@@ -4,7 +4,7 @@ import torch
 
 #: Elements of a temporary. On a CPU the few temporaries of a search stay in a core's caches; on a GPU kernels are
 #: large enough that starting them costs nothing beside running them.
-_CPU, _OTHER = 2**17, 2**25
+_CPU, _OTHER = 2**18, 2**25
 
 
 def block_elements(device: torch.device) -> int:

@@ -14,10 +14,14 @@ MIN_WEIGHT_SCALE = 1e-12
 
 @dataclass(frozen=True)
 class Candidates:
-    """Scales and zero points to choose from, each of shape (candidates, groups)."""
+    """Scales and zero points to choose from, each of shape (candidates, groups).
+
+    ``period``, where given: scales repeat after so many candidates, and zero points are the same for all groups.
+    """
 
     scale: Tensor
     zero_point: Tensor
+    period: int | None = None
 
     def pick(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point (groups,) of the candidate ``index`` (groups,) of each group."""
@@ -78,6 +82,7 @@ def grid_candidates(sorted_rows: Tensor, levels: int, count: int, min_scale: flo
     return Candidates(
         (spans / (levels - 1)).clamp(min=min_scale).repeat(zeros, 1),
         zero.repeat_interleave(scales)[:, None].expand(-1, spans.shape[1]).contiguous(),
+        period=scales,
     )
 
 

@@ -72,7 +72,7 @@ def calibrate_linear(layer: QuantLinear, x: Tensor, recipe: Recipe) -> None:
 def _search_rows(layer: QuantLinear, flat: Tensor, candidates: Candidates, guess: Tensor) -> Tensor:
     """Set the weight's ranges by the error of the output for inputs (tokens, d), quantized as now; return their indices."""
     weight, weights, inputs = layer.weight.detach(), layer.weight_quantizer, layer.input_quantizer
-    moments = input_moments(flat, inputs(flat), None if inputs.off else inputs.scale)
+    moments = input_moments(flat, inputs(flat), None if inputs.off else inputs.scale, inputs.levels)
     index = best_rows(weight, candidates, weights.levels, *moments, guess)
     _set_rows(weights, candidates, index)
     return index

@@ -23,21 +23,26 @@ _MARGIN = 1e-3
 _RIDGE = 1e-8
 #: Sums of whole numbers are exact in float32 up to here.
 _WHOLE = 2**24
+#: Tokens whose products with small errors are summed in float32 before float64 takes over.
+_TOKENS = 2**12
 
 
-def input_moments(x: Tensor, x_hat: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def input_moments(x: Tensor, x_hat: Tensor, scale: Tensor | None = None, levels: int = 256) -> tuple[Tensor, Tensor]:
     """Return ``X̂ᵀX̂`` and ``X̂ᵀ(X̂ - X)`` in float64 for inputs (tokens, d), without a float64 copy of all of them.
 
     Args:
         x: (tokens, d), float32.
         x_hat: its quantized form, or ``x`` itself.
-        scale: step size (one number) of ``x_hat``, whose codes are then at most 255 in size. Products of codes are whole
-            numbers, which float32 sums exactly, at a fraction of what float64 costs.
+        scale: step size (one number) of ``x_hat``, whose codes are then below ``levels`` in size. Products of codes are
+            whole numbers, which float32 sums exactly up to 2**24, at a fraction of what float64 costs.
+        levels: grid points of ``x_hat``.
     """
     width = x.shape[1]
     square = torch.zeros(width, width, dtype=torch.float64, device=x.device)
     cross = torch.zeros_like(square)
-    rows = _WHOLE // 2**16 if scale is not None else max(block_elements(x.device) // width, 1)
+    rows = max(block_elements(x.device) // width, 1)
+    if scale is not None:
+        rows = min(_WHOLE // levels**2, _TOKENS)
     for part, part_hat in zip(torch.split(x, rows), torch.split(x_hat, rows), strict=True):
         if scale is None:
             wide = part_hat.double()
@@ -121,42 +126,69 @@ def best_rows(weight: Tensor, candidates: Candidates, levels: int, square: Tenso
 
 def _deltas(weight: Tensor, candidates: Candidates, levels: int) -> Tensor:
     """Quantization errors (candidates, rows, d) of the candidates (candidates, rows) of ``weight`` (rows, d)."""
-    scale, zero = candidates.scale[..., None], candidates.zero_point[..., None]
-    codes = torch.div(weight, scale).round_().add_(zero).clamp_(0, levels - 1).sub_(zero)
-    return codes.mul_(scale).sub_(weight)
+    return _codes(weight, candidates, levels).mul_(candidates.scale[..., None]).sub_(weight)
+
+
+def _codes(weight: Tensor, candidates: Candidates, levels: int) -> Tensor:
+    """Codes, the zero point subtracted, (candidates, rows, d); arguments as in :func:`_deltas`."""
+    zero = candidates.zero_point[..., None]
+    codes = torch.div(weight, candidates.scale[..., None]).round_()
+    # Two passes, which are faster than clamp with tensors for bounds.
+    torch.maximum(codes, -zero, out=codes)
+    return torch.minimum(codes, levels - 1 - zero, out=codes)
 
 
 class _Sieve:
-    """Squares of ``Lᵀδ + L⁻¹Cw`` of candidates, in float32.
+    """Squares of ``Lᵀδ + L⁻¹Cw = s Lᵀq + (L⁻¹Cw - Lᵀw)`` of candidates with codes q and scale s, in float32.
+
+    The second form saves two passes over all candidates. It rounds more (s q and w are alike), yet far less than the margin.
 
     Args:
         weight: (rows, d), candidates: (candidates, rows), factor: L, offset: (rows, d), all in one order of channels.
     """
 
     def __init__(self, weight: Tensor, candidates: Candidates, levels: int, factor: Tensor, offset: Tensor) -> None:
-        self.weight, self.candidates, self.levels, self.factor, self.offset = weight, candidates, levels, factor, offset
+        self.weight, self.candidates, self.levels, self.factor = weight, candidates, levels, factor
+        self.base = offset - weight @ factor
 
     def all_squares(self, end: int) -> Tensor:
         """Sums (candidates, rows) of the squares of coordinates before ``end``."""
-        factor, offset = self.factor[:, :end].contiguous(), self.offset[:, :end]
+        factor, base = self.factor[:, :end].contiguous(), self.base[:, :end]
         out = []
         count = self.candidates.scale.shape[0]
         step = max(block_elements(self.weight.device) // self.weight.numel(), 1)
+        if self.candidates.period is not None:
+            return self._all_of_grid(self.candidates.period, step, factor, base)
         for start in range(0, count, step):
             part = slice(start, start + step)
             chosen = Candidates(self.candidates.scale[part], self.candidates.zero_point[part])
-            made = (_deltas(self.weight, chosen, self.levels) @ factor).add_(offset)
+            made = (_codes(self.weight, chosen, self.levels) @ factor).mul_(chosen.scale[..., None]).add_(base)
             out.append(made.square_().sum(-1))
         return torch.cat(out)
+
+    def _all_of_grid(self, period: int, step: int, factor: Tensor, base: Tensor) -> Tensor:
+        """The same where zero points share their scales: a weight is divided and rounded once a scale."""
+        scales, zeros = self.candidates.scale[:period], self.candidates.zero_point[::period, 0].tolist()
+        table = base.new_empty(len(zeros), period, len(self.weight))
+        for start in range(0, period, step):
+            part = slice(start, start + step)
+            scale = scales[part, :, None]
+            rounded = torch.div(self.weight, scale).round_()
+            codes = torch.empty_like(rounded)
+            for number, zero in enumerate(zeros):
+                torch.clamp(rounded, -zero, self.levels - 1 - zero, out=codes)
+                table[number, part] = (codes @ factor).mul_(scale).add_(base).square_().sum(-1)
+        return table.flatten(0, 1)
 
     def squares(self, index: Tensor, row: Tensor, start: int, end: int) -> Tensor:
         """Sums (pairs,) of the squares of coordinates ``start`` to ``end`` of candidates ``index`` of rows ``row``."""
         # L is lower triangular: channels before the first coordinate do not enter.
         factor = self.factor[start:, start:end].contiguous()
-        out = [self.offset.new_zeros(0)]
+        out = [self.base.new_zeros(0)]
         step = max(block_elements(self.weight.device) // self.weight.shape[1], 1)
         for some, its in zip(torch.split(index, step), torch.split(row, step), strict=True):
             pairs = Candidates(self.candidates.scale[some, its], self.candidates.zero_point[some, its])
-            made = (_deltas(self.weight[its, start:], pairs, self.levels) @ factor).add_(self.offset[its, start:end])
+            made = (_codes(self.weight[its, start:], pairs, self.levels) @ factor).mul_(pairs.scale[..., None])
+            made.add_(self.base[its, start:end])
             out.append(made.square_().sum(-1))
         return torch.cat(out)
