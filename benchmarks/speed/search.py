@@ -104,6 +104,12 @@ class _FastSearch:
 
     def __call__(self) -> None:
         quantizer = self.layer.input_quantizer
-        moments = input_moments(self.inputs, quantizer(self.inputs), None if quantizer.off else quantizer.scale, quantizer.levels)
+        moments = input_moments(
+            self.inputs,
+            quantizer(self.inputs),
+            self.layer.weight.detach(),
+            None if quantizer.off else quantizer.scale,
+            quantizer.levels,
+        )
         levels = self.layer.weight_quantizer.levels
         self.index = best_rows(self.layer.weight.detach(), self.candidates, levels, *moments, self.guess)

@@ -72,7 +72,7 @@ def calibrate_linear(layer: QuantLinear, x: Tensor, recipe: Recipe) -> None:
 def _search_rows(layer: QuantLinear, flat: Tensor, candidates: Candidates, guess: Tensor) -> Tensor:
     """Set the weight's ranges by the error of the output for inputs (tokens, d), quantized as now; return their indices."""
     weight, weights, inputs = layer.weight.detach(), layer.weight_quantizer, layer.input_quantizer
-    moments = input_moments(flat, inputs(flat), None if inputs.off else inputs.scale, inputs.levels)
+    moments = input_moments(flat, inputs(flat), weight, None if inputs.off else inputs.scale, inputs.levels)
     index = best_rows(weight, candidates, weights.levels, *moments, guess)
     _set_rows(weights, candidates, index)
     return index
@@ -114,7 +114,7 @@ def calibrate_conv(layer: QuantConv2d, x: Tensor, recipe: Recipe) -> None:
     points = [0.99 + 0.0099 * (i / (count - 1)) ** 0.5 for i in range(count)] + [1.0]
     ordered = ascending(matrix)
     uppers, lowers = quantiles(ordered, points), quantiles(ordered, [1 - point for point in points])
-    moments = [_conv_moments(layer, x, inputs, group) for group in range(layer.groups)]
+    moments = [_conv_moments(layer, x, inputs, group, matrix) for group in range(layer.groups)]
 
     def search(lower: Tensor, upper: Tensor, guess: Tensor) -> Tensor:
         candidates = from_bounds(lower, upper, weights.levels)
@@ -133,12 +133,13 @@ def calibrate_conv(layer: QuantConv2d, x: Tensor, recipe: Recipe) -> None:
     search(lowers.gather(0, index[None]).expand_as(lowers), uppers, index)
 
 
-def _conv_moments(layer: QuantConv2d, x: Tensor, inputs: AffineQuantizer, group: int) -> tuple[Tensor, Tensor]:
+def _conv_moments(layer: QuantConv2d, x: Tensor, inputs: AffineQuantizer, group: int, matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Moments of one group's input patches, accumulated over images so that unfolding never needs them all."""
     channels = layer.in_channels // layer.groups
     width = channels * layer.kernel_size[0] * layer.kernel_size[1]
+    weight = matrix.view(layer.groups, -1, width)[group]
     square = torch.zeros(width, width, dtype=torch.float64, device=x.device)
-    cross = torch.zeros_like(square)
+    linear = torch.zeros(weight.shape, dtype=torch.float64, device=x.device)
 
     def patches(part: Tensor) -> Tensor:
         if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
@@ -156,10 +157,10 @@ def _conv_moments(layer: QuantConv2d, x: Tensor, inputs: AffineQuantizer, group:
     for part in torch.split(x, 8):
         plain = patches(part)
         quantized = plain if inputs.off else patches(inputs(part))
-        more_square, more_cross = input_moments(plain, quantized)
+        more_square, more_linear = input_moments(plain, quantized, weight)
         square += more_square
-        cross += more_cross
-    return square, cross
+        linear += more_linear
+    return square, linear
 
 
 def calibrate_matmul(layer: QuantMatMul, a: Tensor, b: Tensor, recipe: Recipe) -> None:

@@ -27,64 +27,71 @@ _WHOLE = 2**24
 _TOKENS = 2**12
 
 
-def input_moments(x: Tensor, x_hat: Tensor, scale: Tensor | None = None, levels: int = 256) -> tuple[Tensor, Tensor]:
-    """Return ``X̂ᵀX̂`` and ``X̂ᵀ(X̂ - X)`` in float64 for inputs (tokens, d), without a float64 copy of all of them.
+def input_moments(
+    x: Tensor, x_hat: Tensor, weight: Tensor, scale: Tensor | None = None, levels: int = 256
+) -> tuple[Tensor, Tensor]:
+    """Return ``X̂ᵀX̂`` (d, d) and ``(X̂ᵀ(X̂ - X)wᵀ)ᵀ`` (rows, d) in float64, without a float64 copy of all inputs.
 
     Args:
         x: (tokens, d), float32.
         x_hat: its quantized form, or ``x`` itself.
+        weight: w, (rows, d).
         scale: step size (one number) of ``x_hat``, whose codes are then below ``levels`` in size. Products of codes are
             whole numbers, which float32 sums exactly up to 2**24, at a fraction of what float64 costs.
         levels: grid points of ``x_hat``.
     """
     width = x.shape[1]
+    # With few rows the inputs' errors are multiplied by the weight first: tokens x d x rows instead of tokens x d x d.
+    narrow = weight.shape[0] < width
     square = torch.zeros(width, width, dtype=torch.float64, device=x.device)
-    cross = torch.zeros_like(square)
+    cross = torch.zeros(width, weight.shape[0] if narrow else width, dtype=torch.float64, device=x.device)
     rows = max(block_elements(x.device) // width, 1)
     if scale is not None:
         rows = min(_WHOLE // levels**2, _TOKENS)
+    wide_weight = weight.double()
     for part, part_hat in zip(torch.split(x, rows), torch.split(x_hat, rows), strict=True):
         if scale is None:
             wide = part_hat.double()
             square += wide.t() @ wide
-            cross += wide.t() @ (wide - part.double())
+            if x_hat is not x:
+                error = wide - part.double()
+                cross += wide.t() @ (error @ wide_weight.t() if narrow else error)
         else:
-            codes = torch.round(part_hat / scale)
+            codes, error = torch.round(part_hat / scale), part_hat - part
             square += codes.t() @ codes
-            cross += codes.t() @ (part_hat - part)
+            cross += codes.t() @ (error @ weight.t() if narrow else error)
     if scale is not None:
         square *= scale.double().square()
         cross *= scale.double()
-    return square, cross
+    return square, cross.t() if narrow else wide_weight @ cross.t()
 
 
-def weight_errors(weight: Tensor, candidates: Candidates, levels: int, square: Tensor, cross: Tensor) -> Tensor:
+def weight_errors(weight: Tensor, candidates: Candidates, levels: int, square: Tensor, linear: Tensor) -> Tensor:
     """Squared output error of every candidate range of every row, up to a constant of the row.
 
     Args:
         weight: (rows, d).
         candidates: (candidates, rows).
         levels: grid points.
-        square, cross: float64 (d, d) from :func:`input_moments`.
+        square, linear: from :func:`input_moments`.
 
     Returns:
         float64 (candidates, rows).
     """
-    linear = 2 * (weight.double() @ cross.t())  # rows, d
     out = []
     step = max(block_elements(weight.device) // weight.numel(), 1)
     for start in range(0, candidates.scale.shape[0], step):
         some = Candidates(candidates.scale[start : start + step], candidates.zero_point[start : start + step])
         delta = _deltas(weight, some, levels).double()
-        out.append((delta * (delta @ square + linear)).sum(-1))
+        out.append((delta * (delta @ square + 2 * linear)).sum(-1))
     return torch.cat(out)
 
 
-def best_rows(weight: Tensor, candidates: Candidates, levels: int, square: Tensor, cross: Tensor, guess: Tensor) -> Tensor:
+def best_rows(weight: Tensor, candidates: Candidates, levels: int, square: Tensor, linear: Tensor, guess: Tensor) -> Tensor:
     """Index (rows,) of the candidate range of each row with the smallest squared output error.
 
     Args:
-        weight, candidates, levels, square, cross: as :func:`weight_errors`.
+        weight, candidates, levels, square, linear: as :func:`weight_errors`.
         guess: (rows,) candidates that are probably good; their errors are the first bounds.
     """
     width = weight.shape[1]
@@ -92,7 +99,6 @@ def best_rows(weight: Tensor, candidates: Candidates, levels: int, square: Tenso
     order = square.diagonal().argsort(descending=True)
     ridge = square.diagonal().mean() * _RIDGE + torch.finfo(torch.float32).tiny
     factor = torch.linalg.cholesky(square[order][:, order] + ridge * torch.eye(width, device=square.device))
-    linear = weight.double() @ cross.t()
     offset = torch.linalg.solve_triangular(factor, linear[:, order].t(), upper=False).t().float().contiguous()
     sieve = _Sieve(weight[:, order].contiguous(), candidates, levels, factor.float(), offset)
 
@@ -120,7 +126,7 @@ def best_rows(weight: Tensor, candidates: Candidates, levels: int, square: Tenso
     step = max(block_elements(weight.device) // width, 1)
     for some, its in zip(torch.split(index, step), torch.split(row, step), strict=True):
         pairs = Candidates(candidates.scale[some, its][None], candidates.zero_point[some, its][None])
-        table[some, its] = weight_errors(weight[its], pairs, levels, square, cross)[0]
+        table[some, its] = weight_errors(weight[its], pairs, levels, square, linear[its])[0]
     return table.argmin(0)
 
 

@@ -127,7 +127,7 @@ def test_weight_errors_equal_direct_output_errors(kind: str, bits: int, input_bi
     weight = KINDS[kind](10, 24)
     levels = 2**bits
     candidates = grid_candidates(weight.sort(dim=1).values, levels, 64)
-    found = weight_errors(weight, candidates, levels, *input_moments(x, x_hat))
+    found = weight_errors(weight, candidates, levels, *input_moments(x, x_hat, weight))
     direct = output_errors(weight, x, x_hat, candidates, levels)
     # The fast form leaves out what is the same for all candidates of a row.
     offset = ((x_hat.double() - x.double()) @ weight.double().t()).square().sum(0)
@@ -135,17 +135,23 @@ def test_weight_errors_equal_direct_output_errors(kind: str, bits: int, input_bi
     chosen = direct.gather(0, found.argmin(0)[None])[0]
     assert (chosen <= direct.amin(0) * CLOSE).all()
     for guess in (0, 63):
-        index = best_rows(weight, candidates, levels, *input_moments(x, x_hat), torch.full((10,), guess))
+        index = best_rows(weight, candidates, levels, *input_moments(x, x_hat, weight), torch.full((10,), guess))
         assert (direct.gather(0, index[None])[0] <= direct.amin(0) * (1 + 1e-6)).all()
 
 
 @pytest.mark.parametrize("levels", [8, 256])
-def test_moments_of_whole_codes(levels: int) -> None:
+@pytest.mark.parametrize("rows", [5, 20])
+def test_moments_of_whole_codes(levels: int, rows: int) -> None:
     torch.manual_seed(0)
     x = heavy(1500, 12) + 3
     scale = (x.amax() - x.amin()) / (levels - 1)
     x_hat = fake_quantize(x, scale, (-x.amin() / scale).round(), levels)
-    for found, expected in zip(input_moments(x, x_hat, scale), input_moments(x, x_hat), strict=True):
+    weight, wide, wide_hat = heavy(rows, 12), x.double(), x_hat.double()
+    expected_all = wide_hat.t() @ wide_hat, weight.double() @ (wide_hat - wide).t() @ wide_hat
+    exact = input_moments(x, x_hat, weight)
+    for found, expected in zip(exact, expected_all, strict=True):
+        assert torch.allclose(found, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().mean()))
+    for found, expected in zip(input_moments(x, x_hat, weight, scale, levels), exact, strict=True):
         assert torch.allclose(found, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().mean()))
 
 
@@ -157,7 +163,7 @@ def test_weight_search_with_dead_channels_and_rows() -> None:
     weight = heavy(6, 24)
     weight[2] = 0
     candidates = grid_candidates(weight.sort(dim=1).values, 8, 64)
-    index = best_rows(weight, candidates, 8, *input_moments(x, x), torch.zeros(6, dtype=torch.long))
+    index = best_rows(weight, candidates, 8, *input_moments(x, x, weight), torch.zeros(6, dtype=torch.long))
     direct = output_errors(weight, x, x, candidates, 8)
     assert (direct.gather(0, index[None])[0] <= direct.amin(0) * (1 + 1e-6)).all()
 
