@@ -19,7 +19,7 @@ _ELEMENTS, _ROWS = 0.5, 0.25
 #: Few elements change, so many more can be looked at together than a temporary may have of elements x candidates.
 _CROWD = 32
 #: Candidates that are looked at together for codes that change at all.
-_SEGMENT = 32
+_SEGMENT = 64
 
 
 def shared_errors(x: Tensor, other: Tensor, target: Tensor, scale: Tensor, zero_point: Tensor, levels: int) -> Tensor | None:
