@@ -92,7 +92,7 @@ def parse_engines(text: str, device: torch.device) -> tuple[Engine, ...] | None:
 
 def budget_shares(models: tuple[str, ...]) -> list[float]:
     """For each model, the fraction that it gets of the time left when its turn comes. Those with a direct search need more."""
-    weights = [2.0 if model in DEMO_NAMES else 1.0 for model in models]
+    weights = [3.0 if model in DEMO_NAMES else 1.0 for model in models]
     return [weight / sum(weights[number:]) for number, weight in enumerate(weights)]
 
 
