@@ -4,36 +4,23 @@ Exit codes: 0 done; 1 some cells failed, or measured numbers differ from publish
 comparable; 130 broken off.
 """
 
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
 from benchmarks.cells import Adapter, RunOptions, default_adapter
-from benchmarks.commands import NotReady, run_diff, run_grid, run_reference
+from benchmarks.commands import run_diff, run_grid, run_reference
+from benchmarks.console import user_errors
 from benchmarks.grid import Filters, Grid, load_grid, parse_filters
-from fimaq_core.errors import FimaqError
 
 
 class _Group(click.Group):
     """A command group whose user errors are one line on stderr."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        try:
+        with user_errors(ctx, "Finished cells are kept: the same command goes on where it stopped."):
             return super().invoke(ctx)
-        except NotReady as error:
-            click.echo(str(error), err=True)
-        except FimaqError as error:
-            click.echo(f"error: {error}", err=True)
-        except KeyboardInterrupt:
-            click.echo("\nBroken off. Finished cells are kept: the same command goes on where it stopped.", err=True)
-            ctx.exit(130)
-        except BrokenPipeError:
-            # The reader of our output has gone (such as `| head`); Python would complain once more while it exits.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        ctx.exit(2)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

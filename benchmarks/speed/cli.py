@@ -1,14 +1,13 @@
 """The command line: ``python -m benchmarks.speed``. Exit codes: 0 done, 2 cannot run, 130 broken off."""
 
 import dataclasses
-import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import click
 
+from benchmarks.console import user_errors
 from fimaq_core.errors import FimaqError
 
 OUTPUT = Path("results/speed.json")
@@ -18,17 +17,8 @@ class _Command(click.Command):
     """A command whose user errors are one line on stderr."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        try:
+        with user_errors(ctx, "Finished models are in the output file."):
             return super().invoke(ctx)
-        except FimaqError as error:
-            click.echo(f"error: {error}", err=True)
-        except KeyboardInterrupt:
-            click.echo("\nBroken off. Finished models are in the output file.", err=True)
-            ctx.exit(130)
-        except BrokenPipeError:
-            # The reader of our output has gone (such as `| head`); Python would complain once more while it exits.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        ctx.exit(2)
 
 
 _COUNT = click.IntRange(min=1)
