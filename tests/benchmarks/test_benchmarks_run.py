@@ -1,5 +1,6 @@
 """The runner and the commands, with cells that measure nothing."""
 
+import functools
 import json
 import os
 import signal
@@ -193,7 +194,11 @@ def test_interrupting_keeps_what_is_finished(tmp_path: Path):
     script.write_text(code)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     command = [sys.executable, str(script), "run", "--profile", grid, "--results", str(tmp_path), "--jobs", "1"]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # Shells let background jobs ignore this signal, and what such a job starts would ignore it too.
+    restore = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=restore
+    )
     deadline = time.monotonic() + 20
     while "demo_vit fimaq" not in measured(tmp_path) and time.monotonic() < deadline:
         time.sleep(0.1)
