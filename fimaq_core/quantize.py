@@ -14,7 +14,7 @@ from fimaq_core.layers import QuantMatMul, quant_layers, set_quantized
 from fimaq_core.layers.layers import decide_rounding
 from fimaq_core.progress import Report, silent
 from fimaq_core.recipe import Recipe
-from fimaq_core.reconstruction.engines import EngineChoice
+from fimaq_core.reconstruction.engines import Engine, EngineChoice
 from fimaq_core.reconstruction.reconstruct import ReconstructionLog, reconstruct
 from fimaq_core.reconstruction.tape import Placement
 
@@ -79,6 +79,7 @@ def reconstruct_with_checkpoints(
         fingerprint: what they must belong to; needed with ``folder``.
     """
     earlier = ReconstructionLog()
+    engines: dict[str, Engine] = {}
 
     def path(index: int) -> Path | None:
         return None if folder is None else folder / f"block-{index:03d}.safetensors"
@@ -90,6 +91,7 @@ def reconstruct_with_checkpoints(
         facts = load_checkpoint(file, segment.block, fingerprint)
         earlier.last_loss[segment.label] = facts["last_loss"]
         earlier.fisher_passes[segment.label] = facts["fisher_passes"]
+        engines[segment.label] = facts["engine"]
         earlier.notes += [note for note in facts["notes"] if note not in earlier.notes]
         return True
 
@@ -98,7 +100,8 @@ def reconstruct_with_checkpoints(
         if file is not None:
             assert fingerprint is not None
             notes = [note for note in log.notes if note.startswith(f"{segment.label}:")]
-            facts = {"last_loss": log.last_loss[segment.label], "fisher_passes": log.fisher_passes[segment.label], "notes": notes}
+            facts: dict[str, Any] = {"last_loss": log.last_loss[segment.label], "notes": notes}
+            facts |= {"fisher_passes": log.fisher_passes[segment.label], "engine": log.engine}
             save_checkpoint(file, segment.block.state_dict(), fingerprint, {"stage": "block", "index": index, **facts})
 
     log = reconstruct(
@@ -113,6 +116,10 @@ def reconstruct_with_checkpoints(
         restore=restore,
         save=save,
     )
+    # Engines agree within rounding, but the record names one.
+    earlier.notes += [
+        f"{name}: reconstructed earlier by the engine '{own}'" for name, own in engines.items() if own != log.engine
+    ]
     return ReconstructionLog(
         {**earlier.last_loss, **log.last_loss},
         {**earlier.fisher_passes, **log.fisher_passes},

@@ -102,6 +102,6 @@ def _measure(
     click.echo(f"\n{tables(done, 'simple')}")
     if scaling:
         for record in done:
-            parts = record.scaling or {"several makes of blocks, no depth to vary": 1.0}
-            click.echo(f"\n{record.model}: " + ", ".join(f"{name} {value:.3g}" for name, value in parts.items()))
+            parts = [f"{name} {value:.3g}" for name, value in (record.scaling or {}).items()]
+            click.echo(f"\n{record.model}: " + (", ".join(parts) or "several makes of blocks, no depth to vary"))
     click.echo(f"\nRecords: {output} ({time.monotonic() - start:.0f} s)")

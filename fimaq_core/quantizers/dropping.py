@@ -5,7 +5,7 @@ and costs a few integer operations that fuse with the arithmetic around them. Fo
 32-bit word, a byte each; so probabilities are multiples of 1/256.
 
 The word is a multiply and xor-shift hash of its number with a 64-bit key, one half of it before each of the first two
-multiplications (multipliers: the golden ratio, and T. Mueller's "lowbias"-like constants). It is made for dropping
+multiplications (multipliers: the golden ratio, and those of A. Appleby's MurmurHash3 finalizer). It is made for dropping
 activations, not for cryptography.
 """
 

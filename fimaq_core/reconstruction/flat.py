@@ -131,8 +131,7 @@ class FlatStep:
         update(*args)
 
     def finish(self) -> None:
-        """See :class:`fimaq_core.reconstruction.engines.StepEngine`."""
-        self.state.soft, self.state.scales = self.state.soft.detach(), self.state.scales.detach()
+        """See :class:`fimaq_core.reconstruction.engines.StepEngine`; here the state is never behind."""
 
 
 class CompiledStep(FlatStep):
@@ -221,6 +220,6 @@ def _compiled(function: Callable[..., Any], device_type: str, threads: int) -> C
             "realize_reads_threshold": 12,
             "custom_partitioner_fn": SaveAsWritten(),
         }
-    # A Swin has a dozen makes of blocks, more than PyTorch's limit; beyond it a step would silently run uncompiled.
+    # A Swin has a dozen makes of blocks, more than PyTorch's limit, beyond which compiling is an error.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAKES)
     return torch.compile(function, fullgraph=True, dynamic=False, options=options)

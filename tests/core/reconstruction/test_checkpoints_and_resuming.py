@@ -88,6 +88,19 @@ def test_resumed_run_equals_the_undisturbed_one(case: str, tmp_path: Path) -> No
         assert expected.notes
 
 
+def test_blocks_of_another_engine_are_named(tmp_path: Path) -> None:
+    recipe, x, notes, labels = quick(), images(24), {}, []
+    for turn, engine in enumerate(("fused", "fused", "eager")):
+        chain, resources = chain_of(vit(), recipe), Resources(batch_size=8, engine=engine)
+        calibrate_or_load(chain, x, recipe, resources)
+        log = reconstruct_with_checkpoints(chain, x, recipe, KL, resources, tmp_path, fingerprint(recipe))
+        assert log.engine == engine
+        labels = list(log.last_loss)
+        notes[turn] = [note for note in log.notes if "engine" in note]
+    assert notes[0] == notes[1] == []
+    assert notes[2] == [f"{label}: reconstructed earlier by the engine 'fused'" for label in labels]
+
+
 def test_finished_blocks_are_not_done_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fimaq_core.reconstruction import reconstruct as module
 
