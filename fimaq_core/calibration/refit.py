@@ -1,0 +1,189 @@
+"""Refitting weights to quantized inputs, and choosing their rounding, both by ridge regression.
+
+ERQ: Zhong et al., "ERQ: Error Reduction for Post-Training Quantization of Vision Transformers", ICML 2024, arXiv:2407.06794.
+With inputs X, their quantized form X̂ and A = [X̂, 1], everything follows from second moments of A and X: no matrix of
+tokens x rows is ever made.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fimaq_core.calibration.blocks import block_elements
+from fimaq_core.errors import NumericsError
+
+#: Share of a coordinate's second moment that the coordinates before it leave unexplained; less is the work of rounding.
+_SINGULAR = 1e-12
+
+
+@dataclass(frozen=True)
+class InputMoments:
+    """Sums over tokens of what inputs X and their quantized form X̂, (tokens, d) each, contribute to a regression.
+
+    Attributes:
+        square: (d, d) float64, X̂ᵀX̂.
+        cross: (d, d) float64, X̂ᵀX.
+        sum_hat, sum_plain: (d,) float64, column sums of X̂ and of X.
+        count: tokens.
+    """
+
+    square: Tensor
+    cross: Tensor
+    sum_hat: Tensor
+    sum_plain: Tensor
+    count: int
+
+
+def refit_moments(x: Tensor, x_hat: Tensor) -> InputMoments:
+    """Moments of ``x`` and its quantized form ``x_hat``, (tokens, d) each, without a float64 copy of all inputs."""
+    count, width = x.shape
+    square, cross = torch.zeros(2, width, width, dtype=torch.float64, device=x.device).unbind()
+    sum_hat, sum_plain = torch.zeros(2, width, dtype=torch.float64, device=x.device).unbind()
+    rows = max(block_elements(x.device) // width, 1)
+    for part, part_hat in zip(torch.split(x, rows), torch.split(x_hat, rows), strict=True):
+        plain, hat = part.double(), part_hat.double()
+        square += hat.t() @ hat
+        cross += hat.t() @ plain
+        sum_hat += hat.sum(0)
+        sum_plain += plain.sum(0)
+    return InputMoments(square, cross, sum_hat, sum_plain, count)
+
+
+def ridge_refit(weight: Tensor, bias: Tensor | None, moments: InputMoments, ridge: float) -> tuple[Tensor, Tensor | None]:
+    """Fit weight and bias to the quantized inputs (the paper's activation quantization error reduction).
+
+    With W = [w, b] and the full-precision output Y = Xwᵀ + b, W becomes W + δ with ``(AᵀA + ridge I)δᵀ = Aᵀ(Y - AWᵀ)``.
+
+    Args:
+        weight: w, (rows, d).
+        bias: b, (rows,); None leaves the column of ones out of A.
+        moments: of the layer's inputs.
+        ridge: added to the diagonal as it is, the bias's entry included.
+
+    Returns:
+        New weight and bias, float32.
+
+    Raises:
+        NumericsError: the moments are not finite, or singular for this ridge.
+    """
+    # Y - AWᵀ = (X - X̂)wᵀ: the bias cancels.
+    pull = moments.cross - moments.square
+    if bias is not None:
+        pull = torch.cat([pull, (moments.sum_plain - moments.sum_hat)[None]])
+    joint = _joint(weight, bias)
+    joint += _ridge_solve(_second_moments(moments, bias), weight.detach().double() @ pull.t(), ridge)
+    width = weight.shape[1]
+    return joint[:, :width].float(), None if bias is None else joint[:, width].float()
+
+
+def refine_rounding(
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    zero_point: Tensor,
+    levels: int,
+    moments: InputMoments,
+    ridge: float,
+    flips: int = 100,
+) -> tuple[Tensor, Tensor | None]:
+    """Choose codes half by half (the paper's weight quantization error reduction).
+
+    The first half of the columns still free is rounded, single roundings are flipped while that lowers the half's own
+    output error, and ridge regression lets the columns behind it, and the bias, make up for the rest.
+
+    Args:
+        weight: (rows, d).
+        bias: (rows,) or None; it takes part as a last column that is never rounded.
+        scale, zero_point: (rows, 1), the grid.
+        levels: grid points.
+        moments: of the layer's inputs; of X̂ only.
+        ridge: added to the diagonal as it is, the bias's entry included.
+        flips: most flips of a row in one half.
+
+    Returns:
+        Codes (rows, d), float32 integers in [0, levels - 1], and the new bias, float32.
+
+    Raises:
+        NumericsError: the moments are not finite, or singular for this ridge.
+    """
+    square = _second_moments(moments, bias)
+    scale, zero_point = scale.detach().double(), zero_point.double()
+    free = _joint(weight, bias)
+    codes: list[Tensor] = []
+    # The bias is last, and a first half never contains the last of two or more.
+    while (width := free.shape[1]) > 1:
+        half = width // 2
+        chosen = _rounded(free[:, :half], scale, zero_point, levels, square[:half, :half], flips)
+        error = (chosen - zero_point) * scale - free[:, :half]
+        free = free[:, half:] - _ridge_solve(square[half:, half:], error @ square[:half, half:], ridge)
+        square = square[half:, half:]
+        codes.append(chosen)
+    if bias is None:
+        codes.append(_rounded(free, scale, zero_point, levels, square, 0))
+    return torch.cat(codes, 1).float(), None if bias is None else free[:, 0].float()
+
+
+def _rounded(weight: Tensor, scale: Tensor, zero_point: Tensor, levels: int, square: Tensor, flips: int) -> Tensor:
+    """Codes of ``weight`` (rows, columns): rounded to nearest, then flipped for a lower ``δ square δᵀ``; all float64."""
+    ratio = weight / scale
+    codes = (ratio.round() + zero_point).clamp_(0, levels - 1)
+    if not flips:
+        return codes
+    ends = ((ratio.floor() + zero_point).clamp_(0, levels - 1), (ratio.ceil() + zero_point).clamp_(0, levels - 1))
+    # How a flip changes the code: up, down, or not at all where clamping leaves one point.
+    turn = ends[0] + ends[1] - 2 * codes
+    product = ((codes - zero_point) * scale - weight) @ square
+    _flip(codes, turn, product, square, scale[:, 0], flips)
+    return codes
+
+
+def _flip(codes: Tensor, turn: Tensor, product: Tensor, square: Tensor, scale: Tensor, flips: int) -> None:
+    """Flip ``codes`` in place, one a row at a time; ``turn`` (what flips would add) and ``product`` (δ square) are used up.
+
+    A weight that can be flipped lies between two points, so its error and its turn have opposite signs: that error and
+    gradient agree in sign is that turn times gradient is negative. The gradient is twice the product. A flip by h changes
+    the objective by ``2h product + h² diagonal``, which is negative if ``2 turn product + scale diagonal`` is.
+    """
+    rows, diagonal = torch.arange(len(codes), device=codes.device), square.diagonal()
+    for _ in range(flips):
+        slope, column = (turn * product).min(1)
+        # A row that is refused keeps its state and is refused again, so that it may stay until most rows are done.
+        falls = 2 * slope + scale * diagonal[column] < 0
+        left = int(falls.sum())
+        if not left:
+            return
+        if 2 * left <= len(falls):
+            rows, turn, product, scale, column = (values[falls] for values in (rows, turn, product, scale, column))
+            falls = falls[falls]
+        change = turn.gather(1, column[:, None]) * falls[:, None]
+        codes[rows, column] += change[:, 0]
+        turn.scatter_add_(1, column[:, None], -2 * change)
+        product.addcmul_(change * scale[:, None], square[column])
+
+
+def _joint(weight: Tensor, bias: Tensor | None) -> Tensor:
+    """[w, b] as a new float64 tensor."""
+    parts = [weight] if bias is None else [weight, bias[:, None]]
+    return torch.cat([part.detach().double() for part in parts], 1)
+
+
+def _second_moments(moments: InputMoments, bias: Tensor | None) -> Tensor:
+    """AᵀA; without a bias X̂ᵀX̂."""
+    if bias is None:
+        return moments.square
+    total = moments.sum_hat[:, None]
+    corner = total.new_full((1, 1), moments.count)
+    return torch.cat([torch.cat([moments.square, total], 1), torch.cat([total.t(), corner], 1)])
+
+
+def _ridge_solve(square: Tensor, right: Tensor, ridge: float) -> Tensor:
+    """Solve ``x (square + ridge I) = right`` for x (rows, n); ``right`` (rows, n), ``square`` (n, n) symmetric."""
+    matrix = square + ridge * torch.eye(len(square), dtype=square.dtype, device=square.device)
+    if not bool(matrix.isfinite().all()):
+        raise NumericsError("the second moments of a layer's inputs are NaN or infinite; its inputs cannot be calibrated on.")
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    # Rounding can hide a singular matrix from the factorization; its pivots tell.
+    if bool(info) or not bool((factor.diagonal().square() > _SINGULAR * matrix.diagonal()).all()):
+        raise NumericsError(f"a ridge of {ridge:g} leaves the regression on a layer's inputs singular; raise the ridge.")
+    return torch.cholesky_solve(right.t(), factor).t()
