@@ -7,4 +7,4 @@ The package knows PyTorch only. A task adapter (see ``tasks``) turns its model i
 __version__ = "0.1.0"
 
 #: Raised whenever a change alters the numbers a recipe produces; part of every checkpoint's fingerprint.
-NUMERICS_VERSION = 2
+NUMERICS_VERSION = 3

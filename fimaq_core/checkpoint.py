@@ -48,7 +48,7 @@ class Fingerprint(BaseModel):
         mine, theirs = self.recipe, other.recipe
         if ranges_only and mine.calibration_digest() == theirs.calibration_digest():
             return None
-        fields = Recipe.calibration_fields() if ranges_only else tuple(Recipe.model_fields)
+        fields = tuple(dict.fromkeys(mine.range_fields() + theirs.range_fields())) if ranges_only else tuple(Recipe.model_fields)
         different = [
             f"{name} ({getattr(theirs, name)!r}, here {getattr(mine, name)!r})"
             for name in fields

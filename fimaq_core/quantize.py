@@ -10,8 +10,8 @@ from fimaq_core.calibration.calibrate import calibrate
 from fimaq_core.chain import BlockChain, Segment
 from fimaq_core.checkpoint import Fingerprint, load_checkpoint, save_checkpoint
 from fimaq_core.fisher.divergence import Divergence
-from fimaq_core.layers import QuantMatMul, quant_layers, set_quantized
-from fimaq_core.layers.layers import decide_rounding
+from fimaq_core.layers import QuantLinear, QuantMatMul, quant_layers, set_quantized
+from fimaq_core.layers.layers import decide_rounding, fold_shift
 from fimaq_core.progress import Report, silent
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction.engines import Engine, EngineChoice
@@ -129,10 +129,12 @@ def reconstruct_with_checkpoints(
 
 
 def finish(chain: BlockChain) -> None:
-    """Decide all roundings that are still open (to nearest) and leave the chain in its quantized form."""
+    """Decide all roundings that are still open (to nearest), fold shifts, and leave the chain in its quantized form."""
     for _, layer in quant_layers(chain):
         if not isinstance(layer, QuantMatMul):
             decide_rounding(layer)
+        if isinstance(layer, QuantLinear):
+            fold_shift(layer)
     set_quantized(chain, True)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fimaq_core.errors import RecipeError, suggest
 
@@ -19,21 +19,44 @@ from fimaq_core.errors import RecipeError, suggest
 OFF = 32
 
 #: Names of block losses; :func:`fimaq_core.fisher.losses.register_loss` adds to them.
-LOSSES = ["mse", "mae", "fisher_brecq", "fisher_diag", "fisher_lr", "fisher_dplr"]
+LOSSES = [
+    "mse",
+    "mae",
+    "fisher_brecq",
+    "fisher_diag",
+    "fisher_lr",
+    "fisher_dplr",
+    "perturb",
+    "perturb_mean",
+    "prediction",
+    "least_squares",
+]
 
+#: Kinds of activation quantizers.
+Kind = Literal["uniform", "log2", "logsqrt2", "adalog", "twin"]
+
+#: Fields that determine the images a run calibrates on.
+_IMAGE_FIELDS = ("calibration_images", "calibration_transform", "seed")
+#: Fields that determine an MLP reconstruction, beside the images.
+_MLP_FIELDS = ("mlp_steps", "mlp_lr", "mlp_percentile", "mlp_loss", "perturbation", "temperature", "batch_size", "frozen_dtype")
 _CALIBRATION_FIELDS = (
     "w_bits",
     "a_bits",
+    "s_bits",
     "head_bits",
     "patch_input_bits",
+    "softmax_quantizer",
+    "gelu_quantizer",
     "range_search",
     "range_images",
     "range_candidates",
     "range_rounds",
     "reparameterize",
-    "calibration_images",
-    "calibration_transform",
-    "seed",
+    "refit",
+    "refit_ridge",
+    "refit_flips",
+    "reconstruct_mlp",
+    *_IMAGE_FIELDS,
 )
 
 
@@ -51,6 +74,7 @@ class Recipe(BaseModel):
 
     w_bits: int = _field(4, "bits", "Bits of weights, 2 to 8, or 32 for off.")
     a_bits: int = _field(4, "bits", "Bits of activations (linear inputs, attention operands), 2 to 8, or 32 for off.")
+    s_bits: int | None = _field(None, "bits", "Bits of softmax outputs; as a_bits if not given.")
     head_bits: int | None = _field(None, "bits", "Bits of the classifier's input; as a_bits if not given.")
     patch_input_bits: int = _field(
         OFF, "bits", "Bits of the patch embedding's input. 32 as in the released code (nominally 8, left in full precision)."
@@ -60,18 +84,40 @@ class Recipe(BaseModel):
     calibration_transform: Literal["eval", "train"] = _field(
         "train", "calibration", "Transform of the calibration images: 'train' as released (seeded here), or 'eval'."
     )
-    range_search: Literal["minmax", "output-error"] = _field(
-        "output-error", "calibration", "How scales and zero points are found: min-max, or by error of the layer's output."
+    softmax_quantizer: Kind = _field("uniform", "calibration", "Quantizer of softmax outputs.")
+    gelu_quantizer: Kind = _field("uniform", "calibration", "Quantizer of GELU outputs.")
+    range_search: Literal["minmax", "percentile", "output-error", "progressive"] = _field(
+        "output-error",
+        "calibration",
+        "How scales and zero points are found: min-max; the best of three percentiles by own error (RepQ-ViT); a grid by "
+        "error of the layer's output; that grid refined step by step (AdaLog).",
     )
     range_images: int = _field(128, "calibration", "The first of the calibration images, used for ranges.", ge=1)
     range_candidates: int = _field(128, "calibration", "Candidates tried per search.", ge=16)
     range_rounds: int = _field(3, "calibration", "Rounds of alternating search.", ge=0)
     reparameterize: bool = _field(
-        True, "calibration", "Reparameterise LayerNorm and the linear layer behind it (where weight and activation bits agree)."
+        True,
+        "calibration",
+        "Reparameterise LayerNorm and the linear layer behind it (where weight and activation bits agree; with percentile "
+        "ranges always).",
     )
+    refit: bool = _field(False, "calibration", "Refit weights to quantized inputs by ridge regression, refine roundings (ERQ).")
+    refit_ridge: float = _field(1000.0, "calibration", "Ridge of the refit, added to sums over all tokens.", ge=0)
+    refit_flips: int = _field(100, "calibration", "Roundings changed a row and half at most.", ge=0)
     per_token: bool = _field(True, "calibration", "Expand activation scales to one per token position (FIMA-Q).")
 
+    reconstruct_mlp: bool = _field(
+        False, "mlp", "Before calibration, replace GELU by ReLU and train every MLP to give what it gave (APHQ-ViT)."
+    )
+    mlp_steps: int = _field(20_000, "mlp", "Optimisation steps an MLP.", ge=1)
+    mlp_lr: float = _field(4e-5, "mlp", "Learning rate of an MLP's weights (Adam, cosine to 0).", gt=0)
+    mlp_percentile: float = _field(0.99, "mlp", "Quantile of positive hidden values at which the second term clamps.", gt=0, le=1)
+    mlp_loss: Literal["perturb_mean", "mse"] = _field("perturb_mean", "mlp", "What weights the MLP's output error.")
+
     reconstruct: bool = _field(True, "reconstruction", "Reconstruct blocks after calibration.")
+    reconstruct_parts: Literal["all", "blocks"] = _field(
+        "all", "reconstruction", "What is reconstructed: everything, or transformer blocks and patch mergings only."
+    )
     steps: int = _field(20_000, "reconstruction", "Optimisation steps a block.", ge=1)
     batch_size: int = _field(32, "reconstruction", "Images a step.", ge=1)
     prefix_prob: float = _field(
@@ -104,6 +150,10 @@ class Recipe(BaseModel):
     fisher_p1: float = _field(1.0, "loss", "Weight of the low-rank part.", ge=0)
     fisher_p2: float = _field(1.0, "loss", "Weight of the diagonal part.", ge=0)
     fisher_drop: bool = _field(True, "loss", "Keep random dropping active in Fisher passes, as released.")
+    perturbation: float = _field(1e-6, "loss", "ε of the perturbation Hessian.", gt=0)
+    prediction_share: float = _field(
+        0.5, "loss", "Share of the prediction difference in the loss 'prediction'; the rest is the squared error.", ge=0, le=1
+    )
     temperature: float = _field(20.0, "loss", "Temperature of the divergence behind the Fisher information.", gt=0)
 
     step_dtype: Literal["float32", "tf32", "bfloat16"] = _field(
@@ -113,7 +163,7 @@ class Recipe(BaseModel):
         "float32", "numerics", "Arithmetic of the frozen full-precision parts (tape, Fisher passes); tf32 is float32 on CPUs."
     )
 
-    @field_validator("w_bits", "a_bits", "head_bits", "patch_input_bits")
+    @field_validator("w_bits", "a_bits", "s_bits", "head_bits", "patch_input_bits")
     @classmethod
     def _bits(cls, value: int | None) -> int | None:
         if value is not None and value != OFF and not 2 <= value <= 8:
@@ -126,6 +176,21 @@ class Recipe(BaseModel):
         if value not in LOSSES:
             raise ValueError(f"there is no loss '{value}'.{suggest(value, LOSSES)}")
         return value
+
+    @model_validator(mode="after")
+    def _together(self) -> "Recipe":
+        if self.refit and self.reconstruct:
+            raise ValueError("refit decides all roundings, so nothing is left to reconstruct: choose one of refit, reconstruct")
+        if self.refit and self.range_search != "percentile":
+            raise ValueError("refit needs range_search percentile")
+        if self.reconstruct_mlp and self.gelu_quantizer != "uniform":
+            raise ValueError("reconstruct_mlp replaces GELU by ReLU, so gelu_quantizer must be uniform")
+        return self
+
+    @property
+    def softmax_bits(self) -> int:
+        """Bits of softmax outputs."""
+        return self.a_bits if self.s_bits is None else self.s_bits
 
     @property
     def classifier_bits(self) -> int:
@@ -141,18 +206,29 @@ class Recipe(BaseModel):
         """Return the sha256 (hex) of all fields: the recipe's identity."""
         return _digest(self.model_dump(mode="json"))
 
-    @staticmethod
-    def calibration_fields() -> tuple[str, ...]:
-        """Names of the fields that determine the calibrated ranges."""
-        return _CALIBRATION_FIELDS
-
     def calibration_digest(self) -> str:
         """Return the sha256 (hex) of the fields that determine the calibrated ranges.
 
         Methods that differ only behind calibration share it, so one calibration can serve them all.
         """
+        return self._digest_of(self.range_fields())
+
+    def range_fields(self) -> tuple[str, ...]:
+        """Names of the fields that determine the calibrated ranges; with MLP reconstruction also that one's."""
+        return (*_CALIBRATION_FIELDS, *_MLP_FIELDS) if self.reconstruct_mlp else _CALIBRATION_FIELDS
+
+    def mlp_digest(self) -> str:
+        """Return the sha256 (hex) of the fields that determine the MLP reconstruction, images apart from their count and seed."""
+        return self._digest_of((*_MLP_FIELDS, *_IMAGE_FIELDS))
+
+    @staticmethod
+    def mlp_fields() -> tuple[str, ...]:
+        """Names of the fields that determine an MLP reconstruction."""
+        return (*_MLP_FIELDS, *_IMAGE_FIELDS)
+
+    def _digest_of(self, names: tuple[str, ...]) -> str:
         dump = self.model_dump(mode="json")
-        return _digest({name: dump[name] for name in _CALIBRATION_FIELDS})
+        return _digest({name: dump[name] for name in names})
 
     def changes(self) -> dict[str, Any]:
         """Return the fields, but method, bits and seed, that differ from the method's own settings."""
@@ -165,16 +241,46 @@ def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-#: Each method as changes to the defaults (FIMA-Q's released settings).
-#:
-#: rtn: rounding to nearest with min-max ranges. brecq: Li et al., ICLR 2021 (arXiv:2102.05426), as released
-#: with these codes: squared error, full-precision inputs, no dropping. qdrop: Wei et al., ICLR 2022
-#: (arXiv:2203.05740): squared error, mixed inputs, dropping. fimaq: Wu et al., CVPR 2025 (arXiv:2506.11543).
+_CALIBRATION_ONLY: dict[str, Any] = {"reconstruct": False, "per_token": False, "calibration_images": 32, "range_images": 32}
+
+#: Each method as changes to the defaults (FIMA-Q's released settings). docs/methods.md says what each is and where it
+#: differs from its released code.
 METHODS: dict[str, dict[str, Any]] = {
+    # Rounding to nearest with min-max ranges.
     "rtn": {"reconstruct": False, "range_search": "minmax", "reparameterize": False, "per_token": False},
+    # Li et al., ICCV 2023 (arXiv:2212.08254).
+    "repq": {**_CALIBRATION_ONLY, "range_search": "percentile", "softmax_quantizer": "logsqrt2"},
+    # Yuan et al., ECCV 2022 (arXiv:2111.12293); its twin uniform quantizers in this framework's range search.
+    "ptq4vit": {**_CALIBRATION_ONLY, "softmax_quantizer": "twin", "gelu_quantizer": "twin", "reparameterize": False},
+    # Wu et al., ECCV 2024 (arXiv:2407.12951), calibrated only.
+    "adalog": {**_CALIBRATION_ONLY, "softmax_quantizer": "adalog", "gelu_quantizer": "adalog", "range_search": "progressive"},
+    # Zhong et al., ICML 2024 (arXiv:2407.06794).
+    "erq": {**_CALIBRATION_ONLY, "range_search": "percentile", "softmax_quantizer": "logsqrt2", "refit": True},
+    # Li et al., ICLR 2021 (arXiv:2102.05426), as released with these codes: squared error, full-precision inputs, no dropping.
     "brecq": {"loss": "mse", "prefix_prob": 0.0, "activation_prob": 1.0, "per_token": False},
+    # Wei et al., ICLR 2022 (arXiv:2203.05740): squared error, mixed inputs, dropping.
     "qdrop": {"loss": "mse", "per_token": False},
+    # Liu et al., CVPR 2023 (arXiv:2212.07048).
+    "pdquant": {"loss": "prediction", "per_token": False},
+    # AdaLog with BRECQ's reconstruction.
+    "adalog-recon": {
+        "softmax_quantizer": "adalog",
+        "gelu_quantizer": "adalog",
+        "range_search": "progressive",
+        "range_images": 32,
+        "loss": "mse",
+        "prefix_prob": 0.0,
+        "activation_prob": 1.0,
+        "per_token": False,
+    },
+    # Wu et al., CVPR 2025 (arXiv:2504.02508); mlp-recon is its first stage alone, in full precision.
+    "mlp-recon": {"w_bits": OFF, "a_bits": OFF, "reconstruct_mlp": True, "reconstruct": False, "per_token": False},
+    "aphq": {"loss": "perturb_mean", "per_token": False, "reconstruct_mlp": True},
+    # Wu et al., CVPR 2025 (arXiv:2506.11543), and with APHQ-ViT's MLP reconstruction before it.
     "fimaq": {},
+    "fimaq-mlp": {"reconstruct_mlp": True},
+    # LS-ViT, CVPR 2026: its least-squares Hessian, otherwise FIMA-Q's settings.
+    "lsvit": {"loss": "least_squares"},
 }
 
 
@@ -208,12 +314,15 @@ def make_recipe(method: str = "fimaq", *overrides: Mapping[str, Any]) -> Recipe:
     try:
         return Recipe(**merged)
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(str(part) for part in item['loc'])}: {item['msg'].removeprefix('Value error, ')}"
-            f" (given: {item['input']!r})"
-            for item in error.errors()
-        )
+        problems = "; ".join(_problem(item) for item in error.errors())
         raise RecipeError(f"The recipe does not make sense: {problems}.") from error
+
+
+def _problem(item: Any) -> str:
+    message = str(item["msg"]).removeprefix("Value error, ")
+    if not item["loc"]:  # fields that do not go together
+        return message
+    return f"{'.'.join(str(part) for part in item['loc'])}: {message} (given: {item['input']!r})"
 
 
 def read_recipe_file(path: Path) -> dict[str, Any]:

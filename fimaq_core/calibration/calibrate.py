@@ -6,12 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fimaq_core.calibration.error_reduction import reduce_conv_error, reduce_linear_error
 from fimaq_core.calibration.layer_ranges import calibrate_conv, calibrate_linear, calibrate_matmul
+from fimaq_core.calibration.percentile_ranges import conv_percentiles, linear_percentiles, matmul_percentiles
 from fimaq_core.calibration.reparameterize import channel_ranges, reparameterize
+from fimaq_core.calibration.special_layers import calibrate_after_gelu, calibrate_after_softmax
 from fimaq_core.chain import BlockChain, Segment
 from fimaq_core.errors import NumericsError
-from fimaq_core.layers import QuantConv2d, QuantLinear, QuantMatMul, quant_layers, set_quantized
+from fimaq_core.layers import QuantConv2d, QuantLayer, QuantLinear, QuantMatMul, quant_layers, set_quantized
 from fimaq_core.progress import Progress, Report, silent
+from fimaq_core.quantizers.affine import AffineQuantizer
 from fimaq_core.recipe import OFF, Recipe
 
 
@@ -49,30 +53,56 @@ def calibrate(chain: BlockChain, images: Tensor, recipe: Recipe, report: Report 
         for name, layer in quant_layers(segment.block):
             seen = captured.inputs(name)
             _check_finite(seen, f"{segment.label}.{name}")
-            if isinstance(layer, QuantConv2d):
-                calibrate_conv(layer, seen[0], recipe)
-            elif isinstance(layer, QuantMatMul):
-                calibrate_matmul(layer, seen[0], seen[1], recipe)
-            else:
-                calibrate_linear(layer, _reparameterized(segment, name, layer, seen[0], recipe), recipe)
+            _calibrate_layer(segment, name, layer, seen, recipe)
             captured.forget(name)
         x = torch.cat(outputs)
     report(Progress("calibrate", len(chain), len(chain)))
     set_quantized(chain, True)
 
 
-def _reparameterized(segment: Segment, name: str, layer: QuantLinear, x: Tensor, recipe: Recipe) -> Tensor:
-    """Reparameterise ``layer`` with the norm before it, if it has one, and return its new inputs."""
-    bits = layer.input_quantizer.bits
-    if not recipe.reparameterize or bits == OFF or bits != layer.weight_quantizer.bits:
-        return x
+def _calibrate_layer(segment: Segment, name: str, layer: QuantLayer, seen: tuple[Tensor, ...], recipe: Recipe) -> None:
+    """Set the ranges of the layer ``name`` of a segment's block from its full-precision inputs."""
+    percentile = recipe.range_search == "percentile"
+    if isinstance(layer, QuantConv2d):
+        if percentile:
+            conv_percentiles(layer, seen[0])
+        else:
+            calibrate_conv(layer, seen[0], recipe)
+        if recipe.refit:
+            reduce_conv_error(layer, seen[0], recipe)
+    elif isinstance(layer, QuantMatMul):
+        if percentile:
+            matmul_percentiles(layer, seen[0], seen[1])
+        elif isinstance(layer.a_quantizer, AffineQuantizer):
+            calibrate_matmul(layer, seen[0], seen[1], recipe)
+        else:
+            calibrate_after_softmax(layer, seen[0], seen[1], recipe)
+    else:
+        x, common = _reparameterized(segment, name, layer, seen[0], recipe)
+        if percentile:
+            linear_percentiles(layer, x, common)
+        elif isinstance(layer.input_quantizer, AffineQuantizer):
+            calibrate_linear(layer, x, recipe)
+        else:
+            calibrate_after_gelu(layer, x, recipe)
+        if recipe.refit:
+            reduce_linear_error(layer, x, recipe)
+
+
+def _reparameterized(
+    segment: Segment, name: str, layer: QuantLinear, x: Tensor, recipe: Recipe
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """Reparameterise ``layer`` with the norm before it, if it has one; return its new inputs and their range (scalars)."""
+    bits, percentile = layer.input_quantizer.bits, recipe.range_search == "percentile"
+    if not recipe.reparameterize or bits == OFF or not (percentile or bits == layer.weight_quantizer.bits):
+        return x, None
     for pair in segment.pairs:
         if pair.linear == name:
-            scale, zero = channel_ranges(x.flatten(0, -2), layer.input_quantizer.levels, recipe.range_candidates)
+            scale, zero = channel_ranges(x.flatten(0, -2), layer.input_quantizer.levels, recipe)
             pad = None if pair.pad is None else segment.block.get_buffer(pair.pad)
             r, b = reparameterize(pair.norm, layer, scale, zero, pad)
-            return x / r - b
-    return x
+            return x / r - b, (scale.mean(), zero.mean().round())
+    return x, None
 
 
 class _Capture:

@@ -15,16 +15,18 @@ from fimaq_core.calibration.candidates import (
 )
 from fimaq_core.calibration.output_error import Product, best_of_heads, best_operand
 from fimaq_core.calibration.own_error import best_by_own_error
+from fimaq_core.calibration.progressive import progressive_heads, progressive_input, progressive_rows
 from fimaq_core.calibration.shared_codes import shared_errors
 from fimaq_core.calibration.weight_error import best_rows, input_moments
 from fimaq_core.layers import QuantConv2d, QuantLinear, QuantMatMul
-from fimaq_core.quantizers.affine import AffineQuantizer, fake_quantize, levels_of
+from fimaq_core.quantizers.activation import levels_of
+from fimaq_core.quantizers.affine import AffineQuantizer, fake_quantize
 from fimaq_core.quantizers.weight import WeightQuantizer
 from fimaq_core.recipe import Recipe
 
 
 def calibrate_linear(layer: QuantLinear, x: Tensor, recipe: Recipe) -> None:
-    """Set the ranges of a linear layer.
+    """Set the ranges of a linear layer whose input quantizer is uniform.
 
     First weight (per row) and input (one range) by their own squared error, then rounds of weight and input by
     the squared error of the layer's output with the other one quantized.
@@ -32,13 +34,17 @@ def calibrate_linear(layer: QuantLinear, x: Tensor, recipe: Recipe) -> None:
     Args:
         layer: the layer, its weight in full precision.
         x: (..., in_features) full-precision inputs.
-        recipe: supplies the kind of search, candidates and rounds.
+        recipe: supplies the kind of search (min-max, output error, or that progressively), candidates and rounds.
     """
     weights, inputs = layer.weight_quantizer, layer.input_quantizer
+    assert isinstance(inputs, AffineQuantizer)
     weight, flat = layer.weight.detach(), x.reshape(-1, x.shape[-1])
     if recipe.range_search == "minmax":
-        _set_minmax(weights, weight)
-        _set_minmax(inputs, flat.reshape(1, -1), shape=(1,))
+        set_minmax(weights, weight)
+        set_minmax(inputs, flat.reshape(1, -1), shape=(1,))
+        return
+    if recipe.range_search == "progressive":
+        _progressive_linear(layer, x, recipe)
         return
 
     count = recipe.range_candidates
@@ -69,6 +75,42 @@ def calibrate_linear(layer: QuantLinear, x: Tensor, recipe: Recipe) -> None:
             break
 
 
+def _progressive_linear(layer: QuantLinear, x: Tensor, recipe: Recipe) -> None:
+    """The same search with candidates that are refined step by step (AdaLog)."""
+    weight, weights, inputs = layer.weight.detach(), layer.weight_quantizer, layer.input_quantizer
+    assert isinstance(inputs, AffineQuantizer)
+    flat, count = x.reshape(-1, x.shape[-1]), recipe.range_candidates
+    ordered = ascending(flat.reshape(1, -1))
+    if not weights.off:
+        set_rows(weights, *progressive_rows(weight, None, None, weights.levels, count))
+    if not inputs.off:
+        candidates = grid_candidates(ordered, inputs.levels, count)
+        _set_input(inputs, candidates, int(best_by_own_error(ordered, candidates, inputs.levels)[0]))
+    for _ in range(recipe.range_rounds):
+        if not weights.off:
+            progressive_weight(layer, flat, recipe)
+        if inputs.off:
+            break
+        inputs.set_range(*progressive_input(_input_product(layer, x), ordered, inputs.levels, count))
+        if weights.off:
+            break
+
+
+def progressive_weight(layer: QuantLinear, flat: Tensor, recipe: Recipe) -> None:
+    """Set the weight's ranges by the error of the output for inputs (tokens, d), quantized as now; progressive search."""
+    weight, weights, inputs = layer.weight.detach(), layer.weight_quantizer, layer.input_quantizer
+    moments = input_moments(flat, inputs(flat), weight)
+    set_rows(weights, *progressive_rows(weight, *moments, weights.levels, recipe.range_candidates))
+
+
+def _input_product(layer: QuantLinear, x: Tensor) -> Product:
+    """The layer's product as a function of the range of its input (..., d), the weight quantized as now."""
+    weight = layer.weight.detach()
+    batched = x.view(1, 1, -1) if x.ndim < 2 else x.reshape(x.shape[0], -1, x.shape[-1])
+    other = layer.weight_quantizer.quantized(weight).t().unsqueeze(0)
+    return Product(batched, other, batched @ (other - weight.t()), layer.input_quantizer.levels)
+
+
 def _search_rows(layer: QuantLinear, flat: Tensor, candidates: Candidates, guess: Tensor) -> Tensor:
     """Set the weight's ranges by the error of the output for inputs (tokens, d), quantized as now; return their indices."""
     weight, weights, inputs = layer.weight.detach(), layer.weight_quantizer, layer.input_quantizer
@@ -80,11 +122,9 @@ def _search_rows(layer: QuantLinear, flat: Tensor, candidates: Candidates, guess
 
 def _search_input(layer: QuantLinear, x: Tensor, candidates: Candidates, guess: int) -> int:
     """Set the range of the input (..., d) by the error of the output, the weight quantized as now; return its index."""
-    weight = layer.weight.detach()
-    batched = x.view(1, 1, -1) if x.ndim < 2 else x.reshape(x.shape[0], -1, x.shape[-1])
-    other = layer.weight_quantizer.quantized(weight).t().unsqueeze(0)
-    product = Product(batched, other, batched @ (other - weight.t()), layer.input_quantizer.levels)
+    product = _input_product(layer, x)
     index = best_operand(product, candidates.scale[:, 0], candidates.zero_point[:, 0], guess)
+    assert isinstance(layer.input_quantizer, AffineQuantizer)
     _set_input(layer.input_quantizer, candidates, index)
     return index
 
@@ -104,11 +144,11 @@ def calibrate_conv(layer: QuantConv2d, x: Tensor, recipe: Recipe) -> None:
     """
     weights, inputs = layer.weight_quantizer, layer.input_quantizer
     matrix = layer.weight.detach().flatten(1)
-    _set_minmax(inputs, x.reshape(1, -1), shape=(1, 1, 1, 1))
+    set_minmax(inputs, x.reshape(1, -1), shape=(1, 1, 1, 1))
     if weights.off:
         return
     if recipe.range_search == "minmax":
-        _set_minmax(weights, matrix)
+        set_minmax(weights, matrix)
         return
     count = recipe.range_candidates
     points = [0.99 + 0.0099 * (i / (count - 1)) ** 0.5 for i in range(count)] + [1.0]
@@ -141,30 +181,31 @@ def _conv_moments(layer: QuantConv2d, x: Tensor, inputs: AffineQuantizer, group:
     square = torch.zeros(width, width, dtype=torch.float64, device=x.device)
     linear = torch.zeros(weight.shape, dtype=torch.float64, device=x.device)
 
-    def patches(part: Tensor) -> Tensor:
-        if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-            pads = layer._reversed_padding_repeated_twice
-            mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-            part, padding = F.pad(part, pads, mode=mode), (0, 0)
-        else:
-            padding = (layer.padding[0], layer.padding[1])
-        part = part[:, group * channels : (group + 1) * channels]
-        columns = F.unfold(
-            part, (layer.kernel_size[0], layer.kernel_size[1]), dilation=layer.dilation, padding=padding, stride=layer.stride
-        )
-        return columns.transpose(1, 2).reshape(-1, width)
-
     for part in torch.split(x, 8):
-        plain = patches(part)
-        quantized = plain if inputs.off else patches(inputs(part))
+        plain = input_patches(layer, part, group)
+        quantized = plain if inputs.off else input_patches(layer, inputs(part), group)
         more_square, more_linear = input_moments(plain, quantized, weight)
         square += more_square
         linear += more_linear
     return square, linear
 
 
+def input_patches(layer: QuantConv2d, x: Tensor, group: int) -> Tensor:
+    """What one group's kernels are multiplied with, (patches, channels x kernel) for inputs (N, C, H, W)."""
+    channels = layer.in_channels // layer.groups
+    if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode), (0, 0)
+    else:
+        padding = (layer.padding[0], layer.padding[1])
+    x = x[:, group * channels : (group + 1) * channels]
+    kernel = (layer.kernel_size[0], layer.kernel_size[1])
+    columns = F.unfold(x, kernel, dilation=layer.dilation, padding=padding, stride=layer.stride)
+    return columns.transpose(1, 2).reshape(-1, columns.shape[1])
+
+
 def calibrate_matmul(layer: QuantMatMul, a: Tensor, b: Tensor, recipe: Recipe) -> None:
-    """Set per-head ranges of both operands of an attention product by the squared error of the product.
+    """Set per-head ranges of both operands, uniform, of an attention product by the squared error of the product.
 
     Upper and lower bounds lie between the 0.99 and 0.99999 quantiles and their mirror images; both together for a,
     then for b, then rounds of a-lower, a-upper, b-lower, b-upper (the released code's order).
@@ -175,11 +216,19 @@ def calibrate_matmul(layer: QuantMatMul, a: Tensor, b: Tensor, recipe: Recipe) -
         b: (batch, heads, inner, columns) full-precision right operand.
         recipe: supplies the kind of search, candidates and rounds.
     """
+    assert isinstance(layer.a_quantizer, AffineQuantizer)
     if recipe.range_search == "minmax":
         for quantizer, operand in ((layer.a_quantizer, a), (layer.b_quantizer, b)):
-            _set_minmax(quantizer, operand.transpose(0, 1).flatten(1), shape=(1, -1, 1, 1))
+            set_minmax(quantizer, operand.transpose(0, 1).flatten(1), shape=(1, -1, 1, 1))
         return
     count = recipe.range_candidates
+    if recipe.range_search == "progressive":
+        start_heads(layer.a_quantizer, a, count)
+        start_heads(layer.b_quantizer, b, count)
+        for _ in range(recipe.range_rounds):
+            progressive_operand(layer.a_quantizer, a, b, layer.b_quantizer(b), count)
+            progressive_operand(layer.b_quantizer, b.mT, a.mT, layer.a_quantizer(a).mT, count)
+        return
     # The right operand is searched as the left one of the transposed product.
     left = _HeadSearch(layer.a_quantizer, a, count)
     right = _HeadSearch(layer.b_quantizer, b.transpose(2, 3), count)
@@ -189,6 +238,35 @@ def calibrate_matmul(layer: QuantMatMul, a: Tensor, b: Tensor, recipe: Recipe) -
         for side, other in ((left, right), (right, left)):
             side.search("lower", other)
             side.search("upper", other)
+
+
+def start_heads(quantizer: AffineQuantizer, x: Tensor, count: int) -> None:
+    """Set ranges per head of ``x`` (batch, heads, ...) to the grid's last but one, as released: nearly the full span."""
+    if not quantizer.off:
+        candidates = grid_candidates(ascending(x.transpose(0, 1).flatten(1)), quantizer.levels, count)
+        set_heads(quantizer, candidates.scale[-2], candidates.zero_point[-2])
+
+
+def progressive_operand(quantizer: AffineQuantizer, x: Tensor, other: Tensor, other_hat: Tensor, count: int) -> None:
+    """Search ranges per head by the error of ``x̂ @ ôther`` against ``x @ other``, progressively.
+
+    Args:
+        quantizer: of x.
+        x: (batch, heads, rows, inner).
+        other, other_hat: (batch, heads, inner, columns), in full precision and quantized.
+        count: candidates a step.
+    """
+    if quantizer.off:
+        return
+    left, plain, hat = (part.transpose(0, 1).flatten(0, 1).contiguous() for part in (x, other, other_hat))
+    product = Product(left, hat, left @ (hat - plain), quantizer.levels)
+    ordered = ascending(x.transpose(0, 1).flatten(1))
+    set_heads(quantizer, *progressive_heads(product, x.shape[1], ordered, quantizer.levels, count))
+
+
+def set_heads(quantizer: AffineQuantizer, scale: Tensor, zero_point: Tensor) -> None:
+    """Set the ranges of an attention operand, each (heads,)."""
+    quantizer.set_range(scale.view(1, -1, 1, 1), zero_point.view(1, -1, 1, 1))
 
 
 class _HeadSearch:
@@ -220,7 +298,7 @@ class _HeadSearch:
             bounds.gather(0, row[None]) for bounds, row in zip((self.lowers, self.uppers), self.index.t(), strict=True)
         )
         found = from_bounds(lower, upper, self.quantizer.levels)
-        self.quantizer.set_range(found.scale.view(1, -1, 1, 1), found.zero_point.view(1, -1, 1, 1))
+        set_heads(self.quantizer, found.scale, found.zero_point)
 
     def quantized(self, heads: Tensor) -> Tensor:
         """``x`` of some heads quantized with the present ranges."""
@@ -278,17 +356,21 @@ class _HeadSearch:
         return best
 
 
+def set_rows(quantizer: WeightQuantizer, scale: Tensor, zero_point: Tensor) -> None:
+    """Set a weight's ranges, each (rows,)."""
+    quantizer.set_range(scale[:, None], zero_point[:, None])
+
+
 def _set_rows(quantizer: WeightQuantizer, candidates: Candidates, index: Tensor) -> None:
-    scale, zero = candidates.pick(index)
-    quantizer.set_range(scale[:, None], zero[:, None])
+    set_rows(quantizer, *candidates.pick(index))
 
 
 def _set_input(quantizer: AffineQuantizer, candidates: Candidates, index: int) -> None:
     quantizer.set_range(candidates.scale[index], candidates.zero_point[index])
 
 
-def _set_minmax(quantizer: AffineQuantizer, rows: Tensor, shape: tuple[int, ...] = (-1, 1)) -> None:
-    """Min-max range of each row of ``rows`` (groups, n), in the given shape."""
+def set_minmax(quantizer: AffineQuantizer, rows: Tensor, shape: tuple[int, ...] = (-1, 1)) -> None:
+    """Set the min-max range of each row of ``rows`` (groups, n), in the given shape."""
     if not quantizer.off:
         scale, zero = minmax(rows, levels_of(quantizer.bits))
         quantizer.set_range(scale.view(shape), zero.view(shape))

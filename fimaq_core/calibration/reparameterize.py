@@ -7,13 +7,24 @@ by moving the channels' factors into the norm's affine parameters and the weight
 import torch
 from torch import Tensor, nn
 
-from fimaq_core.calibration.candidates import ascending, grid_candidates
+from fimaq_core.calibration.candidates import MIN_SCALE, ascending, grid_candidates
 from fimaq_core.calibration.own_error import best_by_own_error
+from fimaq_core.calibration.progressive import progressive_rows
+from fimaq_core.calibration.special_ranges import percentile_range
+from fimaq_core.recipe import Recipe
 
 
-def channel_ranges(x: Tensor, levels: int, count: int) -> tuple[Tensor, Tensor]:
-    """Per-channel scale and zero point (channels,) of ``x`` (tokens, channels) by own squared error."""
-    ordered = ascending(x.t().contiguous())
+def channel_ranges(x: Tensor, levels: int, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """Per-channel scale and zero point (channels,) of ``x`` (tokens, channels) by own squared error.
+
+    Percentile ranges are RepQ-ViT's; else candidates form a grid, refined step by step where the recipe's search is.
+    """
+    rows, count = x.t().contiguous(), recipe.range_candidates
+    ordered = ascending(rows)
+    if recipe.range_search == "percentile":
+        return percentile_range(ordered, levels)
+    if recipe.range_search == "progressive":
+        return progressive_rows(rows, None, None, levels, count, MIN_SCALE)
     candidates = grid_candidates(ordered, levels, count)
     return candidates.pick(best_by_own_error(ordered, candidates, levels))
 

@@ -32,9 +32,18 @@ def squared_gradient_loss(delta: Tensor, gradient: Tensor) -> Tensor:
     return (delta * gradient).square().mean()
 
 
-def diagonal_loss(delta: Tensor, gradient: Tensor) -> Tensor:
-    """``mean(Δ² · g)``; ``delta`` (B, N), ``gradient`` (N,) the mean of the k absolute gradients."""
-    return (delta.square() * gradient).mean()
+def diagonal_loss(delta: Tensor, diagonal: Tensor) -> Tensor:
+    """``mean(Δ² · h)``; ``delta`` (B, N), ``diagonal`` (N,) or (B, N).
+
+    For FIMA-Q h is the mean of the k absolute gradients; for APHQ-ViT (Wu et al., CVPR 2025, arXiv:2504.02508) the
+    perturbation Hessian, a sample's own or the mean of all.
+    """
+    return (delta.square() * diagonal).mean()
+
+
+def least_squares_loss(delta: Tensor, diagonal: Tensor, direction: Tensor) -> Tensor:
+    """``mean over samples of ½ Σ h Δ² + ½ (uᵀΔ)²`` (LS-ViT, CVPR 2026); ``delta`` (B, N), h and u (N,)."""
+    return 0.5 * ((delta.square() @ diagonal) + (delta @ direction).square()).mean()
 
 
 def rank_one_loss(delta: Tensor, gradient: Tensor) -> Tensor:

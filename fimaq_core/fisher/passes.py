@@ -1,4 +1,4 @@
-"""Fisher passes: one sweep over the calibration images from the present block to the end of the model."""
+"""Passes for the Fisher information: sweeps over the calibration images from the present block to the end of the model."""
 
 from collections.abc import Callable, Iterator
 
@@ -40,13 +40,25 @@ def output_gradients(
     for start in range(0, inputs.shape[0], batch_size):
         part = slice(start, min(start + batch_size, inputs.shape[0]))
         with torch.no_grad():
-            output = block(inputs[part].to(device, non_blocking=True))
-        output = output.detach().requires_grad_(True)
-        with torch.enable_grad(), arithmetic(dtype, device):
-            loss = divergence(chain.tail(index + 1, output), reference[part].to(device))
-        # The mean over the batch makes every sample's gradient 1/B of its own; undone so that batches do not matter.
-        (gradient,) = torch.autograd.grad(loss * (part.stop - part.start), output)
-        yield part, output.detach(), gradient
+            output = block(inputs[part].to(device, non_blocking=True)).detach()
+        rest = _tail_of(chain, index)
+        yield part, output, divergence_gradient(rest, output, reference[part].to(device), divergence, dtype)
+
+
+def divergence_gradient(
+    rest: Callable[[Tensor], Tensor], output: Tensor, reference: Tensor, divergence: Divergence, dtype: Arithmetic = "float32"
+) -> Tensor:
+    """Gradient at ``output`` (B, ...) of every sample's own divergence of ``rest(output)`` from ``reference`` (B, ...)."""
+    leaf = output.detach().requires_grad_(True)
+    with torch.enable_grad(), arithmetic(dtype, output.device):
+        loss = divergence(rest(leaf), reference)
+    # The mean over the batch makes every sample's gradient 1/B of its own; undone so that batches do not matter.
+    (gradient,) = torch.autograd.grad(loss * output.shape[0], leaf)
+    return gradient
+
+
+def _tail_of(chain: BlockChain, index: int) -> Callable[[Tensor], Tensor]:
+    return lambda output: chain.tail(index + 1, output)
 
 
 def mean_gradient_and_error(
@@ -78,3 +90,70 @@ def mean_gradient_and_error(
     assert error is not None
     count = inputs.shape[0]
     return gradient.flatten() / count, error.flatten() / count
+
+
+def perturbation_hessian(
+    rest: Callable[[Tensor], Tensor], output: Tensor, reference: Tensor, divergence: Divergence, epsilon: float
+) -> Tensor:
+    """``|g(z + ε) - g(z - ε)|`` of each sample, g the divergence's gradient at the output z, ε added to all of it.
+
+    APHQ-ViT (Wu et al., CVPR 2025, arXiv:2504.02508). For a quadratic divergence that is ``2 ε |H 1|``.
+
+    In a transformer with pre-norm blocks a shift common to all channels of a token is taken away by every LayerNorm behind
+    it, so ``H 1`` is zero there, and what is left is rounding: the noise of the logits' gradient, carried back to z. Its
+    mean size over images still says how sensitive each output is, whatever ε (estimates with ε from 1e-6 to 1e-2
+    correlate by more than 0.9 in all blocks of the demo's ViT), but its scale is that of the arithmetic, and a sample's own
+    values are noise. It is computed in the model's own precision, as released.
+
+    Args:
+        rest: from the output to the model's end.
+        output: z, (B, ...).
+        reference: (B, ...) full-precision outputs of the model.
+        divergence: of the task.
+        epsilon: ε.
+
+    Returns:
+        (B, ...).
+    """
+    return (
+        divergence_gradient(rest, output + epsilon, reference, divergence)
+        .sub_(divergence_gradient(rest, output - epsilon, reference, divergence))
+        .abs_()
+    )
+
+
+def least_squares_hessian(
+    chain: BlockChain,
+    index: int,
+    inputs: Tensor,
+    targets: Tensor,
+    reference: Tensor,
+    divergence: Divergence,
+    batch_size: int,
+    device: torch.device,
+    dtype: Arithmetic = "float32",
+    forward: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """LS-ViT's fit (CVPR 2026) to the pairs (g, Δ) of all images: diagonal h and direction u, each (N,).
+
+    ``h = Σ g Δ / Σ Δ²`` and ``u = Σ g √(Δᵀg) / Σ Δᵀg``, sums over images, g and Δ with their signs; images with Δᵀg <= 0
+    contribute nothing to u. Where the fit of h is negative it is set to 0: a Fisher information is not negative, and the loss
+    would have no minimum.
+
+    Args:
+        chain, index, inputs, targets, reference, divergence, batch_size, device, dtype, forward: as in
+            :func:`mean_gradient_and_error`.
+    """
+    size = targets[0].numel()
+    above, below, direction = (torch.zeros(size, dtype=torch.float64, device=device) for _ in range(3))
+    weight = torch.zeros((), dtype=torch.float64, device=device)
+    sweep = output_gradients(chain, index, inputs, reference, divergence, batch_size, device, dtype, forward)
+    for part, output, grad in sweep:
+        g, delta = grad.flatten(1).double(), (output - targets[part].to(device)).flatten(1).double()
+        above += (g * delta).sum(0)
+        below += delta.square().sum(0)
+        inner = (g * delta).sum(1).clamp(min=0)
+        direction += inner.sqrt() @ g
+        weight += inner.sum()
+    tiny = torch.finfo(torch.float64).tiny
+    return (above / below.clamp(min=tiny)).clamp(min=0).float(), (direction / weight.clamp(min=tiny)).float()

@@ -6,32 +6,48 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fimaq_core.quantizers.activation import ActivationQuantizer
 from fimaq_core.quantizers.affine import AffineQuantizer
+from fimaq_core.quantizers.special import LogQuantizer, make_quantizer
 from fimaq_core.quantizers.weight import WeightQuantizer
+from fimaq_core.recipe import Kind
 
 
 class QuantLinear(nn.Linear):
-    """``nn.Linear`` with a weight quantizer (per output channel) and an input quantizer."""
+    """``nn.Linear`` with a weight quantizer (per output channel) and an input quantizer.
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, weight_bits: int, input_bits: int) -> None:
+    Attributes:
+        quantized_bias: (out,) bias of the quantized form where it is not the float layer's; else empty.
+    """
+
+    quantized_bias: Tensor
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool, weight_bits: int, input_bits: int, input_kind: Kind = "uniform"
+    ) -> None:
         super().__init__(in_features, out_features, bias=bias)
         self.weight_quantizer = WeightQuantizer(weight_bits)
-        self.input_quantizer = AffineQuantizer(input_bits)
+        self.input_quantizer: ActivationQuantizer = make_quantizer(input_kind, input_bits, "gelu")
+        self.register_buffer("quantized_bias", torch.empty(0))
         self.quantized = False
         #: Whether ``weight`` stands for its own quantized form (the soft rounding of an optimisation step).
         self.soft = False
 
     @classmethod
-    def from_float(cls, layer: nn.Linear, weight_bits: int, input_bits: int) -> "QuantLinear":
-        """Take over weight and bias (the same parameters) of ``layer``."""
-        new = cls(layer.in_features, layer.out_features, layer.bias is not None, weight_bits, input_bits)
+    def from_float(cls, layer: nn.Linear, weight_bits: int, input_bits: int, input_kind: Kind = "uniform") -> "QuantLinear":
+        """Take over weight and bias (the same parameters) of ``layer``; ``input_kind`` other than uniform is for GELU outputs."""
+        new = cls(layer.in_features, layer.out_features, layer.bias is not None, weight_bits, input_bits, input_kind)
         new.weight, new.bias = layer.weight, layer.bias
         return new.train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.quantized:
             return F.linear(x, self.weight, self.bias)
-        return F.linear(self.input_quantizer(x), _effective_weight(self), self.bias)
+        return F.linear(self.input_quantizer(x), _effective_weight(self), _effective_bias(self))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        _take_bias_shape(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class QuantConv2d(nn.Conv2d):
@@ -39,6 +55,7 @@ class QuantConv2d(nn.Conv2d):
 
     weight_quantizer: WeightQuantizer
     input_quantizer: AffineQuantizer
+    quantized_bias: Tensor
     quantized: bool
     soft: bool
 
@@ -59,14 +76,21 @@ class QuantConv2d(nn.Conv2d):
         new.weight, new.bias = layer.weight, layer.bias
         new.weight_quantizer = WeightQuantizer(weight_bits)
         new.input_quantizer = AffineQuantizer(input_bits)
+        new.register_buffer("quantized_bias", torch.empty(0))
         new.quantized = False
         new.soft = False
         return new.train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = _effective_weight(self) if self.quantized else self.weight
-        out: Tensor = self._conv_forward(self.input_quantizer(x) if self.quantized else x, weight, self.bias)
+        if not self.quantized:
+            out: Tensor = self._conv_forward(x, self.weight, self.bias)
+            return out
+        out = self._conv_forward(self.input_quantizer(x), _effective_weight(self), _effective_bias(self))
         return out
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        _take_bias_shape(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class _TimesTransposed(torch.autograd.Function):
@@ -89,12 +113,14 @@ class _TimesTransposed(torch.autograd.Function):
 class QuantMatMul(nn.Module):
     """The product of two activations, ``a @ b``, each with a quantizer (per head once calibrated).
 
+    ``a_bits`` and ``a_kind``, where given, are for a left operand that comes out of a softmax.
+
     Args of ``forward``: ``a`` (batch, heads, rows, inner) and ``b`` (batch, heads, inner, columns).
     """
 
-    def __init__(self, bits: int) -> None:
+    def __init__(self, bits: int, a_bits: int | None = None, a_kind: Kind = "uniform") -> None:
         super().__init__()
-        self.a_quantizer = AffineQuantizer(bits)
+        self.a_quantizer: ActivationQuantizer = make_quantizer(a_kind, bits if a_bits is None else a_bits, "softmax")
         self.b_quantizer = AffineQuantizer(bits)
         self.quantized = False
 
@@ -117,6 +143,17 @@ def _effective_weight(layer: QuantLinear | QuantConv2d) -> Tensor:
     return layer.weight if layer.soft else layer.weight_quantizer.quantized(layer.weight)
 
 
+def _effective_bias(layer: QuantLinear | QuantConv2d) -> Tensor | None:
+    return layer.quantized_bias if layer.quantized_bias.numel() else layer.bias
+
+
+def _take_bias_shape(layer: QuantLinear | QuantConv2d, state_dict: dict[str, Any], prefix: str) -> None:
+    """Give ``quantized_bias`` the shape it has in a checkpoint."""
+    bias = state_dict.get(prefix + "quantized_bias")
+    if bias is not None and bias.shape != layer.quantized_bias.shape:
+        layer.quantized_bias = torch.empty_like(bias, device=layer.weight.device)
+
+
 def decide_rounding(layer: QuantLinear | QuantConv2d) -> None:
     """Fix the weight's codes to the nearest grid points, unless they are decided already."""
     quantizer = layer.weight_quantizer
@@ -124,3 +161,18 @@ def decide_rounding(layer: QuantLinear | QuantConv2d) -> None:
         return
     ratio = torch.round(layer.weight.detach().flatten(1) / quantizer.scale)
     quantizer.set_codes((ratio + quantizer.zero_point).clamp(0, quantizer.levels - 1))
+
+
+def fold_shift(layer: QuantLinear) -> None:
+    """Move what the input quantizer's shift adds to the output into ``quantized_bias``; the rounding must be decided.
+
+    With x̂ the shifted quantized input, ``Ŵ (x̂ - shift) + b = Ŵ x̂ + (b - shift Ŵ 1)``.
+    """
+    quantizer = layer.input_quantizer
+    if not isinstance(quantizer, LogQuantizer) or quantizer.off or not quantizer.shift or bool(quantizer.folded):
+        return
+    weight = layer.weight_quantizer.quantized(layer.weight.detach())
+    bias = _effective_bias(layer)
+    added = quantizer.shift * weight.sum(1)
+    layer.quantized_bias = -added if bias is None else bias.detach() - added
+    quantizer.fold()

@@ -3,18 +3,13 @@
 Quantization is simulated: every function returns floating point values on the quantization grid.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fimaq_core.quantizers.dropping import eager_mask, threshold_of, traced_mask
-from fimaq_core.recipe import OFF
-
-
-def levels_of(bits: int) -> int:
-    """Number of levels ``L = 2 ** bits``."""
-    return int(2**bits)
+from fimaq_core.quantizers.activation import ActivationQuantizer, levels_of
+from fimaq_core.quantizers.dropping import threshold_of, traced_mask
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, levels: int) -> Tensor:
@@ -141,78 +136,46 @@ def textbook_fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, levels:
     return out if keep is None else torch.where(keep, out, x)
 
 
-#: How a quantizer computes while its scale is learned: by definition, by hand-written passes, or for compilation.
-Form = Literal["textbook", "fused", "traced"]
-
-
-class AffineQuantizer(nn.Module):
-    """Activation quantizer: holds scale and zero point, and how the quantizer behaves just now.
+class AffineQuantizer(ActivationQuantizer):
+    """Uniform affine quantizer.
 
     Attributes:
-        scale: float32 parameter, broadcastable to the input; empty before calibration.
         zero_point: float32 buffer with integer values, broadcastable to the input.
-        learning: how to compute while the scale is learned; None outside of training.
-        keep_probability: share of elements quantized while learning, a multiple of 1/256.
-        key: (2,) int32 buffer, the random dropping's key (:mod:`fimaq_core.quantizers.dropping`).
         top: float32 buffer, the highest code.
     """
 
-    scale: nn.Parameter
+    kind = "uniform"
     zero_point: Tensor
-    key: Tensor
     top: Tensor
 
     def __init__(self, bits: int) -> None:
-        super().__init__()
-        self.bits = bits
-        self.scale = nn.Parameter(torch.empty(0), requires_grad=False)
+        super().__init__(bits)
         self.register_buffer("zero_point", torch.empty(0))
-        self.register_buffer("key", torch.zeros(2, dtype=torch.int32), persistent=False)
         self.register_buffer("top", torch.tensor(float(levels_of(bits) - 1)), persistent=False)
-        self.learning: Form | None = None
-        self.keep_probability = 1.0
-
-    @property
-    def levels(self) -> int:
-        """Number of grid points."""
-        return levels_of(self.bits)
-
-    @property
-    def off(self) -> bool:
-        """Whether the quantizer lets values pass."""
-        return self.bits == OFF
 
     def set_range(self, scale: Tensor, zero_point: Tensor) -> None:
         """Set scale and zero point (float tensors that broadcast to the input)."""
-        self.scale = nn.Parameter(scale.detach().clone().float().contiguous(), requires_grad=False)
+        self.set_scale(scale)
         self.zero_point = zero_point.detach().clone().float().contiguous()
 
     def forward(self, x: Tensor, transposed: bool = False) -> Tensor:
         """Quantize ``x``; ``transposed``: its last two dimensions are swapped against those of scale and zero point."""
         if self.off:
             return x
-        if self.scale.numel() == 0:
-            raise RuntimeError("quantizer used before calibration")
+        self._check_calibrated()
         scale, zero = (self.scale.mT, self.zero_point.mT) if transposed else (self.scale, self.zero_point)
         if self.learning is None:
             return fake_quantize(x, scale, zero, self.levels)
-        threshold = threshold_of(self.keep_probability)
         if self.learning == "traced":
+            threshold = threshold_of(self.keep_probability)
             out: Tensor = _TracedScale.apply(x, scale, zero, self.top, self.key, threshold)  # type: ignore[no-untyped-call]
             return out
         plain = self.learning == "textbook"
-        keep = None
-        if threshold < 256:
-            keep = eager_mask(x, self.key, threshold, torch.bool if plain else torch.float32)
+        keep = self._kept(x, torch.bool if plain else torch.float32)
         return (textbook_fake_quantize if plain else learned_fake_quantize)(x, scale, zero, self.levels, keep)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # Granularity is decided by calibration, so the shapes come from the checkpoint.
-        scale = state_dict.get(prefix + "scale")
-        if scale is not None and scale.shape != self.scale.shape:
-            self.scale = nn.Parameter(torch.empty_like(scale), requires_grad=False)
-            self.zero_point = torch.empty_like(state_dict[prefix + "zero_point"])
+        zero = state_dict.get(prefix + "zero_point")
+        if zero is not None and zero.shape != self.zero_point.shape:
+            self.zero_point = torch.empty_like(zero)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def extra_repr(self) -> str:
-        return "off" if self.off else f"bits={self.bits}, scale={tuple(self.scale.shape)}"

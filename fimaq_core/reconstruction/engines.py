@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fimaq_core.chain import Segment
 from fimaq_core.errors import EngineError
-from fimaq_core.quantizers.affine import Form
+from fimaq_core.quantizers.activation import Form
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction.flat import CompiledStep, FlatStep, GraphStep
 from fimaq_core.reconstruction.objective import BlockObjective

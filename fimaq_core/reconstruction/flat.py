@@ -15,10 +15,11 @@ from fimaq_core.errors import EngineError
 from fimaq_core.quantizers.dropping import threshold_of
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction.feeder import Feeder
+from fimaq_core.reconstruction.loss import Batch, prediction_loss
 from fimaq_core.reconstruction.objective import BlockObjective
 from fimaq_core.reconstruction.schedule import Schedule
 from fimaq_core.reconstruction.state import BlockState
-from fimaq_core.reconstruction.step import StepPlan, batch_loss, update
+from fimaq_core.reconstruction.step import StepPlan, batch_loss, batch_output, update
 from fimaq_core.reconstruction.tape import Tape
 
 #: Steps that run one by one before a graph is captured (compilation, libraries' workspaces).
@@ -64,12 +65,11 @@ class FlatStep:
             self.traced,
             recipe.step_dtype,
         )
-        prefix = tape.prefix if self.plan.mix else None
-        assert tape.target is not None
-        self.tensors = (tape.full, prefix, tape.target, objective.sample_gradients)
+        self.data = objective.batch(mixed=self.plan.mix > 0)
         self.feeder = None
         if tape.full.device != state.soft.device:
-            self.feeder = Feeder(self.tensors, schedule.samples.cpu(), state.soft.device)
+            sources = [part if part is None else part.to(tape.full.device) for part in self.data]
+            self.feeder = Feeder(sources, schedule.samples.cpu(), state.soft.device)
         # Leaves that share memory with the state: the update writes there, so the next step's leaves are these again.
         self.soft = state.soft.detach().requires_grad_(state.rounding is not None)
         self.scales = state.scales.detach().requires_grad_(state.learn_scales)
@@ -87,48 +87,39 @@ class FlatStep:
         grads = iter(torch.autograd.grad(loss, self.wanted) if self.wanted else ())
         state, rounding = self.state, self.state.rounding
         with torch.no_grad():
-            self._update(
-                self.counter,
-                self.schedule.rates,
-                self.objective.starts,
-                starts,
-                next(grads) if rounding is not None else None,
-                None if rounding is None else rounding.alpha,
-                None if rounding is None else rounding.offset,
-                None if rounding is None else rounding.gain,
-                state.soft,
-                next(grads) if state.learn_scales else None,
-                state.scales,
-                state.moments,
+            self._call(
+                update,
+                (
+                    self.counter,
+                    self.schedule.rates,
+                    self.objective.state.starts,
+                    starts,
+                    next(grads) if rounding is not None else None,
+                    None if rounding is None else rounding.alpha,
+                    None if rounding is None else rounding.offset,
+                    None if rounding is None else rounding.gain,
+                    state.soft,
+                    next(grads) if state.learn_scales else None,
+                    state.scales,
+                    state.moments,
+                ),
             )
         return loss.detach()
 
     def _loss(self) -> tuple[Tensor, Tensor]:
-        objective = self.objective
-        full, prefix, target, own = self.tensors if self.feeder is None else self.feeder.batch
-        return self._batch_loss(
-            self.segment.block,
-            self.plan,
-            self.soft,
-            self.scales,
-            self.counter,
-            self.schedule.keys,
-            self.schedule.samples if self.feeder is None else None,
-            full,
-            prefix,
-            target,
-            objective.starts,
-            objective.gradients,
-            objective.mean_gradient,
-            objective.root,
-            own,
-        )
+        objective, rest = self.objective, self.objective.rest
+        samples = self.schedule.samples if self.feeder is None else None
+        data = self.data if self.feeder is None else Batch(*self.feeder.batch)  # type: ignore[arg-type]
+        args = (self.segment.block, self.plan, self.soft, self.scales, self.counter, self.schedule.keys, samples, data)
+        if rest is None:
+            found: tuple[Tensor, Tensor] = self._call(batch_loss, (*args, objective.state))
+            return found
+        # The rest of the model differs from block to block, so it is not part of what is compiled.
+        output, batch = self._call(batch_output, args)
+        return prediction_loss(self.plan.part_weights, output, batch, objective.state.starts, rest, objective.divergence)
 
-    def _batch_loss(self, *args: Any) -> tuple[Tensor, Tensor]:
-        return batch_loss(*args)
-
-    def _update(self, *args: Any) -> None:
-        update(*args)
+    def _call(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        return function(*args)
 
     def finish(self) -> None:
         """See :class:`fimaq_core.reconstruction.engines.StepEngine`; here the state is never behind."""
@@ -138,13 +129,6 @@ class CompiledStep(FlatStep):
     """The step through ``torch.compile``: one compilation for all blocks of a make."""
 
     traced = True
-
-    def _batch_loss(self, *args: Any) -> tuple[Tensor, Tensor]:
-        out: tuple[Tensor, Tensor] = self._call(batch_loss, args)
-        return out
-
-    def _update(self, *args: Any) -> None:
-        self._call(update, args)
 
     def _call(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         try:

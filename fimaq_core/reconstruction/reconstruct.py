@@ -11,7 +11,9 @@ from fimaq_core.chain import BlockChain, Segment
 from fimaq_core.errors import NumericsError, RecipeError
 from fimaq_core.fisher.divergence import Divergence
 from fimaq_core.layers import QuantLinear, QuantMatMul, quant_layers, set_quantized
+from fimaq_core.layers.layers import decide_rounding
 from fimaq_core.progress import Progress, Report, silent
+from fimaq_core.quantizers.affine import AffineQuantizer
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction.block import optimise_block
 from fimaq_core.reconstruction.engines import Engine, EngineChoice, choose_engine
@@ -46,6 +48,7 @@ def reconstruct(
     placement: Placement = "device",
     batch_size: int = 32,
     engine: EngineChoice = "auto",
+    teacher: BlockChain | None = None,
     restore: Callable[[int, Segment], bool] = lambda index, segment: False,
     save: Callable[[int, Segment, ReconstructionLog], None] = lambda index, segment, log: None,
 ) -> ReconstructionLog:
@@ -60,6 +63,8 @@ def reconstruct(
         placement: where the tape lives.
         batch_size: images a forward pass (the tape and Fisher passes; not the optimisation's batch).
         engine: how steps run, see :mod:`fimaq_core.reconstruction.engines`.
+        teacher: the full-precision model where ``chain`` without quantizers is another one (after MLP reconstruction);
+            targets, full-precision inputs and everything behind a block are then the teacher's.
         restore: called for each block first; loads a finished block and returns True, or returns False.
         save: called after each block that was optimised.
 
@@ -78,7 +83,7 @@ def reconstruct(
     if recipe.per_token:
         expand_per_token(chain, images[:1].to(device))
     set_quantized(chain, False)
-    reference = _outputs(chain, images, device, batch_size)
+    reference = _outputs(chain if teacher is None else teacher, images, device, batch_size)
     tape = Tape(
         chain,
         images,
@@ -86,10 +91,13 @@ def reconstruct(
         with_prefix=recipe.prefix_prob > 0 or recipe.loss == "fisher_brecq",
         batch_size=batch_size,
         frozen_dtype=recipe.frozen_dtype,
+        teacher=teacher,
     )
     for index, segment in enumerate(chain):
         start = index * recipe.steps
-        if not restore(index, segment):
+        if recipe.reconstruct_parts == "blocks" and segment.kind not in ("block", "merge"):
+            _decide(segment)
+        elif not restore(index, segment):
             report(Progress("reconstruct", start, total, segment.label))
             tape.compute_target()
             objective = BlockObjective(chain, tape, recipe, reference, divergence, log.notes)
@@ -110,6 +118,13 @@ def reconstruct(
     set_quantized(chain, True)
     report(Progress("reconstruct", total, total))
     return log
+
+
+def _decide(segment: Segment) -> None:
+    """Leave a segment as calibrated: roundings to nearest."""
+    for _, layer in quant_layers(segment.block):
+        if not isinstance(layer, QuantMatMul):
+            decide_rounding(layer)
 
 
 @torch.no_grad()
@@ -142,6 +157,8 @@ def expand_per_token(chain: BlockChain, image: Tensor) -> None:
 def _expand_linear(layer: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
     assert isinstance(layer, QuantLinear)
     quantizer = layer.input_quantizer
+    if not isinstance(quantizer, AffineQuantizer):  # special quantizers have one scale
+        return
     if args[0].ndim == 3 and not quantizer.off and quantizer.scale.numel() == 1:
         quantizer.set_range(quantizer.scale.expand(1, args[0].shape[1], 1), quantizer.zero_point)
 
@@ -149,7 +166,7 @@ def _expand_linear(layer: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
 def _expand_matmul(layer: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
     assert isinstance(layer, QuantMatMul)
     a, b = layer.a_quantizer, layer.b_quantizer
-    if not a.off and a.scale.shape[2] == 1:
+    if isinstance(a, AffineQuantizer) and not a.off and a.scale.shape[2] == 1:
         a.set_range(a.scale.expand(-1, -1, args[0].shape[2], -1), a.zero_point)
     if not b.off and b.scale.shape[3] == 1:
         b.set_range(b.scale.expand(-1, -1, -1, args[1].shape[3]), b.zero_point)

@@ -8,7 +8,7 @@ from torch.func import functional_call
 
 from fimaq_core.chain import Segment
 from fimaq_core.layers import QuantConv2d, QuantLinear, QuantMatMul, quant_layers
-from fimaq_core.quantizers.affine import AffineQuantizer, Form
+from fimaq_core.quantizers.activation import ActivationQuantizer, Form
 from fimaq_core.quantizers.rounding import RoundingProblem
 
 
@@ -105,7 +105,7 @@ class BlockState:
         pieces = torch.split(self.scales, [quantizer.scale.numel() for quantizer in self.quantizers]) if self.quantizers else ()
         for quantizer, piece in zip(self.quantizers, pieces, strict=True):
             quantizer.learning, quantizer.keep_probability = None, 1.0
-            quantizer.set_range(piece.view(quantizer.scale.shape), quantizer.zero_point)
+            quantizer.set_scale(piece.view(quantizer.scale.shape))
 
 
 def run_block(block: torch.nn.Module, layout: Layout, soft: Tensor, scales: Tensor, keys: Tensor, x: Tensor) -> Tensor:
@@ -114,9 +114,9 @@ def run_block(block: torch.nn.Module, layout: Layout, soft: Tensor, scales: Tens
     return out
 
 
-def active_quantizers(segment: Segment) -> list[tuple[str, AffineQuantizer]]:
+def active_quantizers(segment: Segment) -> list[tuple[str, ActivationQuantizer]]:
     """Names (within the block) and activation quantizers of a segment's block that are not off."""
-    found: list[tuple[str, AffineQuantizer]] = []
+    found: list[tuple[str, ActivationQuantizer]] = []
     for name, layer in quant_layers(segment.block):
         parts = ("a_quantizer", "b_quantizer") if isinstance(layer, QuantMatMul) else ("input_quantizer",)
         found += [(_join(name, part), getattr(layer, part)) for part in parts]

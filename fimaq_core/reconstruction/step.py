@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fimaq_core.numerics import Arithmetic, autocast
 from fimaq_core.quantizers.dropping import eager_mask, traced_mask
 from fimaq_core.quantizers.rounding import alpha_gradient, soft_rounding
-from fimaq_core.reconstruction.objective import block_loss
+from fimaq_core.reconstruction.loss import Batch, LossState, block_loss
 from fimaq_core.reconstruction.schedule import BETA1, BETA2, EPSILON
 from fimaq_core.reconstruction.state import Layout, run_block
 
@@ -23,7 +23,7 @@ class StepPlan:
 
     Attributes:
         layout: of the variables.
-        kind: of the loss, see :func:`fimaq_core.reconstruction.objective.block_loss`.
+        kind: of the loss, see :func:`fimaq_core.reconstruction.loss.block_loss`.
         part_weights: of the loss's parts.
         mix: of 256 elements of the input, how many come from the quantized prefix.
         traced: whether the step is compiled.
@@ -38,7 +38,7 @@ class StepPlan:
     arithmetic: Arithmetic = "float32"
 
 
-def batch_loss(
+def batch_output(
     block: nn.Module,
     plan: StepPlan,
     soft: Tensor,
@@ -46,16 +46,9 @@ def batch_loss(
     counter: Tensor,
     keys: Tensor,
     samples: Tensor | None,
-    full: Tensor,
-    prefix: Tensor | None,
-    target: Tensor,
-    starts: Tensor,
-    gradients: Tensor | None,
-    mean_gradient: Tensor | None,
-    root: Tensor | None,
-    sample_gradients: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Loss of the present step's batch, and the loss's starts.
+    data: Batch,
+) -> tuple[Tensor, Batch]:
+    """The block's output for the present step's batch, and the batch.
 
     Args:
         block: the block, its layers attached (:meth:`BlockState.attach`).
@@ -64,33 +57,36 @@ def batch_loss(
         scales: (m,) activation scales, requiring gradients if they are learned.
         counter: (1,) int64, the step's number.
         keys: (steps, streams, 2) of the masks.
-        samples: (steps, B) images of each batch; None if what follows holds the batch already.
-        full, prefix, target: (n, ...) the tape's tensors, or (B, ...).
-        starts, gradients, mean_gradient, root, sample_gradients: state of the objective.
+        samples: (steps, B) images of each batch; None if ``data`` holds the batch already.
+        data: of all images, or of the batch.
     """
     # index_select, since indexing with a tensor of one number would wait for that number.
     row = keys.index_select(0, counter)[0]
     if samples is not None:
-        batch = samples.index_select(0, counter)[0]
-        full, target = full[batch], target[batch]
-        prefix = None if prefix is None else prefix[batch]
-        sample_gradients = None if sample_gradients is None else sample_gradients[batch]
-    x = full
-    if prefix is not None:
-        x = mixed(full, prefix, row[0], plan.mix, plan.traced)
+        chosen = samples.index_select(0, counter)[0]
+        data = Batch(*(None if part is None else part[chosen] for part in data))  # type: ignore[arg-type]
+    x = data.full
+    if data.prefix is not None:
+        x = mixed(x, data.prefix, row[0], plan.mix, plan.traced)
     with autocast(plan.arithmetic, x.device):
         output = run_block(block, plan.layout, soft, scales, row, x)
-    return block_loss(
-        plan.kind,
-        plan.part_weights,
-        output.float(),
-        target,
-        starts,
-        gradients,
-        mean_gradient,
-        root,
-        sample_gradients,
-    )
+    return output.float(), data
+
+
+def batch_loss(
+    block: nn.Module,
+    plan: StepPlan,
+    soft: Tensor,
+    scales: Tensor,
+    counter: Tensor,
+    keys: Tensor,
+    samples: Tensor | None,
+    data: Batch,
+    state: LossState,
+) -> tuple[Tensor, Tensor]:
+    """Loss of the present step's batch, and the loss's starts; arguments as in :func:`batch_output`, and the loss's state."""
+    output, batch = batch_output(block, plan, soft, scales, counter, keys, samples, data)
+    return block_loss(plan.kind, plan.part_weights, output, batch, state)
 
 
 def mixed(full: Tensor, prefix: Tensor, key: Tensor, threshold: int, traced: bool) -> Tensor:

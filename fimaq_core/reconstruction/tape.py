@@ -49,8 +49,18 @@ class Storage:
 class Tape:
     """Position of a walk over a chain.
 
+    Args:
+        chain: what is quantized, block by block.
+        images: (n, C, H, W).
+        storage: where tensors go.
+        with_prefix: whether the quantized prefix's outputs are asked for.
+        batch_size: images a forward pass.
+        frozen_dtype: arithmetic of full-precision parts.
+        teacher: the full-precision model, of the same segments; None if that is ``chain`` itself in full precision.
+
     Attributes:
         index: number of the present block.
+        teacher: the full-precision model; ``chain`` itself, or what it was before its MLPs were changed.
         full: (n, ...) the present block's inputs in the full-precision model.
         prefix: the same with everything before quantized, or None where nobody asks for it.
         target: (n, ...) the present block's full-precision outputs; None until :meth:`compute_target`.
@@ -65,10 +75,12 @@ class Tape:
         with_prefix: bool,
         batch_size: int = 32,
         frozen_dtype: Arithmetic = "float32",
+        teacher: BlockChain | None = None,
     ) -> None:
         self.chain, self.storage, self.batch_size, self.frozen_dtype = chain, storage, batch_size, frozen_dtype
+        self.teacher = chain if teacher is None else teacher
         self.index = 0
-        self.full = self._map(chain.segment(0).before, images)
+        self.full = self._map(self.teacher.segment(0).before, images)
         # Nothing is quantized before the first block.
         self.prefix: Tensor | None = self.full if with_prefix else None
         self.target: Tensor | None = None
@@ -76,7 +88,7 @@ class Tape:
     def compute_target(self) -> Tensor:
         """Run the present block in full precision, once; its layers are switched to full precision."""
         if self.target is None:
-            block = self.chain.segment(self.index).block
+            block = self.teacher.segment(self.index).block
             set_quantized(block, False)
             self.target = self._map(block, self.full)
         return self.target
@@ -89,9 +101,9 @@ class Tape:
         if self.prefix is not None:
             set_quantized(block, True)
             outputs = self._map(block, self.prefix, frozen=False)
-        before = self.chain.segment(self.index + 1).before
-        self.full = self._map(before, target)
-        self.prefix = None if outputs is None else self._map(before, outputs)
+        following = self.index + 1
+        self.full = self._map(self.teacher.segment(following).before, target)
+        self.prefix = None if outputs is None else self._map(self.chain.segment(following).before, outputs)
         self.target = None
         self.index += 1
 

@@ -9,7 +9,8 @@ from fimaq_core.numerics import autocast
 from fimaq_core.quantizers.dropping import eager_mask, threshold_of
 from fimaq_core.quantizers.rounding import rounding_penalty
 from fimaq_core.recipe import Recipe
-from fimaq_core.reconstruction.objective import BlockObjective, block_loss
+from fimaq_core.reconstruction.loss import Batch, block_loss, prediction_loss
+from fimaq_core.reconstruction.objective import BlockObjective
 from fimaq_core.reconstruction.schedule import Schedule, regulariser_exponent
 from fimaq_core.reconstruction.state import BlockState
 from fimaq_core.reconstruction.tape import Tape
@@ -55,19 +56,15 @@ class TextbookStep:
         keys, samples = self.schedule.keys[number], self.schedule.samples[number]
         with autocast(recipe.step_dtype, self.state.soft.device):
             output = functional_call(self.segment.block, self._tensors(roundings, keys), (self._input(samples, keys),))
-        own = objective.sample_gradients
-        loss, starts = block_loss(
-            objective.kind,
-            objective.part_weights(),
-            output.float(),
-            self._rows(self.tape.target, samples),
-            objective.starts,
-            objective.gradients,
-            objective.mean_gradient,
-            objective.root,
-            None if own is None else self._rows(own, samples),
-        )
-        objective.starts.copy_(starts)
+        rest, data = objective.rest, objective.batch(mixed=False)
+        batch = Batch(*(None if part is None else self._rows(part, samples) for part in data))  # type: ignore[arg-type]
+        if rest is None:
+            loss, starts = block_loss(objective.kind, objective.part_weights(), output.float(), batch, objective.state)
+        else:
+            loss, starts = prediction_loss(
+                objective.part_weights(), output.float(), batch, objective.state.starts, rest, objective.divergence
+            )
+        objective.state.starts.copy_(starts)
         total, beta = loss, regulariser_exponent(recipe, number)
         if beta is not None:
             for h in roundings:

@@ -23,7 +23,7 @@ class ExplicitAttention(nn.Module):
         self.qkv = QuantLinear.from_float(attention.qkv, recipe.w_bits, recipe.a_bits)
         self.q_norm, self.k_norm, self.norm = attention.q_norm, attention.k_norm, attention.norm
         self.query_key = QuantMatMul(recipe.a_bits)
-        self.attention_value = QuantMatMul(recipe.a_bits)
+        self.attention_value = QuantMatMul(recipe.a_bits, recipe.softmax_bits, recipe.softmax_quantizer)
         self.proj = QuantLinear.from_float(attention.proj, recipe.w_bits, recipe.a_bits)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
@@ -52,7 +52,7 @@ class ExplicitWindowAttention(nn.Module):
         self.num_heads, self.scale, self.window_area = attention.num_heads, attention.scale, attention.window_area
         self.qkv = QuantLinear.from_float(attention.qkv, recipe.w_bits, recipe.a_bits)
         self.query_key = QuantMatMul(recipe.a_bits)
-        self.attention_value = QuantMatMul(recipe.a_bits)
+        self.attention_value = QuantMatMul(recipe.a_bits, recipe.softmax_bits, recipe.softmax_quantizer)
         self.proj = QuantLinear.from_float(attention.proj, recipe.w_bits, recipe.a_bits)
         # Frozen, so the table is looked up once: (1, heads, N, N).
         self.register_buffer("bias", attention._get_rel_pos_bias().detach().clone())

@@ -14,7 +14,10 @@ def swap_mlp(mlp: nn.Module, recipe: Recipe) -> None:
     if type(mlp) is not Mlp or not isinstance(mlp.fc1, nn.Linear) or not isinstance(mlp.fc2, nn.Linear):
         raise ModelError(f"An MLP of type {type(mlp).__name__} is not supported.")
     mlp.fc1 = QuantLinear.from_float(mlp.fc1, recipe.w_bits, recipe.a_bits)
-    mlp.fc2 = QuantLinear.from_float(mlp.fc2, recipe.w_bits, recipe.a_bits)
+    kind = recipe.gelu_quantizer
+    if kind != "uniform" and type(mlp.act) is not nn.GELU:
+        raise ModelError(f"The GELU quantizer '{kind}' is made for GELU, and this MLP has {type(mlp.act).__name__}: use uniform.")
+    mlp.fc2 = QuantLinear.from_float(mlp.fc2, recipe.w_bits, recipe.a_bits, kind)
 
 
 def swap_patch_embed(patch_embed: nn.Module, recipe: Recipe) -> None:

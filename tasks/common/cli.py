@@ -21,6 +21,7 @@ _GROUPS = {
     "method": "Method",
     "bits": "Bits",
     "calibration": "Calibration",
+    "mlp": "MLP reconstruction",
     "reconstruction": "Reconstruction",
     "loss": "Block loss",
     "numerics": "Numerics",

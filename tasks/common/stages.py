@@ -102,7 +102,7 @@ def _restored(task: Task, loaded: LoadedModel, checkpoint: Path, fingerprint: Fi
 
 def _changed(recipe: Recipe, given: dict[str, Any]) -> Recipe:
     """The checkpoint's recipe with ``given`` fields; a given method replaces everything that does not determine ranges."""
-    ranges = {name: getattr(recipe, name) for name in Recipe.calibration_fields()}
+    ranges = {name: getattr(recipe, name) for name in recipe.range_fields()}
     method = given.get("method")
     kept = ranges if method is not None else recipe.model_dump(mode="json", exclude={"method"})
     return make_recipe(method or recipe.method, kept, {name: value for name, value in given.items() if name != "method"})

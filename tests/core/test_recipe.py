@@ -21,7 +21,9 @@ def test_defaults_are_the_released_settings() -> None:
 
 
 def test_methods() -> None:
-    assert list(METHODS) == ["rtn", "brecq", "qdrop", "fimaq"]
+    names = "rtn repq ptq4vit adalog erq brecq qdrop pdquant adalog-recon mlp-recon aphq fimaq fimaq-mlp lsvit"
+    assert list(METHODS) == names.split()
+    assert all(make_recipe(name).changes() == {} for name in METHODS)
     brecq, qdrop, rtn = make_recipe("brecq"), make_recipe("qdrop"), make_recipe("rtn")
     assert (brecq.loss, brecq.prefix_prob, brecq.activation_prob, brecq.per_token) == ("mse", 0, 1, False)
     assert (qdrop.loss, qdrop.prefix_prob, qdrop.activation_prob, qdrop.per_token) == ("mse", 0.5, 0.5, False)
@@ -38,7 +40,7 @@ def test_later_overrides_win_over_the_method_and_the_defaults() -> None:
 def test_unknown_names_come_with_a_suggestion() -> None:
     with pytest.raises(RecipeError, match=r"Unknown method 'fimq'. Did you mean 'fimaq'\?"):
         make_recipe("fimq")
-    with pytest.raises(RecipeError, match=r"Unknown method 'xyz'. Known: brecq, fimaq, qdrop, rtn"):
+    with pytest.raises(RecipeError, match=r"Unknown method 'xyz'. Known: adalog, .*, rtn"):
         make_recipe("xyz")
     with pytest.raises(RecipeError, match=r"Unknown key 'w_bit' in the recipe. Did you mean 'w_bits'\?"):
         make_recipe("fimaq", {"w_bit": 3})
@@ -46,7 +48,7 @@ def test_unknown_names_come_with_a_suggestion() -> None:
         make_recipe("fimaq", {"activation_probs": 0.5})
 
 
-@pytest.mark.parametrize("field", ["w_bits", "a_bits", "head_bits", "patch_input_bits"])
+@pytest.mark.parametrize("field", ["w_bits", "a_bits", "s_bits", "head_bits", "patch_input_bits"])
 @pytest.mark.parametrize("bits", [-1, 0, 1, 9, 16, 31, 33])
 def test_bits_outside_are_refused(field: str, bits: int) -> None:
     with pytest.raises(RecipeError, match=rf"{field}: {bits} bits is outside 2 to 8 \(or 32 for off\)"):
@@ -138,13 +140,38 @@ def test_methods_that_differ_behind_calibration_share_its_digest() -> None:
     for name, value in behind.items():
         assert make_recipe("fimaq", {name: value}).calibration_digest() in shared, name
     before = {
-        "w_bits": 3, "a_bits": 3, "head_bits": 8, "patch_input_bits": 8, "range_search": "minmax", "range_images": 64,
-        "range_candidates": 64, "range_rounds": 1, "reparameterize": False, "calibration_images": 256,
-        "calibration_transform": "eval", "seed": 1,
+        "w_bits": 3, "a_bits": 3, "s_bits": 8, "head_bits": 8, "patch_input_bits": 8, "softmax_quantizer": "log2",
+        "gelu_quantizer": "twin", "range_search": "minmax", "range_images": 64, "range_candidates": 64, "range_rounds": 1,
+        "reparameterize": False, "refit": True, "refit_ridge": 1.0, "refit_flips": 3, "calibration_images": 256,
+        "calibration_transform": "eval", "reconstruct_mlp": True, "seed": 1,
     }  # fmt: skip
-    assert set(before) == set(Recipe.calibration_fields())
+    assert set(before) == set(make_recipe("fimaq").range_fields())
+    together = {"refit": {"reconstruct": False, "range_search": "percentile"}}
     for name, value in before.items():
-        assert make_recipe("fimaq", {name: value}).calibration_digest() not in shared, name
+        assert make_recipe("fimaq", {name: value}, together.get(name, {})).calibration_digest() not in shared, name
+
+
+def test_mlp_reconstruction_determines_ranges_where_it_is_done() -> None:
+    plain, done = make_recipe("fimaq"), make_recipe("fimaq-mlp")
+    assert make_recipe("fimaq", {"mlp_steps": 3}).calibration_digest() == plain.calibration_digest()
+    assert make_recipe("fimaq-mlp", {"mlp_steps": 3}).calibration_digest() != done.calibration_digest()
+    assert make_recipe("fimaq-mlp", {"mlp_steps": 3}).mlp_digest() != done.mlp_digest()
+    for behind in ({"w_bits": 3, "a_bits": 3}, {"steps": 7}, {"loss": "mse"}, {"range_images": 3}):
+        assert make_recipe("fimaq-mlp", behind).mlp_digest() == make_recipe("aphq").mlp_digest(), behind
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"refit": True}, "refit decides all roundings"),
+        ({"refit": True, "reconstruct": False}, "refit needs range_search percentile"),
+        ({"reconstruct_mlp": True, "gelu_quantizer": "adalog"}, "gelu_quantizer must be uniform"),
+        ({"s_bits": 9}, "s_bits: 9 bits is outside 2 to 8"),
+    ],
+)
+def test_fields_that_do_not_go_together(fields: dict[str, object], words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        make_recipe("fimaq", fields)
 
 
 def test_every_field_says_what_it_is() -> None:

@@ -60,7 +60,7 @@ def test_common_range_serves_every_channel_as_its_own() -> None:
     torch.manual_seed(1)
     norm, linear = nn.LayerNorm(6), nn.Linear(6, 4)
     x = norm(torch.randn(400, 6)).detach() * torch.tensor([0.1, 1, 2, 5, 10, 20]) + torch.arange(6)
-    scale, zero = channel_ranges(x, 16, 64)
+    scale, zero = channel_ranges(x, 16, make_recipe("fimaq", {"range_candidates": 64}))
     r, b = reparameterize(norm, linear, scale, zero)
     own = fake_quantize(x, scale, zero, 16)
     moved = fake_quantize(x / r - b, scale.mean(), zero.mean().round(), 16)

@@ -12,7 +12,8 @@ from fimaq_core.fisher.divergence import ClassifierDivergence
 from fimaq_core.layers import set_quantized
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction import objective as objective_module
-from fimaq_core.reconstruction.objective import BlockObjective, block_loss
+from fimaq_core.reconstruction.loss import Batch, LossState, block_loss
+from fimaq_core.reconstruction.objective import BlockObjective
 from fimaq_core.reconstruction.tape import Storage, Tape
 
 SAMPLES = torch.arange(8)
@@ -47,20 +48,9 @@ def before_step(objective: BlockObjective, number: int) -> None:
 
 def loss_of(objective: BlockObjective, output: Tensor, samples: Tensor = SAMPLES) -> float:
     """Loss of the samples' output; what it starts at is kept as a step keeps it."""
-    target, own = objective.tape.target, objective.sample_gradients
-    assert target is not None
-    value, starts = block_loss(
-        objective.kind,
-        objective.part_weights(),
-        output,
-        target[samples],
-        objective.starts,
-        objective.gradients,
-        objective.mean_gradient,
-        objective.root,
-        None if own is None else own[samples],
-    )
-    objective.starts.copy_(starts)
+    batch = Batch(*(None if part is None else part[samples] for part in objective.batch(mixed=False)))
+    value, starts = block_loss(objective.kind, objective.part_weights(), output, batch, objective.state)
+    objective.state.starts.copy_(starts)
     return float(value)
 
 
@@ -161,7 +151,7 @@ def test_value_after_the_start_equals_the_formula(name: str) -> None:
         output = chain.segment(tape.index).block(tape.full[SAMPLES])
     noisy = output + 0.5 * torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
     first, second = ((out - tape.target[SAMPLES]).flatten(1) for out in (output, noisy))
-    gradients = objective.sample_gradients if name == "fisher_brecq" else objective.mean_gradient
+    gradients = objective.weights if name == "fisher_brecq" else objective.state.diagonal
 
     def parts(delta: Tensor) -> list[Tensor]:
         if kind == "mse":
@@ -196,9 +186,9 @@ def test_brecq_gradient_is_taken_with_the_prefix_quantized_and_this_block_in_ful
     divergence = ClassifierDivergence(recipe.temperature)
     value = divergence(chain.tail(3, output), objective.reference) * output.shape[0]
     (expected,) = torch.autograd.grad(value, output)
-    assert objective.sample_gradients is not None
+    assert objective.weights is not None
     scale = float(expected.abs().max())
-    assert torch.allclose(objective.sample_gradients, expected.flatten(1), rtol=1e-4, atol=1e-5 * scale)
+    assert torch.allclose(objective.weights, expected.flatten(1), rtol=1e-4, atol=1e-5 * scale)
     assert objective.passes == 1
 
 
@@ -224,41 +214,42 @@ def test_passes_fill_the_state_in_place(monkeypatch: pytest.MonkeyPatch, name: s
     passes = [(torch.rand(width), torch.rand(width)) for _ in range(3)]
     queue = iter(passes)
     monkeypatch.setattr(objective_module, "mean_gradient_and_error", lambda *_: next(queue))
-    state = (objective.gradients, objective.mean_gradient, objective.root, objective.starts)
+    state = objective.state
     places = [tensor.data_ptr() for tensor in state if tensor is not None]
     assert len(places) == 4
     for step in range(3):
         before_step(objective, step)
-        assert objective.gradients is not None
-        assert objective.mean_gradient is not None
-        assert objective.root is not None
+        assert objective.state.gradients is not None
+        assert objective.state.diagonal is not None
+        assert objective.state.root is not None
         done = torch.stack([gradient for gradient, _ in passes[: step + 1]])
-        assert torch.equal(objective.gradients[: step + 1], done)
-        assert not objective.gradients[step + 1 :].any()
-        assert torch.allclose(objective.mean_gradient, done.mean(0))
+        assert torch.equal(objective.state.gradients[: step + 1], done)
+        assert not objective.state.gradients[step + 1 :].any()
+        assert torch.allclose(objective.state.diagonal, done.mean(0))
         expected = torch.zeros(3, 3)
         if name == "fisher_dplr":
             root, damped = losses.inverse_gram_root(torch.stack([error for _, error in passes[: step + 1]]))
             assert not damped
             expected[: step + 1, : step + 1] = root
-        assert torch.equal(objective.root, expected)
-        assert not objective.starts.any()
+        assert torch.equal(objective.state.root, expected)
+        assert not objective.state.starts.any()
         loss(objective, tape)
-        assert (objective.starts > 0).all()
-    state = (objective.gradients, objective.mean_gradient, objective.root, objective.starts)
+        assert (objective.state.starts > 0).all()
+    state = objective.state
     assert [tensor.data_ptr() for tensor in state if tensor is not None] == places
 
 
 def test_a_start_of_zero_becomes_one() -> None:
     """Nothing is off at the first batch: the loss is 0, and a later one is not divided by 0."""
     target, kind = torch.zeros(2, 3), "fisher_dplr"
-    state = (torch.rand(2, 3), torch.rand(3), torch.rand(2, 2))
-    value, starts = block_loss(kind, (1.0, 1.0), target, target, torch.zeros(2), *state)
+    batch = Batch(target, None, target)
+    state = LossState(torch.zeros(2), torch.rand(2, 3), torch.rand(3), torch.rand(2, 2))
+    value, starts = block_loss(kind, (1.0, 1.0), target, batch, state)
     assert float(value) == 0
     assert starts.tolist() == [1.0, 1.0]
-    later, kept = block_loss(kind, (0.5, 2.0), target + 0.1, target, starts, *state)
+    later, kept = block_loss(kind, (0.5, 2.0), target + 0.1, batch, state._replace(starts=starts))
     delta = torch.full((2, 3), 0.1)
-    expected = 0.5 * losses.low_rank_loss(delta, state[0], state[2]) + 2 * losses.diagonal_loss(delta, state[1])
+    expected = 0.5 * losses.low_rank_loss(delta, state.gradients, state.root) + 2 * losses.diagonal_loss(delta, state.diagonal)
     assert float(later) == pytest.approx(float(expected), rel=1e-6)
     assert torch.equal(kept, starts)
 
@@ -266,7 +257,7 @@ def test_a_start_of_zero_becomes_one() -> None:
 def test_starts_have_no_gradient() -> None:
     """A part's gradient is that of the part over a constant, at the step that takes the start too."""
     output, target = torch.randn(4, 6, requires_grad=True), torch.randn(4, 6)
-    value, starts = block_loss("mse", (1.0,), output, target, torch.zeros(1))
+    value, starts = block_loss("mse", (1.0,), output, Batch(target, None, target), LossState(torch.zeros(1)))
     assert float(value.detach()) == 1
     assert not starts.requires_grad
     (found,) = torch.autograd.grad(value, output)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from fimaq_core.layers import QuantMatMul
-from fimaq_core.quantizers.affine import Form, fake_quantize
+from fimaq_core.quantizers.activation import Form
+from fimaq_core.quantizers.affine import fake_quantize
 
 FORMS: tuple[Form, ...] = get_args(Form)
 

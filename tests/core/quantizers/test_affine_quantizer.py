@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fimaq_core.quantizers import affine
-from fimaq_core.quantizers.affine import AffineQuantizer, Form, fake_quantize, learned_fake_quantize, levels_of
+from fimaq_core.quantizers import activation, affine
+from fimaq_core.quantizers.activation import Form, levels_of
+from fimaq_core.quantizers.affine import AffineQuantizer, fake_quantize, learned_fake_quantize
 from fimaq_core.quantizers.dropping import draw_keys, eager_mask, threshold_of
 
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -140,8 +141,8 @@ def test_scale_gradient_of_clamped_values_is_that_of_the_true_function() -> None
 
 @pytest.mark.parametrize("form", FORMS)
 def test_no_mask_is_drawn_when_everything_is_quantized(form: Form, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("eager_mask", "traced_mask"):
-        monkeypatch.setattr(affine, name, lambda *_: pytest.fail("a mask was drawn"))
+    for module, name in ((activation, "eager_mask"), (affine, "traced_mask")):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("a mask was drawn"))
     x, scale, zero = torch.randn(40), torch.tensor([0.3]), torch.tensor([4.0])
     assert torch.allclose(quantizer(form, scale, zero)(x), fake_quantize(x, scale, zero, 8), rtol=0, atol=1e-6)
     with pytest.raises(pytest.fail.Exception, match="a mask was drawn"):

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from fimaq_core.reconstruction.engines import Engine
 from fimaq_core.reconstruction.flat import FlatStep
 from fimaq_core.reconstruction.objective import BlockObjective
 from fimaq_core.reconstruction.schedule import Schedule, block_generator, cosine_rates, draw_batches, regulariser_exponent
-from fimaq_core.reconstruction.step import _adam, mixed
+from fimaq_core.reconstruction.step import _adam, mixed, update
 from fimaq_core.reconstruction.tape import Storage, Tape
 from fimaq_core.reconstruction.textbook import TextbookStep
 
@@ -221,11 +222,17 @@ def gradients_of_step(made: BlockTrainer, number: int, monkeypatch: pytest.Monke
     assert isinstance(step, FlatStep)
     found: list[Tensor] = []
 
-    def look(counter: Tensor, rates: Tensor, _: Any, __: Any, grad_soft: Tensor, alpha: Tensor, *rest: Any) -> None:
+    call = step._call
+
+    def look(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        if function is not update:
+            return call(function, args)
+        counter, rates, _, _, grad_soft, alpha, *rest = args
         weight, beta = rates[counter[0], :2]
         found.extend((alpha_gradient(alpha, rest[1], grad_soft, weight, beta), rest[3]))
+        return None
 
-    monkeypatch.setattr(step, "_update", look)
+    monkeypatch.setattr(step, "_call", look)
     step.counter.fill_(number)
     made.step(number)
     return found[0], found[1]

@@ -25,8 +25,10 @@ from fimaq_core.reconstruction.block import BlockTrainer
 from fimaq_core.reconstruction.engines import COMPILE_STEPS, Engine, choose_engine, cpp_compiler
 from fimaq_core.reconstruction.feeder import Feeder
 from fimaq_core.reconstruction.flat import WARM_UP, FlatStep, GraphStep
+from fimaq_core.reconstruction.loss import Batch, LossState
 from fimaq_core.reconstruction.objective import BlockObjective
 from fimaq_core.reconstruction.reconstruct import expand_per_token
+from fimaq_core.reconstruction.step import update
 from fimaq_core.reconstruction.tape import Storage, Tape
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -251,26 +253,24 @@ def test_what_a_step_reads_and_writes_keeps_its_address(engine: Engine, loss: st
     step, block = flat_step(made), made.segment.block
     seen: list[list[int]] = []
     values: list[list[Tensor]] = []
-    original_loss, original_update = step._batch_loss, step._update
+    original = step._call
 
     def pointers(tensors: list[Tensor]) -> None:
         seen[-1].extend(tensor.data_ptr() for tensor in tensors)
 
-    def watch_loss(*args: Any) -> tuple[Tensor, Tensor]:
-        seen.append([])
-        tensors = [arg for arg in args if isinstance(arg, Tensor)]
-        pointers(tensors + list(block.parameters()) + list(block.buffers()))
-        return original_loss(*args)
-
-    def watch_update(*args: Any) -> None:
+    def watch(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        if function is not update:
+            seen.append([])
+            flat = [part for arg in args for part in (arg if isinstance(arg, Batch | LossState) else [arg])]
+            pointers([arg for arg in flat if isinstance(arg, Tensor)] + list(block.parameters()) + list(block.buffers()))
+            return original(function, args)
         kept = [arg for place, arg in enumerate(args) if isinstance(arg, Tensor) and place not in FRESH]
         assert len(kept) == 8
         pointers(kept + list(args[-1]))
         values.append([tensor.clone() for tensor in (*kept, *args[-1])])
-        original_update(*args)
+        return original(function, args)
 
-    monkeypatch.setattr(step, "_batch_loss", watch_loss)
-    monkeypatch.setattr(step, "_update", watch_update)
+    monkeypatch.setattr(step, "_call", watch)
     for number in range(8):
         made.step(number)
     assert made.objective.passes == (2 if loss == "fisher_dplr" else 1)
@@ -337,8 +337,8 @@ def test_fed_steps_are_the_same_bit_for_bit(engine: Engine, loss: str) -> None:
     made = trainer(engine, recipe)
     step = flat_step(made)
     assert step.feeder is None
-    step.feeder = Feeder(step.tensors, made.schedule.samples, CPU)
-    step.tensors = (torch.zeros(0), None, torch.zeros(0), None)
+    step.feeder = Feeder(step.data, made.schedule.samples, CPU)
+    step.data = Batch(torch.zeros(0), None, torch.zeros(0))
     if isinstance(step, GraphStep):
         step.capture = lambda function: capture(function, [])
     found = follow(made, 8)

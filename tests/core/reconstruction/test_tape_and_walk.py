@@ -16,7 +16,7 @@ from fimaq_core.errors import NumericsError, RecipeError
 from fimaq_core.fisher.divergence import ClassifierDivergence
 from fimaq_core.layers import QuantConv2d, QuantMatMul, quant_layers, set_quantized
 from fimaq_core.quantize import Resources, finish, quantize
-from fimaq_core.quantizers import affine
+from fimaq_core.quantizers import activation
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction import objective as objective_module
 from fimaq_core.reconstruction import reconstruct as reconstruct_module
@@ -295,7 +295,7 @@ class MaskWatch:
         self.steps: list[tuple[int, tuple[int, ...]]] = []
         self.passes: list[tuple[int, tuple[int, ...]]] = []
         self._present = self.steps
-        for module in (affine, step_module):
+        for module in (activation, step_module):
             monkeypatch.setattr(module, "eager_mask", self._watch(module.eager_mask))
         original = objective_module.mean_gradient_and_error
 

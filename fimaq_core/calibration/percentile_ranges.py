@@ -1,0 +1,57 @@
+"""Ranges by RepQ-ViT's scheme (Li et al., ICCV 2023, arXiv:2212.08254): the best of three percentiles by own error.
+
+Weights per output channel, activations per tensor, attention operands too. No range looks at a layer's output.
+"""
+
+from torch import Tensor
+
+from fimaq_core.calibration.candidates import MIN_WEIGHT_SCALE, ascending
+from fimaq_core.calibration.layer_ranges import set_rows
+from fimaq_core.calibration.special_ranges import percentile_log_scale, percentile_range
+from fimaq_core.layers import QuantConv2d, QuantLinear, QuantMatMul
+from fimaq_core.quantizers.activation import ActivationQuantizer
+from fimaq_core.quantizers.affine import AffineQuantizer
+from fimaq_core.quantizers.special import LogQuantizer
+
+#: Scale and zero point, scalars, that reparameterisation left for an input.
+Common = tuple[Tensor, Tensor]
+
+
+def linear_percentiles(layer: QuantLinear, x: Tensor, common: Common | None = None) -> None:
+    """Set the ranges of a linear layer for inputs (..., in_features); ``common`` is the input's range where it is known."""
+    input_percentile(layer.input_quantizer, x, (1,), common)
+    weight_percentiles(layer)
+
+
+def conv_percentiles(layer: QuantConv2d, x: Tensor) -> None:
+    """Set the ranges of a convolution for inputs (N, C, H, W)."""
+    input_percentile(layer.input_quantizer, x, (1, 1, 1, 1))
+    weight_percentiles(layer)
+
+
+def matmul_percentiles(layer: QuantMatMul, a: Tensor, b: Tensor) -> None:
+    """Set the ranges of an attention product for operands (batch, heads, ...)."""
+    input_percentile(layer.a_quantizer, a, (1, 1, 1, 1))
+    input_percentile(layer.b_quantizer, b, (1, 1, 1, 1))
+
+
+def weight_percentiles(layer: QuantLinear | QuantConv2d, weight: Tensor | None = None) -> None:
+    """Set a weight's ranges, per output channel; ``weight`` (rows, d) stands in for the layer's own."""
+    if not layer.weight_quantizer.off:
+        matrix = layer.weight.detach().flatten(1) if weight is None else weight
+        scale, zero = percentile_range(ascending(matrix), layer.weight_quantizer.levels, MIN_WEIGHT_SCALE)
+        set_rows(layer.weight_quantizer, scale, zero)
+
+
+def input_percentile(quantizer: ActivationQuantizer, x: Tensor, shape: tuple[int, ...], common: Common | None = None) -> None:
+    """Set one range for all of ``x``; its scale has shape ``shape``."""
+    if quantizer.off:
+        return
+    if isinstance(quantizer, AffineQuantizer):
+        scale, zero = common if common is not None else percentile_range(ascending(x.reshape(1, -1)), quantizer.levels)
+        quantizer.set_range(scale.view(shape), zero.view(shape))
+    elif isinstance(quantizer, LogQuantizer):
+        shifted = x + quantizer.shift if quantizer.shift else x
+        quantizer.set_scale(percentile_log_scale(shifted, quantizer.step, quantizer.levels).view(shape))
+    else:
+        raise NotImplementedError

@@ -1,0 +1,76 @@
+"""What all activation quantizers have in common: bits, a scale that can be learned, random dropping."""
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fimaq_core.quantizers.dropping import eager_mask, threshold_of, traced_mask
+from fimaq_core.recipe import OFF, Kind
+
+#: How a quantizer computes while its scale is learned: by definition, by hand-written passes, or for compilation.
+Form = Literal["textbook", "fused", "traced"]
+
+
+def levels_of(bits: int) -> int:
+    """Number of levels ``L = 2 ** bits``."""
+    return int(2**bits)
+
+
+class ActivationQuantizer(nn.Module):
+    """Holds a scale, and how the quantizer behaves just now.
+
+    Attributes:
+        kind: name of the quantizer in recipes and records.
+        scale: float32 parameter, broadcastable to the input; empty before calibration.
+        learning: how to compute while the scale is learned; None outside of training.
+        keep_probability: share of elements quantized while learning, a multiple of 1/256.
+        key: (2,) int32 buffer, the random dropping's key (:mod:`fimaq_core.quantizers.dropping`).
+    """
+
+    kind: ClassVar[Kind]
+    scale: nn.Parameter
+    key: Tensor
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+        self.scale = nn.Parameter(torch.empty(0), requires_grad=False)
+        self.register_buffer("key", torch.zeros(2, dtype=torch.int32), persistent=False)
+        self.learning: Form | None = None
+        self.keep_probability = 1.0
+
+    @property
+    def levels(self) -> int:
+        """Number of codes."""
+        return levels_of(self.bits)
+
+    @property
+    def off(self) -> bool:
+        """Whether the quantizer lets values pass."""
+        return self.bits == OFF
+
+    def set_scale(self, scale: Tensor) -> None:
+        """Set the scale (a float tensor that broadcasts to the input)."""
+        self.scale = nn.Parameter(scale.detach().clone().float().contiguous(), requires_grad=False)
+
+    def _check_calibrated(self) -> None:
+        if self.scale.numel() == 0:
+            raise RuntimeError("quantizer used before calibration")
+
+    def _kept(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor | None:
+        """Mask of the elements of ``x`` that are quantized just now; None for all."""
+        threshold = threshold_of(self.keep_probability)
+        if threshold >= 256:
+            return None
+        return traced_mask(x, self.key, threshold) if self.learning == "traced" else eager_mask(x, self.key, threshold, dtype)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Granularity is decided by calibration, so the shapes come from the checkpoint.
+        scale = state_dict.get(prefix + "scale")
+        if scale is not None and scale.shape != self.scale.shape:
+            self.scale = nn.Parameter(torch.empty_like(scale), requires_grad=False)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return "off" if self.off else f"{self.kind}, bits={self.bits}, scale={tuple(self.scale.shape)}"

@@ -1,0 +1,121 @@
+"""The loss of a block over a step's batch, each part over its own start value. Pure functions of tensors."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fimaq_core.fisher import losses
+from fimaq_core.fisher.divergence import Divergence, kl_divergence
+
+
+class Batch(NamedTuple):
+    """What the steps read of the calibration images: rows of all, (n, ...), or of one batch, (B, ...).
+
+    Attributes:
+        full: the block's inputs in the full-precision model.
+        prefix: the same with everything before quantized; None where inputs are not mixed.
+        target: its full-precision outputs.
+        weights: (n, N) what weights each sample's errors; None for losses without.
+        reference: full-precision outputs of the whole model, for losses that compare predictions; else None.
+    """
+
+    full: Tensor
+    prefix: Tensor | None
+    target: Tensor
+    weights: Tensor | None = None
+    reference: Tensor | None = None
+
+
+class LossState(NamedTuple):
+    """What a loss rests on beside the batch. Tensors keep their addresses: passes change them in place.
+
+    Attributes:
+        starts: (parts,) what the parts are divided by; 0 where none has been taken yet.
+        gradients: (k, N) mean absolute gradients, zero rows for passes to come; for ``least_squares`` (1, N), u.
+        diagonal: (N,) their mean over the passes done; for ``least_squares`` h, for ``perturb_mean`` the Hessian.
+        root: (k, k) root of (D Dᵀ)⁻¹, zero for passes to come.
+    """
+
+    starts: Tensor
+    gradients: Tensor | None = None
+    diagonal: Tensor | None = None
+    root: Tensor | None = None
+
+
+def block_loss(kind: str, weights: tuple[float, ...], output: Tensor, batch: Batch, state: LossState) -> tuple[Tensor, Tensor]:
+    """Loss of a batch (a scalar), and the starts to go on with (parts,).
+
+    Args:
+        kind: name of the loss, or ``head`` (KL of the classes, not divided by its start), or ``head_relative`` (divided).
+        weights: of its parts.
+        output: (B, ...) the block's output with gradients.
+        batch: of the batch's samples.
+        state: see there.
+    """
+    if kind == "head":
+        return kl_divergence(output, batch.target), state.starts
+    if kind == "head_relative":
+        return _over_starts([kl_divergence(output, batch.target)], weights, state.starts)
+    delta = (output - batch.target).flatten(1)
+    return _over_starts(_parts(kind, delta, batch, state), weights, state.starts)
+
+
+def prediction_loss(
+    weights: tuple[float, ...],
+    output: Tensor,
+    batch: Batch,
+    starts: Tensor,
+    rest: Callable[[Tensor], Tensor],
+    divergence: Divergence,
+) -> tuple[Tensor, Tensor]:
+    """Squared error of the block plus the divergence of the model's prediction.
+
+    PD-Quant (Liu et al., CVPR 2023, arXiv:2212.07048). Its code adds the two as they are, with weights made for the sizes they
+    have in convolutional networks; here each is divided by its start, so that neither is lost in the other.
+
+    Args:
+        rest: from the block's output to the model's, in full precision.
+        divergence: of the task.
+        weights, output, batch, starts: as in :func:`block_loss`.
+    """
+    assert batch.reference is not None
+    delta = (output - batch.target).flatten(1)
+    return _over_starts([losses.squared_error(delta), divergence(rest(output), batch.reference)], weights, starts)
+
+
+def _parts(kind: str, delta: Tensor, batch: Batch, state: LossState) -> list[Tensor]:
+    if kind in losses.PLAIN:
+        return [losses.PLAIN[kind](delta)]
+    if kind == "fisher_brecq":
+        assert batch.weights is not None
+        return [losses.squared_gradient_loss(delta, batch.weights)]
+    if kind == "perturb":
+        assert batch.weights is not None
+        return [losses.diagonal_loss(delta, batch.weights)]
+    diagonal, gradients = state.diagonal, state.gradients
+    assert diagonal is not None
+    if kind in ("perturb_mean", "fisher_diag"):
+        return [losses.diagonal_loss(delta, diagonal)]
+    if kind == "fisher_lr":
+        return [losses.rank_one_loss(delta, diagonal)]
+    assert gradients is not None
+    if kind == "least_squares":
+        return [losses.least_squares_loss(delta, diagonal, gradients[0])]
+    assert kind == "fisher_dplr"
+    assert state.root is not None
+    return [losses.low_rank_loss(delta, gradients, state.root), losses.diagonal_loss(delta, diagonal)]
+
+
+def _over_starts(parts: list[Tensor], weights: tuple[float, ...], starts: Tensor) -> tuple[Tensor, Tensor]:
+    """Weighted sum of the parts over their starts, and the starts; a part without a start takes its own value for it."""
+    values = torch.stack(parts)
+    now = values.detach()
+    # A start of exactly zero (a block where nothing is quantized) must not turn into NaN.
+    new = torch.where(starts > 0, starts, torch.where(now > 0, now, torch.ones_like(now)))
+    ratios = values / new
+    total = ratios[0] * weights[0]
+    for number in range(1, len(weights)):
+        total = total + ratios[number] * weights[number]
+    return total, new
