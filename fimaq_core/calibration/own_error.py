@@ -63,10 +63,13 @@ def _direct(rows: Tensor, candidates: Candidates, levels: int) -> Tensor:
     return torch.cat(out)
 
 
-def best_by_own_error(sorted_rows: Tensor, candidates: Candidates, levels: int) -> Tensor:
-    """Index (groups,) of the candidate with the smallest own squared error; groups go in chunks of bounded memory."""
+def errors_of_groups(sorted_rows: Tensor, candidates: Candidates, levels: int) -> Tensor:
+    """:func:`own_errors` of many groups, which go in chunks of bounded memory."""
     step = max(_TABLE // (candidates.scale.shape[0] * levels), 1)
     pieces = [torch.split(sorted_rows, step), torch.split(candidates.scale, step, 1), torch.split(candidates.zero_point, step, 1)]
-    return torch.cat(
-        [own_errors(rows, Candidates(scale, zero), levels).argmin(0) for rows, scale, zero in zip(*pieces, strict=True)]
-    )
+    return torch.cat([own_errors(rows, Candidates(scale, zero), levels) for rows, scale, zero in zip(*pieces, strict=True)], 1)
+
+
+def best_by_own_error(sorted_rows: Tensor, candidates: Candidates, levels: int) -> Tensor:
+    """Index (groups,) of the candidate with the smallest own squared error."""
+    return errors_of_groups(sorted_rows, candidates, levels).argmin(0)

@@ -1,0 +1,132 @@
+"""Search of scale and zero point together, first coarse, then ever finer: AdaLog's fast progressive combining search.
+
+Wu et al., ECCV 2024, arXiv:2407.12951. A grid of scales and zero points is looked at once; around the best of them scales
+are tried at ever smaller distances. With 128 candidates a step, 16 kept and 6 steps that is 768 candidates.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fimaq_core.calibration.candidates import MIN_SCALE, MIN_WEIGHT_SCALE, Candidates, ascending, grid_candidates
+from fimaq_core.calibration.output_error import Product
+from fimaq_core.calibration.own_error import errors_of_groups
+from fimaq_core.calibration.weight_error import weight_errors
+
+#: Candidates kept after each step, and steps in all, as released.
+_WIDTH, _STEPS = 16, 6
+
+
+def progressive(
+    errors: Callable[[Candidates], Tensor],
+    start: Candidates,
+    width: int,
+    new: int,
+    steps: int,
+    spacing: Tensor,
+    min_scale: float = MIN_SCALE,
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point (groups,) with the smallest error seen.
+
+    First the ``width`` best candidates of the start are kept. Each further step replaces each kept one by ``new``
+    candidates with its zero point, whose scales spread evenly over one spacing around its own, keeps the ``width`` best of
+    all these, and divides the spacing by ``new - 0.5``.
+
+    The released search returns the best of its last step, which may be worse than a candidate it replaced before; here
+    the best of all steps is remembered, so the result is never worse than the best of the start.
+
+    Args:
+        errors: makes (candidates, groups) out of candidates.
+        start: candidates of the first step.
+        width: candidates kept.
+        new: candidates, at least 2, that replace each of them.
+        steps: steps, the first one included.
+        spacing: (groups,) distance of neighbouring scales in the start; 0 leaves nothing to refine.
+        min_scale: lower bound of new scales.
+    """
+    if new < 2:
+        raise ValueError(f"a refinement needs at least 2 new candidates, not {new}")
+    found = errors(start)
+    least, index = found.min(0)
+    best_scale, best_zero = start.pick(index)
+    kept = start
+    share = (torch.linspace(0, 1, new, dtype=spacing.dtype, device=spacing.device) - 0.5)[:, None]
+    for _ in range(steps - 1):
+        order = found.argsort(dim=0, stable=True)[:width]
+        scale, zero = kept.scale.gather(0, order), kept.zero_point.gather(0, order)
+        scale = (scale[:, None] + share * spacing).clamp(min=min_scale).flatten(0, 1)
+        kept = Candidates(scale, zero.repeat_interleave(new, 0))
+        spacing = spacing / (new - 0.5)
+        found = errors(kept)
+        lowest, index = found.min(0)
+        better = lowest < least
+        scale, zero = kept.pick(index)
+        least = torch.where(better, lowest, least)
+        best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
+    return best_scale, best_zero
+
+
+def progressive_rows(
+    weight: Tensor, square: Tensor | None, linear: Tensor | None, levels: int, count: int
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point (rows,) of each row of a weight, by the squared error of the layer's output.
+
+    Args:
+        weight: (rows, d).
+        square, linear: from :func:`~fimaq_core.calibration.weight_error.input_moments`; None for the weight's own error.
+        levels: grid points.
+        count: candidates a step.
+    """
+    ordered = ascending(weight)
+    start = grid_candidates(ordered, levels, count, MIN_WEIGHT_SCALE)
+
+    def errors(candidates: Candidates) -> Tensor:
+        if square is None or linear is None:
+            return errors_of_groups(ordered, candidates, levels)
+        return weight_errors(weight, candidates, levels, square, linear)
+
+    return _search(errors, start, count, MIN_WEIGHT_SCALE)
+
+
+def progressive_input(product: Product, sorted_values: Tensor, levels: int, count: int) -> tuple[Tensor, Tensor]:
+    """Scale and zero point (scalars) of a whole operand, by the squared error of its product.
+
+    Args:
+        product: the operand and what it is multiplied with.
+        sorted_values: all values of the operand, ascending, (n,) or (1, n).
+        levels: grid points.
+        count: candidates a step.
+    """
+
+    def errors(candidates: Candidates) -> Tensor:
+        return product.errors(candidates.scale.t(), candidates.zero_point.t()).sum(0)[:, None]
+
+    start = grid_candidates(sorted_values.reshape(1, -1), levels, count)
+    scale, zero = _search(errors, start, count, MIN_SCALE)
+    return scale[0], zero[0]
+
+
+def progressive_heads(product: Product, heads: int, sorted_rows: Tensor, levels: int, count: int) -> tuple[Tensor, Tensor]:
+    """Scale and zero point (heads,) of an attention operand, by the squared error of each head's product.
+
+    Args:
+        product: its batch holds all images of the first head, then of the second, and so on.
+        heads: number of heads.
+        sorted_rows: (heads, n), all values of each head, ascending.
+        levels: grid points.
+        count: candidates a step.
+    """
+    images = len(product.x) // heads
+
+    def errors(candidates: Candidates) -> Tensor:
+        scale, zero = (part.t().repeat_interleave(images, 0) for part in (candidates.scale, candidates.zero_point))
+        return product.errors(scale, zero).view(heads, images, -1).sum(1).t()
+
+    return _search(errors, grid_candidates(sorted_rows, levels, count), count, MIN_SCALE)
+
+
+def _search(errors: Callable[[Candidates], Tensor], start: Candidates, count: int, min_scale: float) -> tuple[Tensor, Tensor]:
+    """The search with AdaLog's settings, from a grid; one that holds a single scale has spacing 0."""
+    spacing = (start.scale[1] - start.scale[0]).abs()
+    return progressive(errors, start, _WIDTH, max(count // _WIDTH, 2), _STEPS, spacing, min_scale)

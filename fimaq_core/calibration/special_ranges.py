@@ -1,0 +1,232 @@
+"""Ranges of quantizers for special distributions: percentiles, logarithmic and twin uniform quantizers.
+
+RepQ-ViT (Li et al., ICCV 2023, arXiv:2212.08254), AdaLog (Wu et al., ECCV 2024, arXiv:2407.12951) and PTQ4ViT (Yuan et al.,
+ECCV 2022, arXiv:2111.12293). Where a search goes by the error of the product that the values enter, the other operand is
+quantized. Of equally good candidates the first is chosen.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fimaq_core.calibration.blocks import block_elements
+from fimaq_core.calibration.candidates import MIN_SCALE, Candidates, ascending, quantiles
+from fimaq_core.calibration.own_error import best_by_own_error
+from fimaq_core.calibration.progressive import progressive
+from fimaq_core.errors import DataError
+from fimaq_core.quantizers.logarithm import (
+    ADALOG_R,
+    GELU_SHIFT,
+    adalog_fake_quantize,
+    adalog_tables,
+    log_fake_quantize,
+)
+from fimaq_core.quantizers.twin import twin_gelu, twin_softmax
+
+#: RepQ-ViT's upper quantiles.
+_POINTS = [0.999, 0.9999, 0.99999]
+#: AdaLog's smallest numerator q.
+_FIRST_Q = 10
+#: AdaLog behind a GELU: numerators that the first look leaves, and candidates kept while scales are refined.
+_FEW, _WIDTH = 8, 32
+#: PTQ4ViT's splits are 2**-i for i below this.
+_SPLITS = 20
+
+#: Makes the quantized form of a tensor, as a new tensor.
+Quantizer = Callable[[Tensor], Tensor]
+
+
+def percentile_range(sorted_rows: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """Scale and zero point (groups,): of the ranges between quantiles 1 - p and p the one with the smallest own squared error.
+
+    Args:
+        sorted_rows: (groups, n), ascending.
+        levels: grid points.
+    """
+    upper, lower = quantiles(sorted_rows, _POINTS), quantiles(sorted_rows, [1 - point for point in _POINTS])
+    scale = ((upper - lower) / (levels - 1)).clamp(min=MIN_SCALE)
+    candidates = Candidates(scale, -torch.round(lower / scale))
+    return candidates.pick(best_by_own_error(sorted_rows, candidates, levels))
+
+
+def percentile_log_scale(x: Tensor, step: Tensor | float, levels: int) -> Tensor:
+    """Scale (scalar) of a logarithmic quantizer: the p-quantile of ``x`` with the smallest own squared error.
+
+    Args:
+        x: any shape; what the quantizer sees, so behind a GELU with the shift.
+        step: distance of the points in octaves, a scalar.
+        levels: number of codes.
+    """
+    flat = x.reshape(-1)
+    scales = quantiles(ascending(flat[None]), _POINTS)[:, 0].clamp(min=MIN_SCALE)
+    errors = torch.zeros(len(scales), dtype=torch.float64, device=x.device)
+    for part in torch.split(flat, block_elements(x.device)):
+        for number, scale in enumerate(scales):
+            errors[number] += log_fake_quantize(part, scale, step, levels).sub_(part).square_().sum(dtype=torch.float64)
+    return scales[errors.argmin()]
+
+
+def product_errors(x: Tensor, other: Tensor, plain: Tensor, quantizers: Sequence[Quantizer]) -> Tensor:
+    """Squared error of ``x̂ @ other`` against ``x @ plain`` for each of several quantizers of ``x``.
+
+    As in :class:`~fimaq_core.calibration.output_error.Product` the error is written in the small errors ``D = x̂ - x`` and
+    ``R = x @ (other - plain)``: ``|D M + R|²``, which is ``Σ D∘(D MMᵀ + 2 R Mᵀ) + |R|²`` where M has more columns than rows.
+
+    Args:
+        x: (batch, rows, inner), or (rows, inner).
+        other: (batch, inner, columns), or (inner, columns), quantized.
+        plain: the same in full precision.
+        quantizers: how to quantize ``x``, each elementwise.
+
+    Returns:
+        float64 (quantizers,).
+    """
+    inner, columns = other.shape[-2:]
+    gram, shared = columns > inner, other.ndim == 2
+    errors = torch.zeros(len(quantizers), dtype=torch.float64, device=x.device)
+    # Batch entries share nothing, rows share the other operand.
+    step = max(block_elements(x.device) // (x[0].numel() // inner * max(inner, columns)), 1)
+    matrix = other @ other.mT if gram and shared else other
+    for start in range(0, len(x), step):
+        rows = slice(start, start + step)
+        part, own = x[rows], other if shared else other[rows]
+        term = part @ (own - (plain if shared else plain[rows]))
+        product = matrix if shared else own
+        if gram:
+            errors += term.square().sum(dtype=torch.float64)
+            term = 2 * (term @ own.mT)
+            product = product if shared else own @ own.mT
+        for number, quantize in enumerate(quantizers):
+            delta = quantize(part).sub_(part)
+            made = (delta @ product).add_(term)
+            made = made.mul_(delta) if gram else made.square_()
+            errors[number] += made.sum(dtype=torch.float64)
+    return errors
+
+
+def search_adalog_softmax(a: Tensor, b_hat: Tensor, b: Tensor, levels: int, count: int) -> int:
+    """AdaLog's numerator q behind a softmax, with scale 1 and one for all heads, by the squared error of the product.
+
+    Args:
+        a: (batch, heads, rows, inner), in [0, 1].
+        b_hat, b: (batch, heads, inner, columns), quantized and in full precision.
+        levels: number of codes.
+        count: candidates, from q = 10 on.
+    """
+    numerators = range(_FIRST_Q, _FIRST_Q + count)
+    quantizers = [_adalog(a.new_ones(()), q, levels) for q in numerators]
+    errors = product_errors(a.flatten(0, 1), b_hat.flatten(0, 1), b.flatten(0, 1), quantizers)
+    return numerators[int(errors.argmin())]
+
+
+def search_adalog_gelu(x: Tensor, w_hat: Tensor, w: Tensor, levels: int, count: int, rounds: int = 5) -> tuple[Tensor, int]:
+    """AdaLog's scale (scalar) and numerator q behind a GELU, by the squared error of the layer's output.
+
+    The quantizer sees ``x`` with the shift. With the second largest scale of ``count`` the best eight of ``count`` numerators
+    are found; these times ``count / 8`` scales start a search that refines scales. As in :func:`~.progressive.progressive` the
+    best candidate seen is returned, that of the first look included.
+
+    Args:
+        x: (tokens, d), behind the GELU.
+        w_hat, w: (rows, d), the weight quantized and in full precision.
+        levels: number of codes.
+        count: candidates a step, at least 16.
+        rounds: refinements of the scales.
+    """
+
+    def errors(candidates: Candidates) -> Tensor:
+        # What is a zero point elsewhere is the numerator here.
+        pairs = zip(candidates.scale[:, 0], candidates.zero_point[:, 0].tolist(), strict=True)
+        return product_errors(x, w_hat.t(), w.t(), [_adalog(scale, int(q), levels, GELU_SHIFT) for scale, q in pairs])[:, None]
+
+    numerators = torch.arange(_FIRST_Q, _FIRST_Q + count, device=x.device, dtype=x.dtype)[:, None]
+    top = _gelu_scales(x, count)[-2]
+    look = Candidates(top.expand(count, 1), numerators)
+    looked = errors(look)
+    order = looked[:, 0].argsort(stable=True)[:_FEW]
+
+    scales = _gelu_scales(x, count // _FEW)
+    start = Candidates(scales.repeat(_FEW)[:, None], numerators[order].repeat_interleave(len(scales), 0))
+    scale, q = progressive(errors, start, _WIDTH, max(count // _WIDTH, 2), rounds + 1, (scales[1] - scales[0])[None])
+    if looked[order[0], 0] <= errors(Candidates(scale[None], q[None]))[0, 0]:
+        scale, q = look.pick(order[:1])
+    return scale[0], int(q)
+
+
+def search_log_gelu(x: Tensor, w_hat: Tensor, w: Tensor, step: float, levels: int, count: int) -> Tensor:
+    """Scale (scalar) of a logarithmic quantizer with a fixed step behind a GELU, by the squared error of the layer's output.
+
+    The scales and their refinement are those of :func:`search_adalog_gelu`, without numerators to choose from.
+
+    Args:
+        step: distance of the points in octaves.
+        x, w_hat, w, levels, count: as there.
+    """
+
+    def errors(candidates: Candidates) -> Tensor:
+        def quantizer(scale: Tensor) -> Quantizer:
+            return lambda part: log_fake_quantize(part + GELU_SHIFT, scale, step, levels).sub_(GELU_SHIFT)
+
+        return product_errors(x, w_hat.t(), w.t(), [quantizer(scale) for scale in candidates.scale[:, 0]])[:, None]
+
+    scales = _gelu_scales(x, count)[:, None]
+    start = Candidates(scales, torch.zeros_like(scales))
+    return progressive(errors, start, _WIDTH, max(count // _WIDTH, 2), 6, scales[1] - scales[0])[0][0]
+
+
+def search_twin_softmax(a: Tensor, b_hat: Tensor, b: Tensor, levels: int) -> Tensor:
+    """Split (scalar) of the twin quantizer behind a softmax among ``2^-i``, i < 20, by the squared error of the product.
+
+    Args:
+        a: (batch, heads, rows, inner), in [0, 1].
+        b_hat, b: (batch, heads, inner, columns), quantized and in full precision.
+        levels: number of codes.
+    """
+    splits = torch.exp2(-torch.arange(_SPLITS, device=a.device, dtype=a.dtype))
+
+    def quantizer(split: Tensor) -> Quantizer:
+        return lambda part: twin_softmax(part, split, levels)
+
+    errors = product_errors(a.flatten(0, 1), b_hat.flatten(0, 1), b.flatten(0, 1), [quantizer(split) for split in splits])
+    return splits[errors.argmin()]
+
+
+def search_twin_gelu(x: Tensor, w_hat: Tensor, w: Tensor, levels: int, count: int = 100) -> Tensor:
+    """Scale (scalar) of the twin quantizer's positive range behind a GELU, by the squared error of the layer's output.
+
+    Candidates run evenly from 0.01 to 1.2 times ``max(x) / (H - 0.5)``.
+
+    Args:
+        x: (tokens, d), behind the GELU.
+        w_hat, w: (rows, d), the weight quantized and in full precision.
+        levels: number of codes L = 2H.
+        count: candidates.
+    """
+    widest = x.amax().clamp(min=MIN_SCALE) / (levels // 2 - 0.5)
+    scales = widest * torch.linspace(0.01, 1.2, count, device=x.device, dtype=x.dtype)
+
+    def quantizer(scale: Tensor) -> Quantizer:
+        return lambda part: twin_gelu(part, scale, levels)
+
+    errors = product_errors(x, w_hat.t(), w.t(), [quantizer(scale) for scale in scales])
+    return scales[errors.argmin()]
+
+
+def _adalog(scale: Tensor, q: int, levels: int, shift: float = 0.0) -> Quantizer:
+    """AdaLog's quantizer by its tables, of values to which ``shift`` is added before and taken away after."""
+    shifts, mantissas = (table.to(scale) for table in adalog_tables(q, levels))
+    step = q / ADALOG_R
+    return lambda part: adalog_fake_quantize(part + shift, scale, shifts, mantissas, step, levels).sub_(shift)
+
+
+def _gelu_scales(x: Tensor, count: int) -> Tensor:
+    """Scales (count,) evenly between the 0.9 and 1.0 quantiles of the positive values, with the shift."""
+    positive = x[x > 0]
+    if not len(positive):
+        raise DataError(
+            "No value behind a GELU is positive: there is nothing to find a scale from. Check the calibration images."
+        )
+    inner, top = (quantiles(ascending(positive[None]), [0.9, 1.0]) + GELU_SHIFT)[:, 0]
+    share = torch.linspace(0, 1, count, device=x.device, dtype=x.dtype)
+    return torch.lerp(inner, top, share)
