@@ -178,6 +178,11 @@ class AffineQuantizer(nn.Module):
         return levels_of(self.bits)
 
     @property
+    def kind(self) -> str:
+        """Name of the grid's form."""
+        return "uniform"
+
+    @property
     def off(self) -> bool:
         """Whether the quantizer lets values pass."""
         return self.bits == OFF
