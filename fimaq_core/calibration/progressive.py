@@ -68,7 +68,12 @@ def progressive(
 
 
 def progressive_rows(
-    weight: Tensor, square: Tensor | None, linear: Tensor | None, levels: int, count: int
+    weight: Tensor,
+    square: Tensor | None,
+    linear: Tensor | None,
+    levels: int,
+    count: int,
+    min_scale: float = MIN_WEIGHT_SCALE,
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero point (rows,) of each row of a weight, by the squared error of the layer's output.
 
@@ -77,16 +82,17 @@ def progressive_rows(
         square, linear: from :func:`~fimaq_core.calibration.weight_error.input_moments`; None for the weight's own error.
         levels: grid points.
         count: candidates a step.
+        min_scale: lower bound of the scales.
     """
     ordered = ascending(weight)
-    start = grid_candidates(ordered, levels, count, MIN_WEIGHT_SCALE)
+    start = grid_candidates(ordered, levels, count, min_scale)
 
     def errors(candidates: Candidates) -> Tensor:
         if square is None or linear is None:
             return errors_of_groups(ordered, candidates, levels)
         return weight_errors(weight, candidates, levels, square, linear)
 
-    return _search(errors, start, count, MIN_WEIGHT_SCALE)
+    return _search(errors, start, count, min_scale)
 
 
 def progressive_input(product: Product, sorted_values: Tensor, levels: int, count: int) -> tuple[Tensor, Tensor]:

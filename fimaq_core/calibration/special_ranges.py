@@ -37,15 +37,16 @@ _SPLITS = 20
 Quantizer = Callable[[Tensor], Tensor]
 
 
-def percentile_range(sorted_rows: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+def percentile_range(sorted_rows: Tensor, levels: int, min_scale: float = MIN_SCALE) -> tuple[Tensor, Tensor]:
     """Scale and zero point (groups,): of the ranges between quantiles 1 - p and p the one with the smallest own squared error.
 
     Args:
         sorted_rows: (groups, n), ascending.
         levels: grid points.
+        min_scale: lower bound of the scales.
     """
     upper, lower = quantiles(sorted_rows, _POINTS), quantiles(sorted_rows, [1 - point for point in _POINTS])
-    scale = ((upper - lower) / (levels - 1)).clamp(min=MIN_SCALE)
+    scale = ((upper - lower) / (levels - 1)).clamp(min=min_scale)
     candidates = Candidates(scale, -torch.round(lower / scale))
     return candidates.pick(best_by_own_error(sorted_rows, candidates, levels))
 

@@ -54,6 +54,8 @@ class ExplicitWindowAttention(nn.Module):
         self.query_key = QuantMatMul(recipe.a_bits)
         self.attention_value = QuantMatMul(recipe.a_bits, recipe.softmax_bits, recipe.softmax_quantizer)
         self.proj = QuantLinear.from_float(attention.proj, recipe.w_bits, recipe.a_bits)
+        #: Buffers looked up from smaller tables, and how many values their tables have: those are the model's size.
+        self.looked_up = {"bias": attention.relative_position_bias_table.numel()}
         # Frozen, so the table is looked up once: (1, heads, N, N).
         self.register_buffer("bias", attention._get_rel_pos_bias().detach().clone())
 

@@ -8,10 +8,11 @@ import timm
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from timm.data import create_transform, resolve_model_data_config
+from timm.layers import PatchEmbed
 from torch import nn
 
 from fimaq_core.errors import ModelError
-from tasks.classification.demo.digits import eval_transform, train_transform
+from tasks.classification.demo.digits import CANVAS_SIZE, eval_transform, train_transform
 from tasks.classification.demo.models import build_demo_model, demo_weights_path
 from tasks.classification.tags import DEMO_NAMES, cached_weights, full_name, local_weights, missing_weights, model_tag
 from tasks.common.hashing import file_sha256
@@ -37,7 +38,15 @@ def load_model(request: ModelRequest) -> LoadedModel:
         model, path = build_demo_model(request.name), weights or demo_weights_path(request.name)
         load_state(model, read_state(path), path.name)
         return LoadedModel(
-            model.eval(), tag, f"file {path.name}", file_sha256(path), 100, eval_transform(), train_transform(), "digit-pairs"
+            model.eval(),
+            tag,
+            f"file {path.name}",
+            file_sha256(path),
+            100,
+            eval_transform(),
+            train_transform(),
+            "digit-pairs",
+            (1, *CANVAS_SIZE),
         )
     path = weights or cached_weights(tag) or _download(tag)
     model = _create(full_name(request.name), request.model_args)
@@ -52,7 +61,17 @@ def load_model(request: ModelRequest) -> LoadedModel:
         int(getattr(model, "num_classes", 0)),
         create_transform(**config, is_training=False),
         create_transform(**config, is_training=True),
+        input_shape=_input_shape(model, config["input_size"]),
     )
+
+
+def _input_shape(model: nn.Module, published: tuple[int, int, int]) -> tuple[int, int, int]:
+    """(C, H, W) of the images a model takes: as its patch embedding was built (arguments may change it), else as published."""
+    embed = getattr(model, "patch_embed", None)
+    if not isinstance(embed, PatchEmbed) or embed.img_size is None:
+        return published
+    height, width = embed.img_size
+    return embed.proj.in_channels, height, width
 
 
 def _download(tag: str) -> Path:

@@ -181,7 +181,7 @@ def _json_object(text: str) -> dict[str, Any]:
 
 
 def build_group(task_name: str, summary: str) -> click.Group:
-    """Make the commands of a task: ``run``, ``calibrate``, ``reconstruct``, ``evaluate``, ``models``."""
+    """Make the commands of a task: ``run``, ``calibrate``, ``reconstruct``, ``evaluate``, ``inspect``, ``models``."""
 
     @click.group(help=summary, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
     @click.option("--verbose", is_flag=True, help="Show the log.")
@@ -260,6 +260,19 @@ def build_group(task_name: str, summary: str) -> click.Group:
         for sample in evaluation.skipped:
             click.echo(f"skipped: {sample}")
 
+    @group.command(
+        help="Show what CHECKPOINT (of any stage) holds, without data: layers with quantizers, bits, sizes and bit operations, "
+        "what stays in full precision, sums, and where it comes from."
+    )
+    @click.argument("checkpoint", type=click.Path(path_type=Path))
+    @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
+    @_weights_options
+    def inspect(checkpoint: Path, as_json: bool, **options: Any) -> None:
+        from tasks.common import stages
+
+        inspection = stages.inspect_stage(task_name, checkpoint, options)
+        click.echo(json.dumps(inspection.content(), indent=1) if as_json else inspection.text())
+
     @group.command(help="List short names and demo models.")
     def models() -> None:
         from tasks.common.registry import get_task
@@ -271,9 +284,15 @@ def build_group(task_name: str, summary: str) -> click.Group:
 
 
 def _stage_options(command: Callable[..., None]) -> Callable[..., None]:
+    command = _weights_options(command)
+    for option in reversed(_run_options()):
+        command = option(command)
+    return command
+
+
+def _weights_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in reversed(
         [
-            *_run_options(),
             click.option("--weights", type=click.Path(path_type=Path), help="The float weights, if they came from a local file."),
             click.option("--weights-folder", type=click.Path(path_type=Path), help="Folder with <model.tag>.safetensors files."),
         ]

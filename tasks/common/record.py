@@ -52,7 +52,11 @@ class Calibration(_Strict):
 
 
 class LayerEntry(_Strict):
-    """One layer of the module map."""
+    """One layer of the module map.
+
+    ``input_*`` is of a product's first operand, ``other_*`` of its second. Quantizers are named by their kind, ``none`` where
+    there is none or it is off. The defaults are for records from before these fields.
+    """
 
     name: str
     kind: str
@@ -60,6 +64,10 @@ class LayerEntry(_Strict):
     input_bits: int
     weight_ranges: str
     input_ranges: str
+    weight_quantizer: str = "uniform"
+    input_quantizer: str = "uniform"
+    other_bits: int | None = None
+    other_quantizer: str | None = None
 
 
 class ModuleMap(_Strict):

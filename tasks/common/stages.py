@@ -8,13 +8,15 @@ import torch
 
 from fimaq_core.chain import BlockChain
 from fimaq_core.checkpoint import Fingerprint, load_checkpoint, read_header, save_checkpoint
-from fimaq_core.errors import CheckpointError
+from fimaq_core.errors import CheckpointError, ModelError
 from fimaq_core.layers import set_quantized
 from fimaq_core.progress import Report
 from fimaq_core.quantize import Resources, calibrate_or_load, finish, reconstruct_with_checkpoints
 from fimaq_core.recipe import Recipe, make_recipe
 from fimaq_core.reconstruction.reconstruct import ReconstructionLog
 from tasks.common.environment import resolve_device
+from tasks.common.facts import model_facts
+from tasks.common.inspection import Inspection
 from tasks.common.registry import get_task
 from tasks.common.request import CellRequest, DataRequest, ModelRequest
 from tasks.common.run import checkpoint_facts, fingerprint_of
@@ -86,6 +88,28 @@ def evaluate_stage(task_name: str, checkpoint: Path, data: DataRequest, options:
     task, loaded = _load(task_name, checkpoint, facts, options)
     chain = _restored(task, loaded, checkpoint, fingerprint).to(device)
     return task.evaluate(chain, loaded, data, device, options["eval_batch"], options["workers"], report)
+
+
+def inspect_stage(task_name: str, checkpoint: Path, options: dict[str, Any]) -> Inspection:
+    """Facts about the model in a checkpoint of any stage. Needs its float weights, but no data.
+
+    Args:
+        options: weights, weights_folder.
+
+    Raises:
+        CheckpointError: no checkpoint, of another task, or made from other weights.
+        ModelError: the task does not say what images the model takes.
+    """
+    fingerprint, facts = read_header(checkpoint)
+    task, loaded = _load(task_name, checkpoint, facts, options)
+    if loaded.input_shape is None:
+        raise ModelError(
+            f"Task '{task_name}' does not say what images {loaded.tag} takes, so its operations cannot be counted: "
+            "its load must set LoadedModel.input_shape."
+        )
+    chain = _restored(task, loaded, checkpoint, fingerprint)
+    measured = model_facts(chain, torch.zeros(1, *loaded.input_shape))
+    return Inspection(checkpoint, task_name, loaded.tag, facts["stage"], fingerprint, measured)
 
 
 def _restored(task: Task, loaded: LoadedModel, checkpoint: Path, fingerprint: Fingerprint) -> BlockChain:

@@ -28,6 +28,7 @@ class LoadedModel:
         classes: number of outputs.
         eval_transform, train_transform: image transforms.
         data: name of the data set the model brings along, or None.
+        input_shape: (C, H, W) of the images the model takes; None where the task does not say (then there is no ``inspect``).
     """
 
     model: nn.Module
@@ -38,6 +39,7 @@ class LoadedModel:
     eval_transform: Callable[[Any], Tensor]
     train_transform: Callable[[Any], Tensor]
     data: str | None = None
+    input_shape: tuple[int, int, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -166,10 +166,12 @@ def test_module_map_lists_everything(build: Any, size: int, head: str) -> None:
     assert len({entry.name for entry in products}) == len(products)
     for entry in products:
         assert entry.name.endswith(("attn.query_key", "attn.attention_value"))
-        assert entry.input_bits == 4
+        assert (entry.input_bits, entry.other_bits) == (4, 4)
+        assert (entry.weight_quantizer, entry.input_quantizer, entry.other_quantizer) == ("none", "uniform", "uniform")
     patch = layers["patch_embed.proj"]
     assert (patch.kind, patch.weight_bits, patch.input_bits) == ("convolution", 3, 32)
     assert patch.input_ranges == "full precision"
+    assert (patch.weight_quantizer, patch.input_quantizer, patch.other_bits) == ("uniform", "none", None)
     for name, entry in layers.items():
         assert entry.weight_bits == 3, name
         if name.startswith("head"):

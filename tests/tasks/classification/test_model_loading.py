@@ -110,6 +110,7 @@ def test_files_of_every_kind_give_the_same_logits(tmp_path: Path, suffix: str) -
     assert loaded.classes == 5
     assert loaded.source == f"file weights{suffix}"
     assert loaded.data is None
+    assert loaded.input_shape == (3, 32, 32)  # as the arguments say, not as published
 
 
 def test_identity_of_weights_does_not_depend_on_the_file_format(tmp_path: Path) -> None:
@@ -197,6 +198,14 @@ def test_arguments_the_model_does_not_take(tmp_path: Path, arguments: dict[str, 
     path = write(tiny(), tmp_path / "weights.pth")
     with pytest.raises(ModelError, match=r"timm cannot build|do not fit"):
         load_model(ModelRequest(VIT, {**ARGUMENTS, **arguments}, weights=path))
+
+
+@pytest.mark.parametrize("name", DEMO_NAMES)
+def test_demo_models_say_what_images_they_take(name: str) -> None:
+    loaded = load_model(ModelRequest(name))
+    assert loaded.input_shape == (1, 32, 64)
+    with torch.no_grad():
+        assert loaded.model(torch.zeros(1, *loaded.input_shape)).shape == (1, 100)
 
 
 def test_demo_models_take_no_arguments() -> None:

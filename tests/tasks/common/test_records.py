@@ -62,6 +62,19 @@ def test_round_trip(tmp_path: Path) -> None:
     assert recipe_of(full) is None
 
 
+def test_records_from_before_quantizers_had_names(tmp_path: Path) -> None:
+    path = write_record(record(), tmp_path)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    entry = {"name": "a", "kind": "product", "weight_bits": 32, "input_bits": 4, "weight_ranges": "none", "input_ranges": "x; x"}
+    content["modules"]["quantized"] = [entry]
+    path.write_text(json.dumps(content), encoding="utf-8")
+    modules = read_record(path).modules
+    assert modules is not None
+    (found,) = modules.quantized
+    assert found == LayerEntry(**entry, weight_quantizer="uniform", input_quantizer="uniform")
+    assert (found.other_bits, found.other_quantizer) == (None, None)
+
+
 def edited(path: Path, **changes: Any) -> Path:
     content = json.loads(path.read_text(encoding="utf-8"))
     content.update(changes)

@@ -1,0 +1,240 @@
+"""What a quantized model weighs and computes: bits of its weights, and operations for one image.
+
+A layer's bit operations (BOPs) are its MACs times the bits of both factors (Bayesian Bits: van Baalen et al., NeurIPS 2020,
+arXiv:2005.07093): weight and input, or a product's two operands. A quantizer that is off counts as 32 bits, so a MAC in full
+precision is 32 x 32. "Full precision" is the same chain with all quantizers off.
+
+Counted are the MACs of linear layers, convolutions and attention products as they are computed: the windows' and convolutions'
+padding is among them. Sizes count every value of the chain: weights in their bits; scales and zero points of weights and
+activations apart (overhead); biases, norms, embeddings and tables in 32 bits.
+
+Not counted are softmax, norms, GELU, residual additions, biases' additions, and the quantizing itself. Nor is anything here
+measured on hardware: quantization is simulated, so neither the checkpoint's file nor the running time is smaller. The numbers say
+what integer storage and arithmetic would come to.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fimaq_core.chain import BlockChain
+from fimaq_core.layers import QuantConv2d, QuantLinear, QuantMatMul
+from fimaq_core.recipe import OFF
+from tasks.common.macs import Layer, chain_parts, count_macs, multiplying_layers
+from tasks.common.modules import layer_entry
+from tasks.common.record import LayerEntry
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """One layer that multiplies; a float ``nn.Linear`` or ``nn.Conv2d`` that no family swapped is one too, with 32 bits.
+
+    Attributes:
+        entry: its line of the module map.
+        shape: of the weight; None for a product.
+        macs: multiplications with addition for one image.
+        overhead_bits: what scales and zero points of its quantizers take.
+    """
+
+    entry: LayerEntry
+    shape: tuple[int, ...] | None
+    macs: int
+    overhead_bits: int
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return 0 if self.shape is None else torch.Size(self.shape).numel()
+
+    @property
+    def weight_size(self) -> int:
+        """Bits of all weights, without the overhead."""
+        return self.weights * self.entry.weight_bits
+
+    @property
+    def factor_bits(self) -> tuple[int, int]:
+        """Bits of the two factors: input and weight, or the two operands."""
+        other = self.entry.other_bits
+        return self.entry.input_bits, self.entry.weight_bits if other is None else other
+
+    @property
+    def bops(self) -> int:
+        """Bit operations for one image."""
+        first, second = self.factor_bits
+        return self.macs * first * second
+
+    @property
+    def quantized(self) -> bool:
+        """Whether at least one factor is quantized."""
+        return min(self.factor_bits) < OFF
+
+
+@dataclass(frozen=True)
+class ValueFacts:
+    """Values that stay in full precision.
+
+    Attributes:
+        name: of the module, or of the tensor where a bigger module owns it.
+        kind: class of the module, ``bias``, ``parameter`` or ``buffer``.
+        values: how many, 32 bits each.
+    """
+
+    name: str
+    kind: str
+    values: int
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over a model; sizes in bits, operations for one image, ratios full precision over quantized."""
+
+    weights: int
+    weight_bits: int
+    overhead_bits: int
+    full_precision_values: int
+    macs: int
+    quantized_macs: int
+    bops: int
+
+    @property
+    def full_weight_bits(self) -> int:
+        """The layers' weights in full precision."""
+        return self.weights * OFF
+
+    @property
+    def full_precision_bits(self) -> int:
+        """What is not quantized."""
+        return self.full_precision_values * OFF
+
+    @property
+    def size_bits(self) -> int:
+        """The whole model: weights, overhead, and what is not quantized."""
+        return self.weight_bits + self.overhead_bits + self.full_precision_bits
+
+    @property
+    def full_size_bits(self) -> int:
+        """The whole model in full precision."""
+        return self.full_weight_bits + self.full_precision_bits
+
+    @property
+    def full_bops(self) -> int:
+        """Bit operations in full precision."""
+        return self.macs * OFF * OFF
+
+    def content(self) -> dict[str, int | float]:
+        """Everything, with ratios, as JSON values."""
+        return {
+            "weights": self.weights,
+            "weight_bits": self.weight_bits,
+            "full_weight_bits": self.full_weight_bits,
+            "weight_ratio": self.full_weight_bits / self.weight_bits,
+            "overhead_bits": self.overhead_bits,
+            "full_precision_values": self.full_precision_values,
+            "full_precision_bits": self.full_precision_bits,
+            "size_bits": self.size_bits,
+            "full_size_bits": self.full_size_bits,
+            "size_ratio": self.full_size_bits / self.size_bits,
+            "macs": self.macs,
+            "quantized_macs": self.quantized_macs,
+            "quantized_share": self.quantized_macs / self.macs,
+            "bops": self.bops,
+            "full_bops": self.full_bops,
+            "bops_ratio": self.full_bops / self.bops,
+        }
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Layers in order, what stays in full precision, and sums."""
+
+    layers: list[LayerFacts]
+    full_precision: list[ValueFacts]
+
+    @property
+    def totals(self) -> Totals:
+        """The sums."""
+        return Totals(
+            weights=sum(layer.weights for layer in self.layers),
+            weight_bits=sum(layer.weight_size for layer in self.layers),
+            overhead_bits=sum(layer.overhead_bits for layer in self.layers),
+            full_precision_values=sum(part.values for part in self.full_precision),
+            macs=sum(layer.macs for layer in self.layers),
+            quantized_macs=sum(layer.macs for layer in self.layers if layer.quantized),
+            bops=sum(layer.bops for layer in self.layers),
+        )
+
+
+def model_facts(chain: BlockChain, image: Tensor) -> ModelFacts:
+    """Facts about ``chain``, which is left as it was.
+
+    Args:
+        chain: calibrated or not; what is not calibrated has no overhead.
+        image: one example (1, C, H, W) on the chain's device; only its shape matters.
+
+    Raises:
+        ValueError: not one image.
+    """
+    macs = count_macs(chain, image)
+    layers = []
+    for name, layer in multiplying_layers(chain):
+        shape = None if isinstance(layer, QuantMatMul) else tuple(layer.weight.shape)
+        layers.append(LayerFacts(layer_entry(name, layer), shape, macs[name], _overhead(layer)))
+    return ModelFacts(layers, list(_full_precision(chain)))
+
+
+def _overhead(layer: Layer) -> int:
+    if isinstance(layer, QuantMatMul):
+        return _range_bits(layer.a_quantizer) + _range_bits(layer.b_quantizer)
+    if isinstance(layer, QuantLinear | QuantConv2d):
+        return _range_bits(layer.weight_quantizer) + _range_bits(layer.input_quantizer)
+    return 0
+
+
+def _range_bits(quantizer: Any) -> int:
+    """Bits of what a quantizer keeps beside codes: zero points in its own bits, scales (and whatever else) in 32."""
+    if quantizer.off:
+        return 0
+    kept = {name: tensor.numel() for name, tensor in quantizer.state_dict().items() if name not in ("codes", "folded")}
+    return sum(count * (quantizer.bits if name == "zero_point" else 32) for name, count in kept.items())
+
+
+def _full_precision(chain: BlockChain) -> Iterator[ValueFacts]:
+    """Biases of layers, and all floating-point values outside of them that a checkpoint keeps."""
+    for prefix, part in chain_parts(chain):
+        inside: set[int] = set()
+        for name, module in part.named_modules(prefix=prefix):
+            if id(module) in inside:
+                continue
+            if isinstance(module, Layer):
+                inside.update(id(child) for child in module.modules())
+                count = 0 if isinstance(module, QuantMatMul) else _bias_values(module)
+                if count:
+                    yield ValueFacts(f"{name}.bias", "bias", count)
+                continue
+            yield from _own_values(name, module)
+
+
+def _bias_values(layer: nn.Linear | nn.Conv2d) -> int:
+    """Values of the bias that the quantized form adds: its own, where it has one."""
+    own = getattr(layer, "quantized_bias", None)
+    if own is not None and own.numel():
+        return int(own.numel())
+    return 0 if layer.bias is None else layer.bias.numel()
+
+
+def _own_values(name: str, module: nn.Module) -> Iterator[ValueFacts]:
+    """What ``module`` itself keeps: one line, or one a tensor where it has parts of its own."""
+    own = {key: value for key, value in module.state_dict().items() if "." not in key and value.is_floating_point()}
+    # A buffer may be looked up from a smaller table, which is what has to be stored.
+    tables: dict[str, int] = getattr(module, "looked_up", {})
+    counts = {key: tables.get(key, value.numel()) for key, value in own.items()}
+    if not any(True for _ in module.children()):
+        if sum(counts.values()):
+            yield ValueFacts(name, type(module).__name__, sum(counts.values()))
+        return
+    parameters = {key for key, _ in module.named_parameters(recurse=False)}
+    for key, count in counts.items():
+        yield ValueFacts(f"{name}.{key}", "parameter" if key in parameters else "buffer", count)

@@ -1,0 +1,150 @@
+"""Facts about a checkpoint, as text (one line a layer) and as JSON."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate  # type: ignore[import-untyped, unused-ignore]
+
+from fimaq_core import NUMERICS_VERSION
+from fimaq_core.checkpoint import Fingerprint
+from tasks.common.facts import LayerFacts, ModelFacts
+
+_LAYER_COLUMNS = {
+    "layer": "left", "kind": "left", "weight": "left", "MACs": "right", "weight bits": "right", "weight quantizer": "left",
+    "weight ranges": "left", "input bits": "right", "input quantizer": "left", "input ranges": "left", "size (bits)": "right",
+    "bytes": "right", "overhead (bits)": "right", "BOPs": "right", "of full": "right",
+}  # fmt: skip
+_VALUE_COLUMNS = {"in full precision": "left", "kind": "left", "values": "right", "size (bits)": "right", "bytes": "right"}
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What ``inspect`` tells.
+
+    Attributes:
+        checkpoint: the file.
+        task: name of the task.
+        tag: ``model.tag``.
+        stage: how far the checkpoint came, as it says itself.
+        fingerprint: what it belongs to.
+        facts: about the model in it.
+    """
+
+    checkpoint: Path
+    task: str
+    tag: str
+    stage: str
+    fingerprint: Fingerprint
+    facts: ModelFacts
+
+    def content(self) -> dict[str, Any]:
+        """Everything as JSON values; sizes in bits."""
+        recipe = self.fingerprint.recipe
+        return {
+            "checkpoint": str(self.checkpoint),
+            "task": self.task,
+            "model": self.tag,
+            "stage": self.stage,
+            "method": recipe.method,
+            "changes": recipe.changes(),
+            "recipe": recipe.model_dump(mode="json"),
+            "fingerprint": {
+                "weights": self.fingerprint.weights,
+                "calibration": self.fingerprint.calibration,
+                "numerics": self.fingerprint.numerics,
+                "recipe": recipe.digest(),
+            },
+            "layers": [_layer_content(layer) for layer in self.facts.layers],
+            "full_precision": [{**asdict(part), "size_bits": 32 * part.values} for part in self.facts.full_precision],
+            "totals": self.facts.totals.content(),
+        }
+
+    def text(self) -> str:
+        """Layers, what stays in full precision, sums, and where the checkpoint comes from."""
+        values = [(part.name, part.kind, part.values, *_size(32 * part.values)) for part in self.facts.full_precision]
+        return "\n\n".join(
+            [
+                _table(_LAYER_COLUMNS, [_layer_row(layer) for layer in self.facts.layers]),
+                _table(_VALUE_COLUMNS, values),
+                "\n".join(self._sums()),
+                "\n".join(self._origin()),
+            ]
+        )
+
+    def _sums(self) -> list[str]:
+        sums = self.facts.totals
+        ratios = sums.content()
+        whole = f"{_bits(sums.size_bits)}; full precision {_bits(sums.full_size_bits)}"
+        return [
+            f"weights: {_bits(sums.weight_bits)}; full precision {_bits(sums.full_weight_bits)}; "
+            f"ratio {ratios['weight_ratio']:.2f}",
+            f"overhead (scales and zero points): {_bits(sums.overhead_bits)}",
+            f"in full precision: {sums.full_precision_values} values, {_bits(sums.full_precision_bits)}",
+            f"whole model: {whole}; ratio {ratios['size_ratio']:.2f}",
+            f"BOPs an image: {sums.bops}; full precision {sums.full_bops}; ratio {ratios['bops_ratio']:.2f}",
+            f"MACs an image: {sums.macs}; quantized {sums.quantized_macs} ({100 * ratios['quantized_share']:.2f} %)",
+            "not counted: softmax, norms, GELU, additions, quantizing itself; quantization is simulated, "
+            "so file and running time are not smaller",
+        ]
+
+    def _origin(self) -> list[str]:
+        recipe, mark = self.fingerprint.recipe, self.fingerprint
+        changes = ", ".join(f"{name}={value}" for name, value in recipe.changes().items())
+        return [
+            f"checkpoint: {self.checkpoint}",
+            f"model: {self.tag} (task {self.task})",
+            f"stage: {self.stage}",
+            f"method: {recipe.method} {recipe.bits_name}, seed {recipe.seed}",
+            f"changes: {changes or 'none'}",
+            f"float weights: sha256 {mark.weights}",
+            f"calibration: {mark.calibration}",
+            f"numerics version: {mark.numerics} (this is {NUMERICS_VERSION})",
+        ]
+
+
+def _layer_content(layer: LayerFacts) -> dict[str, Any]:
+    return {
+        **layer.entry.model_dump(mode="json"),
+        "weight_shape": None if layer.shape is None else list(layer.shape),
+        "weights": layer.weights,
+        "size_bits": layer.weight_size,
+        "overhead_bits": layer.overhead_bits,
+        "macs": layer.macs,
+        "bops": layer.bops,
+    }
+
+
+def _layer_row(layer: LayerFacts) -> tuple[Any, ...]:
+    entry, product = layer.entry, layer.entry.other_bits is not None
+    return (
+        entry.name,
+        entry.kind,
+        "-" if layer.shape is None else "x".join(map(str, layer.shape)),
+        layer.macs,
+        "-" if product else entry.weight_bits,
+        "-" if product else entry.weight_quantizer,
+        "-" if product else entry.weight_ranges,
+        f"{entry.input_bits} x {entry.other_bits}" if product else entry.input_bits,
+        f"{entry.input_quantizer} x {entry.other_quantizer}" if product else entry.input_quantizer,
+        entry.input_ranges,
+        *_size(layer.weight_size),
+        layer.overhead_bits,
+        layer.bops,
+        f"{100 * layer.bops / (32 * 32 * layer.macs):.2f} %" if layer.macs else "-",
+    )
+
+
+def _table(columns: dict[str, str], rows: Sequence[Sequence[Any]]) -> str:
+    return str(tabulate(rows, list(columns), tablefmt="simple", disable_numparse=True, colalign=list(columns.values())))
+
+
+def _size(bits: int) -> tuple[int, int]:
+    """Bits, and bytes rounded up."""
+    return bits, math.ceil(bits / 8)
+
+
+def _bits(bits: int) -> str:
+    return "{} bits ({} bytes)".format(*_size(bits))
