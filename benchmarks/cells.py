@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 #: The metric that a task's tables and progress show; the CSV has all.
 MAIN_METRIC = {"classification": "top1"}
 
-Key = tuple[str, str, str, int, int, int | None]
+Key = tuple[str, str, str, int, int, int | None, str]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,12 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class Cell:
-    """One measurement: a model, a method, bits and a seed. Full precision has 32/32 bits and no seed."""
+    """One measurement: a model, a method, bits and a seed. Full precision has 32/32 bits and no seed.
+
+    Attributes:
+        point: name of the axis point (``k=15``) in a grid with axes; empty for the grid's own settings.
+        places: (axis, point) of every place it takes in the tables of axes: the grid's own settings may lie on several.
+    """
 
     task: str
     model: str
@@ -54,11 +59,13 @@ class Cell:
     a_bit: int
     seed: int | None
     request: CellRequest
+    point: str = ""
+    places: tuple[tuple[str, str], ...] = ()
 
     @property
     def key(self) -> Key:
         """What tells the cells of a grid apart."""
-        return (self.task, self.model, self.method, self.w_bit, self.a_bit, self.seed)
+        return (self.task, self.model, self.method, self.w_bit, self.a_bit, self.seed, self.point)
 
     @property
     def bits(self) -> str:
@@ -70,7 +77,8 @@ class Cell:
         """Name for people."""
         if self.request.recipe is None:
             return f"{self.model} {self.method}"
-        return f"{self.model} {self.method} {self.bits} seed {self.seed}"
+        point = f" {self.point}" if self.point else ""
+        return f"{self.model} {self.method} {self.bits}{point} seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -130,13 +138,29 @@ def make_cell(grid: Grid, task: str, model: str, recipe: Recipe | None, options:
     return Cell(task, model, recipe.method, recipe.w_bits, recipe.a_bits, recipe.seed, request)
 
 
-def finished_record(cell: Cell, adapter: Adapter) -> ResultRecord | None:
-    """Return the cell's record, or None if there is none that can be read.
+def make_point(base: Cell, axis: str, point: str, recipe: Recipe) -> Cell:
+    """Return the cell beside ``base`` with the ``recipe`` of a point of an axis; its variant names both."""
+    from tasks.common.plan import variant_name
+
+    name = f"{axis}={point}"
+    request = replace(base.request, recipe=recipe, variant=f"{variant_name(base.request)} {name}")
+    return replace(base, request=request, point=name, places=((axis, point),))
+
+
+def finished(cell: Cell, adapter: Adapter) -> tuple[ResultRecord, Path] | None:
+    """Return the cell's record and its folder, or None if there is no record that can be read.
 
     Where not even the cell's identity can be known yet (data or weights are missing), it is not finished either.
     """
     try:
-        path = adapter.planned_folder(cell.request) / "result.json"
-        return read_record(path) if path.is_file() else None
+        folder = adapter.planned_folder(cell.request)
+        path = folder / "result.json"
+        return (read_record(path), folder) if path.is_file() else None
     except FimaqError:
         return None
+
+
+def finished_record(cell: Cell, adapter: Adapter) -> ResultRecord | None:
+    """Return the cell's record, or None; see :func:`finished`."""
+    found = finished(cell, adapter)
+    return None if found is None else found[0]

@@ -29,7 +29,9 @@ def cli() -> None:
 
 
 def _profile(command: Any) -> Any:
-    return click.option("--profile", default="demo", show_default=True, help="demo, paper, or a grid's .yaml file.")(command)
+    return click.option(
+        "--profile", default="demo", show_default=True, help="demo, paper, ablation, paper-ablation, or a .yaml file."
+    )(command)
 
 
 def _results(command: Any) -> Any:
@@ -55,6 +57,7 @@ def _folder(text: str) -> Path | None:
 @click.option("--methods", default="", help="Only these methods; fp is full precision.")
 @click.option("--bits", default="", help="Only these bits, such as w3a3,w4a4; also ones outside the profile.")
 @click.option("--seeds", default="", help="Only these seeds; also ones outside the profile.")
+@click.option("--axes", default="", help="Only these axes of an ablation, such as k,loss.")
 @click.option("--device", default="", help="cpu, cuda, cuda:N or auto instead of the profile's device.")
 @click.option("--imagenet", default="", metavar="PATH", help="ImageNet-1k folder that holds val/ and train/.")
 @click.option("--weights", default="", metavar="DIR", help="Folder with checkpoints named <model.tag>.safetensors, .pth or .bin.")
@@ -64,12 +67,12 @@ def _folder(text: str) -> Path | None:
 @click.option("--plan", is_flag=True, help="List the cells and their settings; run nothing.")
 @click.option("--force", is_flag=True, help="Measure again what is done.")
 def run(
-    profile: str, tasks: str, models: str, methods: str, bits: str, seeds: str, device: str, imagenet: str, weights: str,
-    results: Path, jobs: int | None, threads: int | None, plan: bool, force: bool,
+    profile: str, tasks: str, models: str, methods: str, bits: str, seeds: str, axes: str, device: str, imagenet: str,
+    weights: str, results: Path, jobs: int | None, threads: int | None, plan: bool, force: bool,
 ) -> None:  # fmt: skip
     """Measure a grid's cells, then print and write its table. Finished cells are not measured again."""
     grid: Grid = load_grid(profile)
-    filters: Filters = parse_filters(grid, tasks, models, methods, bits, seeds)
+    filters: Filters = parse_filters(grid, tasks, models, methods, bits, seeds, axes)
     options = RunOptions(results, _folder(imagenet), _folder(weights), device or None, threads, force)
     click.get_current_context().exit(run_grid(grid, profile, filters, options, _adapter(), jobs, plan))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.cells import Adapter, Cell, RunOptions, finished_record
-from benchmarks.grid import Filters, Grid, expand
+from benchmarks.grid import Filters, Grid, chosen_axes, expand
 from fimaq_core.errors import FimaqError
 
 
@@ -59,7 +59,7 @@ def run_grid(
             kept = " The table keeps its former value." if finished_record(failure.cell, adapter) else ""
             print(f"  {failure.cell.label}: {failure.message}{log}{kept}", file=sys.stderr)
         print("Finished cells are kept. To run only the failed ones:", file=sys.stderr)
-        print(f"  {rerun_command(profile, [f.cell for f in failures], options, jobs)}", file=sys.stderr)
+        print(f"  {rerun_command(profile, [f.cell for f in failures], options, jobs, filters.axes)}", file=sys.stderr)
     return 1 if failures else 0
 
 
@@ -89,7 +89,9 @@ def write_tables(grid: Grid, filters: Filters, options: RunOptions, adapter: Ada
     from benchmarks import reference, summary, tables
 
     full = expand(grid, Filters(), options)
-    everything = list({cell.key: cell for cell in [*full, *cells]}.values())
+    known = {cell.key for cell in full}
+    # The grid's own cells win: a run with filtered axes knows fewer places of the same cell.
+    everything = [*full, *(cell for cell in cells if cell.key not in known)]
     if filters.active:
         # In the grid's order, also where this run went beyond it: group by model as the grid does.
         order = {model: index for index, model in enumerate(dict.fromkeys(cell.model for cell in everything))}
@@ -97,11 +99,12 @@ def write_tables(grid: Grid, filters: Filters, options: RunOptions, adapter: Ada
     measured = tables.collect(everything, adapter)
     folder = options.results / "tables"
     tables.write_text(folder / f"{grid.name}.csv", tables.csv_text(tables.frame(measured)))
-    tables.write_text(folder / f"{grid.name}.md", summary.report(title(grid), measured, everything))
+    tables.write_text(folder / f"{grid.name}.md", summary.report(title(grid), measured, everything, axes=grid.axes))
     keys = {cell.key for cell in cells}
     mine = [item for item in measured if item.cell.key in keys]
+    width = Console().width if sys.stdout.isatty() else None
     print()
-    print(summary.report(title(grid), mine, cells, Console().width if sys.stdout.isatty() else None))
+    print(summary.report(title(grid), mine, cells, width, chosen_axes(grid, filters)))
     for line in reference.compare(grid, mine):
         print(line)
     print(f"Table: {folder / f'{grid.name}.csv'} and {folder / f'{grid.name}.md'}")
@@ -112,18 +115,25 @@ def title(grid: Grid) -> str:
     return f"Profile {grid.name}" + (f": {grid.description}" if grid.description else "")
 
 
-def rerun_command(profile: str, cells: Sequence[Cell], options: RunOptions, jobs: int | None) -> str:
+def rerun_command(
+    profile: str, cells: Sequence[Cell], options: RunOptions, jobs: int | None, axes: Sequence[str] | None = None
+) -> str:
     """Return the command that runs just these cells. It may name finished ones beside them, which are skipped."""
 
     def values(name: str) -> str:
-        found = [getattr(cell, name) for cell in cells if name in ("task", "model", "method") or cell.request.recipe is not None]
+        chosen = cells
+        if name == "bits":
+            chosen = [cell for cell in cells if cell.bits != "fp"]
+        elif name == "seed":
+            chosen = [cell for cell in cells if cell.seed is not None]
+        found = [getattr(cell, name) for cell in chosen]
         return ",".join(dict.fromkeys(str(value) for value in found))
 
     parts = [_python(), "-m", "benchmarks", "run", "--profile", profile]
     for flag, value in (
         ("--tasks", values("task")), ("--models", values("model")), ("--methods", values("method")), ("--bits", values("bits")),
-        ("--seeds", values("seed")), ("--device", options.device), ("--imagenet", options.data), ("--weights", options.weights),
-        ("--threads", options.threads), ("--jobs", jobs),
+        ("--seeds", values("seed")), ("--axes", ",".join(axes or ())), ("--device", options.device),
+        ("--imagenet", options.data), ("--weights", options.weights), ("--threads", options.threads), ("--jobs", jobs),
     ):  # fmt: skip
         if value:
             parts += [flag, str(value)]
@@ -148,7 +158,7 @@ def run_reference(grid: Grid, options: RunOptions, adapter: Adapter) -> int:
             f"Only {len(measured)} of {len(cells)} cells of '{grid.name}' are measured, and a reference needs all: "
             f"run `make reproduce-table PROFILE={grid.name}` first."
         )
-    for path in reference.write_reference(grid, measured, summary.report(title(grid), measured, cells)):
+    for path in reference.write_reference(grid, measured, summary.report(title(grid), measured, cells, axes=grid.axes)):
         print(f"wrote {path}")
     return 0
 

@@ -94,8 +94,14 @@ def published_rows() -> pd.DataFrame:
 
 def changed_settings(recipe: Recipe) -> dict[str, object]:
     """Return the settings that are not the method's released ones and bear on the result."""
-    idle = ("reconstruction", "loss") if not recipe.reconstruct else ()
-    return {name: value for name, value in recipe.changes().items() if name == "reconstruct" or _group(name) not in idle}
+    idle = () if recipe.reconstruct or recipe.reconstruct_mlp else ("reconstruction", "loss")
+
+    def bears(name: str) -> bool:
+        if name in ("reconstruct", "reconstruct_mlp", "refit"):
+            return True
+        return recipe.reconstruct_mlp if name.startswith("mlp_") else _group(name) not in idle
+
+    return {name: value for name, value in recipe.changes().items() if bears(name)}
 
 
 def _group(field: str) -> str:

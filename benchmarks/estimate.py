@@ -5,43 +5,72 @@ from collections.abc import Iterable, Mapping
 from statistics import fmean
 
 from benchmarks.cells import Cell, Key
+from fimaq_core.recipe import Recipe
+
+#: Cost of a step against one of squared error: the rest of the network runs behind each block for this loss.
+_STEP_FACTORS = {"prediction": 4.0}
+
+#: Cost of an MLP's step against its block's.
+_MLP_SHARE = 0.6
 
 
 def kind(cell: Cell) -> str:
-    """Return what dominates a cell's cost: ``fp`` (evaluation only), ``calibrate`` or ``reconstruct``."""
+    """Return what dominates a cell's cost: ``fp`` (evaluation only), ``reconstruct``, ``mlp``, ``refit`` or ``calibrate``."""
     recipe = cell.request.recipe
     if recipe is None:
         return "fp"
-    return "reconstruct" if recipe.reconstruct else "calibrate"
+    if recipe.reconstruct:
+        return "reconstruct"
+    return "mlp" if recipe.reconstruct_mlp else "refit" if recipe.refit else "calibrate"
 
 
 def expected_cost(cell: Cell) -> float:
-    """Return a cell's cost against a full-precision evaluation, before anything is measured. Rough: it only orders."""
+    """Return a cell's cost against a full-precision evaluation, before anything is measured.
+
+    Rough: it orders chains, and scales what one axis point took to what another will. Images through a block's step and
+    images through a Fisher pass (forward and backward through what follows the block) are taken to cost the same.
+    """
     recipe = cell.request.recipe
     if recipe is None:
         return 1.0
-    if not recipe.reconstruct:
-        return 3.0
-    fisher = 1.4 if recipe.loss.startswith("fisher") else 1.0
-    return 3.0 + fisher * recipe.steps * recipe.batch_size / 640
+    images = 0.0
+    if recipe.reconstruct:
+        images += _STEP_FACTORS.get(recipe.loss, 1.0) * recipe.steps * recipe.batch_size
+        images += _passes(recipe) * recipe.calibration_images
+    if recipe.reconstruct_mlp:
+        images += _MLP_SHARE * recipe.mlp_steps * recipe.batch_size
+    return 3.0 + (3.0 if recipe.refit else 0.0) + images / 640
+
+
+def _passes(recipe: Recipe) -> int:
+    """Return the gradient passes a block that a recipe's loss takes."""
+    if recipe.loss in ("mse", "mae"):
+        return 0
+    return recipe.fisher_k if recipe.loss in ("fisher_diag", "fisher_lr", "fisher_dplr") else 1
 
 
 class Estimator:
     """Keeps measured seconds and predicts the rest."""
 
     def __init__(self) -> None:
-        self._seconds: dict[tuple[str, ...], list[float]] = defaultdict(list)
+        self._seconds: dict[tuple[str, ...], list[tuple[float, float]]] = defaultdict(list)
 
     def add(self, cell: Cell, seconds: float) -> None:
         """Note how long a cell took."""
         for level in _levels(cell):
-            self._seconds[level].append(seconds)
+            self._seconds[level].append((seconds, seconds / expected_cost(cell)))
 
     def seconds(self, cell: Cell) -> float | None:
-        """Predict a cell: from its method on its model, else its method, else cells of its kind; None if unknown."""
+        """Predict a cell: from its axis point on its model, else its method on its model, else its method, else its kind.
+
+        Within a method, what other points took is scaled by their expected costs. None if nothing of the kind is known.
+        """
         for level in _levels(cell):
-            if self._seconds[level]:
-                return fmean(self._seconds[level])
+            known = self._seconds[level]
+            if known and level[0] in ("model and method", "method"):
+                return fmean(relative for _, relative in known) * expected_cost(cell)
+            if known:
+                return fmean(seconds for seconds, _ in known)
         return None
 
     def left(self, waiting: Iterable[Cell], running: Mapping[Key, tuple[Cell, float]], jobs: int) -> float | None:
@@ -63,7 +92,12 @@ class Estimator:
 
 
 def _levels(cell: Cell) -> list[tuple[str, ...]]:
-    return [("both", cell.model, cell.method), ("method", cell.method), ("kind", kind(cell))]
+    return [
+        ("point", cell.model, cell.method, cell.point),
+        ("model and method", cell.model, cell.method),
+        ("method", cell.method),
+        ("kind", kind(cell)),
+    ]
 
 
 def duration(seconds: float) -> str:

@@ -2,7 +2,6 @@
 
 import itertools
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,21 +9,15 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from benchmarks.cells import Cell, RunOptions, make_cell
-from fimaq_core.errors import FimaqError, suggest
+from benchmarks.axes import Axes, GridError, check_axes, check_names, check_overrides, parse_axes, with_points
+from benchmarks.cells import Cell, Key, RunOptions, make_cell
+from fimaq_core.errors import suggest
 from fimaq_core.recipe import METHODS, OFF, make_recipe
 
 GRIDS = Path(__file__).parent / "grids"
 FP = "fp"
 
 T = TypeVar("T")
-
-#: What a grid says of each cell by itself, so that its overrides may not.
-_NOT_OVERRIDABLE = ("method", "seed", "w_bits", "a_bits")
-
-
-class GridError(FimaqError):
-    """A grid, or a filter on it, that does not make sense."""
 
 
 class _Strict(BaseModel):
@@ -62,13 +55,15 @@ class Grid(_Strict):
 
     Attributes:
         name: names the table files.
-        tasks, methods, bits, seeds: the cells are the product of these; ``fp`` has neither bits nor seed.
+        tasks, methods, bits, seeds: the cells are the product of these; ``fp`` has neither bits nor seed, and methods
+            that quantize nothing (see :func:`changes_model_only`) have no bits.
         overrides: recipe fields changed for every method alike.
+        axes: axis to point to recipe fields, for ablations: one axis at a time varies around the settings above.
         variant: name of these settings in tables; None leaves it to the record (released settings).
         device: ``cpu``, ``cuda``, ``cuda:N`` or ``auto``.
         threads: CPU threads of a process; None leaves PyTorch's choice.
         jobs: processes at a time; None derives it from cores and threads.
-        extra: further cells.
+        extra: further cells; they take no part in the axes.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
@@ -83,6 +78,7 @@ class Grid(_Strict):
     threads: int | None = Field(None, ge=1)
     jobs: int | None = Field(None, ge=1)
     extra: tuple[Extra, ...] = ()
+    axes: Axes = {}
 
 
 @dataclass(frozen=True)
@@ -94,11 +90,12 @@ class Filters:
     methods: tuple[str, ...] | None = None
     bits: tuple[str, ...] | None = None
     seeds: tuple[int, ...] | None = None
+    axes: tuple[str, ...] | None = None
 
     @property
     def active(self) -> bool:
         """Whether anything is filtered."""
-        return any(value is not None for value in (self.tasks, self.models, self.methods, self.bits, self.seeds))
+        return any(value is not None for value in (self.tasks, self.models, self.methods, self.bits, self.seeds, self.axes))
 
 
 def load_grid(profile: str) -> Grid:
@@ -127,6 +124,7 @@ def load_grid(profile: str) -> Grid:
 
 def parse_grid(content: dict[str, Any], where: str = "the grid") -> Grid:
     """Validate a grid's content. See :func:`load_grid`."""
+    check_names(content.get("axes"), where)
     try:
         grid = Grid.model_validate(content)
     except ValidationError as error:
@@ -138,12 +136,11 @@ def parse_grid(content: dict[str, Any], where: str = "the grid") -> Grid:
     for extra in grid.extra:
         if extra.task not in grid.tasks:
             raise GridError(f"{where}: unknown task '{extra.task}' in extra.{suggest(extra.task, grid.tasks)}")
-    for key in _NOT_OVERRIDABLE:
-        if key in grid.overrides:
-            raise GridError(f"{where}: '{key}' cannot be an override: the grid's own lists say it for each cell.")
-    for method in grid.methods:
-        if method != FP:
-            make_recipe(method, grid.overrides)
+    check_overrides(grid.overrides, where)
+    quantizing = [method for method in grid.methods if method != FP]
+    for method in quantizing:
+        make_recipe(method, grid.overrides)
+    check_axes(grid.axes, quantizing, grid.overrides, where)
     return grid
 
 
@@ -170,12 +167,20 @@ def parse_bits(text: str) -> tuple[int, int]:
     return bits
 
 
+def changes_model_only(method: str) -> bool:
+    """Whether a method fixes its bits at 32/32: it measures a changed full-precision model, once for all bits."""
+    settings = METHODS.get(method, {})
+    return settings.get("w_bits") == OFF and settings.get("a_bits") == OFF
+
+
 def _known_method(name: str) -> None:
     if name != FP and name not in METHODS:
         raise GridError(f"Unknown method '{name}'.{suggest(name, [FP, *METHODS])}")
 
 
-def parse_filters(grid: Grid, tasks: str = "", models: str = "", methods: str = "", bits: str = "", seeds: str = "") -> Filters:
+def parse_filters(
+    grid: Grid, tasks: str = "", models: str = "", methods: str = "", bits: str = "", seeds: str = "", axes: str = ""
+) -> Filters:
     """Turn comma lists into filters on ``grid``; an empty text leaves that side unfiltered.
 
     Raises:
@@ -196,7 +201,9 @@ def parse_filters(grid: Grid, tasks: str = "", models: str = "", methods: str = 
         if not re.fullmatch(r"\d+", name):
             raise GridError(f"'{name}' is no seed: seeds are whole numbers from 0.")
     numbers = None if wanted_seeds is None else tuple(int(name) for name in wanted_seeds)
-    return Filters(wanted_tasks, wanted_models, wanted_methods, wanted_bits, numbers)
+    wanted_axes = _split(axes)
+    parse_axes(wanted_axes or (), grid.axes, grid.name)
+    return Filters(wanted_tasks, wanted_models, wanted_methods, wanted_bits, numbers, wanted_axes)
 
 
 def _split(text: str) -> tuple[str, ...] | None:
@@ -204,36 +211,46 @@ def _split(text: str) -> tuple[str, ...] | None:
     return parts or None
 
 
+def chosen_axes(grid: Grid, filters: Filters) -> Axes:
+    """Return the axes of a grid that a filter leaves."""
+    return {name: points for name, points in grid.axes.items() if filters.axes is None or name in filters.axes}
+
+
 def expand(grid: Grid, filters: Filters, options: RunOptions) -> list[Cell]:
-    """Return the cells: per model full precision first, then by bits, seed and method.
+    """Return the cells: per model full precision first, then by bits, seed and method, each with its axis points.
 
     A filter replaces the grid's list where it is given, so it may also name values the grid does not run by default.
-    Extra cells run if no filter excludes them.
+    Extra cells run if no filter excludes them. Methods that quantize nothing have one cell a seed, whatever the bits.
     """
-    cells: dict[tuple[Any, ...], Cell] = {}
+    cells: dict[Key, Cell] = {}
 
-    def add(task: str, model: str, methods: Iterable[str], bits: Iterable[str], seeds: Iterable[int]) -> None:
-        names = tuple(methods)
-        if FP in names:
+    def add(task: str, model: str, methods: tuple[str, ...], bits: tuple[str, ...], seeds: tuple[int, ...], axes: Axes) -> None:
+        if FP in methods:
             cell = make_cell(grid, task, model, None, options)
             cells.setdefault(cell.key, cell)
-        for width, seed, method in itertools.product(bits, seeds, names):
-            if method != FP:
+        for width, seed, method in itertools.product(bits or (None,), seeds, [name for name in methods if name != FP]):
+            if changes_model_only(method):
+                w_bits, a_bits = OFF, OFF
+            elif width is not None:
                 w_bits, a_bits = parse_bits(width)
-                recipe = make_recipe(method, grid.overrides, {"w_bits": w_bits, "a_bits": a_bits, "seed": seed})
-                cell = make_cell(grid, task, model, recipe, options)
-                cells.setdefault(cell.key, cell)
+            else:
+                continue
+            own = {"w_bits": w_bits, "a_bits": a_bits, "seed": seed}
+            base = make_cell(grid, task, model, make_recipe(method, grid.overrides, own), options)
+            if base.key not in cells:
+                cells.update((cell.key, cell) for cell in with_points(base, axes, grid.overrides))
 
     for task, part in grid.tasks.items():
         if filters.tasks is not None and task not in filters.tasks:
             continue
         here = (*part.models, *part.available)
         for model in part.models if filters.models is None else [name for name in here if name in filters.models]:
-            add(task, model, filters.methods or grid.methods, filters.bits or grid.bits, filters.seeds or grid.seeds)
+            add(task, model, filters.methods or grid.methods, filters.bits or grid.bits, filters.seeds or grid.seeds,
+                chosen_axes(grid, filters))  # fmt: skip
             for extra in grid.extra:
                 if extra.task == task and model in extra.models:
                     add(task, model, _keep(extra.methods, filters.methods), _keep(extra.bits, filters.bits),
-                        _keep(extra.seeds, filters.seeds))  # fmt: skip
+                        _keep(extra.seeds, filters.seeds), {})  # fmt: skip
     return list(cells.values())
 
 

@@ -14,7 +14,7 @@ import pandas as pd
 
 from benchmarks.grid import Grid
 from benchmarks.summary import pooled_sd
-from benchmarks.tables import Measured, csv_text, frame, over_seeds, read_csv, write_text
+from benchmarks.tables import FULL, Measured, csv_text, frame, over_seeds, read_csv, write_text
 
 REFERENCE = Path(__file__).resolve().parents[1] / "results" / "reference"
 
@@ -55,7 +55,8 @@ def provenance(grid: Grid, measured: Sequence[Measured]) -> Provenance:
 
 
 def _settings(grid: Grid) -> dict[str, Any]:
-    settings: dict[str, Any] = json.loads(json.dumps({"variant": grid.variant, "overrides": grid.overrides}))
+    named = {"variant": grid.variant, "overrides": grid.overrides, **({"axes": grid.axes} if grid.axes else {})}
+    settings: dict[str, Any] = json.loads(json.dumps(named))
     return settings
 
 
@@ -97,20 +98,21 @@ def tolerances(reference: pd.DataFrame, mine: pd.DataFrame) -> pd.DataFrame:
 
     On another machine rounding errors differ, and thousands of optimisation steps turn them into what amounts to other
     seeds. So a difference of means may be as large as seeds allow: ``max(1.0, 3·s·√(1/k_ref + 1/k_mine))`` points, with
-    ``s`` the reference's standard deviation over seeds, pooled over the models of one method and bits (two seeds alone
-    say little) and at least 0.3. The new table's own spread is left out on purpose: a broken installation must not widen
+    ``s`` the reference's standard deviation over seeds, pooled over the models of one method, variant and bits (two seeds
+    alone say little) and at least 0.3. The new table's own spread is left out on purpose: a broken installation must not widen
     its own tolerance. Full precision, without seeds, may differ by 0.2.
 
     Args:
         reference, mine: tables of cells and metrics.
     """
-    keys = ["task", "dataset", "model", "method", "bits", "metric"]
+    keys = ["task", "dataset", "model", "method", "variant", "bits", "metric"]
+    alike = ["task", "method", "variant", "bits", "metric"]
     ours, theirs = over_seeds(mine), over_seeds(reference)
-    spread = {key: pooled_sd(rows) for key, rows in theirs.groupby(["task", "method", "bits", "metric"])}
+    spread = {key: pooled_sd(rows) for key, rows in theirs.groupby(alike)}
     both = theirs.merge(ours, on=keys, suffixes=("_ref", "_mine"))
     limits = []
     for row in both.to_dict("records"):
-        sd = spread[(row["task"], row["method"], row["bits"], row["metric"])]
+        sd = spread[tuple(row[name] for name in alike)]
         sd = max(SPREAD_FLOOR, 0.0 if math.isnan(sd) else sd)
         noise = 3 * sd * math.sqrt(1 / row["k_ref"] + 1 / row["k_mine"])
         limits.append(FP_TOLERANCE if row["method"] == "fp" else max(SMALLEST, noise))
@@ -141,17 +143,18 @@ def compare(grid: Grid, measured: Sequence[Measured], folder: Path = REFERENCE) 
     if off.empty:
         return [
             f"Agrees with the reference in all {len(both)} cells: largest difference {largest['difference']:+.2f} points at "
-            f"{_name(largest)}, tolerance {largest['tolerance']:.2f}. {about}"
+            f"{_name(largest, grid)}, tolerance {largest['tolerance']:.2f}. {about}"
         ]
     lines = [f"WARNING: {len(off)} of {len(both)} cells differ from the reference by more than seeds spread {about}:"]
     for _, row in off.iterrows():
         lines.append(
-            f"  {_name(row)}: {row['mean_mine']:.2f} here, {row['mean_ref']:.2f} in the reference "
+            f"  {_name(row, grid)}: {row['mean_mine']:.2f} here, {row['mean_ref']:.2f} in the reference "
             f"({row['difference']:+.2f}, tolerance {row['tolerance']:.2f})"
         )
     return lines
 
 
-def _name(row: Any) -> str:
-    bits = "" if row["method"] == "fp" else f" {row['bits']}"
-    return f"{row['model']} {row['method']}{bits} {row['metric']}"
+def _name(row: Any, grid: Grid) -> str:
+    bits = "" if row["bits"] == FULL else f" {row['bits']}"
+    variant = f" ({row['variant']})" if grid.axes and row["method"] != "fp" else ""
+    return f"{row['model']} {row['method']}{bits}{variant} {row['metric']}"

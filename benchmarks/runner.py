@@ -54,12 +54,13 @@ def make_chains(cells: Sequence[Cell]) -> list[list[Cell]]:
     """Group the cells into chains, each for one worker, in the order in which they should start.
 
     Cells of one (model, bits, seed) share a calibration: measured one after the other in one worker, it is computed
-    once. Full-precision cells come first, since all others of the model use theirs; then the dearest chain first, so
-    that none is left over at the end.
+    once. Axis points are chains of their own, or an ablation would keep no more workers busy than it has models: there
+    each worker calibrates once at worst. Full-precision cells come first, since all others of the model use theirs; then
+    the dearest chain first, so that none is left over at the end.
     """
     chains: dict[tuple[object, ...], list[Cell]] = {}
     for cell in cells:
-        chains.setdefault((cell.task, cell.model, cell.w_bit, cell.a_bit, cell.seed), []).append(cell)
+        chains.setdefault((cell.task, cell.model, cell.w_bit, cell.a_bit, cell.seed, cell.point), []).append(cell)
 
     def order(chain: list[Cell]) -> tuple[bool, float]:
         return chain[0].request.recipe is not None, -sum(expected_cost(cell) for cell in chain)

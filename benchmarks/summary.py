@@ -1,29 +1,39 @@
-"""What a table says below itself: settings, spread, means over models and whether the expected order came out."""
+"""A grid's text: its tables and what they say below themselves: settings, spread, means over models, expected orders."""
 
 import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
+from benchmarks.ablation import axis_parts
+from benchmarks.axes import Axes
 from benchmarks.cells import Cell
-from benchmarks.tables import Measured, frame, main_metric, markdown, over_seeds, unique, wide, with_bits
+from benchmarks.marks import MARKS, marks
+from benchmarks.orders import count, order_lines
+from benchmarks.tables import FULL, Measured, fitting, frame, main_metric, markdown, over_seeds, quantized, unique, wide
 from fimaq_core.recipe import METHODS, Recipe, make_recipe
 from tasks.common.record import recipe_of
 
 #: Settings named although they are not changed, because numbers depend on them most.
 _ALWAYS = ("steps", "batch_size", "calibration_images", "calibration_transform", "lr_alpha", "lr_scale")
 
+#: Those of methods that reconstruct MLPs, and of those that reconstruct nothing else.
+_ALWAYS_MLP = ("mlp_steps", "mlp_lr")
+_ALWAYS_MLP_ONLY = ("batch_size", "calibration_images", "calibration_transform", *_ALWAYS_MLP)
 
-def report(title: str, measured: Sequence[Measured], cells: Sequence[Cell], width: int | None = None) -> str:
-    """Return the Markdown text for ``cells``: a table a task, and what it rests on.
+
+def report(
+    title: str, measured: Sequence[Measured], cells: Sequence[Cell], width: int | None = None, axes: Axes | None = None
+) -> str:
+    """Return the Markdown text for ``cells``: a table a task, what it rests on, and a table an axis.
 
     Args:
         title: the heading.
         measured: the finished cells.
         cells: the cells the table covers, measured or not.
         width: a terminal's width; a wider table is printed in several parts. None keeps it whole.
+        axes: the grid's axes, for the order of their tables; None for grids without.
     """
     parts = [f"# {title}"]
     for task in unique(cell.task for cell in cells):
@@ -32,36 +42,29 @@ def report(title: str, measured: Sequence[Measured], cells: Sequence[Cell], widt
         if not mine:
             parts.append(f"{task}: nothing is measured yet.")
             continue
-        parts.extend(_task_parts(task, mine, planned, width))
+        parts.extend(_task_parts(task, mine, planned, width, axes or {}))
     return "\n\n".join(parts) + "\n"
 
 
-def _task_parts(task: str, mine: Sequence[Measured], planned: Sequence[Cell], width: int | None) -> list[str]:
-    table = frame(mine)
-    metric = main_metric(task, table)
+def _task_parts(task: str, mine: Sequence[Measured], planned: Sequence[Cell], width: int | None, axes: Axes) -> list[str]:
+    metric = main_metric(task, frame(mine))
+    # The main table and its lines are about the grid's own settings; axis points have tables of their own.
+    own, own_cells = [item for item in mine if not item.cell.point], [cell for cell in planned if not cell.point]
+    table = frame(own)
     table = table[table["metric"] == metric]
-    lines = [*_data_lines(mine), *settings_lines(mine), *_spread_lines(table), *order_lines(table)]
+    lines = [*_data_lines(mine), *settings_lines(own), *_spread_lines(table), *order_lines(table, own)]
     unfinished = len({cell.key for cell in planned}) - len(mine)
     if unfinished > 0:
         lines.append(f"{unfinished} of {len(planned)} cells are not measured: `-`.")
     parts = [
         f"## {task}: {metric} (percent), mean ± sd over seeds",
-        *_fitting(wide(table, planned), width),
+        *fitting(marks(own_cells).join(wide(table, own_cells)), width, MARKS),
         "\n".join(f"- {line}" for line in lines),
     ]
     means = mean_over_models(table)
     if not means.empty:
         parts += ["Mean over models:", markdown(means)]
-    return parts
-
-
-def _fitting(table: pd.DataFrame, width: int | None) -> list[str]:
-    """Return the table as Markdown, cut between columns into parts that fit ``width``."""
-    columns = list(table.columns)
-    count = len(columns)
-    while width is not None and count > 1 and len(markdown(table[columns[:count]]).split("\n")[0]) > width:
-        count -= 1
-    return [markdown(table[columns[start : start + count]]) for start in range(0, len(columns), count)]
+    return [*parts, *axis_parts(axes, metric, mine, planned, width)]
 
 
 def _data_lines(mine: Sequence[Measured]) -> list[str]:
@@ -77,12 +80,15 @@ def settings_lines(mine: Sequence[Measured]) -> list[str]:
     by_method: dict[str, list[Recipe]] = {}
     for item in mine:
         recipe = recipe_of(item.record)
-        if recipe is not None and recipe.reconstruct and recipe.method in METHODS:
+        if recipe is not None and (recipe.reconstruct or recipe.reconstruct_mlp) and recipe.method in METHODS:
             by_method.setdefault(recipe.method, []).append(recipe)
     texts: dict[str, list[str]] = {}
     for method, recipes in by_method.items():
         changed = unique(name for recipe in recipes for name in recipe.changes())
-        names = [*_ALWAYS, *(name for name in changed if name not in _ALWAYS)]
+        always = _ALWAYS if recipes[0].reconstruct else _ALWAYS_MLP_ONLY
+        if recipes[0].reconstruct and recipes[0].reconstruct_mlp:
+            always += _ALWAYS_MLP
+        names = [*always, *(name for name in changed if name not in always)]
         released = make_recipe(method)
         parts = [_setting(name, [getattr(recipe, name) for recipe in recipes], getattr(released, name)) for name in names]
         texts.setdefault(", ".join(parts), []).append(method)
@@ -107,13 +113,15 @@ def pooled_sd(stats: pd.DataFrame) -> float:
 
 
 def _spread_lines(table: pd.DataFrame) -> list[str]:
+    if table.empty:
+        return []
     stats = over_seeds(table)
     texts = []
     for bits in unique(stats["bits"]):
         here = stats[(stats["bits"] == bits) & (stats["k"] > 1)]
         spreads = [f"{method} {pooled_sd(here[here['method'] == method]):.2f}" for method in unique(here["method"])]
         if spreads:
-            texts.append(f"{bits}: {', '.join(spreads)}")
+            texts.append(f"{'full precision' if bits == FULL else bits}: {', '.join(spreads)}")
     lines = []
     if texts:
         lines.append(f"Sd over seeds, pooled over models, in points: {'; '.join(texts)}.")
@@ -132,51 +140,11 @@ def mean_over_models(table: pd.DataFrame) -> pd.DataFrame:
 
     Bits for which no model has all methods are left out, since means over different models do not compare.
     """
-    stats = over_seeds(table)
-    quantized = stats[stats["method"] != "fp"]
+    stats = over_seeds(quantized(table))
     columns: dict[str, dict[str, str]] = {}
-    for bits in unique(quantized["bits"]):
-        here = quantized[quantized["bits"] == bits].pivot(index="model", columns="method", values="mean").dropna()
+    for bits in unique(stats["bits"]):
+        here = stats[stats["bits"] == bits].pivot(index="model", columns="method", values="mean").dropna()
         if len(here):
-            columns[f"{bits} ({_count(len(here), 'model')})"] = {str(name): f"{value:.2f}" for name, value in here.mean().items()}
-    order = unique(quantized["method"])
+            columns[f"{bits} ({count(len(here), 'model')})"] = {str(name): f"{value:.2f}" for name, value in here.mean().items()}
+    order = unique(stats["method"])
     return pd.DataFrame(columns, index=pd.Index(order, name="method")).fillna("-") if columns else pd.DataFrame()
-
-
-def order_lines(table: pd.DataFrame) -> list[str]:
-    """Say whether the methods came out in the expected order at the lowest bits, with numbers."""
-    quantized = with_bits(table[table["method"] != "fp"])
-    if quantized.empty:
-        return []
-    lowest = min(unique(quantized["bits"]), key=lambda bits: _width(quantized, bits))
-    here = quantized[quantized["bits"] == lowest]
-    needed = ["rtn", "brecq", "qdrop", "fimaq"]
-    means = here.pivot_table(index="model", columns="method", values="value", aggfunc="mean").reindex(columns=needed).dropna()
-    claim = f"Expected order at {lowest} (rtn worst, fimaq not below qdrop and brecq, mean over models)"
-    if means.empty:
-        absent = [name for name in needed if name not in set(here["method"])]
-        return [f"{claim}: not judged, since no model has all four; not fully measured: {', '.join(absent) or 'some cells'}."]
-    mean = means.mean()
-    worst = all(mean["rtn"] < mean[name] for name in needed[1:])
-    first = all(mean["fimaq"] >= mean[name] for name in ("qdrop", "brecq"))
-    numbers = ", ".join(f"{name} {mean[name]:.2f}" for name in needed)
-    lines = [
-        f"{claim}: {'yes' if worst and first else 'NO'} "
-        f"(rtn worst: {'yes' if worst else 'no'}; fimaq not below: {'yes' if first else 'no'}): {numbers}."
-    ]
-    for other in ("qdrop", "brecq"):
-        pairs = here[here["model"].isin(means.index)].pivot_table(index=["model", "seed"], columns="method", values="value")
-        gaps = (pairs["fimaq"] - pairs[other]).dropna().to_numpy(dtype=float)
-        error = f" ± {np.std(gaps, ddof=1) / math.sqrt(len(gaps)):.2f}" if len(gaps) > 1 else ""
-        where = f"(mean ± se over {_count(len(gaps), 'pair')} of model and seed)"
-        lines.append(f"fimaq - {other} at {lowest}: {gaps.mean():+.2f}{error} points {where}.")
-    return lines
-
-
-def _width(table: pd.DataFrame, bits: str) -> int:
-    row = table[table["bits"] == bits].iloc[0]
-    return int(row["w_bit"]) + int(row["a_bit"])
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

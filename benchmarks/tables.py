@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmarks.cells import MAIN_METRIC, Adapter, Cell, finished_record
+from benchmarks.cells import MAIN_METRIC, Adapter, Cell, finished
 from fimaq_core.files import replaced_whole
+from fimaq_core.recipe import OFF
 from tasks.common.record import ResultRecord, bits_name
 
 COLUMNS = [
@@ -15,12 +16,17 @@ COLUMNS = [
 ]  # fmt: skip
 
 
+#: Name of the bits of what is not quantized.
+FULL = bits_name(OFF, OFF)
+
+
 @dataclass(frozen=True)
 class Measured:
-    """A finished cell and its record."""
+    """A finished cell, its record, and the folder where they and the per-sample outcomes are (None: not on disk)."""
 
     cell: Cell
     record: ResultRecord
+    folder: Path | None = None
 
 
 def collect(cells: Iterable[Cell], adapter: Adapter) -> list[Measured]:
@@ -28,9 +34,9 @@ def collect(cells: Iterable[Cell], adapter: Adapter) -> list[Measured]:
     found: dict[object, Measured] = {}
     for cell in cells:
         if cell.key not in found:
-            record = finished_record(cell, adapter)
-            if record is not None:
-                found[cell.key] = Measured(cell, record)
+            record_and_folder = finished(cell, adapter)
+            if record_and_folder is not None:
+                found[cell.key] = Measured(cell, *record_and_folder)
     return list(found.values())
 
 
@@ -69,9 +75,15 @@ def with_bits(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(bits=names)
 
 
+def quantized(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows with quantized weights or activations, with a column ``bits``."""
+    named = with_bits(table)
+    return named[named["bits"] != FULL]
+
+
 def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
-    """Return mean, sample standard deviation (NaN for one seed) and number of seeds a model, method and bits."""
-    keys = ["task", "dataset", "model", "method", "bits", "metric"]
+    """Return mean, sample standard deviation (NaN for one seed) and number of seeds a model, method, variant and bits."""
+    keys = ["task", "dataset", "model", "method", "variant", "bits", "metric"]
     grouped = with_bits(table).groupby(keys, sort=False)["value"]
     return grouped.agg(mean="mean", sd="std", k="count").reset_index()
 
@@ -96,8 +108,10 @@ def unique(values: Iterable[str]) -> list[str]:
 def wide(task_table: pd.DataFrame, cells: Sequence[Cell]) -> pd.DataFrame:
     """Return the table for people: methods as rows, ``model bits`` as columns, ``-`` where nothing is measured.
 
+    What has no bits (full precision, methods that quantize nothing) shows its one value under all bits of its model.
+
     Args:
-        task_table: rows of one task and metric.
+        task_table: rows of one task and metric, one variant a method.
         cells: the cells the table should cover, measured or not; they give the order.
     """
     texts_by_key = {
@@ -106,18 +120,32 @@ def wide(task_table: pd.DataFrame, cells: Sequence[Cell]) -> pd.DataFrame:
     }
     methods = unique(cell.method for cell in cells)
     models = unique(cell.model for cell in cells)
+    without_bits = {cell.method for cell in cells if cell.bits == FULL}
     columns: dict[str, list[str]] = {}
     for model in models:
-        widths = unique(cell.bits for cell in cells if cell.model == model and cell.method != "fp") or ["fp"]
+        widths = unique(cell.bits for cell in cells if cell.model == model and cell.bits != FULL) or [FULL]
         for bits in widths:
-            keys = [(model, method, "fp" if method == "fp" else bits) for method in methods]
-            columns[f"{model} {bits}" if bits != "fp" else model] = [texts_by_key.get(key, "-") for key in keys]
+            keys = [(model, method, FULL if method in without_bits else bits) for method in methods]
+            columns[f"{model} {bits}" if bits != FULL else model] = [texts_by_key.get(key, "-") for key in keys]
     return pd.DataFrame(columns, index=pd.Index(methods, name="method"))
 
 
-def markdown(table: pd.DataFrame) -> str:
-    """Return a wide table as Markdown."""
-    return str(table.to_markdown(disable_numparse=True, stralign="right", colalign=("left", *["right"] * table.shape[1])))
+def markdown(table: pd.DataFrame, words: Sequence[str] = ()) -> str:
+    """Return a wide table as Markdown; columns in ``words`` hold words, all others numbers."""
+    sides = ["left" if name in words else "right" for name in table.columns]
+    return str(table.to_markdown(disable_numparse=True, stralign="right", colalign=("left", *sides)))
+
+
+def fitting(table: pd.DataFrame, width: int | None, words: Sequence[str] = ()) -> list[str]:
+    """Return the table as Markdown, cut between columns into as few parts as fit ``width`` (None: one part)."""
+    parts: list[list[str]] = [[]]
+    for column in table.columns:
+        wider = [*parts[-1], column]
+        if width is not None and parts[-1] and len(markdown(table[wider], words).split("\n")[0]) > width:
+            parts.append([column])
+        else:
+            parts[-1] = wider
+    return [markdown(table[part], words) for part in parts]
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,18 +1,26 @@
 """A task adapter that measures nothing: quick, importable by worker processes, with faults on demand."""
 
+from __future__ import annotations
+
 import json
 import os
 import random
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from benchmarks.cells import Adapter
+from benchmarks.cells import Adapter, Cell
 from fimaq_core.errors import ModelError
 from fimaq_core.progress import Progress, Report
 from fimaq_core.recipe import OFF
 from tasks.common.record import Dataset, Environment, Metric, ResultRecord, Weights, cell_folder, write_record
 from tasks.common.request import CellRequest, Missing
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from benchmarks.tables import Measured
 
 LEVELS = {"rtn": 20.0, "brecq": 70.0, "qdrop": 75.0, "fimaq": 80.0}
 
@@ -93,6 +101,26 @@ def preflight(request: CellRequest) -> list[Missing]:
     if (request.results.parent / "no-data").exists():
         return [Missing("the data", "Fetch it."), Missing(f"the weights of {request.model.name}", "Train them.")]
     return []
+
+
+def write_cells(
+    cells: Iterable[Cell], value: Callable[[Cell], float], correct: Callable[[Cell], np.ndarray] | None = None
+) -> list[Measured]:
+    """Write records of ``cells`` with the scores ``value`` and, if given, outcomes of samples; return them as collected."""
+    import numpy as np  # not above: worker processes import this file, and pandas takes its time
+
+    from benchmarks.tables import collect
+
+    chosen = list(cells)
+    for cell in chosen:
+        request = cell.request
+        record = make_record(recipe=request.recipe, model=cell.model, value=value(cell), variant=request.variant or "fp")
+        folder = planned_folder(request)
+        write_record(record, folder)
+        if correct is not None:
+            right = correct(cell)
+            np.savez(folder / record.outcomes, sample=np.array([f"s{i}" for i in range(len(right))]), correct=right)
+    return collect(chosen, ADAPTER)
 
 
 ADAPTER = Adapter(run_cell, planned_folder, preflight)

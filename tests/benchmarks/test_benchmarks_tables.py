@@ -69,8 +69,9 @@ def test_missing_cells_show_as_dashes(tmp_path: Path):
     cells, measured = measure(tmp_path, keep=lambda cell: cell.method != "qdrop" or cell.bits == "w4a4")
     text = summary.report("Demo", measured, cells)
     row = next(line for line in text.splitlines() if line.startswith("| qdrop"))
-    assert row.split("|")[3].strip() == "-"
-    assert row.split("|")[2].strip() != "-"
+    assert [part.strip() for part in row.split("|")[1:4]] == ["qdrop", "-", "blocks"]
+    assert row.split("|")[5].strip() == "-"
+    assert row.split("|")[4].strip() != "-"
     assert "6 of 51 cells are not measured" in text
     assert "not judged, since no model has all four; not fully measured: qdrop." in text
 
@@ -102,7 +103,9 @@ def test_a_narrow_terminal_gets_the_table_in_parts(tmp_path: Path):
     text = summary.report("Demo", measured, cells, width=60)
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert max(map(len, rows)) <= 60
-    assert sum(line.startswith("| fp") for line in rows) == 3
+    # The marks, then two columns at a time.
+    assert sum(line.startswith("| fp") for line in rows) == 1 + 3
+    assert sum("special quantizers" in line for line in rows) == 1
 
 
 def test_an_order_that_did_not_come_out_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

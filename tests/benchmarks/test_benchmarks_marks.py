@@ -1,0 +1,70 @@
+"""Marks of methods: special quantizers and what is optimised, from the recipe, measured or not."""
+
+import benchmark_fakes as fakes
+import pytest
+
+from benchmarks import summary
+from benchmarks.cells import RunOptions
+from benchmarks.grid import Filters, expand, load_grid
+from benchmarks.marks import marks, optimised, special_quantizers
+from benchmarks.plan import plan_text
+from fimaq_core.recipe import METHODS, make_recipe
+
+
+@pytest.mark.parametrize(
+    ("softmax", "gelu", "text"),
+    [
+        ("uniform", "uniform", "-"), ("log2", "uniform", "softmax"), ("uniform", "twin", "GELU"),
+        ("adalog", "twin", "softmax, GELU"),
+    ],
+)  # fmt: skip
+def test_special_quantizers(softmax: str, gelu: str, text: str):
+    assert special_quantizers(make_recipe("fimaq", {"softmax_quantizer": softmax, "gelu_quantizer": gelu})) == text
+
+
+@pytest.mark.parametrize(
+    ("reconstruct", "mlp", "refit", "text"),
+    [
+        (False, False, False, "-"), (True, False, False, "blocks"), (False, True, False, "MLPs"), (False, False, True, "weights"),
+        (True, True, False, "blocks + MLPs"), (True, True, True, "blocks + MLPs + weights"),
+    ],
+)  # fmt: skip
+def test_optimised(reconstruct: bool, mlp: bool, refit: bool, text: str):
+    assert optimised(make_recipe("fimaq", {"reconstruct": reconstruct, "reconstruct_mlp": mlp, "refit": refit})) == text
+
+
+def test_full_precision_has_no_marks():
+    assert (special_quantizers(None), optimised(None)) == ("-", "-")
+
+
+def test_the_table_leads_with_marks_also_of_what_is_not_measured(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(METHODS, "special", {"softmax_quantizer": "log2", "reconstruct": False, "refit": True})
+    grid = load_grid("demo").model_copy(update={"methods": ("fp", "special", "fimaq")})
+    cells = expand(grid, Filters(), RunOptions(results=tmp_path))
+    assert marks(cells).to_dict("index") == {
+        "fp": {"special quantizers": "-", "optimised": "-"},
+        "special": {"special quantizers": "softmax", "optimised": "weights"},
+        "fimaq": {"special quantizers": "-", "optimised": "blocks"},
+    }
+    measured = fakes.write_cells([cell for cell in cells if cell.method == "fimaq"], lambda cell: 80.0)
+    rows = [line for line in summary.report("Demo", measured, cells).splitlines() if line.startswith("|")]
+    fields = [[part.strip() for part in row.strip("|").split("|")] for row in rows]
+    assert fields[0][:4] == ["method", "special quantizers", "optimised", "demo_vit w4a4"]
+    assert fields[1][1].startswith(":-")
+    assert ["special", "softmax", "weights", "-"] in [row[:4] for row in fields]
+    assert ["fimaq", "-", "blocks", "80.00 ± 0.00"] in [row[:4] for row in fields]
+
+
+def test_the_plan_shows_bits_of_attention_probabilities_where_they_differ(tmp_path):
+    def headers_and_row(overrides):
+        grid = load_grid("demo").model_copy(update={"methods": ("fimaq",), "bits": ("w3a3",), "overrides": overrides})
+        lines = plan_text(expand(grid, Filters(), RunOptions(results=tmp_path)), fakes.ADAPTER).splitlines()
+        return lines[0], lines[2].split()
+
+    headers, row = headers_and_row({"s_bits": 8})
+    assert "s bits" in headers
+    assert row[3:6] == ["w3a3", "8", "1"]
+    for overrides in ({}, {"s_bits": 3}):
+        headers, row = headers_and_row(overrides)
+        assert "s bits" not in headers
+        assert row[3:5] == ["w3a3", "1"]
