@@ -25,6 +25,21 @@ class NormPair:
     pad: str | None = None
 
 
+@dataclass(frozen=True)
+class MlpPart:
+    """An MLP of a block: a module that computes ``fc2(act(fc1(x)))``.
+
+    Attributes:
+        name: of the module inside the segment's block.
+        fc1, act, fc2: names of its parts.
+    """
+
+    name: str
+    fc1: str = "fc1"
+    act: str = "act"
+    fc2: str = "fc2"
+
+
 class Segment(nn.Module):
     """One reconstruction block and the frozen full-precision part before it.
 
@@ -33,10 +48,17 @@ class Segment(nn.Module):
         before: maps the previous block's output to this block's input; stays in full precision.
         block: what is quantized.
         pairs: norm and linear pairs that can be reparameterised.
+        mlps: the block's MLPs, for MLP reconstruction.
     """
 
     def __init__(
-        self, label: str, kind: Kind, block: nn.Module, before: nn.Module | None = None, pairs: tuple[NormPair, ...] = ()
+        self,
+        label: str,
+        kind: Kind,
+        block: nn.Module,
+        before: nn.Module | None = None,
+        pairs: tuple[NormPair, ...] = (),
+        mlps: tuple[MlpPart, ...] = (),
     ) -> None:
         super().__init__()
         self.label = label
@@ -44,6 +66,7 @@ class Segment(nn.Module):
         self.before = before if before is not None else nn.Identity()
         self.block = block
         self.pairs = pairs
+        self.mlps = mlps
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.block(self.before(x))

@@ -5,7 +5,7 @@ The header holds a :class:`Fingerprint`. A checkpoint of another run is refused 
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -18,6 +18,9 @@ from fimaq_core.errors import CheckpointError
 from fimaq_core.files import replaced_whole
 from fimaq_core.layers import QuantLinear
 from fimaq_core.recipe import Recipe
+
+#: What of a recipe a checkpoint depends on: everything, what determines ranges, or what determines an MLP reconstruction.
+Scope = Literal["all", "ranges", "mlp"]
 
 
 class Fingerprint(BaseModel):
@@ -37,8 +40,8 @@ class Fingerprint(BaseModel):
     calibration: str
     recipe: Recipe
 
-    def mismatch(self, other: "Fingerprint", *, ranges_only: bool = False) -> str | None:
-        """Say what differs in ``other``, or None. ``ranges_only`` ignores fields that do not change the ranges."""
+    def mismatch(self, other: "Fingerprint", scope: Scope = "all") -> str | None:
+        """Say what differs in ``other``, or None; recipe fields outside of ``scope`` are left out."""
         if self.numerics != other.numerics:
             return f"it was made by numerics version {other.numerics}, this is version {self.numerics}"
         if self.weights != other.weights:
@@ -46,9 +49,11 @@ class Fingerprint(BaseModel):
         if self.calibration != other.calibration:
             return "it was made with other calibration images"
         mine, theirs = self.recipe, other.recipe
-        if ranges_only and mine.calibration_digest() == theirs.calibration_digest():
-            return None
-        fields = tuple(dict.fromkeys(mine.range_fields() + theirs.range_fields())) if ranges_only else tuple(Recipe.model_fields)
+        fields: tuple[str, ...] = tuple(Recipe.model_fields)
+        if scope == "ranges":
+            fields = tuple(dict.fromkeys(mine.range_fields() + theirs.range_fields()))
+        elif scope == "mlp":
+            fields = Recipe.mlp_fields()
         different = [
             f"{name} ({getattr(theirs, name)!r}, here {getattr(mine, name)!r})"
             for name in fields
@@ -93,21 +98,21 @@ def read_header(path: Path) -> tuple[Fingerprint, dict[str, Any]]:
         raise CheckpointError(f"{path} is not a checkpoint of this project: its header lacks the fingerprint.") from error
 
 
-def load_checkpoint(path: Path, module: nn.Module, expected: Fingerprint | None, *, ranges_only: bool = False) -> dict[str, Any]:
+def load_checkpoint(path: Path, module: nn.Module, expected: Fingerprint | None, scope: Scope = "all") -> dict[str, Any]:
     """Load a checkpoint into ``module``, strictly, and return its facts.
 
     Args:
         path: the file.
         module: of the structure that was saved.
         expected: fingerprint the checkpoint must have; None takes any.
-        ranges_only: compare only what determines calibrated ranges.
+        scope: which recipe fields are compared.
 
     Raises:
         CheckpointError: it belongs to another run (says why), is damaged, or does not fit.
     """
     fingerprint, facts = read_header(path)
     if expected is not None:
-        reason = expected.mismatch(fingerprint, ranges_only=ranges_only)
+        reason = expected.mismatch(fingerprint, scope)
         if reason is not None:
             raise CheckpointError(f"The checkpoint {path} does not belong to this run: {reason}. Delete it or use its settings.")
     device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))

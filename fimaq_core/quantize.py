@@ -1,20 +1,23 @@
 """The whole of a quantization: calibrate, reconstruct, with checkpoints to go on from."""
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fimaq_core.calibration.calibrate import calibrate
 from fimaq_core.chain import BlockChain, Segment
-from fimaq_core.checkpoint import Fingerprint, load_checkpoint, save_checkpoint
+from fimaq_core.checkpoint import Fingerprint, load_checkpoint, read_header, save_checkpoint
+from fimaq_core.errors import CheckpointError
 from fimaq_core.fisher.divergence import Divergence
 from fimaq_core.layers import QuantLinear, QuantMatMul, quant_layers, set_quantized
 from fimaq_core.layers.layers import decide_rounding, fold_shift
 from fimaq_core.progress import Report, silent
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction.engines import Engine, EngineChoice
+from fimaq_core.reconstruction.mlp import mlps, reconstruct_mlps, use_relu
 from fimaq_core.reconstruction.reconstruct import ReconstructionLog, reconstruct
 from fimaq_core.reconstruction.tape import Placement
 
@@ -36,6 +39,88 @@ class Resources:
     engine: EngineChoice = "auto"
 
 
+def reconstruct_mlps_or_load(
+    chain: BlockChain,
+    images: Tensor,
+    recipe: Recipe,
+    divergence: Divergence,
+    resources: Resources = Resources(),
+    path: Path | None = None,
+    fingerprint: Fingerprint | None = None,
+    facts: dict[str, Any] | None = None,
+) -> tuple[BlockChain, bool]:
+    """Reconstruct the MLPs of an uncalibrated ``chain`` with ReLU, or load them from ``path`` if they are there.
+
+    Each finished MLP is kept beside ``path`` until the last one is, and not done twice.
+
+    Args:
+        path: checkpoint of the reconstructed MLPs, read or written; None keeps nothing.
+        fingerprint: what the checkpoint must belong to; needed with ``path``.
+        facts: JSON values kept in it.
+
+    Returns:
+        The model as it was, and whether the MLPs were loaded.
+    """
+    if path is not None and path.is_file():
+        teacher = copy.deepcopy(chain)
+        load_mlps(chain, path, fingerprint)
+        return teacher, True
+    folder = None if path is None else path.with_name(f"{path.stem}.mlps")
+
+    def file(index: int) -> Path | None:
+        return None if folder is None else folder / f"mlp-{index:03d}.safetensors"
+
+    def restore(index: int, mlp: nn.Module) -> bool:
+        kept = file(index)
+        if kept is None or not kept.is_file():
+            return False
+        load_checkpoint(kept, mlp, fingerprint, "mlp")
+        return True
+
+    def save(index: int, mlp: nn.Module) -> None:
+        kept = file(index)
+        if kept is not None:
+            assert fingerprint is not None
+            save_checkpoint(kept, mlp.state_dict(), fingerprint, {"stage": "mlp", "index": index})
+
+    teacher = reconstruct_mlps(
+        chain,
+        images,
+        recipe,
+        divergence,
+        report=resources.report,
+        placement=resources.placement,
+        batch_size=resources.batch_size,
+        restore=restore,
+        save=save,
+    )
+    if path is not None:
+        assert fingerprint is not None
+        save_checkpoint(path, mlps(chain).state_dict(), fingerprint, {**(facts or {}), "stage": "mlp"})
+    if folder is not None and folder.is_dir():
+        for done in folder.glob("mlp-*.safetensors"):
+            done.unlink()
+        folder.rmdir()
+    return teacher, False
+
+
+def load_mlps(chain: BlockChain, path: Path, fingerprint: Fingerprint | None) -> None:
+    """Give an uncalibrated ``chain`` the reconstructed MLPs of a checkpoint, with ReLU.
+
+    Args:
+        fingerprint: what the checkpoint must belong to; None takes any.
+
+    Raises:
+        CheckpointError: it belongs to another run, is damaged, or holds something else.
+    """
+    _, facts = read_header(path)
+    if facts.get("stage") != "mlp":
+        raise CheckpointError(f"{path} holds no reconstructed MLPs but a checkpoint of stage '{facts.get('stage')}'.")
+    use_relu(chain)
+    load_checkpoint(path, mlps(chain), fingerprint, "mlp")
+    set_quantized(chain, False)
+
+
 def calibrate_or_load(
     chain: BlockChain,
     images: Tensor,
@@ -53,7 +138,7 @@ def calibrate_or_load(
         facts: JSON values kept in it.
     """
     if path is not None and path.is_file():
-        load_checkpoint(path, chain, fingerprint, ranges_only=True)
+        load_checkpoint(path, chain, fingerprint, "ranges")
         set_quantized(chain, True)
         return True
     calibrate(chain, images, recipe, resources.report, resources.batch_size)
@@ -71,10 +156,12 @@ def reconstruct_with_checkpoints(
     resources: Resources = Resources(),
     folder: Path | None = None,
     fingerprint: Fingerprint | None = None,
+    teacher: BlockChain | None = None,
 ) -> ReconstructionLog:
     """Reconstruct a calibrated chain; with ``folder``, each finished block is kept there and not done twice.
 
     Args:
+        teacher: see :func:`fimaq_core.reconstruction.reconstruct.reconstruct`.
         folder: for ``block-NNN.safetensors`` files.
         fingerprint: what they must belong to; needed with ``folder``.
     """
@@ -113,6 +200,7 @@ def reconstruct_with_checkpoints(
         placement=resources.placement,
         batch_size=resources.batch_size,
         engine=resources.engine,
+        teacher=teacher,
         restore=restore,
         save=save,
     )
@@ -141,7 +229,7 @@ def finish(chain: BlockChain) -> None:
 def quantize(
     chain: BlockChain, images: Tensor, recipe: Recipe, divergence: Divergence, resources: Resources = Resources()
 ) -> ReconstructionLog:
-    """Quantize ``chain`` in place: calibrate, reconstruct if the recipe says so, decide the roundings.
+    """Quantize ``chain`` in place: reconstruct MLPs, calibrate, reconstruct, decide the roundings, as the recipe says.
 
     Args:
         chain: the model on the device to use.
@@ -150,9 +238,12 @@ def quantize(
         divergence: of the task.
         resources: how to run.
     """
+    teacher = None
+    if recipe.reconstruct_mlp:
+        teacher, _ = reconstruct_mlps_or_load(chain, images, recipe, divergence, resources)
     calibrate_or_load(chain, images, recipe, resources)
     log = ReconstructionLog()
     if recipe.reconstruct:
-        log = reconstruct_with_checkpoints(chain, images, recipe, divergence, resources)
+        log = reconstruct_with_checkpoints(chain, images, recipe, divergence, resources, teacher=teacher)
     finish(chain)
     return log

@@ -38,7 +38,7 @@ Kind = Literal["uniform", "log2", "logsqrt2", "adalog", "twin"]
 #: Fields that determine the images a run calibrates on.
 _IMAGE_FIELDS = ("calibration_images", "calibration_transform", "seed")
 #: Fields that determine an MLP reconstruction, beside the images.
-_MLP_FIELDS = ("mlp_steps", "mlp_lr", "mlp_percentile", "mlp_loss", "perturbation", "temperature", "batch_size", "frozen_dtype")
+_MLP_FIELDS = ("mlp_steps", "mlp_batch", "mlp_lr", "mlp_percentile", "mlp_loss", "perturbation", "temperature", "frozen_dtype")
 _CALIBRATION_FIELDS = (
     "w_bits",
     "a_bits",
@@ -110,6 +110,7 @@ class Recipe(BaseModel):
         False, "mlp", "Before calibration, replace GELU by ReLU and train every MLP to give what it gave (APHQ-ViT)."
     )
     mlp_steps: int = _field(20_000, "mlp", "Optimisation steps an MLP.", ge=1)
+    mlp_batch: int = _field(32, "mlp", "Images a step of an MLP's optimisation.", ge=1)
     mlp_lr: float = _field(4e-5, "mlp", "Learning rate of an MLP's weights (Adam, cosine to 0).", gt=0)
     mlp_percentile: float = _field(0.99, "mlp", "Quantile of positive hidden values at which the second term clamps.", gt=0, le=1)
     mlp_loss: Literal["perturb_mean", "mse"] = _field("perturb_mean", "mlp", "What weights the MLP's output error.")

@@ -15,6 +15,7 @@ from fimaq_core.chain import BlockChain, Segment
 from fimaq_core.errors import NumericsError
 from fimaq_core.layers import QuantConv2d, QuantLayer, QuantLinear, QuantMatMul, quant_layers, set_quantized
 from fimaq_core.progress import Progress, Report, silent
+from fimaq_core.quantizers.activation import ActivationQuantizer
 from fimaq_core.quantizers.affine import AffineQuantizer
 from fimaq_core.recipe import OFF, Recipe
 
@@ -42,6 +43,9 @@ def calibrate(chain: BlockChain, images: Tensor, recipe: Recipe, report: Report 
     """
     device = next(chain.parameters()).device
     set_quantized(chain, False)
+    if not any(_quantizes(layer) for _, layer in quant_layers(chain)):
+        set_quantized(chain, True)
+        return
     x = images[: recipe.range_images].to(device)
     for index, segment in enumerate(chain):
         report(Progress("calibrate", index, len(chain), segment.label))
@@ -58,6 +62,11 @@ def calibrate(chain: BlockChain, images: Tensor, recipe: Recipe, report: Report 
         x = torch.cat(outputs)
     report(Progress("calibrate", len(chain), len(chain)))
     set_quantized(chain, True)
+
+
+def _quantizes(layer: QuantLayer) -> bool:
+    """Whether any of the layer's quantizers is on."""
+    return not all(part.off for part in layer.children() if isinstance(part, ActivationQuantizer))
 
 
 def _calibrate_layer(segment: Segment, name: str, layer: QuantLayer, seen: tuple[Tensor, ...], recipe: Recipe) -> None:

@@ -11,7 +11,7 @@ from timm.models.swin_transformer import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fimaq_core.chain import BlockChain, Segment
+from fimaq_core.chain import BlockChain, MlpPart, Segment
 from fimaq_core.errors import ModelError
 from fimaq_core.layers import QuantLinear
 from fimaq_core.recipe import Recipe
@@ -100,7 +100,8 @@ class SwinFamily:
             for number, original in enumerate(stage.blocks):
                 block = ExplicitSwinBlock(original, recipe)
                 pairs = norm_pair(block.norm1, "attn.qkv", "pad") + norm_pair(block.norm2, "mlp.fc1")
-                segments.append(Segment(f"layers.{stage_number}.blocks.{number}", "block", block, pairs=pairs))
+                label = f"layers.{stage_number}.blocks.{number}"
+                segments.append(Segment(label, "block", block, pairs=pairs, mlps=(MlpPart("mlp"),)))
         head = _Head(model.head.global_pool, classifier(model.head.fc, recipe))
         segments.append(Segment("head", "head", head, before=model.norm))
         return BlockChain(segments)

@@ -5,7 +5,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from fimaq_core.chain import BlockChain, Segment
+from fimaq_core.chain import BlockChain, MlpPart, Segment
 from fimaq_core.errors import ModelError
 from fimaq_core.recipe import Recipe
 from tasks.classification.attention import ExplicitAttention
@@ -100,6 +100,7 @@ class ViTFamily:
                     block,
                     before=_Embedding(model) if number == 0 else None,
                     pairs=norm_pair(block.norm1, "attn.qkv") + norm_pair(block.norm2, "mlp.fc1"),
+                    mlps=(MlpPart("mlp"),),
                 )
             )
         if isinstance(model, VisionTransformerDistilled):

@@ -157,6 +157,12 @@ def _run_options() -> list[Callable[..., Any]]:
     ]
 
 
+def _mlp_option(command: Callable[..., None]) -> Callable[..., None]:
+    return click.option(
+        "--mlp-checkpoint", type=click.Path(path_type=Path), help="Reconstructed MLPs to use instead of reconstructing them."
+    )(command)
+
+
 def _requests(options: dict[str, Any]) -> tuple[ModelRequest, DataRequest]:
     return (
         ModelRequest(
@@ -181,7 +187,7 @@ def _json_object(text: str) -> dict[str, Any]:
 
 
 def build_group(task_name: str, summary: str) -> click.Group:
-    """Make the commands of a task: ``run``, ``calibrate``, ``reconstruct``, ``evaluate``, ``inspect``, ``models``."""
+    """Make the commands of a task: run, its stages one by one, and facts about models."""
 
     @click.group(help=summary, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
     @click.option("--verbose", is_flag=True, help="Show the log.")
@@ -190,6 +196,7 @@ def build_group(task_name: str, summary: str) -> click.Group:
 
     @group.command(cls=_GroupedCommand, help="Calibrate, reconstruct and evaluate one model; writes a result record.")
     @_common_options
+    @_mlp_option
     @recipe_options
     @click.option("--variant", help="Name of this variant of the method in tables.")
     @click.option(
@@ -213,8 +220,28 @@ def build_group(task_name: str, summary: str) -> click.Group:
             click.echo(f"note: {note}")
         click.echo(f"record: {path}")
 
+    @group.command(
+        name="reconstruct-mlp",
+        cls=_GroupedCommand,
+        help="Reconstruct the MLPs only (GELU becomes ReLU), the first stage of APHQ-ViT; writes a checkpoint.",
+    )
+    @_common_options
+    @recipe_options
+    @click.option("--out", required=True, type=click.Path(path_type=Path), help="Checkpoint to write (.safetensors).")
+    def reconstruct_mlp(**options: Any) -> None:
+        from tasks.common import stages
+
+        recipe, out = _take_recipe(options), options.pop("out")
+        if recipe is None:
+            raise RecipeError("Method 'fp' has no stages: use run.")
+        model, data = _requests(options)
+        with _bars() as report:
+            stages.mlp_stage(CellRequest(task_name, model, data, recipe, **options), out, report)
+        click.echo(f"checkpoint of reconstructed MLPs: {out}")
+
     @group.command(cls=_GroupedCommand, help="Find the ranges only; writes a checkpoint.")
     @_common_options
+    @_mlp_option
     @recipe_options
     @click.option("--out", required=True, type=click.Path(path_type=Path), help="Checkpoint to write (.safetensors).")
     def calibrate(**options: Any) -> None:

@@ -79,6 +79,7 @@ class CellRequest:
         eval_batch: images a forward pass (evaluation, tape, Fisher passes).
         placement: where the tape lives.
         step_engine: how optimisation steps run, see :mod:`fimaq_core.reconstruction.engines`.
+        mlp_checkpoint: reconstructed MLPs to use instead of reconstructing them.
         workers: data-loading processes.
         force: measure again although a record exists.
     """
@@ -94,5 +95,6 @@ class CellRequest:
     eval_batch: int = 32
     placement: Literal["device", "host", "disk"] = "device"
     step_engine: Literal["auto", "eager", "fused", "compiled", "graph"] = "auto"
+    mlp_checkpoint: Path | None = None
     workers: int = 0
     force: bool = False

@@ -5,13 +5,12 @@ import time
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from fimaq_core import NUMERICS_VERSION
-from fimaq_core.checkpoint import Fingerprint, save_checkpoint
+from fimaq_core.checkpoint import save_checkpoint
 from fimaq_core.files import replaced_whole
 from fimaq_core.progress import Report, silent
 from fimaq_core.quantize import Resources, calibrate_or_load, finish, reconstruct_with_checkpoints
@@ -20,12 +19,13 @@ from fimaq_core.reconstruction.reconstruct import ReconstructionLog
 from tasks.common.environment import describe, peak_memory, resolve_device
 from tasks.common.modules import module_map
 from tasks.common.plan import planned_folder, variant_name
+from tasks.common.prepare import checkpoint_facts, fingerprint_of, start
 from tasks.common.record import Calibration, Metric, ResultRecord, Weights, read_record, write_record
 from tasks.common.registry import get_task
 from tasks.common.request import CellRequest
 from tasks.common.task import CalibrationSet, Evaluation, LoadedModel, Task
 
-#: Calibrations that this process has made or used: forcing several methods calibrates once, not once a method.
+#: Shared files that this process has made or used: forcing several methods calibrates once, not once a method.
 _FORCED: set[Path] = set()
 
 
@@ -65,16 +65,6 @@ def run_cell(request: CellRequest, report: Report = silent) -> Path:
     return _measure_quantized(request, request.recipe, folder, task, loaded, read_record(full_path), device, report)
 
 
-def fingerprint_of(loaded: LoadedModel, images: CalibrationSet, recipe: Recipe) -> Fingerprint:
-    """What a checkpoint of this run belongs to."""
-    return Fingerprint(weights=loaded.sha256, calibration=images.fingerprint, recipe=recipe)
-
-
-def checkpoint_facts(request: CellRequest, loaded: LoadedModel) -> dict[str, Any]:
-    """What a checkpoint says of itself, so that a later stage can build its model."""
-    return {"task": request.task, "model": request.model.name, "model_args": request.model.model_args, "tag": loaded.tag}
-
-
 def _measure_full_precision(
     request: CellRequest, folder: Path, task: Task, loaded: LoadedModel, device: torch.device, report: Report
 ) -> Path:
@@ -107,16 +97,16 @@ def _measure_quantized(
 
     calibration = task.calibration(loaded, request.data, recipe)
     fingerprint = fingerprint_of(loaded, calibration, recipe)
-    chain = task.build(loaded, recipe).to(device)
+    divergence = task.divergence(recipe)
     resources = Resources(report, request.placement, request.eval_batch, request.step_engine)
     facts = checkpoint_facts(request, loaded)
     lap("load")
-    # Methods that share all range settings share the file: it is computed once.
-    shared = f"{recipe.calibration_digest()}{loaded.sha256}{calibration.fingerprint}{NUMERICS_VERSION}{request.model.model_args}"
-    ranges = request.results.parent / "calibration" / f"{hashlib.sha256(shared.encode()).hexdigest()[:24]}.safetensors"
-    if request.force and ranges not in _FORCED:
-        ranges.unlink(missing_ok=True)
-    _FORCED.add(ranges)
+    mlps = _shared_path(request, loaded, calibration, "mlp", recipe.mlp_digest())
+    started = start(request, task, loaded, calibration, divergence, device, resources, mlps)
+    chain = started.chain
+    if recipe.reconstruct_mlp:
+        lap("reconstruct MLPs (reused)" if started.reused else "reconstruct MLPs")
+    ranges = _shared_path(request, loaded, calibration, "calibration", recipe.calibration_digest())
     reused = calibrate_or_load(chain, calibration.images, recipe, resources, ranges, fingerprint, facts)
     lap("calibrate (reused)" if reused else "calibrate")
     log = ReconstructionLog()
@@ -125,11 +115,11 @@ def _measure_quantized(
         _remove_blocks(blocks)
     if recipe.reconstruct:
         log = reconstruct_with_checkpoints(
-            chain, calibration.images, recipe, task.divergence(recipe), resources, blocks, fingerprint
+            chain, calibration.images, recipe, divergence, resources, blocks, fingerprint, started.teacher
         )
         lap("reconstruct")
     finish(chain)
-    facts["stage"] = "reconstructed" if recipe.reconstruct else "calibrated"
+    facts |= {"stage": "reconstructed" if recipe.reconstruct else "calibrated"}
     save_checkpoint(folder / "quantized.safetensors", chain.state_dict(), fingerprint, facts)
     evaluation = task.evaluate(chain, loaded, request.data, device, request.eval_batch, request.workers, report)
     lap("evaluate")
@@ -146,6 +136,16 @@ def _measure_quantized(
     )
     path = _write(record, evaluation, folder)
     _remove_blocks(blocks)
+    return path
+
+
+def _shared_path(request: CellRequest, loaded: LoadedModel, calibration: CalibrationSet, kind: str, digest: str) -> Path:
+    """Where cells share what is dear, by content address: methods with the same settings so far compute it once."""
+    shared = f"{digest}{loaded.sha256}{calibration.fingerprint}{NUMERICS_VERSION}{request.model.model_args}"
+    path = request.results.parent / kind / f"{hashlib.sha256(shared.encode()).hexdigest()[:24]}.safetensors"
+    if request.force and path not in _FORCED:
+        path.unlink(missing_ok=True)
+    _FORCED.add(path)
     return path
 
 

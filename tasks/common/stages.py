@@ -1,6 +1,7 @@
 """The stages of a run one by one, each from checkpoint to checkpoint."""
 
-from dataclasses import replace
+import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,35 +12,57 @@ from fimaq_core.checkpoint import Fingerprint, load_checkpoint, read_header, sav
 from fimaq_core.errors import CheckpointError, ModelError
 from fimaq_core.layers import set_quantized
 from fimaq_core.progress import Report
-from fimaq_core.quantize import Resources, calibrate_or_load, finish, reconstruct_with_checkpoints
+from fimaq_core.quantize import Resources, calibrate_or_load, finish, load_mlps, reconstruct_with_checkpoints
 from fimaq_core.recipe import Recipe, make_recipe
+from fimaq_core.reconstruction.mlp import use_relu
 from fimaq_core.reconstruction.reconstruct import ReconstructionLog
 from tasks.common.environment import resolve_device
 from tasks.common.facts import model_facts
 from tasks.common.inspection import Inspection
+from tasks.common.prepare import Start, checkpoint_facts, fingerprint_of, start
 from tasks.common.registry import get_task
 from tasks.common.request import CellRequest, DataRequest, ModelRequest
-from tasks.common.run import checkpoint_facts, fingerprint_of
-from tasks.common.task import Evaluation, LoadedModel, Task
+from tasks.common.task import CalibrationSet, Evaluation, LoadedModel, Task
+
+
+def mlp_stage(request: CellRequest, out: Path, report: Report) -> None:
+    """Reconstruct the MLPs of the model of ``request`` and write them to ``out``; an ``out`` of the same run is kept."""
+    assert request.recipe is not None
+    request = replace(request, recipe=request.recipe.model_copy(update={"reconstruct_mlp": True}))
+    _begin(request, report, out)
 
 
 def calibrate_stage(request: CellRequest, out: Path, report: Report) -> None:
-    """Calibrate the model of ``request`` and write the checkpoint ``out``; an ``out`` of the same run is kept."""
+    """Calibrate the model of ``request`` and write the checkpoint ``out``; an ``out`` of the same run is kept.
+
+    MLPs that are reconstructed on the way are kept beside it.
+    """
+    begun = _begin(request, report, out.with_name(f"{out.stem}.mlp.safetensors"))
+    calibrate_or_load(begun.start.chain, begun.images.images, begun.recipe, begun.resources, out, begun.fingerprint, begun.facts)
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """Everything up to calibration."""
+
+    recipe: Recipe
+    start: Start
+    images: CalibrationSet
+    resources: Resources
+    fingerprint: Fingerprint
+    facts: dict[str, Any]
+
+
+def _begin(request: CellRequest, report: Report, mlps: Path | None = None) -> _Begun:
     assert request.recipe is not None
     device = _start(request.device, request.threads)
     task = get_task(request.task)
     loaded = task.load(request.model)
-    calibration = task.calibration(loaded, request.data, request.recipe)
-    chain = task.build(loaded, request.recipe).to(device)
-    calibrate_or_load(
-        chain,
-        calibration.images,
-        request.recipe,
-        Resources(report, request.placement, request.eval_batch, request.step_engine),
-        out,
-        fingerprint_of(loaded, calibration, request.recipe),
-        checkpoint_facts(request, loaded),
-    )
+    images = task.calibration(loaded, request.data, request.recipe)
+    resources = Resources(report, request.placement, request.eval_batch, request.step_engine)
+    begun = start(request, task, loaded, images, task.divergence(request.recipe), device, resources, mlps)
+    fingerprint = fingerprint_of(loaded, images, request.recipe)
+    return _Begun(request.recipe, begun, images, resources, fingerprint, checkpoint_facts(request, loaded))
 
 
 def reconstruct_stage(
@@ -55,13 +78,21 @@ def reconstruct_stage(
         CheckpointError: the checkpoint is of another run, or given fields would change its ranges.
     """
     fingerprint, facts = read_header(checkpoint)
+    if facts.get("stage") != "calibrated":
+        raise CheckpointError(
+            f"The checkpoint {checkpoint} is of stage '{facts.get('stage')}': reconstruct needs a calibrated one."
+        )
     recipe = _changed(fingerprint.recipe, given)
     device = _start(options["device"], options["threads"])
     task, loaded = _load(task_name, checkpoint, facts, options)
     calibration = task.calibration(loaded, data, recipe)
     expected = fingerprint_of(loaded, calibration, recipe)
     chain = task.build(loaded, recipe).to(device)
-    load_checkpoint(checkpoint, chain, expected, ranges_only=True)
+    teacher = None
+    if recipe.reconstruct_mlp:
+        teacher = copy.deepcopy(chain)
+        use_relu(chain)
+    load_checkpoint(checkpoint, chain, expected, "ranges")
     blocks = out.with_name(f"{out.stem}.blocks")
     log = reconstruct_with_checkpoints(
         chain,
@@ -71,6 +102,7 @@ def reconstruct_stage(
         Resources(report, options["placement"], options["eval_batch"], options["step_engine"]),
         blocks,
         expected,
+        teacher,
     )
     finish(chain)
     save_checkpoint(out, chain.state_dict(), expected, {**facts, "stage": "reconstructed"})
@@ -86,7 +118,7 @@ def evaluate_stage(task_name: str, checkpoint: Path, data: DataRequest, options:
     fingerprint, facts = read_header(checkpoint)
     device = _start(options["device"], options["threads"])
     task, loaded = _load(task_name, checkpoint, facts, options)
-    chain = _restored(task, loaded, checkpoint, fingerprint).to(device)
+    chain = _restored(task, loaded, checkpoint, fingerprint, facts).to(device)
     return task.evaluate(chain, loaded, data, device, options["eval_batch"], options["workers"], report)
 
 
@@ -107,18 +139,24 @@ def inspect_stage(task_name: str, checkpoint: Path, options: dict[str, Any]) -> 
             f"Task '{task_name}' does not say what images {loaded.tag} takes, so its operations cannot be counted: "
             "its load must set LoadedModel.input_shape."
         )
-    chain = _restored(task, loaded, checkpoint, fingerprint)
+    chain = _restored(task, loaded, checkpoint, fingerprint, facts)
     measured = model_facts(chain, torch.zeros(1, *loaded.input_shape))
     return Inspection(checkpoint, task_name, loaded.tag, facts["stage"], fingerprint, measured)
 
 
-def _restored(task: Task, loaded: LoadedModel, checkpoint: Path, fingerprint: Fingerprint) -> BlockChain:
+def _restored(task: Task, loaded: LoadedModel, checkpoint: Path, fingerprint: Fingerprint, facts: dict[str, Any]) -> BlockChain:
+    """The model of a checkpoint of any stage, in its quantized form (of stage ``mlp``: with its MLPs, in full precision)."""
     if fingerprint.weights != loaded.sha256:
         raise CheckpointError(
             f"The checkpoint {checkpoint} was made from other weights (sha256 {fingerprint.weights[:12]}) than those found now "
             f"({loaded.sha256[:12]})."
         )
     chain = task.build(loaded, fingerprint.recipe)
+    if facts.get("stage") == "mlp":
+        load_mlps(chain, checkpoint, None)
+        return chain
+    if fingerprint.recipe.reconstruct_mlp:
+        use_relu(chain)
     load_checkpoint(checkpoint, chain, None)
     set_quantized(chain, True)
     return chain

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fimaq_core import NUMERICS_VERSION
 from fimaq_core.chain import BlockChain
-from fimaq_core.checkpoint import Fingerprint, load_checkpoint, read_header, save_checkpoint
+from fimaq_core.checkpoint import Fingerprint, Scope, load_checkpoint, read_header, save_checkpoint
 from fimaq_core.errors import CheckpointError
 from fimaq_core.fisher.divergence import ClassifierDivergence
 from fimaq_core.layers import set_quantized
@@ -248,13 +248,13 @@ def rewrite_header(path: Path, change: Callable[[dict[str, Any]], None]) -> None
     path.write_bytes(struct.pack("<Q", len(raw)) + raw + content[8 + length :])
 
 
-@pytest.mark.parametrize("ranges_only", [False, True])
-def test_a_recipe_of_another_version_is_refused_and_not_a_crash(saved: Path, ranges_only: bool) -> None:
+@pytest.mark.parametrize("scope", ["all", "ranges", "mlp"])
+def test_a_recipe_of_another_version_is_refused_and_not_a_crash(saved: Path, scope: Scope) -> None:
     """A field that this version does not know, or a value it does not take."""
     recipe = quick()
     rewrite_header(saved, lambda mark: mark["recipe"].update({"adaptive_base": 37}))
     with pytest.raises(CheckpointError, match="recipe"):
-        load_checkpoint(saved, chain_of(vit(), recipe), fingerprint(recipe), ranges_only=ranges_only)
+        load_checkpoint(saved, chain_of(vit(), recipe), fingerprint(recipe), scope)
 
 
 def test_header_without_fingerprint_fields(saved: Path) -> None:
