@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from benchmarks.cells import Cell
+from benchmarks.tables import in_order
 from fimaq_core.recipe import Recipe
 
 #: The columns.
@@ -28,9 +29,10 @@ def optimised(recipe: Recipe | None) -> str:
 
 
 def marks(cells: Sequence[Cell]) -> pd.DataFrame:
-    """Return methods × :data:`MARKS`, in the order of ``cells``, measured or not."""
+    """Return methods × :data:`MARKS`, in the order of tables, measured or not."""
     recipes: dict[str, Recipe | None] = {}
     for cell in cells:
         recipes.setdefault(cell.method, cell.request.recipe)
-    rows = [(special_quantizers(recipe), optimised(recipe)) for recipe in recipes.values()]
-    return pd.DataFrame(rows, columns=list(MARKS), index=pd.Index(list(recipes), name="method"))
+    methods = in_order(recipes)
+    rows = [(special_quantizers(recipes[method]), optimised(recipes[method])) for method in methods]
+    return pd.DataFrame(rows, columns=list(MARKS), index=pd.Index(methods, name="method"))

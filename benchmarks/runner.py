@@ -13,7 +13,8 @@ from benchmarks.estimate import Estimator, duration, expected_cost
 from benchmarks.worker import Failed, Finished, Worker
 from fimaq_core.errors import FimaqError
 from fimaq_core.progress import Progress
-from tasks.common.record import read_record
+from fimaq_core.recipe import OFF
+from tasks.common.record import bits_name, read_record
 from tasks.common.request import Missing, describe_missing
 
 
@@ -55,15 +56,17 @@ def make_chains(cells: Sequence[Cell]) -> list[list[Cell]]:
 
     Cells of one (model, bits, seed) share a calibration: measured one after the other in one worker, it is computed
     once. Axis points are chains of their own, or an ablation would keep no more workers busy than it has models: there
-    each worker calibrates once at worst. Full-precision cells come first, since all others of the model use theirs; then
-    the dearest chain first, so that none is left over at the end.
+    each worker calibrates once at worst. Full-precision cells come first, since all others of the model use theirs, then
+    models whose MLPs are reconstructed, which others share; then the dearest chain, so that none is left over at the end.
     """
     chains: dict[tuple[object, ...], list[Cell]] = {}
     for cell in cells:
         chains.setdefault((cell.task, cell.model, cell.w_bit, cell.a_bit, cell.seed, cell.point), []).append(cell)
 
-    def order(chain: list[Cell]) -> tuple[bool, float]:
-        return chain[0].request.recipe is not None, -sum(expected_cost(cell) for cell in chain)
+    def order(chain: list[Cell]) -> tuple[bool, bool, float]:
+        first = chain[0]
+        cost = -sum(expected_cost(cell) for cell in chain)
+        return first.request.recipe is not None, first.bits != bits_name(OFF, OFF), cost
 
     return sorted(chains.values(), key=order)
 

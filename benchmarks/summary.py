@@ -11,7 +11,7 @@ from benchmarks.axes import Axes
 from benchmarks.cells import Cell
 from benchmarks.marks import MARKS, marks
 from benchmarks.orders import count, order_lines
-from benchmarks.tables import FULL, Measured, fitting, frame, main_metric, markdown, over_seeds, quantized, unique, wide
+from benchmarks.tables import FULL, Measured, fitting, frame, in_order, main_metric, markdown, over_seeds, quantized, unique, wide
 from fimaq_core.recipe import METHODS, Recipe, make_recipe
 from tasks.common.record import recipe_of
 
@@ -119,7 +119,7 @@ def _spread_lines(table: pd.DataFrame) -> list[str]:
     texts = []
     for bits in unique(stats["bits"]):
         here = stats[(stats["bits"] == bits) & (stats["k"] > 1)]
-        spreads = [f"{method} {pooled_sd(here[here['method'] == method]):.2f}" for method in unique(here["method"])]
+        spreads = [f"{method} {pooled_sd(here[here['method'] == method]):.2f}" for method in in_order(here["method"])]
         if spreads:
             texts.append(f"{'full precision' if bits == FULL else bits}: {', '.join(spreads)}")
     lines = []
@@ -146,5 +146,5 @@ def mean_over_models(table: pd.DataFrame) -> pd.DataFrame:
         here = stats[stats["bits"] == bits].pivot(index="model", columns="method", values="mean").dropna()
         if len(here):
             columns[f"{bits} ({count(len(here), 'model')})"] = {str(name): f"{value:.2f}" for name, value in here.mean().items()}
-    order = unique(stats["method"])
+    order = in_order(stats["method"])
     return pd.DataFrame(columns, index=pd.Index(order, name="method")).fillna("-") if columns else pd.DataFrame()

@@ -8,7 +8,7 @@ import pandas as pd
 
 from benchmarks.cells import MAIN_METRIC, Adapter, Cell, finished
 from fimaq_core.files import replaced_whole
-from fimaq_core.recipe import OFF
+from fimaq_core.recipe import METHODS, OFF
 from tasks.common.record import ResultRecord, bits_name
 
 COLUMNS = [
@@ -105,6 +105,12 @@ def unique(values: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(values))
 
 
+def in_order(methods: Iterable[str]) -> list[str]:
+    """Return the distinct methods in the order of tables: full precision, then as they are registered."""
+    known = ["fp", *METHODS]
+    return sorted(unique(methods), key=lambda name: known.index(name) if name in known else len(known))
+
+
 def wide(task_table: pd.DataFrame, cells: Sequence[Cell]) -> pd.DataFrame:
     """Return the table for people: methods as rows, ``model bits`` as columns, ``-`` where nothing is measured.
 
@@ -118,7 +124,7 @@ def wide(task_table: pd.DataFrame, cells: Sequence[Cell]) -> pd.DataFrame:
         (row["model"], row["method"], row["bits"]): value_text(row["mean"], row["sd"])
         for row in over_seeds(task_table).to_dict("records")
     }
-    methods = unique(cell.method for cell in cells)
+    methods = in_order(cell.method for cell in cells)
     models = unique(cell.model for cell in cells)
     without_bits = {cell.method for cell in cells if cell.bits == FULL}
     columns: dict[str, list[str]] = {}

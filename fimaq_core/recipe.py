@@ -247,6 +247,8 @@ _CALIBRATION_ONLY: dict[str, Any] = {"reconstruct": False, "per_token": False, "
 #: Each method as changes to the defaults (FIMA-Q's released settings). docs/methods.md says what each is and where it
 #: differs from its released code.
 METHODS: dict[str, dict[str, Any]] = {
+    # APHQ-ViT's MLP reconstruction alone, in full precision.
+    "mlp-recon": {"w_bits": OFF, "a_bits": OFF, "reconstruct_mlp": True, "reconstruct": False, "per_token": False},
     # Rounding to nearest with min-max ranges.
     "rtn": {"reconstruct": False, "range_search": "minmax", "reparameterize": False, "per_token": False},
     # Li et al., ICCV 2023 (arXiv:2212.08254).
@@ -274,8 +276,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "activation_prob": 1.0,
         "per_token": False,
     },
-    # Wu et al., CVPR 2025 (arXiv:2504.02508); mlp-recon is its first stage alone, in full precision.
-    "mlp-recon": {"w_bits": OFF, "a_bits": OFF, "reconstruct_mlp": True, "reconstruct": False, "per_token": False},
+    # Wu et al., CVPR 2025 (arXiv:2504.02508).
     "aphq": {"loss": "perturb_mean", "per_token": False, "reconstruct_mlp": True},
     # Wu et al., CVPR 2025 (arXiv:2506.11543), and with APHQ-ViT's MLP reconstruction before it.
     "fimaq": {},

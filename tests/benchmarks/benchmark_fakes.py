@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.cells import Adapter, Cell
+from benchmarks.grid import Grid, load_grid
 from fimaq_core.errors import ModelError
 from fimaq_core.progress import Progress, Report
 from fimaq_core.recipe import OFF
@@ -26,6 +27,11 @@ LEVELS = {"rtn": 20.0, "brecq": 70.0, "qdrop": 75.0, "fimaq": 80.0}
 
 IMAGENET = Dataset(name="ImageNet-1k val", split="val", count=50_000, classes=1000, fingerprint="f" * 64)
 DIGITS = Dataset(name="digit-pairs", split="test", count=2000, classes=100, fingerprint="d" * 64)
+
+
+def plain_demo(**changes: Any) -> Grid:
+    """The demo grid without its extra cells."""
+    return load_grid("demo").model_copy(update={"extra": (), **changes})
 
 
 def make_record(**changes: Any) -> ResultRecord:

@@ -131,7 +131,8 @@ def test_settings_of_mlps_bear_where_mlps_are_reconstructed():
     assert diff.changed_settings(make_recipe("relu-fp", {"mlp_steps": 7})) == {"mlp_steps": 7}
     assert diff.changed_settings(make_recipe("rtn", {"mlp_steps": 7, "steps": 3})) == {}
     assert diff.changed_settings(make_recipe("fimaq", {"mlp_steps": 7, "steps": 3})) == {"steps": 3}
-    assert diff.changed_settings(make_recipe("rtn", {"refit": True})) == {"refit": True}
+    changed = {"refit": True, "range_search": "percentile"}
+    assert diff.changed_settings(make_recipe("rtn", changed)) == changed
 
 
 def test_the_command_for_failed_cells_names_no_bits_for_them():

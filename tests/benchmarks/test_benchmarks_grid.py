@@ -8,6 +8,7 @@ import yaml
 from benchmarks.cells import RunOptions
 from benchmarks.grid import Filters, GridError, expand, load_grid, parse_bits, parse_filters, parse_grid
 from fimaq_core.errors import FimaqError
+from fimaq_core.recipe import METHODS
 
 MINIMAL = {"name": "t", "tasks": {"classification": {"dataset": "d", "models": ["m"]}}, "methods": ["fp", "rtn"],
            "bits": ["w3a3"], "seeds": [1]}  # fmt: skip
@@ -15,12 +16,13 @@ MINIMAL = {"name": "t", "tasks": {"classification": {"dataset": "d", "models": [
 
 def test_demo_grid_has_its_cells_with_full_precision_first():
     cells = expand(load_grid("demo"), Filters(), RunOptions())
-    assert len(cells) == 3 + 3 * 4 * 2 * 2
+    assert len(cells) == 3 + 3 * 4 * 2 * 2 + 3 * (1 + 8 * 2 + 1)
+    assert {cell.method for cell in cells} == {"fp", *METHODS}
     by_model = {model: [cell for cell in cells if cell.model == model] for model in ("demo_vit", "demo_deit", "demo_swin")}
     for mine in by_model.values():
         assert mine[0].method == "fp"
         assert (mine[0].w_bit, mine[0].a_bit, mine[0].seed, mine[0].request.recipe) == (32, 32, None, None)
-        assert len(mine) == 17
+        assert len(mine) == 35
     assert {cell.request.variant for cell in cells} == {None, "demo"}
     assert len({cell.key for cell in cells}) == len(cells)
     assert all(cell.request.threads == 1 and cell.request.results == Path("results/runs") for cell in cells)
@@ -36,7 +38,8 @@ def test_demo_overrides_are_the_same_for_all_methods():
 
 def test_paper_grid_uses_released_settings_and_the_given_data():
     cells = expand(load_grid("paper"), Filters(), RunOptions(data=Path("/data"), weights=Path("/weights")))
-    assert len(cells) == 7 + 7 * 4 * 3
+    assert len(cells) == 7 * (2 + 13 * 3 + 3 * 3 + 3)
+    assert {cell.method for cell in cells} == {"fp", *METHODS}
     for cell in cells:
         assert cell.request.data.path == Path("/data")
         assert cell.request.model.weights_folder == Path("/weights")

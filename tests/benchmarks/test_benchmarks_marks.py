@@ -5,7 +5,7 @@ import pytest
 
 from benchmarks import summary
 from benchmarks.cells import RunOptions
-from benchmarks.grid import Filters, expand, load_grid
+from benchmarks.grid import Filters, expand
 from benchmarks.marks import marks, optimised, special_quantizers
 from benchmarks.plan import plan_text
 from fimaq_core.recipe import METHODS, make_recipe
@@ -23,14 +23,14 @@ def test_special_quantizers(softmax: str, gelu: str, text: str):
 
 
 @pytest.mark.parametrize(
-    ("reconstruct", "mlp", "refit", "text"),
+    ("method", "changes", "text"),
     [
-        (False, False, False, "-"), (True, False, False, "blocks"), (False, True, False, "MLPs"), (False, False, True, "weights"),
-        (True, True, False, "blocks + MLPs"), (True, True, True, "blocks + MLPs + weights"),
+        ("rtn", {}, "-"), ("qdrop", {}, "blocks"), ("mlp-recon", {}, "MLPs"), ("erq", {}, "weights"),
+        ("fimaq-mlp", {}, "blocks + MLPs"), ("erq", {"reconstruct_mlp": True}, "MLPs + weights"),
     ],
 )  # fmt: skip
-def test_optimised(reconstruct: bool, mlp: bool, refit: bool, text: str):
-    assert optimised(make_recipe("fimaq", {"reconstruct": reconstruct, "reconstruct_mlp": mlp, "refit": refit})) == text
+def test_optimised(method: str, changes: dict[str, bool], text: str):
+    assert optimised(make_recipe(method, changes)) == text
 
 
 def test_full_precision_has_no_marks():
@@ -38,8 +38,10 @@ def test_full_precision_has_no_marks():
 
 
 def test_the_table_leads_with_marks_also_of_what_is_not_measured(tmp_path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(METHODS, "special", {"softmax_quantizer": "log2", "reconstruct": False, "refit": True})
-    grid = load_grid("demo").model_copy(update={"methods": ("fp", "special", "fimaq")})
+    monkeypatch.setitem(
+        METHODS, "special", {"softmax_quantizer": "log2", "reconstruct": False, "refit": True, "range_search": "percentile"}
+    )
+    grid = fakes.plain_demo(methods=("fp", "special", "fimaq"))
     cells = expand(grid, Filters(), RunOptions(results=tmp_path))
     assert marks(cells).to_dict("index") == {
         "fp": {"special quantizers": "-", "optimised": "-"},
@@ -57,7 +59,7 @@ def test_the_table_leads_with_marks_also_of_what_is_not_measured(tmp_path, monke
 
 def test_the_plan_shows_bits_of_attention_probabilities_where_they_differ(tmp_path):
     def headers_and_row(overrides):
-        grid = load_grid("demo").model_copy(update={"methods": ("fimaq",), "bits": ("w3a3",), "overrides": overrides})
+        grid = fakes.plain_demo(methods=("fimaq",), bits=("w3a3",), overrides=overrides)
         lines = plan_text(expand(grid, Filters(), RunOptions(results=tmp_path)), fakes.ADAPTER).splitlines()
         return lines[0], lines[2].split()
 

@@ -114,13 +114,14 @@ def test_plan_lists_cells_and_runs_nothing(tmp_path: Path):
         "w3a3",
         "3407",
         "20000",
+        "-",
         "fisher_dplr",
         "1024",
         "32",
         "train",
         "no",
     ]
-    assert "5 cells, 0 done, 5 to run." in result.output
+    assert "15 cells, 0 done, 15 to run." in result.output
     assert measured(tmp_path) == []
 
 
@@ -145,7 +146,7 @@ def test_filtered_runs_never_shrink_the_table(tmp_path: Path):
         (["run", "--profile", "dmeo"], "error: Unknown profile 'dmeo'. Did you mean 'demo'?"),
         (["run", "--methods", "fimac"], "error: Unknown method 'fimac'. Did you mean 'fimaq'?"),
         (["run", "--device", "gpu", "--models", "demo_vit", "--methods", "fp"], "error: Unknown device 'gpu'"),
-        (["reference"], "error: Only 0 of 51 cells"),
+        (["reference"], "error: Only 0 of 105 cells"),
     ],
 )
 def test_user_errors_are_one_line_and_exit_2(tmp_path: Path, args: list[str], words: str):
@@ -211,7 +212,7 @@ def test_interrupting_keeps_what_is_finished(tmp_path: Path):
 
 
 def test_chains_share_calibrations_and_start_with_full_precision_and_the_dearest():
-    chains = make_chains(expand(load_grid("demo"), Filters(), RunOptions()))
+    chains = make_chains(expand(fakes.plain_demo(), Filters(), RunOptions()))
     assert [len(chain) for chain in chains] == [1, 1, 1] + [4] * 12
     assert all(chain[0].method == "fp" for chain in chains[:3])
     for chain in chains:
@@ -219,6 +220,12 @@ def test_chains_share_calibrations_and_start_with_full_precision_and_the_dearest
     uneven = make_chains([cell for cell in expand(load_grid("demo"), Filters(), RunOptions())
                           if cell.method == "rtn" or (cell.method == "fimaq" and cell.model == "demo_swin")])  # fmt: skip
     assert uneven[0][0].model == "demo_swin"
+
+
+def test_chains_of_changed_models_come_before_what_uses_them():
+    chains = make_chains(expand(load_grid("demo"), Filters(), RunOptions()))
+    assert [chain[0].method for chain in chains[:7]] == ["fp"] * 3 + ["mlp-recon"] * 3 + ["rtn"]
+    assert all(len(chain) == 1 for chain in chains[:6])
 
 
 def test_jobs_follow_cores_and_threads():

@@ -14,10 +14,10 @@ import pytest
 
 from benchmarks import reference, summary, tables
 from benchmarks.cells import Cell, RunOptions
-from benchmarks.grid import Filters, Grid, expand, load_grid
+from benchmarks.grid import Filters, Grid, expand
 from tasks.common.record import write_record
 
-GRID = load_grid("demo")
+GRID = fakes.plain_demo()
 
 
 def measure(

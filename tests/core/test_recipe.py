@@ -21,7 +21,7 @@ def test_defaults_are_the_released_settings() -> None:
 
 
 def test_methods() -> None:
-    names = "rtn repq ptq4vit adalog erq brecq qdrop pdquant adalog-recon mlp-recon aphq fimaq fimaq-mlp lsvit"
+    names = "mlp-recon rtn repq ptq4vit adalog erq brecq qdrop pdquant adalog-recon aphq fimaq fimaq-mlp lsvit"
     assert list(METHODS) == names.split()
     assert all(make_recipe(name).changes() == {} for name in METHODS)
     brecq, qdrop, rtn = make_recipe("brecq"), make_recipe("qdrop"), make_recipe("rtn")
