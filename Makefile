@@ -65,4 +65,4 @@ format: $(STAMP) ## format the code
 	@$(PY) -m ruff format .
 
 clean: ## remove the virtual environment and everything that runs wrote
-	rm -rf $(VENV) results/runs results/tables results/calibration results/speed.json
+	rm -rf $(VENV) results/runs results/tables results/calibration results/mlp results/speed.json
