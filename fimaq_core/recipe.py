@@ -285,6 +285,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "lsvit": {"loss": "least_squares"},
 }
 
+#: Settings that a method's released configuration changes at some weight bits.
+_AT_BITS: dict[str, dict[int, dict[str, Any]]] = {
+    "aphq": {2: {"mlp_percentile": 0.98, "per_token": True}, 4: {"mlp_percentile": 0.98}}
+}
+
 
 def register_method(name: str, changes: Mapping[str, Any]) -> None:
     """Add a method: a name and its changes to the defaults.
@@ -299,17 +304,19 @@ def register_method(name: str, changes: Mapping[str, Any]) -> None:
 
 
 def make_recipe(method: str = "fimaq", *overrides: Mapping[str, Any]) -> Recipe:
-    """Merge defaults, the method and any overrides (later ones win) into a validated recipe.
+    """Merge defaults, the method (at its weight bits) and any overrides (later ones win) into a validated recipe.
 
     Raises:
         RecipeError: unknown method or key (with a suggestion), or a value that does not fit.
     """
     if method not in METHODS:
         raise RecipeError(f"Unknown method '{method}'.{suggest(method, METHODS)}")
-    merged: dict[str, Any] = {"method": method, **METHODS[method]}
+    given: dict[str, Any] = {}
     for override in overrides:
         _check_keys(override, "the recipe")
-        merged.update(override)
+        given.update(override)
+    bits = given.get("w_bits", Recipe.model_fields["w_bits"].default)
+    merged = {"method": method, **METHODS[method], **_AT_BITS.get(method, {}).get(bits, {}), **given}
     if merged["method"] != method:
         # Its settings were not merged: the result would carry a name that is not its own.
         raise RecipeError(f"The recipe names method '{merged['method']}', but method '{method}' is asked for: choose one.")

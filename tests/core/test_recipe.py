@@ -30,6 +30,14 @@ def test_methods() -> None:
     assert (rtn.reconstruct, rtn.range_search, rtn.reparameterize) == (False, "minmax", False)
 
 
+def test_released_settings_that_depend_on_the_bits() -> None:
+    found = {bits: make_recipe("aphq", {"w_bits": bits}) for bits in (2, 3, 4, 6)}
+    assert {bits: recipe.mlp_percentile for bits, recipe in found.items()} == {2: 0.98, 3: 0.99, 4: 0.98, 6: 0.99}
+    assert [bits for bits, recipe in found.items() if recipe.per_token] == [2]
+    assert all(recipe.changes() == {} for recipe in found.values())
+    assert make_recipe("aphq", {"w_bits": 4, "mlp_percentile": 0.9}).changes() == {"mlp_percentile": 0.9}
+
+
 def test_later_overrides_win_over_the_method_and_the_defaults() -> None:
     assert make_recipe("qdrop", {"loss": "mae", "steps": 10}, {"steps": 20}).model_dump() == {
         **make_recipe("qdrop").model_dump(), "loss": "mae", "steps": 20,
