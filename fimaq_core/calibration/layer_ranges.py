@@ -19,7 +19,7 @@ from fimaq_core.calibration.progressive import progressive_heads, progressive_in
 from fimaq_core.calibration.shared_codes import shared_errors
 from fimaq_core.calibration.weight_error import best_rows, input_moments
 from fimaq_core.layers import QuantConv2d, QuantLinear, QuantMatMul
-from fimaq_core.quantizers.activation import levels_of
+from fimaq_core.quantizers.activation import ActivationQuantizer, levels_of
 from fimaq_core.quantizers.affine import AffineQuantizer, fake_quantize
 from fimaq_core.quantizers.weight import WeightQuantizer
 from fimaq_core.recipe import Recipe
@@ -91,9 +91,21 @@ def _progressive_linear(layer: QuantLinear, x: Tensor, recipe: Recipe) -> None:
             progressive_weight(layer, flat, recipe)
         if inputs.off:
             break
+        before = settings(inputs)
         inputs.set_range(*progressive_input(_input_product(layer, x), ordered, inputs.levels, count))
-        if weights.off:
+        # With the input as before, the weight's next search would repeat itself, and so on.
+        if weights.off or unchanged(inputs, before):
             break
+
+
+def settings(quantizer: ActivationQuantizer) -> list[Tensor]:
+    """All that a search sets of a quantizer."""
+    return list(quantizer.state_dict().values())
+
+
+def unchanged(quantizer: ActivationQuantizer, before: list[Tensor]) -> bool:
+    """Whether a quantizer's settings are those from ``before``."""
+    return all(torch.equal(*pair) for pair in zip(before, settings(quantizer), strict=True))
 
 
 def progressive_weight(layer: QuantLinear, flat: Tensor, recipe: Recipe) -> None:
@@ -227,7 +239,10 @@ def calibrate_matmul(layer: QuantMatMul, a: Tensor, b: Tensor, recipe: Recipe) -
         start_heads(layer.b_quantizer, b, count)
         for _ in range(recipe.range_rounds):
             progressive_operand(layer.a_quantizer, a, b, layer.b_quantizer(b), count)
+            before = settings(layer.b_quantizer)
             progressive_operand(layer.b_quantizer, b.mT, a.mT, layer.a_quantizer(a).mT, count)
+            if unchanged(layer.b_quantizer, before):
+                break
         return
     # The right operand is searched as the left one of the transposed product.
     left = _HeadSearch(layer.a_quantizer, a, count)

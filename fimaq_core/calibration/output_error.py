@@ -26,7 +26,7 @@ class Product:
     """
 
     def __init__(self, x: Tensor, other: Tensor, residual: Tensor, levels: int) -> None:
-        self.x, self.levels = x, levels
+        self.x, self.other, self.residual, self.levels = x, other, residual, levels
         self.gram = other.shape[2] > other.shape[1]
         if self.gram:
             self.matrix = other @ other.transpose(1, 2)

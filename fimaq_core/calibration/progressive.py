@@ -12,14 +12,18 @@ from torch import Tensor
 from fimaq_core.calibration.candidates import MIN_SCALE, MIN_WEIGHT_SCALE, Candidates, ascending, grid_candidates
 from fimaq_core.calibration.output_error import Product
 from fimaq_core.calibration.own_error import errors_of_groups
-from fimaq_core.calibration.weight_error import weight_errors
+from fimaq_core.calibration.similar_ranges import RangeErrors, uniform_points
+from fimaq_core.calibration.weight_error import best_weight_errors
 
 #: Candidates kept after each step, and steps in all, as released.
 _WIDTH, _STEPS = 16, 6
 
+#: Makes errors (candidates, groups) out of candidates and the number of the best ones that matter.
+Errors = Callable[[Candidates, int], Tensor]
+
 
 def progressive(
-    errors: Callable[[Candidates], Tensor],
+    errors: Errors,
     start: Candidates,
     width: int,
     new: int,
@@ -37,7 +41,8 @@ def progressive(
     the best of all steps is remembered, so the result is never worse than the best of the start.
 
     Args:
-        errors: makes (candidates, groups) out of candidates.
+        errors: makes (candidates, groups) out of candidates and a number of them: so many of the best need their errors,
+            others may have infinity.
         start: candidates of the first step.
         width: candidates kept.
         new: candidates, at least 2, that replace each of them.
@@ -47,18 +52,18 @@ def progressive(
     """
     if new < 2:
         raise ValueError(f"a refinement needs at least 2 new candidates, not {new}")
-    found = errors(start)
+    found = errors(start, width if steps > 1 else 1)
     least, index = found.min(0)
     best_scale, best_zero = start.pick(index)
     kept = start
     share = (torch.linspace(0, 1, new, dtype=spacing.dtype, device=spacing.device) - 0.5)[:, None]
-    for _ in range(steps - 1):
+    for left in range(steps - 2, -1, -1):
         order = found.argsort(dim=0, stable=True)[:width]
         scale, zero = kept.scale.gather(0, order), kept.zero_point.gather(0, order)
         scale = (scale[:, None] + share * spacing).clamp(min=min_scale).flatten(0, 1)
         kept = Candidates(scale, zero.repeat_interleave(new, 0))
         spacing = spacing / (new - 0.5)
-        found = errors(kept)
+        found = errors(kept, width if left else 1)
         lowest, index = found.min(0)
         better = lowest < least
         scale, zero = kept.pick(index)
@@ -87,10 +92,10 @@ def progressive_rows(
     ordered = ascending(weight)
     start = grid_candidates(ordered, levels, count, min_scale)
 
-    def errors(candidates: Candidates) -> Tensor:
+    def errors(candidates: Candidates, width: int) -> Tensor:
         if square is None or linear is None:
             return errors_of_groups(ordered, candidates, levels)
-        return weight_errors(weight, candidates, levels, square, linear)
+        return best_weight_errors(weight, candidates, levels, square, linear, width)
 
     return _search(errors, start, count, min_scale)
 
@@ -105,8 +110,10 @@ def progressive_input(product: Product, sorted_values: Tensor, levels: int, coun
         count: candidates a step.
     """
 
-    def errors(candidates: Candidates) -> Tensor:
-        return product.errors(candidates.scale.t(), candidates.zero_point.t()).sum(0)[:, None]
+    found = RangeErrors(product.x, product.other, product.residual, uniform_points(levels))
+
+    def errors(candidates: Candidates, width: int) -> Tensor:
+        return found.best(candidates.scale[:, 0], candidates.zero_point[:, 0], width)[:, None]
 
     start = grid_candidates(sorted_values.reshape(1, -1), levels, count)
     scale, zero = _search(errors, start, count, MIN_SCALE)
@@ -123,16 +130,17 @@ def progressive_heads(product: Product, heads: int, sorted_rows: Tensor, levels:
         levels: grid points.
         count: candidates a step.
     """
-    images = len(product.x) // heads
+    operands = zip(*(part.chunk(heads) for part in (product.x, product.other, product.residual)), strict=True)
+    found = [RangeErrors(x, other, residual, uniform_points(levels)) for x, other, residual in operands]
 
-    def errors(candidates: Candidates) -> Tensor:
-        scale, zero = (part.t().repeat_interleave(images, 0) for part in (candidates.scale, candidates.zero_point))
-        return product.errors(scale, zero).view(heads, images, -1).sum(1).t()
+    def errors(candidates: Candidates, width: int) -> Tensor:
+        ranges = zip(candidates.scale.t(), candidates.zero_point.t(), strict=True)
+        return torch.stack([own.best(scale, zero, width) for own, (scale, zero) in zip(found, ranges, strict=True)], 1)
 
     return _search(errors, grid_candidates(sorted_rows, levels, count), count, MIN_SCALE)
 
 
-def _search(errors: Callable[[Candidates], Tensor], start: Candidates, count: int, min_scale: float) -> tuple[Tensor, Tensor]:
+def _search(errors: Errors, start: Candidates, count: int, min_scale: float) -> tuple[Tensor, Tensor]:
     """The search with AdaLog's settings, from a grid; one that holds a single scale has spacing 0."""
     spacing = (start.scale[1] - start.scale[0]).abs()
     return progressive(errors, start, _WIDTH, max(count // _WIDTH, 2), _STEPS, spacing, min_scale)

@@ -14,7 +14,9 @@ from fimaq_core.calibration.layer_ranges import (
     set_heads,
     set_minmax,
     set_rows,
+    settings,
     start_heads,
+    unchanged,
 )
 from fimaq_core.calibration.output_error import Product, best_of_heads
 from fimaq_core.calibration.own_error import best_by_own_error
@@ -57,10 +59,12 @@ def calibrate_after_gelu(layer: QuantLinear, x: Tensor, recipe: Recipe) -> None:
     if recipe.range_search == "minmax":
         _search_gelu(layer, flat, count)
         return
-    for _ in range(max(recipe.range_rounds, 1)):
+    for number in range(max(recipe.range_rounds, 1)):
+        before = settings(layer.input_quantizer)
         if not layer.input_quantizer.off:
             _search_gelu(layer, flat, count)
-        if weights.off:
+        # With the input as before, the weight's next search would repeat itself, and so on.
+        if weights.off or (number and unchanged(layer.input_quantizer, before)):
             return
         if candidates is None:
             progressive_weight(layer, flat, recipe)
@@ -105,13 +109,13 @@ def calibrate_after_softmax(layer: QuantMatMul, a: Tensor, b: Tensor, recipe: Re
         set_minmax(right, b.transpose(0, 1).flatten(1), shape=(1, -1, 1, 1))
     else:
         start_heads(right, b, count)
-    for _ in range(max(recipe.range_rounds, 1)):
-        hat = right(b)
+    for number in range(max(recipe.range_rounds, 1)):
+        hat, before = right(b), settings(left)
         if isinstance(left, AdaLogQuantizer) and not left.off:
             left.set_base(search_adalog_softmax(a, hat, b, left.levels, count))
         elif isinstance(left, TwinQuantizer) and not left.off:
             left.set_scale(search_twin_softmax(a, hat, b, left.levels).view(1, 1, 1, 1))
-        if right.off or recipe.range_search == "minmax":
+        if right.off or recipe.range_search == "minmax" or (number and unchanged(left, before)):
             return
         if recipe.range_search == "progressive":
             progressive_operand(right, b.mT, a.mT, left(a).mT, count)

@@ -5,20 +5,23 @@ ECCV 2022, arXiv:2111.12293). Where a search goes by the error of the product th
 quantized. Of equally good candidates the first is chosen.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fimaq_core.calibration.blocks import block_elements
 from fimaq_core.calibration.candidates import MIN_SCALE, Candidates, ascending, quantiles
 from fimaq_core.calibration.own_error import best_by_own_error
 from fimaq_core.calibration.progressive import progressive
+from fimaq_core.calibration.similar_ranges import Points, RangeErrors
 from fimaq_core.errors import DataError
 from fimaq_core.quantizers.logarithm import (
     ADALOG_R,
     GELU_SHIFT,
-    adalog_fake_quantize,
+    LOWEST,
     adalog_tables,
     log_fake_quantize,
 )
@@ -115,10 +118,10 @@ def search_adalog_softmax(a: Tensor, b_hat: Tensor, b: Tensor, levels: int, coun
         levels: number of codes.
         count: candidates, from q = 10 on.
     """
-    numerators = range(_FIRST_Q, _FIRST_Q + count)
-    quantizers = [_adalog(a.new_ones(()), q, levels) for q in numerators]
-    errors = product_errors(a.flatten(0, 1), b_hat.flatten(0, 1), b.flatten(0, 1), quantizers)
-    return numerators[int(errors.argmin())]
+    a, b_hat, b = (part.flatten(0, 1) for part in (a, b_hat, b))
+    numerators = torch.arange(_FIRST_Q, _FIRST_Q + count, device=a.device, dtype=a.dtype)
+    found = RangeErrors(a, b_hat, a @ (b_hat - b), _adalog_points(levels), _logarithm(a))
+    return int(numerators[found.best(torch.ones_like(numerators), numerators, 1).argmin()])
 
 
 def search_adalog_gelu(x: Tensor, w_hat: Tensor, w: Tensor, levels: int, count: int, rounds: int = 5) -> tuple[Tensor, int]:
@@ -136,21 +139,24 @@ def search_adalog_gelu(x: Tensor, w_hat: Tensor, w: Tensor, levels: int, count: 
         rounds: refinements of the scales.
     """
 
-    def errors(candidates: Candidates) -> Tensor:
+    other = w_hat.t()[None]
+    shifted, residual = (x + GELU_SHIFT)[:, None], (x @ (w_hat - w).t())[:, None]
+    found = RangeErrors(shifted, other, residual, _adalog_points(levels), _logarithm(shifted))
+
+    def errors(candidates: Candidates, width: int) -> Tensor:
         # What is a zero point elsewhere is the numerator here.
-        pairs = zip(candidates.scale[:, 0], candidates.zero_point[:, 0].tolist(), strict=True)
-        return product_errors(x, w_hat.t(), w.t(), [_adalog(scale, int(q), levels, GELU_SHIFT) for scale, q in pairs])[:, None]
+        return found.best(candidates.scale[:, 0], candidates.zero_point[:, 0], width)[:, None]
 
     numerators = torch.arange(_FIRST_Q, _FIRST_Q + count, device=x.device, dtype=x.dtype)[:, None]
     top = _gelu_scales(x, count)[-2]
     look = Candidates(top.expand(count, 1), numerators)
-    looked = errors(look)
+    looked = errors(look, _FEW)
     order = looked[:, 0].argsort(stable=True)[:_FEW]
 
     scales = _gelu_scales(x, count // _FEW)
     start = Candidates(scales.repeat(_FEW)[:, None], numerators[order].repeat_interleave(len(scales), 0))
     scale, q = progressive(errors, start, _WIDTH, max(count // _WIDTH, 2), rounds + 1, (scales[1] - scales[0])[None])
-    if looked[order[0], 0] <= errors(Candidates(scale[None], q[None]))[0, 0]:
+    if looked[order[0], 0] <= errors(Candidates(scale[None], q[None]), 1)[0, 0]:
         scale, q = look.pick(order[:1])
     return scale[0], int(q)
 
@@ -165,7 +171,7 @@ def search_log_gelu(x: Tensor, w_hat: Tensor, w: Tensor, step: float, levels: in
         x, w_hat, w, levels, count: as there.
     """
 
-    def errors(candidates: Candidates) -> Tensor:
+    def errors(candidates: Candidates, _: int) -> Tensor:
         def quantizer(scale: Tensor) -> Quantizer:
             return lambda part: log_fake_quantize(part + GELU_SHIFT, scale, step, levels).sub_(GELU_SHIFT)
 
@@ -214,11 +220,25 @@ def search_twin_gelu(x: Tensor, w_hat: Tensor, w: Tensor, levels: int, count: in
     return scales[errors.argmin()]
 
 
-def _adalog(scale: Tensor, q: int, levels: int, shift: float = 0.0) -> Quantizer:
-    """AdaLog's quantizer by its tables, of values to which ``shift`` is added before and taken away after."""
-    shifts, mantissas = (table.to(scale) for table in adalog_tables(q, levels))
-    step = q / ADALOG_R
-    return lambda part: adalog_fake_quantize(part + shift, scale, shifts, mantissas, step, levels).sub_(shift)
+def _adalog_points(levels: int) -> Points:
+    """Points of AdaLog's quantizer by its tables from :func:`_logarithm` of the values; kinds are numerators."""
+    tables: dict[float, Tensor] = {}
+
+    def points(values: Tensor, scale: Tensor, q: float) -> Tensor:
+        if q not in tables:
+            shifts, mantissas = adalog_tables(int(q), levels)
+            tables[q] = F.pad(torch.exp2(-shifts) * mantissas, (0, 1)).to(values)
+        rate = ADALOG_R / q
+        codes = (
+            torch.sub(scale.log2() * rate, values, alpha=rate).clamp_(0, min(levels, -math.log2(LOWEST) * rate)).round_().int()
+        )
+        return tables[q].index_select(0, codes.flatten()).view(codes.shape)
+
+    return points
+
+
+def _logarithm(x: Tensor) -> Tensor:
+    return x.clamp(min=torch.finfo(x.dtype).tiny).log2_()
 
 
 def _gelu_scales(x: Tensor, count: int) -> Tensor:

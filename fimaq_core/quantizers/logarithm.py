@@ -14,12 +14,12 @@ ADALOG_R = 37
 GELU_SHIFT = 0.16997124254703522
 
 #: Lower bound of x / s, below which there is one code for all values.
-_LOWEST = 1e-15
+LOWEST = 1e-15
 
 
 def log_codes(x: Tensor, scale: Tensor, step: Tensor | float) -> Tensor:
     """Codes k of the definition, not limited by the number of levels, as floating point; arguments broadcast to ``x``."""
-    return (x / scale).clamp_(_LOWEST, 1).log2_().neg_().div_(step).round_()
+    return (x / scale).clamp_(LOWEST, 1).log2_().neg_().div_(step).round_()
 
 
 def log_fake_quantize(x: Tensor, scale: Tensor, step: Tensor | float, levels: int) -> Tensor:
@@ -85,7 +85,7 @@ def learned_log_fake_quantize(x: Tensor, scale: Tensor, step: Tensor | float, le
     values, largest = x.detach(), scale.detach()
     out = log_fake_quantize(values, largest, step, levels)
     ratio = values / largest
-    inside = (ratio > _LOWEST) & (ratio < 1)
+    inside = (ratio > LOWEST) & (ratio < 1)
     # x̂ is 0 where k >= L, and so are both slopes.
     slope = torch.where(inside, out / torch.where(inside, values, 1.0), 0.0)
     scale_slope = torch.where(inside, 0.0, out / largest)

@@ -50,7 +50,7 @@ def test_convex_errors_are_followed_to_the_last_spacing(new: int) -> None:
     groups, steps = 40, 6
     wanted, zero = torch.rand(groups, dtype=torch.float64) * 3 + 0.5, torch.randint(0, 4, (groups,)).double()
 
-    def errors(candidates: Candidates) -> Tensor:
+    def errors(candidates: Candidates, _: int) -> Tensor:
         return (candidates.scale / wanted - 1).square() + (candidates.zero_point - zero).square()
 
     scales = torch.linspace(0.4, 3.6, 9, dtype=torch.float64)
@@ -61,7 +61,7 @@ def test_convex_errors_are_followed_to_the_last_spacing(new: int) -> None:
     assert found.shape == found_zero.shape == (groups,)
     assert torch.equal(found_zero, zero)
     fine = torch.linspace(0.4, 3.6, 100001, dtype=torch.float64)
-    optimum = fine[errors(Candidates(fine[:, None].expand(-1, groups), zero.expand(100001, -1))).argmin(0)]
+    optimum = fine[errors(Candidates(fine[:, None].expand(-1, groups), zero.expand(100001, -1)), 1).argmin(0)]
     assert ((found - optimum).abs() <= 0.4 / (new - 0.5) ** (steps - 2) + 4e-5).all()
 
 
@@ -69,7 +69,7 @@ def test_the_best_of_the_start_is_not_lost() -> None:
     # Only the start's own scales are good, and no refinement meets them again: with an even number none stays in place.
     start = Candidates(torch.tensor([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]]), torch.tensor([[0.0, 5.0], [1.0, 6.0], [2.0, 7.0]]))
 
-    def errors(candidates: Candidates) -> Tensor:
+    def errors(candidates: Candidates, _: int) -> Tensor:
         off = (candidates.scale != candidates.scale.round()).double()
         return 100 * off + (candidates.scale - torch.tensor([3.0, 1.0])).abs()
 
@@ -79,7 +79,7 @@ def test_the_best_of_the_start_is_not_lost() -> None:
 
 
 def test_a_middle_step_is_remembered() -> None:
-    def errors(candidates: Candidates) -> Tensor:
+    def errors(candidates: Candidates, _: int) -> Tensor:
         return torch.where(candidates.scale == 0.5, 0.0, candidates.scale.double() + 1)
 
     # The first refinement of 1 with spacing 1 is (0.5, 1.5); later ones move on to smaller scales, which are worse.
@@ -91,7 +91,7 @@ def test_one_step_is_a_plain_search() -> None:
     torch.manual_seed(0)
     table = torch.rand(50, 7)
     start = Candidates(torch.rand(50, 7), torch.rand(50, 7))
-    scale, zero = progressive(lambda _: table, start, 16, 8, 1, torch.ones(7))
+    scale, zero = progressive(lambda *_: table, start, 16, 8, 1, torch.ones(7))
     expected = start.pick(table.argmin(0))
     assert torch.equal(scale, expected[0])
     assert torch.equal(zero, expected[1])
@@ -100,7 +100,7 @@ def test_one_step_is_a_plain_search() -> None:
 def test_scales_stay_positive() -> None:
     seen: list[Tensor] = []
 
-    def errors(candidates: Candidates) -> Tensor:
+    def errors(candidates: Candidates, _: int) -> Tensor:
         seen.append(candidates.scale)
         return candidates.scale
 
@@ -112,7 +112,9 @@ def test_scales_stay_positive() -> None:
 
 def test_too_few_new_candidates_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 2"):
-        progressive(lambda candidates: candidates.scale, Candidates(torch.ones(1, 1), torch.ones(1, 1)), 1, 1, 2, torch.ones(1))
+        progressive(
+            lambda candidates, _: candidates.scale, Candidates(torch.ones(1, 1), torch.ones(1, 1)), 1, 1, 2, torch.ones(1)
+        )
 
 
 @pytest.mark.parametrize("levels", [8, 16])

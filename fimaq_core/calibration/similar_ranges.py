@@ -1,0 +1,206 @@
+"""Output errors of many candidate ranges of one operand, as far as a search needs them.
+
+A search that goes on with the best few candidates need not know the errors of the others, and the candidates of its later
+steps hardly differ:
+
+* Errors are summed over pieces of the operand, and a candidate whose sum so far is beyond what ``width`` others have in all is
+  dropped.
+* An operand is ``x̂ = s u - shift`` with points u of unit scale, which are monotone in s. Between neighbouring scales few u
+  change, so the errors of a run of scales follow from the first one's: with ``ρ = s / s₀``, ``e`` the first output error,
+  ``Y = s₀ u₀ M`` and ``Δ = u - u₀`` the error is ``|e + (ρ - 1) Y + ρ s₀ ΔM|²``. ``Δ`` is the sum of few changes of single
+  elements, so all terms are sums over them, ``|ΔM|²`` one over pairs of changes in a row with entries of ``G = MMᵀ``.
+"""
+
+from collections.abc import Callable
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from fimaq_core.calibration.blocks import block_elements
+
+#: Makes points u, a new tensor, from values, a scale that broadcasts to them, and a number of the candidate's kind.
+Points = Callable[[Tensor, Tensor, float], Tensor]
+#: What a run of candidates costs beside an element of a single candidate (measured on a CPU): by itself for each element, for
+#: each change and for each pair of changes in a row.
+_RUN_COST, _CHANGE_COST, _PAIR_COST = 3.0, 20.0, 8.0
+
+
+def uniform_points(levels: int) -> Points:
+    """Points of a uniform quantizer, whose kinds are zero points."""
+
+    def points(values: Tensor, scale: Tensor, zero_point: float) -> Tensor:
+        return torch.div(values, scale).round_().clamp_(-zero_point, levels - 1 - zero_point)
+
+    return points
+
+
+class RangeErrors:
+    """Squared error of ``(s u(x) - shift) @ other`` against ``x @ (other in full precision)``.
+
+    Args:
+        x: (batch, rows, inner), the operand in full precision, the shift added.
+        other: (batch or 1, inner, columns), the other operand, quantized.
+        residual: (batch, rows, columns), ``(x - shift) @ (other - other in full precision)``.
+        points: how to get u from the values.
+        values: what ``points`` takes, as ``x``; it is ``x`` where not given.
+    """
+
+    def __init__(self, x: Tensor, other: Tensor, residual: Tensor, points: Points, values: Tensor | None = None) -> None:
+        self.x, self.points, self.values = x, points, x if values is None else values
+        self.gram = other @ other.mT
+        self.narrow = other.shape[2] <= other.shape[1]
+        if self.narrow:
+            self.matrix, self.term = other.contiguous(), residual
+            self.constants = residual.new_zeros(len(x), dtype=torch.float64)
+        else:
+            self.matrix, self.term = self.gram, residual @ other.mT
+            self.constants = residual.square().sum((1, 2)).double()
+        self._base: Tensor | None = None
+        self.step = max(block_elements(x.device) // (16 * x[0].numel()), 1)
+
+    def best(self, scale: Tensor, kind: Tensor, width: int) -> Tensor:
+        """Errors float64 (candidates,) of at least the ``width`` best candidates; infinite where others are not worked out.
+
+        Args:
+            scale: (candidates,).
+            kind: (candidates,), the number that ``points`` takes beside the scale.
+            width: how many are wanted.
+        """
+        self.scale, self.kinds = scale, kind.tolist()
+        out = torch.full(scale.shape, torch.inf, dtype=torch.float64, device=scale.device)
+        pairs = list(zip(self.kinds, scale.tolist(), range(len(scale)), strict=True))
+        alone: list[int] = []
+        for _, run in groupby(sorted(pairs), key=lambda pair: pair[0]):
+            self._run([index for _, _, index in run], out, alone)
+        if alone:
+            self._sieve(torch.tensor(alone, device=scale.device), out, width)
+        return out
+
+    def _sieve(self, alive: Tensor, out: Tensor, width: int) -> None:
+        """Write the errors of candidates ``alive`` to ``out``, but of those that are found not to be wanted before."""
+        partial = torch.zeros_like(out)
+        start = 0
+        while start < len(self.x) and len(alive):
+            # The first look is short, and every next one as long as all before.
+            stop = min(max(2 * start, self.step, len(self.x) // 8), len(self.x))
+            partial[alive] += self._direct(alive, start, stop)
+            if start == 0 and stop < len(self.x):
+                # The most promising ones are finished at once: their whole errors are a tight bound for the rest.
+                order = partial[alive].argsort(stable=True)
+                first, alive = alive[order[:width]], alive[order[width:]]
+                out[first] = partial[first] + self._direct(first, stop, len(self.x))
+            if width <= len(out):
+                alive = alive[partial[alive] <= out.kthvalue(width).values]
+            start = stop
+        out[alive] = partial[alive]
+
+    def _direct(self, which: Tensor, start: int, stop: int) -> Tensor:
+        """Errors of single candidates on entries from ``start`` to ``stop``, one by one."""
+        total = torch.zeros(len(which), dtype=torch.float64, device=which.device)
+        candidates = which.tolist()
+        for part in self._parts(start, stop):
+            total += self.constants[part].sum()
+            x, values, term = self.x[part], self.values[part], self.term[part]
+            wide = term if self.narrow else 2 * term
+            sums = []
+            for index in candidates:
+                scale = self.scale[index]
+                delta = self.points(values, scale, self.kinds[index]).mul_(scale).sub_(x)
+                made = self._product(delta, part).add_(wide)
+                made = made.square_() if self.narrow else made.mul_(delta)
+                sums.append(made.sum((1, 2)))
+            total += torch.stack(sums).double().sum(1)
+        return total
+
+    def _parts(self, start: int, stop: int) -> list[slice]:
+        return [slice(first, min(first + self.step, stop)) for first in range(start, stop, self.step)]
+
+    def _product(self, delta: Tensor, part: slice, transposed: bool = False) -> Tensor:
+        matrix = self.matrix.mT if transposed else self.matrix
+        return (
+            (delta.flatten(0, 1) @ matrix[0]).view(*delta.shape[:2], -1) if len(matrix) == 1 else torch.bmm(delta, matrix[part])
+        )
+
+    def _run(self, run: list[int], out: Tensor, alone: list[int]) -> None:
+        """Write the errors of a run of one kind, scales ascending, to ``out``, or put it to those looked at ``alone``."""
+        if len(run) <= _RUN_COST:
+            alone += run
+            return
+        # A first look tells how many changes of a row there are.
+        probe = slice(0, max(min(self.step, len(self.x) // 16), 1))
+        ends = [self._points(self.values[probe], index) for index in (run[0], run[-1])]
+        counts = (ends[0] != ends[1]).sum(2, dtype=torch.float32)
+        cost = _RUN_COST * self.x.shape[2] + float((_CHANGE_COST * counts + _PAIR_COST * counts.square()).mean())
+        if cost > len(run) * self.x.shape[2]:
+            half = len(run) // 2
+            self._run(run[:half], out, alone)
+            self._run(run[half:], out, alone)
+            return
+        sums = torch.stack([self._sums(part, run) for part in self._parts(0, len(self.x))]).sum(0)
+        square, cross, whole, pairs, in_error, in_whole = sums
+        scale = self.scale[run].double()
+        more = scale / scale[0] - 1
+        out[run] = (
+            square + more * (2 * cross + more * whole) + scale * (2 * in_error + 2 * more * in_whole) + scale.square() * pairs
+        )
+
+    def _points(self, values: Tensor, index: int) -> Tensor:
+        return self.points(values, self.scale[index], self.kinds[index])
+
+    def _sums(self, part: slice, run: list[int]) -> Tensor:
+        """Sums (6, candidates) over entries: ``|e|²``, ``e·Y``, ``|Y|²``, ``|ΔM|²``, ``ΔM·e``, ``ΔM·Y``."""
+        if self._base is None:
+            own = self._product(self.x, slice(None))
+            self._base = own - self.term
+        x, values, scale = self.x[part], self.values[part], self.scale[run[0]]
+        first = self._points(values, run[0])
+        changed = (first != self._points(values, run[-1])).flatten().nonzero()[:, 0]
+        whole = first * scale
+        delta = whole - x
+        # e and Y, or both times Mᵀ.
+        error = self._product(delta, part).add_(self.term[part])
+        output = error + self._base[part]
+        if self.narrow:
+            dense = [error.square(), error * output, output.square()]
+            error, output = self._product(error, part, True), self._product(output, part, True)
+        else:
+            dense = [(error + self.term[part]).mul_(delta), error * whole, output * whole]
+        sums = [product.sum((1, 2)).double().sum() for product in dense]
+        sums[0] = sums[0] + self.constants[part].sum()
+
+        codes = self.points(values.flatten()[changed], self.scale[run, None], self.kinds[run[0]])
+        step = (codes[1:] - codes[:-1]).t().contiguous()
+        which, number = step.nonzero(as_tuple=True)
+        step = step[which, number]
+        element, number = changed[which], number + 1
+
+        def total(changes: Tensor) -> Tensor:
+            return _by_index(number, changes, len(run)).cumsum(0)
+
+        linear = [total(step * dense_form.flatten()[element]) for dense_form in (error, output)]
+        pairs = total(self._pairs(part, element, number, step))
+        return torch.stack([*(one.expand(len(run)) for one in sums), pairs, *linear])
+
+    def _pairs(self, part: slice, element: Tensor, number: Tensor, step: Tensor) -> Tensor:
+        """What every change adds to ``|ΔM|²`` beside those before it, changes of an ``element`` by ``step`` at a ``number``."""
+        rows, inner = self.x.shape[1:]
+        row, column = element // inner, element % inner
+        order = (row * (int(number.max()) + 1) + number).argsort(stable=True) if len(number) else number
+        row, column, values = row[order], column[order], step[order]
+        # Each change meets those of its row that come before it, and itself.
+        every = torch.arange(len(row), device=row.device)
+        _, lengths = torch.unique_consecutive(row, return_counts=True)
+        starts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+        meets = every - starts + 1
+        later = every.repeat_interleave(meets)
+        earlier = torch.arange(len(later), device=row.device) - (meets.cumsum(0) - meets - starts)[later]
+        entry = 0 if len(self.gram) == 1 else (row // rows + part.start)[later] * inner
+        product = self.gram.flatten()[(entry + column[later]) * inner + column[earlier]]
+        product *= torch.where(later == earlier, 1, 2) * values[later] * values[earlier]
+        return torch.zeros_like(step, dtype=torch.float64).index_copy_(0, order, _by_index(later, product, len(row)))
+
+
+def _by_index(index: Tensor, values: Tensor, count: int) -> Tensor:
+    """Sums (count,) in float64 of the values of each index."""
+    return torch.bincount(index, values.double(), count).double()
