@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks.cells import RunOptions
-from benchmarks.grid import Filters, expand, load_grid
+from benchmarks.grid import Filters, expand
 from benchmarks.paired import Outcomes, Paired, compare, mean_difference, paired, read_outcomes
 
 
@@ -69,7 +69,7 @@ def test_errors_of_independent_models_add_in_squares():
 
 def test_records_on_disk_are_compared_and_damaged_ones_are_not(tmp_path):
     cells = [
-        cell for cell in expand(load_grid("demo"), Filters(models=("demo_vit",), bits=("w4a4",)), RunOptions(results=tmp_path))
+        cell for cell in expand(fakes.plain_demo(), Filters(models=("demo_vit",), bits=("w4a4",)), RunOptions(results=tmp_path))
         if cell.method in ("rtn", "fimaq")
     ]  # fmt: skip
     rng = np.random.default_rng(1)

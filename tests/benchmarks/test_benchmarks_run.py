@@ -236,7 +236,7 @@ def test_jobs_follow_cores_and_threads():
 
 
 def test_time_left_uses_measured_seconds_by_method():
-    cells = {cell.label: cell for cell in expand(load_grid("demo"), Filters(), RunOptions())}
+    cells = {cell.label: cell for cell in expand(fakes.plain_demo(), Filters(), RunOptions())}
     estimator = Estimator()
     fast, slow = cells["demo_vit rtn w3a3 seed 1"], cells["demo_vit fimaq w3a3 seed 1"]
     assert estimator.left([fast], {}, 1) is None
