@@ -1,5 +1,6 @@
 """The whole of a quantization: calibrate, reconstruct, with checkpoints to go on from."""
 
+import contextlib
 import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,10 +98,12 @@ def reconstruct_mlps_or_load(
     if path is not None:
         assert fingerprint is not None
         save_checkpoint(path, mlps(chain).state_dict(), fingerprint, {**(facts or {}), "stage": "mlp"})
-    if folder is not None and folder.is_dir():
+    if folder is not None:
+        # Cells of other bits share the MLPs: another process may be at this too, or just have written there.
         for done in folder.glob("mlp-*.safetensors"):
-            done.unlink()
-        folder.rmdir()
+            done.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            folder.rmdir()
     return teacher, False
 
 

@@ -2,6 +2,7 @@
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -31,10 +32,14 @@ def kl_divergence(logits: Tensor, reference: Tensor, temperature: float = 1.0) -
 
 
 class ClassifierDivergence:
-    """The divergence of a classifier: KL at a temperature (FIMA-Q's released code: 20)."""
+    """The divergence of a classifier: KL at a temperature (FIMA-Q's released code: 20), at least in float32."""
 
     def __init__(self, temperature: float) -> None:
         self.temperature = temperature
 
     def __call__(self, outputs: Tensor, reference: Tensor) -> Tensor:
-        return kl_divergence(outputs.float(), reference.float(), self.temperature)
+        return kl_divergence(_wide(outputs), _wide(reference), self.temperature)
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()

@@ -93,7 +93,12 @@ def mean_gradient_and_error(
 
 
 def perturbation_hessian(
-    rest: Callable[[Tensor], Tensor], output: Tensor, reference: Tensor, divergence: Divergence, epsilon: float
+    rest: Callable[[Tensor], Tensor],
+    output: Tensor,
+    reference: Tensor,
+    divergence: Divergence,
+    epsilon: float,
+    dtype: Arithmetic = "float32",
 ) -> Tensor:
     """``|g(z + ε) - g(z - ε)|`` of each sample, g the divergence's gradient at the output z, ε added to all of it.
 
@@ -111,15 +116,13 @@ def perturbation_hessian(
         reference: (B, ...) full-precision outputs of the model.
         divergence: of the task.
         epsilon: ε.
+        dtype: arithmetic of ``rest``, see :mod:`fimaq_core.numerics`.
 
     Returns:
         (B, ...).
     """
-    return (
-        divergence_gradient(rest, output + epsilon, reference, divergence)
-        .sub_(divergence_gradient(rest, output - epsilon, reference, divergence))
-        .abs_()
-    )
+    above = divergence_gradient(rest, output + epsilon, reference, divergence, dtype)
+    return above.sub_(divergence_gradient(rest, output - epsilon, reference, divergence, dtype)).abs_()
 
 
 def least_squares_hessian(

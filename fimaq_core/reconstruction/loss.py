@@ -82,7 +82,9 @@ def prediction_loss(
     """
     assert batch.reference is not None
     delta = (output - batch.target).flatten(1)
-    return _over_starts([losses.squared_error(delta), divergence(rest(output), batch.reference)], weights, starts)
+    # At 8 bits it is some 1e-8, less than what float32's logarithms are off: a start could be many times too large or negative.
+    far = divergence(rest(output).double(), batch.reference.double()).float()
+    return _over_starts([losses.squared_error(delta), far], weights, starts)
 
 
 def _parts(kind: str, delta: Tensor, batch: Batch, state: LossState) -> list[Tensor]:

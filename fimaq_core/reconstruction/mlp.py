@@ -170,9 +170,8 @@ def _samples(
         if sum(values.numel() for values in hidden) < _VALUES:
             hidden.append(seen["hidden"].float().flatten())
         if recipe.mlp_loss == "perturb_mean":
-            rest = _rest_behind(teacher, tape.index, mlp, x)
-            with arithmetic(recipe.frozen_dtype, device):
-                own = perturbation_hessian(rest, made, reference[rows].to(device), divergence, recipe.perturbation).sum(0)
+            rest, to = _rest_behind(teacher, tape.index, mlp, x), reference[rows].to(device)
+            own = perturbation_hessian(rest, made, to, divergence, recipe.perturbation, recipe.frozen_dtype).sum(0)
             hessian = own if hessian is None else hessian + own
     for handle in handles:
         handle.remove()
@@ -180,8 +179,11 @@ def _samples(
     assert targets is not None
     if hessian is not None:
         size = hessian.square().mean().sqrt()
+        where = f"{segment.label}.{part.name}"
+        if not torch.isfinite(size):
+            raise NumericsError(f"{where}: the perturbation Hessian is not finite: check the images and the weights.")
         if not size > 0:
-            raise NumericsError(f"{segment.label}.{part.name}: the perturbation Hessian is zero; use mlp_loss mse.")
+            raise NumericsError(f"{where}: the perturbation Hessian is zero; use mlp_loss mse.")
         hessian = hessian / size
     return _Samples(inputs, targets, hessian, positive_quantile(torch.cat(hidden)[:_VALUES], recipe.mlp_percentile))
 

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from fimaq_core.chain import BlockChain
+from fimaq_core.errors import NumericsError
 from fimaq_core.fisher import losses
 from fimaq_core.fisher.divergence import Divergence
 from fimaq_core.fisher.passes import least_squares_hessian, mean_gradient_and_error, output_gradients, perturbation_hessian
 from fimaq_core.layers import set_quantized
-from fimaq_core.numerics import arithmetic
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction.loss import Batch, LossState
 from fimaq_core.reconstruction.tape import Tape
@@ -40,6 +40,9 @@ class BlockObjective:
         reference: (n, ...) full-precision outputs of the whole model.
         divergence: of the task.
         notes: receives sentences about anything that did not go as the recipe says.
+
+    Raises:
+        NumericsError: the perturbation Hessian is NaN or infinite.
 
     Attributes:
         kind: name of the loss.
@@ -176,8 +179,9 @@ class BlockObjective:
         for start in range(0, len(target), tape.batch_size):
             part = slice(start, start + tape.batch_size)
             output, reference = target[part].to(device), self.reference[part].to(device)
-            with arithmetic(self.recipe.frozen_dtype, device):
-                found = perturbation_hessian(self._rest, output, reference, self.divergence, self.recipe.perturbation).flatten(1)
+            found = perturbation_hessian(
+                self._rest, output, reference, self.divergence, self.recipe.perturbation, self.recipe.frozen_dtype
+            ).flatten(1)
             largest = torch.maximum(largest, found.max())
             if mean is not None:
                 mean += found.sum(0) / len(target)
@@ -185,9 +189,12 @@ class BlockObjective:
                 assert samples is not None
                 samples[part].copy_(found)
         self.passes += 1
-        self.weights = samples
+        if not torch.isfinite(largest):
+            raise NumericsError(f"{self.label}: the perturbation Hessian is {float(largest)}: check the images and the weights.")
         if not largest > 0:
             self._fall_back("the perturbation Hessian is zero")
+            return
+        self.weights = samples
 
     def _fall_back(self, reason: str) -> None:
         self._note(f"{self.label}: {reason}; squared error used instead")

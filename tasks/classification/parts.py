@@ -3,7 +3,7 @@
 from timm.layers import Mlp, PatchEmbed
 from torch import nn
 
-from fimaq_core.chain import NormPair
+from fimaq_core.chain import MlpPart, NormPair
 from fimaq_core.errors import ModelError
 from fimaq_core.layers import QuantConv2d, QuantLinear
 from fimaq_core.recipe import Recipe
@@ -18,6 +18,11 @@ def swap_mlp(mlp: nn.Module, recipe: Recipe) -> None:
     if kind != "uniform" and type(mlp.act) is not nn.GELU:
         raise ModelError(f"The GELU quantizer '{kind}' is made for GELU, and this MLP has {type(mlp.act).__name__}: use uniform.")
     mlp.fc2 = QuantLinear.from_float(mlp.fc2, recipe.w_bits, recipe.a_bits, kind)
+
+
+def mlp_parts(name: str, mlp: nn.Module) -> tuple[MlpPart, ...]:
+    """timm's ``Mlp`` as a part for MLP reconstruction; none if there is a norm before ``fc2``."""
+    return (MlpPart(name),) if isinstance(mlp.norm, nn.Identity) else ()
 
 
 def swap_patch_embed(patch_embed: nn.Module, recipe: Recipe) -> None:

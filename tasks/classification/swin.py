@@ -11,12 +11,12 @@ from timm.models.swin_transformer import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fimaq_core.chain import BlockChain, MlpPart, Segment
+from fimaq_core.chain import BlockChain, Segment
 from fimaq_core.errors import ModelError
 from fimaq_core.layers import QuantLinear
 from fimaq_core.recipe import Recipe
 from tasks.classification.attention import ExplicitWindowAttention
-from tasks.classification.parts import classifier, norm_pair, swap_mlp, swap_patch_embed
+from tasks.classification.parts import classifier, mlp_parts, norm_pair, swap_mlp, swap_patch_embed
 
 
 class ExplicitSwinBlock(nn.Module):
@@ -101,7 +101,7 @@ class SwinFamily:
                 block = ExplicitSwinBlock(original, recipe)
                 pairs = norm_pair(block.norm1, "attn.qkv", "pad") + norm_pair(block.norm2, "mlp.fc1")
                 label = f"layers.{stage_number}.blocks.{number}"
-                segments.append(Segment(label, "block", block, pairs=pairs, mlps=(MlpPart("mlp"),)))
+                segments.append(Segment(label, "block", block, pairs=pairs, mlps=mlp_parts("mlp", block.mlp)))
         head = _Head(model.head.global_pool, classifier(model.head.fc, recipe))
         segments.append(Segment("head", "head", head, before=model.norm))
         return BlockChain(segments)

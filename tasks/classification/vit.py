@@ -5,11 +5,11 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from fimaq_core.chain import BlockChain, MlpPart, Segment
+from fimaq_core.chain import BlockChain, Segment
 from fimaq_core.errors import ModelError
 from fimaq_core.recipe import Recipe
 from tasks.classification.attention import ExplicitAttention
-from tasks.classification.parts import classifier, norm_pair, swap_mlp, swap_patch_embed
+from tasks.classification.parts import classifier, mlp_parts, norm_pair, swap_mlp, swap_patch_embed
 
 
 class _Embedding(nn.Module):
@@ -100,7 +100,7 @@ class ViTFamily:
                     block,
                     before=_Embedding(model) if number == 0 else None,
                     pairs=norm_pair(block.norm1, "attn.qkv") + norm_pair(block.norm2, "mlp.fc1"),
-                    mlps=(MlpPart("mlp"),),
+                    mlps=mlp_parts("mlp", block.mlp),
                 )
             )
         if isinstance(model, VisionTransformerDistilled):

@@ -274,7 +274,7 @@ def build_group(task_name: str, summary: str) -> click.Group:
             click.echo(f"note: {note}")
         click.echo(f"reconstructed checkpoint: {out}")
 
-    @group.command(help="Evaluate CHECKPOINT, calibrated or reconstructed.")
+    @group.command(help="Evaluate CHECKPOINT, of any stage (with MLPs alone reconstructed: in full precision).")
     @click.argument("checkpoint", type=click.Path(path_type=Path))
     @_stage_options
     def evaluate(checkpoint: Path, **options: Any) -> None:

@@ -17,6 +17,8 @@ _LAYER_COLUMNS = {
     "weight ranges": "left", "input bits": "right", "input quantizer": "left", "input ranges": "left", "size (bits)": "right",
     "bytes": "right", "overhead (bits)": "right", "BOPs": "right", "of full": "right",
 }  # fmt: skip
+#: What a stage's name does not say by itself.
+_MEANINGS = {"mlp": " (MLPs reconstructed, full precision)"}
 _VALUE_COLUMNS = {"in full precision": "left", "kind": "left", "values": "right", "size (bits)": "right", "bytes": "right"}
 
 
@@ -96,7 +98,7 @@ class Inspection:
         return [
             f"checkpoint: {self.checkpoint}",
             f"model: {self.tag} (task {self.task})",
-            f"stage: {self.stage}",
+            f"stage: {self.stage}{_MEANINGS.get(self.stage, '')}",
             f"method: {recipe.method} {recipe.bits_name}, seed {recipe.seed}",
             f"changes: {changes or 'none'}",
             f"float weights: sha256 {mark.weights}",

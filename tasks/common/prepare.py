@@ -40,6 +40,17 @@ def checkpoint_facts(request: CellRequest, loaded: LoadedModel) -> dict[str, obj
     return {"task": request.task, "model": request.model.name, "model_args": request.model.model_args, "tag": loaded.tag}
 
 
+def check_mlp_checkpoint(request: CellRequest) -> None:
+    """Raise RecipeError if ``request`` has an ``mlp_checkpoint`` that its recipe has no use for."""
+    recipe = request.recipe
+    if request.mlp_checkpoint is not None and (recipe is None or not recipe.reconstruct_mlp):
+        method = "fp" if recipe is None else recipe.method
+        raise RecipeError(
+            f"The recipe of '{method}' has no MLP reconstruction, so --mlp-checkpoint is not used: "
+            "give --reconstruct-mlp too, or take method aphq."
+        )
+
+
 def start(
     request: CellRequest,
     task: Task,
@@ -60,16 +71,13 @@ def start(
 
     Raises:
         CheckpointError: ``mlp_checkpoint`` is missing or of another run.
+        RecipeError: there is one, and the recipe has no use for it.
     """
     recipe = request.recipe
     assert recipe is not None
+    check_mlp_checkpoint(request)
     chain = task.build(loaded, recipe).to(device)
     if not recipe.reconstruct_mlp:
-        if request.mlp_checkpoint is not None:
-            raise RecipeError(
-                f"The recipe of '{recipe.method}' has no MLP reconstruction, so --mlp-checkpoint is not used: "
-                "give --reconstruct-mlp too, or take method aphq."
-            )
         return Start(chain)
     fingerprint = fingerprint_of(loaded, images, recipe)
     if request.mlp_checkpoint is not None:

@@ -19,7 +19,7 @@ from fimaq_core.reconstruction.reconstruct import ReconstructionLog
 from tasks.common.environment import describe, peak_memory, resolve_device
 from tasks.common.modules import module_map
 from tasks.common.plan import planned_folder, variant_name
-from tasks.common.prepare import checkpoint_facts, fingerprint_of, start
+from tasks.common.prepare import check_mlp_checkpoint, checkpoint_facts, fingerprint_of, start
 from tasks.common.record import Calibration, Metric, ResultRecord, Weights, read_record, write_record
 from tasks.common.registry import get_task
 from tasks.common.request import CellRequest
@@ -42,6 +42,7 @@ def run_cell(request: CellRequest, report: Report = silent) -> Path:
     Raises:
         FimaqError: anything the user can mend; finished cells and blocks are kept.
     """
+    check_mlp_checkpoint(request)
     folder = planned_folder(request)
     path = folder / "result.json"
     if path.is_file() and not request.force:
@@ -101,7 +102,9 @@ def _measure_quantized(
     resources = Resources(report, request.placement, request.eval_batch, request.step_engine)
     facts = checkpoint_facts(request, loaded)
     lap("load")
-    mlps = _shared_path(request, loaded, calibration, "mlp", recipe.mlp_digest())
+    mlps = None
+    if recipe.reconstruct_mlp and request.mlp_checkpoint is None:  # force must not remove what this cell does not make
+        mlps = _shared_path(request, loaded, calibration, "mlp", recipe.mlp_digest())
     started = start(request, task, loaded, calibration, divergence, device, resources, mlps)
     chain = started.chain
     if recipe.reconstruct_mlp:

@@ -13,7 +13,7 @@ from fimaq_core.errors import CheckpointError, ModelError
 from fimaq_core.layers import set_quantized
 from fimaq_core.progress import Report
 from fimaq_core.quantize import Resources, calibrate_or_load, finish, load_mlps, reconstruct_with_checkpoints
-from fimaq_core.recipe import Recipe, make_recipe
+from fimaq_core.recipe import OFF, Recipe, make_recipe
 from fimaq_core.reconstruction.mlp import use_relu
 from fimaq_core.reconstruction.reconstruct import ReconstructionLog
 from tasks.common.environment import resolve_device
@@ -24,11 +24,16 @@ from tasks.common.registry import get_task
 from tasks.common.request import CellRequest, DataRequest, ModelRequest
 from tasks.common.task import CalibrationSet, Evaluation, LoadedModel, Task
 
+#: Recipe fields of a model without quantizers.
+_FULL_PRECISION = {"w_bits": OFF, "a_bits": OFF, "s_bits": None, "head_bits": None, "patch_input_bits": OFF}
+
 
 def mlp_stage(request: CellRequest, out: Path, report: Report) -> None:
     """Reconstruct the MLPs of the model of ``request`` and write them to ``out``; an ``out`` of the same run is kept."""
     assert request.recipe is not None
-    request = replace(request, recipe=request.recipe.model_copy(update={"reconstruct_mlp": True}))
+    # Merged anew, so that fields that do not go with MLP reconstruction are refused before it starts.
+    recipe = make_recipe(request.recipe.method, request.recipe.model_dump(mode="json"), {"reconstruct_mlp": True})
+    request = replace(request, recipe=recipe)
     _begin(request, report, out)
 
 
@@ -151,10 +156,11 @@ def _restored(task: Task, loaded: LoadedModel, checkpoint: Path, fingerprint: Fi
             f"The checkpoint {checkpoint} was made from other weights (sha256 {fingerprint.weights[:12]}) than those found now "
             f"({loaded.sha256[:12]})."
         )
-    chain = task.build(loaded, fingerprint.recipe)
     if facts.get("stage") == "mlp":
+        chain = task.build(loaded, fingerprint.recipe.model_copy(update=_FULL_PRECISION))
         load_mlps(chain, checkpoint, None)
         return chain
+    chain = task.build(loaded, fingerprint.recipe)
     if fingerprint.recipe.reconstruct_mlp:
         use_relu(chain)
     load_checkpoint(checkpoint, chain, None)

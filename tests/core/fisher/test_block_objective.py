@@ -7,12 +7,13 @@ from torch import Tensor
 
 from fimaq_core.calibration.calibrate import calibrate
 from fimaq_core.chain import BlockChain
+from fimaq_core.errors import NumericsError
 from fimaq_core.fisher import losses
-from fimaq_core.fisher.divergence import ClassifierDivergence
+from fimaq_core.fisher.divergence import ClassifierDivergence, Divergence, kl_divergence
 from fimaq_core.layers import set_quantized
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction import objective as objective_module
-from fimaq_core.reconstruction.loss import Batch, LossState, block_loss
+from fimaq_core.reconstruction.loss import Batch, LossState, block_loss, prediction_loss
 from fimaq_core.reconstruction.objective import BlockObjective
 from fimaq_core.reconstruction.tape import Storage, Tape
 
@@ -33,9 +34,9 @@ def at_block(recipe: Recipe, index: int) -> tuple[BlockChain, Tape, Tensor]:
     return chain, tape, reference
 
 
-def make(recipe: Recipe, index: int = 2) -> tuple[BlockObjective, Tape]:
+def make(recipe: Recipe, index: int = 2, divergence: Divergence | None = None) -> tuple[BlockObjective, Tape]:
     chain, tape, reference = at_block(recipe, index)
-    made = BlockObjective(chain, tape, recipe, reference, ClassifierDivergence(recipe.temperature), [])
+    made = BlockObjective(chain, tape, recipe, reference, divergence or ClassifierDivergence(recipe.temperature), [])
     set_quantized(chain.segment(index).block, True)
     return made, tape
 
@@ -46,19 +47,23 @@ def before_step(objective: BlockObjective, number: int) -> None:
         objective.update(objective.chain.segment(objective.tape.index).block)
 
 
-def loss_of(objective: BlockObjective, output: Tensor, samples: Tensor = SAMPLES) -> float:
+def value_of(objective: BlockObjective, output: Tensor, samples: Tensor = SAMPLES) -> Tensor:
     """Loss of the samples' output; what it starts at is kept as a step keeps it."""
     batch = Batch(*(None if part is None else part[samples] for part in objective.batch(mixed=False)))
-    value, starts = block_loss(objective.kind, objective.part_weights(), output, batch, objective.state)
-    objective.state.starts.copy_(starts)
-    return float(value)
+    weights, state, rest = objective.part_weights(), objective.state, objective.rest
+    if rest is None:
+        value, starts = block_loss(objective.kind, weights, output, batch, state)
+    else:
+        value, starts = prediction_loss(weights, output, batch, state.starts, rest, objective.divergence)
+    state.starts.copy_(starts)
+    return value
 
 
 @torch.no_grad()
 def loss(objective: BlockObjective, tape: Tape, noise: float = 0.0) -> float:
     """Loss of the first samples; ``noise`` changes the output."""
     output = objective.chain.segment(tape.index).block(tape.full[SAMPLES])
-    return loss_of(objective, output + noise * torch.randn(output.shape, generator=torch.Generator().manual_seed(0)))
+    return float(value_of(objective, output + noise * torch.randn(output.shape, generator=torch.Generator().manual_seed(0))))
 
 
 def due_steps(monkeypatch: pytest.MonkeyPatch, recipe: Recipe) -> list[int]:
@@ -127,18 +132,31 @@ def test_starts_are_taken_anew_after_each_pass(changes: dict[str, object], start
     assert objective.passes == 3
 
 
-@pytest.mark.parametrize(("name", "start"), [("mse", 1.0), ("mae", 1.0), ("fisher_brecq", 1.0)])
-def test_other_losses_start_at_one_and_keep_their_start(name: str, start: float) -> None:
-    objective, tape = make(quick(loss=name))
+@pytest.mark.parametrize(
+    ("name", "start"),
+    [
+        ("mse", 1.0), ("mae", 1.0), ("fisher_brecq", 1.0), ("prediction", 1.0), ("perturb", 2.0), ("perturb_mean", 2.0),
+        ("least_squares", 2.0),
+    ],
+)  # fmt: skip
+def test_other_losses_keep_their_start(name: str, start: float) -> None:
+    objective, tape = make(quick(loss=name, fisher_k=3, fisher_mode="qf"))
     before_step(objective, 0)
+    assert objective.kind == name
     assert loss(objective, tape) == pytest.approx(start, rel=1e-5)
     after = loss(objective, tape, noise=1.0)
-    assert after > 1.2
+    assert after > 1.2 * start
     before_step(objective, 1)
     assert loss(objective, tape, noise=1.0) == pytest.approx(after, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["mse", "mae", "fisher_diag", "fisher_lr", "fisher_dplr", "fisher_brecq"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mse", "mae", "fisher_diag", "fisher_lr", "fisher_dplr", "fisher_brecq", "perturb", "perturb_mean", "least_squares",
+        "prediction",
+    ],
+)  # fmt: skip
 def test_value_after_the_start_equals_the_formula(name: str) -> None:
     """Loss of a second output over that of the first, from the pass's own g and d."""
     objective, tape = make(quick(loss=name, fisher_k=1))
@@ -151,9 +169,13 @@ def test_value_after_the_start_equals_the_formula(name: str) -> None:
         output = chain.segment(tape.index).block(tape.full[SAMPLES])
     noisy = output + 0.5 * torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
     first, second = ((out - tape.target[SAMPLES]).flatten(1) for out in (output, noisy))
-    gradients = objective.weights if name == "fisher_brecq" else objective.state.diagonal
+    gradients = objective.weights if name in ("fisher_brecq", "perturb") else objective.state.diagonal
 
     def parts(delta: Tensor) -> list[Tensor]:
+        if kind == "prediction":
+            logits = chain.tail(tape.index + 1, (tape.target[SAMPLES].flatten(1) + delta).view_as(output))
+            divergence = kl_divergence(logits.double(), objective.reference[SAMPLES].double(), 20.0)
+            return [losses.squared_error(delta), divergence]
         if kind == "mse":
             return [losses.squared_error(delta)]
         if kind == "mae":
@@ -161,14 +183,20 @@ def test_value_after_the_start_equals_the_formula(name: str) -> None:
         assert gradients is not None
         if kind == "fisher_brecq":
             return [losses.squared_gradient_loss(delta, gradients[SAMPLES])]
-        if kind == "fisher_diag":
+        if kind == "perturb":
+            return [losses.diagonal_loss(delta, gradients[SAMPLES])]
+        if kind == "least_squares":
+            assert objective.state.gradients is not None
+            return [losses.least_squares_loss(delta, gradients, objective.state.gradients[0])]
+        if kind in ("fisher_diag", "perturb_mean"):
             return [2 * losses.diagonal_loss(delta, gradients)]
         if kind == "fisher_lr":
             return [2 * losses.rank_one_loss(delta, gradients)]
         root, _ = losses.inverse_gram_root(torch.stack(objective._errors))
         return [losses.low_rank_loss(delta, gradients[None], root), losses.diagonal_loss(delta, gradients)]
 
-    factor = 2 if kind in ("fisher_diag", "fisher_lr") else 1
+    doubled = ("fisher_diag", "fisher_lr", "perturb", "perturb_mean", "least_squares")
+    factor = 2 if kind in doubled else 0.5 if kind == "prediction" else 1
     expected = factor * sum(float(b / a) for a, b in zip(parts(first), parts(second), strict=True))
     assert found == pytest.approx(expected, rel=1e-4)
 
@@ -295,3 +323,200 @@ def test_head_uses_the_plain_divergence() -> None:
     expected = float((p * (p / q).log()).sum(-1).mean())
     assert expected > 1e-6
     assert loss(objective, tape) == pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.parametrize("mode", ["q", "qf"])
+def test_least_squares_takes_one_pass_before_the_first_step(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    """Whatever k and mode; h and u go where they are, and later steps do not change them."""
+    objective, tape = make(quick(loss="least_squares", fisher_k=4, fisher_mode=mode, steps=9))
+    assert objective.update_steps == {0}
+    assert objective.passes == 0
+    torch.manual_seed(0)
+    h, u = torch.rand(tape.full[0].numel()), torch.randn(tape.full[0].numel())
+    monkeypatch.setattr(objective_module, "least_squares_hessian", lambda *_: (h, u))
+    monkeypatch.setattr(objective_module, "mean_gradient_and_error", lambda *_: pytest.fail("FIMA-Q's pass"))
+    state = objective.state
+    assert state.gradients is not None
+    assert state.diagonal is not None
+    places = state.gradients.data_ptr(), state.diagonal.data_ptr()
+    for step in range(9):
+        before_step(objective, step)
+        loss(objective, tape)
+    assert objective.passes == 1
+    assert torch.equal(state.diagonal, h)
+    assert torch.equal(state.gradients, u[None])
+    assert (state.gradients.data_ptr(), state.diagonal.data_ptr()) == places
+    assert state.starts.shape == (1,)
+
+
+def perturbed_gradients(objective: BlockObjective, tape: Tape, epsilon: float) -> Tensor:
+    """``|g(z + ε) - g(z - ε)|`` at the block's full-precision output, batch by batch as the tape has them: (n, N)."""
+    assert tape.target is not None
+    found = []
+    for z, reference in zip(tape.target.split(tape.batch_size), objective.reference.split(tape.batch_size), strict=True):
+        sides = []
+        for shifted in (z + epsilon, z - epsilon):
+            leaf = shifted.requires_grad_(True)
+            value = kl_divergence(objective.chain.tail(tape.index + 1, leaf), reference, 20.0) * len(z)
+            sides.append(torch.autograd.grad(value, leaf)[0])
+        found.append((sides[0] - sides[1]).abs().flatten(1))
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("epsilon", [1e-6, 1e-2])
+def test_perturbation_hessian_of_each_sample_lies_where_the_tape_lies(monkeypatch: pytest.MonkeyPatch, epsilon: float) -> None:
+    made: list[Tensor] = []
+    original = Storage.empty
+
+    def watch(self: Storage, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        made.append(original(self, shape, dtype))
+        return made[-1]
+
+    monkeypatch.setattr(Storage, "empty", watch)
+    objective, tape = make(quick(loss="perturb", perturbation=epsilon))
+    assert objective.weights is made[-1]
+    assert objective.passes == 1
+    assert objective.update_steps == frozenset()
+    assert objective.state.diagonal is None
+    set_quantized(objective.chain, False)
+    expected = perturbed_gradients(objective, tape, epsilon)
+    assert expected.shape == (16, tape.full[0].numel())
+    assert int((expected > 0).any(1).sum()) > 12  # rounding alone, which a sample may be spared
+    assert torch.equal(objective.weights, expected)
+    assert objective.batch(mixed=False).weights is objective.weights
+
+
+def test_mean_perturbation_hessian_is_the_mean_of_the_samples_own() -> None:
+    own, tape = make(quick(loss="perturb"))
+    mean, _ = make(quick(loss="perturb_mean"))
+    assert own.weights is not None
+    assert mean.weights is None
+    assert mean.batch(mixed=False).weights is None
+    assert mean.state.diagonal is not None
+    assert mean.state.diagonal.shape == (tape.full[0].numel(),)
+    assert torch.allclose(mean.state.diagonal, own.weights.mean(0), rtol=1e-5, atol=0)
+    assert mean.passes == 1
+    assert mean.update_steps == frozenset()
+
+
+@pytest.mark.parametrize("name", ["perturb", "perturb_mean"])
+def test_a_perturbation_hessian_of_zero_falls_back_and_says_so(name: str) -> None:
+    objective, tape = make(quick(loss=name), divergence=lambda outputs, reference: 0 * outputs.sum())
+    assert objective.kind == "mse"
+    assert objective.weights is None
+    assert objective.notes == ["blocks.1: the perturbation Hessian is zero; squared error used instead"]
+    assert loss(objective, tape) == pytest.approx(1.0, rel=1e-5)
+    plain, plain_tape = make(quick(loss="mse"))
+    loss(plain, plain_tape)
+    assert loss(objective, tape, noise=0.3) == pytest.approx(loss(plain, plain_tape, noise=0.3), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["perturb", "perturb_mean"])
+def test_a_perturbation_hessian_that_is_no_number_is_an_error(name: str) -> None:
+    with pytest.raises(NumericsError, match=r"^blocks\.1: the perturbation Hessian is nan"):
+        make(quick(loss=name), divergence=lambda outputs, reference: (outputs * torch.nan).sum())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "tf32"])
+def test_perturbation_passes_compute_as_the_frozen_parts_do(dtype: str) -> None:
+    allowed = set()
+
+    def divergence(outputs: Tensor, reference: Tensor) -> Tensor:
+        allowed.add(torch.backends.cuda.matmul.allow_tf32)
+        return kl_divergence(outputs, reference)
+
+    make(quick(loss="perturb", frozen_dtype=dtype), divergence=divergence)
+    assert allowed == {dtype == "tf32"}
+
+
+@pytest.mark.parametrize("name", ["perturb", "perturb_mean"])
+def test_with_a_perturbation_hessian_the_head_has_twice_the_divergence_over_its_start(name: str) -> None:
+    objective, tape = make(quick(loss=name), index=3)
+    assert (objective.kind, objective.passes, objective.weights) == ("head_relative", 0, None)
+    before_step(objective, 0)
+    assert tape.target is not None
+    target, generator = tape.target[SAMPLES], torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        output = objective.chain.segment(3).block(tape.full[SAMPLES])
+    noisy = output + 0.5 * torch.randn(output.shape, generator=generator)
+    assert loss(objective, tape) == pytest.approx(2.0, rel=1e-5)
+    expected = 2 * float(kl_divergence(noisy.double(), target.double()) / kl_divergence(output.double(), target.double()))
+    assert expected > 3
+    assert loss(objective, tape, noise=0.5) == pytest.approx(expected, rel=1e-3)
+
+
+def whole_model_terms(objective: BlockObjective, tape: Tape, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Squared error and divergence of the model with this block alone quantized, and their gradients at its output."""
+    chain, block, kept = objective.chain, objective.chain.segment(tape.index).block, []
+    set_quantized(chain, False)
+    with torch.no_grad():
+        reference = chain(x)
+        inputs = chain.segment(2).before(chain.segment(1)(chain.segment(0)(x)))
+        target = block(inputs)
+    set_quantized(block, True)
+
+    def keep(module: object, args: object, output: Tensor) -> Tensor:
+        kept.append(output.detach().requires_grad_(True))
+        return kept[0]
+
+    handle = block.register_forward_hook(keep)
+    logits = chain(x)
+    handle.remove()
+    error = sum(((row - goal) ** 2).sum() for row, goal in zip(kept[0], target, strict=True)) / len(x)
+    p, q = (reference.double() / 20).softmax(-1), (logits.double() / 20).softmax(-1)
+    divergence = (p * (p.log() - q.log())).sum(-1).mean()
+    assert isinstance(error, Tensor)
+    slopes = [torch.autograd.grad(term, kept[0], retain_graph=True)[0] for term in (error, divergence)]
+    return error.detach(), divergence.detach(), slopes[0], slopes[1]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_prediction_loss_goes_through_the_rest_in_full_precision(share: float) -> None:
+    """Value and gradient; earlier and later blocks have other starts, so a loss after the start is looked at."""
+    objective, tape = make(quick(loss="prediction", prediction_share=share, w_bits=3, a_bits=3))
+    assert objective.passes == 0
+    assert objective.part_weights() == pytest.approx((1 - share, share))
+    x = images(16)[SAMPLES]
+    error, divergence, error_slope, divergence_slope = whole_model_terms(objective, tape, x)
+    starts = torch.tensor([0.5 * float(error), 0.25 * float(divergence)])
+    objective.state.starts.copy_(starts)
+    output = objective.chain.segment(tape.index).block(tape.full[SAMPLES]).detach().requires_grad_(True)
+    value = value_of(objective, output)
+    (slope,) = torch.autograd.grad(value, output)
+    assert torch.equal(objective.state.starts, starts)
+    assert float(value.detach()) == pytest.approx((1 - share) * 2 + share * 4, rel=1e-4)
+    expected = (1 - share) * error_slope / starts[0] + share * divergence_slope / starts[1]
+    assert torch.allclose(slope, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_a_divergence_smaller_than_rounding_errors_of_float32_has_its_own_start() -> None:
+    """At 8 bits the patch embedding moves the prediction so little that KL in float32 is noise, and may be negative."""
+    objective, tape = make(quick(loss="prediction", w_bits=8, a_bits=8), index=0)
+    loss(objective, tape)
+    with torch.no_grad():
+        logits = objective.chain.tail(1, objective.chain.segment(0).block(tape.full[SAMPLES]))
+    reference = objective.reference[SAMPLES]
+    exact = float(kl_divergence(logits.double(), reference.double(), 20.0))
+    assert 0 < exact < 1e-6
+    assert abs(float(kl_divergence(logits, reference, 20.0)) / exact - 1) > 0.02
+    assert float(objective.state.starts[1]) == pytest.approx(exact, rel=1e-4)
+
+
+def test_prediction_share_of_zero_is_the_squared_error_and_of_one_the_divergence_alone() -> None:
+    def course(name: str, share: float = 0.5) -> tuple[list[float], Tensor]:
+        objective, tape = make(quick(loss=name, prediction_share=share))
+        values = [loss(objective, tape, noise) for noise in (0.0, 0.2, 0.5)]
+        output = objective.chain.segment(tape.index).block(tape.full[SAMPLES]).detach().requires_grad_(True)
+        return values, torch.autograd.grad(value_of(objective, output), output)[0]
+
+    plain, plain_slope = course("mse")
+    none, none_slope = course("prediction", 0.0)
+    assert none == pytest.approx(plain, rel=1e-6)
+    assert torch.allclose(none_slope, plain_slope, rtol=1e-5, atol=1e-6 * float(plain_slope.abs().max()))
+    both, _ = course("prediction", 0.5)
+    alone, alone_slope = course("prediction", 1.0)
+    assert [2 * value for value in both] == pytest.approx([a + b for a, b in zip(none, alone, strict=True)], rel=1e-5)
+    assert alone[2] > 1.2
+    # A shift of all channels is taken away by the norms behind the block: the divergence does not push there.
+    assert float(alone_slope.mean(-1).abs().max()) < 1e-4 * float(alone_slope.abs().max())
+    assert float(plain_slope.mean(-1).abs().max()) > 1e-2 * float(plain_slope.abs().max())

@@ -157,6 +157,7 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flat, "_compiled", lambda function, *_: function)
 
 
+NEW_LOSSES = ("perturb", "perturb_mean", "prediction", "least_squares")
 CASES: dict[str, tuple[str, str, dict[str, object]]] = {
     **{loss: ("vit", "fimaq", {"loss": loss}) for loss in ("mse", "mae", "fisher_brecq", "fisher_diag", "fisher_lr")},
     "before each of the first steps": ("vit", "fimaq", {"fisher_mode": "qf", "fisher_k": 3}),
@@ -170,6 +171,11 @@ CASES: dict[str, tuple[str, str, dict[str, object]]] = {
     "patch embedding": ("vit, patch embedding", "fimaq", {}),
     "head": ("vit, head", "fimaq", {}),
     "swin": ("swin", "fimaq", {}),
+    **{loss: ("vit", "fimaq", {"loss": loss}) for loss in NEW_LOSSES},
+    "prediction alone": ("vit", "pdquant", {"prediction_share": 1.0}),
+    "twice the head's divergence over its start": ("vit, head", "fimaq", {"loss": "perturb_mean"}),
+    "swin, prediction": ("swin", "pdquant", {}),
+    "swin, least squares": ("swin", "lsvit", {}),
 }
 
 
@@ -209,8 +215,9 @@ def capture(step: Callable[[], Tensor], calls: list[Callable[[], Tensor]]) -> tu
 
 
 @pytest.mark.usefixtures("uncompiled")
-def test_graph_step_warms_up_captures_once_and_replays(monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe, calls, single = quick("fimaq", steps=10, fisher_k=2), [], []
+@pytest.mark.parametrize("loss", ["fisher_dplr", *NEW_LOSSES])
+def test_graph_step_warms_up_captures_once_and_replays(loss: str) -> None:
+    recipe, calls, single = quick("fimaq", steps=10, fisher_k=2, loss=loss), [], []
     made = trainer("graph", recipe)
     step = made._step
     assert isinstance(step, GraphStep)
@@ -246,7 +253,7 @@ FRESH = (3, 4, 9)
 
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("engine", ["fused", "compiled"])
-@pytest.mark.parametrize("loss", ["fisher_dplr", "fisher_brecq"])
+@pytest.mark.parametrize("loss", ["fisher_dplr", "fisher_brecq", "least_squares", "prediction"])
 def test_what_a_step_reads_and_writes_keeps_its_address(engine: Engine, loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = quick("fimaq", steps=8, fisher_k=2, loss=loss)
     made = trainer(engine, recipe)
@@ -273,7 +280,7 @@ def test_what_a_step_reads_and_writes_keeps_its_address(engine: Engine, loss: st
     monkeypatch.setattr(step, "_call", watch)
     for number in range(8):
         made.step(number)
-    assert made.objective.passes == (2 if loss == "fisher_dplr" else 1)
+    assert made.objective.passes == {"fisher_dplr": 2, "prediction": 0}.get(loss, 1)
     assert len(seen) == 8
     assert all(step_pointers == seen[0] for step_pointers in seen)
     # These change from step to step, in place.
@@ -297,7 +304,13 @@ class NothingIsRead(TorchDispatchMode):
 
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("engine", ["fused", "compiled"])
-@pytest.mark.parametrize("case", ["mse", "fisher_brecq", "fisher_diag", "fisher_lr", "weights of parts", "head", "swin"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "mse", "fisher_brecq", "fisher_diag", "fisher_lr", "weights of parts", "head", "swin", *NEW_LOSSES,
+        "twice the head's divergence over its start",
+    ],
+)  # fmt: skip
 def test_no_step_reads_a_number_from_the_device(engine: Engine, case: str) -> None:
     name, method, changes = CASES[case]
     made = trainer(engine, quick(method, steps=8, fisher_k=1, **changes), name)
@@ -330,7 +343,7 @@ def test_feeder_brings_each_steps_batch_to_the_same_place() -> None:
 
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("engine", ["fused", "compiled", "graph"])
-@pytest.mark.parametrize("loss", ["fisher_dplr", "fisher_brecq"])
+@pytest.mark.parametrize("loss", ["fisher_dplr", "fisher_brecq", *NEW_LOSSES])
 def test_fed_steps_are_the_same_bit_for_bit(engine: Engine, loss: str) -> None:
     recipe = quick("fimaq", steps=8, fisher_k=2, loss=loss)
     expected = follow(trainer("compiled" if engine == "graph" else engine, recipe), 8)

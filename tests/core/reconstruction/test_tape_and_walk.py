@@ -349,7 +349,8 @@ def test_every_mask_has_a_key_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Non
 
 LOSSES = [
     ("mse", "q"), ("mae", "q"), ("fisher_brecq", "q"), ("fisher_diag", "q"), ("fisher_diag", "qf"), ("fisher_lr", "q"),
-    ("fisher_lr", "qf"), ("fisher_dplr", "q"), ("fisher_dplr", "qf"),
+    ("fisher_lr", "qf"), ("fisher_dplr", "q"), ("fisher_dplr", "qf"), ("perturb", "q"), ("perturb_mean", "q"),
+    ("prediction", "q"), ("least_squares", "q"), ("least_squares", "qf"),
 ]  # fmt: skip
 
 
@@ -372,8 +373,9 @@ def test_every_loss_goes_down(monkeypatch: pytest.MonkeyPatch, loss: str, mode: 
     calibrate(chain, x, recipe)
     log = reconstruct(chain, x, recipe, KL, batch_size=8)
     assert list(course) == list(log.last_loss) == ["patch_embed", "blocks.0", "blocks.1", "head"]
-    start = {"mse": 1, "mae": 1, "fisher_brecq": 1}.get(loss, 2)
-    anew = {"q": 24, "qf": 1}[mode] if start == 2 else 0  # the step before which the second and last pass ran
+    start = {"mse": 1, "mae": 1, "fisher_brecq": 1, "prediction": 1}.get(loss, 2)
+    passes = {"mse": 0, "mae": 0, "prediction": 0, "fisher_diag": 2, "fisher_lr": 2, "fisher_dplr": 2}.get(loss, 1)
+    anew = {"q": 24, "qf": 1}[mode] if passes == 2 else 0  # the step before which the second and last pass ran
     for label in ("blocks.0", "blocks.1"):
         values = course[label]
         assert len(values) == 48
@@ -382,7 +384,6 @@ def test_every_loss_goes_down(monkeypatch: pytest.MonkeyPatch, loss: str, mode: 
         assert values[anew] == pytest.approx(start, rel=1e-5)
         assert values[23] < 0.97 * start, (label, values)
     assert course["head"][-1] < 0.97 * course["head"][0]
-    passes = {"mse": 0, "mae": 0, "fisher_brecq": 1}.get(loss, 2)
     assert log.fisher_passes == {
         "patch_embed": passes, "blocks.0": passes, "blocks.1": passes, "head": 0,
     }  # fmt: skip
