@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import pandas as pd
 
@@ -11,16 +10,8 @@ from benchmarks.axes import Axes
 from benchmarks.cells import Cell
 from benchmarks.marks import MARKS, marks
 from benchmarks.orders import count, order_lines
+from benchmarks.settings import settings_lines
 from benchmarks.tables import FULL, Measured, fitting, frame, in_order, main_metric, markdown, over_seeds, quantized, unique, wide
-from fimaq_core.recipe import METHODS, Recipe, make_recipe
-from tasks.common.record import recipe_of
-
-#: Settings named although they are not changed, because numbers depend on them most.
-_ALWAYS = ("steps", "batch_size", "calibration_images", "calibration_transform", "lr_alpha", "lr_scale")
-
-#: Those of methods that reconstruct MLPs, and of those that reconstruct nothing else.
-_ALWAYS_MLP = ("mlp_steps", "mlp_lr")
-_ALWAYS_MLP_ONLY = ("batch_size", "calibration_images", "calibration_transform", *_ALWAYS_MLP)
 
 
 def report(
@@ -73,36 +64,6 @@ def _data_lines(mine: Sequence[Measured]) -> list[str]:
         counts = sorted({i.record.n for i in mine if (i.record.dataset.name, i.record.dataset.split) == (name, split)})
         lines.append(f"Data: {name}, split {split}, n = {', '.join(map(str, counts))} samples.")
     return lines
-
-
-def settings_lines(mine: Sequence[Measured]) -> list[str]:
-    """Return the settings of the reconstruction methods, beside each method's released ones where they differ."""
-    by_method: dict[str, list[Recipe]] = {}
-    for item in mine:
-        recipe = recipe_of(item.record)
-        if recipe is not None and (recipe.reconstruct or recipe.reconstruct_mlp) and recipe.method in METHODS:
-            by_method.setdefault(recipe.method, []).append(recipe)
-    texts: dict[str, list[str]] = {}
-    for method, recipes in by_method.items():
-        changed = unique(name for recipe in recipes for name in recipe.changes())
-        always = _ALWAYS if recipes[0].reconstruct else _ALWAYS_MLP_ONLY
-        if recipes[0].reconstruct and recipes[0].reconstruct_mlp:
-            always += _ALWAYS_MLP
-        names = [*always, *(name for name in changed if name not in always)]
-        released = make_recipe(method)
-        parts = [_setting(name, [getattr(recipe, name) for recipe in recipes], getattr(released, name)) for name in names]
-        texts.setdefault(", ".join(parts), []).append(method)
-    same = "the same for all methods that reconstruct" if len(texts) == 1 else "not the same for all methods"
-    lines = [f"Settings of {', '.join(methods)} ({same}): {text}." for text, methods in texts.items()]
-    seeds = sorted({item.record.seed for item in mine if item.record.seed is not None})
-    if seeds:
-        lines.append(f"Seeds: {', '.join(map(str, seeds))}.")
-    return lines
-
-
-def _setting(name: str, values: Sequence[Any], released: Any) -> str:
-    mine = " or ".join(str(value) for value in unique(map(str, values)))
-    return f"{name} {mine}" + ("" if mine == str(released) else f" (released: {released})")
 
 
 def pooled_sd(stats: pd.DataFrame) -> float:

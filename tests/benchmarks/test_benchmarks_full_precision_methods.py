@@ -80,7 +80,9 @@ def test_means_orders_and_spreads_do_not_take_them_for_quantized(tmp_path):
     assert "Expected order at w3a3" in text
     assert "yes (rtn worst: yes; fimaq not below: yes)" in text
     assert f"full precision: relu-fp {np.std([0.5, 1.0], ddof=1):.2f}; w4a4: rtn" in text
-    assert "Settings of relu-fp (not the same for all methods): batch_size 32, calibration_images 1024" in text
+    (settings,) = [line for line in text.splitlines() if "Settings of" in line]
+    assert "Settings of fimaq, relu-fp, as far as they have them: steps" in settings
+    assert "mlp_steps" in settings
     alone = [item for item in measured if item.cell.method in ("fp", "relu-fp")]
     text = summary.report("T", alone, [item.cell for item in alone])
     assert "Mean over models" not in text

@@ -1,0 +1,71 @@
+"""What a table says of the settings of the methods that optimise something, beside their released ones."""
+
+from collections.abc import Mapping, Sequence
+
+from benchmarks.tables import Measured, in_order, unique
+from fimaq_core.recipe import METHODS, Recipe, make_recipe
+from tasks.common.record import recipe_of
+
+#: Settings named although they are not changed, because numbers depend on them most.
+_ALWAYS = ("steps", "batch_size", "calibration_images", "calibration_transform", "lr_alpha", "lr_scale", "mlp_steps", "mlp_lr")
+
+
+def settings_lines(mine: Sequence[Measured]) -> list[str]:
+    """Return lines on settings and seeds: what all methods share first, then what differs."""
+    by_method: dict[str, list[Recipe]] = {}
+    for item in mine:
+        recipe = recipe_of(item.record)
+        if recipe is not None and (recipe.reconstruct or recipe.reconstruct_mlp) and recipe.method in METHODS:
+            by_method.setdefault(recipe.method, []).append(recipe)
+    methods = in_order(by_method)
+    changed = [name for recipes in by_method.values() for recipe in recipes for name in recipe.changes()]
+    parts = []
+    for name in unique([*_ALWAYS, *changed]):
+        bearing = {method: by_method[method] for method in methods if _bears(name, by_method[method][0])}
+        if bearing:
+            parts.append(_setting(name, bearing))
+    lines = []
+    if parts:
+        lines.append(f"Settings of {', '.join(methods)}, as far as they have them: {', '.join(parts)}.")
+    seeds = sorted({item.record.seed for item in mine if item.record.seed is not None})
+    if seeds:
+        single = "; what has no ± ran with one" if len(seeds) > 1 else ""
+        lines.append(f"Seeds: {', '.join(map(str, seeds))}{single}.")
+    return lines
+
+
+def _bears(name: str, recipe: Recipe) -> bool:
+    """Whether a setting has to do with what the recipe does."""
+    extra = Recipe.model_fields[name].json_schema_extra
+    group = extra.get("group") if isinstance(extra, dict) else None
+    if group == "mlp":
+        return recipe.reconstruct_mlp
+    return recipe.reconstruct or group not in ("reconstruction", "loss")
+
+
+def _setting(name: str, by_method: Mapping[str, Sequence[Recipe]]) -> str:
+    """``name value (released: value)``; where methods differ, which has what."""
+    values = _by_text({method: [getattr(recipe, name) for recipe in recipes] for method, recipes in by_method.items()})
+    originals = {method: [getattr(_released(recipe), name) for recipe in recipes] for method, recipes in by_method.items()}
+    released = _by_text(originals)
+    text = f"{name} {_text(values)}"
+    return text if released == values else f"{text} (released: {_text(released)})"
+
+
+def _released(recipe: Recipe) -> Recipe:
+    return make_recipe(recipe.method, {"w_bits": recipe.w_bits})
+
+
+def _by_text(values: Mapping[str, Sequence[object]]) -> dict[str, list[str]]:
+    """Methods by the text of their values."""
+    found: dict[str, list[str]] = {}
+    for method, own in values.items():
+        found.setdefault(" or ".join(unique(map(str, own))), []).append(method)
+    return found
+
+
+def _text(groups: Mapping[str, Sequence[str]]) -> str:
+    if len(groups) == 1:
+        return next(iter(groups))
+    largest = max(groups, key=lambda text: len(groups[text]))
+    return "; ".join([largest, *(f"{', '.join(own)} {text}" for text, own in groups.items() if text != largest)])
