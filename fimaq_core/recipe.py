@@ -184,6 +184,12 @@ class Recipe(BaseModel):
             raise ValueError("refit decides all roundings, so nothing is left to reconstruct: choose one of refit, reconstruct")
         if self.refit and self.range_search != "percentile":
             raise ValueError("refit needs range_search percentile")
+        if self.refit and self.w_bits == OFF:
+            raise ValueError("refit keeps what it finds in the weights' codes, so w_bits must not be 32")
+        if self.range_search == "percentile":
+            for name in ("softmax_quantizer", "gelu_quantizer"):
+                if (kind := getattr(self, name)) in ("adalog", "twin"):
+                    raise ValueError(f"range_search percentile has no range for {name} {kind}: choose another of the two")
         if self.reconstruct_mlp and self.gelu_quantizer != "uniform":
             raise ValueError("reconstruct_mlp replaces GELU by ReLU, so gelu_quantizer must be uniform")
         return self

@@ -50,8 +50,7 @@ def input_percentile(quantizer: ActivationQuantizer, x: Tensor, shape: tuple[int
     if isinstance(quantizer, AffineQuantizer):
         scale, zero = common if common is not None else percentile_range(ascending(x.reshape(1, -1)), quantizer.levels)
         quantizer.set_range(scale.view(shape), zero.view(shape))
-    elif isinstance(quantizer, LogQuantizer):
+    else:
+        assert isinstance(quantizer, LogQuantizer)  # recipes allow no other
         shifted = x + quantizer.shift if quantizer.shift else x
         quantizer.set_scale(percentile_log_scale(shifted, quantizer.step, quantizer.levels).view(shape))
-    else:
-        raise NotImplementedError

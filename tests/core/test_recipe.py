@@ -165,6 +165,9 @@ def test_mlp_reconstruction_determines_ranges_where_it_is_done() -> None:
     [
         ({"refit": True}, "refit decides all roundings"),
         ({"refit": True, "reconstruct": False}, "refit needs range_search percentile"),
+        ({"refit": True, "reconstruct": False, "range_search": "percentile", "w_bits": 32}, "w_bits must not be 32"),
+        ({"range_search": "percentile", "softmax_quantizer": "adalog"}, "no range for softmax_quantizer adalog"),
+        ({"range_search": "percentile", "gelu_quantizer": "twin"}, "no range for gelu_quantizer twin"),
         ({"reconstruct_mlp": True, "gelu_quantizer": "adalog"}, "gelu_quantizer must be uniform"),
         ({"s_bits": 9}, "s_bits: 9 bits is outside 2 to 8"),
     ],
