@@ -256,7 +256,10 @@ def calibrate_matmul(layer: QuantMatMul, a: Tensor, b: Tensor, recipe: Recipe) -
 
 
 def start_heads(quantizer: AffineQuantizer, x: Tensor, count: int) -> None:
-    """Set ranges per head of ``x`` (batch, heads, ...) to the grid's last but one, as released: nearly the full span."""
+    """Set ranges per head of ``x`` (batch, heads, ...) to the grid's last but one, as released.
+
+    Its zero point is the highest, so it serves values below zero only: a start that needs the rounds behind it.
+    """
     if not quantizer.off:
         candidates = grid_candidates(ascending(x.transpose(0, 1).flatten(1)), quantizer.levels, count)
         set_heads(quantizer, candidates.scale[-2], candidates.zero_point[-2])
