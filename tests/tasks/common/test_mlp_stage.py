@@ -24,7 +24,7 @@ from tasks.common.run import run_cell
 MODEL = ["--model", "demo_vit"]
 MLP = [
     "--calibration-images", "16", "--calibration-transform", "eval", "--seed", "5", "--mlp-steps", "4", "--mlp-batch", "8",
-    "--mlp-lr", "0.001",
+    "--mlp-lr", "0.001", "--mlp-percentile", "0.99",
 ]  # fmt: skip
 QUICK = [*MLP, "--range-search", "minmax", "--range-images", "8", "--steps", "2", "--batch-size", "8"]
 PLACE = ["--limit", "64", "--threads", "1"]
