@@ -231,13 +231,7 @@ def build_group(task_name: str, summary: str) -> click.Group:
     def reconstruct_mlp(**options: Any) -> None:
         from tasks.common import stages
 
-        recipe, out = _take_recipe(options), options.pop("out")
-        if recipe is None:
-            raise RecipeError("Method 'fp' has no stages: use run.")
-        model, data = _requests(options)
-        with _bars() as report:
-            stages.mlp_stage(CellRequest(task_name, model, data, recipe, **options), out, report)
-        click.echo(f"checkpoint of reconstructed MLPs: {out}")
+        click.echo(f"checkpoint of reconstructed MLPs: {_first_stage(task_name, stages.mlp_stage, options)}")
 
     @group.command(cls=_GroupedCommand, help="Find the ranges only; writes a checkpoint.")
     @_common_options
@@ -247,13 +241,7 @@ def build_group(task_name: str, summary: str) -> click.Group:
     def calibrate(**options: Any) -> None:
         from tasks.common import stages
 
-        recipe, out = _take_recipe(options), options.pop("out")
-        if recipe is None:
-            raise RecipeError("Method 'fp' has no stages: use run.")
-        model, data = _requests(options)
-        with _bars() as report:
-            stages.calibrate_stage(CellRequest(task_name, model, data, recipe, **options), out, report)
-        click.echo(f"calibrated checkpoint: {out}")
+        click.echo(f"calibrated checkpoint: {_first_stage(task_name, stages.calibrate_stage, options)}")
 
     @group.command(
         cls=_GroupedCommand,
@@ -308,6 +296,17 @@ def build_group(task_name: str, summary: str) -> click.Group:
             click.echo(f"{name:14s} {meaning}")
 
     return group
+
+
+def _first_stage(task_name: str, stage: Callable[[CellRequest, Path, Report], None], options: dict[str, Any]) -> Path:
+    """Run a stage that starts from the float model; return the checkpoint it wrote."""
+    recipe, out = _take_recipe(options), Path(options.pop("out"))
+    if recipe is None:
+        raise RecipeError("Method 'fp' has no stages: use run.")
+    model, data = _requests(options)
+    with _bars() as report:
+        stage(CellRequest(task_name, model, data, recipe, **options), out, report)
+    return out
 
 
 def _stage_options(command: Callable[..., None]) -> Callable[..., None]:
