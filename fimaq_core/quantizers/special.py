@@ -30,23 +30,21 @@ class LogQuantizer(ActivationQuantizer):
 
     Attributes:
         source: where the input comes from; softmax outputs are not shifted.
-        step: log2 of the base, a float32 buffer.
+        step: log2 of the base, a float32 buffer; starts as ``first_step``.
         folded: whether the output keeps the shift, a boolean buffer.
     """
 
     step: Tensor
     folded: Tensor
+    first_step: ClassVar[float] = 1.0
 
     def __init__(self, bits: int, source: Source) -> None:
         super().__init__(bits)
         self.source = source
         self.shift = GELU_SHIFT if source == "gelu" else 0.0
-        self.register_buffer("step", torch.tensor(self._first_step()))
+        self.register_buffer("step", torch.tensor(self.first_step))
         self.register_buffer("folded", torch.tensor(False))
         self._folded = False
-
-    def _first_step(self) -> float:
-        raise NotImplementedError
 
     def fold(self) -> None:
         """Leave the shift in the output from now on."""
@@ -82,17 +80,12 @@ class Log2Quantizer(LogQuantizer):
 
     kind: ClassVar[Kind] = "log2"
 
-    def _first_step(self) -> float:
-        return 1.0
-
 
 class LogSqrt2Quantizer(LogQuantizer):
     """Base √2 (RepQ-ViT: Li et al., ICCV 2023, arXiv:2212.08254)."""
 
     kind: ClassVar[Kind] = "logsqrt2"
-
-    def _first_step(self) -> float:
-        return 0.5
+    first_step: ClassVar[float] = 0.5
 
 
 class AdaLogQuantizer(LogQuantizer):
@@ -115,9 +108,6 @@ class AdaLogQuantizer(LogQuantizer):
         shifts, mantissas = adalog_tables(ADALOG_R, self.levels)
         self.register_buffer("shifts", shifts)
         self.register_buffer("mantissas", mantissas)
-
-    def _first_step(self) -> float:
-        return 1.0
 
     def set_base(self, q: int) -> None:
         """Set the base to ``2 ** (q / 37)``."""
