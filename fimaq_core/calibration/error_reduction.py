@@ -34,7 +34,10 @@ def reduce_linear_error(layer: QuantLinear, x: Tensor, recipe: Recipe) -> None:
 
 
 def reduce_conv_error(layer: QuantConv2d, x: Tensor, recipe: Recipe) -> None:
-    """Decide a convolution's rounding on inputs (N, C, H, W); as released it is not refit, for its input is not quantized."""
+    """Decide a convolution's rounding on inputs (N, C, H, W); as released it is not refit, for its input is not quantized.
+
+    Convolutions in groups, which no patch embedding has, keep rounding to nearest.
+    """
     if layer.groups != 1:
         return
     patches = torch.cat([input_patches(layer, part, 0) for part in torch.split(layer.input_quantizer(x), 8)])
