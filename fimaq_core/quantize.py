@@ -13,8 +13,8 @@ from fimaq_core.chain import BlockChain, Segment
 from fimaq_core.checkpoint import Fingerprint, load_checkpoint, read_header, save_checkpoint
 from fimaq_core.errors import CheckpointError
 from fimaq_core.fisher.divergence import Divergence
-from fimaq_core.layers import QuantLinear, QuantMatMul, quant_layers, set_quantized
-from fimaq_core.layers.layers import decide_rounding, fold_shift
+from fimaq_core.layers import QuantLinear, decide_roundings, quant_layers, set_quantized
+from fimaq_core.layers.layers import fold_shift
 from fimaq_core.progress import Report, silent
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction.engines import Engine, EngineChoice
@@ -221,9 +221,8 @@ def reconstruct_with_checkpoints(
 
 def finish(chain: BlockChain) -> None:
     """Decide all roundings that are still open (to nearest), fold shifts, and leave the chain in its quantized form."""
+    decide_roundings(chain)
     for _, layer in quant_layers(chain):
-        if not isinstance(layer, QuantMatMul):
-            decide_rounding(layer)
         if isinstance(layer, QuantLinear):
             fold_shift(layer)
     set_quantized(chain, True)

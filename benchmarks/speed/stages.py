@@ -15,8 +15,7 @@ from benchmarks.speed.timing import Budget, best_seconds, now, seconds
 from fimaq_core.calibration.calibrate import calibrate
 from fimaq_core.chain import BlockChain, Segment
 from fimaq_core.fisher.divergence import ClassifierDivergence
-from fimaq_core.layers import QuantMatMul, quant_layers, set_quantized
-from fimaq_core.layers.layers import decide_rounding
+from fimaq_core.layers import decide_roundings, set_quantized
 from fimaq_core.numerics import arithmetic
 from fimaq_core.progress import Progress
 from fimaq_core.recipe import Recipe
@@ -143,9 +142,7 @@ def walk(subject: Subject, recipe: Recipe, engines: Sequence[Engine], steps: int
             if objective.update_steps:
                 times.passes[number] = objective.pass_s
         if index + 1 < len(chain):
-            for _, layer in quant_layers(segment.block):
-                if not isinstance(layer, QuantMatMul):
-                    decide_rounding(layer)
+            decide_roundings(segment.block)
             spent += seconds(tape.advance, device)
         times.tape.append(spent / len(images))
         times.wall["tape"] += spent

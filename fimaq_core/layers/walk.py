@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from fimaq_core.layers.layers import QuantConv2d, QuantLayer, QuantLinear, QuantMatMul
+from fimaq_core.layers.layers import QuantConv2d, QuantLayer, QuantLinear, QuantMatMul, decide_rounding
 
 
 def quant_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, QuantLayer]]:
@@ -18,3 +18,10 @@ def set_quantized(module: nn.Module, on: bool) -> None:
     """Switch every quantizable layer in ``module`` to its quantized or its full-precision form."""
     for _, layer in quant_layers(module):
         layer.quantized = on
+
+
+def decide_roundings(module: nn.Module) -> None:
+    """Fix the codes of every quantizable weight in ``module`` to the nearest grid points, unless they are decided already."""
+    for _, layer in quant_layers(module):
+        if not isinstance(layer, QuantMatMul):
+            decide_rounding(layer)

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from fimaq_core.chain import Segment
 from fimaq_core.errors import NumericsError
-from fimaq_core.layers import QuantMatMul, quant_layers, set_quantized
-from fimaq_core.layers.layers import decide_rounding
+from fimaq_core.layers import decide_roundings, set_quantized
 from fimaq_core.numerics import tf32_allowed
 from fimaq_core.quantizers.dropping import draw_keys
 from fimaq_core.recipe import Recipe
@@ -112,7 +111,5 @@ def optimise_block(
     if not bool(torch.isfinite(loss)):
         raise NumericsError(f"{segment.label}: the reconstruction loss is {float(loss)}; lower the learning rates.")
     trainer.finish()
-    for _, layer in quant_layers(segment.block):
-        if not isinstance(layer, QuantMatMul):
-            decide_rounding(layer)
+    decide_roundings(segment.block)
     return loss

@@ -10,8 +10,7 @@ from torch import Tensor
 from fimaq_core.chain import BlockChain, Segment
 from fimaq_core.errors import NumericsError, RecipeError
 from fimaq_core.fisher.divergence import Divergence
-from fimaq_core.layers import QuantLinear, QuantMatMul, quant_layers, set_quantized
-from fimaq_core.layers.layers import decide_rounding
+from fimaq_core.layers import QuantLinear, QuantMatMul, decide_roundings, quant_layers, set_quantized
 from fimaq_core.progress import Progress, Report, silent
 from fimaq_core.quantizers.affine import AffineQuantizer
 from fimaq_core.recipe import Recipe
@@ -96,7 +95,7 @@ def reconstruct(
     for index, segment in enumerate(chain):
         start = index * recipe.steps
         if recipe.reconstruct_parts == "blocks" and segment.kind not in ("block", "merge"):
-            _decide(segment)
+            decide_roundings(segment.block)  # left as calibrated
         elif not restore(index, segment):
             report(Progress("reconstruct", start, total, segment.label))
             tape.compute_target()
@@ -118,13 +117,6 @@ def reconstruct(
     set_quantized(chain, True)
     report(Progress("reconstruct", total, total))
     return log
-
-
-def _decide(segment: Segment) -> None:
-    """Leave a segment as calibrated: roundings to nearest."""
-    for _, layer in quant_layers(segment.block):
-        if not isinstance(layer, QuantMatMul):
-            decide_rounding(layer)
 
 
 @torch.no_grad()
