@@ -10,6 +10,7 @@ from urllib.parse import urlparse
 
 from fimaq_core.errors import ModelError, suggest
 from tasks.common.hashing import SUFFIXES, file_sha256
+from tasks.common.imagenet import LAYOUT
 from tasks.common.request import DataRequest, Missing, ModelRequest
 
 #: Short names and the published checkpoints they mean. Untagged timm names have moved over the years.
@@ -28,8 +29,6 @@ SHORT_NAMES = {
 }
 
 DEMO_NAMES = ("demo_vit", "demo_deit", "demo_swin")
-
-LAYOUT = "ImageFolder layout is expected: <folder>/train/<class>/<image> and <folder>/val/<class>/<image>"
 
 _DEMO_FOLDER = Path(__file__).parent / "demo" / "weights"
 

@@ -10,12 +10,13 @@ from fimaq_core.fisher.divergence import ClassifierDivergence, Divergence
 from fimaq_core.progress import Report
 from fimaq_core.recipe import Recipe
 from tasks.classification import models, tags
-from tasks.classification.data import Images, calibration_set, open_source
-from tasks.classification.evaluate import evaluate
+from tasks.classification.data import calibration_set, open_source
 from tasks.classification.swin import SwinFamily
 from tasks.classification.vit import ViTFamily
+from tasks.common.images import Images
 from tasks.common.request import DataRequest, Missing, ModelRequest
 from tasks.common.task import CalibrationSet, Evaluation, LoadedModel
+from tasks.common.top_k import evaluate
 
 #: Model families, asked in order. A new family is one file and one entry.
 FAMILIES: list[Family] = [ViTFamily(), SwinFamily()]

@@ -34,21 +34,33 @@ class Weights(_Strict):
 
 
 class Dataset(_Strict):
-    """Which samples the metrics were measured on."""
+    """Which samples the metrics were measured on: ``count`` images, and where they have captions, how many of these.
+
+    ``truncated_captions`` are longer than the model's context; what is beyond it was cut off.
+    """
 
     name: str
     split: str
     count: int
     classes: int
     fingerprint: str
+    captions: int | None = None
+    truncated_captions: int | None = None
 
 
 class Calibration(_Strict):
-    """Which images calibrated the model: ids in order, how they were transformed."""
+    """Which images calibrated the model: ids in order, how they were transformed.
+
+    ``captions`` are those they were paired with. ``batch`` says how many in a row share a batch of a divergence that compares
+    samples with each other; None where each sample stands alone.
+    """
 
     ids: list[str]
     transform: str
     fingerprint: str
+    captions: list[str] | None = None
+    truncated_captions: int | None = None
+    batch: int | None = None
 
 
 class LayerEntry(_Strict):

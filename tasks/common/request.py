@@ -34,12 +34,16 @@ class DataRequest:
         calibration_list: file with image paths, or a result record, that replaces the drawn calibration sample.
         limit: evaluate on the first so many samples only; recorded as another split.
         skip_corrupt: leave damaged images out (named in the record) instead of stopping.
+        evaluation: what is measured, as the task names it (retrieval: ``retrieval``, ``zero-shot``); None: its usual one.
+        calibration_data: root of the data set to calibrate on; None takes the training part of ``path``.
     """
 
     path: Path | None = None
     calibration_list: Path | None = None
     limit: int | None = None
     skip_corrupt: bool = False
+    evaluation: str | None = None
+    calibration_data: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ class LoadedModel:
         eval_transform, train_transform: image transforms.
         data: name of the data set the model brings along, or None.
         input_shape: (C, H, W) of the images the model takes; None where the task does not say (then there is no ``inspect``).
+        tokenizer: captions to token ids (n, context_length) int64, for models that take text.
+        context_length: tokens of a caption at most.
     """
 
     model: nn.Module
@@ -40,17 +42,33 @@ class LoadedModel:
     train_transform: Callable[[Any], Tensor]
     data: str | None = None
     input_shape: tuple[int, int, int] | None = None
+    tokenizer: Callable[[list[str]], Tensor] | None = None
+    context_length: int | None = None
 
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """Calibration images (n, C, H, W) float32 with their ids, and which damaged ones were left out."""
+    """Calibration images with their ids.
+
+    Attributes:
+        images: (n, C, H, W) float32.
+        ids: of the images, in order.
+        transform: name of their transform.
+        fingerprint: sha256 over transform, ids and values.
+        skipped: damaged images that were left out.
+        inputs: what each part of the model is calibrated on, where it has several: (n, ...) tensors by the part's name.
+        captions: the caption of each image, for tasks that have them.
+        truncated_captions: how many of these are longer than the model's context.
+    """
 
     images: Tensor
     ids: list[str]
     transform: str
     fingerprint: str
     skipped: list[str] = field(default_factory=list)
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    captions: list[str] | None = None
+    truncated_captions: int | None = None
 
 
 @dataclass(frozen=True)

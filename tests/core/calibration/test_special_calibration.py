@@ -31,8 +31,9 @@ from fimaq_core.quantizers.affine import AffineQuantizer, fake_quantize
 from fimaq_core.quantizers.logarithm import GELU_SHIFT, adalog_fake_quantize, adalog_tables, log_fake_quantize
 from fimaq_core.quantizers.twin import twin_gelu, twin_softmax
 from fimaq_core.recipe import OFF, Kind, Recipe, make_recipe
-from tasks.classification.data import Images, open_source
+from tasks.classification.data import open_source
 from tasks.classification.task import TASK
+from tasks.common.images import Images
 from tasks.common.request import DataRequest, ModelRequest
 
 Array = NDArray[np.float64]

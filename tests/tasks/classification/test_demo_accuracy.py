@@ -12,11 +12,12 @@ import torch
 from fimaq_core.fisher.divergence import ClassifierDivergence
 from fimaq_core.quantize import Resources, quantize
 from fimaq_core.recipe import make_recipe
-from tasks.classification.data import Images, open_source
-from tasks.classification.evaluate import evaluate
+from tasks.classification.data import open_source
 from tasks.classification.tags import DEMO_NAMES
 from tasks.classification.task import TASK
+from tasks.common.images import Images
 from tasks.common.request import DataRequest, ModelRequest
+from tasks.common.top_k import evaluate
 
 QUICK = {
     "steps": 30,

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from fimaq_core.errors import ModelError, NumericsError
 from fimaq_core.progress import Progress, silent
-from tasks.classification.data import Images, Source
-from tasks.classification.evaluate import evaluate
+from tasks.common.folders import Source
+from tasks.common.images import Images
 from tasks.common.task import Evaluation
+from tasks.common.top_k import evaluate
 
 CPU = torch.device("cpu")
 

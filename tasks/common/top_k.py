@@ -7,22 +7,10 @@ from torch.utils.data import DataLoader
 
 from fimaq_core.errors import DataError, ModelError, NumericsError
 from fimaq_core.progress import Progress, Report
-from tasks.classification.data import Images, Source
+from tasks.common.folders import Source
+from tasks.common.images import Images, collate
 from tasks.common.record import proportion
 from tasks.common.task import Evaluation
-
-
-def _collate(items: list[tuple[Tensor, int, int] | DataError | None]) -> tuple[Tensor, Tensor, Tensor] | DataError | None:
-    kept = []
-    for item in items:
-        if isinstance(item, DataError):
-            return item
-        if item is not None:
-            kept.append(item)
-    if not kept:
-        return None
-    images, labels, positions = zip(*kept, strict=True)
-    return torch.stack(images), torch.tensor(labels), torch.tensor(positions)
 
 
 @torch.no_grad()
@@ -44,7 +32,7 @@ def evaluate(
         DataError: a damaged image (unless skipped), or none left.
         NumericsError: a logit is NaN.
     """
-    loader = DataLoader(images, batch_size=batch_size, num_workers=workers, collate_fn=_collate, pin_memory=device.type == "cuda")
+    loader = DataLoader(images, batch_size=batch_size, num_workers=workers, collate_fn=collate, pin_memory=device.type == "cuda")
     positions: list[Tensor] = []
     labels: list[Tensor] = []
     ranks: list[Tensor] = []
