@@ -19,7 +19,7 @@ class _Strict(BaseModel):
 
 
 class Metric(_Strict):
-    """A measured value in percent and its standard error over the samples."""
+    """A measured value and its standard error over the samples; in percent, but for ranks, which count from 1."""
 
     value: float = Field(allow_inf_nan=False)
     stderr: float = Field(allow_inf_nan=False)

@@ -16,9 +16,9 @@ from tasks.retrieval import models, tags
 from tasks.retrieval.calibration import calibration_set
 from tasks.retrieval.captions import open_pairs
 from tasks.retrieval.divergence import ContrastiveDivergence
-from tasks.retrieval.evaluate import evaluate_pairs
+from tasks.retrieval.evaluate import evaluate_pairs, truncated
 from tasks.retrieval.towers import build_towers
-from tasks.retrieval.zero_shot import ZeroShotClassifier, class_names
+from tasks.retrieval.zero_shot import ZeroShotClassifier, class_embeddings, class_names
 
 TOWERS = ("vision", "text")
 
@@ -139,18 +139,22 @@ class RetrievalTask:
         """Recalls on the test pairs, or zero-shot accuracy on the images of a folder."""
         assert isinstance(model, TwoTowers)
         assert loaded.tokenizer is not None
+        assert loaded.context_length is not None
         if data.evaluation == "zero-shot":
             if data.path is None:
                 raise DataError("Zero-shot evaluation needs images in class folders: give --data /path/to/imagenet.")
             source = open_folder(data.path, "val")
             names = class_names(data.path, source.classes)
-            classifier = ZeroShotClassifier.build(model, loaded.tokenizer, names, device, batch_size, report)
+            embedded = class_embeddings(model.encode_text, loaded.tokenizer, names, device, batch_size, report)
+            classifier = ZeroShotClassifier(model.encode_image, embedded, model.logit_scale)
             source = source.head(data.limit)
             images = Images(source.ids, source.targets, source.read, loaded.eval_transform, data.skip_corrupt)
             return evaluate(classifier, images, source, device, batch_size, workers, report)
         pairs = open_pairs(loaded, data, "test").head(data.limit)
         images = Images(pairs.image_ids, [0] * len(pairs.image_ids), pairs.read, loaded.eval_transform, data.skip_corrupt)
-        return evaluate_pairs(model, images, pairs, loaded, device, batch_size, workers, report)
+        cut = truncated(loaded.tokenizer, pairs.captions, loaded.context_length)
+        encoders = model.encode_image, model.encode_text
+        return evaluate_pairs(*encoders, images, pairs, loaded.tokenizer, device, batch_size, workers, report, cut)
 
 
 @torch.no_grad()
