@@ -6,7 +6,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-Kind = Literal["patch_embed", "block", "merge", "head"]
+#: ``head`` is a classifier, whose loss compares probabilities; ``projection`` maps pooled features to an embedding.
+Kind = Literal["patch_embed", "block", "merge", "head", "projection"]
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,14 @@ class MlpPart:
     Attributes:
         name: of the module inside the segment's block.
         fc1, act, fc2: names of its parts.
+        gelu: what counts as GELU or stands for it in this kind of model; only these are replaced.
     """
 
     name: str
     fc1: str = "fc1"
     act: str = "act"
     fc2: str = "fc2"
+    gelu: tuple[type[nn.Module], ...] = (nn.GELU,)
 
 
 class Segment(nn.Module):
@@ -49,6 +52,7 @@ class Segment(nn.Module):
         block: what is quantized.
         pairs: norm and linear pairs that can be reparameterised.
         mlps: the block's MLPs, for MLP reconstruction.
+        takes_side: whether ``before`` is called with the chain's side as its second argument.
     """
 
     def __init__(
@@ -59,6 +63,7 @@ class Segment(nn.Module):
         before: nn.Module | None = None,
         pairs: tuple[NormPair, ...] = (),
         mlps: tuple[MlpPart, ...] = (),
+        takes_side: bool = False,
     ) -> None:
         super().__init__()
         self.label = label
@@ -67,18 +72,35 @@ class Segment(nn.Module):
         self.block = block
         self.pairs = pairs
         self.mlps = mlps
+        self.takes_side = takes_side
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.block(self.before(x))
+    def enter(self, x: Tensor, side: Tensor | None = None) -> Tensor:
+        """The block's input for the previous block's output ``x``, by ``before``.
+
+        Args:
+            x: (B, ...).
+            side: (B, ...) the chain's side of the same samples, where it has one.
+        """
+        out: Tensor = self.before(x, side) if self.takes_side else self.before(x)
+        return out
+
+    def forward(self, x: Tensor, side: Tensor | None = None) -> Tensor:
+        out: Tensor = self.block(self.enter(x, side))
         return out
 
 
 class BlockChain(nn.Module):
-    """Segments one after another; ``forward`` equals the original model's."""
+    """Segments one after another; ``forward`` equals the original model's.
 
-    def __init__(self, segments: list[Segment]) -> None:
+    Attributes:
+        side: maps the chain's input to what travels beside the blocks' outputs to segments that take it, (B, ...): the
+            position of the token to pool, for example. None where there is no such thing.
+    """
+
+    def __init__(self, segments: list[Segment], side: nn.Module | None = None) -> None:
         super().__init__()
         self.segments = nn.ModuleList(segments)
+        self.side = side
         self.requires_grad_(False)
         self.eval()
 
@@ -96,11 +118,15 @@ class BlockChain(nn.Module):
         assert isinstance(found, Segment)
         return found
 
-    def tail(self, start: int, x: Tensor) -> Tensor:
+    def side_of(self, x: Tensor) -> Tensor | None:
+        """The side of the chain's inputs ``x`` (B, ...); None if it has none."""
+        return None if self.side is None else self.side(x)
+
+    def tail(self, start: int, x: Tensor, side: Tensor | None = None) -> Tensor:
         """Run the segments from ``start`` to the end on the output of the segment before ``start``."""
         for index in range(start, len(self)):
-            x = self.segment(index)(x)
+            x = self.segment(index)(x, side)
         return x
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.tail(0, x)
+        return self.tail(0, x, self.side_of(x))

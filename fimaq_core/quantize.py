@@ -2,7 +2,8 @@
 
 import contextlib
 import copy
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +108,8 @@ def reconstruct_mlps_or_load(
     return teacher, False
 
 
-def load_mlps(chain: BlockChain, path: Path, fingerprint: Fingerprint | None) -> None:
-    """Give an uncalibrated ``chain`` the reconstructed MLPs of a checkpoint, with ReLU.
+def load_mlps(segments: Iterable[Segment], path: Path, fingerprint: Fingerprint | None) -> None:
+    """Give uncalibrated ``segments`` (a chain, or all of several) the reconstructed MLPs of a checkpoint, with ReLU.
 
     Args:
         fingerprint: what the checkpoint must belong to; None takes any.
@@ -119,9 +120,11 @@ def load_mlps(chain: BlockChain, path: Path, fingerprint: Fingerprint | None) ->
     _, facts = read_header(path)
     if facts.get("stage") != "mlp":
         raise CheckpointError(f"{path} holds no reconstructed MLPs but a checkpoint of stage '{facts.get('stage')}'.")
-    use_relu(chain)
-    load_checkpoint(path, mlps(chain), fingerprint, "mlp")
-    set_quantized(chain, False)
+    segments = list(segments)
+    use_relu(segments)
+    load_checkpoint(path, mlps(segments), fingerprint, "mlp")
+    for segment in segments:
+        set_quantized(segment, False)
 
 
 def calibrate_or_load(
@@ -219,6 +222,51 @@ def reconstruct_with_checkpoints(
     )
 
 
+def reconstruct_or_load(
+    chain: BlockChain,
+    images: Tensor,
+    recipe: Recipe,
+    divergence: Divergence,
+    resources: Resources,
+    path: Path,
+    fingerprint: Fingerprint,
+    teacher: BlockChain | None = None,
+) -> tuple[ReconstructionLog, bool]:
+    """Reconstruct a calibrated ``chain``, or load what an earlier run with all the same settings made of it.
+
+    Args:
+        path: checkpoint of the reconstructed chain, read or written; finished blocks are kept beside it until it is whole.
+        fingerprint: what it must belong to.
+        chain, images, recipe, divergence, resources, teacher: as in :func:`reconstruct_with_checkpoints`.
+
+    Returns:
+        What was done, and whether it was loaded.
+    """
+    if path.is_file():
+        facts = load_checkpoint(path, chain, fingerprint)
+        set_quantized(chain, True)
+        return ReconstructionLog(**facts["log"]), True
+    blocks = blocks_beside(path)
+    log = reconstruct_with_checkpoints(chain, images, recipe, divergence, resources, blocks, fingerprint, teacher)
+    finish(chain)
+    save_checkpoint(path, chain.state_dict(), fingerprint, {"stage": "reconstructed", "log": asdict(log)})
+    remove_blocks(blocks)
+    return log, False
+
+
+def blocks_beside(path: Path) -> Path:
+    """The folder of finished blocks of a reconstruction whose whole is going to be the checkpoint ``path``."""
+    return path.with_name(f"{path.stem}.blocks")
+
+
+def remove_blocks(folder: Path) -> None:
+    """Remove the checkpoints of finished blocks, and their folder if it holds nothing else."""
+    for file in folder.glob("block-*.safetensors"):
+        file.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
 def finish(chain: BlockChain) -> None:
     """Decide all roundings that are still open (to nearest), fold shifts, and leave the chain in its quantized form."""
     decide_roundings(chain)
@@ -235,7 +283,7 @@ def quantize(
 
     Args:
         chain: the model on the device to use.
-        images: (n, C, H, W) float32 calibration images; the first ``recipe.range_images`` set the ranges.
+        images: (n, ...) inputs of the chain, the calibration images; the first ``recipe.range_images`` set the ranges.
         recipe: all settings.
         divergence: of the task.
         resources: how to run.

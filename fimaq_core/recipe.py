@@ -38,7 +38,17 @@ Kind = Literal["uniform", "log2", "logsqrt2", "adalog", "twin"]
 #: Fields that determine the images a run calibrates on.
 _IMAGE_FIELDS = ("calibration_images", "calibration_transform", "seed")
 #: Fields that determine an MLP reconstruction, beside the images.
-_MLP_FIELDS = ("mlp_steps", "mlp_batch", "mlp_lr", "mlp_percentile", "mlp_loss", "perturbation", "temperature", "frozen_dtype")
+_MLP_FIELDS = (
+    "mlp_steps",
+    "mlp_batch",
+    "mlp_lr",
+    "mlp_percentile",
+    "mlp_loss",
+    "perturbation",
+    "temperature",
+    "divergence_batch",
+    "frozen_dtype",
+)
 _CALIBRATION_FIELDS = (
     "w_bits",
     "a_bits",
@@ -71,6 +81,9 @@ class Recipe(BaseModel):
 
     method: str = _field("fimaq", "method", "Name of the method the recipe started from.")
     seed: int = _field(3407, "method", "Seed of the calibration sample, batches, dropping and Fisher passes.", ge=0)
+    scope: str | None = _field(
+        None, "method", "What of the model is quantized, as the task names it (retrieval: both, vision, text); none: its usual."
+    )
 
     w_bits: int = _field(4, "bits", "Bits of weights, 2 to 8, or 32 for off.")
     a_bits: int = _field(4, "bits", "Bits of activations (linear inputs, attention operands), 2 to 8, or 32 for off.")
@@ -155,7 +168,10 @@ class Recipe(BaseModel):
     prediction_share: float = _field(
         0.5, "loss", "Share of the prediction difference in the loss 'prediction'; the rest is the squared error.", ge=0, le=1
     )
-    temperature: float = _field(20.0, "loss", "Temperature of the divergence behind the Fisher information.", gt=0)
+    temperature: float = _field(20.0, "loss", "Temperature of the divergence behind the Fisher information (classifiers).", gt=0)
+    divergence_batch: int = _field(
+        32, "loss", "Samples in a row that share a batch of a divergence that compares samples with each other (retrieval).", ge=2
+    )
 
     step_dtype: Literal["float32", "tf32", "bfloat16"] = _field(
         "float32", "numerics", "Arithmetic of the steps' matrix products (values stay float32); tf32 is float32 on CPUs."
@@ -238,10 +254,10 @@ class Recipe(BaseModel):
         return _digest({name: dump[name] for name in names})
 
     def changes(self) -> dict[str, Any]:
-        """Return the fields, but method, bits and seed, that differ from the method's own settings."""
+        """Return the fields, but method, bits, seed and scope, that differ from the method's own settings."""
         base = make_recipe(self.method, {"w_bits": self.w_bits, "a_bits": self.a_bits, "seed": self.seed})
         mine, default = self.model_dump(mode="json"), base.model_dump(mode="json")
-        return {name: value for name, value in mine.items() if value != default[name]}
+        return {name: value for name, value in mine.items() if value != default[name] and name != "scope"}
 
 
 def _digest(content: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fimaq_core.chain import BlockChain
 from fimaq_core.family import Family
+from fimaq_core.fisher.divergence import Divergence, Measure
 from fimaq_core.recipe import Recipe, make_recipe
 from tasks.classification.swin import SwinFamily
 from tasks.classification.vit import ViTFamily
@@ -79,3 +80,13 @@ def quick(method: str = "fimaq", **changes: object) -> Recipe:
         "fisher_k": 2, "lr_alpha": 0.05, "lr_scale": 1e-3,
     }  # fmt: skip
     return make_recipe(method, few, changes)
+
+
+class Measured(Divergence):
+    """A divergence that is a function of outputs and reference."""
+
+    def __init__(self, measure: Measure, batch: int | None = None) -> None:
+        self.measure, self.batch = measure, batch
+
+    def __call__(self, outputs: Tensor, reference: Tensor) -> Tensor:
+        return self.measure(outputs, reference)

@@ -33,7 +33,7 @@ def calibrate(chain: BlockChain, images: Tensor, recipe: Recipe, report: Report 
 
     Args:
         chain: the model.
-        images: (N, C, H, W) calibration images; the first ``recipe.range_images`` are used.
+        images: (N, ...) inputs of the chain, the calibration images; the first ``recipe.range_images`` are used.
         recipe: bits and search settings.
         report: receives progress, one unit a block.
         batch_size: images a forward pass.
@@ -47,12 +47,14 @@ def calibrate(chain: BlockChain, images: Tensor, recipe: Recipe, report: Report 
         set_quantized(chain, True)
         return
     x = images[: recipe.range_images].to(device)
+    side = chain.side_of(x)
+    sides = [None] * len(torch.split(x, batch_size)) if side is None else list(torch.split(side, batch_size))
     for index, segment in enumerate(chain):
         report(Progress("calibrate", index, len(chain), segment.label))
         captured = _Capture(segment)
         outputs = []
-        for part in torch.split(x, batch_size):
-            outputs.append(segment(part))
+        for part, beside in zip(torch.split(x, batch_size), sides, strict=True):
+            outputs.append(segment(part, beside))
         captured.remove()
         for name, layer in quant_layers(segment.block):
             seen = captured.inputs(name)

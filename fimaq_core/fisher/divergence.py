@@ -1,23 +1,41 @@
 """Divergences between the full-precision and the quantized model's outputs."""
 
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+#: Outputs (B, ...) and the reference of the same samples (B, ...) to a scalar, the mean over the batch.
+Measure = Callable[[Tensor, Tensor], Tensor]
 
-class Divergence(Protocol):
-    """A task's measure of how far outputs are from the full-precision ones."""
+
+class Divergence:
+    """A task's measure of how far outputs are from the full-precision ones.
+
+    Attributes:
+        batch: how many samples in a row share a batch, where it compares samples with each other; None where each sample's
+            part is its own, so that batches do not matter.
+    """
+
+    batch: int | None = None
+
+    def reference(self, outputs: Tensor) -> Tensor:
+        """What the outputs of all samples are compared with, row by row: (n, ...).
+
+        Args:
+            outputs: (n, ...) what the full-precision model gives.
+        """
+        return outputs
 
     def __call__(self, outputs: Tensor, reference: Tensor) -> Tensor:
         """Return the divergence, a scalar: the mean over the batch.
 
         Args:
             outputs: (B, ...) what the model gives.
-            reference: (B, ...) what the full-precision model gives for the same samples.
+            reference: (B, ...) rows of :meth:`reference` for the same samples.
         """
-        ...
+        raise NotImplementedError
 
 
 def kl_divergence(logits: Tensor, reference: Tensor, temperature: float = 1.0) -> Tensor:
@@ -31,7 +49,7 @@ def kl_divergence(logits: Tensor, reference: Tensor, temperature: float = 1.0) -
     return F.kl_div(F.log_softmax(logits / temperature, dim=-1), target, reduction="batchmean", log_target=True)
 
 
-class ClassifierDivergence:
+class ClassifierDivergence(Divergence):
     """The divergence of a classifier: KL at a temperature (FIMA-Q's released code: 20), at least in float32."""
 
     def __init__(self, temperature: float) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fimaq_core.chain import BlockChain
-from fimaq_core.fisher.divergence import Divergence
+from fimaq_core.fisher.divergence import Measure
 from fimaq_core.numerics import Arithmetic, arithmetic
 
 
@@ -15,15 +15,17 @@ def output_gradients(
     index: int,
     inputs: Tensor,
     reference: Tensor,
-    divergence: Divergence,
+    divergence: Measure,
     batch_size: int,
     device: torch.device,
     dtype: Arithmetic = "float32",
     forward: Callable[[Tensor], Tensor] | None = None,
+    side: Tensor | None = None,
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Yield (samples, output, gradient) of block ``index`` batch by batch.
 
-    The segments behind the block run as they are set up. The gradient is that of the divergence at the block's output.
+    The segments behind the block run as they are set up. The gradient is that of the divergence at the block's output. Where
+    the divergence compares samples with each other, ``batch_size`` must be its own.
 
     Args:
         chain: the model.
@@ -35,18 +37,19 @@ def output_gradients(
         device: where to compute.
         dtype: arithmetic of the tail, see :mod:`fimaq_core.numerics`.
         forward: runs the block on a batch; None runs it as it is set up just now.
+        side: (n, ...) the chain's side of all samples, where it has one.
     """
     block = chain.segment(index).block if forward is None else forward
     for start in range(0, inputs.shape[0], batch_size):
         part = slice(start, min(start + batch_size, inputs.shape[0]))
         with torch.no_grad():
             output = block(inputs[part].to(device, non_blocking=True)).detach()
-        rest = _tail_of(chain, index)
+        rest = _tail_of(chain, index, None if side is None else side[part].to(device))
         yield part, output, divergence_gradient(rest, output, reference[part].to(device), divergence, dtype)
 
 
 def divergence_gradient(
-    rest: Callable[[Tensor], Tensor], output: Tensor, reference: Tensor, divergence: Divergence, dtype: Arithmetic = "float32"
+    rest: Callable[[Tensor], Tensor], output: Tensor, reference: Tensor, divergence: Measure, dtype: Arithmetic = "float32"
 ) -> Tensor:
     """Gradient at ``output`` (B, ...) of every sample's own divergence of ``rest(output)`` from ``reference`` (B, ...)."""
     leaf = output.detach().requires_grad_(True)
@@ -57,8 +60,8 @@ def divergence_gradient(
     return gradient
 
 
-def _tail_of(chain: BlockChain, index: int) -> Callable[[Tensor], Tensor]:
-    return lambda output: chain.tail(index + 1, output)
+def _tail_of(chain: BlockChain, index: int, side: Tensor | None) -> Callable[[Tensor], Tensor]:
+    return lambda output: chain.tail(index + 1, output, side)
 
 
 def mean_gradient_and_error(
@@ -67,20 +70,21 @@ def mean_gradient_and_error(
     inputs: Tensor,
     targets: Tensor,
     reference: Tensor,
-    divergence: Divergence,
+    divergence: Measure,
     batch_size: int,
     device: torch.device,
     dtype: Arithmetic = "float32",
     forward: Callable[[Tensor], Tensor] | None = None,
+    side: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One FIMA-Q pass: ``g = mean |∂D/∂z|`` and ``d = mean |Δ|`` over the images, each (N,).
 
     Args:
         targets: (n, ...) full-precision outputs of the block.
-        chain, index, inputs, reference, divergence, batch_size, device, dtype, forward: as in :func:`output_gradients`.
+        chain, index, inputs, reference, divergence, batch_size, device, dtype, forward, side: as in :func:`output_gradients`.
     """
     gradient = error = None
-    sweep = output_gradients(chain, index, inputs, reference, divergence, batch_size, device, dtype, forward)
+    sweep = output_gradients(chain, index, inputs, reference, divergence, batch_size, device, dtype, forward, side)
     for part, output, grad in sweep:
         g = grad.abs().sum(0)
         d = (output - targets[part].to(device)).abs().sum(0)
@@ -96,7 +100,7 @@ def perturbation_hessian(
     rest: Callable[[Tensor], Tensor],
     output: Tensor,
     reference: Tensor,
-    divergence: Divergence,
+    divergence: Measure,
     epsilon: float,
     dtype: Arithmetic = "float32",
 ) -> Tensor:
@@ -131,11 +135,12 @@ def least_squares_hessian(
     inputs: Tensor,
     targets: Tensor,
     reference: Tensor,
-    divergence: Divergence,
+    divergence: Measure,
     batch_size: int,
     device: torch.device,
     dtype: Arithmetic = "float32",
     forward: Callable[[Tensor], Tensor] | None = None,
+    side: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """LS-ViT's fit (CVPR 2026) to the pairs (g, Δ) of all images: diagonal h and direction u, each (N,).
 
@@ -144,13 +149,13 @@ def least_squares_hessian(
     would have no minimum.
 
     Args:
-        chain, index, inputs, targets, reference, divergence, batch_size, device, dtype, forward: as in
+        chain, index, inputs, targets, reference, divergence, batch_size, device, dtype, forward, side: as in
             :func:`mean_gradient_and_error`.
     """
     size = targets[0].numel()
     above, below, direction = (torch.zeros(size, dtype=torch.float64, device=device) for _ in range(3))
     weight = torch.zeros((), dtype=torch.float64, device=device)
-    sweep = output_gradients(chain, index, inputs, reference, divergence, batch_size, device, dtype, forward)
+    sweep = output_gradients(chain, index, inputs, reference, divergence, batch_size, device, dtype, forward, side)
     for part, output, grad in sweep:
         g, delta = grad.flatten(1).double(), (output - targets[part].to(device)).flatten(1).double()
         above += (g * delta).sum(0)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fimaq_core.fisher import losses
-from fimaq_core.fisher.divergence import Divergence, kl_divergence
+from fimaq_core.fisher.divergence import Measure, kl_divergence
 
 
 class Batch(NamedTuple):
@@ -19,6 +19,7 @@ class Batch(NamedTuple):
         target: its full-precision outputs.
         weights: (n, N) what weights each sample's errors; None for losses without.
         reference: full-precision outputs of the whole model, for losses that compare predictions; else None.
+        side: the chain's side, for losses that run the rest of the model; else None.
     """
 
     full: Tensor
@@ -26,6 +27,7 @@ class Batch(NamedTuple):
     target: Tensor
     weights: Tensor | None = None
     reference: Tensor | None = None
+    side: Tensor | None = None
 
 
 class LossState(NamedTuple):
@@ -67,8 +69,8 @@ def prediction_loss(
     output: Tensor,
     batch: Batch,
     starts: Tensor,
-    rest: Callable[[Tensor], Tensor],
-    divergence: Divergence,
+    rest: Callable[[Tensor, Tensor | None], Tensor],
+    divergence: Measure,
 ) -> tuple[Tensor, Tensor]:
     """Squared error of the block plus the divergence of the model's prediction.
 
@@ -76,14 +78,14 @@ def prediction_loss(
     have in convolutional networks; here each is divided by its start, so that neither is lost in the other.
 
     Args:
-        rest: from the block's output to the model's, in full precision.
+        rest: from the block's output and the chain's side to the model's output, in full precision.
         divergence: of the task.
         weights, output, batch, starts: as in :func:`block_loss`.
     """
     assert batch.reference is not None
     delta = (output - batch.target).flatten(1)
     # At 8 bits it is some 1e-8, less than what float32's logarithms are off: a start could be many times too large or negative.
-    far = divergence(rest(output).double(), batch.reference.double()).float()
+    far = divergence(rest(output, batch.side).double(), batch.reference.double()).float()
     return _over_starts([losses.squared_error(delta), far], weights, starts)
 
 

@@ -7,7 +7,7 @@ depend on it.)
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -40,25 +40,25 @@ class _Samples:
     limit: float
 
 
-def mlps(chain: BlockChain) -> nn.ModuleList:
-    """All MLPs of ``chain`` in order: what an MLP reconstruction changes."""
-    return nn.ModuleList(segment.block.get_submodule(part.name) for segment in chain for part in segment.mlps)
+def mlps(segments: Iterable[Segment]) -> nn.ModuleList:
+    """All MLPs of ``segments`` (a chain, or several) in order: what an MLP reconstruction changes."""
+    return nn.ModuleList(segment.block.get_submodule(part.name) for segment in segments for part in segment.mlps)
 
 
-def use_relu(chain: BlockChain) -> None:
-    """Replace the activation of every MLP by ReLU, in place.
+def use_relu(segments: Iterable[Segment]) -> None:
+    """Replace the activation of every MLP by ReLU, in place. ``segments``: a chain, or a list.
 
     Raises:
         ModelError: there is no MLP, or one with another activation than GELU.
     """
-    found = mlps(chain)
-    if not len(found):
+    segments = list(segments)
+    if not len(mlps(segments)):
         raise ModelError("The model has no MLP that its family names, so there is nothing for MLP reconstruction.")
-    for segment in chain:
+    for segment in segments:
         for part in segment.mlps:
             mlp = segment.block.get_submodule(part.name)
             activation = mlp.get_submodule(part.act)
-            if not isinstance(activation, nn.GELU):
+            if not isinstance(activation, part.gelu):
                 raise ModelError(
                     f"{segment.label}.{part.name}: MLP reconstruction replaces GELU, not {type(activation).__name__}."
                 )
@@ -81,7 +81,7 @@ def reconstruct_mlps(
 
     Args:
         chain: on the device to use.
-        images: (n, C, H, W) calibration images.
+        images: (n, ...) inputs of the chain, the calibration images.
         recipe: the ``mlp_*`` settings, temperature and seed.
         divergence: of the task, behind the Hessian.
         report: receives progress, one unit a step.
@@ -107,6 +107,7 @@ def reconstruct_mlps(
     device = next(chain.parameters()).device
     with torch.no_grad():
         reference = torch.cat([teacher(part.to(device)).float() for part in torch.split(images, batch_size)])
+    reference = divergence.reference(reference)
     storage = Storage(placement, device)
     tape = Tape(teacher, images, storage, with_prefix=False, batch_size=batch_size, frozen_dtype=recipe.frozen_dtype)
     total, number = len(mlps(chain)) * recipe.mlp_steps, 0
@@ -157,7 +158,7 @@ def _samples(
         mlp.get_submodule(part.fc2).register_forward_pre_hook(lambda module, args: seen.update(hidden=args[0])),
     ]
     count = tape.full.shape[0]
-    for rows in _slices(count, tape.batch_size):
+    for rows in _slices(count, divergence.batch or tape.batch_size):
         x = tape.full[rows].to(device)
         with torch.no_grad(), arithmetic(recipe.frozen_dtype, device):
             block(x)
@@ -170,7 +171,8 @@ def _samples(
         if sum(values.numel() for values in hidden) < _VALUES:
             hidden.append(seen["hidden"].float().flatten())
         if recipe.mlp_loss == "perturb_mean":
-            rest, to = _rest_behind(teacher, tape.index, mlp, x), reference[rows].to(device)
+            side = None if tape.side is None else tape.side[rows]
+            rest, to = _rest_behind(teacher, tape.index, mlp, x, side), reference[rows].to(device)
             own = perturbation_hessian(rest, made, to, divergence, recipe.perturbation, recipe.frozen_dtype).sum(0)
             hessian = own if hessian is None else hessian + own
     for handle in handles:
@@ -188,13 +190,13 @@ def _samples(
     return _Samples(inputs, targets, hessian, positive_quantile(torch.cat(hidden)[:_VALUES], recipe.mlp_percentile))
 
 
-def _rest_behind(teacher: BlockChain, index: int, mlp: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
-    """From the output of an MLP in block ``index`` to the model's, for the block's input ``x``."""
+def _rest_behind(teacher: BlockChain, index: int, mlp: nn.Module, x: Tensor, side: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """From the output of an MLP in block ``index`` to the model's, for the block's input ``x`` and the chain's side."""
 
     def rest(output: Tensor) -> Tensor:
         handle = mlp.register_forward_hook(lambda module, args, out: output)
         try:
-            return teacher.tail(index + 1, teacher.segment(index).block(x))
+            return teacher.tail(index + 1, teacher.segment(index).block(x), side)
         finally:
             handle.remove()
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ class BlockObjective:
     Args:
         chain, tape: the model and its tape at the block; ``tape.target`` must be computed.
         recipe: loss and its settings.
-        reference: (n, ...) full-precision outputs of the whole model.
+        reference: (n, ...) what the divergence compares the whole model's outputs with.
         divergence: of the task.
         notes: receives sentences about anything that did not go as the recipe says.
 
@@ -91,16 +92,21 @@ class BlockObjective:
         """What the steps read, all images; ``mixed``: with the quantized prefix."""
         tape = self.tape
         assert tape.target is not None
-        reference = self.reference if self.kind == "prediction" else None
-        return Batch(tape.full, tape.prefix if mixed else None, tape.target, self.weights, reference)
+        reference, side = (self.reference, tape.side) if self.kind == "prediction" else (None, None)
+        return Batch(tape.full, tape.prefix if mixed else None, tape.target, self.weights, reference, side)
 
     @property
-    def rest(self) -> Callable[[Tensor], Tensor] | None:
-        """From the block's output to the model's in full precision, for the loss that needs it."""
+    def rest(self) -> Callable[[Tensor, Tensor | None], Tensor] | None:
+        """From the block's output (and the side) to the model's in full precision, for the loss that needs it."""
         return self._rest if self.kind == "prediction" else None
 
-    def _rest(self, output: Tensor) -> Tensor:
-        return self.tape.teacher.tail(self.tape.index + 1, output)
+    def _rest(self, output: Tensor, side: Tensor | None) -> Tensor:
+        return self.tape.teacher.tail(self.tape.index + 1, output, side)
+
+    @property
+    def _batch_size(self) -> int:
+        """Samples a pass: what fits, unless the divergence says which samples belong together."""
+        return self.divergence.batch or self.tape.batch_size
 
     def _fisher_steps(self) -> frozenset[int]:
         """Steps (from 0) before which a Fisher pass runs."""
@@ -127,10 +133,11 @@ class BlockObjective:
             tape.target,
             self.reference,
             self.divergence,
-            tape.batch_size,
+            self._batch_size,
             tape.storage.device,
             self.recipe.frozen_dtype,
             forward,
+            tape.side,
         )
         self.passes += 1
         state.starts.zero_()
@@ -157,7 +164,15 @@ class BlockObjective:
         set_quantized(block, False)
         gradients = tape.storage.empty((tape.full.shape[0], tape.target[0].numel()), torch.float32)
         sweep = output_gradients(
-            tape.teacher, tape.index, prefix, self.reference, self.divergence, tape.batch_size, device, self.recipe.frozen_dtype
+            tape.teacher,
+            tape.index,
+            prefix,
+            self.reference,
+            self.divergence,
+            self._batch_size,
+            device,
+            self.recipe.frozen_dtype,
+            side=tape.side,
         )
         for part, _, gradient in sweep:
             gradients[part].copy_(gradient.flatten(1))
@@ -176,11 +191,17 @@ class BlockObjective:
         samples, largest = None, torch.zeros((), device=device)
         if mean is None:
             samples = tape.storage.empty((len(target), target[0].numel()), torch.float32)
-        for start in range(0, len(target), tape.batch_size):
-            part = slice(start, start + tape.batch_size)
+        for start in range(0, len(target), self._batch_size):
+            part = slice(start, start + self._batch_size)
             output, reference = target[part].to(device), self.reference[part].to(device)
+            side = None if tape.side is None else tape.side[part]
             found = perturbation_hessian(
-                self._rest, output, reference, self.divergence, self.recipe.perturbation, self.recipe.frozen_dtype
+                partial(self._rest, side=side),
+                output,
+                reference,
+                self.divergence,
+                self.recipe.perturbation,
+                self.recipe.frozen_dtype,
             ).flatten(1)
             largest = torch.maximum(largest, found.max())
             if mean is not None:

@@ -55,7 +55,7 @@ def reconstruct(
 
     Args:
         chain: calibrated; its device is where everything runs.
-        images: (n, C, H, W) calibration images, on any device.
+        images: (n, ...) inputs of the chain, the calibration images, on any device.
         recipe: all settings.
         divergence: of the task, behind the Fisher passes.
         report: receives progress, one unit a step.
@@ -82,7 +82,7 @@ def reconstruct(
     if recipe.per_token:
         expand_per_token(chain, images[:1].to(device))
     set_quantized(chain, False)
-    reference = _outputs(chain if teacher is None else teacher, images, device, batch_size)
+    reference = divergence.reference(_outputs(chain if teacher is None else teacher, images, device, batch_size))
     tape = Tape(
         chain,
         images,
@@ -133,7 +133,7 @@ def expand_per_token(chain: BlockChain, image: Tensor) -> None:
 
     Args:
         chain: calibrated.
-        image: (1, C, H, W), only its shape matters.
+        image: (1, ...) one input of the chain; only its shape matters.
     """
     handles = []
     for _, layer in quant_layers(chain):

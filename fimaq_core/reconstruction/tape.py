@@ -51,7 +51,7 @@ class Tape:
 
     Args:
         chain: what is quantized, block by block.
-        images: (n, C, H, W).
+        images: (n, ...) inputs of the chain.
         storage: where tensors go.
         with_prefix: whether the quantized prefix's outputs are asked for.
         batch_size: images a forward pass.
@@ -64,6 +64,7 @@ class Tape:
         full: (n, ...) the present block's inputs in the full-precision model.
         prefix: the same with everything before quantized, or None where nobody asks for it.
         target: (n, ...) the present block's full-precision outputs; None until :meth:`compute_target`.
+        side: (n, ...) the chain's side of all inputs, on the computing device; None where it has none.
     """
 
     def __init__(
@@ -80,7 +81,8 @@ class Tape:
         self.chain, self.storage, self.batch_size, self.frozen_dtype = chain, storage, batch_size, frozen_dtype
         self.teacher = chain if teacher is None else teacher
         self.index = 0
-        self.full = self._map(self.teacher.segment(0).before, images)
+        self.side = self._side(images)
+        self.full = self._enter(self.teacher, images)
         # Nothing is quantized before the first block.
         self.prefix: Tensor | None = self.full if with_prefix else None
         self.target: Tensor | None = None
@@ -101,21 +103,31 @@ class Tape:
         if self.prefix is not None:
             set_quantized(block, True)
             outputs = self._map(block, self.prefix, frozen=False)
-        following = self.index + 1
-        self.full = self._map(self.teacher.segment(following).before, target)
-        self.prefix = None if outputs is None else self._map(self.chain.segment(following).before, outputs)
-        self.target = None
         self.index += 1
+        self.full = self._enter(self.teacher, target)
+        self.prefix = None if outputs is None else self._enter(self.chain, outputs)
+        self.target = None
 
     @torch.no_grad()
-    def _map(self, module: nn.Module, source: Tensor, frozen: bool = True) -> Tensor:
+    def _side(self, images: Tensor) -> Tensor | None:
+        parts = [self.teacher.side_of(part.to(self.storage.device)) for part in torch.split(images, self.batch_size)]
+        known = [part for part in parts if part is not None]
+        return torch.cat(known) if known else None
+
+    def _enter(self, chain: BlockChain, source: Tensor) -> Tensor:
+        """Inputs of the present block of ``chain`` from the outputs of the one before."""
+        segment = chain.segment(self.index)
+        return self._map(segment.before, source, side=self.side if segment.takes_side else None)
+
+    @torch.no_grad()
+    def _map(self, module: nn.Module, source: Tensor, frozen: bool = True, side: Tensor | None = None) -> Tensor:
         if isinstance(module, nn.Identity) and source.device == self._home():
             return source
         device, result = self.storage.device, None
         for start in range(0, source.shape[0], self.batch_size):
             part = source[start : start + self.batch_size].to(device, non_blocking=True)
             with arithmetic(self.frozen_dtype if frozen else "float32", device):
-                out = module(part).float()
+                out = (module(part) if side is None else module(part, side[start : start + self.batch_size])).float()
             if result is None:
                 result = self.storage.empty((source.shape[0], *out.shape[1:]), out.dtype)
             result[start : start + self.batch_size].copy_(out, non_blocking=True)

@@ -22,6 +22,9 @@ SHORT_NAMES = {
     "swin_base_384": "swin_base_patch4_window12_384.ms_in22k_ft_in1k",
 }
 
+#: What of a model can be quantized: always everything.
+SCOPES: tuple[str, ...] = ()
+
 DEMO_NAMES = ("demo_vit", "demo_deit", "demo_swin")
 
 

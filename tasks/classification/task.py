@@ -15,14 +15,14 @@ from tasks.classification.swin import SwinFamily
 from tasks.classification.vit import ViTFamily
 from tasks.common.images import Images
 from tasks.common.request import DataRequest, Missing, ModelRequest
-from tasks.common.task import CalibrationSet, Evaluation, LoadedModel
+from tasks.common.task import CalibrationSet, Evaluation, LoadedModel, SinglePart
 from tasks.common.top_k import evaluate
 
 #: Model families, asked in order. A new family is one file and one entry.
 FAMILIES: list[Family] = [ViTFamily(), SwinFamily()]
 
 
-class ClassificationTask:
+class ClassificationTask(SinglePart):
     """Image classification with timm models; see :class:`tasks.common.task.Task`."""
 
     name = "classification"

@@ -1,192 +1,37 @@
-"""The command line of every task: run, or its stages one by one. Recipe options are made from the recipe's fields."""
+"""The command line of every task: run, or its stages one by one."""
 
 import json
 import logging
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
-from fimaq_core.errors import FimaqError, RecipeError, suggest
+from fimaq_core.errors import FimaqError, RecipeError
 from fimaq_core.progress import Progress, Report
-from fimaq_core.recipe import METHODS, Recipe, make_recipe, read_recipe_file
-from tasks.common.request import CellRequest, DataRequest, ModelRequest
-
-_GROUPS = {
-    "method": "Method",
-    "bits": "Bits",
-    "calibration": "Calibration",
-    "mlp": "MLP reconstruction",
-    "reconstruction": "Reconstruction",
-    "loss": "Block loss",
-    "numerics": "Numerics",
-}
-
-
-class _GroupedCommand(click.Command):
-    """A command whose help lists recipe options under headings."""
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        sections: dict[str, list[tuple[str, str]]] = {}
-        for parameter in self.get_params(ctx):
-            entry = parameter.get_help_record(ctx)
-            if entry is not None:
-                sections.setdefault(getattr(parameter, "group", "Options"), []).append(entry)
-        for heading, entries in sections.items():
-            with formatter.section(heading):
-                formatter.write_dl(entries)
+from tasks.common.options import (
+    GroupedCommand,
+    TaskOptions,
+    given_recipe,
+    mlp_option,
+    model_options,
+    recipe_options,
+    stage_options,
+    take_data,
+    take_recipe,
+    take_requests,
+    weights_options,
+)
+from tasks.common.request import CellRequest
 
 
-class _RecipeOption(click.Option):
-    """An option for one recipe field."""
-
-    def __init__(self, *args: Any, group: str, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.group = f"{group} (recipe)"
-
-
-def recipe_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add ``--method``, ``--recipe`` and an option for every other recipe field to ``command``."""
-    for name, field in reversed(Recipe.model_fields.items()):
-        if name == "method":
-            continue
-        extra = field.json_schema_extra
-        group = _GROUPS[str(extra["group"])] if isinstance(extra, dict) else "Options"
-        flag = f"--{name.replace('_', '-')}"
-        declaration = f"{flag}/--no-{flag[2:]}" if field.annotation is bool else flag
-        default = "as a_bits" if field.default is None else field.default
-        command = click.option(
-            declaration,
-            name,
-            cls=_RecipeOption,
-            group=group,
-            type=_click_type(field.annotation),
-            default=None,
-            help=f"{field.description}  [fimaq: {default}]",
-        )(command)
-    command = click.option(
-        "--recipe",
-        "recipe_file",
-        type=click.Path(path_type=Path),
-        help="YAML file with recipe fields ('field: value' lines); options win over it.",
-    )(command)
-    return click.option("--method", default="fimaq", show_default=True, help=f"Method: {', '.join(['fp', *METHODS])}.")(command)
-
-
-def _click_type(annotation: Any) -> Any:
-    if get_origin(annotation) is Literal:
-        return click.Choice([str(choice) for choice in get_args(annotation)])
-    if annotation in (int, float, bool, str):
-        return annotation
-    return next(part for part in get_args(annotation) if part is not type(None))
-
-
-def _take_recipe(options: dict[str, Any]) -> Recipe | None:
-    """Merge defaults, method, file and options; None for method ``fp``."""
-    method, file = options.pop("method"), options.pop("recipe_file")
-    given = {name: options.pop(name) for name in list(Recipe.model_fields) if name in options}
-    given = {name: value for name, value in given.items() if value is not None}
-    if method == "fp":
-        return None
-    content = read_recipe_file(file) if file is not None else {}
-    own = content.pop("method", None)
-    if own is not None and not _was_given("method"):
-        method = own
-    if method not in METHODS:
-        raise RecipeError(f"Unknown method '{method}'.{suggest(method, ['fp', *METHODS])}")
-    return make_recipe(method, content, given)
-
-
-def _was_given(option: str) -> bool:
-    source = click.get_current_context().get_parameter_source(option)
-    return source is not None and source.name != "DEFAULT"
-
-
-def _common_options(command: Callable[..., None]) -> Callable[..., None]:
-    options = [
-        click.option("--model", required=True, help="Short name, demo name or the library's own 'model.tag'; see 'models'."),
-        click.option("--model-args", default="{}", help="JSON object of arguments for the model's constructor."),
-        click.option(
-            "--weights", type=click.Path(path_type=Path), help="Local checkpoint: safetensors, or .pth/.bin read weights-only."
-        ),
-        click.option("--weights-folder", type=click.Path(path_type=Path), help="Folder with <model.tag>.safetensors files."),
-        *_run_options(),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def _run_options() -> list[Callable[..., Any]]:
-    return [
-        click.option(
-            "--data", type=click.Path(path_type=Path), help="Data folder with train/ and val/ (demo models bring their own data)."
-        ),
-        click.option(
-            "--calibration-list",
-            type=click.Path(path_type=Path),
-            help="Image paths, one a line, or a result record to take the images of.",
-        ),
-        click.option(
-            "--limit", type=click.IntRange(min=1), help="Evaluate on the first so many samples only (recorded as such)."
-        ),
-        click.option("--skip-corrupt", is_flag=True, help="Leave damaged images out and name them in the record."),
-        click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N."),
-        click.option("--threads", type=click.IntRange(min=1), help="CPU threads."),
-        click.option("--eval-batch", default=32, show_default=True, type=click.IntRange(min=1), help="Images a forward pass."),
-        click.option("--workers", default=0, show_default=True, type=click.IntRange(min=0), help="Data-loading processes."),
-        click.option(
-            "--placement",
-            default="device",
-            show_default=True,
-            type=click.Choice(["device", "host", "disk"]),
-            help="Where block inputs are cached.",
-        ),
-        click.option(
-            "--step-engine",
-            default="auto",
-            show_default=True,
-            type=click.Choice(["auto", "eager", "fused", "compiled", "graph"]),
-            help="How optimisation steps run; auto: one CUDA graph, compiled for long runs on CPUs, else fused.",
-        ),
-    ]
-
-
-def _mlp_option(command: Callable[..., None]) -> Callable[..., None]:
-    return click.option(
-        "--mlp-checkpoint", type=click.Path(path_type=Path), help="Reconstructed MLPs to use instead of reconstructing them."
-    )(command)
-
-
-def _requests(options: dict[str, Any]) -> tuple[ModelRequest, DataRequest]:
-    return (
-        ModelRequest(
-            options.pop("model"), _json_object(options.pop("model_args")), options.pop("weights"), options.pop("weights_folder")
-        ),
-        _data_request(options),
-    )
-
-
-def _data_request(options: dict[str, Any]) -> DataRequest:
-    return DataRequest(options.pop("data"), options.pop("calibration_list"), options.pop("limit"), options.pop("skip_corrupt"))
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise RecipeError(f"--model-args is not JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise RecipeError("--model-args must be a JSON object, such as '{\"img_size\": 256}'.")
-    return content
-
-
-def build_group(task_name: str, summary: str) -> click.Group:
+def build_group(task_name: str, summary: str, own: TaskOptions = TaskOptions()) -> click.Group:
     """Make the commands of a task: run, its stages one by one, and facts about models."""
 
     @click.group(help=summary, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -194,10 +39,10 @@ def build_group(task_name: str, summary: str) -> click.Group:
     def group(verbose: bool) -> None:
         logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
 
-    @group.command(cls=_GroupedCommand, help="Calibrate, reconstruct and evaluate one model; writes a result record.")
-    @_common_options
-    @_mlp_option
-    @recipe_options
+    @group.command(cls=GroupedCommand, help="Calibrate, reconstruct and evaluate one model; writes a result record.")
+    @partial(model_options, own)
+    @mlp_option
+    @partial(recipe_options, own)
     @click.option("--variant", help="Name of this variant of the method in tables.")
     @click.option(
         "--results", default="results/runs", show_default=True, type=click.Path(path_type=Path), help="Where records go."
@@ -207,8 +52,8 @@ def build_group(task_name: str, summary: str) -> click.Group:
         from tasks.common.record import read_record
         from tasks.common.run import run_cell
 
-        recipe = _take_recipe(options)
-        model, data = _requests(options)
+        recipe = take_recipe(options)
+        model, data = take_requests(options)
         request = CellRequest(task_name, model, data, recipe, **options)
         with _bars() as report:
             path = run_cell(request, report)
@@ -222,21 +67,21 @@ def build_group(task_name: str, summary: str) -> click.Group:
 
     @group.command(
         name="reconstruct-mlp",
-        cls=_GroupedCommand,
+        cls=GroupedCommand,
         help="Reconstruct the MLPs only (GELU becomes ReLU), the first stage of APHQ-ViT; writes a checkpoint.",
     )
-    @_common_options
-    @recipe_options
+    @partial(model_options, own)
+    @partial(recipe_options, own)
     @click.option("--out", required=True, type=click.Path(path_type=Path), help="Checkpoint to write (.safetensors).")
     def reconstruct_mlp(**options: Any) -> None:
         from tasks.common import stages
 
         click.echo(f"checkpoint of reconstructed MLPs: {_first_stage(task_name, stages.mlp_stage, options)}")
 
-    @group.command(cls=_GroupedCommand, help="Find the ranges only; writes a checkpoint.")
-    @_common_options
-    @_mlp_option
-    @recipe_options
+    @group.command(cls=GroupedCommand, help="Find the ranges only; writes a checkpoint.")
+    @partial(model_options, own)
+    @mlp_option
+    @partial(recipe_options, own)
     @click.option("--out", required=True, type=click.Path(path_type=Path), help="Checkpoint to write (.safetensors).")
     def calibrate(**options: Any) -> None:
         from tasks.common import stages
@@ -244,32 +89,32 @@ def build_group(task_name: str, summary: str) -> click.Group:
         click.echo(f"calibrated checkpoint: {_first_stage(task_name, stages.calibrate_stage, options)}")
 
     @group.command(
-        cls=_GroupedCommand,
+        cls=GroupedCommand,
         help="Reconstruct the calibrated CHECKPOINT, going on where an earlier call stopped. Recipe options given here apply to "
         "reconstruction; those that determine ranges must be the checkpoint's.",
     )
     @click.argument("checkpoint", type=click.Path(path_type=Path))
-    @_stage_options
-    @recipe_options
+    @partial(stage_options, own)
+    @partial(recipe_options, own)
     @click.option("--out", required=True, type=click.Path(path_type=Path), help="Checkpoint to write (.safetensors).")
     def reconstruct(checkpoint: Path, **options: Any) -> None:
         from tasks.common import stages
 
-        out, given = options.pop("out"), _given_recipe(options)
+        out, given = options.pop("out"), given_recipe(options)
         with _bars() as report:
-            log = stages.reconstruct_stage(task_name, checkpoint, out, given, _data_request(options), options, report)
+            log = stages.reconstruct_stage(task_name, checkpoint, out, given, take_data(options), options, report)
         for note in log.notes:
             click.echo(f"note: {note}")
         click.echo(f"reconstructed checkpoint: {out}")
 
     @group.command(help="Evaluate CHECKPOINT, of any stage (with MLPs alone reconstructed: in full precision).")
     @click.argument("checkpoint", type=click.Path(path_type=Path))
-    @_stage_options
+    @partial(stage_options, own)
     def evaluate(checkpoint: Path, **options: Any) -> None:
         from tasks.common import stages
 
         with _bars() as report:
-            evaluation = stages.evaluate_stage(task_name, checkpoint, _data_request(options), options, report)
+            evaluation = stages.evaluate_stage(task_name, checkpoint, take_data(options), options, report)
         for name, metric in evaluation.metrics.items():
             click.echo(f"{name} {metric.value:.2f} ± {metric.stderr:.2f} (n = {evaluation.n})")
         for sample in evaluation.skipped:
@@ -281,7 +126,7 @@ def build_group(task_name: str, summary: str) -> click.Group:
     )
     @click.argument("checkpoint", type=click.Path(path_type=Path))
     @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
-    @_weights_options
+    @weights_options
     def inspect(checkpoint: Path, as_json: bool, **options: Any) -> None:
         from tasks.common import stages
 
@@ -300,41 +145,13 @@ def build_group(task_name: str, summary: str) -> click.Group:
 
 def _first_stage(task_name: str, stage: Callable[[CellRequest, Path, Report], None], options: dict[str, Any]) -> Path:
     """Run a stage that starts from the float model; return the checkpoint it wrote."""
-    recipe, out = _take_recipe(options), Path(options.pop("out"))
+    recipe, out = take_recipe(options), Path(options.pop("out"))
     if recipe is None:
         raise RecipeError("Method 'fp' has no stages: use run.")
-    model, data = _requests(options)
+    model, data = take_requests(options)
     with _bars() as report:
         stage(CellRequest(task_name, model, data, recipe, **options), out, report)
     return out
-
-
-def _stage_options(command: Callable[..., None]) -> Callable[..., None]:
-    command = _weights_options(command)
-    for option in reversed(_run_options()):
-        command = option(command)
-    return command
-
-
-def _weights_options(command: Callable[..., None]) -> Callable[..., None]:
-    for option in reversed(
-        [
-            click.option("--weights", type=click.Path(path_type=Path), help="The float weights, if they came from a local file."),
-            click.option("--weights-folder", type=click.Path(path_type=Path), help="Folder with <model.tag>.safetensors files."),
-        ]
-    ):
-        command = option(command)
-    return command
-
-
-def _given_recipe(options: dict[str, Any]) -> dict[str, Any]:
-    """Recipe fields that the user gave, from the file and the options, the method first."""
-    method, file = options.pop("method"), options.pop("recipe_file")
-    given = {name: options.pop(name) for name in list(Recipe.model_fields) if name in options}
-    content = read_recipe_file(file) if file is not None else {}
-    if _was_given("method"):
-        content["method"] = method
-    return content | {name: value for name, value in given.items() if value is not None}
 
 
 class _bars:

@@ -13,8 +13,8 @@ measured on hardware: quantization is simulated, so neither the checkpoint's fil
 what integer storage and arithmetic would come to.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from fimaq_core.chain import BlockChain
 from fimaq_core.layers import QuantConv2d, QuantLinear, QuantMatMul
 from fimaq_core.recipe import OFF
 from tasks.common.macs import Layer, chain_parts, count_macs, multiplying_layers
-from tasks.common.modules import layer_entry
+from tasks.common.modules import layer_entry, part_name
 from tasks.common.record import LayerEntry
 
 
@@ -172,7 +172,7 @@ def model_facts(chain: BlockChain, image: Tensor) -> ModelFacts:
 
     Args:
         chain: calibrated or not; what is not calibrated has no overhead.
-        image: one example (1, C, H, W) on the chain's device; only its shape matters.
+        image: one input (1, ...) on the chain's device; only its shape matters.
 
     Raises:
         ValueError: not one image.
@@ -183,6 +183,25 @@ def model_facts(chain: BlockChain, image: Tensor) -> ModelFacts:
         shape = None if isinstance(layer, QuantMatMul) else tuple(layer.weight.shape)
         layers.append(LayerFacts(layer_entry(name, layer), shape, macs[name], _overhead(layer)))
     return ModelFacts(layers, list(_full_precision(chain)))
+
+
+def joined_facts(parts: Mapping[str, ModelFacts], untouched: Mapping[str, nn.Module]) -> ModelFacts:
+    """Facts about a model of several parts, by names that begin with the part's; one part without a name stays as it is.
+
+    Args:
+        parts: facts about each chain.
+        untouched: parts without one: their values count as full precision, what they compute is not counted.
+    """
+    layers = [
+        replace(layer, entry=layer.entry.model_copy(update={"name": part_name(part, layer.entry.name)}))
+        for part, facts in parts.items()
+        for layer in facts.layers
+    ]
+    values = [replace(value, name=part_name(part, value.name)) for part, facts in parts.items() for value in facts.full_precision]
+    for part, module in untouched.items():
+        for name, child in module.named_modules(prefix=part):
+            values += _own_values(name, child)
+    return ModelFacts(layers, values)
 
 
 def _overhead(layer: Layer) -> int:

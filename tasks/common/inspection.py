@@ -33,6 +33,7 @@ class Inspection:
         stage: how far the checkpoint came, as it says itself.
         fingerprint: what it belongs to.
         facts: about the model in it.
+        untouched: parts of the model that are not in it, since they stay as they are.
     """
 
     checkpoint: Path
@@ -41,6 +42,7 @@ class Inspection:
     stage: str
     fingerprint: Fingerprint
     facts: ModelFacts
+    untouched: tuple[str, ...] = ()
 
     def content(self) -> dict[str, Any]:
         """Everything as JSON values; sizes in bits."""
@@ -50,6 +52,8 @@ class Inspection:
             "task": self.task,
             "model": self.tag,
             "stage": self.stage,
+            "scope": recipe.scope,
+            "untouched": list(self.untouched),
             "method": recipe.method,
             "changes": recipe.changes(),
             "recipe": recipe.model_dump(mode="json"),
@@ -100,6 +104,8 @@ class Inspection:
             f"model: {self.tag} (task {self.task})",
             f"stage: {self.stage}{_MEANINGS.get(self.stage, '')}",
             f"method: {recipe.method} {recipe.bits_name}, seed {recipe.seed}",
+            *([] if recipe.scope is None else [f"scope: {recipe.scope}"]),
+            *(f"in full precision, what it computes not counted: {name}" for name in self.untouched),
             f"changes: {changes or 'none'}",
             f"float weights: sha256 {mark.weights}",
             f"calibration: {mark.calibration}",

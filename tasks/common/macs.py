@@ -15,7 +15,7 @@ Layer = nn.Linear | nn.Conv2d | QuantMatMul
 
 @torch.no_grad()
 def count_macs(chain: BlockChain, image: Tensor) -> dict[str, int]:
-    """MACs of every layer of ``chain`` for one image (1, C, H, W), by the shapes seen in one full-precision pass.
+    """MACs of every layer of ``chain`` for one input (1, ...), by the shapes seen in one full-precision pass.
 
     Windows of attention lie in the batch dimension, so a layer's inputs are counted whole. A layer used twice counts twice.
 

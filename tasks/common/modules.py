@@ -1,27 +1,59 @@
 """The module map of a quantized model: what is quantized and how, what stays in full precision."""
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 
 from fimaq_core.chain import BlockChain
 from fimaq_core.layers import QuantConv2d, QuantLinear, QuantMatMul, quant_layers
 from fimaq_core.quantizers.activation import ActivationQuantizer
 from fimaq_core.recipe import OFF
+from fimaq_core.reconstruction.reconstruct import ReconstructionLog
 from tasks.common.record import LayerEntry, ModuleMap
 
 
-def module_map(chain: BlockChain) -> ModuleMap:
-    """List the layers of ``chain`` by their names in the original model."""
+def module_map(chain: BlockChain, part: str = "") -> ModuleMap:
+    """List the layers of ``chain`` by their names in the original model, behind the name of its part where it has one."""
     quantized: list[LayerEntry] = []
     full: list[str] = []
     for segment in chain:
+        label = part_name(part, segment.label)
         for name, layer in quant_layers(segment.block):
-            quantized.append(layer_entry(f"{segment.label}.{name}".rstrip("."), layer))
-        for part, prefix in ((segment.before, f"{segment.label}.before"), (segment.block, segment.label)):
-            for name, module in part.named_modules():
-                leaf = not any(True for _ in module.children())
-                if leaf and not isinstance(module, nn.Identity | nn.Dropout | ActivationQuantizer | QuantMatMul):
-                    full.append(f"{f'{prefix}.{name}'.rstrip('.')} ({type(module).__name__})")
+            quantized.append(layer_entry(f"{label}.{name}".rstrip("."), layer))
+        full += [*_leaves(segment.before, f"{label}.before"), *_leaves(segment.block, label)]
     return ModuleMap(quantized=quantized, full_precision=full)
+
+
+def whole_map(chains: Mapping[str, BlockChain], untouched: Mapping[str, nn.Module]) -> ModuleMap:
+    """The module map of a model of several parts, and of those that are left as they are."""
+    maps = [module_map(chain, part) for part, chain in chains.items()]
+    rest = [leaf for part, module in untouched.items() for leaf in _leaves(module, part)]
+    return ModuleMap(
+        quantized=[entry for one in maps for entry in one.quantized],
+        full_precision=[name for one in maps for name in one.full_precision] + rest,
+    )
+
+
+def part_name(part: str, name: str) -> str:
+    """``name`` inside the part of a model; parts without a name add nothing."""
+    return f"{part}.{name}" if part else name
+
+
+def merge_logs(log: ReconstructionLog, part: str, own: ReconstructionLog) -> None:
+    """Add to ``log`` what was done to a part of the model."""
+    log.last_loss |= {part_name(part, label): value for label, value in own.last_loss.items()}
+    log.fisher_passes |= {part_name(part, label): value for label, value in own.fisher_passes.items()}
+    log.notes += [part_name(part, note) for note in own.notes]
+    log.engine = own.engine
+
+
+def _leaves(module: nn.Module, prefix: str) -> list[str]:
+    found = []
+    for name, child in module.named_modules():
+        leaf = not any(True for _ in child.children())
+        if leaf and not isinstance(child, nn.Identity | nn.Dropout | ActivationQuantizer | QuantMatMul):
+            found.append(f"{f'{prefix}.{name}'.rstrip('.')} ({type(child).__name__})")
+    return found
 
 
 def layer_entry(name: str, layer: nn.Linear | nn.Conv2d | QuantMatMul) -> LayerEntry:

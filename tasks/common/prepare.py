@@ -1,33 +1,50 @@
-"""From a float model to a calibrated chain: what ``run`` and the stages have in common."""
+"""From a float model to chains that are ready for calibration: what ``run`` and the stages have in common."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
-from fimaq_core.chain import BlockChain
+from fimaq_core.chain import BlockChain, Segment
 from fimaq_core.checkpoint import Fingerprint
 from fimaq_core.errors import RecipeError
 from fimaq_core.fisher.divergence import Divergence
 from fimaq_core.quantize import Resources, load_mlps, reconstruct_mlps_or_load
 from fimaq_core.recipe import Recipe
-from tasks.common.request import CellRequest
-from tasks.common.task import CalibrationSet, LoadedModel, Task
+from tasks.common.plan import with_scope
+from tasks.common.request import CellRequest, ModelRequest
+from tasks.common.task import CalibrationSet, Chains, LoadedModel, Task
 
 
 @dataclass(frozen=True)
-class Start:
-    """Where calibration starts.
+class Part:
+    """One chain of a model, and all that it is calibrated and reconstructed with. Most models have one part.
 
     Attributes:
-        chain: the model on its device, its MLPs reconstructed if the recipe says so.
-        teacher: the model as it was, if they were; else None.
-        reused: whether the MLPs came from a checkpoint.
+        name: of the part; empty where the model is one chain.
+        chain: on its device, its MLPs reconstructed if the recipe says so.
+        inputs: (n, ...) calibration inputs of the chain.
+        recipe: the run's, its scope this part alone: other parts do not bear on it, so runs with other scopes share it.
+        divergence: behind its Fisher passes.
+        fingerprint: what its checkpoints belong to.
+        teacher: the chain as it was before its MLPs were reconstructed; else None.
+        reused: whether its reconstructed MLPs came from a checkpoint.
     """
 
+    name: str
     chain: BlockChain
+    inputs: Tensor
+    recipe: Recipe
+    divergence: Divergence
+    fingerprint: Fingerprint
     teacher: BlockChain | None = None
     reused: bool = False
+
+    def stage(self, name: str) -> str:
+        """Name of a stage of this part, for people and records."""
+        return f"{name} {self.name}" if self.name else name
 
 
 def fingerprint_of(loaded: LoadedModel, images: CalibrationSet, recipe: Recipe) -> Fingerprint:
@@ -35,13 +52,18 @@ def fingerprint_of(loaded: LoadedModel, images: CalibrationSet, recipe: Recipe) 
     return Fingerprint(weights=loaded.sha256, calibration=images.fingerprint, recipe=recipe)
 
 
-def checkpoint_facts(request: CellRequest, loaded: LoadedModel) -> dict[str, object]:
+def checkpoint_facts(task: str, model: ModelRequest, loaded: LoadedModel) -> dict[str, object]:
     """What a checkpoint says of itself, so that a later stage can build its model."""
-    return {"task": request.task, "model": request.model.name, "model_args": request.model.model_args, "tag": loaded.tag}
+    return {"task": task, "model": model.name, "model_args": model.model_args, "tag": loaded.tag}
 
 
-def check_mlp_checkpoint(request: CellRequest) -> None:
-    """Raise RecipeError if ``request`` has an ``mlp_checkpoint`` that its recipe has no use for."""
+def check_request(request: CellRequest) -> CellRequest:
+    """The request with its scope spelled out.
+
+    Raises:
+        RecipeError: the task has no such scope, or an ``mlp_checkpoint`` is given that the recipe has no use for.
+    """
+    request = with_scope(request)
     recipe = request.recipe
     if request.mlp_checkpoint is not None and (recipe is None or not recipe.reconstruct_mlp):
         method = "fp" if recipe is None else recipe.method
@@ -49,6 +71,31 @@ def check_mlp_checkpoint(request: CellRequest) -> None:
             f"The recipe of '{method}' has no MLP reconstruction, so --mlp-checkpoint is not used: "
             "give --reconstruct-mlp too, or take method aphq."
         )
+    return request
+
+
+def whole(chains: Chains) -> nn.Module:
+    """What a checkpoint of a whole model holds: its one chain, or all of them by name."""
+    return chains[""] if list(chains) == [""] else nn.ModuleDict(chains)
+
+
+def all_segments(chains: Chains) -> list[Segment]:
+    """The segments of all chains in order."""
+    return [segment for chain in chains.values() for segment in chain]
+
+
+def make_parts(
+    task: Task, loaded: LoadedModel, images: CalibrationSet, recipe: Recipe, device: torch.device, batch_size: int
+) -> list[Part]:
+    """Build the chains, as the float model is."""
+    # Before the chains take the float model over: a part's divergence may need the outputs of another.
+    divergences = task.divergences(loaded, images, recipe, device, batch_size)
+    parts = []
+    for name, chain in task.chains(loaded, recipe).items():
+        own = recipe.model_copy(update={"scope": name}) if name else recipe
+        mark = fingerprint_of(loaded, images, own)
+        parts.append(Part(name, chain.to(device), images.of(name), own, divergences[name], mark))
+    return parts
 
 
 def start(
@@ -56,34 +103,41 @@ def start(
     task: Task,
     loaded: LoadedModel,
     images: CalibrationSet,
-    divergence: Divergence,
     device: torch.device,
     resources: Resources,
-    path: Path | None = None,
-) -> Start:
-    """Build the chain and reconstruct its MLPs, or load them.
+    path: Callable[[Part], Path | None] = lambda part: None,
+) -> list[Part]:
+    """Build the chains and reconstruct their MLPs, or load them.
 
     Args:
-        request: with a recipe; its ``mlp_checkpoint``, where given, must be of the same run.
-        images: the calibration images.
-        divergence: of the task.
-        path: where reconstructed MLPs are kept and looked for; None keeps nothing.
+        request: checked, with a recipe; its ``mlp_checkpoint``, where given, must be of the same run.
+        images: the calibration set.
+        path: where the reconstructed MLPs of a part are kept and looked for; None keeps nothing.
 
     Raises:
         CheckpointError: ``mlp_checkpoint`` is missing or of another run.
-        RecipeError: there is one, and the recipe has no use for it.
     """
     recipe = request.recipe
     assert recipe is not None
-    check_mlp_checkpoint(request)
-    chain = task.build(loaded, recipe).to(device)
+    parts = make_parts(task, loaded, images, recipe, device, resources.batch_size)
     if not recipe.reconstruct_mlp:
-        return Start(chain)
-    fingerprint = fingerprint_of(loaded, images, recipe)
+        return parts
     if request.mlp_checkpoint is not None:
-        teacher = task.build(task.load(request.model), recipe).to(device) if recipe.reconstruct else None
-        load_mlps(chain, request.mlp_checkpoint, fingerprint)
-        return Start(chain, teacher, True)
-    facts = checkpoint_facts(request, loaded)
-    teacher, reused = reconstruct_mlps_or_load(chain, images.images, recipe, divergence, resources, path, fingerprint, facts)
-    return Start(chain, teacher, reused)
+        load_mlps(all_segments(chains_of(parts)), request.mlp_checkpoint, fingerprint_of(loaded, images, recipe))
+        teachers: Chains = {}
+        if recipe.reconstruct:
+            teachers = task.chains(task.load(request.model), recipe)
+        return [replace(part, teacher=teachers[part.name].to(device) if teachers else None, reused=True) for part in parts]
+    facts = checkpoint_facts(request.task, request.model, loaded)
+    ready = []
+    for part in parts:
+        teacher, reused = reconstruct_mlps_or_load(
+            part.chain, part.inputs, part.recipe, part.divergence, resources, path(part), part.fingerprint, facts
+        )
+        ready.append(replace(part, teacher=teacher, reused=reused))
+    return ready
+
+
+def chains_of(parts: list[Part]) -> Chains:
+    """The chains by name."""
+    return {part.name: part.chain for part in parts}

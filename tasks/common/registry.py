@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from tasks.common.task import Task
 
 #: Tasks that are packages here. Each has ``tags.py`` (light: names and what is missing) and ``task.py``.
-TASKS = ("classification",)
+TASKS = ("classification", "retrieval")
 _REGISTERED: dict[str, Task] = {}
 
 
@@ -56,6 +56,15 @@ def model_identity(name: str, request: ModelRequest) -> list[str]:
         return [tag]
     digest: str | None = importlib.import_module(f"tasks.{name}.tags").weights_digest(request)
     return [tag] if digest is None else [tag, digest]
+
+
+def scopes(name: str) -> tuple[str, ...]:
+    """What of a model task ``name`` can quantize, the usual first; empty where that is always everything."""
+    if name in _REGISTERED:
+        return _REGISTERED[name].scopes
+    _check(name)
+    found: tuple[str, ...] = importlib.import_module(f"tasks.{name}.tags").SCOPES
+    return found
 
 
 def preflight(name: str, model: ModelRequest, data: DataRequest) -> list[Missing]:

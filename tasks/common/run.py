@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,13 +14,21 @@ from fimaq_core import NUMERICS_VERSION
 from fimaq_core.checkpoint import save_checkpoint
 from fimaq_core.files import replaced_whole
 from fimaq_core.progress import Report, silent
-from fimaq_core.quantize import Resources, calibrate_or_load, finish, reconstruct_with_checkpoints
+from fimaq_core.quantize import (
+    Resources,
+    blocks_beside,
+    calibrate_or_load,
+    finish,
+    reconstruct_or_load,
+    reconstruct_with_checkpoints,
+    remove_blocks,
+)
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction.reconstruct import ReconstructionLog
 from tasks.common.environment import describe, peak_memory, resolve_device
-from tasks.common.modules import module_map
+from tasks.common.modules import merge_logs, whole_map
 from tasks.common.plan import planned_folder, variant_name
-from tasks.common.prepare import check_mlp_checkpoint, checkpoint_facts, fingerprint_of, start
+from tasks.common.prepare import Part, chains_of, check_request, checkpoint_facts, fingerprint_of, start, whole
 from tasks.common.record import Calibration, Metric, ResultRecord, Weights, read_record, write_record
 from tasks.common.registry import get_task
 from tasks.common.request import CellRequest
@@ -42,7 +51,7 @@ def run_cell(request: CellRequest, report: Report = silent) -> Path:
     Raises:
         FimaqError: anything the user can mend; finished cells and blocks are kept.
     """
-    check_mlp_checkpoint(request)
+    request = check_request(request)
     folder = planned_folder(request)
     path = folder / "result.json"
     if path.is_file() and not request.force:
@@ -70,7 +79,8 @@ def _measure_full_precision(
     request: CellRequest, folder: Path, task: Task, loaded: LoadedModel, device: torch.device, report: Report
 ) -> Path:
     start = time.monotonic()
-    evaluation = task.evaluate(loaded.model.to(device), loaded, request.data, device, request.eval_batch, request.workers, report)
+    model = task.assemble(loaded, {}).to(device)
+    evaluation = task.evaluate(model, loaded, request.data, device, request.eval_batch, request.workers, report)
     seconds = {"evaluate": time.monotonic() - start}
     record = _record(request, loaded, evaluation, evaluation.metrics, seconds, device)
     return _write(record, evaluation, folder)
@@ -97,39 +107,46 @@ def _measure_quantized(
         clock = time.monotonic()
 
     calibration = task.calibration(loaded, request.data, recipe)
-    fingerprint = fingerprint_of(loaded, calibration, recipe)
-    divergence = task.divergence(recipe)
     resources = Resources(report, request.placement, request.eval_batch, request.step_engine)
-    facts = checkpoint_facts(request, loaded)
+    facts = checkpoint_facts(request.task, request.model, loaded)
     lap("load")
-    mlps = None
-    if recipe.reconstruct_mlp and request.mlp_checkpoint is None:  # force must not remove what this cell does not make
-        mlps = _shared_path(request, loaded, calibration, "mlp", recipe.mlp_digest())
-    started = start(request, task, loaded, calibration, divergence, device, resources, mlps)
-    chain = started.chain
+
+    def shared(kind: str, digest: str) -> Path:
+        return _shared_path(request, loaded, calibration, kind, digest)
+
+    def mlps(part: Part) -> Path | None:
+        if request.mlp_checkpoint is not None:  # force must not remove what this cell does not make
+            return None
+        return shared("mlp", f"{part.name}{part.recipe.mlp_digest()}")
+
+    parts = start(request, task, loaded, calibration, device, resources, mlps)
     if recipe.reconstruct_mlp:
-        lap("reconstruct MLPs (reused)" if started.reused else "reconstruct MLPs")
-    ranges = _shared_path(request, loaded, calibration, "calibration", recipe.calibration_digest())
-    reused = calibrate_or_load(chain, calibration.images, recipe, resources, ranges, fingerprint, facts)
-    lap("calibrate (reused)" if reused else "calibrate")
-    log = ReconstructionLog()
+        lap("reconstruct MLPs (reused)" if all(part.reused for part in parts) else "reconstruct MLPs")
     blocks = folder / "blocks"
     if request.force:
-        _remove_blocks(blocks)
-    if recipe.reconstruct:
-        log = reconstruct_with_checkpoints(
-            chain, calibration.images, recipe, divergence, resources, blocks, fingerprint, started.teacher
-        )
-        lap("reconstruct")
-    finish(chain)
+        remove_blocks(blocks)
+    log = ReconstructionLog()
+    for part in parts:
+        ranges = shared("calibration", f"{part.name}{part.recipe.calibration_digest()}")
+        made = part.chain, part.inputs, part.recipe
+        reused = calibrate_or_load(*made, resources, ranges, part.fingerprint, facts)
+        lap(part.stage("calibrate") + (" (reused)" if reused else ""))
+        if recipe.reconstruct:
+            own, reused = _reconstruct(part, resources, blocks, shared)
+            merge_logs(log, part.name, own)
+            lap(part.stage("reconstruct") + (" (reused)" if reused else ""))
+        finish(part.chain)
+    chains = chains_of(parts)
     facts |= {"stage": "reconstructed" if recipe.reconstruct else "calibrated"}
-    save_checkpoint(folder / "quantized.safetensors", chain.state_dict(), fingerprint, facts)
-    evaluation = task.evaluate(chain, loaded, request.data, device, request.eval_batch, request.workers, report)
+    fingerprint = fingerprint_of(loaded, calibration, recipe)
+    save_checkpoint(folder / "quantized.safetensors", whole(chains).state_dict(), fingerprint, facts)
+    model = task.assemble(loaded, chains).to(device)
+    evaluation = task.evaluate(model, loaded, request.data, device, request.eval_batch, request.workers, report)
     lap("evaluate")
     record = _record(request, loaded, evaluation, full.metrics, seconds, device).model_copy(
         update={
-            "calibration": Calibration(ids=calibration.ids, transform=calibration.transform, fingerprint=calibration.fingerprint),
-            "modules": module_map(chain),
+            "calibration": _calibration_entry(calibration, recipe, parts),
+            "modules": whole_map(chains, task.untouched(loaded, chains)),
             "last_loss": log.last_loss,
             "fisher_passes": log.fisher_passes,
             "notes": log.notes,
@@ -138,8 +155,30 @@ def _measure_quantized(
         }
     )
     path = _write(record, evaluation, folder)
-    _remove_blocks(blocks)
+    remove_blocks(blocks)
     return path
+
+
+def _reconstruct(
+    part: Part, resources: Resources, blocks: Path, shared: Callable[[str, str], Path]
+) -> tuple[ReconstructionLog, bool]:
+    """Reconstruct a part; return what was done, and whether it had been done before. Named parts are shared between scopes."""
+    made = part.chain, part.inputs, part.recipe, part.divergence, resources
+    if not part.name:
+        return reconstruct_with_checkpoints(*made, blocks, part.fingerprint, part.teacher), False
+    return reconstruct_or_load(*made, shared("reconstruction", part.recipe.digest()), part.fingerprint, part.teacher)
+
+
+def _calibration_entry(images: CalibrationSet, recipe: Recipe, parts: list[Part]) -> Calibration:
+    compares = any(part.divergence.batch is not None for part in parts)
+    return Calibration(
+        ids=images.ids,
+        transform=images.transform,
+        fingerprint=images.fingerprint,
+        captions=images.captions,
+        truncated_captions=images.truncated_captions,
+        batch=recipe.divergence_batch if compares else None,
+    )
 
 
 def _shared_path(request: CellRequest, loaded: LoadedModel, calibration: CalibrationSet, kind: str, digest: str) -> Path:
@@ -148,6 +187,7 @@ def _shared_path(request: CellRequest, loaded: LoadedModel, calibration: Calibra
     path = request.results.parent / kind / f"{hashlib.sha256(shared.encode()).hexdigest()[:24]}.safetensors"
     if request.force and path not in _FORCED:
         path.unlink(missing_ok=True)
+        remove_blocks(blocks_beside(path))
     _FORCED.add(path)
     return path
 
@@ -191,11 +231,3 @@ def _write(record: ResultRecord, evaluation: Evaluation, folder: Path) -> Path:
     with replaced_whole(folder / record.outcomes) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, **evaluation.outcomes)
     return write_record(record, folder)
-
-
-def _remove_blocks(folder: Path) -> None:
-    """Remove block checkpoints: once the record stands, the whole model is in ``quantized.safetensors``."""
-    for file in folder.glob("block-*.safetensors"):
-        file.unlink()
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()

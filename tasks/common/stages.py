@@ -1,28 +1,47 @@
 """The stages of a run one by one, each from checkpoint to checkpoint."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fimaq_core.chain import BlockChain
 from fimaq_core.checkpoint import Fingerprint, load_checkpoint, read_header, save_checkpoint
-from fimaq_core.errors import CheckpointError, ModelError
+from fimaq_core.errors import CheckpointError
 from fimaq_core.layers import set_quantized
 from fimaq_core.progress import Report
-from fimaq_core.quantize import Resources, calibrate_or_load, finish, load_mlps, reconstruct_with_checkpoints
+from fimaq_core.quantize import (
+    Resources,
+    blocks_beside,
+    calibrate_or_load,
+    finish,
+    load_mlps,
+    reconstruct_with_checkpoints,
+    remove_blocks,
+)
 from fimaq_core.recipe import OFF, Recipe, make_recipe
-from fimaq_core.reconstruction.mlp import use_relu
+from fimaq_core.reconstruction.mlp import mlps, use_relu
 from fimaq_core.reconstruction.reconstruct import ReconstructionLog
 from tasks.common.environment import resolve_device
-from tasks.common.facts import model_facts
+from tasks.common.facts import joined_facts, model_facts
 from tasks.common.inspection import Inspection
-from tasks.common.prepare import Start, checkpoint_facts, fingerprint_of, start
+from tasks.common.modules import merge_logs
+from tasks.common.prepare import (
+    Part,
+    all_segments,
+    chains_of,
+    check_request,
+    checkpoint_facts,
+    fingerprint_of,
+    make_parts,
+    start,
+    whole,
+)
 from tasks.common.registry import get_task
 from tasks.common.request import CellRequest, DataRequest, ModelRequest
-from tasks.common.task import CalibrationSet, Evaluation, LoadedModel, Task
+from tasks.common.task import Chains, Evaluation, LoadedModel, Task
 
 #: Recipe fields of a model without quantizers.
 _FULL_PRECISION = {"w_bits": OFF, "a_bits": OFF, "s_bits": None, "head_bits": None, "patch_input_bits": OFF}
@@ -33,8 +52,14 @@ def mlp_stage(request: CellRequest, out: Path, report: Report) -> None:
     assert request.recipe is not None
     # Merged anew, so that fields that do not go with MLP reconstruction are refused before it starts.
     recipe = make_recipe(request.recipe.method, request.recipe.model_dump(mode="json"), {"reconstruct_mlp": True})
-    request = replace(request, recipe=recipe)
-    _begin(request, report, out)
+    request = replace(request, recipe=recipe, mlp_checkpoint=out if out.is_file() else None)
+    begun = _begin(request, report, lambda part: _beside(out, part.name) if part.name else out)
+    if not out.is_file():
+        segments = all_segments(chains_of(begun.parts))
+        save_checkpoint(out, mlps(segments).state_dict(), begun.fingerprint, {**begun.facts, "stage": "mlp"})
+    for part in begun.parts:
+        if part.name:
+            _beside(out, part.name).unlink(missing_ok=True)
 
 
 def calibrate_stage(request: CellRequest, out: Path, report: Report) -> None:
@@ -42,32 +67,46 @@ def calibrate_stage(request: CellRequest, out: Path, report: Report) -> None:
 
     MLPs that are reconstructed on the way are kept beside it.
     """
-    begun = _begin(request, report, out.with_name(f"{out.stem}.mlp.safetensors"))
-    calibrate_or_load(begun.start.chain, begun.images.images, begun.recipe, begun.resources, out, begun.fingerprint, begun.facts)
+    begun = _begin(request, report, lambda part: _beside(_beside(out, "mlp"), part.name))
+    chains = chains_of(begun.parts)
+    if out.is_file():
+        load_checkpoint(out, whole(chains), begun.fingerprint, "ranges")
+        return
+    for part in begun.parts:
+        kept = _beside(out, part.name) if part.name else None
+        calibrate_or_load(part.chain, part.inputs, part.recipe, begun.resources, kept, part.fingerprint, begun.facts)
+    save_checkpoint(out, whole(chains).state_dict(), begun.fingerprint, {"stage": "calibrated", **begun.facts})
+    for part in begun.parts:
+        if part.name:
+            _beside(out, part.name).unlink()
+
+
+def _beside(path: Path, name: str) -> Path:
+    """The file that belongs to ``path`` and has ``name`` in its own; ``path`` itself for no name."""
+    return path.with_name(f"{path.stem}.{name}{path.suffix}") if name else path
 
 
 @dataclass(frozen=True)
 class _Begun:
     """Everything up to calibration."""
 
-    recipe: Recipe
-    start: Start
-    images: CalibrationSet
+    parts: list[Part]
     resources: Resources
     fingerprint: Fingerprint
     facts: dict[str, Any]
 
 
-def _begin(request: CellRequest, report: Report, mlps: Path | None = None) -> _Begun:
+def _begin(request: CellRequest, report: Report, kept: Callable[[Part], Path | None]) -> _Begun:
+    request = check_request(request)
     assert request.recipe is not None
     device = _start(request.device, request.threads)
     task = get_task(request.task)
     loaded = task.load(request.model)
     images = task.calibration(loaded, request.data, request.recipe)
     resources = Resources(report, request.placement, request.eval_batch, request.step_engine)
-    begun = start(request, task, loaded, images, task.divergence(request.recipe), device, resources, mlps)
-    fingerprint = fingerprint_of(loaded, images, request.recipe)
-    return _Begun(request.recipe, begun, images, resources, fingerprint, checkpoint_facts(request, loaded))
+    parts = start(request, task, loaded, images, device, resources, kept)
+    facts = checkpoint_facts(request.task, request.model, loaded)
+    return _Begun(parts, resources, fingerprint_of(loaded, images, request.recipe), facts)
 
 
 def reconstruct_stage(
@@ -92,29 +131,22 @@ def reconstruct_stage(
     task, loaded = _load(task_name, checkpoint, facts, options)
     calibration = task.calibration(loaded, data, recipe)
     expected = fingerprint_of(loaded, calibration, recipe)
-    chain = task.build(loaded, recipe).to(device)
-    teacher = None
+    parts = make_parts(task, loaded, calibration, recipe, device, options["eval_batch"])
+    chains = chains_of(parts)
     if recipe.reconstruct_mlp:
-        teacher = copy.deepcopy(chain)
-        use_relu(chain)
-    load_checkpoint(checkpoint, chain, expected, "ranges")
-    blocks = out.with_name(f"{out.stem}.blocks")
-    log = reconstruct_with_checkpoints(
-        chain,
-        calibration.images,
-        recipe,
-        task.divergence(recipe),
-        Resources(report, options["placement"], options["eval_batch"], options["step_engine"]),
-        blocks,
-        expected,
-        teacher,
-    )
-    finish(chain)
-    save_checkpoint(out, chain.state_dict(), expected, {**facts, "stage": "reconstructed"})
-    for file in blocks.glob("block-*.safetensors"):
-        file.unlink()
-    if blocks.is_dir():
-        blocks.rmdir()
+        parts = [replace(part, teacher=copy.deepcopy(part.chain)) for part in parts]
+        use_relu(all_segments(chains))
+    load_checkpoint(checkpoint, whole(chains), expected, "ranges")
+    resources = Resources(report, options["placement"], options["eval_batch"], options["step_engine"])
+    log = ReconstructionLog()
+    for part in parts:
+        blocks = blocks_beside(_beside(out, part.name))
+        made = part.chain, part.inputs, part.recipe, part.divergence, resources
+        merge_logs(log, part.name, reconstruct_with_checkpoints(*made, blocks, part.fingerprint, part.teacher))
+        finish(part.chain)
+    save_checkpoint(out, whole(chains).state_dict(), expected, {**facts, "stage": "reconstructed"})
+    for part in parts:
+        remove_blocks(blocks_beside(_beside(out, part.name)))
     return log
 
 
@@ -123,8 +155,8 @@ def evaluate_stage(task_name: str, checkpoint: Path, data: DataRequest, options:
     fingerprint, facts = read_header(checkpoint)
     device = _start(options["device"], options["threads"])
     task, loaded = _load(task_name, checkpoint, facts, options)
-    chain = _restored(task, loaded, checkpoint, fingerprint, facts).to(device)
-    return task.evaluate(chain, loaded, data, device, options["eval_batch"], options["workers"], report)
+    model = task.assemble(loaded, _restored(task, loaded, checkpoint, fingerprint, facts)).to(device)
+    return task.evaluate(model, loaded, data, device, options["eval_batch"], options["workers"], report)
 
 
 def inspect_stage(task_name: str, checkpoint: Path, options: dict[str, Any]) -> Inspection:
@@ -139,17 +171,13 @@ def inspect_stage(task_name: str, checkpoint: Path, options: dict[str, Any]) -> 
     """
     fingerprint, facts = read_header(checkpoint)
     task, loaded = _load(task_name, checkpoint, facts, options)
-    if loaded.input_shape is None:
-        raise ModelError(
-            f"Task '{task_name}' does not say what images {loaded.tag} takes, so its operations cannot be counted: "
-            "its load must set LoadedModel.input_shape."
-        )
-    chain = _restored(task, loaded, checkpoint, fingerprint, facts)
-    measured = model_facts(chain, torch.zeros(1, *loaded.input_shape))
-    return Inspection(checkpoint, task_name, loaded.tag, facts["stage"], fingerprint, measured)
+    chains = _restored(task, loaded, checkpoint, fingerprint, facts)
+    inputs, untouched = task.examples(loaded, chains), task.untouched(loaded, chains)
+    measured = joined_facts({name: model_facts(chain, inputs[name]) for name, chain in chains.items()}, untouched)
+    return Inspection(checkpoint, task_name, loaded.tag, facts["stage"], fingerprint, measured, tuple(untouched))
 
 
-def _restored(task: Task, loaded: LoadedModel, checkpoint: Path, fingerprint: Fingerprint, facts: dict[str, Any]) -> BlockChain:
+def _restored(task: Task, loaded: LoadedModel, checkpoint: Path, fingerprint: Fingerprint, facts: dict[str, Any]) -> Chains:
     """The model of a checkpoint of any stage, in its quantized form (of stage ``mlp``: with its MLPs, in full precision)."""
     if fingerprint.weights != loaded.sha256:
         raise CheckpointError(
@@ -157,20 +185,22 @@ def _restored(task: Task, loaded: LoadedModel, checkpoint: Path, fingerprint: Fi
             f"({loaded.sha256[:12]})."
         )
     if facts.get("stage") == "mlp":
-        chain = task.build(loaded, fingerprint.recipe.model_copy(update=_FULL_PRECISION))
-        load_mlps(chain, checkpoint, None)
-        return chain
-    chain = task.build(loaded, fingerprint.recipe)
+        chains = task.chains(loaded, fingerprint.recipe.model_copy(update=_FULL_PRECISION))
+        load_mlps(all_segments(chains), checkpoint, None)
+        return chains
+    chains = task.chains(loaded, fingerprint.recipe)
     if fingerprint.recipe.reconstruct_mlp:
-        use_relu(chain)
-    load_checkpoint(checkpoint, chain, None)
-    set_quantized(chain, True)
-    return chain
+        use_relu(all_segments(chains))
+    load_checkpoint(checkpoint, whole(chains), None)
+    set_quantized(whole(chains), True)
+    return chains
 
 
 def _changed(recipe: Recipe, given: dict[str, Any]) -> Recipe:
     """The checkpoint's recipe with ``given`` fields; a given method replaces everything that does not determine ranges."""
-    ranges = {name: getattr(recipe, name) for name in recipe.range_fields()}
+    ranges = {name: getattr(recipe, name) for name in (*recipe.range_fields(), "scope")}
+    if given.get("scope", recipe.scope) != recipe.scope:
+        raise CheckpointError(f"The checkpoint's scope is '{recipe.scope}', not '{given['scope']}': calibrate for that one.")
     method = given.get("method")
     kept = ranges if method is not None else recipe.model_dump(mode="json", exclude={"method"})
     return make_recipe(method or recipe.method, kept, {name: value for name, value in given.items() if name != "method"})

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fimaq_core.chain import BlockChain
+from fimaq_core.errors import ModelError
 from fimaq_core.fisher.divergence import Divergence
 from fimaq_core.progress import Report
 from fimaq_core.recipe import Recipe
@@ -70,6 +71,10 @@ class CalibrationSet:
     captions: list[str] | None = None
     truncated_captions: int | None = None
 
+    def of(self, part: str) -> Tensor:
+        """What the chain named ``part`` is calibrated on, (n, ...)."""
+        return self.inputs[part] if part else self.images
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -82,10 +87,20 @@ class Evaluation:
     skipped: list[str] = field(default_factory=list)
 
 
+#: The chains of a model by the names of its parts; a model that is one chain has the name ``""`` alone.
+Chains = dict[str, BlockChain]
+
+
 class Task(Protocol):
-    """What a task package offers as ``tasks.<name>.task.TASK``."""
+    """What a task package offers as ``tasks.<name>.task.TASK``.
+
+    Attributes:
+        name: of the package.
+        scopes: what of a model can be quantized, as :attr:`Recipe.scope` says it, the usual one first; empty: always everything.
+    """
 
     name: str
+    scopes: tuple[str, ...]
 
     def model_tag(self, request: ModelRequest) -> str:
         """The model's ``model.tag``; cheap, loads nothing but may hash a weights file. Raises ModelError."""
@@ -103,16 +118,38 @@ class Task(Protocol):
         """Load model and weights. Raises ModelError."""
         ...
 
-    def build(self, loaded: LoadedModel, recipe: Recipe) -> BlockChain:
-        """Turn the model into a chain. Raises ModelError."""
+    def chains(self, loaded: LoadedModel, recipe: Recipe) -> Chains:
+        """Turn what the recipe quantizes into chains, each calibrated and reconstructed by itself. Raises ModelError."""
+        ...
+
+    def assemble(self, loaded: LoadedModel, chains: Chains) -> nn.Module:
+        """The model that ``evaluate`` takes: ``chains`` for the parts they stand for, the float model for the others."""
+        ...
+
+    def untouched(self, loaded: LoadedModel, chains: Chains) -> dict[str, nn.Module]:
+        """Parts of the float model for which there is no chain, by name."""
+        ...
+
+    def examples(self, loaded: LoadedModel, chains: Chains) -> dict[str, Tensor]:
+        """One input of every chain, (1, ...), of which only the shape matters. Raises ModelError."""
         ...
 
     def calibration(self, loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> CalibrationSet:
         """Draw the calibration images. Raises DataError."""
         ...
 
-    def divergence(self, recipe: Recipe) -> Divergence:
-        """The divergence behind the Fisher passes."""
+    def divergences(
+        self, loaded: LoadedModel, images: CalibrationSet, recipe: Recipe, device: torch.device, batch_size: int
+    ) -> dict[str, Divergence]:
+        """The divergence behind the Fisher passes of each chain, before any is made: the float model is still itself.
+
+        Args:
+            loaded: the float model.
+            images: the calibration set.
+            recipe: says which parts are quantized.
+            device: where to compute.
+            batch_size: samples a forward pass.
+        """
         ...
 
     def evaluate(
@@ -125,5 +162,46 @@ class Task(Protocol):
         workers: int,
         report: Report,
     ) -> Evaluation:
-        """Measure ``model``, which is on ``device``. Raises DataError, NumericsError."""
+        """Measure ``model`` (see :meth:`assemble`), which is on ``device``. Raises DataError, NumericsError."""
         ...
+
+
+class SinglePart:
+    """For tasks whose models are one chain: they offer ``build`` and ``divergence``, and have the rest from here."""
+
+    scopes: tuple[str, ...] = ()
+
+    def build(self, loaded: LoadedModel, recipe: Recipe) -> BlockChain:
+        """Turn the model into its chain. Raises ModelError."""
+        raise NotImplementedError
+
+    def divergence(self, recipe: Recipe) -> Divergence:
+        """The divergence behind the Fisher passes."""
+        raise NotImplementedError
+
+    def chains(self, loaded: LoadedModel, recipe: Recipe) -> Chains:
+        """The one chain."""
+        return {"": self.build(loaded, recipe)}
+
+    def assemble(self, loaded: LoadedModel, chains: Chains) -> nn.Module:
+        """The chain, or the float model where there is none."""
+        return chains.get("", loaded.model)
+
+    def untouched(self, loaded: LoadedModel, chains: Chains) -> dict[str, nn.Module]:
+        """Nothing."""
+        return {}
+
+    def examples(self, loaded: LoadedModel, chains: Chains) -> dict[str, Tensor]:
+        """An image."""
+        if loaded.input_shape is None:
+            raise ModelError(
+                f"Its task does not say what images {loaded.tag} takes, so its operations cannot be counted: "
+                "its load must set LoadedModel.input_shape."
+            )
+        return {"": torch.zeros(1, *loaded.input_shape)}
+
+    def divergences(
+        self, loaded: LoadedModel, images: CalibrationSet, recipe: Recipe, device: torch.device, batch_size: int
+    ) -> dict[str, Divergence]:
+        """That of the one chain."""
+        return {"": self.divergence(recipe)}

@@ -3,12 +3,12 @@
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from fimaq_core.errors import DataError, ModelError, NumericsError
+from fimaq_core.errors import DataError, NumericsError
 from fimaq_core.progress import Progress, Report
 from tasks.common.folders import Source
-from tasks.common.images import Images, collate
+from tasks.common.images import Images
+from tasks.common.outputs import image_outputs
 from tasks.common.record import proportion
 from tasks.common.task import Evaluation
 
@@ -30,38 +30,25 @@ def evaluate(
 
     Raises:
         DataError: a damaged image (unless skipped), or none left.
+        ModelError: the model does not take these images.
         NumericsError: a logit is NaN.
     """
-    loader = DataLoader(images, batch_size=batch_size, num_workers=workers, collate_fn=collate, pin_memory=device.type == "cuda")
     positions: list[Tensor] = []
     labels: list[Tensor] = []
     ranks: list[Tensor] = []
     predictions: list[Tensor] = []
-    done = 0
-    for batch in loader:
-        done = min(done + batch_size, len(images))
-        if isinstance(batch, DataError):
-            raise batch
-        if batch is None:
-            continue
-        pixels, target, position = batch
-        try:
-            logits = model(pixels.to(device, non_blocking=True)).float()
-        except (RuntimeError, AssertionError) as error:
-            if isinstance(error, torch.cuda.OutOfMemoryError):
-                raise
-            raise ModelError(f"The model does not take images of shape {tuple(pixels.shape[1:])}: {error}") from error
+    for batch in image_outputs(model, images, device, batch_size, workers):
+        logits, target = batch.values, batch.targets.to(device)
         if not bool(torch.isfinite(logits).all()):
             raise NumericsError("The model's outputs have NaN or infinite values: check the weights and the recipe.")
-        target = target.to(device)
         own = logits.gather(1, target[:, None])
         # Ties count against the model: a constant output must not score.
         rank = ((logits >= own).sum(1) - 1).cpu()
-        positions.append(position)
-        labels.append(target.cpu())
+        positions.append(batch.positions)
+        labels.append(batch.targets)
         ranks.append(rank)
         predictions.append(logits.argmax(1).cpu())
-        report(Progress("evaluate", done, len(images)))
+        report(Progress("evaluate", batch.done, len(images)))
     if not positions:
         raise DataError(f"No image of {source.name} {source.split} could be read.")
     order = torch.cat(positions).numpy()

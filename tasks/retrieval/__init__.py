@@ -1,1 +1,1 @@
-"""Image-caption retrieval and zero-shot classification task."""
+"""Image-caption retrieval and zero-shot classification with open_clip."""

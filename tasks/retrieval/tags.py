@@ -4,9 +4,10 @@ import os.path
 from pathlib import Path
 
 from fimaq_core.errors import ModelError, suggest
+from tasks.common import imagenet
 from tasks.common.hub import Catalogue, Repository, cached_file, hub_answers
-from tasks.common.imagenet import LAYOUT
 from tasks.common.request import DataRequest, Missing, ModelRequest
+from tasks.retrieval.layout import COCO_FILE, LAYOUT, caption_files
 
 #: Short names and the published checkpoints they mean, ``<open_clip model>.<open_clip's tag>``. OpenAI trained with QuickGELU.
 #: open_clip has the tag ``openai`` under ``ViT-B-32`` too, whose configuration has the exact GELU: there it warns of the
@@ -24,10 +25,9 @@ SHORT_NAMES = {
 
 DEMO_NAMES = ("demo_clip",)
 
-CAPTIONS = (
-    "A folder of captions holds dataset_coco.json with train2014/ and val2014/ (MS-COCO), dataset_flickr30k.json with images/ "
-    "(Flickr30k), or captions.csv or captions.jsonl with rows of train and test"
-)
+#: What of a model can be quantized, and what can be measured; the usual first.
+SCOPES = ("both", "vision", "text")
+EVALUATIONS = ("retrieval", "zero-shot")
 
 #: What open_clip's registry says of the models with short names: importing it takes seconds, planning a grid must not.
 _REPOSITORIES = {
@@ -132,37 +132,37 @@ def preflight(model: ModelRequest, data: DataRequest) -> list[Missing]:
 def missing_data(data: DataRequest, brings_data: bool) -> Missing | None:
     """The data, if it is not there: captions, or ImageNet for zero-shot classification."""
     if data.calibration_data is not None and not data.calibration_data.is_dir():
-        return Missing(f"the folder {data.calibration_data}", f"It was given as calibration data. {CAPTIONS}.")
+        return Missing(f"the folder {data.calibration_data}", f"It was given as calibration data. {LAYOUT}.")
     if data.evaluation == "zero-shot":
         return _missing_imagenet(data, brings_data)
     if data.path is None:
-        advice = f"Give its folder: COCO=/path or FLICKR=/path for make, --data for an adapter. {CAPTIONS}."
+        advice = f"Give its folder: COCO=/path or FLICKR=/path for make, --data for an adapter. {LAYOUT}."
         return None if brings_data else Missing("a data set of captions", advice)
     absent = _absent_captions(data.path, data.calibration_data is None)
-    return Missing(absent, f"{CAPTIONS}; the json files are the splits of Karpathy and Fei-Fei.") if absent else None
+    return Missing(absent, f"{LAYOUT}.") if absent else None
 
 
 def _absent_captions(folder: Path, calibrates: bool) -> str | None:
     """What ``folder`` lacks of a data set of captions. ``calibrates``: the training part is needed too."""
     if not folder.is_dir():
         return f"the folder {folder}"
-    parts = ["train2014", "val2014"] if calibrates else ["val2014"]
-    for index, images in (("dataset_coco.json", parts), ("dataset_flickr30k.json", ["images"])):
-        if (folder / index).is_file():
-            absent = [str(folder / part) for part in images if not (folder / part).is_dir()]
-            return f"the folder {' and the folder '.join(absent)}" if absent else None
-    if any((folder / name).is_file() for name in ("captions.csv", "captions.jsonl")):
-        return None
-    return f"the captions in {folder}"
+    found = caption_files(folder)
+    if not found:
+        return f"the captions in {folder}"
+    wanted = ["train2014", "val2014"] if calibrates else ["val2014"]  # images of the test part are of val2014 all
+    absent = [str(folder / part) for part in wanted if found == [(COCO_FILE,)] and not (folder / part).is_dir()]
+    return f"the folder {' and the folder '.join(absent)}" if absent else None
 
 
 def _missing_imagenet(data: DataRequest, brings_data: bool) -> Missing | None:
     if data.path is None:
-        advice = f"Give its folder: IMAGENET=/path for make, --imagenet for a grid, --data for an adapter. {LAYOUT}."
+        advice = f"Give its folder: IMAGENET=/path for make, --imagenet for a grid, --data for an adapter. {imagenet.LAYOUT}."
         return None if brings_data else Missing("the data set ImageNet", advice)
     calibrates = data.calibration_data is None and data.calibration_list is None
-    absent = [str(data.path / part) for part in (["train", "val"] if calibrates else ["val"]) if not (data.path / part).is_dir()]
-    return Missing(f"the folder {' and the folder '.join(absent)}", f"Zero-shot classification: {LAYOUT}.") if absent else None
+    absent = [str(data.path / part) for part in (("train", "val") if calibrates else ("val",)) if not (data.path / part).is_dir()]
+    if not absent:
+        return None
+    return Missing(f"the folder {' and the folder '.join(absent)}", f"Zero-shot classification: {imagenet.LAYOUT}.")
 
 
 def tokenizer_repository(model: str) -> str | None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_models import chain_of, images, quick, vit
+from small_models import Measured, chain_of, images, quick, vit
 from torch import Tensor
 
 from fimaq_core.calibration.calibrate import calibrate
@@ -401,7 +401,7 @@ def test_mean_perturbation_hessian_is_the_mean_of_the_samples_own() -> None:
 
 @pytest.mark.parametrize("name", ["perturb", "perturb_mean"])
 def test_a_perturbation_hessian_of_zero_falls_back_and_says_so(name: str) -> None:
-    objective, tape = make(quick(loss=name), divergence=lambda outputs, reference: 0 * outputs.sum())
+    objective, tape = make(quick(loss=name), divergence=Measured(lambda outputs, reference: 0 * outputs.sum()))
     assert objective.kind == "mse"
     assert objective.weights is None
     assert objective.notes == ["blocks.1: the perturbation Hessian is zero; squared error used instead"]
@@ -414,7 +414,7 @@ def test_a_perturbation_hessian_of_zero_falls_back_and_says_so(name: str) -> Non
 @pytest.mark.parametrize("name", ["perturb", "perturb_mean"])
 def test_a_perturbation_hessian_that_is_no_number_is_an_error(name: str) -> None:
     with pytest.raises(NumericsError, match=r"^blocks\.1: the perturbation Hessian is nan"):
-        make(quick(loss=name), divergence=lambda outputs, reference: (outputs * torch.nan).sum())
+        make(quick(loss=name), divergence=Measured(lambda outputs, reference: (outputs * torch.nan).sum()))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "tf32"])
@@ -425,7 +425,7 @@ def test_perturbation_passes_compute_as_the_frozen_parts_do(dtype: str) -> None:
         allowed.add(torch.backends.cuda.matmul.allow_tf32)
         return kl_divergence(outputs, reference)
 
-    make(quick(loss="perturb", frozen_dtype=dtype), divergence=divergence)
+    make(quick(loss="perturb", frozen_dtype=dtype), divergence=Measured(divergence))
     assert allowed == {dtype == "tf32"}
 
 

@@ -1,0 +1,16 @@
+"""``python -m tasks.retrieval``."""
+
+from tasks.common.cli import build_group, main
+from tasks.common.options import TaskOptions
+from tasks.retrieval.tags import EVALUATIONS, SCOPES
+
+OPTIONS = TaskOptions(
+    scope="towers",
+    scopes=SCOPES,
+    evaluations=EVALUATIONS,
+    data="Data folder: MS-COCO or Flickr30k with its Karpathy JSON, or a folder with captions.csv or captions.jsonl; for zero-shot "
+    "a folder with train/ and val/ (demo models bring their own data).",
+)
+
+if __name__ == "__main__":
+    main(build_group("retrieval", "Quantize CLIP models of open_clip (simulated) and measure retrieval or zero-shot.", OPTIONS))

@@ -1,0 +1,47 @@
+"""The divergence of a two-tower model: how a batch's matrix of similarities changes when one tower is quantized."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fimaq_core.fisher.divergence import Divergence
+
+
+class ContrastiveDivergence(Divergence):
+    """Symmetric KL between full-precision and quantized matching probabilities of a batch's images and captions.
+
+    With softmax (CLIP: Radford et al., ICML 2021, arXiv:2103.00020): of image to text (rows of the similarities) and text to
+    image (columns), the mean of both, each ``(KL(p || q) + KL(q || p)) / 2`` averaged over the batch. With sigmoid (SigLIP: Zhai
+    et al., ICCV 2023, arXiv:2303.15343): every pair of the batch is a Bernoulli variable; their sum over the batch's size.
+
+    It depends on which pairs share a batch: ``batch`` pairs in a row always do, the last ones with fewer.
+
+    Args:
+        other: (n, d) embeddings of the other tower in full precision, of any norm, by calibration sample.
+        scale: factor of the cosines (the exponential of open_clip's ``logit_scale``).
+        bias: added to them in the sigmoid form; None for softmax.
+        batch: pairs that share a batch.
+    """
+
+    def __init__(self, other: Tensor, scale: float, bias: float | None, batch: int) -> None:
+        self.other, self.scale, self.bias, self.batch = F.normalize(other, dim=-1), scale, bias, batch
+
+    def reference(self, outputs: Tensor) -> Tensor:
+        """This tower's normalised embeddings and the other's, side by side, (n, 2 d)."""
+        return torch.cat([F.normalize(outputs, dim=-1), self.other.to(outputs)], dim=-1)
+
+    def __call__(self, outputs: Tensor, reference: Tensor) -> Tensor:
+        full, other = _wide(reference).chunk(2, dim=-1)
+        before = self.scale * full @ other.T
+        after = self.scale * F.normalize(_wide(outputs), dim=-1) @ other.T
+        # For p and q with logits a and b, KL(p || q) + KL(q || p) = sum of (p - q)(a - b): normalisers and biases cancel, and
+        # nothing large is subtracted.
+        gap = before - after
+        if self.bias is not None:
+            return ((before + self.bias).sigmoid() - (after + self.bias).sigmoid()).mul(gap).sum() / (2 * len(outputs))
+        rows, columns = ((before.softmax(dim) - after.softmax(dim)).mul(gap).sum() for dim in (1, 0))
+        return (rows + columns) / (4 * len(outputs))
+
+
+def _wide(embeddings: Tensor) -> Tensor:
+    return embeddings if embeddings.dtype == torch.float64 else embeddings.float()

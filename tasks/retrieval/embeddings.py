@@ -1,0 +1,88 @@
+"""Embeddings of images and texts, in batches, at unit length."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fimaq_core.errors import DataError, ModelError, NumericsError
+from tasks.common.images import Images
+from tasks.common.outputs import image_outputs
+
+#: Images (n, C, H, W) or token ids (n, L) to embeddings (n, d) of any length.
+Encode = Callable[[Tensor], Tensor]
+#: Texts to token ids (n, L) int64.
+Tokenizer = Callable[[list[str]], Tensor]
+
+
+def normalised(embeddings: Tensor) -> Tensor:
+    """Return (n, d) embeddings at unit length, in float32.
+
+    Raises:
+        NumericsError: NaN, infinity, or an embedding of zeros, which has no direction.
+    """
+    embeddings = embeddings.float()
+    lengths = embeddings.norm(dim=-1, keepdim=True)
+    if not bool(torch.isfinite(lengths).all()):
+        raise NumericsError("The embeddings have NaN or infinite values: check the weights and the recipe.")
+    if not bool((lengths > 0).all()):
+        raise NumericsError("An embedding is zero, so that it is similar to nothing: check the weights and the recipe.")
+    return embeddings / lengths
+
+
+def embed_images(
+    encode_image: Encode, images: Images, device: torch.device, batch_size: int, workers: int, advance: Callable[[int], None]
+) -> tuple[Tensor, Tensor]:
+    """Embed all of ``images``; ``advance`` is told how many are done.
+
+    Returns:
+        Their positions (n,) on the CPU, ascending, without images that were skipped, and the embeddings (n, d) on ``device``.
+
+    Raises:
+        DataError: a damaged image (unless skipped), or none left.
+        ModelError: the model does not take these images.
+        NumericsError: from :func:`normalised`.
+    """
+    positions, embeddings = [], []
+    for batch in image_outputs(encode_image, images, device, batch_size, workers):
+        positions.append(batch.positions)
+        embeddings.append(normalised(batch.values))
+        advance(batch.done)
+    if not positions:
+        raise DataError("None of the images could be read.")
+    return torch.cat(positions), torch.cat(embeddings)
+
+
+@torch.no_grad()
+def embed_texts(
+    encode_text: Encode,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    device: torch.device,
+    batch_size: int,
+    advance: Callable[[int], None],
+) -> Tensor:
+    """Embed ``texts`` as (n, d) on ``device``; ``advance`` is told how many are done.
+
+    Equal texts are encoded once: the last bits of an embedding depend on its place in the batch, and equal texts shall tie.
+
+    Raises:
+        ModelError: the model does not take these tokens.
+        NumericsError: from :func:`normalised`.
+    """
+    number = {text: index for index, text in enumerate(dict.fromkeys(texts))}
+    distinct = list(number)
+    embeddings = []
+    for start in range(0, len(distinct), batch_size):
+        batch = distinct[start : start + batch_size]
+        tokens = tokenizer(batch)
+        try:
+            values = encode_text(tokens.to(device))
+        except (RuntimeError, AssertionError, IndexError) as error:
+            if isinstance(error, torch.cuda.OutOfMemoryError):
+                raise
+            raise ModelError(f"The model does not take tokens of shape {tuple(tokens.shape[1:])}: {error}") from error
+        embeddings.append(normalised(values))
+        advance(len(texts) - (len(distinct) - start - len(batch)))
+    found = torch.cat(embeddings)
+    return found if len(distinct) == len(texts) else found[[number[text] for text in texts]]

@@ -1,0 +1,112 @@
+"""Image-caption retrieval of a model with two encoders, with the outcome of every query."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from fimaq_core.progress import Progress, Report
+from tasks.common.images import Images
+from tasks.common.record import Metric
+from tasks.common.task import Evaluation
+from tasks.retrieval.bootstrap import measures, standard_errors
+from tasks.retrieval.embeddings import Encode, Tokenizer, embed_images, embed_texts
+from tasks.retrieval.ranks import Ranks, pair_ranks
+
+if TYPE_CHECKING:
+    from tasks.retrieval.pairs import PairSource
+
+
+def evaluate_pairs(
+    encode_image: Encode,
+    encode_text: Encode,
+    images: Images,
+    source: "PairSource",
+    tokenizer: Tokenizer,
+    device: torch.device,
+    batch_size: int,
+    workers: int,
+    report: Report,
+    truncated_captions: int | None = None,
+) -> Evaluation:
+    """Measure two encoders on all pairs of ``source``: ``R@1`` and the other :func:`~tasks.retrieval.bootstrap.measures`.
+
+    Args:
+        encode_image: (B, C, H, W) on ``device`` to embeddings (B, d) of any length.
+        encode_text: (B, L) token ids on ``device`` likewise.
+        images: those of ``source`` with their transform; their labels are not used.
+        source: images, captions and which belong together.
+        tokenizer: captions to token ids.
+        device: of the encoders.
+        batch_size: images, and then captions, a forward pass.
+        workers: data-loading processes.
+        report: receives progress, one unit an image and one a caption.
+        truncated_captions: for the record; see :func:`truncated`.
+
+    Returns:
+        ``n`` is the number of images. ``outcomes`` have one row a query, images first:
+
+        - ``sample``: ``image:<id>`` or ``caption:<image id>#<number within the image>``;
+        - ``direction``: 0 image to text, 1 text to image;
+        - ``rank``, ``correct``: of the best correct item, from 0; whether it is 0;
+        - ``best``: index in ``source`` of the top-scoring caption or image (equal to a correct one's score where not alone);
+        - ``weight``: with it the mean of ``correct`` is R@1, in which both directions count the same however many queries;
+        - ``cluster``: index in ``source`` of the query's image; queries of different images are independent.
+
+        A damaged image that was skipped takes its captions along.
+
+    Raises:
+        DataError: a damaged image (unless skipped), or none left.
+        ModelError: an encoder does not take its inputs.
+        NumericsError: an embedding that is NaN, infinite or zero.
+    """
+    total = len(images) + len(source.captions)
+    positions, image_embeddings = embed_images(
+        encode_image, images, device, batch_size, workers, lambda done: report(Progress("evaluate", done, total))
+    )
+    kept = positions.numpy()
+    kept_captions = np.flatnonzero(np.isin(source.image_of, kept))
+    texts = [source.captions[index] for index in kept_captions]
+    before = total - len(texts)
+    caption_embeddings = embed_texts(
+        encode_text, tokenizer, texts, device, batch_size, lambda done: report(Progress("evaluate", before + done, total))
+    )
+    image_of = np.searchsorted(kept, source.image_of[kept_captions])
+    ranks = pair_ranks(image_embeddings, caption_embeddings, image_of)
+    dataset = source.describe().model_copy(update={"captions": len(source.captions), "truncated_captions": truncated_captions})
+    skipped = [source.image_ids[index] for index in np.setdiff1d(np.arange(len(images)), kept)]
+    return Evaluation(_metrics(ranks, image_of), len(kept), _outcomes(ranks, source, kept, kept_captions), dataset, skipped)
+
+
+def truncated(tokenizer: Tokenizer, captions: tuple[str, ...], context_length: int | None) -> int | None:
+    """How many captions are longer than the model's context; None if the tokenizer has no ``lengths`` to tell."""
+    lengths = getattr(tokenizer, "lengths", None)
+    if lengths is None or context_length is None:
+        return None
+    return sum(int(length) > context_length for length in lengths(list(captions)))
+
+
+def _metrics(ranks: Ranks, image_of: np.ndarray) -> dict[str, Metric]:
+    once = np.ones((1, len(ranks.image_to_text)), dtype=np.int64)
+    values = measures(ranks.image_to_text, ranks.text_to_image, image_of, once)
+    errors = standard_errors(ranks.image_to_text, ranks.text_to_image, image_of)
+    return {name: Metric(value=float(value[0]), stderr=errors[name]) for name, value in values.items()}
+
+
+def _outcomes(ranks: Ranks, source: "PairSource", kept: np.ndarray, kept_captions: np.ndarray) -> dict[str, np.ndarray]:
+    images, captions = len(kept), len(kept_captions)
+    owner = source.image_of[kept_captions]
+    number = kept_captions - np.searchsorted(source.image_of, owner)
+    rank = np.concatenate([ranks.image_to_text, ranks.text_to_image])
+    names = [f"image:{source.image_ids[index]}" for index in kept]
+    names += [f"caption:{source.image_ids[image]}#{index}" for image, index in zip(owner, number, strict=True)]
+    queries = images + captions
+    return {
+        "sample": np.array(names),
+        "direction": np.repeat(np.array([0, 1], dtype=np.int8), [images, captions]),
+        "rank": rank,
+        "correct": rank < 1,
+        "best": np.concatenate([kept_captions[ranks.best_caption], kept[ranks.best_image]]).astype(np.int32),
+        "weight": np.repeat(np.array([queries / (2 * images), queries / (2 * captions)], dtype=np.float32), [images, captions]),
+        "cluster": np.concatenate([kept, owner]).astype(np.int32),
+    }

@@ -1,0 +1,86 @@
+"""Ranks in image-caption retrieval, both directions, by cosine similarity.
+
+Papers call "recall@k" the share of queries with at least one correct item among the first k: a hit rate, which is what these
+ranks give (rank < k). The textbook's recall@k is the share of a query's relevant items found among the first k; with one
+relevant item a query (text to image) the two are the same, with five captions an image (image to text) they are not.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fimaq_core.errors import DataError, NumericsError
+from fimaq_core.numerics import tf32_allowed
+
+#: Scores at a time: 64 MiB of float32.
+_SCORES = 2**24
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Ranks from 0, and the top-scoring candidate of each query, all int32 and on the CPU.
+
+    Attributes:
+        image_to_text: (n,) rank of each image's best own caption among all captions.
+        text_to_image: (m,) rank of each caption's image among all images.
+        best_caption: (n,) index of the top-scoring caption; among equals any.
+        best_image: (m,) index of the top-scoring image; among equals any.
+    """
+
+    image_to_text: np.ndarray
+    text_to_image: np.ndarray
+    best_caption: np.ndarray
+    best_image: np.ndarray
+
+
+def pair_ranks(images: Tensor, captions: Tensor, image_of: np.ndarray) -> Ranks:
+    """Rank every image's captions and every caption's image.
+
+    A rank is the number of wrong items that score at least as high as the best correct one. Ties count against the model, or
+    a constant embedding would score; so do equal captions of different images, which no model can tell apart.
+
+    Args:
+        images: (n, d) float32, L2-normalised.
+        captions: (m, d) likewise, on the same device.
+        image_of: (m,) index of each caption's image.
+
+    Raises:
+        DataError: an image without a caption.
+        NumericsError: NaN or infinity.
+    """
+    bare = np.setdiff1d(np.arange(len(images)), image_of)
+    if len(bare):
+        raise DataError(f"{len(bare)} of {len(images)} images have no caption; the first is number {bare[0]}.")
+    image = torch.as_tensor(image_of, dtype=torch.long, device=images.device)
+    caption = torch.arange(len(captions), device=images.device)
+    with tf32_allowed(False):
+        image_to_text, best_caption = _ranks(images, captions, image, caption)
+        text_to_image, best_image = _ranks(captions, images, caption, image)
+    return Ranks(image_to_text, text_to_image, best_caption, best_image)
+
+
+def _ranks(queries: Tensor, candidates: Tensor, query: Tensor, item: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Ranks of the best correct candidate and indices of the best candidate, where candidate ``item[j]`` is correct for
+    ``query[j]``.
+
+    A matrix product rounds an entry by its place among the others and by the shape of the product: scores are compared within
+    one product only, and equal candidates are one column of it, or rounding would break their ties.
+    """
+    distinct, place = torch.unique(candidates, dim=0, return_inverse=True)
+    ranks, best = [], []
+    rows = max(1, _SCORES // len(candidates))
+    for start in range(0, len(queries), rows):
+        chunk = queries[start : start + rows]
+        scores = (chunk @ distinct.T)[:, place] if len(distinct) < len(candidates) else chunk @ candidates.T
+        if not bool(torch.isfinite(scores).all()):
+            raise NumericsError("The embeddings have NaN or infinite values: check the weights and the recipe.")
+        own = ((query >= start) & (query < start + rows)).nonzero()[:, 0]
+        row = query[own] - start
+        own_scores = scores[row, item[own]]
+        top = torch.full_like(scores[:, 0], -torch.inf).scatter_reduce(0, row, own_scores, "amax")
+        own_at_top = torch.zeros_like(scores[:, 0], dtype=torch.long).index_add(0, row, (own_scores >= top[row]).long())
+        ranks.append((scores >= top[:, None]).sum(1) - own_at_top)
+        best.append(scores.argmax(1))
+    return torch.cat(ranks).cpu().numpy().astype(np.int32), torch.cat(best).cpu().numpy().astype(np.int32)

@@ -1,0 +1,173 @@
+"""The retrieval task as the pipeline sees it."""
+
+import torch
+from torch import Tensor, nn
+
+from fimaq_core.errors import DataError, RecipeError
+from fimaq_core.fisher.divergence import Divergence
+from fimaq_core.progress import Report
+from fimaq_core.recipe import Recipe
+from tasks.common.folders import open_folder
+from tasks.common.images import Images
+from tasks.common.request import DataRequest, Missing, ModelRequest
+from tasks.common.task import CalibrationSet, Chains, Evaluation, LoadedModel
+from tasks.common.top_k import evaluate
+from tasks.retrieval import models, tags
+from tasks.retrieval.calibration import calibration_set
+from tasks.retrieval.captions import open_pairs
+from tasks.retrieval.divergence import ContrastiveDivergence
+from tasks.retrieval.evaluate import evaluate_pairs
+from tasks.retrieval.towers import build_towers
+from tasks.retrieval.zero_shot import ZeroShotClassifier, class_names
+
+TOWERS = ("vision", "text")
+
+
+class TwoTowers(nn.Module):
+    """What is evaluated: chains for quantized towers, the float model for the others.
+
+    Args:
+        model: open_clip's.
+        chains: by tower.
+    """
+
+    def __init__(self, model: nn.Module, chains: Chains) -> None:
+        super().__init__()
+        self.chains = nn.ModuleDict(chains)
+        # A model whose towers have all been taken over is not run any more.
+        self.model = model if len(chains) < len(TOWERS) else None
+        self.register_buffer("logit_scale", model.logit_scale.detach().clone(), persistent=False)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Embeddings (B, d), not normalised, of images (B, C, H, W)."""
+        return self._tower("vision", images)
+
+    def encode_text(self, ids: Tensor) -> Tensor:
+        """Embeddings (B, d), not normalised, of token ids (B, L)."""
+        return self._tower("text", ids)
+
+    def _tower(self, name: str, x: Tensor) -> Tensor:
+        if name in self.chains:
+            out: Tensor = self.chains[name](x)
+            return out
+        assert self.model is not None
+        embedded: Tensor = self.model.encode_image(x) if name == "vision" else self.model.encode_text(x)
+        return embedded
+
+
+class RetrievalTask:
+    """Image-caption retrieval and zero-shot classification with open_clip; see :class:`tasks.common.task.Task`."""
+
+    name = "retrieval"
+    scopes = tags.SCOPES
+
+    def model_tag(self, request: ModelRequest) -> str:
+        """``model.tag`` of the request."""
+        return tags.model_tag(request)
+
+    def model_names(self) -> dict[str, str]:
+        """Short and demo names with what they stand for."""
+        return {**tags.SHORT_NAMES, **dict.fromkeys(tags.DEMO_NAMES, "demo model on scenes of digits")}
+
+    def preflight(self, model: ModelRequest, data: DataRequest) -> list[Missing]:
+        """What is missing of data and weights."""
+        return tags.preflight(model, data)
+
+    def load(self, request: ModelRequest) -> LoadedModel:
+        """Model, weights, transforms and tokenizer."""
+        return models.load_model(request)
+
+    def chains(self, loaded: LoadedModel, recipe: Recipe) -> Chains:
+        """The towers that the recipe's scope names."""
+        towers = [name for name in TOWERS if recipe.scope in (None, "both", name)]
+        return build_towers(loaded.model, recipe, towers)
+
+    def assemble(self, loaded: LoadedModel, chains: Chains) -> nn.Module:
+        """Both towers, quantized or not."""
+        return TwoTowers(loaded.model, chains)
+
+    def untouched(self, loaded: LoadedModel, chains: Chains) -> dict[str, nn.Module]:
+        """The tower that stays as it is."""
+        model = loaded.model
+        found = {"vision": model.get_submodule("visual")}
+        if isinstance(getattr(model, "text", None), nn.Module):
+            found["text"] = model.get_submodule("text")
+        else:  # open_clip's first class keeps the text tower's parts beside the image tower
+            found["text"] = _without(model, "visual")
+        return {name: module for name, module in found.items() if name not in chains}
+
+    def examples(self, loaded: LoadedModel, chains: Chains) -> dict[str, Tensor]:
+        """An image and a caption of zeros."""
+        assert loaded.input_shape is not None
+        assert loaded.context_length is not None
+        inputs = {"vision": torch.zeros(1, *loaded.input_shape), "text": torch.zeros(1, loaded.context_length, dtype=torch.int64)}
+        return {name: inputs[name] for name in chains}
+
+    def calibration(self, loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> CalibrationSet:
+        """Images with a caption each."""
+        return calibration_set(loaded, data, recipe)
+
+    def divergences(
+        self, loaded: LoadedModel, images: CalibrationSet, recipe: Recipe, device: torch.device, batch_size: int
+    ) -> dict[str, Divergence]:
+        """The contrastive divergence of each tower, the other in full precision."""
+        if recipe.temperature != Recipe.model_fields["temperature"].default:
+            raise RecipeError("The divergence of a retrieval model takes the model's own scale: leave temperature out.")
+        if not (recipe.reconstruct or recipe.reconstruct_mlp):
+            return dict.fromkeys(TOWERS, Divergence())  # nobody asks it anything
+        model = TwoTowers(loaded.model.to(device), {})
+        bias = getattr(loaded.model, "logit_bias", None)
+        made: dict[str, Divergence] = {}
+        for name, encode in (("text", model.encode_image), ("vision", model.encode_text)):
+            if recipe.scope not in (None, "both", name):
+                continue
+            other = _embeddings(encode, images.of("vision" if name == "text" else "text"), device, batch_size)
+            scale = float(model.logit_scale.exp())
+            made[name] = ContrastiveDivergence(other, scale, None if bias is None else float(bias), recipe.divergence_batch)
+        return made
+
+    def evaluate(
+        self,
+        model: nn.Module,
+        loaded: LoadedModel,
+        data: DataRequest,
+        device: torch.device,
+        batch_size: int,
+        workers: int,
+        report: Report,
+    ) -> Evaluation:
+        """Recalls on the test pairs, or zero-shot accuracy on the images of a folder."""
+        assert isinstance(model, TwoTowers)
+        assert loaded.tokenizer is not None
+        if data.evaluation == "zero-shot":
+            if data.path is None:
+                raise DataError("Zero-shot evaluation needs images in class folders: give --data /path/to/imagenet.")
+            source = open_folder(data.path, "val")
+            names = class_names(data.path, source.classes)
+            classifier = ZeroShotClassifier.build(model, loaded.tokenizer, names, device, batch_size, report)
+            source = source.head(data.limit)
+            images = Images(source.ids, source.targets, source.read, loaded.eval_transform, data.skip_corrupt)
+            return evaluate(classifier, images, source, device, batch_size, workers, report)
+        pairs = open_pairs(loaded, data, "test").head(data.limit)
+        images = Images(pairs.image_ids, [0] * len(pairs.image_ids), pairs.read, loaded.eval_transform, data.skip_corrupt)
+        return evaluate_pairs(model, images, pairs, loaded, device, batch_size, workers, report)
+
+
+@torch.no_grad()
+def _embeddings(encode: object, inputs: Tensor, device: torch.device, batch_size: int) -> Tensor:
+    assert callable(encode)
+    return torch.cat([encode(part.to(device)).float() for part in torch.split(inputs, batch_size)])
+
+
+def _without(model: nn.Module, name: str) -> nn.Module:
+    """What ``model`` has beside its submodule ``name``."""
+    rest = nn.Module()
+    for key, child in model.named_children():
+        if key != name:
+            rest.add_module(key, child)
+    for key, parameter in model.named_parameters(recurse=False):
+        rest.register_parameter(key, parameter)
+    return rest
+
+
+TASK = RetrievalTask()

@@ -1,0 +1,112 @@
+"""Zero-shot classification by names of classes (Radford et al., ICML 2021, arXiv:2103.00020, section 3.1).
+
+A class is the mean direction of the embeddings of its name in several templates; an image gets the class it is most similar to.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
+from torch import Tensor, nn
+
+from fimaq_core.errors import DataError
+from fimaq_core.progress import Progress, Report
+from tasks.retrieval.embeddings import Encode, Tokenizer, embed_texts, normalised
+
+CLASSNAMES_FILE = "classnames.txt"
+Template = Callable[[str], str]
+TEMPLATES: tuple[Template, ...] = tuple(OPENAI_IMAGENET_TEMPLATES)
+#: Classes whose texts are in memory together.
+_CLASSES = 50
+
+
+def class_names(root: Path, classes: int) -> tuple[str, ...]:
+    """Names of the class folders under ``root``/val, in their sorted order.
+
+    They are the lines of ``classnames.txt`` in ``root``. Without that file, 1000 classes are taken to be ImageNet's, whose
+    folders sorted (by WordNet id) stand in the usual order; their names are those of the CLIP authors.
+
+    Raises:
+        DataError: the names are not there, not as many as the classes, or not to be read.
+    """
+    path = root / CLASSNAMES_FILE
+    if not path.is_file():
+        if classes == len(IMAGENET_CLASSNAMES):
+            return tuple(IMAGENET_CLASSNAMES)
+        raise DataError(
+            f"Zero-shot classification needs names of the {classes} classes: write them into {path}, one a line (UTF-8), in the "
+            "order of the sorted class folders."
+        )
+    try:
+        names = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines())
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"Cannot read class names from {path}: {error}.") from error
+    if len(names) != classes:
+        raise DataError(
+            f"{path} has {len(names)} lines for {classes} classes: one name a line, in the order of the sorted folders."
+        )
+    if "" in names:
+        raise DataError(f"Line {names.index('') + 1} of {path} is empty: one name a line, in the order of the sorted folders.")
+    return names
+
+
+def class_embeddings(
+    encode_text: Encode,
+    tokenizer: Tokenizer,
+    names: Sequence[str],
+    device: torch.device,
+    batch_size: int,
+    report: Report,
+    templates: Sequence[Template] = TEMPLATES,
+) -> Tensor:
+    """Return (classes, d) embeddings at unit length: of each class the mean over ``templates``, each at unit length too.
+
+    Args:
+        encode_text: (B, L) token ids on ``device`` to embeddings (B, d) of any length.
+        tokenizer: texts to token ids.
+        names: of the classes.
+        device: of the encoder.
+        batch_size: texts a forward pass.
+        report: receives progress, one unit a text.
+        templates: a name to a text.
+
+    Raises:
+        ModelError: the encoder does not take the tokens.
+        NumericsError: an embedding that is NaN, infinite or zero.
+    """
+    total = len(names) * len(templates)
+    found = []
+    for start in range(0, len(names), _CLASSES):
+        texts = [template(name) for name in names[start : start + _CLASSES] for template in templates]
+        before = start * len(templates)
+
+        def advance(done: int, before: int = before) -> None:
+            report(Progress("embed classes", before + done, total))
+
+        embeddings = embed_texts(encode_text, tokenizer, texts, device, batch_size, advance)
+        found.append(normalised(embeddings.view(-1, len(templates), embeddings.shape[1]).mean(1)))
+    return torch.cat(found)
+
+
+class ZeroShotClassifier(nn.Module):
+    """Images (B, C, H, W) to logits (B, classes): cosine similarities times exp(``logit_scale``), which leaves ranks alone but
+    gives the probabilities the model was trained for.
+
+    Args:
+        encode_image: images to embeddings (B, d) of any length, on the device of ``embeddings``.
+        embeddings: (classes, d) from :func:`class_embeddings`.
+        logit_scale: the model's parameter, a logarithm.
+    """
+
+    def __init__(self, encode_image: Encode, embeddings: Tensor, logit_scale: Tensor) -> None:
+        super().__init__()
+        self.encode_image = encode_image
+        # Classes with equal embeddings shall tie, which columns of a product do not: it rounds by their place.
+        distinct, place = torch.unique(embeddings, dim=0, return_inverse=True)
+        self.register_buffer("weight", logit_scale.detach().float().exp().to(embeddings.device) * distinct.T)
+        self.register_buffer("place", place)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Raises NumericsError: an embedding that is NaN, infinite or zero."""
+        return (normalised(self.encode_image(images)) @ self.weight)[:, self.place]
