@@ -1,12 +1,9 @@
 """Loading classifiers: demo models, and any timm ViT, DeiT or Swin."""
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import timm
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from timm.data import create_transform, resolve_model_data_config
 from timm.layers import PatchEmbed
 from torch import nn
@@ -14,7 +11,7 @@ from torch import nn
 from fimaq_core.errors import ModelError
 from tasks.classification.demo.digits import CANVAS_SIZE, eval_transform, train_transform
 from tasks.classification.demo.models import build_demo_model, demo_weights_path
-from tasks.classification.tags import DEMO_NAMES, cached_weights, full_name, local_weights, missing_weights, model_tag
+from tasks.classification.tags import CATALOGUE, DEMO_NAMES, full_name
 from tasks.common.hashing import file_sha256
 from tasks.common.request import ModelRequest, describe_missing
 from tasks.common.task import LoadedModel
@@ -28,10 +25,10 @@ def load_model(request: ModelRequest) -> LoadedModel:
         ModelError: unknown name, missing or unfit weights, arguments the model does not take.
         NumericsError: NaN in the weights.
     """
-    missing = missing_weights(request)
+    missing = CATALOGUE.missing_weights(request)
     if missing is not None:
         raise ModelError(describe_missing([missing]))
-    tag, weights = model_tag(request), local_weights(request)
+    tag, weights = CATALOGUE.model_tag(request), CATALOGUE.local_weights(request)
     if request.name in DEMO_NAMES:
         if request.model_args:
             raise ModelError("Demo models take no --model-args: their structure is fixed by their weights.")
@@ -48,7 +45,7 @@ def load_model(request: ModelRequest) -> LoadedModel:
             "digit-pairs",
             (1, *CANVAS_SIZE),
         )
-    path = weights or cached_weights(tag) or _download(tag)
+    path = weights or CATALOGUE.fetch(tag)
     model = _create(full_name(request.name), request.model_args)
     load_state(model, _adapted(read_state(path), model), str(path) if weights else tag)
     config = resolve_model_data_config(model)
@@ -72,13 +69,6 @@ def _input_shape(model: nn.Module, published: tuple[int, int, int]) -> tuple[int
         return published
     height, width = embed.img_size
     return embed.proj.in_channels, height, width
-
-
-def _download(tag: str) -> Path:
-    try:
-        return Path(hf_hub_download(f"timm/{tag}", "model.safetensors"))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(f"The weights of {tag} could not be downloaded from the Hugging Face hub: {error}") from error
 
 
 def _create(name: str, arguments: dict[str, Any]) -> nn.Module:

@@ -1,15 +1,9 @@
 """Names of classifiers and what is missing of weights and data; imports nothing heavy for short and demo names."""
 
-import json
-import os
-import socket
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlparse
 
 from fimaq_core.errors import ModelError, suggest
-from tasks.common.hashing import SUFFIXES, file_sha256
+from tasks.common.hub import Catalogue, Repository
 from tasks.common.imagenet import LAYOUT
 from tasks.common.request import DataRequest, Missing, ModelRequest
 
@@ -32,8 +26,6 @@ SHORT_NAMES = {
 SCOPES: tuple[str, ...] = ()
 
 DEMO_NAMES = ("demo_vit", "demo_deit", "demo_swin")
-
-_DEMO_FOLDER = Path(__file__).parent / "demo" / "weights"
 
 
 def full_name(name: str) -> str:
@@ -63,62 +55,23 @@ def timm_tags(name: str) -> list[str]:
     return [found.partition(".")[2] for found in timm.list_pretrained(f"{name.split('.')[0]}.*")]
 
 
-def local_weights(request: ModelRequest) -> Path | None:
-    """The weights file to use: as asked for, or the one in the weights folder that is called after the model."""
-    if request.weights is not None:
-        return request.weights
-    if request.weights_folder is not None and request.name not in DEMO_NAMES:
-        for suffix in SUFFIXES:
-            path = request.weights_folder / f"{full_name(request.name)}{suffix}"
-            if path.is_file():
-                return path
-    return None
+CATALOGUE = Catalogue(
+    demo_names=DEMO_NAMES,
+    demo_folder=Path(__file__).parent / "demo" / "weights",
+    full_name=full_name,
+    choices=lambda name: [f"{name}.{tag}" for tag in timm_tags(name)[:8]],
+    untagged="untagged names have changed their meaning",
+    repository=lambda tag: Repository(f"timm/{tag}", ("model.safetensors", "pytorch_model.bin")),
+    repositories="timm/<name>",
+)
 
-
-def model_tag(request: ModelRequest) -> str:
-    """The identity of model and weights, ``model.tag``.
-
-    Weights from a file keep the published tag only if the file is called after it; else the tag is ``local-`` and the
-    beginning of the file's sha256.
-
-    Raises:
-        ModelError: unknown model, or a timm name that names no weights.
-    """
-    weights = local_weights(request)
-    if weights is not None and not weights.is_file():
-        raise ModelError(f"There is no weights file {weights}.")
-    if request.name in DEMO_NAMES and weights is None:
-        return f"{request.name}.{_demo_metadata(request.name)['tag']}"
-    name = request.name if request.name in DEMO_NAMES else full_name(request.name)
-    if weights is not None and weights.stem != name:
-        return f"{name.split('.')[0]}.local-{file_sha256(weights)[:12]}"
-    if weights is None and not name.partition(".")[2]:
-        choices = " or ".join(f"{name}.{tag}" for tag in timm_tags(name)[:8]) or "a local file with --weights"
-        raise ModelError(f"'{name}' names no weights, and untagged names have changed their meaning: choose {choices}.")
-    return name
-
-
-def weights_digest(request: ModelRequest) -> str | None:
-    """The sha256 of weights that are a file here (demo weights: by their metadata); None for the hub's."""
-    weights = local_weights(request)
-    if weights is not None:
-        return file_sha256(weights)
-    if request.name in DEMO_NAMES:
-        return str(_demo_metadata(request.name)["sha256"])
-    return None
-
-
-def _demo_metadata(name: str) -> dict[str, Any]:
-    path = _DEMO_FOLDER / f"{name}.json"
-    if not path.is_file():
-        raise ModelError(f"There are no demo weights of {name}: run `python scripts/train_demo.py`.")
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
+model_tag = CATALOGUE.model_tag
+weights_digest = CATALOGUE.weights_digest
 
 
 def preflight(model: ModelRequest, data: DataRequest) -> list[Missing]:
     """What is missing of data and weights. Downloads nothing."""
-    found = [missing_data(data, model.name in DEMO_NAMES), missing_weights(model)]
+    found = [missing_data(data, model.name in DEMO_NAMES), CATALOGUE.missing_weights(model)]
     return [item for item in found if item is not None]
 
 
@@ -135,49 +88,3 @@ def missing_data(data: DataRequest, brings_data: bool) -> Missing | None:
         f"the folder {' and the folder '.join(absent)}",
         f"{LAYOUT}; ImageNet-1k (ILSVRC 2012) is to be had from its site after registration.",
     )
-
-
-def missing_weights(request: ModelRequest) -> Missing | None:
-    """The weights, if they are not here and the hub that has them does not answer."""
-    if request.name in DEMO_NAMES and local_weights(request) is None:
-        path = _DEMO_FOLDER / f"{request.name}.safetensors"
-        advice = "They belong to the repository; `python scripts/train_demo.py` makes them anew."
-        return None if path.is_file() else Missing(f"the weights of {request.name}", advice)
-    tag, weights = model_tag(request), local_weights(request)
-    if weights is not None or cached_weights(tag) is not None or hub_answers():
-        return None
-    folder = f"in the folder {request.weights_folder}, " if request.weights_folder is not None else ""
-    return Missing(
-        f"the weights of {tag}",
-        f"Looked for {folder}in the Hugging Face cache and at its hub (timm/<name>), which does not answer. Run once with a "
-        "network, or give a folder with <name>.safetensors: WEIGHTS=/path for make, --weights for a grid, --weights-folder for "
-        "an adapter.",
-    )
-
-
-def cached_weights(tag: str) -> Path | None:
-    """The checkpoint of ``model.tag`` in the local Hugging Face cache, if it is there."""
-    from huggingface_hub import try_to_load_from_cache
-
-    for file in ("model.safetensors", "pytorch_model.bin"):
-        found = try_to_load_from_cache(f"timm/{tag}", file)
-        if isinstance(found, str):
-            return Path(found)
-    return None
-
-
-@lru_cache(maxsize=1)
-def hub_answers(seconds: float = 5.0) -> bool:
-    """Whether the Hugging Face hub can be reached: a connection is opened, nothing is asked or downloaded."""
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return True  # only a real request could tell
-    address = urlparse(constants.ENDPOINT)
-    try:
-        with socket.create_connection((address.hostname, address.port or (443 if address.scheme == "https" else 80)), seconds):
-            return True
-    except OSError:
-        return False

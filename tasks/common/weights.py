@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,11 @@ def read_state(path: Path) -> dict[str, Tensor]:
         raise ModelError(f"There is no weights file {path}.")
     if path.suffix not in SUFFIXES:
         raise ModelError(f"Weights {path}: give a file that ends in {', '.join(SUFFIXES)}.")
+    if is_torchscript(path):
+        raise ModelError(
+            f"The weights {path} are a TorchScript archive: a program with weights, which is not run. Give the weights as "
+            "safetensors."
+        )
     try:
         content: Any = (
             load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
@@ -42,6 +48,15 @@ def read_state(path: Path) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ModelError(f"The weights {path} hold no state dict (a mapping of names to tensors).")
     return {str(name).removeprefix("module."): value for name, value in content.items()}
+
+
+def is_torchscript(path: Path) -> bool:
+    """Whether a file is an archive of ``torch.jit.save``: it holds a program's constants, which a state dict has not."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.rpartition("/")[2] == "constants.pkl" for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:

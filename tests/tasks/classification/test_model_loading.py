@@ -17,6 +17,7 @@ from tasks.classification import tags
 from tasks.classification.models import load_model
 from tasks.classification.tags import DEMO_NAMES, SHORT_NAMES, full_name, model_tag
 from tasks.classification.task import TASK
+from tasks.common import hub
 from tasks.common.request import DataRequest, ModelRequest, describe_missing
 
 ARGUMENTS: dict[str, Any] = {"img_size": 32, "num_classes": 5, "depth": 2}
@@ -38,8 +39,8 @@ def write(model: nn.Module, path: Path) -> Path:
 @pytest.fixture
 def no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Neither network nor cache."""
-    monkeypatch.setattr(tags, "hub_answers", lambda: False)
-    monkeypatch.setattr(tags, "cached_weights", lambda tag: None)
+    monkeypatch.setattr(hub, "hub_answers", lambda: False)
+    monkeypatch.setattr(hub, "cached_file", lambda repository: None)
 
 
 def test_short_names_are_tagged_and_known_to_timm() -> None:
@@ -92,6 +93,8 @@ def test_tags(tmp_path: Path) -> None:
     assert tag == model_tag(ModelRequest("vit_tiny", ARGUMENTS, weights=local))
     other = write(randomise(model, 1), tmp_path / "other.safetensors")
     assert model_tag(ModelRequest(VIT, ARGUMENTS, weights=other)) != tag
+    untagged = write(model, tmp_path / f"{VIT}.safetensors")  # the file's name says no more than the model's
+    assert model_tag(ModelRequest(VIT, ARGUMENTS, weights=untagged)).startswith(f"{VIT}.local-")
     published = write(model, tmp_path / f"{PUBLISHED}.safetensors")
     assert model_tag(ModelRequest("vit_tiny", weights=published)) == PUBLISHED
     assert model_tag(ModelRequest("vit_tiny", weights_folder=tmp_path)) == PUBLISHED

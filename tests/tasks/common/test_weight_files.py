@@ -12,7 +12,7 @@ from torch import nn
 
 from fimaq_core.errors import FimaqError, ModelError, NumericsError
 from tasks.common.hashing import file_sha256
-from tasks.common.weights import load_state, read_state, state_sha256
+from tasks.common.weights import is_torchscript, load_state, read_state, state_sha256
 
 
 class Payload:
@@ -80,6 +80,18 @@ def test_damaged_files(tmp_path: Path, name: str, content: bytes, message: str) 
     with pytest.raises(ModelError, match=message) as caught:
         read_state(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torchscript_archives_are_no_weights(tmp_path: Path) -> None:
+    path = tmp_path / "program.pt"
+    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), str(path))
+    assert is_torchscript(path)
+    with pytest.raises(ModelError, match=r"program.pt are a TorchScript archive.*safetensors"):
+        read_state(path)
+    for suffix, writer in ((".pth", torch.save), (".safetensors", save_file)):
+        writer({"a": torch.ones(2)}, tmp_path / f"weights{suffix}")
+        assert not is_torchscript(tmp_path / f"weights{suffix}")
 
 
 def test_cut_files(tmp_path: Path) -> None:

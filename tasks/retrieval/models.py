@@ -1,0 +1,211 @@
+"""Loading CLIP models: the demo's, and any open_clip model whose text tower is open_clip's own."""
+
+import inspect
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import open_clip
+from open_clip.convert import convert_state_dict
+from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
+from open_clip.timm_model import TimmModel
+from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
+from torch import Tensor, nn
+
+from fimaq_core.errors import ModelError
+from tasks.common.hashing import file_sha256
+from tasks.common.request import ModelRequest, describe_missing
+from tasks.common.task import LoadedModel
+from tasks.common.weights import is_torchscript, load_state, read_state, state_sha256
+from tasks.retrieval.tags import CATALOGUE, DEMO_NAMES, full_name, missing_tokenizer, published, repository, tokenizer_folder
+from tasks.retrieval.tokenizers import build_tokenizer
+
+#: Entries of older checkpoints that are no weights; open_clip drops them too.
+_LEGACY = ("input_resolution", "context_length", "vocab_size", "text.transformer.embeddings.position_ids")
+
+_TOWERS = ("vision_cfg", "text_cfg")
+
+
+def load_model(request: ModelRequest) -> LoadedModel:
+    """Load a CLIP model with its weights, transforms and tokenizer.
+
+    Raises:
+        ModelError: unknown name, missing or unfit weights or tokenizer, arguments the model does not take.
+        NumericsError: NaN in the weights.
+    """
+    missing = [item for item in (CATALOGUE.missing_weights(request), missing_tokenizer(request)) if item is not None]
+    if missing:
+        raise ModelError(describe_missing(missing))
+    tag, weights = CATALOGUE.model_tag(request), CATALOGUE.local_weights(request)
+    if request.name in DEMO_NAMES:
+        return _demo(request, tag, weights)
+    architecture, _, training = full_name(request.name).partition(".")
+    config = _configuration(architecture, request.model_args)
+    preprocess = _preprocess(architecture, training)
+    model = _create(architecture, request.model_args, config)
+    tokenizer = build_tokenizer(
+        architecture, config["text_cfg"], tokenizer_folder(request), int(open_clip.get_model_tokenize_cfg(model)["vocab_size"])
+    )
+    path = weights or CATALOGUE.fetch(tag)
+    _refuse_torchscript(path, f"{architecture}.{training}" if training else None)
+    load_state(model, _adapted(read_state(path), model, request.model_args), str(path) if weights else tag)
+    _resize_trunk(model, request.model_args)
+    height, width = _pair(model.visual.image_size)
+    preprocess.size = (height, width)
+    return LoadedModel(
+        model.eval(),
+        tag,
+        f"file {path.name}" if weights else f"hub {repository(tag).repo}",
+        file_sha256(path) if not request.model_args else state_sha256(model),
+        0,
+        image_transform_v2(preprocess, is_train=False),
+        image_transform_v2(preprocess, is_train=True),
+        input_shape=(3, height, width),
+        tokenizer=tokenizer,
+        context_length=tokenizer.context_length,
+    )
+
+
+def _demo(request: ModelRequest, tag: str, weights: Path | None) -> LoadedModel:
+    from tasks.retrieval.demo.models import build_demo_model, demo_weights_path
+    from tasks.retrieval.demo.scenes import CANVAS_SIZE, eval_transform, train_transform
+    from tasks.retrieval.demo.tokens import demo_tokenizer
+
+    if request.model_args:
+        raise ModelError("Demo models take no --model-args: their structure is fixed by their weights.")
+    model, path = build_demo_model(request.name), weights or demo_weights_path(request.name)
+    load_state(model, read_state(path), path.name)
+    return LoadedModel(
+        model.eval(),
+        tag,
+        f"file {path.name}",
+        file_sha256(path),
+        0,
+        eval_transform(),
+        train_transform(),
+        "digit-scenes",
+        (3, *CANVAS_SIZE),
+        demo_tokenizer(),
+        int(model.context_length),
+    )
+
+
+def _configuration(architecture: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """open_clip's configuration of a model with ``arguments`` in it: settings of a tower change these and keep the others
+    (open_clip itself would put its defaults for the others, which are another model's)."""
+    config: dict[str, Any] = open_clip.get_model_config(architecture)
+    wrong = sorted(arguments.keys() & {*inspect.signature(open_clip.create_model).parameters, "pretrained_hf", "cast_dtype"})
+    if wrong:
+        raise ModelError(f"--model-args are for the model's constructor, {', '.join(wrong)} are not: give {', '.join(config)}.")
+    for name, value in arguments.items():
+        if name not in _TOWERS:
+            config[name] = value
+            continue
+        if not isinstance(value, dict):
+            raise ModelError(f"--model-args: {name} takes an object of settings, not {value!r}.")
+        config[name] = {**config[name], **value}
+    foreign = config["text_cfg"].get("hf_model_name")
+    if foreign:
+        raise ModelError(
+            f"The text tower of {architecture} is a model of transformers ({foreign}), which open_clip would fetch by itself: "
+            "choose a model with open_clip's own text tower."
+        )
+    if arguments.get("vision_cfg", {}).get("timm_model_pretrained"):
+        raise ModelError("--model-args cannot ask for a pretrained tower: weights come from --weights or the model's tag.")
+    config["vision_cfg"].pop("timm_model_pretrained", None)
+    return config
+
+
+def _preprocess(architecture: str, training: str) -> PreprocessCfg:
+    """Image transforms of the weights named; without a name, those that all of open_clip's weights of the model share.
+
+    A model of which open_clip has no weights gets the transforms that open_clip trains with by default.
+    """
+    trainings = [training] if training else open_clip.list_pretrained_tags_by_model(architecture)
+    found = [merge_preprocess_dict(PreprocessCfg(), open_clip.get_pretrained_cfg(architecture, name)) for name in trainings]
+    if any(other != found[0] for other in found):
+        raise ModelError(
+            f"The weights that open_clip knows of {architecture} differ in mean, deviation or size of their images: name those "
+            f"whose transforms yours were trained with, {' or '.join(published(architecture))}."
+        )
+    return PreprocessCfg(**found[0]) if found else PreprocessCfg()
+
+
+def _create(architecture: str, arguments: dict[str, Any], config: dict[str, Any]) -> nn.Module:
+    try:
+        with _without_warning_of_random_weights():
+            model: nn.Module = open_clip.create_model(
+                architecture, pretrained_image=False, pretrained_text=False, **{name: config[name] for name in arguments}
+            )
+    except (TypeError, ValueError, AssertionError, RuntimeError, KeyError, AttributeError, ArithmeticError) as error:
+        raise ModelError(f"open_clip cannot build {architecture} with {arguments}: {error}") from error
+    return model
+
+
+@contextmanager
+def _without_warning_of_random_weights() -> Iterator[None]:
+    """open_clip warns that the new model has random weights; they are replaced at once, all of them or with an error."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("No pretrained weights loaded for model")
+
+    logging.root.addFilter(keep)
+    try:
+        yield
+    finally:
+        logging.root.removeFilter(keep)
+
+
+def _adapted(state: dict[str, Tensor], model: nn.Module, arguments: dict[str, Any]) -> dict[str, Tensor]:
+    """Bring older layouts into the model's, by open_clip's own functions.
+
+    Unlike open_clip, position embeddings are resized only where ``arguments`` ask for another size, and an absent
+    ``logit_bias`` is not made up.
+    """
+    expected = model.state_dict()
+    try:
+        adapted: dict[str, Tensor] = convert_state_dict(model, dict(state))
+        if "positional_embedding" in adapted and not hasattr(model, "positional_embedding"):
+            adapted = convert_to_custom_text_state_dict(adapted)
+        for name in ("logit_scale", "logit_bias"):  # a number, or a vector of one
+            if name in adapted and name in expected and adapted[name].numel() == 1:
+                adapted[name] = adapted[name].reshape(expected[name].shape)
+        if "image_size" in arguments.get("vision_cfg", {}):
+            resize_pos_embed(adapted, model)
+        if "context_length" in arguments.get("text_cfg", {}):
+            resize_text_pos_embed(adapted, model)
+    except (KeyError, RuntimeError, ValueError, AssertionError, AttributeError, TypeError) as error:
+        raise ModelError(f"The weights do not fit {type(model).__name__}: {error}") from error
+    return {name: tensor for name, tensor in adapted.items() if name in expected or name not in _LEGACY}
+
+
+def _resize_trunk(model: nn.Module, arguments: dict[str, Any]) -> None:
+    """A timm vision tower is built in its own size and takes another one after loading."""
+    size = arguments.get("vision_cfg", {}).get("image_size")
+    if size is None or not isinstance(model.visual, TimmModel):
+        return
+    if not hasattr(model.visual.trunk, "set_input_size"):
+        raise ModelError(f"The vision tower {type(model.visual.trunk).__name__} takes images of its own size only.")
+    try:
+        model.visual.set_input_size(_pair(size))
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise ModelError(f"The vision tower takes no images of size {size}: {error}") from error
+
+
+def _refuse_torchscript(path: Path, name: str | None) -> None:
+    if not is_torchscript(path):
+        return
+    found = repository(name) if name is not None else None
+    instead = f" open_clip_model.safetensors of the Hugging Face repository {found.repo}" if found else " a safetensors file"
+    raise ModelError(
+        f"The weights {path} are a TorchScript archive, as OpenAI publishes its models: a program with weights, which is not "
+        f"run. Give{instead} instead."
+    )
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """(H, W)."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(height), int(width)
