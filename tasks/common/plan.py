@@ -22,6 +22,8 @@ def planned_folder(request: CellRequest) -> Path:
     rest = {
         "numerics": NUMERICS_VERSION,
         "model": model,
+        # One local file may be loaded under several names, which may say which transform goes with it.
+        "name": None if request.model.weights is None else request.model.name,
         "recipe": None if recipe is None else recipe.digest(),
         "variant": variant_name(request),
         "model_args": request.model.model_args,

@@ -8,8 +8,8 @@ OPTIONS = TaskOptions(
     scope="towers",
     scopes=SCOPES,
     evaluations=EVALUATIONS,
-    data="Data folder: MS-COCO or Flickr30k with its Karpathy JSON, or a folder with captions.csv or captions.jsonl; for zero-shot "
-    "a folder with train/ and val/ (demo models bring their own data).",
+    data="Data folder: MS-COCO or Flickr30k with its Karpathy JSON, or a folder with captions.csv or captions.jsonl; for "
+    "zero-shot a folder with train/ and val/ (demo models bring their own data).",
 )
 
 if __name__ == "__main__":
