@@ -11,14 +11,17 @@ import numpy as np
 from fimaq_core.errors import DataError, ModelError
 from fimaq_core.recipe import Recipe
 from tasks.common.calibration import draw, read_list
+from tasks.common.folders import open_folder
 from tasks.common.images import Images
 from tasks.common.request import DataRequest
 from tasks.common.task import CalibrationSet, LoadedModel
-from tasks.retrieval.captions import open_pairs, pairs_root
+from tasks.retrieval.captions import imagenet_pairs, open_pairs, pairs_root
+from tasks.retrieval.evaluate import truncated
 from tasks.retrieval.pairs import PairSource
+from tasks.retrieval.zero_shot import class_names
 
 
-def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe, source: PairSource | None = None) -> CalibrationSet:
+def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> CalibrationSet:
     """Draw the calibration pairs, or take those of a list.
 
     The images come in a seeded permutation of the whole part, and one caption of each is drawn by seed and image id alone.
@@ -26,18 +29,15 @@ def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe, sour
     (:func:`in_rounds`): samples of one batch with the same text would make the contrastive target ambiguous. A smaller
     sample is the beginning of a larger one. The pairs of a result record are taken as they are.
 
-    Args:
-        source: the training pairs where they are made from labelled images; None opens those of ``data``.
-
     Raises:
         DataError: fewer images than asked for, a damaged image, a list that does not fit.
         ModelError: the model takes no text.
     """
     if loaded.tokenizer is None:
         raise ModelError(f"{loaded.tag} has no tokenizer, so it cannot be calibrated on image-caption pairs.")
-    pairs = open_pairs(loaded, data, "train") if source is None else source
+    pairs = training_pairs(loaded, data)
     captions: Sequence[str]
-    order: Sequence[int] | np.ndarray
+    order: Sequence[int]
     if data.calibration_list is not None:
         chosen, given = _listed(data.calibration_list, pairs, pairs_root(data, "train"))
         captions = [drawn_caption(pairs, index, recipe.seed) for index in chosen] if given is None else given
@@ -63,8 +63,20 @@ def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe, sour
         drawn.skipped,
         {"vision": drawn.images, "text": tokens},
         texts,
-        truncated(loaded, texts),
+        truncated(loaded.tokenizer, tuple(texts), loaded.context_length),
     )
+
+
+def training_pairs(loaded: LoadedModel, data: DataRequest) -> PairSource:
+    """The pairs to calibrate on; zero-shot evaluation without data of its own for this makes them from its labelled images.
+
+    Raises:
+        DataError: what the readers of the data refuse.
+    """
+    if data.evaluation == "zero-shot" and data.calibration_data is None and data.path is not None:
+        labelled = open_folder(data.path, "train")
+        return imagenet_pairs(labelled, class_names(data.path, labelled.classes))
+    return open_pairs(loaded, data, "train")
 
 
 def drawn_caption(pairs: PairSource, image: int, seed: int) -> str:
@@ -89,15 +101,6 @@ def in_rounds(captions: Sequence[str]) -> list[int]:
         keys.append((seen[text], rank.setdefault(text, len(rank)), position))
         seen[text] += 1
     return [position for *_, position in sorted(keys)]
-
-
-def truncated(loaded: LoadedModel, captions: Sequence[str]) -> int | None:
-    """How many captions are longer than the model's context; None where the tokenizer does not count (``lengths``)."""
-    lengths = getattr(loaded.tokenizer, "lengths", None)
-    if lengths is None or loaded.context_length is None:
-        return None
-    counts: list[int] = lengths(list(captions))
-    return sum(count > loaded.context_length for count in counts)
 
 
 def _listed(path: Path, pairs: PairSource, root: Path | None) -> tuple[list[int], list[str] | None]:

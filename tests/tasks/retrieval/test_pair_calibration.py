@@ -16,11 +16,10 @@ from PIL import Image
 
 from fimaq_core.errors import DataError, ModelError
 from fimaq_core.recipe import Recipe, make_recipe
-from tasks.common.folders import open_folder
 from tasks.common.request import DataRequest
 from tasks.common.task import CalibrationSet
 from tasks.retrieval.calibration import calibration_set, drawn_caption, in_rounds
-from tasks.retrieval.captions import imagenet_pairs, open_pairs
+from tasks.retrieval.captions import open_pairs
 from tasks.retrieval.pairs import PairSource
 
 
@@ -153,14 +152,22 @@ def test_a_repeated_caption_is_passed_over(tmp_path: Path) -> None:
 def test_classes_take_turns(tmp_path: Path) -> None:
     for part in ("train", "val"):
         write_images(tmp_path / part, [f"{name}/{number}.png" for name in "abcd" for number in range(5 if name < "d" else 2)])
-    pairs = imagenet_pairs(open_folder(tmp_path, "train"), ["ant", "bee", "cat", "dog"])
+    (tmp_path / "classnames.txt").write_text("ant\nbee\ncat\ndog\n")
     settings = recipe(17, seed=2, calibration_transform="eval")
-    found = calibration_set(loaded(64), DataRequest(tmp_path), settings, pairs)
+    found = calibration_set(loaded(64), DataRequest(tmp_path, evaluation="zero-shot"), settings)
     names = [caption.removeprefix("a photo of a ").removesuffix(".") for caption in found.captions or []]
     assert [len(set(names[start:end])) for start, end in ((0, 4), (4, 8), (8, 11), (11, 14), (14, 17))] == [4, 4, 3, 3, 3]
     assert names[:4] == names[4:8]  # the same order in each round keeps equal captions apart
     assert all(name[0] == image.split("/")[1] for name, image in zip(names, found.ids, strict=True))
     assert len(set(found.ids)) == 17
+    assert all(image.startswith("train/") for image in found.ids)
+    path = tmp_path / "list.json"
+    path.write_text(json.dumps({"calibration": {"ids": found.ids, "captions": found.captions}}))
+    again = calibration_set(loaded(64), DataRequest(tmp_path, calibration_list=path, evaluation="zero-shot"), settings)
+    assert again.fingerprint == found.fingerprint
+    write_csv(tmp_path / "pairs")
+    data = DataRequest(tmp_path, evaluation="zero-shot", calibration_data=tmp_path / "pairs")
+    assert all(image.startswith("img/") for image in calibration_set(loaded(64), data, recipe(3)).ids)
 
 
 def test_fewer_images_than_asked_for(tmp_path: Path) -> None:
