@@ -10,6 +10,7 @@ from torchvision.datasets import ImageFolder
 
 from fimaq_core.errors import DataError
 from tasks.common.imagenet import IMAGENET, LAYOUT
+from tasks.common.images import file_reader
 from tasks.common.record import Dataset
 
 
@@ -62,11 +63,6 @@ def _listed_folder(root: Path, part: str, changed: tuple[tuple[str, int], ...]) 
             odd = sorted(others ^ set(found.classes))
             raise DataError(f"{folder} and {sibling} do not have the same classes: {', '.join(odd[:5])} is in one of them only.")
     paths = [Path(path) for path, _ in found.samples]
-
-    def read(index: int) -> Image.Image:
-        with Image.open(paths[index]) as image:
-            return image.convert("RGB")
-
     count, classes = len(paths), len(found.classes)
     # The published numbers are on these 50,000 images; anything else goes by another name.
     official = (part == "val" and (count, classes) == (50_000, 1000)) or (
@@ -74,4 +70,4 @@ def _listed_folder(root: Path, part: str, changed: tuple[tuple[str, int], ...]) 
     )
     name = IMAGENET if official else f"folder-{classes}-classes"
     ids = [path.relative_to(root).as_posix() for path in paths]
-    return Source(name, part, ids, [label for _, label in found.samples], classes, read)
+    return Source(name, part, ids, [label for _, label in found.samples], classes, file_reader(paths))

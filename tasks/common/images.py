@@ -3,6 +3,7 @@
 import hashlib
 import random
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,16 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
 from fimaq_core.errors import DataError
+
+
+def file_reader(paths: Sequence[Path]) -> Callable[[int], Image.Image]:
+    """Gives the image file of a position as RGB."""
+
+    def read(index: int) -> Image.Image:
+        with Image.open(paths[index]) as image:
+            return image.convert("RGB")
+
+    return read
 
 
 class Images(TorchDataset[tuple[Tensor, int, int] | DataError | None]):

@@ -1,0 +1,90 @@
+"""Calibration samples as every task takes them: in a given order until there are enough, or from a list."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fimaq_core.errors import DataError
+from tasks.common.images import Images, seeded_item
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Transformed images.
+
+    Attributes:
+        images: (n, C, H, W) float32.
+        positions: of each in what was drawn from.
+        skipped: ids of damaged images that were left out.
+    """
+
+    images: Tensor
+    positions: list[int]
+    skipped: list[str]
+
+
+def draw(images: Images, order: Iterable[int], wanted: int, seed: int) -> Drawn:
+    """Take the first ``wanted`` readable images in ``order``, each with its random transforms seeded on its own.
+
+    Raises:
+        DataError: fewer images than wanted, or a damaged one that is not to be skipped.
+    """
+    if len(images) < wanted:
+        raise DataError(
+            f"{wanted} calibration images are asked for, but there are {len(images)}: lower --calibration-images or give more."
+        )
+    chosen: list[Tensor] = []
+    positions: list[int] = []
+    skipped: list[str] = []
+    for index in order:
+        if len(chosen) == wanted:
+            break
+        item = seeded_item(images, int(index), seed)
+        if item is None:
+            skipped.append(images.ids[index])
+            continue
+        chosen.append(item)
+        positions.append(int(index))
+    if len(chosen) < wanted:
+        raise DataError(f"Only {len(chosen)} of {wanted} calibration images could be read; {len(skipped)} are damaged.")
+    return Drawn(torch.stack(chosen), positions, skipped)
+
+
+@dataclass(frozen=True)
+class Listed:
+    """Content of a calibration list.
+
+    Attributes:
+        ids: of the images, or their paths.
+        calibration: the entry of a result record; None for a text file.
+    """
+
+    ids: list[str]
+    calibration: dict[str, Any] | None
+
+
+def read_list(path: Path) -> Listed:
+    """Read a calibration list: a text file with an id or path a line, or a result record.
+
+    Raises:
+        DataError: it cannot be read, or is a JSON object without calibration ids.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"Cannot read the calibration list {path}: {error}.") from error
+    if not text.lstrip().startswith("{"):
+        return Listed([line.strip() for line in text.splitlines() if line.strip()], None)
+    try:
+        calibration = json.loads(text)["calibration"]
+        ids = calibration["ids"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is not a result record with calibration ids.") from error
+    if not isinstance(ids, list) or not all(isinstance(name, str) for name in ids):
+        raise DataError(f"{path} is not a result record with calibration ids.")
+    return Listed(ids, calibration)

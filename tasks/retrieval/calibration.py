@@ -1,0 +1,146 @@
+"""Calibration pairs: images of the training part, each with one of its captions."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fimaq_core.errors import DataError, ModelError
+from fimaq_core.recipe import Recipe
+from tasks.common.calibration import draw, read_list
+from tasks.common.folders import open_folder
+from tasks.common.images import Images
+from tasks.common.request import DataRequest
+from tasks.common.task import CalibrationSet, LoadedModel
+from tasks.retrieval.captions import imagenet_pairs, open_pairs, pairs_root
+from tasks.retrieval.evaluate import truncated
+from tasks.retrieval.pairs import PairSource
+from tasks.retrieval.zero_shot import class_names
+
+
+def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> CalibrationSet:
+    """Draw the calibration pairs, or take those of a list.
+
+    The images come in a seeded permutation of the whole part, and one caption of each is drawn by seed and image id alone.
+    An image whose caption is that of an earlier one has to wait until every other caption was used as often
+    (:func:`in_rounds`): samples of one batch with the same text would make the contrastive target ambiguous. A smaller
+    sample is the beginning of a larger one. The pairs of a result record are taken as they are.
+
+    Raises:
+        DataError: fewer images than asked for, a damaged image, a list that does not fit.
+        ModelError: the model takes no text.
+    """
+    if loaded.tokenizer is None:
+        raise ModelError(f"{loaded.tag} has no tokenizer, so it cannot be calibrated on image-caption pairs.")
+    pairs = training_pairs(loaded, data)
+    captions: Sequence[str]
+    order: Sequence[int]
+    if data.calibration_list is not None:
+        chosen, given = _listed(data.calibration_list, pairs, pairs_root(data, "train"))
+        captions = [drawn_caption(pairs, index, recipe.seed) for index in chosen] if given is None else given
+        order = in_rounds(captions) if given is None else range(len(chosen))
+    else:
+        chosen = np.random.default_rng(recipe.seed).permutation(len(pairs.image_ids)).tolist()
+        captions = [drawn_caption(pairs, index, recipe.seed) for index in chosen]
+        order = in_rounds(captions)
+    transform = loaded.train_transform if recipe.calibration_transform == "train" else loaded.eval_transform
+    ids = [pairs.image_ids[index] for index in chosen]
+    images = Images(ids, [0] * len(ids), lambda position: pairs.read(chosen[position]), transform, data.skip_corrupt)
+    drawn = draw(images, order, recipe.calibration_images, recipe.seed)
+    ids, texts = [ids[position] for position in drawn.positions], [captions[position] for position in drawn.positions]
+    tokens = loaded.tokenizer(texts)
+    digest = hashlib.sha256(json.dumps([recipe.calibration_transform, ids, texts]).encode())
+    digest.update(drawn.images.numpy().tobytes())
+    digest.update(tokens.numpy().tobytes())
+    return CalibrationSet(
+        drawn.images,
+        ids,
+        recipe.calibration_transform,
+        digest.hexdigest(),
+        drawn.skipped,
+        {"vision": drawn.images, "text": tokens},
+        texts,
+        truncated(loaded.tokenizer, tuple(texts), loaded.context_length),
+    )
+
+
+def training_pairs(loaded: LoadedModel, data: DataRequest) -> PairSource:
+    """The pairs to calibrate on; zero-shot evaluation without data of its own for this makes them from its labelled images.
+
+    Raises:
+        DataError: what the readers of the data refuse.
+    """
+    if data.evaluation == "zero-shot" and data.calibration_data is None and data.path is not None:
+        labelled = open_folder(data.path, "train")
+        return imagenet_pairs(labelled, class_names(data.path, labelled.classes))
+    return open_pairs(loaded, data, "train")
+
+
+def drawn_caption(pairs: PairSource, image: int, seed: int) -> str:
+    """The caption that stands for an image: a function of the seed, the image's id and its captions."""
+    start, end = (int(pairs.starts[position]) for position in (image, image + 1))
+    value = int.from_bytes(hashlib.sha256(f"caption/{seed}/{pairs.image_ids[image]}".encode()).digest()[:8], "big")
+    return pairs.captions[start + value % (end - start)]
+
+
+def in_rounds(captions: Sequence[str]) -> list[int]:
+    """Order of positions in which a text comes again only after all others that are left.
+
+    First the first position of every distinct text, then the second of every text that has one, and so on, each round in
+    the order of the first: no other order keeps equal texts further apart where each text occurs as often. Texts count as
+    equal where they differ in case and white space only.
+    """
+    seen: Counter[str] = Counter()
+    rank: dict[str, int] = {}
+    keys = []
+    for position, caption in enumerate(captions):
+        text = " ".join(caption.casefold().split())
+        keys.append((seen[text], rank.setdefault(text, len(rank)), position))
+        seen[text] += 1
+    return [position for *_, position in sorted(keys)]
+
+
+def _listed(path: Path, pairs: PairSource, root: Path | None) -> tuple[list[int], list[str] | None]:
+    """Image indices of a calibration list, and their captions where it is a record."""
+    found = read_list(path)
+    positions = {name: position for position, name in enumerate(pairs.image_ids)}
+    ids = [_id_of(name, root) for name in found.ids]
+    what = f"{pairs.name} {pairs.split}"
+    unknown = [name for name in ids if name not in positions]
+    if unknown:
+        raise DataError(
+            f"The calibration list {path} names {len(unknown)} images that are not in {what}, such as {unknown[0]!r} (ids there "
+            f"are such as {pairs.image_ids[0]!r})."
+        )
+    twice = [name for name, count in Counter(ids).items() if count > 1]
+    if twice:
+        raise DataError(f"The calibration list {path} names {len(twice)} images more than once, such as {twice[0]!r}.")
+    chosen = [positions[name] for name in ids]
+    if found.calibration is None:
+        return chosen, None
+    captions = found.calibration.get("captions")
+    if not isinstance(captions, list) or len(captions) != len(ids):
+        raise DataError(f"{path} is a result record without a caption for each calibration image: it is not one of retrieval.")
+    foreign = [
+        position
+        for position, index in enumerate(chosen)
+        if captions[position] not in pairs.captions[pairs.starts[index] : pairs.starts[index + 1]]
+    ]
+    if foreign:
+        first = foreign[0]
+        raise DataError(
+            f"{path} pairs {len(foreign)} images with captions that they do not have in {what}, such as {ids[first]!r} with "
+            f"{captions[first]!r}."
+        )
+    return chosen, captions
+
+
+def _id_of(name: str, root: Path | None) -> str:
+    """Id behind a line of a list: a path below the data's folder is the image's id there."""
+    path = Path(name)
+    if root is None or not path.is_absolute():
+        return name
+    return path.relative_to(root.absolute()).as_posix() if path.is_relative_to(root.absolute()) else name

@@ -1,0 +1,95 @@
+"""Finding the image-caption pairs that go with a model: the demo's scenes, or the files of a folder."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+from fimaq_core.errors import DataError
+from tasks.common.folders import Source
+from tasks.common.request import DataRequest
+from tasks.common.task import LoadedModel
+from tasks.retrieval.files import PARTS, file_pairs
+from tasks.retrieval.karpathy import COCO, FLICKR30K, free_name, open_free, open_karpathy
+from tasks.retrieval.layout import COCO_FILE, FLICKR30K_FILE, FREE_FILE, LAYOUT, caption_files
+from tasks.retrieval.pairs import PairSource
+from tasks.retrieval.tables import read_table
+
+#: Name of the data that the demo model brings along.
+DEMO_DATA = "digit-scenes"
+
+
+def open_pairs(loaded: LoadedModel, data: DataRequest, part: str) -> PairSource:
+    """Open the ``train`` or the ``test`` part of the data that goes with a model.
+
+    The training part is that of ``data.calibration_data`` where this is given.
+
+    Raises:
+        DataError: no data, a folder without caption files or with several kinds, or what their readers refuse.
+    """
+    if part not in PARTS:
+        raise DataError(f"There is no part {part!r} of image-caption data: {' or '.join(PARTS)}.")
+    root = pairs_root(data, part)
+    if root is not None:
+        return open_captions(root, part)
+    if loaded.data == DEMO_DATA:
+        return _scenes(part)
+    raise DataError(f"{loaded.tag} needs data: give --data /path/to/captions. {LAYOUT}.")
+
+
+def pairs_root(data: DataRequest, part: str) -> Path | None:
+    """The folder that a part is read from; None where the model brings its own data."""
+    return data.calibration_data if part == "train" and data.calibration_data is not None else data.path
+
+
+def open_captions(root: Path, part: str) -> PairSource:
+    """Open a part of an image-caption data set by the files in its folder. Raises DataError."""
+    if not root.is_dir():
+        raise DataError(f"There is no folder {root}. {LAYOUT}.")
+    kinds = caption_files(root)
+    if not kinds:
+        raise DataError(f"{root} holds no captions. {LAYOUT}.")
+    if len(kinds) > 1:
+        present = [name for kind in kinds for name in kind if (root / name).is_file()]
+        raise DataError(f"{root} holds several kinds of captions: {', '.join(present)}. Leave one. {LAYOUT}.")
+    file = kinds[0][0]
+    if file == COCO_FILE:
+        return open_karpathy(root, COCO, part)
+    if file == FLICKR30K_FILE:
+        return open_karpathy(root, FLICKR30K, part)
+    if file == FREE_FILE:
+        return open_free(root, part)
+    own = part if len(kinds[0]) > 1 else None
+    path = root / (file if own is None else f"{part}{Path(file).suffix}")
+    listed = read_table(path, own).get(part, ())
+    if not listed:
+        raise DataError(f"{path} has no images of the split {part!r}.")
+    return file_pairs(free_name(len(listed)), part, root, listed, path)
+
+
+@lru_cache(maxsize=2)
+def _scenes(part: str) -> PairSource:
+    # Only the demo model needs the demo's data.
+    from tasks.retrieval.demo.scenes import DigitScenes
+
+    scenes = DigitScenes(part)
+    listed = ((name, [caption]) for name, caption in zip(scenes.ids, scenes.captions, strict=True))
+    return PairSource.of(DEMO_DATA, part, listed, lambda index: scenes[index][0])
+
+
+def imagenet_pairs(source: Source, classnames: Sequence[str]) -> PairSource:
+    """Labelled images with the captions ``a photo of a <class name>.``, to calibrate zero-shot classifiers on.
+
+    Args:
+        source: the labelled images.
+        classnames: one a class, in the order of the labels.
+
+    Raises:
+        DataError: not one name a class.
+    """
+    if len(classnames) != source.classes:
+        raise DataError(
+            f"{source.name} {source.split} has {source.classes} classes, but there are {len(classnames)} class names."
+        )
+    captions = [[f"a photo of a {name}."] for name in classnames]
+    listed = ((name, captions[label]) for name, label in zip(source.ids, source.targets, strict=True))
+    return PairSource.of(source.name, source.split, listed, source.read)
