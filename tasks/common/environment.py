@@ -13,7 +13,7 @@ import fimaq_core
 from fimaq_core.errors import RecipeError
 from tasks.common.record import Environment
 
-_PACKAGES = ("torch", "torchvision", "timm", "numpy", "safetensors")
+_PACKAGES = ("torch", "torchvision", "timm", "open_clip_torch", "transformers", "numpy", "safetensors")
 
 
 def resolve_device(name: str) -> torch.device:
