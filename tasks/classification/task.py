@@ -12,8 +12,8 @@ from fimaq_core.recipe import Recipe
 from tasks.classification import models, tags
 from tasks.classification.data import Images, calibration_set, open_source
 from tasks.classification.evaluate import evaluate
-from tasks.classification.swin import SwinFamily
-from tasks.classification.vit import ViTFamily
+from tasks.common.families.swin import SwinFamily
+from tasks.common.families.vit import ViTFamily
 from tasks.common.request import DataRequest, Missing, ModelRequest
 from tasks.common.task import CalibrationSet, Evaluation, LoadedModel
 
