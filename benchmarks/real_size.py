@@ -21,7 +21,7 @@ from tasks.common.environment import describe, peak_memory, resolve_device
 from tasks.common.prepare import make_parts
 from tasks.common.task import CalibrationSet, LoadedModel
 
-_WORDS = [
+_WORDS = tuple("a photo of two red dogs on the green grass beside an old wooden table with some bread".split(" "))
     "a",
     "photo",
     "of",

@@ -10,8 +10,8 @@ from fimaq_core.chain import BlockChain
 from fimaq_core.family import Family
 from fimaq_core.fisher.divergence import Divergence, Measure
 from fimaq_core.recipe import Recipe, make_recipe
-from tasks.classification.swin import SwinFamily
-from tasks.classification.vit import ViTFamily
+from tasks.common.families.swin import SwinFamily
+from tasks.common.families.vit import ViTFamily
 
 FAMILIES: tuple[Family, ...] = (ViTFamily(), SwinFamily())
 

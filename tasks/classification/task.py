@@ -11,8 +11,8 @@ from fimaq_core.progress import Report
 from fimaq_core.recipe import Recipe
 from tasks.classification import models, tags
 from tasks.classification.data import calibration_set, open_source
-from tasks.classification.swin import SwinFamily
-from tasks.classification.vit import ViTFamily
+from tasks.common.families.swin import SwinFamily
+from tasks.common.families.vit import ViTFamily
 from tasks.common.images import Images
 from tasks.common.request import DataRequest, Missing, ModelRequest
 from tasks.common.task import CalibrationSet, Evaluation, LoadedModel, SinglePart

@@ -18,9 +18,9 @@ from fimaq_core.errors import NumericsError
 from fimaq_core.layers import QuantLinear, QuantMatMul, quant_layers, set_quantized
 from fimaq_core.quantizers.affine import fake_quantize
 from fimaq_core.recipe import make_recipe
-from tasks.classification.attention import ExplicitAttention
-from tasks.classification.parts import swap_mlp
-from tasks.classification.swin import ExplicitSwinBlock
+from tasks.common.families.attention import ExplicitAttention
+from tasks.common.families.parts import swap_mlp
+from tasks.common.families.swin import ExplicitSwinBlock
 
 
 def test_closed_form() -> None:

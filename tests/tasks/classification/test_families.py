@@ -61,6 +61,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no biases": {"qkv_bias": False, "proj_bias": False},
     "dynamic size": {"dynamic_img_size": True},
     "no position embedding": {"pos_embed": "none"},
+    "attention pooling": {"global_pool": "map"},
+    "patch dropout": {"patch_drop_rate": 0.5},
     "dropout": {"proj_drop_rate": 0.5, "attn_drop_rate": 0.5, "drop_path_rate": 0.5, "pos_drop_rate": 0.5, "drop_rate": 0.5},
 }
 
@@ -115,8 +117,7 @@ UNSUPPORTED: dict[str, Any] = {
     "swin v2": lambda: timm.create_model("swinv2_cr_tiny_ns_224", pretrained=False),
     "relative position vit": lambda: timm.create_model("vit_relpos_small_patch16_224", pretrained=False, depth=1),
     "parallel blocks": lambda: vit(1, block_fn=ParallelScalingBlock),
-    "attention pooling": lambda: vit(1, global_pool="map"),
-    "patch dropout": lambda: vit(1, patch_drop_rate=0.3),
+    "attention pooling without projections": lambda: vit(1, global_pool="prr"),
     "gated mlp": lambda: timm.create_model(
         "vit_small_patch14_dinov2", pretrained=False, depth=1, mlp_layer=timm.layers.SwiGLUPacked
     ),

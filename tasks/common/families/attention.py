@@ -9,6 +9,35 @@ from fimaq_core.layers import QuantLinear, QuantMatMul
 from fimaq_core.recipe import Recipe
 
 
+def products(recipe: Recipe) -> tuple[QuantMatMul, QuantMatMul]:
+    """The two products of an attention: queries with keys, and softmax outputs with values."""
+    return QuantMatMul(recipe.a_bits), QuantMatMul(recipe.a_bits, recipe.softmax_bits, recipe.softmax_quantizer)
+
+
+def attend(
+    query_key: QuantMatMul,
+    attention_value: QuantMatMul,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """``softmax(q kᵀ · scale + mask) v`` by the two products of :func:`products`, heads side by side: (B, N, heads * d).
+
+    Args:
+        q: (B, heads, N, d).
+        k, v: (B, heads, M, d).
+        scale: factor of the scores.
+        mask: added to the scores, broadcastable to (B, heads, N, M); minus infinity hides a key.
+    """
+    scores = query_key(q, k.transpose(-2, -1)) * scale
+    if mask is not None:
+        scores = scores + mask
+    out: Tensor = attention_value(scores.softmax(dim=-1), v).transpose(1, 2).flatten(2)
+    return out
+
+
 class ExplicitAttention(nn.Module):
     """timm's ``Attention`` (ViT, DeiT) written out: qkv, ``q kᵀ``, softmax, ``softmax v``, projection.
 
@@ -22,8 +51,7 @@ class ExplicitAttention(nn.Module):
         self.num_heads, self.head_dim, self.scale = attention.num_heads, attention.head_dim, attention.scale
         self.qkv = QuantLinear.from_float(attention.qkv, recipe.w_bits, recipe.a_bits)
         self.q_norm, self.k_norm, self.norm = attention.q_norm, attention.k_norm, attention.norm
-        self.query_key = QuantMatMul(recipe.a_bits)
-        self.attention_value = QuantMatMul(recipe.a_bits, recipe.softmax_bits, recipe.softmax_quantizer)
+        self.query_key, self.attention_value = products(recipe)
         self.proj = QuantLinear.from_float(attention.proj, recipe.w_bits, recipe.a_bits)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
@@ -33,8 +61,7 @@ class ExplicitAttention(nn.Module):
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
         q, k = self.q_norm(q), self.k_norm(k)
-        weights = (self.query_key(q, k.transpose(-2, -1)) * self.scale).softmax(dim=-1)
-        out = self.attention_value(weights, v).transpose(1, 2).reshape(batch, tokens, -1)
+        out = attend(self.query_key, self.attention_value, q, k, v, self.scale)
         projected: Tensor = self.proj(self.norm(out))
         return projected
 
@@ -51,8 +78,7 @@ class ExplicitWindowAttention(nn.Module):
             raise ModelError(f"Attention of type {type(attention).__name__} is not supported for Swin models.")
         self.num_heads, self.scale, self.window_area = attention.num_heads, attention.scale, attention.window_area
         self.qkv = QuantLinear.from_float(attention.qkv, recipe.w_bits, recipe.a_bits)
-        self.query_key = QuantMatMul(recipe.a_bits)
-        self.attention_value = QuantMatMul(recipe.a_bits, recipe.softmax_bits, recipe.softmax_quantizer)
+        self.query_key, self.attention_value = products(recipe)
         self.proj = QuantLinear.from_float(attention.proj, recipe.w_bits, recipe.a_bits)
         #: Buffers looked up from smaller tables, and how many values their tables have: those are the model's size.
         self.looked_up = {"bias": attention.relative_position_bias_table.numel()}

@@ -15,8 +15,8 @@ from fimaq_core.chain import BlockChain, Segment
 from fimaq_core.errors import ModelError
 from fimaq_core.layers import QuantLinear
 from fimaq_core.recipe import Recipe
-from tasks.classification.attention import ExplicitWindowAttention
-from tasks.classification.parts import classifier, mlp_parts, norm_pair, swap_mlp, swap_patch_embed
+from tasks.common.families.attention import ExplicitWindowAttention
+from tasks.common.families.parts import classifier, mlp_parts, norm_pair, swap_mlp, swap_patch_embed
 
 
 class ExplicitSwinBlock(nn.Module):

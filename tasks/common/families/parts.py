@@ -1,6 +1,7 @@
 """What the families share: swapping an MLP's layers, the patch embedding, and pieces between blocks."""
 
 from timm.layers import Mlp, PatchEmbed
+from timm.layers.activations import GELUTanh
 from torch import nn
 
 from fimaq_core.chain import MlpPart, NormPair
@@ -11,18 +12,38 @@ from fimaq_core.recipe import Recipe
 
 def swap_mlp(mlp: nn.Module, recipe: Recipe) -> None:
     """Replace ``fc1`` and ``fc2`` of timm's ``Mlp`` by quantizable layers, in place."""
-    if type(mlp) is not Mlp or not isinstance(mlp.fc1, nn.Linear) or not isinstance(mlp.fc2, nn.Linear):
+    if type(mlp) is not Mlp:
         raise ModelError(f"An MLP of type {type(mlp).__name__} is not supported.")
-    mlp.fc1 = QuantLinear.from_float(mlp.fc1, recipe.w_bits, recipe.a_bits)
+    swap_linears(mlp, MlpPart("mlp"), recipe)
+
+
+def swap_linears(mlp: nn.Module, part: MlpPart, recipe: Recipe, input_bits: int | None = None) -> None:
+    """Replace the two linear layers of an MLP by quantizable ones, in place.
+
+    Args:
+        mlp: the module.
+        part: names of its parts.
+        recipe: bits and quantizers.
+        input_bits: of the first layer's input; None for the recipe's bits of activations.
+
+    Raises:
+        ModelError: layers that are not linear, or a quantizer made for GELU behind another activation.
+    """
+    fc1, act, fc2 = (getattr(mlp, name, None) for name in (part.fc1, part.act, part.fc2))
+    if not isinstance(fc1, nn.Linear) or not isinstance(fc2, nn.Linear):
+        raise ModelError(f"An MLP of type {type(mlp).__name__} without two linear layers is not supported.")
     kind = recipe.gelu_quantizer
-    if kind != "uniform" and type(mlp.act) is not nn.GELU:
-        raise ModelError(f"The GELU quantizer '{kind}' is made for GELU, and this MLP has {type(mlp.act).__name__}: use uniform.")
-    mlp.fc2 = QuantLinear.from_float(mlp.fc2, recipe.w_bits, recipe.a_bits, kind)
+    if kind != "uniform" and type(act) is not nn.GELU:
+        raise ModelError(f"The GELU quantizer '{kind}' is made for GELU, and this MLP has {type(act).__name__}: use uniform.")
+    bits = recipe.a_bits if input_bits is None else input_bits
+    setattr(mlp, part.fc1, QuantLinear.from_float(fc1, recipe.w_bits, bits))
+    setattr(mlp, part.fc2, QuantLinear.from_float(fc2, recipe.w_bits, recipe.a_bits, kind))
 
 
 def mlp_parts(name: str, mlp: nn.Module) -> tuple[MlpPart, ...]:
     """timm's ``Mlp`` as a part for MLP reconstruction; none if there is a norm before ``fc2``."""
-    return (MlpPart(name),) if isinstance(mlp.norm, nn.Identity) else ()
+    # timm writes GELU by tanh as a class of its own, PyTorch as an option of nn.GELU.
+    return (MlpPart(name, gelu=(nn.GELU, GELUTanh)),) if isinstance(mlp.norm, nn.Identity) else ()
 
 
 def swap_patch_embed(patch_embed: nn.Module, recipe: Recipe) -> None:

@@ -1,0 +1,78 @@
+"""timm's attention pooling with its two products as quantizable layers."""
+
+import torch
+from timm.layers import AttentionPoolLatent
+from torch import Tensor, nn
+
+from fimaq_core.chain import NormPair
+from fimaq_core.errors import ModelError
+from fimaq_core.layers import QuantLinear
+from fimaq_core.recipe import Recipe
+from tasks.common.families.attention import attend, products
+from tasks.common.families.parts import norm_pair, swap_mlp
+
+
+class ExplicitAttentionPool(nn.Module):
+    """timm's ``AttentionPoolLatent`` (SigLIP) written out, with the norm before it: learned queries ask all tokens.
+
+    The norm is in here, not in the frozen part before the block, because reparameterisation changes it together with ``kv``.
+
+    Args of ``forward``: x (B, N, C) as the last transformer block gives it. Result (B, C).
+
+    Attributes:
+        query: (1, heads, latents, d) buffer, the queries behind their projection and norm.
+    """
+
+    query: Tensor
+
+    def __init__(
+        self, pool: AttentionPoolLatent, norm: nn.Module, skipped: int, recipe: Recipe, after: nn.Module | None = None
+    ) -> None:
+        """
+        Args:
+            pool: what is taken over.
+            norm: of the tokens, before the pooling and only there.
+            skipped: leading tokens that are not pooled.
+            recipe: bits and quantizers.
+            after: what follows in full precision, where the model ends with it.
+        """
+        super().__init__()
+        if type(pool) is not AttentionPoolLatent or pool.pool not in ("token", "avg"):
+            raise ModelError(f"Attention pooling of type {type(pool).__name__} (or to several tokens) is not supported.")
+        if not isinstance(pool.proj, nn.Linear):
+            raise ModelError("Attention pooling without a projection is not supported.")
+        self.num_heads, self.head_dim, self.scale, self.pool = pool.num_heads, pool.head_dim, pool.scale, pool.pool
+        self.skipped = skipped
+        self.norm_in = norm
+        self.register_parameter("pos_embed", pool.pos_embed)
+        self.kv = QuantLinear.from_float(pool.kv, recipe.w_bits, recipe.a_bits)
+        self.k_norm = pool.k_norm
+        self.query_key, self.attention_value = products(recipe)
+        self.proj = QuantLinear.from_float(pool.proj, recipe.w_bits, recipe.a_bits)
+        self.norm, self.mlp = pool.norm, pool.mlp
+        swap_mlp(self.mlp, recipe)
+        self.after = nn.Identity() if after is None else after
+        # The queries depend on no image: inference projects the learned latents once and keeps the result, so a quantized
+        # model has no such layer whose weight or input could be quantized. As operands of a product they are quantized there.
+        with torch.no_grad():
+            query = pool.q(pool.latent).reshape(1, pool.latent_len, self.num_heads, self.head_dim).transpose(1, 2)
+            self.register_buffer("query", pool.q_norm(query).detach().contiguous())
+
+    @property
+    def pairs(self) -> tuple[NormPair, ...]:
+        """The norms that can be reparameterised."""
+        # Where positions are added behind the norm, kv is not what consumes it.
+        first = norm_pair(self.norm_in, "kv") if self.pos_embed is None else ()
+        return first + norm_pair(self.norm, "mlp.fc1")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm_in(x)[:, self.skipped :]
+        if self.pos_embed is not None:
+            x = x + self.pos_embed
+        batch, tokens, _ = x.shape
+        k, v = self.kv(x).reshape(batch, tokens, 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        query = self.query.expand(batch, -1, -1, -1)
+        x = self.proj(attend(self.query_key, self.attention_value, query, self.k_norm(k), v, self.scale))
+        x = x + self.mlp(self.norm(x))
+        pooled: Tensor = self.after(x[:, 0] if self.pool == "token" else x.mean(dim=1))
+        return pooled

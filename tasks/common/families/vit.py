@@ -1,0 +1,152 @@
+"""Family of timm's ViT and DeiT (with and without the distillation token), also as a tower without a classifier."""
+
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from fimaq_core.chain import BlockChain, Segment
+from fimaq_core.errors import ModelError
+from fimaq_core.recipe import Recipe
+from tasks.common.families.attention import ExplicitAttention
+from tasks.common.families.parts import classifier, mlp_parts, norm_pair, swap_mlp, swap_patch_embed
+from tasks.common.families.pool import ExplicitAttentionPool
+
+
+class _Embedding(nn.Module):
+    """Between patch embedding and first block: prefix tokens, position embedding, norm."""
+
+    def __init__(self, model: VisionTransformer) -> None:
+        super().__init__()
+        self._model = [model]  # in a list: the chain must not own the model's blocks twice
+        self.norm_pre = model.norm_pre
+        for name in ("cls_token", "reg_token", "dist_token", "pos_embed"):
+            value = getattr(model, name, None)
+            if value is not None:
+                self.register_parameter(name, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        embedded: Tensor = self.norm_pre(self._model[0]._pos_embed(x))
+        return embedded
+
+
+class _Pooling(nn.Module):
+    """Between last block and head: norm, pooling."""
+
+    def __init__(self, model: VisionTransformer) -> None:
+        super().__init__()
+        self._model = [model]
+        self.norm, self.fc_norm = model.norm, model.fc_norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled: Tensor = self.fc_norm(self._model[0].pool(self.norm(x)))
+        return pooled
+
+
+class _TwoTokens(nn.Module):
+    """Between last block and DeiT's two heads: norm, then class and distillation token, (B, 2, C)."""
+
+    def __init__(self, model: VisionTransformerDistilled) -> None:
+        super().__init__()
+        self.norm = model.norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens: Tensor = self.norm(x)[:, :2]
+        return tokens
+
+
+class _TwoHeads(nn.Module):
+    """DeiT's two heads, averaged: (B, 2, C) to (B, classes)."""
+
+    def __init__(self, head: nn.Module, head_dist: nn.Module) -> None:
+        super().__init__()
+        self.head, self.head_dist = head, head_dist
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = (self.head(x[:, 0]) + self.head_dist(x[:, 1])) / 2
+        return logits
+
+
+class _LastBlock(nn.Module):
+    """timm's ``Block``, and behind it what a model without a head ends with."""
+
+    def __init__(self, block: Block, after: nn.Module) -> None:
+        super().__init__()
+        self.norm1, self.attn, self.ls1 = block.norm1, block.attn, block.ls1
+        self.norm2, self.mlp, self.ls2 = block.norm2, block.mlp, block.ls2
+        self.after = after
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        x = x + self.ls2(self.mlp(self.norm2(x)))
+        out: Tensor = self.after(x)
+        return out
+
+
+def vit_body(model: VisionTransformer, recipe: Recipe, prefix: str = "", ends: bool = False) -> tuple[list[Segment], nn.Module]:
+    """Cut a ViT into patch embedding, blocks and, where it has one, attention pooling. Takes over its parameters.
+
+    Args:
+        model: of a class that :class:`ViTFamily` matches.
+        recipe: bits and quantizers.
+        prefix: of the segments' labels.
+        ends: whether nothing quantized follows. The last segment's block then goes on to the pooled output, for a segment
+            without quantizers would have nothing to calibrate or to learn.
+
+    Returns:
+        The segments, and the full-precision part from the last one's output to the head's input.
+
+    Raises:
+        ModelError: blocks, attention, MLP or pooling of a kind that is not supported.
+    """
+    swap_patch_embed(model.patch_embed, recipe)
+    segments = [Segment(f"{prefix}patch_embed", "patch_embed", model.patch_embed)]
+    rest = model.fc_norm if model.attn_pool is not None else _rest(model)
+    for number, block in enumerate(model.blocks):
+        if type(block) is not Block:
+            raise ModelError(f"A transformer block of type {type(block).__name__} is not supported.")
+        block.attn = ExplicitAttention(block.attn, recipe)
+        swap_mlp(block.mlp, recipe)
+        last = ends and model.attn_pool is None and number == len(model.blocks) - 1
+        segments.append(
+            Segment(
+                f"{prefix}blocks.{number}",
+                "block",
+                _LastBlock(block, rest) if last else block,
+                before=_Embedding(model) if number == 0 else None,
+                pairs=norm_pair(block.norm1, "attn.qkv") + norm_pair(block.norm2, "mlp.fc1"),
+                mlps=mlp_parts("mlp", block.mlp),
+            )
+        )
+    if model.attn_pool is not None:
+        skipped = 0 if model.pool_include_prefix else model.num_prefix_tokens
+        pool = ExplicitAttentionPool(model.attn_pool, model.norm, skipped, recipe, after=rest if ends else None)
+        mlps = mlp_parts("mlp", pool.mlp)
+        segments.append(Segment(f"{prefix}attn_pool", "block", pool, pairs=pool.pairs, mlps=mlps))
+    return segments, nn.Identity() if ends else rest
+
+
+def _rest(model: VisionTransformer) -> nn.Module:
+    return _TwoTokens(model) if isinstance(model, VisionTransformerDistilled) else _Pooling(model)
+
+
+class ViTFamily:
+    """timm ``VisionTransformer`` and ``VisionTransformerDistilled`` with plain blocks."""
+
+    name = "timm-vit"
+
+    def matches(self, model: nn.Module) -> bool:
+        """Whether ``model`` is exactly one of the two classes."""
+        return type(model) in (VisionTransformer, VisionTransformerDistilled)
+
+    def build(self, model: nn.Module, recipe: Recipe) -> BlockChain:
+        """Cut ``model`` into patch embedding, blocks, attention pooling (if any) and head. Takes over its parameters.
+
+        Raises:
+            ModelError: blocks, attention, MLP, pooling or head of a kind that is not supported.
+        """
+        assert isinstance(model, VisionTransformer)
+        segments, rest = vit_body(model, recipe)
+        head: nn.Module = classifier(model.head, recipe)
+        if isinstance(model, VisionTransformerDistilled):
+            head = _TwoHeads(head, classifier(model.head_dist, recipe))
+        return BlockChain([*segments, Segment("head", "head", head, before=rest)])
