@@ -22,25 +22,6 @@ from tasks.common.prepare import make_parts
 from tasks.common.task import CalibrationSet, LoadedModel
 
 _WORDS = tuple("a photo of two red dogs on the green grass beside an old wooden table with some bread".split(" "))
-    "a",
-    "photo",
-    "of",
-    "two",
-    "red",
-    "dogs",
-    "on",
-    "the",
-    "green",
-    "grass",
-    "beside",
-    "an",
-    "old",
-    "wooden",
-    "table",
-    "with",
-    "some",
-    "bread",
-]
 
 
 def random_clip(name: str, pairs: int) -> tuple[LoadedModel, CalibrationSet]:
