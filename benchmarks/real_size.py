@@ -21,7 +21,7 @@ from tasks.common.environment import describe, peak_memory, resolve_device
 from tasks.common.prepare import make_parts
 from tasks.common.task import CalibrationSet, LoadedModel
 
-_WORDS = tuple("a photo of two red dogs on the green grass beside an old wooden table with some bread".split(" "))
+_TEXT = "a photo of two red dogs on the green grass beside an old wooden table with some bread"
 
 
 def random_clip(name: str, pairs: int) -> tuple[LoadedModel, CalibrationSet]:
@@ -40,8 +40,9 @@ def random_clip(name: str, pairs: int) -> tuple[LoadedModel, CalibrationSet]:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(pairs, 3, height, width, generator=generator)
     lengths = torch.randint(4, 16, (pairs,), generator=generator).tolist()
-    order = torch.randint(0, len(_WORDS), (pairs, 16), generator=generator).tolist()
-    captions = [" ".join(_WORDS[index] for index in row[:length]) for row, length in zip(order, lengths, strict=True)]
+    words = _TEXT.split()
+    order = torch.randint(0, len(words), (pairs, 16), generator=generator).tolist()
+    captions = [" ".join(words[index] for index in row[:length]) for row, length in zip(order, lengths, strict=True)]
     inputs = {"vision": images, "text": tokenizer(captions)}
     loaded = LoadedModel(
         model, f"{architecture}.random", "random", "0" * 64, 0, nn.Identity(), nn.Identity(), tokenizer=tokenizer,
