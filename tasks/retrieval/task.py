@@ -17,10 +17,8 @@ from tasks.retrieval.calibration import calibration_set
 from tasks.retrieval.captions import open_pairs
 from tasks.retrieval.divergence import ContrastiveDivergence
 from tasks.retrieval.evaluate import evaluate_pairs, truncated
-from tasks.retrieval.towers import build_towers
+from tasks.retrieval.towers import TOWERS, build_towers
 from tasks.retrieval.zero_shot import ZeroShotClassifier, class_embeddings, class_names
-
-TOWERS = ("vision", "text")
 
 
 class TwoTowers(nn.Module):

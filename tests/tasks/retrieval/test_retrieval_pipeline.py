@@ -112,7 +112,7 @@ def test_the_record_says_what_was_measured(place: Path, tmp_path: Path) -> None:
     record, folder = run(place, tmp_path / "runs", *QUICK, "--towers", "vision")
     data, calibration = record.dataset, record.calibration
     assert (data.name, data.split, data.count, data.captions, data.truncated_captions) == (
-        "captions-34-images",
+        "captions-10-images",
         "test",
         10,
         20,
