@@ -1,0 +1,1 @@
+"""Image-caption retrieval and zero-shot classification with CLIP-like models."""
