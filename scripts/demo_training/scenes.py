@@ -38,7 +38,7 @@ class SceneRecipe(common.Recipe):
         facts_weight: Weight of the loss of the facts beside the contrastive loss.
     """
 
-    epochs: int = 100
+    epochs: int = 50  # No more: a model that reads every scene would hide what quantization costs.
     batch_size: int = 64
     lr: float = 2e-3
     facts_weight: float = 1.0
