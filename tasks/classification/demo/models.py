@@ -2,34 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from tasks.classification.demo.digits import CANVAS_SIZE, NUM_CLASSES
-
-_WEIGHTS_DIR = Path(__file__).parent / "weights"
-
-
-@dataclass(frozen=True)
-class DemoSpec:
-    """How to build a demo model.
-
-    Attributes:
-        module: timm module that defines the class; imported only when a model is built.
-        cls: Name of the class.
-        kwargs: Its keyword arguments.
-    """
-
-    module: str
-    cls: str
-    kwargs: dict[str, Any]
-
+from tasks.common.demo_models import DemoModels, DemoSpec
 
 _COMMON: dict[str, Any] = {"img_size": CANVAS_SIZE, "in_chans": 1, "num_classes": NUM_CLASSES, "qkv_bias": True}
 
@@ -65,24 +44,12 @@ _SPECS: dict[str, DemoSpec] = {
 
 DEMO_MODELS: tuple[str, ...] = tuple(_SPECS)
 
+_DEMO = DemoModels(_SPECS, Path(__file__).parent / "weights")
+
 
 def demo_spec(name: str) -> DemoSpec:
-    """Looks up how a demo model is built.
-
-    Args:
-        name: One of `DEMO_MODELS`.
-
-    Returns:
-        The specification.
-
-    Raises:
-        ValueError: If there is no such model.
-    """
-    if name in _SPECS:
-        return _SPECS[name]
-    close = difflib.get_close_matches(name, DEMO_MODELS, n=1)
-    hint = f" did you mean {close[0]!r}?" if close else ""
-    raise ValueError(f"unknown demo model {name!r};{hint} available: {', '.join(DEMO_MODELS)}")
+    """Looks up how a demo model is built; a ValueError if there is no such model."""
+    return _DEMO.spec(name)
 
 
 def build_demo_model(name: str) -> nn.Module:
@@ -97,41 +64,14 @@ def build_demo_model(name: str) -> nn.Module:
     Raises:
         ValueError: If there is no such model.
     """
-    spec = demo_spec(name)
-    model: nn.Module = getattr(importlib.import_module(spec.module), spec.cls)(**spec.kwargs)
-    return model.eval()
+    return _DEMO.build(name)
 
 
 def demo_weights_path(name: str) -> Path:
-    """Returns where the trained weights (safetensors, float32) of a demo model are.
-
-    Args:
-        name: One of `DEMO_MODELS`.
-
-    Returns:
-        The path of the safetensors file.
-
-    Raises:
-        ValueError: If there is no such model.
-    """
-    demo_spec(name)
-    return _WEIGHTS_DIR / f"{name}.safetensors"
+    """Returns where the trained weights of a demo model are; a ValueError if there is no such model."""
+    return _DEMO.weights_path(name)
 
 
 def demo_weights_metadata(name: str) -> dict[str, Any]:
-    """Reads what is recorded about the weights: training settings, accuracies, versions and the file's sha256.
-
-    Args:
-        name: One of `DEMO_MODELS`.
-
-    Returns:
-        The metadata.
-
-    Raises:
-        ValueError: If there is no such model.
-        FileNotFoundError: If the model has not been trained.
-    """
-    path = demo_weights_path(name).with_suffix(".json")
-    if not path.is_file():
-        raise FileNotFoundError(f"no metadata for {name}: train it with `python scripts/train_demo.py --models {name}`")
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Reads what is recorded about the weights of a demo model, see `DemoModels.metadata`."""
+    return _DEMO.metadata(name)

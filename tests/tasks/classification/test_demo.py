@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from tasks.classification.demo import digits, models
-from tasks.classification.demo.augment import RandomDigitWarp
+from tasks.common.augment import RandomDigitWarp
+from tasks.common.digits import PARTS, load_digits, split_digits
 
 SIZES = {"train": 8192, "val": 1000, "test": 2000}
 
@@ -26,22 +27,22 @@ def load_trained(name: str) -> nn.Module:
 
 
 def test_split_is_disjoint_and_stratified() -> None:
-    _, labels = digits.load_digits()
-    split = digits.split_digits()
+    _, labels = load_digits()
+    split = split_digits()
     assert {part: len(indices) for part, indices in split.items()} == {"train": 2700, "val": 500, "test": 1800}
     assert len(set().union(*split.values())) == 5000
     for indices in split.values():
         assert len(set(np.bincount(labels[list(indices)], minlength=10).tolist())) == 1
 
 
-@pytest.mark.parametrize("part", digits.PARTS)
+@pytest.mark.parametrize("part", PARTS)
 def test_part_is_composed_of_its_own_digits(part: str) -> None:
     data = digits.DigitPairs(part)
     assert len(data) == len(data.ids) == len(data.targets) == SIZES[part]
     assert data.pixels.shape == (SIZES[part], 32, 64)
     assert data.pixels.dtype == np.uint8
     assert len(set(data.ids)) == len(data)
-    members = set(digits.split_digits()[part])
+    members = set(split_digits()[part])
     used = np.concatenate([data.plan.left, data.plan.right])
     assert set(used.tolist()) == members
     counts = np.unique(used, return_counts=True)[1]
@@ -54,7 +55,7 @@ def test_part_is_composed_of_its_own_digits(part: str) -> None:
 
 
 def test_labels_and_pixels_match_the_composed_digits() -> None:
-    images, labels = digits.load_digits()
+    images, labels = load_digits()
     data = digits.DigitPairs("test")
     for i in range(0, len(data), 97):
         name, _, sources = data.ids[i].partition("-")

@@ -1,4 +1,4 @@
-"""Random warps of digit pairs, per digit and on whole batches at once (per-image PIL would dominate training)."""
+"""Random warps of composed digits, per digit and on whole batches at once (per-image PIL would dominate training)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from torch import nn
 
 
 class RandomDigitWarp(nn.Module):
-    """Warps each digit of a pair independently: rotation, scale, shear, shift and a smooth elastic displacement.
+    """Warps each cell of an image independently: rotation, scale, shear, shift and a smooth elastic displacement.
 
-    Digits are never flipped or exchanged, so labels stay valid. Randomness comes from torch's global generator.
+    Cells hold one digit each, and none leaves its cell. Digits are never flipped or exchanged, so labels stay valid.
+    Randomness comes from torch's global generator.
     """
 
     def __init__(
@@ -23,6 +24,8 @@ class RandomDigitWarp(nn.Module):
         shift: float = 2.0,
         elastic: float = 1.5,
         contrast: float = 0.3,
+        rows: int = 1,
+        columns: int = 2,
     ) -> None:
         """Sets the strength of the warp; every parameter is drawn uniformly from plus or minus its value.
 
@@ -33,6 +36,8 @@ class RandomDigitWarp(nn.Module):
             shift: Translation in pixels in each direction.
             elastic: Displacement in pixels of the 4x4 control points of the elastic warp.
             contrast: Strength of the change of the stroke's weight, as a log2 exponent of the pixel values.
+            rows: Rows of cells.
+            columns: Cells of a row; the default is a pair.
         """
         super().__init__()
         self.degrees = degrees
@@ -41,23 +46,26 @@ class RandomDigitWarp(nn.Module):
         self.shift = shift
         self.elastic = elastic
         self.contrast = contrast
+        self.rows = rows
+        self.columns = columns
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Warps images.
 
         Args:
-            images: float32 in [0, 1] of shape ``(1, h, 2 * h)`` or ``(b, 1, h, 2 * h)``.
+            images: float32 in [0, 1] of shape ``(1, rows * h, columns * h)`` or ``(b, 1, rows * h, columns * h)``.
 
         Returns:
             The warped images, same shape, dtype and range.
         """
         batch = images if images.ndim == 4 else images[None]
-        # (b, 1, h, 2h) -> (2b, 1, h, h): from here on every digit is an image of its own.
-        digits = torch.cat(batch.chunk(2, dim=-1))
+        # (b, 1, rows * h, columns * h) -> (rows * columns * b, 1, h, h): from here on every digit is an image of its own.
+        digits = torch.cat([cell for row in batch.chunk(self.rows, dim=-2) for cell in row.chunk(self.columns, dim=-1)])
         digits = F.grid_sample(digits, self._grid(digits), mode="bilinear", align_corners=False).clamp(0, 1)
         gamma = torch.exp2(self._uniform((len(digits), 1, 1, 1), digits) * self.contrast)
-        digits = digits.pow(gamma)
-        return torch.cat(digits.chunk(2), dim=-1).reshape(images.shape)
+        cells = digits.pow(gamma).chunk(self.rows * self.columns)
+        rows = [torch.cat(cells[i : i + self.columns], dim=-1) for i in range(0, len(cells), self.columns)]
+        return torch.cat(rows, dim=-2).reshape(images.shape)
 
     def _grid(self, digits: torch.Tensor) -> torch.Tensor:
         """Draws the sampling grid, float32 of shape ``(n, h, h, 2)``, in `grid_sample` coordinates."""

@@ -1,0 +1,1 @@
+"""Training of the demo models, a module a task."""

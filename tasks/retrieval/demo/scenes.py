@@ -1,0 +1,250 @@
+"""Scenes of two to four real handwritten digits with captions: an image-text data set that needs no download.
+
+A scene is a 2 x 2 layout of cells; a cell is empty or holds a small or a large digit. Scenes come in groups of four: one
+is drawn, the others differ from it in one digit, one size or one place. Without such near misses a model that reads half
+of a scene would already find its caption, and retrieval would hide what quantization costs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
+
+from tasks.common.augment import RandomDigitWarp
+from tasks.common.digits import PARTS, SEED, DigitDealer, check_part, load_digits
+from tasks.retrieval.demo.captions import NUM_FORMS, fact_of, write_caption
+
+CELL_SIZE = 24
+CELLS = 4
+CANVAS_SIZE = (2 * CELL_SIZE, 2 * CELL_SIZE)
+# Side of a digit's image in pixels, first and last of a size class: small, large.
+SIZES = ((14, 16), (22, 24))
+GROUP = 4
+
+# Mean and standard deviation of the `train` part's pixels in [0, 1]; constants, so that preprocessing never drifts.
+PIXEL_MEAN = 0.0657
+PIXEL_STD = 0.2103
+
+_DATA = "digit scenes"
+_SCENES = {"train": 4096, "val": 500, "test": 1000}
+
+
+@dataclass(frozen=True)
+class ScenePlan:
+    """Which digits make up which scene, where they are placed, and how the scene is told.
+
+    Attributes:
+        facts: Fact of each cell, see `captions`, int64 of shape ``(n, 4)``.
+        sources: Source index of each cell's digit, -1 if it is empty, int64 of shape ``(n, 4)``.
+        sizes: Side of each digit's image in pixels, int64 of shape ``(n, 4)``; without meaning for empty cells.
+        offsets: ``(top, left)`` of each digit inside its cell, int64 of shape ``(n, 4, 2)``.
+        captions: One sentence a scene.
+    """
+
+    facts: np.ndarray
+    sources: np.ndarray
+    sizes: np.ndarray
+    offsets: np.ndarray
+    captions: tuple[str, ...]
+
+
+def draw_facts(count: int, rng: np.random.Generator) -> np.ndarray:
+    """Draws what scenes show, in groups of near misses that stand together; no two scenes show the same.
+
+    Args:
+        count: Number of scenes.
+        rng: Source of all randomness; the same state gives the same facts.
+
+    Returns:
+        The facts, int64 of shape ``(count, 4)``.
+    """
+    rows: list[np.ndarray] = []
+    seen: set[tuple[int, ...]] = set()
+    while len(rows) < count:
+        first = len(rows) // GROUP * GROUP
+        row = _change_one(rows[first], rng) if first < len(rows) else _draw_scene(rng)
+        key = tuple(row.tolist())
+        if key not in seen:
+            seen.add(key)
+            rows.append(row)
+    return np.stack(rows)
+
+
+def draw_scenes(part: str, count: int, rng: np.random.Generator) -> ScenePlan:
+    """Draws scenes of the digits of one part, with the digits of a class used as evenly as the count allows.
+
+    Args:
+        part: One of `PARTS`.
+        count: Number of scenes.
+        rng: Source of all randomness; the same state gives the same plan.
+
+    Returns:
+        The plan of ``count`` scenes with distinct facts, hence distinct captions.
+    """
+    check_part(part, _DATA)
+    facts = draw_facts(count, rng)
+    dealer = DigitDealer(part, rng)
+    sources = np.full(facts.shape, -1, dtype=np.int64)
+    for i, cell in np.argwhere(facts > 0).tolist():
+        sources[i, cell] = dealer.deal((int(facts[i, cell]) - 1) // 2)
+    ranges = np.asarray(SIZES)[(facts - 1) % 2]  # (n, 4, 2): first and last size
+    sizes = rng.integers(ranges[..., 0], ranges[..., 1], endpoint=True)
+    offsets = rng.integers(0, CELL_SIZE - sizes[..., None], size=(*sizes.shape, 2), endpoint=True)
+    orders = rng.random(facts.shape).argsort(axis=1)
+    forms = rng.integers(0, NUM_FORMS, size=count)
+    captions = tuple(map(write_caption, facts.tolist(), orders.tolist(), forms.tolist()))
+    return ScenePlan(facts=facts, sources=sources, sizes=sizes, offsets=offsets, captions=captions)
+
+
+def shrink(images: np.ndarray, size: int) -> np.ndarray:
+    """Shrinks square images: a pixel is the mean of the area it covers, in integers, so the same on every machine.
+
+    Args:
+        images: uint8 of shape ``(n, s, s)``.
+        size: New side, at most ``s``.
+
+    Returns:
+        uint8 of shape ``(n, size, size)``.
+    """
+    old = images.shape[-1]
+    # In units of 1 / (old * size) of the side, a new pixel is `old` wide and an old one `size`.
+    starts, ends = np.arange(size)[:, None] * old, np.arange(old) * size
+    overlap = np.clip(np.minimum(starts + old, ends + size) - np.maximum(starts, ends), 0, None)  # (size, old)
+    area = old * old
+    total = overlap @ images.astype(np.int64) @ overlap.T
+    return ((2 * total + area) // (2 * area)).astype(np.uint8)
+
+
+def compose_scenes(plan: ScenePlan) -> np.ndarray:
+    """Renders the scenes of a plan.
+
+    Args:
+        plan: The plan of ``n`` scenes.
+
+    Returns:
+        The canvases, uint8 of shape ``(n, 48, 48)``.
+    """
+    images, _ = load_digits()
+    canvases = np.zeros((len(plan.captions), *CANVAS_SIZE), dtype=np.uint8)
+    for size in range(SIZES[0][0], SIZES[1][1] + 1):
+        places = np.argwhere((plan.sources >= 0) & (plan.sizes == size))
+        digits = shrink(images[plan.sources[places[:, 0], places[:, 1]]], size)
+        for digit, (i, cell) in zip(digits, places.tolist(), strict=True):
+            y = cell // 2 * CELL_SIZE + plan.offsets[i, cell, 0]
+            x = cell % 2 * CELL_SIZE + plan.offsets[i, cell, 1]
+            canvases[i, y : y + size, x : x + size] = digit
+    return canvases
+
+
+class DigitScenes(Dataset):
+    """One fixed part of the digit scenes.
+
+    Attributes:
+        part: Name of the part.
+        transform: Applied to each image when it is read, or None.
+        plan: What the scenes show and how they are told.
+        pixels: All images, uint8 of shape ``(n, 48, 48)``.
+        ids: Stable sample ids such as ``test/00017-1234+____+0456+____``: position, then each cell's source index.
+        captions: One caption a scene; all are distinct.
+    """
+
+    def __init__(self, part: str, transform: Callable[[Image.Image], Any] | None = None) -> None:
+        """Composes the part.
+
+        Args:
+            part: One of `PARTS`: 4,096 scenes in `train`, 500 in `val`, 1,000 in `test`.
+            transform: Maps a 48x48 PIL image of mode ``L`` to what the model takes, see `eval_transform`.
+
+        Raises:
+            ValueError: If there is no such part.
+        """
+        check_part(part, _DATA)
+        self.part = part
+        self.transform = transform
+        # One stream per part, none of them a stream of the digit pairs.
+        rng = np.random.default_rng([SEED, PARTS.index(part), 1])
+        self.plan = draw_scenes(part, _SCENES[part], rng)
+        self.pixels = compose_scenes(self.plan)
+        self.captions: list[str] = list(self.plan.captions)
+        self.ids: list[str] = [
+            f"{part}/{i:05d}-" + "+".join(f"{source:04d}" if source >= 0 else "____" for source in row)
+            for i, row in enumerate(self.plan.sources.tolist())
+        ]
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __getitem__(self, index: int) -> tuple[Any, str]:
+        """Reads one sample.
+
+        Args:
+            index: Position in the part.
+
+        Returns:
+            The transformed image (the PIL image of mode ``L`` itself if there is no transform) and its caption.
+        """
+        image = Image.fromarray(self.pixels[index])
+        return (image if self.transform is None else self.transform(image)), self.captions[index]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The sha256 over ids, captions and pixels: equal exactly if the data are equal."""
+        digest = hashlib.sha256("\n".join([*self.ids, *self.captions]).encode())
+        digest.update(self.pixels.tobytes())
+        return digest.hexdigest()
+
+
+def scene_warp() -> RandomDigitWarp:
+    """Returns the warp of training scenes: each cell on its own, too mild to turn a size or a place into another."""
+    return RandomDigitWarp(degrees=10.0, scale=0.1, shear=0.15, shift=1.0, elastic=1.0, contrast=0.3, rows=2, columns=2)
+
+
+def eval_transform() -> v2.Compose:
+    """Returns the preprocessing for evaluation: PIL image of mode ``L`` to normalised float32 ``(3, 48, 48)``."""
+    return v2.Compose([*_to_tensor(), *_normalize()])
+
+
+def train_transform() -> v2.Compose:
+    """Returns the training preprocessing: `eval_transform` with each cell warped at random (never flipped)."""
+    return v2.Compose([*_to_tensor(), scene_warp(), *_normalize()])
+
+
+def _draw_scene(rng: np.random.Generator) -> np.ndarray:
+    row = np.zeros(CELLS, dtype=np.int64)
+    for cell in rng.permutation(CELLS)[: rng.integers(2, CELLS, endpoint=True)]:
+        row[cell] = fact_of(int(rng.integers(10)), int(rng.integers(2)))
+    return row
+
+
+def _change_one(row: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Changes one digit, changes one size, or lets a cell trade places with another (empty or not)."""
+    row = row.copy()
+    cell = int(rng.choice(np.flatnonzero(row)))
+    kind = int(rng.integers(3))
+    if kind == 0:
+        digit, large = divmod(int(row[cell]) - 1, 2)
+        row[cell] = fact_of((digit + int(rng.integers(1, 10))) % 10, large)
+    elif kind == 1:
+        row[cell] = 1 + ((int(row[cell]) - 1) ^ 1)
+    else:
+        other = (cell + int(rng.integers(1, CELLS))) % CELLS
+        row[[cell, other]] = row[[other, cell]]
+    return row
+
+
+def _to_tensor() -> list[torch.nn.Module]:
+    return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.ToPureTensor()]
+
+
+def _normalize() -> list[torch.nn.Module]:
+    # Grey three times: open_clip's patch embedding takes three channels.
+    return [v2.RGB(), v2.Normalize(mean=[PIXEL_MEAN] * 3, std=[PIXEL_STD] * 3)]
