@@ -16,10 +16,26 @@ from benchmarks.tables import Measured
 
 @dataclass(frozen=True)
 class Outcomes:
-    """Of each sample its id and whether it was right: ``sample`` (n,) distinct ids, ``correct`` (n,) bool."""
+    """Of each sample its id and whether it was right.
+
+    Attributes:
+        sample: (n,) distinct ids.
+        correct: (n,) bool.
+        weight: (n,) float, what each sample counts; None: all the same.
+        cluster: (n,) integers, the same for samples that depend on each other, such as captions of one image; None: no two do.
+    """
 
     sample: np.ndarray
     correct: np.ndarray
+    weight: np.ndarray | None = None
+    cluster: np.ndarray | None = None
+
+    def by_id(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Ids in order, and what goes with each: whether it was right (float), weight (n,), cluster (n,)."""
+        order, n = np.argsort(self.sample), len(self.sample)
+        weight = np.ones(n) if self.weight is None else self.weight.astype(np.float64)[order]
+        cluster = np.arange(n) if self.cluster is None else self.cluster[order]
+        return self.sample[order], self.correct[order].astype(float), weight, cluster
 
 
 @dataclass(frozen=True)
@@ -38,7 +54,8 @@ def read_outcomes(item: Measured) -> Outcomes | None:
         return None
     try:
         with np.load(item.folder / item.record.outcomes, allow_pickle=False) as content:
-            return Outcomes(content["sample"], content["correct"])
+            more = [content.get(name) for name in ("weight", "cluster")]
+            return Outcomes(content["sample"], content["correct"], *more)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
 
@@ -46,27 +63,37 @@ def read_outcomes(item: Measured) -> Outcomes | None:
 def paired(first: Mapping[int, Outcomes], second: Mapping[int, Outcomes]) -> Paired | None:
     """Compare two methods, given their outcomes by seed.
 
-    With dᵢ the mean over common seeds of correct₁ - correct₂ on sample i, the difference is the mean of d, its standard
-    error sd(d)/√n.
+    With dᵢ the mean over common seeds of correct₁ - correct₂ on sample i, the difference D is the weighted mean of d. Its
+    standard error is the cluster-robust one (Liang and Zeger, Biometrika 73, 1986): with s the sum of wᵢ(dᵢ - D)/Σw over a
+    cluster, √(G/(G-1) Σs²) over G clusters; sd(d)/√n where all weights are equal and no samples share a cluster.
 
     Returns:
-        first minus second; None without a common seed, or where they were not measured on the same samples (at least two).
+        first minus second; None without a common seed, or where they were not measured on the same samples (of at least two
+        clusters).
     """
     seeds = sorted(set(first) & set(second))
-    everything = [outcomes for seed in seeds for outcomes in (first[seed], second[seed])]
-    if not everything or len(everything[0].sample) < 2:
+    everything = [outcomes.by_id() for seed in seeds for outcomes in (first[seed], second[seed])]
+    if not everything:
         return None
-    orders = [np.argsort(outcomes.sample) for outcomes in everything]
-    ids = everything[0].sample[orders[0]]
-    if any(not np.array_equal(outcomes.sample[order], ids) for outcomes, order in zip(everything, orders, strict=True)):
+    ids, _, weight, cluster = everything[0]
+    for other_ids, _, other_weight, other_cluster in everything[1:]:
+        alike = ((ids, other_ids), (weight, other_weight), (cluster, other_cluster))
+        if not all(np.array_equal(mine, other) for mine, other in alike):
+            return None
+    groups, place = np.unique(cluster, return_inverse=True)
+    if len(groups) < 2:
         return None
-    right = [outcomes.correct[order].astype(float) for outcomes, order in zip(everything, orders, strict=True)]
+    right = [correct for _, correct, _, _ in everything]
     gaps = 100 * np.mean([a - b for a, b in zip(right[::2], right[1::2], strict=True)], axis=0)
-    return Paired(float(gaps.mean()), float(gaps.std(ddof=1)) / math.sqrt(len(gaps)), len(gaps), len(seeds))
+    share = weight / weight.sum()
+    difference = float((share * gaps).sum())
+    sums = np.bincount(place, share * (gaps - difference))
+    se = math.sqrt(len(groups) / (len(groups) - 1) * float((sums**2).sum()))
+    return Paired(difference, se, len(gaps), len(seeds))
 
 
 def compare(first: Sequence[Measured], second: Sequence[Measured]) -> Paired | None:
-    """Compare two sets of finished cells, each of one model, method and bits, by :func:`paired`; None where it cannot."""
+    """Compare two sets of finished cells, each of one subject, method and bits, by :func:`paired`; None where it cannot."""
     return paired(_by_seed(first), _by_seed(second))
 
 

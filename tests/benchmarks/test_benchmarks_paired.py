@@ -91,3 +91,96 @@ def test_records_on_disk_are_compared_and_damaged_ones_are_not(tmp_path):
     assert base[1].folder is not None
     (base[1].folder / "outcomes.npz").unlink()
     assert compare(mine, base) is None
+
+
+def clustered(rng: np.random.Generator, images: int = 60) -> tuple[list[Outcomes], np.ndarray]:
+    """Two methods' outcomes of queries by image (one) and by caption (one to four an image), dependent within an image."""
+    captions = rng.integers(1, 5, images)
+    cluster = np.concatenate([np.arange(images), np.repeat(np.arange(images), captions)])
+    n, m = images, len(cluster) - images
+    weight = np.concatenate([np.full(n, (n + m) / (2 * n)), np.full(m, (n + m) / (2 * m))]).astype(np.float32)
+    hard = rng.random(images)
+    ids = np.array([f"q{i}" for i in range(n + m)])
+    found = [Outcomes(ids, rng.random(n + m) < shift + 0.5 * hard[cluster], weight, cluster) for shift in (0.4, 0.3)]
+    return found, cluster
+
+
+def test_weights_make_the_difference_a_weighted_mean_and_clusters_its_error():
+    (first, second), cluster = clustered(np.random.default_rng(3))
+    result = paired({1: first}, {1: second})
+    weight = first.weight.astype(np.float64)
+    gaps = 100 * (first.correct.astype(float) - second.correct)
+    images = int(cluster.max()) + 1
+    # R@1 is the mean of both directions, whatever the number of queries in each.
+    sides = [gaps[:images].mean(), gaps[images:].mean()]
+    assert result is not None
+    assert result.difference == pytest.approx(np.mean(sides), abs=1e-5)
+    total = sum(weight)
+    squares = 0.0
+    for image in range(images):
+        own = [i for i in range(len(gaps)) if cluster[i] == image]
+        squares += sum(weight[i] * (gaps[i] - result.difference) for i in own) ** 2
+    assert result.se == pytest.approx(math.sqrt(images / (images - 1) * squares) / total)
+    assert result.samples == len(gaps)
+
+
+def test_the_error_of_clusters_is_that_of_a_bootstrap_over_them():
+    (first, second), cluster = clustered(np.random.default_rng(4), images=300)
+    result = paired({1: first}, {1: second})
+    gaps = 100 * (first.correct.astype(float) - second.correct)
+    shares = np.bincount(cluster, first.weight)
+    sums = np.bincount(cluster, first.weight * gaps)
+    counts = np.random.default_rng(5).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=4000)
+    drawn = (counts @ sums) / (counts @ shares)
+    assert result is not None
+    assert result.se == pytest.approx(drawn.std(), rel=0.05)
+    # Taken as independent, the queries of one image would look surer than they are.
+    alone = paired({1: Outcomes(first.sample, first.correct)}, {1: Outcomes(second.sample, second.correct)})
+    assert alone is not None
+    assert alone.se < 0.9 * result.se
+
+
+def test_equal_weights_and_lone_samples_are_the_plain_error():
+    rng = np.random.default_rng(6)
+    ids = np.array([f"s{i}" for i in range(50)])
+    plain = [Outcomes(ids, rng.random(50) < share) for share in (0.8, 0.6)]
+    lone = [Outcomes(o.sample, o.correct, np.full(50, 3.0), np.arange(50)[::-1]) for o in plain]
+    expected, found = paired({1: plain[0]}, {1: plain[1]}), paired({1: lone[0]}, {1: lone[1]})
+    assert expected is not None
+    assert found is not None
+    assert (found.difference, found.se) == (pytest.approx(expected.difference), pytest.approx(expected.se))
+
+
+def test_whole_clusters_of_a_constant_difference_leave_no_error():
+    # Three queries of one image and one of another: first always right, second never. Every resample gives 100.
+    ids, cluster = np.array(["a", "b", "c", "d"]), np.array([0, 0, 0, 1])
+    first, second = (Outcomes(ids, np.full(4, right), np.ones(4), cluster) for right in (True, False))
+    result = paired({1: first}, {1: second})
+    assert result is not None
+    assert (result.difference, result.se) == (100.0, 0.0)
+
+
+def test_weights_and_clusters_follow_their_samples_and_must_agree():
+    (first, second), _ = clustered(np.random.default_rng(7))
+    order = np.random.default_rng(8).permutation(len(first.sample))
+    shuffled = Outcomes(*(part[order] for part in (second.sample, second.correct, second.weight, second.cluster)))
+    assert paired({1: first}, {1: shuffled}) == paired({1: first}, {1: second})
+    assert paired({1: first}, {1: Outcomes(second.sample, second.correct, second.weight[order], second.cluster)}) is None
+    assert paired({1: first}, {1: Outcomes(second.sample, second.correct, second.weight, second.cluster[order])}) is None
+    one = np.zeros(len(first.sample), dtype=int)
+    alike = [Outcomes(o.sample, o.correct, o.weight, one) for o in (first, second)]
+    assert paired({1: alike[0]}, {1: alike[1]}) is None
+
+
+def test_weights_and_clusters_are_read_from_outcomes(tmp_path):
+    (cell, *_) = expand(fakes.plain_demo(), Filters(models=("demo_vit",)), RunOptions(results=tmp_path))
+    (item,) = fakes.write_cells([cell], lambda cell: 50.0, lambda cell: np.array([True, False]))
+    plain = read_outcomes(item)
+    assert plain is not None
+    assert (plain.weight, plain.cluster) == (None, None)
+    assert item.folder is not None
+    content = {"sample": plain.sample, "correct": plain.correct, "weight": np.array([1.5, 0.5]), "cluster": np.array([4, 4])}
+    np.savez(item.folder / item.record.outcomes, **content)
+    found = read_outcomes(item)
+    assert found is not None
+    assert (found.weight.tolist(), found.cluster.tolist()) == ([1.5, 0.5], [4, 4])
