@@ -22,6 +22,8 @@ COLUMNS = [
 #: Points by which two runs of one recipe may differ in any case.
 TOLERANCE = 0.3
 REPRODUCED, ABOVE, BELOW, NOT_COMPARABLE = "reproduced", "above", "below", "not comparable"
+#: What published rows and tables have where the source does not say.
+UNSTATED = "unstated"
 _STRONG = ("primary", "cited")
 
 
@@ -112,21 +114,22 @@ def _group(field: str) -> str:
 def _unlike(item: Measurement, names: Names) -> str | None:
     """Say why a measurement compares with no published number whatsoever, or None if it may."""
     record, data = item.record, item.record.dataset
-    wanted = [entry for entry in names.datasets.values() if entry.task == record.task and entry.name == data.name]
-    if not wanted:
+    sets = names.published_on(record.task, data.name)
+    if not sets:
         return f"measured on {data.name} ({data.split}, {data.count} samples), on which nothing is published"
-    if (data.split, data.count) != (wanted[0].split, wanted[0].count) or record.n != wanted[0].count:
+    wanted = sets[0][2]
+    if (data.split, data.count) != (wanted.split, wanted.count) or record.n != wanted.count:
         return (
             f"measured on a part of {data.name} ({data.split}, {record.n} samples); "
-            f"published numbers use {wanted[0].split} with {wanted[0].count}"
+            f"published numbers use {wanted.split} with {wanted.count}"
         )
     if record.skipped_images:
         return f"{len(record.skipped_images)} damaged images were left out"
-    model = _model(record, names)
-    if model is None:
+    models = names.models_for(record.model)
+    if not models:
         return f"no published name is mapped to the model {record.model}"
-    if record.weights.tag != names.models[model].tag:
-        return f"weights {record.weights.tag}; published numbers use {names.models[model].tag}"
+    if record.weights.tag != models[0].tag:
+        return f"weights {record.weights.tag}; published numbers use {models[0].tag}"
     if record.method == "fp":
         return None
     if record.method not in METHODS:
@@ -141,29 +144,36 @@ def _unlike(item: Measurement, names: Names) -> str | None:
     return None
 
 
-def model_name(record: ResultRecord, names: Names) -> str:
-    """Return the short name of a record's model where it has one."""
-    published = _model(record, names)
-    return record.model if published is None else names.models[published].id
+def subject_name(record: ResultRecord, names: Names) -> str:
+    """Return the short name of a record's model where it has one, and what of it is quantized where that is stated."""
+    models, scope = names.models_for(record.model), _scope(record)
+    return f"{models[0].id if models else record.model}{f' [{scope}]' if scope else ''}"
 
 
-def _model(record: ResultRecord, names: Names) -> str | None:
-    for published, model in names.models.items():
-        if record.model in (model.id, model.tag):
-            return published
-    return None
+def _scope(record: ResultRecord) -> str | None:
+    return None if record.recipe is None else record.recipe.get("scope")
 
 
 def _rows_for(item: Measurement, rows: pd.DataFrame, names: Names) -> pd.DataFrame:
-    """Return the published rows of the same task, data set, model, method, bits and metric, whatever the variant."""
+    """Return the published rows of the same task, data set, model, scope, method, bits and metric, whatever the variant.
+
+    Full precision has no scope, so rows of every scope are its own; rows that leave the scope open are there for all.
+    """
     record = item.record
     methods = [name for name, entry in names.methods.items() if record.method in (entry.id, *entry.comparable.values())]
-    sets = [name for name, entry in names.datasets.items() if (entry.task, entry.name) == (record.task, record.dataset.name)]
-    metrics = [name for name, here in names.metrics.items() if here == item.metric]
+    own = names.models_for(record.model)
+    models = [
+        name
+        for name, entry in names.models.items()
+        if entry in own and (record.method == "fp" or entry.scope in (_scope(record), UNSTATED))
+    ]
+    here = pd.Series(False, index=rows.index)
+    for task, dataset, entry in names.published_on(record.task, record.dataset.name):
+        metrics = [name for name, mine in entry.metrics.items() if mine == item.metric]
+        here |= (rows["task"] == task) & (rows["dataset"] == dataset) & rows["metric"].isin(metrics)
     return rows[
-        (rows["task"] == record.task) & rows["dataset"].isin(sets) & (rows["model"] == (_model(record, names) or ""))
-        & rows["method"].isin(methods) & (rows["w_bit"] == record.w_bit) & (rows["a_bit"] == record.a_bit)
-        & rows["metric"].isin(metrics)
+        here & rows["model"].isin(models) & rows["method"].isin(methods) & (rows["w_bit"] == record.w_bit)
+        & (rows["a_bit"] == record.a_bit)
     ]  # fmt: skip
 
 
@@ -174,11 +184,12 @@ def diff(records: Sequence[ResultRecord], rows: pd.DataFrame | None = None, name
     (sampling and seeds), whichever is larger; else ``above`` or ``below``: better than published is a finding too. The
     sampling error counts although published numbers come from the very same images, so the tolerance is on the wide side.
     ``not comparable`` covers other data, other settings, other weights, published variants run with another framework,
-    and weak evidence, which is context only.
+    sources that do not say what of the model they quantized, and weak evidence, which is context only.
 
     Returns:
         One row a measured metric and published row (:data:`COLUMNS`); measured metrics without a published number have
-        one row with empty published columns.
+        one row with empty published columns. Published rows that name neither model nor bits come last, with nothing measured
+        beside them.
     """
     rows = published_rows() if rows is None else rows
     names = load_names() if names is None else names
@@ -186,7 +197,7 @@ def diff(records: Sequence[ResultRecord], rows: pd.DataFrame | None = None, name
     for item in measurements(records):
         record, unlike = item.record, _unlike(item, names)
         common = [
-            record.task, record.dataset.name, model_name(record, names), record.method,
+            record.task, record.dataset.name, subject_name(record, names), record.method,
             bits_name(record.w_bit, record.a_bit), item.metric, item.value, item.se, item.seeds,
         ]  # fmt: skip
         found = _rows_for(item, rows, names)
@@ -199,14 +210,35 @@ def diff(records: Sequence[ResultRecord], rows: pd.DataFrame | None = None, name
             # A difference between unlike things is no number anyone should quote.
             gap = math.nan if unlike else item.value - value
             result.append([*common, value, row["variant"], row["source"], row["evidence"], gap, verdict, reason])
+    result += _context(records, rows, names)
     return pd.DataFrame(result, columns=COLUMNS)
+
+
+def _context(records: Iterable[ResultRecord], rows: pd.DataFrame, names: Names) -> list[list[Any]]:
+    """Published rows of the records' data sets whose source names neither model nor bits: they compare with nothing."""
+    found: list[list[Any]] = []
+    unstated = rows[(rows["model"] == UNSTATED) & (rows["w_bit"] == 0) & (rows["a_bit"] == 0)]
+    for task, dataset in dict.fromkeys((record.task, record.dataset.name) for record in records):
+        for their_task, name, entry in names.published_on(task, dataset):
+            for row in unstated[(unstated["task"] == their_task) & (unstated["dataset"] == name)].to_dict("records"):
+                method, metric = names.methods.get(str(row["method"])), str(row["metric"])
+                found.append([
+                    task, dataset, UNSTATED, row["method"] if method is None else method.id, UNSTATED,
+                    entry.metrics.get(metric, metric), math.nan, math.nan, 0, float(row["value"]), row["variant"],
+                    row["source"], row["evidence"], math.nan, NOT_COMPARABLE,
+                    "context only: the source names neither model nor bits",
+                ])  # fmt: skip
+    return found
 
 
 def _judge(item: Measurement, row: Mapping[Any, Any], names: Names) -> tuple[str, str]:
     """Return verdict and reason for a measurement and a published row of the same cell."""
     method, variant = names.methods[str(row["method"])], str(row["variant"])
-    if row["evidence"] not in _STRONG:
-        return NOT_COMPARABLE, f"context only: {row['evidence']} evidence"
+    weak = [] if row["evidence"] in _STRONG else [f"{row['evidence']} evidence"]
+    if item.record.method != "fp" and names.models[str(row["model"])].scope == UNSTATED:
+        weak.append("the source does not say which towers are quantized")
+    if weak:
+        return NOT_COMPARABLE, f"context only: {'; '.join(weak)}"
     if method.comparable.get(variant) != item.record.method:
         return NOT_COMPARABLE, f"context only: published variant '{variant}' was run with another framework or recipe"
     gap = item.value - float(row["value"])

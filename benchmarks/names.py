@@ -2,6 +2,7 @@
 
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict
@@ -14,19 +15,32 @@ class _Strict(BaseModel):
 
 
 class DatasetName(_Strict):
-    """What a record must state to have been measured on a published data set: the whole split, and nothing else."""
+    """What a record must state to have been measured on a published data set: the whole split, and nothing else.
+
+    Attributes:
+        task, name, split, count: of the record; count of images.
+        metrics: published metric to the record's. Others are never compared.
+    """
 
     task: str
     name: str
     split: str
     count: int
+    metrics: dict[str, str]
 
 
 class ModelName(_Strict):
-    """The model here, and the one checkpoint the published numbers were measured on."""
+    """The model here, and the one checkpoint the published numbers were measured on.
+
+    Attributes:
+        id, tag: of the model.
+        scope: what of it the source quantized, as recipes say it; None where that is always the whole model; ``unstated``
+            where the source leaves it open.
+    """
 
     id: str
     tag: str
+    scope: Literal["vision", "text", "both", "unstated"] | None = None
 
 
 class MethodName(_Strict):
@@ -42,14 +56,32 @@ class MethodName(_Strict):
 
 
 class Names(_Strict):
-    """The whole mapping."""
+    """The whole mapping.
 
-    datasets: dict[str, DatasetName]
-    metrics: dict[str, str]
+    Attributes:
+        datasets: by the published task and data set.
+        models, methods: by published names.
+        unmapped_models, unmapped_methods: published names that mean nothing here, and why.
+    """
+
+    datasets: dict[str, dict[str, DatasetName]]
     models: dict[str, ModelName]
     methods: dict[str, MethodName]
     unmapped_models: dict[str, str] = {}
     unmapped_methods: dict[str, str] = {}
+
+    def published_on(self, task: str, dataset: str) -> list[tuple[str, str, DatasetName]]:
+        """Return published task, published data set and their meaning for those that are ``dataset`` of ``task`` here."""
+        return [
+            (theirs, name, entry)
+            for theirs, sets in self.datasets.items()
+            for name, entry in sets.items()
+            if (entry.task, entry.name) == (task, dataset)
+        ]
+
+    def models_for(self, model: str) -> list[ModelName]:
+        """Return the published models that an id or tag here stands for; several where they differ in scope."""
+        return [entry for entry in self.models.values() if model in (entry.id, entry.tag)]
 
 
 @cache

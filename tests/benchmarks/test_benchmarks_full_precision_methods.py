@@ -124,7 +124,8 @@ def test_diff_sets_them_against_their_own_published_row(monkeypatch: pytest.Monk
         recipe=make_recipe("mlp-recon"), model="deit_tiny", value=71.07 + offset, stderr=0.2, dataset=fakes.IMAGENET,
         weights=fakes.make_record().weights.model_copy(update={"tag": "deit_tiny_patch16_224.fb_in1k"}),
     )  # fmt: skip
-    (row,) = diff.diff([record]).to_dict("records")
+    row, context = diff.diff([record]).to_dict("records")
+    assert (context["model"], context["verdict"]) == ("unstated", "not comparable")
     assert (row["method"], row["published"], row["verdict"]) == ("mlp-recon", 71.07, verdict)
     assert "one seed" in row["reason"]
 
