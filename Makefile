@@ -12,7 +12,8 @@ RUN := $(PY) -m benchmarks
 # Filters and settings become options only where they are given.
 FILTERS := $(if $(TASKS),--tasks $(TASKS)) $(if $(MODELS),--models $(MODELS)) $(if $(METHODS),--methods $(METHODS)) \
 	$(if $(BITS),--bits $(BITS)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(AXES),--axes $(AXES))
-PLACES := $(if $(IMAGENET),--imagenet "$(IMAGENET)") $(if $(WEIGHTS),--weights "$(WEIGHTS)")
+PLACES := $(if $(IMAGENET),--imagenet "$(IMAGENET)") $(if $(COCO),--coco "$(COCO)") $(if $(FLICKR),--flickr "$(FLICKR)") \
+	$(if $(WEIGHTS),--weights "$(WEIGHTS)")
 SETTINGS := $(if $(DEVICE),--device $(DEVICE)) $(if $(JOBS),--jobs $(JOBS)) $(if $(filter 1,$(PLAN)),--plan) \
 	$(if $(filter 1,$(FORCE)),--force)
 
@@ -25,8 +26,8 @@ BENCH := $(if $(DEVICE),--device $(DEVICE)) $(if $(MODELS),--models $(MODELS)) $
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
-	@echo "  reproduce-table takes PROFILE=demo|paper|ablation|paper-ablation IMAGENET=/path WEIGHTS=/path TASKS= MODELS="
-	@echo "  METHODS= BITS=w3a3,w4a4 SEEDS= AXES=k,loss DEVICE=cpu|cuda|cuda:N JOBS=N PLAN=1 FORCE=1"
+	@echo "  reproduce-table takes PROFILE=demo|paper|ablation|paper-ablation IMAGENET=/path COCO=/path FLICKR=/path"
+	@echo "  WEIGHTS=/path TASKS= MODELS= METHODS= BITS=w3a3,w4a4 SEEDS= AXES=k,loss DEVICE=cpu|cuda|cuda:N JOBS=N PLAN=1 FORCE=1"
 	@echo "  bench takes DEVICE= MODELS= THREADS=N BUDGET=seconds; it writes results/speed.json, with REFERENCE=1"
 	@echo "  results/reference/speed.json"
 

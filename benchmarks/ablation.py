@@ -30,13 +30,13 @@ _NOTE = (
 
 
 def axis_parts(axes: Axes, metric: str, measured: Sequence[Measured], cells: Sequence[Cell], width: int | None) -> list[str]:
-    """Return the Markdown of a task's axes: for each axis and method a heading and a table, and a note below all.
+    """Return the Markdown of a section's axes: for each axis and method a heading and a table, and a note below all.
 
     Args:
         axes: the axes in order.
         metric: the one to show.
-        measured: the task's finished cells.
-        cells: the task's cells, measured or not.
+        measured: the section's finished cells.
+        cells: the section's cells, measured or not.
         width: a terminal's width; None keeps tables whole.
     """
     parts = []
@@ -51,7 +51,9 @@ def axis_parts(axes: Axes, metric: str, measured: Sequence[Measured], cells: Seq
 def axis_table(
     axis: str, points: Sequence[str], metric: str, measured: Sequence[Measured], cells: Sequence[Cell]
 ) -> pd.DataFrame:
-    """Return an axis's table of one method: points as rows; ``model bits`` and the differences of each bits as columns.
+    """Return an axis's table of one method: points as rows; ``subject bits`` and the differences of each bits as columns.
+
+    Differences are means over models, so those of each scope have columns of their own.
 
     Args:
         axis: its name.
@@ -68,14 +70,21 @@ def axis_table(
         is_base = bool(mine) and not any(cell.point for cell in mine)
         rows.append(_Row(point, [done[cell.key] for cell in mine if cell.key in done], base, is_base))
     columns: dict[str, list[str]] = {}
-    for model in unique(cell.model for cell in cells):
-        for bits in unique(cell.bits for cell in cells if cell.model == model):
-            values = [[_value(i, metric) for i in row.measured if (i.cell.model, i.cell.bits) == (model, bits)] for row in rows]
-            columns[f"{model} {bits}"] = [_mean(found) for found in values]
-    for bits in unique(cell.bits for cell in cells):
-        columns[f"{bits} - base"] = ["base" if row.is_base else _over_pairs(row, bits, metric) for row in rows]
-        columns[f"{bits} se (samples)"] = ["-" if row.is_base else _over_samples(row, bits) for row in rows]
+    for subject in unique(cell.subject for cell in cells):
+        for bits in unique(cell.bits for cell in cells if cell.subject == subject):
+            values = [
+                [_value(i, metric) for i in row.measured if (i.cell.subject, i.cell.bits) == (subject, bits)] for row in rows
+            ]
+            columns[f"{subject} {bits}"] = [_mean(found) for found in values]
+    for place in unique(_place(cell) for cell in cells):
+        columns[f"{place} - base"] = ["base" if row.is_base else _over_pairs(row, place, metric) for row in rows]
+        columns[f"{place} se (samples)"] = ["-" if row.is_base else _over_samples(row, place) for row in rows]
     return pd.DataFrame(columns, index=pd.Index(list(points), name=axis))
+
+
+def _place(cell: Cell) -> str:
+    """Bits and scope."""
+    return f"{cell.bits}{cell.mark}"
 
 
 def _value(item: Measured, metric: str) -> float:
@@ -88,12 +97,12 @@ def _mean(values: Sequence[float]) -> str:
     return value_text(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else math.nan)
 
 
-def _over_pairs(row: _Row, bits: str, metric: str) -> str:
-    base = {(item.cell.model, item.cell.seed): _value(item, metric) for item in row.base if item.cell.bits == bits}
+def _over_pairs(row: _Row, place: str, metric: str) -> str:
+    base = {(item.cell.model, item.cell.seed): _value(item, metric) for item in row.base if _place(item.cell) == place}
     gaps = [
         _value(item, metric) - base[(item.cell.model, item.cell.seed)]
         for item in row.measured
-        if item.cell.bits == bits and (item.cell.model, item.cell.seed) in base
+        if _place(item.cell) == place and (item.cell.model, item.cell.seed) in base
     ]
     if not gaps:
         return "-"
@@ -101,12 +110,13 @@ def _over_pairs(row: _Row, bits: str, metric: str) -> str:
     return f"{np.mean(gaps):+.2f}{error} ({len(gaps)})"
 
 
-def _over_samples(row: _Row, bits: str) -> str:
+def _over_samples(row: _Row, place: str) -> str:
     """Return the error of the mean over models, or ``-`` unless every model's outcomes are there."""
     parts = []
-    for model in unique(item.cell.model for item in row.measured if item.cell.bits == bits):
+    for model in unique(item.cell.model for item in row.measured if _place(item.cell) == place):
         mine, base = (
-            [item for item in items if (item.cell.model, item.cell.bits) == (model, bits)] for items in (row.measured, row.base)
+            [item for item in items if (item.cell.model, _place(item.cell)) == (model, place)]
+            for items in (row.measured, row.base)
         )
         part = compare(mine, base)
         if part is None:

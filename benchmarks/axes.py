@@ -13,7 +13,7 @@ from fimaq_core.recipe import make_recipe
 Axes = dict[str, dict[str, dict[str, Any]]]
 
 #: What a grid says of each cell by itself, so that its overrides may not.
-_NOT_OVERRIDABLE = ("method", "seed", "w_bits", "a_bits")
+_NOT_OVERRIDABLE = ("method", "seed", "w_bits", "a_bits", "scope")
 
 
 class GridError(FimaqError):
@@ -86,9 +86,9 @@ def with_points(base: Cell, axes: Axes, overrides: Mapping[str, Any]) -> list[Ce
     Args:
         base: a cell with the grid's own settings.
         axes: the axes to vary, one at a time.
-        overrides: the grid's, which the points change.
+        overrides: those of the section, which the points change.
     """
-    own = {"w_bits": base.w_bit, "a_bits": base.a_bit, "seed": base.seed}
+    own = {"w_bits": base.w_bit, "a_bits": base.a_bit, "seed": base.seed, "scope": base.scope or None}
     places, cells = [], []
     for axis, points in axes.items():
         for point, changes in points.items():

@@ -14,12 +14,25 @@ from tasks.common.record import ResultRecord, bits_name, read_record
 from tasks.common.request import CellRequest, DataRequest, Missing, ModelRequest
 
 if TYPE_CHECKING:
-    from benchmarks.grid import Grid
+    from benchmarks.schema import Grid
 
 #: The metric that a task's tables and progress show; the CSV has all.
-MAIN_METRIC = {"classification": "top1"}
+MAIN_METRIC = {"classification": "top1", "retrieval": "R@1"}
 
-Key = tuple[str, str, str, int, int, int | None, str]
+Key = tuple[str, str, str, str, int, int, int | None, str]
+
+
+@dataclass(frozen=True)
+class Places:
+    """Folders of data sets, for sections whose models do not bring their data along."""
+
+    imagenet: Path | None = None
+    coco: Path | None = None
+    flickr: Path | None = None
+
+    def of(self, data: str) -> Path | None:
+        """The folder that a section asks for by name; None for ``own``, or where it was not given."""
+        return getattr(self, data) if data != "own" else None
 
 
 @dataclass(frozen=True)
@@ -28,7 +41,7 @@ class RunOptions:
 
     Attributes:
         results: root of everything a run writes.
-        data: the data set's folder, for tasks whose grid needs one.
+        data: folders of data sets.
         weights: folder with local checkpoints.
         device: replaces the grid's device; None keeps it.
         threads: replaces the grid's threads; None keeps them.
@@ -36,7 +49,7 @@ class RunOptions:
     """
 
     results: Path = Path("results")
-    data: Path | None = None
+    data: Places = Places()
     weights: Path | None = None
     device: str | None = None
     threads: int | None = None
@@ -45,13 +58,16 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class Cell:
-    """One measurement: a model, a method, bits and a seed. Full precision has 32/32 bits and no seed.
+    """One measurement: a model, a method, bits and a seed. Full precision has 32/32 bits, no seed and no scope.
 
     Attributes:
+        section: label of its section in the grid.
+        scope: what of the model is quantized, as the grid says it; empty where it does not.
         point: name of the axis point (``k=15``) in a grid with axes; empty for the grid's own settings.
         places: (axis, point) of every place it takes in the tables of axes: the grid's own settings may lie on several.
     """
 
+    section: str
     task: str
     model: str
     method: str
@@ -59,13 +75,14 @@ class Cell:
     a_bit: int
     seed: int | None
     request: CellRequest
+    scope: str = ""
     point: str = ""
     places: tuple[tuple[str, str], ...] = ()
 
     @property
     def key(self) -> Key:
         """What tells the cells of a grid apart."""
-        return (self.task, self.model, self.method, self.w_bit, self.a_bit, self.seed, self.point)
+        return (self.section, self.model, self.scope, self.method, self.w_bit, self.a_bit, self.seed, self.point)
 
     @property
     def bits(self) -> str:
@@ -73,12 +90,23 @@ class Cell:
         return bits_name(self.w_bit, self.a_bit)
 
     @property
+    def mark(self) -> str:
+        """The scope as names end with it, ``" [vision]"``; empty without one."""
+        return f" [{self.scope}]" if self.scope else ""
+
+    @property
+    def subject(self) -> str:
+        """The model and what of it is quantized: what methods are compared on."""
+        return f"{self.model}{self.mark}"
+
+    @property
     def label(self) -> str:
         """Name for people."""
+        place = "" if self.section == self.task else f"{self.section} "
         if self.request.recipe is None:
-            return f"{self.model} {self.method}"
+            return f"{place}{self.model} {self.method}"
         point = f" {self.point}" if self.point else ""
-        return f"{self.model} {self.method} {self.bits}{point} seed {self.seed}"
+        return f"{place}{self.subject} {self.method} {self.bits}{point} seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -119,23 +147,24 @@ def _preflight(request: CellRequest) -> list[Missing]:
     return preflight(request)
 
 
-def make_cell(grid: Grid, task: str, model: str, recipe: Recipe | None, options: RunOptions) -> Cell:
-    """Return the cell of ``model`` with ``recipe`` (None: full precision) under the grid's settings."""
-    device = options.device or grid.device
+def make_cell(grid: Grid, section: str, model: str, recipe: Recipe | None, options: RunOptions) -> Cell:
+    """Return the cell of ``model`` with ``recipe`` (None: full precision) under the settings of the grid and its section."""
+    part, task = grid.tasks[section], grid.task_of(section)
     request = CellRequest(
         task=task,
         model=ModelRequest(name=model, weights_folder=options.weights),
-        data=DataRequest(path=options.data if grid.tasks[task].data == "folder" else None),
+        data=DataRequest(path=options.data.of(part.data), evaluation=part.evaluation),
         recipe=recipe,
         variant=None if recipe is None else grid.variant,
         results=options.results / "runs",
-        device=device,
+        device=options.device or grid.device,
         threads=options.threads or grid.threads,
         force=options.force,
     )
     if recipe is None:
-        return Cell(task, model, "fp", OFF, OFF, None, request)
-    return Cell(task, model, recipe.method, recipe.w_bits, recipe.a_bits, recipe.seed, request)
+        return Cell(section, task, model, "fp", OFF, OFF, None, request)
+    bits = recipe.w_bits, recipe.a_bits
+    return Cell(section, task, model, recipe.method, *bits, recipe.seed, request, scope=recipe.scope or "")
 
 
 def make_point(base: Cell, axis: str, point: str, recipe: Recipe) -> Cell:
@@ -143,7 +172,10 @@ def make_point(base: Cell, axis: str, point: str, recipe: Recipe) -> Cell:
     from tasks.common.plan import variant_name
 
     name = f"{axis}={point}"
-    request = replace(base.request, recipe=recipe, variant=f"{variant_name(base.request)} {name}")
+    assert base.request.recipe is not None
+    # The scope comes last in a variant's name, and once.
+    settings = replace(base.request, recipe=base.request.recipe.model_copy(update={"scope": None}))
+    request = replace(base.request, recipe=recipe, variant=f"{variant_name(settings)} {name}")
     return replace(base, request=request, point=name, places=((axis, point),))
 
 

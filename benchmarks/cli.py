@@ -9,10 +9,11 @@ from typing import Any
 
 import click
 
-from benchmarks.cells import Adapter, RunOptions, default_adapter
+from benchmarks.cells import Adapter, Places, RunOptions, default_adapter
 from benchmarks.commands import run_diff, run_grid, run_reference
 from benchmarks.console import user_errors
-from benchmarks.grid import Filters, Grid, load_grid, parse_filters
+from benchmarks.grid import Filters, load_grid, parse_filters
+from benchmarks.schema import Grid
 
 
 class _Group(click.Group):
@@ -41,6 +42,16 @@ def _results(command: Any) -> Any:
     )(command)  # fmt: skip
 
 
+def _places(command: Any) -> Any:
+    for name, words in (
+        ("--flickr", "Flickr30k folder that holds dataset_flickr30k.json and the images."),
+        ("--coco", "MS-COCO folder that holds dataset_coco.json, train2014/ and val2014/."),
+        ("--imagenet", "ImageNet-1k folder that holds val/ and train/."),
+    ):
+        command = click.option(name, default="", metavar="PATH", help=words)(command)
+    return command
+
+
 def _adapter() -> Adapter:
     found = click.get_current_context().obj
     return found if isinstance(found, Adapter) else default_adapter()
@@ -52,14 +63,14 @@ def _folder(text: str) -> Path | None:
 
 @cli.command()
 @_profile
-@click.option("--tasks", default="", help="Only these tasks (comma list).")
+@click.option("--tasks", default="", help="Only these tasks, or sections of the profile (comma list).")
 @click.option("--models", default="", help="Only these models; also ones the profile has but does not run by default.")
 @click.option("--methods", default="", help="Only these methods; fp is full precision.")
 @click.option("--bits", default="", help="Only these bits, such as w3a3,w4a4; also ones outside the profile.")
 @click.option("--seeds", default="", help="Only these seeds; also ones outside the profile.")
 @click.option("--axes", default="", help="Only these axes of an ablation, such as k,loss.")
 @click.option("--device", default="", help="cpu, cuda, cuda:N or auto instead of the profile's device.")
-@click.option("--imagenet", default="", metavar="PATH", help="ImageNet-1k folder that holds val/ and train/.")
+@_places
 @click.option("--weights", default="", metavar="DIR", help="Folder with checkpoints named <model.tag>.safetensors, .pth or .bin.")
 @_results
 @click.option("--jobs", type=click.IntRange(min=1), help="Cells at a time. CPU: by cores and threads; GPU: 1.")
@@ -68,12 +79,13 @@ def _folder(text: str) -> Path | None:
 @click.option("--force", is_flag=True, help="Measure again what is done.")
 def run(
     profile: str, tasks: str, models: str, methods: str, bits: str, seeds: str, axes: str, device: str, imagenet: str,
-    weights: str, results: Path, jobs: int | None, threads: int | None, plan: bool, force: bool,
+    coco: str, flickr: str, weights: str, results: Path, jobs: int | None, threads: int | None, plan: bool, force: bool,
 ) -> None:  # fmt: skip
     """Measure a grid's cells, then print and write its table. Finished cells are not measured again."""
     grid: Grid = load_grid(profile)
     filters: Filters = parse_filters(grid, tasks, models, methods, bits, seeds, axes)
-    options = RunOptions(results, _folder(imagenet), _folder(weights), device or None, threads, force)
+    places = Places(_folder(imagenet), _folder(coco), _folder(flickr))
+    options = RunOptions(results, places, _folder(weights), device or None, threads, force)
     click.get_current_context().exit(run_grid(grid, profile, filters, options, _adapter(), jobs, plan))
 
 
@@ -88,10 +100,10 @@ def diff(results: Path, show_all: bool, allow_nothing: bool) -> None:
 
 @cli.command()
 @_profile
-@click.option("--imagenet", default="", metavar="PATH", help="As for run.")
+@_places
 @click.option("--weights", default="", metavar="DIR", help="As for run.")
 @_results
-def reference(profile: str, imagenet: str, weights: str, results: Path) -> None:
+def reference(profile: str, imagenet: str, coco: str, flickr: str, weights: str, results: Path) -> None:
     """Make the finished grid the committed reference (results/reference/) of its profile."""
-    options = RunOptions(results, _folder(imagenet), _folder(weights))
+    options = RunOptions(results, Places(_folder(imagenet), _folder(coco), _folder(flickr)), _folder(weights))
     click.get_current_context().exit(run_reference(load_grid(profile), options, _adapter()))

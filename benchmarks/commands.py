@@ -11,7 +11,8 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.cells import Adapter, Cell, RunOptions, finished_record
-from benchmarks.grid import Filters, Grid, chosen_axes, expand
+from benchmarks.grid import Filters, chosen_axes, expand
+from benchmarks.schema import Grid
 from fimaq_core.errors import FimaqError
 
 
@@ -41,7 +42,7 @@ def run_grid(
         todo = [cell for cell in expand(grid, filters, options) if cell.key in todo_keys]
         messages = missing(todo, adapter)
         if messages:
-            raise NotReady("\n".join(f"error: {message}" for message in messages))
+            raise NotReady("\n".join([*(f"error: {message}" for message in messages), *_without_data(grid, todo, options)]))
         threads = options.threads or grid.threads
         console = Console(highlight=False)
         runner = Runner(
@@ -61,6 +62,19 @@ def run_grid(
         print("Finished cells are kept. To run only the failed ones:", file=sys.stderr)
         print(f"  {rerun_command(profile, [f.cell for f in failures], options, jobs, filters.axes)}", file=sys.stderr)
     return 1 if failures else 0
+
+
+def _without_data(grid: Grid, cells: Sequence[Cell], options: RunOptions) -> list[str]:
+    """Say which sections' data were not given, and how to leave those sections out; nothing where there is one section only."""
+    sections = list(dict.fromkeys(cell.section for cell in cells))
+    data = {section: grid.tasks[section].data for section in sections}
+    blocked = [section for section in sections if data[section] != "own" and options.data.of(data[section]) is None]
+    if not blocked or len(sections) == 1:
+        return []
+    wanted = ", ".join(f"{section} ({data[section].upper()}=/path or --{data[section]})" for section in blocked)
+    rest = [section for section in sections if section not in blocked]
+    names, what = (",".join(rest), "the rest") if rest else (blocked[0], "one of them")
+    return [f"Data not given: {wanted}. To run {what}: TASKS={names} for make, --tasks {names} for a grid."]
 
 
 def _device(device: str) -> str:
@@ -95,7 +109,7 @@ def write_tables(grid: Grid, filters: Filters, options: RunOptions, adapter: Ada
     if filters.active:
         # In the grid's order, also where this run went beyond it: group by model as the grid does.
         order = {model: index for index, model in enumerate(dict.fromkeys(cell.model for cell in everything))}
-        everything.sort(key=lambda cell: (cell.task, order[cell.model]))
+        everything.sort(key=lambda cell: (list(grid.tasks).index(cell.section), order[cell.model]))
     measured = tables.collect(everything, adapter)
     folder = options.results / "tables"
     tables.write_text(folder / f"{grid.name}.csv", tables.csv_text(tables.frame(measured)))
@@ -131,9 +145,10 @@ def rerun_command(
 
     parts = [_python(), "-m", "benchmarks", "run", "--profile", profile]
     for flag, value in (
-        ("--tasks", values("task")), ("--models", values("model")), ("--methods", values("method")), ("--bits", values("bits")),
-        ("--seeds", values("seed")), ("--axes", ",".join(axes or ())), ("--device", options.device),
-        ("--imagenet", options.data), ("--weights", options.weights), ("--threads", options.threads), ("--jobs", jobs),
+        ("--tasks", values("section")), ("--models", values("model")), ("--methods", values("method")),
+        ("--bits", values("bits")), ("--seeds", values("seed")), ("--axes", ",".join(axes or ())), ("--device", options.device),
+        *((f"--{place.name}", getattr(options.data, place.name)) for place in dataclasses.fields(options.data)),
+        ("--weights", options.weights), ("--threads", options.threads), ("--jobs", jobs),
     ):  # fmt: skip
         if value:
             parts += [flag, str(value)]
@@ -196,7 +211,7 @@ def run_diff(results: Path, show_all: bool, nothing: int = 2) -> int:
     if judged.empty:
         print(
             "Nothing is comparable yet: no measured number is on the same data, weights, settings and bits as a published one. "
-            "For that: make reproduce-table PROFILE=paper IMAGENET=/path/to/imagenet"
+            "For that: make reproduce-table PROFILE=paper TASKS=classification,zero-shot IMAGENET=/path/to/imagenet"
         )
         return nothing
     counts = ", ".join(f"{count} {verdict}" for verdict, count in judged["verdict"].value_counts().items())

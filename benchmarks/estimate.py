@@ -63,7 +63,8 @@ class Estimator:
     def seconds(self, cell: Cell) -> float | None:
         """Predict a cell: from its axis point on its model, else its method on its model, else its method, else its kind.
 
-        Within a method, what other points took is scaled by their expected costs. None if nothing of the kind is known.
+        All of these in its section and scope, its kind at last anywhere. Within a method, what other points took is scaled by
+        their expected costs. None if nothing of the kind is known.
         """
         for level in _levels(cell):
             known = self._seconds[level]
@@ -93,9 +94,10 @@ class Estimator:
 
 def _levels(cell: Cell) -> list[tuple[str, ...]]:
     return [
-        ("point", cell.model, cell.method, cell.point),
-        ("model and method", cell.model, cell.method),
-        ("method", cell.method),
+        ("point", cell.section, cell.subject, cell.method, cell.point),
+        ("model and method", cell.section, cell.subject, cell.method),
+        ("method", cell.section, cell.scope, cell.method),
+        ("kind", cell.section, cell.scope, kind(cell)),
         ("kind", kind(cell)),
     ]
 

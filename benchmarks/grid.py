@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from benchmarks.axes import Axes, GridError, check_axes, check_names, check_overrides, parse_axes, with_points
 from benchmarks.cells import Cell, Key, RunOptions, make_cell
+from benchmarks.schema import Extra, Grid, TaskGrid
 from fimaq_core.errors import suggest
 from fimaq_core.recipe import METHODS, OFF, make_recipe
 
@@ -18,67 +19,6 @@ GRIDS = Path(__file__).parent / "grids"
 FP = "fp"
 
 T = TypeVar("T")
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class TaskGrid(_Strict):
-    """One task's part of a grid.
-
-    Attributes:
-        dataset: name of the data set, as its records will state it.
-        data: ``own`` if the models bring their data along, ``folder`` if a path must be given.
-        models: run by default.
-        available: run when a filter asks for them.
-    """
-
-    dataset: str
-    data: str = Field("own", pattern="^(own|folder)$")
-    models: tuple[str, ...] = Field(min_length=1)
-    available: tuple[str, ...] = ()
-
-
-class Extra(_Strict):
-    """Further cells beside the product of the grid's lists: a small product of their own."""
-
-    task: str
-    models: tuple[str, ...]
-    methods: tuple[str, ...]
-    bits: tuple[str, ...]
-    seeds: tuple[int, ...]
-
-
-class Grid(_Strict):
-    """A profile.
-
-    Attributes:
-        name: names the table files.
-        tasks, methods, bits, seeds: the cells are the product of these; ``fp`` has neither bits nor seed, and methods
-            that quantize nothing (see :func:`changes_model_only`) have no bits.
-        overrides: recipe fields changed for every method alike.
-        axes: axis to point to recipe fields, for ablations: one axis at a time varies around the settings above.
-        variant: name of these settings in tables; None leaves it to the record (released settings).
-        device: ``cpu``, ``cuda``, ``cuda:N`` or ``auto``.
-        threads: CPU threads of a process; None leaves PyTorch's choice.
-        jobs: processes at a time; None derives it from cores and threads.
-        extra: further cells; they take no part in the axes.
-    """
-
-    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
-    description: str = ""
-    tasks: dict[str, TaskGrid] = Field(min_length=1)
-    methods: tuple[str, ...] = Field(min_length=1)
-    bits: tuple[str, ...] = Field(min_length=1)
-    seeds: tuple[int, ...] = Field(min_length=1)
-    overrides: dict[str, Any] = {}
-    variant: str | None = None
-    device: str = "cpu"
-    threads: int | None = Field(None, ge=1)
-    jobs: int | None = Field(None, ge=1)
-    extra: tuple[Extra, ...] = ()
-    axes: Axes = {}
 
 
 @dataclass(frozen=True)
@@ -129,18 +69,21 @@ def parse_grid(content: dict[str, Any], where: str = "the grid") -> Grid:
         grid = Grid.model_validate(content)
     except ValidationError as error:
         raise GridError(f"{where}: " + " ".join(_problem(item) for item in error.errors())) from error
-    for method in (*grid.methods, *(name for extra in grid.extra for name in extra.methods)):
+    parts: list[Grid | TaskGrid | Extra] = [grid, *grid.tasks.values(), *grid.extra]
+    for method in (name for part in parts for name in part.methods or ()):
         _known_method(method)
-    for bits in (*grid.bits, *(name for extra in grid.extra for name in extra.bits)):
+    for bits in (name for part in parts for name in part.bits or ()):
         parse_bits(bits)
     for extra in grid.extra:
         if extra.task not in grid.tasks:
             raise GridError(f"{where}: unknown task '{extra.task}' in extra.{suggest(extra.task, grid.tasks)}")
     check_overrides(grid.overrides, where)
-    quantizing = [method for method in grid.methods if method != FP]
-    for method in quantizing:
-        make_recipe(method, grid.overrides)
-    check_axes(grid.axes, quantizing, grid.overrides, where)
+    for section, part in grid.tasks.items():
+        check_overrides(part.overrides, f"{where}, tasks.{section}")
+        quantizing = [method for method in grid.methods_of(section) if method != FP]
+        for method in quantizing:
+            make_recipe(method, grid.overrides_of(section))
+        check_axes(grid.axes, quantizing, grid.overrides_of(section), where)
     return grid
 
 
@@ -188,7 +131,8 @@ def parse_filters(
     """
     wanted_tasks, wanted_models = _split(tasks), _split(models)
     known = [name for part in grid.tasks.values() for name in (*part.models, *part.available)]
-    for what, wanted, names in (("task", wanted_tasks, list(grid.tasks)), ("model", wanted_models, known)):
+    labels = list(dict.fromkeys([*grid.tasks, *map(grid.task_of, grid.tasks)]))
+    for what, wanted, names in (("task", wanted_tasks, labels), ("model", wanted_models, known)):
         for name in wanted or ():
             if name not in names:
                 raise GridError(f"Unknown {what} '{name}' in profile '{grid.name}'.{suggest(name, names)}")
@@ -217,41 +161,65 @@ def chosen_axes(grid: Grid, filters: Filters) -> Axes:
 
 
 def expand(grid: Grid, filters: Filters, options: RunOptions) -> list[Cell]:
-    """Return the cells: per model full precision first, then by bits, seed and method, each with its axis points.
+    """Return the cells: per section and model full precision first, then by bits, seed, scope and method, with axis points.
 
-    A filter replaces the grid's list where it is given, so it may also name values the grid does not run by default.
-    Extra cells run if no filter excludes them. Methods that quantize nothing have one cell a seed, whatever the bits.
+    A filter replaces the grid's list where it is given, so it may also name values the grid does not run by default; but of
+    methods a section takes only what is its own, or no other section's either. Extra cells run if no filter excludes them.
+    Methods that quantize nothing have one cell a seed and scope, whatever the bits.
     """
     cells: dict[Key, Cell] = {}
+    axes = chosen_axes(grid, filters)
 
-    def add(task: str, model: str, methods: tuple[str, ...], bits: tuple[str, ...], seeds: tuple[int, ...], axes: Axes) -> None:
+    def add(
+        section: str, model: str, methods: tuple[str, ...], bits: tuple[str, ...], seeds: tuple[int, ...], axes: Axes
+    ) -> None:
+        overrides = grid.overrides_of(section)
         if FP in methods:
-            cell = make_cell(grid, task, model, None, options)
+            cell = make_cell(grid, section, model, None, options)
             cells.setdefault(cell.key, cell)
-        for width, seed, method in itertools.product(bits or (None,), seeds, [name for name in methods if name != FP]):
+        quantizing = [name for name in methods if name != FP]
+        for width, seed, scope, method in itertools.product(
+            bits or (None,), seeds, grid.tasks[section].scopes or (None,), quantizing
+        ):
             if changes_model_only(method):
                 w_bits, a_bits = OFF, OFF
             elif width is not None:
                 w_bits, a_bits = parse_bits(width)
             else:
                 continue
-            own = {"w_bits": w_bits, "a_bits": a_bits, "seed": seed}
-            base = make_cell(grid, task, model, make_recipe(method, grid.overrides, own), options)
+            own = {"w_bits": w_bits, "a_bits": a_bits, "seed": seed, "scope": scope}
+            base = make_cell(grid, section, model, make_recipe(method, overrides, own), options)
             if base.key not in cells:
-                cells.update((cell.key, cell) for cell in with_points(base, axes, grid.overrides))
+                cells.update((cell.key, cell) for cell in with_points(base, axes, overrides))
 
-    for task, part in grid.tasks.items():
-        if filters.tasks is not None and task not in filters.tasks:
-            continue
-        here = (*part.models, *part.available)
+    sections = _sections(grid, filters)
+    for section in sections:
+        part = grid.tasks[section]
+        here, methods = (*part.models, *part.available), _methods(grid, filters, section, sections)
         for model in part.models if filters.models is None else [name for name in here if name in filters.models]:
-            add(task, model, filters.methods or grid.methods, filters.bits or grid.bits, filters.seeds or grid.seeds,
-                chosen_axes(grid, filters))  # fmt: skip
+            add(section, model, methods, filters.bits or part.bits or grid.bits, filters.seeds or part.seeds or grid.seeds, axes)
             for extra in grid.extra:
-                if extra.task == task and model in extra.models:
-                    add(task, model, _keep(extra.methods, filters.methods), _keep(extra.bits, filters.bits),
+                if extra.task == section and model in extra.models:
+                    add(section, model, _keep(extra.methods, filters.methods), _keep(extra.bits, filters.bits),
                         _keep(extra.seeds, filters.seeds), {})  # fmt: skip
     return list(cells.values())
+
+
+def _sections(grid: Grid, filters: Filters) -> list[str]:
+    """Labels of the sections that a filter leaves; it names them, or their tasks."""
+    return [name for name in grid.tasks if filters.tasks is None or {name, grid.task_of(name)} & set(filters.tasks)]
+
+
+def _methods(grid: Grid, filters: Filters, section: str, sections: list[str]) -> tuple[str, ...]:
+    """Methods of a section; of a filter, those that it runs by default or that none of ``sections`` does.
+
+    A section that leaves out what others run may have models that cannot have it.
+    """
+    if filters.methods is None:
+        return grid.methods_of(section)
+    known = {name: {*grid.methods_of(name), *(m for e in grid.extra if e.task == name for m in e.methods)} for name in sections}
+    others = set().union(*known.values()) - known[section]
+    return tuple(method for method in filters.methods if method not in others)
 
 
 def _keep(values: tuple[T, ...], wanted: tuple[T, ...] | None) -> tuple[T, ...]:

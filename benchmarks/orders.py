@@ -17,19 +17,20 @@ RECONSTRUCTION = ("brecq", "qdrop", "pdquant", "aphq", "fimaq", "lsvit", "adalog
 _MILD_BITS, _ERRORS = "w4a4", 2.0
 
 
-def order_lines(table: pd.DataFrame, measured: Sequence[Measured] = ()) -> list[str]:
+def order_lines(table: pd.DataFrame, measured: Sequence[Measured] = (), mark: str = "") -> list[str]:
     """Say whether the methods came out in the expected orders; an order none of whose methods is measured says nothing.
 
     Args:
-        table: rows of one task and metric (see :func:`benchmarks.tables.frame`), one variant a method.
+        table: rows of one section, scope and metric (see :func:`benchmarks.tables.frame`), one variant a method.
         measured: the cells behind it, for comparisons sample by sample.
+        mark: of the scope, for the lines.
     """
     rows = quantized(table)
     if rows.empty:
         return []
     lowest = min(unique(rows["bits"]), key=lambda bits: _width(rows, bits))
-    here = rows[rows["bits"] == lowest]
-    return [*_calibration_lines(here, lowest), *_fimaq_lines(here, lowest), *_rounding_lines(measured)]
+    here, where = rows[rows["bits"] == lowest], f"{lowest}{mark}"
+    return [*_calibration_lines(here, where), *_fimaq_lines(here, where), *_rounding_lines(measured, mark)]
 
 
 def _means(here: pd.DataFrame, methods: Sequence[str]) -> pd.DataFrame:
@@ -38,12 +39,12 @@ def _means(here: pd.DataFrame, methods: Sequence[str]) -> pd.DataFrame:
     return means.reindex(columns=list(methods)).dropna()
 
 
-def _calibration_lines(here: pd.DataFrame, lowest: str) -> list[str]:
+def _calibration_lines(here: pd.DataFrame, where: str) -> list[str]:
     present = set(here["method"])
     plain, trained = ([name for name in names if name in present] for names in (CALIBRATION_ONLY, RECONSTRUCTION))
     if not plain or not trained:
         return []
-    claim = f"Calibration alone below every reconstruction at {lowest} (mean over models)"
+    claim = f"Calibration alone below every reconstruction at {where} (mean over models)"
     means = _means(here, [*plain, *trained])
     if means.empty:
         return [f"{claim}: not judged, since no model has all of {', '.join([*plain, *trained])}."]
@@ -55,12 +56,12 @@ def _calibration_lines(here: pd.DataFrame, lowest: str) -> list[str]:
     ]
 
 
-def _fimaq_lines(here: pd.DataFrame, lowest: str) -> list[str]:
+def _fimaq_lines(here: pd.DataFrame, where: str) -> list[str]:
     needed = ["rtn", "brecq", "qdrop", "fimaq"]
     if len(set(needed) & set(here["method"])) < 2:
         return []
     means = _means(here, needed)
-    claim = f"Expected order at {lowest} (rtn worst, fimaq not below qdrop and brecq, mean over models)"
+    claim = f"Expected order at {where} (rtn worst, fimaq not below qdrop and brecq, mean over models)"
     if means.empty:
         absent = [name for name in needed if name not in set(here["method"])]
         return [f"{claim}: not judged, since no model has all four; not fully measured: {', '.join(absent) or 'some cells'}."]
@@ -76,27 +77,27 @@ def _fimaq_lines(here: pd.DataFrame, lowest: str) -> list[str]:
         pairs = here[here["model"].isin(means.index)].pivot_table(index=["model", "seed"], columns="method", values="value")
         gaps = (pairs["fimaq"] - pairs[other]).dropna().to_numpy(dtype=float)
         error = f" ± {np.std(gaps, ddof=1) / math.sqrt(len(gaps)):.2f}" if len(gaps) > 1 else ""
-        where = f"(mean ± se over {count(len(gaps), 'pair')} of model and seed)"
-        lines.append(f"fimaq - {other} at {lowest}: {gaps.mean():+.2f}{error} points {where}.")
+        basis = f"(mean ± se over {count(len(gaps), 'pair')} of model and seed)"
+        lines.append(f"fimaq - {other} at {where}: {gaps.mean():+.2f}{error} points {basis}.")
     return lines
 
 
-def _rounding_lines(measured: Iterable[Measured]) -> list[str]:
+def _rounding_lines(measured: Iterable[Measured], mark: str) -> list[str]:
     groups: dict[tuple[str, str], list[Measured]] = {}
     for item in measured:
         if item.cell.bits == _MILD_BITS:
-            groups.setdefault((item.cell.model, item.cell.method), []).append(item)
-    pairs = [(model, method) for model, method in groups if method != "rtn" and (model, "rtn") in groups]
+            groups.setdefault((item.cell.subject, item.cell.method), []).append(item)
+    pairs = [(subject, method) for subject, method in groups if method != "rtn" and (subject, "rtn") in groups]
     if not pairs:
         return []
-    results = {(model, method): compare(groups[model, method], groups[model, "rtn"]) for model, method in pairs}
+    results = {(subject, method): compare(groups[subject, method], groups[subject, "rtn"]) for subject, method in pairs}
     judged = {key: result for key, result in results.items() if result is not None}
-    claim = f"No method below rtn at {_MILD_BITS} by more than two paired standard errors, on any model"
+    claim = f"No method below rtn at {_MILD_BITS}{mark} by more than two paired standard errors, on any model"
     if not judged:
         return [f"{claim}: not judged, since there are no per-sample outcomes of the same samples and seeds."]
     texts = {
-        (model, method): f"{method} on {model} {result.difference:+.2f} ± {result.se:.2f}"
-        for (model, method), result in judged.items()
+        (subject, method): f"{method} on {subject} {result.difference:+.2f} ± {result.se:.2f}"
+        for (subject, method), result in judged.items()
     }
     below = [key for key, result in judged.items() if result.difference < -_ERRORS * result.se]
     nearest = min(judged, key=lambda key: judged[key].difference)

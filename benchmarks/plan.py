@@ -7,13 +7,14 @@ from tabulate import tabulate  # type: ignore[import-untyped, unused-ignore]
 from benchmarks.cells import Adapter, Cell, finished_record
 
 #: Columns that are shown only where a cell has something there.
-_SOMETIMES = ("s bits", "point", "MLP steps")
+_SOMETIMES = ("scope", "s bits", "point", "MLP steps")
 
 
 def plan_text(cells: Sequence[Cell], adapter: Adapter) -> str:
     """Return the table of cells and a line with their number; ``done`` tells which have a record already.
 
-    ``s bits`` are the bits of attention probabilities where they are not those of the other activations.
+    ``task`` is the section of the grid. ``s bits`` are the bits of attention probabilities where they are not those of the other
+    activations.
     """
     rows = [_row(cell, adapter) for cell in cells]
     shown = [name for name in rows[0] if name not in _SOMETIMES or any(row[name] != "-" for row in rows)]
@@ -24,7 +25,7 @@ def plan_text(cells: Sequence[Cell], adapter: Adapter) -> str:
 
 def _row(cell: Cell, adapter: Adapter) -> dict[str, str]:
     recipe = cell.request.recipe
-    row = {"task": cell.task, "model": cell.model, "method": cell.method, "bits": cell.bits}
+    row = {"task": cell.section, "model": cell.model, "scope": cell.scope or "-", "method": cell.method, "bits": cell.bits}
     names = ("s bits", "point", "seed", "steps", "MLP steps", "loss", "images", "batch", "transform")
     row |= dict.fromkeys(names, "-")
     if recipe is not None:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -12,9 +13,20 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.grid import Grid
+from benchmarks.schema import Grid
 from benchmarks.summary import pooled_sd
-from benchmarks.tables import FULL, Measured, csv_text, frame, over_seeds, read_csv, write_text
+from benchmarks.tables import (
+    FULL,
+    Measured,
+    csv_text,
+    frame,
+    is_percent,
+    over_seeds,
+    read_csv,
+    sample_counts,
+    unique,
+    write_text,
+)
 
 REFERENCE = Path(__file__).resolve().parents[1] / "results" / "reference"
 
@@ -55,14 +67,26 @@ def provenance(grid: Grid, measured: Sequence[Measured]) -> Provenance:
 
 
 def _settings(grid: Grid) -> dict[str, Any]:
-    named = {"variant": grid.variant, "overrides": grid.overrides, **({"axes": grid.axes} if grid.axes else {})}
+    own = {section: part.overrides for section, part in grid.tasks.items() if part.overrides}
+    named = {
+        "variant": grid.variant,
+        "overrides": grid.overrides,
+        **({"sections": own} if own else {}),
+        **({"axes": grid.axes} if grid.axes else {}),
+    }
     settings: dict[str, Any] = json.loads(json.dumps(named))
     return settings
 
 
+def _settings_of(settings: dict[str, Any], section: str) -> dict[str, Any]:
+    """What of a grid's settings bears on a section."""
+    overrides = {**settings.get("overrides", {}), **settings.get("sections", {}).get(section, {})}
+    return {name: value for name, value in settings.items() if name != "sections"} | {"overrides": overrides}
+
+
 def _data(measured: Sequence[Measured]) -> list[str]:
     sets = {item.record.dataset for item in measured}
-    return sorted(f"{data.name}, {data.split}, {data.count} samples, {data.fingerprint[:16]}" for data in sets)
+    return sorted({f"{d.name}, {d.split}, {sample_counts(d.count, d.captions)}, {d.fingerprint[:16]}" for d in sets})
 
 
 def _machine() -> str:
@@ -101,12 +125,13 @@ def tolerances(reference: pd.DataFrame, mine: pd.DataFrame) -> pd.DataFrame:
     ``s`` the reference's standard deviation over seeds, pooled over the models of one method, variant and bits (two seeds
     alone say little) and at least 0.3. The new table's own spread is left out on purpose: a broken installation must not widen
     its own tolerance. Full precision, without seeds, may differ by 0.2.
+    Median ranks have the same rule in ranks, and may differ by one in full precision too.
 
     Args:
         reference, mine: tables of cells and metrics.
     """
     keys = ["task", "dataset", "model", "method", "variant", "bits", "metric"]
-    alike = ["task", "method", "variant", "bits", "metric"]
+    alike = ["task", "dataset", "method", "variant", "bits", "metric"]
     ours, theirs = over_seeds(mine), over_seeds(reference)
     spread = {key: pooled_sd(rows) for key, rows in theirs.groupby(alike)}
     both = theirs.merge(ours, on=keys, suffixes=("_ref", "_mine"))
@@ -115,7 +140,8 @@ def tolerances(reference: pd.DataFrame, mine: pd.DataFrame) -> pd.DataFrame:
         sd = spread[tuple(row[name] for name in alike)]
         sd = max(SPREAD_FLOOR, 0.0 if math.isnan(sd) else sd)
         noise = 3 * sd * math.sqrt(1 / row["k_ref"] + 1 / row["k_mine"])
-        limits.append(FP_TOLERANCE if row["method"] == "fp" else max(SMALLEST, noise))
+        without_seeds = FP_TOLERANCE if is_percent(row["metric"]) else SMALLEST
+        limits.append(without_seeds if row["method"] == "fp" else max(SMALLEST, noise))
     return both.assign(difference=both["mean_mine"] - both["mean_ref"], tolerance=limits)
 
 
@@ -130,22 +156,20 @@ def compare(grid: Grid, measured: Sequence[Measured], folder: Path = REFERENCE) 
     except (OSError, ValueError, TypeError, KeyError) as error:
         return [f"The reference {table_path.name} cannot be read, so nothing is compared with it: {error}"]
     about = f"(reference: {origin.line()})"
-    if origin.settings != _settings(grid):
-        return [f"Not compared with the reference: it has other settings, {origin.settings}. {about}"]
-    mine = _data(measured)
-    if not set(mine) <= set(origin.data):
-        return [f"Not compared with the reference: it was measured on other data, {'; '.join(origin.data)}. {about}"]
-    both = tolerances(reference, frame(measured))
+    alike, lines = _alike(grid, measured, origin)
+    both = tolerances(reference, frame(alike))
     if both.empty:
-        return [f"No cell of this run is in the reference. {about}"]
+        return [f"{line} {about}" for line in lines or ["No cell of this run is in the reference."]]
     off = both[both["difference"].abs() > both["tolerance"]]
     largest = both.iloc[int(both["difference"].abs().to_numpy().argmax())]
     if off.empty:
-        return [
-            f"Agrees with the reference in all {len(both)} cells: largest difference {largest['difference']:+.2f} points at "
-            f"{_name(largest, grid)}, tolerance {largest['tolerance']:.2f}. {about}"
-        ]
-    lines = [f"WARNING: {len(off)} of {len(both)} cells differ from the reference by more than seeds spread {about}:"]
+        lines.append(
+            f"Agrees with the reference in all {len(both)} cells: largest difference {largest['difference']:+.2f} "
+            f"{'points' if is_percent(largest['metric']) else 'ranks'} at {_name(largest, grid)}, "
+            f"tolerance {largest['tolerance']:.2f}. {about}"
+        )
+        return lines
+    lines.append(f"WARNING: {len(off)} of {len(both)} cells differ from the reference by more than seeds spread {about}:")
     for _, row in off.iterrows():
         lines.append(
             f"  {_name(row, grid)}: {row['mean_mine']:.2f} here, {row['mean_ref']:.2f} in the reference "
@@ -154,7 +178,27 @@ def compare(grid: Grid, measured: Sequence[Measured], folder: Path = REFERENCE) 
     return lines
 
 
+def _alike(grid: Grid, measured: Sequence[Measured], origin: Provenance) -> tuple[list[Measured], list[str]]:
+    """Return the cells of the sections with the reference's settings and data, and a line for each other section."""
+    sections = unique(item.cell.section for item in measured)
+    alike, lines = [], []
+    for section in sections:
+        mine = [item for item in measured if item.cell.section == section]
+        name = f" in {section}" if len(grid.tasks) > 1 else ""
+        theirs = _settings_of(origin.settings, section)
+        if theirs != _settings_of(_settings(grid), section):
+            lines.append(f"Not compared with the reference{name}: it has other settings, {theirs}.")
+        elif not set(_data(mine)) <= set(origin.data):
+            lines.append(f"Not compared with the reference{name}: it was measured on other data, {'; '.join(origin.data)}.")
+        else:
+            alike += mine
+    return alike, lines
+
+
 def _name(row: Any, grid: Grid) -> str:
     bits = "" if row["bits"] == FULL else f" {row['bits']}"
+    scope = re.search(r" \[[^\]]*\]$", row["variant"])  # as variant_name writes it
+    subject = f"{row['model']}{scope[0] if scope else ''}"
     variant = f" ({row['variant']})" if grid.axes and row["method"] != "fp" else ""
-    return f"{row['model']} {row['method']}{bits}{variant} {row['metric']}"
+    dataset = f" on {row['dataset']}" if len(grid.tasks) > 1 else ""
+    return f"{subject} {row['method']}{bits}{variant} {row['metric']}{dataset}"

@@ -17,6 +17,9 @@ from fimaq_core.recipe import OFF
 from tasks.common.record import bits_name, read_record
 from tasks.common.request import Missing, describe_missing
 
+#: The scope of cells that quantize all that those of other scopes do.
+WHOLE = "both"
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -36,32 +39,40 @@ def default_jobs(threads: int | None, device: str) -> int:
 
 
 def missing(cells: Sequence[Cell], adapter: Adapter) -> list[str]:
-    """Return one message for every kind of data or weights that the cells need and that are not there."""
+    """Return one message for every kind of data or weights that the cells need and that are not there.
+
+    And one for every request that makes no sense, such as a scope that the task does not have.
+    """
     found: list[Missing] = []
     errors: dict[str, None] = {}
-    seen: set[tuple[str, str]] = set()
-    for cell in cells:
-        if (cell.task, cell.model) in seen:
-            continue
-        seen.add((cell.task, cell.model))
+    for cell in {(cell.section, cell.model): cell for cell in cells}.values():
         try:
             found += adapter.preflight(cell.request)
         except FimaqError as error:
             errors.setdefault(str(error))
+    if not found and not errors:  # else a cell's folder may not be known
+        for cell in {(cell.section, cell.scope): cell for cell in cells}.values():
+            try:
+                adapter.planned_folder(cell.request)
+            except FimaqError as error:
+                errors.setdefault(str(error))
     return [*errors, *(describe_missing(found) or "").splitlines()]
 
 
 def make_chains(cells: Sequence[Cell]) -> list[list[Cell]]:
     """Group the cells into chains, each for one worker, in the order in which they should start.
 
-    Cells of one (model, bits, seed) share a calibration: measured one after the other in one worker, it is computed
-    once. Axis points are chains of their own, or an ablation would keep no more workers busy than it has models: there
+    Cells of one (section, model, bits, seed) share a calibration, and those of several scopes also what they reconstruct:
+    measured one after the other in one worker, it is computed once. The whole model comes last there: by then its parts are
+    done. Axis points are chains of their own, or an ablation would keep no more workers busy than it has models: there
     each worker calibrates once at worst. Full-precision cells come first, since all others of the model use theirs, then
     models whose MLPs are reconstructed, which others share; then the dearest chain, so that none is left over at the end.
     """
     chains: dict[tuple[object, ...], list[Cell]] = {}
     for cell in cells:
-        chains.setdefault((cell.task, cell.model, cell.w_bit, cell.a_bit, cell.seed, cell.point), []).append(cell)
+        chains.setdefault((cell.section, cell.model, cell.w_bit, cell.a_bit, cell.seed, cell.point), []).append(cell)
+    for chain in chains.values():
+        chain.sort(key=lambda cell: cell.scope == WHOLE)
 
     def order(chain: list[Cell]) -> tuple[bool, bool, float]:
         first = chain[0]
@@ -140,9 +151,10 @@ class Runner:
 
     def _next_chain(self) -> list[Cell]:
         """Return the first waiting chain whose full-precision cell is not being measured just now."""
-        measuring = {(slot.cell.task, slot.cell.model) for slot in self._slots if slot.cell and slot.cell.request.recipe is None}
+        busy = [slot.cell for slot in self._slots if slot.cell is not None and slot.cell.request.recipe is None]
+        measuring = {(cell.section, cell.model) for cell in busy}
         for index, chain in enumerate(self._waiting):
-            if (chain[0].task, chain[0].model) not in measuring:
+            if (chain[0].section, chain[0].model) not in measuring:
                 return self._waiting.pop(index)
         return []
 

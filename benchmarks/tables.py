@@ -1,6 +1,6 @@
 """Tables from records: one row a cell and metric as CSV, and a table for people with mean and spread over seeds."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,16 +40,21 @@ def collect(cells: Iterable[Cell], adapter: Adapter) -> list[Measured]:
     return list(found.values())
 
 
-def frame(measured: Iterable[Measured]) -> pd.DataFrame:
-    """Return one row a cell and metric, with :data:`COLUMNS`; percent throughout."""
+def frame(measured: Iterable[Measured], subjects: bool = False) -> pd.DataFrame:
+    """Return one row a cell and metric, with :data:`COLUMNS`; percent but for :func:`is_percent`.
+
+    Args:
+        measured: the cells.
+        subjects: put :attr:`Cell.subject` into the column ``model``, for tables in which scopes stand side by side.
+    """
     rows = []
     for item in measured:
-        record = item.record
+        record, model = item.record, item.cell.subject if subjects else item.cell.model
         for name, metric in record.metrics.items():
             full = metric if record.method == "fp" else record.fp_metrics.get(name)
             rows.append((
-                record.task, record.dataset.name, item.cell.model, record.method, record.variant, record.w_bit, record.a_bit,
-                record.seed, name, metric.value, metric.stderr, record.n, None if full is None else full.value,
+                record.task, record.dataset.name, model, record.method, record.variant, record.w_bit, record.a_bit, record.seed,
+                name, metric.value, metric.stderr, record.n, None if full is None else full.value,
             ))  # fmt: skip
     table = pd.DataFrame(rows, columns=COLUMNS)
     table["seed"] = table["seed"].astype("Int64")
@@ -95,6 +100,16 @@ def main_metric(task: str, table: pd.DataFrame) -> str:
     return wanted if wanted is not None and wanted in present else present[0]
 
 
+def is_percent(metric: str) -> bool:
+    """Whether a metric is a percentage; median ranks are not."""
+    return not metric.endswith("median_rank")
+
+
+def sample_counts(count: int, captions: int | None) -> str:
+    """Return ``2000 samples``, or ``1000 images, 5000 captions`` of data that have them."""
+    return f"{count} samples" if captions is None else f"{count} images, {captions} captions"
+
+
 def value_text(mean: float, sd: float) -> str:
     """Return ``88.20 ± 0.40``, or the mean alone where there is one seed only."""
     return f"{mean:.2f}" if pd.isna(sd) else f"{mean:.2f} ± {sd:.2f}"
@@ -111,28 +126,33 @@ def in_order(methods: Iterable[str]) -> list[str]:
     return sorted(unique(methods), key=lambda name: known.index(name) if name in known else len(known))
 
 
-def wide(task_table: pd.DataFrame, cells: Sequence[Cell]) -> pd.DataFrame:
-    """Return the table for people: methods as rows, ``model bits`` as columns, ``-`` where nothing is measured.
+def wide(task_table: pd.DataFrame, cells: Sequence[Cell], text: Callable[[float, float], str] = value_text) -> pd.DataFrame:
+    """Return the table for people: methods as rows, ``subject bits`` as columns, ``-`` where nothing is measured.
 
-    What has no bits (full precision, methods that quantize nothing) shows its one value under all bits of its model.
+    What has no bits (full precision, methods that quantize nothing) shows its one value under all bits of its subject, and
+    full precision, which has no scope, under all subjects of its model.
 
     Args:
-        task_table: rows of one task and metric, one variant a method.
+        task_table: rows of one section and metric with subjects (see :func:`frame`), one variant a method and subject.
         cells: the cells the table should cover, measured or not; they give the order.
+        text: of a mean and a standard deviation (NaN for one seed).
     """
     texts_by_key = {
-        (row["model"], row["method"], row["bits"]): value_text(row["mean"], row["sd"])
+        (row["model"], row["method"], row["bits"]): text(row["mean"], row["sd"])
         for row in over_seeds(task_table).to_dict("records")
     }
     methods = in_order(cell.method for cell in cells)
-    models = unique(cell.model for cell in cells)
     without_bits = {cell.method for cell in cells if cell.bits == FULL}
     columns: dict[str, list[str]] = {}
-    for model in models:
-        widths = unique(cell.bits for cell in cells if cell.model == model and cell.bits != FULL) or [FULL]
-        for bits in widths:
-            keys = [(model, method, FULL if method in without_bits else bits) for method in methods]
-            columns[f"{model} {bits}" if bits != FULL else model] = [texts_by_key.get(key, "-") for key in keys]
+    for model in unique(cell.model for cell in cells):
+        mine = [cell for cell in cells if cell.model == model]
+        for subject in unique(cell.subject for cell in mine if cell.method != "fp") or [model]:
+            widths = unique(cell.bits for cell in mine if cell.subject == subject and cell.bits != FULL) or [FULL]
+            for bits in widths:
+                keys = [
+                    (model if method == "fp" else subject, method, FULL if method in without_bits else bits) for method in methods
+                ]
+                columns[f"{subject} {bits}" if bits != FULL else subject] = [texts_by_key.get(key, "-") for key in keys]
     return pd.DataFrame(columns, index=pd.Index(methods, name="method"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -15,6 +16,7 @@ from benchmarks.grid import Grid, load_grid
 from fimaq_core.errors import ModelError
 from fimaq_core.progress import Progress, Report
 from fimaq_core.recipe import OFF
+from tasks.common.plan import variant_name
 from tasks.common.record import Dataset, Environment, Metric, ResultRecord, Weights, cell_folder, write_record
 from tasks.common.request import CellRequest, Missing
 
@@ -26,13 +28,15 @@ if TYPE_CHECKING:
 LEVELS = {"rtn": 20.0, "brecq": 70.0, "qdrop": 75.0, "fimaq": 80.0}
 
 IMAGENET = Dataset(name="ImageNet-1k val", split="val", count=50_000, classes=1000, fingerprint="f" * 64)
+SCENES = Dataset(name="digit-scenes", split="test", count=1000, classes=0, fingerprint="e" * 64, captions=1000)
 DIGITS = Dataset(name="digit-pairs", split="test", count=2000, classes=100, fingerprint="d" * 64)
 
 
 def plain_demo(**changes: Any) -> Grid:
     """A small grid in the demo profile's settings: four methods, two bits, two seeds."""
+    demo = load_grid("demo")
     small = {"methods": ("fp", "rtn", "brecq", "qdrop", "fimaq"), "seeds": (1, 2), "extra": ()}
-    return load_grid("demo").model_copy(update={**small, **changes})
+    return demo.model_copy(update={"tasks": {"classification": demo.tasks["classification"]}, **small, **changes})
 
 
 def make_record(**changes: Any) -> ResultRecord:
@@ -74,10 +78,22 @@ def fake_value(request: CellRequest) -> float:
     return LEVELS[recipe.method] + 2 * (recipe.w_bits - 3) + noise
 
 
+def record_of(request: CellRequest, value: float) -> ResultRecord:
+    """The record of a cell whose main metric is ``value``; of retrieval with both directions, five points apart, and a rank."""
+    changes: dict[str, Any] = {"task": request.task, "model": request.model.name, "variant": variant_name(request)}
+    if request.task == "retrieval" and request.data.evaluation is None:
+        values = {"R@1": value, "i2t_R@1": value + 2.5, "t2i_R@1": value - 2.5, "i2t_median_rank": 1.0}
+        metrics = {name: Metric(value=number, stderr=0.5) for name, number in values.items()}
+        changes |= {"dataset": SCENES, "n": SCENES.count, "metrics": metrics, "fp_metrics": {}}
+    return make_record(recipe=request.recipe, value=value, **changes)
+
+
 def planned_folder(request: CellRequest) -> Path:
     recipe = request.recipe
     method, w_bit, a_bit = ("fp", OFF, OFF) if recipe is None else (recipe.method, recipe.w_bits, recipe.a_bits)
     seed, digest = (None, "f" * 10) if recipe is None else (recipe.seed, recipe.digest())
+    if request.data.path is not None or request.data.evaluation is not None:
+        digest = hashlib.sha256(f"{digest} {request.data.path} {request.data.evaluation}".encode()).hexdigest()
     return cell_folder(request.results, request.task, request.model.name, method, w_bit, a_bit, seed, digest)
 
 
@@ -98,10 +114,7 @@ def run_cell(request: CellRequest, report: Report) -> Path:
         os._exit(3)
     if fault == "slow":
         time.sleep(60)
-    record = make_record(
-        recipe=request.recipe, model=request.model.name, value=fake_value(request), variant=request.variant or "fp"
-    )
-    return write_record(record, planned_folder(request))
+    return write_record(record_of(request, fake_value(request)), planned_folder(request))
 
 
 def preflight(request: CellRequest) -> list[Missing]:
@@ -121,7 +134,7 @@ def write_cells(
     chosen = list(cells)
     for cell in chosen:
         request = cell.request
-        record = make_record(recipe=request.recipe, model=cell.model, value=value(cell), variant=request.variant or "fp")
+        record = record_of(request, value(cell))
         folder = planned_folder(request)
         write_record(record, folder)
         if correct is not None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks.cells import RunOptions
+from benchmarks.cells import Places, RunOptions
 from benchmarks.grid import Filters, GridError, expand, load_grid, parse_bits, parse_filters, parse_grid
 from fimaq_core.errors import FimaqError
 from fimaq_core.recipe import METHODS
@@ -15,8 +15,10 @@ MINIMAL = {"name": "t", "tasks": {"classification": {"dataset": "d", "models": [
 
 
 def test_demo_grid_has_its_cells_with_full_precision_first():
-    cells = expand(load_grid("demo"), Filters(), RunOptions())
+    everything = expand(load_grid("demo"), Filters(), RunOptions())
+    cells = [cell for cell in everything if cell.section == "classification"]
     assert len(cells) == 3 * (2 + 12 * 2 + 1) + 2
+    assert len(everything) == len(cells) + 1 + 5 * 2 * 2 * 2
     assert {cell.method for cell in cells} == {"fp", *METHODS}
     by_model = {model: [cell for cell in cells if cell.model == model] for model in ("demo_vit", "demo_deit", "demo_swin")}
     for mine in by_model.values():
@@ -32,12 +34,13 @@ def test_demo_overrides_are_the_same_for_all_methods():
     grid = load_grid("demo")
     for cell in expand(grid, Filters(), RunOptions()):
         if cell.request.recipe is not None:
-            for name, value in grid.overrides.items():
+            for name, value in {**grid.overrides, **grid.tasks[cell.section].overrides}.items():
                 assert getattr(cell.request.recipe, name) == value
 
 
 def test_paper_grid_uses_released_settings_and_the_given_data():
-    cells = expand(load_grid("paper"), Filters(), RunOptions(data=Path("/data"), weights=Path("/weights")))
+    options = RunOptions(data=Places(imagenet=Path("/data"), coco=Path("/other")), weights=Path("/weights"))
+    cells = expand(load_grid("paper"), Filters(tasks=("classification",)), options)
     assert len(cells) == 7 * (2 + 13 * 3 + 3 * 3 + 3)
     assert {cell.method for cell in cells} == {"fp", *METHODS}
     for cell in cells:
@@ -47,7 +50,7 @@ def test_paper_grid_uses_released_settings_and_the_given_data():
 
 
 def test_a_grid_whose_models_bring_their_data_ignores_the_path():
-    cells = expand(load_grid("demo"), Filters(), RunOptions(data=Path("/data")))
+    cells = expand(load_grid("demo"), Filters(), RunOptions(data=Places(*[Path("/data")] * 3)))
     assert {cell.request.data.path for cell in cells} == {None}
 
 
@@ -92,6 +95,14 @@ def test_bad_filters_say_what_was_meant(filters: dict[str, str], words: str):
         ({"overrides": {"seed": 3}}, "cannot be an override"),
         ({"extra": [{"task": "x", "models": [], "methods": [], "bits": [], "seeds": []}]}, "unknown task 'x'"),
         ({"name": "../x"}, "name"),
+        ({"tasks": {"classification": {"dataset": "d", "models": ["m"], "data": "folder"}}}, "'imagenet', 'coco' or 'flickr'"),
+        ({"tasks": {"classification": {"dataset": "d", "models": ["m"], "methods": ["fimac"]}}}, "Did you mean 'fimaq'?"),
+        ({"tasks": {"classification": {"dataset": "d", "models": ["m"], "bits": ["w9a9"]}}}, "outside 2 to 8"),
+        ({"tasks": {"classification": {"dataset": "d", "models": ["m"], "overrides": {"stpes": 3}}}}, "Did you mean 'steps'?"),
+        (
+            {"tasks": {"classification": {"dataset": "d", "models": ["m"], "overrides": {"scope": "x"}}}},
+            "tasks.classification: 'scope' cannot be an override",
+        ),
     ],
 )
 def test_bad_grids_say_what_was_meant(change: dict[str, object], words: str):
