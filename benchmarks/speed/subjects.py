@@ -77,7 +77,7 @@ def whole_model(name: str, recipe: Recipe) -> tuple[BlockChain, Tensor]:
     if name in DEMO_NAMES:
         task = get_task("classification")
         loaded = task.load(ModelRequest(name))
-        return task.build(loaded, recipe), task.calibration(loaded, DataRequest(None), recipe).images
+        return task.chains(loaded, recipe)[""], task.calibration(loaded, DataRequest(None), recipe).images
     model, images = random_model(name, recipe.calibration_images)
     return chain_of(model, recipe), images
 
