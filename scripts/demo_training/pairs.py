@@ -14,15 +14,15 @@ from torch import nn
 
 from demo_training import common
 from tasks.classification.demo import digits
-from tasks.classification.demo.models import DEMO_MODELS, build_demo_model, demo_spec, demo_weights_path
+from tasks.classification.demo.models import DEMO
 from tasks.common.augment import RandomDigitWarp
 from tasks.common.digits import PARTS
 
-NAMES = DEMO_MODELS
+NAMES = DEMO.names
 VERSIONS = {"timm": timm.__version__}
 
-spec_of = demo_spec
-weights_path = demo_weights_path
+spec_of = DEMO.spec
+weights_path = DEMO.weights_path
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def train(name: str, recipe: PairRecipe, seed: int) -> nn.Module:
         The trained model, in eval mode.
     """
     common.seed_everything(seed)
-    model = build_demo_model(name)
+    model = DEMO.build(name)
     initialise(model)
     if hasattr(model, "set_distilled_training"):
         model.set_distilled_training(True)

@@ -17,17 +17,17 @@ from demo_training import common
 from tasks.common.digits import PARTS
 from tasks.retrieval.demo import scenes
 from tasks.retrieval.demo.captions import NUM_FACTS
-from tasks.retrieval.demo.models import DEMO_MODELS, build_demo_model, demo_spec, demo_weights_path
+from tasks.retrieval.demo.models import DEMO
 from tasks.retrieval.demo.tokens import demo_tokenizer
 
-NAMES = DEMO_MODELS
+NAMES = DEMO.names
 VERSIONS = {"open_clip": open_clip.__version__}
 
 # Logits of features of norm 1 are at most this; Radford et al., ICML 2021, arXiv:2103.00020, section 2.5.
 _MAX_LOGIT_SCALE = 100.0
 
-spec_of = demo_spec
-weights_path = demo_weights_path
+spec_of = DEMO.spec
+weights_path = DEMO.weights_path
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def train(name: str, recipe: SceneRecipe, seed: int) -> nn.Module:
         The trained model, in eval mode.
     """
     common.seed_everything(seed)
-    model = build_demo_model(name)
+    model = DEMO.build(name)
     initialise(model)
     heads = FactHeads(model)
     warp, tokenizer, contrast = scenes.scene_warp(), demo_tokenizer(), ClipLoss()

@@ -10,7 +10,7 @@ from torch import nn
 
 from fimaq_core.errors import ModelError
 from tasks.classification.demo.digits import CANVAS_SIZE, eval_transform, train_transform
-from tasks.classification.demo.models import build_demo_model, demo_weights_path
+from tasks.classification.demo.models import DEMO
 from tasks.classification.tags import CATALOGUE, DEMO_NAMES, full_name
 from tasks.common.hashing import file_sha256
 from tasks.common.request import ModelRequest, describe_missing
@@ -30,12 +30,9 @@ def load_model(request: ModelRequest) -> LoadedModel:
         raise ModelError(describe_missing([missing]))
     tag, weights = CATALOGUE.model_tag(request), CATALOGUE.local_weights(request)
     if request.name in DEMO_NAMES:
-        if request.model_args:
-            raise ModelError("Demo models take no --model-args: their structure is fixed by their weights.")
-        model, path = build_demo_model(request.name), weights or demo_weights_path(request.name)
-        load_state(model, read_state(path), path.name)
+        model, path = DEMO.load(request, weights)
         return LoadedModel(
-            model.eval(),
+            model,
             tag,
             f"file {path.name}",
             file_sha256(path),

@@ -14,30 +14,20 @@ from tasks.classification.data import calibration_set, open_source
 from tasks.common.families.swin import SwinFamily
 from tasks.common.families.vit import ViTFamily
 from tasks.common.images import Images
-from tasks.common.request import DataRequest, Missing, ModelRequest
-from tasks.common.task import CalibrationSet, Evaluation, LoadedModel, SinglePart
+from tasks.common.request import DataRequest, ModelRequest
+from tasks.common.task import CalibrationSet, Evaluation, LoadedModel, Named, SinglePart
 from tasks.common.top_k import evaluate
 
 #: Model families, asked in order. A new family is one file and one entry.
 FAMILIES: list[Family] = [ViTFamily(), SwinFamily()]
 
 
-class ClassificationTask(SinglePart):
+class ClassificationTask(Named, SinglePart):
     """Image classification with timm models; see :class:`tasks.common.task.Task`."""
 
     name = "classification"
-
-    def model_tag(self, request: ModelRequest) -> str:
-        """``model.tag`` of the request."""
-        return tags.model_tag(request)
-
-    def model_names(self) -> dict[str, str]:
-        """Short and demo names with what they stand for."""
-        return {**tags.SHORT_NAMES, **dict.fromkeys(tags.DEMO_NAMES, "demo model on digit pairs")}
-
-    def preflight(self, model: ModelRequest, data: DataRequest) -> list[Missing]:
-        """What is missing of data and weights."""
-        return tags.preflight(model, data)
+    tags = tags
+    demo = "demo model on digit pairs"
 
     def load(self, request: ModelRequest) -> LoadedModel:
         """Model, weights and transforms."""

@@ -12,6 +12,10 @@ from typing import Any
 
 from torch import nn
 
+from fimaq_core.errors import ModelError
+from tasks.common.request import ModelRequest
+from tasks.common.weights import load_state, read_state
+
 
 @dataclass(frozen=True)
 class DemoSpec:
@@ -50,6 +54,11 @@ class DemoModels:
     specs: dict[str, DemoSpec]
     folder: Path
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names in order."""
+        return tuple(self.specs)
+
     def spec(self, name: str) -> DemoSpec:
         """Looks up how a demo model is built."""
         if name in self.specs:
@@ -66,6 +75,22 @@ class DemoModels:
         """Returns where the trained weights (safetensors, float32) of a demo model are."""
         self.spec(name)
         return self.folder / f"{name}.safetensors"
+
+    def load(self, request: ModelRequest, weights: Path | None) -> tuple[nn.Module, Path]:
+        """Builds the model that is asked for with its weights, or those of another file.
+
+        Returns:
+            The model and the file that was read.
+
+        Raises:
+            ModelError: Arguments for the constructor, or weights that do not fit.
+            NumericsError: NaN in the weights.
+        """
+        if request.model_args:
+            raise ModelError("Demo models take no --model-args: their structure is fixed by their weights.")
+        model, path = self.build(request.name), weights or self.weights_path(request.name)
+        load_state(model, read_state(path), path.name)
+        return model.eval(), path
 
     def metadata(self, name: str) -> dict[str, Any]:
         """Reads what is recorded about the weights: training settings, accuracies, versions and the file's sha256.

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
 
 DIGIT_SIZE = 28
 # Seed of the split and, with further numbers, of everything composed from it.
@@ -54,6 +60,46 @@ def split_digits() -> dict[str, tuple[int, ...]]:
             chosen[part].extend(int(i) for i in order[start : start + count])
             start += count
     return {part: tuple(sorted(indices)) for part, indices in chosen.items()}
+
+
+class DigitSamples(Dataset[tuple[Any, Any]]):
+    """One fixed part of a data set composed from digits: images, and what belongs to each.
+
+    Attributes:
+        part: Name of the part.
+        transform: Applied to each image when it is read, or None.
+        pixels: All images, uint8 of shape ``(n, height, width)``.
+        ids: Stable sample ids.
+    """
+
+    part: str
+    transform: Callable[[Image.Image], Any] | None
+    pixels: np.ndarray
+    ids: list[str]
+
+    def told(self, index: int) -> Any:
+        """Returns what belongs to an image: its label, or its caption."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        """Reads one sample.
+
+        Args:
+            index: Position in the part.
+
+        Returns:
+            The transformed image (the PIL image of mode ``L`` itself if there is no transform) and what belongs to it.
+        """
+        image = Image.fromarray(self.pixels[index])
+        return (image if self.transform is None else self.transform(image)), self.told(index)
+
+
+def to_tensor() -> list[torch.nn.Module]:
+    """Returns the transforms from a PIL image to float32 in [0, 1]."""
+    return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.ToPureTensor()]
 
 
 def check_part(part: str, data: str) -> None:

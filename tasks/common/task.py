@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
@@ -164,6 +165,32 @@ class Task(Protocol):
     ) -> Evaluation:
         """Measure ``model`` (see :meth:`assemble`), which is on ``device``. Raises DataError, NumericsError."""
         ...
+
+
+class Named:
+    """For tasks whose ``tags.py`` says what models are called and what is missing.
+
+    Attributes:
+        tags: that module.
+        demo: what the demo models are, for people.
+    """
+
+    tags: ModuleType
+    demo: str
+
+    def model_tag(self, request: ModelRequest) -> str:
+        """``model.tag`` of the request. Raises ModelError."""
+        tag: str = self.tags.model_tag(request)
+        return tag
+
+    def model_names(self) -> dict[str, str]:
+        """Short and demo names with what they stand for."""
+        return {**self.tags.SHORT_NAMES, **dict.fromkeys(self.tags.DEMO_NAMES, self.demo)}
+
+    def preflight(self, model: ModelRequest, data: DataRequest) -> list[Missing]:
+        """What is missing of data and weights."""
+        missing: list[Missing] = self.tags.preflight(model, data)
+        return missing
 
 
 class SinglePart:

@@ -69,16 +69,13 @@ def load_model(request: ModelRequest) -> LoadedModel:
 
 
 def _demo(request: ModelRequest, tag: str, weights: Path | None) -> LoadedModel:
-    from tasks.retrieval.demo.models import build_demo_model, demo_weights_path
+    from tasks.retrieval.demo.models import DEMO
     from tasks.retrieval.demo.scenes import CANVAS_SIZE, eval_transform, train_transform
     from tasks.retrieval.demo.tokens import demo_tokenizer
 
-    if request.model_args:
-        raise ModelError("Demo models take no --model-args: their structure is fixed by their weights.")
-    model, path = build_demo_model(request.name), weights or demo_weights_path(request.name)
-    load_state(model, read_state(path), path.name)
+    model, path = DEMO.load(request, weights)
     return LoadedModel(
-        model.eval(),
+        model,
         tag,
         f"file {path.name}",
         file_sha256(path),

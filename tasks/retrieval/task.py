@@ -9,8 +9,8 @@ from fimaq_core.progress import Report
 from fimaq_core.recipe import Recipe
 from tasks.common.folders import open_folder
 from tasks.common.images import Images
-from tasks.common.request import DataRequest, Missing, ModelRequest
-from tasks.common.task import CalibrationSet, Chains, Evaluation, LoadedModel
+from tasks.common.request import DataRequest, ModelRequest
+from tasks.common.task import CalibrationSet, Chains, Evaluation, LoadedModel, Named
 from tasks.common.top_k import evaluate
 from tasks.retrieval import models, tags
 from tasks.retrieval.calibration import calibration_set
@@ -53,23 +53,13 @@ class TwoTowers(nn.Module):
         return embedded
 
 
-class RetrievalTask:
+class RetrievalTask(Named):
     """Image-caption retrieval and zero-shot classification with open_clip; see :class:`tasks.common.task.Task`."""
 
     name = "retrieval"
+    tags = tags
+    demo = "demo model on scenes of digits"
     scopes = tags.SCOPES
-
-    def model_tag(self, request: ModelRequest) -> str:
-        """``model.tag`` of the request."""
-        return tags.model_tag(request)
-
-    def model_names(self) -> dict[str, str]:
-        """Short and demo names with what they stand for."""
-        return {**tags.SHORT_NAMES, **dict.fromkeys(tags.DEMO_NAMES, "demo model on scenes of digits")}
-
-    def preflight(self, model: ModelRequest, data: DataRequest) -> list[Missing]:
-        """What is missing of data and weights."""
-        return tags.preflight(model, data)
 
     def load(self, request: ModelRequest) -> LoadedModel:
         """Model, weights, transforms and tokenizer."""

@@ -13,13 +13,11 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from tasks.common.augment import RandomDigitWarp
-from tasks.common.digits import DIGIT_SIZE, PARTS, SEED, DigitDealer, check_part, load_digits
+from tasks.common.digits import DIGIT_SIZE, PARTS, SEED, DigitDealer, DigitSamples, check_part, load_digits, to_tensor
 
 HALF_SIZE = 32
 CANVAS_SIZE = (HALF_SIZE, 2 * HALF_SIZE)
@@ -92,7 +90,7 @@ def compose_pairs(plan: PairPlan) -> np.ndarray:
     return canvases
 
 
-class DigitPairs(Dataset):
+class DigitPairs(DigitSamples):
     """One fixed part of the digit-pair data set.
 
     Attributes:
@@ -129,20 +127,9 @@ class DigitPairs(Dataset):
         ]
         self.classes: list[str] = [f"{label:02d}" for label in range(NUM_CLASSES)]
 
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        """Reads one sample.
-
-        Args:
-            index: Position in the part.
-
-        Returns:
-            The transformed image (the PIL image of mode ``L`` itself if there is no transform) and its label.
-        """
-        image = Image.fromarray(self.pixels[index])
-        return (image if self.transform is None else self.transform(image)), self.targets[index]
+    def told(self, index: int) -> int:
+        """Returns the label of an image."""
+        return self.targets[index]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -155,16 +142,12 @@ class DigitPairs(Dataset):
 
 def eval_transform() -> v2.Compose:
     """Returns the preprocessing for evaluation: PIL image of mode ``L`` to normalised float32 ``(1, 32, 64)``."""
-    return v2.Compose([*_to_tensor(), _normalize()])
+    return v2.Compose([*to_tensor(), _normalize()])
 
 
 def train_transform() -> v2.Compose:
     """Returns the training preprocessing: `eval_transform` with each digit warped at random (never flipped)."""
-    return v2.Compose([*_to_tensor(), RandomDigitWarp(), _normalize()])
-
-
-def _to_tensor() -> list[torch.nn.Module]:
-    return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.ToPureTensor()]
+    return v2.Compose([*to_tensor(), RandomDigitWarp(), _normalize()])
 
 
 def _normalize() -> v2.Normalize:

@@ -16,11 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from tasks.common.augment import RandomDigitWarp
-from tasks.common.digits import PARTS, SEED, DigitDealer, check_part, load_digits
+from tasks.common.digits import PARTS, SEED, DigitDealer, DigitSamples, check_part, load_digits, to_tensor
 from tasks.retrieval.demo.captions import NUM_FORMS, fact_of, write_caption
 
 CELL_SIZE = 24
@@ -145,7 +144,7 @@ def compose_scenes(plan: ScenePlan) -> np.ndarray:
     return canvases
 
 
-class DigitScenes(Dataset):
+class DigitScenes(DigitSamples):
     """One fixed part of the digit scenes.
 
     Attributes:
@@ -180,20 +179,9 @@ class DigitScenes(Dataset):
             for i, row in enumerate(self.plan.sources.tolist())
         ]
 
-    def __len__(self) -> int:
-        return len(self.captions)
-
-    def __getitem__(self, index: int) -> tuple[Any, str]:
-        """Reads one sample.
-
-        Args:
-            index: Position in the part.
-
-        Returns:
-            The transformed image (the PIL image of mode ``L`` itself if there is no transform) and its caption.
-        """
-        image = Image.fromarray(self.pixels[index])
-        return (image if self.transform is None else self.transform(image)), self.captions[index]
+    def told(self, index: int) -> str:
+        """Returns the caption of an image."""
+        return self.captions[index]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -210,12 +198,12 @@ def scene_warp() -> RandomDigitWarp:
 
 def eval_transform() -> v2.Compose:
     """Returns the preprocessing for evaluation: PIL image of mode ``L`` to normalised float32 ``(3, 48, 48)``."""
-    return v2.Compose([*_to_tensor(), *_normalize()])
+    return v2.Compose([*to_tensor(), *_normalize()])
 
 
 def train_transform() -> v2.Compose:
     """Returns the training preprocessing: `eval_transform` with each cell warped at random (never flipped)."""
-    return v2.Compose([*_to_tensor(), scene_warp(), *_normalize()])
+    return v2.Compose([*to_tensor(), scene_warp(), *_normalize()])
 
 
 def _draw_scene(rng: np.random.Generator) -> np.ndarray:
@@ -239,10 +227,6 @@ def _change_one(row: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         other = (cell + int(rng.integers(1, CELLS))) % CELLS
         row[[cell, other]] = row[[other, cell]]
     return row
-
-
-def _to_tensor() -> list[torch.nn.Module]:
-    return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.ToPureTensor()]
 
 
 def _normalize() -> list[torch.nn.Module]:

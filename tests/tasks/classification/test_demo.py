@@ -21,8 +21,8 @@ SIZES = {"train": 8192, "val": 1000, "test": 2000}
 
 def load_trained(name: str) -> nn.Module:
     """Builds a demo model and loads its committed weights strictly."""
-    model = models.build_demo_model(name)
-    model.load_state_dict(load_file(models.demo_weights_path(name)), strict=True)
+    model = models.DEMO.build(name)
+    model.load_state_dict(load_file(models.DEMO.weights_path(name)), strict=True)
     return model
 
 
@@ -126,16 +126,16 @@ def test_unknown_names_are_explained() -> None:
     with pytest.raises(ValueError, match="train, val, test"):
         digits.DigitPairs("validation")
     with pytest.raises(ValueError, match="did you mean 'demo_vit'"):
-        models.build_demo_model("demo_vitt")
+        models.DEMO.build("demo_vitt")
     with pytest.raises(ValueError, match="available: demo_vit, demo_deit, demo_swin"):
-        models.demo_weights_path("resnet50")
+        models.DEMO.weights_path("resnet50")
     with pytest.raises(ValueError, match="unknown demo model"):
-        models.demo_weights_metadata("resnet50")
+        models.DEMO.metadata("resnet50")
 
 
-@pytest.mark.parametrize("name", models.DEMO_MODELS)
+@pytest.mark.parametrize("name", models.DEMO.names)
 def test_models_are_small_and_take_digit_pairs(name: str) -> None:
-    model = models.build_demo_model(name)
+    model = models.DEMO.build(name)
     assert not model.training
     assert sum(parameter.numel() for parameter in model.parameters()) <= 400_000
     with torch.inference_mode():
@@ -143,15 +143,15 @@ def test_models_are_small_and_take_digit_pairs(name: str) -> None:
 
 
 def test_swin_shifts_windows_in_both_stages() -> None:
-    model = models.build_demo_model("demo_swin")
+    model = models.DEMO.build("demo_swin")
     for stage in model.layers:
         assert any(shift > 0 for shift in stage.blocks[1].shift_size)
 
 
-@pytest.mark.parametrize("name", models.DEMO_MODELS)
+@pytest.mark.parametrize("name", models.DEMO.names)
 def test_metadata_describe_the_committed_weights(name: str) -> None:
-    metadata = models.demo_weights_metadata(name)
-    path = models.demo_weights_path(name)
+    metadata = models.DEMO.metadata(name)
+    path = models.DEMO.weights_path(name)
     assert metadata["model"] == name
     assert metadata["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert path.stat().st_size < 4_000_000
@@ -159,11 +159,11 @@ def test_metadata_describe_the_committed_weights(name: str) -> None:
     assert metadata["test_count"] == SIZES["test"]
     for part in ("val", "test"):
         assert metadata["data_fingerprints"][part] == digits.DigitPairs(part).fingerprint
-    kwargs = models.demo_spec(name).kwargs
+    kwargs = models.DEMO.spec(name).kwargs
     assert {key: list(v) if isinstance(v, tuple) else v for key, v in kwargs.items()} == metadata["kwargs"]
 
 
-@pytest.mark.parametrize("name", models.DEMO_MODELS)
+@pytest.mark.parametrize("name", models.DEMO.names)
 def test_trained_models_read_digit_pairs(name: str) -> None:
     model = load_trained(name)
     data = Subset(digits.DigitPairs("test", transform=digits.eval_transform()), range(500))

@@ -138,9 +138,9 @@ def test_a_recipe_file_sets_fields_and_its_errors_are_named(tmp_path: Path) -> N
 def test_nan_weights_are_refused(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    from tasks.classification.demo.models import demo_weights_path
+    from tasks.classification.demo.models import DEMO
 
-    state = load_file(demo_weights_path("demo_vit"))
+    state = load_file(DEMO.weights_path("demo_vit"))
     state["blocks.1.mlp.fc1.weight"][3, 4] = torch.nan
     save_file(state, tmp_path / "nan.safetensors")
     done = command("run", "--model", "demo_vit", "--weights", tmp_path / "nan.safetensors", "--results", tmp_path)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from fimaq_core import NUMERICS_VERSION
 from fimaq_core.checkpoint import read_header, save_checkpoint
 from tasks.classification import models
-from tasks.classification.demo.models import demo_weights_path
+from tasks.classification.demo.models import DEMO
 from tasks.common.cli import build_group, main
 from tasks.common.hashing import file_sha256
 from tasks.common.request import ModelRequest
@@ -80,7 +80,7 @@ def test_text(calibrated: Path, command: Any) -> None:
         "MACs an image: 11006400; quantized 11006400 (100.00 %)",
         "stage: calibrated",
         "method: qdrop w4a4, seed 5",
-        f"float weights: sha256 {file_sha256(demo_weights_path('demo_vit'))}",
+        f"float weights: sha256 {file_sha256(DEMO.weights_path('demo_vit'))}",
         f"calibration: {read_header(calibrated)[0].calibration}",
         f"numerics version: {NUMERICS_VERSION} (this is {NUMERICS_VERSION})",
     ):
@@ -126,7 +126,7 @@ def test_every_stage(calibrated: Path, command: Any, tmp_path: Path) -> None:
 
 def test_what_is_refused(calibrated: Path, command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = tmp_path / "other.safetensors"
-    state = load_file(demo_weights_path("demo_vit"))
+    state = load_file(DEMO.weights_path("demo_vit"))
     save_file({**state, "head.bias": state["head.bias"] + 1}, weights)
     fingerprint, facts = read_header(calibrated)
     other_task = tmp_path / "other_task.safetensors"

@@ -36,8 +36,8 @@ def part_of(part: str) -> scenes.DigitScenes:
 
 @cache
 def trained() -> nn.Module:
-    model = models.build_demo_model("demo_clip")
-    model.load_state_dict(load_file(models.demo_weights_path("demo_clip")), strict=True)
+    model = models.DEMO.build("demo_clip")
+    model.load_state_dict(load_file(models.DEMO.weights_path("demo_clip")), strict=True)
     return model
 
 
@@ -72,7 +72,7 @@ def test_parts_share_no_digit() -> None:
 @pytest.mark.parametrize("part", PARTS)
 def test_data_are_those_of_the_committed_weights(part: str) -> None:
     assert part_of(part).fingerprint == FINGERPRINTS[part]
-    assert models.demo_weights_metadata("demo_clip")["data_fingerprints"][part] == FINGERPRINTS[part]
+    assert models.DEMO.metadata("demo_clip")["data_fingerprints"][part] == FINGERPRINTS[part]
 
 
 @pytest.mark.parametrize("change", ["pixels", "captions"])
@@ -225,11 +225,11 @@ def test_unknown_names_are_explained() -> None:
     with pytest.raises(ValueError, match="of the digit scenes; possible parts: train, val, test"):
         scenes.DigitScenes("validation")
     with pytest.raises(ValueError, match="did you mean 'demo_clip'"):
-        models.build_demo_model("demo_clipp")
+        models.DEMO.build("demo_clipp")
 
 
 def test_model_takes_scenes_and_captions() -> None:
-    model = models.build_demo_model("demo_clip")
+    model = models.DEMO.build("demo_clip")
     assert not model.training
     with torch.inference_mode():
         images, texts, scale = model(torch.zeros(2, 3, 48, 48), tokens.demo_tokenizer()(["a large two top left", "a"]))
@@ -238,15 +238,15 @@ def test_model_takes_scenes_and_captions() -> None:
 
 
 def test_metadata_describe_the_committed_weights() -> None:
-    metadata = models.demo_weights_metadata("demo_clip")
-    path = models.demo_weights_path("demo_clip")
+    metadata = models.DEMO.metadata("demo_clip")
+    path = models.DEMO.weights_path("demo_clip")
     assert metadata["model"] == "demo_clip"
     assert metadata["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert path.stat().st_size < 2_000_000
     assert all(tensor.dtype == torch.float32 for tensor in load_file(path).values())
     assert metadata["parameters"] == sum(parameter.numel() for parameter in trained().parameters())
     assert metadata["test_count"] == COUNTS["test"]
-    kwargs = models.demo_spec("demo_clip").kwargs
+    kwargs = models.DEMO.spec("demo_clip").kwargs
     plain = {key: dict(v, image_size=list(v["image_size"])) if key == "vision_cfg" else v for key, v in kwargs.items()}
     assert plain == metadata["kwargs"]
 
@@ -259,7 +259,7 @@ def test_trained_model_finds_captions_and_scenes() -> None:
         texts = trained().encode_text(tokens.demo_tokenizer()(data.captions))
     products = (images / images.norm(dim=1, keepdim=True)) @ (texts / texts.norm(dim=1, keepdim=True)).T
     own = products.diag()
-    metadata = models.demo_weights_metadata("demo_clip")
+    metadata = models.DEMO.metadata("demo_clip")
     for direction, others in (("i2t", products), ("t2i", products.T)):
         recall = 100 * ((others > own[:, None]).sum(dim=1) == 0).double().mean().item()
         assert recall >= 60
