@@ -18,7 +18,7 @@ from tasks.common.task import CalibrationSet, LoadedModel
 from tasks.retrieval.captions import imagenet_pairs, open_pairs, pairs_root
 from tasks.retrieval.evaluate import truncated
 from tasks.retrieval.pairs import PairSource
-from tasks.retrieval.zero_shot import class_names
+from tasks.retrieval.zero_shot import class_folders, class_names
 
 
 def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> CalibrationSet:
@@ -75,7 +75,7 @@ def training_pairs(loaded: LoadedModel, data: DataRequest) -> PairSource:
     """
     if data.evaluation == "zero-shot" and data.calibration_data is None and data.path is not None:
         labelled = open_folder(data.path, "train")
-        return imagenet_pairs(labelled, class_names(data.path, labelled.classes))
+        return imagenet_pairs(labelled, class_names(data.path, class_folders(labelled)))
     return open_pairs(loaded, data, "train")
 
 

@@ -18,7 +18,7 @@ from tasks.retrieval.captions import open_pairs
 from tasks.retrieval.divergence import ContrastiveDivergence
 from tasks.retrieval.evaluate import evaluate_pairs, truncated
 from tasks.retrieval.towers import TOWERS, build_towers
-from tasks.retrieval.zero_shot import ZeroShotClassifier, class_embeddings, class_names
+from tasks.retrieval.zero_shot import ZeroShotClassifier, class_embeddings, class_folders, class_names
 
 
 class TwoTowers(nn.Module):
@@ -132,7 +132,7 @@ class RetrievalTask(Named):
             if data.path is None:
                 raise DataError("Zero-shot evaluation needs images in class folders: give --data /path/to/imagenet.")
             source = open_folder(data.path, "val")
-            names = class_names(data.path, source.classes)
+            names = class_names(data.path, class_folders(source))
             embedded = class_embeddings(model.encode_text, loaded.tokenizer, names, device, batch_size, report)
             classifier = ZeroShotClassifier(model.encode_image, embedded, model.logit_scale)
             source = source.head(data.limit)

@@ -3,6 +3,7 @@
 A class is the mean direction of the embeddings of its name in several templates; an image gets the class it is most similar to.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,27 +13,36 @@ from torch import Tensor, nn
 
 from fimaq_core.errors import DataError
 from fimaq_core.progress import Progress, Report
+from tasks.common.folders import Source
 from tasks.retrieval.embeddings import Encode, Tokenizer, embed_texts, normalised
 
 CLASSNAMES_FILE = "classnames.txt"
 Template = Callable[[str], str]
 TEMPLATES: tuple[Template, ...] = tuple(OPENAI_IMAGENET_TEMPLATES)
+#: ImageNet's class folders are called such as n01440764.
+_WORDNET_ID = re.compile(r"n\d{8}")
+
 #: Classes whose texts are in memory together.
 _CLASSES = 50
 
 
-def class_names(root: Path, classes: int) -> tuple[str, ...]:
-    """Names of the class folders under ``root``/val, in their sorted order.
+def class_folders(source: Source) -> list[str]:
+    """Names of the class folders of labelled images, sorted: in the order of their labels."""
+    return sorted({Path(name).parts[1] for name in source.ids})
 
-    They are the lines of ``classnames.txt`` in ``root``. Without that file, 1000 classes are taken to be ImageNet's, whose
-    folders sorted (by WordNet id) stand in the usual order; their names are those of the CLIP authors.
+
+def class_names(root: Path, folders: Sequence[str]) -> tuple[str, ...]:
+    """Names of the classes that have these ``folders`` (sorted) in ``root``/val.
+
+    They are the lines of ``classnames.txt`` in ``root``. Without that file, 1000 folders that are called by WordNet ids are
+    ImageNet's; their names are those of the CLIP authors.
 
     Raises:
         DataError: the names are not there, not as many as the classes, or not to be read.
     """
-    path = root / CLASSNAMES_FILE
+    path, classes = root / CLASSNAMES_FILE, len(folders)
     if not path.is_file():
-        if classes == len(IMAGENET_CLASSNAMES):
+        if classes == len(IMAGENET_CLASSNAMES) and all(_WORDNET_ID.fullmatch(folder) for folder in folders):
             return tuple(IMAGENET_CLASSNAMES)
         raise DataError(
             f"Zero-shot classification needs names of the {classes} classes: write them into {path}, one a line (UTF-8), in the "

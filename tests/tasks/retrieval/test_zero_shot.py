@@ -124,22 +124,27 @@ def test_embeddings_of_zero_are_refused() -> None:
         )
 
 
+WORDNET, THREE = [f"n{n:08d}" for n in range(1000)], ["a", "b", "c"]
+
+
 def test_class_names(tmp_path: Path) -> None:
-    imagenet = class_names(tmp_path, 1000)
+    imagenet = class_names(tmp_path, WORDNET)
     assert len(imagenet) == 1000
     assert (imagenet[0], imagenet[999]) == ("tench", "toilet paper")
     with pytest.raises(DataError, match=r"names of the 3 classes: write them into .*classnames\.txt"):
-        class_names(tmp_path, 3)
+        class_names(tmp_path, THREE)
+    with pytest.raises(DataError, match="names of the 1000 classes"):
+        class_names(tmp_path, [f"class{n:04d}" for n in range(1000)])
     file = tmp_path / "classnames.txt"
     file.write_text("rot\ngrün \n藍\n", encoding="utf-8")
-    assert class_names(tmp_path, 3) == ("rot", "grün", "藍")
+    assert class_names(tmp_path, THREE) == ("rot", "grün", "藍")
     with pytest.raises(DataError, match=r"has 3 lines for 1000 classes"):
-        class_names(tmp_path, 1000)
+        class_names(tmp_path, WORDNET)
     file.write_text("\n".join(f"thing {n}" for n in range(1000)))
-    assert class_names(tmp_path, 1000)[999] == "thing 999"
+    assert class_names(tmp_path, WORDNET)[999] == "thing 999"
     file.write_text("a\n\nb\n")
     with pytest.raises(DataError, match=r"Line 2 of .* is empty"):
-        class_names(tmp_path, 3)
+        class_names(tmp_path, THREE)
     file.write_bytes("grün".encode("latin-1"))
     with pytest.raises(DataError, match="Cannot read class names"):
-        class_names(tmp_path, 1)
+        class_names(tmp_path, THREE[:1])
