@@ -66,4 +66,4 @@ format: $(STAMP) ## format the code
 	@$(PY) -m ruff format .
 
 clean: ## remove the virtual environment and everything that runs wrote
-	rm -rf $(VENV) results/runs results/tables results/calibration results/mlp results/speed.json
+	rm -rf $(VENV) results/runs results/tables results/calibration results/mlp results/reconstruction results/speed.json

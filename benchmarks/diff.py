@@ -248,5 +248,6 @@ def _judge(item: Measurement, row: Mapping[Any, Any], names: Names) -> tuple[str
     reason = f"{'within' if within else 'beyond'} ±{tolerance:.2f} ({rule})"
     if item.spread is None and item.record.method != "fp":
         reason += "; one seed, so the spread over seeds is not counted"
+    note = names.datasets[str(row["task"])][str(row["dataset"])].notes.get(str(row["method"]))
     verdict = REPRODUCED if within else ABOVE if gap > 0 else BELOW
-    return verdict, reason
+    return verdict, reason if note is None else f"{reason}; {note}"

@@ -20,6 +20,7 @@ class DatasetName(_Strict):
     Attributes:
         task, name, split, count: of the record; count of images.
         metrics: published metric to the record's. Others are never compared.
+        notes: by published method, what to know of its rows here; said with every verdict.
     """
 
     task: str
@@ -27,6 +28,7 @@ class DatasetName(_Strict):
     split: str
     count: int
     metrics: dict[str, str]
+    notes: dict[str, str] = {}
 
 
 class ModelName(_Strict):

@@ -28,6 +28,7 @@ class Fingerprint(BaseModel):
 
     Attributes:
         numerics: version of the code's arithmetic.
+        model: which architecture the weights were loaded into; empty where the caller has one only.
         weights: sha256 of the float weights.
         calibration: fingerprint of the calibration images (ids, order, transform).
         recipe: all recipe fields.
@@ -36,6 +37,7 @@ class Fingerprint(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     numerics: int = NUMERICS_VERSION
+    model: str = ""
     weights: str
     calibration: str
     recipe: Recipe
@@ -44,6 +46,8 @@ class Fingerprint(BaseModel):
         """Say what differs in ``other``, or None; recipe fields outside of ``scope`` are left out."""
         if self.numerics != other.numerics:
             return f"it was made by numerics version {other.numerics}, this is version {self.numerics}"
+        if self.model != other.model:
+            return f"it was made of another model ({other.model or 'unnamed'}, here {self.model or 'unnamed'})"
         if self.weights != other.weights:
             return f"it was made from other weights (sha256 {other.weights[:12]}, here {self.weights[:12]})"
         if self.calibration != other.calibration:
@@ -51,9 +55,9 @@ class Fingerprint(BaseModel):
         mine, theirs = self.recipe, other.recipe
         fields: tuple[str, ...] = tuple(Recipe.model_fields)
         if scope == "ranges":
-            fields = tuple(dict.fromkeys(mine.range_fields() + theirs.range_fields()))
+            fields = tuple(dict.fromkeys(("scope", *mine.range_fields(), *theirs.range_fields())))
         elif scope == "mlp":
-            fields = Recipe.mlp_fields()
+            fields = ("scope", *Recipe.mlp_fields())
         different = [
             f"{name} ({getattr(theirs, name)!r}, here {getattr(mine, name)!r})"
             for name in fields

@@ -67,7 +67,7 @@ def reconstruct_mlps_or_load(
         teacher = copy.deepcopy(chain)
         load_mlps(chain, path, fingerprint)
         return teacher, True
-    folder = None if path is None else path.with_name(f"{path.stem}.mlps")
+    folder = None if path is None else mlps_beside(path)
 
     def file(index: int) -> Path | None:
         return None if folder is None else folder / f"mlp-{index:03d}.safetensors"
@@ -100,11 +100,7 @@ def reconstruct_mlps_or_load(
         assert fingerprint is not None
         save_checkpoint(path, mlps(chain).state_dict(), fingerprint, {**(facts or {}), "stage": "mlp"})
     if folder is not None:
-        # Cells of other bits share the MLPs: another process may be at this too, or just have written there.
-        for done in folder.glob("mlp-*.safetensors"):
-            done.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            folder.rmdir()
+        remove_mlps(folder)
     return teacher, False
 
 
@@ -245,6 +241,7 @@ def reconstruct_or_load(
     if path.is_file():
         facts = load_checkpoint(path, chain, fingerprint)
         set_quantized(chain, True)
+        remove_blocks(blocks_beside(path))  # what a run left that was stopped just there
         return ReconstructionLog(**facts["log"]), True
     blocks = blocks_beside(path)
     log = reconstruct_with_checkpoints(chain, images, recipe, divergence, resources, blocks, fingerprint, teacher)
@@ -259,9 +256,24 @@ def blocks_beside(path: Path) -> Path:
     return path.with_name(f"{path.stem}.blocks")
 
 
+def mlps_beside(path: Path) -> Path:
+    """The folder of finished MLPs of a reconstruction whose whole is going to be the checkpoint ``path``."""
+    return path.with_name(f"{path.stem}.mlps")
+
+
 def remove_blocks(folder: Path) -> None:
     """Remove the checkpoints of finished blocks, and their folder if it holds nothing else."""
-    for file in folder.glob("block-*.safetensors"):
+    _remove(folder, "block-*.safetensors")
+
+
+def remove_mlps(folder: Path) -> None:
+    """Remove the checkpoints of finished MLPs, and their folder if it holds nothing else."""
+    _remove(folder, "mlp-*.safetensors")
+
+
+def _remove(folder: Path, pattern: str) -> None:
+    # Cells may share what is in there: another process may be at this too, or just have written there.
+    for file in folder.glob(pattern):
         file.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         folder.rmdir()

@@ -56,8 +56,9 @@ class ClassifierDivergence(Divergence):
         self.temperature = temperature
 
     def __call__(self, outputs: Tensor, reference: Tensor) -> Tensor:
-        return kl_divergence(_wide(outputs), _wide(reference), self.temperature)
+        return kl_divergence(at_least_float32(outputs), at_least_float32(reference), self.temperature)
 
 
-def _wide(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
+def at_least_float32(x: Tensor) -> Tensor:
+    """``x``, or its float32 form if it has fewer digits."""
+    return x if x.dtype == torch.float64 else x.float()

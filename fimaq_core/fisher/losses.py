@@ -98,3 +98,8 @@ def register_loss(name: str, loss: Callable[[Tensor], Tensor]) -> None:
         raise RecipeError(f"A loss named '{name}' exists already: choose another name.")
     PLAIN[name] = loss
     LOSSES.append(name)
+
+
+def takes_passes(name: str) -> bool:
+    """Whether the loss ``name`` rests on passes of the divergence over the calibration samples."""
+    return name not in PLAIN and name != "prediction"

@@ -100,7 +100,7 @@ class BlockObjective:
         """From the block's output (and the side) to the model's in full precision, for the loss that needs it."""
         return self._rest if self.kind == "prediction" else None
 
-    def _rest(self, output: Tensor, side: Tensor | None) -> Tensor:
+    def _rest(self, output: Tensor, side: Tensor | None = None) -> Tensor:
         return self.tape.teacher.tail(self.tape.index + 1, output, side)
 
     @property

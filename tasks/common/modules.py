@@ -44,7 +44,10 @@ def merge_logs(log: ReconstructionLog, part: str, own: ReconstructionLog) -> Non
     log.last_loss |= {part_name(part, label): value for label, value in own.last_loss.items()}
     log.fisher_passes |= {part_name(part, label): value for label, value in own.fisher_passes.items()}
     log.notes += [part_name(part, note) for note in own.notes]
-    log.engine = own.engine
+    if len(log.last_loss) > len(own.last_loss) and own.engine != log.engine:
+        log.notes.append(f"{part}: reconstructed by the engine '{own.engine}'")
+    else:
+        log.engine = own.engine
 
 
 def _leaves(module: nn.Module, prefix: str) -> list[str]:

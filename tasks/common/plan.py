@@ -15,7 +15,7 @@ from tasks.common.request import CellRequest, Missing
 
 def planned_folder(request: CellRequest) -> Path:
     """The folder of a cell, its identity: task, model.tag, method, bits, seed, and a digest of all the rest."""
-    request = with_scope(request)
+    request = resolved(request)
     model = registry.model_identity(request.task, request.model)
     tag = model[0]
     recipe, chosen = request.recipe, request.data.calibration_list
@@ -41,6 +41,7 @@ def planned_folder(request: CellRequest) -> Path:
 
 def preflight(request: CellRequest) -> list[Missing]:
     """What the cell needs of data and weights that is not there; see :func:`tasks.common.request.describe_missing`."""
+    request = resolved(request)
     return registry.preflight(request.task, request.model, request.data)
 
 
@@ -48,13 +49,20 @@ def _path(path: Path | None) -> str | None:
     return None if path is None else str(path.resolve())
 
 
-def with_scope(request: CellRequest) -> CellRequest:
-    """The request with the scope of its recipe spelled out, so that the usual one has one name only.
+def resolved(request: CellRequest) -> CellRequest:
+    """The request with the scope of its recipe spelled out, and no name for the usual evaluation: each has one name only.
 
     Raises:
-        RecipeError: the task has no such scope.
+        RecipeError: the task has no such scope or evaluation.
     """
-    recipe = request.recipe
+    recipe, wanted = request.recipe, request.data.evaluation
+    if wanted is not None:
+        evaluations = registry.evaluations(request.task)
+        if wanted not in evaluations:
+            known = suggest(wanted, evaluations) if evaluations else " It has one only: leave this out."
+            raise RecipeError(f"Task '{request.task}' has no evaluation '{wanted}'.{known}")
+        if wanted == evaluations[0]:
+            request = replace(request, data=replace(request.data, evaluation=None))
     if recipe is None:
         return request
     scopes = registry.scopes(request.task)

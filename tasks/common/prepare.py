@@ -1,5 +1,6 @@
 """From a float model to chains that are ready for calibration: what ``run`` and the stages have in common."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from fimaq_core.errors import RecipeError
 from fimaq_core.fisher.divergence import Divergence
 from fimaq_core.quantize import Resources, load_mlps, reconstruct_mlps_or_load
 from fimaq_core.recipe import Recipe
-from tasks.common.plan import with_scope
+from tasks.common.plan import resolved
 from tasks.common.request import CellRequest, ModelRequest
 from tasks.common.task import CalibrationSet, Chains, LoadedModel, Task
 
@@ -47,9 +48,15 @@ class Part:
         return f"{name} {self.name}" if self.name else name
 
 
-def fingerprint_of(loaded: LoadedModel, images: CalibrationSet, recipe: Recipe) -> Fingerprint:
+def fingerprint_of(model: ModelRequest, loaded: LoadedModel, images: CalibrationSet, recipe: Recipe) -> Fingerprint:
     """What a checkpoint of this run belongs to."""
-    return Fingerprint(weights=loaded.sha256, calibration=images.fingerprint, recipe=recipe)
+    return Fingerprint(model=built_model(model, loaded), weights=loaded.sha256, calibration=images.fingerprint, recipe=recipe)
+
+
+def built_model(model: ModelRequest, loaded: LoadedModel) -> str:
+    """The architecture and its arguments: weights of one file may fit several, which compute different things."""
+    arguments = json.dumps(model.model_args, sort_keys=True) if model.model_args else ""
+    return f"{loaded.tag}{arguments}"
 
 
 def checkpoint_facts(task: str, model: ModelRequest, loaded: LoadedModel) -> dict[str, object]:
@@ -61,9 +68,9 @@ def check_request(request: CellRequest) -> CellRequest:
     """The request with its scope spelled out.
 
     Raises:
-        RecipeError: the task has no such scope, or an ``mlp_checkpoint`` is given that the recipe has no use for.
+        RecipeError: the task has no such scope or evaluation, or an ``mlp_checkpoint`` is given that the recipe has no use for.
     """
-    request = with_scope(request)
+    request = resolved(request)
     recipe = request.recipe
     if request.mlp_checkpoint is not None and (recipe is None or not recipe.reconstruct_mlp):
         method = "fp" if recipe is None else recipe.method
@@ -85,7 +92,13 @@ def all_segments(chains: Chains) -> list[Segment]:
 
 
 def make_parts(
-    task: Task, loaded: LoadedModel, images: CalibrationSet, recipe: Recipe, device: torch.device, batch_size: int
+    task: Task,
+    model: ModelRequest,
+    loaded: LoadedModel,
+    images: CalibrationSet,
+    recipe: Recipe,
+    device: torch.device,
+    batch_size: int,
 ) -> list[Part]:
     """Build the chains, as the float model is."""
     # Before the chains take the float model over: a part's divergence may need the outputs of another.
@@ -93,7 +106,7 @@ def make_parts(
     parts = []
     for name, chain in task.chains(loaded, recipe).items():
         own = recipe.model_copy(update={"scope": name}) if name else recipe
-        mark = fingerprint_of(loaded, images, own)
+        mark = fingerprint_of(model, loaded, images, own)
         parts.append(Part(name, chain.to(device), images.of(name), own, divergences[name], mark))
     return parts
 
@@ -119,11 +132,12 @@ def start(
     """
     recipe = request.recipe
     assert recipe is not None
-    parts = make_parts(task, loaded, images, recipe, device, resources.batch_size)
+    parts = make_parts(task, request.model, loaded, images, recipe, device, resources.batch_size)
     if not recipe.reconstruct_mlp:
         return parts
     if request.mlp_checkpoint is not None:
-        load_mlps(all_segments(chains_of(parts)), request.mlp_checkpoint, fingerprint_of(loaded, images, recipe))
+        mark = fingerprint_of(request.model, loaded, images, recipe)
+        load_mlps(all_segments(chains_of(parts)), request.mlp_checkpoint, mark)
         teachers: Chains = {}
         if recipe.reconstruct:
             teachers = task.chains(task.load(request.model), recipe)

@@ -67,6 +67,15 @@ def scopes(name: str) -> tuple[str, ...]:
     return found
 
 
+def evaluations(name: str) -> tuple[str, ...]:
+    """What task ``name`` can measure, the usual first; empty where that is one thing only."""
+    if name in _REGISTERED:
+        return getattr(_REGISTERED[name], "evaluations", ())
+    _check(name)
+    found: tuple[str, ...] = getattr(importlib.import_module(f"tasks.{name}.tags"), "EVALUATIONS", ())
+    return found
+
+
 def preflight(name: str, model: ModelRequest, data: DataRequest) -> list[Missing]:
     """What task ``name`` needs of weights and data that is not there. Downloads nothing."""
     if name in _REGISTERED:

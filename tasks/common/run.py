@@ -13,22 +13,25 @@ import torch
 from fimaq_core import NUMERICS_VERSION
 from fimaq_core.checkpoint import save_checkpoint
 from fimaq_core.files import replaced_whole
+from fimaq_core.fisher.losses import takes_passes
 from fimaq_core.progress import Report, silent
 from fimaq_core.quantize import (
     Resources,
     blocks_beside,
     calibrate_or_load,
     finish,
+    mlps_beside,
     reconstruct_or_load,
     reconstruct_with_checkpoints,
     remove_blocks,
+    remove_mlps,
 )
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction.reconstruct import ReconstructionLog
 from tasks.common.environment import describe, peak_memory, resolve_device
 from tasks.common.modules import merge_logs, whole_map
 from tasks.common.plan import planned_folder, variant_name
-from tasks.common.prepare import Part, chains_of, check_request, checkpoint_facts, fingerprint_of, start, whole
+from tasks.common.prepare import Part, built_model, chains_of, check_request, checkpoint_facts, fingerprint_of, start, whole
 from tasks.common.record import Calibration, Metric, ResultRecord, Weights, read_record, write_record
 from tasks.common.registry import get_task
 from tasks.common.request import CellRequest
@@ -138,7 +141,7 @@ def _measure_quantized(
         finish(part.chain)
     chains = chains_of(parts)
     facts |= {"stage": "reconstructed" if recipe.reconstruct else "calibrated"}
-    fingerprint = fingerprint_of(loaded, calibration, recipe)
+    fingerprint = fingerprint_of(request.model, loaded, calibration, recipe)
     save_checkpoint(folder / "quantized.safetensors", whole(chains).state_dict(), fingerprint, facts)
     model = task.assemble(loaded, chains).to(device)
     evaluation = task.evaluate(model, loaded, request.data, device, request.eval_batch, request.workers, report)
@@ -170,7 +173,8 @@ def _reconstruct(
 
 
 def _calibration_entry(images: CalibrationSet, recipe: Recipe, parts: list[Part]) -> Calibration:
-    compares = any(part.divergence.batch is not None for part in parts)
+    passes = (recipe.reconstruct and takes_passes(recipe.loss)) or (recipe.reconstruct_mlp and recipe.mlp_loss == "perturb_mean")
+    compares = passes and any(part.divergence.batch is not None for part in parts)
     return Calibration(
         ids=images.ids,
         transform=images.transform,
@@ -183,11 +187,12 @@ def _calibration_entry(images: CalibrationSet, recipe: Recipe, parts: list[Part]
 
 def _shared_path(request: CellRequest, loaded: LoadedModel, calibration: CalibrationSet, kind: str, digest: str) -> Path:
     """Where cells share what is dear, by content address: methods with the same settings so far compute it once."""
-    shared = f"{digest}{loaded.sha256}{calibration.fingerprint}{NUMERICS_VERSION}{request.model.model_args}"
+    shared = f"{digest}{loaded.sha256}{calibration.fingerprint}{NUMERICS_VERSION}{built_model(request.model, loaded)}"
     path = request.results.parent / kind / f"{hashlib.sha256(shared.encode()).hexdigest()[:24]}.safetensors"
     if request.force and path not in _FORCED:
         path.unlink(missing_ok=True)
         remove_blocks(blocks_beside(path))
+        remove_mlps(mlps_beside(path))
     _FORCED.add(path)
     return path
 

@@ -106,7 +106,7 @@ def _begin(request: CellRequest, report: Report, kept: Callable[[Part], Path | N
     resources = Resources(report, request.placement, request.eval_batch, request.step_engine)
     parts = start(request, task, loaded, images, device, resources, kept)
     facts = checkpoint_facts(request.task, request.model, loaded)
-    return _Begun(parts, resources, fingerprint_of(loaded, images, request.recipe), facts)
+    return _Begun(parts, resources, fingerprint_of(request.model, loaded, images, request.recipe), facts)
 
 
 def reconstruct_stage(
@@ -128,10 +128,10 @@ def reconstruct_stage(
         )
     recipe = _changed(fingerprint.recipe, given)
     device = _start(options["device"], options["threads"])
-    task, loaded = _load(task_name, checkpoint, facts, options)
+    task, model, loaded = _load(task_name, checkpoint, facts, options)
     calibration = task.calibration(loaded, data, recipe)
-    expected = fingerprint_of(loaded, calibration, recipe)
-    parts = make_parts(task, loaded, calibration, recipe, device, options["eval_batch"])
+    expected = fingerprint_of(model, loaded, calibration, recipe)
+    parts = make_parts(task, model, loaded, calibration, recipe, device, options["eval_batch"])
     chains = chains_of(parts)
     if recipe.reconstruct_mlp:
         parts = [replace(part, teacher=copy.deepcopy(part.chain)) for part in parts]
@@ -154,7 +154,7 @@ def evaluate_stage(task_name: str, checkpoint: Path, data: DataRequest, options:
     """Evaluate a checkpoint of any stage. ``options`` as in :func:`reconstruct_stage`."""
     fingerprint, facts = read_header(checkpoint)
     device = _start(options["device"], options["threads"])
-    task, loaded = _load(task_name, checkpoint, facts, options)
+    task, _, loaded = _load(task_name, checkpoint, facts, options)
     model = task.assemble(loaded, _restored(task, loaded, checkpoint, fingerprint, facts)).to(device)
     return task.evaluate(model, loaded, data, device, options["eval_batch"], options["workers"], report)
 
@@ -170,7 +170,7 @@ def inspect_stage(task_name: str, checkpoint: Path, options: dict[str, Any]) -> 
         ModelError: the task does not say what images the model takes.
     """
     fingerprint, facts = read_header(checkpoint)
-    task, loaded = _load(task_name, checkpoint, facts, options)
+    task, _, loaded = _load(task_name, checkpoint, facts, options)
     chains = _restored(task, loaded, checkpoint, fingerprint, facts)
     inputs, untouched = task.examples(loaded, chains), task.untouched(loaded, chains)
     measured = joined_facts({name: model_facts(chain, inputs[name]) for name, chain in chains.items()}, untouched)
@@ -206,13 +206,15 @@ def _changed(recipe: Recipe, given: dict[str, Any]) -> Recipe:
     return make_recipe(method or recipe.method, kept, {name: value for name, value in given.items() if name != "method"})
 
 
-def _load(task_name: str, checkpoint: Path, facts: dict[str, Any], options: dict[str, Any]) -> tuple[Task, LoadedModel]:
+def _load(
+    task_name: str, checkpoint: Path, facts: dict[str, Any], options: dict[str, Any]
+) -> tuple[Task, ModelRequest, LoadedModel]:
     if facts.get("task") != task_name:
         raise CheckpointError(f"The checkpoint {checkpoint} is of task {facts.get('task')!r}, not {task_name!r}.")
     task = get_task(task_name)
     request = ModelRequest(facts["model"], facts["model_args"])
     request = replace(request, weights=options["weights"], weights_folder=options["weights_folder"])
-    return task, task.load(request)
+    return task, request, task.load(request)
 
 
 def _start(device: str, threads: int | None) -> torch.device:

@@ -63,7 +63,19 @@ def open_captions(root: Path, part: str) -> PairSource:
     listed = read_table(path, own).get(part, ())
     if not listed:
         raise DataError(f"{path} has no images of the split {part!r}.")
+    if own is not None:
+        _refuse_common(path, path.with_name(f"{'test' if part == 'train' else 'train'}{path.suffix}"), listed)
     return file_pairs(free_name(len(listed)), part, root, listed, path)
+
+
+def _refuse_common(path: Path, sibling: Path, listed: Sequence[tuple[str, tuple[str, ...]]]) -> None:
+    """Refuse a part that shares images with the part in ``sibling``, where that is there."""
+    if not sibling.is_file():
+        return
+    others = {image for image, _ in read_table(sibling, sibling.stem).get(sibling.stem, ())}
+    common = [image for image, _ in listed if image in others]
+    if common:
+        raise DataError(f"{path} and {sibling} share {len(common)} images, such as {common[0]!r}: each belongs into one of them.")
 
 
 @lru_cache(maxsize=2)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fimaq_core.fisher.divergence import Divergence
+from fimaq_core.fisher.divergence import Divergence, at_least_float32
 
 
 class ContrastiveDivergence(Divergence):
@@ -31,17 +31,15 @@ class ContrastiveDivergence(Divergence):
         return torch.cat([F.normalize(outputs, dim=-1), self.other.to(outputs)], dim=-1)
 
     def __call__(self, outputs: Tensor, reference: Tensor) -> Tensor:
-        full, other = _wide(reference).chunk(2, dim=-1)
-        before = self.scale * full @ other.T
-        after = self.scale * F.normalize(_wide(outputs), dim=-1) @ other.T
+        # Its own products keep float32 whatever the model's have: similarities are large beside their changes.
+        with torch.autocast(outputs.device.type, enabled=False):
+            full, other = at_least_float32(reference).chunk(2, dim=-1)
+            before = self.scale * full @ other.T
+            gap = self.scale * (full - F.normalize(at_least_float32(outputs), dim=-1)) @ other.T
         # For p and q with logits a and b, KL(p || q) + KL(q || p) = sum of (p - q)(a - b): normalisers and biases cancel, and
         # nothing large is subtracted.
-        gap = before - after
+        after = before - gap
         if self.bias is not None:
             return ((before + self.bias).sigmoid() - (after + self.bias).sigmoid()).mul(gap).sum() / (2 * len(outputs))
         rows, columns = ((before.softmax(dim) - after.softmax(dim)).mul(gap).sum() for dim in (1, 0))
         return (rows + columns) / (4 * len(outputs))
-
-
-def _wide(embeddings: Tensor) -> Tensor:
-    return embeddings if embeddings.dtype == torch.float64 else embeddings.float()

@@ -53,6 +53,10 @@ def embed_images(
     return torch.cat(positions), torch.cat(embeddings)
 
 
+#: Texts that are tokenized at a time.
+_TEXTS = 4096
+
+
 @torch.no_grad()
 def embed_texts(
     encode_text: Encode,
@@ -64,18 +68,16 @@ def embed_texts(
 ) -> Tensor:
     """Embed ``texts`` as (n, d) on ``device``; ``advance`` is told how many are done.
 
-    Equal texts are encoded once: the last bits of an embedding depend on its place in the batch, and equal texts shall tie.
+    Texts of equal tokens are encoded once: the last bits of an embedding depend on its place in the batch, and these shall tie.
 
     Raises:
         ModelError: the model does not take these tokens.
         NumericsError: from :func:`normalised`.
     """
-    number = {text: index for index, text in enumerate(dict.fromkeys(texts))}
-    distinct = list(number)
+    rows = torch.cat([tokenizer(list(texts[start : start + _TEXTS])) for start in range(0, len(texts), _TEXTS)])
+    distinct, place = torch.unique(rows, dim=0, return_inverse=True)
     embeddings = []
-    for start in range(0, len(distinct), batch_size):
-        batch = distinct[start : start + batch_size]
-        tokens = tokenizer(batch)
+    for tokens in torch.split(distinct, batch_size):
         try:
             values = encode_text(tokens.to(device))
         except (RuntimeError, AssertionError, IndexError) as error:
@@ -83,6 +85,5 @@ def embed_texts(
                 raise
             raise ModelError(f"The model does not take tokens of shape {tuple(tokens.shape[1:])}: {error}") from error
         embeddings.append(normalised(values))
-        advance(len(texts) - (len(distinct) - start - len(batch)))
-    found = torch.cat(embeddings)
-    return found if len(distinct) == len(texts) else found[[number[text] for text in texts]]
+        advance(len(texts) - len(distinct) + sum(len(part) for part in embeddings))
+    return torch.cat(embeddings)[place.to(device)]

@@ -102,6 +102,7 @@ def _read(path: Path, state: tuple[int, int]) -> _Splits:
     if not isinstance(entries, list):
         raise DataError(f"{path} has no list 'images': it is not a file of Karpathy's format.")
     found: dict[str, list[tuple[str, tuple[str, ...]]]] = {}
+    split_of: dict[str, str] = {}
     for number, entry in enumerate(entries):
         where = f"{path}, image {number} (counted from 0)"
         try:
@@ -112,7 +113,10 @@ def _read(path: Path, state: tuple[int, int]) -> _Splits:
         if not all(isinstance(text, str) for text in (folder, file, *captions)):
             raise DataError(f"{where}: names and captions must be text.")
         image = image_id(f"{folder}/{file}" if folder else file, where)
-        found.setdefault(check_split(split, where), []).append((image, captions))
+        split = check_split(split, where)
+        if split_of.setdefault(image, split) != split:
+            raise DataError(f"{where}: {image!r} is in the splits {split_of[image]!r} and {split!r}.")
+        found.setdefault(split, []).append((image, captions))
     return {split: tuple(listed) for split, listed in found.items()}
 
 

@@ -20,7 +20,7 @@ from tasks.common.request import ModelRequest, describe_missing
 from tasks.common.task import LoadedModel
 from tasks.common.weights import is_torchscript, load_state, read_state, state_sha256
 from tasks.retrieval.tags import CATALOGUE, DEMO_NAMES, full_name, missing_tokenizer, published, repository, tokenizer_folder
-from tasks.retrieval.tokenizers import build_tokenizer
+from tasks.retrieval.tokenizers import Tokenizer, build_tokenizer
 
 #: Entries of older checkpoints that are no weights; open_clip drops them too.
 _LEGACY = ("input_resolution", "context_length", "vocab_size", "text.transformer.embeddings.position_ids")
@@ -57,7 +57,7 @@ def load_model(request: ModelRequest) -> LoadedModel:
     return LoadedModel(
         model.eval(),
         tag,
-        f"file {path.name}" if weights else f"hub {repository(tag).repo}",
+        (f"file {path.name}" if weights else f"hub {repository(tag).repo}") + tokenizer.origin,
         file_sha256(path) if not request.model_args else state_sha256(model),
         0,
         image_transform_v2(preprocess, is_train=False),
@@ -84,7 +84,7 @@ def _demo(request: ModelRequest, tag: str, weights: Path | None) -> LoadedModel:
         train_transform(),
         "digit-scenes",
         (3, *CANVAS_SIZE),
-        demo_tokenizer(),
+        Tokenizer(demo_tokenizer(), int(model.context_length), int(model.vocab_size)),
         int(model.context_length),
     )
 

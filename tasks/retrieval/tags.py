@@ -158,7 +158,7 @@ def _missing_imagenet(data: DataRequest, brings_data: bool) -> Missing | None:
     if data.path is None:
         advice = f"Give its folder: IMAGENET=/path for make, --imagenet for a grid, --data for an adapter. {imagenet.LAYOUT}."
         return None if brings_data else Missing("the data set ImageNet", advice)
-    calibrates = data.calibration_data is None and data.calibration_list is None
+    calibrates = data.calibration_data is None
     absent = [str(data.path / part) for part in (("train", "val") if calibrates else ("val",)) if not (data.path / part).is_dir()]
     if not absent:
         return None

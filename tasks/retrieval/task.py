@@ -1,5 +1,7 @@
 """The retrieval task as the pipeline sees it."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +20,7 @@ from tasks.retrieval.captions import open_pairs
 from tasks.retrieval.divergence import ContrastiveDivergence
 from tasks.retrieval.evaluate import evaluate_pairs, truncated
 from tasks.retrieval.towers import TOWERS, build_towers
-from tasks.retrieval.zero_shot import ZeroShotClassifier, class_embeddings, class_folders, class_names
+from tasks.retrieval.zero_shot import ZeroShotClassifier, class_embeddings, class_folders, class_names, named_classes
 
 
 class TwoTowers(nn.Module):
@@ -137,7 +139,8 @@ class RetrievalTask(Named):
             classifier = ZeroShotClassifier(model.encode_image, embedded, model.logit_scale)
             source = source.head(data.limit)
             images = Images(source.ids, source.targets, source.read, loaded.eval_transform, data.skip_corrupt)
-            return evaluate(classifier, images, source, device, batch_size, workers, report)
+            found = evaluate(classifier, images, source, device, batch_size, workers, report)
+            return replace(found, dataset=named_classes(found.dataset, names))
         pairs = open_pairs(loaded, data, "test").head(data.limit)
         images = Images(pairs.image_ids, [0] * len(pairs.image_ids), pairs.read, loaded.eval_transform, data.skip_corrupt)
         cut = truncated(loaded.tokenizer, pairs.captions, loaded.context_length)

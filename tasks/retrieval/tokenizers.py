@@ -10,6 +10,7 @@ from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH, HFTokenizer, SimpleToken
 from torch import Tensor
 
 from fimaq_core.errors import ModelError
+from tasks.common.hashing import file_sha256
 from tasks.common.hub import Repository, cached_file, hub_answers
 from tasks.retrieval.tags import VOCABULARIES
 
@@ -24,10 +25,11 @@ class Tokenizer:
         tokenizer: open_clip's.
         context_length: L, the ids of a caption; longer captions are cut as open_clip cuts them (the end token stays).
         vocabulary: how many ids the model knows.
+        origin: what records say of its files, behind the weights'; empty where open_clip or the demo brings it.
     """
 
-    def __init__(self, tokenizer: SimpleTokenizer | HFTokenizer, context_length: int, vocabulary: int) -> None:
-        self.tokenizer, self.context_length, self.vocabulary = tokenizer, context_length, vocabulary
+    def __init__(self, tokenizer: SimpleTokenizer | HFTokenizer, context_length: int, vocabulary: int, origin: str = "") -> None:
+        self.tokenizer, self.context_length, self.vocabulary, self.origin = tokenizer, context_length, vocabulary, origin
 
     def __call__(self, captions: list[str]) -> Tensor:
         """Token ids (n, L) int64.
@@ -79,7 +81,9 @@ def build_tokenizer(model: str, text: Mapping[str, Any], folder: Path | None, vo
     repo = text.get("hf_tokenizer_name")
     if repo:
         found = _hugging_face(model, str(repo), folder, context_length, text.get("tokenizer_mode"), settings)
-        return Tokenizer(found, context_length, vocabulary)
+        file = _vocabulary(folder, str(repo))
+        origin = "" if file is None else f"; tokenizer {repo} sha256 {file_sha256(file)[:16]}"
+        return Tokenizer(found, context_length, vocabulary, origin)
     if "siglip" in model.lower():  # open_clip would fetch a vocabulary from an address in its code
         raise ModelError(f"The configuration of {model} names no tokenizer: give hf_tokenizer_name in its text_cfg.")
     try:

@@ -3,6 +3,7 @@
 A class is the mean direction of the embeddings of its name in several templates; an image gets the class it is most similar to.
 """
 
+import hashlib
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from fimaq_core.errors import DataError
 from fimaq_core.progress import Progress, Report
 from tasks.common.folders import Source
+from tasks.common.imagenet import IMAGENET
+from tasks.common.record import Dataset
 from tasks.retrieval.embeddings import Encode, Tokenizer, embed_texts, normalised
 
 CLASSNAMES_FILE = "classnames.txt"
@@ -59,6 +62,18 @@ def class_names(root: Path, folders: Sequence[str]) -> tuple[str, ...]:
     if "" in names:
         raise DataError(f"Line {names.index('') + 1} of {path} is empty: one name a line, in the order of the sorted folders.")
     return names
+
+
+def named_classes(dataset: Dataset, names: Sequence[str]) -> Dataset:
+    """The record's entry of images that were classified by ``names`` in the templates: these bear on the result as images do.
+
+    Images of a published data set under other names than its usual ones go by another name of their own.
+    """
+    texts = [template(name) for name in names for template in TEMPLATES]
+    fingerprint = hashlib.sha256("\n".join([dataset.fingerprint, *texts]).encode()).hexdigest()
+    usual = dataset.name != IMAGENET or tuple(names) == tuple(IMAGENET_CLASSNAMES)
+    name = dataset.name if usual else f"{dataset.name}, other class names"
+    return dataset.model_copy(update={"fingerprint": fingerprint, "name": name})
 
 
 def class_embeddings(

@@ -47,6 +47,7 @@ def test_a_scope_is_set_against_the_rows_of_its_towers_only(scope: str, bits: in
     assert (row["published"], row["verdict"]) == (published, verdict)
     assert (row["model"], row["metric"], row["dataset"]) == (f"clip_vit_b32 [{scope}]", "top1", "ImageNet-1k val")
     assert row["difference"] == pytest.approx(value - published)
+    assert row["reason"].endswith("; the published number is QwT's baseline, run by that repository")
 
 
 def test_scopes_nothing_is_published_of_compare_with_nothing():

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_models import chain_of, images, quick, swin, vit
+from small_models import Measured, chain_of, images, quick, swin, vit
 from torch import Tensor, nn
 
 from fimaq_core.chain import BlockChain, MlpPart, Segment
@@ -259,7 +259,7 @@ def test_a_hessian_that_weights_nothing_is_an_error(wrong: float) -> None:
     chain, x = plain_chain()
     message = r"^blocks\.0\.mlp: the perturbation Hessian is " + ("zero; use mlp_loss mse" if wrong == 0 else "not finite")
     with pytest.raises(NumericsError, match=message):
-        reconstruct_mlps(chain, x, short(), lambda outputs, reference: (wrong * outputs).sum())
+        reconstruct_mlps(chain, x, short(), Measured(lambda outputs, reference: (wrong * outputs).sum()))
 
 
 # Training.

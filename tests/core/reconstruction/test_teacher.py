@@ -186,8 +186,8 @@ def test_predictions_are_the_teachers_from_the_block_on() -> None:
     assert objective.rest is not None
     assert tape.target is not None
     with torch.no_grad():
-        assert same(objective.rest(tape.target), objective.reference)
-        assert torch.equal(objective.rest(tape.target), tape.teacher.tail(3, tape.target))
+        assert same(objective.rest(tape.target, None), objective.reference)
+        assert torch.equal(objective.rest(tape.target, None), tape.teacher.tail(3, tape.target))
         assert not same(tape.chain.tail(3, tape.target), objective.reference)
 
 

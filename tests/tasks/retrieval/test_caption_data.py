@@ -432,3 +432,26 @@ def test_absent_folders_of_images(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"names 4 images of the split 'Karpathy train' .*such as 'train2014/0.png'"):
         open_karpathy(tmp_path, COCO, "train", SMALL_COCO)
     assert len(open_karpathy(tmp_path, COCO, "test", SMALL_COCO).image_ids) == 2
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_an_image_belongs_to_one_part_of_two_files(tmp_path: Path, suffix: str) -> None:
+    for part, images in (("train", ("a.png", "b.png")), ("test", ("b.png", "c.png"))):
+        rows = [f"{image},{part} {image}" for image in images]
+        if suffix == ".csv":
+            (tmp_path / "train.csv").with_stem(part).write_text("\n".join(["image,caption", *rows]), encoding="utf-8")
+        else:
+            lines = [json.dumps({"image": image, "caption": f"{part} {image}"}) for image in images]
+            (tmp_path / "train.jsonl").with_stem(part).write_text("\n".join(lines), encoding="utf-8")
+    for name in ("a.png", "b.png", "c.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    for part in ("train", "test"):
+        with pytest.raises(DataError, match=r"share 1 images, such as 'b\.png'"):
+            open_captions(tmp_path, part)
+
+
+def test_an_image_belongs_to_one_split_of_karpathys_format(tmp_path: Path) -> None:
+    entries = [{"filename": "a.png", "split": split, "sentences": [{"raw": f"a {split} image"}]} for split in ("train", "test")]
+    (tmp_path / "captions.json").write_text(json.dumps({"images": entries}), encoding="utf-8")
+    with pytest.raises(DataError, match=r"image 1 .*'a\.png' is in the splits 'train' and 'test'"):
+        open_captions(tmp_path, "test")

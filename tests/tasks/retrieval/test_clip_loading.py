@@ -252,7 +252,7 @@ def test_folders_of_zero_shot_classification(tmp_path: Path) -> None:
     assert tags.missing_data(DataRequest(evaluation="zero-shot"), True) is None
     assert what(path=folder) == f"the folder {folder / 'train'}"
     assert what(path=folder, calibration_data=folder) is None
-    assert what(path=folder, calibration_list=tmp_path / "list.txt") is None
+    assert what(path=folder, calibration_list=tmp_path / "list.txt") == f"the folder {folder / 'train'}"
     assert what(path=make(folder, "train")) is None
     assert what(path=tmp_path, calibration_data=folder) == f"the folder {tmp_path / 'val'}"
 
@@ -634,3 +634,13 @@ def test_download_tries_the_names_in_order(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
     with pytest.raises(ModelError, match="weights of x could not be downloaded from the Hugging Face hub: no connection"):
         hub.download(place, "weights of x")
+
+
+def test_the_demos_tokenizer_counts_what_it_cuts() -> None:
+    loaded = load_model(ModelRequest("demo_clip"))
+    assert loaded.tokenizer is not None
+    captions = ["a small three", "three " * 60]
+    ids = loaded.tokenizer(captions)
+    assert ids.shape == (2, loaded.context_length)
+    assert loaded.tokenizer.lengths(captions) == [5, 62]
+    assert [int((row > 0).sum()) for row in ids] == [5, loaded.context_length]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fimaq_core.fisher.passes import divergence_gradient
 from tasks.retrieval.divergence import ContrastiveDivergence
 
 
@@ -92,3 +93,20 @@ def test_it_depends_on_which_pairs_share_a_batch() -> None:
     assert over_batches(torch.arange(8)) != pytest.approx(over_batches(order), rel=1e-3)
     whole = float(divergence(quantized, reference))
     assert whole == pytest.approx(float(divergence(quantized[order], reference[order])), rel=1e-9)
+
+
+@pytest.mark.parametrize("bias", [None, -5.0])
+@pytest.mark.parametrize("size", [0.3, 0.03])
+def test_its_own_products_do_not_take_the_models_arithmetic(bias: float | None, size: float) -> None:
+    """The model may compute in bfloat16; similarities times 100 would lose every small change in it."""
+    full, other = embeddings(16, 0, 64).float(), embeddings(16, 1, 64).float()
+    quantized = full + size * embeddings(16, 2, 64).float()
+    divergence = ContrastiveDivergence(other, 100.0, bias, 32)
+    reference = divergence.reference(full)
+
+    def rest(output: Tensor) -> Tensor:
+        return output.to(torch.bfloat16) if torch.is_autocast_enabled("cpu") else output.to(torch.bfloat16).float()
+
+    wide, narrow = (divergence_gradient(rest, quantized, reference, divergence, dtype) for dtype in ("float32", "bfloat16"))
+    assert float(torch.cosine_similarity(wide.flatten(), narrow.flatten(), dim=0)) > 0.999
+    assert float(narrow.norm() / wide.norm()) == pytest.approx(1, abs=0.02)

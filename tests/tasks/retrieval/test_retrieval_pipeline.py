@@ -15,8 +15,11 @@ from safetensors.torch import load_file, save_file
 from small_models import images, randomise
 
 from fimaq_core.checkpoint import read_header
+from fimaq_core.errors import RecipeError
 from tasks.common.cli import build_group, main
+from tasks.common.plan import planned_folder
 from tasks.common.record import ResultRecord, read_record
+from tasks.common.request import CellRequest, DataRequest, ModelRequest
 from tasks.retrieval.__main__ import OPTIONS
 
 ARGUMENTS: dict[str, Any] = {
@@ -235,6 +238,57 @@ def test_zero_shot(place: Path, tmp_path: Path) -> None:
     assert other.calibration.fingerprint != record.calibration.fingerprint
 
 
+def test_one_file_in_two_architectures_is_two_models(place: Path, tmp_path: Path) -> None:
+    """The same weights with another activation: nothing of the one may serve the other."""
+    results = tmp_path / "runs"
+    first, _ = run(place, results, *QUICK, "--method", "qdrop")
+    quick = json.dumps(ARGUMENTS | {"quick_gelu": True})
+    second, _ = run(place, results, *QUICK, "--method", "qdrop", "--model-args", quick)
+    assert not any("reused" in stage for stage in second.seconds)
+    assert first.last_loss != second.last_loss
+    ranges = tmp_path / "ranges.safetensors"
+    common = ["--data", place / "captions", "--threads", 1, *QUICK, "--out", ranges]
+    command("calibrate", *model(place), *common)
+    assert "another model" in command("calibrate", *model(place), *common, "--model-args", quick, fails=True)
+
+
+def test_the_usual_evaluation_has_one_name(place: Path, tmp_path: Path) -> None:
+    first, folder = run(place, tmp_path / "runs", "--method", "fp")
+    again, same = run(place, tmp_path / "runs", "--method", "fp", "--eval", "retrieval")
+    assert folder == same
+    assert first == again
+    request = CellRequest("retrieval", ModelRequest("demo_clip"), DataRequest(evaluation="zeroshot"), None)
+    with pytest.raises(RecipeError, match=r"no evaluation 'zeroshot'.*zero-shot"):
+        planned_folder(request)
+    request = CellRequest("classification", ModelRequest("demo_vit"), DataRequest(evaluation="retrieval"), None)
+    with pytest.raises(RecipeError, match="has one only"):
+        planned_folder(request)
+
+
+def test_mlps_of_one_tower_are_not_the_others(place: Path, tmp_path: Path) -> None:
+    mlps = tmp_path / "mlps.safetensors"
+    recipe = ["--method", "aphq", *QUICK, "--mlp-steps", 1, "--mlp-batch", 8, "--data", place / "captions", "--threads", 1]
+    command("reconstruct-mlp", *model(place), *recipe, "--towers", "vision", "--out", mlps)
+    said = command(
+        "run", *model(place), *recipe, "--towers", "text", "--mlp-checkpoint", mlps, "--results", tmp_path / "runs", fails=True
+    )
+    assert "scope ('vision', here 'text')" in said
+
+
+def test_other_class_names_are_other_data(place: Path, tmp_path: Path) -> None:
+    def fingerprint() -> str:
+        record, _ = run(place, tmp_path / "runs", "--method", "fp", "--eval", "zero-shot", "--force", data="labelled")
+        return record.dataset.fingerprint
+
+    names = place / "labelled" / "classnames.txt"
+    before, first = names.read_text(encoding="utf-8"), fingerprint()
+    names.write_text("cat\ndog\nbus\nflower\n", encoding="utf-8")
+    second = fingerprint()
+    names.write_text(before, encoding="utf-8")
+    assert first != second
+    assert fingerprint() == first
+
+
 @pytest.mark.parametrize("method", ["rtn", "brecq", "qdrop", "pdquant", "lsvit", "fimaq-mlp"])
 def test_methods(place: Path, tmp_path: Path, method: str) -> None:
     extra = ["--mlp-steps", 3, "--mlp-batch", 8] if method == "fimaq-mlp" else []
@@ -242,6 +296,8 @@ def test_methods(place: Path, tmp_path: Path, method: str) -> None:
     assert record.method == method
     assert record.modules is not None
     assert {entry.weight_bits for entry in record.modules.quantized if entry.kind != "product"} == {4}
+    assert record.calibration is not None
+    assert record.calibration.batch == (8 if method in ("lsvit", "fimaq-mlp") else None)
 
 
 @pytest.mark.parametrize(
