@@ -6,8 +6,12 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-#: ``head`` is a classifier, whose loss compares probabilities; ``projection`` maps pooled features to an embedding.
-Kind = Literal["patch_embed", "block", "merge", "head", "projection"]
+#: ``head`` is a classifier, whose loss compares probabilities; ``projection`` maps pooled features to an embedding; a ``neck``
+#: is reconstructed by squared error whatever the recipe's loss; a ``predictor`` is calibrated and never reconstructed.
+Kind = Literal["patch_embed", "block", "merge", "head", "projection", "neck", "predictor"]
+
+#: What blocks before have left for later ones, in order, each (B, ...).
+Kept = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,9 @@ class Segment(nn.Module):
         pairs: norm and linear pairs that can be reparameterised.
         mlps: the block's MLPs, for MLP reconstruction.
         takes_side: whether ``before`` is called with the chain's side as its second argument.
+        keep: maps the block's output to what later segments need of it (a stage's output that feeds a neck), (B, ...); stays in
+            full precision. None where they need nothing but the next block's input.
+        takes_kept: whether ``before`` is called with what the segments before have kept, a tuple, as its last argument.
     """
 
     def __init__(
@@ -64,6 +71,8 @@ class Segment(nn.Module):
         pairs: tuple[NormPair, ...] = (),
         mlps: tuple[MlpPart, ...] = (),
         takes_side: bool = False,
+        keep: nn.Module | None = None,
+        takes_kept: bool = False,
     ) -> None:
         super().__init__()
         self.label = label
@@ -72,20 +81,27 @@ class Segment(nn.Module):
         self.block = block
         self.pairs = pairs
         self.mlps = mlps
-        self.takes_side = takes_side
+        self.takes_side, self.takes_kept = takes_side, takes_kept
+        self.keep = keep
 
-    def enter(self, x: Tensor, side: Tensor | None = None) -> Tensor:
+    def enter(self, x: Tensor, side: Tensor | None = None, kept: Kept = ()) -> Tensor:
         """The block's input for the previous block's output ``x``, by ``before``.
 
         Args:
             x: (B, ...).
             side: (B, ...) the chain's side of the same samples, where it has one.
+            kept: what the segments before have kept of them.
         """
-        out: Tensor = self.before(x, side) if self.takes_side else self.before(x)
+        extra: list[Tensor | Kept | None] = [side] if self.takes_side else []
+        out: Tensor = self.before(x, *extra, *([kept] if self.takes_kept else []))
         return out
 
-    def forward(self, x: Tensor, side: Tensor | None = None) -> Tensor:
-        out: Tensor = self.block(self.enter(x, side))
+    def kept_with(self, output: Tensor, kept: Kept) -> Kept:
+        """``kept`` together with what this segment keeps of its block's ``output`` (B, ...)."""
+        return kept if self.keep is None else (*kept, self.keep(output))
+
+    def forward(self, x: Tensor, side: Tensor | None = None, kept: Kept = ()) -> Tensor:
+        out: Tensor = self.block(self.enter(x, side, kept))
         return out
 
 
@@ -122,11 +138,23 @@ class BlockChain(nn.Module):
         """The side of the chain's inputs ``x`` (B, ...); None if it has none."""
         return None if self.side is None else self.side(x)
 
-    def tail(self, start: int, x: Tensor, side: Tensor | None = None) -> Tensor:
-        """Run the segments from ``start`` to the end on the output of the segment before ``start``."""
+    def tail(self, start: int, x: Tensor, side: Tensor | None = None, kept: Kept = ()) -> Tensor:
+        """Run the segments from ``start`` to the end.
+
+        Args:
+            x: the output of the segment before ``start``, (B, ...).
+            side: the chain's side of the same samples.
+            kept: what all segments before ``start`` have kept of them.
+        """
         for index in range(start, len(self)):
-            x = self.segment(index)(x, side)
+            segment = self.segment(index)
+            x = segment(x, side, kept)
+            kept = segment.kept_with(x, kept)
         return x
+
+    def rest(self, index: int, output: Tensor, side: Tensor | None = None, kept: Kept = ()) -> Tensor:
+        """The model's output for the ``output`` of block ``index``; ``kept``: by the segments before that block."""
+        return self.tail(index + 1, output, side, self.segment(index).kept_with(output, kept))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.tail(0, x, self.side_of(x))
