@@ -2,9 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
+
+from fimaq_core.samples import Samples
 
 #: ``head`` is a classifier, whose loss compares probabilities; ``projection`` maps pooled features to an embedding; a ``neck``
 #: is reconstructed by squared error whatever the recipe's loss; a ``predictor`` is calibrated and never reconstructed.
@@ -12,6 +15,31 @@ Kind = Literal["patch_embed", "block", "merge", "head", "projection", "neck", "p
 
 #: What blocks before have left for later ones, in order, each (B, ...).
 Kept = tuple[Tensor, ...]
+
+
+class Beside(NamedTuple):
+    """What travels beside the outputs of a chain's blocks, of all samples or of a batch.
+
+    Attributes:
+        side: the chain's side, (n, ...); None where it has none.
+        kept: what the segments before have kept, each (n, ...).
+    """
+
+    side: Samples | None = None
+    kept: tuple[Samples, ...] = ()
+
+    def rows(self, part: slice, device: torch.device | None = None) -> "Beside":
+        """That of a batch, on ``device`` if one is given."""
+        found = [None if whole is None else whole[part] for whole in (self.side, *self.kept)]
+        if device is not None:
+            found = [None if one is None else one.to(device, non_blocking=True) for one in found]
+        return Beside(found[0], tuple(one for one in found[1:] if one is not None))
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, Kept]:
+        """Both, of a batch."""
+        assert self.side is None or isinstance(self.side, Tensor)
+        return self.side, tuple(one for one in self.kept if isinstance(one, Tensor))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from fimaq_core.calibration.calibrate import calibrate
 from fimaq_core.chain import BlockChain, Segment
@@ -22,6 +22,7 @@ from fimaq_core.reconstruction.engines import Engine, EngineChoice
 from fimaq_core.reconstruction.mlp import mlps, reconstruct_mlps, use_relu
 from fimaq_core.reconstruction.reconstruct import ReconstructionLog, reconstruct
 from fimaq_core.reconstruction.tape import Placement
+from fimaq_core.samples import Samples
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Resources:
 
 def reconstruct_mlps_or_load(
     chain: BlockChain,
-    images: Tensor,
+    images: Samples,
     recipe: Recipe,
     divergence: Divergence,
     resources: Resources = Resources(),
@@ -125,7 +126,7 @@ def load_mlps(segments: Iterable[Segment], path: Path, fingerprint: Fingerprint 
 
 def calibrate_or_load(
     chain: BlockChain,
-    images: Tensor,
+    images: Samples,
     recipe: Recipe,
     resources: Resources = Resources(),
     path: Path | None = None,
@@ -152,7 +153,7 @@ def calibrate_or_load(
 
 def reconstruct_with_checkpoints(
     chain: BlockChain,
-    images: Tensor,
+    images: Samples,
     recipe: Recipe,
     divergence: Divergence,
     resources: Resources = Resources(),
@@ -220,7 +221,7 @@ def reconstruct_with_checkpoints(
 
 def reconstruct_or_load(
     chain: BlockChain,
-    images: Tensor,
+    images: Samples,
     recipe: Recipe,
     divergence: Divergence,
     resources: Resources,
@@ -289,7 +290,7 @@ def finish(chain: BlockChain) -> None:
 
 
 def quantize(
-    chain: BlockChain, images: Tensor, recipe: Recipe, divergence: Divergence, resources: Resources = Resources()
+    chain: BlockChain, images: Samples, recipe: Recipe, divergence: Divergence, resources: Resources = Resources()
 ) -> ReconstructionLog:
     """Quantize ``chain`` in place: reconstruct MLPs, calibrate, reconstruct, decide the roundings, as the recipe says.
 

@@ -47,6 +47,7 @@ _MLP_FIELDS = (
     "perturbation",
     "temperature",
     "divergence_batch",
+    "detection_terms",
     "frozen_dtype",
 )
 _CALIBRATION_FIELDS = (
@@ -82,7 +83,10 @@ class Recipe(BaseModel):
     method: str = _field("fimaq", "method", "Name of the method the recipe started from.")
     seed: int = _field(3407, "method", "Seed of the calibration sample, batches, dropping and Fisher passes.", ge=0)
     scope: str | None = _field(
-        None, "method", "What of the model is quantized, as the task names it (retrieval: both, vision, text); none: its usual."
+        None,
+        "method",
+        "What of the model is quantized, as the task names it (retrieval: both, vision, text; detection: backbone+fpn+rpn+roi or some of them); "
+        "none: its usual.",
     )
 
     w_bits: int = _field(4, "bits", "Bits of weights, 2 to 8, or 32 for off.")
@@ -167,6 +171,12 @@ class Recipe(BaseModel):
     perturbation: float = _field(1e-6, "loss", "ε of the perturbation Hessian.", gt=0)
     prediction_share: float = _field(
         0.5, "loss", "Share of the prediction difference in the loss 'prediction'; the rest is the squared error.", ge=0, le=1
+    )
+    detection_terms: Literal["rpn", "rpn+roi"] = _field(
+        "rpn",
+        "loss",
+        "Divergence of a detector: class and box maps of its region proposals, or these and the classes of the full-precision "
+        "model's proposals (detection).",
     )
     temperature: float = _field(20.0, "loss", "Temperature of the divergence behind the Fisher information (classifiers).", gt=0)
     divergence_batch: int = _field(
@@ -253,9 +263,13 @@ class Recipe(BaseModel):
         dump = self.model_dump(mode="json")
         return _digest({name: dump[name] for name in names})
 
-    def changes(self) -> dict[str, Any]:
-        """Return the fields, but method, bits, seed and scope, that differ from the method's own settings."""
-        base = make_recipe(self.method, {"w_bits": self.w_bits, "a_bits": self.a_bits, "seed": self.seed})
+    def changes(self, usual: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Return the fields, but method, bits, seed and scope, that differ from the method's own settings.
+
+        Args:
+            usual: fields that the task sets for every method alike.
+        """
+        base = make_recipe(self.method, usual or {}, {"w_bits": self.w_bits, "a_bits": self.a_bits, "seed": self.seed})
         mine, default = self.model_dump(mode="json"), base.model_dump(mode="json")
         return {name: value for name, value in mine.items() if value != default[name] and name != "scope"}
 

@@ -10,6 +10,8 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from fimaq_core.errors import RecipeError
+
 
 class Ragged:
     """Samples that are processed one by one, each a tensor with a leading dimension of its own, (1, ...) as a rule.
@@ -79,3 +81,9 @@ def first(samples: Samples, count: int) -> Samples:
 def joined(parts: Sequence[Tensor], like: Samples) -> Samples:
     """Batches in a row as samples of the kind of ``like``."""
     return Ragged(parts) if isinstance(like, Ragged) else torch.cat(list(parts))
+
+
+def check_alone(samples: Samples, batch: int, field: str) -> None:
+    """Check that a batch is one sample where shapes vary. ``field``: of the recipe. Raises RecipeError."""
+    if isinstance(samples, Ragged) and batch != 1:
+        raise RecipeError(f"These images vary in size and are taken one at a time: set {field} 1 (now {batch}).")

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fimaq_core.samples import Samples
+
 #: Outputs (B, ...) and the reference of the same samples (B, ...) to a scalar, the mean over the batch.
 Measure = Callable[[Tensor, Tensor], Tensor]
 
@@ -20,7 +22,7 @@ class Divergence:
 
     batch: int | None = None
 
-    def reference(self, outputs: Tensor) -> Tensor:
+    def reference(self, outputs: Samples) -> Samples:
         """What the outputs of all samples are compared with, row by row: (n, ...).
 
         Args:

@@ -5,22 +5,23 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from fimaq_core.chain import BlockChain
+from fimaq_core.chain import Beside, BlockChain
 from fimaq_core.fisher.divergence import Measure
 from fimaq_core.numerics import Arithmetic, arithmetic
+from fimaq_core.samples import Samples, slices
 
 
 def output_gradients(
     chain: BlockChain,
     index: int,
-    inputs: Tensor,
-    reference: Tensor,
+    inputs: Samples,
+    reference: Samples,
     divergence: Measure,
     batch_size: int,
     device: torch.device,
     dtype: Arithmetic = "float32",
     forward: Callable[[Tensor], Tensor] | None = None,
-    side: Tensor | None = None,
+    beside: Beside = Beside(),
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Yield (samples, output, gradient) of block ``index`` batch by batch.
 
@@ -30,22 +31,27 @@ def output_gradients(
     Args:
         chain: the model.
         index: number of the block.
-        inputs: (n, ...) inputs of the block, on any device.
+        inputs: (n, ...) inputs of the block, on any device; samples of varying shapes are taken one by one.
         reference: (n, ...) full-precision outputs of the whole model.
         divergence: mean over its batch.
         batch_size: samples a pass.
         device: where to compute.
         dtype: arithmetic of the tail, see :mod:`fimaq_core.numerics`.
         forward: runs the block on a batch; None runs it as it is set up just now.
-        side: (n, ...) the chain's side of all samples, where it has one.
+        beside: what travels beside the inputs of all samples.
     """
     block = chain.segment(index).block if forward is None else forward
-    for start in range(0, inputs.shape[0], batch_size):
-        part = slice(start, min(start + batch_size, inputs.shape[0]))
+    for part in slices(inputs, batch_size):
         with torch.no_grad():
-            output = block(inputs[part].to(device, non_blocking=True)).detach()
-        rest = _tail_of(chain, index, None if side is None else side[part].to(device))
-        yield part, output, divergence_gradient(rest, output, reference[part].to(device), divergence, dtype)
+            output = block(_batch(inputs, part, device)).detach()
+        rest = rest_of(chain, index, beside.rows(part, device))
+        yield part, output, divergence_gradient(rest, output, _batch(reference, part, device), divergence, dtype)
+
+
+def _batch(samples: Samples, part: slice, device: torch.device) -> Tensor:
+    found = samples[part].to(device, non_blocking=True)
+    assert isinstance(found, Tensor)
+    return found
 
 
 def divergence_gradient(
@@ -60,8 +66,9 @@ def divergence_gradient(
     return gradient
 
 
-def _tail_of(chain: BlockChain, index: int, side: Tensor | None) -> Callable[[Tensor], Tensor]:
-    return lambda output: chain.tail(index + 1, output, side)
+def rest_of(chain: BlockChain, index: int, beside: Beside) -> Callable[[Tensor], Tensor]:
+    """From the output of block ``index`` to the model's, with what travels beside that batch."""
+    return lambda output: chain.rest(index, output, *beside.tensors)
 
 
 def mean_gradient_and_error(
@@ -75,16 +82,16 @@ def mean_gradient_and_error(
     device: torch.device,
     dtype: Arithmetic = "float32",
     forward: Callable[[Tensor], Tensor] | None = None,
-    side: Tensor | None = None,
+    beside: Beside = Beside(),
 ) -> tuple[Tensor, Tensor]:
     """One FIMA-Q pass: ``g = mean |∂D/∂z|`` and ``d = mean |Δ|`` over the images, each (N,).
 
     Args:
         targets: (n, ...) full-precision outputs of the block.
-        chain, index, inputs, reference, divergence, batch_size, device, dtype, forward, side: as in :func:`output_gradients`.
+        chain, index, inputs, reference, divergence, batch_size, device, dtype, forward, beside: as in :func:`output_gradients`.
     """
     gradient = error = None
-    sweep = output_gradients(chain, index, inputs, reference, divergence, batch_size, device, dtype, forward, side)
+    sweep = output_gradients(chain, index, inputs, reference, divergence, batch_size, device, dtype, forward, beside)
     for part, output, grad in sweep:
         g = grad.abs().sum(0)
         d = (output - targets[part].to(device)).abs().sum(0)
@@ -140,7 +147,7 @@ def least_squares_hessian(
     device: torch.device,
     dtype: Arithmetic = "float32",
     forward: Callable[[Tensor], Tensor] | None = None,
-    side: Tensor | None = None,
+    beside: Beside = Beside(),
 ) -> tuple[Tensor, Tensor]:
     """LS-ViT's fit (CVPR 2026) to the pairs (g, Δ) of all images: diagonal h and direction u, each (N,).
 
@@ -149,13 +156,13 @@ def least_squares_hessian(
     would have no minimum.
 
     Args:
-        chain, index, inputs, targets, reference, divergence, batch_size, device, dtype, forward, side: as in
+        chain, index, inputs, targets, reference, divergence, batch_size, device, dtype, forward, beside: as in
             :func:`mean_gradient_and_error`.
     """
     size = targets[0].numel()
     above, below, direction = (torch.zeros(size, dtype=torch.float64, device=device) for _ in range(3))
     weight = torch.zeros((), dtype=torch.float64, device=device)
-    sweep = output_gradients(chain, index, inputs, reference, divergence, batch_size, device, dtype, forward, side)
+    sweep = output_gradients(chain, index, inputs, reference, divergence, batch_size, device, dtype, forward, beside)
     for part, output, grad in sweep:
         g, delta = grad.flatten(1).double(), (output - targets[part].to(device)).flatten(1).double()
         above += (g * delta).sum(0)

@@ -12,10 +12,11 @@ from fimaq_core.numerics import tf32_allowed
 from fimaq_core.quantizers.dropping import draw_keys
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction.engines import FORMS, Engine, make_step
-from fimaq_core.reconstruction.objective import BlockObjective
+from fimaq_core.reconstruction.objective import Objective
 from fimaq_core.reconstruction.schedule import Schedule, block_generator
 from fimaq_core.reconstruction.state import BlockState, run_block
 from fimaq_core.reconstruction.tape import Tape
+from fimaq_core.samples import Ragged
 
 
 class BlockTrainer:
@@ -38,7 +39,7 @@ class BlockTrainer:
         self,
         segment: Segment,
         tape: Tape,
-        objective: BlockObjective,
+        objective: Objective,
         recipe: Recipe,
         seed: int,
         engine: Engine = "fused",
@@ -48,7 +49,9 @@ class BlockTrainer:
         self.state = BlockState(segment, recipe.learn_scales)
         generator = block_generator(seed, segment.label)
         device = tape.storage.device
-        self.schedule = Schedule.build(recipe, tape.full.shape[0], self.state.layout.streams, generator, device)
+        self.schedule = Schedule.build(
+            recipe, len(tape.full), self.state.layout.streams, generator, device, isinstance(tape.full, Ragged)
+        )
         self._pass_generator = block_generator(seed, f"{segment.label}/fisher")
         self._step = make_step(engine, segment, self.state, tape, objective, recipe, self.schedule)
 
@@ -89,7 +92,7 @@ class BlockTrainer:
 def optimise_block(
     segment: Segment,
     tape: Tape,
-    objective: BlockObjective,
+    objective: Objective,
     recipe: Recipe,
     engine: Engine,
     tick: Callable[[int, Tensor], None],

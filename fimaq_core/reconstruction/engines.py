@@ -17,7 +17,7 @@ from fimaq_core.errors import EngineError
 from fimaq_core.quantizers.activation import Form
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction.flat import CompiledStep, FlatStep, GraphStep
-from fimaq_core.reconstruction.objective import BlockObjective
+from fimaq_core.reconstruction.objective import Objective
 from fimaq_core.reconstruction.schedule import Schedule
 from fimaq_core.reconstruction.state import BlockState
 from fimaq_core.reconstruction.tape import Tape
@@ -32,23 +32,25 @@ EngineChoice = Literal["auto", "eager", "fused", "compiled", "graph"]
 COMPILE_STEPS = 4000
 
 
-def choose_engine(choice: EngineChoice, device: torch.device, steps: int) -> Engine:
+def choose_engine(choice: EngineChoice, device: torch.device, steps: int, varying: bool = False) -> Engine:
     """The engine to use.
 
-    ``auto`` takes ``graph`` on CUDA, and elsewhere ``compiled`` for long optimisations (:data:`COMPILE_STEPS`) where a C++
-    compiler is found, else ``fused``.
+    ``auto`` takes ``graph`` on CUDA (``compiled`` for samples of varying shapes, since a graph has one shape), and elsewhere
+    ``compiled`` for long optimisations (:data:`COMPILE_STEPS`) where a C++ compiler is found, else ``fused``.
 
     Raises:
         EngineError: the engine asked for cannot run here.
     """
     if choice == "graph" and device.type != "cuda":
         raise EngineError(f"The engine 'graph' needs a CUDA device, not {device.type}: choose 'auto', 'compiled' or 'fused'.")
+    if choice == "graph" and varying:
+        raise EngineError("The engine 'graph' takes samples of one shape, and these vary: choose 'auto', 'compiled' or 'fused'.")
     if choice == "compiled" and device.type == "cpu" and not cpp_compiler():
         raise EngineError("The engine 'compiled' needs a C++ compiler (g++ or clang++): install one or choose 'fused'.")
     if choice != "auto":
         return choice
     if device.type == "cuda":
-        return "graph"
+        return "compiled" if varying else "graph"
     return "compiled" if steps >= COMPILE_STEPS and cpp_compiler() else "fused"
 
 
@@ -81,7 +83,7 @@ def make_step(
     segment: Segment,
     state: BlockState,
     tape: Tape,
-    objective: BlockObjective,
+    objective: Objective,
     recipe: Recipe,
     schedule: Schedule,
 ) -> StepEngine:

@@ -15,8 +15,9 @@ from fimaq_core.errors import EngineError
 from fimaq_core.quantizers.dropping import threshold_of
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction.feeder import Feeder
-from fimaq_core.reconstruction.loss import Batch, prediction_loss
-from fimaq_core.reconstruction.objective import BlockObjective
+from fimaq_core.reconstruction.loss import Batch, LossState, prediction_loss, unpacked
+from fimaq_core.reconstruction.objective import BlockObjective, Objective
+from fimaq_core.reconstruction.sample_objective import SampleObjective
 from fimaq_core.reconstruction.schedule import Schedule
 from fimaq_core.reconstruction.state import BlockState
 from fimaq_core.reconstruction.step import StepPlan, batch_loss, batch_output, update
@@ -51,7 +52,7 @@ class FlatStep:
         segment: Segment,
         state: BlockState,
         tape: Tape,
-        objective: BlockObjective,
+        objective: Objective,
         recipe: Recipe,
         schedule: Schedule,
     ) -> None:
@@ -65,20 +66,26 @@ class FlatStep:
             self.traced,
             recipe.step_dtype,
         )
-        self.data = objective.batch(mixed=self.plan.mix > 0)
-        self.feeder = None
-        if tape.full.device != state.soft.device:
-            sources = [part if part is None else part.to(tape.full.device) for part in self.data]
-            self.feeder = Feeder(sources, schedule.samples.cpu(), state.soft.device)
+        self.present = self._source(tape)
         # Leaves that share memory with the state: the update writes there, so the next step's leaves are these again.
         self.soft = state.soft.detach().requires_grad_(state.rounding is not None)
         self.scales = state.scales.detach().requires_grad_(state.learn_scales)
         self.wanted = [leaf for leaf in (self.soft, self.scales) if leaf.requires_grad]
 
+    def _source(self, tape: Tape) -> "AllSamples | FedSamples | OneSample":
+        mixed = self.plan.mix > 0
+        if isinstance(self.objective, SampleObjective):
+            return OneSample(self.objective, self.schedule.samples[:, 0].tolist(), mixed, self.traced)
+        assert isinstance(self.objective, BlockObjective)
+        assert isinstance(tape.full, Tensor)
+        data, state = self.objective.batch(mixed), self.objective.state
+        if tape.full.device == self.state.soft.device:
+            return AllSamples(self.schedule.samples, data, state)
+        return FedSamples(data, self.schedule.samples.cpu(), tape.full.device, self.state.soft.device, state)
+
     def run(self, number: int) -> Tensor:
         """See :class:`fimaq_core.reconstruction.engines.StepEngine`."""
-        if self.feeder is not None:
-            self.feeder.load(number)
+        self.present.load(number)
         return self.once()
 
     def once(self) -> Tensor:
@@ -108,11 +115,11 @@ class FlatStep:
 
     def _loss(self) -> tuple[Tensor, Tensor]:
         objective, rest = self.objective, self.objective.rest
-        samples = self.schedule.samples if self.feeder is None else None
-        data = self.data if self.feeder is None else Batch(*self.feeder.batch)  # type: ignore[arg-type]
-        args = (self.segment.block, self.plan, self.soft, self.scales, self.counter, self.schedule.keys, samples, data)
+        present = self.present
+        args: tuple[Any, ...] = (self.segment.block, self.plan, self.soft, self.scales, self.counter, self.schedule.keys)
+        args = (*args, present.samples, present.data)
         if rest is None:
-            found: tuple[Tensor, Tensor] = self._call(batch_loss, (*args, objective.state))
+            found: tuple[Tensor, Tensor] = self._call(batch_loss, (*args, present.state))
             return found
         # The rest of the model differs from block to block, so it is not part of what is compiled.
         output, batch = self._call(batch_output, args)
@@ -123,6 +130,74 @@ class FlatStep:
 
     def finish(self) -> None:
         """See :class:`fimaq_core.reconstruction.engines.StepEngine`; here the state is never behind."""
+
+
+class AllSamples:
+    """The samples lie on the device: a step picks its own.
+
+    Attributes:
+        samples: (steps, B) numbers of each step's samples; None where ``data`` holds the step's alone.
+        data: what a step reads.
+        state: what the loss rests on beside it.
+    """
+
+    def __init__(self, samples: Tensor, data: Batch, state: LossState) -> None:
+        self.samples: Tensor | None = samples
+        self.data, self.state = data, state
+
+    def load(self, number: int) -> None:
+        """Make ready for step ``number``."""
+
+
+class FedSamples:
+    """The samples lie in host memory: each step's are brought to the device. Attributes as of :class:`AllSamples`."""
+
+    samples = None
+
+    def __init__(self, data: Batch, samples: Tensor, home: torch.device, device: torch.device, state: LossState) -> None:
+        sources = [None if part is None else part.to(home) for part in (*data[:6], *data.kept)]
+        self._feeder, self.state = Feeder(sources, samples, device), state
+        self.data = unpacked(self._feeder.batch)
+
+    def load(self, number: int) -> None:
+        """See :class:`AllSamples`."""
+        self._feeder.load(number)
+
+
+class OneSample:
+    """The samples have varying shapes: a step reads one. Attributes as of :class:`AllSamples`.
+
+    For a compiled step what varies is marked, so that it is compiled once and not once a shape.
+    """
+
+    samples = None
+
+    def __init__(self, objective: SampleObjective, order: list[int], mixed: bool, traced: bool) -> None:
+        self._objective, self._order, self._mixed = objective, order, mixed
+        self.data, self.state = objective.sample(order[0], mixed)
+        self._varying: list[list[int]] = []
+        if traced:
+            shapes = {tuple(objective.tape.full[number].shape): number for number in order}  # one sample of each shape
+            self._varying = _varying_dims([objective.sample(number, mixed) for number in shapes.values()])
+
+    def load(self, number: int) -> None:
+        """See :class:`AllSamples`."""
+        self.data, self.state = self._objective.sample(self._order[number], self._mixed)
+        if not self._varying:
+            return
+        for tensor, dims in zip(_tensors_of(self.data, self.state), self._varying, strict=True):
+            for dim in dims:
+                torch._dynamo.maybe_mark_dynamic(tensor, dim)
+
+
+def _tensors_of(data: Batch, state: LossState) -> list[Tensor]:
+    return [part for part in (*data[:6], *data.kept, *state) if part is not None]
+
+
+def _varying_dims(samples: list[tuple[Batch, LossState]]) -> list[list[int]]:
+    """For each tensor of a sample, its dimensions that differ between samples."""
+    shapes = [[tuple(tensor.shape) for tensor in _tensors_of(*sample)] for sample in samples]
+    return [[dim for dim, sizes in enumerate(zip(*own, strict=True)) if len(set(sizes)) > 1] for own in zip(*shapes, strict=True)]
 
 
 class CompiledStep(FlatStep):

@@ -1,11 +1,12 @@
 """The loss of a block over a step's batch, each part over its own start value. Pure functions of tensors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fimaq_core.chain import Kept
 from fimaq_core.fisher import losses
 from fimaq_core.fisher.divergence import Measure, kl_divergence
 
@@ -20,6 +21,7 @@ class Batch(NamedTuple):
         weights: (n, N) what weights each sample's errors; None for losses without.
         reference: full-precision outputs of the whole model, for losses that compare predictions; else None.
         side: the chain's side, for losses that run the rest of the model; else None.
+        kept: what the segments before have kept, for these losses.
     """
 
     full: Tensor
@@ -28,6 +30,23 @@ class Batch(NamedTuple):
     weights: Tensor | None = None
     reference: Tensor | None = None
     side: Tensor | None = None
+    kept: Kept = ()
+
+
+def batch_of(data: Batch, chosen: Tensor) -> Batch:
+    """The samples of these numbers, (B,) int64, where the tensors are."""
+    full, prefix, target, weights, reference, side = (None if part is None else part[chosen] for part in data[:6])
+    assert full is not None
+    assert target is not None
+    return Batch(full, prefix, target, weights, reference, side, tuple(part[chosen] for part in data.kept))
+
+
+def unpacked(parts: Sequence[Tensor | None]) -> Batch:
+    """The batch whose fields, those kept one by one at the end, are ``parts``."""
+    full, prefix, target, weights, reference, side, *kept = parts
+    assert full is not None
+    assert target is not None
+    return Batch(full, prefix, target, weights, reference, side, tuple(part for part in kept if part is not None))
 
 
 class LossState(NamedTuple):
@@ -69,7 +88,7 @@ def prediction_loss(
     output: Tensor,
     batch: Batch,
     starts: Tensor,
-    rest: Callable[[Tensor, Tensor | None], Tensor],
+    rest: Callable[[Tensor, Tensor | None, Kept], Tensor],
     divergence: Measure,
 ) -> tuple[Tensor, Tensor]:
     """Squared error of the block plus the divergence of the model's prediction.
@@ -78,14 +97,14 @@ def prediction_loss(
     have in convolutional networks; here each is divided by its start, so that neither is lost in the other.
 
     Args:
-        rest: from the block's output and the chain's side to the model's output, in full precision.
+        rest: from the block's output, the chain's side and what was kept to the model's output, in full precision.
         divergence: of the task.
         weights, output, batch, starts: as in :func:`block_loss`.
     """
     assert batch.reference is not None
     delta = (output - batch.target).flatten(1)
     # At 8 bits it is some 1e-8, less than what float32's logarithms are off: a start could be many times too large or negative.
-    far = divergence(rest(output, batch.side).double(), batch.reference.double()).float()
+    far = divergence(rest(output, batch.side, batch.kept).double(), batch.reference.double()).float()
     return _over_starts([losses.squared_error(delta), far], weights, starts)
 
 

@@ -7,13 +7,13 @@ depend on it.)
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from fimaq_core.chain import BlockChain, MlpPart, Segment
+from fimaq_core.chain import BlockChain, Kept, MlpPart, Segment
 from fimaq_core.errors import ModelError, NumericsError, RecipeError
 from fimaq_core.fisher.divergence import Divergence
 from fimaq_core.fisher.passes import perturbation_hessian
@@ -23,6 +23,7 @@ from fimaq_core.progress import Progress, Report, silent
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction.schedule import block_generator, draw_batches
 from fimaq_core.reconstruction.tape import Placement, Storage, Tape
+from fimaq_core.samples import Ragged, Samples, batches, check_alone, joined, slices
 
 #: Weight of the term whose hidden values are clamped, as released.
 _CLAMPED_WEIGHT = 2.0
@@ -32,11 +33,12 @@ _VALUES = 2**24
 
 @dataclass(frozen=True)
 class _Samples:
-    """What an MLP is trained on: inputs and outputs (n, ...), the Hessian (N,) or None, and the clamping value."""
+    """What an MLP is trained on: inputs and outputs (n, ...), one Hessian for all of one sample's shape, or a Hessian a sample
+    where shapes vary, or None, and the clamping value."""
 
-    inputs: Tensor
-    targets: Tensor
-    hessian: Tensor | None
+    inputs: Samples
+    targets: Samples
+    hessian: Samples | None
     limit: float
 
 
@@ -67,7 +69,7 @@ def use_relu(segments: Iterable[Segment]) -> None:
 
 def reconstruct_mlps(
     chain: BlockChain,
-    images: Tensor,
+    images: Samples,
     recipe: Recipe,
     divergence: Divergence,
     *,
@@ -81,7 +83,8 @@ def reconstruct_mlps(
 
     Args:
         chain: on the device to use.
-        images: (n, ...) inputs of the chain, the calibration images.
+        images: (n, ...) inputs of the chain, the calibration images; those of varying shapes are taken one by one in their order,
+            each with a Hessian of its own.
         recipe: the ``mlp_*`` settings, temperature and seed.
         divergence: of the task, behind the Hessian.
         report: receives progress, one unit a step.
@@ -95,10 +98,10 @@ def reconstruct_mlps(
         RecipeError: fewer images than a batch.
         NumericsError: a loss is no longer usable.
     """
-    if images.shape[0] < recipe.mlp_batch:
+    check_alone(images, recipe.mlp_batch, "mlp_batch")
+    if len(images) < recipe.mlp_batch:
         raise RecipeError(
-            f"{images.shape[0]} calibration images are fewer than a batch of {recipe.mlp_batch}: "
-            "lower mlp_batch or give more images."
+            f"{len(images)} calibration images are fewer than a batch of {recipe.mlp_batch}: lower mlp_batch or give more images."
         )
     teacher = copy.deepcopy(chain)
     use_relu(chain)
@@ -106,8 +109,8 @@ def reconstruct_mlps(
         set_quantized(one, False)
     device = next(chain.parameters()).device
     with torch.no_grad():
-        reference = torch.cat([teacher(part.to(device)).float() for part in torch.split(images, batch_size)])
-    reference = divergence.reference(reference)
+        outputs = joined([teacher(part.to(device)).float() for part in batches(images, batch_size)], images)
+    reference = divergence.reference(outputs)
     storage = Storage(placement, device)
     tape = Tape(teacher, images, storage, with_prefix=False, batch_size=batch_size, frozen_dtype=recipe.frozen_dtype)
     total, number = len(mlps(chain)) * recipe.mlp_steps, 0
@@ -142,61 +145,69 @@ def _samples(
     segment: Segment,
     part: MlpPart,
     recipe: Recipe,
-    reference: Tensor,
+    reference: Samples,
     divergence: Divergence,
 ) -> _Samples:
     """One sweep over the images: the MLP's inputs and outputs, the Hessian at its output, the clamping value."""
     device, block = tape.storage.device, segment.block
     mlp = block.get_submodule(part.name)
-    inputs: Tensor | None = None
-    targets: Tensor | None = None
-    hessian: Tensor | None = None
+    inputs: list[Tensor] = []
+    targets: list[Tensor] = []
+    hessians: list[Tensor] = []
     hidden: list[Tensor] = []
     seen: dict[str, Tensor] = {}
     handles = [
         mlp.register_forward_hook(lambda module, args, out: seen.update(x=args[0], y=out)),
         mlp.get_submodule(part.fc2).register_forward_pre_hook(lambda module, args: seen.update(hidden=args[0])),
     ]
-    count = tape.full.shape[0]
-    for rows in _slices(count, divergence.batch or tape.batch_size):
+    apart, where = isinstance(tape.full, Ragged), f"{segment.label}.{part.name}"
+    for rows in slices(tape.full, divergence.batch or tape.batch_size):
         x = tape.full[rows].to(device)
+        assert isinstance(x, Tensor)
         with torch.no_grad(), arithmetic(recipe.frozen_dtype, device):
             block(x)
         found, made = seen["x"].float(), seen["y"].float()
-        if inputs is None or targets is None:
-            inputs = tape.storage.empty((count, *found.shape[1:]), torch.float32)
-            targets = tape.storage.empty((count, *made.shape[1:]), torch.float32)
-        inputs[rows].copy_(found)
-        targets[rows].copy_(made)
+        inputs.append(tape.storage.empty(tuple(found.shape), torch.float32).copy_(found))
+        targets.append(tape.storage.empty(tuple(made.shape), torch.float32).copy_(made))
         if sum(values.numel() for values in hidden) < _VALUES:
             hidden.append(seen["hidden"].float().flatten())
         if recipe.mlp_loss == "perturb_mean":
-            side = None if tape.side is None else tape.side[rows]
-            rest, to = _rest_behind(teacher, tape.index, mlp, x, side), reference[rows].to(device)
-            own = perturbation_hessian(rest, made, to, divergence, recipe.perturbation, recipe.frozen_dtype).sum(0)
-            hessian = own if hessian is None else hessian + own
+            to = reference[rows].to(device)
+            assert isinstance(to, Tensor)
+            rest = _rest_behind(teacher, tape.index, mlp, x, *tape.beside.rows(rows, device).tensors)
+            own = perturbation_hessian(rest, made, to, divergence, recipe.perturbation, recipe.frozen_dtype)
+            if apart:
+                scaled = _scaled(own, own.mean(), where)
+                hessians.append(tape.storage.empty(tuple(scaled.shape), torch.float32).copy_(scaled))
+            else:
+                hessians = [own.sum(0) if not hessians else hessians[0] + own.sum(0)]
     for handle in handles:
         handle.remove()
-    assert inputs is not None
-    assert targets is not None
-    if hessian is not None:
-        size = hessian.square().mean().sqrt()
-        where = f"{segment.label}.{part.name}"
-        if not torch.isfinite(size):
-            raise NumericsError(f"{where}: the perturbation Hessian is not finite: check the images and the weights.")
-        if not size > 0:
-            raise NumericsError(f"{where}: the perturbation Hessian is zero; use mlp_loss mse.")
-        hessian = hessian / size
-    return _Samples(inputs, targets, hessian, positive_quantile(torch.cat(hidden)[:_VALUES], recipe.mlp_percentile))
+    hessian: Samples | None = None
+    if hessians:
+        hessian = Ragged(hessians) if apart else _scaled(hessians[0], hessians[0].square().mean().sqrt(), where)
+    limit = positive_quantile(torch.cat(hidden)[:_VALUES], recipe.mlp_percentile)
+    return _Samples(joined(inputs, tape.full), joined(targets, tape.full), hessian, limit)
 
 
-def _rest_behind(teacher: BlockChain, index: int, mlp: nn.Module, x: Tensor, side: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """From the output of an MLP in block ``index`` to the model's, for the block's input ``x`` and the chain's side."""
+def _scaled(hessian: Tensor, size: Tensor, where: str) -> Tensor:
+    """``hessian`` over its size. Raises NumericsError."""
+    if not torch.isfinite(size):
+        raise NumericsError(f"{where}: the perturbation Hessian is not finite: check the images and the weights.")
+    if not size > 0:
+        raise NumericsError(f"{where}: the perturbation Hessian is zero; use mlp_loss mse.")
+    return hessian / size
+
+
+def _rest_behind(
+    teacher: BlockChain, index: int, mlp: nn.Module, x: Tensor, side: Tensor | None, kept: Kept
+) -> Callable[[Tensor], Tensor]:
+    """From the output of an MLP in block ``index`` to the model's, for the block's input ``x`` and what travels beside it."""
 
     def rest(output: Tensor) -> Tensor:
         handle = mlp.register_forward_hook(lambda module, args, out: output)
         try:
-            return teacher.tail(index + 1, teacher.segment(index).block(x), side)
+            return teacher.rest(index, teacher.segment(index).block(x), side, kept)
         finally:
             handle.remove()
 
@@ -235,16 +246,14 @@ def _train(
     device = next(mlp.parameters()).device
     wanted = [p for name in (part.fc1, part.fc2) for p in (mlp.get_submodule(name).weight, mlp.get_submodule(name).bias)]
     parameters = [p for p in wanted if isinstance(p, nn.Parameter)]
-    generator = block_generator(recipe.seed, f"{label}/mlp")
-    batches = draw_batches(recipe.mlp_steps, recipe.mlp_batch, len(samples.inputs), generator).to(samples.inputs.device)
+    pick = _picker(samples, recipe, label, device)
     optimizer = torch.optim.Adam(parameters, lr=recipe.mlp_lr, fused=device.type == "cuda")
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=recipe.mlp_steps)
     for parameter in parameters:
         parameter.requires_grad_(True)
     try:
-        for step, batch in enumerate(batches, 1):
-            x, target = (source[batch].to(device, non_blocking=True) for source in (samples.inputs, samples.targets))
-            loss = mlp_loss(mlp, part, x, target, samples.hessian, samples.limit)
+        for step in range(1, recipe.mlp_steps + 1):
+            loss = mlp_loss(mlp, part, *pick(step - 1), samples.limit)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -256,6 +265,24 @@ def _train(
             parameter.grad = None
 
 
-def _slices(count: int, size: int) -> Iterator[slice]:
-    for start in range(0, count, size):
-        yield slice(start, min(start + size, count))
+def _picker(
+    samples: _Samples, recipe: Recipe, label: str, device: torch.device
+) -> Callable[[int], tuple[Tensor, Tensor, Tensor | None]]:
+    """Gives inputs, targets and Hessian of step ``number`` (from 0): a random batch, or one sample after another."""
+    inputs, targets, hessian = samples.inputs, samples.targets, samples.hessian
+    if isinstance(inputs, Ragged):
+        count, sources = len(inputs), [inputs, targets, hessian]
+
+        def one(number: int) -> tuple[Tensor, Tensor, Tensor | None]:
+            x, target, own = (None if s is None else s[number % count].to(device, non_blocking=True) for s in sources)
+            assert isinstance(x, Tensor)
+            assert isinstance(target, Tensor)
+            assert own is None or isinstance(own, Tensor)
+            return x, target, own
+
+        return one
+    assert isinstance(targets, Tensor)
+    generator = block_generator(recipe.seed, f"{label}/mlp")
+    drawn = draw_batches(recipe.mlp_steps, recipe.mlp_batch, len(inputs), generator).to(inputs.device)
+    assert not isinstance(hessian, Ragged)
+    return lambda number: (*(s[drawn[number]].to(device, non_blocking=True) for s in (inputs, targets)), hessian)  # type: ignore[return-value]

@@ -2,38 +2,41 @@
 
 import logging
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from fimaq_core.chain import BlockChain
+from fimaq_core.chain import BlockChain, Kept
 from fimaq_core.errors import NumericsError
 from fimaq_core.fisher import losses
 from fimaq_core.fisher.divergence import Divergence
-from fimaq_core.fisher.passes import least_squares_hessian, mean_gradient_and_error, output_gradients, perturbation_hessian
+from fimaq_core.fisher.passes import (
+    least_squares_hessian,
+    mean_gradient_and_error,
+    output_gradients,
+    perturbation_hessian,
+    rest_of,
+)
 from fimaq_core.layers import set_quantized
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction.loss import Batch, LossState
 from fimaq_core.reconstruction.tape import Tape
+from fimaq_core.samples import Samples, slices
 
 logger = logging.getLogger(__name__)
 
-_DPLR = ("fisher_lr", "fisher_diag", "fisher_dplr")
-_PERTURB = ("perturb", "perturb_mean")
+DPLR = ("fisher_lr", "fisher_diag", "fisher_dplr")
+PERTURB = ("perturb", "perturb_mean")
 #: Losses that take a pass with the block quantized while it trains.
-_UPDATED = (*_DPLR, "least_squares")
+UPDATED = (*DPLR, "least_squares")
 
 
-class BlockObjective:
-    """Loss of the present block of a tape.
+class Objective:
+    """What the losses of a block have in common, whatever the samples.
 
     The head's loss is ``KL(softmax(fp) || softmax(q))``, not divided (with a perturbation Hessian: twice that over its
-    start, as APHQ-ViT's code has it). Every other loss (each part of it) is divided by its value at the first step, or at
-    the first step after the last Fisher pass; Fisher losses start at 2, others at 1.
-
-    All its state is in tensors of fixed shape that are changed in place, so that a compiled or captured step sees the
-    changes; nothing here reads a number back from the device but a Fisher pass.
+    start, as APHQ-ViT's code has it); a neck's is the squared error. Every other loss (each part of it) is divided by its value
+    at the first step, or at the first step after the last Fisher pass; Fisher losses start at 2, others at 1.
 
     Args:
         chain, tape: the model and its tape at the block; ``tape.target`` must be computed.
@@ -42,43 +45,28 @@ class BlockObjective:
         divergence: of the task.
         notes: receives sentences about anything that did not go as the recipe says.
 
-    Raises:
-        NumericsError: the perturbation Hessian is NaN or infinite.
-
     Attributes:
         kind: name of the loss.
-        state: what the loss rests on.
-        weights: (n, N) what weights each sample's errors, where the tape lies; None for losses without.
+        state: what the loss rests on, whatever the batch.
         passes: Fisher passes done.
+        update_steps: steps (from 0) before which a Fisher pass runs.
     """
 
+    state: LossState
+    update_steps: frozenset[int]
+
     def __init__(
-        self, chain: BlockChain, tape: Tape, recipe: Recipe, reference: Tensor, divergence: Divergence, notes: list[str]
+        self, chain: BlockChain, tape: Tape, recipe: Recipe, reference: Samples, divergence: Divergence, notes: list[str]
     ) -> None:
         self.chain, self.tape, self.recipe = chain, tape, recipe
         self.reference, self.divergence, self.notes = reference, divergence, notes
-        self.label = chain.segment(tape.index).label
-        self.kind = recipe.loss
-        if chain.segment(tape.index).kind == "head":
-            self.kind = "head_relative" if recipe.loss in _PERTURB else "head"
+        segment = chain.segment(tape.index)
+        self.label, self.kind = segment.label, recipe.loss
+        if segment.kind == "head":
+            self.kind = "head_relative" if recipe.loss in PERTURB else "head"
+        elif segment.kind == "neck":
+            self.kind = "mse"
         self.passes = 0
-        self._errors: list[Tensor] = []
-        self.weights: Tensor | None = None
-        assert tape.target is not None
-        device, size, k = tape.storage.device, tape.target[0].numel(), recipe.fisher_k
-        gradients = diagonal = root = None
-        if self.kind in _DPLR:
-            gradients, root = torch.zeros(k, size, device=device), torch.zeros(k, k, device=device)
-        if self.kind == "least_squares":
-            gradients = torch.zeros(1, size, device=device)
-        if self.kind in (*_UPDATED, "perturb_mean"):
-            diagonal = torch.zeros(size, device=device)
-        if self.kind == "fisher_brecq":
-            self._squared_gradient_pass()
-        if self.kind in _PERTURB:
-            self._perturbation_pass(diagonal)
-        self.update_steps = self._fisher_steps()
-        self.state = LossState(torch.zeros(len(self.part_weights()), device=device), gradients, diagonal, root)
 
     def part_weights(self) -> tuple[float, ...]:
         """Weight of each part of the loss."""
@@ -86,22 +74,19 @@ class BlockObjective:
             return self.recipe.fisher_p1, self.recipe.fisher_p2
         if self.kind == "prediction":
             return 1 - self.recipe.prediction_share, self.recipe.prediction_share
-        return (2.0,) if self.kind in (*_UPDATED, *_PERTURB, "head_relative") else (1.0,)
-
-    def batch(self, mixed: bool) -> Batch:
-        """What the steps read, all images; ``mixed``: with the quantized prefix."""
-        tape = self.tape
-        assert tape.target is not None
-        reference, side = (self.reference, tape.side) if self.kind == "prediction" else (None, None)
-        return Batch(tape.full, tape.prefix if mixed else None, tape.target, self.weights, reference, side)
+        return (2.0,) if self.kind in (*UPDATED, *PERTURB, "head_relative") else (1.0,)
 
     @property
-    def rest(self) -> Callable[[Tensor, Tensor | None], Tensor] | None:
-        """From the block's output (and the side) to the model's in full precision, for the loss that needs it."""
+    def rest(self) -> Callable[[Tensor, Tensor | None, Kept], Tensor] | None:
+        """From the block's output (and what travels beside it) to the model's in full precision, for the loss that needs it."""
         return self._rest if self.kind == "prediction" else None
 
-    def _rest(self, output: Tensor, side: Tensor | None = None) -> Tensor:
-        return self.tape.teacher.tail(self.tape.index + 1, output, side)
+    def _rest(self, output: Tensor, side: Tensor | None = None, kept: Kept = ()) -> Tensor:
+        return self.tape.teacher.rest(self.tape.index, output, side, kept)
+
+    def update(self, forward: Callable[[Tensor], Tensor]) -> None:
+        """Take a Fisher pass. ``forward`` runs the block on a batch, quantized as it is at the present step."""
+        raise NotImplementedError
 
     @property
     def _batch_size(self) -> int:
@@ -109,35 +94,94 @@ class BlockObjective:
         return self.divergence.batch or self.tape.batch_size
 
     def _fisher_steps(self) -> frozenset[int]:
-        """Steps (from 0) before which a Fisher pass runs."""
         if self.kind == "least_squares":
             return frozenset({0})
-        if self.kind not in _DPLR:
+        if self.kind not in DPLR:
             return frozenset()
         k, steps = self.recipe.fisher_k, self.recipe.steps
         if self.recipe.fisher_mode == "qf":
             return frozenset(range(min(k, steps)))
         return frozenset(i * steps // k for i in range(k))
 
+    def _fall_back(self, reason: str) -> None:
+        self._note(f"{self.label}: {reason}; squared error used instead")
+        self.kind = "mse"
+
+    def _note(self, sentence: str) -> None:
+        logger.warning(sentence)
+        self.notes.append(sentence)
+
+
+class BlockObjective(Objective):
+    """Loss of the present block of a tape whose samples have equal shapes.
+
+    All its state is in tensors of fixed shape that are changed in place, so that a compiled or captured step sees the
+    changes; nothing here reads a number back from the device but a Fisher pass.
+
+    Raises:
+        NumericsError: the perturbation Hessian is NaN or infinite.
+
+    Attributes:
+        weights: (n, N) what weights each sample's errors, where the tape lies; None for losses without.
+    """
+
+    def __init__(
+        self, chain: BlockChain, tape: Tape, recipe: Recipe, reference: Tensor, divergence: Divergence, notes: list[str]
+    ) -> None:
+        super().__init__(chain, tape, recipe, reference, divergence, notes)
+        self._errors: list[Tensor] = []
+        self.weights: Tensor | None = None
+        device, size, k = tape.storage.device, self._target[0].numel(), recipe.fisher_k
+        gradients = diagonal = root = None
+        if self.kind in DPLR:
+            gradients, root = torch.zeros(k, size, device=device), torch.zeros(k, k, device=device)
+        if self.kind == "least_squares":
+            gradients = torch.zeros(1, size, device=device)
+        if self.kind in (*UPDATED, "perturb_mean"):
+            diagonal = torch.zeros(size, device=device)
+        if self.kind == "fisher_brecq":
+            self._squared_gradient_pass()
+        if self.kind in PERTURB:
+            self._perturbation_pass(diagonal)
+        self.update_steps = self._fisher_steps()
+        self.state = LossState(torch.zeros(len(self.part_weights()), device=device), gradients, diagonal, root)
+
+    @property
+    def _target(self) -> Tensor:
+        assert isinstance(self.tape.target, Tensor)
+        return self.tape.target
+
+    def batch(self, mixed: bool) -> Batch:
+        """What the steps read, all images; ``mixed``: with the quantized prefix."""
+        tape = self.tape
+        assert isinstance(tape.full, Tensor)
+        assert isinstance(self.reference, Tensor)
+        prefix = tape.prefix if mixed else None
+        assert prefix is None or isinstance(prefix, Tensor)
+        if self.kind != "prediction":
+            return Batch(tape.full, prefix, self._target, self.weights)
+        return Batch(tape.full, prefix, self._target, self.weights, self.reference, *tape.beside.tensors)
+
     def update(self, forward: Callable[[Tensor], Tensor]) -> None:
-        """Take a Fisher pass. ``forward`` runs the block on a batch, quantized as it is at the present step."""
+        """See :class:`Objective`."""
         tape, state = self.tape, self.state
-        assert tape.target is not None
         assert state.gradients is not None
         assert state.diagonal is not None
+        assert isinstance(tape.full, Tensor)
+        assert isinstance(self.reference, Tensor)
         sweep = least_squares_hessian if self.kind == "least_squares" else mean_gradient_and_error
         first, second = sweep(
             tape.teacher,
             tape.index,
             tape.full,
-            tape.target,
+            self._target,
             self.reference,
             self.divergence,
             self._batch_size,
             tape.storage.device,
             self.recipe.frozen_dtype,
             forward,
-            tape.side,
+            tape.beside,
         )
         self.passes += 1
         state.starts.zero_()
@@ -158,11 +202,10 @@ class BlockObjective:
     def _squared_gradient_pass(self) -> None:
         """BRECQ's pass: prefix quantized, this block and the rest in full precision, one gradient a sample."""
         tape, device = self.tape, self.tape.storage.device
-        assert tape.target is not None
         prefix = tape.full if tape.prefix is None else tape.prefix
         block = tape.teacher.segment(tape.index).block
         set_quantized(block, False)
-        gradients = tape.storage.empty((tape.full.shape[0], tape.target[0].numel()), torch.float32)
+        gradients = tape.storage.empty((len(self._target), self._target[0].numel()), torch.float32)
         sweep = output_gradients(
             tape.teacher,
             tape.index,
@@ -172,7 +215,7 @@ class BlockObjective:
             self._batch_size,
             device,
             self.recipe.frozen_dtype,
-            side=tape.side,
+            beside=tape.beside_prefix,
         )
         for part, _, gradient in sweep:
             gradients[part].copy_(gradient.flatten(1))
@@ -185,19 +228,16 @@ class BlockObjective:
 
     def _perturbation_pass(self, mean: Tensor | None) -> None:
         """APHQ-ViT's pass, everything in full precision: into ``mean`` (N,), or else one Hessian a sample."""
-        tape, device = self.tape, self.tape.storage.device
-        target = tape.target
-        assert target is not None
+        tape, device, target = self.tape, self.tape.storage.device, self._target
         samples, largest = None, torch.zeros((), device=device)
         if mean is None:
             samples = tape.storage.empty((len(target), target[0].numel()), torch.float32)
-        for start in range(0, len(target), self._batch_size):
-            part = slice(start, start + self._batch_size)
-            output, reference = target[part].to(device), self.reference[part].to(device)
-            side = None if tape.side is None else tape.side[part]
+        for part in slices(target, self._batch_size):
+            reference = self.reference[part].to(device)
+            assert isinstance(reference, Tensor)
             found = perturbation_hessian(
-                partial(self._rest, side=side),
-                output,
+                rest_of(tape.teacher, tape.index, tape.beside.rows(part, device)),
+                target[part].to(device),
                 reference,
                 self.divergence,
                 self.recipe.perturbation,
@@ -216,11 +256,3 @@ class BlockObjective:
             self._fall_back("the perturbation Hessian is zero")
             return
         self.weights = samples
-
-    def _fall_back(self, reason: str) -> None:
-        self._note(f"{self.label}: {reason}; squared error used instead")
-        self.kind = "mse"
-
-    def _note(self, sentence: str) -> None:
-        logger.warning(sentence)
-        self.notes.append(sentence)

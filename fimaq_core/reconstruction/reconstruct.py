@@ -16,8 +16,10 @@ from fimaq_core.quantizers.affine import AffineQuantizer
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction.block import optimise_block
 from fimaq_core.reconstruction.engines import Engine, EngineChoice, choose_engine
-from fimaq_core.reconstruction.objective import BlockObjective
+from fimaq_core.reconstruction.sample_objective import make_objective
+from fimaq_core.reconstruction.state import active_quantizers, rounded_layers
 from fimaq_core.reconstruction.tape import Placement, Storage, Tape
+from fimaq_core.samples import Ragged, Samples, batches, check_alone, joined
 
 
 @dataclass
@@ -39,7 +41,7 @@ class ReconstructionLog:
 
 def reconstruct(
     chain: BlockChain,
-    images: Tensor,
+    images: Samples,
     recipe: Recipe,
     divergence: Divergence,
     *,
@@ -51,11 +53,12 @@ def reconstruct(
     restore: Callable[[int, Segment], bool] = lambda index, segment: False,
     save: Callable[[int, Segment, ReconstructionLog], None] = lambda index, segment, log: None,
 ) -> ReconstructionLog:
-    """Reconstruct every block of a calibrated chain, in place and in forward order.
+    """Reconstruct every block of a calibrated chain, in place and in forward order; predictors stay as calibrated.
 
     Args:
         chain: calibrated; its device is where everything runs.
-        images: (n, ...) inputs of the chain, the calibration images, on any device.
+        images: (n, ...) inputs of the chain, the calibration images, on any device; those of varying shapes are taken
+            one by one in their order.
         recipe: all settings.
         divergence: of the task, behind the Fisher passes.
         report: receives progress, one unit a step.
@@ -68,19 +71,26 @@ def reconstruct(
         save: called after each block that was optimised.
 
     Raises:
-        RecipeError: fewer images than a batch.
+        RecipeError: fewer images than a batch, or a batch of images of varying shapes.
         EngineError: the engine asked for cannot run here.
         NumericsError: a loss or a scale is no longer usable.
     """
-    if images.shape[0] < recipe.batch_size:
+    learning = [segment for segment in chain if _learns(segment, recipe)]
+    if not learning:
+        decide_roundings(chain)
+        set_quantized(chain, True)
+        return ReconstructionLog()
+    check_alone(images, recipe.batch_size, "batch_size")
+    if len(images) < recipe.batch_size:
         raise RecipeError(
-            f"{images.shape[0]} calibration images are fewer than a batch of {recipe.batch_size}: "
+            f"{len(images)} calibration images are fewer than a batch of {recipe.batch_size}: "
             "lower batch_size or give more images."
         )
     device = next(chain.parameters()).device
-    log, total = ReconstructionLog(engine=choose_engine(engine, device, recipe.steps)), len(chain) * recipe.steps
+    varying, total = isinstance(images, Ragged), len(learning) * recipe.steps
+    log = ReconstructionLog(engine=choose_engine(engine, device, recipe.steps, varying))
     if recipe.per_token:
-        expand_per_token(chain, images[:1].to(device))
+        expand_per_token(chain, next(batches(images, 1)).to(device))
     set_quantized(chain, False)
     reference = divergence.reference(_outputs(chain if teacher is None else teacher, images, device, batch_size))
     tape = Tape(
@@ -92,14 +102,14 @@ def reconstruct(
         frozen_dtype=recipe.frozen_dtype,
         teacher=teacher,
     )
+    start = 0
     for index, segment in enumerate(chain):
-        start = index * recipe.steps
-        if recipe.reconstruct_parts == "blocks" and segment.kind not in ("block", "merge"):
+        if segment not in learning:
             decide_roundings(segment.block)  # left as calibrated
         elif not restore(index, segment):
             report(Progress("reconstruct", start, total, segment.label))
             tape.compute_target()
-            objective = BlockObjective(chain, tape, recipe, reference, divergence, log.notes)
+            objective = make_objective(chain, tape, recipe, reference, divergence, log.notes)
 
             def tick(step: int, loss: Tensor, start: int = start, label: str = segment.label) -> None:
                 # Reading the loss makes a GPU wait, so it happens rarely.
@@ -112,16 +122,27 @@ def reconstruct(
             log.last_loss[segment.label] = float(loss)
             log.fisher_passes[segment.label] = objective.passes
             save(index, segment, log)
-        if index + 1 < len(chain):
-            tape.advance()
+        start += recipe.steps if segment in learning else 0
+        if segment is learning[-1]:
+            break
+        tape.advance()
+    for segment in chain:  # what is behind the last of them
+        decide_roundings(segment.block)
     set_quantized(chain, True)
     report(Progress("reconstruct", total, total))
     return log
 
 
+def _learns(segment: Segment, recipe: Recipe) -> bool:
+    """Whether there is something to learn in a segment, and the recipe wants it."""
+    if segment.kind == "predictor" or (recipe.reconstruct_parts == "blocks" and segment.kind not in ("block", "merge")):
+        return False
+    return bool(active_quantizers(segment)) or any(True for _ in rounded_layers(segment.block))
+
+
 @torch.no_grad()
-def _outputs(chain: BlockChain, images: Tensor, device: torch.device, batch_size: int) -> Tensor:
-    return torch.cat([chain(part.to(device)).float() for part in torch.split(images, batch_size)])
+def _outputs(chain: BlockChain, images: Samples, device: torch.device, batch_size: int) -> Samples:
+    return joined([chain(part.to(device)).float() for part in batches(images, batch_size)], images)
 
 
 @torch.no_grad()
@@ -129,7 +150,8 @@ def expand_per_token(chain: BlockChain, image: Tensor) -> None:
     """Give activation quantizers one scale per token position, all starting from the calibrated one.
 
     Linear layers with inputs (B, tokens, C): (1, tokens, 1). Attention operands: a per head and row, b per head and
-    column. Zero points stay shared. Quantizers expanded before are left alone. Other inputs stay per tensor.
+    column. Zero points stay shared. Quantizers expanded before are left alone. Other inputs stay per tensor: where images vary
+    in size, only windows have a fixed number of tokens, and other inputs come as maps (B, H, W, C).
 
     Args:
         chain: calibrated.

@@ -33,7 +33,7 @@ class Schedule:
     Attributes:
         rates: (steps, 5) float32: weight and exponent β of the rounding regulariser, Adam's step sizes (learning rate over
             its first bias correction) of α and of the scales, and the inverse root of Adam's second bias correction.
-        samples: (steps, B) int64, the batch's images, drawn without repetition.
+        samples: (steps, B) int64, the batch's images: drawn without repetition, or one after another in order.
         keys: (steps, streams, 2) int32, keys of the random masks.
     """
 
@@ -42,7 +42,15 @@ class Schedule:
     keys: Tensor
 
     @classmethod
-    def build(cls, recipe: Recipe, images: int, streams: int, generator: torch.Generator, device: torch.device) -> "Schedule":
+    def build(
+        cls,
+        recipe: Recipe,
+        images: int,
+        streams: int,
+        generator: torch.Generator,
+        device: torch.device,
+        in_order: bool = False,
+    ) -> "Schedule":
         """Make the tables of a block.
 
         Args:
@@ -51,8 +59,13 @@ class Schedule:
             streams: random masks a step.
             generator: on the CPU, so that every device sees the same batches and masks.
             device: where the tables go.
+            in_order: take the images one by one in their order, again and again (as released for detectors).
         """
-        samples = draw_batches(recipe.steps, min(recipe.batch_size, images), images, generator)
+        samples = (
+            torch.arange(recipe.steps)[:, None] % images
+            if in_order
+            else draw_batches(recipe.steps, min(recipe.batch_size, images), images, generator)
+        )
         keys = draw_keys(recipe.steps * streams, generator).view(recipe.steps, streams, 2)
         return cls(_rates(recipe).to(device), samples.to(device), keys.to(device))
 

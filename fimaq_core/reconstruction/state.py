@@ -1,5 +1,6 @@
 """What an optimisation of a block learns, as two flat vectors, and how they reach the block's layers."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -64,11 +65,10 @@ class BlockState:
     """
 
     def __init__(self, segment: Segment, learn_scales: bool) -> None:
-        named = list(quant_layers(segment.block))
         device = next(segment.block.parameters()).device
-        rounded = [(name, layer) for name, layer in named if _is_rounded(layer)]
+        rounded = list(rounded_layers(segment.block))
         activations = active_quantizers(segment)
-        self.layers: list[QuantLinear | QuantConv2d] = [layer for _, layer in rounded if not isinstance(layer, QuantMatMul)]
+        self.layers: list[QuantLinear | QuantConv2d] = [layer for _, layer in rounded]
         self.quantizers = [quantizer for _, quantizer in activations]
         self.layout = Layout(
             tuple(
@@ -123,8 +123,11 @@ def active_quantizers(segment: Segment) -> list[tuple[str, ActivationQuantizer]]
     return [(name, quantizer) for name, quantizer in found if not quantizer.off]
 
 
-def _is_rounded(layer: object) -> bool:
-    return isinstance(layer, QuantLinear | QuantConv2d) and not layer.weight_quantizer.off
+def rounded_layers(block: torch.nn.Module) -> Iterator[tuple[str, QuantLinear | QuantConv2d]]:
+    """Names and layers of a block whose weights are quantized."""
+    for name, layer in quant_layers(block):
+        if not isinstance(layer, QuantMatMul) and not layer.weight_quantizer.off:
+            yield name, layer
 
 
 def _join(prefix: str, name: str) -> str:

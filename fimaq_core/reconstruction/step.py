@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fimaq_core.numerics import Arithmetic, autocast
 from fimaq_core.quantizers.dropping import eager_mask, traced_mask
 from fimaq_core.quantizers.rounding import alpha_gradient, soft_rounding
-from fimaq_core.reconstruction.loss import Batch, LossState, block_loss
+from fimaq_core.reconstruction.loss import Batch, LossState, batch_of, block_loss
 from fimaq_core.reconstruction.schedule import BETA1, BETA2, EPSILON
 from fimaq_core.reconstruction.state import Layout, run_block
 
@@ -64,7 +64,7 @@ def batch_output(
     row = keys.index_select(0, counter)[0]
     if samples is not None:
         chosen = samples.index_select(0, counter)[0]
-        data = Batch(*(None if part is None else part[chosen] for part in data))  # type: ignore[arg-type]
+        data = batch_of(data, chosen)
     x = data.full
     if data.prefix is not None:
         x = mixed(x, data.prefix, row[0], plan.mix, plan.traced)

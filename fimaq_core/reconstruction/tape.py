@@ -2,19 +2,22 @@
 
 Block i's output is block i + 1's input, so walking forward costs two forwards a block (full precision and quantized)
 whatever the depth. Memory: at most five tensors of images x block output (input and output in full precision, the
-quantized prefix's input, and the next two while advancing), on the device, in host memory or memory-mapped.
+quantized prefix's input, and the next two while advancing), and twice what segments keep for later ones, on the device, in
+host memory or memory-mapped.
 """
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from fimaq_core.chain import BlockChain
+from fimaq_core.chain import Beside, BlockChain
 from fimaq_core.layers import set_quantized
 from fimaq_core.numerics import Arithmetic, arithmetic
+from fimaq_core.samples import Ragged, Samples, batches, joined, slices
 
 Placement = Literal["device", "host", "disk"]
 
@@ -51,7 +54,7 @@ class Tape:
 
     Args:
         chain: what is quantized, block by block.
-        images: (n, ...) inputs of the chain.
+        images: (n, ...) inputs of the chain; those of varying shapes pass one by one, and all that is here varies with them.
         storage: where tensors go.
         with_prefix: whether the quantized prefix's outputs are asked for.
         batch_size: images a forward pass.
@@ -64,13 +67,14 @@ class Tape:
         full: (n, ...) the present block's inputs in the full-precision model.
         prefix: the same with everything before quantized, or None where nobody asks for it.
         target: (n, ...) the present block's full-precision outputs; None until :meth:`compute_target`.
-        side: (n, ...) the chain's side of all inputs, on the computing device; None where it has none.
+        beside: what travels beside ``full``: the chain's side of all inputs, and what the segments before have kept.
+        beside_prefix: the same beside ``prefix``.
     """
 
     def __init__(
         self,
         chain: BlockChain,
-        images: Tensor,
+        images: Samples,
         storage: Storage,
         *,
         with_prefix: bool,
@@ -81,13 +85,13 @@ class Tape:
         self.chain, self.storage, self.batch_size, self.frozen_dtype = chain, storage, batch_size, frozen_dtype
         self.teacher = chain if teacher is None else teacher
         self.index = 0
-        self.side = self._side(images)
-        self.full = self._enter(self.teacher, images)
+        self.beside = self.beside_prefix = Beside(self._side(images))
+        self.full = self._enter(self.teacher, images, self.beside)
         # Nothing is quantized before the first block.
-        self.prefix: Tensor | None = self.full if with_prefix else None
-        self.target: Tensor | None = None
+        self.prefix: Samples | None = self.full if with_prefix else None
+        self.target: Samples | None = None
 
-    def compute_target(self) -> Tensor:
+    def compute_target(self) -> Samples:
         """Run the present block in full precision, once; its layers are switched to full precision."""
         if self.target is None:
             block = self.teacher.segment(self.index).block
@@ -103,37 +107,54 @@ class Tape:
         if self.prefix is not None:
             set_quantized(block, True)
             outputs = self._map(block, self.prefix, frozen=False)
+        # What the present one keeps is in the list for the next one. Without a prefix nobody asks for the quantized model's.
+        self.beside = self._keeping(self.teacher, target, self.beside)
+        self.beside_prefix = self.beside if outputs is None else self._keeping(self.chain, outputs, self.beside_prefix)
         self.index += 1
-        self.full = self._enter(self.teacher, target)
-        self.prefix = None if outputs is None else self._enter(self.chain, outputs)
+        self.full = self._enter(self.teacher, target, self.beside)
+        self.prefix = None if outputs is None else self._enter(self.chain, outputs, self.beside_prefix)
         self.target = None
 
     @torch.no_grad()
-    def _side(self, images: Tensor) -> Tensor | None:
-        parts = [self.teacher.side_of(part.to(self.storage.device)) for part in torch.split(images, self.batch_size)]
+    def _side(self, images: Samples) -> Samples | None:
+        parts = [self.teacher.side_of(part.to(self.storage.device)) for part in batches(images, self.batch_size)]
         known = [part for part in parts if part is not None]
-        return torch.cat(known) if known else None
+        return joined(known, images) if known else None
 
-    def _enter(self, chain: BlockChain, source: Tensor) -> Tensor:
+    def _enter(self, chain: BlockChain, source: Samples, beside: Beside) -> Samples:
         """Inputs of the present block of ``chain`` from the outputs of the one before."""
         segment = chain.segment(self.index)
-        return self._map(segment.before, source, side=self.side if segment.takes_side else None)
+        if not (segment.takes_side or segment.takes_kept):
+            return self._map(segment.before, source)
+        return self._map(lambda x, part: segment.enter(x, *beside.rows(part, self.storage.device).tensors), source)
+
+    def _keeping(self, chain: BlockChain, outputs: Samples, beside: Beside) -> Beside:
+        """What travels beside the next block's input: what did so far, and what the present segment keeps of its outputs."""
+        keep = chain.segment(self.index).keep
+        return beside if keep is None else Beside(beside.side, (*beside.kept, self._map(keep, outputs)))
 
     @torch.no_grad()
-    def _map(self, module: nn.Module, source: Tensor, frozen: bool = True, side: Tensor | None = None) -> Tensor:
-        if isinstance(module, nn.Identity) and source.device == self._home():
+    def _map(self, function: nn.Module | Callable[[Tensor, slice], Tensor], source: Samples, frozen: bool = True) -> Samples:
+        """``function`` of all samples: a module, or what also takes which samples they are."""
+        if isinstance(function, nn.Identity) and source.device == self._home():
             return source
-        device, result = self.storage.device, None
-        for start in range(0, source.shape[0], self.batch_size):
-            part = source[start : start + self.batch_size].to(device, non_blocking=True)
+        device, result, apart = self.storage.device, None, []
+        for rows in slices(source, self.batch_size):
+            part = source[rows].to(device, non_blocking=True)
+            assert isinstance(part, Tensor)
             with arithmetic(self.frozen_dtype if frozen else "float32", device):
-                out = (module(part) if side is None else module(part, side[start : start + self.batch_size])).float()
+                out: Tensor = (function(part) if isinstance(function, nn.Module) else function(part, rows)).float()
+            if isinstance(source, Ragged):
+                apart.append(self.storage.empty(tuple(out.shape), out.dtype).copy_(out, non_blocking=True))
+                continue
             if result is None:
-                result = self.storage.empty((source.shape[0], *out.shape[1:]), out.dtype)
-            result[start : start + self.batch_size].copy_(out, non_blocking=True)
-        assert result is not None
+                result = self.storage.empty((len(source), *out.shape[1:]), out.dtype)
+            result[rows].copy_(out, non_blocking=True)
         if device.type == "cuda" and self.storage.placement != "device":
             torch.cuda.synchronize(device)
+        if isinstance(source, Ragged):
+            return Ragged(apart)
+        assert result is not None
         return result
 
     def _home(self) -> torch.device:

@@ -9,8 +9,9 @@ from fimaq_core.numerics import autocast
 from fimaq_core.quantizers.dropping import eager_mask, threshold_of
 from fimaq_core.quantizers.rounding import rounding_penalty
 from fimaq_core.recipe import Recipe
-from fimaq_core.reconstruction.loss import Batch, block_loss, prediction_loss
-from fimaq_core.reconstruction.objective import BlockObjective
+from fimaq_core.reconstruction.loss import Batch, LossState, batch_of, block_loss, prediction_loss, unpacked
+from fimaq_core.reconstruction.objective import BlockObjective, Objective
+from fimaq_core.reconstruction.sample_objective import SampleObjective
 from fimaq_core.reconstruction.schedule import Schedule, regulariser_exponent
 from fimaq_core.reconstruction.state import BlockState
 from fimaq_core.reconstruction.tape import Tape
@@ -29,7 +30,7 @@ class TextbookStep:
     """
 
     def __init__(
-        self, segment: Segment, state: BlockState, tape: Tape, objective: BlockObjective, recipe: Recipe, schedule: Schedule
+        self, segment: Segment, state: BlockState, tape: Tape, objective: Objective, recipe: Recipe, schedule: Schedule
     ) -> None:
         self.segment, self.state, self.tape, self.objective = segment, state, tape, objective
         self.recipe, self.schedule = recipe, schedule
@@ -54,12 +55,12 @@ class TextbookStep:
         objective, recipe = self.objective, self.recipe
         roundings = [(1.2 * torch.sigmoid(alpha) - 0.1).clamp(0, 1) for alpha in self.alphas]
         keys, samples = self.schedule.keys[number], self.schedule.samples[number]
+        batch, state = self._present(samples)
         with autocast(recipe.step_dtype, self.state.soft.device):
-            output = functional_call(self.segment.block, self._tensors(roundings, keys), (self._input(samples, keys),))
-        rest, data = objective.rest, objective.batch(mixed=False)
-        batch = Batch(*(None if part is None else self._rows(part, samples) for part in data))  # type: ignore[arg-type]
+            output = functional_call(self.segment.block, self._tensors(roundings, keys), (self._input(batch, keys),))
+        rest = objective.rest
         if rest is None:
-            loss, starts = block_loss(objective.kind, objective.part_weights(), output.float(), batch, objective.state)
+            loss, starts = block_loss(objective.kind, objective.part_weights(), output.float(), batch, state)
         else:
             loss, starts = prediction_loss(
                 objective.part_weights(), output.float(), batch, objective.state.starts, rest, objective.divergence
@@ -90,19 +91,23 @@ class TextbookStep:
             found[name] = (quantizer.scale * (codes - quantizer.zero_point)).view(shape)
         return found
 
-    def _input(self, samples: Tensor, keys: Tensor) -> Tensor:
-        full = self._rows(self.tape.full, samples)
-        threshold, prefix = threshold_of(self.recipe.prefix_prob), self.tape.prefix
-        if prefix is None or prefix is self.tape.full or threshold == 0:
-            return full
-        quantized = self._rows(prefix, samples)
-        if threshold >= 256:
-            return quantized
-        return torch.where(eager_mask(full, keys[0], threshold, torch.bool), quantized, full)
+    def _present(self, samples: Tensor) -> tuple[Batch, LossState]:
+        """The batch, and what its loss rests on."""
+        prefix = self.tape.prefix
+        mixed = prefix is not None and prefix is not self.tape.full and threshold_of(self.recipe.prefix_prob) > 0
+        if isinstance(self.objective, SampleObjective):
+            return self.objective.sample(int(samples[0]), mixed)
+        assert isinstance(self.objective, BlockObjective)
+        data = self.objective.batch(mixed)
+        batch, device = batch_of(data, samples.to(data.full.device)), self.state.soft.device
+        moved = [None if part is None else part.to(device) for part in (*batch[:6], *batch.kept)]
+        return unpacked(moved), self.objective.state
 
-    def _rows(self, source: Tensor | None, samples: Tensor) -> Tensor:
-        assert source is not None
-        return source[samples.to(source.device)].to(self.state.soft.device)
+    def _input(self, batch: Batch, keys: Tensor) -> Tensor:
+        threshold = threshold_of(self.recipe.prefix_prob)
+        if batch.prefix is None or threshold >= 256:
+            return batch.full if batch.prefix is None else batch.prefix
+        return torch.where(eager_mask(batch.full, keys[0], threshold, torch.bool), batch.prefix, batch.full)
 
     def finish(self) -> None:
         """See :class:`fimaq_core.reconstruction.engines.StepEngine`."""

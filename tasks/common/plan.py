@@ -82,6 +82,6 @@ def variant_name(request: CellRequest) -> str:
         return "fp" if request.variant is None else request.variant
     name = request.variant
     if name is None:
-        changes = recipe.changes()
+        changes = recipe.changes(registry.defaults(request.task))
         name = ",".join(f"{key}={value}" for key, value in changes.items()) if changes else "released"
     return name if recipe.scope is None else f"{name} [{recipe.scope}]"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fimaq_core.errors import RecipeError, suggest
 from tasks.common.request import DataRequest, Missing, ModelRequest
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from tasks.common.task import Task
 
 #: Tasks that are packages here. Each has ``tags.py`` (light: names and what is missing) and ``task.py``.
-TASKS = ("classification", "retrieval")
+TASKS = ("classification", "retrieval", "detection")
 _REGISTERED: dict[str, Task] = {}
 
 
@@ -74,6 +74,14 @@ def evaluations(name: str) -> tuple[str, ...]:
     _check(name)
     found: tuple[str, ...] = getattr(importlib.import_module(f"tasks.{name}.tags"), "EVALUATIONS", ())
     return found
+
+
+def defaults(name: str) -> dict[str, Any]:
+    """Recipe fields that task ``name`` sets for every method alike, where the user does not."""
+    if name in _REGISTERED:
+        return dict(getattr(_REGISTERED[name], "defaults", {}))
+    _check(name)
+    return dict(getattr(importlib.import_module(f"tasks.{name}.tags"), "DEFAULTS", {}))
 
 
 def preflight(name: str, model: ModelRequest, data: DataRequest) -> list[Missing]:

@@ -6,7 +6,7 @@ from small_models import Measured, quick
 from torch import Tensor, nn
 
 from fimaq_core.calibration.calibrate import calibrate
-from fimaq_core.chain import BlockChain, MlpPart, NormPair, Segment
+from fimaq_core.chain import Beside, BlockChain, MlpPart, NormPair, Segment
 from fimaq_core.fisher.divergence import Divergence
 from fimaq_core.fisher.passes import output_gradients
 from fimaq_core.layers import QuantLinear, set_quantized
@@ -113,15 +113,15 @@ def test_the_tape_carries_the_side(placement: str) -> None:
     set_quantized(chain, False)
     full = chain(ids)
     tape = Tape(chain, ids, Storage(placement, CPU), with_prefix=True, batch_size=4)  # type: ignore[arg-type]
-    assert tape.side is not None
-    assert torch.equal(tape.side, ids.argmax(1))
+    assert tape.beside.side is not None
+    assert torch.equal(tape.beside.side, ids.argmax(1))
     tape.advance()
     tape.advance()
     target = tape.compute_target()
     assert torch.allclose(target, full, atol=1e-6)
     last = chain.segment(2)
     set_quantized(chain, True)
-    expected = last.enter(chain.segment(1)(chain.segment(0)(ids)), tape.side)
+    expected = last.enter(chain.segment(1)(chain.segment(0)(ids)), tape.beside.side)
     assert tape.prefix is not None
     assert torch.allclose(tape.prefix, expected, atol=1e-6)
     assert not torch.allclose(tape.prefix, tape.full, atol=1e-2)
@@ -148,7 +148,7 @@ def test_gradients_go_through_the_side(index: int) -> None:
     x = ids if index == 0 else chain.segment(0)(ids)
     x = chain.segment(1)(x) if index == 2 else x
     inputs = chain.segment(index).enter(x, chain.side_of(ids)).detach()
-    sweep = output_gradients(chain, index, inputs, reference, divergence, 4, CPU, side=chain.side_of(ids))
+    sweep = output_gradients(chain, index, inputs, reference, divergence, 4, CPU, beside=Beside(chain.side_of(ids)))
     for part, output, gradient in sweep:
         leaf = output.clone().requires_grad_(True)
         z = leaf if index == 2 else chain.tail(index + 1, leaf, ids[part].argmax(1))

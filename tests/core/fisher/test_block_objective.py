@@ -13,7 +13,7 @@ from fimaq_core.fisher.divergence import ClassifierDivergence, Divergence, kl_di
 from fimaq_core.layers import set_quantized
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction import objective as objective_module
-from fimaq_core.reconstruction.loss import Batch, LossState, block_loss, prediction_loss
+from fimaq_core.reconstruction.loss import Batch, LossState, batch_of, block_loss, prediction_loss
 from fimaq_core.reconstruction.objective import BlockObjective
 from fimaq_core.reconstruction.tape import Storage, Tape
 
@@ -49,7 +49,7 @@ def before_step(objective: BlockObjective, number: int) -> None:
 
 def value_of(objective: BlockObjective, output: Tensor, samples: Tensor = SAMPLES) -> Tensor:
     """Loss of the samples' output; what it starts at is kept as a step keeps it."""
-    batch = Batch(*(None if part is None else part[samples] for part in objective.batch(mixed=False)))
+    batch = batch_of(objective.batch(mixed=False), samples)
     weights, state, rest = objective.part_weights(), objective.state, objective.rest
     if rest is None:
         value, starts = block_loss(objective.kind, weights, output, batch, state)

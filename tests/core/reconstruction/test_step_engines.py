@@ -24,7 +24,7 @@ from fimaq_core.reconstruction import engines, flat
 from fimaq_core.reconstruction.block import BlockTrainer
 from fimaq_core.reconstruction.engines import COMPILE_STEPS, Engine, choose_engine, cpp_compiler
 from fimaq_core.reconstruction.feeder import Feeder
-from fimaq_core.reconstruction.flat import WARM_UP, FlatStep, GraphStep
+from fimaq_core.reconstruction.flat import WARM_UP, AllSamples, FedSamples, FlatStep, GraphStep
 from fimaq_core.reconstruction.loss import Batch, LossState
 from fimaq_core.reconstruction.objective import BlockObjective
 from fimaq_core.reconstruction.reconstruct import expand_per_token
@@ -349,9 +349,8 @@ def test_fed_steps_are_the_same_bit_for_bit(engine: Engine, loss: str) -> None:
     expected = follow(trainer("compiled" if engine == "graph" else engine, recipe), 8)
     made = trainer(engine, recipe)
     step = flat_step(made)
-    assert step.feeder is None
-    step.feeder = Feeder(step.data, made.schedule.samples, CPU)
-    step.data = Batch(torch.zeros(0), None, torch.zeros(0))
+    assert isinstance(step.present, AllSamples)
+    step.present = FedSamples(step.present.data, made.schedule.samples, CPU, CPU, made.objective.state)
     if isinstance(step, GraphStep):
         step.capture = lambda function: capture(function, [])
     found = follow(made, 8)
