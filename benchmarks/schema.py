@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from benchmarks.axes import Axes
+from tasks.common import registry
 
 
 class _Strict(BaseModel):
@@ -94,5 +95,5 @@ class Grid(_Strict):
         return self.tasks[section].methods or self.methods
 
     def overrides_of(self, section: str) -> dict[str, Any]:
-        """Recipe fields changed in a section."""
-        return {**self.overrides, **self.tasks[section].overrides}
+        """Recipe fields changed in a section: what its task sets, the grid, and the section itself."""
+        return {**registry.defaults(self.task_of(section)), **self.overrides, **self.tasks[section].overrides}

@@ -85,8 +85,8 @@ class Recipe(BaseModel):
     scope: str | None = _field(
         None,
         "method",
-        "What of the model is quantized, as the task names it (retrieval: both, vision, text; detection: backbone+fpn+rpn+roi or some of them); "
-        "none: its usual.",
+        "What of the model is quantized, as the task names it (retrieval: both, vision, text; detection: backbone+fpn+rpn+roi or "
+        "some of them); none: its usual.",
     )
 
     w_bits: int = _field(4, "bits", "Bits of weights, 2 to 8, or 32 for off.")

@@ -28,6 +28,7 @@ from tasks.common.options import (
     take_requests,
     weights_options,
 )
+from tasks.common.registry import defaults
 from tasks.common.request import CellRequest
 
 
@@ -52,7 +53,7 @@ def build_group(task_name: str, summary: str, own: TaskOptions = TaskOptions()) 
         from tasks.common.record import read_record
         from tasks.common.run import run_cell
 
-        recipe = take_recipe(options)
+        recipe = take_recipe(options, defaults(task_name))
         model, data = take_requests(options)
         request = CellRequest(task_name, model, data, recipe, **options)
         with _bars() as report:
@@ -145,7 +146,7 @@ def build_group(task_name: str, summary: str, own: TaskOptions = TaskOptions()) 
 
 def _first_stage(task_name: str, stage: Callable[[CellRequest, Path, Report], None], options: dict[str, Any]) -> Path:
     """Run a stage that starts from the float model; return the checkpoint it wrote."""
-    recipe, out = take_recipe(options), Path(options.pop("out"))
+    recipe, out = take_recipe(options, defaults(task_name)), Path(options.pop("out"))
     if recipe is None:
         raise RecipeError("Method 'fp' has no stages: use run.")
     model, data = take_requests(options)

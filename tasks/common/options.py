@@ -23,12 +23,14 @@ class TaskOptions:
         scope: name of the option that says what of a model is quantized, and its choices, the usual first; empty for none.
         scopes: its choices.
         evaluations: choices of ``--eval``, the usual first; empty for none.
+        calibration_data: whether there is ``--calibration-data``.
         data: help of ``--data``.
     """
 
     scope: str = ""
     scopes: tuple[str, ...] = ()
     evaluations: tuple[str, ...] = ()
+    calibration_data: bool = False
     data: str = "Data folder with train/ and val/ (demo models bring their own data)."
 
 
@@ -109,8 +111,8 @@ def _click_type(annotation: Any) -> Any:
     return next(part for part in get_args(annotation) if part is not type(None))
 
 
-def take_recipe(options: dict[str, Any]) -> Recipe | None:
-    """Take the recipe out of ``options``: merge defaults, method, file and options; None for method ``fp``."""
+def take_recipe(options: dict[str, Any], usual: dict[str, Any]) -> Recipe | None:
+    """Take the recipe out of ``options``: merge method, the task's ``usual`` fields, file and options; None for method ``fp``."""
     method, file = options.pop("method"), options.pop("recipe_file")
     given = {name: options.pop(name) for name in list(Recipe.model_fields) if name in options}
     given = {name: value for name, value in given.items() if value is not None}
@@ -122,7 +124,7 @@ def take_recipe(options: dict[str, Any]) -> Recipe | None:
         method = own
     if method not in METHODS:
         raise RecipeError(f"Unknown method '{method}'.{suggest(method, ['fp', *METHODS])}")
-    return make_recipe(method, content, given)
+    return make_recipe(method, usual, content, given)
 
 
 def was_given(option: str) -> bool:
@@ -211,18 +213,14 @@ def take_data(options: dict[str, Any]) -> DataRequest:
 
 
 def _evaluation_options(own: TaskOptions) -> list[Callable[..., Any]]:
-    if not own.evaluations:
-        return []
-    return [
-        click.option(
-            "--eval", "evaluation", type=click.Choice(own.evaluations), help=f"What is measured.  [{own.evaluations[0]}]"
-        ),
-        click.option(
-            "--calibration-data",
-            type=click.Path(path_type=Path),
-            help="Data folder to calibrate on, where that is not the training part of --data.",
-        ),
-    ]
+    options = []
+    if own.evaluations:
+        shown = f"What is measured.  [{own.evaluations[0]}]"
+        options.append(click.option("--eval", "evaluation", type=click.Choice(own.evaluations), help=shown))
+    if own.calibration_data:
+        shown = "Data to calibrate on, where that is not the training part of --data."
+        options.append(click.option("--calibration-data", type=click.Path(path_type=Path), help=shown))
+    return options
 
 
 def _json_object(text: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fimaq_core.chain import BlockChain, Segment
 from fimaq_core.checkpoint import Fingerprint
@@ -14,6 +14,8 @@ from fimaq_core.errors import RecipeError
 from fimaq_core.fisher.divergence import Divergence
 from fimaq_core.quantize import Resources, load_mlps, reconstruct_mlps_or_load
 from fimaq_core.recipe import Recipe
+from fimaq_core.reconstruction.mlp import mlps
+from fimaq_core.samples import Samples
 from tasks.common.plan import resolved
 from tasks.common.request import CellRequest, ModelRequest
 from tasks.common.task import CalibrationSet, Chains, LoadedModel, Task
@@ -27,7 +29,8 @@ class Part:
         name: of the part; empty where the model is one chain.
         chain: on its device, its MLPs reconstructed if the recipe says so.
         inputs: (n, ...) calibration inputs of the chain.
-        recipe: the run's, its scope this part alone: other parts do not bear on it, so runs with other scopes share it.
+        recipe: the run's, its scope this part alone: what it does to others does not bear on it, so runs with other scopes share
+            the part.
         divergence: behind its Fisher passes.
         fingerprint: what its checkpoints belong to.
         teacher: the chain as it was before its MLPs were reconstructed; else None.
@@ -36,12 +39,17 @@ class Part:
 
     name: str
     chain: BlockChain
-    inputs: Tensor
+    inputs: Samples
     recipe: Recipe
     divergence: Divergence
     fingerprint: Fingerprint
     teacher: BlockChain | None = None
     reused: bool = False
+
+    @property
+    def address(self) -> str:
+        """What tells its checkpoints from those of other parts, and of other scopes within it."""
+        return self.name if self.recipe.scope in (None, self.name) or not self.name else f"{self.name} {self.recipe.scope}"
 
     def stage(self, name: str) -> str:
         """Name of a stage of this part, for people and records."""
@@ -101,13 +109,14 @@ def make_parts(
     batch_size: int,
 ) -> list[Part]:
     """Build the chains, as the float model is."""
-    # Before the chains take the float model over: a part's divergence may need the outputs of another.
+    # Before the chains take the float model over: a part's divergence or inputs may need the outputs of another.
     divergences = task.divergences(loaded, images, recipe, device, batch_size)
+    inputs = task.inputs(loaded, images, recipe, device)
     parts = []
     for name, chain in task.chains(loaded, recipe).items():
-        own = recipe.model_copy(update={"scope": name}) if name else recipe
+        own = recipe.model_copy(update={"scope": task.part_scope(name, recipe)}) if name else recipe
         mark = fingerprint_of(model, loaded, images, own)
-        parts.append(Part(name, chain.to(device), images.of(name), own, divergences[name], mark))
+        parts.append(Part(name, chain.to(device), inputs[name], own, divergences[name], mark))
     return parts
 
 
@@ -144,7 +153,11 @@ def start(
         return [replace(part, teacher=teachers[part.name].to(device) if teachers else None, reused=True) for part in parts]
     facts = checkpoint_facts(request.task, request.model, loaded)
     ready = []
+    with_mlps = [part.name for part in parts if len(mlps(part.chain))]
     for part in parts:
+        if with_mlps and part.name not in with_mlps:
+            ready.append(part)
+            continue
         teacher, reused = reconstruct_mlps_or_load(
             part.chain, part.inputs, part.recipe, part.divergence, resources, path(part), part.fingerprint, facts
         )

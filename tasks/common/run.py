@@ -27,6 +27,7 @@ from fimaq_core.quantize import (
     remove_mlps,
 )
 from fimaq_core.recipe import Recipe
+from fimaq_core.reconstruction.mlp import mlps as find_mlps
 from fimaq_core.reconstruction.reconstruct import ReconstructionLog
 from tasks.common.environment import describe, peak_memory, resolve_device
 from tasks.common.modules import merge_logs, whole_map
@@ -120,17 +121,18 @@ def _measure_quantized(
     def mlps(part: Part) -> Path | None:
         if request.mlp_checkpoint is not None:  # force must not remove what this cell does not make
             return None
-        return shared("mlp", f"{part.name}{part.recipe.mlp_digest()}")
+        return shared("mlp", f"{part.address}{part.recipe.mlp_digest()}")
 
     parts = start(request, task, loaded, calibration, device, resources, mlps)
     if recipe.reconstruct_mlp:
-        lap("reconstruct MLPs (reused)" if all(part.reused for part in parts) else "reconstruct MLPs")
+        reused = all(part.reused for part in parts if len(find_mlps(part.chain)))
+        lap("reconstruct MLPs (reused)" if reused else "reconstruct MLPs")
     blocks = folder / "blocks"
     if request.force:
         remove_blocks(blocks)
     log = ReconstructionLog()
     for part in parts:
-        ranges = shared("calibration", f"{part.name}{part.recipe.calibration_digest()}")
+        ranges = shared("calibration", f"{part.address}{part.recipe.calibration_digest()}")
         made = part.chain, part.inputs, part.recipe
         reused = calibrate_or_load(*made, resources, ranges, part.fingerprint, facts)
         lap(part.stage("calibrate") + (" (reused)" if reused else ""))
@@ -169,7 +171,9 @@ def _reconstruct(
     made = part.chain, part.inputs, part.recipe, part.divergence, resources
     if not part.name:
         return reconstruct_with_checkpoints(*made, blocks, part.fingerprint, part.teacher), False
-    return reconstruct_or_load(*made, shared("reconstruction", part.recipe.digest()), part.fingerprint, part.teacher)
+    return reconstruct_or_load(
+        *made, shared("reconstruction", f"{part.address}{part.recipe.digest()}"), part.fingerprint, part.teacher
+    )
 
 
 def _calibration_entry(images: CalibrationSet, recipe: Recipe, parts: list[Part]) -> Calibration:

@@ -39,7 +39,7 @@ from tasks.common.prepare import (
     start,
     whole,
 )
-from tasks.common.registry import get_task
+from tasks.common.registry import defaults, get_task
 from tasks.common.request import CellRequest, DataRequest, ModelRequest
 from tasks.common.task import Chains, Evaluation, LoadedModel, Task
 
@@ -126,7 +126,7 @@ def reconstruct_stage(
         raise CheckpointError(
             f"The checkpoint {checkpoint} is of stage '{facts.get('stage')}': reconstruct needs a calibrated one."
         )
-    recipe = _changed(fingerprint.recipe, given)
+    recipe = _changed(fingerprint.recipe, given, defaults(task_name))
     device = _start(options["device"], options["threads"])
     task, model, loaded = _load(task_name, checkpoint, facts, options)
     calibration = task.calibration(loaded, data, recipe)
@@ -196,14 +196,18 @@ def _restored(task: Task, loaded: LoadedModel, checkpoint: Path, fingerprint: Fi
     return chains
 
 
-def _changed(recipe: Recipe, given: dict[str, Any]) -> Recipe:
-    """The checkpoint's recipe with ``given`` fields; a given method replaces everything that does not determine ranges."""
+def _changed(recipe: Recipe, given: dict[str, Any], usual: dict[str, Any]) -> Recipe:
+    """The checkpoint's recipe with ``given`` fields; a given method replaces everything that does not determine ranges.
+
+    Args:
+        usual: fields that the task sets for every method alike.
+    """
     ranges = {name: getattr(recipe, name) for name in (*recipe.range_fields(), "scope")}
     if given.get("scope", recipe.scope) != recipe.scope:
         raise CheckpointError(f"The checkpoint's scope is '{recipe.scope}', not '{given['scope']}': calibrate for that one.")
     method = given.get("method")
     kept = ranges if method is not None else recipe.model_dump(mode="json", exclude={"method"})
-    return make_recipe(method or recipe.method, kept, {name: value for name, value in given.items() if name != "method"})
+    return make_recipe(method or recipe.method, usual, kept, {name: value for name, value in given.items() if name != "method"})
 
 
 def _load(

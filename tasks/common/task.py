@@ -14,6 +14,7 @@ from fimaq_core.errors import ModelError
 from fimaq_core.fisher.divergence import Divergence
 from fimaq_core.progress import Report
 from fimaq_core.recipe import Recipe
+from fimaq_core.samples import Samples
 from tasks.common.record import Dataset, Metric
 from tasks.common.request import DataRequest, Missing, ModelRequest
 
@@ -53,7 +54,7 @@ class CalibrationSet:
     """Calibration images with their ids.
 
     Attributes:
-        images: (n, C, H, W) float32.
+        images: (n, C, H, W) float32, or (1, C, H, W) each where sizes vary.
         ids: of the images, in order.
         transform: name of their transform.
         fingerprint: sha256 over transform, ids and values.
@@ -63,18 +64,14 @@ class CalibrationSet:
         truncated_captions: how many of these are longer than the model's context.
     """
 
-    images: Tensor
+    images: Samples
     ids: list[str]
     transform: str
     fingerprint: str
     skipped: list[str] = field(default_factory=list)
-    inputs: dict[str, Tensor] = field(default_factory=dict)
+    inputs: dict[str, Samples] = field(default_factory=dict)
     captions: list[str] | None = None
     truncated_captions: int | None = None
-
-    def of(self, part: str) -> Tensor:
-        """What the chain named ``part`` is calibrated on, (n, ...)."""
-        return self.inputs[part] if part else self.images
 
 
 @dataclass(frozen=True)
@@ -139,6 +136,21 @@ class Task(Protocol):
         """Draw the calibration images. Raises DataError."""
         ...
 
+    def inputs(self, loaded: LoadedModel, images: CalibrationSet, recipe: Recipe, device: torch.device) -> dict[str, Samples]:
+        """What each chain is calibrated on, before any is made: the float model is still itself.
+
+        Args:
+            loaded: the float model.
+            images: the calibration set.
+            recipe: says which parts are quantized.
+            device: where to compute.
+        """
+        ...
+
+    def part_scope(self, part: str, recipe: Recipe) -> str:
+        """The scope of a run that would quantize of ``part`` what this one does and nothing else; both share its checkpoints."""
+        ...
+
     def divergences(
         self, loaded: LoadedModel, images: CalibrationSet, recipe: Recipe, device: torch.device, batch_size: int
     ) -> dict[str, Divergence]:
@@ -191,6 +203,14 @@ class Named:
         """What is missing of data and weights."""
         missing: list[Missing] = self.tags.preflight(model, data)
         return missing
+
+    def inputs(self, loaded: LoadedModel, images: CalibrationSet, recipe: Recipe, device: torch.device) -> dict[str, Samples]:
+        """What was drawn for each part; of a model of one part the images."""
+        return images.inputs or {"": images.images}
+
+    def part_scope(self, part: str, recipe: Recipe) -> str:
+        """The part's name."""
+        return part
 
 
 class SinglePart:

@@ -8,6 +8,7 @@ OPTIONS = TaskOptions(
     scope="towers",
     scopes=SCOPES,
     evaluations=EVALUATIONS,
+    calibration_data=True,
     data="Data folder: MS-COCO or Flickr30k with its Karpathy JSON, or a folder with captions.csv or captions.jsonl; for "
     "zero-shot a folder with train/ and val/ (demo models bring their own data).",
 )

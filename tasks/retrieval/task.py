@@ -9,6 +9,7 @@ from fimaq_core.errors import DataError, RecipeError
 from fimaq_core.fisher.divergence import Divergence
 from fimaq_core.progress import Report
 from fimaq_core.recipe import Recipe
+from fimaq_core.samples import Samples, batches
 from tasks.common.folders import open_folder
 from tasks.common.images import Images
 from tasks.common.request import DataRequest, ModelRequest
@@ -111,7 +112,7 @@ class RetrievalTask(Named):
         for name, encode in (("text", model.encode_image), ("vision", model.encode_text)):
             if recipe.scope not in (None, "both", name):
                 continue
-            other = _embeddings(encode, images.of("vision" if name == "text" else "text"), device, batch_size)
+            other = _embeddings(encode, images.inputs["vision" if name == "text" else "text"], device, batch_size)
             scale = float(model.logit_scale.exp())
             made[name] = ContrastiveDivergence(other, scale, None if bias is None else float(bias), recipe.divergence_batch)
         return made
@@ -149,9 +150,9 @@ class RetrievalTask(Named):
 
 
 @torch.no_grad()
-def _embeddings(encode: object, inputs: Tensor, device: torch.device, batch_size: int) -> Tensor:
+def _embeddings(encode: object, inputs: Samples, device: torch.device, batch_size: int) -> Tensor:
     assert callable(encode)
-    return torch.cat([encode(part.to(device)).float() for part in torch.split(inputs, batch_size)])
+    return torch.cat([encode(part.to(device)).float() for part in batches(inputs, batch_size)])
 
 
 def _without(model: nn.Module, name: str) -> nn.Module:
