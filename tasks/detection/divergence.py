@@ -1,0 +1,78 @@
+"""The divergence of a detector: how the maps of its region proposals change, and optionally the classes of fixed proposals.
+
+APHQ-ViT's code for detectors (Wu et al., CVPR 2025, arXiv:2504.02508) has the first form. Its gradient, not its value, is what
+Fisher passes use: each term is divided by its own value, so that neither is lost beside the other.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fimaq_core.fisher.divergence import Divergence, at_least_float32
+from fimaq_core.samples import Ragged, Samples
+
+#: Full-precision score above which a position's box counts.
+SCORE = 0.7
+
+#: Gap of logits up to which a divergence is computed by its difference from zero.
+_NEAR = 30.0
+#: What a term is divided by at least: less is no difference.
+_NOTHING = 1e-30
+
+
+class ProposalDivergence(Divergence):
+    """Terms of one image, each over its own value: their gradients add up, the value is the number of terms that are not zero.
+
+    Classes: over levels, the mean binary KL between full-precision and quantized scores. Boxes: over levels, the mean over all
+    positions of smooth-L1 of the box deltas where the full-precision score is above :data:`SCORE`, 0 elsewhere. With
+    ``classes``, also the mean KL over the full-precision model's proposals of the classes that the first box head gives them.
+
+    Args:
+        levels: for every calibration image, the number of positions on each level.
+        anchors: A, of a position.
+        classes: K, outputs of the box head a proposal where these are behind the maps; 0 without.
+
+    Outputs are flat for each image, (1, M): positions of all levels, each with A class logits and 4 A box deltas (those of anchor a
+    at 4 a to 4 a + 3), then K logits a proposal.
+    """
+
+    def __init__(self, levels: Sequence[Sequence[int]], anchors: int, classes: int = 0) -> None:
+        self.levels, self.anchors, self.classes = levels, anchors, classes
+
+    def reference(self, outputs: Samples) -> Samples:
+        """For each image its outputs, then the weight of every position: one over the number of positions of its level."""
+        rows = []
+        for output, levels in zip(outputs, self.levels, strict=True):
+            weights = torch.cat([torch.full((1, count), 1 / count) for count in levels], 1)
+            rows.append(torch.cat([output.flatten(1), weights.to(output)], 1))
+        return Ragged(rows)
+
+    def __call__(self, outputs: Tensor, reference: Tensor) -> Tensor:
+        # In float64, since both terms are differences of nearly equal numbers close to full precision.
+        found, full = outputs.flatten(1).double(), reference.double()
+        positions = full.shape[1] - found.shape[1]
+        full, weights = full[:, :-positions], full[:, -positions:]
+        end = positions * 5 * self.anchors
+        maps = [part[:, :end].reshape(-1, positions, 5 * self.anchors) for part in (found, full)]
+        (scores, boxes), (full_scores, full_boxes) = (part.split([self.anchors, 4 * self.anchors], 2) for part in maps)
+        terms = [(binary_kl(scores, full_scores).mean(2) * weights).sum()]
+        chosen = (full_scores.sigmoid() > SCORE).repeat_interleave(4, 2)
+        far = F.smooth_l1_loss(boxes * chosen, full_boxes * chosen, reduction="none")
+        terms.append((far.mean(2) * weights).sum())
+        if self.classes:
+            logits, full_logits = (part[:, end:].reshape(-1, self.classes).log_softmax(1) for part in (found, full))
+            terms.append(F.kl_div(logits, full_logits, reduction="batchmean", log_target=True))
+        total = sum(term / term.detach().clamp(min=_NOTHING) for term in terms)
+        assert isinstance(total, Tensor)
+        return at_least_float32(total.to(outputs.dtype))
+
+
+def binary_kl(logits: Tensor, reference: Tensor) -> Tensor:
+    """``KL(p || q)`` of Bernoulli variables with p = sigmoid(reference) and q = sigmoid(logits), element by element, in nats."""
+    p, gap = reference.sigmoid(), logits - reference
+    # log(1 + p (exp(gap) - 1)) - p gap, which stays exact where the gap is small; for large ones the exponential would overflow.
+    near = gap.clamp(-_NEAR, _NEAR)
+    close = torch.log1p(p * torch.expm1(near)) - p * near
+    return torch.where(gap.abs() > _NEAR, F.softplus(logits) - F.softplus(reference) - p * gap, close)
