@@ -22,7 +22,7 @@ def count_macs(chain: BlockChain, image: Tensor) -> dict[str, int]:
     Raises:
         ValueError: not one image.
     """
-    if image.shape[0] != 1:
+    if image.shape[0] != 1 and chain.segment(0).kind != "predictor":  # of which one image has many inputs
         raise ValueError(f"one image is needed, got {image.shape[0]}")
     macs = dict.fromkeys((name for name, _ in multiplying_layers(chain)), 0)
 
@@ -63,7 +63,9 @@ def multiplying_layers(chain: BlockChain) -> Iterator[tuple[str, Layer]]:
 
 
 def chain_parts(chain: BlockChain) -> Iterator[tuple[str, nn.Module]]:
-    """What comes before each segment's block, and the block, by the names that the module map gives them."""
+    """What comes before each segment's block, the block, and what keeps of its output, by the module map's names."""
     for segment in chain:
         yield f"{segment.label}.before", segment.before
         yield segment.label, segment.block
+        if segment.keep is not None:
+            yield f"{segment.label}.keep", segment.keep

@@ -21,6 +21,8 @@ def module_map(chain: BlockChain, part: str = "") -> ModuleMap:
         for name, layer in quant_layers(segment.block):
             quantized.append(layer_entry(f"{label}.{name}".rstrip("."), layer))
         full += [*_leaves(segment.before, f"{label}.before"), *_leaves(segment.block, label)]
+        if segment.keep is not None:
+            full += _leaves(segment.keep, f"{label}.keep")
     return ModuleMap(quantized=quantized, full_precision=full)
 
 

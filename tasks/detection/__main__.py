@@ -1,0 +1,17 @@
+"""``python -m tasks.detection``."""
+
+from tasks.detection.tags import SCOPES
+
+from tasks.common.cli import build_group, main
+from tasks.common.options import TaskOptions
+
+OPTIONS = TaskOptions(
+    scope="scope",
+    scopes=SCOPES,
+    calibration_data=True,
+    data="COCO 2017 (a folder with annotations/, train2017/ and val2017/), or an annotation file of COCO's format (.json); demo "
+    "models bring their own data.",
+)
+
+if __name__ == "__main__":
+    main(build_group("detection", "Quantize detectors of mmdet (simulated) and measure COCO's average precisions.", OPTIONS))
