@@ -34,8 +34,8 @@ class ProposalDivergence(Divergence):
         anchors: A, of a position.
         classes: K, outputs of the box head a proposal where these are behind the maps; 0 without.
 
-    Outputs are flat for each image, (1, M): positions of all levels, each with A class logits and 4 A box deltas (those of anchor a
-    at 4 a to 4 a + 3), then K logits a proposal.
+    Outputs are flat for each image, (1, M): positions of all levels, each with A class logits and 4 A box deltas (those of anchor
+    a at 4 a to 4 a + 3), then K logits a proposal.
     """
 
     def __init__(self, levels: Sequence[Sequence[int]], anchors: int, classes: int = 0) -> None:
