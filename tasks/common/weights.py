@@ -39,7 +39,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
             f"The weights {path} hold more than tensors (code, or objects that only code can rebuild) and are not loaded. "
             "Convert them to safetensors."
         ) from error
-    except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
         raise ModelError(f"The weights {path} are damaged or no weights file: {error}") from error
     for key in ("state_dict", "model", "model_ema"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):

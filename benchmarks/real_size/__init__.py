@@ -1,0 +1,1 @@
+"""Models of published size with random weights, quantized from end to end."""
