@@ -60,7 +60,7 @@ class Operators(ModuleType):
         def missing(*_: Any, **__: Any) -> NoReturn:
             raise ModelError(
                 f"mmcv's operator '{name}' is needed and there is no such operator without a compiled mmcv: the detectors of "
-                "this package use NMS, soft NMS and RoIAlign only. For other models compile mmcv 2.1 (it is used where installed)."
+                "this package use NMS, soft NMS and RoIAlign only. For other models compile mmcv 2.1; it is used if installed."
             )
 
         return missing
