@@ -25,8 +25,8 @@ KINDS: tuple[Kind, ...] = ("mask_rcnn", "cascade_mask_rcnn")
 #: Of the images, in RGB: ImageNet's.
 PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
-#: mmdet's ``Resize`` at test time: the shorter side to 800 pixels, unless the longer one passes 1333.
-RESIZE: Config = {"type": "Resize", "scale": (1333, 800), "keep_ratio": True}
+#: Arguments of mmdet's ``Resize`` at test time: the shorter side to 800 pixels, unless the longer one passes 1333.
+RESIZE: Config = {"scale": (1333, 800), "keep_ratio": True}
 
 _STRIDES = [4, 8, 16, 32]
 _NMS = {"type": "nms", "iou_threshold": 0.7}
@@ -35,10 +35,15 @@ _NMS = {"type": "nms", "iou_threshold": 0.7}
 _CASCADE = ((0.5, (0.1, 0.2)), (0.6, (0.05, 0.1)), (0.7, (0.033, 0.067)))
 
 
-def published_config(model: str) -> Config:
-    """The configuration of a published model, ``<kind>_<backbone>`` such as ``mask_rcnn_swin_tiny``. Raises KeyError."""
+def published_config(model: str, **changes: Any) -> Config:
+    """The configuration of a published model, ``<kind>_<backbone>`` such as ``mask_rcnn_swin_tiny``.
+
+    Args:
+        model: its name.
+        changes: arguments of :func:`detector_config` that are to be others.
+    """
     kind: Kind = "cascade_mask_rcnn" if model.startswith("cascade") else "mask_rcnn"
-    return detector_config(kind, **BACKBONES[model.removeprefix(f"{kind}_")])
+    return detector_config(kind, **{**BACKBONES[model.removeprefix(f"{kind}_")], **changes})
 
 
 def detector_config(

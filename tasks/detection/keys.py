@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from fimaq_core.errors import ModelError
 from tasks.common.weights import read_state
 
-#: What mmengine's training leaves in a file beside the weights (logs): read as nothing at all, nothing of theirs is called.
+#: What the logs of mmengine's training, which its files hold beside the weights, are rebuilt with: objects that do nothing take
+#: the place of all of it, so that none is called.
 _LOGS = (
     "mmengine.logging.history_buffer.HistoryBuffer",
+    "builtins.getattr",
     "numpy.core.multiarray._reconstruct",
     "numpy.core.multiarray.scalar",
     "numpy._core.multiarray._reconstruct",
@@ -35,6 +37,7 @@ _RENAMED = (
     (r"(^backbone\.stages\.\d+\.blocks\.\d+)\.mlp\.fc1\.", r"\1.ffn.layers.0.0."),
     (r"(^backbone\.stages\.\d+\.blocks\.\d+)\.mlp\.fc2\.", r"\1.ffn.layers.1."),
 )
+_BLOCK = re.compile(r"^backbone\.stages\.(\d+)\.blocks\.(\d+)\.")
 _MERGING = re.compile(r"^backbone\.stages\.\d+\.downsample\.")
 
 
@@ -74,7 +77,8 @@ def adapted(state: Mapping[str, Tensor], model: nn.Module, where: str) -> dict[s
     if other is None:
         raise ModelError(
             f"The weights {where} are not those of a detector with a Swin backbone, as mmdet or the Swin-Transformer-Object-"
-            f"Detection repository write them: there is no backbone.patch_embed or no roi_head among {_some(state)}."
+            "Detection repository write them: there is no backbone.patch_embed or no roi_head.bbox_head, but "
+            f"{_some(state) or 'nothing'}."
         )
     if own != other:
         raise ModelError(f"The weights {where} are of a {other}, and this model is a {own}: give the weights or the name of one.")
@@ -110,8 +114,8 @@ def of_mmdet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def merging_order(value: Tensor) -> Tensor:
     """Bring the last dimension, 4 C, from the Swin repository's order into mmdet's.
 
-    There all channels of a pixel come together, the pixels column by column; in mmdet (``nn.Unfold``) all pixels of a channel come
-    together, row by row.
+    There all channels of a pixel come together, the pixels column by column; in mmdet (``nn.Unfold``) all pixels of a channel,
+    row by row.
     """
     return value.unflatten(-1, (2, 2, -1)).transpose(-1, -3).flatten(-3)
 
@@ -132,11 +136,8 @@ def _description(state: Mapping[str, Tensor]) -> str | None:
     heads = [name for name in state if re.search(r"^roi_head\.bbox_head\..*fc_cls\.weight$", name)]
     if patch is None or not heads:
         return None
-    blocks = {
-        tuple(match.groups()) for match in map(re.compile(r"^backbone\.stages\.(\d+)\.blocks\.(\d+)\.").match, state) if match
-    }
-    stages = sorted({int(stage) for stage, _ in blocks})
-    depths = [sum(int(stage) == index for stage, _ in blocks) for index in stages]
+    blocks = {found.groups() for found in map(_BLOCK.match, state) if found}
+    depths = [sum(stage == name for stage, _ in blocks) for name in sorted({stage for stage, _ in blocks})]
     kind = "Mask R-CNN" if heads == ["roi_head.bbox_head.fc_cls.weight"] else f"Cascade Mask R-CNN with {len(heads)} stages"
     table = state.get("backbone.stages.0.blocks.0.attn.w_msa.relative_position_bias_table")
     window = "" if table is None else f" and window {(round(len(table) ** 0.5) + 1) // 2}"
