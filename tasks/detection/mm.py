@@ -58,6 +58,9 @@ with _quiet():
     from mmengine.runner import Runner
     from mmengine.structures import InstanceData
 
+# of the cascade's averaged masks: it copies a tensor in a way that PyTorch finds clumsy
+warnings.filterwarnings("ignore", "To copy construct from a tensor", UserWarning, r"mmdet\.")
+
 __all__ = [
     "FFN",
     "FPN",
