@@ -67,31 +67,49 @@ class ExplicitAttention(nn.Module):
 
 
 class ExplicitWindowAttention(nn.Module):
-    """timm's Swin ``WindowAttention`` written out, with relative position bias and shift mask.
+    """Swin's window attention written out, with relative position bias and shift mask.
 
-    Args of ``forward``: x (windows * B, N, C); mask (windows, N, N) or None.
+    Args of ``forward``: x (B * windows, N, C), an image's windows in a row; mask (windows, N, N) or None.
     """
 
-    def __init__(self, attention: WindowAttention, recipe: Recipe) -> None:
+    def __init__(
+        self, qkv: nn.Linear, proj: nn.Linear, num_heads: int, scale: float, bias: Tensor, table: Tensor, recipe: Recipe
+    ) -> None:
+        """
+        Args:
+            qkv, proj: the linear layers, which are taken over.
+            num_heads: into how many heads the channels fall.
+            scale: factor of the queries.
+            bias: (1, heads, N, N) added to the scores, looked up once, for the model is frozen.
+            table: what it is looked up from.
+            recipe: bits and quantizers.
+        """
         super().__init__()
+        self.num_heads, self.scale = num_heads, scale
+        self.qkv = QuantLinear.from_float(qkv, recipe.w_bits, recipe.a_bits)
+        self.query_key, self.attention_value = products(recipe)
+        self.proj = QuantLinear.from_float(proj, recipe.w_bits, recipe.a_bits)
+        #: Buffers looked up from smaller tables, and how many values their tables have: those are the model's size.
+        self.looked_up = {"bias": table.numel()}
+        self.register_buffer("bias", bias.detach().clone())
+
+    @classmethod
+    def from_timm(cls, attention: WindowAttention, recipe: Recipe) -> "ExplicitWindowAttention":
+        """timm's ``WindowAttention`` written out. Takes over its parameters."""
         if type(attention) is not WindowAttention:
             raise ModelError(f"Attention of type {type(attention).__name__} is not supported for Swin models.")
-        self.num_heads, self.scale, self.window_area = attention.num_heads, attention.scale, attention.window_area
-        self.qkv = QuantLinear.from_float(attention.qkv, recipe.w_bits, recipe.a_bits)
-        self.query_key, self.attention_value = products(recipe)
-        self.proj = QuantLinear.from_float(attention.proj, recipe.w_bits, recipe.a_bits)
-        #: Buffers looked up from smaller tables, and how many values their tables have: those are the model's size.
-        self.looked_up = {"bias": attention.relative_position_bias_table.numel()}
-        # Frozen, so the table is looked up once: (1, heads, N, N).
-        self.register_buffer("bias", attention._get_rel_pos_bias().detach().clone())
+        bias, table = attention._get_rel_pos_bias(), attention.relative_position_bias_table
+        return cls(attention.qkv, attention.proj, attention.num_heads, attention.scale, bias, table, recipe)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        batch, tokens, _ = x.shape
+        batch, tokens, channels = x.shape
         q, k, v = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         scores = self.query_key(q * self.scale, k.transpose(-2, -1)) + self.bias
         if mask is not None:
-            scores = scores.view(-1, mask.shape[0], self.num_heads, tokens, tokens) + mask[None, :, None]
-            scores = scores.view(-1, self.num_heads, tokens, tokens)
-        out = self.attention_value(scores.softmax(dim=-1), v).transpose(1, 2).reshape(batch, tokens, -1)
+            # By all sizes, none to infer: of inferred ones the compiler cannot tell that they hold for every size of image.
+            windows = mask.shape[0]
+            scores = scores.view(batch // windows, windows, self.num_heads, tokens, tokens) + mask[None, :, None]
+            scores = scores.view(batch, self.num_heads, tokens, tokens)
+        out = self.attention_value(scores.softmax(dim=-1), v).transpose(1, 2).reshape(batch, tokens, channels)
         projected: Tensor = self.proj(out)
         return projected

@@ -34,7 +34,7 @@ class ExplicitSwinBlock(nn.Module):
             raise ModelError(f"A Swin block of type {type(block).__name__} (or with a dynamic mask) is not supported.")
         self.window_size, self.shift_size = block.window_size, block.shift_size
         self.norm1, self.norm2, self.mlp = block.norm1, block.norm2, block.mlp
-        self.attn = ExplicitWindowAttention(block.attn, recipe)
+        self.attn = ExplicitWindowAttention.from_timm(block.attn, recipe)
         swap_mlp(self.mlp, recipe)
         self.register_buffer("pad", torch.zeros(block.dim))
         self.register_buffer("mask", block.attn_mask, persistent=False)
