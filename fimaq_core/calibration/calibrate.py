@@ -1,27 +1,25 @@
 """Calibration of a whole chain in one walk: block by block, on full-precision inputs and outputs."""
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from fimaq_core.calibration.capture import Capture, quantizes
+from fimaq_core.calibration.conv_ranges import calibrate_conv, calibrate_conv_by_own_error
 from fimaq_core.calibration.error_reduction import reduce_conv_error, reduce_linear_error
-from fimaq_core.calibration.layer_ranges import calibrate_conv, calibrate_linear, calibrate_matmul
+from fimaq_core.calibration.layer_ranges import calibrate_linear, calibrate_matmul
 from fimaq_core.calibration.percentile_ranges import conv_percentiles, linear_percentiles, matmul_percentiles
 from fimaq_core.calibration.reparameterize import channel_ranges, reparameterize
 from fimaq_core.calibration.special_layers import calibrate_after_gelu, calibrate_after_softmax
-from fimaq_core.chain import BlockChain, Segment
-from fimaq_core.errors import NumericsError
-from fimaq_core.layers import QuantConv2d, QuantLayer, QuantLinear, QuantMatMul, quant_layers, set_quantized
+from fimaq_core.chain import BlockChain, Kept, Segment
+from fimaq_core.layers import QuantConv2d, QuantConvTranspose2d, QuantLayer, QuantLinear, QuantMatMul, quant_layers, set_quantized
 from fimaq_core.progress import Progress, Report, silent
-from fimaq_core.quantizers.activation import ActivationQuantizer
 from fimaq_core.quantizers.affine import AffineQuantizer
 from fimaq_core.recipe import OFF, Recipe
+from fimaq_core.samples import Ragged, Samples, batches, first, joined
 
 
 @torch.no_grad()
-def calibrate(chain: BlockChain, images: Tensor, recipe: Recipe, report: Report = silent, batch_size: int = 32) -> None:
+def calibrate(chain: BlockChain, images: Samples, recipe: Recipe, report: Report = silent, batch_size: int = 32) -> None:
     """Set all ranges of ``chain``, in place. Afterwards its layers are switched to their quantized form.
 
     Every layer is calibrated on what it sees in the full-precision model, so each block runs once. LayerNorm
@@ -29,58 +27,60 @@ def calibrate(chain: BlockChain, images: Tensor, recipe: Recipe, report: Report 
 
     Time grows in proportion to the images, but for the weights' searches, which see only moments of the inputs. Memory: the
     block's output and the inputs of all its quantizable layers for all images (N x values an image x 4 bytes), about five
-    copies of one layer's inputs while it is searched, and temporaries that do not depend on N.
+    copies of one layer's inputs while it is searched, and temporaries that do not depend on N. Images of varying shapes go one
+    by one and leave a bounded number of rows a layer (:class:`~fimaq_core.calibration.capture.Capture`), so time does not
+    grow with them, and memory by blocks' outputs only, and what segments keep; these stay where the images are.
+
+    Convolutions outside the patch embedding are calibrated by their own errors
+    (:mod:`fimaq_core.calibration.conv_ranges`) and not refit.
 
     Args:
         chain: the model.
-        images: (N, ...) inputs of the chain, the calibration images; the first ``recipe.range_images`` are used.
+        images: (N, ...) inputs of the chain, the calibration images; the first ``recipe.range_images`` are used. Where
+            shapes vary a sample may have any number of rows, none included (an image without proposals).
         recipe: bits and search settings.
         report: receives progress, one unit a block.
         batch_size: images a forward pass.
 
     Raises:
-        NumericsError: a weight or an activation is NaN or infinite; names the layer.
+        NumericsError: a weight or an activation is NaN or infinite, or a layer sees no input at all; names the layer.
     """
     device = next(chain.parameters()).device
     set_quantized(chain, False)
-    if not any(_quantizes(layer) for _, layer in quant_layers(chain)):
+    if not any(quantizes(layer) for _, layer in quant_layers(chain)):
         set_quantized(chain, True)
         return
-    x = images[: recipe.range_images].to(device)
-    side = chain.side_of(x)
-    sides = [None] * len(torch.split(x, batch_size)) if side is None else list(torch.split(side, batch_size))
+    x = first(images, recipe.range_images)
+    x = Ragged([sample for sample in x if len(sample)]) if isinstance(x, Ragged) else x.to(device)
+    samples = len(x) if isinstance(x, Ragged) else None
+    sides = [None if chain.side is None else chain.side_of(part.to(device)) for part in batches(x, batch_size)]
+    kept: list[Kept] = [()] * len(sides)
     for index, segment in enumerate(chain):
         report(Progress("calibrate", index, len(chain), segment.label))
-        captured = _Capture(segment)
+        captured = Capture(segment, recipe, samples)
         outputs = []
-        for part, beside in zip(torch.split(x, batch_size), sides, strict=True):
-            outputs.append(segment(part, beside))
+        for number, part in enumerate(batches(x, batch_size)):
+            output = segment(part.to(device), sides[number], tuple(one.to(device) for one in kept[number]))
+            if samples is not None:
+                captured.settle()
+            kept[number] = tuple(one.to(part.device) for one in segment.kept_with(output, kept[number]))
+            outputs.append(output.to(part.device))
         captured.remove()
-        for name, layer in quant_layers(segment.block):
-            seen = captured.inputs(name)
-            _check_finite(seen, f"{segment.label}.{name}")
-            _calibrate_layer(segment, name, layer, seen, recipe)
+        for name, layer in captured.layers.items():
+            _calibrate_layer(segment, name, layer, captured.inputs(name), recipe)
             captured.forget(name)
-        x = torch.cat(outputs)
+        x = joined(outputs, like=x) if outputs else x
+        if not any(chain.segment(later).takes_kept for later in range(index + 1, len(chain))):
+            kept = [()] * len(sides)
     report(Progress("calibrate", len(chain), len(chain)))
     set_quantized(chain, True)
-
-
-def _quantizes(layer: QuantLayer) -> bool:
-    """Whether any of the layer's quantizers is on."""
-    return not all(part.off for part in layer.children() if isinstance(part, ActivationQuantizer))
 
 
 def _calibrate_layer(segment: Segment, name: str, layer: QuantLayer, seen: tuple[Tensor, ...], recipe: Recipe) -> None:
     """Set the ranges of the layer ``name`` of a segment's block from its full-precision inputs."""
     percentile = recipe.range_search == "percentile"
-    if isinstance(layer, QuantConv2d):
-        if percentile:
-            conv_percentiles(layer, seen[0])
-        else:
-            calibrate_conv(layer, seen[0], recipe)
-        if recipe.refit:
-            reduce_conv_error(layer, seen[0], recipe)
+    if isinstance(layer, QuantConv2d | QuantConvTranspose2d):
+        _calibrate_convolution(segment, layer, seen, recipe)
     elif isinstance(layer, QuantMatMul):
         if percentile:
             matmul_percentiles(layer, seen[0], seen[1])
@@ -100,6 +100,23 @@ def _calibrate_layer(segment: Segment, name: str, layer: QuantLayer, seen: tuple
             reduce_linear_error(layer, x, recipe)
 
 
+def _calibrate_convolution(
+    segment: Segment, layer: QuantConv2d | QuantConvTranspose2d, seen: tuple[Tensor, ...], recipe: Recipe
+) -> None:
+    embeds = segment.kind == "patch_embed" and isinstance(layer, QuantConv2d)
+    x = seen[0] if len(seen) == 1 else seen
+    if recipe.range_search == "percentile":
+        conv_percentiles(layer, x)
+    elif embeds:
+        assert isinstance(layer, QuantConv2d)
+        calibrate_conv(layer, x, recipe)
+    else:
+        calibrate_conv_by_own_error(layer, x, recipe)
+    if recipe.refit and embeds:
+        assert isinstance(layer, QuantConv2d)
+        reduce_conv_error(layer, x, recipe)
+
+
 def _reparameterized(
     segment: Segment, name: str, layer: QuantLinear, x: Tensor, recipe: Recipe
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
@@ -114,42 +131,3 @@ def _reparameterized(
             r, b = reparameterize(pair.norm, layer, scale, zero, pad)
             return x / r - b, (scale.mean(), zero.mean().round())
     return x, None
-
-
-class _Capture:
-    """Collects the positional inputs of every quantizable layer of a segment's block."""
-
-    def __init__(self, segment: Segment) -> None:
-        self._seen: dict[str, list[tuple[Tensor, ...]]] = {}
-        self._handles = []
-        for name, layer in quant_layers(segment.block):
-            self._seen[name] = []
-            self._handles.append(layer.register_forward_pre_hook(self._hook(name)))
-
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def keep(_: nn.Module, args: tuple[Any, ...]) -> None:
-            self._seen[name].append(args)
-
-        return keep
-
-    def inputs(self, name: str) -> tuple[Tensor, ...]:
-        """All inputs of the layer, concatenated over batches."""
-        return tuple(torch.cat(parts) for parts in zip(*self._seen[name], strict=True))
-
-    def forget(self, name: str) -> None:
-        """Free the layer's inputs."""
-        del self._seen[name]
-
-    def remove(self) -> None:
-        """Take the hooks off."""
-        for handle in self._handles:
-            handle.remove()
-
-
-def _check_finite(tensors: tuple[Tensor, ...], where: str) -> None:
-    for tensor in tensors:
-        if not torch.isfinite(tensor).all():
-            raise NumericsError(
-                f"The input of {where} has NaN or infinite values in full precision: "
-                "check the images, their normalisation and the weights."
-            )

@@ -12,7 +12,7 @@ released.
 import torch
 from torch import Tensor
 
-from fimaq_core.calibration.layer_ranges import input_patches
+from fimaq_core.calibration.conv_ranges import Inputs, eights, input_patches
 from fimaq_core.calibration.percentile_ranges import weight_percentiles
 from fimaq_core.calibration.refit import InputMoments, refine_rounding, refit_moments, ridge_refit
 from fimaq_core.layers import QuantConv2d, QuantLinear
@@ -33,14 +33,16 @@ def reduce_linear_error(layer: QuantLinear, x: Tensor, recipe: Recipe) -> None:
     _decide(layer, weight, bias, moments, recipe, recipe.refit_ridge)
 
 
-def reduce_conv_error(layer: QuantConv2d, x: Tensor, recipe: Recipe) -> None:
-    """Decide a convolution's rounding on inputs (N, C, H, W); as released it is not refit, for its input is not quantized.
+def reduce_conv_error(layer: QuantConv2d, x: Inputs, recipe: Recipe) -> None:
+    """Decide a patch embedding's rounding on inputs (N, C, H, W), one tensor or several; as released it is not refit.
 
-    Convolutions in groups, which no patch embedding has, keep rounding to nearest.
+    (Its input is not quantized.) Convolutions in groups, which no patch embedding has, keep rounding to nearest. So do those of
+    necks and heads, for which this is not called: a kernel of 3 x 3 x 256 has moments of 2304 x 2304, and an image of
+    800 x 1333 has 66,800 patches to add to them at the finest level alone.
     """
     if layer.groups != 1:
         return
-    patches = torch.cat([input_patches(layer, part, 0) for part in torch.split(layer.input_quantizer(x), 8)])
+    patches = torch.cat([input_patches(layer, layer.input_quantizer(part), 0) for part in eights(x)])
     bias = None if layer.bias is None else layer.bias.detach()
     weight = layer.weight.detach().flatten(1)
     _decide(layer, weight, bias, refit_moments(patches, patches), recipe, _CONV_FACTOR * recipe.refit_ridge)

@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fimaq_core.calibration.candidates import (
     MIN_WEIGHT_SCALE,
@@ -18,7 +17,7 @@ from fimaq_core.calibration.own_error import best_by_own_error
 from fimaq_core.calibration.progressive import progressive_heads, progressive_input, progressive_rows
 from fimaq_core.calibration.shared_codes import shared_errors
 from fimaq_core.calibration.weight_error import best_rows, input_moments
-from fimaq_core.layers import QuantConv2d, QuantLinear, QuantMatMul
+from fimaq_core.layers import QuantLinear, QuantMatMul
 from fimaq_core.quantizers.activation import ActivationQuantizer, levels_of
 from fimaq_core.quantizers.affine import AffineQuantizer, fake_quantize
 from fimaq_core.quantizers.weight import WeightQuantizer
@@ -139,81 +138,6 @@ def _search_input(layer: QuantLinear, x: Tensor, candidates: Candidates, guess: 
     assert isinstance(layer.input_quantizer, AffineQuantizer)
     _set_input(layer.input_quantizer, candidates, index)
     return index
-
-
-def calibrate_conv(layer: QuantConv2d, x: Tensor, recipe: Recipe) -> None:
-    """Set the ranges of a convolution (the patch embedding).
-
-    Weights per output channel: bounds between the 0.99 and the 0.9999 quantiles and the maximum, by output
-    error; both bounds together, then the lower, then the upper alone. Where the input is quantized its range is min-max.
-
-    The released code never tries the maximum itself (its loop ends one candidate early); it is tried here.
-
-    Args:
-        layer: the convolution.
-        x: (N, C, H, W) inputs.
-        recipe: supplies the kind of search and the candidates.
-    """
-    weights, inputs = layer.weight_quantizer, layer.input_quantizer
-    matrix = layer.weight.detach().flatten(1)
-    set_minmax(inputs, x.reshape(1, -1), shape=(1, 1, 1, 1))
-    if weights.off:
-        return
-    if recipe.range_search == "minmax":
-        set_minmax(weights, matrix)
-        return
-    count = recipe.range_candidates
-    points = [0.99 + 0.0099 * (i / (count - 1)) ** 0.5 for i in range(count)] + [1.0]
-    ordered = ascending(matrix)
-    uppers, lowers = quantiles(ordered, points), quantiles(ordered, [1 - point for point in points])
-    moments = [_conv_moments(layer, x, inputs, group, matrix) for group in range(layer.groups)]
-
-    def search(lower: Tensor, upper: Tensor, guess: Tensor) -> Tensor:
-        candidates = from_bounds(lower, upper, weights.levels)
-        rows = matrix.shape[0] // layer.groups
-        best = []
-        for group, part in enumerate(torch.split(matrix, rows)):
-            own = slice(group * rows, (group + 1) * rows)
-            chosen = Candidates(candidates.scale[:, own], candidates.zero_point[:, own])
-            best.append(best_rows(part, chosen, weights.levels, *moments[group], guess[own]))
-        index = torch.cat(best)
-        _set_rows(weights, candidates, index)
-        return index
-
-    index = search(lowers, uppers, torch.full(matrix.shape[:1], count, device=matrix.device))
-    index = search(lowers, uppers.gather(0, index[None]).expand_as(uppers), index)
-    search(lowers.gather(0, index[None]).expand_as(lowers), uppers, index)
-
-
-def _conv_moments(layer: QuantConv2d, x: Tensor, inputs: AffineQuantizer, group: int, matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Moments of one group's input patches, accumulated over images so that unfolding never needs them all."""
-    channels = layer.in_channels // layer.groups
-    width = channels * layer.kernel_size[0] * layer.kernel_size[1]
-    weight = matrix.view(layer.groups, -1, width)[group]
-    square = torch.zeros(width, width, dtype=torch.float64, device=x.device)
-    linear = torch.zeros(weight.shape, dtype=torch.float64, device=x.device)
-
-    for part in torch.split(x, 8):
-        plain = input_patches(layer, part, group)
-        quantized = plain if inputs.off else input_patches(layer, inputs(part), group)
-        more_square, more_linear = input_moments(plain, quantized, weight)
-        square += more_square
-        linear += more_linear
-    return square, linear
-
-
-def input_patches(layer: QuantConv2d, x: Tensor, group: int) -> Tensor:
-    """What one group's kernels are multiplied with, (patches, channels x kernel) for inputs (N, C, H, W)."""
-    channels = layer.in_channels // layer.groups
-    if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-        x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode), (0, 0)
-    else:
-        padding = (layer.padding[0], layer.padding[1])
-    x = x[:, group * channels : (group + 1) * channels]
-    kernel = (layer.kernel_size[0], layer.kernel_size[1])
-    columns = F.unfold(x, kernel, dilation=layer.dilation, padding=padding, stride=layer.stride)
-    return columns.transpose(1, 2).reshape(-1, columns.shape[1])
 
 
 def calibrate_matmul(layer: QuantMatMul, a: Tensor, b: Tensor, recipe: Recipe) -> None:

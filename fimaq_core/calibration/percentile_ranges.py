@@ -3,12 +3,15 @@
 Weights per output channel, activations per tensor, attention operands too. No range looks at a layer's output.
 """
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from fimaq_core.calibration.candidates import MIN_WEIGHT_SCALE, ascending
 from fimaq_core.calibration.layer_ranges import set_rows
 from fimaq_core.calibration.special_ranges import percentile_log_scale, percentile_range
-from fimaq_core.layers import QuantConv2d, QuantLinear, QuantMatMul
+from fimaq_core.calibration.thinning import conv_values
+from fimaq_core.layers import QuantConv2d, QuantConvTranspose2d, QuantLinear, QuantMatMul, WeightLayer
 from fimaq_core.quantizers.activation import ActivationQuantizer
 from fimaq_core.quantizers.affine import AffineQuantizer
 from fimaq_core.quantizers.special import LogQuantizer
@@ -23,9 +26,10 @@ def linear_percentiles(layer: QuantLinear, x: Tensor, common: Common | None = No
     weight_percentiles(layer)
 
 
-def conv_percentiles(layer: QuantConv2d, x: Tensor) -> None:
-    """Set the ranges of a convolution for inputs (N, C, H, W)."""
-    input_percentile(layer.input_quantizer, x, (1, 1, 1, 1))
+def conv_percentiles(layer: QuantConv2d | QuantConvTranspose2d, x: Tensor | Sequence[Tensor]) -> None:
+    """Set the ranges of a convolution for inputs (N, C, H, W), or several such tensors, which are thinned beyond a bound."""
+    if not layer.input_quantizer.off:
+        input_percentile(layer.input_quantizer, conv_values(x), (1, 1, 1, 1))
     weight_percentiles(layer)
 
 
@@ -35,7 +39,7 @@ def matmul_percentiles(layer: QuantMatMul, a: Tensor, b: Tensor) -> None:
     input_percentile(layer.b_quantizer, b, (1, 1, 1, 1))
 
 
-def weight_percentiles(layer: QuantLinear | QuantConv2d, weight: Tensor | None = None) -> None:
+def weight_percentiles(layer: WeightLayer, weight: Tensor | None = None) -> None:
     """Set a weight's ranges, per output channel; ``weight`` (rows, d) stands in for the layer's own."""
     if not layer.weight_quantizer.off:
         matrix = layer.weight.detach().flatten(1) if weight is None else weight

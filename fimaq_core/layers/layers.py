@@ -1,4 +1,4 @@
-"""Linear, convolution and matrix product with quantizers. ``quantized = False`` gives the float layer."""
+"""Linear layer, convolutions and matrix product with quantizers. ``quantized = False`` gives the float layer."""
 
 from typing import Any, cast
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fimaq_core.errors import ModelError
 from fimaq_core.quantizers.activation import ActivationQuantizer
 from fimaq_core.quantizers.affine import AffineQuantizer
 from fimaq_core.quantizers.special import LogQuantizer, make_quantizer
@@ -93,6 +94,72 @@ class QuantConv2d(nn.Conv2d):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+class QuantConvTranspose2d(nn.ConvTranspose2d):
+    """``nn.ConvTranspose2d`` without groups, with a weight quantizer (per output channel) and an input quantizer.
+
+    Attributes:
+        weight: (out, in, height, width): the rows of ``weight.flatten(1)`` are output channels, as in the other layers. (The
+            float layer's first two dimensions are the other way round.)
+    """
+
+    weight_quantizer: WeightQuantizer
+    input_quantizer: AffineQuantizer
+    quantized_bias: Tensor
+    quantized: bool
+    soft: bool
+
+    @classmethod
+    def from_float(cls, layer: nn.ConvTranspose2d, weight_bits: int, input_bits: int) -> "QuantConvTranspose2d":
+        """Take over the bias (the same parameter) of ``layer``, and its weight in this class's layout.
+
+        Raises:
+            ModelError: the layer works in groups.
+        """
+        if layer.groups != 1:
+            raise ModelError(f"A transposed convolution in {layer.groups} groups is not supported: it must have one.")
+        new = cls(
+            layer.in_channels,
+            layer.out_channels,
+            cast(tuple[int, int], layer.kernel_size),
+            stride=cast(tuple[int, int], layer.stride),
+            padding=cast(tuple[int, int], layer.padding),
+            output_padding=cast(tuple[int, int], layer.output_padding),
+            bias=layer.bias is not None,
+            dilation=cast(tuple[int, int], layer.dilation),
+        )
+        weight = layer.weight.detach().transpose(0, 1).contiguous()
+        new.weight, new.bias = nn.Parameter(weight, requires_grad=layer.weight.requires_grad), layer.bias
+        new.weight_quantizer = WeightQuantizer(weight_bits)
+        new.input_quantizer = AffineQuantizer(input_bits)
+        new.register_buffer("quantized_bias", torch.empty(0))
+        new.quantized = False
+        new.soft = False
+        return new.train(layer.training)
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        if output_size is not None:
+            raise ValueError("the output's size follows from the input's here")
+        if not self.quantized:
+            return self._transposed(x, self.weight, self.bias)
+        return self._transposed(self.input_quantizer(x), _effective_weight(self), _effective_bias(self))
+
+    def _transposed(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        weight = weight.transpose(0, 1).contiguous()
+        return F.conv_transpose2d(
+            x,
+            weight,
+            bias,
+            cast(tuple[int, int], self.stride),
+            cast(tuple[int, int], self.padding),
+            cast(tuple[int, int], self.output_padding),
+            dilation=cast(tuple[int, int], self.dilation),
+        )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        _take_bias_shape(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
 class _TimesTransposed(torch.autograd.Function):
     """``a @ bᵀ`` whose gradient in ``b`` is computed in the layout of ``b`` (autograd's is its transpose)."""
 
@@ -136,25 +203,27 @@ class QuantMatMul(nn.Module):
         return out
 
 
-QuantLayer = QuantLinear | QuantConv2d | QuantMatMul
+#: Layers with a weight, whose first dimension is the output channels'.
+WeightLayer = QuantLinear | QuantConv2d | QuantConvTranspose2d
+QuantLayer = WeightLayer | QuantMatMul
 
 
-def _effective_weight(layer: QuantLinear | QuantConv2d) -> Tensor:
+def _effective_weight(layer: WeightLayer) -> Tensor:
     return layer.weight if layer.soft else layer.weight_quantizer.quantized(layer.weight)
 
 
-def _effective_bias(layer: QuantLinear | QuantConv2d) -> Tensor | None:
+def _effective_bias(layer: WeightLayer) -> Tensor | None:
     return layer.quantized_bias if layer.quantized_bias.numel() else layer.bias
 
 
-def _take_bias_shape(layer: QuantLinear | QuantConv2d, state_dict: dict[str, Any], prefix: str) -> None:
+def _take_bias_shape(layer: WeightLayer, state_dict: dict[str, Any], prefix: str) -> None:
     """Give ``quantized_bias`` the shape it has in a checkpoint."""
     bias = state_dict.get(prefix + "quantized_bias")
     if bias is not None and bias.shape != layer.quantized_bias.shape:
         layer.quantized_bias = torch.empty_like(bias, device=layer.weight.device)
 
 
-def decide_rounding(layer: QuantLinear | QuantConv2d) -> None:
+def decide_rounding(layer: WeightLayer) -> None:
     """Fix the weight's codes to the nearest grid points, unless they are decided already."""
     quantizer = layer.weight_quantizer
     if quantizer.off or quantizer.codes.numel():

@@ -4,13 +4,13 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from fimaq_core.layers.layers import QuantConv2d, QuantLayer, QuantLinear, QuantMatMul, decide_rounding
+from fimaq_core.layers.layers import QuantLayer, WeightLayer, decide_rounding
 
 
 def quant_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, QuantLayer]]:
     """Yield (name, layer) of every quantizable layer in ``module``, itself included, in order."""
     for name, child in module.named_modules(prefix=prefix):
-        if isinstance(child, QuantLinear | QuantConv2d | QuantMatMul):
+        if isinstance(child, QuantLayer):
             yield name, child
 
 
@@ -23,5 +23,5 @@ def set_quantized(module: nn.Module, on: bool) -> None:
 def decide_roundings(module: nn.Module) -> None:
     """Fix the codes of every quantizable weight in ``module`` to the nearest grid points, unless they are decided already."""
     for _, layer in quant_layers(module):
-        if not isinstance(layer, QuantMatMul):
+        if isinstance(layer, WeightLayer):
             decide_rounding(layer)

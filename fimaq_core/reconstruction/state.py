@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from fimaq_core.chain import Segment
-from fimaq_core.layers import QuantConv2d, QuantLinear, QuantMatMul, quant_layers
+from fimaq_core.layers import QuantMatMul, WeightLayer, quant_layers
 from fimaq_core.quantizers.activation import ActivationQuantizer, Form
 from fimaq_core.quantizers.rounding import RoundingProblem
 
@@ -68,7 +68,7 @@ class BlockState:
         device = next(segment.block.parameters()).device
         rounded = list(rounded_layers(segment.block))
         activations = active_quantizers(segment)
-        self.layers: list[QuantLinear | QuantConv2d] = [layer for _, layer in rounded]
+        self.layers: list[WeightLayer] = [layer for _, layer in rounded]
         self.quantizers = [quantizer for _, quantizer in activations]
         self.layout = Layout(
             tuple(
@@ -123,7 +123,7 @@ def active_quantizers(segment: Segment) -> list[tuple[str, ActivationQuantizer]]
     return [(name, quantizer) for name, quantizer in found if not quantizer.off]
 
 
-def rounded_layers(block: torch.nn.Module) -> Iterator[tuple[str, QuantLinear | QuantConv2d]]:
+def rounded_layers(block: torch.nn.Module) -> Iterator[tuple[str, WeightLayer]]:
     """Names and layers of a block whose weights are quantized."""
     for name, layer in quant_layers(block):
         if not isinstance(layer, QuantMatMul) and not layer.weight_quantizer.off:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fimaq_core.chain import BlockChain
-from fimaq_core.layers import QuantConv2d, QuantLinear, QuantMatMul
+from fimaq_core.layers import QuantMatMul, WeightLayer
 from fimaq_core.recipe import OFF
 from tasks.common.macs import Layer, chain_parts, count_macs, multiplying_layers
 from tasks.common.modules import layer_entry, part_name
@@ -30,7 +30,7 @@ from tasks.common.record import LayerEntry
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """One layer that multiplies; a float ``nn.Linear`` or ``nn.Conv2d`` that no family swapped is one too, with 32 bits.
+    """One layer that multiplies; a float layer that no family swapped is one too, with 32 bits.
 
     Attributes:
         entry: its line of the module map.
@@ -207,7 +207,7 @@ def joined_facts(parts: Mapping[str, ModelFacts], untouched: Mapping[str, nn.Mod
 def _overhead(layer: Layer) -> int:
     if isinstance(layer, QuantMatMul):
         return _range_bits(layer.a_quantizer) + _range_bits(layer.b_quantizer)
-    if isinstance(layer, QuantLinear | QuantConv2d):
+    if isinstance(layer, WeightLayer):
         return _range_bits(layer.weight_quantizer) + _range_bits(layer.input_quantizer)
     return 0
 
@@ -236,7 +236,7 @@ def _full_precision(chain: BlockChain) -> Iterator[ValueFacts]:
             yield from _own_values(name, module)
 
 
-def _bias_values(layer: nn.Linear | nn.Conv2d) -> int:
+def _bias_values(layer: nn.Linear | nn.Conv2d | nn.ConvTranspose2d) -> int:
     """Values of the bias that the quantized form adds: its own, where it has one."""
     own = getattr(layer, "quantized_bias", None)
     if own is not None and own.numel():

@@ -10,7 +10,7 @@ from fimaq_core.chain import BlockChain
 from fimaq_core.layers import QuantMatMul, quant_layers, set_quantized
 
 #: What multiplies: also float layers that no family swapped.
-Layer = nn.Linear | nn.Conv2d | QuantMatMul
+Layer = nn.Linear | nn.Conv2d | nn.ConvTranspose2d | QuantMatMul
 
 
 @torch.no_grad()
@@ -49,6 +49,11 @@ def _macs(layer: nn.Module, args: tuple[Any, ...], out: Tensor) -> int:
     if isinstance(layer, QuantMatMul):
         a, b = args  # (batch, heads, rows, inner), (batch, heads, inner, columns)
         return int(a.numel() * b.shape[-1])
+    if isinstance(layer, nn.ConvTranspose2d):
+        # Every input value is multiplied with the kernels of its group's output channels. (By numbers of channels: float and
+        # quantizable layers keep their weights in different layouts.)
+        kernel = layer.kernel_size[0] * layer.kernel_size[1]
+        return int(args[0].numel() * layer.out_channels // layer.groups * kernel)
     assert isinstance(layer, nn.Linear | nn.Conv2d)
     # Every output value is one row of the weight times as many inputs: input channels, or kernel x channels of a group.
     return int(out.numel() * layer.weight[0].numel())

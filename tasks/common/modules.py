@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from fimaq_core.chain import BlockChain
-from fimaq_core.layers import QuantConv2d, QuantLinear, QuantMatMul, quant_layers
+from fimaq_core.layers import QuantMatMul, WeightLayer, quant_layers
 from fimaq_core.quantizers.activation import ActivationQuantizer
 from fimaq_core.recipe import OFF
 from fimaq_core.reconstruction.reconstruct import ReconstructionLog
+from tasks.common.macs import Layer
 from tasks.common.record import LayerEntry, ModuleMap
 
 
@@ -61,7 +62,7 @@ def _leaves(module: nn.Module, prefix: str) -> list[str]:
     return found
 
 
-def layer_entry(name: str, layer: nn.Linear | nn.Conv2d | QuantMatMul) -> LayerEntry:
+def layer_entry(name: str, layer: Layer) -> LayerEntry:
     """The line of one layer; a float layer has 32 bits and no quantizers."""
     if isinstance(layer, QuantMatMul):
         a, b = layer.a_quantizer, layer.b_quantizer
@@ -77,8 +78,10 @@ def layer_entry(name: str, layer: nn.Linear | nn.Conv2d | QuantMatMul) -> LayerE
             other_bits=b.bits,
             other_quantizer=_kind(b),
         )
-    kind = "convolution" if isinstance(layer, nn.Conv2d) else "linear"
-    if not isinstance(layer, QuantLinear | QuantConv2d):
+    kind = "linear"
+    if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+        kind = "convolution" if isinstance(layer, nn.Conv2d) else "transposed convolution"
+    if not isinstance(layer, WeightLayer):
         none = {"weight_ranges": "full precision", "input_ranges": "full precision"}
         return LayerEntry(
             name=name, kind=kind, weight_bits=OFF, input_bits=OFF, weight_quantizer="none", input_quantizer="none", **none

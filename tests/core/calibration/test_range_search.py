@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fimaq_core.calibration.candidates import Candidates, from_bounds, grid_candidates, minmax, quantiles
-from fimaq_core.calibration.layer_ranges import calibrate_conv, calibrate_linear, calibrate_matmul
+from fimaq_core.calibration.conv_ranges import calibrate_conv
+from fimaq_core.calibration.layer_ranges import calibrate_linear, calibrate_matmul
 from fimaq_core.calibration.output_error import Product, best_operand
 from fimaq_core.calibration.own_error import best_by_own_error, own_errors
 from fimaq_core.calibration.shared_codes import shared_errors

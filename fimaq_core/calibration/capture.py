@@ -1,0 +1,152 @@
+"""What the quantizable layers of a segment see, collected over batches, as searches take it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fimaq_core.calibration.thinning import CONV_VALUES, ROWS, VALUES, extremes, in_pieces, positions, spread
+from fimaq_core.chain import Segment
+from fimaq_core.errors import NumericsError
+from fimaq_core.layers import QuantConv2d, QuantConvTranspose2d, QuantLayer, QuantLinear, QuantMatMul, quant_layers
+from fimaq_core.quantizers.activation import ActivationQuantizer
+from fimaq_core.quantizers.affine import AffineQuantizer
+from fimaq_core.recipe import Recipe
+
+
+class Capture:
+    """Collects the positional inputs of every layer of a segment's block that is quantized.
+
+    Samples of equal shapes are kept whole. Of samples of varying shapes, N in all, each leaves at most its Nth part of 2**15
+    rows and 2**25 values a layer (at least one row), evenly spread: tokens of linear layers, windows of products (their rows
+    of all heads count); of convolutions its Nth part of 2**23 values. The patch embedding's inputs are kept whole. For
+    min-max ranges, of which no search follows, each sample leaves its smallest and largest values instead.
+
+    Args:
+        segment: whose block's layers are watched, from now until :meth:`remove`.
+        recipe: what follows.
+        samples: number of samples of varying shapes, each of which ends with :meth:`settle`; None for equal shapes.
+    """
+
+    def __init__(self, segment: Segment, recipe: Recipe, samples: int | None = None) -> None:
+        self.label, self.samples = segment.label, samples
+        self.whole = segment.kind == "patch_embed"
+        # A reparameterised input's ranges are searched whatever the recipe's search.
+        self.extremes = recipe.range_search == "minmax" and not recipe.reparameterize
+        self.layers = {name: layer for name, layer in quant_layers(segment.block) if quantizes(layer)}
+        self._calls: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in self.layers}
+        self._settled: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in self.layers}
+        self._handles = [layer.register_forward_pre_hook(self._hook(name)) for name, layer in self.layers.items()]
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def keep(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if args[0].numel():
+                self._calls[name].append(args)
+
+        return keep
+
+    def settle(self) -> None:
+        """A sample of varying shape is through: keep of its inputs what the searches are going to see."""
+        for name, calls in self._calls.items():
+            if calls:
+                for args in calls:
+                    self._check_finite(args, name)
+                self._settled[name] += self._thinned(self.layers[name], calls)
+                calls.clear()
+
+    def inputs(self, name: str) -> tuple[Tensor, ...]:
+        """All inputs of the layer: a linear layer's one tensor, a product's two, a convolution's one or more.
+
+        Raises:
+            NumericsError: the layer saw nothing, or NaN or infinite values.
+        """
+        layer, seen = self.layers[name], self._calls[name] if self.samples is None else self._settled[name]
+        if not seen:
+            raise NumericsError(
+                f"No calibration image gave {self._where(name)} any input, so it has no ranges: "
+                "use more images for ranges (range_images), or others."
+            )
+        if self.samples is None:
+            found = _joined(layer, seen)
+            self._check_finite(found, name)
+            return found
+        if isinstance(layer, QuantLinear):
+            return (in_pieces(torch.cat([rows for (rows,) in seen])),)
+        return tuple(part for (part,) in seen) if _convolves(layer) else _columns(seen)
+
+    def forget(self, name: str) -> None:
+        """Free the layer's inputs."""
+        del self._calls[name], self._settled[name]
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _thinned(self, layer: QuantLayer, calls: list[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
+        """What one sample's calls of a layer leave."""
+        if isinstance(layer, QuantLinear):
+            return [self._chosen(layer, (torch.cat([x.reshape(-1, x.shape[-1]) for (x,) in calls]),), ROWS, VALUES)]
+        if isinstance(layer, QuantMatMul):
+            operands = _columns(calls)
+            return [self._chosen(layer, operands, ROWS // operands[0][0, ..., 0].numel(), VALUES)]
+        if self.whole:
+            return calls
+        (rows,) = self._chosen(layer, (torch.cat([positions(x) for (x,) in calls]),), CONV_VALUES, CONV_VALUES)
+        return [(rows.t()[None, :, :, None],)]
+
+    def _chosen(self, layer: QuantLayer, operands: tuple[Tensor, ...], rows: int, values: int) -> tuple[Tensor, ...]:
+        """Rows of all ``operands`` (count, ...), the same of each; ``rows`` and ``values`` are the layer's over all samples."""
+        assert self.samples is not None
+        if self.extremes and _uniform(layer):
+            return tuple(extremes(operand) for operand in operands)
+        wanted = max(min(rows, *(values // operand[0].numel() for operand in operands)) // self.samples, 1)
+        if len(operands[0]) <= wanted:
+            return operands
+        index = spread(len(operands[0]), wanted, operands[0].device)
+        return tuple(operand[index] for operand in operands)
+
+    def _check_finite(self, tensors: tuple[Tensor, ...], name: str) -> None:
+        for tensor in tensors:
+            if not torch.isfinite(tensor).all():
+                raise NumericsError(
+                    f"The input of {self._where(name)} has NaN or infinite values in full precision: "
+                    "check the images, their normalisation and the weights."
+                )
+
+    def _where(self, name: str) -> str:
+        return f"{self.label}.{name}"
+
+
+def quantizes(layer: QuantLayer) -> bool:
+    """Whether any of the layer's quantizers is on."""
+    return not all(part.off for part in _quantizers(layer))
+
+
+def _quantizers(layer: QuantLayer) -> list[ActivationQuantizer]:
+    return [part for part in layer.children() if isinstance(part, ActivationQuantizer)]
+
+
+def _uniform(layer: QuantLayer) -> bool:
+    """Whether all quantizers are uniform, so that min-max ranges are all they need."""
+    return all(isinstance(part, AffineQuantizer) for part in _quantizers(layer))
+
+
+def _convolves(layer: QuantLayer) -> bool:
+    return isinstance(layer, QuantConv2d | QuantConvTranspose2d)
+
+
+def _columns(calls: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """The calls' arguments, each joined over calls."""
+    return tuple(torch.cat(parts) for parts in zip(*calls, strict=True))
+
+
+def _joined(layer: QuantLayer, calls: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Whole inputs over all calls; a linear layer's as tokens (1, tokens, d), a convolution's one by one, if shapes differ."""
+    shapes = {args[0].shape[1:] for args in calls}
+    if len(shapes) == 1 or isinstance(layer, QuantMatMul):
+        return _columns(calls)
+    if isinstance(layer, QuantLinear):
+        return (torch.cat([x.reshape(-1, x.shape[-1]) for (x,) in calls])[None],)
+    return tuple(x for (x,) in calls)

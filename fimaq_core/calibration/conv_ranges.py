@@ -1,0 +1,152 @@
+"""Ranges of convolutions from their full-precision inputs: the patch embedding's, and those of detectors.
+
+Inputs are one tensor (N, C, H, W), or several in a list where sizes vary or a convolution is called once a level.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fimaq_core.calibration.candidates import (
+    MIN_WEIGHT_SCALE,
+    Candidates,
+    ascending,
+    from_bounds,
+    grid_candidates,
+    minmax,
+    quantiles,
+)
+from fimaq_core.calibration.layer_ranges import set_minmax, set_rows
+from fimaq_core.calibration.own_error import best_by_own_error
+from fimaq_core.calibration.thinning import conv_values
+from fimaq_core.calibration.weight_error import best_rows, input_moments
+from fimaq_core.layers import QuantConv2d, QuantConvTranspose2d
+from fimaq_core.quantizers.affine import AffineQuantizer
+from fimaq_core.recipe import Recipe
+
+Inputs = Tensor | Sequence[Tensor]
+
+
+def calibrate_conv(layer: QuantConv2d, x: Inputs, recipe: Recipe) -> None:
+    """Set the ranges of a convolution (the patch embedding).
+
+    Weights per output channel: bounds between the 0.99 and the 0.9999 quantiles and the maximum, by output
+    error; both bounds together, then the lower, then the upper alone. Where the input is quantized its range is min-max.
+
+    The released code never tries the maximum itself (its loop ends one candidate early); it is tried here.
+
+    Args:
+        layer: the convolution.
+        x: (N, C, H, W) inputs, or several such tensors.
+        recipe: supplies the kind of search and the candidates.
+    """
+    weights, inputs = layer.weight_quantizer, layer.input_quantizer
+    matrix = layer.weight.detach().flatten(1)
+    _set_input_minmax(inputs, x)
+    if weights.off:
+        return
+    if recipe.range_search == "minmax":
+        set_minmax(weights, matrix)
+        return
+    count = recipe.range_candidates
+    points = [0.99 + 0.0099 * (i / (count - 1)) ** 0.5 for i in range(count)] + [1.0]
+    ordered = ascending(matrix)
+    uppers, lowers = quantiles(ordered, points), quantiles(ordered, [1 - point for point in points])
+    moments = [_conv_moments(layer, x, inputs, group, matrix) for group in range(layer.groups)]
+
+    def search(lower: Tensor, upper: Tensor, guess: Tensor) -> Tensor:
+        candidates = from_bounds(lower, upper, weights.levels)
+        rows = matrix.shape[0] // layer.groups
+        best = []
+        for group, part in enumerate(torch.split(matrix, rows)):
+            own = slice(group * rows, (group + 1) * rows)
+            chosen = Candidates(candidates.scale[:, own], candidates.zero_point[:, own])
+            best.append(best_rows(part, chosen, weights.levels, *moments[group], guess[own]))
+        index = torch.cat(best)
+        set_rows(weights, *candidates.pick(index))
+        return index
+
+    index = search(lowers, uppers, torch.full(matrix.shape[:1], count, device=matrix.device))
+    index = search(lowers, uppers.gather(0, index[None]).expand_as(uppers), index)
+    search(lowers.gather(0, index[None]).expand_as(lowers), uppers, index)
+
+
+def _conv_moments(layer: QuantConv2d, x: Inputs, inputs: AffineQuantizer, group: int, matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Moments of one group's input patches, accumulated over images so that unfolding never needs them all."""
+    channels = layer.in_channels // layer.groups
+    width = channels * layer.kernel_size[0] * layer.kernel_size[1]
+    weight = matrix.view(layer.groups, -1, width)[group]
+    square = torch.zeros(width, width, dtype=torch.float64, device=matrix.device)
+    linear = torch.zeros(weight.shape, dtype=torch.float64, device=matrix.device)
+
+    for part in eights(x):
+        plain = input_patches(layer, part, group)
+        quantized = plain if inputs.off else input_patches(layer, inputs(part), group)
+        more_square, more_linear = input_moments(plain, quantized, weight)
+        square += more_square
+        linear += more_linear
+    return square, linear
+
+
+def eights(x: Inputs) -> list[Tensor]:
+    """The inputs in parts of at most eight images."""
+    parts = [x] if isinstance(x, Tensor) else x
+    return [piece for part in parts for piece in torch.split(part, 8)]
+
+
+def input_patches(layer: QuantConv2d, x: Tensor, group: int) -> Tensor:
+    """What one group's kernels are multiplied with, (patches, channels x kernel) for inputs (N, C, H, W)."""
+    channels = layer.in_channels // layer.groups
+    if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode), (0, 0)
+    else:
+        padding = (layer.padding[0], layer.padding[1])
+    x = x[:, group * channels : (group + 1) * channels]
+    kernel = (layer.kernel_size[0], layer.kernel_size[1])
+    columns = F.unfold(x, kernel, dilation=layer.dilation, padding=padding, stride=layer.stride)
+    return columns.transpose(1, 2).reshape(-1, columns.shape[1])
+
+
+def calibrate_conv_by_own_error(layer: QuantConv2d | QuantConvTranspose2d, x: Inputs, recipe: Recipe) -> None:
+    """Set the ranges of a convolution outside the patch embedding: FPN, RPN, mask head.
+
+    As in APHQ-ViT's detection (Wu et al., CVPR 2025, arXiv:2504.02508) weights per output channel and the input per tensor, each
+    by its own squared error; there are no rounds by the output's error. Candidates are the grid of linear layers, with that
+    one's spans. For the input min-max is one more: the grid's zero points lie around the middle, so with 8 bits it
+    holds about half of what comes out of a ReLU. Min-max recipes set min-max ranges; progressive ones search as the others do.
+
+    Of the inputs at most 2**23 values are looked at (:func:`~fimaq_core.calibration.thinning.conv_values`): the finest
+    level of one image of 800 x 1333 has 17 million. Min-max ranges are of all values.
+
+    Args:
+        layer: the convolution.
+        x: (N, C, H, W) inputs, or several such tensors.
+        recipe: supplies the kind of search and the number of candidates.
+    """
+    weights, inputs = layer.weight_quantizer, layer.input_quantizer
+    matrix = layer.weight.detach().flatten(1)
+    if recipe.range_search == "minmax":
+        set_minmax(weights, matrix)
+        _set_input_minmax(inputs, x)
+        return
+    count = recipe.range_candidates
+    if not weights.off:
+        ordered = ascending(matrix)
+        candidates = grid_candidates(ordered, weights.levels, count, MIN_WEIGHT_SCALE)
+        set_rows(weights, *candidates.pick(best_by_own_error(ordered, candidates, weights.levels)))
+    if not inputs.off:
+        ordered = ascending(conv_values([x] if isinstance(x, Tensor) else x))
+        grid, (scale, zero) = grid_candidates(ordered, inputs.levels, count), minmax(ordered, inputs.levels)
+        candidates = Candidates(torch.cat([grid.scale, scale[None]]), torch.cat([grid.zero_point, zero[None]]))
+        scale, zero = candidates.pick(best_by_own_error(ordered, candidates, inputs.levels))
+        inputs.set_range(scale.view(1, 1, 1, 1), zero.view(1, 1, 1, 1))
+
+
+def _set_input_minmax(inputs: AffineQuantizer, x: Inputs) -> None:
+    """Set the min-max range of all inputs."""
+    parts = [x] if isinstance(x, Tensor) else x
+    ends = torch.stack([end for part in parts for end in part.aminmax()])
+    set_minmax(inputs, ends[None], shape=(1, 1, 1, 1))

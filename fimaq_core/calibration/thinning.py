@@ -1,0 +1,64 @@
+"""Which part of many inputs a search sees: rows spread evenly over all of them, by a fixed rule.
+
+Samples of varying shapes are images of detection, of up to a hundred times a classifier's tokens each. Searches of ranges need
+no more rows than a few hundred images of a classifier have.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+#: Rows of linear layers' inputs and of products (rows of all heads), and values of either, that a search sees in all.
+ROWS, VALUES = 2**15, 2**25
+#: Values of a convolution's input that are looked at, by their own errors.
+CONV_VALUES = 2**23
+
+_GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+def spread(count: int, wanted: int, device: torch.device | None = None) -> Tensor:
+    """Indices (at most ``wanted``,) of ``count`` rows, ascending: all, or one out of each of ``wanted`` equal stretches.
+
+    Where in its stretch follows the golden ratio: rows of an image repeat with its width, and no such period must be hit.
+    """
+    every = torch.arange(min(count, wanted), device=device)
+    if wanted >= count:
+        return every
+    place = every.double()
+    place = (place + torch.frac(place * _GOLDEN)) * (count / wanted)
+    return place.long().clamp_(max=count - 1)
+
+
+def extremes(rows: Tensor) -> Tensor:
+    """The smallest and the largest value in each place of ``rows`` (count, ...): all that min-max ranges need, (2, ...)."""
+    return torch.stack([rows.amin(0), rows.amax(0)])
+
+
+def in_pieces(rows: Tensor) -> Tensor:
+    """``rows`` (count, d) as (pieces, rows, d), in as many of 32 pieces as go: searches drop candidates piece by piece."""
+    pieces = math.gcd(len(rows), 32)
+    return rows.view(pieces, -1, rows.shape[-1])
+
+
+def positions(x: Tensor) -> Tensor:
+    """A convolution's input (N, C, ...) as rows, (N x positions, C)."""
+    return x.flatten(2).transpose(1, 2).flatten(0, 1)
+
+
+def conv_values(x: Tensor | Sequence[Tensor]) -> Tensor:
+    """Values (1, n) of a convolution's inputs: all of a tensor; of a list (N, C, ...) at most 2**23, positions evenly spread."""
+    if isinstance(x, Tensor):
+        return x.reshape(1, -1)
+    wanted = max(CONV_VALUES // x[0].shape[1], 1)
+    total = sum(part.numel() // part.shape[1] for part in x)
+    if total <= wanted:
+        return torch.cat([part.reshape(-1) for part in x])[None]
+    index, start, kept = spread(total, wanted, x[0].device), 0, []
+    for part in x:
+        rows = positions(part)
+        own = index[(index >= start) & (index < start + len(rows))] - start
+        kept.append(rows[own].flatten())
+        start += len(rows)
+    return torch.cat(kept)[None]
