@@ -36,7 +36,8 @@ class _PackStages(nn.Module):
 def detector_segments(model: TwoStageDetector, recipes: Mapping[str, Recipe]) -> list[Segment]:
     """Cut backbone and neck of ``model`` into segments. Takes over their parameters.
 
-    Norms and MLPs are offered for reparameterisation and MLP reconstruction where the backbone is quantized.
+    Norms are offered for reparameterisation where the backbone is quantized; MLPs for MLP reconstruction there, and wherever
+    their recipe asks for it.
 
     Args:
         model: Mask R-CNN or Cascade R-CNN with Swin and FPN.
@@ -85,7 +86,7 @@ def _stage_segments(label: str, stage: SwinBlockSequence, output: nn.Module, rec
                 "block",
                 block,
                 pairs=pairs if quantized else (),
-                mlps=(MlpPart("mlp"),) if quantized else (),
+                mlps=(MlpPart("mlp"),) if quantized or recipe.reconstruct_mlp else (),
                 keep=output if number == len(stage.blocks) - 1 else None,
             )
         )

@@ -25,7 +25,7 @@ from tasks.detection.examples import region_examples
 from tasks.detection.roi_terms import ProposalTerms, class_count
 
 #: Settings of layers that stay as they are.
-_OFF = {"w_bits": OFF, "a_bits": OFF, "s_bits": None, "head_bits": None, "patch_input_bits": OFF}
+_OFF = {"w_bits": OFF, "a_bits": OFF, "s_bits": None, "head_bits": None, "patch_input_bits": OFF, "reconstruct_mlp": False}
 
 
 def pieces_of(recipe: Recipe) -> tuple[str, ...]:
