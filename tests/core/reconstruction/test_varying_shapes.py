@@ -52,7 +52,7 @@ def walked(recipe: Recipe, index: int, placement: Placement = "device") -> tuple
 
 def same(found: object, expected: list[Tensor]) -> bool:
     assert isinstance(found, Ragged)
-    return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    return all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("placement", ["device", "host", "disk"])
@@ -116,8 +116,8 @@ def test_every_image_has_its_own_fisher_information(loss: str) -> None:
     objective, chain, images, reference = objective_at(recipe, 1)
     tape = objective.tape
     outputs: list[list[Tensor]] = []
-    for scale in (0.03, 0.05):
-        generator = torch.Generator().manual_seed(7)
+    for seed, scale in ((7, 0.03), (8, 0.05)):
+        generator = torch.Generator().manual_seed(seed)
         rows = [tape.target[i] + scale * torch.randn(tape.target[i].shape, generator=generator) for i in range(5)]
         outputs.append(rows)
         objective.update(lambda x, rows=rows: rows[next(i for i in range(5) if tape.full[i] is x)])  # type: ignore[misc]
