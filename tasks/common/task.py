@@ -14,6 +14,7 @@ from fimaq_core.errors import ModelError
 from fimaq_core.fisher.divergence import Divergence
 from fimaq_core.progress import Report
 from fimaq_core.recipe import Recipe
+from fimaq_core.samples import Samples
 from tasks.common.record import Dataset, Metric
 from tasks.common.request import DataRequest, Missing, ModelRequest
 
@@ -61,18 +62,21 @@ class CalibrationSet:
         inputs: what each part of the model is calibrated on, where it has several: (n, ...) tensors by the part's name.
         captions: the caption of each image, for tasks that have them.
         truncated_captions: how many of these are longer than the model's context.
+        metas: what each image's transform says of it (shapes, scale), for tasks whose images vary in size; their ``images`` and
+            ``inputs`` are :class:`~fimaq_core.samples.Ragged`.
     """
 
-    images: Tensor
+    images: Samples
     ids: list[str]
     transform: str
     fingerprint: str
     skipped: list[str] = field(default_factory=list)
-    inputs: dict[str, Tensor] = field(default_factory=dict)
+    inputs: dict[str, Samples] = field(default_factory=dict)
     captions: list[str] | None = None
     truncated_captions: int | None = None
+    metas: list[dict[str, Any]] = field(default_factory=list)
 
-    def of(self, part: str) -> Tensor:
+    def of(self, part: str) -> Samples:
         """What the chain named ``part`` is calibrated on, (n, ...)."""
         return self.inputs[part] if part else self.images
 
