@@ -1,0 +1,151 @@
+"""Weights of detectors from files of any age, under the names that today's mmdet has for them.
+
+Files of mmdet (2 or 3) have these names. Those of the Swin-Transformer-Object-Detection repository, where the published detectors
+come from, name the parts of the backbone as the Swin repository does, and its patch mergings take the four pixels that they merge
+in another order. What a file holds is accounted for name by name: nothing is left over, nothing is left at random.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fimaq_core.errors import ModelError
+from tasks.common.weights import read_state
+
+#: What the logs of mmengine's training, which its files hold beside the weights, are rebuilt with: objects that do nothing take
+#: the place of all of it, so that none is called.
+_LOGS = (
+    "mmengine.logging.history_buffer.HistoryBuffer",
+    "builtins.getattr",
+    "numpy.core.multiarray._reconstruct",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray._reconstruct",
+    "numpy._core.multiarray.scalar",
+    "numpy.ndarray",
+    "numpy.dtype",
+)
+
+#: Names of the Swin repository, in order, and mmdet's.
+_RENAMED = (
+    (r"^backbone\.patch_embed\.proj\.", "backbone.patch_embed.projection."),
+    (r"^backbone\.layers\.(\d+)\.", r"backbone.stages.\1."),
+    (r"(^backbone\.stages\.\d+\.blocks\.\d+)\.attn\.", r"\1.attn.w_msa."),
+    (r"(^backbone\.stages\.\d+\.blocks\.\d+)\.mlp\.fc1\.", r"\1.ffn.layers.0.0."),
+    (r"(^backbone\.stages\.\d+\.blocks\.\d+)\.mlp\.fc2\.", r"\1.ffn.layers.1."),
+)
+_BLOCK = re.compile(r"^backbone\.stages\.(\d+)\.blocks\.(\d+)\.")
+_MERGING = re.compile(r"^backbone\.stages\.\d+\.downsample\.")
+
+
+class _Nothing:
+    """Stands for an object of :data:`_LOGS`, whatever it is made from."""
+
+    def __new__(cls, *_: Any) -> "_Nothing":
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def read_detector(path: Path) -> dict[str, Tensor]:
+    """Read the state dict of a detector by :func:`read_state`, from a file that may hold logs of its training too."""
+    with torch.serialization.safe_globals([(_Nothing, name) for name in _LOGS]):
+        return read_state(path)
+
+
+def adapted(state: Mapping[str, Tensor], model: nn.Module, where: str) -> dict[str, Tensor]:
+    """The weights of a file under the names and in the order of ``model``, mmdet's detector.
+
+    Args:
+        state: as read from the file.
+        model: which they are for; it is not changed.
+        where: the file, for people.
+
+    Raises:
+        ModelError: they are of another model, or not all of them are there, or there are others.
+    """
+    found = of_mmdet(_without_extras(state, model, where))
+    expected = model.state_dict()
+    own, other = _description(expected), _description(found)
+    if other is None:
+        raise ModelError(
+            f"The weights {where} are not those of a detector with a Swin backbone, as mmdet or the Swin-Transformer-Object-"
+            "Detection repository write them: there is no backbone.patch_embed or no roi_head.bbox_head, but "
+            f"{_some(state) or 'nothing'}."
+        )
+    if own != other:
+        raise ModelError(f"The weights {where} are of a {other}, and this model is a {own}: give the weights or the name of one.")
+    faults = [
+        ("is missing", [name for name in expected if name not in found]),
+        ("has no place", [name for name in found if name not in expected]),
+        (
+            "has another shape",
+            [name for name, value in found.items() if name in expected and value.shape != expected[name].shape],
+        ),
+    ]
+    listed = "; ".join(f"{_some(names)} {what}" for what, names in faults if names)
+    if listed:
+        raise ModelError(f"The weights {where} do not fit the model: {listed}.")
+    for name, value in found.items():
+        if name.endswith("relative_position_index") and not torch.equal(value, expected[name]):
+            raise ModelError(f"The weights {where} number the positions in a window otherwise than mmdet: '{name}'.")
+    return found
+
+
+def of_mmdet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of the Swin-Transformer-Object-Detection repository as mmdet has them; those of mmdet as they are."""
+    if not any(name.startswith("backbone.layers.") for name in state):
+        return dict(state)
+    converted = {}
+    for name, value in state.items():
+        for pattern, replacement in _RENAMED:
+            name = re.sub(pattern, replacement, name)
+        converted[name] = merging_order(value) if _MERGING.match(name) else value
+    return converted
+
+
+def merging_order(value: Tensor) -> Tensor:
+    """Bring the last dimension, 4 C, from the Swin repository's order into mmdet's.
+
+    There all channels of a pixel come together, the pixels column by column; in mmdet (``nn.Unfold``) all pixels of a channel,
+    row by row.
+    """
+    return value.unflatten(-1, (2, 2, -1)).transpose(-1, -3).flatten(-3)
+
+
+def _without_extras(state: Mapping[str, Tensor], model: nn.Module, where: str) -> dict[str, Tensor]:
+    """Without mmcv's copies of averaged weights (``ema_``), and the images' mean and deviation, which have to be the model's."""
+    kept = {name: value for name, value in state.items() if not name.startswith("ema_")}
+    for name in ("mean", "std"):
+        value, own = kept.pop(f"data_preprocessor.{name}", None), getattr(model.data_preprocessor, name)
+        if value is not None and not torch.equal(value.flatten().float(), own.flatten().float()):
+            raise ModelError(f"The weights {where} are for images of another {name}: {value.flatten().tolist()}.")
+    return kept
+
+
+def _description(state: Mapping[str, Tensor]) -> str | None:
+    """What detector weights are of, in words; None if they are of none with a Swin backbone."""
+    patch = state.get("backbone.patch_embed.projection.weight")
+    heads = [name for name in state if re.search(r"^roi_head\.bbox_head\..*fc_cls\.weight$", name)]
+    if patch is None or not heads:
+        return None
+    blocks = {found.groups() for found in map(_BLOCK.match, state) if found}
+    depths = [sum(stage == name for stage, _ in blocks) for name in sorted({stage for stage, _ in blocks})]
+    kind = "Mask R-CNN" if heads == ["roi_head.bbox_head.fc_cls.weight"] else f"Cascade Mask R-CNN with {len(heads)} stages"
+    table = state.get("backbone.stages.0.blocks.0.attn.w_msa.relative_position_bias_table")
+    window = "" if table is None else f" and window {(round(len(table) ** 0.5) + 1) // 2}"
+    classes = len(state[heads[0]]) - 1
+    return f"{kind} for {classes} classes on a Swin of width {len(patch)} with {', '.join(map(str, depths))} blocks{window}"
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = list(names)
+    more = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
+    return ", ".join(f"'{name}'" for name in listed[:3]) + more

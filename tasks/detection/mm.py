@@ -1,0 +1,103 @@
+"""mmdet and mmengine as this package uses them: everything of theirs is imported from here.
+
+``mmcv-lite`` has none of the compiled operators that ``mmdet.models`` asks for, so they are registered first, see
+:mod:`tasks.detection.ops`. mmdet imports all it has, which takes seconds: import this module where a model is needed only.
+"""
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+
+from mmengine.logging import MMLogger
+
+from tasks.detection import ops
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without mmdet's hints, printed and logged, at optional packages that nothing here uses."""
+
+    def serious(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
+    logger = MMLogger.get_current_instance()
+    logger.addFilter(serious)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.removeFilter(serious)
+
+
+with _quiet():
+    ops.install()
+    from mmcv.cnn import ConvModule
+    from mmcv.cnn.bricks.transformer import FFN
+    from mmcv.ops import RoIAlign, batched_nms
+    from mmdet.datasets import CocoDataset
+    from mmdet.datasets.transforms import LoadAnnotations, PackDetInputs, RandomFlip, Resize
+    from mmdet.evaluation import CocoMetric
+    from mmdet.models.backbones.swin import ShiftWindowMSA, SwinBlock, SwinBlockSequence, SwinTransformer, WindowMSA
+    from mmdet.models.data_preprocessors import DetDataPreprocessor
+    from mmdet.models.dense_heads import RPNHead
+    from mmdet.models.detectors import CascadeRCNN, MaskRCNN, TwoStageDetector
+    from mmdet.models.layers import PatchEmbed, PatchMerging
+    from mmdet.models.necks import FPN
+    from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
+    from mmdet.models.roi_heads.bbox_heads import ConvFCBBoxHead, Shared2FCBBoxHead, Shared4Conv1FCBBoxHead
+    from mmdet.models.roi_heads.mask_heads import FCNMaskHead
+    from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
+    from mmdet.registry import MODELS
+    from mmdet.structures import DetDataSample
+    from mmdet.structures.bbox import bbox2roi
+    from mmengine.config import Config, ConfigDict
+    from mmengine.registry import DefaultScope
+    from mmengine.runner import Runner
+    from mmengine.structures import InstanceData
+
+# of the cascade's averaged masks: it copies a tensor in a way that PyTorch finds clumsy
+warnings.filterwarnings("ignore", "To copy construct from a tensor", UserWarning, r"mmdet\.")
+
+__all__ = [
+    "FFN",
+    "FPN",
+    "MODELS",
+    "CascadeRCNN",
+    "CascadeRoIHead",
+    "CocoDataset",
+    "CocoMetric",
+    "Config",
+    "ConfigDict",
+    "ConvFCBBoxHead",
+    "ConvModule",
+    "DefaultScope",
+    "DetDataPreprocessor",
+    "DetDataSample",
+    "FCNMaskHead",
+    "InstanceData",
+    "LoadAnnotations",
+    "MaskRCNN",
+    "PackDetInputs",
+    "PatchEmbed",
+    "PatchMerging",
+    "RPNHead",
+    "RandomFlip",
+    "Resize",
+    "RoIAlign",
+    "Runner",
+    "Shared2FCBBoxHead",
+    "Shared4Conv1FCBBoxHead",
+    "ShiftWindowMSA",
+    "SingleRoIExtractor",
+    "StandardRoIHead",
+    "SwinBlock",
+    "SwinBlockSequence",
+    "SwinTransformer",
+    "TwoStageDetector",
+    "WindowMSA",
+    "batched_nms",
+    "bbox2roi",
+]

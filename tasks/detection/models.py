@@ -1,0 +1,62 @@
+"""Loading detectors: demo models, and Mask R-CNN and Cascade Mask R-CNN on Swin."""
+
+from typing import Any
+
+from torch import nn
+
+from fimaq_core.errors import ModelError
+from tasks.common.hashing import file_sha256
+from tasks.common.request import ModelRequest, describe_missing
+from tasks.common.task import LoadedModel
+from tasks.common.weights import load_state, state_sha256
+from tasks.detection.configs import RESIZE, build, published_config
+from tasks.detection.keys import adapted, read_detector
+from tasks.detection.pipeline import Pipeline
+from tasks.detection.tags import CATALOGUE, DEMO_NAMES, full_name, missing_weights
+
+#: (C, H, W) of a photograph of usual proportions, resized and padded.
+_INPUT_SHAPE = (3, 800, 1344)
+
+
+def load_model(request: ModelRequest) -> LoadedModel:
+    """Load a detector with its weights and the preparation of its images, a :class:`~tasks.detection.pipeline.Pipeline`.
+
+    Raises:
+        ModelError: unknown name, missing or unfit weights, arguments the model does not take.
+        NumericsError: NaN in the weights.
+    """
+    missing = missing_weights(request)
+    if missing is not None:
+        raise ModelError(describe_missing([missing]))
+    tag, path = CATALOGUE.model_tag(request), CATALOGUE.local_weights(request)
+    if request.name in DEMO_NAMES:
+        # the demo's scenes are needed with its models only
+        from tasks.detection.demo.models import DEMO
+        from tasks.detection.demo.scenes import DATA, SCENE_SIZES
+
+        model, path = DEMO.load(request, path)
+        digest, resize, data, shape = file_sha256(path), None, DATA, (3, SCENE_SIZES[1], SCENE_SIZES[1])
+    else:
+        if path is None:
+            raise ModelError(f"There is no weights file of {tag}.")
+        model = _create(full_name(request.name).partition(".")[0], request.model_args)
+        load_state(model, adapted(read_detector(path), model, str(path)), str(path))
+        digest = file_sha256(path) if not request.model_args else state_sha256(model)
+        resize, data, shape = RESIZE, None, _INPUT_SHAPE
+    pipeline = Pipeline(model.data_preprocessor, resize)
+    # not images by themselves: see tasks.detection.calibration and tasks.detection.evaluate
+    transforms: Any = {"eval_transform": pipeline, "train_transform": pipeline}
+    return LoadedModel(model, tag, f"file {path.name}", digest, _classes(model), **transforms, data=data, input_shape=shape)
+
+
+def _create(name: str, arguments: dict[str, Any]) -> nn.Module:
+    """The model with random weights; ``arguments`` of :func:`~tasks.detection.configs.detector_config` replace its own."""
+    try:
+        return build(published_config(name, **arguments))
+    except (TypeError, ValueError, LookupError, AssertionError, RuntimeError) as error:
+        raise ModelError(f"{name} cannot be built with {arguments}: {error}") from error
+
+
+def _classes(model: nn.Module) -> int:
+    head = model.roi_head.bbox_head
+    return int((head[0] if isinstance(head, nn.ModuleList) else head).num_classes)

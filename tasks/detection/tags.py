@@ -1,0 +1,118 @@
+"""Names of detectors and what is missing of weights and data; imports nothing heavy."""
+
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from fimaq_core.errors import ModelError, suggest
+from tasks.common.hub import Catalogue
+from tasks.common.request import DataRequest, Missing, ModelRequest
+from tasks.detection.layout import LAYOUT, absent
+
+#: Models, the trainings that were published for them (12 or 36 epochs on COCO), and the files of these: release and name.
+PUBLISHED: dict[str, dict[str, str]] = {
+    "mask_rcnn_swin_tiny": {
+        "coco_3x": "v1.0.2/mask_rcnn_swin_tiny_patch4_window7.pth",
+        "coco_1x": "v1.0.3/mask_rcnn_swin_tiny_patch4_window7_1x.pth",
+    },
+    "mask_rcnn_swin_small": {"coco_3x": "v1.0.2/mask_rcnn_swin_small_patch4_window7.pth"},
+    "mask_rcnn_swin_base": {},
+    "cascade_mask_rcnn_swin_tiny": {
+        "coco_3x": "v1.0.2/cascade_mask_rcnn_swin_tiny_patch4_window7.pth",
+        "coco_1x": "v1.0.3/cascade_mask_rcnn_swin_tiny_patch4_window7_1x.pth",
+    },
+    "cascade_mask_rcnn_swin_small": {"coco_3x": "v1.0.2/cascade_mask_rcnn_swin_small_patch4_window7.pth"},
+    "cascade_mask_rcnn_swin_base": {"coco_3x": "v1.0.2/cascade_mask_rcnn_swin_base_patch4_window7.pth"},
+}
+
+#: Short names and the published weights they mean, those of 36 epochs; the model without a tag where there are none.
+SHORT_NAMES = {model: f"{model}.coco_3x" if "coco_3x" in tags else model for model, tags in PUBLISHED.items()}
+
+DEMO_NAMES = ("demo_mask_rcnn", "demo_cascade")
+
+#: What a detector is made of, and what of it can be quantized: all (as usual), or any of these.
+PIECES = ("backbone", "fpn", "rpn", "roi")
+SCOPES = tuple("+".join(pieces) for count in (4, 3, 2, 1) for pieces in combinations(PIECES, count))
+
+#: What can be measured: always the same.
+EVALUATIONS: tuple[str, ...] = ()
+
+#: Settings of recipes that are others for detectors: few large images of varying sizes, taken one by one.
+DEFAULTS: dict[str, Any] = {
+    "calibration_images": 256,
+    "calibration_transform": "eval",
+    "batch_size": 1,
+    "mlp_batch": 1,
+    "range_images": 1,
+    "mlp_percentile": 0.999,
+}
+
+_RELEASES = "https://github.com/SwinTransformer/storage/releases"
+
+
+def full_name(name: str) -> str:
+    """The full name, ``<model>.<tag>``; of a model without published weights the name alone.
+
+    Raises:
+        ModelError: there is no such model, or no such weights.
+    """
+    if name in SHORT_NAMES:
+        return SHORT_NAMES[name]
+    model, _, tag = name.partition(".")
+    if model not in PUBLISHED:
+        raise ModelError(f"Unknown model '{name}'.{suggest(name, [*SHORT_NAMES, *DEMO_NAMES])}")
+    if tag not in PUBLISHED[model]:
+        known = suggest(tag, PUBLISHED[model]) if PUBLISHED[model] else " There are none: give a file with --weights."
+        raise ModelError(f"There are no published weights '{tag}' of {model}.{known}")
+    return name
+
+
+CATALOGUE = Catalogue(
+    demo_names=DEMO_NAMES,
+    demo_folder=Path(__file__).parent / "demo" / "weights",
+    full_name=full_name,
+    choices=lambda name: [f"{name}.{tag}" for tag in PUBLISHED[name]],
+    untagged="none were published for it",
+    repository=lambda tag: None,
+)
+
+model_tag = CATALOGUE.model_tag
+weights_digest = CATALOGUE.weights_digest
+
+
+def preflight(model: ModelRequest, data: DataRequest) -> list[Missing]:
+    """What is missing of data and weights. Downloads nothing."""
+    found = [missing_data(data, model.name in DEMO_NAMES), missing_weights(model)]
+    return [item for item in found if item is not None]
+
+
+def missing_weights(model: ModelRequest) -> Missing | None:
+    """The weights, if they are not here: nothing is fetched from where they were published.
+
+    Raises:
+        ModelError: an unknown model, a file that is not there, or no file for a model without published weights.
+    """
+    found = CATALOGUE.missing_weights(model)
+    if found is None or model.name in DEMO_NAMES:
+        return found
+    name, _, tag = full_name(model.name).partition(".")
+    return Missing(
+        f"the weights of {name}.{tag} (published as {PUBLISHED[name][tag]})",
+        f"No Hugging Face repository has them: get the file from {_RELEASES} and give it with --weights, or put it, called <name>"
+        ".pth, into the folder of weights: WEIGHTS=/path for make, --weights for a grid, --weights-folder for an adapter.",
+    )
+
+
+def missing_data(data: DataRequest, brings_data: bool) -> Missing | None:
+    """The data, if it is not there: what is measured on, and the images to calibrate on."""
+    if data.path is None and data.calibration_data is None:
+        advice = f"Give its folder: COCO=/path for make, --data for an adapter. {LAYOUT}."
+        return None if brings_data else Missing("the data set COCO 2017", advice)
+    lacking = [] if data.path is None else absent(data.path, "val")
+    source = data.calibration_data or data.path
+    # a file of annotations to measure on says nothing of others, and without calibration none are needed
+    if source is not None and (data.calibration_data is not None or source.suffix != ".json"):
+        lacking += absent(source, "train")
+    if data.path is None and not brings_data:
+        lacking.insert(0, "the data set COCO 2017")
+    return Missing(" and ".join(dict.fromkeys(lacking)), f"{LAYOUT}.") if lacking else None
