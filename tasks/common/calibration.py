@@ -1,7 +1,8 @@
 """Calibration samples as every task takes them: in a given order until there are enough, or from a list."""
 
 import json
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,17 @@ def draw(images: Images, order: Iterable[int], wanted: int, seed: int) -> Drawn:
     Raises:
         DataError: fewer images than wanted, or a damaged one that is not to be skipped.
     """
+    chosen, positions, skipped = take(images, order, wanted, seed)
+    return Drawn(torch.stack(chosen), positions, skipped)
+
+
+def take(images: Images, order: Iterable[int], wanted: int, seed: int) -> tuple[list[Any], list[int], list[str]]:
+    """What :func:`draw` stacks, for samples that cannot be: transformed images, positions, ids of those skipped."""
     if len(images) < wanted:
         raise DataError(
             f"{wanted} calibration images are asked for, but there are {len(images)}: lower --calibration-images or give more."
         )
-    chosen: list[Tensor] = []
+    chosen: list[Any] = []
     positions: list[int] = []
     skipped: list[str] = []
     for index in order:
@@ -52,7 +59,32 @@ def draw(images: Images, order: Iterable[int], wanted: int, seed: int) -> Drawn:
         positions.append(int(index))
     if len(chosen) < wanted:
         raise DataError(f"Only {len(chosen)} of {wanted} calibration images could be read; {len(skipped)} are damaged.")
-    return Drawn(torch.stack(chosen), positions, skipped)
+    return chosen, positions, skipped
+
+
+def positions_of(names: Sequence[str], ids: Sequence[str], path: Path, what: str) -> list[int]:
+    """Where the images of a calibration list are among ``ids``.
+
+    Args:
+        names: ids in the list.
+        ids: those of the data, distinct.
+        path: of the list.
+        what: the data are, for people.
+
+    Raises:
+        DataError: an image that is not there, or twice in the list.
+    """
+    positions = {name: position for position, name in enumerate(ids)}
+    unknown = [name for name in names if name not in positions]
+    if unknown:
+        raise DataError(
+            f"The calibration list {path} names {len(unknown)} images that are not in {what}, such as {unknown[0]!r} (ids there "
+            f"are such as {ids[0]!r})."
+        )
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise DataError(f"The calibration list {path} names {len(twice)} images more than once, such as {twice[0]!r}.")
+    return [positions[name] for name in names]
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,8 @@ class CalibrationSet:
         inputs: what each part of the model is calibrated on, where it has several: (n, ...) tensors by the part's name.
         captions: the caption of each image, for tasks that have them.
         truncated_captions: how many of these are longer than the model's context.
+        metas: what each image's transform says of it (shapes, scale), for tasks whose images vary in size; their ``images`` and
+            ``inputs`` are :class:`~fimaq_core.samples.Ragged`.
     """
 
     images: Samples
@@ -72,6 +74,7 @@ class CalibrationSet:
     inputs: dict[str, Samples] = field(default_factory=dict)
     captions: list[str] | None = None
     truncated_captions: int | None = None
+    metas: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

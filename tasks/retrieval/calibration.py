@@ -10,7 +10,8 @@ import numpy as np
 
 from fimaq_core.errors import DataError, ModelError
 from fimaq_core.recipe import Recipe
-from tasks.common.calibration import draw, read_list
+from tasks.common.calibration import draw, positions_of, read_list
+from tasks.common.files import id_below
 from tasks.common.folders import open_folder
 from tasks.common.images import Images
 from tasks.common.request import DataRequest
@@ -106,19 +107,9 @@ def in_rounds(captions: Sequence[str]) -> list[int]:
 def _listed(path: Path, pairs: PairSource, root: Path | None) -> tuple[list[int], list[str] | None]:
     """Image indices of a calibration list, and their captions where it is a record."""
     found = read_list(path)
-    positions = {name: position for position, name in enumerate(pairs.image_ids)}
-    ids = [_id_of(name, root) for name in found.ids]
+    ids = [id_below(name, root) for name in found.ids]
     what = f"{pairs.name} {pairs.split}"
-    unknown = [name for name in ids if name not in positions]
-    if unknown:
-        raise DataError(
-            f"The calibration list {path} names {len(unknown)} images that are not in {what}, such as {unknown[0]!r} (ids there "
-            f"are such as {pairs.image_ids[0]!r})."
-        )
-    twice = [name for name, count in Counter(ids).items() if count > 1]
-    if twice:
-        raise DataError(f"The calibration list {path} names {len(twice)} images more than once, such as {twice[0]!r}.")
-    chosen = [positions[name] for name in ids]
+    chosen = positions_of(ids, pairs.image_ids, path, what)
     if found.calibration is None:
         return chosen, None
     captions = found.calibration.get("captions")
@@ -136,11 +127,3 @@ def _listed(path: Path, pairs: PairSource, root: Path | None) -> tuple[list[int]
             f"{captions[first]!r}."
         )
     return chosen, captions
-
-
-def _id_of(name: str, root: Path | None) -> str:
-    """Id behind a line of a list: a path below the data's folder is the image's id there."""
-    path = Path(name)
-    if root is None or not path.is_absolute():
-        return name
-    return path.relative_to(root.absolute()).as_posix() if path.is_relative_to(root.absolute()) else name

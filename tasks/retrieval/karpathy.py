@@ -13,7 +13,8 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from fimaq_core.errors import DataError
-from tasks.retrieval.files import check_split, file_pairs, image_id, parse_json, read_text, state_of
+from tasks.common.files import image_id, parse_json, read_text, state_of
+from tasks.retrieval.files import check_split, file_pairs
 from tasks.retrieval.layout import COCO_FILE, FLICKR30K_FILE, FREE_FILE
 from tasks.retrieval.pairs import PairSource
 

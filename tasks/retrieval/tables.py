@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fimaq_core.errors import DataError
-from tasks.retrieval.files import check_split, image_id, parse_json, read_text, state_of
+from tasks.common.files import image_id, parse_json, read_text, state_of
+from tasks.retrieval.files import check_split
 
 _Splits = Mapping[str, tuple[tuple[str, tuple[str, ...]], ...]]
 

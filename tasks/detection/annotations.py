@@ -1,0 +1,187 @@
+"""Annotations in COCO's format: read, checked entry by entry, and reduced to what an evaluation uses.
+
+The format is that of https://cocodataset.org/#format-data. What pycocotools takes is taken (boxes beyond the image, of no size,
+images without annotations, crowd regions, ids with gaps); what would make it fail, or miscount in silence, is refused.
+"""
+
+import math
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NoReturn
+
+from fimaq_core.errors import DataError
+from tasks.common.files import image_id, parse_json, read_text, state_of
+
+Entry = dict[str, Any]
+#: ``images``, ``annotations`` and ``categories`` with the keys that :func:`checked` names, in the file's order.
+Coco = dict[str, list[Entry]]
+
+
+def read_annotations(path: Path, annotated: bool = True) -> Coco:
+    """Content of a file; read once while the file stays as it is, so not to be changed.
+
+    Args:
+        path: JSON.
+        annotated: False leaves the annotations out, for images to calibrate on.
+
+    Raises:
+        DataError: the file cannot be read, or what :func:`checked` refuses.
+    """
+    return _read(path, annotated, state_of(path))
+
+
+@lru_cache(maxsize=4)
+def _read(path: Path, annotated: bool, state: tuple[int, int]) -> Coco:
+    # The polygons of train2017 take gigabytes as Python lists, and calibration does not use them.
+    content = parse_json(read_text(path), str(path), None if annotated else _without_polygons)
+    return checked(content, str(path), annotated)
+
+
+def _without_polygons(item: Entry) -> Entry:
+    item.pop("segmentation", None)
+    return item
+
+
+def checked(content: object, where: str, annotated: bool = True) -> Coco:
+    """Check annotations and return a copy with what is used of them.
+
+    That is of an image ``id``, ``file_name``, ``width`` and ``height``; of an annotation ``id``, ``image_id``, ``category_id``,
+    ``bbox``, ``area``, ``iscrowd`` (0 if not given) and ``segmentation``; of a category ``id`` and ``name``. File names are
+    normalised paths.
+
+    Args:
+        content: of a JSON file.
+        where: it comes from, for people.
+        annotated: False takes no annotations.
+
+    Raises:
+        DataError: naming the entry.
+    """
+    lists = {name: content.get(name) if isinstance(content, dict) else None for name in ("images", "annotations", "categories")}
+    for name, found in lists.items():
+        if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
+            raise DataError(f"{where} has no list {name!r} of objects: it is not a file of COCO's format.")
+    images = [_image(entry, f"{where}, image {number} (counted from 0)") for number, entry in enumerate(lists["images"])]
+    _distinct((entry["id"] for entry in images), f"{where} lists images with the same id")
+    _distinct((entry["file_name"] for entry in images), f"{where} lists images with the same file_name")
+    categories = [
+        {"id": _whole(entry, "id", spot := f"{where}, category {number} (counted from 0)"), "name": _name(entry, spot)}
+        for number, entry in enumerate(lists["categories"])
+    ]
+    _distinct((entry["id"] for entry in categories), f"{where} lists categories with the same id")
+    _distinct((entry["name"] for entry in categories), f"{where} lists categories with the same name")
+    if not images or not categories:
+        raise DataError(f"{where} lists no {'categories' if images else 'images'}.")
+    if not annotated:
+        return {"images": images, "annotations": [], "categories": categories}
+    sizes = {entry["id"]: (entry["height"], entry["width"]) for entry in images}
+    kinds = {entry["id"] for entry in categories}
+    annotations = [_annotation(entry, number, where, sizes, kinds) for number, entry in enumerate(lists["annotations"])]
+    _distinct((entry["id"] for entry in annotations), f"{where} lists annotations with the same id")
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def _image(entry: Entry, spot: str) -> Entry:
+    found = {name: _whole(entry, name, spot) for name in ("id", "width", "height")}
+    if found["width"] < 1 or found["height"] < 1:
+        raise DataError(f"{spot}: its size is {found['width']} x {found['height']}.")
+    return {**found, "file_name": image_id(entry.get("file_name"), spot)}
+
+
+def _annotation(entry: Entry, number: int, where: str, sizes: dict[int, tuple[int, int]], kinds: set[int]) -> Entry:
+    spot = f"{where}, annotation {entry.get('id', f'{number} (counted from 0)')}"
+    found = {name: _whole(entry, name, spot) for name in ("id", "image_id", "category_id")}
+    if found["image_id"] not in sizes:
+        raise DataError(f"{spot}: there is no image with the id {found['image_id']}.")
+    spot = f"{spot} of the image {found['image_id']}"
+    if found["category_id"] not in kinds:
+        raise DataError(f"{spot}: there is no category with the id {found['category_id']}.")
+    box, area, crowd = entry.get("bbox"), entry.get("area"), entry.get("iscrowd", 0)
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_finite, box)) or min(box[2:]) < 0:
+        raise DataError(f"{spot}: bbox is {box!r}; x, y, width and height are expected.")
+    if not _finite(area) or area < 0:
+        raise DataError(f"{spot}: area is {area!r}; the area of the object in pixels is expected: sizes are told by it.")
+    if crowd not in (0, 1):
+        raise DataError(f"{spot}: iscrowd is {crowd!r} instead of 0 or 1.")
+    _check_mask(entry.get("segmentation"), sizes[found["image_id"]], spot)
+    return {**found, "bbox": box, "area": area, "iscrowd": int(crowd), "segmentation": entry["segmentation"]}
+
+
+def _check_mask(mask: object, size: tuple[int, int], spot: str) -> None:
+    """Refuse what is neither polygons nor run lengths of an image of ``size`` (height, width)."""
+
+    def refuse(why: str) -> NoReturn:
+        raise DataError(f"{spot}: its segmentation {why}. Mask AP needs polygons or run lengths of every object.")
+
+    if mask is None or mask == []:
+        refuse("is missing or empty")
+    if isinstance(mask, list):
+        if not all(isinstance(polygon, list) and all(map(_finite, polygon)) for polygon in mask):
+            refuse("is no list of polygons, each a list of numbers")
+        # pycocotools takes a first polygon of four numbers for a box, and tells the kind of all from the first.
+        if len(mask[0]) < 6 or any(len(polygon) < 2 or len(polygon) % 2 for polygon in mask):
+            refuse("holds a polygon that is not at least three pairs x, y")
+        return
+    if not isinstance(mask, dict) or mask.get("size") != list(size):
+        refuse(f"is not of the image's size (height, width) {list(size)}")
+    counts = mask.get("counts")
+    if isinstance(counts, str):
+        total = _decoded_total(counts)
+    else:
+        whole = isinstance(counts, list) and all(type(count) is int and count >= 0 for count in counts)
+        total = sum(counts) if whole and isinstance(counts, list) else None
+    if total != size[0] * size[1]:
+        refuse(f"has run lengths that are damaged or do not cover the image ({total} of {size[0] * size[1]} pixels)")
+
+
+def _decoded_total(text: str) -> int | None:
+    """Sum of compressed run lengths; None if they are damaged.
+
+    A character holds five bits of a number, least first, and whether more follow; the last one's fifth bit is the sign. From
+    the fourth number on they are differences to the last but one.
+    """
+    counts: list[int] = []
+    value = shift = 0
+    for character in text:
+        code = ord(character) - 48
+        if not 0 <= code < 64:
+            return None
+        value |= (code & 31) << shift
+        shift += 5
+        if code & 32:
+            continue
+        if code & 16:
+            value -= 1 << shift
+        if len(counts) > 2:
+            value += counts[-2]
+        if value < 0:
+            return None
+        counts.append(value)
+        value = shift = 0
+    return None if shift else sum(counts)
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _whole(entry: Entry, name: str, spot: str) -> int:
+    value = entry.get(name)
+    if not _finite(value) or value != int(value):  # type: ignore[arg-type, operator, call-overload]
+        raise DataError(f"{spot}: {name} is {value!r}; a whole number is expected.")
+    return int(value)  # type: ignore[call-overload]
+
+
+def _name(entry: Entry, spot: str) -> str:
+    name = entry.get("name")
+    if not isinstance(name, str) or not name.strip():
+        raise DataError(f"{spot}: its name is {name!r}.")
+    return name
+
+
+def _distinct(values: Iterable[Any], what: str) -> None:
+    seen: set[Any] = set()
+    twice = [value for value in values if value in seen or seen.add(value)]  # type: ignore[func-returns-value]
+    if twice:
+        raise DataError(f"{what}: {twice[0]!r} ({len(twice)} in all).")

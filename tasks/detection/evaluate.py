@@ -1,0 +1,207 @@
+"""Detection and instance segmentation as COCO measures them, with what each image contributes."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from fimaq_core.errors import DataError, ModelError, NumericsError
+from fimaq_core.progress import Progress, Report
+from tasks.common.images import Images
+from tasks.common.record import Metric
+from tasks.common.task import Evaluation
+from tasks.detection.annotations import Entry
+from tasks.detection.coco import DetectionSource
+from tasks.detection.matching import KINDS, Detections, match
+from tasks.detection.precision import averages, contributions, standard_error
+
+#: Metrics by pycocotools' range of sizes and index of the IoU threshold; None: the mean over all thresholds.
+METRICS: dict[str, tuple[str, int | None]] = {
+    "AP": ("all", None),
+    "AP50": ("all", 0),
+    "AP75": ("all", 5),
+    "APs": ("small", None),
+    "APm": ("medium", None),
+    "APl": ("large", None),
+}
+#: (1, 3, H, W) on the device and mmdet's meta to mmdet's ``InstanceData``: boxes in pixels of the original image, scores, labels
+#: and masks; or a ``DetDataSample`` with that in ``pred_instances``.
+Predict = Callable[[Tensor, dict[str, Any]], Any]
+
+
+def evaluate_detector(
+    predict: Predict,
+    source: DetectionSource,
+    prepare: Callable[[np.ndarray], tuple[Tensor, dict[str, Any]]],
+    device: torch.device,
+    report: Report,
+    skip_corrupt: bool = False,
+    workers: int = 0,
+) -> Evaluation:
+    """Measure a detector on all images of ``source``: :func:`detect`, then :func:`measure`, and their errors."""
+    return measure(source, detect(predict, source, prepare, device, report, skip_corrupt, workers))
+
+
+def detect(
+    predict: Predict,
+    source: DetectionSource,
+    prepare: Callable[[np.ndarray], tuple[Tensor, dict[str, Any]]],
+    device: torch.device,
+    report: Report,
+    skip_corrupt: bool = False,
+    workers: int = 0,
+) -> Detections:
+    """Find objects, image by image.
+
+    Args:
+        predict: the detector, on ``device``.
+        source: images and annotations; these are not used.
+        prepare: an image to its input and meta, see :class:`~tasks.detection.pipeline.Pipeline`.
+        device: of the detector.
+        report: receives progress, one unit an image.
+        skip_corrupt: whether damaged images are left out.
+        workers: data-loading processes.
+
+    Raises:
+        DataError: a damaged image (unless skipped), none left, or one of another size than the annotations say.
+        ModelError: the detector does not take an image, or what it returns does not fit it.
+        NumericsError: a box or score that is NaN or infinite.
+    """
+    images = Images(source.image_ids, [0] * len(source.image_ids), source.read, prepare, skip_corrupt)  # type: ignore[arg-type]
+    loader = DataLoader(_Caught(images), batch_size=None, num_workers=workers, collate_fn=_as_it_is)
+    categories = [entry["id"] for entry in source.coco["categories"]]
+    results: list[Entry] = []
+    kept: list[int] = []
+    for index, item in enumerate(loader):
+        if isinstance(item, DataError):
+            raise item
+        if item is not None:
+            (image, meta), _, position = item
+            entry = source.images[position]
+            found = _predicted(predict, image.to(device, non_blocking=True), meta, source.image_ids[position])
+            results += coco_results(found, entry, categories, source.image_ids[position])
+            kept.append(position)
+        report(Progress("evaluate", index + 1, len(images)))
+    if not kept:
+        raise DataError(f"All {len(images)} images of {source.name} {source.split} are damaged.")
+    return Detections(results, kept)
+
+
+class _Caught(torch.utils.data.Dataset[Any]):
+    """Images whose errors are items: raised in a data-loading process, a message would arrive inside a traceback."""
+
+    def __init__(self, images: Images) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.images[index]
+        except DataError as error:
+            return error
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+def _predicted(predict: Predict, image: Tensor, meta: dict[str, Any], name: str) -> Any:
+    try:
+        with torch.no_grad():
+            found = predict(image, meta)
+    except (RuntimeError, AssertionError) as error:
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            raise
+        raise ModelError(f"The model does not take the image {name} of shape {tuple(image.shape)}: {error}") from error
+    return getattr(found, "pred_instances", found)
+
+
+def coco_results(found: Any, image: Entry, categories: Sequence[int], name: str) -> list[Entry]:
+    """Turn the objects found in an image into entries of COCO's format of results, as mmdet's ``CocoMetric`` does.
+
+    Args:
+        found: mmdet's ``InstanceData``: ``bboxes`` (n, 4) as corners, ``scores`` and ``labels`` (n,), ``masks`` (n, H, W).
+        image: its entry in the annotations.
+        categories: ids by label.
+        name: of the image, for people.
+
+    Raises:
+        ModelError: labels without a category, or masks that are not of the image's size or not binary.
+        NumericsError: a box or score that is NaN or infinite.
+    """
+    from pycocotools import mask as run_lengths
+
+    boxes, scores = (value.detach().float().cpu().numpy() for value in (found.bboxes, found.scores))
+    labels, masks = found.labels.detach().cpu().numpy(), found.masks
+    if not (np.isfinite(boxes).all() and np.isfinite(scores).all()):
+        raise NumericsError(f"The model finds boxes or scores in the image {name} that are NaN or infinite.")
+    if len(labels) and not 0 <= labels.min() <= labels.max() < len(categories):
+        raise ModelError(f"The model finds objects of class {labels.max()} in the image {name}; there are {len(categories)}.")
+    shape = (len(labels), image["height"], image["width"])
+    if tuple(masks.shape) != shape or masks.dtype not in (torch.bool, torch.uint8):
+        raise ModelError(f"The model's masks of the image {name} are {masks.dtype} {tuple(masks.shape)} instead of bool {shape}.")
+    codes = [run_lengths.encode(np.asfortranarray(mask.astype(np.uint8))) for mask in masks.cpu().numpy()]
+    entries = []
+    for (x1, y1, x2, y2), score, label, code in zip(boxes.tolist(), scores.tolist(), labels.tolist(), codes, strict=True):
+        entry = {"image_id": image["id"], "category_id": categories[label], "bbox": [x1, y1, x2 - x1, y2 - y1], "score": score}
+        entries.append({**entry, "segmentation": {"size": code["size"], "counts": code["counts"].decode("ascii")}})
+    return entries
+
+
+def measure(source: DetectionSource, detections: Detections) -> Evaluation:
+    """Compare detections with the annotations.
+
+    Returns:
+        ``metrics`` are ``AP_box``, ``AP_mask`` and those of :data:`METRICS` likewise, in percent, with the jackknife's standard
+        errors over images (:mod:`tasks.detection.precision`). One whose objects are all in one image has no such error and is
+        left out, as one without objects. ``outcomes`` have one row an image:
+
+        - ``sample``: its id;
+        - ``AP_box``, ``AP_mask``: its contribution, whose mean is the metric as a fraction
+          (:func:`~tasks.detection.precision.contributions`);
+        - ``objects``, ``found``: how many there are (without crowd regions), and how many detections.
+
+        A damaged image that was skipped takes its annotations along.
+
+    Raises:
+        DataError: objects in fewer than two images.
+    """
+    metrics: dict[str, Metric] = {}
+    shares: dict[str, np.ndarray] = {}
+    for ending, kind in KINDS.items():
+        sizes = match(source, detections, kind)
+        measured = {size: averages(found) for size, found in sizes.items()}
+        for name, (size, level) in METRICS.items():
+            chosen = slice(None) if level is None else slice(level, level + 1)
+            whole, without = measured[size].whole[chosen].mean(), measured[size].without[:, chosen].mean(axis=1)
+            if len(without) > 1 and not np.isnan(without).any():
+                shares[f"{name}_{ending}"] = share = contributions(float(whole), without)
+                metrics[f"{name}_{ending}"] = Metric(value=100 * float(whole), stderr=100 * standard_error(share))
+    if "AP_box" not in metrics:
+        raise DataError(
+            f"{source.name} {source.split} has objects in fewer than two of {len(detections.kept)} images: nothing to measure."
+        )
+    kept = set(detections.kept)
+    skipped = [name for index, name in enumerate(source.image_ids) if index not in kept]
+    return Evaluation(metrics, len(kept), _outcomes(source, detections, shares), source.describe(), skipped)
+
+
+def _outcomes(source: DetectionSource, detections: Detections, shares: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    row = {source.images[index]["id"]: number for number, index in enumerate(detections.kept)}
+
+    def counted(entries: list[Entry]) -> np.ndarray:
+        owners = [row[entry["image_id"]] for entry in entries if entry["image_id"] in row and not entry.get("iscrowd")]
+        return np.bincount(np.array(owners, dtype=np.int64), minlength=len(row)).astype(np.int32)
+
+    return {
+        "sample": np.array([source.image_ids[index] for index in detections.kept]),
+        "AP_box": shares["AP_box"],
+        "AP_mask": shares["AP_mask"],
+        "objects": counted(source.coco["annotations"]),
+        "found": counted(detections.results),
+    }
