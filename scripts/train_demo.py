@@ -20,12 +20,12 @@ import torch
 # Run as a script, only this file's folder is on the path; the packages are one level up.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from demo_training import pairs, scenes
+from demo_training import detectors, pairs, scenes
 from demo_training.common import save
 
 from tasks.common.demo_models import unknown_name
 
-TRAINERS = {name: trainer for trainer in (pairs, scenes) for name in trainer.NAMES}
+TRAINERS = {name: trainer for trainer in (pairs, scenes, detectors) for name in trainer.NAMES}
 
 
 def main() -> None:
@@ -53,7 +53,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     for name in names:
         trainer = TRAINERS[name]
-        recipe = dataclasses.replace(trainer.RECIPE, **given)
+        recipe = dataclasses.replace(trainer.RECIPES[name], **given)
         started = time.perf_counter()
         model = trainer.train(name, recipe, args.seed)
         minutes = (time.perf_counter() - started) / 60

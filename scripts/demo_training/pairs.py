@@ -39,7 +39,7 @@ class PairRecipe(common.Recipe):
     label_smoothing: float = 0.05
 
 
-RECIPE = PairRecipe()
+RECIPES = dict.fromkeys(NAMES, PairRecipe())
 
 
 def to_input(pixels: torch.Tensor) -> torch.Tensor:

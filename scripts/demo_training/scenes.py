@@ -44,7 +44,7 @@ class SceneRecipe(common.Recipe):
     facts_weight: float = 1.0
 
 
-RECIPE = SceneRecipe()
+RECIPES = dict.fromkeys(NAMES, SceneRecipe())
 
 
 def to_input(pixels: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,65 @@
+"""A small Mask R-CNN and a small Cascade Mask R-CNN for the digit scenes, and where their weights are.
+
+They are mmdet's own classes and differ from the published detectors in widths, depths, anchors and numbers of proposals only.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tasks.common.demo_models import DemoModels, DemoSpec
+from tasks.detection.configs import Kind, build, detector_config, training_config
+from tasks.detection.demo.coco_files import CLASSES
+
+# Mean and standard deviation of the `train` part's pixels in 0..255; constants, so that preprocessing never drifts.
+PIXEL_MEAN = 49.08
+PIXEL_STD = 40.23
+
+
+class DetectorModels(DemoModels):
+    """Demo models whose keyword arguments are configurations of mmdet's."""
+
+    def build(self, name: str) -> nn.Module:
+        """Builds a demo model with random weights, in eval mode."""
+        spec = self.spec(name)
+        # mmdet's constructors write into what they are given.
+        return build({"type": spec.cls, **copy.deepcopy(spec.kwargs)})
+
+
+def _spec(kind: Kind, **widths: int) -> DemoSpec:
+    config: dict[str, Any] = detector_config(
+        kind,
+        # Heads of 8 channels. Windows shift in the first three stages; the last, of 4 x 4 at most, is one window.
+        embed_dims=16,
+        depths=[2, 2, 2, 1],
+        num_heads=[2, 4, 8, 16],
+        window_size=4,
+        drop_path_rate=0.0,
+        classes=len(CLASSES),
+        channels=32,
+        # Digits are 10 to 38 pixels high and mostly higher than wide; those from 24 on are read at stride 8.
+        anchor_scale=4,
+        anchor_ratios=[0.8, 1.5, 3.0],
+        finest_scale=12,
+        proposals=80,
+        detections=30,
+        training=training_config(kind, anchors=64, regions=64, nms_pre=200, proposals=100),
+        pixel_mean=[PIXEL_MEAN] * 3,
+        pixel_std=[PIXEL_STD] * 3,
+        **widths,
+    )
+    cls = config.pop("type")
+    return DemoSpec(module="mmdet.models.detectors", cls=cls, kwargs=config)
+
+
+DEMO = DetectorModels(
+    {
+        "demo_mask_rcnn": _spec("mask_rcnn", fc_channels=96, mask_convs=3),
+        "demo_cascade": _spec("cascade_mask_rcnn", fc_channels=64, box_convs=2, mask_convs=2),
+    },
+    Path(__file__).parent / "weights",
+)
