@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from fimaq_core.chain import BlockChain, Segment
-from fimaq_core.errors import NumericsError
 from fimaq_core.layers import quant_layers
 from fimaq_core.recipe import Recipe
 from fimaq_core.samples import Ragged, Samples, batches
@@ -57,19 +56,18 @@ def roi_inputs(
             of the proposals' score) are kept. None keeps all.
 
     Returns:
-        By part, a tensor (regions, C, h, w) for every image, on the CPU.
+        By part, a tensor (regions, C, h, w) for every image, on the CPU; of an image without proposals there are no regions.
 
     Raises:
         DataError: a meta of which something is missing.
         ModelError: heads of another kind.
-        NumericsError: an image without a single proposal.
     """
     assert not any(layer.quantized for _, layer in quant_layers(model)), "the float model is asked"
     heads = roi_heads(model)
     model.to(device)
     kept: dict[str, list[Tensor]] = {name: [] for name in heads}
-    for number, (image, meta) in enumerate(zip(batches(images, 1), metas, strict=True)):
-        for name, pooled in _pooled(model, heads, image.to(device), meta, number).items():
+    for image, meta in zip(batches(images, 1), metas, strict=True):
+        for name, pooled in _pooled(model, heads, image.to(device), meta).items():
             kept[name].append(_thinned(pooled, limit).cpu())
     return {name: Ragged(items) for name, items in kept.items()}
 
@@ -97,25 +95,25 @@ def class_logits_on(model: nn.Module, features: Sequence[Tensor], proposals: Ten
     return logits
 
 
-def _pooled(
-    model: nn.Module, heads: Mapping[str, nn.Module], image: Tensor, meta: Mapping[str, object], number: int
-) -> dict[str, Tensor]:
+def _pooled(model: nn.Module, heads: Mapping[str, nn.Module], image: Tensor, meta: Mapping[str, object]) -> dict[str, Tensor]:
     """Pooled features (regions, C, h, w) of one image that enter each head."""
     sample, roi_head = described(meta), model.roi_head
     features = model.extract_feat(image)
     proposals = model.rpn_head.predict(features, [sample], rescale=False)
-    if len(proposals[0]) == 0:
-        raise NumericsError(
-            f"The region proposal network proposes nothing for calibration image {number}: all its boxes are empty or not finite."
-        )
     with _inputs_of({name: head for name, head in heads.items() if name.startswith("bbox")}) as seen:
         (found,) = roi_head.predict_bbox(features, [sample.metainfo], proposals, rcnn_test_cfg=roi_head.test_cfg, rescale=False)
+    # Without proposals no head is called.
+    pooled = seen or _pool("bbox", roi_head, features, proposals[0].bboxes)
     if roi_head.with_mask:
-        regions = bbox2roi([found.bboxes if len(found) else proposals[0].bboxes[:STAND_INS]])
-        # A cascade has a pooling a stage, all of them on the same regions, as at prediction.
-        for name, extractor in stages("mask", roi_head.mask_roi_extractor):
-            seen[name] = extractor(features[: extractor.num_inputs], regions)
-    return seen
+        pooled |= _pool("mask", roi_head, features, found.bboxes if len(found) else proposals[0].bboxes[:STAND_INS])
+    return pooled
+
+
+def _pool(kind: str, roi_head: nn.Module, features: Sequence[Tensor], boxes: Tensor) -> dict[str, Tensor]:
+    """Features of the same ``boxes`` (n, 4) for all heads of a kind, by part."""
+    regions = bbox2roi([boxes])
+    pools = stages(kind, getattr(roi_head, f"{kind}_roi_extractor"))
+    return {name: extractor(tuple(features[: extractor.num_inputs]), regions) for name, extractor in pools}
 
 
 @contextmanager

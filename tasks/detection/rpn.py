@@ -50,7 +50,7 @@ def rpn_segment(model: nn.Module, recipe: Recipe) -> Segment:
         recipe: bits of weights and inputs (32 where the RPN is out of scope).
 
     Raises:
-        ModelError: a head of another kind, or a neck that does not make its levels.
+        ModelError: a head of another kind or on other levels.
     """
     head = getattr(model, "rpn_head", None)
     if type(head) is not RPNHead:

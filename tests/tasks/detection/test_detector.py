@@ -1,19 +1,18 @@
 """Detectors put together again: mmdet's own predictions in full precision, and quantized layers that change them."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 from head_detectors import build, chain_of, config, recipe, sample
 from pycocotools import mask as coco_mask
-from torch import Tensor, nn
+from torch import Tensor
 
 import tasks.detection.mm as mm
 from fimaq_core.calibration.calibrate import calibrate
 from fimaq_core.chain import BlockChain
 from fimaq_core.errors import DataError, ModelError
 from fimaq_core.layers import quant_layers, set_quantized
+from fimaq_core.samples import Ragged, Samples
 from tasks.detection.chain import detector_segments
 from tasks.detection.detector import assemble
 from tasks.detection.roi import roi_inputs, roi_parts
@@ -106,12 +105,14 @@ def test_two_bits_change_what_is_detected(kind: str, scope: str) -> None:
     model = build(KINDS[kind])
     image, meta = sample(64, 96)
     expected = results(assemble(model, {}).predict(image, meta))
-    inputs: dict[str, Any] = roi_inputs(model, image, [meta], torch.device("cpu"), limit=20)
+    other, other_meta = sample(96, 64, seed=1)
+    images = Ragged([image, other])
+    inputs: dict[str, Samples] = {"detector": images}
+    inputs |= roi_inputs(model, images, [meta, other_meta], torch.device("cpu"), limit=20)
     chains = parts_of(model, 32, **{scope: 2})
+    assert chains.keys() == inputs.keys()
     for name, chain in chains.items():
-        if name != "detector":
-            calibrate(chain, inputs[name][0], recipe(2))
-    calibrate_rpn(chains["detector"], image)
+        calibrate(chain, inputs[name], recipe(2))
     found = assemble(model, chains).predict(image, meta)
     detected = results(found)
     shared = min(len(detected["scores"]), len(expected["scores"]))
@@ -139,29 +140,6 @@ def test_the_whole_chain_predicts_as_mmdet_does(kind: str) -> None:
     levels = rpn_levels(*image.shape[2:], rpn_strides(model))
     with torch.no_grad():
         assert chain(image).shape == (1, sum(levels), 15)
-
-
-def calibrate_rpn(chain: BlockChain, image: Tensor) -> None:
-    """Ranges of the RPN between the smallest and the largest value, for a chain whose other layers are float."""
-    seen: dict[nn.Module, list[Tensor]] = {}
-    layers = [layer for _, layer in quant_layers(chain)]
-    handles = [
-        layer.register_forward_pre_hook(lambda owner, args: seen.setdefault(owner, []).append(args[0].flatten()))
-        for layer in layers
-    ]
-    chain(image)
-    for handle in handles:
-        handle.remove()
-    for layer in layers:
-        for quantizer, values in (
-            (layer.weight_quantizer, layer.weight.detach().flatten(1)),
-            (layer.input_quantizer, torch.cat(seen[layer])[None]),
-        ):
-            if not quantizer.off:
-                low, high = values.amin(1, True).clamp(max=0), values.amax(1, True)
-                scale = (high - low) / (quantizer.levels - 1)
-                quantizer.set_range(scale, (-low / scale).round())
-        layer.quantized = True
 
 
 def test_only_the_layers_of_the_heads_are_the_detectors_own() -> None:

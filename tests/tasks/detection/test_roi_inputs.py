@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torchvision.ops import roi_align
 
 import tasks.detection.mm as mm
-from fimaq_core.errors import NumericsError
 from fimaq_core.samples import Ragged
 from tasks.detection import roi
 from tasks.detection.detector import assemble
@@ -102,12 +101,17 @@ def test_a_limit_keeps_regions_at_equal_distances() -> None:
     assert torch.equal(same, whole)
 
 
-def test_an_image_without_proposals_is_named() -> None:
-    model = build(KINDS["mask"])
-    image, meta = sample(64, 96)
-    broken = torch.full_like(image, float("nan"))
-    with pytest.raises(NumericsError, match="calibration image 1:"):
-        roi_inputs(model, Ragged([image, broken]), [meta, meta], CPU)
+@pytest.mark.parametrize("cascade", [False, True])
+def test_heads_see_nothing_of_an_image_without_proposals(cascade: bool) -> None:
+    settings = config(cascade=cascade)
+    settings["test_cfg"]["rpn"]["min_bbox_size"] = 1000
+    images, metas = samples()
+    model = build(settings)
+    assert float_proposals(model, images[0], metas[0]).shape == (0, 4)
+    found = roi_inputs(model, images, metas, CPU)
+    assert found.keys() == roi_inputs(build(config(cascade=cascade)), images, metas, CPU).keys()
+    for name, items in found.items():
+        assert all(item.shape == ((0, WIDTH, 7, 7) if name.startswith("bbox") else (0, WIDTH, 14, 14)) for item in items)
 
 
 def test_proposals_are_those_of_the_rpn_and_lie_in_the_image() -> None:
