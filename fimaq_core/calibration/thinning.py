@@ -23,12 +23,11 @@ def spread(count: int, wanted: int, device: torch.device | None = None) -> Tenso
 
     Where in its stretch follows the golden ratio: rows of an image repeat with its width, and no such period must be hit.
     """
-    every = torch.arange(min(count, wanted), device=device)
     if wanted >= count:
-        return every
-    place = every.double()
-    place = (place + torch.frac(place * _GOLDEN)) * (count / wanted)
-    return place.long().clamp_(max=count - 1)
+        return torch.arange(count, device=device)
+    stretch = torch.arange(wanted + 1, device=device) * count // wanted
+    share = torch.frac(torch.arange(wanted, device=device, dtype=torch.float64) * _GOLDEN)
+    return stretch[:-1] + (share * stretch.diff()).long()
 
 
 def extremes(rows: Tensor) -> Tensor:

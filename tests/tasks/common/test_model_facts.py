@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fimaq_core.calibration.calibrate import calibrate
 from fimaq_core.chain import BlockChain, Segment
-from fimaq_core.layers import QuantLinear, QuantMatMul, quant_layers
+from fimaq_core.layers import QuantConvTranspose2d, QuantLinear, QuantMatMul, quant_layers
 from fimaq_core.quantizers.affine import AffineQuantizer
 from fimaq_core.recipe import Recipe, make_recipe
 from tasks.classification.task import TASK
@@ -189,6 +189,28 @@ def test_float_layers_are_named_and_not_taken_for_quantized() -> None:
     assert [layer.factor_bits for layer in facts.layers] == [(32, 32), (32, 32), (8, 4)]
     assert facts.totals.quantized_macs == macs["body.1"]
     assert {part.name: part.values for part in facts.full_precision} == {"body.before.bias": 6, "body.1.bias": 4}
+
+
+@pytest.mark.parametrize("form", ["float", "quantizable"])
+def test_transposed_convolutions(form: str) -> None:
+    """Every one of 3 x 4 x 5 input values meets 6 kernels of 2 x 3; in groups half of them."""
+    up: nn.Module = nn.ConvTranspose2d(4, 6, (2, 3), stride=2)
+    if form == "quantizable":
+        up = QuantConvTranspose2d.from_float(up, 3, 8)  # type: ignore[arg-type]
+    body = nn.Sequential(up, nn.ConvTranspose2d(6, 4, 1, groups=2, bias=False))
+    chain, image = BlockChain([Segment("body", "predictor", body)]), torch.zeros(1, 4, 3, 5)
+    facts = model_facts(chain, image)
+    macs = {"body.0": 4 * 15 * 6 * 6, "body.1": 6 * (6 * 11) * 2}
+    assert {layer.entry.name: layer.macs for layer in facts.layers} == macs
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        chain(image)
+    assert counter.get_total_flops() // 2 == sum(macs.values())
+    assert [layer.entry.kind for layer in facts.layers] == ["transposed convolution"] * 2
+    bits = (8, 3) if form == "quantizable" else (32, 32)
+    assert [layer.factor_bits for layer in facts.layers] == [bits, (32, 32)]
+    assert facts.totals.weights == 4 * 6 * 6 + 6 * 2
+    assert {part.name: part.values for part in facts.full_precision} == {"body.0.bias": 6}
 
 
 def test_counting_leaves_the_chain_as_it_was() -> None:
