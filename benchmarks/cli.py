@@ -45,7 +45,11 @@ def _results(command: Any) -> Any:
 def _places(command: Any) -> Any:
     for name, words in (
         ("--flickr", "Flickr30k folder that holds dataset_flickr30k.json and the images."),
-        ("--coco", "MS-COCO folder that holds dataset_coco.json, train2014/ and val2014/."),
+        (
+            "--coco",
+            "COCO folder that holds dataset_coco.json, train2014/ and val2014/ (captions), or annotations/, train2017/ "
+            "and val2017/ (detection), or all of them.",
+        ),
         ("--imagenet", "ImageNet-1k folder that holds val/ and train/."),
     ):
         command = click.option(name, default="", metavar="PATH", help=words)(command)

@@ -42,7 +42,9 @@ def run_grid(
         todo = [cell for cell in expand(grid, filters, options) if cell.key in todo_keys]
         messages = missing(todo, adapter)
         if messages:
-            raise NotReady("\n".join([*(f"error: {message}" for message in messages), *_without_data(grid, todo, options)]))
+            raise NotReady(
+                "\n".join([*(f"error: {message}" for message in messages), *_way_around(grid, todo, options, adapter)])
+            )
         threads = options.threads or grid.threads
         console = Console(highlight=False)
         runner = Runner(
@@ -64,17 +66,32 @@ def run_grid(
     return 1 if failures else 0
 
 
-def _without_data(grid: Grid, cells: Sequence[Cell], options: RunOptions) -> list[str]:
-    """Say which sections' data were not given, and how to leave those sections out; nothing where there is one section only."""
+def _way_around(grid: Grid, cells: Sequence[Cell], options: RunOptions, adapter: Adapter) -> list[str]:
+    """Say which sections cannot run, and how to leave those out; nothing where there is one section only.
+
+    They are those whose data were not given and, unless all the others lack something, those that lack something all the same:
+    weights, or parts of a folder that serves several sections.
+    """
+    from benchmarks.runner import missing
+
     sections = list(dict.fromkeys(cell.section for cell in cells))
     data = {section: grid.tasks[section].data for section in sections}
     blocked = [section for section in sections if data[section] != "own" and options.data.of(data[section]) is None]
-    if not blocked or len(sections) == 1:
+    given = [section for section in sections if section not in blocked]
+    lacking = [section for section in given if missing([cell for cell in cells if cell.section == section], adapter)]
+    if lacking == given:
+        lacking = []
+    if not (blocked or lacking) or len(sections) == 1:
         return []
-    wanted = ", ".join(f"{section} ({data[section].upper()}=/path or --{data[section]})" for section in blocked)
-    rest = [section for section in sections if section not in blocked]
+    rest = [section for section in given if section not in lacking]
     names, what = (",".join(rest), "the rest") if rest else (blocked[0], "one of them")
-    return [f"Data not given: {wanted}. To run {what}: TASKS={names} for make, --tasks {names} for a grid."]
+    words = []
+    if blocked:
+        wanted = (f"{section} ({data[section].upper()}=/path or --{data[section]})" for section in blocked)
+        words.append(f"Data not given: {', '.join(wanted)}.")
+    if lacking:
+        words.append(f"Not all there: {', '.join(lacking)}.")
+    return [" ".join([*words, f"To run {what}: TASKS={names} for make, --tasks {names} for a grid."])]
 
 
 def _device(device: str) -> str:

@@ -9,9 +9,10 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.names import PUBLISHED, Names, load_names
+from benchmarks.names import PUBLISHED, UNSTATED, Names, load_names
 from fimaq_core.errors import FimaqError
 from fimaq_core.recipe import METHODS, Recipe
+from tasks.common import registry
 from tasks.common.record import ResultRecord, bits_name, read_record, recipe_of
 
 COLUMNS = [
@@ -22,8 +23,6 @@ COLUMNS = [
 #: Points by which two runs of one recipe may differ in any case.
 TOLERANCE = 0.3
 REPRODUCED, ABOVE, BELOW, NOT_COMPARABLE = "reproduced", "above", "below", "not comparable"
-#: What published rows and tables have where the source does not say.
-UNSTATED = "unstated"
 _STRONG = ("primary", "cited")
 
 
@@ -94,16 +93,16 @@ def published_rows() -> pd.DataFrame:
     return table.assign(value=table["value"].astype(float))
 
 
-def changed_settings(recipe: Recipe) -> dict[str, object]:
-    """Return the settings that are not the method's released ones and bear on the result."""
-    idle = () if recipe.reconstruct or recipe.reconstruct_mlp else ("reconstruction", "loss")
+def changed_settings(recipe: Recipe, task: str) -> dict[str, object]:
+    """Return the settings that are not the method's released ones on ``task`` and bear on the result."""
+    idle = () if recipe.reconstruct else ("reconstruction",) if recipe.reconstruct_mlp else ("reconstruction", "loss")
 
     def bears(name: str) -> bool:
         if name in ("reconstruct", "reconstruct_mlp", "refit"):
             return True
         return recipe.reconstruct_mlp if name.startswith("mlp_") else _group(name) not in idle
 
-    return {name: value for name, value in recipe.changes().items() if bears(name)}
+    return {name: value for name, value in recipe.changes(registry.defaults(task)).items() if bears(name)}
 
 
 def _group(field: str) -> str:
@@ -138,7 +137,7 @@ def _unlike(item: Measurement, names: Names) -> str | None:
         recipe = recipe_of(record)
     except FimaqError:
         return "the record's recipe is not one of this version"
-    changes = changed_settings(recipe) if recipe is not None else {}
+    changes = changed_settings(recipe, record.task) if recipe is not None else {}
     if changes:
         return "settings changed from the released ones: " + ", ".join(f"{name} {value}" for name, value in changes.items())
     return None
@@ -236,7 +235,7 @@ def _judge(item: Measurement, row: Mapping[Any, Any], names: Names) -> tuple[str
     method, variant = names.methods[str(row["method"])], str(row["variant"])
     weak = [] if row["evidence"] in _STRONG else [f"{row['evidence']} evidence"]
     if item.record.method != "fp" and names.models[str(row["model"])].scope == UNSTATED:
-        weak.append("the source does not say which towers are quantized")
+        weak.append("the source does not say what of the model is quantized")
     if weak:
         return NOT_COMPARABLE, f"context only: {'; '.join(weak)}"
     if method.comparable.get(variant) != item.record.method:

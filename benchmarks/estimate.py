@@ -38,7 +38,7 @@ def expected_cost(cell: Cell) -> float:
         images += _STEP_FACTORS.get(recipe.loss, 1.0) * recipe.steps * recipe.batch_size
         images += _passes(recipe) * recipe.calibration_images
     if recipe.reconstruct_mlp:
-        images += _MLP_SHARE * recipe.mlp_steps * recipe.batch_size
+        images += _MLP_SHARE * recipe.mlp_steps * recipe.mlp_batch
     return 3.0 + (3.0 if recipe.refit else 0.0) + images / 640
 
 

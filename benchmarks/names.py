@@ -2,12 +2,15 @@
 
 from functools import cache
 from pathlib import Path
-from typing import Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from tasks.common import registry
 
 PUBLISHED = Path(__file__).parent / "published"
+#: What published rows and tables have where the source does not say.
+UNSTATED = "unstated"
 
 
 class _Strict(BaseModel):
@@ -42,7 +45,7 @@ class ModelName(_Strict):
 
     id: str
     tag: str
-    scope: Literal["vision", "text", "both", "unstated"] | None = None
+    scope: str | None = None
 
 
 class MethodName(_Strict):
@@ -71,6 +74,15 @@ class Names(_Strict):
     methods: dict[str, MethodName]
     unmapped_models: dict[str, str] = {}
     unmapped_methods: dict[str, str] = {}
+
+    @model_validator(mode="after")
+    def _scopes(self) -> "Names":
+        tasks = {entry.task for sets in self.datasets.values() for entry in sets.values()}
+        known = {UNSTATED, None, *(scope for task in tasks for scope in registry.scopes(task))}
+        unknown = {name: entry.scope for name, entry in self.models.items() if entry.scope not in known}
+        if unknown:
+            raise ValueError(f"scopes that no task has: {unknown}")
+        return self
 
     def published_on(self, task: str, dataset: str) -> list[tuple[str, str, DatasetName]]:
         """Return published task, published data set and their meaning for those that are ``dataset`` of ``task`` here."""

@@ -1,7 +1,9 @@
 """Paired comparison of two methods on the same samples: their difference is surer than either's accuracy.
 
-With seeds averaged first, a sample counts once however many seeds there are; for one seed this is McNemar's setting
-(Psychometrika 12, 1947): only samples on which the two disagree add to the variance.
+With seeds averaged first, a sample counts once however many seeds there are; for one seed, of samples that are right or wrong,
+this is McNemar's setting (Psychometrika 12, 1947): only those on which the two disagree add to the variance. Metrics that are no
+mean over samples, such as average precision, are compared by what each sample contributes to them: the jackknife's pseudo-values
+(Efron and Stein, Annals of Statistics 9, 1981), whose mean is the metric.
 """
 
 import math
@@ -11,36 +13,37 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from benchmarks.cells import MAIN_METRIC
 from benchmarks.tables import Measured
 
 
 @dataclass(frozen=True)
 class Outcomes:
-    """Of each sample its id and whether it was right.
+    """Of each sample its id and its score.
 
     Attributes:
         sample: (n,) distinct ids.
-        correct: (n,) bool.
+        score: (n,) bool, whether it was right; or float, what it contributes to the metric: the mean is the metric as a fraction.
         weight: (n,) float, what each sample counts; None: all the same.
         cluster: (n,) integers, the same for samples that depend on each other, such as captions of one image; None: no two do.
     """
 
     sample: np.ndarray
-    correct: np.ndarray
+    score: np.ndarray
     weight: np.ndarray | None = None
     cluster: np.ndarray | None = None
 
     def by_id(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Ids in order, and what goes with each: whether it was right (float), weight (n,), cluster (n,)."""
+        """Ids in order, and what goes with each: score (n,) float64, weight (n,), cluster (n,)."""
         order, n = np.argsort(self.sample), len(self.sample)
         weight = np.ones(n) if self.weight is None else self.weight.astype(np.float64)[order]
         cluster = np.arange(n) if self.cluster is None else self.cluster[order]
-        return self.sample[order], self.correct[order].astype(float), weight, cluster
+        return self.sample[order], self.score[order].astype(np.float64), weight, cluster
 
 
 @dataclass(frozen=True)
 class Paired:
-    """A difference of accuracies in points, its standard error over samples, and how many of these and seeds it rests on."""
+    """A difference of metrics in points, its standard error over samples, and how many of these and seeds it rests on."""
 
     difference: float
     se: float
@@ -49,13 +52,17 @@ class Paired:
 
 
 def read_outcomes(item: Measured) -> Outcomes | None:
-    """Return a record's per-sample outcomes; None if there are none that can be read."""
+    """Return a record's per-sample outcomes; None if there are none that can be read.
+
+    The scores are ``correct`` where there is that, else what the file has under the name of the task's main metric.
+    """
     if item.folder is None:
         return None
     try:
         with np.load(item.folder / item.record.outcomes, allow_pickle=False) as content:
             more = [content.get(name) for name in ("weight", "cluster")]
-            return Outcomes(content["sample"], content["correct"], *more)
+            score = "correct" if "correct" in content else MAIN_METRIC.get(item.record.task, "")
+            return Outcomes(content["sample"], content[score], *more)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
 
@@ -63,7 +70,7 @@ def read_outcomes(item: Measured) -> Outcomes | None:
 def paired(first: Mapping[int, Outcomes], second: Mapping[int, Outcomes]) -> Paired | None:
     """Compare two methods, given their outcomes by seed.
 
-    With dᵢ the mean over common seeds of correct₁ - correct₂ on sample i, the difference D is the weighted mean of d. Its
+    With dᵢ the mean over common seeds of score₁ - score₂ on sample i, the difference D is the weighted mean of d. Its
     standard error is the cluster-robust one (Liang and Zeger, Biometrika 73, 1986): with s the sum of wᵢ(dᵢ - D)/Σw over a
     cluster, √(G/(G-1) Σs²) over G clusters; sd(d)/√n where all weights are equal and no samples share a cluster.
 
@@ -83,8 +90,8 @@ def paired(first: Mapping[int, Outcomes], second: Mapping[int, Outcomes]) -> Pai
     groups, place = np.unique(cluster, return_inverse=True)
     if len(groups) < 2:
         return None
-    right = [correct for _, correct, _, _ in everything]
-    gaps = 100 * np.mean([a - b for a, b in zip(right[::2], right[1::2], strict=True)], axis=0)
+    scores = [score for _, score, _, _ in everything]
+    gaps = 100 * np.mean([a - b for a, b in zip(scores[::2], scores[1::2], strict=True)], axis=0)
     share = weight / weight.sum()
     difference = float((share * gaps).sum())
     sums = np.bincount(place, share * (gaps - difference))

@@ -29,7 +29,7 @@ def _row(cell: Cell, adapter: Adapter) -> dict[str, str]:
     names = ("s bits", "point", "seed", "steps", "MLP steps", "loss", "images", "batch", "transform")
     row |= dict.fromkeys(names, "-")
     if recipe is not None:
-        trains = recipe.reconstruct or recipe.reconstruct_mlp
+        batch = recipe.batch_size if recipe.reconstruct else recipe.mlp_batch if recipe.reconstruct_mlp else "-"
         row |= {
             "s bits": str(recipe.s_bits) if recipe.s_bits not in (None, recipe.a_bits) else "-",
             "point": cell.point or "-",
@@ -38,7 +38,7 @@ def _row(cell: Cell, adapter: Adapter) -> dict[str, str]:
             "MLP steps": str(recipe.mlp_steps) if recipe.reconstruct_mlp else "-",
             "loss": recipe.loss if recipe.reconstruct else "-",
             "images": str(recipe.calibration_images),
-            "batch": str(recipe.batch_size) if trains else "-",
+            "batch": str(batch),
             "transform": recipe.calibration_transform,
         }
     return {**row, "done": "yes" if finished_record(cell, adapter) is not None else "no"}

@@ -67,7 +67,13 @@ def provenance(grid: Grid, measured: Sequence[Measured]) -> Provenance:
 
 
 def _settings(grid: Grid) -> dict[str, Any]:
-    own = {section: part.overrides for section, part in grid.tasks.items() if part.overrides}
+    # What tasks set by themselves decides numbers as much as what the grid does.
+    effective = {section: grid.overrides_of(section) for section in grid.tasks}
+    apart = {
+        section: {name: value for name, value in found.items() if name not in grid.overrides or value != grid.overrides[name]}
+        for section, found in effective.items()
+    }
+    own = {section: found for section, found in apart.items() if found}
     named = {
         "variant": grid.variant,
         "overrides": grid.overrides,

@@ -14,11 +14,9 @@ from benchmarks.worker import Failed, Finished, Worker
 from fimaq_core.errors import FimaqError
 from fimaq_core.progress import Progress
 from fimaq_core.recipe import OFF
+from tasks.common import registry
 from tasks.common.record import bits_name, read_record
 from tasks.common.request import Missing, describe_missing
-
-#: The scope of cells that quantize all that those of other scopes do.
-WHOLE = "both"
 
 
 @dataclass(frozen=True)
@@ -63,16 +61,17 @@ def make_chains(cells: Sequence[Cell]) -> list[list[Cell]]:
     """Group the cells into chains, each for one worker, in the order in which they should start.
 
     Cells of one (section, model, bits, seed) share a calibration, and those of several scopes also what they reconstruct:
-    measured one after the other in one worker, it is computed once. The whole model comes last there: by then its parts are
-    done. Axis points are chains of their own, or an ablation would keep no more workers busy than it has models: there
-    each worker calibrates once at worst. Full-precision cells come first, since all others of the model use theirs, then
-    models whose MLPs are reconstructed, which others share; then the dearest chain, so that none is left over at the end.
+    measured one after the other in one worker, it is computed once. The whole model, a task's usual scope, comes last there: by
+    then its parts are done. Axis points are chains of their own, or an ablation would keep no more workers busy than it has
+    models: there each worker calibrates once at worst. Full-precision cells come first, since all others of the model use
+    theirs, then models whose MLPs are reconstructed, which others share; then the dearest chain, so that none is left over at
+    the end.
     """
     chains: dict[tuple[object, ...], list[Cell]] = {}
     for cell in cells:
         chains.setdefault((cell.section, cell.model, cell.w_bit, cell.a_bit, cell.seed, cell.point), []).append(cell)
     for chain in chains.values():
-        chain.sort(key=lambda cell: cell.scope == WHOLE)
+        chain.sort(key=lambda cell: cell.scope in registry.scopes(cell.task)[:1])
 
     def order(chain: list[Cell]) -> tuple[bool, bool, float]:
         first = chain[0]

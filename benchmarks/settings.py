@@ -1,9 +1,11 @@
 """What a table says of the settings of the methods that optimise something, beside their released ones."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from benchmarks.tables import Measured, in_order, unique
 from fimaq_core.recipe import METHODS, Recipe, make_recipe
+from tasks.common import registry
 from tasks.common.record import recipe_of
 
 #: Settings named although they are not changed, because numbers depend on them most.
@@ -11,19 +13,20 @@ _ALWAYS = ("steps", "batch_size", "calibration_images", "calibration_transform",
 
 
 def settings_lines(mine: Sequence[Measured]) -> list[str]:
-    """Return lines on settings and seeds: what all methods share first, then what differs."""
+    """Return lines on settings and seeds of a section: what all methods share first, then what differs."""
     by_method: dict[str, list[Recipe]] = {}
+    usual = registry.defaults(mine[0].cell.task) if mine else {}
     for item in mine:
         recipe = recipe_of(item.record)
         if recipe is not None and (recipe.reconstruct or recipe.reconstruct_mlp) and recipe.method in METHODS:
             by_method.setdefault(recipe.method, []).append(recipe)
     methods = in_order(by_method)
-    changed = [name for recipes in by_method.values() for recipe in recipes for name in recipe.changes()]
+    changed = [name for recipes in by_method.values() for recipe in recipes for name in recipe.changes(usual)]
     parts = []
     for name in unique([*_ALWAYS, *changed]):
         bearing = {method: by_method[method] for method in methods if _bears(name, by_method[method][0])}
         if bearing:
-            parts.append(_setting(name, bearing))
+            parts.append(_setting(name, bearing, usual))
     lines = []
     if parts:
         lines.append(f"Settings of {', '.join(methods)}, as far as they have them: {', '.join(parts)}.")
@@ -43,17 +46,17 @@ def _bears(name: str, recipe: Recipe) -> bool:
     return recipe.reconstruct or group not in ("reconstruction", "loss")
 
 
-def _setting(name: str, by_method: Mapping[str, Sequence[Recipe]]) -> str:
+def _setting(name: str, by_method: Mapping[str, Sequence[Recipe]], usual: Mapping[str, Any]) -> str:
     """``name value (released: value)``; where methods differ, which has what."""
     values = _by_text({method: [getattr(recipe, name) for recipe in recipes] for method, recipes in by_method.items()})
-    originals = {method: [getattr(_released(recipe), name) for recipe in recipes] for method, recipes in by_method.items()}
+    originals = {method: [getattr(_released(recipe, usual), name) for recipe in recipes] for method, recipes in by_method.items()}
     released = _by_text(originals)
     text = f"{name} {_text(values)}"
     return text if released == values else f"{text} (released: {_text(released)})"
 
 
-def _released(recipe: Recipe) -> Recipe:
-    return make_recipe(recipe.method, {"w_bits": recipe.w_bits})
+def _released(recipe: Recipe, usual: Mapping[str, Any]) -> Recipe:
+    return make_recipe(recipe.method, usual, {"w_bits": recipe.w_bits})
 
 
 def _by_text(values: Mapping[str, Sequence[object]]) -> dict[str, list[str]]:

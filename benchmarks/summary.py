@@ -27,8 +27,8 @@ from benchmarks.tables import (
     wide,
 )
 
-#: Metrics of retrieval whose mean the main table has.
-DIRECTIONS = ("i2t_R@1", "t2i_R@1")
+#: Metrics shown side by side in a small table: of retrieval those whose mean the main table has, of detection boxes and masks.
+PAIRS = {"Image to text / text to image R@1": ("i2t_R@1", "t2i_R@1"), "Box / mask AP": ("AP_box", "AP_mask")}
 
 
 def report(
@@ -73,7 +73,7 @@ def _section_parts(section: str, mine: Sequence[Measured], planned: Sequence[Cel
     parts = [
         f"## {section}: {metric}{unit}, mean ± sd over seeds",
         *fitting(marks(own_cells).join(wide(table, own_cells)), width, MARKS),
-        *_direction_parts(own, own_cells, width),
+        *_pair_parts(own, own_cells, width),
         "\n".join(f"- {line}" for line in lines),
     ]
     means = [columns for mark, rows in tables.items() if not (columns := mean_over_models(rows, mark)).empty]
@@ -93,14 +93,15 @@ def _of_metric(table: pd.DataFrame, metric: str) -> pd.DataFrame:
     return table[table["metric"] == metric]
 
 
-def _direction_parts(own: Sequence[Measured], cells: Sequence[Cell], width: int | None) -> list[str]:
-    """Return the table of both directions of retrieval, whose mean the main table has, and its title."""
-    table = frame(own, subjects=True)
-    if not set(DIRECTIONS) <= set(table["metric"]):
-        return []
-    first, second = (wide(_of_metric(table, metric), cells, lambda mean, sd: f"{mean:.2f}") for metric in DIRECTIONS)
-    title = "Image to text / text to image R@1 (percent), mean over seeds:"
-    return [title, *fitting(first.where(first == "-", first + " / " + second), width)]
+def _pair_parts(own: Sequence[Measured], cells: Sequence[Cell], width: int | None) -> list[str]:
+    """Return the table of each of :data:`PAIRS` that was measured, below its title."""
+    table, parts = frame(own, subjects=True), []
+    for title, metrics in PAIRS.items():
+        if set(metrics) <= set(table["metric"]):
+            first, second = (wide(_of_metric(table, metric), cells, lambda mean, sd: f"{mean:.2f}") for metric in metrics)
+            both = first.where(first == "-", first + " / " + second)
+            parts += [f"{title} (percent), mean over seeds:", *fitting(both, width)]
+    return parts
 
 
 def _data_lines(mine: Sequence[Measured]) -> list[str]:

@@ -29,6 +29,7 @@ LEVELS = {"rtn": 20.0, "brecq": 70.0, "qdrop": 75.0, "fimaq": 80.0}
 
 IMAGENET = Dataset(name="ImageNet-1k val", split="val", count=50_000, classes=1000, fingerprint="f" * 64)
 SCENES = Dataset(name="digit-scenes", split="test", count=1000, classes=0, fingerprint="e" * 64, captions=1000)
+OBJECTS = Dataset(name="digit scenes for detection", split="test", count=150, classes=10, fingerprint="b" * 64)
 DIGITS = Dataset(name="digit-pairs", split="test", count=2000, classes=100, fingerprint="d" * 64)
 
 
@@ -79,12 +80,17 @@ def fake_value(request: CellRequest) -> float:
 
 
 def record_of(request: CellRequest, value: float) -> ResultRecord:
-    """The record of a cell whose main metric is ``value``; of retrieval with both directions, five points apart, and a rank."""
+    """The record of a cell whose main metric is ``value``; of retrieval with both directions, five points apart, and a rank, of
+    detection with masks, four points below boxes.
+    """
     changes: dict[str, Any] = {"task": request.task, "model": request.model.name, "variant": variant_name(request)}
     if request.task == "retrieval" and request.data.evaluation is None:
         values = {"R@1": value, "i2t_R@1": value + 2.5, "t2i_R@1": value - 2.5, "i2t_median_rank": 1.0}
         metrics = {name: Metric(value=number, stderr=0.5) for name, number in values.items()}
         changes |= {"dataset": SCENES, "n": SCENES.count, "metrics": metrics, "fp_metrics": {}}
+    if request.task == "detection":
+        metrics = {name: Metric(value=number, stderr=0.5) for name, number in (("AP_box", value), ("AP_mask", value - 4))}
+        changes |= {"dataset": OBJECTS, "n": OBJECTS.count, "metrics": metrics, "fp_metrics": {}}
     return make_record(recipe=request.recipe, value=value, **changes)
 
 
@@ -126,7 +132,10 @@ def preflight(request: CellRequest) -> list[Missing]:
 def write_cells(
     cells: Iterable[Cell], value: Callable[[Cell], float], correct: Callable[[Cell], np.ndarray] | None = None
 ) -> list[Measured]:
-    """Write records of ``cells`` with the scores ``value`` and, if given, outcomes of samples; return them as collected."""
+    """Write records of ``cells`` with the scores ``value`` and, if given, outcomes of samples; return them as collected.
+
+    The outcomes are which samples were right, of detection what each contributes.
+    """
     import numpy as np  # not above: worker processes import this file, and pandas takes its time
 
     from benchmarks.tables import collect
@@ -139,7 +148,8 @@ def write_cells(
         write_record(record, folder)
         if correct is not None:
             right = correct(cell)
-            np.savez(folder / record.outcomes, sample=np.array([f"s{i}" for i in range(len(right))]), correct=right)
+            scores = {"AP_box": right, "AP_mask": right - 0.04} if cell.task == "detection" else {"correct": right}
+            np.savez(folder / record.outcomes, sample=np.array([f"s{i}" for i in range(len(right))]), **scores)
     return collect(chosen, ADAPTER)
 
 

@@ -103,9 +103,11 @@ def test_weights_under_a_published_name_must_be_the_published_ones():
 
 
 def test_settings_that_do_not_bear_on_the_method_are_no_change():
-    assert diff.changed_settings(make_recipe("rtn", {"steps": 300, "lr_alpha": 0.1})) == {}
-    assert diff.changed_settings(make_recipe("rtn", {"calibration_transform": "eval"})) == {"calibration_transform": "eval"}
-    assert diff.changed_settings(make_recipe("fimaq", {"steps": 300})) == {"steps": 300}
+    assert diff.changed_settings(make_recipe("rtn", {"steps": 300, "lr_alpha": 0.1}), "classification") == {}
+    assert diff.changed_settings(make_recipe("rtn", {"calibration_transform": "eval"}), "classification") == {
+        "calibration_transform": "eval"
+    }
+    assert diff.changed_settings(make_recipe("fimaq", {"steps": 300}), "classification") == {"steps": 300}
 
 
 def test_runs_of_different_settings_are_not_averaged():

@@ -131,11 +131,17 @@ def test_diff_sets_them_against_their_own_published_row(monkeypatch: pytest.Monk
 
 
 def test_settings_of_mlps_bear_where_mlps_are_reconstructed():
-    assert diff.changed_settings(make_recipe("relu-fp", {"mlp_steps": 7})) == {"mlp_steps": 7}
-    assert diff.changed_settings(make_recipe("rtn", {"mlp_steps": 7, "steps": 3})) == {}
-    assert diff.changed_settings(make_recipe("fimaq", {"mlp_steps": 7, "steps": 3})) == {"steps": 3}
-    changed = {"refit": True, "range_search": "percentile"}
-    assert diff.changed_settings(make_recipe("rtn", changed)) == changed
+    def changed(method: str, **settings: object) -> dict[str, object]:
+        return diff.changed_settings(make_recipe(method, settings), "classification")
+
+    assert changed("relu-fp", mlp_steps=7, mlp_batch=4, perturbation=1e-5) == {
+        "mlp_steps": 7, "mlp_batch": 4, "perturbation": 1e-5,
+    }  # fmt: skip
+    # Batches of MLPs are their own.
+    assert changed("relu-fp", steps=3, batch_size=4) == {}
+    assert changed("rtn", mlp_steps=7, steps=3) == {}
+    assert changed("fimaq", mlp_steps=7, steps=3) == {"steps": 3}
+    assert changed("rtn", refit=True, range_search="percentile") == {"refit": True, "range_search": "percentile"}
 
 
 def test_the_command_for_failed_cells_names_no_bits_for_them():
@@ -153,3 +159,17 @@ def test_the_plan_lists_steps_of_mlps(tmp_path):
     (row, *_) = [line.split() for line in lines if " relu-fp " in line]
     assert row == ["classification", "a", "relu-fp", "fp", "1", "-", "77", "-", "1024", "32", "train", "no"]
     assert "MLP steps" in lines[0]
+    cells = expand(parse_grid({**GRID, "overrides": {"mlp_batch": 8}}), Filters(), RunOptions(results=tmp_path))
+    batches = {line.split()[2]: line.split()[-3] for line in plan_text(cells, fakes.ADAPTER).splitlines()[2:-2]}
+    assert (batches["relu-fp"], batches["fimaq"], batches["rtn"]) == ("8", "32", "-")
+
+
+def test_expected_costs_count_batches_of_mlps():
+    def cost(batch: int) -> float:
+        grid = parse_grid({**GRID, "overrides": {"mlp_batch": batch}})
+        (cell,) = expand(grid, parse_filters(grid, models="a", methods="relu-fp", seeds="1"), RunOptions())
+        return expected_cost(cell)
+
+    large, small = cost(32), cost(16)
+    # 3 for calibration and evaluation.
+    assert large - 3.0 == pytest.approx(2 * (small - 3.0))

@@ -12,6 +12,7 @@ from benchmarks.paired import Outcomes, Paired, compare, mean_difference, paired
 
 
 def outcomes(correct, ids=None) -> Outcomes:
+    """Of samples that are right or wrong."""
     right = np.asarray(correct, dtype=bool)
     return Outcomes(np.array([f"s{i}" for i in range(len(right))]) if ids is None else np.asarray(ids), right)
 
@@ -42,6 +43,19 @@ def test_seeds_are_averaged_before_samples_are_counted():
     assert result.difference == pytest.approx(mean)
     assert result.se == pytest.approx(math.sqrt(sum((gap - mean) ** 2 for gap in gaps) / 49 / 50))
     assert (result.samples, result.seeds) == (50, 2)
+
+
+def test_contributions_to_a_metric_give_its_difference_and_the_error_of_a_mean():
+    rng = np.random.default_rng(2)
+    ids = np.array([f"s{i}" for i in range(40)])
+    # Jackknife pseudo-values: beyond 0..1, and their mean is the metric.
+    first, second = rng.normal(0.5, 0.8, (2, 40)), rng.normal(0.4, 0.8, (2, 40))
+    result = paired(*({seed: Outcomes(ids, own[seed]) for seed in (0, 1)} for own in (first, second)))
+    gaps = [100 * (first[0][i] + first[1][i] - second[0][i] - second[1][i]) / 2 for i in range(40)]
+    mean = sum(gaps) / 40
+    assert result is not None
+    assert result.difference == pytest.approx(100 * (first.mean() - second.mean()))
+    assert result.se == pytest.approx(math.sqrt(sum((gap - mean) ** 2 for gap in gaps) / 39 / 40))
 
 
 def test_samples_are_matched_by_id():
@@ -109,7 +123,7 @@ def test_weights_make_the_difference_a_weighted_mean_and_clusters_its_error():
     (first, second), cluster = clustered(np.random.default_rng(3))
     result = paired({1: first}, {1: second})
     weight = first.weight.astype(np.float64)
-    gaps = 100 * (first.correct.astype(float) - second.correct)
+    gaps = 100 * (first.score.astype(float) - second.score)
     images = int(cluster.max()) + 1
     # R@1 is the mean of both directions, whatever the number of queries in each.
     sides = [gaps[:images].mean(), gaps[images:].mean()]
@@ -127,7 +141,7 @@ def test_weights_make_the_difference_a_weighted_mean_and_clusters_its_error():
 def test_the_error_of_clusters_is_that_of_a_bootstrap_over_them():
     (first, second), cluster = clustered(np.random.default_rng(4), images=300)
     result = paired({1: first}, {1: second})
-    gaps = 100 * (first.correct.astype(float) - second.correct)
+    gaps = 100 * (first.score.astype(float) - second.score)
     shares = np.bincount(cluster, first.weight)
     sums = np.bincount(cluster, first.weight * gaps)
     counts = np.random.default_rng(5).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=4000)
@@ -135,7 +149,7 @@ def test_the_error_of_clusters_is_that_of_a_bootstrap_over_them():
     assert result is not None
     assert result.se == pytest.approx(drawn.std(), rel=0.05)
     # Taken as independent, the queries of one image would look surer than they are.
-    alone = paired({1: Outcomes(first.sample, first.correct)}, {1: Outcomes(second.sample, second.correct)})
+    alone = paired({1: Outcomes(first.sample, first.score)}, {1: Outcomes(second.sample, second.score)})
     assert alone is not None
     assert alone.se < 0.9 * result.se
 
@@ -144,7 +158,7 @@ def test_equal_weights_and_lone_samples_are_the_plain_error():
     rng = np.random.default_rng(6)
     ids = np.array([f"s{i}" for i in range(50)])
     plain = [Outcomes(ids, rng.random(50) < share) for share in (0.8, 0.6)]
-    lone = [Outcomes(o.sample, o.correct, np.full(50, 3.0), np.arange(50)[::-1]) for o in plain]
+    lone = [Outcomes(o.sample, o.score, np.full(50, 3.0), np.arange(50)[::-1]) for o in plain]
     expected, found = paired({1: plain[0]}, {1: plain[1]}), paired({1: lone[0]}, {1: lone[1]})
     assert expected is not None
     assert found is not None
@@ -163,12 +177,12 @@ def test_whole_clusters_of_a_constant_difference_leave_no_error():
 def test_weights_and_clusters_follow_their_samples_and_must_agree():
     (first, second), _ = clustered(np.random.default_rng(7))
     order = np.random.default_rng(8).permutation(len(first.sample))
-    shuffled = Outcomes(*(part[order] for part in (second.sample, second.correct, second.weight, second.cluster)))
+    shuffled = Outcomes(*(part[order] for part in (second.sample, second.score, second.weight, second.cluster)))
     assert paired({1: first}, {1: shuffled}) == paired({1: first}, {1: second})
-    assert paired({1: first}, {1: Outcomes(second.sample, second.correct, second.weight[order], second.cluster)}) is None
-    assert paired({1: first}, {1: Outcomes(second.sample, second.correct, second.weight, second.cluster[order])}) is None
+    assert paired({1: first}, {1: Outcomes(second.sample, second.score, second.weight[order], second.cluster)}) is None
+    assert paired({1: first}, {1: Outcomes(second.sample, second.score, second.weight, second.cluster[order])}) is None
     one = np.zeros(len(first.sample), dtype=int)
-    alike = [Outcomes(o.sample, o.correct, o.weight, one) for o in (first, second)]
+    alike = [Outcomes(o.sample, o.score, o.weight, one) for o in (first, second)]
     assert paired({1: alike[0]}, {1: alike[1]}) is None
 
 
@@ -179,7 +193,7 @@ def test_weights_and_clusters_are_read_from_outcomes(tmp_path):
     assert plain is not None
     assert (plain.weight, plain.cluster) == (None, None)
     assert item.folder is not None
-    content = {"sample": plain.sample, "correct": plain.correct, "weight": np.array([1.5, 0.5]), "cluster": np.array([4, 4])}
+    content = {"sample": plain.sample, "correct": plain.score, "weight": np.array([1.5, 0.5]), "cluster": np.array([4, 4])}
     np.savez(item.folder / item.record.outcomes, **content)
     found = read_outcomes(item)
     assert found is not None

@@ -146,7 +146,7 @@ def test_filtered_runs_never_shrink_the_table(tmp_path: Path):
         (["run", "--profile", "dmeo"], "error: Unknown profile 'dmeo'. Did you mean 'demo'?"),
         (["run", "--methods", "fimac"], "error: Unknown method 'fimac'. Did you mean 'fimaq'?"),
         (["run", "--device", "gpu", "--models", "demo_vit", "--methods", "fp"], "error: Unknown device 'gpu'"),
-        (["reference"], "error: Only 0 of 124 cells"),
+        (["reference"], "error: Only 0 of 158 cells"),
     ],
 )
 def test_user_errors_are_one_line_and_exit_2(tmp_path: Path, args: list[str], words: str):
@@ -224,8 +224,8 @@ def test_chains_share_calibrations_and_start_with_full_precision_and_the_dearest
 
 def test_chains_of_changed_models_come_before_what_uses_them():
     chains = make_chains(expand(load_grid("demo"), Filters(), RunOptions()))
-    assert [chain[0].method for chain in chains[:8]] == ["fp"] * 4 + ["mlp-recon"] * 3 + ["rtn"]
-    assert all(len(chain) == 1 for chain in chains[:7])
+    assert [chain[0].method for chain in chains[:10]] == ["fp"] * 6 + ["mlp-recon"] * 3 + ["rtn"]
+    assert all(len(chain) == 1 for chain in chains[:9])
 
 
 def test_jobs_follow_cores_and_threads():
