@@ -77,7 +77,7 @@ class Progress(Hook):
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Notes the step's loss."""
-        self._losses.append(float(outputs["loss"]))
+        self._losses.append(float(outputs["loss"].detach()))
         if len(self._losses) == 100:
             seconds, self._started = time.perf_counter() - self._started, time.perf_counter()
             line = f"{self._name} step {runner.iter + 1}/{runner.max_iters} loss {np.mean(self._losses):.3f}"
@@ -201,7 +201,7 @@ def runner_settings(model: nn.Module, recipe: DetectorRecipe, folder: Path, seed
     """
     pipeline = [{"type": "LoadAnnotations", "with_bbox": True, "with_mask": True}, {"type": "PackDetInputs"}]
     steps = recipe.scenes // recipe.batch_size
-    warmup = round(recipe.warmup_epochs * steps)
+    warmup = max(1, round(recipe.warmup_epochs * steps))
     return {
         "model": model,
         "work_dir": str(folder / "logs"),

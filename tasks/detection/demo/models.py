@@ -31,6 +31,9 @@ class DetectorModels(DemoModels):
 
 
 def _spec(kind: Kind, **widths: int) -> DemoSpec:
+    training = training_config(kind, anchors=64, regions=64, nms_pre=200, proposals=100)
+    # Scenes are smaller than the largest anchors, which would all be left out for crossing the border.
+    training["rpn"]["allowed_border"] = -1
     config: dict[str, Any] = detector_config(
         kind,
         # Heads of 8 channels. Windows shift in the first three stages; the last, of 4 x 4 at most, is one window.
@@ -47,7 +50,7 @@ def _spec(kind: Kind, **widths: int) -> DemoSpec:
         finest_scale=12,
         proposals=80,
         detections=30,
-        training=training_config(kind, anchors=64, regions=64, nms_pre=200, proposals=100),
+        training=training,
         pixel_mean=[PIXEL_MEAN] * 3,
         pixel_std=[PIXEL_STD] * 3,
         **widths,
