@@ -35,9 +35,7 @@ LARGEST_DIFFERENCE = 1e-5
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--threads", type=int, help="CPU threads.")
 @click.option("--minutes", type=float, help="It may take so long.  [10; 20]")
-@click.option(
-    "--output", type=click.Path(path_type=Path), help="JSON file that keeps the figures by model."
-)
+@click.option("--output", type=click.Path(path_type=Path), help="JSON file that keeps the figures by model.")
 def main(
     model: str, method: str, w_bits: int, a_bits: int, steps: int | None, images: int | None, batch_size: int | None,
     range_candidates: int | None, device: str, threads: int | None, minutes: float | None, output: Path | None,

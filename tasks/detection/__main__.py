@@ -1,9 +1,8 @@
 """``python -m tasks.detection``."""
 
-from tasks.detection.tags import SCOPES
-
 from tasks.common.cli import build_group, main
 from tasks.common.options import TaskOptions
+from tasks.detection.tags import SCOPES
 
 OPTIONS = TaskOptions(
     scope="scope",

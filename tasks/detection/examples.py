@@ -1,8 +1,9 @@
 """Inputs of which only the shape matters, for counting operations."""
 
 import torch
-from tasks.detection.heads import stages
 from torch import Tensor, nn
+
+from tasks.detection.heads import stages
 
 
 def region_examples(model: nn.Module) -> dict[str, Tensor]:

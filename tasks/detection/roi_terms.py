@@ -3,12 +3,12 @@
 import copy
 
 import torch
-from tasks.detection.heads import stages
-from tasks.detection.neck import ExplicitFPN, Unpack
-from tasks.detection.roi import class_logits_on, float_proposals
 from torch import Tensor, nn
 
 from fimaq_core.chain import Kept, Segment
+from tasks.detection.heads import stages
+from tasks.detection.neck import ExplicitFPN, Unpack
+from tasks.detection.roi import class_logits_on, float_proposals
 
 
 class _Hidden(nn.Module):

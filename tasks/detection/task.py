@@ -1,14 +1,6 @@
 """The detection task as the pipeline sees it."""
 
 import torch
-from tasks.detection.calibration import calibration_set
-from tasks.detection.chain import detector_segments
-from tasks.detection.coco import open_source
-from tasks.detection.detector import DETECTOR, QuantizedDetector, assemble
-from tasks.detection.evaluate import evaluate_detector
-from tasks.detection.heads import roi_heads
-from tasks.detection.roi import roi_inputs, roi_parts
-from tasks.detection.rpn import rpn_levels, rpn_segment
 from torch import Tensor, nn
 
 from fimaq_core.chain import BlockChain
@@ -20,9 +12,17 @@ from fimaq_core.samples import Samples
 from tasks.common.request import DataRequest, ModelRequest
 from tasks.common.task import CalibrationSet, Chains, Evaluation, LoadedModel, Named
 from tasks.detection import models, tags
+from tasks.detection.calibration import calibration_set
+from tasks.detection.chain import detector_segments
+from tasks.detection.coco import open_source
+from tasks.detection.detector import DETECTOR, QuantizedDetector, assemble
 from tasks.detection.divergence import ProposalDivergence
+from tasks.detection.evaluate import evaluate_detector
 from tasks.detection.examples import region_examples
+from tasks.detection.heads import roi_heads
+from tasks.detection.roi import roi_inputs, roi_parts
 from tasks.detection.roi_terms import ProposalTerms, class_count
+from tasks.detection.rpn import rpn_levels, rpn_segment
 
 #: Settings of layers that stay as they are.
 _OFF = {"w_bits": OFF, "a_bits": OFF, "s_bits": None, "head_bits": None, "patch_input_bits": OFF, "reconstruct_mlp": False}
