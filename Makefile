@@ -39,7 +39,7 @@ $(STAMP): requirements/lock.txt pyproject.toml
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@$(PY) -m pip install --quiet --disable-pip-version-check uv
 	@echo "installing packages into $(VENV)"
-	@$(PY) -m uv pip install --quiet --python $(PY) --no-deps -r requirements/lock.txt
+	@$(PY) -m uv pip install --quiet --compile-bytecode --python $(PY) --no-deps -r requirements/lock.txt
 	@$(PY) -m uv pip install --quiet --python $(PY) --no-deps --no-build-isolation --editable .
 	@touch $@
 

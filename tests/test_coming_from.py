@@ -19,7 +19,7 @@ COMMON = "All three"
 REPOSITORIES = ("FIMA-Q", "APHQ-ViT", "AdaLog")
 
 #: What stands in for real models.
-DEMO = {"vit_small": "demo_vit", "deit_tiny": "demo_deit"}
+DEMO = {"vit_small": "demo_vit", "deit_tiny": "demo_deit", "mask_rcnn_swin_tiny": "demo_mask_rcnn"}
 #: Options of real models that a demo model has no use for.
 REAL = ("--data", "--device", "--weights")
 #: Settings small enough for a test, given where a command takes them.
@@ -27,6 +27,8 @@ SMALL = {
     "--steps": "2", "--mlp-steps": "2", "--calibration-images": "32", "--range-images": "4", "--range-candidates": "32",
     "--range-rounds": "1", "--batch-size": "8", "--limit": "64", "--threads": "1",
 }  # fmt: skip
+#: What is other for a task: images one by one.
+SMALLER = {"detection": {"--calibration-images": "2", "--range-images": "1", "--batch-size": "1", "--limit": "4"}}
 
 #: Flags of the three parsers (test_quant.py) and READMEs, earlier and misspelt ones included, and the config fields.
 SHARED_FLAGS = """
@@ -67,10 +69,15 @@ def section(name: str) -> str:
 
 def commands(text: str) -> list[list[str]]:
     lines = [line for block in re.findall(r"```sh\n(.*?)```", text, re.S) for line in block.splitlines()]
-    start = ["python", "-m", "tasks.classification"]
     words = [shlex.split(line) for line in lines]
-    assert all(line[:3] == start for line in words)
-    return [line[3:] for line in words]
+    assert all(line[:2] == ["python", "-m"] for line in words)
+    return [line[2:] for line in words]
+
+
+def task_of(words: list[str]) -> str:
+    package, task = words[0].split(".")
+    assert package == "tasks"
+    return task
 
 
 def rows(text: str) -> list[list[str]]:
@@ -93,20 +100,20 @@ def options_of(command: click.Command) -> set[str]:
 
 
 def small(words: list[str]) -> list[str]:
-    """A command of the page for a demo model, with few images and steps."""
-    options = options_of(subcommands()[words[0]])
+    """A command of the page (its module first) for a demo model, with few images and steps."""
+    options, few = options_of(subcommands()[words[1]]), SMALL | SMALLER.get(task_of(words), {})
     kept: list[str] = []
     for before, word in pairwise(["", *words]):
         if word not in REAL and before not in REAL:
             kept.append(DEMO[word] if before == "--model" else word)
-    return [*kept, *(part for flag, value in SMALL.items() if flag in options for part in (flag, value))]
+    return [*kept, *(part for flag, value in few.items() if flag in options for part in (flag, value))]
 
 
 def run(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """Run a command line in this process; what it printed."""
     status = None
     try:
-        main(build_group("classification", "test"), words)
+        main(build_group(task_of(words), "test"), words[1:])
     except SystemExit as stop:
         status = stop.code
     output = capsys.readouterr()
@@ -131,13 +138,13 @@ def test_commands_run_in_their_order(
             made.add(out)
             fingerprint, facts = read_header(Path(out))
             expected = {"reconstruct-mlp": "mlp", "calibrate": "calibrated", "reconstruct": "reconstructed"}
-            assert facts["stage"] == expected[words[0]]
-            if words[0] == "reconstruct":
-                assert fingerprint.recipe.calibration_digest() == read_header(Path(words[1]))[0].recipe.calibration_digest()
-        elif words[0] == "run":
+            assert facts["stage"] == expected[words[1]]
+            if words[1] == "reconstruct":
+                assert fingerprint.recipe.calibration_digest() == read_header(Path(words[2]))[0].recipe.calibration_digest()
+        elif words[1] == "run":
             (path,) = re.findall(r"^record: (.*)$", output, re.M)
             record = read_record(Path(path))
-            assert (record.n, record.method) == (64, words[words.index("--method") + 1])
+            assert (record.n, record.method) == (4 if task_of(words) == "detection" else 64, words[words.index("--method") + 1])
         else:
             assert "(n = 64)" in output
 
@@ -146,7 +153,7 @@ def test_commands_run_in_their_order(
 def test_every_option_named_here_exists(name: str) -> None:
     for words in commands(section(name)):
         flags = {word for word in words if word.startswith("--")}
-        assert flags <= options_of(subcommands()[words[0]]), words
+        assert flags <= options_of(subcommands()[words[1]]), words
     every = set().union(*(options_of(command) for command in subcommands().values()))
     named = [word for row in rows(section(name)) for word in code(row[1]) if word.startswith("--")]
     assert named
