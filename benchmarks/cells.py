@@ -159,6 +159,7 @@ def make_cell(grid: Grid, section: str, model: str, recipe: Recipe | None, optio
         results=options.results / "runs",
         device=options.device or grid.device,
         threads=options.threads or grid.threads,
+        placement=part.placement,
         force=options.force,
     )
     if recipe is None:

@@ -25,6 +25,7 @@ class TaskGrid(_Strict):
         methods, bits, seeds: instead of the grid's.
         overrides: recipe fields changed for every method alike, beside the grid's; the same field counts here.
         scopes: what of a model is quantized, each in cells of its own; empty leaves it to the task.
+        placement: where block inputs and Fisher information of its cells are cached; no part of what they measure.
     """
 
     task: str | None = None
@@ -38,6 +39,7 @@ class TaskGrid(_Strict):
     seeds: tuple[int, ...] | None = Field(None, min_length=1)
     overrides: dict[str, Any] = {}
     scopes: tuple[str, ...] = ()
+    placement: Literal["device", "host", "disk"] = "device"
 
 
 class Extra(_Strict):
