@@ -11,6 +11,7 @@ from tabulate import tabulate  # type: ignore[import-untyped, unused-ignore]
 from fimaq_core import NUMERICS_VERSION
 from fimaq_core.checkpoint import Fingerprint
 from tasks.common.facts import LayerFacts, ModelFacts
+from tasks.common.registry import defaults
 
 _LAYER_COLUMNS = {
     "layer": "left", "kind": "left", "weight": "left", "MACs": "right", "weight bits": "right", "weight quantizer": "left",
@@ -55,7 +56,7 @@ class Inspection:
             "scope": recipe.scope,
             "untouched": list(self.untouched),
             "method": recipe.method,
-            "changes": recipe.changes(),
+            "changes": recipe.changes(defaults(self.task)),
             "recipe": recipe.model_dump(mode="json"),
             "fingerprint": {
                 "weights": self.fingerprint.weights,
@@ -98,7 +99,7 @@ class Inspection:
 
     def _origin(self) -> list[str]:
         recipe, mark = self.fingerprint.recipe, self.fingerprint
-        changes = ", ".join(f"{name}={value}" for name, value in recipe.changes().items())
+        changes = ", ".join(f"{name}={value}" for name, value in recipe.changes(defaults(self.task)).items())
         return [
             f"checkpoint: {self.checkpoint}",
             f"model: {self.tag} (task {self.task})",

@@ -14,13 +14,18 @@ from tasks.common.record import LayerEntry, ModuleMap
 
 
 def module_map(chain: BlockChain, part: str = "") -> ModuleMap:
-    """List the layers of ``chain`` by their names in the original model, behind the name of its part where it has one."""
+    """List the layers of ``chain`` by their names in the original model, behind the name of its part where it has one.
+
+    A quantizable layer whose quantizers are all off is in full precision.
+    """
     quantized: list[LayerEntry] = []
     full: list[str] = []
     for segment in chain:
         label = part_name(part, segment.label)
         for name, layer in quant_layers(segment.block):
-            quantized.append(layer_entry(f"{label}.{name}".rstrip("."), layer))
+            entry = layer_entry(f"{label}.{name}".rstrip("."), layer)
+            if not _off(entry):
+                quantized.append(entry)
         full += [*_leaves(segment.before, f"{label}.before"), *_leaves(segment.block, label)]
         if segment.keep is not None:
             full += _leaves(segment.keep, f"{label}.keep")
@@ -53,12 +58,19 @@ def merge_logs(log: ReconstructionLog, part: str, own: ReconstructionLog) -> Non
         log.engine = own.engine
 
 
+def _off(entry: LayerEntry) -> bool:
+    return min(entry.weight_bits, entry.input_bits, entry.other_bits or OFF) == OFF
+
+
 def _leaves(module: nn.Module, prefix: str) -> list[str]:
     found = []
     for name, child in module.named_modules():
-        leaf = not any(True for _ in child.children())
-        if leaf and not isinstance(child, nn.Identity | nn.Dropout | ActivationQuantizer | QuantMatMul):
-            found.append(f"{f'{prefix}.{name}'.rstrip('.')} ({type(child).__name__})")
+        where, kind = f"{prefix}.{name}".rstrip("."), type(child).__name__
+        if isinstance(child, WeightLayer | QuantMatMul):
+            if _off(layer_entry(where, child)):
+                found.append(f"{where} ({kind.removeprefix('Quant')})")
+        elif not any(True for _ in child.children()) and not isinstance(child, nn.Identity | nn.Dropout | ActivationQuantizer):
+            found.append(f"{where} ({kind})")
     return found
 
 

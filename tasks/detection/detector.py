@@ -1,14 +1,17 @@
 """A detector put together again: features by a chain or by the float model, the rest by mmdet's own heads."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fimaq_core.chain import BlockChain
-from fimaq_core.errors import DataError, ModelError
+from fimaq_core.errors import DataError, ModelError, NumericsError
 from tasks.detection.chain import backbone_and_neck
+from tasks.detection.heads import roi_heads
 from tasks.detection.mm import DetDataSample
 
 #: Name of the chain of backbone, neck and RPN.
@@ -51,17 +54,50 @@ class QuantizedDetector(nn.Module):
 
         Raises:
             DataError: several images, or one of which something is not said.
+            NumericsError: NaN or infinity in the maps, or in what a head makes of them. (mmdet leaves out what has no score: such
+                a detector would just find less.)
         """
         if len(image) != 1:
             raise DataError(f"Detectors are run on one image at a time, and this is a batch of {len(image)}.")
         sample = described(meta)
-        features = self.extract_feat(image)
-        proposals = self.rpn_head.predict(features, [sample], rescale=False)
-        with warnings.catch_warnings():
+        with self._checked(), warnings.catch_warnings():
             # how mmdet copies a cascade's masks
             warnings.filterwarnings("ignore", "To copy construct from a tensor")
+            features = self.extract_feat(image)
+            proposals = self.rpn_head.predict(features, [sample], rescale=False)
             (sample.pred_instances,) = self.roi_head.predict(features, proposals, [sample], rescale=True)
         return sample
+
+    @contextmanager
+    def _checked(self) -> Iterator[None]:
+        """Whatever trunk and heads give inside is checked before it is used."""
+        named = {"backbone and neck give": self.trunk, "the RPN gives": self.rpn_head}
+        named |= {f"the RoI head {name} gives": head for name, head in roi_heads(self).items()}
+        handles = [module.register_forward_hook(_checker(name)) for name, module in named.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _checker(what: str) -> Callable[[nn.Module, Any, Any], None]:
+    """A hook that refuses a module's output, which is called ``what``. Raises NumericsError."""
+
+    def check(module: nn.Module, args: Any, output: Any) -> None:
+        if not all(bool(one.isfinite().all()) for one in _tensors(output)):
+            raise NumericsError(f"What {what} holds NaN or infinity, so what is found would not be what the model says.")
+
+    return check
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """The tensors of nested lists and tuples."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, list | tuple):
+        for item in output:
+            yield from _tensors(item)
 
 
 def assemble(model: nn.Module, chains: Mapping[str, BlockChain]) -> QuantizedDetector:

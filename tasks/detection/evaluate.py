@@ -68,7 +68,7 @@ def detect(
     Raises:
         DataError: a damaged image (unless skipped), none left, or one of another size than the annotations say.
         ModelError: the detector does not take an image, or what it returns does not fit it.
-        NumericsError: a box or score that is NaN or infinite.
+        NumericsError: a box or score that is NaN or infinite, or what the detector refuses.
     """
     images = Images(source.image_ids, [0] * len(source.image_ids), source.read, prepare, skip_corrupt)  # type: ignore[arg-type]
     loader = DataLoader(_Caught(images), batch_size=None, num_workers=workers, collate_fn=_as_it_is)
@@ -114,6 +114,8 @@ def _predicted(predict: Predict, image: Tensor, meta: dict[str, Any], name: str)
     try:
         with torch.no_grad():
             found = predict(image, meta)
+    except NumericsError as error:
+        raise NumericsError(f"The image {name} of shape {tuple(image.shape)}: {error}") from error
     except (RuntimeError, AssertionError) as error:
         if isinstance(error, torch.cuda.OutOfMemoryError):
             raise

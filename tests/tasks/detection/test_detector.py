@@ -10,7 +10,7 @@ from torch import Tensor
 import tasks.detection.mm as mm
 from fimaq_core.calibration.calibrate import calibrate
 from fimaq_core.chain import BlockChain
-from fimaq_core.errors import DataError, ModelError
+from fimaq_core.errors import DataError, ModelError, NumericsError
 from fimaq_core.layers import quant_layers, set_quantized
 from fimaq_core.samples import Ragged, Samples
 from tasks.detection.chain import detector_segments
@@ -168,3 +168,28 @@ def test_a_model_without_heads_is_no_detector() -> None:
     del model.rpn_head
     with pytest.raises(ModelError, match="MaskRCNN without rpn_head is not supported"):
         assemble(model, {})
+
+
+WHERE = {
+    "backbone and neck give": "neck.fpn_convs.1.conv",
+    "the RPN gives": "rpn_head.rpn_cls",
+    "the RoI head bbox1 gives": "roi_head.bbox_head.1.fc_reg",
+    "the RoI head mask0 gives": "roi_head.mask_head.0.upsample",
+}
+
+
+@pytest.mark.parametrize("what", WHERE)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_none_are_not_less_to_find(what: str, value: float) -> None:
+    """mmdet leaves out boxes and scores that are NaN, and says nothing."""
+    model = build(KINDS["cascade"])
+    image, meta = sample(64, 96)
+    detector = assemble(model, {})
+    detector.predict(image, meta)
+    layer = model.get_submodule(WHERE[what])
+    layer.bias.data[0] = value
+    with pytest.raises(NumericsError, match=f"What {what} holds NaN or infinity"):
+        detector.predict(image, meta)
+    layer.bias.data[0] = 0.0
+    detector.predict(image, meta)
+    assert not any(module._forward_hooks for module in model.modules())
