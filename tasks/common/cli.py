@@ -138,8 +138,10 @@ def build_group(task_name: str, summary: str, own: TaskOptions = TaskOptions()) 
     def models() -> None:
         from tasks.common.registry import get_task
 
-        for name, meaning in get_task(task_name).model_names().items():
-            click.echo(f"{name:14s} {meaning}")
+        names = get_task(task_name).model_names()
+        width = max(14, *map(len, names))
+        for name, meaning in names.items():
+            click.echo(f"{name:{width}s} {meaning}")
 
     return group
 

@@ -1,0 +1,110 @@
+"""Cells of the demo detector with few images and few steps."""
+
+import io
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fimaq_core.checkpoint import load_checkpoint
+from fimaq_core.layers import set_quantized
+from fimaq_core.progress import Report, silent
+from fimaq_core.recipe import make_recipe
+from tasks.common.cli import build_group, main
+from tasks.common.prepare import whole
+from tasks.common.record import ResultRecord, read_record, recipe_of
+from tasks.common.registry import defaults
+from tasks.common.request import CellRequest, DataRequest, ModelRequest
+from tasks.common.run import run_cell
+from tasks.common.task import Chains, LoadedModel
+from tasks.detection.__main__ import OPTIONS
+from tasks.detection.detector import QuantizedDetector
+from tasks.detection.task import TASK
+
+MODEL = ModelRequest("demo_mask_rcnn")
+LIMIT = 8
+QUICK: dict[str, Any] = {
+    "calibration_images": 3, "range_images": 2, "range_search": "minmax", "range_candidates": 16, "steps": 2, "fisher_k": 1,
+    "mlp_steps": 2,
+}  # fmt: skip
+#: The same for the command line.
+FLAGS = [text for name, value in QUICK.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def cell(folder: Path, method: str = "fimaq", **changes: Any) -> CellRequest:
+    """Its records are in ``folder/runs``, what cells share beside."""
+    recipe = make_recipe(method, defaults("detection"), QUICK, changes)
+    return CellRequest("detection", MODEL, DataRequest(limit=LIMIT), recipe, results=folder / "runs")
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished cell."""
+
+    record: ResultRecord
+    folder: Path
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "quantized.safetensors"
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        return load_file(self.checkpoint)
+
+    @property
+    def bits(self) -> dict[str, tuple[int, int]]:
+        """Of weights and inputs, or of a product's operands, of every quantized layer."""
+        assert self.record.modules is not None
+        return {
+            entry.name: (entry.weight_bits if entry.other_bits is None else entry.other_bits, entry.input_bits)
+            for entry in self.record.modules.quantized
+        }
+
+
+def done(request: CellRequest, report: Report = silent) -> Done:
+    path = run_cell(request, report)
+    return Done(read_record(path), path.parent)
+
+
+def restored(cell: Done) -> tuple[LoadedModel, Chains, QuantizedDetector]:
+    """The model that was measured, again."""
+    recipe = recipe_of(cell.record)
+    assert recipe is not None
+    loaded = TASK.load(MODEL)
+    chains = TASK.chains(loaded, recipe)
+    load_checkpoint(cell.checkpoint, whole(chains), None)
+    set_quantized(whole(chains), True)
+    model = TASK.assemble(loaded, chains)
+    assert isinstance(model, QuantizedDetector)
+    return loaded, chains, model
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def command(*arguments: object, fails: bool = False) -> str:
+    """Run the command line in this process; return what it says."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            main(build_group("detection", "test", OPTIONS), [str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    assert code == (2 if fails else 0), err.getvalue()
+    return err.getvalue() if fails else out.getvalue()
+
+
+def record_of(said: str) -> Done:
+    """The cell that a ``run`` names."""
+    path = Path(said.strip().splitlines()[-1].removeprefix("record: "))
+    return Done(read_record(path), path.parent)
+
+
+run = partial(command, "run", "--model", MODEL.name, "--threads", 1)

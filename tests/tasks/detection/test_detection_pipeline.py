@@ -1,0 +1,320 @@
+"""The detection task as a whole, on the demo detector: records, stages, and runs that go on where they were stopped."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from detection_runs import FLAGS, LIMIT, MODEL, QUICK, Done, cell, command, done, restored, same
+from safetensors.torch import load_file, save_file
+
+from fimaq_core.checkpoint import read_header, save_checkpoint
+from fimaq_core.errors import CheckpointError, DataError, RecipeError
+from fimaq_core.progress import Progress, silent
+from fimaq_core.recipe import make_recipe
+from tasks.common import stages
+from tasks.common.plan import planned_folder
+from tasks.common.record import read_record
+from tasks.common.registry import defaults
+from tasks.common.request import DataRequest
+from tasks.common.run import run_cell
+from tasks.detection.demo.models import DEMO
+from tasks.detection.task import TASK
+
+BACKBONE = [
+    "patch_embed",
+    *(f"stages.{stage}.{name}" for stage in range(3) for name in ("blocks.0", "blocks.1", "downsample")),
+    "stages.3.blocks.0",
+]
+SEGMENTS = [*(f"detector.backbone.{name}" for name in BACKBONE), "detector.neck"]
+#: Layers of a Swin block with what multiplies activations.
+BLOCK = ["attn.qkv", "attn.query_key", "attn.attention_value", "attn.proj", "mlp.fc1", "mlp.fc2"]
+LAYERS = {
+    "backbone": {
+        "detector.backbone.patch_embed.projection",
+        *(f"detector.backbone.{name}.{layer}" for name in BACKBONE if "blocks" in name for layer in BLOCK),
+        *(f"detector.backbone.{name}.reduction" for name in BACKBONE if "downsample" in name),
+    },
+    "fpn": {f"detector.neck.{kind}_convs.{level}.conv" for kind in ("lateral", "fpn") for level in range(4)},
+    "rpn": {f"detector.rpn_head.rpn_{name}" for name in ("conv", "cls", "reg")},
+    "roi": {
+        *(f"bbox.head.{name}" for name in ("shared_fcs.0", "shared_fcs.1", "fc_cls", "fc_reg")),
+        *(f"mask.head.{name}" for name in ("convs.0.conv", "convs.1.conv", "convs.2.conv", "upsample", "conv_logits")),
+    },
+}
+METRICS = {f"{name}_{kind}" for name in ("AP", "AP50", "AP75", "APs") for kind in ("box", "mask")}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cells")
+
+
+@pytest.fixture(scope="module")
+def fimaq(place: Path) -> Done:
+    return done(cell(place))
+
+
+@pytest.fixture(scope="module")
+def aphq(place: Path) -> Done:
+    return done(cell(place, "aphq"))
+
+
+def test_a_record_says_what_was_measured(fimaq: Done) -> None:
+    record = fimaq.record
+    assert (record.task, record.method, record.w_bit, record.a_bit, record.n) == ("detection", "fimaq", 4, 4, LIMIT)
+    assert record.model.startswith("demo_mask_rcnn.")
+    assert set(record.metrics) >= METRICS
+    assert next(iter(record.metrics)) == "AP_box"
+    assert set(record.fp_metrics) == set(record.metrics)
+    assert record.fp_metrics["AP_box"].value > 50 > record.metrics["AP_box"].value > 0
+    assert all(0 <= metric.value <= 100 and metric.stderr >= 0 for metric in record.metrics.values())
+    data, calibration = record.dataset, record.calibration
+    assert (data.name, data.split, data.count, data.classes) == ("digit scenes for detection", f"test[:{LIMIT}]", LIMIT, 10)
+    assert calibration is not None
+    assert len(set(calibration.ids)) == QUICK["calibration_images"]
+    assert all(name.startswith("train/") for name in calibration.ids)
+    assert (calibration.transform, calibration.batch) == ("eval", None)
+    assert record.variant.endswith(" [backbone+fpn+rpn+roi]")
+    assert {part.split("=")[0] for part in record.variant.split(" ")[0].split(",")} == set(QUICK)
+    assert record.recipe is not None
+    assert record.recipe["scope"] == "backbone+fpn+rpn+roi"
+    assert (record.notes, record.skipped_images) == ([], [])
+
+
+def test_the_module_map_lists_every_layer(fimaq: Done) -> None:
+    wanted = {name: (4, 4) for names in LAYERS.values() for name in names}
+    wanted["detector.backbone.patch_embed.projection"] = (4, 32)
+    assert fimaq.bits == wanted
+    assert fimaq.record.modules is not None
+    kinds = {entry.name: entry.kind for entry in fimaq.record.modules.quantized}
+    assert kinds["mask.head.upsample"] == "transposed convolution"
+    assert kinds["detector.rpn_head.rpn_cls"] == "convolution"
+    full = fimaq.record.modules.full_precision
+    assert {f"detector.backbone.stages.{stage}.blocks.{int(stage < 3)}.keep.norm (LayerNorm)" for stage in range(4)} < set(full)
+    assert {"detector.backbone.stages.2.downsample.norm (LayerNorm)", "detector.backbone.patch_embed.norm (LayerNorm)"} < set(full)
+    assert not any(kind in name for name in full for kind in ("(Linear", "(Conv", "(MatMul"))
+
+
+def test_backbone_and_neck_are_reconstructed_and_heads_are_not(fimaq: Done) -> None:
+    record = fimaq.record
+    assert list(record.last_loss) == SEGMENTS
+    assert all(np.isfinite(value) for value in record.last_loss.values())
+    assert record.fisher_passes == {name: int(name != "detector.neck") for name in SEGMENTS}
+    assert {"calibrate detector", "reconstruct detector", "calibrate bbox", "calibrate mask", "evaluate"} <= set(record.seconds)
+
+
+def test_outcomes_add_up(fimaq: Done) -> None:
+    with np.load(fimaq.folder / fimaq.record.outcomes) as outcomes:
+        assert {len(values) for values in outcomes.values()} == {LIMIT}
+        for name in ("AP_box", "AP_mask"):
+            assert fimaq.record.metrics[name].value == pytest.approx(100 * outcomes[name].mean())
+        assert outcomes["objects"].sum() > LIMIT
+        assert [str(name) for name in outcomes["sample"]] == [f"test/{index:05d}.png" for index in range(LIMIT)]
+    _, _, model = restored(fimaq)
+    again = TASK.evaluate(model, TASK.load(MODEL), DataRequest(limit=LIMIT), torch.device("cpu"), 1, 0, silent)
+    assert again.metrics == fimaq.record.metrics
+
+
+@pytest.mark.parametrize("method", ["fimaq", "aphq"])
+def test_run_and_stages_agree_bit_for_bit(method: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    whole: Done = request.getfixturevalue(method)
+    mlps, ranges, out = (tmp_path / f"{name}.safetensors" for name in ("mlps", "ranges", "whole"))
+    common = ["--model", MODEL.name, "--method", method, *FLAGS, "--threads", 1]
+    given: list[object] = []
+    if method == "aphq":
+        command("reconstruct-mlp", *common, "--out", mlps)
+        given = ["--mlp-checkpoint", mlps]
+    command("calibrate", *common, *given, "--out", ranges)
+    fingerprint, facts = read_header(ranges)
+    assert (facts["stage"], facts["task"]) == ("calibrated", "detection")
+    assert fingerprint.recipe.scope == "backbone+fpn+rpn+roi"
+    command("reconstruct", ranges, "--threads", 1, "--out", out)
+    assert same(whole.state, load_file(out))
+    assert not same(whole.state, load_file(ranges))
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"ranges.safetensors", "whole.safetensors"} | ({"mlps.safetensors"} if method == "aphq" else set())
+    said = command("evaluate", out, "--limit", LIMIT, "--threads", 1)
+    for name, metric in whole.record.metrics.items():
+        assert f"{name} {metric.value:.2f} ± {metric.stderr:.2f} (n = {LIMIT})" in said.splitlines()
+
+
+def test_a_run_stopped_in_the_backbone_goes_on_to_the_same_bits(fimaq: Done, tmp_path: Path) -> None:
+    request = cell(tmp_path)
+
+    def stops(event: Progress) -> None:
+        if event.stage == "reconstruct" and event.block == "backbone.stages.1.blocks.1":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_cell(request, stops)
+    assert not (planned_folder(request) / "result.json").exists()
+    kept = sorted(path.name for path in tmp_path.rglob("block-*.safetensors"))
+    assert kept == [f"block-{index:03d}.safetensors" for index in range(5)]
+    started: list[str] = []
+
+    def watch(event: Progress) -> None:
+        if event.stage == "reconstruct" and event.block and event.block not in started:
+            started.append(event.block)
+
+    resumed = done(request, watch)
+    assert [f"detector.{name}" for name in started] == SEGMENTS[5:]
+    assert "calibrate detector (reused)" in resumed.record.seconds
+    assert same(resumed.state, fimaq.state)
+    assert resumed.record.metrics == fimaq.record.metrics
+    assert resumed.record.last_loss == fimaq.record.last_loss
+    assert not list(tmp_path.rglob("block-*"))
+
+
+@pytest.fixture(scope="module")
+def ranges(place: Path) -> Path:
+    path = place / "ranges.safetensors"
+    stages.calibrate_stage(cell(place, "rtn", w_bits=3), path, silent)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"scope": "backbone+fpn"}, "scope ('backbone+fpn+rpn+roi', here 'backbone+fpn')"),
+        ({"a_bits": 8}, "a_bits (4, here 8)"),
+        ({"seed": 1}, "other calibration images"),
+        ({"weights": True}, "other weights"),
+        ({"model": "demo_cascade.digits-v1"}, "another model"),
+    ],
+)
+def test_checkpoints_of_other_runs_are_refused(
+    place: Path, ranges: Path, tmp_path: Path, changes: dict[str, Any], reason: str
+) -> None:
+    """With the reason, and nothing is overwritten."""
+    request, path = cell(place, "rtn", w_bits=3), tmp_path / "ranges.safetensors"
+    shutil.copy(ranges, path)
+    assert request.recipe is not None
+    if "weights" in changes:
+        request = replace(request, model=replace(request.model, weights=other_weights(tmp_path)))
+    elif "model" in changes:
+        fingerprint, facts = read_header(path)
+        save_checkpoint(path, load_file(path), fingerprint.model_copy(update=changes), facts)
+    else:
+        request = replace(request, recipe=request.recipe.model_copy(update=changes))
+    before = path.read_bytes()
+    with pytest.raises(CheckpointError) as caught:
+        stages.calibrate_stage(request, path, silent)
+    assert reason in str(caught.value)
+    assert path.read_bytes() == before
+
+
+def test_later_stages_refuse_what_does_not_fit(ranges: Path, tmp_path: Path) -> None:
+    said = command("reconstruct", ranges, "--scope", "roi", "--out", tmp_path / "x.safetensors", fails=True)
+    assert "scope is 'backbone+fpn+rpn+roi', not 'roi'" in said
+    said = command("evaluate", ranges, "--limit", LIMIT, "--weights", other_weights(tmp_path), fails=True)
+    assert "was made from other weights" in said
+    assert said.count("\n") == 1
+
+
+def other_weights(folder: Path) -> Path:
+    state = load_file(DEMO.weights_path(MODEL.name))
+    path = folder / "other.safetensors"
+    save_file({**state, "rpn_head.rpn_cls.bias": state["rpn_head.rpn_cls.bias"] + 1}, path)
+    return path
+
+
+def test_one_model_calibrates_for_several_methods(place: Path, fimaq: Done) -> None:
+    reused = done(cell(place, "brecq"))
+    assert {"calibrate detector (reused)", "calibrate bbox (reused)", "calibrate mask (reused)"} <= set(reused.record.seconds)
+    assert reused.bits == fimaq.bits
+    assert set(reused.record.fisher_passes.values()) == {0}
+
+
+#: Methods whose ranges are found otherwise.
+OWN_RANGES = ("repq", "erq", "adalog", "ptq4vit")
+
+
+@pytest.mark.parametrize("method", ["rtn", "qdrop", "pdquant", "lsvit", *OWN_RANGES, "mlp-recon"])
+def test_methods(place: Path, method: str) -> None:
+    request = cell(place, "rtn")
+    if method in OWN_RANGES:
+        quick = {name: value for name, value in QUICK.items() if name != "range_search"} | {"range_images": 1, "range_rounds": 1}
+        request = replace(request, recipe=make_recipe(method, defaults("detection"), quick))
+    else:
+        request = cell(place, method)
+    found = done(request)
+    record, modules = found.record, found.record.modules
+    assert record.method == method
+    assert set(record.metrics) >= METRICS
+    assert modules is not None
+    if method == "mlp-recon":
+        assert found.bits == {}
+        assert len([name for name in modules.full_precision if name.endswith("mlp.act (ReLU)")]) == 7
+        return
+    assert set(found.bits) == set().union(*LAYERS.values())
+    assert bool(record.last_loss) == (method in ("qdrop", "pdquant", "lsvit"))
+    kinds = {entry.name: entry.input_quantizer for entry in modules.quantized}
+    softmax = {"repq": "logsqrt2", "erq": "logsqrt2", "adalog": "adalog", "ptq4vit": "twin"}.get(method, "uniform")
+    assert kinds["detector.backbone.stages.2.blocks.1.attn.attention_value"] == softmax
+    gelu = softmax if method in ("adalog", "ptq4vit") else "uniform"
+    assert kinds["detector.backbone.stages.2.blocks.1.mlp.fc2"] == gelu
+    assert {kinds[name] for name in LAYERS["fpn"] | LAYERS["rpn"] | LAYERS["roi"]} == {"uniform"}
+
+
+def test_inspect(fimaq: Done) -> None:
+    content = json.loads(command("inspect", fimaq.checkpoint, "--json"))
+    assert (content["task"], content["stage"], content["scope"]) == ("detection", "reconstructed", "backbone+fpn+rpn+roi")
+    assert content["untouched"] == []
+    layers = {layer["name"]: layer for layer in content["layers"]}
+    assert set(layers) == set().union(*LAYERS.values())
+    settings = TASK.load(MODEL).model.test_cfg
+    proposals, detections = settings.rpn.max_per_img, settings.rcnn.max_per_img
+    # weights of linear layers, and of convolutions on 14 x 14 positions of each region
+    for name in ("shared_fcs.0", "shared_fcs.1", "fc_cls", "fc_reg"):
+        layer = layers[f"bbox.head.{name}"]
+        assert layer["macs"] == proposals * layer["weights"] > 0
+    for name in ("convs.0.conv", "convs.2.conv", "upsample"):
+        layer = layers[f"mask.head.{name}"]
+        assert layer["macs"] == detections * layer["weights"] * 14 * 14
+    assert layers["mask.head.conv_logits"]["macs"] == detections * layers["mask.head.conv_logits"]["weights"] * 28 * 28
+    # the RPN's layers on the maps P2 to P6 of 128 x 128 pixels
+    positions = sum(side**2 for side in (32, 16, 8, 4, 2))
+    assert layers["detector.rpn_head.rpn_conv"]["macs"] == positions * layers["detector.rpn_head.rpn_conv"]["weights"]
+    sums = content["totals"]
+    assert all(np.isfinite(value) and value > 0 for value in sums.values())
+    assert sums["macs"] == sums["quantized_macs"] == sum(layer["macs"] for layer in layers.values())
+    assert sums["bops"] == sum(layer["macs"] * (16 if name.split(".")[2] != "patch_embed" else 128) for name, layer in layers.items())
+    text = command("inspect", fimaq.checkpoint)
+    assert f"MACs an image: {sums['macs']}; quantized {sums['macs']} (100.00 %)" in text.splitlines()
+    assert "scope: backbone+fpn+rpn+roi" in text.splitlines()
+
+
+def test_inspect_knows_what_is_usual_for_detectors(place: Path, ranges: Path) -> None:
+    content = json.loads(command("inspect", ranges, "--json"))
+    usual = make_recipe("rtn", defaults("detection")).model_dump()
+    assert content["changes"] == {name: value for name, value in QUICK.items() if usual[name] != value}
+    assert "calibration_transform" not in content["changes"]
+    (line,) = (text for text in command("inspect", ranges).splitlines() if text.startswith("changes: "))
+    assert line == "changes: " + ", ".join(f"{name}={value}" for name, value in content["changes"].items())
+    assert not any(name in line for name in ("batch_size", "mlp_percentile", "scope"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"calibration_transform": "train"}, RecipeError, "calibration_transform must be eval, not train"),
+        ({"batch_size": 2}, RecipeError, r"one at a time: set batch_size 1 \(now 2\)"),
+        ({"reconstruct_mlp": True, "mlp_batch": 2}, RecipeError, r"one at a time: set mlp_batch 1 \(now 2\)"),
+        ({"temperature": 10.0}, RecipeError, "leave temperature out"),
+        ({"calibration_images": 5000}, DataError, "1,?024"),
+    ],
+)
+def test_what_detectors_have_not(place: Path, changes: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        run_cell(cell(place, **changes))
+
+
+def test_a_record_serves_as_calibration_list(fimaq: Done, tmp_path: Path) -> None:
+    chosen = fimaq.folder / "result.json"
+    found = done(replace(cell(tmp_path, "rtn", seed=9), data=DataRequest(limit=LIMIT, calibration_list=chosen)))
+    assert found.record.calibration == read_record(chosen).calibration
