@@ -184,7 +184,7 @@ def test_tables_have_boxes_and_beside_them_masks(tmp_path: Path):
 def test_settings_are_set_against_those_of_the_task(tmp_path: Path):
     cells = demo_cells(RunOptions(results=tmp_path), tasks="detection")
     (settings, _) = settings_lines(fakes.write_cells(cells, value))
-    assert "calibration_images 64 (released: 256)" in settings
+    assert "calibration_images 32 (released: 256)" in settings
     assert "steps 150 (released: 20000)" in settings
     assert "batch_size 1," in settings
     assert "mlp_percentile" not in settings
