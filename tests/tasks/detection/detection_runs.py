@@ -26,10 +26,32 @@ from tasks.detection.__main__ import OPTIONS
 from tasks.detection.detector import QuantizedDetector
 from tasks.detection.task import TASK
 
+BACKBONE = [
+    "patch_embed",
+    *(f"stages.{stage}.{name}" for stage in range(3) for name in ("blocks.0", "blocks.1", "downsample")),
+    "stages.3.blocks.0",
+]
+SEGMENTS = [*(f"detector.backbone.{name}" for name in BACKBONE), "detector.neck"]
+#: Layers of a Swin block with what multiplies activations.
+BLOCK = ["attn.qkv", "attn.query_key", "attn.attention_value", "attn.proj", "mlp.fc1", "mlp.fc2"]
+LAYERS = {
+    "backbone": {
+        "detector.backbone.patch_embed.projection",
+        *(f"detector.backbone.{name}.{layer}" for name in BACKBONE if "blocks" in name for layer in BLOCK),
+        *(f"detector.backbone.{name}.reduction" for name in BACKBONE if "downsample" in name),
+    },
+    "fpn": {f"detector.neck.{kind}_convs.{level}.conv" for kind in ("lateral", "fpn") for level in range(4)},
+    "rpn": {f"detector.rpn_head.rpn_{name}" for name in ("conv", "cls", "reg")},
+    "roi": {
+        *(f"bbox.head.{name}" for name in ("shared_fcs.0", "shared_fcs.1", "fc_cls", "fc_reg")),
+        *(f"mask.head.{name}" for name in ("convs.0.conv", "convs.1.conv", "convs.2.conv", "upsample", "conv_logits")),
+    },
+}
+
 MODEL = ModelRequest("demo_mask_rcnn")
 LIMIT = 8
 QUICK: dict[str, Any] = {
-    "calibration_images": 3, "range_images": 2, "range_search": "minmax", "range_candidates": 16, "steps": 2, "fisher_k": 1,
+    "calibration_images": 2, "range_images": 2, "range_search": "minmax", "range_candidates": 16, "steps": 2, "fisher_k": 1,
     "mlp_steps": 2,
 }  # fmt: skip
 #: The same for the command line.

@@ -30,7 +30,15 @@ def write(folder: Path, part: str, count: int) -> Path:
     crowd = {"size": [height, width], "counts": [0, 20 * height, (width - 20) * height]}
     box = [0, 0, 20, height]
     content["annotations"].append(
-        {"id": 0, "image_id": first["id"], "category_id": 6, "bbox": box, "area": 20 * height, "iscrowd": 1, "segmentation": crowd}
+        {
+            "id": 0,
+            "image_id": first["id"],
+            "category_id": 6,
+            "bbox": box,
+            "area": 20 * height,
+            "iscrowd": 1,
+            "segmentation": crowd,
+        }
     )
     return rewritten(path, content)
 
@@ -83,7 +91,11 @@ def test_a_file_in_cocos_format(own: Done) -> None:
     assert record.fp_metrics["AP_box"].value > 40
     objects = [len(scene.labels) for scene in coco_files.scenes_of("val")[:6]]
     with np.load(own.folder / record.outcomes) as outcomes:
-        assert outcomes["sample"].tolist() == ["val/00000.png", "val/empty.png", *(f"val/{index:05d}.png" for index in range(1, 6))]
+        assert outcomes["sample"].tolist() == [
+            "val/00000.png",
+            "val/empty.png",
+            *(f"val/{index:05d}.png" for index in range(1, 6)),
+        ]
         # the crowd region is no object to find
         assert outcomes["objects"].tolist() == [objects[0], 0, *objects[1:]]
 
@@ -111,7 +123,9 @@ def test_the_numbers_of_the_file_are_those_of_pycocotools(own: Done, place: Path
             with torch.no_grad():
                 (done,) = model.test_step({"inputs": [torch.from_numpy(pixels).permute(2, 0, 1)], "data_samples": [sample]})
             each = done.pred_instances
-            for (x1, y1, x2, y2), score, label in zip(each.bboxes.tolist(), each.scores.tolist(), each.labels.tolist(), strict=True):
+            for (x1, y1, x2, y2), score, label in zip(
+                each.bboxes.tolist(), each.scores.tolist(), each.labels.tolist(), strict=True
+            ):
                 category = coco_files.CATEGORY_IDS[label]
                 row = {"image_id": entry["id"], "category_id": category, "bbox": [x1, y1, x2 - x1, y2 - y1], "score": score}
                 found.append(row)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from detection_runs import FLAGS, LIMIT, MODEL, QUICK, Done, cell, command, done, restored, same
+from detection_runs import FLAGS, LAYERS, LIMIT, MODEL, QUICK, SEGMENTS, Done, cell, command, done, restored, same
 from safetensors.torch import load_file, save_file
 
 from fimaq_core.checkpoint import read_header, save_checkpoint
@@ -25,27 +25,6 @@ from tasks.common.run import run_cell
 from tasks.detection.demo.models import DEMO
 from tasks.detection.task import TASK
 
-BACKBONE = [
-    "patch_embed",
-    *(f"stages.{stage}.{name}" for stage in range(3) for name in ("blocks.0", "blocks.1", "downsample")),
-    "stages.3.blocks.0",
-]
-SEGMENTS = [*(f"detector.backbone.{name}" for name in BACKBONE), "detector.neck"]
-#: Layers of a Swin block with what multiplies activations.
-BLOCK = ["attn.qkv", "attn.query_key", "attn.attention_value", "attn.proj", "mlp.fc1", "mlp.fc2"]
-LAYERS = {
-    "backbone": {
-        "detector.backbone.patch_embed.projection",
-        *(f"detector.backbone.{name}.{layer}" for name in BACKBONE if "blocks" in name for layer in BLOCK),
-        *(f"detector.backbone.{name}.reduction" for name in BACKBONE if "downsample" in name),
-    },
-    "fpn": {f"detector.neck.{kind}_convs.{level}.conv" for kind in ("lateral", "fpn") for level in range(4)},
-    "rpn": {f"detector.rpn_head.rpn_{name}" for name in ("conv", "cls", "reg")},
-    "roi": {
-        *(f"bbox.head.{name}" for name in ("shared_fcs.0", "shared_fcs.1", "fc_cls", "fc_reg")),
-        *(f"mask.head.{name}" for name in ("convs.0.conv", "convs.1.conv", "convs.2.conv", "upsample", "conv_logits")),
-    },
-}
 METRICS = {f"{name}_{kind}" for name in ("AP", "AP50", "AP75", "APs") for kind in ("box", "mask")}
 
 
@@ -96,7 +75,9 @@ def test_the_module_map_lists_every_layer(fimaq: Done) -> None:
     assert kinds["detector.rpn_head.rpn_cls"] == "convolution"
     full = fimaq.record.modules.full_precision
     assert {f"detector.backbone.stages.{stage}.blocks.{int(stage < 3)}.keep.norm (LayerNorm)" for stage in range(4)} < set(full)
-    assert {"detector.backbone.stages.2.downsample.norm (LayerNorm)", "detector.backbone.patch_embed.norm (LayerNorm)"} < set(full)
+    assert {"detector.backbone.stages.2.downsample.norm (LayerNorm)", "detector.backbone.patch_embed.norm (LayerNorm)"} < set(
+        full
+    )
     assert not any(kind in name for name in full for kind in ("(Linear", "(Conv", "(MatMul"))
 
 
@@ -143,6 +124,23 @@ def test_run_and_stages_agree_bit_for_bit(method: str, request: pytest.FixtureRe
         assert f"{name} {metric.value:.2f} ± {metric.stderr:.2f} (n = {LIMIT})" in said.splitlines()
 
 
+def test_mlps_alone(place: Path, aphq: Done, tmp_path: Path) -> None:
+    """Their stage's checkpoint is the model of the method mlp-recon, in full precision."""
+    mlps = tmp_path / "mlps.safetensors"
+    stages.mlp_stage(cell(place, "aphq"), mlps, silent)
+    whole = done(cell(place, "mlp-recon"))
+    said = command("evaluate", mlps, "--limit", LIMIT, "--threads", 1).splitlines()
+    assert all(
+        any(line.startswith(f"{name} {metric.value:.2f}") for line in said) for name, metric in whole.record.metrics.items()
+    )
+    content = json.loads(command("inspect", mlps, "--json"))
+    assert (content["stage"], content["untouched"]) == ("mlp", [])
+    assert {(layer["weight_bits"], layer["input_bits"]) for layer in content["layers"]} == {(32, 32)}
+    assert {layer["name"] for layer in content["layers"]} == set().union(*LAYERS.values())
+    assert content["totals"]["bops_ratio"] == 1
+    assert whole.record.metrics["AP_box"].value != whole.record.fp_metrics["AP_box"].value
+
+
 def test_a_run_stopped_in_the_backbone_goes_on_to_the_same_bits(fimaq: Done, tmp_path: Path) -> None:
     request = cell(tmp_path)
 
@@ -183,8 +181,8 @@ def ranges(place: Path) -> Path:
         ({"scope": "backbone+fpn"}, "scope ('backbone+fpn+rpn+roi', here 'backbone+fpn')"),
         ({"a_bits": 8}, "a_bits (4, here 8)"),
         ({"seed": 1}, "other calibration images"),
-        ({"weights": True}, "other weights"),
-        ({"model": "demo_cascade.digits-v1"}, "another model"),
+        ({"weights": True}, "another model (demo_mask_rcnn.digits-v1, here demo_mask_rcnn.local-"),
+        ({"model": "demo_cascade.digits-v1"}, "another model (demo_cascade.digits-v1, here demo_mask_rcnn.digits-v1)"),
     ],
 )
 def test_checkpoints_of_other_runs_are_refused(
@@ -238,8 +236,10 @@ OWN_RANGES = ("repq", "erq", "adalog", "ptq4vit")
 def test_methods(place: Path, method: str) -> None:
     request = cell(place, "rtn")
     if method in OWN_RANGES:
+        # AdaLog's search takes its time
+        scope = {"scope": "backbone"} if method == "adalog" else {}
         quick = {name: value for name, value in QUICK.items() if name != "range_search"} | {"range_images": 1, "range_rounds": 1}
-        request = replace(request, recipe=make_recipe(method, defaults("detection"), quick))
+        request = replace(request, recipe=make_recipe(method, defaults("detection"), quick, scope))
     else:
         request = cell(place, method)
     found = done(request)
@@ -251,14 +251,14 @@ def test_methods(place: Path, method: str) -> None:
         assert found.bits == {}
         assert len([name for name in modules.full_precision if name.endswith("mlp.act (ReLU)")]) == 7
         return
-    assert set(found.bits) == set().union(*LAYERS.values())
+    assert set(found.bits) == (LAYERS["backbone"] if method == "adalog" else set().union(*LAYERS.values()))
     assert bool(record.last_loss) == (method in ("qdrop", "pdquant", "lsvit"))
     kinds = {entry.name: entry.input_quantizer for entry in modules.quantized}
     softmax = {"repq": "logsqrt2", "erq": "logsqrt2", "adalog": "adalog", "ptq4vit": "twin"}.get(method, "uniform")
     assert kinds["detector.backbone.stages.2.blocks.1.attn.attention_value"] == softmax
     gelu = softmax if method in ("adalog", "ptq4vit") else "uniform"
     assert kinds["detector.backbone.stages.2.blocks.1.mlp.fc2"] == gelu
-    assert {kinds[name] for name in LAYERS["fpn"] | LAYERS["rpn"] | LAYERS["roi"]} == {"uniform"}
+    assert {kinds[name] for name in set(kinds) - LAYERS["backbone"]} <= {"uniform"}
 
 
 def test_inspect(fimaq: Done) -> None:
@@ -283,7 +283,9 @@ def test_inspect(fimaq: Done) -> None:
     sums = content["totals"]
     assert all(np.isfinite(value) and value > 0 for value in sums.values())
     assert sums["macs"] == sums["quantized_macs"] == sum(layer["macs"] for layer in layers.values())
-    assert sums["bops"] == sum(layer["macs"] * (16 if name.split(".")[2] != "patch_embed" else 128) for name, layer in layers.items())
+    assert sums["bops"] == sum(
+        layer["macs"] * (16 if name.split(".")[2] != "patch_embed" else 128) for name, layer in layers.items()
+    )
     text = command("inspect", fimaq.checkpoint)
     assert f"MACs an image: {sums['macs']}; quantized {sums['macs']} (100.00 %)" in text.splitlines()
     assert "scope: backbone+fpn+rpn+roi" in text.splitlines()

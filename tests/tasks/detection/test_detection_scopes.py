@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from detection_runs import LIMIT, MODEL, Done, cell, command, done, restored, same
-from test_detection_pipeline import LAYERS, SEGMENTS
+from detection_runs import LAYERS, LIMIT, MODEL, SEGMENTS, Done, cell, command, done, restored, same
 from torch import Tensor, nn
 
 from fimaq_core.errors import RecipeError
@@ -148,7 +147,9 @@ def test_a_roi_head_out_of_scope_is_the_float_models_own(cells: dict[str, Done])
 @pytest.mark.parametrize("method", ["aphq", "mlp-recon"])
 def test_there_are_no_mlps_without_a_backbone(scope: str, method: str) -> None:
     recipe = make_recipe(method, defaults("detection"), {"scope": scope})
-    with pytest.raises(RecipeError, match=rf"MLPs are in the backbone, which scope '{scope.replace('+', '[+]')}' leaves as it is"):
+    with pytest.raises(
+        RecipeError, match=rf"MLPs are in the backbone, which scope '{scope.replace('+', '[+]')}' leaves as it is"
+    ):
         TASK.chains(TASK.load(MODEL), recipe)
 
 
