@@ -1,7 +1,7 @@
 """The step on flat vectors: as it is, compiled, or captured in a CUDA graph."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -178,7 +178,7 @@ class OneSample:
         self._varying: list[list[int]] = []
         if traced:
             shapes = {tuple(objective.tape.full[number].shape): number for number in order}  # one sample of each shape
-            self._varying = _varying_dims([objective.sample(number, mixed) for number in shapes.values()])
+            self._varying = _varying_dims(objective.sample(number, mixed) for number in shapes.values())
 
     def load(self, number: int) -> None:
         """See :class:`AllSamples`."""
@@ -194,7 +194,7 @@ def _tensors_of(data: Batch, state: LossState) -> list[Tensor]:
     return [part for part in (*data[:6], *data.kept, *state) if part is not None]
 
 
-def _varying_dims(samples: list[tuple[Batch, LossState]]) -> list[list[int]]:
+def _varying_dims(samples: Iterable[tuple[Batch, LossState]]) -> list[list[int]]:
     """For each tensor of a sample, its dimensions that differ between samples."""
     shapes = [[tuple(tensor.shape) for tensor in _tensors_of(*sample)] for sample in samples]
     return [[dim for dim, sizes in enumerate(zip(*own, strict=True)) if len(set(sizes)) > 1] for own in zip(*shapes, strict=True)]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fimaq_core.calibration.thinning import spread
 from fimaq_core.chain import BlockChain, Kept, MlpPart, Segment
 from fimaq_core.errors import ModelError, NumericsError, RecipeError
 from fimaq_core.fisher.divergence import Divergence
@@ -27,7 +28,7 @@ from fimaq_core.samples import Ragged, Samples, batches, check_alone, joined, sl
 
 #: Weight of the term whose hidden values are clamped, as released.
 _CLAMPED_WEIGHT = 2.0
-#: Hidden values that the clamping quantile is taken of, at most: those of the first images.
+#: Hidden values that the clamping quantile is taken of, at most: those of the first images; where sizes vary, of all.
 _VALUES = 2**24
 
 
@@ -111,7 +112,7 @@ def reconstruct_mlps(
     with torch.no_grad():
         outputs = joined([teacher(part.to(device)).float() for part in batches(images, batch_size)], images)
     reference = divergence.reference(outputs)
-    storage = Storage(placement, device)
+    storage = Storage(placement, device, pinned=not isinstance(images, Ragged))
     tape = Tape(teacher, images, storage, with_prefix=False, batch_size=batch_size, frozen_dtype=recipe.frozen_dtype)
     total, number = len(mlps(chain)) * recipe.mlp_steps, 0
     for index, segment in enumerate(teacher):
@@ -132,6 +133,7 @@ def reconstruct_mlps(
                 samples = _samples(teacher, tape, segment, part, recipe, reference, divergence)
                 _train(mlp, part, samples, recipe, label, tick)
                 save(number, mlp)
+                del samples  # before the next one's are made
             number += 1
         if index + 1 < len(teacher):
             tape.advance()
@@ -151,8 +153,8 @@ def _samples(
     """One sweep over the images: the MLP's inputs and outputs, the Hessian at its output, the clamping value."""
     device, block = tape.storage.device, segment.block
     mlp = block.get_submodule(part.name)
-    inputs: list[Tensor] = []
-    targets: list[Tensor] = []
+    apart, where, count = isinstance(tape.full, Ragged), f"{segment.label}.{part.name}", len(tape.full)
+    inputs, targets = _Kept(tape), _Kept(tape)
     hessians: list[Tensor] = []
     hidden: list[Tensor] = []
     seen: dict[str, Tensor] = {}
@@ -160,16 +162,18 @@ def _samples(
         mlp.register_forward_hook(lambda module, args, out: seen.update(x=args[0], y=out)),
         mlp.get_submodule(part.fc2).register_forward_pre_hook(lambda module, args: seen.update(hidden=args[0])),
     ]
-    apart, where = isinstance(tape.full, Ragged), f"{segment.label}.{part.name}"
     for rows in slices(tape.full, divergence.batch or tape.batch_size):
         x = tape.full[rows].to(device)
         assert isinstance(x, Tensor)
         with torch.no_grad(), arithmetic(recipe.frozen_dtype, device):
             block(x)
         found, made = seen["x"].float(), seen["y"].float()
-        inputs.append(tape.storage.empty(tuple(found.shape), torch.float32).copy_(found))
-        targets.append(tape.storage.empty(tuple(made.shape), torch.float32).copy_(made))
-        if sum(values.numel() for values in hidden) < _VALUES:
+        inputs.put(rows, found)
+        targets.put(rows, made)
+        if apart:  # every image has its share, evenly spread over its tokens
+            values = seen["hidden"].float().flatten(0, -2)
+            hidden.append(values[spread(len(values), max(_VALUES // (count * values.shape[1]), 1), device)].flatten())
+        elif sum(values.numel() for values in hidden) < _VALUES:
             hidden.append(seen["hidden"].float().flatten())
         if recipe.mlp_loss == "perturb_mean":
             to = reference[rows].to(device)
@@ -187,7 +191,30 @@ def _samples(
     if hessians:
         hessian = Ragged(hessians) if apart else _scaled(hessians[0], hessians[0].square().mean().sqrt(), where)
     limit = positive_quantile(torch.cat(hidden)[:_VALUES], recipe.mlp_percentile)
-    return _Samples(joined(inputs, tape.full), joined(targets, tape.full), hessian, limit)
+    return _Samples(inputs.samples, targets.samples, hessian, limit)
+
+
+class _Kept:
+    """Batches of a sweep, where the tape lies; samples of the tape's kind."""
+
+    def __init__(self, tape: Tape) -> None:
+        self._tape, self._apart = tape, list[Tensor]()
+        self._whole: Tensor | None = None
+
+    def put(self, rows: slice, values: Tensor) -> None:
+        """Keep ``values`` of the samples ``rows``, which come in order."""
+        storage = self._tape.storage
+        if isinstance(self._tape.full, Ragged):
+            self._apart.append(storage.empty(tuple(values.shape), torch.float32).copy_(values))
+            return
+        if self._whole is None:
+            self._whole = storage.empty((len(self._tape.full), *values.shape[1:]), torch.float32)
+        self._whole[rows].copy_(values)
+
+    @property
+    def samples(self) -> Samples:
+        """All of them."""
+        return Ragged(self._apart) if self._whole is None else self._whole
 
 
 def _scaled(hessian: Tensor, size: Tensor, where: str) -> Tensor:

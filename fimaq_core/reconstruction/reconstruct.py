@@ -96,7 +96,7 @@ def reconstruct(
     tape = Tape(
         chain,
         images,
-        Storage(placement, device),
+        Storage(placement, device, pinned=not varying),
         with_prefix=recipe.prefix_prob > 0 or recipe.loss == "fisher_brecq",
         batch_size=batch_size,
         frozen_dtype=recipe.frozen_dtype,
@@ -122,6 +122,7 @@ def reconstruct(
             log.last_loss[segment.label] = float(loss)
             log.fisher_passes[segment.label] = objective.passes
             save(index, segment, log)
+            del objective  # its Fisher information goes before the next block's is made
         start += recipe.steps if segment in learning else 0
         if segment is learning[-1]:
             break

@@ -161,11 +161,13 @@ class SampleObjective(Objective):
         )
 
     def _squared_gradient_pass(self) -> None:
-        """BRECQ's pass: prefix quantized, this block and the rest in full precision, one gradient a sample."""
+        """BRECQ's pass: prefix quantized, this block and the rest in full precision, one gradient a sample, of mean square 1."""
         tape = self.tape
         set_quantized(tape.teacher.segment(tape.index).block, False)
         prefix = tape.full if tape.prefix is None else tape.prefix
-        found = [self._kept(gradient) for _, _, gradient in self._sweep(prefix, prefix=True)]
+        found = [
+            self._kept(_over(gradient, gradient.square().mean().sqrt())) for _, _, gradient in self._sweep(prefix, prefix=True)
+        ]
         self.passes += 1
         # With nothing quantized before it the gradient is zero but for rounding.
         if tape.index == 0 or not any(bool(gradient.abs().max() > 0) for gradient in found):
@@ -205,8 +207,12 @@ class SampleObjective(Objective):
 
 def _to_mean_one(values: Tensor) -> Tensor:
     """Values that are not negative, scaled to mean 1; zeros stay zeros."""
-    mean = values.mean()
-    return values / torch.where(mean > 0, mean, torch.ones_like(mean))
+    return _over(values, values.mean())
+
+
+def _over(values: Tensor, size: Tensor) -> Tensor:
+    """``values`` over their size; zeros stay zeros."""
+    return values / torch.where(size > 0, size, torch.ones_like(size))
 
 
 def make_objective(

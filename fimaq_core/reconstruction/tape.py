@@ -28,10 +28,12 @@ class Storage:
     Args:
         placement: ``device`` (fastest), ``host`` memory, or ``disk`` (memory-mapped temporary files).
         device: the computing device.
+        pinned: whether host memory is pinned for a GPU: few large tensors gain by it, while of many small ones each is rounded up
+            to a power of two.
     """
 
-    def __init__(self, placement: Placement, device: torch.device) -> None:
-        self.placement, self.device = placement, device
+    def __init__(self, placement: Placement, device: torch.device, pinned: bool = True) -> None:
+        self.placement, self.device, self.pinned = placement, device, pinned and device.type == "cuda"
         self._folder = tempfile.TemporaryDirectory(prefix="fimaq-tape-") if placement == "disk" else None
         self._count = 0
 
@@ -40,7 +42,7 @@ class Storage:
         if self.placement == "device":
             return torch.empty(shape, dtype=dtype, device=self.device)
         if self._folder is None:
-            return torch.empty(shape, dtype=dtype, pin_memory=self.device.type == "cuda")
+            return torch.empty(shape, dtype=dtype, pin_memory=self.pinned)
         self._count += 1
         path = Path(self._folder.name) / f"{self._count}.bin"
         size = int(torch.Size(shape).numel())

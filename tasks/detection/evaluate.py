@@ -117,7 +117,7 @@ def _predicted(predict: Predict, image: Tensor, meta: dict[str, Any], name: str)
     except NumericsError as error:
         raise NumericsError(f"The image {name} of shape {tuple(image.shape)}: {error}") from error
     except (RuntimeError, AssertionError) as error:
-        if isinstance(error, torch.cuda.OutOfMemoryError):
+        if isinstance(error, torch.cuda.OutOfMemoryError) or "allocate memory" in str(error):
             raise
         raise ModelError(f"The model does not take the image {name} of shape {tuple(image.shape)}: {error}") from error
     return getattr(found, "pred_instances", found)

@@ -38,8 +38,10 @@ class _Terms(_Hidden):
         self.unpack = unpack
 
     def forward(self, x: Tensor, side: Tensor, kept: Kept) -> Tensor:
-        logits = class_logits_on(self.there(x.device), self.unpack(kept[-1]), side[0])
-        return torch.cat([x.flatten(1), logits.reshape(1, -1)], 1)
+        # RoIAlign has no form of fewer digits.
+        with torch.autocast(x.device.type, enabled=False):
+            logits = class_logits_on(self.there(x.device), self.unpack(kept[-1].float()), side[0].float())
+        return torch.cat([x.flatten(1).float(), logits.reshape(1, -1)], 1)
 
 
 def _whole(image: Tensor) -> dict[str, object]:
@@ -56,7 +58,7 @@ class ProposalTerms:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = copy.deepcopy(model)
+        self._model = copy.deepcopy(model).requires_grad_(False)
         self.proposals = _Proposals(self._model)
 
     def added(self, segments: list[Segment]) -> list[Segment]:

@@ -28,6 +28,22 @@ from tasks.detection.rpn import rpn_levels, rpn_segment
 _OFF = {"w_bits": OFF, "a_bits": OFF, "s_bits": None, "head_bits": None, "patch_input_bits": OFF, "reconstruct_mlp": False}
 
 
+#: Regions that RoI heads are calibrated on, of all images.
+_REGIONS = 4096
+
+
+def _check(recipe: Recipe) -> None:
+    """Refuse settings that mean nothing here. Raises RecipeError."""
+    for name in ("temperature", "head_bits", "divergence_batch"):
+        if getattr(recipe, name) != Recipe.model_fields[name].default:
+            raise RecipeError(f"Detectors have no use for {name}: leave it out.")
+    if recipe.reconstruct and recipe.loss == "prediction":
+        raise RecipeError(
+            "The divergence of a detector has a gradient only, since its terms are each over their own value, and loss "
+            "'prediction' wants its value: choose another loss."
+        )
+
+
 def pieces_of(recipe: Recipe) -> tuple[str, ...]:
     """What of a detector the recipe quantizes, in order."""
     return tags.PIECES if recipe.scope is None else tuple(recipe.scope.split("+"))
@@ -94,15 +110,15 @@ class DetectionTask(Named):
         found: dict[str, Samples] = {DETECTOR: images.images}
         if "roi" in pieces_of(recipe):
             chosen = images.images[: recipe.range_images], images.metas[: recipe.range_images]
-            found |= roi_inputs(loaded.model, *chosen, device)
+            # Searches take no more rows than this of all images, so there is no use in keeping more regions of many images.
+            found |= roi_inputs(loaded.model, *chosen, device, max(_REGIONS // recipe.range_images, 1))
         return found
 
     def divergences(
         self, loaded: LoadedModel, images: CalibrationSet, recipe: Recipe, device: torch.device, batch_size: int
     ) -> dict[str, Divergence]:
         """That of the proposals' maps. RoI heads are not reconstructed: nobody asks theirs."""
-        if recipe.temperature != Recipe.model_fields["temperature"].default:
-            raise RecipeError("The divergence of a detector has no temperature: leave temperature out.")
+        _check(recipe)
         head = loaded.model.rpn_head
         strides = [int(stride[0]) for stride in head.prior_generator.strides]
         levels = [rpn_levels(image.shape[2], image.shape[3], strides) for image in images.images]

@@ -232,7 +232,7 @@ def test_one_model_calibrates_for_several_methods(place: Path, fimaq: Done) -> N
 OWN_RANGES = ("repq", "erq", "adalog", "ptq4vit")
 
 
-@pytest.mark.parametrize("method", ["rtn", "qdrop", "pdquant", "lsvit", *OWN_RANGES, "mlp-recon"])
+@pytest.mark.parametrize("method", ["rtn", "qdrop", "lsvit", *OWN_RANGES, "mlp-recon"])
 def test_methods(place: Path, method: str) -> None:
     request = cell(place, "rtn")
     if method in OWN_RANGES:
@@ -252,7 +252,7 @@ def test_methods(place: Path, method: str) -> None:
         assert len([name for name in modules.full_precision if name.endswith("mlp.act (ReLU)")]) == 7
         return
     assert set(found.bits) == (LAYERS["backbone"] if method == "adalog" else set().union(*LAYERS.values()))
-    assert bool(record.last_loss) == (method in ("qdrop", "pdquant", "lsvit"))
+    assert bool(record.last_loss) == (method in ("qdrop", "lsvit"))
     kinds = {entry.name: entry.input_quantizer for entry in modules.quantized}
     softmax = {"repq": "logsqrt2", "erq": "logsqrt2", "adalog": "adalog", "ptq4vit": "twin"}.get(method, "uniform")
     assert kinds["detector.backbone.stages.2.blocks.1.attn.attention_value"] == softmax
@@ -307,7 +307,10 @@ def test_inspect_knows_what_is_usual_for_detectors(place: Path, ranges: Path) ->
         ({"calibration_transform": "train"}, RecipeError, "calibration_transform must be eval, not train"),
         ({"batch_size": 2}, RecipeError, r"one at a time: set batch_size 1 \(now 2\)"),
         ({"reconstruct_mlp": True, "mlp_batch": 2}, RecipeError, r"one at a time: set mlp_batch 1 \(now 2\)"),
-        ({"temperature": 10.0}, RecipeError, "leave temperature out"),
+        ({"temperature": 10.0}, RecipeError, "no use for temperature: leave it out"),
+        ({"head_bits": 8}, RecipeError, "no use for head_bits"),
+        ({"divergence_batch": 4}, RecipeError, "no use for divergence_batch"),
+        ({"loss": "prediction"}, RecipeError, "choose another loss"),
         ({"calibration_images": 5000}, DataError, "1,?024"),
     ],
 )
