@@ -73,7 +73,7 @@ class CellRequest:
     """One cell of a grid, or one ``run`` of an adapter.
 
     Attributes:
-        task: ``classification`` or ``retrieval``.
+        task: ``classification``, ``retrieval`` or ``detection``.
         model, data: see there.
         recipe: all settings; None measures the full-precision model.
         variant: name of the recipe's variant in tables; None derives it from what differs from the method's settings.

@@ -20,7 +20,7 @@ from tasks.common import stages
 from tasks.common.plan import planned_folder
 from tasks.common.record import read_record
 from tasks.common.registry import defaults
-from tasks.common.request import DataRequest
+from tasks.common.request import DataRequest, ModelRequest
 from tasks.common.run import run_cell
 from tasks.detection.demo.models import DEMO
 from tasks.detection.task import TASK
@@ -184,6 +184,7 @@ def ranges(place: Path) -> Path:
         ({"weights": True}, "another model (demo_mask_rcnn.digits-v1, here demo_mask_rcnn.local-"),
         ({"model": "demo_cascade.digits-v1"}, "another model (demo_cascade.digits-v1, here demo_mask_rcnn.digits-v1)"),
     ],
+    ids=["scope", "bits", "images", "weights", "model"],
 )
 def test_checkpoints_of_other_runs_are_refused(
     place: Path, ranges: Path, tmp_path: Path, changes: dict[str, Any], reason: str
@@ -261,6 +262,28 @@ def test_methods(place: Path, method: str) -> None:
     assert {kinds[name] for name in set(kinds) - LAYERS["backbone"]} <= {"uniform"}
 
 
+def test_a_cascade(tmp_path: Path) -> None:
+    """With random weights, which find nothing: three box heads and three mask heads, each a part of its own."""
+    torch.manual_seed(0)
+    model, weights = DEMO.build("demo_cascade"), tmp_path / "random.safetensors"
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 and not name.startswith("backbone"):
+            torch.nn.init.normal_(parameter, std=1.5 / parameter[0].numel() ** 0.5)
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, weights)
+    found = done(replace(cell(tmp_path, "qdrop"), model=ModelRequest("demo_cascade", weights=weights)))
+    assert found.record.metrics["AP_box"].value < 5
+    assert list(found.record.last_loss) == SEGMENTS
+    parts = {name.split(".")[0] for name in found.bits}
+    heads = {f"{kind}{stage}" for kind in ("bbox", "mask") for stage in range(3)}
+    assert parts == {"detector"} | heads
+    assert {f"calibrate {part}" for part in parts} < set(found.record.seconds)
+    layers = ("shared_convs.0.conv", "shared_convs.1.conv", "shared_fcs.0", "fc_cls", "fc_reg")
+    assert {name for name in found.bits if name.startswith("bbox2")} == {f"bbox2.head.{layer}" for layer in layers}
+    content = json.loads(command("inspect", found.checkpoint, "--weights", weights, "--json"))
+    macs = {layer["name"]: layer["macs"] for layer in content["layers"]}
+    assert macs["bbox2.head.fc_cls"] == macs["bbox0.head.fc_cls"] == model.test_cfg.rpn.max_per_img * 64 * 11
+
+
 def test_inspect(fimaq: Done) -> None:
     content = json.loads(command("inspect", fimaq.checkpoint, "--json"))
     assert (content["task"], content["stage"], content["scope"]) == ("detection", "reconstructed", "backbone+fpn+rpn+roi")
@@ -313,6 +336,7 @@ def test_inspect_knows_what_is_usual_for_detectors(place: Path, ranges: Path) ->
         ({"loss": "prediction"}, RecipeError, "choose another loss"),
         ({"calibration_images": 5000}, DataError, "1,?024"),
     ],
+    ids=["transform", "batch", "MLP batch", "temperature", "images"],
 )
 def test_what_detectors_have_not(place: Path, changes: dict[str, Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):

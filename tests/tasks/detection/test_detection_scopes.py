@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from detection_runs import LAYERS, LIMIT, MODEL, SEGMENTS, Done, cell, command, done, restored, same
+from detection_runs import FLAGS, LAYERS, LIMIT, MODEL, SEGMENTS, Done, cell, command, done, restored, same
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fimaq_core.errors import RecipeError
@@ -127,6 +128,18 @@ def test_scopes_share_what_is_the_same_in_both(cells: dict[str, Done], place: Pa
     assert cells["fpn"].record.metrics != cells["rpn"].record.metrics
     assert len({planned_folder(cell(place, "qdrop", scope=scope)) for scope in SCOPES}) == len(SCOPES) == 15
     assert planned_folder(cell(place, "qdrop")) == planned_folder(cell(place, "qdrop", scope=FULL))
+
+
+@pytest.mark.parametrize("scope", ["fpn", "roi"])
+def test_stages_of_a_scope_give_what_its_run_gives(cells: dict[str, Done], tmp_path: Path, scope: str) -> None:
+    ranges, whole = tmp_path / "ranges.safetensors", tmp_path / "whole.safetensors"
+    common = ["--model", MODEL.name, "--method", "qdrop", *FLAGS, "--scope", scope, "--threads", 1]
+    command("calibrate", *common, "--out", ranges)
+    command("reconstruct", ranges, "--threads", 1, "--out", whole)
+    assert same(load_file(whole), cells[scope].state)
+    metric = cells[scope].record.metrics["AP_mask"]
+    said = command("evaluate", whole, "--limit", LIMIT, "--threads", 1)
+    assert f"AP_mask {metric.value:.2f} ± {metric.stderr:.2f} (n = {LIMIT})" in said.splitlines()
 
 
 def test_a_roi_head_out_of_scope_is_the_float_models_own(cells: dict[str, Done]) -> None:

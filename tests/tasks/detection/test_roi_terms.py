@@ -1,12 +1,13 @@
 """The optional term of a detector's divergence against mmdet's own modules and autograd."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from detection_runs import MODEL, QUICK, cell, done
+from detection_runs import MODEL, QUICK, cell, command, done
 from torch import Tensor, nn
 
 from fimaq_core.calibration.calibrate import calibrate
@@ -167,6 +168,9 @@ def test_a_run_with_the_term(tmp_path: Path) -> None:
     sizes = sorted(path.stat().st_size for path in (tmp_path / "reconstruction").iterdir())
     assert len(sizes) == 6
     assert sizes[-1] < 1.01 * sizes[-2]
+    shown = [json.loads(command("inspect", one.checkpoint, "--json")) for one in (with_term, without)]
+    assert shown[0]["totals"] == shown[1]["totals"]
+    assert set(shown[0]["changes"]) - set(shown[1]["changes"]) == {"detection_terms"}
 
 
 def test_the_term_goes_with_reconstructed_mlps(tmp_path: Path) -> None:
