@@ -24,6 +24,7 @@ class TaskOptions:
         scopes: its choices.
         evaluations: choices of ``--eval``, the usual first; empty for none.
         calibration_data: whether there is ``--calibration-data``.
+        keep_outputs: help of ``--keep-outputs``; empty for none.
         data: help of ``--data``.
     """
 
@@ -31,6 +32,7 @@ class TaskOptions:
     scopes: tuple[str, ...] = ()
     evaluations: tuple[str, ...] = ()
     calibration_data: bool = False
+    keep_outputs: str = ""
     data: str = "Data folder with train/ and val/ (demo models bring their own data)."
 
 
@@ -209,6 +211,7 @@ def take_data(options: dict[str, Any]) -> DataRequest:
         options.pop("skip_corrupt"),
         options.pop("evaluation", None),
         options.pop("calibration_data", None),
+        options.pop("keep_outputs", False),
     )
 
 
@@ -220,6 +223,8 @@ def _evaluation_options(own: TaskOptions) -> list[Callable[..., Any]]:
     if own.calibration_data:
         shown = "Data to calibrate on, where that is not the training part of --data."
         options.append(click.option("--calibration-data", type=click.Path(path_type=Path), help=shown))
+    if own.keep_outputs:
+        options.append(click.option("--keep-outputs", is_flag=True, help=own.keep_outputs))
     return options
 
 

@@ -36,6 +36,8 @@ class DataRequest:
         skip_corrupt: leave damaged images out (named in the record) instead of stopping.
         evaluation: what is measured, as the task names it (retrieval: ``retrieval``, ``zero-shot``); None: its usual one.
         calibration_data: root of the data set to calibrate on; None takes the training part of ``path``.
+        keep_outputs: keep beside the record what the model gave for each sample, as far as the task has a form for that. No part
+            of a cell's identity: a cell that is measured already is not measured again for it.
     """
 
     path: Path | None = None
@@ -44,6 +46,7 @@ class DataRequest:
     skip_corrupt: bool = False
     evaluation: str | None = None
     calibration_data: Path | None = None
+    keep_outputs: bool = False
 
 
 @dataclass(frozen=True)

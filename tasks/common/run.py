@@ -1,6 +1,7 @@
 """The pipeline behind every ``run``: load, full-precision score, calibrate, reconstruct, evaluate, record."""
 
 import hashlib
+import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -239,4 +240,7 @@ def _record(
 def _write(record: ResultRecord, evaluation: Evaluation, folder: Path) -> Path:
     with replaced_whole(folder / record.outcomes) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, **evaluation.outcomes)
+    for name, content in evaluation.files.items():
+        with replaced_whole(folder / name) as temporary:
+            temporary.write_text(json.dumps(content), encoding="utf-8")
     return write_record(record, folder)

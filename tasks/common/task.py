@@ -79,13 +79,19 @@ class CalibrationSet:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics and per-sample outcomes of one evaluation; ``outcomes`` are arrays of equal length."""
+    """Metrics and per-sample outcomes of one evaluation.
+
+    Attributes:
+        outcomes: arrays of equal length, a row a sample.
+        files: what else is kept beside the record, where it was asked for: JSON values by file name.
+    """
 
     metrics: dict[str, Metric]
     n: int
     outcomes: dict[str, np.ndarray]
     dataset: Dataset
     skipped: list[str] = field(default_factory=list)
+    files: dict[str, Any] = field(default_factory=dict)
 
 
 #: The chains of a model by the names of its parts; a model that is one chain has the name ``""`` alone.

@@ -1,6 +1,7 @@
 """Detection and instance segmentation as COCO measures them, with what each image contributes."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -40,9 +41,17 @@ def evaluate_detector(
     report: Report,
     skip_corrupt: bool = False,
     workers: int = 0,
+    keep: bool = False,
 ) -> Evaluation:
-    """Measure a detector on all images of ``source``: :func:`detect`, then :func:`measure`, and their errors."""
-    return measure(source, detect(predict, source, prepare, device, report, skip_corrupt, workers))
+    """Measure a detector on all images of ``source``: :func:`detect`, then :func:`measure`, and their errors.
+
+    Args:
+        keep: whether all detections are kept, as ``detections.json`` in COCO's format of results.
+        predict, source, prepare, device, report, skip_corrupt, workers: as of :func:`detect`.
+    """
+    detections = detect(predict, source, prepare, device, report, skip_corrupt, workers)
+    found = measure(source, detections)
+    return replace(found, files={"detections.json": detections.results}) if keep else found
 
 
 def detect(

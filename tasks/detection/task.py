@@ -140,7 +140,8 @@ class DetectionTask(Named):
         """COCO's average precisions, image by image: how an image is padded must not depend on others."""
         assert isinstance(model, QuantizedDetector)
         source = open_source(loaded, data, "val").head(data.limit)
-        return evaluate_detector(model.predict, source, loaded.eval_transform, device, report, data.skip_corrupt, workers)
+        made = model.predict, source, loaded.eval_transform, device, report
+        return evaluate_detector(*made, data.skip_corrupt, workers, data.keep_outputs)
 
 
 TASK = DetectionTask()

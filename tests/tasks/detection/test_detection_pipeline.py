@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from detection_runs import FLAGS, LAYERS, LIMIT, MODEL, QUICK, SEGMENTS, Done, cell, command, done, restored, same
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from safetensors.torch import load_file, save_file
 
 from fimaq_core.checkpoint import read_header, save_checkpoint
@@ -22,6 +24,7 @@ from tasks.common.record import read_record
 from tasks.common.registry import defaults
 from tasks.common.request import DataRequest, ModelRequest
 from tasks.common.run import run_cell
+from tasks.detection.coco import open_demo
 from tasks.detection.demo.models import DEMO
 from tasks.detection.task import TASK
 
@@ -336,7 +339,7 @@ def test_inspect_knows_what_is_usual_for_detectors(place: Path, ranges: Path) ->
         ({"loss": "prediction"}, RecipeError, "choose another loss"),
         ({"calibration_images": 5000}, DataError, "1,?024"),
     ],
-    ids=["transform", "batch", "MLP batch", "temperature", "images"],
+    ids=["transform", "batch", "MLP batch", "temperature", "head bits", "divergence batch", "prediction", "images"],
 )
 def test_what_detectors_have_not(place: Path, changes: dict[str, Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
@@ -347,3 +350,17 @@ def test_a_record_serves_as_calibration_list(fimaq: Done, tmp_path: Path) -> Non
     chosen = fimaq.folder / "result.json"
     found = done(replace(cell(tmp_path, "rtn", seed=9), data=DataRequest(limit=LIMIT, calibration_list=chosen)))
     assert found.record.calibration == read_record(chosen).calibration
+
+
+def test_detections_are_kept_where_they_are_asked_for(fimaq: Done, tmp_path: Path) -> None:
+    assert not (fimaq.folder / "detections.json").exists()
+    data = DataRequest(limit=LIMIT, keep_outputs=True)
+    found = done(replace(cell(tmp_path), recipe=None, data=data))
+    truth = COCO()
+    truth.dataset = dict(open_demo("val").head(LIMIT).coco)
+    truth.createIndex()
+    judge = COCOeval(truth, truth.loadRes(str(found.folder / "detections.json")), "bbox")
+    judge.evaluate()
+    judge.accumulate()
+    judge.summarize()
+    assert found.record.metrics["AP_box"].value == pytest.approx(100 * judge.stats[0], abs=1e-6)
