@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tasks.common.digits import DigitDealer, check_part, load_digits
-from tasks.retrieval.demo.scenes import shrink
+from tasks.common.digits import DigitDealer, check_part, load_digits, resize
 
 DATA = "digit scenes for detection"
 # First and last, both included: height and width of a scene, side of a digit's image, number of digits.
@@ -109,7 +108,7 @@ def ink_of(image: np.ndarray, side: int) -> np.ndarray:
     Returns:
         Opacity of the ink, uint8 of shape ``(h, w)``, at most ``(side, side)``.
     """
-    resized = shrink(image[None], side)[0]
+    resized = resize(image[None], side)[0]
     x1, y1, x2, y2 = box_of(resized >= INK_THRESHOLD)
     return resized[y1:y2, x1:x2]
 

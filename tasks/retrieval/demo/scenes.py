@@ -19,7 +19,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from tasks.common.augment import RandomDigitWarp
-from tasks.common.digits import PARTS, SEED, DigitDealer, DigitSamples, check_part, load_digits, to_tensor
+from tasks.common.digits import PARTS, SEED, DigitDealer, DigitSamples, check_part, load_digits, resize, to_tensor
 from tasks.retrieval.demo.captions import NUM_FORMS, fact_of, write_caption
 
 CELL_SIZE = 24
@@ -104,25 +104,6 @@ def draw_scenes(part: str, count: int, rng: np.random.Generator) -> ScenePlan:
     return ScenePlan(facts=facts, sources=sources, sizes=sizes, offsets=offsets, captions=captions)
 
 
-def shrink(images: np.ndarray, size: int) -> np.ndarray:
-    """Shrinks square images: a pixel is the mean of the area it covers, in integers, so the same on every machine.
-
-    Args:
-        images: uint8 of shape ``(n, s, s)``.
-        size: New side, at most ``s``.
-
-    Returns:
-        uint8 of shape ``(n, size, size)``.
-    """
-    old = images.shape[-1]
-    # In units of 1 / (old * size) of the side, a new pixel is `old` wide and an old one `size`.
-    starts, ends = np.arange(size)[:, None] * old, np.arange(old) * size
-    overlap = np.clip(np.minimum(starts + old, ends + size) - np.maximum(starts, ends), 0, None)  # (size, old)
-    area = old * old
-    total = overlap @ images.astype(np.int64) @ overlap.T
-    return ((2 * total + area) // (2 * area)).astype(np.uint8)
-
-
 def compose_scenes(plan: ScenePlan) -> np.ndarray:
     """Renders the scenes of a plan.
 
@@ -136,7 +117,7 @@ def compose_scenes(plan: ScenePlan) -> np.ndarray:
     canvases = np.zeros((len(plan.captions), *CANVAS_SIZE), dtype=np.uint8)
     for size in range(SIZES[0][0], SIZES[1][1] + 1):
         places = np.argwhere((plan.sources >= 0) & (plan.sizes == size))
-        digits = shrink(images[plan.sources[places[:, 0], places[:, 1]]], size)
+        digits = resize(images[plan.sources[places[:, 0], places[:, 1]]], size)
         for digit, (i, cell) in zip(digits, places.tolist(), strict=True):
             y = cell // 2 * CELL_SIZE + plan.offsets[i, cell, 0]
             x = cell % 2 * CELL_SIZE + plan.offsets[i, cell, 1]
