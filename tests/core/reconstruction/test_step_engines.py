@@ -401,11 +401,12 @@ def test_step_that_cannot_be_compiled_says_what_to_do(monkeypatch: pytest.Monkey
         trainer("compiled", quick("qdrop")).step(0)
 
 
-def test_more_makes_than_pytorch_allows_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_makes_than_pytorch_allows_by_itself() -> None:
     """A Swin has a dozen makes of blocks; PyTorch compiles a function eight times and then gives up."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
-    flat._compiled.__wrapped__(flat.update, "cpu", 1)
-    assert torch._dynamo.config.recompile_limit >= 100
+    with torch._dynamo.config.patch(recompile_limit=8):  # pytest's own patch would leave the setting deleted
+        flat._compiled.__wrapped__(flat.update, "cpu", 1)
+        assert torch._dynamo.config.recompile_limit >= 100
+    assert torch._dynamo.config.recompile_limit >= 8
 
 
 def test_blocks_of_a_make_have_one_layout() -> None:

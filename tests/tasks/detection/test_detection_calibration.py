@@ -51,7 +51,7 @@ def test_a_seeded_draw_of_images_as_they_are(data: DataRequest) -> None:
     assert isinstance(found.images, Ragged)
     assert [tuple(image.shape) for image in found.images] == [(1, 3, entry["height"], entry["width"]) for entry in entries]
     assert [meta["ori_shape"] for meta in found.metas] == [(entry["height"], entry["width"]) for entry in entries]
-    assert found.of("detector") is found.images
+    assert found.inputs["detector"] is found.images
     assert found.transform == "eval"
     assert found.skipped == []
     assert drawn(data, 3).ids == found.ids[:3]
