@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from itertools import zip_longest
 from pathlib import Path
 from types import MappingProxyType
 
@@ -237,7 +238,7 @@ def _check_classes(source: DetectionSource, loaded: LoadedModel) -> None:
         from tasks.detection import mm
 
         known = mm.CocoDataset.METAINFO["classes"]
-    differ = [(mine, theirs) for mine, theirs in zip(known or (), found, strict=False) if mine != theirs]
+    differ = [(mine, theirs) for mine, theirs in zip_longest(known, found) if mine != theirs] if known else []
     if differ:
         raise DataError(
             f"{what} has other categories than {loaded.tag} has classes, or in another order: {differ[0][1]!r} where the model "

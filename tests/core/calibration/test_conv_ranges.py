@@ -164,7 +164,7 @@ def test_rows_are_spread_evenly(count: int, wanted: int) -> None:
         assert index.tolist() == list(range(count))
         return
     starts = [number * count // wanted for number in range(wanted + 1)]
-    assert all(start <= row < end for start, row, end in zip(starts, index.tolist(), starts[1:], strict=False))
+    assert all(start <= row < end for start, row, end in zip(starts[:-1], index.tolist(), starts[1:], strict=True))
 
 
 def test_rows_of_an_image_do_not_fall_into_one_column() -> None:
