@@ -9,10 +9,11 @@ from typing import Any
 
 import click
 
-from benchmarks.cells import Adapter, Places, RunOptions, default_adapter
+from benchmarks.cells import Places, RunOptions
 from benchmarks.commands import run_diff, run_grid, run_reference
 from benchmarks.console import user_errors
 from benchmarks.grid import Filters, load_grid, parse_filters
+from benchmarks.options import adapter, folder, places_options, profile_option, results_option
 from benchmarks.schema import Grid
 
 
@@ -29,44 +30,8 @@ def cli() -> None:
     """Run grids of models and methods, make tables, compare with published numbers."""
 
 
-def _profile(command: Any) -> Any:
-    return click.option(
-        "--profile", default="demo", show_default=True, help="demo, paper, ablation, paper-ablation, or a .yaml file."
-    )(command)
-
-
-def _results(command: Any) -> Any:
-    return click.option(
-        "--results", type=click.Path(path_type=Path), default=Path("results"), show_default=True,
-        help="Folder of runs and tables.",
-    )(command)  # fmt: skip
-
-
-def _places(command: Any) -> Any:
-    for name, words in (
-        ("--flickr", "Flickr30k folder that holds dataset_flickr30k.json and the images."),
-        (
-            "--coco",
-            "COCO folder that holds dataset_coco.json, train2014/ and val2014/ (captions), or annotations/, train2017/ "
-            "and val2017/ (detection), or all of them.",
-        ),
-        ("--imagenet", "ImageNet-1k folder that holds val/ and train/."),
-    ):
-        command = click.option(name, default="", metavar="PATH", help=words)(command)
-    return command
-
-
-def _adapter() -> Adapter:
-    found = click.get_current_context().obj
-    return found if isinstance(found, Adapter) else default_adapter()
-
-
-def _folder(text: str) -> Path | None:
-    return Path(text).expanduser() if text else None
-
-
 @cli.command()
-@_profile
+@profile_option
 @click.option("--tasks", default="", help="Only these tasks, or sections of the profile (comma list).")
 @click.option("--models", default="", help="Only these models; also ones the profile has but does not run by default.")
 @click.option("--methods", default="", help="Only these methods; fp is full precision.")
@@ -74,9 +39,9 @@ def _folder(text: str) -> Path | None:
 @click.option("--seeds", default="", help="Only these seeds; also ones outside the profile.")
 @click.option("--axes", default="", help="Only these axes of an ablation, such as k,loss.")
 @click.option("--device", default="", help="cpu, cuda, cuda:N or auto instead of the profile's device.")
-@_places
+@places_options
 @click.option("--weights", default="", metavar="DIR", help="Folder with checkpoints named <model.tag>.safetensors, .pth or .bin.")
-@_results
+@results_option
 @click.option("--jobs", type=click.IntRange(min=1), help="Cells at a time. CPU: by cores and threads; GPU: 1.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads a cell, instead of the profile's.")
 @click.option("--plan", is_flag=True, help="List the cells and their settings; run nothing.")
@@ -88,13 +53,13 @@ def run(
     """Measure a grid's cells, then print and write its table. Finished cells are not measured again."""
     grid: Grid = load_grid(profile)
     filters: Filters = parse_filters(grid, tasks, models, methods, bits, seeds, axes)
-    places = Places(_folder(imagenet), _folder(coco), _folder(flickr))
-    options = RunOptions(results, places, _folder(weights), device or None, threads, force)
-    click.get_current_context().exit(run_grid(grid, profile, filters, options, _adapter(), jobs, plan))
+    places = Places(folder(imagenet), folder(coco), folder(flickr))
+    options = RunOptions(results, places, folder(weights), device or None, threads, force)
+    click.get_current_context().exit(run_grid(grid, profile, filters, options, adapter(), jobs, plan))
 
 
 @cli.command()
-@_results
+@results_option
 @click.option("--all", "show_all", is_flag=True, help="Also list what has no published number.")
 @click.option("--allow-nothing", is_flag=True, help="Exit with 0, not 2, where nothing is comparable yet.")
 def diff(results: Path, show_all: bool, allow_nothing: bool) -> None:
@@ -103,11 +68,11 @@ def diff(results: Path, show_all: bool, allow_nothing: bool) -> None:
 
 
 @cli.command()
-@_profile
-@_places
+@profile_option
+@places_options
 @click.option("--weights", default="", metavar="DIR", help="As for run.")
-@_results
+@results_option
 def reference(profile: str, imagenet: str, coco: str, flickr: str, weights: str, results: Path) -> None:
     """Make the finished grid the committed reference (results/reference/) of its profile."""
-    options = RunOptions(results, Places(_folder(imagenet), _folder(coco), _folder(flickr)), _folder(weights))
-    click.get_current_context().exit(run_reference(load_grid(profile), options, _adapter()))
+    options = RunOptions(results, Places(folder(imagenet), folder(coco), folder(flickr)), folder(weights))
+    click.get_current_context().exit(run_reference(load_grid(profile), options, adapter()))

@@ -47,6 +47,10 @@ def _place(progress: Progress) -> str:
     return " ".join(part for part in (progress.stage, progress.block) if part)
 
 
+def _loss(progress: Progress, before: str) -> str:
+    return "" if progress.loss is None else f"{before}loss {progress.loss:.4g}"
+
+
 class PlainDisplay:
     """One line when a cell starts, one when it ends, and one a minute while it runs."""
 
@@ -69,8 +73,7 @@ class PlainDisplay:
 
     def progress(self, cell: Cell, progress: Progress) -> None:
         if time.monotonic() - self._spoke.get(cell.key, 0.0) >= self._every:
-            detail = f", {progress.detail}" if progress.detail else ""
-            self._line(cell, f"{_place(progress)} {progress.done}/{progress.total}{detail}")
+            self._line(cell, f"{_place(progress)} {progress.done}/{progress.total}{_loss(progress, ', ')}")
 
     def ended(self, cell: Cell, outcome: str, done: int, left: float | None) -> None:
         self._done = done
@@ -108,8 +111,7 @@ class BarDisplay:
     def progress(self, cell: Cell, progress: Progress) -> None:
         row = self._rows.get(cell.key)
         if row is not None:
-            note = " ".join(part for part in (_place(progress), progress.detail) if part)
-            self._overall.update(row, completed=progress.done, total=progress.total, note=note)
+            self._overall.update(row, completed=progress.done, total=progress.total, note=_place(progress) + _loss(progress, " "))
 
     def ended(self, cell: Cell, outcome: str, done: int, left: float | None) -> None:
         row = self._rows.pop(cell.key, None)

@@ -6,13 +6,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Progress:
-    """A moment of a run: ``done`` of ``total`` units of ``stage``, inside ``block`` where there is one."""
+    """A moment of a run: ``done`` of ``total`` units of ``stage``, inside ``block`` where there is one.
+
+    ``loss`` is that of the optimisation step just made, None elsewhere.
+    """
 
     stage: str
     done: int
     total: int
     block: str = ""
-    detail: str = ""
+    loss: float | None = None
 
 
 Report = Callable[[Progress], None]

@@ -74,7 +74,8 @@ class _Lines:
     def __call__(self, event: Progress) -> None:
         if time.monotonic() - self._spoke > 10:
             self._spoke = time.monotonic()
-            click.echo(f"{event.stage} {event.block} {event.done}/{event.total} {event.detail}", err=True)
+            loss = "" if event.loss is None else f" loss {event.loss:.4g}"
+            click.echo(f"{event.stage} {event.block} {event.done}/{event.total}{loss}", err=True)
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ def reconstruct_mlps(
                 if step % 50 == 0 or step == recipe.mlp_steps:
                     if not bool(torch.isfinite(loss)):
                         raise NumericsError(f"{label}: the MLP's loss is {float(loss)}; lower mlp_lr (now {recipe.mlp_lr}).")
-                    report(Progress("reconstruct MLPs", start + step, total, label, f"loss {float(loss):.4g}"))
+                    report(Progress("reconstruct MLPs", start + step, total, label, float(loss)))
 
             if not restore(number, mlp):
                 report(Progress("reconstruct MLPs", start, total, label))

@@ -116,7 +116,7 @@ def reconstruct(
                 if step % 50 == 0 or step == recipe.steps:
                     if not math.isfinite(float(loss)):
                         raise NumericsError(f"{label}: the reconstruction loss is {float(loss)}; lower the learning rates.")
-                    report(Progress("reconstruct", start + step, total, label, f"loss {float(loss):.4g}"))
+                    report(Progress("reconstruct", start + step, total, label, float(loss)))
 
             loss = optimise_block(segment, tape, objective, recipe, log.engine, tick)
             log.last_loss[segment.label] = float(loss)

@@ -183,7 +183,7 @@ class _bars:
                 total=event.total,
                 completed=event.done,
                 description=f"{event.stage} {event.block}",
-                detail=event.detail,
+                detail="" if event.loss is None else f"loss {event.loss:.4g}",
             )
 
         return report

@@ -31,10 +31,12 @@ def load_model(request: ModelRequest) -> LoadedModel:
     tag, path = CATALOGUE.model_tag(request), CATALOGUE.local_weights(request)
     if request.name in DEMO_NAMES:
         # the demo's scenes are needed with its models only
+        from tasks.detection.demo.coco_files import CLASSES
         from tasks.detection.demo.models import DEMO
         from tasks.detection.demo.scenes import DATA, SCENE_SIZES
 
         model, path = DEMO.load(request, path)
+        model.dataset_meta = {"classes": CLASSES}  # type: ignore[assignment]
         digest, resize, data, shape = file_sha256(path), None, DATA, (3, SCENE_SIZES[1], SCENE_SIZES[1])
     else:
         if path is None:

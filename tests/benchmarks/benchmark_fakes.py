@@ -108,7 +108,7 @@ def run_cell(request: CellRequest, report: Report) -> Path:
     faults_file = request.results.parent / "faults.json"
     faults = json.loads(faults_file.read_text()) if faults_file.is_file() else {}
     fault = faults.get("fp" if request.recipe is None else request.recipe.method)
-    report(Progress("evaluate", 1, 2, "block 0", "loss 1"))
+    report(Progress("evaluate", 1, 2, "block 0", 1.0))
     print("a library speaks")
     with (request.results.parent / "log.txt").open("a") as log:
         log.write(f"{os.getpid()} {request.model.name} {request.recipe.method if request.recipe else 'fp'}\n")
