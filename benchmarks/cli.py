@@ -1,4 +1,4 @@
-"""The command line: ``python -m benchmarks run | diff | reference``.
+"""The command line: ``python -m benchmarks run | diff | reference | compare | tables | doctor``.
 
 Exit codes: 0 done; 1 some cells failed, or measured numbers differ from published ones; 2 cannot run, or nothing is
 comparable; 130 broken off.
@@ -11,6 +11,7 @@ import click
 
 from benchmarks.cells import Places, RunOptions
 from benchmarks.commands import run_diff, run_grid, run_reference
+from benchmarks.compare.cli import compare
 from benchmarks.console import user_errors
 from benchmarks.grid import Filters, load_grid, parse_filters
 from benchmarks.options import adapter, folder, places_options, profile_option, results_option
@@ -76,3 +77,6 @@ def reference(profile: str, imagenet: str, coco: str, flickr: str, weights: str,
     """Make the finished grid the committed reference (results/reference/) of its profile."""
     options = RunOptions(results, Places(folder(imagenet), folder(coco), folder(flickr)), folder(weights))
     click.get_current_context().exit(run_reference(load_grid(profile), options, adapter()))
+
+
+cli.add_command(compare)
