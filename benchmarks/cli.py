@@ -15,6 +15,7 @@ from benchmarks.compare.cli import compare
 from benchmarks.console import user_errors
 from benchmarks.grid import Filters, load_grid, parse_filters
 from benchmarks.options import adapter, folder, places_options, profile_option, results_option
+from benchmarks.remake import tables
 from benchmarks.schema import Grid
 
 
@@ -80,3 +81,4 @@ def reference(profile: str, imagenet: str, coco: str, flickr: str, weights: str,
 
 
 cli.add_command(compare)
+cli.add_command(tables)

@@ -117,7 +117,7 @@ def write_tables(grid: Grid, filters: Filters, options: RunOptions, adapter: Ada
 
     The files cover the whole grid's finished cells and this run's: a run with filters never shrinks them.
     """
-    from benchmarks import reference, summary, tables
+    from benchmarks import latex, reference, summary, tables
 
     full = expand(grid, Filters(), options)
     known = {cell.key for cell in full}
@@ -131,6 +131,7 @@ def write_tables(grid: Grid, filters: Filters, options: RunOptions, adapter: Ada
     folder = options.results / "tables"
     tables.write_text(folder / f"{grid.name}.csv", tables.csv_text(tables.frame(measured)))
     tables.write_text(folder / f"{grid.name}.md", summary.report(title(grid), measured, everything, axes=grid.axes))
+    tables.write_text(folder / f"{grid.name}.tex", latex.report(grid.name, measured, everything, grid.axes))
     keys = {cell.key for cell in cells}
     mine = [item for item in measured if item.cell.key in keys]
     width = Console().width if sys.stdout.isatty() else None
