@@ -1,5 +1,6 @@
 """Tables as papers print them: LaTeX with booktabs, a table a section and axis; methods by bits are rows, models columns."""
 
+import functools
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -108,11 +109,16 @@ def _axis_tables(name: str, section: str, axes: Axes, mine: Sequence[Measured], 
             keys = {cell.key: cell for cell in cells}
             own = [item for item in mine if item.cell.key in keys]
             if own:
-                rows = _rows(own, cells, list(points), lambda cell, axis=axis: [p for a, p in cell.places if a == axis])
+                rows = _rows(own, cells, list(points), functools.partial(_points, axis))
                 about = f"{section}, {method} with one setting changed at a time ({axis})"
                 caption, models = _caption(about, metrics, own, rows), unique(cell.model for cell in cells)
                 tables.append(_Table(f"{name}-{section}-{axis}-{method}", caption, axis, rows, models, metrics))
     return tables
+
+
+def _points(axis: str, cell: Cell) -> list[str]:
+    """Where on an axis a cell stands."""
+    return [point for name, point in cell.places if name == axis]
 
 
 def _rows(
