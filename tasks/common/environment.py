@@ -1,5 +1,6 @@
 """Facts about where a run happens."""
 
+import contextlib
 import platform
 import resource
 import subprocess
@@ -75,9 +76,33 @@ def git_revision() -> str:
     return commit.stdout.strip() + ("+changes" if state.stdout.strip() else "")
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Let :func:`peak_memory` count from now on; on the CPU where the system can do that (Linux), else it goes on as it was."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):  # no such file outside of Linux; some sandboxes refuse to write it
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
 def peak_memory(device: torch.device) -> int:
-    """Peak bytes: of the device's tensors on CUDA, of the whole process so far on the CPU."""
+    """Peak bytes since the last :func:`reset_peak_memory`: of the device's tensors on CUDA, of the whole process on the CPU.
+
+    Where the system cannot reset it, that is the peak of the process so far.
+    """
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak if sys.platform == "darwin" else peak * 1024)
+    peak = _resident_peak()
+    if peak is not None:
+        return peak
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(usage if sys.platform == "darwin" else usage * 1024)
+
+
+def _resident_peak() -> int | None:
+    """Bytes of Linux's ``VmHWM``; None elsewhere."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)
