@@ -92,17 +92,23 @@ def peak_memory(device: torch.device) -> int:
     """
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    peak = _resident_peak()
-    if peak is not None:
-        return peak
-    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(usage if sys.platform == "darwin" else usage * 1024)
+    return _status("VmHWM") or _rusage()  # in the latter a new process has what its parent had
 
 
-def _resident_peak() -> int | None:
-    """Bytes of Linux's ``VmHWM``; None elsewhere."""
+def resident_memory() -> int:
+    """Bytes of memory that this process has now; its peak where the system does not tell."""
+    return _status("VmRSS") or _rusage()
+
+
+def _rusage() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+def _status(key: str) -> int:
+    """A number of bytes in Linux's account of this process; 0 where there is none."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), 0)
