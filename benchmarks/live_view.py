@@ -22,8 +22,8 @@ class LiveView(Board):
         yield counts_line(self.counts(), self.elapsed, self.left, width)
         running = self.running()
         if running:
-            # The header takes two lines of a narrow terminal, and the cursor one.
-            yield running_table(running, width, max(console.size.height - 3, 1))
+            # The header takes up to three lines of a narrow terminal, and the cursor one.
+            yield running_table(running, width, max(console.size.height - 4, 1))
 
     def _say(self, cell: Cell, text: str) -> None:
         self._console.print(self.line(cell, text), markup=False)

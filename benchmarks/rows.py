@@ -12,9 +12,13 @@ from benchmarks.estimate import duration, time_left
 from benchmarks.status.state import Counts, RunningCell
 from benchmarks.terminal import plain
 
-#: Columns of words, which give way where the terminal is narrow (never below so many characters), and of numbers, which do not.
-_WORDS = {"cell": 16, "where": 5, "stage": 8, "block": 6}
+#: Columns of words, which give way where the terminal is narrow: to the first widths, then to the second. Numbers do not.
+_WORDS = ({"cell": 30, "where": 7, "stage": 9, "block": 6}, {"cell": 16, "where": 5, "stage": 6, "block": 6})
 _NUMBERS = ("progress", "loss", "left")
+
+#: What is left out of rows that are too long all the same, in this order.
+_LEAST = ("where", "block", "loss", "stage", "progress", "left")
+
 _GAP = 2
 
 #: Width of a row's bar, where the terminal has room for it.
@@ -30,15 +34,17 @@ def counts_line(counts: Counts, elapsed: float, left: float | None, width: int) 
     text = Text(words, style="bold")
     room = width - cell_len(words) - 1
     bar = ProgressBar(max(counts.total, 1), min(ended, counts.total), width=min(max(room, 10), 40, width))
-    if room < 10:
-        return Group(bar, text)
     table = Table.grid(padding=(0, 1, 0, 0))
-    table.add_row(bar, text)
+    if room < 10:
+        table.add_row(bar)
+        table.add_row(text)
+    else:
+        table.add_row(bar, text)
     return table
 
 
 def running_table(cells: Sequence[RunningCell], width: int, lines: int | None = None) -> RenderableType:
-    """Return a row a cell, one line each, in at most ``width`` columns.
+    """Return a row a cell, one line each, in at most ``width`` columns; ``×2`` behind a name: its second attempt.
 
     Args:
         cells: the cells, which may hold anything: it is shown as text.
@@ -67,7 +73,7 @@ def running_table(cells: Sequence[RunningCell], width: int, lines: int | None = 
 
 
 def _texts(cell: RunningCell) -> dict[str, str]:
-    again = f" (attempt {cell.attempts})" if cell.attempts > 1 else ""
+    again = f" ×{cell.attempts}" if cell.attempts > 1 else ""
     return {
         "cell": plain(cell.label) + again,
         "where": plain(cell.where),
@@ -81,14 +87,18 @@ def _texts(cell: RunningCell) -> dict[str, str]:
 
 def _widths(rows: Sequence[dict[str, str]], width: int) -> dict[str, int]:
     """Widths of the columns that hold something: the widest words give way first."""
-    widths = {name: max((cell_len(row[name]) for row in rows), default=0) for name in (*_WORDS, *_NUMBERS)}
+    widths = {name: max((cell_len(row[name]) for row in rows), default=0) for name in (*_WORDS[0], *_NUMBERS)}
     widths = {name: wide for name, wide in widths.items() if wide}
-    room = width - _GAP * (len(widths) - 1)
-    while sum(widths.values()) > room:
-        words = [name for name in widths if widths[name] > _WORDS.get(name, widths[name])]
-        if not words:
-            break  # rich cuts the rest
-        widths[max(words, key=lambda name: widths[name])] -= 1
+
+    def excess() -> int:
+        return sum(widths.values()) + _GAP * (len(widths) - 1) - width
+
+    for floors in _WORDS:
+        while excess() > 0 and (words := [name for name in widths if widths[name] > floors.get(name, widths[name])]):
+            widths[max(words, key=lambda name: widths[name] - floors[name])] -= 1
+    for name in _LEAST:
+        if excess() > 0:
+            widths.pop(name, None)
     return widths
 
 
