@@ -32,7 +32,7 @@ from fimaq_core.reconstruction.mlp import mlps as find_mlps
 from fimaq_core.reconstruction.reconstruct import ReconstructionLog
 from tasks.common.environment import describe, peak_memory, resolve_device
 from tasks.common.modules import merge_logs, whole_map
-from tasks.common.plan import planned_folder, variant_name
+from tasks.common.plan import note_shared, planned_folder, variant_name
 from tasks.common.prepare import Part, built_model, chains_of, check_request, checkpoint_facts, fingerprint_of, start, whole
 from tasks.common.record import Calibration, Metric, ResultRecord, Weights, read_record, write_record
 from tasks.common.registry import get_task
@@ -199,6 +199,7 @@ def _shared_path(request: CellRequest, loaded: LoadedModel, calibration: Calibra
         remove_blocks(blocks_beside(path))
         remove_mlps(mlps_beside(path))
     _FORCED.add(path)
+    note_shared(request, kind, digest, path)
     return path
 
 
