@@ -1,6 +1,8 @@
 """Writing files so that they are there whole or not at all."""
 
+import glob
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +11,18 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from fimaq_core.errors import CheckpointError
+
+_LEFT = re.compile(r"\..+\.[0-9a-f]{12}")
+
+
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Remove what processes left in ``folder`` that ended while they wrote; of the file ``name`` only, where given.
+
+    For whoever knows that no other process writes these files now.
+    """
+    for file in folder.glob(".*" if name is None else f".{glob.escape(name)}.*"):
+        if _LEFT.fullmatch(file.name):
+            file.unlink(missing_ok=True)
 
 
 @contextmanager

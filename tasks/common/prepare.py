@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -128,6 +129,7 @@ def start(
     device: torch.device,
     resources: Resources,
     path: Callable[[Part], Path | None] = lambda part: None,
+    alone: Callable[[Path | None], AbstractContextManager[object]] = nullcontext,
 ) -> list[Part]:
     """Build the chains and reconstruct their MLPs, or load them.
 
@@ -135,6 +137,7 @@ def start(
         request: checked, with a recipe; its ``mlp_checkpoint``, where given, must be of the same run.
         images: the calibration set.
         path: where the reconstructed MLPs of a part are kept and looked for; None keeps nothing.
+        alone: keeps other processes from making the same file, where these may.
 
     Raises:
         CheckpointError: ``mlp_checkpoint`` is missing or of another run.
@@ -158,9 +161,11 @@ def start(
         if with_mlps and part.name not in with_mlps:
             ready.append(part)
             continue
-        teacher, reused = reconstruct_mlps_or_load(
-            part.chain, part.inputs, part.recipe, part.divergence, resources, path(part), part.fingerprint, facts
-        )
+        file = path(part)
+        with alone(file):
+            teacher, reused = reconstruct_mlps_or_load(
+                part.chain, part.inputs, part.recipe, part.divergence, resources, file, part.fingerprint, facts
+            )
         ready.append(replace(part, teacher=teacher, reused=reused))
     return ready
 

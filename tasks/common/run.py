@@ -3,7 +3,8 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 from fimaq_core import NUMERICS_VERSION
 from fimaq_core.checkpoint import save_checkpoint
-from fimaq_core.files import replaced_whole
+from fimaq_core.files import remove_leftovers, replaced_whole
 from fimaq_core.fisher.losses import takes_passes
 from fimaq_core.progress import Report, silent
 from fimaq_core.quantize import (
@@ -30,7 +31,9 @@ from fimaq_core.quantize import (
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction.mlp import mlps as find_mlps
 from fimaq_core.reconstruction.reconstruct import ReconstructionLog
+from tasks.common import anew
 from tasks.common.environment import describe, peak_memory, resolve_device
+from tasks.common.lease import Lease, acquire, awaited, exclusively
 from tasks.common.modules import merge_logs, whole_map
 from tasks.common.plan import note_shared, planned_folder, variant_name
 from tasks.common.prepare import Part, built_model, chains_of, check_request, checkpoint_facts, fingerprint_of, start, whole
@@ -38,9 +41,6 @@ from tasks.common.record import Calibration, Metric, ResultRecord, Weights, read
 from tasks.common.registry import get_task
 from tasks.common.request import CellRequest
 from tasks.common.task import CalibrationSet, Evaluation, LoadedModel, Task
-
-#: Shared files that this process has made or used: forcing several methods calibrates once, not once a method.
-_FORCED: set[Path] = set()
 
 
 def run_cell(request: CellRequest, report: Report = silent) -> Path:
@@ -54,15 +54,23 @@ def run_cell(request: CellRequest, report: Report = silent) -> Path:
         Path of ``result.json``; ``outcomes.npz`` and, for quantized models, ``quantized.safetensors`` are beside it.
 
     Raises:
+        Busy: another process measures it now.
         FimaqError: anything the user can mend; finished cells and blocks are kept.
     """
     request = check_request(request)
-    folder = planned_folder(request)
-    path = folder / "result.json"
-    if path.is_file() and not request.force:
-        read_record(path)
-        return path
+    path = planned_folder(request) / "result.json"
+    if not anew.is_done(path, request.force):
+        with acquire(path) as lease:
+            if not anew.is_done(path, request.force):
+                remove_leftovers(path.parent)
+                _measure(request, path, lease, report)
+                anew.end(path, request.force)
+    read_record(path)
+    return path
 
+
+def _measure(request: CellRequest, path: Path, lease: Lease, report: Report) -> None:
+    """Measure a cell and write its record, holding its ``lease``."""
     device = resolve_device(request.device)
     if request.threads is not None:
         torch.set_num_threads(request.threads)
@@ -71,36 +79,38 @@ def run_cell(request: CellRequest, report: Report = silent) -> Path:
     task = get_task(request.task)
     loaded = task.load(request.model)
     if request.recipe is None:
-        return _measure_full_precision(request, folder, task, loaded, device, report)
+        _measure_full_precision(request, lease, task, loaded, device, report)
+        return
 
-    full_request = replace(request, recipe=None, force=False, variant=None)
+    full_request = replace(request, recipe=None, force="", variant=None)
     full_path = planned_folder(full_request) / "result.json"
-    if not full_path.is_file():
-        _measure_full_precision(full_request, full_path.parent, task, task.load(request.model), device, report)
-    return _measure_quantized(request, request.recipe, folder, task, loaded, read_record(full_path), device, report)
+    with exclusively(full_path, report) as own:
+        if own is not None and not full_path.is_file():
+            _measure_full_precision(full_request, own, task, task.load(request.model), device, report)
+    _measure_quantized(request, request.recipe, lease, task, loaded, read_record(full_path), device, report)
 
 
 def _measure_full_precision(
-    request: CellRequest, folder: Path, task: Task, loaded: LoadedModel, device: torch.device, report: Report
-) -> Path:
+    request: CellRequest, lease: Lease, task: Task, loaded: LoadedModel, device: torch.device, report: Report
+) -> None:
     start = time.monotonic()
     model = task.assemble(loaded, {}).to(device)
     evaluation = task.evaluate(model, loaded, request.data, device, request.eval_batch, request.workers, report)
     seconds = {"evaluate": time.monotonic() - start}
     record = _record(request, loaded, evaluation, evaluation.metrics, seconds, device)
-    return _write(record, evaluation, folder)
+    _write(record, evaluation, lease)
 
 
 def _measure_quantized(
     request: CellRequest,
     recipe: Recipe,
-    folder: Path,
+    lease: Lease,
     task: Task,
     loaded: LoadedModel,
     full: ResultRecord,
     device: torch.device,
     report: Report,
-) -> Path:
+) -> None:
     seconds: dict[str, float] = {}
     clock = time.monotonic()
 
@@ -117,28 +127,39 @@ def _measure_quantized(
     lap("load")
 
     def shared(kind: str, digest: str) -> Path:
-        return _shared_path(request, loaded, calibration, kind, digest)
+        return _shared_path(request, loaded, calibration, kind, digest, report)
+
+    @contextmanager
+    def alone(path: Path | None) -> Iterator[None]:
+        with exclusively(path, report) as lease:
+            if lease is not None:
+                remove_leftovers(lease.path.parent, lease.path.name)
+                if lease.waited:
+                    lap("wait")
+            yield
 
     def mlps(part: Part) -> Path | None:
         if request.mlp_checkpoint is not None:  # force must not remove what this cell does not make
             return None
         return shared("mlp", f"{part.address}{part.recipe.mlp_digest()}")
 
-    parts = start(request, task, loaded, calibration, device, resources, mlps)
+    parts = start(request, task, loaded, calibration, device, resources, mlps, alone)
     if recipe.reconstruct_mlp:
         reused = all(part.reused for part in parts if len(find_mlps(part.chain)))
         lap("reconstruct MLPs (reused)" if reused else "reconstruct MLPs")
+    folder = lease.path.parent
     blocks = folder / "blocks"
-    if request.force:
-        remove_blocks(blocks)
+    anew.begin(lease.path, request.force, lambda: remove_blocks(blocks))
+    remove_leftovers(blocks)
     log = ReconstructionLog()
     for part in parts:
         ranges = shared("calibration", f"{part.address}{part.recipe.calibration_digest()}")
         made = part.chain, part.inputs, part.recipe
-        reused = calibrate_or_load(*made, resources, ranges, part.fingerprint, facts)
+        with alone(ranges):
+            reused = calibrate_or_load(*made, resources, ranges, part.fingerprint, facts)
         lap(part.stage("calibrate") + (" (reused)" if reused else ""))
         if recipe.reconstruct:
-            own, reused = _reconstruct(part, resources, blocks, shared)
+            own, reused = _reconstruct(part, resources, blocks, shared, alone)
             merge_logs(log, part.name, own)
             lap(part.stage("reconstruct") + (" (reused)" if reused else ""))
         finish(part.chain)
@@ -160,21 +181,24 @@ def _measure_quantized(
             "skipped_images": sorted({*calibration.skipped, *evaluation.skipped}),
         }
     )
-    path = _write(record, evaluation, folder)
+    _write(record, evaluation, lease)
     remove_blocks(blocks)
-    return path
 
 
 def _reconstruct(
-    part: Part, resources: Resources, blocks: Path, shared: Callable[[str, str], Path]
+    part: Part,
+    resources: Resources,
+    blocks: Path,
+    shared: Callable[[str, str], Path],
+    alone: Callable[[Path], AbstractContextManager[object]],
 ) -> tuple[ReconstructionLog, bool]:
     """Reconstruct a part; return what was done, and whether it had been done before. Named parts are shared between scopes."""
     made = part.chain, part.inputs, part.recipe, part.divergence, resources
     if not part.name:
         return reconstruct_with_checkpoints(*made, blocks, part.fingerprint, part.teacher), False
-    return reconstruct_or_load(
-        *made, shared("reconstruction", f"{part.address}{part.recipe.digest()}"), part.fingerprint, part.teacher
-    )
+    path = shared("reconstruction", f"{part.address}{part.recipe.digest()}")
+    with alone(path):
+        return reconstruct_or_load(*made, path, part.fingerprint, part.teacher)
 
 
 def _calibration_entry(images: CalibrationSet, recipe: Recipe, parts: list[Part]) -> Calibration:
@@ -190,16 +214,22 @@ def _calibration_entry(images: CalibrationSet, recipe: Recipe, parts: list[Part]
     )
 
 
-def _shared_path(request: CellRequest, loaded: LoadedModel, calibration: CalibrationSet, kind: str, digest: str) -> Path:
+def _shared_path(
+    request: CellRequest, loaded: LoadedModel, calibration: CalibrationSet, kind: str, digest: str, report: Report
+) -> Path:
     """Where cells share what is dear, by content address: methods with the same settings so far compute it once."""
     shared = f"{digest}{loaded.sha256}{calibration.fingerprint}{NUMERICS_VERSION}{built_model(request.model, loaded)}"
     path = request.results.parent / kind / f"{hashlib.sha256(shared.encode()).hexdigest()[:24]}.safetensors"
-    if request.force and path not in _FORCED:
-        path.unlink(missing_ok=True)
-        remove_blocks(blocks_beside(path))
-        remove_mlps(mlps_beside(path))
-    _FORCED.add(path)
     note_shared(request, kind, digest, path)
+    if not anew.is_begun(path, request.force):
+
+        def clear() -> None:
+            path.unlink(missing_ok=True)
+            remove_blocks(blocks_beside(path))
+            remove_mlps(mlps_beside(path))
+
+        with awaited(path, report):
+            anew.begin(path, request.force, clear)
     return path
 
 
@@ -238,10 +268,13 @@ def _record(
     )
 
 
-def _write(record: ResultRecord, evaluation: Evaluation, folder: Path) -> Path:
+def _write(record: ResultRecord, evaluation: Evaluation, lease: Lease) -> None:
+    lease.check()
+    folder = lease.path.parent
     with replaced_whole(folder / record.outcomes) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, **evaluation.outcomes)
     for name, content in evaluation.files.items():
         with replaced_whole(folder / name) as temporary:
             temporary.write_text(json.dumps(content), encoding="utf-8")
-    return write_record(record, folder)
+    lease.check()
+    write_record(record, folder)

@@ -1,6 +1,8 @@
 """A cell from its request to its record, on a demo model and few samples."""
 
 import errno
+import os
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from fimaq_core.recipe import make_recipe
 from tasks.classification.task import TASK
 from tasks.common import run as run_module
 from tasks.common.environment import resolve_device
+from tasks.common.lease import Busy, this_process
 from tasks.common.plan import planned_folder, variant_name
 from tasks.common.record import read_record, recipe_of
 from tasks.common.request import CellRequest, DataRequest, ModelRequest
@@ -75,7 +78,7 @@ def test_finished_cells_are_not_measured_again(tmp_path: Path, monkeypatch: pyte
         patch.setattr(run_module, "get_task", lambda _: pytest.fail("a finished cell was loaded again"))
         assert run_cell(cell(tmp_path)) == path
     assert path.read_bytes() == before
-    assert run_cell(replace(cell(tmp_path), force=True)) == path
+    assert run_cell(replace(cell(tmp_path), force="again")) == path
     assert path.read_bytes() != before
 
 
@@ -88,7 +91,7 @@ def test_identity_of_cells(tmp_path: Path) -> None:
     ]  # fmt: skip
     folders = {planned_folder(request) for request in (base, *others)}
     assert len(folders) == len(others) + 1
-    assert planned_folder(replace(base, device="cuda", threads=3, eval_batch=5, force=True)) == planned_folder(base)
+    assert planned_folder(replace(base, device="cuda", threads=3, eval_batch=5, force="again")) == planned_folder(base)
     assert variant_name(cell(tmp_path, None)) == "fp"
     assert "steps=3" in variant_name(base)
     assert variant_name(replace(base, recipe=make_recipe("rtn"))) == "released"
@@ -97,12 +100,47 @@ def test_identity_of_cells(tmp_path: Path) -> None:
 def test_methods_share_their_calibration(tmp_path: Path) -> None:
     for method in ("qdrop", "brecq"):
         run_cell(cell(tmp_path, method))
-    (ranges,) = (tmp_path / "calibration").iterdir()
+    (ranges,) = (tmp_path / "calibration").glob("*.safetensors")
     assert ranges.suffix == ".safetensors"
     reused = read_record(planned_folder(cell(tmp_path, "brecq")) / "result.json")
     assert "calibrate (reused)" in reused.seconds
     alone = cell(tmp_path / "alone", "brecq")
     assert read_record(run_cell(alone)).last_loss == reused.last_loss
+
+
+def test_cells_that_run_at_the_same_time_calibrate_once_and_none_runs_twice(tmp_path: Path) -> None:
+    measured: list[Path] = []
+    busy: list[str] = []
+
+    def measure(method: str) -> None:
+        try:
+            measured.append(run_cell(cell(tmp_path, method)))
+        except Busy as error:
+            busy.append(error.holder)
+
+    threads = [threading.Thread(target=measure, args=(method,)) for method in ("qdrop", "brecq", "brecq")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(measured) + len(busy) == 3
+    assert len(set(measured)) == 2
+    if busy:
+        assert busy == [f"process {os.getpid()} on {this_process()[0]}"]
+    stages = [read_record(path).seconds for path in set(measured)]
+    assert sorted("calibrate (reused)" in own for own in stages) == [False, True]
+    assert len(list((tmp_path / "calibration").glob("*.safetensors"))) == 1
+    full = read_record(planned_folder(cell(tmp_path, None)) / "result.json")  # found there by the one, measured by the other
+    assert all(read_record(path).fp_metrics == full.metrics for path in measured)
+
+
+def test_what_a_killed_process_left_half_written_goes(tmp_path: Path) -> None:
+    folder = planned_folder(cell(tmp_path))
+    folder.mkdir(parents=True)
+    (folder / ".result.json.0123456789ab").write_text("{")
+    (folder / ".mine").write_text("kept")
+    run_cell(cell(tmp_path))
+    assert {file.name for file in folder.iterdir() if file.name.startswith(".")} == {".mine", ".result.json.free-1"}
 
 
 def test_a_record_serves_as_calibration_list(tmp_path: Path) -> None:
