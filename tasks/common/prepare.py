@@ -17,7 +17,7 @@ from fimaq_core.quantize import Resources, load_mlps, reconstruct_mlps_or_load
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction.mlp import mlps
 from fimaq_core.samples import Samples
-from tasks.common.plan import resolved
+from tasks.common.plan import part_address, resolved
 from tasks.common.request import CellRequest, ModelRequest
 from tasks.common.task import CalibrationSet, Chains, LoadedModel, Task
 
@@ -50,7 +50,7 @@ class Part:
     @property
     def address(self) -> str:
         """What tells its checkpoints from those of other parts, and of other scopes within it."""
-        return self.name if self.recipe.scope in (None, self.name) or not self.name else f"{self.name} {self.recipe.scope}"
+        return part_address(self.name, self.recipe.scope)
 
     def stage(self, name: str) -> str:
         """Name of a stage of this part, for people and records."""

@@ -67,6 +67,19 @@ def scopes(name: str) -> tuple[str, ...]:
     return found
 
 
+def parts(name: str, scope: str | None) -> dict[str, str | None]:
+    """The parts of a model that task ``name`` calibrates and reconstructs each by itself, and what of each ``scope`` takes.
+
+    Only those that take long; ``{"": scope}`` where the model is one chain.
+    """
+    if name in _REGISTERED:
+        found = getattr(_REGISTERED[name], "parts", None)
+    else:
+        _check(name)
+        found = getattr(importlib.import_module(f"tasks.{name}.tags"), "parts", None)
+    return {"": scope} if found is None else dict(found(scope))
+
+
 def evaluations(name: str) -> tuple[str, ...]:
     """What task ``name`` can measure, the usual first; empty where that is one thing only."""
     if name in _REGISTERED:

@@ -37,7 +37,7 @@ from tasks.common.environment import describe, resolve_device
 from tasks.common.hashing import file_sha256
 from tasks.common.lease import Lease, acquire, awaited, exclusively
 from tasks.common.modules import merge_logs, whole_map
-from tasks.common.plan import planned_folder, variant_name
+from tasks.common.plan import note_shared, planned_folder, variant_name
 from tasks.common.prepare import Part, built_model, chains_of, check_request, checkpoint_facts, fingerprint_of, start, whole
 from tasks.common.record import Calibration, Metric, ResultRecord, Weights, read_record, write_record
 from tasks.common.registry import get_task
@@ -213,6 +213,7 @@ def _shared_path(
     """Where cells share what is dear, by content address: methods with the same settings so far compute it once."""
     shared = f"{digest}{loaded.sha256}{calibration.fingerprint}{NUMERICS_VERSION}{built_model(request.model, loaded)}"
     path = request.results.parent / kind / f"{hashlib.sha256(shared.encode()).hexdigest()[:24]}.safetensors"
+    note_shared(request, kind, digest, path)
     if not anew.is_begun(path, request.force):
 
         def clear() -> None:
