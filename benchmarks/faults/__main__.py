@@ -25,7 +25,8 @@ def main(
     kills: int, seed: int, pause: tuple[float, float], workers: int, cells: int, folder: Path | None, reference: bool
 ) -> None:
     """Disturb a small grid on two Ray nodes, keep workers busy with cells of one second, plan a grid of thousands."""
-    from benchmarks.faults import busy, kills as kill_bench, scale
+    from benchmarks.faults import busy, scale
+    from benchmarks.faults import kills as kill_bench
     from benchmarks.reference import machine
 
     began = time.monotonic()

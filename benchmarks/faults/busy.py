@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.cells import Cell, RunOptions
-from benchmarks.faults.audit import Event, read_events
+from benchmarks.faults.audit import Event
 from benchmarks.grid import Filters, expand, parse_grid
 
 #: Workers, and cells of each.

@@ -15,9 +15,9 @@ from typing import Any
 
 import psutil
 
+from benchmarks.cells import RunOptions, default_adapter, finished_record
 from benchmarks.faults.audit import Event, read_events
 from benchmarks.grid import Filters, expand, load_grid
-from benchmarks.cells import RunOptions, default_adapter, finished_record
 
 GRID = Path(__file__).with_name("grid.yaml")
 

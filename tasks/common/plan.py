@@ -11,7 +11,6 @@ from typing import Any
 from fimaq_core import NUMERICS_VERSION
 from fimaq_core.errors import CheckpointError, RecipeError, suggest
 from fimaq_core.files import replaced_whole
-from fimaq_core.recipe import Recipe
 from tasks.common import registry
 from tasks.common.hashing import file_sha256
 from tasks.common.record import cell_folder

@@ -34,6 +34,7 @@ from fimaq_core.reconstruction.reconstruct import ReconstructionLog
 from tasks.common import anew
 from tasks.common.clock import StageClock
 from tasks.common.environment import describe, resolve_device
+from tasks.common.examples import EXAMPLES_FILE, example_file
 from tasks.common.hashing import file_sha256
 from tasks.common.lease import Lease, acquire, awaited, exclusively
 from tasks.common.modules import merge_logs, whole_map
@@ -273,5 +274,9 @@ def _write(record: ResultRecord, evaluation: Evaluation, lease: Lease) -> None:
     for name, content in evaluation.files.items():
         with replaced_whole(folder / name) as temporary:
             temporary.write_text(json.dumps(content), encoding="utf-8")
+    if evaluation.examples:
+        with replaced_whole(folder / EXAMPLES_FILE) as temporary:
+            temporary.write_text(json.dumps(example_file(record.task, evaluation.examples)), encoding="utf-8")
+        record = record.model_copy(update={"examples": EXAMPLES_FILE})
     lease.check()
     write_record(record.model_copy(update={"outcomes_sha256": file_sha256(folder / record.outcomes)}), folder)
