@@ -45,7 +45,7 @@ class RunOptions:
         weights: folder with local checkpoints.
         device: replaces the grid's device; None keeps it.
         threads: replaces the grid's threads; None keeps them.
-        force: measure again what is done.
+        force: name of a run that measures again what is done; empty: what is done is kept.
     """
 
     results: Path = Path("results")
@@ -53,7 +53,7 @@ class RunOptions:
     weights: Path | None = None
     device: str | None = None
     threads: int | None = None
-    force: bool = False
+    force: str = ""
 
 
 @dataclass(frozen=True)

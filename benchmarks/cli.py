@@ -17,6 +17,8 @@ from benchmarks.grid import Filters, load_grid, parse_filters
 from benchmarks.options import adapter, folder, places_options, profile_option, results_option
 from benchmarks.remake import tables
 from benchmarks.schema import Grid
+from benchmarks.status.cli import status
+from tasks.common.anew import new_name
 
 
 class _Group(click.Group):
@@ -56,7 +58,7 @@ def run(
     grid: Grid = load_grid(profile)
     filters: Filters = parse_filters(grid, tasks, models, methods, bits, seeds, axes)
     places = Places(folder(imagenet), folder(coco), folder(flickr))
-    options = RunOptions(results, places, folder(weights), device or None, threads, force)
+    options = RunOptions(results, places, folder(weights), device or None, threads, new_name() if force else "")
     click.get_current_context().exit(run_grid(grid, profile, filters, options, adapter(), jobs, plan))
 
 
@@ -82,3 +84,4 @@ def reference(profile: str, imagenet: str, coco: str, flickr: str, weights: str,
 
 cli.add_command(compare)
 cli.add_command(tables)
+cli.add_command(status)

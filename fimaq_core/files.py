@@ -1,6 +1,8 @@
 """Writing files so that they are there whole or not at all."""
 
+import glob
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,10 +12,26 @@ from safetensors import SafetensorError
 
 from fimaq_core.errors import CheckpointError
 
+_LEFT = re.compile(r"\..+\.[0-9a-f]{12}")
+
+
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Remove what processes left in ``folder`` that ended while they wrote; of the file ``name`` only, where given.
+
+    For whoever knows that no other process writes these files now.
+    """
+    for file in folder.glob(".*" if name is None else f".{glob.escape(name)}.*"):
+        if _LEFT.fullmatch(file.name):
+            file.unlink(missing_ok=True)
+
 
 @contextmanager
-def replaced_whole(path: Path) -> Iterator[Path]:
+def replaced_whole(path: Path, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; it takes the place of ``path`` when the block ends well.
+
+    Args:
+        path: of the file.
+        durable: it is on the disk by then, so that it outlives a crash of the machine.
 
     Raises:
         CheckpointError: the folder is read-only or the disk full; what was there before is untouched.
@@ -24,8 +42,9 @@ def replaced_whole(path: Path) -> Iterator[Path]:
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
         temporary.touch(exist_ok=False)  # with the usual permissions, where tempfile's are private
         yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+        if durable:
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(

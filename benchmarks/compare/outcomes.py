@@ -9,6 +9,7 @@ import numpy as np
 
 from benchmarks.cells import MAIN_METRIC
 from benchmarks.compare.sides import CompareError, Run
+from tasks.common.record import outcomes_problem
 from tasks.retrieval.bootstrap import CUTS
 
 #: Points by which a metric may be off its outcomes: they are stored as 32-bit numbers at least.
@@ -55,6 +56,8 @@ def read(run: Run) -> Outcomes:
         CompareError: there are none, or they are damaged, of another form, or not those of the record.
     """
     path = run.path.parent / run.record.outcomes
+    if path.is_file() and (problem := outcomes_problem(run.record, run.path.parent)) is not None:
+        raise CompareError(problem)
     try:
         with np.load(path, allow_pickle=False) as archive:
             content = {name: archive[name] for name in archive.files}

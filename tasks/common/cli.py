@@ -15,6 +15,7 @@ from rich.progress import Progress as Bars
 
 from fimaq_core.errors import FimaqError, RecipeError
 from fimaq_core.progress import Progress, Report
+from tasks.common.anew import new_name
 from tasks.common.options import (
     GroupedCommand,
     TaskOptions,
@@ -55,6 +56,7 @@ def build_group(task_name: str, summary: str, own: TaskOptions = TaskOptions()) 
 
         recipe = take_recipe(options, defaults(task_name))
         model, data = take_requests(options)
+        options["force"] = new_name() if options["force"] else ""
         request = CellRequest(task_name, model, data, recipe, **options)
         with _bars() as report:
             path = run_cell(request, report)

@@ -1,12 +1,16 @@
-"""The identity of a cell: where its record is, before anything heavy is imported."""
+"""The identity of a cell: where its record is, and what it shares with others, before anything heavy is imported."""
 
 import hashlib
 import json
+import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from fimaq_core import NUMERICS_VERSION
-from fimaq_core.errors import RecipeError, suggest
+from fimaq_core.errors import CheckpointError, RecipeError, suggest
+from fimaq_core.files import replaced_whole
 from tasks.common import registry
 from tasks.common.hashing import file_sha256
 from tasks.common.record import cell_folder
@@ -16,27 +20,127 @@ from tasks.common.request import CellRequest, Missing
 def planned_folder(request: CellRequest) -> Path:
     """The folder of a cell, its identity: task, model.tag, method, bits, seed, and a digest of all the rest."""
     request = resolved(request)
-    model = registry.model_identity(request.task, request.model)
-    tag = model[0]
-    recipe, chosen = request.recipe, request.data.calibration_list
+    tag = registry.model_identity(request.task, request.model)[0]
+    recipe = request.recipe
     rest = {
-        "numerics": NUMERICS_VERSION,
-        "model": model,
-        # One local file may be loaded under several names, which may say which transform goes with it.
-        "name": None if request.model.weights is None else request.model.name,
+        **_basis(request),
         "recipe": None if recipe is None else recipe.digest(),
         "variant": variant_name(request),
-        "model_args": request.model.model_args,
-        "data": _path(request.data.path),
-        "list": None if chosen is None or recipe is None else file_sha256(chosen),
         "limit": request.data.limit,
-        "evaluation": request.data.evaluation,
-        "calibration_data": _path(request.data.calibration_data) if recipe is not None else None,
     }
-    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    digest = _digest(rest)
     if recipe is None:
         return cell_folder(request.results, request.task, tag, "fp", 32, 32, None, digest)
     return cell_folder(request.results, request.task, tag, recipe.method, recipe.w_bits, recipe.a_bits, recipe.seed, digest)
+
+
+def _basis(request: CellRequest) -> dict[str, Any]:
+    """What of a resolved request decides what its cell computes, but for the recipe and what is measured on."""
+    recipe, chosen = request.recipe, request.data.calibration_list
+    return {
+        "numerics": NUMERICS_VERSION,
+        "model": registry.model_identity(request.task, request.model),
+        # One local file may be loaded under several names, which may say which transform goes with it.
+        "name": None if request.model.weights is None else request.model.name,
+        "model_args": request.model.model_args,
+        "data": _path(request.data.path),
+        "list": None if chosen is None or recipe is None else file_sha256(chosen),
+        "evaluation": request.data.evaluation,
+        "calibration_data": _path(request.data.calibration_data) if recipe is not None else None,
+    }
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def note_shared(request: CellRequest, kind: str, digest: str, path: Path) -> None:
+    """Keep in the index of ``path``'s folder where the file is that a cell of ``request`` shares, so that a plan finds it.
+
+    Its name comes from weights and images, which only a run has loaded; the index goes by the request alone.
+
+    Args:
+        request: resolved.
+        kind: ``calibration``, ``mlp`` or ``reconstruction``.
+        digest: of what settles it beside model and data, as :func:`shared_digests` gives it.
+        path: the file, made or about to be.
+    """
+    entry = _index_entry(request, kind, digest)
+    try:
+        if not entry.is_file() or entry.read_text(encoding="utf-8") != path.name:
+            with replaced_whole(entry, durable=False) as temporary:
+                temporary.write_text(path.name, encoding="utf-8")
+    except (CheckpointError, OSError, UnicodeDecodeError):
+        return  # plans then do not know of the file; that is no reason to end a run, which says so itself if its disk is full
+
+
+def shared_digests(request: CellRequest) -> dict[str, list[str]]:
+    """What settles the files that a cell of a resolved ``request`` shares with others, beside model and data, by kind.
+
+    A file for each part of the model that the task knows without loading it.
+    """
+    recipe = request.recipe
+    if recipe is None:
+        return {}
+    parts = registry.parts(request.task, recipe.scope)
+    addresses = {name: part_address(name, scope) for name, scope in parts.items()}
+    found = {"calibration": [f"{address}{recipe.calibration_digest()}" for address in addresses.values()]}
+    if recipe.reconstruct_mlp:
+        found["mlp"] = [f"{address}{recipe.mlp_digest()}" for address in addresses.values()]
+    if recipe.reconstruct and "" not in parts:
+        own = {name: recipe.model_copy(update={"scope": scope}) for name, scope in parts.items()}
+        found["reconstruction"] = [f"{address}{own[name].digest()}" for name, address in addresses.items()]
+    return found
+
+
+def part_address(name: str, scope: str | None) -> str:
+    """What tells the shared files of a part from those of other parts, and of other scopes within it."""
+    return name if scope in (None, name) or not name else f"{name} {scope}"
+
+
+#: Names of the kinds of shared files for people.
+_KINDS = {"calibration": "calibration", "mlp": "MLPs", "reconstruction": "parts"}
+
+
+def cached(request: CellRequest) -> list[str]:
+    """What a cell that is not finished would find done, for people: ``blocks 3``, ``calibration``, ``MLPs``, ``parts 1 of 2``.
+
+    Nothing of it is loaded: whether it still belongs to the cell (data may have changed since) only the run can tell.
+    """
+    request = resolved(request)
+    blocks = _count(planned_folder(request) / "blocks")
+    texts = []
+    for kind, digests in shared_digests(request).items():
+        files = list(_shared_files(request, kind, digests))
+        there = sum(file.is_file() for file in files)
+        if there:
+            texts.append(_KINDS[kind] + (f" {there} of {len(digests)}" if there < len(digests) else ""))
+        if kind == "reconstruction":
+            # What a reconstruction that is not whole has finished lies beside where it will be.
+            blocks += sum(_count(file.with_suffix(".blocks")) for file in files if not file.is_file())
+    return [*([f"blocks {blocks}"] if blocks else []), *texts]
+
+
+def _count(folder: Path) -> int:
+    return sum(1 for _ in folder.glob("block-*.safetensors"))
+
+
+def _shared_files(request: CellRequest, kind: str, digests: list[str]) -> Iterator[Path]:
+    """The shared files that the index knows, whether they are there or not."""
+    for digest in digests:
+        entry = _index_entry(request, kind, digest)
+        try:
+            with entry.open(encoding="utf-8") as file:
+                name = file.read(64)
+        except (OSError, UnicodeDecodeError):
+            continue
+        if re.fullmatch(r"[0-9a-f]{24}\.safetensors", name):
+            yield entry.parent.parent / name
+
+
+def _index_entry(request: CellRequest, kind: str, digest: str) -> Path:
+    content = {**_basis(request), "task": request.task, "skip_corrupt": request.data.skip_corrupt, "kind": kind, "digest": digest}
+    return request.results.parent / kind / ".index" / _digest(content)
 
 
 def preflight(request: CellRequest) -> list[Missing]:

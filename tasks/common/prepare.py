@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from fimaq_core.quantize import Resources, load_mlps, reconstruct_mlps_or_load
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction.mlp import mlps
 from fimaq_core.samples import Samples
-from tasks.common.plan import resolved
+from tasks.common.plan import part_address, resolved
 from tasks.common.request import CellRequest, ModelRequest
 from tasks.common.task import CalibrationSet, Chains, LoadedModel, Task
 
@@ -49,7 +50,7 @@ class Part:
     @property
     def address(self) -> str:
         """What tells its checkpoints from those of other parts, and of other scopes within it."""
-        return self.name if self.recipe.scope in (None, self.name) or not self.name else f"{self.name} {self.recipe.scope}"
+        return part_address(self.name, self.recipe.scope)
 
     def stage(self, name: str) -> str:
         """Name of a stage of this part, for people and records."""
@@ -128,6 +129,7 @@ def start(
     device: torch.device,
     resources: Resources,
     path: Callable[[Part], Path | None] = lambda part: None,
+    alone: Callable[[Path | None], AbstractContextManager[object]] = nullcontext,
 ) -> list[Part]:
     """Build the chains and reconstruct their MLPs, or load them.
 
@@ -135,6 +137,7 @@ def start(
         request: checked, with a recipe; its ``mlp_checkpoint``, where given, must be of the same run.
         images: the calibration set.
         path: where the reconstructed MLPs of a part are kept and looked for; None keeps nothing.
+        alone: keeps other processes from making the same file, where these may.
 
     Raises:
         CheckpointError: ``mlp_checkpoint`` is missing or of another run.
@@ -158,9 +161,11 @@ def start(
         if with_mlps and part.name not in with_mlps:
             ready.append(part)
             continue
-        teacher, reused = reconstruct_mlps_or_load(
-            part.chain, part.inputs, part.recipe, part.divergence, resources, path(part), part.fingerprint, facts
-        )
+        file = path(part)
+        with alone(file):
+            teacher, reused = reconstruct_mlps_or_load(
+                part.chain, part.inputs, part.recipe, part.divergence, resources, file, part.fingerprint, facts
+            )
         ready.append(replace(part, teacher=teacher, reused=reused))
     return ready
 

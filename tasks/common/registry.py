@@ -9,6 +9,10 @@ from fimaq_core.errors import RecipeError, suggest
 from tasks.common.request import DataRequest, Missing, ModelRequest
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from PIL import Image
+
     from tasks.common.task import Task
 
 #: Tasks that are packages here. Each has ``tags.py`` (light: names and what is missing) and ``task.py``.
@@ -67,6 +71,19 @@ def scopes(name: str) -> tuple[str, ...]:
     return found
 
 
+def parts(name: str, scope: str | None) -> dict[str, str | None]:
+    """The parts of a model that task ``name`` calibrates and reconstructs each by itself, and what of each ``scope`` takes.
+
+    Only those that take long; ``{"": scope}`` where the model is one chain.
+    """
+    if name in _REGISTERED:
+        found = getattr(_REGISTERED[name], "parts", None)
+    else:
+        _check(name)
+        found = getattr(importlib.import_module(f"tasks.{name}.tags"), "parts", None)
+    return {"": scope} if found is None else dict(found(scope))
+
+
 def evaluations(name: str) -> tuple[str, ...]:
     """What task ``name`` can measure, the usual first; empty where that is one thing only."""
     if name in _REGISTERED:
@@ -91,6 +108,15 @@ def preflight(name: str, model: ModelRequest, data: DataRequest) -> list[Missing
     _check(name)
     missing: list[Missing] = importlib.import_module(f"tasks.{name}.tags").preflight(model, data)
     return missing
+
+
+def pictures(name: str, model: ModelRequest, data: DataRequest, ids: Sequence[str]) -> dict[str, Image.Image]:
+    """:meth:`~tasks.common.task.Task.pictures` of task ``name``, without its libraries of models. Raises DataError."""
+    if name in _REGISTERED:
+        return _REGISTERED[name].pictures(model, data, ids)
+    _check(name)
+    found: dict[str, Image.Image] = importlib.import_module(f"tasks.{name}.pictures").pictures(model, data, ids)
+    return found
 
 
 def _check(name: str) -> None:

@@ -88,7 +88,7 @@ class CellRequest:
         step_engine: how optimisation steps run, see :mod:`fimaq_core.reconstruction.engines`.
         mlp_checkpoint: reconstructed MLPs to use instead of reconstructing them.
         workers: data-loading processes.
-        force: measure again although a record exists.
+        force: name of the run, if it measures again what is there: each cell, and what cells share, once; else empty.
     """
 
     task: str
@@ -104,4 +104,4 @@ class CellRequest:
     step_engine: Literal["auto", "eager", "fused", "compiled", "graph"] = "auto"
     mlp_checkpoint: Path | None = None
     workers: int = 0
-    force: bool = False
+    force: str = ""

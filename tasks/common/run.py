@@ -2,18 +2,19 @@
 
 import hashlib
 import json
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from fimaq_core import NUMERICS_VERSION
 from fimaq_core.checkpoint import save_checkpoint
-from fimaq_core.files import replaced_whole
+from fimaq_core.files import remove_leftovers, replaced_whole
 from fimaq_core.fisher.losses import takes_passes
 from fimaq_core.progress import Report, silent
 from fimaq_core.quantize import (
@@ -30,17 +31,19 @@ from fimaq_core.quantize import (
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction.mlp import mlps as find_mlps
 from fimaq_core.reconstruction.reconstruct import ReconstructionLog
-from tasks.common.environment import describe, peak_memory, resolve_device
+from tasks.common import anew
+from tasks.common.clock import StageClock
+from tasks.common.environment import describe, resolve_device
+from tasks.common.examples import EXAMPLES_FILE, example_file
+from tasks.common.hashing import file_sha256
+from tasks.common.lease import Lease, acquire, awaited, exclusively
 from tasks.common.modules import merge_logs, whole_map
-from tasks.common.plan import planned_folder, variant_name
+from tasks.common.plan import note_shared, planned_folder, variant_name
 from tasks.common.prepare import Part, built_model, chains_of, check_request, checkpoint_facts, fingerprint_of, start, whole
 from tasks.common.record import Calibration, Metric, ResultRecord, Weights, read_record, write_record
 from tasks.common.registry import get_task
 from tasks.common.request import CellRequest
 from tasks.common.task import CalibrationSet, Evaluation, LoadedModel, Task
-
-#: Shared files that this process has made or used: forcing several methods calibrates once, not once a method.
-_FORCED: set[Path] = set()
 
 
 def run_cell(request: CellRequest, report: Report = silent) -> Path:
@@ -54,93 +57,101 @@ def run_cell(request: CellRequest, report: Report = silent) -> Path:
         Path of ``result.json``; ``outcomes.npz`` and, for quantized models, ``quantized.safetensors`` are beside it.
 
     Raises:
+        Busy: another process measures it now.
         FimaqError: anything the user can mend; finished cells and blocks are kept.
     """
     request = check_request(request)
-    folder = planned_folder(request)
-    path = folder / "result.json"
-    if path.is_file() and not request.force:
-        read_record(path)
-        return path
+    path = planned_folder(request) / "result.json"
+    if not anew.is_done(path, request.force):
+        with acquire(path) as lease:
+            if not anew.is_done(path, request.force):
+                remove_leftovers(path.parent)
+                _measure(request, path, lease, report)
+                anew.end(path, request.force)
+    read_record(path)
+    return path
 
+
+def _measure(request: CellRequest, path: Path, lease: Lease, report: Report) -> None:
+    """Measure a cell and write its record, holding its ``lease``."""
     device = resolve_device(request.device)
     if request.threads is not None:
         torch.set_num_threads(request.threads)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
     task = get_task(request.task)
-    loaded = task.load(request.model)
     if request.recipe is None:
-        return _measure_full_precision(request, folder, task, loaded, device, report)
+        _measure_full_precision(request, lease, task, device, report)
+        return
 
-    full_request = replace(request, recipe=None, force=False, variant=None)
+    full_request = replace(request, recipe=None, force="", variant=None)
     full_path = planned_folder(full_request) / "result.json"
-    if not full_path.is_file():
-        _measure_full_precision(full_request, full_path.parent, task, task.load(request.model), device, report)
-    return _measure_quantized(request, request.recipe, folder, task, loaded, read_record(full_path), device, report)
+    with exclusively(full_path, report) as own:
+        if own is not None and not full_path.is_file():
+            _measure_full_precision(full_request, own, task, device, report)
+    _measure_quantized(request, request.recipe, lease, task, read_record(full_path), device, report)
 
 
-def _measure_full_precision(
-    request: CellRequest, folder: Path, task: Task, loaded: LoadedModel, device: torch.device, report: Report
-) -> Path:
-    start = time.monotonic()
+def _measure_full_precision(request: CellRequest, lease: Lease, task: Task, device: torch.device, report: Report) -> None:
+    clock = StageClock(device)
+    loaded = task.load(request.model)
+    clock.lap("load")
     model = task.assemble(loaded, {}).to(device)
     evaluation = task.evaluate(model, loaded, request.data, device, request.eval_batch, request.workers, report)
-    seconds = {"evaluate": time.monotonic() - start}
-    record = _record(request, loaded, evaluation, evaluation.metrics, seconds, device)
-    return _write(record, evaluation, folder)
+    clock.lap("evaluate")
+    _write(_record(request, loaded, evaluation, evaluation.metrics, clock, device), evaluation, lease)
 
 
 def _measure_quantized(
     request: CellRequest,
     recipe: Recipe,
-    folder: Path,
+    lease: Lease,
     task: Task,
-    loaded: LoadedModel,
     full: ResultRecord,
     device: torch.device,
     report: Report,
-) -> Path:
-    seconds: dict[str, float] = {}
-    clock = time.monotonic()
-
-    def lap(stage: str) -> None:
-        nonlocal clock
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds[stage] = time.monotonic() - clock
-        clock = time.monotonic()
-
+) -> None:
+    clock = StageClock(device)
+    loaded = task.load(request.model)
     calibration = task.calibration(loaded, request.data, recipe)
     resources = Resources(report, request.placement, request.eval_batch, request.step_engine)
     facts = checkpoint_facts(request.task, request.model, loaded)
-    lap("load")
+    clock.lap("load")
 
     def shared(kind: str, digest: str) -> Path:
-        return _shared_path(request, loaded, calibration, kind, digest)
+        return _shared_path(request, loaded, calibration, kind, digest, report)
+
+    @contextmanager
+    def alone(path: Path | None) -> Iterator[None]:
+        with exclusively(path, report) as lease:
+            if lease is not None:
+                remove_leftovers(lease.path.parent, lease.path.name)
+                if lease.waited:
+                    clock.lap("wait")
+            yield
 
     def mlps(part: Part) -> Path | None:
         if request.mlp_checkpoint is not None:  # force must not remove what this cell does not make
             return None
         return shared("mlp", f"{part.address}{part.recipe.mlp_digest()}")
 
-    parts = start(request, task, loaded, calibration, device, resources, mlps)
+    parts = start(request, task, loaded, calibration, device, resources, mlps, alone)
     if recipe.reconstruct_mlp:
         reused = all(part.reused for part in parts if len(find_mlps(part.chain)))
-        lap("reconstruct MLPs (reused)" if reused else "reconstruct MLPs")
+        clock.lap("reconstruct MLPs (reused)" if reused else "reconstruct MLPs")
+    folder = lease.path.parent
     blocks = folder / "blocks"
-    if request.force:
-        remove_blocks(blocks)
+    anew.begin(lease.path, request.force, lambda: remove_blocks(blocks))
+    remove_leftovers(blocks)
     log = ReconstructionLog()
     for part in parts:
         ranges = shared("calibration", f"{part.address}{part.recipe.calibration_digest()}")
         made = part.chain, part.inputs, part.recipe
-        reused = calibrate_or_load(*made, resources, ranges, part.fingerprint, facts)
-        lap(part.stage("calibrate") + (" (reused)" if reused else ""))
+        with alone(ranges):
+            reused = calibrate_or_load(*made, resources, ranges, part.fingerprint, facts)
+        clock.lap(part.stage("calibrate") + (" (reused)" if reused else ""))
         if recipe.reconstruct:
-            own, reused = _reconstruct(part, resources, blocks, shared)
+            own, reused = _reconstruct(part, resources, blocks, shared, alone)
             merge_logs(log, part.name, own)
-            lap(part.stage("reconstruct") + (" (reused)" if reused else ""))
+            clock.lap(part.stage("reconstruct") + (" (reused)" if reused else ""))
         finish(part.chain)
     chains = chains_of(parts)
     facts |= {"stage": "reconstructed" if recipe.reconstruct else "calibrated"}
@@ -148,33 +159,40 @@ def _measure_quantized(
     save_checkpoint(folder / "quantized.safetensors", whole(chains).state_dict(), fingerprint, facts)
     model = task.assemble(loaded, chains).to(device)
     evaluation = task.evaluate(model, loaded, request.data, device, request.eval_batch, request.workers, report)
-    lap("evaluate")
-    record = _record(request, loaded, evaluation, full.metrics, seconds, device).model_copy(
-        update={
-            "calibration": _calibration_entry(calibration, recipe, parts),
-            "modules": whole_map(chains, task.untouched(loaded, chains)),
-            "last_loss": log.last_loss,
-            "fisher_passes": log.fisher_passes,
-            "notes": log.notes,
-            "step_engine": log.engine if recipe.reconstruct else None,
-            "skipped_images": sorted({*calibration.skipped, *evaluation.skipped}),
-        }
+    clock.lap("evaluate")
+    record = _record(
+        request,
+        loaded,
+        evaluation,
+        full.metrics,
+        clock,
+        device,
+        calibration=_calibration_entry(calibration, recipe, parts),
+        modules=whole_map(chains, task.untouched(loaded, chains)),
+        last_loss=log.last_loss,
+        fisher_passes=log.fisher_passes,
+        notes=log.notes,
+        step_engine=log.engine if recipe.reconstruct else None,
+        skipped_images=sorted({*calibration.skipped, *evaluation.skipped}),
     )
-    path = _write(record, evaluation, folder)
+    _write(record, evaluation, lease)
     remove_blocks(blocks)
-    return path
 
 
 def _reconstruct(
-    part: Part, resources: Resources, blocks: Path, shared: Callable[[str, str], Path]
+    part: Part,
+    resources: Resources,
+    blocks: Path,
+    shared: Callable[[str, str], Path],
+    alone: Callable[[Path], AbstractContextManager[object]],
 ) -> tuple[ReconstructionLog, bool]:
     """Reconstruct a part; return what was done, and whether it had been done before. Named parts are shared between scopes."""
     made = part.chain, part.inputs, part.recipe, part.divergence, resources
     if not part.name:
         return reconstruct_with_checkpoints(*made, blocks, part.fingerprint, part.teacher), False
-    return reconstruct_or_load(
-        *made, shared("reconstruction", f"{part.address}{part.recipe.digest()}"), part.fingerprint, part.teacher
-    )
+    path = shared("reconstruction", f"{part.address}{part.recipe.digest()}")
+    with alone(path):
+        return reconstruct_or_load(*made, path, part.fingerprint, part.teacher)
 
 
 def _calibration_entry(images: CalibrationSet, recipe: Recipe, parts: list[Part]) -> Calibration:
@@ -190,15 +208,22 @@ def _calibration_entry(images: CalibrationSet, recipe: Recipe, parts: list[Part]
     )
 
 
-def _shared_path(request: CellRequest, loaded: LoadedModel, calibration: CalibrationSet, kind: str, digest: str) -> Path:
+def _shared_path(
+    request: CellRequest, loaded: LoadedModel, calibration: CalibrationSet, kind: str, digest: str, report: Report
+) -> Path:
     """Where cells share what is dear, by content address: methods with the same settings so far compute it once."""
     shared = f"{digest}{loaded.sha256}{calibration.fingerprint}{NUMERICS_VERSION}{built_model(request.model, loaded)}"
     path = request.results.parent / kind / f"{hashlib.sha256(shared.encode()).hexdigest()[:24]}.safetensors"
-    if request.force and path not in _FORCED:
-        path.unlink(missing_ok=True)
-        remove_blocks(blocks_beside(path))
-        remove_mlps(mlps_beside(path))
-    _FORCED.add(path)
+    note_shared(request, kind, digest, path)
+    if not anew.is_begun(path, request.force):
+
+        def clear() -> None:
+            path.unlink(missing_ok=True)
+            remove_blocks(blocks_beside(path))
+            remove_mlps(mlps_beside(path))
+
+        with awaited(path, report):
+            anew.begin(path, request.force, clear)
     return path
 
 
@@ -207,40 +232,51 @@ def _record(
     loaded: LoadedModel,
     evaluation: Evaluation,
     full: dict[str, Metric],
-    seconds: dict[str, float],
+    clock: StageClock,
     device: torch.device,
+    **more: Any,
 ) -> ResultRecord:
+    """The record of a cell; ``more``: what there is of quantized models only, and fields that are others for them."""
     recipe = request.recipe
-    return ResultRecord(
-        task=request.task,
-        model=loaded.tag,
-        method="fp" if recipe is None else recipe.method,
-        variant=variant_name(request),
-        w_bit=32 if recipe is None else recipe.w_bits,
-        a_bit=32 if recipe is None else recipe.a_bits,
-        seed=None if recipe is None else recipe.seed,
-        recipe=None if recipe is None else recipe.model_dump(mode="json"),
-        recipe_digest="" if recipe is None else recipe.digest(),
-        metrics=evaluation.metrics,
-        n=evaluation.n,
-        fp_metrics=full,
-        weights=Weights(tag=loaded.tag, source=loaded.source, sha256=loaded.sha256),
-        dataset=evaluation.dataset,
-        calibration=None,
-        modules=None,
-        skipped_images=evaluation.skipped,
-        environment=describe(device),
-        seconds={stage: round(value, 3) for stage, value in seconds.items()},
-        peak_memory_bytes=peak_memory(device),
-        finished=datetime.now(UTC).isoformat(timespec="seconds"),
-        outcomes="outcomes.npz",
-    )
+    fields: dict[str, Any] = {
+        "task": request.task,
+        "model": loaded.tag,
+        "method": "fp" if recipe is None else recipe.method,
+        "variant": variant_name(request),
+        "w_bit": 32 if recipe is None else recipe.w_bits,
+        "a_bit": 32 if recipe is None else recipe.a_bits,
+        "seed": None if recipe is None else recipe.seed,
+        "recipe": None if recipe is None else recipe.model_dump(mode="json"),
+        "recipe_digest": "" if recipe is None else recipe.digest(),
+        "metrics": evaluation.metrics,
+        "n": evaluation.n,
+        "fp_metrics": full,
+        "weights": Weights(tag=loaded.tag, source=loaded.source, sha256=loaded.sha256),
+        "dataset": evaluation.dataset,
+        "calibration": None,
+        "modules": None,
+        "skipped_images": evaluation.skipped,
+        "environment": describe(device),
+        "seconds": {stage: round(value, 3) for stage, value in clock.seconds.items()},
+        "peak_memory_bytes": max(clock.memory.values()),
+        "stage_memory_bytes": clock.memory,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "outcomes": "outcomes.npz",
+    }
+    return ResultRecord(**{**fields, **more})
 
 
-def _write(record: ResultRecord, evaluation: Evaluation, folder: Path) -> Path:
+def _write(record: ResultRecord, evaluation: Evaluation, lease: Lease) -> None:
+    lease.check()
+    folder = lease.path.parent
     with replaced_whole(folder / record.outcomes) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, **evaluation.outcomes)
     for name, content in evaluation.files.items():
         with replaced_whole(folder / name) as temporary:
             temporary.write_text(json.dumps(content), encoding="utf-8")
-    return write_record(record, folder)
+    if evaluation.examples:
+        with replaced_whole(folder / EXAMPLES_FILE) as temporary:
+            temporary.write_text(json.dumps(example_file(record.task, evaluation.examples)), encoding="utf-8")
+        record = record.model_copy(update={"examples": EXAMPLES_FILE})
+    lease.check()
+    write_record(record.model_copy(update={"outcomes_sha256": file_sha256(folder / record.outcomes)}), folder)

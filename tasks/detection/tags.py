@@ -47,6 +47,13 @@ DEFAULTS: dict[str, Any] = {
     "mlp_percentile": 0.999,
 }
 
+
+def parts(scope: str | None) -> dict[str, str]:
+    """Backbone, neck and RPN of a scope, which are one chain. RoI heads are others, soon done, as many as the model has."""
+    pieces = [name for name in (SCOPES[0] if scope is None else scope).split("+") if name != "roi"]
+    return {"detector": "+".join(pieces)} if pieces else {}
+
+
 _RELEASES = "https://github.com/SwinTransformer/storage/releases"
 
 

@@ -29,6 +29,12 @@ DEMO_NAMES = ("demo_clip",)
 SCOPES = ("both", "vision", "text")
 EVALUATIONS = ("retrieval", "zero-shot")
 
+
+def parts(scope: str | None) -> dict[str, str]:
+    """The towers of a scope; each is a scope of its own."""
+    return {name: name for name in ("vision", "text") if scope in (None, SCOPES[0], name)}
+
+
 #: What open_clip's registry says of the models with short names: importing it takes seconds, planning a grid must not.
 _REPOSITORIES = {
     "ViT-B-32-quickgelu.openai": "timm/vit_base_patch32_clip_224.openai",

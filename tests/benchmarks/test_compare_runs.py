@@ -329,3 +329,9 @@ def test_average_precisions_are_compared_by_what_images_contribute(tmp_path: Pat
     assert found["AP_box"]["better"] == "A"
     # Paired: what scenes have in common does not count.
     assert found["AP_box"]["se"] < 0.5 * 100 * scene.std() / np.sqrt(150)
+
+
+def test_outcomes_that_were_swapped_are_refused(tmp_path: Path):
+    a, b = save(tmp_path, "fimaq", outcomes_sha256="0" * 64), save(tmp_path, "qdrop")
+    result = run(a, b)
+    assert (result.exit_code, "does not belong to the record beside it" in result.stderr) == (2, True)

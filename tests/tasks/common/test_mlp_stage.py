@@ -15,7 +15,6 @@ from fimaq_core.checkpoint import read_header
 from fimaq_core.errors import RecipeError
 from fimaq_core.recipe import make_recipe
 from fimaq_core.reconstruction import mlp as mlp_module
-from tasks.common import run as run_module
 from tasks.common.cli import build_group, main
 from tasks.common.record import ResultRecord, read_record
 from tasks.common.request import CellRequest, DataRequest, ModelRequest
@@ -155,20 +154,19 @@ def test_the_stage_evaluates_in_full_precision_as_mlp_recon(stages: Stages, tmp_
     assert record.metrics["top1"].value != record.fp_metrics["top1"].value
 
 
-def test_cells_of_a_folder_share_their_mlps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cells_of_a_folder_share_their_mlps(tmp_path: Path) -> None:
     """Across methods and bits; forcing a cell that has none leaves them alone, forcing one that has makes them anew."""
     results = tmp_path / "runs"
     run = ["run", *MODEL, *QUICK, "--no-reconstruct", *PLACE, "--results", results]
     well(*run, "--method", "aphq")
     assert "reconstruct MLPs" in record_of(results, "aphq")[1].seconds
-    (shared,) = (tmp_path / "mlp").iterdir()
+    (shared,) = (tmp_path / "mlp").glob("*.safetensors")
     written = shared.stat().st_mtime_ns
     for method, bits in (("fimaq-mlp", "4"), ("aphq", "3")):
         well(*run, "--method", method, "--w-bits", bits, "--a-bits", bits)
         seconds = record_of(results, method, f"w{bits}a{bits}")[1].seconds
         assert "reconstruct MLPs (reused)" in seconds
         assert "reconstruct MLPs" not in seconds
-    monkeypatch.setattr(run_module, "_FORCED", set())  # as in another process
     well(*run, "--method", "rtn", "--force")
     assert not any("MLP" in stage for stage in record_of(results, "rtn")[1].seconds)
     assert shared.stat().st_mtime_ns == written
@@ -186,9 +184,8 @@ def test_a_checkpoint_that_is_the_shared_one_survives_force(
     )  # fmt: skip
     request = CellRequest("classification", ModelRequest("demo_vit"), DataRequest(limit=64), recipe, results=tmp_path / "runs")
     run_cell(request)
-    (shared,) = (tmp_path / "mlp").iterdir()
-    monkeypatch.setattr(run_module, "_FORCED", set())
-    run_cell(replace(request, force=True, mlp_checkpoint=shared))
+    (shared,) = (tmp_path / "mlp").glob("*.safetensors")
+    run_cell(replace(request, force="again", mlp_checkpoint=shared))
     assert shared.is_file()
     assert same_tensors(shared, stages.mlp)
 

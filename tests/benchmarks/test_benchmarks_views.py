@@ -1,0 +1,192 @@
+"""What a running grid shows, in terminals of several sizes and where there is none."""
+
+import io
+import os
+import pty
+import select
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import benchmark_fakes as fakes
+import pytest
+from rich.cells import cell_len
+from rich.console import Console
+
+from benchmarks.cells import Cell, RunOptions
+from benchmarks.display import Outcome, make_display
+from benchmarks.grid import Filters, expand
+from benchmarks.live_view import LiveView
+from benchmarks.plain_view import PlainView
+from benchmarks.terminal import plain
+from fimaq_core.progress import Progress
+
+NASTY = "模型[bold]red[/] \x1b[2J\x1b]0;title\x07 [/nothing] \u202eabc\ud800\nline"
+
+
+def cells(count: int = 40) -> list[Cell]:
+    found = expand(fakes.plain_demo(), Filters(), RunOptions())[1:]
+    return found[:count]
+
+
+def drawn(view: LiveView, width: int, height: int) -> list[str]:
+    console = Console(file=io.StringIO(), force_terminal=True, width=width, height=height, color_system=None)
+    console.print(view)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue().rstrip("\n").split("\n")
+
+
+def busy_view(chosen: list[Cell], where: str = "node-17 cuda:3") -> LiveView:
+    view = LiveView(Console(file=io.StringIO(), force_terminal=True, width=80, height=24))
+    # As begin, without the thread that draws.
+    super(LiveView, view).begin(5, len(chosen) + 10)
+    for cell in chosen:
+        view.started(cell, 5, where)
+        view.progress(cell, Progress("reconstruct vision", 120, 1500, "blocks.11", 0.012345))
+    view.tick(7500.0, {cell.key: 360.0 for cell in chosen})
+    return view
+
+
+@pytest.mark.parametrize("width", [40, 80, 120, 200])
+def test_rows_fit_the_terminal_and_keep_their_numbers(width: int):
+    view = busy_view(cells(3))
+    lines = drawn(view, width, 24)
+    assert all(cell_len(line) <= width for line in lines)
+    rows = [line for line in lines if "demo_" in line]
+    assert len(rows) == 3
+    if width >= 80:
+        assert all(part in rows[0] for part in ("120/1500", "0.01235", "6 min"))
+        assert any("5 done, 3 running, 0 failed of 13 cells" in line and "about 2 h 05 min left" in line for line in lines)
+    if width == 200:
+        assert all(part in rows[0] for part in ("demo_vit rtn w4a4 seed 1", "node-17 cuda:3", "reconstruct vision", "blocks.11"))
+        assert "━" in rows[0]
+
+
+@pytest.mark.parametrize("height", [6, 24])
+def test_rows_beyond_the_terminal_are_counted(height: int):
+    lines = drawn(busy_view(cells(40)), 80, height)
+    assert len(lines) <= height
+    shown = [line for line in lines if "demo_" in line]
+    assert shown
+    assert lines[-1].strip() == f"… and {40 - len(shown)} more"
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_wide_characters_markup_and_escapes_are_text(width: int):
+    cell = replace(cells(1)[0], model=NASTY)
+    view = busy_view([cell], where=NASTY)
+    view.progress(cell, Progress(NASTY, 1, 2, NASTY, float("nan")))
+    lines = drawn(view, width, 24)
+    assert all(cell_len(line) <= width for line in lines)
+    text = "\n".join(lines)
+    assert "模型[bold]" in text
+    assert all(character not in text for character in "\x1b\x07\u202e\ud800")
+    assert len([line for line in lines if "模" in line]) == 1
+
+
+def test_ended_and_retried_cells_are_counted_and_said():
+    out = io.StringIO()
+    view = LiveView(Console(file=out, force_terminal=True, width=100, height=20, color_system=None))
+    first, second, third = cells(3)
+    view.begin(0, 3)
+    view.started(first, 0, "worker 1")
+    view.retried(first, "its machine is gone [/]")
+    view.started(first, 0, "worker 2")
+    assert view.running()[0].attempts == 2
+    view.ended(first, Outcome("failed", "no [memory]"), 1, 10.0)
+    view.ended(second, Outcome("elsewhere", "measured by another runner"), 2, 5.0)
+    view.started(third, 2, "worker 1")
+    view.ended(third, Outcome("finished", "top1 80.0"), 3, None)
+    assert (view.counts().done, view.counts().failed, view.counts().running) == (2, 1, 0)
+    view.close()
+    text = out.getvalue()
+    assert "[0/3] demo_vit rtn w4a4 seed 1: waits again: its machine is gone [/]" in text
+    assert "[1/3] demo_vit rtn w4a4 seed 1: FAILED: no [memory]" in text
+    assert "[3/3]" in text
+    assert "2 done, 0 running, 1 failed of 3 cells" in text
+
+
+def test_where_there_is_no_terminal_there_are_lines():
+    out = io.StringIO()
+    view = PlainView(Console(file=out, width=80), every=0.0)
+    cell = replace(cells(1)[0], model=NASTY)
+    view.begin(0, 10)
+    view.started(cell, 0, "cuda:1")
+    view.progress(cell, Progress("reconstruct", 3, 9, "blocks.0", 0.5))
+    view.retried(cell, "its worker died\nagain")
+    view.ended(cell, Outcome("failed", "it broke " + "x" * 300), 1, 60.0)
+    view.ended(cell, Outcome("finished", "top1 1.0"), 10, None)
+    view.close()
+    lines = out.getvalue().splitlines()
+    label = plain(cell.label)
+    assert [line.removeprefix(f"[ 0/10] {label}: ") for line in lines[:3]] == [
+        "started (cuda:1)", "reconstruct blocks.0 3/9, loss 0.5", "waits again: its worker died again"
+    ]  # fmt: skip
+    assert lines[3].startswith(f"[ 1/10] {label}: FAILED: it broke x")
+    assert lines[3].endswith("x, about 60 s left")
+    assert lines[4:] == [f"[10/10] {label}: top1 1.0"]
+
+
+def test_lines_come_once_a_minute_only():
+    out = io.StringIO()
+    view = PlainView(Console(file=out, width=80))
+    cell = cells(1)[0]
+    view.begin(0, 10)
+    view.started(cell, 0, "")
+    for step in range(50):
+        view.progress(cell, Progress("reconstruct", step, 50))
+    assert out.getvalue() == "[ 0/10] demo_vit rtn w4a4 seed 1: started\n"
+
+
+SCRIPT = """
+import sys, time
+from rich.console import Console
+from benchmarks.cells import RunOptions
+from benchmarks.display import Outcome, make_display
+from benchmarks.grid import Filters, expand
+from fimaq_core.progress import Progress
+import benchmark_fakes as fakes
+cells = expand(fakes.plain_demo(), Filters(), RunOptions())
+display = make_display(Console(highlight=False), None)
+display.begin(0, 2)
+display.started(cells[4], 0, "worker 1")
+for step in range(20):
+    display.progress(cells[4], Progress("reconstruct", step, 20, "blocks.1", 0.25))
+    display.tick(12.0, {cells[4].key: 12.0})
+    time.sleep(0.06)
+display.ended(cells[4], Outcome("finished", "top1 77.0"), 2, None)
+display.close()
+print("after")
+"""
+
+
+def test_a_real_terminal_shows_rows_and_is_left_clean():
+    primary, secondary = pty.openpty()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(part for part in sys.path if part)}
+    environment |= {"TERM": "xterm", "COLUMNS": "80", "LINES": "24"}
+    with subprocess.Popen([sys.executable, "-c", SCRIPT], stdout=secondary, stderr=secondary, env=environment) as process:
+        os.close(secondary)
+        content, end = b"", time.monotonic() + 30
+        while time.monotonic() < end:
+            ready, _, _ = select.select([primary], [], [], 0.5)
+            if ready:
+                try:
+                    part = os.read(primary, 65536)
+                except OSError:  # its other end is closed
+                    break
+                content += part
+    os.close(primary)
+    text = content.decode()
+    assert process.returncode == 0, text
+    assert "reconstruct" in text
+    assert "blocks.1" in text
+    assert "[2/2] demo_vit" in text
+    assert text.rstrip().endswith("after")
+    assert "\x1b[?25h" in text  # the cursor is back
+
+
+def test_the_view_goes_by_the_console(tmp_path: Path):
+    assert isinstance(make_display(Console(file=io.StringIO(), force_terminal=True)), LiveView)
+    assert isinstance(make_display(Console(file=io.StringIO())), PlainView)
