@@ -170,7 +170,7 @@ def cells(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_every_cell_of_the_demo_shows_the_same_samples(cells: dict[str, Any]) -> None:
-    files = {name: read_examples(found.folder, "examples.json") for name, found in cells.items()}
+    files = {name: read_examples(found.folder, found.record.examples or "") for name, found in cells.items()}
     (whole,) = cells["rtn"].folder.parents[2].glob("fp/**/examples.json")
     files["fp"] = read_examples(whole.parent, whole.name)
     ids = list(open_demo("val").image_ids[:8])
