@@ -274,9 +274,10 @@ def _write(record: ResultRecord, evaluation: Evaluation, lease: Lease) -> None:
     for name, content in evaluation.files.items():
         with replaced_whole(folder / name) as temporary:
             temporary.write_text(json.dumps(content), encoding="utf-8")
+    beside = {"outcomes_sha256": file_sha256(folder / record.outcomes)}
     if evaluation.examples:
         with replaced_whole(folder / EXAMPLES_FILE) as temporary:
             temporary.write_text(json.dumps(example_file(record.task, evaluation.examples)), encoding="utf-8")
-        record = record.model_copy(update={"examples": EXAMPLES_FILE})
+        beside["examples"] = EXAMPLES_FILE
     lease.check()
-    write_record(record.model_copy(update={"outcomes_sha256": file_sha256(folder / record.outcomes)}), folder)
+    write_record(record.model_copy(update=beside), folder)
