@@ -11,7 +11,6 @@ from typing import Any
 from fimaq_core import NUMERICS_VERSION
 from fimaq_core.errors import CheckpointError, RecipeError, suggest
 from fimaq_core.files import replaced_whole
-from fimaq_core.recipe import Recipe
 from tasks.common import registry
 from tasks.common.hashing import file_sha256
 from tasks.common.record import cell_folder
@@ -68,10 +67,10 @@ def note_shared(request: CellRequest, kind: str, digest: str, path: Path) -> Non
     """
     entry = _index_entry(request, kind, digest)
     try:
-        if not entry.is_file() or entry.read_text(encoding="utf-8") != path.name:
+        if not entry.is_file() or entry.read_bytes() != path.name.encode():
             with replaced_whole(entry, durable=False) as temporary:
                 temporary.write_text(path.name, encoding="utf-8")
-    except (CheckpointError, OSError, UnicodeDecodeError):
+    except (CheckpointError, OSError):
         return  # plans then do not know of the file; that is no reason to end a run, which says so itself if its disk is full
 
 
