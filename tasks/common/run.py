@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +32,10 @@ from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction.mlp import mlps as find_mlps
 from fimaq_core.reconstruction.reconstruct import ReconstructionLog
 from tasks.common import anew
-from tasks.common.environment import describe, peak_memory, resolve_device
+from tasks.common.clock import StageClock
+from tasks.common.environment import describe, resolve_device
+from tasks.common.examples import EXAMPLES_FILE, example_file
+from tasks.common.hashing import file_sha256
 from tasks.common.lease import Lease, acquire, awaited, exclusively
 from tasks.common.modules import merge_logs, whole_map
 from tasks.common.plan import note_shared, planned_folder, variant_name
@@ -74,31 +77,27 @@ def _measure(request: CellRequest, path: Path, lease: Lease, report: Report) -> 
     device = resolve_device(request.device)
     if request.threads is not None:
         torch.set_num_threads(request.threads)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
     task = get_task(request.task)
-    loaded = task.load(request.model)
     if request.recipe is None:
-        _measure_full_precision(request, lease, task, loaded, device, report)
+        _measure_full_precision(request, lease, task, device, report)
         return
 
     full_request = replace(request, recipe=None, force="", variant=None)
     full_path = planned_folder(full_request) / "result.json"
     with exclusively(full_path, report) as own:
         if own is not None and not full_path.is_file():
-            _measure_full_precision(full_request, own, task, task.load(request.model), device, report)
-    _measure_quantized(request, request.recipe, lease, task, loaded, read_record(full_path), device, report)
+            _measure_full_precision(full_request, own, task, device, report)
+    _measure_quantized(request, request.recipe, lease, task, read_record(full_path), device, report)
 
 
-def _measure_full_precision(
-    request: CellRequest, lease: Lease, task: Task, loaded: LoadedModel, device: torch.device, report: Report
-) -> None:
-    start = time.monotonic()
+def _measure_full_precision(request: CellRequest, lease: Lease, task: Task, device: torch.device, report: Report) -> None:
+    clock = StageClock(device)
+    loaded = task.load(request.model)
+    clock.lap("load")
     model = task.assemble(loaded, {}).to(device)
     evaluation = task.evaluate(model, loaded, request.data, device, request.eval_batch, request.workers, report)
-    seconds = {"evaluate": time.monotonic() - start}
-    record = _record(request, loaded, evaluation, evaluation.metrics, seconds, device)
-    _write(record, evaluation, lease)
+    clock.lap("evaluate")
+    _write(_record(request, loaded, evaluation, evaluation.metrics, clock, device), evaluation, lease)
 
 
 def _measure_quantized(
@@ -106,25 +105,16 @@ def _measure_quantized(
     recipe: Recipe,
     lease: Lease,
     task: Task,
-    loaded: LoadedModel,
     full: ResultRecord,
     device: torch.device,
     report: Report,
 ) -> None:
-    seconds: dict[str, float] = {}
-    clock = time.monotonic()
-
-    def lap(stage: str) -> None:
-        nonlocal clock
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds[stage] = time.monotonic() - clock
-        clock = time.monotonic()
-
+    clock = StageClock(device)
+    loaded = task.load(request.model)
     calibration = task.calibration(loaded, request.data, recipe)
     resources = Resources(report, request.placement, request.eval_batch, request.step_engine)
     facts = checkpoint_facts(request.task, request.model, loaded)
-    lap("load")
+    clock.lap("load")
 
     def shared(kind: str, digest: str) -> Path:
         return _shared_path(request, loaded, calibration, kind, digest, report)
@@ -135,7 +125,7 @@ def _measure_quantized(
             if lease is not None:
                 remove_leftovers(lease.path.parent, lease.path.name)
                 if lease.waited:
-                    lap("wait")
+                    clock.lap("wait")
             yield
 
     def mlps(part: Part) -> Path | None:
@@ -146,7 +136,7 @@ def _measure_quantized(
     parts = start(request, task, loaded, calibration, device, resources, mlps, alone)
     if recipe.reconstruct_mlp:
         reused = all(part.reused for part in parts if len(find_mlps(part.chain)))
-        lap("reconstruct MLPs (reused)" if reused else "reconstruct MLPs")
+        clock.lap("reconstruct MLPs (reused)" if reused else "reconstruct MLPs")
     folder = lease.path.parent
     blocks = folder / "blocks"
     anew.begin(lease.path, request.force, lambda: remove_blocks(blocks))
@@ -157,11 +147,11 @@ def _measure_quantized(
         made = part.chain, part.inputs, part.recipe
         with alone(ranges):
             reused = calibrate_or_load(*made, resources, ranges, part.fingerprint, facts)
-        lap(part.stage("calibrate") + (" (reused)" if reused else ""))
+        clock.lap(part.stage("calibrate") + (" (reused)" if reused else ""))
         if recipe.reconstruct:
             own, reused = _reconstruct(part, resources, blocks, shared, alone)
             merge_logs(log, part.name, own)
-            lap(part.stage("reconstruct") + (" (reused)" if reused else ""))
+            clock.lap(part.stage("reconstruct") + (" (reused)" if reused else ""))
         finish(part.chain)
     chains = chains_of(parts)
     facts |= {"stage": "reconstructed" if recipe.reconstruct else "calibrated"}
@@ -169,17 +159,21 @@ def _measure_quantized(
     save_checkpoint(folder / "quantized.safetensors", whole(chains).state_dict(), fingerprint, facts)
     model = task.assemble(loaded, chains).to(device)
     evaluation = task.evaluate(model, loaded, request.data, device, request.eval_batch, request.workers, report)
-    lap("evaluate")
-    record = _record(request, loaded, evaluation, full.metrics, seconds, device).model_copy(
-        update={
-            "calibration": _calibration_entry(calibration, recipe, parts),
-            "modules": whole_map(chains, task.untouched(loaded, chains)),
-            "last_loss": log.last_loss,
-            "fisher_passes": log.fisher_passes,
-            "notes": log.notes,
-            "step_engine": log.engine if recipe.reconstruct else None,
-            "skipped_images": sorted({*calibration.skipped, *evaluation.skipped}),
-        }
+    clock.lap("evaluate")
+    record = _record(
+        request,
+        loaded,
+        evaluation,
+        full.metrics,
+        clock,
+        device,
+        calibration=_calibration_entry(calibration, recipe, parts),
+        modules=whole_map(chains, task.untouched(loaded, chains)),
+        last_loss=log.last_loss,
+        fisher_passes=log.fisher_passes,
+        notes=log.notes,
+        step_engine=log.engine if recipe.reconstruct else None,
+        skipped_images=sorted({*calibration.skipped, *evaluation.skipped}),
     )
     _write(record, evaluation, lease)
     remove_blocks(blocks)
@@ -238,34 +232,38 @@ def _record(
     loaded: LoadedModel,
     evaluation: Evaluation,
     full: dict[str, Metric],
-    seconds: dict[str, float],
+    clock: StageClock,
     device: torch.device,
+    **more: Any,
 ) -> ResultRecord:
+    """The record of a cell; ``more``: what there is of quantized models only, and fields that are others for them."""
     recipe = request.recipe
-    return ResultRecord(
-        task=request.task,
-        model=loaded.tag,
-        method="fp" if recipe is None else recipe.method,
-        variant=variant_name(request),
-        w_bit=32 if recipe is None else recipe.w_bits,
-        a_bit=32 if recipe is None else recipe.a_bits,
-        seed=None if recipe is None else recipe.seed,
-        recipe=None if recipe is None else recipe.model_dump(mode="json"),
-        recipe_digest="" if recipe is None else recipe.digest(),
-        metrics=evaluation.metrics,
-        n=evaluation.n,
-        fp_metrics=full,
-        weights=Weights(tag=loaded.tag, source=loaded.source, sha256=loaded.sha256),
-        dataset=evaluation.dataset,
-        calibration=None,
-        modules=None,
-        skipped_images=evaluation.skipped,
-        environment=describe(device),
-        seconds={stage: round(value, 3) for stage, value in seconds.items()},
-        peak_memory_bytes=peak_memory(device),
-        finished=datetime.now(UTC).isoformat(timespec="seconds"),
-        outcomes="outcomes.npz",
-    )
+    fields: dict[str, Any] = {
+        "task": request.task,
+        "model": loaded.tag,
+        "method": "fp" if recipe is None else recipe.method,
+        "variant": variant_name(request),
+        "w_bit": 32 if recipe is None else recipe.w_bits,
+        "a_bit": 32 if recipe is None else recipe.a_bits,
+        "seed": None if recipe is None else recipe.seed,
+        "recipe": None if recipe is None else recipe.model_dump(mode="json"),
+        "recipe_digest": "" if recipe is None else recipe.digest(),
+        "metrics": evaluation.metrics,
+        "n": evaluation.n,
+        "fp_metrics": full,
+        "weights": Weights(tag=loaded.tag, source=loaded.source, sha256=loaded.sha256),
+        "dataset": evaluation.dataset,
+        "calibration": None,
+        "modules": None,
+        "skipped_images": evaluation.skipped,
+        "environment": describe(device),
+        "seconds": {stage: round(value, 3) for stage, value in clock.seconds.items()},
+        "peak_memory_bytes": max(clock.memory.values()),
+        "stage_memory_bytes": clock.memory,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "outcomes": "outcomes.npz",
+    }
+    return ResultRecord(**{**fields, **more})
 
 
 def _write(record: ResultRecord, evaluation: Evaluation, lease: Lease) -> None:
@@ -276,5 +274,9 @@ def _write(record: ResultRecord, evaluation: Evaluation, lease: Lease) -> None:
     for name, content in evaluation.files.items():
         with replaced_whole(folder / name) as temporary:
             temporary.write_text(json.dumps(content), encoding="utf-8")
+    if evaluation.examples:
+        with replaced_whole(folder / EXAMPLES_FILE) as temporary:
+            temporary.write_text(json.dumps(example_file(record.task, evaluation.examples)), encoding="utf-8")
+        record = record.model_copy(update={"examples": EXAMPLES_FILE})
     lease.check()
-    write_record(record, folder)
+    write_record(record.model_copy(update={"outcomes_sha256": file_sha256(folder / record.outcomes)}), folder)

@@ -2,7 +2,9 @@
 
 import errno
 import os
-import threading
+import pickle
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,9 @@ from fimaq_core.recipe import make_recipe
 from tasks.classification.task import TASK
 from tasks.common import run as run_module
 from tasks.common.environment import resolve_device
-from tasks.common.lease import Busy, this_process
+from tasks.common.lease import this_process
 from tasks.common.plan import planned_folder, variant_name
-from tasks.common.record import read_record, recipe_of
+from tasks.common.record import outcomes_problem, read_record, recipe_of
 from tasks.common.request import CellRequest, DataRequest, ModelRequest
 from tasks.common.run import run_cell
 
@@ -55,6 +57,14 @@ def test_a_cell_and_its_full_precision_record(tmp_path: Path) -> None:
     full = read_record(planned_folder(cell(tmp_path, None)) / "result.json")
     assert full.metrics == record.fp_metrics
     assert (full.method, full.recipe, full.seed, full.w_bit) == ("fp", None, None, 32)
+    assert list(full.seconds) == ["load", "evaluate"]
+    assert list(record.seconds) == ["load", "calibrate", "reconstruct", "evaluate"]
+    for one, own in ((record, path.parent), (full, planned_folder(cell(tmp_path, None)))):
+        assert list(one.stage_memory_bytes) == list(one.seconds)
+        assert one.peak_memory_bytes == max(one.stage_memory_bytes.values())
+        assert min(one.stage_memory_bytes.values()) > 0
+        assert one.outcomes_sha256 is not None
+        assert outcomes_problem(one, own) is None
     outcomes = np.load(path.parent / record.outcomes)
     assert set(outcomes.files) >= {"sample", "label", "predicted", "correct"}
     assert record.metrics["top1"].value == pytest.approx(100 * outcomes["correct"].mean())
@@ -109,29 +119,34 @@ def test_methods_share_their_calibration(tmp_path: Path) -> None:
 
 
 def test_cells_that_run_at_the_same_time_calibrate_once_and_none_runs_twice(tmp_path: Path) -> None:
-    measured: list[Path] = []
-    busy: list[str] = []
-
-    def measure(method: str) -> None:
-        try:
-            measured.append(run_cell(cell(tmp_path, method)))
-        except Busy as error:
-            busy.append(error.holder)
-
-    threads = [threading.Thread(target=measure, args=(method,)) for method in ("qdrop", "brecq", "brecq")]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(measured) + len(busy) == 3
-    assert len(set(measured)) == 2
-    if busy:
-        assert busy == [f"process {os.getpid()} on {this_process()[0]}"]
-    stages = [read_record(path).seconds for path in set(measured)]
+    code = (
+        "import pickle, sys; from tasks.common.run import run_cell; from tasks.common.lease import Busy\n"
+        "try: print(run_cell(pickle.load(sys.stdin.buffer)))\n"
+        "except Busy as busy: print('busy', busy.holder)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    processes = []
+    for method in ("qdrop", "brecq", "brecq"):
+        process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        assert process.stdin is not None
+        process.stdin.write(pickle.dumps(cell(tmp_path, method)))
+        process.stdin.close()
+        processes.append(process)
+    said = []
+    for process in processes:
+        assert process.stdout is not None
+        said.append(process.stdout.read().decode().strip())
+        process.stdout.close()
+        assert process.wait() == 0
+    paths = {Path(text) for text in said if not text.startswith("busy")}
+    busy = [text for text in said if text.startswith("busy")]
+    assert len(paths) == 2
+    assert all(text in {f"busy process {process.pid} on {this_process()[0]}" for process in processes} for text in busy)
+    stages = [read_record(path).seconds for path in paths]
     assert sorted("calibrate (reused)" in own for own in stages) == [False, True]
     assert len(list((tmp_path / "calibration").glob("*.safetensors"))) == 1
-    full = read_record(planned_folder(cell(tmp_path, None)) / "result.json")  # found there by the one, measured by the other
-    assert all(read_record(path).fp_metrics == full.metrics for path in measured)
+    full = read_record(planned_folder(cell(tmp_path, None)) / "result.json")  # measured by the one, found there by the other
+    assert all(read_record(path).fp_metrics == full.metrics for path in paths)
 
 
 def test_what_a_killed_process_left_half_written_goes(tmp_path: Path) -> None:
