@@ -1,4 +1,4 @@
-"""A cell of a grid, and the three functions of a task adapter that the harness needs."""
+"""A cell of a grid, and the functions of a task adapter that the harness needs."""
 
 from __future__ import annotations
 
@@ -109,6 +109,10 @@ class Cell:
         return f"{place}{self.subject} {self.method} {self.bits}{point} seed {self.seed}"
 
 
+def _nothing(_: CellRequest) -> list[str]:
+    return []
+
+
 @dataclass(frozen=True)
 class Adapter:
     """What the harness asks of the tasks; tests put their own in.
@@ -117,16 +121,18 @@ class Adapter:
         run_cell: measures one cell and returns the path of its record. Must be importable by name (worker processes).
         planned_folder: the cell's folder, without running anything.
         preflight: what the cell needs and is not there.
+        cached: what an unfinished cell would find done, for people.
     """
 
     run_cell: Callable[[CellRequest, Report], Path]
     planned_folder: Callable[[CellRequest], Path]
     preflight: Callable[[CellRequest], list[Missing]]
+    cached: Callable[[CellRequest], list[str]] = _nothing
 
 
 def default_adapter() -> Adapter:
     """Return the real one. Each part imports what it needs when called: most commands run nothing."""
-    return Adapter(_run_cell, _planned_folder, _preflight)
+    return Adapter(_run_cell, _planned_folder, _preflight, _cached)
 
 
 def _run_cell(request: CellRequest, report: Report) -> Path:
@@ -145,6 +151,12 @@ def _preflight(request: CellRequest) -> list[Missing]:
     from tasks.common.plan import preflight
 
     return preflight(request)
+
+
+def _cached(request: CellRequest) -> list[str]:
+    from tasks.common.plan import cached
+
+    return cached(request)
 
 
 def make_cell(grid: Grid, section: str, model: str, recipe: Recipe | None, options: RunOptions) -> Cell:

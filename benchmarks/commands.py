@@ -25,14 +25,15 @@ def run_grid(
 ) -> int:
     """Run a grid and return the exit code. See ``python -m benchmarks run --help``."""
     from benchmarks.display import make_display
-    from benchmarks.plan import plan_text
+    from benchmarks.plan import plan_of
     from benchmarks.runner import Runner, default_jobs, missing
 
     cells = expand(grid, filters, options)
     if not cells:
         raise FimaqError("The filters leave no cell.")
     if plan:
-        print(plan_text(cells, adapter))
+        at_once = jobs or grid.jobs or default_jobs(options.threads or grid.threads, options.device or grid.device)
+        print(plan_of(grid, filters, options, adapter, cells, at_once, _terminal_width()))
         return 0
     todo = cells if options.force else [cell for cell in cells if finished_record(cell, adapter) is None]
     failures = []
@@ -135,12 +136,16 @@ def write_tables(grid: Grid, filters: Filters, options: RunOptions, adapter: Ada
     tables.write_text(folder / f"{grid.name}.tex", latex.report(grid.name, measured, everything, grid.axes))
     keys = {cell.key for cell in cells}
     mine = [item for item in measured if item.cell.key in keys]
-    width = Console().width if sys.stdout.isatty() else None
+    width = _terminal_width()
     print()
     print(summary.report(title(grid), mine, cells, width, chosen_axes(grid, filters)))
     for line in reference.compare(grid, mine):
         print(line)
     print(f"Table: {folder / f'{grid.name}.csv'} and {folder / f'{grid.name}.md'}")
+
+
+def _terminal_width() -> int | None:
+    return Console().width if sys.stdout.isatty() else None
 
 
 def title(grid: Grid) -> str:

@@ -108,6 +108,7 @@ def test_plan_lists_cells_and_runs_nothing(tmp_path: Path):
     assert result.exit_code == 0
     (row,) = [line for line in result.output.splitlines() if " fimaq " in line]
     assert row.split() == [
+        "13",
         "classification",
         "vit_small",
         "fimaq",
