@@ -15,6 +15,7 @@ from benchmarks.console import user_errors
 from benchmarks.grid import Filters, load_grid, parse_filters
 from benchmarks.options import adapter, folder, places_options, profile_option, results_option
 from benchmarks.schema import Grid
+from benchmarks.status.cli import status
 from tasks.common.anew import new_name
 
 
@@ -77,3 +78,6 @@ def reference(profile: str, imagenet: str, coco: str, flickr: str, weights: str,
     """Make the finished grid the committed reference (results/reference/) of its profile."""
     options = RunOptions(results, Places(folder(imagenet), folder(coco), folder(flickr)), folder(weights))
     click.get_current_context().exit(run_reference(load_grid(profile), options, adapter()))
+
+
+cli.add_command(status)

@@ -48,7 +48,8 @@ def run_grid(
         threads = options.threads or grid.threads
         console = Console(highlight=False)
         runner = Runner(
-            adapter, make_display(console), jobs or grid.jobs or default_jobs(threads, str(options.device)), threads,
+            adapter, make_display(console, options.results / "runs" / ".state"),
+            jobs or grid.jobs or default_jobs(threads, str(options.device)), threads,
             options.results / "runs" / ".logs", done=len(cells) - len(todo),
         )  # fmt: skip
         failures = runner.run(todo)

@@ -1,15 +1,35 @@
-"""What a running grid shows: bars in a terminal, plain lines elsewhere."""
+"""What a running grid shows, and where: a terminal, lines of a log, a file that other processes read."""
 
-import time
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bars
 
 from benchmarks.cells import Cell, Key
-from benchmarks.estimate import duration
 from fimaq_core.progress import Progress
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a cell ended.
+
+    Attributes:
+        kind: ``elsewhere``: another runner measured it.
+        text: what was measured, why it failed, or who measured it.
+        log: where the details of a failure are.
+    """
+
+    kind: Literal["finished", "failed", "elsewhere"]
+    text: str
+    log: Path | None = None
+
+    @property
+    def line(self) -> str:
+        """The text as it stands behind the cell's name."""
+        return f"FAILED: {self.text}" if self.kind == "failed" else self.text
 
 
 class Display(Protocol):
@@ -18,114 +38,78 @@ class Display(Protocol):
     def begin(self, done: int, total: int) -> None:
         """The grid starts; ``done`` of ``total`` cells were finished before."""
 
-    def started(self, cell: Cell, done: int) -> None:
-        """A worker starts on a cell."""
+    def started(self, cell: Cell, done: int, where: str) -> None:
+        """A cell is started; ``where`` says on what, for people. ``done`` cells are over by now, well or not."""
 
     def progress(self, cell: Cell, progress: Progress) -> None:
         """A running cell says where it is."""
 
-    def ended(self, cell: Cell, outcome: str, done: int, left: float | None) -> None:
-        """A cell is over, well or not; ``left`` is the estimate in seconds."""
+    def retried(self, cell: Cell, reason: str) -> None:
+        """A running cell was lost and goes back to those that wait."""
 
-    def tick(self, left: float | None) -> None:
-        """Time has passed."""
+    def ended(self, cell: Cell, outcome: Outcome, done: int, left: float | None) -> None:
+        """A cell is over, well or not; ``left`` is the estimate in seconds for the rest of the grid."""
+
+    def tick(self, left: float | None, cells: Mapping[Key, float | None]) -> None:
+        """Time has passed; ``cells`` are the seconds left of each running cell, None where nothing is known."""
 
     def close(self) -> None:
         """The grid is over, or was broken off."""
 
 
-def make_display(console: Console) -> Display:
-    """Return the display that suits where the output goes."""
-    return BarDisplay(console) if console.is_terminal else PlainDisplay(console)
+def make_display(console: Console, state: Path | None = None, engine: str = "") -> Display:
+    """Return the display that suits where the output goes.
+
+    Args:
+        console: where people read.
+        state: folder (``<results>/runs/.state``) for the file from which ``python -m benchmarks status`` reads; None: no file.
+        engine: what runs the cells, for that file.
+    """
+    from benchmarks.live_view import LiveView
+    from benchmarks.plain_view import PlainView
+    from benchmarks.status.writer import StateWriter
+
+    view: Display = LiveView(console) if console.is_terminal else PlainView(console)
+    if state is None:
+        return view
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, soft_wrap=True)
+
+    return Several([view, StateWriter(state, say, engine)])
 
 
-def _left(left: float | None) -> str:
-    return "time left not known yet" if left is None else f"about {duration(left)} left"
+class Several:
+    """Several displays as one."""
 
-
-def _place(progress: Progress) -> str:
-    return " ".join(part for part in (progress.stage, progress.block) if part)
-
-
-def _loss(progress: Progress, before: str) -> str:
-    return "" if progress.loss is None else f"{before}loss {progress.loss:.4g}"
-
-
-class PlainDisplay:
-    """One line when a cell starts, one when it ends, and one a minute while it runs."""
-
-    def __init__(self, console: Console, every: float = 60.0) -> None:
-        self._console, self._every = console, every
-        self._total = self._done = 0
-        self._spoke: dict[Key, float] = {}
-
-    def _line(self, cell: Cell, text: str) -> None:
-        self._spoke[cell.key] = time.monotonic()
-        width = len(str(self._total))
-        self._console.print(f"[{self._done:{width}d}/{self._total}] {cell.label}: {text}", markup=False, soft_wrap=True)
+    def __init__(self, displays: Sequence[Display]) -> None:
+        self._displays = displays
 
     def begin(self, done: int, total: int) -> None:
-        self._done, self._total = done, total
+        for display in self._displays:
+            display.begin(done, total)
 
-    def started(self, cell: Cell, done: int) -> None:
-        self._done = done
-        self._line(cell, "started")
-
-    def progress(self, cell: Cell, progress: Progress) -> None:
-        if time.monotonic() - self._spoke.get(cell.key, 0.0) >= self._every:
-            self._line(cell, f"{_place(progress)} {progress.done}/{progress.total}{_loss(progress, ', ')}")
-
-    def ended(self, cell: Cell, outcome: str, done: int, left: float | None) -> None:
-        self._done = done
-        self._line(cell, outcome + (f", {_left(left)}" if done < self._total else ""))
-
-    def tick(self, left: float | None) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-class BarDisplay:
-    """A bar for the grid and one for each running cell; ended cells scroll by above."""
-
-    def __init__(self, console: Console) -> None:
-        self._overall = Bars(
-            TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}"), console=console,
-        )  # fmt: skip
-        self._task = self._overall.add_task("cells", total=None, note="")
-        self._rows: dict[Key, TaskID] = {}
-        self._width = 1
-        self._total = 0
-
-    def begin(self, done: int, total: int) -> None:
-        self._total, self._width = total, len(str(total))
-        self._overall.update(self._task, completed=done, total=total, note=_left(None))
-        self._overall.start()
-
-    def started(self, cell: Cell, done: int) -> None:
-        row = self._overall.add_task(cell.label, total=None, note="starting")
-        self._rows[cell.key] = row
+    def started(self, cell: Cell, done: int, where: str) -> None:
+        for display in self._displays:
+            display.started(cell, done, where)
 
     def progress(self, cell: Cell, progress: Progress) -> None:
-        row = self._rows.get(cell.key)
-        if row is not None:
-            self._overall.update(row, completed=progress.done, total=progress.total, note=_place(progress) + _loss(progress, " "))
+        for display in self._displays:
+            display.progress(cell, progress)
 
-    def ended(self, cell: Cell, outcome: str, done: int, left: float | None) -> None:
-        row = self._rows.pop(cell.key, None)
-        if row is not None:
-            self._overall.remove_task(row)
-        self._overall.console.print(f"[{done:{self._width}d}/{self._total}] {cell.label}: {outcome}", markup=False)
-        self._overall.update(self._task, completed=done, note=_left(left) if done < self._total else "")
+    def retried(self, cell: Cell, reason: str) -> None:
+        for display in self._displays:
+            display.retried(cell, reason)
 
-    def tick(self, left: float | None) -> None:
-        if self._rows:
-            self._overall.update(self._task, note=_left(left))
+    def ended(self, cell: Cell, outcome: Outcome, done: int, left: float | None) -> None:
+        for display in self._displays:
+            display.ended(cell, outcome, done, left)
+
+    def tick(self, left: float | None, cells: Mapping[Key, float | None]) -> None:
+        for display in self._displays:
+            display.tick(left, cells)
 
     def close(self) -> None:
-        for row in self._rows.values():
-            self._overall.remove_task(row)
-        self._rows.clear()
-        self._overall.stop()
+        with ExitStack() as stack:  # one that cannot close must not keep the others open
+            for display in reversed(self._displays):
+                stack.callback(display.close)

@@ -108,3 +108,8 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def time_left(left: float | None) -> str:
+    """Return how long something still takes for people: ``about 6 min left``."""
+    return "time left not known yet" if left is None else f"about {duration(left)} left"

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from benchmarks.cells import MAIN_METRIC, Adapter, Cell
-from benchmarks.display import Display
+from benchmarks.cells import MAIN_METRIC, Adapter, Cell, Key
+from benchmarks.display import Display, Outcome
 from benchmarks.estimate import Estimator, duration, expected_cost
 from benchmarks.worker import Failed, Finished, Worker
 from fimaq_core.errors import FimaqError
@@ -86,6 +86,7 @@ class _Slot:
     """A worker and what it has to do: the present cell and the rest of its chain."""
 
     worker: Worker
+    where: str
     cell: Cell | None = None
     since: float = 0.0
     rest: list[Cell] = field(default_factory=list)
@@ -123,14 +124,15 @@ class Runner:
         self._display.begin(self._done, self._done + len(cells))
         try:
             for number in range(1, jobs + 1):
-                self._slots.append(_Slot(Worker(number, self._threads, self._logs / f"worker-{number}.log")))
+                worker = Worker(number, self._threads, self._logs / f"worker-{number}.log")
+                self._slots.append(_Slot(worker, f"worker {number}"))
             self._feed()
             while any(slot.cell is not None for slot in self._slots):
                 busy = {slot.worker.connection: slot for slot in self._slots if slot.cell is not None}
                 for connection in wait(list(busy), timeout=0.5):
                     self._hear(busy[connection])  # type: ignore[index]
                 self._feed()
-                self._display.tick(self._left())
+                self._display.tick(self._left(), self._cells_left())
         finally:
             self._display.close()
             for slot in self._slots:
@@ -145,7 +147,7 @@ class Runner:
                     slot.rest = self._next_chain()
                 if slot.rest:
                     slot.cell, slot.since = slot.rest.pop(0), time.monotonic()
-                    self._display.started(slot.cell, self._done)
+                    self._display.started(slot.cell, self._done, slot.where)
                     slot.worker.assign(self._adapter.run_cell, slot.cell.request, self._error_log(slot.cell))
 
     def _next_chain(self) -> list[Cell]:
@@ -174,14 +176,23 @@ class Runner:
         self._done += 1
         if isinstance(message, Finished):
             self._estimator.add(cell, message.seconds)
-            outcome = _outcome(message)
+            outcome = Outcome("finished", _outcome(message))
         else:
             outcome = self._failed(cell, message)
         self._display.ended(cell, outcome, self._done, self._left())
 
-    def _failed(self, cell: Cell, message: Failed) -> str:
+    def _failed(self, cell: Cell, message: Failed) -> Outcome:
         self._failures.append(Failure(cell, message.message, message.log))
-        return f"FAILED: {message.message}"
+        return Outcome("failed", message.message, message.log)
+
+    def _cells_left(self) -> dict[Key, float | None]:
+        now = time.monotonic()
+        found: dict[Key, float | None] = {}
+        for slot in self._slots:
+            if slot.cell is not None:
+                expected = self._estimator.seconds(slot.cell)
+                found[slot.cell.key] = None if expected is None else max(expected - (now - slot.since), 0.0)
+        return found
 
     def _left(self) -> float | None:
         now = time.monotonic()

@@ -26,8 +26,12 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
 
 
 @contextmanager
-def replaced_whole(path: Path) -> Iterator[Path]:
+def replaced_whole(path: Path, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; it takes the place of ``path`` when the block ends well.
+
+    Args:
+        path: of the file.
+        durable: it is on the disk by then, so that it outlives a crash of the machine.
 
     Raises:
         CheckpointError: the folder is read-only or the disk full; what was there before is untouched.
@@ -38,8 +42,9 @@ def replaced_whole(path: Path) -> Iterator[Path]:
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
         temporary.touch(exist_ok=False)  # with the usual permissions, where tempfile's are private
         yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+        if durable:
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(

@@ -1,0 +1,11 @@
+"""Text from elsewhere (names of models, messages of libraries, files) as a terminal may show it."""
+
+
+def plain(text: str, most: int | None = None) -> str:
+    """Return ``text`` in one line and without control characters, cut to ``most`` characters.
+
+    Blanks of all kinds become one blank; what else is not printable (escape sequences, marks that turn the writing's direction,
+    halves of surrogate pairs) becomes U+FFFD.
+    """
+    line = "".join(character if character.isprintable() else "\ufffd" for character in " ".join(text.split()))
+    return line if most is None or len(line) <= most else line[: most - 1] + "…"
