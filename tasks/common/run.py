@@ -176,7 +176,7 @@ def _measure_quantized(
             "modules": whole_map(chains, task.untouched(loaded, chains)),
             "last_loss": log.last_loss,
             "fisher_passes": log.fisher_passes,
-            "notes": log.notes,
+            "notes": [*request.notes, *log.notes],
             "step_engine": log.engine if recipe.reconstruct else None,
             "skipped_images": sorted({*calibration.skipped, *evaluation.skipped}),
         }
@@ -264,6 +264,7 @@ def _record(
         peak_memory_bytes=peak_memory(device),
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
         outcomes="outcomes.npz",
+        notes=list(request.notes),
     )
 
 
