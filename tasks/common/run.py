@@ -171,7 +171,7 @@ def _measure_quantized(
         modules=whole_map(chains, task.untouched(loaded, chains)),
         last_loss=log.last_loss,
         fisher_passes=log.fisher_passes,
-        notes=log.notes,
+        notes=[*request.notes, *log.notes],
         step_engine=log.engine if recipe.reconstruct else None,
         skipped_images=sorted({*calibration.skipped, *evaluation.skipped}),
     )
@@ -255,6 +255,7 @@ def _record(
         "dataset": evaluation.dataset,
         "calibration": None,
         "modules": None,
+        "notes": list(request.notes),
         "skipped_images": evaluation.skipped,
         "environment": describe(device),
         "seconds": {stage: round(value, 3) for stage, value in clock.seconds.items()},
