@@ -1,8 +1,5 @@
 """Examples of classification against the model's own outputs, and the pictures that go with them."""
 
-import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -188,15 +185,3 @@ def test_unknown_samples_and_missing_data() -> None:
         TASK.pictures(ModelRequest("deit_tiny"), DataRequest(), ["val/a/0.png"])
     with pytest.raises(DataError, match="no image of the sample"):
         TASK.pictures(ModelRequest("deit_tiny"), DataRequest(Path("nowhere")), ["val/a/0.png"])
-
-
-def test_pictures_need_no_model_library() -> None:
-    code = (
-        "import json, sys\n"
-        "from tasks.common.registry import pictures\n"
-        "from tasks.common.request import DataRequest, ModelRequest\n"
-        "found = pictures('classification', ModelRequest('demo_vit'), DataRequest(), [])\n"
-        "print(json.dumps([len(found), [name for name in ('timm', 'open_clip', 'mmdet') if name in sys.modules]]))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout) == [0, []]

@@ -1,8 +1,6 @@
 """Examples of detection against the detector's own predictions, outlines against their masks, and the pictures."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -284,16 +282,3 @@ def test_missing_data_is_told(tmp_path: Path) -> None:
     (root / "val2017" / "000000000004.png").write_bytes(b"no image")
     with pytest.raises(DataError, match="is damaged"):
         TASK.pictures(SWIN, DataRequest(root / "annotations" / "instances_val2017.json"), ["val2017/000000000004.png"])
-
-
-@pytest.mark.parametrize(("task", "model"), [("detection", "demo_cascade"), ("retrieval", "demo_clip")])
-def test_pictures_need_no_model_library(task: str, model: str) -> None:
-    code = (
-        "import json, sys\n"
-        "from tasks.common.registry import pictures\n"
-        "from tasks.common.request import DataRequest, ModelRequest\n"
-        f"found = pictures({task!r}, ModelRequest({model!r}), DataRequest(), [])\n"
-        "print(json.dumps([len(found), [name for name in ('timm', 'open_clip', 'mmdet', 'mmcv') if name in sys.modules]]))"
-    )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert json.loads(out.stdout) == [0, []]

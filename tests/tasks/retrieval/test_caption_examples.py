@@ -87,14 +87,14 @@ def test_captions_against_a_loop(monkeypatch: pytest.MonkeyPatch, scores_at_a_ti
 
 def test_equal_captions_of_other_images_come_first() -> None:
     """As in ranks: no model can tell them apart, and none shall look right by chance."""
-    source = source_of([1, 2, 1], ["a cat", "a cat", "a dog", "a bus"])
+    source = source_of([1, 2, 2], ["a cat", "a cat", "a dog", "a dog", "a bus"])
     x = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]])
-    y = torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
+    y = torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0], [0.0, 0.0], [0.0, 1.0]])
     result = measure(source, x, y)
     tops = [[(answer["caption"], answer["correct"]) for answer in entry["top"]] for entry in result.examples]
     assert tops[0] == [("a cat", False), ("a cat", True), ("a dog", False)]
-    assert tops[1] == [("a cat", False), ("a cat", True), ("a dog", True)]
-    assert tops[2] == [("a bus", True), ("a dog", False), ("a cat", False)]
+    assert tops[1] == [("a cat", False), ("a cat", True), ("a dog", False)]
+    assert tops[2] == [("a bus", True), ("a dog", False), ("a dog", True)]
     assert [top[0][1] for top in tops] == result.outcomes["correct"][:3].tolist() == [False, False, True]
 
 
