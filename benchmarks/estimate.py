@@ -1,8 +1,6 @@
 """How long the rest of a grid will take, from the cells measured so far."""
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from statistics import fmean
 
 from benchmarks.cells import Cell, Key
 from fimaq_core.recipe import Recipe
@@ -53,12 +51,17 @@ class Estimator:
     """Keeps measured seconds and predicts the rest."""
 
     def __init__(self) -> None:
-        self._seconds: dict[tuple[str, ...], list[tuple[float, float]]] = defaultdict(list)
+        #: By group: how many cells, the sum of their seconds, and of their seconds against expected costs.
+        self._sums: dict[tuple[str, ...], tuple[int, float, float]] = {}
+        self._predicted: dict[Key, float | None] = {}
 
     def add(self, cell: Cell, seconds: float) -> None:
         """Note how long a cell took."""
-        for level in _levels(cell):
-            self._seconds[level].append((seconds, seconds / expected_cost(cell)))
+        relative = seconds / expected_cost(cell)
+        for level in levels(cell):
+            count, total, relatives = self._sums.get(level, (0, 0.0, 0.0))
+            self._sums[level] = count + 1, total + seconds, relatives + relative
+        self._predicted.clear()
 
     def seconds(self, cell: Cell) -> float | None:
         """Predict a cell: from its axis point on its model, else its method on its model, else its method, else its kind.
@@ -66,12 +69,22 @@ class Estimator:
         All of these in its section and scope, its kind at last anywhere. Within a method, what other points took is scaled by
         their expected costs. None if nothing of the kind is known.
         """
-        for level in _levels(cell):
-            known = self._seconds[level]
-            if known and level[0] in ("model and method", "method"):
-                return fmean(relative for _, relative in known) * expected_cost(cell)
-            if known:
-                return fmean(seconds for seconds, _ in known)
+        # Asked for every waiting cell twice a second.
+        if cell.key not in self._predicted:
+            self._predicted[cell.key] = self._from(cell, levels(cell))
+        return self._predicted[cell.key]
+
+    def of_method(self, cell: Cell) -> float | None:
+        """Predict a cell as :meth:`seconds` does, but from cells of its method only."""
+        return self._from(cell, [level for level in levels(cell) if level[0] != "kind"])
+
+    def _from(self, cell: Cell, groups: Iterable[tuple[str, ...]]) -> float | None:
+        for level in groups:
+            count, total, relatives = self._sums.get(level, (0, 0.0, 0.0))
+            if count and level[0] in ("model and method", "method"):
+                return relatives / count * expected_cost(cell)
+            if count:
+                return total / count
         return None
 
     def left(self, waiting: Iterable[Cell], running: Mapping[Key, tuple[Cell, float]], jobs: int) -> float | None:
@@ -92,7 +105,8 @@ class Estimator:
         return max(total / jobs, longest)
 
 
-def _levels(cell: Cell) -> list[tuple[str, ...]]:
+def levels(cell: Cell) -> list[tuple[str, ...]]:
+    """Return the groups of cells that tell something of a cell's cost, those most like it first."""
     return [
         ("point", cell.section, cell.subject, cell.method, cell.point),
         ("model and method", cell.section, cell.subject, cell.method),

@@ -1,29 +1,109 @@
-"""The plan of a grid: its cells with their settings, as a table, without running anything."""
+"""The plan of a grid: its cells with their settings, costs and what is there of them, as a table, without running anything."""
 
-from collections.abc import Sequence
+import heapq
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from tabulate import tabulate  # type: ignore[import-untyped, unused-ignore]
 
-from benchmarks.cells import Adapter, Cell, finished_record
+from benchmarks.cells import Adapter, Cell, Key, RunOptions, finished_record
+from benchmarks.costs import REFERENCE, Cost, CostRow, Costs, cost_row, costs_path, read_costs
+from benchmarks.estimate import duration
+from benchmarks.grid import Filters, expand
+from benchmarks.schema import Grid
+from fimaq_core.errors import FimaqError
 
 #: Columns that are shown only where a cell has something there.
-_SOMETIMES = ("scope", "s bits", "point", "MLP steps")
+_SOMETIMES = ("#", "scope", "s bits", "point", "MLP steps", "time", "memory", "cached")
+
+#: What is left out of a table that is too wide for a terminal, in this order; the rest says which cell is meant.
+_LEAST = ("transform", "batch", "s bits", "images", "MLP steps", "loss", "steps", "done", "memory", "task", "seed", "cached")
+
+_GAP = 2
+
+#: Finished cells of a method, beyond those planned, that are looked at for its costs.
+_ENOUGH = 8
 
 
-def plan_text(cells: Sequence[Cell], adapter: Adapter) -> str:
-    """Return the table of cells and a line with their number; ``done`` tells which have a record already.
+def plan_of(
+    grid: Grid, filters: Filters, options: RunOptions, adapter: Adapter, cells: Sequence[Cell], jobs: int,
+    width: int | None = None, reference: Path = REFERENCE,
+) -> str:  # fmt: skip
+    """Return the plan of ``cells``, which ``filters`` leave of a grid; see :func:`plan_text`.
 
-    ``task`` is the section of the grid. ``s bits`` are the bits of attention probabilities where they are not those of the other
-    activations.
+    Args:
+        reference: folder with reference costs.
     """
-    rows = [_row(cell, adapter) for cell in cells]
-    shown = [name for name in rows[0] if name not in _SOMETIMES or any(row[name] != "-" for row in rows)]
-    finished = sum(row["done"] == "yes" for row in rows)
-    table = tabulate([[row[name] for name in shown] for row in rows], headers=shown, disable_numparse=True)
-    return f"{table}\n\n{len(rows)} cells, {finished} done, {len(rows) - finished} to run."
+    notes, rows = [], []
+    try:
+        rows = read_costs(costs_path(grid.name, reference))
+    except FimaqError as error:
+        notes.append(f"warning: {error}")
+    known = expand(grid, Filters(), options) if filters.active else cells
+    return "\n".join([plan_text(cells, adapter, known, rows, jobs, width), *notes])
 
 
-def _row(cell: Cell, adapter: Adapter) -> dict[str, str]:
+def plan_text(
+    cells: Sequence[Cell], adapter: Adapter, known: Sequence[Cell] = (), reference: Sequence[CostRow] = (), jobs: int = 1,
+    width: int | None = None,
+) -> str:  # fmt: skip
+    """Return the table of cells and lines with their number, time, memory and where these are from.
+
+    ``done`` tells which have a record already, ``#`` the order in which the others start. ``task`` is the section of the grid.
+    ``s bits`` are the bits of attention probabilities where they are not those of the other activations. ``time`` and
+    ``memory`` were measured of cells that are done and are estimates (~) of others. ``cached`` is what a cell would find done.
+
+    Args:
+        known: of the whole grid, for estimates: costs of what is finished there, too.
+        reference: committed costs, for what nothing here tells.
+        jobs: cells at a time.
+        width: of a terminal: a wider table leaves columns out and says so. None: everything.
+    """
+    records = {cell.key: finished_record(cell, adapter) for cell in cells}
+    done = [(cell, cost_row(cell, record)) for cell in cells if (record := records[cell.key]) is not None]
+    todo = [cell for cell in cells if records[cell.key] is None or cell.request.force]
+    costs = Costs([*done, *_more(todo, done, known, adapter)], reference, [*known, *cells])
+    each = {cell.key: costs.of(cell) for cell in cells}
+    chains = _chains(todo)
+    order = {cell.key: number for number, cell in enumerate((cell for chain in chains for cell in chain), 1)}
+    rows = []
+    for cell in cells:
+        is_done = records[cell.key] is not None
+        rows.append({
+            "#": str(order.get(cell.key, "-")), **_settings(cell), "done": "yes" if is_done else "no", **_cost(each[cell.key]),
+            "cached": "-" if is_done else _cached(cell, adapter),
+        })  # fmt: skip
+    lines = [f"{len(rows)} cells, {len(done)} done, {len(rows) - len(done)} to run.", *_totals(chains, each, jobs)]
+    return "\n".join([*_table(rows, width), "", *lines, *_origins(todo, each, costs)])
+
+
+def _chains(todo: Sequence[Cell]) -> list[list[Cell]]:
+    from benchmarks.schedule import make_chains
+
+    return make_chains(todo)
+
+
+def _more(
+    todo: Sequence[Cell], done: Sequence[tuple[Cell, CostRow]], known: Sequence[Cell], adapter: Adapter
+) -> list[tuple[Cell, CostRow]]:
+    """Costs of finished cells that are not planned, for methods of which no planned cell is finished."""
+    planned = {cell.key for cell in todo} | {cell.key for cell, _ in done}
+    has = {_method(cell) for cell, _ in done}
+    wanted = dict.fromkeys((_method(cell) for cell in todo if _method(cell) not in has), _ENOUGH)
+    found = []
+    for cell in known:
+        method = _method(cell)
+        if wanted.get(method, 0) and cell.key not in planned and (record := finished_record(cell, adapter)) is not None:
+            wanted[method] -= 1
+            found.append((cell, cost_row(cell, record)))
+    return found
+
+
+def _method(cell: Cell) -> tuple[str, str, str]:
+    return cell.section, cell.scope, cell.method
+
+
+def _settings(cell: Cell) -> dict[str, str]:
     recipe = cell.request.recipe
     row = {"task": cell.section, "model": cell.model, "scope": cell.scope or "-", "method": cell.method, "bits": cell.bits}
     names = ("s bits", "point", "seed", "steps", "MLP steps", "loss", "images", "batch", "transform")
@@ -41,4 +121,74 @@ def _row(cell: Cell, adapter: Adapter) -> dict[str, str]:
             "batch": str(batch),
             "transform": recipe.calibration_transform,
         }
-    return {**row, "done": "yes" if finished_record(cell, adapter) is not None else "no"}
+    return row
+
+
+def _cost(cost: Cost | None) -> dict[str, str]:
+    if cost is None:
+        return {"time": "-", "memory": "-"}
+    about = "" if cost.source == "measured" else "~"
+    return {"time": f"{about}{duration(cost.seconds)}", "memory": f"{about}{_gigabytes(cost.memory)}"}
+
+
+def _gigabytes(memory: int) -> str:
+    return f"{memory / 1e9:.1f} GB"
+
+
+def _cached(cell: Cell, adapter: Adapter) -> str:
+    try:
+        return ", ".join(adapter.cached(cell.request)) or "-"
+    except FimaqError:  # data or weights are missing, so the cell's identity is not known: the run says so
+        return "-"
+
+
+def _table(rows: Sequence[Mapping[str, str]], width: int | None) -> list[str]:
+    """The table, in as many columns as fit; before it what all rows have alike, behind it what was left out, if need be."""
+    shown = [name for name in rows[0] if name not in _SOMETIMES or any(row[name] != "-" for row in rows)]
+    # tabulate leaves two blanks beside each heading.
+    widths = {name: max(len(name) + 2, *(len(row[name]) for row in rows)) for name in shown}
+
+    def excess() -> int:
+        return 0 if width is None else sum(widths[name] + _GAP for name in shown) - _GAP - width
+
+    alike, left_out = [], []
+    if excess() > 0 and len(rows) > 1:
+        alike = [name for name in shown if name in _LEAST and len({row[name] for row in rows}) == 1]
+        shown = [name for name in shown if name not in alike]
+    for name in _LEAST:
+        if excess() > 0 and name in shown:
+            shown.remove(name)
+            left_out.append(name)
+    lines = [f"All cells: {', '.join(f'{name} {rows[0][name]}' for name in alike)}.", ""] if alike else []
+    lines.append(tabulate([[row[name] for name in shown] for row in rows], headers=shown, disable_numparse=True))
+    if left_out:
+        lines += ["", f"Not shown for lack of width: {', '.join(left_out)}. A wider terminal or a file has them."]
+    return lines
+
+
+def _totals(chains: Sequence[Sequence[Cell]], each: Mapping[Key, Cost | None], jobs: int) -> list[str]:
+    """Time and memory of what is to run: chains go to ``jobs`` processes as these become free."""
+    todo = [cell for chain in chains for cell in chain]
+    known = [cost for cell in todo if (cost := each[cell.key]) is not None]
+    if not known:
+        return ["Time: not known, nothing alike was measured yet."] if todo else []
+    ends = [0.0] * max(min(jobs, len(chains)), 1)
+    for chain in chains:
+        work = sum(cost.seconds for cell in chain if (cost := each[cell.key]) is not None)
+        heapq.heapreplace(ends, ends[0] + work)
+    work = sum(cost.seconds for cost in known)
+    line = f"About {duration(max(ends))} at {jobs} job{'' if jobs == 1 else 's'} ({duration(work)} of work)"
+    line += f", largest memory of a cell {_gigabytes(max(cost.memory for cost in known))}."
+    rest = len(todo) - len(known)
+    return [line + (f" {rest} cells are not in this: nothing like them was measured." if rest else "")]
+
+
+def _origins(todo: Sequence[Cell], each: Mapping[Key, Cost | None], costs: Costs) -> list[str]:
+    used = {cost.source for cell in todo if (cost := each[cell.key]) is not None}
+    lines = []
+    for source, words in (("here", "finished cells here"), ("reference", "the reference")):
+        machines = costs.machines(source)
+        if machines and (source in used or (source == "here" and "measured" in used)):
+            texts = (f"{name} ({count} cell{'' if count == 1 else 's'})" for name, count in machines.items())
+            lines.append(f"Costs of {words}: {'; '.join(texts)}.")
+    return lines

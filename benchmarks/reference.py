@@ -13,6 +13,7 @@ from typing import Any
 
 import pandas as pd
 
+from benchmarks.costs import REFERENCE, cost_row, costs_path, costs_text
 from benchmarks.schema import Grid
 from benchmarks.summary import pooled_sd
 from benchmarks.tables import (
@@ -27,8 +28,6 @@ from benchmarks.tables import (
     unique,
     write_text,
 )
-
-REFERENCE = Path(__file__).resolve().parents[1] / "results" / "reference"
 
 #: Points. Below the first a difference is never worth a word; seeds spread by at least the second, however alike two of them
 #: happen to be; full precision has no seeds, and other machines only flip near-ties.
@@ -108,7 +107,7 @@ def _machine() -> str:
 
 
 def write_reference(grid: Grid, measured: Sequence[Measured], text: str, folder: Path = REFERENCE) -> list[Path]:
-    """Write the reference of a profile (CSV, Markdown, provenance as JSON) and return the files."""
+    """Write the reference of a profile (CSV, Markdown, provenance as JSON, costs as CSV) and return the files."""
     origin = provenance(grid, measured)
     content = {"machine": origin.machine, "versions": origin.versions, "date": origin.date, "settings": origin.settings,
                "data": origin.data}  # fmt: skip
@@ -117,6 +116,7 @@ def write_reference(grid: Grid, measured: Sequence[Measured], text: str, folder:
         folder / f"{grid.name}.csv": csv_text(frame(measured)),
         folder / f"{grid.name}.md": f"{title}\n\nReference: {origin.line()}.\n\n{body}",
         folder / f"{grid.name}.json": json.dumps(content, indent=1) + "\n",
+        costs_path(grid.name, folder): costs_text(cost_row(item.cell, item.record) for item in measured),
     }
     for path, words in files.items():
         write_text(path, words)

@@ -67,10 +67,10 @@ def note_shared(request: CellRequest, kind: str, digest: str, path: Path) -> Non
     """
     entry = _index_entry(request, kind, digest)
     try:
-        if not entry.is_file() or entry.read_text(encoding="utf-8") != path.name:
+        if not entry.is_file() or entry.read_bytes() != path.name.encode():
             with replaced_whole(entry, durable=False) as temporary:
                 temporary.write_text(path.name, encoding="utf-8")
-    except (CheckpointError, OSError, UnicodeDecodeError):
+    except (CheckpointError, OSError):
         return  # plans then do not know of the file; that is no reason to end a run, which says so itself if its disk is full
 
 
