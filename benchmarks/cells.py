@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from fimaq_core.errors import FimaqError
 from fimaq_core.progress import Report
@@ -46,6 +46,7 @@ class RunOptions:
         device: replaces the grid's device; None keeps it.
         threads: replaces the grid's threads; None keeps them.
         force: name of a run that measures again what is done; empty: what is done is kept.
+        placement: replaces the sections' placement of what blocks take in and give; None keeps it.
     """
 
     results: Path = Path("results")
@@ -54,6 +55,7 @@ class RunOptions:
     device: str | None = None
     threads: int | None = None
     force: str = ""
+    placement: Literal["device", "host", "disk"] | None = None
 
 
 @dataclass(frozen=True)
@@ -122,17 +124,19 @@ class Adapter:
         planned_folder: the cell's folder, without running anything.
         preflight: what the cell needs and is not there.
         cached: what an unfinished cell would find done, for people.
+        imports: heavy modules that measuring the cell imports: a host imports them once for all its cells.
     """
 
     run_cell: Callable[[CellRequest, Report], Path]
     planned_folder: Callable[[CellRequest], Path]
     preflight: Callable[[CellRequest], list[Missing]]
     cached: Callable[[CellRequest], list[str]] = _nothing
+    imports: Callable[[CellRequest], Sequence[str]] = _nothing
 
 
 def default_adapter() -> Adapter:
     """Return the real one. Each part imports what it needs when called: most commands run nothing."""
-    return Adapter(_run_cell, _planned_folder, _preflight, _cached)
+    return Adapter(_run_cell, _planned_folder, _preflight, _cached, _imports)
 
 
 def _run_cell(request: CellRequest, report: Report) -> Path:
@@ -159,6 +163,10 @@ def _cached(request: CellRequest) -> list[str]:
     return cached(request)
 
 
+def _imports(request: CellRequest) -> Sequence[str]:
+    return ("torch", "tasks.common.run", f"tasks.{request.task}.task")
+
+
 def make_cell(grid: Grid, section: str, model: str, recipe: Recipe | None, options: RunOptions) -> Cell:
     """Return the cell of ``model`` with ``recipe`` (None: full precision) under the settings of the grid and its section."""
     part, task = grid.tasks[section], grid.task_of(section)
@@ -171,7 +179,7 @@ def make_cell(grid: Grid, section: str, model: str, recipe: Recipe | None, optio
         results=options.results / "runs",
         device=options.device or grid.device,
         threads=options.threads or grid.threads,
-        placement=part.placement,
+        placement=options.placement or part.placement,
         force=options.force,
     )
     if recipe is None:

@@ -1,19 +1,22 @@
-"""The command line: ``python -m benchmarks run | diff | reference``.
+"""The command line: ``python -m benchmarks run | diff | reference | compare | tables | doctor``.
 
 Exit codes: 0 done; 1 some cells failed, or measured numbers differ from published ones; 2 cannot run, or nothing is
 comparable; 130 broken off.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
 from benchmarks.cells import Places, RunOptions
 from benchmarks.commands import run_diff, run_grid, run_reference
+from benchmarks.compare.cli import compare
 from benchmarks.console import user_errors
+from benchmarks.engines.options import RETRIES, EngineOptions
 from benchmarks.grid import Filters, load_grid, parse_filters
 from benchmarks.options import adapter, folder, places_options, profile_option, results_option
+from benchmarks.remake import tables
 from benchmarks.schema import Grid
 from benchmarks.status.cli import status
 from tasks.common.anew import new_name
@@ -44,20 +47,42 @@ def cli() -> None:
 @places_options
 @click.option("--weights", default="", metavar="DIR", help="Folder with checkpoints named <model.tag>.safetensors, .pth or .bin.")
 @results_option
-@click.option("--jobs", type=click.IntRange(min=1), help="Cells at a time. CPU: by cores and threads; GPU: 1.")
+@click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True, help="Where cells run.")
+@click.option("--ray-address", default="", metavar="HOST:PORT", help="A Ray cluster that runs already; else one of this machine.")
+@click.option(
+    "--gpus-per-cell",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="GPUs that Ray gives a cell; 0.5 lets two share one.",
+)
+@click.option("--jobs", type=click.IntRange(min=1), help="Cells at a time. CPU: by cores and threads; GPU: 1; Ray: what fits.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads a cell, instead of the profile's.")
+@click.option(
+    "--placement", type=click.Choice(["device", "host", "disk"]), help="Where what blocks take in and give is kept meanwhile."
+)
+@click.option(
+    "--retries",
+    type=click.IntRange(min=0),
+    default=RETRIES,
+    show_default=True,
+    help="Attempts in a row at a cell whose process dies and that get no further; 0: nothing is tried again.",
+)
 @click.option("--plan", is_flag=True, help="List the cells and their settings; run nothing.")
 @click.option("--force", is_flag=True, help="Measure again what is done.")
 def run(
     profile: str, tasks: str, models: str, methods: str, bits: str, seeds: str, axes: str, device: str, imagenet: str,
-    coco: str, flickr: str, weights: str, results: Path, jobs: int | None, threads: int | None, plan: bool, force: bool,
+    coco: str, flickr: str, weights: str, results: Path, engine: Literal["local", "ray"], ray_address: str, gpus_per_cell: float,
+    jobs: int | None, threads: int | None, placement: Literal["device", "host", "disk"] | None, retries: int, plan: bool,
+    force: bool,
 ) -> None:  # fmt: skip
     """Measure a grid's cells, then print and write its table. Finished cells are not measured again."""
     grid: Grid = load_grid(profile)
     filters: Filters = parse_filters(grid, tasks, models, methods, bits, seeds, axes)
     places = Places(folder(imagenet), folder(coco), folder(flickr))
-    options = RunOptions(results, places, folder(weights), device or None, threads, new_name() if force else "")
-    click.get_current_context().exit(run_grid(grid, profile, filters, options, adapter(), jobs, plan))
+    options = RunOptions(results, places, folder(weights), device or None, threads, new_name() if force else "", placement)
+    how = EngineOptions(engine, jobs, ray_address, gpus_per_cell, retries)
+    click.get_current_context().exit(run_grid(grid, profile, filters, options, adapter(), how, plan))
 
 
 @cli.command()
@@ -80,4 +105,6 @@ def reference(profile: str, imagenet: str, coco: str, flickr: str, weights: str,
     click.get_current_context().exit(run_reference(load_grid(profile), options, adapter()))
 
 
+cli.add_command(compare)
+cli.add_command(tables)
 cli.add_command(status)

@@ -2,8 +2,9 @@
 
 import dataclasses
 import os
-import re
+import platform
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.cells import Adapter, Cell, RunOptions, finished_record
+from benchmarks.engines.options import EngineOptions
 from benchmarks.grid import Filters, chosen_axes, expand
 from benchmarks.schema import Grid
 from fimaq_core.errors import FimaqError
@@ -21,39 +23,40 @@ class NotReady(FimaqError):
 
 
 def run_grid(
-    grid: Grid, profile: str, filters: Filters, options: RunOptions, adapter: Adapter, jobs: int | None, plan: bool
+    grid: Grid, profile: str, filters: Filters, options: RunOptions, adapter: Adapter, how: EngineOptions, plan: bool
 ) -> int:
     """Run a grid and return the exit code. See ``python -m benchmarks run --help``."""
     from benchmarks.display import make_display
+    from benchmarks.engines.choice import engine_maker, settled
+    from benchmarks.engines.local import default_jobs
     from benchmarks.plan import plan_of
-    from benchmarks.runner import Runner, default_jobs, missing
+    from benchmarks.preflight import missing
+    from benchmarks.runner import Runner
 
     cells = expand(grid, filters, options)
     if not cells:
         raise FimaqError("The filters leave no cell.")
     if plan:
-        at_once = jobs or grid.jobs or default_jobs(options.threads or grid.threads, options.device or grid.device)
+        at_once = how.jobs or grid.jobs or default_jobs(options.threads or grid.threads, options.device or grid.device)
         print(plan_of(grid, filters, options, adapter, cells, at_once, _terminal_width()))
         return 0
     todo = cells if options.force else [cell for cell in cells if finished_record(cell, adapter) is None]
     failures = []
     if todo:
-        options = dataclasses.replace(options, device=_device(options.device or grid.device))
-        todo_keys = {cell.key for cell in todo}
-        todo = [cell for cell in expand(grid, filters, options) if cell.key in todo_keys]
         messages = missing(todo, adapter)
         if messages:
             raise NotReady(
                 "\n".join([*(f"error: {message}" for message in messages), *_way_around(grid, todo, options, adapter)])
             )
-        threads = options.threads or grid.threads
-        console = Console(highlight=False)
-        runner = Runner(
-            adapter, make_display(console, options.results / "runs" / ".state"),
-            jobs or grid.jobs or default_jobs(threads, str(options.device)), threads,
-            options.results / "runs" / ".logs", done=len(cells) - len(todo),
-        )  # fmt: skip
-        failures = runner.run(todo)
+        options = settled(options, how, options.device or grid.device)
+        todo_keys = {cell.key for cell in todo}
+        todo = [cell for cell in expand(grid, filters, options) if cell.key in todo_keys]
+        display = make_display(Console(highlight=False), options.results / "runs" / ".state", how.name)
+        logs = options.results / "runs" / ".logs" / f"{platform.node()}-{os.getpid()}"  # several may run on one folder
+        make_engine = engine_maker(options, how, options.threads or grid.threads, grid.jobs, logs)
+        failures = Runner(adapter, display, make_engine, len(cells) - len(todo), how.retries).run(todo)
+        if not failures:
+            shutil.rmtree(logs, ignore_errors=True)
     else:
         print(f"All {len(cells)} cells are done already.")
     write_tables(grid, filters, options, adapter, cells)
@@ -64,7 +67,7 @@ def run_grid(
             kept = " The table keeps its former value." if finished_record(failure.cell, adapter) else ""
             print(f"  {failure.cell.label}: {failure.message}{log}{kept}", file=sys.stderr)
         print("Finished cells are kept. To run only the failed ones:", file=sys.stderr)
-        print(f"  {rerun_command(profile, [f.cell for f in failures], options, jobs, filters.axes)}", file=sys.stderr)
+        print(f"  {rerun_command(profile, [f.cell for f in failures], options, how, filters.axes)}", file=sys.stderr)
     return 1 if failures else 0
 
 
@@ -74,7 +77,7 @@ def _way_around(grid: Grid, cells: Sequence[Cell], options: RunOptions, adapter:
     They are those whose data were not given and, unless all the others lack something, those that lack something all the same:
     weights, or parts of a folder that serves several sections.
     """
-    from benchmarks.runner import missing
+    from benchmarks.preflight import missing
 
     sections = list(dict.fromkeys(cell.section for cell in cells))
     data = {section: grid.tasks[section].data for section in sections}
@@ -96,30 +99,12 @@ def _way_around(grid: Grid, cells: Sequence[Cell], options: RunOptions, adapter:
     return [" ".join([*words, f"To run {what}: TASKS={names} for make, --tasks {names} for a grid."])]
 
 
-def _device(device: str) -> str:
-    """Resolve ``auto`` and refuse a GPU that is not there. Only for runs: it costs the import of torch."""
-    if not re.fullmatch(r"cpu|auto|mps|cuda(:\d+)?", device):
-        raise FimaqError(f"Unknown device '{device}': use cpu, cuda, cuda:N or auto.")
-    if device == "cpu":
-        return device
-    import torch
-
-    if device == "auto":
-        chosen = "cuda" if torch.cuda.is_available() else "cpu"
-        note = "" if chosen == "cuda" else ": no GPU is visible to PyTorch, and this grid takes very long without one"
-        print(f"Device: {chosen}{note}.")
-        return chosen
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise FimaqError(f"Device '{device}': PyTorch sees no GPU here. Use cpu, or install a driver and PyTorch with CUDA.")
-    return device
-
-
 def write_tables(grid: Grid, filters: Filters, options: RunOptions, adapter: Adapter, cells: Sequence[Cell]) -> None:
     """Write the profile's table files, print the table of ``cells`` and compare it with the reference.
 
     The files cover the whole grid's finished cells and this run's: a run with filters never shrinks them.
     """
-    from benchmarks import reference, summary, tables
+    from benchmarks import latex, reference, summary, tables
 
     full = expand(grid, Filters(), options)
     known = {cell.key for cell in full}
@@ -133,6 +118,7 @@ def write_tables(grid: Grid, filters: Filters, options: RunOptions, adapter: Ada
     folder = options.results / "tables"
     tables.write_text(folder / f"{grid.name}.csv", tables.csv_text(tables.frame(measured)))
     tables.write_text(folder / f"{grid.name}.md", summary.report(title(grid), measured, everything, axes=grid.axes))
+    tables.write_text(folder / f"{grid.name}.tex", latex.report(grid.name, measured, everything, grid.axes))
     keys = {cell.key for cell in cells}
     mine = [item for item in measured if item.cell.key in keys]
     width = _terminal_width()
@@ -153,7 +139,7 @@ def title(grid: Grid) -> str:
 
 
 def rerun_command(
-    profile: str, cells: Sequence[Cell], options: RunOptions, jobs: int | None, axes: Sequence[str] | None = None
+    profile: str, cells: Sequence[Cell], options: RunOptions, how: EngineOptions, axes: Sequence[str] | None = None
 ) -> str:
     """Return the command that runs just these cells. It may name finished ones beside them, which are skipped."""
 
@@ -171,9 +157,9 @@ def rerun_command(
         ("--tasks", values("section")), ("--models", values("model")), ("--methods", values("method")),
         ("--bits", values("bits")), ("--seeds", values("seed")), ("--axes", ",".join(axes or ())), ("--device", options.device),
         *((f"--{place.name}", getattr(options.data, place.name)) for place in dataclasses.fields(options.data)),
-        ("--weights", options.weights), ("--threads", options.threads), ("--jobs", jobs),
+        ("--weights", options.weights), ("--threads", options.threads), ("--placement", options.placement), *how.flags,
     ):  # fmt: skip
-        if value:
+        if value or flag == "--retries":
             parts += [flag, str(value)]
     if options.results != Path("results"):
         parts += ["--results", str(options.results)]

@@ -78,7 +78,7 @@ def plan_text(
 
 
 def _chains(todo: Sequence[Cell]) -> list[list[Cell]]:
-    from benchmarks.runner import make_chains
+    from benchmarks.schedule import make_chains
 
     return make_chains(todo)
 

@@ -1,22 +1,30 @@
-"""Runs the cells of a grid in worker processes and keeps going when one fails."""
+"""Runs the cells of a grid in the slots of an engine, and keeps going when one fails."""
 
-import os
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from multiprocessing.connection import wait
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.attempts import Again, Attempts
 from benchmarks.cells import MAIN_METRIC, Adapter, Cell, Key
 from benchmarks.display import Display, Outcome
-from benchmarks.estimate import Estimator, duration, expected_cost
-from benchmarks.worker import Failed, Finished, Worker
+from benchmarks.engines.base import Engine, Failed, Finished, Message, Slot, make_job
+from benchmarks.estimate import Estimator, duration
+from benchmarks.schedule import Schedule
 from fimaq_core.errors import FimaqError
 from fimaq_core.progress import Progress
-from fimaq_core.recipe import OFF
-from tasks.common import registry
-from tasks.common.record import bits_name, read_record
-from tasks.common.request import Missing, describe_missing
+from tasks.common import anew
+from tasks.common.lease import Observer
+from tasks.common.record import ResultRecord, read_record
+
+#: Makes an engine for so many cells, whose first needs these modules.
+MakeEngine = Callable[[int, Sequence[str]], Engine]
+
+#: Seconds between two looks at cells that others measure, between two ticks of a display, and the longest wait for messages.
+_LOOK, _TICK, _WAIT = 2.0, 0.5, 0.5
+
+#: Share of the time that may go into estimates.
+_ESTIMATING = 0.05
 
 
 @dataclass(frozen=True)
@@ -28,184 +36,219 @@ class Failure:
     log: Path | None
 
 
-def default_jobs(threads: int | None, device: str) -> int:
-    """Return how many cells run at a time: what the cores allow on CPU; one on a GPU."""
-    if device != "cpu" or threads is None:
-        return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // threads)
-
-
-def missing(cells: Sequence[Cell], adapter: Adapter) -> list[str]:
-    """Return one message for every kind of data or weights that the cells need and that are not there.
-
-    And one for every request that makes no sense, such as a scope that the task does not have.
-    """
-    found: list[Missing] = []
-    errors: dict[str, None] = {}
-    for cell in {(cell.section, cell.model): cell for cell in cells}.values():
-        try:
-            found += adapter.preflight(cell.request)
-        except FimaqError as error:
-            errors.setdefault(str(error))
-    if not found and not errors:  # else a cell's folder may not be known
-        for cell in {(cell.section, cell.scope): cell for cell in cells}.values():
-            try:
-                adapter.planned_folder(cell.request)
-            except FimaqError as error:
-                errors.setdefault(str(error))
-    return [*errors, *(describe_missing(found) or "").splitlines()]
-
-
-def make_chains(cells: Sequence[Cell]) -> list[list[Cell]]:
-    """Group the cells into chains, each for one worker, in the order in which they should start.
-
-    Cells of one (section, model, bits, seed) share a calibration, and those of several scopes also what they reconstruct:
-    measured one after the other in one worker, it is computed once. The whole model, a task's usual scope, comes last there: by
-    then its parts are done. Axis points are chains of their own, or an ablation would keep no more workers busy than it has
-    models: there each worker calibrates once at worst. Full-precision cells come first, since all others of the model use
-    theirs, then models whose MLPs are reconstructed, which others share; then the dearest chain, so that none is left over at
-    the end.
-    """
-    chains: dict[tuple[object, ...], list[Cell]] = {}
-    for cell in cells:
-        chains.setdefault((cell.section, cell.model, cell.w_bit, cell.a_bit, cell.seed, cell.point), []).append(cell)
-    for chain in chains.values():
-        chain.sort(key=lambda cell: cell.scope in registry.scopes(cell.task)[:1])
-
-    def order(chain: list[Cell]) -> tuple[bool, bool, float]:
-        first = chain[0]
-        cost = -sum(expected_cost(cell) for cell in chain)
-        return first.request.recipe is not None, first.bits != bits_name(OFF, OFF), cost
-
-    return sorted(chains.values(), key=order)
-
-
 @dataclass
-class _Slot:
-    """A worker and what it has to do: the present cell and the rest of its chain."""
+class _Run:
+    """An attempt at a cell."""
 
-    worker: Worker
-    where: str
-    cell: Cell | None = None
-    since: float = 0.0
-    rest: list[Cell] = field(default_factory=list)
+    cell: Cell
+    attempts: Attempts
+    since: float
 
 
 class Runner:
     """Runs cells; see :meth:`run`."""
 
-    def __init__(self, adapter: Adapter, display: Display, jobs: int, threads: int | None, logs: Path, done: int = 0) -> None:
+    def __init__(self, adapter: Adapter, display: Display, make_engine: MakeEngine, done: int = 0, retries: int = 3) -> None:
         """Make a runner.
 
         Args:
             adapter: measures the cells.
             display: shows what happens.
-            jobs: worker processes.
-            threads: CPU threads of each; None leaves the libraries' choice.
-            logs: folder for what workers print.
+            make_engine: makes what the cells run on.
             done: cells of the grid that were finished before, for the count shown.
+            retries: see :class:`~benchmarks.attempts.Attempts`.
         """
-        self._adapter, self._display, self._jobs, self._threads = adapter, display, max(1, jobs), threads
-        self._logs, self._done = logs, done
-        self._estimator = Estimator()
+        self._adapter, self._display, self._make_engine = adapter, display, make_engine
+        self._done, self._retries = done, retries
+        self._estimator, self._observer = Estimator(), Observer()
         self._failures: list[Failure] = []
-        self._waiting: list[list[Cell]] = []
-        self._slots: list[_Slot] = []
+        self._schedule = Schedule(())
+        self._attempts: dict[Key, Attempts] = {}
+        self._folders: dict[Key, Path] = {}
+        self._running: dict[Hashable, _Run] = {}
+        self._slots: list[Slot] = []
+        self._changed = False
+        self._looked = self._ticked = self._estimated = 0.0
+        self._left: float | None = None
 
     def run(self, cells: Sequence[Cell]) -> list[Failure]:
         """Measure ``cells``; return those that failed.
 
         Raises:
-            KeyboardInterrupt: broken off by the user; the workers are stopped, finished cells are kept.
+            FimaqError: the engine cannot be used.
+            KeyboardInterrupt: broken off by the user; the processes are stopped, finished cells are kept.
         """
-        self._waiting = make_chains(cells)
-        jobs = min(self._jobs, len(self._waiting))
-        self._display.begin(self._done, self._done + len(cells))
+        there = [cell for cell in cells if self._is_there(cell)]
+        found = {cell.key for cell in there}
+        rest = [cell for cell in cells if cell.key not in found]
+        self._schedule = Schedule(rest)
+        engine: Engine | None = None
         try:
-            for number in range(1, jobs + 1):
-                worker = Worker(number, self._threads, self._logs / f"worker-{number}.log")
-                self._slots.append(_Slot(worker, f"worker {number}"))
-            self._feed()
-            while any(slot.cell is not None for slot in self._slots):
-                busy = {slot.worker.connection: slot for slot in self._slots if slot.cell is not None}
-                for connection in wait(list(busy), timeout=0.5):
-                    self._hear(busy[connection])  # type: ignore[index]
-                self._feed()
-                self._display.tick(self._left(), self._cells_left())
+            if rest:
+                first = next(self._schedule.waiting())
+                engine = self._make_engine(len(rest), self._adapter.imports(first.request))
+            self._display.begin(self._done, self._done + len(cells))
+            try:
+                for cell in there:
+                    self._found(cell)
+                while engine is not None and (self._schedule or self._running):
+                    self._feed(engine)
+                    for slot, message in engine.wait(_WAIT):
+                        self._hear(slot, message)
+                    self._tick()
+            finally:
+                self._display.close()
         finally:
-            self._display.close()
-            for slot in self._slots:
-                slot.worker.stop()
+            if engine is not None:
+                engine.close()
         return self._failures
 
-    def _feed(self) -> None:
-        """Give every idle worker its next cell."""
-        for slot in self._slots:
-            if slot.cell is None:
-                if not slot.rest:
-                    slot.rest = self._next_chain()
-                if slot.rest:
-                    slot.cell, slot.since = slot.rest.pop(0), time.monotonic()
-                    self._display.started(slot.cell, self._done, slot.where)
-                    slot.worker.assign(self._adapter.run_cell, slot.cell.request, self._error_log(slot.cell))
-
-    def _next_chain(self) -> list[Cell]:
-        """Return the first waiting chain whose full-precision cell is not being measured just now."""
-        busy = [slot.cell for slot in self._slots if slot.cell is not None and slot.cell.request.recipe is None]
-        measuring = {(cell.section, cell.model) for cell in busy}
-        for index, chain in enumerate(self._waiting):
-            if (chain[0].section, chain[0].model) not in measuring:
-                return self._waiting.pop(index)
-        return []
-
-    def _error_log(self, cell: Cell) -> Path | None:
-        try:
-            return self._adapter.planned_folder(cell.request) / "error.log"
-        except FimaqError:
-            return None
-
-    def _hear(self, slot: _Slot) -> None:
-        cell = slot.cell
-        assert cell is not None
-        message = slot.worker.receive()
-        if isinstance(message, Progress):
-            self._display.progress(cell, message)
+    def _feed(self, engine: Engine) -> None:
+        """Give every idle slot its next cell."""
+        slots = list(engine.slots())
+        if slots != self._slots:
+            self._schedule.keep(slots)
+            self._slots, self._changed = slots, True
+        if len(self._running) < len(slots):
+            self._look()
+        if not self._changed:
             return
-        slot.cell = None
-        self._done += 1
-        if isinstance(message, Finished):
-            self._estimator.add(cell, message.seconds)
-            outcome = Outcome("finished", _outcome(message))
+        self._changed = False
+        for slot in slots:
+            if slot not in self._running:
+                cell = self._next(slot)
+                if cell is not None:
+                    self._start(slot, cell)
+
+    def _next(self, slot: Slot) -> Cell | None:
+        """Return a cell for the slot; those that others measured meanwhile are over."""
+        while True:
+            cell = self._schedule.take(slot)
+            if cell is None or not self._is_there(cell):
+                return cell
+            self._schedule.over(cell)
+            self._found(cell)
+
+    def _start(self, slot: Slot, cell: Cell) -> None:
+        attempts = self._attempts.setdefault(cell.key, Attempts(cell.request, self._retries))
+        attempts.begin()
+        self._running[slot] = _Run(cell, attempts, time.monotonic())
+        self._display.started(cell, self._done, slot.where)
+        adapter, request = self._adapter, attempts.request
+        slot.assign(make_job(adapter.run_cell, request, self._beside(cell, "error.log"), adapter.imports(request), cell.label))
+
+    def _look(self) -> None:
+        """Look what has become of cells that others measure, since there is nothing else to do."""
+        now = time.monotonic()
+        aside = self._schedule.aside
+        if not aside or now - self._looked < _LOOK:
+            return
+        self._looked = now
+        for cell in aside:
+            path = self._beside(cell, "result.json")
+            if self._is_there(cell):
+                self._schedule.over(cell)
+                self._found(cell)
+            elif path is None or self._observer.holder(path) is None:
+                self._schedule.back(cell)
+            else:
+                continue
+            self._changed = True
+
+    def _beside(self, cell: Cell, name: str) -> Path | None:
+        """A file in the cell's folder; None while that is not known."""
+        folder = self._folders.get(cell.key)
+        if folder is None:
+            try:
+                folder = self._folders[cell.key] = self._adapter.planned_folder(cell.request)
+            except FimaqError:
+                return None
+        return folder / name
+
+    def _is_there(self, cell: Cell) -> bool:
+        """Whether the cell has a record, good or bad, and is not to be measured again."""
+        path = self._beside(cell, "result.json")
+        return path is not None and anew.is_done(path, cell.request.force)
+
+    def _found(self, cell: Cell) -> None:
+        """A cell has a record that was not measured here. One that cannot be read is for the user to look at."""
+        path = self._beside(cell, "result.json")
+        assert path is not None
+        try:
+            self._ended(cell, Outcome("elsewhere", f"measured elsewhere: {_scores(read_record(path))}"))
+        except FimaqError as error:
+            self._fail(cell, str(error), None)
+
+    def _hear(self, slot: Slot, message: Message) -> None:
+        run = self._running[slot]
+        if isinstance(message, Progress):
+            run.attempts.heard(message)
+            self._display.progress(run.cell, message)
+            return
+        del self._running[slot]
+        self._changed = True
+        if isinstance(message, Failed):
+            self._lost(run, message)
+            return
+        self._estimator.add(run.cell, message.seconds)
+        self._schedule.over(run.cell)
+        self._measured(run.cell, message)
+
+    def _measured(self, cell: Cell, message: Finished) -> None:
+        try:
+            text = f"{_scores(read_record(message.path))} in {duration(message.seconds)}"
+        except FimaqError as error:
+            self._fail(cell, f"measured, but {error}", None)
         else:
-            outcome = self._failed(cell, message)
-        self._display.ended(cell, outcome, self._done, self._left())
+            self._ended(cell, Outcome("finished", text))
 
-    def _failed(self, cell: Cell, message: Failed) -> Outcome:
-        self._failures.append(Failure(cell, message.message, message.log))
-        return Outcome("failed", message.message, message.log)
+    def _lost(self, run: _Run, failure: Failed) -> None:
+        """An attempt came to nothing."""
+        if failure.kind == "busy":
+            self._schedule.put_aside(run.cell)
+            self._looked = time.monotonic()  # whoever measures it has only just been seen
+            self._display.retried(run.cell, failure.message)
+            return
+        verdict = run.attempts.failed(failure)
+        if isinstance(verdict, Again):
+            self._schedule.back(run.cell)
+            self._display.retried(run.cell, verdict.reason)
+        else:
+            self._schedule.over(run.cell)
+            self._fail(run.cell, verdict.message, verdict.log)
 
-    def _cells_left(self) -> dict[Key, float | None]:
+    def _fail(self, cell: Cell, message: str, log: Path | None) -> None:
+        self._failures.append(Failure(cell, message, log))
+        self._ended(cell, Outcome("failed", message, log))
+
+    def _ended(self, cell: Cell, outcome: Outcome) -> None:
+        self._done += 1
+        self._attempts.pop(cell.key, None)
+        self._display.ended(cell, outcome, self._done, self._time_left())
+
+    def _tick(self) -> None:
         now = time.monotonic()
-        found: dict[Key, float | None] = {}
-        for slot in self._slots:
-            if slot.cell is not None:
-                expected = self._estimator.seconds(slot.cell)
-                found[slot.cell.key] = None if expected is None else max(expected - (now - slot.since), 0.0)
-        return found
+        if now - self._ticked < _TICK:
+            return
+        self._ticked = now
+        cells: dict[Key, float | None] = {}
+        for run in self._running.values():
+            expected = self._estimator.seconds(run.cell)
+            cells[run.cell.key] = None if expected is None else max(expected - (now - run.since), 0.0)
+        self._display.tick(self._time_left(), cells)
 
-    def _left(self) -> float | None:
+    def _time_left(self) -> float | None:
+        """The estimate for the rest of the grid, in seconds. It looks at every cell, so in a big grid it may be a little old."""
         now = time.monotonic()
-        waiting = [cell for chain in self._waiting for cell in chain] + [cell for slot in self._slots for cell in slot.rest]
-        running = {slot.cell.key: (slot.cell, now - slot.since) for slot in self._slots if slot.cell is not None}
-        return self._estimator.left(waiting, running, max(1, len(self._slots)))
+        if now >= self._estimated:
+            running = {run.cell.key: (run.cell, now - run.since) for run in self._running.values()}
+            self._left = self._estimator.left(self._schedule.waiting(), running, max(1, len(self._slots)))
+            end = time.monotonic()
+            self._estimated = end + (end - now) / _ESTIMATING
+        return self._left
 
 
-def _outcome(message: Finished) -> str:
-    try:
-        record = read_record(message.path)
-    except FimaqError as error:
-        return f"measured, but {error}"
+def _scores(record: ResultRecord) -> str:
     parts = []
     wanted = MAIN_METRIC.get(record.task)
     for name, metric in record.metrics.items():
@@ -214,4 +257,4 @@ def _outcome(message: Finished) -> str:
         full = record.fp_metrics.get(name)
         against = "" if full is None or record.method == "fp" else f" (fp {full.value:.1f})"
         parts.append(f"{name} {metric.value:.1f}{against}")
-    return f"{', '.join(parts)} in {duration(message.seconds)}"
+    return ", ".join(parts)

@@ -20,7 +20,7 @@ from benchmarks.tables import write_text
 @click.option("--workers", type=click.IntRange(min=0), default=8, show_default=True, help="To be kept busy; 0 leaves that out.")
 @click.option("--cells", type=click.IntRange(min=0), default=10_000, show_default=True, help="To plan; 0 leaves that out.")
 @click.option("--folder", type=click.Path(path_type=Path), help="Keep everything in this folder; else it is a temporary one.")
-@click.option("--reference", is_flag=True, help="Write the figures to results/reference/faults.json, those left out as they were.")
+@click.option("--reference", is_flag=True, help="Write the figures to results/reference/faults.json; what was left out stays.")
 def main(
     kills: int, seed: int, pause: tuple[float, float], workers: int, cells: int, folder: Path | None, reference: bool
 ) -> None:

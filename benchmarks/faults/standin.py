@@ -53,7 +53,7 @@ def run_cell(request: CellRequest, report: Report) -> Path:
 
 def _record(request: CellRequest) -> ResultRecord:
     recipe = request.recipe
-    layer = {"kind": "QuantLinear", "weight_bits": 4, "input_bits": 4, "weight_ranges": "per channel", "input_ranges": "per tensor"}
+    layer = {"kind": "QuantLinear", "weight_bits": 4, "input_bits": 4, "weight_ranges": "channel", "input_ranges": "tensor"}
     quantized = [LayerEntry.model_validate({"name": f"blocks.{index}.mlp.fc1", **layer}) for index in range(LAYERS)]
     return ResultRecord(
         task=request.task,

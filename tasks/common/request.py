@@ -89,6 +89,7 @@ class CellRequest:
         mlp_checkpoint: reconstructed MLPs to use instead of reconstructing them.
         workers: data-loading processes.
         force: name of the run, if it measures again what is there: each cell, and what cells share, once; else empty.
+        notes: what its record should say beside what the run itself finds, such as that memory ran out before.
     """
 
     task: str
@@ -105,3 +106,4 @@ class CellRequest:
     mlp_checkpoint: Path | None = None
     workers: int = 0
     force: str = ""
+    notes: tuple[str, ...] = ()

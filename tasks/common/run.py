@@ -171,7 +171,7 @@ def _measure_quantized(
         modules=whole_map(chains, task.untouched(loaded, chains)),
         last_loss=log.last_loss,
         fisher_passes=log.fisher_passes,
-        notes=log.notes,
+        notes=[*request.notes, *log.notes],
         step_engine=log.engine if recipe.reconstruct else None,
         skipped_images=sorted({*calibration.skipped, *evaluation.skipped}),
     )
@@ -255,6 +255,7 @@ def _record(
         "dataset": evaluation.dataset,
         "calibration": None,
         "modules": None,
+        "notes": list(request.notes),
         "skipped_images": evaluation.skipped,
         "environment": describe(device),
         "seconds": {stage: round(value, 3) for stage, value in clock.seconds.items()},
@@ -274,9 +275,10 @@ def _write(record: ResultRecord, evaluation: Evaluation, lease: Lease) -> None:
     for name, content in evaluation.files.items():
         with replaced_whole(folder / name) as temporary:
             temporary.write_text(json.dumps(content), encoding="utf-8")
+    beside = {"outcomes_sha256": file_sha256(folder / record.outcomes)}
     if evaluation.examples:
         with replaced_whole(folder / EXAMPLES_FILE) as temporary:
             temporary.write_text(json.dumps(example_file(record.task, evaluation.examples)), encoding="utf-8")
-        record = record.model_copy(update={"examples": EXAMPLES_FILE})
+        beside["examples"] = EXAMPLES_FILE
     lease.check()
-    write_record(record.model_copy(update={"outcomes_sha256": file_sha256(folder / record.outcomes)}), folder)
+    write_record(record.model_copy(update=beside), folder)

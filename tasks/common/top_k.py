@@ -93,7 +93,7 @@ def _answers(logits: Tensor, target: int, names: Sequence[str]) -> dict[str, Any
         return shortened(names[label]) if names else str(label)
 
     # The few numbers of a sample: double precision, so that shares do not depend on the device's softmax.
-    values = logits.double().cpu()
+    values = logits.cpu().double()
     shares = values.softmax(0).tolist()
     best = leaders(values.numpy(), np.arange(len(values)) == target)
     return {"truth": name(target), "top": [{"name": name(label), "share": shares[label]} for label in best]}

@@ -15,7 +15,8 @@ from benchmarks.cli import cli
 from benchmarks.grid import Filters, expand, load_grid, parse_filters, parse_grid
 from benchmarks.orders import order_lines
 from benchmarks.paired import compare, read_outcomes
-from benchmarks.runner import make_chains, missing
+from benchmarks.preflight import missing
+from benchmarks.schedule import make_chains
 from benchmarks.settings import settings_lines
 from tasks.common import plan
 from tasks.detection import tags

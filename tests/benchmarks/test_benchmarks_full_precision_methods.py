@@ -9,10 +9,11 @@ import pytest
 from benchmarks import diff, reference, summary, tables
 from benchmarks.cells import RunOptions
 from benchmarks.commands import rerun_command
+from benchmarks.engines.options import EngineOptions
 from benchmarks.estimate import expected_cost, kind
 from benchmarks.grid import Filters, expand, parse_filters, parse_grid
 from benchmarks.plan import plan_text
-from benchmarks.runner import make_chains
+from benchmarks.schedule import make_chains
 from fimaq_core.recipe import METHODS, make_recipe, register_method
 
 SETTINGS = {"w_bits": 32, "a_bits": 32, "reconstruct": False, "reconstruct_mlp": True, "per_token": False}
@@ -147,9 +148,11 @@ def test_settings_of_mlps_bear_where_mlps_are_reconstructed():
 def test_the_command_for_failed_cells_names_no_bits_for_them():
     cells = expand(parse_grid(GRID), parse_filters(parse_grid(GRID), models="a", seeds="1"), RunOptions())
     mine = [cell for cell in cells if cell.method == "relu-fp"]
-    assert "--bits" not in rerun_command("t", mine, RunOptions(), None)
-    assert "--methods relu-fp --seeds 1" in rerun_command("t", mine, RunOptions(), None)
-    both = rerun_command("t", [*mine, *(cell for cell in cells if cell.label == "a rtn w3a3 seed 1")], RunOptions(), None)
+    assert "--bits" not in rerun_command("t", mine, RunOptions(), EngineOptions())
+    assert "--methods relu-fp --seeds 1" in rerun_command("t", mine, RunOptions(), EngineOptions())
+    both = rerun_command(
+        "t", [*mine, *(cell for cell in cells if cell.label == "a rtn w3a3 seed 1")], RunOptions(), EngineOptions()
+    )
     assert "--methods relu-fp,rtn --bits w3a3 --seeds 1" in both
 
 

@@ -13,7 +13,7 @@ from benchmarks.estimate import duration
 from benchmarks.grid import Filters, expand, load_grid
 from benchmarks.plan import plan_of, plan_text
 from benchmarks.reference import write_reference
-from benchmarks.runner import make_chains
+from benchmarks.schedule import make_chains
 from benchmarks.schema import Grid
 from fimaq_core.errors import FimaqError
 from tasks.common.record import Environment, write_record

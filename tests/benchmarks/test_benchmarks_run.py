@@ -16,9 +16,10 @@ from click.testing import CliRunner, Result
 
 from benchmarks.cells import RunOptions
 from benchmarks.cli import cli
+from benchmarks.engines.local import default_jobs
 from benchmarks.estimate import Estimator, duration
 from benchmarks.grid import Filters, expand, load_grid
-from benchmarks.runner import default_jobs, make_chains
+from benchmarks.schedule import make_chains
 
 
 def invoke(tmp_path: Path, *args: str) -> Result:

@@ -1,7 +1,6 @@
 """Sections of a grid: several of one task, each with its own lists, settings, data and scopes."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import benchmark_fakes as fakes
 import pytest
@@ -11,10 +10,12 @@ from click.testing import CliRunner, Result
 from benchmarks.cells import Adapter, Cell, Places, RunOptions, default_adapter
 from benchmarks.cli import cli
 from benchmarks.commands import rerun_command
+from benchmarks.engines.options import EngineOptions
 from benchmarks.estimate import Estimator
 from benchmarks.grid import Filters, GridError, expand, load_grid, parse_filters, parse_grid
 from benchmarks.plan import plan_text
-from benchmarks.runner import Runner, make_chains, missing
+from benchmarks.preflight import missing
+from benchmarks.schedule import Schedule, make_chains
 from fimaq_core.errors import RecipeError
 
 GRID = {
@@ -147,13 +148,16 @@ def test_chains_keep_scopes_together_with_the_whole_model_last():
     assert len(make_chains([cell for cell in cells_of(bits="w4a4", seeds="1", tasks="retrieval") if cell.scope])) == 2
 
 
-def test_full_precision_holds_up_its_own_section_only(tmp_path: Path):
-    runner = Runner(fakes.ADAPTER, None, 2, 1, tmp_path)  # type: ignore[arg-type]
+def test_full_precision_holds_up_its_own_section_only():
     cells = by_section(cells_of(tasks="retrieval", seeds="1", bits="w4a4"))
-    runner._slots.append(SimpleNamespace(cell=cells["coco"][0]))  # type: ignore[arg-type]
-    runner._waiting = [cells["coco"][1:], cells["zero-shot"][1:]]
-    assert runner._next_chain() == cells["zero-shot"][1:]
-    assert runner._next_chain() == []
+    schedule = Schedule([*cells["coco"], *cells["zero-shot"]])
+    full = {cell.section: cell for cell in (schedule.take("a"), schedule.take("b")) if cell is not None}
+    assert all(cell.method == "fp" for cell in full.values())
+    schedule.over(full["zero-shot"])
+    assert schedule.take("c").section == "zero-shot"
+    assert schedule.take("d") is None
+    schedule.over(full["coco"])
+    assert schedule.take("d").section == "coco"
 
 
 def test_time_left_is_told_apart_by_section_and_scope():
@@ -207,7 +211,7 @@ def test_the_command_line_has_a_place_for_each_data_set(tmp_path: Path, monkeypa
 def test_the_command_for_failed_cells_names_sections_and_places():
     cells = [cell for cell in cells_of(tasks="coco", seeds="1") if cell.method == "fimaq"]
     options = RunOptions(data=Places(coco=Path("/my coco"), flickr=Path("/f")))
-    command = rerun_command("s", cells, options, None)
+    command = rerun_command("s", cells, options, EngineOptions())
     assert "--tasks coco --models clip_b --methods fimaq --bits w4a4 --seeds 1" in command
     assert "--coco '/my coco' --flickr /f" in command
     assert "--imagenet" not in command

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -180,3 +182,18 @@ def test_a_missing_file_is_told(tmp_path: Path) -> None:
     (tmp_path / EXAMPLES_FILE).mkdir()
     with pytest.raises(CheckpointError, match="There is no file"):
         read_examples(tmp_path, EXAMPLES_FILE)
+
+
+def test_pictures_need_no_model_library() -> None:
+    """Reports show them where no model runs."""
+    code = """if True:
+        import json, sys
+        from tasks.common.registry import pictures
+        from tasks.common.request import DataRequest, ModelRequest
+
+        demos = {"classification": "demo_vit", "retrieval": "demo_clip", "detection": "demo_cascade"}
+        found = [pictures(task, ModelRequest(model), DataRequest(), []) for task, model in demos.items()]
+        print(json.dumps([found, [name for name in ("timm", "open_clip", "mmdet", "mmcv") if name in sys.modules]]))
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == [[{}, {}, {}], []]

@@ -17,6 +17,7 @@ from fimaq_core.recipe import make_recipe
 from tasks.common import registry
 from tasks.common.examples import CAPTIONS, CaptionSample, read_examples
 from tasks.common.images import Images
+from tasks.common.record import read_record
 from tasks.common.request import CellRequest, DataRequest, ModelRequest
 from tasks.common.run import run_cell
 from tasks.common.task import Evaluation
@@ -86,14 +87,14 @@ def test_captions_against_a_loop(monkeypatch: pytest.MonkeyPatch, scores_at_a_ti
 
 def test_equal_captions_of_other_images_come_first() -> None:
     """As in ranks: no model can tell them apart, and none shall look right by chance."""
-    source = source_of([1, 2, 1], ["a cat", "a cat", "a dog", "a bus"])
+    source = source_of([1, 2, 2], ["a cat", "a cat", "a dog", "a dog", "a bus"])
     x = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]])
-    y = torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
+    y = torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0], [0.0, 0.0], [0.0, 1.0]])
     result = measure(source, x, y)
     tops = [[(answer["caption"], answer["correct"]) for answer in entry["top"]] for entry in result.examples]
     assert tops[0] == [("a cat", False), ("a cat", True), ("a dog", False)]
-    assert tops[1] == [("a cat", False), ("a cat", True), ("a dog", True)]
-    assert tops[2] == [("a bus", True), ("a dog", False), ("a cat", False)]
+    assert tops[1] == [("a cat", False), ("a cat", True), ("a dog", False)]
+    assert tops[2] == [("a bus", True), ("a dog", False), ("a dog", True)]
     assert [top[0][1] for top in tops] == result.outcomes["correct"][:3].tolist() == [False, False, True]
 
 
@@ -111,7 +112,7 @@ def test_every_cell_of_the_demo_shows_the_same_samples(tmp_path: Path) -> None:
     for method in ("rtn", "repq"):
         recipe = make_recipe(method, quick)
         path = run_cell(CellRequest("retrieval", DEMO, data, recipe, results=tmp_path / "runs"))
-        files[method] = read_examples(path.parent, "examples.json")
+        files[method] = read_examples(path.parent, read_record(path).examples or "")
     (whole,) = (tmp_path / "runs").glob("*/*/fp/**/examples.json")
     files["fp"] = read_examples(whole.parent, whole.name)
     ids = [entry.sample for entry in files["fp"].samples]

@@ -1,0 +1,94 @@
+"""Making the engine that a run asks for, and settling what depends on it."""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.cells import RunOptions
+from benchmarks.engines.base import Engine
+from benchmarks.engines.options import EngineOptions
+from benchmarks.runner import MakeEngine
+from fimaq_core.errors import FimaqError
+
+
+def settled(options: RunOptions, how: EngineOptions, device: str) -> RunOptions:
+    """Return ``options`` with the device that cells run on, and with paths that hold wherever they run.
+
+    Args:
+        options: of the run.
+        how: of its engine. Ray is started or connected to here.
+        device: as the user or the profile says it.
+
+    Raises:
+        FimaqError: there is no such device, or no such cluster.
+    """
+    if not re.fullmatch(r"cpu|auto|mps|cuda(:\d+)?", device):
+        raise FimaqError(f"Unknown device '{device}': use cpu, cuda, cuda:N or auto.")
+    if how.name == "local":
+        if how.ray_address:
+            raise FimaqError("A Ray address is of use to the Ray engine only: add --engine ray (ENGINE=ray).")
+        return dataclasses.replace(options, device=_device(device))
+    from benchmarks.engines.ray_cluster import connect, cuda_in_cluster
+
+    if device == "mps" or ":" in device:
+        raise FimaqError(f"Device '{device}': Ray gives each cell a GPU of its own, so say cuda, cpu or auto.")
+    connect(how.ray_address, _cpus(options, how))
+    if device == "auto":
+        device = "cuda" if cuda_in_cluster() else "cpu"
+        print(f"Device: {device}.")
+    data = {place.name: getattr(options.data, place.name) for place in dataclasses.fields(options.data)}
+    return dataclasses.replace(
+        options,
+        device=device,
+        results=options.results.absolute(),
+        weights=None if options.weights is None else options.weights.absolute(),
+        data=type(options.data)(**{name: None if path is None else path.absolute() for name, path in data.items()}),
+    )
+
+
+def _cpus(options: RunOptions, how: EngineOptions) -> int | None:
+    """Cores that a cluster of this machine's own is told it has: as many as are asked for, whatever there are."""
+    return None if how.jobs is None else how.jobs * (options.threads or 1)
+
+
+def engine_maker(options: RunOptions, how: EngineOptions, threads: int | None, jobs: int | None, logs: Path) -> MakeEngine:
+    """Return what makes the engine.
+
+    Args:
+        options: settled.
+        how: of the engine.
+        threads: CPU threads of a cell; None leaves the libraries' choice.
+        jobs: cells at a time, as the profile says; None if it does not.
+        logs: folder for what cells print.
+    """
+    device = str(options.device)
+
+    def make(cells: int, imports: Sequence[str]) -> Engine:
+        if how.name == "ray":
+            from benchmarks.engines.ray_engine import RayEngine
+
+            return RayEngine(
+                device, threads, options.results / "runs", imports, how.gpus_per_cell, min(how.jobs or cells, cells)
+            )  # fmt: skip
+        from benchmarks.engines.local import LocalEngine, default_jobs
+
+        return LocalEngine(min(how.jobs or jobs or default_jobs(threads, device), cells), threads, logs, imports)
+
+    return make
+
+
+def _device(device: str) -> str:
+    """Resolve ``auto`` and refuse a GPU that is not there. Only for runs: it costs the import of torch."""
+    if device == "cpu":
+        return device
+    import torch
+
+    if device == "auto":
+        chosen = "cuda" if torch.cuda.is_available() else "cpu"
+        note = "" if chosen == "cuda" else ": no GPU is visible to PyTorch, and this grid takes very long without one"
+        print(f"Device: {chosen}{note}.")
+        return chosen
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise FimaqError(f"Device '{device}': PyTorch sees no GPU here. Use cpu, or install a driver and PyTorch with CUDA.")
+    return device

@@ -1,0 +1,72 @@
+"""Cells that fail in every way there is. What happens to which is in ``plan.json`` beside the results."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import benchmark_fakes as fakes
+
+from benchmarks.cells import Adapter
+from fimaq_core.progress import Progress, Report
+from tasks.common.lease import Busy
+from tasks.common.request import CellRequest
+
+
+def name_of(request: CellRequest) -> str:
+    """``demo_vit rtn w3a3``."""
+    recipe = request.recipe
+    return f"{request.model.name} fp" if recipe is None else f"{request.model.name} {recipe.method} {recipe.bits_name}"
+
+
+def run_cell(request: CellRequest, report: Report) -> Path:
+    """Measure nothing, after what the plan says for this attempt: a list of faults a cell, one an attempt, then none.
+
+    Every attempt is noted in ``attempts.txt``: process id, its parent's, cell, eval_batch, placement.
+    """
+    root = request.results.parent
+    plan = json.loads((root / "plan.json").read_text()) if (root / "plan.json").is_file() else {}
+    log = root / "attempts.txt"
+    with log.open("a") as file:
+        file.write(f"{os.getpid()} {os.getppid()} {name_of(request)} {request.eval_batch} {request.placement}\n")
+    attempt = sum(f" {name_of(request)} " in line for line in log.read_text().splitlines())
+    faults = plan.get(name_of(request), [])
+    fault = faults[attempt - 1] if attempt <= len(faults) else ""
+    report(Progress("calibrate", 0, 1))
+    if fault.startswith("further"):
+        report(Progress("reconstruct", 1, 9, f"block {attempt}", 0.5))
+        fault = fault.removeprefix("further ")
+    if fault == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if fault == "kill host":
+        os.kill(os.getppid(), signal.SIGKILL)
+        time.sleep(60)
+    if fault == "sleep":
+        time.sleep(60)
+    if fault == "nap":
+        time.sleep(0.5)
+    if fault == "memory":
+        raise MemoryError("no room")
+    if fault == "error":
+        raise ValueError("it broke")
+    if fault == "busy":
+        raise Busy(fakes.planned_folder(request) / "result.json", "process 1 on a far machine")
+    fakes.run_cell(request, lambda _: None)
+    return fakes.planned_folder(request) / "result.json"
+
+
+def attempts(root: Path) -> list[list[str]]:
+    """The attempts so far, in order, split into words."""
+    log = root / "attempts.txt"
+    return [line.split() for line in log.read_text().splitlines()] if log.is_file() else []
+
+
+def tries(root: Path, name: str) -> int:
+    """How often a cell was tried."""
+    return sum(" ".join(words[2:-2]) == name for words in attempts(root))
+
+
+ADAPTER = Adapter(run_cell, fakes.planned_folder, fakes.preflight)

@@ -1,0 +1,172 @@
+"""Paired tests: published examples and closed forms, and what the intervals cover and the tests reject in simulations."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from benchmarks.compare.bootstrap import bootstrap, statistic
+from benchmarks.compare.judge import holm
+from benchmarks.compare.mcnemar import Table, detectable, newcombe, odds_interval, p_value
+
+
+@pytest.mark.parametrize(
+    ("table", "difference", "low", "high"),
+    [
+        # Complete response before and after consolidation therapy (Cavo et al., 2012) in Fagerland, Lydersen and Laake,
+        # Statistical Analysis of Contingency Tables, 2017, chapter 8: Newcombe square-and-add interval.
+        (Table(59, 6, 16, 80), -0.0621, -0.1186, -0.0046),
+        # Airway hyper-responsiveness (Bentur et al., 2009), the same authors in Statistics in Medicine 33, 2014.
+        (Table(1, 1, 7, 12), -0.286, -0.507, -0.026),
+    ],
+)
+def test_newcombes_interval_is_the_published_one(table: Table, difference: float, low: float, high: float):
+    digits = 5e-5 if abs(difference) < 0.1 else 5e-4
+    assert table.difference == pytest.approx(difference, abs=digits)
+    assert newcombe(table, 0.95) == (pytest.approx(low, abs=digits), pytest.approx(high, abs=digits))
+    turned = Table(table.both, table.second, table.first, table.neither)
+    assert newcombe(turned, 0.95) == (pytest.approx(-high, abs=digits), pytest.approx(-low, abs=digits))
+
+
+def test_newcombes_interval_stays_within_what_is_possible_and_widens_with_the_level():
+    for table in (Table(0, 10, 0, 0), Table(10, 0, 0, 0), Table(0, 0, 5, 0), Table(3, 2, 1, 0)):
+        low, high = newcombe(table, 0.95)
+        assert -1 <= low <= table.difference <= high <= 1
+        wide = newcombe(table, 0.99)
+        assert wide[0] <= low
+        assert high <= wide[1]
+        assert wide != (low, high)
+
+
+def test_mcnemar_is_the_published_exact_test():
+    # Fay's example of exact McNemar tests (The R Journal 2(1), 2010): b = 2, c = 9.
+    table = Table(21, 2, 9, 12)
+    assert p_value(table) == pytest.approx(0.06543, abs=5e-6)
+    assert table.odds == pytest.approx(0.2222222)
+    assert odds_interval(table, 0.95) == (pytest.approx(0.02336464, abs=1e-8), pytest.approx(1.07363844, abs=1e-8))
+    # Bentur's and Cavo's tables by the authors above.
+    assert p_value(Table(1, 1, 7, 12)) == pytest.approx(0.0703, abs=5e-5)
+    assert p_value(Table(59, 6, 16, 80)) == pytest.approx(0.0525, abs=5e-5)
+
+
+@pytest.mark.parametrize(("first", "second"), [(0, 0), (5, 5), (0, 6), (30, 11)])
+def test_mcnemar_is_the_binomials_closed_form(first: int, second: int):
+    n, few = first + second, min(first, second)
+    tail = sum(math.comb(n, k) for k in range(few + 1)) / 2**n
+    assert p_value(Table(7, first, second, 3)) == pytest.approx(min(1.0, 2 * tail))
+
+
+def test_effect_sizes_are_their_definitions():
+    table = Table(50, 12, 4, 34)
+    assert (table.n, table.difference) == (100, 0.08)
+    assert table.cohens_g == pytest.approx(0.25)
+    assert table.odds == 3.0
+    gaps = np.repeat([1.0, -1.0, 0.0], [12, 4, 84])
+    assert table.se == pytest.approx(gaps.std() / 10)
+    assert Table(5, 3, 0, 5).odds is None
+    assert odds_interval(Table(5, 3, 0, 5), 0.95)[1] is None
+    assert Table(5, 0, 0, 5).cohens_g == 0
+
+
+def test_the_detectable_difference_is_found_four_times_in_five():
+    n, discordant = 2000, 0.1
+    least = detectable(n, discordant, 0.95)
+    assert least is not None
+    shares = [(discordant + least) / 2, (discordant - least) / 2, 1 - discordant]
+    draws = np.random.default_rng(0).multinomial(n, shares, size=1000)
+    power = np.mean([p_value(Table(1, int(first), int(second), 0)) <= 0.05 for first, second, _ in draws])
+    assert 0.74 < power < 0.84  # the exact test is a little weaker than the formula's
+    assert detectable(3, 0.1, 0.95) is None
+    smaller = detectable(8000, discordant, 0.95)
+    assert smaller is not None
+    assert smaller < 0.55 * least
+
+
+def scenes(rng: np.random.Generator, images: int, shift: float) -> np.ndarray:
+    """Sums of differences and counts, (images, 2, 2), of queries by image (one) and caption (one to four) that share a part."""
+    captions = rng.integers(1, 5, images)
+    easy = rng.normal(0, 1, images)
+    both = [np.ones(images, dtype=int), captions]
+    sums = [np.array([(shift + easy[i] + rng.normal(0, 1, count)).sum() for i, count in enumerate(counts)]) for counts in both]
+    return np.stack([np.stack([s, c], axis=-1) for s, c in zip(sums, both, strict=True)], axis=1).astype(np.float64)
+
+
+def test_the_bootstraps_interval_covers_the_truth_as_often_as_it_says():
+    rng, runs, truth = np.random.default_rng(1), 400, 0.5
+    covered, naive = 0, 0
+    for _ in range(runs):
+        clusters = scenes(rng, 60, truth)
+        found = bootstrap(clusters, 0.95, resamples=800)
+        covered += found.low <= truth <= found.high
+        # Queries taken as independent: the interval that clusters are for.
+        se = 0.5 * math.sqrt((2 / clusters[:, :, 1].sum(axis=0)).sum())
+        naive += abs(found.difference - truth) <= 1.96 * se
+    assert 0.91 < covered / runs < 0.98
+    assert naive / runs < 0.89
+
+
+def test_the_bootstrap_rejects_no_more_than_it_says_where_there_is_no_difference():
+    rng, runs = np.random.default_rng(2), 400
+    rejected = sum(bootstrap(scenes(rng, 60, 0.0), 0.95, resamples=800).p <= 0.05 for _ in range(runs))
+    assert 0.02 < rejected / runs < 0.09
+
+
+def test_mcnemar_rejects_no_more_than_it_says_where_there_is_no_difference():
+    rng = np.random.default_rng(3)
+    tables = rng.multinomial(500, [0.6, 0.05, 0.05, 0.3], size=1000)
+    rejected = np.mean([p_value(Table(*map(int, row))) <= 0.05 for row in tables])
+    assert 0.01 < rejected <= 0.06
+    covered = np.mean([low <= 0 <= high for low, high in (newcombe(Table(*map(int, row)), 0.95) for row in tables[:300])])
+    assert 0.92 < covered < 0.985
+
+
+def test_the_bootstrap_is_scipys_bca():
+    gaps = np.random.default_rng(4).gamma(1.0, 2.0, 40) - 1.5
+    found = bootstrap(np.stack([gaps, np.ones(40)], axis=-1)[:, None], 0.9, resamples=80_000)
+    theirs = stats.bootstrap((gaps,), np.mean, confidence_level=0.9, n_resamples=80_000, method="BCa", rng=5)
+    assert found.difference == pytest.approx(gaps.mean())
+    assert found.low == pytest.approx(theirs.confidence_interval.low, abs=0.02)
+    assert found.high == pytest.approx(theirs.confidence_interval.high, abs=0.02)
+    assert found.se == pytest.approx(theirs.standard_error, rel=0.03)
+    # The skewed sample tells BCa from a symmetric interval.
+    assert found.high - found.difference > 1.1 * (found.difference - found.low)
+
+
+def test_p_is_the_level_at_which_the_interval_reaches_zero():
+    gaps = np.random.default_rng(6).normal(0.05, 1.0, 50)
+    clusters = np.stack([gaps, np.ones(50)], axis=-1)[:, None]
+    p = bootstrap(clusters, 0.95).p
+    assert 0.001 < p < 0.2
+    assert bootstrap(clusters, 1 - 1.1 * p).low > 0
+    assert bootstrap(clusters, 1 - 0.9 * p).low < 0
+
+
+def test_kinds_of_clusters_are_drawn_as_clusters_are():
+    gaps = np.repeat([1.0, -1.0, 0.0], [90, 60, 850])
+    few = bootstrap(np.stack([gaps, np.ones(1000)], axis=-1)[:, None], 0.95)
+    # Too small a difference to matter makes every row its own kind.
+    unlike = gaps + 1e-7 * np.arange(1000)
+    many = bootstrap(np.stack([unlike, np.ones(1000)], axis=-1)[:, None], 0.95)
+    assert (few.low, few.high) == (pytest.approx(many.low, abs=2e-3), pytest.approx(many.high, abs=2e-3))
+    assert few.se == pytest.approx(gaps.std() / math.sqrt(1000), rel=0.03)
+    assert bootstrap(np.stack([gaps, np.ones(1000)], axis=-1)[:, None], 0.95) == few
+
+
+def test_constant_differences_have_no_error():
+    ones = np.ones((20, 1, 2))
+    found = bootstrap(ones, 0.95)
+    assert (found.difference, found.low, found.high, found.se) == (1.0, 1.0, 1.0, 0.0)
+    assert found.p < 0.001
+    nothing = bootstrap(ones * np.array([0.0, 1.0]), 0.95)
+    assert (nothing.low, nothing.high, nothing.p) == (0.0, 0.0, 1.0)
+
+
+def test_parts_count_the_same_however_many_queries_they_have():
+    assert statistic(np.array([[6.0, 2.0], [10.0, 10.0]])) == pytest.approx((3 + 1) / 2)
+
+
+def test_holm_is_the_step_down_rule():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([0.2]) == [0.2]
