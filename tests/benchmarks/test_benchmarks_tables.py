@@ -125,7 +125,7 @@ def test_reference_agrees_with_itself_and_names_its_origin(tmp_path: Path):
     cells, measured = measure(tmp_path / "a")
     folder = tmp_path / "reference"
     files = reference.write_reference(GRID, measured, summary.report("Demo", measured, cells), folder)
-    assert sorted(path.name for path in files) == ["demo.csv", "demo.json", "demo.md"]
+    assert sorted(path.name for path in files) == ["demo.costs.csv", "demo.csv", "demo.json", "demo.md"]
     assert set(json.loads((folder / "demo.json").read_text())) == {"machine", "versions", "date", "settings", "data"}
     assert "Reference: measured 2024-01-01 on" in (folder / "demo.md").read_text()
     (line,) = reference.compare(GRID, measured, folder)
