@@ -35,6 +35,7 @@ class Kills:
 
     Attributes:
         kinds: kills by kind.
+        given_up: calls that ended with a cell given up, because its process was killed again and again; the next call finished it.
         runs: how often the whole grid ran to its end: more than once where it was over before all kills were made.
         lost: cells without a record at the end.
         doubled: cells measured more than once, or by two processes at the same time.
@@ -45,6 +46,7 @@ class Kills:
     """
 
     kinds: Counter[str] = field(default_factory=Counter)
+    given_up: int = 0
     runs: int = 0
     lost: int = 0
     doubled: int = 0
@@ -103,6 +105,7 @@ class Disturbed:
     def __init__(self, cluster: Cluster, folder: Path, chance: random.Random, say: Callable[[str], None]) -> None:
         self._cluster, self._folder, self._chance, self._say = cluster, folder, chance, say
         self.kills: Counter[str] = Counter()
+        self.given_up = 0
 
     def run(self, results: Path, wanted: int, pause: tuple[float, float]) -> None:
         """Run the grid to its end, and meanwhile kill something every so many seconds until ``wanted`` kills are made."""
@@ -116,9 +119,13 @@ class Disturbed:
                 if driver.poll() is not None:
                     driver = self._start(results)
                 continue
-            if code != 0:
+            if code == 0:
+                return
+            if code != 1:
                 raise RuntimeError(f"The grid ended with exit code {code}: see {self._folder / 'driver.log'}.")
-            return
+            # A cell was killed so often that it was given up: whoever is told so calls again.
+            self.given_up += 1
+            driver = self._start(results)
 
     def _start(self, results: Path) -> "subprocess.Popen[bytes]":
         with (self._folder / "driver.log").open("ab") as log:
@@ -155,6 +162,7 @@ def measure(folder: Path, wanted: int, seed: int, pause: tuple[float, float], sa
         pause: shortest and longest time between two kills, in seconds.
         say: told what happens.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     quiet, found = folder / "quiet", Kills()
     began = time.monotonic()
     say("the grid undisturbed, one cell after the other")
@@ -175,6 +183,7 @@ def measure(folder: Path, wanted: int, seed: int, pause: tuple[float, float], sa
             mine, theirs = (digests(place / "runs", "quantized.safetensors") for place in (results, quiet))
             found.checkpoints_identical &= mine == theirs and bool(mine)
         found.seconds, found.kinds = time.monotonic() - began, disturbed.kills
+        found.given_up = disturbed.given_up
     finally:
         cluster.stop()
     return found
@@ -187,6 +196,7 @@ def as_json(found: Kills) -> dict[str, Any]:
         "kinds": dict(sorted(found.kinds.items())),
         "cells": len(expand(load_grid(str(GRID)), Filters(), RunOptions())),
         "runs": found.runs,
+        "given_up": found.given_up,
         "cells_lost": found.lost,
         "cells_doubled": found.doubled,
         "tables_identical": found.tables_identical,
