@@ -117,7 +117,7 @@ def load_mlps(segments: Iterable[Segment], path: Path, fingerprint: Fingerprint 
     """
     _, facts = read_header(path)
     if facts.get("stage") != "mlp":
-        raise CheckpointError(f"{path} holds no reconstructed MLPs but a checkpoint of stage '{facts.get('stage')}'.")
+        raise CheckpointError(f"{path} holds no reconstructed MLPs but a checkpoint of stage {facts.get('stage')!r}.")
     segments = list(segments)
     use_relu(segments)
     load_checkpoint(path, mlps(segments), fingerprint, "mlp")
