@@ -13,7 +13,7 @@ import torch
 
 from fimaq_core import NUMERICS_VERSION
 from fimaq_core.checkpoint import save_checkpoint
-from fimaq_core.files import replaced_whole
+from fimaq_core.files import remove, replaced_whole
 from fimaq_core.fisher.losses import takes_passes
 from fimaq_core.progress import Report, silent
 from fimaq_core.quantize import (
@@ -189,7 +189,7 @@ def _shared_path(request: CellRequest, loaded: LoadedModel, calibration: Calibra
     shared = f"{digest}{loaded.sha256}{calibration.fingerprint}{NUMERICS_VERSION}{built_model(request.model, loaded)}"
     path = request.results.parent / kind / f"{hashlib.sha256(shared.encode()).hexdigest()[:24]}.safetensors"
     if request.force and path not in _FORCED:
-        path.unlink(missing_ok=True)
+        remove(path)
         remove_blocks(blocks_beside(path))
         remove_mlps(mlps_beside(path))
     _FORCED.add(path)

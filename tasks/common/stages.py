@@ -10,6 +10,7 @@ import torch
 
 from fimaq_core.checkpoint import Fingerprint, load_checkpoint, save_checkpoint
 from fimaq_core.errors import CheckpointError
+from fimaq_core.files import remove
 from fimaq_core.layers import set_quantized
 from fimaq_core.progress import Report
 from fimaq_core.quantize import (
@@ -60,7 +61,7 @@ def mlp_stage(request: CellRequest, out: Path, report: Report) -> None:
         save_checkpoint(out, mlps(segments).state_dict(), begun.fingerprint, {**begun.facts, "stage": "mlp"})
     for part in begun.parts:
         if part.name:
-            _beside(out, part.name).unlink(missing_ok=True)
+            remove(_beside(out, part.name))
 
 
 def calibrate_stage(request: CellRequest, out: Path, report: Report) -> None:
@@ -79,7 +80,7 @@ def calibrate_stage(request: CellRequest, out: Path, report: Report) -> None:
     save_checkpoint(out, whole(chains).state_dict(), begun.fingerprint, {"stage": "calibrated", **begun.facts})
     for part in begun.parts:
         if part.name:
-            _beside(out, part.name).unlink()
+            remove(_beside(out, part.name))
 
 
 def _beside(path: Path, name: str) -> Path:
