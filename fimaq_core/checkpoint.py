@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic_core import from_json
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fimaq_core import NUMERICS_VERSION
-from fimaq_core.errors import CheckpointError
+from fimaq_core.errors import CheckpointError, first_problem
 from fimaq_core.files import replaced_whole
 from fimaq_core.layers import QuantLinear
 from fimaq_core.recipe import Recipe
@@ -41,6 +42,14 @@ class Fingerprint(BaseModel):
     weights: str
     calibration: str
     recipe: Recipe
+
+    @field_validator("model", "weights", "calibration")
+    @classmethod
+    def _printable(cls, text: str) -> str:
+        # They come into messages, and a terminal obeys what is not printable.
+        if not text.isprintable():
+            raise ValueError("has characters that cannot be printed")
+        return text
 
     def mismatch(self, other: "Fingerprint", scope: Scope = "all") -> str | None:
         """Say what differs in ``other``, or None; recipe fields outside of ``scope`` are left out."""
@@ -95,11 +104,16 @@ def read_header(path: Path) -> tuple[Fingerprint, dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-        return Fingerprint.model_validate_json(metadata["fingerprint"]), json.loads(metadata["facts"])
+        # Neither nests without end nor has numbers of thousands of digits: this reader refuses both.
+        fingerprint, facts = Fingerprint.model_validate_json(metadata["fingerprint"]), from_json(metadata["facts"])
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"The checkpoint {path} is damaged ({error}): delete it and run again.") from error
-    except (KeyError, ValidationError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is not a checkpoint of this project: its header lacks the fingerprint.") from error
+    except (KeyError, ValueError) as error:
+        why = f" ({first_problem(error)})" if isinstance(error, ValidationError) else ""
+        raise CheckpointError(f"{path} is not a checkpoint of this project: its header lacks the fingerprint{why}.") from error
+    if not isinstance(facts, dict):
+        raise CheckpointError(f"{path} is not a checkpoint of this project: the facts in its header are no object.")
+    return fingerprint, facts
 
 
 def load_checkpoint(path: Path, module: nn.Module, expected: Fingerprint | None, scope: Scope = "all") -> dict[str, Any]:
@@ -120,8 +134,11 @@ def load_checkpoint(path: Path, module: nn.Module, expected: Fingerprint | None,
         if reason is not None:
             raise CheckpointError(f"The checkpoint {path} does not belong to this run: {reason}. Delete it or use its settings.")
     device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
-    with safe_open(path, framework="pt", device=str(device)) as file:
-        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, AttributeError, TypeError, ValueError) as error:  # also types that PyTorch does not have
+        raise CheckpointError(f"The checkpoint {path} is damaged ({error}): delete it and run again.") from error
     _add_biases(module, state)
     try:
         module.load_state_dict(state, strict=True)

@@ -1,7 +1,13 @@
 """Errors a user can act on. Their text is the whole message: what is wrong and what to do."""
 
+from __future__ import annotations
+
 import difflib
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class FimaqError(Exception):
@@ -37,3 +43,9 @@ def suggest(word: str, known: Iterable[str]) -> str:
     names = sorted(known)
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
     return f" Did you mean '{close[0]}'?" if close else f" Known: {', '.join(names)}."
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first field that does not fit, and why: ``recipe.steps: Input should be ...``. Of what was given nothing is shown."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    return ": ".join(filter(None, (".".join(str(part) for part in first["loc"]), first["msg"])))

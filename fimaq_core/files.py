@@ -1,11 +1,11 @@
-"""Writing files so that they are there whole or not at all."""
+"""Writing files so that they are there whole or not at all, and removing them."""
 
 import glob
 import os
 import re
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -53,4 +53,17 @@ def replaced_whole(path: Path, durable: bool = True) -> Iterator[Path]:
         ) from error
     finally:
         if temporary is not None:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # where even that cannot be, what cannot be written is said already
+                temporary.unlink(missing_ok=True)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, if it is there: another process may have been faster.
+
+    Raises:
+        CheckpointError: the folder is read-only.
+    """
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"Cannot remove {path}: {error.strerror}. Make the folder writable, then run again.") from error

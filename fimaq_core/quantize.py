@@ -13,6 +13,7 @@ from fimaq_core.calibration.calibrate import calibrate
 from fimaq_core.chain import BlockChain, Segment
 from fimaq_core.checkpoint import Fingerprint, load_checkpoint, read_header, save_checkpoint
 from fimaq_core.errors import CheckpointError
+from fimaq_core.files import remove
 from fimaq_core.fisher.divergence import Divergence
 from fimaq_core.layers import QuantLinear, decide_roundings, quant_layers, set_quantized
 from fimaq_core.layers.layers import fold_shift
@@ -117,7 +118,7 @@ def load_mlps(segments: Iterable[Segment], path: Path, fingerprint: Fingerprint 
     """
     _, facts = read_header(path)
     if facts.get("stage") != "mlp":
-        raise CheckpointError(f"{path} holds no reconstructed MLPs but a checkpoint of stage '{facts.get('stage')}'.")
+        raise CheckpointError(f"{path} holds no reconstructed MLPs but a checkpoint of stage {facts.get('stage')!r}.")
     segments = list(segments)
     use_relu(segments)
     load_checkpoint(path, mlps(segments), fingerprint, "mlp")
@@ -273,7 +274,7 @@ def remove_mlps(folder: Path) -> None:
 def _remove(folder: Path, pattern: str) -> None:
     # Cells may share what is in there: another process may be at this too, or just have written there.
     for file in folder.glob(pattern):
-        file.unlink(missing_ok=True)
+        remove(file)
     with contextlib.suppress(OSError):
         folder.rmdir()
 

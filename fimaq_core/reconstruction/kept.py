@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
-from fimaq_core.errors import CheckpointError
+from fimaq_core.errors import CheckpointError, first_problem
 from fimaq_core.reconstruction.engines import Engine
 from fimaq_core.reconstruction.reconstruct import ReconstructionLog
 
@@ -87,8 +87,6 @@ def _checked(kind: type[_Kind], facts: object, where: str) -> _Kind:
     try:
         return kind.model_validate(facts)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
         raise CheckpointError(
-            f"The checkpoint {where} does not say what was reconstructed ({field}: {first['msg']}): delete it and run again."
+            f"The checkpoint {where} does not say what was reconstructed ({first_problem(error)}): delete it and run again."
         ) from error

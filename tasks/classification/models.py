@@ -1,11 +1,13 @@
 """Loading classifiers: demo models, and any timm ViT, DeiT or Swin."""
 
+import inspect
 import sys
 from typing import Any
 
 import timm
 from timm.data import create_transform, resolve_model_data_config
 from timm.layers import PatchEmbed
+from timm.models import build_model_with_cfg
 from torch import nn
 
 from fimaq_core.errors import ModelError
@@ -69,9 +71,14 @@ def _input_shape(model: nn.Module, published: tuple[int, int, int]) -> tuple[int
 
 
 def _create(name: str, arguments: dict[str, Any]) -> nn.Module:
+    # What timm takes for itself names weights, files and caches; nothing but --weights and the tag does that here.
+    own = {*inspect.signature(timm.create_model).parameters, *inspect.signature(build_model_with_cfg).parameters} - {"kwargs"}
+    wrong = sorted(own & arguments.keys())
+    if wrong:
+        raise ModelError(f"--model-args are for the model's constructor, {', '.join(wrong)} are not: leave them out.")
     try:
         model: nn.Module = timm.create_model(name, pretrained=False, **arguments)
-    except (TypeError, ValueError, AssertionError) as error:
+    except (TypeError, ValueError, AssertionError, RuntimeError, LookupError, AttributeError, ArithmeticError) as error:
         raise ModelError(f"timm cannot build {name} with {arguments}: {error}") from error
     return model
 

@@ -115,7 +115,7 @@ def read_list(path: Path) -> Listed:
     try:
         calibration = json.loads(text)["calibration"]
         ids = calibration["ids"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise DataError(f"{path} is not a result record with calibration ids.") from error
     if not isinstance(ids, list) or not all(isinstance(name, str) for name in ids):
         raise DataError(f"{path} is not a result record with calibration ids.")

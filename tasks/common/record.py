@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
-from fimaq_core.errors import CheckpointError, DataError
+from fimaq_core.errors import CheckpointError, DataError, first_problem
 from fimaq_core.files import replaced_whole
 from fimaq_core.recipe import Recipe
 from tasks.common import sealing
@@ -213,9 +213,7 @@ def read_record(path: Path) -> ResultRecord:
             )
         return ResultRecord.model_validate(migrated(content, version, SCHEMA_VERSION))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise CheckpointError(f"The record {path} is not valid: {where}: {first['msg']}: {_REMEDY}.") from error
+        raise CheckpointError(f"The record {path} is not valid: {first_problem(error)}: {_REMEDY}.") from error
     except ValueError as error:
         raise CheckpointError(f"The record {path} is not valid: {error}: {_REMEDY}.") from error
 

@@ -14,7 +14,7 @@ import torch
 
 from fimaq_core import NUMERICS_VERSION
 from fimaq_core.checkpoint import save_checkpoint
-from fimaq_core.files import remove_leftovers, replaced_whole
+from fimaq_core.files import remove, remove_leftovers, replaced_whole
 from fimaq_core.fisher.losses import takes_passes
 from fimaq_core.progress import Report, silent
 from fimaq_core.quantize import (
@@ -219,7 +219,7 @@ def _shared_path(
     if not anew.is_begun(path, request.force):
 
         def clear() -> None:
-            path.unlink(missing_ok=True)
+            remove(path)
             remove_blocks(blocks_beside(path))
             remove_mlps(mlps_beside(path))
 

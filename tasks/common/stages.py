@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from fimaq_core.checkpoint import Fingerprint, load_checkpoint, read_header, save_checkpoint
+from fimaq_core.checkpoint import Fingerprint, load_checkpoint, save_checkpoint
 from fimaq_core.errors import CheckpointError
+from fimaq_core.files import remove
 from fimaq_core.layers import set_quantized
 from fimaq_core.progress import Report
 from fimaq_core.quantize import (
@@ -28,6 +29,7 @@ from tasks.common.environment import resolve_device
 from tasks.common.facts import joined_facts, model_facts
 from tasks.common.inspection import Inspection
 from tasks.common.modules import merge_logs
+from tasks.common.origin import read_origin
 from tasks.common.prepare import (
     Part,
     all_segments,
@@ -59,7 +61,7 @@ def mlp_stage(request: CellRequest, out: Path, report: Report) -> None:
         save_checkpoint(out, mlps(segments).state_dict(), begun.fingerprint, {**begun.facts, "stage": "mlp"})
     for part in begun.parts:
         if part.name:
-            _beside(out, part.name).unlink(missing_ok=True)
+            remove(_beside(out, part.name))
 
 
 def calibrate_stage(request: CellRequest, out: Path, report: Report) -> None:
@@ -78,7 +80,7 @@ def calibrate_stage(request: CellRequest, out: Path, report: Report) -> None:
     save_checkpoint(out, whole(chains).state_dict(), begun.fingerprint, {"stage": "calibrated", **begun.facts})
     for part in begun.parts:
         if part.name:
-            _beside(out, part.name).unlink()
+            remove(_beside(out, part.name))
 
 
 def _beside(path: Path, name: str) -> Path:
@@ -121,14 +123,12 @@ def reconstruct_stage(
     Raises:
         CheckpointError: the checkpoint is of another run, or given fields would change its ranges.
     """
-    fingerprint, facts = read_header(checkpoint)
-    if facts.get("stage") != "calibrated":
-        raise CheckpointError(
-            f"The checkpoint {checkpoint} is of stage '{facts.get('stage')}': reconstruct needs a calibrated one."
-        )
+    fingerprint, facts = read_origin(checkpoint, task_name)
+    if facts["stage"] != "calibrated":
+        raise CheckpointError(f"The checkpoint {checkpoint} is of stage '{facts['stage']}': reconstruct needs a calibrated one.")
     recipe = _changed(fingerprint.recipe, given, defaults(task_name))
     device = _start(options["device"], options["threads"])
-    task, model, loaded = _load(task_name, checkpoint, facts, options)
+    task, model, loaded = _load(task_name, facts, options)
     calibration = task.calibration(loaded, data, recipe)
     expected = fingerprint_of(model, loaded, calibration, recipe)
     parts = make_parts(task, model, loaded, calibration, recipe, device, options["eval_batch"])
@@ -152,9 +152,9 @@ def reconstruct_stage(
 
 def evaluate_stage(task_name: str, checkpoint: Path, data: DataRequest, options: dict[str, Any], report: Report) -> Evaluation:
     """Evaluate a checkpoint of any stage. ``options`` as in :func:`reconstruct_stage`."""
-    fingerprint, facts = read_header(checkpoint)
+    fingerprint, facts = read_origin(checkpoint, task_name)
     device = _start(options["device"], options["threads"])
-    task, _, loaded = _load(task_name, checkpoint, facts, options)
+    task, _, loaded = _load(task_name, facts, options)
     model = task.assemble(loaded, _restored(task, loaded, checkpoint, fingerprint, facts)).to(device)
     return task.evaluate(model, loaded, data, device, options["eval_batch"], options["workers"], report)
 
@@ -169,8 +169,8 @@ def inspect_stage(task_name: str, checkpoint: Path, options: dict[str, Any]) -> 
         CheckpointError: no checkpoint, of another task, or made from other weights.
         ModelError: the task does not say what images the model takes.
     """
-    fingerprint, facts = read_header(checkpoint)
-    task, _, loaded = _load(task_name, checkpoint, facts, options)
+    fingerprint, facts = read_origin(checkpoint, task_name)
+    task, _, loaded = _load(task_name, facts, options)
     chains = _restored(task, loaded, checkpoint, fingerprint, facts)
     inputs, untouched = task.examples(loaded, chains), task.untouched(loaded, chains)
     measured = joined_facts({name: model_facts(chain, inputs[name]) for name, chain in chains.items()}, untouched)
@@ -184,7 +184,7 @@ def _restored(task: Task, loaded: LoadedModel, checkpoint: Path, fingerprint: Fi
             f"The checkpoint {checkpoint} was made from other weights (sha256 {fingerprint.weights[:12]}) than those found now "
             f"({loaded.sha256[:12]})."
         )
-    if facts.get("stage") == "mlp":
+    if facts["stage"] == "mlp":
         chains = task.chains(loaded, fingerprint.recipe.model_copy(update=_FULL_PRECISION))
         load_mlps(all_segments(chains), checkpoint, None)
         return chains
@@ -210,11 +210,7 @@ def _changed(recipe: Recipe, given: dict[str, Any], usual: dict[str, Any]) -> Re
     return make_recipe(method or recipe.method, usual, kept, {name: value for name, value in given.items() if name != "method"})
 
 
-def _load(
-    task_name: str, checkpoint: Path, facts: dict[str, Any], options: dict[str, Any]
-) -> tuple[Task, ModelRequest, LoadedModel]:
-    if facts.get("task") != task_name:
-        raise CheckpointError(f"The checkpoint {checkpoint} is of task {facts.get('task')!r}, not {task_name!r}.")
+def _load(task_name: str, facts: dict[str, Any], options: dict[str, Any]) -> tuple[Task, ModelRequest, LoadedModel]:
     task = get_task(task_name)
     request = ModelRequest(facts["model"], facts["model_args"])
     request = replace(request, weights=options["weights"], weights_folder=options["weights_folder"])

@@ -6,7 +6,7 @@ the cascade's box heads are four convolutions with batch norm and one linear lay
 norm was synchronised over GPUs, which makes no difference to a trained model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from torch import nn
@@ -29,6 +29,8 @@ PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 RESIZE: Config = {"scale": (1333, 800), "keep_ratio": True}
 
 _STRIDES = [4, 8, 16, 32]
+#: What the settings of training may name.
+_TRAINING_TYPES = ("MaxIoUAssigner", "RandomSampler", "nms")
 _NMS = {"type": "nms", "iou_threshold": 0.7}
 
 #: The cascade's stages: overlap from which a proposal counts as an object, and standard deviations of the box deltas.
@@ -85,9 +87,13 @@ def detector_config(
         finest_scale: regions from twice this side on are not read from the finest level.
         proposals: regions that the RPN hands on at most, from as many a level.
         detections: of an image at most.
-        training: replaces the settings of training as a whole, see :func:`training_config`.
+        training: replaces the settings of training as a whole, see :func:`training_config`; of the types in there.
         pixel_mean, pixel_std: of RGB, in 0..255.
+
+    Raises:
+        ValueError: a type that training does not need: mmengine would import and call whatever bears its name.
     """
+    _check_types(training, "training")
     extractors = {
         f"{head}_roi_extractor": {
             "type": "SingleRoIExtractor",
@@ -168,6 +174,18 @@ def detector_config(
             },
         },
     }
+
+
+def _check_types(value: object, where: str) -> None:
+    """Check all types in settings of training. Raises ValueError."""
+    if isinstance(value, Mapping):
+        if value.get("type", _TRAINING_TYPES[0]) not in _TRAINING_TYPES:
+            raise ValueError(f"{where}: the type {value['type']!r} is none of {', '.join(_TRAINING_TYPES)}")
+        for name, item in value.items():
+            _check_types(item, f"{where}.{name}")
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _check_types(item, where)
 
 
 def training_config(

@@ -55,7 +55,7 @@ def _create(name: str, arguments: dict[str, Any]) -> nn.Module:
     """The model with random weights; ``arguments`` of :func:`~tasks.detection.configs.detector_config` replace its own."""
     try:
         return build(published_config(name, **arguments))
-    except (TypeError, ValueError, LookupError, AssertionError, RuntimeError) as error:
+    except (TypeError, ValueError, LookupError, AssertionError, RuntimeError, AttributeError, ArithmeticError) as error:
         raise ModelError(f"{name} cannot be built with {arguments}: {error}") from error
 
 

@@ -111,6 +111,9 @@ def _configuration(architecture: str, arguments: dict[str, Any]) -> dict[str, An
         )
     if arguments.get("vision_cfg", {}).get("timm_model_pretrained"):
         raise ModelError("--model-args cannot ask for a pretrained tower: weights come from --weights or the model's tag.")
+    trunk = str(config["vision_cfg"].get("timm_model_name") or "")
+    if ":" in trunk:
+        raise ModelError(f"The vision tower '{trunk}' is an address, which timm would read or fetch: give the name of a model.")
     config["vision_cfg"].pop("timm_model_pretrained", None)
     return config
 
