@@ -87,7 +87,8 @@ class Attempts:
             return GivenUp(f"memory ran out ({failure.message}) {self._advice()}", failure.log)
         batch = request.eval_batch // 2
         if batch:
-            return self._changed(replace(request, eval_batch=batch), f"forward passes take {batch} images at a time")
+            images = "one image" if batch == 1 else f"{batch} images"
+            return self._changed(replace(request, eval_batch=batch), f"forward passes take {images} at a time")
         return GivenUp(f"memory ran out ({failure.message}), even one image at a time. {self._ways_out()}", failure.log)
 
     def _changed(self, request: CellRequest, what: str) -> Again:

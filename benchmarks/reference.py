@@ -57,7 +57,7 @@ def provenance(grid: Grid, measured: Sequence[Measured]) -> Provenance:
         for name, version in item.record.environment.versions.items():
             versions.setdefault(name, set()).add(version)
     return Provenance(
-        machine=_machine(),
+        machine=machine(),
         versions={name: " / ".join(sorted(found)) for name, found in sorted(versions.items())},
         date=max((item.record.finished[:10] for item in measured), default=datetime.now(UTC).date().isoformat()),
         settings=_settings(grid),
@@ -94,7 +94,8 @@ def _data(measured: Sequence[Measured]) -> list[str]:
     return sorted({f"{d.name}, {d.split}, {sample_counts(d.count, d.captions)}, {d.fingerprint[:16]}" for d in sets})
 
 
-def _machine() -> str:
+def machine() -> str:
+    """Processor, cores and system of this machine."""
     name = ""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():

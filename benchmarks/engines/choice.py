@@ -68,9 +68,8 @@ def engine_maker(options: RunOptions, how: EngineOptions, threads: int | None, j
         if how.name == "ray":
             from benchmarks.engines.ray_engine import RayEngine
 
-            return RayEngine(
-                device, threads, options.results / "runs", imports, how.gpus_per_cell, min(how.jobs or cells, cells)
-            )  # fmt: skip
+            most = min(how.jobs or cells, cells)
+            return RayEngine(device, threads, options.results / "runs", logs, imports, how.gpus_per_cell, most)
         from benchmarks.engines.local import LocalEngine, default_jobs
 
         return LocalEngine(min(how.jobs or jobs or default_jobs(threads, device), cells), threads, logs, imports)

@@ -1,23 +1,17 @@
 """Whether many workers stay busy: cells of one second that do the input and output of real ones."""
 
-from collections.abc import Sequence
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from benchmarks.cells import Cell, RunOptions
-from benchmarks.faults.audit import Event
-from benchmarks.grid import Filters, expand, parse_grid
+import yaml
 
-#: Workers, and cells of each.
-WORKERS, ROUNDS = 8, 30
+from benchmarks.faults.audit import Event, read_events
 
-
-def cells(results: Path, count: int) -> list[Cell]:
-    """Return ``count`` cells that share nothing, each with a seed of its own."""
-    grid = parse_grid({
-        "name": "busy", "tasks": {"classification": {"dataset": "none", "models": ["demo_vit"]}}, "methods": ["rtn"],
-        "bits": ["w4a4"], "seeds": list(range(count)), "threads": 1,
-    })  # fmt: skip
-    return expand(grid, Filters(), RunOptions(results))
+#: Cells of each worker.
+ROUNDS = 30
 
 
 def worker_busy(events: Sequence[Event], workers: int) -> float:
@@ -26,3 +20,43 @@ def worker_busy(events: Sequence[Event], workers: int) -> float:
     ended = {event.cell: event.time for event in events if event.kind == "measured"}
     spent = sum(ended[cell] - begun[cell] for cell in ended)
     return spent / (workers * (max(ended.values()) - min(begun.values())))
+
+
+def measure(folder: Path, workers: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """Keep ``workers`` busy by the local engine, and on a Ray cluster of two nodes; return the share of each.
+
+    Args:
+        folder: an empty one, for everything that is written.
+        workers: cells at a time, an even number.
+        say: told what happens.
+    """
+    from benchmarks.faults.cluster import Cluster
+
+    folder.mkdir(parents=True, exist_ok=True)
+    grid = folder / "grid.yaml"
+    count = workers * ROUNDS
+    # Cells that share nothing: each has a seed of its own.
+    grid.write_text(yaml.safe_dump({
+        "name": "busy", "tasks": {"classification": {"dataset": "none", "models": ["demo_vit"]}}, "methods": ["rtn"],
+        "bits": ["w4a4"], "seeds": list(range(count)), "threads": 1,
+    }), encoding="utf-8")  # fmt: skip
+
+    def share(name: str, *how: str) -> float:
+        say(f"{count} cells of a second on {workers} workers, {name}")
+        results = folder / name
+        command = [sys.executable, "-m", "benchmarks.faults.driver", "stand-in", "run", "--profile", str(grid)]
+        with (folder / f"{name}.log").open("wb") as log:
+            subprocess.run([*command, "--results", str(results), *how], check=True, stdout=log, stderr=log)
+        events = read_events(results)
+        measured = sorted(event.cell for event in events if event.kind == "measured")
+        if len(measured) != count or len(set(measured)) != count:
+            raise RuntimeError(f"{len(measured)} cells were measured, {len(set(measured))} of them once; planned were {count}.")
+        return worker_busy(events, workers)
+
+    local = share("local", "--jobs", str(workers))
+    cluster = Cluster(workers // 2)
+    try:
+        ray = share("ray", "--engine", "ray", "--ray-address", cluster.address)
+    finally:
+        cluster.stop()
+    return {"worker_busy": round(ray, 4), "worker_busy_local": round(local, 4), "workers": workers, "busy_cells": count}

@@ -17,9 +17,13 @@ import psutil
 
 from benchmarks.cells import RunOptions, default_adapter, finished_record
 from benchmarks.faults.audit import Event, read_events
+from benchmarks.faults.cluster import Cluster
 from benchmarks.grid import Filters, expand, load_grid
 
 GRID = Path(__file__).with_name("grid.yaml")
+
+#: What the processes are called by which they are found.
+HOST, ACTOR = "benchmarks.engines.host", "ray::Seat"
 
 #: What is killed, and how often against the others.
 KINDS = {"cell": 6, "host": 2, "actor": 3, "driver": 4, "node": 2}
@@ -52,7 +56,8 @@ class Kills:
 
 def command(results: Path, *more: str) -> list[str]:
     """The command that runs the grid into ``results``."""
-    return [sys.executable, "-m", "benchmarks.faults.driver", "run", "--profile", str(GRID), "--results", str(results), *more]
+    start = [sys.executable, "-m", "benchmarks.faults.driver", "audited", "run"]
+    return [*start, "--profile", str(GRID), "--results", str(results), *more]
 
 
 def digests(folder: Path, pattern: str) -> dict[str, str]:
@@ -71,31 +76,6 @@ def lost(results: Path) -> int:
     """Cells of the grid without a valid record."""
     cells = expand(load_grid(str(GRID)), Filters(), RunOptions(results))
     return sum(finished_record(cell, default_adapter()) is None for cell in cells)
-
-
-class Cluster:
-    """A Ray cluster of two nodes with one processor each, all of it on this machine."""
-
-    def __init__(self) -> None:
-        from ray.cluster_utils import Cluster as Local
-
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        self._cluster = Local(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-        self._node = self._cluster.add_node(num_cpus=1)
-
-    @property
-    def address(self) -> str:
-        """Where drivers find it."""
-        return str(self._cluster.address)
-
-    def kill_node(self) -> None:
-        """End the node that is not the head, with all that runs there, and let another join."""
-        self._cluster.remove_node(self._node, allow_graceful=False)
-        self._node = self._cluster.add_node(num_cpus=1)
-
-    def stop(self) -> None:
-        """End all nodes."""
-        self._cluster.shutdown()
 
 
 def victims(kind: str, driver: "subprocess.Popen[bytes]") -> list[psutil.Process]:
@@ -181,7 +161,7 @@ def measure(folder: Path, wanted: int, seed: int, pause: tuple[float, float], sa
     with (folder / "driver.log").open("ab") as log:
         subprocess.run(command(quiet, "--jobs", "1"), check=True, stdout=log, stderr=log)
     found.undisturbed_seconds = time.monotonic() - began
-    cluster = Cluster()
+    cluster = Cluster(1)
     try:
         began, disturbed = time.monotonic(), Disturbed(cluster, folder, random.Random(seed), say)
         while disturbed.kills.total() < wanted:

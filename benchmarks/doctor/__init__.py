@@ -1,0 +1,1 @@
+"""What this machine can run: packages, devices, disks, data and weights, results. Nothing is downloaded or changed."""

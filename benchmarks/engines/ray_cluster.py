@@ -1,0 +1,120 @@
+"""The Ray cluster: starting or joining it, and what machines it has. Needs the ``cluster`` packages."""
+
+import logging
+import os
+import socket
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from fimaq_core.errors import EngineError
+
+#: Seconds in which a cluster must answer.
+_PATIENCE = 5.0
+
+#: Bytes of Ray's store for objects, which carries nothing but messages here.
+_STORE = 100 * 2**20
+
+
+@dataclass(frozen=True)
+class Node:
+    """A machine of the cluster that is alive.
+
+    Attributes:
+        id: Ray's name for it.
+        host: its name for people.
+        cpus, gpus: what it has in all.
+    """
+
+    id: str
+    host: str
+    cpus: float
+    gpus: float
+
+    def slots(self, gpus_per_cell: float, threads: int | None) -> int:
+        """How many cells it can take at a time. ``gpus_per_cell`` is 0 for cells on CPU."""
+        share, whole = (gpus_per_cell, self.gpus) if gpus_per_cell else (threads or 1, self.cpus)
+        return int(whole / share + 1e-6)
+
+
+def load_ray() -> ModuleType:
+    """Return the library. Raises EngineError where it is not installed."""
+    try:
+        import ray
+    except ImportError as error:
+        raise EngineError(
+            "The Ray engine needs Ray, which is not installed here: run make setup, or pip install 'fimaq[cluster]'. "
+            "Without it, use --engine local."
+        ) from error
+    return ray
+
+
+def connect(address: str, cpus: int | None) -> None:
+    """Join the cluster at ``address`` (``host:port``), or start one on this machine that ends with this process.
+
+    Args:
+        address: empty for one of this machine's own.
+        cpus: cores that one is told it has; None: those there are.
+
+    Raises:
+        EngineError: Ray is not installed, or nothing answers there.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if not address:
+        # A cluster of one's own asks for a token in any case; said explicitly, Ray need not explain it.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    ray = load_ray()
+    if ray.is_initialized():
+        return
+    settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
+    if address:
+        _check(address)
+        settings["address"] = address
+    else:
+        settings |= {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": _STORE}
+    # It prints a paragraph about every worker that dies, in the midst of the progress display; the runner says it in a line.
+    ray._private.worker.print_to_stdstream = lambda *_, **__: None
+    try:
+        ray.init(**settings)
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError, AssertionError, ray.exceptions.RayError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if not address:
+            raise EngineError(f"Ray does not start on this machine: {first}") from error
+        raise EngineError(
+            f"Cannot join the Ray cluster at {address}: {first} A run must start on a machine of the cluster (ray start "
+            f"--address={address}), with the same versions of Python and Ray."
+        ) from error
+
+
+def _check(address: str) -> None:
+    """Raise EngineError at once where Ray would wait for long."""
+    host, _, port = address.rpartition(":")
+    if "://" in address or not host or not port.isdecimal():
+        if address == "auto":
+            return
+        raise EngineError(
+            f"Not the address of a Ray cluster: '{address}'. Give it as host:port, as `ray start --head` prints it (port 6379 "
+            "unless you chose another), and start the run on a machine of the cluster."
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_PATIENCE).close()
+    except (OSError, OverflowError) as error:
+        raise EngineError(
+            f"No Ray cluster answers at {address} ({error}). Start one there with `ray start --head --port={port}`, or leave the "
+            "address out to use this machine alone."
+        ) from error
+
+
+def nodes() -> list[Node]:
+    """The machines that are alive now."""
+    found = []
+    for node in load_ray().nodes():
+        if node["Alive"]:
+            has = node["Resources"]
+            found.append(Node(node["NodeID"], node["NodeManagerHostname"], has.get("CPU", 0.0), has.get("GPU", 0.0)))
+    return found
+
+
+def cuda_in_cluster() -> bool:
+    """Whether any machine has a GPU now."""
+    return any(node.gpus for node in nodes())
