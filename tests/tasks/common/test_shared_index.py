@@ -41,6 +41,7 @@ def test_a_run_leaves_what_a_plan_finds(tmp_path: Path):
     assert cached(replace(other, recipe=other.recipe.model_copy(update={"seed": 5}))) == []
     assert cached(replace(other, data=DataRequest(path=tmp_path))) == []
     assert cached(replace(other, model=ModelRequest("demo_deit"))) == []
+    assert cached(replace(other, data=DataRequest(limit=8, skip_corrupt=True))) == []
     # what is measured on does not matter
     assert cached(replace(other, data=DataRequest(limit=9))) == ["calibration", "MLPs"]
     for file in (tmp_path / "calibration").glob("*.safetensors"):
