@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -81,12 +82,12 @@ class Cell:
     point: str = ""
     places: tuple[tuple[str, str], ...] = ()
 
-    @property
+    @cached_property
     def key(self) -> Key:
         """What tells the cells of a grid apart."""
         return (self.section, self.model, self.scope, self.method, self.w_bit, self.a_bit, self.seed, self.point)
 
-    @property
+    @cached_property
     def bits(self) -> str:
         """Short name of the bit-widths."""
         return bits_name(self.w_bit, self.a_bit)
@@ -96,7 +97,7 @@ class Cell:
         """The scope as names end with it, ``" [vision]"``; empty without one."""
         return f" [{self.scope}]" if self.scope else ""
 
-    @property
+    @cached_property
     def subject(self) -> str:
         """The model and what of it is quantized: what methods are compared on."""
         return f"{self.model}{self.mark}"
@@ -111,7 +112,7 @@ class Cell:
         return f"{place}{self.subject} {self.method} {self.bits}{point} seed {self.seed}"
 
 
-def _nothing(_: CellRequest) -> list[str]:
+def _nothing(*_: object) -> list[str]:
     return []
 
 
@@ -123,14 +124,14 @@ class Adapter:
         run_cell: measures one cell and returns the path of its record. Must be importable by name (worker processes).
         planned_folder: the cell's folder, without running anything.
         preflight: what the cell needs and is not there.
-        cached: what an unfinished cell would find done, for people.
+        cached: what an unfinished cell with this folder would find done, for people.
         imports: heavy modules that measuring the cell imports: a host imports them once for all its cells.
     """
 
     run_cell: Callable[[CellRequest, Report], Path]
     planned_folder: Callable[[CellRequest], Path]
     preflight: Callable[[CellRequest], list[Missing]]
-    cached: Callable[[CellRequest], list[str]] = _nothing
+    cached: Callable[[CellRequest, Path], list[str]] = _nothing
     imports: Callable[[CellRequest], Sequence[str]] = _nothing
 
 
@@ -157,10 +158,10 @@ def _preflight(request: CellRequest) -> list[Missing]:
     return preflight(request)
 
 
-def _cached(request: CellRequest) -> list[str]:
+def _cached(request: CellRequest, folder: Path) -> list[str]:
     from tasks.common.plan import cached
 
-    return cached(request)
+    return cached(request, folder)
 
 
 def _imports(request: CellRequest) -> Sequence[str]:
@@ -205,10 +206,24 @@ def finished(cell: Cell, adapter: Adapter) -> tuple[ResultRecord, Path] | None:
 
     Where not even the cell's identity can be known yet (data or weights are missing), it is not finished either.
     """
+    folder = known_folder(cell, adapter)
+    record = None if folder is None else record_in(folder)
+    return None if folder is None or record is None else (record, folder)
+
+
+def known_folder(cell: Cell, adapter: Adapter) -> Path | None:
+    """Return the cell's folder; None while its identity cannot be known."""
     try:
-        folder = adapter.planned_folder(cell.request)
-        path = folder / "result.json"
-        return (read_record(path), folder) if path.is_file() else None
+        return adapter.planned_folder(cell.request)
+    except FimaqError:
+        return None
+
+
+def record_in(folder: Path) -> ResultRecord | None:
+    """Return the record in a cell's folder; None if there is none that can be read."""
+    path = folder / "result.json"
+    try:
+        return read_record(path) if path.is_file() else None
     except FimaqError:
         return None
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import pandas as pd
 
-from benchmarks.paired import compare
+from benchmarks.paired import Outcomes, Paired, by_seed, paired
 from benchmarks.tables import Measured, quantized, unique
 
 #: Methods that stop after calibration (or a closed-form refit of the weights), and methods that optimise block by block.
@@ -90,7 +90,12 @@ def _rounding_lines(measured: Iterable[Measured], mark: str) -> list[str]:
     pairs = [(subject, method) for subject, method in groups if method != "rtn" and (subject, "rtn") in groups]
     if not pairs:
         return []
-    results = {(subject, method): compare(groups[subject, method], groups[subject, "rtn"]) for subject, method in pairs}
+    rounded: dict[str, dict[int, Outcomes]] = {}
+    results: dict[tuple[str, str], Paired | None] = {}
+    for subject, method in pairs:
+        if subject not in rounded:
+            rounded = {subject: by_seed(groups[subject, "rtn"])}  # methods of a subject come together; none is read twice
+        results[subject, method] = paired(by_seed(groups[subject, method]), rounded[subject])
     judged = {key: result for key, result in results.items() if result is not None}
     claim = f"No method below rtn at {_MILD_BITS}{mark} by more than two paired standard errors, on any model"
     if not judged:

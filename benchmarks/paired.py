@@ -38,9 +38,13 @@ class Outcomes:
     weight: np.ndarray | None = None
     cluster: np.ndarray | None = None
 
-    def by_id(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Ids in order, and what goes with each: score (n,) float64, weight (n,), cluster (n,)."""
-        order, n = np.argsort(self.sample), len(self.sample)
+    def by_id(self, order: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Ids in order, and what goes with each: score (n,) float64, weight (n,), cluster (n,).
+
+        Args:
+            order: (n,) positions by id, where they are known.
+        """
+        order, n = np.argsort(self.sample) if order is None else order, len(self.sample)
         weight = np.ones(n) if self.weight is None else self.weight.astype(np.float64)[order]
         cluster = np.arange(n) if self.cluster is None else self.cluster[order]
         return self.sample[order], self.score[order].astype(np.float64), weight, cluster
@@ -95,9 +99,12 @@ def paired(first: Mapping[int, Outcomes], second: Mapping[int, Outcomes]) -> Pai
         clusters).
     """
     seeds = sorted(set(first) & set(second))
-    everything = [outcomes.by_id() for seed in seeds for outcomes in (first[seed], second[seed])]
-    if not everything:
+    chosen = [outcomes for seed in seeds for outcomes in (first[seed], second[seed])]
+    if not chosen:
         return None
+    # Mostly in the same order: to see that takes less than to sort them.
+    order, sample = np.argsort(chosen[0].sample), chosen[0].sample
+    everything = [outcomes.by_id(order if np.array_equal(outcomes.sample, sample) else None) for outcomes in chosen]
     ids, _, weight, cluster = everything[0]
     for other_ids, _, other_weight, other_cluster in everything[1:]:
         alike = ((ids, other_ids), (weight, other_weight), (cluster, other_cluster))
@@ -117,10 +124,11 @@ def paired(first: Mapping[int, Outcomes], second: Mapping[int, Outcomes]) -> Pai
 
 def compare(first: Sequence[Measured], second: Sequence[Measured]) -> Paired | None:
     """Compare two sets of finished cells, each of one subject, method and bits, by :func:`paired`; None where it cannot."""
-    return paired(_by_seed(first), _by_seed(second))
+    return paired(by_seed(first), by_seed(second))
 
 
-def _by_seed(items: Sequence[Measured]) -> dict[int, Outcomes]:
+def by_seed(items: Sequence[Measured]) -> dict[int, Outcomes]:
+    """Read the outcomes of cells that differ in their seeds; what has none is left out."""
     found = {item.cell.seed: read_outcomes(item) for item in items}
     return {seed: outcomes for seed, outcomes in found.items() if seed is not None and outcomes is not None}
 

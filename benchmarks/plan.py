@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tabulate import tabulate  # type: ignore[import-untyped, unused-ignore]
 
-from benchmarks.cells import Adapter, Cell, Key, RunOptions, finished_record
+from benchmarks.cells import Adapter, Cell, Key, RunOptions, finished_record, known_folder, record_in
 from benchmarks.costs import REFERENCE, Cost, CostRow, Costs, cost_row, costs_path, read_costs
 from benchmarks.estimate import duration
 from benchmarks.grid import Filters, expand
@@ -59,22 +59,28 @@ def plan_text(
         jobs: cells at a time.
         width: of a terminal: a wider table leaves columns out and says so. None: everything.
     """
-    records = {cell.key: finished_record(cell, adapter) for cell in cells}
-    done = [(cell, cost_row(cell, record)) for cell in cells if (record := records[cell.key]) is not None]
-    todo = [cell for cell in cells if records[cell.key] is None or cell.request.force]
+    folders = {cell.key: known_folder(cell, adapter) for cell in cells}
+    done = [(cell, row) for cell in cells if (row := _measured(cell, folders[cell.key])) is not None]
+    finished = {cell.key for cell, _ in done}
+    todo = [cell for cell in cells if cell.key not in finished or cell.request.force]
     costs = Costs([*done, *_more(todo, done, known, adapter)], reference, [*known, *cells])
     each = {cell.key: costs.of(cell) for cell in cells}
     chains = _chains(todo)
     order = {cell.key: number for number, cell in enumerate((cell for chain in chains for cell in chain), 1)}
     rows = []
     for cell in cells:
-        is_done = records[cell.key] is not None
+        is_done = cell.key in finished
         rows.append({
             "#": str(order.get(cell.key, "-")), **_settings(cell), "done": "yes" if is_done else "no", **_cost(each[cell.key]),
-            "cached": "-" if is_done else _cached(cell, adapter),
+            "cached": "-" if is_done else _cached(cell, folders[cell.key], adapter),
         })  # fmt: skip
     lines = [f"{len(rows)} cells, {len(done)} done, {len(rows) - len(done)} to run.", *_totals(chains, each, jobs)]
     return "\n".join([*_table(rows, width), "", *lines, *_origins(todo, each, costs)])
+
+
+def _measured(cell: Cell, folder: Path | None) -> CostRow | None:
+    record = None if folder is None else record_in(folder)
+    return None if record is None else cost_row(cell, record)
 
 
 def _chains(todo: Sequence[Cell]) -> list[list[Cell]]:
@@ -135,11 +141,9 @@ def _gigabytes(memory: int) -> str:
     return f"{memory / 1e9:.1f} GB"
 
 
-def _cached(cell: Cell, adapter: Adapter) -> str:
-    try:
-        return ", ".join(adapter.cached(cell.request)) or "-"
-    except FimaqError:  # data or weights are missing, so the cell's identity is not known: the run says so
-        return "-"
+def _cached(cell: Cell, folder: Path | None, adapter: Adapter) -> str:
+    # Without a folder, data or weights are missing: the run says so.
+    return "-" if folder is None else ", ".join(adapter.cached(cell.request, folder)) or "-"
 
 
 def _table(rows: Sequence[Mapping[str, str]], width: int | None) -> list[str]:

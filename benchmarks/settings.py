@@ -21,12 +21,13 @@ def settings_lines(mine: Sequence[Measured]) -> list[str]:
         if recipe is not None and (recipe.reconstruct or recipe.reconstruct_mlp) and recipe.method in METHODS:
             by_method.setdefault(recipe.method, []).append(recipe)
     methods = in_order(by_method)
+    released = {method: _released(recipes, usual) for method, recipes in by_method.items()}
     changed = [name for recipes in by_method.values() for recipe in recipes for name in recipe.changes(usual)]
     parts = []
     for name in unique([*_ALWAYS, *changed]):
         bearing = {method: by_method[method] for method in methods if _bears(name, by_method[method][0])}
         if bearing:
-            parts.append(_setting(name, bearing, usual))
+            parts.append(_setting(name, bearing, {method: released[method] for method in bearing}))
     lines = []
     if parts:
         lines.append(f"Settings of {', '.join(methods)}, as far as they have them: {', '.join(parts)}.")
@@ -46,17 +47,20 @@ def _bears(name: str, recipe: Recipe) -> bool:
     return recipe.reconstruct or group not in ("reconstruction", "loss")
 
 
-def _setting(name: str, by_method: Mapping[str, Sequence[Recipe]], usual: Mapping[str, Any]) -> str:
+def _setting(name: str, by_method: Mapping[str, Sequence[Recipe]], released: Mapping[str, Sequence[Recipe]]) -> str:
     """``name value (released: value)``; where methods differ, which has what."""
-    values = _by_text({method: [getattr(recipe, name) for recipe in recipes] for method, recipes in by_method.items()})
-    originals = {method: [getattr(_released(recipe, usual), name) for recipe in recipes] for method, recipes in by_method.items()}
-    released = _by_text(originals)
+    values, originals = (
+        _by_text({method: [getattr(recipe, name) for recipe in recipes] for method, recipes in group.items()})
+        for group in (by_method, released)
+    )
     text = f"{name} {_text(values)}"
-    return text if released == values else f"{text} (released: {_text(released)})"
+    return text if originals == values else f"{text} (released: {_text(originals)})"
 
 
-def _released(recipe: Recipe, usual: Mapping[str, Any]) -> Recipe:
-    return make_recipe(recipe.method, usual, {"w_bits": recipe.w_bits})
+def _released(recipes: Sequence[Recipe], usual: Mapping[str, Any]) -> list[Recipe]:
+    """The released settings of a method's recipes, once for each bit-width of weights, on which alone they depend."""
+    widths = dict.fromkeys(recipe.w_bits for recipe in recipes)
+    return [make_recipe(recipes[0].method, usual, {"w_bits": width}) for width in widths]
 
 
 def _by_text(values: Mapping[str, Sequence[object]]) -> dict[str, list[str]]:

@@ -270,8 +270,7 @@ class Recipe(BaseModel):
             usual: fields that the task sets for every method alike.
         """
         base = make_recipe(self.method, usual or {}, {"w_bits": self.w_bits, "a_bits": self.a_bits, "seed": self.seed})
-        mine, default = self.model_dump(mode="json"), base.model_dump(mode="json")
-        return {name: value for name, value in mine.items() if value != default[name] and name != "scope"}
+        return {name: value for name, value in self if value != getattr(base, name) and name != "scope"}
 
 
 def _digest(content: Mapping[str, Any]) -> str:

@@ -49,8 +49,8 @@ def plan_and_aggregate(cells: int, folder: Path) -> dict[str, Any]:
 
     Returns:
         ``cells``; seconds: ``expand``, ``plan`` (without ``expand``; nothing is finished), ``write`` (of records, no part of
-        what is measured), ``collect``, ``frame``, ``report``, ``csv``; ``cpu``: the same in seconds of processor time, which other
-        processes bear on less.
+        what is measured), ``collect``, ``frame``, ``report``, ``csv``; ``cpu``: the same in seconds of processor time, on which
+        other processes bear less.
     """
     options = RunOptions(results=folder, data=Places(imagenet=folder / "imagenet"))
     grid = _grid(cells, folder)

@@ -72,7 +72,10 @@ class StateWriter(Board):
         if outcome.kind == "failed":
             log = None if outcome.log is None else plain(str(outcome.log))
             self._failures.append(FailedCell(label=label, message=text, log=log))
-        self._write()
+        if outcome.kind == "elsewhere":  # thousands may be found at once
+            self._write_if_due()
+        else:
+            self._write()
 
     def tick(self, left: float | None, cells: Mapping[Key, float | None]) -> None:
         super().tick(left, cells)

@@ -124,8 +124,15 @@ class Catalogue:
         path = self.demo_folder / f"{name}.json"
         if not path.is_file():
             raise ModelError(f"There are no demo weights of {name}: run `python scripts/train_demo.py`.")
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return content
+        state = path.stat()
+        return _read_metadata(path, state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=64)
+def _read_metadata(path: Path, changed: int, size: int) -> dict[str, Any]:
+    """Read once while the file stays as it is: a plan asks for it several times a cell."""
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
 
 
 def cached_file(repository: Repository) -> Path | None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,10 +21,10 @@ from tasks.common.request import CellRequest, Missing
 def planned_folder(request: CellRequest) -> Path:
     """The folder of a cell, its identity: task, model.tag, method, bits, seed, and a digest of all the rest."""
     request = resolved(request)
-    tag = registry.model_identity(request.task, request.model)[0]
-    recipe = request.recipe
+    recipe, basis = request.recipe, _basis(request)
+    tag = basis["model"][0]
     rest = {
-        **_basis(request),
+        **basis,
         "recipe": None if recipe is None else recipe.digest(),
         "variant": variant_name(request),
         "limit": request.data.limit,
@@ -65,7 +66,7 @@ def note_shared(request: CellRequest, kind: str, digest: str, path: Path) -> Non
         digest: of what settles it beside model and data, as :func:`shared_digests` gives it.
         path: the file, made or about to be.
     """
-    entry = _index_entry(request, kind, digest)
+    entry = _index(request, kind) / _entry(request, _basis(request), kind, digest)
     try:
         if not entry.is_file() or entry.read_bytes() != path.name.encode():
             with replaced_whole(entry, durable=False) as temporary:
@@ -102,16 +103,21 @@ def part_address(name: str, scope: str | None) -> str:
 _KINDS = {"calibration": "calibration", "mlp": "MLPs", "reconstruction": "parts"}
 
 
-def cached(request: CellRequest) -> list[str]:
+def cached(request: CellRequest, folder: Path) -> list[str]:
     """What a cell that is not finished would find done, for people: ``blocks 3``, ``calibration``, ``MLPs``, ``parts 1 of 2``.
 
     Nothing of it is loaded: whether it still belongs to the cell (data may have changed since) only the run can tell.
+
+    Args:
+        folder: of the cell, see :func:`planned_folder`.
     """
-    request = resolved(request)
-    blocks = _count(planned_folder(request) / "blocks")
+    blocks = _count(folder / "blocks")
     texts = []
-    for kind, digests in shared_digests(request).items():
-        files = list(_shared_files(request, kind, digests))
+    kinds = [kind for kind in _KINDS if _index(request, kind).is_dir()]
+    request = resolved(request) if kinds else request
+    basis = _basis(request) if kinds else {}
+    for kind, digests in shared_digests(request).items() if kinds else ():
+        files = list(_shared_files(_index(request, kind), [_entry(request, basis, kind, digest) for digest in digests]))
         there = sum(file.is_file() for file in files)
         if there:
             texts.append(_KINDS[kind] + (f" {there} of {len(digests)}" if there < len(digests) else ""))
@@ -125,22 +131,24 @@ def _count(folder: Path) -> int:
     return sum(1 for _ in folder.glob("block-*.safetensors"))
 
 
-def _shared_files(request: CellRequest, kind: str, digests: list[str]) -> Iterator[Path]:
-    """The shared files that the index knows, whether they are there or not."""
-    for digest in digests:
-        entry = _index_entry(request, kind, digest)
+def _shared_files(index: Path, entries: list[str]) -> Iterator[Path]:
+    """The shared files that an index knows, whether they are there or not."""
+    for entry in entries:
         try:
-            with entry.open(encoding="utf-8") as file:
+            with (index / entry).open(encoding="utf-8") as file:
                 name = file.read(64)
         except (OSError, UnicodeDecodeError):
             continue
         if re.fullmatch(r"[0-9a-f]{24}\.safetensors", name):
-            yield entry.parent.parent / name
+            yield index.parent / name
 
 
-def _index_entry(request: CellRequest, kind: str, digest: str) -> Path:
-    content = {**_basis(request), "task": request.task, "skip_corrupt": request.data.skip_corrupt, "kind": kind, "digest": digest}
-    return request.results.parent / kind / ".index" / _digest(content)
+def _index(request: CellRequest, kind: str) -> Path:
+    return request.results.parent / kind / ".index"
+
+
+def _entry(request: CellRequest, basis: dict[str, Any], kind: str, digest: str) -> str:
+    return _digest({**basis, "task": request.task, "skip_corrupt": request.data.skip_corrupt, "kind": kind, "digest": digest})
 
 
 def preflight(request: CellRequest) -> list[Missing]:
@@ -150,7 +158,7 @@ def preflight(request: CellRequest) -> list[Missing]:
 
 
 def _path(path: Path | None) -> str | None:
-    return None if path is None else str(path.resolve())
+    return None if path is None else os.path.realpath(path)
 
 
 def resolved(request: CellRequest) -> CellRequest:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from functools import cache
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from fimaq_core.errors import RecipeError, suggest
@@ -48,8 +50,7 @@ def model_tag(name: str, request: ModelRequest) -> str:
     """``model.tag`` of a request to task ``name``; light for short and demo names. Raises ModelError."""
     if name in _REGISTERED:
         return _REGISTERED[name].model_tag(request)
-    _check(name)
-    tag: str = importlib.import_module(f"tasks.{name}.tags").model_tag(request)
+    tag: str = _tags(name).model_tag(request)
     return tag
 
 
@@ -58,7 +59,7 @@ def model_identity(name: str, request: ModelRequest) -> list[str]:
     tag = model_tag(name, request)
     if name in _REGISTERED:
         return [tag]
-    digest: str | None = importlib.import_module(f"tasks.{name}.tags").weights_digest(request)
+    digest: str | None = _tags(name).weights_digest(request)
     return [tag] if digest is None else [tag, digest]
 
 
@@ -66,8 +67,7 @@ def scopes(name: str) -> tuple[str, ...]:
     """What of a model task ``name`` can quantize, the usual first; empty where that is always everything."""
     if name in _REGISTERED:
         return _REGISTERED[name].scopes
-    _check(name)
-    found: tuple[str, ...] = importlib.import_module(f"tasks.{name}.tags").SCOPES
+    found: tuple[str, ...] = _tags(name).SCOPES
     return found
 
 
@@ -76,11 +76,7 @@ def parts(name: str, scope: str | None) -> dict[str, str | None]:
 
     Only those that take long; ``{"": scope}`` where the model is one chain.
     """
-    if name in _REGISTERED:
-        found = getattr(_REGISTERED[name], "parts", None)
-    else:
-        _check(name)
-        found = getattr(importlib.import_module(f"tasks.{name}.tags"), "parts", None)
+    found = getattr(_REGISTERED[name] if name in _REGISTERED else _tags(name), "parts", None)
     return {"": scope} if found is None else dict(found(scope))
 
 
@@ -88,8 +84,7 @@ def evaluations(name: str) -> tuple[str, ...]:
     """What task ``name`` can measure, the usual first; empty where that is one thing only."""
     if name in _REGISTERED:
         return getattr(_REGISTERED[name], "evaluations", ())
-    _check(name)
-    found: tuple[str, ...] = getattr(importlib.import_module(f"tasks.{name}.tags"), "EVALUATIONS", ())
+    found: tuple[str, ...] = getattr(_tags(name), "EVALUATIONS", ())
     return found
 
 
@@ -97,16 +92,14 @@ def defaults(name: str) -> dict[str, Any]:
     """Recipe fields that task ``name`` sets for every method alike, where the user does not."""
     if name in _REGISTERED:
         return dict(getattr(_REGISTERED[name], "defaults", {}))
-    _check(name)
-    return dict(getattr(importlib.import_module(f"tasks.{name}.tags"), "DEFAULTS", {}))
+    return dict(getattr(_tags(name), "DEFAULTS", {}))
 
 
 def preflight(name: str, model: ModelRequest, data: DataRequest) -> list[Missing]:
     """What task ``name`` needs of weights and data that is not there. Downloads nothing."""
     if name in _REGISTERED:
         return _REGISTERED[name].preflight(model, data)
-    _check(name)
-    missing: list[Missing] = importlib.import_module(f"tasks.{name}.tags").preflight(model, data)
+    missing: list[Missing] = _tags(name).preflight(model, data)
     return missing
 
 
@@ -117,6 +110,13 @@ def pictures(name: str, model: ModelRequest, data: DataRequest, ids: Sequence[st
     _check(name)
     found: dict[str, Image.Image] = importlib.import_module(f"tasks.{name}.pictures").pictures(model, data, ids)
     return found
+
+
+@cache
+def _tags(name: str) -> ModuleType:
+    """The light module of a task that is a package here. Kept: a plan asks it several times a cell."""
+    _check(name)
+    return importlib.import_module(f"tasks.{name}.tags")
 
 
 def _check(name: str) -> None:

@@ -160,10 +160,10 @@ def test_the_plan_lists_steps_of_mlps(tmp_path):
     cells = expand(parse_grid({**GRID, "overrides": {"mlp_steps": 77}}), Filters(), RunOptions(results=tmp_path))
     lines = plan_text(cells, fakes.ADAPTER).splitlines()
     (row, *_) = [line.split() for line in lines if " relu-fp " in line]
-    assert row == ["classification", "a", "relu-fp", "fp", "1", "-", "77", "-", "1024", "32", "train", "no"]
+    assert row[1:] == ["classification", "a", "relu-fp", "fp", "1", "-", "77", "-", "1024", "32", "train", "no"]
     assert "MLP steps" in lines[0]
     cells = expand(parse_grid({**GRID, "overrides": {"mlp_batch": 8}}), Filters(), RunOptions(results=tmp_path))
-    batches = {line.split()[2]: line.split()[-3] for line in plan_text(cells, fakes.ADAPTER).splitlines()[2:-2]}
+    batches = {line.split()[3]: line.split()[-3] for line in plan_text(cells, fakes.ADAPTER).splitlines()[2:-3]}
     assert (batches["relu-fp"], batches["fimaq"], batches["rtn"]) == ("8", "32", "-")
 
 

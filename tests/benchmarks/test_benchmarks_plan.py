@@ -168,16 +168,24 @@ def test_damaged_reference_costs_are_one_line_and_the_plan_goes_on(tmp_path: Pat
 
 
 def test_what_is_there_of_unfinished_cells_is_listed(tmp_path: Path):
-    def cached(request: CellRequest) -> list[str]:
-        if request.recipe is None:
-            raise FimaqError("no data")
-        return ["blocks 3", "calibration"] if request.recipe.method == "fimaq" else []
+    def cached(request: CellRequest, folder: Path) -> list[str]:
+        assert folder == fakes.planned_folder(request)
+        return ["blocks 3", "calibration"] if request.recipe is not None and request.recipe.method == "fimaq" else []
 
     grid = fakes.plain_demo(seeds=(1,), bits=("w3a3",))
     measure(cells_of(grid, tmp_path)["demo_vit fimaq w3a3 seed 1"], 5.0)
     text = plan(grid, tmp_path, cached=cached)
     assert [item["cached"] for item in rows(text) if item["model"] == "demo_vit"] == ["-"] * 5
     assert row(text, model="demo_swin", method="fimaq")["cached"] == "blocks 3, calibration"
+
+
+def test_cells_whose_identity_is_not_known_are_planned_all_the_same(tmp_path: Path):
+    def unknown(request: CellRequest) -> Path:
+        raise FimaqError("no weights")
+
+    text = plan(fakes.plain_demo(), tmp_path, planned_folder=unknown)
+    assert {item["done"] for item in rows(text)} == {"no"}
+    assert "51 cells, 0 done, 51 to run." in text
 
 
 def test_the_real_adapter_knows_what_is_there(tmp_path: Path):

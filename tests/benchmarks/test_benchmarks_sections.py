@@ -178,8 +178,8 @@ def test_time_left_is_told_apart_by_section_and_scope():
 
 def test_the_plan_lists_sections_and_scopes():
     lines = plan_text(cells_of(seeds="1"), fakes.ADAPTER).splitlines()
-    assert lines[0].split()[:5] == ["task", "model", "scope", "method", "bits"]
-    rows = [line.split()[:5] for line in lines]
+    assert lines[0].split()[:6] == ["#", "task", "model", "scope", "method", "bits"]
+    rows = [line.split()[1:6] for line in lines]
     assert ["coco", "clip_b", "vision", "fimaq", "w4a4"] in rows
     assert ["coco", "clip_b", "-", "fp", "fp"] in rows
     assert ["classification", "demo_vit", "-", "rtn", "w3a3"] in rows

@@ -20,6 +20,7 @@ from benchmarks.display import Outcome, make_display
 from benchmarks.grid import Filters, expand
 from benchmarks.live_view import LiveView
 from benchmarks.plain_view import PlainView
+from benchmarks.rows import running_table
 from benchmarks.terminal import plain
 from fimaq_core.progress import Progress
 
@@ -71,6 +72,16 @@ def test_rows_beyond_the_terminal_are_counted(height: int):
     shown = [line for line in lines if "demo_" in line]
     assert shown
     assert lines[-1].strip() == f"… and {40 - len(shown)} more"
+
+
+@pytest.mark.parametrize(("lines", "shown", "rest"), [(1, 0, 7), (3, 2, 5), (6, 5, 2), (7, 7, 0), (9, 7, 0), (None, 7, 0)])
+def test_no_more_lines_than_there_is_room_for(lines: int | None, shown: int, rest: int):
+    console = Console(file=io.StringIO(), width=80, color_system=None)
+    console.print(running_table(busy_view(cells(7)).running(), 80, lines))
+    assert isinstance(console.file, io.StringIO)
+    found = console.file.getvalue().rstrip("\n").split("\n")
+    assert sum("demo_" in line for line in found) == shown
+    assert [line for line in found if "more" in line] == ([f"… and {rest} more"] if rest else [])
 
 
 @pytest.mark.parametrize("width", [60, 80, 200])

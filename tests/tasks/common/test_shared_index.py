@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from fimaq_core.recipe import make_recipe
-from tasks.common import registry
-from tasks.common.plan import cached, note_shared, planned_folder, resolved, shared_digests
+from tasks.common import plan, registry
+from tasks.common.plan import note_shared, planned_folder, resolved, shared_digests
 from tasks.common.prepare import part_address
 from tasks.common.registry import get_task
 from tasks.common.request import CellRequest, DataRequest, ModelRequest
@@ -20,6 +20,10 @@ def request_of(tmp_path: Path, task: str, model: str, method: str = "qdrop", **c
     recipe = make_recipe(method, registry.defaults(task), SETTINGS, changes)
     data = DataRequest(limit=8)
     return CellRequest(task, ModelRequest(model), data, recipe, results=tmp_path / "runs", threads=1)
+
+
+def cached(request: CellRequest) -> list[str]:
+    return plan.cached(request, planned_folder(request))
 
 
 def put(path: Path) -> None:
@@ -37,6 +41,7 @@ def test_a_run_leaves_what_a_plan_finds(tmp_path: Path):
     assert cached(replace(other, recipe=other.recipe.model_copy(update={"seed": 5}))) == []
     assert cached(replace(other, data=DataRequest(path=tmp_path))) == []
     assert cached(replace(other, model=ModelRequest("demo_deit"))) == []
+    assert cached(replace(other, data=DataRequest(limit=8, skip_corrupt=True))) == []
     # what is measured on does not matter
     assert cached(replace(other, data=DataRequest(limit=9))) == ["calibration", "MLPs"]
     for file in (tmp_path / "calibration").glob("*.safetensors"):
