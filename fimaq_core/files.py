@@ -22,7 +22,7 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
     """
     for file in folder.glob(".*" if name is None else f".{glob.escape(name)}.*"):
         if _LEFT.fullmatch(file.name):
-            file.unlink(missing_ok=True)
+            remove(file)
 
 
 @contextmanager
