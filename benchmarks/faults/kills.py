@@ -35,7 +35,7 @@ class Kills:
 
     Attributes:
         kinds: kills by kind.
-        given_up: calls that ended with a cell given up, because its process was killed again and again; the next call finished it.
+        given_up: calls that ended with a cell given up, since its process was killed again and again; the next one finished it.
         runs: how often the whole grid ran to its end: more than once where it was over before all kills were made.
         lost: cells without a record at the end.
         doubled: cells measured more than once, or by two processes at the same time.
