@@ -21,7 +21,7 @@ BENCH_OUT := $(if $(filter 1,$(REFERENCE)),results/reference/speed.json,results/
 BENCH := $(if $(DEVICE),--device $(DEVICE)) $(if $(MODELS),--models $(MODELS)) $(if $(THREADS),--threads $(THREADS)) \
 	$(if $(BUDGET),--budget $(BUDGET))
 
-.PHONY: help setup reproduce-table diff bench test lint format clean
+.PHONY: help setup reproduce-table diff report doctor bench test lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,12 @@ reproduce-table: $(STAMP) ## run a profile's grid and print its table
 diff: $(STAMP) ## set measured tables against published numbers
 	@$(RUN) diff --allow-nothing
 
+report: $(STAMP) ## write results/report.html: measured tables, charts and example predictions in one file
+	@$(RUN) report --profile $(PROFILE) $(PLACES)
+
+doctor: $(STAMP) ## say what this machine can run, and what to do about the rest
+	@$(RUN) doctor --profile $(PROFILE) $(PLACES)
+
 bench: $(STAMP) ## time every stage and engine beside the machine's floors
 	@$(PY) -m benchmarks.speed $(BENCH) --output $(BENCH_OUT)
 
@@ -66,4 +72,4 @@ format: $(STAMP) ## format the code
 	@$(PY) -m ruff format .
 
 clean: ## remove the virtual environment and everything that runs wrote
-	rm -rf $(VENV) results/runs results/tables results/calibration results/mlp results/reconstruction results/speed.json
+	rm -rf $(VENV) results/runs results/tables results/calibration results/mlp results/reconstruction results/speed.json results/report.html
