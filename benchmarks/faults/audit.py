@@ -56,9 +56,10 @@ def run_cell(request: CellRequest, report: Report) -> Path:
 
     def told(progress: Progress) -> None:
         # The first sign of work, not of the call: a cell that another measures, or has measured, is none of this process's.
-        if not seen and not progress.stage.startswith("wait"):
-            _enter(results, cell, at_work)
-        seen.add(progress.stage)
+        if not progress.stage.startswith("wait"):
+            if not seen:
+                _enter(results, cell, at_work)
+            seen.add(progress.stage)
         report(progress)
 
     path = real(request, told)

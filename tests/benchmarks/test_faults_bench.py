@@ -1,0 +1,83 @@
+"""What the fault bench counts, and two runners on one folder."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from benchmarks.faults import audit, busy, kills
+from benchmarks.faults.audit import Event
+from fimaq_core.progress import Progress, silent
+from tasks.common.lease import this_process
+from tasks.common.record import read_record
+from tasks.common.request import CellRequest, DataRequest, ModelRequest
+
+
+def test_busy_is_the_share_of_the_workers_time_that_cells_take():
+    events = [
+        Event("begun", "a", 1, 10.0), Event("begun", "b", 2, 11.0), Event("measured", "a", 1, 12.0),
+        Event("measured", "b", 2, 14.0),
+    ]  # fmt: skip
+    assert busy.worker_busy(events, 2) == pytest.approx((2 + 3) / (2 * 4))
+    assert busy.worker_busy(events[:1] + events[2:3], 1) == 1.0
+
+
+def test_cells_measured_twice_or_by_two_at_a_time_are_doubled():
+    seen = {"begun": "aad", "measured": "abbd", "overlap": "c"}
+    events = [Event(kind, cell, 1, 0.0) for kind, cells in seen.items() for cell in cells]
+    assert kills.doubled(events) == {"b", "c"}
+
+
+def test_the_witness_sees_who_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    request = CellRequest("classification", ModelRequest("demo_vit"), DataRequest(), None, results=tmp_path / "runs")
+    stages = ["evaluate"]
+    monkeypatch.setattr("tasks.common.run.run_cell", lambda _, report: [report(Progress(stage, 0, 1)) for stage in stages])
+    told: list[Progress] = []
+    audit.run_cell(request, told.append)
+    assert [event.kind for event in audit.read_events(tmp_path)] == ["begun", "measured"]
+    stages[:] = []  # another measured it
+    audit.run_cell(request, silent)
+    assert len(audit.read_events(tmp_path)) == 2
+    (at_work,) = (tmp_path / "audit").glob("*.at-work")
+    pid, started = this_process()[1:]
+    at_work.write_text(json.dumps([os.getppid(), started - 1000]))  # another process had that id
+    stages[:] = ["wait for another", "calibrate", "evaluate"]
+    audit.run_cell(request, silent)
+    assert [event.kind for event in audit.read_events(tmp_path)][2:] == ["begun", "measured"]
+    import psutil
+
+    at_work.write_text(json.dumps([os.getppid(), psutil.Process(os.getppid()).create_time()]))
+    audit.run_cell(request, silent)
+    assert [event.kind for event in audit.read_events(tmp_path)][4:] == ["begun", "overlap", "measured"]
+    assert told[0].stage == "evaluate"
+    assert json.loads(at_work.read_text())[0] == pid
+
+
+def test_two_runners_on_one_folder_measure_each_cell_once(tmp_path: Path):
+    """Started together, of two workers each; cells are those of the bench, which do nothing but write."""
+    grid = tmp_path / "grid.yaml"
+    grid.write_text(yaml.safe_dump({
+        "name": "twice", "tasks": {"classification": {"dataset": "none", "models": ["demo_vit"]}}, "methods": ["rtn"],
+        "bits": ["w4a4"], "seeds": list(range(10)), "threads": 1,
+    }))  # fmt: skip
+    results = tmp_path / "results"
+    command = [sys.executable, "-m", "benchmarks.faults.driver", "stand-in", "run", "--profile", str(grid), "--jobs", "2"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    runners = [
+        subprocess.Popen([*command, "--results", str(results)], stdout=subprocess.PIPE, text=True, env=environment) for _ in "ab"
+    ]
+    said = [runner.communicate()[0] for runner in runners]
+    assert [runner.returncode for runner in runners] == [0, 0]
+    events = audit.read_events(results)
+    for kind in ("begun", "measured"):
+        cells = [event.cell for event in events if event.kind == kind]
+        assert len(cells) == len(set(cells)) == 10, kind
+    assert len({event.pid for event in events}) == 10  # a process a cell
+    for text in said:
+        assert "[10/10]" in text
+    assert all(read_record(path).n == 2000 for path in results.rglob("result.json"))
+    assert len(list(results.rglob("result.json"))) == 10
