@@ -1,0 +1,285 @@
+"""What the page shows, as plain data: everything is computed before the templates see it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from benchmarks.report.charts.shapes import Chart
+from benchmarks.report.gather import Failed, Problem
+from benchmarks.report.groups import Column
+
+
+@dataclass(frozen=True)
+class Value:
+    """A number in a table.
+
+    Attributes:
+        text: as it is shown.
+        number: what it sorts by; None where nothing is measured.
+        link: id of its provenance.
+        best: whether it is the best of its column.
+        near: whether it cannot be told from the best.
+        share: length of the bar beneath it, 0 to 1; None for no bar.
+        title: more of it in words.
+    """
+
+    text: str
+    number: float | None = None
+    link: str = ""
+    best: bool = False
+    near: bool = False
+    share: float | None = None
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method's row; ``about`` says in small type what the method does."""
+
+    method: str
+    values: Sequence[Value]
+    about: str = ""
+
+
+@dataclass(frozen=True)
+class Wide:
+    """A table of methods × (subject, bits)."""
+
+    id: str
+    caption: str
+    columns: Sequence[Column]
+    rows: Sequence[Row]
+
+    @property
+    def heads(self) -> list[tuple[str, str, int]]:
+        """Subject, its model, and how many columns are its own, in order."""
+        found: list[tuple[str, str, int]] = []
+        for column in self.columns:
+            if found and found[-1][0] == column.subject:
+                found[-1] = (column.subject, column.model, found[-1][2] + 1)
+            else:
+                found.append((column.subject, column.model, 1))
+        return found
+
+
+@dataclass(frozen=True)
+class DataTable:
+    """What a chart shows, in figures: a head, and rows whose first cell names them; ``methods`` are the rows' for filters."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    methods: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A chart with its title, its words, and its data."""
+
+    id: str
+    title: str
+    chart: Chart
+    data: DataTable
+    subject: str = ""
+    model: str = ""
+    bits: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A line of a provenance: one value for all seeds, or one a seed."""
+
+    name: str
+    values: Sequence[str]
+    code: bool = False
+
+    @property
+    def shared(self) -> bool:
+        """Whether all seeds have the same."""
+        return len(set(self.values)) == 1
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a number is from: the provenance of a group.
+
+    Attributes:
+        id: of its place on the page.
+        seeds: what its columns are called.
+        metrics: a row a metric: name, mean ± sd, and value ± standard error of each seed with the CSV's decimals.
+        facts: by heading.
+        recipe: all settings but the seed, a line each; empty for full precision.
+        notes: of the records.
+    """
+
+    id: str
+    title: str
+    score: str
+    subject: str
+    model: str
+    method: str
+    bits: str
+    seeds: Sequence[str]
+    metrics: Sequence[tuple[str, str, Sequence[str]]]
+    facts: Sequence[tuple[str, Sequence[Fact]]]
+    recipe: str
+    notes: Sequence[str]
+
+
+@dataclass(frozen=True)
+class ModuleMapView:
+    """A module map that some cells share.
+
+    Attributes:
+        used_by: methods, and bits where not all have it.
+        summary: how many layers of which kind.
+        rows: a row a layer.
+        full_precision: what stays in full precision.
+    """
+
+    subject: str
+    model: str
+    used_by: Sequence[str]
+    summary: str
+    rows: Sequence[Sequence[str]]
+    full_precision: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said of a sample. ``right`` None: cannot be told."""
+
+    text: str
+    detail: str = ""
+    right: bool | None = None
+    rest: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Object:
+    """An object drawn over a picture: box (x, y, w, h) and outlines as SVG points, in the picture's pixels."""
+
+    label: str
+    colour: int
+    box: tuple[float, float, float, float]
+    outlines: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Objects over a picture, and what is seen in words."""
+
+    objects: Sequence[Object]
+    alt: str
+
+
+@dataclass(frozen=True)
+class ExampleRow:
+    """A sample: its picture, the truth, and what each column says of it (None: not there)."""
+
+    sample: str
+    picture: str
+    width: int
+    height: int
+    truth: Sequence[str]
+    truth_drawing: Drawing | None
+    cells: Sequence[Answer | Drawing | None]
+
+
+@dataclass(frozen=True)
+class Board:
+    """Example predictions of a subject at some bits, methods side by side."""
+
+    subject: str
+    model: str
+    bits: str
+    kind: str
+    methods: Sequence[str]
+    rows: Sequence[ExampleRow]
+    agreement: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that boards show by its id."""
+
+    id: str
+    uri: str
+    width: int
+    height: int
+    crisp: bool
+
+
+@dataclass
+class Section:
+    """A section of the grid: everything about one task on one data set."""
+
+    name: str
+    task: str
+    metric: str
+    unit: str
+    data: Sequence[str]
+    table: Wide
+    others: Sequence[Wide]
+    notes: Sequence[str]
+    by_bits: Sequence[Figure]
+    compared: Sequence[Figure]
+    recovery: Wide | None
+    errors: Sequence[Figure]
+    fisher: Sequence[Figure]
+    without_blocks: int
+    times: Sequence[Figure]
+    memory: Sequence[Figure]
+    costs: Sequence[Figure]
+    modules: Sequence[ModuleMapView]
+    boards: Sequence[Board]
+    without_examples: int
+    origins: Sequence[Origin]
+    axes: Sequence[tuple[str, Sequence[str], Sequence[Sequence[str]]]] = ()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A measured value beside a published one."""
+
+    cells: Sequence[str]
+    kind: str
+    text: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Published:
+    """The comparison with published numbers; ``hidden`` says of what has none why, with how many values."""
+
+    head: Sequence[str]
+    rows: Sequence[Verdict]
+    hidden: Sequence[tuple[str, int]]
+    summary: str
+
+
+@dataclass
+class Page:
+    """The whole report."""
+
+    title: str
+    profile: str
+    description: str
+    made: str
+    measured_from: str
+    measured_to: str
+    planned: int
+    done: int
+    failed: int
+    missing: int
+    beyond: int
+    foreign: int
+    facts: Sequence[tuple[str, Sequence[str]]]
+    sections: Sequence[Section]
+    empty: Sequence[str]
+    published: Published
+    pictures: Sequence[Picture]
+    failures: Sequence[Failed]
+    problems: Sequence[Problem]
+    filters: dict[str, Sequence[str]] = field(default_factory=dict)
+    looks: dict[str, str] = field(default_factory=dict)
+    reference: Sequence[str] = ()
