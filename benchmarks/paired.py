@@ -6,15 +6,20 @@ mean over samples, such as average precision, are compared by what each sample c
 (Efron and Stein, Annals of Statistics 9, 1981), whose mean is the metric.
 """
 
+import logging
 import math
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
 from benchmarks.cells import MAIN_METRIC
 from benchmarks.tables import Measured
+from tasks.common.record import outcomes_problem
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,9 +59,14 @@ class Paired:
 def read_outcomes(item: Measured) -> Outcomes | None:
     """Return a record's per-sample outcomes; None if there are none that can be read.
 
-    The scores are ``correct`` where there is that, else what the file has under the name of the task's main metric.
+    The scores are ``correct`` where there is that, else what the file has under the name of the task's main metric. A file that
+    does not belong to the record is not read, and a warning says so.
     """
     if item.folder is None:
+        return None
+    problem = outcomes_problem(item.record, item.folder)
+    if problem is not None:
+        _warn(problem)
         return None
     try:
         with np.load(item.folder / item.record.outcomes, allow_pickle=False) as content:
@@ -65,6 +75,12 @@ def read_outcomes(item: Measured) -> Outcomes | None:
             return Outcomes(content["sample"], content[score], *more)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
+
+
+@cache
+def _warn(problem: str) -> None:
+    """Once a text: tables read the same outcomes many times."""
+    logger.warning("%s It is left out of comparisons sample by sample.", problem)
 
 
 def paired(first: Mapping[int, Outcomes], second: Mapping[int, Outcomes]) -> Paired | None:

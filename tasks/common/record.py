@@ -3,15 +3,23 @@
 import json
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
-from fimaq_core.errors import CheckpointError
+from fimaq_core.errors import CheckpointError, DataError
 from fimaq_core.files import replaced_whole
 from fimaq_core.recipe import Recipe
+from tasks.common import sealing
+from tasks.common.hashing import file_sha256
+from tasks.common.record_versions import migrated
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+
+_REMEDY = "restore it, or delete it to measure that cell again"
+
+#: Name of a file beside the record: records come from elsewhere too, so it can name no other place.
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}$")]
 
 
 class _Strict(BaseModel):
@@ -21,8 +29,8 @@ class _Strict(BaseModel):
 class Metric(_Strict):
     """A measured value and its standard error over the samples; in percent, but for ranks, which count from 1."""
 
-    value: float = Field(allow_inf_nan=False)
-    stderr: float = Field(allow_inf_nan=False)
+    value: FiniteFloat
+    stderr: FiniteFloat
 
 
 class Weights(_Strict):
@@ -98,10 +106,28 @@ class Environment(_Strict):
     threads: int
 
 
-class ResultRecord(_Strict):
-    """Everything known of one finished cell. ``method`` ``fp`` is the full-precision model."""
+class BlockFigures(_Strict):
+    """How a reconstructed block came out.
 
-    schema_version: Literal[1] = 1
+    ``error`` is ``||q - f||² / ||f||²`` of its output q in the quantized model (all errors before it included) and f in the
+    full-precision model, over all calibration images. ``fisher`` is the mean of the diagonal Fisher weight in its loss; None for
+    losses without.
+    """
+
+    error: FiniteFloat
+    fisher: FiniteFloat | None = None
+
+
+class ResultRecord(_Strict):
+    """Everything known of one finished cell. ``method`` ``fp`` is the full-precision model.
+
+    Of what lies beside it, ``outcomes`` names the file of per-sample outcomes and ``outcomes_sha256`` is its sha256, ``examples``
+    names the file of example predictions. ``seconds`` and ``stage_memory_bytes`` (the peak meanwhile) are by stage.
+    ``fingerprint`` is the sha256 of all else, see :mod:`tasks.common.sealing`: set when the record is written, empty in one of
+    schema 1.
+    """
+
+    schema_version: Literal[2] = 2
     task: str
     model: str
     method: str
@@ -118,16 +144,21 @@ class ResultRecord(_Strict):
     dataset: Dataset
     calibration: Calibration | None
     modules: ModuleMap | None
-    last_loss: dict[str, float] = {}
+    last_loss: dict[str, FiniteFloat] = {}
     fisher_passes: dict[str, int] = {}
     notes: list[str] = []
     step_engine: str | None = None
     skipped_images: list[str] = []
+    blocks: dict[str, BlockFigures] = {}
     environment: Environment
-    seconds: dict[str, float]
+    seconds: dict[str, FiniteFloat]
     peak_memory_bytes: int
+    stage_memory_bytes: dict[str, int] = {}
     finished: str
-    outcomes: str
+    outcomes: FileName
+    outcomes_sha256: str | None = None
+    examples: FileName | None = None
+    fingerprint: str = ""
 
 
 def bits_name(w_bit: int, a_bit: int) -> str:
@@ -147,35 +178,67 @@ def cell_folder(
     return root / task / model_tag / method / bits_name(w_bit, a_bit) / name
 
 
+def sealed(record: ResultRecord) -> ResultRecord:
+    """The record with its fingerprint."""
+    return record.model_copy(update={sealing.FIELD: sealing.fingerprint(json.loads(record.model_dump_json()))})
+
+
 def write_record(record: ResultRecord, folder: Path) -> Path:
-    """Write ``result.json`` into ``folder`` and return its path."""
+    """Write ``result.json``, sealed, into ``folder`` and return its path."""
     path = folder / "result.json"
     with replaced_whole(path) as temporary:
-        temporary.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(sealed(record).model_dump_json(indent=1) + "\n", encoding="utf-8")
     return path
 
 
 def read_record(path: Path) -> ResultRecord:
-    """Read and validate a record.
+    """Read and validate a record; one of an older schema comes as one of the present schema.
 
     Raises:
-        CheckpointError: missing, damaged, of another schema, or not a record.
+        CheckpointError: missing, damaged, changed after it was written, of a newer schema, or not a record.
     """
+    content = sealing.read_object(path, "record", _REMEDY)
+    version = content.get("schema_version")
+    if type(version) is not int or version < 1:
+        raise CheckpointError(f"{path} is no record: its schema version is {version!r}.")
+    if version > SCHEMA_VERSION:
+        raise CheckpointError(
+            f"The record {path} has schema version {version}, and this version of fimaq reads up to {SCHEMA_VERSION}: "
+            "update fimaq."
+        )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"Cannot read the record {path}: {error.strerror}.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"The record {path} is damaged ({error}): delete it to measure that cell again.") from error
-    version = content.get("schema_version") if isinstance(content, dict) else None
-    if version != SCHEMA_VERSION:
-        raise CheckpointError(f"The record {path} has schema version {version!r}; this version of fimaq reads {SCHEMA_VERSION}.")
-    try:
-        return ResultRecord.model_validate(content)
+        if version >= 2 and content.get(sealing.FIELD) != sealing.fingerprint(content):
+            raise CheckpointError(
+                f"The record {path} was changed after it was written (its fingerprint is not that of its content): {_REMEDY}."
+            )
+        return ResultRecord.model_validate(migrated(content, version, SCHEMA_VERSION))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise CheckpointError(f"The record {path} is not valid: {where}: {first['msg']}.") from error
+        raise CheckpointError(f"The record {path} is not valid: {where}: {first['msg']}: {_REMEDY}.") from error
+    except ValueError as error:
+        raise CheckpointError(f"The record {path} is not valid: {error}: {_REMEDY}.") from error
+
+
+def outcomes_problem(record: ResultRecord, folder: Path) -> str | None:
+    """Say why the file of outcomes beside a record is not the one it was written with; None if it is, or nobody can tell.
+
+    Args:
+        folder: of the record. Nobody can tell of a record of schema 1.
+    """
+    if record.outcomes_sha256 is None:
+        return None
+    path = folder / record.outcomes
+    try:
+        found = file_sha256(path)
+    except DataError as error:
+        return str(error)
+    if found == record.outcomes_sha256:
+        return None
+    return (
+        f"{path} does not belong to the record beside it (its sha256 is {found[:12]}, the record has "
+        f"{record.outcomes_sha256[:12]}): restore it, or delete the record to measure that cell again."
+    )
 
 
 def proportion(correct: int, count: int) -> Metric:

@@ -31,6 +31,7 @@ from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction.mlp import mlps as find_mlps
 from fimaq_core.reconstruction.reconstruct import ReconstructionLog
 from tasks.common.environment import describe, peak_memory, resolve_device
+from tasks.common.hashing import file_sha256
 from tasks.common.modules import merge_logs, whole_map
 from tasks.common.plan import planned_folder, variant_name
 from tasks.common.prepare import Part, built_model, chains_of, check_request, checkpoint_facts, fingerprint_of, start, whole
@@ -243,4 +244,4 @@ def _write(record: ResultRecord, evaluation: Evaluation, folder: Path) -> Path:
     for name, content in evaluation.files.items():
         with replaced_whole(folder / name) as temporary:
             temporary.write_text(json.dumps(content), encoding="utf-8")
-    return write_record(record, folder)
+    return write_record(record.model_copy(update={"outcomes_sha256": file_sha256(folder / record.outcomes)}), folder)

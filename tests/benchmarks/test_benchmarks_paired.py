@@ -1,6 +1,7 @@
 """Paired comparisons: McNemar's closed form, seeds averaged first, and what does not compare."""
 
 import math
+from dataclasses import replace
 
 import benchmark_fakes as fakes
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from benchmarks.cells import RunOptions
 from benchmarks.grid import Filters, expand
 from benchmarks.paired import Outcomes, Paired, compare, mean_difference, paired, read_outcomes
+from tasks.common.hashing import file_sha256
 
 
 def outcomes(correct, ids=None) -> Outcomes:
@@ -105,6 +107,22 @@ def test_records_on_disk_are_compared_and_damaged_ones_are_not(tmp_path):
     assert base[1].folder is not None
     (base[1].folder / "outcomes.npz").unlink()
     assert compare(mine, base) is None
+
+
+def test_outcomes_of_another_record_are_not_used_and_a_warning_says_so(tmp_path, caplog):
+    cells = expand(fakes.plain_demo(), Filters(models=("demo_vit",), bits=("w4a4",)), RunOptions(results=tmp_path))
+    (cell,) = (cell for cell in cells if cell.method == "rtn" and cell.seed == 1)
+    (item,) = fakes.write_cells([cell], lambda cell: 75.0, lambda cell: np.array([True, True, True, False]))
+    assert item.folder is not None
+    own = replace(item, record=item.record.model_copy(update={"outcomes_sha256": file_sha256(item.folder / "outcomes.npz")}))
+    assert read_outcomes(own) is not None
+    np.savez(item.folder / "outcomes.npz", sample=np.array(list("abcd")), correct=np.ones(4, dtype=bool))
+    assert read_outcomes(item) is not None  # the record is of schema 1 and cannot tell
+    assert not caplog.records
+    assert read_outcomes(own) is None
+    assert read_outcomes(own) is None
+    (warning,) = caplog.records
+    assert f"{item.folder / 'outcomes.npz'} does not belong to the record beside it" in warning.getMessage()
 
 
 def clustered(rng: np.random.Generator, images: int = 60) -> tuple[list[Outcomes], np.ndarray]:

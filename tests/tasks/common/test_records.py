@@ -1,6 +1,7 @@
-"""Result records: round trip, schema, damage, and a full disk."""
+"""Result records: round trip, schema, fingerprint, damage, and a full disk."""
 
 import errno
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from fimaq_core import files
 from fimaq_core.errors import CheckpointError
 from fimaq_core.recipe import make_recipe
 from tasks.common.record import (
+    BlockFigures,
     Calibration,
     Dataset,
     Environment,
@@ -21,11 +23,14 @@ from tasks.common.record import (
     Weights,
     bits_name,
     cell_folder,
+    outcomes_problem,
     proportion,
     read_record,
     recipe_of,
+    sealed,
     write_record,
 )
+from tasks.common.sealing import fingerprint
 
 
 def record(**changes: Any) -> ResultRecord:
@@ -54,67 +59,124 @@ def test_round_trip(tmp_path: Path) -> None:
     original = record()
     path = write_record(original, tmp_path / "cell")
     assert path == tmp_path / "cell" / "result.json"
-    assert read_record(path) == original
+    assert read_record(path) == sealed(original)
+    assert len(read_record(path).fingerprint) == 64
     assert recipe_of(read_record(path)) == make_recipe("fimaq", {"w_bits": 3, "a_bits": 3})
     full = record(method="fp", recipe=None, seed=None, calibration=None, modules=None, w_bit=32, a_bit=32)
     path = write_record(full, tmp_path / "cell")
-    assert read_record(path) == full
+    assert read_record(path) == sealed(full)
     assert recipe_of(full) is None
 
 
-def test_records_from_before_quantizers_had_names(tmp_path: Path) -> None:
-    path = write_record(record(), tmp_path)
+def test_the_fingerprint_is_of_the_canonical_json_of_all_else(tmp_path: Path) -> None:
+    blocks = {"head": BlockFigures(error=1e-7, fisher=4e-05), "blocks.0": BlockFigures(error=0.25)}
+    path = write_record(record(blocks=blocks, examples="examples.json", stage_memory_bytes={"load": 2**40}), tmp_path)
     content = json.loads(path.read_text(encoding="utf-8"))
-    entry = {"name": "a", "kind": "product", "weight_bits": 32, "input_bits": 4, "weight_ranges": "none", "input_ranges": "x; x"}
-    content["modules"]["quantized"] = [entry]
-    path.write_text(json.dumps(content), encoding="utf-8")
-    modules = read_record(path).modules
-    assert modules is not None
-    (found,) = modules.quantized
-    assert found == LayerEntry(**entry, weight_quantizer="uniform", input_quantizer="uniform")
-    assert (found.other_bits, found.other_quantizer) == (None, None)
+    mark = content.pop("fingerprint")
+    assert mark == hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    # The file's layout and the order of its fields do not count.
+    path.write_text(json.dumps({"fingerprint": mark, **dict(reversed(content.items()))}), encoding="utf-8")
+    assert read_record(path).blocks == blocks
 
 
-def edited(path: Path, **changes: Any) -> Path:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    content.update(changes)
-    path.write_text(json.dumps(content), encoding="utf-8")
+def written(folder: Path, **changes: Any) -> Path:
+    """A record with ``changes``, valid or not, and the fingerprint that goes with them."""
+    path = write_record(record(), folder)
+    content = {**json.loads(path.read_text(encoding="utf-8")), **changes}
+    path.write_text(json.dumps({**content, "fingerprint": fingerprint(content)}), encoding="utf-8")
     return path
 
 
-def test_other_schemas_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", ["a digit", "a note", "no fingerprint", "an empty one", "an older version"])
+def test_records_edited_by_hand_are_refused(tmp_path: Path, change: str) -> None:
     path = write_record(record(), tmp_path)
-    with pytest.raises(CheckpointError, match=r"schema version 2; this version of fimaq reads 1"):
-        read_record(edited(path, schema_version=2))
-    with pytest.raises(CheckpointError, match="schema version None"):
-        read_record(edited(path, schema_version=None))
+    text = path.read_text(encoding="utf-8")
+    mark = read_record(path).fingerprint
+    edited = {
+        "a digit": text.replace("71.25", "81.25"),
+        "a note": text.replace("Δ", "δ"),
+        "no fingerprint": text.replace("fingerprint", "finger", 1).replace(f',\n "fingerprint": "{mark}"', ""),
+        "an empty one": text.replace(mark, ""),
+        "an older version": text.replace('"schema_version": 2', '"schema_version": 1'),
+    }[change]
+    assert edited != text
+    path.write_text(edited, encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"changed after it was written|version 1 has no field") as caught:
+        read_record(path)
+    assert str(path) in str(caught.value)
+    assert "restore it, or delete it to measure that cell again" in str(caught.value)
+    assert path.read_text(encoding="utf-8") == edited
+
+
+def test_newer_schemas_and_what_is_no_record_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"schema version 3, and this version of fimaq reads up to 2: update fimaq"):
+        read_record(written(tmp_path, schema_version=3))
+    for version in (None, "2", 0, True, 2.0):
+        with pytest.raises(CheckpointError, match="is no record: its schema version is"):
+            read_record(written(tmp_path, schema_version=version))
+    path = tmp_path / "result.json"
     path.write_text("[1, 2]")
-    with pytest.raises(CheckpointError, match="schema version None"):
+    with pytest.raises(CheckpointError, match="is no record: it holds a JSON list"):
         read_record(path)
 
 
 def test_invalid_records_name_the_field(tmp_path: Path) -> None:
-    path = write_record(record(), tmp_path)
     with pytest.raises(CheckpointError, match="is not valid: n:"):
-        read_record(edited(path, n="many"))
-    path = write_record(record(), tmp_path)
+        read_record(written(tmp_path, n="many"))
     with pytest.raises(CheckpointError, match="is not valid: surprise:"):
-        read_record(edited(path, surprise=1))
-    path = write_record(record(), tmp_path)
-    content = json.loads(path.read_text())
-    content["metrics"]["top1"]["value"] = float("nan")
-    path.write_text(json.dumps(content))
-    with pytest.raises(CheckpointError, match=r"is not valid: metrics.top1.value"):
-        read_record(path)
+        read_record(written(tmp_path, surprise=1))
+    with pytest.raises(CheckpointError, match=r"is not valid: blocks.head.error"):
+        read_record(written(tmp_path, blocks={"head": {"error": "large"}}))
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "bytes"])
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_numbers_that_are_none_are_refused(tmp_path: Path, value: str) -> None:
+    for number in ("71.25", "0.5", "0.1"):  # a metric, a loss, and seconds
+        path = write_record(record(), tmp_path)
+        text = path.read_text(encoding="utf-8")
+        path.write_text(text.replace(f" {number}", f" {value}", 1), encoding="utf-8")
+        assert path.read_text(encoding="utf-8") != text
+        with pytest.raises(CheckpointError, match=r"is damaged|is not valid"):
+            read_record(path)
+
+
+@pytest.mark.parametrize("field", ["outcomes", "examples"])
+@pytest.mark.parametrize(
+    "name", ["../x.npz", "/etc/passwd", "a/b", "a\\b", "..", ".", "", ".hidden", "a\0b", "a\n", "C:x", "é" * 3, "a" * 300]
+)
+def test_records_name_files_beside_them_only(tmp_path: Path, field: str, name: str) -> None:
+    with pytest.raises(CheckpointError, match=f"is not valid: {field}:"):
+        read_record(written(tmp_path, **{field: name}))
+
+
+def test_outcomes_that_are_not_the_records_are_told(tmp_path: Path) -> None:
+    outcomes = tmp_path / "outcomes.npz"
+    outcomes.write_bytes(b"right, wrong")
+    own = record(outcomes_sha256=hashlib.sha256(b"right, wrong").hexdigest())
+    assert outcomes_problem(own, tmp_path) is None
+    assert outcomes_problem(record(), tmp_path / "nowhere") is None  # of schema 1: nobody can tell
+    outcomes.write_bytes(b"right, right")
+    problem = outcomes_problem(own, tmp_path)
+    assert problem is not None
+    assert f"{outcomes} does not belong to the record beside it" in problem
+    outcomes.unlink()
+    problem = outcomes_problem(own, tmp_path)
+    assert problem is not None
+    assert str(outcomes) in problem
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "bytes", "nesting", "digits"])
 def test_damaged_records_are_refused(tmp_path: Path, damage: str) -> None:
     path = write_record(record(), tmp_path)
     raw = path.read_bytes()
-    path.write_bytes({"cut": raw[: len(raw) // 2], "empty": b"", "bytes": b"\xff\xfe\x80" + raw}[damage])
+    harm = {
+        "cut": raw[: len(raw) // 2], "empty": b"", "bytes": b"\xff\xfe\x80" + raw, "nesting": b'{"a":' * 50_000,
+        "digits": raw.replace(b"50000", b"9" * 5000),
+    }[damage]  # fmt: skip
+    path.write_bytes(harm)
     with pytest.raises(CheckpointError, match=r"is damaged .*delete it"):
         read_record(path)
+    assert path.read_bytes() == harm
 
 
 def test_missing_record(tmp_path: Path) -> None:

@@ -1,0 +1,74 @@
+"""Records of older schemas: they are read as what they are, and their files stay as they are."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from fimaq_core.errors import CheckpointError
+from tasks.common.record import SCHEMA_VERSION, LayerEntry, outcomes_problem, read_record, recipe_of, write_record
+from tasks.common.record_versions import STEPS
+
+#: ``record-v1.json``: FIMA-Q on ``demo_vit`` in three steps, written by the code of schema 1.
+DATA = Path(__file__).parent / "data"
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    return Path(shutil.copy(DATA / "record-v1.json", tmp_path / "result.json"))
+
+
+def test_every_older_version_has_its_step_and_its_record() -> None:
+    assert sorted(STEPS) == list(range(1, SCHEMA_VERSION))
+    for version in STEPS:
+        assert json.loads((DATA / f"record-v{version}.json").read_text(encoding="utf-8"))["schema_version"] == version
+
+
+def test_version_1(old: Path) -> None:
+    before, state = old.read_bytes(), old.stat().st_mtime_ns
+    content, record = json.loads(before), read_record(old)
+    assert (old.read_bytes(), old.stat().st_mtime_ns) == (before, state)
+    assert record.schema_version == SCHEMA_VERSION
+    assert (record.stage_memory_bytes, record.blocks, record.outcomes_sha256, record.examples) == ({}, {}, None, None)
+    assert record.fingerprint == ""
+    assert outcomes_problem(record, old.parent) is None
+    assert (record.method, record.n, record.peak_memory_bytes) == ("fimaq", 64, content["peak_memory_bytes"])
+    assert record.metrics["top1"].value == content["metrics"]["top1"]["value"]
+    assert record.last_loss == content["last_loss"]
+    assert record.modules is not None
+    assert len(record.modules.quantized) == 26
+    recipe = recipe_of(record)
+    assert recipe is not None
+    assert recipe.digest() == record.recipe_digest
+    # Written anew it is of the present version, with nothing lost.
+    again = read_record(write_record(record, old.parent / "again"))
+    assert len(again.fingerprint) == 64
+    assert again.model_copy(update={"fingerprint": ""}) == record
+
+
+def test_version_1_from_before_quantizers_had_names(old: Path) -> None:
+    content = json.loads(old.read_text(encoding="utf-8"))
+    entry = {"name": "a", "kind": "product", "weight_bits": 32, "input_bits": 4, "weight_ranges": "none", "input_ranges": "x; x"}
+    content["modules"]["quantized"] = [entry]
+    old.write_text(json.dumps(content), encoding="utf-8")
+    modules = read_record(old).modules
+    assert modules is not None
+    (found,) = modules.quantized
+    assert found == LayerEntry(**entry, weight_quantizer="uniform", input_quantizer="uniform")
+    assert (found.other_bits, found.other_quantizer) == (None, None)
+
+
+def test_version_1_is_not_trusted_either(old: Path) -> None:
+    text = old.read_text(encoding="utf-8")
+    for harm, message in (
+        (text.replace('"outcomes.npz"', '"../../outcomes.npz"'), "is not valid: outcomes:"),
+        (text.replace('"n": 64', '"n": "many"'), "is not valid: n:"),
+        (text.replace('"n": 64', '"n": 64, "examples": null'), "version 1 has no field 'examples'"),
+        (text.replace('"n": 64', '"n": NaN'), "is damaged"),
+        (text[:5000], "is damaged"),
+    ):
+        assert harm != text
+        old.write_text(harm, encoding="utf-8")
+        with pytest.raises(CheckpointError, match=message):
+            read_record(old)
