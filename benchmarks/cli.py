@@ -14,6 +14,7 @@ from benchmarks.commands import run_diff, run_grid, run_reference
 from benchmarks.console import user_errors
 from benchmarks.grid import Filters, load_grid, parse_filters
 from benchmarks.options import adapter, folder, places_options, profile_option, results_option
+from benchmarks.report.cli import report
 from benchmarks.schema import Grid
 
 
@@ -76,3 +77,6 @@ def reference(profile: str, imagenet: str, coco: str, flickr: str, weights: str,
     """Make the finished grid the committed reference (results/reference/) of its profile."""
     options = RunOptions(results, Places(folder(imagenet), folder(coco), folder(flickr)), folder(weights))
     click.get_current_context().exit(run_reference(load_grid(profile), options, adapter()))
+
+
+cli.add_command(report)

@@ -10,7 +10,7 @@ from benchmarks.schema import Grid
 from benchmarks.tables import Measured, collect
 from fimaq_core.errors import FimaqError
 from fimaq_core.recipe import OFF
-from tasks.common.record import ResultRecord, bits_name, read_record
+from tasks.common.record import ResultRecord, bits_name, outcomes_problem, read_record
 
 #: Bytes at the end of an error log in which its last line is looked for.
 _TAIL = 4096
@@ -80,7 +80,12 @@ def gather(grid: Grid, options: RunOptions, adapter: Adapter) -> Gathered:
     cells = [*own, *beyond]
     if beyond:  # group by model as the grid does
         cells.sort(key=lambda cell: (list(grid.tasks).index(cell.section), order[cell.model]))
-    measured = [_confined(item, gathered) for item in collect(cells, adapter)]
+    measured = collect(cells, adapter)
+    for item in measured:
+        problem = None if item.folder is None else outcomes_problem(item.record, item.folder)
+        if item.folder is not None and problem is not None:
+            message = problem.replace(f"{options.results}/", "")
+            gathered.problems.append(Problem(gathered.relative(item.folder / item.record.outcomes), message))
     done = {item.cell.key for item in measured}
     return replace(
         gathered,
@@ -123,18 +128,6 @@ def _folder(cell: Cell, adapter: Adapter) -> Path | None:
         return adapter.planned_folder(cell.request).resolve()
     except FimaqError:
         return None
-
-
-def _confined(item: Measured, gathered: Gathered) -> Measured:
-    """``item``, without its folder where its record names a file that is not in that folder: none is read then."""
-    if item.folder is None:
-        return item
-    for name in (item.record.outcomes, item.record.examples):
-        if name is not None and inside(item.folder, name) is None:
-            path = gathered.relative(item.folder / "result.json")
-            gathered.problems.append(Problem(path, f"It names a file outside its own folder, which is not read: {name}"))
-            return replace(item, folder=None)
-    return item
 
 
 def inside(folder: Path, name: str) -> Path | None:

@@ -1,0 +1,128 @@
+"""Boards: what methods predicted for the same samples, side by side, a board for each subject and bits."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from benchmarks.report.charts.shapes import COLOURS, number
+from benchmarks.report.examples.files import Classified, Detected, Found, Retrieved, Sample, read_examples
+from benchmarks.report.gather import Gathered, Problem
+from benchmarks.report.groups import Column, Group, columns_of, find
+from benchmarks.report.model import Answer, Board, Drawing, ExampleRow, Object
+from benchmarks.tables import FULL, Measured
+from fimaq_core.errors import FimaqError
+
+#: Coordinates of outlines are rounded to this share of a picture's longer side: finer is not seen.
+_FINEST = 1 / 500
+
+#: Of a data set's fingerprint and a sample, the id of the picture on the page; None where there is none.
+PictureId = Callable[[str, str], str]
+
+
+@dataclass(frozen=True)
+class Told:
+    """The examples of a cell: by sample."""
+
+    item: Measured
+    samples: dict[str, Sample]
+
+
+def read_all(groups: Sequence[Group], gathered: Gathered) -> dict[str, Told]:
+    """The examples of each group's first seed that has some, by the group's id; files that cannot be read become problems."""
+    found: dict[str, Told] = {}
+    for group in groups:
+        for item in group.items:
+            name = item.record.examples
+            if item.folder is None or name is None:
+                continue
+            try:
+                samples = read_examples(item.folder, name)
+            except FimaqError as error:
+                gathered.problems.append(Problem(f"{gathered.relative(item.folder)}/{name}", str(error)))
+                continue
+            found[group.id] = Told(item, {sample.sample: sample for sample in samples})
+            break
+    return found
+
+
+def make_boards(groups: Sequence[Group], told: Mapping[str, Told], picture: PictureId) -> list[Board]:
+    """A board for every subject and bits where a quantized cell has examples: full precision first, then the methods."""
+    boards = []
+    for column in columns_of([group.cell for group in groups]):
+        here = find(groups, column)
+        methods = [name for name, group in here.items() if group.id in told and (name == "fp" or group.cell.bits != FULL)]
+        if any(name != "fp" for name in methods):
+            boards.append(_board(column, methods, [told[here[name].id] for name in methods], picture))
+    return boards
+
+
+def _board(column: Column, methods: Sequence[str], told: Sequence[Told], picture: PictureId) -> Board:
+    fingerprint = told[0].item.record.dataset.fingerprint
+    kinds = {type(sample).__name__ for one in told for sample in one.samples.values()}
+    samples = dict.fromkeys(name for one in told for name in one.samples)
+    rows, same = [], [0] * len(told)
+    for name in samples:
+        found = [one.samples.get(name) for one in told]
+        first = next(sample for sample in found if sample is not None)
+        cells = [None if sample is None or type(sample) is not type(first) else _cell(sample) for sample in found]
+        for index, cell in enumerate(cells):
+            if isinstance(cell, Answer) and isinstance(cells[0], Answer) and cell.text == cells[0].text:
+                same[index] += 1
+        size = first.size if isinstance(first, Detected) else (0, 0)
+        rows.append(ExampleRow(name, picture(fingerprint, name), *size, _truth(first), _truth_drawing(first), cells))
+    full = "fp" in methods and methods[0] == "fp" and "Detected" not in kinds
+    agreement = [
+        "" if not full or index == 0 else f"as full precision: {same[index]} of {len(rows)}" for index in range(len(methods))
+    ]
+    return Board(column.subject, column.model, column.bits, _kind(kinds), methods, rows, agreement if full else ())
+
+
+def _kind(kinds: set[str]) -> str:
+    return "detection" if "Detected" in kinds else "retrieval" if "Retrieved" in kinds else "classification"
+
+
+def _truth(sample: Sample) -> list[str]:
+    if isinstance(sample, Classified):
+        return [sample.truth]
+    return list(sample.truth) if isinstance(sample, Retrieved) else []
+
+
+def _truth_drawing(sample: Sample) -> Drawing | None:
+    return _drawing(sample, sample.truth, "truth") if isinstance(sample, Detected) else None
+
+
+def _cell(sample: Sample) -> Answer | Drawing:
+    if isinstance(sample, Detected):
+        return _drawing(sample, sample.found, "found")
+    if isinstance(sample, Retrieved):
+        first, *others = sample.top
+        rest = [f"{'right' if caption.correct else 'wrong'}: {caption.caption} ({caption.score:.2f})" for caption in others]
+        return Answer(first.caption, f"{first.score:.2f}", first.correct, rest)
+    guess, *more = sample.top
+    return Answer(guess.name, _percent(guess.share), guess.name == sample.truth, [f"{g.name} {_percent(g.share)}" for g in more])
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def _drawing(sample: Detected, objects: Sequence[Found], word: str) -> Drawing:
+    colours = {name: index % COLOURS for index, name in enumerate(sorted({o.name for o in [*sample.truth, *sample.found]}))}
+    drawn = []
+    for one in objects:
+        score = "" if one.score is None else f" {_percent(one.score)}"
+        x, y, width, height = one.box
+        box = (x, y, max(width, 0.0), max(height, 0.0))
+        outlines = [points for polygon in one.polygons if (points := outline(polygon, max(sample.size)))]
+        drawn.append(Object(f"{one.name}{score}", colours[one.name], box, outlines))
+    named = ", ".join(one.label for one in drawn) or "nothing"
+    return Drawing(drawn, f"{word}: {named}")
+
+
+def outline(polygon: Sequence[float], side: int) -> str:
+    """An outline as SVG points, rounded and without points that do not show, for a picture whose longer side is ``side``."""
+    import cv2
+    import numpy as np
+
+    points = np.array(polygon[: len(polygon) // 2 * 2], dtype=np.float32).reshape(-1, 1, 2)
+    fewer = cv2.approxPolyDP(points, max(side * _FINEST, 0.1), True).reshape(-1, 2)
+    return " ".join(f"{number(float(x))},{number(float(y))}" for x, y in fewer) if len(fewer) >= 3 else ""
