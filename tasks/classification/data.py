@@ -26,7 +26,7 @@ def open_source(loaded: LoadedModel, data: DataRequest, part: str) -> Source:
         DataError: missing or empty folder, or classes that do not fit the model.
     """
     if loaded.data == "digit-pairs" and data.path is None:
-        return _digits("train" if part == "train" else "test")
+        return digit_pairs("train" if part == "train" else "test")
     if data.path is None:
         raise DataError(f"{loaded.tag} needs data: give --data /path/to/imagenet. {LAYOUT}.")
     source = open_folder(data.path, part)
@@ -38,9 +38,11 @@ def open_source(loaded: LoadedModel, data: DataRequest, part: str) -> Source:
 
 
 @lru_cache(maxsize=4)
-def _digits(part: str) -> Source:
+def digit_pairs(part: str) -> Source:
+    """A part of the demo's data, composed once a process."""
     pairs = DigitPairs(part)
-    return Source("digit-pairs", part, list(pairs.ids), list(pairs.targets), len(pairs.classes), lambda index: pairs[index][0])
+    made = list(pairs.ids), list(pairs.targets), len(pairs.classes), lambda index: pairs[index][0]
+    return Source("digit-pairs", part, *made, pairs.classes)
 
 
 def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> CalibrationSet:

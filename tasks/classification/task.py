@@ -1,6 +1,9 @@
 """The classification task as the pipeline sees it."""
 
+from collections.abc import Sequence
+
 import torch
+from PIL import Image
 from torch import nn
 
 from fimaq_core.chain import BlockChain
@@ -11,6 +14,8 @@ from fimaq_core.progress import Report
 from fimaq_core.recipe import Recipe
 from tasks.classification import models, tags
 from tasks.classification.data import calibration_set, open_source
+from tasks.classification.pictures import pictures
+from tasks.common.class_names import readable_names
 from tasks.common.families.swin import SwinFamily
 from tasks.common.families.vit import ViTFamily
 from tasks.common.images import Images
@@ -64,7 +69,11 @@ class ClassificationTask(Named, SinglePart):
         """Top-1 and top-5 on the evaluation part."""
         source = open_source(loaded, data, "val").head(data.limit)
         images = Images(source.ids, source.targets, source.read, loaded.eval_transform, data.skip_corrupt)
-        return evaluate(model, images, source, device, batch_size, workers, report)
+        return evaluate(model, images, source, device, batch_size, workers, report, readable_names(source.class_names))
+
+    def pictures(self, model: ModelRequest, data: DataRequest, ids: Sequence[str]) -> dict[str, Image.Image]:
+        """Digit pairs, or files of the evaluation part."""
+        return pictures(model, data, ids)
 
 
 TASK = ClassificationTask()

@@ -1,7 +1,7 @@
 """Labelled images in folders: ImageNet and whatever has its layout."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -15,12 +15,23 @@ from tasks.common.record import Dataset
 
 
 class Source:
-    """One part (train or val/test) of a data set: ids, labels, reading, and what the record says of it."""
+    """One part (train or val/test) of a data set: ids, labels, reading, and what the record says of it.
+
+    ``class_names`` are what its classes are called here (folders), in the order of the labels; empty where they have no names.
+    """
 
     def __init__(
-        self, name: str, split: str, ids: list[str], targets: list[int], classes: int, read: Callable[[int], Image.Image]
+        self,
+        name: str,
+        split: str,
+        ids: list[str],
+        targets: list[int],
+        classes: int,
+        read: Callable[[int], Image.Image],
+        class_names: Sequence[str] = (),
     ):
         self.name, self.split, self.ids, self.targets, self.classes, self.read = name, split, ids, targets, classes, read
+        self.class_names = tuple(class_names)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -32,7 +43,8 @@ class Source:
         """The first ``limit`` samples, as a split of its own name."""
         if limit is None or limit >= len(self.ids):
             return self
-        return Source(self.name, f"{self.split}[:{limit}]", self.ids[:limit], self.targets[:limit], self.classes, self.read)
+        split, ids, targets = f"{self.split}[:{limit}]", self.ids[:limit], self.targets[:limit]
+        return Source(self.name, split, ids, targets, self.classes, self.read, self.class_names)
 
     def describe(self) -> Dataset:
         """The record's entry."""
@@ -70,4 +82,4 @@ def _listed_folder(root: Path, part: str, changed: tuple[tuple[str, int], ...]) 
     )
     name = IMAGENET if official else f"folder-{classes}-classes"
     ids = [path.relative_to(root).as_posix() for path in paths]
-    return Source(name, part, ids, [label for _, label in found.samples], classes, file_reader(paths))
+    return Source(name, part, ids, [label for _, label in found.samples], classes, file_reader(paths), found.classes)

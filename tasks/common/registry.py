@@ -9,6 +9,10 @@ from fimaq_core.errors import RecipeError, suggest
 from tasks.common.request import DataRequest, Missing, ModelRequest
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from PIL import Image
+
     from tasks.common.task import Task
 
 #: Tasks that are packages here. Each has ``tags.py`` (light: names and what is missing) and ``task.py``.
@@ -91,6 +95,15 @@ def preflight(name: str, model: ModelRequest, data: DataRequest) -> list[Missing
     _check(name)
     missing: list[Missing] = importlib.import_module(f"tasks.{name}.tags").preflight(model, data)
     return missing
+
+
+def pictures(name: str, model: ModelRequest, data: DataRequest, ids: Sequence[str]) -> dict[str, Image.Image]:
+    """:meth:`~tasks.common.task.Task.pictures` of task ``name``, without its libraries of models. Raises DataError."""
+    if name in _REGISTERED:
+        return _REGISTERED[name].pictures(model, data, ids)
+    _check(name)
+    found: dict[str, Image.Image] = importlib.import_module(f"tasks.{name}.pictures").pictures(model, data, ids)
+    return found
 
 
 def _check(name: str) -> None:

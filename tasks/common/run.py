@@ -31,6 +31,7 @@ from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction.mlp import mlps as find_mlps
 from fimaq_core.reconstruction.reconstruct import ReconstructionLog
 from tasks.common.environment import describe, peak_memory, resolve_device
+from tasks.common.examples import EXAMPLES_FILE, example_file
 from tasks.common.hashing import file_sha256
 from tasks.common.modules import merge_logs, whole_map
 from tasks.common.plan import planned_folder, variant_name
@@ -244,4 +245,10 @@ def _write(record: ResultRecord, evaluation: Evaluation, folder: Path) -> Path:
     for name, content in evaluation.files.items():
         with replaced_whole(folder / name) as temporary:
             temporary.write_text(json.dumps(content), encoding="utf-8")
-    return write_record(record.model_copy(update={"outcomes_sha256": file_sha256(folder / record.outcomes)}), folder)
+    kept = None
+    if evaluation.examples:
+        kept = EXAMPLES_FILE
+        with replaced_whole(folder / kept) as temporary:
+            temporary.write_text(json.dumps(example_file(record.task, evaluation.examples)), encoding="utf-8")
+    update = {"outcomes_sha256": file_sha256(folder / record.outcomes), "examples": kept}
+    return write_record(record.model_copy(update=update), folder)

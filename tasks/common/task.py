@@ -1,12 +1,13 @@
 """The protocol of a task: what the pipeline asks of it. One package a task, loaded only when it runs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from fimaq_core.chain import BlockChain
@@ -84,6 +85,17 @@ class Evaluation:
     Attributes:
         outcomes: arrays of equal length, a row a sample.
         files: what else is kept beside the record, where it was asked for: JSON values by file name.
+        examples: what the model says of up to 12 samples, evenly spaced over the set (:class:`tasks.common.examples.Spread`):
+            JSON objects of one of these forms, by ``sample``, an id that :meth:`Task.pictures` takes.
+
+            - classes: ``{"sample", "truth": class name, "top": [{"name", "share"}]}``, the 3 of highest softmax probability;
+            - captions of images: ``{"sample", "truth": [caption], "top": [{"caption", "score", "correct"}]}``, the 3 of highest
+              cosine similarity; ``correct`` says whether a caption is one of the image's own;
+            - objects: ``{"sample", "size": [width, height], "truth": [object], "found": [object]}`` with objects
+              ``{"name", "score", "box": [x, y, width, height], "polygons": [[x0, y0, x1, y1, ...]]}`` in pixels of the original
+              image, ``score`` (at least 0.3, the 20 highest) in ``found`` only.
+
+            :func:`tasks.common.examples.read_examples` reads them again.
     """
 
     metrics: dict[str, Metric]
@@ -92,6 +104,7 @@ class Evaluation:
     dataset: Dataset
     skipped: list[str] = field(default_factory=list)
     files: dict[str, Any] = field(default_factory=dict)
+    examples: list[dict[str, Any]] = field(default_factory=list)
 
 
 #: The chains of a model by the names of its parts; a model that is one chain has the name ``""`` alone.
@@ -185,6 +198,16 @@ class Task(Protocol):
         report: Report,
     ) -> Evaluation:
         """Measure ``model`` (see :meth:`assemble`), which is on ``device``. Raises DataError, NumericsError."""
+        ...
+
+    def pictures(self, model: ModelRequest, data: DataRequest, ids: Sequence[str]) -> dict[str, Image.Image]:
+        """The original images, RGB, of samples that an evaluation with these requests names in its examples.
+
+        Reads these images alone, and no weights. Ids may come from files that others wrote: none leads outside the data.
+
+        Raises:
+            DataError: the data are not there, an id is none of theirs, or an image is damaged.
+        """
         ...
 
 

@@ -1,4 +1,7 @@
-"""Top-1 and top-5 of a classifier, with the outcome of every sample."""
+"""Top-1 and top-5 of a classifier, with the outcome of every sample, and its answers for a few."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -6,6 +9,7 @@ from torch import Tensor, nn
 
 from fimaq_core.errors import DataError, NumericsError
 from fimaq_core.progress import Progress, Report
+from tasks.common.examples import Spread, leaders, shortened
 from tasks.common.folders import Source
 from tasks.common.images import Images
 from tasks.common.outputs import image_outputs
@@ -15,7 +19,14 @@ from tasks.common.task import Evaluation
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, images: Images, source: Source, device: torch.device, batch_size: int, workers: int, report: Report
+    model: nn.Module,
+    images: Images,
+    source: Source,
+    device: torch.device,
+    batch_size: int,
+    workers: int,
+    report: Report,
+    names: Sequence[str] = (),
 ) -> Evaluation:
     """Measure ``model`` on all of ``images``.
 
@@ -27,6 +38,7 @@ def evaluate(
         batch_size: images a forward pass.
         workers: data-loading processes.
         report: receives progress, one unit an image.
+        names: of the classes, for people; their numbers where there are none.
 
     Raises:
         DataError: a damaged image (unless skipped), or none left.
@@ -37,6 +49,8 @@ def evaluate(
     labels: list[Tensor] = []
     ranks: list[Tensor] = []
     predictions: list[Tensor] = []
+    examples: list[dict[str, Any]] = []
+    spread = Spread(len(images))
     for batch in image_outputs(model, images, device, batch_size, workers):
         logits, target = batch.values, batch.targets.to(device)
         if not bool(torch.isfinite(logits).all()):
@@ -48,6 +62,9 @@ def evaluate(
         labels.append(batch.targets)
         ranks.append(rank)
         predictions.append(logits.argmax(1).cpu())
+        for row in spread.take(batch.positions.tolist()):
+            example = {"sample": source.ids[int(batch.positions[row])]}
+            examples.append(example | _answers(logits[row], int(batch.targets[row]), names))
         report(Progress("evaluate", batch.done, len(images)))
     if not positions:
         raise DataError(f"No image of {source.name} {source.split} could be read.")
@@ -66,4 +83,17 @@ def evaluate(
         "correct": rank_array < 1,
     }
     skipped = [source.ids[index] for index in range(len(images)) if index not in kept]
-    return Evaluation(metrics, count, outcomes, source.describe(), skipped)
+    return Evaluation(metrics, count, outcomes, source.describe(), skipped, examples=examples)
+
+
+def _answers(logits: Tensor, target: int, names: Sequence[str]) -> dict[str, Any]:
+    """The true class of an image and the most probable ones, from its logits (classes,)."""
+
+    def name(label: int) -> str:
+        return shortened(names[label]) if names else str(label)
+
+    # The few numbers of a sample: double precision, so that shares do not depend on the device's softmax.
+    values = logits.double().cpu()
+    shares = values.softmax(0).tolist()
+    best = leaders(values.numpy(), np.arange(len(values)) == target)
+    return {"truth": name(target), "top": [{"name": name(label), "share": shares[label]} for label in best]}

@@ -9,7 +9,7 @@ from tasks.common.folders import Source
 from tasks.common.request import DataRequest
 from tasks.common.task import LoadedModel
 from tasks.retrieval.files import PARTS, file_pairs
-from tasks.retrieval.karpathy import COCO, FLICKR30K, free_name, open_free, open_karpathy
+from tasks.retrieval.karpathy import COCO, FLICKR30K, free_name, images_folder, open_free, open_karpathy
 from tasks.retrieval.layout import COCO_FILE, FLICKR30K_FILE, FREE_FILE, LAYOUT, caption_files
 from tasks.retrieval.pairs import PairSource
 from tasks.retrieval.tables import read_table
@@ -32,7 +32,7 @@ def open_pairs(loaded: LoadedModel, data: DataRequest, part: str) -> PairSource:
     if root is not None:
         return open_captions(root, part)
     if loaded.data == DEMO_DATA:
-        return _scenes(part)
+        return demo_scenes(part)
     raise DataError(f"{loaded.tag} needs data: give --data /path/to/captions. {LAYOUT}.")
 
 
@@ -43,6 +43,33 @@ def pairs_root(data: DataRequest, part: str) -> Path | None:
 
 def open_captions(root: Path, part: str) -> PairSource:
     """Open a part of an image-caption data set by the files in its folder. Raises DataError."""
+    files = _caption_files(root)
+    file = files[0]
+    if file == COCO_FILE:
+        return open_karpathy(root, COCO, part)
+    if file == FLICKR30K_FILE:
+        return open_karpathy(root, FLICKR30K, part)
+    if file == FREE_FILE:
+        return open_free(root, part)
+    own = part if len(files) > 1 else None
+    path = root / (file if own is None else f"{part}{Path(file).suffix}")
+    listed = read_table(path, own).get(part, ())
+    if not listed:
+        raise DataError(f"{path} has no images of the split {part!r}.")
+    if own is not None:
+        _refuse_common(path, path.with_name(f"{'test' if part == 'train' else 'train'}{path.suffix}"), listed)
+    return file_pairs(free_name(len(listed)), part, root, listed, path)
+
+
+def images_root(root: Path) -> Path:
+    """The folder that ids of images are paths below, by the files in a data set's folder. Raises DataError."""
+    file = _caption_files(root)[0]
+    published = next((one for one in (COCO, FLICKR30K) if one.file == file), None)
+    return root if published is None else images_folder(root, published)
+
+
+def _caption_files(root: Path) -> tuple[str, ...]:
+    """The kind of caption files that a folder holds. Raises DataError."""
     if not root.is_dir():
         raise DataError(f"There is no folder {root}. {LAYOUT}.")
     kinds = caption_files(root)
@@ -51,21 +78,7 @@ def open_captions(root: Path, part: str) -> PairSource:
     if len(kinds) > 1:
         present = [name for kind in kinds for name in kind if (root / name).is_file()]
         raise DataError(f"{root} holds several kinds of captions: {', '.join(present)}. Leave one. {LAYOUT}.")
-    file = kinds[0][0]
-    if file == COCO_FILE:
-        return open_karpathy(root, COCO, part)
-    if file == FLICKR30K_FILE:
-        return open_karpathy(root, FLICKR30K, part)
-    if file == FREE_FILE:
-        return open_free(root, part)
-    own = part if len(kinds[0]) > 1 else None
-    path = root / (file if own is None else f"{part}{Path(file).suffix}")
-    listed = read_table(path, own).get(part, ())
-    if not listed:
-        raise DataError(f"{path} has no images of the split {part!r}.")
-    if own is not None:
-        _refuse_common(path, path.with_name(f"{'test' if part == 'train' else 'train'}{path.suffix}"), listed)
-    return file_pairs(free_name(len(listed)), part, root, listed, path)
+    return kinds[0]
 
 
 def _refuse_common(path: Path, sibling: Path, listed: Sequence[tuple[str, tuple[str, ...]]]) -> None:
@@ -79,7 +92,8 @@ def _refuse_common(path: Path, sibling: Path, listed: Sequence[tuple[str, tuple[
 
 
 @lru_cache(maxsize=2)
-def _scenes(part: str) -> PairSource:
+def demo_scenes(part: str) -> PairSource:
+    """A part of the demo's data, composed once a process."""
     # Only the demo model needs the demo's data.
     from tasks.retrieval.demo.scenes import DigitScenes
 

@@ -1,11 +1,12 @@
 """Image-caption retrieval of a model with two encoders, with the outcome of every query."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from fimaq_core.progress import Progress, Report
+from tasks.common.examples import CAPTIONS, Spread, shortened
 from tasks.common.images import Images
 from tasks.common.record import Metric
 from tasks.common.task import Evaluation
@@ -72,10 +73,13 @@ def evaluate_pairs(
         encode_text, tokenizer, texts, device, batch_size, lambda done: report(Progress("evaluate", before + done, total))
     )
     image_of = np.searchsorted(kept, source.image_of[kept_captions])
-    ranks = pair_ranks(image_embeddings, caption_embeddings, image_of)
+    shown = Spread(len(images)).take(kept.tolist())
+    ranks = pair_ranks(image_embeddings, caption_embeddings, image_of, shown)
     dataset = source.describe().model_copy(update={"captions": len(source.captions), "truncated_captions": truncated_captions})
     skipped = [source.image_ids[index] for index in np.setdiff1d(np.arange(len(images)), kept)]
-    return Evaluation(_metrics(ranks, image_of), len(kept), _outcomes(ranks, source, kept, kept_captions), dataset, skipped)
+    examples = _examples(ranks, source, kept[shown], kept_captions)
+    outcomes = _outcomes(ranks, source, kept, kept_captions)
+    return Evaluation(_metrics(ranks, image_of), len(kept), outcomes, dataset, skipped, examples=examples)
 
 
 def truncated(tokenizer: Tokenizer, captions: tuple[str, ...], context_length: int | None) -> int | None:
@@ -110,3 +114,19 @@ def _outcomes(ranks: Ranks, source: "PairSource", kept: np.ndarray, kept_caption
         "weight": np.repeat(np.array([queries / (2 * images), queries / (2 * captions)], dtype=np.float32), [images, captions]),
         "cluster": np.concatenate([kept, owner]).astype(np.int32),
     }
+
+
+def _examples(ranks: Ranks, source: "PairSource", images: np.ndarray, kept_captions: np.ndarray) -> list[dict[str, Any]]:
+    """The best captions of some images, which are given as indices in ``source``."""
+    found = []
+    for image, leading in zip(images.tolist(), ranks.leading, strict=True):
+        answers = [(int(kept_captions[index]), score) for index, score in leading]
+        own = np.flatnonzero(source.image_of == image)[:CAPTIONS]
+        top = [
+            {"caption": shortened(source.captions[index]), "score": score, "correct": int(source.image_of[index]) == image}
+            for index, score in answers
+        ]
+        found.append(
+            {"sample": source.image_ids[image], "truth": [shortened(source.captions[index]) for index in own], "top": top}
+        )
+    return found

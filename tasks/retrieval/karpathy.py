@@ -73,8 +73,12 @@ def open_karpathy(root: Path, published: Published, part: str, counts: Mapping[s
     listed = splits.get(part, ())
     named = counts is None or dict(counts) == dict(published.counts)
     name = published.name if named else free_name(len(listed))
-    folder = next((root / name for name in published.folders if (root / name).is_dir()), root)
-    return file_pairs(name, f"Karpathy {part}", folder, listed, path)
+    return file_pairs(name, f"Karpathy {part}", images_folder(root, published), listed, path)
+
+
+def images_folder(root: Path, published: Published) -> Path:
+    """The folder that the ids of a published data set's images are paths below."""
+    return next((root / name for name in published.folders if (root / name).is_dir()), root)
 
 
 def open_free(root: Path, part: str) -> PairSource:

@@ -5,7 +5,8 @@ ranks give (rank < k). The textbook's recall@k is the share of a query's relevan
 relevant item a query (text to image) the two are the same, with five captions an image (image to text) they are not.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from fimaq_core.errors import DataError, NumericsError
 from fimaq_core.numerics import tf32_allowed
+from tasks.common.examples import leaders
 
 #: Scores at a time: 64 MiB of float32.
 _SCORES = 2**24
@@ -20,22 +22,25 @@ _SCORES = 2**24
 
 @dataclass(frozen=True)
 class Ranks:
-    """Ranks from 0, and the top-scoring candidate of each query, all int32 and on the CPU.
+    """Ranks from 0, and the top-scoring candidate of each query, all int32 and on the CPU; the best captions of some images.
 
     Attributes:
         image_to_text: (n,) rank of each image's best own caption among all captions.
         text_to_image: (m,) rank of each caption's image among all images.
         best_caption: (n,) index of the top-scoring caption; among equals any.
         best_image: (m,) index of the top-scoring image; among equals any.
+        leading: of each image that was asked for, index and score of its top-scoring captions, the highest first; among equals
+            wrong ones, as in ranks.
     """
 
     image_to_text: np.ndarray
     text_to_image: np.ndarray
     best_caption: np.ndarray
     best_image: np.ndarray
+    leading: list[list[tuple[int, float]]] = field(default_factory=list)
 
 
-def pair_ranks(images: Tensor, captions: Tensor, image_of: np.ndarray) -> Ranks:
+def pair_ranks(images: Tensor, captions: Tensor, image_of: np.ndarray, shown: Sequence[int] = ()) -> Ranks:
     """Rank every image's captions and every caption's image.
 
     A rank is the number of wrong items that score at least as high as the best correct one. Ties count against the model, or
@@ -45,6 +50,7 @@ def pair_ranks(images: Tensor, captions: Tensor, image_of: np.ndarray) -> Ranks:
         images: (n, d) float32, L2-normalised.
         captions: (m, d) likewise, on the same device.
         image_of: (m,) index of each caption's image.
+        shown: indices of images, rising, whose best captions are asked for.
 
     Raises:
         DataError: an image without a caption.
@@ -56,20 +62,22 @@ def pair_ranks(images: Tensor, captions: Tensor, image_of: np.ndarray) -> Ranks:
     image = torch.as_tensor(image_of, dtype=torch.long, device=images.device)
     caption = torch.arange(len(captions), device=images.device)
     with tf32_allowed(False):
-        image_to_text, best_caption = _ranks(images, captions, image, caption)
-        text_to_image, best_image = _ranks(captions, images, caption, image)
-    return Ranks(image_to_text, text_to_image, best_caption, best_image)
+        image_to_text, best_caption, leading = _ranks(images, captions, image, caption, shown)
+        text_to_image, best_image, _ = _ranks(captions, images, caption, image)
+    return Ranks(image_to_text, text_to_image, best_caption, best_image, leading)
 
 
-def _ranks(queries: Tensor, candidates: Tensor, query: Tensor, item: Tensor) -> tuple[np.ndarray, np.ndarray]:
+def _ranks(
+    queries: Tensor, candidates: Tensor, query: Tensor, item: Tensor, shown: Sequence[int] = ()
+) -> tuple[np.ndarray, np.ndarray, list[list[tuple[int, float]]]]:
     """Ranks of the best correct candidate and indices of the best candidate, where candidate ``item[j]`` is correct for
-    ``query[j]``.
+    ``query[j]``; and the best candidates of the queries ``shown``, from the same scores.
 
     A matrix product rounds an entry by its place among the others and by the shape of the product: scores are compared within
     one product only, and equal candidates are one column of it, or rounding would break their ties.
     """
     distinct, place = torch.unique(candidates, dim=0, return_inverse=True)
-    ranks, best = [], []
+    ranks, best, leading = [], [], []
     rows = max(1, _SCORES // len(candidates))
     for start in range(0, len(queries), rows):
         chunk = queries[start : start + rows]
@@ -83,4 +91,12 @@ def _ranks(queries: Tensor, candidates: Tensor, query: Tensor, item: Tensor) -> 
         own_at_top = torch.zeros_like(scores[:, 0], dtype=torch.long).index_add(0, row, (own_scores >= top[row]).long())
         ranks.append((scores >= top[:, None]).sum(1) - own_at_top)
         best.append(scores.argmax(1))
-    return torch.cat(ranks).cpu().numpy().astype(np.int32), torch.cat(best).cpu().numpy().astype(np.int32)
+        leading += [_leading(scores[one - start], item[query == one]) for one in shown if start <= one < start + rows]
+    return torch.cat(ranks).cpu().numpy().astype(np.int32), torch.cat(best).cpu().numpy().astype(np.int32), leading
+
+
+def _leading(scores: Tensor, own: Tensor) -> list[tuple[int, float]]:
+    """Index and score of the best candidates of one query, from all their scores (m,) and the indices of its own."""
+    values, correct = scores.cpu().numpy(), np.zeros(len(scores), dtype=bool)
+    correct[own.cpu().numpy()] = True
+    return [(index, float(values[index])) for index in leaders(values, correct)]

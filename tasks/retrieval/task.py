@@ -1,8 +1,10 @@
 """The retrieval task as the pipeline sees it."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from fimaq_core.errors import DataError, RecipeError
@@ -10,6 +12,7 @@ from fimaq_core.fisher.divergence import Divergence
 from fimaq_core.progress import Report
 from fimaq_core.recipe import Recipe
 from fimaq_core.samples import Samples, batches
+from tasks.common.class_names import told_apart
 from tasks.common.folders import open_folder
 from tasks.common.images import Images
 from tasks.common.request import DataRequest, ModelRequest
@@ -20,6 +23,7 @@ from tasks.retrieval.calibration import calibration_set
 from tasks.retrieval.captions import open_pairs
 from tasks.retrieval.divergence import ContrastiveDivergence
 from tasks.retrieval.evaluate import evaluate_pairs, truncated
+from tasks.retrieval.pictures import pictures
 from tasks.retrieval.towers import TOWERS, build_towers
 from tasks.retrieval.zero_shot import ZeroShotClassifier, class_embeddings, class_folders, class_names, named_classes
 
@@ -135,18 +139,23 @@ class RetrievalTask(Named):
             if data.path is None:
                 raise DataError("Zero-shot evaluation needs images in class folders: give --data /path/to/imagenet.")
             source = open_folder(data.path, "val")
-            names = class_names(data.path, class_folders(source))
+            folders = class_folders(source)
+            names = class_names(data.path, folders)
             embedded = class_embeddings(model.encode_text, loaded.tokenizer, names, device, batch_size, report)
             classifier = ZeroShotClassifier(model.encode_image, embedded, model.logit_scale)
             source = source.head(data.limit)
             images = Images(source.ids, source.targets, source.read, loaded.eval_transform, data.skip_corrupt)
-            found = evaluate(classifier, images, source, device, batch_size, workers, report)
+            found = evaluate(classifier, images, source, device, batch_size, workers, report, told_apart(names, folders))
             return replace(found, dataset=named_classes(found.dataset, names))
         pairs = open_pairs(loaded, data, "test").head(data.limit)
         images = Images(pairs.image_ids, [0] * len(pairs.image_ids), pairs.read, loaded.eval_transform, data.skip_corrupt)
         cut = truncated(loaded.tokenizer, pairs.captions, loaded.context_length)
         encoders = model.encode_image, model.encode_text
         return evaluate_pairs(*encoders, images, pairs, loaded.tokenizer, device, batch_size, workers, report, cut)
+
+    def pictures(self, model: ModelRequest, data: DataRequest, ids: Sequence[str]) -> dict[str, Image.Image]:
+        """Scenes, files below the folder of the captions, or those of class folders."""
+        return pictures(model, data, ids)
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ A class is the mean direction of the embeddings of its name in several templates
 """
 
 import hashlib
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from fimaq_core.errors import DataError
 from fimaq_core.progress import Progress, Report
+from tasks.common.class_names import WORDNET_ID
 from tasks.common.folders import Source
 from tasks.common.imagenet import IMAGENET
 from tasks.common.record import Dataset
@@ -22,9 +22,6 @@ from tasks.retrieval.embeddings import Encode, Tokenizer, embed_texts, normalise
 CLASSNAMES_FILE = "classnames.txt"
 Template = Callable[[str], str]
 TEMPLATES: tuple[Template, ...] = tuple(OPENAI_IMAGENET_TEMPLATES)
-#: ImageNet's class folders are called such as n01440764.
-_WORDNET_ID = re.compile(r"n\d{8}")
-
 #: Classes whose texts are in memory together.
 _CLASSES = 50
 
@@ -45,7 +42,7 @@ def class_names(root: Path, folders: Sequence[str]) -> tuple[str, ...]:
     """
     path, classes = root / CLASSNAMES_FILE, len(folders)
     if not path.is_file():
-        if classes == len(IMAGENET_CLASSNAMES) and all(_WORDNET_ID.fullmatch(folder) for folder in folders):
+        if classes == len(IMAGENET_CLASSNAMES) and all(WORDNET_ID.fullmatch(folder) for folder in folders):
             return tuple(IMAGENET_CLASSNAMES)
         raise DataError(
             f"Zero-shot classification needs names of the {classes} classes: write them into {path}, one a line (UTF-8), in the "

@@ -396,7 +396,7 @@ def test_the_demo_brings_its_own_data(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setitem(sys.modules, "tasks.retrieval.demo.scenes", module)
     from tasks.retrieval import captions
 
-    captions._scenes.cache_clear()
+    captions.demo_scenes.cache_clear()
     try:
         model = loaded(data="digit-scenes")
         found = open_pairs(model, DataRequest(), "test")
@@ -407,7 +407,7 @@ def test_the_demo_brings_its_own_data(monkeypatch: pytest.MonkeyPatch, tmp_path:
         write_csv(tmp_path)
         assert open_pairs(model, DataRequest(tmp_path), "test").name == "captions-3-images"
     finally:
-        captions._scenes.cache_clear()
+        captions.demo_scenes.cache_clear()
 
 
 def test_pairs_of_labelled_images(tmp_path: Path) -> None:

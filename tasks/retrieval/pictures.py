@@ -1,0 +1,25 @@
+"""Original images of retrieval's samples; loads no model."""
+
+from collections.abc import Sequence
+
+from PIL import Image
+
+from fimaq_core.errors import DataError
+from tasks.common.pictures import class_pictures, known_pictures, pictures_below
+from tasks.common.request import DataRequest, ModelRequest
+from tasks.retrieval.captions import demo_scenes, images_root
+from tasks.retrieval.layout import LAYOUT
+from tasks.retrieval.tags import DEMO_NAMES
+
+
+def pictures(model: ModelRequest, data: DataRequest, ids: Sequence[str]) -> dict[str, Image.Image]:
+    """See :meth:`tasks.common.task.Task.pictures`; of zero-shot classification, files of its evaluation part."""
+    zero_shot = data.evaluation == "zero-shot"
+    if data.path is not None:
+        return class_pictures(data.path, ids) if zero_shot else pictures_below(images_root(data.path), ids)
+    if zero_shot or model.name not in DEMO_NAMES:
+        what = "Zero-shot evaluation" if zero_shot else model.name
+        layout = "images in class folders" if zero_shot else LAYOUT
+        raise DataError(f"{what} brings no data along: give their folder with --data. {layout}.")
+    source = demo_scenes("test")
+    return known_pictures(ids, source.image_ids, source.read, "the demo's scenes")
