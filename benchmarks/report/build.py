@@ -64,7 +64,10 @@ def make_page(gathered: Gathered, get: Fetch) -> Page:
         groups[name] = make_groups([item for item in measured if item.cell.section == name], start)
     told = {name: read_all(found, gathered) for name, found in groups.items()}
     pictures = make_pictures([one for found in told.values() for one in found.values()], get, gathered)
-    sections = [make_section(gathered, name, groups[name], told[name], pictures, looks, index) for index, name in enumerate(names)]
+    stages = stage_colours([group for found in groups.values() for group in found])
+    sections = [
+        make_section(gathered, name, groups[name], told[name], pictures, looks, stages, index) for index, name in enumerate(names)
+    ]
     done = {item.cell.key for item in measured}
     planned = len(gathered.cells)
     dates = sorted(item.record.finished for item in measured)
@@ -97,6 +100,7 @@ def make_page(gathered: Gathered, get: Fetch) -> Page:
         },
         looks={name: f"{look.css} {look.shape}" for name, look in looks.items()},
         reference=reference.compare(grid, measured),
+        stages=stages,
     )
 
 
@@ -107,6 +111,7 @@ def make_section(
     told: Mapping[str, Told],
     pictures: Mapping[tuple[str, str], Picture],
     looks: Mapping[str, Style],
+    stages: Mapping[str, int],
     index: int,
 ) -> Section:
     """Compute everything about a section of the grid.
@@ -118,6 +123,7 @@ def make_section(
         told: its examples.
         pictures: of all sections.
         looks: of methods.
+        stages: colours of kinds of stages.
         index: of the section, for ids.
     """
     cells = [cell for cell in gathered.cells if cell.section == name]
@@ -129,7 +135,6 @@ def make_section(
     own_cells = [cell for cell in cells if not cell.point]
     unit = " (percent)" if is_percent(metric) else ""
     others = [other for other in unique(found for item in mine for found in item.record.metrics) if other != metric]
-    colours = stage_colours(own)
 
     def picture_id(fingerprint: str, sample: str) -> str:
         found = pictures.get((fingerprint, sample))
@@ -156,8 +161,8 @@ def make_section(
         errors=error_figures(id_of("e"), own, looks),
         fisher=fisher_figures(id_of("f"), own, looks),
         without_blocks=without_blocks(own),
-        times=time_figures(id_of("s"), own, colours),
-        memory=memory_figures(id_of("m"), own, colours),
+        times=time_figures(id_of("s"), own, stages),
+        memory=memory_figures(id_of("m"), own, stages),
         costs=cost_figures(id_of("c"), own, own_cells, metric, looks),
         modules=module_maps(groups),
         boards=make_boards(own, told, picture_id),

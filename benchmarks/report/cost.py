@@ -7,14 +7,17 @@ from statistics import fmean
 from benchmarks.cells import Cell
 from benchmarks.report.charts.bars import bar_chart, legend
 from benchmarks.report.charts.scatter import Spot, pareto, scatter_chart
-from benchmarks.report.charts.shapes import Style
+from benchmarks.report.charts.shapes import COLOURS, Style
 from benchmarks.report.groups import Group, columns_of, find
 from benchmarks.report.model import DataTable, Figure
 from benchmarks.report.units import memory_text, seconds_text
 from benchmarks.tables import FULL, is_percent, unique
 
+#: Of records that have no memory by stage: the peak of all of it.
+_WHOLE = "whole cell (memory)"
+
 #: Stages in the order in which they run, as far as they are known; each keeps its colour in all charts.
-_STAGES = ("load", "reconstruct MLPs", "calibrate", "reconstruct", "evaluate", "whole cell")
+_STAGES = ("load", "reconstruct MLPs", "calibrate", "reconstruct", "evaluate", _WHOLE)
 
 
 def kind_of(stage: str) -> str:
@@ -27,9 +30,13 @@ def kind_of(stage: str) -> str:
 
 
 def stage_colours(groups: Sequence[Group]) -> dict[str, int]:
-    """A colour for each kind of stage that some record has."""
-    kinds = unique(kind_of(stage) for group in groups for item in group.items for stage in item.record.seconds)
-    return legend([*_STAGES, *(kind for kind in kinds if kind not in _STAGES)])
+    """A colour for each kind of stage that some record has, the known ones always the same."""
+    records = [item.record for group in groups for item in group.items]
+    kinds = unique(kind_of(stage) for record in records for stage in (*record.seconds, *record.stage_memory_bytes))
+    if not all(record.stage_memory_bytes for record in records):
+        kinds.append(_WHOLE)
+    colours = legend([*_STAGES, *(kind for kind in kinds if kind not in _STAGES)])
+    return {kind: colour % COLOURS for kind, colour in colours.items() if kind in kinds}
 
 
 def time_figures(prefix: str, groups: Sequence[Group], colours: Mapping[str, int]) -> list[Figure]:
@@ -88,7 +95,7 @@ def _stages(group: Group, memory: bool) -> dict[str, float]:
         record = item.record
         values: Mapping[str, float] = record.seconds
         if memory:
-            values = record.stage_memory_bytes or {"whole cell": record.peak_memory_bytes}
+            values = record.stage_memory_bytes or {_WHOLE: record.peak_memory_bytes}
         for stage, value in values.items():
             found.setdefault(stage, []).append(value)
     return {stage: fmean(values) for stage, values in found.items()}

@@ -283,3 +283,14 @@ class Page:
     filters: dict[str, Sequence[str]] = field(default_factory=dict)
     looks: dict[str, str] = field(default_factory=dict)
     reference: Sequence[str] = ()
+    stages: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def by_id(self) -> dict[str, Picture]:
+        """The pictures by their ids."""
+        return {picture.id: picture for picture in self.pictures}
+
+    @property
+    def with_blocks(self) -> set[str]:
+        """Methods that some chart of blocks shows."""
+        return {method for section in self.sections for figure in section.errors for method in figure.data.head[1:]}

@@ -2,20 +2,24 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from benchmarks.report.charts.shapes import COLOURS, number
-from benchmarks.report.examples.files import Classified, Detected, Found, Retrieved, Sample, read_examples
-from benchmarks.report.gather import Gathered, Problem
+from benchmarks.report.gather import Gathered, Problem, inside
 from benchmarks.report.groups import Column, Group, columns_of, find
 from benchmarks.report.model import Answer, Board, Drawing, ExampleRow, Object
 from benchmarks.tables import FULL, Measured
-from fimaq_core.errors import FimaqError
+from fimaq_core.errors import CheckpointError, FimaqError
+from tasks.common.examples import CaptionSample, ClassSample, FoundObject, ObjectSample, TrueObject, read_examples
 
 #: Coordinates of outlines are rounded to this share of a picture's longer side: finer is not seen.
 _FINEST = 1 / 500
 
 #: Of a data set's fingerprint and a sample, the id of the picture on the page; None where there is none.
 PictureId = Callable[[str, str], str]
+
+
+Sample = ClassSample | CaptionSample | ObjectSample
 
 
 @dataclass(frozen=True)
@@ -35,13 +39,21 @@ def read_all(groups: Sequence[Group], gathered: Gathered) -> dict[str, Told]:
             if item.folder is None or name is None:
                 continue
             try:
-                samples = read_examples(item.folder, name)
+                samples = _read(item.folder, name)
             except FimaqError as error:
-                gathered.problems.append(Problem(f"{gathered.relative(item.folder)}/{name}", str(error)))
+                message = str(error).replace(f"{gathered.results}/", "")
+                gathered.problems.append(Problem(f"{gathered.relative(item.folder)}/{name}", message))
                 continue
             found[group.id] = Told(item, {sample.sample: sample for sample in samples})
             break
     return found
+
+
+def _read(folder: Path, name: str) -> Sequence[Sample]:
+    """The samples in a file that lies in ``folder`` itself. Raises CheckpointError."""
+    if inside(folder, name) is None:
+        raise CheckpointError("It leads out of the record's own folder, so it is not read.")
+    return read_examples(folder, name).samples
 
 
 def make_boards(groups: Sequence[Group], told: Mapping[str, Told], picture: PictureId) -> list[Board]:
@@ -67,9 +79,9 @@ def _board(column: Column, methods: Sequence[str], told: Sequence[Told], picture
         for index, cell in enumerate(cells):
             if isinstance(cell, Answer) and isinstance(cells[0], Answer) and cell.text == cells[0].text:
                 same[index] += 1
-        size = first.size if isinstance(first, Detected) else (0, 0)
-        rows.append(ExampleRow(name, picture(fingerprint, name), *size, _truth(first), _truth_drawing(first), cells))
-    full = "fp" in methods and methods[0] == "fp" and "Detected" not in kinds
+        width, height = first.size if isinstance(first, ObjectSample) else (0, 0)
+        rows.append(ExampleRow(name, picture(fingerprint, name), width, height, _truth(first), _truth_drawing(first), cells))
+    full = "fp" in methods and methods[0] == "fp" and "ObjectSample" not in kinds
     agreement = [
         "" if not full or index == 0 else f"as full precision: {same[index]} of {len(rows)}" for index in range(len(methods))
     ]
@@ -77,26 +89,30 @@ def _board(column: Column, methods: Sequence[str], told: Sequence[Told], picture
 
 
 def _kind(kinds: set[str]) -> str:
-    return "detection" if "Detected" in kinds else "retrieval" if "Retrieved" in kinds else "classification"
+    return "detection" if "ObjectSample" in kinds else "retrieval" if "CaptionSample" in kinds else "classification"
 
 
 def _truth(sample: Sample) -> list[str]:
-    if isinstance(sample, Classified):
+    if isinstance(sample, ClassSample):
         return [sample.truth]
-    return list(sample.truth) if isinstance(sample, Retrieved) else []
+    return list(sample.truth) if isinstance(sample, CaptionSample) else []
 
 
 def _truth_drawing(sample: Sample) -> Drawing | None:
-    return _drawing(sample, sample.truth, "truth") if isinstance(sample, Detected) else None
+    return _drawing(sample, sample.truth, "truth") if isinstance(sample, ObjectSample) else None
 
 
-def _cell(sample: Sample) -> Answer | Drawing:
-    if isinstance(sample, Detected):
+def _cell(sample: Sample) -> Answer | Drawing | None:
+    if isinstance(sample, ObjectSample):
         return _drawing(sample, sample.found, "found")
-    if isinstance(sample, Retrieved):
+    if isinstance(sample, CaptionSample):
+        if not sample.top:
+            return None
         first, *others = sample.top
         rest = [f"{'right' if caption.correct else 'wrong'}: {caption.caption} ({caption.score:.2f})" for caption in others]
         return Answer(first.caption, f"{first.score:.2f}", first.correct, rest)
+    if not sample.top:
+        return None
     guess, *more = sample.top
     return Answer(guess.name, _percent(guess.share), guess.name == sample.truth, [f"{g.name} {_percent(g.share)}" for g in more])
 
@@ -105,11 +121,11 @@ def _percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
-def _drawing(sample: Detected, objects: Sequence[Found], word: str) -> Drawing:
+def _drawing(sample: ObjectSample, objects: Sequence[TrueObject], word: str) -> Drawing:
     colours = {name: index % COLOURS for index, name in enumerate(sorted({o.name for o in [*sample.truth, *sample.found]}))}
     drawn = []
     for one in objects:
-        score = "" if one.score is None else f" {_percent(one.score)}"
+        score = f" {_percent(one.score)}" if isinstance(one, FoundObject) else ""
         x, y, width, height = one.box
         box = (x, y, max(width, 0.0), max(height, 0.0))
         outlines = [points for polygon in one.polygons if (points := outline(polygon, max(sample.size)))]

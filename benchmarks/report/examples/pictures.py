@@ -12,6 +12,7 @@ from benchmarks.report.examples.boards import Told
 from benchmarks.report.gather import Gathered, Problem
 from benchmarks.report.model import Picture
 from fimaq_core.errors import FimaqError
+from tasks.common.examples import ObjectSample
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,12 +28,10 @@ Fetch = Callable[[Cell, Sequence[str]], Mapping[str, "Image"]]
 
 
 def fetch(cell: Cell, ids: Sequence[str]) -> Mapping[str, Image]:
-    """The pictures of samples from the cell's own task; none where the task offers none. Raises DataError."""
-    from tasks.common.registry import get_task
+    """The pictures of samples from the cell's own task. Raises DataError."""
+    from tasks.common import registry
 
-    offered = getattr(get_task(cell.task), "pictures", None)
-    found: Mapping[str, Image] = {} if offered is None else offered(cell.request.model, cell.request.data, list(ids))
-    return found
+    return registry.pictures(cell.task, cell.request.model, cell.request.data, list(ids))
 
 
 def make_pictures(told: Sequence[Told], get: Fetch, gathered: Gathered) -> dict[tuple[str, str], Picture]:
@@ -42,16 +41,29 @@ def make_pictures(told: Sequence[Told], get: Fetch, gathered: Gathered) -> dict[
         wanted.setdefault(one.item.record.dataset.fingerprint, (one, {}))[1].update(dict.fromkeys(one.samples))
     pictures: dict[tuple[str, str], Picture] = {}
     for fingerprint, (one, ids) in wanted.items():
-        try:
-            images = get(one.item.cell, list(ids))
-        except FimaqError as error:
-            gathered.problems.append(Problem(f"pictures of {one.item.record.dataset.name}", str(error)))
-            continue
-        large = any(hasattr(sample, "size") for sample in one.samples.values())
+        images = _images(one.item.cell, list(ids), get, f"pictures of {one.item.record.dataset.name}", gathered)
+        large = any(isinstance(sample, ObjectSample) for sample in one.samples.values())
         for sample in ids:
             if sample in images:
                 pictures[fingerprint, sample] = picture(f"i{len(pictures)}", images[sample], _LARGE if large else _SMALL)
     return pictures
+
+
+def _images(cell: Cell, ids: Sequence[str], get: Fetch, name: str, gathered: Gathered) -> Mapping[str, Image]:
+    """The pictures that can be had; one unknown sample must not take those of all others away."""
+    try:
+        return get(cell, ids)
+    except FimaqError as error:
+        messages = {str(error)}
+    found: dict[str, Image] = {}
+    for sample in ids if len(ids) > 1 else ():
+        try:
+            found |= get(cell, [sample])
+        except FimaqError as error:
+            messages.add(str(error))
+    # Where none is there, the messages differ in samples only: one says it all.
+    gathered.problems.extend(Problem(name, message) for message in sorted(messages)[: None if found else 1])
+    return found
 
 
 def picture(id: str, image: Image, side: int) -> Picture:
