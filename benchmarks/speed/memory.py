@@ -2,13 +2,10 @@
 
 import multiprocessing
 import os
-import resource
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -24,6 +21,7 @@ from fimaq_core.reconstruction.block import BlockTrainer
 from fimaq_core.reconstruction.objective import BlockObjective
 from fimaq_core.reconstruction.reconstruct import expand_per_token
 from fimaq_core.reconstruction.tape import Storage, Tape
+from tasks.common.environment import peak_memory, reset_peak_memory, resident_memory
 
 #: glibc's setting of the size from which memory is taken from, and given back to, the system directly.
 _MALLOC = "MALLOC_MMAP_THRESHOLD_"
@@ -118,9 +116,9 @@ def _in_child(name: str, recipe: Recipe, device: str, threads: int) -> Peak:
     peak_of_block(chain_of(small, recipe).to(where), torch.randn(32, 3, 32, 32, device=where), recipe, where)
     chain, images = whole_model(name, recipe)
     chain, images = chain.to(where), images.to(where)
-    _forget_highest()
+    reset_peak_memory(torch.device("cpu"))
     held = sum(tensor.nbytes for tensor in [*chain.parameters(), *chain.buffers(), images])
-    return peak_of_block(chain, images, recipe, where, _resident() - held)
+    return peak_of_block(chain, images, recipe, where, resident_memory() - held)
 
 
 def peak_of_block(chain: BlockChain, images: Tensor, recipe: Recipe, device: torch.device, before: int = 0) -> Peak:
@@ -153,7 +151,7 @@ def peak_of_block(chain: BlockChain, images: Tensor, recipe: Recipe, device: tor
     trainer = BlockTrainer(chain.segment(1), tape, objective, recipe, recipe.seed, "fused")
     for number in range(3):
         trainer.step(number)
-    peak = int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else _highest() - before
+    peak = peak_memory(device) - (0 if device.type == "cuda" else before)
     # Afterwards, since counting holds on to nothing but takes a moment.
     known = [*chain.parameters(), *chain.buffers(), images, trainer.state.soft, tape.full]
     assert tape.target is not None
@@ -183,35 +181,3 @@ def saved_bytes(work: Callable[[], object], known: list[Tensor]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         work()
     return sum(found.values())
-
-
-def _resident() -> int:
-    """Bytes of memory that this process has now; its peak where the system does not tell."""
-    return _status("VmRSS") or _rusage()
-
-
-def _highest() -> int:
-    """Most bytes of memory that this process has had.
-
-    ``ru_maxrss`` comes second: on Linux a new process inherits in it what its parent had.
-    """
-    return _status("VmHWM") or _rusage()
-
-
-def _forget_highest() -> None:
-    """Start the peak anew, where the system can."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
-def _rusage() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak if sys.platform == "darwin" else peak * 1024)
-
-
-def _status(key: str) -> int:
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), 0)

@@ -1,5 +1,6 @@
 """Facts about where a run happens."""
 
+import contextlib
 import platform
 import resource
 import subprocess
@@ -75,9 +76,39 @@ def git_revision() -> str:
     return commit.stdout.strip() + ("+changes" if state.stdout.strip() else "")
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Let :func:`peak_memory` count from now on; on the CPU where the system can do that (Linux), else it goes on as it was."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):  # no such file outside of Linux; some sandboxes refuse to write it
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
 def peak_memory(device: torch.device) -> int:
-    """Peak bytes: of the device's tensors on CUDA, of the whole process so far on the CPU."""
+    """Peak bytes since the last :func:`reset_peak_memory`: of the device's tensors on CUDA, of the whole process on the CPU.
+
+    Where the system cannot reset it, that is the peak of the process so far.
+    """
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
+    return _status("VmHWM") or _rusage()  # in the latter a new process has what its parent had
+
+
+def resident_memory() -> int:
+    """Bytes of memory that this process has now; its peak where the system does not tell."""
+    return _status("VmRSS") or _rusage()
+
+
+def _rusage() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+def _status(key: str) -> int:
+    """A number of bytes in Linux's account of this process; 0 where there is none."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), 0)

@@ -2,11 +2,11 @@
 
 import hashlib
 import json
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +30,8 @@ from fimaq_core.quantize import (
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction.mlp import mlps as find_mlps
 from fimaq_core.reconstruction.reconstruct import ReconstructionLog
-from tasks.common.environment import describe, peak_memory, resolve_device
+from tasks.common.clock import StageClock
+from tasks.common.environment import describe, resolve_device
 from tasks.common.examples import EXAMPLES_FILE, example_file
 from tasks.common.hashing import file_sha256
 from tasks.common.modules import merge_logs, whole_map
@@ -68,29 +69,25 @@ def run_cell(request: CellRequest, report: Report = silent) -> Path:
     device = resolve_device(request.device)
     if request.threads is not None:
         torch.set_num_threads(request.threads)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
     task = get_task(request.task)
-    loaded = task.load(request.model)
     if request.recipe is None:
-        return _measure_full_precision(request, folder, task, loaded, device, report)
+        return _measure_full_precision(request, folder, task, device, report)
 
     full_request = replace(request, recipe=None, force=False, variant=None)
     full_path = planned_folder(full_request) / "result.json"
     if not full_path.is_file():
-        _measure_full_precision(full_request, full_path.parent, task, task.load(request.model), device, report)
-    return _measure_quantized(request, request.recipe, folder, task, loaded, read_record(full_path), device, report)
+        _measure_full_precision(full_request, full_path.parent, task, device, report)
+    return _measure_quantized(request, request.recipe, folder, task, read_record(full_path), device, report)
 
 
-def _measure_full_precision(
-    request: CellRequest, folder: Path, task: Task, loaded: LoadedModel, device: torch.device, report: Report
-) -> Path:
-    start = time.monotonic()
+def _measure_full_precision(request: CellRequest, folder: Path, task: Task, device: torch.device, report: Report) -> Path:
+    clock = StageClock(device)
+    loaded = task.load(request.model)
+    clock.lap("load")
     model = task.assemble(loaded, {}).to(device)
     evaluation = task.evaluate(model, loaded, request.data, device, request.eval_batch, request.workers, report)
-    seconds = {"evaluate": time.monotonic() - start}
-    record = _record(request, loaded, evaluation, evaluation.metrics, seconds, device)
-    return _write(record, evaluation, folder)
+    clock.lap("evaluate")
+    return _write(_record(request, loaded, evaluation, evaluation.metrics, clock, device), evaluation, folder)
 
 
 def _measure_quantized(
@@ -98,25 +95,16 @@ def _measure_quantized(
     recipe: Recipe,
     folder: Path,
     task: Task,
-    loaded: LoadedModel,
     full: ResultRecord,
     device: torch.device,
     report: Report,
 ) -> Path:
-    seconds: dict[str, float] = {}
-    clock = time.monotonic()
-
-    def lap(stage: str) -> None:
-        nonlocal clock
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds[stage] = time.monotonic() - clock
-        clock = time.monotonic()
-
+    clock = StageClock(device)
+    loaded = task.load(request.model)
     calibration = task.calibration(loaded, request.data, recipe)
     resources = Resources(report, request.placement, request.eval_batch, request.step_engine)
     facts = checkpoint_facts(request.task, request.model, loaded)
-    lap("load")
+    clock.lap("load")
 
     def shared(kind: str, digest: str) -> Path:
         return _shared_path(request, loaded, calibration, kind, digest)
@@ -129,7 +117,7 @@ def _measure_quantized(
     parts = start(request, task, loaded, calibration, device, resources, mlps)
     if recipe.reconstruct_mlp:
         reused = all(part.reused for part in parts if len(find_mlps(part.chain)))
-        lap("reconstruct MLPs (reused)" if reused else "reconstruct MLPs")
+        clock.lap("reconstruct MLPs (reused)" if reused else "reconstruct MLPs")
     blocks = folder / "blocks"
     if request.force:
         remove_blocks(blocks)
@@ -138,11 +126,11 @@ def _measure_quantized(
         ranges = shared("calibration", f"{part.address}{part.recipe.calibration_digest()}")
         made = part.chain, part.inputs, part.recipe
         reused = calibrate_or_load(*made, resources, ranges, part.fingerprint, facts)
-        lap(part.stage("calibrate") + (" (reused)" if reused else ""))
+        clock.lap(part.stage("calibrate") + (" (reused)" if reused else ""))
         if recipe.reconstruct:
             own, reused = _reconstruct(part, resources, blocks, shared)
             merge_logs(log, part.name, own)
-            lap(part.stage("reconstruct") + (" (reused)" if reused else ""))
+            clock.lap(part.stage("reconstruct") + (" (reused)" if reused else ""))
         finish(part.chain)
     chains = chains_of(parts)
     facts |= {"stage": "reconstructed" if recipe.reconstruct else "calibrated"}
@@ -150,17 +138,21 @@ def _measure_quantized(
     save_checkpoint(folder / "quantized.safetensors", whole(chains).state_dict(), fingerprint, facts)
     model = task.assemble(loaded, chains).to(device)
     evaluation = task.evaluate(model, loaded, request.data, device, request.eval_batch, request.workers, report)
-    lap("evaluate")
-    record = _record(request, loaded, evaluation, full.metrics, seconds, device).model_copy(
-        update={
-            "calibration": _calibration_entry(calibration, recipe, parts),
-            "modules": whole_map(chains, task.untouched(loaded, chains)),
-            "last_loss": log.last_loss,
-            "fisher_passes": log.fisher_passes,
-            "notes": log.notes,
-            "step_engine": log.engine if recipe.reconstruct else None,
-            "skipped_images": sorted({*calibration.skipped, *evaluation.skipped}),
-        }
+    clock.lap("evaluate")
+    record = _record(
+        request,
+        loaded,
+        evaluation,
+        full.metrics,
+        clock,
+        device,
+        calibration=_calibration_entry(calibration, recipe, parts),
+        modules=whole_map(chains, task.untouched(loaded, chains)),
+        last_loss=log.last_loss,
+        fisher_passes=log.fisher_passes,
+        notes=log.notes,
+        step_engine=log.engine if recipe.reconstruct else None,
+        skipped_images=sorted({*calibration.skipped, *evaluation.skipped}),
     )
     path = _write(record, evaluation, folder)
     remove_blocks(blocks)
@@ -209,34 +201,38 @@ def _record(
     loaded: LoadedModel,
     evaluation: Evaluation,
     full: dict[str, Metric],
-    seconds: dict[str, float],
+    clock: StageClock,
     device: torch.device,
+    **more: Any,
 ) -> ResultRecord:
+    """The record of a cell; ``more``: what there is of quantized models only, and fields that are others for them."""
     recipe = request.recipe
-    return ResultRecord(
-        task=request.task,
-        model=loaded.tag,
-        method="fp" if recipe is None else recipe.method,
-        variant=variant_name(request),
-        w_bit=32 if recipe is None else recipe.w_bits,
-        a_bit=32 if recipe is None else recipe.a_bits,
-        seed=None if recipe is None else recipe.seed,
-        recipe=None if recipe is None else recipe.model_dump(mode="json"),
-        recipe_digest="" if recipe is None else recipe.digest(),
-        metrics=evaluation.metrics,
-        n=evaluation.n,
-        fp_metrics=full,
-        weights=Weights(tag=loaded.tag, source=loaded.source, sha256=loaded.sha256),
-        dataset=evaluation.dataset,
-        calibration=None,
-        modules=None,
-        skipped_images=evaluation.skipped,
-        environment=describe(device),
-        seconds={stage: round(value, 3) for stage, value in seconds.items()},
-        peak_memory_bytes=peak_memory(device),
-        finished=datetime.now(UTC).isoformat(timespec="seconds"),
-        outcomes="outcomes.npz",
-    )
+    fields: dict[str, Any] = {
+        "task": request.task,
+        "model": loaded.tag,
+        "method": "fp" if recipe is None else recipe.method,
+        "variant": variant_name(request),
+        "w_bit": 32 if recipe is None else recipe.w_bits,
+        "a_bit": 32 if recipe is None else recipe.a_bits,
+        "seed": None if recipe is None else recipe.seed,
+        "recipe": None if recipe is None else recipe.model_dump(mode="json"),
+        "recipe_digest": "" if recipe is None else recipe.digest(),
+        "metrics": evaluation.metrics,
+        "n": evaluation.n,
+        "fp_metrics": full,
+        "weights": Weights(tag=loaded.tag, source=loaded.source, sha256=loaded.sha256),
+        "dataset": evaluation.dataset,
+        "calibration": None,
+        "modules": None,
+        "skipped_images": evaluation.skipped,
+        "environment": describe(device),
+        "seconds": {stage: round(value, 3) for stage, value in clock.seconds.items()},
+        "peak_memory_bytes": max(clock.memory.values()),
+        "stage_memory_bytes": clock.memory,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "outcomes": "outcomes.npz",
+    }
+    return ResultRecord(**{**fields, **more})
 
 
 def _write(record: ResultRecord, evaluation: Evaluation, folder: Path) -> Path:
@@ -245,10 +241,9 @@ def _write(record: ResultRecord, evaluation: Evaluation, folder: Path) -> Path:
     for name, content in evaluation.files.items():
         with replaced_whole(folder / name) as temporary:
             temporary.write_text(json.dumps(content), encoding="utf-8")
-    kept = None
+    beside = {"outcomes_sha256": file_sha256(folder / record.outcomes)}
     if evaluation.examples:
-        kept = EXAMPLES_FILE
-        with replaced_whole(folder / kept) as temporary:
+        with replaced_whole(folder / EXAMPLES_FILE) as temporary:
             temporary.write_text(json.dumps(example_file(record.task, evaluation.examples)), encoding="utf-8")
-    update = {"outcomes_sha256": file_sha256(folder / record.outcomes), "examples": kept}
-    return write_record(record.model_copy(update=update), folder)
+        beside["examples"] = EXAMPLES_FILE
+    return write_record(record.model_copy(update=beside), folder)

@@ -117,6 +117,11 @@ def open_source(loaded: LoadedModel, data: DataRequest, part: str) -> DetectionS
     return source
 
 
+def open_annotated(path: Path) -> DetectionSource:
+    """Open what is measured on: the evaluation part of COCO 2017, or a file in its format. Raises DataError."""
+    return open_file(path) if is_file_of_annotations(path) else open_coco(path, "val")
+
+
 def open_coco(root: Path, part: str, counts: Mapping[str, int] | None = None, categories: int = CATEGORIES) -> DetectionSource:
     """Open a part of COCO 2017.
 

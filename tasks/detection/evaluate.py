@@ -16,6 +16,7 @@ from tasks.common.record import Metric
 from tasks.common.task import Evaluation
 from tasks.detection.annotations import Entry
 from tasks.detection.coco import DetectionSource
+from tasks.detection.example_objects import detection_examples
 from tasks.detection.matching import KINDS, Detections, match
 from tasks.detection.precision import averages, contributions, standard_error
 
@@ -43,14 +44,14 @@ def evaluate_detector(
     workers: int = 0,
     keep: bool = False,
 ) -> Evaluation:
-    """Measure a detector on all images of ``source``: :func:`detect`, then :func:`measure`, and their errors.
+    """Measure a detector on all images of ``source``: :func:`detect`, then :func:`measure`, and their errors; with examples.
 
     Args:
         keep: whether all detections are kept, as ``detections.json`` in COCO's format of results.
         predict, source, prepare, device, report, skip_corrupt, workers: as of :func:`detect`.
     """
     detections = detect(predict, source, prepare, device, report, skip_corrupt, workers)
-    found = measure(source, detections)
+    found = replace(measure(source, detections), examples=detection_examples(source, detections))
     return replace(found, files={"detections.json": detections.results}) if keep else found
 
 

@@ -1,6 +1,9 @@
 """The detection task as the pipeline sees it."""
 
+from collections.abc import Sequence
+
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from fimaq_core.chain import BlockChain
@@ -20,6 +23,7 @@ from tasks.detection.divergence import ProposalDivergence
 from tasks.detection.evaluate import evaluate_detector
 from tasks.detection.examples import region_examples
 from tasks.detection.heads import roi_heads
+from tasks.detection.pictures import pictures
 from tasks.detection.roi import roi_inputs, roi_parts
 from tasks.detection.roi_terms import ProposalTerms, class_count
 from tasks.detection.rpn import rpn_levels, rpn_segment
@@ -142,6 +146,10 @@ class DetectionTask(Named):
         source = open_source(loaded, data, "val").head(data.limit)
         made = model.predict, source, loaded.eval_transform, device, report
         return evaluate_detector(*made, data.skip_corrupt, workers, data.keep_outputs)
+
+    def pictures(self, model: ModelRequest, data: DataRequest, ids: Sequence[str]) -> dict[str, Image.Image]:
+        """Scenes, or files that annotations name."""
+        return pictures(model, data, ids)
 
 
 TASK = DetectionTask()

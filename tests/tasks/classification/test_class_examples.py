@@ -22,6 +22,7 @@ from tasks.common import registry
 from tasks.common.examples import ClassSample, read_examples
 from tasks.common.folders import Source, open_folder
 from tasks.common.images import Images
+from tasks.common.record import read_record
 from tasks.common.request import CellRequest, DataRequest, ModelRequest
 from tasks.common.run import run_cell
 from tasks.common.task import Evaluation
@@ -93,7 +94,7 @@ def test_every_cell_of_the_demo_shows_the_same_samples(tmp_path: Path) -> None:
     for method in ("rtn", "repq"):
         recipe = make_recipe(method, QUICK)
         path = run_cell(CellRequest("classification", DEMO, data, recipe, results=tmp_path / "runs", eval_batch=16))
-        found[method] = read_examples(path.parent, "examples.json")
+        found[method] = read_examples(path.parent, read_record(path).examples or "")
         if method == "rtn":
             full = path.parents[3] / "fp"
     (whole,) = full.rglob("examples.json")

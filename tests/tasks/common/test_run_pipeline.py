@@ -19,7 +19,7 @@ from tasks.classification.task import TASK
 from tasks.common import run as run_module
 from tasks.common.environment import resolve_device
 from tasks.common.plan import planned_folder, variant_name
-from tasks.common.record import read_record, recipe_of
+from tasks.common.record import outcomes_problem, read_record, recipe_of
 from tasks.common.request import CellRequest, DataRequest, ModelRequest
 from tasks.common.run import run_cell
 
@@ -52,6 +52,14 @@ def test_a_cell_and_its_full_precision_record(tmp_path: Path) -> None:
     full = read_record(planned_folder(cell(tmp_path, None)) / "result.json")
     assert full.metrics == record.fp_metrics
     assert (full.method, full.recipe, full.seed, full.w_bit) == ("fp", None, None, 32)
+    assert list(full.seconds) == ["load", "evaluate"]
+    assert list(record.seconds) == ["load", "calibrate", "reconstruct", "evaluate"]
+    for one, own in ((record, path.parent), (full, planned_folder(cell(tmp_path, None)))):
+        assert list(one.stage_memory_bytes) == list(one.seconds)
+        assert one.peak_memory_bytes == max(one.stage_memory_bytes.values())
+        assert min(one.stage_memory_bytes.values()) > 0
+        assert one.outcomes_sha256 is not None
+        assert outcomes_problem(one, own) is None
     outcomes = np.load(path.parent / record.outcomes)
     assert set(outcomes.files) >= {"sample", "label", "predicted", "correct"}
     assert record.metrics["top1"].value == pytest.approx(100 * outcomes["correct"].mean())

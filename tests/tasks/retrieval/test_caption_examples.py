@@ -17,6 +17,7 @@ from fimaq_core.recipe import make_recipe
 from tasks.common import registry
 from tasks.common.examples import CAPTIONS, CaptionSample, read_examples
 from tasks.common.images import Images
+from tasks.common.record import read_record
 from tasks.common.request import CellRequest, DataRequest, ModelRequest
 from tasks.common.run import run_cell
 from tasks.common.task import Evaluation
@@ -111,7 +112,7 @@ def test_every_cell_of_the_demo_shows_the_same_samples(tmp_path: Path) -> None:
     for method in ("rtn", "repq"):
         recipe = make_recipe(method, quick)
         path = run_cell(CellRequest("retrieval", DEMO, data, recipe, results=tmp_path / "runs"))
-        files[method] = read_examples(path.parent, "examples.json")
+        files[method] = read_examples(path.parent, read_record(path).examples or "")
     (whole,) = (tmp_path / "runs").glob("*/*/fp/**/examples.json")
     files["fp"] = read_examples(whole.parent, whole.name)
     ids = [entry.sample for entry in files["fp"].samples]

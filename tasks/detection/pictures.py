@@ -1,0 +1,25 @@
+"""Original images of detection's samples; loads no model."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from fimaq_core.errors import DataError
+from tasks.common.pictures import known_pictures
+from tasks.common.request import DataRequest, ModelRequest
+from tasks.detection.coco import open_annotated, open_demo
+from tasks.detection.layout import LAYOUT
+from tasks.detection.tags import DEMO_NAMES
+
+
+def pictures(model: ModelRequest, data: DataRequest, ids: Sequence[str]) -> dict[str, Image.Image]:
+    """See :meth:`tasks.common.task.Task.pictures`. Files are read as evaluations do, turned as they say: boxes shall fit."""
+    if data.path is None and model.name not in DEMO_NAMES:
+        raise DataError(f"{model.name} brings no data along: give --data /path/to/coco. {LAYOUT}.")
+    source = open_demo("val") if data.path is None else open_annotated(data.path)
+
+    def read(index: int) -> Image.Image:
+        return Image.fromarray(np.ascontiguousarray(source.read(index)[:, :, ::-1]))
+
+    return known_pictures(ids, source.image_ids, read, f"{source.name} {source.split}")
