@@ -25,7 +25,9 @@ def without_blocks(groups: Sequence[Group]) -> int:
     """How many cells reconstructed blocks but have no figures of them: records from before these were kept."""
     records = [item for group in groups for item in group.items]
     return sum(
-        1 for item in records if item.record.recipe is not None and item.record.recipe.get("reconstruct") and not item.record.blocks
+        1
+        for item in records
+        if item.record.recipe is not None and item.record.recipe.get("reconstruct") and not item.record.blocks
     )
 
 

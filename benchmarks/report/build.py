@@ -98,7 +98,7 @@ def make_page(gathered: Gathered, get: Fetch) -> Page:
             "bits": unique(group.cell.bits for found in groups.values() for group in found if group.cell.bits != "fp"),
             "method": rows_of([item.cell for item in measured]),
         },
-        looks={name: f"{look.css} {look.shape}" for name, look in looks.items()},
+        looks={name: "fp" if name == "fp" else f"{look.css} {look.shape}" for name, look in looks.items()},
         reference=reference.compare(grid, measured),
         stages=stages,
     )
@@ -151,7 +151,9 @@ def make_section(
         data=data_lines(mine),
         table=scores.wide_table(id_of("t"), f"{metric}{unit}", groups, cells, metric, main=True),
         others=[
-            scores.wide_table(f"{id_of('o')}{number}", f"{other}{' (percent)' if is_percent(other) else ''}", groups, cells, other, False)
+            scores.wide_table(
+                f"{id_of('o')}{number}", f"{other}{' (percent)' if is_percent(other) else ''}", groups, cells, other, False
+            )
             for number, other in enumerate(others)
         ],
         notes=note_lines(own, metric, mine),

@@ -78,7 +78,9 @@ def _stage_figures(prefix: str, groups: Sequence[Group], colours: Mapping[str, i
         chart = bar_chart(bars, colours, text, alt, stacked=not memory)
         if memory:
             for_axis = "GB"
-            chart = bar_chart(_scaled(bars, 1e-9), colours, lambda value: memory_text(value * 1e9), f"{alt} The axis is in {for_axis}.", False)
+            chart = bar_chart(
+                _scaled(bars, 1e-9), colours, lambda value: memory_text(value * 1e9), f"{alt} The axis is in {for_axis}.", False
+            )
         title = column.subject if column.bits == FULL else f"{column.subject} {column.bits}"
         figures.append(Figure(f"{prefix}{len(figures)}", title, chart, data, column.subject, column.model, column.bits))
     return figures
@@ -119,7 +121,7 @@ def cost_figures(
             continue
         front = pareto(spots, higher=is_percent(metric))
         names = [spot.name for spot in front]
-        full = found["fp"].score(metric) if "fp" in found else None
+        full = found["fp"].score(metric) if "fp" in found and is_percent(metric) else None
         alt = f"{metric} of {column.subject} at {column.bits} against seconds; on the Pareto front: {', '.join(names)}."
         chart = scatter_chart(spots, front, None if full is None else full.mean, looks, "seconds a cell (logarithmic)", alt)
         rows = [

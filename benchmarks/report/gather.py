@@ -106,9 +106,7 @@ def _beyond(
     for section, part in grid.tasks.items():
         models = (*part.models, *part.available)
         for method, bits, full, seed in wanted:
-            filters = Filters(
-                (section,), models, (method,), None if full else (bits,), None if seed is None else (seed,)
-            )
+            filters = Filters((section,), models, (method,), None if full else (bits,), None if seed is None else (seed,))
             for cell in _expanded(grid, filters, options, method):
                 if cell.key not in seen and _folder(cell, adapter) in others:
                     seen.add(cell.key)

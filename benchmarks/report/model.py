@@ -33,11 +33,11 @@ class Value:
 
 @dataclass(frozen=True)
 class Row:
-    """A method's row; ``about`` says in small type what the method does."""
+    """A method's row; ``about`` says what the method does: special quantizers, what is optimised."""
 
     method: str
     values: Sequence[Value]
-    about: str = ""
+    about: tuple[str, str]
 
 
 @dataclass(frozen=True)

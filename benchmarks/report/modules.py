@@ -71,5 +71,3 @@ def _summary(rows: Sequence[Sequence[str]], rest: Sequence[str]) -> str:
     parts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
     quantized = f"{len(rows)} layers quantized ({parts})" if rows else "no layer quantized"
     return f"{quantized}, {len(rest)} modules in full precision"
-
-

@@ -37,8 +37,20 @@ def _verdict(row: dict[Any, Any]) -> Verdict:
     measured = "–" if _nothing(row["measured"]) else f"{row['measured']:.2f} ± {row['se']:.2f}"
     gap = "–" if _nothing(row["difference"]) else f"{row['difference']:+.2f}"
     kind = {diff.REPRODUCED: "good", diff.ABOVE: "above", diff.BELOW: "below"}.get(row["verdict"], "none")
-    source = f"{row['source']} ({row['variant']}, {row['evidence']})" if row["variant"] else f"{row['source']} ({row['evidence']})"
-    cells = [row["model"], row["method"], row["bits"], row["metric"], measured, f"{row['published']:.2f}", gap, row["verdict"], source]
+    source = (
+        f"{row['source']} ({row['variant']}, {row['evidence']})" if row["variant"] else f"{row['source']} ({row['evidence']})"
+    )
+    cells = [
+        row["model"],
+        row["method"],
+        row["bits"],
+        row["metric"],
+        measured,
+        f"{row['published']:.2f}",
+        gap,
+        row["verdict"],
+        source,
+    ]
     return Verdict([str(cell) for cell in cells], kind, str(row["verdict"]), str(row["reason"]))
 
 

@@ -32,19 +32,13 @@ def wide_table(id: str, caption: str, groups: Sequence[Group], cells: Sequence[C
     """
     columns = columns_of(cells)
     filled = [_column(find(groups, column), metric, main) for column in columns]
-    about = {row_name(cell): about_method(cell) for cell in cells}
-    rows = [
-        Row(name, [values.get(name, _NOTHING) for values in filled], about[name]) for name in rows_of(cells)
-    ]
+    about = {row_name(cell): _about(cell) for cell in cells}
+    rows = [Row(name, [values.get(name, _NOTHING) for values in filled], about[name]) for name in rows_of(cells)]
     return Wide(id, caption, columns, rows)
 
 
-def about_method(cell: Cell) -> str:
-    """What a method does, as the papers mark it: special quantizers, what is optimised."""
-    recipe = cell.request.recipe
-    special = special_quantizers(recipe).replace("-", "")
-    what = optimised(recipe).replace("-", "")
-    return " · ".join(part for part in (f"{special} quantizers" if special else "", f"optimises {what}" if what else "") if part)
+def _about(cell: Cell) -> tuple[str, str]:
+    return special_quantizers(cell.request.recipe), optimised(cell.request.recipe)
 
 
 def _column(found: Mapping[str, Group], metric: str, main: bool) -> dict[str, Value]:
@@ -98,7 +92,7 @@ def recovery_table(id: str, caption: str, groups: Sequence[Group], cells: Sequen
             values.append(
                 _NOTHING if share is None else Value(f"{share:.2f}", share, best=bold, share=min(1.0, max(0.0, share / 100)))
             )
-    about = {row_name(cell): about_method(cell) for cell in cells}
+    about = {row_name(cell): _about(cell) for cell in cells}
     return Wide(id, caption, columns, [Row(name, values, about[name]) for name, values in rows.items()])
 
 
@@ -140,7 +134,9 @@ def bits_figures(prefix: str, groups: Sequence[Group], metric: str, looks: Mappi
     return figures
 
 
-def dot_figures(prefix: str, groups: Sequence[Group], cells: Sequence[Cell], metric: str, looks: Mapping[str, Style]) -> list[Figure]:
+def dot_figures(
+    prefix: str, groups: Sequence[Group], cells: Sequence[Cell], metric: str, looks: Mapping[str, Style]
+) -> list[Figure]:
     """A chart a subject and bits: methods from the best to the worst, with error bars."""
     figures = []
     for column in columns_of(cells):
@@ -171,6 +167,9 @@ def _subjects(groups: Sequence[Group]) -> list[Column]:
 
 
 def _level(groups: Sequence[Group], column: Column, metric: str) -> float | None:
+    """Full precision's score; None where it is not measured, or where less is better and it is no ceiling."""
+    if not is_percent(metric):
+        return None
     for group in groups:
         if group.cell.method == "fp" and group.cell.model == column.model:
             score = group.score(metric)
@@ -185,5 +184,3 @@ def _width(groups: Sequence[Group], bits: str) -> tuple[int, int]:
 
 def _listed(names: Sequence[str] | Mapping[str, object]) -> str:
     return ", ".join(names)
-
-

@@ -33,7 +33,10 @@ def bar_chart(
     bottom = height - _BOTTOM
     chart = Chart(WIDTH, height, alt)
     for value in x.ticks(4):
-        chart.shapes += [Line(x(value), _TOP, x(value), bottom, "grid"), Text(x(value), bottom + 15, tick_text(value), "tick", "middle")]
+        chart.shapes += [
+            Line(x(value), _TOP, x(value), bottom, "grid"),
+            Text(x(value), bottom + 15, tick_text(value), "tick", "middle"),
+        ]
     for index, (name, parts) in enumerate(rows.items()):
         top, at = _TOP + ROW * index + 3, left
         shapes: list[Shape] = [Text(left - 8, top + 11, shorten(name, 110.0), "name", "end")]

@@ -50,7 +50,10 @@ def dot_chart(dots: Sequence[Dot], level: float | None, looks: Mapping[str, Styl
     bottom = height - _BOTTOM
     chart = Chart(WIDTH, height, alt)
     for value in x.ticks(4):
-        chart.shapes += [Line(x(value), _TOP, x(value), bottom, "grid"), Text(x(value), bottom + 15, tick_text(value), "tick", "middle")]
+        chart.shapes += [
+            Line(x(value), _TOP, x(value), bottom, "grid"),
+            Text(x(value), bottom + 15, tick_text(value), "tick", "middle"),
+        ]
     if level is not None:
         chart.shapes.append(Line(x(level), _TOP, x(level), bottom, "level"))
     for index, dot in enumerate(dots):
@@ -68,7 +71,11 @@ def dot_chart(dots: Sequence[Dot], level: float | None, looks: Mapping[str, Styl
 
 
 def row_chart(
-    rows: Sequence[str], series: Mapping[str, Mapping[str, float]], looks: Mapping[str, Style], titles: Mapping[str, str], alt: str
+    rows: Sequence[str],
+    series: Mapping[str, Mapping[str, float]],
+    looks: Mapping[str, Style],
+    titles: Mapping[str, str],
+    alt: str,
 ) -> Chart:
     """Draw a line a method down the rows, on a logarithmic scale; values that are not positive are left out.
 
@@ -89,7 +96,10 @@ def row_chart(
         return chart
     x = logarithmic(everything, left, right)
     for value in x.ticks():
-        chart.shapes += [Line(x(value), _TOP, x(value), bottom, "grid"), Text(x(value), bottom + 15, tick_text(value), "tick", "middle")]
+        chart.shapes += [
+            Line(x(value), _TOP, x(value), bottom, "grid"),
+            Text(x(value), bottom + 15, tick_text(value), "tick", "middle"),
+        ]
     y = {row: _TOP + ROW * (index + 0.5) for index, row in enumerate(rows)}
     for row, at in y.items():
         chart.shapes += [Line(left, at, right, at, "row"), Text(left - 8, at + 4, shorten(row, 130.0), "name", "end")]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks.report.charts.scales import linear, spread, tick_text
+from benchmarks.report.charts.scales import linear, spread, stretched, tick_text
 from benchmarks.report.charts.shapes import (
     Chart,
     Line,
@@ -19,7 +19,7 @@ from benchmarks.report.charts.shapes import (
 )
 
 WIDTH, HEIGHT = 360.0, 300.0
-_LEFT, _TOP, _BOTTOM = 34.0, 14.0, 36.0
+_LEFT, _TOP, _BOTTOM = 34.0, 10.0, 24.0
 
 
 @dataclass(frozen=True)
@@ -44,31 +44,42 @@ def line_chart(
         alt: the chart in words.
     """
     names = max((text_width(name) for name in series), default=0.0)
-    right = WIDTH - min(names, 110.0) - 26
+    right = WIDTH - min(max(names, text_width("fp 00.00")), 110.0) - 26
     chart = Chart(WIDTH, HEIGHT, alt)
     ends = [p.value + sign * p.error for points in series.values() for p in points.values() for sign in (-1, 1)]
-    y = linear([*ends, *([] if level is None else [level])], HEIGHT - _BOTTOM, _TOP)
-    step = (right - _LEFT) / max(1, len(places))
-    x = {place: _LEFT + step * (index + 0.5) for index, place in enumerate(places)}
+    bottom = HEIGHT - _BOTTOM
+    y = linear(ends, bottom, _TOP) if level is None else stretched(ends, level, bottom, _TOP)
+    # Lines reach nearly from side to side; a single place stands in the middle.
+    step = (right - _LEFT) * (0.72 / (len(places) - 1) if len(places) > 1 else 1.0)
+    first = _LEFT + (right - _LEFT) * (0.14 if len(places) > 1 else 0.5)
+    x = {place: first + step * index for index, place in enumerate(places)}
     for value in y.ticks():
-        chart.shapes += [Line(_LEFT, y(value), right, y(value), "grid"), Text(_LEFT - 5, y(value) + 4, tick_text(value), "tick", "end")]
-    chart.shapes += [Text(at, HEIGHT - _BOTTOM + 18, place, "tick", "middle") for place, at in x.items()]
-    if level is not None:
         chart.shapes += [
-            Line(_LEFT, y(level), right, y(level), "level"),
-            Text(_LEFT + 2, HEIGHT - 3, f"- - full precision {level:.2f}", "tick"),
+            Line(_LEFT, y(value), right, y(value), "grid"),
+            Text(_LEFT - 5, y(value) + 4, tick_text(value), "tick", "end"),
         ]
+    chart.shapes += [Text(at, bottom + 17, place, "tick", "middle") for place, at in x.items()]
+    if level is not None:
+        chart.shapes.append(Line(_LEFT, y(level), right + 8, y(level), "level"))
     last = {name: [place for place in places if place in points][-1] for name, points in series.items() if points}
-    labels = spread([y(series[name][place].value) for name, place in last.items()], 12.5, _TOP, HEIGHT - _BOTTOM + 6)
+    wanted = [y(series[name][place].value) for name, place in last.items()] + ([] if level is None else [y(level)])
+    labels = spread(wanted, 12.5, _TOP, bottom)
+    if level is not None:
+        chart.shapes.append(Text(right + 11, labels.pop() + 4, f"fp {level:.2f}", "tick"))
     # Methods at nearly the same place would hide each other: each stands a little beside the next.
-    shift = {name: (index - (len(last) - 1) / 2) * min(3.0, 0.5 * step / max(1, len(last))) for index, name in enumerate(last)}
+    shift = {
+        name: (index - (len(last) - 1) / 2) * min(2.6, 0.26 * (right - _LEFT) / max(1, len(last)))
+        for index, name in enumerate(last)
+    }
     for (name, place), at in zip(last.items(), labels, strict=True):
         points, look, aside = series[name], looks[name], shift[name]
         here = [(x[found] + aside, y(points[found].value)) for found in places if found in points]
         shapes: list[Shape] = [polyline(here, look.css)] if len(here) > 1 else []
         for found in (found for found in places if found in points):
             point, left = points[found], x[found] + aside
-            shapes += whisker(y(point.value - point.error), y(point.value + point.error), left, f"whisker {look.css}", vertical=True)
+            shapes += whisker(
+                y(point.value - point.error), y(point.value + point.error), left, f"whisker {look.css}", vertical=True
+            )
             shapes.append(marker(left, y(point.value), look.shape, look.css, point.title, 3.6))
         shapes += [
             Line(x[place] + aside + 5, y(points[place].value), right + 8, at, f"leader {look.css}"),

@@ -3,28 +3,50 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+#: Pixels between two ticks of a stretched scale.
+_TICK_GAP = 24.0
 
 
 @dataclass(frozen=True)
 class Scale:
-    """A linear or logarithmic map of [low, high] to [start, end] pixels."""
+    """A map of [low, high] to [start, end] pixels.
+
+    Attributes:
+        kind: ``linear``; ``log``; or ``stretched``: by the square root of what is missing to ``high``, which gives most room to
+            the scores just below it, where methods are that differ little.
+    """
 
     low: float
     high: float
     start: float
     end: float
-    log: bool = False
+    kind: Literal["linear", "log", "stretched"] = "linear"
 
     def __call__(self, value: float) -> float:
         """The pixel of a value; values beyond the ends are drawn at the end."""
-        a, b, v = self.low, self.high, min(max(value, self.low), self.high)
-        if self.log:
-            a, b, v = math.log10(a), math.log10(b), math.log10(v)
+        a, b, v = (self._bent(one) for one in (self.low, self.high, min(max(value, self.low), self.high)))
         return self.start + (self.end - self.start) * ((v - a) / (b - a) if b > a else 0.5)
 
+    def _bent(self, value: float) -> float:
+        if self.kind == "log":
+            return math.log10(value)
+        return -math.sqrt(max(0.0, self.high - value)) if self.kind == "stretched" else value
+
     def ticks(self, count: int = 5) -> list[float]:
-        """Round values between the ends."""
-        return log_ticks(self.low, self.high) if self.log else linear_ticks(self.low, self.high, count)
+        """Round values between the ends, far enough from each other to be read."""
+        if self.kind == "log":
+            return log_ticks(self.low, self.high)
+        if self.kind == "linear":
+            return linear_ticks(self.low, self.high, count)
+        found: list[float] = []
+        # From the coarsest on: rounder values win where there is no room for all.
+        for finer in (2, 4, 8, 16, 32):
+            for value in linear_ticks(self.low, self.high, finer):
+                if all(abs(self(value) - self(other)) >= _TICK_GAP for other in found):
+                    found.append(value)
+        return sorted(found)
 
 
 def linear_ticks(low: float, high: float, count: int) -> list[float]:
@@ -56,11 +78,19 @@ def linear(values: Iterable[float], start: float, end: float, margin: float = 0.
     return Scale(low - air, high + air, start, end)
 
 
+def stretched(values: Iterable[float], ceiling: float, start: float, end: float) -> Scale:
+    """A scale with most room below ``ceiling``, or the highest value where that is higher."""
+    found = [*values, ceiling]
+    low, high = min(found), max(found)
+    air = (high - low) * 0.02 or max(abs(high) * 0.05, 0.5)
+    return Scale(low - air, high + air / 4, start, end, "stretched")
+
+
 def logarithmic(values: Sequence[float], start: float, end: float) -> Scale:
     """The same on a logarithmic scale, for positive values."""
     low, high = min(values), max(values)
     air = (high / low) ** 0.04 if high > low else 1.5
-    return Scale(low / air, high * air, start, end, log=True)
+    return Scale(low / air, high * air, start, end, "log")
 
 
 def tick_text(value: float) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks.report.charts.scales import linear, logarithmic, tick_text
+from benchmarks.report.charts.scales import linear, logarithmic, stretched, tick_text
 from benchmarks.report.charts.shapes import Chart, Line, Path, Series, Shape, Style, Text, marker, number, text_width, whisker
 
 WIDTH, HEIGHT = 360.0, 270.0
@@ -48,11 +48,17 @@ def scatter_chart(
     bottom, right = HEIGHT - _BOTTOM, WIDTH - _RIGHT
     x = logarithmic([spot.cost for spot in spots], _LEFT + 6, right - 30)
     ends = [spot.value + sign * spot.error for spot in spots for sign in (-1, 1)]
-    y = linear([*ends, *([] if level is None else [level])], bottom, _TOP)
+    y = linear(ends, bottom, _TOP) if level is None else stretched(ends, level, bottom, _TOP)
     for value in y.ticks():
-        chart.shapes += [Line(_LEFT, y(value), right, y(value), "grid"), Text(_LEFT - 5, y(value) + 4, tick_text(value), "tick", "end")]
+        chart.shapes += [
+            Line(_LEFT, y(value), right, y(value), "grid"),
+            Text(_LEFT - 5, y(value) + 4, tick_text(value), "tick", "end"),
+        ]
     for value in x.ticks():
-        chart.shapes += [Line(x(value), _TOP, x(value), bottom, "grid"), Text(x(value), bottom + 15, tick_text(value), "tick", "middle")]
+        chart.shapes += [
+            Line(x(value), _TOP, x(value), bottom, "grid"),
+            Text(x(value), bottom + 15, tick_text(value), "tick", "middle"),
+        ]
     chart.shapes.append(Text((_LEFT + right) / 2, HEIGHT - 4, axis, "tick", "middle"))
     if level is not None:
         chart.shapes.append(Line(_LEFT, y(level), right, y(level), "level"))
@@ -79,10 +85,17 @@ def _name(
     name: str, x: float, y: float, placed: list[tuple[float, float, float, float]], bottom: float
 ) -> tuple[float, float] | None:
     """Where a name fits beside its marker (start of its base line); None where it would cover something."""
-    width = text_width(name)
-    for left, base in ((x + 8, y + 4), (x - 8 - width, y + 4), (x - width / 2, y - 8), (x - width / 2, y + 16), (x + 6, y - 6), (x + 6, y + 14)):
+    width = 1.1 * text_width(name)  # it may be bold
+    for left, base in (
+        (x + 8, y + 4),
+        (x - 8 - width, y + 4),
+        (x - width / 2, y - 8),
+        (x - width / 2, y + 16),
+        (x + 6, y - 6),
+        (x + 6, y + 14),
+    ):
         box = (left, base - 9, left + width, base + 2)
-        inside = left >= _LEFT and box[2] <= WIDTH and box[1] >= _TOP - 8 and box[3] <= bottom
+        inside = left >= _LEFT and box[2] <= WIDTH - 2 and box[1] >= _TOP - 8 and box[3] <= bottom
         if inside and not any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in placed):
             placed.append(box)
             return left, base
