@@ -1,6 +1,6 @@
 """Figures of blocks: how far a reconstructed block's output is from full precision, and how its loss weighed it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
 from benchmarks.report.charts.dots import row_chart
@@ -42,7 +42,9 @@ def _means(group: Group, what: str) -> dict[str, float]:
     return {label: fmean(values) for label, values in found.items() if len(values) == len(group.items)}
 
 
-def _figures(prefix: str, groups: Sequence[Group], looks: Mapping[str, Style], words: str, of) -> list[Figure]:  # type: ignore[no-untyped-def]
+def _figures(
+    prefix: str, groups: Sequence[Group], looks: Mapping[str, Style], words: str, of: Callable[[Group], dict[str, float]]
+) -> list[Figure]:
     panels: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
     models: dict[str, str] = {}
     for group in groups:
@@ -50,7 +52,7 @@ def _figures(prefix: str, groups: Sequence[Group], looks: Mapping[str, Style], w
         if values:
             panels.setdefault((group.cell.subject, group.cell.bits), {})[group.method] = values
             models[group.cell.subject] = group.cell.model
-    figures = []
+    figures: list[Figure] = []
     for (subject, bits), series in panels.items():
         labels = unique(label for values in series.values() for label in values)
         short = short_names(labels)

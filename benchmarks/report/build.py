@@ -14,11 +14,12 @@ from benchmarks.report.examples.boards import Told, make_boards, read_all
 from benchmarks.report.examples.pictures import Fetch, fetch, make_pictures
 from benchmarks.report.gather import Gathered, gather
 from benchmarks.report.groups import Group, main_metric, make_groups, rows_of
-from benchmarks.report.model import Page, Picture, Section
+from benchmarks.report.model import Page, Section
 from benchmarks.report.modules import module_maps
 from benchmarks.report.notes import axis_tables, data_lines, facts, note_lines
 from benchmarks.report.provenance import origin
 from benchmarks.report.published import published
+from benchmarks.report.views import Picture
 from benchmarks.schema import Grid
 from benchmarks.tables import is_percent, unique, write_text
 from fimaq_core.errors import FimaqError

@@ -21,7 +21,7 @@ _STAGES = ("load", "reconstruct MLPs", "calibrate", "reconstruct", "evaluate", _
 
 
 def kind_of(stage: str) -> str:
-    """The kind of a stage: ``reconstruct vision`` and ``reconstruct text`` are both ``reconstruct``, and what was reused is itself."""
+    """The kind of a stage: ``reconstruct vision`` and ``reconstruct text (reused)`` are both ``reconstruct``."""
     plain = stage.removesuffix(" (reused)")
     if plain.startswith("reconstruct MLPs"):
         return "reconstruct MLPs"
@@ -51,7 +51,7 @@ def memory_figures(prefix: str, groups: Sequence[Group], colours: Mapping[str, i
 
 def _stage_figures(prefix: str, groups: Sequence[Group], colours: Mapping[str, int], memory: bool) -> list[Figure]:
     cells = [group.cell for group in groups]
-    figures = []
+    figures: list[Figure] = []
     for column in columns_of(cells):
         found = find(groups, column)
         stages = {name: _stages(group, memory) for name, group in found.items()}
@@ -75,12 +75,10 @@ def _stage_figures(prefix: str, groups: Sequence[Group], colours: Mapping[str, i
             for name, values in stages.items()
         ]
         data = DataTable(["method", *heads, "most" if memory else "all"], rows, list(stages))
-        chart = bar_chart(bars, colours, text, alt, stacked=not memory)
-        if memory:
-            for_axis = "GB"
-            chart = bar_chart(
-                _scaled(bars, 1e-9), colours, lambda value: memory_text(value * 1e9), f"{alt} The axis is in {for_axis}.", False
-            )
+        if memory:  # in GB, so that the axis has round numbers
+            chart = bar_chart(_scaled(bars, 1e-9), colours, lambda value: memory_text(1e9 * value), alt, stacked=False)
+        else:
+            chart = bar_chart(bars, colours, seconds_text, alt)
         title = column.subject if column.bits == FULL else f"{column.subject} {column.bits}"
         figures.append(Figure(f"{prefix}{len(figures)}", title, chart, data, column.subject, column.model, column.bits))
     return figures
@@ -107,7 +105,7 @@ def cost_figures(
     prefix: str, groups: Sequence[Group], cells: Sequence[Cell], metric: str, looks: Mapping[str, Style]
 ) -> list[Figure]:
     """A chart a subject and bits: scores against seconds, with the Pareto front."""
-    figures = []
+    figures: list[Figure] = []
     for column in columns_of(cells):
         spots = []
         found = find(groups, column)

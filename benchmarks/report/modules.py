@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from benchmarks.report.groups import Group
-from benchmarks.report.model import ModuleMapView
+from benchmarks.report.views import ModuleMapView
 from benchmarks.tables import Measured, unique
 from fimaq_core.recipe import OFF
 from tasks.common.record import LayerEntry, ResultRecord

@@ -1,16 +1,15 @@
 """Where every number is from: what the records of a group say, once where seeds agree."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
+from benchmarks.diff import changed_settings
 from benchmarks.estimate import duration
 from benchmarks.report.gather import Gathered
 from benchmarks.report.groups import Group
-from benchmarks.report.model import Fact, Origin
 from benchmarks.report.units import memory_text
+from benchmarks.report.views import Fact, Origin
 from benchmarks.tables import Measured, sample_counts, unique
 from fimaq_core.errors import FimaqError
-from tasks.common import registry
 from tasks.common.record import ResultRecord, recipe_of
 
 
@@ -96,11 +95,11 @@ def _seconds(record: ResultRecord) -> str:
 
 
 def _changes(record: ResultRecord) -> str:
-    """What is not the method's released setting, as far as this version knows the method."""
+    """What is not the method's released setting and bears on the result, as far as this version knows the method."""
     try:
         recipe = recipe_of(record)
-        changes: dict[str, Any] = {} if recipe is None else recipe.changes(registry.defaults(record.task))
-    except (FimaqError, KeyError):
+        changes = {} if recipe is None else changed_settings(recipe, record.task)
+    except FimaqError:
         return "not known: this version does not have the recipe's method or settings"
     return ", ".join(f"{name} {value}" for name, value in changes.items()) or "none"
 

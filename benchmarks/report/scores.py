@@ -110,7 +110,7 @@ def recovery(group: Group, full: Group | None, metric: str) -> float | None:
 
 def bits_figures(prefix: str, groups: Sequence[Group], metric: str, looks: Mapping[str, Style]) -> list[Figure]:
     """A chart a subject: scores from many bits to few."""
-    figures = []
+    figures: list[Figure] = []
     for column in _subjects(groups):
         mine = [group for group in groups if group.cell.subject == column.subject and group.cell.bits != FULL]
         places = sorted(unique(group.cell.bits for group in mine), key=lambda name: _width(mine, name), reverse=True)
@@ -123,7 +123,7 @@ def bits_figures(prefix: str, groups: Sequence[Group], metric: str, looks: Mappi
         if not series:
             continue
         level = _level(groups, column, metric)
-        alt = f"{metric} of {column.subject} at {', '.join(places)}, a line for each of {_listed(series)}. The table below has the numbers."
+        alt = f"{metric} of {column.subject} at {', '.join(places)}, a line each for {', '.join(series)}; numbers under Data."
         rows = [
             [name, *(f"{points[p].value:.2f} ± {points[p].error:.2f}" if p in points else "–" for p in places)]
             for name, points in series.items()
@@ -138,7 +138,7 @@ def dot_figures(
     prefix: str, groups: Sequence[Group], cells: Sequence[Cell], metric: str, looks: Mapping[str, Style]
 ) -> list[Figure]:
     """A chart a subject and bits: methods from the best to the worst, with error bars."""
-    figures = []
+    figures: list[Figure] = []
     for column in columns_of(cells):
         found = {name: group for name, group in find(groups, column).items() if group.cell.bits != FULL}
         scores = {name: score for name, group in found.items() if (score := group.score(metric)) is not None}
@@ -152,7 +152,8 @@ def dot_figures(
             )
             for name, score in sorted(scores.items(), key=lambda item: -item[1].mean if is_percent(metric) else item[1].mean)
         ]  # fmt: skip
-        alt = f"{metric} of {column.subject} at {column.bits}: {dots[0].name} first with {dots[0].text}, {dots[-1].name} last with {dots[-1].text}."
+        ends = f"{dots[0].name} first with {dots[0].text}, {dots[-1].name} last with {dots[-1].text}"
+        alt = f"{metric} of {column.subject} at {column.bits}: {ends}; all numbers under Data."
         rows = [[dot.name, f"{dot.value:.2f}", scores[dot.name].error_text, str(scores[dot.name].seeds)] for dot in dots]
         data = DataTable(["method", metric, "error bar", "seeds"], rows, [dot.name for dot in dots])
         chart = dot_chart(dots, _level(groups, column, metric), looks, alt)
@@ -180,7 +181,3 @@ def _level(groups: Sequence[Group], column: Column, metric: str) -> float | None
 def _width(groups: Sequence[Group], bits: str) -> tuple[int, int]:
     cell = next(group.cell for group in groups if group.cell.bits == bits)
     return cell.w_bit + cell.a_bit, cell.w_bit if cell.w_bit != OFF else 0
-
-
-def _listed(names: Sequence[str] | Mapping[str, object]) -> str:
-    return ", ".join(names)

@@ -7,7 +7,7 @@ from pathlib import Path
 from benchmarks.report.charts.shapes import COLOURS, number
 from benchmarks.report.gather import Gathered, Problem, inside
 from benchmarks.report.groups import Column, Group, columns_of, find
-from benchmarks.report.model import Answer, Board, Drawing, ExampleRow, Object
+from benchmarks.report.views import Answer, Board, Drawing, ExampleRow, Object
 from benchmarks.tables import FULL, Measured
 from fimaq_core.errors import CheckpointError, FimaqError
 from tasks.common.examples import CaptionSample, ClassSample, FoundObject, ObjectSample, TrueObject, read_examples
@@ -58,16 +58,24 @@ def _read(folder: Path, name: str) -> Sequence[Sample]:
 
 def make_boards(groups: Sequence[Group], told: Mapping[str, Told], picture: PictureId) -> list[Board]:
     """A board for every subject and bits where a quantized cell has examples: full precision first, then the methods."""
+    colours = _class_colours(told)
     boards = []
     for column in columns_of([group.cell for group in groups]):
         here = find(groups, column)
         methods = [name for name, group in here.items() if group.id in told and (name == "fp" or group.cell.bits != FULL)]
         if any(name != "fp" for name in methods):
-            boards.append(_board(column, methods, [told[here[name].id] for name in methods], picture))
+            boards.append(_board(column, methods, [told[here[name].id] for name in methods], picture, colours))
     return boards
 
 
-def _board(column: Column, methods: Sequence[str], told: Sequence[Told], picture: PictureId) -> Board:
+def _class_colours(told: Mapping[str, Told]) -> dict[str, int]:
+    """A colour for each class of objects, the same in all boards of a section."""
+    samples = [sample for one in told.values() for sample in one.samples.values() if isinstance(sample, ObjectSample)]
+    names = sorted({found.name for sample in samples for found in [*sample.truth, *sample.found]})
+    return {name: index % COLOURS for index, name in enumerate(names)}
+
+
+def _board(column: Column, methods: Sequence[str], told: Sequence[Told], picture: PictureId, colours: Mapping[str, int]) -> Board:
     fingerprint = told[0].item.record.dataset.fingerprint
     kinds = {type(sample).__name__ for one in told for sample in one.samples.values()}
     samples = dict.fromkeys(name for one in told for name in one.samples)
@@ -75,12 +83,14 @@ def _board(column: Column, methods: Sequence[str], told: Sequence[Told], picture
     for name in samples:
         found = [one.samples.get(name) for one in told]
         first = next(sample for sample in found if sample is not None)
-        cells = [None if sample is None or type(sample) is not type(first) else _cell(sample) for sample in found]
+        cells = [None if sample is None or type(sample) is not type(first) else _cell(sample, colours) for sample in found]
         for index, cell in enumerate(cells):
             if isinstance(cell, Answer) and isinstance(cells[0], Answer) and cell.text == cells[0].text:
                 same[index] += 1
         width, height = first.size if isinstance(first, ObjectSample) else (0, 0)
-        rows.append(ExampleRow(name, picture(fingerprint, name), width, height, _truth(first), _truth_drawing(first), cells))
+        rows.append(
+            ExampleRow(name, picture(fingerprint, name), width, height, _truth(first), _truth_drawing(first, colours), cells)
+        )
     full = "fp" in methods and methods[0] == "fp" and "ObjectSample" not in kinds
     agreement = [
         "" if not full or index == 0 else f"as full precision: {same[index]} of {len(rows)}" for index in range(len(methods))
@@ -98,13 +108,13 @@ def _truth(sample: Sample) -> list[str]:
     return list(sample.truth) if isinstance(sample, CaptionSample) else []
 
 
-def _truth_drawing(sample: Sample) -> Drawing | None:
-    return _drawing(sample, sample.truth, "truth") if isinstance(sample, ObjectSample) else None
+def _truth_drawing(sample: Sample, colours: Mapping[str, int]) -> Drawing | None:
+    return _drawing(sample, sample.truth, colours, "truth") if isinstance(sample, ObjectSample) else None
 
 
-def _cell(sample: Sample) -> Answer | Drawing | None:
+def _cell(sample: Sample, colours: Mapping[str, int]) -> Answer | Drawing | None:
     if isinstance(sample, ObjectSample):
-        return _drawing(sample, sample.found, "found")
+        return _drawing(sample, sample.found, colours, "found")
     if isinstance(sample, CaptionSample):
         if not sample.top:
             return None
@@ -121,11 +131,10 @@ def _percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
-def _drawing(sample: ObjectSample, objects: Sequence[TrueObject], word: str) -> Drawing:
-    colours = {name: index % COLOURS for index, name in enumerate(sorted({o.name for o in [*sample.truth, *sample.found]}))}
+def _drawing(sample: ObjectSample, objects: Sequence[TrueObject], colours: Mapping[str, int], word: str) -> Drawing:
     drawn = []
     for one in objects:
-        score = f" {_percent(one.score)}" if isinstance(one, FoundObject) else ""
+        score = f" {100 * one.score:.0f}%" if isinstance(one, FoundObject) else ""
         x, y, width, height = one.box
         box = (x, y, max(width, 0.0), max(height, 0.0))
         outlines = [points for polygon in one.polygons if (points := outline(polygon, max(sample.size)))]

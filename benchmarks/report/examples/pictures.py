@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from benchmarks.cells import Cell
 from benchmarks.report.examples.boards import Told
 from benchmarks.report.gather import Gathered, Problem
-from benchmarks.report.model import Picture
+from benchmarks.report.views import Picture
 from fimaq_core.errors import FimaqError
 from tasks.common.examples import ObjectSample
 
