@@ -3,7 +3,7 @@
 import contextlib
 import copy
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from fimaq_core.layers.layers import fold_shift
 from fimaq_core.progress import Report, silent
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction.engines import Engine, EngineChoice
+from fimaq_core.reconstruction.kept import add_block, block_facts, log_facts, read_log
 from fimaq_core.reconstruction.mlp import mlps, reconstruct_mlps, use_relu
 from fimaq_core.reconstruction.reconstruct import ReconstructionLog, reconstruct
 from fimaq_core.reconstruction.tape import Placement
@@ -179,20 +180,15 @@ def reconstruct_with_checkpoints(
         if file is None or not file.is_file():
             return False
         facts = load_checkpoint(file, segment.block, fingerprint)
-        earlier.last_loss[segment.label] = facts["last_loss"]
-        earlier.fisher_passes[segment.label] = facts["fisher_passes"]
-        engines[segment.label] = facts["engine"]
-        earlier.notes += [note for note in facts["notes"] if note not in earlier.notes]
+        engines[segment.label] = add_block(earlier, segment.label, facts, str(file))
         return True
 
     def save(index: int, segment: Segment, log: ReconstructionLog) -> None:
         file = path(index)
         if file is not None:
             assert fingerprint is not None
-            notes = [note for note in log.notes if note.startswith(f"{segment.label}:")]
-            facts: dict[str, Any] = {"last_loss": log.last_loss[segment.label], "notes": notes}
-            facts |= {"fisher_passes": log.fisher_passes[segment.label], "engine": log.engine}
-            save_checkpoint(file, segment.block.state_dict(), fingerprint, {"stage": "block", "index": index, **facts})
+            facts = {"stage": "block", "index": index, **block_facts(log, segment.label)}
+            save_checkpoint(file, segment.block.state_dict(), fingerprint, facts)
 
     log = reconstruct(
         chain,
@@ -216,6 +212,8 @@ def reconstruct_with_checkpoints(
         {**earlier.fisher_passes, **log.fisher_passes},
         earlier.notes + log.notes,
         log.engine,
+        {**earlier.error, **log.error},
+        {**earlier.fisher, **log.fisher},
     )
 
 
@@ -243,11 +241,11 @@ def reconstruct_or_load(
         facts = load_checkpoint(path, chain, fingerprint)
         set_quantized(chain, True)
         remove_blocks(blocks_beside(path))  # what a run left that was stopped just there
-        return ReconstructionLog(**facts["log"]), True
+        return read_log(facts.get("log"), str(path)), True
     blocks = blocks_beside(path)
     log = reconstruct_with_checkpoints(chain, images, recipe, divergence, resources, blocks, fingerprint, teacher)
     finish(chain)
-    save_checkpoint(path, chain.state_dict(), fingerprint, {"stage": "reconstructed", "log": asdict(log)})
+    save_checkpoint(path, chain.state_dict(), fingerprint, {"stage": "reconstructed", "log": log_facts(log)})
     remove_blocks(blocks)
     return log, False
 

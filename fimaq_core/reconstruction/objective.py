@@ -19,6 +19,7 @@ from fimaq_core.fisher.passes import (
 )
 from fimaq_core.layers import set_quantized
 from fimaq_core.recipe import Recipe
+from fimaq_core.reconstruction.figures import mean_of
 from fimaq_core.reconstruction.loss import Batch, LossState
 from fimaq_core.reconstruction.tape import Tape
 from fimaq_core.samples import Samples, slices
@@ -29,6 +30,8 @@ DPLR = ("fisher_lr", "fisher_diag", "fisher_dplr")
 PERTURB = ("perturb", "perturb_mean")
 #: Losses that take a pass with the block quantized while it trains.
 UPDATED = (*DPLR, "least_squares")
+#: Losses that weigh squared errors one by one.
+DIAGONAL = ("fisher_brecq", "fisher_diag", "fisher_dplr", "least_squares", *PERTURB)
 
 
 class Objective:
@@ -86,6 +89,10 @@ class Objective:
 
     def update(self, forward: Callable[[Tensor], Tensor]) -> None:
         """Take a Fisher pass. ``forward`` runs the block on a batch, quantized as it is at the present step."""
+        raise NotImplementedError
+
+    def mean_weight(self) -> float | None:
+        """Mean of the diagonal Fisher weight in the loss as it is now; None for losses without."""
         raise NotImplementedError
 
     @property
@@ -198,6 +205,13 @@ class BlockObjective(Objective):
             state.root[: self.passes, : self.passes].copy_(root)
             if damped:
                 self._note(f"{self.label}: D Dᵀ of {self.passes} Fisher passes was near singular and has been damped")
+
+    def mean_weight(self) -> float | None:
+        """See :class:`Objective`: for ``fisher_brecq`` the mean of squared gradients, else of absolute ones or of a Hessian."""
+        if self.weights is not None:
+            return mean_of(self.weights, self.tape.batch_size, squared=self.kind == "fisher_brecq")
+        diagonal = self.state.diagonal
+        return None if diagonal is None or self.kind not in DIAGONAL else float(diagonal.mean(dtype=torch.float64))
 
     def _squared_gradient_pass(self) -> None:
         """BRECQ's pass: prefix quantized, this block and the rest in full precision, one gradient a sample."""

@@ -31,12 +31,25 @@ class ReconstructionLog:
         fisher_passes: Fisher passes of each block by label.
         notes: sentences about anything that did not go as the recipe says.
         engine: how steps ran.
+        error: ``||q - f||² / ||f||²`` of each reconstructed block by label, over all samples: q its output with all before it and
+            itself quantized, f the full-precision model's.
+        fisher: mean of the diagonal Fisher weight in each block's loss by label; none of losses without.
     """
 
     last_loss: dict[str, float] = field(default_factory=dict)
     fisher_passes: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     engine: Engine = "fused"
+    error: dict[str, float] = field(default_factory=dict)
+    fisher: dict[str, float] = field(default_factory=dict)
+
+    def keep(self, label: str, error: float, fisher: float | None) -> None:
+        """Keep the figures of a block; one that is not finite goes into a note instead."""
+        for name, value, place in (("output error", error, self.error), ("Fisher weight", fisher, self.fisher)):
+            if value is not None and math.isfinite(value):
+                place[label] = value
+            elif value is not None:
+                self.notes.append(f"{label}: its {name} is {value}")
 
 
 def reconstruct(
@@ -97,7 +110,7 @@ def reconstruct(
         chain,
         images,
         Storage(placement, device, pinned=not varying),
-        with_prefix=recipe.prefix_prob > 0 or recipe.loss == "fisher_brecq",
+        with_prefix=True,  # where inputs are not mixed, for the error of outputs
         batch_size=batch_size,
         frozen_dtype=recipe.frozen_dtype,
         teacher=teacher,
@@ -121,8 +134,10 @@ def reconstruct(
             loss = optimise_block(segment, tape, objective, recipe, log.engine, tick)
             log.last_loss[segment.label] = float(loss)
             log.fisher_passes[segment.label] = objective.passes
+            fisher = objective.mean_weight()
+            del objective  # its Fisher information goes before the outputs and the next block's are made
+            log.keep(segment.label, tape.measure(keep=segment is not learning[-1]), fisher)
             save(index, segment, log)
-            del objective  # its Fisher information goes before the next block's is made
         start += recipe.steps if segment in learning else 0
         if segment is learning[-1]:
             break

@@ -20,7 +20,7 @@ from fimaq_core.fisher.passes import output_gradients, perturbation_hessian, res
 from fimaq_core.layers import set_quantized
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction.loss import Batch, LossState
-from fimaq_core.reconstruction.objective import PERTURB, UPDATED, BlockObjective, Objective
+from fimaq_core.reconstruction.objective import DIAGONAL, PERTURB, UPDATED, BlockObjective, Objective
 from fimaq_core.reconstruction.tape import Tape
 from fimaq_core.samples import Ragged, Samples, slices
 
@@ -60,6 +60,7 @@ class SampleObjective(Objective):
     ) -> None:
         super().__init__(chain, tape, recipe, reference, divergence, notes)
         self.weights: Ragged | None = None
+        self._size = torch.zeros((), dtype=torch.float64, device=tape.storage.device)
         self._own: list[_Own] = []
         if self.kind == "fisher_brecq":
             self._squared_gradient_pass()
@@ -113,6 +114,12 @@ class SampleObjective(Objective):
             passes = f"{self.passes} Fisher passes"
             self._note(f"{self.label}: D Dᵀ of {passes} was near singular for {damped} images and has been damped")
 
+    def mean_weight(self) -> float | None:
+        """See :class:`Objective`: before each sample's is scaled to mean 1, the mean over samples and passes."""
+        if self.kind not in DIAGONAL or not self.passes:
+            return None
+        return float(self._size) / (len(self._targets) * self.passes)
+
     def _empty(self, size: int) -> _Own:
         storage, k = self.tape.storage, 1 if self.kind == "least_squares" else self.recipe.fisher_k
         errors = storage.empty((k, size), torch.float32) if self.kind == "fisher_dplr" else None
@@ -122,6 +129,7 @@ class SampleObjective(Objective):
     def _stack(self, own: _Own, gradient: Tensor, error: Tensor) -> bool:
         """Add a pass to a sample's own; return whether D Dᵀ had to be damped."""
         row, so_far = self.passes, self.passes + 1
+        self._size += gradient.mean()
         own.gradients[row].copy_(_to_mean_one(gradient))
         own.diagonal.copy_(own.gradients[:so_far].mean(0))
         if own.errors is None:
@@ -138,6 +146,7 @@ class SampleObjective(Objective):
         diagonal = (g * d / d.square().clamp(min=tiny)).clamp(min=0)
         direction = g / (g @ d).clamp(min=tiny).sqrt() if bool(g @ d > 0) else torch.zeros_like(g)
         total = diagonal.sum()
+        self._size += total / len(diagonal)
         total = total if bool(total > 0) else torch.ones_like(total)
         own.diagonal.copy_(diagonal / total)
         own.gradients[0].copy_(direction / total.sqrt())
@@ -165,9 +174,11 @@ class SampleObjective(Objective):
         tape = self.tape
         set_quantized(tape.teacher.segment(tape.index).block, False)
         prefix = tape.full if tape.prefix is None else tape.prefix
-        found = [
-            self._kept(_over(gradient, gradient.square().mean().sqrt())) for _, _, gradient in self._sweep(prefix, prefix=True)
-        ]
+        found = []
+        for _, _, gradient in self._sweep(prefix, prefix=True):
+            square = gradient.square().mean()
+            self._size += square
+            found.append(self._kept(_over(gradient, square.sqrt())))
         self.passes += 1
         # With nothing quantized before it the gradient is zero but for rounding.
         if tape.index == 0 or not any(bool(gradient.abs().max() > 0) for gradient in found):
@@ -193,6 +204,7 @@ class SampleObjective(Objective):
             )
             if not bool(torch.isfinite(hessian).all()):
                 raise NumericsError(f"{self.label}: the perturbation Hessian is not finite: check the images and the weights.")
+            self._size += hessian.mean()
             found.append(self._kept(_to_mean_one(hessian)))
         self.passes += 1
         if not any(bool(hessian.max() > 0) for hessian in found):

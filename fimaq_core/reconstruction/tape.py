@@ -7,7 +7,7 @@ host memory or memory-mapped.
 """
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fimaq_core.chain import Beside, BlockChain
 from fimaq_core.layers import set_quantized
 from fimaq_core.numerics import Arithmetic, arithmetic
+from fimaq_core.reconstruction.figures import OutputError
 from fimaq_core.samples import Ragged, Samples, batches, joined, slices
 
 Placement = Literal["device", "host", "disk"]
@@ -69,6 +70,7 @@ class Tape:
         full: (n, ...) the present block's inputs in the full-precision model.
         prefix: the same with everything before quantized, or None where nobody asks for it.
         target: (n, ...) the present block's full-precision outputs; None until :meth:`compute_target`.
+        outputs: (n, ...) the present block's quantized outputs after the quantized prefix; None until :meth:`measure` keeps them.
         beside: what travels beside ``full``: the chain's side of all inputs, and what the segments before have kept.
         beside_prefix: the same beside ``prefix``.
     """
@@ -92,6 +94,7 @@ class Tape:
         # Nothing is quantized before the first block.
         self.prefix: Samples | None = self.full if with_prefix else None
         self.target: Samples | None = None
+        self.outputs: Samples | None = None
 
     def compute_target(self) -> Samples:
         """Run the present block in full precision, once; its layers are switched to full precision."""
@@ -101,14 +104,42 @@ class Tape:
             self.target = self._map(block, self.full)
         return self.target
 
+    @torch.no_grad()
+    def measure(self, keep: bool = True) -> float:
+        """Run the present block, which must be finished, behind the quantized prefix; return its outputs' error.
+
+        Args:
+            keep: its outputs, for :meth:`advance`.
+
+        Returns:
+            ``||q - f||² / ||f||²`` over all samples, q its outputs and f its target.
+        """
+        assert self.prefix is not None
+        target, block = self.compute_target(), self.chain.segment(self.index).block
+        set_quantized(block, True)
+        error = OutputError(self.storage.device)
+
+        def add(rows: slice, output: Tensor) -> None:
+            expected = target[rows].to(self.storage.device, non_blocking=True)
+            assert isinstance(expected, Tensor)
+            error.add(output, expected)
+
+        if keep:
+            self.outputs = self._map(block, self.prefix, frozen=False, see=add)
+        else:
+            for rows, output in self._run(block, self.prefix, frozen=False):
+                add(rows, output)
+        return error.relative
+
     def advance(self) -> None:
         """Go to the next block. The present one must be finished: it is left in its quantized form."""
         target = self.compute_target()
         block = self.chain.segment(self.index).block
-        outputs = None
+        outputs, self.outputs = self.outputs, None
         if self.prefix is not None:
             set_quantized(block, True)
-            outputs = self._map(block, self.prefix, frozen=False)
+            if outputs is None:
+                outputs = self._map(block, self.prefix, frozen=False)
         # What the present one keeps is in the list for the next one. Without a prefix nobody asks for the quantized model's.
         self.beside = self._keeping(self.teacher, target, self.beside)
         self.beside_prefix = self.beside if outputs is None else self._keeping(self.chain, outputs, self.beside_prefix)
@@ -136,24 +167,39 @@ class Tape:
         return beside if keep is None else Beside(beside.side, (*beside.kept, self._map(keep, outputs)))
 
     @torch.no_grad()
-    def _map(self, function: nn.Module | Callable[[Tensor, slice], Tensor], source: Samples, frozen: bool = True) -> Samples:
-        """``function`` of all samples: a module, or what also takes which samples they are."""
-        if isinstance(function, nn.Identity) and source.device == self._home():
-            return source
-        device, result, apart = self.storage.device, None, []
+    def _run(
+        self, function: nn.Module | Callable[[Tensor, slice], Tensor], source: Samples, frozen: bool
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """``function`` of all samples batch by batch: a module, or what also takes which samples they are."""
+        device = self.storage.device
         for rows in slices(source, self.batch_size):
             part = source[rows].to(device, non_blocking=True)
             assert isinstance(part, Tensor)
             with arithmetic(self.frozen_dtype if frozen else "float32", device):
                 out: Tensor = (function(part) if isinstance(function, nn.Module) else function(part, rows)).float()
+            yield rows, out
+
+    def _map(
+        self,
+        function: nn.Module | Callable[[Tensor, slice], Tensor],
+        source: Samples,
+        frozen: bool = True,
+        see: Callable[[slice, Tensor], None] = lambda rows, out: None,
+    ) -> Samples:
+        """``function`` of all samples, see :meth:`_run`, where the tape lies; ``see`` is called with each batch."""
+        if isinstance(function, nn.Identity) and source.device == self._home():
+            return source
+        result, apart = None, []
+        for rows, out in self._run(function, source, frozen):
+            see(rows, out)
             if isinstance(source, Ragged):
                 apart.append(self.storage.empty(tuple(out.shape), out.dtype).copy_(out, non_blocking=True))
                 continue
             if result is None:
                 result = self.storage.empty((len(source), *out.shape[1:]), out.dtype)
             result[rows].copy_(out, non_blocking=True)
-        if device.type == "cuda" and self.storage.placement != "device":
-            torch.cuda.synchronize(device)
+        if self.storage.device.type == "cuda" and self.storage.placement != "device":
+            torch.cuda.synchronize(self.storage.device)
         if isinstance(source, Ragged):
             return Ragged(apart)
         assert result is not None

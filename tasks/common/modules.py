@@ -51,6 +51,8 @@ def merge_logs(log: ReconstructionLog, part: str, own: ReconstructionLog) -> Non
     """Add to ``log`` what was done to a part of the model."""
     log.last_loss |= {part_name(part, label): value for label, value in own.last_loss.items()}
     log.fisher_passes |= {part_name(part, label): value for label, value in own.fisher_passes.items()}
+    log.error |= {part_name(part, label): value for label, value in own.error.items()}
+    log.fisher |= {part_name(part, label): value for label, value in own.fisher.items()}
     log.notes += [part_name(part, note) for note in own.notes]
     if len(log.last_loss) > len(own.last_loss) and own.engine != log.engine:
         log.notes.append(f"{part}: reconstructed by the engine '{own.engine}'")

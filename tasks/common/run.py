@@ -37,7 +37,7 @@ from tasks.common.hashing import file_sha256
 from tasks.common.modules import merge_logs, whole_map
 from tasks.common.plan import planned_folder, variant_name
 from tasks.common.prepare import Part, built_model, chains_of, check_request, checkpoint_facts, fingerprint_of, start, whole
-from tasks.common.record import Calibration, Metric, ResultRecord, Weights, read_record, write_record
+from tasks.common.record import BlockFigures, Calibration, Metric, ResultRecord, Weights, read_record, write_record
 from tasks.common.registry import get_task
 from tasks.common.request import CellRequest
 from tasks.common.task import CalibrationSet, Evaluation, LoadedModel, Task
@@ -150,6 +150,7 @@ def _measure_quantized(
         modules=whole_map(chains, task.untouched(loaded, chains)),
         last_loss=log.last_loss,
         fisher_passes=log.fisher_passes,
+        blocks={label: BlockFigures(error=error, fisher=log.fisher.get(label)) for label, error in log.error.items()},
         notes=log.notes,
         step_engine=log.engine if recipe.reconstruct else None,
         skipped_images=sorted({*calibration.skipped, *evaluation.skipped}),

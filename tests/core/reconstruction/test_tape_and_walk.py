@@ -75,15 +75,14 @@ def count_block_forwards(monkeypatch: pytest.MonkeyPatch, depth: int, recipe: Re
 def test_block_forwards_grow_linearly_with_depth(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = quick(steps=6, fisher_k=2)
     batches = 3
-    # Calibration, the look at the tokens' number, the model's outputs, and the block in both forms.
+    # Calibration, the look at the tokens' number, the model's outputs, and the block in both forms: for the head's error too.
     walk = 1 + 1 + batches + batches + batches
     totals, fisher = {}, {}
     for depth in (4, 8):
         counts = count_block_forwards(monkeypatch, depth, recipe)
         labels = ["patch_embed", *(f"blocks.{i}" for i in range(depth)), "head"]
         assert counts["train"] == dict.fromkeys(labels, recipe.steps)
-        # Behind the head nothing is left that would need its quantized output.
-        assert counts["walk"] == {label: walk - batches * (label == "head") for label in labels}
+        assert counts["walk"] == dict.fromkeys(labels, walk)
         totals[depth] = counts["train"].total() + counts["walk"].total()
         # Before block i come the passes of the i blocks before it; each block but the head runs its own too.
         assert counts["fisher"] == {
@@ -100,8 +99,8 @@ def test_block_forwards_grow_linearly_with_depth(monkeypatch: pytest.MonkeyPatch
 def test_methods_without_fisher_information_make_no_tail_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     counts = count_block_forwards(monkeypatch, 2, quick("brecq"))
     assert counts["fisher"].total() == 0
-    # Without a quantized prefix and without per-token scales there is less to run.
-    assert counts["walk"]["blocks.0"] == 1 + 3 + 3
+    # Without per-token scales there is no look at the tokens. The quantized prefix runs for the errors' sake alone.
+    assert counts["walk"]["blocks.0"] == 1 + 3 + 3 + 3
 
 
 BUILDERS: dict[str, tuple[Callable[[], nn.Module], int]] = {"vit": (vit, 32), "deit": (deit, 32), "swin": (lambda: swin(40), 40)}

@@ -9,7 +9,8 @@ from tasks.common.modules import merge_logs, whole_map
 
 
 def log(engine: str) -> ReconstructionLog:
-    return ReconstructionLog({"blocks.0": 1.0}, {"blocks.0": 2}, ["blocks.0: a note"], engine)  # type: ignore[arg-type]
+    figures = {"blocks.0": 0.25}, {"blocks.0": 1e-3}
+    return ReconstructionLog({"blocks.0": 1.0}, {"blocks.0": 2}, ["blocks.0: a note"], engine, *figures)  # type: ignore[arg-type]
 
 
 def test_logs_of_parts_name_their_part_and_an_engine_of_their_own() -> None:
@@ -18,6 +19,8 @@ def test_logs_of_parts_name_their_part_and_an_engine_of_their_own() -> None:
         merge_logs(same, name, log("compiled"))
     assert same.last_loss == {"vision.blocks.0": 1.0, "text.blocks.0": 1.0}
     assert same.fisher_passes == {"vision.blocks.0": 2, "text.blocks.0": 2}
+    assert same.error == {"vision.blocks.0": 0.25, "text.blocks.0": 0.25}
+    assert same.fisher == {"vision.blocks.0": 1e-3, "text.blocks.0": 1e-3}
     assert same.notes == ["vision.blocks.0: a note", "text.blocks.0: a note"]
     assert same.engine == "compiled"
     merge_logs(different, "vision", log("compiled"))

@@ -49,7 +49,11 @@ def test_a_cell_and_its_full_precision_record(tmp_path: Path) -> None:
     assert len(record.calibration.ids) == 16
     assert record.modules is not None
     assert record.fisher_passes == {"patch_embed": 1, **{f"blocks.{i}": 1 for i in range(4)}, "head": 0}
+    assert record.blocks.keys() == record.last_loss.keys()
+    assert all(0 < block.error < 1 for block in record.blocks.values())
+    assert [label for label, block in record.blocks.items() if block.fisher is None] == ["head"]
     full = read_record(planned_folder(cell(tmp_path, None)) / "result.json")
+    assert full.blocks == {}
     assert full.metrics == record.fp_metrics
     assert (full.method, full.recipe, full.seed, full.w_bit) == ("fp", None, None, 32)
     assert list(full.seconds) == ["load", "evaluate"]
@@ -153,6 +157,7 @@ def test_a_full_disk_keeps_what_is_finished_and_a_later_run_goes_on(tmp_path: Pa
     undisturbed = read_record(run_cell(cell(tmp_path / "undisturbed", "fimaq")))
     assert record.metrics == undisturbed.metrics
     assert record.last_loss == undisturbed.last_loss
+    assert record.blocks == undisturbed.blocks
 
 
 def test_damaged_records_are_not_taken_for_finished(tmp_path: Path) -> None:
