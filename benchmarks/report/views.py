@@ -76,20 +76,25 @@ class Answer:
 
 @dataclass(frozen=True)
 class Object:
-    """An object drawn over a picture: box (x, y, w, h) and outlines as SVG points, in the picture's pixels."""
+    """An object drawn over a picture: box (x, y, w, h) and outlines as SVG points, in the picture's pixels.
+
+    ``place`` is where its label begins (x, base line); None where it would cover another's.
+    """
 
     label: str
     colour: int
     box: tuple[float, float, float, float]
-    outlines: Sequence[str] = ()
+    outlines: Sequence[str]
+    place: tuple[float, float] | None
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """Objects over a picture, and what is seen in words."""
+    """Objects over a picture, what is seen in words, and the size of labels in the picture's pixels."""
 
     objects: Sequence[Object]
     alt: str
+    letters: float
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.report.charts.shapes import COLOURS, number
+from benchmarks.report.charts.shapes import COLOURS
+from benchmarks.report.examples.drawings import drawing
 from benchmarks.report.gather import Gathered, Problem, inside
 from benchmarks.report.groups import Column, Group, columns_of, find
-from benchmarks.report.views import Answer, Board, Drawing, ExampleRow, Object
+from benchmarks.report.views import Answer, Board, Drawing, ExampleRow
 from benchmarks.tables import FULL, Measured
 from fimaq_core.errors import CheckpointError, FimaqError
-from tasks.common.examples import CaptionSample, ClassSample, FoundObject, ObjectSample, TrueObject, read_examples
-
-#: Coordinates of outlines are rounded to this share of a picture's longer side: finer is not seen.
-_FINEST = 1 / 500
+from tasks.common.examples import CaptionSample, ClassSample, ObjectSample, read_examples
 
 #: Of a data set's fingerprint and a sample, the id of the picture on the page; None where there is none.
 PictureId = Callable[[str, str], str]
@@ -92,9 +90,7 @@ def _board(column: Column, methods: Sequence[str], told: Sequence[Told], picture
             ExampleRow(name, picture(fingerprint, name), width, height, _truth(first), _truth_drawing(first, colours), cells)
         )
     full = "fp" in methods and methods[0] == "fp" and "ObjectSample" not in kinds
-    agreement = [
-        "" if not full or index == 0 else f"as full precision: {same[index]} of {len(rows)}" for index in range(len(methods))
-    ]
+    agreement = ["" if index == 0 else f"{same[index]} of {len(rows)}" for index in range(len(methods))]
     return Board(column.subject, column.model, column.bits, _kind(kinds), methods, rows, agreement if full else ())
 
 
@@ -109,12 +105,12 @@ def _truth(sample: Sample) -> list[str]:
 
 
 def _truth_drawing(sample: Sample, colours: Mapping[str, int]) -> Drawing | None:
-    return _drawing(sample, sample.truth, colours, "truth") if isinstance(sample, ObjectSample) else None
+    return drawing(sample, sample.truth, colours, "truth") if isinstance(sample, ObjectSample) else None
 
 
 def _cell(sample: Sample, colours: Mapping[str, int]) -> Answer | Drawing | None:
     if isinstance(sample, ObjectSample):
-        return _drawing(sample, sample.found, colours, "found")
+        return drawing(sample, sample.found, colours, "found")
     if isinstance(sample, CaptionSample):
         if not sample.top:
             return None
@@ -129,25 +125,3 @@ def _cell(sample: Sample, colours: Mapping[str, int]) -> Answer | Drawing | None
 
 def _percent(share: float) -> str:
     return f"{100 * share:.0f} %"
-
-
-def _drawing(sample: ObjectSample, objects: Sequence[TrueObject], colours: Mapping[str, int], word: str) -> Drawing:
-    drawn = []
-    for one in objects:
-        score = f" {100 * one.score:.0f}%" if isinstance(one, FoundObject) else ""
-        x, y, width, height = one.box
-        box = (x, y, max(width, 0.0), max(height, 0.0))
-        outlines = [points for polygon in one.polygons if (points := outline(polygon, max(sample.size)))]
-        drawn.append(Object(f"{one.name}{score}", colours[one.name], box, outlines))
-    named = ", ".join(one.label for one in drawn) or "nothing"
-    return Drawing(drawn, f"{word}: {named}")
-
-
-def outline(polygon: Sequence[float], side: int) -> str:
-    """An outline as SVG points, rounded and without points that do not show, for a picture whose longer side is ``side``."""
-    import cv2
-    import numpy as np
-
-    points = np.array(polygon[: len(polygon) // 2 * 2], dtype=np.float32).reshape(-1, 1, 2)
-    fewer = cv2.approxPolyDP(points, max(side * _FINEST, 0.1), True).reshape(-1, 2)
-    return " ".join(f"{number(float(x))},{number(float(y))}" for x, y in fewer) if len(fewer) >= 3 else ""
