@@ -111,7 +111,7 @@
       // A task that has nothing left is left out, with its heading.
       for (const part of holders) {
         if (!part.hidden) {
-          const things = Array.from(part.querySelectorAll(".panel, .wide tbody td, .from, .more[data-model], .board"));
+          const things = Array.from(part.querySelectorAll(".panel, .wide tbody td:not(.mark), .from, .more[data-model], .board"));
           part.hidden = things.length > 0 && things.every((thing) => thing.closest("[hidden]") !== null);
         }
       }
@@ -121,6 +121,7 @@
     }
     form.addEventListener("submit", (event) => event.preventDefault());
     form.addEventListener("input", apply);
+    form.addEventListener("change", apply);
     form.addEventListener("reset", () => setTimeout(apply, 0));
     apply();
   }
