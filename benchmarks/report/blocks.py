@@ -5,7 +5,7 @@ from statistics import fmean
 
 from benchmarks.report.charts.dots import row_chart
 from benchmarks.report.charts.shapes import Style
-from benchmarks.report.groups import Group
+from benchmarks.report.groups import Group, columns_of, find
 from benchmarks.report.model import DataTable, Figure
 from benchmarks.tables import unique
 
@@ -45,15 +45,12 @@ def _means(group: Group, what: str) -> dict[str, float]:
 def _figures(
     prefix: str, groups: Sequence[Group], looks: Mapping[str, Style], words: str, of: Callable[[Group], dict[str, float]]
 ) -> list[Figure]:
-    panels: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
-    models: dict[str, str] = {}
-    for group in groups:
-        values = of(group)
-        if values:
-            panels.setdefault((group.cell.subject, group.cell.bits), {})[group.method] = values
-            models[group.cell.subject] = group.cell.model
     figures: list[Figure] = []
-    for (subject, bits), series in panels.items():
+    for column in columns_of([group.cell for group in groups]):
+        series = {name: values for name, group in find(groups, column).items() if (values := of(group))}
+        if not series:
+            continue
+        subject, bits = column.subject, column.bits
         labels = unique(label for values in series.values() for label in values)
         short = short_names(labels)
         shown = {name: {short[label]: value for label, value in values.items()} for name, values in series.items()}
@@ -62,7 +59,7 @@ def _figures(
         rows = [[label, *(f"{values[label]:.4g}" if label in values else "–" for values in series.values())] for label in labels]
         figures.append(Figure(
             f"{prefix}{len(figures)}", f"{subject} {bits}", row_chart(list(titles), shown, looks, titles, alt),
-            DataTable(["block", *series], rows), subject, models[subject], bits,
+            DataTable(["block", *series], rows), subject, column.model, bits,
         ))  # fmt: skip
     return figures
 

@@ -27,7 +27,7 @@ def bar_chart(
     """
     totals = {name: (sum(parts.values()) if stacked else max(parts.values(), default=0.0)) for name, parts in rows.items()}
     height = _TOP + ROW * len(rows) + _BOTTOM
-    left = 12 + min(110.0, max((text_width(name) for name in rows), default=0.0))
+    left = 13 + min(118.0, max((text_width(name) for name in rows), default=0.0))
     right = WIDTH - 8 - max((text_width(text(total)) for total in totals.values()), default=0.0)
     x = Scale(0.0, max([*totals.values(), 1e-9]), left, right)
     bottom = height - _BOTTOM
@@ -39,7 +39,7 @@ def bar_chart(
         ]
     for index, (name, parts) in enumerate(rows.items()):
         top, at = _TOP + ROW * index + 3, left
-        shapes: list[Shape] = [Text(left - 8, top + 11, shorten(name, 110.0), "name", "end")]
+        shapes: list[Shape] = [Text(left - 8, top + 11, shorten(name, 118.0), "name", "end")]
         shown = parts if stacked else {stage: value for stage, value in parts.items() if value == totals[name]}
         for stage, value in list(shown.items())[: None if stacked else 1]:
             width = x(value) - left

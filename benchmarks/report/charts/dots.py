@@ -43,7 +43,7 @@ class Dot:
 def dot_chart(dots: Sequence[Dot], level: float | None, looks: Mapping[str, Style], alt: str) -> Chart:
     """Draw rows from top to bottom, with a dashed line at ``level`` (full precision)."""
     height = _TOP + ROW * len(dots) + _BOTTOM
-    left = 12 + min(110.0, max((text_width(dot.name) for dot in dots), default=0.0))
+    left = 13 + min(118.0, max((text_width(dot.name) for dot in dots), default=0.0))
     right = WIDTH - 10 - max((text_width(dot.text) for dot in dots), default=0.0)
     ends = [dot.value + sign * dot.error for dot in dots for sign in (-1, 1)]
     x = linear([*ends, *([] if level is None else [level])], left, right)
@@ -61,7 +61,7 @@ def dot_chart(dots: Sequence[Dot], level: float | None, looks: Mapping[str, Styl
         bar = "whisker" if dot.seeds else "whisker sampling"
         shapes: list[Shape] = [
             Line(left, y, right, y, "row"),
-            Text(left - 8, y + 4, shorten(dot.name, 110.0), "name", "end"),
+            Text(left - 8, y + 4, shorten(dot.name, 118.0), "name", "end"),
             *whisker(x(dot.value - dot.error), x(dot.value + dot.error), y, f"{bar} {look.css}"),
             marker(x(dot.value), y, look.shape, look.css, dot.title),
             Text(WIDTH - 2, y + 4, dot.text, "figure best" if dot.best else "figure", "end"),
@@ -87,7 +87,7 @@ def row_chart(
         alt: the chart in words.
     """
     height = _TOP + ROW * len(rows) + _BOTTOM
-    left = 12 + min(130.0, max(text_width(name) for name in rows))
+    left = 13 + min(150.0, max(text_width(name) for name in rows))
     right, bottom = WIDTH - 12, height - _BOTTOM
     shown = {name: {row: v for row, v in values.items() if v > 0} for name, values in series.items()}
     everything = [value for values in shown.values() for value in values.values()]
@@ -102,7 +102,7 @@ def row_chart(
         ]
     y = {row: _TOP + ROW * (index + 0.5) for index, row in enumerate(rows)}
     for row, at in y.items():
-        chart.shapes += [Line(left, at, right, at, "row"), Text(left - 8, at + 4, shorten(row, 130.0), "name", "end")]
+        chart.shapes += [Line(left, at, right, at, "row"), Text(left - 8, at + 4, shorten(row, 150.0), "name", "end")]
     for name, values in shown.items():
         look, here = looks[name], [row for row in rows if row in values]
         shapes: list[Shape] = [polyline([(x(values[row]), y[row]) for row in here], look.css)] if len(here) > 1 else []

@@ -44,7 +44,7 @@ def line_chart(
         alt: the chart in words.
     """
     names = max((text_width(name) for name in series), default=0.0)
-    right = WIDTH - min(max(names, text_width("fp 00.00")), 110.0) - 26
+    right = WIDTH - min(max(names, text_width("fp 00.00")), 118.0) - 26
     chart = Chart(WIDTH, HEIGHT, alt)
     ends = [p.value + sign * p.error for points in series.values() for p in points.values() for sign in (-1, 1)]
     bottom = HEIGHT - _BOTTOM
@@ -83,7 +83,7 @@ def line_chart(
             shapes.append(marker(left, y(point.value), look.shape, look.css, point.title, 3.6))
         shapes += [
             Line(x[place] + aside + 5, y(points[place].value), right + 8, at, f"leader {look.css}"),
-            Text(right + 11, at + 4, shorten(name, 110.0), f"name {look.css}"),
+            Text(right + 11, at + 4, shorten(name, 118.0), f"name {look.css}"),
         ]
         chart.shapes.append(Series(shapes, name))
     return chart

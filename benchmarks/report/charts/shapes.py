@@ -1,6 +1,5 @@
 """What charts are made of. Coordinates are pixels of the chart's own box, y downwards."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -9,7 +8,7 @@ COLOURS = 8
 SHAPES = ("circle", "diamond", "square", "triangle")
 
 #: Pixels that a letter takes on average in the charts' size of text.
-LETTER = 5.8
+LETTER = 6.7
 
 
 @dataclass(frozen=True)
@@ -138,12 +137,12 @@ def text_width(text: str) -> float:
 
 
 def shorten(text: str, width: float) -> str:
-    """``text``, cut in its middle where it is wider than ``width``."""
+    """``text``, cut where it is wider than ``width``; its end, in which names differ, stays."""
     room = max(4, int(width / LETTER))
     if len(text) <= room:
         return text
-    keep = room - 1
-    return f"{text[: math.ceil(keep / 2)]}…{text[len(text) - keep // 2 :]}"
+    head = room // 4
+    return f"{text[:head]}…{text[len(text) - (room - 1 - head) :]}"
 
 
 def number(value: float) -> str:

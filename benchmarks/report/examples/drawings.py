@@ -9,8 +9,9 @@ from tasks.common.examples import FoundObject, ObjectSample, TrueObject
 #: Pixels of the page: longer side of a drawing, and size of its letters; the width of a letter as a share of its size.
 SIDE, _LETTERS, _LETTER = 190, 10, 0.62
 
-#: Coordinates of outlines are as fine as this share of a picture's longer side: more is not seen.
-_FINEST = 1 / 500
+#: How far an outline may be off, as a share of a picture's longer side and in its pixels: more is not seen, and the stairs
+#: along pixels are no part of an outline.
+_OFF, _OFF_PIXELS = 1 / 500, 0.75
 
 _Box = tuple[float, float, float, float]
 
@@ -64,5 +65,5 @@ def outline(polygon: Sequence[float], side: int) -> str:
     import numpy as np
 
     points = np.array(polygon[: len(polygon) // 2 * 2], dtype=np.float32).reshape(-1, 1, 2)
-    fewer = cv2.approxPolyDP(points, max(side * _FINEST, 0.1), True).reshape(-1, 2)
+    fewer = cv2.approxPolyDP(points, max(side * _OFF, _OFF_PIXELS), True).reshape(-1, 2)
     return " ".join(f"{number(float(x))},{number(float(y))}" for x, y in fewer) if len(fewer) >= 3 else ""
