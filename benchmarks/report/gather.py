@@ -64,7 +64,8 @@ class Gathered:
 def gather(grid: Grid, options: RunOptions, adapter: Adapter) -> Gathered:
     """Read the finished cells of ``grid``, also those that runs with filters measured beside it; see :class:`Gathered`."""
     own = list({cell.key: cell for cell in expand(grid, Filters(), options)}.values())
-    known = {item.folder.resolve() for item in collect(own, adapter) if item.folder is not None}
+    measured = collect(own, adapter)
+    known = {item.folder.resolve() for item in measured if item.folder is not None}
     gathered = Gathered(grid, options.results, own, [], 0, [], [], 0)
     others: dict[Path, ResultRecord] = {}
     for path in sorted((options.results / "runs").rglob("result.json")):
@@ -80,7 +81,8 @@ def gather(grid: Grid, options: RunOptions, adapter: Adapter) -> Gathered:
     cells = [*own, *beyond]
     if beyond:  # group by model as the grid does
         cells.sort(key=lambda cell: (list(grid.tasks).index(cell.section), order[cell.model]))
-    measured = collect(cells, adapter)
+        place = {cell.key: index for index, cell in enumerate(cells)}
+        measured = sorted([*measured, *collect(beyond, adapter)], key=lambda item: place[item.cell.key])
     for item in measured:
         problem = None if item.folder is None else outcomes_problem(item.record, item.folder)
         if item.folder is not None and problem is not None:
