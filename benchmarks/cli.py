@@ -18,6 +18,7 @@ from benchmarks.engines.options import RETRIES, EngineOptions
 from benchmarks.grid import Filters, load_grid, parse_filters
 from benchmarks.options import adapter, folder, places_options, profile_option, results_option
 from benchmarks.remake import tables
+from benchmarks.report.cli import report
 from benchmarks.schema import Grid
 from benchmarks.status.cli import status
 from tasks.common.anew import new_name
@@ -110,3 +111,4 @@ cli.add_command(compare)
 cli.add_command(tables)
 cli.add_command(status)
 cli.add_command(doctor)
+cli.add_command(report)

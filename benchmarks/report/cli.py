@@ -1,0 +1,30 @@
+"""``python -m benchmarks report``."""
+
+from pathlib import Path
+
+import click
+
+from benchmarks.cells import Places, RunOptions
+from benchmarks.options import adapter, folder, places_options, profile_option, results_option
+
+
+@click.command()
+@profile_option
+@places_options
+@click.option("--weights", default="", metavar="DIR", help="As for run.")
+@results_option
+@click.option(
+    "--output", type=click.Path(path_type=Path, dir_okay=False), help="The file to write; report.html in the results folder."
+)
+def report(profile: str, imagenet: str, coco: str, flickr: str, weights: str, results: Path, output: Path | None) -> None:
+    """Write what a grid measured as one HTML file, with charts and where every number is from."""
+    from benchmarks.grid import load_grid
+    from benchmarks.report.build import write_report
+
+    options = RunOptions(results, Places(folder(imagenet), folder(coco), folder(flickr)), folder(weights))
+    path = output or results / "report.html"
+    page = write_report(load_grid(profile), options, adapter(), path)
+    size = path.stat().st_size / 1e6
+    click.echo(f"{page.done} of {page.planned} cells, {page.failed} failed. Report: {path} ({size:.1f} MB)")
+    for problem in page.problems:
+        click.echo(f"warning: could not be read: {problem.path}: {problem.message}", err=True)
