@@ -49,12 +49,13 @@ def run_grid(
             raise NotReady(
                 "\n".join([*(f"error: {message}" for message in messages), *_way_around(grid, todo, options, adapter)])
             )
-        options = settled(options, how, options.device or grid.device)
+        threads = options.threads or grid.threads
+        options = settled(options, how, options.device or grid.device, threads)
         todo_keys = {cell.key for cell in todo}
         todo = [cell for cell in expand(grid, filters, options) if cell.key in todo_keys]
         display = make_display(Console(highlight=False), options.results / "runs" / ".state", how.name)
         logs = options.results / "runs" / ".logs" / f"{platform.node()}-{os.getpid()}"  # several may run on one folder
-        make_engine = engine_maker(options, how, options.threads or grid.threads, grid.jobs, logs)
+        make_engine = engine_maker(options, how, threads, grid.jobs, logs)
         with _ended_as_by_hand():
             failures = Runner(adapter, display, make_engine, len(cells) - len(todo), how.retries).run(todo)
         if not failures:
