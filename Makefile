@@ -15,7 +15,9 @@ FILTERS := $(if $(TASKS),--tasks $(TASKS)) $(if $(MODELS),--models $(MODELS)) $(
 PLACES := $(if $(IMAGENET),--imagenet "$(IMAGENET)") $(if $(COCO),--coco "$(COCO)") $(if $(FLICKR),--flickr "$(FLICKR)") \
 	$(if $(WEIGHTS),--weights "$(WEIGHTS)")
 SETTINGS := $(if $(DEVICE),--device $(DEVICE)) $(if $(JOBS),--jobs $(JOBS)) $(if $(filter 1,$(PLAN)),--plan) \
-	$(if $(filter 1,$(FORCE)),--force)
+	$(if $(filter 1,$(FORCE)),--force) $(if $(PLACEMENT),--placement $(PLACEMENT)) $(if $(RETRIES),--retries $(RETRIES)) \
+	$(if $(ENGINE),--engine $(ENGINE)) $(if $(RAY_ADDRESS),--ray-address $(RAY_ADDRESS)) \
+	$(if $(GPUS_PER_CELL),--gpus-per-cell $(GPUS_PER_CELL))
 
 BENCH_OUT := $(if $(filter 1,$(REFERENCE)),results/reference/speed.json,results/speed.json)
 BENCH := $(if $(DEVICE),--device $(DEVICE)) $(if $(MODELS),--models $(MODELS)) $(if $(THREADS),--threads $(THREADS)) \
@@ -28,6 +30,7 @@ help: ## list the targets
 	@echo
 	@echo "  reproduce-table takes PROFILE=demo|paper|ablation|paper-ablation IMAGENET=/path COCO=/path FLICKR=/path"
 	@echo "  WEIGHTS=/path TASKS= MODELS= METHODS= BITS=w3a3,w4a4 SEEDS= AXES=k,loss DEVICE=cpu|cuda|cuda:N JOBS=N PLAN=1 FORCE=1"
+	@echo "  PLACEMENT=device|host|disk RETRIES=N; ENGINE=ray RAY_ADDRESS=host:port GPUS_PER_CELL=0.5 run it on a Ray cluster"
 	@echo "  bench takes DEVICE= MODELS= THREADS=N BUDGET=seconds; it writes results/speed.json, with REFERENCE=1"
 	@echo "  results/reference/speed.json"
 

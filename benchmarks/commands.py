@@ -5,8 +5,11 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -48,13 +51,15 @@ def run_grid(
             raise NotReady(
                 "\n".join([*(f"error: {message}" for message in messages), *_way_around(grid, todo, options, adapter)])
             )
-        options = settled(options, how, options.device or grid.device)
+        threads = options.threads or grid.threads
+        options = settled(options, how, options.device or grid.device, threads)
         todo_keys = {cell.key for cell in todo}
         todo = [cell for cell in expand(grid, filters, options) if cell.key in todo_keys]
         display = make_display(Console(highlight=False), options.results / "runs" / ".state", how.name)
         logs = options.results / "runs" / ".logs" / f"{platform.node()}-{os.getpid()}"  # several may run on one folder
-        make_engine = engine_maker(options, how, options.threads or grid.threads, grid.jobs, logs)
-        failures = Runner(adapter, display, make_engine, len(cells) - len(todo), how.retries).run(todo)
+        make_engine = engine_maker(options, how, threads, grid.jobs, logs)
+        with _ended_as_by_hand():
+            failures = Runner(adapter, display, make_engine, len(cells) - len(todo), how.retries).run(todo)
         if not failures:
             shutil.rmtree(logs, ignore_errors=True)
     else:
@@ -69,6 +74,24 @@ def run_grid(
         print("Finished cells are kept. To run only the failed ones:", file=sys.stderr)
         print(f"  {rerun_command(profile, [f.cell for f in failures], options, how, filters.axes)}", file=sys.stderr)
     return 1 if failures else 0
+
+
+@contextmanager
+def _ended_as_by_hand() -> Iterator[None]:
+    """Let SIGTERM, which schedulers send before time is up, do what Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():  # only that one hears of signals
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough, and ending takes a moment
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
 
 
 def _way_around(grid: Grid, cells: Sequence[Cell], options: RunOptions, adapter: Adapter) -> list[str]:

@@ -12,13 +12,13 @@ from benchmarks.runner import MakeEngine
 from fimaq_core.errors import FimaqError
 
 
-def settled(options: RunOptions, how: EngineOptions, device: str) -> RunOptions:
+def settled(options: RunOptions, how: EngineOptions, device: str, threads: int | None) -> RunOptions:
     """Return ``options`` with the device that cells run on, and with paths that hold wherever they run.
 
     Args:
         options: of the run.
         how: of its engine. Ray is started or connected to here.
-        device: as the user or the profile says it.
+        device, threads: as the user or the profile says it.
 
     Raises:
         FimaqError: there is no such device, or no such cluster.
@@ -33,7 +33,8 @@ def settled(options: RunOptions, how: EngineOptions, device: str) -> RunOptions:
 
     if device == "mps" or ":" in device:
         raise FimaqError(f"Device '{device}': Ray gives each cell a GPU of its own, so say cuda, cpu or auto.")
-    connect(how.ray_address, _cpus(options, how))
+    # A cluster of this machine's own has as many cores as are asked for, whatever there are.
+    connect(how.ray_address, None if how.jobs is None else how.jobs * (threads or 1))
     if device == "auto":
         device = "cuda" if cuda_in_cluster() else "cpu"
         print(f"Device: {device}.")
@@ -45,11 +46,6 @@ def settled(options: RunOptions, how: EngineOptions, device: str) -> RunOptions:
         weights=None if options.weights is None else options.weights.absolute(),
         data=type(options.data)(**{name: None if path is None else path.absolute() for name, path in data.items()}),
     )
-
-
-def _cpus(options: RunOptions, how: EngineOptions) -> int | None:
-    """Cores that a cluster of this machine's own is told it has: as many as are asked for, whatever there are."""
-    return None if how.jobs is None else how.jobs * (options.threads or 1)
 
 
 def engine_maker(options: RunOptions, how: EngineOptions, threads: int | None, jobs: int | None, logs: Path) -> MakeEngine:

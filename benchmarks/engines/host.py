@@ -1,8 +1,8 @@
 """The process that starts those of cells: ``python -m benchmarks.engines.host``, started by its owner (see ``owner.py``).
 
 It imports the heavy libraries once and forks a process for every cell, which takes some ten milliseconds where importing them
-takes seconds; still, a crash or a leak ends with its cell. Where forking is not safe (elsewhere than on Linux) it measures one
-cell in itself and ends.
+takes seconds; still, a crash or a leak ends with its cell. Where forking is not safe (elsewhere than on Linux, and once CUDA is
+in use) it measures one cell in itself and ends.
 """
 
 import contextlib
@@ -14,6 +14,8 @@ import shutil
 import signal
 import socket
 import sys
+import tempfile
+import threading
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -57,8 +59,8 @@ class Host:
             if not job.work:
                 continue
             print(f"== {job.label}", flush=True)
-            if not _FORKS:
-                self._owner.send(measure(job.work, self._owner))
+            if not _FORKS or cuda_is_up():
+                self._measure_here(job.work)
                 return
             try:
                 self._measure(job.work)
@@ -93,6 +95,20 @@ class Host:
         if torch is not None and self._threads is None and hasattr(torch, "set_num_threads"):
             self._threads = torch.get_num_threads()
             torch.set_num_threads(1)
+
+    def _measure_here(self, work: bytes) -> None:
+        """Be the process of the cell."""
+
+        def hold() -> None:
+            wait([self._owner])  # it says nothing more: it is gone
+            os._exit(1)
+
+        threading.Thread(target=hold, daemon=True).start()
+        if self._threads is not None:
+            sys.modules["torch"].set_num_threads(self._threads)
+        self._temporary.mkdir(exist_ok=True)
+        tempfile.tempdir = str(self._temporary)
+        self._owner.send(measure(work, self._owner))
 
     def _measure(self, work: bytes) -> None:
         """Fork, pass on what the child says, and tell how it ended. Raises OSError where the owner is gone."""
@@ -154,6 +170,21 @@ class Host:
                 for content in _rest(messages):
                     self._owner.send_bytes(content)
                 return
+
+
+def cuda_is_up(open_files: Path = Path("/proc/self/fd")) -> bool:
+    """Whether this process has called CUDA's driver, which does not work any more after a fork.
+
+    Asking NVML which GPUs there are, as PyTorch does here, is no such call; some libraries make one when they are imported.
+
+    Args:
+        open_files: folder of links to what is open. The driver opens the device for unified memory, and nothing else does.
+    """
+    for link in open_files.iterdir():
+        with contextlib.suppress(OSError):
+            if os.readlink(link).startswith("/dev/nvidia-uvm"):
+                return True
+    return False
 
 
 def _ended(child: int, bell: socket.socket) -> bool:

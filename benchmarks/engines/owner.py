@@ -46,6 +46,7 @@ class Owner:
 
     def _start(self, imports: Sequence[str]) -> None:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+        environment["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # libraries ask for GPUs when they are imported: before the fork
         if self._threads is not None:
             environment.update(dict.fromkeys(_THREAD_VARIABLES, str(self._threads)))
         self._temporary = Path(tempfile.mkdtemp(prefix="fimaq-"))

@@ -76,7 +76,7 @@ class RayEngine(Engine):
         self._left_out: dict[str, str] = {}
         self._misses: dict[str, int] = {}
         self._looked = 0.0
-        if not any(node.slots(self._gpus, threads) for node in nodes()):
+        if not self._roomy():
             need = f"{self._gpus:g} GPU" if self._gpus else f"{threads or 1} CPU cores"
             hint = " Use --device cpu, or start Ray on machines with GPUs." if self._gpus else " Give a cell fewer --threads."
             raise EngineError(f"No machine of the Ray cluster has the {need} that a cell asks for.{hint}")
@@ -84,6 +84,10 @@ class RayEngine(Engine):
         with replaced_whole(self._token) as temporary:
             temporary.write_text("Written by a run, which its machines look for.\n", encoding="utf-8")
         self._look()
+
+    def _roomy(self) -> list[Node]:
+        """The machines that can take a cell."""
+        return [node for node in nodes() if node.slots(self._gpus, self._threads)]
 
     def _look(self) -> None:
         """Start actors where there is room; forget those of machines that are gone."""
@@ -123,6 +127,7 @@ class RayEngine(Engine):
     def wait(self, timeout: float) -> list[tuple[Slot, Message]]:
         if time.monotonic() - self._looked >= _LOOK:
             self._look()
+            self._check()
         sources = {slot.opening or slot.messages: slot for slot in self._slots if slot.opening or slot.messages}
         if not sources:
             time.sleep(timeout)
@@ -161,13 +166,18 @@ class RayEngine(Engine):
         for slot in list(self._slots):
             if slot.node.id == node.id and slot.messages is None:
                 self._drop(slot)
-        text = f"The machine {node.host} {problem}."
-        if not self._slots and all(other.id in self._left_out for other in nodes()):
+        self._check()
+        print(f"warning: The machine {node.host} {problem}: it is left out.", file=sys.stderr)
+
+    def _check(self) -> None:
+        """Raise EngineError where no machine that is there will do: then none that comes is likely to."""
+        roomy = self._roomy()
+        if roomy and not self._slots and all(node.id in self._left_out for node in roomy):
+            problems = "; ".join(dict.fromkeys(f"{node.host} {self._left_out[node.id]}" for node in roomy))
             raise EngineError(
-                f"{text} No other of the cluster can take cells: results, data and this checkout must be on a file system that "
-                "all machines share, at the same path."
+                f"No machine of the Ray cluster can take cells: {problems}. Results, data and this checkout must be on a file "
+                "system that all machines share, at the same path."
             )
-        print(f"warning: {text} It is left out.", file=sys.stderr)
 
     def _hear(self, slot: _RaySlot) -> Message:
         """The next message of a slot at a cell. One whose actor is gone has lost its cell."""
@@ -176,9 +186,7 @@ class RayEngine(Engine):
             message: Message = self._ray.get(next(slot.messages))
         except (StopIteration, self._ray.exceptions.RayError) as error:
             self._drop(slot)
-            low = "low on memory" in str(error)
-            reason = "ended by Ray, since the machine ran low on memory: try fewer jobs" if low else _first_line(error)
-            return Failed("died", f"its process on {slot.where} died ({reason})")
+            return Failed("died", f"its process on {slot.where} died ({_reason(error)})")
         if not isinstance(message, Progress):
             slot.messages = None
         return message
@@ -189,6 +197,17 @@ class RayEngine(Engine):
         self._slots.clear()
         self._token.unlink(missing_ok=True)
         self._ray.shutdown()
+
+
+def _reason(error: BaseException) -> str:
+    """Why a slot says nothing more, for people: Ray's own words fill a screen."""
+    from ray.exceptions import ActorUnavailableError, RayActorError
+
+    if "low on memory" in str(error):
+        return "ended by Ray, since the machine ran low on memory: try fewer jobs"
+    if isinstance(error, ActorUnavailableError):
+        return "the machine does not answer"
+    return "Ray lost the worker that started it" if isinstance(error, RayActorError) else _first_line(error)
 
 
 def _first_line(error: BaseException) -> str:

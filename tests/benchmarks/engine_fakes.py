@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import benchmark_fakes as fakes
+import psutil
 
 from benchmarks.cells import Adapter
 from fimaq_core.progress import Progress, Report
@@ -44,8 +45,13 @@ def run_cell(request: CellRequest, report: Report) -> Path:
     if fault == "kill host":
         os.kill(os.getppid(), signal.SIGKILL)
         time.sleep(60)
+    if fault == "kill owner":
+        os.kill(psutil.Process(os.getppid()).ppid(), signal.SIGKILL)
+        time.sleep(60)
     if fault == "sleep":
         time.sleep(60)
+    while fault == "flag" and not (root / "flag").exists():
+        time.sleep(0.05)
     if fault == "nap":
         time.sleep(0.5)
     if fault == "memory":

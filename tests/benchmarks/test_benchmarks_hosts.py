@@ -18,6 +18,7 @@ import pytest
 from benchmarks.cells import Cell, RunOptions
 from benchmarks.engines.base import Failed, Finished, Message, Slot, make_job
 from benchmarks.engines.child import measure
+from benchmarks.engines.host import cuda_is_up
 from benchmarks.engines.local import LocalEngine
 from benchmarks.grid import Filters, expand
 from fimaq_core.progress import Progress, Report
@@ -171,6 +172,34 @@ def multiply(request: CellRequest, report: Report) -> Path:
     path = request.results.parent / "product.txt"
     path.write_text(f"{imported} {torch.get_num_threads()}")
     return path
+
+
+def test_cuda_in_use_is_seen(tmp_path: Path):
+    (tmp_path / "3").symlink_to("/dev/nvidiactl")
+    (tmp_path / "4").symlink_to("socket:[1]")
+    assert not cuda_is_up(tmp_path)
+    (tmp_path / "5").symlink_to("/dev/nvidia-uvm")
+    assert cuda_is_up(tmp_path)
+
+
+def test_a_host_that_must_not_fork_measures_one_cell_itself(tmp_path: Path):
+    """Importing a module here makes the host think that it has called CUDA."""
+    engine = LocalEngine(1, 1, tmp_path / "logs", ("cuda_at_import",))
+    try:
+        (cell,) = cells_of(tmp_path)[:1]
+        plan(tmp_path, cell, "", "kill")
+        kinds = []
+        for _ in range(3):
+            (slot,) = engine.slots()
+            slot.assign(make_job(engine_fakes.run_cell, cell.request, None, ("cuda_at_import",), cell.label))
+            kinds.append(type(end(engine)))
+        assert kinds == [Finished, Failed, Finished]
+        hosts = [words[0] for words in engine_fakes.attempts(tmp_path)]
+        assert len(set(hosts)) == 3
+        assert {words[1] for words in engine_fakes.attempts(tmp_path)} == {str(os.getpid())}
+        until(lambda: not any(psutil.pid_exists(int(host)) for host in hosts))
+    finally:
+        engine.close()
 
 
 def fill_memory(request: CellRequest, report: Report) -> Path:

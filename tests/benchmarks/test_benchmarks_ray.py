@@ -1,0 +1,126 @@
+"""The Ray engine on a real cluster of two nodes, which are processes of this machine."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import engine_fakes
+import psutil
+import pytest
+from click.testing import CliRunner, Result
+from test_benchmarks_hosts import until
+from test_benchmarks_run import small_grid
+
+from benchmarks.cells import RunOptions
+from benchmarks.cli import cli
+from benchmarks.commands import rerun_command
+from benchmarks.engines.options import EngineOptions
+
+STORE = 80 * 2**20
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """A head that measures nothing and two nodes with a slot each."""
+    from ray.cluster_utils import Cluster
+
+    head = {"num_cpus": 0, "object_store_memory": STORE, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    for _ in range(2):
+        cluster.add_node(num_cpus=1, object_store_memory=STORE)
+    yield cluster
+    cluster.shutdown()
+
+
+def run(tmp_path: Path, address: str, *args: str) -> Result:
+    command = ["run", "--profile", small_grid(tmp_path), "--engine", "ray", "--ray-address", address, *args]
+    return CliRunner().invoke(cli, [*command, "--results", str(tmp_path)], obj=engine_fakes.ADAPTER)
+
+
+def test_a_grid_finishes_on_ray_whatever_is_killed(cluster: Any, tmp_path: Path):
+    """The process of a cell, a host, and the actor that owns one."""
+    plan = {"demo_vit rtn w3a3": ["kill"], "demo_vit fimaq w3a3": ["kill host"], "demo_swin rtn w3a3": ["kill owner"]}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    result = run(tmp_path, cluster.address)
+    assert result.exit_code == 0, result.output
+    assert "[6/6]" in result.output
+    assert {engine_fakes.tries(tmp_path, name) for name in plan} == {2}
+    assert engine_fakes.tries(tmp_path, "demo_swin fimaq w3a3") == 1
+    assert not list(tmp_path.glob("runs/.ray-*"))
+    processes = {int(pid) for words in engine_fakes.attempts(tmp_path) for pid in words[:2]}
+    until(lambda: not any(psutil.pid_exists(pid) for pid in processes))
+
+
+def node_of(cluster: Any, pid: int) -> Any:
+    """The node whose raylet is above a process."""
+    above = {process.pid for process in psutil.Process(pid).parents()}
+    (found,) = [node for node in cluster.list_all_nodes() if node.all_processes["raylet"][0].process.pid in above]
+    return found
+
+
+def test_nodes_come_and_go(cluster: Any, tmp_path: Path):
+    """One goes with its cell while the other is busy; the next that comes measures it."""
+    (tmp_path / "plan.json").write_text(json.dumps({"demo_vit fp": ["sleep"], "demo_swin fp": ["flag"]}))
+    code = "import sys, engine_fakes\nfrom benchmarks.cli import cli\ncli(sys.argv[1:], obj=engine_fakes.ADAPTER)\n"
+    options = ["--profile", small_grid(tmp_path), "--engine", "ray", "--ray-address", cluster.address, "--results", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command, pipes = [sys.executable, "-c", code, "run", *options], {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    driver = subprocess.Popen(command, env=environment, text=True, **pipes)
+    until(lambda: len(engine_fakes.attempts(tmp_path)) == 2, 40)
+    (pid,) = [int(words[0]) for words in engine_fakes.attempts(tmp_path) if words[2] == "demo_vit"]
+    cluster.remove_node(node_of(cluster, pid), allow_graceful=False)
+    cluster.add_node(num_cpus=1, object_store_memory=STORE)
+    until(lambda: engine_fakes.tries(tmp_path, "demo_vit fp") == 2, 40)
+    (tmp_path / "flag").touch()
+    output, _ = driver.communicate(timeout=40)
+    assert driver.returncode == 0, output
+    assert "[6/6]" in output
+    assert "demo_vit fp: waits again: its process on " in output
+
+
+def test_a_machine_that_does_not_see_the_results_is_named(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    @contextmanager
+    def elsewhere(path: Path) -> Iterator[Path]:
+        yield tmp_path / "elsewhere"
+
+    monkeypatch.setattr("benchmarks.engines.ray_engine.replaced_whole", elsewhere)
+    result = run(tmp_path, cluster.address)
+    assert result.exit_code == 2
+    assert f"does not see the results folder {tmp_path}/runs" in result.output
+    assert "on a file system that all machines share" in result.output
+    assert engine_fakes.attempts(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("address", "args", "words"),
+    [
+        ("127.0.0.1:1", [], "error: No Ray cluster answers at 127.0.0.1:1"),
+        ("head", [], "error: Not the address of a Ray cluster: 'head'"),
+        ("ray://head:10001", [], "Give it as host:port"),
+        ("127.0.0.1:1", ["--device", "cuda:1"], "error: Device 'cuda:1': Ray gives each cell a GPU of its own"),
+        ("127.0.0.1:1", ["--engine", "local"], "error: A Ray address is of use to the Ray engine only"),
+    ],
+)
+def test_what_cannot_work_is_said_in_a_line(tmp_path: Path, address: str, args: list[str], words: str):
+    result = run(tmp_path, address, *args)
+    assert result.exit_code == 2, result.output
+    assert words in result.output
+    assert "Traceback" not in result.output
+
+
+def test_without_ray_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    result = run(tmp_path, "127.0.0.1:1")
+    assert result.exit_code == 2
+    assert "pip install 'fimaq[cluster]'" in result.output
+
+
+def test_the_command_for_failed_cells_keeps_the_engine(tmp_path: Path):
+    how = EngineOptions("ray", 3, "head:6379", 0.5)
+    command = rerun_command("demo", [], RunOptions(placement="disk"), how)
+    assert command.endswith("--placement disk --engine ray --ray-address head:6379 --jobs 3 --gpus-per-cell 0.5")
