@@ -15,7 +15,7 @@ FILTERS := $(if $(TASKS),--tasks $(TASKS)) $(if $(MODELS),--models $(MODELS)) $(
 PLACES := $(if $(IMAGENET),--imagenet "$(IMAGENET)") $(if $(COCO),--coco "$(COCO)") $(if $(FLICKR),--flickr "$(FLICKR)") \
 	$(if $(WEIGHTS),--weights "$(WEIGHTS)")
 SETTINGS := $(if $(DEVICE),--device $(DEVICE)) $(if $(JOBS),--jobs $(JOBS)) $(if $(filter 1,$(PLAN)),--plan) \
-	$(if $(filter 1,$(FORCE)),--force) $(if $(PLACEMENT),--placement $(PLACEMENT)) $(if $(RETRIES),--retries $(RETRIES)) \
+	$(if $(FORCE),--force$(if $(filter-out 1,$(FORCE)),=$(FORCE))) $(if $(PLACEMENT),--placement $(PLACEMENT)) $(if $(RETRIES),--retries $(RETRIES)) \
 	$(if $(ENGINE),--engine $(ENGINE)) $(if $(RAY_ADDRESS),--ray-address $(RAY_ADDRESS)) \
 	$(if $(GPUS_PER_CELL),--gpus-per-cell $(GPUS_PER_CELL))
 

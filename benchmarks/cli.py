@@ -21,7 +21,7 @@ from benchmarks.remake import tables
 from benchmarks.report.cli import report
 from benchmarks.schema import Grid
 from benchmarks.status.cli import status
-from tasks.common.anew import new_name
+from tasks.common.anew import is_name, new_name
 
 
 class _Group(click.Group):
@@ -30,6 +30,16 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         with user_errors(ctx, "Finished cells are kept: the same command goes on where it stopped."):
             return super().invoke(ctx)
+
+
+#: What ``--force`` without a name stands for.
+NEW = "new"
+
+
+def _force(_: click.Context, __: click.Parameter, value: str) -> str:
+    if value and value != NEW and not is_name(value):
+        raise click.BadParameter(f"'{value}' is no name of a run: give the one that it said, as --force=NAME.")
+    return new_name() if value == NEW else value
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -71,18 +81,26 @@ def cli() -> None:
     help="Attempts in a row at a cell whose process dies and that get no further; 0: nothing is tried again.",
 )
 @click.option("--plan", is_flag=True, help="List the cells and their settings; run nothing.")
-@click.option("--force", is_flag=True, help="Measure again what is done.")
+@click.option(
+    "--force",
+    is_flag=False,
+    flag_value=NEW,
+    default="",
+    metavar="[=NAME]",
+    callback=_force,
+    help="Measure again what is done. Such a run has a name, which it says; with it one that was broken off goes on.",
+)
 def run(
     profile: str, tasks: str, models: str, methods: str, bits: str, seeds: str, axes: str, device: str, imagenet: str,
     coco: str, flickr: str, weights: str, results: Path, engine: Literal["local", "ray"], ray_address: str, gpus_per_cell: float,
     jobs: int | None, threads: int | None, placement: Literal["device", "host", "disk"] | None, retries: int, plan: bool,
-    force: bool,
+    force: str,
 ) -> None:  # fmt: skip
     """Measure a grid's cells, then print and write its table. Finished cells are not measured again."""
     grid: Grid = load_grid(profile)
     filters: Filters = parse_filters(grid, tasks, models, methods, bits, seeds, axes)
     places = Places(folder(imagenet), folder(coco), folder(flickr))
-    options = RunOptions(results, places, folder(weights), device or None, threads, new_name() if force else "", placement)
+    options = RunOptions(results, places, folder(weights), device or None, threads, force, placement)
     how = EngineOptions(engine, jobs, ray_address, gpus_per_cell, retries)
     click.get_current_context().exit(run_grid(grid, profile, filters, options, adapter(), how, plan))
 

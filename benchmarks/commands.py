@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.cells import Adapter, Cell, RunOptions, finished_record
+from benchmarks.cells import Adapter, Cell, RunOptions, finished_record, is_finished
 from benchmarks.engines.options import EngineOptions
 from benchmarks.grid import Filters, chosen_axes, expand
 from benchmarks.schema import Grid
@@ -43,7 +43,7 @@ def run_grid(
         at_once = how.jobs or grid.jobs or default_jobs(options.threads or grid.threads, options.device or grid.device)
         print(plan_of(grid, filters, options, adapter, cells, at_once, _terminal_width()))
         return 0
-    todo = cells if options.force else [cell for cell in cells if finished_record(cell, adapter) is None]
+    todo = [cell for cell in cells if not is_finished(cell, adapter)]
     failures = []
     if todo:
         messages = missing(todo, adapter)
@@ -56,6 +56,10 @@ def run_grid(
         todo_keys = {cell.key for cell in todo}
         todo = [cell for cell in expand(grid, filters, options) if cell.key in todo_keys]
         display = make_display(Console(highlight=False), options.results / "runs" / ".state", how.name)
+        if options.force:
+            print(
+                f"Measuring again, as run {options.force}: broken off, it goes on with --force={options.force} (FORCE= for make)."
+            )
         logs = options.results / "runs" / ".logs" / f"{platform.node()}-{os.getpid()}"  # several may run on one folder
         make_engine = engine_maker(options, how, threads, grid.jobs, logs)
         with _ended_as_by_hand():
@@ -186,6 +190,8 @@ def rerun_command(
             parts += [flag, str(value)]
     if options.results != Path("results"):
         parts += ["--results", str(options.results)]
+    if options.force:
+        parts.append(f"--force={options.force}")
     return shlex.join(parts)
 
 

@@ -59,7 +59,12 @@ class _Table:
 
 def escape(text: str) -> str:
     """Return text such that LaTeX prints it as it is."""
-    return "".join(_SPECIAL.get(sign, sign) for sign in re.sub(r"\s+", " ", text))
+    return "".join(_SPECIAL.get(sign, _plain(sign)) for sign in re.sub(r"\s+", " ", text))
+
+
+def _plain(sign: str) -> str:
+    """A character as LaTeX knows it without packages: of others their number, since it would stop at them."""
+    return sign if sign.isprintable() and ord(sign) < 256 else f"U+{ord(sign):04X}"
 
 
 def report(name: str, measured: Sequence[Measured], cells: Sequence[Cell], axes: Axes | None = None) -> str:

@@ -7,5 +7,10 @@ def plain(text: str, most: int | None = None) -> str:
     Blanks of all kinds become one blank; what else is not printable (escape sequences, marks that turn the writing's direction,
     halves of surrogate pairs) becomes U+FFFD.
     """
-    line = "".join(character if character.isprintable() else "\ufffd" for character in " ".join(text.split()))
+    line = printable(" ".join(text.split()))
     return line if most is None or len(line) <= most else line[: most - 1] + "…"
+
+
+def printable(line: str) -> str:
+    """Return a line with U+FFFD for every character that is not printable; blanks stay as they are."""
+    return "".join(character if character.isprintable() else "\ufffd" for character in line)

@@ -63,12 +63,15 @@ def read(run: Run) -> Outcomes:
             content = {name: archive[name] for name in archive.files}
     except FileNotFoundError as error:
         raise CompareError(f"There are no outcomes {path}: measure {run.label} again with --force.") from error
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise CompareError(f"The outcomes {path} are damaged ({error}): measure {run.label} again with --force.") from error
     lengths = {name: array.shape for name, array in content.items()}
     if "sample" not in content or len(set(lengths.values())) != 1 or content["sample"].ndim != 1:
         found = ", ".join(f"{name} {shape}" for name, shape in lengths.items())
         raise CompareError(f"The outcomes {path} have no 'sample', or arrays of different sizes: {found or 'nothing'}.")
+    words = [name for name, array in content.items() if name != "sample" and array.dtype.kind not in "biuf"]
+    if words:
+        raise CompareError(f"The outcomes {path} have no numbers in {', '.join(words)}: measure {run.label} again with --force.")
     order = np.argsort(content["sample"], kind="stable")
     ordered = {name: array[order] for name, array in content.items()}
     outcomes = Outcomes(ordered["sample"], _clusters(ordered), _metrics(run, ordered))

@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks.compare.bootstrap import RESAMPLES
 from benchmarks.compare.judge import Finding, Judged
 from benchmarks.compare.sides import Pair, Pairing, Run
+from benchmarks.terminal import printable
 
 
 def report(pairing: Pairing, judged: Sequence[Judged], level: float) -> str:
@@ -26,12 +27,14 @@ def report(pairing: Pairing, judged: Sequence[Judged], level: float) -> str:
             name = f"{item.pair.label}, {finding.metric}" if several else finding.metric
             verdicts.append(f"- {name}: {finding.verdict(level)}.")
     table = tabulate(rows, headers=headers, disable_numparse=True, stralign="right", colalign=("left",))
-    return "\n".join([
+    text = "\n".join([
         f"A: {_side(pairing.first.path, [item.pair.a for item in judged])}",
         f"B: {_side(pairing.second.path, [item.pair.b for item in judged])}",
         f"Data: {'; '.join(dict.fromkeys(item.pair.key['data'] for item in judged))}",
         "", table, "", *verdicts, "", *_notes(judged, several), *_left_out(pairing, judged),
     ])  # fmt: skip
+    # Names come from records, which may come from elsewhere.
+    return "\n".join(printable(line) for line in text.split("\n"))
 
 
 def _side(path: Path, runs: Sequence[Mapping[int | None, Run]]) -> str:

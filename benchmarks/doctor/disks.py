@@ -56,8 +56,13 @@ def is_network(kind: str) -> bool:
 
 def read_results(results: Path) -> tuple[list[tuple[Path, ResultRecord]], list[str]]:
     """Return the records below the results folder with their files, and what is said of those that cannot be read."""
-    records, damaged = [], []
-    for path in sorted((results / "runs").rglob("result.json")):
+    records: list[tuple[Path, ResultRecord]] = []
+    damaged: list[str] = []
+    try:
+        paths = sorted((results / "runs").rglob("result.json"))
+    except OSError as error:
+        return [], [f"{results / 'runs'} cannot be listed: {error}"]
+    for path in paths:
         try:
             records.append((path, read_record(path)))
         except (FimaqError, OSError) as error:

@@ -36,6 +36,9 @@ def read_states(folder: Path) -> tuple[list[Seen], list[str]]:
     """Return what the state files in ``folder`` say, the latest runner first, and a line for each that says nothing."""
     found, problems = [], []
     for path in sorted(folder.glob("*.json")):
+        if not path.is_file():
+            problems.append(f"Skipped {path}: it is no file.")
+            continue
         try:
             with path.open("rb") as file:
                 content = file.read(_LARGEST + 1)

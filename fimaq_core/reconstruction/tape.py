@@ -6,6 +6,7 @@ quantized prefix's input, and the next two while advancing), and twice what segm
 host memory or memory-mapped.
 """
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -47,6 +48,10 @@ class Storage:
         self._count += 1
         path = Path(self._folder.name) / f"{self._count}.bin"
         size = int(torch.Size(shape).numel())
+        # Else a full disk would show as a signal that ends the process, once the tensor is written.
+        with path.open("wb") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, max(size * dtype.itemsize, 1))
         mapped = torch.from_file(str(path), shared=True, size=size, dtype=dtype)
         path.unlink()  # the mapping keeps the data; the space is freed with the tensor
         return mapped.view(shape)

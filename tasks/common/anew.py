@@ -4,6 +4,7 @@ A run that measures again has a name of its own. Beside what it made anew lies a
 the run, and those that go on where one was stopped, use it.
 """
 
+import re
 import secrets
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,11 @@ _DONE = " done"
 def new_name() -> str:
     """A name for a run that measures again."""
     return secrets.token_hex(8)
+
+
+def is_name(text: str) -> bool:
+    """Whether the text is such a name."""
+    return re.fullmatch(r"[0-9a-f]{16}", text) is not None
 
 
 def _mark(path: Path) -> Path:

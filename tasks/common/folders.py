@@ -82,4 +82,7 @@ def _listed_folder(root: Path, part: str, changed: tuple[tuple[str, int], ...]) 
     )
     name = IMAGENET if official else f"folder-{classes}-classes"
     ids = [path.relative_to(root).as_posix() for path in paths]
+    odd = next((name for name in ids if not name.isprintable()), None)
+    if odd is not None:  # records hold names as text
+        raise DataError(f"{folder} holds a file whose name is not UTF-8 or has control characters: {odd!r}. Rename it.")
     return Source(name, part, ids, [label for _, label in found.samples], classes, file_reader(paths), found.classes)

@@ -11,6 +11,7 @@ that was only asleep finds a higher number when it wakes, and must not write: :m
 """
 
 import contextlib
+import errno
 import json
 import os
 import platform
@@ -72,17 +73,31 @@ class Owner:
         """The process, for people."""
         return f"process {self.pid} on {self.host}"
 
-    def is_gone(self) -> bool:
-        """Whether it is known to have ended: where it would be seen, it is not."""
-        return self.space == _space() and not is_running(self.pid, self.started)
+    def is_alive(self) -> bool | None:
+        """Whether it runs; None where that cannot be told by its id: it is elsewhere, or its id may be another's by now."""
+        if self.space != _space():
+            return None
+        if not _has_id(self.pid):
+            return False
+        # Times of start move with the clock when that is set, so another time does not prove another process.
+        return True if is_running(self.pid, self.started) else None
+
+
+def _has_id(pid: int) -> bool:
+    """Whether a process of this machine has the id; a zombie does not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:
+        return True
 
 
 def is_running(pid: int, started: float) -> bool:
     """Whether the process with this id, started at this time (s), still runs on this machine; a zombie does not."""
     try:
-        process = psutil.Process(pid)
         # Start times are counted from a boot time that the system may correct by a little.
-        return abs(process.create_time() - started) < 5 and process.status() != psutil.STATUS_ZOMBIE
+        return _has_id(pid) and abs(psutil.Process(pid).create_time() - started) < 5
     except psutil.NoSuchProcess:
         return False
     except psutil.AccessDenied:
@@ -121,14 +136,15 @@ class _Entry:
 def _files(path: Path) -> dict[int, tuple[str, Path]]:
     """The lease files of ``path`` by their numbers."""
     pattern = re.compile(rf"\.{re.escape(path.name)}\.({_HELD}|{_FREE})-(\d{{1,9}})")
-    found = {}
+    found: dict[int, tuple[str, Path]] = {}
     try:
         names = os.listdir(path.parent)
     except (FileNotFoundError, NotADirectoryError):
         return {}
     for name in names:
         match = pattern.fullmatch(name)
-        if match is not None:
+        # Of both kinds of a number the free one counts: who made the other afterwards was too late.
+        if match is not None and found.get(int(match[2]), ("", path))[0] != _FREE:
             found[int(match[2])] = (match[1], path.parent / name)
     return found
 
@@ -147,7 +163,9 @@ def _newest(path: Path) -> _Entry | None:
             # Opened before it is asked for its time: that makes network file systems look.
             with file.open(encoding="utf-8") as stream:
                 text, state = stream.read(10_000), os.fstat(stream.fileno())
-        except FileNotFoundError:
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ESTALE):
+                raise
             time.sleep(0.01)  # given back or taken over just now: a network file system may take a moment to tell
             continue
         return _Entry(number, kind, file, _parsed(text), state.st_mtime_ns)
@@ -172,14 +190,18 @@ class Observer:
 
     def holder(self, path: Path) -> str | None:
         """Who holds the lease of ``path``; None if nobody does, as far as can be seen by now."""
-        entry = _newest(path)
+        try:
+            entry = _newest(path)
+        except OSError as error:
+            return f"a process whose lease cannot be read ({error.strerror})"
         return None if entry is None or self._is_over(path, entry) else entry.who
 
     def _is_over(self, path: Path, entry: _Entry) -> bool:
-        if entry.kind == _FREE or (entry.owner is not None and entry.owner.is_gone()):
+        if entry.kind == _FREE:
             return True
-        if entry.owner is not None and entry.owner.space == _space():
-            return False  # it is there, however long it sleeps
+        alive = None if entry.owner is None else entry.owner.is_alive()
+        if alive is not None:
+            return not alive  # however long it sleeps
         now = time.monotonic()
         number, touched, since = self._seen.get(path, (0, 0, now))
         if (number, touched) != (entry.number, entry.touched):
@@ -199,8 +221,8 @@ class Observer:
             entry = _newest(path)
             if entry is None or self._is_over(path, entry):
                 return None
-            seen_by_id = entry.owner is not None and entry.owner.space == _space()
-            if seen_by_id or (entry.number, entry.touched) != (first.number, first.touched):
+            known = entry.owner is not None and entry.owner.is_alive()
+            if known or (entry.number, entry.touched) != (first.number, first.touched):
                 return entry.who
             time.sleep(patience)
         return None
@@ -289,7 +311,7 @@ def acquire(path: Path, expiry: float = EXPIRY, beat: float = BEAT) -> Lease:
                 return lease
     except OSError as error:
         raise CheckpointError(
-            f"Cannot write in {path.parent}: {error}. Free space or make the folder writable, then run the same command again: "
+            f"Cannot read or write in {path.parent}: {error}. Free space or make it writable, then run the same command again: "
             "what was finished is kept."
         ) from error
 

@@ -156,6 +156,7 @@ def _measure_quantized(
     chains = chains_of(parts)
     facts |= {"stage": "reconstructed" if recipe.reconstruct else "calibrated"}
     fingerprint = fingerprint_of(request.model, loaded, calibration, recipe)
+    lease.check()
     save_checkpoint(folder / "quantized.safetensors", whole(chains).state_dict(), fingerprint, facts)
     model = task.assemble(loaded, chains).to(device)
     evaluation = task.evaluate(model, loaded, request.data, device, request.eval_batch, request.workers, report)

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from benchmarks.engines.local import default_jobs
 from benchmarks.estimate import Estimator, duration
 from benchmarks.grid import Filters, expand, load_grid
 from benchmarks.schedule import make_chains
+from tasks.common import anew
 
 
 def invoke(tmp_path: Path, *args: str) -> Result:
@@ -63,6 +65,25 @@ def test_a_grid_runs_once_and_its_table_is_written(tmp_path: Path):
     forced = invoke(tmp_path, "run", "--profile", grid, "--force", "--methods", "rtn", "--jobs", "1")
     assert forced.exit_code == 0
     assert measured(tmp_path)[6:] == ["demo_vit rtn", "demo_swin rtn"]
+
+
+def test_measuring_again_has_a_name_by_which_it_goes_on(tmp_path: Path):
+    grid = small_grid(tmp_path)
+    assert invoke(tmp_path, "run", "--profile", grid, "--jobs", "1").exit_code == 0
+    (tmp_path / "faults.json").write_text(json.dumps({"fimaq": "user error"}))
+    failed = invoke(tmp_path, "run", "--profile", grid, "--force", "--methods", "rtn,fimaq", "--jobs", "1")
+    assert failed.exit_code == 1
+    (name,) = set(re.findall(r"--force=(\S+)", failed.output))
+    (tmp_path / "faults.json").unlink()
+    for path in tmp_path.rglob("rtn/**/result.json"):  # as the real adapter does when it has measured
+        anew.end(path, name)
+    done = len(measured(tmp_path))
+    again = invoke(tmp_path, "run", "--profile", grid, f"--force={name}", "--methods", "rtn,fimaq", "--jobs", "1")
+    assert again.exit_code == 0
+    assert measured(tmp_path)[done:] == ["demo_vit fimaq", "demo_swin fimaq"]
+    wrong = invoke(tmp_path, "run", "--profile", grid, "--force=../x")
+    assert wrong.exit_code == 2
+    assert "'../x' is no name of a run" in wrong.output
 
 
 def test_failing_cells_do_not_stop_the_others(tmp_path: Path):

@@ -120,12 +120,13 @@ def test_a_living_process_keeps_its_lease_and_a_killed_one_loses_it_at_once(tmp_
     assert names(tmp_path) == {".x.free-2"}
 
 
-def test_a_process_with_the_same_id_is_another_if_it_started_later(tmp_path: Path):
+def test_what_an_id_says_of_a_process(tmp_path: Path):
     host, pid, started = this_process()
     owner = Owner(host, _space(), pid, started, "t")
-    assert not owner.is_gone()
-    assert replace(owner, started=started - 60).is_gone()
-    assert not replace(owner, started=started - 60, space="elsewhere").is_gone()  # not to be known from here
+    assert owner.is_alive() is True
+    assert replace(owner, started=started - 60).is_alive() is None  # or the clock was set: its touches tell
+    assert replace(owner, space="elsewhere").is_alive() is None
+    assert replace(owner, pid=2**22 + 1).is_alive() is False  # beyond the largest id
 
 
 def test_a_lease_of_another_machine_lapses_without_a_sign_of_life(tmp_path: Path):
@@ -208,6 +209,24 @@ def test_a_number_that_is_free_again_is_worth_nothing(tmp_path: Path):
     assert names(tmp_path) == {".x.free-3"}
 
 
+def test_of_both_kinds_of_a_number_the_free_one_counts(tmp_path: Path):
+    """A process that saw lease 1 free is slow to make lease 2, which was made and given back meanwhile."""
+    path = tmp_path / "x"
+    acquire(path).release()
+    acquire(path).release()
+    (tmp_path / ".x.lease-2").write_text("")
+    assert holder(path) is None
+    with acquire(path):
+        assert ".x.lease-3" in names(tmp_path)
+
+
+def test_a_lease_that_cannot_be_read_is_held(tmp_path: Path):
+    (tmp_path / ".x.lease-1").mkdir()
+    assert holder(tmp_path / "x") == "a process whose lease cannot be read (Is a directory)"
+    with pytest.raises(CheckpointError, match="Is a directory"):
+        acquire(tmp_path / "x")
+
+
 def test_many_processes_take_turns_although_some_are_killed(tmp_path: Path):
     path, alone = tmp_path / "number", tmp_path / "alone"
     victims = []
@@ -250,7 +269,7 @@ def test_what_is_made_elsewhere_is_waited_for_and_not_made_again(tmp_path: Path)
 
 def test_a_folder_that_cannot_be_written_is_one_message(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match=r"Cannot write in .*file/cell: .*make the folder writable"):
+    with pytest.raises(CheckpointError, match=r"Cannot read or write in .*file/cell: .*make it writable"):
         acquire(tmp_path / "file" / "cell" / "x")
 
 
