@@ -43,13 +43,23 @@ class Host:
 
         Args:
             connection: to the owner; the host ends when it does.
-            temporary: the folder that is made for a cell's temporary files, and removed with all that is left in it.
+            temporary: the folder that is made for a cell's temporary files, and removed with all that is left in it. It lies in
+                one that is the owner's.
         """
         self._owner, self._temporary = connection, temporary
         self._threads: int | None = None
 
     def run(self) -> None:
-        """Measure what the owner sends until there is no owner."""
+        """Measure what the owner sends until there is no owner; its folder goes then, in case it was killed."""
+        try:
+            self._serve()
+        finally:
+            self._clear()
+
+    def _clear(self) -> None:
+        shutil.rmtree(self._temporary.parent, ignore_errors=True)
+
+    def _serve(self) -> None:
         while True:
             try:
                 job: Job = pickle.loads(self._owner.recv_bytes())  # noqa: S301 (written by our own driver)
@@ -101,6 +111,7 @@ class Host:
 
         def hold() -> None:
             wait([self._owner])  # it says nothing more: it is gone
+            self._clear()
             os._exit(1)
 
         threading.Thread(target=hold, daemon=True).start()

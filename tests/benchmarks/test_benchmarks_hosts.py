@@ -129,9 +129,11 @@ def test_nothing_outlives_a_killed_driver(tmp_path: Path):
     driver = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=environment)
     until(lambda: engine_fakes.attempts(tmp_path))
     child, host = map(int, engine_fakes.attempts(tmp_path)[0][:2])
+    folder = Path(psutil.Process(host).cmdline()[-1]).parent
+    assert folder.is_dir()
     driver.kill()
     driver.wait()
-    until(lambda: not psutil.pid_exists(child) and not psutil.pid_exists(host))
+    until(lambda: not psutil.pid_exists(child) and not psutil.pid_exists(host) and not folder.exists())
 
 
 def leave_a_file_and_a_process(request: CellRequest, report: Report) -> Path:
