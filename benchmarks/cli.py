@@ -36,6 +36,12 @@ class _Group(click.Group):
 NEW = "new"
 
 
+def _gpus(_: click.Context, __: click.Parameter, value: float) -> float:
+    if value > 1 and value != int(value):
+        raise click.BadParameter("above 1 it must be a whole number: Ray shares out one GPU, not several.")
+    return value
+
+
 def _force(_: click.Context, __: click.Parameter, value: str) -> str:
     if value and value != NEW and not is_name(value):
         raise click.BadParameter(f"'{value}' is no name of a run: give the one that it said, as --force=NAME.")
@@ -65,6 +71,7 @@ def cli() -> None:
     "--gpus-per-cell",
     type=click.FloatRange(min=0, min_open=True),
     default=1.0,
+    callback=_gpus,
     show_default=True,
     help="GPUs that Ray gives a cell; 0.5 lets two share one.",
 )

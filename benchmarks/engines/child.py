@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import os
 import pickle
 import signal
@@ -21,8 +22,8 @@ from fimaq_core.progress import Progress, Report
 #: Seconds between two progress messages of the same stage and block.
 _QUIET = 0.25
 
-#: What PyTorch's allocator for the CPU says, which has no exception of its own.
-_NO_MEMORY = ("can't allocate memory", "not enough memory", "cannot allocate memory")
+#: What PyTorch, CUDA and its libraries say, in small letters, where they have no exception of its own for it.
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "cannot allocate memory", "out of memory", "alloc_failed")
 
 
 def measure(work: bytes, connection: Connection) -> Finished | Failed:
@@ -56,14 +57,18 @@ def measure(work: bytes, connection: Connection) -> Finished | Failed:
 def _kind(error: Exception) -> Kind:
     from tasks.common.lease import Busy, LeaseLost
 
-    if isinstance(error, (Busy, LeaseLost)):
+    if isinstance(error, Busy):
         return "busy"
+    if isinstance(error, LeaseLost):  # the next attempt finds out who has it
+        return "error"
     if isinstance(error, FimaqError):
         return "user"
     torch = sys.modules.get("torch")
     if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return "memory"
-    if isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY):
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return "memory"
+    if isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _NO_MEMORY):
         return "memory"
     return "error"
 

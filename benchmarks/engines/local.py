@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from benchmarks.engines.base import Engine, Job, Message, Slot
+from benchmarks.engines.base import Engine, Failed, Job, Message, Slot
 from benchmarks.engines.owner import Owner
 
 
@@ -25,8 +25,13 @@ class _LocalSlot:
         self.where = f"worker {number}"
         self.owner = Owner(threads, logs / f"worker-{number}.log", imports)
 
+        self.failed: Failed | None = None
+
     def assign(self, job: Job) -> None:
-        self.owner.assign(job)
+        try:
+            self.owner.assign(job)
+        except OSError as error:  # no memory, files or processes left: that may pass
+            self.failed = Failed("error", f"no process can be started: {error}")
 
 
 class LocalEngine(Engine):
@@ -49,10 +54,16 @@ class LocalEngine(Engine):
         return self._slots
 
     def wait(self, timeout: float) -> list[tuple[Slot, Message]]:
+        heard: list[tuple[Slot, Message]] = []
+        for slot in self._slots:
+            if slot.failed is not None:
+                heard.append((slot, slot.failed))
+                slot.failed = None
+        if heard:
+            return heard
         slots = {slot.owner.connection: slot for slot in self._slots if slot.owner.connection is not None}
         if not slots:
             time.sleep(timeout)
-        heard: list[tuple[Slot, Message]] = []
         for connection in wait(list(slots), timeout) if slots else []:
             slot = slots[connection]  # type: ignore[index]
             message = slot.owner.receive()

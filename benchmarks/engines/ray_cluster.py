@@ -33,8 +33,11 @@ class Node:
 
     def slots(self, gpus_per_cell: float, threads: int | None) -> int:
         """How many cells it can take at a time. ``gpus_per_cell`` is 0 for cells on CPU."""
-        share, whole = (gpus_per_cell, self.gpus) if gpus_per_cell else (threads or 1, self.cpus)
-        return int(whole / share + 1e-6)
+        if not gpus_per_cell:
+            return int(self.cpus / (threads or 1) + 1e-6)
+        if gpus_per_cell < 1:  # a share lies on one GPU
+            return int(self.gpus) * int(1 / gpus_per_cell + 1e-6)
+        return int(self.gpus / gpus_per_cell + 1e-6)
 
 
 def load_ray() -> ModuleType:

@@ -18,8 +18,11 @@ from fimaq_core.progress import Progress
 #: Seconds between two looks at what machines there are.
 _LOOK = 3.0
 
-#: How often an actor may fail to start on a machine before the machine is left out.
+#: How often actors may fail to start on a machine, in looks at it, before the machine is left out.
 _STARTS = 3
+
+#: Seconds after which an actor that has not started counts no more: others may be tried. And those without any before it is said.
+_QUEUED, _SILENT = 15.0, 30.0
 
 
 class _RaySlot:
@@ -28,6 +31,7 @@ class _RaySlot:
     Attributes:
         node: the machine.
         number: tells the slots of a machine apart.
+        since: when its actor was asked for.
         where: name for people, as the actor gives it.
         opening: the answer that it owes; None when it has come.
         messages: of the cell it is at; None when it is idle.
@@ -37,6 +41,7 @@ class _RaySlot:
         self.node, self.number, self._actor = node, number, actor
         self.where = node.host
         self.opening: Any | None = opening
+        self.since = time.monotonic()
         self.messages: Any | None = None
 
     def assign(self, job: Job) -> None:
@@ -74,7 +79,8 @@ class RayEngine(Engine):
         self._class = self._ray.remote(seat_class())
         self._slots: list[_RaySlot] = []
         self._left_out: dict[str, str] = {}
-        self._misses: dict[str, int] = {}
+        self._misses: dict[str, tuple[int, float]] = {}
+        self._served = time.monotonic()
         self._looked = 0.0
         if not self._roomy():
             need = f"{self._gpus:g} GPU" if self._gpus else f"{threads or 1} CPU cores"
@@ -100,8 +106,13 @@ class RayEngine(Engine):
             if node.id not in self._left_out:
                 taken = {slot.number for slot in self._slots if slot.node.id == node.id}
                 for number in range(1, node.slots(self._gpus, self._threads) + 1):
-                    if number not in taken and len(self._slots) < self._most:
+                    if number not in taken and self._counted() < self._most:
                         self._slots.append(self._start(node, number))
+
+    def _counted(self) -> int:
+        """Slots that are there or to be expected. What others use of a machine shows as actors that do not start."""
+        now = time.monotonic()
+        return sum(slot.opening is None or now - slot.since < _QUEUED for slot in self._slots)
 
     def _start(self, node: Node, number: int) -> _RaySlot:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -118,16 +129,19 @@ class RayEngine(Engine):
         return _RaySlot(node, number, actor, opening)
 
     def _drop(self, slot: _RaySlot) -> None:
-        self._slots.remove(slot)
-        slot.end()
+        if slot in self._slots:
+            self._slots.remove(slot)
+            slot.end()
 
     def slots(self) -> Sequence[Slot]:
-        return [slot for slot in self._slots if slot.opening is None]
+        ready = [slot for slot in self._slots if slot.opening is None]
+        return [slot for slot in ready if slot.messages is not None or slot.node.id not in self._left_out]
 
     def wait(self, timeout: float) -> list[tuple[Slot, Message]]:
         if time.monotonic() - self._looked >= _LOOK:
             self._look()
             self._check()
+            self._tell()
         sources = {slot.opening or slot.messages: slot for slot in self._slots if slot.opening or slot.messages}
         if not sources:
             time.sleep(timeout)
@@ -138,6 +152,8 @@ class RayEngine(Engine):
         heard: list[tuple[Slot, Message]] = []
         for source in ready:
             slot = sources[source]
+            if slot not in self._slots:  # dropped with its machine just now
+                continue
             if slot.opening is not None:
                 self._opened(slot)
             else:
@@ -150,13 +166,19 @@ class RayEngine(Engine):
             slot.where, problem = self._ray.get(slot.opening)
         except self._ray.exceptions.RayError as error:
             self._drop(slot)
-            self._misses[node.id] = self._misses.get(node.id, 0) + 1
-            if self._misses[node.id] < _STARTS or all(other.id != node.id for other in nodes()):
+            count, last = self._misses.get(node.id, (0, -_LOOK))
+            if time.monotonic() - last >= _LOOK:  # what strikes a machine strikes all its slots: that is once
+                count, last = count + 1, time.monotonic()
+            self._misses[node.id] = count, last
+            if count < _STARTS or all(other.id != node.id for other in nodes()):
                 return
             problem = f"starts no process ({_first_line(error)})"
         else:
             slot.opening = None
             self._misses.pop(node.id, None)
+            if sum(other.opening is None for other in self._slots) > self._most:  # it was long in coming
+                self._drop(slot)
+                return
         if problem and node.id not in self._left_out:
             self._leave_out(node, problem)
 
@@ -168,6 +190,15 @@ class RayEngine(Engine):
                 self._drop(slot)
         self._check()
         print(f"warning: The machine {node.host} {problem}: it is left out.", file=sys.stderr)
+
+    def _tell(self) -> None:
+        """Say it, once in a while, if no machine takes cells."""
+        now = time.monotonic()
+        if self.slots():
+            self._served = now
+        elif now - self._served >= _SILENT:
+            self._served = now
+            print("waiting: no machine of the Ray cluster has room for a cell just now.", file=sys.stderr)
 
     def _check(self) -> None:
         """Raise EngineError where no machine that is there will do: then none that comes is likely to."""
@@ -192,11 +223,13 @@ class RayEngine(Engine):
         return message
 
     def close(self) -> None:
-        for slot in self._slots:
-            slot.end()
-        self._slots.clear()
-        self._token.unlink(missing_ok=True)
-        self._ray.shutdown()
+        try:
+            for slot in self._slots:
+                slot.end()
+            self._slots.clear()
+        finally:
+            self._token.unlink(missing_ok=True)
+            self._ray.shutdown()
 
 
 def _reason(error: BaseException) -> str:

@@ -51,9 +51,14 @@ def seat_class() -> type[Any]:
             """Measure a cell and yield its messages (see :mod:`benchmarks.engines.base`), the last Finished or Failed."""
             from multiprocessing.connection import wait
 
+            from benchmarks.engines.base import Failed
             from fimaq_core.progress import Progress
 
-            self._owner.assign(job)
+            try:
+                self._owner.assign(job)
+            except OSError as error:
+                yield Failed("error", f"no process can be started: {error}")
+                return
             while True:
                 wait([self._owner.connection])
                 message = self._owner.receive()
