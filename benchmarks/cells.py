@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Literal
 from fimaq_core.errors import FimaqError
 from fimaq_core.progress import Report
 from fimaq_core.recipe import OFF, Recipe
-from tasks.common.anew import is_done
 from tasks.common.record import ResultRecord, bits_name, read_record
 from tasks.common.request import CellRequest, DataRequest, Missing, ModelRequest
 
@@ -227,12 +226,6 @@ def record_in(folder: Path) -> ResultRecord | None:
         return read_record(path) if path.is_file() else None
     except FimaqError:
         return None
-
-
-def is_finished(cell: Cell, adapter: Adapter) -> bool:
-    """Whether the cell has a record that can be read, and is not to be measured again."""
-    found = finished(cell, adapter)
-    return found is not None and is_done(found[1] / "result.json", cell.request.force)
 
 
 def finished_record(cell: Cell, adapter: Adapter) -> ResultRecord | None:

@@ -14,11 +14,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.cells import Adapter, Cell, RunOptions, finished_record, is_finished
+from benchmarks.cells import Adapter, Cell, RunOptions, finished, finished_record
 from benchmarks.engines.options import EngineOptions
 from benchmarks.grid import Filters, chosen_axes, expand
 from benchmarks.schema import Grid
 from fimaq_core.errors import FimaqError
+from tasks.common.anew import is_done
 
 
 class NotReady(FimaqError):
@@ -43,7 +44,9 @@ def run_grid(
         at_once = how.jobs or grid.jobs or default_jobs(options.threads or grid.threads, options.device or grid.device)
         print(plan_of(grid, filters, options, adapter, cells, at_once, _terminal_width()))
         return 0
-    todo = [cell for cell in cells if not is_finished(cell, adapter)]
+    measured = {cell.key: found for cell in cells if (found := finished(cell, adapter)) is not None}
+    done = {key for key, (_, folder) in measured.items() if is_done(folder / "result.json", options.force)}
+    todo = [cell for cell in cells if cell.key not in done]
     failures = []
     if todo:
         messages = missing(todo, adapter)
@@ -63,7 +66,9 @@ def run_grid(
         logs = options.results / "runs" / ".logs" / f"{platform.node()}-{os.getpid()}"  # several may run on one folder
         make_engine = engine_maker(options, how, threads, grid.jobs, logs)
         with _ended_as_by_hand():
-            failures = Runner(adapter, display, make_engine, len(cells) - len(todo), how.retries).run(todo)
+            runner = Runner(adapter, display, make_engine, len(cells) - len(todo), how.retries)
+            runner.learn((cell, sum(measured[cell.key][0].seconds.values())) for cell in cells if cell.key in measured)
+            failures = runner.run(todo)
         if not failures:
             shutil.rmtree(logs, ignore_errors=True)
     else:

@@ -1,6 +1,7 @@
 """A small grid on a Ray cluster of two nodes whose processes are killed at random moments, against the same grid undisturbed."""
 
 import hashlib
+import json
 import os
 import random
 import signal
@@ -63,9 +64,18 @@ def command(results: Path, *more: str) -> list[str]:
 
 
 def digests(folder: Path, pattern: str) -> dict[str, str]:
-    """sha256 of the files below ``folder`` by their paths there."""
+    """sha256 of what the files below ``folder`` hold, by their paths there."""
     files = sorted(folder.rglob(pattern))
-    return {file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    return {file.relative_to(folder).as_posix(): hashlib.sha256(_content(file)).hexdigest() for file in files}
+
+
+def _content(file: Path) -> bytes:
+    """A file's bytes; of a checkpoint its header with sorted keys, since the library writes metadata in any order, and its tensors."""
+    content = file.read_bytes()
+    if file.suffix != ".safetensors":
+        return content
+    size = int.from_bytes(content[:8], "little")
+    return json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True).encode() + content[8 + size :]
 
 
 def doubled(events: list[Event]) -> set[str]:
@@ -140,7 +150,7 @@ class Disturbed:
         else:
             found = victims(kind, driver)
             if not found:
-                return  # none runs just now: the next moment brings another
+                return  # none runs just now: the next pause brings another
             with_luck = self._chance.choice(found)
             try:
                 os.kill(with_luck.pid, signal.SIGKILL)
