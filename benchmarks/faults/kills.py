@@ -70,7 +70,7 @@ def digests(folder: Path, pattern: str) -> dict[str, str]:
 
 
 def _content(file: Path) -> bytes:
-    """A file's bytes; of a checkpoint its header with sorted keys, since the library writes metadata in any order, and its tensors."""
+    """A file's bytes; of a checkpoint, whose metadata the library writes in any order, its header with sorted keys, and its tensors."""
     content = file.read_bytes()
     if file.suffix != ".safetensors":
         return content
