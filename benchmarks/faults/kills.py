@@ -70,7 +70,7 @@ def digests(folder: Path, pattern: str) -> dict[str, str]:
 
 
 def _content(file: Path) -> bytes:
-    """A file's bytes; of a checkpoint, whose metadata the library writes in any order, its header with sorted keys, and its tensors."""
+    """Bytes of a file; of a checkpoint its tensors behind its header with sorted keys: the library writes some in any order."""
     content = file.read_bytes()
     if file.suffix != ".safetensors":
         return content
