@@ -65,8 +65,8 @@ def test_the_plan_shows_bits_of_attention_probabilities_where_they_differ(tmp_pa
 
     headers, row = headers_and_row({"s_bits": 8})
     assert "s bits" in headers
-    assert row[3:6] == ["w3a3", "8", "1"]
+    assert row[4:7] == ["w3a3", "8", "1"]
     for overrides in ({}, {"s_bits": 3}):
         headers, row = headers_and_row(overrides)
         assert "s bits" not in headers
-        assert row[3:5] == ["w3a3", "1"]
+        assert row[4:6] == ["w3a3", "1"]

@@ -116,7 +116,7 @@ def test_a_forced_cell_that_cannot_be_written_keeps_its_record(tmp_path: Path) -
             resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
     with no_file_above(2**40), pytest.raises(CheckpointError, match=r"Cannot write .*result.json"):
-        run_cell(replace(cell(tmp_path), force=True), tighten)
+        run_cell(replace(cell(tmp_path), force="again"), tighten)
     assert path.read_bytes() == before
     assert outcomes_problem(read_record(path), path.parent) is None
 
@@ -149,7 +149,7 @@ def test_a_disk_that_is_read_only(tmp_path: Path) -> None:
         finished = run_cell(cell(disk, "rtn"))
         before = content(disk)
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        for request in (cell(disk), replace(cell(disk, "rtn"), force=True), replace(cell(disk, None), force=True)):
+        for request in (cell(disk), replace(cell(disk, "rtn"), force="again"), replace(cell(disk, None), force="again")):
             with pytest.raises(FimaqError, match=r"Read-only file system") as caught:
                 run_cell(request)
             assert "\n" not in str(caught.value)
@@ -173,7 +173,7 @@ def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
     try:
         assert run_cell(cell(tmp_path, "rtn")) == finished
         with pytest.raises(FimaqError, match="Permission denied"):
-            run_cell(replace(cell(tmp_path, "rtn"), force=True))
+            run_cell(replace(cell(tmp_path, "rtn"), force="again"))
     finally:
         finished.parent.chmod(0o755)
 
