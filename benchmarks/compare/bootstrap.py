@@ -6,7 +6,7 @@ retrieval) of Σ score / Σ queries, each sum over the clusters that were drawn.
 Average precision is no such mean. What is drawn for it are the contributions of images, the jackknife's pseudo-values
 (:mod:`tasks.detection.precision`): the linear part of how the value depends on which images there are. Accumulating anew over the
 images drawn would also move the interpolated curve and the categories that have objects; of these effects the linear part holds
-the first order only, and what it leaves out falls with 1/images, faster than the interval's width with its root.
+the first order only. How much that leaves out on a given data set is not measured here.
 """
 
 import math

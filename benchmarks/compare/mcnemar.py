@@ -88,7 +88,8 @@ def detectable(n: int, discordant: float, level: float) -> float | None:
     """Return the smallest difference that the test shows with a power of :data:`POWER`; None if not even the largest.
 
     Connor's formula (Biometrics 43, 1987): with ψ the share of discordant samples, the difference δ solves
-    δ√n = z(α/2) √ψ + z(power) √(ψ - δ²). Where δ exceeds ψ, ψ is taken as δ: all discordant samples are of one method then.
+    δ√n = z(α/2) √ψ + z(power) √(ψ - δ²). Where δ exceeds ψ, ψ is taken as δ (an
+    addition to the formula): all discordant samples are of one method then.
 
     Args:
         n: samples.
