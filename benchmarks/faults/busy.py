@@ -11,7 +11,7 @@ import yaml
 from benchmarks.faults.audit import Event, read_events
 
 #: Cells of each worker.
-ROUNDS = 30
+ROUNDS = 60
 
 
 def worker_busy(events: Sequence[Event], workers: int) -> float:
