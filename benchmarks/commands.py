@@ -20,6 +20,7 @@ from benchmarks.grid import Filters, chosen_axes, expand
 from benchmarks.schema import Grid
 from fimaq_core.errors import FimaqError
 from tasks.common.anew import is_done
+from tasks.common.record import own_seconds
 
 
 class NotReady(FimaqError):
@@ -67,7 +68,7 @@ def run_grid(
         make_engine = engine_maker(options, how, threads, grid.jobs, logs)
         with _ended_as_by_hand():
             runner = Runner(adapter, display, make_engine, len(cells) - len(todo), how.retries)
-            runner.learn((cell, sum(measured[cell.key][0].seconds.values())) for cell in cells if cell.key in measured)
+            runner.learn((cell, own_seconds(measured[cell.key][0])) for cell in cells if cell.key in measured)
             failures = runner.run(todo)
         if not failures:
             shutil.rmtree(logs, ignore_errors=True)

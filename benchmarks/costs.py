@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from benchmarks.cells import Cell, Key
 from benchmarks.estimate import Estimator, levels
 from fimaq_core.errors import FimaqError
-from tasks.common.record import ResultRecord
+from tasks.common.record import ResultRecord, own_seconds
 
 REFERENCE = Path(__file__).resolve().parents[1] / "results" / "reference"
 
@@ -47,7 +47,7 @@ def cost_row(cell: Cell, record: ResultRecord) -> CostRow:
     where = record.environment
     return CostRow(
         section=cell.section, model=cell.model, scope=cell.scope, method=cell.method, bits=cell.bits, seed=cell.seed,
-        point=cell.point, seconds=round(sum(record.seconds.values()), 3), peak_memory_bytes=record.peak_memory_bytes,
+        point=cell.point, seconds=round(own_seconds(record), 3), peak_memory_bytes=record.peak_memory_bytes,
         device=where.device, threads=where.threads,
     )  # fmt: skip
 

@@ -8,6 +8,7 @@ from statistics import fmean, stdev
 
 from benchmarks.cells import MAIN_METRIC, Cell
 from benchmarks.tables import FULL, Measured, in_order, unique
+from tasks.common.record import own_seconds
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Group:
     @cached_property
     def seconds(self) -> float:
         """What a cell took, all stages together; mean over seeds."""
-        return fmean(sum(item.record.seconds.values()) for item in self.items)
+        return fmean(own_seconds(item.record) for item in self.items)
 
     def values(self, metric: str) -> list[float]:
         """What each seed scored."""

@@ -16,6 +16,9 @@ from tasks.common.record_versions import migrated
 
 SCHEMA_VERSION = 2
 
+#: Stage in which a cell waited for something that another was making.
+WAIT = "wait"
+
 _REMEDY = "restore it, or delete it to measure that cell again"
 
 #: Name of a file beside the record: records come from elsewhere too, so it can name no other place.
@@ -243,6 +246,11 @@ def proportion(correct: int, count: int) -> Metric:
     """Percentage of ``correct`` among ``count`` with its binomial standard error."""
     share = correct / count
     return Metric(value=100 * share, stderr=100 * math.sqrt(share * (1 - share) / count))
+
+
+def own_seconds(record: ResultRecord) -> float:
+    """Seconds that a cell took by itself: waiting for what another was making is no cost of its own."""
+    return sum(seconds for stage, seconds in record.seconds.items() if stage != WAIT)
 
 
 def recipe_of(record: ResultRecord) -> Recipe | None:

@@ -40,7 +40,7 @@ from tasks.common.lease import Lease, acquire, awaited, exclusively
 from tasks.common.modules import merge_logs, whole_map
 from tasks.common.plan import note_shared, planned_folder, variant_name
 from tasks.common.prepare import Part, built_model, chains_of, check_request, checkpoint_facts, fingerprint_of, start, whole
-from tasks.common.record import BlockFigures, Calibration, Metric, ResultRecord, Weights, read_record, write_record
+from tasks.common.record import WAIT, BlockFigures, Calibration, Metric, ResultRecord, Weights, read_record, write_record
 from tasks.common.registry import get_task
 from tasks.common.request import CellRequest
 from tasks.common.task import CalibrationSet, Evaluation, LoadedModel, Task
@@ -121,11 +121,11 @@ def _measure_quantized(
 
     @contextmanager
     def alone(path: Path | None) -> Iterator[None]:
-        with exclusively(path, report) as lease:
-            if lease is not None:
-                remove_leftovers(lease.path.parent, lease.path.name)
-                if lease.waited:
-                    clock.lap("wait")
+        with exclusively(path, report) as own:
+            if own is not None:
+                remove_leftovers(own.path.parent, own.path.name)
+                if own.waited:
+                    clock.lap(WAIT)
             yield
 
     def mlps(part: Part) -> Path | None:

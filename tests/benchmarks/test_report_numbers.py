@@ -47,7 +47,7 @@ def main_cells(page: report_fakes.Node, section: str) -> dict[tuple[str, str, st
     heads = [(head.attrs["data-model"], head.attrs["data-bits"]) for head in table.all("th") if "data-bits" in head.attrs]
     found = {}
     for row in table.one("tbody").all("tr"):
-        for (model, bits), cell in zip(heads, row.all("td"), strict=False):
+        for (model, bits), cell in zip(heads, row.all("td")[: len(heads)], strict=True):
             found[row.attrs["data-method"], model, bits] = cell
     return found
 

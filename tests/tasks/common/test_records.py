@@ -24,6 +24,7 @@ from tasks.common.record import (
     bits_name,
     cell_folder,
     outcomes_problem,
+    own_seconds,
     proportion,
     read_record,
     recipe_of,
@@ -219,3 +220,8 @@ def test_the_path_is_the_identity(tmp_path: Path) -> None:
     assert folder == tmp_path / "classification" / "vit.tag" / "fimaq" / "w3a4" / "seed7-0123456789"
     folder = cell_folder(tmp_path, "classification", "vit.tag", "fp", 32, 32, None, "0123456789abcdef")
     assert folder == tmp_path / "classification" / "vit.tag" / "fp" / "fp" / "0123456789"
+
+
+def test_waiting_for_another_is_no_cost_of_a_cell() -> None:
+    waited = record().model_copy(update={"seconds": {"load": 1.0, "wait": 60.0, "evaluate": 2.0}})
+    assert own_seconds(waited) == 3.0
