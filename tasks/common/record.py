@@ -14,7 +14,7 @@ from tasks.common import sealing
 from tasks.common.hashing import file_sha256
 from tasks.common.record_versions import migrated
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 #: Stage in which a cell waited for something that another was making.
 WAIT = "wait"
@@ -130,7 +130,7 @@ class ResultRecord(_Strict):
     schema 1.
     """
 
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
     task: str
     model: str
     method: str

@@ -21,8 +21,13 @@ def _from_1(content: Content) -> Content:
     return {**content, "schema_version": 2}
 
 
+def _from_2(content: Content) -> Content:
+    """Fields of version 3 have defaults that mean "not recorded"."""
+    return {**content, "schema_version": 3}
+
+
 #: From each older version to the next.
-STEPS: Mapping[int, Callable[[Content], Content]] = {1: _from_1}
+STEPS: Mapping[int, Callable[[Content], Content]] = {1: _from_1, 2: _from_2}
 
 
 def migrated(content: Content, version: int, present: int) -> Content:

@@ -183,7 +183,7 @@ def damaged(path: Path, how: str) -> None:
     text = path.read_text(encoding="utf-8")
     content = {
         "cut": text[: len(text) // 2], "edited": text.replace('"n": 64', '"n": 65'), "empty": "",
-        "newer": sealed(read_record(path)).model_dump_json().replace('"schema_version":2', '"schema_version":3'),
+        "newer": sealed(read_record(path)).model_dump_json().replace('"schema_version":3', '"schema_version":4'),
     }[how]  # fmt: skip
     assert content != text
     path.write_text(content, encoding="utf-8")

@@ -47,6 +47,23 @@ def test_version_1(old: Path) -> None:
     assert again.model_copy(update={"fingerprint": ""}) == record
 
 
+def test_version_2(tmp_path: Path) -> None:
+    path = Path(shutil.copy(DATA / "record-v2.json", tmp_path / "result.json"))
+    before = path.read_bytes()
+    content, record = json.loads(before), read_record(path)
+    assert path.read_bytes() == before
+    assert record.schema_version == SCHEMA_VERSION
+    assert record.fingerprint == content["fingerprint"]
+    assert record.blocks.keys() == content["blocks"].keys()
+    assert record.metrics["top1"].value == content["metrics"]["top1"]["value"]
+    assert record.calibration is not None
+    assert record.calibration.ids == content["calibration"]["ids"]
+    # A change after it was written is noticed in old records too.
+    path.write_text(before.decode().replace('"n": 64', '"n": 65'), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="was changed after it was written"):
+        read_record(path)
+
+
 def test_version_1_from_before_quantizers_had_names(old: Path) -> None:
     content = json.loads(old.read_text(encoding="utf-8"))
     entry = {"name": "a", "kind": "product", "weight_bits": 32, "input_bits": 4, "weight_ranges": "none", "input_ranges": "x; x"}

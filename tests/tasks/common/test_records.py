@@ -98,7 +98,7 @@ def test_records_edited_by_hand_are_refused(tmp_path: Path, change: str) -> None
         "a note": text.replace("Δ", "δ"),
         "no fingerprint": text.replace("fingerprint", "finger", 1).replace(f',\n "fingerprint": "{mark}"', ""),
         "an empty one": text.replace(mark, ""),
-        "an older version": text.replace('"schema_version": 2', '"schema_version": 1'),
+        "an older version": text.replace('"schema_version": 3', '"schema_version": 1'),
     }[change]
     assert edited != text
     path.write_text(edited, encoding="utf-8")
@@ -110,8 +110,8 @@ def test_records_edited_by_hand_are_refused(tmp_path: Path, change: str) -> None
 
 
 def test_newer_schemas_and_what_is_no_record_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"schema version 3, and this version of fimaq reads up to 2: update fimaq"):
-        read_record(written(tmp_path, schema_version=3))
+    with pytest.raises(CheckpointError, match=r"schema version 4, and this version of fimaq reads up to 3: update fimaq"):
+        read_record(written(tmp_path, schema_version=4))
     for version in (None, "2", 0, True, 2.0):
         with pytest.raises(CheckpointError, match="is no record: its schema version is"):
             read_record(written(tmp_path, schema_version=version))
