@@ -1,6 +1,7 @@
 """Facts about where a run happens."""
 
 import contextlib
+import os
 import platform
 import resource
 import subprocess
@@ -45,7 +46,19 @@ def describe(device: torch.device) -> Environment:
         except PackageNotFoundError:
             versions[package] = "not installed"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {processor()}"
-    return Environment(versions=versions, git_revision=git_revision(), device=name, threads=torch.get_num_threads())
+    return Environment(
+        versions=versions,
+        git_revision=git_revision(),
+        device=name,
+        instructions=instructions(),
+        threads=torch.get_num_threads(),
+    )
+
+
+def instructions() -> str:
+    """Instruction set of PyTorch's CPU kernels, and oneDNN's limit where the environment sets one."""
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA")
+    return torch.backends.cpu.get_cpu_capability() + (f", oneDNN up to {limit}" if limit else "")
 
 
 def processor() -> str:

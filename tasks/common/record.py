@@ -101,11 +101,15 @@ class ModuleMap(_Strict):
 
 
 class Environment(_Strict):
-    """Where a record was measured."""
+    """Where a record was measured.
+
+    ``instructions`` are those of PyTorch's CPU kernels; empty where they were not recorded.
+    """
 
     versions: dict[str, str]
     git_revision: str
     device: str
+    instructions: str = ""
     threads: int
 
 
