@@ -88,6 +88,7 @@ def cli() -> None:
     help="Attempts in a row at a cell whose process dies and that get no further; 0: nothing is tried again.",
 )
 @click.option("--plan", is_flag=True, help="List the cells and their settings; run nothing.")
+@click.option("--report", is_flag=True, help="Write the report too, as the command report does.")
 @click.option(
     "--force",
     is_flag=False,
@@ -101,7 +102,7 @@ def run(
     profile: str, tasks: str, models: str, methods: str, bits: str, seeds: str, axes: str, device: str, imagenet: str,
     coco: str, flickr: str, weights: str, results: Path, engine: Literal["local", "ray"], ray_address: str, gpus_per_cell: float,
     jobs: int | None, threads: int | None, placement: Literal["device", "host", "disk"] | None, retries: int, plan: bool,
-    force: str,
+    report: bool, force: str,
 ) -> None:  # fmt: skip
     """Measure a grid's cells, then print and write its table. Finished cells are not measured again."""
     grid: Grid = load_grid(profile)
@@ -109,7 +110,7 @@ def run(
     places = Places(folder(imagenet), folder(coco), folder(flickr))
     options = RunOptions(results, places, folder(weights), device or None, threads, force, placement)
     how = EngineOptions(engine, jobs, ray_address, gpus_per_cell, retries)
-    click.get_current_context().exit(run_grid(grid, profile, filters, options, adapter(), how, plan))
+    click.get_current_context().exit(run_grid(grid, profile, filters, options, adapter(), how, plan, report))
 
 
 @cli.command()
@@ -126,10 +127,14 @@ def diff(results: Path, show_all: bool, allow_nothing: bool) -> None:
 @places_options
 @click.option("--weights", default="", metavar="DIR", help="As for run.")
 @results_option
-def reference(profile: str, imagenet: str, coco: str, flickr: str, weights: str, results: Path) -> None:
-    """Make the finished grid the committed reference (results/reference/) of its profile."""
+@click.option("--add", is_flag=True, help="Add these cells to the reference as those of another processor.")
+def reference(profile: str, imagenet: str, coco: str, flickr: str, weights: str, results: Path, add: bool) -> None:
+    """Make the finished grid the committed reference (results/reference/) of its profile.
+
+    A reference says how far results differ between processors: add the same cells from several.
+    """
     options = RunOptions(results, Places(folder(imagenet), folder(coco), folder(flickr)), folder(weights))
-    click.get_current_context().exit(run_reference(load_grid(profile), options, adapter()))
+    click.get_current_context().exit(run_reference(load_grid(profile), options, adapter(), add))
 
 
 cli.add_command(compare)

@@ -28,7 +28,14 @@ class NotReady(FimaqError):
 
 
 def run_grid(
-    grid: Grid, profile: str, filters: Filters, options: RunOptions, adapter: Adapter, how: EngineOptions, plan: bool
+    grid: Grid,
+    profile: str,
+    filters: Filters,
+    options: RunOptions,
+    adapter: Adapter,
+    how: EngineOptions,
+    plan: bool,
+    report: bool = False,
 ) -> int:
     """Run a grid and return the exit code. See ``python -m benchmarks run --help``."""
     from benchmarks.display import make_display
@@ -75,6 +82,14 @@ def run_grid(
     else:
         print(f"All {len(cells)} cells are done already.")
     write_tables(grid, filters, options, adapter, cells)
+    if report:
+        from benchmarks.report.build import write_report
+
+        path = options.results / "report.html"
+        write_report(grid, options, adapter, path)
+        print(f"Report: {path} (charts, error per block, example predictions; open it in a browser)")
+    for line in grid.next:
+        print(line)
     if failures:
         print(f"\n{len(failures)} of {len(cells)} cells failed:", file=sys.stderr)
         for failure in failures:
@@ -206,17 +221,20 @@ def _python() -> str:
     return "python" if relative.startswith("..") else relative
 
 
-def run_reference(grid: Grid, options: RunOptions, adapter: Adapter) -> int:
-    """Write the reference of a finished grid and return the exit code."""
+def run_reference(grid: Grid, options: RunOptions, adapter: Adapter, add: bool = False) -> int:
+    """Write the reference of a finished grid, or ``add`` another processor's cells to it, and return the exit code."""
     from benchmarks import reference, summary, tables
 
     cells = expand(grid, Filters(), options)
     measured = tables.collect(cells, adapter)
-    if len(measured) < len(cells):
+    if not measured if add else len(measured) < len(cells):
         raise FimaqError(
             f"Only {len(measured)} of {len(cells)} cells of '{grid.name}' are measured, and a reference needs all: "
             f"run `make reproduce-table PROFILE={grid.name}` first."
         )
+    if add:
+        print(f"wrote {reference.add_processor(grid, measured)}")
+        return 0
     for path in reference.write_reference(grid, measured, summary.report(title(grid), measured, cells, axes=grid.axes)):
         print(f"wrote {path}")
     return 0

@@ -10,9 +10,8 @@ from benchmarks.cells import Adapter, default_adapter
 
 def profile_option(command: Any) -> Any:
     """``--profile``."""
-    return click.option(
-        "--profile", default="demo", show_default=True, help="demo, paper, ablation, paper-ablation, or a .yaml file."
-    )(command)
+    words = "quickstart, demo, paper, ablation, paper-ablation, or a .yaml file."
+    return click.option("--profile", default="quickstart", show_default=True, help=words)(command)
 
 
 def results_option(command: Any) -> Any:

@@ -13,25 +13,16 @@ from typing import Any
 
 import pandas as pd
 
+from benchmarks import known_answers
+from benchmarks.agreement import ALPHA, FIGURES, compared, observations
 from benchmarks.costs import REFERENCE, cost_row, costs_path, costs_text
+from benchmarks.orders import count
 from benchmarks.schema import Grid
-from benchmarks.summary import pooled_sd
-from benchmarks.tables import (
-    FULL,
-    Measured,
-    csv_text,
-    frame,
-    is_percent,
-    over_seeds,
-    read_csv,
-    sample_counts,
-    unique,
-    write_text,
-)
+from benchmarks.tables import FULL, Measured, is_percent, sample_counts, unique, write_text
+from fimaq_core.errors import FimaqError
+from tasks.common.environment import processor
 
-#: Points. Below the first a difference is never worth a word; seeds spread by at least the second, however alike two of them
-#: happen to be; full precision has no seeds, and other machines only flip near-ties.
-SMALLEST, SPREAD_FLOOR, FP_TOLERANCE = 1.0, 0.3, 0.2
+_WHERE = "processor"
 
 
 @dataclass(frozen=True)
@@ -96,15 +87,7 @@ def _data(measured: Sequence[Measured]) -> list[str]:
 
 def machine() -> str:
     """Processor, cores and system of this machine."""
-    name = ""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                name = line.split(":", 1)[1].strip()
-                break
-    except OSError:
-        pass
-    return f"{name or platform.processor() or platform.machine()}, {os.cpu_count()} cores, {platform.system()}"
+    return f"{processor()}, {os.cpu_count()} cores, {platform.system()}"
 
 
 def write_reference(grid: Grid, measured: Sequence[Measured], text: str, folder: Path = REFERENCE) -> list[Path]:
@@ -114,7 +97,7 @@ def write_reference(grid: Grid, measured: Sequence[Measured], text: str, folder:
                "data": origin.data}  # fmt: skip
     title, _, body = text.partition("\n\n")
     files = {
-        folder / f"{grid.name}.csv": csv_text(frame(measured)),
+        folder / f"{grid.name}.csv": _csv(observations(measured)),
         folder / f"{grid.name}.md": f"{title}\n\nReference: {origin.line()}.\n\n{body}",
         folder / f"{grid.name}.json": json.dumps(content, indent=1) + "\n",
         costs_path(grid.name, folder): costs_text(cost_row(item.cell, item.record) for item in measured),
@@ -124,36 +107,45 @@ def write_reference(grid: Grid, measured: Sequence[Measured], text: str, folder:
     return list(files)
 
 
-def tolerances(reference: pd.DataFrame, mine: pd.DataFrame) -> pd.DataFrame:
-    """Return the cells both tables have, with their difference and the tolerance for it.
+def add_processor(grid: Grid, measured: Sequence[Measured], folder: Path = REFERENCE) -> Path:
+    """Add cells measured on other processors to the reference's table, in place of those processors' former rows.
 
-    On another machine rounding errors differ, and thousands of optimisation steps turn them into what amounts to other
-    seeds. So a difference of means may be as large as seeds allow: ``max(1.0, 3·s·√(1/k_ref + 1/k_mine))`` points, with
-    ``s`` the reference's standard deviation over seeds, pooled over the models of one method, variant and bits (two seeds
-    alone say little) and at least 0.3. The new table's own spread is left out on purpose: a broken installation must not widen
-    its own tolerance. Full precision, without seeds, may differ by 0.2.
-    Median ranks have the same rule in ranks, and may differ by one in full precision too.
-
-    Args:
-        reference, mine: tables of cells and metrics.
+    Raises:
+        FimaqError: there is no reference, or it has other settings or data.
     """
-    keys = ["task", "dataset", "model", "method", "variant", "bits", "metric"]
-    alike = ["task", "dataset", "method", "variant", "bits", "metric"]
-    ours, theirs = over_seeds(mine), over_seeds(reference)
-    spread = {key: pooled_sd(rows) for key, rows in theirs.groupby(alike)}
-    both = theirs.merge(ours, on=keys, suffixes=("_ref", "_mine"))
-    limits = []
-    for row in both.to_dict("records"):
-        sd = spread[tuple(row[name] for name in alike)]
-        sd = max(SPREAD_FLOOR, 0.0 if math.isnan(sd) else sd)
-        noise = 3 * sd * math.sqrt(1 / row["k_ref"] + 1 / row["k_mine"])
-        without_seeds = FP_TOLERANCE if is_percent(row["metric"]) else SMALLEST
-        limits.append(without_seeds if row["method"] == "fp" else max(SMALLEST, noise))
-    return both.assign(difference=both["mean_mine"] - both["mean_ref"], tolerance=limits)
+    path, origin_path = folder / f"{grid.name}.csv", folder / f"{grid.name}.json"
+    if not path.is_file() or not origin_path.is_file():
+        raise FimaqError(f"Profile '{grid.name}' has no reference yet: write it first, without --add.")
+    origin = Provenance(**json.loads(origin_path.read_text(encoding="utf-8")))
+    alike, lines = _alike(grid, measured, origin)
+    if len(alike) < len(measured):
+        raise FimaqError(" ".join(lines))
+    kept, new = read_csv(path), observations(measured)
+    write_text(path, _csv(pd.concat([kept[~kept[_WHERE].isin(new[_WHERE])], new])))
+    return path
+
+
+def _csv(table: pd.DataFrame) -> str:
+    return str(table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+
+
+def read_csv(path: Path) -> pd.DataFrame:
+    """Read the table of a reference; see :func:`benchmarks.agreement.observations`."""
+    missing = {"seed": [""], "fp_value": [""]}
+    return pd.read_csv(path, dtype={"seed": "Int64"}, keep_default_na=False, na_values=missing)
 
 
 def compare(grid: Grid, measured: Sequence[Measured], folder: Path = REFERENCE) -> list[str]:
-    """Return what a reader should know of ``measured`` against the committed reference; empty without a reference."""
+    """Say whether ``measured`` agrees with the committed reference; nothing without a reference.
+
+    Args:
+        grid: the profile.
+        measured: finished cells.
+        folder: holds the references.
+
+    Returns:
+        Lines. The first says ``Agrees with the reference`` or ``DIFFERS from the reference``.
+    """
     table_path, origin_path = folder / f"{grid.name}.csv", folder / f"{grid.name}.json"
     if not table_path.is_file() or not origin_path.is_file():
         return []
@@ -163,25 +155,32 @@ def compare(grid: Grid, measured: Sequence[Measured], folder: Path = REFERENCE) 
     except (OSError, ValueError, TypeError, KeyError) as error:
         return [f"The reference {table_path.name} cannot be read, so nothing is compared with it: {error}"]
     about = f"(reference: {origin.line()})"
+    wrong = known_answers.wrong()
+    if wrong:
+        return ["DIFFERS from the reference: quantizers here give wrong values for known inputs.", *wrong]
     alike, lines = _alike(grid, measured, origin)
-    both = tolerances(reference, frame(alike))
+    both = compared(reference, observations(alike))
     if both.empty:
         return [f"{line} {about}" for line in lines or ["No cell of this run is in the reference."]]
-    off = both[both["difference"].abs() > both["tolerance"]]
-    largest = both.iloc[int(both["difference"].abs().to_numpy().argmax())]
+    off = both[both["p"] < ALPHA]
+    processors = count(reference["processor"].nunique(), "processor")
+    basis = f"{count(len(both), 'comparison')}, family-wise error {ALPHA:.0%}, {processors} in the reference"
     if off.empty:
+        score = both[~both["metric"].isin(FIGURES)]
+        largest = score.iloc[int(score["difference"].abs().to_numpy().argmax())]
         lines.append(
-            f"Agrees with the reference in all {len(both)} cells: largest difference {largest['difference']:+.2f} "
-            f"{'points' if is_percent(largest['metric']) else 'ranks'} at {_name(largest, grid)}, "
-            f"tolerance {largest['tolerance']:.2f}. {about}"
+            f"Agrees with the reference ({basis}). Largest difference of a score: {largest['difference']:+.2f} "
+            f"{'points' if is_percent(largest['metric']) else 'ranks'} at {_name(largest, grid)}. {about}"
         )
         return lines
-    lines.append(f"WARNING: {len(off)} of {len(both)} cells differ from the reference by more than seeds spread {about}:")
-    for _, row in off.iterrows():
-        lines.append(
-            f"  {_name(row, grid)}: {row['mean_mine']:.2f} here, {row['mean_ref']:.2f} in the reference "
-            f"({row['difference']:+.2f}, tolerance {row['tolerance']:.2f})"
-        )
+    lines.append(
+        f"DIFFERS from the reference in {len(off)} of {basis}. Processors do not cause this: check the installation with "
+        f"`make test`, and `git status` for changed code. {about}"
+    )
+    for row in off.sort_values("p").to_dict("records"):
+        values = [math.exp(row[side]) if row["metric"] in FIGURES else row[side] for side in ("mean_mine", "mean_ref")]
+        here, there = (f"{value:.4g}" if row["metric"] in FIGURES else f"{value:.2f}" for value in values)
+        lines.append(f"  {_name(row, grid)}: {here} here, {there} in the reference (p = {row['p']:.1g})")
     return lines
 
 

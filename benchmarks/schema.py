@@ -72,6 +72,7 @@ class Grid(_Strict):
         threads: CPU threads of a process; None leaves PyTorch's choice.
         jobs: processes at a time; None derives it from cores and threads.
         extra: further cells; they take no part in the axes.
+        next: lines that a run prints at its end: commands that a user may want next.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
@@ -87,6 +88,7 @@ class Grid(_Strict):
     jobs: int | None = Field(None, ge=1)
     extra: tuple[Extra, ...] = ()
     axes: Axes = {}
+    next: tuple[str, ...] = ()
 
     def task_of(self, section: str) -> str:
         """Name of a section's task."""

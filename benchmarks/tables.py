@@ -83,12 +83,6 @@ def csv_text(table: pd.DataFrame) -> str:
     return str(table.to_csv(index=False, float_format="%.4f", lineterminator="\n"))
 
 
-def read_csv(path: Path) -> pd.DataFrame:
-    """Read a table back that :func:`csv_text` made."""
-    table = pd.read_csv(path, dtype={"seed": "Int64"}, keep_default_na=False, na_values={"seed": [""], "fp_value": [""]})
-    return table[COLUMNS]
-
-
 def with_bits(table: pd.DataFrame) -> pd.DataFrame:
     """Return a copy with a column ``bits``: ``fp``, ``w3a3`` and so on."""
     names = [bits_name(int(w), int(a)) for w, a in zip(table["w_bit"], table["a_bit"], strict=True)]

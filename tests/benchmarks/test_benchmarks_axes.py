@@ -214,12 +214,12 @@ def test_variants_are_apart_in_spreads_and_references(tmp_path):
     assert set(stats.loc[stats["method"] == "fimaq", "k"]) == {2}
     reference.write_reference(grid, measured, "# T\n\nx", tmp_path / "reference")
     (line,) = reference.compare(grid, measured, tmp_path / "reference")
-    assert line.startswith("Agrees with the reference in all 10 cells")
+    assert line.startswith("Agrees with the reference (18 comparisons,")
     other = fakes.write_cells(
         cells_of(options=RunOptions(results=tmp_path / "b")), lambda cell: value(cell) - (20 if cell.point == "k=15" else 0)
     )
     lines = reference.compare(grid, other, tmp_path / "reference")
-    assert lines[0].startswith("WARNING: 2 of 10 cells")
+    assert lines[0].startswith("DIFFERS from the reference in 4 of 18 comparisons")
     assert all("fimaq w3a3 (demo k=15) top1" in line for line in lines[1:])
     fewer = parse_grid({**GRID, "axes": {"k": {"1": {"fisher_k": 2}}}})
     assert "other settings" in reference.compare(fewer, measured, tmp_path / "reference")[0]

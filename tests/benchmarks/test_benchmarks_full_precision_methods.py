@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks import diff, reference, summary, tables
+from benchmarks.agreement import compared, observations
 from benchmarks.cells import RunOptions
 from benchmarks.commands import rerun_command
 from benchmarks.engines.options import EngineOptions
@@ -100,13 +101,12 @@ def test_chains_measure_them_by_themselves_after_full_precision():
     assert costs["fp"] < costs["rtn"] < costs["relu-fp"]
 
 
-def test_the_reference_gives_them_the_tolerance_of_seeds(tmp_path):
+def test_the_reference_gives_them_the_spread_of_seeds(tmp_path):
     grid, _, measured = measure(tmp_path)
-    table = tables.frame(measured)
-    both = reference.tolerances(table, table).set_index(["model", "method", "bits"])
-    assert both.at[("a", "fp", "fp"), "tolerance"] == 0.2
-    spread = np.std([0.5, 1.0], ddof=1)
-    assert both.at[("a", "relu-fp", "fp"), "tolerance"] == pytest.approx(max(1.0, 3 * spread))
+    table = observations(measured)
+    both = compared(table, table).set_index(["model", "method", "bits", "seed"])
+    assert both.loc[("a", "relu-fp", "fp"), "variance"].tolist() == pytest.approx([np.var([0.5, 1.0], ddof=1)] * 2)
+    assert both.loc[("a", "fp", "fp"), "variance"].isna().all()
     reference.write_reference(grid, measured, "# T\n\nx", tmp_path / "reference")
     off = [
         replace(item, record=item.record.model_copy(update={"metrics": {"top1": fakes.Metric(value=0.0, stderr=0.1)}}))
@@ -114,8 +114,8 @@ def test_the_reference_gives_them_the_tolerance_of_seeds(tmp_path):
         for item in measured
     ]  # fmt: skip
     lines = reference.compare(grid, off, tmp_path / "reference")
-    assert lines[0].startswith("WARNING: 2 of 20 cells differ")
-    assert lines[1].startswith("  a relu-fp top1: 0.00 here, 94.75 in the reference")
+    assert lines[0].startswith("DIFFERS from the reference in 4 of ")
+    assert all(" relu-fp top1: 0.00 here, 9" in line for line in lines[1:])
 
 
 @pytest.mark.parametrize(("offset", "verdict"), [(0.1, "reproduced"), (-2.0, "below")])

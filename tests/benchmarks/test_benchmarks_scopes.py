@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks import reference, summary, tables
 from benchmarks.ablation import axis_table
+from benchmarks.agreement import compared, observations
 from benchmarks.cells import RunOptions
 from benchmarks.grid import Filters, expand, parse_grid
 from tasks.common.record import Metric
@@ -196,10 +197,10 @@ def test_the_reference_covers_sections_and_names_data_with_captions(tmp_path):
     ]
     # 2 models x (fp + 4 methods x 2 bits x 2 scopes) x 4 metrics, and 1 + 8 of classification
     (line,) = reference.compare(grid, measured, folder)
-    assert line.startswith("Agrees with the reference in all 145 cells")
+    assert line.startswith("Agrees with the reference (")
     part = [item for item in measured if item.cell.section == "classification"]
     (line,) = reference.compare(grid, part, folder)
-    assert line.startswith("Agrees with the reference in all 9 cells")
+    assert line.startswith("Agrees with the reference (")
 
 
 def test_sections_with_other_settings_or_data_are_left_out_of_the_comparison(tmp_path):
@@ -210,23 +211,21 @@ def test_sections_with_other_settings_or_data_are_left_out_of_the_comparison(tmp
         **GRID["tasks"], "retrieval": {**GRID["tasks"]["retrieval"], "overrides": {"steps": 7}}}})  # fmt: skip
     lines = reference.compare(changed, measured, folder)
     assert lines[0].startswith("Not compared with the reference in retrieval: it has other settings")
-    assert lines[1].startswith("Agrees with the reference in all 9 cells")
+    assert lines[1].startswith("Agrees with the reference (")
     # A reference from before a section was there.
     write(folder, grid, [item for item in measured if item.cell.section == "classification"])
     lines = reference.compare(grid, measured, folder)
     assert lines[0].startswith("Not compared with the reference in retrieval: it was measured on other data")
-    assert lines[1].startswith("Agrees with the reference in all 9 cells")
+    assert lines[1].startswith("Agrees with the reference (")
 
 
-def test_scopes_do_not_widen_each_others_tolerance_and_are_named(tmp_path):
+def test_scopes_do_not_widen_each_others_spread_and_are_named(tmp_path):
     grid, _, measured = measure(tmp_path / "a")
-    table = tables.frame(measured)
-    both = reference.tolerances(table, table).set_index(["model", "method", "variant", "bits", "metric"])
-    key = ("fimaq", "x [vision]", "w4a4", "R@1")
-    assert both.at[("clip_a", *key), "tolerance"] == pytest.approx(3 * np.sqrt(0.5))
-    assert both.at[("clip_a", "fimaq", "x [both]", "w4a4", "R@1"), "tolerance"] == pytest.approx(9 * np.sqrt(0.5))
-    assert both.at[("clip_a", "fp", "fp", "fp", "R@1"), "tolerance"] == 0.2
-    assert both.at[("clip_a", "fp", "fp", "fp", "i2t_median_rank"), "tolerance"] == 1.0
+    table = observations(measured)
+    both = compared(table, table)
+    rows = both[(both["method"] == "fimaq") & (both["metric"] == "R@1")]
+    spreads = [set(rows[rows["variant"] == f"x [{scope}]"]["variance"].round(6)) for scope in ("vision", "both")]
+    assert spreads == [{0.5}, {4.5}]
     write(tmp_path / "reference", grid, measured)
     off = [
         with_record(item, metrics={**item.record.metrics, "R@1": Metric(value=0, stderr=1)})
@@ -234,8 +233,9 @@ def test_scopes_do_not_widen_each_others_tolerance_and_are_named(tmp_path):
         for item in measured
     ]  # fmt: skip
     lines = reference.compare(grid, off, tmp_path / "reference")
-    assert lines[0].startswith("WARNING: 2 of 145 cells differ")
-    assert lines[1].startswith("  clip_b [both] fimaq w4a4 R@1 on digit-scenes: 0.00 here, 63.50 in the reference (-63.50")
+    assert lines[0].startswith("DIFFERS from the reference in 4 of ")
+    assert len(lines) == 5
+    assert all(line.startswith("  clip_b [both] fimaq w") and "R@1 on digit-scenes: 0.00 here, " in line for line in lines[1:])
 
 
 def test_data_sets_do_not_share_spreads(tmp_path):
@@ -243,9 +243,10 @@ def test_data_sets_do_not_share_spreads(tmp_path):
     table = tables.frame(measured)
     noisy = table.assign(dataset="other", value=table["value"] + 30 * (table["seed"].fillna(0).astype(int) == 2))
     both = pd.concat([table, noisy])
-    found = reference.tolerances(both, both)
+    both = both.assign(processor="")
+    found = compared(both, both)
     mine = found[(found["dataset"] == "digit-scenes") & (found["variant"] == "x [vision]") & (found["metric"] == "R@1")]
-    assert mine["tolerance"].tolist() == pytest.approx([3 * np.sqrt(0.5)] * len(mine))
+    assert mine["variance"].tolist() == pytest.approx([0.5] * len(mine))
     # Captions cut at another length, as another model does, are no other data.
     longer = [
         with_record(item, dataset=fakes.SCENES.model_copy(update={"truncated_captions": 3}))

@@ -36,7 +36,7 @@ def run(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_demo_profile_can_run_here(tmp_path: Path):
-    result = CliRunner().invoke(cli, ["doctor", "--results", str(tmp_path), "--json"], obj=fakes.ADAPTER)
+    result = CliRunner().invoke(cli, ["doctor", "--profile", "demo", "--results", str(tmp_path), "--json"], obj=fakes.ADAPTER)
     content = json.loads(result.stdout)
     assert (result.exit_code, content["can_run"]) == (0, True), result.output
     assert set(content) == {"schema", "profile", "can_run", "findings", "profiles"}

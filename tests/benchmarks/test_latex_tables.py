@@ -190,7 +190,7 @@ def test_tables_are_made_anew_from_records(tmp_path: Path):
     fakes.write_cells(cells, lambda cell: 50.0)
 
     def run(*arguments: str):
-        return CliRunner().invoke(cli, ["tables", "--results", str(tmp_path), *arguments], obj=fakes.ADAPTER)
+        return CliRunner().invoke(cli, ["tables", "--profile", "demo", "--results", str(tmp_path), *arguments], obj=fakes.ADAPTER)
 
     everything = expand(grid, Filters(), RunOptions(results=tmp_path))
     measured = tables.collect(everything, fakes.ADAPTER)
@@ -212,7 +212,7 @@ def test_tables_are_made_anew_from_records(tmp_path: Path):
 
 
 def test_no_records_is_said(tmp_path: Path):
-    result = CliRunner().invoke(cli, ["tables", "--results", str(tmp_path)], obj=fakes.ADAPTER)
+    result = CliRunner().invoke(cli, ["tables", "--profile", "demo", "--results", str(tmp_path)], obj=fakes.ADAPTER)
     assert result.exit_code == 2
     assert "Nothing of the profile 'demo' is measured" in result.stderr
 

@@ -30,7 +30,7 @@ def write(tmp_path: Path, grid: Grid = GRID) -> report_fakes.Node:
 def invoke(tmp_path: Path, *args: str) -> Result:
     from benchmarks.cli import cli
 
-    return CliRunner().invoke(cli, ["report", "--results", str(tmp_path), *args], obj=fakes.ADAPTER)
+    return CliRunner().invoke(cli, ["report", "--profile", "demo", "--results", str(tmp_path), *args], obj=fakes.ADAPTER)
 
 
 def with_metrics(values: Callable[[Cell], dict[str, float]]) -> Callable[[Cell], ResultRecord]:

@@ -1,0 +1,134 @@
+"""Agreement of measured cells with a reference: one test for the whole family of comparisons.
+
+Rounding differs between processors, and hundreds of optimisation steps turn one rounding into another result.
+How far results differ for that reason is measured: a reference holds the same cells from several processors.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from benchmarks.cells import MAIN_METRIC
+from benchmarks.compare.judge import holm
+from benchmarks.orders import CALIBRATION_ONLY
+from benchmarks.summary import PAIRS
+from benchmarks.tables import Measured, frame, is_percent, with_bits
+from tasks.common.record import ResultRecord
+
+#: Probability that an intact installation is said to differ in any of its comparisons.
+ALPHA = 0.01
+
+#: Figures of reconstruction, more sensitive to a fault in it than scores are. Compared by their ratio.
+PASSES, WEIGHT, ERROR = FIGURES = ("fisher_passes", "fisher_weight", "block_error")
+
+#: Standard deviations that rounding in the last digits may cause by itself: of a logarithm, and of a median rank.
+_LOG_RESOLUTION, _RANK_RESOLUTION = 1e-3, 0.5
+
+_CELL = ["task", "dataset", "model", "method", "variant", "bits", "metric"]
+_POOL = ["task", "dataset", "kind", "variant", "bits", "metric"]
+
+
+def observations(measured: Sequence[Measured]) -> pd.DataFrame:
+    """Return one row per cell and metric, with the processor and the figures of reconstruction.
+
+    Returns:
+        Table with the columns of :data:`benchmarks.tables.COLUMNS` and ``processor``. A figure is the geometric mean
+        over the blocks of a cell: :data:`FIGURES` are the number of Fisher passes, the mean diagonal Fisher weight,
+        and the relative error of a block's output.
+    """
+    scores = frame(measured)
+    processors = [_processor(item) for item in measured for _ in item.record.metrics]
+    figures = [
+        {**scores.iloc[place].to_dict(), "metric": name, "value": value, "stderr": 0.0, "processor": _processor(item)}
+        for item, place in zip(measured, _starts(measured), strict=True)
+        for name, value in _figures(item.record).items()
+    ]
+    table = scores.assign(processor=processors)
+    return pd.concat([table, pd.DataFrame(figures)], ignore_index=True) if figures else table
+
+
+def _starts(measured: Sequence[Measured]) -> list[int]:
+    """The first row of each cell in its frame."""
+    return [0, *itertools.accumulate(len(item.record.metrics) for item in measured)][:-1]
+
+
+def _processor(item: Measured) -> str:
+    where = item.record.environment
+    return f"{where.device}, {where.instructions}" if where.instructions else where.device
+
+
+def _figures(record: ResultRecord) -> dict[str, float]:
+    blocks = record.blocks.values()
+    found = {
+        PASSES: list(record.fisher_passes.values()),
+        WEIGHT: [block.fisher for block in blocks if block.fisher is not None],
+        ERROR: [block.error for block in blocks],
+    }
+    return {name: float(stats.gmean(values)) for name, values in found.items() if values and min(values) > 0}
+
+
+def compared(reference: pd.DataFrame, mine: pd.DataFrame) -> pd.DataFrame:
+    """Test every cell that both tables have for a difference beyond what processors cause.
+
+    A difference of a cell (with its seed) is ``d = mine - mean over the reference's processors``. Its variance is
+    ``s² (1 + 1/k)``: k processors in the reference, and ``s²`` the variance over processors within a cell, pooled over
+    the cells of the same data, scope, bits, metric and kind of method (full precision, calibration, reconstruction),
+    plus that of one sample more or less. So ``d`` has Student's t distribution, with Satterthwaite's degrees of freedom
+    since the second part is known. Where no cell was measured on two processors the variance over seeds stands in, and
+    where there is none either, the standard error of a score. The p-values are Holm's, for the family of all rows.
+
+    Args:
+        reference: table as of :func:`observations`.
+        mine: the same of this installation.
+
+    Returns:
+        One row per comparison: the cell, ``mean_ref``, ``mean_mine``, ``difference``, ``tolerance`` (the largest
+        absolute difference that would surely pass), ``p`` (Holm's). Figures are compared as logarithms.
+    """
+    theirs, ours = (_prepared(table) for table in (reference, mine))
+    same_seed = [*_CELL, "seed"]
+    means = theirs.groupby([*same_seed, "kind"], sort=False, dropna=False).agg(
+        mean_ref=("x", "mean"), k=("x", "size"), stderr=("stderr", "mean"), n=("n", "first")
+    )
+    both = means.reset_index().merge(ours[[*same_seed, "x"]].rename(columns={"x": "mean_mine"}), on=same_seed)
+    spread = pd.concat([_pooled(theirs, same_seed), _pooled(theirs, _CELL)]).drop_duplicates(_POOL)
+    both = both.merge(spread, on=_POOL, how="left")
+    between = both["variance"].fillna(both["stderr"] ** 2).to_numpy()
+    variance = between + _resolution(both) ** 2
+    freedom = both["freedom"].fillna(math.inf).to_numpy()
+    with np.errstate(divide="ignore"):
+        freedom = freedom * (variance / between) ** 2
+    scale = np.sqrt(variance * (1 + 1 / both["k"].to_numpy()))
+    difference = (both["mean_mine"] - both["mean_ref"]).to_numpy()
+    p = 2 * stats.t.sf(np.abs(difference) / scale, freedom)
+    limit = scale * stats.t.isf(ALPHA / 2 / max(len(both), 1), freedom)
+    return both.assign(difference=difference, tolerance=limit, p=holm(p.tolist()))
+
+
+def _prepared(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows that are compared, with ``bits``, ``kind`` and the compared value ``x``."""
+    shown = {*MAIN_METRIC.values(), *FIGURES, *(name for pair in PAIRS.values() for name in pair)}
+    rows = with_bits(table[table["metric"].isin(shown)])
+    figures = rows["metric"].isin(FIGURES)
+    kinds = ["fp" if m == "fp" else "calibration" if m in CALIBRATION_ONLY else "reconstruction" for m in rows["method"]]
+    values = rows["value"].astype(float)
+    return rows.assign(kind=kinds, x=np.log(values.where(figures, 1.0)).where(figures, values))
+
+
+def _pooled(rows: pd.DataFrame, same: list[str]) -> pd.DataFrame:
+    """Variance of ``x`` among rows that are the same in ``same``, pooled to :data:`_POOL`, with its degrees of freedom."""
+    within = rows.groupby([*dict.fromkeys([*same, *_POOL])], sort=False, dropna=False)["x"].agg(["var", "size"])
+    within = within[within["size"] > 1].reset_index()
+    within["freedom"] = within["size"] - 1
+    within["squares"] = within["var"] * within["freedom"]
+    pooled = within.groupby(_POOL)[["squares", "freedom"]].sum().reset_index()
+    return pooled.assign(variance=pooled["squares"] / pooled["freedom"])
+
+
+def _resolution(rows: pd.DataFrame) -> np.ndarray:
+    figure, percent = rows["metric"].isin(FIGURES), rows["metric"].map(is_percent).astype(bool)
+    return np.select([figure, percent], [_LOG_RESOLUTION, 100 / rows["n"].astype(float)], _RANK_RESOLUTION)
