@@ -48,6 +48,11 @@ class Dataset(_Strict):
     """Which samples the metrics were measured on: ``count`` images, and where they have captions, how many of these.
 
     ``truncated_captions`` are longer than the model's context; what is beyond it was cut off.
+
+    Of detection data, ``oriented_images`` have an EXIF orientation tag, on which ``exif`` was the user's decision (None: the
+    annotated sizes). ``class_categories`` is the category of each class of the detector, None for one that the data have not,
+    and ``class_names_from`` says where its class names come from: its weights or the demo (``model``), COCO 2017
+    (``published``), or the data themselves, by position (``annotations``). None stands for all that is not recorded.
     """
 
     name: str
@@ -57,6 +62,10 @@ class Dataset(_Strict):
     fingerprint: str
     captions: int | None = None
     truncated_captions: int | None = None
+    exif: Literal["apply", "ignore"] | None = None
+    oriented_images: int | None = None
+    class_names_from: Literal["model", "published", "annotations"] | None = None
+    class_categories: tuple[str | None, ...] | None = None
 
 
 class Calibration(_Strict):

@@ -6,6 +6,7 @@ in another order. What a file holds is accounted for name by name: nothing is le
 """
 
 import re
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,37 @@ def read_detector(path: Path) -> dict[str, Tensor]:
     """Read the state dict of a detector by :func:`read_state`, from a file that may hold logs of its training too."""
     with torch.serialization.safe_globals([(_Nothing, name) for name in _LOGS]):
         return read_state(path)
+
+
+def read_class_names(path: Path, classes: int) -> tuple[str, ...] | None:
+    """Names of a detector's classes, in order, as mmdet keeps them in the ``meta`` of its files (2 and 3); None if not there.
+
+    Args:
+        path: a file that :func:`read_detector` can read.
+        classes: how many classes its detector has.
+
+    Raises:
+        ModelError: names that are no distinct texts, or another number of them.
+    """
+    if path.suffix == ".safetensors":
+        return None
+    with torch.serialization.safe_globals([(_Nothing, name) for name in _LOGS]):
+        # Mapped into memory, so that tensors are not read again. Files of PyTorch before 1.6 are no archives.
+        content: Any = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    meta = content.get("meta") if isinstance(content, dict) else None
+    data = meta.get("dataset_meta", meta) if isinstance(meta, dict) else None
+    found = next((data[name] for name in ("classes", "CLASSES") if data.get(name)), None) if isinstance(data, dict) else None
+    if found is None:
+        return None
+    names = (found,) if isinstance(found, str) else tuple(found) if isinstance(found, list | tuple) else ()
+    if not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+        raise ModelError(f"The class names in the weights {path} are no list of distinct names: {str(found)[:200]}.")
+    if len(names) != classes:
+        raise ModelError(
+            f"The weights {path} name {len(names)} classes and have outputs for {classes}: correct the names in their meta, or "
+            "give the tensors alone, as safetensors."
+        )
+    return names
 
 
 def adapted(state: Mapping[str, Tensor], model: nn.Module, where: str) -> dict[str, Tensor]:
