@@ -5,6 +5,7 @@ come from, name the parts of the backbone as the Swin repository does, and its p
 in another order. What a file holds is accounted for name by name: nothing is left over, nothing is left at random.
 """
 
+import pickle
 import re
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -69,13 +70,18 @@ def read_class_names(path: Path, classes: int) -> tuple[str, ...] | None:
         classes: how many classes its detector has.
 
     Raises:
-        ModelError: names that are no distinct texts, or another number of them.
+        ModelError: names that are no distinct texts, another number of them, or names that only code can rebuild.
     """
-    if path.suffix == ".safetensors":
-        return None
-    with torch.serialization.safe_globals([(_Nothing, name) for name in _LOGS]):
-        # Mapped into memory, so that tensors are not read again. Files of PyTorch before 1.6 are no archives.
-        content: Any = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    with path.open("rb") as file:
+        # A safetensors file begins with the length of its JSON header, and has no meta.
+        if file.read(9)[8:] == b"{":
+            return None
+    try:
+        with torch.serialization.safe_globals([(_Nothing, name) for name in _LOGS]):
+            # Mapped into memory, so that tensors are not read again. Files of PyTorch before 1.6 are no archives.
+            content: Any = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise ModelError(f"The class names in the weights {path} cannot be read without running code: {error}") from error
     meta = content.get("meta") if isinstance(content, dict) else None
     data = meta.get("dataset_meta", meta) if isinstance(meta, dict) else None
     found = next((data[name] for name in ("classes", "CLASSES") if data.get(name)), None) if isinstance(data, dict) else None

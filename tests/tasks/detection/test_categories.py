@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from coco_fakes import annotation, loaded, tiny, write_images, write_json
+from safetensors.torch import save_file
 
 from fimaq_core.errors import DataError, ModelError
 from tasks.common.request import DataRequest
@@ -128,6 +129,12 @@ def test_names_in_files_of_mmdet(meta: Any, expected: Any, archive: bool, tmp_pa
     path = tmp_path / "x.pth"
     torch.save({"state_dict": {"w": torch.zeros(2)}, "meta": meta}, path, _use_new_zipfile_serialization=archive)
     assert read_class_names(path, 2) == expected
+
+
+def test_safetensors_have_no_names(tmp_path: Path) -> None:
+    for name in ("x.safetensors", "x.ckpt"):
+        save_file({"w": torch.zeros(2)}, tmp_path / name)
+        assert read_class_names(tmp_path / name, 2) is None
 
 
 def test_names_that_cannot_be_the_classes(tmp_path: Path) -> None:

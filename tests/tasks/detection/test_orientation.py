@@ -1,16 +1,19 @@
 """EXIF orientation: read from headers, applied as mmdet does, and asked for where sizes do not tell."""
 
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from coco_fakes import loaded, pixels, tiny, write_images, write_json
+from detection_runs import cell
 from PIL import Image, ImageFile, ImageOps
 
 from fimaq_core.errors import DataError
 from fimaq_core.recipe import make_recipe
+from tasks.common.plan import planned_folder
 from tasks.common.registry import defaults
 from tasks.common.request import DataRequest
 from tasks.detection.calibration import calibration_set
@@ -167,6 +170,12 @@ def test_damaged_images_are_left_to_the_reader(tmp_path: Path) -> None:
     assert source.oriented == 1
     with pytest.raises(OSError, match="cannot identify"):
         source.read(0)
+
+
+def test_a_decision_makes_another_cell(tmp_path: Path) -> None:
+    request = cell(tmp_path)
+    folders = {exif: planned_folder(replace(request, data=DataRequest(exif=exif))) for exif in (None, "apply", "ignore")}
+    assert len(set(folders.values())) == 3
 
 
 def test_calibration_images(tmp_path: Path) -> None:
