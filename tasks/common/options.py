@@ -229,7 +229,8 @@ def _evaluation_options(own: TaskOptions) -> list[Callable[..., Any]]:
     if own.keep_outputs:
         options.append(click.option("--keep-outputs", is_flag=True, help=own.keep_outputs))
     if own.exif:
-        options.append(click.option("--exif", type=click.Choice(["apply", "ignore"]), help=own.exif))
+        choices = click.Choice(["apply", "ignore"])
+        options.append(click.option("--exif", type=choices, help=own.exif))
     return options
 
 

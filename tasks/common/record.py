@@ -49,10 +49,11 @@ class Dataset(_Strict):
 
     ``truncated_captions`` are longer than the model's context; what is beyond it was cut off.
 
-    Of detection data, ``oriented_images`` have an EXIF orientation tag, on which ``exif`` was the user's decision (None: the
-    annotated sizes). ``class_categories`` is the category of each class of the detector, None for one that the data have not,
-    and ``class_names_from`` says where its class names come from: its weights or the demo (``model``), COCO 2017
-    (``published``), or the data themselves, by position (``annotations``). None stands for all that is not recorded.
+    Detection: ``oriented_images`` have an EXIF orientation tag, and ``exif`` is the user's decision
+    on them (None: as annotated sizes say). ``class_categories`` has the category of each class of
+    the detector, None for a class that the data lack. ``class_names_from`` says where its class
+    names come from: weights or demo (``model``), COCO 2017 (``published``), or the data, by position
+    (``annotations``). None means not recorded.
     """
 
     name: str

@@ -38,7 +38,8 @@ class DataRequest:
         calibration_data: root of the data set to calibrate on; None takes the training part of ``path``.
         keep_outputs: keep beside the record what the model gave for each sample, as far as the task has a form for that. No part
             of a cell's identity: a cell that is measured already is not measured again for it.
-        exif: detection: whether EXIF orientations of images are applied or ignored; None decides by the annotated sizes.
+        exif: detection: EXIF orientations of images are applied or ignored; None decides by the
+            annotated sizes.
     """
 
     path: Path | None = None

@@ -50,7 +50,9 @@ _FULL_PRECISION = {"w_bits": OFF, "a_bits": OFF, "s_bits": None, "head_bits": No
 
 
 def mlp_stage(request: CellRequest, out: Path, report: Report) -> list[str]:
-    """Reconstruct the MLPs of the model of ``request`` and write them to ``out``; an ``out`` of the same run is kept.
+    """Reconstruct the MLPs of the model of ``request`` and write them to ``out``.
+
+    An ``out`` of the same run is kept.
 
     Returns:
         Notes on the calibration images.
@@ -118,7 +120,8 @@ def _begin(request: CellRequest, report: Report, kept: Callable[[Part], Path | N
     resources = Resources(report, request.placement, request.eval_batch, request.step_engine)
     parts = start(request, task, loaded, images, device, resources, kept)
     facts = checkpoint_facts(request.task, request.model, loaded)
-    return _Begun(parts, resources, fingerprint_of(request.model, loaded, images, request.recipe), facts, images.notes)
+    fingerprint = fingerprint_of(request.model, loaded, images, request.recipe)
+    return _Begun(parts, resources, fingerprint, facts, images.notes)
 
 
 def reconstruct_stage(

@@ -48,8 +48,9 @@ def checked(content: object, where: str, annotated: bool = True) -> Coco:
     """Check annotations and return a copy with what is used of them.
 
     That is of an image ``id``, ``file_name``, ``width`` and ``height``; of an annotation ``id``, ``image_id``, ``category_id``,
-    ``bbox``, ``iscrowd`` (0 if not given), and where given ``area`` and ``segmentation``; of a category ``id`` and ``name``.
-    File names are normalised paths with slashes, relative without ``..`` or absolute.
+    ``bbox``, ``iscrowd`` (0 if not given), and where given ``area`` and ``segmentation``; of a
+    category ``id`` and ``name``. File names are normalised paths with slashes, relative without
+    ``..`` or absolute.
 
     Args:
         content: of a JSON file.

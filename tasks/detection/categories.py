@@ -8,11 +8,11 @@ from unicodedata import normalize
 
 from fimaq_core.errors import DataError, suggest
 from tasks.common.task import LoadedModel
-from tasks.detection.annotations import Coco
+from tasks.detection.annotations import Coco, Entry
 
 #: Classes of COCO 2017.
 COCO_CLASSES = 80
-#: Where class names come from: weights or demo model, COCO 2017, or the file of annotations by position.
+#: Where class names come from: weights or demo model, COCO 2017, or the annotations by position.
 Origin = Literal["model", "published", "annotations"]
 
 
@@ -37,20 +37,21 @@ def match_categories(coco: Coco, loaded: LoadedModel, what: str) -> Matched:
 
     Args:
         coco: the annotations.
-        loaded: the detector. Without class names, and with 80 classes, it has those of COCO 2017; otherwise its classes are the
-            categories in their order.
+        loaded: the detector. Without class names, and with 80 classes, it has those of COCO 2017;
+            otherwise its classes are the categories in their order.
         what: the annotations are, for people.
 
     Raises:
-        DataError: objects of a category that the detector does not know, or another number of unnamed classes.
+        DataError: objects of a category that the detector does not know, or another number of
+            unnamed classes.
     """
     names, origin = _class_names(loaded)
     categories = coco["categories"]
     if names is None:
         if len(categories) != loaded.classes:
             raise DataError(
-                f"{what} has {len(categories)} categories, {loaded.tag} has {loaded.classes} classes, whose names its weights do "
-                "not say: use data or weights that fit."
+                f"{what} has {len(categories)} categories, {loaded.tag} has {loaded.classes} "
+                "classes, whose names its weights do not say: use data or weights that fit."
             )
         note = f"The weights name no classes: the {loaded.classes} categories are taken for them in the file's order"
         return Matched(coco, tuple(entry["id"] for entry in categories), origin, (note,))
@@ -60,23 +61,27 @@ def match_categories(coco: Coco, loaded: LoadedModel, what: str) -> Matched:
     labels: list[int | None] = [None] * len(names)
     for position, label in found.items():
         labels[label] = categories[position]["id"]
-    kept = {**coco, "categories": [entry for entry in categories if entry not in unknown]} if unknown else coco
+    kept = [entry for entry in categories if entry not in unknown]
     absent = [name for name, number in zip(names, labels, strict=True) if number is None]
-    other = [position for position, label in found.items() if categories[position]["name"] != names[label]]
+    pairs = [(categories[position]["name"], names[label]) for position, label in found.items()]
+    other = [(mine, theirs) for mine, theirs in pairs if mine != theirs]
     notes = []
     if origin == "published":
-        notes.append(f"The weights name no classes: those of COCO 2017 are assumed for their {COCO_CLASSES} outputs")
+        notes.append("The weights name no classes: their outputs are taken for those of COCO 2017")
     if other:
-        such = f"{categories[other[0]]['name']!r} for {names[found[other[0]]]!r}"
-        notes.append(f"{len(other)} categories match classes but for case, spaces and underscores, such as {such}")
+        notes.append(
+            f"{len(other)} categories match classes but for case, spaces and underscores, such as "
+            f"{other[0][0]!r} for {other[0][1]!r}"
+        )
     if unknown:
         notes.append(f"Categories without annotations that the detector does not know are left out: {_listed(unknown)}")
     if absent:
         notes.append(
-            f"{what} has no category for {len(absent)} of {len(names)} classes, such as {absent[0]!r}: AP is over the other "
-            f"{len(names) - len(absent)}, and detections of these classes do not count"
+            f"{what} has no category for {len(absent)} of {len(names)} classes, such as "
+            f"{absent[0]!r}: AP is over the other {len(names) - len(absent)}, and detections of these "
+            "classes do not count"
         )
-    return Matched(kept, tuple(labels), origin, tuple(notes))
+    return Matched({**coco, "categories": kept}, tuple(labels), origin, tuple(notes))
 
 
 def _class_names(loaded: LoadedModel) -> tuple[Sequence[str] | None, Origin]:
@@ -92,19 +97,17 @@ def _class_names(loaded: LoadedModel) -> tuple[Sequence[str] | None, Origin]:
 
 
 def _by_name(classes: Sequence[str], categories: Sequence[str]) -> dict[int, int]:
-    """Label of each category's position, by the same name, else by the one name left that is alike."""
+    """Label by position of its category: of the same name, else of the one name left that is alike."""
     found: dict[int, int] = {}
     ways: tuple[Callable[[str], str], ...] = (str, _simplified)
     for way in ways:
-        labels = [label for label in range(len(classes)) if label not in found.values()]
-        rest = [position for position in range(len(categories)) if position not in found]
-        label_counts = Counter(way(classes[label]) for label in labels)
-        counts = Counter(way(categories[position]) for position in rest)
-        by_text = {way(classes[label]): label for label in labels if label_counts[way(classes[label])] == 1}
-        for position in rest:
-            text = way(categories[position])
-            if counts[text] == 1 and text in by_text:
-                found[position] = by_text[text]
+        left = {label: way(name) for label, name in enumerate(classes) if label not in found.values()}
+        rest = {spot: way(name) for spot, name in enumerate(categories) if spot not in found}
+        twice = {text for texts in (left, rest) for text, n in Counter(texts.values()).items() if n > 1}
+        labels = {text: label for label, text in left.items()}
+        for spot, text in rest.items():
+            if text in labels and text not in twice:
+                found[spot] = labels[text]
     return found
 
 
@@ -113,17 +116,25 @@ def _simplified(name: str) -> str:
 
 
 def _check_unused(
-    unknown: Sequence[dict[str, object]], coco: Coco, loaded: LoadedModel, names: Sequence[str], what: str, origin: Origin
+    unknown: Sequence[Entry],
+    coco: Coco,
+    loaded: LoadedModel,
+    names: Sequence[str],
+    what: str,
+    origin: Origin,
 ) -> None:
     """Refuse objects of categories that the detector does not know: it can find none of them."""
     counts = Counter(entry["category_id"] for entry in coco["annotations"])
     used = [entry for entry in unknown if counts[entry["id"]]]
     if used:
-        assumed = ", whose weights name none, so that those of COCO 2017 are assumed" if origin == "published" else ""
+        total = sum(counts[entry["id"]] for entry in used)
+        assumed = ""
+        if origin == "published":
+            assumed = ", whose weights name none, so that those of COCO 2017 are assumed"
         raise DataError(
-            f"{what} has {sum(counts[entry['id']] for entry in used)} annotations of categories that are no class of "
-            f"{loaded.tag}{assumed}: {_listed(used)}. Use weights that know them, or leave these annotations out."
-            f"{suggest(str(used[0]['name']), names)}"
+            f"{what} has {total} annotations of categories that are no class of {loaded.tag}{assumed}: "
+            f"{_listed(used)}. Use weights that know them, or leave these annotations out."
+            f"{suggest(used[0]['name'], names)}"
         )
     if len(unknown) == len(coco["categories"]):
         raise DataError(
@@ -131,6 +142,6 @@ def _check_unused(
         )
 
 
-def _listed(entries: Sequence[dict[str, object]]) -> str:
+def _listed(entries: Sequence[Entry]) -> str:
     more = f" and {len(entries) - 3} more" if len(entries) > 3 else ""
     return ", ".join(repr(entry["name"]) for entry in entries[:3]) + more

@@ -40,10 +40,12 @@ class DetectionSource:
             changed. Of images to calibrate on, no annotations.
         read: gives the image of an index as (H, W, 3) uint8, blue first, as mmdet's configurations expect it.
         root: ids are paths below it; None where images are no files.
-        orientation: gives the EXIF orientation of an index without decoding the image; None where images are no files.
+        orientation: gives the EXIF orientation of an index without decoding the image; None where
+            images are no files.
         exif: the user's decision on it, if any.
-        oriented: number of images with an orientation tag, see :meth:`settled`; None where nobody has counted.
-        labels: category id of each class of the detector, None for classes without a category; None: the file's order.
+        oriented: number of images with an orientation tag, see :meth:`settled`; None: not counted.
+        labels: category id of each class of the detector, None for classes without a category; None
+            stands for the file's order.
         classes_from: where the detector's class names come from; None where there is no detector.
         notes: what a user should know of these data.
     """
@@ -74,18 +76,24 @@ class DetectionSource:
     @property
     def ids_by_label(self) -> tuple[int | None, ...]:
         """Category id of each class of the detector; None for classes without a category."""
-        return tuple(entry["id"] for entry in self.coco["categories"]) if self.labels is None else self.labels
+        if self.labels is not None:
+            return self.labels
+        return tuple(entry["id"] for entry in self.coco["categories"])
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over ids and sizes of the images, annotations, categories, and a decision on EXIF orientations."""
+        """sha256 over ids and sizes of the images, annotations and categories.
+
+        A user's decision on EXIF orientations is part of it where images have them.
+        """
         sizes = [(name, entry["height"], entry["width"]) for name, entry in zip(self.image_ids, self.images, strict=True)]
         place = {entry["id"]: position for position, entry in enumerate(self.images)}
         # The numbers that a file gives its images say nothing: only whose each annotation is.
         annotations = [{**entry, "image_id": place[entry["image_id"]]} for entry in self.coco["annotations"]]
-        # Turned by decision of the user, these are other images.
-        turned_by = [self.exif] if self.exif is not None and self.oriented else []
-        content = json.dumps([sizes, annotations, self.coco["categories"], *turned_by], sort_keys=True)
+        parts = [sizes, annotations, self.coco["categories"]]
+        if self.exif is not None and self.oriented:
+            parts.append([self.exif])
+        content = json.dumps(parts, sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
     def head(self, limit: int | None) -> "DetectionSource":
@@ -99,10 +107,14 @@ class DetectionSource:
         return replace(self, split=f"{self.split}[:{limit}]", image_ids=self.image_ids[:limit], coco=coco)
 
     def orientations(self, indices: Sequence[int], images: str = "images") -> tuple[int, list[str]]:
-        """Count images with an EXIF orientation tag and say so, see :func:`~tasks.detection.orientation.summary`.
+        """Count images with an EXIF orientation tag and say so.
+
+        Returns:
+            As of :func:`~tasks.detection.orientation.summary`.
 
         Raises:
-            DataError: nothing tells whether the annotations of some of them were made in the turned image.
+            DataError: nothing tells whether the annotations of some of them were made in the turned
+                image.
         """
         if self.orientation is None:
             return 0, []
@@ -123,7 +135,7 @@ class DetectionSource:
 
     def describe(self) -> Dataset:
         """The record's entry."""
-        names = {entry["id"]: entry["name"] for entry in self.coco["categories"]}
+        names: dict[int | None, str | None] = {entry["id"]: entry["name"] for entry in self.coco["categories"]}
         return Dataset(
             name=self.name,
             split=self.split,
@@ -133,18 +145,19 @@ class DetectionSource:
             exif=self.exif,
             oriented_images=self.oriented,
             class_names_from=self.classes_from,
-            class_categories=tuple(None if number is None else names[number] for number in self.ids_by_label),
+            class_categories=tuple(names.get(number) for number in self.ids_by_label),
         )
 
 
 def open_source(loaded: LoadedModel, data: DataRequest, part: str) -> DetectionSource:
     """Open the ``train`` part (images only, to calibrate on) or the ``val`` part of the data that goes with a model.
 
-    The training part is that of ``data.calibration_data`` where this is given: a folder of COCO 2017, or a file. Categories
-    matter to the evaluation only.
+    The training part is that of ``data.calibration_data`` where this is given: a folder of COCO
+    2017, or a file. Categories matter to the evaluation only.
 
     Raises:
-        DataError: no data, categories that do not go with the model's classes, or what the readers refuse.
+        DataError: no data, categories that do not go with the model's classes, or what the readers
+            refuse.
     """
     if part not in PARTS:
         raise DataError(f"There is no part {part!r} of annotated images: {' or '.join(PARTS)}.")
@@ -154,7 +167,7 @@ def open_source(loaded: LoadedModel, data: DataRequest, part: str) -> DetectionS
         if loaded.data is None:
             raise DataError(f"{loaded.tag} needs data: give --data /path/to/coco. {LAYOUT}.")
         if data.exif is not None and data.calibration_data is None:
-            raise DataError("The demo's scenes are no files with EXIF orientations: leave --exif out.")
+            raise DataError("The demo's scenes are no files with EXIF tags: leave --exif out.")
         source = open_demo(part)
     elif not is_file_of_annotations(path):
         source = open_coco(path, part, exif=data.exif)
@@ -167,13 +180,21 @@ def open_source(loaded: LoadedModel, data: DataRequest, part: str) -> DetectionS
         source = open_file(path, annotated=part == "val", exif=data.exif)
     if part == "train":
         return source
-    matched = match_categories(source.coco, loaded, f"{source.name} {source.split}")
-    return replace(source, coco=matched.coco, labels=matched.labels, classes_from=matched.origin, notes=matched.notes)
+    found = match_categories(source.coco, loaded, f"{source.name} {source.split}")
+    return replace(
+        source,
+        coco=found.coco,
+        labels=found.labels,
+        classes_from=found.origin,
+        notes=found.notes,
+    )
 
 
 def open_annotated(path: Path, exif: Exif | None = None) -> DetectionSource:
     """Open what is measured on: the evaluation part of COCO 2017, or a file in its format. Raises DataError."""
-    return open_file(path, exif=exif) if is_file_of_annotations(path) else open_coco(path, "val", exif=exif)
+    if is_file_of_annotations(path):
+        return open_file(path, exif=exif)
+    return open_coco(path, "val", exif=exif)
 
 
 def open_coco(
@@ -211,7 +232,9 @@ def open_coco(
 
 
 def open_file(path: Path, annotated: bool = True, exif: Exif | None = None) -> DetectionSource:
-    """Open a file in COCO's format with the images beside it, see :func:`~tasks.detection.locate.image_folder`.
+    """Open a file in COCO's format with the images beside it.
+
+    They are in :func:`~tasks.detection.locate.image_folder`.
 
     Raises:
         DataError: no such file, images that are not there, or what :func:`~tasks.detection.annotations.checked` refuses.
@@ -239,9 +262,17 @@ def open_demo(part: str) -> DetectionSource:
     return DetectionSource(scenes.DATA, own, ids, coco, read)
 
 
-def _of_files(name: str, folder: Path, root: Path | None, coco: Coco, path: Path, exif: Exif | None) -> DetectionSource:
+def _of_files(
+    name: str,
+    folder: Path,
+    root: Path | None,
+    coco: Coco,
+    path: Path,
+    exif: Exif | None,
+) -> DetectionSource:
     """Images in ``folder``, whose names may begin at ``root``."""
-    ids, files = zip(*locate([entry["file_name"] for entry in coco["images"]], folder, root, path), strict=True)
+    names = [entry["file_name"] for entry in coco["images"]]
+    ids, files = zip(*locate(names, folder, root, path), strict=True)
     sizes = [(entry["height"], entry["width"]) for entry in coco["images"]]
     read = file_reader(files, sizes, path, exif)
 
@@ -260,11 +291,13 @@ def file_reader(
         paths: of the files.
         sizes: (height, width) that each must have: its boxes are given in these pixels.
         annotations: where these come from, for people.
-        exif: the user's decision on EXIF orientations, see :func:`~tasks.detection.orientation.orientation_of`.
+        exif: the user's decision on EXIF orientations, see
+            :func:`~tasks.detection.orientation.orientation_of`.
 
     Raises (when it reads):
         OSError: a damaged file.
-        DataError: an image of another size, or with an EXIF orientation of which nothing tells whether it counts.
+        DataError: an image of another size, or with an EXIF orientation of which nothing tells
+            whether it counts.
     """
 
     def read(index: int) -> np.ndarray:
@@ -280,15 +313,17 @@ def file_reader(
         with Image.open(path) as image:
             image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
             image.load()
-        array = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+        flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+        array = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), flags)
         if array is None:
             raise OSError(f"OpenCV cannot decode {path}")
         array = turned(array, orientation.tag) if orientation.applied else array
         if array.shape[:2] != tuple(sizes[index]):
             (height, width), (given_height, given_width) = array.shape[:2], sizes[index]
             raise DataError(
-                f"The image {path} is {width} x {height} pixels{orientation.words}, but {annotations} says "
-                f"{given_width} x {given_height}: they do not belong together, so that boxes and masks would not fit."
+                f"The image {path} is {width} x {height} pixels{orientation.words}, but {annotations} "
+                f"says {given_width} x {given_height}: they do not belong together, so that boxes and "
+                "masks would not fit."
             )
         return np.asarray(array)
 

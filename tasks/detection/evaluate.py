@@ -174,7 +174,8 @@ def measure(source: DetectionSource, detections: Detections) -> Evaluation:
     Returns:
         ``metrics`` are ``AP_box``, ``AP_mask`` and those of :data:`METRICS` likewise, in percent, with the jackknife's standard
         errors over images (:mod:`tasks.detection.precision`). One whose objects are all in one image has no such error and is
-        left out, as one without objects. Mask AP is left out where an object has no mask. ``outcomes`` have one row an image:
+        left out, as one without objects. Mask AP is left out where an object has no mask.
+        ``outcomes`` have one row an image:
 
         - ``sample``: its id;
         - ``AP_box``, ``AP_mask``: its contribution, whose mean is the metric as a fraction
@@ -209,7 +210,7 @@ def measure(source: DetectionSource, detections: Detections) -> Evaluation:
 
 
 def _measurable(source: DetectionSource) -> tuple[dict[str, str], list[str]]:
-    """Those of :data:`KINDS` that annotations allow, and what is missing in them for others, in words."""
+    """Those of :data:`KINDS` that annotations allow, and notes on what annotations lack."""
     annotations, notes = source.coco["annotations"], []
     without = sum("segmentation" not in entry for entry in annotations)
     kinds = {ending: kind for ending, kind in KINDS.items() if not (without and ending == "mask")}
@@ -219,8 +220,9 @@ def _measurable(source: DetectionSource) -> tuple[dict[str, str], list[str]]:
     if areas:
         of_masks = sum("segmentation" in entry for entry in areas)
         notes.append(
-            f"{len(areas)} of {len(annotations)} annotations have no area, by which small, medium and large objects are told: "
-            f"{of_masks} take it from their mask, {len(areas) - of_masks} from their box"
+            f"{len(areas)} of {len(annotations)} annotations have no area, by which small, medium and "
+            f"large objects are told: {of_masks} take it from their mask, {len(areas) - of_masks} from "
+            "their box"
         )
     return kinds, notes
 

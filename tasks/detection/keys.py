@@ -63,14 +63,17 @@ def read_detector(path: Path) -> dict[str, Tensor]:
 
 
 def read_class_names(path: Path, classes: int) -> tuple[str, ...] | None:
-    """Names of a detector's classes, in order, as mmdet keeps them in the ``meta`` of its files (2 and 3); None if not there.
+    """Names of a detector's classes, in order; None if the file has none.
+
+    mmdet 2 and 3 keep them in the ``meta`` of their files.
 
     Args:
         path: a file that :func:`read_detector` can read.
         classes: how many classes its detector has.
 
     Raises:
-        ModelError: names that are no distinct texts, another number of them, or names that only code can rebuild.
+        ModelError: names that are no distinct texts, another number of them, or names that only
+            code can rebuild.
     """
     with path.open("rb") as file:
         # A safetensors file begins with the length of its JSON header, and has no meta.
@@ -78,24 +81,26 @@ def read_class_names(path: Path, classes: int) -> tuple[str, ...] | None:
             return None
     try:
         with torch.serialization.safe_globals([(_Nothing, name) for name in _LOGS]):
-            # Mapped into memory, so that tensors are not read again. Files of PyTorch before 1.6 are no archives.
+            # Mapped into memory, so that tensors are not read again; older files are no archives.
             content: Any = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise ModelError(f"The class names in the weights {path} cannot be read without running code: {error}") from error
     meta = content.get("meta") if isinstance(content, dict) else None
     data = meta.get("dataset_meta", meta) if isinstance(meta, dict) else None
-    found = next((data[name] for name in ("classes", "CLASSES") if data.get(name)), None) if isinstance(data, dict) else None
+    data = data if isinstance(data, dict) else {}
+    found = data.get("classes") or data.get("CLASSES")
     if found is None:
         return None
-    names = (found,) if isinstance(found, str) else tuple(found) if isinstance(found, list | tuple) else ()
-    if not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+    listed = [found] if isinstance(found, str) else found
+    distinct = isinstance(listed, list | tuple) and all(isinstance(name, str) for name in listed)
+    if not distinct or len(set(listed)) < len(listed):
         raise ModelError(f"The class names in the weights {path} are no list of distinct names: {str(found)[:200]}.")
-    if len(names) != classes:
+    if len(listed) != classes:
         raise ModelError(
-            f"The weights {path} name {len(names)} classes and have outputs for {classes}: correct the names in their meta, or "
-            "give the tensors alone, as safetensors."
+            f"The weights {path} name {len(listed)} classes and have outputs for {classes}: correct "
+            "the names in their meta, or give the tensors alone, as safetensors."
         )
-    return names
+    return tuple(listed)
 
 
 def adapted(state: Mapping[str, Tensor], model: nn.Module, where: str) -> dict[str, Tensor]:

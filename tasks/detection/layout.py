@@ -37,7 +37,7 @@ def image_folders(path: Path) -> list[Path]:
 
 
 def data_root(path: Path) -> Path:
-    """The folder of the data that a file of annotations belongs to: its own, or the one above ``annotations``."""
+    """Folder of the data of a file of annotations: its own, or the one above ``annotations``."""
     return path.parent.parent if path.parent.name == "annotations" else path.parent
 
 

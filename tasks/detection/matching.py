@@ -82,9 +82,9 @@ def _objects(source: DetectionSource, detections: Detections) -> Any:
     kept = {entry["id"]: entry for entry in images}
     annotations = [entry for entry in source.coco["annotations"] if entry["image_id"] in kept]
     # It takes an object with the id 0 for none.
-    numbered = [
-        {**entry, "id": number, "area": area_of(entry, kept[entry["image_id"]])} for number, entry in enumerate(annotations, 1)
-    ]
+    areas = [area_of(entry, kept[entry["image_id"]]) for entry in annotations]
+    pairs = zip(annotations, areas, strict=True)
+    numbered = [{**entry, "id": n, "area": area} for n, (entry, area) in enumerate(pairs, 1)]
     return _index(source, images, numbered)
 
 

@@ -1,7 +1,8 @@
 """EXIF orientation of image files, read from their headers.
 
-Annotations are made either in the pixels as they are stored or in the image turned as its tag says, and their file does not say
-which. Where the tag swaps the sides, the annotated size tells; otherwise the user has to.
+Annotations are made either in the pixels as they are stored or in the image turned as its tag
+says, and their file does not say which. Where the tag swaps the sides, the annotated size tells;
+otherwise the user has to.
 """
 
 import struct
@@ -46,7 +47,7 @@ class Orientation(NamedTuple):
         if self.tag == 1:
             return ""
         if self.applied:
-            return f" (turned as its EXIF orientation tag {self.tag} says; {width} x {height} as stored)"
+            return f" (turned by its EXIF orientation tag {self.tag}; {width} x {height} as stored)"
         return f" (as stored; its EXIF orientation tag {self.tag} is ignored)"
 
 
@@ -89,16 +90,22 @@ def turned(array: np.ndarray, tag: int) -> np.ndarray:
 
 
 def ask(images: list[str], what: str) -> DataError:
-    """Make the error that asks the user for a decision on ``images``, which are of the data ``what``."""
+    """Make the error that asks the user for a decision on ``images`` of the data ``what``."""
+    count = "1 image" if len(images) == 1 else f"{len(images)} images"
     return DataError(
-        f"{len(images)} image{'s' if len(images) > 1 else ''} of {what} (such as {images[0]}) have an EXIF orientation tag, "
-        "and their sizes do not tell whether the annotations were made in the turned image (half a turn, mirrored or square). "
-        "Give --exif apply if boxes fit the image as viewers show it and mmdet reads it, or --exif ignore if they fit the "
-        "stored pixels."
+        f"{count} of {what} (such as {images[0]}) have an EXIF orientation tag, and their sizes do "
+        "not tell whether the annotations were made in the turned image (half a turn, mirrored or "
+        "square). Give --exif apply if boxes fit the image as viewers show it and mmdet reads it, or "
+        "--exif ignore if they fit the stored pixels."
     )
 
 
-def summary(found: Iterable[Orientation], count: int, exif: Exif | None, images: str = "images") -> tuple[int, list[str]]:
+def summary(
+    found: Iterable[Orientation],
+    count: int,
+    exif: Exif | None,
+    images: str = "images",
+) -> tuple[int, list[str]]:
     """Count images with a tag, and say so.
 
     Args:
@@ -116,8 +123,8 @@ def summary(found: Iterable[Orientation], count: int, exif: Exif | None, images:
     applied = sum(bool(one.applied) for one in tagged)
     reason = "as their annotated sizes ask for" if exif is None else f"by --exif {exif}"
     note = (
-        f"{len(tagged)} of {count} {images} have an EXIF orientation tag: {applied} are turned by it and "
-        f"{len(tagged) - applied} are read as stored, {reason}"
+        f"{len(tagged)} of {count} {images} have an EXIF orientation tag: {applied} are turned by "
+        f"it and {len(tagged) - applied} are read as stored, {reason}"
     )
     return len(tagged), [note]
 
@@ -134,7 +141,10 @@ def _tag(block: bytes) -> int:
 
 
 def _png_block(path: Path) -> bytes:
-    """EXIF block of a PNG file. It may stand behind the pixels, where Pillow finds it only after decoding them."""
+    """EXIF block of a PNG file.
+
+    It may stand behind the pixels, where Pillow finds it only after decoding them.
+    """
     with path.open("rb", buffering=0) as file:
         file.seek(8)
         while len(head := file.read(8)) == 8:

@@ -156,7 +156,7 @@ def test_a_decision_makes_other_data(tmp_path: Path) -> None:
 def test_sizes_that_fit_neither_way(tmp_path: Path) -> None:
     path = save(tmp_path / "x.jpg", 6)
     read = file_reader([path], [(33, 44)], Path("x.json"))
-    with pytest.raises(DataError, match=r"40 x 60 pixels \(turned as its EXIF orientation tag 6 says; 60 x 40 as stored\), but"):
+    with pytest.raises(DataError, match=r"40 x 60 pixels \(turned by its EXIF orientation tag 6; 60 x 40 as stored\), but"):
         read(0)
     read = file_reader([path], [(60, 40)], Path("x.json"), "ignore")
     with pytest.raises(DataError, match=r"60 x 40 pixels \(as stored; its EXIF orientation tag 6 is ignored\), but"):

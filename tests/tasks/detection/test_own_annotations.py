@@ -264,4 +264,4 @@ def test_the_commands(place: Path, scenes: tuple[Any, ...], usual: Evaluation, t
 
 def test_demo_scenes_are_no_files(tmp_path: Path) -> None:
     said = command("run", "--model", MODEL.name, "--method", "fp", "--exif", "apply", "--results", tmp_path, fails=True)
-    assert said == "error: The demo's scenes are no files with EXIF orientations: leave --exif out.\n"
+    assert said == "error: The demo's scenes are no files with EXIF tags: leave --exif out.\n"
