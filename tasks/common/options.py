@@ -25,6 +25,7 @@ class TaskOptions:
         evaluations: choices of ``--eval``, the usual first; empty for none.
         calibration_data: whether there is ``--calibration-data``.
         keep_outputs: help of ``--keep-outputs``; empty for none.
+        exif: help of ``--exif``; empty for none.
         data: help of ``--data``.
     """
 
@@ -33,6 +34,7 @@ class TaskOptions:
     evaluations: tuple[str, ...] = ()
     calibration_data: bool = False
     keep_outputs: str = ""
+    exif: str = ""
     data: str = "Data folder with train/ and val/ (demo models bring their own data)."
 
 
@@ -212,6 +214,7 @@ def take_data(options: dict[str, Any]) -> DataRequest:
         options.pop("evaluation", None),
         options.pop("calibration_data", None),
         options.pop("keep_outputs", False),
+        options.pop("exif", None),
     )
 
 
@@ -225,6 +228,9 @@ def _evaluation_options(own: TaskOptions) -> list[Callable[..., Any]]:
         options.append(click.option("--calibration-data", type=click.Path(path_type=Path), help=shown))
     if own.keep_outputs:
         options.append(click.option("--keep-outputs", is_flag=True, help=own.keep_outputs))
+    if own.exif:
+        choices = click.Choice(["apply", "ignore"])
+        options.append(click.option("--exif", type=choices, help=own.exif))
     return options
 
 

@@ -48,6 +48,8 @@ def _basis(request: CellRequest) -> dict[str, Any]:
         "list": None if chosen is None or recipe is None else file_sha256(chosen),
         "evaluation": request.data.evaluation,
         "calibration_data": _path(request.data.calibration_data) if recipe is not None else None,
+        # Only where it is given, so that cells from before this option keep their identity.
+        **({} if request.data.exif is None else {"exif": request.data.exif}),
     }
 
 

@@ -48,6 +48,12 @@ class Dataset(_Strict):
     """Which samples the metrics were measured on: ``count`` images, and where they have captions, how many of these.
 
     ``truncated_captions`` are longer than the model's context; what is beyond it was cut off.
+
+    Detection: ``oriented_images`` have an EXIF orientation tag, and ``exif`` is the user's decision
+    on them (None: as annotated sizes say). ``class_categories`` has the category of each class of
+    the detector, None for a class that the data lack. ``class_names_from`` says where its class
+    names come from: weights or demo (``model``), COCO 2017 (``published``), or the data, by position
+    (``annotations``). None means not recorded.
     """
 
     name: str
@@ -57,6 +63,10 @@ class Dataset(_Strict):
     fingerprint: str
     captions: int | None = None
     truncated_captions: int | None = None
+    exif: Literal["apply", "ignore"] | None = None
+    oriented_images: int | None = None
+    class_names_from: Literal["model", "published", "annotations"] | None = None
+    class_categories: tuple[str | None, ...] | None = None
 
 
 class Calibration(_Strict):

@@ -65,6 +65,7 @@ class CalibrationSet:
         truncated_captions: how many of these are longer than the model's context.
         metas: what each image's transform says of it (shapes, scale), for tasks whose images vary in size; their ``images`` and
             ``inputs`` are :class:`~fimaq_core.samples.Ragged`.
+        notes: what a user should know of them.
     """
 
     images: Samples
@@ -76,6 +77,7 @@ class CalibrationSet:
     captions: list[str] | None = None
     truncated_captions: int | None = None
     metas: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class Evaluation:
               image, ``score`` (at least 0.3, the 20 highest) in ``found`` only.
 
             :func:`tasks.common.examples.read_examples` reads them again.
+        notes: what a user should know of the data and of what was measured.
     """
 
     metrics: dict[str, Metric]
@@ -105,6 +108,7 @@ class Evaluation:
     skipped: list[str] = field(default_factory=list)
     files: dict[str, Any] = field(default_factory=dict)
     examples: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 #: The chains of a model by the names of its parts; a model that is one chain has the name ``""`` alone.

@@ -5,13 +5,14 @@ images without annotations, crowd regions, ids with gaps); what would make it fa
 """
 
 import math
+import posixpath
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
 from fimaq_core.errors import DataError
-from tasks.common.files import image_id, parse_json, read_text, state_of
+from tasks.common.files import parse_json, read_text, state_of
 
 Entry = dict[str, Any]
 #: ``images``, ``annotations`` and ``categories`` with the keys that :func:`checked` names, in the file's order.
@@ -47,8 +48,9 @@ def checked(content: object, where: str, annotated: bool = True) -> Coco:
     """Check annotations and return a copy with what is used of them.
 
     That is of an image ``id``, ``file_name``, ``width`` and ``height``; of an annotation ``id``, ``image_id``, ``category_id``,
-    ``bbox``, ``area``, ``iscrowd`` (0 if not given) and ``segmentation``; of a category ``id`` and ``name``. File names are
-    normalised paths.
+    ``bbox``, ``iscrowd`` (0 if not given), and where given ``area`` and ``segmentation``; of a
+    category ``id`` and ``name``. File names are normalised paths with slashes, relative without
+    ``..`` or absolute.
 
     Args:
         content: of a JSON file.
@@ -86,7 +88,16 @@ def _image(entry: Entry, spot: str) -> Entry:
     found = {name: _whole(entry, name, spot) for name in ("id", "width", "height")}
     if found["width"] < 1 or found["height"] < 1:
         raise DataError(f"{spot}: its size is {found['width']} x {found['height']}.")
-    return {**found, "file_name": image_id(entry.get("file_name"), spot)}
+    return {**found, "file_name": _file_name(entry.get("file_name"), spot)}
+
+
+def _file_name(name: object, spot: str) -> str:
+    # Plain string work: a path object for each of COCO's images takes seconds.
+    text = name.replace("\\", "/") if isinstance(name, str) else ""
+    path = posixpath.normpath(text)
+    if path in (".", "/") or ".." in text.split("/"):
+        raise DataError(f"{spot}: {name!r} is not the path of an image below the folder of the data.")
+    return path
 
 
 def _annotation(entry: Entry, number: int, where: str, sizes: dict[int, tuple[int, int]], kinds: set[int]) -> Entry:
@@ -97,25 +108,52 @@ def _annotation(entry: Entry, number: int, where: str, sizes: dict[int, tuple[in
     spot = f"{spot} of the image {found['image_id']}"
     if found["category_id"] not in kinds:
         raise DataError(f"{spot}: there is no category with the id {found['category_id']}.")
-    box, area, crowd = entry.get("bbox"), entry.get("area"), entry.get("iscrowd", 0)
+    box, area, crowd, mask = (entry.get(name) for name in ("bbox", "area", "iscrowd", "segmentation"))
     if not isinstance(box, list) or len(box) != 4 or not all(map(_finite, box)) or min(box[2:]) < 0:
         raise DataError(f"{spot}: bbox is {box!r}; x, y, width and height are expected.")
-    if not _finite(area) or area < 0:
+    if area is not None and (not _finite(area) or area < 0):
         raise DataError(f"{spot}: area is {area!r}; the area of the object in pixels is expected: sizes are told by it.")
-    if crowd not in (0, 1):
+    if crowd not in (None, 0, 1):
         raise DataError(f"{spot}: iscrowd is {crowd!r} instead of 0 or 1.")
-    _check_mask(entry.get("segmentation"), sizes[found["image_id"]], spot)
-    return {**found, "bbox": box, "area": area, "iscrowd": int(crowd), "segmentation": entry["segmentation"]}
+    kept = {**found, "bbox": box, "iscrowd": int(crowd or 0)}
+    if area is not None:
+        kept["area"] = area
+    # Many files without masks have empty lists.
+    if mask not in (None, []):
+        _check_mask(mask, sizes[found["image_id"]], spot)
+        kept["segmentation"] = mask
+    return kept
+
+
+def area_of(entry: Entry, image: Entry) -> float:
+    """Area of an annotated object in pixels: as given, else of its mask, else of its box.
+
+    Args:
+        entry: a checked annotation.
+        image: whose it is.
+    """
+    if "area" in entry:
+        return float(entry["area"])
+    _, _, width, height = entry["bbox"]
+    mask = entry.get("segmentation")
+    if mask is None:
+        return float(width * height)
+    from pycocotools import mask as run_lengths
+
+    if isinstance(mask, list):
+        codes = run_lengths.merge(run_lengths.frPyObjects(mask, image["height"], image["width"]))
+    else:
+        packed = isinstance(mask["counts"], str)
+        codes = mask if packed else run_lengths.frPyObjects(mask, image["height"], image["width"])
+    return float(run_lengths.area(codes))
 
 
 def _check_mask(mask: object, size: tuple[int, int], spot: str) -> None:
     """Refuse what is neither polygons nor run lengths of an image of ``size`` (height, width)."""
 
     def refuse(why: str) -> NoReturn:
-        raise DataError(f"{spot}: its segmentation {why}. Mask AP needs polygons or run lengths of every object.")
+        raise DataError(f"{spot}: its segmentation {why}. Polygons or run lengths are expected, or none for box AP only.")
 
-    if mask is None or mask == []:
-        refuse("is missing or empty")
     if isinstance(mask, list):
         if not all(isinstance(polygon, list) and all(map(_finite, polygon)) for polygon in mask):
             refuse("is no list of polygons, each a list of numbers")

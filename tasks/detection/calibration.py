@@ -47,9 +47,12 @@ def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> C
     else:
         order = np.random.default_rng(recipe.seed).permutation(len(source.image_ids)).tolist()
     ids = [source.image_ids[index] for index in order]
+    # Asked for all at once, before the first is read.
+    source.orientations(order[: recipe.calibration_images])
     images = Images(ids, [0] * len(ids), lambda position: source.read(order[position]), transform, data.skip_corrupt)  # type: ignore[arg-type, return-value]
     drawn, positions, skipped = take(images, range(len(ids)), recipe.calibration_images, recipe.seed)
     chosen = [ids[position] for position in positions]
+    _, notes = source.orientations([order[position] for position in positions], "calibration images")
     samples = Ragged([image for image, _ in drawn])
     return CalibrationSet(
         samples,
@@ -59,6 +62,7 @@ def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> C
         skipped,
         {IMAGES_PART: samples},
         metas=[meta for _, meta in drawn],
+        notes=notes,
     )
 
 

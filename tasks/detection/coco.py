@@ -3,26 +3,28 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from itertools import zip_longest
 from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
 
 from fimaq_core.errors import DataError
-from tasks.common.files import absent_files
 from tasks.common.record import Dataset
 from tasks.common.request import DataRequest
 from tasks.common.task import LoadedModel
 from tasks.detection.annotations import Coco, Entry, checked, read_annotations
-from tasks.detection.layout import LAYOUT, SPLITS, absent, annotation_file, image_folders, is_file_of_annotations
+from tasks.detection.categories import COCO_CLASSES, Origin, match_categories
+from tasks.detection.layout import LAYOUT, SPLITS, absent, annotation_file, data_root, is_file_of_annotations
+from tasks.detection.locate import image_folder, locate
+from tasks.detection.orientation import UNREADABLE, Exif, Orientation, ask, orientation_of, summary, turned
 
 COCO_NAME = "COCO 2017"
 #: Images of its splits, and categories.
 COUNTS: Mapping[str, int] = MappingProxyType({"train": 118_287, "val": 5_000})
-CATEGORIES = 80
+CATEGORIES = COCO_CLASSES
 PARTS = tuple(SPLITS)
 
 
@@ -38,6 +40,14 @@ class DetectionSource:
             changed. Of images to calibrate on, no annotations.
         read: gives the image of an index as (H, W, 3) uint8, blue first, as mmdet's configurations expect it.
         root: ids are paths below it; None where images are no files.
+        orientation: gives the EXIF orientation of an index without decoding the image; None where
+            images are no files.
+        exif: the user's decision on it, if any.
+        oriented: number of images with an orientation tag, see :meth:`settled`; None: not counted.
+        labels: category id of each class of the detector, None for classes without a category; None
+            stands for the file's order.
+        classes_from: where the detector's class names come from; None where there is no detector.
+        notes: what a user should know of these data.
     """
 
     name: str
@@ -46,6 +56,12 @@ class DetectionSource:
     coco: Coco
     read: Callable[[int], np.ndarray]
     root: Path | None = None
+    orientation: Callable[[int], Orientation] | None = None
+    exif: Exif | None = None
+    oriented: int | None = None
+    labels: tuple[int | None, ...] | None = None
+    classes_from: Origin | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def images(self) -> list[Entry]:
@@ -54,17 +70,30 @@ class DetectionSource:
 
     @property
     def categories(self) -> tuple[str, ...]:
-        """Names of the categories in the file's order: the classes 0, 1, ... of a model."""
+        """Names of the categories in the file's order."""
         return tuple(entry["name"] for entry in self.coco["categories"])
+
+    @property
+    def ids_by_label(self) -> tuple[int | None, ...]:
+        """Category id of each class of the detector; None for classes without a category."""
+        if self.labels is not None:
+            return self.labels
+        return tuple(entry["id"] for entry in self.coco["categories"])
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over ids and sizes of the images, annotations and categories."""
+        """sha256 over ids and sizes of the images, annotations and categories.
+
+        A user's decision on EXIF orientations is part of it where images have them.
+        """
         sizes = [(name, entry["height"], entry["width"]) for name, entry in zip(self.image_ids, self.images, strict=True)]
         place = {entry["id"]: position for position, entry in enumerate(self.images)}
         # The numbers that a file gives its images say nothing: only whose each annotation is.
         annotations = [{**entry, "image_id": place[entry["image_id"]]} for entry in self.coco["annotations"]]
-        content = json.dumps([sizes, annotations, self.coco["categories"]], sort_keys=True)
+        parts = [sizes, annotations, self.coco["categories"]]
+        if self.exif is not None and self.oriented:
+            parts.append([self.exif])
+        content = json.dumps(parts, sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
     def head(self, limit: int | None) -> "DetectionSource":
@@ -77,24 +106,58 @@ class DetectionSource:
         coco = {"images": images, "annotations": annotations, "categories": self.coco["categories"]}
         return replace(self, split=f"{self.split}[:{limit}]", image_ids=self.image_ids[:limit], coco=coco)
 
+    def orientations(self, indices: Sequence[int], images: str = "images") -> tuple[int, list[str]]:
+        """Count images with an EXIF orientation tag and say so.
+
+        Returns:
+            As of :func:`~tasks.detection.orientation.summary`.
+
+        Raises:
+            DataError: nothing tells whether the annotations of some of them were made in the turned
+                image.
+        """
+        if self.orientation is None:
+            return 0, []
+        found = {}
+        for index in indices:
+            # The reader names damaged images.
+            with suppress(*UNREADABLE):
+                found[index] = self.orientation(index)
+        open_ones = [self.image_ids[index] for index, one in found.items() if one.applied is None]
+        if open_ones:
+            raise ask(open_ones, f"{self.name} {self.split}")
+        return summary(found.values(), len(indices), self.exif, images)
+
+    def settled(self) -> "DetectionSource":
+        """These data with :attr:`oriented` counted. Raises DataError as :meth:`orientations`."""
+        count, notes = self.orientations(range(len(self.image_ids)))
+        return replace(self, oriented=count, notes=(*self.notes, *notes))
+
     def describe(self) -> Dataset:
         """The record's entry."""
+        names: dict[int | None, str | None] = {entry["id"]: entry["name"] for entry in self.coco["categories"]}
         return Dataset(
             name=self.name,
             split=self.split,
             count=len(self.image_ids),
             classes=len(self.coco["categories"]),
             fingerprint=self.fingerprint,
+            exif=self.exif,
+            oriented_images=self.oriented,
+            class_names_from=self.classes_from,
+            class_categories=tuple(names.get(number) for number in self.ids_by_label),
         )
 
 
 def open_source(loaded: LoadedModel, data: DataRequest, part: str) -> DetectionSource:
     """Open the ``train`` part (images only, to calibrate on) or the ``val`` part of the data that goes with a model.
 
-    The training part is that of ``data.calibration_data`` where this is given: a folder of COCO 2017, or a file.
+    The training part is that of ``data.calibration_data`` where this is given: a folder of COCO
+    2017, or a file. Categories matter to the evaluation only.
 
     Raises:
-        DataError: no data, categories that are not the model's classes, or what the readers refuse.
+        DataError: no data, categories that do not go with the model's classes, or what the readers
+            refuse.
     """
     if part not in PARTS:
         raise DataError(f"There is no part {part!r} of annotated images: {' or '.join(PARTS)}.")
@@ -103,26 +166,44 @@ def open_source(loaded: LoadedModel, data: DataRequest, part: str) -> DetectionS
     if path is None:
         if loaded.data is None:
             raise DataError(f"{loaded.tag} needs data: give --data /path/to/coco. {LAYOUT}.")
+        if data.exif is not None and data.calibration_data is None:
+            raise DataError("The demo's scenes are no files with EXIF tags: leave --exif out.")
         source = open_demo(part)
     elif not is_file_of_annotations(path):
-        source = open_coco(path, part)
+        source = open_coco(path, part, exif=data.exif)
     elif part == "train" and not own:
         raise DataError(
             f"{path} says nothing of images to calibrate on: give --calibration-data, the folder of COCO 2017 or another file of "
             "COCO's format."
         )
     else:
-        source = open_file(path, annotated=part == "val")
-    _check_classes(source, loaded)
-    return source
+        source = open_file(path, annotated=part == "val", exif=data.exif)
+    if part == "train":
+        return source
+    found = match_categories(source.coco, loaded, f"{source.name} {source.split}")
+    return replace(
+        source,
+        coco=found.coco,
+        labels=found.labels,
+        classes_from=found.origin,
+        notes=found.notes,
+    )
 
 
-def open_annotated(path: Path) -> DetectionSource:
+def open_annotated(path: Path, exif: Exif | None = None) -> DetectionSource:
     """Open what is measured on: the evaluation part of COCO 2017, or a file in its format. Raises DataError."""
-    return open_file(path) if is_file_of_annotations(path) else open_coco(path, "val")
+    if is_file_of_annotations(path):
+        return open_file(path, exif=exif)
+    return open_coco(path, "val", exif=exif)
 
 
-def open_coco(root: Path, part: str, counts: Mapping[str, int] | None = None, categories: int = CATEGORIES) -> DetectionSource:
+def open_coco(
+    root: Path,
+    part: str,
+    counts: Mapping[str, int] | None = None,
+    categories: int = CATEGORIES,
+    exif: Exif | None = None,
+) -> DetectionSource:
     """Open a part of COCO 2017.
 
     Args:
@@ -130,6 +211,7 @@ def open_coco(root: Path, part: str, counts: Mapping[str, int] | None = None, ca
         part: ``train`` or ``val``; of the first no annotations.
         counts: images that the parts must have instead of the published; they do not get the published name then.
         categories: likewise.
+        exif: the user's decision on EXIF orientations, if any.
 
     Raises:
         DataError: files that are not there, other counts, or what :func:`~tasks.detection.annotations.checked` refuses.
@@ -146,11 +228,13 @@ def open_coco(root: Path, part: str, counts: Mapping[str, int] | None = None, ca
             f"{COCO_NAME}: give a part of it, or other data, as a file of their own (--data /path/to/file.json)."
         )
     published = (wanted, categories) == (COUNTS[part], CATEGORIES)
-    return _of_files(COCO_NAME if published else root.name, split, root / split, coco, path)
+    return _of_files(COCO_NAME if published else root.name, root / split, root, coco, path, exif)
 
 
-def open_file(path: Path, annotated: bool = True) -> DetectionSource:
-    """Open a file in COCO's format with the images beside it, see :func:`~tasks.detection.layout.image_folders`.
+def open_file(path: Path, annotated: bool = True, exif: Exif | None = None) -> DetectionSource:
+    """Open a file in COCO's format with the images beside it.
+
+    They are in :func:`~tasks.detection.locate.image_folder`.
 
     Raises:
         DataError: no such file, images that are not there, or what :func:`~tasks.detection.annotations.checked` refuses.
@@ -158,12 +242,8 @@ def open_file(path: Path, annotated: bool = True) -> DetectionSource:
     if not path.is_file():
         raise DataError(f"There is no file {path}. {LAYOUT}.")
     coco = read_annotations(path, annotated)
-    folders = image_folders(path.absolute())
-    first = coco["images"][0]["file_name"]
-    folder = next((folder for folder in folders if (folder / first).is_file()), None)
-    if folder is None:
-        raise DataError(f"The images of {path} are not there: {first!r} was looked for in {', '.join(map(str, folders))}.")
-    return _of_files(path.stem, folder.name, folder, coco, path)
+    folder, root = image_folder(path, coco["images"][0]["file_name"]), data_root(path.absolute())
+    return _of_files(path.stem, folder, root if folder.parent == root else None, coco, path, exif)
 
 
 @lru_cache(maxsize=2)
@@ -182,27 +262,42 @@ def open_demo(part: str) -> DetectionSource:
     return DetectionSource(scenes.DATA, own, ids, coco, read)
 
 
-def _of_files(name: str, split: str, folder: Path, coco: Coco, path: Path) -> DetectionSource:
-    files = [entry["file_name"] for entry in coco["images"]]
-    missing = absent_files(folder, files)
-    if missing:
-        raise DataError(f"{path} names {len(missing)} images that are not in {folder}, such as {missing[0]!r}.")
-    ids = tuple(f"{folder.name}/{file}" for file in files)
+def _of_files(
+    name: str,
+    folder: Path,
+    root: Path | None,
+    coco: Coco,
+    path: Path,
+    exif: Exif | None,
+) -> DetectionSource:
+    """Images in ``folder``, whose names may begin at ``root``."""
+    names = [entry["file_name"] for entry in coco["images"]]
+    ids, files = zip(*locate(names, folder, root, path), strict=True)
     sizes = [(entry["height"], entry["width"]) for entry in coco["images"]]
-    return DetectionSource(name, split, ids, coco, file_reader([folder / file for file in files], sizes, path), folder.parent)
+    read = file_reader(files, sizes, path, exif)
+
+    def orientation(index: int) -> Orientation:
+        return orientation_of(files[index], sizes[index], exif)
+
+    return DetectionSource(name, folder.name, ids, coco, read, folder.parent, orientation, exif)
 
 
-def file_reader(paths: Sequence[Path], sizes: Sequence[tuple[int, int]], annotations: Path) -> Callable[[int], np.ndarray]:
+def file_reader(
+    paths: Sequence[Path], sizes: Sequence[tuple[int, int]], annotations: Path, exif: Exif | None = None
+) -> Callable[[int], np.ndarray]:
     """Gives the image file of an index as mmdet's ``LoadImageFromFile`` does: (H, W, 3) uint8, blue first.
 
     Args:
         paths: of the files.
         sizes: (height, width) that each must have: its boxes are given in these pixels.
         annotations: where these come from, for people.
+        exif: the user's decision on EXIF orientations, see
+            :func:`~tasks.detection.orientation.orientation_of`.
 
     Raises (when it reads):
         OSError: a damaged file.
-        DataError: an image of another size.
+        DataError: an image of another size, or with an EXIF orientation of which nothing tells
+            whether it counts.
     """
 
     def read(index: int) -> np.ndarray:
@@ -211,41 +306,25 @@ def file_reader(paths: Sequence[Path], sizes: Sequence[tuple[int, int]], annotat
         from PIL import Image
 
         path = paths[index]
+        orientation = orientation_of(path, sizes[index], exif)
+        if orientation.applied is None:
+            raise ask([str(path)], str(annotations))
         # OpenCV before version 5 fills in what a truncated file lacks; Pillow refuses, decoding an eighth of the size.
         with Image.open(path) as image:
             image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
             image.load()
-        array = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_COLOR)
+        flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+        array = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), flags)
         if array is None:
             raise OSError(f"OpenCV cannot decode {path}")
+        array = turned(array, orientation.tag) if orientation.applied else array
         if array.shape[:2] != tuple(sizes[index]):
             (height, width), (given_height, given_width) = array.shape[:2], sizes[index]
             raise DataError(
-                f"The image {path} is {width} x {height} pixels, but {annotations} says {given_width} x {given_height}: they do "
-                "not belong together, so that boxes and masks would not fit."
+                f"The image {path} is {width} x {height} pixels{orientation.words}, but {annotations} "
+                f"says {given_width} x {given_height}: they do not belong together, so that boxes and "
+                "masks would not fit."
             )
         return np.asarray(array)
 
     return read
-
-
-def _check_classes(source: DetectionSource, loaded: LoadedModel) -> None:
-    """Refuse data whose categories are not the model's classes: its own names, or with 80 those of COCO."""
-    found = source.categories
-    what = f"{source.name} {source.split}"
-    if len(found) != loaded.classes:
-        raise DataError(
-            f"{what} has {len(found)} categories, {loaded.tag} has {loaded.classes} classes: use data or weights that fit."
-        )
-    # As mmdet names a model's classes.
-    known = (getattr(loaded.model, "dataset_meta", None) or {}).get("classes")
-    if known is None and loaded.data is None and loaded.classes == CATEGORIES:
-        from tasks.detection import mm
-
-        known = mm.CocoDataset.METAINFO["classes"]
-    differ = [(mine, theirs) for mine, theirs in zip_longest(known, found) if mine != theirs] if known else []
-    if differ:
-        raise DataError(
-            f"{what} has other categories than {loaded.tag} has classes, or in another order: {differ[0][1]!r} where the model "
-            f"has {differ[0][0]!r} ({len(differ)} of {len(found)} differ)."
-        )

@@ -82,7 +82,6 @@ def detect(
     """
     images = Images(source.image_ids, [0] * len(source.image_ids), source.read, prepare, skip_corrupt)  # type: ignore[arg-type]
     loader = DataLoader(_Caught(images), batch_size=None, num_workers=workers, collate_fn=_as_it_is)
-    categories = [entry["id"] for entry in source.coco["categories"]]
     results: list[Entry] = []
     kept: list[int] = []
     for index, item in enumerate(loader):
@@ -92,7 +91,7 @@ def detect(
             (image, meta), _, position = item
             entry = source.images[position]
             found = _predicted(predict, image.to(device, non_blocking=True), meta, source.image_ids[position])
-            results += coco_results(found, entry, categories, source.image_ids[position])
+            results += coco_results(found, entry, source.ids_by_label, source.image_ids[position])
             kept.append(position)
         report(Progress("evaluate", index + 1, len(images)))
     if not kept:
@@ -133,13 +132,13 @@ def _predicted(predict: Predict, image: Tensor, meta: dict[str, Any], name: str)
     return getattr(found, "pred_instances", found)
 
 
-def coco_results(found: Any, image: Entry, categories: Sequence[int], name: str) -> list[Entry]:
+def coco_results(found: Any, image: Entry, categories: Sequence[int | None], name: str) -> list[Entry]:
     """Turn the objects found in an image into entries of COCO's format of results, as mmdet's ``CocoMetric`` does.
 
     Args:
         found: mmdet's ``InstanceData``: ``bboxes`` (n, 4) as corners, ``scores`` and ``labels`` (n,), ``masks`` (n, H, W).
         image: its entry in the annotations.
-        categories: ids by label.
+        categories: ids by label; objects of a class without a category (None) are left out.
         name: of the image, for people.
 
     Raises:
@@ -157,9 +156,13 @@ def coco_results(found: Any, image: Entry, categories: Sequence[int], name: str)
     shape = (len(labels), image["height"], image["width"])
     if tuple(masks.shape) != shape or masks.dtype not in (torch.bool, torch.uint8):
         raise ModelError(f"The model's masks of the image {name} are {masks.dtype} {tuple(masks.shape)} instead of bool {shape}.")
-    codes = [run_lengths.encode(np.asfortranarray(mask.astype(np.uint8))) for mask in masks.cpu().numpy()]
     entries = []
-    for (x1, y1, x2, y2), score, label, code in zip(boxes.tolist(), scores.tolist(), labels.tolist(), codes, strict=True):
+    for (x1, y1, x2, y2), score, label, mask in zip(
+        boxes.tolist(), scores.tolist(), labels.tolist(), masks.cpu().numpy(), strict=True
+    ):
+        if categories[label] is None:
+            continue
+        code = run_lengths.encode(np.asfortranarray(mask.astype(np.uint8)))
         entry = {"image_id": image["id"], "category_id": categories[label], "bbox": [x1, y1, x2 - x1, y2 - y1], "score": score}
         entries.append({**entry, "segmentation": {"size": code["size"], "counts": code["counts"].decode("ascii")}})
     return entries
@@ -171,7 +174,8 @@ def measure(source: DetectionSource, detections: Detections) -> Evaluation:
     Returns:
         ``metrics`` are ``AP_box``, ``AP_mask`` and those of :data:`METRICS` likewise, in percent, with the jackknife's standard
         errors over images (:mod:`tasks.detection.precision`). One whose objects are all in one image has no such error and is
-        left out, as one without objects. ``outcomes`` have one row an image:
+        left out, as one without objects. Mask AP is left out where an object has no mask.
+        ``outcomes`` have one row an image:
 
         - ``sample``: its id;
         - ``AP_box``, ``AP_mask``: its contribution, whose mean is the metric as a fraction
@@ -185,7 +189,8 @@ def measure(source: DetectionSource, detections: Detections) -> Evaluation:
     """
     metrics: dict[str, Metric] = {}
     shares: dict[str, np.ndarray] = {}
-    for ending, kind in KINDS.items():
+    kinds, notes = _measurable(source)
+    for ending, kind in kinds.items():
         sizes = match(source, detections, kind)
         measured = {size: averages(found) for size, found in sizes.items()}
         for name, (size, level) in METRICS.items():
@@ -200,7 +205,26 @@ def measure(source: DetectionSource, detections: Detections) -> Evaluation:
         )
     kept = set(detections.kept)
     skipped = [name for index, name in enumerate(source.image_ids) if index not in kept]
-    return Evaluation(metrics, len(kept), _outcomes(source, detections, shares), source.describe(), skipped)
+    outcomes = _outcomes(source, detections, shares)
+    return Evaluation(metrics, len(kept), outcomes, source.describe(), skipped, notes=[*source.notes, *notes])
+
+
+def _measurable(source: DetectionSource) -> tuple[dict[str, str], list[str]]:
+    """Those of :data:`KINDS` that annotations allow, and notes on what annotations lack."""
+    annotations, notes = source.coco["annotations"], []
+    without = sum("segmentation" not in entry for entry in annotations)
+    kinds = {ending: kind for ending, kind in KINDS.items() if not (without and ending == "mask")}
+    if without:
+        notes.append(f"{without} of {len(annotations)} annotations have no mask: box AP is measured, mask AP is not")
+    areas = [entry for entry in annotations if "area" not in entry]
+    if areas:
+        of_masks = sum("segmentation" in entry for entry in areas)
+        notes.append(
+            f"{len(areas)} of {len(annotations)} annotations have no area, by which small, medium and "
+            f"large objects are told: {of_masks} take it from their mask, {len(areas) - of_masks} from "
+            "their box"
+        )
+    return kinds, notes
 
 
 def _outcomes(source: DetectionSource, detections: Detections, shares: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -212,8 +236,7 @@ def _outcomes(source: DetectionSource, detections: Detections, shares: dict[str,
 
     return {
         "sample": np.array([source.image_ids[index] for index in detections.kept]),
-        "AP_box": shares["AP_box"],
-        "AP_mask": shares["AP_mask"],
+        **{name: shares[name] for name in ("AP_box", "AP_mask") if name in shares},
         "objects": counted(source.coco["annotations"]),
         "found": counted(detections.results),
     }

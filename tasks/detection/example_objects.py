@@ -1,11 +1,12 @@
 """What a detector finds in a few images, and what is there, as outlines in pixels of the original image."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from tasks.common.examples import FOUND, LEAST_SCORE, TRUTHS, Spread, shortened
-from tasks.detection.annotations import Entry
+from tasks.detection.annotations import Entry, area_of
 from tasks.detection.coco import DetectionSource
 from tasks.detection.matching import Detections
 
@@ -42,7 +43,7 @@ def detection_examples(source: DetectionSource, detections: Detections) -> list[
         image = source.images[position]
         size = image["width"], image["height"]
         best = sorted(found[image["id"]], key=lambda entry: -entry["score"])[:FOUND]
-        largest = sorted(truth[image["id"]], key=lambda entry: -entry["area"])[:TRUTHS]
+        largest = sorted(truth[image["id"]], key=partial(_size, image))[:TRUTHS]
         examples.append(
             {
                 "sample": source.image_ids[position],
@@ -54,9 +55,15 @@ def detection_examples(source: DetectionSource, detections: Detections) -> list[
     return examples
 
 
+def _size(image: Entry, entry: Entry) -> float:
+    """Key that sorts objects of an image by falling area."""
+    return -area_of(entry, image)
+
+
 def _object(entry: Entry, names: dict[int, str], size: tuple[int, int]) -> dict[str, Any]:
     box = [round(float(value), 2) for value in entry["bbox"]]
-    return {"name": names[entry["category_id"]], "box": box, "polygons": outlines(entry["segmentation"], *size)}
+    polygons = outlines(entry["segmentation"], *size) if "segmentation" in entry else []
+    return {"name": names[entry["category_id"]], "box": box, "polygons": polygons}
 
 
 def outlines(segmentation: list[list[float]] | dict[str, Any], width: int, height: int) -> list[list[float]]:

@@ -36,6 +36,11 @@ def image_folders(path: Path) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
+def data_root(path: Path) -> Path:
+    """Folder of the data of a file of annotations: its own, or the one above ``annotations``."""
+    return path.parent.parent if path.parent.name == "annotations" else path.parent
+
+
 def absent(path: Path, part: str) -> list[str]:
     """What is missing of a part at a path, each as ``the folder ...`` or ``the file ...``."""
     if is_file_of_annotations(path):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tasks.detection.annotations import Entry
+from tasks.detection.annotations import Entry, area_of
 from tasks.detection.coco import DetectionSource
 from tasks.detection.precision import Matches
 
@@ -79,10 +79,13 @@ def _gathered(found: list[tuple[int, Entry | None]], levels: int) -> Matches:
 def _objects(source: DetectionSource, detections: Detections) -> Any:
     """Annotations of the images that were looked at, for pycocotools, which changes them."""
     images = [source.images[index] for index in detections.kept]
-    kept = {entry["id"] for entry in images}
+    kept = {entry["id"]: entry for entry in images}
     annotations = [entry for entry in source.coco["annotations"] if entry["image_id"] in kept]
     # It takes an object with the id 0 for none.
-    return _index(source, images, [{**entry, "id": number} for number, entry in enumerate(annotations, 1)])
+    areas = [area_of(entry, kept[entry["image_id"]]) for entry in annotations]
+    pairs = zip(annotations, areas, strict=True)
+    numbered = [{**entry, "id": n, "area": area} for n, (entry, area) in enumerate(pairs, 1)]
+    return _index(source, images, numbered)
 
 
 def _found(source: DetectionSource, detections: Detections, kind: str) -> Any:

@@ -10,7 +10,7 @@ from tasks.common.request import ModelRequest, describe_missing
 from tasks.common.task import LoadedModel
 from tasks.common.weights import load_state, state_sha256
 from tasks.detection.configs import RESIZE, build, published_config
-from tasks.detection.keys import adapted, read_detector
+from tasks.detection.keys import adapted, read_class_names, read_detector
 from tasks.detection.pipeline import Pipeline
 from tasks.detection.tags import CATALOGUE, DEMO_NAMES, full_name, missing_weights
 
@@ -36,7 +36,7 @@ def load_model(request: ModelRequest) -> LoadedModel:
         from tasks.detection.demo.scenes import DATA, SCENE_SIZES
 
         model, path = DEMO.load(request, path)
-        model.dataset_meta = {"classes": CLASSES}  # type: ignore[assignment]
+        known: tuple[str, ...] | None = CLASSES
         digest, resize, data, shape = file_sha256(path), None, DATA, (3, SCENE_SIZES[1], SCENE_SIZES[1])
     else:
         if path is None:
@@ -44,7 +44,10 @@ def load_model(request: ModelRequest) -> LoadedModel:
         model = _create(full_name(request.name).partition(".")[0], request.model_args)
         load_state(model, adapted(read_detector(path), model, str(path)), str(path))
         digest = file_sha256(path) if not request.model_args else state_sha256(model)
-        resize, data, shape = RESIZE, None, _INPUT_SHAPE
+        known, resize, data, shape = None, RESIZE, None, _INPUT_SHAPE
+    names = read_class_names(path, _classes(model)) or known
+    if names is not None:
+        model.dataset_meta = {"classes": names}  # type: ignore[assignment]
     pipeline = Pipeline(model.data_preprocessor, resize)
     # not images by themselves: see tasks.detection.calibration and tasks.detection.evaluate
     transforms: Any = {"eval_transform": pipeline, "train_transform": pipeline}

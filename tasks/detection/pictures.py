@@ -17,7 +17,7 @@ def pictures(model: ModelRequest, data: DataRequest, ids: Sequence[str]) -> dict
     """See :meth:`tasks.common.task.Task.pictures`. Files are read as evaluations do, turned as they say: boxes shall fit."""
     if data.path is None and model.name not in DEMO_NAMES:
         raise DataError(f"{model.name} brings no data along: give --data /path/to/coco. {LAYOUT}.")
-    source = open_demo("val") if data.path is None else open_annotated(data.path)
+    source = open_demo("val") if data.path is None else open_annotated(data.path, data.exif)
 
     def read(index: int) -> Image.Image:
         return Image.fromarray(np.ascontiguousarray(source.read(index)[:, :, ::-1]))

@@ -143,7 +143,7 @@ class DetectionTask(Named):
     ) -> Evaluation:
         """COCO's average precisions, image by image: how an image is padded must not depend on others."""
         assert isinstance(model, QuantizedDetector)
-        source = open_source(loaded, data, "val").head(data.limit)
+        source = open_source(loaded, data, "val").head(data.limit).settled()
         made = model.predict, source, loaded.eval_transform, device, report
         return evaluate_detector(*made, data.skip_corrupt, workers, data.keep_outputs)
 

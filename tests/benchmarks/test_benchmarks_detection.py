@@ -1,6 +1,7 @@
 """Detectors in grids, tables, references and paired comparisons: settings of their task, two precisions, one COCO folder."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import benchmark_fakes as fakes
@@ -9,7 +10,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from benchmarks import reference, summary, tables
+from benchmarks import latex, reference, summary, tables
 from benchmarks.cells import Adapter, Cell, Places, RunOptions
 from benchmarks.cli import cli
 from benchmarks.grid import Filters, expand, load_grid, parse_filters, parse_grid
@@ -180,6 +181,30 @@ def test_tables_have_boxes_and_beside_them_masks(tmp_path: Path):
     assert len(rows) == 2 * len(cells)
     assert set(rows["metric"]) == {"AP_box", "AP_mask"}
     assert set(rows["variant"]) == {"fp", "demo"}
+
+
+def without_masks(item: tables.Measured) -> tables.Measured:
+    metrics = {name: metric for name, metric in item.record.metrics.items() if not name.endswith("_mask")}
+    return replace(item, record=item.record.model_copy(update={"metrics": metrics}))
+
+
+def test_tables_of_boxes_alone(tmp_path: Path):
+    """Data whose annotations have no masks: mask AP is missing, for all cells or for some."""
+    cells = demo_cells(RunOptions(results=tmp_path), tasks="detection")
+    measured = fakes.write_cells(cells, value)
+    bare = [without_masks(item) for item in measured]
+    text = summary.report("T", bare, cells)
+    assert "48.00 ± 0.71" in text
+    assert "mask AP" not in text
+    paper = latex.report("demo", bare, cells)
+    assert "48.00" in paper
+    assert "AP mask" not in paper
+    mixed = [without_masks(item) if item.cell.model == "demo_cascade" else item for item in measured]
+    lines = [line for line in summary.report("T", mixed, cells).splitlines() if line.startswith("| fimaq")]
+    assert [part.strip() for part in lines[1].strip("|").split("|")][1:] == [
+        "48.00 / 44.00", "40.00 / 36.00", "46.00 / -", "38.00 / -",
+    ]  # fmt: skip
+    assert r"\textbf{46.00} & --" in latex.report("demo", mixed, cells)
 
 
 def test_settings_are_set_against_those_of_the_task(tmp_path: Path):

@@ -177,11 +177,10 @@ def test_data_that_is_not_there(place: Path, tmp_path: Path) -> None:
 
 def test_data_that_does_not_fit(place: Path, tmp_path: Path) -> None:
     content = json.loads(Path(str(files(place)[1])).read_text(encoding="utf-8"))
-    fewer = {**content, "categories": content["categories"][:9]}
-    fewer["annotations"] = [item for item in content["annotations"] if item["category_id"] != content["categories"][9]["id"]]
-    path = rewritten(place / "annotations" / "instances_val_fewer.json", fewer)
+    other = {**content, "categories": [*content["categories"][:9], {**content["categories"][9], "name": "ten"}]}
+    path = rewritten(place / "annotations" / "instances_val_other.json", other)
     said = refused(place, "--data", path, *files(place)[2:])
-    assert "has 9 categories, demo_mask_rcnn.digits-v1 has 10 classes" in said
+    assert "annotations of categories that are no class of demo_mask_rcnn.digits-v1: 'ten'" in said
     small = {**content, "images": [{**content["images"][0], "height": 10}, *content["images"][1:]]}
     small["annotations"] = [item for item in content["annotations"] if item["image_id"] != content["images"][0]["id"]]
     path = rewritten(place / "annotations" / "instances_val_small.json", small)

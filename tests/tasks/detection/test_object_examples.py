@@ -239,7 +239,7 @@ def test_pictures_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert image.mode == "RGB"
         assert np.array_equal(np.asarray(image), np.asarray(Image.open(root / name)))
     monkeypatch.setattr("tasks.detection.coco.COUNTS", {"val": 4})
-    monkeypatch.setattr("tasks.detection.coco.open_coco.__defaults__", (None, 3))
+    monkeypatch.setattr("tasks.detection.coco.open_coco.__defaults__", (None, 3, None))
     assert np.array_equal(np.asarray(pictures(SWIN, DataRequest(root), ids[3:])[ids[3]]), np.asarray(Image.open(root / ids[3])))
 
 

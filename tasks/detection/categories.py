@@ -1,0 +1,147 @@
+"""Classes of a detector and categories of annotations, matched by name."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+from unicodedata import normalize
+
+from fimaq_core.errors import DataError, suggest
+from tasks.common.task import LoadedModel
+from tasks.detection.annotations import Coco, Entry
+
+#: Classes of COCO 2017.
+COCO_CLASSES = 80
+#: Where class names come from: weights or demo model, COCO 2017, or the annotations by position.
+Origin = Literal["model", "published", "annotations"]
+
+
+class Matched(NamedTuple):
+    """Categories of annotations, matched with a detector's classes.
+
+    Attributes:
+        coco: the annotations, without unused categories that the detector does not know.
+        labels: category id of each class; None where the annotations have no such category.
+        origin: where the class names come from.
+        notes: for people.
+    """
+
+    coco: Coco
+    labels: tuple[int | None, ...]
+    origin: Origin
+    notes: tuple[str, ...]
+
+
+def match_categories(coco: Coco, loaded: LoadedModel, what: str) -> Matched:
+    """Find the category of each class of a detector.
+
+    Args:
+        coco: the annotations.
+        loaded: the detector. Without class names, and with 80 classes, it has those of COCO 2017;
+            otherwise its classes are the categories in their order.
+        what: the annotations are, for people.
+
+    Raises:
+        DataError: objects of a category that the detector does not know, or another number of
+            unnamed classes.
+    """
+    names, origin = _class_names(loaded)
+    categories = coco["categories"]
+    if names is None:
+        if len(categories) != loaded.classes:
+            raise DataError(
+                f"{what} has {len(categories)} categories, {loaded.tag} has {loaded.classes} "
+                "classes, whose names its weights do not say: use data or weights that fit."
+            )
+        note = f"The weights name no classes: the {loaded.classes} categories are taken for them in the file's order"
+        return Matched(coco, tuple(entry["id"] for entry in categories), origin, (note,))
+    found = _by_name(names, [entry["name"] for entry in categories])
+    unknown = [entry for position, entry in enumerate(categories) if position not in found]
+    _check_unused(unknown, coco, loaded, names, what, origin)
+    labels: list[int | None] = [None] * len(names)
+    for position, label in found.items():
+        labels[label] = categories[position]["id"]
+    kept = [entry for entry in categories if entry not in unknown]
+    absent = [name for name, number in zip(names, labels, strict=True) if number is None]
+    pairs = [(categories[position]["name"], names[label]) for position, label in found.items()]
+    other = [(mine, theirs) for mine, theirs in pairs if mine != theirs]
+    notes = []
+    if origin == "published":
+        notes.append("The weights name no classes: their outputs are taken for those of COCO 2017")
+    if other:
+        notes.append(
+            f"{len(other)} categories match classes but for case, spaces and underscores, such as "
+            f"{other[0][0]!r} for {other[0][1]!r}"
+        )
+    if unknown:
+        notes.append(f"Categories without annotations that the detector does not know are left out: {_listed(unknown)}")
+    if absent:
+        notes.append(
+            f"{what} has no category for {len(absent)} of {len(names)} classes, such as "
+            f"{absent[0]!r}: AP is over the other {len(names) - len(absent)}, and detections of these "
+            "classes do not count"
+        )
+    return Matched({**coco, "categories": kept}, tuple(labels), origin, tuple(notes))
+
+
+def _class_names(loaded: LoadedModel) -> tuple[Sequence[str] | None, Origin]:
+    # As mmdet keeps a model's class names.
+    known = (getattr(loaded.model, "dataset_meta", None) or {}).get("classes")
+    if known is not None:
+        return known, "model"
+    if loaded.data is None and loaded.classes == COCO_CLASSES:
+        from tasks.detection import mm
+
+        return mm.CocoDataset.METAINFO["classes"], "published"
+    return None, "annotations"
+
+
+def _by_name(classes: Sequence[str], categories: Sequence[str]) -> dict[int, int]:
+    """Label by position of its category: of the same name, else of the one name left that is alike."""
+    found: dict[int, int] = {}
+    ways: tuple[Callable[[str], str], ...] = (str, _simplified)
+    for way in ways:
+        left = {label: way(name) for label, name in enumerate(classes) if label not in found.values()}
+        rest = {spot: way(name) for spot, name in enumerate(categories) if spot not in found}
+        twice = {text for texts in (left, rest) for text, n in Counter(texts.values()).items() if n > 1}
+        labels = {text: label for label, text in left.items()}
+        for spot, text in rest.items():
+            if text in labels and text not in twice:
+                found[spot] = labels[text]
+    return found
+
+
+def _simplified(name: str) -> str:
+    return re.sub(r"[\s_]+", " ", normalize("NFKC", name)).strip().casefold()
+
+
+def _check_unused(
+    unknown: Sequence[Entry],
+    coco: Coco,
+    loaded: LoadedModel,
+    names: Sequence[str],
+    what: str,
+    origin: Origin,
+) -> None:
+    """Refuse objects of categories that the detector does not know: it can find none of them."""
+    counts = Counter(entry["category_id"] for entry in coco["annotations"])
+    used = [entry for entry in unknown if counts[entry["id"]]]
+    if used:
+        total = sum(counts[entry["id"]] for entry in used)
+        assumed = ""
+        if origin == "published":
+            assumed = ", whose weights name none, so that those of COCO 2017 are assumed"
+        raise DataError(
+            f"{what} has {total} annotations of categories that are no class of {loaded.tag}{assumed}: "
+            f"{_listed(used)}. Use weights that know them, or leave these annotations out."
+            f"{suggest(used[0]['name'], names)}"
+        )
+    if len(unknown) == len(coco["categories"]):
+        raise DataError(
+            f"{what} has no category that is a class of {loaded.tag}: {_listed(unknown)}. Use data or weights that fit."
+        )
+
+
+def _listed(entries: Sequence[Entry]) -> str:
+    more = f" and {len(entries) - 3} more" if len(entries) > 3 else ""
+    return ", ".join(repr(entry["name"]) for entry in entries[:3]) + more

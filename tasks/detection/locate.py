@@ -1,0 +1,150 @@
+"""Image files that annotations name: found once each, below the data's folder only."""
+
+import filecmp
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from unicodedata import normalize
+
+from fimaq_core.errors import DataError
+from tasks.detection.layout import data_root, image_folders
+
+
+class Folder:
+    """Files below a folder.
+
+    Each folder is listed once: asking for every file takes minutes on network storage.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        bases = (path.absolute(), path.resolve())
+        self._absolute = [f"{base.as_posix().rstrip('/')}/" for base in bases]
+        self._listed: dict[str, dict[str, list[str]]] = {}
+        self._folders: dict[str, list[str]] = {"": [""]}
+
+    def find(self, name: str) -> list[str]:
+        """Paths below the folder that ``name`` stands for.
+
+        They have the same text, or else the same text after Unicode's NFC.
+        """
+        parent, _, last = name.rpartition("/")
+        if parent not in self._folders:
+            self._folders[parent] = self.find(parent)
+        found = []
+        for folder in self._folders[parent]:
+            alike = self._names(folder).get(normalize("NFC", last), [])
+            alike = [last] if last in alike else alike
+            found += [f"{folder}/{entry}".lstrip("/") for entry in alike]
+        return found
+
+    def relative(self, name: str) -> str | None:
+        """``name`` relative to the folder; None for an absolute path elsewhere."""
+        if not name.startswith("/"):
+            return name
+        below = (name.removeprefix(base) for base in self._absolute if name.startswith(base))
+        return next(below, None)
+
+    def _names(self, folder: str) -> dict[str, list[str]]:
+        if folder not in self._listed:
+            try:
+                entries = os.listdir(self.path / folder)
+            except OSError:
+                entries = []
+            listed: dict[str, list[str]] = {}
+            for entry in entries:
+                listed.setdefault(normalize("NFC", entry), []).append(entry)
+            self._listed[folder] = listed
+        return self._listed[folder]
+
+
+def image_folder(path: Path, first: str) -> Path:
+    """Find the folder of the images of a file of annotations by its first image.
+
+    Args:
+        path: of the file.
+        first: name of its first image, which is below one of
+            :func:`~tasks.detection.layout.image_folders` or below the data's folder.
+
+    Raises:
+        DataError: it is in none of them.
+    """
+    path = path.absolute()
+    folders, root = image_folders(path), data_root(path)
+    for folder in map(Folder, folders):
+        name = folder.relative(first)
+        if name is not None and folder.find(name):
+            return folder.path
+    name = Folder(root).relative(first)
+    found = [] if name is None else Folder(root).find(name)
+    if found and "/" in found[0]:
+        return root / found[0].partition("/")[0]
+    places = ", ".join(map(str, dict.fromkeys([*folders, root])))
+    raise DataError(f"The images of {path} are not there: {first!r} was looked for in {places}.")
+
+
+def locate(
+    names: Sequence[str],
+    folder: Path,
+    root: Path | None,
+    annotations: Path,
+) -> list[tuple[str, Path]]:
+    """Find the file of each image.
+
+    Args:
+        names: in the annotations, relative to ``folder`` or ``root``, or absolute and below one of
+            them.
+        folder: of the images.
+        root: folder of the data set, in which ``folder`` is; None looks in ``folder`` only.
+        annotations: the file, for people.
+
+    Returns:
+        Id and file of each image. Ids are paths below the parent of ``folder``, however an image is
+        named.
+
+    Raises:
+        DataError: a file that is not there, that several names stand for, or a name that stands for
+            several different files.
+    """
+    places = [(Folder(folder), f"{folder.name}/")] + ([] if root is None else [(Folder(root), "")])
+    found: list[tuple[str, Path]] = []
+    missing, outside = [], []
+    for name in names:
+        below = False
+        files: dict[Path, str] = {}
+        for place, prefix in places:
+            text = place.relative(name)
+            if text is not None:
+                below = True
+                for file in place.find(text):
+                    files.setdefault(place.path / file, prefix + text)
+        if not below:
+            outside.append(name)
+        elif not files:
+            missing.append(name)
+        else:
+            _check_alike(name, list(files), annotations)
+            found += [(text, file) for file, text in files.items()][:1]
+    if outside:
+        raise DataError(
+            f"{annotations} names {len(outside)} images outside of the data's folder "
+            f"{root or folder}, such as {outside[0]!r}: move the images there, or name them relative "
+            "to it."
+        )
+    if missing:
+        raise DataError(f"{annotations} names {len(missing)} images that are not in {folder}, such as {missing[0]!r}.")
+    twice = [str(file) for file, count in Counter(file for _, file in found).items() if count > 1]
+    if twice:
+        raise DataError(f"{annotations} lists {len(twice)} images twice under different names, such as {twice[0]}.")
+    return found
+
+
+def _check_alike(name: str, files: Sequence[Path], annotations: Path) -> None:
+    """Refuse a name that stands for files of different content."""
+    for file in files[1:]:
+        if not filecmp.cmp(files[0], file, shallow=False):
+            raise DataError(
+                f"{annotations} names the image {name!r}, which stands for different files: "
+                f"{files[0]} and {file}. Remove or rename one of them."
+            )

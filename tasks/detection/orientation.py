@@ -1,0 +1,155 @@
+"""EXIF orientation of image files, read from their headers.
+
+Annotations are made either in the pixels as they are stored or in the image turned as its tag
+says, and their file does not say which. Where the tag swaps the sides, the annotated size tells;
+otherwise the user has to.
+"""
+
+import struct
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from fimaq_core.errors import DataError
+
+Exif = Literal["apply", "ignore"]
+
+_ORIENTATION = 0x0112
+#: Tags that swap width and height.
+_SWAPPED = (5, 6, 7, 8)
+#: Errors of an image file whose header cannot be read.
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+#: Errors of a damaged EXIF block; such a block has no orientation.
+_DAMAGED = (SyntaxError, ValueError, KeyError, TypeError, EOFError, OSError, struct.error)
+
+
+class Orientation(NamedTuple):
+    """Orientation tag of an image file.
+
+    Attributes:
+        tag: 1 to 8 as in EXIF; 1 where there is none.
+        stored: (height, width) of the stored pixels.
+        applied: True where the image is turned as the tag says; None where nothing tells.
+    """
+
+    tag: int
+    stored: tuple[int, int]
+    applied: bool | None
+
+    @property
+    def words(self) -> str:
+        """How the image was read, for messages about its size; empty for an image without a tag."""
+        height, width = self.stored
+        if self.tag == 1:
+            return ""
+        if self.applied:
+            return f" (turned by its EXIF orientation tag {self.tag}; {width} x {height} as stored)"
+        return f" (as stored; its EXIF orientation tag {self.tag} is ignored)"
+
+
+def orientation_of(path: Path, size: tuple[int, int], exif: Exif | None) -> Orientation:
+    """Read the orientation of an image file without decoding its pixels, and decide on it.
+
+    Args:
+        path: of the file.
+        size: (height, width) in the annotations.
+        exif: the user's decision; None decides by the size where the tag swaps the sides.
+
+    Raises:
+        OSError: the file cannot be read or is no image.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # The orientation of a TIFF is part of its format, not EXIF, and every decoder applies it.
+        with Image.open(path) as image:
+            stored = (image.height, image.width)
+            block = _png_block(path) if image.format == "PNG" else image.info.get("exif", b"")
+        tag = _tag(block)
+    if tag == 1:
+        return Orientation(tag, stored, False)
+    if exif is not None:
+        return Orientation(tag, stored, exif == "apply")
+    turned = stored[::-1] if tag in _SWAPPED else stored
+    if turned == stored:
+        # A size that fits neither way is refused by the reader.
+        return Orientation(tag, stored, None if size == stored else True)
+    return Orientation(tag, stored, size != stored)
+
+
+def turned(array: np.ndarray, tag: int) -> np.ndarray:
+    """Turn stored pixels (H, W, ...) as an orientation tag says."""
+    if tag in (2, 3, 7, 8):
+        array = array[:, ::-1]
+    if tag in (3, 4, 6, 7):
+        array = array[::-1]
+    return np.ascontiguousarray(array.swapaxes(0, 1) if tag in _SWAPPED else array)
+
+
+def ask(images: list[str], what: str) -> DataError:
+    """Make the error that asks the user for a decision on ``images`` of the data ``what``."""
+    count = "1 image" if len(images) == 1 else f"{len(images)} images"
+    return DataError(
+        f"{count} of {what} (such as {images[0]}) have an EXIF orientation tag, and their sizes do "
+        "not tell whether the annotations were made in the turned image (half a turn, mirrored or "
+        "square). Give --exif apply if boxes fit the image as viewers show it and mmdet reads it, or "
+        "--exif ignore if they fit the stored pixels."
+    )
+
+
+def summary(
+    found: Iterable[Orientation],
+    count: int,
+    exif: Exif | None,
+    images: str = "images",
+) -> tuple[int, list[str]]:
+    """Count images with a tag, and say so.
+
+    Args:
+        found: orientations of the images, all decided.
+        count: how many images there are.
+        exif: the user's decision, if any.
+        images: what they are, for people.
+
+    Returns:
+        The number of images with a tag, and no or one note.
+    """
+    tagged = [one for one in found if one.tag != 1]
+    if not tagged:
+        return 0, []
+    applied = sum(bool(one.applied) for one in tagged)
+    reason = "as their annotated sizes ask for" if exif is None else f"by --exif {exif}"
+    note = (
+        f"{len(tagged)} of {count} {images} have an EXIF orientation tag: {applied} are turned by "
+        f"it and {len(tagged) - applied} are read as stored, {reason}"
+    )
+    return len(tagged), [note]
+
+
+def _tag(block: bytes) -> int:
+    """Orientation in an EXIF block; 1 where there is none or no valid one."""
+    exif = Image.Exif()
+    try:
+        exif.load(block)
+        tag = exif.get(_ORIENTATION)
+    except _DAMAGED:
+        return 1
+    return tag if isinstance(tag, int) and 1 <= tag <= 8 else 1
+
+
+def _png_block(path: Path) -> bytes:
+    """EXIF block of a PNG file.
+
+    It may stand behind the pixels, where Pillow finds it only after decoding them.
+    """
+    with path.open("rb", buffering=0) as file:
+        file.seek(8)
+        while len(head := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            if kind == b"eXIf":
+                return file.read(length)
+            file.seek(length + 4, 1)
+    return b""
