@@ -120,6 +120,8 @@ def build_group(task_name: str, summary: str, own: TaskOptions = TaskOptions()) 
             evaluation = stages.evaluate_stage(task_name, checkpoint, take_data(options), options, report)
         for name, metric in evaluation.metrics.items():
             click.echo(f"{name} {metric.value:.2f} ± {metric.stderr:.2f} (n = {evaluation.n})")
+        for note in evaluation.notes:
+            click.echo(f"note: {note}")
         for sample in evaluation.skipped:
             click.echo(f"skipped: {sample}")
 
@@ -148,14 +150,16 @@ def build_group(task_name: str, summary: str, own: TaskOptions = TaskOptions()) 
     return group
 
 
-def _first_stage(task_name: str, stage: Callable[[CellRequest, Path, Report], None], options: dict[str, Any]) -> Path:
+def _first_stage(task_name: str, stage: Callable[[CellRequest, Path, Report], list[str]], options: dict[str, Any]) -> Path:
     """Run a stage that starts from the float model; return the checkpoint it wrote."""
     recipe, out = take_recipe(options, defaults(task_name)), Path(options.pop("out"))
     if recipe is None:
         raise RecipeError("Method 'fp' has no stages: use run.")
     model, data = take_requests(options)
     with _bars() as report:
-        stage(CellRequest(task_name, model, data, recipe, **options), out, report)
+        notes = stage(CellRequest(task_name, model, data, recipe, **options), out, report)
+    for note in notes:
+        click.echo(f"note: {note}")
     return out
 
 

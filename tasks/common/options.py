@@ -10,6 +10,7 @@ import click
 
 from fimaq_core.errors import RecipeError, suggest
 from fimaq_core.recipe import METHODS, Recipe, make_recipe, read_recipe_file
+from tasks.common import class_order
 from tasks.common.request import DataRequest, ModelRequest
 
 Command = Callable[..., None]
@@ -26,6 +27,7 @@ class TaskOptions:
         calibration_data: whether there is ``--calibration-data``.
         keep_outputs: help of ``--keep-outputs``; empty for none.
         data: help of ``--data``.
+        class_order: whether classes are folders, so that there is ``--class-order``.
     """
 
     scope: str = ""
@@ -34,6 +36,7 @@ class TaskOptions:
     calibration_data: bool = False
     keep_outputs: str = ""
     data: str = "Data folder with train/ and val/ (demo models bring their own data)."
+    class_order: bool = True
 
 
 _GROUPS = {
@@ -155,6 +158,7 @@ def _run_options(own: TaskOptions) -> list[Callable[..., Any]]:
     return [
         click.option("--data", type=click.Path(path_type=Path), help=own.data),
         *_evaluation_options(own),
+        *([click.option("--class-order", metavar="ORDER", help=class_order.HELP)] if own.class_order else []),
         click.option(
             "--calibration-list",
             type=click.Path(path_type=Path),
@@ -212,6 +216,7 @@ def take_data(options: dict[str, Any]) -> DataRequest:
         options.pop("evaluation", None),
         options.pop("calibration_data", None),
         options.pop("keep_outputs", False),
+        options.pop("class_order", None),
     )
 
 

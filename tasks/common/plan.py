@@ -13,6 +13,7 @@ from fimaq_core import NUMERICS_VERSION
 from fimaq_core.errors import CheckpointError, RecipeError, suggest
 from fimaq_core.files import replaced_whole
 from tasks.common import registry
+from tasks.common.class_order import order_identity
 from tasks.common.hashing import file_sha256
 from tasks.common.record import cell_folder
 from tasks.common.request import CellRequest, Missing
@@ -48,6 +49,8 @@ def _basis(request: CellRequest) -> dict[str, Any]:
         "list": None if chosen is None or recipe is None else file_sha256(chosen),
         "evaluation": request.data.evaluation,
         "calibration_data": _path(request.data.calibration_data) if recipe is not None else None,
+        # Left out where it was not given, so that such cells keep the identity they had before there was a choice.
+        **({} if request.data.class_order is None else {"class_order": order_identity(request.data.class_order)}),
     }
 
 

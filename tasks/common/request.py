@@ -38,6 +38,8 @@ class DataRequest:
         calibration_data: root of the data set to calibrate on; None takes the training part of ``path``.
         keep_outputs: keep beside the record what the model gave for each sample, as far as the task has a form for that. No part
             of a cell's identity: a cell that is measured already is not measured again for it.
+        class_order: which label each class folder has: ``text``, ``natural`` or the path of a file with the class names; None
+            takes what is clear, see :func:`tasks.common.class_order.ordered`.
     """
 
     path: Path | None = None
@@ -47,6 +49,7 @@ class DataRequest:
     evaluation: str | None = None
     calibration_data: Path | None = None
     keep_outputs: bool = False
+    class_order: str | None = None
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,12 @@ from tasks.common.task import Chains, Evaluation, LoadedModel, Task
 _FULL_PRECISION = {"w_bits": OFF, "a_bits": OFF, "s_bits": None, "head_bits": None, "patch_input_bits": OFF}
 
 
-def mlp_stage(request: CellRequest, out: Path, report: Report) -> None:
-    """Reconstruct the MLPs of the model of ``request`` and write them to ``out``; an ``out`` of the same run is kept."""
+def mlp_stage(request: CellRequest, out: Path, report: Report) -> list[str]:
+    """Reconstruct the MLPs of the model of ``request`` and write them to ``out``; an ``out`` of the same run is kept.
+
+    Returns:
+        Remarks on the calibration data.
+    """
     assert request.recipe is not None
     # Merged anew, so that fields that do not go with MLP reconstruction are refused before it starts.
     recipe = make_recipe(request.recipe.method, request.recipe.model_dump(mode="json"), {"reconstruct_mlp": True})
@@ -62,18 +66,22 @@ def mlp_stage(request: CellRequest, out: Path, report: Report) -> None:
     for part in begun.parts:
         if part.name:
             remove(_beside(out, part.name))
+    return begun.notes
 
 
-def calibrate_stage(request: CellRequest, out: Path, report: Report) -> None:
+def calibrate_stage(request: CellRequest, out: Path, report: Report) -> list[str]:
     """Calibrate the model of ``request`` and write the checkpoint ``out``; an ``out`` of the same run is kept.
 
     MLPs that are reconstructed on the way are kept beside it.
+
+    Returns:
+        Remarks on the calibration data.
     """
     begun = _begin(request, report, lambda part: _beside(_beside(out, "mlp"), part.name))
     chains = chains_of(begun.parts)
     if out.is_file():
         load_checkpoint(out, whole(chains), begun.fingerprint, "ranges")
-        return
+        return begun.notes
     for part in begun.parts:
         kept = _beside(out, part.name) if part.name else None
         calibrate_or_load(part.chain, part.inputs, part.recipe, begun.resources, kept, part.fingerprint, begun.facts)
@@ -81,6 +89,7 @@ def calibrate_stage(request: CellRequest, out: Path, report: Report) -> None:
     for part in begun.parts:
         if part.name:
             remove(_beside(out, part.name))
+    return begun.notes
 
 
 def _beside(path: Path, name: str) -> Path:
@@ -96,6 +105,7 @@ class _Begun:
     resources: Resources
     fingerprint: Fingerprint
     facts: dict[str, Any]
+    notes: list[str]
 
 
 def _begin(request: CellRequest, report: Report, kept: Callable[[Part], Path | None]) -> _Begun:
@@ -108,7 +118,8 @@ def _begin(request: CellRequest, report: Report, kept: Callable[[Part], Path | N
     resources = Resources(report, request.placement, request.eval_batch, request.step_engine)
     parts = start(request, task, loaded, images, device, resources, kept)
     facts = checkpoint_facts(request.task, request.model, loaded)
-    return _Begun(parts, resources, fingerprint_of(request.model, loaded, images, request.recipe), facts)
+    mark = fingerprint_of(request.model, loaded, images, request.recipe)
+    return _Begun(parts, resources, mark, facts, images.notes)
 
 
 def reconstruct_stage(
@@ -138,7 +149,7 @@ def reconstruct_stage(
         use_relu(all_segments(chains))
     load_checkpoint(checkpoint, whole(chains), expected, "ranges")
     resources = Resources(report, options["placement"], options["eval_batch"], options["step_engine"])
-    log = ReconstructionLog()
+    log = ReconstructionLog(notes=[*calibration.notes])
     for part in parts:
         blocks = blocks_beside(_beside(out, part.name))
         made = part.chain, part.inputs, part.recipe, part.divergence, resources

@@ -35,6 +35,7 @@ class LoadedModel:
         input_shape: (C, H, W) of the images the model takes; None where the task does not say (then there is no ``inspect``).
         tokenizer: captions to token ids (n, context_length) int64, for models that take text.
         context_length: tokens of a caption at most.
+        class_names: names of the classes by label, where the checkpoint says them; empty otherwise.
     """
 
     model: nn.Module
@@ -48,6 +49,7 @@ class LoadedModel:
     input_shape: tuple[int, int, int] | None = None
     tokenizer: Callable[[list[str]], Tensor] | None = None
     context_length: int | None = None
+    class_names: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class CalibrationSet:
         truncated_captions: how many of these are longer than the model's context.
         metas: what each image's transform says of it (shapes, scale), for tasks whose images vary in size; their ``images`` and
             ``inputs`` are :class:`~fimaq_core.samples.Ragged`.
+        notes: remarks on the data for the record and the user.
     """
 
     images: Samples
@@ -76,6 +79,7 @@ class CalibrationSet:
     captions: list[str] | None = None
     truncated_captions: int | None = None
     metas: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,7 @@ class Evaluation:
               image, ``score`` (at least 0.3, the 20 highest) in ``found`` only.
 
             :func:`tasks.common.examples.read_examples` reads them again.
+        notes: remarks on the data for the record and the user.
     """
 
     metrics: dict[str, Metric]
@@ -105,6 +110,7 @@ class Evaluation:
     skipped: list[str] = field(default_factory=list)
     files: dict[str, Any] = field(default_factory=dict)
     examples: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 #: The chains of a model by the names of its parts; a model that is one chain has the name ``""`` alone.

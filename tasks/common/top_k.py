@@ -83,7 +83,8 @@ def evaluate(
         "correct": rank_array < 1,
     }
     skipped = [source.ids[index] for index in range(len(images)) if index not in kept]
-    return Evaluation(metrics, count, outcomes, source.describe(), skipped, examples=examples)
+    notes = [*source.notes(), *images.notes()]
+    return Evaluation(metrics, count, outcomes, source.describe(), skipped, examples=examples, notes=notes)
 
 
 def _answers(logits: Tensor, target: int, names: Sequence[str]) -> dict[str, Any]:

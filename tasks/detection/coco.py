@@ -12,7 +12,7 @@ from types import MappingProxyType
 import numpy as np
 
 from fimaq_core.errors import DataError
-from tasks.common.files import absent_files
+from tasks.common.files import FilesBelow, found_files
 from tasks.common.record import Dataset
 from tasks.common.request import DataRequest
 from tasks.common.task import LoadedModel
@@ -160,7 +160,7 @@ def open_file(path: Path, annotated: bool = True) -> DetectionSource:
     coco = read_annotations(path, annotated)
     folders = image_folders(path.absolute())
     first = coco["images"][0]["file_name"]
-    folder = next((folder for folder in folders if (folder / first).is_file()), None)
+    folder = next((folder for folder in folders if FilesBelow(folder).find(first)), None)
     if folder is None:
         raise DataError(f"The images of {path} are not there: {first!r} was looked for in {', '.join(map(str, folders))}.")
     return _of_files(path.stem, folder.name, folder, coco, path)
@@ -184,12 +184,12 @@ def open_demo(part: str) -> DetectionSource:
 
 def _of_files(name: str, split: str, folder: Path, coco: Coco, path: Path) -> DetectionSource:
     files = [entry["file_name"] for entry in coco["images"]]
-    missing = absent_files(folder, files)
+    paths, missing = found_files(folder, files)
     if missing:
         raise DataError(f"{path} names {len(missing)} images that are not in {folder}, such as {missing[0]!r}.")
     ids = tuple(f"{folder.name}/{file}" for file in files)
     sizes = [(entry["height"], entry["width"]) for entry in coco["images"]]
-    return DetectionSource(name, split, ids, coco, file_reader([folder / file for file in files], sizes, path), folder.parent)
+    return DetectionSource(name, split, ids, coco, file_reader(paths, sizes, path), folder.parent)
 
 
 def file_reader(paths: Sequence[Path], sizes: Sequence[tuple[int, int]], annotations: Path) -> Callable[[int], np.ndarray]:
@@ -202,6 +202,7 @@ def file_reader(paths: Sequence[Path], sizes: Sequence[tuple[int, int]], annotat
 
     Raises (when it reads):
         OSError: a damaged file.
+        UnknownRange: values that have no 8-bit form, see :func:`~tasks.common.images.as_rgb`.
         DataError: an image of another size.
     """
 
@@ -210,14 +211,17 @@ def file_reader(paths: Sequence[Path], sizes: Sequence[tuple[int, int]], annotat
         import cv2
         from PIL import Image
 
+        from tasks.common.images import grey_bits, open_rgb
+
         path = paths[index]
         # OpenCV before version 5 fills in what a truncated file lacks; Pillow refuses, decoding an eighth of the size.
         with Image.open(path) as image:
+            grey_bits(image)
             image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
             image.load()
         array = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_COLOR)
-        if array is None:
-            raise OSError(f"OpenCV cannot decode {path}")
+        if array is None:  # a format that only Pillow knows
+            array = np.asarray(open_rgb(path))[:, :, ::-1].copy()
         if array.shape[:2] != tuple(sizes[index]):
             (height, width), (given_height, given_width) = array.shape[:2], sizes[index]
             raise DataError(
