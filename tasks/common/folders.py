@@ -117,16 +117,18 @@ def _class_folders(folder: Path) -> list[str]:
 def _listed_folder(root: Path, part: str, names: tuple[str, ...], order: str, changed: tuple[int, ...]) -> Source:
     """List a folder once per process while it does not change: ImageNet's 1.3 million files take minutes."""
     folder = root / part
+    prefix = os.path.join(folder, "")
     entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     left_out = [f"{part}/{entry.name}" for entry in entries if not entry.is_dir() and not is_hidden(entry.name)]
 
     def is_sample(path: str) -> bool:
-        if any(map(is_hidden, Path(path).relative_to(folder).parts)):
+        below = path[len(prefix) :]
+        if any(map(is_hidden, below.split(os.sep))):
             return False
-        # Only files with other endings are opened: a damaged one with such an ending is named when it is read.
+        # Only files with unusual endings are opened here: a damaged one is named when it is read.
         if is_image_file(path) or is_image(Path(path)):
             return True
-        left_out.append(Path(path).relative_to(root).as_posix())
+        left_out.append(f"{part}/{Path(below).as_posix()}")
         return False
 
     try:

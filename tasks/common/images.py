@@ -1,7 +1,8 @@
-"""Images as samples: read, transformed, seeded one by one, gathered into batches; damaged ones are named."""
+"""Images as samples: read, transformed, seeded one by one, gathered into batches."""
 
 import hashlib
 import logging
+import mmap
 import random
 import warnings
 from collections.abc import Callable, Sequence
@@ -19,12 +20,13 @@ from fimaq_core.errors import DataError
 #: Raised by Pillow for files that it cannot read, and by :func:`as_rgb`.
 DAMAGED = (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError)
 
-#: Formats whose 16-bit grey values have the full range; others store signed or scientific values in the same modes.
+#: Formats whose 16-bit grey values have the full range. Others store signed values in the same modes.
 _WIDE_FORMATS = ("PNG", "PPM", "TIFF", "JPEG2000")
 #: Numbers of TIFF's tags.
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
 
-#: Warnings of Pillow: a word in the text of each kind, and how a note describes its images. The last takes all others.
+#: Kinds of Pillow's warnings: a word in their text, and how a note describes such images.
+#: The last kind takes all others.
 _WARNINGS = (
     ("exif", "damaged EXIF metadata"),
     ("metadata", "damaged metadata"),
@@ -43,7 +45,7 @@ def grey_bits(image: Image.Image) -> int | None:
     """Bits of an image of wide grey values (mode ``I``, ``I;16``, ``F``); None for all other modes.
 
     Raises:
-        UnknownRange: 32-bit integers, signed values and floats have no range that every writer keeps to.
+        UnknownRange: 32-bit integers, signed values or floats, whose range differs between writers.
     """
     if not image.mode.startswith(("I", "F")):
         return None
@@ -51,11 +53,9 @@ def grey_bits(image: Image.Image) -> int | None:
         tags = getattr(image, "tag_v2", {})
         return int(tags.get(_BITS_PER_SAMPLE, (16,))[0])
     if image.format in ("PNG", "PPM") and image.mode == "I":
-        return 16  # Pillow scales wide PPM to 16 bits, and before version 11 it opened 16-bit PNG in this mode
+        return 16  # Pillow scales PPM to 16 bits, and older versions open 16-bit PNG in this mode
     kind = "float" if image.mode == "F" else "integer"
-    raise UnknownRange(
-        f"has {kind} values without a defined range (Pillow's mode {image.mode}): save it with 8 or 16 unsigned bits"
-    )
+    raise UnknownRange(f"has {kind} values without a defined range (Pillow's mode {image.mode}): convert it to 8 bits")
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -76,7 +76,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def open_rgb(path: Path) -> Image.Image:
-    """Read an image file as 8-bit RGB, of an animation the first frame. Raises one of :data:`DAMAGED`."""
+    """Read an image file, of an animation the first frame, as 8-bit RGB. Raises :data:`DAMAGED`."""
     with Image.open(path) as image:
         return as_rgb(image)
 
@@ -89,7 +89,7 @@ def is_image(path: Path) -> bool:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(path) as image:
-                # Pillow also knows films, printed pages and containers, which it cannot decode by itself.
+                # Pillow also knows films, printed pages and containers that it cannot decode.
                 kind = Image.MIME.get(image.format or "", "image/")
                 return kind.startswith("image/") and not isinstance(image, ImageFile.StubImageFile)
     except Image.DecompressionBombError:
@@ -129,8 +129,8 @@ class Images(TorchDataset[tuple[Tensor, int, int] | DataError | None]):
     ) -> None:
         self.ids, self.targets, self.read = ids, targets, read
         self.transform, self.skip_corrupt = transform, skip_corrupt
-        # One bit per kind of warning, in memory that data-loading processes share.
-        self._warned = torch.zeros(len(ids), dtype=torch.uint8).share_memory_()
+        # One byte per image with one bit per kind of warning, in memory that data-loading processes share.
+        self._warned = mmap.mmap(-1, max(1, len(ids)))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -143,30 +143,30 @@ class Images(TorchDataset[tuple[Tensor, int, int] | DataError | None]):
         except DAMAGED as error:
             if self.skip_corrupt:
                 return None
-            if isinstance(error, UnknownRange):
-                return DataError(f"The image {self.ids[index]} {error}, or leave such images out with --skip-corrupt.")
-            return DataError(
-                f"The image {self.ids[index]} is damaged ({error}): repair or remove it, or leave such images out with "
-                "--skip-corrupt."
-            )
+            damage = f"is damaged ({error}): repair or remove it"
+            problem = error if isinstance(error, UnknownRange) else damage
+            advice = "or leave such images out with --skip-corrupt"
+            return DataError(f"The image {self.ids[index]} {problem}, {advice}.")
         self._note(index, caught)
         return self.transform(image), int(self.targets[index]), index
 
     def _note(self, index: int, caught: Sequence[warnings.WarningMessage]) -> None:
         for warning in caught:
-            if issubclass(warning.category, (UserWarning, RuntimeWarning)):  # others are for programmers
-                text = str(warning.message)
-                logging.getLogger(__name__).info("%s: %s", self.ids[index], text)
-                kind = next(kind for kind, (word, _) in enumerate(_WARNINGS) if word in text.lower())
-                self._warned[index] |= 1 << kind
+            if not issubclass(warning.category, (UserWarning, RuntimeWarning)):
+                continue  # a message for programmers
+            text = str(warning.message)
+            logging.getLogger(__name__).info("%s: %s", self.ids[index], text)
+            words = (word for word, _ in _WARNINGS)
+            self._warned[index] |= 1 << next(n for n, word in enumerate(words) if word in text.lower())
 
     def notes(self) -> list[str]:
         """Describe what Pillow warned of in the images read so far, one line per kind."""
+        warned = np.frombuffer(self._warned[:], dtype=np.uint8)
         found = []
         for kind, (_, words) in enumerate(_WARNINGS):
-            places = (self._warned & (1 << kind)).nonzero().flatten().tolist()
-            if places:
-                found.append(f"{counted(len(places), 'image')} with {words}: {named([self.ids[place] for place in places])}")
+            names = [self.ids[place] for place in np.flatnonzero(warned & (1 << kind))]
+            if names:
+                found.append(f"{counted(len(names), 'image')} with {words}: {named(names)}")
         return found
 
 
