@@ -24,7 +24,7 @@ def open_source(loaded: LoadedModel, data: DataRequest, part: str) -> Source:
     """Open the ``train`` or the evaluation part (``val``) of the data that goes with a model.
 
     Raises:
-        DataError: missing or empty folder, classes that do not fit the model, or labels that are not clear.
+        DataError: missing or empty folder, classes that do not fit the model, or unclear labels.
     """
     if data.path is None and data.class_order is not None:
         raise DataError("--class-order is for class folders: give their folder with --data.")
@@ -32,8 +32,8 @@ def open_source(loaded: LoadedModel, data: DataRequest, part: str) -> Source:
         return digit_pairs("train" if part == "train" else "test")
     if data.path is None:
         raise DataError(f"{loaded.tag} needs data: give --data /path/to/imagenet. {LAYOUT}.")
-    # Calibration does not use labels.
-    source = open_folder(data.path, part, data.class_order, loaded.class_names, labels=part != "train")
+    labelled = part != "train"  # calibration does not use labels
+    source = open_folder(data.path, part, data.class_order, loaded.class_names, labelled)
     if source.classes != loaded.classes:
         raise DataError(
             f"{data.path / part} has {source.classes} classes, {loaded.tag} has {loaded.classes}: use data or weights that fit."
@@ -72,7 +72,8 @@ def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> C
     digest = hashlib.sha256("\n".join([recipe.calibration_transform, *names]).encode())
     digest.update(drawn.images.numpy().tobytes())
     notes = [*(source.notes() if source is not None else ()), *drawn.notes]
-    return CalibrationSet(drawn.images, names, recipe.calibration_transform, digest.hexdigest(), drawn.skipped, notes=notes)
+    made = drawn.images, names, recipe.calibration_transform, digest.hexdigest()
+    return CalibrationSet(*made, drawn.skipped, notes=notes)
 
 
 def _listed(data: DataRequest, source: Source | None) -> tuple[list[str], Callable[[int], Image.Image]]:
@@ -99,6 +100,8 @@ def _listed(data: DataRequest, source: Source | None) -> tuple[list[str], Callab
 
 
 def _listed_file(root: Path, name: str) -> Path:
-    """File of a line in a calibration list; below ``root`` also by another Unicode form of its name."""
+    """File of a line in a calibration list; below ``root`` also in another Unicode form."""
     path = root / name
-    return file_below(root, path.relative_to(root).as_posix()) if path.is_relative_to(root) else path
+    if not path.is_relative_to(root):
+        return path
+    return file_below(root, path.relative_to(root).as_posix())

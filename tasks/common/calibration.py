@@ -93,8 +93,9 @@ def positions_of(names: Sequence[str], ids: Sequence[str], path: Path, what: str
 
 
 def id_positions(ids: Sequence[str]) -> dict[str, int]:
-    """Position of each id by its name, and by the composed form of the name where that is no id itself."""
-    return {composed(name): place for place, name in enumerate(ids)} | {name: place for place, name in enumerate(ids)}
+    """Position of each id, by its name and by the composed form of its name."""
+    own = {name: place for place, name in enumerate(ids)}
+    return {composed(name): place for name, place in own.items()} | own
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def image_id(name: object, where: str) -> str:
 
 
 def composed(name: str) -> str:
-    """Name in Unicode's composed form (NFC): systems and archives store accents in several forms."""
+    """Name in Unicode's composed form (NFC): systems store accents in several forms."""
     return unicodedata.normalize("NFC", name)
 
 
@@ -91,10 +91,8 @@ class FilesBelow:
             return None
         candidates = self._listing(place).get(composed(own), [])
         if own not in candidates and len(candidates) > 1:
-            raise DataError(
-                f"{self.folder / place} holds {len(candidates)} files whose name is {own!r} in other Unicode forms: "
-                "rename all but one."
-            )
+            files = f"{len(candidates)} files whose name is {own!r} in other Unicode forms"
+            raise DataError(f"{self.folder / place} holds {files}: rename all but one.")
         if not candidates:
             return None
         found = own if own in candidates else candidates[0]
@@ -112,7 +110,7 @@ class FilesBelow:
 
 
 def file_below(root: Path, name: str) -> Path:
-    """File ``name`` below ``root``, also in another Unicode form; the name as given where no file is there."""
+    """File ``name`` below ``root``, also in another Unicode form, whether it is there or not."""
     path = root / name
     return path if os.path.isfile(path) else root / (FilesBelow(root).find(name) or name)
 
@@ -131,10 +129,8 @@ def found_files(folder: Path, images: Iterable[str]) -> tuple[list[Path], list[s
         if found is None:
             absent.append(image)
         elif names.setdefault(found, image) != image:
-            raise DataError(
-                f"{names[found]!r} and {image!r}, the same name in two Unicode forms, both lead to {folder / found}: "
-                "list the image once."
-            )
+            pair = f"{names[found]!r} and {image!r}, the same name in two Unicode forms"
+            raise DataError(f"{pair}, both lead to {folder / found}: list the image once.")
         else:
             paths.append(folder / found)
     return paths, absent

@@ -33,7 +33,8 @@ class Source:
         classes: number of classes.
         read: gives the image of a position.
         class_names: names of the classes here (folders) by label; empty where they have no names.
-        class_order: name of the order of the labels, see :mod:`tasks.common.class_order`; None where classes are no folders.
+        class_order: name of the labels' order, see :mod:`tasks.common.class_order`; None where
+            classes are no folders.
         left_out: paths of the files that are neither hidden nor images.
     """
 
@@ -57,7 +58,8 @@ class Source:
         """The first ``limit`` samples, as a split of its own name."""
         if limit is None or limit >= len(self.ids):
             return self
-        return replace(self, split=f"{self.split}[:{limit}]", ids=self.ids[:limit], targets=self.targets[:limit])
+        ids, targets = self.ids[:limit], self.targets[:limit]
+        return replace(self, split=f"{self.split}[:{limit}]", ids=ids, targets=targets)
 
     def describe(self) -> Dataset:
         """The record's entry."""
@@ -79,7 +81,13 @@ class Source:
         return [f"{files} left out, since Pillow opens no image there: {named(self.left_out)}"]
 
 
-def open_folder(root: Path, part: str, order: str | None = None, known: Sequence[str] = (), labels: bool = True) -> Source:
+def open_folder(
+    root: Path,
+    part: str,
+    order: str | None = None,
+    known: Sequence[str] = (),
+    labels: bool = True,
+) -> Source:
     """Open the part ``train`` or ``val`` of a folder.
 
     Args:
@@ -88,7 +96,7 @@ def open_folder(root: Path, part: str, order: str | None = None, known: Sequence
         order, known, labels: see :func:`tasks.common.class_order.ordered`.
 
     Raises:
-        DataError: no folder, no images, other classes than the other part has, or labels that are not clear.
+        DataError: no folder, no images, other classes than the other part has, or unclear labels.
     """
     folder = root / part
     if not folder.is_dir():
@@ -110,16 +118,17 @@ def open_folder(root: Path, part: str, order: str | None = None, known: Sequence
 
 
 def _class_folders(folder: Path) -> list[str]:
-    return [entry.name for entry in os.scandir(folder) if entry.is_dir() and not is_hidden(entry.name)]
+    entries = [entry for entry in os.scandir(folder) if not is_hidden(entry.name)]
+    return [entry.name for entry in entries if entry.is_dir()]
 
 
 @lru_cache(maxsize=4)
 def _listed_folder(root: Path, part: str, names: tuple[str, ...], order: str, changed: tuple[int, ...]) -> Source:
-    """List a folder once per process while it does not change: ImageNet's 1.3 million files take minutes."""
+    """List a folder once per process while it stays as it is: ImageNet's files take minutes."""
     folder = root / part
     prefix = os.path.join(folder, "")
-    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    left_out = [f"{part}/{entry.name}" for entry in entries if not entry.is_dir() and not is_hidden(entry.name)]
+    loose = sorted(entry.name for entry in os.scandir(folder) if not entry.is_dir())
+    left_out = [f"{part}/{name}" for name in loose if not is_hidden(name)]
 
     def is_sample(path: str) -> bool:
         below = path[len(prefix) :]
@@ -132,7 +141,8 @@ def _listed_folder(root: Path, part: str, names: tuple[str, ...], order: str, ch
         return False
 
     try:
-        samples = make_dataset(folder, {name: label for label, name in enumerate(names)}, is_valid_file=is_sample)
+        labels = {name: label for label, name in enumerate(names)}
+        samples = make_dataset(folder, labels, is_valid_file=is_sample)
     except FileNotFoundError as error:
         raise DataError(f"{folder} holds no images in class folders ({error}). {LAYOUT}.") from error
     paths = [Path(path) for path, _ in samples]
@@ -140,8 +150,17 @@ def _listed_folder(root: Path, part: str, names: tuple[str, ...], order: str, ch
     odd = next((name for name in ids if not name.isprintable()), None)
     if odd is not None:  # records hold names as text
         raise DataError(f"{folder} holds a file whose name is not UTF-8 or has control characters: {odd!r}. Rename it.")
-    name, targets = data_name(part, len(paths), names), [label for _, label in samples]
-    return Source(name, part, ids, targets, len(names), file_reader(paths), names, order, tuple(left_out))
+    return Source(
+        data_name(part, len(paths), names),
+        part,
+        ids,
+        [label for _, label in samples],
+        len(names),
+        file_reader(paths),
+        names,
+        order,
+        tuple(left_out),
+    )
 
 
 def data_name(part: str, count: int, classes: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Names of ImageNet, of its classes and of its layout; imports nothing heavy: plans and messages need them too."""
+"""Names of ImageNet, of its classes and of its layout. Imports nothing heavy: plans need it too."""
 
 from collections.abc import Iterable
 from functools import cache

@@ -20,7 +20,7 @@ from fimaq_core.errors import DataError
 #: Raised by Pillow for files that it cannot read, and by :func:`as_rgb`.
 DAMAGED = (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError)
 
-#: Formats whose 16-bit grey values have the full range. Others store signed values in the same modes.
+#: Formats whose 16-bit grey values have the full range; others store signed values in that mode.
 _WIDE_FORMATS = ("PNG", "PPM", "TIFF", "JPEG2000")
 #: Numbers of TIFF's tags.
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
@@ -55,7 +55,8 @@ def grey_bits(image: Image.Image) -> int | None:
     if image.format in ("PNG", "PPM") and image.mode == "I":
         return 16  # Pillow scales PPM to 16 bits, and older versions open 16-bit PNG in this mode
     kind = "float" if image.mode == "F" else "integer"
-    raise UnknownRange(f"has {kind} values without a defined range (Pillow's mode {image.mode}): convert it to 8 bits")
+    values = f"{kind} values without a defined range (Pillow's mode {image.mode})"
+    raise UnknownRange(f"has {values}: convert it to 8 bits")
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -129,7 +130,7 @@ class Images(TorchDataset[tuple[Tensor, int, int] | DataError | None]):
     ) -> None:
         self.ids, self.targets, self.read = ids, targets, read
         self.transform, self.skip_corrupt = transform, skip_corrupt
-        # One byte per image with one bit per kind of warning, in memory that data-loading processes share.
+        # One bit per kind of warning, in memory that data-loading processes share.
         self._warned = mmap.mmap(-1, max(1, len(ids)))
 
     def __len__(self) -> int:
@@ -156,8 +157,8 @@ class Images(TorchDataset[tuple[Tensor, int, int] | DataError | None]):
                 continue  # a message for programmers
             text = str(warning.message)
             logging.getLogger(__name__).info("%s: %s", self.ids[index], text)
-            words = (word for word, _ in _WARNINGS)
-            self._warned[index] |= 1 << next(n for n, word in enumerate(words) if word in text.lower())
+            kind = [word in text.lower() for word, _ in _WARNINGS].index(True)
+            self._warned[index] |= 1 << kind
 
     def notes(self) -> list[str]:
         """Describe what Pillow warned of in the images read so far, one line per kind."""

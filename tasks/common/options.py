@@ -158,7 +158,6 @@ def _run_options(own: TaskOptions) -> list[Callable[..., Any]]:
     return [
         click.option("--data", type=click.Path(path_type=Path), help=own.data),
         *_evaluation_options(own),
-        *([click.option("--class-order", metavar="ORDER", help=class_order.HELP)] if own.class_order else []),
         click.option(
             "--calibration-list",
             type=click.Path(path_type=Path),
@@ -230,6 +229,8 @@ def _evaluation_options(own: TaskOptions) -> list[Callable[..., Any]]:
         options.append(click.option("--calibration-data", type=click.Path(path_type=Path), help=shown))
     if own.keep_outputs:
         options.append(click.option("--keep-outputs", is_flag=True, help=own.keep_outputs))
+    if own.class_order:
+        options.append(click.option("--class-order", metavar="ORDER", help=class_order.HELP))
     return options
 
 

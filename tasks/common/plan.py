@@ -39,6 +39,7 @@ def planned_folder(request: CellRequest) -> Path:
 def _basis(request: CellRequest) -> dict[str, Any]:
     """What of a resolved request decides what its cell computes, but for the recipe and what is measured on."""
     recipe, chosen = request.recipe, request.data.calibration_list
+    order = request.data.class_order
     return {
         "numerics": NUMERICS_VERSION,
         "model": registry.model_identity(request.task, request.model),
@@ -49,8 +50,8 @@ def _basis(request: CellRequest) -> dict[str, Any]:
         "list": None if chosen is None or recipe is None else file_sha256(chosen),
         "evaluation": request.data.evaluation,
         "calibration_data": _path(request.data.calibration_data) if recipe is not None else None,
-        # Left out where it was not given, so that such cells keep the identity they had before there was a choice.
-        **({} if request.data.class_order is None else {"class_order": order_identity(request.data.class_order)}),
+        # Without an order, cells keep the identity that they had before there was a choice.
+        **({} if order is None else {"class_order": order_identity(order)}),
     }
 
 

@@ -47,9 +47,9 @@ class Weights(_Strict):
 class Dataset(_Strict):
     """Which samples the metrics were measured on: ``count`` images, and where they have captions, how many of these.
 
-    ``truncated_captions`` are longer than the model's context; what is beyond it was cut off. ``class_order`` is the order
-    of class folders, see :mod:`tasks.common.class_order`. ``left_out`` counts the files that are neither hidden nor images.
-    None means not recorded, or that it does not apply.
+    ``truncated_captions`` are longer than the model's context; what is beyond it was cut off.
+    ``class_order`` is the order of class folders, see :mod:`tasks.common.class_order`. ``left_out``
+    counts the files that are neither hidden nor images. None means not recorded, or no such thing.
     """
 
     name: str

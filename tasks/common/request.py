@@ -38,8 +38,8 @@ class DataRequest:
         calibration_data: root of the data set to calibrate on; None takes the training part of ``path``.
         keep_outputs: keep beside the record what the model gave for each sample, as far as the task has a form for that. No part
             of a cell's identity: a cell that is measured already is not measured again for it.
-        class_order: which label each class folder has: ``text``, ``natural`` or the path of a file with the class names; None
-            takes what is clear, see :func:`tasks.common.class_order.ordered`.
+        class_order: order of the class folders: ``text``, ``natural`` or the path of a file with
+            class names; None takes what is clear, see :func:`tasks.common.class_order.ordered`.
     """
 
     path: Path | None = None

@@ -50,7 +50,9 @@ _FULL_PRECISION = {"w_bits": OFF, "a_bits": OFF, "s_bits": None, "head_bits": No
 
 
 def mlp_stage(request: CellRequest, out: Path, report: Report) -> list[str]:
-    """Reconstruct the MLPs of the model of ``request`` and write them to ``out``; an ``out`` of the same run is kept.
+    """Reconstruct the MLPs of the model of ``request`` and write them to ``out``.
+
+    An ``out`` of the same run is kept.
 
     Returns:
         Remarks on the calibration data.

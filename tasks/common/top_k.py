@@ -84,7 +84,8 @@ def evaluate(
     }
     skipped = [source.ids[index] for index in range(len(images)) if index not in kept]
     notes = [*source.notes(), *images.notes()]
-    return Evaluation(metrics, count, outcomes, source.describe(), skipped, examples=examples, notes=notes)
+    measured = metrics, count, outcomes, source.describe(), skipped
+    return Evaluation(*measured, examples=examples, notes=notes)
 
 
 def _answers(logits: Tensor, target: int, names: Sequence[str]) -> dict[str, Any]:

@@ -57,6 +57,7 @@ def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> C
     digest.update(drawn.images.numpy().tobytes())
     digest.update(tokens.numpy().tobytes())
     cut = truncated(loaded.tokenizer, tuple(texts), loaded.context_length)
+    longer = truncation_notes(cut, len(texts), "calibration captions")
     return CalibrationSet(
         drawn.images,
         ids,
@@ -66,7 +67,7 @@ def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> C
         {"vision": drawn.images, "text": tokens},
         texts,
         cut,
-        notes=[*pairs.notes, *drawn.notes, *truncation_notes(cut, len(texts), "calibration captions")],
+        notes=[*pairs.notes, *drawn.notes, *longer],
     )
 
 

@@ -25,8 +25,8 @@ def open_pairs(loaded: LoadedModel, data: DataRequest, part: str) -> PairSource:
     The training part is that of ``data.calibration_data`` where this is given.
 
     Raises:
-        DataError: no data, a folder without caption files or with several kinds, an order of classes, or what the readers
-            of captions refuse.
+        DataError: no data, a folder without caption files or with several kinds, an order of
+            classes, or what the readers of captions refuse.
     """
     if data.class_order is not None and data.evaluation != "zero-shot":
         raise DataError("Captions have no classes: --class-order goes with --eval zero-shot.")
@@ -89,7 +89,8 @@ def _refuse_common(path: Path, sibling: Path, listed: Sequence[tuple[str, tuple[
     """Refuse a part that shares images with the part in ``sibling``, where that is there."""
     if not sibling.is_file():
         return
-    others = {composed(image) for image, _ in read_table(sibling, sibling.stem).get(sibling.stem, ())}
+    listed_there = read_table(sibling, sibling.stem).get(sibling.stem, ())
+    others = {composed(image) for image, _ in listed_there}
     common = [image for image, _ in listed if composed(image) in others]
     if common:
         raise DataError(f"{path} and {sibling} share {len(common)} images, such as {common[0]!r}: each belongs into one of them.")

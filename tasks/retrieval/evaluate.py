@@ -79,9 +79,9 @@ def evaluate_pairs(
     skipped = [source.image_ids[index] for index in np.setdiff1d(np.arange(len(images)), kept)]
     examples = _examples(ranks, source, kept[shown], kept_captions)
     outcomes = _outcomes(ranks, source, kept, kept_captions)
-    notes = [*images.notes(), *truncation_notes(truncated_captions, len(source.captions), "captions")]
-    metrics = _metrics(ranks, image_of)
-    return Evaluation(metrics, len(kept), outcomes, dataset, skipped, examples=examples, notes=notes)
+    longer = truncation_notes(truncated_captions, len(source.captions), "captions")
+    measured = _metrics(ranks, image_of), len(kept), outcomes, dataset, skipped
+    return Evaluation(*measured, examples=examples, notes=[*images.notes(), *longer])
 
 
 def truncation_notes(count: int | None, among: int, what: str) -> list[str]:

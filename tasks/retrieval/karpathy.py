@@ -119,8 +119,8 @@ def _read(path: Path, state: tuple[int, int]) -> _Splits:
             raise DataError(f"{where}: names and captions must be text.")
         image = image_id(f"{folder}/{file}" if folder else file, where)
         split = check_split(split, where)
-        if split_of.setdefault(composed(image), split) != split:
-            raise DataError(f"{where}: {image!r} is in the splits {split_of[composed(image)]!r} and {split!r}.")
+        if (other := split_of.setdefault(composed(image), split)) != split:
+            raise DataError(f"{where}: {image!r} is in the splits {other!r} and {split!r}.")
         found.setdefault(split, []).append((image, captions))
     return {split: tuple(listed) for split, listed in found.items()}
 

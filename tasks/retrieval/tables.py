@@ -50,8 +50,8 @@ def _read(path: Path, own: str | None, state: tuple[int, int]) -> _Splits:
         if own is not None and split != own:
             raise DataError(f"{where}: the split {split!r} does not belong into this file.")
         image = image_id(row.image, where)
-        if split_of.setdefault(composed(image), split) != split:
-            raise DataError(f"{where}: {image!r} is in the splits {split_of[composed(image)]!r} and {split!r}.")
+        if (other := split_of.setdefault(composed(image), split)) != split:
+            raise DataError(f"{where}: {image!r} is in the splits {other!r} and {split!r}.")
         captions = splits.setdefault(split, {}).setdefault(image, [])
         for caption in row.captions:
             if not isinstance(caption, str):

@@ -26,7 +26,7 @@ _CLASSES = 50
 
 
 def imagenet_names(folders: Sequence[str]) -> tuple[str, ...]:
-    """Names that the CLIP authors give to ImageNet's classes, whose folders are called by WordNet ids."""
+    """Names that the CLIP authors give to the classes with these WordNet ids."""
     names = dict(zip(wordnet_ids(), IMAGENET_CLASSNAMES, strict=True))
     return tuple(names[folder] for folder in folders)
 
@@ -34,8 +34,8 @@ def imagenet_names(folders: Sequence[str]) -> tuple[str, ...]:
 def class_names(root: Path, folders: Sequence[str]) -> tuple[str, ...]:
     """Names of the classes that have these ``folders`` (by label) in ``root``/val.
 
-    They are the lines of ``classnames.txt`` in ``root``. Without that file, the folders must be ImageNet's 1000 WordNet ids;
-    their names are those of the CLIP authors.
+    They are the lines of ``classnames.txt`` in ``root``. Without that file, the folders must be
+    ImageNet's 1000 WordNet ids; their names are those of the CLIP authors.
 
     Raises:
         DataError: the names are not there, not as many as the classes, or not to be read.

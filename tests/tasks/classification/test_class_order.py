@@ -172,11 +172,11 @@ def test_files_of_an_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("ant\nbee\ncst\n", r"1 are not folders, such as 'cst' Did you mean 'cat'\?; 1 folders are not listed"),
-        ("ant\nbee\n", "1 folders are not listed, such as 'cat'"),
+        ("ant\nbee\ncst\n", r"1 are not folders, such as 'cst' \(Did you mean 'cat'\?\); 1 folders are not in it"),
+        ("ant\nbee\n", "1 folders are not in it, such as 'cat'"),
         ("ant\nbee\ncat\ndog\n", "1 are not folders, such as 'dog'"),
         ("ant\nbee\ncat\nbee\n", "lists the class 'bee' twice"),
-        ("", "3 folders are not listed"),
+        ("", "3 folders are not in it"),
     ],
 )
 def test_an_order_of_other_classes_is_refused(tmp_path: Path, text: str, message: str) -> None:
