@@ -32,8 +32,6 @@ from tasks.common.options import (
 from tasks.common.registry import defaults
 from tasks.common.request import CellRequest
 
-_Stage = Callable[[CellRequest, Path, Report], list[str]]
-
 
 def build_group(task_name: str, summary: str, own: TaskOptions = TaskOptions()) -> click.Group:
     """Make the commands of a task: run, its stages one by one, and facts about models."""
@@ -152,7 +150,7 @@ def build_group(task_name: str, summary: str, own: TaskOptions = TaskOptions()) 
     return group
 
 
-def _first_stage(task_name: str, stage: _Stage, options: dict[str, Any]) -> Path:
+def _first_stage(task_name: str, stage: Callable[[CellRequest, Path, Report], list[str]], options: dict[str, Any]) -> Path:
     """Run a stage that starts from the float model; return the checkpoint it wrote."""
     recipe, out = take_recipe(options, defaults(task_name)), Path(options.pop("out"))
     if recipe is None:

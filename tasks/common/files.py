@@ -136,6 +136,12 @@ def found_files(folder: Path, images: Iterable[str]) -> tuple[list[Path], list[s
     return paths, absent
 
 
+def absent_files(folder: Path, images: Iterable[str]) -> list[str]:
+    """Those of ``images`` (paths below ``folder`` with slashes) that are not there."""
+    below = FilesBelow(folder)
+    return [image for image in images if below.find(image) != image]
+
+
 def id_below(name: str, root: Path | None) -> str:
     """Id behind a line of a list: a path below the data's folder is the image's id there."""
     path = Path(name)

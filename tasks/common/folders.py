@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision.datasets.folder import is_image_file, make_dataset
 
 from fimaq_core.errors import DataError
-from tasks.common.class_order import ordered
+from tasks.common.class_order import CHECKPOINT, ordered
 from tasks.common.files import composed, is_hidden
 from tasks.common.imagenet import IMAGENET, LAYOUT, is_imagenet
 from tasks.common.images import counted, file_reader, is_image, named
@@ -74,11 +74,14 @@ class Source:
         )
 
     def notes(self) -> list[str]:
-        """Name the files that were left out."""
-        if not self.left_out:
-            return []
-        files = counted(len(self.left_out), "file")
-        return [f"{files} left out, since Pillow opens no image there: {named(self.left_out)}"]
+        """Describe what the user did not ask for: files left out, labels by the weights file."""
+        found = []
+        if self.left_out:
+            files = counted(len(self.left_out), "file")
+            found.append(f"{files} left out, since Pillow opens no image there: {named(self.left_out)}")
+        if self.class_order == CHECKPOINT:
+            found.append("labels follow the class names in the weights file")
+        return found
 
 
 def open_folder(

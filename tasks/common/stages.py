@@ -55,7 +55,7 @@ def mlp_stage(request: CellRequest, out: Path, report: Report) -> list[str]:
     An ``out`` of the same run is kept.
 
     Returns:
-        Remarks on the calibration data.
+        Notes on the calibration images.
     """
     assert request.recipe is not None
     # Merged anew, so that fields that do not go with MLP reconstruction are refused before it starts.
@@ -77,7 +77,7 @@ def calibrate_stage(request: CellRequest, out: Path, report: Report) -> list[str
     MLPs that are reconstructed on the way are kept beside it.
 
     Returns:
-        Remarks on the calibration data.
+        Notes on the calibration images.
     """
     begun = _begin(request, report, lambda part: _beside(_beside(out, "mlp"), part.name))
     chains = chains_of(begun.parts)
@@ -120,8 +120,8 @@ def _begin(request: CellRequest, report: Report, kept: Callable[[Part], Path | N
     resources = Resources(report, request.placement, request.eval_batch, request.step_engine)
     parts = start(request, task, loaded, images, device, resources, kept)
     facts = checkpoint_facts(request.task, request.model, loaded)
-    mark = fingerprint_of(request.model, loaded, images, request.recipe)
-    return _Begun(parts, resources, mark, facts, images.notes)
+    fingerprint = fingerprint_of(request.model, loaded, images, request.recipe)
+    return _Begun(parts, resources, fingerprint, facts, images.notes)
 
 
 def reconstruct_stage(
@@ -151,7 +151,7 @@ def reconstruct_stage(
         use_relu(all_segments(chains))
     load_checkpoint(checkpoint, whole(chains), expected, "ranges")
     resources = Resources(report, options["placement"], options["eval_batch"], options["step_engine"])
-    log = ReconstructionLog(notes=[*calibration.notes])
+    log = ReconstructionLog(notes=list(calibration.notes))
     for part in parts:
         blocks = blocks_beside(_beside(out, part.name))
         made = part.chain, part.inputs, part.recipe, part.divergence, resources

@@ -35,7 +35,7 @@ class LoadedModel:
         input_shape: (C, H, W) of the images the model takes; None where the task does not say (then there is no ``inspect``).
         tokenizer: captions to token ids (n, context_length) int64, for models that take text.
         context_length: tokens of a caption at most.
-        class_names: names of the classes by label, where the checkpoint says them; empty otherwise.
+        class_names: of the classes in order, where the weights file has them.
     """
 
     model: nn.Module
@@ -49,7 +49,7 @@ class LoadedModel:
     input_shape: tuple[int, int, int] | None = None
     tokenizer: Callable[[list[str]], Tensor] | None = None
     context_length: int | None = None
-    class_names: Sequence[str] = ()
+    class_names: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class CalibrationSet:
         truncated_captions: how many of these are longer than the model's context.
         metas: what each image's transform says of it (shapes, scale), for tasks whose images vary in size; their ``images`` and
             ``inputs`` are :class:`~fimaq_core.samples.Ragged`.
-        notes: remarks on the data for the record and the user.
+        notes: what a user should know of them.
     """
 
     images: Samples
@@ -100,7 +100,7 @@ class Evaluation:
               image, ``score`` (at least 0.3, the 20 highest) in ``found`` only.
 
             :func:`tasks.common.examples.read_examples` reads them again.
-        notes: remarks on the data for the record and the user.
+        notes: what a user should know of the data and of what was measured.
     """
 
     metrics: dict[str, Metric]

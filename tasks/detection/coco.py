@@ -12,7 +12,7 @@ from types import MappingProxyType
 import numpy as np
 
 from fimaq_core.errors import DataError
-from tasks.common.files import FilesBelow, found_files
+from tasks.common.files import absent_files
 from tasks.common.record import Dataset
 from tasks.common.request import DataRequest
 from tasks.common.task import LoadedModel
@@ -160,7 +160,7 @@ def open_file(path: Path, annotated: bool = True) -> DetectionSource:
     coco = read_annotations(path, annotated)
     folders = image_folders(path.absolute())
     first = coco["images"][0]["file_name"]
-    folder = next((folder for folder in folders if FilesBelow(folder).find(first)), None)
+    folder = next((folder for folder in folders if (folder / first).is_file()), None)
     if folder is None:
         raise DataError(f"The images of {path} are not there: {first!r} was looked for in {', '.join(map(str, folders))}.")
     return _of_files(path.stem, folder.name, folder, coco, path)
@@ -184,12 +184,12 @@ def open_demo(part: str) -> DetectionSource:
 
 def _of_files(name: str, split: str, folder: Path, coco: Coco, path: Path) -> DetectionSource:
     files = [entry["file_name"] for entry in coco["images"]]
-    paths, missing = found_files(folder, files)
+    missing = absent_files(folder, files)
     if missing:
         raise DataError(f"{path} names {len(missing)} images that are not in {folder}, such as {missing[0]!r}.")
     ids = tuple(f"{folder.name}/{file}" for file in files)
     sizes = [(entry["height"], entry["width"]) for entry in coco["images"]]
-    return DetectionSource(name, split, ids, coco, file_reader(paths, sizes, path), folder.parent)
+    return DetectionSource(name, split, ids, coco, file_reader([folder / file for file in files], sizes, path), folder.parent)
 
 
 def file_reader(paths: Sequence[Path], sizes: Sequence[tuple[int, int]], annotations: Path) -> Callable[[int], np.ndarray]:

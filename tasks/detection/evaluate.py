@@ -51,8 +51,8 @@ def evaluate_detector(
         predict, source, prepare, device, report, skip_corrupt, workers: as of :func:`detect`.
     """
     detections = detect(predict, source, prepare, device, report, skip_corrupt, workers)
-    examples = detection_examples(source, detections)
-    found = replace(measure(source, detections), examples=examples, notes=[*detections.notes])
+    found = replace(measure(source, detections), examples=detection_examples(source, detections))
+    found = replace(found, notes=[*found.notes, *detections.notes])
     return replace(found, files={"detections.json": detections.results}) if keep else found
 
 

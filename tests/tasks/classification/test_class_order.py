@@ -152,6 +152,17 @@ def test_what_a_checkpoint_says_is_taken_where_it_fits() -> None:
         ordered(["1", "10", "2"], Path("val"), None, ["tench", "goldfish", "shark"])
 
 
+def test_labels_by_the_weights_file_reach_the_record(place: Path) -> None:
+    model, turned = torch.nn.Identity(), tuple(NUMBERS[::-1])
+    made = model, "tag", "file", "0" * 64, 12, torch.tensor, torch.tensor
+    source = open_source(LoadedModel(*made, class_names=turned), DataRequest(place / "data"), "val")
+    assert dict(zip(source.ids, source.targets, strict=True))["val/10/a.png"] == 1
+    assert source.describe().class_order == "checkpoint"
+    assert source.notes() == ["labels follow the class names in the weights file"]
+    with pytest.raises(DataError, match="--class-order"):
+        open_source(LoadedModel(*made), DataRequest(place / "data"), "val")
+
+
 def test_files_of_an_order(tmp_path: Path) -> None:
     texts = {
         "a.txt": "bee\r\nant\n\ncat\n",

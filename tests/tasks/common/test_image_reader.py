@@ -192,6 +192,8 @@ def test_content_says_what_an_image_is(tmp_path: Path) -> None:
     for kind in ("GIF", "JPEG", "AVIF", "WEBP", "PNG", "BMP", "TGA", "JPEG2000", "ICO", "PCX", "QOI"):
         image.save(tmp_path / kind, format=kind)
         assert is_image(tmp_path / kind), kind
+        read = coco.file_reader([tmp_path / kind], [(8, 8)], Path("x.json"))
+        assert np.abs(read(0).astype(int) - [199, 99, 9]).max() <= 6, kind  # blue first
     image.save(tmp_path / "EPS", format="EPS")
     for name, content in (
         ("text", b"label,name\n0,ant\n"),
