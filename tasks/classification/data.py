@@ -11,7 +11,8 @@ from PIL import Image
 from fimaq_core.errors import DataError
 from fimaq_core.recipe import Recipe
 from tasks.classification.demo.digits import DigitPairs
-from tasks.common.calibration import draw, read_list
+from tasks.common.calibration import draw, id_positions, read_list
+from tasks.common.files import file_below
 from tasks.common.folders import Source, open_folder
 from tasks.common.imagenet import LAYOUT
 from tasks.common.images import Images, file_reader
@@ -23,13 +24,16 @@ def open_source(loaded: LoadedModel, data: DataRequest, part: str) -> Source:
     """Open the ``train`` or the evaluation part (``val``) of the data that goes with a model.
 
     Raises:
-        DataError: missing or empty folder, or classes that do not fit the model.
+        DataError: missing or empty folder, classes that do not fit the model, or unclear labels.
     """
+    if data.path is None and data.class_order is not None:
+        raise DataError("--class-order is for class folders: give their folder with --data.")
     if loaded.data == "digit-pairs" and data.path is None:
         return digit_pairs("train" if part == "train" else "test")
     if data.path is None:
         raise DataError(f"{loaded.tag} needs data: give --data /path/to/imagenet. {LAYOUT}.")
-    source = open_folder(data.path, part)
+    labelled = part != "train"  # calibration does not use labels
+    source = open_folder(data.path, part, data.class_order, loaded.class_names or (), labelled)
     if source.classes != loaded.classes:
         raise DataError(
             f"{data.path / part} has {source.classes} classes, {loaded.tag} has {loaded.classes}: use data or weights that fit."
@@ -67,7 +71,9 @@ def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> C
     names = [ids[position] for position in drawn.positions]
     digest = hashlib.sha256("\n".join([recipe.calibration_transform, *names]).encode())
     digest.update(drawn.images.numpy().tobytes())
-    return CalibrationSet(drawn.images, names, recipe.calibration_transform, digest.hexdigest(), drawn.skipped)
+    notes = [*(source.notes() if source is not None else ()), *drawn.notes]
+    made = drawn.images, names, recipe.calibration_transform, digest.hexdigest()
+    return CalibrationSet(*made, drawn.skipped, notes=notes)
 
 
 def _listed(data: DataRequest, source: Source | None) -> tuple[list[str], Callable[[int], Image.Image]]:
@@ -75,7 +81,7 @@ def _listed(data: DataRequest, source: Source | None) -> tuple[list[str], Callab
     assert data.calibration_list is not None
     ids = read_list(data.calibration_list).ids
     if source is not None:
-        positions = {name: position for position, name in enumerate(source.ids)}
+        positions = id_positions(source.ids)
         unknown = [name for name in ids if name not in positions]
         if unknown:
             raise DataError(
@@ -85,9 +91,17 @@ def _listed(data: DataRequest, source: Source | None) -> tuple[list[str], Callab
         return ids, lambda index: source.read(positions[ids[index]])
     root = data.path or Path()
     # Ids are relative to the data's folder where they can be: random transforms are seeded by them.
-    paths = [path if (path := Path(name)).is_absolute() else root / path for name in ids]
+    paths = [_listed_file(root, name) for name in ids]
     ids = [path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path) for path in paths]
     absent = [str(path) for path in paths if not path.is_file()]
     if absent:
         raise DataError(f"The calibration list names {len(absent)} files that are not there, such as {absent[0]}.")
     return ids, file_reader(paths)
+
+
+def _listed_file(root: Path, name: str) -> Path:
+    """File of a line in a calibration list; below ``root`` also in another Unicode form."""
+    path = root / name
+    if not path.is_relative_to(root):
+        return path
+    return file_below(root, path.relative_to(root).as_posix())

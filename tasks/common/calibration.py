@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fimaq_core.errors import DataError
+from tasks.common.files import composed
 from tasks.common.images import Images, seeded_item
 
 
@@ -22,11 +23,13 @@ class Drawn:
         images: (n, C, H, W) float32.
         positions: of each in what was drawn from.
         skipped: ids of damaged images that were left out.
+        notes: see :meth:`tasks.common.images.Images.notes`.
     """
 
     images: Tensor
     positions: list[int]
     skipped: list[str]
+    notes: list[str]
 
 
 def draw(images: Images, order: Iterable[int], wanted: int, seed: int) -> Drawn:
@@ -36,7 +39,7 @@ def draw(images: Images, order: Iterable[int], wanted: int, seed: int) -> Drawn:
         DataError: fewer images than wanted, or a damaged one that is not to be skipped.
     """
     chosen, positions, skipped = take(images, order, wanted, seed)
-    return Drawn(torch.stack(chosen), positions, skipped)
+    return Drawn(torch.stack(chosen), positions, skipped, images.notes())
 
 
 def take(images: Images, order: Iterable[int], wanted: int, seed: int) -> tuple[list[Any], list[int], list[str]]:
@@ -74,17 +77,25 @@ def positions_of(names: Sequence[str], ids: Sequence[str], path: Path, what: str
     Raises:
         DataError: an image that is not there, or twice in the list.
     """
-    positions = {name: position for position, name in enumerate(ids)}
-    unknown = [name for name in names if name not in positions]
+    positions = id_positions(ids)
+    found = [positions.get(name, positions.get(composed(name))) for name in names]
+    unknown = [name for name, position in zip(names, found, strict=True) if position is None]
     if unknown:
         raise DataError(
             f"The calibration list {path} names {len(unknown)} images that are not in {what}, such as {unknown[0]!r} (ids there "
             f"are such as {ids[0]!r})."
         )
-    twice = [name for name, count in Counter(names).items() if count > 1]
+    chosen = [position for position in found if position is not None]
+    twice = [ids[position] for position, count in Counter(chosen).items() if count > 1]
     if twice:
         raise DataError(f"The calibration list {path} names {len(twice)} images more than once, such as {twice[0]!r}.")
-    return [positions[name] for name in names]
+    return chosen
+
+
+def id_positions(ids: Sequence[str]) -> dict[str, int]:
+    """Position of each id, by its name and by the composed form of its name."""
+    own = {name: place for place, name in enumerate(ids)}
+    return {composed(name): place for name, place in own.items()} | own
 
 
 @dataclass(frozen=True)

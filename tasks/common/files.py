@@ -3,6 +3,7 @@
 import json
 import os
 import posixpath
+import unicodedata
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -48,21 +49,91 @@ def image_id(name: object, where: str) -> str:
     return path
 
 
-def absent_files(folder: Path, images: Iterable[str]) -> list[str]:
-    """Those of ``images`` (paths below ``folder`` with slashes) that are not there."""
-    # One listing a folder: asking for every file takes minutes on network storage.
-    names: dict[str, set[str]] = {}
-    absent = []
-    for image in images:
-        parent, _, file = image.rpartition("/")
-        if parent not in names:
+def composed(name: str) -> str:
+    """Name in Unicode's composed form (NFC): systems store accents in several forms."""
+    return unicodedata.normalize("NFC", name)
+
+
+#: Names, in lower case, of files and folders that systems and tools leave among data.
+_LEFTOVERS = {
+    *("__macosx", "icon\r", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin"),
+    *("system volume information", "@eadir", "lost+found", "__pycache__"),
+}
+
+
+def is_hidden(name: str) -> bool:
+    """True for files and folders that are no data: ``.DS_Store``, ``._x.jpg``, ``Thumbs.db`` ..."""
+    return name.startswith(".") or name.lower() in _LEFTOVERS
+
+
+class FilesBelow:
+    """Files below a folder, found by name: as it is, else in another Unicode form (NFC, NFD).
+
+    Each folder is listed once: asking for every file takes minutes on network storage.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._real: dict[str, str | None] = {"": ""}
+        self._listings: dict[str, dict[str, list[str]]] = {}
+
+    def find(self, name: str) -> str | None:
+        """Path below the folder, with slashes, of the file ``name``; None where it is not there.
+
+        Raises:
+            DataError: only other Unicode forms of the name are there, and several of them.
+        """
+        parent, _, own = name.rpartition("/")
+        if parent not in self._real:
+            self._real[parent] = self.find(parent)
+        place = self._real[parent]
+        if place is None:
+            return None
+        candidates = self._listing(place).get(composed(own), [])
+        if own not in candidates and len(candidates) > 1:
+            files = f"{len(candidates)} files whose name is {own!r} in other Unicode forms"
+            raise DataError(f"{self.folder / place} holds {files}: rename all but one.")
+        if not candidates:
+            return None
+        found = own if own in candidates else candidates[0]
+        return f"{place}/{found}" if place else found
+
+    def _listing(self, place: str) -> dict[str, list[str]]:
+        if place not in self._listings:
+            names = self._listings[place] = {}
             try:
-                names[parent] = set(os.listdir(folder / parent))
+                for entry in os.listdir(self.folder / place):
+                    names.setdefault(composed(entry), []).append(entry)
             except OSError:
-                names[parent] = set()
-        if file not in names[parent]:
+                pass
+        return self._listings[place]
+
+
+def file_below(root: Path, name: str) -> Path:
+    """File ``name`` below ``root``, also in another Unicode form, whether it is there or not."""
+    path = root / name
+    return path if os.path.isfile(path) else root / (FilesBelow(root).find(name) or name)
+
+
+def found_files(folder: Path, images: Iterable[str]) -> tuple[list[Path], list[str]]:
+    """Files of ``images`` (paths below ``folder`` with slashes), and the names without a file.
+
+    Raises:
+        DataError: two names lead to one file, or a name leads to several.
+    """
+    below = FilesBelow(folder)
+    names: dict[str, str] = {}
+    paths, absent = [], []
+    for image in images:
+        found = below.find(image)
+        if found is None:
             absent.append(image)
-    return absent
+        elif names.setdefault(found, image) != image:
+            pair = f"{names[found]!r} and {image!r}, the same name in two Unicode forms"
+            raise DataError(f"{pair}, both lead to {folder / found}: list the image once.")
+        else:
+            paths.append(folder / found)
+    return paths, absent
 
 
 def id_below(name: str, root: Path | None) -> str:

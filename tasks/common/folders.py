@@ -1,37 +1,52 @@
 """Labelled images in folders: ImageNet and whatever has its layout."""
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
 from PIL import Image
-from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import is_image_file, make_dataset
 
 from fimaq_core.errors import DataError
-from tasks.common.imagenet import IMAGENET, LAYOUT
-from tasks.common.images import file_reader
+from tasks.common.class_order import CHECKPOINT, ordered
+from tasks.common.files import composed, is_hidden
+from tasks.common.imagenet import IMAGENET, LAYOUT, is_imagenet
+from tasks.common.images import counted, file_reader, is_image, named
 from tasks.common.record import Dataset
 
+#: Images of ImageNet-1k by part. The published numbers are on the 50,000 of ``val``.
+_COUNTS = {"train": 1_281_167, "val": 50_000}
 
+
+@dataclass(frozen=True, eq=False)
 class Source:
-    """One part (train or val/test) of a data set: ids, labels, reading, and what the record says of it.
+    """One part (train or val/test) of a data set.
 
-    ``class_names`` are what its classes are called here (folders), in the order of the labels; empty where they have no names.
+    Attributes:
+        name: of the data set.
+        split: of the part.
+        ids: of the samples, in order.
+        targets: their labels.
+        classes: number of classes.
+        read: gives the image of a position.
+        class_names: names of the classes here (folders) by label; empty where they have no names.
+        class_order: name of the labels' order, see :mod:`tasks.common.class_order`; None where
+            classes are no folders.
+        left_out: paths of the files that are neither hidden nor images.
     """
 
-    def __init__(
-        self,
-        name: str,
-        split: str,
-        ids: list[str],
-        targets: list[int],
-        classes: int,
-        read: Callable[[int], Image.Image],
-        class_names: Sequence[str] = (),
-    ):
-        self.name, self.split, self.ids, self.targets, self.classes, self.read = name, split, ids, targets, classes, read
-        self.class_names = tuple(class_names)
+    name: str
+    split: str
+    ids: list[str]
+    targets: list[int]
+    classes: int
+    read: Callable[[int], Image.Image]
+    class_names: Sequence[str] = ()
+    class_order: str | None = None
+    left_out: Sequence[str] = ()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -43,46 +58,115 @@ class Source:
         """The first ``limit`` samples, as a split of its own name."""
         if limit is None or limit >= len(self.ids):
             return self
-        split, ids, targets = f"{self.split}[:{limit}]", self.ids[:limit], self.targets[:limit]
-        return Source(self.name, split, ids, targets, self.classes, self.read, self.class_names)
+        ids, targets = self.ids[:limit], self.targets[:limit]
+        return replace(self, split=f"{self.split}[:{limit}]", ids=ids, targets=targets)
 
     def describe(self) -> Dataset:
         """The record's entry."""
-        return Dataset(name=self.name, split=self.split, count=len(self.ids), classes=self.classes, fingerprint=self.fingerprint)
+        return Dataset(
+            name=self.name,
+            split=self.split,
+            count=len(self.ids),
+            classes=self.classes,
+            fingerprint=self.fingerprint,
+            class_order=self.class_order,
+            left_out=len(self.left_out),
+        )
+
+    def notes(self) -> list[str]:
+        """Describe what the user did not ask for: files left out, labels by the weights file."""
+        found = []
+        if self.left_out:
+            files = counted(len(self.left_out), "file")
+            found.append(f"{files} left out, since Pillow opens no image there: {named(self.left_out)}")
+        if self.class_order == CHECKPOINT:
+            found.append("labels follow the class names in the weights file")
+        return found
 
 
-def open_folder(root: Path, part: str) -> Source:
+def open_folder(
+    root: Path,
+    part: str,
+    order: str | None = None,
+    known: Sequence[str] = (),
+    labels: bool = True,
+) -> Source:
+    """Open the part ``train`` or ``val`` of a folder.
+
+    Args:
+        root: folder of the data.
+        part: name of the folder in it.
+        order, known, labels: see :func:`tasks.common.class_order.ordered`.
+
+    Raises:
+        DataError: no folder, no images, other classes than the other part has, or unclear labels.
+    """
     folder = root / part
     if not folder.is_dir():
         raise DataError(f"There is no folder {folder}. {LAYOUT}.")
+    classes = _class_folders(folder)
+    if not classes:
+        raise DataError(f"{folder} holds no images in class folders. {LAYOUT}.")
+    names, word = ordered(classes, folder, order, known, labels)
+    sibling = root / ("val" if part == "train" else "train")
+    if sibling.is_dir():
+        own, others = ({*map(composed, found)} for found in (classes, _class_folders(sibling)))
+        if own != others:
+            odd = sorted(own ^ others)
+            only = f"{', '.join(odd[:5])} is in one of them only"
+            raise DataError(f"{folder} and {sibling} do not have the same classes: {only}.")
     # A folder's time changes when a file comes or goes.
-    changed = tuple(sorted((entry.name, entry.stat().st_mtime_ns) for entry in folder.iterdir() if entry.is_dir()))
-    return _listed_folder(root, part, changed)
+    changed = tuple((folder / name).stat().st_mtime_ns for name in ("", *names))
+    return _listed_folder(root, part, tuple(names), word, changed)
+
+
+def _class_folders(folder: Path) -> list[str]:
+    entries = [entry for entry in os.scandir(folder) if not is_hidden(entry.name)]
+    return [entry.name for entry in entries if entry.is_dir()]
 
 
 @lru_cache(maxsize=4)
-def _listed_folder(root: Path, part: str, changed: tuple[tuple[str, int], ...]) -> Source:
-    """List a folder, once a process as long as it does not change: ImageNet's 1.3 million files take minutes."""
+def _listed_folder(root: Path, part: str, names: tuple[str, ...], order: str, changed: tuple[int, ...]) -> Source:
+    """List a folder once per process while it stays as it is: ImageNet's files take minutes."""
     folder = root / part
+    prefix = os.path.join(folder, "")
+    loose = sorted(entry.name for entry in os.scandir(folder) if not entry.is_dir())
+    left_out = [f"{part}/{name}" for name in loose if not is_hidden(name)]
+
+    def is_sample(path: str) -> bool:
+        below = path[len(prefix) :]
+        if any(map(is_hidden, below.split(os.sep))):
+            return False
+        # Only files with unusual endings are opened here: a damaged one is named when it is read.
+        if is_image_file(path) or is_image(Path(path)):
+            return True
+        left_out.append(f"{part}/{Path(below).as_posix()}")
+        return False
+
     try:
-        found = ImageFolder(str(folder))
+        labels = {name: label for label, name in enumerate(names)}
+        samples = make_dataset(folder, labels, is_valid_file=is_sample)
     except FileNotFoundError as error:
         raise DataError(f"{folder} holds no images in class folders ({error}). {LAYOUT}.") from error
-    sibling = root / ("val" if part == "train" else "train")
-    if sibling.is_dir():
-        others = {entry.name for entry in sibling.iterdir() if entry.is_dir()}
-        if others != set(found.classes):
-            odd = sorted(others ^ set(found.classes))
-            raise DataError(f"{folder} and {sibling} do not have the same classes: {', '.join(odd[:5])} is in one of them only.")
-    paths = [Path(path) for path, _ in found.samples]
-    count, classes = len(paths), len(found.classes)
-    # The published numbers are on these 50,000 images; anything else goes by another name.
-    official = (part == "val" and (count, classes) == (50_000, 1000)) or (
-        part == "train" and (count, classes) == (1_281_167, 1000)
-    )
-    name = IMAGENET if official else f"folder-{classes}-classes"
+    paths = [Path(path) for path, _ in samples]
     ids = [path.relative_to(root).as_posix() for path in paths]
     odd = next((name for name in ids if not name.isprintable()), None)
     if odd is not None:  # records hold names as text
         raise DataError(f"{folder} holds a file whose name is not UTF-8 or has control characters: {odd!r}. Rename it.")
-    return Source(name, part, ids, [label for _, label in found.samples], classes, file_reader(paths), found.classes)
+    return Source(
+        data_name(part, len(paths), names),
+        part,
+        ids,
+        [label for _, label in samples],
+        len(names),
+        file_reader(paths),
+        names,
+        order,
+        tuple(left_out),
+    )
+
+
+def data_name(part: str, count: int, classes: Sequence[str]) -> str:
+    """Name of a data set: ImageNet's for its classes (WordNet ids) and number of images only."""
+    official = count == _COUNTS.get(part) and is_imagenet(classes)
+    return IMAGENET if official else f"folder-{len(classes)}-classes"

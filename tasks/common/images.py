@@ -1,26 +1,109 @@
-"""Images as samples: read, transformed, seeded one by one, gathered into batches; damaged ones named."""
+"""Images as samples: read, transformed, seeded one by one, gathered into batches."""
 
 import hashlib
+import logging
+import mmap
 import random
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
 from fimaq_core.errors import DataError
+
+#: Raised by Pillow for files that it cannot read, and by :func:`as_rgb`.
+DAMAGED = (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+#: Formats whose 16-bit grey values have the full range; others store signed values in that mode.
+_WIDE_FORMATS = ("PNG", "PPM", "TIFF", "JPEG2000")
+#: Numbers of TIFF's tags.
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
+
+#: Kinds of Pillow's warnings: a word in their text, and how a note describes such images.
+#: The last kind takes all others.
+_WARNINGS = (
+    ("exif", "damaged EXIF metadata"),
+    ("metadata", "damaged metadata"),
+    ("transparency", "a palette with transparency, which was dropped"),
+    ("decompression bomb", "so many pixels that Pillow warns of a decompression bomb"),
+    ("truncated", "a truncated part that Pillow could do without"),
+    ("", "another flaw that Pillow read past (--verbose shows which)"),
+)
+
+
+class UnknownRange(ValueError):
+    """An image whose values cannot be converted to 8 bits, since no range is defined for them."""
+
+
+def grey_bits(image: Image.Image) -> int | None:
+    """Bits of an image of wide grey values (mode ``I``, ``I;16``, ``F``); None for all other modes.
+
+    Raises:
+        UnknownRange: 32-bit integers, signed values or floats, whose range differs between writers.
+    """
+    if not image.mode.startswith(("I", "F")):
+        return None
+    if image.format in _WIDE_FORMATS and image.mode.startswith("I;16"):
+        tags = getattr(image, "tag_v2", {})
+        return int(tags.get(_BITS_PER_SAMPLE, (16,))[0])
+    if image.format in ("PNG", "PPM") and image.mode == "I":
+        return 16  # Pillow scales PPM to 16 bits, and older versions open 16-bit PNG in this mode
+    kind = "float" if image.mode == "F" else "integer"
+    values = f"{kind} values without a defined range (Pillow's mode {image.mode})"
+    raise UnknownRange(f"has {values}: convert it to 8 bits")
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Convert an opened image to 8-bit RGB.
+
+    Of 16-bit grey the high byte is taken, as Pillow does for 16-bit colour and OpenCV for grey.
+
+    Raises:
+        UnknownRange: see :func:`grey_bits`.
+    """
+    bits = grey_bits(image)
+    if bits is None:
+        return image.convert("RGB")
+    values = (np.asarray(image) >> (bits - 8)).astype(np.uint8)
+    if getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        values = 255 - values  # Pillow inverts 8-bit TIFF only
+    return Image.fromarray(values).convert("RGB")
+
+
+def open_rgb(path: Path) -> Image.Image:
+    """Read an image file, of an animation the first frame, as 8-bit RGB. Raises :data:`DAMAGED`."""
+    with Image.open(path) as image:
+        return as_rgb(image)
+
+
+def is_image(path: Path) -> bool:
+    """True for a file that Pillow takes for an image by its first bytes, whatever its name."""
+    if not path.is_file():
+        return False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path) as image:
+                # Pillow also knows films, printed pages and containers that it cannot decode.
+                kind = Image.MIME.get(image.format or "", "image/")
+                return kind.startswith("image/") and not isinstance(image, ImageFile.StubImageFile)
+    except Image.DecompressionBombError:
+        return True
+    except DAMAGED:
+        return False
 
 
 def file_reader(paths: Sequence[Path]) -> Callable[[int], Image.Image]:
     """Gives the image file of a position as RGB."""
 
     def read(index: int) -> Image.Image:
-        with Image.open(paths[index]) as image:
-            return image.convert("RGB")
+        return open_rgb(paths[index])
 
     return read
 
@@ -47,21 +130,56 @@ class Images(TorchDataset[tuple[Tensor, int, int] | DataError | None]):
     ) -> None:
         self.ids, self.targets, self.read = ids, targets, read
         self.transform, self.skip_corrupt = transform, skip_corrupt
+        # One bit per kind of warning, in memory that data-loading processes share.
+        self._warned = mmap.mmap(-1, max(1, len(ids)))
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, int] | DataError | None:
         try:
-            image = self.read(index)
-        except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                image = self.read(index)
+        except DAMAGED as error:
             if self.skip_corrupt:
                 return None
-            return DataError(
-                f"The image {self.ids[index]} is damaged ({error}): repair or remove it, or leave such images out with "
-                "--skip-corrupt."
-            )
+            damage = f"is damaged ({error}): repair or remove it"
+            problem = error if isinstance(error, UnknownRange) else damage
+            advice = "or leave such images out with --skip-corrupt"
+            return DataError(f"The image {self.ids[index]} {problem}, {advice}.")
+        self._note(index, caught)
         return self.transform(image), int(self.targets[index]), index
+
+    def _note(self, index: int, caught: Sequence[warnings.WarningMessage]) -> None:
+        for warning in caught:
+            if not issubclass(warning.category, (UserWarning, RuntimeWarning)):
+                continue  # a message for programmers
+            text = str(warning.message)
+            logging.getLogger(__name__).info("%s: %s", self.ids[index], text)
+            kind = [word in text.lower() for word, _ in _WARNINGS].index(True)
+            self._warned[index] |= 1 << kind
+
+    def notes(self) -> list[str]:
+        """Describe what Pillow warned of in the images read so far, one line per kind."""
+        warned = np.frombuffer(self._warned[:], dtype=np.uint8)
+        found = []
+        for kind, (_, words) in enumerate(_WARNINGS):
+            names = [self.ids[place] for place in np.flatnonzero(warned & (1 << kind))]
+            if names:
+                found.append(f"{counted(len(names), 'image')} with {words}: {named(names)}")
+        return found
+
+
+def counted(count: int, what: str) -> str:
+    """``1 image``, ``2 images``."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+def named(names: Sequence[str], most: int = 3) -> str:
+    """The first names of a list, and how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def seeded_item(images: Images, index: int, seed: int) -> Tensor | None:

@@ -10,6 +10,7 @@ import click
 
 from fimaq_core.errors import RecipeError, suggest
 from fimaq_core.recipe import METHODS, Recipe, make_recipe, read_recipe_file
+from tasks.common import class_order
 from tasks.common.request import DataRequest, ModelRequest
 
 Command = Callable[..., None]
@@ -27,6 +28,7 @@ class TaskOptions:
         keep_outputs: help of ``--keep-outputs``; empty for none.
         exif: help of ``--exif``; empty for none.
         data: help of ``--data``.
+        class_order: whether classes are folders, so that there is ``--class-order``.
     """
 
     scope: str = ""
@@ -36,6 +38,7 @@ class TaskOptions:
     keep_outputs: str = ""
     exif: str = ""
     data: str = "Data folder with train/ and val/ (demo models bring their own data)."
+    class_order: bool = True
 
 
 _GROUPS = {
@@ -215,6 +218,7 @@ def take_data(options: dict[str, Any]) -> DataRequest:
         options.pop("calibration_data", None),
         options.pop("keep_outputs", False),
         options.pop("exif", None),
+        options.pop("class_order", None),
     )
 
 
@@ -231,6 +235,8 @@ def _evaluation_options(own: TaskOptions) -> list[Callable[..., Any]]:
     if own.exif:
         choices = click.Choice(["apply", "ignore"])
         options.append(click.option("--exif", type=choices, help=own.exif))
+    if own.class_order:
+        options.append(click.option("--class-order", metavar="ORDER", help=class_order.HELP))
     return options
 
 

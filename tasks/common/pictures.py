@@ -1,16 +1,14 @@
 """Original images of samples by their ids, for people to look at: from a folder, or from what a reader knows."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from fimaq_core.errors import DataError
-from tasks.common.files import image_id
-
-#: Files that a folder of classes takes for images, as torchvision's ``ImageFolder`` does.
-ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-_DAMAGED = (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError)
+from tasks.common.files import file_below, image_id
+from tasks.common.images import DAMAGED, UnknownRange, open_rgb
 
 
 def pictures_below(root: Path, ids: Sequence[str]) -> dict[str, Image.Image]:
@@ -29,7 +27,7 @@ def pictures_below(root: Path, ids: Sequence[str]) -> dict[str, Image.Image]:
 def class_pictures(root: Path, ids: Sequence[str]) -> dict[str, Image.Image]:
     """Likewise of ``<root>/val/<class>/<image>``; other ids are unknown. Raises DataError."""
     for name in ids:
-        if not name.startswith("val/") or name.count("/") < 2 or not name.lower().endswith(ENDINGS):
+        if not name.startswith("val/") or name.count("/") < 2:
             raise DataError(f"There is no sample {name!r} among labelled images: ids there are such as 'val/<class>/<image>'.")
     return pictures_below(root, ids)
 
@@ -50,7 +48,7 @@ def known_pictures(
             raise DataError(f"There is no sample {name!r} in {what} (ids there are such as {known[0]!r}).")
         try:
             found[name] = read(positions[name]).convert("RGB")
-        except _DAMAGED as error:
+        except DAMAGED as error:
             raise DataError(f"The image {name} is damaged ({error}).") from error
     return found
 
@@ -60,9 +58,12 @@ def read_picture(path: Path, name: str) -> Image.Image:
     try:
         if not path.is_file():
             raise DataError(f"There is no image of the sample {name!r}: {path} was looked for.")
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except _DAMAGED as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the evaluation has told of them
+            return open_rgb(path)
+    except UnknownRange as error:
+        raise DataError(f"The image {path} {error}.") from error
+    except DAMAGED as error:
         raise DataError(f"The image {path} is damaged ({error}).") from error
 
 
@@ -70,4 +71,4 @@ def _path_below(root: Path, name: str) -> Path:
     """Where an id leads; ids may come from files that others wrote. Raises DataError."""
     if image_id(name, "A sample's id") != name:
         raise DataError(f"There is no sample {name!r}: ids are paths below the folder of the data, in their shortest form.")
-    return root / name
+    return file_below(root, name)

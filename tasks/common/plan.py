@@ -13,6 +13,7 @@ from fimaq_core import NUMERICS_VERSION
 from fimaq_core.errors import CheckpointError, RecipeError, suggest
 from fimaq_core.files import replaced_whole
 from tasks.common import registry
+from tasks.common.class_order import order_identity
 from tasks.common.hashing import file_sha256
 from tasks.common.record import cell_folder
 from tasks.common.request import CellRequest, Missing
@@ -38,6 +39,7 @@ def planned_folder(request: CellRequest) -> Path:
 def _basis(request: CellRequest) -> dict[str, Any]:
     """What of a resolved request decides what its cell computes, but for the recipe and what is measured on."""
     recipe, chosen = request.recipe, request.data.calibration_list
+    order = request.data.class_order
     return {
         "numerics": NUMERICS_VERSION,
         "model": registry.model_identity(request.task, request.model),
@@ -50,6 +52,8 @@ def _basis(request: CellRequest) -> dict[str, Any]:
         "calibration_data": _path(request.data.calibration_data) if recipe is not None else None,
         # Only where it is given, so that cells from before this option keep their identity.
         **({} if request.data.exif is None else {"exif": request.data.exif}),
+        # Without an order, cells keep the identity that they had before there was a choice.
+        **({} if order is None else {"class_order": order_identity(order)}),
     }
 
 

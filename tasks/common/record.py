@@ -53,7 +53,10 @@ class Dataset(_Strict):
     on them (None: as annotated sizes say). ``class_categories`` has the category of each class of
     the detector, None for a class that the data lack. ``class_names_from`` says where its class
     names come from: weights or demo (``model``), COCO 2017 (``published``), or the data, by position
-    (``annotations``). None means not recorded.
+    (``annotations``).
+
+    ``class_order`` is the order of class folders, see :mod:`tasks.common.class_order`. ``left_out``
+    counts the files that are neither hidden nor images. None means not recorded, or no such thing.
     """
 
     name: str
@@ -67,6 +70,8 @@ class Dataset(_Strict):
     oriented_images: int | None = None
     class_names_from: Literal["model", "published", "annotations"] | None = None
     class_categories: tuple[str | None, ...] | None = None
+    class_order: str | None = None
+    left_out: int | None = None
 
 
 class Calibration(_Strict):

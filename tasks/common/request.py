@@ -40,6 +40,8 @@ class DataRequest:
             of a cell's identity: a cell that is measured already is not measured again for it.
         exif: detection: EXIF orientations of images are applied or ignored; None decides by the
             annotated sizes.
+        class_order: order of the class folders: ``text``, ``natural`` or the path of a file with
+            class names; None takes what is clear, see :func:`tasks.common.class_order.ordered`.
     """
 
     path: Path | None = None
@@ -50,6 +52,7 @@ class DataRequest:
     calibration_data: Path | None = None
     keep_outputs: bool = False
     exif: Literal["apply", "ignore"] | None = None
+    class_order: str | None = None
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ class LoadedModel:
         input_shape: (C, H, W) of the images the model takes; None where the task does not say (then there is no ``inspect``).
         tokenizer: captions to token ids (n, context_length) int64, for models that take text.
         context_length: tokens of a caption at most.
+        class_names: of the classes in order, where the weights file has them.
     """
 
     model: nn.Module
@@ -48,6 +49,7 @@ class LoadedModel:
     input_shape: tuple[int, int, int] | None = None
     tokenizer: Callable[[list[str]], Tensor] | None = None
     context_length: int | None = None
+    class_names: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)

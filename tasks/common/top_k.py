@@ -83,7 +83,9 @@ def evaluate(
         "correct": rank_array < 1,
     }
     skipped = [source.ids[index] for index in range(len(images)) if index not in kept]
-    return Evaluation(metrics, count, outcomes, source.describe(), skipped, examples=examples)
+    notes = [*source.notes(), *images.notes()]
+    measured = metrics, count, outcomes, source.describe(), skipped
+    return Evaluation(*measured, examples=examples, notes=notes)
 
 
 def _answers(logits: Tensor, target: int, names: Sequence[str]) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> C
         skipped,
         {IMAGES_PART: samples},
         metas=[meta for _, meta in drawn],
-        notes=notes,
+        notes=[*notes, *images.notes()],
     )
 
 

@@ -296,6 +296,7 @@ def file_reader(
 
     Raises (when it reads):
         OSError: a damaged file.
+        UnknownRange: values that have no 8-bit form, see :func:`~tasks.common.images.as_rgb`.
         DataError: an image of another size, or with an EXIF orientation of which nothing tells
             whether it counts.
     """
@@ -305,18 +306,21 @@ def file_reader(
         import cv2
         from PIL import Image
 
+        from tasks.common.images import grey_bits, open_rgb
+
         path = paths[index]
         orientation = orientation_of(path, sizes[index], exif)
         if orientation.applied is None:
             raise ask([str(path)], str(annotations))
         # OpenCV before version 5 fills in what a truncated file lacks; Pillow refuses, decoding an eighth of the size.
         with Image.open(path) as image:
+            grey_bits(image)
             image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
             image.load()
         flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
         array = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), flags)
-        if array is None:
-            raise OSError(f"OpenCV cannot decode {path}")
+        if array is None:  # a format that only Pillow knows
+            array = np.asarray(open_rgb(path))[:, :, ::-1].copy()
         array = turned(array, orientation.tag) if orientation.applied else array
         if array.shape[:2] != tuple(sizes[index]):
             (height, width), (given_height, given_width) = array.shape[:2], sizes[index]

@@ -52,6 +52,7 @@ def evaluate_detector(
     """
     detections = detect(predict, source, prepare, device, report, skip_corrupt, workers)
     found = replace(measure(source, detections), examples=detection_examples(source, detections))
+    found = replace(found, notes=[*found.notes, *detections.notes])
     return replace(found, files={"detections.json": detections.results}) if keep else found
 
 
@@ -96,7 +97,7 @@ def detect(
         report(Progress("evaluate", index + 1, len(images)))
     if not kept:
         raise DataError(f"All {len(images)} images of {source.name} {source.split} are damaged.")
-    return Detections(results, kept)
+    return Detections(results, kept, images.notes())
 
 
 class _Caught(torch.utils.data.Dataset[Any]):

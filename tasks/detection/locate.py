@@ -1,43 +1,22 @@
 """Image files that annotations name: found once each, below the data's folder only."""
 
 import filecmp
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from unicodedata import normalize
 
 from fimaq_core.errors import DataError
+from tasks.common.files import FilesBelow
 from tasks.detection.layout import data_root, image_folders
 
 
-class Folder:
-    """Files below a folder.
-
-    Each folder is listed once: asking for every file takes minutes on network storage.
-    """
+class Folder(FilesBelow):
+    """Files below a folder, by names relative to it or absolute."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        super().__init__(path)
         bases = (path.absolute(), path.resolve())
         self._absolute = [f"{base.as_posix().rstrip('/')}/" for base in bases]
-        self._listed: dict[str, dict[str, list[str]]] = {}
-        self._folders: dict[str, list[str]] = {"": [""]}
-
-    def find(self, name: str) -> list[str]:
-        """Paths below the folder that ``name`` stands for.
-
-        They have the same text, or else the same text after Unicode's NFC.
-        """
-        parent, _, last = name.rpartition("/")
-        if parent not in self._folders:
-            self._folders[parent] = self.find(parent)
-        found = []
-        for folder in self._folders[parent]:
-            alike = self._names(folder).get(normalize("NFC", last), [])
-            alike = [last] if last in alike else alike
-            found += [f"{folder}/{entry}".lstrip("/") for entry in alike]
-        return found
 
     def relative(self, name: str) -> str | None:
         """``name`` relative to the folder; None for an absolute path elsewhere."""
@@ -45,18 +24,6 @@ class Folder:
             return name
         below = (name.removeprefix(base) for base in self._absolute if name.startswith(base))
         return next(below, None)
-
-    def _names(self, folder: str) -> dict[str, list[str]]:
-        if folder not in self._listed:
-            try:
-                entries = os.listdir(self.path / folder)
-            except OSError:
-                entries = []
-            listed: dict[str, list[str]] = {}
-            for entry in entries:
-                listed.setdefault(normalize("NFC", entry), []).append(entry)
-            self._listed[folder] = listed
-        return self._listed[folder]
 
 
 def image_folder(path: Path, first: str) -> Path:
@@ -75,11 +42,11 @@ def image_folder(path: Path, first: str) -> Path:
     for folder in map(Folder, folders):
         name = folder.relative(first)
         if name is not None and folder.find(name):
-            return folder.path
+            return folder.folder
     name = Folder(root).relative(first)
-    found = [] if name is None else Folder(root).find(name)
-    if found and "/" in found[0]:
-        return root / found[0].partition("/")[0]
+    found = None if name is None else Folder(root).find(name)
+    if found and "/" in found:
+        return root / found.partition("/")[0]
     places = ", ".join(map(str, dict.fromkeys([*folders, root])))
     raise DataError(f"The images of {path} are not there: {first!r} was looked for in {places}.")
 
@@ -117,8 +84,9 @@ def locate(
             text = place.relative(name)
             if text is not None:
                 below = True
-                for file in place.find(text):
-                    files.setdefault(place.path / file, prefix + text)
+                file = place.find(text)
+                if file is not None:
+                    files.setdefault(place.folder / file, prefix + text)
         if not below:
             outside.append(name)
         elif not files:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +25,12 @@ class Detections:
     Attributes:
         results: as COCO's format of results has them, with boxes and masks.
         kept: indices of the images that were looked at, in order.
+        notes: see :meth:`tasks.common.images.Images.notes`.
     """
 
     results: list[Entry]
     kept: list[int]
+    notes: Sequence[str] = ()
 
 
 def match(source: DetectionSource, detections: Detections, kind: str) -> dict[str, list[Matches]]:

@@ -17,9 +17,9 @@ from tasks.common.images import Images
 from tasks.common.request import DataRequest
 from tasks.common.task import CalibrationSet, LoadedModel
 from tasks.retrieval.captions import imagenet_pairs, open_pairs, pairs_root
-from tasks.retrieval.evaluate import truncated
+from tasks.retrieval.evaluate import truncated, truncation_notes
 from tasks.retrieval.pairs import PairSource
-from tasks.retrieval.zero_shot import class_folders, class_names
+from tasks.retrieval.zero_shot import class_names
 
 
 def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> CalibrationSet:
@@ -56,6 +56,8 @@ def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> C
     digest = hashlib.sha256(json.dumps([recipe.calibration_transform, ids, texts]).encode())
     digest.update(drawn.images.numpy().tobytes())
     digest.update(tokens.numpy().tobytes())
+    cut = truncated(loaded.tokenizer, tuple(texts), loaded.context_length)
+    longer = truncation_notes(cut, len(texts), "calibration captions")
     return CalibrationSet(
         drawn.images,
         ids,
@@ -64,7 +66,8 @@ def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> C
         drawn.skipped,
         {"vision": drawn.images, "text": tokens},
         texts,
-        truncated(loaded.tokenizer, tuple(texts), loaded.context_length),
+        cut,
+        notes=[*pairs.notes, *drawn.notes, *longer],
     )
 
 
@@ -75,8 +78,8 @@ def training_pairs(loaded: LoadedModel, data: DataRequest) -> PairSource:
         DataError: what the readers of the data refuse.
     """
     if data.evaluation == "zero-shot" and data.calibration_data is None and data.path is not None:
-        labelled = open_folder(data.path, "train")
-        return imagenet_pairs(labelled, class_names(data.path, class_folders(labelled)))
+        labelled = open_folder(data.path, "train", data.class_order)
+        return imagenet_pairs(labelled, class_names(data.path, labelled.class_names))
     return open_pairs(loaded, data, "train")
 
 

@@ -5,6 +5,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from fimaq_core.errors import DataError
+from tasks.common.files import composed
 from tasks.common.folders import Source
 from tasks.common.request import DataRequest
 from tasks.common.task import LoadedModel
@@ -24,8 +25,11 @@ def open_pairs(loaded: LoadedModel, data: DataRequest, part: str) -> PairSource:
     The training part is that of ``data.calibration_data`` where this is given.
 
     Raises:
-        DataError: no data, a folder without caption files or with several kinds, or what their readers refuse.
+        DataError: no data, a folder without caption files or with several kinds, an order of
+            classes, or what the readers of captions refuse.
     """
+    if data.class_order is not None and data.evaluation != "zero-shot":
+        raise DataError("Captions have no classes: --class-order goes with --eval zero-shot.")
     if part not in PARTS:
         raise DataError(f"There is no part {part!r} of image-caption data: {' or '.join(PARTS)}.")
     root = pairs_root(data, part)
@@ -85,8 +89,9 @@ def _refuse_common(path: Path, sibling: Path, listed: Sequence[tuple[str, tuple[
     """Refuse a part that shares images with the part in ``sibling``, where that is there."""
     if not sibling.is_file():
         return
-    others = {image for image, _ in read_table(sibling, sibling.stem).get(sibling.stem, ())}
-    common = [image for image, _ in listed if image in others]
+    listed_there = read_table(sibling, sibling.stem).get(sibling.stem, ())
+    others = {composed(image) for image, _ in listed_there}
+    common = [image for image, _ in listed if composed(image) in others]
     if common:
         raise DataError(f"{path} and {sibling} share {len(common)} images, such as {common[0]!r}: each belongs into one of them.")
 
@@ -118,4 +123,4 @@ def imagenet_pairs(source: Source, classnames: Sequence[str]) -> PairSource:
         )
     captions = [[f"a photo of a {name}."] for name in classnames]
     listed = ((name, captions[label]) for name, label in zip(source.ids, source.targets, strict=True))
-    return PairSource.of(source.name, source.split, listed, source.read)
+    return PairSource.of(source.name, source.split, listed, source.read, source.notes())

@@ -79,7 +79,16 @@ def evaluate_pairs(
     skipped = [source.image_ids[index] for index in np.setdiff1d(np.arange(len(images)), kept)]
     examples = _examples(ranks, source, kept[shown], kept_captions)
     outcomes = _outcomes(ranks, source, kept, kept_captions)
-    return Evaluation(_metrics(ranks, image_of), len(kept), outcomes, dataset, skipped, examples=examples)
+    longer = truncation_notes(truncated_captions, len(source.captions), "captions")
+    measured = _metrics(ranks, image_of), len(kept), outcomes, dataset, skipped
+    return Evaluation(*measured, examples=examples, notes=[*images.notes(), *longer])
+
+
+def truncation_notes(count: int | None, among: int, what: str) -> list[str]:
+    """Describe captions that were cut, if there are any."""
+    if not count:
+        return []
+    return [f"{count:,} of {among:,} {what} are longer than the model's context and were cut off"]
 
 
 def truncated(tokenizer: Tokenizer, captions: tuple[str, ...], context_length: int | None) -> int | None:

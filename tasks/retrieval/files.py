@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fimaq_core.errors import DataError
-from tasks.common.files import absent_files
+from tasks.common.files import found_files
 from tasks.common.images import file_reader
 from tasks.retrieval.pairs import PairSource
 
@@ -31,11 +31,11 @@ def file_pairs(
         captions_file: where they come from.
 
     Raises:
-        DataError: an image that is not there, or what :class:`PairSource` refuses.
+        DataError: an image that is not there or has two names, or what :class:`PairSource` refuses.
     """
-    absent = absent_files(folder, (image for image, _ in listed))
+    paths, absent = found_files(folder, (image for image, _ in listed))
     if absent:
         raise DataError(
             f"{captions_file} names {len(absent)} images of the split {split!r} that are not in {folder}, such as {absent[0]!r}."
         )
-    return PairSource.of(name, split, listed, file_reader([folder / image for image, _ in listed]))
+    return PairSource.of(name, split, listed, file_reader(paths))

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from fimaq_core.errors import DataError
-from tasks.common.files import image_id, parse_json, read_text, state_of
+from tasks.common.files import composed, image_id, parse_json, read_text, state_of
 from tasks.retrieval.files import check_split, file_pairs
 from tasks.retrieval.layout import COCO_FILE, FLICKR30K_FILE, FREE_FILE
 from tasks.retrieval.pairs import PairSource
@@ -119,8 +119,8 @@ def _read(path: Path, state: tuple[int, int]) -> _Splits:
             raise DataError(f"{where}: names and captions must be text.")
         image = image_id(f"{folder}/{file}" if folder else file, where)
         split = check_split(split, where)
-        if split_of.setdefault(image, split) != split:
-            raise DataError(f"{where}: {image!r} is in the splits {split_of[image]!r} and {split!r}.")
+        if (other := split_of.setdefault(composed(image), split)) != split:
+            raise DataError(f"{where}: {image!r} is in the splits {other!r} and {split!r}.")
         found.setdefault(split, []).append((image, captions))
     return {split: tuple(listed) for split, listed in found.items()}
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 
@@ -26,6 +26,7 @@ class PairSource:
         captions: as they were written, those of an image together.
         image_of: (captions,) int64 index of each caption's image, non-decreasing.
         read: gives the PIL image of an image index.
+        notes: remarks on the files for the record and the user.
 
     Raises:
         DataError: no image, an image without a caption or listed twice, an empty caption, captions of an image apart.
@@ -37,6 +38,7 @@ class PairSource:
     captions: tuple[str, ...]
     image_of: np.ndarray
     read: Callable[[int], Image.Image]
+    notes: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         what = f"{self.name} {self.split}"
@@ -64,12 +66,17 @@ class PairSource:
 
     @classmethod
     def of(
-        cls, name: str, split: str, listed: Iterable[tuple[str, Sequence[str]]], read: Callable[[int], Image.Image]
+        cls,
+        name: str,
+        split: str,
+        listed: Iterable[tuple[str, Sequence[str]]],
+        read: Callable[[int], Image.Image],
+        notes: Sequence[str] = (),
     ) -> "PairSource":
         """Make one from (image id, its captions) in order. Raises DataError."""
         ids, captions = zip(*pairs, strict=True) if (pairs := list(listed)) else ((), ())
         owners = np.repeat(np.arange(len(ids), dtype=np.int64), [len(own) for own in captions])
-        return cls(name, split, ids, tuple(chain.from_iterable(captions)), owners, read)
+        return cls(name, split, ids, tuple(chain.from_iterable(captions)), owners, read, notes)
 
     @cached_property
     def starts(self) -> np.ndarray:
@@ -87,8 +94,13 @@ class PairSource:
         if limit is None or limit >= len(self.image_ids):
             return self
         end = int(self.starts[limit])
-        split = f"{self.split}[:{limit}]"
-        return PairSource(self.name, split, self.image_ids[:limit], self.captions[:end], self.image_of[:end], self.read)
+        return replace(
+            self,
+            split=f"{self.split}[:{limit}]",
+            image_ids=self.image_ids[:limit],
+            captions=self.captions[:end],
+            image_of=self.image_of[:end],
+        )
 
     def describe(self) -> Dataset:
         """The record's entry."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fimaq_core.errors import DataError
-from tasks.common.files import image_id, parse_json, read_text, state_of
+from tasks.common.files import composed, image_id, parse_json, read_text, state_of
 from tasks.retrieval.files import check_split
 
 _Splits = Mapping[str, tuple[tuple[str, tuple[str, ...]], ...]]
@@ -50,8 +50,8 @@ def _read(path: Path, own: str | None, state: tuple[int, int]) -> _Splits:
         if own is not None and split != own:
             raise DataError(f"{where}: the split {split!r} does not belong into this file.")
         image = image_id(row.image, where)
-        if split_of.setdefault(image, split) != split:
-            raise DataError(f"{where}: {image!r} is in the splits {split_of[image]!r} and {split!r}.")
+        if (other := split_of.setdefault(composed(image), split)) != split:
+            raise DataError(f"{where}: {image!r} is in the splits {other!r} and {split!r}.")
         captions = splits.setdefault(split, {}).setdefault(image, [])
         for caption in row.captions:
             if not isinstance(caption, str):

@@ -25,7 +25,7 @@ from tasks.retrieval.divergence import ContrastiveDivergence
 from tasks.retrieval.evaluate import evaluate_pairs, truncated
 from tasks.retrieval.pictures import pictures
 from tasks.retrieval.towers import TOWERS, build_towers
-from tasks.retrieval.zero_shot import ZeroShotClassifier, class_embeddings, class_folders, class_names, named_classes
+from tasks.retrieval.zero_shot import ZeroShotClassifier, class_embeddings, class_names, named_classes
 
 
 class TwoTowers(nn.Module):
@@ -138,15 +138,15 @@ class RetrievalTask(Named):
         if data.evaluation == "zero-shot":
             if data.path is None:
                 raise DataError("Zero-shot evaluation needs images in class folders: give --data /path/to/imagenet.")
-            source = open_folder(data.path, "val")
-            folders = class_folders(source)
+            source = open_folder(data.path, "val", data.class_order)
+            folders = source.class_names
             names = class_names(data.path, folders)
             embedded = class_embeddings(model.encode_text, loaded.tokenizer, names, device, batch_size, report)
             classifier = ZeroShotClassifier(model.encode_image, embedded, model.logit_scale)
             source = source.head(data.limit)
             images = Images(source.ids, source.targets, source.read, loaded.eval_transform, data.skip_corrupt)
             found = evaluate(classifier, images, source, device, batch_size, workers, report, told_apart(names, folders))
-            return replace(found, dataset=named_classes(found.dataset, names))
+            return replace(found, dataset=named_classes(found.dataset, names, folders))
         pairs = open_pairs(loaded, data, "test").head(data.limit)
         images = Images(pairs.image_ids, [0] * len(pairs.image_ids), pairs.read, loaded.eval_transform, data.skip_corrupt)
         cut = truncated(loaded.tokenizer, pairs.captions, loaded.context_length)

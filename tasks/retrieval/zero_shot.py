@@ -13,62 +13,60 @@ from torch import Tensor, nn
 
 from fimaq_core.errors import DataError
 from fimaq_core.progress import Progress, Report
-from tasks.common.class_names import WORDNET_ID
-from tasks.common.folders import Source
-from tasks.common.imagenet import IMAGENET
+from tasks.common.imagenet import IMAGENET, is_imagenet, wordnet_ids
 from tasks.common.record import Dataset
 from tasks.retrieval.embeddings import Encode, Tokenizer, embed_texts, normalised
 
 CLASSNAMES_FILE = "classnames.txt"
 Template = Callable[[str], str]
 TEMPLATES: tuple[Template, ...] = tuple(OPENAI_IMAGENET_TEMPLATES)
+_FORM = "one name per line, in the order of the labels"
 #: Classes whose texts are in memory together.
 _CLASSES = 50
 
 
-def class_folders(source: Source) -> list[str]:
-    """Names of the class folders of labelled images, sorted: in the order of their labels."""
-    return sorted({Path(name).parts[1] for name in source.ids})
+def imagenet_names(folders: Sequence[str]) -> tuple[str, ...]:
+    """Names that the CLIP authors give to the classes with these WordNet ids."""
+    names = dict(zip(wordnet_ids(), IMAGENET_CLASSNAMES, strict=True))
+    return tuple(names[folder] for folder in folders)
 
 
 def class_names(root: Path, folders: Sequence[str]) -> tuple[str, ...]:
-    """Names of the classes that have these ``folders`` (sorted) in ``root``/val.
+    """Names of the classes that have these ``folders`` (by label) in ``root``/val.
 
-    They are the lines of ``classnames.txt`` in ``root``. Without that file, 1000 folders that are called by WordNet ids are
-    ImageNet's; their names are those of the CLIP authors.
+    They are the lines of ``classnames.txt`` in ``root``. Without that file, the folders must be
+    ImageNet's 1000 WordNet ids; their names are those of the CLIP authors.
 
     Raises:
         DataError: the names are not there, not as many as the classes, or not to be read.
     """
     path, classes = root / CLASSNAMES_FILE, len(folders)
     if not path.is_file():
-        if classes == len(IMAGENET_CLASSNAMES) and all(WORDNET_ID.fullmatch(folder) for folder in folders):
-            return tuple(IMAGENET_CLASSNAMES)
+        if is_imagenet(folders):
+            return imagenet_names(folders)
         raise DataError(
             f"Zero-shot classification needs names of the {classes} classes: write them into {path}, one a line (UTF-8), in the "
-            "order of the sorted class folders."
+            f"order of their labels, from {folders[0]!r} to {folders[-1]!r}."
         )
     try:
         names = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines())
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"Cannot read class names from {path}: {error}.") from error
     if len(names) != classes:
-        raise DataError(
-            f"{path} has {len(names)} lines for {classes} classes: one name a line, in the order of the sorted folders."
-        )
+        raise DataError(f"{path} has {len(names)} lines for {classes} classes: {_FORM}.")
     if "" in names:
-        raise DataError(f"Line {names.index('') + 1} of {path} is empty: one name a line, in the order of the sorted folders.")
+        raise DataError(f"Line {names.index('') + 1} of {path} is empty: {_FORM}.")
     return names
 
 
-def named_classes(dataset: Dataset, names: Sequence[str]) -> Dataset:
+def named_classes(dataset: Dataset, names: Sequence[str], folders: Sequence[str]) -> Dataset:
     """The record's entry of images that were classified by ``names`` in the templates: these bear on the result as images do.
 
     Images of a published data set under other names than its usual ones go by another name of their own.
     """
     texts = [template(name) for name in names for template in TEMPLATES]
     fingerprint = hashlib.sha256("\n".join([dataset.fingerprint, *texts]).encode()).hexdigest()
-    usual = dataset.name != IMAGENET or tuple(names) == tuple(IMAGENET_CLASSNAMES)
+    usual = dataset.name != IMAGENET or tuple(names) == imagenet_names(folders)
     name = dataset.name if usual else f"{dataset.name}, other class names"
     return dataset.model_copy(update={"fingerprint": fingerprint, "name": name})
 

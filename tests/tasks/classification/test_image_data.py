@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -301,3 +302,63 @@ def test_items_carry_label_and_position(root: Path) -> None:
     pixels, label, position = item
     assert (label, position) == (1, 3)
     assert pixels.shape == (3, 24, 24)
+
+
+def test_images_are_told_by_content_and_other_files_are_named(root: Path) -> None:
+    """All 15 images of a class are there, whatever their names; hidden files are no data and make no class."""
+    folder = root / "val" / "ant"
+    for path in folder.iterdir():
+        path.unlink()
+    kinds = {"gif": "GIF", "jfif": "JPEG", "avif": "AVIF", "webp": "WEBP", "JPG": "JPEG"}
+    names = [f"{number}.{ending}" for ending in kinds for number in range(2)]
+    for name in names:
+        Image.new("RGB", (30, 30)).save(folder / name, format=kinds[name.partition(".")[2]])
+    for number in range(5):
+        Image.new("RGB", (30, 30)).save(folder / f"plain{number}", format="PNG")
+    before = open_source(loaded(), DataRequest(root), "val")
+    assert len(before.ids) == 15 + 4
+    for name in (".DS_Store", "._0.gif", "Thumbs.db"):
+        (folder / name).write_bytes(b"x")
+        (root / "val" / name).write_bytes(b"x")
+    for part in ("train", "val"):
+        for name in (".ipynb_checkpoints", "__MACOSX"):
+            hidden = root / part / name
+            (hidden if part == "val" else root / part / "bee" / name).mkdir()
+            (folder / name).mkdir(exist_ok=True)
+            shutil.copy(folder / "0.gif", folder / name / "0.gif")
+    clean = open_source(loaded(), DataRequest(root), "val")
+    assert (clean.ids, clean.targets, clean.notes()) == (before.ids, before.targets, [])
+    (folder / "notes.txt").write_text("some notes")
+    (folder / "labels.csv").write_text("a,b")
+    (root / "val" / "readme").write_text("loose")
+    found = evaluate(root)
+    assert found.n == 19
+    assert found.dataset.left_out == 3
+    named = "val/readme, val/ant/labels.csv, val/ant/notes.txt"
+    assert found.notes == [f"3 files left out, since Pillow opens no image there: {named}"]
+    (root / "train" / "bee" / "list.txt").write_text("x")
+    assert calibration_set(loaded(), DataRequest(root), recipe()).notes == [
+        "1 file left out, since Pillow opens no image there: train/bee/list.txt"
+    ]
+
+
+def test_a_wide_image_is_refused_or_skipped_by_name(root: Path) -> None:
+    Image.fromarray(np.zeros((30, 30), np.float32)).save(root / "val" / "cat" / "9.tif")
+    with pytest.raises(DataError, match=r"val/cat/9\.tif has float values .*mode F.*convert it to 8 bits"):
+        evaluate(root)
+    found = evaluate(root, skip_corrupt=True)
+    assert (found.n, found.skipped) == (6, ["val/cat/9.tif"])
+
+
+def test_a_list_finds_names_in_the_other_unicode_form(root: Path, tmp_path: Path) -> None:
+    for form in ("NFC", "NFD"):
+        name = unicodedata.normalize(form, "é")
+        (root / "train" / "ant" / "0.jpg").rename(root / "train" / "ant" / f"{name}.jpg")
+        other = unicodedata.normalize("NFD" if form == "NFC" else "NFC", name)
+        path = tmp_path / "list.txt"
+        drawn = calibration_set(loaded(), DataRequest(root), recipe(12))
+        path.write_text("\n".join(drawn.ids).replace(name, other), encoding="utf-8")
+        listed = calibration_set(loaded(), DataRequest(root, calibration_list=path), recipe(12))
+        assert listed.ids == drawn.ids
+        assert torch.equal(listed.images, drawn.images)
+        (root / "train" / "ant" / f"{name}.jpg").rename(root / "train" / "ant" / "0.jpg")

@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 import sys
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +16,7 @@ from caption_fakes import colour_of, karpathy_entries, loaded, write_csv, write_
 from PIL import Image
 
 from fimaq_core.errors import DataError
+from tasks.common.calibration import positions_of
 from tasks.common.folders import open_folder
 from tasks.common.request import DataRequest
 from tasks.retrieval import karpathy
@@ -455,3 +457,47 @@ def test_an_image_belongs_to_one_split_of_karpathys_format(tmp_path: Path) -> No
     (tmp_path / "captions.json").write_text(json.dumps({"images": entries}), encoding="utf-8")
     with pytest.raises(DataError, match=r"image 1 .*'a\.png' is in the splits 'train' and 'test'"):
         open_captions(tmp_path, "test")
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+@pytest.mark.parametrize("file", ["captions.csv", "captions.json"])
+def test_names_in_either_unicode_form_find_their_images(tmp_path: Path, form: str, file: str) -> None:
+    listed, stored = (unicodedata.normalize(kind, "café/Zoë.png") for kind in (form, "NFD" if form == "NFC" else "NFC"))
+    write_images(tmp_path, [stored, "b.png"])
+    if file == "captions.csv":
+        write_rows(tmp_path / file, [["image", "caption", "split"], [listed, "a", "test"], ["b.png", "b", "test"]])
+    else:
+        names = {listed: "a", "b.png": "b"}
+        entries = [{"filename": n, "split": "test", "sentences": [{"raw": c}]} for n, c in names.items()]
+        (tmp_path / file).write_text(json.dumps({"images": entries}), encoding="utf-8")
+    found = open_captions(tmp_path, "test")
+    assert pairs_of(found) == [(listed, "a"), ("b.png", "b")]
+    assert found.read(0).getpixel((3, 3)) == colour_of(Path(stored).name)
+    assert positions_of([stored], found.image_ids, tmp_path / "list", "the data") == [0]
+
+
+def test_unicode_forms_of_one_name(tmp_path: Path) -> None:
+    """Exact names win; a name that only other forms have must have one, and an image is listed once."""
+    composed, decomposed = (unicodedata.normalize(form, "ệ.png") for form in ("NFC", "NFD"))
+    third = "\u00ea\u0323.png"
+    assert len({composed, decomposed, third}) == 3
+    rows = [["image", "caption", "split"], [composed, "a", "test"], [decomposed, "b", "test"]]
+    write_images(tmp_path, [composed])
+    write_rows(tmp_path / "captions.csv", rows)
+    with pytest.raises(DataError, match="same name in two Unicode forms, both lead to"):
+        open_captions(tmp_path, "test")
+    write_images(tmp_path, [decomposed])
+    found = open_captions(tmp_path, "test")
+    assert [found.read(index).getpixel((3, 3)) for index in (0, 1)] == [colour_of(composed), colour_of(decomposed)]
+    write_rows(tmp_path / "captions.csv", [*rows[:1], [third, "c", "test"]])
+    with pytest.raises(DataError, match="2 files whose name is"):
+        open_captions(tmp_path, "test")
+    write_rows(tmp_path / "captions.csv", [*rows[:2], [decomposed, "b", "train"]])
+    with pytest.raises(DataError, match="is in the splits 'test' and 'train'"):
+        open_captions(tmp_path, "test")
+
+
+def test_captions_have_no_order_of_classes(tmp_path: Path) -> None:
+    write_csv(tmp_path)
+    with pytest.raises(DataError, match="--class-order goes with --eval zero-shot"):
+        open_pairs(loaded(), DataRequest(tmp_path, class_order="text"), "test")

@@ -18,7 +18,7 @@ from fimaq_core.errors import DataError, ModelError
 from fimaq_core.recipe import Recipe, make_recipe
 from tasks.common.request import DataRequest
 from tasks.common.task import CalibrationSet
-from tasks.retrieval.calibration import calibration_set, drawn_caption, in_rounds
+from tasks.retrieval.calibration import calibration_set, drawn_caption, in_rounds, training_pairs
 from tasks.retrieval.captions import open_pairs
 from tasks.retrieval.pairs import PairSource
 
@@ -280,3 +280,18 @@ def test_bad_lists_are_explained(tmp_path: Path) -> None:
     )
     refused({"ids": ids, "captions": [first, first]}, foreign)
     refused({"ids": ["img/0.png"], "captions": ["first of 0"]}, "names 1 images that are not in")
+
+
+def test_zero_shot_names_follow_the_labels(tmp_path: Path) -> None:
+    """The lines of classnames.txt are in the order of the labels, which numbered folders leave open."""
+    folders = [str(number) for number in range(12)]
+    write_images(tmp_path, [f"train/{folder}/a.png" for folder in folders])
+    (tmp_path / "classnames.txt").write_text("\n".join(f"thing {folder}" for folder in folders))
+    data = DataRequest(tmp_path, evaluation="zero-shot")
+    with pytest.raises(DataError, match="--class-order natural"):
+        training_pairs(loaded(), data)
+    pairs = training_pairs(loaded(), dataclasses.replace(data, class_order="natural"))
+    expected = [f"a photo of a thing {Path(name).parent.name}." for name in pairs.image_ids]
+    assert list(pairs.captions) == expected
+    other = training_pairs(loaded(), dataclasses.replace(data, class_order="text"))
+    assert [caption == right for caption, right in zip(other.captions, expected, strict=True)].count(True) == 2

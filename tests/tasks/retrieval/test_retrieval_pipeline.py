@@ -170,6 +170,9 @@ def test_run_and_stages_agree_bit_for_bit(place: Path, tmp_path: Path) -> None:
     assert all(torch.equal(theirs[name], value) for name, value in mine.items())
     said = command("evaluate", whole, *common, *weights)
     assert f"R@1 {record.metrics['R@1'].value:.2f}" in said
+    cut = "1 of 20 captions are longer than the model's context and were cut off"
+    assert f"note: {cut}" in said
+    assert cut in record.notes
     shown = json.loads(command("inspect", whole, *weights, "--json"))
     assert shown["scope"] == "both"
     assert {layer["name"].split(".")[0] for layer in shown["layers"]} == {"vision", "text"}

@@ -12,6 +12,7 @@ from torch import Tensor
 from fimaq_core.errors import DataError, NumericsError
 from fimaq_core.progress import Progress, silent
 from tasks.common.folders import Source
+from tasks.common.imagenet import wordnet_ids
 from tasks.common.images import Images
 from tasks.common.top_k import evaluate
 from tasks.retrieval.zero_shot import TEMPLATES, ZeroShotClassifier, class_embeddings, class_names
@@ -124,7 +125,7 @@ def test_embeddings_of_zero_are_refused() -> None:
         )
 
 
-WORDNET, THREE = [f"n{n:08d}" for n in range(1000)], ["a", "b", "c"]
+WORDNET, THREE = list(wordnet_ids()), ["a", "b", "c"]
 
 
 def test_class_names(tmp_path: Path) -> None:
@@ -134,7 +135,9 @@ def test_class_names(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"names of the 3 classes: write them into .*classnames\.txt"):
         class_names(tmp_path, THREE)
     with pytest.raises(DataError, match="names of the 1000 classes"):
-        class_names(tmp_path, [f"class{n:04d}" for n in range(1000)])
+        class_names(tmp_path, [f"n{n:08d}" for n in range(1000)])  # ids, but of other classes
+    turned = class_names(tmp_path, WORDNET[::-1])
+    assert (turned[0], turned[999]) == ("toilet paper", "tench")
     file = tmp_path / "classnames.txt"
     file.write_text("rot\ngrün \n藍\n", encoding="utf-8")
     assert class_names(tmp_path, THREE) == ("rot", "grün", "藍")
