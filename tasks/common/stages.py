@@ -49,8 +49,12 @@ from tasks.common.task import Chains, Evaluation, LoadedModel, Task
 _FULL_PRECISION = {"w_bits": OFF, "a_bits": OFF, "s_bits": None, "head_bits": None, "patch_input_bits": OFF}
 
 
-def mlp_stage(request: CellRequest, out: Path, report: Report) -> None:
-    """Reconstruct the MLPs of the model of ``request`` and write them to ``out``; an ``out`` of the same run is kept."""
+def mlp_stage(request: CellRequest, out: Path, report: Report) -> LoadedModel:
+    """Reconstruct the MLPs of the model of ``request`` and write them to ``out``; an ``out`` of the same run is kept.
+
+    Returns:
+        The model as it was loaded.
+    """
     assert request.recipe is not None
     # Merged anew, so that fields that do not go with MLP reconstruction are refused before it starts.
     recipe = make_recipe(request.recipe.method, request.recipe.model_dump(mode="json"), {"reconstruct_mlp": True})
@@ -62,18 +66,22 @@ def mlp_stage(request: CellRequest, out: Path, report: Report) -> None:
     for part in begun.parts:
         if part.name:
             remove(_beside(out, part.name))
+    return begun.loaded
 
 
-def calibrate_stage(request: CellRequest, out: Path, report: Report) -> None:
+def calibrate_stage(request: CellRequest, out: Path, report: Report) -> LoadedModel:
     """Calibrate the model of ``request`` and write the checkpoint ``out``; an ``out`` of the same run is kept.
 
     MLPs that are reconstructed on the way are kept beside it.
+
+    Returns:
+        The model as it was loaded.
     """
     begun = _begin(request, report, lambda part: _beside(_beside(out, "mlp"), part.name))
     chains = chains_of(begun.parts)
     if out.is_file():
         load_checkpoint(out, whole(chains), begun.fingerprint, "ranges")
-        return
+        return begun.loaded
     for part in begun.parts:
         kept = _beside(out, part.name) if part.name else None
         calibrate_or_load(part.chain, part.inputs, part.recipe, begun.resources, kept, part.fingerprint, begun.facts)
@@ -81,6 +89,7 @@ def calibrate_stage(request: CellRequest, out: Path, report: Report) -> None:
     for part in begun.parts:
         if part.name:
             remove(_beside(out, part.name))
+    return begun.loaded
 
 
 def _beside(path: Path, name: str) -> Path:
@@ -92,6 +101,7 @@ def _beside(path: Path, name: str) -> Path:
 class _Begun:
     """Everything up to calibration."""
 
+    loaded: LoadedModel
     parts: list[Part]
     resources: Resources
     fingerprint: Fingerprint
@@ -108,7 +118,7 @@ def _begin(request: CellRequest, report: Report, kept: Callable[[Part], Path | N
     resources = Resources(report, request.placement, request.eval_batch, request.step_engine)
     parts = start(request, task, loaded, images, device, resources, kept)
     facts = checkpoint_facts(request.task, request.model, loaded)
-    return _Begun(parts, resources, fingerprint_of(request.model, loaded, images, request.recipe), facts)
+    return _Begun(loaded, parts, resources, fingerprint_of(request.model, loaded, images, request.recipe), facts)
 
 
 def reconstruct_stage(
@@ -118,7 +128,8 @@ def reconstruct_stage(
 
     Args:
         given: recipe fields that replace the checkpoint's.
-        options: device, threads, eval_batch, placement, step_engine, workers, weights, weights_folder.
+        options: device, threads, eval_batch, placement, step_engine, workers, weights, weights_folder;
+            weights_entry and preprocessing replace what the checkpoint was made with.
 
     Raises:
         CheckpointError: the checkpoint is of another run, or given fields would change its ranges.
@@ -138,13 +149,14 @@ def reconstruct_stage(
         use_relu(all_segments(chains))
     load_checkpoint(checkpoint, whole(chains), expected, "ranges")
     resources = Resources(report, options["placement"], options["eval_batch"], options["step_engine"])
-    log = ReconstructionLog()
+    log = ReconstructionLog(notes=loaded.weights.notes())
     for part in parts:
         blocks = blocks_beside(_beside(out, part.name))
         made = part.chain, part.inputs, part.recipe, part.divergence, resources
         merge_logs(log, part.name, reconstruct_with_checkpoints(*made, blocks, part.fingerprint, part.teacher))
         finish(part.chain)
-    save_checkpoint(out, whole(chains).state_dict(), expected, {**facts, "stage": "reconstructed"})
+    facts = {**checkpoint_facts(task_name, model, loaded), "stage": "reconstructed"}
+    save_checkpoint(out, whole(chains).state_dict(), expected, facts)
     for part in parts:
         remove_blocks(blocks_beside(_beside(out, part.name)))
     return log
@@ -163,7 +175,7 @@ def inspect_stage(task_name: str, checkpoint: Path, options: dict[str, Any]) -> 
     """Facts about the model in a checkpoint of any stage. Needs its float weights, but no data.
 
     Args:
-        options: weights, weights_folder.
+        options: weights, weights_folder, weights_entry.
 
     Raises:
         CheckpointError: no checkpoint, of another task, or made from other weights.
@@ -174,7 +186,17 @@ def inspect_stage(task_name: str, checkpoint: Path, options: dict[str, Any]) -> 
     chains = _restored(task, loaded, checkpoint, fingerprint, facts)
     inputs, untouched = task.examples(loaded, chains), task.untouched(loaded, chains)
     measured = joined_facts({name: model_facts(chain, inputs[name]) for name, chain in chains.items()}, untouched)
-    return Inspection(checkpoint, task_name, loaded.tag, facts["stage"], fingerprint, measured, tuple(untouched))
+    return Inspection(
+        checkpoint,
+        task_name,
+        loaded.tag,
+        facts["stage"],
+        fingerprint,
+        measured,
+        tuple(untouched),
+        loaded.entry,
+        loaded.preprocessing,
+    )
 
 
 def _restored(task: Task, loaded: LoadedModel, checkpoint: Path, fingerprint: Fingerprint, facts: dict[str, Any]) -> Chains:
@@ -212,8 +234,14 @@ def _changed(recipe: Recipe, given: dict[str, Any], usual: dict[str, Any]) -> Re
 
 def _load(task_name: str, facts: dict[str, Any], options: dict[str, Any]) -> tuple[Task, ModelRequest, LoadedModel]:
     task = get_task(task_name)
-    request = ModelRequest(facts["model"], facts["model_args"])
-    request = replace(request, weights=options["weights"], weights_folder=options["weights_folder"])
+    request = ModelRequest(
+        facts["model"],
+        facts["model_args"],
+        options["weights"],
+        options["weights_folder"],
+        options.get("weights_entry") or facts.get("weights_entry"),
+        facts.get("preprocessing", {}) | options.get("preprocessing", {}),
+    )
     return task, request, task.load(request)
 
 

@@ -11,6 +11,7 @@ OPTIONS = TaskOptions(
     keep_outputs="Keep all detections beside the record, as detections.json in COCO's format of results.",
     data="COCO 2017 (a folder with annotations/, train2017/ and val2017/), or an annotation file of COCO's format (.json); demo "
     "models bring their own data.",
+    preprocessing=(),
 )
 
 if __name__ == "__main__":

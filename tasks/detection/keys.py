@@ -7,27 +7,11 @@ in another order. What a file holds is accounted for name by name: nothing is le
 
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fimaq_core.errors import ModelError
-from tasks.common.weights import read_state
-
-#: What the logs of mmengine's training, which its files hold beside the weights, are rebuilt with: objects that do nothing take
-#: the place of all of it, so that none is called.
-_LOGS = (
-    "mmengine.logging.history_buffer.HistoryBuffer",
-    "builtins.getattr",
-    "numpy.core.multiarray._reconstruct",
-    "numpy.core.multiarray.scalar",
-    "numpy._core.multiarray._reconstruct",
-    "numpy._core.multiarray.scalar",
-    "numpy.ndarray",
-    "numpy.dtype",
-)
 
 #: Names of the Swin repository, in order, and mmdet's.
 _RENAMED = (
@@ -39,25 +23,6 @@ _RENAMED = (
 )
 _BLOCK = re.compile(r"^backbone\.stages\.(\d+)\.blocks\.(\d+)\.")
 _MERGING = re.compile(r"^backbone\.stages\.\d+\.downsample\.")
-
-
-class _Nothing:
-    """Stands for an object of :data:`_LOGS`, whatever it is made from."""
-
-    def __new__(cls, *_: Any) -> "_Nothing":
-        return super().__new__(cls)
-
-    def __init__(self, *_: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-def read_detector(path: Path) -> dict[str, Tensor]:
-    """Read the state dict of a detector by :func:`read_state`, from a file that may hold logs of its training too."""
-    with torch.serialization.safe_globals([(_Nothing, name) for name in _LOGS]):
-        return read_state(path)
 
 
 def adapted(state: Mapping[str, Tensor], model: nn.Module, where: str) -> dict[str, Tensor]:
