@@ -1,6 +1,7 @@
 """Loading classifiers: demo models, and any timm ViT, DeiT or Swin."""
 
 import inspect
+import json
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -85,19 +86,17 @@ def _preprocessing(model: nn.Module, given: dict[str, Any]) -> Preprocessing:
             f"The model takes images of {channels} channels. Images are read as RGB (3) or grey (1): "
             "give another in_chans in --model-args."
         )
-    wanted = [channels, *size]
-    if "input_size" in given:
-        wanted = [*wanted[: 3 - len(given["input_size"])], *given["input_size"]]
+    own = (channels, *size)
+    wanted = own[: 3 - len(given.get("input_size", own))] + tuple(given.get("input_size", own))
+    if wanted != own:
+        _check_size(model, wanted, own)
     arguments = {**given, "input_size": wanted}
     for name in ("mean", "std"):
         arguments[name] = _by_channel(name, given.get(name, published[name]), channels)
     try:
-        found = Preprocessing.model_validate(resolve_data_config(args=arguments, model=model))
+        return Preprocessing.model_validate(resolve_data_config(args=arguments, model=model))
     except ValidationError as error:
         raise ModelError(f"This preprocessing is not possible: {first_problem(error)}.") from error
-    if wanted != [channels, *size]:
-        _check_size(model, found.input_size, (channels, *size))
-    return found
 
 
 def _by_channel(name: str, values: Sequence[float], channels: int) -> tuple[float, ...]:
@@ -113,15 +112,16 @@ def _by_channel(name: str, values: Sequence[float], channels: int) -> tuple[floa
     )
 
 
-def _check_size(model: nn.Module, size: tuple[int, int, int], own: tuple[int, ...]) -> None:
+def _check_size(model: nn.Module, size: tuple[int, ...], own: tuple[int, ...]) -> None:
     """Refuse images that the model cannot take; one with ``dynamic_img_size`` takes many sizes."""
     try:
         with torch.no_grad():
             model(torch.zeros(1, *size))
     except (AssertionError, RuntimeError, ValueError) as error:
+        arguments = json.dumps({"img_size": size[1:]} | ({"in_chans": size[0]} if size[0] != own[0] else {}))
         raise ModelError(
-            f"The model was built for inputs (C, H, W) of {own} and takes none of {size} "
-            f"(--input-size): build it for them with --model-args '{{\"img_size\": {list(size[1:])}}}'."
+            f"The model was built for inputs (C, H, W) of {own} and takes none of {size} (--input-size): "
+            f"build it for them with --model-args '{arguments}'."
         ) from error
 
 

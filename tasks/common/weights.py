@@ -180,7 +180,7 @@ def _content(path: Path) -> Any:
         with torch.serialization.safe_globals(stand_ins):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error)) or re.search(r"error: (.*)", str(error))
+        found = re.search(r"GLOBAL (\S+)", str(error)) or re.search(r"error:\s*(.*)", str(error))
         raise ModelError(
             f"The weights {path} hold more than tensors (code, or objects that only code can rebuild: "
             f"{found[1].strip() if found else error}) and are not loaded. Convert them to safetensors, "
