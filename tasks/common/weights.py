@@ -142,7 +142,9 @@ def read_weights(path: Path, entry: str | None = None) -> StoredWeights:
             several entries of which none is known to be preferred.
     """
     content = _content(path)
-    states = _states(content) if isinstance(content, dict) else {}
+    states: dict[str, dict[str, Tensor]] = {}
+    if isinstance(content, dict):
+        states = _states(content) if content else {"": {}}
     if not states:
         raise ModelError(f"The weights {path} hold no state dict (a mapping of names to tensors): they do not fit any model.")
     name = _chosen(list(states), entry, path)

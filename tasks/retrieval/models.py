@@ -83,8 +83,10 @@ def load_model(request: ModelRequest) -> LoadedModel:
     return LoadedModel(
         model.eval(),
         tag,
-        (f"file {path.name}" if weights else f"hub {repository(tag).repo}") + tokenizer.origin,
-        stored.sha256(model, altered=bool(request.model_args)),
+        (f"file {path.name}" if weights else f"hub {repository(tag).repo}")
+        + ("" if told is None else f" ({'QuickGELU' if told else 'GELU'}, as it says)")
+        + tokenizer.origin,
+        stored.sha256(model, altered=bool(arguments)),
         0,
         image_transform_v2(preprocess, is_train=False),
         image_transform_v2(preprocess, is_train=True),

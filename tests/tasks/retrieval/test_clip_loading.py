@@ -398,6 +398,7 @@ def test_older_layouts(tmp_path: Path, clip: nn.Module) -> None:
     for name, tensor in clip.state_dict().items():
         assert torch.equal(loaded.model.state_dict()[name], tensor.half().float()), name
     assert activations(loaded.model) == {"QuickGELU"}  # these entries are OpenAI's
+    assert loaded.source == "file weights.pth (QuickGELU, as it says)"
 
 
 def test_text_towers_without_a_module_of_their_own(tmp_path: Path, no_hub: None) -> None:
