@@ -83,8 +83,8 @@ def _preprocessing(model: nn.Module, given: dict[str, Any]) -> Preprocessing:
     channels, *size = _input_shape(model, published["input_size"])
     if channels not in (1, 3):
         raise ModelError(
-            f"The model takes images of {channels} channels. Images are read as RGB (3) or grey (1): "
-            "give another in_chans in --model-args."
+            f"The model takes images of {channels} channels. Images are read as RGB (3) or grey "
+            "(1): give another in_chans in --model-args."
         )
     own = (channels, *size)
     wanted = own[: 3 - len(given.get("input_size", own))] + tuple(given.get("input_size", own))
@@ -118,10 +118,12 @@ def _check_size(model: nn.Module, size: tuple[int, ...], own: tuple[int, ...]) -
         with torch.no_grad():
             model(torch.zeros(1, *size))
     except (AssertionError, RuntimeError, ValueError) as error:
-        arguments = json.dumps({"img_size": size[1:]} | ({"in_chans": size[0]} if size[0] != own[0] else {}))
+        arguments: dict[str, Any] = {"img_size": size[1:]}
+        if size[0] != own[0]:
+            arguments["in_chans"] = size[0]
         raise ModelError(
-            f"The model was built for inputs (C, H, W) of {own} and takes none of {size} (--input-size): "
-            f"build it for them with --model-args '{arguments}'."
+            f"The model was built for inputs (C, H, W) of {own} and takes none of {size} "
+            f"(--input-size): build it for them with --model-args '{json.dumps(arguments)}'."
         ) from error
 
 

@@ -35,8 +35,10 @@ class Preprocessing(BaseModel):
 
     def text(self) -> str:
         """The settings in one line."""
-        crop = self.crop_mode if self.crop_pct is None else f"crop {self.crop_pct:g} ({self.crop_mode})"
-        mean, std = (", ".join(f"{value:.6g}" for value in values) for values in (self.mean, self.std))
+        crop = self.crop_mode
+        if self.crop_pct is not None:
+            crop = f"crop {self.crop_pct:g} ({self.crop_mode})"
+        mean, std = (", ".join(f"{value:.6g}" for value in part) for part in (self.mean, self.std))
         size = " x ".join(map(str, self.input_size))
         return f"{size}, {self.interpolation}, {crop}, mean {mean}, std {std}"
 
@@ -61,9 +63,9 @@ class GivenPreprocessing(BaseModel):
 HELP = {
     "input_size": "Size of input images: one number, H,W or C,H,W.  [as the model was built]",
     "crop_pct": "Share of a resized image that is kept.  [the model's]",
-    "mean": "Mean of input images in 0..1: a number, or one per channel (0.5,0.5,0.5).  [the model's]",
+    "mean": "Mean of input images in 0..1: a number, or one per channel.  [the model's]",
     "std": "Standard deviation of input images: a number, or one per channel.  [the model's]",
-    "interpolation": "Interpolation of resizing: bicubic, bilinear, nearest, lanczos.  [the model's]",
+    "interpolation": "Interpolation of resizing: bicubic, bilinear, lanczos ...  [the model's]",
 }
 
 

@@ -168,8 +168,8 @@ def _content(path: Path) -> Any:
         raise ModelError(f"There is no weights file {path}.")
     if is_torchscript(path):
         raise ModelError(
-            f"The weights {path} are a TorchScript archive: a program with weights, which is not run. "
-            "Give the weights as safetensors."
+            f"The weights {path} are a TorchScript archive: a program with weights, which is not "
+            "run. Give the weights as safetensors."
         )
     stand_ins: list[Any] = [(own, name) for own, names in _STAND_INS.items() for name in names]
     try:
@@ -184,9 +184,9 @@ def _content(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error)) or re.search(r"error:\s*(.*)", str(error))
         raise ModelError(
-            f"The weights {path} hold more than tensors (code, or objects that only code can rebuild: "
-            f"{found[1].strip() if found else error}) and are not loaded. Convert them to safetensors, "
-            "or save model.state_dict() alone."
+            f"The weights {path} hold more than tensors (code, or objects that only code can "
+            f"rebuild: {found[1].strip() if found else error}) and are not loaded. "
+            "Convert them to safetensors, or save model.state_dict() alone."
         ) from error
     except (
         SafetensorError, RuntimeError, EOFError, OSError, ValueError, TypeError, AttributeError,
@@ -254,8 +254,8 @@ def _renamed(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
         own = _own_name(name)
         if own in found:
             raise ModelError(
-                f"The weights {path} have '{own}' more than once, with and without a prefix such as "
-                f"'{name.removesuffix(own)}': save the weights of one model alone."
+                f"The weights {path} have '{own}' more than once, with and without a prefix such "
+                f"as '{name.removesuffix(own)}': save the weights of one model alone."
             )
         found[own] = value
     return found
@@ -285,7 +285,7 @@ def _class_names(content: dict[Any, Any]) -> tuple[str, ...] | None:
 
 
 def is_torchscript(path: Path) -> bool:
-    """True for an archive of ``torch.jit.save``: only such an archive holds a program's constants."""
+    """True for an archive of ``torch.jit.save``, which alone holds a program's constants."""
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.rpartition("/")[2] == "constants.pkl" for name in archive.namelist())

@@ -71,10 +71,11 @@ def load_model(request: ModelRequest) -> LoadedModel:
     load_state(model, _adapted(stored.state, model, request.model_args), str(path) if weights else tag)
     if not named and told is None:
         raise ModelError(
-            f"The weights {path} do not say which activation they were trained with, and open_clip has "
-            f"{architecture} with two. Give --model {architecture}-quickgelu if they come from weights with "
-            "QuickGELU (OpenAI's, DFN's, MetaCLIP's), or --model-args '{\"quick_gelu\": false}' for the exact "
-            f"GELU. A name with a tag says it too, such as {published(architecture)[0]}."
+            f"The weights {path} do not say which activation they were trained with, and open_clip "
+            f"has {architecture} with two. Give --model {architecture}-quickgelu if they come from "
+            "weights with QuickGELU (OpenAI's, DFN's, MetaCLIP's), or "
+            "--model-args '{\"quick_gelu\": false}' for the exact GELU. "
+            f"A name with a tag says it too, such as {published(architecture)[0]}."
         )
     _resize_trunk(model, request.model_args)
     height, width = _pair(model.visual.image_size)
@@ -129,7 +130,7 @@ def _demo(request: ModelRequest, tag: str, weights: Path | None) -> LoadedModel:
 
 
 def _activation(stored: StoredWeights) -> bool | None:
-    """True if the file says that its weights are for QuickGELU, False for GELU, None if it does not say."""
+    """True if the file says that its weights are for QuickGELU, False for GELU, else None."""
     if stored.state.keys() >= _OPENAI:
         return True
     try:
@@ -206,8 +207,9 @@ def _check_size(given: dict[str, Any], own: tuple[int, int, int]) -> tuple[int, 
     wanted = given.get("input_size", own)
     if tuple(wanted) != own[-len(wanted) :]:
         raise ModelError(
-            f"The model was built for inputs (C, H, W) of {own} and takes none of {tuple(wanted)} (--input-size): "
-            f'build it for them with "vision_cfg": {{"image_size": {list(wanted[-2:])}}} in --model-args.'
+            f"The model was built for inputs (C, H, W) of {own} and takes none of {tuple(wanted)} "
+            "(--input-size): build it for them with "
+            f'"vision_cfg": {{"image_size": {list(wanted[-2:])}}} in --model-args.'
         )
     return own
 
