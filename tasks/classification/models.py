@@ -1,23 +1,28 @@
 """Loading classifiers: demo models, and any timm ViT, DeiT or Swin."""
 
 import inspect
+import json
 import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import timm
-from timm.data import create_transform, resolve_model_data_config
+import torch
+from pydantic import ValidationError
+from timm.data import create_transform, resolve_data_config
 from timm.layers import PatchEmbed
 from timm.models import build_model_with_cfg
-from torch import nn
+from torch import Tensor, nn
+from torchvision.transforms import Compose, Grayscale
 
-from fimaq_core.errors import ModelError
+from fimaq_core.errors import ModelError, first_problem
 from tasks.classification.demo.digits import CANVAS_SIZE, eval_transform, train_transform
 from tasks.classification.demo.models import DEMO
 from tasks.classification.tags import CATALOGUE, DEMO_NAMES, full_name
-from tasks.common.hashing import file_sha256
+from tasks.common.preprocessing import Preprocessing
 from tasks.common.request import ModelRequest, describe_missing
 from tasks.common.task import LoadedModel
-from tasks.common.weights import load_state, read_state, state_sha256
+from tasks.common.weights import load_state, read_weights
 
 
 def load_model(request: ModelRequest) -> LoadedModel:
@@ -32,41 +37,111 @@ def load_model(request: ModelRequest) -> LoadedModel:
         raise ModelError(describe_missing([missing]))
     tag, weights = CATALOGUE.model_tag(request), CATALOGUE.local_weights(request)
     if request.name in DEMO_NAMES:
-        model, path = DEMO.load(request, weights)
+        model, stored = DEMO.load(request, weights)
         return LoadedModel(
             model,
             tag,
-            f"file {path.name}",
-            file_sha256(path),
+            f"file {stored.path.name}",
+            stored.sha256(model, altered=False),
             100,
             eval_transform(),
             train_transform(),
             "digit-pairs",
             (1, *CANVAS_SIZE),
+            entry=stored.entry,
+            entries=stored.entries,
         )
     path = weights or CATALOGUE.fetch(tag)
     model = _create(full_name(request.name), request.model_args)
-    load_state(model, _adapted(read_state(path), model), str(path) if weights else tag)
-    config = resolve_model_data_config(model)
-    digest = file_sha256(path) if not request.model_args else state_sha256(model)
+    stored = read_weights(path, request.weights_entry)
+    load_state(model, _adapted(stored.state, model), str(path) if weights else tag)
+    preprocessing = _preprocessing(model.eval(), request.preprocessing)
     return LoadedModel(
-        model.eval(),
+        model,
         tag,
         f"file {path.name}" if weights else f"hub timm/{tag}",
-        digest,
+        stored.sha256(model, altered=bool(request.model_args)),
         int(getattr(model, "num_classes", 0)),
-        create_transform(**config, is_training=False),
-        create_transform(**config, is_training=True),
-        input_shape=_input_shape(model, config["input_size"]),
+        _transform(preprocessing, is_training=False),
+        _transform(preprocessing, is_training=True),
+        input_shape=preprocessing.input_size,
+        entry=stored.entry,
+        entries=stored.entries,
+        class_names=stored.class_names,
+        preprocessing=preprocessing,
     )
+
+
+def _preprocessing(model: nn.Module, given: dict[str, Any]) -> Preprocessing:
+    """timm's preprocessing for the model as it was built, with ``given`` fields instead of its own.
+
+    Raises:
+        ModelError: images of this size or with these channels do not fit the model, or mean and
+            deviation do not fit the channels.
+    """
+    published = resolve_data_config(model=model)
+    channels, *size = _input_shape(model, published["input_size"])
+    if channels not in (1, 3):
+        raise ModelError(
+            f"The model takes images of {channels} channels. Images are read as RGB (3) or grey "
+            "(1): give another in_chans in --model-args."
+        )
+    own = (channels, *size)
+    wanted = own[: 3 - len(given.get("input_size", own))] + tuple(given.get("input_size", own))
+    if wanted != own:
+        _check_size(model, wanted, own)
+    arguments = {**given, "input_size": wanted}
+    for name in ("mean", "std"):
+        arguments[name] = _by_channel(name, given.get(name, published[name]), channels)
+    try:
+        return Preprocessing.model_validate(resolve_data_config(args=arguments, model=model))
+    except ValidationError as error:
+        raise ModelError(f"This preprocessing is not possible: {first_problem(error)}.") from error
+
+
+def _by_channel(name: str, values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """Mean or deviation by channel: one value stands for all channels, equal values for one."""
+    if len(values) == channels:
+        return tuple(values)
+    if len(set(values)) == 1:
+        return (values[0],) * channels
+    raise ModelError(
+        f"The {name} of images has {len(values)} values and the model takes {channels} "
+        f"channel{'s' if channels > 1 else ''}: give --{name} with {channels} "
+        f"value{'s' if channels > 1 else ''}, as the model was trained with."
+    )
+
+
+def _check_size(model: nn.Module, size: tuple[int, ...], own: tuple[int, ...]) -> None:
+    """Refuse images that the model cannot take; one with ``dynamic_img_size`` takes many sizes."""
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, *size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        arguments: dict[str, Any] = {"img_size": size[1:]}
+        if size[0] != own[0]:
+            arguments["in_chans"] = size[0]
+        raise ModelError(
+            f"The model was built for inputs (C, H, W) of {own} and takes none of {size} "
+            f"(--input-size): build it for them with --model-args '{json.dumps(arguments)}'."
+        ) from error
+
+
+def _transform(preprocessing: Preprocessing, is_training: bool) -> Callable[[Any], Tensor]:
+    """timm's transform. A model of one channel gets grey images."""
+    transform = create_transform(**preprocessing.model_dump(), is_training=is_training)
+    if preprocessing.input_size[0] == 1:
+        return Compose([Grayscale(), *transform.transforms])
+    made: Callable[[Any], Tensor] = transform
+    return made
 
 
 def _input_shape(model: nn.Module, published: tuple[int, int, int]) -> tuple[int, int, int]:
     """(C, H, W) of the images a model takes: as its patch embedding was built (arguments may change it), else as published."""
     embed = getattr(model, "patch_embed", None)
-    if not isinstance(embed, PatchEmbed) or embed.img_size is None:
+    if not isinstance(embed, PatchEmbed):
         return published
-    height, width = embed.img_size
+    height, width = embed.img_size or published[1:]
     return embed.proj.in_channels, height, width
 
 
@@ -90,6 +165,6 @@ def _adapted(state: dict[str, Any], model: nn.Module) -> dict[str, Any]:
         return state
     try:
         adapted: dict[str, Any] = convert(state, model)
-    except (KeyError, RuntimeError, ValueError) as error:
+    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ModelError(f"The weights do not fit {type(model).__name__}: {error}") from error
     return adapted

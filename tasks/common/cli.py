@@ -3,10 +3,10 @@
 import json
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -25,12 +25,16 @@ from tasks.common.options import (
     recipe_options,
     stage_options,
     take_data,
+    take_preprocessing,
     take_recipe,
     take_requests,
     weights_options,
 )
 from tasks.common.registry import defaults
 from tasks.common.request import CellRequest
+
+if TYPE_CHECKING:
+    pass
 
 
 def build_group(task_name: str, summary: str, own: TaskOptions = TaskOptions()) -> click.Group:
@@ -64,8 +68,10 @@ def build_group(task_name: str, summary: str, own: TaskOptions = TaskOptions()) 
         for name, metric in record.metrics.items():
             full = f", full precision {record.fp_metrics[name].value:.2f}" if name in record.fp_metrics else ""
             click.echo(f"{record.model} {record.method} {name} {metric.value:.2f} ± {metric.stderr:.2f} (n = {record.n}{full})")
-        for note in record.notes:
-            click.echo(f"note: {note}")
+        _echo(record.weights.notes())
+        if record.preprocessing is not None:
+            click.echo(f"preprocessing: {record.preprocessing.text()}")
+        _echo(f"note: {note}" for note in record.notes)
         click.echo(f"record: {path}")
 
     @group.command(
@@ -104,10 +110,10 @@ def build_group(task_name: str, summary: str, own: TaskOptions = TaskOptions()) 
         from tasks.common import stages
 
         out, given = options.pop("out"), given_recipe(options)
+        options["preprocessing"] = take_preprocessing(options)
         with _bars() as report:
             log = stages.reconstruct_stage(task_name, checkpoint, out, given, take_data(options), options, report)
-        for note in log.notes:
-            click.echo(f"note: {note}")
+        _echo(f"note: {note}" for note in log.notes)
         click.echo(f"reconstructed checkpoint: {out}")
 
     @group.command(help="Evaluate CHECKPOINT, of any stage (with MLPs alone reconstructed: in full precision).")
@@ -116,6 +122,7 @@ def build_group(task_name: str, summary: str, own: TaskOptions = TaskOptions()) 
     def evaluate(checkpoint: Path, **options: Any) -> None:
         from tasks.common import stages
 
+        options["preprocessing"] = take_preprocessing(options)
         with _bars() as report:
             evaluation = stages.evaluate_stage(task_name, checkpoint, take_data(options), options, report)
         for name, metric in evaluation.metrics.items():
@@ -150,6 +157,11 @@ def build_group(task_name: str, summary: str, own: TaskOptions = TaskOptions()) 
     return group
 
 
+def _echo(lines: Iterable[str]) -> None:
+    for line in lines:
+        click.echo(line)
+
+
 def _first_stage(task_name: str, stage: Callable[[CellRequest, Path, Report], list[str]], options: dict[str, Any]) -> Path:
     """Run a stage that starts from the float model; return the checkpoint it wrote."""
     recipe, out = take_recipe(options, defaults(task_name)), Path(options.pop("out"))
@@ -158,8 +170,7 @@ def _first_stage(task_name: str, stage: Callable[[CellRequest, Path, Report], li
     model, data = take_requests(options)
     with _bars() as report:
         notes = stage(CellRequest(task_name, model, data, recipe, **options), out, report)
-    for note in notes:
-        click.echo(f"note: {note}")
+    _echo(f"note: {note}" for note in notes)
     return out
 
 

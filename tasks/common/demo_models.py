@@ -14,7 +14,7 @@ from torch import nn
 
 from fimaq_core.errors import ModelError
 from tasks.common.request import ModelRequest
-from tasks.common.weights import load_state, read_state
+from tasks.common.weights import StoredWeights, load_state, read_weights
 
 
 @dataclass(frozen=True)
@@ -76,21 +76,25 @@ class DemoModels:
         self.spec(name)
         return self.folder / f"{name}.safetensors"
 
-    def load(self, request: ModelRequest, weights: Path | None) -> tuple[nn.Module, Path]:
+    def load(self, request: ModelRequest, weights: Path | None) -> tuple[nn.Module, StoredWeights]:
         """Builds the model that is asked for with its weights, or those of another file.
 
         Returns:
-            The model and the file that was read.
+            The model and what was read.
 
         Raises:
-            ModelError: Arguments for the constructor, or weights that do not fit.
+            ModelError: Arguments for the constructor or the preprocessing, or weights that do not fit.
             NumericsError: NaN in the weights.
         """
         if request.model_args:
             raise ModelError("Demo models take no --model-args: their structure is fixed by their weights.")
+        if request.preprocessing:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in request.preprocessing)
+            raise ModelError(f"Demo models take no {names}: their data are made for them.")
         model, path = self.build(request.name), weights or self.weights_path(request.name)
-        load_state(model, read_state(path), path.name)
-        return model.eval(), path
+        stored = read_weights(path, request.weights_entry)
+        load_state(model, stored.state, path.name)
+        return model.eval(), stored
 
     def metadata(self, name: str) -> dict[str, Any]:
         """Reads what is recorded about the weights: training settings, accuracies, versions and the file's sha256.

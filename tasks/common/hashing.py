@@ -7,7 +7,7 @@ from pathlib import Path
 from fimaq_core.errors import DataError
 
 #: Kinds of weight files, in the order in which a folder is searched.
-SUFFIXES = (".safetensors", ".pth", ".bin", ".pt")
+SUFFIXES = (".safetensors", ".pth", ".bin", ".pt", ".ckpt", ".pth.tar", ".tar")
 
 
 def file_sha256(path: Path) -> str:

@@ -74,7 +74,7 @@ class Catalogue:
             return f"{request.name}.{self._demo_metadata(request.name)['tag']}"
         name = request.name if request.name in self.demo_names else self.full_name(request.name)
         model, _, tag = name.partition(".")
-        if weights is not None and (weights.stem != name or not tag):
+        if weights is not None and (weights.stem.removesuffix(".pth") != name or not tag):
             return f"{model}.local-{file_sha256(weights)[:12]}"
         if weights is None and not tag:
             choices = " or ".join(self.choices(name)) or "a local file with --weights"

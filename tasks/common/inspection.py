@@ -11,6 +11,7 @@ from tabulate import tabulate  # type: ignore[import-untyped, unused-ignore]
 from fimaq_core import NUMERICS_VERSION
 from fimaq_core.checkpoint import Fingerprint
 from tasks.common.facts import LayerFacts, ModelFacts
+from tasks.common.preprocessing import Preprocessing
 from tasks.common.registry import defaults
 
 _LAYER_COLUMNS = {
@@ -35,6 +36,8 @@ class Inspection:
         fingerprint: what it belongs to.
         facts: about the model in it.
         untouched: parts of the model that are not in it, since they stay as they are.
+        entry: the entry of the file with the float weights; None where it has none.
+        preprocessing: how images become inputs, where the task says it.
     """
 
     checkpoint: Path
@@ -44,6 +47,8 @@ class Inspection:
     fingerprint: Fingerprint
     facts: ModelFacts
     untouched: tuple[str, ...] = ()
+    entry: str | None = None
+    preprocessing: Preprocessing | None = None
 
     def content(self) -> dict[str, Any]:
         """Everything as JSON values; sizes in bits."""
@@ -57,6 +62,8 @@ class Inspection:
             "untouched": list(self.untouched),
             "method": recipe.method,
             "changes": recipe.changes(defaults(self.task)),
+            "weights_entry": self.entry,
+            "preprocessing": self.preprocessing and self.preprocessing.model_dump(mode="json"),
             "recipe": recipe.model_dump(mode="json"),
             "fingerprint": {
                 "weights": self.fingerprint.weights,
@@ -109,6 +116,8 @@ class Inspection:
             *(f"in full precision, what it computes not counted: {name}" for name in self.untouched),
             f"changes: {changes or 'none'}",
             f"float weights: sha256 {mark.weights}",
+            *([] if self.entry is None else [f"entry of the weights file: {self.entry}"]),
+            *([] if self.preprocessing is None else [f"preprocessing: {self.preprocessing.text()}"]),
             f"calibration: {mark.calibration}",
             f"numerics version: {mark.numerics} (this is {NUMERICS_VERSION})",
         ]

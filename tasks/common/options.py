@@ -11,6 +11,7 @@ import click
 from fimaq_core.errors import RecipeError, suggest
 from fimaq_core.recipe import METHODS, Recipe, make_recipe, read_recipe_file
 from tasks.common import class_order
+from tasks.common.preprocessing import HELP, parse_preprocessing
 from tasks.common.request import DataRequest, ModelRequest
 
 Command = Callable[..., None]
@@ -29,6 +30,7 @@ class TaskOptions:
         exif: help of ``--exif``; empty for none.
         data: help of ``--data``.
         class_order: whether classes are folders, so that there is ``--class-order``.
+        preprocessing: fields of preprocessing that can be given.
     """
 
     scope: str = ""
@@ -39,6 +41,7 @@ class TaskOptions:
     exif: str = ""
     data: str = "Data folder with train/ and val/ (demo models bring their own data)."
     class_order: bool = True
+    preprocessing: tuple[str, ...] = tuple(HELP)
 
 
 _GROUPS = {
@@ -145,10 +148,9 @@ def model_options(own: TaskOptions, command: Command) -> Command:
     options = [
         click.option("--model", required=True, help="Short name, demo name or the library's own 'model.tag'; see 'models'."),
         click.option("--model-args", default="{}", help="JSON object of arguments for the model's constructor."),
-        click.option(
-            "--weights", type=click.Path(path_type=Path), help="Local checkpoint: safetensors, or .pth/.bin read weights-only."
+        *_weights_options(
+            "Local checkpoint: safetensors, or a file of torch.save (.pth, .pt, .bin, .ckpt, .tar), read weights-only."
         ),
-        click.option("--weights-folder", type=click.Path(path_type=Path), help="Folder with <model.tag>.safetensors files."),
         *_run_options(own),
     ]
     for option in reversed(options):
@@ -160,6 +162,7 @@ def _run_options(own: TaskOptions) -> list[Callable[..., Any]]:
     return [
         click.option("--data", type=click.Path(path_type=Path), help=own.data),
         *_evaluation_options(own),
+        *(click.option(f"--{name.replace('_', '-')}", name, help=HELP[name], metavar="VALUE") for name in own.preprocessing),
         click.option(
             "--calibration-list",
             type=click.Path(path_type=Path),
@@ -201,10 +204,20 @@ def take_requests(options: dict[str, Any]) -> tuple[ModelRequest, DataRequest]:
     """Take the options about model and data out of ``options``."""
     return (
         ModelRequest(
-            options.pop("model"), _json_object(options.pop("model_args")), options.pop("weights"), options.pop("weights_folder")
+            options.pop("model"),
+            _json_object(options.pop("model_args")),
+            options.pop("weights"),
+            options.pop("weights_folder"),
+            options.pop("weights_entry"),
+            take_preprocessing(options),
         ),
         take_data(options),
     )
+
+
+def take_preprocessing(options: dict[str, Any]) -> dict[str, Any]:
+    """Take the options about preprocessing out of ``options``. Raises RecipeError."""
+    return parse_preprocessing({name: options.pop(name) for name in HELP if name in options})
 
 
 def take_data(options: dict[str, Any]) -> DataRequest:
@@ -260,14 +273,27 @@ def stage_options(own: TaskOptions, command: Command) -> Command:
 
 def weights_options(command: Command) -> Command:
     """Add where the float weights of a checkpoint's model are."""
-    for option in reversed(
-        [
-            click.option("--weights", type=click.Path(path_type=Path), help="The float weights, if they came from a local file."),
-            click.option("--weights-folder", type=click.Path(path_type=Path), help="Folder with <model.tag>.safetensors files."),
-        ]
-    ):
+    for option in reversed(_weights_options("The float weights, if they came from a local file.")):
         command = option(command)
     return command
+
+
+def _weights_options(file: str) -> list[Callable[..., Any]]:
+    """Where weights are. ``file`` is the help of ``--weights``."""
+    return [
+        click.option("--weights", type=click.Path(path_type=Path), help=file),
+        click.option(
+            "--weights-folder",
+            type=click.Path(path_type=Path),
+            help="Folder with <model.tag>.safetensors files.",
+        ),
+        click.option(
+            "--weights-entry",
+            metavar="NAME",
+            help="Entry of the weights file to take, such as state_dict or state_dict_ema.  "
+            "[timm's choice: averaged weights first]",
+        ),
+    ]
 
 
 def given_recipe(options: dict[str, Any]) -> dict[str, Any]:

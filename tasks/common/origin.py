@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fimaq_core.checkpoint import Fingerprint, read_header
 from fimaq_core.errors import CheckpointError, first_problem
+from tasks.common.preprocessing import GivenPreprocessing
 from tasks.common.registry import scopes
 
 #: Names of models. No address such as ``hf-hub:...`` or ``local-dir:...``, and no way up or to a root of files.
@@ -25,6 +26,8 @@ class _Facts(BaseModel):
     model_args: dict[str, Any]
     tag: str
     stage: Literal["mlp", "calibrated", "reconstructed"]
+    weights_entry: str | None = None
+    preprocessing: GivenPreprocessing = GivenPreprocessing()
 
 
 def read_origin(path: Path, task: str) -> tuple[Fingerprint, dict[str, Any]]:
@@ -34,7 +37,8 @@ def read_origin(path: Path, task: str) -> tuple[Fingerprint, dict[str, Any]]:
         task: name of the task that it must be of.
 
     Returns:
-        The fingerprint, and ``task``, ``model``, ``model_args``, ``tag`` and ``stage``.
+        The fingerprint, and ``task``, ``model``, ``model_args``, ``tag`` and ``stage``; where they were
+        given, ``weights_entry`` and ``preprocessing``.
 
     Raises:
         CheckpointError: no such checkpoint, one of another task or of a part of a model, or facts that are to make a library read
@@ -57,7 +61,9 @@ def read_origin(path: Path, task: str) -> tuple[Fingerprint, dict[str, Any]]:
     scope, known = fingerprint.recipe.scope, scopes(task)
     if scope is not None and scope not in known:
         raise CheckpointError(f"The checkpoint {path} has the scope {scope!r}, which task '{task}' does not have.")
-    return fingerprint, facts.model_dump()
+    given = {"weights_entry": facts.weights_entry, "preprocessing": facts.preprocessing.fields()}
+    own = facts.model_dump(exclude=set(given))
+    return fingerprint, own | {name: value for name, value in given.items() if value}
 
 
 def _texts(value: object, where: str) -> Iterator[tuple[str, str]]:

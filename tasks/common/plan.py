@@ -40,7 +40,9 @@ def _basis(request: CellRequest) -> dict[str, Any]:
     """What of a resolved request decides what its cell computes, but for the recipe and what is measured on."""
     recipe, chosen = request.recipe, request.data.calibration_list
     order = request.data.class_order
+    given = {"entry": request.model.weights_entry, "preprocessing": request.model.preprocessing}
     return {
+        **{name: value for name, value in given.items() if value},
         "numerics": NUMERICS_VERSION,
         "model": registry.model_identity(request.task, request.model),
         # One local file may be loaded under several names, which may say which transform goes with it.

@@ -70,7 +70,11 @@ def built_model(model: ModelRequest, loaded: LoadedModel) -> str:
 
 def checkpoint_facts(task: str, model: ModelRequest, loaded: LoadedModel) -> dict[str, object]:
     """What a checkpoint says of itself, so that a later stage can build its model."""
-    return {"task": task, "model": model.name, "model_args": model.model_args, "tag": loaded.tag}
+    given = {"weights_entry": model.weights_entry, "preprocessing": model.preprocessing}
+    return {
+        **{"task": task, "model": model.name, "model_args": model.model_args, "tag": loaded.tag},
+        **{name: value for name, value in given.items() if value},
+    }
 
 
 def check_request(request: CellRequest) -> CellRequest:

@@ -12,6 +12,7 @@ from fimaq_core.files import replaced_whole
 from fimaq_core.recipe import Recipe
 from tasks.common import sealing
 from tasks.common.hashing import file_sha256
+from tasks.common.preprocessing import Preprocessing
 from tasks.common.record_versions import migrated
 
 SCHEMA_VERSION = 3
@@ -37,11 +38,23 @@ class Metric(_Strict):
 
 
 class Weights(_Strict):
-    """Which weights were quantized."""
+    """Which weights were quantized.
+
+    ``entry`` is the entry of the file that they were taken from, ``entries`` are all its entries
+    with weights. None and empty: the file has no entries, or the record is older than the field.
+    """
 
     tag: str
     source: str
     sha256: str
+    entry: str | None = None
+    entries: list[str] = []
+
+    def notes(self) -> list[str]:
+        """A line that names the entry, where the file has several."""
+        if len(self.entries) < 2:
+            return []
+        return [f"weights: entry '{self.entry}' of {', '.join(self.entries)} (--weights-entry)"]
 
 
 class Dataset(_Strict):
@@ -163,6 +176,7 @@ class ResultRecord(_Strict):
     n: int
     fp_metrics: dict[str, Metric]
     weights: Weights
+    preprocessing: Preprocessing | None = None
     dataset: Dataset
     calibration: Calibration | None
     modules: ModuleMap | None

@@ -17,12 +17,18 @@ class ModelRequest:
         model_args: keyword arguments for the library's constructor.
         weights: a local checkpoint file; None for the demo's own or the library's pretrained weights.
         weights_folder: a folder that holds ``<model.tag>.safetensors`` (or .pth, .bin), tried before the library's cache.
+        weights_entry: entry of the checkpoint file to take, such as ``state_dict``; None takes the
+            one that timm takes.
+        preprocessing: fields of :class:`tasks.common.preprocessing.GivenPreprocessing` that replace
+            the model's own.
     """
 
     name: str
     model_args: dict[str, Any] = field(default_factory=dict)
     weights: Path | None = None
     weights_folder: Path | None = None
+    weights_entry: str | None = None
+    preprocessing: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ from tasks.common.lease import Lease, acquire, awaited, exclusively
 from tasks.common.modules import merge_logs, whole_map
 from tasks.common.plan import note_shared, planned_folder, variant_name
 from tasks.common.prepare import Part, built_model, chains_of, check_request, checkpoint_facts, fingerprint_of, start, whole
-from tasks.common.record import WAIT, BlockFigures, Calibration, Metric, ResultRecord, Weights, read_record, write_record
+from tasks.common.record import WAIT, BlockFigures, Calibration, Metric, ResultRecord, read_record, write_record
 from tasks.common.registry import get_task
 from tasks.common.request import CellRequest
 from tasks.common.task import CalibrationSet, Evaluation, LoadedModel, Task
@@ -253,7 +253,8 @@ def _record(
         "metrics": evaluation.metrics,
         "n": evaluation.n,
         "fp_metrics": full,
-        "weights": Weights(tag=loaded.tag, source=loaded.source, sha256=loaded.sha256),
+        "weights": loaded.weights,
+        "preprocessing": loaded.preprocessing,
         "dataset": evaluation.dataset,
         "calibration": None,
         "modules": None,

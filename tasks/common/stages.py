@@ -55,7 +55,7 @@ def mlp_stage(request: CellRequest, out: Path, report: Report) -> list[str]:
     An ``out`` of the same run is kept.
 
     Returns:
-        Notes on the calibration images.
+        Notes on the weights and the calibration images.
     """
     assert request.recipe is not None
     # Merged anew, so that fields that do not go with MLP reconstruction are refused before it starts.
@@ -77,7 +77,7 @@ def calibrate_stage(request: CellRequest, out: Path, report: Report) -> list[str
     MLPs that are reconstructed on the way are kept beside it.
 
     Returns:
-        Notes on the calibration images.
+        Notes on the weights and the calibration images.
     """
     begun = _begin(request, report, lambda part: _beside(_beside(out, "mlp"), part.name))
     chains = chains_of(begun.parts)
@@ -121,7 +121,7 @@ def _begin(request: CellRequest, report: Report, kept: Callable[[Part], Path | N
     parts = start(request, task, loaded, images, device, resources, kept)
     facts = checkpoint_facts(request.task, request.model, loaded)
     fingerprint = fingerprint_of(request.model, loaded, images, request.recipe)
-    return _Begun(parts, resources, fingerprint, facts, images.notes)
+    return _Begun(parts, resources, fingerprint, facts, [*loaded.weights.notes(), *images.notes])
 
 
 def reconstruct_stage(
@@ -131,7 +131,8 @@ def reconstruct_stage(
 
     Args:
         given: recipe fields that replace the checkpoint's.
-        options: device, threads, eval_batch, placement, step_engine, workers, weights, weights_folder.
+        options: device, threads, eval_batch, placement, step_engine, workers, weights, weights_folder;
+            weights_entry and preprocessing replace what the checkpoint was made with.
 
     Raises:
         CheckpointError: the checkpoint is of another run, or given fields would change its ranges.
@@ -151,13 +152,14 @@ def reconstruct_stage(
         use_relu(all_segments(chains))
     load_checkpoint(checkpoint, whole(chains), expected, "ranges")
     resources = Resources(report, options["placement"], options["eval_batch"], options["step_engine"])
-    log = ReconstructionLog(notes=list(calibration.notes))
+    log = ReconstructionLog(notes=[*loaded.weights.notes(), *calibration.notes])
     for part in parts:
         blocks = blocks_beside(_beside(out, part.name))
         made = part.chain, part.inputs, part.recipe, part.divergence, resources
         merge_logs(log, part.name, reconstruct_with_checkpoints(*made, blocks, part.fingerprint, part.teacher))
         finish(part.chain)
-    save_checkpoint(out, whole(chains).state_dict(), expected, {**facts, "stage": "reconstructed"})
+    facts = {**checkpoint_facts(task_name, model, loaded), "stage": "reconstructed"}
+    save_checkpoint(out, whole(chains).state_dict(), expected, facts)
     for part in parts:
         remove_blocks(blocks_beside(_beside(out, part.name)))
     return log
@@ -176,7 +178,7 @@ def inspect_stage(task_name: str, checkpoint: Path, options: dict[str, Any]) -> 
     """Facts about the model in a checkpoint of any stage. Needs its float weights, but no data.
 
     Args:
-        options: weights, weights_folder.
+        options: weights, weights_folder, weights_entry.
 
     Raises:
         CheckpointError: no checkpoint, of another task, or made from other weights.
@@ -187,7 +189,17 @@ def inspect_stage(task_name: str, checkpoint: Path, options: dict[str, Any]) -> 
     chains = _restored(task, loaded, checkpoint, fingerprint, facts)
     inputs, untouched = task.examples(loaded, chains), task.untouched(loaded, chains)
     measured = joined_facts({name: model_facts(chain, inputs[name]) for name, chain in chains.items()}, untouched)
-    return Inspection(checkpoint, task_name, loaded.tag, facts["stage"], fingerprint, measured, tuple(untouched))
+    return Inspection(
+        checkpoint,
+        task_name,
+        loaded.tag,
+        facts["stage"],
+        fingerprint,
+        measured,
+        tuple(untouched),
+        loaded.entry,
+        loaded.preprocessing,
+    )
 
 
 def _restored(task: Task, loaded: LoadedModel, checkpoint: Path, fingerprint: Fingerprint, facts: dict[str, Any]) -> Chains:
@@ -225,8 +237,14 @@ def _changed(recipe: Recipe, given: dict[str, Any], usual: dict[str, Any]) -> Re
 
 def _load(task_name: str, facts: dict[str, Any], options: dict[str, Any]) -> tuple[Task, ModelRequest, LoadedModel]:
     task = get_task(task_name)
-    request = ModelRequest(facts["model"], facts["model_args"])
-    request = replace(request, weights=options["weights"], weights_folder=options["weights_folder"])
+    request = ModelRequest(
+        facts["model"],
+        facts["model_args"],
+        options["weights"],
+        options["weights_folder"],
+        options.get("weights_entry") or facts.get("weights_entry"),
+        facts.get("preprocessing", {}) | options.get("preprocessing", {}),
+    )
     return task, request, task.load(request)
 
 

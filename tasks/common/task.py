@@ -16,7 +16,8 @@ from fimaq_core.fisher.divergence import Divergence
 from fimaq_core.progress import Report
 from fimaq_core.recipe import Recipe
 from fimaq_core.samples import Samples
-from tasks.common.record import Dataset, Metric
+from tasks.common.preprocessing import Preprocessing
+from tasks.common.record import Dataset, Metric, Weights
 from tasks.common.request import DataRequest, Missing, ModelRequest
 
 
@@ -35,7 +36,10 @@ class LoadedModel:
         input_shape: (C, H, W) of the images the model takes; None where the task does not say (then there is no ``inspect``).
         tokenizer: captions to token ids (n, context_length) int64, for models that take text.
         context_length: tokens of a caption at most.
+        entry: the entry of the weights file that was taken; None where it has none.
+        entries: all entries of the file that hold weights.
         class_names: of the classes in order, where the weights file has them.
+        preprocessing: how images become inputs; None where the task has a way of its own.
     """
 
     model: nn.Module
@@ -49,7 +53,21 @@ class LoadedModel:
     input_shape: tuple[int, int, int] | None = None
     tokenizer: Callable[[list[str]], Tensor] | None = None
     context_length: int | None = None
+    entry: str | None = None
+    entries: tuple[str, ...] = ()
     class_names: tuple[str, ...] | None = None
+    preprocessing: Preprocessing | None = None
+
+    @property
+    def weights(self) -> Weights:
+        """The weights as a record has them."""
+        return Weights(
+            tag=self.tag,
+            source=self.source,
+            sha256=self.sha256,
+            entry=self.entry,
+            entries=list(self.entries),
+        )
 
 
 @dataclass(frozen=True)

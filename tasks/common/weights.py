@@ -1,8 +1,13 @@
 """Reading local weight files without running anything in them."""
 
+import difflib
 import hashlib
 import pickle
+import re
+import struct
 import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,47 +16,279 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fimaq_core.errors import ModelError, NumericsError
-from tasks.common.hashing import SUFFIXES
+from fimaq_core.errors import ModelError, NumericsError, suggest
+from tasks.common.hashing import SUFFIXES, file_sha256
+
+#: Entries of a checkpoint that hold weights, in timm's order of preference
+#: (`timm.models._helpers.load_state_dict`): averaged weights come first.
+PREFERRED = ("state_dict_ema", "model_ema", "state_dict", "model")
+
+#: Further entries that hold weights even if tensors lie beside them.
+_WRAPPERS = (
+    "model_state_dict", "net", "network", "module", "params", "params_ema", "ema", "weights",
+)  # fmt: skip
+
+#: Parts of names that wrappers of modules add: torch.compile, FSDP, activation checkpointing.
+_INSERTED = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+#: First parts of names that wrappers and trainers add: DataParallel, Lightning and the like.
+_PREFIXES = ("module.", "model.", "net.", "network.", "_forward_module.")
+
+_EMA = re.compile(r"(?<![a-z])ema(?![a-z])", re.IGNORECASE)
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
-    """Read a state dict from safetensors, or from .pth / .bin / .pt by PyTorch's weights-only reader.
+class _Inert:
+    """Takes the place of an object beside the weights. It keeps nothing and calls nothing."""
+
+    def __new__(cls, *_: Any) -> Any:
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class _Array(_Inert):
+    """Takes the place of a NumPy array."""
+
+
+class _Mapping:
+    """Makes a plain dictionary."""
+
+    def __new__(cls, *_: Any) -> Any:
+        return {}
+
+
+class _List:
+    """Makes a plain list."""
+
+    def __new__(cls, *_: Any) -> Any:
+        return []
+
+
+#: Classes and functions that trainers' files name beside the weights. None of them is imported or
+#: called: the class on the left takes its place. Any other name is an error.
+_STAND_INS: dict[type, tuple[str, ...]] = {
+    _Inert: (
+        "argparse.Namespace",
+        "types.SimpleNamespace",
+        *(f"builtins.{name}" for name in ("bool", "dict", "float", "getattr", "int", "list", "str")),
+        *(f"datetime.{name}" for name in ("date", "datetime", "timedelta", "timezone")),
+        *(
+            f"{module}.{kind}"
+            for module in ("pathlib", "pathlib._local")
+            for kind in ("Path", "PosixPath", "PurePosixPath", "PureWindowsPath", "WindowsPath")
+        ),
+        "numpy.core.multiarray.scalar",
+        "numpy._core.multiarray.scalar",
+        "numpy.dtype",
+        "mmengine.logging.history_buffer.HistoryBuffer",
+    ),
+    _Array: (
+        "numpy.core.multiarray._reconstruct",
+        "numpy._core.multiarray._reconstruct",
+        "numpy.ndarray",
+    ),
+    _Mapping: (
+        "collections.defaultdict",
+        "lightning.fabric.utilities.data.AttributeDict",
+        "lightning_fabric.utilities.data.AttributeDict",
+        "pytorch_lightning.utilities.parsing.AttributeDict",
+    ),
+    _List: ("collections.deque",),
+}
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """The weights of a file.
+
+    Attributes:
+        path: of the file.
+        state: tensors by the model's own names, without what wrappers added to them.
+        entry: the entry of the file that was taken; None where the file is the state dict itself.
+        entries: all entries of the file that hold weights.
+        class_names: of the classes in order, where the file has them.
+    """
+
+    path: Path
+    state: dict[str, Tensor]
+    entry: str | None = None
+    entries: tuple[str, ...] = ()
+    class_names: tuple[str, ...] | None = None
+
+    def sha256(self, model: nn.Module, *, altered: bool) -> str:
+        """The identity of the weights that ``model`` has now.
+
+        Args:
+            model: has loaded these weights.
+            altered: arguments may have changed what was loaded. The file's hash is then not enough,
+                as it is not for a file with several entries.
+        """
+        return state_sha256(model) if altered or len(self.entries) > 1 else file_sha256(self.path)
+
+
+def read_weights(path: Path, entry: str | None = None) -> StoredWeights:
+    """Read weights from safetensors, or from a file of ``torch.save`` by the weights-only reader.
+
+    Args:
+        path: the file. Its content decides how it is read, its ending does not.
+        entry: which entry to take, such as ``state_dict``; None takes timm's choice.
 
     Raises:
-        ModelError: missing, damaged, of another kind, or a pickle with code in it.
+        ModelError: missing, damaged, of another kind, with code in it, without the entry, or with
+            several entries of which none is known to be preferred.
     """
+    content = _content(path)
+    states: dict[str, dict[str, Tensor]] = {}
+    if isinstance(content, dict):
+        states = _states(content) if content else {"": {}}
+    if not states:
+        raise ModelError(f"The weights {path} hold no state dict (a mapping of names to tensors): they do not fit any model.")
+    name = _chosen(list(states), entry, path)
+    return StoredWeights(
+        path,
+        _renamed(states[name], path),
+        name or None,
+        tuple(filter(None, states)),
+        _class_names(content),
+    )
+
+
+def read_state(path: Path, entry: str | None = None) -> dict[str, Tensor]:
+    """Read the state dict of :func:`read_weights` alone."""
+    return read_weights(path, entry).state
+
+
+def _content(path: Path) -> Any:
+    """Read a file whole, with stand-ins for objects that are no tensors."""
     if not path.is_file():
         raise ModelError(f"There is no weights file {path}.")
-    if path.suffix not in SUFFIXES:
-        raise ModelError(f"Weights {path}: give a file that ends in {', '.join(SUFFIXES)}.")
     if is_torchscript(path):
         raise ModelError(
-            f"The weights {path} are a TorchScript archive: a program with weights, which is not run. Give the weights as "
-            "safetensors."
+            f"The weights {path} are a TorchScript archive: a program with weights, which is not "
+            "run. Give the weights as safetensors."
         )
+    stand_ins: list[Any] = [(own, name) for own, names in _STAND_INS.items() for name in names]
     try:
-        content: Any = (
-            load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-        )
+        with path.open("rb") as file:
+            start = file.read(9)
+        if start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
+            return load_file(path)
+        if not start.startswith((b"PK", b"\x80")):
+            raise ValueError(f"give a file that ends in {', '.join(SUFFIXES)}, as safetensors or torch.save write it")
+        with torch.serialization.safe_globals(stand_ins):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error)) or re.search(r"error:\s*(.*)", str(error))
         raise ModelError(
-            f"The weights {path} hold more than tensors (code, or objects that only code can rebuild) and are not loaded. "
-            "Convert them to safetensors."
+            f"The weights {path} hold more than tensors (code, or objects that only code can "
+            f"rebuild: {found[1].strip() if found else error}) and are not loaded. "
+            "Convert them to safetensors, or save model.state_dict() alone."
         ) from error
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise ModelError(f"The weights {path} are damaged or no weights file: {error}") from error
-    for key in ("state_dict", "model", "model_ema"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-            break
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ModelError(f"The weights {path} hold no state dict (a mapping of names to tensors).")
-    return {str(name).removeprefix("module."): value for name, value in content.items()}
+    except (
+        SafetensorError, RuntimeError, EOFError, OSError, ValueError, TypeError, AttributeError,
+        LookupError, AssertionError, ArithmeticError, struct.error,
+    ) as error:  # fmt: skip
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"The weights {path} are damaged or no weights file: {reason}") from error
+
+
+def _states(content: dict[Any, Any], depth: int = 2) -> dict[str, dict[str, Tensor]]:
+    """State dicts in a file by the names of the entries that lead to them, joined by dots.
+
+    ``""`` is the name of ``content`` itself. Optimizers have tensors by the model's names too, and
+    are passed over.
+    """
+    inner: dict[str, dict[str, Tensor]] = {}
+    for name, value in content.items():
+        if depth and isinstance(name, str) and isinstance(value, dict) and not name.startswith("optim"):
+            found = _states(value, depth - 1)
+            inner |= {f"{name}.{rest}" if rest else name: state for rest, state in found.items()}
+    own = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    weights = any(value.is_floating_point() and value.ndim for value in own.values())
+    wrapped = any(name.partition(".")[0] in (*PREFERRED, *_WRAPPERS) for name in inner)
+    if weights and not wrapped and not any(isinstance(value, _Array) for value in content.values()):
+        return {"": own}
+    return inner
+
+
+def _chosen(names: list[str], wanted: str | None, path: Path) -> str:
+    """The name of the state dict to take: as wanted, else as timm prefers."""
+    given = [name for name in names if wanted is None or name == wanted or name.startswith(f"{wanted}.")]
+    if not given:
+        known = suggest(str(wanted), names) if any(names) else " It is one state dict: leave it out."
+        raise ModelError(f"The weights {path} have no entry '{wanted}' (--weights-entry).{known}")
+    best = _preferred(given)
+    averaged = [name for name in given if _EMA.search(name)]
+    if len(best) > 1 or (wanted is None and averaged and best[0] not in averaged):
+        raise ModelError(
+            f"The weights {path} have several entries with weights: {', '.join(map(repr, given))}. "
+            f"Choose one with --weights-entry, such as --weights-entry {given[0]}."
+        )
+    return best[0]
+
+
+def _preferred(names: list[str]) -> list[str]:
+    """The names that are left once timm's order has decided, level by level."""
+    if len(names) == 1:
+        return names
+    first = {name.partition(".")[0] for name in names}
+    for head in (*PREFERRED, *(first if len(first) == 1 else ())):
+        if head in names:
+            return [head]
+        inner = [name.removeprefix(f"{head}.") for name in names if name.startswith(f"{head}.")]
+        if inner:
+            return [f"{head}.{name}" for name in _preferred(inner)]
+    return names
+
+
+def _renamed(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The weights without what wrappers added: prefixes of names, and a counter of averages."""
+    found: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if name == "n_averaged" and value.ndim == 0:  # of torch.optim.swa_utils.AveragedModel
+            continue
+        own = _own_name(name)
+        if own in found:
+            raise ModelError(
+                f"The weights {path} have '{own}' more than once, with and without a prefix such "
+                f"as '{name.removesuffix(own)}': save the weights of one model alone."
+            )
+        found[own] = value
+    return found
+
+
+def _own_name(name: str) -> str:
+    for part in _INSERTED:
+        name = name.replace(part, "")
+    while name.startswith(_PREFIXES):
+        name = name.partition(".")[2]
+    return name
+
+
+def _class_names(content: dict[Any, Any]) -> tuple[str, ...] | None:
+    """Names of classes as trainers keep them beside the weights; None where there are none."""
+    meta = content.get("meta")
+    inner = meta.get("dataset_meta") if isinstance(meta, dict) else None
+    for holder in (content, inner, meta, content.get("dataset_meta")):
+        if not isinstance(holder, dict):
+            continue
+        places = holder.get("class_to_idx")
+        if isinstance(places, dict) and set(places.values()) == set(range(len(places))):
+            return tuple(str(name) for name in sorted(places, key=places.__getitem__))
+        for key in ("class_names", "classes", "CLASSES"):
+            names = holder.get(key)
+            names = [names] if isinstance(names, str) else names
+            if isinstance(names, list | tuple) and names and all(isinstance(name, str) for name in names):
+                return tuple(names)
+    return None
 
 
 def is_torchscript(path: Path) -> bool:
-    """Whether a file is an archive of ``torch.jit.save``: it holds a program's constants, which a state dict has not."""
+    """True for an archive of ``torch.jit.save``, which alone holds a program's constants."""
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.rpartition("/")[2] == "constants.pkl" for name in archive.namelist())
@@ -69,11 +306,70 @@ def load_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
     for name, tensor in state.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise NumericsError(f"The weights {where} have NaN or infinite values in '{name}': use another file.")
+    problem = _misfit(model.state_dict(), state)
+    if problem is not None:
+        raise ModelError(f"The weights {where} do not fit the model: {problem}")
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
         text = str(error).replace("\n\t", " ")
         raise ModelError(f"The weights {where} do not fit the model: {text[:600]}") from error
+
+
+def _misfit(expected: dict[str, Tensor], state: dict[str, Tensor]) -> str | None:
+    """The differences between two state dicts in at most 8 lines; None if there are none.
+
+    Names that resemble each other, such as ``fc_norm.weight`` and ``norm.weight``, come first.
+    """
+    missing = [name for name in expected if name not in state]
+    surplus = [name for name in state if name not in expected]
+    shapes = [name for name, value in state.items() if name in expected and value.shape != expected[name].shape]
+    if not (missing or surplus or shapes):
+        return None
+    pairs = _nearest(missing, surplus)
+    counts = {
+        "Missing names": [*(pair[0] for pair in pairs), *missing],
+        "Unexpected names": [*(pair[1] for pair in pairs), *surplus],
+        "Shape mismatch": shapes,
+    }
+    listed = ". ".join(f"{what}: {_some(dict.fromkeys(names))}" for what, names in counts.items() if names)
+    return "\n".join(
+        [
+            f"{listed}.",
+            *(f"  near: the model has '{a}', the file '{b}'" for a, b in pairs[:3]),
+            *(
+                f"  '{name}' is {tuple(state[name].shape)} in the file, {tuple(expected[name].shape)} in the model"
+                for name in shapes[:3]
+            ),
+            "Give weights of this model, or the model (--model, --model-args) that they are of.",
+        ]
+    )
+
+
+def _nearest(missing: list[str], surplus: list[str]) -> list[tuple[str, str]]:
+    """Pairs of names that resemble each other, the nearest first; one pair per kind of name."""
+    left = _kinds(surplus)
+    pairs = [
+        (difflib.SequenceMatcher(None, name, close).ratio(), name, close)
+        for name in _kinds(missing)
+        for close in difflib.get_close_matches(name, left, n=1)
+    ]
+    return [(a, b) for _, a, b in sorted(pairs, key=lambda pair: -pair[0])]
+
+
+def _kinds(names: list[str]) -> list[str]:
+    """The first of all names that differ in numbers only; 60 at most."""
+    kinds: dict[str, str] = {}
+    for name in names:
+        kinds.setdefault(re.sub(r"\d+", "#", name), name)
+    return list(kinds.values())[:60]
+
+
+def _some(names: Iterable[str]) -> str:
+    """The count of names and the first three."""
+    listed = list(names)
+    more = " and more" if len(listed) > 3 else ""
+    return f"{len(listed)} ({', '.join(map(repr, listed[:3]))}{more})"
 
 
 def state_sha256(model: nn.Module) -> str:

@@ -13,6 +13,7 @@ OPTIONS = TaskOptions(
     exif="Turn images as their EXIF orientation tags say, or read them as stored; needed where the annotated sizes do not tell.",
     data="COCO 2017 (a folder with annotations/, train2017/ and val2017/), or an annotation file of COCO's format (.json); demo "
     "models bring their own data.",
+    preprocessing=(),
 )
 
 if __name__ == "__main__":

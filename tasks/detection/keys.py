@@ -5,31 +5,14 @@ come from, name the parts of the backbone as the Swin repository does, and its p
 in another order. What a file holds is accounted for name by name: nothing is left over, nothing is left at random.
 """
 
-import pickle
 import re
-import zipfile
 from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fimaq_core.errors import ModelError
-from tasks.common.weights import read_state
-
-#: What the logs of mmengine's training, which its files hold beside the weights, are rebuilt with: objects that do nothing take
-#: the place of all of it, so that none is called.
-_LOGS = (
-    "mmengine.logging.history_buffer.HistoryBuffer",
-    "builtins.getattr",
-    "numpy.core.multiarray._reconstruct",
-    "numpy.core.multiarray.scalar",
-    "numpy._core.multiarray._reconstruct",
-    "numpy._core.multiarray.scalar",
-    "numpy.ndarray",
-    "numpy.dtype",
-)
+from tasks.common.weights import StoredWeights
 
 #: Names of the Swin repository, in order, and mmdet's.
 _RENAMED = (
@@ -43,64 +26,27 @@ _BLOCK = re.compile(r"^backbone\.stages\.(\d+)\.blocks\.(\d+)\.")
 _MERGING = re.compile(r"^backbone\.stages\.\d+\.downsample\.")
 
 
-class _Nothing:
-    """Stands for an object of :data:`_LOGS`, whatever it is made from."""
-
-    def __new__(cls, *_: Any) -> "_Nothing":
-        return super().__new__(cls)
-
-    def __init__(self, *_: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-def read_detector(path: Path) -> dict[str, Tensor]:
-    """Read the state dict of a detector by :func:`read_state`, from a file that may hold logs of its training too."""
-    with torch.serialization.safe_globals([(_Nothing, name) for name in _LOGS]):
-        return read_state(path)
-
-
-def read_class_names(path: Path, classes: int) -> tuple[str, ...] | None:
-    """Names of a detector's classes, in order; None if the file has none.
-
-    mmdet 2 and 3 keep them in the ``meta`` of their files.
+def class_names(stored: StoredWeights, classes: int) -> tuple[str, ...] | None:
+    """Names of a detector's classes, in order; None if its file has none.
 
     Args:
-        path: a file that :func:`read_detector` can read.
-        classes: how many classes its detector has.
+        stored: its weights; mmdet 2 and 3 keep names in the ``meta`` of their files.
+        classes: how many classes the detector has.
 
     Raises:
-        ModelError: names that are no distinct texts, another number of them, or names that only
-            code can rebuild.
+        ModelError: names that are not distinct, or another number of them.
     """
-    with path.open("rb") as file:
-        # A safetensors file begins with the length of its JSON header, and has no meta.
-        if file.read(9)[8:] == b"{":
-            return None
-    try:
-        with torch.serialization.safe_globals([(_Nothing, name) for name in _LOGS]):
-            # Mapped into memory, so that tensors are not read again; older files are no archives.
-            content: Any = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        raise ModelError(f"The class names in the weights {path} cannot be read without running code: {error}") from error
-    meta = content.get("meta") if isinstance(content, dict) else None
-    data = meta.get("dataset_meta", meta) if isinstance(meta, dict) else None
-    data = data if isinstance(data, dict) else {}
-    found = data.get("classes") or data.get("CLASSES")
-    if found is None:
+    names = stored.class_names
+    if names is None:
         return None
-    listed = [found] if isinstance(found, str) else found
-    distinct = isinstance(listed, list | tuple) and all(isinstance(name, str) for name in listed)
-    if not distinct or len(set(listed)) < len(listed):
-        raise ModelError(f"The class names in the weights {path} are no list of distinct names: {str(found)[:200]}.")
-    if len(listed) != classes:
+    if len(set(names)) < len(names):
+        raise ModelError(f"The class names in the weights {stored.path} are not distinct: {str(names)[:200]}.")
+    if len(names) != classes:
         raise ModelError(
-            f"The weights {path} name {len(listed)} classes and have outputs for {classes}: correct "
-            "the names in their meta, or give the tensors alone, as safetensors."
+            f"The weights {stored.path} name {len(names)} classes and have outputs for {classes}: "
+            "correct the names in their meta, or give the tensors alone, as safetensors."
         )
-    return tuple(listed)
+    return names
 
 
 def adapted(state: Mapping[str, Tensor], model: nn.Module, where: str) -> dict[str, Tensor]:

@@ -5,12 +5,11 @@ from typing import Any
 from torch import nn
 
 from fimaq_core.errors import ModelError
-from tasks.common.hashing import file_sha256
 from tasks.common.request import ModelRequest, describe_missing
 from tasks.common.task import LoadedModel
-from tasks.common.weights import load_state, state_sha256
+from tasks.common.weights import load_state, read_weights
 from tasks.detection.configs import RESIZE, build, published_config
-from tasks.detection.keys import adapted, read_class_names, read_detector
+from tasks.detection.keys import adapted, class_names
 from tasks.detection.pipeline import Pipeline
 from tasks.detection.tags import CATALOGUE, DEMO_NAMES, full_name, missing_weights
 
@@ -35,23 +34,37 @@ def load_model(request: ModelRequest) -> LoadedModel:
         from tasks.detection.demo.models import DEMO
         from tasks.detection.demo.scenes import DATA, SCENE_SIZES
 
-        model, path = DEMO.load(request, path)
+        model, stored = DEMO.load(request, path)
         known: tuple[str, ...] | None = CLASSES
-        digest, resize, data, shape = file_sha256(path), None, DATA, (3, SCENE_SIZES[1], SCENE_SIZES[1])
+        resize, data, shape = None, DATA, (3, SCENE_SIZES[1], SCENE_SIZES[1])
     else:
         if path is None:
             raise ModelError(f"There is no weights file of {tag}.")
+        if request.preprocessing:
+            raise ModelError("Detectors have a preprocessing of their own: give pixel_mean and pixel_std in --model-args.")
         model = _create(full_name(request.name).partition(".")[0], request.model_args)
-        load_state(model, adapted(read_detector(path), model, str(path)), str(path))
-        digest = file_sha256(path) if not request.model_args else state_sha256(model)
+        stored = read_weights(path, request.weights_entry)
+        load_state(model, adapted(stored.state, model, str(path)), str(path))
         known, resize, data, shape = None, RESIZE, None, _INPUT_SHAPE
-    names = read_class_names(path, _classes(model)) or known
+    names = class_names(stored, _classes(model)) or known
     if names is not None:
         model.dataset_meta = {"classes": names}  # type: ignore[assignment]
     pipeline = Pipeline(model.data_preprocessor, resize)
     # not images by themselves: see tasks.detection.calibration and tasks.detection.evaluate
     transforms: Any = {"eval_transform": pipeline, "train_transform": pipeline}
-    return LoadedModel(model, tag, f"file {path.name}", digest, _classes(model), **transforms, data=data, input_shape=shape)
+    return LoadedModel(
+        model,
+        tag,
+        f"file {stored.path.name}",
+        stored.sha256(model, altered=bool(request.model_args)),
+        _classes(model),
+        **transforms,
+        data=data,
+        input_shape=shape,
+        entry=stored.entry,
+        entries=stored.entries,
+        class_names=names,
+    )
 
 
 def _create(name: str, arguments: dict[str, Any]) -> nn.Module:

@@ -11,6 +11,7 @@ OPTIONS = TaskOptions(
     calibration_data=True,
     data="Data folder: MS-COCO or Flickr30k with its Karpathy JSON, or a folder with captions.csv or captions.jsonl; for "
     "zero-shot a folder with train/ and val/ (demo models bring their own data).",
+    preprocessing=("input_size", "mean", "std", "interpolation"),
 )
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Loading CLIP models: the demo's, and any open_clip model whose text tower is open_clip's own."""
 
 import inspect
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,15 +16,28 @@ from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preproc
 from torch import Tensor, nn
 
 from fimaq_core.errors import ModelError
-from tasks.common.hashing import file_sha256
+from tasks.common.preprocessing import Preprocessing
 from tasks.common.request import ModelRequest, describe_missing
 from tasks.common.task import LoadedModel
-from tasks.common.weights import is_torchscript, load_state, read_state, state_sha256
-from tasks.retrieval.tags import CATALOGUE, DEMO_NAMES, full_name, missing_tokenizer, published, repository, tokenizer_folder
+from tasks.common.weights import StoredWeights, is_torchscript, load_state, read_weights
+from tasks.retrieval.tags import (
+    CATALOGUE,
+    DEMO_NAMES,
+    FILES,
+    full_name,
+    has_two_activations,
+    missing_tokenizer,
+    published,
+    repository,
+    tokenizer_folder,
+)
 from tasks.retrieval.tokenizers import Tokenizer, build_tokenizer
 
 #: Entries of older checkpoints that are no weights; open_clip drops them too.
 _LEGACY = ("input_resolution", "context_length", "vocab_size", "text.transformer.embeddings.position_ids")
+
+#: Entries of the state dicts that OpenAI published, and of none that open_clip trained.
+_OPENAI = {"input_resolution", "context_length", "vocab_size"}
 
 _TOWERS = ("vision_cfg", "text_cfg")
 
@@ -43,28 +57,52 @@ def load_model(request: ModelRequest) -> LoadedModel:
         return _demo(request, tag, weights)
     architecture, _, training = full_name(request.name).partition(".")
     config = _configuration(architecture, request.model_args)
-    preprocess = _preprocess(architecture, training)
-    model = _create(architecture, request.model_args, config)
+    preprocess = _preprocess(architecture, training, request.preprocessing)
+    path = weights or CATALOGUE.fetch(tag)
+    _refuse_torchscript(path, f"{architecture}.{training}" if training else None)
+    stored = read_weights(path, request.weights_entry)
+    named = bool(training) or "quick_gelu" in request.model_args or not has_two_activations(architecture)
+    told = None if named else _activation(stored)
+    arguments = request.model_args if told is None else {**request.model_args, "quick_gelu": told}
+    model = _create(architecture, arguments, {"quick_gelu": told, **config})
     tokenizer = build_tokenizer(
         architecture, config["text_cfg"], tokenizer_folder(request), int(open_clip.get_model_tokenize_cfg(model)["vocab_size"])
     )
-    path = weights or CATALOGUE.fetch(tag)
-    _refuse_torchscript(path, f"{architecture}.{training}" if training else None)
-    load_state(model, _adapted(read_state(path), model, request.model_args), str(path) if weights else tag)
+    load_state(model, _adapted(stored.state, model, request.model_args), str(path) if weights else tag)
+    if not named and told is None:
+        raise ModelError(
+            f"The weights {path} do not say which activation they were trained with, and open_clip "
+            f"has {architecture} with two. Give --model {architecture}-quickgelu if they come from "
+            "weights with QuickGELU (OpenAI's, DFN's, MetaCLIP's), or "
+            "--model-args '{\"quick_gelu\": false}' for the exact GELU. "
+            f"A name with a tag says it too, such as {published(architecture)[0]}."
+        )
     _resize_trunk(model, request.model_args)
     height, width = _pair(model.visual.image_size)
     preprocess.size = (height, width)
+    shape = _check_size(request.preprocessing, (3, height, width))
     return LoadedModel(
         model.eval(),
         tag,
-        (f"file {path.name}" if weights else f"hub {repository(tag).repo}") + tokenizer.origin,
-        file_sha256(path) if not request.model_args else state_sha256(model),
+        (f"file {path.name}" if weights else f"hub {repository(tag).repo}")
+        + ("" if told is None else f" ({'QuickGELU' if told else 'GELU'}, as it says)")
+        + tokenizer.origin,
+        stored.sha256(model, altered=bool(arguments)),
         0,
         image_transform_v2(preprocess, is_train=False),
         image_transform_v2(preprocess, is_train=True),
-        input_shape=(3, height, width),
+        input_shape=shape,
         tokenizer=tokenizer,
         context_length=tokenizer.context_length,
+        entry=stored.entry,
+        entries=stored.entries,
+        preprocessing=Preprocessing(
+            input_size=shape,
+            crop_mode=preprocess.resize_mode,
+            mean=preprocess.mean,
+            std=preprocess.std,
+            interpolation=preprocess.interpolation,
+        ),
     )
 
 
@@ -73,12 +111,12 @@ def _demo(request: ModelRequest, tag: str, weights: Path | None) -> LoadedModel:
     from tasks.retrieval.demo.scenes import CANVAS_SIZE, eval_transform, train_transform
     from tasks.retrieval.demo.tokens import demo_tokenizer
 
-    model, path = DEMO.load(request, weights)
+    model, stored = DEMO.load(request, weights)
     return LoadedModel(
         model,
         tag,
-        f"file {path.name}",
-        file_sha256(path),
+        f"file {stored.path.name}",
+        stored.sha256(model, altered=False),
         0,
         eval_transform(),
         train_transform(),
@@ -86,7 +124,23 @@ def _demo(request: ModelRequest, tag: str, weights: Path | None) -> LoadedModel:
         (3, *CANVAS_SIZE),
         Tokenizer(demo_tokenizer(), int(model.context_length), int(model.vocab_size)),
         int(model.context_length),
+        entry=stored.entry,
+        entries=stored.entries,
     )
+
+
+def _activation(stored: StoredWeights) -> bool | None:
+    """True if the file says that its weights are for QuickGELU, False for GELU, else None."""
+    if stored.state.keys() >= _OPENAI:
+        return True
+    try:
+        content = json.loads((stored.path.parent / "open_clip_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    config = content.get("model_cfg") if isinstance(content, dict) else None
+    if stored.path.name not in FILES or not isinstance(config, dict):
+        return None
+    return bool(config.get("quick_gelu", False))
 
 
 def _configuration(architecture: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -118,19 +172,46 @@ def _configuration(architecture: str, arguments: dict[str, Any]) -> dict[str, An
     return config
 
 
-def _preprocess(architecture: str, training: str) -> PreprocessCfg:
+def _preprocess(architecture: str, training: str, given: dict[str, Any]) -> PreprocessCfg:
     """Image transforms of the weights named; without a name, those that all of open_clip's weights of the model share.
 
-    A model of which open_clip has no weights gets the transforms that open_clip trains with by default.
+    A model of which open_clip has no weights gets the transforms that open_clip trains with by
+    default. ``given`` mean, deviation and interpolation replace these.
     """
     trainings = [training] if training else open_clip.list_pretrained_tags_by_model(architecture)
-    found = [merge_preprocess_dict(PreprocessCfg(), open_clip.get_pretrained_cfg(architecture, name)) for name in trainings]
+    overlay: dict[str, Any] = {name: _rgb(name, given[name]) for name in ("mean", "std") if name in given}
+    if "interpolation" in given:
+        if given["interpolation"] not in ("bicubic", "bilinear"):
+            raise ModelError(f"--interpolation {given['interpolation']}: open_clip has bicubic and bilinear.")
+        overlay["interpolation"] = given["interpolation"]
+    if "crop_pct" in given:
+        raise ModelError("--crop-pct is for timm's models: open_clip resizes to the input size itself.")
+    known = [open_clip.get_pretrained_cfg(architecture, name) for name in trainings] or [{}]
+    found = [merge_preprocess_dict(PreprocessCfg(), {**config, **overlay}) for config in known]
     if any(other != found[0] for other in found):
         raise ModelError(
             f"The weights that open_clip knows of {architecture} differ in mean, deviation or size of their images: name those "
-            f"whose transforms yours were trained with, {' or '.join(published(architecture))}."
+            f"whose transforms yours were trained with, {' or '.join(published(architecture))}, or give --mean and --std."
         )
-    return PreprocessCfg(**found[0]) if found else PreprocessCfg()
+    return PreprocessCfg(**found[0])
+
+
+def _rgb(name: str, values: list[float]) -> tuple[float, ...]:
+    if len(values) not in (1, 3):
+        raise ModelError(f"--{name} has {len(values)} values: give one, or three for RGB.")
+    return tuple(values if len(values) == 3 else values * 3)
+
+
+def _check_size(given: dict[str, Any], own: tuple[int, int, int]) -> tuple[int, int, int]:
+    """The model's own input size; another one is refused."""
+    wanted = given.get("input_size", own)
+    if tuple(wanted) != own[-len(wanted) :]:
+        raise ModelError(
+            f"The model was built for inputs (C, H, W) of {own} and takes none of {tuple(wanted)} "
+            "(--input-size): build it for them with "
+            f'"vision_cfg": {{"image_size": {list(wanted[-2:])}}} in --model-args.'
+        )
+    return own
 
 
 def _create(architecture: str, arguments: dict[str, Any], config: dict[str, Any]) -> nn.Module:

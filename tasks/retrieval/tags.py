@@ -49,7 +49,7 @@ _REPOSITORIES = {
 _TOKENIZERS = {"ViT-B-16-SigLIP": "timm/ViT-B-16-SigLIP", "ViT-B-16-SigLIP2": "timm/ViT-B-16-SigLIP2"}
 
 #: open_clip's names of checkpoints in a repository, best first.
-_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
 #: Files with a tokenizer's vocabulary.
 VOCABULARIES = ("tokenizer.json", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -59,7 +59,7 @@ def full_name(name: str) -> str:
     """The full name: ``<open_clip model>.<tag>``, or untagged as given.
 
     Raises:
-        ModelError: open_clip has no such model or tag, or has it under a model with another activation.
+        ModelError: open_clip has no such model or tag, or has the tag for another activation only.
     """
     if name in SHORT_NAMES:
         return SHORT_NAMES[name]
@@ -75,12 +75,20 @@ def full_name(name: str) -> str:
     if tag not in tags:
         known = suggest(tag, tags) if tags else " It has none: give a local file with --weights and the name without a tag."
         raise ModelError(f"open_clip has no weights '{tag}' for {model}.{known}")
-    if not _fits_activation(model, tag):
-        choices = " or ".join(found for found in published(model) if found.endswith(f".{tag}")) or "other weights"
-        raise ModelError(
-            f"The weights '{tag}' were trained with another activation (QuickGELU or GELU) than {model} has: use {choices}."
-        )
-    return name
+    if _fits_activation(model, tag):
+        return name
+    # open_clip has weights for QuickGELU under the name for GELU too, where it computes with GELU
+    fitting = [found for found in published(model) if found.endswith(f".{tag}")]
+    if not fitting:
+        raise ModelError(f"The weights '{tag}' were trained with another activation than {model} has: use other weights.")
+    return fitting[0]
+
+
+def has_two_activations(model: str) -> bool:
+    """True if open_clip has a model with QuickGELU too, under a name of its own."""
+    import open_clip
+
+    return f"{model}-quickgelu" in open_clip.list_models()
 
 
 def published(model: str) -> list[str]:
@@ -105,7 +113,7 @@ def _fits_activation(model: str, tag: str) -> bool:
 def repository(tag: str) -> Repository | None:
     """Where the hub has the weights of ``model.tag``; None where open_clip names another address only."""
     if tag in _REPOSITORIES:
-        return Repository(_REPOSITORIES[tag], _FILES)
+        return Repository(_REPOSITORIES[tag], FILES)
     import open_clip
 
     model, _, name = tag.partition(".")
@@ -113,7 +121,7 @@ def repository(tag: str) -> Repository | None:
     repo, file = os.path.split(open_clip.get_pretrained_cfg(model, name).get("hf_hub", ""))
     if not repo:
         return None
-    return Repository(repo, (f"{Path(file).stem}.safetensors", file) if file else _FILES)
+    return Repository(repo, (f"{Path(file).stem}.safetensors", file) if file else FILES)
 
 
 CATALOGUE = Catalogue(

@@ -95,6 +95,9 @@ def test_tags(tmp_path: Path) -> None:
     assert model_tag(ModelRequest(VIT, ARGUMENTS, weights=other)) != tag
     untagged = write(model, tmp_path / f"{VIT}.safetensors")  # the file's name says no more than the model's
     assert model_tag(ModelRequest(VIT, ARGUMENTS, weights=untagged)).startswith(f"{VIT}.local-")
+    for ending in (".ckpt", ".pth.tar"):
+        named = write(model, tmp_path / f"{PUBLISHED}{ending}")
+        assert model_tag(ModelRequest("vit_tiny", weights=named)) == PUBLISHED
     published = write(model, tmp_path / f"{PUBLISHED}.safetensors")
     assert model_tag(ModelRequest("vit_tiny", weights=published)) == PUBLISHED
     assert model_tag(ModelRequest("vit_tiny", weights_folder=tmp_path)) == PUBLISHED

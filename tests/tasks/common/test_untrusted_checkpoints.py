@@ -197,6 +197,22 @@ def test_tensors_that_are_not_the_models(calibrated: Path, tmp_path: Path) -> No
             stages.inspect_stage("classification", path, OPTIONS)
 
 
+@pytest.mark.parametrize(
+    "given",
+    [{"input_size": "huge"}, {"input_size": [1, 2, 3, 4]}, {"mean": [float("inf")]}, {"interpolation": "/x"}, {"code": "x"}, 5],
+)
+def test_preprocessing_that_none_could_give_is_refused(calibrated: Path, tmp_path: Path, given: Any) -> None:
+    from safetensors.torch import load_file
+
+    from fimaq_core.checkpoint import save_checkpoint
+
+    fingerprint, facts = read_header(calibrated)
+    path = tmp_path / "given.safetensors"
+    save_checkpoint(path, load_file(calibrated), fingerprint, {**facts, "preprocessing": given})
+    with pytest.raises(CheckpointError, match=r"given.safetensors"):
+        stages.inspect_stage("classification", path, OPTIONS)
+
+
 @pytest.mark.parametrize("key", ["checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict"])
 def test_what_timm_takes_for_itself_is_no_argument_of_a_model(key: str, tmp_path: Path) -> None:
     """Neither on the command line: timm would read that file, whatever --weights says."""

@@ -10,10 +10,11 @@ from safetensors.torch import save_file
 
 from fimaq_core.errors import DataError, ModelError
 from tasks.common.request import DataRequest
+from tasks.common.weights import read_weights
 from tasks.detection.annotations import checked
 from tasks.detection.categories import Matched, match_categories
 from tasks.detection.coco import open_source
-from tasks.detection.keys import read_class_names
+from tasks.detection.keys import class_names
 
 
 def matched(names: tuple[str, ...], *categories: str, used: str = "") -> Matched:
@@ -128,22 +129,22 @@ def test_categories_do_not_matter_to_calibration(tmp_path: Path) -> None:
 def test_names_in_files_of_mmdet(meta: Any, expected: Any, archive: bool, tmp_path: Path) -> None:
     path = tmp_path / "x.pth"
     torch.save({"state_dict": {"w": torch.zeros(2)}, "meta": meta}, path, _use_new_zipfile_serialization=archive)
-    assert read_class_names(path, 2) == expected
+    assert class_names(read_weights(path), 2) == expected
 
 
 def test_safetensors_have_no_names(tmp_path: Path) -> None:
     for name in ("x.safetensors", "x.ckpt"):
         save_file({"w": torch.zeros(2)}, tmp_path / name)
-        assert read_class_names(tmp_path / name, 2) is None
+        assert class_names(read_weights(tmp_path / name), 2) is None
 
 
 def test_names_that_cannot_be_the_classes(tmp_path: Path) -> None:
     path = tmp_path / "x.pth"
-    torch.save({"state_dict": {}, "meta": {"CLASSES": "ball"}}, path)
-    assert read_class_names(path, 1) == ("ball",)
+    state = {"w": torch.zeros(2)}
+    torch.save({"state_dict": state, "meta": {"CLASSES": "ball"}}, path)
+    assert class_names(read_weights(path), 1) == ("ball",)
     with pytest.raises(ModelError, match=r"x.pth name 1 classes and have outputs for 2"):
-        read_class_names(path, 2)
-    for wrong in (("a", "a"), (1, 2), {"a": 0, "b": 1}):
-        torch.save({"state_dict": {}, "meta": {"dataset_meta": {"classes": wrong}}}, path)
-        with pytest.raises(ModelError, match="no list of distinct names"):
-            read_class_names(path, 2)
+        class_names(read_weights(path), 2)
+    torch.save({"state_dict": state, "meta": {"dataset_meta": {"classes": ("a", "a")}}}, path)
+    with pytest.raises(ModelError, match="are not distinct"):
+        class_names(read_weights(path), 2)

@@ -72,8 +72,8 @@ def test_normalisation_constants_are_those_of_the_train_part() -> None:
 @pytest.mark.parametrize("name", models.DEMO.names)
 def test_metadata_describe_the_committed_weights(name: str) -> None:
     metadata, path = models.DEMO.metadata(name), models.DEMO.weights_path(name)
-    model, read = models.DEMO.load(ModelRequest(name), None)
-    assert read == path
+    model, stored = models.DEMO.load(ModelRequest(name), None)
+    assert stored.path == path
     assert metadata["model"] == name
     assert metadata["class"] == f"mmdet.models.detectors.{type(model).__name__}"
     assert metadata["kwargs"] == json.loads(json.dumps(models.DEMO.spec(name).kwargs))

@@ -37,6 +37,8 @@ CLIP: dict[str, Any] = {
     "vision_cfg": {"layers": 2, "width": 64, "head_width": 32, "image_size": 64},
     "text_cfg": {"layers": 2, "width": 64, "heads": 2},
 }
+#: What says of ``ViT-B-32`` that its weights are for the exact GELU.
+EXACT: dict[str, Any] = {**CLIP, "quick_gelu": False}
 SIGLIP: dict[str, Any] = {
     "embed_dim": 64,
     "vision_cfg": {"timm_model_name": "test_vit", "image_size": 160},
@@ -109,18 +111,22 @@ def test_short_names_are_what_open_clip_has_at_the_hub() -> None:
         assert full_name(short) == model_tag(ModelRequest(short)) == full_name(full) == full
 
 
-def test_every_tag_of_open_clip_is_accepted_or_has_another_activation() -> None:
+def test_every_tag_of_open_clip_means_the_model_with_its_activation() -> None:
+    """A tag tells the activation; where a model has another one, the name with the tag's is meant."""
+
+    def quick(model: str, tag: str | None = None) -> bool:
+        config = open_clip.get_pretrained_cfg(model, tag) if tag else open_clip.get_model_config(model)
+        return bool(config.get("quick_gelu"))
+
     for model, tag in open_clip.list_pretrained():
-        fits = bool(open_clip.get_model_config(model).get("quick_gelu")) == bool(
-            open_clip.get_pretrained_cfg(model, tag).get("quick_gelu")
-        )
-        if fits:
+        if quick(model) == quick(model, tag):
             assert full_name(f"{model}.{tag}") == f"{model}.{tag}"
-        else:
+        elif model == "roberta-ViT-B-32":
             with pytest.raises(ModelError, match="another activation"):
                 full_name(f"{model}.{tag}")
-    with pytest.raises(ModelError, match=r"use ViT-B-32-quickgelu\.openai\."):
-        full_name("ViT-B-32.openai")
+        else:
+            assert full_name(f"{model}.{tag}") == f"{model}-quickgelu.{tag}"
+    assert full_name("ViT-B-32.openai") == SHORT_NAMES["clip_vit_b32"]
 
 
 def test_repositories_with_files_of_their_own_names() -> None:
@@ -263,7 +269,7 @@ def test_folders_of_zero_shot_classification(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_files_load_as_open_clip_loads_them(tmp_path: Path, clip: nn.Module, suffix: str) -> None:
     path = write(clip.state_dict(), tmp_path / f"weights{suffix}")
-    loaded = load_model(ModelRequest("ViT-B-32", CLIP, weights=path))
+    loaded = load_model(ModelRequest("ViT-B-32", EXACT, weights=path))
     reference = built("ViT-B-32", CLIP)
     open_clip.load_checkpoint(reference, str(path))
     pixels, ids = images(3, 64), loaded.tokenizer(WORDS)
@@ -295,13 +301,45 @@ def test_towers_keep_the_settings_that_arguments_do_not_name(tmp_path: Path, cli
     """open_clip takes a tower's argument for the whole tower: patches would be 16 pixels here, not 32."""
     whole = open_clip.create_model("ViT-B-32", **CLIP)
     assert whole.visual.conv1.kernel_size == (16, 16)
-    loaded = load_model(ModelRequest("ViT-B-32", CLIP, weights=write(clip.state_dict(), tmp_path / "a.pth")))
+    loaded = load_model(ModelRequest("ViT-B-32", EXACT, weights=write(clip.state_dict(), tmp_path / "a.pth")))
     assert loaded.model.visual.conv1.kernel_size == (32, 32)
+
+
+def activations(model: nn.Module) -> set[str]:
+    return {type(module).__name__ for module in model.modules()} & {"GELU", "QuickGELU"}
+
+
+def test_weights_that_do_not_tell_their_activation_ask_for_it(tmp_path: Path, clip: nn.Module) -> None:
+    path = write(clip.state_dict(), tmp_path / "fine_tuned.safetensors")
+    for form, wanted in (
+        (ModelRequest("ViT-B-32-quickgelu", CLIP, weights=path), "QuickGELU"),
+        (ModelRequest("ViT-B-32.openai", CLIP, weights=path), "QuickGELU"),
+        (ModelRequest("ViT-B-32", {**CLIP, "quick_gelu": True}, weights=path), "QuickGELU"),
+        (ModelRequest("ViT-B-32", EXACT, weights=path), "GELU"),
+        (ModelRequest("laion_vit_b32", CLIP, weights=path), "GELU"),
+    ):
+        assert activations(load_model(form).model) == {wanted}, form.name
+    with pytest.raises(ModelError, match=r"do not say which activation") as caught:
+        load_model(ModelRequest("ViT-B-32", CLIP, weights=path))
+    for answer in ("--model ViT-B-32-quickgelu", """--model-args '{"quick_gelu": false}'"""):
+        assert answer in str(caught.value)
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_open_clips_own_configuration_tells_the_activation(tmp_path: Path, clip: nn.Module, quick: bool) -> None:
+    content = {"model_cfg": {"embed_dim": 32, "quick_gelu": quick}, "preprocess_cfg": {}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(content))
+    path = write(clip.state_dict(), tmp_path / "open_clip_model.safetensors")
+    found = load_model(ModelRequest("ViT-B-32", CLIP, weights=path))
+    assert activations(found.model) == {"QuickGELU" if quick else "GELU"}
+    other = write(clip.state_dict(), tmp_path / "other.safetensors")  # the configuration is not this file's
+    with pytest.raises(ModelError, match="do not say which activation"):
+        load_model(ModelRequest("ViT-B-32", CLIP, weights=other))
 
 
 def test_quickgelu_is_of_the_name(tmp_path: Path, clip: nn.Module) -> None:
     path, pixels = write(clip.state_dict(), tmp_path / "a.safetensors"), images(2, 64)
-    exact, quick = (load_model(ModelRequest(name, CLIP, weights=path)).model for name in ("ViT-B-32", "clip_vit_b32"))
+    exact, quick = (load_model(ModelRequest(name, CLIP, weights=path)).model for name in ("laion_vit_b32", "clip_vit_b32"))
     names = {type(module).__name__ for module in quick.modules()}
     assert "QuickGELU" in names
     assert "GELU" not in names
@@ -326,7 +364,7 @@ def test_siglip_from_a_folder(tmp_path: Path, no_hub: None) -> None:
 def test_other_image_sizes_resize_position_embeddings_only_if_asked_for(tmp_path: Path, clip: nn.Module, no_hub: None) -> None:
     path = write(clip.state_dict(), tmp_path / "a.safetensors")
     larger = {
-        **CLIP,
+        **EXACT,
         "vision_cfg": {**CLIP["vision_cfg"], "image_size": 96},
         "text_cfg": {**CLIP["text_cfg"], "context_length": 9},
     }
@@ -359,6 +397,8 @@ def test_older_layouts(tmp_path: Path, clip: nn.Module) -> None:
     loaded = load_model(ModelRequest("ViT-B-32", CLIP, weights=path))
     for name, tensor in clip.state_dict().items():
         assert torch.equal(loaded.model.state_dict()[name], tensor.half().float()), name
+    assert activations(loaded.model) == {"QuickGELU"}  # these entries are OpenAI's
+    assert loaded.source == "file weights.pth (QuickGELU, as it says)"
 
 
 def test_text_towers_without_a_module_of_their_own(tmp_path: Path, no_hub: None) -> None:
@@ -388,16 +428,16 @@ def test_weights_that_do_not_fit(tmp_path: Path, clip: nn.Module) -> None:
             load_model(ModelRequest("ViT-B-32", {**CLIP, **changes}, weights=path))
     for state in ({}, {"input_resolution": torch.tensor(224)}):
         with pytest.raises(ModelError, match="do not fit"):
-            load_model(ModelRequest("ViT-B-32", CLIP, weights=write(state, tmp_path / "empty.pth")))
+            load_model(ModelRequest("ViT-B-32", EXACT, weights=write(state, tmp_path / "empty.pth")))
     with pytest.raises(ModelError, match="There is no weights file"):
-        load_model(ModelRequest("ViT-B-32", CLIP, weights=tmp_path / "none.pth"))
+        load_model(ModelRequest("ViT-B-32", EXACT, weights=tmp_path / "none.pth"))
 
 
 def test_weights_that_are_no_numbers(tmp_path: Path, clip: nn.Module) -> None:
     state = {name: tensor.clone() for name, tensor in clip.state_dict().items()}
     state["visual.proj"][1, 2] = math.nan
     with pytest.raises(NumericsError, match=r"NaN .*visual\.proj"):
-        load_model(ModelRequest("ViT-B-32", CLIP, weights=write(state, tmp_path / "weights.pth")))
+        load_model(ModelRequest("ViT-B-32", EXACT, weights=write(state, tmp_path / "weights.pth")))
 
 
 class Payload:
@@ -414,7 +454,7 @@ def test_code_in_weights_does_not_run(tmp_path: Path, clip: nn.Module) -> None:
     trace, path = tmp_path / "it ran", tmp_path / "weights.pth"
     torch.save({**clip.state_dict(), "extra": Payload(str(trace))}, path)
     with pytest.raises(ModelError, match="more than tensors"):
-        load_model(ModelRequest("ViT-B-32", CLIP, weights=path))
+        load_model(ModelRequest("ViT-B-32", EXACT, weights=path))
     assert not trace.exists()
 
 
@@ -426,7 +466,7 @@ def test_torchscript_is_refused_for_the_safetensors_of_the_mirror(tmp_path: Path
     with pytest.raises(ModelError, match=mirror):
         load_model(ModelRequest("clip_vit_b32", CLIP, weights=path))
     with pytest.raises(ModelError, match=r"TorchScript.*safetensors"):
-        load_model(ModelRequest("ViT-B-32", CLIP, weights=path))
+        load_model(ModelRequest("ViT-B-32", EXACT, weights=path))
 
 
 @pytest.mark.parametrize(
@@ -451,7 +491,7 @@ def test_arguments_the_model_does_not_take(tmp_path: Path, clip: nn.Module, argu
 def test_loading_says_nothing_of_random_weights(tmp_path: Path, clip: nn.Module, caplog: pytest.LogCaptureFixture) -> None:
     """open_clip's warning is of the moment before the weights are loaded; the log is as before afterwards."""
     path, filters = write(clip.state_dict(), tmp_path / "weights.pth"), list(logging.root.filters)
-    load_model(ModelRequest("ViT-B-32", CLIP, weights=path))
+    load_model(ModelRequest("ViT-B-32", EXACT, weights=path))
     assert "random" not in caplog.text
     assert logging.root.filters == filters
     built("ViT-B-32", CLIP)
@@ -482,7 +522,7 @@ def test_transforms_are_of_the_tag(tmp_path: Path, clip: nn.Module, no_hub: None
     squashed = image.resize((160, 160), Image.Resampling.BICUBIC)
     for request, wanted, pixels in (
         (ModelRequest("clip_vit_b32", CLIP, weights=path), OPENAI, cut),
-        (ModelRequest("ViT-B-32", CLIP, weights=path), OPENAI, cut),  # all of open_clip's weights of the model agree
+        (ModelRequest("ViT-B-32", EXACT, weights=path), OPENAI, cut),  # all of open_clip's weights of the model agree
         (siglip_request(tmp_path / "s"), HALF, squashed),
     ):
         loaded = load_model(request)
@@ -503,11 +543,31 @@ def test_local_weights_of_a_model_whose_trainings_differ_name_their_transforms(t
     assert normalisation(load_model(ModelRequest("clip_vit_l14", CLIP, weights=path)).eval_transform) == OPENAI
 
 
+def test_given_preprocessing_replaces_that_of_the_weights(tmp_path: Path, clip: nn.Module) -> None:
+    path = write(built("ViT-L-14", CLIP).state_dict(), tmp_path / "weights.pth")
+    given = {"mean": [0.25, 0.5, 0.75], "std": [0.5], "input_size": [64, 64], "interpolation": "bilinear"}
+    loaded = load_model(ModelRequest("ViT-L-14-quickgelu", CLIP, weights=path, preprocessing=given))
+    assert normalisation(loaded.eval_transform) == ([0.25, 0.5, 0.75], [0.5] * 3)
+    found = loaded.preprocessing
+    assert found is not None
+    assert (found.input_size, found.interpolation, found.crop_mode) == ((3, 64, 64), "bilinear", "shortest")
+    assert (found.mean, found.std, found.crop_pct) == ((0.25, 0.5, 0.75), (0.5, 0.5, 0.5), None)
+    for wrong, message in (
+        ({"input_size": [96, 96]}, r"takes none of \(96, 96\).*image_size"),
+        ({"input_size": [1, 64, 64]}, r"takes none of \(1, 64, 64\)"),
+        ({"crop_pct": 0.9}, "--crop-pct"),
+        ({"interpolation": "box"}, "bicubic and bilinear"),
+        ({"mean": [0.5, 0.5]}, "--mean has 2 values"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            load_model(ModelRequest("ViT-L-14-quickgelu", CLIP, weights=path, preprocessing={**given, **wrong}))
+
+
 # Tokenizers
 
 
 def test_captions_become_the_tokens_of_open_clip(tmp_path: Path, clip: nn.Module) -> None:
-    tokenizer = load_model(ModelRequest("ViT-B-32", CLIP, weights=write(clip.state_dict(), tmp_path / "a.pth"))).tokenizer
+    tokenizer = load_model(ModelRequest("ViT-B-32", EXACT, weights=write(clip.state_dict(), tmp_path / "a.pth"))).tokenizer
     captions = [CAPTION, LONG, "", "café &amp; 2 dogs", *WORDS]
     ids = tokenizer(captions)
     assert ids.dtype == torch.int64

@@ -26,6 +26,7 @@ ARGUMENTS: dict[str, Any] = {
     "embed_dim": 16,
     "vision_cfg": {"layers": 2, "width": 32, "head_width": 16, "image_size": 64},
     "text_cfg": {"layers": 2, "width": 32, "heads": 2, "context_length": 12},
+    "quick_gelu": False,
 }
 QUICK = [
     "--w-bits", "4", "--a-bits", "4", "--range-search", "minmax", "--calibration-images", "16", "--range-images", "8",
@@ -109,6 +110,15 @@ def test_both_towers_are_the_two_single_ones(place: Path, tmp_path: Path) -> Non
     assert alone.variant.endswith("[both]")
     assert alone.metrics == found["both"][0].metrics
     assert alone.last_loss == found["both"][0].last_loss
+
+
+def test_a_name_that_leaves_the_activation_open_is_asked_for(place: Path, tmp_path: Path) -> None:
+    open_ended = {name: value for name, value in ARGUMENTS.items() if name != "quick_gelu"}
+    given = ["--model-args", json.dumps(open_ended), "--data", place / "captions", "--results", tmp_path / "runs"]
+    said = command("run", *model(place), *given, "--method", "fp", fails=True)
+    assert said.startswith("error: ")
+    assert "--model ViT-B-32-quickgelu" in said
+    assert not list(tmp_path.rglob("result.json"))
 
 
 def test_the_record_says_what_was_measured(place: Path, tmp_path: Path) -> None:

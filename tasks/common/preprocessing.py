@@ -1,0 +1,91 @@
+"""Preprocessing of images: as a model has it, and as a user gives it. Imports nothing heavy."""
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt, ValidationError
+
+from fimaq_core.errors import RecipeError, first_problem
+
+Share = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[FiniteFloat, Field(gt=0)]
+
+
+class Preprocessing(BaseModel):
+    """How images become inputs of a model, in the words of timm.
+
+    Attributes:
+        input_size: (C, H, W).
+        crop_pct: the share of a resized image that is kept; None where nothing is cut off for it.
+        crop_mode: timm's ``center``, ``squash`` or ``border``; for models of open_clip its mode of
+            resizing, ``shortest``, ``longest`` or ``squash``.
+        mean, std: by channel, of values in 0..1.
+        interpolation: of resizing.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    input_size: tuple[PositiveInt, PositiveInt, PositiveInt]
+    crop_pct: Share | None = None
+    crop_mode: str
+    mean: tuple[FiniteFloat, ...]
+    std: tuple[Positive, ...]
+    interpolation: str
+
+    def text(self) -> str:
+        """The settings in one line."""
+        crop = self.crop_mode
+        if self.crop_pct is not None:
+            crop = f"crop {self.crop_pct:g} ({self.crop_mode})"
+        mean, std = (", ".join(f"{value:.6g}" for value in part) for part in (self.mean, self.std))
+        size = " x ".join(map(str, self.input_size))
+        return f"{size}, {self.interpolation}, {crop}, mean {mean}, std {std}"
+
+
+class GivenPreprocessing(BaseModel):
+    """Fields of :class:`Preprocessing` that replace a model's own; None keeps these."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    input_size: Annotated[list[PositiveInt], Field(min_length=2, max_length=3)] | None = None
+    crop_pct: Share | None = None
+    mean: Annotated[list[FiniteFloat], Field(min_length=1)] | None = None
+    std: Annotated[list[Positive], Field(min_length=1)] | None = None
+    interpolation: Literal["bicubic", "bilinear", "nearest", "lanczos", "box", "hamming"] | None = None
+
+    def fields(self) -> dict[str, Any]:
+        """The given fields as JSON values."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+
+#: Options of a command, by the field that they give.
+HELP = {
+    "input_size": "Size of input images: one number, H,W or C,H,W.  [as the model was built]",
+    "crop_pct": "Share of a resized image that is kept.  [the model's]",
+    "mean": "Mean of input images in 0..1: a number, or one per channel.  [the model's]",
+    "std": "Standard deviation of input images: a number, or one per channel.  [the model's]",
+    "interpolation": "Interpolation of resizing: bicubic, bilinear, lanczos ...  [the model's]",
+}
+
+
+def parse_preprocessing(texts: Mapping[str, str | None]) -> dict[str, Any]:
+    """Fields of :class:`GivenPreprocessing` from the texts of options.
+
+    Raises:
+        RecipeError: a text is no size, number or interpolation.
+    """
+    content: dict[str, Any] = {name: text for name, text in texts.items() if text is not None}
+    for name in ("input_size", "mean", "std"):
+        if name in content:
+            content[name] = re.split(r"\s*[\s,x]\s*", content[name].strip(" ()[]"))
+    if len(content.get("input_size", ())) == 1:
+        content["input_size"] *= 2
+    try:
+        return GivenPreprocessing.model_validate(content).fields()
+    except ValidationError as error:
+        field = str(error.errors()[0]["loc"][0])
+        raise RecipeError(
+            f"--{field.replace('_', '-')} {texts[field]!r} is not possible: "
+            f"{first_problem(error).partition(': ')[2]}. Give: {HELP[field]}"
+        ) from error
