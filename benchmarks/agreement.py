@@ -36,9 +36,9 @@ def observations(measured: Sequence[Measured]) -> pd.DataFrame:
     """Return one row per cell and metric, with the processor and the figures of reconstruction.
 
     Returns:
-        Table with the columns of :data:`benchmarks.tables.COLUMNS` and ``processor``. A figure is the geometric mean
-        over the blocks of a cell: :data:`FIGURES` are the number of Fisher passes, the mean diagonal Fisher weight,
-        and the relative error of a block's output.
+        Table with the columns of :data:`benchmarks.tables.COLUMNS` and ``processor``. The :data:`FIGURES` of a cell are
+        the number of its Fisher passes, the mean diagonal Fisher weight of its first block (before rounding could
+        spread), and the relative error of the blocks' outputs (geometric mean).
     """
     scores = frame(measured)
     processors = [_processor(item) for item in measured for _ in item.record.metrics]
@@ -62,13 +62,14 @@ def _processor(item: Measured) -> str:
 
 
 def _figures(record: ResultRecord) -> dict[str, float]:
-    blocks = record.blocks.values()
+    weights = [block.fisher for block in record.blocks.values() if block.fisher]
+    errors = [block.error for block in record.blocks.values() if block.error > 0]
     found = {
-        PASSES: list(record.fisher_passes.values()),
-        WEIGHT: [block.fisher for block in blocks if block.fisher is not None],
-        ERROR: [block.error for block in blocks],
+        PASSES: float(sum(record.fisher_passes.values())),
+        WEIGHT: weights[0] if weights else 0.0,
+        ERROR: float(stats.gmean(errors)) if errors else 0.0,
     }
-    return {name: float(stats.gmean(values)) for name, values in found.items() if values and min(values) > 0}
+    return {name: value for name, value in found.items() if value > 0}
 
 
 def compared(reference: pd.DataFrame, mine: pd.DataFrame) -> pd.DataFrame:

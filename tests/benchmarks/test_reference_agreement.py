@@ -102,7 +102,7 @@ def test_one_skipped_fisher_pass_is_found(tmp_path: Path) -> None:
     both = compared(theirs, observations(skipped))
     off = both[both["p"] < ALPHA]
     assert off["metric"].tolist() == ["fisher_passes"]
-    assert off["difference"].item() == pytest.approx(math.log(14 / 15) / 2)
+    assert off["difference"].item() == pytest.approx(math.log(29 / 30))
 
 
 def test_a_reference_grows_by_processors(tmp_path: Path) -> None:
