@@ -29,7 +29,7 @@ PASSES, WEIGHT, ERROR = FIGURES = ("fisher_passes", "fisher_weight", "block_erro
 _LOG_RESOLUTION, _RANK_RESOLUTION = 1e-3, 0.5
 
 _CELL = ["task", "dataset", "model", "method", "variant", "bits", "metric"]
-_POOL = ["task", "dataset", "kind", "variant", "bits", "metric"]
+_POOL = ["pool", "kind", "bits", "metric"]
 
 
 def observations(measured: Sequence[Measured]) -> pd.DataFrame:
@@ -92,7 +92,7 @@ def compared(reference: pd.DataFrame, mine: pd.DataFrame) -> pd.DataFrame:
     """
     theirs, ours = (_prepared(table) for table in (reference, mine))
     same_seed = [*_CELL, "seed"]
-    means = theirs.groupby([*same_seed, "kind"], sort=False, dropna=False).agg(
+    means = theirs.groupby([*same_seed, "pool", "kind"], sort=False, dropna=False).agg(
         mean_ref=("x", "mean"), k=("x", "size"), stderr=("stderr", "mean"), n=("n", "first")
     )
     both = means.reset_index().merge(ours[[*same_seed, "x"]].rename(columns={"x": "mean_mine"}), on=same_seed)
@@ -111,13 +111,17 @@ def compared(reference: pd.DataFrame, mine: pd.DataFrame) -> pd.DataFrame:
 
 
 def _prepared(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows that are compared, with ``bits``, ``kind`` and the compared value ``x``."""
+    """The rows that are compared, with ``bits``, the compared value ``x``, and what the pool of its variance goes by.
+
+    Figures have one pool for all data: another processor rarely, but then visibly, finds other ranges in calibration.
+    """
     shown = {*MAIN_METRIC.values(), *FIGURES, *(name for pair in PAIRS.values() for name in pair)}
     rows = with_bits(table[table["metric"].isin(shown)])
     figures = rows["metric"].isin(FIGURES)
     kinds = ["fp" if m == "fp" else "calibration" if m in CALIBRATION_ONLY else "reconstruction" for m in rows["method"]]
     values = rows["value"].astype(float)
-    return rows.assign(kind=kinds, x=np.log(values.where(figures, 1.0)).where(figures, values))
+    pool = (rows["dataset"] + rows["variant"]).where(~figures, "")
+    return rows.assign(pool=pool, kind=kinds, x=np.log(values.where(figures, 1.0)).where(figures, values))
 
 
 def _pooled(rows: pd.DataFrame, same: list[str]) -> pd.DataFrame:

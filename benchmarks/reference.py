@@ -157,7 +157,7 @@ def compare(grid: Grid, measured: Sequence[Measured], folder: Path = REFERENCE) 
     about = f"(reference: {origin.line()})"
     wrong = known_answers.wrong()
     if wrong:
-        return ["DIFFERS from the reference: quantizers here give wrong values for known inputs.", *wrong]
+        return ["DIFFERS from the reference: the code here gives wrong answers to problems whose answers are known.", *wrong]
     alike, lines = _alike(grid, measured, origin)
     both = compared(reference, observations(alike))
     if both.empty:

@@ -16,6 +16,9 @@ from benchmarks.agreement import ALPHA, compared, observations
 from benchmarks.cells import RunOptions
 from benchmarks.grid import Filters, expand, load_grid
 from fimaq_core.errors import FimaqError
+from fimaq_core.fisher.passes import mean_gradient_and_error
+from fimaq_core.reconstruction import objective
+from fimaq_core.reconstruction.objective import BlockObjective
 from tasks.common.record import BlockFigures, Environment
 
 GRID = fakes.plain_demo(seeds=(1,))
@@ -126,13 +129,26 @@ def test_a_reference_grows_by_processors(tmp_path: Path) -> None:
         reference.add_processor(other, measured_on(tmp_path, "e"), folder)
 
 
-@pytest.mark.parametrize("kind", ["round half up", "shifted zero point"])
+@pytest.mark.parametrize("kind", ["round half up", "shifted zero point", "skipped pass", "unseen skipped pass"])
 def test_known_answers_tell_changed_quantizers(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     assert known_answers.wrong() == []
     if kind == "round half up":
         monkeypatch.setattr(torch, "round", lambda x: torch.floor(x + 0.5))
         assert len(known_answers.wrong()) == 4
         assert "-0.75, 0.25, 1.25 became -0.5, 0.5, 1.5, right is -1, 0, 1" in known_answers.wrong()[0]
+    elif kind == "skipped pass":
+        steps = BlockObjective._fisher_steps
+        monkeypatch.setattr(BlockObjective, "_fisher_steps", lambda self: frozenset(sorted(steps(self))[:-1]))
+        assert known_answers.wrong() == ["  Fisher passes: [0, 3], right is [0, 3, 6]"]
+    elif kind == "unseen skipped pass":
+        found: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+        def stale(*arguments: object) -> tuple[torch.Tensor, torch.Tensor]:
+            found.append(mean_gradient_and_error(*arguments) if len(found) < 2 else found[-1])
+            return found[-1]
+
+        monkeypatch.setattr(objective, "mean_gradient_and_error", stale)
+        assert "  diagonal Fisher weight: [1.6667, 1.6667], right is [2.3333, 2.3333]" in known_answers.wrong()
     else:
         clamp = torch.Tensor.clamp_
         monkeypatch.setattr(torch.Tensor, "clamp_", lambda x, low, high: clamp(x.add_(1), low, high).sub_(1))
