@@ -106,7 +106,7 @@ def build_group(task_name: str, summary: str, own: TaskOptions = TaskOptions()) 
         out, given = options.pop("out"), given_recipe(options)
         with _bars() as report:
             log = stages.reconstruct_stage(task_name, checkpoint, out, given, take_data(options), options, report)
-        for note in log.notes:
+        for note in log.sentences():
             click.echo(f"note: {note}")
         click.echo(f"reconstructed checkpoint: {out}")
 
