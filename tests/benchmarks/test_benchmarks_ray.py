@@ -37,7 +37,8 @@ def cluster() -> Iterator[Any]:
 
     head = {"num_cpus": 0, "object_store_memory": STORE, "include_dashboard": False}
     with engine_fakes.ray_folder() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_TMPDIR", str(folder))
+        for name in ("RAY_TMPDIR", "TMPDIR"):  # the second for what killed hosts leave
+            patch.setenv(name, str(folder))
         cluster = Cluster(initialize_head=True, head_node_args=head)
         for _ in range(2):
             cluster.add_node(num_cpus=1, object_store_memory=STORE)
@@ -141,7 +142,7 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str,
         (folder / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
         found = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         found |= {"RAY_TMPDIR": str(folder), "RAY_ADDRESS": "127.0.0.1:1", "HOME": str(tmp_path)}
-        found["CUDA_VISIBLE_DEVICES"] = "-1"
+        found |= {"CUDA_VISIBLE_DEVICES": "-1", "TMPDIR": str(folder)}
         yield found | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
@@ -155,6 +156,7 @@ def test_no_address_is_this_machine_in_any_environment(alone: dict[str, str], tm
     assert "Device: cpu: no GPU is visible to PyTorch (CUDA_VISIBLE_DEVICES=-1)" in result.stdout
     assert "RAY_ADDRESS (127.0.0.1:1) in the environment is not used" in result.stderr
     assert not (tmp_path / ".ray").exists()
+    assert not list(Path(alone["TMPDIR"]).glob("fimaq-*"))
 
 
 @pytest.mark.parametrize(
