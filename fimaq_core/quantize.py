@@ -215,7 +215,7 @@ def reconstruct_with_checkpoints(
         log.engine,
         {**earlier.error, **log.error},
         {**earlier.fisher, **log.fisher},
-        {**earlier.at_floor, **log.at_floor},
+        {**earlier.near_floor, **log.near_floor},
     )
 
 

@@ -79,7 +79,7 @@ class BlockTrainer:
         """Decide the rounding, fold it into the layers' codes and leave training.
 
         Returns:
-            Number of learned activation scales that ended at their lower bound.
+            Number of learned activation scales that ended at or near their lower bound.
 
         Raises:
             NumericsError: a scale is NaN or infinite.
@@ -95,7 +95,7 @@ class BlockTrainer:
                 f"{self.segment.label}: a learned activation scale is NaN or infinite: "
                 f"lower lr_scale (now {self.recipe.lr_scale})."
             )
-        return state.scales_at_floor()
+        return state.scales_near_floor()
 
 
 def optimise_block(
@@ -112,7 +112,8 @@ def optimise_block(
         tick: called after every step with its number (from 1) and its loss, still on the device.
 
     Returns:
-        The last loss (a detached scalar), and the number of learned scales at their lower bound.
+        The last loss (a detached scalar), and the number of learned scales at or near their
+        lower bound.
 
     Raises:
         NumericsError: the loss or a scale became NaN or infinite.
@@ -125,6 +126,6 @@ def optimise_block(
     loss = loss.clone()
     if not bool(torch.isfinite(loss)):
         raise NumericsError(f"{segment.label}: the reconstruction loss is {float(loss)}; lower the learning rates.")
-    at_floor = trainer.finish()
+    near_floor = trainer.finish()
     decide_roundings(segment.block)
-    return loss, at_floor
+    return loss, near_floor

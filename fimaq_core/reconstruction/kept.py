@@ -25,7 +25,7 @@ class _Block(_Facts):
     notes: list[str]
     error: FiniteFloat | None = None
     fisher: FiniteFloat | None = None
-    at_floor: int = Field(0, ge=0)
+    near_floor: int = Field(0, ge=0)
 
 
 class _Log(_Facts):
@@ -37,7 +37,7 @@ class _Log(_Facts):
     engine: Engine
     error: dict[str, FiniteFloat] = {}
     fisher: dict[str, FiniteFloat] = {}
-    at_floor: dict[str, int] = {}
+    near_floor: dict[str, int] = {}
 
 
 _Kind = TypeVar("_Kind", bound=_Facts)
@@ -52,7 +52,7 @@ def block_facts(log: ReconstructionLog, label: str) -> dict[str, Any]:
         "notes": [note for note in log.notes if note.startswith(f"{label}:")],
         "error": log.error.get(label),
         "fisher": log.fisher.get(label),
-        "at_floor": log.at_floor.get(label, 0),
+        "near_floor": log.near_floor.get(label, 0),
     }
 
 
@@ -73,8 +73,8 @@ def add_block(log: ReconstructionLog, label: str, facts: object, where: str) -> 
         log.error[label] = block.error
     if block.fisher is not None:
         log.fisher[label] = block.fisher
-    if block.at_floor:
-        log.at_floor[label] = block.at_floor
+    if block.near_floor:
+        log.near_floor[label] = block.near_floor
     return block.engine
 
 

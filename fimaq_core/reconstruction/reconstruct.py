@@ -17,7 +17,7 @@ from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction.block import optimise_block
 from fimaq_core.reconstruction.engines import Engine, EngineChoice, choose_engine
 from fimaq_core.reconstruction.sample_objective import make_objective
-from fimaq_core.reconstruction.state import SCALE_FLOOR, active_quantizers, rounded_layers
+from fimaq_core.reconstruction.state import NEAR_FLOOR, SCALE_FLOOR, active_quantizers, rounded_layers
 from fimaq_core.reconstruction.tape import Placement, Storage, Tape
 from fimaq_core.samples import Ragged, Samples, batches, check_alone, joined
 
@@ -34,7 +34,8 @@ class ReconstructionLog:
         error: ``||q - f||² / ||f||²`` of each reconstructed block by label, over all samples: q its output with all before it and
             itself quantized, f the full-precision model's.
         fisher: mean of the diagonal Fisher weight in each block's loss by label; none of losses without.
-        at_floor: learned activation scales that ended at their lower bound, by label of the block; none of blocks without.
+        near_floor: number of learned activation scales that ended at or near their lower bound,
+            by label of the block; no entry for blocks without any.
     """
 
     last_loss: dict[str, float] = field(default_factory=dict)
@@ -43,17 +44,18 @@ class ReconstructionLog:
     engine: Engine = "fused"
     error: dict[str, float] = field(default_factory=dict)
     fisher: dict[str, float] = field(default_factory=dict)
-    at_floor: dict[str, int] = field(default_factory=dict)
+    near_floor: dict[str, int] = field(default_factory=dict)
 
     def sentences(self) -> list[str]:
-        """The notes, and one about all scales at their lower bound."""
-        if not self.at_floor:
+        """The notes, and one about all scales at or near their lower bound."""
+        if not self.near_floor:
             return self.notes
-        blocks = ", ".join(f"{label} {count}" for label, count in self.at_floor.items())
+        blocks = ", ".join(f"{label} {count}" for label, count in self.near_floor.items())
         return [
             *self.notes,
-            f"Learned activation scales that ended at their lower bound ({SCALE_FLOOR:g} of the calibrated value): "
-            f"{sum(self.at_floor.values())} ({blocks}). A lower lr_scale moves them less.",
+            f"Learned activation scales that ended at or near their lower bound (below {NEAR_FLOOR:g} of "
+            f"the calibrated value; the bound is {SCALE_FLOOR:g}): {sum(self.near_floor.values())} "
+            f"({blocks}). A lower lr_scale moves them less.",
         ]
 
     def keep(self, label: str, error: float, fisher: float | None) -> None:
@@ -144,10 +146,10 @@ def reconstruct(
                         raise NumericsError(f"{label}: the reconstruction loss is {float(loss)}; lower the learning rates.")
                     report(Progress("reconstruct", start + step, total, label, float(loss)))
 
-            loss, at_floor = optimise_block(segment, tape, objective, recipe, log.engine, tick)
+            loss, near_floor = optimise_block(segment, tape, objective, recipe, log.engine, tick)
             log.last_loss[segment.label] = float(loss)
-            if at_floor:
-                log.at_floor[segment.label] = at_floor
+            if near_floor:
+                log.near_floor[segment.label] = near_floor
             log.fisher_passes[segment.label] = objective.passes
             fisher = objective.mean_weight()
             del objective  # its Fisher information goes before the outputs and the next block's are made

@@ -14,6 +14,8 @@ from fimaq_core.quantizers.rounding import RoundingProblem
 
 #: Lower bound of a learned activation scale, as a share of its calibrated value.
 SCALE_FLOOR = 0.01
+#: The share below which a scale counts as driven to that bound: the last, small steps may lift it.
+NEAR_FLOOR = 0.02
 
 
 @dataclass(frozen=True)
@@ -96,9 +98,10 @@ class BlockState:
         self.learn_scales = learn_scales and self.scales.numel() > 0
         self.moments = [torch.zeros_like(like) for like in (self.soft, self.soft, self.scales, self.scales)]
 
-    def scales_at_floor(self) -> int:
-        """Number of learned scales that are at their lower bound now."""
-        return int((self.scales <= self.floor).sum()) if self.learn_scales else 0
+    def scales_near_floor(self) -> int:
+        """Number of learned scales that are now below :data:`NEAR_FLOOR` of the calibrated value."""
+        near = NEAR_FLOOR / SCALE_FLOOR * self.floor
+        return int((self.scales < near).sum()) if self.learn_scales else 0
 
     def attach(self, form: Form, probability: float) -> None:
         """Set the layers up for optimisation: weights are given soft, quantizers compute in ``form``."""
