@@ -100,7 +100,7 @@ def connect(address: str, cpus: int | None, gpus: int | None = None) -> None:
     ray._private.worker.print_to_stdstream = lambda *_, **__: None
     try:
         ray.init(**settings)
-    except (OSError, RuntimeError, ValueError, AssertionError, ray.exceptions.RayError) as error:
+    except Exception as error:  # Ray raises bare ones too, as of a start that takes too long
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if not address:
             raise EngineError(
