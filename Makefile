@@ -14,9 +14,11 @@ FILTERS := $(if $(TASKS),--tasks $(TASKS)) $(if $(MODELS),--models $(MODELS)) $(
 	$(if $(BITS),--bits $(BITS)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(AXES),--axes $(AXES))
 PLACES := $(if $(IMAGENET),--imagenet "$(IMAGENET)") $(if $(COCO),--coco "$(COCO)") $(if $(FLICKR),--flickr "$(FLICKR)") \
 	$(if $(WEIGHTS),--weights "$(WEIGHTS)")
+# Ray reads the same name in the environment: there it is another's, and only make's command line counts.
+ADDRESS := $(if $(filter command,$(origin RAY_ADDRESS)),$(if $(RAY_ADDRESS),--ray-address $(RAY_ADDRESS)))
 SETTINGS := $(if $(DEVICE),--device $(DEVICE)) $(if $(JOBS),--jobs $(JOBS)) $(if $(filter 1,$(PLAN)),--plan) \
 	$(if $(FORCE),--force$(if $(filter-out 1,$(FORCE)),=$(FORCE))) $(if $(PLACEMENT),--placement $(PLACEMENT)) $(if $(RETRIES),--retries $(RETRIES)) \
-	$(if $(ENGINE),--engine $(ENGINE)) $(if $(RAY_ADDRESS),--ray-address $(RAY_ADDRESS)) \
+	$(if $(ENGINE),--engine $(ENGINE)) $(ADDRESS) \
 	$(if $(GPUS_PER_CELL),--gpus-per-cell $(GPUS_PER_CELL))
 
 BENCH_OUT := $(if $(filter 1,$(REFERENCE)),results/reference/speed.json,results/speed.json)

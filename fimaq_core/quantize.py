@@ -215,6 +215,7 @@ def reconstruct_with_checkpoints(
         log.engine,
         {**earlier.error, **log.error},
         {**earlier.fisher, **log.fisher},
+        {**earlier.near_floor, **log.near_floor},
     )
 
 

@@ -39,6 +39,8 @@ export RAY_USAGE_STATS_ENABLED=0 RAY_AUTH_MODE=token
 RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
 export RAY_AUTH_TOKEN
 
+.venv/bin/python -m benchmarks.engines.ray_cluster  # refuses a folder that Ray cannot use
+
 steps=()
 driver=
 stop() {

@@ -1,6 +1,7 @@
 """Making the engine that a run asks for, and settling what depends on it."""
 
 import dataclasses
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,8 +34,12 @@ def settled(options: RunOptions, how: EngineOptions, device: str, threads: int |
 
     if device == "mps" or ":" in device:
         raise FimaqError(f"Device '{device}': Ray gives each cell a GPU of its own, so say cuda, cpu or auto.")
+    gpus = None
+    if not how.ray_address:
+        device = _device(device)
+        gpus = _visible_gpus() if device == "cuda" else 0
     # A cluster of this machine's own has as many cores as are asked for, whatever there are.
-    connect(how.ray_address, None if how.jobs is None else how.jobs * (threads or 1))
+    connect(how.ray_address, None if how.jobs is None else how.jobs * (threads or 1), gpus)
     if device == "auto":
         device = "cuda" if cuda_in_cluster() else "cpu"
         print(f"Device: {device}.")
@@ -79,11 +84,25 @@ def _device(device: str) -> str:
         return device
     import torch
 
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    limit = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible})"
     if device == "auto":
         chosen = "cuda" if torch.cuda.is_available() else "cpu"
-        note = "" if chosen == "cuda" else ": no GPU is visible to PyTorch, and this grid takes very long without one"
-        print(f"Device: {chosen}{note}.")
+        note = f": no GPU is visible to PyTorch{limit}, and this grid takes very long without one"
+        print(f"Device: {chosen}{'' if chosen == 'cuda' else note}.")
         return chosen
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise FimaqError(f"Device '{device}': PyTorch sees no GPU here. Use cpu, or install a driver and PyTorch with CUDA.")
+        raise FimaqError(
+            f"Device '{device}': PyTorch sees no GPU here{limit}. Use cpu, or install a driver and PyTorch with CUDA."
+        )
     return device
+
+
+def _visible_gpus() -> int:
+    """Number of GPUs that PyTorch can use here.
+
+    ``CUDA_VISIBLE_DEVICES`` may hide some of them, or all of them by -1, which Ray would count as one.
+    """
+    import torch
+
+    return torch.cuda.device_count()

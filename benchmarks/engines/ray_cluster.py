@@ -2,7 +2,10 @@
 
 import logging
 import os
+import secrets
 import socket
+import sys
+import tempfile
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -14,6 +17,10 @@ _PATIENCE = 5.0
 
 #: Bytes of Ray's store for objects, which carries nothing but messages here.
 _STORE = 100 * 2**20
+
+#: The longest path that Ray makes in its folder, and the longest one of a socket.
+_SOCKET = "/ray/session_2000-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+_LONGEST = 103 if sys.platform == "darwin" else 107
 
 
 @dataclass(frozen=True)
@@ -52,20 +59,25 @@ def load_ray() -> ModuleType:
     return ray
 
 
-def connect(address: str, cpus: int | None) -> None:
+def connect(address: str, cpus: int | None, gpus: int | None = None) -> None:
     """Join the cluster at ``address`` (``host:port``), or start one on this machine that ends with this process.
+
+    Clusters that run already, or that ``RAY_ADDRESS`` names, are joined by their address only.
 
     Args:
         address: empty for one of this machine's own.
-        cpus: cores that one is told it has; None: those there are.
+        cpus, gpus: cores and GPUs that one is told it has; None: those that Ray finds.
 
     Raises:
         EngineError: Ray is not installed, or nothing answers there.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if not address:
+        check_folder()
         # A cluster of one's own asks for a token in any case; said explicitly, Ray need not explain it.
+        # A token that lasts as long as this process leaves no file in the home folder.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     ray = load_ray()
     if ray.is_initialized():
         return
@@ -74,19 +86,59 @@ def connect(address: str, cpus: int | None) -> None:
         _check(address)
         settings["address"] = address
     else:
-        settings |= {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": _STORE}
+        if os.environ.get("RAY_ADDRESS"):
+            print(
+                f"RAY_ADDRESS ({os.environ['RAY_ADDRESS']}) in the environment is not used: Ray starts "
+                "on this machine. To join that cluster, give --ray-address (RAY_ADDRESS=host:port "
+                "behind make).",
+                file=sys.stderr,
+            )
+        # Without "local", Ray looks for a cluster in the environment and in a file of earlier ones.
+        settings |= {"address": "local", "num_cpus": cpus, "num_gpus": gpus}
+        settings |= {"include_dashboard": False, "object_store_memory": _STORE}
     # It prints a paragraph about every worker that dies, in the midst of the progress display; the runner says it in a line.
     ray._private.worker.print_to_stdstream = lambda *_, **__: None
     try:
         ray.init(**settings)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError, AssertionError, ray.exceptions.RayError) as error:
+    except Exception as error:  # Ray raises bare ones too, as of a start that takes too long
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if not address:
-            raise EngineError(f"Ray does not start on this machine: {first}") from error
+            raise EngineError(
+                f"Ray does not start on this machine: {first.rstrip('.')}. "
+                f"Its logs are in {_folder()[1]}/ray/session_latest/logs."
+            ) from error
         raise EngineError(
             f"Cannot join the Ray cluster at {address}: {first} A run must start on a machine of the cluster (ray start "
             f"--address={address}), with the same versions of Python and Ray."
         ) from error
+
+
+def check_folder() -> None:
+    """Raise EngineError where Ray cannot keep the sockets and logs of this machine."""
+    name, folder = _folder()
+    length, most = len(os.fsencode(folder)), _LONGEST - len(_SOCKET)
+    problem = ""
+    if not os.path.isabs(folder):
+        problem = "is not an absolute path"
+    elif length > most:
+        problem = f"has {length} bytes, and {most} is the most for sockets in it"
+    else:
+        try:
+            os.makedirs(f"{folder}/ray", exist_ok=True)
+            tempfile.TemporaryFile(dir=f"{folder}/ray").close()
+        except OSError as error:
+            problem = f"cannot be written in ({error.strerror})"
+    if problem:
+        raise EngineError(
+            f"Ray cannot start: its folder {name}={folder} {problem}. Set RAY_TMPDIR to the short "
+            "absolute path of a folder that can be written in, such as RAY_TMPDIR=/tmp."
+        )
+
+
+def _folder() -> tuple[str, str]:
+    """Where Ray keeps its folder ``ray`` on this machine, and what says so."""
+    name = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in os.environ), "the default")
+    return name, os.environ.get(name, "/tmp")
 
 
 def _check(address: str) -> None:
@@ -121,3 +173,11 @@ def nodes() -> list[Node]:
 def cuda_in_cluster() -> bool:
     """Whether any machine has a GPU now."""
     return any(node.gpus for node in nodes())
+
+
+if __name__ == "__main__":  # before `ray start`, whose own words for it are a traceback
+    try:
+        check_folder()
+    except EngineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

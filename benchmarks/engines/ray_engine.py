@@ -24,6 +24,9 @@ _STARTS = 3
 #: Seconds after which an actor that has not started counts no more: others may be tried. And those without any before it is said.
 _QUEUED, _SILENT = 15.0, 30.0
 
+#: Seconds that idle actors have to end their hosts.
+_LEAVE = 10.0
+
 
 class _RaySlot:
     """An actor on one machine.
@@ -46,6 +49,10 @@ class _RaySlot:
 
     def assign(self, job: Job) -> None:
         self.messages = self._actor.measure.options(num_returns="streaming").remote(job)
+
+    def leave(self) -> Any:
+        """Let an idle actor end its host, which removes its files; return what the answer comes as."""
+        return self._actor.close.remote()
 
     def end(self) -> None:
         """End the actor, and with it its host and the process of its cell."""
@@ -133,7 +140,7 @@ class RayEngine(Engine):
             self._slots.remove(slot)
             slot.end()
 
-    def slots(self) -> Sequence[Slot]:
+    def slots(self) -> Sequence[_RaySlot]:
         ready = [slot for slot in self._slots if slot.opening is None]
         return [slot for slot in ready if slot.messages is not None or slot.node.id not in self._left_out]
 
@@ -224,6 +231,10 @@ class RayEngine(Engine):
 
     def close(self) -> None:
         try:
+            # Ray kills what a killed actor has started, which then removes no files.
+            idle = [slot.leave() for slot in self.slots() if slot.messages is None]
+            if idle:
+                self._ray.wait(idle, num_returns=len(idle), timeout=_LEAVE)
             for slot in self._slots:
                 slot.end()
             self._slots.clear()

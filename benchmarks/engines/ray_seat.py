@@ -47,6 +47,10 @@ def seat_class() -> type[Any]:
             self._owner = Owner(threads, Path(logs) / f"{where.replace(' ', '-')}-{name.replace(' ', '-')}.log", imports)
             return where, ""
 
+        def close(self) -> None:
+            """End the host."""
+            self._owner.stop()
+
         def measure(self, job: Any) -> Any:
             """Measure a cell and yield its messages (see :mod:`benchmarks.engines.base`), the last Finished or Failed."""
             from multiprocessing.connection import wait

@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from benchmarks.console import user_errors
+from benchmarks.engines.ray_cluster import check_folder
 from benchmarks.reference import REFERENCE
 from benchmarks.tables import write_text
 
@@ -29,6 +31,9 @@ def main(
     from benchmarks.faults import kills as kill_bench
     from benchmarks.reference import machine
 
+    if kills or workers:  # both start Ray, after minutes
+        with user_errors(click.get_current_context(), ""):
+            check_folder()
     began = time.monotonic()
 
     def say(text: str) -> None:

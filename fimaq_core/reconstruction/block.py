@@ -75,18 +75,27 @@ class BlockTrainer:
         self.objective.update(forward)
         state.attach(FORMS[self.engine], probability)
 
-    def finish(self) -> None:
-        """Decide the rounding, fold it into the layers' codes and leave training."""
+    def finish(self) -> int:
+        """Decide the rounding, fold it into the layers' codes and leave training.
+
+        Returns:
+            Number of learned activation scales that ended at or near their lower bound.
+
+        Raises:
+            NumericsError: a scale is NaN or infinite.
+        """
         self._step.finish()
         state = self.state
         if state.rounding is not None:
             for layer, codes in zip(state.layers, state.rounding.codes(), strict=True):
                 layer.weight_quantizer.set_codes(codes)
         state.detach()
-        if not bool(torch.isfinite(state.scales).all()) or bool((state.scales <= 0).any()):
+        if not bool(torch.isfinite(state.scales).all()):
             raise NumericsError(
-                f"{self.segment.label}: a learned activation scale is not positive: lower lr_scale (now {self.recipe.lr_scale})."
+                f"{self.segment.label}: a learned activation scale is NaN or infinite: "
+                f"lower lr_scale (now {self.recipe.lr_scale})."
             )
+        return state.scales_near_floor()
 
 
 def optimise_block(
@@ -96,14 +105,18 @@ def optimise_block(
     recipe: Recipe,
     engine: Engine,
     tick: Callable[[int, Tensor], None],
-) -> Tensor:
-    """Optimise the block of ``segment`` in place and return its last loss (a detached scalar).
+) -> tuple[Tensor, int]:
+    """Optimise the block of ``segment`` in place.
 
     Args:
         tick: called after every step with its number (from 1) and its loss, still on the device.
 
+    Returns:
+        The last loss (a detached scalar), and the number of learned scales at or near their
+        lower bound.
+
     Raises:
-        NumericsError: the loss became NaN or infinite.
+        NumericsError: the loss or a scale became NaN or infinite.
     """
     trainer = BlockTrainer(segment, tape, objective, recipe, recipe.seed, engine)
     loss = torch.zeros(())
@@ -113,6 +126,6 @@ def optimise_block(
     loss = loss.clone()
     if not bool(torch.isfinite(loss)):
         raise NumericsError(f"{segment.label}: the reconstruction loss is {float(loss)}; lower the learning rates.")
-    trainer.finish()
+    near_floor = trainer.finish()
     decide_roundings(segment.block)
-    return loss
+    return loss, near_floor

@@ -108,6 +108,7 @@ class FlatStep:
                     state.soft,
                     next(grads) if state.learn_scales else None,
                     state.scales,
+                    state.floor,
                     state.moments,
                 ),
             )

@@ -25,6 +25,7 @@ class _Block(_Facts):
     notes: list[str]
     error: FiniteFloat | None = None
     fisher: FiniteFloat | None = None
+    near_floor: int = Field(0, ge=0)
 
 
 class _Log(_Facts):
@@ -36,6 +37,7 @@ class _Log(_Facts):
     engine: Engine
     error: dict[str, FiniteFloat] = {}
     fisher: dict[str, FiniteFloat] = {}
+    near_floor: dict[str, int] = {}
 
 
 _Kind = TypeVar("_Kind", bound=_Facts)
@@ -50,6 +52,7 @@ def block_facts(log: ReconstructionLog, label: str) -> dict[str, Any]:
         "notes": [note for note in log.notes if note.startswith(f"{label}:")],
         "error": log.error.get(label),
         "fisher": log.fisher.get(label),
+        "near_floor": log.near_floor.get(label, 0),
     }
 
 
@@ -70,6 +73,8 @@ def add_block(log: ReconstructionLog, label: str, facts: object, where: str) -> 
         log.error[label] = block.error
     if block.fisher is not None:
         log.fisher[label] = block.fisher
+    if block.near_floor:
+        log.near_floor[label] = block.near_floor
     return block.engine
 
 

@@ -17,7 +17,7 @@ from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction.block import optimise_block
 from fimaq_core.reconstruction.engines import Engine, EngineChoice, choose_engine
 from fimaq_core.reconstruction.sample_objective import make_objective
-from fimaq_core.reconstruction.state import active_quantizers, rounded_layers
+from fimaq_core.reconstruction.state import NEAR_FLOOR, SCALE_FLOOR, active_quantizers, rounded_layers
 from fimaq_core.reconstruction.tape import Placement, Storage, Tape
 from fimaq_core.samples import Ragged, Samples, batches, check_alone, joined
 
@@ -34,6 +34,8 @@ class ReconstructionLog:
         error: ``||q - f||² / ||f||²`` of each reconstructed block by label, over all samples: q its output with all before it and
             itself quantized, f the full-precision model's.
         fisher: mean of the diagonal Fisher weight in each block's loss by label; none of losses without.
+        near_floor: number of learned activation scales that ended at or near their lower bound,
+            by label of the block; no entry for blocks without any.
     """
 
     last_loss: dict[str, float] = field(default_factory=dict)
@@ -42,6 +44,19 @@ class ReconstructionLog:
     engine: Engine = "fused"
     error: dict[str, float] = field(default_factory=dict)
     fisher: dict[str, float] = field(default_factory=dict)
+    near_floor: dict[str, int] = field(default_factory=dict)
+
+    def sentences(self) -> list[str]:
+        """The notes, and one about all scales at or near their lower bound."""
+        if not self.near_floor:
+            return self.notes
+        blocks = ", ".join(f"{label} {count}" for label, count in self.near_floor.items())
+        return [
+            *self.notes,
+            f"Learned activation scales that ended at or near their lower bound (below {NEAR_FLOOR:g} of "
+            f"the calibrated value; the bound is {SCALE_FLOOR:g}): {sum(self.near_floor.values())} "
+            f"({blocks}). A lower lr_scale moves them less.",
+        ]
 
     def keep(self, label: str, error: float, fisher: float | None) -> None:
         """Keep the figures of a block; one that is not finite goes into a note instead."""
@@ -86,7 +101,7 @@ def reconstruct(
     Raises:
         RecipeError: fewer images than a batch, or a batch of images of varying shapes.
         EngineError: the engine asked for cannot run here.
-        NumericsError: a loss or a scale is no longer usable.
+        NumericsError: a loss or a scale is NaN or infinite.
     """
     learning = [segment for segment in chain if _learns(segment, recipe)]
     if not learning:
@@ -131,8 +146,10 @@ def reconstruct(
                         raise NumericsError(f"{label}: the reconstruction loss is {float(loss)}; lower the learning rates.")
                     report(Progress("reconstruct", start + step, total, label, float(loss)))
 
-            loss = optimise_block(segment, tape, objective, recipe, log.engine, tick)
+            loss, near_floor = optimise_block(segment, tape, objective, recipe, log.engine, tick)
             log.last_loss[segment.label] = float(loss)
+            if near_floor:
+                log.near_floor[segment.label] = near_floor
             log.fisher_passes[segment.label] = objective.passes
             fisher = objective.mean_weight()
             del objective  # its Fisher information goes before the outputs and the next block's are made

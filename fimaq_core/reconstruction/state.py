@@ -12,6 +12,11 @@ from fimaq_core.layers import QuantMatMul, WeightLayer, quant_layers
 from fimaq_core.quantizers.activation import ActivationQuantizer, Form
 from fimaq_core.quantizers.rounding import RoundingProblem
 
+#: Lower bound of a learned activation scale, as a share of its calibrated value.
+SCALE_FLOOR = 0.01
+#: The share below which a scale counts as driven to that bound: the last, small steps may lift it.
+NEAR_FLOOR = 0.02
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -60,6 +65,7 @@ class BlockState:
         rounding: the rounding problem, or None if no weight is quantized.
         soft: (n,) present soft weights, in step with ``rounding.alpha``.
         scales: (m,) present activation scales.
+        floor: (m,) lower bounds of the scales: :data:`SCALE_FLOOR` of the calibrated values.
         moments: Adam's first and second moments, of α and of the scales.
         learn_scales: whether the scales are learned.
     """
@@ -88,8 +94,14 @@ class BlockState:
             )
             self.soft = self.rounding.soft()
         self.scales = torch.cat([self.soft[:0], *(quantizer.scale.detach().flatten() for quantizer in self.quantizers)])
+        self.floor = SCALE_FLOOR * self.scales
         self.learn_scales = learn_scales and self.scales.numel() > 0
         self.moments = [torch.zeros_like(like) for like in (self.soft, self.soft, self.scales, self.scales)]
+
+    def scales_near_floor(self) -> int:
+        """Number of learned scales that are now below :data:`NEAR_FLOOR` of the calibrated value."""
+        near = NEAR_FLOOR / SCALE_FLOOR * self.floor
+        return int((self.scales < near).sum()) if self.learn_scales else 0
 
     def attach(self, form: Form, probability: float) -> None:
         """Set the layers up for optimisation: weights are given soft, quantizers compute in ``form``."""

@@ -110,10 +110,12 @@ def update(
     soft: Tensor,
     grad_scales: Tensor | None,
     scales: Tensor,
+    floor: Tensor,
     moments: list[Tensor],
 ) -> None:
     """Adam's step of α and of the scales, in place, then the next soft weights; advances the counter.
 
+    Scales are projected to their lower bounds after the step, so they stay positive.
     α, its moments, the regulariser's gradient and the soft weights pass once through memory, all layers together.
 
     Args:
@@ -122,7 +124,7 @@ def update(
         starts, new_starts: (parts,) of the loss.
         grad_soft, grad_scales: gradients of the loss; None where nothing is learned.
         alpha, offset, gain, soft: (n,) of the rounding problem.
-        scales: (m,).
+        scales, floor: (m,) and their lower bounds.
         moments: first and second moments of α, then of the scales.
     """
     weight, beta, size_alpha, size_scale, inverse = rates.index_select(0, counter)[0].unbind()
@@ -135,6 +137,7 @@ def update(
         soft.copy_(torch.addcmul(offset, gain, soft_rounding(alpha)))
     if grad_scales is not None:
         _adam(scales, grad_scales, moments[2], moments[3], size_scale, inverse)
+        scales.clamp_(min=floor)
     starts.copy_(new_starts)
     counter.add_(1)
 

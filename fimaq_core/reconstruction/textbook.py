@@ -37,11 +37,14 @@ class TextbookStep:
         self.alphas: list[Tensor] = []
         if state.rounding is not None:
             self.alphas = [alpha.clone().requires_grad_(True) for alpha in state.rounding.split(state.rounding.alpha)]
-        sizes = [quantizer.scale.numel() for quantizer in state.quantizers]
-        self.scales = [
-            piece.view(quantizer.scale.shape).clone().requires_grad_(state.learn_scales)
-            for piece, quantizer in zip(torch.split(state.scales, sizes) if sizes else (), state.quantizers, strict=True)
-        ]
+        shapes = [quantizer.scale.shape for quantizer in state.quantizers]
+
+        def pieces(flat: Tensor) -> list[Tensor]:
+            parts = torch.split(flat, [shape.numel() for shape in shapes]) if shapes else ()
+            return [piece.view(shape).clone() for piece, shape in zip(parts, shapes, strict=True)]
+
+        self.scales = [scale.requires_grad_(state.learn_scales) for scale in pieces(state.scales)]
+        self.floors = pieces(state.floor)
         self.optimizers: list[torch.optim.Optimizer] = []
         self.scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
         if self.alphas:
@@ -78,6 +81,9 @@ class TextbookStep:
             optimizer.step()
         if self.scheduler is not None:
             self.scheduler.step()
+        with torch.no_grad():
+            for scale, floor in zip(self.scales, self.floors, strict=True):
+                scale.clamp_(min=floor)
         return loss.detach()
 
     def _tensors(self, roundings: list[Tensor], keys: Tensor) -> dict[str, Tensor]:

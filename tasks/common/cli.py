@@ -113,7 +113,7 @@ def build_group(task_name: str, summary: str, own: TaskOptions = TaskOptions()) 
         options["preprocessing"] = take_preprocessing(options)
         with _bars() as report:
             log = stages.reconstruct_stage(task_name, checkpoint, out, given, take_data(options), options, report)
-        _echo(f"note: {note}" for note in log.notes)
+        _echo(f"note: {note}" for note in log.sentences())
         click.echo(f"reconstructed checkpoint: {out}")
 
     @group.command(help="Evaluate CHECKPOINT, of any stage (with MLPs alone reconstructed: in full precision).")

@@ -53,6 +53,7 @@ def merge_logs(log: ReconstructionLog, part: str, own: ReconstructionLog) -> Non
     log.fisher_passes |= {part_name(part, label): value for label, value in own.fisher_passes.items()}
     log.error |= {part_name(part, label): value for label, value in own.error.items()}
     log.fisher |= {part_name(part, label): value for label, value in own.fisher.items()}
+    log.near_floor |= {part_name(part, label): count for label, count in own.near_floor.items()}
     log.notes += [part_name(part, note) for note in own.notes]
     if len(log.last_loss) > len(own.last_loss) and own.engine != log.engine:
         log.notes.append(f"{part}: reconstructed by the engine '{own.engine}'")

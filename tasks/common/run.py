@@ -173,7 +173,7 @@ def _measure_quantized(
         last_loss=log.last_loss,
         fisher_passes=log.fisher_passes,
         blocks={label: BlockFigures(error=error, fisher=log.fisher.get(label)) for label, error in log.error.items()},
-        notes=[*request.notes, *calibration.notes, *log.notes, *evaluation.notes],
+        notes=[*request.notes, *calibration.notes, *log.sentences(), *evaluation.notes],
         step_engine=log.engine if recipe.reconstruct else None,
         skipped_images=sorted({*calibration.skipped, *evaluation.skipped}),
     )

@@ -119,7 +119,7 @@ def run_cell(request: CellRequest, report: Report) -> Path:
     if fault == "crash":
         os._exit(3)
     if fault == "slow":
-        time.sleep(60)
+        time.sleep(300)
     return write_record(record_of(request, fake_value(request)), planned_folder(request))
 
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import benchmark_fakes as fakes
@@ -15,6 +19,30 @@ from benchmarks.cells import Adapter
 from fimaq_core.progress import Progress, Report
 from tasks.common.lease import Busy
 from tasks.common.request import CellRequest
+
+#: Seconds after which a wait is taken to hang. Machines under load are slow, so minutes.
+HANG = 300.0
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Wait for ``condition``. Raises AssertionError: it hangs."""
+    deadline = time.monotonic() + HANG
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
+
+
+@contextmanager
+def ray_folder() -> Iterator[Path]:
+    """A folder for Ray's files that does not outlive a test.
+
+    Paths of sockets must be short, so it is none of pytest's.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="fimaq-", dir="/tmp"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def name_of(request: CellRequest) -> str:
@@ -44,12 +72,12 @@ def run_cell(request: CellRequest, report: Report) -> Path:
         os.kill(os.getpid(), signal.SIGKILL)
     if fault == "kill host":
         os.kill(os.getppid(), signal.SIGKILL)
-        time.sleep(60)
+        time.sleep(HANG)
     if fault == "kill owner":
         os.kill(psutil.Process(os.getppid()).ppid(), signal.SIGKILL)
-        time.sleep(60)
+        time.sleep(HANG)
     if fault == "sleep":
-        time.sleep(60)
+        time.sleep(HANG)
     while fault == "flag" and not (root / "flag").exists():
         time.sleep(0.05)
     if fault == "nap":

@@ -14,6 +14,7 @@ import benchmark_fakes as fakes
 import engine_fakes
 import psutil
 import pytest
+from engine_fakes import HANG, until
 
 from benchmarks.cells import Cell, RunOptions
 from benchmarks.engines.base import Failed, Finished, Message, Slot, make_job
@@ -36,13 +37,6 @@ def engine(tmp_path: Path) -> Iterator[LocalEngine]:
     engine.close()
 
 
-def until(condition: Callable[[], object], seconds: float = 15.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.02)
-
-
 def start(engine: LocalEngine, cell: Cell, run_cell: Callable[[CellRequest, Report], Path] = engine_fakes.run_cell) -> Slot:
     (slot,) = engine.slots()
     slot.assign(make_job(run_cell, cell.request, fakes.planned_folder(cell.request) / "error.log", (), cell.label))
@@ -51,7 +45,7 @@ def start(engine: LocalEngine, cell: Cell, run_cell: Callable[[CellRequest, Repo
 
 def end(engine: LocalEngine) -> Message:
     """The message that ends the cell."""
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + HANG
     while time.monotonic() < deadline:
         for _, message in engine.wait(0.5):
             if not isinstance(message, Progress):
@@ -140,7 +134,7 @@ def leave_a_file_and_a_process(request: CellRequest, report: Report) -> Path:
     """A cell that is killed with a temporary file and a process of its own at hand."""
     import tempfile
 
-    sleeper = subprocess.Popen(["sleep", "60"])
+    sleeper = subprocess.Popen(["sleep", str(HANG)])
     with tempfile.NamedTemporaryFile(delete=False) as file:
         (request.results.parent / "left.txt").write_text(f"{file.name}\n{sleeper.pid}")
     os.kill(os.getpid(), signal.SIGKILL)

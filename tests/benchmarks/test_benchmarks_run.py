@@ -7,13 +7,13 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import benchmark_fakes as fakes
 import pytest
 import yaml
 from click.testing import CliRunner, Result
+from engine_fakes import HANG, until
 
 from benchmarks.cells import RunOptions
 from benchmarks.cli import cli
@@ -223,11 +223,9 @@ def test_interrupting_keeps_what_is_finished(tmp_path: Path):
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=restore
     )
-    deadline = time.monotonic() + 20
-    while "demo_vit fimaq" not in measured(tmp_path) and time.monotonic() < deadline:
-        time.sleep(0.1)
+    until(lambda: "demo_vit fimaq" in measured(tmp_path))
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=HANG)
     assert process.returncode == 130, out + err
     assert "Finished cells are kept" in err
     assert "Traceback" not in err

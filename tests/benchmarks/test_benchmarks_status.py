@@ -14,6 +14,7 @@ import psutil
 import pytest
 import yaml
 from click.testing import CliRunner, Result
+from engine_fakes import HANG, until
 
 from benchmarks.cells import RunOptions
 from benchmarks.cli import cli
@@ -155,12 +156,13 @@ def test_a_killed_runner_is_told_from_a_running_one(tmp_path: Path):
         [*command, "--results", str(tmp_path)], env=environment, stdout=subprocess.DEVNULL, start_new_session=True
     )
     try:
-        end, stage = time.monotonic() + 30, ""
-        while stage != "evaluate" and time.monotonic() < end:
-            time.sleep(0.1)
+
+        def evaluates() -> bool:
             seen, _ = read_states(folder_of(tmp_path))
             running = seen[0].state.running if seen else []
-            stage = running[0].stage if running and "fimaq" in running[0].label else ""
+            return bool(running) and "fimaq" in running[0].label and running[0].stage == "evaluate"
+
+        until(evaluates)
         (runner,) = json.loads(shown(tmp_path, "--json").output)["runners"]
         assert runner["alive"] is True
         assert runner["runner"]["pid"] == process.pid
@@ -169,9 +171,7 @@ def test_a_killed_runner_is_told_from_a_running_one(tmp_path: Path):
     finally:
         os.killpg(process.pid, signal.SIGKILL)
     # Killed and not waited for, it is still in the table of processes.
-    end = time.monotonic() + 10
-    while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE and time.monotonic() < end:
-        time.sleep(0.02)
+    until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE)
     assert json.loads(shown(tmp_path, "--json").output)["runners"][0]["alive"] is False
     process.wait()
     assert "did not end by itself" in shown(tmp_path).output
@@ -277,7 +277,7 @@ def test_watching_goes_on_until_it_is_broken_off(tmp_path: Path):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     os.close(secondary)
-    content, end, drawn = b"", time.monotonic() + 20, False
+    content, end, drawn = b"", time.monotonic() + HANG, False
     while time.monotonic() < end:
         if not select.select([primary], [], [], 0.5)[0]:
             continue
@@ -289,6 +289,6 @@ def test_watching_goes_on_until_it_is_broken_off(tmp_path: Path):
             drawn = True
             process.send_signal(signal.SIGINT)
     os.close(primary)
-    assert process.wait(timeout=10) == 0, content
+    assert process.wait(timeout=HANG) == 0, content
     assert drawn
     assert b"Traceback" not in content

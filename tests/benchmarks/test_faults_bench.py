@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from click.testing import CliRunner
 
 from benchmarks.faults import audit, busy, kills
+from benchmarks.faults.__main__ import main
 from benchmarks.faults.audit import Event
 from fimaq_core.progress import Progress, silent
 from tasks.common.lease import this_process
@@ -81,3 +83,10 @@ def test_two_runners_on_one_folder_measure_each_cell_once(tmp_path: Path):
         assert "[10/10]" in text
     assert all(read_record(path).n == 2000 for path in results.rglob("result.json"))
     assert len(list(results.rglob("result.json"))) == 10
+
+
+def test_the_bench_refuses_a_folder_that_ray_cannot_use(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RAY_TMPDIR", "relative")
+    result = CliRunner().invoke(main, [])
+    assert result.exit_code == 2
+    assert "error: Ray cannot start: its folder RAY_TMPDIR=relative" in result.output

@@ -149,6 +149,13 @@ def test_compiled_learns_the_same_and_is_compiled_once_for_blocks_of_a_make() ->
     assert counters["stats"]["unique_graphs"] == before + 2
     fused = follow(trainer("fused", recipe, "vit, first block"), 4)
     assert torch.allclose(second.losses, fused.losses, rtol=1e-4)
+    # At a rate far above the size of the scales, both project the same scales to their lower bound.
+    fast = quick("fimaq", steps=200, **{**RELEASED, "lr_scale": 10.0})
+    bounded, expected = (follow(trainer(engine, fast), 1).scales for engine in ("compiled", "fused"))
+    assert counters["stats"]["unique_graphs"] == before + 2
+    assert bool((bounded > 0).all())
+    assert float(bounded.min()) < 0.1
+    assert float(torch.isclose(bounded, expected, rtol=1e-4).double().mean()) > 0.99
 
 
 @pytest.fixture
@@ -272,7 +279,7 @@ def test_what_a_step_reads_and_writes_keeps_its_address(engine: Engine, loss: st
             pointers([arg for arg in flat if isinstance(arg, Tensor)] + list(block.parameters()) + list(block.buffers()))
             return original(function, args)
         kept = [arg for place, arg in enumerate(args) if isinstance(arg, Tensor) and place not in FRESH]
-        assert len(kept) == 8
+        assert len(kept) == 9
         pointers(kept + list(args[-1]))
         values.append([tensor.clone() for tensor in (*kept, *args[-1])])
         return original(function, args)
@@ -284,10 +291,12 @@ def test_what_a_step_reads_and_writes_keeps_its_address(engine: Engine, loss: st
     assert len(seen) == 8
     assert all(step_pointers == seen[0] for step_pointers in seen)
     # These change from step to step, in place.
-    names = ["counter", "rates", "starts", "alpha", "offset", "gain", "soft", "scales", "m", "v", "m of s", "v of s"]
+    names = [
+        "counter", "rates", "starts", "alpha", "offset", "gain", "soft", "scales", "floor", "m", "v", "m of s", "v of s",
+    ]  # fmt: skip
     changed = {name for name, first, last in zip(names, values[0], values[-1], strict=True) if not torch.equal(first, last)}
     assert changed >= {"counter", "starts", "alpha", "soft", "scales", "m", "v", "m of s", "v of s"}
-    assert not changed & {"rates", "offset", "gain"}
+    assert not changed & {"rates", "offset", "gain", "floor"}
 
 
 class NothingIsRead(TorchDispatchMode):

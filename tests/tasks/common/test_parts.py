@@ -9,7 +9,7 @@ from tasks.common.modules import merge_logs, whole_map
 
 
 def log(engine: str) -> ReconstructionLog:
-    figures = {"blocks.0": 0.25}, {"blocks.0": 1e-3}
+    figures = {"blocks.0": 0.25}, {"blocks.0": 1e-3}, {"blocks.0": 3}
     return ReconstructionLog({"blocks.0": 1.0}, {"blocks.0": 2}, ["blocks.0: a note"], engine, *figures)  # type: ignore[arg-type]
 
 
@@ -22,6 +22,12 @@ def test_logs_of_parts_name_their_part_and_an_engine_of_their_own() -> None:
     assert same.error == {"vision.blocks.0": 0.25, "text.blocks.0": 0.25}
     assert same.fisher == {"vision.blocks.0": 1e-3, "text.blocks.0": 1e-3}
     assert same.notes == ["vision.blocks.0: a note", "text.blocks.0: a note"]
+    assert same.near_floor == {"vision.blocks.0": 3, "text.blocks.0": 3}
+    assert same.sentences() == [
+        *same.notes,
+        "Learned activation scales that ended at or near their lower bound (below 0.02 of the calibrated value; "
+        "the bound is 0.01): 6 (vision.blocks.0 3, text.blocks.0 3). A lower lr_scale moves them less.",
+    ]
     assert same.engine == "compiled"
     merge_logs(different, "vision", log("compiled"))
     merge_logs(different, "text", log("fused"))

@@ -96,6 +96,15 @@ def test_finished_cells_are_not_measured_again(tmp_path: Path, monkeypatch: pyte
     assert path.read_bytes() != before
 
 
+def test_scales_at_their_lower_bound_are_in_one_note_of_the_record(tmp_path: Path) -> None:
+    """One step far beyond the size of the scales takes many there; the cell is finished all the same."""
+    record = read_record(run_cell(cell(tmp_path, "qdrop", lr_scale=10.0, steps=1)))
+    (note,) = [note for note in record.notes if "lower bound" in note]
+    assert note.startswith("Learned activation scales that ended at or near their lower bound (below 0.02 of the ")
+    assert "blocks.0 " in note
+    assert "blocks.3 " in note
+
+
 def test_identity_of_cells(tmp_path: Path) -> None:
     base = cell(tmp_path)
     others = [
