@@ -14,11 +14,20 @@ TEXT, NATURAL = "text", "natural"
 #: Recorded for the orders of a class-order file and of a checkpoint.
 FILE, CHECKPOINT = "file", "checkpoint"
 
+#: File in a data folder that gives the order where the user gives none; grids have no option for it.
+STANDING = "class_order.txt"
+
 HELP = (
     "Order of the class folders: text (torchvision's: 0, 1, 10, 2), natural (timm's: 0, 1, 2, 10), "
     "or a file with one class name per line or a JSON object {name: label}. Needed only where text "
-    "and natural order differ."
+    f"and natural order differ, and {STANDING} in the data folder does not tell."
 )
+
+
+def chosen(order: str | None, root: Path | None) -> str | None:
+    """The order that the user gave, else that of the file in the data folder ``root``; None for none."""
+    standing = None if root is None else root / STANDING
+    return str(standing) if order is None and standing is not None and standing.is_file() else order
 
 
 def order_identity(order: str) -> str:
@@ -68,7 +77,8 @@ def ordered(
                 f"label {place} is {text[place]!r} in text order and {other[place]!r} {words}. "
                 "Give the order that the weights were trained with: "
                 "--class-order text (torchvision), --class-order natural (timm), or "
-                "--class-order FILE with one class name per line."
+                f"--class-order FILE with one class name per line. {where.parent / STANDING} is such "
+                "a file for all commands."
             )
     return text, TEXT
 

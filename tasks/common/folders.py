@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision.datasets.folder import is_image_file, make_dataset
 
 from fimaq_core.errors import DataError
-from tasks.common.class_order import CHECKPOINT, ordered
+from tasks.common.class_order import CHECKPOINT, chosen, ordered
 from tasks.common.files import composed, is_hidden
 from tasks.common.imagenet import IMAGENET, LAYOUT, is_imagenet
 from tasks.common.images import counted, file_reader, is_image, named
@@ -107,7 +107,7 @@ def open_folder(
     classes = _class_folders(folder)
     if not classes:
         raise DataError(f"{folder} holds no images in class folders. {LAYOUT}.")
-    names, word = ordered(classes, folder, order, known, labels)
+    names, word = ordered(classes, folder, chosen(order, root), known, labels)
     sibling = root / ("val" if part == "train" else "train")
     if sibling.is_dir():
         own, others = ({*map(composed, found)} for found in (classes, _class_folders(sibling)))

@@ -13,6 +13,7 @@ from fimaq_core import NUMERICS_VERSION
 from fimaq_core.errors import CheckpointError, RecipeError, suggest
 from fimaq_core.files import replaced_whole
 from tasks.common import registry
+from tasks.common.class_order import chosen as chosen_order
 from tasks.common.class_order import order_identity
 from tasks.common.hashing import file_sha256
 from tasks.common.record import cell_folder
@@ -39,7 +40,7 @@ def planned_folder(request: CellRequest) -> Path:
 def _basis(request: CellRequest) -> dict[str, Any]:
     """What of a resolved request decides what its cell computes, but for the recipe and what is measured on."""
     recipe, chosen = request.recipe, request.data.calibration_list
-    order = request.data.class_order
+    order = chosen_order(request.data.class_order, request.data.path)
     given = {"entry": request.model.weights_entry, "preprocessing": request.model.preprocessing}
     return {
         **{name: value for name, value in given.items() if value},

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import unicodedata
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -237,3 +238,15 @@ def test_an_order_needs_class_folders() -> None:
     loaded = LoadedModel(torch.nn.Identity(), "demo", "file", "0", 100, torch.tensor, torch.tensor, "digit-pairs")
     with pytest.raises(DataError, match="--class-order is for class folders"):
         open_source(loaded, DataRequest(class_order="text"), "val")
+
+
+def test_a_standing_file_gives_the_order_to_all_commands(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "data", tmp_path / "data")
+    model = ModelRequest("vit_tiny_patch16_224", ARGUMENTS, place / "weights.safetensors")
+    request = CellRequest("classification", model, DataRequest(tmp_path / "data"), None, results=tmp_path)
+    before = planned_folder(request)
+    (tmp_path / "data" / "class_order.txt").write_text("\n".join(NUMBERS))
+    source = open_folder(tmp_path / "data", "val")
+    assert (list(source.class_names), source.class_order) == (NUMBERS, "file")
+    assert planned_folder(request) != before
+    assert open_folder(tmp_path / "data", "val", "natural").class_order == "natural"
