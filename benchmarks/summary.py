@@ -77,7 +77,7 @@ def _section_parts(section: str, mine: Sequence[Measured], planned: Sequence[Cel
         "\n".join(f"- {line}" for line in lines),
     ]
     means = [columns for mark, rows in tables.items() if not (columns := mean_over_models(rows, mark)).empty]
-    if means:
+    if means and len({cell.model for cell in own_cells}) > 1:
         whole = pd.concat(means, axis=1)
         parts += ["Mean over models:", markdown(whole.loc[in_order(whole.index)].fillna("-"))]
     return [*parts, *axis_parts(axes, metric, mine, planned, width)]
