@@ -144,6 +144,7 @@ sys.exit(any(os.waitpid(pid, 0)[1] for pid in pids))
 """
 
 
+@pytest.mark.slow
 def test_cells_that_run_at_the_same_time_calibrate_once_and_none_runs_twice(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
     cells = pickle.dumps([cell(tmp_path, method) for method in ("qdrop", "brecq", "brecq")])
