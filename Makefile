@@ -25,7 +25,7 @@ BENCH_OUT := $(if $(filter 1,$(REFERENCE)),results/reference/speed.json,results/
 BENCH := $(if $(DEVICE),--device $(DEVICE)) $(if $(MODELS),--models $(MODELS)) $(if $(THREADS),--threads $(THREADS)) \
 	$(if $(BUDGET),--budget $(BUDGET))
 
-.PHONY: help setup reproduce-table diff report doctor bench test lint format clean
+.PHONY: help setup reproduce-table diff report doctor bench test test-quick lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,8 +64,14 @@ doctor: $(STAMP) ## say what this machine can run, and what to do about the rest
 bench: $(STAMP) ## time every stage and engine beside the machine's floors
 	@$(PY) -m benchmarks.speed $(BENCH) --output $(BENCH_OUT)
 
+# Neighbours share fixtures: each worker takes one half in order, and steals from the other when it is done.
+TESTS := $(PY) -m pytest -n $(TEST_JOBS) --dist worksteal
+
 test: $(STAMP) ## run all tests
-	@$(PY) -m pytest -n $(TEST_JOBS)
+	@$(TESTS)
+
+test-quick: $(STAMP) ## run all tests but the slow ones
+	@$(TESTS) -m "not slow"
 
 lint: $(STAMP) ## ruff, and mypy (strict on fimaq_core)
 	@$(PY) -m ruff check .

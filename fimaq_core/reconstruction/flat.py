@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
-from torch._functorch.partitioners import default_partition
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
 from fimaq_core.chain import Segment
@@ -259,6 +258,8 @@ class SaveAsWritten(CustomPartitionerFn):
     """
 
     def __call__(self, gm: Any, joint_inputs: Any, **kwargs: Any) -> Any:
+        from torch._functorch.partitioners import default_partition  # imports networkx: only to compile
+
         kwargs.pop("compiler", None)
         return default_partition(gm, joint_inputs, **kwargs)
 

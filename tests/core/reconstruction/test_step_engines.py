@@ -131,6 +131,7 @@ def by_definition(name: str, method: str) -> Course:
     return follow(trainer("eager", quick(method, steps=200, **RELEASED), name), 200)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fimaq", "qdrop"])
 @pytest.mark.parametrize("name", ["vit", "swin"])
 def test_fused_learns_what_the_definition_learns(name: str, method: str) -> None:
@@ -138,6 +139,7 @@ def test_fused_learns_what_the_definition_learns(name: str, method: str) -> None
     assert_same_learning(by_definition(name, method), fused, changes=50)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(cpp_compiler() is None, reason="torch.compile needs a C++ compiler, and none is found")
 def test_compiled_learns_the_same_and_is_compiled_once_for_blocks_of_a_make() -> None:
     recipe = quick("fimaq", steps=200, **RELEASED)

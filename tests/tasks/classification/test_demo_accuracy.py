@@ -8,6 +8,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
 from fimaq_core.fisher.divergence import ClassifierDivergence
 from fimaq_core.quantize import Resources, quantize
@@ -15,9 +16,7 @@ from fimaq_core.recipe import make_recipe
 from tasks.classification.data import open_source
 from tasks.classification.tags import DEMO_NAMES
 from tasks.classification.task import TASK
-from tasks.common.images import Images
 from tasks.common.request import DataRequest, ModelRequest
-from tasks.common.top_k import evaluate
 
 QUICK = {
     "steps": 30,
@@ -32,15 +31,25 @@ QUICK = {
 
 
 @cache
-def demo_images() -> Images:
+def whole_test_part() -> tuple[Tensor, np.ndarray]:
+    """All test images (N, 1, 32, 64) and their labels (N,): the same for every demo model."""
     loaded = TASK.load(ModelRequest("demo_vit"))
     source = open_source(loaded, DataRequest(), "val")
-    return Images(source.ids, source.targets, source.read, loaded.eval_transform, False)
+    images = [loaded.eval_transform(source.read(index)) for index in range(len(source.ids))]
+    return torch.stack(images), np.array(source.targets)
 
 
-def correct(model: torch.nn.Module) -> np.ndarray:
-    source = open_source(TASK.load(ModelRequest("demo_vit")), DataRequest(), "val")
-    return evaluate(model, demo_images(), source, torch.device("cpu"), 200, 0, lambda _: None).outcomes["correct"]
+@cache
+def calibration_images(seed: int) -> Tensor:
+    """Calibration images of a seed: the same for every demo model and every number of bits."""
+    recipe = make_recipe("fimaq", QUICK, {"seed": seed})
+    return TASK.calibration(TASK.load(ModelRequest("demo_vit")), DataRequest(), recipe).images
+
+
+@torch.no_grad()
+def correct(model: nn.Module) -> np.ndarray:
+    images, labels = whole_test_part()
+    return torch.cat([model(batch).argmax(1) for batch in images.split(200)]).numpy() == labels
 
 
 @cache
@@ -51,24 +60,27 @@ def full_precision(name: str) -> np.ndarray:
 def loss_in_points(name: str, method: str, bits: int, seed: int) -> float:
     """Paired loss of top-1 against full precision, in points."""
     recipe = make_recipe(method, QUICK, {"w_bits": bits, "a_bits": bits, "seed": seed})
-    loaded = TASK.load(ModelRequest(name))
-    images = TASK.calibration(loaded, DataRequest(), recipe).images
-    chain = TASK.build(loaded, recipe)
-    quantize(chain, images, recipe, ClassifierDivergence(recipe.temperature), Resources(batch_size=128))
+    chain = TASK.build(TASK.load(ModelRequest(name)), recipe)
+    divergence = ClassifierDivergence(recipe.temperature)
+    quantize(chain, calibration_images(seed), recipe, divergence, Resources(batch_size=128))
     return 100 * float(np.mean(full_precision(name).astype(float) - correct(chain).astype(float)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DEMO_NAMES)
 def test_rtn_at_8_bits(name: str) -> None:
     assert np.mean([loss_in_points(name, "rtn", 8, seed) for seed in (1, 2)]) < 0.5
 
 
-@pytest.mark.parametrize("bits", [8, 6])
-@pytest.mark.parametrize("name", DEMO_NAMES)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "bits"), [*((name, 6) for name in DEMO_NAMES), ("demo_swin", 8)])
 def test_fimaq_at_8_and_6_bits(name: str, bits: int) -> None:
+    """8 bits on one model alone: round-to-nearest covers them on all."""
     assert loss_in_points(name, "fimaq", bits, 1) < 0.5
 
 
-@pytest.mark.parametrize("name", DEMO_NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "demo_vit" else pytest.mark.slow) for name in DEMO_NAMES]
+)
 def test_fimaq_at_4_bits(name: str) -> None:
     assert loss_in_points(name, "fimaq", 4, 1) < 3.0

@@ -131,30 +131,40 @@ def test_methods_share_their_calibration(tmp_path: Path) -> None:
     assert read_record(run_cell(alone)).last_loss == reused.last_loss
 
 
+#: Imports once, then forks a process for each cell that it reads; each says its process id, and its record or who has it.
+AT_ONCE = """
+import os, pickle, sys
+import tasks.classification.task
+from tasks.common.lease import Busy
+from tasks.common.run import run_cell
+
+pids = []
+for cell in pickle.load(sys.stdin.buffer):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            said = run_cell(cell)
+        except Busy as busy:
+            said = f"busy {busy.holder}"
+        print(os.getpid(), said, flush=True)
+        os._exit(0)
+    pids.append(pid)
+sys.exit(any(os.waitpid(pid, 0)[1] for pid in pids))
+"""
+
+
+@pytest.mark.slow
 def test_cells_that_run_at_the_same_time_calibrate_once_and_none_runs_twice(tmp_path: Path) -> None:
-    code = (
-        "import pickle, sys; from tasks.common.run import run_cell; from tasks.common.lease import Busy\n"
-        "try: print(run_cell(pickle.load(sys.stdin.buffer)))\n"
-        "except Busy as busy: print('busy', busy.holder)"
-    )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-    processes = []
-    for method in ("qdrop", "brecq", "brecq"):
-        process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
-        assert process.stdin is not None
-        process.stdin.write(pickle.dumps(cell(tmp_path, method)))
-        process.stdin.close()
-        processes.append(process)
-    said = []
-    for process in processes:
-        assert process.stdout is not None
-        said.append(process.stdout.read().decode().strip())
-        process.stdout.close()
-        assert process.wait() == 0
+    cells = pickle.dumps([cell(tmp_path, method) for method in ("qdrop", "brecq", "brecq")])
+    done = subprocess.run([sys.executable, "-c", AT_ONCE], input=cells, stdout=subprocess.PIPE, env=environment, check=True)
+    lines = [line.split(" ", 1) for line in done.stdout.decode().splitlines()]
+    processes, said = {pid for pid, _ in lines}, [text for _, text in lines]
+    assert len(processes) == 3
     paths = {Path(text) for text in said if not text.startswith("busy")}
     busy = [text for text in said if text.startswith("busy")]
     assert len(paths) == 2
-    assert all(text in {f"busy process {process.pid} on {this_process()[0]}" for process in processes} for text in busy)
+    assert all(text in {f"busy process {pid} on {this_process()[0]}" for pid in processes} for text in busy)
     stages = [read_record(path).seconds for path in paths]
     assert sorted("calibrate (reused)" in own for own in stages) == [False, True]
     assert len(list((tmp_path / "calibration").glob("*.safetensors"))) == 1

@@ -28,6 +28,7 @@ from tasks.detection.coco import open_demo
 from tasks.detection.demo.models import DEMO
 from tasks.detection.task import TASK
 
+pytestmark = pytest.mark.slow
 METRICS = {f"{name}_{kind}" for name in ("AP", "AP50", "AP75", "APs") for kind in ("box", "mask")}
 
 

@@ -21,6 +21,7 @@ from tasks.detection.packing import pack
 from tasks.detection.tags import PIECES, SCOPES
 from tasks.detection.task import TASK
 
+pytestmark = pytest.mark.slow
 FULL = "+".join(PIECES)
 #: Of a scope of one piece, its own quantized segments or parts.
 ALONE = {"backbone": SEGMENTS[:-1], "fpn": SEGMENTS[-1:], "rpn": [], "roi": []}

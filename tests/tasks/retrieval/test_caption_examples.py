@@ -106,6 +106,7 @@ def test_many_and_long_captions() -> None:
     CaptionSample.model_validate(entry)
 
 
+@pytest.mark.slow
 def test_every_cell_of_the_demo_shows_the_same_samples(tmp_path: Path) -> None:
     data, files = DataRequest(limit=40), {}
     quick = {"calibration_images": 4, "range_images": 4, "range_candidates": 16, "range_rounds": 1, "divergence_batch": 4}
