@@ -1,4 +1,4 @@
-"""Bounds between two ways of computing the same steps; they hold on every processor.
+"""Bounds between two ways of computing the same; they hold on every processor.
 
 Two ways of computing differ by rounding, about 1e-7 relative. Before a quantizer this is rarely enough to move a value
 that lies between two codes to the other code. Such a flip changes one token by a whole quantization step, and every
@@ -21,10 +21,16 @@ TIGHT = {"loss": 1e-5, "starts": 1e-5, "gradient": 1e-4, "moved": 2e-3}
 LOOSE = {"loss": 0.1, "starts": 0.1, "gradient": 0.3, "moved": 0.5}
 
 
+def close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> bool:
+    """True if no element is further away than ``tolerance`` times the largest one."""
+    assert found.shape == expected.shape
+    return float((found - expected).abs().max()) <= tolerance * float(expected.abs().max())
+
+
 def distance(found: Tensor, expected: Tensor, floor: float = 1e-7) -> float:
     """Norm of the difference over the norm of ``expected``, in float64; 0 for empty tensors."""
-    wide = expected.double()
-    return float((found.double() - wide).norm() / wide.norm().clamp(min=floor))
+    wide = expected.detach().double()
+    return float((found.detach().double() - wide).norm() / wide.norm().clamp(min=floor))
 
 
 def variables(made: BlockTrainer) -> list[Tensor]:
