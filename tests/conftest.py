@@ -1,10 +1,35 @@
 """Settings of all tests."""
 
+import os
+import tempfile
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    """Tests share the machine, and small tensors gain nothing from more threads."""
-    torch.set_num_threads(1)
+def _threads() -> None:
+    """Use one thread unless ``OMP_NUM_THREADS`` says otherwise: tests share the machine."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _temporary_files(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[None]:
+    """Keep temporary files of tests and of their processes in a folder that the session removes.
+
+    Its path is short, since sockets with long paths cannot be opened. Compiled kernels are kept for
+    the next session in pytest's cache, apart for each instruction set.
+    """
+    tmp_path_factory.getbasetemp()  # made where it would be without this fixture
+    cache = getattr(pytestconfig, "cache", None)
+    with (
+        tempfile.TemporaryDirectory(prefix="fimaq-tests-", ignore_cleanup_errors=True) as folder,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setenv("TMPDIR", folder)
+        patch.setattr(tempfile, "tempdir", folder)
+        if cache is not None and "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+            capability = os.environ.get("ATEN_CPU_CAPABILITY", "native")
+            patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache.mkdir(f"kernels-{capability}")))
+        yield
