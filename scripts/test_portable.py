@@ -49,7 +49,7 @@ def busy_loops(count: int = 2) -> Iterator[None]:
 
 @click.command()
 @click.argument("names", nargs=-1, type=click.Choice(list(RUNS)))
-@click.option("--jobs", default=2, show_default=True, help="Test processes of a run.")
+@click.option("--jobs", default=2, show_default=True, help="Threads of a run.")
 def main(names: tuple[str, ...], jobs: int) -> None:
     """Run the tests once per setting (all, or those of NAMES) and print one line of counts each."""
     failed = False
@@ -60,8 +60,9 @@ def main(names: tuple[str, ...], jobs: int) -> None:
         ):
             environment = {key: value for key, value in os.environ.items() if key not in VARIABLES}
             environment |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": kernels, **RUNS[name]}
+            processes = max(jobs // int(environment["OMP_NUM_THREADS"]), 1)
             run = subprocess.run(
-                [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", "-n", str(jobs)],
+                [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", "-n", str(processes)],
                 env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             )  # fmt: skip
         failed |= run.returncode != 0

@@ -5,6 +5,10 @@ import tempfile
 from collections.abc import Iterator
 
 import pytest
+
+# Waiting threads leave the processors to those that work. PyTorch reads this once, when it is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 
