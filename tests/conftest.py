@@ -11,11 +11,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 
+#: Tests share the machine, so they use one thread unless the environment says otherwise.
+THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))
+torch.set_num_threads(THREADS)
 
-@pytest.fixture(scope="session", autouse=True)
-def _threads() -> None:
-    """Use one thread unless ``OMP_NUM_THREADS`` says otherwise: tests share the machine."""
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    """Undo the option ``--threads`` of a test: results of another number of threads differ by rounding."""
+    yield
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(scope="session", autouse=True)
