@@ -1,4 +1,4 @@
-"""Runs all tests as other processors would: other instruction sets, thread counts, and a busy machine.
+"""Runs all tests as other processors would: other instruction sets, threads, a busy machine.
 
     python scripts/test_portable.py --jobs 2 avx2-1 busy
 
@@ -59,7 +59,8 @@ def main(names: tuple[str, ...], jobs: int) -> None:
             busy_loops() if name == "busy" else nullcontext(),
         ):
             environment = {key: value for key, value in os.environ.items() if key not in VARIABLES}
-            environment |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": kernels, **RUNS[name]}
+            environment |= {"OMP_NUM_THREADS": "1", **RUNS[name]}
+            environment["TORCHINDUCTOR_CACHE_DIR"] = kernels
             processes = max(jobs // int(environment["OMP_NUM_THREADS"]), 1)
             run = subprocess.run(
                 [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", "-n", str(processes)],

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-# Waiting threads leave the processors to those that work. PyTorch reads this once, when it is loaded.
+# Waiting threads leave the processors to those that work. PyTorch reads this when it is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
@@ -18,20 +18,21 @@ torch.set_num_threads(THREADS)
 
 @pytest.fixture(autouse=True)
 def _threads() -> Iterator[None]:
-    """Undo the option ``--threads`` of a test: results of another number of threads differ by rounding."""
+    """Undo the option ``--threads`` of a test, since the number of threads changes the rounding."""
     yield
     torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _temporary_files(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[None]:
+def _temporary_files(request: pytest.FixtureRequest) -> Iterator[None]:
     """Keep temporary files of tests and of their processes in a folder that the session removes.
 
     Its path is short, since sockets with long paths cannot be opened. Compiled kernels are kept for
     the next session in pytest's cache, apart for each instruction set.
     """
-    tmp_path_factory.getbasetemp()  # made where it would be without this fixture
-    cache = getattr(pytestconfig, "cache", None)
+    # pytest's own folders stay where they would be without this fixture.
+    request.getfixturevalue("tmp_path_factory").getbasetemp()
+    cache = getattr(request.config, "cache", None)
     with (
         tempfile.TemporaryDirectory(prefix="fimaq-tests-", ignore_cleanup_errors=True) as folder,
         pytest.MonkeyPatch.context() as patch,

@@ -398,7 +398,7 @@ def test_result_does_not_depend_on_the_passes_batch(batch: int) -> None:
 
 
 def assert_moved_alike(first: BlockChain, second: BlockChain, start: BlockChain) -> None:
-    """Every parameter of the MLPs has moved, and in both chains to the same place but for rounding."""
+    """Every parameter of the MLPs has moved, in both chains to the same place but for rounding."""
     learned = {name: value for name, value in mlps(first).named_parameters() if value.numel()}
     assert len(learned) == 2 * 4
     for name, parameter in learned.items():

@@ -203,7 +203,8 @@ def test_engines_agree(loss: str) -> None:
 
 
 def test_images_come_in_their_order() -> None:
-    assert trainer("fused", one_by_one()).schedule.samples[:, 0].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
+    samples = trainer("fused", one_by_one()).schedule.samples
+    assert samples[:, 0].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
 
 
 def test_a_compiled_step_is_compiled_once_for_all_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
