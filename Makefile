@@ -25,7 +25,7 @@ BENCH_OUT := $(if $(filter 1,$(REFERENCE)),results/reference/speed.json,results/
 BENCH := $(if $(DEVICE),--device $(DEVICE)) $(if $(MODELS),--models $(MODELS)) $(if $(THREADS),--threads $(THREADS)) \
 	$(if $(BUDGET),--budget $(BUDGET))
 
-.PHONY: help setup reproduce-table diff report doctor bench test test-quick lint format clean
+.PHONY: help setup reproduce-table diff report doctor bench test test-quick test-portable lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -72,6 +72,9 @@ test: $(STAMP) ## run all tests
 
 test-quick: $(STAMP) ## run all tests but the slow ones
 	@$(TESTS) -m "not slow"
+
+test-portable: $(STAMP) ## run all tests as other processors would (eight rounds; RUNS="avx2-1 busy" picks some)
+	@$(PY) scripts/test_portable.py --jobs $(TEST_JOBS) $(RUNS)
 
 lint: $(STAMP) ## ruff, and mypy (strict on fimaq_core)
 	@$(PY) -m ruff check .

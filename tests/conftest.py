@@ -2,20 +2,28 @@
 
 import gc
 import os
-from collections.abc import Generator
+import tempfile
+from collections.abc import Generator, Iterator
 
-# Tests share the machine, and small tensors gain nothing from more threads: here, and in processes that tests start.
-# Libraries read this when they are first imported.
+# Tests share the machine, and small tensors gain nothing from more threads: here, and in processes
+# that tests start. Waiting threads leave the processors to those that work. Libraries read both
+# when they are first imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
 
+#: One thread unless the environment says otherwise.
+THREADS = int(os.environ["OMP_NUM_THREADS"])
+torch.set_num_threads(THREADS)
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Keep what `torch.compile` makes in pytest's own cache: one place for all workers and runs."""
-    if (cache := getattr(config, "cache", None)) is not None:
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache.mkdir("inductor")))
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    """Undo the option ``--threads`` of a test, since the number of threads changes the rounding."""
+    yield
+    torch.set_num_threads(THREADS)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -33,6 +41,22 @@ def pytest_collection() -> Generator[None, object, object]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    """PyTorch's own number of threads, whatever the environment says."""
-    torch.set_num_threads(1)
+def _temporary_files(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Keep temporary files of tests and of their processes in a folder that the session removes.
+
+    Its path is short, since sockets with long paths cannot be opened. Compiled kernels are kept for
+    the next session in pytest's cache, apart for each instruction set.
+    """
+    # pytest's own folders stay where they would be without this fixture.
+    request.getfixturevalue("tmp_path_factory").getbasetemp()
+    cache = getattr(request.config, "cache", None)
+    with (
+        tempfile.TemporaryDirectory(prefix="fimaq-tests-", ignore_cleanup_errors=True) as folder,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setenv("TMPDIR", folder)
+        patch.setattr(tempfile, "tempdir", folder)
+        if cache is not None and "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+            capability = os.environ.get("ATEN_CPU_CAPABILITY", "native")
+            patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache.mkdir(f"kernels-{capability}")))
+        yield

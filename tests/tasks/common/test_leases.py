@@ -189,7 +189,7 @@ def test_the_heart_beats(tmp_path: Path):
     with acquire(tmp_path / "x", beat=0.02):
         file = tmp_path / ".x.lease-1"
         seen = set()
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 300
         while len(seen) < 3 and time.monotonic() < deadline:
             seen.add(file.stat().st_mtime_ns)
             time.sleep(0.01)
@@ -236,7 +236,7 @@ def test_many_processes_take_turns_although_some_are_killed(tmp_path: Path):
         end(victim)
     processes = [start(ADD, path, alone, 15) for _ in range(6)]
     for process in processes:
-        assert process.wait(timeout=60) == 0
+        assert process.wait(timeout=300) == 0
         assert process.stdout is not None
         process.stdout.close()
     assert path.read_text() == "90"

@@ -182,7 +182,8 @@ def test_a_checkpoint_that_is_the_shared_one_survives_force(
         "mlp-recon", {"calibration_images": 16, "calibration_transform": "eval", "seed": 5, "mlp_steps": 4, "mlp_batch": 8,
         "mlp_lr": 0.001},
     )  # fmt: skip
-    request = CellRequest("classification", ModelRequest("demo_vit"), DataRequest(limit=64), recipe, results=tmp_path / "runs")
+    data, runs = DataRequest(limit=64), tmp_path / "runs"
+    request = CellRequest("classification", ModelRequest("demo_vit"), data, recipe, results=runs, threads=1)
     run_cell(request)
     (shared,) = (tmp_path / "mlp").glob("*.safetensors")
     run_cell(replace(request, force="again", mlp_checkpoint=shared))

@@ -129,4 +129,4 @@ def record_of(said: str) -> Done:
     return Done(read_record(path), path.parent)
 
 
-run = partial(command, "run", "--model", MODEL.name, "--threads", 1)
+run = partial(command, "run", "--model", MODEL.name)

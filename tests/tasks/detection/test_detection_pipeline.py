@@ -110,7 +110,7 @@ def test_outcomes_add_up(fimaq: Done) -> None:
 def test_run_and_stages_agree_bit_for_bit(method: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     whole: Done = request.getfixturevalue(method)
     mlps, ranges, out = (tmp_path / f"{name}.safetensors" for name in ("mlps", "ranges", "whole"))
-    common = ["--model", MODEL.name, "--method", method, *FLAGS, "--threads", 1]
+    common = ["--model", MODEL.name, "--method", method, *FLAGS]
     given: list[object] = []
     if method == "aphq":
         command("reconstruct-mlp", *common, "--out", mlps)
@@ -119,12 +119,12 @@ def test_run_and_stages_agree_bit_for_bit(method: str, request: pytest.FixtureRe
     fingerprint, facts = read_header(ranges)
     assert (facts["stage"], facts["task"]) == ("calibrated", "detection")
     assert fingerprint.recipe.scope == "backbone+fpn+rpn+roi"
-    command("reconstruct", ranges, "--threads", 1, "--out", out)
+    command("reconstruct", ranges, "--out", out)
     assert same(whole.state, load_file(out))
     assert not same(whole.state, load_file(ranges))
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"ranges.safetensors", "whole.safetensors"} | ({"mlps.safetensors"} if method == "aphq" else set())
-    said = command("evaluate", out, "--limit", LIMIT, "--threads", 1)
+    said = command("evaluate", out, "--limit", LIMIT)
     for name, metric in whole.record.metrics.items():
         assert f"{name} {metric.value:.2f} ± {metric.stderr:.2f} (n = {LIMIT})" in said.splitlines()
 
@@ -134,7 +134,7 @@ def test_mlps_alone(place: Path, aphq: Done, tmp_path: Path) -> None:
     mlps = tmp_path / "mlps.safetensors"
     stages.mlp_stage(cell(place, "aphq"), mlps, silent)
     whole = done(cell(place, "mlp-recon"))
-    said = command("evaluate", mlps, "--limit", LIMIT, "--threads", 1).splitlines()
+    said = command("evaluate", mlps, "--limit", LIMIT).splitlines()
     assert all(
         any(line.startswith(f"{name} {metric.value:.2f}") for line in said) for name, metric in whole.record.metrics.items()
     )

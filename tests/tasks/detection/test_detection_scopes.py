@@ -134,12 +134,12 @@ def test_scopes_share_what_is_the_same_in_both(cells: dict[str, Done], place: Pa
 @pytest.mark.parametrize("scope", ["fpn", "roi"])
 def test_stages_of_a_scope_give_what_its_run_gives(cells: dict[str, Done], tmp_path: Path, scope: str) -> None:
     ranges, whole = tmp_path / "ranges.safetensors", tmp_path / "whole.safetensors"
-    common = ["--model", MODEL.name, "--method", "qdrop", *FLAGS, "--scope", scope, "--threads", 1]
+    common = ["--model", MODEL.name, "--method", "qdrop", *FLAGS, "--scope", scope]
     command("calibrate", *common, "--out", ranges)
-    command("reconstruct", ranges, "--threads", 1, "--out", whole)
+    command("reconstruct", ranges, "--out", whole)
     assert same(load_file(whole), cells[scope].state)
     metric = cells[scope].record.metrics["AP_mask"]
-    said = command("evaluate", whole, "--limit", LIMIT, "--threads", 1)
+    said = command("evaluate", whole, "--limit", LIMIT)
     assert f"AP_mask {metric.value:.2f} ± {metric.stderr:.2f} (n = {LIMIT})" in said.splitlines()
 
 

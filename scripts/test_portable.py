@@ -1,0 +1,77 @@
+"""Runs all tests as other processors would: other instruction sets, threads, a busy machine.
+
+    python scripts/test_portable.py --jobs 2 avx2-1 busy
+
+Every run has its own folder for compiled kernels, since these hold the instructions of one setting.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import click
+
+#: Environment of each run.
+RUNS = {
+    **{
+        f"{name}-{threads}": {**capability, "OMP_NUM_THREADS": str(threads)}
+        for name, capability in {
+            "native": {},
+            "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+            "default": {"ATEN_CPU_CAPABILITY": "default"},
+        }.items()
+        for threads in (1, 2)
+    },
+    # oneDNN's convolutions and MKL's matrix products follow switches of their own.
+    "sse4": {"ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
+    "busy": {},
+}
+#: The variables that the runs set; what the caller has set does not count.
+VARIABLES = {variable for run in RUNS.values() for variable in run}
+
+
+@contextmanager
+def busy_loops(count: int = 2) -> Iterator[None]:
+    """Keep ``count`` processors busy."""
+    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
+
+
+@click.command()
+@click.argument("names", nargs=-1, type=click.Choice(list(RUNS)))
+@click.option("--jobs", default=2, show_default=True, help="Threads of a run.")
+def main(names: tuple[str, ...], jobs: int) -> None:
+    """Run the tests once per setting (all, or those of NAMES) and print one line of counts each."""
+    failed = False
+    for name in names or RUNS:
+        with (
+            tempfile.TemporaryDirectory(prefix="fimaq-kernels-") as kernels,
+            busy_loops() if name == "busy" else nullcontext(),
+        ):
+            environment = {key: value for key, value in os.environ.items() if key not in VARIABLES}
+            environment |= {"OMP_NUM_THREADS": "1", **RUNS[name]}
+            environment["TORCHINDUCTOR_CACHE_DIR"] = kernels
+            processes = max(jobs // int(environment["OMP_NUM_THREADS"]), 1)
+            run = subprocess.run(
+                [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", "-n", str(processes), "--dist", "worksteal"],
+                env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            )  # fmt: skip
+        failed |= run.returncode != 0
+        if run.returncode:
+            click.echo(run.stdout)
+        click.echo(f"{name}: {(run.stdout.splitlines() or ['no output'])[-1]}")
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
