@@ -19,6 +19,17 @@ THREADS = int(os.environ["OMP_NUM_THREADS"])
 torch.set_num_threads(THREADS)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep compiled kernels in pytest's cache, apart for each instruction set.
+
+    PyTorch would take those of one set for another, and fixes their folder while tests are collected.
+    """
+    if hasattr(config, "cache"):
+        capability = os.environ.get("ATEN_CPU_CAPABILITY", "native")
+        folder = config.cache.mkdir(f"kernels-{capability}")
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+
+
 @pytest.fixture(autouse=True)
 def _threads() -> Iterator[None]:
     """Undo the option ``--threads`` of a test, since the number of threads changes the rounding."""
@@ -44,19 +55,14 @@ def pytest_collection() -> Generator[None, object, object]:
 def _temporary_files(request: pytest.FixtureRequest) -> Iterator[None]:
     """Keep temporary files of tests and of their processes in a folder that the session removes.
 
-    Its path is short, since sockets with long paths cannot be opened. Compiled kernels are kept for
-    the next session in pytest's cache, apart for each instruction set.
+    Its path is short, since sockets with long paths cannot be opened.
     """
     # pytest's own folders stay where they would be without this fixture.
     request.getfixturevalue("tmp_path_factory").getbasetemp()
-    cache = getattr(request.config, "cache", None)
     with (
         tempfile.TemporaryDirectory(prefix="fimaq-tests-", ignore_cleanup_errors=True) as folder,
         pytest.MonkeyPatch.context() as patch,
     ):
         patch.setenv("TMPDIR", folder)
         patch.setattr(tempfile, "tempdir", folder)
-        if cache is not None and "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
-            capability = os.environ.get("ATEN_CPU_CAPABILITY", "native")
-            patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache.mkdir(f"kernels-{capability}")))
         yield
