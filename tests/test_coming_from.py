@@ -15,6 +15,8 @@ from fimaq_core.recipe import OFF, Recipe, make_recipe
 from tasks.common.cli import build_group, main
 from tasks.common.record import read_record
 
+pytestmark = pytest.mark.slow
+
 COMMON = "All three"
 REPOSITORIES = ("FIMA-Q", "APHQ-ViT", "AdaLog")
 

@@ -25,6 +25,8 @@ from benchmarks.grid import Filters, expand
 from fimaq_core.progress import Progress, Report
 from tasks.common.request import CellRequest
 
+pytestmark = pytest.mark.slow
+
 
 def cells_of(tmp_path: Path) -> list[Cell]:
     return expand(fakes.plain_demo(), Filters(methods=("rtn",)), RunOptions(tmp_path))

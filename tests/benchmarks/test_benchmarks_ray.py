@@ -21,6 +21,8 @@ from benchmarks.cli import cli
 from benchmarks.commands import rerun_command
 from benchmarks.engines.options import EngineOptions
 
+pytestmark = pytest.mark.slow
+
 STORE = 80 * 2**20
 #: The command line of the benchmarks with cells that do no work.
 DRIVER = """

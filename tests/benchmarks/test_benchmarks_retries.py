@@ -20,6 +20,8 @@ from fimaq_core.progress import Progress
 from tasks.common.record import write_record
 from tasks.common.request import CellRequest
 
+pytestmark = pytest.mark.slow
+
 
 def run(tmp_path: Path, plan: dict[str, list[str]], *args: str) -> Result:
     (tmp_path / "plan.json").write_text(json.dumps(plan))

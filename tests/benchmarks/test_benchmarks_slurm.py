@@ -11,6 +11,8 @@ import psutil
 import pytest
 from engine_fakes import HANG, ray_folder, until
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parents[2] / "scripts/slurm.sh"
 
 SRUN = """#!/usr/bin/env bash

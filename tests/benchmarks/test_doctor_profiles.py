@@ -21,6 +21,8 @@ from fimaq_core.errors import ModelError
 from fimaq_core.recipe import make_recipe
 from tasks.common.record import write_record
 
+pytestmark = pytest.mark.slow
+
 DEMO_CELLS = 158
 
 
@@ -69,7 +71,6 @@ def test_the_demo_profile_can_run_here(tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
 def test_what_the_paper_profile_lacks_is_said_with_commands(tmp_path: Path):
     (tmp_path / "imagenet" / "val").mkdir(parents=True)
     (tmp_path / "imagenet" / "train").mkdir()
@@ -96,11 +97,10 @@ def test_a_pytorch_that_crashes_is_a_finding(tmp_path: Path):
     assert done.returncode == 1, done.stderr
     assert "PROBLEM  PyTorch does not load: its process ended with -11" in done.stdout
     assert "fix: make setup" in done.stdout
-    assert "Profile demo cannot run" in done.stdout
+    assert "Profile quickstart cannot run" in done.stdout
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.slow
 def test_missing_packages_and_results_keep_every_profile_from_running(tmp_path: Path):
     (tmp_path / "lock.txt").write_text("no-such-thing==1.0\n")
     (tmp_path / "pyproject.toml").write_text('[project]\nrequires-python = ">=3.11"\ndependencies = ["no-such-thing"]\n')
@@ -116,7 +116,6 @@ def test_missing_packages_and_results_keep_every_profile_from_running(tmp_path: 
     assert not report.can_run
 
 
-@pytest.mark.slow
 def test_missing_data_of_one_section_leave_the_others(tmp_path: Path):
     def preflight(request):
         return fakes.preflight(request) if request.task == "retrieval" else []
@@ -198,7 +197,6 @@ def test_needs_of_real_sizes_come_from_the_committed_measurements(tmp_path: Path
     assert not profiles.examine("paper", RunOptions(results=tmp_path), fakes.ADAPTER, [], cuda=True).notes
 
 
-@pytest.mark.slow
 def test_an_unknown_profile_is_an_error(tmp_path: Path):
     result = CliRunner().invoke(cli, ["doctor", "--profile", "dmo", "--results", str(tmp_path)], obj=fakes.ADAPTER)
     assert result.exit_code == 1

@@ -18,6 +18,8 @@ from tasks.common.lease import this_process
 from tasks.common.record import read_record
 from tasks.common.request import CellRequest, DataRequest, ModelRequest
 
+pytestmark = pytest.mark.slow
+
 
 def test_busy_is_the_share_of_the_workers_time_that_cells_take():
     events = [

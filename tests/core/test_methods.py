@@ -32,6 +32,8 @@ from fimaq_core.recipe import METHODS, OFF, Recipe
 from fimaq_core.reconstruction.mlp import mlps, use_relu
 from fimaq_core.reconstruction.state import active_quantizers, rounded_layers
 
+pytestmark = pytest.mark.slow
+
 KL = ClassifierDivergence(20.0)
 FAMILIES: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "vit": (lambda: vit(1), 32),

@@ -36,6 +36,8 @@ from tasks.classification.task import TASK
 from tasks.common.images import Images
 from tasks.common.request import DataRequest, ModelRequest
 
+pytestmark = pytest.mark.slow
+
 Array = NDArray[np.float64]
 Search = tuple[float, float]
 SPECIAL: tuple[Kind, ...] = ("log2", "logsqrt2", "adalog", "twin")

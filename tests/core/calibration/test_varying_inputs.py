@@ -20,6 +20,8 @@ from fimaq_core.quantize import finish
 from fimaq_core.recipe import OFF, Recipe
 from fimaq_core.samples import Ragged
 
+pytestmark = pytest.mark.slow
+
 
 @contextmanager
 def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, tuple[Tensor, ...]]]:

@@ -17,6 +17,8 @@ from fimaq_core.reconstruction.loss import Batch, LossState, batch_of, block_los
 from fimaq_core.reconstruction.objective import BlockObjective
 from fimaq_core.reconstruction.tape import Storage, Tape
 
+pytestmark = pytest.mark.slow
+
 SAMPLES = torch.arange(8)
 
 

@@ -28,6 +28,8 @@ from fimaq_core.reconstruction.sample_objective import SampleObjective
 from fimaq_core.reconstruction.tape import Placement, Tape
 from fimaq_core.samples import Ragged
 
+pytestmark = pytest.mark.slow
+
 KL = ClassifierDivergence(20.0)
 FEW: dict[str, Any] = {"mlp_batch": 8, "mlp_steps": 3}
 ONE_BY_ONE: dict[str, Any] = {"calibration_images": 5, "range_images": 5, "batch_size": 1, "mlp_batch": 1, "mlp_steps": 3}

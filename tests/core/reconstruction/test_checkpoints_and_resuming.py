@@ -23,6 +23,8 @@ from fimaq_core.quantize import Resources, calibrate_or_load, finish, quantize, 
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction.reconstruct import ReconstructionLog
 
+pytestmark = pytest.mark.slow
+
 KL = ClassifierDivergence(20.0)
 
 

@@ -34,6 +34,8 @@ from fimaq_core.reconstruction import mlp as mlp_module
 from fimaq_core.reconstruction.mlp import mlp_loss, mlps, positive_quantile, reconstruct_mlps, use_relu
 from fimaq_core.reconstruction.schedule import block_generator, draw_batches
 
+pytestmark = pytest.mark.slow
+
 KL = ClassifierDivergence(20.0)
 PART = MlpPart("mlp")
 #: Enough to see a difference.

@@ -32,6 +32,8 @@ from fimaq_core.reconstruction.reconstruct import expand_per_token
 from fimaq_core.reconstruction.step import update
 from fimaq_core.reconstruction.tape import Storage, Tape
 
+pytestmark = pytest.mark.slow
+
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 #: Model, image size, number of a block: the Swin's pads its 10 x 10 tokens to windows of 4 and shifts them.
 BLOCKS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
@@ -126,7 +128,6 @@ def by_definition(name: str, method: str) -> Course:
     return follow(trainer("eager", quick(method, steps=200, **RELEASED), name), 200)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fimaq", "qdrop"])
 @pytest.mark.parametrize("name", ["vit", "swin"])
 def test_fused_learns_what_the_definition_learns(name: str, method: str) -> None:
@@ -134,7 +135,6 @@ def test_fused_learns_what_the_definition_learns(name: str, method: str) -> None
     assert_same_learning(by_definition(name, method), fused, changes=50)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(cpp_compiler() is None, reason="torch.compile needs a C++ compiler, and none is found")
 def test_compiled_learns_the_same_and_is_compiled_once_for_blocks_of_a_make() -> None:
     recipe = quick("fimaq", steps=200, **RELEASED)

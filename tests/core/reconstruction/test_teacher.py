@@ -20,6 +20,8 @@ from fimaq_core.reconstruction.objective import BlockObjective
 from fimaq_core.reconstruction.reconstruct import reconstruct
 from fimaq_core.reconstruction.tape import Placement, Storage, Tape
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 KL = ClassifierDivergence(20.0)
 BUILDERS: dict[str, tuple[Callable[[], nn.Module], int]] = {"vit": (lambda: vit(3), 32), "swin": (lambda: swin(40), 40)}

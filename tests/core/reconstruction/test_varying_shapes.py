@@ -29,6 +29,8 @@ from fimaq_core.reconstruction.sample_objective import SampleObjective, make_obj
 from fimaq_core.reconstruction.tape import Placement, Storage, Tape
 from fimaq_core.samples import Ragged
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 D = Positions()
 

@@ -18,6 +18,8 @@ from tasks.classification.tags import DEMO_NAMES
 from tasks.classification.task import TASK
 from tasks.common.request import DataRequest, ModelRequest
 
+pytestmark = pytest.mark.slow
+
 QUICK = {
     "steps": 30,
     "lr_alpha": 0.05,
@@ -66,14 +68,12 @@ def loss_in_points(name: str, method: str, bits: int, seed: int) -> float:
     return 100 * float(np.mean(full_precision(name).astype(float) - correct(chain).astype(float)))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", DEMO_NAMES)
 def test_rtn_at_8_bits(name: str) -> None:
     assert np.mean([loss_in_points(name, "rtn", 8, seed) for seed in (1, 2)]) < 0.5
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "bits"), [*((name, 6) for name in DEMO_NAMES), ("demo_swin", 8)])
+@pytest.mark.parametrize(("name", "bits"), [("demo_vit", 6), ("demo_deit", 6), ("demo_swin", 8)])
 def test_fimaq_at_8_and_6_bits(name: str, bits: int) -> None:
     """8 bits on one model alone: round-to-nearest covers them on all."""
     assert loss_in_points(name, "fimaq", bits, 1) < 0.5

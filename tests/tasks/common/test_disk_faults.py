@@ -21,6 +21,8 @@ from tasks.common.record import ResultRecord, outcomes_problem, read_record, sea
 from tasks.common.request import CellRequest, DataRequest, ModelRequest
 from tasks.common.run import run_cell
 
+pytestmark = pytest.mark.slow
+
 QUICK: dict[str, Any] = {
     "calibration_images": 16, "range_images": 4, "range_candidates": 16, "range_rounds": 1, "steps": 3, "batch_size": 8,
     "fisher_k": 1,

@@ -19,6 +19,8 @@ from fimaq_core.progress import Progress
 from tasks.common import anew
 from tasks.common.lease import Busy, LeaseLost, Observer, Owner, _space, acquire, awaited, exclusively, holder, this_process
 
+pytestmark = pytest.mark.slow
+
 #: Holds the lease of its argument, says so, and waits to be ended.
 HOLD = """
 import sys, time

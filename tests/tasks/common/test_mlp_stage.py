@@ -20,6 +20,8 @@ from tasks.common.record import ResultRecord, read_record
 from tasks.common.request import CellRequest, DataRequest, ModelRequest
 from tasks.common.run import run_cell
 
+pytestmark = pytest.mark.slow
+
 MODEL = ["--model", "demo_vit"]
 MLP = [
     "--calibration-images", "16", "--calibration-transform", "eval", "--seed", "5", "--mlp-steps", "4", "--mlp-batch", "8",

@@ -28,6 +28,8 @@ from tasks.common.record import outcomes_problem, read_record, recipe_of
 from tasks.common.request import CellRequest, DataRequest, ModelRequest
 from tasks.common.run import run_cell
 
+pytestmark = pytest.mark.slow
+
 QUICK: dict[str, Any] = {
     "calibration_images": 16, "range_images": 4, "range_candidates": 16, "range_rounds": 1, "steps": 3, "batch_size": 8,
     "fisher_k": 1,
@@ -153,7 +155,6 @@ sys.exit(any(os.waitpid(pid, 0)[1] for pid in pids))
 """
 
 
-@pytest.mark.slow
 def test_cells_that_run_at_the_same_time_calibrate_once_and_none_runs_twice(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
     cells = pickle.dumps([cell(tmp_path, method) for method in ("qdrop", "brecq", "brecq")])

@@ -17,6 +17,8 @@ from tasks.common.digits import PARTS
 from tasks.common.request import ModelRequest
 from tasks.detection.demo import coco_files, models
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = Path(__file__).parents[3] / "scripts"
 
 
@@ -87,7 +89,6 @@ def test_metadata_describe_the_committed_weights(name: str) -> None:
     assert metadata["test_count"] == 200
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", models.DEMO.names)
 def test_trained_models_find_digits(name: str, detectors: ModuleType) -> None:
     model, _ = models.DEMO.load(ModelRequest(name), None)
@@ -110,7 +111,6 @@ def test_training_scenes_are_of_the_train_part_and_repeatable(detectors: ModuleT
     assert {digit.source for scene in first for digit in scene.placed} <= set(split_digits()["train"])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", models.DEMO.names)
 def test_training_moves_all_weights(name: str, detectors: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     started = {}

@@ -154,10 +154,12 @@ def test_scopes_of_the_help() -> None:
 
 
 def refused(place: Path, *arguments: object) -> str:
-    """What a run says that is refused: one line."""
+    """The message of a run that is refused: one error, of a few lines."""
     said = run(*RTN, *arguments, "--results", place / "refused", fails=True)
     assert said.startswith("error: ")
-    assert said.count("\n") == 1
+    assert said.count("error: ") == 1
+    assert said.count("\n") <= 8
+    assert "Traceback" not in said
     return said
 
 

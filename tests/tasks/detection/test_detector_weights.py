@@ -22,6 +22,8 @@ from tasks.detection.configs import build, published_config
 from tasks.detection.keys import adapted, merging_order, of_mmdet
 from tasks.detection.models import load_model
 
+pytestmark = pytest.mark.slow
+
 #: What makes a published model small: all kinds of layers are left.
 SMALL: dict[str, Any] = {
     "embed_dims": 8,

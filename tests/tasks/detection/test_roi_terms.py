@@ -23,6 +23,8 @@ from tasks.detection.detector import DETECTOR
 from tasks.detection.mm import DetDataSample, bbox2roi
 from tasks.detection.task import TASK
 
+pytestmark = pytest.mark.slow
+
 RECIPE = make_recipe("fimaq", defaults("detection"), QUICK, {"detection_terms": "rpn+roi"})
 CPU = torch.device("cpu")
 

@@ -22,6 +22,8 @@ from tasks.common.record import ResultRecord, read_record
 from tasks.common.request import CellRequest, DataRequest, ModelRequest
 from tasks.retrieval.__main__ import OPTIONS
 
+pytestmark = pytest.mark.slow
+
 ARGUMENTS: dict[str, Any] = {
     "embed_dim": 16,
     "vision_cfg": {"layers": 2, "width": 32, "head_width": 16, "image_size": 64},
@@ -95,7 +97,6 @@ def run(place: Path, results: Path, *arguments: object, data: str = "captions") 
     return read_record(path), path.parent
 
 
-@pytest.mark.slow
 def test_both_towers_are_the_two_single_ones(place: Path, tmp_path: Path) -> None:
     results = tmp_path / "runs"
     found = {towers: run(place, results, *QUICK, "--towers", towers) for towers in ("vision", "text", "both")}
@@ -161,7 +162,6 @@ def test_the_record_says_what_was_measured(place: Path, tmp_path: Path) -> None:
     assert record.metrics["R@1"].value == pytest.approx(weighted, abs=1e-4)
 
 
-@pytest.mark.slow
 def test_run_and_stages_agree_bit_for_bit(place: Path, tmp_path: Path) -> None:
     record, folder = run(place, tmp_path / "runs", "--method", "aphq", *QUICK, "--mlp-steps", 3, "--mlp-batch", 8)
     common = ["--data", place / "captions", "--threads", 1]
@@ -205,7 +205,6 @@ def test_a_tower_that_stays_as_it_is(place: Path, tmp_path: Path) -> None:
     assert counted == sum(value.numel() for value in visual.values())
 
 
-@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fimaq_core import quantize
 
@@ -254,7 +253,6 @@ def test_zero_shot(place: Path, tmp_path: Path) -> None:
     assert other.calibration.fingerprint != record.calibration.fingerprint
 
 
-@pytest.mark.slow
 def test_one_file_in_two_architectures_is_two_models(place: Path, tmp_path: Path) -> None:
     """The same weights with another activation: nothing of the one may serve the other."""
     results = tmp_path / "runs"

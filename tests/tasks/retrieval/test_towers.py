@@ -24,6 +24,8 @@ from fimaq_core.recipe import make_recipe
 from tasks.common.modules import module_map
 from tasks.retrieval.towers import build_towers
 
+pytestmark = pytest.mark.slow
+
 MODELS: dict[str, Callable[[], Any]] = {
     "QuickGELU": lambda: clip(quick_gelu=True),
     "GELU": lambda: clip(),
