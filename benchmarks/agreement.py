@@ -1,7 +1,8 @@
 """Agreement of measured cells with a reference: one test for the whole family of comparisons.
 
-Rounding differs between processors, and hundreds of optimisation steps turn one rounding into another result.
-How far results differ for that reason is measured: a reference holds the same cells from several processors.
+Rounding differs between processors, and hundreds of optimisation steps turn one rounding into
+another result. How far results differ for that reason is measured: a reference holds the same cells
+from several processors.
 """
 
 import itertools
@@ -22,11 +23,17 @@ from tasks.common.record import ResultRecord
 #: Probability that an intact installation is said to differ in any of its comparisons.
 ALPHA = 0.01
 
-#: Figures of reconstruction, more sensitive to a fault in it than scores are. Compared by their ratio.
+#: Figures of reconstruction, more sensitive to a fault in it than scores are. Compared by their
+#: ratio.
 PASSES, WEIGHT, ERROR = FIGURES = ("fisher_passes", "fisher_weight", "block_error")
 
-#: Standard deviations that rounding in the last digits may cause by itself: of a logarithm, and of a median rank.
+#: Standard deviations that rounding in the last digits may cause by itself: of a logarithm, and of
+#: a median rank.
 _LOG_RESOLUTION, _RANK_RESOLUTION = 1e-3, 0.5
+
+#: Methods without reconstruction by how far processors spread: a search of ranges has near-ties,
+#: rounding has hardly any.
+_KINDS = {**dict.fromkeys(CALIBRATION_ONLY, "calibration"), "rtn": "rounding", "fp": "full precision"}
 
 _CELL = ["task", "dataset", "model", "method", "variant", "bits", "metric"]
 _POOL = ["pool", "kind", "bits", "metric"]
@@ -36,9 +43,10 @@ def observations(measured: Sequence[Measured]) -> pd.DataFrame:
     """Return one row per cell and metric, with the processor and the figures of reconstruction.
 
     Returns:
-        Table with the columns of :data:`benchmarks.tables.COLUMNS` and ``processor``. The :data:`FIGURES` of a cell are
-        the number of its Fisher passes, the mean diagonal Fisher weight of its first block (before rounding could
-        spread), and the relative error of the blocks' outputs (geometric mean).
+        Table with the columns of :data:`benchmarks.tables.COLUMNS` and ``processor``. The
+        :data:`FIGURES` of a cell are the number of its Fisher passes, the mean diagonal Fisher
+        weight of its first block (before rounding could spread), and the relative error of the
+        blocks' outputs (geometric mean).
     """
     scores = frame(measured)
     processors = [_processor(item) for item in measured for _ in item.record.metrics]
@@ -75,20 +83,23 @@ def _figures(record: ResultRecord) -> dict[str, float]:
 def compared(reference: pd.DataFrame, mine: pd.DataFrame) -> pd.DataFrame:
     """Test every cell that both tables have for a difference beyond what processors cause.
 
-    A difference of a cell (with its seed) is ``d = mine - mean over the reference's processors``. Its variance is
-    ``s² (1 + 1/k)``: k processors in the reference, and ``s²`` the variance over processors within a cell, pooled over
-    the cells of the same data, scope, bits, metric and kind of method (full precision, calibration, reconstruction),
-    plus that of one sample more or less. So ``d`` has Student's t distribution, with Satterthwaite's degrees of freedom
-    since the second part is known. Where no cell was measured on two processors the variance over seeds stands in, and
-    where there is none either, the standard error of a score. The p-values are Holm's, for the family of all rows.
+    A difference of a cell (with its seed) is ``d = mine - mean over the reference's processors``.
+    Its variance is ``s² (1 + 1/k)``: k processors in the reference, and ``s²`` the variance over
+    processors within a cell, pooled over the cells of the same data, scope, bits, metric and kind
+    of method (full precision, rounding, calibration, reconstruction), plus that of one sample more
+    or less. So ``d`` has Student's t distribution, with Satterthwaite's degrees of freedom since
+    the second part is known. Where no cell was measured on two processors, the variance over seeds
+    stands in; where there is none either, the standard error of a score. The p-values are Holm's,
+    for the family of all rows.
 
     Args:
         reference: table as of :func:`observations`.
         mine: the same of this installation.
 
     Returns:
-        One row per comparison: the cell, ``mean_ref``, ``mean_mine``, ``difference``, ``tolerance`` (the largest
-        absolute difference that would surely pass), ``p`` (Holm's). Figures are compared as logarithms.
+        One row per comparison: the cell, ``mean_ref``, ``mean_mine``, ``difference``,
+        ``tolerance`` (the largest absolute difference that would surely pass), ``p`` (Holm's).
+        Figures are compared as logarithms.
     """
     theirs, ours = (_prepared(table) for table in (reference, mine))
     same_seed = [*_CELL, "seed"]
@@ -98,6 +109,7 @@ def compared(reference: pd.DataFrame, mine: pd.DataFrame) -> pd.DataFrame:
     both = means.reset_index().merge(ours[[*same_seed, "x"]].rename(columns={"x": "mean_mine"}), on=same_seed)
     spread = pd.concat([_pooled(theirs, same_seed), _pooled(theirs, _CELL)]).drop_duplicates(_POOL)
     both = both.merge(spread, on=_POOL, how="left")
+    both = both[both["variance"].notna() | ~both["metric"].isin((WEIGHT, ERROR))]
     between = both["variance"].fillna(both["stderr"] ** 2).to_numpy()
     variance = between + _resolution(both) ** 2
     freedom = both["freedom"].fillna(math.inf).to_numpy()
@@ -111,21 +123,22 @@ def compared(reference: pd.DataFrame, mine: pd.DataFrame) -> pd.DataFrame:
 
 
 def _prepared(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows that are compared, with ``bits``, the compared value ``x``, and what the pool of its variance goes by.
+    """The rows that are compared, with ``bits``, the compared value ``x``, ``pool`` and ``kind``.
 
-    Figures have one pool for all data: another processor rarely, but then visibly, finds other ranges in calibration.
+    Figures have one pool for all data, since another processor rarely, but then visibly, finds other
+    ranges in calibration.
     """
     shown = {*MAIN_METRIC.values(), *FIGURES, *(name for pair in PAIRS.values() for name in pair)}
     rows = with_bits(table[table["metric"].isin(shown)])
     figures = rows["metric"].isin(FIGURES)
-    kinds = ["fp" if m == "fp" else "calibration" if m in CALIBRATION_ONLY else "reconstruction" for m in rows["method"]]
+    kinds = [_KINDS.get(method, "reconstruction") for method in rows["method"]]
     values = rows["value"].astype(float)
     pool = (rows["dataset"] + rows["variant"]).where(~figures, "")
     return rows.assign(pool=pool, kind=kinds, x=np.log(values.where(figures, 1.0)).where(figures, values))
 
 
 def _pooled(rows: pd.DataFrame, same: list[str]) -> pd.DataFrame:
-    """Variance of ``x`` among rows that are the same in ``same``, pooled to :data:`_POOL`, with its degrees of freedom."""
+    """Variance of ``x`` among rows that are the same in ``same``, pooled to :data:`_POOL`."""
     within = rows.groupby([*dict.fromkeys([*same, *_POOL])], sort=False, dropna=False)["x"].agg(["var", "size"])
     within = within[within["size"] > 1].reset_index()
     within["freedom"] = within["size"] - 1

@@ -1,7 +1,7 @@
-"""Small problems whose answers are known exactly: they tell changed code at once, on every processor.
+"""Small problems whose answers are known exactly. They tell changed code on every processor.
 
-Scores cannot show all faults. Whether a tie is rounded to even or up changes no accuracy, since ties hardly occur in
-data; and one Fisher pass more or less changes it by less than another processor does.
+Scores cannot show all faults. Whether a tie is rounded to even or up changes no accuracy, since ties
+hardly occur in data; and one Fisher pass more or less changes it by less than another processor does.
 """
 
 import torch
@@ -14,7 +14,8 @@ from fimaq_core.recipe import make_recipe
 from fimaq_core.reconstruction.objective import BlockObjective
 from fimaq_core.reconstruction.tape import Storage, Tape
 
-#: Eight levels of step 0.5 with zero point 3: values from -1.5 to 2. Ties go to the even code, the rest to the nearest.
+#: Eight levels of step 0.5 with zero point 3: values from -1.5 to 2. Ties go to the even code, the
+#: rest to the nearest.
 _SCALE, _ZERO_POINT, _BITS = 0.5, 3.0, 3
 _INPUTS = (-9.0, -1.75, -1.25, -0.75, -0.3, -0.25, 0.0, 0.2, 0.25, 0.3, 0.75, 1.25, 1.6, 1.75, 2.25, 9.0)
 _ANSWERS = (-1.5, -1.5, -1.0, -1.0, -0.5, 0.0, 0.0, 0.0, 0.0, 0.5, 1.0, 1.0, 1.5, 2.0, 2.0, 2.0)
@@ -57,7 +58,7 @@ class _HalfSquare(Divergence):
 
 
 def _wrong_fisher_passes() -> list[str]:
-    """Three passes of FIMA-Q over a model that returns its input, with the block's output off by 1, 2 and 4."""
+    """Three passes of FIMA-Q over an identity, with the block's output off by 1, 2 and 4."""
     recipe = make_recipe("fimaq", {"loss": "fisher_diag", "steps": 9, "fisher_k": 3})
     chain = BlockChain([Segment("block", "block", nn.Identity()), Segment("head", "head", nn.Identity())])
     images = torch.arange(8.0).reshape(4, 2)

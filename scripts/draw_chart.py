@@ -20,7 +20,7 @@ PANELS = (
 
 
 def draw(table: pd.DataFrame, path: Path) -> None:
-    """Draw one panel per task: the mean over models and seeds of each method at W3/A3, beside full precision.
+    """Draw one panel per task: the mean of each method at W3/A3, beside full precision.
 
     Args:
         table: the demo's reference, see :func:`benchmarks.agreement.observations`.

@@ -81,7 +81,8 @@ def test_full_precision_may_differ_by_few_samples(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("shift", "least", "most"), [(0.0, 0, 4), (4.0, 60, 60)])
 def test_intact_installations_pass_and_faulty_ones_do_not(tmp_path: Path, shift: float, least: int, most: int) -> None:
-    # 60 references with a new processor each: at an error of 1 % five alarms among intact ones have a chance of 0.03 %.
+    # 60 references with a new processor each: at an error of 1 % five alarms among intact ones have
+    # a chance of 0.03 %.
     exact, found = observations(measured_on(tmp_path, "exact")), 0
     quantized, drawn = exact["method"] != "fp", np.random.default_rng(0)
     faulty = exact["method"] == "fimaq"
