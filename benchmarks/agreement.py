@@ -26,10 +26,14 @@ ALPHA = 0.01
 #: Figures of reconstruction, more sensitive to a fault in it than scores are. Compared by their
 #: ratio.
 PASSES, WEIGHT, ERROR = FIGURES = ("fisher_passes", "fisher_weight", "block_error")
+RATIOS = (WEIGHT, ERROR)
 
-#: Standard deviations that rounding in the last digits may cause by itself: of a logarithm, and of
-#: a median rank.
-_LOG_RESOLUTION, _RANK_RESOLUTION = 1e-3, 0.5
+#: Known standard deviations: of the logarithm of a ratio (calibration may find another range on
+#: another processor, and moves it by some percent), of a number of passes, of a median rank.
+_RATIO_SD, _PASSES_SD, _RANK_SD = 0.02, 0.1, 0.5
+
+#: Stands for zero in a logarithm.
+_TINY = 1e-30
 
 #: Methods without reconstruction by how far processors spread: a search of ranges has near-ties,
 #: rounding has hardly any.
@@ -70,14 +74,14 @@ def _processor(item: Measured) -> str:
 
 
 def _figures(record: ResultRecord) -> dict[str, float]:
-    weights = [block.fisher for block in record.blocks.values() if block.fisher]
-    errors = [block.error for block in record.blocks.values() if block.error > 0]
-    found = {
-        PASSES: float(sum(record.fisher_passes.values())),
-        WEIGHT: weights[0] if weights else 0.0,
-        ERROR: float(stats.gmean(errors)) if errors else 0.0,
-    }
-    return {name: value for name, value in found.items() if value > 0}
+    passes = float(sum(record.fisher_passes.values()))
+    found = {PASSES: passes} if record.fisher_passes else {}
+    if record.blocks:
+        weights = [block.fisher for block in record.blocks.values() if block.fisher is not None]
+        if passes or weights:
+            found[WEIGHT] = max(weights[0] if weights else 0.0, _TINY)
+        found[ERROR] = float(stats.gmean([max(block.error, _TINY) for block in record.blocks.values()]))
+    return found
 
 
 def compared(reference: pd.DataFrame, mine: pd.DataFrame) -> pd.DataFrame:
@@ -86,20 +90,19 @@ def compared(reference: pd.DataFrame, mine: pd.DataFrame) -> pd.DataFrame:
     A difference of a cell (with its seed) is ``d = mine - mean over the reference's processors``.
     Its variance is ``s² (1 + 1/k)``: k processors in the reference, and ``s²`` the variance over
     processors within a cell, pooled over the cells of the same data, scope, bits, metric and kind
-    of method (full precision, rounding, calibration, reconstruction), plus that of one sample more
-    or less. So ``d`` has Student's t distribution, with Satterthwaite's degrees of freedom since
-    the second part is known. Where no cell was measured on two processors, the variance over seeds
-    stands in; where there is none either, the standard error of a score. The p-values are Holm's,
-    for the family of all rows.
+    of method (full precision, rounding, calibration, reconstruction), plus a known variance, such
+    as that of one sample more or less. So ``d`` has Student's t distribution, with Satterthwaite's
+    degrees of freedom. Where no cell was measured on two processors, the variance over seeds stands
+    in; where there is none either, the standard error of a score. The p-values are Holm's, for the
+    family of all rows.
 
     Args:
         reference: table as of :func:`observations`.
         mine: the same of this installation.
 
     Returns:
-        One row per comparison: the cell, ``mean_ref``, ``mean_mine``, ``difference``,
-        ``tolerance`` (the largest absolute difference that would surely pass), ``p`` (Holm's).
-        Figures are compared as logarithms.
+        One row per comparison: the cell, ``mean_ref``, ``mean_mine``, ``difference``, ``p``
+        (Holm's). :data:`RATIOS` are compared as logarithms.
     """
     theirs, ours = (_prepared(table) for table in (reference, mine))
     same_seed = [*_CELL, "seed"]
@@ -109,17 +112,16 @@ def compared(reference: pd.DataFrame, mine: pd.DataFrame) -> pd.DataFrame:
     both = means.reset_index().merge(ours[[*same_seed, "x"]].rename(columns={"x": "mean_mine"}), on=same_seed)
     spread = pd.concat([_pooled(theirs, same_seed), _pooled(theirs, _CELL)]).drop_duplicates(_POOL)
     both = both.merge(spread, on=_POOL, how="left")
-    both = both[both["variance"].notna() | ~both["metric"].isin((WEIGHT, ERROR))]
+    both = both[both["variance"].notna() | ~both["metric"].isin(RATIOS)]
     between = both["variance"].fillna(both["stderr"] ** 2).to_numpy()
-    variance = between + _resolution(both) ** 2
+    variance = between + _known_sd(both) ** 2
     freedom = both["freedom"].fillna(math.inf).to_numpy()
     with np.errstate(divide="ignore"):
         freedom = freedom * (variance / between) ** 2
     scale = np.sqrt(variance * (1 + 1 / both["k"].to_numpy()))
     difference = (both["mean_mine"] - both["mean_ref"]).to_numpy()
     p = 2 * stats.t.sf(np.abs(difference) / scale, freedom)
-    limit = scale * stats.t.isf(ALPHA / 2 / max(len(both), 1), freedom)
-    return both.assign(difference=difference, tolerance=limit, p=holm(p.tolist()))
+    return both.assign(difference=difference, p=holm(p.tolist()))
 
 
 def _prepared(table: pd.DataFrame) -> pd.DataFrame:
@@ -130,11 +132,11 @@ def _prepared(table: pd.DataFrame) -> pd.DataFrame:
     """
     shown = {*MAIN_METRIC.values(), *FIGURES, *(name for pair in PAIRS.values() for name in pair)}
     rows = with_bits(table[table["metric"].isin(shown)])
-    figures = rows["metric"].isin(FIGURES)
+    ratios = rows["metric"].isin(RATIOS)
     kinds = [_KINDS.get(method, "reconstruction") for method in rows["method"]]
     values = rows["value"].astype(float)
-    pool = (rows["dataset"] + rows["variant"]).where(~figures, "")
-    return rows.assign(pool=pool, kind=kinds, x=np.log(values.where(figures, 1.0)).where(figures, values))
+    pool = (rows["dataset"] + rows["variant"]).where(~rows["metric"].isin(FIGURES), "")
+    return rows.assign(pool=pool, kind=kinds, x=np.log(values.where(ratios, 1.0)).where(ratios, values))
 
 
 def _pooled(rows: pd.DataFrame, same: list[str]) -> pd.DataFrame:
@@ -147,6 +149,8 @@ def _pooled(rows: pd.DataFrame, same: list[str]) -> pd.DataFrame:
     return pooled.assign(variance=pooled["squares"] / pooled["freedom"])
 
 
-def _resolution(rows: pd.DataFrame) -> np.ndarray:
-    figure, percent = rows["metric"].isin(FIGURES), rows["metric"].map(is_percent).astype(bool)
-    return np.select([figure, percent], [_LOG_RESOLUTION, 100 / rows["n"].astype(float)], _RANK_RESOLUTION)
+def _known_sd(rows: pd.DataFrame) -> np.ndarray:
+    """Known standard deviation of each row; of a percentage that of one sample more or less."""
+    metric, one = rows["metric"], 100 / rows["n"].astype(float)
+    kinds = [metric.isin(RATIOS), metric == PASSES, metric.map(is_percent).astype(bool)]
+    return np.select(kinds, [_RATIO_SD, _PASSES_SD, one], _RANK_SD)

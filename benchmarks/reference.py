@@ -14,15 +14,13 @@ from typing import Any
 import pandas as pd
 
 from benchmarks import known_answers
-from benchmarks.agreement import ALPHA, FIGURES, compared, observations
+from benchmarks.agreement import ALPHA, FIGURES, RATIOS, compared, observations
 from benchmarks.costs import REFERENCE, cost_row, costs_path, costs_text
 from benchmarks.orders import count
 from benchmarks.schema import Grid
-from benchmarks.tables import FULL, Measured, is_percent, sample_counts, unique, write_text
+from benchmarks.tables import COLUMNS, FULL, Measured, is_percent, sample_counts, unique, write_text
 from fimaq_core.errors import FimaqError
 from tasks.common.environment import processor
-
-_WHERE = "processor"
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,7 @@ def write_reference(grid: Grid, measured: Sequence[Measured], text: str, folder:
 
 
 def add_processor(grid: Grid, measured: Sequence[Measured], folder: Path = REFERENCE) -> Path:
-    """Add cells measured on other processors to the reference's table, in place of those processors' former rows.
+    """Add cells measured on other processors to the reference's table, in place of these cells' former rows.
 
     Raises:
         FimaqError: there is no reference, or it has other settings or data.
@@ -121,7 +119,10 @@ def add_processor(grid: Grid, measured: Sequence[Measured], folder: Path = REFER
     if len(alike) < len(measured):
         raise FimaqError(" ".join(lines))
     kept, new = read_csv(path), observations(measured)
-    write_text(path, _csv(pd.concat([kept[~kept[_WHERE].isin(new[_WHERE])], new])))
+    same = [*COLUMNS[: COLUMNS.index("metric")], "processor"]
+    cells = pd.MultiIndex.from_frame(new[same].fillna(-1))
+    kept = kept[~pd.MultiIndex.from_frame(kept[same].fillna(-1)).isin(cells)]
+    write_text(path, _csv(pd.concat([kept, new])))
     return path
 
 
@@ -178,7 +179,7 @@ def compare(grid: Grid, measured: Sequence[Measured], folder: Path = REFERENCE) 
         f"`make test`, and `git status` for changed code. {about}"
     )
     for row in off.sort_values("p").to_dict("records"):
-        values = [math.exp(row[side]) if row["metric"] in FIGURES else row[side] for side in ("mean_mine", "mean_ref")]
+        values = [math.exp(row[side]) if row["metric"] in RATIOS else row[side] for side in ("mean_mine", "mean_ref")]
         here, there = (f"{value:.4g}" if row["metric"] in FIGURES else f"{value:.2f}" for value in values)
         lines.append(f"  {_name(row, grid)}: {here} here, {there} in the reference (p = {row['p']:.1g})")
     return lines

@@ -137,7 +137,8 @@ def check_folder() -> None:
 
 def _folder() -> tuple[str, str]:
     """Where Ray keeps its folder ``ray`` on this machine, and what says so."""
-    name = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in os.environ), "the default")
+    names = ("RAY_TMPDIR", "TMPDIR") if sys.platform == "linux" else ("RAY_TMPDIR",)  # as Ray does
+    name = next((name for name in names if name in os.environ), "the default")
     return name, os.environ.get(name, "/tmp")
 
 
