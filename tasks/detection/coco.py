@@ -310,7 +310,7 @@ def file_reader(
         import cv2
         from PIL import Image
 
-        from tasks.common.images import as_rgb, grey_bits, open_rgb
+        from tasks.common.images import grey_bits, open_rgb
 
         path = paths[index]
         orientation = orientation_of(path, sizes[index], exif)
@@ -318,16 +318,13 @@ def file_reader(
             raise ask([str(path)], str(annotations))
         # OpenCV before version 5 fills in what a truncated file lacks; Pillow refuses, decoding an eighth of the size.
         with Image.open(path) as image:
-            array = None
-            if grey_bits(image) is not None or image.format in _OF_PILLOW:
-                array = np.asarray(as_rgb(image))[:, :, ::-1].copy()
-            else:
+            of_pillow = grey_bits(image) is not None or image.format in _OF_PILLOW
+            if not of_pillow:
                 image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
                 image.load()
-        if array is None:
-            flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-            array = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), flags)
-        if array is None:  # a format that only Pillow knows
+        flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+        array = None if of_pillow else cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), flags)
+        if array is None:  # also of a format that only Pillow knows
             array = np.asarray(open_rgb(path))[:, :, ::-1].copy()
         array = turned(array, orientation.tag) if orientation.applied else array
         if array.shape[:2] != tuple(sizes[index]):
