@@ -48,8 +48,9 @@ def checked(content: object, where: str, annotated: bool = True) -> Coco:
     """Check annotations and return a copy with what is used of them.
 
     That is of an image ``id``, ``file_name``, ``width`` and ``height``; of an annotation ``id``, ``image_id``, ``category_id``,
-    ``bbox``, ``iscrowd`` (0 if not given), and where given ``area`` and ``segmentation``; of a
-    category ``id`` and ``name``. File names are normalised paths with slashes, relative without
+    ``bbox``, ``iscrowd`` (0 if not given), and where given ``area`` and ``segmentation``, but
+    neither an area of nothing for a box of some size nor an empty mask; of a category ``id`` and
+    ``name``. File names are normalised paths with slashes, relative without
     ``..`` or absolute.
 
     Args:
@@ -111,15 +112,20 @@ def _annotation(entry: Entry, number: int, where: str, sizes: dict[int, tuple[in
     box, area, crowd, mask = (entry.get(name) for name in ("bbox", "area", "iscrowd", "segmentation"))
     if not isinstance(box, list) or len(box) != 4 or not all(map(_finite, box)) or min(box[2:]) < 0:
         raise DataError(f"{spot}: bbox is {box!r}; x, y, width and height are expected.")
-    if area is not None and (not _finite(area) or area < 0):
+    if area is not None and not _finite(area):
         raise DataError(f"{spot}: area is {area!r}; the area of the object in pixels is expected: sizes are told by it.")
     if crowd not in (None, 0, 1):
         raise DataError(f"{spot}: iscrowd is {crowd!r} instead of 0 or 1.")
     kept = {**found, "bbox": box, "iscrowd": int(crowd or 0)}
-    if area is not None:
+    # Some tools write 0 where they do not know the area.
+    if area is not None and (area > 0 or (area == 0 and 0 in box[2:])):
         kept["area"] = area
-    # Many files without masks have empty lists.
-    if mask not in (None, []):
+    if isinstance(mask, list):
+        mask = [polygon for polygon in mask if polygon != []]
+    elif isinstance(mask, dict) and mask.get("counts") in ([], ""):
+        mask = None
+    # Many files without masks have empty ones.
+    if mask not in (None, [], {}, ""):
         _check_mask(mask, sizes[found["image_id"]], spot)
         kept["segmentation"] = mask
     return kept

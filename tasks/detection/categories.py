@@ -14,6 +14,11 @@ from tasks.detection.annotations import Coco, Entry
 COCO_CLASSES = 80
 #: Where class names come from: weights or demo model, COCO 2017, or the annotations by position.
 Origin = Literal["model", "published", "annotations"]
+_NAMING = (
+    " If the weights are of other classes, give them their names, in the order of the outputs: "
+    'torch.save({"state_dict": sd, "meta": {"dataset_meta": {"classes": names}}}, "named.pth"), '
+    "where sd are the weights and names is a tuple of strings."
+)
 
 
 class Matched(NamedTuple):
@@ -38,7 +43,8 @@ def match_categories(coco: Coco, loaded: LoadedModel, what: str) -> Matched:
     Args:
         coco: the annotations.
         loaded: the detector. Without class names, and with 80 classes, it has those of COCO 2017;
-            otherwise its classes are the categories in their order.
+            otherwise its classes are the categories in their order, without unused ones if only
+            then their number fits.
         what: the annotations are, for people.
 
     Raises:
@@ -48,13 +54,21 @@ def match_categories(coco: Coco, loaded: LoadedModel, what: str) -> Matched:
     names, origin = _class_names(loaded)
     categories = coco["categories"]
     if names is None:
-        if len(categories) != loaded.classes:
+        used = {entry["category_id"] for entry in coco["annotations"]}
+        kept = [entry for entry in categories if entry["id"] in used]
+        if len(categories) == loaded.classes:
+            kept = categories
+        elif len(kept) != loaded.classes:
             raise DataError(
-                f"{what} has {len(categories)} categories, {loaded.tag} has {loaded.classes} "
-                "classes, whose names its weights do not say: use data or weights that fit."
+                f"{what} has {len(categories)} categories ({len(kept)} of them with annotations), "
+                f"{loaded.tag} has {loaded.classes} classes, whose names its weights do not say: "
+                f"use data or weights that fit.{_NAMING}"
             )
-        note = f"The weights name no classes: the {loaded.classes} categories are taken for them in the file's order"
-        return Matched(coco, tuple(entry["id"] for entry in categories), origin, (note,))
+        notes = [f"The weights name no classes: the {loaded.classes} categories are taken for them in the file's order"]
+        unused = [entry for entry in categories if entry not in kept]
+        if unused:
+            notes.append(f"Categories without annotations are left out, since only then their number fits: {_listed(unused)}")
+        return Matched({**coco, "categories": kept}, tuple(entry["id"] for entry in kept), origin, tuple(notes))
     found = _by_name(names, [entry["name"] for entry in categories])
     unknown = [entry for position, entry in enumerate(categories) if position not in found]
     _check_unused(unknown, coco, loaded, names, what, origin)
@@ -126,19 +140,21 @@ def _check_unused(
     """Refuse objects of categories that the detector does not know: it can find none of them."""
     counts = Counter(entry["category_id"] for entry in coco["annotations"])
     used = [entry for entry in unknown if counts[entry["id"]]]
+    assumed = naming = ""
+    if origin == "published":
+        assumed = ", whose weights name none, so that those of COCO 2017 are assumed"
+        naming = _NAMING
     if used:
         total = sum(counts[entry["id"]] for entry in used)
-        assumed = ""
-        if origin == "published":
-            assumed = ", whose weights name none, so that those of COCO 2017 are assumed"
         raise DataError(
             f"{what} has {total} annotations of categories that are no class of {loaded.tag}{assumed}: "
             f"{_listed(used)}. Use weights that know them, or leave these annotations out."
-            f"{suggest(used[0]['name'], names)}"
+            f"{suggest(used[0]['name'], names)}{naming}"
         )
     if len(unknown) == len(coco["categories"]):
         raise DataError(
-            f"{what} has no category that is a class of {loaded.tag}: {_listed(unknown)}. Use data or weights that fit."
+            f"{what} has no category that is a class of {loaded.tag}{assumed}: {_listed(unknown)}. "
+            f"Use data or weights that fit.{naming}"
         )
 
 

@@ -26,6 +26,8 @@ COCO_NAME = "COCO 2017"
 COUNTS: Mapping[str, int] = MappingProxyType({"train": 118_287, "val": 5_000})
 CATEGORIES = COCO_CLASSES
 PARTS = tuple(SPLITS)
+#: Formats of which OpenCV scales values or blends alpha otherwise than Pillow.
+_OF_PILLOW = ("PPM", "TIFF")
 
 
 @dataclass(frozen=True, eq=False)
@@ -287,6 +289,8 @@ def file_reader(
 ) -> Callable[[int], np.ndarray]:
     """Gives the image file of an index as mmdet's ``LoadImageFromFile`` does: (H, W, 3) uint8, blue first.
 
+    TIFF, PPM and wide grey values are read as classification reads them.
+
     Args:
         paths: of the files.
         sizes: (height, width) that each must have: its boxes are given in these pixels.
@@ -314,12 +318,13 @@ def file_reader(
             raise ask([str(path)], str(annotations))
         # OpenCV before version 5 fills in what a truncated file lacks; Pillow refuses, decoding an eighth of the size.
         with Image.open(path) as image:
-            grey_bits(image)
-            image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
-            image.load()
+            of_pillow = grey_bits(image) is not None or image.format in _OF_PILLOW
+            if not of_pillow:
+                image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
+                image.load()
         flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-        array = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), flags)
-        if array is None:  # a format that only Pillow knows
+        array = None if of_pillow else cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), flags)
+        if array is None:  # also of a format that only Pillow knows
             array = np.asarray(open_rgb(path))[:, :, ::-1].copy()
         array = turned(array, orientation.tag) if orientation.applied else array
         if array.shape[:2] != tuple(sizes[index]):
@@ -327,7 +332,7 @@ def file_reader(
             raise DataError(
                 f"The image {path} is {width} x {height} pixels{orientation.words}, but {annotations} "
                 f"says {given_width} x {given_height}: they do not belong together, so that boxes and "
-                "masks would not fit."
+                f"masks would not fit.{orientation.advice(sizes[index])}"
             )
         return np.asarray(array)
 

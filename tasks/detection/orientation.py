@@ -50,6 +50,14 @@ class Orientation(NamedTuple):
             return f" (turned by its EXIF orientation tag {self.tag}; {width} x {height} as stored)"
         return f" (as stored; its EXIF orientation tag {self.tag} is ignored)"
 
+    def advice(self, size: tuple[int, int]) -> str:
+        """The other decision, for messages about the annotated (height, width), where these fit it."""
+        other = self.stored[::-1] if self.tag in _SWAPPED and not self.applied else self.stored
+        if self.tag == 1 or size != other:
+            return ""
+        option, way = ("ignore", "as stored") if self.applied else ("apply", "turned by its tag")
+        return f" They fit the image {way}: try --exif {option}."
+
 
 def orientation_of(path: Path, size: tuple[int, int], exif: Exif | None) -> Orientation:
     """Read the orientation of an image file without decoding its pixels, and decide on it.

@@ -1,5 +1,6 @@
 """Classes of a detector and categories of annotations go together by name, whatever their order."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,37 @@ def test_unnamed_classes_are_the_categories_in_order() -> None:
     found = match_categories(checked(tiny(), "here"), loaded(3), "data val")
     assert (found.labels, found.origin) == ((7, 2, 30), "annotations")
     assert found.notes == ("The weights name no classes: the 3 categories are taken for them in the file's order",)
-    with pytest.raises(DataError, match=r"data val has 3 categories, tiny.tag has 10 classes, whose names"):
+    with pytest.raises(DataError, match=r"has 3 categories \(3 of them .*\), tiny.tag has 10 classes, whose names .*torch.save"):
         match_categories(checked(tiny(), "here"), loaded(10), "data val")
+
+
+def test_unused_categories_of_unnamed_classes() -> None:
+    content = {**tiny(), "categories": [{"id": 0, "name": "pets"}, *tiny()["categories"]]}
+    found = match_categories(checked(content, "here"), loaded(3), "data val")
+    assert found.labels == (7, 2, 30)
+    assert [entry["name"] for entry in found.coco["categories"]] == ["cat", "dog", "owl"]
+    assert found.notes[1] == "Categories without annotations are left out, since only then their number fits: 'pets'"
+    whole = match_categories(checked(content, "here"), loaded(4), "data val")
+    assert (whole.labels, len(whole.notes)) == ((0, 7, 2, 30), 1)
+    content["categories"].append({"id": 31, "name": "void"})
+    with pytest.raises(DataError, match=r"has 5 categories \(3 of them with annotations\), tiny.tag has 4 classes"):
+        match_categories(checked(content, "here"), loaded(4), "data val")
+
+
+def test_the_advice_names_eighty_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = tuple(f"kind {n}" for n in range(80))
+    content = {**tiny(), "categories": [{"id": n, "name": name} for n, name in enumerate(names)]}
+    content["annotations"] = [annotation(n, 10, n, [1, 1, 5, 5]) for n in range(80)]
+    coco = checked(content, "here")
+    with pytest.raises(DataError, match="COCO 2017 are assumed") as caught:
+        match_categories(coco, loaded(80), "data val")
+    monkeypatch.chdir(tmp_path)
+    line = re.search(r"torch\.save\(.*\)", str(caught.value))
+    assert line is not None
+    exec(line[0], {"torch": torch, "sd": {"w": torch.zeros(2)}, "names": names})
+    found = class_names(read_weights(tmp_path / "named.pth"), 80)
+    assert found == names
+    assert match_categories(coco, loaded(80, found), "data val").labels == tuple(range(80))
 
 
 def test_eighty_unnamed_classes_are_those_of_coco(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from pycocotools.coco import COCO
 from fimaq_core.errors import DataError
 from tasks.common.request import DataRequest
 from tasks.detection import coco
-from tasks.detection.annotations import _decoded_total, checked, read_annotations
+from tasks.detection.annotations import _decoded_total, area_of, checked, read_annotations
 from tasks.detection.coco import DetectionSource, open_coco, open_file, open_source
 
 COUNTS = {"train": 4, "val": 4}
@@ -75,7 +75,6 @@ def first(**changes: Any) -> Change:
         (first(bbox=[1, 2, -3, 4]), "annotation 5 of the image 40: bbox is"),
         (first(bbox=[1, 2, float("nan"), 4]), "annotation 5 of the image 40: bbox is"),
         (first(area="7"), "annotation 5 of the image 40: area is '7'"),
-        (first(area=-1), "annotation 5 of the image 40: area is -1"),
         (first(iscrowd=2), "annotation 5 of the image 40: iscrowd is 2"),
         (first(segmentation=[[1, 2, 3, 4]]), "holds a polygon that is not at least three pairs"),
         (first(segmentation=[[1, 2, 3, 4, 5, 6], [1, 2, 3]]), "holds a polygon that is not at least three pairs"),
@@ -86,6 +85,7 @@ def first(**changes: Any) -> Change:
         (first(segmentation={"size": [60, 80], "counts": [4900, -100]}), "run lengths that are damaged"),
         (first(segmentation={"size": [60, 80], "counts": "PPYo"}), "run lengths that are damaged"),
         (first(segmentation={"size": [60, 80]}), "run lengths that are damaged"),
+        (first(segmentation=0), "is not of the image's size"),
     ],
 )
 def test_refused(change: Change, message: str, tmp_path: Path) -> None:
@@ -94,6 +94,30 @@ def test_refused(change: Change, message: str, tmp_path: Path) -> None:
     path = write_json(tmp_path / "x.json", content)
     with pytest.raises(DataError, match=message):
         read_annotations(path)
+
+
+@pytest.mark.parametrize("given", [0, 0.0, -1, None])
+def test_an_area_of_nothing_is_missing(given: Any) -> None:
+    content = tiny()
+    first(area=given, bbox=[0, 0, 20, 30], segmentation=[])(content)
+    content["annotations"][3]["area"] = 0
+    images, annotations, _ = checked(content, "here").values()
+    assert "area" not in annotations[0]
+    assert area_of(annotations[0], images[0]) == 600
+    assert annotations[3]["area"] == 0
+
+
+@pytest.mark.parametrize("given", [None, [], [[]], [[], []], {}, "", {"size": [60, 80], "counts": []}, {"counts": ""}])
+def test_empty_masks_are_missing(given: Any) -> None:
+    content = tiny()
+    first(segmentation=given)(content)
+    assert "segmentation" not in checked(content, "here")["annotations"][0]
+
+
+def test_empty_polygons_beside_others() -> None:
+    content = tiny()
+    first(segmentation=[[], *box_polygon(3, 4, 20, 30)])(content)
+    assert checked(content, "here")["annotations"][0]["segmentation"] == box_polygon(3, 4, 20, 30)
 
 
 def test_broken_json(tmp_path: Path) -> None:
@@ -230,6 +254,30 @@ def test_reading_as_mmdet_does(tmp_path: Path) -> None:
         found = read(index)
         assert found.dtype == np.uint8
         assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("largest", [15, 255, 1023, 4095, 65535])
+@pytest.mark.parametrize(("kind", "channels"), [("P5", 1), ("P6", 3)])
+def test_portable_maps_are_scaled(kind: str, channels: int, largest: int, tmp_path: Path) -> None:
+    values = pixels(40, 60, 0)[..., :channels] / 255
+    stored = (values * largest).round().astype(">u2" if largest > 255 else np.uint8)
+    path = tmp_path / "x.ppm"
+    path.write_bytes(f"{kind}\n60 40\n{largest}\n".encode() + stored.tobytes())
+    found = coco.file_reader([path], [(40, 60)], Path("x.json"))(0)
+    wanted = np.broadcast_to(stored * (255 / largest), (40, 60, 3))[..., ::-1]
+    assert np.abs(found - wanted).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LAB", "CMYK", "L"])
+def test_tiff_is_read_as_pillow_does(mode: str, tmp_path: Path) -> None:
+    image = Image.fromarray(pixels(40, 60, 0)).convert(mode)
+    if mode == "RGBA":
+        image.putalpha(100)
+    image.save(tmp_path / "x.tif")
+    found = coco.file_reader([tmp_path / "x.tif"], [(40, 60)], Path("x.json"))(0)
+    assert np.array_equal(found[..., ::-1], np.asarray(image.convert("RGB")))
+    if mode == "RGBA":
+        assert np.array_equal(found[..., ::-1], pixels(40, 60, 0))
 
 
 def test_images_of_another_size_and_damaged_ones(tmp_path: Path) -> None:

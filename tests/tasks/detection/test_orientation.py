@@ -163,6 +163,16 @@ def test_sizes_that_fit_neither_way(tmp_path: Path) -> None:
         read(0)
 
 
+@pytest.mark.parametrize(("wrong", "right", "size"), [("apply", "ignore", (40, 60)), ("ignore", "apply", (60, 40))])
+def test_the_other_decision_is_named_where_it_fits(wrong: Exif, right: Exif, size: tuple[int, int], tmp_path: Path) -> None:
+    path = save(tmp_path / "x.jpg", 6)
+    with pytest.raises(DataError, match=f"do not belong together.*try --exif {right}"):
+        file_reader([path], [size], Path("x.json"), wrong)(0)
+    assert file_reader([path], [size], Path("x.json"), right)(0).shape == (*size, 3)
+    with pytest.raises(DataError, match=r"would not fit\.$"):
+        file_reader([path], [(33, 44)], Path("x.json"), wrong)(0)
+
+
 def test_damaged_images_are_left_to_the_reader(tmp_path: Path) -> None:
     path = written(tmp_path, {1: 6}, True)
     (tmp_path / "images" / "000000000004.png").write_bytes(b"no image")
