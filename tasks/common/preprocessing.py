@@ -10,6 +10,8 @@ from fimaq_core.errors import RecipeError, first_problem
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[FiniteFloat, Field(gt=0)]
+Mean = Annotated[float, Field(ge=0, le=1)]
+Deviation = Annotated[float, Field(ge=1e-3, le=1)]
 
 
 class Preprocessing(BaseModel):
@@ -50,8 +52,8 @@ class GivenPreprocessing(BaseModel):
 
     input_size: Annotated[list[PositiveInt], Field(min_length=2, max_length=3)] | None = None
     crop_pct: Share | None = None
-    mean: Annotated[list[FiniteFloat], Field(min_length=1)] | None = None
-    std: Annotated[list[Positive], Field(min_length=1)] | None = None
+    mean: Annotated[list[Mean], Field(min_length=1)] | None = None
+    std: Annotated[list[Deviation], Field(min_length=1)] | None = None
     interpolation: Literal["bicubic", "bilinear", "nearest", "lanczos", "box", "hamming"] | None = None
 
     def fields(self) -> dict[str, Any]:
@@ -87,5 +89,22 @@ def parse_preprocessing(texts: Mapping[str, str | None]) -> dict[str, Any]:
         field = str(error.errors()[0]["loc"][0])
         raise RecipeError(
             f"--{field.replace('_', '-')} {texts[field]!r} is not possible: "
-            f"{first_problem(error).partition(': ')[2]}. Give: {HELP[field]}"
+            f"{first_problem(error).partition(': ')[2]}. "
+            + ("Divide values of 0..255 by 255. " if field in ("mean", "std") else "")
+            + f"Give: {HELP[field]}"
         ) from error
+
+
+def replaced(made: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """A sentence for each of the ``given`` fields that is not as the checkpoint was ``made`` with."""
+    return [
+        f"--{name.replace('_', '-')} {_text(value)} replaces {_text(made.get(name))}, which the checkpoint was made with"
+        for name, value in given.items()
+        if value != made.get(name)
+    ]
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "the model's own"
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)

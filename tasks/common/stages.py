@@ -41,6 +41,7 @@ from tasks.common.prepare import (
     start,
     whole,
 )
+from tasks.common.preprocessing import replaced
 from tasks.common.registry import defaults, get_task
 from tasks.common.request import CellRequest, DataRequest, ModelRequest
 from tasks.common.task import Chains, Evaluation, LoadedModel, Task
@@ -121,7 +122,7 @@ def _begin(request: CellRequest, report: Report, kept: Callable[[Part], Path | N
     parts = start(request, task, loaded, images, device, resources, kept)
     facts = checkpoint_facts(request.task, request.model, loaded)
     fingerprint = fingerprint_of(request.model, loaded, images, request.recipe)
-    return _Begun(parts, resources, fingerprint, facts, [*loaded.weights.notes(), *images.notes])
+    return _Begun(parts, resources, fingerprint, facts, [*_notes(loaded), *images.notes])
 
 
 def reconstruct_stage(
@@ -152,7 +153,7 @@ def reconstruct_stage(
         use_relu(all_segments(chains))
     load_checkpoint(checkpoint, whole(chains), expected, "ranges")
     resources = Resources(report, options["placement"], options["eval_batch"], options["step_engine"])
-    log = ReconstructionLog(notes=[*loaded.weights.notes(), *calibration.notes])
+    log = ReconstructionLog(notes=[*_notes(loaded), *calibration.notes])
     for part in parts:
         blocks = blocks_beside(_beside(out, part.name))
         made = part.chain, part.inputs, part.recipe, part.divergence, resources
@@ -171,7 +172,9 @@ def evaluate_stage(task_name: str, checkpoint: Path, data: DataRequest, options:
     device = _start(options["device"], options["threads"])
     task, _, loaded = _load(task_name, facts, options)
     model = task.assemble(loaded, _restored(task, loaded, checkpoint, fingerprint, facts)).to(device)
-    return task.evaluate(model, loaded, data, device, options["eval_batch"], options["workers"], report)
+    evaluation = task.evaluate(model, loaded, data, device, options["eval_batch"], options["workers"], report)
+    said = [*_notes(loaded), *replaced(facts.get("preprocessing", {}), options.get("preprocessing", {}))]
+    return replace(evaluation, notes=[*said, *evaluation.notes])
 
 
 def inspect_stage(task_name: str, checkpoint: Path, options: dict[str, Any]) -> Inspection:
@@ -246,6 +249,12 @@ def _load(task_name: str, facts: dict[str, Any], options: dict[str, Any]) -> tup
         facts.get("preprocessing", {}) | options.get("preprocessing", {}),
     )
     return task, request, task.load(request)
+
+
+def _notes(loaded: LoadedModel) -> list[str]:
+    """Which weights were taken, and how images are prepared."""
+    own = loaded.preprocessing
+    return [*loaded.weights.notes(), *([] if own is None else [f"preprocessing: {own.text()}"])]
 
 
 def _start(device: str, threads: int | None) -> torch.device:

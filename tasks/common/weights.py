@@ -6,6 +6,8 @@ import pickle
 import re
 import struct
 import zipfile
+import zlib
+from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +36,16 @@ _INSERTED = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.
 #: First parts of names that wrappers and trainers add: DataParallel, Lightning and the like.
 _PREFIXES = ("module.", "model.", "net.", "network.", "_forward_module.")
 
-_EMA = re.compile(r"(?<![a-z])ema(?![a-z])", re.IGNORECASE)
+#: Names of entries with averaged weights.
+_AVERAGED = re.compile(r"(?i:(?<![a-z])(?:ema|swa)(?![a-z])|averag)|(?<![A-Z])(?:EMA|SWA)")
+
+#: Names of what optimizers keep for each parameter.
+_OPTIMIZER = {"exp_avg", "exp_avg_sq", "momentum_buffer"}
+
+#: The entry of tensors that lie in the file itself, where others lie deeper.
+_TOP = "."
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class _Inert:
@@ -55,10 +66,10 @@ class _Array(_Inert):
 
 
 class _Mapping:
-    """Makes a plain dictionary."""
+    """Makes a dictionary that the weights-only reader lets have attributes."""
 
     def __new__(cls, *_: Any) -> Any:
-        return {}
+        return OrderedDict()
 
 
 class _List:
@@ -74,7 +85,13 @@ _STAND_INS: dict[type, tuple[str, ...]] = {
     _Inert: (
         "argparse.Namespace",
         "types.SimpleNamespace",
-        *(f"builtins.{name}" for name in ("bool", "dict", "float", "getattr", "int", "list", "str")),
+        *(f"builtins.{name}" for name in ("bool", "dict", "float", "frozenset", "getattr", "int", "list", "str", "tuple")),
+        "omegaconf.base.ContainerMetadata",
+        "omegaconf.base.Metadata",
+        "omegaconf.dictconfig.DictConfig",
+        "omegaconf.listconfig.ListConfig",
+        *(f"omegaconf.nodes.{kind}Node" for kind in ("Any", "Boolean", "Bytes", "Enum", "Float", "Integer", "Path", "String")),
+        "typing.Any",
         *(f"datetime.{name}" for name in ("date", "datetime", "timedelta", "timezone")),
         *(
             f"{module}.{kind}"
@@ -93,6 +110,10 @@ _STAND_INS: dict[type, tuple[str, ...]] = {
     ),
     _Mapping: (
         "collections.defaultdict",
+        "detectron2.config.config.CfgNode",
+        "easydict.EasyDict",
+        "fvcore.common.config.CfgNode",
+        "yacs.config.CfgNode",
         "lightning.fabric.utilities.data.AttributeDict",
         "lightning_fabric.utilities.data.AttributeDict",
         "pytorch_lightning.utilities.parsing.AttributeDict",
@@ -145,14 +166,23 @@ def read_weights(path: Path, entry: str | None = None) -> StoredWeights:
     states: dict[str, dict[str, Tensor]] = {}
     if isinstance(content, dict):
         states = _states(content) if content else {"": {}}
+        if len(states) > 1 and "" in states:
+            states = {name or _TOP: state for name, state in states.items()}
     if not states:
         raise ModelError(f"The weights {path} hold no state dict (a mapping of names to tensors): they do not fit any model.")
+    entries = tuple(filter(None, states))
+    counter = states.get("ema_state_dict", {}).get("steps")
+    if "state_dict" in states and counter is not None and counter.ndim == 0:  # of mmengine's EMAHook
+        del states["ema_state_dict"]["steps"]
+        said = {"state_dict": " (averaged: mmengine swaps them)", "ema_state_dict": " (not averaged)"}
+        entries = tuple(name + said.get(name, "") for name in entries)
+        entry = entry or "state_dict"
     name = _chosen(list(states), entry, path)
     return StoredWeights(
         path,
         _renamed(states[name], path),
         name or None,
-        tuple(filter(None, states)),
+        entries,
         _class_names(content),
     )
 
@@ -179,6 +209,12 @@ def _content(path: Path) -> Any:
             return load_file(path)
         if not start.startswith((b"PK", b"\x80")):
             raise ValueError(f"give a file that ends in {', '.join(SUFFIXES)}, as safetensors or torch.save write it")
+        protocol = _protocol(path, start)
+        if protocol in (4, 5):
+            raise ModelError(
+                f"The weights {path} are in pickle protocol {protocol}, which the weights-only reader "
+                "does not know: save them again with torch.save's default protocol, or as safetensors."
+            )
         with torch.serialization.safe_globals(stand_ins):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -196,11 +232,24 @@ def _content(path: Path) -> Any:
         raise ModelError(f"The weights {path} are damaged or no weights file: {reason}") from error
 
 
-def _states(content: dict[Any, Any], depth: int = 2) -> dict[str, dict[str, Tensor]]:
+def _protocol(path: Path, start: bytes) -> int | None:
+    """The pickle protocol of a file of ``torch.save``; None where the file does not say."""
+    if start.startswith(b"PK"):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                pickles = [name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl"]
+                start = archive.open(pickles[0]).read(2) if pickles else b""
+        except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zlib.error):
+            return None  # torch.load says what is wrong
+    return start[1] if start[:1] == b"\x80" and len(start) > 1 else None
+
+
+def _states(content: dict[Any, Any], depth: int = 4) -> dict[str, dict[str, Tensor]]:
     """State dicts in a file by the names of the entries that lead to them, joined by dots.
 
     ``""`` is the name of ``content`` itself. Optimizers have tensors by the model's names too, and
-    are passed over.
+    are passed over. So are tensors beside an inner state dict if none of their names has a dot:
+    they are no model's.
     """
     inner: dict[str, dict[str, Tensor]] = {}
     for name, value in content.items():
@@ -209,9 +258,10 @@ def _states(content: dict[Any, Any], depth: int = 2) -> dict[str, dict[str, Tens
             inner |= {f"{name}.{rest}" if rest else name: state for rest, state in found.items()}
     own = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
     weights = any(value.is_floating_point() and value.ndim for value in own.values())
+    weights = weights and not own.keys() & _OPTIMIZER and (not inner or any("." in name for name in own))
     wrapped = any(name.partition(".")[0] in (*PREFERRED, *_WRAPPERS) for name in inner)
     if weights and not wrapped and not any(isinstance(value, _Array) for value in content.values()):
-        return {"": own}
+        return {"": own, **inner}
     return inner
 
 
@@ -222,7 +272,7 @@ def _chosen(names: list[str], wanted: str | None, path: Path) -> str:
         known = suggest(str(wanted), names) if any(names) else " It is one state dict: leave it out."
         raise ModelError(f"The weights {path} have no entry '{wanted}' (--weights-entry).{known}")
     best = _preferred(given)
-    averaged = [name for name in given if _EMA.search(name)]
+    averaged = [name for name in given if _AVERAGED.search(name)]
     if len(best) > 1 or (wanted is None and averaged and best[0] not in averaged):
         raise ModelError(
             f"The weights {path} have several entries with weights: {', '.join(map(repr, given))}. "
@@ -235,6 +285,8 @@ def _preferred(names: list[str]) -> list[str]:
     """The names that are left once timm's order has decided, level by level."""
     if len(names) == 1:
         return names
+    if _TOP in names:
+        return [_TOP]
     first = {name.partition(".")[0] for name in names}
     for head in (*PREFERRED, *(first if len(first) == 1 else ())):
         if head in names:
@@ -251,6 +303,11 @@ def _renamed(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     for name, value in state.items():
         if name == "n_averaged" and value.ndim == 0:  # of torch.optim.swa_utils.AveragedModel
             continue
+        problem = _unreadable(value)
+        if problem is not None:
+            raise ModelError(
+                f"The weights {path} have '{name}' {problem}: save it as a dense tensor of float32, float16 or bfloat16."
+            )
         own = _own_name(name)
         if own in found:
             raise ModelError(
@@ -259,6 +316,21 @@ def _renamed(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
             )
         found[own] = value
     return found
+
+
+def _unreadable(tensor: Tensor) -> str | None:
+    """What keeps a tensor from being copied into a model; None if nothing does."""
+    if tensor.is_meta:
+        return "on the device 'meta', without values"
+    if tensor.layout is not torch.strided:
+        return f"in the layout {_short(tensor.layout)}"
+    if tensor.is_quantized or (tensor.is_floating_point() and tensor.dtype not in _FLOATS):
+        return f"as {_short(tensor.dtype)}"
+    return None
+
+
+def _short(kind: torch.dtype | torch.layout) -> str:
+    return str(kind).removeprefix("torch.")
 
 
 def _own_name(name: str) -> str:
@@ -324,13 +396,19 @@ def _misfit(expected: dict[str, Tensor], state: dict[str, Tensor]) -> str | None
     missing = [name for name in expected if name not in state]
     surplus = [name for name in state if name not in expected]
     shapes = [name for name, value in state.items() if name in expected and value.shape != expected[name].shape]
-    if not (missing or surplus or shapes):
+    kinds = [
+        name
+        for name, value in state.items()
+        if name in expected and expected[name].is_floating_point() and not value.is_floating_point()
+    ]
+    if not (missing or surplus or shapes or kinds):
         return None
     pairs = _nearest(missing, surplus)
     counts = {
         "Missing names": [*(pair[0] for pair in pairs), *missing],
         "Unexpected names": [*(pair[1] for pair in pairs), *surplus],
         "Shape mismatch": shapes,
+        "Not floating point, as quantized weights are": [f"{name} is {_short(state[name].dtype)}" for name in kinds],
     }
     listed = ". ".join(f"{what}: {_some(dict.fromkeys(names))}" for what, names in counts.items() if names)
     return "\n".join(

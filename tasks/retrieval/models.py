@@ -140,7 +140,8 @@ def _activation(stored: StoredWeights) -> bool | None:
     config = content.get("model_cfg") if isinstance(content, dict) else None
     if stored.path.name not in FILES or not isinstance(config, dict):
         return None
-    return bool(config.get("quick_gelu", False))
+    told = config.get("quick_gelu", False)
+    return told if isinstance(told, bool) else None
 
 
 def _configuration(architecture: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -150,6 +151,8 @@ def _configuration(architecture: str, arguments: dict[str, Any]) -> dict[str, An
     wrong = sorted(arguments.keys() & {*inspect.signature(open_clip.create_model).parameters, "pretrained_hf", "cast_dtype"})
     if wrong:
         raise ModelError(f"--model-args are for the model's constructor, {', '.join(wrong)} are not: give {', '.join(config)}.")
+    if not isinstance(arguments.get("quick_gelu", False), bool):
+        raise ModelError(f"--model-args: quick_gelu is true or false, without quotes, not {json.dumps(arguments['quick_gelu'])}.")
     for name, value in arguments.items():
         if name not in _TOWERS:
             config[name] = value

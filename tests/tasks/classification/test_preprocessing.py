@@ -189,6 +189,7 @@ def test_sizes_as_users_write_them(text: str) -> None:
     [
         ("input-size", "big"), ("input-size", "0"), ("input-size", "1,2,3,4"), ("input-size", ""), ("crop-pct", "0"),
         ("crop-pct", "90"), ("crop-pct", "nan"), ("mean", "a,b,c"), ("std", "0"), ("mean", "inf"), ("interpolation", "cubic"),
+        ("mean", "-0.1"), ("std", "1e-300"),
     ],
 )  # fmt: skip
 def test_impossible_values_are_explained(tmp_path: Path, option: str, text: str) -> None:
@@ -196,6 +197,12 @@ def test_impossible_values_are_explained(tmp_path: Path, option: str, text: str)
         parse_preprocessing({option.replace("-", "_"): text})
     code, _, err = command("run", "--model", "demo_vit", f"--{option}", text, "--results", tmp_path)
     assert (code, err.startswith("error: --")) == (2, True)
+
+
+@pytest.mark.parametrize(("option", "text"), [("mean", "123.675,116.28,103.53"), ("std", "58.395,57.12,57.375")])
+def test_values_of_0_to_255_are_to_be_divided(option: str, text: str) -> None:
+    with pytest.raises(RecipeError, match=rf"--{option} '{text}' is not possible: .*Divide values of 0\.\.255 by 255\."):
+        parse_preprocessing({option: text})
 
 
 def test_demo_models_take_no_other_preprocessing(tmp_path: Path) -> None:
@@ -232,11 +239,12 @@ def test_stages_keep_what_was_given(data: Path, tmp_path: Path) -> None:
     given = ["--weights", path, "--data", data, "--threads", 1]
     quick = ["--method", "qdrop", "--range-search", "minmax", "--calibration-images", 4, "--calibration-transform", "eval"]
     arguments = json.dumps({**SMALL, "img_size": 32})
-    code, _, err = command(
+    code, said, err = command(
         *("calibrate", "--model", VIT, "--model-args", arguments, *given, *quick, "--steps", 1, "--batch-size", 4),
         *("--crop-pct", 0.5, "--mean", 0.25, "--out", out),
     )
     assert code == 0, err
+    assert "note: preprocessing: 3 x 32 x 32, bicubic, crop 0.5 (center), mean 0.25, 0.25, 0.25" in said
     code, text, err = command("inspect", out, "--weights", path)
     assert "preprocessing: 3 x 32 x 32, bicubic, crop 0.5 (center), mean 0.25, 0.25, 0.25, std 0.5, 0.5, 0.5" in text, err
     content = json.loads(command("inspect", out, "--weights", path, "--json")[1])
@@ -246,7 +254,15 @@ def test_stages_keep_what_was_given(data: Path, tmp_path: Path) -> None:
     assert code == 0, err
     code, _, err = command("reconstruct", out, *given, "--mean", 0.75, "--out", tmp_path / "c.safetensors")
     assert code == 2, "other calibration images"
-    assert command("evaluate", whole, *given)[0] == 0
+    code, said, err = command("evaluate", whole, *given)
+    assert code == 0, err
+    assert "note: preprocessing: 3 x 32 x 32, bicubic, crop 0.5 (center), mean 0.25, 0.25, 0.25" in said
+    assert "replaces" not in said
+    code, said, err = command("evaluate", whole, *given, "--mean", 0.75, "--std", 0.25, "--crop-pct", 0.5)
+    assert code == 0, err
+    assert "crop 0.5 (center), mean 0.75, 0.75, 0.75, std 0.25, 0.25, 0.25" in said
+    notes = [line.split(", which")[0] for line in said.splitlines() if "replaces" in line]
+    assert notes == ["note: --mean 0.75 replaces 0.25", "note: --std 0.25 replaces the model's own"]
     code, _, err = command("evaluate", whole, *given, "--input-size", 64)
     assert (code, "takes none of (3, 64, 64)" in err) == (2, True)
 
@@ -294,7 +310,9 @@ def test_stages_take_the_entry_of_the_checkpoint(data: Path, tmp_path: Path) -> 
     code, said, err = command(*start, "--weights-entry", "ema_net")
     assert code == 0, err
     assert "weights: entry 'ema_net' of net, ema_net" in said
-    assert command("evaluate", out, *given)[0] == 0
+    code, said, err = command("evaluate", out, *given)
+    assert code == 0, err
+    assert "note: weights: entry 'ema_net' of net, ema_net" in said
     assert "entry of the weights file: ema_net" in command("inspect", out, "--weights", path)[1]
     code, _, err = command("evaluate", out, *given, "--weights-entry", "net")
     assert (code, "was made from other weights" in err) == (2, True)

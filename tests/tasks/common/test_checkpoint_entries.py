@@ -4,7 +4,9 @@ import argparse
 import collections
 import datetime
 import pickle
+import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -90,7 +92,19 @@ def test_entries_are_chosen_as_timm_chooses_them(tmp_path: Path, entries: tuple[
 
 @pytest.mark.parametrize(
     "name",
-    ["model_state_dict", "net", "ema", "params", "weights", "module", "teacher", "my_own_name", "model.state_dict", "ema.module"],
+    [
+        "model_state_dict",
+        "net",
+        "ema",
+        "params",
+        "weights",
+        "module",
+        "teacher",
+        "my_own_name",
+        "model.state_dict",
+        "ema.module",
+        "checkpoint.model.state_dict",
+    ],
 )
 def test_one_entry_of_any_name_is_found(tmp_path: Path, name: str) -> None:
     content: Any = state()
@@ -102,13 +116,21 @@ def test_one_entry_of_any_name_is_found(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "names", [("net", "ema_net"), ("student", "teacher"), ("params", "params_ema"), ("model", "ema"), ("net", "ema.module")]
-)
+    "names",
+    [
+        ("net", "ema_net"), ("student", "teacher"), ("params", "params_ema"), ("model", "ema"), ("net", "ema.module"),
+        ("model", "swa_state"), ("model", "averaged_model"), ("state_dict", "callbacks.EMA.ema_state_dict"),
+        ("state_dict", "callbacks.EMACallback.weights"),
+    ],
+)  # fmt: skip
 def test_entries_of_no_known_preference_are_asked_for(tmp_path: Path, names: tuple[str, str]) -> None:
     contents: dict[str, Any] = {}
     for seed, name in enumerate(names):
-        head, _, rest = name.partition(".")
-        contents[head] = {rest: state(seed)} if rest else state(seed)
+        head, *rest = name.split(".")
+        content: Any = state(seed)
+        for part in reversed(rest):
+            content = {part: content}
+        contents[head] = content
     path = saved(contents, tmp_path / "weights.pth")
     with pytest.raises(ModelError, match=r"several entries with weights.*--weights-entry") as caught:
         read_weights(path)
@@ -126,6 +148,41 @@ def test_entries_that_are_not_there(tmp_path: Path) -> None:
         assert (read_weights(plain).entry, read_weights(plain).entries) == (None, ())
         with pytest.raises(ModelError, match=r"no entry 'model' .*It is one state dict: leave it out"):
             read_weights(plain, "model")
+
+
+def test_tensors_beside_a_state_dict(tmp_path: Path) -> None:
+    """Names without a dot are no model's; with one, the file itself is the entry '.'."""
+    path = saved({"vit": state(), "class_weights": torch.ones(3)}, tmp_path / "a.pth")
+    for wanted in (None, "vit"):
+        found = read_weights(path, wanted)
+        assert equal(found.state, state())
+        assert (found.entry, found.entries) == ("vit", ("vit",))
+    path = saved({**state(), "vit": state(1)}, tmp_path / "b.pth")
+    for wanted, seed in ((None, 0), (".", 0), ("vit", 1)):
+        found = read_weights(path, wanted)
+        assert equal(found.state, state(seed))
+        assert found.entries == (".", "vit")
+
+
+def test_optimizers_by_name_are_no_entries(tmp_path: Path) -> None:
+    kept = {name: {"step": torch.tensor(1.0), "exp_avg": value} for name, value in state(1).items()}
+    path = saved({"net": state(), "opt": {"state": kept}}, tmp_path / "a.pth")
+    assert read_weights(path).entries == ("net",)
+
+
+def test_mmengine_keeps_averages_as_the_state_dict(tmp_path: Path) -> None:
+    """Its EMAHook swaps both before it saves; ``steps`` tells that it did."""
+    plain = {f"module.{name}": value for name, value in state(1).items()}
+    content = {"state_dict": state(), "ema_state_dict": {"steps": torch.tensor(5), **plain}}
+    path = saved(content, tmp_path / "a.pth")
+    found = read_weights(path)
+    assert equal(found.state, state())
+    assert found.entry == "state_dict"
+    assert found.entries == ("state_dict (averaged: mmengine swaps them)", "ema_state_dict (not averaged)")
+    assert equal(read_state(path, "ema_state_dict"), state(1))
+    saved({**content, "ema_state_dict": plain}, path)
+    with pytest.raises(ModelError, match="several entries"):
+        read_weights(path)
 
 
 def test_the_identity_of_weights_is_of_the_entry(tmp_path: Path) -> None:
@@ -201,6 +258,34 @@ def test_allowed_names_neither_import_nor_run_what_they_name(tmp_path: Path, mon
     assert Trap.touched == []
 
 
+class Settings(dict[str, Any]):
+    """A dictionary with attributes, as CfgNode and EasyDict are."""
+
+    def __init__(self, *content: Any) -> None:
+        super().__init__(*content)
+        self.__dict__["frozen"] = True
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [("yacs.config", "CfgNode"), ("easydict", "EasyDict"), ("omegaconf.dictconfig", "DictConfig"), ("builtins", "frozenset")],
+)
+def test_configurations_beside_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, name: str) -> None:
+    """The classes of libraries that need not be installed: others of their form have their names."""
+    config: Any = frozenset({1})
+    if module != "builtins":
+        form = type(name, (object,) if name == "DictConfig" else (Settings,), {"__module__": module})
+        for part in {module.partition(".")[0], module}:
+            monkeypatch.setitem(sys.modules, part, types.ModuleType(part))
+        monkeypatch.setattr(sys.modules[module], name, form, raising=False)
+        config = form()
+        config.__dict__["_content"] = {"lr": 0.1}
+    path = saved({"model": state(), "config": config}, tmp_path / "a.pth")
+    found = read_weights(path)
+    assert equal(found.state, state())
+    assert found.entries == ("model",)
+
+
 def test_other_classes_are_named_and_refused(tmp_path: Path) -> None:
     path = saved({"state_dict": state(), "trainer": Trap()}, tmp_path / "a.pth")
     with pytest.raises(ModelError, match=rf"hold more than tensors .*{__name__}.Trap.*Convert them to safetensors"):
@@ -211,10 +296,11 @@ def test_other_classes_are_named_and_refused(tmp_path: Path) -> None:
     assert Trap.touched == []
 
 
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_a_newer_pickle_is_refused_with_the_reason(tmp_path: Path) -> None:
-    torch.save({"state_dict": state()}, tmp_path / "a.pth", pickle_protocol=4)
-    with pytest.raises(ModelError, match=r"more than tensors .*Unsupported operand"):
+@pytest.mark.parametrize("new", [True, False], ids=["zip", "old format"])
+@pytest.mark.parametrize("protocol", [4, 5])
+def test_a_newer_pickle_is_refused_with_the_reason(tmp_path: Path, protocol: int, new: bool) -> None:
+    torch.save({"state_dict": state()}, tmp_path / "a.pth", pickle_protocol=protocol, _use_new_zipfile_serialization=new)
+    with pytest.raises(ModelError, match=rf"pickle protocol {protocol}, .*default protocol, or as safetensors"):
         read_state(tmp_path / "a.pth")
     (tmp_path / "b.pth").write_bytes(pickle.dumps([1, 2], protocol=2))
     with pytest.raises(ModelError, match="damaged or no weights file"):
@@ -292,6 +378,31 @@ def test_missing_and_surplus_names_come_with_the_nearest_pairs() -> None:
     assert "Shape mismatch: 1 ('first.bias')" in lines[0]
     assert "  near: the model has 'second.weight', the file 'secnd.weight'" in lines[1:]
     assert "  'first.bias' is (5,) in the file, (4,) in the model" in lines
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda value: value.to(torch.float8_e4m3fn), "as float8_e4m3fn"),
+        (lambda value: value.to_sparse(), "in the layout sparse_coo"),
+        (lambda value: value.to("meta"), "on the device 'meta', without values"),
+    ],
+)
+def test_tensors_that_cannot_be_copied_are_refused(tmp_path: Path, change: Callable[[Tensor], Tensor], said: str) -> None:
+    path = saved({name: change(value) for name, value in state().items()}, tmp_path / "a.pth")
+    with pytest.raises(ModelError, match=rf"'first.weight' {said}: save it as a dense tensor of float32"):
+        read_state(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64])
+def test_integers_do_not_fit_floats(dtype: torch.dtype) -> None:
+    wrong = {**state(), "first.weight": torch.ones(4, 3, dtype=dtype)}
+    kind = str(dtype).removeprefix("torch.")
+    with pytest.raises(ModelError, match=rf"Not floating point, as quantized weights are: 1 \('first.weight is {kind}'\)"):
+        load_state(network(), wrong, "a.pth")
+    half = {name: value.half() for name, value in state().items()}
+    load_state(network(), half, "a.pth")
 
 
 def test_the_message_stays_short_for_large_models() -> None:

@@ -337,6 +337,17 @@ def test_open_clips_own_configuration_tells_the_activation(tmp_path: Path, clip:
         load_model(ModelRequest("ViT-B-32", CLIP, weights=other))
 
 
+@pytest.mark.parametrize("quick", ["false", 0, None])
+def test_quick_gelu_is_true_or_false(tmp_path: Path, clip: nn.Module, quick: object) -> None:
+    """Any text is true in Python, "false" too."""
+    path = write(clip.state_dict(), tmp_path / "open_clip_model.safetensors")
+    with pytest.raises(ModelError, match=rf"quick_gelu is true or false, without quotes, not {json.dumps(quick)}\."):
+        load_model(ModelRequest("ViT-B-32", {**CLIP, "quick_gelu": quick}, weights=path))
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {"quick_gelu": quick}}))
+    with pytest.raises(ModelError, match="do not say which activation"):
+        load_model(ModelRequest("ViT-B-32", CLIP, weights=path))
+
+
 def test_quickgelu_is_of_the_name(tmp_path: Path, clip: nn.Module) -> None:
     path, pixels = write(clip.state_dict(), tmp_path / "a.safetensors"), images(2, 64)
     exact, quick = (load_model(ModelRequest(name, CLIP, weights=path)).model for name in ("laion_vit_b32", "clip_vit_b32"))
