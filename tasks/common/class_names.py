@@ -28,7 +28,7 @@ def told_apart(names: Sequence[str], folders: Sequence[str]) -> tuple[str, ...]:
 
 
 def by_name(classes: Sequence[str], others: Sequence[str]) -> dict[int, int]:
-    """Label by position among ``others``: of the same name, else of the one name left that is alike."""
+    """Label by position in ``others``: of the same name, else of the one left that is alike."""
     found: dict[int, int] = {}
     ways: tuple[Callable[[str], str], ...] = (str, _simplified)
     for way in ways:

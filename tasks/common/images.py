@@ -79,13 +79,13 @@ def as_rgb(image: Image.Image) -> Image.Image:
 def open_rgb(path: Path) -> Image.Image:
     """Read an image file, of an animation the first frame, as 8-bit RGB. Raises :data:`DAMAGED`."""
     with Image.open(path) as image:
-        # Mapped files of TIFF that are stored on their side come out with swapped sides.
+        # Pillow maps files that it knows the name of, and then swaps the sides of turned TIFF.
         image.filename = ""
         return as_rgb(image)
 
 
 def is_image(path: Path) -> bool:
-    """True for a file that Pillow takes for an image by its first bytes, or else by its ending: it is damaged then."""
+    """True for a file that Pillow takes for an image, or that has the ending of one: it is damaged."""
     if not path.is_file():
         return False
     try:
