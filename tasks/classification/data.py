@@ -33,7 +33,7 @@ def open_source(loaded: LoadedModel, data: DataRequest, part: str) -> Source:
     if data.path is None:
         raise DataError(f"{loaded.tag} needs data: give --data /path/to/imagenet. {LAYOUT}.")
     labelled = part != "train"  # calibration does not use labels
-    source = open_folder(data.path, part, data.class_order, loaded.class_names or (), labelled)
+    source = open_folder(data.path, part, data.class_order, loaded.class_names, labelled)
     if source.classes != loaded.classes:
         raise DataError(
             f"{data.path / part} has {source.classes} classes, {loaded.tag} has {loaded.classes}: use data or weights that fit."

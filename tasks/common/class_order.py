@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fimaq_core.errors import DataError, suggest
+from tasks.common.class_names import WORDNET_ID, by_name
 from tasks.common.files import composed, parse_json, read_text
 from tasks.common.hashing import file_sha256
 
@@ -39,8 +40,9 @@ def ordered(
     classes: Sequence[str],
     where: Path,
     order: str | None,
-    known: Sequence[str] = (),
+    known: Sequence[str] | None = None,
     labels: bool = True,
+    wanted: str = "that the weights were trained with",
 ) -> tuple[list[str], str]:
     """Sort class folders by label; return the names and the name of the order.
 
@@ -48,11 +50,14 @@ def ordered(
         classes: names of the folders.
         where: the folder that holds them.
         order: ``text``, ``natural`` or the path of a file; None where the user said nothing.
-        known: class names by label that the checkpoint gives; used where the folders have them.
+        known: class names by label that the checkpoint gives; used where the folders have them, but
+            for case, spaces and underscores. None: it gives none; empty: they cannot be read.
         labels: False where labels are not used, so that no order needs to be chosen.
+        wanted: which order the user is asked for.
 
     Raises:
-        DataError: text and natural order differ and none was chosen, or a file that does not fit.
+        DataError: no order was chosen, and text and natural order differ or the checkpoint has as
+            many classes of other names; or a file that does not fit.
     """
     text = sorted(classes, key=composed)
     twice = _first_twice(map(composed, text))
@@ -62,11 +67,23 @@ def ordered(
     if order not in (None, TEXT, NATURAL):
         path = _file(order)
         return _matched(read_class_order(path), text, where, path), FILE
-    if order is None and known and sorted(map(composed, known)) == [*map(composed, text)]:
-        return _matched(known, text, where), CHECKPOINT
+    if order is None and (by_checkpoint := _by_known(known, text)):
+        return by_checkpoint, CHECKPOINT
     natural = sorted(text, key=_natural_key(text))
     if order == NATURAL:
         return natural, NATURAL
+    choices = (
+        f"Give the order {wanted}: --class-order text (torchvision), --class-order natural (timm), or "
+        "--class-order FILE with one class name per line, or write it to "
+        f"{where.parent / STANDING}, which all commands read."
+    )
+    if order is None and labels and known and _same_kind(known, text):
+        own = by_name([*map(composed, known)], [*map(composed, text)])
+        odd = next(name for spot, name in enumerate(text) if spot not in own)
+        raise DataError(
+            f"The labels of the classes in {where} are not clear: the class names in the weights file "
+            f"({', '.join(known[:3])}{', ...' if len(known) > 3 else ''}) do not match the folders, such as {odd!r}. {choices}"
+        )
     # Names with decomposed accents sort elsewhere than their composed forms.
     stored = "as the names are stored (decomposed Unicode)"
     for words, other in {"in natural order": natural, stored: sorted(classes)}.items():
@@ -75,19 +92,56 @@ def ordered(
             raise DataError(
                 f"The labels of the classes in {where} are not clear: "
                 f"label {place} is {text[place]!r} in text order and {other[place]!r} {words}. "
-                "Give the order that the weights were trained with: "
-                "--class-order text (torchvision), --class-order natural (timm), or "
-                f"--class-order FILE with one class name per line. {where.parent / STANDING} is such "
-                "a file for all commands."
+                f"{choices}"
             )
     return text, TEXT
+
+
+def known_notes(names: Sequence[str], order: str, known: Sequence[str] | None) -> list[str]:
+    """Say what the class names of a checkpoint (``known``) did for labels.
+
+    Args:
+        names: of the folders by label, as :func:`ordered` gives them.
+        order: its name.
+        known: as in :func:`ordered`.
+    """
+    if known is None:
+        return []
+    matched = _by_known(known, names)
+    if order == CHECKPOINT:
+        pairs = [(own, name) for own, name in zip(names, known, strict=True) if composed(own) != composed(name)]
+        alike = f", alike but for case, spaces and underscores, such as {pairs[0][0]!r} for {pairs[0][1]!r}" if pairs else ""
+        return [f"labels follow the class names in the weights file{alike}"]
+    if matched and matched != [*names]:
+        place = [own == other for own, other in zip(names, matched, strict=True)].index(False)
+        return [
+            f"labels follow the class order given ({order}), against the class names in the weights file: "
+            f"label {place} is {names[place]!r}, in the weights file {known[place]!r}"
+        ]
+    if matched or order == FILE:
+        return []
+    why = "do not match the folders" if known else "cannot be read"
+    return [f"the class names in the weights file {why}: labels follow {order} order"]
+
+
+def _by_known(known: Sequence[str] | None, folders: Sequence[str]) -> list[str]:
+    """Folders in the order of the class names of a checkpoint; empty where these are others."""
+    found = by_name([*map(composed, known or ())], [*map(composed, folders)])
+    fits = known is not None and len(found) == len(folders) == len(known)
+    return [folders[spot] for spot in sorted(found, key=found.__getitem__)] if fits else []
+
+
+def _same_kind(known: Sequence[str], folders: Sequence[str]) -> bool:
+    """True for names that should match: as many, and not WordNet ids on one side only."""
+    ids = [all(map(WORDNET_ID.fullmatch, names)) for names in (known, folders)]
+    return len(known) == len(folders) and ids[0] == ids[1]
 
 
 def read_class_order(path: Path) -> list[str]:
     """Class names by label from a file.
 
     Text has one name per line. JSON is a list of names, or an object ``{name: label}`` or
-    ``{label: name}``.
+    ``{label: name}`` with labels as numbers or digits.
 
     Raises:
         DataError: the file cannot be read, or labels are not 0, 1, 2, ... once each.
@@ -97,25 +151,26 @@ def read_class_order(path: Path) -> list[str]:
         return [line.strip() for line in text.splitlines() if line.strip()]
     content = parse_json(text, str(path))
     if isinstance(content, dict):
-        content = _by_label(content, path)
+        content = by_label(content.items()) or by_label((label, name) for name, label in content.items())
     if not isinstance(content, list) or not all(isinstance(name, str) for name in content):
-        form = "a JSON list of names or an object {name: label} is expected"
-        raise DataError(f"{path} is no class order: {form}.")
+        form = '["ant", "bee"], or an object with the labels 0, 1, 2, ... once each, {"ant": 0, "bee": 1}'
+        raise DataError(f"{path} is no class order: give a JSON list of names, such as {form}.")
     return content
 
 
-def _by_label(content: dict[str, Any], path: Path) -> list[Any]:
-    pairs = [(label, name) for name, label in content.items()]
-    if all(isinstance(name, str) and key.isdecimal() for key, name in content.items()):
-        pairs = [(int(key), name) for key, name in content.items()]
-    labels = [label for label, _ in pairs]
-    if any(type(label) is not int for label in labels) or {*labels} != {*range(len(pairs))}:
-        wanted = f"one label from 0 to {len(pairs) - 1}"
-        raise DataError(f"{path} does not give each of its {len(pairs)} classes {wanted}.")
-    return [name for _, name in sorted(pairs)]
+def by_label(pairs: Iterable[tuple[Any, Any]]) -> list[str] | None:
+    """Names of pairs (label, name) by label; None unless labels are 0, 1, 2, ... once each.
+
+    Labels are numbers or their digits.
+    """
+    listed = [(int(label) if isinstance(label, str) and label.isdecimal() else label, name) for label, name in pairs]
+    sound = all(type(label) is int and isinstance(name, str) for label, name in listed)
+    if not listed or not sound or {label for label, _ in listed} != {*range(len(listed))}:
+        return None
+    return [name for _, name in sorted(listed)]
 
 
-def _matched(names: Sequence[str], classes: Sequence[str], where: Path, path: Path | None = None) -> list[str]:
+def _matched(names: Sequence[str], classes: Sequence[str], where: Path, path: Path) -> list[str]:
     """Folders in the order of ``names``, equal up to their Unicode form. Raises DataError."""
     folders = {composed(name): name for name in classes}
     listed = [composed(name) for name in names]
@@ -125,13 +180,15 @@ def _matched(names: Sequence[str], classes: Sequence[str], where: Path, path: Pa
     surplus = [name for name in listed if name not in folders]
     missing = sorted(folders.keys() - set(listed))
     if surplus or missing:
+        from tasks.common.images import counted  # heavy, and needed for this message only
+
         problems = []
         if surplus:
             near = suggest(surplus[0], missing) if missing else ""
             near = f" ({near.strip()})" if 0 < len(near) < 100 else ""
-            problems.append(f"{len(surplus)} are not folders, such as {surplus[0]!r}{near}")
+            problems.append(f"{counted(len(surplus), 'name')} without a folder, such as {surplus[0]!r}{near}")
         if missing:
-            problems.append(f"{len(missing)} folders are not in it, such as {missing[0]!r}")
+            problems.append(f"{counted(len(missing), 'folder')} without a name in it, such as {missing[0]!r}")
         raise DataError(f"{path} does not list the classes of {where}: {'; '.join(problems)}.")
     return [folders[name] for name in listed]
 

@@ -40,12 +40,18 @@ def parse_json(text: str, where: str, hook: Callable[[dict[str, Any]], Any] | No
         raise DataError(f"{where} is not valid JSON: {error}.") from error
 
 
-def image_id(name: object, where: str) -> str:
-    """Id of an image: its path below the data's folder, with slashes. Raises DataError."""
+def image_id(name: object, where: str, root: Path | None = None) -> str:
+    """Id of an image: its path below the data's folder, with slashes. Raises DataError.
+
+    Absolute paths are taken where ``root``, that folder, is given.
+    """
+    given = name
+    if root is not None and isinstance(name, str) and name.startswith("/"):
+        name = id_below(posixpath.normpath(name), root)
     # Plain string work: a path object for each of MS-COCO's images takes seconds.
     path = posixpath.normpath(name) if isinstance(name, str) else "."
-    if path == "." or path.startswith("/") or ".." in str(name).split("/"):
-        raise DataError(f"{where}: {name!r} is not the path of an image below the folder of the data.")
+    if path == "." or path.startswith("/") or ".." in str(given).split("/"):
+        raise DataError(f"{where}: {given!r} is not the path of an image below the folder of the data.")
     return path
 
 
@@ -141,4 +147,5 @@ def id_below(name: str, root: Path | None) -> str:
     path = Path(name)
     if root is None or not path.is_absolute():
         return name
-    return path.relative_to(root.absolute()).as_posix() if path.is_relative_to(root.absolute()) else name
+    bases = (base for base in (root.absolute(), root.resolve()) if path.is_relative_to(base))
+    return next((path.relative_to(base).as_posix() for base in bases), name)

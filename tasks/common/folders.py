@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision.datasets.folder import is_image_file, make_dataset
 
 from fimaq_core.errors import DataError
-from tasks.common.class_order import CHECKPOINT, chosen, ordered
+from tasks.common.class_order import chosen, known_notes, ordered
 from tasks.common.files import composed, is_hidden
 from tasks.common.imagenet import IMAGENET, LAYOUT, is_imagenet
 from tasks.common.images import counted, file_reader, is_image, named
@@ -36,6 +36,7 @@ class Source:
         class_order: name of the labels' order, see :mod:`tasks.common.class_order`; None where
             classes are no folders.
         left_out: paths of the files that are neither hidden nor images.
+        label_notes: what the class names in the weights file did for labels, where these are used.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Source:
     class_names: Sequence[str] = ()
     class_order: str | None = None
     left_out: Sequence[str] = ()
+    label_notes: Sequence[str] = ()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -79,24 +81,23 @@ class Source:
         if self.left_out:
             files = counted(len(self.left_out), "file")
             found.append(f"{files} left out, since Pillow opens no image there: {named(self.left_out)}")
-        if self.class_order == CHECKPOINT:
-            found.append("labels follow the class names in the weights file")
-        return found
+        return [*found, *self.label_notes]
 
 
 def open_folder(
     root: Path,
     part: str,
     order: str | None = None,
-    known: Sequence[str] = (),
+    known: Sequence[str] | None = None,
     labels: bool = True,
+    wanted: str = "that the weights were trained with",
 ) -> Source:
     """Open the part ``train`` or ``val`` of a folder.
 
     Args:
         root: folder of the data.
         part: name of the folder in it.
-        order, known, labels: see :func:`tasks.common.class_order.ordered`.
+        order, known, labels, wanted: see :func:`tasks.common.class_order.ordered`.
 
     Raises:
         DataError: no folder, no images, other classes than the other part has, or unclear labels.
@@ -107,7 +108,7 @@ def open_folder(
     classes = _class_folders(folder)
     if not classes:
         raise DataError(f"{folder} holds no images in class folders. {LAYOUT}.")
-    names, word = ordered(classes, folder, chosen(order, root), known, labels)
+    names, word = ordered(classes, folder, chosen(order, root), known, labels, wanted)
     sibling = root / ("val" if part == "train" else "train")
     if sibling.is_dir():
         own, others = ({*map(composed, found)} for found in (classes, _class_folders(sibling)))
@@ -117,7 +118,9 @@ def open_folder(
             raise DataError(f"{folder} and {sibling} do not have the same classes: {only}.")
     # A folder's time changes when a file comes or goes.
     changed = tuple((folder / name).stat().st_mtime_ns for name in ("", *names))
-    return _listed_folder(root, part, tuple(names), word, changed)
+    source = _listed_folder(root, part, tuple(names), word, changed)
+    notes = known_notes(names, word, known) if labels else []
+    return replace(source, label_notes=notes) if notes else source
 
 
 def _class_folders(folder: Path) -> list[str]:

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset as TorchDataset
 from fimaq_core.errors import DataError
 
 #: Raised by Pillow for files that it cannot read, and by :func:`as_rgb`.
-DAMAGED = (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError)
+DAMAGED = (OSError, UnidentifiedImageError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError)
 
 #: Formats whose 16-bit grey values have the full range; others store signed values in that mode.
 _WIDE_FORMATS = ("PNG", "PPM", "TIFF", "JPEG2000")
@@ -79,11 +79,13 @@ def as_rgb(image: Image.Image) -> Image.Image:
 def open_rgb(path: Path) -> Image.Image:
     """Read an image file, of an animation the first frame, as 8-bit RGB. Raises :data:`DAMAGED`."""
     with Image.open(path) as image:
+        # Pillow maps files that it knows the name of, and then swaps the sides of turned TIFF.
+        image.filename = ""
         return as_rgb(image)
 
 
 def is_image(path: Path) -> bool:
-    """True for a file that Pillow takes for an image by its first bytes, whatever its name."""
+    """True for a file that Pillow takes for an image, or that has the ending of one: it is damaged."""
     if not path.is_file():
         return False
     try:
@@ -96,7 +98,8 @@ def is_image(path: Path) -> bool:
     except Image.DecompressionBombError:
         return True
     except DAMAGED:
-        return False
+        kind = Image.registered_extensions().get(path.suffix.lower(), "")
+        return Image.MIME.get(kind, "").startswith("image/")
 
 
 def file_reader(paths: Sequence[Path]) -> Callable[[int], Image.Image]:

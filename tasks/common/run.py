@@ -267,7 +267,9 @@ def _record(
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "outcomes": "outcomes.npz",
     }
-    return ResultRecord(**{**fields, **more})
+    fields |= more
+    fields["notes"] = list(dict.fromkeys(fields["notes"]))
+    return ResultRecord(**fields)
 
 
 def _write(record: ResultRecord, evaluation: Evaluation, lease: Lease) -> None:

@@ -38,7 +38,8 @@ class LoadedModel:
         context_length: tokens of a caption at most.
         entry: the entry of the weights file that was taken; None where it has none.
         entries: all entries of the file that hold weights.
-        class_names: of the classes in order, where the weights file has them.
+        class_names: of the classes in order, where the weights file has them; empty where they
+            cannot be read.
         preprocessing: how images become inputs; None where the task has a way of its own.
     """
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fimaq_core.errors import ModelError, NumericsError, suggest
+from tasks.common.class_order import by_label
 from tasks.common.hashing import SUFFIXES, file_sha256
 
 #: Entries of a checkpoint that hold weights, in timm's order of preference
@@ -131,7 +132,8 @@ class StoredWeights:
         state: tensors by the model's own names, without what wrappers added to them.
         entry: the entry of the file that was taken; None where the file is the state dict itself.
         entries: all entries of the file that hold weights.
-        class_names: of the classes in order, where the file has them.
+        class_names: of the classes in order; None where the file has none, empty where they cannot
+            be read.
     """
 
     path: Path
@@ -342,21 +344,35 @@ def _own_name(name: str) -> str:
 
 
 def _class_names(content: dict[Any, Any]) -> tuple[str, ...] | None:
-    """Names of classes as trainers keep them beside the weights; None where there are none."""
+    """Names of classes as trainers keep them beside the weights.
+
+    None where there are none, empty where they cannot be read: labels of NumPy, labels with gaps.
+    """
     meta = content.get("meta")
     inner = meta.get("dataset_meta") if isinstance(meta, dict) else None
+    unread = False
     for holder in (content, inner, meta, content.get("dataset_meta")):
         if not isinstance(holder, dict):
             continue
-        places = holder.get("class_to_idx")
-        if isinstance(places, dict) and set(places.values()) == set(range(len(places))):
-            return tuple(str(name) for name in sorted(places, key=places.__getitem__))
-        for key in ("class_names", "classes", "CLASSES"):
-            names = holder.get(key)
-            names = [names] if isinstance(names, str) else names
-            if isinstance(names, list | tuple) and names and all(isinstance(name, str) for name in names):
+        for key in ("class_to_idx", "idx_to_class", "class_names", "classes", "CLASSES"):
+            value = holder.get(key)
+            names = _names(value, key)
+            if names:
                 return tuple(names)
-    return None
+            unread |= isinstance(value, dict | list | tuple | _Inert) and value not in ({}, [], ())
+    return () if unread else None
+
+
+def _names(value: Any, key: str) -> list[str] | None:
+    if isinstance(value, str) and not key.startswith(("class_to", "idx_to")):
+        return [value]
+    if isinstance(value, dict):
+        pairs = list(value.items())
+        turned = [(label, str(name) if type(name) is int else name) for name, label in pairs]
+        first, second = (pairs, turned) if key != "class_to_idx" else (turned, pairs)
+        return by_label(first) or by_label(second)
+    listed = isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
+    return list(value) if listed else None
 
 
 def is_torchscript(path: Path) -> bool:

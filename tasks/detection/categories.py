@@ -1,12 +1,12 @@
 """Classes of a detector and categories of annotations, matched by name."""
 
-import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
-from unicodedata import normalize
 
 from fimaq_core.errors import DataError, suggest
+from tasks.common.class_names import by_name
+from tasks.common.images import counted
 from tasks.common.task import LoadedModel
 from tasks.detection.annotations import Coco, Entry
 
@@ -69,7 +69,7 @@ def match_categories(coco: Coco, loaded: LoadedModel, what: str) -> Matched:
         if unused:
             notes.append(f"Categories without annotations are left out, since only then their number fits: {_listed(unused)}")
         return Matched({**coco, "categories": kept}, tuple(entry["id"] for entry in kept), origin, tuple(notes))
-    found = _by_name(names, [entry["name"] for entry in categories])
+    found = by_name(names, [entry["name"] for entry in categories])
     unknown = [entry for position, entry in enumerate(categories) if position not in found]
     _check_unused(unknown, coco, loaded, names, what, origin)
     labels: list[int | None] = [None] * len(names)
@@ -110,25 +110,6 @@ def _class_names(loaded: LoadedModel) -> tuple[Sequence[str] | None, Origin]:
     return None, "annotations"
 
 
-def _by_name(classes: Sequence[str], categories: Sequence[str]) -> dict[int, int]:
-    """Label by position of its category: of the same name, else of the one name left that is alike."""
-    found: dict[int, int] = {}
-    ways: tuple[Callable[[str], str], ...] = (str, _simplified)
-    for way in ways:
-        left = {label: way(name) for label, name in enumerate(classes) if label not in found.values()}
-        rest = {spot: way(name) for spot, name in enumerate(categories) if spot not in found}
-        twice = {text for texts in (left, rest) for text, n in Counter(texts.values()).items() if n > 1}
-        labels = {text: label for label, text in left.items()}
-        for spot, text in rest.items():
-            if text in labels and text not in twice:
-                found[spot] = labels[text]
-    return found
-
-
-def _simplified(name: str) -> str:
-    return re.sub(r"[\s_]+", " ", normalize("NFKC", name)).strip().casefold()
-
-
 def _check_unused(
     unknown: Sequence[Entry],
     coco: Coco,
@@ -147,7 +128,7 @@ def _check_unused(
     if used:
         total = sum(counts[entry["id"]] for entry in used)
         raise DataError(
-            f"{what} has {total} annotations of categories that are no class of {loaded.tag}{assumed}: "
+            f"{what} has {counted(total, 'annotation')} of categories that are no class of {loaded.tag}{assumed}: "
             f"{_listed(used)}. Use weights that know them, or leave these annotations out."
             f"{suggest(used[0]['name'], names)}{naming}"
         )

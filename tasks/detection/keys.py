@@ -37,7 +37,7 @@ def class_names(stored: StoredWeights, classes: int) -> tuple[str, ...] | None:
         ModelError: names that are not distinct, or another number of them.
     """
     names = stored.class_names
-    if names is None:
+    if not names:
         return None
     if len(set(names)) < len(names):
         raise ModelError(f"The class names in the weights {stored.path} are not distinct: {str(names)[:200]}.")

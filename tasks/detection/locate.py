@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fimaq_core.errors import DataError
 from tasks.common.files import FilesBelow
+from tasks.common.images import counted
 from tasks.detection.layout import data_root, image_folders
 
 
@@ -96,15 +97,15 @@ def locate(
             found += [(text, file) for file, text in files.items()][:1]
     if outside:
         raise DataError(
-            f"{annotations} names {len(outside)} images outside of the data's folder "
-            f"{root or folder}, such as {outside[0]!r}: move the images there, or name them relative "
+            f"{annotations} names {counted(len(outside), 'image')} outside of the data's folder "
+            f"{root or folder}, such as {outside[0]!r}: move such images there, or name them relative "
             "to it."
         )
     if missing:
-        raise DataError(f"{annotations} names {len(missing)} images that are not in {folder}, such as {missing[0]!r}.")
+        raise DataError(f"{annotations} names {counted(len(missing), 'image')} missing from {folder}, such as {missing[0]!r}.")
     twice = [str(file) for file, count in Counter(file for _, file in found).items() if count > 1]
     if twice:
-        raise DataError(f"{annotations} lists {len(twice)} images twice under different names, such as {twice[0]}.")
+        raise DataError(f"{annotations} lists {counted(len(twice), 'image')} twice under different names, such as {twice[0]}.")
     return found
 
 

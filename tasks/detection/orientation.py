@@ -22,7 +22,7 @@ _ORIENTATION = 0x0112
 #: Tags that swap width and height.
 _SWAPPED = (5, 6, 7, 8)
 #: Errors of an image file whose header cannot be read.
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+UNREADABLE = (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError)
 #: Errors of a damaged EXIF block; such a block has no orientation.
 _DAMAGED = (SyntaxError, ValueError, KeyError, TypeError, EOFError, OSError, struct.error)
 

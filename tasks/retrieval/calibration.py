@@ -19,7 +19,7 @@ from tasks.common.task import CalibrationSet, LoadedModel
 from tasks.retrieval.captions import imagenet_pairs, open_pairs, pairs_root
 from tasks.retrieval.evaluate import truncated, truncation_notes
 from tasks.retrieval.pairs import PairSource
-from tasks.retrieval.zero_shot import class_names
+from tasks.retrieval.zero_shot import LINES, class_names
 
 
 def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> CalibrationSet:
@@ -78,7 +78,7 @@ def training_pairs(loaded: LoadedModel, data: DataRequest) -> PairSource:
         DataError: what the readers of the data refuse.
     """
     if data.evaluation == "zero-shot" and data.calibration_data is None and data.path is not None:
-        labelled = open_folder(data.path, "train", data.class_order)
+        labelled = open_folder(data.path, "train", data.class_order, wanted=LINES)
         return imagenet_pairs(labelled, class_names(data.path, labelled.class_names))
     return open_pairs(loaded, data, "train")
 

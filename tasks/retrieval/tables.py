@@ -49,7 +49,7 @@ def _read(path: Path, own: str | None, state: tuple[int, int]) -> _Splits:
         split = check_split(own if row.split is None else row.split, where)
         if own is not None and split != own:
             raise DataError(f"{where}: the split {split!r} does not belong into this file.")
-        image = image_id(row.image, where)
+        image = image_id(row.image, where, path.parent)
         if (other := split_of.setdefault(composed(image), split)) != split:
             raise DataError(f"{where}: {image!r} is in the splits {other!r} and {split!r}.")
         captions = splits.setdefault(split, {}).setdefault(image, [])

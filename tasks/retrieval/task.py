@@ -25,7 +25,7 @@ from tasks.retrieval.divergence import ContrastiveDivergence
 from tasks.retrieval.evaluate import evaluate_pairs, truncated
 from tasks.retrieval.pictures import pictures
 from tasks.retrieval.towers import TOWERS, build_towers
-from tasks.retrieval.zero_shot import ZeroShotClassifier, class_embeddings, class_names, named_classes
+from tasks.retrieval.zero_shot import LINES, ZeroShotClassifier, class_embeddings, class_names, named_classes
 
 
 class TwoTowers(nn.Module):
@@ -138,7 +138,7 @@ class RetrievalTask(Named):
         if data.evaluation == "zero-shot":
             if data.path is None:
                 raise DataError("Zero-shot evaluation needs images in class folders: give --data /path/to/imagenet.")
-            source = open_folder(data.path, "val", data.class_order)
+            source = open_folder(data.path, "val", data.class_order, wanted=LINES)
             folders = source.class_names
             names = class_names(data.path, folders)
             embedded = class_embeddings(model.encode_text, loaded.tokenizer, names, device, batch_size, report)

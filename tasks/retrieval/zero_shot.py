@@ -18,6 +18,8 @@ from tasks.common.record import Dataset
 from tasks.retrieval.embeddings import Encode, Tokenizer, embed_texts, normalised
 
 CLASSNAMES_FILE = "classnames.txt"
+#: The order of classes that counts here: the weights know none.
+LINES = f"of the lines in {CLASSNAMES_FILE}"
 Template = Callable[[str], str]
 TEMPLATES: tuple[Template, ...] = tuple(OPENAI_IMAGENET_TEMPLATES)
 _FORM = "one name per line, in the order of the labels"

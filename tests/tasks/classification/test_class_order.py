@@ -12,12 +12,12 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_model_data_config
 
 from fimaq_core.errors import DataError
 from tasks.classification.data import open_source
-from tasks.common.class_order import ordered, read_class_order
+from tasks.common.class_order import known_notes, ordered, read_class_order
 from tasks.common.cli import build_group, main
 from tasks.common.folders import data_name, open_folder
 from tasks.common.imagenet import IMAGENET, wordnet_ids
@@ -25,6 +25,7 @@ from tasks.common.plan import planned_folder
 from tasks.common.record import read_record
 from tasks.common.request import CellRequest, DataRequest, ModelRequest
 from tasks.common.task import LoadedModel
+from tasks.retrieval.zero_shot import LINES
 
 NUMBERS = [str(number) for number in range(12)]
 ARGUMENTS = {"patch_size": 56, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 12}
@@ -98,6 +99,20 @@ def test_a_run_asks_for_the_order_of_numbered_folders(place: Path, tmp_path: Pat
     assert len(list((tmp_path / "runs").rglob("result.json"))) == 4
 
 
+def test_a_run_says_once_what_the_weights_file_did_for_labels(place: Path, tmp_path: Path) -> None:
+    state = load_file(place / "weights.safetensors")
+    named = tmp_path / "named.pth"
+    torch.save({"model": state, "classes": dict(zip(NUMBERS, range(12), strict=True))}, named)
+    run = ["run", *options(place), *QUICK, "--weights", named, "--results", tmp_path / "runs"]
+    code, said, problem = command(*run, "--method", "fp")
+    assert code == 0, problem
+    code, said, problem = command(*run, "--no-reconstruct")
+    assert code == 0, problem
+    record = read_record(Path(said.strip().splitlines()[-1].removeprefix("record: ")))
+    assert record.fp_metrics["top1"].value == 100
+    assert [note for note in record.notes if "weights file" in note] == ["labels follow the class names in the weights file"]
+
+
 def test_stages_take_the_order(place: Path, tmp_path: Path) -> None:
     ranges = tmp_path / "ranges.safetensors"
     code, _, problem = command("calibrate", *options(place), *QUICK, "--out", ranges)
@@ -153,6 +168,44 @@ def test_what_a_checkpoint_says_is_taken_where_it_fits() -> None:
         ordered(["1", "10", "2"], Path("val"), None, ["tench", "goldfish", "shark"])
 
 
+def test_names_of_a_checkpoint_match_but_for_case_spaces_and_underscores() -> None:
+    known, folders = ["Zebra", "polar bear", "ANT"], ["ant", "polar_bear", "zebra"]
+    labels = ["zebra", "polar_bear", "ant"]
+    assert ordered(folders, Path("val"), None, known) == (labels, "checkpoint")
+    (note,) = known_notes(labels, "checkpoint", known)
+    assert note.endswith("alike but for case, spaces and underscores, such as 'zebra' for 'Zebra'")
+    # Names that differ in case only have to match exactly.
+    assert ordered(["Ant", "ant"], Path("val"), None, ["ant", "Ant"]) == (["ant", "Ant"], "checkpoint")
+    with pytest.raises(DataError, match="do not match the folders, such as 'ANT'"):
+        ordered(["Ant", "ANT"], Path("val"), None, ["ant", "aNT"])
+
+
+def test_names_of_a_checkpoint_that_do_not_match_are_asked_about_or_noted() -> None:
+    folders = ["ant", "bee"]
+    with pytest.raises(DataError, match=r"weights file \(bee, wasp\) do not match the folders, such as 'ant'.*--class-order"):
+        ordered(folders, Path("val"), None, ["bee", "wasp"])
+    assert ordered(folders, Path("val"), None, ["bee", "wasp"], labels=False) == (folders, "text")
+    ids = ["n01440764", "n01443537"]
+    for names, known, why in (
+        (ids, ["tench", "goldfish"], "do not match the folders"),
+        (folders, ids, "do not match the folders"),
+        (folders, ["a", "b", "c"], "do not match the folders"),
+        (folders, (), "cannot be read"),
+    ):
+        assert ordered(names, Path("val"), None, known) == (names, "text")
+        assert known_notes(names, "text", known) == [f"the class names in the weights file {why}: labels follow text order"]
+    assert known_notes(folders, "text", None) == known_notes(folders, "text", folders) == []
+    (note,) = known_notes(folders, "text", ["Bee", "Ant"])
+    assert note.endswith("against the class names in the weights file: label 0 is 'ant', in the weights file 'Bee'")
+
+
+def test_the_question_names_what_counts_and_a_file_to_write() -> None:
+    with pytest.raises(DataError, match=r"that the weights were trained with: .*or write it to data/class_order\.txt, which"):
+        ordered(["1", "10", "2"], Path("data/val"), None)
+    with pytest.raises(DataError, match=r"Give the order of the lines in classnames\.txt: "):
+        ordered(["1", "10", "2"], Path("data/val"), None, wanted=LINES)
+
+
 def test_labels_by_the_weights_file_reach_the_record(place: Path) -> None:
     model, turned = torch.nn.Identity(), tuple(NUMBERS[::-1])
     made = model, "tag", "file", "0" * 64, 12, torch.tensor, torch.tensor
@@ -160,6 +213,7 @@ def test_labels_by_the_weights_file_reach_the_record(place: Path) -> None:
     assert dict(zip(source.ids, source.targets, strict=True))["val/10/a.png"] == 1
     assert source.describe().class_order == "checkpoint"
     assert source.notes() == ["labels follow the class names in the weights file"]
+    assert open_source(LoadedModel(*made, class_names=turned), DataRequest(place / "data"), "train").notes() == []
     with pytest.raises(DataError, match="--class-order"):
         open_source(LoadedModel(*made), DataRequest(place / "data"), "val")
 
@@ -170,25 +224,37 @@ def test_files_of_an_order(tmp_path: Path) -> None:
         "b.json": '["bee", "ant", "cat"]',
         "c.json": '{"cat": 2, "bee": 0, "ant": 1}',
         "d.json": '{"2": "cat", "0": "bee", "1": "ant"}',
+        "digits.json": '{"cat": "2", "bee": "0", "ant": "1"}',
         "e.txt": "\ufeffbee\nant\ncat",
     }
     for name, text in texts.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
         assert read_class_order(tmp_path / name) == ["bee", "ant", "cat"]
-    for text in ('{"a": 0, "b": 2}', '{"a": 0, "b": 0}', '{"a": true, "b": 0}', '{"a": null}', "[1, 2]", "3", "{"):
+    for text in (
+        '{"a": 0, "b": 2}',
+        '{"a": 0, "b": 0}',
+        '{"a": true, "b": 0}',
+        '{"a": null}',
+        "[1, 2]",
+        "3",
+        "{",
+        "{}",
+        '{"a": 0.0}',
+        '{"classes": ["a"]}',
+    ):
         (tmp_path / "x.json").write_text(text)
-        with pytest.raises(DataError, match=r"x\.json"):
+        with pytest.raises(DataError, match=r"x\.json is no(t valid| class order: give .*\{\"ant\": 0, \"bee\": 1\})"):
             read_class_order(tmp_path / "x.json")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("ant\nbee\ncst\n", r"1 are not folders, such as 'cst' \(Did you mean 'cat'\?\); 1 folders are not in it"),
-        ("ant\nbee\n", "1 folders are not in it, such as 'cat'"),
-        ("ant\nbee\ncat\ndog\n", "1 are not folders, such as 'dog'"),
+        ("ant\nbee\ncst\n", r"1 name without a folder, such as 'cst' \(Did you mean 'cat'\?\); 1 folder without a name in it"),
+        ("ant\nbee\n", "1 folder without a name in it, such as 'cat'"),
+        ("ant\nbee\ncat\ndog\n", "1 name without a folder, such as 'dog'"),
         ("ant\nbee\ncat\nbee\n", "lists the class 'bee' twice"),
-        ("", "3 folders are not in it"),
+        ("", "3 folders without a name in it"),
     ],
 )
 def test_an_order_of_other_classes_is_refused(tmp_path: Path, text: str, message: str) -> None:

@@ -209,6 +209,38 @@ def test_content_says_what_an_image_is(tmp_path: Path) -> None:
     assert open_rgb(tmp_path / "two.gif").getpixel((0, 0)) == (255, 0, 0)
 
 
+@pytest.mark.parametrize("tag", [1, 3, 5, 6, 7, 8])
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "CMYK", "I;16"])
+def test_a_tiff_on_its_side_is_turned(tmp_path: Path, mode: str, tag: int) -> None:
+    shape = (5, 9, len(mode)) if mode.isalpha() else (5, 9, 1)
+    values = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+    stored = values.squeeze() if mode != "I;16" else values.squeeze().astype(np.uint16) << 8
+    image = Image.fromarray(stored) if mode != "CMYK" else Image.frombytes("CMYK", (9, 5), stored.tobytes())
+    exif = Image.Exif()
+    exif[274] = tag
+    image.save(tmp_path / "a.tif", exif=exif)
+    flat = np.repeat(values, 3, 2) if mode == "I;16" else np.asarray(image.convert("RGB"))
+    turned = {1: flat, 3: np.rot90(flat, 2), 5: flat.swapaxes(0, 1), 6: np.rot90(flat, -1), 8: np.rot90(flat)}
+    turned[7] = np.rot90(flat, 2).swapaxes(0, 1)
+    assert np.array_equal(np.asarray(open_rgb(tmp_path / "a.tif")), turned[tag])
+
+
+def test_a_damaged_file_with_an_images_ending_is_an_image(tmp_path: Path) -> None:
+    path = tmp_path / "a.avif"
+    Image.fromarray(RAMP.astype(np.uint8)).convert("RGB").save(path)
+    whole = path.read_bytes()
+    transform: Callable[[Image.Image], torch.Tensor] = lambda image: torch.zeros(1)  # noqa: E731
+    for content in (whole[:40], whole[:-10], whole[:280] + b"\xff" * 8 + whole[288:], b""):
+        path.write_bytes(content)
+        assert is_image(path)
+        for skip in (True, False):
+            item = Images(["a.avif"], [0], file_reader([path]), transform, skip)[0]
+            assert item is None if skip else "The image a.avif is damaged" in str(item)
+    for name in ("a.heic", "a.pdf", "a.txt", "avif"):
+        (tmp_path / name).write_bytes(whole[:40])
+        assert not is_image(tmp_path / name)
+
+
 def test_hidden_names() -> None:
     hidden = (".DS_Store", "._a.jpg", ".ipynb_checkpoints", "__MACOSX", "Thumbs.db", "desktop.ini", "THUMBS.DB")
     assert all(map(is_hidden, hidden))

@@ -52,7 +52,7 @@ def test_the_exact_name_comes_first() -> None:
 def test_names_that_could_be_either_are_not_guessed() -> None:
     with pytest.raises(DataError, match=r"has 2 annotations of categories that are no class of tiny.tag: 'CAT', 'Cat'"):
         matched(("cat", "dog"), "CAT", "Cat", "dog", used="Cd")
-    with pytest.raises(DataError, match=r"no class of tiny.tag: 'CAT'"):
+    with pytest.raises(DataError, match=r"has 1 annotation of categories that are no class of tiny.tag: 'CAT'"):
         matched(("cat", "Cat"), "CAT", used="C")
 
 

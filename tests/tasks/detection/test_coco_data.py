@@ -208,7 +208,7 @@ def test_missing_files_of_a_root(tmp_path: Path) -> None:
         open_coco(tmp_path / "coco", "val")
     root = write_root(tmp_path / "coco", tiny())
     (root / "val2017" / "000000000003.png").unlink()
-    with pytest.raises(DataError, match=r"names 1 images that are not in .*val2017, such as '000000000003.png'"):
+    with pytest.raises(DataError, match=r"names 1 image missing from .*val2017, such as '000000000003.png'"):
         open_coco(root, "val", COUNTS, 3)
 
 

@@ -173,7 +173,7 @@ def test_data_that_is_not_there(place: Path, tmp_path: Path) -> None:
     path = rewritten(place / "annotations" / "instances_away.json", content)
     (place / "annotations" / "instances_away").symlink_to(place / "val")
     said = refused(place, "--data", path, *files(place)[2:])
-    assert "names 1 images that are not in" in said
+    assert "names 1 image missing from" in said
     assert "'away.png'" in said
 
 

@@ -80,7 +80,7 @@ def test_paths_out_of_the_data_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"images of .* are not there"):
         open_file(outside)
     some = named(root, lambda name: f"{tmp_path}/other/{name}" if name[-5] == "3" else name)
-    with pytest.raises(DataError, match=r"names 1 images outside of the data's folder .*/coco, such as '.*/other/0+3.png'"):
+    with pytest.raises(DataError, match=r"names 1 image outside of the data's folder .*/coco, such as '.*/other/0+3.png'"):
         open_file(some)
 
 
@@ -98,7 +98,7 @@ def test_a_name_of_several_files(tmp_path: Path) -> None:
 def test_an_image_under_two_names(tmp_path: Path) -> None:
     root = write_root(tmp_path / "coco", tiny())
     path = named(root, lambda name: "val2017/000000000004.png" if name[-5] == "3" else name)
-    with pytest.raises(DataError, match=r"lists 1 images twice under different names, such as .*/val2017/000000000004.png"):
+    with pytest.raises(DataError, match=r"lists 1 image twice under different names, such as .*/val2017/000000000004.png"):
         open_file(path)
 
 

@@ -254,6 +254,21 @@ def test_csv_with_a_split_column(tmp_path: Path, mark: str) -> None:
     assert pairs_of(open_captions(tmp_path, "train")) == [("c.png", "a cat")]
 
 
+def test_absolute_paths_below_the_data_are_taken(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    root.mkdir()
+    write_images(root, ["a.png", "sub/b.png"])
+    (tmp_path / "link").symlink_to(root)
+    for place in (root, tmp_path / "link"):
+        rows = [["image", "caption", "split"], [f"{root}/a.png", "one", "test"], [f"{place}/./sub/b.png", "two", "test"]]
+        write_rows(root / "captions.csv", rows)
+        assert pairs_of(open_captions(place, "test")) == [("a.png", "one"), ("sub/b.png", "two")]
+    for name in (f"{tmp_path}/a.png", f"{root}/../data/a.png", str(root), f"{root}x/a.png"):
+        write_rows(root / "captions.csv", [["image", "caption", "split"], [name, "one", "test"]])
+        with pytest.raises(DataError, match=f"'{name}' is not the path of an image below the folder of the data"):
+            open_captions(root, "test")
+
+
 def test_all_formats_of_the_same_pairs_are_equal(tmp_path: Path) -> None:
     captions = {"x.png": ["one", "two"], "y.png": ["three"]}
     rows = [(image, caption) for image, own in captions.items() for caption in own]
