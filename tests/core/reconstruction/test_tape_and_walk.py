@@ -412,7 +412,8 @@ def test_bfloat16_for_the_frozen_parts() -> None:
     error = (logits(plain, x) - reference).square().mean()
     error_half = (logits(half, x) - reference).square().mean()
     assert float(error_half) < 1.5 * float(error)
-    assert float((logits(half, x) - logits(plain, x)).square().mean()) < float(error)
+    # Closer to each other than two results with independent errors would be.
+    assert float((logits(half, x) - logits(plain, x)).square().mean()) < float(error + error_half)
 
 
 def test_bad_settings_are_explained() -> None:
