@@ -29,8 +29,9 @@ PASSES, WEIGHT, ERROR = FIGURES = ("fisher_passes", "fisher_weight", "block_erro
 RATIOS = (WEIGHT, ERROR)
 
 #: Known standard deviations: of the logarithm of a ratio (calibration may find another range on
-#: another processor, and moves it by some percent), of a number of passes, of a median rank.
-_RATIO_SD, _PASSES_SD, _RANK_SD = 0.02, 0.1, 0.5
+#: another processor, and moves it by some percent), of a number of passes, of a median rank, and of
+#: the score after a search among ranges that are nearly as good as each other.
+_RATIO_SD, _PASSES_SD, _RANK_SD, _SEARCH_SD = 0.02, 0.1, 0.5, 0.2
 
 #: Stands for zero in a logarithm.
 _TINY = 1e-30
@@ -152,5 +153,6 @@ def _pooled(rows: pd.DataFrame, same: list[str]) -> pd.DataFrame:
 def _known_sd(rows: pd.DataFrame) -> np.ndarray:
     """Known standard deviation of each row; of a percentage that of one sample more or less."""
     metric, one = rows["metric"], 100 / rows["n"].astype(float)
+    one = one.clip(lower=_SEARCH_SD).where(rows["kind"] == "calibration", one)
     kinds = [metric.isin(RATIOS), metric == PASSES, metric.map(is_percent).astype(bool)]
     return np.select(kinds, [_RATIO_SD, _PASSES_SD, one], _RANK_SD)
