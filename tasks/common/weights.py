@@ -321,7 +321,7 @@ def _renamed(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
 
 
 def _unreadable(tensor: Tensor) -> str | None:
-    """What keeps a tensor from being copied into a model; None if nothing does."""
+    """Reason why a tensor cannot be copied into a model; None if it can."""
     if tensor.is_meta:
         return "on the device 'meta', without values"
     if tensor.layout is not torch.strided:

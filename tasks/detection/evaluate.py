@@ -211,7 +211,7 @@ def measure(source: DetectionSource, detections: Detections) -> Evaluation:
 
 
 def _measurable(source: DetectionSource) -> tuple[dict[str, str], list[str]]:
-    """Those of :data:`KINDS` that annotations allow, and notes on what annotations lack."""
+    """Metrics of :data:`KINDS` that annotations allow, and notes on missing parts."""
     annotations, notes = source.coco["annotations"], []
     without = sum("segmentation" not in entry for entry in annotations)
     kinds = {ending: kind for ending, kind in KINDS.items() if not (without and ending == "mask")}

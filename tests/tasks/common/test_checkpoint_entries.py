@@ -375,7 +375,7 @@ def test_names_of_classes(tmp_path: Path, content: dict[str, Any], names: tuple[
     assert read_weights(saved({"model": state(), **content}, tmp_path / "a.pth")).class_names == names
 
 
-# What does not fit
+# Weights that do not fit
 
 
 def test_missing_and_surplus_names_come_with_the_nearest_pairs() -> None:

@@ -37,7 +37,7 @@ CLIP: dict[str, Any] = {
     "vision_cfg": {"layers": 2, "width": 64, "head_width": 32, "image_size": 64},
     "text_cfg": {"layers": 2, "width": 64, "heads": 2},
 }
-#: What says of ``ViT-B-32`` that its weights are for the exact GELU.
+#: Arguments that choose the exact GELU for ``ViT-B-32``.
 EXACT: dict[str, Any] = {**CLIP, "quick_gelu": False}
 SIGLIP: dict[str, Any] = {
     "embed_dim": 64,
