@@ -6,7 +6,8 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.setup-done
 
 PROFILE ?= quickstart
-TEST_JOBS ?= 2
+# One more than cores, since some tests wait for processes that they start.
+TEST_JOBS ?= 3
 RUN := $(PY) -m benchmarks
 
 # Filters and settings become options only where they are given.
