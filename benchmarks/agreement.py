@@ -23,8 +23,8 @@ from tasks.common.record import ResultRecord
 #: Probability that an intact installation is said to differ in any of its comparisons.
 ALPHA = 0.01
 
-#: Figures of reconstruction, more sensitive to a fault in it than scores are. Compared by their
-#: ratio.
+#: Figures of reconstruction, more sensitive to a fault in it than scores are. Those in
+#: :data:`RATIOS` are compared by their ratio.
 PASSES, WEIGHT, ERROR = FIGURES = ("fisher_passes", "fisher_weight", "block_error")
 RATIOS = (WEIGHT, ERROR)
 

@@ -163,6 +163,10 @@ def compare(grid: Grid, measured: Sequence[Measured], folder: Path = REFERENCE) 
     both = compared(reference, observations(alike))
     if both.empty:
         return [f"{line} {about}" for line in lines or ["No cell of this run is in the reference."]]
+    known = {tuple(row) for row in both[["dataset", "model", "method", "variant", "bits"]].itertuples(index=False)}
+    mine = {(i.record.dataset.name, i.cell.model, i.cell.method, i.record.variant, i.cell.bits) for i in alike}
+    if mine - known:
+        lines.append(f"Not in the reference, so not compared: {count(len(mine - known), 'cell')}.")
     off = both[both["p"] < ALPHA]
     processors = count(reference["processor"].nunique(), "processor")
     basis = f"{count(len(both), 'comparison')}, family-wise error {ALPHA:.0%}, {processors} in the reference"

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from rich.console import Console
@@ -32,9 +32,6 @@ from tasks.common.options import (
 )
 from tasks.common.registry import defaults
 from tasks.common.request import CellRequest
-
-if TYPE_CHECKING:
-    pass
 
 
 def build_group(task_name: str, summary: str, own: TaskOptions = TaskOptions()) -> click.Group:
@@ -127,8 +124,7 @@ def build_group(task_name: str, summary: str, own: TaskOptions = TaskOptions()) 
             evaluation = stages.evaluate_stage(task_name, checkpoint, take_data(options), options, report)
         for name, metric in evaluation.metrics.items():
             click.echo(f"{name} {metric.value:.2f} ± {metric.stderr:.2f} (n = {evaluation.n})")
-        for note in evaluation.notes:
-            click.echo(f"note: {note}")
+        _echo(f"note: {note}" for note in evaluation.notes)
         for sample in evaluation.skipped:
             click.echo(f"skipped: {sample}")
 

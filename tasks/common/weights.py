@@ -189,11 +189,6 @@ def read_weights(path: Path, entry: str | None = None) -> StoredWeights:
     )
 
 
-def read_state(path: Path, entry: str | None = None) -> dict[str, Tensor]:
-    """Read the state dict of :func:`read_weights` alone."""
-    return read_weights(path, entry).state
-
-
 def _content(path: Path) -> Any:
     """Read a file whole, with stand-ins for objects that are no tensors."""
     if not path.is_file():

@@ -20,7 +20,11 @@ from torch.optim.swa_utils import AveragedModel
 
 from fimaq_core.errors import ModelError
 from tasks.common.hashing import file_sha256
-from tasks.common.weights import load_state, read_state, read_weights
+from tasks.common.weights import load_state, read_weights
+
+
+def read_state(path: Path, entry: str | None = None) -> dict[str, torch.Tensor]:
+    return read_weights(path, entry).state
 
 
 def network() -> nn.Module:

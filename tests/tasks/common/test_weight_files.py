@@ -12,7 +12,7 @@ from torch import nn
 
 from fimaq_core.errors import FimaqError, ModelError, NumericsError
 from tasks.common.hashing import file_sha256
-from tasks.common.weights import is_torchscript, load_state, read_state, state_sha256
+from tasks.common.weights import is_torchscript, load_state, read_weights, state_sha256
 
 
 class Payload:
@@ -35,7 +35,7 @@ def test_code_in_a_pickle_is_refused_and_never_run(tmp_path: Path, suffix: str, 
     else:
         torch.save(content, path, _use_new_zipfile_serialization=writer == "torch")
     with pytest.raises(ModelError, match=r"hold more than tensors \(code.*safetensors") as caught:
-        read_state(path)
+        read_weights(path)
     assert str(path) in str(caught.value)
     assert not trace.exists()
     pickle.loads(pickle.dumps(Payload(trace)))  # noqa: S301 - the payload itself works
@@ -59,7 +59,7 @@ def test_state_dicts_are_read(tmp_path: Path, suffix: str, wrap: str | None) -> 
         save_file(content, path)
     else:
         torch.save(content, path)
-    found = read_state(path)
+    found = read_weights(path).state
     assert found.keys() == state.keys()
     assert all(torch.equal(found[name], state[name]) for name in state)
 
@@ -78,7 +78,7 @@ def test_damaged_files(tmp_path: Path, name: str, content: bytes, message: str) 
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(ModelError, match=message) as caught:
-        read_state(path)
+        read_weights(path)
     assert str(path) in str(caught.value)
 
 
@@ -88,7 +88,7 @@ def test_torchscript_archives_are_no_weights(tmp_path: Path) -> None:
     torch.jit.save(torch.jit.script(nn.Linear(2, 2)), str(path))
     assert is_torchscript(path)
     with pytest.raises(ModelError, match=r"program.pt are a TorchScript archive.*safetensors"):
-        read_state(path)
+        read_weights(path)
     for suffix, writer in ((".pth", torch.save), (".safetensors", save_file)):
         writer({"a": torch.ones(2)}, tmp_path / f"weights{suffix}")
         assert not is_torchscript(tmp_path / f"weights{suffix}")
@@ -100,16 +100,16 @@ def test_cut_files(tmp_path: Path) -> None:
         (torch.save if suffix == ".pth" else save_file)({"a": torch.randn(500)}, path)
         path.write_bytes(path.read_bytes()[:-300])
         with pytest.raises(ModelError, match="damaged"):
-            read_state(path)
+            read_weights(path)
 
 
 def test_missing_file_and_other_contents(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="There is no weights file"):
-        read_state(tmp_path / "none.pth")
+        read_weights(tmp_path / "none.pth")
     for content in ([torch.ones(2)], {"a": 3}, torch.ones(2)):
         torch.save(content, tmp_path / "other.pth")
         with pytest.raises(ModelError, match="hold no state dict"):
-            read_state(tmp_path / "other.pth")
+            read_weights(tmp_path / "other.pth")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

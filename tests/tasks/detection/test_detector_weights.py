@@ -17,7 +17,7 @@ from torch.nn import functional
 from fimaq_core.errors import ModelError, NumericsError
 from tasks.common.hashing import file_sha256
 from tasks.common.request import ModelRequest
-from tasks.common.weights import read_state, state_sha256
+from tasks.common.weights import read_weights, state_sha256
 from tasks.detection.configs import build, published_config
 from tasks.detection.keys import adapted, merging_order, of_mmdet
 from tasks.detection.models import load_model
@@ -237,7 +237,7 @@ def test_logs_of_mmengines_training_are_passed_over(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(HistoryBuffer, "__setstate__", called)
     before = set(torch.serialization.get_safe_globals())
-    assert equal(read_state(path), dict(state))
+    assert equal(read_weights(path).state, dict(state))
     assert set(torch.serialization.get_safe_globals()) == before
 
 
