@@ -8,7 +8,8 @@ from dataclasses import dataclass
 class Progress:
     """A moment of a run: ``done`` of ``total`` units of ``stage``, inside ``block`` where there is one.
 
-    ``loss`` is that of the optimisation step just made, None elsewhere.
+    ``loss`` is that of the optimisation step just made, None elsewhere. ``tape_bytes`` are those of
+    the tape behind a finished block, None elsewhere.
     """
 
     stage: str
@@ -16,6 +17,7 @@ class Progress:
     total: int
     block: str = ""
     loss: float | None = None
+    tape_bytes: int | None = None
 
 
 Report = Callable[[Progress], None]

@@ -29,6 +29,8 @@ class BlockTrainer:
         recipe: schedule and rates.
         seed: of batches, input mixing and dropping, together with the block's label.
         engine: how steps run.
+        on_pass: called with True before and with False after each Fisher pass, and with the number of
+            steps done.
 
     Attributes:
         state: the variables.
@@ -43,8 +45,10 @@ class BlockTrainer:
         recipe: Recipe,
         seed: int,
         engine: Engine = "fused",
+        on_pass: Callable[[bool, int], None] = lambda begins, number: None,
     ) -> None:
         self.segment, self.objective, self.recipe, self.engine = segment, objective, recipe, engine
+        self._on_pass = on_pass
         set_quantized(segment.block, True)
         self.state = BlockState(segment, recipe.learn_scales)
         generator = block_generator(seed, segment.label)
@@ -58,7 +62,9 @@ class BlockTrainer:
     def step(self, number: int) -> Tensor:
         """Do step ``number`` (from 0) and return its loss, a scalar on the device that later steps may overwrite."""
         if number in self.objective.update_steps:
+            self._on_pass(True, number)
             self._fisher_pass()
+            self._on_pass(False, number)
         with tf32_allowed(self.recipe.step_dtype == "tf32"):
             return self._step.run(number)
 
@@ -104,11 +110,13 @@ def optimise_block(
     objective: Objective,
     recipe: Recipe,
     engine: Engine,
+    on_pass: Callable[[bool, int], None],
     tick: Callable[[int, Tensor], None],
 ) -> tuple[Tensor, int]:
     """Optimise the block of ``segment`` in place.
 
     Args:
+        on_pass: see :class:`BlockTrainer`.
         tick: called after every step with its number (from 1) and its loss, still on the device.
 
     Returns:
@@ -118,7 +126,7 @@ def optimise_block(
     Raises:
         NumericsError: the loss or a scale became NaN or infinite.
     """
-    trainer = BlockTrainer(segment, tape, objective, recipe, recipe.seed, engine)
+    trainer = BlockTrainer(segment, tape, objective, recipe, recipe.seed, engine, on_pass)
     loss = torch.zeros(())
     for number in range(recipe.steps):
         loss = trainer.step(number)

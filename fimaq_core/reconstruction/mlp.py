@@ -122,8 +122,8 @@ def reconstruct_mlps(
             start = number * recipe.mlp_steps
 
             def tick(step: int, loss: Tensor, start: int = start, label: str = label) -> None:
-                # Reading the loss makes a GPU wait, so it happens rarely.
-                if step % 50 == 0 or step == recipe.mlp_steps:
+                # Reading the loss makes a GPU wait, so it happens rarely; see reconstruct().
+                if step % 50 == 0 or step <= 2 or step == recipe.mlp_steps:
                     if not bool(torch.isfinite(loss)):
                         raise NumericsError(f"{label}: the MLP's loss is {float(loss)}; lower mlp_lr (now {recipe.mlp_lr}).")
                     report(Progress("reconstruct MLPs", start + step, total, label, float(loss)))

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -140,13 +140,22 @@ def reconstruct(
             objective = make_objective(chain, tape, recipe, reference, divergence, log.notes)
 
             def tick(step: int, loss: Tensor, start: int = start, label: str = segment.label) -> None:
-                # Reading the loss makes a GPU wait, so it happens rarely.
-                if step % 50 == 0 or step == recipe.steps:
+                # Reading the loss makes a GPU wait, so it happens rarely; the first two steps tell
+                # how long a step takes.
+                if step % 50 == 0 or step <= 2 or step == recipe.steps:
                     if not math.isfinite(float(loss)):
                         raise NumericsError(f"{label}: the reconstruction loss is {float(loss)}; lower the learning rates.")
                     report(Progress("reconstruct", start + step, total, label, float(loss)))
 
-            loss, near_floor = optimise_block(segment, tape, objective, recipe, log.engine, tick)
+            def on_pass(
+                begins: bool, step: int, start: int = start, label: str = segment.label
+            ) -> None:
+                stage = "Fisher pass" if begins else "reconstruct"
+                report(Progress(stage, start + step, total, label))
+
+            loss, near_floor = optimise_block(
+                segment, tape, objective, recipe, log.engine, on_pass, tick
+            )
             log.last_loss[segment.label] = float(loss)
             if near_floor:
                 log.near_floor[segment.label] = near_floor
@@ -155,6 +164,8 @@ def reconstruct(
             del objective  # its Fisher information goes before the outputs and the next block's are made
             log.keep(segment.label, tape.measure(keep=segment is not learning[-1]), fisher)
             save(index, segment, log)
+            done = Progress("reconstruct", start + recipe.steps, total, segment.label)
+            report(replace(done, tape_bytes=tape.nbytes))
         start += recipe.steps if segment in learning else 0
         if segment is learning[-1]:
             break

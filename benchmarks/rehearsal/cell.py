@@ -1,0 +1,157 @@
+"""One cell in small: what is smaller, the kill in its midst, and the times of its steps."""
+
+import json
+import os
+import signal
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.rehearsal.data import few_classes
+from fimaq_core.errors import FimaqError
+from fimaq_core.progress import Progress, Report
+from fimaq_core.recipe import Recipe, make_recipe
+from tasks.common.request import CellRequest
+
+#: Optimisation steps per block and per MLP.
+STEPS = 2
+#: Images of a rehearsal on a CPU; a detector's are large.
+_IMAGES, _DETECTOR_IMAGES = 4, 2
+_EVENTS = "rehearsal.jsonl"
+
+
+def in_small(request: CellRequest) -> CellRequest:
+    """Return ``request`` with two steps per block and few images.
+
+    On a GPU batches and calibration ranges keep their real number of images, so the peak of memory
+    is the real one but for what is kept of all calibration images.
+    """
+    gpu, detector = request.device.startswith("cuda"), request.task == "detection"
+    recipe, data = request.recipe, request.data
+    if gpu and recipe is not None:
+        limit = max(recipe.range_images, recipe.batch_size, recipe.mlp_batch)
+    else:
+        limit = _DETECTOR_IMAGES if detector else _IMAGES
+    if data.evaluation == "zero-shot" and not gpu and data.path is not None:
+        data = replace(data, path=few_classes(data.path))
+    return replace(
+        request,
+        recipe=None if recipe is None else _recipe_in_small(recipe, limit, gpu),
+        data=replace(data, limit=limit),
+        eval_batch=min(request.eval_batch, limit),
+        step_engine=_engine(request),
+    )
+
+
+def _recipe_in_small(recipe: Recipe, limit: int, gpu: bool) -> Recipe:
+    changes: dict[str, Any] = {"steps": STEPS, "mlp_steps": STEPS}
+    for name in ("calibration_images", "range_images", "batch_size", "mlp_batch"):
+        changes[name] = min(getattr(recipe, name), limit)
+    changes["divergence_batch"] = min(recipe.divergence_batch, max(limit, 2))
+    changes["range_candidates"] = min(recipe.range_candidates, 16)
+    if not gpu:
+        changes["range_images"] = 1
+    return make_recipe(recipe.method, recipe.model_dump(mode="json"), changes)
+
+
+def _engine(request: CellRequest) -> Any:
+    """Return the step engine that a real run takes on a GPU; on a CPU the one without compiling."""
+    if request.recipe is None or not request.device.startswith("cuda"):
+        return request.step_engine
+    import torch
+
+    from fimaq_core.reconstruction.engines import choose_engine
+
+    varying = request.task == "detection"
+    return choose_engine(
+        request.step_engine, torch.device(request.device), request.recipe.steps, varying
+    )
+
+
+def rehearse_cell(request: CellRequest, report: Report) -> Path:
+    """Measure a cell in small; kill its process once in its midst.
+
+    Args:
+        request: the real cell.
+        report: receives progress.
+
+    Returns:
+        Path of the record.
+
+    Raises:
+        FimaqError: after the kill, something finished was done again.
+    """
+    from tasks.common.plan import planned_folder
+    from tasks.common.run import run_cell
+
+    request = in_small(request)
+    folder = planned_folder(request)
+    folder.mkdir(parents=True, exist_ok=True)
+    listener = _Listener(request, folder / _EVENTS, report)
+    return run_cell(request, listener)
+
+
+class _Listener:
+    """Writes each moment of a cell into a file, and kills the process in the first attempt.
+
+    The kill comes when the second block of the longest stage begins, or at the evaluation where
+    everything before was found done.
+    """
+
+    def __init__(self, request: CellRequest, path: Path, report: Report) -> None:
+        recipe = request.recipe
+        self._stage = "evaluate"
+        if recipe is not None:
+            self._stage = "calibrate"
+            if recipe.reconstruct_mlp:
+                self._stage = "reconstruct MLPs"
+            if recipe.reconstruct:
+                self._stage = "reconstruct"
+        self._path, self._report, self._device = path, report, request.device
+        earlier = read_events(path.parent)
+        self._attempt = 1 + max((event["attempt"] for event in earlier), default=0)
+        # Of a stage with checkpoints, all blocks but the last that began are finished.
+        begun = [event["block"] for event in earlier if event["stage"] == self._stage]
+        self._finished = set(begun) - set(begun[-1:]) if self._stage != "calibrate" else set()
+        self._first = ""
+
+    def __call__(self, progress: Progress) -> None:
+        event = {"attempt": self._attempt, "time": self._now(), **asdict(progress)}
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(event) + "\n")
+        if progress.stage == self._stage and not self._first:
+            self._first = progress.block
+            if self._first in self._finished:
+                raise FimaqError(
+                    f"{self._first} was finished before the process was killed, and the stage "
+                    f"'{self._stage}' does it again."
+                )
+        if self._attempt == 1 and self._is_due(progress):
+            os.kill(os.getpid(), signal.SIGKILL)
+        self._report(progress)
+
+    def _now(self) -> float:
+        if self._device.startswith("cuda"):
+            import torch
+
+            torch.cuda.synchronize()
+        return time.monotonic()
+
+    def _is_due(self, progress: Progress) -> bool:
+        if progress.stage == self._stage and progress.block:
+            return progress.block != self._first
+        return progress.stage in ("evaluate", "embed classes")
+
+
+def read_events(folder: Path) -> list[dict[str, Any]]:
+    """Return what the cell in ``folder`` reported in its order; a line that was cut off is left out.
+
+    Each event has the fields of :class:`~fimaq_core.progress.Progress`, the number of its attempt
+    (from 1) and its time in seconds.
+    """
+    path = folder / _EVENTS
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line) for line in lines]
