@@ -88,6 +88,11 @@ def cli() -> None:
     help="Attempts in a row at a cell whose process dies and that get no further; 0: nothing is tried again.",
 )
 @click.option("--plan", is_flag=True, help="List the cells and their settings; run nothing.")
+@click.option(
+    "--rehearse",
+    is_flag=True,
+    help="Run the cells in small with random weights and images; estimate time and memory.",
+)
 @click.option("--report", is_flag=True, help="Write the report too, as the command report does.")
 @click.option(
     "--force",
@@ -102,7 +107,7 @@ def run(
     profile: str, tasks: str, models: str, methods: str, bits: str, seeds: str, axes: str, device: str, imagenet: str,
     coco: str, flickr: str, weights: str, results: Path, engine: Literal["local", "ray"], ray_address: str, gpus_per_cell: float,
     jobs: int | None, threads: int | None, placement: Literal["device", "host", "disk"] | None, retries: int, plan: bool,
-    report: bool, force: str,
+    rehearse: bool, report: bool, force: str,
 ) -> None:  # fmt: skip
     """Measure a grid's cells, then print and write its table. Finished cells are not measured again."""
     grid: Grid = load_grid(profile)
@@ -110,6 +115,11 @@ def run(
     places = Places(folder(imagenet), folder(coco), folder(flickr))
     options = RunOptions(results, places, folder(weights), device or None, threads, force, placement)
     how = EngineOptions(engine, jobs, ray_address, gpus_per_cell, retries)
+    if rehearse:
+        from benchmarks.rehearsal.run import rehearse as rehearse_grid
+
+        code = rehearse_grid(grid, profile, filters, options, adapter(), how)
+        click.get_current_context().exit(code)
     click.get_current_context().exit(run_grid(grid, profile, filters, options, adapter(), how, plan, report))
 
 

@@ -147,7 +147,7 @@ def _repository(cell: Cell) -> tuple[str, str]:
 
 
 def _needs(cells: Sequence[Cell], records: Sequence[tuple[Path, ResultRecord]]) -> list[Need]:
-    """What is known of each model: from records where there are any, else from the committed measurements of real sizes."""
+    """Return memory and disk of each model: from records, else from committed measurements."""
     by_tag: dict[tuple[str, str], list[tuple[Path, ResultRecord]]] = {}
     for path, record in records:
         by_tag.setdefault((record.task, record.model), []).append((path, record))
@@ -179,9 +179,10 @@ def _measured() -> dict[str, tuple[float, str]]:
         images = entry.get("memory", {}).get("images")
         words = f"a block, {images:g} images, {entry['device']}; results/reference/speed.json"
         found[entry["model"]] = (float(entry["peak_bytes"]), words)
-    for name, entry in (_read(REFERENCE / "real_size.json") or {}).items():
-        words = f"{entry['images']} images, {entry['environment']['device']}; results/reference/real_size.json"
-        found[name.partition(".")[0]] = (float(entry["peak_memory_bytes"]), words)
+    rehearsed = (_read(REFERENCE / "rehearsal.json") or {"cells": []})["cells"]
+    for row in sorted(rehearsed, key=lambda row: float(row["peak_memory_bytes"])):
+        words = f"estimated from a rehearsal on {row['device']}; results/reference/rehearsal.json"
+        found[row["model"]] = (float(row["peak_memory_bytes"]), words)
     return found
 
 

@@ -117,7 +117,10 @@ class _Listener:
         self._first = ""
 
     def __call__(self, progress: Progress) -> None:
-        event = {"attempt": self._attempt, "time": self._now(), **asdict(progress)}
+        from tasks.common.environment import peak_memory, resolve_device
+
+        memory = peak_memory(resolve_device(self._device))
+        event = {"attempt": self._attempt, "time": self._now(), "memory": memory, **asdict(progress)}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(event) + "\n")
         if progress.stage == self._stage and not self._first:
@@ -148,7 +151,7 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
     """Return what the cell in ``folder`` reported in its order; a line that was cut off is left out.
 
     Each event has the fields of :class:`~fimaq_core.progress.Progress`, the number of its attempt
-    (from 1) and its time in seconds.
+    (from 1), its time in seconds and the peak of memory in bytes since its stage began.
     """
     path = folder / _EVENTS
     if not path.is_file():

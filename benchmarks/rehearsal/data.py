@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ _KINDS = [
 _FEW = 8
 
 
-def make_data(folder: Path, names: set[str]) -> Places:
+def make_data(folder: Path, names: Iterable[str]) -> Places:
     """Make the data sets called ``names`` below ``folder``, those that are not there yet.
 
     Args:
@@ -74,7 +75,8 @@ def _coco(folder: Path) -> None:
     names = mm.CocoDataset.METAINFO["classes"]
     categories = [{"id": number, "name": name} for number, name in enumerate(names, 1)]
     for part in ("train2017", "val2017"):
-        annotations, images = [], []
+        annotations: list[dict[str, Any]] = []
+        images: list[dict[str, Any]] = []
         for number, path in enumerate(_images(folder / part), 1):
             with Image.open(path) as image:
                 width, height = image.size

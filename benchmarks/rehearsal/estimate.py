@@ -35,7 +35,9 @@ class Spent:
         step, mlp_step: one optimisation step per block, and per MLP.
         rest, mlp_rest: all else in the stages of these steps.
         text: embedding of one text.
+        total: all of it, attempts that were killed included.
         tape_bytes: largest bytes of the tape.
+        peak_memory_bytes: largest memory.
     """
 
     calibrate: float
@@ -45,7 +47,9 @@ class Spent:
     rest: float
     mlp_rest: float
     text: float
+    total: float
     tape_bytes: int
+    peak_memory_bytes: int
 
 
 def spent(events: Sequence[dict[str, Any]]) -> Spent:
@@ -54,12 +58,14 @@ def spent(events: Sequence[dict[str, Any]]) -> Spent:
     What an attempt did again replaces what earlier ones had measured of the same block.
     """
     by_block: dict[tuple[str, str], list[float]] = {}
+    total = 0.0
     texts = [event for event in events if event["stage"] == "embed classes"]
     for attempt in sorted({event["attempt"] for event in events}):
         own = defaultdict(list)
         for before, after in pairwise(event for event in events if event["attempt"] == attempt):
             kind = _kind(before, after)
             own[kind, before["block"]].append(after["time"] - before["time"])
+            total += after["time"] - before["time"]
         by_block.update(own)
     sums: dict[str, float] = defaultdict(float)
     for (kind, _), seconds in by_block.items():
@@ -75,7 +81,9 @@ def spent(events: Sequence[dict[str, Any]]) -> Spent:
     return Spent(
         **{name: sums[name] for name in names},
         text=sums["text"] / counted if counted else 0.0,
+        total=total,
         tape_bytes=max((event["tape_bytes"] or 0 for event in events), default=0),
+        peak_memory_bytes=max((event["memory"] for event in events), default=0),
     )
 
 
@@ -132,7 +140,7 @@ def real_memory(
         on_disk: whether the tape lies on disk.
     """
     loaded = record.stage_memory_bytes.get("load", 0)
-    grown = max(record.peak_memory_bytes - loaded, 0)
+    grown = max(record.peak_memory_bytes, found.peak_memory_bytes) - loaded
     if real is None or record.recipe is None:
         return loaded + grown * -(-eval_batch // record.n), 0
     small = Recipe.model_validate(record.recipe)

@@ -3,7 +3,7 @@
 import importlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -36,20 +36,21 @@ def make_weights(folder: Path, cells: Iterable[Cell]) -> None:
 
 def _build(task: str, full_name: str) -> nn.Module:
     architecture = full_name.partition(".")[0]
+    model: Any
     if task == "retrieval":
-        import open_clip
+        import open_clip  # type: ignore[import-untyped, unused-ignore]
 
-        clip: nn.Module = open_clip.create_model(architecture, pretrained=None)
-        return clip
-    if task == "detection":
+        model = open_clip.create_model(architecture, pretrained=None)
+    elif task == "detection":
         from tasks.detection.configs import build, published_config
 
-        detector: Any = build(published_config(architecture))
-        heads = detector.roi_head.bbox_head
-        for head in heads if isinstance(heads, nn.ModuleList) else [heads]:
+        model = build(published_config(architecture))
+        heads = model.roi_head.bbox_head
+        each: Any = heads if isinstance(heads, nn.ModuleList) else [heads]
+        for head in each:
             head.fc_cls.weight.data.mul_(_CERTAIN)
-        return detector
-    import timm
+    else:
+        import timm
 
-    classifier: nn.Module = timm.create_model(architecture, pretrained=False)
-    return classifier
+        model = timm.create_model(architecture, pretrained=False)
+    return cast(nn.Module, model)

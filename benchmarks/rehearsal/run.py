@@ -11,7 +11,10 @@ from tabulate import tabulate  # type: ignore[import-untyped, unused-ignore]
 
 from benchmarks.cells import Adapter, Cell, RunOptions, finished
 from benchmarks.costs import cost_row
+from benchmarks.engines.choice import settled
+from benchmarks.engines.options import EngineOptions
 from benchmarks.estimate import duration
+from benchmarks.grid import Filters, expand
 from benchmarks.names import load_names
 from benchmarks.rehearsal.cell import in_small, read_events, rehearse_cell
 from benchmarks.rehearsal.estimate import real_memory, real_seconds, spent
@@ -24,25 +27,37 @@ FILE = "rehearsal.json"
 _COLUMNS = ("model", "method", "bits", "rehearsed", "peak", "per step", "real time", "real memory")
 
 
-def rehearsal_options(options: RunOptions, device: str) -> RunOptions:
-    """Return the options of a rehearsal: everything of it lies in ``<results>/rehearsal``."""
-    folder = options.results / "rehearsal"
-    if options.force:  # a rehearsal has nothing worth keeping
-        shutil.rmtree(folder, ignore_errors=True)
-    return replace(
-        options, results=folder, weights=folder / "weights", device=device, force=""
-    )
+def rehearse(
+    grid: Grid, profile: str, filters: Filters, options: RunOptions, adapter: Adapter, how: EngineOptions
+) -> int:
+    """Rehearse a grid's cells below ``<results>/rehearsal`` and return the exit code.
 
+    Args:
+        grid, profile, filters, options, adapter, how: as for :func:`benchmarks.commands.run_grid`.
 
-def prepare(grid: Grid, cells: Sequence[Cell], options: RunOptions) -> RunOptions:
-    """Make random data and weights for ``cells``; return the options with the folders of the data."""
+    Returns:
+        0 if all cells went through, else 1.
+    """
+    from benchmarks.commands import run_grid
     from benchmarks.rehearsal.data import make_data
     from benchmarks.rehearsal.models import make_weights
 
-    kinds = {grid.tasks[cell.section].data for cell in cells} - {"own"}
+    folder = options.results / "rehearsal"
+    if options.force:  # a rehearsal has nothing worth keeping
+        shutil.rmtree(folder, ignore_errors=True)
+    options = settled(
+        replace(options, results=folder, weights=folder / "weights", force=""),
+        how, options.device or grid.device, options.threads or grid.threads,
+    )  # fmt: skip
     assert options.weights is not None
+    cells = expand(grid, filters, options)
+    print(f"Making random weights and images in {folder}. Each cell's process is killed once.")
     make_weights(options.weights, cells)
-    return replace(options, data=make_data(options.results / "data", kinds))
+    data = {grid.tasks[cell.section].data for cell in cells}
+    options = replace(options, data=make_data(folder / "data", data - {"own"}))
+    adapter = rehearsing(adapter)
+    run_grid(grid, profile, filters, options, adapter, how, plan=False)
+    return _conclude(grid, expand(grid, filters, options), options, adapter)
 
 
 def rehearsing(adapter: Adapter) -> Adapter:
@@ -60,18 +75,19 @@ def rehearsing(adapter: Adapter) -> Adapter:
     )
 
 
-def conclude(cells: Sequence[Cell], options: RunOptions, adapter: Adapter) -> int:
+def _conclude(grid: Grid, cells: Sequence[Cell], options: RunOptions, adapter: Adapter) -> int:
     """Print the estimates of rehearsed ``cells`` and keep them; return the exit code.
 
     Args:
-        cells: of the real grid, under the options of the rehearsal.
+        grid: the real grid.
+        cells: its cells, under the options of the rehearsal.
         options: of the rehearsal.
         adapter: of the rehearsal.
 
     Returns:
         0 if all cells went through, else 1.
     """
-    rows = [row for cell in cells if (row := _row(cell, adapter)) is not None]
+    rows = [row for cell in cells if (row := _row(grid, cell, adapter)) is not None]
     if not rows:
         return 1
     print()
@@ -95,44 +111,34 @@ def conclude(cells: Sequence[Cell], options: RunOptions, adapter: Adapter) -> in
     return 0 if len(rows) == len(cells) else 1
 
 
-def _row(cell: Cell, adapter: Adapter) -> dict[str, Any] | None:
+def _row(grid: Grid, cell: Cell, adapter: Adapter) -> dict[str, Any] | None:
     found = finished(cell, adapter)
     if found is None:
         return None
     record, folder = found
     real, request = cell.request.recipe, cell.request
     times = spent(read_events(folder))
+    published = load_names().published_on(cell.task, grid.tasks[cell.section].dataset)
+    images = published[0][2].count if published else record.n
     memory, tape = real_memory(record, times, real, request.eval_batch, request.placement == "disk")
     small = in_small(request).recipe
-    rehearsed = {
-        "seconds": {name: round(seconds, 2) for name, seconds in record.seconds.items()},
-        "peak_memory_bytes": record.peak_memory_bytes,
-        "seconds_per_step": round(times.step or times.mlp_step, 4) or None,
-        "batch_size": None if small is None else small.batch_size,
-        "calibration_images": None if small is None else small.calibration_images,
-        "images": record.n,
-        "placement": request.placement,
-        "step_engine": record.step_engine,
-    }
     return {
         **cost_row(cell, record).model_dump(),
-        "seconds": round(real_seconds(record, times, real, _count(cell, record.n)), 1),
+        "seconds": round(real_seconds(record, times, real, images), 1),
         "peak_memory_bytes": memory,
         "tape_bytes": tape,
         "disk_bytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
-        "rehearsed": rehearsed,
+        "rehearsed": {
+            "seconds": round(times.total, 1),
+            "peak_memory_bytes": max(record.peak_memory_bytes, times.peak_memory_bytes),
+            "seconds_per_step": round(times.step or times.mlp_step, 4) or None,
+            "batch_size": None if small is None else small.batch_size,
+            "calibration_images": None if small is None else small.calibration_images,
+            "images": record.n,
+            "placement": request.placement,
+            "step_engine": record.step_engine,
+        },
     }
-
-
-def _count(cell: Cell, measured: int) -> int:
-    """Return the images of the published data set of a cell; ``measured`` where none is known."""
-    counts = [
-        entry.count
-        for sets in load_names().datasets.values()
-        for entry in sets.values()
-        if entry.task == cell.task
-    ]
-    return counts[0] if counts else measured
 
 
 def _texts(row: dict[str, Any]) -> list[str]:
@@ -142,7 +148,7 @@ def _texts(row: dict[str, Any]) -> list[str]:
         f"{row['model']}{' [' + row['scope'] + ']' if row['scope'] else ''}",
         f"{row['method']}{' ' + row['point'] if row['point'] else ''}",
         row["bits"],
-        duration(sum(rehearsed["seconds"].values())),
+        duration(rehearsed["seconds"]),
         _gb(rehearsed["peak_memory_bytes"]),
         "-" if step is None else f"{1000 * step:.0f} ms",
         duration(row["seconds"]),

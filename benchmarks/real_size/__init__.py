@@ -1,1 +1,0 @@
-"""Models of published size with random weights, quantized from end to end."""
