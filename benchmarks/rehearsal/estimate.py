@@ -21,8 +21,6 @@ from tasks.common.record import ResultRecord
 #: Texts that stand for ImageNet's classes in zero-shot classification: 1000 classes x 80 templates.
 _TEXTS = 80_000
 _MANY_PASSES = ("fisher_diag", "fisher_lr", "fisher_dplr")
-#: Searches of ranges that try each candidate.
-_SEARCHES = ("output", "progressive")
 
 
 @dataclass(frozen=True)
@@ -89,15 +87,19 @@ def spent(events: Sequence[dict[str, Any]]) -> Spent:
 
 def _kind(before: dict[str, Any], after: dict[str, Any]) -> str:
     """Return the field of :class:`Spent` that the time between two events belongs to."""
-    stage = before["stage"]
-    mlps = stage == "reconstruct MLPs"
-    if stage == "Fisher pass":
+    stages = before["stage"], after["stage"]
+    if stages[0] == "Fisher pass":
         return "passed"
     if after["loss"] is not None:
-        return "mlp_step" if mlps else "step"
-    if mlps or stage == "reconstruct":
-        return "mlp_rest" if mlps else "rest"
-    return {"calibrate": "calibrate", "embed classes": "text"}.get(stage, "other")
+        return "mlp_step" if stages[1] == "reconstruct MLPs" else "step"
+    if stages[0] == "reconstruct MLPs":
+        return "mlp_rest"
+    if stages[0] == "calibrate" and before["block"]:
+        return "calibrate"
+    if stages == ("embed classes", "embed classes"):
+        return "text"
+    # Outputs of all images are made between calibration and the first block.
+    return "rest" if stages[1] in ("reconstruct", "Fisher pass") else "other"
 
 
 def real_seconds(record: ResultRecord, found: Spent, real: Recipe | None, images: int) -> float:
@@ -117,7 +119,7 @@ def real_seconds(record: ResultRecord, found: Spent, real: Recipe | None, images
     small = Recipe.model_validate(record.recipe)
     more = real.calibration_images / small.calibration_images
     search = real.range_images / small.range_images
-    if real.range_search in _SEARCHES:
+    if real.range_search != "minmax":
         search *= real.range_candidates / small.range_candidates
     passes = real.fisher_k if real.loss in _MANY_PASSES else 1
     total += search * found.calibrate + more * (found.rest + found.mlp_rest + passes * found.passed)

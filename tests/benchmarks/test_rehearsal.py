@@ -69,7 +69,7 @@ def test_times_are_summed_by_what_they_are_spent_on():
         event(1.5, "reconstruct MLPs", "a.mlp", loss=1.0),
         event(2, "calibrate", "a"),
         event(7, "calibrate", memory=50),
-        event(10, "reconstruct", "a"),  # 3 s after calibration are nobody's
+        event(10, "reconstruct", "a"),
         event(11, "Fisher pass", "a"),
         event(15, "reconstruct", "a"),
         event(20, "reconstruct", "a", loss=1.0),
@@ -88,8 +88,9 @@ def test_times_are_summed_by_what_they_are_spent_on():
     assert found.calibrate == 5
     assert found.passed == 3
     assert found.step == 2 + 1
-    # before the pass 1, after the last step 1, first step beyond the second 3 (a) and 7 (b)
-    assert found.rest == 1 + 1 + 3 + 7
+    # behind the calibration 3, before the pass 1, behind the last step 1; first steps and passes
+    # beyond the second ones 3 and 1 (a), 7 (b)
+    assert found.rest == 3 + 1 + 1 + 3 + 1 + 7
     assert (found.mlp_step, found.mlp_rest) == (0.5, 0.5 + 0.5)
     assert found.text == 4 / 20
     assert (found.tape_bytes, found.peak_memory_bytes) == (70, 50)
