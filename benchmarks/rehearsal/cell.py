@@ -50,6 +50,7 @@ def _recipe_in_small(recipe: Recipe, limit: int, gpu: bool) -> Recipe:
         changes[name] = min(getattr(recipe, name), limit)
     changes["divergence_batch"] = min(recipe.divergence_batch, max(limit, 2))
     changes["range_candidates"] = min(recipe.range_candidates, 16)
+    changes["range_rounds"] = min(recipe.range_rounds, 1)
     if not gpu:
         changes["range_images"] = 1
     return make_recipe(recipe.method, recipe.model_dump(mode="json"), changes)

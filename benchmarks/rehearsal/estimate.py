@@ -3,7 +3,7 @@
 Each time is taken to be proportional to what it is spent on:
 
 load         constant
-calibrate    range images x range candidates
+calibrate    range images x range candidates x (1 + rounds)
 MLPs         steps x images per step; the rest: calibration images
 reconstruct  steps x images per step; Fisher passes x calibration images; the rest: calibration images
 evaluate     images; texts of class names
@@ -121,6 +121,7 @@ def real_seconds(record: ResultRecord, found: Spent, real: Recipe | None, images
     search = real.range_images / small.range_images
     if real.range_search != "minmax":
         search *= real.range_candidates / small.range_candidates
+        search *= (1 + real.range_rounds) / (1 + small.range_rounds)
     passes = real.fisher_k if real.loss in _MANY_PASSES else 1
     total += search * found.calibrate + more * (found.rest + found.mlp_rest + passes * found.passed)
     total += real.steps * real.batch_size / small.batch_size * found.step

@@ -112,7 +112,7 @@ def test_the_estimate_follows_steps_images_and_passes():
     expected = (
         7  # load
         + 50_000 * 8 / 4
-        + 1.0 * 128 / 1 * 128 / 16  # range images, candidates
+        + 1.0 * 128 / 1 * 128 / 16 * (1 + 3) / (1 + 1)  # range images, candidates, rounds
         + (3.0 + 5 * 2.0) * 1024 / 4  # rest, five passes
         + 0.5 * 20_000 * 32 / 4
     )
