@@ -35,6 +35,9 @@ def in_small(request: CellRequest) -> CellRequest:
         limit = _DETECTOR_IMAGES if detector else _IMAGES
     if data.evaluation == "zero-shot" and not gpu and data.path is not None:
         data = replace(data, path=few_classes(data.path))
+    if detector and data.path is not None:  # what goes by COCO's name must be whole
+        val, train = (data.path / f"annotations/instances_{part}2017.json" for part in ("val", "train"))
+        data = replace(data, path=val, calibration_data=train)
     return replace(
         request,
         recipe=None if recipe is None else _recipe_in_small(recipe, limit, gpu),
