@@ -89,9 +89,9 @@ def test_costs_are_measured_or_estimated_from_cells_of_the_method(tmp_path: Path
     assert "Costs of finished cells here: cpu Here, 2 threads (3 cells)." in text
     # fp of two models; of vit 4 + 3 x 600, 1 + ... : chains (model, seed) of 4 cells, one of them begun
     work = 2 * 8 + 5 * 4 + 17 * 600
-    assert f"({duration(work)} of work), largest memory of a cell 3.0 GB." in text
+    assert f"({duration(work)} of work; 24 from finished cells), largest memory of a cell 3.0 GB." in text
     # 6 chains of about 30 min (one of 20) in two processes
-    assert "About 1 h 30 min at 2 jobs" in text
+    assert "CPU time: about 1 h 30 min at 2 jobs" in text
 
 
 def test_what_was_never_measured_has_no_costs(tmp_path: Path):
@@ -102,7 +102,7 @@ def test_what_was_never_measured_has_no_costs(tmp_path: Path):
     measure(cells_of(grid, tmp_path)["demo_vit fp"], 5.0)
     text = plan(grid, tmp_path)
     assert {item["time"] for item in rows(text) if item["method"] == "fimaq"} == {"-"}
-    assert "24 cells are not in this: nothing like them was measured." in text
+    assert "24 cells are not in this: nothing like them was measured or published." in text
 
 
 def test_costs_come_from_the_reference_where_nothing_here_tells(tmp_path: Path):
@@ -123,7 +123,7 @@ def test_costs_come_from_the_reference_where_nothing_here_tells(tmp_path: Path):
 
     text = plan(grid, tmp_path)
     assert row(text, model="demo_vit", method="rtn")["time"] == "~2 min"
-    assert row(text, model="demo_vit", method="fp")["memory"] == "~0.1 GB"
+    assert row(text, model="demo_vit", method="fp")["memory"] == "~100.0 MB"
     assert "Costs of the reference: cpu There, 1 thread (15 cells)." in text
     # bits that the reference does not have: as its method took there
     wider = plan(grid, tmp_path, Filters(bits=("w4a4",), methods=("rtn",)))
