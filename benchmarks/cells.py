@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from fimaq_core.errors import FimaqError
 from fimaq_core.progress import Report
@@ -21,6 +21,17 @@ if TYPE_CHECKING:
 MAIN_METRIC = {"classification": "top1", "retrieval": "R@1", "detection": "AP_box"}
 
 Key = tuple[str, str, str, str, int, int, int | None, str]
+
+
+class CellName(NamedTuple):
+    """Identity of a grid's cells that differ in nothing but the seed; see :class:`Cell`."""
+
+    section: str
+    model: str
+    scope: str
+    method: str
+    bits: str
+    point: str
 
 
 @dataclass(frozen=True)
@@ -86,6 +97,11 @@ class Cell:
     def key(self) -> Key:
         """What tells the cells of a grid apart."""
         return (self.section, self.model, self.scope, self.method, self.w_bit, self.a_bit, self.seed, self.point)
+
+    @property
+    def name(self) -> CellName:
+        """What all seeds of the cell share."""
+        return CellName(self.section, self.model, self.scope, self.method, self.bits, self.point)
 
     @cached_property
     def bits(self) -> str:

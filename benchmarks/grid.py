@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from benchmarks.axes import Axes, GridError, check_axes, check_names, check_overrides, parse_axes, with_points
-from benchmarks.cells import Cell, Key, RunOptions, make_cell
+from benchmarks.cells import Cell, CellName, Key, RunOptions, make_cell
 from benchmarks.schema import Extra, Grid, TaskGrid
 from fimaq_core.errors import suggest
 from fimaq_core.recipe import METHODS, OFF, make_recipe
@@ -141,6 +142,8 @@ def parse_filters(
         _known_method(name)
     for name in wanted_bits or ():
         parse_bits(name)
+    if grid.only is not None:
+        _check_only(grid, grid.only, wanted_methods or (), wanted_bits or ())
     for name in wanted_seeds or ():
         if not re.fullmatch(r"\d+", name):
             raise GridError(f"'{name}' is no seed: seeds are whole numbers from 0.")
@@ -148,6 +151,16 @@ def parse_filters(
     wanted_axes = _split(axes)
     parse_axes(wanted_axes or (), grid.axes, grid.name)
     return Filters(wanted_tasks, wanted_models, wanted_methods, wanted_bits, numbers, wanted_axes)
+
+
+def _check_only(grid: Grid, only: Iterable[CellName], methods: Iterable[str], bits: Iterable[str]) -> None:
+    for what, wanted, known in (
+        ("method", methods, {cell.method for cell in only}),
+        ("bits", bits, {cell.bits for cell in only}),
+    ):
+        for name in wanted:
+            if name not in known:
+                raise GridError(f"'{grid.name}' has no {what} '{name}'. It has: {', '.join(sorted(known))}.")
 
 
 def _split(text: str) -> tuple[str, ...] | None:
@@ -165,7 +178,8 @@ def expand(grid: Grid, filters: Filters, options: RunOptions) -> list[Cell]:
 
     A filter replaces the grid's list where it is given, so it may also name values the grid does not run by default; but of
     methods a section takes only what is its own, or no other section's either. Extra cells run if no filter excludes them.
-    Methods that quantize nothing have one cell a seed and scope, whatever the bits.
+    Methods that quantize nothing have one cell per seed and scope, whatever the bits. Where the grid names its cells one by
+    one (``only``), no others are left.
     """
     cells: dict[Key, Cell] = {}
     axes = chosen_axes(grid, filters)
@@ -202,7 +216,7 @@ def expand(grid: Grid, filters: Filters, options: RunOptions) -> list[Cell]:
                 if extra.task == section and model in extra.models:
                     add(section, model, _keep(extra.methods, filters.methods), _keep(extra.bits, filters.bits),
                         _keep(extra.seeds, filters.seeds), {})  # fmt: skip
-    return list(cells.values())
+    return [cell for cell in cells.values() if grid.only is None or cell.name in grid.only]
 
 
 def _sections(grid: Grid, filters: Filters) -> list[str]:

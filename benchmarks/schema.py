@@ -5,14 +5,15 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from benchmarks.axes import Axes
+from benchmarks.cells import CellName
 from tasks.common import registry
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class TaskGrid(_Strict):
+class TaskGrid(Strict):
     """One section of a grid: a task on a data set.
 
     Attributes:
@@ -42,7 +43,7 @@ class TaskGrid(_Strict):
     placement: Literal["device", "host", "disk"] = "device"
 
 
-class Extra(_Strict):
+class Extra(Strict):
     """Further cells beside the product of the grid's lists: a small product of their own, in the scopes of its section.
 
     Attributes:
@@ -56,7 +57,7 @@ class Extra(_Strict):
     seeds: tuple[int, ...]
 
 
-class Grid(_Strict):
+class Grid(Strict):
     """A profile.
 
     Attributes:
@@ -73,6 +74,7 @@ class Grid(_Strict):
         jobs: processes at a time; None derives it from cores and threads.
         extra: further cells; they take no part in the axes.
         next: lines that a run prints at its end: commands that a user may want next.
+        only: the cells of the grid, where they are not a product of its lists; None: all cells of the product.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
@@ -89,6 +91,7 @@ class Grid(_Strict):
     extra: tuple[Extra, ...] = ()
     axes: Axes = {}
     next: tuple[str, ...] = ()
+    only: frozenset[CellName] | None = None
 
     def task_of(self, section: str) -> str:
         """Name of a section's task."""
