@@ -15,7 +15,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from benchmarks.cells import Cell, Key
-from benchmarks.estimate import Estimator, levels
+from benchmarks.estimate import Estimator, duration, levels
 from benchmarks.published.minutes import Minutes, published_minutes
 from fimaq_core.errors import FimaqError
 from fimaq_core.recipe import Recipe, make_recipe
@@ -60,7 +60,7 @@ class CostRow(BaseModel):
     @property
     def name(self) -> tuple[object, ...]:
         """What tells the cells of a grid apart."""
-        return self.section, self.model, self.scope, self.method, self.bits, self.seed, self.point
+        return self.section, self.model, self.scope, self.method, self.bits, self.point, self.seed
 
 
 class RehearsedRow(CostRow):
@@ -139,16 +139,18 @@ def read_rehearsal(path: Path) -> list[RehearsedRow]:
 Rows = Sequence[tuple[Source, Sequence[CostRow]]]
 
 
-def other_rows(grid: str, results: Path, folder: Path = REFERENCE) -> tuple[Rows, list[str]]:
+def other_rows(
+    grids: Iterable[str], results: Path, folder: Path = REFERENCE
+) -> tuple[Rows, list[str]]:
     """Return the costs that are not from finished cells here, the most trusted first, and warnings.
 
     Args:
-        grid: name of the grid.
+        grids: names of the grids.
         results: root of what runs and rehearsals write.
         folder: holds the committed reference and the committed rehearsal.
     """
-    files: tuple[tuple[Source, Callable[[Path], Sequence[CostRow]], Path], ...] = (
-        ("reference", read_costs, costs_path(grid, folder)),
+    files: Sequence[tuple[Source, Callable[[Path], Sequence[CostRow]], Path]] = (
+        *(("reference", read_costs, costs_path(grid, folder)) for grid in grids),
         ("rehearsal", read_rehearsal, results / "rehearsal" / "rehearsal.json"),
         ("rehearsal", read_rehearsal, folder / "rehearsal.json"),
     )
@@ -173,7 +175,7 @@ class Cost:
             method on its model; ``alike``: published minutes of a method that does the same work.
         device: kind of the device it was measured on.
         disk: bytes; None where it is not known.
-        note: of published minutes, their device and source for people.
+        note: what it was measured on, for people; of published minutes with their source.
     """
 
     seconds: float
@@ -182,6 +184,15 @@ class Cost:
     device: Device
     disk: int | None = None
     note: str = ""
+
+    @property
+    def origin(self) -> str:
+        """Where it is known from, for people."""
+        words = _WORDS[self.source]
+        if self.source in ("published", "alike"):
+            between = "on" if self.source == "published" else "of"
+            return f"{words}: {duration(self.seconds)} {between} {self.note}"
+        return f"{words}, {self.note}"
 
 
 class _Known:
@@ -209,7 +220,7 @@ class _Known:
             return None
         source: Source = "measured" if self.source == "here" else self.source
         disk = row.disk_bytes if isinstance(row, RehearsedRow) else None
-        return Cost(row.seconds, row.peak_memory_bytes, source, self.device, disk)
+        return Cost(row.seconds, row.peak_memory_bytes, source, self.device, disk, row.machine)
 
     def of_method(self, cell: Cell) -> Cost | None:
         """Estimate from cells of the same method, in the same section and scope."""
@@ -223,7 +234,7 @@ class _Known:
         if seconds is None:
             return None
         found = (self._memory[level] for level in levels(cell) if level in self._memory)
-        return Cost(seconds, next(found, 0), self.source, self.device)
+        return Cost(seconds, next(found, 0), self.source, self.device, note="; ".join(self.machines))
 
 
 class Costs:
@@ -237,7 +248,7 @@ class Costs:
             rows: costs from elsewhere, see :func:`other_rows`.
             cells: of the whole grid; rows of others are left out.
         """
-        named = {_name(cell): cell for cell in cells} if any(found for _, found in rows) else {}
+        named = {(*cell.name, cell.seed): cell for cell in cells} if any(found for _, found in rows) else {}
         pairs: list[tuple[Source, Sequence[tuple[Cell, CostRow]]]] = [("here", finished)]
         for source, found in rows:
             pairs.append((source, [(named[row.name], row) for row in found if row.name in named]))
@@ -334,7 +345,3 @@ def _work(recipe: Recipe) -> tuple[object, ...]:
     if recipe.reconstruct:
         return "blocks", recipe.steps, recipe.batch_size
     return ("MLPs", recipe.mlp_steps, recipe.mlp_batch) if recipe.reconstruct_mlp else ("ranges",)
-
-
-def _name(cell: Cell) -> tuple[object, ...]:
-    return cell.section, cell.model, cell.scope, cell.method, cell.bits, cell.seed, cell.point

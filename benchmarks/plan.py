@@ -51,7 +51,7 @@ def plan_of(
     Args:
         reference: folder with reference costs and the committed rehearsal.
     """
-    rows, notes = other_rows(grid.name, options.results, reference)
+    rows, notes = other_rows([grid.name], options.results, reference)
     known = expand(grid, Filters(), options) if filters.active else cells
     return "\n".join([plan_text(cells, adapter, known, rows, jobs, width), *notes])
 

@@ -51,7 +51,7 @@ def test_rehearsals_are_read_here_first_and_damaged_ones_are_a_warning(tmp_path:
     cell = cell_of("fimaq")
     committed = {**row_of(cell, 60.0).model_dump(), "disk_bytes": 7, "rehearsed": {"steps": 20}}
     (tmp_path / "rehearsal.json").write_text(json.dumps({"cells": [committed], "images": 64}))
-    costs = Costs([], other_rows("paper", tmp_path, tmp_path)[0], [cell])
+    costs = Costs([], other_rows(["paper"], tmp_path, tmp_path)[0], [cell])
     assert (cost := costs.of(cell)) is not None
     assert (cost.source, cost.seconds, cost.disk) == ("rehearsal", 60.0, 7)
     assert costs.machines("rehearsal") == {"NVIDIA H200, 4 threads": 1}
@@ -59,11 +59,11 @@ def test_rehearsals_are_read_here_first_and_damaged_ones_are_a_warning(tmp_path:
     local = tmp_path / "rehearsal" / "rehearsal.json"
     local.parent.mkdir()
     local.write_text(json.dumps({"cells": [{**committed, "seconds": 30.0}]}))
-    assert (cost := Costs([], other_rows("paper", tmp_path, tmp_path)[0], [cell]).of(cell)) is not None
+    assert (cost := Costs([], other_rows(["paper"], tmp_path, tmp_path)[0], [cell]).of(cell)) is not None
     assert cost.seconds == 30.0
 
     local.write_text('{"cells": [{}]}')
-    rows, (note,) = other_rows("paper", tmp_path, tmp_path)
+    rows, (note,) = other_rows(["paper"], tmp_path, tmp_path)
     assert f"Cannot read the rehearsal {local}" in note
     assert (cost := Costs([], rows, [cell]).of(cell)) is not None
     assert cost.seconds == 60.0
