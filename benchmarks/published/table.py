@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import csv
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import pandas as pd
 import yaml
 from pydantic import Field, ValidationError
 
@@ -16,11 +16,13 @@ from benchmarks.cells import CellName
 from benchmarks.grid import FP, load_grid, parse_bits
 from benchmarks.names import PUBLISHED, UNSTATED, MethodName, load_names
 from benchmarks.schema import Grid, Strict
-from benchmarks.tables import FULL
 from fimaq_core.errors import FimaqError, suggest
 from fimaq_core.recipe import METHODS, OFF, Recipe, make_recipe
+from tasks.common.record import bits_name
 
 TABLES = PUBLISHED / "tables"
+#: Name of the bits of what is not quantized.
+FULL = bits_name(OFF, OFF)
 #: A name in one part, or in two of which the first is shared by several rows or columns.
 Head = str | tuple[str, str]
 
@@ -122,7 +124,7 @@ class TableCell:
     column: int
     weights: str
     scope: str | None
-    published: Mapping[str, Any] | None
+    published: Mapping[str, str] | None
     unpublished: str
     name: CellName | None
     metric: str | None
@@ -256,9 +258,23 @@ def head_text(head: Head) -> str:
     return head if isinstance(head, str) else " ".join(head)
 
 
+#: Columns of the CSV files that tell apart the numbers of one source.
+_KEYS = ("task", "dataset", "study", "model", "method", "variant", "w_bit", "a_bit", "metric")
+
+
 @cache
-def _numbers(file: Literal["accuracy", "ablation"]) -> pd.DataFrame:
-    return pd.read_csv(PUBLISHED / f"{file}.csv", dtype=str, keep_default_na=False)
+def _numbers(file: Literal["accuracy", "ablation"]) -> dict[tuple[str, ...], list[dict[str, str]]]:
+    """Rows of a CSV file by their :data:`_KEYS`; empty where the file has no such column."""
+    found: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    with (PUBLISHED / f"{file}.csv").open(encoding="utf-8", newline="") as lines:
+        for row in csv.DictReader(lines):
+            found.setdefault(tuple(row.get(key, "") for key in _KEYS), []).append(row)
+    return found
+
+
+@cache
+def _known(file: Literal["accuracy", "ablation"], column: str) -> set[str]:
+    return {row[column] for rows in _numbers(file).values() for row in rows}
 
 
 class _Resolver:
@@ -287,15 +303,17 @@ class _Resolver:
         models = self._models(model, stated)
         why, hole = _why_unpublished(line.row, place)
         found = self._published(stated, models, line.bits)
-        if why and not found.empty:
-            raise TableError(f"is said to be unpublished ({why}), but {found.iloc[0]['source']} has a number.")
+        if why and stated.point is None and found:
+            raise TableError(f"is said to be unpublished ({why}), but {found[0]['source']} has a number.")
         if not why and len(found) != 1:
             raise TableError(_not_one(found, stated))
         name = metric = None
         if stated.measure is not None and not hole:
             name = self._name(stated, models, line.bits)
             metric = self._metric(stated)
-        published = None if why else {str(key): value for key, value in found.iloc[0].items()}
+            if name.point and not why:
+                raise TableError(f"is measured at {name.point}, but its published number is of the method's own settings.")
+        published = None if why else found[0]
         return TableCell(row, column, model, stated.scope, published, why, name, metric)
 
     def _models(self, weights: str, stated: Coordinates) -> list[str]:
@@ -315,24 +333,27 @@ class _Resolver:
             raise TableError(f"{weights} needs one scope of {scopes} (given: {stated.scope}).")
         return chosen
 
-    def _published(self, stated: Coordinates, models: Sequence[str], bits: str) -> pd.DataFrame:
-        rows = _numbers("accuracy" if stated.study is None else "ablation")
+    def _published(self, stated: Coordinates, models: Sequence[str], bits: str) -> list[dict[str, str]]:
+        file: Literal["accuracy", "ablation"] = "accuracy" if stated.study is None else "ablation"
+        sources = _sources(stated)
+        for column, values in (
+            ("source", sources),
+            ("study", [stated.study] if stated.study else []),
+        ):
+            for value in values:
+                if value not in _known(file, column):
+                    raise TableError(f"unknown {column} '{value}'.{suggest(value, _known(file, column))}")
         w_bits, a_bits = ("", "") if bits == UNSTATED else map(str, _widths(bits))
-        wanted: dict[str, Iterable[str]] = {
-            "model": models, "method": [_needed(stated, "method")], "variant": [stated.variant or ""],
-            "metric": [_needed(stated, "metric")], "w_bit": [w_bits], "a_bit": [a_bits], "source": _sources(stated),
-        }  # fmt: skip
-        if stated.study is None:
-            wanted |= {"task": [_needed(stated, "task")], "dataset": [_needed(stated, "dataset")]}
-        else:
-            wanted["study"] = [stated.study]
-        for column, values in wanted.items():
-            if column in ("study", "source"):
-                for value in values:
-                    if value not in set(rows[column]):
-                        raise TableError(f"unknown {column} '{value}'.{suggest(value, set(rows[column]))}")
-            rows = rows[rows[column].isin(list(values))]
-        return rows
+        place = ("", "") if stated.study else (_needed(stated, "task"), _needed(stated, "dataset"))
+        return [
+            row
+            for model in models
+            for row in _numbers(file).get((
+                *place, stated.study or "", model, _needed(stated, "method"), stated.variant or "",
+                w_bits, a_bits, _needed(stated, "metric"),
+            ), [])
+            if row["source"] in sources
+        ]  # fmt: skip
 
     def _metric(self, stated: Coordinates) -> str:
         datasets = self._names.datasets.get(str(stated.task), {})
@@ -343,7 +364,11 @@ class _Resolver:
 
     def _name(self, stated: Coordinates, models: Sequence[str], bits: str) -> CellName:
         """Return the identity of the grid's cell, once its model, method, point and recipe are the profile's."""
-        grid, section, method = self._table.base, _needed(stated, "section"), _needed(stated, "measure")
+        grid, section, method = (
+            self._table.base,
+            _needed(stated, "section"),
+            _needed(stated, "measure"),
+        )
         if section not in grid.tasks:
             raise TableError(f"profile '{grid.name}' has no section '{section}'.{suggest(section, grid.tasks)}")
         part, entry = grid.tasks[section], self._names.models[models[0]]
@@ -416,12 +441,13 @@ def _why_unpublished(row: Row, column: Column) -> tuple[str, bool]:
     return why, bool(why)
 
 
-def _not_one(found: pd.DataFrame, stated: Coordinates) -> str:
+def _not_one(found: Sequence[Mapping[str, str]], stated: Coordinates) -> str:
     wanted = {name: getattr(stated, name) for name in ("study", "method", "variant", "metric", "source")}
     asked = ", ".join(f"{name} '{value}'" for name, value in wanted.items() if value is not None)
-    if found.empty:
+    if not found:
         return f"no published number for {asked}. Correct them, or say why in 'unpublished'."
-    return f"{len(found)} published numbers for {asked}: name one source. They are from {'; '.join(found['source'])}."
+    sources = "; ".join(row["source"] for row in found)
+    return f"{len(found)} published numbers for {asked}: name one source. They are from {sources}."
 
 
 def _changes(grid: Grid, point: str) -> dict[str, Any]:
