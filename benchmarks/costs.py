@@ -139,9 +139,7 @@ def read_rehearsal(path: Path) -> list[RehearsedRow]:
 Rows = Sequence[tuple[Source, Sequence[CostRow]]]
 
 
-def other_rows(
-    grids: Iterable[str], results: Path, folder: Path = REFERENCE
-) -> tuple[Rows, list[str]]:
+def other_rows(grids: Iterable[str], results: Path, folder: Path = REFERENCE) -> tuple[Rows, list[str]]:
     """Return the costs that are not from finished cells here, the most trusted first, and warnings.
 
     Args:
@@ -223,8 +221,13 @@ class _Known:
         return Cost(row.seconds, row.peak_memory_bytes, source, self.device, disk, row.machine)
 
     def of_method(self, cell: Cell) -> Cost | None:
-        """Estimate from cells of the same method, in the same section and scope."""
-        return self._cost(cell, self._estimator.of_method(cell))
+        """Estimate from cells of the same method, in the same section and scope.
+
+        From a rehearsal only where the model is the same too: else published minutes tell more.
+        """
+        rehearsed = self.source == "rehearsal"
+        estimate = self._estimator.of_model if rehearsed else self._estimator.of_method
+        return self._cost(cell, estimate(cell))
 
     def of_kind(self, cell: Cell) -> Cost | None:
         """Estimate from cells of the same kind too, anywhere."""
@@ -261,8 +264,8 @@ class Costs:
         """Return what a cell cost, or is going to cost; None if nothing tells.
 
         Its own record comes first. The next are, in this order: finished cells of its method in
-        its section and scope; its row of the reference, or rows alike; the same of the rehearsal;
-        published minutes; finished cells that do the same kind of work. Costs from the kind of
+        its section and scope; its row of the reference, or rows alike; its row of the rehearsal,
+        or rows of its model and method; published minutes; finished cells that do the same kind of work. Costs from the kind of
         device that the cell is to run on come before all others, and a cost says which it is from.
         """
         devices: tuple[Device, ...] = ("gpu", "cpu") if device_kind(cell) == "gpu" else ("cpu", "gpu")
@@ -309,8 +312,8 @@ def device_kind(cell: Cell) -> Device:
 def published_cost(cell: Cell, times: Sequence[Minutes]) -> Cost | None:
     """Return published minutes of the cell's method, else of a method that does the same work.
 
-    The best evidence comes first, then the nearest bits, then the newest study: studies are never
-    averaged. Methods do the same work if both reconstruct with the same steps, or neither does.
+    The same method comes first, then the best evidence, the nearest bits, and the newest study:
+    studies are never averaged. Methods do the same work if both reconstruct with the same steps, or neither does.
 
     Args:
         times: published for the cell's model.
@@ -329,7 +332,8 @@ def published_cost(cell: Cell, times: Sequence[Minutes]) -> Cost | None:
         mlp = recipe.reconstruct_mlp != recipes[time.method].reconstruct_mlp
         images = time.images not in (None, recipe.calibration_images)
         bits = time.distance(recipe.w_bits, recipe.a_bits)
-        return not own[time.method], mlp, time.evidence, bits, images, time.study
+        unlike = not own[time.method], time.method != recipe.method, mlp
+        return *unlike, time.evidence, bits, images, time.study
 
     fit = (time for time in times if own[time.method] or _work(recipe) == _work(recipes[time.method]))
     best = min(fit, key=order, default=None)

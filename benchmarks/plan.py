@@ -207,7 +207,8 @@ def _totals(chains: Sequence[Sequence[Cell]], each: Mapping[Key, Cost | None], j
         line += f" ({duration(sum(seconds.values()))} of work; {origins(cost for _, cost in mine)})"
         memory = [cost.memory for _, cost in mine if cost.memory is not None]
         line += f", largest memory of a cell {size_text(max(memory))}" if memory else ""
-        other = sum(device_kind(cell) != device for cell, _ in mine)
+        fixed = [cell for cell, _ in mine if cell.request.device != "auto"]
+        other = sum(device_kind(cell) != device for cell in fixed)
         line += f"; {other} of these are to run on another kind of device" if other else ""
         lines.append(f"{line}.")
     rest = len(todo) - len(known)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,9 +31,7 @@ _WIDE = 200
 @places_options
 @click.option("--weights", default="", metavar="DIR", help="As for run.")
 @results_option
-def published(
-    table: str, device: str, imagenet: str, coco: str, flickr: str, weights: str, results: Path
-) -> None:
+def published(table: str, device: str, imagenet: str, coco: str, flickr: str, weights: str, results: Path) -> None:
     """List the published tables that can be reproduced: cells, data, weights, time, memory, disk.
 
     Nothing is run, downloaded or changed.
@@ -86,9 +84,7 @@ def listing(name: str, options: RunOptions, adapter: Adapter) -> list[Renderable
     return [*shown, *_missing(entries, bool(name)), *notes]
 
 
-def _entries(
-    tables: Sequence[PublishedTable], options: RunOptions, adapter: Adapter
-) -> tuple[list[_Entry], list[str]]:
+def _entries(tables: Sequence[PublishedTable], options: RunOptions, adapter: Adapter) -> tuple[list[_Entry], list[str]]:
     from benchmarks.costs import Costs, cost_row, other_rows
     from benchmarks.grid import Filters, expand
     from benchmarks.preflight import missing_data, weights_place
@@ -124,19 +120,18 @@ def _weights(cell: Cell) -> str:
 
 
 def _all(entries: Sequence[_Entry]) -> list[RenderableType]:
-    names = ("table", "what it is", "cells", "done", "data", "weights", "time", "known from", "memory", "disk")
-    table = _table(names)
+    rows = []
     for entry in entries:
         here = sum(place.here for place in entry.weights.values())
-        table.add_row(
-            entry.table.name, entry.table.title, str(len(entry.cells)),
-            str(sum(cell.key in entry.done for cell in entry.cells)), _data(entry),
-            f"{here} of {len(entry.weights)}", *_totals(entry),
-        )  # fmt: skip
+        rows.append({
+            "table": entry.table.name, "what it is": entry.table.title, "cells": str(len(entry.cells)),
+            "done": str(sum(cell.key in entry.done for cell in entry.cells)), "data here": _data(entry),
+            "weights here": f"{here} of {len(entry.weights)}", **_totals(entry),
+        })  # fmt: skip
     return [
-        table,
-        "Time is of the cells that are not done, one after the other. Memory is the largest of a cell.",
-        "make tables TABLE=NAME shows the cells of a table, make reproduce-table TABLE=NAME runs them.",
+        _table(rows),
+        "Times are of the cells that are not done, one after the other; memory is the largest of a cell.",
+        "make tables TABLE=NAME shows a table's cells, make reproduce-table TABLE=NAME runs them.",
     ]
 
 
@@ -144,61 +139,68 @@ def _one(entry: _Entry) -> list[RenderableType]:
     from benchmarks.doctor.findings import size_text
     from benchmarks.estimate import duration
 
-    table = _table(("model", "method", "bits", "point", "done", "time", "memory", "disk", "known from"))
+    rows = []
     for cell in entry.cells:
-        cost = entry.costs[cell.key]
-        about = "" if cell.key in entry.done else "~"
-        sizes = (None, None) if cost is None else (cost.memory, cost.disk)
-        table.add_row(
-            cell.subject, cell.method, cell.bits, cell.point or "-",
-            "yes" if cell.key in entry.done else "no",
-            "not known" if cost is None else f"{about}{duration(cost.seconds)} {cost.device.upper()}",
-            *("-" if size is None else f"{about}{size_text(size)}" for size in sizes),
-            "-" if cost is None else cost.origin,
-        )  # fmt: skip
-    time, sources, memory, disk = _totals(entry)
+        cost, done = entry.costs[cell.key], cell.key in entry.done
+        row = {
+            "model": cell.subject, "method": cell.method, "bits": cell.bits, "point": cell.point,
+            "done": "yes" if done else "no", "time": "not known", "memory": "", "disk": "", "known from": "",
+        }  # fmt: skip
+        if cost is not None:
+            about = "" if done else "~"
+            row["time"] = f"{about}{duration(cost.seconds)} {cost.device.upper()}"
+            sizes = {"memory": cost.memory, "disk": cost.disk}
+            row |= {name: f"{about}{size_text(size)}" for name, size in sizes.items() if size is not None}
+            row["known from"] = cost.origin
+        rows.append(row)
+    totals = _totals(entry)
+    origin = totals.pop("known from")
+    shown = ", ".join(f"{name} {text}" for name, text in totals.items() if text) or "nothing known"
     return [
-        f"{entry.table.name}: {entry.table.title} ({entry.table.paper})", table,
-        f"To run: {time} ({sources}); largest memory of a cell {memory}; disk {disk}. Data: {_data(entry)}.",
+        f"{entry.table.name}: {entry.table.title} ({entry.table.paper})",
+        _table(rows),
+        *([f"To run: {shown} ({origin})."] if origin else []),
         *_protocol(entry.cells),
-    ]  # fmt: skip
+    ]
 
 
-def _table(names: Iterable[str]) -> Table:
+def _table(rows: Sequence[Mapping[str, str]]) -> Table:
+    """Return a table of the columns that have something in them; texts of several words may wrap."""
     from rich import box
     from rich.table import Table
 
-    return Table(*names, box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    names = [name for name in rows[0] if any(row[name] for row in rows)]
+    for name in names:
+        table.add_column(name, no_wrap=name not in ("what it is", "known from"), overflow="fold")
+    for row in rows:
+        table.add_row(*(row[name] or "-" for name in names))
+    return table
 
 
 def _data(entry: _Entry) -> str:
-    given = {True: "here", False: "not here"}
-    return ", ".join(f"{name} {given[lacking is None]}" for name, lacking in entry.data.items())
+    return ", ".join(f"{name}: {'no' if lacking else 'yes'}" for name, lacking in entry.data.items())
 
 
-def _totals(entry: _Entry) -> tuple[str, str, str, str]:
-    """Return time, its sources, memory and disk of what is to run, for people."""
+def _totals(entry: _Entry) -> dict[str, str]:
+    """Return times by kind of device, memory, disk, and the origins, of what is to run."""
     from benchmarks.costs import origins
     from benchmarks.doctor.findings import size_text
     from benchmarks.estimate import duration
 
     known = entry.known
     unknown = sum(cell.key not in entry.done for cell in entry.cells) - len(known)
-    seconds = {
-        device: sum(cost.seconds for cost in known if cost.device == device) for device in ("gpu", "cpu")
-    }
-    times = [f"{device.upper()} {duration(time)}" for device, time in seconds.items() if time]
-    sources = [*([origins(known)] if known else []), *([f"{unknown} not known"] if unknown else [])]
-    memory = max(
-        ((cost.memory, cost.note) for cost in known if cost.memory is not None), default=None
-    )
+    found = {}
+    for device in ("gpu", "cpu"):
+        seconds = [cost.seconds for cost in known if cost.device == device]
+        found[f"{device.upper()} time"] = duration(sum(seconds)) if seconds else ""
+    memory = [(cost.memory, cost.note) for cost in known if cost.memory is not None]
     disk = [cost.disk for cost in known if cost.disk is not None]
-    return (
-        " + ".join(times) or "-",
-        "; ".join(sources) or "-",
-        "-" if memory is None else f"{size_text(memory[0])} ({memory[1]})",
-        size_text(sum(disk)) if disk else "-",
-    )
+    most, machine = max(memory, default=(0, ""))
+    found["memory"] = f"{size_text(most)} ({machine})" if memory else ""
+    found["disk"] = size_text(sum(disk)) if disk else ""
+    sources = [origins(known), f"{unknown} not known" if unknown else ""]
+    return {**found, "known from": "; ".join(filter(None, sources))}
 
 
 def _protocol(cells: Sequence[Cell]) -> list[str]:
@@ -223,12 +225,7 @@ def _missing(entries: Sequence[_Entry], commands: bool) -> list[str]:
 
     data = {item.what: item for entry in entries for item in entry.data.values() if item}
     lines = (describe_missing(data.values()) or "").splitlines()
-    weights = {
-        name: place
-        for entry in entries
-        for name, place in entry.weights.items()
-        if not place.here
-    }
+    weights = {name: place for entry in entries for name, place in entry.weights.items() if not place.here}
     lines += ["Missing weights:"] if weights else []
     for name, place in weights.items():
         where = place.command if commands else place.repository

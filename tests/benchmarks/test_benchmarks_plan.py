@@ -12,6 +12,7 @@ from benchmarks.costs import cost_row, costs_path, costs_text, read_costs
 from benchmarks.estimate import duration
 from benchmarks.grid import Filters, expand, load_grid
 from benchmarks.plan import plan_of, plan_text
+from benchmarks.published.table import load_table
 from benchmarks.reference import write_reference
 from benchmarks.schedule import make_chains
 from benchmarks.schema import Grid
@@ -228,3 +229,25 @@ def test_columns_that_are_alike_are_said_once_before_any_is_left_out(tmp_path: P
     assert first.startswith("All cells: ")
     assert "task classification" in first
     assert "done no" in first
+
+
+def test_published_minutes_and_two_kinds_of_device(tmp_path: Path):
+    grid = load_table("fimaq").grid()
+    text = plan(grid, tmp_path, jobs=2)
+    # two bits: 2 x (48 + 87 + 44 + 49 + 88 + 115 + 135) minutes, in one chain per model and bits
+    assert "21 cells, 0 done, 21 to run." in text
+    assert "GPU time: about 9 h 26 min at 2 jobs (18 h 52 min of work; 14 published)." in text
+    assert "7 cells are not in this: nothing like them was measured or published." in text
+    assert "Published minutes: an H800 (GLF-Q Table 7) for 14 cells." in text
+    assert row(text, model="vit_base", bits="w4a4")["time"] == "~87 min"
+    # full precision of one model, measured on a CPU, tells of the others, but of no GPU time
+    measure(cells_of(grid, tmp_path)["vit_small fp"], 100.0)
+    text = plan(grid, tmp_path)
+    assert "GPU time: about 18 h 52 min at 1 job (18 h 52 min of work; 14 published)." in text
+    assert "CPU time: about 10 min at 1 job (10 min of work; 6 from finished cells), largest memory of a cell 1.0 GB." in text
+    assert "not in this" not in text
+    assert row(text, model="vit_base", method="fp")["time"] == "~2 min (CPU)"
+    # cells that are to run on a CPU have only a GPU's times, which is said
+    text = plan(grid.model_copy(update={"device": "cpu"}), tmp_path, Filters(methods=("fimaq",), models=("vit_small",)))
+    assert "(1 h 36 min of work; 2 published); 2 of these are to run on another kind of device." in text
+    assert "CPU time" not in text
