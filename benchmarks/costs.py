@@ -64,7 +64,7 @@ class CostRow(BaseModel):
 
 
 class RehearsedRow(CostRow):
-    """Estimated costs of a cell from a small run of it; ``disk_bytes`` is the disk that the cell will take."""
+    """Estimated costs of a cell from a small run of it, with the disk that the cell will take."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -133,13 +133,20 @@ def read_rehearsal(path: Path) -> list[RehearsedRow]:
         return []
     except (OSError, ValidationError) as error:
         first = str(error).splitlines()[0]
-        raise FimaqError(f"Cannot read the rehearsal {path}: {first}. Delete it or rehearse anew.") from error
+        raise FimaqError(
+            f"Cannot read the rehearsal {path}: {first}. Delete it or rehearse anew.",
+        ) from error
 
 
 Rows = Sequence[tuple[Source, Sequence[CostRow]]]
+_Pair = tuple[Cell, CostRow]
 
 
-def other_rows(grids: Iterable[str], results: Path, folder: Path = REFERENCE) -> tuple[Rows, list[str]]:
+def other_rows(
+    grids: Iterable[str],
+    results: Path,
+    folder: Path = REFERENCE,
+) -> tuple[Rows, list[str]]:
     """Return the costs that are not from finished cells here, the most trusted first, and warnings.
 
     Args:
@@ -196,7 +203,7 @@ class Cost:
 class _Known:
     """Costs of one source on one kind of device, by cell and for cells alike."""
 
-    def __init__(self, source: Source, device: Device, rows: Iterable[tuple[Cell, CostRow]]) -> None:
+    def __init__(self, source: Source, device: Device, rows: Iterable[_Pair]) -> None:
         self.source, self.device = source, device
         self.machines: Counter[str] = Counter()
         self._rows: dict[Key, CostRow] = {}
@@ -237,13 +244,14 @@ class _Known:
         if seconds is None:
             return None
         found = (self._memory[level] for level in levels(cell) if level in self._memory)
-        return Cost(seconds, next(found, 0), self.source, self.device, note="; ".join(self.machines))
+        machines = "; ".join(self.machines)
+        return Cost(seconds, next(found, 0), self.source, self.device, note=machines)
 
 
 class Costs:
     """Costs of the cells of a grid; see :meth:`of`."""
 
-    def __init__(self, finished: Sequence[tuple[Cell, CostRow]], rows: Rows, cells: Iterable[Cell]) -> None:
+    def __init__(self, finished: Sequence[_Pair], rows: Rows, cells: Iterable[Cell]) -> None:
         """Gather what is known.
 
         Args:
@@ -251,24 +259,33 @@ class Costs:
             rows: costs from elsewhere, see :func:`other_rows`.
             cells: of the whole grid; rows of others are left out.
         """
-        named = {(*cell.name, cell.seed): cell for cell in cells} if any(found for _, found in rows) else {}
-        pairs: list[tuple[Source, Sequence[tuple[Cell, CostRow]]]] = [("here", finished)]
+        named: dict[tuple[object, ...], Cell] = {}
+        if any(found for _, found in rows):
+            named = {(*cell.name, cell.seed): cell for cell in cells}
+        self._known: dict[Device, list[_Known]] = {"cpu": [], "gpu": []}
+        pairs: list[tuple[Source, Sequence[_Pair]]] = [("here", finished)]
         for source, found in rows:
-            pairs.append((source, [(named[row.name], row) for row in found if row.name in named]))
-        self._known: dict[Device, list[_Known]] = {
-            device: [_Known(source, device, [pair for pair in found if pair[1].device_kind == device]) for source, found in pairs]
-            for device in ("cpu", "gpu")
-        }
+            own = [(named[row.name], row) for row in found if row.name in named]
+            if source == "rehearsal":
+                own = [(cell, row) for cell, row in own if _as_rehearsed(cell)]
+            pairs.append((source, own))
+        for device, known in self._known.items():
+            for source, all_pairs in pairs:
+                mine = [(cell, row) for cell, row in all_pairs if row.device_kind == device]
+                known.append(_Known(source, device, mine))
 
     def of(self, cell: Cell) -> Cost | None:
         """Return what a cell cost, or is going to cost; None if nothing tells.
 
         Its own record comes first. The next are, in this order: finished cells of its method in
         its section and scope; its row of the reference, or rows alike; its row of the rehearsal,
-        or rows of its model and method; published minutes; finished cells that do the same kind of work. Costs from the kind of
-        device that the cell is to run on come before all others, and a cost says which it is from.
+        or rows of its model and method; published minutes; finished cells that do the same kind
+        of work. Costs from the kind of device that the cell is to run on come before all others,
+        and a cost says which it is from.
         """
-        devices: tuple[Device, ...] = ("gpu", "cpu") if device_kind(cell) == "gpu" else ("cpu", "gpu")
+        devices: tuple[Device, ...] = ("gpu", "cpu")
+        if device_kind(cell) == "cpu":
+            devices = ("cpu", "gpu")
         own = (self._known[device][0].of_cell(cell) for device in devices)
         estimates = (self._estimates(cell, device) for device in devices)
         return next((cost for cost in itertools.chain(own, *estimates) if cost is not None), None)
@@ -301,7 +318,7 @@ _WORDS: dict[Source, str] = {
 def origins(costs: Iterable[Cost]) -> str:
     """Return the sources of costs for people, with the number of cells of each."""
     counts = Counter(cost.source for cost in costs)
-    return "; ".join(f"{counts[source]} {words}" for source, words in _WORDS.items() if counts[source])
+    return "; ".join(f"{counts[name]} {words}" for name, words in _WORDS.items() if counts[name])
 
 
 def device_kind(cell: Cell) -> Device:
@@ -313,7 +330,8 @@ def published_cost(cell: Cell, times: Sequence[Minutes]) -> Cost | None:
     """Return published minutes of the cell's method, else of a method that does the same work.
 
     The same method comes first, then the best evidence, the nearest bits, and the newest study:
-    studies are never averaged. Methods do the same work if both reconstruct with the same steps, or neither does.
+    studies are never averaged. Methods do the same work if both reconstruct with the same steps,
+    or neither does.
 
     Args:
         times: published for the cell's model.
@@ -325,8 +343,8 @@ def published_cost(cell: Cell, times: Sequence[Minutes]) -> Cost | None:
     if recipe is None or not times:
         return None
     usual = registry.defaults(cell.task)
-    own = {time.method: time.method == recipe.method and not recipe.changes(usual) for time in times}
-    recipes = {method: make_recipe(method, usual) for method in own}
+    recipes = {time.method: make_recipe(time.method, usual) for time in times}
+    own = {method: method == recipe.method and _released(cell) for method in recipes}
 
     def order(time: Minutes) -> tuple[object, ...]:
         mlp = recipe.reconstruct_mlp != recipes[time.method].reconstruct_mlp
@@ -335,13 +353,25 @@ def published_cost(cell: Cell, times: Sequence[Minutes]) -> Cost | None:
         unlike = not own[time.method], time.method != recipe.method, mlp
         return *unlike, time.evidence, bits, images, time.study
 
-    fit = (time for time in times if own[time.method] or _work(recipe) == _work(recipes[time.method]))
+    work = _work(recipe)
+    fit = (time for time in times if own[time.method] or work == _work(recipes[time.method]))
     best = min(fit, key=order, default=None)
     if best is None:
         return None
     if own[best.method]:
         return Cost(60 * best.minutes, None, "published", "gpu", note=best.place)
     return Cost(60 * best.minutes, None, "alike", "gpu", note=f"{best.method} on {best.place}")
+
+
+def _released(cell: Cell) -> bool:
+    """Whether a cell has its method's released settings, as its task has them."""
+    recipe = cell.request.recipe
+    return recipe is None or not recipe.changes(registry.defaults(cell.task))
+
+
+def _as_rehearsed(cell: Cell) -> bool:
+    """Whether a rehearsal of the cell's name has its settings: released ones, or a named point."""
+    return bool(cell.point) or _released(cell)
 
 
 def _work(recipe: Recipe) -> tuple[object, ...]:

@@ -1,4 +1,4 @@
-"""``python -m benchmarks published``: the published tables, what they need and what they will cost."""
+"""``python -m benchmarks published``: published tables, what they need, what they will cost."""
 
 from __future__ import annotations
 
@@ -31,7 +31,15 @@ _WIDE = 200
 @places_options
 @click.option("--weights", default="", metavar="DIR", help="As for run.")
 @results_option
-def published(table: str, device: str, imagenet: str, coco: str, flickr: str, weights: str, results: Path) -> None:
+def published(
+    table: str,
+    device: str,
+    imagenet: str,
+    coco: str,
+    flickr: str,
+    weights: str,
+    results: Path,
+) -> None:
     """List the published tables that can be reproduced: cells, data, weights, time, memory, disk.
 
     Nothing is run, downloaded or changed.
@@ -84,7 +92,11 @@ def listing(name: str, options: RunOptions, adapter: Adapter) -> list[Renderable
     return [*shown, *_missing(entries, bool(name)), *notes]
 
 
-def _entries(tables: Sequence[PublishedTable], options: RunOptions, adapter: Adapter) -> tuple[list[_Entry], list[str]]:
+def _entries(
+    tables: Sequence[PublishedTable],
+    options: RunOptions,
+    adapter: Adapter,
+) -> tuple[list[_Entry], list[str]]:
     from benchmarks.costs import Costs, cost_row, other_rows
     from benchmarks.grid import Filters, expand
     from benchmarks.preflight import missing_data, weights_place
@@ -123,14 +135,18 @@ def _all(entries: Sequence[_Entry]) -> list[RenderableType]:
     rows = []
     for entry in entries:
         here = sum(place.here for place in entry.weights.values())
-        rows.append({
-            "table": entry.table.name, "what it is": entry.table.title, "cells": str(len(entry.cells)),
-            "done": str(sum(cell.key in entry.done for cell in entry.cells)), "data here": _data(entry),
-            "weights here": f"{here} of {len(entry.weights)}", **_totals(entry),
-        })  # fmt: skip
+        row = {
+            "table": entry.table.name,
+            "what it is": entry.table.title,
+            "cells": str(len(entry.cells)),
+            "done": str(sum(cell.key in entry.done for cell in entry.cells)),
+            "data here": _data(entry),
+            "weights here": f"{here} of {len(entry.weights)}",
+        }
+        rows.append(row | _totals(entry))
     return [
         _table(rows),
-        "Times are of the cells that are not done, one after the other; memory is the largest of a cell.",
+        "Times are of the cells that are not done, one at a time; memory is the largest of a cell.",
         "make tables TABLE=NAME shows a table's cells, make reproduce-table TABLE=NAME runs them.",
     ]
 
@@ -143,14 +159,21 @@ def _one(entry: _Entry) -> list[RenderableType]:
     for cell in entry.cells:
         cost, done = entry.costs[cell.key], cell.key in entry.done
         row = {
-            "model": cell.subject, "method": cell.method, "bits": cell.bits, "point": cell.point,
-            "done": "yes" if done else "no", "time": "not known", "memory": "", "disk": "", "known from": "",
-        }  # fmt: skip
+            "model": cell.subject,
+            "method": cell.method,
+            "bits": cell.bits,
+            "point": cell.point,
+            "done": "yes" if done else "no",
+            "time": "not known",
+            "memory": "",
+            "disk": "",
+            "known from": "",
+        }
         if cost is not None:
             about = "" if done else "~"
             row["time"] = f"{about}{duration(cost.seconds)} {cost.device.upper()}"
-            sizes = {"memory": cost.memory, "disk": cost.disk}
-            row |= {name: f"{about}{size_text(size)}" for name, size in sizes.items() if size is not None}
+            for name, size in (("memory", cost.memory), ("disk", cost.disk)):
+                row[name] = "" if size is None else f"{about}{size_text(size)}"
             row["known from"] = cost.origin
         rows.append(row)
     totals = _totals(entry)
@@ -165,7 +188,7 @@ def _one(entry: _Entry) -> list[RenderableType]:
 
 
 def _table(rows: Sequence[Mapping[str, str]]) -> Table:
-    """Return a table of the columns that have something in them; texts of several words may wrap."""
+    """Return a table of the columns that have something in them; sentences may wrap."""
     from rich import box
     from rich.table import Table
 
@@ -179,7 +202,7 @@ def _table(rows: Sequence[Mapping[str, str]]) -> Table:
 
 
 def _data(entry: _Entry) -> str:
-    return ", ".join(f"{name}: {'no' if lacking else 'yes'}" for name, lacking in entry.data.items())
+    return ", ".join(f"{name}: {'no' if item else 'yes'}" for name, item in entry.data.items())
 
 
 def _totals(entry: _Entry) -> dict[str, str]:
@@ -210,7 +233,8 @@ def _protocol(cells: Sequence[Cell]) -> list[str]:
         recipe = cell.request.recipe
         if recipe is None:
             continue
-        words = f"{recipe.calibration_images} calibration images ({recipe.calibration_transform} transform)"
+        words = f"{recipe.calibration_images} calibration images "
+        words += f"({recipe.calibration_transform} transform)"
         if recipe.reconstruct_mlp:
             words += f", {recipe.mlp_steps} steps of {recipe.mlp_batch} images per MLP"
         if recipe.reconstruct:
@@ -225,11 +249,13 @@ def _missing(entries: Sequence[_Entry], commands: bool) -> list[str]:
 
     data = {item.what: item for entry in entries for item in entry.data.values() if item}
     lines = (describe_missing(data.values()) or "").splitlines()
-    weights = {name: place for entry in entries for name, place in entry.weights.items() if not place.here}
+    places = {name: place for entry in entries for name, place in entry.weights.items()}
+    weights = {name: place for name, place in places.items() if not place.here}
     lines += ["Missing weights:"] if weights else []
     for name, place in weights.items():
         where = place.command if commands else place.repository
-        lines.append(f"  {name}: {where or 'no hub has them, put the file into the WEIGHTS folder'}")
+        where = where or "no hub has them, put the file into the WEIGHTS folder"
+        lines.append(f"  {name}: {where}")
     if any(place.repository for place in weights.values()):
         lines.append("Weights of the hub are fetched by the first run that needs them.")
     return lines

@@ -1,4 +1,4 @@
-"""The listing of published tables: what is done and here, what the rest will cost, and from where that is known."""
+"""The listing of published tables: what is done, what is here, and what the rest will cost."""
 
 import json
 import os
@@ -20,7 +20,7 @@ VIT_SMALL = "vit_small_patch16_224.augreg_in21k_ft_in1k"
 
 @pytest.fixture
 def options(tmp_path: Path) -> RunOptions:
-    """ImageNet's folders, the weights of ViT-S, its measured full precision, and a rehearsal of Swin-B."""
+    """ImageNet's folders, ViT-S with weights and measured full precision, a rehearsed Swin-B."""
     for part in ("train", "val"):
         (tmp_path / "imagenet" / part).mkdir(parents=True)
     weights = tmp_path / "weights" / f"{VIT_SMALL}.safetensors"
@@ -33,30 +33,38 @@ def options(tmp_path: Path) -> RunOptions:
     changes = {"seconds": {"evaluate": 100.0}, "peak_memory_bytes": 2 * 10**9, "environment": CPU}
     record = fakes.record_of(measured.request, 81.0).model_copy(update=changes)
     write_record(record, default_adapter().planned_folder(measured.request))
-    rows = [rehearsed(cell) for cell in cells if (cell.model, cell.method) == ("swin_base", "fimaq")]
+    swin = [cell for cell in cells if (cell.model, cell.method) == ("swin_base", "fimaq")]
     path = tmp_path / "results" / "rehearsal" / "rehearsal.json"
     path.parent.mkdir()
-    path.write_text(json.dumps({"cells": rows}))
+    path.write_text(json.dumps({"cells": [rehearsed(cell) for cell in swin]}))
     return options
 
 
 def rehearsed(cell: Cell) -> dict[str, object]:
     return {
-        "section": cell.section, "model": cell.model, "scope": cell.scope, "method": cell.method, "bits": cell.bits,
-        "seed": cell.seed, "point": cell.point, "seconds": 3600.0, "peak_memory_bytes": 30 * 10**9,
-        "device": "NVIDIA H200", "threads": 4, "disk_bytes": 2 * 10**9, "rehearsed": {"steps": 20},
-    }  # fmt: skip
+        **cell.name._asdict(),
+        "seed": cell.seed,
+        "seconds": 3600.0,
+        "peak_memory_bytes": 30 * 10**9,
+        "device": "NVIDIA H200",
+        "threads": 4,
+        "disk_bytes": 2 * 10**9,
+        "rehearsed": {"steps": 20},
+    }
 
 
 def published(options: RunOptions, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the command without the hub and its cache; its last line says whether PyTorch was imported."""
-    code = "import sys\nfrom benchmarks.cli import cli\ntry: cli()\nfinally: print('torch' in sys.modules)"
+    """Run the command without the hub; its last line says whether PyTorch was imported."""
+    code = "import sys\nfrom benchmarks.cli import cli\n"
+    code += "try: cli()\nfinally: print('torch' in sys.modules)"
     root = Path(__file__).resolve().parents[2]
     assert options.weights is not None
     empty = options.weights.parent / "hub"
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(empty), "PYTHONPATH": str(root)}
+    hub = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(empty)}
+    environment = {**os.environ, **hub, "PYTHONPATH": str(root)}
     places = ["--imagenet", str(options.data.imagenet), "--weights", str(options.weights)]
-    command = [sys.executable, "-c", code, "published", "--results", str(options.results), *places, *arguments]
+    command = [sys.executable, "-c", code, "published", *places, *arguments]
+    command += ["--results", str(options.results)]
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
@@ -68,13 +76,23 @@ def test_all_tables_are_listed_with_what_they_need_and_cost(options: RunOptions)
     done = published(options)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    rows = {line.split()[0]: columns(line) for line in lines if line.split() and line.split()[0] in table_names()}
+    cut = [columns(line) for line in lines]
+    rows = {row[0]: row for row in cut if row and row[0] in table_names()}
     assert list(rows) == table_names()
-    # 2 x (48 + 87 + 44 + 49 + 88 + 115) published minutes and 2 rehearsed hours; 6 x 100 s on the CPU
+    # 2 x (48 + 87 + 44 + 49 + 88 + 115) published minutes, 2 rehearsed hours; 6 x 100 s on the CPU
     assert rows["fimaq"] == [
-        "fimaq", "FIMA-Q: ImageNet-1k top-1 accuracy", "21", "1", "IMAGENET: yes", "1 of 7", "16 h 22 min", "10 min",
-        "30.0 GB (NVIDIA H200, 4 threads)", "4.0 GB", "6 from finished cells; 2 rehearsed;",
-    ]  # fmt: skip
+        "fimaq",
+        "FIMA-Q: ImageNet-1k top-1 accuracy",
+        "21",
+        "1",
+        "IMAGENET: yes",
+        "1 of 7",
+        "16 h 22 min",
+        "10 min",
+        "30.0 GB (NVIDIA H200, 4 threads)",
+        "4.0 GB",
+        "6 from finished cells; 2 rehearsed;",
+    ]
     # Full precision of the same models is shared by the tables.
     assert rows["aphq"][3:6] == ["1", "IMAGENET: yes", "1 of 7"]
     assert rows["aphq-coco"][3:6] == ["0", "COCO: no", "0 of 4"]
@@ -82,7 +100,8 @@ def test_all_tables_are_listed_with_what_they_need_and_cost(options: RunOptions)
     assert "Missing: the data set ImageNet." not in done.stdout
     missing = lines[lines.index("Missing weights:") :]
     assert "  deit_tiny_patch16_224.fb_in1k: timm/deit_tiny_patch16_224.fb_in1k" in missing
-    assert "  mask_rcnn_swin_tiny.coco_3x: no hub has them, put the file into the WEIGHTS folder" in missing
+    detector = "  mask_rcnn_swin_tiny.coco_3x: no hub has them, put the file into the WEIGHTS folder"
+    assert detector in missing
     assert not any(VIT_SMALL in line for line in missing)
     assert lines[-1] == "False"
 
@@ -91,20 +110,19 @@ def test_a_table_is_shown_cell_by_cell(options: RunOptions):
     done = published(options, "--table", "fimaq")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    rows = [columns(line) for line in lines]
-    assert rows[0] == ["fimaq: FIMA-Q: ImageNet-1k top-1 accuracy (FIMA-Q (CVPR 2025), arXiv:2506.11543)"]
-    assert ["vit_small", "fp", "fp", "yes", "2 min CPU", "2.0 GB", "-", "measured, cpu Here, 2 threads"] in rows
-    assert ["vit_base", "fp", "fp", "no", "~2 min CPU", "~2.0 GB", "-", "from finished cells, cpu Here, 2 threads"] in rows
+    assert lines[0].startswith("fimaq: FIMA-Q: ImageNet-1k top-1 accuracy (FIMA-Q (CVPR 2025), ")
+    rows = ["|".join(columns(line)) for line in lines]
+    assert "vit_small|fp|fp|yes|2 min CPU|2.0 GB|-|measured, cpu Here, 2 threads" in rows
+    estimated = "vit_base|fp|fp|no|~2 min CPU|~2.0 GB|-|from finished cells, cpu Here, 2 threads"
+    assert estimated in rows
     for bits in ("w4a4", "w3a3"):
-        assert [
-            "vit_base", "fimaq", bits, "no", "~87 min GPU", "-", "-", "published: 87 min on an H800 (GLF-Q Table 7)"
-        ] in rows  # fmt: skip
-        assert [
-            "swin_base", "fimaq", bits, "no", "~60 min GPU", "~30.0 GB", "~2.0 GB", "rehearsed, NVIDIA H200, 4 threads"
-        ] in rows  # fmt: skip
+        origin = "published: 87 min on an H800 (GLF-Q Table 7)"
+        assert f"vit_base|fimaq|{bits}|no|~87 min GPU|-|-|{origin}" in rows
+        origin = "rehearsed, NVIDIA H200, 4 threads"
+        assert f"swin_base|fimaq|{bits}|no|~60 min GPU|~30.0 GB|~2.0 GB|{origin}" in rows
     assert (
-        "To run: GPU time 16 h 22 min, CPU time 10 min, memory 30.0 GB (NVIDIA H200, 4 threads), disk 4.0 GB "
-        "(6 from finished cells; 2 rehearsed; 12 published)."
+        "To run: GPU time 16 h 22 min, CPU time 10 min, memory 30.0 GB (NVIDIA H200, 4 threads), "
+        "disk 4.0 GB (6 from finished cells; 2 rehearsed; 12 published)."
     ) in lines
     assert (
         "Protocol of fimaq: 1024 calibration images (train transform), 20000 steps of 32 images per block, seed 3407."
