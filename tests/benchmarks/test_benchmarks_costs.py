@@ -1,5 +1,6 @@
 """Costs of cells: the order of origins, kinds of device, what published minutes stand for."""
 
+import csv
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from benchmarks.cells import Cell, RunOptions
 from benchmarks.costs import CostRow, Costs, Source, other_rows, published_cost
 from benchmarks.grid import Filters, expand, load_grid
+from benchmarks.names import PUBLISHED, load_names
 from benchmarks.published.minutes import published_minutes
 from fimaq_core.recipe import make_recipe
 
@@ -173,3 +175,12 @@ def test_every_method_and_model_of_the_published_times_has_a_time():
         if "." not in model:
             for time in times:
                 assert nothing.of(cell_of(time.method, model)) is not None, (model, time)
+
+
+def test_named_studies_are_those_of_the_file():
+    with (PUBLISHED / "cost.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    timed = {row["study"] for row in rows if row["metric"] == "minutes"}
+    # The one study without a name here says neither device nor number of images.
+    assert timed - set(load_names().studies) == {"time"}
+    assert set(load_names().studies) <= timed
