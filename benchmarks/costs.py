@@ -142,11 +142,7 @@ Rows = Sequence[tuple[Source, Sequence[CostRow]]]
 _Pair = tuple[Cell, CostRow]
 
 
-def other_rows(
-    grids: Iterable[str],
-    results: Path,
-    folder: Path = REFERENCE,
-) -> tuple[Rows, list[str]]:
+def other_rows(grids: Iterable[str], results: Path, folder: Path) -> tuple[Rows, list[str]]:
     """Return the costs that are not from finished cells here, the most trusted first, and warnings.
 
     Args:

@@ -11,6 +11,7 @@ import click
 
 from benchmarks.cells import Adapter, Cell, Key, Places, RunOptions, finished_record
 from benchmarks.options import adapter, folder, places_options, results_option
+from tasks.common import registry
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -97,7 +98,7 @@ def _entries(
     options: RunOptions,
     adapter: Adapter,
 ) -> tuple[list[_Entry], list[str]]:
-    from benchmarks.costs import Costs, cost_row, other_rows
+    from benchmarks.costs import REFERENCE, Costs, cost_row, other_rows
     from benchmarks.grid import Filters, expand
     from benchmarks.preflight import missing_data, weights_place
 
@@ -108,27 +109,19 @@ def _entries(
     found = ((cell, finished_record(cell, adapter)) for cell in every.values())
     finished = [(cell, cost_row(cell, record)) for cell, record in found if record is not None]
     done = {cell.key for cell, _ in finished}
-    rows, notes = other_rows([grid.name for grid in grids], options.results)
+    rows, notes = other_rows([grid.name for grid in grids], options.results, REFERENCE)
     costs = Costs(finished, rows, every.values())
     each = {key: costs.of(cell) for key, cell in every.items()}
     entries = []
     for table, grid, mine in zip(tables, grids, cells, strict=True):
-        sections = {cell.section: cell for cell in mine}
-        data = {
-            grid.tasks[section].data.upper(): missing_data(cell)
-            for section, cell in sections.items()
-            if grid.tasks[section].data != "own"
-        }
-        models = {cell.model: cell for cell in mine}
-        weights = {_weights(cell): weights_place(cell) for cell in models.values()}
+        data: dict[str, Missing | None] = {}
+        for section, cell in {cell.section: cell for cell in mine}.items():
+            place = grid.tasks[section].data.upper()
+            data[place] = data.get(place) or missing_data(cell)
+        models = {cell.model: cell for cell in mine}.values()
+        weights = {registry.model_tag(cell.task, cell.request.model): weights_place(cell) for cell in models}
         entries.append(_Entry(table, mine, done, each, data, weights))
     return entries, notes
-
-
-def _weights(cell: Cell) -> str:
-    from tasks.common import registry
-
-    return registry.model_tag(cell.task, cell.request.model)
 
 
 def _all(entries: Sequence[_Entry]) -> list[RenderableType]:
