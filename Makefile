@@ -26,7 +26,7 @@ BENCH_OUT := $(if $(filter 1,$(REFERENCE)),results/reference/speed.json,results/
 BENCH := $(if $(DEVICE),--device $(DEVICE)) $(if $(MODELS),--models $(MODELS)) $(if $(THREADS),--threads $(THREADS)) \
 	$(if $(BUDGET),--budget $(BUDGET))
 
-.PHONY: help setup reproduce-table diff report doctor bench test test-quick test-portable lint format clean
+.PHONY: help setup tables reproduce-table diff report doctor bench test test-quick test-portable lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,7 @@ help: ## list the targets
 	@echo "  reproduce-table takes PROFILE=quickstart|demo|paper|ablation|paper-ablation IMAGENET=/path COCO=/path FLICKR=/path"
 	@echo "  WEIGHTS=/path TASKS= MODELS= METHODS= BITS=w3a3,w4a4 SEEDS= AXES=k,loss DEVICE=cpu|cuda|cuda:N JOBS=N PLAN=1 FORCE=1"
 	@echo "  PLACEMENT=device|host|disk RETRIES=N; ENGINE=ray RAY_ADDRESS=host:port GPUS_PER_CELL=0.5 run it on a Ray cluster"
+	@echo "  tables takes TABLE=name IMAGENET= COCO= FLICKR= WEIGHTS= DEVICE="
 	@echo "  bench takes DEVICE= MODELS= THREADS=N BUDGET=seconds; it writes results/speed.json, with REFERENCE=1"
 	@echo "  results/reference/speed.json"
 
@@ -48,6 +49,9 @@ $(STAMP): requirements/lock.txt pyproject.toml
 	@$(PY) -m uv pip install --quiet --compile-bytecode --python $(PY) --no-deps -r requirements/lock.txt
 	@$(PY) -m uv pip install --quiet --python $(PY) --no-deps --no-build-isolation --editable .
 	@touch $@
+
+tables: $(STAMP) ## list the published tables: cells, data, weights, expected time and memory
+	@$(RUN) published $(if $(TABLE),--table $(TABLE)) $(PLACES) $(if $(DEVICE),--device $(DEVICE))
 
 reproduce-table: $(STAMP) ## run a profile's grid, print its table, write its report
 	@$(RUN) run --report --profile $(PROFILE) $(FILTERS) $(PLACES) $(SETTINGS)

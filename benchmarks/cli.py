@@ -1,4 +1,4 @@
-"""The command line: ``python -m benchmarks run | diff | reference | compare | tables | doctor``.
+"""The command line: ``python -m benchmarks run | diff | reference | compare | tables | published | doctor``.
 
 Exit codes: 0 done; 1 some cells failed, or measured numbers differ from published ones; 2 cannot run, or nothing is
 comparable; 130 broken off.
@@ -17,6 +17,7 @@ from benchmarks.doctor.cli import doctor
 from benchmarks.engines.options import RETRIES, EngineOptions
 from benchmarks.grid import Filters, load_grid, parse_filters
 from benchmarks.options import adapter, folder, places_options, profile_option, results_option
+from benchmarks.published.cli import published
 from benchmarks.remake import tables
 from benchmarks.report.cli import report
 from benchmarks.schema import Grid
@@ -149,6 +150,7 @@ def reference(profile: str, imagenet: str, coco: str, flickr: str, weights: str,
 
 cli.add_command(compare)
 cli.add_command(tables)
+cli.add_command(published)
 cli.add_command(status)
 cli.add_command(doctor)
 cli.add_command(report)

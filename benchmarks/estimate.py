@@ -78,6 +78,10 @@ class Estimator:
         """Predict a cell as :meth:`seconds` does, but from cells of its method only."""
         return self._from(cell, [level for level in levels(cell) if level[0] != "kind"])
 
+    def of_model(self, cell: Cell) -> float | None:
+        """Predict a cell as :meth:`of_method` does, but from cells of its model only."""
+        return self._from(cell, levels(cell)[:2])
+
     def _from(self, cell: Cell, groups: Iterable[tuple[str, ...]]) -> float | None:
         for level in groups:
             count, total, relatives = self._sums.get(level, (0, 0.0, 0.0))

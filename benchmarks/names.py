@@ -60,18 +60,27 @@ class MethodName(_Strict):
     comparable: dict[str, str] = {}
 
 
+class StudyName(_Strict):
+    """One study of run times: ``device`` that it ran on, and ``images`` it calibrated on, where its name says so."""
+
+    device: str = f"{UNSTATED} GPU"
+    images: int | None = None
+
+
 class Names(_Strict):
     """The whole mapping.
 
     Attributes:
         datasets: by the published task and data set.
         models, methods: by published names.
+        studies: of run times, by the name in ``cost.csv``.
         unmapped_models, unmapped_methods: published names that mean nothing here, and why.
     """
 
     datasets: dict[str, dict[str, DatasetName]]
     models: dict[str, ModelName]
     methods: dict[str, MethodName]
+    studies: dict[str, StudyName] = {}
     unmapped_models: dict[str, str] = {}
     unmapped_methods: dict[str, str] = {}
 

@@ -1,17 +1,29 @@
 """The plan of a grid: its cells with their settings, costs and what is there of them, as a table, without running anything."""
 
 import heapq
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tabulate import tabulate  # type: ignore[import-untyped, unused-ignore]
 
 from benchmarks.cells import Adapter, Cell, Key, RunOptions, finished_record, known_folder, record_in
-from benchmarks.costs import REFERENCE, Cost, CostRow, Costs, cost_row, costs_path, read_costs
+from benchmarks.costs import (
+    REFERENCE,
+    Cost,
+    CostRow,
+    Costs,
+    Rows,
+    Source,
+    cost_row,
+    device_kind,
+    origins,
+    other_rows,
+)
+from benchmarks.doctor.findings import size_text
 from benchmarks.estimate import duration
 from benchmarks.grid import Filters, expand
 from benchmarks.schema import Grid
-from fimaq_core.errors import FimaqError
 
 #: Columns that are shown only where a cell has something there.
 _SOMETIMES = ("#", "scope", "s bits", "point", "MLP steps", "time", "memory", "cached")
@@ -20,6 +32,11 @@ _SOMETIMES = ("#", "scope", "s bits", "point", "MLP steps", "time", "memory", "c
 _LEAST = ("transform", "batch", "s bits", "images", "MLP steps", "loss", "steps", "done", "memory", "task", "seed", "cached")
 
 _GAP = 2
+
+#: Measured costs by their source, for people.
+_ORIGINS: dict[Source, str] = {
+    "here": "finished cells here", "reference": "the reference", "rehearsal": "the rehearsal"
+}  # fmt: skip
 
 #: Finished cells of a method, beyond those planned, that are looked at for its costs.
 _ENOUGH = 8
@@ -32,19 +49,15 @@ def plan_of(
     """Return the plan of ``cells``, which ``filters`` leave of a grid; see :func:`plan_text`.
 
     Args:
-        reference: folder with reference costs.
+        reference: folder with reference costs and the committed rehearsal.
     """
-    notes, rows = [], []
-    try:
-        rows = read_costs(costs_path(grid.name, reference))
-    except FimaqError as error:
-        notes.append(f"warning: {error}")
+    rows, notes = other_rows([grid.name], options.results, reference)
     known = expand(grid, Filters(), options) if filters.active else cells
     return "\n".join([plan_text(cells, adapter, known, rows, jobs, width), *notes])
 
 
 def plan_text(
-    cells: Sequence[Cell], adapter: Adapter, known: Sequence[Cell] = (), reference: Sequence[CostRow] = (), jobs: int = 1,
+    cells: Sequence[Cell], adapter: Adapter, known: Sequence[Cell] = (), others: Rows = (), jobs: int = 1,
     width: int | None = None,
 ) -> str:  # fmt: skip
     """Return the table of cells and lines with their number, time, memory and where these are from.
@@ -55,7 +68,7 @@ def plan_text(
 
     Args:
         known: of the whole grid, for estimates: costs of what is finished there, too.
-        reference: committed costs, for what nothing here tells.
+        others: costs from elsewhere, for what nothing here tells.
         jobs: cells at a time.
         width: of a terminal: a wider table leaves columns out and says so. None: everything.
     """
@@ -63,7 +76,7 @@ def plan_text(
     done = [(cell, row) for cell in cells if (row := _measured(cell, folders[cell.key])) is not None]
     finished = {cell.key for cell, _ in done}
     todo = [cell for cell in cells if cell.key not in finished or cell.request.force]
-    costs = Costs([*done, *_more(todo, done, known, adapter)], reference, [*known, *cells])
+    costs = Costs([*done, *_more(todo, done, known, adapter)], others, [*known, *cells])
     each = {cell.key: costs.of(cell) for cell in cells}
     chains = _chains(todo)
     order = {cell.key: number for number, cell in enumerate((cell for chain in chains for cell in chain), 1)}
@@ -71,7 +84,8 @@ def plan_text(
     for cell in cells:
         is_done = cell.key in finished
         rows.append({
-            "#": str(order.get(cell.key, "-")), **_settings(cell), "done": "yes" if is_done else "no", **_cost(each[cell.key]),
+            "#": str(order.get(cell.key, "-")), **_settings(cell), "done": "yes" if is_done else "no",
+            **_cost(cell, each[cell.key]),
             "cached": "-" if is_done else _cached(cell, folders[cell.key], adapter),
         })  # fmt: skip
     lines = [f"{len(rows)} cells, {len(done)} done, {len(rows) - len(done)} to run.", *_totals(chains, each, jobs)]
@@ -130,15 +144,14 @@ def _settings(cell: Cell) -> dict[str, str]:
     return row
 
 
-def _cost(cost: Cost | None) -> dict[str, str]:
+def _cost(cell: Cell, cost: Cost | None) -> dict[str, str]:
     if cost is None:
         return {"time": "-", "memory": "-"}
     about = "" if cost.source == "measured" else "~"
-    return {"time": f"{about}{duration(cost.seconds)}", "memory": f"{about}{_gigabytes(cost.memory)}"}
-
-
-def _gigabytes(memory: int) -> str:
-    return f"{memory / 1e9:.1f} GB"
+    # An estimate from the other kind of device says so.
+    other = "" if not about or cost.device == device_kind(cell) else f" ({cost.device.upper()})"
+    memory = "-" if cost.memory is None else f"{about}{size_text(cost.memory)}"
+    return {"time": f"{about}{duration(cost.seconds)}{other}", "memory": memory}
 
 
 def _cached(cell: Cell, folder: Path | None, adapter: Adapter) -> str:
@@ -171,28 +184,53 @@ def _table(rows: Sequence[Mapping[str, str]], width: int | None) -> list[str]:
 
 
 def _totals(chains: Sequence[Sequence[Cell]], each: Mapping[Key, Cost | None], jobs: int) -> list[str]:
-    """Time and memory of what is to run: chains go to ``jobs`` processes as these become free."""
+    """Time and memory of what is to run, by kind of device.
+
+    Chains go to ``jobs`` processes as these become free.
+    """
     todo = [cell for chain in chains for cell in chain]
-    known = [cost for cell in todo if (cost := each[cell.key]) is not None]
+    known = [(cell, cost) for cell in todo if (cost := each[cell.key]) is not None]
     if not known:
         return ["Time: not known, nothing alike was measured yet."] if todo else []
-    ends = [0.0] * max(min(jobs, len(chains)), 1)
-    for chain in chains:
-        work = sum(cost.seconds for cell in chain if (cost := each[cell.key]) is not None)
-        heapq.heapreplace(ends, ends[0] + work)
-    work = sum(cost.seconds for cost in known)
-    line = f"About {duration(max(ends))} at {jobs} job{'' if jobs == 1 else 's'} ({duration(work)} of work)"
-    line += f", largest memory of a cell {_gigabytes(max(cost.memory for cost in known))}."
+    lines = []
+    for device in ("gpu", "cpu"):
+        mine = [(cell, cost) for cell, cost in known if cost.device == device]
+        if not mine:
+            continue
+        seconds = {cell.key: cost.seconds for cell, cost in mine}
+        ends = [0.0] * max(min(jobs, len(chains)), 1)
+        for chain in chains:
+            work = sum(seconds.get(cell.key, 0.0) for cell in chain)
+            heapq.heapreplace(ends, ends[0] + work)
+        line = f"{device.upper()} time: about {duration(max(ends))} "
+        line += f"at {jobs} job{'' if jobs == 1 else 's'}"
+        line += f" ({duration(sum(seconds.values()))} of work; {origins(cost for _, cost in mine)})"
+        memory = [cost.memory for _, cost in mine if cost.memory is not None]
+        line += f", largest memory of a cell {size_text(max(memory))}" if memory else ""
+        fixed = [cell for cell, _ in mine if cell.request.device != "auto"]
+        other = sum(device_kind(cell) != device for cell in fixed)
+        line += f"; {other} of these are to run on another kind of device" if other else ""
+        lines.append(f"{line}.")
     rest = len(todo) - len(known)
-    return [line + (f" {rest} cells are not in this: nothing like them was measured." if rest else "")]
+    if rest:
+        lines.append(f"{rest} cells are not in this: nothing like them was measured or published.")
+    return lines
 
 
 def _origins(todo: Sequence[Cell], each: Mapping[Key, Cost | None], costs: Costs) -> list[str]:
-    used = {cost.source for cell in todo if (cost := each[cell.key]) is not None}
-    lines = []
-    for source, words in (("here", "finished cells here"), ("reference", "the reference")):
-        machines = costs.machines(source)
-        if machines and (source in used or (source == "here" and "measured" in used)):
-            texts = (f"{name} ({count} cell{'' if count == 1 else 's'})" for name, count in machines.items())
+    used = [cost for cell in todo if (cost := each[cell.key]) is not None]
+    sources, lines = {cost.source for cost in used}, []
+    for source, words in _ORIGINS.items():
+        if source in sources or (source == "here" and "measured" in sources):
+            machines = costs.machines(source)
+            texts = [f"{name} ({_cells(count)})" for name, count in machines.items()]
             lines.append(f"Costs of {words}: {'; '.join(texts)}.")
+    for source, words in (("published", "minutes"), ("alike", "minutes of methods alike")):
+        notes = Counter(cost.note for cost in used if cost.source == source)
+        texts = [f"{note} for {_cells(count)}" for note, count in notes.items()]
+        lines += [f"Published {words}: {'; '.join(texts)}."] if texts else []
     return lines
+
+
+def _cells(count: int) -> str:
+    return f"{count} cell{'' if count == 1 else 's'}"

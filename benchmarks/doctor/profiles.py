@@ -1,6 +1,5 @@
 """Whether a profile can run: its data and weights, and what memory and disk it needs as far as that is known."""
 
-import importlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from benchmarks.cells import Adapter, Cell, RunOptions
 from benchmarks.doctor.findings import size_text
 from benchmarks.doctor.packages import ROOT
 from benchmarks.grid import GRIDS, Filters, expand, load_grid
+from benchmarks.preflight import weights_place
 from fimaq_core.errors import FimaqError
 from tasks.common import registry
 from tasks.common.record import ResultRecord
@@ -120,30 +120,14 @@ def _section(label: str, cells: Sequence[Cell], adapter: Adapter) -> Section:
             errors.setdefault(str(error))
             continue
         found += lacking
-        repository, command = _repository(cell)
+        place = weights_place(cell)
         if any(item.what.startswith("the weights") for item in lacking):
             weights[model] = "missing"
-            fixes += [command] if command else []
+            fixes += [place.command] if place.command else []
         else:
-            weights[model] = repository or "here"
+            weights[model] = place.repository or "here"
     messages = (*errors, *(describe_missing(found) or "").splitlines())
     return Section(label, tuple(models), len({cell.key for cell in cells}), messages, tuple(dict.fromkeys(fixes)), weights)
-
-
-def _repository(cell: Cell) -> tuple[str, str]:
-    """The hub's repository of weights that are not here, and the command that fetches them; empty where there is none."""
-    from tasks.common.hub import cached_file
-
-    if cell.task not in registry.TASKS:
-        return "", ""
-    catalogue = importlib.import_module(f"tasks.{cell.task}.tags").CATALOGUE
-    request = cell.request.model
-    if request.name in catalogue.demo_names or catalogue.local_weights(request) is not None:
-        return "", ""
-    place = catalogue.repository(catalogue.model_tag(request))
-    if place is None or cached_file(place) is not None:
-        return "", ""
-    return place.repo, f"hf download {place.repo} {place.files[0]}"
 
 
 def _needs(cells: Sequence[Cell], records: Sequence[tuple[Path, ResultRecord]]) -> list[Need]:

@@ -5,10 +5,10 @@ from datetime import UTC, datetime
 
 import torch
 
+from benchmarks.published.minutes import published_minutes
 from benchmarks.speed.extrapolate import SegmentCost, depth_scaling, line, protocol_seconds
 from benchmarks.speed.floors import Rates, floors_ms
 from benchmarks.speed.memory import Peak, measure_peak
-from benchmarks.speed.published import published_minutes
 from benchmarks.speed.record import SpeedRecord
 from benchmarks.speed.search import compare_searches
 from benchmarks.speed.settings import Settings, protocol
@@ -75,6 +75,7 @@ def measure(model: str, settings: Settings, rates: Rates, device: torch.device, 
     compiling = sum(seconds_to_compile(make, main, engine) for make in makes.values())
     stages = protocol_seconds(costs, subject.order, full, compiling)
     floors = floors_ms(main.work, rates)
+    published = (time.minutes for time in published_minutes().get(model, ()) if time.method == "fimaq")
     environment = describe(device)
     threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
     return SpeedRecord(
@@ -85,7 +86,7 @@ def measure(model: str, settings: Settings, rates: Rates, device: torch.device, 
         stages_s={"calibration": sum(large), **times.wall},
         peak_bytes=None if peak is None else peak.peak_bytes,
         full_protocol_min=stages.total / 60,
-        published_min=published_minutes(model),
+        published_min=next(published, None),
         versions=environment.versions,
         date=datetime.now(UTC).date().isoformat(),
         extrapolated=True,

@@ -12,6 +12,7 @@ from benchmarks.costs import cost_row, costs_path, costs_text, read_costs
 from benchmarks.estimate import duration
 from benchmarks.grid import Filters, expand, load_grid
 from benchmarks.plan import plan_of, plan_text
+from benchmarks.published.table import load_table
 from benchmarks.reference import write_reference
 from benchmarks.schedule import make_chains
 from benchmarks.schema import Grid
@@ -89,9 +90,9 @@ def test_costs_are_measured_or_estimated_from_cells_of_the_method(tmp_path: Path
     assert "Costs of finished cells here: cpu Here, 2 threads (3 cells)." in text
     # fp of two models; of vit 4 + 3 x 600, 1 + ... : chains (model, seed) of 4 cells, one of them begun
     work = 2 * 8 + 5 * 4 + 17 * 600
-    assert f"({duration(work)} of work), largest memory of a cell 3.0 GB." in text
+    assert f"({duration(work)} of work; 24 from finished cells), largest memory of a cell 3.0 GB." in text
     # 6 chains of about 30 min (one of 20) in two processes
-    assert "About 1 h 30 min at 2 jobs" in text
+    assert "CPU time: about 1 h 30 min at 2 jobs" in text
 
 
 def test_what_was_never_measured_has_no_costs(tmp_path: Path):
@@ -102,7 +103,7 @@ def test_what_was_never_measured_has_no_costs(tmp_path: Path):
     measure(cells_of(grid, tmp_path)["demo_vit fp"], 5.0)
     text = plan(grid, tmp_path)
     assert {item["time"] for item in rows(text) if item["method"] == "fimaq"} == {"-"}
-    assert "24 cells are not in this: nothing like them was measured." in text
+    assert "24 cells are not in this: nothing like them was measured or published." in text
 
 
 def test_costs_come_from_the_reference_where_nothing_here_tells(tmp_path: Path):
@@ -123,7 +124,7 @@ def test_costs_come_from_the_reference_where_nothing_here_tells(tmp_path: Path):
 
     text = plan(grid, tmp_path)
     assert row(text, model="demo_vit", method="rtn")["time"] == "~2 min"
-    assert row(text, model="demo_vit", method="fp")["memory"] == "~0.1 GB"
+    assert row(text, model="demo_vit", method="fp")["memory"] == "~100.0 MB"
     assert "Costs of the reference: cpu There, 1 thread (15 cells)." in text
     # bits that the reference does not have: as its method took there
     wider = plan(grid, tmp_path, Filters(bits=("w4a4",), methods=("rtn",)))
@@ -228,3 +229,25 @@ def test_columns_that_are_alike_are_said_once_before_any_is_left_out(tmp_path: P
     assert first.startswith("All cells: ")
     assert "task classification" in first
     assert "done no" in first
+
+
+def test_published_minutes_and_two_kinds_of_device(tmp_path: Path):
+    grid = load_table("fimaq").grid()
+    text = plan(grid, tmp_path, jobs=2)
+    # two bits: 2 x (48 + 87 + 44 + 49 + 88 + 115 + 135) minutes, in one chain per model and bits
+    assert "21 cells, 0 done, 21 to run." in text
+    assert "GPU time: about 9 h 26 min at 2 jobs (18 h 52 min of work; 14 published)." in text
+    assert "7 cells are not in this: nothing like them was measured or published." in text
+    assert "Published minutes: an H800 (GLF-Q Table 7) for 14 cells." in text
+    assert row(text, model="vit_base", bits="w4a4")["time"] == "~87 min"
+    # full precision of one model, measured on a CPU, tells of the others, but of no GPU time
+    measure(cells_of(grid, tmp_path)["vit_small fp"], 100.0)
+    text = plan(grid, tmp_path)
+    assert "GPU time: about 18 h 52 min at 1 job (18 h 52 min of work; 14 published)." in text
+    assert "CPU time: about 10 min at 1 job (10 min of work; 6 from finished cells), largest memory of a cell 1.0 GB." in text
+    assert "not in this" not in text
+    assert row(text, model="vit_base", method="fp")["time"] == "~2 min (CPU)"
+    # cells that are to run on a CPU have only a GPU's times, which is said
+    text = plan(grid.model_copy(update={"device": "cpu"}), tmp_path, Filters(methods=("fimaq",), models=("vit_small",)))
+    assert "(1 h 36 min of work; 2 published); 2 of these are to run on another kind of device." in text
+    assert "CPU time" not in text

@@ -12,7 +12,6 @@ from benchmarks.speed.cli import main
 from benchmarks.speed.extrapolate import SegmentCost, depth_scaling, line, protocol_seconds, with_depth
 from benchmarks.speed.floors import Work, floors_ms, measure_rates, step_bytes
 from benchmarks.speed.memory import Footprint, memory_formula, saved_bytes
-from benchmarks.speed.published import published_minutes
 from benchmarks.speed.record import SpeedRecord, read_records
 from benchmarks.speed.stages import walk
 from benchmarks.speed.subjects import Subject, cut
@@ -117,11 +116,6 @@ def test_saved_bytes_counts_each_storage_once() -> None:
     x = torch.ones(100, requires_grad=True)
     assert saved_bytes(lambda: x * x, []) == 400
     assert saved_bytes(lambda: x * x, [x]) == 0
-
-
-def test_published_minutes_are_found_by_short_name() -> None:
-    assert published_minutes("vit_small") == 48
-    assert published_minutes("demo_vit") is None
 
 
 @pytest.fixture(scope="module")

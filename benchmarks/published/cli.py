@@ -1,0 +1,254 @@
+"""``python -m benchmarks published``: published tables, what they need, what they will cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from benchmarks.cells import Adapter, Cell, Key, Places, RunOptions, finished_record
+from benchmarks.options import adapter, folder, places_options, results_option
+from tasks.common import registry
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+    from benchmarks.costs import Cost
+    from benchmarks.preflight import WeightsPlace
+    from benchmarks.published.table import PublishedTable
+    from tasks.common.request import Missing
+
+#: Columns of a listing that is no terminal's.
+_WIDE = 200
+
+
+@click.command()
+@click.option("--table", default="", help="Only this table, with all its cells; or a .yaml file.")
+@click.option("--device", default="", help="As for run.")
+@places_options
+@click.option("--weights", default="", metavar="DIR", help="As for run.")
+@results_option
+def published(
+    table: str,
+    device: str,
+    imagenet: str,
+    coco: str,
+    flickr: str,
+    weights: str,
+    results: Path,
+) -> None:
+    """List the published tables that can be reproduced: cells, data, weights, time, memory, disk.
+
+    Nothing is run, downloaded or changed.
+    """
+    from rich.console import Console
+
+    places = Places(folder(imagenet), folder(coco), folder(flickr))
+    options = RunOptions(results, places, folder(weights), device or None)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=_WIDE)
+    for part in listing(table, options, adapter()):
+        console.print(part, markup=False, soft_wrap=isinstance(part, str))
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A table with its cells, what it needs, and the costs of the cells that are not done."""
+
+    table: PublishedTable
+    cells: Sequence[Cell]
+    done: set[Key]
+    costs: Mapping[Key, Cost | None]
+    data: Mapping[str, Missing | None]
+    weights: Mapping[str, WeightsPlace]
+
+    @property
+    def known(self) -> list[Cost]:
+        """Known costs of the cells that are not done."""
+        costs = (self.costs[cell.key] for cell in self.cells if cell.key not in self.done)
+        return [cost for cost in costs if cost is not None]
+
+
+def listing(name: str, options: RunOptions, adapter: Adapter) -> list[RenderableType]:
+    """Return the parts of the listing: all tables, or the cells of one.
+
+    Args:
+        name: of the only table; empty for all.
+        options: results, data, weights and device.
+        adapter: knows the folders of finished cells.
+
+    Raises:
+        TableError: there is no such table.
+    """
+    from benchmarks.published.table import load_table, table_names
+
+    tables = [load_table(each) for each in ([name] if name else table_names())]
+    entries, notes = _entries(tables, options, adapter)
+    shown = _one(entries[0]) if name else _all(entries)
+    return [*shown, *_missing(entries, bool(name)), *notes]
+
+
+def _entries(
+    tables: Sequence[PublishedTable],
+    options: RunOptions,
+    adapter: Adapter,
+) -> tuple[list[_Entry], list[str]]:
+    from benchmarks.costs import REFERENCE, Costs, cost_row, other_rows
+    from benchmarks.grid import Filters, expand
+    from benchmarks.preflight import missing_data, weights_place
+
+    grids = [table.grid() for table in tables]
+    cells = [expand(grid, Filters(), options) for grid in grids]
+    # Tables share cells: each is looked for once.
+    every = {cell.key: cell for each in cells for cell in each}
+    found = ((cell, finished_record(cell, adapter)) for cell in every.values())
+    finished = [(cell, cost_row(cell, record)) for cell, record in found if record is not None]
+    done = {cell.key for cell, _ in finished}
+    rows, notes = other_rows([grid.name for grid in grids], options.results, REFERENCE)
+    costs = Costs(finished, rows, every.values())
+    each = {key: costs.of(cell) for key, cell in every.items()}
+    entries = []
+    for table, grid, mine in zip(tables, grids, cells, strict=True):
+        data: dict[str, Missing | None] = {}
+        for section, cell in {cell.section: cell for cell in mine}.items():
+            place = grid.tasks[section].data.upper()
+            data[place] = data.get(place) or missing_data(cell)
+        models = {cell.model: cell for cell in mine}.values()
+        weights = {registry.model_tag(cell.task, cell.request.model): weights_place(cell) for cell in models}
+        entries.append(_Entry(table, mine, done, each, data, weights))
+    return entries, notes
+
+
+def _all(entries: Sequence[_Entry]) -> list[RenderableType]:
+    rows = []
+    for entry in entries:
+        here = sum(place.here for place in entry.weights.values())
+        row = {
+            "table": entry.table.name,
+            "what it is": entry.table.title,
+            "cells": str(len(entry.cells)),
+            "done": str(sum(cell.key in entry.done for cell in entry.cells)),
+            "data here": _data(entry),
+            "weights here": f"{here} of {len(entry.weights)}",
+        }
+        rows.append(row | _totals(entry))
+    return [
+        _table(rows),
+        "Times are of the cells that are not done, one at a time; memory is the largest of a cell.",
+        "make tables TABLE=NAME shows a table's cells, make reproduce-table TABLE=NAME runs them.",
+    ]
+
+
+def _one(entry: _Entry) -> list[RenderableType]:
+    from benchmarks.doctor.findings import size_text
+    from benchmarks.estimate import duration
+
+    rows = []
+    for cell in entry.cells:
+        cost, done = entry.costs[cell.key], cell.key in entry.done
+        row = {
+            "model": cell.subject,
+            "method": cell.method,
+            "bits": cell.bits,
+            "point": cell.point,
+            "done": "yes" if done else "no",
+            "time": "not known",
+            "memory": "",
+            "disk": "",
+            "known from": "",
+        }
+        if cost is not None:
+            about = "" if done else "~"
+            row["time"] = f"{about}{duration(cost.seconds)} {cost.device.upper()}"
+            for name, size in (("memory", cost.memory), ("disk", cost.disk)):
+                row[name] = "" if size is None else f"{about}{size_text(size)}"
+            row["known from"] = cost.origin
+        rows.append(row)
+    totals = _totals(entry)
+    origin = totals.pop("known from")
+    shown = ", ".join(f"{name} {text}" for name, text in totals.items() if text) or "nothing known"
+    return [
+        f"{entry.table.name}: {entry.table.title} ({entry.table.paper})",
+        _table(rows),
+        *([f"To run: {shown} ({origin})."] if origin else []),
+        *_protocol(entry.cells),
+    ]
+
+
+def _table(rows: Sequence[Mapping[str, str]]) -> Table:
+    """Return a table of the columns that have something in them; sentences may wrap."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    names = [name for name in rows[0] if any(row[name] for row in rows)]
+    for name in names:
+        table.add_column(name, no_wrap=name not in ("what it is", "known from"), overflow="fold")
+    for row in rows:
+        table.add_row(*(row[name] or "-" for name in names))
+    return table
+
+
+def _data(entry: _Entry) -> str:
+    return ", ".join(f"{name}: {'no' if item else 'yes'}" for name, item in entry.data.items())
+
+
+def _totals(entry: _Entry) -> dict[str, str]:
+    """Return times by kind of device, memory, disk, and the origins, of what is to run."""
+    from benchmarks.costs import origins
+    from benchmarks.doctor.findings import size_text
+    from benchmarks.estimate import duration
+
+    known = entry.known
+    unknown = sum(cell.key not in entry.done for cell in entry.cells) - len(known)
+    found = {}
+    for device in ("gpu", "cpu"):
+        seconds = [cost.seconds for cost in known if cost.device == device]
+        found[f"{device.upper()} time"] = duration(sum(seconds)) if seconds else ""
+    memory = [(cost.memory, cost.note) for cost in known if cost.memory is not None]
+    disk = [cost.disk for cost in known if cost.disk is not None]
+    most, machine = max(memory, default=(0, ""))
+    found["memory"] = f"{size_text(most)} ({machine})" if memory else ""
+    found["disk"] = size_text(sum(disk)) if disk else ""
+    sources = [origins(known), f"{unknown} not known" if unknown else ""]
+    return {**found, "known from": "; ".join(filter(None, sources))}
+
+
+def _protocol(cells: Sequence[Cell]) -> list[str]:
+    """Return the settings of each method, one line for methods that share them."""
+    found: dict[str, dict[str, None]] = {}
+    for cell in cells:
+        recipe = cell.request.recipe
+        if recipe is None:
+            continue
+        words = f"{recipe.calibration_images} calibration images "
+        words += f"({recipe.calibration_transform} transform)"
+        if recipe.reconstruct_mlp:
+            words += f", {recipe.mlp_steps} steps of {recipe.mlp_batch} images per MLP"
+        if recipe.reconstruct:
+            words += f", {recipe.steps} steps of {recipe.batch_size} images per block"
+        found.setdefault(f"{words}, seed {recipe.seed}", {})[cell.method] = None
+    return [f"Protocol of {', '.join(methods)}: {words}." for words, methods in found.items()]
+
+
+def _missing(entries: Sequence[_Entry], commands: bool) -> list[str]:
+    """Return lines on data and weights that are not here, and how they are fetched."""
+    from tasks.common.request import describe_missing
+
+    data = {item.what: item for entry in entries for item in entry.data.values() if item}
+    lines = (describe_missing(data.values()) or "").splitlines()
+    places = {name: place for entry in entries for name, place in entry.weights.items()}
+    weights = {name: place for name, place in places.items() if not place.here}
+    lines += ["Missing weights:"] if weights else []
+    for name, place in weights.items():
+        where = place.command if commands else place.repository
+        where = where or "no hub has them, put the file into the WEIGHTS folder"
+        lines.append(f"  {name}: {where}")
+    if any(place.repository for place in weights.values()):
+        lines.append("Weights of the hub are fetched by the first run that needs them.")
+    return lines
