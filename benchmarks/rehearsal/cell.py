@@ -40,18 +40,19 @@ def in_small(request: CellRequest) -> CellRequest:
         data = replace(data, path=val, calibration_data=train)
     return replace(
         request,
-        recipe=None if recipe is None else _recipe_in_small(recipe, limit, gpu),
+        recipe=None if recipe is None else _recipe_in_small(request.task, recipe, limit, gpu),
         data=replace(data, limit=limit),
         eval_batch=min(request.eval_batch, limit),
         step_engine=_engine(request),
     )
 
 
-def _recipe_in_small(recipe: Recipe, limit: int, gpu: bool) -> Recipe:
+def _recipe_in_small(task: str, recipe: Recipe, limit: int, gpu: bool) -> Recipe:
     changes: dict[str, Any] = {"steps": STEPS, "mlp_steps": STEPS}
     for name in ("calibration_images", "range_images", "batch_size", "mlp_batch"):
         changes[name] = min(getattr(recipe, name), limit)
-    changes["divergence_batch"] = min(recipe.divergence_batch, max(limit, 2))
+    if task == "retrieval":
+        changes["divergence_batch"] = min(recipe.divergence_batch, limit)
     changes["range_candidates"] = min(recipe.range_candidates, 16)
     changes["range_rounds"] = min(recipe.range_rounds, 1)
     if not gpu:

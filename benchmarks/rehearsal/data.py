@@ -111,7 +111,7 @@ def _captions(folder: Path, file: str, parts: dict[str, str]) -> None:
     images = []
     for split, place in parts.items():
         for number, path in enumerate(_images(folder / place, prefix=f"{split}-")):
-            texts = [f"{split} picture {number} of {word} things" for word in "one two three four five".split()]
+            texts = [f"{split} picture {number} of {count} things" for count in range(5)]
             images.append(
                 {
                     "filepath": place,

@@ -11,6 +11,7 @@ from tabulate import tabulate  # type: ignore[import-untyped, unused-ignore]
 
 from benchmarks.cells import Adapter, Cell, RunOptions, finished
 from benchmarks.costs import cost_row
+from benchmarks.doctor.findings import size_text
 from benchmarks.engines.choice import settled
 from benchmarks.engines.options import EngineOptions
 from benchmarks.estimate import duration
@@ -19,9 +20,8 @@ from benchmarks.names import load_names
 from benchmarks.rehearsal.cell import in_small, read_events, rehearse_cell
 from benchmarks.rehearsal.estimate import real_memory, real_seconds, spent
 from benchmarks.schema import Grid
-from fimaq_core.errors import FimaqError
 from fimaq_core.files import replaced_whole
-from tasks.common.request import CellRequest
+from tasks.common import registry
 
 FILE = "rehearsal.json"
 _COLUMNS = ("model", "method", "bits", "rehearsed", "peak", "per step", "real time", "real memory")
@@ -87,28 +87,35 @@ def _conclude(grid: Grid, cells: Sequence[Cell], options: RunOptions, adapter: A
     Returns:
         0 if all cells went through, else 1.
     """
-    rows = [row for cell in cells if (row := _row(grid, cell, adapter)) is not None]
+    found = [(cell, row) for cell in cells if (row := _row(grid, cell, adapter)) is not None]
+    rows = [row for _, row in found]
     if not rows:
         return 1
     print()
     print(tabulate([_texts(row) for row in rows], headers=_COLUMNS, disable_numparse=True))
     path = options.results / FILE
-    _keep(path, rows)
+    _keep(path, [row for cell, row in found if _is_released(cell)])
     total = sum(row["seconds"] for row in rows)
     largest = max(rows, key=lambda row: row["peak_memory_bytes"])
     tape = max(rows, key=lambda row: row["tape_bytes"])
     print(
         f"\nRehearsed {len(rows)} of {len(cells)} cells on {rows[0]['device']}. The real run would "
         f"take about {duration(total)} on this device, one cell at a time.\n"
-        f"Largest memory of a cell: at most {_gb(largest['peak_memory_bytes'])} "
-        f"({largest['model']} {largest['method']}). Results take {_gb(_disk(options))} of disk, "
-        f"what a cell keeps of its calibration images up to {_gb(tape['tape_bytes'])} "
+        f"Largest memory of a cell: at most {size_text(largest['peak_memory_bytes'])} "
+        f"({largest['model']} {largest['method']}). Results take {size_text(_disk(options))} of disk, "
+        f"what a cell keeps of its calibration images up to {size_text(tape['tape_bytes'])} "
         f"({tape['model']}).\nEstimates: {path}. Nothing here counts as measured: weights and "
         "images are random."
     )
     for line in _too_large(rows, options):
         print(line)
     return 0 if len(rows) == len(cells) else 1
+
+
+def _is_released(cell: Cell) -> bool:
+    """Return whether a cell has its method's released settings, or those of a named axis point."""
+    recipe = cell.request.recipe
+    return recipe is None or bool(cell.point) or not recipe.changes(registry.defaults(cell.task))
 
 
 def _row(grid: Grid, cell: Cell, adapter: Adapter) -> dict[str, Any] | None:
@@ -149,15 +156,11 @@ def _texts(row: dict[str, Any]) -> list[str]:
         f"{row['method']}{' ' + row['point'] if row['point'] else ''}",
         row["bits"],
         duration(rehearsed["seconds"]),
-        _gb(rehearsed["peak_memory_bytes"]),
+        size_text(rehearsed["peak_memory_bytes"]),
         "-" if step is None else f"{1000 * step:.0f} ms",
         duration(row["seconds"]),
-        _gb(row["peak_memory_bytes"]),
+        size_text(row["peak_memory_bytes"]),
     ]
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e9:.1f} GB"
 
 
 def _disk(options: RunOptions) -> int:
@@ -186,7 +189,7 @@ def _too_large(rows: Sequence[dict[str, Any]], options: RunOptions) -> list[str]
     most = max(on_disk, key=lambda row: row["tape_bytes"], default=None)
     if most is not None and most["tape_bytes"] > free:
         lines.append(
-            f"warning: {most['model']} keeps {_gb(most['tape_bytes'])} in {tempfile.gettempdir()}, "
-            f"where {_gb(free)} are free: set TMPDIR to a larger disk for the real run."
+            f"warning: {most['model']} keeps {size_text(most['tape_bytes'])} in {tempfile.gettempdir()}, "
+            f"where {size_text(free)} are free: set TMPDIR to a larger disk for the real run."
         )
     return lines
