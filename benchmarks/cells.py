@@ -59,6 +59,7 @@ class RunOptions:
         threads: replaces the grid's threads; None keeps them.
         force: name of a run that measures again what is done; empty: what is done is kept.
         placement: replaces the sections' placement of what blocks take in and give; None keeps it.
+        rehearsal: whether cells are rehearsed, see :mod:`benchmarks.rehearsal`.
     """
 
     results: Path = Path("results")
@@ -68,6 +69,7 @@ class RunOptions:
     threads: int | None = None
     force: str = ""
     placement: Literal["device", "host", "disk"] | None = None
+    rehearsal: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The command line: ``python -m benchmarks run | diff | reference | compare | tables | published | doctor``.
 
 Exit codes: 0 done; 1 some cells failed, or measured numbers differ from published ones; 2 cannot run, or nothing is
-comparable; 130 broken off.
+comparable (of ``diff`` and of tables); 130 broken off.
 """
 
 from pathlib import Path
@@ -56,6 +56,9 @@ def cli() -> None:
 
 @cli.command()
 @profile_option
+@click.option(
+    "--table", default="", metavar="NAME", help="A published table, such as fimaq, instead of a profile; or a .yaml file."
+)
 @click.option("--tasks", default="", help="Only these tasks, or sections of the profile (comma list).")
 @click.option("--models", default="", help="Only these models; also ones the profile has but does not run by default.")
 @click.option("--methods", default="", help="Only these methods; fp is full precision.")
@@ -105,13 +108,21 @@ def cli() -> None:
     help="Measure again what is done. Such a run has a name, which it says; with it one that was broken off goes on.",
 )
 def run(
-    profile: str, tasks: str, models: str, methods: str, bits: str, seeds: str, axes: str, device: str, imagenet: str,
+    profile: str, table: str, tasks: str, models: str, methods: str, bits: str, seeds: str, axes: str, device: str, imagenet: str,
     coco: str, flickr: str, weights: str, results: Path, engine: Literal["local", "ray"], ray_address: str, gpus_per_cell: float,
     jobs: int | None, threads: int | None, placement: Literal["device", "host", "disk"] | None, retries: int, plan: bool,
     rehearse: bool, report: bool, force: str,
 ) -> None:  # fmt: skip
     """Measure a grid's cells, then print and write its table. Finished cells are not measured again."""
-    grid: Grid = load_grid(profile)
+    context = click.get_current_context()
+    if table and context.get_parameter_source("profile") is not click.core.ParameterSource.DEFAULT:
+        raise click.UsageError("--table has a grid of its own: leave --profile out.")
+    published = None
+    if table:
+        from benchmarks.published.table import load_table
+
+        published = load_table(table)
+    grid: Grid = load_grid(profile) if published is None else published.grid()
     filters: Filters = parse_filters(grid, tasks, models, methods, bits, seeds, axes)
     places = Places(folder(imagenet), folder(coco), folder(flickr))
     options = RunOptions(results, places, folder(weights), device or None, threads, force, placement)
@@ -119,9 +130,8 @@ def run(
     if rehearse:
         from benchmarks.rehearsal.run import rehearse as rehearse_grid
 
-        code = rehearse_grid(grid, profile, filters, options, adapter(), how)
-        click.get_current_context().exit(code)
-    click.get_current_context().exit(run_grid(grid, profile, filters, options, adapter(), how, plan, report))
+        context.exit(rehearse_grid(grid, table or profile, filters, options, adapter(), how, published))
+    context.exit(run_grid(grid, table or profile, filters, options, adapter(), how, plan, report, published))
 
 
 @cli.command()

@@ -1,5 +1,7 @@
 """What the commands do, behind their options."""
 
+from __future__ import annotations
+
 import dataclasses
 import os
 import platform
@@ -11,16 +13,21 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from benchmarks.cells import Adapter, Cell, RunOptions, finished, finished_record
+from benchmarks.cells import Adapter, Cell, Places, RunOptions, finished, finished_record
 from benchmarks.engines.options import EngineOptions
 from benchmarks.grid import Filters, chosen_axes, expand
 from benchmarks.schema import Grid
 from fimaq_core.errors import FimaqError
 from tasks.common.anew import is_done
 from tasks.common.record import own_seconds
+
+if TYPE_CHECKING:
+    from benchmarks.published.layout import Layout
+    from benchmarks.published.table import PublishedTable
 
 
 class NotReady(FimaqError):
@@ -36,8 +43,14 @@ def run_grid(
     how: EngineOptions,
     plan: bool,
     report: bool = False,
+    table: PublishedTable | None = None,
 ) -> int:
-    """Run a grid and return the exit code. See ``python -m benchmarks run --help``."""
+    """Run a grid and return the exit code. See ``python -m benchmarks run --help``.
+
+    Args:
+        profile: what the user called the grid: a profile, or the table.
+        table: the published table that the grid is of; its layout replaces the grid's own tables.
+    """
     from benchmarks.display import make_display
     from benchmarks.engines.choice import engine_maker, settled
     from benchmarks.engines.local import default_jobs
@@ -81,15 +94,22 @@ def run_grid(
             shutil.rmtree(logs, ignore_errors=True)
     else:
         print(f"All {len(cells)} cells are done already.")
-    write_tables(grid, filters, options, adapter, cells)
+    layout = None
+    if table is None:
+        write_tables(grid, filters, options, adapter, cells)
+    else:
+        layout = write_published(table, grid, options, adapter, cells)
     if report:
         from benchmarks.report.build import write_report
 
         path = options.results / "report.html"
-        write_report(grid, options, adapter, path)
+        write_report(grid, options, adapter, path, table=table)
         print(f"Report: {path} (charts, error per block, example predictions; open it in a browser)")
     for line in grid.next:
         print(line)
+    sentence, code = ("", 0) if layout is None else layout.conclusion()
+    if sentence:
+        print(sentence)
     if failures:
         print(f"\n{len(failures)} of {len(cells)} cells failed:", file=sys.stderr)
         for failure in failures:
@@ -97,8 +117,16 @@ def run_grid(
             kept = " The table keeps its former value." if finished_record(failure.cell, adapter) else ""
             print(f"  {failure.cell.label}: {failure.message}{log}{kept}", file=sys.stderr)
         print("Finished cells are kept. To run only the failed ones:", file=sys.stderr)
-        print(f"  {rerun_command(profile, [f.cell for f in failures], options, how, filters.axes)}", file=sys.stderr)
-    return 1 if failures else 0
+        again = rerun_command(
+            profile,
+            [f.cell for f in failures],
+            options,
+            how,
+            filters.axes,
+            "--profile" if table is None else "--table",
+        )
+        print(f"  {again}", file=sys.stderr)
+    return 1 if failures else code
 
 
 @contextmanager
@@ -177,6 +205,33 @@ def write_tables(grid: Grid, filters: Filters, options: RunOptions, adapter: Ada
     print(f"Table: {folder / f'{grid.name}.csv'} and {folder / f'{grid.name}.md'}")
 
 
+def write_published(
+    table: PublishedTable,
+    grid: Grid,
+    options: RunOptions,
+    adapter: Adapter,
+    cells: Sequence[Cell],
+) -> Layout:
+    """Write the files of a published table, print what of it ``cells`` measure, and return that.
+
+    The files cover the whole table and this run's cells: a run with filters never shrinks them.
+    """
+    from benchmarks import tables
+    from benchmarks.published import text
+    from benchmarks.published.layout import Layout
+
+    full = expand(grid, Filters(), options)
+    measured = tables.collect([*full, *cells], adapter)
+    paths = text.write(Layout(table, measured), options.results / "tables")
+    keys = {cell.key for cell in cells}
+    mine = [item for item in measured if item.cell.key in keys]
+    layout = Layout(table, mine, {cell.name for cell in cells})
+    print()
+    print(text.markdown(layout, _terminal_width()))
+    print(f"Table: {', '.join(map(str, paths))}")
+    return layout
+
+
 def _terminal_width() -> int | None:
     return Console().width if sys.stdout.isatty() else None
 
@@ -187,7 +242,12 @@ def title(grid: Grid) -> str:
 
 
 def rerun_command(
-    profile: str, cells: Sequence[Cell], options: RunOptions, how: EngineOptions, axes: Sequence[str] | None = None
+    profile: str,
+    cells: Sequence[Cell],
+    options: RunOptions,
+    how: EngineOptions,
+    axes: Sequence[str] | None = None,
+    option: str = "--profile",
 ) -> str:
     """Return the command that runs just these cells. It may name finished ones beside them, which are skipped."""
 
@@ -200,7 +260,12 @@ def rerun_command(
         found = [getattr(cell, name) for cell in chosen]
         return ",".join(dict.fromkeys(str(value) for value in found))
 
-    parts = [_python(), "-m", "benchmarks", "run", "--profile", profile]
+    parts = [_python(), "-m", "benchmarks", "run", option, profile]
+    if options.rehearsal:  # which makes its data and weights
+        parts.append("--rehearse")
+        options = dataclasses.replace(
+            options, data=Places(), weights=None, results=options.results.parent
+        )
     for flag, value in (
         ("--tasks", values("section")), ("--models", values("model")), ("--methods", values("method")),
         ("--bits", values("bits")), ("--seeds", values("seed")), ("--axes", ",".join(axes or ())), ("--device", options.device),

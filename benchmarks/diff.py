@@ -22,7 +22,15 @@ COLUMNS = [
 
 #: Points by which two runs of one recipe may differ in any case.
 TOLERANCE = 0.3
-REPRODUCED, ABOVE, BELOW, NOT_COMPARABLE = "reproduced", "above", "below", "not comparable"
+#: Tolerance in points beyond which agreement would be claimed from noise.
+WIDEST = 1.0
+REPRODUCED, ABOVE, BELOW, UNCERTAIN, NOT_COMPARABLE = (
+    "reproduced",
+    "above",
+    "below",
+    "too uncertain",
+    "not comparable",
+)
 _STRONG = ("primary", "cited")
 
 
@@ -47,6 +55,28 @@ class Measurement:
     def se(self) -> float:
         """Standard error of the mean: sampling and seeds together."""
         return math.hypot(self.sampling, 0.0 if self.spread is None else self.spread / math.sqrt(self.seeds))
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A measurement set against a published number.
+
+    Attributes:
+        verdict: one of the five.
+        difference: measured minus published; NaN between unlike things, which have none to quote.
+        rule: the tolerance, or why there is no verdict.
+        remarks: what else to know of the comparison.
+    """
+
+    verdict: str
+    difference: float
+    rule: str
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def reason(self) -> str:
+        """Rule and remarks in one text."""
+        return "; ".join((self.rule, *self.remarks))
 
 
 def read_records(root: Path) -> tuple[list[ResultRecord], list[str]]:
@@ -110,7 +140,7 @@ def _group(field: str) -> str:
     return str(extra.get("group")) if isinstance(extra, dict) else ""
 
 
-def _unlike(item: Measurement, names: Names) -> str | None:
+def unlike(item: Measurement, names: Names) -> str | None:
     """Say why a measurement compares with no published number whatsoever, or None if it may."""
     record, data = item.record, item.record.dataset
     sets = names.published_on(record.task, data.name)
@@ -182,6 +212,7 @@ def diff(records: Sequence[ResultRecord], rows: pd.DataFrame | None = None, name
     A verdict is ``reproduced`` where the difference is within 0.3 points or two standard errors of the measured mean
     (sampling and seeds), whichever is larger; else ``above`` or ``below``: better than published is a finding too. The
     sampling error counts although published numbers come from the very same images, so the tolerance is on the wide side.
+    ``too uncertain`` is a difference within a tolerance of more than one point: agreement would be claimed from noise.
     ``not comparable`` covers other data, other settings, other weights, published variants run with another framework,
     sources that do not say what of the model they quantized, and weak evidence, which is context only.
 
@@ -194,21 +225,21 @@ def diff(records: Sequence[ResultRecord], rows: pd.DataFrame | None = None, name
     names = load_names() if names is None else names
     result = []
     for item in measurements(records):
-        record, unlike = item.record, _unlike(item, names)
+        record = item.record
         common = [
             record.task, record.dataset.name, subject_name(record, names), record.method,
             bits_name(record.w_bit, record.a_bit), item.metric, item.value, item.se, item.seeds,
         ]  # fmt: skip
         found = _rows_for(item, rows, names)
         if found.empty:
-            reason = unlike or "no published number for this model, method and bits"
+            reason = unlike(item, names) or "no published number for this model, method and bits"
             result.append([*common, math.nan, "", "", "", math.nan, NOT_COMPARABLE, reason])
         for row in found.to_dict("records"):
-            value = float(row["value"])
-            verdict, reason = (NOT_COMPARABLE, unlike) if unlike else _judge(item, row, names)
-            # A difference between unlike things is no number anyone should quote.
-            gap = math.nan if unlike else item.value - value
-            result.append([*common, value, row["variant"], row["source"], row["evidence"], gap, verdict, reason])
+            judged = judge(item, row, names)
+            result.append([
+                *common, float(row["value"]), row["variant"], row["source"], row["evidence"],
+                judged.difference, judged.verdict, judged.reason,
+            ])  # fmt: skip
     result += _context(records, rows, names)
     return pd.DataFrame(result, columns=COLUMNS)
 
@@ -230,23 +261,29 @@ def _context(records: Iterable[ResultRecord], rows: pd.DataFrame, names: Names) 
     return found
 
 
-def _judge(item: Measurement, row: Mapping[Any, Any], names: Names) -> tuple[str, str]:
-    """Return verdict and reason for a measurement and a published row of the same cell."""
+def judge(item: Measurement, row: Mapping[Any, Any], names: Names) -> Judgement:
+    """Set a measurement against a published row of the same cell; see :func:`diff` for the verdicts."""
+    if why := unlike(item, names):
+        return Judgement(NOT_COMPARABLE, math.nan, why)
+    gap = item.value - float(row["value"])
     method, variant = names.methods[str(row["method"])], str(row["variant"])
     weak = [] if row["evidence"] in _STRONG else [f"{row['evidence']} evidence"]
     if item.record.method != "fp" and names.models[str(row["model"])].scope == UNSTATED:
         weak.append("the source does not say what of the model is quantized")
     if weak:
-        return NOT_COMPARABLE, f"context only: {'; '.join(weak)}"
+        return Judgement(NOT_COMPARABLE, gap, f"context only: {'; '.join(weak)}")
     if method.comparable.get(variant) != item.record.method:
-        return NOT_COMPARABLE, f"context only: published variant '{variant}' was run with another framework or recipe"
-    gap = item.value - float(row["value"])
+        other = f"published variant '{variant}' was run with another framework or recipe"
+        return Judgement(NOT_COMPARABLE, gap, f"context only: {other}")
     tolerance = max(TOLERANCE, 2 * item.se)
     within = abs(gap) <= tolerance + 1e-9
     rule = "0.3 points" if tolerance == TOLERANCE else "2 standard errors"
-    reason = f"{'within' if within else 'beyond'} ±{tolerance:.2f} ({rule})"
-    if item.spread is None and item.record.method != "fp":
-        reason += "; one seed, so the spread over seeds is not counted"
-    note = names.datasets[str(row["task"])][str(row["dataset"])].notes.get(str(row["method"]))
+    rule = f"{'within' if within else 'beyond'} ±{tolerance:.2f} ({rule})"
     verdict = REPRODUCED if within else ABOVE if gap > 0 else BELOW
-    return verdict, reason if note is None else f"{reason}; {note}"
+    if within and tolerance > WIDEST:
+        verdict, rule = UNCERTAIN, f"{rule}, which is too wide to tell"
+    remarks = []
+    if item.spread is None and item.record.method != "fp":
+        remarks.append("one seed, so the spread over seeds is not counted")
+    note = names.datasets[str(row["task"])][str(row["dataset"])].notes.get(str(row["method"]))
+    return Judgement(verdict, gap, rule, tuple(remarks if note is None else [*remarks, note]))

@@ -133,10 +133,11 @@ def parse_filters(
     wanted_tasks, wanted_models = _split(tasks), _split(models)
     known = [name for part in grid.tasks.values() for name in (*part.models, *part.available)]
     labels = list(dict.fromkeys([*grid.tasks, *map(grid.task_of, grid.tasks)]))
+    kind = "profile" if grid.only is None else "table"
     for what, wanted, names in (("task", wanted_tasks, labels), ("model", wanted_models, known)):
         for name in wanted or ():
             if name not in names:
-                raise GridError(f"Unknown {what} '{name}' in profile '{grid.name}'.{suggest(name, names)}")
+                raise GridError(f"Unknown {what} '{name}' in {kind} '{grid.name}'.{suggest(name, names)}")
     wanted_methods, wanted_bits, wanted_seeds = _split(methods), _split(bits), _split(seeds)
     for name in wanted_methods or ():
         _known_method(name)
@@ -160,7 +161,8 @@ def _check_only(grid: Grid, only: Iterable[CellName], methods: Iterable[str], bi
     ):
         for name in wanted:
             if name not in known:
-                raise GridError(f"'{grid.name}' has no {what} '{name}'. It has: {', '.join(sorted(known))}.")
+                has = ", ".join(sorted(known))
+                raise GridError(f"Table '{grid.name}' has no {what} '{name}'. It has: {has}.")
 
 
 def _split(text: str) -> tuple[str, ...] | None:

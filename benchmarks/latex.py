@@ -23,6 +23,8 @@ _NUMBER, _SPACE = 6, 2
 _SPECIAL = {
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
     "|": r"\textbar{}", '"': "''", "√": r"\ensuremath{\surd}", "±": r"\ensuremath{\pm}", "→": r"\ensuremath{\to}",
+    "↑": r"\ensuremath{\uparrow}", "↓": r"\ensuremath{\downarrow}", "×": r"\ensuremath{\times}",
+    "°": r"\ensuremath{^\circ}", "–": "--",
     **{sign: f"\\{sign}" for sign in "&%$#_{}"},
 }  # fmt: skip
 #: How metrics are headed whose names are not what papers print.

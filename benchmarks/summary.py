@@ -62,7 +62,7 @@ def _section_parts(section: str, mine: Sequence[Measured], planned: Sequence[Cel
     scopes = {items[0].cell.mark: items for items in _by_scope(own)}
     tables = {mark: _of_metric(frame(items), metric) for mark, items in scopes.items()}
     table = _of_metric(frame(own, subjects=True), metric)
-    lines = [*_data_lines(mine), *settings_lines(own), *_spread_lines(tables, table)]
+    lines = [*data_lines(mine), *settings_lines(own), *_spread_lines(tables, table)]
     if any(cell.scope for cell in planned):
         lines.insert(0, "In brackets what of a model is quantized; full precision, the whole model, stands beside each.")
     lines += [line for mark, items in scopes.items() for line in order_lines(tables[mark], items, mark)]
@@ -104,7 +104,8 @@ def _pair_parts(own: Sequence[Measured], cells: Sequence[Cell], width: int | Non
     return parts
 
 
-def _data_lines(mine: Sequence[Measured]) -> list[str]:
+def data_lines(mine: Sequence[Measured]) -> list[str]:
+    """Return a line per data set and split with the numbers of samples."""
     lines = []
     for name, split in sorted({(item.record.dataset.name, item.record.dataset.split) for item in mine}):
         records = [i.record for i in mine if (i.record.dataset.name, i.record.dataset.split) == (name, split)]

@@ -173,6 +173,11 @@ def markdown(table: pd.DataFrame, words: Sequence[str] = ()) -> str:
 
 def fitting(table: pd.DataFrame, width: int | None, words: Sequence[str] = ()) -> list[str]:
     """Return the table as Markdown, cut between columns into as few parts as fit ``width`` (None: one part)."""
+    return [markdown(part, words) for part in cut(table, width, words)]
+
+
+def cut(table: pd.DataFrame, width: int | None, words: Sequence[str] = ()) -> list[pd.DataFrame]:
+    """Return the parts of a table whose Markdown fits ``width``; see :func:`fitting`."""
     parts: list[list[str]] = [[]]
     for column in table.columns:
         wider = [*parts[-1], column]
@@ -180,7 +185,7 @@ def fitting(table: pd.DataFrame, width: int | None, words: Sequence[str] = ()) -
             parts.append([column])
         else:
             parts[-1] = wider
-    return [markdown(table[part], words) for part in parts]
+    return [table[part] for part in parts]
 
 
 def write_text(path: Path, text: str) -> None:

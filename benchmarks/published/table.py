@@ -1,9 +1,9 @@
-"""Published tables: reads ``tables/<name>.yaml`` and finds the CSV row and the grid cell of each table cell."""
+"""Published tables: reads ``tables/<name>.yaml`` and finds each cell's CSV row and grid cell."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError
 
 from benchmarks.cells import CellName
 from benchmarks.grid import FP, load_grid, parse_bits
-from benchmarks.names import PUBLISHED, UNSTATED, MethodName, load_names
+from benchmarks.names import PUBLISHED, UNSTATED, load_names
 from benchmarks.schema import Grid, Strict
 from fimaq_core.errors import FimaqError, suggest
 from fimaq_core.recipe import METHODS, OFF, Recipe, make_recipe
@@ -23,7 +23,8 @@ from tasks.common.record import bits_name
 TABLES = PUBLISHED / "tables"
 #: Name of the bits of what is not quantized.
 FULL = bits_name(OFF, OFF)
-#: A name in one part, or in two of which the first is shared by several rows or columns.
+
+#: A name in one part, or in two of which neighbours share the first.
 Head = str | tuple[str, str]
 
 
@@ -32,19 +33,20 @@ class TableError(FimaqError):
 
 
 class Coordinates(Strict):
-    """What a table, a row or a column states of its cells; a row's value replaces the table's, a column's both.
+    """Statements about cells. A row's replace the table's, and a column's replace both.
 
     Attributes:
         task, dataset, metric: as the CSV files name them.
-        model: full name of the weights, as ``names.yaml`` maps it; ``unstated`` where the source names none.
-        scope: which part of the model is quantized, where ``names.yaml`` distinguishes scopes of the same weights.
+        model: full name of the weights, as ``names.yaml`` maps it. ``unstated``: the source names
+            none.
+        scope: which part of the model is quantized, where ``names.yaml`` distinguishes several.
         method, variant: as the CSV files name them.
-        source: where the numbers were read; of several sources, one has the number of a cell.
-        study: a study of ``ablation.csv``, which has the numbers then; None: ``accuracy.csv`` has them.
-        measure: id of the method that is measured here; None: the numbers are context.
+        source: where the numbers were read. Of several sources, one has the number of a cell.
+        study: a study of ``ablation.csv``, which has the numbers then. None: ``accuracy.csv``.
+        measure: id of the method that is measured here. None: the numbers are context.
         section: section of the profile's grid that measures the cells.
-        point: point of an axis of the profile's grid, such as ``loss=mse``; None: the grid's own settings.
-        protocol: recipe fields as the source states them, which the recipes of measured cells must have.
+        point: point of an axis of that grid, such as ``loss=mse``. None: the grid's own settings.
+        protocol: recipe fields as the source states them. Recipes of measured cells must have them.
     """
 
     task: str | None = None
@@ -73,9 +75,10 @@ class Row(Coordinates):
 
     Attributes:
         head: names it.
-        bits: ``fp``, ``unstated`` or such as ``w4a4``; None: all bits of the table.
-        unpublished: why no source has its numbers; such a row may be measured all the same. Or the same for
-            single columns, by their heads or the first parts of these; such cells stay empty.
+        bits: ``fp``, ``unstated`` or such as ``w4a4``. None: all bits of the table.
+        unpublished: why no source has the row's numbers; it may be measured all the same. Or why
+            single columns have none, by their heads or the first parts of these; such cells stay
+            empty.
     """
 
     head: Head
@@ -107,40 +110,38 @@ class _File(Coordinates):
 
 
 @dataclass(frozen=True)
-class TableCell:
-    """One cell of a published table.
-
-    Attributes:
-        row, column: its place; the row is one of :attr:`PublishedTable.lines`.
-        weights: full name of the model's weights, or ``unstated``.
-        scope: which part of the model is quantized; None where the source leaves no choice.
-        published: the row of the CSV file; None where no source has a number.
-        unpublished: why there is none.
-        name: identity of the grid's cell that measures it; None for context.
-        metric: the measured metric that compares with the number, where the cell is measured.
-    """
-
-    row: int
-    column: int
-    weights: str
-    scope: str | None
-    published: Mapping[str, str] | None
-    unpublished: str
-    name: CellName | None
-    metric: str | None
-
-
-@dataclass(frozen=True)
 class Line:
-    """A row at certain bits: what the layout shows as one line."""
+    """A row at certain bits, which the layout shows as one line."""
 
     row: Row
     bits: str
 
     @property
     def measured(self) -> bool:
-        """Whether the line has cells that this project measures."""
+        """Whether cells of the line are measured here."""
         return self.row.measure is not None
+
+
+@dataclass(frozen=True)
+class TableCell:
+    """One cell of a published table.
+
+    Attributes:
+        row, column: its place among :attr:`PublishedTable.lines` and columns.
+        weights: full name of the model's weights, or ``unstated``.
+        published: the row of the CSV file. None: no source has a number.
+        unpublished: why there is none.
+        name: identity of the grid's cell that measures it. None: the cell is context.
+        metric: the measured metric that compares with the number.
+    """
+
+    row: int
+    column: int
+    weights: str
+    published: Mapping[str, str] | None = None
+    unpublished: str = ""
+    name: CellName | None = None
+    metric: str | None = None
 
 
 class PublishedTable:
@@ -156,61 +157,59 @@ class PublishedTable:
     """
 
     def __init__(self, name: str, file: _File) -> None:
-        """Resolve the cells of ``file``. Raises TableError where one is not to be had."""
+        """Resolve the cells of ``file``. Raises FimaqError where one cannot be resolved."""
         self.name, self.profile, self.columns = name, file.profile, file.columns
         self.title, self.caption, self.paper = file.title, file.caption, file.paper
-        self.footnotes, self._file = file.footnotes, file
-        rows = [row.model_copy(update={"bits": row.bits or file.bits}) for row in file.rows]
-        widths = dict.fromkeys((FULL, *file.bits, *(bits for row in rows for bits in row.bits or ())))
-        self.lines = tuple(Line(row, bits) for bits in widths for row in rows if bits in (row.bits or ()))
-        self._base = load_grid(file.profile)
-        self.cells = tuple(_Resolver(self).cells())
-
-    @property
-    def coordinates(self) -> Coordinates:
-        """What the table states of all its cells."""
-        return self._file
-
-    @property
-    def base(self) -> Grid:
-        """The grid of its profile."""
-        return self._base
+        self.footnotes = file.footnotes
+        rows = [(row, row.bits or file.bits) for row in file.rows]
+        order = _unique([FULL, *file.bits, *(width for _, widths in rows for width in widths)])
+        lines = (Line(row, width) for width in order for row, widths in rows if width in widths)
+        self.lines = tuple(lines)
+        self._seeds, self._base = file.seeds, load_grid(file.profile)
+        self.cells = tuple(_cells(self, file, self._base))
 
     @cached_property
     def measured(self) -> tuple[CellName, ...]:
-        """Identities of the measured grid cells, each once; a detector's box and mask score are of one cell."""
-        return tuple(dict.fromkeys(cell.name for cell in self.cells if cell.name is not None))
+        """Identities of the measured grid cells, each once: a detector's box and mask share one."""
+        return tuple(_unique(cell.name for cell in self.cells if cell.name is not None))
 
     def grid(self) -> Grid:
-        """Return the grid that has exactly the table's measured cells, as its profile has them.
+        """Return the grid that has exactly the table's measured cells.
 
-        The cells are the profile's own: each finds what the other has finished.
+        The cells are those of the table's profile: a run of either finds what the other finished.
         """
         base, tasks = self._base, {}
-        for section in dict.fromkeys(name.section for name in self.measured):
+        for section in _unique(name.section for name in self.measured):
             names = [name for name in self.measured if name.section == section]
-            part = base.tasks[section]
-            bits = tuple(dict.fromkeys(name.bits for name in names if name.bits != FULL))
-            scopes = [scope for scope in part.scopes if any(name.scope == scope for name in names)]
-            tasks[section] = part.model_copy(update={
-                "models": tuple(dict.fromkeys(name.model for name in names)), "available": (),
-                "methods": tuple(dict.fromkeys(name.method for name in names)), "bits": bits or None,
-                "seeds": self._file.seeds, "scopes": tuple(scopes),
-            })  # fmt: skip
-        points = {name.point for name in self.measured} | {
-            str(line.row.point) for line in self.lines if line.row.point is not None
-        }
+            scopes = {name.scope for name in names}
+            changes: dict[str, Any] = {
+                "models": tuple(_unique(name.model for name in names)),
+                "available": (),
+                "methods": tuple(_unique(name.method for name in names)),
+                "bits": _bits(names) or None,
+                "seeds": self._seeds,
+                "scopes": tuple(scope for scope in base.tasks[section].scopes if scope in scopes),
+            }
+            tasks[section] = base.tasks[section].model_copy(update=changes)
+        # Also points that are the grid's own settings: their cell takes their places.
+        points = {line.row.point for line in self.lines}
         axes = {
-            axis: kept
+            axis: {name: fields for name, fields in known.items() if f"{axis}={name}" in points}
             for axis, known in base.axes.items()
-            if (kept := {point: changes for point, changes in known.items() if f"{axis}={point}" in points})
         }
-        return base.model_copy(update={
-            "name": self.name, "description": self.title, "tasks": tasks, "axes": axes, "extra": (), "next": (),
-            "methods": tuple(dict.fromkeys(name.method for name in self.measured)),
-            "bits": tuple(dict.fromkeys(n.bits for n in self.measured if n.bits != FULL)) or base.bits,
-            "seeds": self._file.seeds, "only": frozenset(self.measured),
-        })  # fmt: skip
+        changes = {
+            "name": self.name,
+            "description": self.title,
+            "tasks": tasks,
+            "methods": tuple(_unique(name.method for name in self.measured)),
+            "bits": _bits(self.measured) or base.bits,
+            "seeds": self._seeds,
+            "axes": {axis: kept for axis, kept in axes.items() if kept},
+            "extra": (),
+            "next": (),
+            "only": frozenset(self.measured),
+        }
+        return base.model_copy(update=changes)
 
 
 def table_names() -> list[str]:
@@ -222,12 +221,13 @@ def load_table(name: str) -> PublishedTable:
     """Return a table: a name (``fimaq``) or the path of a YAML file.
 
     Raises:
-        TableError: there is no such table or file, it is no YAML, or a key, a name, a number or a setting in it does
-            not fit; the text says which, and what would.
+        TableError: there is no such table or file, it is no YAML, or something in it does not fit:
+            a key, a name, a number, a setting. The text says which, and what would fit.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else TABLES / f"{name}.yaml"
-    if path.parent == TABLES and name not in table_names():
-        raise TableError(f"Unknown table '{name}'.{suggest(name, table_names())} A path that ends in .yaml works too.")
+    if path.parent == TABLES and path.stem not in table_names():
+        hint = f"{suggest(name, table_names())} A path that ends in .yaml works too."
+        raise TableError(f"Unknown table '{name}'.{hint}")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -239,7 +239,8 @@ def load_table(name: str) -> PublishedTable:
     try:
         return PublishedTable(path.stem, _File.model_validate(content))
     except ValidationError as error:
-        raise TableError(f"The table {path}: {' '.join(_problem(item) for item in error.errors())}") from error
+        problems = " ".join(_problem(item) for item in error.errors())
+        raise TableError(f"The table {path}: {problems}") from error
     except FimaqError as error:
         raise TableError(f"The table {path}: {error}") from error
 
@@ -253,18 +254,34 @@ def _problem(item: Any) -> str:
     return f"Unknown key '{place}'.{suggest(str(item['loc'][-1]), owner.model_fields)}"
 
 
+def head_pair(head: Head) -> tuple[str, str]:
+    """Return a head in two parts, of which the first may be empty."""
+    return ("", head) if isinstance(head, str) else head
+
+
 def head_text(head: Head) -> str:
     """Return a head in one part."""
-    return head if isinstance(head, str) else " ".join(head)
+    return " ".join(head_pair(head)).strip()
 
 
+def _unique(values: Iterable[Any]) -> list[Any]:
+    return list(dict.fromkeys(values))
+
+
+def _bits(names: Iterable[CellName]) -> tuple[str, ...]:
+    return tuple(_unique(name.bits for name in names if name.bits != FULL))
+
+
+_Csv = Literal["accuracy", "ablation"]
 #: Columns of the CSV files that tell apart the numbers of one source.
-_KEYS = ("task", "dataset", "study", "model", "method", "variant", "w_bit", "a_bit", "metric")
+_KEYS = (
+    "task", "dataset", "study", "model", "method", "variant", "w_bit", "a_bit", "metric",
+)  # fmt: skip
 
 
 @cache
-def _numbers(file: Literal["accuracy", "ablation"]) -> dict[tuple[str, ...], list[dict[str, str]]]:
-    """Rows of a CSV file by their :data:`_KEYS`; empty where the file has no such column."""
+def _numbers(file: _Csv) -> dict[tuple[str, ...], list[dict[str, str]]]:
+    """Rows of a CSV file by their :data:`_KEYS`; a column that it does not have is empty."""
     found: dict[tuple[str, ...], list[dict[str, str]]] = {}
     with (PUBLISHED / f"{file}.csv").open(encoding="utf-8", newline="") as lines:
         for row in csv.DictReader(lines):
@@ -273,181 +290,180 @@ def _numbers(file: Literal["accuracy", "ablation"]) -> dict[tuple[str, ...], lis
 
 
 @cache
-def _known(file: Literal["accuracy", "ablation"], column: str) -> set[str]:
+def _known(file: _Csv, column: str) -> set[str]:
     return {row[column] for rows in _numbers(file).values() for row in rows}
 
 
-class _Resolver:
-    """Finds the CSV row and the grid cell of each cell of a table."""
-
-    def __init__(self, table: PublishedTable) -> None:
-        self._table, self._names = table, load_names()
-
-    def cells(self) -> Iterator[TableCell]:
-        heads = {text for column in self._table.columns for text in (head_text(column.head), _first(column.head))}
-        for line in self._table.lines:
-            for head in line.row.unpublished if isinstance(line.row.unpublished, dict) else ():
-                if head not in heads:
-                    raise TableError(f"{head_text(line.row.head)}: unknown column '{head}'.{suggest(head, heads)}")
-        for row, line in enumerate(self._table.lines):
-            for column, place in enumerate(self._table.columns):
+def _cells(table: PublishedTable, file: _File, grid: Grid) -> Iterator[TableCell]:
+    """Resolve the cells of a table, from left to right and top to bottom."""
+    heads = {name for column in table.columns for name in _head_names(column)}
+    for line in table.lines:
+        for name in line.row.unpublished if isinstance(line.row.unpublished, dict) else ():
+            if name not in heads:
+                where = head_text(line.row.head)
+                raise TableError(f"{where}: unknown column '{name}'.{suggest(name, heads)}")
+    for row, line in enumerate(table.lines):
+        for column, place in enumerate(table.columns):
+            try:
+                yield _Resolver(file, line, place, grid).cell(row, column)
+            except FimaqError as error:
                 where = f"{head_text(line.row.head)} {line.bits}, {head_text(place.head)}"
-                try:
-                    yield self._cell(row, line, column, place)
-                except FimaqError as error:
-                    raise TableError(f"{where}: {error}") from error
+                raise TableError(f"{where}: {error}") from error
 
-    def _cell(self, row: int, line: Line, column: int, place: Column) -> TableCell:
-        stated = _merged(self._table.coordinates, line.row, place)
-        model = _needed(stated, "model")
-        models = self._models(model, stated)
-        why, hole = _why_unpublished(line.row, place)
-        found = self._published(stated, models, line.bits)
-        if why and stated.point is None and found:
-            raise TableError(f"is said to be unpublished ({why}), but {found[0]['source']} has a number.")
+
+def _head_names(column: Column) -> set[str]:
+    """Names by which a row may speak of a column."""
+    return {head_text(column.head), head_pair(column.head)[0] or head_text(column.head)}
+
+
+class _Resolver:
+    """Finds the CSV row and the grid cell of one table cell."""
+
+    def __init__(self, file: _File, line: Line, column: Column, grid: Grid) -> None:
+        stated: dict[str, Any] = {}
+        for part in (file, line.row, column):
+            stated |= part.model_dump(include=set(Coordinates.model_fields), exclude_none=True)
+        self._stated, self._grid, self._names = stated, grid, load_names()
+        self._bits = line.bits
+        why = line.row.unpublished
+        self._hole = isinstance(why, dict) and bool(_head_names(column) & set(why))
+        if isinstance(why, dict):
+            why = next((text for name, text in why.items() if name in _head_names(column)), "")
+        self._unpublished = why
+
+    def cell(self, row: int, column: int) -> TableCell:
+        """Return the cell. Raises TableError where anything stated about it does not fit."""
+        weights, models, why = self._needed("model"), self._models(), self._unpublished
+        found = self._published(models)
+        point = self._stated.get("point")
+        # The CSV files have no points of axes: what they have is of the method's own settings.
+        if why and found and point is None:
+            source = found[0]["source"]
+            raise TableError(f"is said to be unpublished ({why}), but {source} has a number.")
         if not why and len(found) != 1:
-            raise TableError(_not_one(found, stated))
+            raise TableError(self._not_one(found))
         name = metric = None
-        if stated.measure is not None and not hole:
-            name = self._name(stated, models, line.bits)
-            metric = self._metric(stated)
+        if "measure" in self._stated and not self._hole:
+            name, metric = self._name(models[0]), self._metric()
             if name.point and not why:
-                raise TableError(f"is measured at {name.point}, but its published number is of the method's own settings.")
-        published = None if why else found[0]
-        return TableCell(row, column, model, stated.scope, published, why, name, metric)
+                raise TableError(f"its published number is not of {point}: add 'unpublished'.")
+        return TableCell(row, column, weights, None if why else found[0], why, name, metric)
 
-    def _models(self, weights: str, stated: Coordinates) -> list[str]:
-        """Published names of the weights; full precision has no scope, so names of every scope are its own."""
-        names = self._names
+    def _needed(self, field: str) -> str:
+        if field not in self._stated:
+            raise TableError(f"neither table, row nor column states '{field}': add it to one.")
+        return str(self._stated[field])
+
+    def _models(self) -> list[str]:
+        """Published names of the weights; of every scope where the model is in full precision."""
+        weights, scope = self._needed("model"), self._stated.get("scope")
         if weights == UNSTATED:
             return [UNSTATED]
-        found = {name: entry for name, entry in names.models.items() if entry.tag == weights}
-        if not found:
-            known = [entry.tag for entry in names.models.values()]
-            raise TableError(f"unknown model '{weights}' (names.yaml maps full names).{suggest(weights, known)}")
-        if stated.method == "FP":
-            return list(found)
-        chosen = [name for name, entry in found.items() if stated.scope in (None, entry.scope)]
+        known = {name: entry for name, entry in self._names.models.items() if entry.tag == weights}
+        if not known:
+            hint = suggest(weights, [entry.tag for entry in self._names.models.values()])
+            raise TableError(f"unknown model '{weights}' (full names only).{hint}")
+        if self._needed("method") == "FP":
+            return list(known)
+        chosen = [name for name, entry in known.items() if scope in (None, entry.scope)]
         if len(chosen) != 1:
-            scopes = ", ".join(str(entry.scope) for entry in found.values())
-            raise TableError(f"{weights} needs one scope of {scopes} (given: {stated.scope}).")
+            scopes = ", ".join(str(entry.scope) for entry in known.values())
+            raise TableError(f"{weights} needs one scope of {scopes} (given: {scope}).")
         return chosen
 
-    def _published(self, stated: Coordinates, models: Sequence[str], bits: str) -> list[dict[str, str]]:
-        file: Literal["accuracy", "ablation"] = "accuracy" if stated.study is None else "ablation"
-        sources = _sources(stated)
-        for column, values in (
-            ("source", sources),
-            ("study", [stated.study] if stated.study else []),
-        ):
+    def _sources(self) -> tuple[str, ...]:
+        source = self._stated.get("source")
+        return source if isinstance(source, tuple) else (self._needed("source"),)
+
+    def _published(self, models: Sequence[str]) -> list[dict[str, str]]:
+        """Rows of the CSV files that are the cell's, by what is stated."""
+        study = self._stated.get("study", "")
+        file: _Csv = "ablation" if study else "accuracy"
+        for column, values in (("source", self._sources()), ("study", (study,) if study else ())):
+            known = _known(file, column) if values else set()
             for value in values:
-                if value not in _known(file, column):
-                    raise TableError(f"unknown {column} '{value}'.{suggest(value, _known(file, column))}")
-        w_bits, a_bits = ("", "") if bits == UNSTATED else map(str, _widths(bits))
-        place = ("", "") if stated.study else (_needed(stated, "task"), _needed(stated, "dataset"))
-        return [
-            row
-            for model in models
-            for row in _numbers(file).get((
-                *place, stated.study or "", model, _needed(stated, "method"), stated.variant or "",
-                w_bits, a_bits, _needed(stated, "metric"),
-            ), [])
-            if row["source"] in sources
-        ]  # fmt: skip
+                if value not in known:
+                    raise TableError(f"unknown {column} '{value}'.{suggest(value, known)}")
+        place = ("", "") if study else (self._needed("task"), self._needed("dataset"))
+        widths = ("", "") if self._bits == UNSTATED else tuple(map(str, _widths(self._bits)))
+        method = (self._needed("method"), self._stated.get("variant", ""))
+        metric = self._needed("metric")
+        keys = [(*place, study, model, *method, *widths, metric) for model in models]
+        rows = [row for key in keys for row in _numbers(file).get(key, [])]
+        return [row for row in rows if row["source"] in self._sources()]
 
-    def _metric(self, stated: Coordinates) -> str:
-        datasets = self._names.datasets.get(str(stated.task), {})
-        entry = datasets.get(str(stated.dataset))
-        if entry is None or stated.metric not in entry.metrics:
-            raise TableError(f"names.yaml maps no {stated.metric} of {stated.dataset} ({stated.task}) to a measured one.")
-        return entry.metrics[stated.metric]
+    def _not_one(self, found: Sequence[Mapping[str, str]]) -> str:
+        fields = ("study", "method", "variant", "metric", "source")
+        given = {name: self._stated[name] for name in fields if name in self._stated}
+        asked = ", ".join(f"{name} '{value}'" for name, value in given.items())
+        if not found:
+            return f"no published number for {asked}. Correct that, or say why in 'unpublished'."
+        sources = "; ".join(row["source"] for row in found)
+        return f"{len(found)} published numbers for {asked}. Name one source of: {sources}."
 
-    def _name(self, stated: Coordinates, models: Sequence[str], bits: str) -> CellName:
-        """Return the identity of the grid's cell, once its model, method, point and recipe are the profile's."""
-        grid, section, method = (
-            self._table.base,
-            _needed(stated, "section"),
-            _needed(stated, "measure"),
-        )
+    def _metric(self) -> str:
+        task, dataset, metric = map(self._needed, ("task", "dataset", "metric"))
+        entry = self._names.datasets.get(task, {}).get(dataset)
+        if entry is None or metric not in entry.metrics:
+            raise TableError(f"names.yaml does not map the {metric} of {dataset} ({task}).")
+        return entry.metrics[metric]
+
+    def _name(self, model: str) -> CellName:
+        """Return the identity of the grid's cell, once its settings are the profile's."""
+        grid, section, method = self._grid, self._needed("section"), self._needed("measure")
+        where = f"profile '{grid.name}' has no"
         if section not in grid.tasks:
-            raise TableError(f"profile '{grid.name}' has no section '{section}'.{suggest(section, grid.tasks)}")
-        part, entry = grid.tasks[section], self._names.models[models[0]]
+            raise TableError(f"{where} section '{section}'.{suggest(section, grid.tasks)}")
+        part, entry = grid.tasks[section], self._names.models[model]
         known = (*part.models, *part.available)
         if entry.id not in known:
-            raise TableError(f"profile '{grid.name}' has no model '{entry.id}' in {section}.{suggest(entry.id, known)}")
-        self._check_comparable(stated)
-        scope = (entry.scope or "") if part.scopes and method != FP else ""
-        if part.scopes and scope not in ("", *part.scopes):
-            raise TableError(f"profile '{grid.name}' has no scope '{scope}' in {section}.{suggest(scope, part.scopes)}")
+            raise TableError(f"{where} model '{entry.id}' in {section}.{suggest(entry.id, known)}")
+        self._check_comparable(method)
         if method == FP:
             return CellName(section, entry.id, "", FP, FULL, "")
-        w_bits, a_bits = _widths(bits)
+        scope = str(entry.scope) if part.scopes else ""
+        if scope and scope not in part.scopes:
+            raise TableError(f"{where} scope '{scope}' in {section}.{suggest(scope, part.scopes)}")
+        w_bits, a_bits = _widths(self._bits)
         own = {"w_bits": w_bits, "a_bits": a_bits, "seed": grid.seeds[0], "scope": scope or None}
-        overrides = grid.overrides_of(section)
-        recipe = base = make_recipe(method, overrides, own)
-        point = ""
-        if stated.point is not None:
-            recipe = make_recipe(method, overrides, _changes(grid, stated.point), own)
-            point = "" if recipe == base else stated.point
-        _check_protocol(stated, recipe)
-        return CellName(section, entry.id, scope, method, bits, point)
+        overrides, point = grid.overrides_of(section), self._stated.get("point", "")
+        base = make_recipe(method, overrides, own)
+        recipe = make_recipe(method, overrides, _changes(grid, point), own) if point else base
+        self._check_protocol(recipe)
+        point = "" if recipe == base else point
+        return CellName(section, entry.id, scope, method, self._bits, point)
 
-    def _check_comparable(self, stated: Coordinates) -> None:
-        method, variant, measure = str(stated.method), stated.variant or "", str(stated.measure)
+    def _check_comparable(self, measure: str) -> None:
         if measure != FP and measure not in METHODS:
-            raise TableError(f"unknown method '{measure}' in measure.{suggest(measure, [FP, *METHODS])}")
-        entry = self._names.methods.get(method, MethodName(id=""))
-        if entry.comparable.get(variant) != measure:
+            hint = suggest(measure, [FP, *METHODS])
+            raise TableError(f"unknown method '{measure}' in measure.{hint}")
+        method, variant = self._needed("method"), self._stated.get("variant", "")
+        entry = self._names.methods.get(method)
+        allowed = None if entry is None else entry.comparable.get(variant)
+        if allowed != measure:
             raise TableError(
-                f"'{measure}' cannot be measured for {method} ('{variant}'): names.yaml says that this variant "
-                f"compares with {entry.comparable.get(variant) or 'no method here'}. Correct measure or variant, "
-                "or leave measure out."
+                f"'{measure}' cannot be measured for {method} (variant '{variant}'). names.yaml "
+                f"lets it compare with {allowed or 'no method here'}: correct 'measure', or leave "
+                "it out."
             )
 
-
-def _merged(table: Coordinates, row: Coordinates, column: Coordinates) -> Coordinates:
-    fields = list(Coordinates.model_fields)
-    parts = [part.model_dump(include=set(fields), exclude_none=True) for part in (table, row, column)]
-    merged: dict[str, Any] = {}
-    for part in parts:
-        merged |= part
-    return Coordinates.model_construct(**merged)
-
-
-def _needed(stated: Coordinates, name: str) -> str:
-    value = getattr(stated, name)
-    if value is None:
-        raise TableError(f"neither table, row nor column states '{name}': add it to one of them.")
-    return str(value)
-
-
-def _sources(stated: Coordinates) -> tuple[str, ...]:
-    return (_needed(stated, "source"),) if not isinstance(stated.source, tuple) else stated.source
+    def _check_protocol(self, recipe: Recipe) -> None:
+        protocol = self._stated.get("protocol")
+        if not protocol:
+            raise TableError("no 'protocol': state the source's calibration as recipe fields.")
+        for field, value in protocol.items():
+            if field not in Recipe.model_fields:
+                hint = suggest(field, Recipe.model_fields)
+                raise TableError(f"unknown recipe field '{field}' in protocol.{hint}")
+            if getattr(recipe, field) != value:
+                raise TableError(
+                    f"the protocol says {field} {value}, but the recipe of {recipe.method} has "
+                    f"{getattr(recipe, field)}. The source decides which of them is wrong."
+                )
 
 
 def _widths(bits: str) -> tuple[int, int]:
     return (OFF, OFF) if bits == FULL else parse_bits(bits)
-
-
-def _first(head: Head) -> str:
-    return head if isinstance(head, str) else head[0]
-
-
-def _why_unpublished(row: Row, column: Column) -> tuple[str, bool]:
-    """Return why a cell has no published number (empty: it has one), and whether it is a hole of its row."""
-    if isinstance(row.unpublished, str):
-        return row.unpublished, False
-    why = row.unpublished.get(head_text(column.head), row.unpublished.get(_first(column.head), ""))
-    return why, bool(why)
-
-
-def _not_one(found: Sequence[Mapping[str, str]], stated: Coordinates) -> str:
-    wanted = {name: getattr(stated, name) for name in ("study", "method", "variant", "metric", "source")}
-    asked = ", ".join(f"{name} '{value}'" for name, value in wanted.items() if value is not None)
-    if not found:
-        return f"no published number for {asked}. Correct them, or say why in 'unpublished'."
-    sources = "; ".join(row["source"] for row in found)
-    return f"{len(found)} published numbers for {asked}: name one source. They are from {sources}."
 
 
 def _changes(grid: Grid, point: str) -> dict[str, Any]:
@@ -457,16 +473,3 @@ def _changes(grid: Grid, point: str) -> dict[str, Any]:
     if name not in grid.axes[axis]:
         raise TableError(f"axis '{axis}' has no point '{name}'.{suggest(name, grid.axes[axis])}")
     return grid.axes[axis][name]
-
-
-def _check_protocol(stated: Coordinates, recipe: Recipe) -> None:
-    if not stated.protocol:
-        raise TableError("no 'protocol': say in recipe fields what the source states of calibration and steps.")
-    for field, value in stated.protocol.items():
-        if field not in Recipe.model_fields:
-            raise TableError(f"unknown recipe field '{field}' in protocol.{suggest(field, Recipe.model_fields)}")
-        if getattr(recipe, field) != value:
-            raise TableError(
-                f"protocol says {field} {value}, but the recipe of {recipe.method} has {getattr(recipe, field)}: "
-                "one of them is not what the source states."
-            )

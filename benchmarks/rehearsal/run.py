@@ -17,6 +17,7 @@ from benchmarks.engines.options import EngineOptions
 from benchmarks.estimate import duration
 from benchmarks.grid import Filters, expand
 from benchmarks.names import load_names
+from benchmarks.published.table import PublishedTable
 from benchmarks.rehearsal.cell import in_small, read_events, rehearse_cell
 from benchmarks.rehearsal.estimate import real_memory, real_seconds, spent
 from benchmarks.schema import Grid
@@ -28,12 +29,14 @@ _COLUMNS = ("model", "method", "bits", "rehearsed", "peak", "per step", "real ti
 
 
 def rehearse(
-    grid: Grid, profile: str, filters: Filters, options: RunOptions, adapter: Adapter, how: EngineOptions
-) -> int:
+    grid: Grid, profile: str, filters: Filters, options: RunOptions, adapter: Adapter, how: EngineOptions,
+    table: PublishedTable | None = None,
+) -> int:  # fmt: skip
     """Rehearse a grid's cells below ``<results>/rehearsal`` and return the exit code.
 
     Args:
-        grid, profile, filters, options, adapter, how: as for :func:`benchmarks.commands.run_grid`.
+        grid, profile, filters, options, adapter, how, table: as for
+            :func:`benchmarks.commands.run_grid`.
 
     Returns:
         0 if all cells went through, else 1.
@@ -46,7 +49,7 @@ def rehearse(
     if options.force:  # a rehearsal has nothing worth keeping
         shutil.rmtree(folder, ignore_errors=True)
     options = settled(
-        replace(options, results=folder, weights=folder / "weights", force=""),
+        replace(options, results=folder, weights=folder / "weights", force="", rehearsal=True),
         how, options.device or grid.device, options.threads or grid.threads,
     )  # fmt: skip
     assert options.weights is not None
@@ -56,7 +59,7 @@ def rehearse(
     data = {grid.tasks[cell.section].data for cell in cells}
     options = replace(options, data=make_data(folder / "data", data - {"own"}))
     adapter = rehearsing(adapter)
-    run_grid(grid, profile, filters, options, adapter, how, plan=False)
+    run_grid(grid, profile, filters, options, adapter, how, plan=False, table=table)
     return _conclude(grid, expand(grid, filters, options), options, adapter)
 
 

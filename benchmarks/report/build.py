@@ -6,6 +6,8 @@ from pathlib import Path
 
 from benchmarks import reference
 from benchmarks.cells import Adapter, RunOptions
+from benchmarks.published.layout import Layout
+from benchmarks.published.table import PublishedTable
 from benchmarks.report import scores
 from benchmarks.report.blocks import error_figures, fisher_figures, without_blocks
 from benchmarks.report.charts.shapes import Style, styles
@@ -18,14 +20,21 @@ from benchmarks.report.model import Page, Section
 from benchmarks.report.modules import module_maps
 from benchmarks.report.notes import axis_tables, data_lines, facts, note_lines
 from benchmarks.report.provenance import origin
-from benchmarks.report.published import published
+from benchmarks.report.published import published, published_table
 from benchmarks.report.views import Picture
 from benchmarks.schema import Grid
 from benchmarks.tables import is_percent, unique, write_text
 from fimaq_core.errors import FimaqError
 
 
-def write_report(grid: Grid, options: RunOptions, adapter: Adapter, path: Path, get: Fetch = fetch) -> Page:
+def write_report(
+    grid: Grid,
+    options: RunOptions,
+    adapter: Adapter,
+    path: Path,
+    get: Fetch = fetch,
+    table: PublishedTable | None = None,
+) -> Page:
     """Write the report of what ``grid`` measured to ``path`` and return its content.
 
     Args:
@@ -34,6 +43,7 @@ def write_report(grid: Grid, options: RunOptions, adapter: Adapter, path: Path, 
         adapter: of the tasks.
         path: of the HTML file.
         get: fetches the pictures of samples.
+        table: the published table that the grid is of.
 
     Raises:
         FimaqError: nothing is measured, or the file cannot be written.
@@ -42,18 +52,19 @@ def write_report(grid: Grid, options: RunOptions, adapter: Adapter, path: Path, 
 
     gathered = gather(grid, options, adapter)
     if not gathered.measured:
+        kind = "profile" if table is None else "table"
         unread = f" {len(gathered.problems)} files could not be read: {gathered.problems[0].message}" if gathered.problems else ""
         raise FimaqError(
-            f"Nothing of profile '{grid.name}' is measured under {options.results / 'runs'}: "
-            f"run `make reproduce-table PROFILE={grid.name}` first.{unread}"
+            f"Nothing of {kind} '{grid.name}' is measured under {options.results / 'runs'}: "
+            f"run `make reproduce-table {kind.upper()}={grid.name}` first.{unread}"
         )
-    page = make_page(gathered, get)
+    page = make_page(gathered, get, table)
     # A record may hold half of a surrogate pair, which no file can.
     write_text(path, render(page).encode("utf-8", "replace").decode("utf-8"))
     return page
 
 
-def make_page(gathered: Gathered, get: Fetch) -> Page:
+def make_page(gathered: Gathered, get: Fetch, table: PublishedTable | None = None) -> Page:
     """Compute everything the page shows."""
     grid, measured = gathered.grid, gathered.measured
     looks = styles([name for name in rows_of(gathered.cells) if name != "fp"])
@@ -73,7 +84,7 @@ def make_page(gathered: Gathered, get: Fetch) -> Page:
     planned = len(gathered.cells)
     dates = sorted(item.record.finished for item in measured)
     return Page(
-        title=f"Profile {grid.name}",
+        title=f"{'Profile' if table is None else 'Table'} {grid.name}",
         profile=grid.name,
         description=grid.description,
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -89,6 +100,7 @@ def make_page(gathered: Gathered, get: Fetch) -> Page:
         sections=sections,
         empty=[name for name in grid.tasks if name not in names],
         published=published(measured),
+        table=None if table is None else published_table(Layout(table, measured)),
         pictures=list(pictures.values()),
         failures=gathered.failed,
         problems=gathered.problems,

@@ -133,6 +133,43 @@ class Published:
     summary: str
 
 
+@dataclass(frozen=True)
+class TableRow:
+    """A row of a published table.
+
+    Attributes:
+        bits, label: its first two cells.
+        kind: ``measured``, ``context``, or ``beside`` for what stands below a measured row.
+        cells: text and style of the verdict, by column.
+    """
+
+    bits: str
+    label: str
+    kind: str
+    cells: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class PaperTable:
+    """A published table in its own layout.
+
+    Attributes:
+        title, caption, source: its texts.
+        groups: heads that several columns share, with the number of these; empty without any.
+        columns: the heads below.
+        rows: from top to bottom.
+        lines: the conclusion, the legend and notes.
+    """
+
+    title: str
+    caption: str
+    source: str
+    groups: Sequence[tuple[str, int]]
+    columns: Sequence[str]
+    rows: Sequence[TableRow]
+    lines: Sequence[str]
+
+
 @dataclass
 class Page:
     """The whole report."""
@@ -160,6 +197,7 @@ class Page:
     looks: dict[str, str] = field(default_factory=dict)
     reference: Sequence[str] = ()
     stages: dict[str, int] = field(default_factory=dict)
+    table: PaperTable | None = None
 
     @property
     def by_id(self) -> dict[str, Picture]:
