@@ -16,8 +16,8 @@ from tasks.common.request import CellRequest
 
 #: Optimisation steps per block and per MLP.
 STEPS = 2
-#: Images of a rehearsal on a CPU; a detector's are large.
-_IMAGES, _DETECTOR_IMAGES = 4, 2
+#: Images of a rehearsal on a CPU; a detector takes minutes per image.
+_IMAGES, _DETECTOR_IMAGES = 4, 1
 _EVENTS = "rehearsal.jsonl"
 
 
@@ -69,9 +69,7 @@ def _engine(request: CellRequest) -> Any:
     from fimaq_core.reconstruction.engines import choose_engine
 
     varying = request.task == "detection"
-    return choose_engine(
-        request.step_engine, torch.device(request.device), request.recipe.steps, varying
-    )
+    return choose_engine(request.step_engine, torch.device(request.device), request.recipe.steps, varying)
 
 
 def rehearse_cell(request: CellRequest, report: Report) -> Path:
@@ -132,8 +130,7 @@ class _Listener:
             self._first = progress.block
             if self._first in self._finished:
                 raise FimaqError(
-                    f"{self._first} was finished before the process was killed, and the stage "
-                    f"'{self._stage}' does it again."
+                    f"{self._first} was finished before the process was killed, and the stage '{self._stage}' does it again."
                 )
         if self._attempt == 1 and self._is_due(progress):
             os.kill(os.getpid(), signal.SIGKILL)

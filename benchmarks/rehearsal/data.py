@@ -80,9 +80,7 @@ def _coco(folder: Path) -> None:
         for number, path in enumerate(_images(folder / part), 1):
             with Image.open(path) as image:
                 width, height = image.size
-            images.append(
-                {"id": number, "file_name": path.name, "width": width, "height": height}
-            )
+            images.append({"id": number, "file_name": path.name, "width": width, "height": height})
             for category in range(number, len(categories), _FEW):
                 x, y = 4.0 * (category % 20), 3.0 * (category % 25)
                 box = [x, y, width / 3, height / 3]

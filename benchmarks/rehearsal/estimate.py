@@ -69,9 +69,7 @@ def spent(events: Sequence[dict[str, Any]]) -> Spent:
     for (kind, _), seconds in by_block.items():
         if kind in ("passed", "step", "mlp_step"):
             sums[kind] += seconds[-1]  # earlier ones warm up, and make what the block needs
-            sums["mlp_rest" if kind == "mlp_step" else "rest"] += max(
-                sum(seconds) - len(seconds) * seconds[-1], 0.0
-            )
+            sums["mlp_rest" if kind == "mlp_step" else "rest"] += max(sum(seconds) - len(seconds) * seconds[-1], 0.0)
         else:
             sums[kind] += sum(seconds)
     counted = texts[-1]["done"] - texts[0]["done"] if texts else 0
@@ -129,9 +127,7 @@ def real_seconds(record: ResultRecord, found: Spent, real: Recipe | None, images
     return total
 
 
-def real_memory(
-    record: ResultRecord, found: Spent, real: Recipe | None, eval_batch: int, on_disk: bool
-) -> tuple[int, int]:
+def real_memory(record: ResultRecord, found: Spent, real: Recipe | None, eval_batch: int, on_disk: bool) -> tuple[int, int]:
     """Estimate the largest memory and the bytes of the tape of a real cell.
 
     What grows with the images of a batch is at most all that is there beyond the loaded model, so

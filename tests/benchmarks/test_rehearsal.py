@@ -22,9 +22,7 @@ from tasks.common.request import CellRequest, DataRequest, ModelRequest
 
 
 def request(method: str = "aphq", **changes: Any) -> CellRequest:
-    made = CellRequest(
-        "classification", ModelRequest("vit_small"), DataRequest(Path("data")), make_recipe(method)
-    )
+    made = CellRequest("classification", ModelRequest("vit_small"), DataRequest(Path("data")), make_recipe(method))
     return replace(made, **changes)
 
 
