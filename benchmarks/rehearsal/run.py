@@ -1,16 +1,20 @@
 """``run --rehearse``: rehearses the cells of a grid and prints what the real run will take."""
 
 import json
+import math
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped, unused-ignore]
 from tabulate import tabulate  # type: ignore[import-untyped, unused-ignore]
 
 from benchmarks.cells import Adapter, Cell, RunOptions, finished
 from benchmarks.costs import cost_row
+from benchmarks.doctor.devices import container_limits
 from benchmarks.doctor.findings import size_text
 from benchmarks.engines.choice import settled
 from benchmarks.engines.options import EngineOptions
@@ -110,7 +114,7 @@ def _conclude(grid: Grid, cells: Sequence[Cell], options: RunOptions, adapter: A
         f"({tape['model']}).\nEstimates: {path}. Nothing here counts as measured: weights and "
         "images are random."
     )
-    for line in _too_large(rows, options):
+    for line in _too_large(rows, str(options.device)):
         print(line)
     return 0 if len(rows) == len(cells) else 1
 
@@ -182,17 +186,33 @@ def _keep(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def _too_large(rows: Sequence[dict[str, Any]], options: RunOptions) -> list[str]:
-    """Say what would not fit on this machine."""
-    import tempfile
-
+def _too_large(rows: Sequence[dict[str, Any]], device: str) -> list[str]:
+    """Say what of the real run might not fit on this machine."""
     lines = []
-    free = shutil.disk_usage(tempfile.gettempdir()).free
-    on_disk = [row for row in rows if row["rehearsed"]["placement"] == "disk"]
-    most = max(on_disk, key=lambda row: row["tape_bytes"], default=None)
-    if most is not None and most["tape_bytes"] > free:
+    memory, disk = _memory(device), shutil.disk_usage(tempfile.gettempdir()).free
+    large = [row for row in rows if row["peak_memory_bytes"] > memory]
+    if large:
+        names = ", ".join(dict.fromkeys(row["model"] for row in large))
         lines.append(
-            f"warning: {most['model']} keeps {size_text(most['tape_bytes'])} in {tempfile.gettempdir()}, "
-            f"where {size_text(free)} are free: set TMPDIR to a larger disk for the real run."
+            f"warning: {names} may need more memory than there is ({size_text(memory)}): "
+            "PLACEMENT=host or disk keeps less of it on the device."
+        )
+    on_disk = [row for row in rows if row["rehearsed"]["placement"] == "disk"]
+    most = max(on_disk, key=lambda row: int(row["tape_bytes"]), default=None)
+    if most is not None and most["tape_bytes"] > disk:
+        lines.append(
+            f"warning: {most['model']} keeps {size_text(most['tape_bytes'])} in "
+            f"{tempfile.gettempdir()}, where {size_text(disk)} are free: "
+            "set TMPDIR to a larger disk for the real run."
         )
     return lines
+
+
+def _memory(device: str) -> float:
+    """Return the bytes of memory that a cell may use on ``device``."""
+    if device.startswith("cuda"):
+        import torch
+
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    limit = container_limits()["memory"]
+    return min(float(psutil.virtual_memory().total), limit or math.inf)

@@ -151,8 +151,9 @@ def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subproces
     return folder, command(folder)
 
 
-def command(folder: Path) -> subprocess.CompletedProcess[str]:
-    arguments = ["run", "--profile", str(folder / "small.yaml"), "--results", str(folder), "--rehearse"]
+def command(folder: Path, *chosen: str) -> subprocess.CompletedProcess[str]:
+    chosen = chosen or ("--profile", str(folder / "small.yaml"))
+    arguments = ["run", *chosen, "--results", str(folder), "--rehearse"]
     return subprocess.run(
         [sys.executable, "-m", "benchmarks", *arguments],
         capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "200"},
@@ -199,3 +200,17 @@ def test_a_rehearsal_estimates_and_counts_for_nothing(
     again = command(folder)
     assert again.returncode == 0
     assert "All 4 cells are done already." in again.stdout
+
+
+def test_a_published_table_is_rehearsed(tmp_path: Path):
+    """One real model of it: its architecture, 1000 classes, its layout, and no verdict."""
+    result = command(tmp_path, "--table", "fimaq", "--models", "deit_tiny", "--bits", "w4a4")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "DeiT-T" in result.stdout
+    assert "66.84" in result.stdout  # published beside
+    assert "Nothing is comparable with the published table: 2 numbers measured" in result.stdout
+    rows = json.loads((tmp_path / "rehearsal/rehearsal.json").read_text())["cells"]
+    assert [(row["model"], row["method"], row["bits"]) for row in rows] == [
+        ("deit_tiny", "fimaq", "w4a4"),
+        ("deit_tiny", "fp", "fp"),
+    ]
