@@ -3,6 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+#: Up to so many optimisation steps per block, each of them is reported.
+FEW_STEPS = 10
+
 
 @dataclass(frozen=True)
 class Progress:

@@ -20,7 +20,7 @@ from fimaq_core.fisher.divergence import Divergence
 from fimaq_core.fisher.passes import perturbation_hessian
 from fimaq_core.layers import set_quantized
 from fimaq_core.numerics import arithmetic
-from fimaq_core.progress import Progress, Report, silent
+from fimaq_core.progress import FEW_STEPS, Progress, Report, silent
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction.schedule import block_generator, draw_batches
 from fimaq_core.reconstruction.tape import Placement, Storage, Tape
@@ -123,7 +123,8 @@ def reconstruct_mlps(
 
             def tick(step: int, loss: Tensor, start: int = start, label: str = label) -> None:
                 # Reading the loss makes a GPU wait, so it happens rarely; see reconstruct().
-                if step % 50 == 0 or step <= 2 or step == recipe.mlp_steps:
+                few = recipe.mlp_steps <= FEW_STEPS
+                if step % 50 == 0 or step == recipe.mlp_steps or few:
                     if not bool(torch.isfinite(loss)):
                         raise NumericsError(f"{label}: the MLP's loss is {float(loss)}; lower mlp_lr (now {recipe.mlp_lr}).")
                     report(Progress("reconstruct MLPs", start + step, total, label, float(loss)))

@@ -11,7 +11,7 @@ from fimaq_core.chain import BlockChain, Segment
 from fimaq_core.errors import NumericsError, RecipeError
 from fimaq_core.fisher.divergence import Divergence
 from fimaq_core.layers import QuantLinear, QuantMatMul, decide_roundings, quant_layers, set_quantized
-from fimaq_core.progress import Progress, Report, silent
+from fimaq_core.progress import FEW_STEPS, Progress, Report, silent
 from fimaq_core.quantizers.affine import AffineQuantizer
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction.block import optimise_block
@@ -140,22 +140,18 @@ def reconstruct(
             objective = make_objective(chain, tape, recipe, reference, divergence, log.notes)
 
             def tick(step: int, loss: Tensor, start: int = start, label: str = segment.label) -> None:
-                # Reading the loss makes a GPU wait, so it happens rarely; the first two steps tell
-                # how long a step takes.
-                if step % 50 == 0 or step <= 2 or step == recipe.steps:
+                # Reading the loss makes a GPU wait, so it happens rarely; a few steps are for
+                # finding out how long one takes.
+                if step % 50 == 0 or step == recipe.steps or recipe.steps <= FEW_STEPS:
                     if not math.isfinite(float(loss)):
                         raise NumericsError(f"{label}: the reconstruction loss is {float(loss)}; lower the learning rates.")
                     report(Progress("reconstruct", start + step, total, label, float(loss)))
 
-            def on_pass(
-                begins: bool, step: int, start: int = start, label: str = segment.label
-            ) -> None:
+            def on_pass(begins: bool, step: int, start: int = start, label: str = segment.label) -> None:
                 stage = "Fisher pass" if begins else "reconstruct"
                 report(Progress(stage, start + step, total, label))
 
-            loss, near_floor = optimise_block(
-                segment, tape, objective, recipe, log.engine, on_pass, tick
-            )
+            loss, near_floor = optimise_block(segment, tape, objective, recipe, log.engine, on_pass, tick)
             log.last_loss[segment.label] = float(loss)
             if near_floor:
                 log.near_floor[segment.label] = near_floor

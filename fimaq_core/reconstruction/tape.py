@@ -106,12 +106,7 @@ class Tape:
         """Bytes of all samples that are kept now, shared ones counted once."""
         parts = (self.full, self.prefix, self.target, self.outputs, *self.beside.kept)
         parts += (*self.beside_prefix.kept, self.beside.side)
-        tensors = [
-            tensor
-            for part in parts
-            if part is not None
-            for tensor in (part if isinstance(part, Ragged) else [part])
-        ]
+        tensors = [tensor for part in parts if part is not None for tensor in (part if isinstance(part, Ragged) else [part])]
         return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
     def compute_target(self) -> Samples:

@@ -40,12 +40,11 @@ def test_a_cpu_rehearses_with_two_steps_and_few_images():
 
 
 def test_a_gpu_rehearses_with_real_batches():
-    # An engine that is asked for is taken: which one a GPU chooses by itself needs a GPU to tell.
-    small = in_small(request(device="cuda", step_engine="fused"))
+    small = in_small(request(device="cuda"))
     recipe = small.recipe
     assert recipe is not None
     assert (recipe.batch_size, recipe.range_images, recipe.calibration_images) == (32, 128, 128)
-    assert small.eval_batch == 32
+    assert (small.eval_batch, recipe.steps) == (32, 5)  # a step is captured behind the third
 
 
 def test_full_precision_and_zero_shot_in_small():
