@@ -338,7 +338,7 @@ def run_diff(results: Path, show_all: bool, nothing: int = 2) -> int:
     if judged.empty:
         print(
             "Nothing is comparable yet: no measured number is on the same data, weights, settings and bits as a published one. "
-            "For that: make reproduce-table PROFILE=paper TASKS=classification,zero-shot IMAGENET=/path/to/imagenet"
+            "For that: make reproduce-table TABLE=fimaq IMAGENET=/path/to/imagenet"
         )
         return nothing
     counts = ", ".join(f"{count} {verdict}" for verdict, count in judged["verdict"].value_counts().items())

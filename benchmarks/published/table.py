@@ -361,7 +361,9 @@ class _Resolver:
             return [UNSTATED]
         known = {name: entry for name, entry in self._names.models.items() if entry.tag == weights}
         if not known:
-            hint = suggest(weights, [entry.tag for entry in self._names.models.values()])
+            tags = [entry.tag for entry in self._names.models.values()]
+            longer = [tag for tag in tags if tag.startswith(f"{weights}.")]
+            hint = suggest(weights, longer or tags)
             raise TableError(f"unknown model '{weights}' (full names only).{hint}")
         if self._needed("method") == "FP":
             return list(known)
