@@ -130,7 +130,10 @@ def run(
     if rehearse:
         from benchmarks.rehearsal.run import rehearse as rehearse_grid
 
-        context.exit(rehearse_grid(grid, table or profile, filters, options, adapter(), how, published))
+        name, tasks_adapter = table or profile, adapter()
+        context.exit(
+            rehearse_grid(grid, name, filters, options, tasks_adapter, how, report, published),
+        )
     context.exit(run_grid(grid, table or profile, filters, options, adapter(), how, plan, report, published))
 
 

@@ -34,12 +34,12 @@ _COLUMNS = ("model", "method", "bits", "rehearsed", "peak", "per step", "real ti
 
 def rehearse(
     grid: Grid, profile: str, filters: Filters, options: RunOptions, adapter: Adapter, how: EngineOptions,
-    table: PublishedTable | None = None,
+    report: bool = False, table: PublishedTable | None = None,
 ) -> int:  # fmt: skip
     """Rehearse a grid's cells below ``<results>/rehearsal`` and return the exit code.
 
     Args:
-        grid, profile, filters, options, adapter, how, table: as for
+        grid, profile, filters, options, adapter, how, report, table: as for
             :func:`benchmarks.commands.run_grid`.
 
     Returns:
@@ -63,7 +63,7 @@ def rehearse(
     data = {grid.tasks[cell.section].data for cell in cells}
     options = replace(options, data=make_data(folder / "data", data - {"own"}))
     adapter = rehearsing(adapter)
-    run_grid(grid, profile, filters, options, adapter, how, plan=False, table=table)
+    run_grid(grid, profile, filters, options, adapter, how, plan=False, report=report, table=table)
     return _conclude(grid, expand(grid, filters, options), options, adapter)
 
 
