@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Run a profile's grid on the machines of a SLURM job, by Ray:
+# Run a table or a grid on the machines of a SLURM job, by Ray:
 #
-#   sbatch --nodes=4 --gpus-per-node=8 --time=24:00:00 scripts/slurm.sh PROFILE=paper IMAGENET=/data/imagenet DEVICE=cuda
+#   sbatch --nodes=4 --gpus-per-node=8 --time=24:00:00 scripts/slurm.sh TABLE=fimaq IMAGENET=/data/imagenet DEVICE=cuda
 #
 # Submit it in the checkout, after `make setup` there. Checkout, data and results must be on a file system that all machines
 # share, at the same path. The arguments are those of `make reproduce-table`. What is finished is kept: submitted again, it goes
