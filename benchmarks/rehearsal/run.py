@@ -17,6 +17,7 @@ from benchmarks.costs import cost_row
 from benchmarks.doctor.devices import container_limits
 from benchmarks.doctor.findings import size_text
 from benchmarks.engines.choice import settled
+from benchmarks.engines.local import default_jobs
 from benchmarks.engines.options import EngineOptions
 from benchmarks.estimate import duration
 from benchmarks.grid import Filters, expand
@@ -29,6 +30,8 @@ from fimaq_core.files import replaced_whole
 from tasks.common import registry
 
 FILE = "rehearsal.json"
+#: Memory that the largest models take when they are rehearsed on a CPU.
+_CELL_BYTES = 6e9
 _COLUMNS = ("model", "method", "bits", "rehearsed", "peak", "per step", "real time", "real memory")
 
 
@@ -56,6 +59,8 @@ def rehearse(
         replace(options, results=folder, weights=folder / "weights", force="", rehearsal=True),
         how, options.device or grid.device, options.threads or grid.threads,
     )  # fmt: skip
+    if options.device == "cpu" and how.name == "local":
+        options, how = _one_thread_each(options, how)
     assert options.weights is not None
     cells = expand(grid, filters, options)
     print(f"Making random weights and images in {folder}. Each cell's process is killed once.")
@@ -65,6 +70,13 @@ def rehearse(
     adapter = rehearsing(adapter)
     run_grid(grid, profile, filters, options, adapter, how, plan=False, report=report, table=table)
     return _conclude(grid, expand(grid, filters, options), options, adapter)
+
+
+def _one_thread_each(options: RunOptions, how: EngineOptions) -> tuple[RunOptions, EngineOptions]:
+    """Let as many cells run at a time as there are cores, as far as memory allows."""
+    threads = options.threads or 1
+    jobs = min(default_jobs(threads, "cpu"), max(1, int(_memory("cpu") / _CELL_BYTES)))
+    return replace(options, threads=threads), replace(how, jobs=how.jobs or jobs)
 
 
 def rehearsing(adapter: Adapter) -> Adapter:
