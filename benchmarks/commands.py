@@ -263,9 +263,7 @@ def rerun_command(
     parts = [_python(), "-m", "benchmarks", "run", option, profile]
     if options.rehearsal:  # which makes its data and weights
         parts.append("--rehearse")
-        options = dataclasses.replace(
-            options, data=Places(), weights=None, results=options.results.parent
-        )
+        options = dataclasses.replace(options, data=Places(), weights=None, results=options.results.parent)
     for flag, value in (
         ("--tasks", values("section")), ("--models", values("model")), ("--methods", values("method")),
         ("--bits", values("bits")), ("--seeds", values("seed")), ("--axes", ",".join(axes or ())), ("--device", options.device),

@@ -8,7 +8,7 @@ import io
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -177,6 +177,7 @@ class Cost:
         device: kind of the device it was measured on.
         disk: bytes; None where it is not known.
         note: what it was measured on, for people; of published minutes with their source.
+        memory_note: the same of memory and disk, where these are from elsewhere.
     """
 
     seconds: float
@@ -185,6 +186,7 @@ class Cost:
     device: Device
     disk: int | None = None
     note: str = ""
+    memory_note: str = ""
 
     @property
     def origin(self) -> str:
@@ -277,14 +279,22 @@ class Costs:
         its section and scope; its row of the reference, or rows alike; its row of the rehearsal,
         or rows of its model and method; published minutes; finished cells that do the same kind
         of work. Costs from the kind of device that the cell is to run on come before all others,
-        and a cost says which it is from.
+        and a cost says which it is from. Published minutes come without memory: it is then that
+        of the next of these.
         """
         devices: tuple[Device, ...] = ("gpu", "cpu")
         if device_kind(cell) == "cpu":
             devices = ("cpu", "gpu")
         own = (self._known[device][0].of_cell(cell) for device in devices)
         estimates = (self._estimates(cell, device) for device in devices)
-        return next((cost for cost in itertools.chain(own, *estimates) if cost is not None), None)
+        known = (cost for cost in itertools.chain(own, *estimates) if cost is not None)
+        best = next(known, None)
+        if best is None or best.memory is not None:
+            return best
+        other = next((cost for cost in known if cost.memory is not None), None)
+        if other is None:
+            return best
+        return replace(best, memory=other.memory, disk=other.disk, memory_note=f"{_WORDS[other.source]}, {other.note}")
 
     def _estimates(self, cell: Cell, device: Device) -> Iterable[Cost | None]:
         here = self._known[device][0]

@@ -210,7 +210,7 @@ def _totals(entry: _Entry) -> dict[str, str]:
     for device in ("gpu", "cpu"):
         seconds = [cost.seconds for cost in known if cost.device == device]
         found[f"{device.upper()} time"] = duration(sum(seconds)) if seconds else ""
-    memory = [(cost.memory, cost.note) for cost in known if cost.memory is not None]
+    memory = [(c.memory, c.memory_note or c.note) for c in known if c.memory is not None]
     disk = [cost.disk for cost in known if cost.disk is not None]
     most, machine = max(memory, default=(0, ""))
     found["memory"] = f"{size_text(most)} ({machine})" if memory else ""

@@ -60,6 +60,15 @@ def test_origins_come_in_their_order():
     ]
 
 
+def test_published_minutes_take_memory_from_a_rehearsal_on_another_device():
+    cell = cell_of("fimaq")
+    row = row_of(cell, 9e5, device=CPU, memory=3 * 10**9)
+    cost = Costs([], [("rehearsal", [row])], [cell]).of(cell)
+    assert cost is not None
+    assert (cost.source, cost.seconds, cost.device) == ("published", 49 * 60, "gpu")
+    assert (cost.memory, cost.memory_note) == (3 * 10**9, "rehearsed, cpu Intel, 4 threads")
+
+
 def test_rehearsals_are_read_here_first_and_damaged_ones_are_a_warning(tmp_path: Path):
     cell = cell_of("fimaq")
     committed = {**row_of(cell, 60.0).model_dump(), "disk_bytes": 7, "rehearsed": {"steps": 20}}
