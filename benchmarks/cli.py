@@ -127,7 +127,7 @@ def run(
     places = Places(folder(imagenet), folder(coco), folder(flickr))
     options = RunOptions(results, places, folder(weights), device or None, threads, force, placement)
     how = EngineOptions(engine, jobs, ray_address, gpus_per_cell, retries)
-    if rehearse:
+    if rehearse and not plan:
         from benchmarks.rehearsal.run import rehearse as rehearse_grid
 
         name, tasks_adapter = table or profile, adapter()

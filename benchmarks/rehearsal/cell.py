@@ -30,10 +30,9 @@ def in_small(request: CellRequest) -> CellRequest:
     """
     gpu, detector = request.device.startswith("cuda"), request.task == "detection"
     recipe, data = request.recipe, request.data
-    if gpu and recipe is not None:
-        limit = max(recipe.range_images, recipe.batch_size, recipe.mlp_batch)
-    else:
-        limit = _DETECTOR_IMAGES if detector else _IMAGES
+    images = _DETECTOR_IMAGES if detector else _IMAGES
+    if gpu and not detector:
+        images = request.eval_batch
     if data.evaluation == "zero-shot" and not gpu and data.path is not None:
         data = replace(data, path=few_classes(data.path))
     if detector and data.path is not None:  # what goes by COCO's name must be whole
@@ -41,19 +40,21 @@ def in_small(request: CellRequest) -> CellRequest:
         data = replace(data, path=val, calibration_data=train)
     return replace(
         request,
-        recipe=None if recipe is None else _recipe_in_small(request.task, recipe, limit, gpu),
-        data=replace(data, limit=limit),
-        eval_batch=min(request.eval_batch, limit),
+        recipe=None if recipe is None else _recipe_in_small(request.task, recipe, images, gpu),
+        data=replace(data, limit=images),
+        eval_batch=min(request.eval_batch, images),
     )
 
 
-def _recipe_in_small(task: str, recipe: Recipe, limit: int, gpu: bool) -> Recipe:
+def _recipe_in_small(task: str, recipe: Recipe, images: int, gpu: bool) -> Recipe:
     steps = GPU_STEPS if gpu else STEPS
+    if gpu:
+        images = max(recipe.range_images, recipe.batch_size, recipe.mlp_batch)
     changes: dict[str, Any] = {"steps": steps, "mlp_steps": steps}
     for name in ("calibration_images", "range_images", "batch_size", "mlp_batch"):
-        changes[name] = min(getattr(recipe, name), limit)
+        changes[name] = min(getattr(recipe, name), images)
     if task == "retrieval":
-        changes["divergence_batch"] = min(recipe.divergence_batch, limit)
+        changes["divergence_batch"] = min(recipe.divergence_batch, images)
     changes["range_candidates"] = min(recipe.range_candidates, 16)
     changes["range_rounds"] = min(recipe.range_rounds, 1)
     if not gpu:

@@ -45,6 +45,8 @@ def test_a_gpu_rehearses_with_real_batches():
     assert recipe is not None
     assert (recipe.batch_size, recipe.range_images, recipe.calibration_images) == (32, 128, 128)
     assert (small.eval_batch, recipe.steps) == (32, 5)  # a step is captured behind the third
+    # full precision is measured once, on the images of all methods
+    assert small.data.limit == in_small(request(recipe=None, device="cuda")).data.limit == 32
 
 
 def test_full_precision_and_zero_shot_in_small():
