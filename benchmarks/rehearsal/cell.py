@@ -18,7 +18,7 @@ from tasks.detection.layout import annotation_file
 #: Optimisation steps per block and per MLP; on a GPU a graph of a step is captured behind three.
 STEPS, GPU_STEPS = 2, 5
 #: Images of a rehearsal on a CPU; a detector takes minutes per image.
-_IMAGES, _DETECTOR_IMAGES = 4, 1
+_IMAGES, _DETECTOR_IMAGES = 2, 1
 _EVENTS = "rehearsal.jsonl"
 
 

@@ -31,8 +31,8 @@ def test_a_cpu_rehearses_with_two_steps_and_few_images():
     recipe = small.recipe
     assert recipe is not None
     assert (recipe.steps, recipe.mlp_steps) == (2, 2)
-    assert (recipe.calibration_images, recipe.batch_size, recipe.mlp_batch) == (4, 4, 4)
-    assert (recipe.range_images, recipe.range_candidates, small.data.limit) == (1, 16, 4)
+    assert (recipe.calibration_images, recipe.batch_size, recipe.mlp_batch) == (2, 2, 2)
+    assert (recipe.range_images, recipe.range_candidates, small.data.limit) == (1, 16, 2)
     # all that chooses code paths stays
     same = ("method", "w_bits", "a_bits", "loss", "fisher_k", "range_search", "per_token", "seed")
     real = make_recipe("aphq")
@@ -112,13 +112,13 @@ def test_the_estimate_follows_steps_images_and_passes():
         7  # load
         + 50_000 * 8 / 4
         + 1.0 * 128 / 1 * 128 / 16 * (1 + 3) / (1 + 1)  # range images, candidates, rounds
-        + (3.0 + 5 * 2.0) * 1024 / 4  # rest, five passes
-        + 0.5 * 20_000 * 32 / 4
+        + (3.0 + 5 * 2.0) * 1024 / 2  # rest, five passes
+        + 0.5 * 20_000 * 32 / 2
     )
     assert real_seconds(record, found, real, 50_000) == pytest.approx(expected)
-    # beyond loading 400, of which 40 are the tape; batches are eight times as large
-    assert real_memory(record, found, real, 32, False) == (100 + 360 * 8 + 40 * 256, 40 * 256)
-    assert real_memory(record, found, real, 32, True) == (100 + 360 * 8, 40 * 256)
+    # beyond loading 400, of which 40 are the tape; batches are 16 times as large
+    assert real_memory(record, found, real, 32, False) == (100 + 360 * 16 + 40 * 512, 40 * 512)
+    assert real_memory(record, found, real, 32, True) == (100 + 360 * 16, 40 * 512)
     assert real_memory(fakes.make_record(peak_memory_bytes=9, n=4), found, None, 32, False)[1] == 0
 
 
@@ -194,7 +194,7 @@ def test_a_rehearsal_estimates_and_counts_for_nothing(
     assert list(rows) == ["aphq", "fimaq", "fp", "rtn"]
     assert rows["fimaq"]["seconds"] > 100 * rows["rtn"]["seconds"]
     assert 0 < rows["fimaq"]["rehearsed"]["seconds_per_step"] < 60
-    assert rows["fimaq"]["rehearsed"]["batch_size"] == 4
+    assert rows["fimaq"]["rehearsed"]["batch_size"] == 2
     assert rows["fimaq"]["tape_bytes"] > 0
     assert "Nothing here counts as measured" in result.stdout
     assert not (folder / "runs").exists()
