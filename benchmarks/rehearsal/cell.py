@@ -41,7 +41,7 @@ def in_small(request: CellRequest) -> CellRequest:
     return replace(
         request,
         recipe=None if recipe is None else _recipe_in_small(request.task, recipe, images, gpu),
-        data=replace(data, limit=images),
+        data=replace(data, limit=max(images, 2)),  # standard errors need two
         eval_batch=min(request.eval_batch, images),
     )
 

@@ -49,6 +49,16 @@ def test_a_gpu_rehearses_with_real_batches():
     assert small.data.limit == in_small(request(recipe=None, device="cuda")).data.limit == 32
 
 
+def test_detectors_calibrate_on_one_image_of_their_own_file_and_are_measured_on_two():
+    detector = request("fimaq", task="detection", data=DataRequest(Path("coco")))
+    small = in_small(detector)
+    assert small.recipe is not None
+    assert (small.recipe.calibration_images, small.data.limit) == (1, 2)
+    # a part of COCO 2017 goes by no published name
+    assert small.data.path == Path("coco/annotations/instances_val2017.json")
+    assert small.data.calibration_data == Path("coco/annotations/instances_train2017.json")
+
+
 def test_full_precision_and_zero_shot_in_small():
     small = in_small(request(recipe=None, data=DataRequest(Path("data"), evaluation="zero-shot")))
     assert small.recipe is None
