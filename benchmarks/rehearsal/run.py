@@ -14,8 +14,6 @@ from tabulate import tabulate  # type: ignore[import-untyped, unused-ignore]
 
 from benchmarks.cells import Adapter, Cell, RunOptions, finished
 from benchmarks.costs import cost_row
-from benchmarks.doctor.devices import container_limits
-from benchmarks.doctor.findings import size_text
 from benchmarks.engines.choice import settled
 from benchmarks.engines.options import EngineOptions
 from benchmarks.estimate import duration
@@ -25,8 +23,10 @@ from benchmarks.published.table import PublishedTable
 from benchmarks.rehearsal.cell import in_small, read_events, rehearse_cell
 from benchmarks.rehearsal.estimate import real_memory, real_seconds, spent
 from benchmarks.schema import Grid
+from benchmarks.units import size_text
 from fimaq_core.files import replaced_whole
 from tasks.common import registry
+from tasks.common.machine import container_limits
 
 FILE = "rehearsal.json"
 _COLUMNS = ("model", "method", "bits", "rehearsed", "peak", "per step", "real time", "real memory")
