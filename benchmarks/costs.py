@@ -15,8 +15,9 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from benchmarks.cells import Cell, Key
-from benchmarks.estimate import Estimator, duration, levels
+from benchmarks.estimate import Estimator, levels
 from benchmarks.published.minutes import Minutes, published_minutes
+from benchmarks.units import duration
 from fimaq_core.errors import FimaqError
 from fimaq_core.recipe import Recipe, make_recipe
 from tasks.common import registry

@@ -16,14 +16,13 @@ from benchmarks.cells import Adapter, Cell, RunOptions, finished
 from benchmarks.costs import cost_row
 from benchmarks.engines.choice import settled
 from benchmarks.engines.options import EngineOptions
-from benchmarks.estimate import duration
 from benchmarks.grid import Filters, expand
 from benchmarks.names import load_names
 from benchmarks.published.table import PublishedTable
 from benchmarks.rehearsal.cell import in_small, read_events, rehearse_cell
 from benchmarks.rehearsal.estimate import real_memory, real_seconds, spent
 from benchmarks.schema import Grid
-from benchmarks.units import size_text
+from benchmarks.units import duration, size_text
 from fimaq_core.files import replaced_whole
 from tasks.common import registry
 from tasks.common.machine import container_limits

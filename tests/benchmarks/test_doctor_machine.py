@@ -11,7 +11,6 @@ import pytest
 
 from benchmarks import doctor
 from benchmarks.doctor import Finding, guarded, package_findings, unmet
-from benchmarks.units import size_text
 from fimaq_core.recipe import make_recipe
 from tasks.common.lease import acquire
 from tasks.common.machine import container_limits
@@ -187,7 +186,3 @@ def test_leases_of_the_living_and_of_the_dead_are_told_apart(tmp_path: Path):
     assert f"process {os.getpid()}" in held.text
     assert left.text.endswith(f"died: {dead}")
     assert "leases" not in {one.check for one in doctor.results_findings(tmp_path / "none", 0, []) if one.state == "note"}
-
-
-def test_sizes_are_for_people():
-    assert [size_text(size) for size in (1.5e12, 9_014_226_944, 2.5e6, 900)] == ["1.5 TB", "9.0 GB", "2.5 MB", "1 kB"]
