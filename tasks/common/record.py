@@ -2,9 +2,12 @@
 
 import json
 import math
+import zlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from zipfile import BadZipFile
 
+import numpy as np
 from pydantic import Field, FiniteFloat, ValidationError
 
 from fimaq_core.errors import CheckpointError, DataError, first_problem
@@ -270,6 +273,38 @@ def outcomes_problem(record: ResultRecord, folder: Path) -> str | None:
         f"{path} does not belong to the record beside it (its sha256 is {found[:12]}, the record has "
         f"{record.outcomes_sha256[:12]}): restore it, or delete the record to measure that cell again."
     )
+
+
+def outcome_arrays(record: ResultRecord, folder: Path) -> dict[str, np.ndarray]:
+    """Return the arrays of the outcomes beside a record: ``sample`` (ids) and numbers per sample.
+
+    Args:
+        record: whose outcomes.
+        folder: of the record.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, of another record or of another form.
+    """
+    path = folder / record.outcomes
+    again = f"measure {record.model} {record.method} again with --force."
+    if not path.is_file():
+        raise CheckpointError(f"There are no outcomes {path}: {again}")
+    if (problem := outcomes_problem(record, folder)) is not None:
+        raise CheckpointError(problem)
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            content = {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, TypeError, KeyError, EOFError, BadZipFile, zlib.error) as error:
+        raise CheckpointError(f"The outcomes {path} are damaged ({error}): {again}") from error
+    shapes = {name: array.shape for name, array in content.items()}
+    if "sample" not in content or len(set(shapes.values())) != 1 or content["sample"].ndim != 1:
+        found = ", ".join(f"{name} {shape}" for name, shape in shapes.items()) or "nothing"
+        raise CheckpointError(f"The outcomes {path} have no 'sample', or arrays of different sizes: {found}.")
+    kinds = {name: array.dtype.kind for name, array in content.items() if name != "sample"}
+    words = [name for name, kind in kinds.items() if kind not in "biuf"]
+    if words:
+        raise CheckpointError(f"The outcomes {path} have no numbers in {', '.join(words)}: {again}")
+    return content
 
 
 def proportion(correct: int, count: int) -> Metric:
