@@ -78,7 +78,7 @@ def unmet(requirements: Iterable[str]) -> list[str]:
 def package_findings(lock: Path = LOCK) -> Iterator[Finding]:
     """Report Python, dependencies that are not met, and other differences from the lock file."""
     yield Finding("python", "ok", f"Python {platform.python_version()} ({sys.executable})")
-    problems = unmet(metadata.requires("fimaq") or ())
+    problems = unmet(["fimaq"]) or unmet(metadata.requires("fimaq") or ())
     yield from (Finding("package", "problem", text, SETUP) for text in problems)
     lines = lock.read_text(encoding="utf-8").splitlines() if lock.is_file() else []
     wanted = [line.partition(" #")[0] for line in lines if line[:1].isalnum()]
