@@ -78,7 +78,7 @@ def main(
         chosen = _engines(engines, where.type)
         if threads is not None:
             torch.set_num_threads(threads)
-        if where.type == "cuda":
+        if where.index is not None:
             torch.cuda.set_device(where)  # timers wait for the current device
         names = [name.strip() for name in (models or MODELS[where.type]).split(",")]
         read_records(output)  # complains before minutes of work, not after them

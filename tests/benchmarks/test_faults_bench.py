@@ -93,7 +93,8 @@ def test_victims_are_found_among_this_process_s_children() -> None:
     sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
     driver, host = subprocess.Popen(sleep), subprocess.Popen([*sleep, kills.HOST])
     try:
-        found = {kind: [one.pid for one in kills.victims(kind, driver)] for kind in kills.KINDS if kind != "node"}
+        kinds = [kind for kind in kills.KINDS if kind != "node"]
+        found = {kind: [one.pid for one in kills.victims(kind, driver)] for kind in kinds}
     finally:
         for process in (driver, host):
             process.kill()
