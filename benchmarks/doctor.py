@@ -362,7 +362,8 @@ def _committed() -> dict[str, tuple[int, str]]:
     found: dict[str, tuple[int, str]] = {}
     for row in json.loads(speed.read_text(encoding="utf-8")) if speed.is_file() else ():
         source = f"a block, {row['device']}; results/reference/speed.json"
-        found[row["model"]] = (row["peak_bytes"] or 0, source)
+        if row["peak_bytes"] is not None:
+            found[row["model"]] = (row["peak_bytes"], source)
     rows = json.loads(rehearsal.read_text(encoding="utf-8"))["cells"] if rehearsal.is_file() else ()
     for row in sorted(rows, key=lambda row: int(row["peak_memory_bytes"])):
         source = f"estimated from a rehearsal on {row['device']}; results/reference/rehearsal.json"
