@@ -13,7 +13,7 @@ from benchmarks.cells import Places, RunOptions
 from benchmarks.commands import run_diff, run_grid, run_reference
 from benchmarks.compare.cli import compare
 from benchmarks.console import user_errors
-from benchmarks.doctor.cli import doctor
+from benchmarks.doctor import doctor
 from benchmarks.engines.options import RETRIES, EngineOptions
 from benchmarks.grid import Filters, load_grid, parse_filters
 from benchmarks.options import adapter, folder, places_options, profile_option, results_option

@@ -15,12 +15,14 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from benchmarks.cells import Cell, Key
-from benchmarks.estimate import Estimator, duration, levels
+from benchmarks.estimate import Estimator, levels
 from benchmarks.published.minutes import Minutes, published_minutes
+from benchmarks.units import duration
 from fimaq_core.errors import FimaqError
 from fimaq_core.recipe import Recipe, make_recipe
 from tasks.common import registry
 from tasks.common.record import ResultRecord, own_seconds
+from tasks.common.strict import Strict
 
 Device = Literal["cpu", "gpu"]
 Source = Literal["measured", "here", "reference", "rehearsal", "published", "alike"]
@@ -30,10 +32,8 @@ REFERENCE = Path(__file__).resolve().parents[1] / "results" / "reference"
 _DAMAGED = "The reference costs {} are damaged (`python -m benchmarks reference` makes them)"
 
 
-class CostRow(BaseModel):
+class CostRow(Strict):
     """A cell's costs: seconds of all its stages, the peak of its memory in bytes, and what it was measured on."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     section: str
     model: str

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 from benchmarks.cells import Cell, Key
+from benchmarks.units import duration
 from fimaq_core.recipe import Recipe
 
 #: Cost of a step against one of squared error: the rest of the network runs behind each block for this loss.
@@ -118,14 +119,6 @@ def levels(cell: Cell) -> list[tuple[str, ...]]:
         ("kind", cell.section, cell.scope, kind(cell)),
         ("kind", kind(cell)),
     ]
-
-
-def duration(seconds: float) -> str:
-    """Return a length of time for people: ``24 s``, ``6 min``, ``2 h 05 min``."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def time_left(left: float | None) -> str:

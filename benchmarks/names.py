@@ -4,20 +4,17 @@ from functools import cache
 from pathlib import Path
 
 import yaml
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import model_validator
 
 from tasks.common import registry
+from tasks.common.strict import Strict
 
 PUBLISHED = Path(__file__).parent / "published"
 #: What published rows and tables have where the source does not say.
 UNSTATED = "unstated"
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class DatasetName(_Strict):
+class DatasetName(Strict):
     """What a record must state to have been measured on a published data set: the whole split, and nothing else.
 
     Attributes:
@@ -34,7 +31,7 @@ class DatasetName(_Strict):
     notes: dict[str, str] = {}
 
 
-class ModelName(_Strict):
+class ModelName(Strict):
     """The model here, and the one checkpoint the published numbers were measured on.
 
     Attributes:
@@ -48,7 +45,7 @@ class ModelName(_Strict):
     scope: str | None = None
 
 
-class MethodName(_Strict):
+class MethodName(Strict):
     """The method here, and which published variants were run with the settings that are its defaults here.
 
     Attributes:
@@ -60,14 +57,14 @@ class MethodName(_Strict):
     comparable: dict[str, str] = {}
 
 
-class StudyName(_Strict):
+class StudyName(Strict):
     """One study of run times: ``device`` that it ran on, and ``images`` it calibrated on, where its name says so."""
 
     device: str = f"{UNSTATED} GPU"
     images: int | None = None
 
 
-class Names(_Strict):
+class Names(Strict):
     """The whole mapping.
 
     Attributes:

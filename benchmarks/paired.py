@@ -8,7 +8,6 @@ mean over samples, such as average precision, are compared by what each sample c
 
 import logging
 import math
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -17,7 +16,8 @@ import numpy as np
 
 from benchmarks.cells import MAIN_METRIC
 from benchmarks.tables import Measured
-from tasks.common.record import outcomes_problem
+from fimaq_core.errors import CheckpointError
+from tasks.common.record import outcome_arrays
 
 logger = logging.getLogger(__name__)
 
@@ -63,22 +63,20 @@ class Paired:
 def read_outcomes(item: Measured) -> Outcomes | None:
     """Return a record's per-sample outcomes; None if there are none that can be read.
 
-    The scores are ``correct`` where there is that, else what the file has under the name of the task's main metric. A file that
-    does not belong to the record is not read, and a warning says so.
+    The scores are ``correct`` where there is that, else what the file has under the name of the task's main metric. A warning
+    says why a file cannot be read.
     """
     if item.folder is None:
         return None
-    problem = outcomes_problem(item.record, item.folder)
-    if problem is not None:
-        _warn(problem)
-        return None
     try:
-        with np.load(item.folder / item.record.outcomes, allow_pickle=False) as content:
-            more = [content.get(name) for name in ("weight", "cluster")]
-            score = "correct" if "correct" in content else MAIN_METRIC.get(item.record.task, "")
-            return Outcomes(content["sample"], content[score], *more)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        content = outcome_arrays(item.record, item.folder)
+    except CheckpointError as error:
+        _warn(str(error))
         return None
+    score = "correct" if "correct" in content else MAIN_METRIC.get(item.record.task, "")
+    if score not in content:
+        return None
+    return Outcomes(content["sample"], content[score], content.get("weight"), content.get("cluster"))
 
 
 @cache

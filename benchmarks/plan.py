@@ -20,10 +20,9 @@ from benchmarks.costs import (
     origins,
     other_rows,
 )
-from benchmarks.doctor.findings import size_text
-from benchmarks.estimate import duration
 from benchmarks.grid import Filters, expand
 from benchmarks.schema import Grid
+from benchmarks.units import duration, size_text
 
 #: Columns that are shown only where a cell has something there.
 _SOMETIMES = ("#", "scope", "s bits", "point", "MLP steps", "time", "memory", "cached")

@@ -20,7 +20,7 @@ from benchmarks.orders import count
 from benchmarks.schema import Grid
 from benchmarks.tables import COLUMNS, FULL, Measured, is_percent, sample_counts, unique, write_text
 from fimaq_core.errors import FimaqError
-from tasks.common.environment import processor
+from tasks.common.machine import processor
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks.estimate import duration, time_left
+from benchmarks.estimate import time_left
 from benchmarks.status.state import Counts, RunningCell
 from benchmarks.terminal import plain
+from benchmarks.units import duration
 
 #: Columns of words, which give way where the terminal is narrow: to the first widths, then to the second. Numbers do not.
 _WORDS = ({"cell": 30, "where": 7, "stage": 9, "block": 6}, {"cell": 16, "where": 5, "stage": 6, "block": 6})

@@ -9,8 +9,9 @@ from benchmarks.attempts import Again, Attempts
 from benchmarks.cells import MAIN_METRIC, Adapter, Cell, Key
 from benchmarks.display import Display, Outcome
 from benchmarks.engines.base import Engine, Failed, Finished, Message, Slot, make_job
-from benchmarks.estimate import Estimator, duration
+from benchmarks.estimate import Estimator
 from benchmarks.schedule import Schedule
+from benchmarks.units import duration
 from fimaq_core.errors import FimaqError
 from fimaq_core.progress import Progress
 from tasks.common import anew

@@ -2,15 +2,12 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from benchmarks.axes import Axes
 from benchmarks.cells import CellName
 from tasks.common import registry
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+from tasks.common.strict import Strict
 
 
 class TaskGrid(Strict):

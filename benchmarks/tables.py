@@ -1,8 +1,6 @@
 """Tables from records: one row a cell and metric as CSV, and a table for people with mean and spread over seeds."""
 
-import gc
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,25 +32,12 @@ class Measured:
 def collect(cells: Iterable[Cell], adapter: Adapter) -> list[Measured]:
     """Return the finished ones of ``cells`` (each once, in order) with their records."""
     found: dict[object, Measured] = {}
-    with _no_search_for_cycles():
-        for cell in cells:
-            if cell.key not in found:
-                record_and_folder = finished(cell, adapter)
-                if record_and_folder is not None:
-                    found[cell.key] = Measured(cell, *record_and_folder)
+    for cell in cells:
+        if cell.key not in found:
+            record_and_folder = finished(cell, adapter)
+            if record_and_folder is not None:
+                found[cell.key] = Measured(cell, *record_and_folder)
     return list(found.values())
-
-
-@contextmanager
-def _no_search_for_cycles() -> Iterator[None]:
-    """Records have none, and looking for some among the millions of objects of thousands takes longer than reading them."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def frame(measured: Iterable[Measured], subjects: bool = False) -> pd.DataFrame:

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from demo_training import detectors, pairs, scenes
 from demo_training.common import save
 
-from tasks.common.demo_models import unknown_name
+from fimaq_core.errors import suggest
 
 TRAINERS = {name: trainer for trainer in (pairs, scenes, detectors) for name in trainer.NAMES}
 
@@ -45,7 +45,7 @@ def main() -> None:
     names = [name.strip() for name in args.models.split(",") if name.strip()]
     for name in names:  # A typo in the last name should not show after the first has been trained.
         if name not in TRAINERS:
-            parser.error(unknown_name(name, TRAINERS))
+            parser.error(f"Unknown demo model {name!r}.{suggest(name, TRAINERS)}")
     given = {key: value for key in ("epochs", "lr", "batch_size") if (value := getattr(args, key)) is not None}
     if args.threads < 1 or any(given.get(key, 1) < 1 for key in ("epochs", "batch_size")):
         parser.error("--epochs, --batch-size and --threads must be at least 1")

@@ -22,10 +22,8 @@ class Finding:
 
     Attributes:
         test: how p and the interval were found.
-        effect: sizes by name: Cohen's g and the odds ratio with its interval (None: unbounded), or d_z, the difference in
-            standard deviations of one cluster's.
+        effect: of McNemar's test Cohen's g, and the samples that only A or only B got right.
         samples, clusters: how many; clusters are independent, and as many as samples where none depend on each other.
-        detectable: the smallest difference that would have been shown with 80 % power; None where not even the largest would.
         holm: p corrected for the number of pairs; None where there is one.
     """
 
@@ -38,10 +36,9 @@ class Finding:
     high: float
     p: float
     se: float
-    effect: Mapping[str, float | None]
+    effect: Mapping[str, float]
     samples: int
     clusters: int
-    detectable: float | None
     holm: float | None = None
 
     def better(self, level: float) -> Literal["A", "B"] | None:
@@ -51,7 +48,7 @@ class Finding:
 
     def verdict(self, level: float) -> str:
         """What came out, in words."""
-        p, percent = f"p {p_text(self.p)}", f"{100 * level:g} %"
+        p = f"p {p_text(self.p)}"
         ahead, gap, low, high = "A", self.difference, self.low, self.high
         if gap < 0:
             ahead, gap, low, high = "B", -gap, -high, -low
@@ -62,15 +59,8 @@ class Finding:
             return f"{ahead} is better by {gap:.2f} points {interval}, {p}"
         if not self.low <= 0 <= self.high and self.p <= 1 - level:
             return f"no difference shown among so many pairs ({ahead} ahead by {gap:.2f} points {interval}, {p})"
-        least = (
-            "no difference would have been"
-            if self.detectable is None
-            else f"a difference of at least {self.detectable:.2f} points would have been"
-        )
-        return (
-            f"no difference shown ({self.difference:+.2f} points [{self.low:.2f}, {self.high:.2f}], {p}; with {self.clusters} "
-            f"samples {least} shown at {percent} with {100 * mcnemar.POWER:.0f} % power)"
-        )
+        interval = f"[{self.low:.2f}, {self.high:.2f}]"
+        return f"no difference shown ({self.difference:+.2f} points {interval}, {p})"
 
 
 @dataclass(frozen=True)
@@ -135,25 +125,19 @@ def _finding(name: str, both: Sequence[tuple[Outcomes, Outcomes]], level: float)
     if len(both) == len(mine[0]) == 1 and part.score.dtype == bool and alone:
         return _mcnemar(name, a, b, part.score, theirs[0][0].score, level)
     found = bootstrap(_clusters(mine, theirs, cluster), level)
-    deviation = found.se * np.sqrt(clusters)
     return Finding(
         name, "bootstrap", a, b, found.difference, found.low, found.high, found.p, found.se,
-        {"d_z": found.difference / float(deviation) if deviation > 0 else None}, samples, clusters, _detectable(found.se, level),
+        {}, samples, clusters,
     )  # fmt: skip
 
 
 def _mcnemar(name: str, a: float, b: float, mine: np.ndarray, theirs: np.ndarray, level: float) -> Finding:
     table = mcnemar.Table(*(int(cells.sum()) for cells in (mine & theirs, mine & ~theirs, ~mine & theirs, ~mine & ~theirs)))
     low, high = mcnemar.newcombe(table, level)
-    odds_low, odds_high = mcnemar.odds_interval(table, level)
-    least = mcnemar.detectable(table.n, (table.first + table.second) / table.n, level)
-    effect = {
-        "cohens_g": table.cohens_g, "odds_ratio": table.odds, "odds_low": odds_low, "odds_high": odds_high,
-        "only_a": float(table.first), "only_b": float(table.second),
-    }  # fmt: skip
+    effect = {"cohens_g": table.cohens_g, "only_a": table.first, "only_b": table.second}
     return Finding(
-        name, "McNemar", a, b, 100 * table.difference, 100 * low, 100 * high, mcnemar.p_value(table), 100 * table.se, effect,
-        table.n, table.n, None if least is None else 100 * least,
+        name, "McNemar", a, b, 100 * table.difference, 100 * low, 100 * high,
+        mcnemar.p_value(table), 100 * table.se, effect, table.n, table.n,
     )  # fmt: skip
 
 
@@ -165,12 +149,6 @@ def _clusters(mine: Sequence[tuple[Part, ...]], theirs: Sequence[tuple[Part, ...
         owner = cluster[part.rows]
         columns.append([np.bincount(owner, 100 * np.mean(gaps, axis=0)), np.bincount(owner).astype(np.float64)])
     return np.array(columns).transpose(2, 0, 1)
-
-
-def _detectable(se: float, level: float) -> float | None:
-    from scipy.stats import norm
-
-    return float((norm.ppf(0.5 + level / 2) + norm.ppf(mcnemar.POWER)) * se) if se > 0 else None
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

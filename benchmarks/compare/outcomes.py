@@ -1,7 +1,5 @@
 """What each sample scored in a run, read from the outcomes beside its record, metric by metric."""
 
-import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -9,7 +7,8 @@ import numpy as np
 
 from benchmarks.cells import MAIN_METRIC
 from benchmarks.compare.sides import CompareError, Run
-from tasks.common.record import outcomes_problem
+from fimaq_core.errors import CheckpointError
+from tasks.common.record import outcome_arrays
 from tasks.retrieval.bootstrap import CUTS
 
 #: Points by which a metric may be off its outcomes: they are stored as 32-bit numbers at least.
@@ -55,23 +54,10 @@ def read(run: Run) -> Outcomes:
     Raises:
         CompareError: there are none, or they are damaged, of another form, or not those of the record.
     """
-    path = run.path.parent / run.record.outcomes
-    if path.is_file() and (problem := outcomes_problem(run.record, run.path.parent)) is not None:
-        raise CompareError(problem)
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            content = {name: archive[name] for name in archive.files}
-    except FileNotFoundError as error:
-        raise CompareError(f"There are no outcomes {path}: measure {run.label} again with --force.") from error
-    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise CompareError(f"The outcomes {path} are damaged ({error}): measure {run.label} again with --force.") from error
-    lengths = {name: array.shape for name, array in content.items()}
-    if "sample" not in content or len(set(lengths.values())) != 1 or content["sample"].ndim != 1:
-        found = ", ".join(f"{name} {shape}" for name, shape in lengths.items())
-        raise CompareError(f"The outcomes {path} have no 'sample', or arrays of different sizes: {found or 'nothing'}.")
-    words = [name for name, array in content.items() if name != "sample" and array.dtype.kind not in "biuf"]
-    if words:
-        raise CompareError(f"The outcomes {path} have no numbers in {', '.join(words)}: measure {run.label} again with --force.")
+        content = outcome_arrays(run.record, run.path.parent)
+    except CheckpointError as error:
+        raise CompareError(str(error)) from error
     order = np.argsort(content["sample"], kind="stable")
     ordered = {name: array[order] for name, array in content.items()}
     outcomes = Outcomes(ordered["sample"], _clusters(ordered), _metrics(run, ordered))

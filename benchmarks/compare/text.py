@@ -64,12 +64,8 @@ def _seeds(pair: Pair) -> list[int]:
 
 
 def _effect(finding: Finding) -> str:
-    if finding.test == "bootstrap":
-        d = finding.effect["d_z"]
-        return "-" if d is None else f"d_z {d:+.2f}"
-    odds = finding.effect["odds_ratio"]
-    count = f"{finding.effect['only_a']:.0f}:{finding.effect['only_b']:.0f}"
-    return f"g {finding.effect['cohens_g']:+.2f}, odds {count}" + ("" if odds is None else f" = {odds:.2f}")
+    found = finding.effect
+    return f"g {found['cohens_g']:+.2f}, {found['only_a']}:{found['only_b']}" if found else "-"
 
 
 def _notes(judged: Sequence[Judged], several: bool) -> list[str]:
@@ -83,7 +79,7 @@ def _notes(judged: Sequence[Judged], several: bool) -> list[str]:
     if "bootstrap" in tests:
         notes.append(
             f"Bootstrap: {RESAMPLES} resamples of images, seeded; BCa interval and the p that belongs to it, at least "
-            f"{2 / (RESAMPLES + 1):.1g}; d_z is the difference in standard deviations of one image's."
+            f"{2 / (RESAMPLES + 1):.1g}."
         )
     if any(len(item.pair.a) > 1 for item in judged):
         notes.append("Where there are several seeds, each sample's score is their mean.")

@@ -1,1 +1,1 @@
-"""What happens to a grid when processes are killed, and whether many workers stay busy."""
+"""Results of a grid whose processes are killed, against the same grid undisturbed."""

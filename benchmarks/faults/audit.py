@@ -1,13 +1,16 @@
-"""The real adapter with a witness: who measured which cell, and whether two ever did at the same time.
+"""The real adapter with a witness: which process measured which cell, and overlaps.
 
-What is seen is written beside the results, a file an event, by the process that measures: it is there whoever is killed later.
+The process that measures writes each event as a file beside the results, so that events outlive
+any process.
 """
 
 import json
 import os
 import secrets
 import time
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from benchmarks.cells import Adapter, default_adapter
@@ -19,7 +22,7 @@ from tasks.common.request import CellRequest
 
 @dataclass(frozen=True)
 class Event:
-    """Something seen: ``begun``, ``measured``, or ``overlap`` (another living process was at it), and when (s)."""
+    """``begun``, ``measured``, or ``overlap`` (another living process was at the cell)."""
 
     kind: str
     cell: str
@@ -27,22 +30,26 @@ class Event:
     time: float
 
 
-def audit_folder(results: Path) -> Path:
-    """Where events of ``results`` (root of a run) are."""
-    return results / "audit"
-
-
 def read_events(results: Path) -> list[Event]:
-    """Return all events in the order of their times."""
-    files = audit_folder(results).glob("*.json")
-    return sorted((Event(**json.loads(file.read_text(encoding="utf-8"))) for file in files), key=lambda event: event.time)
+    """Return all events below ``results`` (root of a run) in the order of their times."""
+    files = (results / "audit").glob("*.json")
+    events = [Event(**json.loads(file.read_text(encoding="utf-8"))) for file in files]
+    return sorted(events, key=lambda event: event.time)
+
+
+def doubled(events: Sequence[Event]) -> set[str]:
+    """Return the cells measured more than once, or by two processes at the same time."""
+    measured = Counter(event.cell for event in events if event.kind == "measured")
+    overlaps = {event.cell for event in events if event.kind == "overlap"}
+    return overlaps | {cell for cell, count in measured.items() if count > 1}
 
 
 def note(results: Path, kind: str, cell: str) -> None:
     """Write an event."""
-    event = {"kind": kind, "cell": cell, "pid": os.getpid(), "time": time.time()}
-    with replaced_whole(audit_folder(results) / f"{secrets.token_hex(8)}.json") as temporary:
-        temporary.write_text(json.dumps(event), encoding="utf-8")
+    event = Event(kind, cell, os.getpid(), time.time())
+    path = results / "audit" / f"{secrets.token_hex(8)}.json"
+    with replaced_whole(path) as temporary:
+        temporary.write_text(json.dumps(asdict(event)), encoding="utf-8")
 
 
 def run_cell(request: CellRequest, report: Report) -> Path:
@@ -50,15 +57,15 @@ def run_cell(request: CellRequest, report: Report) -> Path:
     from tasks.common.plan import planned_folder
     from tasks.common.run import run_cell as real
 
-    results, cell = request.results.parent, str(planned_folder(request).relative_to(request.results))
-    at_work = audit_folder(results) / f"{cell.replace('/', '|')}.at-work"
+    results = request.results.parent
+    cell = str(planned_folder(request).relative_to(request.results))
     seen: set[str] = set()
 
     def told(progress: Progress) -> None:
-        # The first sign of work, not of the call: a cell that another measures, or has measured, is none of this process's.
+        # The first sign of work counts, not the call: another process may have measured the cell.
         if not progress.stage.startswith("wait"):
             if not seen:
-                _enter(results, cell, at_work)
+                _begin(results, cell)
             seen.add(progress.stage)
         report(progress)
 
@@ -68,19 +75,18 @@ def run_cell(request: CellRequest, report: Report) -> Path:
     return path
 
 
-def _enter(results: Path, cell: str, at_work: Path) -> None:
+def _begin(results: Path, cell: str) -> None:
+    """Note the begin, and an overlap if the process that began before is alive and not done."""
     note(results, "begun", cell)
-    try:
+    at_work = results / "audit" / f"{cell.replace('/', '|')}.at-work"
+    if at_work.is_file() and not (results / "runs" / cell / "result.json").is_file():
         pid, started = json.loads(at_work.read_text(encoding="utf-8"))
-        if pid != os.getpid() and is_running(pid, started) and not (results / "runs" / cell / "result.json").is_file():
+        if pid != os.getpid() and is_running(pid, started):
             note(results, "overlap", cell)
-    except (OSError, ValueError):
-        pass
     with replaced_whole(at_work) as temporary:
         temporary.write_text(json.dumps(this_process()[1:]), encoding="utf-8")
 
 
 def audited() -> Adapter:
-    """The real adapter with this module's ``run_cell``."""
-    real = default_adapter()
-    return Adapter(run_cell, real.planned_folder, real.preflight)
+    """Return the real adapter with this module's ``run_cell``."""
+    return replace(default_adapter(), run_cell=run_cell)

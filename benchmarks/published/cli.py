@@ -145,8 +145,7 @@ def _all(entries: Sequence[_Entry]) -> list[RenderableType]:
 
 
 def _one(entry: _Entry) -> list[RenderableType]:
-    from benchmarks.doctor.findings import size_text
-    from benchmarks.estimate import duration
+    from benchmarks.units import duration, size_text
 
     rows = []
     for cell in entry.cells:
@@ -201,8 +200,7 @@ def _data(entry: _Entry) -> str:
 def _totals(entry: _Entry) -> dict[str, str]:
     """Return times by kind of device, memory, disk, and the origins, of what is to run."""
     from benchmarks.costs import origins
-    from benchmarks.doctor.findings import size_text
-    from benchmarks.estimate import duration
+    from benchmarks.units import duration, size_text
 
     known = entry.known
     unknown = sum(cell.key not in entry.done for cell in entry.cells) - len(known)

@@ -15,10 +15,11 @@ from pydantic import Field, ValidationError
 from benchmarks.cells import CellName
 from benchmarks.grid import FP, load_grid, parse_bits
 from benchmarks.names import PUBLISHED, UNSTATED, load_names
-from benchmarks.schema import Grid, Strict
+from benchmarks.schema import Grid
 from fimaq_core.errors import FimaqError, suggest
 from fimaq_core.recipe import METHODS, OFF, Recipe, make_recipe
 from tasks.common.record import bits_name
+from tasks.common.strict import Strict
 
 TABLES = PUBLISHED / "tables"
 #: Name of the bits of what is not quantized.

@@ -14,20 +14,19 @@ from tabulate import tabulate  # type: ignore[import-untyped, unused-ignore]
 
 from benchmarks.cells import Adapter, Cell, RunOptions, finished
 from benchmarks.costs import cost_row
-from benchmarks.doctor.devices import container_limits
-from benchmarks.doctor.findings import size_text
 from benchmarks.engines.choice import settled
 from benchmarks.engines.local import default_jobs
 from benchmarks.engines.options import EngineOptions
-from benchmarks.estimate import duration
 from benchmarks.grid import Filters, expand
 from benchmarks.names import load_names
 from benchmarks.published.table import PublishedTable
 from benchmarks.rehearsal.cell import in_small, read_events, rehearse_cell
 from benchmarks.rehearsal.estimate import real_memory, real_seconds, spent
 from benchmarks.schema import Grid
+from benchmarks.units import duration, size_text
 from fimaq_core.files import replaced_whole
 from tasks.common import registry
+from tasks.common.machine import container_limits
 
 FILE = "rehearsal.json"
 #: Memory that the largest models take when they are rehearsed on a CPU.

@@ -20,11 +20,12 @@ def report(profile: str, imagenet: str, coco: str, flickr: str, weights: str, re
     """Write what a grid measured as one HTML file, with charts and where every number is from."""
     from benchmarks.grid import load_grid
     from benchmarks.report.build import write_report
+    from benchmarks.units import size_text
 
     options = RunOptions(results, Places(folder(imagenet), folder(coco), folder(flickr)), folder(weights))
     path = output or results / "report.html"
     page = write_report(load_grid(profile), options, adapter(), path)
-    size = path.stat().st_size / 1e6
-    click.echo(f"{page.done} of {page.planned} cells, {page.failed} failed. Report: {path} ({size:.1f} MB)")
+    size = size_text(path.stat().st_size)
+    click.echo(f"{page.done} of {page.planned} cells, {page.failed} failed. Report: {path} ({size})")
     for problem in page.problems:
         click.echo(f"warning: could not be read: {problem.path}: {problem.message}", err=True)

@@ -10,8 +10,8 @@ from benchmarks.report.charts.scatter import Spot, pareto, scatter_chart
 from benchmarks.report.charts.shapes import COLOURS, Style
 from benchmarks.report.groups import Group, columns_of, find
 from benchmarks.report.model import DataTable, Figure
-from benchmarks.report.units import memory_text, seconds_text
 from benchmarks.tables import FULL, is_percent, unique
+from benchmarks.units import duration, size_text
 
 #: Of records that have no memory by stage: the peak of all of it.
 _WHOLE = "whole cell (memory)"
@@ -64,7 +64,7 @@ def _stage_figures(prefix: str, groups: Sequence[Group], colours: Mapping[str, i
             for stage, value in values.items():
                 kind = kind_of(stage)
                 bar[kind] = max(bar.get(kind, 0.0), value) if memory else bar.get(kind, 0.0) + value
-        text = memory_text if memory else seconds_text
+        text = size_text if memory else duration
         totals = {name: (max if memory else sum)(bar.values()) for name, bar in bars.items()}
         top = max(totals, key=lambda name: totals[name])
         what = "Peak memory" if memory else "Seconds"
@@ -76,9 +76,9 @@ def _stage_figures(prefix: str, groups: Sequence[Group], colours: Mapping[str, i
         ]
         data = DataTable(["method", *heads, "most" if memory else "all"], rows, list(stages))
         if memory:  # in GB, so that the axis has round numbers
-            chart = bar_chart(_scaled(bars, 1e-9), colours, lambda value: memory_text(1e9 * value), alt, stacked=False)
+            chart = bar_chart(_scaled(bars, 1e-9), colours, lambda value: size_text(1e9 * value), alt, stacked=False)
         else:
-            chart = bar_chart(bars, colours, seconds_text, alt)
+            chart = bar_chart(bars, colours, duration, alt)
         title = column.subject if column.bits == FULL else f"{column.subject} {column.bits}"
         figures.append(Figure(f"{prefix}{len(figures)}", title, chart, data, column.subject, column.model, column.bits))
     return figures
@@ -113,7 +113,7 @@ def cost_figures(
             score = group.score(metric)
             if group.cell.bits == FULL or score is None or group.seconds <= 0:
                 continue
-            title = f"{name}: {score.mean:.2f} {score.error_text}, {seconds_text(group.seconds)}"
+            title = f"{name}: {score.mean:.2f} {score.error_text}, {duration(group.seconds)}"
             spots.append(Spot(name, group.seconds, score.mean, score.error, title))
         if not spots:
             continue
@@ -123,7 +123,7 @@ def cost_figures(
         alt = f"{metric} of {column.subject} at {column.bits} against seconds; on the Pareto front: {', '.join(names)}."
         chart = scatter_chart(spots, front, None if full is None else full.mean, looks, "seconds a cell (logarithmic)", alt)
         rows = [
-            [spot.name, f"{spot.value:.2f}", seconds_text(spot.cost), "yes" if spot.name in names else "no"]
+            [spot.name, f"{spot.value:.2f}", duration(spot.cost), "yes" if spot.name in names else "no"]
             for spot in sorted(spots, key=lambda spot: spot.cost)
         ]
         data = DataTable(["method", metric, "time", "on the front"], rows, [row[0] for row in rows])

@@ -3,12 +3,11 @@
 from collections.abc import Callable, Sequence
 
 from benchmarks.diff import changed_settings
-from benchmarks.estimate import duration
 from benchmarks.report.gather import Gathered
 from benchmarks.report.groups import Group
-from benchmarks.report.units import memory_text
 from benchmarks.report.views import Fact, Origin
 from benchmarks.tables import Measured, sample_counts, unique
+from benchmarks.units import duration, size_text
 from fimaq_core.errors import FimaqError
 from tasks.common.record import ResultRecord, recipe_of
 
@@ -79,7 +78,7 @@ def _facts(items: Sequence[Measured], gathered: Gathered) -> list[tuple[str, lis
         ]),
         ("Run", [
             fact("wall time", _seconds),
-            fact("peak memory", lambda r: memory_text(r.peak_memory_bytes)),
+            fact("peak memory", lambda r: size_text(r.peak_memory_bytes)),
             fact("device", lambda r: f"{r.environment.device}, {r.environment.threads} threads"),
             fact("step engine", lambda r: r.step_engine or "–"),
             fact("git revision", lambda r: r.environment.git_revision, code=True),

@@ -1,1 +1,1 @@
-"""How fast the harness is: plain slow forms of its own computations, to be timed beside the fast ones."""
+"""Speed of the stages and step engines beside the limits of the machine."""

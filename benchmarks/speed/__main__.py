@@ -1,4 +1,4 @@
-"""``python -m benchmarks.speed``. The process that measures memory imports this file too: nothing outside the guard."""
+"""``python -m benchmarks.speed``; the process that measures memory imports this file too."""
 
 if __name__ == "__main__":
     from benchmarks.speed.cli import main

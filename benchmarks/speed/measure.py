@@ -1,174 +1,121 @@
-"""One model's measurement, from its settings to its record."""
+"""One model's measurement, from its sizes to its record."""
 
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import torch
+from torch._inductor.utils import fresh_cache
 
 from benchmarks.published.minutes import published_minutes
-from benchmarks.speed.extrapolate import SegmentCost, depth_scaling, line, protocol_seconds
-from benchmarks.speed.floors import Rates, floors_ms
-from benchmarks.speed.memory import Peak, measure_peak
+from benchmarks.speed.memory import measure_peak
+from benchmarks.speed.protocol import SegmentCost, line, protocol_seconds
 from benchmarks.speed.record import SpeedRecord
-from benchmarks.speed.search import compare_searches
-from benchmarks.speed.settings import Settings, protocol
-from benchmarks.speed.stages import MakeTimes, WalkTimes, calibration_seconds, walk
-from benchmarks.speed.steps import fresh_compiler
-from benchmarks.speed.subjects import Subject, load_subject
-from benchmarks.speed.timing import Budget
-from fimaq_core.recipe import Recipe
-from fimaq_core.reconstruction.engines import Engine, choose_engine
+from benchmarks.speed.stages import MakeTimes, calibration_seconds, walk
+from benchmarks.speed.steps import Rates
+from benchmarks.speed.subjects import load_subject
+from fimaq_core.numerics import Arithmetic
+from fimaq_core.recipe import Recipe, make_recipe
+from fimaq_core.reconstruction.engines import Engine, choose_engine, cpp_compiler
+from tasks.classification.tags import DEMO_NAMES
 from tasks.common.environment import describe
 
-#: A direct calibration takes about so many times the fast one. Seconds that the memory measurement takes to start.
-DIRECT_GUESS, MEMORY_GUESS = 10.0, 15.0
+#: Seconds that the memory measurement takes to start.
+MEMORY_START = 15.0
+#: Bits of the runs.
+BITS = {"w_bits": 3, "a_bits": 3}
 
-Say = Callable[[str], None]
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of one model's measurement.
+
+    Attributes:
+        engines: engines whose steps are timed, in order of their turns.
+        steps: counted steps per engine, on one block of every make.
+        images: on the tape.
+        range_images: for calibration; a quarter of them is measured too.
+        memory_images: on the tape where peak memory is measured; 0 leaves that out.
+    """
+
+    engines: tuple[Engine, ...]
+    steps: int
+    images: int
+    range_images: int
+    memory_images: int
 
 
-def measure(model: str, settings: Settings, rates: Rates, device: torch.device, budget: Budget, say: Say) -> SpeedRecord:
+def default_sizes(model: str, device: torch.device) -> Sizes:
+    """Return sizes that let the default models end in time, see the command's help."""
+    if device.type == "cuda":
+        return Sizes(("eager", "fused", "compiled", "graph"), 300, 128, 128, 64)
+    if model in DEMO_NAMES:
+        compiled: tuple[Engine, ...] = ("compiled",) if cpp_compiler() else ()
+        return Sizes(("eager", "fused", *compiled), 200, 256, 128, 256)
+    return Sizes(("eager", "fused"), 5, 32, 8, 64)
+
+
+def measure(
+    model: str,
+    sizes: Sizes,
+    rates: Rates,
+    device: torch.device,
+    *,
+    step_dtype: Arithmetic,
+    frozen_dtype: Arithmetic,
+    deadline: float,
+    say: Callable[[str], None],
+) -> SpeedRecord:
     """Measure one model.
+
+    The rounding regulariser is on from the first step, since the first steps are timed; in the
+    protocol it is on in the last four fifths.
 
     Args:
         model: its short name.
-        settings: sizes.
+        sizes: of the run.
         rates: of the machine.
         device: where.
-        budget: what does not fit into it is left out, and the record says so.
+        step_dtype: arithmetic of the steps' matrix products.
+        frozen_dtype: arithmetic of the full-precision parts.
+        deadline: on the clock of ``time.monotonic``; later parts are left out, with a note.
         say: receives a line for people at every stage.
     """
-    recipe, full = settings.recipe(), protocol()
-    notes: list[str] = []
-
-    def load() -> Subject:
-        return load_subject(model, recipe, device)
-
-    few = recipe.model_copy(update={"range_images": max(recipe.range_images // 4, 1)})
-    say(f"{model}: calibration on {few.range_images} and {recipe.range_images} images")
-    subject = load()
-    small = calibration_seconds(subject.chain, subject.images, few)
-    subject = load()
-    large = calibration_seconds(subject.chain, subject.images, recipe)
-    say(f"{model}: {len(subject.makes)} makes of blocks, {settings.steps} steps by {', '.join(settings.engines)}")
-    with fresh_compiler():
-        times = walk(subject, recipe, settings.engines, settings.steps, budget)
-    notes += times.notes
-    # The Fisher pass through the whole model is most of that measurement.
-    sweep = settings.memory_images * sum(times.tail[index] for index in subject.order)
-    peak = None
-    if settings.memory_images and budget.left() < MEMORY_GUESS + 3 * sweep:
-        notes.append("no time left to measure peak memory")
-    elif settings.memory_images:
-        say(f"{model}: peak memory with {settings.memory_images} images")
-        peak = _peak(model, settings.memory_images, recipe, device)
-    search = None
-    if settings.direct and budget.left() < DIRECT_GUESS * sum(large):
-        notes.append("no time left for direct candidate search")
-    elif settings.direct:
-        say(f"{model}: direct candidate search on {recipe.range_images} images")
-        search = compare_searches(load, recipe, sum(large))
-    sizes = (few.range_images, recipe.range_images)
-    calibration = [line((sizes[0], a), (sizes[1], b), full.range_images) for a, b in zip(small, large, strict=True)]
-    engine = protocol_engine(times.makes[subject.main], device, full.steps)
-    costs = segment_costs(subject, times, calibration, engine)
-    makes, main = times.makes, times.makes[subject.main]
-    compiling = sum(seconds_to_compile(make, main, engine) for make in makes.values())
-    stages = protocol_seconds(costs, subject.order, full, compiling)
-    floors = floors_ms(main.work, rates)
-    published = (time.minutes for time in published_minutes().get(model, ()) if time.method == "fimaq")
-    environment = describe(device)
-    threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
-    return SpeedRecord(
-        device=f"{environment.device}{threads}",
-        model=model,
-        step_ms={name: 1000 * value for name, value in main.step_s.items()},
-        floor_ms=max(floors.values()),
-        stages_s={"calibration": sum(large), **times.wall},
-        peak_bytes=None if peak is None else peak.peak_bytes,
-        full_protocol_min=stages.total / 60,
-        published_min=next(published, None),
-        versions=environment.versions,
-        date=datetime.now(UTC).date().isoformat(),
-        extrapolated=True,
-        full_protocol_s=stages.as_dict(),
-        full_protocol_engine=engine,
-        fisher_share=stages.fisher / stages.total,
-        measured={
-            "steps": main.counted,
-            "images": len(subject.images),
-            "range_images": recipe.range_images,
-            "whole_model": len(subject.chain) == len(subject.order),
-            "step_dtype": recipe.step_dtype,
-            "frozen_dtype": recipe.frozen_dtype,
-        },
-        rates={"flops": rates.flops, "bytes": rates.bytes},
-        floors_ms=floors,
-        calls_a_step={str(name): count for name, count in main.calls.items()},
-        calls_are="kernels" if device.type == "cuda" else "operator calls",
-        calibration_s={str(sizes[0]): sum(small), str(sizes[1]): sum(large)},
-        fisher_check=fisher_check(subject, times),
-        step_ms_by_make=[
-            {
-                "label": make.label,
-                "kind": make.kind,
-                "blocks": make.count,
-                "input": list(make.shape),
-                "step_ms": {name: 1000 * value for name, value in makes[number].step_s.items()},
-                "compile_s": dict(makes[number].compile_s),
-                "floors_ms": floors_ms(makes[number].work, rates),
-                "flops": makes[number].work.flops,
-                "bytes": makes[number].work.bytes,
-            }
-            for number, make in enumerate(subject.makes)
-        ],
-        memory=None if peak is None else _memory(peak),
-        search=None if search is None else search.as_dict(),
-        scaling=scaling(subject, costs, full),
-        notes=notes,
-        revision=environment.git_revision,
-    )
-
-
-def _peak(model: str, images: int, recipe: Recipe, device: torch.device) -> Peak:
-    changes = {"calibration_images": images, "batch_size": min(32, images)}
-    return measure_peak(model, recipe.model_copy(update=changes), str(device), torch.get_num_threads())
-
-
-def _memory(peak: Peak) -> dict[str, float]:
-    return {
-        "images": peak.images,
-        "peak_bytes": peak.peak_bytes,
-        "formula_bytes": peak.formula_bytes,
-        "ratio": peak.peak_bytes / peak.formula_bytes,
-        **{f"{name}_bytes": value for name, value in vars(peak.footprint).items()},
+    full = make_recipe("fimaq", BITS)
+    changes = {
+        "calibration_images": sizes.images,
+        "range_images": sizes.range_images,
+        "batch_size": min(32, sizes.images),
+        "round_warmup": 0.0,
+        "step_dtype": step_dtype,
+        "frozen_dtype": frozen_dtype,
     }
-
-
-def protocol_engine(main: MakeTimes, device: torch.device, steps: int) -> Engine:
-    """The engine that the full protocol would run by here; the fastest that was measured, where that one was not."""
-    choice = choose_engine("auto", device, steps)
-    return choice if choice in main.step_s else min(main.step_s, key=lambda engine: main.step_s[engine])
-
-
-def step_seconds(make: MakeTimes, main: MakeTimes, engine: Engine) -> float:
-    """Seconds of a make's step by ``engine``; where it was not timed, by another engine times what the main make gains."""
-    if engine in make.step_s:
-        return make.step_s[engine]
-    other = next(iter(make.step_s))
-    return make.step_s[other] * main.step_s[engine] / main.step_s.get(other, main.step_s[engine])
-
-
-def seconds_to_compile(make: MakeTimes, main: MakeTimes, engine: Engine) -> float:
-    """Seconds that compiling a make takes; the main make's where that was not measured."""
-    return make.compile_s.get(engine, main.compile_s.get(engine, 0.0))
-
-
-def segment_costs(subject: Subject, times: WalkTimes, calibration: list[float], engine: Engine) -> list[SegmentCost]:
-    """What each measured segment costs in the full protocol (calibration: seconds at its images)."""
+    recipe = make_recipe("fimaq", BITS, changes)
+    few = recipe.model_copy(update={"range_images": max(sizes.range_images // 4, 1)})
+    say(f"{model}: calibration on {few.range_images} and {recipe.range_images} images")
+    subject = load_subject(model, recipe, device)
+    small = calibration_seconds(subject.chain, subject.images, few)
+    subject = load_subject(model, recipe, device)
+    large = calibration_seconds(subject.chain, subject.images, recipe)
+    say(f"{model}: {len(subject.makes)} makes of blocks, {sizes.steps} steps by each engine")
+    with fresh_cache():  # so that compilation takes as long as the first time
+        times = walk(subject, recipe, sizes.engines, sizes.steps, deadline)
+    notes, memory = list(times.notes), None
+    # The Fisher pass through the whole model is most of the memory measurement.
+    sweep = sizes.memory_images * sum(times.tail[index] for index in subject.order)
+    if sizes.memory_images and deadline - time.monotonic() < MEMORY_START + 3 * sweep:
+        notes.append("no time left to measure peak memory")
+    elif sizes.memory_images:
+        say(f"{model}: peak memory with {sizes.memory_images} images")
+        memory = _memory(model, recipe, sizes.memory_images, device)
     main = times.makes[subject.main]
-    return [
+    choice = choose_engine("auto", device, full.steps)
+    engine = choice if choice in main.step_s else min(main.step_s, key=main.step_s.__getitem__)
+    ranges = (few.range_images, recipe.range_images)
+    costs = [
         SegmentCost(
-            calibration[index],
+            line((ranges[0], small[index]), (ranges[1], large[index]), full.range_images),
             times.tape[index],
             times.own[number],
             times.tail[index],
@@ -177,22 +124,74 @@ def segment_costs(subject: Subject, times: WalkTimes, calibration: list[float], 
         )
         for index, number in enumerate(subject.make_of)
     ]
+    compiling = len(subject.makes) * main.compile_s.get(engine, 0.0)
+    stages = protocol_seconds(costs, subject.order, full, compiling)
+    floors, total = rates.floors_ms(main.flops, main.bytes), sum(stages.values())
+    published = (one.minutes for one in published_minutes().get(model, ()) if one.method == "fimaq")
+    environment = describe(device)
+    threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
+    return SpeedRecord(
+        device=f"{environment.device}{threads}",
+        model=model,
+        step_ms=_ms(main),
+        floor_ms=max(floors.values()),
+        stages_s={"calibration": sum(large), **times.wall},
+        peak_bytes=None if memory is None else int(memory["peak_bytes"]),
+        full_protocol_min=total / 60,
+        published_min=next(published, None),
+        versions=environment.versions,
+        date=datetime.now(UTC).date().isoformat(),
+        extrapolated=True,
+        full_protocol_s=stages,
+        full_protocol_engine=engine,
+        fisher_share=stages["fisher"] / total,
+        measured={
+            "steps": sizes.steps,
+            "images": len(subject.images),
+            "range_images": recipe.range_images,
+            "whole_model": len(subject.chain) == len(subject.order),
+            "step_dtype": step_dtype,
+            "frozen_dtype": frozen_dtype,
+        },
+        rates=vars(rates),
+        floors_ms=floors,
+        calls_a_step={str(name): count for name, count in main.calls.items()},
+        calls_are="kernels" if device.type == "cuda" else "operator calls",
+        calibration_s={str(ranges[0]): sum(small), str(ranges[1]): sum(large)},
+        fisher_check=times.fisher_check(subject),
+        step_ms_by_make=[
+            {
+                "label": make.label,
+                "kind": make.kind,
+                "blocks": make.count,
+                "input": list(make.shape),
+                "step_ms": _ms(one),
+                "compile_s": one.compile_s,
+                "floors_ms": rates.floors_ms(one.flops, one.bytes),
+                "flops": one.flops,
+                "bytes": one.bytes,
+            }
+            for number, make in enumerate(subject.makes)
+            for one in (times.makes[number],)
+        ],
+        memory=memory,
+        notes=notes,
+        revision=environment.git_revision,
+    )
 
 
-def fisher_check(subject: Subject, times: WalkTimes) -> float | None:
-    """Seconds of all measured Fisher passes over what their parts add up to; near 1 where the extrapolation holds."""
-    predicted = 0.0
-    for number in times.passes:
-        index = subject.make_of.index(number)
-        predicted += len(subject.images) * (times.own[number] + sum(times.tail[index + 1 :]))
-    return sum(times.passes.values()) / predicted if predicted else None
+def _ms(make: MakeTimes) -> dict[str, float]:
+    return {name: 1000 * seconds for name, seconds in make.step_s.items()}
 
 
-def scaling(subject: Subject, costs: list[SegmentCost], full: Recipe) -> dict[str, float] | None:
-    """What twice the depth costs, from the measured parts; None for models with several makes of blocks."""
-    repeated = [index for index, number in enumerate(subject.make_of) if number == subject.main]
-    if sum(make.kind in ("block", "merge") for make in subject.makes) != 1:
-        return None
-    # Where all blocks were measured, the first of them stands for all.
-    order = [repeated[0] if index in repeated else index for index in subject.order]
-    return depth_scaling(costs, order, repeated[0], full)
+def _memory(model: str, recipe: Recipe, images: int, device: torch.device) -> dict[str, float]:
+    changes = {"calibration_images": images, "batch_size": min(32, images)}
+    threads = torch.get_num_threads()
+    return measure_peak(model, recipe.model_copy(update=changes), str(device), threads)
+
+
+def step_seconds(make: MakeTimes, main: MakeTimes, engine: Engine) -> float:
+    """Return the seconds of a make's step; an engine that only ``main`` has gains as much here."""
+    if engine in make.step_s:
+        return make.step_s[engine]
+    return make.step_s["fused"] * main.step_s[engine] / main.step_s["fused"]

@@ -1,47 +1,51 @@
-"""Records of measured speed: one a device and model, kept in one JSON file."""
+"""Speed records: one per device and model, all in one JSON file, and their tables."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from tabulate import tabulate  # type: ignore[import-untyped, unused-ignore]
 
 from fimaq_core.errors import CheckpointError
 from fimaq_core.files import replaced_whole
+from fimaq_core.reconstruction.engines import FORMS
+
+README = Path(__file__).with_name("README.md")
+BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
 
 
 class SpeedRecord(BaseModel):
-    """What was measured of a model on a device.
+    """Measured speed of a model on a device.
 
     Attributes:
         device: its name, and the threads of a CPU.
         model: short name.
-        step_ms: milliseconds of a step of the model's most frequent block by engine; an engine the device lacks is left out.
-        floor_ms: what such a step cannot be faster than, the larger of ``floors_ms``.
-        stages_s: seconds that the stages took in this run, at its sizes.
-        peak_bytes: memory of reconstructing a block; None if it was not measured.
-        full_protocol_min: minutes of the full protocol, extrapolated (``full_protocol_s`` by stage).
-        published_min: minutes that are published for it, on another device.
+        step_ms: milliseconds per step of the most frequent block by engine.
+        floor_ms: limit of such a step, the larger of ``floors_ms``.
+        stages_s: seconds of the stages in this run, at its sizes.
+        peak_bytes: memory of reconstructing a block; None if not measured.
+        full_protocol_min: extrapolated minutes of the full protocol.
+        published_min: published minutes on another device.
         versions: of the software.
         date: of the run.
         extrapolated: whether the full protocol was calculated from parts.
-        full_protocol_engine: whose steps it counts.
+        full_protocol_s: seconds of the full protocol by stage.
+        full_protocol_engine: engine of its steps.
         fisher_share: share of the Fisher passes in it.
         measured: sizes of the run.
-        rates: operations and bytes a second of this machine.
+        rates: operations and bytes per second of this machine.
         floors_ms: by arithmetic and by bytes.
-        calls_a_step, calls_are: CUDA kernels, or operator calls, of a step.
+        calls_a_step: CUDA kernels, or operator calls, per step by engine.
+        calls_are: ``kernels`` or ``operator calls``.
         calibration_s: seconds of calibration by number of images.
         fisher_check: seconds of whole Fisher passes over the sum of their parts.
         step_ms_by_make: steps of every make of blocks.
-        memory: peak and formula.
-        search: calibration beside direct candidate search.
-        scaling: 24 blocks beside 12.
+        memory: peak, formula and its parts.
         notes: what was left out.
         revision: of this project.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     device: str
     model: str
@@ -66,17 +70,30 @@ class SpeedRecord(BaseModel):
     fisher_check: float | None
     step_ms_by_make: list[dict[str, Any]]
     memory: dict[str, float] | None
-    search: dict[str, float] | None
-    scaling: dict[str, float] | None
     notes: list[str]
     revision: str
+
+    def ratios(self) -> dict[str, str]:
+        """Return the measured ratios by name."""
+        found: dict[str, str] = {}
+        others = {name: ms for name, ms in self.step_ms.items() if name != "eager"}
+        if "eager" in self.step_ms and others:
+            best = min(others, key=lambda name: others[name])
+            found[f"step: eager / {best}"] = _number(self.step_ms["eager"] / others[best])
+        (few, few_s), (many, many_s) = self.calibration_s.items()
+        found[f"calibration: {many} / {few} images"] = _number(many_s / few_s)
+        found["Fisher pass: measured / sum of its parts"] = _number(self.fisher_check)
+        if self.memory is not None:
+            images = f"{self.memory['images']:.0f} images"
+            found[f"peak memory / formula, {images}"] = _number(self.memory["ratio"])
+        return found
 
 
 _LIST = TypeAdapter(list[SpeedRecord])
 
 
 def read_records(path: Path) -> list[SpeedRecord]:
-    """All records of a file; none where there is no file.
+    """Return all records of a file; none where there is no file.
 
     Raises:
         CheckpointError: the file holds something else.
@@ -86,21 +103,112 @@ def read_records(path: Path) -> list[SpeedRecord]:
     try:
         return _LIST.validate_json(path.read_bytes())
     except ValidationError as error:
-        raise CheckpointError(f"{path} does not hold records of speed: move it away. {error.errors()[0]['msg']}.") from error
+        reason = error.errors()[0]["msg"]
+        raise CheckpointError(f"{path} holds no speed records: move it away. {reason}.") from error
 
 
 def write_record(path: Path, record: SpeedRecord) -> None:
-    """Add a record to a file, in place of the one of the same device and model."""
-    kept = [other for other in read_records(path) if (other.device, other.model) != (record.device, record.model)]
+    """Add a record to a file; it replaces the one of the same device and model."""
+    key = (record.device, record.model)
+    kept = [other for other in read_records(path) if (other.device, other.model) != key]
     content = [_rounded(item) for item in _LIST.dump_python([*kept, record], mode="json")]
     with replaced_whole(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _rounded(value: Any) -> Any:
-    """Five digits: more would be noise."""
+    """Keep five digits of every number: more would be noise."""
     if isinstance(value, float):
         return float(f"{value:.5g}")
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
     return [_rounded(item) for item in value] if isinstance(value, list) else value
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _short(value: float | None) -> str:
+    """Return three digits."""
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _steps(record: SpeedRecord) -> dict[str, str]:
+    best = min(record.step_ms.values())
+    calls = " / ".join(f"{name} {count}" for name, count in record.calls_a_step.items())
+    return {
+        "model": record.model,
+        **{name: _short(record.step_ms.get(name)) for name in FORMS},
+        **{name: _short(record.floors_ms[name]) for name in ("arithmetic", "bytes")},
+        "best / floor": _number(best / record.floor_ms, 1),
+        "kernels or calls": calls or "-",
+    }
+
+
+def _stages(record: SpeedRecord) -> dict[str, str]:
+    peak = None if record.peak_bytes is None else record.peak_bytes / 1e6
+    return {
+        "model": record.model,
+        **{name: _short(seconds / 60) for name, seconds in record.full_protocol_s.items()},
+        "all": _short(record.full_protocol_min),
+        "engine": record.full_protocol_engine,
+        "Fisher's share": f"{100 * record.fisher_share:.0f} %",
+        "published": _short(record.published_min),
+        "peak, MB": _number(peak, 0),
+        "peak / formula": _number(record.memory["ratio"] if record.memory else None),
+    }
+
+
+def tables(records: Sequence[SpeedRecord], form: str = "github") -> str:
+    """Return all tables, device by device.
+
+    Args:
+        records: of any devices and models.
+        form: tabulate's name of the layout.
+    """
+
+    def grid(rows: Sequence[dict[str, str]]) -> str:
+        settings = {"disable_numparse": True, "stralign": "right"}
+        return str(tabulate(rows, headers="keys", tablefmt=form, **settings))
+
+    parts = []
+    for device in dict.fromkeys(record.device for record in records):
+        mine = [record for record in records if record.device == device]
+        dates = sorted(record.date for record in mine)
+        torch = ", ".join(sorted({record.versions["torch"] for record in mine}))
+        when = " to ".join(dict.fromkeys((dates[0], dates[-1])))
+        heading = "### " if form == "github" else ""
+        ratios = []
+        for record in mine:
+            for name, value in record.ratios().items():
+                ratios.append({"model": record.model, "ratio": name, "found": value})
+        parts += [
+            f"{heading}{device} ({when}, torch {torch})",
+            "Milliseconds of a step of the most frequent block, and its floors:",
+            grid([_steps(record) for record in mine]),
+            "Minutes of the full protocol, extrapolated, by stage:",
+            grid([_stages(record) for record in mine]),
+            "Ratios:",
+            grid(ratios),
+            *(f"{record.model}: {note}." for record in mine for note in record.notes),
+        ]
+    return "\n\n".join(parts)
+
+
+def rewrite(records: Sequence[SpeedRecord], path: Path = README) -> None:
+    """Put the tables between the markers of a Markdown file.
+
+    Raises:
+        CheckpointError: the file has no such markers.
+    """
+    text = path.read_text(encoding="utf-8")
+    before, found, rest = text.partition(BEGIN)
+    _, closed, after = rest.partition(END)
+    if not found or not closed:
+        raise CheckpointError(f"{path} has no lines {BEGIN} and {END} to put the tables between.")
+    with replaced_whole(path) as temporary:
+        content = f"{before}{BEGIN}\n\n{tables(records)}\n\n{END}{after}"
+        temporary.write_text(content, encoding="utf-8")

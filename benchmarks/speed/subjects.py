@@ -1,4 +1,4 @@
-"""The models that are measured, cut down to one block of every make where they are large."""
+"""Measured models; large ones are cut down to one segment per make."""
 
 from dataclasses import dataclass
 
@@ -17,12 +17,12 @@ from tasks.common.request import DataRequest, ModelRequest
 
 @dataclass(frozen=True)
 class Make:
-    """Blocks that are alike: same kind, same tensors, same input.
+    """Segments of the same kind with the same tensors and the same input shape.
 
     Attributes:
         label: of the first of them.
         kind: patch_embed, block, merge or head.
-        count: how many the model has.
+        count: number of them in the model.
         shape: of their input, without the batch.
     """
 
@@ -34,15 +34,15 @@ class Make:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to measure.
+    """Model to measure.
 
     Attributes:
         name: short name.
-        chain: all segments, or the first of each make (outputs of one make fit the next one's input).
+        chain: all segments, or the first one of each make.
         images: (n, C, H, W).
         makes: all makes of the model, in order of appearance.
-        make_of: number of the make of each segment of ``chain``.
-        order: for each segment of the whole model, the segment of ``chain`` that stands for it.
+        make_of: index of the make of each segment of ``chain``.
+        order: for each segment of the model, the index of the segment of ``chain`` like it.
     """
 
     name: str
@@ -54,67 +54,64 @@ class Subject:
 
     @property
     def main(self) -> int:
-        """Number of the most frequent make among the blocks."""
+        """Index of the most frequent make among the blocks."""
         blocks = [number for number, make in enumerate(self.makes) if make.kind == "block"]
         return max(blocks, key=lambda number: (self.makes[number].count, -number))
 
 
-def load_subject(name: str, recipe: Recipe, device: torch.device) -> Subject:
-    """The model ``name`` on ``device``, with ``recipe.calibration_images`` images.
+def whole_model(name: str, recipe: Recipe, device: torch.device) -> tuple[BlockChain, Tensor]:
+    """Return the model as a chain, and ``recipe.calibration_images`` images (n, C, H, W).
 
-    Demo models come whole, with their weights and their own images. Any other has random weights, random images, and one
-    segment of each make.
+    Demo models have their weights and images; others random weights and images, always the same.
 
     Raises:
-        ModelError: unknown name, or a model of no known family.
+        ModelError: an unknown name, or a model of no known family.
     """
-    chain, images = whole_model(name, recipe)
-    return cut(name, chain.to(device), images.to(device), thin=name not in DEMO_NAMES)
-
-
-def whole_model(name: str, recipe: Recipe) -> tuple[BlockChain, Tensor]:
-    """All of the model as a chain, and images (n, C, H, W), on the CPU; see :func:`load_subject`."""
     if name in DEMO_NAMES:
         task = get_task("classification")
         loaded = task.load(ModelRequest(name))
-        return task.chains(loaded, recipe)[""], task.calibration(loaded, DataRequest(None), recipe).images
-    model, images = random_model(name, recipe.calibration_images)
-    return chain_of(model, recipe), images
-
-
-def random_model(name: str, count: int) -> tuple[nn.Module, Tensor]:
-    """A timm model with random weights and ``count`` random images of its size, both the same every time."""
+        images = task.calibration(loaded, DataRequest(None), recipe).images
+        assert isinstance(images, Tensor)
+        return task.chains(loaded, recipe)[""].to(device), images.to(device)
     torch.manual_seed(0)
     model: nn.Module = timm.create_model(full_name(name), pretrained=False).eval()
     size = resolve_model_data_config(model)["input_size"]  # type: ignore[no-untyped-call]
-    return model, torch.randn(count, *size, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(recipe.calibration_images, *size, generator=generator)
+    return chain_of(model, recipe).to(device), images.to(device)
 
 
 def chain_of(model: nn.Module, recipe: Recipe) -> BlockChain:
-    """``model`` as a chain, by the first family that knows it."""
+    """Return ``model`` as a chain, by the first family that knows it."""
     return next(family for family in FAMILIES if family.matches(model)).build(model, recipe)
 
 
+def load_subject(name: str, recipe: Recipe, device: torch.device) -> Subject:
+    """Return :func:`whole_model`, cut down to one segment per make if it is no demo model."""
+    chain, images = whole_model(name, recipe, device)
+    return cut(name, chain, images, thin=name not in DEMO_NAMES)
+
+
 def cut(name: str, chain: BlockChain, images: Tensor, thin: bool) -> Subject:
-    """Sort a chain's segments by make; keep one of each if ``thin``."""
+    """Sort the segments of a chain by make; keep one segment per make if ``thin``."""
     shapes = input_shapes(chain, images[:1])
-    signatures = [_signature(segment, shape) for segment, shape in zip(chain, shapes, strict=True)]
+    signatures = [_signature(one, shape) for one, shape in zip(chain, shapes, strict=True)]
     distinct = list(dict.fromkeys(signatures))
     first = [signatures.index(signature) for signature in distinct]
-    makes = tuple(
-        Make(chain.segment(index).label, chain.segment(index).kind, signatures.count(signature), shapes[index])
-        for index, signature in zip(first, distinct, strict=True)
-    )
+    makes = []
+    for index, signature in zip(first, distinct, strict=True):
+        segment, count = chain.segment(index), signatures.count(signature)
+        makes.append(Make(segment.label, segment.kind, count, shapes[index]))
     make_of = tuple(distinct.index(signature) for signature in signatures)
     if not thin:
-        return Subject(name, chain, images, makes, make_of, tuple(range(len(chain))))
+        return Subject(name, chain, images, tuple(makes), make_of, tuple(range(len(chain))))
     kept = BlockChain([chain.segment(index) for index in first])
-    return Subject(name, kept, images, makes, tuple(range(len(first))), make_of)
+    return Subject(name, kept, images, tuple(makes), tuple(range(len(first))), make_of)
 
 
 @torch.no_grad()
 def input_shapes(chain: BlockChain, image: Tensor) -> list[tuple[int, ...]]:
-    """Shape of each block's input for one image (1, C, H, W), without the batch."""
+    """Return the shape of each block's input for one image (1, C, H, W), without the batch."""
     shapes: list[tuple[int, ...]] = []
 
     def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -128,6 +125,5 @@ def input_shapes(chain: BlockChain, image: Tensor) -> list[tuple[int, ...]]:
 
 
 def _signature(segment: Segment, shape: tuple[int, ...]) -> tuple[object, ...]:
-    block = segment.block
-    named = [*block.named_parameters(), *block.named_buffers()]
+    named = [*segment.block.named_parameters(), *segment.block.named_buffers()]
     return segment.kind, shape, tuple((name, tuple(tensor.shape)) for name, tensor in named)

@@ -9,10 +9,10 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from benchmarks.estimate import duration
 from benchmarks.rows import counts_line, running_table
 from benchmarks.status.reader import Seen
 from benchmarks.terminal import plain
+from benchmarks.units import duration
 
 #: Failed and ended cells that are shown of a runner, the latest.
 _FAILED, _ENDED = 10, 5

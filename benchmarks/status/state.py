@@ -2,7 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from tasks.common.strict import Strict
 
 SCHEMA_VERSION = 1
 
@@ -11,11 +13,7 @@ Seconds = Annotated[float, Field(ge=0, le=1e10, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, le=10**9)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class RunnerFacts(_Strict):
+class RunnerFacts(Strict):
     """Who runs.
 
     Attributes:
@@ -33,7 +31,7 @@ class RunnerFacts(_Strict):
     finished: bool = False
 
 
-class Counts(_Strict):
+class Counts(Strict):
     """Cells. ``done`` are those with a record, ``total`` all of the grid."""
 
     done: Count
@@ -42,7 +40,7 @@ class Counts(_Strict):
     total: Count
 
 
-class CellKey(_Strict):
+class CellKey(Strict):
     """What tells a cell from the others of its grid."""
 
     section: str
@@ -54,7 +52,7 @@ class CellKey(_Strict):
     point: str
 
 
-class RunningCell(_Strict):
+class RunningCell(Strict):
     """A cell at work.
 
     Attributes:
@@ -78,7 +76,7 @@ class RunningCell(_Strict):
     attempts: Count = 1
 
 
-class FailedCell(_Strict):
+class FailedCell(Strict):
     """A cell that could not be measured, and the file with the details."""
 
     label: str
@@ -86,7 +84,7 @@ class FailedCell(_Strict):
     log: str | None = None
 
 
-class EndedCell(_Strict):
+class EndedCell(Strict):
     """A cell that is over, and what is said of it."""
 
     label: str
@@ -94,7 +92,7 @@ class EndedCell(_Strict):
     text: str
 
 
-class State(_Strict):
+class State(Strict):
     """A runner and its cells.
 
     Attributes:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from fimaq_core.errors import ModelError
+from fimaq_core.errors import ModelError, suggest
 from tasks.common.request import ModelRequest
 from tasks.common.weights import StoredWeights, load_state, read_weights
 
@@ -32,19 +30,11 @@ class DemoSpec:
     kwargs: dict[str, Any]
 
 
-def unknown_name(name: str, names: Iterable[str]) -> str:
-    """Formats the message for a name that is none of the demo models' names."""
-    known = list(names)
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f" did you mean {close[0]!r}?" if close else ""
-    return f"unknown demo model {name!r};{hint} available: {', '.join(known)}"
-
-
 @dataclass(frozen=True)
 class DemoModels:
     """The demo models of one task.
 
-    Every method takes the name of a model and raises a ValueError if there is no such model.
+    Every method takes the name of a model and raises ModelError for an unknown one.
 
     Attributes:
         specs: Name to specification.
@@ -63,7 +53,7 @@ class DemoModels:
         """Looks up how a demo model is built."""
         if name in self.specs:
             return self.specs[name]
-        raise ValueError(unknown_name(name, self.specs))
+        raise ModelError(f"Unknown demo model {name!r}.{suggest(name, self.specs)}")
 
     def build(self, name: str) -> nn.Module:
         """Builds a demo model with random weights, in eval mode."""

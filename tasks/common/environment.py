@@ -13,6 +13,7 @@ import torch
 
 import fimaq_core
 from fimaq_core.errors import RecipeError
+from tasks.common.machine import processor
 from tasks.common.record import Environment
 
 _PACKAGES = ("torch", "torchvision", "timm", "open_clip_torch", "transformers", "numpy", "safetensors")
@@ -59,16 +60,6 @@ def instructions() -> str:
     """Instruction set of PyTorch's CPU kernels, and oneDNN's limit where the environment sets one."""
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA")
     return torch.backends.cpu.get_cpu_capability() + (f", oneDNN up to {limit}" if limit else "")
-
-
-def processor() -> str:
-    """The processor's model name, or the architecture where the system does not tell."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def git_revision() -> str:

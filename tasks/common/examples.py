@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from fimaq_core.errors import CheckpointError
+from tasks.common.strict import Strict
 
 EXAMPLES_FILE = "examples.json"
 #: Samples that an evaluation keeps, and answers of each.
@@ -57,8 +58,8 @@ def shortened(text: str) -> str:
     return text if len(text) <= CHARACTERS else f"{text[: CHARACTERS - 1]}…"
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+class _Exact(Strict, strict=True, allow_inf_nan=False):
+    """Strict also in types: the file may come from elsewhere."""
 
 
 _Text = Annotated[str, Field(max_length=CHARACTERS)]
@@ -69,14 +70,14 @@ _Side = Annotated[int, Field(ge=1, le=100_000)]
 _Polygon = Annotated[list[float], Field(min_length=6, max_length=1000)]
 
 
-class ClassAnswer(_Strict):
+class ClassAnswer(_Exact):
     """A class and its softmax probability."""
 
     name: _Text
     share: _Share
 
 
-class ClassSample(_Strict):
+class ClassSample(_Exact):
     """A classified image: the name of its class, and the most probable ones."""
 
     sample: _Id
@@ -84,7 +85,7 @@ class ClassSample(_Strict):
     top: list[ClassAnswer] = Field(max_length=ANSWERS)
 
 
-class CaptionAnswer(_Strict):
+class CaptionAnswer(_Exact):
     """A caption, its cosine similarity to the image, and whether it is one of the image's own."""
 
     caption: _Text
@@ -92,7 +93,7 @@ class CaptionAnswer(_Strict):
     correct: bool
 
 
-class CaptionSample(_Strict):
+class CaptionSample(_Exact):
     """An image that captions were looked for to: its own captions, and the most similar of all."""
 
     sample: _Id
@@ -100,7 +101,7 @@ class CaptionSample(_Strict):
     top: list[CaptionAnswer] = Field(max_length=ANSWERS)
 
 
-class TrueObject(_Strict):
+class TrueObject(_Exact):
     """An annotated object, in pixels of the original image: x, y, width, height, and outlines as x0, y0, x1, y1, ..."""
 
     name: _Text
@@ -114,7 +115,7 @@ class FoundObject(TrueObject):
     score: _Share
 
 
-class ObjectSample(_Strict):
+class ObjectSample(_Exact):
     """An image of ``size`` (width, height) with its objects and what was found."""
 
     sample: _Id
@@ -126,7 +127,7 @@ class ObjectSample(_Strict):
 Samples = list[ClassSample] | list[CaptionSample] | list[ObjectSample]
 
 
-class ExampleFile(_Strict):
+class ExampleFile(_Exact):
     """Content of ``examples.json``."""
 
     task: _Text

@@ -1,10 +1,10 @@
-"""Multiplications with addition (MACs) of each layer for one image, by the shapes that a pass shows."""
+"""Multiplications with addition (MACs) of each layer for one image."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from fimaq_core.chain import BlockChain
 from fimaq_core.layers import QuantMatMul, quant_layers, set_quantized
@@ -15,48 +15,39 @@ Layer = nn.Linear | nn.Conv2d | nn.ConvTranspose2d | QuantMatMul
 
 @torch.no_grad()
 def count_macs(chain: BlockChain, image: Tensor) -> dict[str, int]:
-    """MACs of every layer of ``chain`` for one input (1, ...), by the shapes seen in one full-precision pass.
+    """Return the MACs of every layer of ``chain`` for one input (1, ...), in full precision.
 
-    Windows of attention lie in the batch dimension, so a layer's inputs are counted whole. A layer used twice counts twice.
+    PyTorch counts them while the input passes. A layer that is used twice counts twice.
 
     Raises:
         ValueError: not one image.
     """
     if image.shape[0] != 1 and chain.segment(0).kind != "predictor":  # of which one image has many inputs
         raise ValueError(f"one image is needed, got {image.shape[0]}")
+    flops = FlopCounterMode(display=False)
     macs = dict.fromkeys((name for name, _ in multiplying_layers(chain)), 0)
 
-    def counter(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-        def add(layer: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-            macs[name] += _macs(layer, args, out)
+    def count(name: str, sign: int) -> Callable[..., None]:
+        def add(*_: object) -> None:
+            macs[name] += sign * flops.get_total_flops() // 2  # two operations per MAC
 
         return add
 
     switched = [(layer, layer.quantized) for _, layer in quant_layers(chain)]
-    handles = [layer.register_forward_hook(counter(name)) for name, layer in multiplying_layers(chain)]
+    handles = []
+    for name, layer in multiplying_layers(chain):
+        handles.append(layer.register_forward_pre_hook(count(name, -1)))
+        handles.append(layer.register_forward_hook(count(name, 1)))
     try:
         set_quantized(chain, False)
-        chain(image)
+        with flops:
+            chain(image)
     finally:
         for handle in handles:
             handle.remove()
         for layer, on in switched:
             layer.quantized = on
     return macs
-
-
-def _macs(layer: nn.Module, args: tuple[Any, ...], out: Tensor) -> int:
-    if isinstance(layer, QuantMatMul):
-        a, b = args  # (batch, heads, rows, inner), (batch, heads, inner, columns)
-        return int(a.numel() * b.shape[-1])
-    if isinstance(layer, nn.ConvTranspose2d):
-        # Every input value is multiplied with the kernels of its group's output channels. (By numbers of channels: float and
-        # quantizable layers keep their weights in different layouts.)
-        kernel = layer.kernel_size[0] * layer.kernel_size[1]
-        return int(args[0].numel() * layer.out_channels // layer.groups * kernel)
-    assert isinstance(layer, nn.Linear | nn.Conv2d)
-    # Every output value is one row of the weight times as many inputs: input channels, or kernel x channels of a group.
-    return int(out.numel() * layer.weight[0].numel())
 
 
 def multiplying_layers(chain: BlockChain) -> Iterator[tuple[str, Layer]]:

@@ -4,9 +4,10 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt, ValidationError
+from pydantic import Field, FiniteFloat, PositiveInt, ValidationError
 
 from fimaq_core.errors import RecipeError, first_problem
+from tasks.common.strict import Strict
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[FiniteFloat, Field(gt=0)]
@@ -14,7 +15,7 @@ Mean = Annotated[float, Field(ge=0, le=1)]
 Deviation = Annotated[float, Field(ge=1e-3, le=1)]
 
 
-class Preprocessing(BaseModel):
+class Preprocessing(Strict):
     """How images become inputs of a model, in the words of timm.
 
     Attributes:
@@ -25,8 +26,6 @@ class Preprocessing(BaseModel):
         mean, std: by channel, of values in 0..1.
         interpolation: of resizing.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     input_size: tuple[PositiveInt, PositiveInt, PositiveInt]
     crop_pct: Share | None = None
@@ -45,10 +44,8 @@ class Preprocessing(BaseModel):
         return f"{size}, {self.interpolation}, {crop}, mean {mean}, std {std}"
 
 
-class GivenPreprocessing(BaseModel):
+class GivenPreprocessing(Strict):
     """Fields of :class:`Preprocessing` that replace a model's own; None keeps these."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     input_size: Annotated[list[PositiveInt], Field(min_length=2, max_length=3)] | None = None
     crop_pct: Share | None = None

@@ -2,10 +2,13 @@
 
 import json
 import math
+import zlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from zipfile import BadZipFile
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+import numpy as np
+from pydantic import Field, FiniteFloat, ValidationError
 
 from fimaq_core.errors import CheckpointError, DataError, first_problem
 from fimaq_core.files import replaced_whole
@@ -14,6 +17,7 @@ from tasks.common import sealing
 from tasks.common.hashing import file_sha256
 from tasks.common.preprocessing import Preprocessing
 from tasks.common.record_versions import migrated
+from tasks.common.strict import Strict
 
 SCHEMA_VERSION = 3
 
@@ -26,18 +30,14 @@ _REMEDY = "restore it, or delete it to measure that cell again"
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}$")]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Metric(_Strict):
+class Metric(Strict):
     """A measured value and its standard error over the samples; in percent, but for ranks, which count from 1."""
 
     value: FiniteFloat
     stderr: FiniteFloat
 
 
-class Weights(_Strict):
+class Weights(Strict):
     """Which weights were quantized.
 
     ``entry`` is the entry of the file that they were taken from, ``entries`` are all its entries
@@ -57,7 +57,7 @@ class Weights(_Strict):
         return [f"weights: entry '{self.entry}' of {', '.join(self.entries)} (--weights-entry)"]
 
 
-class Dataset(_Strict):
+class Dataset(Strict):
     """Which samples the metrics were measured on: ``count`` images, and where they have captions, how many of these.
 
     ``truncated_captions`` are longer than the model's context; what is beyond it was cut off.
@@ -87,7 +87,7 @@ class Dataset(_Strict):
     left_out: int | None = None
 
 
-class Calibration(_Strict):
+class Calibration(Strict):
     """Which images calibrated the model: ids in order, how they were transformed.
 
     ``captions`` are those they were paired with. ``batch`` says how many in a row share a batch of a divergence that compares
@@ -102,7 +102,7 @@ class Calibration(_Strict):
     batch: int | None = None
 
 
-class LayerEntry(_Strict):
+class LayerEntry(Strict):
     """One layer of the module map.
 
     ``input_*`` is of a product's first operand, ``other_*`` of its second. Quantizers are named by their kind, ``none`` where
@@ -121,14 +121,14 @@ class LayerEntry(_Strict):
     other_quantizer: str | None = None
 
 
-class ModuleMap(_Strict):
+class ModuleMap(Strict):
     """Every quantized layer, and every module left in full precision."""
 
     quantized: list[LayerEntry]
     full_precision: list[str]
 
 
-class Environment(_Strict):
+class Environment(Strict):
     """Where a record was measured.
 
     ``instructions`` are those of PyTorch's CPU kernels; empty where they were not recorded.
@@ -141,7 +141,7 @@ class Environment(_Strict):
     threads: int
 
 
-class BlockFigures(_Strict):
+class BlockFigures(Strict):
     """How a reconstructed block came out.
 
     ``error`` is ``||q - f||² / ||f||²`` of its output q in the quantized model (all errors before it included) and f in the
@@ -153,7 +153,7 @@ class BlockFigures(_Strict):
     fisher: FiniteFloat | None = None
 
 
-class ResultRecord(_Strict):
+class ResultRecord(Strict):
     """Everything known of one finished cell. ``method`` ``fp`` is the full-precision model.
 
     Of what lies beside it, ``outcomes`` names the file of per-sample outcomes and ``outcomes_sha256`` is its sha256, ``examples``
@@ -273,6 +273,38 @@ def outcomes_problem(record: ResultRecord, folder: Path) -> str | None:
         f"{path} does not belong to the record beside it (its sha256 is {found[:12]}, the record has "
         f"{record.outcomes_sha256[:12]}): restore it, or delete the record to measure that cell again."
     )
+
+
+def outcome_arrays(record: ResultRecord, folder: Path) -> dict[str, np.ndarray]:
+    """Return the arrays of the outcomes beside a record: ``sample`` (ids) and numbers per sample.
+
+    Args:
+        record: whose outcomes.
+        folder: of the record.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, of another record or of another form.
+    """
+    path = folder / record.outcomes
+    again = f"measure {record.model} {record.method} again with --force."
+    if not path.is_file():
+        raise CheckpointError(f"There are no outcomes {path}: {again}")
+    if (problem := outcomes_problem(record, folder)) is not None:
+        raise CheckpointError(problem)
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            content = {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, TypeError, KeyError, EOFError, BadZipFile, zlib.error) as error:
+        raise CheckpointError(f"The outcomes {path} are damaged ({error}): {again}") from error
+    shapes = {name: array.shape for name, array in content.items()}
+    if "sample" not in content or len(set(shapes.values())) != 1 or content["sample"].ndim != 1:
+        found = ", ".join(f"{name} {shape}" for name, shape in shapes.items()) or "nothing"
+        raise CheckpointError(f"The outcomes {path} have no 'sample', or arrays of different sizes: {found}.")
+    kinds = {name: array.dtype.kind for name, array in content.items() if name != "sample"}
+    words = [name for name, kind in kinds.items() if kind not in "biuf"]
+    if words:
+        raise CheckpointError(f"The outcomes {path} have no numbers in {', '.join(words)}: {again}")
+    return content
 
 
 def proportion(correct: int, count: int) -> Metric:

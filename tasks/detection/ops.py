@@ -14,9 +14,8 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.nn.functional import max_pool2d
-from torchvision.ops import box_iou, roi_align
 from torchvision.ops import nms as torchvision_nms
+from torchvision.ops import roi_align
 
 from fimaq_core.errors import ModelError
 
@@ -49,7 +48,7 @@ class Operators(ModuleType):
     def __init__(self) -> None:
         super().__init__(_NAME, "Operators of mmcv by torchvision.")
         self.__spec__ = ModuleSpec(_NAME, None)
-        for operator in (nms, softnms, roi_align_forward, roi_align_backward, get_compiler_version, get_compiling_cuda_version):
+        for operator in (nms, roi_align_forward, roi_align_backward, get_compiler_version, get_compiling_cuda_version):
             setattr(self, operator.__name__, operator)
 
     def __getattr__(self, name: str) -> Callable[..., NoReturn]:
@@ -60,7 +59,7 @@ class Operators(ModuleType):
         def missing(*_: Any, **__: Any) -> NoReturn:
             raise ModelError(
                 f"mmcv's operator '{name}' is needed and there is no such operator without a compiled mmcv: the detectors of "
-                "this package use NMS, soft NMS and RoIAlign only. For other models compile mmcv 2.1; it is used if installed."
+                "this package use NMS and RoIAlign only. For other models compile mmcv 2.1; it is used if installed."
             )
 
         return missing
@@ -72,44 +71,6 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
     A box goes if its overlap with a kept one of higher score is above ``iou_threshold``. Sides are ``x2 - x1 + offset``.
     """
     return torchvision_nms(_with_offset(boxes, offset), scores, iou_threshold)
-
-
-def softnms(
-    boxes: Tensor, scores: Tensor, dets: Tensor, iou_threshold: float, sigma: float, min_score: float, method: int, offset: int
-) -> Tensor:
-    """Soft-NMS (Bodla et al., "Soft-NMS -- Improving Object Detection With One Line of Code", ICCV 2017, arXiv 1704.04503).
-
-    The box of highest score is taken again and again; each time the scores of those left are weighted by their overlap with it,
-    and those that fall below ``min_score`` are dropped. The first box always stays.
-
-    Args:
-        boxes, scores: (n, 4) and (n,), on the CPU.
-        dets: (n, 5); its first rows are overwritten by the boxes taken, in that order, with the scores they had then.
-        iou_threshold: of methods 0 and 1: overlaps from here on lower the score.
-        sigma: of method 2.
-        min_score: see above.
-        method: 0 naive (score zero), 1 linear (``1 - overlap``), 2 Gaussian (``exp(-overlap^2 / sigma)``).
-        offset: sides are ``x2 - x1 + offset``.
-
-    Returns:
-        Indices (int64) of the boxes taken.
-    """
-    overlaps = box_iou(_with_offset(boxes, offset), _with_offset(boxes, offset)).nan_to_num(0.0)
-    left, scores = torch.arange(len(boxes)), scores.clone()
-    taken: list[int] = []
-    while len(left):
-        best = int(left[scores[left].argmax()])
-        dets[len(taken), :4], dets[len(taken), 4] = boxes[best], scores[best]
-        taken.append(best)
-        left = left[left != best]
-        overlap = overlaps[best, left]
-        if method == 2:
-            weights = torch.exp(-(overlap**2) / sigma)
-        else:
-            weights = torch.where(overlap >= iou_threshold, 1 - overlap if method == 1 else 0.0, torch.ones_like(overlap))
-        scores[left] *= weights
-        left = left[scores[left] >= min_score]
-    return torch.tensor(taken, dtype=torch.int64)
 
 
 def roi_align_forward(
@@ -131,27 +92,19 @@ def roi_align_forward(
         input: (N, C, H, W).
         rois: (n, 5): index of the image, x1, y1, x2, y2.
         output: (n, C, aligned_height, aligned_width).
-        argmax_y, argmax_x: not written: where the maxima are is needed by the backward pass of max pooling only.
+        argmax_y, argmax_x: of max pooling; not written.
         spatial_scale: from the coordinates of ``rois`` to those of ``input``.
         sampling_ratio: samples a bin along each side; 0: as many as it takes for one a cell.
-        pool_mode: 0 takes the maximum of a bin's samples, 1 their mean.
+        pool_mode: 1, the mean of a bin's samples.
         aligned: pixel centres at half coordinates.
+
+    Raises:
+        ModelError: max pooling.
     """
+    if pool_mode != 1:
+        raise ModelError("RoIAlign with max pooling needs a compiled mmcv: use pool_mode 'avg'.")
     size = (aligned_height, aligned_width)
-    if pool_mode == 1:
-        output.copy_(roi_align(input, rois, size, spatial_scale, sampling_ratio, aligned))
-        return
-    sides = (rois[:, [4, 3]] - rois[:, [2, 1]]) * spatial_scale
-    if not aligned:
-        sides = sides.clamp(min=1.0)
-    grids = torch.ceil(sides / sides.new_tensor(size)) if sampling_ratio <= 0 else torch.full_like(sides, sampling_ratio)
-    for index, (rows, columns) in enumerate(grids.long().tolist()):
-        if rows <= 0 or columns <= 0:
-            continue  # an empty region: no samples, zero as in mean pooling
-        # each sample as a bin of its own with one sample
-        fine = (aligned_height * rows, aligned_width * columns)
-        samples = roi_align(input, rois[index : index + 1], fine, spatial_scale, 1, aligned)
-        output[index] = max_pool2d(samples, (rows, columns))[0]
+    output.copy_(roi_align(input, rois, size, spatial_scale, sampling_ratio, aligned))
 
 
 def roi_align_backward(
@@ -167,13 +120,7 @@ def roi_align_backward(
     pool_mode: int,
     aligned: bool,
 ) -> None:
-    """The gradient of mean pooling by ``input`` of :func:`roi_align_forward`, written into ``grad_input`` (N, C, H, W).
-
-    Raises:
-        ModelError: max pooling.
-    """
-    if pool_mode != 1:
-        raise ModelError("The backward pass of RoIAlign with max pooling needs a compiled mmcv: use pool_mode 'avg'.")
+    """The gradient by ``input`` of :func:`roi_align_forward`, written into ``grad_input`` (N, C, H, W)."""
     with torch.enable_grad():
         features = torch.zeros_like(grad_input).requires_grad_()
         pooled = roi_align(features, rois, (aligned_height, aligned_width), spatial_scale, sampling_ratio, aligned)

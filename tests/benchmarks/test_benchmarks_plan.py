@@ -9,13 +9,13 @@ import pytest
 
 from benchmarks.cells import Cell, RunOptions, default_adapter
 from benchmarks.costs import cost_row, costs_path, costs_text, read_costs
-from benchmarks.estimate import duration
 from benchmarks.grid import Filters, expand, load_grid
 from benchmarks.plan import plan_of, plan_text
 from benchmarks.published.table import load_table
 from benchmarks.reference import write_reference
 from benchmarks.schedule import make_chains
 from benchmarks.schema import Grid
+from benchmarks.units import duration
 from fimaq_core.errors import FimaqError
 from tasks.common.record import Environment, write_record
 from tasks.common.request import CellRequest

@@ -18,7 +18,7 @@ from engine_fakes import HANG, until
 from benchmarks.cells import RunOptions
 from benchmarks.cli import cli
 from benchmarks.engines.local import default_jobs
-from benchmarks.estimate import Estimator, duration
+from benchmarks.estimate import Estimator
 from benchmarks.grid import Filters, expand, load_grid
 from benchmarks.schedule import make_chains
 from tasks.common import anew
@@ -268,7 +268,3 @@ def test_time_left_uses_measured_seconds_by_method():
     running = cells["demo_vit fimaq w4a4 seed 2"]
     assert estimator.left(waiting, {running.key: (running, 10.0)}, 2) == pytest.approx((2 + 30 + 30 + 20) / 2)
     assert estimator.left([slow], {}, 8) == pytest.approx(30)
-
-
-def test_durations_are_for_people():
-    assert [duration(value) for value in (24.2, 360, 7500)] == ["24 s", "6 min", "2 h 05 min"]

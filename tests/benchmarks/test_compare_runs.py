@@ -205,7 +205,7 @@ def test_other_samples_are_refused(tmp_path: Path):
     assert "has 199" in run(sides[0], whole).stderr
 
 
-def test_a_clear_difference_is_said_and_an_unclear_one_with_what_could_have_been_shown(tmp_path: Path):
+def test_a_clear_difference_is_said_and_an_unclear_one_too(tmp_path: Path):
     a, b, near = (save(tmp_path, m, correct=right(s)) for m, s in (("fimaq", 0.9), ("rtn", 0.5), ("qdrop", 0.89)))
     result = run(a, b)
     assert result.exit_code == 0
@@ -213,7 +213,6 @@ def test_a_clear_difference_is_said_and_an_unclear_one_with_what_could_have_been
     assert "B is better by " in run(b, a).stdout
     text = run(a, near).stdout
     assert "no difference shown" in text
-    assert "with 200 samples a difference of at least" in text
     table = json.loads(run(a, b, "--json").stdout)["pairs"][0]["metrics"][0]
     mine, theirs = right(0.9), right(0.5)
     assert table["test"] == "McNemar"
@@ -244,7 +243,6 @@ def test_several_seeds_are_averaged_and_bootstrapped(tmp_path: Path):
     assert found.test == "bootstrap"
     assert found.difference == pytest.approx(gaps.mean())
     assert found.se == pytest.approx(gaps.std() / np.sqrt(200), rel=0.03)
-    assert found.effect["d_z"] == pytest.approx(gaps.mean() / gaps.std(), rel=0.03)
 
 
 def test_holm_stands_beside_p_where_there_are_several_pairs_and_decides(tmp_path: Path):

@@ -13,9 +13,8 @@ from click.testing import CliRunner
 
 from benchmarks.cells import Adapter, Places, RunOptions, default_adapter
 from benchmarks.cli import cli
-from benchmarks.doctor import profiles
-from benchmarks.doctor.packages import ROOT
-from benchmarks.doctor.report import examine, lines
+from benchmarks.costs import REFERENCE
+from benchmarks.doctor import examine, examine_profile, lines
 from benchmarks.grid import GRIDS
 from fimaq_core.errors import ModelError
 from fimaq_core.recipe import make_recipe
@@ -24,6 +23,7 @@ from tasks.common.record import write_record
 pytestmark = pytest.mark.slow
 
 DEMO_CELLS = 158
+ROOT = Path(__file__).parents[2]
 
 
 def offline(tmp_path: Path) -> dict[str, str]:
@@ -101,19 +101,18 @@ def test_a_pytorch_that_crashes_is_a_finding(tmp_path: Path):
     assert "Traceback" not in done.stderr
 
 
-def test_missing_packages_and_results_keep_every_profile_from_running(tmp_path: Path):
-    (tmp_path / "lock.txt").write_text("no-such-thing==1.0\n")
-    (tmp_path / "pyproject.toml").write_text('[project]\nrequires-python = ">=3.11"\ndependencies = ["no-such-thing"]\n')
-    options = RunOptions(results=tmp_path / "results")
-    report = examine("demo", options, fakes.ADAPTER, tmp_path / "lock.txt", tmp_path / "pyproject.toml")
-    assert report.profiles[0].can_run
-    assert not report.can_run
+def test_missing_packages_and_results_keep_every_profile_from_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("benchmarks.doctor.metadata.requires", lambda _: ["no-such-thing>=1"])
+    report = examine("demo", RunOptions(results=tmp_path / "results"), fakes.ADAPTER)
+    assert report["profiles"][0]["can_run"]
+    assert not report["can_run"]
     shown = "\n".join(text for _, text in lines(report))
     assert "no-such-thing is missing" in shown
     assert "Profile demo cannot run" in shown
     (tmp_path / "file").touch()
+    monkeypatch.undo()
     report = examine("demo", RunOptions(results=tmp_path / "file"), fakes.ADAPTER)
-    assert not report.can_run
+    assert not report["can_run"]
 
 
 def test_missing_data_of_one_section_leave_the_others(tmp_path: Path):
@@ -122,11 +121,11 @@ def test_missing_data_of_one_section_leave_the_others(tmp_path: Path):
 
     (tmp_path / "no-data").touch()
     adapter = Adapter(fakes.run_cell, fakes.planned_folder, preflight)
-    found = profiles.examine("demo", RunOptions(results=tmp_path), adapter, [], cuda=False)
-    assert not found.can_run
-    assert {section.name: section.missing for section in found.sections} == {
-        "classification": (), "detection": (),
-        "retrieval": ("Missing: the data. Fetch it.", "Missing: the weights of demo_clip. Train them."),
+    found = examine_profile("demo", RunOptions(results=tmp_path), adapter, [], cuda=False)
+    assert not found["can_run"]
+    assert {section["name"]: section["missing"] for section in found["sections"]} == {
+        "classification": [], "detection": [],
+        "retrieval": ["Missing: the data. Fetch it.", "Missing: the weights of demo_clip. Train them."],
     }  # fmt: skip
     report = examine("demo", RunOptions(results=tmp_path), adapter)
     shown = [text for _, text in lines(report)]
@@ -142,31 +141,30 @@ def test_a_check_that_fails_is_a_reason(tmp_path: Path):
         raise ModelError("Unknown model 'x'.")
 
     options = RunOptions(results=tmp_path)
-    found = profiles.examine("demo", options, Adapter(fakes.run_cell, fakes.planned_folder, broken), [], cuda=False)
-    assert (found.can_run, found.problem) == (False, "it cannot be examined: ImportError: timm is half installed")
-    found = profiles.examine("demo", options, Adapter(fakes.run_cell, fakes.planned_folder, unknown), [], cuda=False)
-    assert found.sections[0].missing == ("Unknown model 'x'.",)
+    found = examine_profile("demo", options, Adapter(fakes.run_cell, fakes.planned_folder, broken), [], cuda=False)
+    assert (found["can_run"], found["problem"]) == (False, "it cannot be examined: ImportError: timm is half installed")
+    found = examine_profile("demo", options, Adapter(fakes.run_cell, fakes.planned_folder, unknown), [], cuda=False)
+    assert found["sections"][0]["missing"] == ["Unknown model 'x'."]
 
 
 def test_a_profile_that_cannot_be_read_and_one_that_wants_a_gpu(tmp_path: Path):
     content = yaml.safe_load((GRIDS / "quantizers.yaml").read_text(encoding="utf-8"))
     own = tmp_path / "own.yaml"
     own.write_text(yaml.safe_dump({**content, "device": "cuda"}))
-    assert profiles.names(str(own))[0] == str(own)
     options = RunOptions(results=tmp_path)
-    assert "PyTorch sees no GPU" in profiles.examine(str(own), options, fakes.ADAPTER, [], cuda=False).problem
-    assert profiles.examine(str(own), options, fakes.ADAPTER, [], cuda=True).can_run
+    assert "PyTorch sees no GPU" in examine_profile(str(own), options, fakes.ADAPTER, [], cuda=False)["problem"]
+    assert examine_profile(str(own), options, fakes.ADAPTER, [], cuda=True)["can_run"]
     own.write_text("methods: [")
-    assert "is not YAML" in profiles.examine(str(own), options, fakes.ADAPTER, [], cuda=True).problem
+    assert "is not YAML" in examine_profile(str(own), options, fakes.ADAPTER, [], cuda=True)["problem"]
 
 
 def test_data_and_weights_that_were_given_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("tasks.common.hub.hub_answers", lambda: True)
     options = RunOptions(results=tmp_path, data=Places(imagenet=tmp_path / "nowhere"))
-    found = profiles.examine("paper-ablation", options, default_adapter(), [], cuda=True)
-    assert any(f"the folder {tmp_path / 'nowhere' / 'train'}" in message for message in found.sections[0].missing)
+    found = examine_profile("paper-ablation", options, default_adapter(), [], cuda=True)
+    assert any(f"the folder {tmp_path / 'nowhere' / 'train'}" in message for message in found["sections"][0]["missing"])
     # The hub answers: what is not here will be fetched, and is not missing.
-    assert set(found.sections[0].weights.values()) <= {
+    assert set(found["sections"][0]["weights"].values()) <= {
         "here", "timm/vit_small_patch16_224.augreg_in21k_ft_in1k", "timm/deit_tiny_patch16_224.fb_in1k",
         "timm/swin_small_patch4_window7_224.ms_in1k",
     }  # fmt: skip
@@ -178,24 +176,24 @@ def test_needs_are_those_of_records_where_there_are_any(tmp_path: Path):
     )
     path = write_record(record, tmp_path / "runs" / "cell")
     (path.parent / "quantized.safetensors").write_bytes(bytes(1_000_000))
-    found = profiles.examine("demo", RunOptions(results=tmp_path), fakes.ADAPTER, [(path, record)], cuda=False, memory=100e6)
-    (need,) = [need for need in found.needs if need.source.startswith("1 records")]
-    assert (need.model, need.memory) == ("demo_vit", 123e6)
-    assert need.disk is not None
-    assert need.disk > 1e6
-    assert "demo_vit took 123.0 MB of memory, 1.0 MB of disk a cell" in need.text
-    assert any("100.0 MB may be used here" in note for note in found.notes)
+    found = examine_profile("demo", RunOptions(results=tmp_path), fakes.ADAPTER, [(path, record)], cuda=False, memory=100e6)
+    (need,) = [need for need in found["needs"] if need["model"] == "demo_vit"]
+    assert (need["model"], need["memory"]) == ("demo_vit", 123e6)
+    assert need["disk"] is not None
+    assert need["disk"] > 1e6
+    assert "demo_vit took 123.0 MB of memory, 1.0 MB of disk per cell" in need["text"]
+    assert any("100.0 MB may be used here" in note for note in found["notes"])
 
 
 def test_needs_of_real_sizes_come_from_the_committed_measurements(tmp_path: Path):
-    found = profiles.examine("paper", RunOptions(results=tmp_path), fakes.ADAPTER, [], cuda=False)
-    content = json.loads((profiles.REFERENCE / "rehearsal.json").read_text(encoding="utf-8"))
+    found = examine_profile("paper", RunOptions(results=tmp_path), fakes.ADAPTER, [], cuda=False)
+    content = json.loads((REFERENCE / "rehearsal.json").read_text(encoding="utf-8"))
     sizes = [row["peak_memory_bytes"] for row in content["cells"] if row["model"] == "mask_rcnn_swin_tiny"]
-    need = next(need for need in found.needs if need.model == "mask_rcnn_swin_tiny")
-    assert need.memory == max(sizes)
-    assert "rehearsal.json" in need.text
-    assert "no GPU is visible" in found.notes[0]
-    assert not profiles.examine("paper", RunOptions(results=tmp_path), fakes.ADAPTER, [], cuda=True).notes
+    need = next(need for need in found["needs"] if need["model"] == "mask_rcnn_swin_tiny")
+    assert need["memory"] == max(sizes)
+    assert "rehearsal.json" in need["text"]
+    assert "no GPU is visible" in found["notes"][0]
+    assert not examine_profile("paper", RunOptions(results=tmp_path), fakes.ADAPTER, [], cuda=True)["notes"]
 
 
 def test_an_unknown_profile_is_an_error(tmp_path: Path):
@@ -206,4 +204,4 @@ def test_an_unknown_profile_is_an_error(tmp_path: Path):
 
 @pytest.mark.parametrize("name", ["demo", "quantizers"])
 def test_real_preflights_find_what_comes_along(tmp_path: Path, name: str):
-    assert profiles.examine(name, RunOptions(results=tmp_path), default_adapter(), [], cuda=False).can_run
+    assert examine_profile(name, RunOptions(results=tmp_path), default_adapter(), [], cuda=False)["can_run"]

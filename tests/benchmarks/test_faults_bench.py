@@ -10,7 +10,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from benchmarks.faults import audit, busy, kills
+from benchmarks.faults import audit, kills
 from benchmarks.faults.__main__ import main
 from benchmarks.faults.audit import Event
 from fimaq_core.progress import Progress, silent
@@ -21,19 +21,10 @@ from tasks.common.request import CellRequest, DataRequest, ModelRequest
 pytestmark = pytest.mark.slow
 
 
-def test_busy_is_the_share_of_the_workers_time_that_cells_take():
-    events = [
-        Event("begun", "a", 1, 10.0), Event("begun", "b", 2, 11.0), Event("measured", "a", 1, 12.0),
-        Event("measured", "b", 2, 14.0),
-    ]  # fmt: skip
-    assert busy.worker_busy(events, 2) == pytest.approx((2 + 3) / (2 * 4))
-    assert busy.worker_busy(events[:1] + events[2:3], 1) == 1.0
-
-
 def test_cells_measured_twice_or_by_two_at_a_time_are_doubled():
     seen = {"begun": "aad", "measured": "abbd", "overlap": "c"}
     events = [Event(kind, cell, 1, 0.0) for kind, cells in seen.items() for cell in cells]
-    assert kills.doubled(events) == {"b", "c"}
+    assert audit.doubled(events) == {"b", "c"}
 
 
 def test_the_witness_sees_who_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -62,14 +53,14 @@ def test_the_witness_sees_who_measures(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_two_runners_on_one_folder_measure_each_cell_once(tmp_path: Path):
-    """Started together, of two workers each; cells are those of the bench, which do nothing but write."""
+    """Started together, two workers each; the cells only hold their lease for a moment."""
     grid = tmp_path / "grid.yaml"
     grid.write_text(yaml.safe_dump({
         "name": "twice", "tasks": {"classification": {"dataset": "none", "models": ["demo_vit"]}}, "methods": ["rtn"],
         "bits": ["w4a4"], "seeds": list(range(10)), "threads": 1,
     }))  # fmt: skip
     results = tmp_path / "results"
-    command = [sys.executable, "-m", "benchmarks.faults.driver", "stand-in", "run", "--profile", str(grid), "--jobs", "2"]
+    command = [sys.executable, "-m", "leased_cells", "run", "--profile", str(grid), "--jobs", "2"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     runners = [
         subprocess.Popen([*command, "--results", str(results)], stdout=subprocess.PIPE, text=True, env=environment) for _ in "ab"
@@ -85,6 +76,30 @@ def test_two_runners_on_one_folder_measure_each_cell_once(tmp_path: Path):
         assert "[10/10]" in text
     assert all(read_record(path).n == 2000 for path in results.rglob("result.json"))
     assert len(list(results.rglob("result.json"))) == 10
+
+
+def test_digests_do_not_depend_on_the_order_in_a_checkpoints_header(tmp_path: Path) -> None:
+    for name, keys in (("one", "ab"), ("other", "ba"), ("third", "ac")):
+        header = json.dumps(dict.fromkeys(keys, 0)).encode()
+        (tmp_path / name).mkdir()
+        content = len(header).to_bytes(8, "little") + header + b"tensors"
+        (tmp_path / name / "quantized.safetensors").write_bytes(content)
+    one, other, third = (kills.digests(tmp_path / name, "*") for name in ("one", "other", "third"))
+    assert one == other != third
+    assert list(one) == ["quantized.safetensors"]
+
+
+def test_victims_are_found_among_this_process_s_children() -> None:
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    driver, host = subprocess.Popen(sleep), subprocess.Popen([*sleep, kills.HOST])
+    try:
+        kinds = [kind for kind in kills.KINDS if kind != "node"]
+        found = {kind: [one.pid for one in kills.victims(kind, driver)] for kind in kinds}
+    finally:
+        for process in (driver, host):
+            process.kill()
+            process.wait()
+    assert found == {"cell": [], "host": [host.pid], "actor": [], "driver": [driver.pid]}
 
 
 def test_the_bench_refuses_a_folder_that_ray_cannot_use(monkeypatch: pytest.MonkeyPatch):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
+from fimaq_core.errors import ModelError
 from tasks.classification.demo import digits, models
 from tasks.common.augment import RandomDigitWarp
 from tasks.common.digits import PARTS, load_digits, split_digits
@@ -125,11 +126,11 @@ def test_warp_keeps_each_digit_in_its_half() -> None:
 def test_unknown_names_are_explained() -> None:
     with pytest.raises(ValueError, match="train, val, test"):
         digits.DigitPairs("validation")
-    with pytest.raises(ValueError, match="did you mean 'demo_vit'"):
+    with pytest.raises(ModelError, match="Did you mean 'demo_vit'"):
         models.DEMO.build("demo_vitt")
-    with pytest.raises(ValueError, match="available: demo_vit, demo_deit, demo_swin"):
+    with pytest.raises(ModelError, match="Known: demo_deit, demo_swin, demo_vit"):
         models.DEMO.weights_path("resnet50")
-    with pytest.raises(ValueError, match="unknown demo model"):
+    with pytest.raises(ModelError, match="Unknown demo model"):
         models.DEMO.metadata("resnet50")
 
 

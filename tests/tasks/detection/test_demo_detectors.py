@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fimaq_core.errors import ModelError
 from tasks.common.digits import PARTS
 from tasks.common.request import ModelRequest
 from tasks.detection.demo import coco_files, models
@@ -61,7 +62,7 @@ def test_building_leaves_the_specification_as_it_is() -> None:
 
 
 def test_unknown_names_are_explained() -> None:
-    with pytest.raises(ValueError, match="did you mean 'demo_mask_rcnn'"):
+    with pytest.raises(ModelError, match="Did you mean 'demo_mask_rcnn'"):
         models.DEMO.build("demo_mask_rcn")
 
 

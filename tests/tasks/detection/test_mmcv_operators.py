@@ -1,4 +1,4 @@
-"""NMS, soft NMS and RoIAlign as mmcv calls them, against loops written from their definitions."""
+"""NMS and RoIAlign as mmcv calls them, against loops written from their definitions."""
 
 import importlib.machinery
 import math
@@ -41,26 +41,6 @@ def slow_nms(boxes: Tensor, scores: Tensor, threshold: float, offset: int = 0) -
     return kept
 
 
-def slow_soft_nms(
-    boxes: Tensor, scores: Tensor, threshold: float, sigma: float, lowest: float, method: str, offset: int
-) -> tuple[list[int], list[float]]:
-    left = {index: float(score) for index, score in enumerate(scores)}
-    taken, values = [], []
-    while left:
-        best = max(left, key=lambda i: left[i])
-        taken.append(best)
-        values.append(left.pop(best))
-        for index in list(left):
-            shared = overlap(boxes[best].tolist(), boxes[index].tolist(), offset)
-            if method == "gaussian":
-                left[index] *= math.exp(-(shared**2) / sigma)
-            elif shared >= threshold:
-                left[index] *= 1 - shared if method == "linear" else 0.0
-            if left[index] < lowest:
-                del left[index]
-    return taken, values
-
-
 def bilinear(plane: Tensor, y: float, x: float) -> float:
     """The plane (H, W) between its values, which are at whole coordinates; its border goes on for one step, then zero."""
     height, width = plane.shape
@@ -74,9 +54,7 @@ def bilinear(plane: Tensor, y: float, x: float) -> float:
     return total
 
 
-def slow_roi_align(
-    features: Tensor, rois: Tensor, size: tuple[int, int], scale: float, ratio: int, aligned: bool, mode: str
-) -> Tensor:
+def slow_roi_align(features: Tensor, rois: Tensor, size: tuple[int, int], scale: float, ratio: int, aligned: bool) -> Tensor:
     out = torch.zeros(len(rois), features.shape[1], *size)
     for n, (image, *corners) in enumerate(rois.tolist()):
         x1, y1, x2, y2 = (value * scale - (0.5 if aligned else 0.0) for value in corners)
@@ -96,7 +74,7 @@ def slow_roi_align(
                         for b in range(grid[1])
                     ]
                     if samples:
-                        out[n, channel, i, j] = max(samples) if mode == "max" else sum(samples) / len(samples)
+                        out[n, channel, i, j] = sum(samples) / len(samples)
     return out
 
 
@@ -123,50 +101,18 @@ def test_nms_counts_the_offset_in() -> None:
     assert mmcv_ops.nms(boxes, scores, 0.4, offset=1)[1].tolist() == [0]
 
 
-@pytest.mark.parametrize("offset", [0, 1])
-@pytest.mark.parametrize("method", ["naive", "linear", "gaussian"])
-@pytest.mark.parametrize("count", [40, 1])
-def test_soft_nms_is_the_loop_of_its_paper(method: str, offset: int, count: int) -> None:
-    boxes, scores = boxes_and_scores(count, seed=11)
-    settings = {"iou_threshold": 0.3, "sigma": 0.4, "min_score": 0.05, "method": method, "offset": offset}
-    given = scores.clone()
-    dets, kept = mmcv_ops.soft_nms(boxes, given, **settings)
-    taken, values = slow_soft_nms(boxes, scores, 0.3, 0.4, 0.05, method, offset)
-    assert kept.tolist() == taken
-    assert len(taken) < count or count == 1
-    assert torch.equal(dets[:, :4], boxes[taken])
-    assert torch.allclose(dets[:, 4], torch.tensor(values), atol=1e-6)
-    assert torch.equal(given, scores)  # what was given is as it was
-
-
-def test_soft_nms_of_no_boxes_and_of_boxes_without_area() -> None:
-    dets, kept = mmcv_ops.soft_nms(torch.zeros(0, 4), torch.zeros(0))
-    assert dets.shape == (0, 5)
-    assert kept.tolist() == []
-    dets, kept = mmcv_ops.soft_nms(torch.ones(2, 4), torch.tensor([0.9, 0.8]), min_score=0.1)  # nothing overlaps nothing
-    assert kept.tolist() == [0, 1]
-    assert dets[:, 4].tolist() == pytest.approx([0.9, 0.8])
-
-
 @pytest.mark.parametrize("split", [10_000, 5])
 @pytest.mark.parametrize("agnostic", [False, True])
-@pytest.mark.parametrize("kind", ["nms", "linear", "gaussian", "naive"])
-def test_batched_nms_is_nms_of_each_class(kind: str, agnostic: bool, split: int) -> None:
+def test_batched_nms_is_nms_of_each_class(agnostic: bool, split: int) -> None:
     boxes, scores = boxes_and_scores(45, seed=5)
     classes = torch.arange(45) % 3
     settings: dict[str, Any] = {"type": "nms", "iou_threshold": 0.4}
-    if kind != "nms":
-        settings = {"type": "soft_nms", "iou_threshold": 0.4, "min_score": 0.05, "method": kind}
     dets, kept = mmcv_ops.batched_nms(boxes, scores, classes, {**settings, "split_thr": split}, class_agnostic=agnostic)
     found: dict[int, float] = {}
     groups = [(classes == label).nonzero()[:, 0] for label in range(3)]
     for group in [torch.arange(45)] if agnostic and split > 45 else groups:  # mmcv splits by class whether classes count or not
-        if kind == "nms":
-            taken = slow_nms(boxes[group], scores[group], 0.4)
-            values = scores[group][taken].tolist()
-        else:
-            taken, values = slow_soft_nms(boxes[group], scores[group], 0.4, 0.5, 0.05, kind, 0)
-        found.update(zip(group[taken].tolist(), values, strict=True))
+        taken = slow_nms(boxes[group], scores[group], 0.4)
+        found.update(zip(group[taken].tolist(), scores[group][taken].tolist(), strict=True))
     expected = sorted(found, key=lambda index: -found[index])
     assert kept.tolist() == expected
     assert torch.equal(dets[:, :4], boxes[expected])
@@ -187,13 +133,12 @@ ROIS = torch.tensor(
 )
 
 
-@pytest.mark.parametrize("mode", ["avg", "max"])
 @pytest.mark.parametrize("ratio", [0, 1, 3])
 @pytest.mark.parametrize("aligned", [True, False])
-def test_roi_align_is_its_definition(aligned: bool, ratio: int, mode: str) -> None:
+def test_roi_align_is_its_definition(aligned: bool, ratio: int) -> None:
     features = torch.randn(2, 2, 9, 11, generator=torch.Generator().manual_seed(0))
-    layer = mmcv_ops.RoIAlign((2, 3), 0.5, ratio, mode, aligned)
-    expected = slow_roi_align(features, ROIS, (2, 3), 0.5, ratio, aligned, mode)
+    layer = mmcv_ops.RoIAlign((2, 3), 0.5, ratio, "avg", aligned)
+    expected = slow_roi_align(features, ROIS, (2, 3), 0.5, ratio, aligned)
     assert torch.allclose(layer(features, ROIS), expected, atol=1e-5)
     assert (expected[:3] != 0).float().mean() > 0.5
     assert torch.equal(layer(features, ROIS[:0]), torch.zeros(0, 2, 2, 3))
@@ -209,15 +154,17 @@ def test_the_gradient_of_roi_align_is_that_of_its_definition() -> None:
     for index in torch.randint(features.numel(), (12,), generator=torch.Generator().manual_seed(4)).tolist():
         unit = torch.zeros(features.numel())
         unit[index] = 1.0
-        expected = float((slow_roi_align(unit.view_as(features), ROIS, (2, 2), 0.5, 0, True, "avg") * weights).sum())
+        expected = float((slow_roi_align(unit.view_as(features), ROIS, (2, 2), 0.5, 0, True) * weights).sum())
         assert leaf.grad is not None
         assert float(leaf.grad.flatten()[index]) == pytest.approx(expected, abs=1e-5)
 
 
-def test_max_pooling_has_no_gradient_and_says_so() -> None:
-    features = torch.randn(2, 1, 6, 7, requires_grad=True)
+@pytest.mark.skipif(not isinstance(sys.modules["mmcv._ext"], ops.Operators), reason="mmcv is compiled here")
+def test_max_pooling_and_soft_nms_say_that_a_compiled_mmcv_has_them() -> None:
     with pytest.raises(ModelError, match="max pooling needs a compiled mmcv"):
-        mmcv_ops.RoIAlign((2, 2), 0.5, 0, "max", True)(features, ROIS).sum().backward()
+        mmcv_ops.RoIAlign((2, 2), 0.5, 0, "max", True)(torch.randn(2, 1, 6, 7), ROIS)
+    with pytest.raises(ModelError, match=r"'softnms'.*compile mmcv 2\.1"):
+        mmcv_ops.soft_nms(*boxes_and_scores(5, seed=1))
 
 
 @pytest.mark.skipif(not isinstance(sys.modules["mmcv._ext"], ops.Operators), reason="mmcv is compiled here")

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
+from fimaq_core.errors import ModelError
 from tasks.common.augment import RandomDigitWarp
 from tasks.common.digits import PARTS, load_digits, split_digits
 from tasks.retrieval.demo import captions, models, scenes, tokens
@@ -224,7 +225,7 @@ def test_captions_differ_where_facts_do() -> None:
 def test_unknown_names_are_explained() -> None:
     with pytest.raises(ValueError, match="of the digit scenes; possible parts: train, val, test"):
         scenes.DigitScenes("validation")
-    with pytest.raises(ValueError, match="did you mean 'demo_clip'"):
+    with pytest.raises(ModelError, match="Did you mean 'demo_clip'"):
         models.DEMO.build("demo_clipp")
 
 

@@ -1,8 +1,8 @@
-"""Calibration by direct candidate search: every candidate is one pass over all data of its layer.
+"""Direct candidate search: one pass over all data of a layer per candidate.
 
-The baseline that the fast searches of :mod:`fimaq_core.calibration` are timed against and checked by. It
-tries the same candidates in the same order of searches, and does with each what the definition says: quantize, run the
-layer, sum the squared error of its output.
+The fast searches of :mod:`fimaq_core.calibration` are checked against it. It tries the same
+candidates in the same order, each as its definition says: quantize, run the layer, sum the squared
+error of its output.
 """
 
 from collections.abc import Callable

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.speed.direct import calibrate_directly
 from fimaq_core.calibration.calibrate import calibrate
 from fimaq_core.layers import quant_layers
+from tests.direct_search import calibrate_directly
 from tests.small_models import chain_of, images, quick, swin, vit
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {"vit": (vit, 32), "swin": (swin, 40)}

@@ -1,0 +1,38 @@
+"""``python -m benchmarks`` with cells that hold their lease for a moment and write a record."""
+
+import time
+from pathlib import Path
+
+import benchmark_fakes as fakes
+
+from benchmarks.cells import Adapter
+from benchmarks.faults.audit import note
+from fimaq_core.progress import Report
+from tasks.common import anew
+from tasks.common.lease import acquire
+from tasks.common.plan import planned_folder
+from tasks.common.record import write_record
+from tasks.common.request import CellRequest
+
+
+def run_cell(request: CellRequest, report: Report) -> Path:
+    """Write a record under a lease, unless another process has."""
+    path = planned_folder(request) / "result.json"
+    results, name = request.results.parent, str(path.parent.relative_to(request.results))
+    with acquire(path) as lease:
+        if anew.is_done(path, request.force):
+            return path
+        note(results, "begun", name)
+        time.sleep(0.3)
+        lease.check()
+        write_record(fakes.record_of(request, 50.0), path.parent)
+        note(results, "measured", name)
+    return path
+
+
+if __name__ == "__main__":
+    import leased_cells  # worker processes import the adapter by this name
+
+    from benchmarks.cli import cli
+
+    cli.main(obj=Adapter(leased_cells.run_cell, planned_folder, fakes.preflight))
