@@ -15,7 +15,6 @@ from tasks.common.record import ResultRecord, read_record
 _LITTLE = 5e9
 #: Kinds of file systems that lie on other machines.
 _NETWORK = re.compile(r"nfs|cifs|smb|sshfs|lustre|gpfs|beegfs|ceph|glusterfs|9p|afs|davfs|s3fs|gcsfuse|blobfuse|orangefs|pvfs")
-_LEASE = re.compile(r"\.(?P<name>.+)\.lease-\d+")
 
 
 def places(results: Path) -> dict[str, Path]:
@@ -105,16 +104,13 @@ def results_findings(results: Path, records: int, damaged: list[str]) -> Iterato
 
 
 def _lease_findings(results: Path) -> Iterator[Finding]:
-    from tasks.common.lease import holder
+    from tasks.common.lease import Observer
 
-    held, left = [], []
-    leases = {
-        file.parent / match["name"]: None
-        for file in sorted(results.rglob(".*.lease-*"))
-        if (match := _LEASE.fullmatch(file.name))
-    }
-    for path in leases:
-        who = holder(path)
+    held, left, observer = [], [], Observer()
+    files = sorted(results.rglob(".*.lease"))
+    for file in files:
+        path = file.with_name(file.stem[1:])
+        who = observer.holder(path)
         if who is None:
             left.append(str(path))
         else:
@@ -124,5 +120,5 @@ def _lease_findings(results: Path) -> Iterator[Finding]:
     if left:
         text = f"{len(left)} files were being made by processes that died: {', '.join(left[:5])}"
         yield Finding("leases", "note", text, "run the same command again: what is finished is kept", {"dead": left})
-    if not leases:
+    if not files:
         yield Finding("leases", "ok", "nothing is being made, and nothing was broken off")
