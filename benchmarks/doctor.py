@@ -225,7 +225,7 @@ def read_results(results: Path) -> tuple[list[tuple[Path, ResultRecord]], list[F
 
 def results_findings(results: Path, records: int, damaged: list[Finding]) -> Iterator[Finding]:
     """Report whether the results folder can be written, its records and its leases."""
-    from tasks.common.lease import holder
+    from tasks.common.lease import Observer
 
     place = _existing(results)
     try:
@@ -240,12 +240,14 @@ def results_findings(results: Path, records: int, damaged: list[Finding]) -> Ite
     yield Finding("results", "ok", f"the results folder {results} {words}")
     yield Finding("records", "ok", f"{records} records can be read", data={"count": records})
     yield from damaged
-    leases = sorted(results.rglob(".*.lease-*"))
-    paths = {path.with_name(path.name[1:].rpartition(".lease-")[0]): None for path in leases}
-    dead = [path for path in paths if holder(path) is None]
-    for path in paths:
-        if path not in dead:
-            yield Finding("leases", "note", f"{path} is being made by {holder(path)}")
+    dead, observer = [], Observer()
+    leases = sorted(results.rglob(".*.lease"))
+    for path in (lease.with_name(lease.stem[1:]) for lease in leases):
+        who = observer.holder(path)
+        if who is None:
+            dead.append(path)
+        else:
+            yield Finding("leases", "note", f"{path} is being made by {who}")
     if dead:
         text = f"{len(dead)} files were being made by processes that died: "
         fix = "run the same command again: what is finished is kept"

@@ -177,7 +177,12 @@ def test_records_are_counted_and_damaged_ones_named(tmp_path: Path):
 
 def test_leases_of_the_living_and_of_the_dead_are_told_apart(tmp_path: Path):
     dead, alive = tmp_path / "runs" / "dead" / "result.json", tmp_path / "mlp" / "shared.safetensors"
-    script = f"import os, pathlib; from tasks.common.lease import acquire; acquire(pathlib.Path({str(dead)!r})); os._exit(0)"
+    script = f"""if True:
+        import os, pathlib
+        from tasks.common.lease import acquire
+        lease = acquire(pathlib.Path({str(dead)!r}))
+        os._exit(0)
+    """
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[2])
     with acquire(alive):
         found = [one for one in doctor.results_findings(tmp_path, 0, []) if one.check == "leases"]

@@ -1,6 +1,5 @@
-"""Leases with real processes: one holder at a time whatever is killed, put to sleep, or on another machine."""
+"""Leases with real processes: one holder at a time, whatever is killed, asleep or elsewhere."""
 
-import json
 import os
 import pickle
 import signal
@@ -8,16 +7,25 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
+from filelock import SoftFileLease
 
 from fimaq_core.errors import CheckpointError
 from fimaq_core.progress import Progress
-from tasks.common import anew
-from tasks.common.lease import Busy, LeaseLost, Observer, Owner, _space, acquire, awaited, exclusively, holder, this_process
+from tasks.common import anew, lease
+from tasks.common.lease import (
+    Busy,
+    LeaseLost,
+    Observer,
+    acquire,
+    awaited,
+    exclusively,
+    this_process,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -46,56 +54,128 @@ for _ in range(rounds):
         alone.unlink()
 """
 
+#: Forks while it holds the lease; the child tries to write and to give the lease back, and ends.
+FORK = """
+import os, sys
+from pathlib import Path
+from tasks.common.lease import Busy, LeaseLost, acquire
+path = Path(sys.argv[1])
+with acquire(path) as lease:
+    child = os.fork()
+    if child == 0:
+        try:
+            lease.check()
+        except LeaseLost:
+            print("lost", flush=True)
+        lease.release()
+        try:
+            acquire(path)
+        except Busy as busy:
+            print(busy.holder == f"process {os.getppid()} on {os.uname().nodename}", flush=True)
+        with acquire(path.with_name("own")) as own:
+            own.check()
+        sys.exit()
+    print(os.waitpid(child, 0)[1])
+    lease.check()
+    print(sorted(os.listdir(path.parent)))
+"""
 
-def start(code: str, *arguments: object) -> subprocess.Popen[str]:
+#: Sleeps while it holds the lease, and wants to write as soon as it wakes.
+SLEEP = """
+import os, signal, sys
+from pathlib import Path
+from tasks.common.lease import LeaseLost, acquire
+with acquire(Path(sys.argv[1])) as lease:
+    print("held", flush=True)
+    os.kill(os.getpid(), signal.SIGSTOP)
+    try:
+        lease.check()
+    except LeaseLost:
+        print("lost", flush=True)
+"""
+
+#: Takes a lease where no byte can be written to a file, as on a full disk.
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+from fimaq_core.errors import CheckpointError
+from tasks.common.lease import acquire
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+try:
+    acquire(Path(sys.argv[1]))
+except CheckpointError as error:
+    print(error)
+"""
+
+
+def start(code: str, *arguments: object) -> "subprocess.Popen[str]":
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, text=True, env=environment
-    )
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
 
-def held_elsewhere(path: Path) -> subprocess.Popen[str]:
-    process = start(HOLD, path)
+def said(code: str, *arguments: object) -> str:
+    process = start(code, *arguments)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0
+    return output
+
+
+def held_elsewhere(path: Path, code: str = HOLD) -> "subprocess.Popen[str]":
+    process = start(code, path)
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
     return process
 
 
-def end(process: subprocess.Popen[str]) -> None:
+def end(process: "subprocess.Popen[str]") -> None:
     process.kill()
     process.wait()
     assert process.stdout is not None
     process.stdout.close()
 
 
-def from_another_machine(path: Path, number: int = 1) -> Path:
-    """A lease as a process of another machine leaves it."""
-    _, pid, started = this_process()
-    owner = Owner("node7", "another boot", pid, started, "t")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.with_name(f".{path.name}.lease-{number}")
-    file.write_text(json.dumps(asdict(owner)))
-    return file
+def file_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.lease")
+
+
+def from_another_machine(path: Path, **changes: object) -> Path:
+    """Write a lease as a process of another machine leaves it."""
+    with SoftFileLease(path.with_name("pattern"), lease_duration=lease.EXPIRY) as pattern:
+        text = Path(pattern.lock_file).read_text()
+    fields = dict(line.split("=") for line in text.splitlines()[1:])
+    fields |= {"host": "node7", "token": "t", **changes}
+    lines = ["filelock/2", *(f"{name}={value}" for name, value in fields.items())]
+    file_of(path).write_text("\n".join([*lines, ""]))
+    return file_of(path)
 
 
 def names(folder: Path) -> set[str]:
     return {file.name for file in folder.iterdir()}
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "EXPIRY", 0.3)
+    monkeypatch.setattr(lease, "BEAT", 0.02)
+
+
 def test_a_lease_is_for_one_and_given_back(tmp_path: Path):
     path = tmp_path / "cell" / "result.json"
-    assert holder(path) is None
-    with acquire(path) as lease:
-        lease.check()
-        assert holder(path) == f"process {os.getpid()} on {this_process()[0]}"
+    assert Observer().holder(path) is None
+    with acquire(path) as own:
+        own.check()
+        assert Observer().holder(path) == f"process {os.getpid()} on {this_process()[0]}"
         with pytest.raises(Busy, match=f"is being made by process {os.getpid()}"):
             acquire(path)
-        with acquire(path.with_name("result.json2")), acquire(path.with_name("other")):  # other files are none of its business
-            lease.check()
-    assert holder(path) is None
+        # Other files are none of its business.
+        with acquire(path.with_name("result.json2")), acquire(path.with_name("other")):
+            own.check()
+    assert Observer().holder(path) is None
     with acquire(path):
-        assert ".result.json.lease-2" in names(path.parent)
-    assert {name for name in names(path.parent) if name.startswith(".result.json.")} == {".result.json.free-2"}
+        assert names(path.parent) == {".result.json.lease"}
+    assert names(path.parent) == set()
 
 
 def test_a_lease_is_given_back_when_its_work_fails(tmp_path: Path):
@@ -105,48 +185,76 @@ def test_a_lease_is_given_back_when_its_work_fails(tmp_path: Path):
 
     with pytest.raises(ValueError, match="no luck"):
         fail()
-    assert holder(tmp_path / "x") is None
+    assert names(tmp_path) == set()
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_living_process_keeps_its_lease_and_a_killed_one_loses_it_at_once(tmp_path: Path):
     path = tmp_path / "x"
     process = held_elsewhere(path)
     try:
         os.kill(process.pid, signal.SIGSTOP)  # asleep is not dead, however long
+        observer = Observer()
+        for _ in range(4):
+            assert observer.holder(path) == f"process {process.pid} on {this_process()[0]}"
+            time.sleep(0.1)
         with pytest.raises(Busy, match=f"process {process.pid}"):
-            acquire(path, expiry=0.0)
+            acquire(path)
+        os.kill(process.pid, signal.SIGKILL)
+        while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+        began = time.monotonic()
+        with acquire(path) as own:  # a zombie is dead
+            assert time.monotonic() - began < 0.3
+            own.check()
     finally:
         end(process)
-    with acquire(path) as lease:
-        lease.check()
-    assert names(tmp_path) == {".x.free-2"}
+    assert names(tmp_path) == set()
+
+
+def test_a_dead_process_is_no_holder(tmp_path: Path):
+    end(held_elsewhere(tmp_path / "x"))
+    assert names(tmp_path) == {".x.lease"}
+    assert Observer().holder(tmp_path / "x") is None
 
 
 def test_what_an_id_says_of_a_process(tmp_path: Path):
-    host, pid, started = this_process()
-    owner = Owner(host, _space(), pid, started, "t")
-    assert owner.is_alive() is True
-    assert replace(owner, started=started - 60).is_alive() is None  # or the clock was set: its touches tell
-    assert replace(owner, space="elsewhere").is_alive() is None
-    assert replace(owner, pid=2**22 + 1).is_alive() is False  # beyond the largest id
+    def runs(**changes: object) -> bool | None:
+        from_another_machine(tmp_path / "x", **changes)
+        found = lease._look(tmp_path / "x")
+        assert found is not None
+        return found.runs()
+
+    with acquire(tmp_path / "y") as own:
+        owner = own.lock.owner
+    assert owner is not None
+    assert owner.start is not None
+    here, minute = {"host": owner.hostname}, 60 * os.sysconf("SC_CLK_TCK")
+    assert runs(**here) is True
+    assert runs(**here, start=owner.start - minute) is False  # its id is used again
+    assert runs(**here, pid=2**22 + 1) is False  # beyond the largest id
+    assert runs(**here, start=owner.start + 2**64) is None  # a machine of the same name
+    assert runs(host="elsewhere") is None
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_lease_of_another_machine_lapses_without_a_sign_of_life(tmp_path: Path):
     path = tmp_path / "x"
-    file = from_another_machine(path)
-    os.utime(file, (0, 0))  # its clock may be anywhere
-    observer = Observer(expiry=0.3)
+    os.utime(from_another_machine(path), (0, 0))  # its clock may be anywhere
+    observer = Observer()
     assert observer.holder(path) == f"process {os.getpid()} on node7"
     began = time.monotonic()
-    with acquire(path, expiry=0.3):
+    with acquire(path) as own:
         assert time.monotonic() - began >= 0.3
+        own.check()
         assert observer.holder(path) == f"process {os.getpid()} on {this_process()[0]}"
     assert observer.holder(path) is None
+    assert names(tmp_path) == set()
 
 
 def test_a_lease_of_another_machine_that_is_touched_is_held(tmp_path: Path):
     path = tmp_path / "x"
-    file = from_another_machine(path, 4)
+    file = from_another_machine(path)
     stop = threading.Event()
 
     def touch() -> None:
@@ -157,121 +265,192 @@ def test_a_lease_of_another_machine_that_is_touched_is_held(tmp_path: Path):
     thread.start()
     try:
         with pytest.raises(Busy, match="on node7"):
-            acquire(path, expiry=20)
+            acquire(path)
     finally:
         stop.set()
         thread.join()
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"host": 1}', "\x00" * 50])
-def test_a_lease_that_cannot_be_read_counts_until_it_lapses(tmp_path: Path, text: str):
+def bytes_of(content: bytes, file: Path) -> None:
+    file.write_bytes(content)
+
+
+LONG_NUMBER = b"""filelock/2
+pid=1
+host=a
+mode=lease
+token=t
+duration=1e+300
+start=%b
+""" % (b"9" * 900)
+
+HOSTILE = {
+    "nothing": partial(bytes_of, b""),
+    "half": partial(bytes_of, b"filelock/2\npid="),
+    "zeros": partial(bytes_of, b"\x00" * 50),
+    "no UTF-8": partial(bytes_of, b"\xff\xfe" * 50),
+    "long": partial(bytes_of, b"1" * 10_000_000),
+    "long number": partial(bytes_of, LONG_NUMBER),
+    "large id": partial(bytes_of, b"filelock/2\npid=" + b"9" * 30 + b"\nhost=a\nmode=exclusive\n"),
+    "dangling link": lambda file: file.symlink_to("nowhere"),
+    "link": lambda file: file.symlink_to("/dev/zero"),
+    "FIFO": os.mkfifo,
+}
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_lease_that_cannot_be_read_counts_until_it_lapses(tmp_path: Path, kind: str):
     path = tmp_path / "x"
-    (tmp_path / ".x.lease-1").write_text(text)
-    assert holder(path) == "an unknown process"
-    with acquire(path, expiry=0.2):
-        assert names(tmp_path) == {".x.lease-2"}
+    HOSTILE[kind](file_of(path))
+    who = "process 1 on a" if kind == "long number" else "an unknown process"
+    assert Observer().holder(path) == who
+    with acquire(path) as own:
+        own.check()
+        assert names(tmp_path) == {".x.lease"}
 
 
 def test_who_was_taken_for_dead_must_not_write(tmp_path: Path):
     path = tmp_path / "x"
-    lease = acquire(path, beat=0.02)
-    from_another_machine(path, 2)
-    with pytest.raises(LeaseLost, match="nothing is written"):
-        lease.check()
-    time.sleep(0.1)
-    lease.release()
-    assert holder(path) == f"process {os.getpid()} on node7"  # the other's lease is as it was
-    with acquire(tmp_path / "y") as own:
-        (tmp_path / ".y.lease-1").unlink()
-        with pytest.raises(LeaseLost, match="is not known"):
-            own.check()
+    own = acquire(path)
+    file_of(path).unlink()
+    with pytest.raises(LeaseLost, match="Nothing is written"):
+        own.check()
+    file = from_another_machine(path)
+    with pytest.raises(LeaseLost, match="Nothing is written"):
+        own.check()
+    own.release()
+    assert names(tmp_path) == {file.name}
+    assert Observer().holder(path) == f"process {os.getpid()} on node7"  # it is as it was
 
 
+@pytest.mark.usefixtures("impatient")
+def test_who_slept_on_another_machine_finds_out_when_it_wakes(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    path = tmp_path / "x"
+    monkeypatch.setattr(lease, "_machine", lambda: ("elsewhere", 1))
+    sleeper = held_elsewhere(path, SLEEP)
+    with acquire(path) as own:
+        os.kill(sleeper.pid, signal.SIGCONT)
+        assert sleeper.communicate(timeout=300)[0] == "lost\n"
+        own.check()
+    assert names(tmp_path) == set()
+
+
+@pytest.mark.usefixtures("impatient")
 def test_the_heart_beats(tmp_path: Path):
-    with acquire(tmp_path / "x", beat=0.02):
-        file = tmp_path / ".x.lease-1"
+    with acquire(tmp_path / "x"):
         seen = set()
         deadline = time.monotonic() + 300
         while len(seen) < 3 and time.monotonic() < deadline:
-            seen.add(file.stat().st_mtime_ns)
+            seen.add(file_of(tmp_path / "x").stat().st_mtime_ns)
             time.sleep(0.01)
     assert len(seen) == 3
 
 
-def test_a_number_that_is_free_again_is_worth_nothing(tmp_path: Path):
-    """A slow process that saw lease 1 would make lease 2, which has come and gone since."""
-    from tasks.common.lease import _take
+def test_a_check_is_a_sign_of_life(tmp_path: Path):
+    with acquire(tmp_path / "x") as own:
+        os.utime(file_of(tmp_path / "x"), (0, 0))
+        own.check()
+        assert file_of(tmp_path / "x").stat().st_mtime > 0
 
+
+@pytest.mark.usefixtures("impatient")
+def test_who_died_while_it_removed_a_lease_is_in_nobodys_way(tmp_path: Path):
     path = tmp_path / "x"
-    for _ in range(3):
-        acquire(path).release()
-    assert names(tmp_path) == {".x.free-3"}
-    assert _take(path, 1, 1.0) is None
-    assert _take(path, 2, 1.0) is None
-    assert names(tmp_path) == {".x.free-3"}
+    from_another_machine(path)
+    from_another_machine(file_of(path))
+    with acquire(path) as own:
+        own.check()
+    assert names(tmp_path) == set()
 
 
-def test_of_both_kinds_of_a_number_the_free_one_counts(tmp_path: Path):
-    """A process that saw lease 1 free is slow to make lease 2, which was made and given back meanwhile."""
+def test_a_lease_is_removed_only_as_it_was_found(tmp_path: Path):
+    """A slow process found the lease of a dead one, whose successor is at work by now."""
     path = tmp_path / "x"
-    acquire(path).release()
-    acquire(path).release()
-    (tmp_path / ".x.lease-2").write_text("")
-    assert holder(path) is None
-    with acquire(path):
-        assert ".x.lease-3" in names(tmp_path)
+    from_another_machine(path)
+    found = lease._look(path)
+    assert found is not None
+    file_of(path).unlink()
+    with acquire(path) as own:
+        lease._remove(path, found)
+        own.check()
 
 
-def test_a_lease_that_cannot_be_read_is_held(tmp_path: Path):
-    (tmp_path / ".x.lease-1").mkdir()
-    assert holder(tmp_path / "x") == "a process whose lease cannot be read (Is a directory)"
+def test_leases_of_earlier_versions_are_removed(tmp_path: Path):
+    left = ".result.json.lease-7", ".result.json.free-6", ".result.json.lease-12"
+    kept = {"result.json", ".result.json2.lease-1", ".result.json.forced"}
+    for name in (*left, *kept):
+        (tmp_path / name).write_text("{}")
+    assert Observer().holder(tmp_path / "result.json") is None
+    acquire(tmp_path / "result.json").release()
+    assert names(tmp_path) == kept
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_folder_in_place_of_a_lease_is_one_message(tmp_path: Path):
+    file_of(tmp_path / "x").mkdir()
     with pytest.raises(CheckpointError, match="Is a directory"):
         acquire(tmp_path / "x")
 
 
 def test_many_processes_take_turns_although_some_are_killed(tmp_path: Path):
     path, alone = tmp_path / "number", tmp_path / "alone"
-    victims = []
     for _ in range(2):
-        victim = held_elsewhere(path)
-        victims.append(victim)
-        end(victim)
-    processes = [start(ADD, path, alone, 15) for _ in range(6)]
+        end(held_elsewhere(path))
+    victim = held_elsewhere(path)
+    processes = [start(ADD, path, alone, 15) for _ in range(4)]
+    time.sleep(1)  # all of them wait, and find it dead at the same time
+    end(victim)
     for process in processes:
         assert process.wait(timeout=300) == 0
         assert process.stdout is not None
         process.stdout.close()
-    assert path.read_text() == "90"
-    assert not alone.exists()
+    assert path.read_text() == "60"
+    assert names(tmp_path) == {"number"}
+
+
+def test_a_forked_process_has_no_part_in_the_lease(tmp_path: Path):
+    assert said(FORK, tmp_path / "x").splitlines() == ["lost", "True", "0", "['.x.lease']"]
+    assert names(tmp_path) == set()
+
+
+def test_a_full_disk_is_one_message_and_leaves_nothing(tmp_path: Path):
+    text = said(FULL, tmp_path / "x")
+    assert text.startswith(f"Cannot read or write in {tmp_path}: ")
+    assert "Free space" in text
+    assert names(tmp_path) == set()
 
 
 def test_what_is_made_elsewhere_is_waited_for_and_not_made_again(tmp_path: Path):
     path = tmp_path / "x"
-    lease = acquire(path)
+    own = acquire(path)
     told: list[Progress] = []
 
     def finish() -> None:
         while not told:
             time.sleep(0.01)
         path.write_text("made")
-        lease.release()
+        own.release()
 
     thread = threading.Thread(target=finish)
     thread.start()
-    with exclusively(path, told.append) as own:
-        assert own is not None
-        assert own.waited
+    with exclusively(path, told.append) as next_one:
+        assert next_one is not None
+        assert next_one.waited
         assert path.read_text() == "made"
     thread.join()
     assert told[0].stage == f"wait for process {os.getpid()} on {this_process()[0]}"
-    with exclusively(path) as own, exclusively(None) as none:  # what is there needs no lease
-        assert own is None
+    with exclusively(path) as other, exclusively(None) as none:  # what is there needs no lease
+        assert other is None
         assert none is None
 
 
 def test_a_folder_that_cannot_be_written_is_one_message(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match=r"Cannot read or write in .*file/cell: .*make it writable"):
+    with pytest.raises(CheckpointError, match=r"Cannot read or write in .*file/cell: .*writable"):
         acquire(tmp_path / "file" / "cell" / "x")
 
 

@@ -179,7 +179,7 @@ def test_what_a_killed_process_left_half_written_goes(tmp_path: Path) -> None:
     (folder / ".result.json.0123456789ab").write_text("{")
     (folder / ".mine").write_text("kept")
     run_cell(cell(tmp_path))
-    assert {file.name for file in folder.iterdir() if file.name.startswith(".")} == {".mine", ".result.json.free-1"}
+    assert {file.name for file in folder.iterdir() if file.name.startswith(".")} == {".mine"}
 
 
 def test_a_record_serves_as_calibration_list(tmp_path: Path) -> None:
