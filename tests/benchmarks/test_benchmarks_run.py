@@ -128,8 +128,9 @@ def test_plan_lists_cells_and_runs_nothing(tmp_path: Path):
     (tmp_path / "no-data").touch()
     result = invoke(tmp_path, "run", "--profile", "paper", "--plan", "--models", "vit_small", "--bits", "w3a3")
     assert result.exit_code == 0
-    (row,) = [line for line in result.output.splitlines() if " fimaq " in line]
-    assert row.split() == [
+    rows = [line.split() for line in result.output.splitlines()]
+    (row,) = [row for row in rows if row[3:4] == ["fimaq"]]
+    assert row[:13] == [
         "13",
         "classification",
         "vit_small",

@@ -313,7 +313,8 @@ def test_a_stopped_reconstruction_goes_on_to_the_same_bits(method: str, tmp_path
         with pytest.raises(Broken):
             run(recipe, folder, ("reconstruct", labels[number]))
         resumed, again = run(recipe, folder)
-        assert again == [("reconstruct", label) for label in labels[number:]]
+        blocks = [(stage, label) for stage, label in again if stage != "Fisher pass"]
+        assert blocks == [("reconstruct", label) for label in labels[number:]]
         assert torch.equal(outputs(resumed, probe), expected)
 
 
