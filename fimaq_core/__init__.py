@@ -1,7 +1,7 @@
 """fimaq_core: block-wise post-training quantization of PyTorch vision transformers.
 
-The package knows PyTorch only. A task adapter (see ``tasks``) turns its model into a
-:class:`fimaq_core.chain.BlockChain` and hands it to :mod:`fimaq_core.quantize`.
+The package knows PyTorch, and timm where a model of it comes. A task adapter (see ``tasks``) turns
+its model into a :class:`fimaq_core.chain.BlockChain` and hands it to :mod:`fimaq_core.pipeline`.
 """
 
 __version__ = "0.1.0"
