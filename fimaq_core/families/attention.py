@@ -113,8 +113,12 @@ class ExplicitMultiheadAttention(nn.Module):
         batch, tokens, _ = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        out: Tensor = self.proj(attend(self.query_key, self.attention_value, q, k, v, self.scale, mask))
+        out: Tensor = self.proj(self.attend(q, k, v, mask))
         return (out if self.batch_first else out.transpose(0, 1)), None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention of heads (B, heads, N, d), heads side by side: (B, N, heads * d)."""
+        return attend(self.query_key, self.attention_value, q, k, v, self.scale, mask)
 
 
 class ExplicitWindowAttention(nn.Module):

@@ -1,0 +1,202 @@
+"""Attention inside a module of one's own: its products are routed to quantizable layers while the module runs."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from fimaq_core.errors import ModelError
+from fimaq_core.families.attention import ExplicitMultiheadAttention, additive, attend_heads
+from fimaq_core.layers import QuantConv2d, QuantLinear, QuantMatMul, quant_layers
+from fimaq_core.recipe import Recipe
+
+#: Functions that multiply by weights. They are quantized inside the layers that stand for them only.
+_WEIGHTED = ("linear", "conv2d")
+#: Further functions that multiply, for which there is no quantizable layer.
+_NEVER_SWAPPED = (
+    *("conv1d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "bilinear"),
+    *("bmm", "baddbmm", "mm", "addmm", "mv", "einsum", "tensordot", "multi_head_attention_forward"),
+)
+
+
+class RoutedProducts(TorchFunctionMode):
+    """While it is entered, attention is computed by quantizable products, taken in the order of the calls.
+
+    Routed are ``F.scaled_dot_product_attention`` and ``a @ b`` of activations.
+
+    Args:
+        products: two per attention, one per other product.
+    """
+
+    def __init__(self, products: nn.ModuleList) -> None:
+        super().__init__()
+        self.products, self.calls = products, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return self.attention(*args, **kwargs)
+        if func.__name__ in ("matmul", "__matmul__"):
+            return _in_heads(self.product, *args)
+        return func(*args, **kwargs)
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """``a @ b`` by the next product."""
+        self.calls += 1
+        out: Tensor = self.products[self.calls - 1](a, b)
+        return out
+
+    def attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """``F.scaled_dot_product_attention`` by the next two products."""
+        if dropout_p or enable_gqa:
+            raise ModelError("scaled_dot_product_attention with dropout or grouped queries is not supported.")
+        mask = attn_mask
+        if is_causal:
+            mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+        if mask is not None and mask.dtype == torch.bool:
+            mask = additive(mask)
+        factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            first, second = self.products[self.calls], self.products[self.calls + 1]
+            assert isinstance(first, QuantMatMul)
+            assert isinstance(second, QuantMatMul)
+            self.calls += 2
+            return attend_heads(first, second, q, k, v, factor, mask)
+
+        return _in_heads(attend, query, key, value)
+
+
+class RoutedMultiheadAttention(ExplicitMultiheadAttention):
+    """``nn.MultiheadAttention`` written out for a block under :class:`RoutedProducts`, which has its products."""
+
+    def __init__(self, attention: nn.MultiheadAttention, recipe: Recipe) -> None:
+        super().__init__(attention, recipe)
+        del self.query_key, self.attention_value
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """See :class:`ExplicitMultiheadAttention`."""
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+class Recorder(RoutedProducts):
+    """Makes the products of a block while the block runs once in full precision, and records where tensors go.
+
+    Args:
+        label: of the block, for messages.
+        block: its layers are swapped already.
+        products: to be filled.
+        recipe: bits and quantizers.
+    """
+
+    def __init__(self, label: str, block: nn.Module, products: nn.ModuleList, recipe: Recipe) -> None:
+        super().__init__(products)
+        self.label, self.recipe = label, recipe
+        layers = [(name, layer) for name, layer in quant_layers(block) if isinstance(layer, QuantLinear | QuantConv2d)]
+        self._layers = {id(layer.weight): (name, layer) for name, layer in layers}
+        self._owners = {id(value): name for name, value in block.named_parameters()}
+        self._norms = {
+            id(norm.weight): norm for norm in block.modules() if isinstance(norm, nn.LayerNorm) and norm.weight is not None
+        }
+        #: By tensor: which function it is the result of, and of which weight.
+        self._origins: dict[int, tuple[str, int | None]] = {}
+        #: By tensor: the functions that took it, and their weights.
+        self._uses: dict[int, list[tuple[str, int | None]]] = {}
+        self._alive: list[Tensor] = []  # a tensor that is freed would leave its id to another
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.__name__
+        weight = _weight(name, args, kwargs)
+        if name in _NEVER_SWAPPED or (name in _WEIGHTED and weight not in self._layers):
+            self._refuse(name, (*args, *kwargs.values()))
+        if func is F.scaled_dot_product_attention:
+            own = self.recipe
+            self.products.append(QuantMatMul(own.a_bits))
+            self.products.append(QuantMatMul(own.a_bits, own.softmax_bits, own.softmax_quantizer))
+        elif name in ("matmul", "__matmul__"):
+            self._add_product(name, args)
+        result = super().__torch_function__(func, types, args, kwargs)
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        if made:  # not a question about a shape
+            taken = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            self._alive += [*made, *taken]
+            for tensor in taken:
+                self._uses.setdefault(id(tensor), []).append((name, weight))
+            for tensor in made:
+                self._origins.setdefault(id(tensor), (name, weight))
+        return result
+
+    def _add_product(self, name: str, args: tuple[Any, ...]) -> None:
+        a, b = args
+        if isinstance(a, nn.Parameter) or isinstance(b, nn.Parameter) or a.ndim != b.ndim or a.ndim not in (3, 4):
+            self._refuse(name, args)
+        own = self.recipe
+        if self._origins.get(id(a), ("", None))[0] == "softmax":
+            self.products.append(QuantMatMul(own.a_bits, own.softmax_bits, own.softmax_quantizer))
+        else:
+            self.products.append(QuantMatMul(own.a_bits))
+
+    def _refuse(self, name: str, operands: tuple[Any, ...]) -> None:
+        names = [self._owners[id(one)] for one in operands if id(one) in self._owners]
+        of = f" with the parameter {self.label}.{names[0]}" if names else ""
+        raise ModelError(
+            f"{self.label} calls {name}{of}, which cannot be swapped for a quantizable layer: use nn.Linear, nn.Conv2d, "
+            "nn.MultiheadAttention, F.scaled_dot_product_attention or q @ k.transpose(-2, -1) inside blocks and head."
+        )
+
+    def behind_gelu(self) -> Iterator[QuantLinear]:
+        """Yield the linear layers whose input is the output of a GELU."""
+        for tensor, uses in self._uses.items():
+            if self._origins.get(tensor, ("", None))[0] == "gelu":
+                for name, weight in uses:
+                    if name == "linear" and weight is not None:
+                        layer = self._layers[weight][1]
+                        assert isinstance(layer, QuantLinear)
+                        yield layer
+
+    def norms_before(self, output: Tensor) -> Iterator[tuple[nn.LayerNorm, str]]:
+        """Yield the LayerNorms whose only consumer is one linear layer, with that layer's name.
+
+        Args:
+            output: of the block; what it is, others consume.
+        """
+        calls = [weight for name, weight in self._origins.values() if name in ("layer_norm", "linear")]
+        for tensor, (origin, weight) in self._origins.items():
+            uses = self._uses.get(tensor, [])
+            if origin != "layer_norm" or weight not in self._norms or len(uses) != 1 or tensor == id(output):
+                continue
+            name, consumer = uses[0]
+            if name == "linear" and consumer is not None and calls.count(weight) == calls.count(consumer) == 1:
+                yield self._norms[weight], self._layers[consumer][0]
+
+
+def _weight(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """The id of a call's weight."""
+    place = {"linear": 1, "conv2d": 1, "layer_norm": 2}.get(name)
+    if place is None:
+        return None
+    found = args[place] if len(args) > place else kwargs.get("weight")
+    return None if found is None else id(found)
+
+
+def _in_heads(function: Callable[..., Tensor], *operands: Tensor) -> Tensor:
+    """``function`` of operands (batch, heads, rows, columns); those of three dimensions are one head."""
+    if operands[0].ndim == 3:
+        return function(*(one.unsqueeze(1) for one in operands)).squeeze(1)
+    return function(*operands)
