@@ -250,13 +250,18 @@ def _gathered(images: Tensor | Iterable[Any], wanted: int) -> Tensor:
 
 
 def _clipped(recipe: Recipe, count: int) -> tuple[Recipe, list[str]]:
-    """The recipe with no count above ``count`` images, and a note where one was."""
+    """The recipe with no count above ``count`` images, and a note on those that it uses."""
     wanted = {name: getattr(recipe, name) for name in _COUNTS}
     lowered = {name: max(count, least) for name, least in _COUNTS.items() if wanted[name] > max(count, least)}
-    if not lowered:
-        return recipe, []
-    text = ", ".join(f"{name} {value} instead of {wanted[name]}" for name, value in lowered.items())
-    return recipe.model_copy(update=lowered), [f"There are {count} calibration images, so these were lowered: {text}."]
+    used = {
+        "calibration_images": True,
+        "range_images": True,
+        "batch_size": recipe.reconstruct,
+        "mlp_batch": recipe.reconstruct_mlp,
+    }
+    named = [f"{name} {value} instead of {wanted[name]}" for name, value in lowered.items() if used.get(name)]
+    note = f"There are {count} calibration images, so these settings were lowered: {', '.join(named)}."
+    return recipe.model_copy(update=lowered), [note] if named else []
 
 
 def _name(model: nn.Module) -> str:

@@ -4,6 +4,7 @@ The model's forward is watched once. In the chain, the model itself runs what li
 between the last block and the head: its blocks and its head are replaced by slots, and its forward is stopped at one of them.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten
 
 from fimaq_core.chain import BlockChain, NormPair, Segment
 from fimaq_core.errors import ModelError
@@ -120,20 +121,24 @@ class OwnBlock(nn.Module):
         super().__init__()
         self.module = module
         self.products = nn.ModuleList()
-        self._values, self._structure = tree_flatten((args, kwargs))
-        for place, value in enumerate(self._values):
+        self._constants: dict[int | str, Any] = dict(enumerate(args))
+        self._constants.update(kwargs)
+        for place, value in self._constants.items():
             if isinstance(value, Tensor):
-                self.register_buffer(f"argument_{place}", value.clone(), persistent=False)
+                self.register_buffer(f"argument_{place}", value.detach().clone(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.run(x, RoutedProducts(self.products))
 
     def run(self, x: Tensor, mode: RoutedProducts) -> Tensor:
         """The module's output for the input ``x`` under a mode."""
-        values = [
-            getattr(self, f"argument_{place}") if isinstance(value, Tensor) else value for place, value in enumerate(self._values)
-        ]
-        args, kwargs = tree_unflatten(values, self._structure)
+        args, kwargs = [], {}
+        for place, value in self._constants.items():
+            present = getattr(self, f"argument_{place}") if isinstance(value, Tensor) else value
+            if isinstance(place, int):
+                args.append(present)
+            else:
+                kwargs[place] = present
         with mode:
             out: Tensor = self.module(x, *args, **kwargs)
         return out
@@ -316,10 +321,16 @@ def _replace(model: nn.Module, module: nn.Module, slot: _Slot) -> None:
 
 def _fill(part: OwnBlock, call: _Call, recipe: Recipe) -> tuple[NormPair, ...]:
     """Make the products of a block and the quantizers behind GELU; return the pairs for reparameterisation."""
-    recorder = Recorder(call.label, part.module, part.products, recipe)
+    recorder, called = Recorder(call.label, part.module, part.products, recipe), Counter[str]()
+    handles = [
+        layer.register_forward_pre_hook(lambda *_, name=name: called.update([name])) for name, layer in quant_layers(part.module)
+    ]
     with torch.no_grad():
         output = part.run(call.args[0], recorder)
-    if not any(True for _ in quant_layers(part)):
+    for handle in handles:
+        handle.remove()
+    recorder.check_calls(called)
+    if not handles and not part.products:
         raise ModelError(f"{call.label} ({type(part.module).__name__}) has no layer that can be quantized: leave it out.")
     for product in part.products:
         assert isinstance(product, QuantMatMul)

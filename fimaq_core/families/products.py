@@ -1,7 +1,8 @@
 """Attention inside a module of one's own: its products are routed to quantizable layers while the module runs."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -117,6 +118,7 @@ class Recorder(RoutedProducts):
         self._origins: dict[int, tuple[str, int | None]] = {}
         #: By tensor: the functions that took it, and their weights.
         self._uses: dict[int, list[tuple[str, int | None]]] = {}
+        self._weight_uses: Counter[str] = Counter()
         self._alive: list[Tensor] = []  # a tensor that is freed would leave its id to another
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -125,6 +127,8 @@ class Recorder(RoutedProducts):
         weight = _weight(name, args, kwargs)
         if name in _NEVER_SWAPPED or (name in _WEIGHTED and weight not in self._layers):
             self._refuse(name, (*args, *kwargs.values()))
+        if name in _WEIGHTED and weight is not None:
+            self._weight_uses[self._layers[weight][0]] += 1
         if func is F.scaled_dot_product_attention:
             own = self.recipe
             self.products.append(QuantMatMul(own.a_bits))
@@ -159,6 +163,22 @@ class Recorder(RoutedProducts):
             f"{self.label} calls {name}{of}, which cannot be swapped for a quantizable layer: use nn.Linear, nn.Conv2d, "
             "nn.MultiheadAttention, F.scaled_dot_product_attention or q @ k.transpose(-2, -1) inside blocks and head."
         )
+
+    def check_calls(self, calls: Mapping[str, int]) -> None:
+        """Refuse a layer whose weight is used otherwise than by calling the layer.
+
+        Args:
+            calls: by name of the layer.
+
+        Raises:
+            ModelError: names the layer.
+        """
+        for name, _ in self._layers.values():
+            if calls.get(name, 0) != self._weight_uses[name] or not calls.get(name, 0):
+                raise ModelError(
+                    f"The forward of {self.label} does not call {name} itself (it reads its weight, or does without it), "
+                    "so this layer cannot be quantized: call it."
+                )
 
     def behind_gelu(self) -> Iterator[QuantLinear]:
         """Yield the linear layers whose input is the output of a GELU."""
