@@ -63,11 +63,11 @@ class Block(nn.Module):
 class Net(nn.Module):
     """A small transformer written by hand, for 32 x 32 images."""
 
-    def __init__(self, attention: str = "function", width: int = 32) -> None:
+    def __init__(self, attention: str = "function", depth: int = 2, width: int = 32) -> None:
         super().__init__()
         self.patch = nn.Conv2d(3, width, 8, 8)
         self.bias = nn.Parameter(torch.zeros(1, 1, 16, 16))
-        self.blocks = nn.ModuleList([Block(width, attention) for _ in range(2)])
+        self.blocks = nn.ModuleList([Block(width, attention) for _ in range(depth)])
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -77,8 +77,8 @@ class Net(nn.Module):
         return self.head(self.norm(x).mean(1))
 
 
-def net(attention: str = "function") -> nn.Module:
-    return randomise(Net(attention))
+def net(attention: str = "function", depth: int = 2) -> nn.Module:
+    return randomise(Net(attention, depth))
 
 
 def torchvision_vit() -> nn.Module:
@@ -191,7 +191,6 @@ def test_fimaq_is_better_than_rounding_to_nearest() -> None:
         method: float((quantize(loaded.model, x[:64], method=method, **settings)(x[64:]).argmax(1) == expected).float().mean())
         for method in ("fimaq", "rtn")
     }
-    print(agree)
     assert agree["fimaq"] > agree["rtn"] + 0.1
     assert agree["fimaq"] > 0.75
 
@@ -255,15 +254,16 @@ def test_both_ways_of_writing_attention_are_quantized_alike() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "engine"),
+    ("build", "engine"),
     [
-        ("torchvision vit", "eager"),
-        ("attention by products", "eager"),
-        pytest.param("attention by function", "compiled", marks=pytest.mark.slow),
+        (torchvision_vit, "eager"),
+        (lambda: net("products"), "eager"),
+        pytest.param(lambda: net(depth=1), "compiled", marks=pytest.mark.slow),
     ],
+    ids=["multihead", "products", "compiled"],
 )
-def test_step_engines_agree_on_modules_of_ones_own(name: str, engine: EngineChoice) -> None:
-    model, x = MODELS[name](), images(16)
+def test_step_engines_agree_on_modules_of_ones_own(build: Callable[[], nn.Module], engine: EngineChoice) -> None:
+    model, x = build(), images(16)
     settings = {key: value for key, value in FEW.items() if key != "progress"}
     recipe = make_recipe("fimaq", settings, {"batch_size": 8, "reconstruct_parts": "blocks"})
     blocks, head = (names_of(model, modules, "parts") for modules in (parts(model)["blocks"], [parts(model)["head"]]))
