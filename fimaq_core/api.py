@@ -13,10 +13,16 @@ from torch import Tensor, nn
 
 from fimaq_core.bars import progress_bars
 from fimaq_core.chain import BlockChain
-from fimaq_core.checkpoint import Fingerprint, load_checkpoint, read_header, save_checkpoint, state_sha256
+from fimaq_core.checkpoint import (
+    Fingerprint,
+    load_checkpoint,
+    read_header,
+    save_checkpoint,
+    state_sha256,
+)
 from fimaq_core.errors import CheckpointError, DataError, ModelError, first_problem
 from fimaq_core.families import find_family
-from fimaq_core.families.own import names_of, own_chain
+from fimaq_core.families.own import described, names_of, own_chain
 from fimaq_core.fisher.divergence import ClassifierDivergence, Divergence
 from fimaq_core.layers import set_quantized
 from fimaq_core.pipeline import Resources, quantize_chain
@@ -28,7 +34,13 @@ from fimaq_core.reconstruction.reconstruct import ReconstructionLog
 from fimaq_core.reconstruction.tape import Placement
 
 #: Recipe fields that count images, with the smallest number each takes.
-_COUNTS = {"calibration_images": 1, "range_images": 1, "batch_size": 1, "mlp_batch": 1, "divergence_batch": 2}
+_COUNTS = {
+    "calibration_images": 1,
+    "range_images": 1,
+    "batch_size": 1,
+    "mlp_batch": 1,
+    "divergence_batch": 2,
+}
 
 
 class _Facts(BaseModel):
@@ -59,7 +71,12 @@ class QuantizedModel(nn.Module):
     """
 
     def __init__(
-        self, chain: BlockChain, recipe: Recipe, log: ReconstructionLog, fingerprint: Fingerprint, shape: Sequence[int]
+        self,
+        chain: BlockChain,
+        recipe: Recipe,
+        log: ReconstructionLog,
+        fingerprint: Fingerprint,
+        shape: Sequence[int],
     ) -> None:
         super().__init__()
         self.chain, self.recipe, self.log = chain, recipe, log
@@ -102,17 +119,21 @@ def quantize(
 
     Args:
         model: a ViT, DeiT or Swin of timm, or any module whose ``blocks`` and ``head`` are given.
-        images: (n, C, H, W) calibration images, transformed as the model takes them; or batches of them, such as a
-            DataLoader (a batch's further parts, such as labels, are ignored). The first ``calibration_images`` are used.
+        images: (n, C, H, W) calibration images, transformed as the model takes them; or batches of
+            them, such as a DataLoader. Further parts of a batch, such as labels, are ignored. The
+            first ``calibration_images`` are used.
         method: a name from :data:`fimaq_core.recipe.METHODS`.
-        blocks: the blocks of a module of one's own, in the order in which its forward applies them, one after the other.
+        blocks: the blocks of a module of one's own, in the order in which its forward applies them,
+            one after the other.
         head: the last part of such a module, after which nothing follows.
-        divergence: behind the Fisher information; by default a classifier's, KL of class probabilities.
+        divergence: behind the Fisher information; by default a classifier's, the KL divergence of
+            class probabilities.
         progress: whether to show progress bars, on a terminal or in a notebook.
         device: where to run; by default where the model is.
         placement: where cached block inputs lie: "device", "host" or "disk".
-        settings: recipe fields that replace the method's, such as ``w_bits``, ``a_bits`` and ``steps``. Numbers of images
-            are lowered to the number of images given, and a note says so.
+        settings: recipe fields that replace the method's, such as ``w_bits``, ``a_bits`` and
+            ``steps``. Numbers of images are lowered to the number of images given, and a note says
+            so.
 
     Returns:
         The quantized copy.
@@ -128,7 +149,12 @@ def quantize(
     recipe, notes = _clipped(recipe, len(x))
     shape = tuple(x.shape[1:])
     chain, weights = _prepared(model, blocks, head, shape, recipe, device)
-    fingerprint = Fingerprint(model=_name(model), weights=weights, calibration=_tensor_sha256(x), recipe=recipe)
+    fingerprint = Fingerprint(
+        model=_name(model),
+        weights=weights,
+        calibration=_tensor_sha256(x),
+        recipe=recipe,
+    )
     with progress_bars() if progress else nullcontext(silent) as report:
         log = quantize_chain(
             chain,
@@ -166,9 +192,8 @@ def load(
     try:
         facts = _Facts.model_validate(content)
     except ValidationError as error:
-        raise CheckpointError(
-            f"{path} was not written by the save method of a quantized model ({first_problem(error)})."
-        ) from error
+        problem = first_problem(error)
+        raise CheckpointError(f"{path} holds no quantized model of save() ({problem}).") from error
     here = Fingerprint(
         model=_name(model),
         weights=state_sha256(model),
@@ -176,17 +201,17 @@ def load(
         recipe=fingerprint.recipe,
     )
     if (reason := here.mismatch(fingerprint)) is not None:
-        raise CheckpointError(f"{path} does not fit the model: {reason}. Give the float model that was quantized.")
+        raise CheckpointError(f"{path}: {reason}. Give the float model that was quantized.")
     chain, _ = _prepared(model, blocks, head, tuple(facts.shape), fingerprint.recipe, device)
     if _labels(chain) != facts.segments:
-        raise CheckpointError(
-            f"{path} was made with other blocks or another head ({', '.join(facts.segments)}): give the same again."
-        )
+        theirs = ", ".join(facts.segments)
+        raise CheckpointError(f"{path} was made with other blocks or another head: give {theirs}.")
     if fingerprint.recipe.reconstruct_mlp:
         use_relu(chain)
     load_checkpoint(path, chain, None)
     set_quantized(chain, True)
-    return QuantizedModel(chain, fingerprint.recipe, read_log(facts.log, str(path)), fingerprint, facts.shape)
+    log = read_log(facts.log, str(path))
+    return QuantizedModel(chain, fingerprint.recipe, log, fingerprint, facts.shape)
 
 
 def _prepared(
@@ -200,8 +225,11 @@ def _prepared(
     """A copy of the model as a chain, and the sha256 of the model's weights."""
     if (blocks is None) != (head is None):
         raise ModelError("blocks= and head= go together: give both, or none for a model of timm.")
-    own = None if blocks is None or head is None else (names_of(model, blocks, "blocks="), names_of(model, [head], "head="))
-    family = None if own is not None else find_family(model)
+    labels: list[str] = []
+    if blocks is None or head is None:
+        family = find_family(model)
+    else:
+        labels = [*names_of(model, blocks, "blocks="), *names_of(model, [head], "head=")]
     weights = state_sha256(model)
     twin = copy.deepcopy(model).eval().float().requires_grad_(False)
     if device is not None:
@@ -209,9 +237,8 @@ def _prepared(
     place = next((value.device for value in twin.parameters()), torch.device("cpu"))
     probe = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0)).to(place)
     _check_takes(twin, probe)
-    if own is not None:
-        return own_chain(twin, own[0], own[1][0], probe, recipe), weights
-    assert family is not None
+    if labels:
+        return own_chain(twin, labels, probe, recipe), weights
     return family.build(twin, recipe).to(place), weights
 
 
@@ -221,8 +248,9 @@ def _check_takes(model: nn.Module, images: Tensor) -> None:
     try:
         model(images)
     except (AssertionError, RuntimeError, TypeError, ValueError, IndexError) as error:
+        name, shape = type(model).__name__, tuple(images.shape[1:])
         raise DataError(
-            f"{type(model).__name__} does not take images of shape {tuple(images.shape[1:])} ({error}): give images (n, C, H, W) "
+            f"{name} does not take images of shape {shape} ({error}): give images (n, C, H, W) "
             "transformed as the model takes them."
         ) from error
 
@@ -233,10 +261,9 @@ def _gathered(images: Tensor | Iterable[Any], wanted: int) -> Tensor:
     for batch in [images] if isinstance(images, Tensor) else images:
         part = batch[0] if isinstance(batch, list | tuple) and batch else batch
         if not isinstance(part, Tensor) or part.ndim not in (3, 4) or not part.is_floating_point():
-            kind = f"a {part.dtype} tensor {tuple(part.shape)}" if isinstance(part, Tensor) else f"a {type(part).__name__}"
             raise DataError(
-                f"images must be a float tensor (n, C, H, W) or batches of such tensors, not {kind}: transform the images "
-                "as the model takes them."
+                f"images must be a float tensor (n, C, H, W) or batches of such tensors, not "
+                f"{described(part)}: transform the images as the model takes them."
             )
         parts.append(part.detach() if part.ndim == 4 else part.detach()[None])
         if sum(map(len, parts)) >= wanted:
@@ -245,23 +272,25 @@ def _gathered(images: Tensor | Iterable[Any], wanted: int) -> Tensor:
         raise DataError("There are no calibration images: give at least one.")
     shapes = sorted({tuple(part.shape[1:]) for part in parts})
     if len(shapes) > 1:
-        raise DataError(f"The images differ in shape ({shapes[0]}, {shapes[1]}): transform them to one size.")
+        raise DataError(f"Images of shapes {shapes[0]}, {shapes[1]}: transform them to one size.")
     return torch.cat(parts)[:wanted].float()
 
 
 def _clipped(recipe: Recipe, count: int) -> tuple[Recipe, list[str]]:
     """The recipe with no count above ``count`` images, and a note on those that it uses."""
     wanted = {name: getattr(recipe, name) for name in _COUNTS}
-    lowered = {name: max(count, least) for name, least in _COUNTS.items() if wanted[name] > max(count, least)}
+    possible = {name: max(count, least) for name, least in _COUNTS.items()}
+    lowered = {name: value for name, value in possible.items() if wanted[name] > value}
     used = {
         "calibration_images": True,
         "range_images": True,
         "batch_size": recipe.reconstruct,
         "mlp_batch": recipe.reconstruct_mlp,
     }
-    named = [f"{name} {value} instead of {wanted[name]}" for name, value in lowered.items() if used.get(name)]
-    note = f"There are {count} calibration images, so these settings were lowered: {', '.join(named)}."
-    return recipe.model_copy(update=lowered), [note] if named else []
+    changed = [name for name in lowered if used.get(name)]
+    changes = [f"{name} {lowered[name]} instead of {wanted[name]}" for name in changed]
+    note = f"There are {count} calibration images, so these were lowered: {', '.join(changes)}."
+    return recipe.model_copy(update=lowered), [note] if changes else []
 
 
 def _name(model: nn.Module) -> str:

@@ -1,4 +1,4 @@
-"""Run the cells of docs/notebook.ipynb and write their outputs into it: ``python scripts/run_notebook.py``."""
+"""Run docs/notebook.ipynb and write its outputs into it: ``python scripts/run_notebook.py``."""
 
 import ast
 import base64
@@ -44,12 +44,20 @@ def _outputs(source: str, number: int, namespace: dict[str, Any]) -> list[dict[s
             value = eval(compile(ast.Expression(last.value), f"<cell {number}>", "eval"), namespace)
     outputs: list[dict[str, Any]] = []
     if printed.getvalue():
-        outputs.append({"name": "stdout", "output_type": "stream", "text": _lines(printed.getvalue())})
+        text = _lines(printed.getvalue())
+        outputs.append({"name": "stdout", "output_type": "stream", "text": text})
     if value is not None:
         data = {"text/plain": _lines(repr(value))}
         if hasattr(value, "_repr_html_"):
             data["text/html"] = _lines(value._repr_html_())
-        outputs.append({"data": data, "execution_count": number, "metadata": {}, "output_type": "execute_result"})
+        outputs.append(
+            {
+                "data": data,
+                "execution_count": number,
+                "metadata": {},
+                "output_type": "execute_result",
+            }
+        )
     for figure in map(pyplot.figure, pyplot.get_fignums()):
         png = io.BytesIO()
         figure.savefig(png, format="png", dpi=80, bbox_inches="tight")

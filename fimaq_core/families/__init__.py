@@ -27,6 +27,6 @@ def find_family(model: nn.Module) -> Family:
     own = "".join(f", {family.name}" for family in FAMILIES)
     raise ModelError(
         f"{type(model).__name__} is a class that no model family knows: there are timm's ViT, DeiT "
-        f"and Swin{own}. Give blocks= and head= to quantize() for a module of one's own; CONTRIBUTING.md "
-        "shows how to add a family."
+        f"and Swin{own}. Give blocks= and head= to quantize() for a module of one's own; "
+        "CONTRIBUTING.md shows how to add a family."
     )

@@ -1,7 +1,8 @@
 """Modules of one's own: a model as stem, blocks, rest and head, with its layers swapped by type.
 
-The model's forward is watched once. In the chain, the model itself runs what lies before the first block and what lies
-between the last block and the head: its blocks and its head are replaced by slots, and its forward is stopped at one of them.
+The model's forward is watched once. In the chain, the model itself runs what lies before the first
+block, and what lies between the last block and the head. For this its blocks and its head are
+replaced by slots, and its forward is stopped at one of them.
 """
 
 from collections import Counter
@@ -18,7 +19,7 @@ from torch.utils._pytree import tree_flatten
 from fimaq_core.chain import BlockChain, NormPair, Segment
 from fimaq_core.errors import ModelError
 from fimaq_core.families.products import Recorder, RoutedMultiheadAttention, RoutedProducts
-from fimaq_core.layers import QuantConv2d, QuantLinear, QuantMatMul, quant_layers
+from fimaq_core.layers import QuantConv2d, QuantLinear, quant_layers
 from fimaq_core.quantizers.special import make_quantizer
 from fimaq_core.recipe import Recipe
 
@@ -62,25 +63,27 @@ class _Slot(nn.Module):
 
 
 class _Frame(nn.Module):
-    """A model without its blocks and its head. ``forward`` is the stem: images (B, C, H, W) to the first block's input.
+    """A model without its blocks and its head.
+
+    ``forward`` is the stem: images (B, C, H, W) to the first block's input.
 
     Args:
-        model: its blocks and head are slots.
-        first, last, head: slots.
+        model: its blocks and its head are slots.
+        slots: in the order of the forward; the last one is the head's.
         shape: of one image.
     """
 
-    def __init__(self, model: nn.Module, first: _Slot, last: _Slot, head: _Slot, shape: tuple[int, ...]) -> None:
+    def __init__(self, model: nn.Module, slots: Sequence[_Slot], shape: tuple[int, ...]) -> None:
         super().__init__()
         self.model, self.shape = model, shape
-        self._slots = first, last, head
+        self._slots = tuple(slots)
 
     def forward(self, images: Tensor) -> Tensor:
         return self._until(self._slots[0], images)
 
     def rest(self, x: Tensor) -> Tensor:
-        """The head's input for the last block's output ``x`` (B, ...). The stem sees blank images."""
-        last, head = self._slots[1:]
+        """The head's input for the last block's output ``x``. The stem sees blank images."""
+        last, head = self._slots[-2:]
         last.given = x
         try:
             return self._until(head, torch.zeros(len(x), *self.shape, device=x.device))
@@ -95,7 +98,7 @@ class _Frame(nn.Module):
             return arrived.x
         finally:
             slot.stops = False
-        raise ModelError("The model's forward did not call the same blocks again: it must not depend on the images.")
+        raise ModelError("The model's forward must call the same blocks for all images.")
 
 
 class _Rest(nn.Module):
@@ -110,14 +113,19 @@ class _Rest(nn.Module):
 
 
 class OwnBlock(nn.Module):
-    """A block of one's own: a module, the other arguments that it is always called with, and its attention's products.
+    """A block of one's own, with its constant arguments and its attention's products.
 
     Args:
-        module: its layers are swapped already.
-        args, kwargs: what it is called with beside its input.
+        module: the block; its layers are swapped already.
+        args, kwargs: what it is always called with beside its input.
     """
 
-    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
         super().__init__()
         self.module = module
         self.products = nn.ModuleList()
@@ -131,7 +139,7 @@ class OwnBlock(nn.Module):
         return self.run(x, RoutedProducts(self.products))
 
     def run(self, x: Tensor, mode: RoutedProducts) -> Tensor:
-        """The module's output for the input ``x`` under a mode."""
+        """The block's output for the input ``x`` under a mode."""
         args, kwargs = [], {}
         for place, value in self._constants.items():
             present = getattr(self, f"argument_{place}") if isinstance(value, Tensor) else value
@@ -168,8 +176,9 @@ def names_of(model: nn.Module, modules: Iterable[nn.Module], what: str) -> list[
     for number, module in enumerate(modules):
         if id(module) not in known:
             raise ModelError(
-                f"{what} must be modules inside the model, and number {number} ({type(module).__name__}) is none: "
-                "give the model's own, such as blocks=model.blocks, head=model.head."
+                f"{what} must be modules inside the model, and number {number} "
+                f"({type(module).__name__}) is none: give the model's own, such as "
+                "blocks=model.blocks, head=model.head."
             )
         found.append(known[id(module)])
     if not found or len(set(found)) < len(found):
@@ -177,61 +186,69 @@ def names_of(model: nn.Module, modules: Iterable[nn.Module], what: str) -> list[
     return found
 
 
-def own_chain(model: nn.Module, blocks: Sequence[str], head: str, images: Tensor, recipe: Recipe) -> BlockChain:
+def own_chain(
+    model: nn.Module,
+    labels: Sequence[str],
+    images: Tensor,
+    recipe: Recipe,
+) -> BlockChain:
     """Turn a model of one's own into a chain. The chain takes the model over and changes it.
 
-    The stem and what lies between the blocks and the head stay in full precision. Inside blocks and head ``nn.Linear``,
-    ``nn.Conv2d`` and ``nn.MultiheadAttention`` are swapped, and ``F.scaled_dot_product_attention`` and products of activations
-    are computed by quantizable products. A LayerNorm with one linear layer as its only consumer becomes a pair for
-    reparameterisation.
+    Stem and rest stay in full precision. Inside blocks and head, ``nn.Linear``, ``nn.Conv2d`` and
+    ``nn.MultiheadAttention`` are swapped. Quantizable products compute
+    ``F.scaled_dot_product_attention`` and products of activations. A LayerNorm whose only consumer
+    is one linear layer becomes a pair for reparameterisation.
 
     Args:
         model: in evaluation mode.
-        blocks: names of its blocks in the order of its forward.
-        head: name of its last part.
-        images: (3, ...) or more, to watch the forward with.
+        labels: names of its blocks in the order of its forward, then the name of its head.
+        images: (3, C, H, W), to watch the forward with; only their shape matters.
         recipe: bits and quantizers.
 
     Raises:
-        ModelError: the forward is not stem, blocks in a row, rest, head; or a part cannot be swapped.
+        ModelError: the forward is not stem, blocks in a row, rest and head; or a part cannot be
+            swapped.
     """
-    labels = [*blocks, head]
     with torch.no_grad():
         calls, expected = _watched(model, labels, images[:2])
         others, _ = _watched(model, labels, images[2:3])
-        _check_order(calls, labels, images[:2])
-        for call, other in zip(calls, others, strict=True):
-            _check_constants(call, other)
+    _check_order(calls, len(images[:2]))
+    for call, other in zip(calls, others, strict=True):
+        _check_constants(call, other)
     memo: dict[int, nn.Module] = {}
     parts, slots = [], []
     for call in calls:
-        bits = recipe.classifier_bits if call.label == head else recipe.a_bits
+        bits = recipe.classifier_bits if call is calls[-1] else recipe.a_bits
         module = model.get_submodule(call.label)
-        parts.append(OwnBlock(_swapped(module, recipe, bits, memo), call.args[1:], call.kwargs))
-        slots.append(_Slot(parts[-1].module))
+        part = OwnBlock(_swapped(module, recipe, bits, memo), call.args[1:], call.kwargs)
+        slots.append(_Slot(part.module))
         _replace(model, module, slots[-1])
-    frame = _Frame(model, slots[0], slots[-2], slots[-1], tuple(images.shape[1:]))
-    segments = []
-    for call, part in zip(calls, parts, strict=True):
-        pairs = _fill(part, call, recipe)
-        before = frame if call is calls[0] else _Rest(frame) if call is calls[-1] else None
-        segments.append(Segment(call.label, "head" if call is calls[-1] else "block", part, before=before, pairs=pairs))
+        parts.append((call.label, part, _fill(part, call, recipe)))
+    frame = _Frame(model, slots, tuple(images.shape[1:]))
+    segments = [Segment(label, "block", part, pairs=pairs) for label, part, pairs in parts]
+    segments[0].before, segments[-1].before, segments[-1].kind = frame, _Rest(frame), "head"
     chain = BlockChain(segments)
     _check_equal(chain, images[:2], expected)
     return chain
 
 
-def _watched(model: nn.Module, labels: Sequence[str], images: Tensor) -> tuple[list[_Call], Any]:
-    """The calls of the modules ``labels`` in one forward, in their order, and the model's output."""
+def _watched(
+    model: nn.Module,
+    labels: Sequence[str],
+    images: Tensor,
+) -> tuple[list[_Call], Any]:
+    """The calls of the modules ``labels`` in one forward, and the model's output."""
     calls: list[_Call] = []
     with _hooked(model, labels, calls):
         output = model(images)
     found = [call.label for call in calls]
-    if sorted(found) != sorted(labels):
-        wrong = next(label for label in labels if found.count(label) != 1)
-        raise ModelError(f"The model's forward calls {wrong} {found.count(wrong)} times: it must be once.")
+    for label in labels:
+        if found.count(label) != 1:
+            times = found.count(label)
+            raise ModelError(f"The model calls {label} {times} times: it must be once.")
     if found != list(labels):
-        raise ModelError(f"The model's forward calls {', '.join(found)} in this order: give blocks= and head= so.")
+        order = ", ".join(found)
+        raise ModelError(f"The model calls {order} in this order: give blocks= and head= so.")
     return calls, output
 
 
@@ -240,7 +257,11 @@ def _hooked(model: nn.Module, labels: Sequence[str], calls: list[_Call]) -> Iter
     def hook(label: str) -> Any:
         return lambda module, args, kwargs, output: calls.append(_Call(label, args, kwargs, output))
 
-    handles = [model.get_submodule(label).register_forward_hook(hook(label), with_kwargs=True) for label in labels]
+    modules = {label: model.get_submodule(label) for label in labels}
+    handles = [
+        module.register_forward_hook(hook(label), with_kwargs=True)  # one per module
+        for label, module in modules.items()
+    ]
     try:
         yield
     finally:
@@ -248,55 +269,62 @@ def _hooked(model: nn.Module, labels: Sequence[str], calls: list[_Call]) -> Iter
             handle.remove()
 
 
-def _check_order(calls: Sequence[_Call], labels: Sequence[str], images: Tensor) -> None:
+def _check_order(calls: Sequence[_Call], batch: int) -> None:
     """Each call takes and gives a tensor, and each block takes what the one before gave."""
     for call in calls:
-        for what, value in (("first argument", call.args[0] if call.args else None), ("output", call.output)):
-            if not isinstance(value, Tensor) or not value.is_floating_point() or len(value) != len(images):
+        values = {"first argument": call.args[0] if call.args else None, "output": call.output}
+        for what, value in values.items():
+            fits = isinstance(value, Tensor) and value.is_floating_point() and len(value) == batch
+            if not fits:
                 raise ModelError(
-                    f"The {what} of {call.label} must be one tensor with the batch as its first dimension "
-                    f"({len(images)} here), not {_described(value)}."
+                    f"The {what} of {call.label} must be one float tensor with the batch as its "
+                    f"first dimension ({batch} here), not {described(value)}."
                 )
     for before, after in pairwise(calls[:-1]):
-        x = after.args[0]
-        if x is not before.output and not (x.shape == before.output.shape and torch.equal(x, before.output)):
+        if not _same(after.args[0], before.output):
             raise ModelError(
-                f"The input of {after.label} is not the output of {before.label}: blocks must follow one another directly. "
-                "Make what lies between them part of one of them."
+                f"The input of {after.label} is not the output of {before.label}: blocks must "
+                "follow one another directly. Make what lies between them part of one of them."
             )
 
 
-def _described(value: Any) -> str:
-    return f"a tensor {tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+def described(value: Any) -> str:
+    """The value in a message: a tensor's dtype and shape, or a type."""
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor {tuple(value.shape)}"
+    return f"a {type(value).__name__}"
 
 
 def _check_constants(call: _Call, other: _Call) -> None:
     """The arguments beside the input are the same for all samples and sizes of a batch."""
-    places = [*range(1, len(call.args)), *call.kwargs]
-    for place in places:
-        own, theirs = (one.args[place] if isinstance(place, int) else one.kwargs.get(place) for one in (call, other))
-        own_values, own_structure = tree_flatten(own)
-        values, structure = tree_flatten(theirs)
-        if own_structure != structure or not all(map(_same, own_values, values)):
-            name = f"argument {place}" if isinstance(place, int) else f"argument '{place}'"
+    given, others = ({**dict(enumerate(one.args)), **one.kwargs} for one in (call, other))
+    for place in given.keys() - {0}:
+        values, structure = tree_flatten(given[place])
+        theirs, another = tree_flatten(others.get(place))
+        if structure != another or not all(map(_same, values, theirs)):
             raise ModelError(
-                f"{call.label} is called with another {name} for each batch: beside the input, a block's arguments must "
-                "be the same for all samples."
+                f"{call.label} is called with another argument {place!r} for each batch: beside "
+                "the input, a block's arguments must be the same for all samples."
             )
 
 
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and torch.equal(a, b)
+        return a is b or (a.shape == b.shape and torch.equal(a, b))
     return a is b or bool(type(a) is type(b) and a == b)
 
 
-def _swapped(module: nn.Module, recipe: Recipe, bits: int, memo: dict[int, nn.Module]) -> nn.Module:
-    """``module`` with its layers swapped by type, in place where it is none itself.
+def _swapped(
+    module: nn.Module,
+    recipe: Recipe,
+    bits: int,
+    memo: dict[int, nn.Module],
+) -> nn.Module:
+    """``module`` with its layers swapped by type, in place where it is no such layer itself.
 
     Args:
         bits: of the inputs of linear layers.
-        memo: what stands for modules that came before.
+        memo: by module that came before, what stands for it.
     """
     if id(module) not in memo:
         if type(module) is nn.Linear:
@@ -320,26 +348,29 @@ def _replace(model: nn.Module, module: nn.Module, slot: _Slot) -> None:
 
 
 def _fill(part: OwnBlock, call: _Call, recipe: Recipe) -> tuple[NormPair, ...]:
-    """Make the products of a block and the quantizers behind GELU; return the pairs for reparameterisation."""
-    recorder, called = Recorder(call.label, part.module, part.products, recipe), Counter[str]()
-    handles = [
-        layer.register_forward_pre_hook(lambda *_, name=name: called.update([name])) for name, layer in quant_layers(part.module)
-    ]
+    """Make a block's products and its quantizers behind GELU; return its pairs."""
+    recorder = Recorder(call.label, part.module, part.products, recipe)
+    called: Counter[str] = Counter()
+
+    def count(name: str) -> Any:
+        return lambda *_: called.update([name])
+
+    layers = list(quant_layers(part.module))
+    handles = [layer.register_forward_pre_hook(count(name)) for name, layer in layers]
     with torch.no_grad():
         output = part.run(call.args[0], recorder)
     for handle in handles:
         handle.remove()
     recorder.check_calls(called)
     if not handles and not part.products:
-        raise ModelError(f"{call.label} ({type(part.module).__name__}) has no layer that can be quantized: leave it out.")
-    for product in part.products:
-        assert isinstance(product, QuantMatMul)
-        product.to(call.args[0].device)
-    if recipe.gelu_quantizer != "uniform":
-        for layer in recorder.behind_gelu():
-            layer.input_quantizer = make_quantizer(recipe.gelu_quantizer, layer.input_quantizer.bits, "gelu")
+        kind = type(part.module).__name__
+        raise ModelError(f"{call.label} ({kind}) has no layer that can be quantized: leave it out.")
+    gelu = recipe.gelu_quantizer
+    for layer in recorder.behind_gelu() if gelu != "uniform" else ():
+        layer.input_quantizer = make_quantizer(gelu, layer.input_quantizer.bits, "gelu")
     part.to(call.args[0].device)
-    return tuple(NormPair(norm, f"module.{name}") for norm, name in recorder.norms_before(output))
+    norms = recorder.norms_before(output)
+    return tuple(NormPair(norm, f"module.{name}") for norm, name in norms)
 
 
 @torch.no_grad()
@@ -348,12 +379,12 @@ def _check_equal(chain: BlockChain, images: Tensor, expected: Any) -> None:
     wanted = getattr(expected, "logits", expected)
     found = chain(images)
     if not isinstance(wanted, Tensor) or found.shape != wanted.shape:
-        raise ModelError(
-            f"The head gives a tensor {tuple(found.shape)}, and the model {_described(wanted)}: the head must be the last part."
-        )
+        ours, theirs = described(found), described(wanted)
+        raise ModelError(f"The head gives {ours}, the model {theirs}: it must be the last part.")
     error = float((found - wanted).abs().max())
     if not error <= 1e-3 * float(wanted.abs().max()):
         raise ModelError(
-            f"Blocks and head in a row do not give the model's output (they differ by up to {error:.2g}): everything must "
-            "pass through the blocks, nothing may lead around them, and nothing may follow the head."
+            "Blocks and head in a row do not give the model's output (they differ by up to "
+            f"{error:.2g}): everything must pass through the blocks, nothing may lead around them, "
+            "and nothing may follow the head."
         )
