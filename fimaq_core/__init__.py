@@ -1,10 +1,28 @@
 """fimaq_core: block-wise post-training quantization of PyTorch vision transformers.
 
-The package knows PyTorch only. A task adapter (see ``tasks``) turns its model into a
-:class:`fimaq_core.chain.BlockChain` and hands it to :mod:`fimaq_core.quantize`.
+The package knows PyTorch, and timm where a model of it comes. A task adapter (see ``tasks``) turns
+its model into a :class:`fimaq_core.chain.BlockChain` and hands it to :mod:`fimaq_core.pipeline`.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fimaq_core.api import QuantizedModel, load, quantize
+
+__all__ = ["NUMERICS_VERSION", "QuantizedModel", "__version__", "load", "quantize"]
 
 __version__ = "0.1.0"
 
 #: Raised whenever a change alters the numbers a recipe produces; part of every checkpoint's fingerprint.
 NUMERICS_VERSION = 3
+
+
+def __getattr__(name: str) -> Any:
+    """Import the functions for notebooks when one is asked for: they import PyTorch."""
+    if name in ("QuantizedModel", "load", "quantize"):
+        from fimaq_core import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

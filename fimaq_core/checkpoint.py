@@ -3,6 +3,7 @@
 The header holds a :class:`Fingerprint`. A checkpoint of another run is refused with the reason.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -73,6 +74,15 @@ class Fingerprint(BaseModel):
             if getattr(mine, name) != getattr(theirs, name)
         ]
         return f"it was made with another recipe: {', '.join(different)}" if different else None
+
+
+def state_sha256(model: nn.Module) -> str:
+    """The sha256 (hex) over names, shapes and values of a model's state: the identity of weights that came from no file."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], fingerprint: Fingerprint, facts: dict[str, Any]) -> None:

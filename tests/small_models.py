@@ -7,13 +7,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from fimaq_core.chain import BlockChain
-from fimaq_core.family import Family
+from fimaq_core.families import find_family
 from fimaq_core.fisher.divergence import Divergence, Measure
 from fimaq_core.recipe import Recipe, make_recipe
-from tasks.common.families.swin import SwinFamily
-from tasks.common.families.vit import ViTFamily
-
-FAMILIES: tuple[Family, ...] = (ViTFamily(), SwinFamily())
 
 
 @torch.no_grad()
@@ -61,8 +57,7 @@ def swin(size: int = 40, seed: int = 0) -> SwinTransformer:
 
 def chain_of(model: nn.Module, recipe: Recipe) -> BlockChain:
     """The model as a chain, by the family that knows it."""
-    (family,) = (family for family in FAMILIES if family.matches(model))
-    return family.build(model, recipe)
+    return find_family(model).build(model, recipe)
 
 
 def images(count: int, size: int = 32, seed: int = 1) -> Tensor:

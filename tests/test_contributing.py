@@ -3,14 +3,13 @@
 import re
 from pathlib import Path
 
-from fimaq_core import recipe
+from fimaq_core import families, recipe
 from fimaq_core.fisher import losses
-from tasks.classification import task as classification
 from tasks.common import registry
 
 
 def test_examples_run(tmp_path: Path) -> None:
-    before = dict(recipe.METHODS), list(recipe.LOSSES), dict(losses.PLAIN), list(classification.FAMILIES)
+    before = dict(recipe.METHODS), list(recipe.LOSSES), dict(losses.PLAIN), list(families.FAMILIES)
     text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, re.S)
     assert len(blocks) == 3
@@ -26,5 +25,5 @@ def test_examples_run(tmp_path: Path) -> None:
         recipe.LOSSES[:] = before[1]
         losses.PLAIN.clear()
         losses.PLAIN.update(before[2])
-        classification.FAMILIES[:] = before[3]
+        families.FAMILIES[:] = before[3]
         registry._REGISTERED.clear()

@@ -8,9 +8,9 @@ from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
 from fimaq_core.chain import BlockChain, Segment
+from fimaq_core.families import find_family
 from fimaq_core.recipe import Recipe
 from tasks.classification.tags import DEMO_NAMES, full_name
-from tasks.classification.task import FAMILIES
 from tasks.common.registry import get_task
 from tasks.common.request import DataRequest, ModelRequest
 
@@ -83,7 +83,7 @@ def whole_model(name: str, recipe: Recipe, device: torch.device) -> tuple[BlockC
 
 def chain_of(model: nn.Module, recipe: Recipe) -> BlockChain:
     """Return ``model`` as a chain, by the first family that knows it."""
-    return next(family for family in FAMILIES if family.matches(model)).build(model, recipe)
+    return find_family(model).build(model, recipe)
 
 
 def load_subject(name: str, recipe: Recipe, device: torch.device) -> Subject:

@@ -7,8 +7,7 @@ from PIL import Image
 from torch import nn
 
 from fimaq_core.chain import BlockChain
-from fimaq_core.errors import ModelError
-from fimaq_core.family import Family
+from fimaq_core.families import find_family
 from fimaq_core.fisher.divergence import ClassifierDivergence, Divergence
 from fimaq_core.progress import Report
 from fimaq_core.recipe import Recipe
@@ -16,15 +15,10 @@ from tasks.classification import models, tags
 from tasks.classification.data import calibration_set, open_source
 from tasks.classification.pictures import pictures
 from tasks.common.class_names import readable_names
-from tasks.common.families.swin import SwinFamily
-from tasks.common.families.vit import ViTFamily
 from tasks.common.images import Images
 from tasks.common.request import DataRequest, ModelRequest
 from tasks.common.task import CalibrationSet, Evaluation, LoadedModel, Named, SinglePart
 from tasks.common.top_k import evaluate
-
-#: Model families, asked in order. A new family is one file and one entry.
-FAMILIES: list[Family] = [ViTFamily(), SwinFamily()]
 
 
 class ClassificationTask(Named, SinglePart):
@@ -40,13 +34,7 @@ class ClassificationTask(Named, SinglePart):
 
     def build(self, loaded: LoadedModel, recipe: Recipe) -> BlockChain:
         """The model as a chain, by the family that knows its class."""
-        for family in FAMILIES:
-            if family.matches(loaded.model):
-                return family.build(loaded.model, recipe)
-        raise ModelError(
-            f"{loaded.tag} is a {type(loaded.model).__name__}, which no model family knows: "
-            f"{', '.join(family.name for family in FAMILIES)} are there. CONTRIBUTING.md shows how to add one."
-        )
+        return find_family(loaded.model).build(loaded.model, recipe)
 
     def calibration(self, loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> CalibrationSet:
         """The calibration images."""

@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bars
 
+from fimaq_core.bars import progress_bars
 from fimaq_core.errors import FimaqError, RecipeError
-from fimaq_core.progress import Progress, Report
+from fimaq_core.progress import Report
 from tasks.common.anew import new_name
 from tasks.common.options import (
     GroupedCommand,
@@ -59,7 +57,7 @@ def build_group(task_name: str, summary: str, own: TaskOptions = TaskOptions()) 
         model, data = take_requests(options)
         options["force"] = new_name() if options["force"] else ""
         request = CellRequest(task_name, model, data, recipe, **options)
-        with _bars() as report:
+        with progress_bars() as report:
             path = run_cell(request, report)
         record = read_record(path)
         for name, metric in record.metrics.items():
@@ -108,7 +106,7 @@ def build_group(task_name: str, summary: str, own: TaskOptions = TaskOptions()) 
 
         out, given = options.pop("out"), given_recipe(options)
         options["preprocessing"] = take_preprocessing(options)
-        with _bars() as report:
+        with progress_bars() as report:
             log = stages.reconstruct_stage(task_name, checkpoint, out, given, take_data(options), options, report)
         _echo(f"note: {note}" for note in log.sentences())
         click.echo(f"reconstructed checkpoint: {out}")
@@ -120,7 +118,7 @@ def build_group(task_name: str, summary: str, own: TaskOptions = TaskOptions()) 
         from tasks.common import stages
 
         options["preprocessing"] = take_preprocessing(options)
-        with _bars() as report:
+        with progress_bars() as report:
             evaluation = stages.evaluate_stage(task_name, checkpoint, take_data(options), options, report)
         for name, metric in evaluation.metrics.items():
             click.echo(f"{name} {metric.value:.2f} ± {metric.stderr:.2f} (n = {evaluation.n})")
@@ -164,45 +162,10 @@ def _first_stage(task_name: str, stage: Callable[[CellRequest, Path, Report], li
     if recipe is None:
         raise RecipeError("Method 'fp' has no stages: use run.")
     model, data = take_requests(options)
-    with _bars() as report:
+    with progress_bars() as report:
         notes = stage(CellRequest(task_name, model, data, recipe, **options), out, report)
     _echo(f"note: {note}" for note in notes)
     return out
-
-
-class _bars:
-    """Progress bars on a terminal; nothing where output is no terminal."""
-
-    def __enter__(self) -> Report:
-        console = Console(stderr=True)
-        self._bars = Bars(
-            TextColumn("{task.description:28s}"),
-            BarColumn(),
-            TextColumn("{task.percentage:3.0f} %"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[detail]}"),
-            console=console,
-            disable=not console.is_terminal,
-            transient=True,
-        )
-        self._bars.start()
-        self._tasks: dict[str, Any] = {}
-
-        def report(event: Progress) -> None:
-            if event.stage not in self._tasks:
-                self._tasks[event.stage] = self._bars.add_task(event.stage, total=event.total, detail="")
-            self._bars.update(
-                self._tasks[event.stage],
-                total=event.total,
-                completed=event.done,
-                description=f"{event.stage} {event.block}",
-                detail="" if event.loss is None else f"loss {event.loss:.4g}",
-            )
-
-        return report
-
-    def __exit__(self, *_: object) -> None:
-        self._bars.stop()
 
 
 def main(group: click.Group, arguments: list[str] | None = None) -> None:

@@ -13,7 +13,7 @@ from fimaq_core.chain import BlockChain, Segment
 from fimaq_core.checkpoint import Fingerprint
 from fimaq_core.errors import RecipeError
 from fimaq_core.fisher.divergence import Divergence
-from fimaq_core.quantize import Resources, load_mlps, reconstruct_mlps_or_load
+from fimaq_core.pipeline import Resources, load_mlps, reconstruct_mlps_or_load
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction.mlp import mlps
 from fimaq_core.samples import Samples

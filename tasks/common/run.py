@@ -16,8 +16,7 @@ from fimaq_core import NUMERICS_VERSION
 from fimaq_core.checkpoint import save_checkpoint
 from fimaq_core.files import remove, remove_leftovers, replaced_whole
 from fimaq_core.fisher.losses import takes_passes
-from fimaq_core.progress import Report, silent
-from fimaq_core.quantize import (
+from fimaq_core.pipeline import (
     Resources,
     blocks_beside,
     calibrate_or_load,
@@ -28,6 +27,7 @@ from fimaq_core.quantize import (
     remove_blocks,
     remove_mlps,
 )
+from fimaq_core.progress import Report, silent
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction.mlp import mlps as find_mlps
 from fimaq_core.reconstruction.reconstruct import ReconstructionLog

@@ -12,8 +12,7 @@ from fimaq_core.checkpoint import Fingerprint, load_checkpoint, save_checkpoint
 from fimaq_core.errors import CheckpointError
 from fimaq_core.files import remove
 from fimaq_core.layers import set_quantized
-from fimaq_core.progress import Report
-from fimaq_core.quantize import (
+from fimaq_core.pipeline import (
     Resources,
     blocks_beside,
     calibrate_or_load,
@@ -22,6 +21,7 @@ from fimaq_core.quantize import (
     reconstruct_with_checkpoints,
     remove_blocks,
 )
+from fimaq_core.progress import Report
 from fimaq_core.recipe import OFF, Recipe, make_recipe
 from fimaq_core.reconstruction.mlp import mlps, use_relu
 from fimaq_core.reconstruction.reconstruct import ReconstructionLog

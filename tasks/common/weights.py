@@ -1,7 +1,6 @@
 """Reading local weight files without running anything in them."""
 
 import difflib
-import hashlib
 import pickle
 import re
 import struct
@@ -18,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fimaq_core.checkpoint import state_sha256
 from fimaq_core.errors import ModelError, NumericsError, suggest
 from tasks.common.class_order import by_label
 from tasks.common.hashing import SUFFIXES, file_sha256
@@ -459,12 +459,3 @@ def _some(names: Iterable[str]) -> str:
     listed = list(names)
     more = " and more" if len(listed) > 3 else ""
     return f"{len(listed)} ({', '.join(map(repr, listed[:3]))}{more})"
-
-
-def state_sha256(model: nn.Module) -> str:
-    """The sha256 (hex) over names, shapes and values of a model's state: the identity of weights that came from no file."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

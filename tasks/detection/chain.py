@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from fimaq_core.chain import BlockChain, Kept, MlpPart, NormPair, Segment
 from fimaq_core.errors import ModelError
+from fimaq_core.families.parts import norm_pair
 from fimaq_core.recipe import OFF, Recipe
-from tasks.common.families.parts import norm_pair
 from tasks.detection.mm import CascadeRCNN, MaskRCNN, SwinBlockSequence, SwinTransformer, TwoStageDetector
 from tasks.detection.neck import ExplicitFPN, Unpack
 from tasks.detection.packing import pack

@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from fimaq_core.chain import MlpPart
 from fimaq_core.errors import ModelError
+from fimaq_core.families.attention import ExplicitWindowAttention
+from fimaq_core.families.parts import swap_linears
 from fimaq_core.layers import QuantConv2d, QuantLinear
 from fimaq_core.recipe import Recipe
-from tasks.common.families.attention import ExplicitWindowAttention
-from tasks.common.families.parts import swap_linears
 from tasks.detection.mm import FFN, PatchEmbed, PatchMerging, ShiftWindowMSA, SwinBlock, WindowMSA
 
 #: What hides a key of another region from a query, as mmdet and timm have it.

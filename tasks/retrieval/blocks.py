@@ -5,25 +5,17 @@ from torch import Tensor, nn
 
 from fimaq_core.chain import MlpPart, Segment
 from fimaq_core.errors import ModelError
+from fimaq_core.families.attention import ExplicitMultiheadAttention, linear_of
+from fimaq_core.families.parts import norm_pair, swap_linears
 from fimaq_core.layers import QuantLinear
 from fimaq_core.recipe import Recipe
-from tasks.common.families.attention import attend, products
-from tasks.common.families.parts import norm_pair, swap_linears
 
 #: The MLP of a block. OpenAI's models compute GELU as ``x sigmoid(1.702 x)``.
 _MLP = MlpPart("mlp", fc1="c_fc", act="gelu", fc2="c_proj", gelu=(nn.GELU, QuickGELU))
 
 
-def linear_of(weight: nn.Parameter, bias: nn.Parameter | None, recipe: Recipe, input_bits: int) -> QuantLinear:
-    """A quantizable layer of a weight (out, in) and a bias that no ``nn.Linear`` owned."""
-    rows, columns = weight.shape
-    layer = QuantLinear(columns, rows, bias is not None, recipe.w_bits, input_bits)
-    layer.weight, layer.bias = weight, bias
-    return layer
-
-
-class ExplicitMultiheadAttention(nn.Module):
-    """Self-attention of ``nn.MultiheadAttention`` written out: qkv, ``q kᵀ``, softmax, ``softmax v``, projection.
+class ExplicitBlock(nn.Module):
+    """open_clip's ``ResidualAttentionBlock`` on one sequence, and behind it what a tower without a projection ends with.
 
     Args of ``forward``: x (B, N, C).
 
@@ -33,37 +25,6 @@ class ExplicitMultiheadAttention(nn.Module):
 
     mask: Tensor | None
 
-    def __init__(self, attention: nn.MultiheadAttention, mask: Tensor | None, recipe: Recipe) -> None:
-        super().__init__()
-        if type(attention) is not nn.MultiheadAttention or not attention._qkv_same_embed_dim:
-            raise ModelError(
-                f"Attention of type {type(attention).__name__} (or of several widths) is not supported for CLIP: "
-                "nn.MultiheadAttention of one width is."
-            )
-        if attention.bias_k is not None or attention.add_zero_attn:
-            raise ModelError("nn.MultiheadAttention with keys of its own (add_bias_kv, add_zero_attn) is not supported.")
-        self.num_heads, self.head_dim = attention.num_heads, attention.head_dim
-        self.scale = attention.head_dim**-0.5
-        self.qkv = linear_of(attention.in_proj_weight, attention.in_proj_bias, recipe, recipe.a_bits)
-        self.query_key, self.attention_value = products(recipe)
-        self.proj = QuantLinear.from_float(attention.out_proj, recipe.w_bits, recipe.a_bits)
-        # Made from the context's length, so no checkpoint needs it.
-        self.register_buffer("mask", mask, persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, tokens, _ = x.shape
-        q, k, v = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        mask = None if self.mask is None else self.mask[:tokens, :tokens]
-        projected: Tensor = self.proj(attend(self.query_key, self.attention_value, q, k, v, self.scale, mask))
-        return projected
-
-
-class ExplicitBlock(nn.Module):
-    """open_clip's ``ResidualAttentionBlock`` on one sequence, and behind it what a tower without a projection ends with.
-
-    Args of ``forward``: x (B, N, C).
-    """
-
     def __init__(self, block: ResidualAttentionBlock, mask: Tensor | None, recipe: Recipe, after: nn.Module | None) -> None:
         super().__init__()
         if type(block) is not ResidualAttentionBlock or hasattr(block, "ln_1_kv"):
@@ -72,14 +33,19 @@ class ExplicitBlock(nn.Module):
                 "only ResidualAttentionBlock is."
             )
         self.ln_1, self.ls_1, self.ln_2, self.mlp, self.ls_2 = block.ln_1, block.ls_1, block.ln_2, block.mlp, block.ls_2
-        self.attn = ExplicitMultiheadAttention(block.attn, mask, recipe)
+        self.attn = ExplicitMultiheadAttention(block.attn, recipe)
+        self.attn.batch_first = True
+        # Made from the context's length, so no checkpoint needs it.
+        self.register_buffer("mask", mask, persistent=False)
         if type(self.mlp) is not nn.Sequential or len(self.mlp) != 3:
             raise ModelError(f"An MLP of type {type(self.mlp).__name__} is not supported for CLIP.")
         swap_linears(self.mlp, _MLP, recipe)
         self.after = nn.Identity() if after is None else after
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.ls_1(self.attn(self.ln_1(x)))
+        normed, tokens = self.ln_1(x), x.shape[1]
+        mask = None if self.mask is None else self.mask[:tokens, :tokens]
+        x = x + self.ls_1(self.attn(normed, normed, normed, attn_mask=mask)[0])
         x = x + self.ls_2(self.mlp(self.ln_2(x)))
         out: Tensor = self.after(x)
         return out

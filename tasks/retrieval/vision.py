@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from fimaq_core.chain import BlockChain, MlpPart, Segment
 from fimaq_core.errors import ModelError
+from fimaq_core.families.parts import swap_linears
+from fimaq_core.families.vit import vit_body
 from fimaq_core.layers import QuantConv2d, QuantLinear
 from fimaq_core.recipe import Recipe
-from tasks.common.families.parts import swap_linears
-from tasks.common.families.vit import vit_body
 from tasks.retrieval.blocks import block_segments, projection
 
 

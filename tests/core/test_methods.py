@@ -15,15 +15,15 @@ from fimaq_core.chain import BlockChain
 from fimaq_core.checkpoint import Fingerprint, load_checkpoint, save_checkpoint
 from fimaq_core.fisher.divergence import ClassifierDivergence
 from fimaq_core.layers import QuantConv2d, QuantLinear, QuantMatMul, quant_layers, set_quantized
-from fimaq_core.progress import Progress
-from fimaq_core.quantize import (
+from fimaq_core.pipeline import (
     Resources,
     calibrate_or_load,
     finish,
-    quantize,
+    quantize_chain,
     reconstruct_mlps_or_load,
     reconstruct_with_checkpoints,
 )
+from fimaq_core.progress import Progress
 from fimaq_core.quantizers.activation import ActivationQuantizer
 from fimaq_core.quantizers.affine import AffineQuantizer
 from fimaq_core.quantizers.special import LogQuantizer
@@ -73,7 +73,7 @@ def full_precision(family: str) -> tuple[Tensor, Tensor]:
 
 def quantized(family: str, recipe: Recipe) -> BlockChain:
     chain, x = fresh(family, recipe)
-    log = quantize(chain, x, recipe, KL, Resources(batch_size=16))
+    log = quantize_chain(chain, x, recipe, KL, Resources(batch_size=16))
     # Where all of a block is off there is nothing to learn.
     learning = [s.label for s in chain if active_quantizers(s) or any(True for _ in rounded_layers(s.block))]
     assert list(log.last_loss) == (learning if recipe.reconstruct else [])

@@ -10,7 +10,7 @@ from fimaq_core.chain import Beside, BlockChain, MlpPart, NormPair, Segment
 from fimaq_core.fisher.divergence import Divergence
 from fimaq_core.fisher.passes import output_gradients
 from fimaq_core.layers import QuantLinear, set_quantized
-from fimaq_core.quantize import Resources, quantize
+from fimaq_core.pipeline import Resources, quantize_chain
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction import mlp as mlp_module
 from fimaq_core.reconstruction.objective import BlockObjective
@@ -162,7 +162,7 @@ def test_every_method_quantizes_a_chain_with_a_side(method: str) -> None:
     recipe = quick(method, mlp_steps=4, mlp_batch=8) if method in ("aphq", "fimaq-mlp") else quick(method)
     chain, ids = text_chain(recipe), captions(24)
     full = chain(ids)
-    log = quantize(chain, ids, recipe, Measured(together, batch=6), Resources(batch_size=5))
+    log = quantize_chain(chain, ids, recipe, Measured(together, batch=6), Resources(batch_size=5))
     error = float((chain(ids) - full).norm() / full.norm())
     assert 0 < error < 0.5
     if recipe.reconstruct:
@@ -224,6 +224,6 @@ def test_a_divergence_may_ask_for_more_than_outputs() -> None:
             return (outputs - reference[:, :-1]).square().sum(1).mean()
 
     recipe = quick("fimaq", fisher_k=1)
-    quantize(text_chain(recipe), ids, recipe, Wider())
+    quantize_chain(text_chain(recipe), ids, recipe, Wider())
     assert torch.equal(torch.cat(rows[:3]), torch.arange(24.0))
     assert len(rows) == 3 * 3

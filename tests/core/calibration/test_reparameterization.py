@@ -15,12 +15,12 @@ from fimaq_core.calibration.calibrate import calibrate
 from fimaq_core.calibration.reparameterize import channel_ranges, reparameterize
 from fimaq_core.chain import BlockChain
 from fimaq_core.errors import NumericsError
+from fimaq_core.families.parts import swap_mlp
+from fimaq_core.families.swin import ExplicitSwinBlock
+from fimaq_core.families.vit import ExplicitAttention
 from fimaq_core.layers import QuantLinear, QuantMatMul, quant_layers, set_quantized
 from fimaq_core.quantizers.affine import fake_quantize
 from fimaq_core.recipe import make_recipe
-from tasks.common.families.attention import ExplicitAttention
-from tasks.common.families.parts import swap_mlp
-from tasks.common.families.swin import ExplicitSwinBlock
 
 
 def test_closed_form() -> None:

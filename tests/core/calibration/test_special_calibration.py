@@ -26,7 +26,7 @@ from fimaq_core.chain import BlockChain
 from fimaq_core.fisher.divergence import ClassifierDivergence, kl_divergence
 from fimaq_core.layers import QuantConv2d, QuantLinear, QuantMatMul, quant_layers, set_quantized
 from fimaq_core.layers.layers import decide_rounding
-from fimaq_core.quantize import Resources, quantize
+from fimaq_core.pipeline import Resources, quantize_chain
 from fimaq_core.quantizers.affine import AffineQuantizer, fake_quantize
 from fimaq_core.quantizers.logarithm import GELU_SHIFT, adalog_fake_quantize, adalog_tables, log_fake_quantize
 from fimaq_core.quantizers.twin import twin_gelu, twin_softmax
@@ -509,7 +509,7 @@ def divergence(method: str, **changes: Any) -> float:
         calibration = TASK.calibration(loaded, DataRequest(), recipe).images
         assert len(calibration) == 32
         chain = TASK.build(loaded, recipe)
-        quantize(chain, calibration, recipe, ClassifierDivergence(20.0), Resources())
+        quantize_chain(chain, calibration, recipe, ClassifierDivergence(20.0), Resources())
         with torch.no_grad():
             found.append(float(kl_divergence(chain(x), reference)))
     return sum(found) / len(found)

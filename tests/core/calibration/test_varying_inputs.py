@@ -16,7 +16,7 @@ from fimaq_core.calibration.thinning import spread
 from fimaq_core.chain import BlockChain, Segment
 from fimaq_core.errors import NumericsError
 from fimaq_core.layers import QuantConv2d, QuantConvTranspose2d, QuantLayer, QuantLinear, QuantMatMul, quant_layers, set_quantized
-from fimaq_core.quantize import finish
+from fimaq_core.pipeline import finish
 from fimaq_core.recipe import OFF, Recipe
 from fimaq_core.samples import Ragged
 

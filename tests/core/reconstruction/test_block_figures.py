@@ -18,7 +18,14 @@ from fimaq_core.checkpoint import Fingerprint, load_checkpoint, save_checkpoint
 from fimaq_core.errors import CheckpointError
 from fimaq_core.fisher.divergence import ClassifierDivergence, Divergence
 from fimaq_core.layers import set_quantized
-from fimaq_core.quantize import Resources, calibrate_or_load, finish, quantize, reconstruct_or_load, reconstruct_with_checkpoints
+from fimaq_core.pipeline import (
+    Resources,
+    calibrate_or_load,
+    finish,
+    quantize_chain,
+    reconstruct_or_load,
+    reconstruct_with_checkpoints,
+)
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction import reconstruct as reconstruct_module
 from fimaq_core.reconstruction import sample_objective as sample_module
@@ -70,7 +77,7 @@ def test_errors_are_those_of_the_whole_model_up_to_the_block(case: str) -> None:
     recipe, build, size = CASES[case]
     chain, x = chain_of(build(), recipe), images(24, size)
     before = copy.deepcopy(chain)
-    log = quantize(chain, x, recipe, KL, Resources(batch_size=7))
+    log = quantize_chain(chain, x, recipe, KL, Resources(batch_size=7))
     expected = direct_errors(before, chain, x)
     assert list(log.error) == list(log.last_loss) == list(expected)
     assert log.error == pytest.approx(expected, rel=1e-3)
@@ -84,7 +91,7 @@ def test_errors_over_images_of_varying_shapes_with_kept_outputs_and_a_predictor(
     chain = pyramid(recipe)
     before = copy.deepcopy(chain)
     with torch.enable_grad():
-        log = quantize(chain, x, recipe, Positions(), Resources(placement=placement))
+        log = quantize_chain(chain, x, recipe, Positions(), Resources(placement=placement))
     set_quantized(before, False)
     full, found = [by_hand(before, image) for image in x], [by_hand(chain, image) for image in x]
     assert list(log.error) == ["embed", "blocks.0", "blocks.1", "neck"]  # the predictor is left as calibrated
@@ -95,7 +102,7 @@ def test_errors_over_images_of_varying_shapes_with_kept_outputs_and_a_predictor(
 
 def state_after(recipe: Recipe, build: Callable[[], BlockChain], x: Tensor | Ragged, divergence: Divergence) -> dict[str, Tensor]:
     chain = build()
-    quantize(chain, x, recipe, divergence, Resources(batch_size=8))
+    quantize_chain(chain, x, recipe, divergence, Resources(batch_size=8))
     return chain.state_dict()
 
 
@@ -134,7 +141,7 @@ def test_fisher_means_are_of_the_weights_in_the_loss(loss: str, monkeypatch: pyt
     original = reconstruct_module.make_objective
     monkeypatch.setattr(reconstruct_module, "make_objective", lambda *args: made.append(original(*args)) or made[-1])
     chain = chain_of(vit(), recipe)
-    log = quantize(chain, images(24), recipe, KL, Resources(batch_size=7))
+    log = quantize_chain(chain, images(24), recipe, KL, Resources(batch_size=7))
     expected = {}
     for objective in made:
         if objective.kind == loss and loss in WEIGHTED:
@@ -177,7 +184,7 @@ def test_fisher_means_of_varying_shapes_are_taken_before_samples_are_scaled(loss
     monkeypatch.setattr(sample_module, "perturbation_hessian", seen_perturb)
     if loss == "fisher_brecq":
         monkeypatch.setattr(sample_module, "output_gradients", seen_sweep)
-    log = quantize(pyramid(recipe), varied(), recipe, Positions())
+    log = quantize_chain(pyramid(recipe), varied(), recipe, Positions())
     labels = ["embed", "blocks.0", "blocks.1"]
     if loss in ("perturb", "fisher_brecq"):
         raw = {label: hessians[5 * number : 5 * number + 5] for number, label in enumerate(labels)}

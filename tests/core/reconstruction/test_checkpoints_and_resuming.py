@@ -18,8 +18,8 @@ from fimaq_core.checkpoint import Fingerprint, Scope, load_checkpoint, read_head
 from fimaq_core.errors import CheckpointError
 from fimaq_core.fisher.divergence import ClassifierDivergence
 from fimaq_core.layers import set_quantized
+from fimaq_core.pipeline import Resources, calibrate_or_load, finish, quantize_chain, reconstruct_with_checkpoints
 from fimaq_core.progress import Progress
-from fimaq_core.quantize import Resources, calibrate_or_load, finish, quantize, reconstruct_with_checkpoints
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction.reconstruct import ReconstructionLog
 
@@ -109,7 +109,7 @@ def test_finished_blocks_are_not_done_twice(tmp_path: Path, monkeypatch: pytest.
     recipe = quick()
     run(recipe, tmp_path, vit, 32)
     monkeypatch.setattr(module, "optimise_block", lambda *_: pytest.fail("a finished block was optimised again"))
-    monkeypatch.setattr("fimaq_core.quantize.calibrate", lambda *_: pytest.fail("calibrated again"))
+    monkeypatch.setattr("fimaq_core.pipeline.calibrate", lambda *_: pytest.fail("calibrated again"))
     run(recipe, tmp_path, vit, 32)
 
 
@@ -148,7 +148,7 @@ def test_quantize_does_all_stages() -> None:
     recipe, x = quick(), images(24)
     staged, _ = run(recipe, None, vit, 32)
     whole = chain_of(vit(), recipe)
-    quantize(whole, x, recipe, KL, Resources(batch_size=8))
+    quantize_chain(whole, x, recipe, KL, Resources(batch_size=8))
     assert torch.equal(logits(whole, x), logits(staged, x))
 
 

@@ -19,16 +19,16 @@ from fimaq_core.errors import CheckpointError, ModelError, NumericsError, Recipe
 from fimaq_core.fisher.divergence import ClassifierDivergence, kl_divergence
 from fimaq_core.fisher.passes import perturbation_hessian
 from fimaq_core.layers import quant_layers, set_quantized
-from fimaq_core.progress import Progress
-from fimaq_core.quantize import (
+from fimaq_core.pipeline import (
     Resources,
     calibrate_or_load,
     finish,
     load_mlps,
-    quantize,
+    quantize_chain,
     reconstruct_mlps_or_load,
     reconstruct_with_checkpoints,
 )
+from fimaq_core.progress import Progress
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction import mlp as mlp_module
 from fimaq_core.reconstruction.mlp import mlp_loss, mlps, positive_quantile, reconstruct_mlps, use_relu
@@ -482,7 +482,7 @@ def test_finished_mlps_are_loaded_bit_for_bit(tmp_path: Path, monkeypatch: pytes
     recipe, path, x = short(), tmp_path / "mlps.safetensors", images(4, seed=8)
     chain, teacher, _ = kept(recipe, path)
     assert read_header(path)[1] == {"model": "small", "stage": "mlp"}
-    monkeypatch.setattr("fimaq_core.quantize.reconstruct_mlps", lambda *_, **__: pytest.fail("reconstructed again"))
+    monkeypatch.setattr("fimaq_core.pipeline.reconstruct_mlps", lambda *_, **__: pytest.fail("reconstructed again"))
     for other in (recipe, short(w_bits=3, a_bits=8, steps=99, loss="mse", range_search="minmax")):
         again, same, loaded = kept(other, path)
         assert loaded
@@ -565,7 +565,7 @@ def test_quantize_does_all_stages(tmp_path: Path) -> None:
     """As the stages one by one, from checkpoints; the target of the reconstruction is the model with GELU."""
     recipe, x = quick("aphq", **{**SHORT, "steps": 4}), images(24)
     whole = chain_of(vit(), recipe)
-    log = quantize(whole, x, recipe, KL, Resources(batch_size=8))
+    log = quantize_chain(whole, x, recipe, KL, Resources(batch_size=8))
     assert log.fisher_passes == {"patch_embed": 1, "blocks.0": 1, "blocks.1": 1, "head": 0}
     assert log.last_loss["head"] > 0.05  # relative to its start
 

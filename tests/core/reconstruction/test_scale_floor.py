@@ -14,7 +14,7 @@ from fimaq_core.chain import BlockChain
 from fimaq_core.checkpoint import Fingerprint
 from fimaq_core.errors import NumericsError
 from fimaq_core.fisher.divergence import ClassifierDivergence
-from fimaq_core.quantize import Resources, reconstruct_with_checkpoints
+from fimaq_core.pipeline import Resources, reconstruct_with_checkpoints
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction import flat
 from fimaq_core.reconstruction.block import BlockTrainer

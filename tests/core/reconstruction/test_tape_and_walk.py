@@ -15,7 +15,7 @@ from fimaq_core.chain import BlockChain, Segment
 from fimaq_core.errors import NumericsError, RecipeError
 from fimaq_core.fisher.divergence import ClassifierDivergence
 from fimaq_core.layers import QuantConv2d, QuantMatMul, quant_layers, set_quantized
-from fimaq_core.quantize import Resources, finish, quantize
+from fimaq_core.pipeline import Resources, finish, quantize_chain
 from fimaq_core.quantizers import activation
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction import objective as objective_module
@@ -36,7 +36,7 @@ def logits(chain: BlockChain, x: Tensor) -> Tensor:
 
 def quantized(recipe: Recipe, build: Callable[[], nn.Module] = vit, size: int = 32, **resources: Any) -> BlockChain:
     chain = chain_of(build(), recipe)
-    quantize(chain, images(24, size), recipe, KL, Resources(batch_size=8, **resources))
+    quantize_chain(chain, images(24, size), recipe, KL, Resources(batch_size=8, **resources))
     return chain
 
 
@@ -70,7 +70,7 @@ def count_block_forwards(monkeypatch: pytest.MonkeyPatch, depth: int, recipe: Re
             segment.block.register_forward_pre_hook(
                 lambda _, __, label=segment.label: counts[phase[0]].__setitem__(label, counts[phase[0]][label] + 1)
             )
-        quantize(chain, images(24), recipe, KL, Resources(batch_size=8))
+        quantize_chain(chain, images(24), recipe, KL, Resources(batch_size=8))
     return counts
 
 
@@ -199,7 +199,7 @@ def test_off_leaves_the_outputs_alone() -> None:
         expected = copy.deepcopy(model)(x)
         chain = chain_of(model, recipe)
         before = chain(x)
-    quantize(chain, images(24), recipe, KL, Resources(batch_size=8))
+    quantize_chain(chain, images(24), recipe, KL, Resources(batch_size=8))
     assert torch.equal(logits(chain, x), before)
     assert torch.allclose(before, expected, atol=1e-5)
 

@@ -17,7 +17,7 @@ from fimaq_core.checkpoint import Fingerprint
 from fimaq_core.errors import EngineError, RecipeError
 from fimaq_core.fisher.passes import divergence_gradient
 from fimaq_core.layers import set_quantized
-from fimaq_core.quantize import Resources, quantize, reconstruct_with_checkpoints
+from fimaq_core.pipeline import Resources, quantize_chain, reconstruct_with_checkpoints
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction import mlp as mlp_module
 from fimaq_core.reconstruction.block import BlockTrainer
@@ -243,7 +243,7 @@ def test_only_windows_have_scales_of_their_own() -> None:
 def test_methods_run_and_predictors_stay_as_calibrated(method: str) -> None:
     recipe = one_by_one(method, mlp_steps=4)
     chain = pyramid(recipe)
-    log = quantize(chain, varied(), recipe, D)
+    log = quantize_chain(chain, varied(), recipe, D)
     assert list(log.last_loss) == (["embed", "blocks.0", "blocks.1", "neck"] if recipe.reconstruct else [])
     probe = varied(5, seed=9)
     full = pyramid(recipe)

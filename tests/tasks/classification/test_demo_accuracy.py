@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fimaq_core.fisher.divergence import ClassifierDivergence
-from fimaq_core.quantize import Resources, quantize
+from fimaq_core.pipeline import Resources, quantize_chain
 from fimaq_core.recipe import make_recipe
 from tasks.classification.data import open_source
 from tasks.classification.tags import DEMO_NAMES
@@ -64,7 +64,7 @@ def loss_in_points(name: str, method: str, bits: int, seed: int) -> float:
     recipe = make_recipe(method, QUICK, {"w_bits": bits, "a_bits": bits, "seed": seed})
     chain = TASK.build(TASK.load(ModelRequest(name)), recipe)
     divergence = ClassifierDivergence(recipe.temperature)
-    quantize(chain, calibration_images(seed), recipe, divergence, Resources(batch_size=128))
+    quantize_chain(chain, calibration_images(seed), recipe, divergence, Resources(batch_size=128))
     return 100 * float(np.mean(full_precision(name).astype(float) - correct(chain).astype(float)))
 
 

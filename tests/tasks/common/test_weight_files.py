@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from fimaq_core.checkpoint import state_sha256
 from fimaq_core.errors import FimaqError, ModelError, NumericsError
 from tasks.common.hashing import file_sha256
-from tasks.common.weights import is_torchscript, load_state, read_weights, state_sha256
+from tasks.common.weights import is_torchscript, load_state, read_weights
 
 
 class Payload:

@@ -14,10 +14,11 @@ from small_models import randomise
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fimaq_core.checkpoint import state_sha256
 from fimaq_core.errors import ModelError, NumericsError
 from tasks.common.hashing import file_sha256
 from tasks.common.request import ModelRequest
-from tasks.common.weights import read_weights, state_sha256
+from tasks.common.weights import read_weights
 from tasks.detection.configs import build, published_config
 from tasks.detection.keys import adapted, merging_order, of_mmdet
 from tasks.detection.models import load_model

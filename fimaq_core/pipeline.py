@@ -289,7 +289,7 @@ def finish(chain: BlockChain) -> None:
     set_quantized(chain, True)
 
 
-def quantize(
+def quantize_chain(
     chain: BlockChain, images: Samples, recipe: Recipe, divergence: Divergence, resources: Resources = Resources()
 ) -> ReconstructionLog:
     """Quantize ``chain`` in place: reconstruct MLPs, calibrate, reconstruct, decide the roundings, as the recipe says.

@@ -1,10 +1,14 @@
 """Family of timm's Swin Transformer."""
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch
 from timm.models.swin_transformer import (
     PatchMerging,
     SwinTransformer,
     SwinTransformerBlock,
+    WindowAttention,
     window_partition,
     window_reverse,
 )
@@ -13,10 +17,10 @@ from torch.nn import functional as F
 
 from fimaq_core.chain import BlockChain, Segment
 from fimaq_core.errors import ModelError
+from fimaq_core.families.attention import ExplicitWindowAttention
+from fimaq_core.families.parts import classifier, mlp_parts, norm_pair, swap_mlp, swap_patch_embed
 from fimaq_core.layers import QuantLinear
 from fimaq_core.recipe import Recipe
-from tasks.common.families.attention import ExplicitWindowAttention
-from tasks.common.families.parts import classifier, mlp_parts, norm_pair, swap_mlp, swap_patch_embed
 
 
 class ExplicitSwinBlock(nn.Module):
@@ -28,21 +32,26 @@ class ExplicitSwinBlock(nn.Module):
     Args of ``forward``: x (B, H, W, C).
     """
 
+    pad: Tensor
+    mask: Tensor | None
+
     def __init__(self, block: SwinTransformerBlock, recipe: Recipe) -> None:
         super().__init__()
         if type(block) is not SwinTransformerBlock or block.dynamic_mask:
             raise ModelError(f"A Swin block of type {type(block).__name__} (or with a dynamic mask) is not supported.")
         self.window_size, self.shift_size = block.window_size, block.shift_size
         self.norm1, self.norm2, self.mlp = block.norm1, block.norm2, block.mlp
-        self.attn = ExplicitWindowAttention.from_timm(block.attn, recipe)
+        self.attn = _window_attention(block.attn, recipe)
         swap_mlp(self.mlp, recipe)
         self.register_buffer("pad", torch.zeros(block.dim))
+        assert block.attn_mask is None or isinstance(block.attn_mask, Tensor)
         self.register_buffer("mask", block.attn_mask, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self._windows(self.norm1(x))
         tokens = x.flatten(1, 2)
-        return (tokens + self.mlp(self.norm2(tokens))).view_as(x)
+        out: Tensor = (tokens + self.mlp(self.norm2(tokens))).view_as(x)
+        return out
 
     def _windows(self, x: Tensor) -> Tensor:
         _, height, width, channels = x.shape
@@ -57,6 +66,14 @@ class ExplicitSwinBlock(nn.Module):
         out = self.attn(windows, self.mask).view(-1, *self.window_size, channels)
         x = window_reverse(out, self.window_size, height + down, width + right)[:, :height, :width]
         return torch.roll(x, shifts=self.shift_size, dims=(1, 2)) if shifted else x
+
+
+def _window_attention(attention: WindowAttention, recipe: Recipe) -> ExplicitWindowAttention:
+    """timm's ``WindowAttention`` written out. Takes over its parameters."""
+    if type(attention) is not WindowAttention:
+        raise ModelError(f"Attention of type {type(attention).__name__} is not supported for Swin models.")
+    bias, table = attention._get_rel_pos_bias(), attention.relative_position_bias_table
+    return ExplicitWindowAttention(attention.qkv, attention.proj, attention.num_heads, attention.scale, bias, table, recipe)
 
 
 class _Head(nn.Module):
@@ -97,7 +114,7 @@ class SwinFamily:
                 segments.append(Segment(label, "merge", merging, pairs=norm_pair(merging.norm, "reduction")))
             elif not isinstance(stage.downsample, nn.Identity):
                 raise ModelError(f"Downsampling of type {type(stage.downsample).__name__} is not supported.")
-            for number, original in enumerate(stage.blocks):
+            for number, original in enumerate(cast("Iterable[SwinTransformerBlock]", stage.blocks)):
                 block = ExplicitSwinBlock(original, recipe)
                 pairs = norm_pair(block.norm1, "attn.qkv", "pad") + norm_pair(block.norm2, "mlp.fc1")
                 label = f"layers.{stage_number}.blocks.{number}"

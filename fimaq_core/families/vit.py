@@ -1,15 +1,45 @@
 """Family of timm's ViT and DeiT (with and without the distillation token), also as a tower without a classifier."""
 
+from timm.layers.attention import Attention
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from fimaq_core.chain import BlockChain, Segment
 from fimaq_core.errors import ModelError
+from fimaq_core.families.attention import attend, products
+from fimaq_core.families.parts import classifier, mlp_parts, norm_pair, swap_mlp, swap_patch_embed
+from fimaq_core.families.pool import ExplicitAttentionPool
+from fimaq_core.layers import QuantLinear
 from fimaq_core.recipe import Recipe
-from tasks.common.families.attention import ExplicitAttention
-from tasks.common.families.parts import classifier, mlp_parts, norm_pair, swap_mlp, swap_patch_embed
-from tasks.common.families.pool import ExplicitAttentionPool
+
+
+class ExplicitAttention(nn.Module):
+    """timm's ``Attention`` (ViT, DeiT) written out: qkv, ``q kᵀ``, softmax, ``softmax v``, projection.
+
+    Args of ``forward``: x (B, N, C). The keyword arguments that timm's blocks pass must be unused.
+    """
+
+    def __init__(self, attention: nn.Module, recipe: Recipe) -> None:
+        super().__init__()
+        if type(attention) is not Attention or attention.gate is not None:
+            raise ModelError(f"Attention of type {type(attention).__name__} (or with a gate) is not supported for ViT models.")
+        self.num_heads, self.head_dim, self.scale = attention.num_heads, attention.head_dim, attention.scale
+        self.qkv = QuantLinear.from_float(attention.qkv, recipe.w_bits, recipe.a_bits)
+        self.q_norm, self.k_norm, self.norm = attention.q_norm, attention.k_norm, attention.norm
+        self.query_key, self.attention_value = products(recipe)
+        self.proj = QuantLinear.from_float(attention.proj, recipe.w_bits, recipe.a_bits)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        if attn_mask is not None or is_causal:
+            raise ModelError("Attention masks are not supported for ViT models.")
+        batch, tokens, _ = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        q, k = self.q_norm(q), self.k_norm(k)
+        out = attend(self.query_key, self.attention_value, q, k, v, self.scale)
+        projected: Tensor = self.proj(self.norm(out))
+        return projected
 
 
 class _Embedding(nn.Module):

@@ -1,7 +1,8 @@
 """What the families share: swapping an MLP's layers, the patch embedding, and pieces between blocks."""
 
-from timm.layers import Mlp, PatchEmbed
 from timm.layers.activations import GELUTanh
+from timm.layers.mlp import Mlp
+from timm.layers.patch_embed import PatchEmbed
 from torch import nn
 
 from fimaq_core.chain import MlpPart, NormPair

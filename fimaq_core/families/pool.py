@@ -1,15 +1,15 @@
 """timm's attention pooling with its two products as quantizable layers."""
 
 import torch
-from timm.layers import AttentionPoolLatent
+from timm.layers.attention_pool import AttentionPoolLatent
 from torch import Tensor, nn
 
 from fimaq_core.chain import NormPair
 from fimaq_core.errors import ModelError
+from fimaq_core.families.attention import attend, products
+from fimaq_core.families.parts import norm_pair, swap_mlp
 from fimaq_core.layers import QuantLinear
 from fimaq_core.recipe import Recipe
-from tasks.common.families.attention import attend, products
-from tasks.common.families.parts import norm_pair, swap_mlp
 
 
 class ExplicitAttentionPool(nn.Module):
@@ -24,6 +24,7 @@ class ExplicitAttentionPool(nn.Module):
     """
 
     query: Tensor
+    pos_embed: nn.Parameter | None
 
     def __init__(
         self, pool: AttentionPoolLatent, norm: nn.Module, skipped: int, recipe: Recipe, after: nn.Module | None = None

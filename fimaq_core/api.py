@@ -1,0 +1,305 @@
+"""Quantization in a few lines: a model and images in, a quantized copy out."""
+
+import copy
+import hashlib
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+from torch import Tensor, nn
+
+from fimaq_core.bars import progress_bars
+from fimaq_core.chain import BlockChain
+from fimaq_core.checkpoint import (
+    Fingerprint,
+    load_checkpoint,
+    read_header,
+    save_checkpoint,
+    state_sha256,
+)
+from fimaq_core.errors import CheckpointError, DataError, ModelError, first_problem
+from fimaq_core.families import find_family
+from fimaq_core.families.own import described, names_of, own_chain
+from fimaq_core.fisher.divergence import ClassifierDivergence, Divergence
+from fimaq_core.layers import set_quantized
+from fimaq_core.pipeline import Resources, quantize_chain
+from fimaq_core.progress import silent
+from fimaq_core.recipe import Recipe, make_recipe
+from fimaq_core.reconstruction.kept import log_facts, read_log
+from fimaq_core.reconstruction.mlp import use_relu
+from fimaq_core.reconstruction.reconstruct import ReconstructionLog
+from fimaq_core.reconstruction.tape import Placement
+
+#: Recipe fields that count images, with the smallest number each takes.
+_COUNTS = {
+    "calibration_images": 1,
+    "range_images": 1,
+    "batch_size": 1,
+    "mlp_batch": 1,
+    "divergence_batch": 2,
+}
+
+
+class _Facts(BaseModel):
+    """What a checkpoint keeps beside tensors. Its content is not trusted."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    stage: Literal["quantized"] = "quantized"
+    segments: list[str]
+    shape: list[PositiveInt]
+    log: dict[str, Any]
+
+
+class QuantizedModel(nn.Module):
+    """A quantized copy of a model: images (n, C, H, W) in, logits (n, classes) out.
+
+    Example::
+
+        q = quantize(model, images, method="fimaq", w_bits=4, a_bits=4, steps=2000)
+        logits = q(images)
+        q.save("q.safetensors")
+        q = load("q.safetensors", model)
+
+    Attributes:
+        chain: the model's segments in order; a segment's ``block`` holds the quantized layers.
+        recipe: all settings, with the numbers of images that were there.
+        log: what the reconstruction did; empty for methods that calibrate only.
+    """
+
+    def __init__(
+        self,
+        chain: BlockChain,
+        recipe: Recipe,
+        log: ReconstructionLog,
+        fingerprint: Fingerprint,
+        shape: Sequence[int],
+    ) -> None:
+        super().__init__()
+        self.chain, self.recipe, self.log = chain, recipe, log
+        self._fingerprint, self._shape = fingerprint, list(shape)
+        self.eval()
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences about anything that did not go as the settings say."""
+        return self.log.sentences()
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.chain(images)
+        return logits
+
+    def save(self, path: str | Path) -> None:
+        """Write the model to a safetensors file that :func:`load` reads.
+
+        Raises:
+            CheckpointError: the file cannot be written.
+        """
+        facts = _Facts(segments=_labels(self.chain), shape=self._shape, log=log_facts(self.log))
+        save_checkpoint(Path(path), self.chain.state_dict(), self._fingerprint, facts.model_dump())
+
+
+def quantize(
+    model: nn.Module,
+    images: Tensor | Iterable[Any],
+    *,
+    method: str = "fimaq",
+    blocks: Iterable[nn.Module] | None = None,
+    head: nn.Module | None = None,
+    divergence: Divergence | None = None,
+    progress: bool = True,
+    device: torch.device | str | None = None,
+    placement: Placement = "device",
+    **settings: Any,
+) -> QuantizedModel:
+    """Quantize a copy of a model. The model itself stays as it is.
+
+    Args:
+        model: a ViT, DeiT or Swin of timm, or any module whose ``blocks`` and ``head`` are given.
+        images: (n, C, H, W) calibration images, transformed as the model takes them; or batches of
+            them, such as a DataLoader. Further parts of a batch, such as labels, are ignored. The
+            first ``calibration_images`` are used.
+        method: a name from :data:`fimaq_core.recipe.METHODS`.
+        blocks: the blocks of a module of one's own, in the order in which its forward applies them,
+            one after the other.
+        head: the last part of such a module, after which nothing follows.
+        divergence: behind the Fisher information; by default a classifier's, the KL divergence of
+            class probabilities.
+        progress: whether to show progress bars, on a terminal or in a notebook.
+        device: where to run; by default where the model is.
+        placement: where cached block inputs lie: "device", "host" or "disk".
+        settings: recipe fields that replace the method's, such as ``w_bits``, ``a_bits`` and
+            ``steps``. Numbers of images are lowered to the number of images given, and a note says
+            so.
+
+    Returns:
+        The quantized copy.
+
+    Raises:
+        RecipeError: an unknown method or setting, or a value that does not fit.
+        ModelError: a model or part that is not supported.
+        DataError: images that are none, or that the model does not take.
+        NumericsError: NaN or infinity in weights, activations or a loss.
+    """
+    recipe = make_recipe(method, settings)
+    x = _gathered(images, recipe.calibration_images)
+    recipe, notes = _clipped(recipe, len(x))
+    shape = tuple(x.shape[1:])
+    chain, weights = _prepared(model, blocks, head, shape, recipe, device)
+    fingerprint = Fingerprint(
+        model=_name(model),
+        weights=weights,
+        calibration=_tensor_sha256(x),
+        recipe=recipe,
+    )
+    with progress_bars() if progress else nullcontext(silent) as report:
+        log = quantize_chain(
+            chain,
+            x,
+            recipe,
+            ClassifierDivergence(recipe.temperature) if divergence is None else divergence,
+            Resources(report, placement),
+        )
+    log.notes[:0] = notes
+    return QuantizedModel(chain, recipe, log, fingerprint, shape)
+
+
+def load(
+    path: str | Path,
+    model: nn.Module,
+    *,
+    blocks: Iterable[nn.Module] | None = None,
+    head: nn.Module | None = None,
+    device: torch.device | str | None = None,
+) -> QuantizedModel:
+    """Load a quantized model that :meth:`QuantizedModel.save` wrote.
+
+    Args:
+        path: the file.
+        model: the float model that was quantized; it stays as it is.
+        blocks, head: as given to :func:`quantize`.
+        device: where to put the quantized model; by default where the model is.
+
+    Raises:
+        CheckpointError: a file that is missing, damaged, or made from another model.
+        ModelError: a model or part that is not supported.
+    """
+    path = Path(path)
+    fingerprint, content = read_header(path)
+    try:
+        facts = _Facts.model_validate(content)
+    except ValidationError as error:
+        problem = first_problem(error)
+        raise CheckpointError(f"{path} holds no quantized model of save() ({problem}).") from error
+    here = Fingerprint(
+        model=_name(model),
+        weights=state_sha256(model),
+        calibration=fingerprint.calibration,
+        recipe=fingerprint.recipe,
+    )
+    if (reason := here.mismatch(fingerprint)) is not None:
+        raise CheckpointError(f"{path}: {reason}. Give the float model that was quantized.")
+    chain, _ = _prepared(model, blocks, head, tuple(facts.shape), fingerprint.recipe, device)
+    if _labels(chain) != facts.segments:
+        theirs = ", ".join(facts.segments)
+        raise CheckpointError(f"{path} was made with other blocks or another head: give {theirs}.")
+    if fingerprint.recipe.reconstruct_mlp:
+        use_relu(chain)
+    load_checkpoint(path, chain, None)
+    set_quantized(chain, True)
+    log = read_log(facts.log, str(path))
+    return QuantizedModel(chain, fingerprint.recipe, log, fingerprint, facts.shape)
+
+
+def _prepared(
+    model: nn.Module,
+    blocks: Iterable[nn.Module] | None,
+    head: nn.Module | None,
+    shape: tuple[int, ...],
+    recipe: Recipe,
+    device: torch.device | str | None,
+) -> tuple[BlockChain, str]:
+    """A copy of the model as a chain, and the sha256 of the model's weights."""
+    if (blocks is None) != (head is None):
+        raise ModelError("blocks= and head= go together: give both, or none for a model of timm.")
+    labels: list[str] = []
+    if blocks is None or head is None:
+        family = find_family(model)
+    else:
+        labels = [*names_of(model, blocks, "blocks="), *names_of(model, [head], "head=")]
+    weights = state_sha256(model)
+    twin = copy.deepcopy(model).eval().float().requires_grad_(False)
+    if device is not None:
+        twin.to(device)
+    place = next((value.device for value in twin.parameters()), torch.device("cpu"))
+    probe = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0)).to(place)
+    _check_takes(twin, probe)
+    if labels:
+        return own_chain(twin, labels, probe, recipe), weights
+    return family.build(twin, recipe).to(place), weights
+
+
+@torch.no_grad()
+def _check_takes(model: nn.Module, images: Tensor) -> None:
+    """The model takes images of this shape. Raises DataError."""
+    try:
+        model(images)
+    except (AssertionError, RuntimeError, TypeError, ValueError, IndexError) as error:
+        name, shape = type(model).__name__, tuple(images.shape[1:])
+        raise DataError(
+            f"{name} does not take images of shape {shape} ({error}): give images (n, C, H, W) "
+            "transformed as the model takes them."
+        ) from error
+
+
+def _gathered(images: Tensor | Iterable[Any], wanted: int) -> Tensor:
+    """The first ``wanted`` of the images, float32 (n, C, H, W). Raises DataError."""
+    parts: list[Tensor] = []
+    for batch in [images] if isinstance(images, Tensor) else images:
+        part = batch[0] if isinstance(batch, list | tuple) and batch else batch
+        if not isinstance(part, Tensor) or part.ndim not in (3, 4) or not part.is_floating_point():
+            raise DataError(
+                f"images must be a float tensor (n, C, H, W) or batches of such tensors, not "
+                f"{described(part)}: transform the images as the model takes them."
+            )
+        parts.append(part.detach() if part.ndim == 4 else part.detach()[None])
+        if sum(map(len, parts)) >= wanted:
+            break
+    if not sum(map(len, parts)):
+        raise DataError("There are no calibration images: give at least one.")
+    shapes = sorted({tuple(part.shape[1:]) for part in parts})
+    if len(shapes) > 1:
+        raise DataError(f"Images of shapes {shapes[0]}, {shapes[1]}: transform them to one size.")
+    return torch.cat(parts)[:wanted].float()
+
+
+def _clipped(recipe: Recipe, count: int) -> tuple[Recipe, list[str]]:
+    """The recipe with no count above ``count`` images, and a note on those that it uses."""
+    wanted = {name: getattr(recipe, name) for name in _COUNTS}
+    possible = {name: max(count, least) for name, least in _COUNTS.items()}
+    lowered = {name: value for name, value in possible.items() if wanted[name] > value}
+    used = {
+        "calibration_images": True,
+        "range_images": True,
+        "batch_size": recipe.reconstruct,
+        "mlp_batch": recipe.reconstruct_mlp,
+    }
+    changed = [name for name in lowered if used.get(name)]
+    changes = [f"{name} {lowered[name]} instead of {wanted[name]}" for name in changed]
+    note = f"There are {count} calibration images, so these were lowered: {', '.join(changes)}."
+    return recipe.model_copy(update=lowered), [note] if changes else []
+
+
+def _name(model: nn.Module) -> str:
+    return f"{type(model).__module__}.{type(model).__qualname__}"
+
+
+def _labels(chain: BlockChain) -> list[str]:
+    return [segment.label for segment in chain]
+
+
+def _tensor_sha256(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.cpu().contiguous().numpy().tobytes()).hexdigest()

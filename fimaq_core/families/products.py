@@ -1,0 +1,251 @@
+"""Attention in modules of one's own: quantizable layers compute it while a module runs."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from fimaq_core.errors import ModelError
+from fimaq_core.families.attention import (
+    ExplicitMultiheadAttention,
+    additive,
+    attend_heads,
+    products,
+)
+from fimaq_core.layers import QuantConv2d, QuantLinear, QuantMatMul, quant_layers
+from fimaq_core.recipe import Recipe
+
+#: Functions that multiply by weights. They are quantized inside quantizable layers only.
+_WEIGHTED = ("linear", "conv2d")
+#: Names of ``a @ b``.
+_PRODUCTS = ("matmul", "__matmul__")
+#: Further functions that multiply, for which there is no quantizable layer.
+_NEVER_SWAPPED = (
+    *("conv1d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "bilinear"),
+    *("bmm", "baddbmm", "mm", "addmm", "mv", "einsum", "tensordot"),
+    "multi_head_attention_forward",
+)
+
+#: A function's name, and the id of its weight.
+_Use = tuple[str, int | None]
+
+
+class RoutedProducts(TorchFunctionMode):
+    """While it is entered, quantizable products compute attention, in the order of the calls.
+
+    Routed are ``F.scaled_dot_product_attention`` and ``a @ b`` of activations.
+
+    Args:
+        products: two per attention, one per other product.
+    """
+
+    def __init__(self, products: nn.ModuleList) -> None:
+        super().__init__()
+        self.products, self.calls = products, 0
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return self.attention(*args, **kwargs)
+        if func.__name__ in _PRODUCTS:
+            return _in_heads(self.product, *args)
+        return func(*args, **kwargs)
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """``a @ b`` by the next product."""
+        self.calls += 1
+        out: Tensor = self.products[self.calls - 1](a, b)
+        return out
+
+    def attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """``F.scaled_dot_product_attention`` by the next two products."""
+        if dropout_p or enable_gqa:
+            raise ModelError("Attention with dropout or grouped queries is not supported.")
+        mask, size = attn_mask, (query.shape[-2], key.shape[-2])
+        if is_causal:
+            mask = torch.ones(size, dtype=torch.bool, device=query.device).tril()
+        if mask is not None and mask.dtype == torch.bool:
+            mask = additive(mask)
+        factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            first, second = self.products[self.calls], self.products[self.calls + 1]
+            assert isinstance(first, QuantMatMul)
+            assert isinstance(second, QuantMatMul)
+            self.calls += 2
+            return attend_heads(first, second, q, k, v, factor, mask)
+
+        return _in_heads(attend, query, key, value)
+
+
+class RoutedMultiheadAttention(ExplicitMultiheadAttention):
+    """``nn.MultiheadAttention`` written out. Its products are those of :class:`RoutedProducts`."""
+
+    def __init__(self, attention: nn.MultiheadAttention, recipe: Recipe) -> None:
+        super().__init__(attention, recipe)
+        del self.query_key, self.attention_value
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """See :class:`ExplicitMultiheadAttention`."""
+        heads = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return heads.transpose(1, 2).flatten(2)
+
+
+class Recorder(RoutedProducts):
+    """Makes a block's products while the block runs in full precision; records where tensors go.
+
+    Args:
+        label: of the block, for messages.
+        block: its layers are swapped already.
+        made: receives the products.
+        recipe: bits and quantizers.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        block: nn.Module,
+        made: nn.ModuleList,
+        recipe: Recipe,
+    ) -> None:
+        super().__init__(made)
+        self.label, self.recipe = label, recipe
+        self._layers: dict[int, tuple[str, QuantLinear | QuantConv2d]] = {}
+        for name, layer in quant_layers(block):
+            if isinstance(layer, QuantLinear | QuantConv2d):
+                self._layers[id(layer.weight)] = name, layer
+        self._owners = {id(value): name for name, value in block.named_parameters()}
+        norms = [norm for norm in block.modules() if isinstance(norm, nn.LayerNorm)]
+        self._norms = {id(norm.weight): norm for norm in norms if norm.weight is not None}
+        #: By tensor: the function that made it.
+        self._origins: dict[int, _Use] = {}
+        #: By tensor: the functions that took it.
+        self._uses: dict[int, list[_Use]] = {}
+        self._weight_uses: Counter[str] = Counter()
+        self._alive: list[Tensor] = []  # a tensor that is freed would leave its id to another
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = func.__name__
+        weight = _weight(name, args, kwargs)
+        if name in _NEVER_SWAPPED or (name in _WEIGHTED and weight not in self._layers):
+            self._refuse(name, (*args, *kwargs.values()))
+        if name in _WEIGHTED and weight is not None:
+            self._weight_uses[self._layers[weight][0]] += 1
+        if func is F.scaled_dot_product_attention:
+            self.products.extend(products(self.recipe))
+        elif name in _PRODUCTS:
+            self._add_product(name, args)
+        result = super().__torch_function__(func, types, args, kwargs)
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        if made:  # not a question about a shape
+            taken = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            self._alive += [*made, *taken]
+            for tensor in taken:
+                self._uses.setdefault(id(tensor), []).append((name, weight))
+            for tensor in made:
+                self._origins.setdefault(id(tensor), (name, weight))
+        return result
+
+    def _add_product(self, name: str, operands: tuple[Any, ...]) -> None:
+        a, b = operands
+        frozen = isinstance(a, nn.Parameter) or isinstance(b, nn.Parameter)
+        if frozen or a.ndim != b.ndim or a.ndim not in (3, 4):
+            self._refuse(name, operands)
+        behind_softmax = self._origins.get(id(a), ("", None))[0] == "softmax"
+        self.products.append(products(self.recipe)[1 if behind_softmax else 0])
+
+    def _refuse(self, name: str, operands: tuple[Any, ...]) -> None:
+        names = [self._owners[id(one)] for one in operands if id(one) in self._owners]
+        of = f" with the parameter {self.label}.{names[0]}" if names else ""
+        raise ModelError(
+            f"{self.label} calls {name}{of}, which cannot be swapped for a quantizable layer: use "
+            "nn.Linear, nn.Conv2d, nn.MultiheadAttention, F.scaled_dot_product_attention or "
+            "q @ k.transpose(-2, -1) inside blocks and head."
+        )
+
+    def check_calls(self, calls: Mapping[str, int]) -> None:
+        """Refuse a layer whose weight is used otherwise than by calling the layer.
+
+        Args:
+            calls: by name of the layer.
+
+        Raises:
+            ModelError: names the layer.
+        """
+        for name, _ in self._layers.values():
+            if calls.get(name, 0) != self._weight_uses[name] or not calls.get(name, 0):
+                raise ModelError(
+                    f"The forward of {self.label} does not call {name} itself (it reads its "
+                    "weight, or does without it), so this layer cannot be quantized: call it."
+                )
+
+    def behind_gelu(self) -> Iterator[QuantLinear]:
+        """Yield the linear layers whose input is the output of a GELU."""
+        for tensor, uses in self._uses.items():
+            if self._origins.get(tensor, ("", None))[0] != "gelu":
+                continue
+            for name, weight in uses:
+                layer = self._layers[weight][1] if name == "linear" and weight is not None else None
+                if isinstance(layer, QuantLinear):
+                    yield layer
+
+    def norms_before(self, output: Tensor) -> Iterator[tuple[nn.LayerNorm, str]]:
+        """Yield each LayerNorm whose only consumer is one linear layer, with that layer's name.
+
+        Args:
+            output: of the block; others consume it.
+        """
+        calls = Counter(weight for _, weight in self._origins.values() if weight is not None)
+        for tensor, (origin, weight) in self._origins.items():
+            if origin != "layer_norm" or weight not in self._norms or tensor == id(output):
+                continue
+            uses = self._uses.get(tensor, [])
+            if len(uses) != 1 or uses[0][0] != "linear" or uses[0][1] is None:
+                continue
+            if calls[weight] == calls[uses[0][1]] == 1:
+                yield self._norms[weight], self._layers[uses[0][1]][0]
+
+
+def _weight(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """The id of a call's weight."""
+    place = {"linear": 1, "conv2d": 1, "layer_norm": 2}.get(name)
+    if place is None:
+        return None
+    found = args[place] if len(args) > place else kwargs.get("weight")
+    return None if found is None else id(found)
+
+
+def _in_heads(function: Callable[..., Tensor], *operands: Tensor) -> Tensor:
+    """``function`` of operands (batch, heads, rows, columns). Three dimensions are one head."""
+    if operands[0].ndim == 3:
+        return function(*(one.unsqueeze(1) for one in operands)).squeeze(1)
+    return function(*operands)

@@ -1,1 +1,0 @@
-"""Model families that more than one task uses: timm's transformers cut into segments."""
