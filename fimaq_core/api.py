@@ -73,6 +73,7 @@ class QuantizedModel(nn.Module):
     def __init__(
         self,
         chain: BlockChain,
+        *,
         recipe: Recipe,
         log: ReconstructionLog,
         fingerprint: Fingerprint,
@@ -164,7 +165,7 @@ def quantize(
             Resources(report, placement),
         )
     log.notes[:0] = notes
-    return QuantizedModel(chain, recipe, log, fingerprint, shape)
+    return QuantizedModel(chain, recipe=recipe, log=log, fingerprint=fingerprint, shape=shape)
 
 
 def load(
@@ -210,8 +211,13 @@ def load(
         use_relu(chain)
     load_checkpoint(path, chain, None)
     set_quantized(chain, True)
-    log = read_log(facts.log, str(path))
-    return QuantizedModel(chain, fingerprint.recipe, log, fingerprint, facts.shape)
+    return QuantizedModel(
+        chain,
+        recipe=fingerprint.recipe,
+        log=read_log(facts.log, str(path)),
+        fingerprint=fingerprint,
+        shape=facts.shape,
+    )
 
 
 def _prepared(
@@ -237,9 +243,9 @@ def _prepared(
     place = next((value.device for value in twin.parameters()), torch.device("cpu"))
     probe = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0)).to(place)
     _check_takes(twin, probe)
-    if labels:
-        return own_chain(twin, labels, probe, recipe), weights
-    return family.build(twin, recipe).to(place), weights
+    with torch.random.fork_rng(devices=[]):  # new layers draw initial weights
+        chain = own_chain(twin, labels, probe, recipe) if labels else family.build(twin, recipe)
+    return chain.to(place), weights
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
@@ -12,8 +13,12 @@ from fimaq_core.progress import Progress, Report
 
 @contextmanager
 def progress_bars() -> Iterator[Report]:
-    """Show one bar per stage on a terminal or in a notebook; show nothing elsewhere."""
+    """Show one bar per stage on a terminal or in a notebook; show nothing elsewhere.
+
+    In a notebook rich draws with ipywidgets; without them there are no bars.
+    """
     console = Console(stderr=True)
+    drawn = console.is_jupyter and find_spec("ipywidgets") is not None
     bars = Bars(
         TextColumn("{task.description:28s}"),
         BarColumn(),
@@ -21,7 +26,7 @@ def progress_bars() -> Iterator[Report]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[detail]}"),
         console=console,
-        disable=not (console.is_terminal or console.is_jupyter),
+        disable=not (console.is_terminal or drawn),
         transient=True,
     )
     tasks: dict[str, TaskID] = {}

@@ -145,6 +145,7 @@ def test_the_model_stays_and_the_file_gives_the_same_logits(name: str, tmp_path:
     model.train()
     model.get_submodule("head" if name != "torchvision vit" else "heads").eval()
     before, modes = bits_of(model), [module.training for module in model.modules()]
+    random = torch.get_rng_state()
     structure, wanted = repr(model), [value.requires_grad for value in model.parameters()]
     q = quantize(model, x, **FEW, **parts(model))
     q.save(tmp_path / "q.safetensors")
@@ -155,6 +156,7 @@ def test_the_model_stays_and_the_file_gives_the_same_logits(name: str, tmp_path:
         structure,
         wanted,
     )
+    assert torch.equal(torch.get_rng_state(), random)
     with torch.no_grad():
         expected = model.eval()(x)
     assert torch.equal(q(x), again(x))
