@@ -9,6 +9,7 @@ reconstruct  steps x images per step; Fisher passes x calibration images; the re
 evaluate     images; texts of class names
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from tasks.common.record import ResultRecord
 
 #: Texts that stand for ImageNet's classes in zero-shot classification: 1000 classes x 80 templates.
 _TEXTS = 80_000
+#: (C, H, W) of a photograph that is resized and padded for a detector.
+_DETECTOR_INPUT = (3, 800, 1344)
 _MANY_PASSES = ("fisher_diag", "fisher_lr", "fisher_dplr")
 
 
@@ -131,7 +134,8 @@ def real_memory(record: ResultRecord, found: Spent, real: Recipe | None, eval_ba
     """Estimate the largest memory and the bytes of the tape of a real cell.
 
     What grows with the images of a batch is at most all that is there beyond the loaded model, so
-    the estimate is an upper bound where batches are smaller than the real ones.
+    the estimate is an upper bound where batches are smaller than the real ones. Calibration images
+    are added, and the tape where it is in memory.
 
     Args:
         record, found, real: as for :func:`real_seconds`.
@@ -146,5 +150,11 @@ def real_memory(record: ResultRecord, found: Spent, real: Recipe | None, eval_ba
     tape = found.tape_bytes * real.calibration_images // small.calibration_images
     batch = max(real.batch_size / small.batch_size, real.mlp_batch / small.mlp_batch)
     batch = max(batch, min(eval_batch, real.calibration_images) / min(eval_batch, small.calibration_images))
-    kept = 0 if on_disk else tape
+    kept = real.calibration_images * _image_bytes(record) + (0 if on_disk else tape)
     return int(loaded + max(grown - found.tape_bytes, 0) * batch + kept), tape
+
+
+def _image_bytes(record: ResultRecord) -> int:
+    """Return the bytes of one calibration image in float32."""
+    made = record.preprocessing
+    return 4 * math.prod(_DETECTOR_INPUT if made is None else made.input_size)

@@ -145,7 +145,8 @@ def _row(grid: Grid, cell: Cell, adapter: Adapter) -> dict[str, Any] | None:
     times = spent(read_events(folder))
     published = load_names().published_on(cell.task, grid.tasks[cell.section].dataset)
     images = published[0][2].count if published else record.n
-    memory, tape = real_memory(record, times, real, request.eval_batch, request.placement == "disk")
+    batch = 1 if cell.task == "detection" else request.eval_batch  # sizes vary: one by one
+    memory, tape = real_memory(record, times, real, batch, request.placement == "disk")
     small = in_small(request).recipe
     return {
         **cost_row(cell, record).model_dump(),

@@ -111,7 +111,7 @@ def test_the_estimate_follows_steps_images_and_passes():
     assert small is not None
     record = fakes.make_record(
         recipe=small, seconds={"load": 7.0, "evaluate": 8.0}, n=4, peak_memory_bytes=500,
-        stage_memory_bytes={"load": 100},
+        stage_memory_bytes={"load": 100}, preprocessing=None,
     )  # fmt: skip
     found = Spent(
         calibrate=1.0, passed=2.0, step=0.5, mlp_step=0.0, rest=3.0, mlp_rest=0.0, text=0.0,
@@ -127,8 +127,10 @@ def test_the_estimate_follows_steps_images_and_passes():
     )
     assert real_seconds(record, found, real, 50_000) == pytest.approx(expected)
     # beyond loading 400, of which 40 are the tape; batches are 16 times as large
-    assert real_memory(record, found, real, 32, False) == (100 + 360 * 16 + 40 * 512, 40 * 512)
-    assert real_memory(record, found, real, 32, True) == (100 + 360 * 16, 40 * 512)
+    images = 1024 * 4 * 3 * 800 * 1344  # as a detector's, since the record has no preprocessing
+    beyond = 360 * 16 + images
+    assert real_memory(record, found, real, 32, False) == (100 + beyond + 40 * 512, 40 * 512)
+    assert real_memory(record, found, real, 32, True) == (100 + beyond, 40 * 512)
     assert real_memory(fakes.make_record(peak_memory_bytes=9, n=4), found, None, 32, False)[1] == 0
 
 
