@@ -158,6 +158,16 @@ def test_memory_is_saved_in_steps_that_change_no_result(cell: Cell):
     assert rules.request.recipe == cell.request.recipe
 
 
+def test_a_fisher_pass_between_steps_takes_fewer_images_at_a_time(cell: Cell):
+    rules = attempts(cell, eval_batch=8)
+    events = [Progress("reconstruct", 3, 9, "a", 0.5), Progress("Fisher pass", 3, 9, "a")]
+    rules.begin()
+    for event in events:
+        rules.heard(event)
+    assert isinstance(rules.failed(Failed("memory", "no memory")), Again)
+    assert rules.request.eval_batch == 4
+
+
 def test_the_batch_of_a_recipe_is_never_made_smaller(cell: Cell):
     rules = attempts(cell, device="cuda", placement="host")
     verdict = after(rules, "memory", Progress("calibrate", 0, 1), Progress("reconstruct", 3, 9, "block 1", 0.5))
