@@ -36,6 +36,7 @@ class Spent:
         step, mlp_step: one optimisation step per block, and per MLP.
         rest, mlp_rest: all else in the stages of these steps.
         text: embedding of one text.
+        texts: number of texts that were embedded.
         total: all of it, attempts that were killed included.
         tape_bytes: largest bytes of the tape.
         peak_memory_bytes: largest memory.
@@ -48,6 +49,7 @@ class Spent:
     rest: float
     mlp_rest: float
     text: float
+    texts: int
     total: float
     tape_bytes: int
     peak_memory_bytes: int
@@ -80,6 +82,7 @@ def spent(events: Sequence[dict[str, Any]]) -> Spent:
     return Spent(
         **{name: sums[name] for name in names},
         text=sums["text"] / counted if counted else 0.0,
+        texts=texts[-1]["done"] if texts else 0,
         total=total,
         tape_bytes=max((event["tape_bytes"] or 0 for event in events), default=0),
         peak_memory_bytes=max((event["memory"] for event in events), default=0),
@@ -112,8 +115,8 @@ def real_seconds(record: ResultRecord, found: Spent, real: Recipe | None, images
         real: the real cell's recipe; None for full precision.
         images: of its evaluation.
     """
-    per_image = record.seconds.get("evaluate", 0.0) / record.n
-    total = record.seconds.get("load", 0.0) + images * per_image
+    evaluated = record.seconds.get("evaluate", 0.0) - found.texts * found.text
+    total = record.seconds.get("load", 0.0) + images * max(evaluated, 0.0) / record.n
     total += _TEXTS * found.text
     if real is None or record.recipe is None:
         return total

@@ -101,7 +101,7 @@ def test_times_are_summed_by_what_they_are_spent_on():
     # beyond the second ones 3 and 1 (a), 7 (b)
     assert found.rest == 3 + 1 + 1 + 3 + 1 + 7
     assert (found.mlp_step, found.mlp_rest) == (0.5, 0.5 + 0.5)
-    assert found.text == 4 / 20
+    assert (found.text, found.texts) == (4 / 20, 30)
     assert (found.tape_bytes, found.peak_memory_bytes) == (70, 50)
     assert found.total == 26 + 14
 
@@ -114,13 +114,14 @@ def test_the_estimate_follows_steps_images_and_passes():
         stage_memory_bytes={"load": 100}, preprocessing=None,
     )  # fmt: skip
     found = Spent(
-        calibrate=1.0, passed=2.0, step=0.5, mlp_step=0.0, rest=3.0, mlp_rest=0.0, text=0.0,
+        calibrate=1.0, passed=2.0, step=0.5, mlp_step=0.0, rest=3.0, mlp_rest=0.0, text=0.1, texts=20,
         total=9.0, tape_bytes=40, peak_memory_bytes=450,
     )  # fmt: skip
     real = make_recipe("fimaq")
     expected = (
         7  # load
-        + 50_000 * 8 / 4
+        + 50_000 * (8 - 20 * 0.1) / 4
+        + 80_000 * 0.1
         + 1.0 * 128 / 1 * 128 / 16 * (1 + 3) / (1 + 1)  # range images, candidates, rounds
         + (3.0 + 5 * 2.0) * 1024 / 2  # rest, five passes
         + 0.5 * 20_000 * 32 / 2
