@@ -97,12 +97,12 @@ class Cell:
 
     @cached_property
     def key(self) -> Key:
-        """What tells the cells of a grid apart."""
+        """Identity of the cell within its grid."""
         return (self.section, self.model, self.scope, self.method, self.w_bit, self.a_bit, self.seed, self.point)
 
     @property
     def name(self) -> CellName:
-        """What all seeds of the cell share."""
+        """Identity of the cell without its seed."""
         return CellName(self.section, self.model, self.scope, self.method, self.bits, self.point)
 
     @cached_property

@@ -370,13 +370,13 @@ def published_cost(cell: Cell, times: Sequence[Minutes]) -> Cost | None:
 
 
 def _released(cell: Cell) -> bool:
-    """Whether a cell has its method's released settings, as its task has them."""
+    """Return whether a cell has its method's released settings, as its task has them."""
     recipe = cell.request.recipe
     return recipe is None or not recipe.changes(registry.defaults(cell.task))
 
 
 def _as_rehearsed(cell: Cell) -> bool:
-    """Whether a rehearsal of the cell's name has its settings: released ones, or a named point."""
+    """Return whether a rehearsed cell of this name has these settings: released, or a named point."""
     return bool(cell.point) or _released(cell)
 
 

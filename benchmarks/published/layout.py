@@ -34,7 +34,7 @@ MARKS = {
     NOT_COMPARABLE: "×",
     NOT_MEASURED: "°",
 }
-#: What stands where there is no number.
+#: Text where there is no number.
 NOTHING = "–"
 _LEGEND = {
     "=": "reproduced, within 0.3 points or two standard errors",
@@ -184,7 +184,7 @@ class Layout:
 
     @property
     def legend(self) -> str:
-        """What the marks that occur mean, in one line."""
+        """Meaning of the marks that occur, in one line."""
         texts = " ".join(text for row in self.shown for text in row.texts)
         parts = [f"{mark} {words}" for mark, words in _LEGEND.items() if mark in texts]
         if any(e.item is not None and e.judgement is None for e in self.entries.values()):

@@ -49,7 +49,7 @@ def make_data(folder: Path, names: Iterable[str]) -> Places:
 
 
 def few_classes(imagenet: Path) -> Path:
-    """Return the folder beside ``imagenet`` with the same layout and few classes that have names.
+    """Return the folder below ``imagenet`` with the same layout and few classes that have names.
 
     Zero-shot classification embeds 80 texts per class, which takes hours on a CPU for 1000 classes.
     """

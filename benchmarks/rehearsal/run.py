@@ -116,11 +116,13 @@ def _conclude(grid: Grid, cells: Sequence[Cell], options: RunOptions, adapter: A
     total = sum(row["seconds"] for row in rows)
     largest = max(rows, key=lambda row: row["peak_memory_bytes"])
     tape = max(rows, key=lambda row: row["tape_bytes"])
+    disk = sum(row["disk_bytes"] for row in rows)
     print(
         f"\nRehearsed {len(rows)} of {len(cells)} cells on {rows[0]['device']}. The real run would "
         f"take about {duration(total)} on this device, one cell at a time.\n"
         f"Largest memory of a cell: at most {size_text(largest['peak_memory_bytes'])} "
-        f"({largest['model']} {largest['method']}). Results take {size_text(_disk(options))} of disk, "
+        f"({largest['model']} {largest['method']}). Their results take {size_text(disk)} of disk, "
+        "beside calibrations and MLPs that cells share, and "
         f"what a cell keeps of its calibration images up to {size_text(tape['tape_bytes'])} "
         f"({tape['model']}).\nEstimates: {path}. Nothing here counts as measured: weights and "
         "images are random."
@@ -180,12 +182,6 @@ def _texts(row: dict[str, Any]) -> list[str]:
         duration(row["seconds"]),
         size_text(row["peak_memory_bytes"]),
     ]
-
-
-def _disk(options: RunOptions) -> int:
-    kept = ("runs", "calibration", "mlp", "reconstruction")
-    files = (file for name in kept for file in (options.results / name).rglob("*.safetensors"))
-    return sum(file.stat().st_size for file in files)
 
 
 def _keep(path: Path, rows: Sequence[dict[str, Any]]) -> None:
