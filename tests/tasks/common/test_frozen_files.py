@@ -34,12 +34,13 @@ CHECKPOINTS = json.loads((DATA / "checkpoints.json").read_text(encoding="utf-8")
 
 def command(task: str, *arguments: object) -> str:
     """Run a task's command line in this process; return its output."""
-    out, err = io.StringIO(), io.StringIO()
+    out, err, code = io.StringIO(), io.StringIO(), 0
     with redirect_stdout(out), redirect_stderr(err):
         try:
             main(build_group(task, "test"), [str(argument) for argument in arguments])
         except SystemExit as stop:
-            assert not stop.code, err.getvalue()
+            code = int(stop.code or 0)
+    assert code == 0, err.getvalue()
     return out.getvalue()
 
 
