@@ -1,23 +1,26 @@
-"""Costs of cells: measured ones of finished cells, estimates of others.
+"""Seconds, memory and disk of cells: measured, or estimated from the best source there is.
 
-Estimates come from finished cells, a committed reference, a rehearsal, or published minutes.
+Sources in their order: finished cells here, the committed reference, a rehearsal, published
+minutes. Times of CPUs and of GPUs are never mixed.
 """
 
 import csv
 import io
-import itertools
+import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from benchmarks.cells import Cell, Key
-from benchmarks.estimate import Estimator, levels
-from benchmarks.published.minutes import Minutes, published_minutes
+from benchmarks.estimate import METHOD, MODEL, Estimator
+from benchmarks.names import PUBLISHED, StudyName, load_names
 from benchmarks.units import duration
+from fimaq_core.documents import problems
 from fimaq_core.errors import FimaqError
 from fimaq_core.recipe import Recipe, make_recipe
 from tasks.common import registry
@@ -28,12 +31,21 @@ Device = Literal["cpu", "gpu"]
 Source = Literal["measured", "here", "reference", "rehearsal", "published", "alike"]
 
 REFERENCE = Path(__file__).resolve().parents[1] / "results" / "reference"
-
-_DAMAGED = "The reference costs {} are damaged (`python -m benchmarks reference` makes them)"
+#: Sources for people, in the order of trust.
+_WORDS: dict[Source, str] = {
+    "measured": "measured",
+    "here": "from finished cells",
+    "reference": "from the reference",
+    "rehearsal": "rehearsed",
+    "published": "published",
+    "alike": "published, method alike",
+}
+#: Kinds of evidence, the best first; see the README beside ``cost.csv``.
+_EVIDENCE = ("primary", "cited", "user-reported", "secondary", "aggregator")
 
 
 class CostRow(Strict):
-    """A cell's costs: seconds of all its stages, the peak of its memory in bytes, and what it was measured on."""
+    """Costs of a cell: seconds of all its stages, bytes of memory, and what they were measured on."""
 
     section: str
     model: str
@@ -64,7 +76,7 @@ class CostRow(Strict):
 
 
 class RehearsedRow(CostRow):
-    """Estimated costs of a cell from a small run of it, with the disk that the cell will take."""
+    """Costs of a cell estimated from a rehearsal of it, with the bytes of disk it will take."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -77,12 +89,14 @@ class _Rehearsal(BaseModel):
 
 def cost_row(cell: Cell, record: ResultRecord) -> CostRow:
     """Return the costs of a finished cell."""
-    where = record.environment
     return CostRow(
-        section=cell.section, model=cell.model, scope=cell.scope, method=cell.method, bits=cell.bits, seed=cell.seed,
-        point=cell.point, seconds=round(own_seconds(record), 3), peak_memory_bytes=record.peak_memory_bytes,
-        device=where.device, threads=where.threads,
-    )  # fmt: skip
+        **cell.name._asdict(),
+        seed=cell.seed,
+        seconds=round(own_seconds(record), 3),
+        peak_memory_bytes=record.peak_memory_bytes,
+        device=record.environment.device,
+        threads=record.environment.threads,
+    )
 
 
 def costs_path(profile: str, folder: Path = REFERENCE) -> Path:
@@ -105,37 +119,30 @@ def read_costs(path: Path) -> list[CostRow]:
     Raises:
         FimaqError: it cannot be read, or a row does not fit.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return []
-    except (OSError, UnicodeDecodeError) as error:
-        raise FimaqError(f"Cannot read the reference costs {path}: {error}.") from error
-    try:
-        found = csv.DictReader(io.StringIO(text, newline=""))
-        return [CostRow.model_validate({**row, "seed": row.get("seed") or None}) for row in found]
-    except (csv.Error, TypeError) as error:
-        raise FimaqError(f"{_DAMAGED.format(path)}: {error}.") from error
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise FimaqError(f"{_DAMAGED.format(path)}: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from error
+
+    def parse(content: bytes) -> list[CostRow]:
+        rows = csv.DictReader(io.StringIO(content.decode(), newline=""))
+        return [CostRow.model_validate({**row, "seed": row.get("seed") or None}) for row in rows]
+
+    return _read(path, "reference costs", "`python -m benchmarks reference` makes them", parse)
 
 
 def read_rehearsal(path: Path) -> list[RehearsedRow]:
-    """Read the estimates of a rehearsal; nothing where there is none.
+    """Read the estimates of a rehearsal; nothing where there is none. Raises as above."""
+    fix = "delete it or rehearse anew"
+    return _read(path, "rehearsal", fix, lambda text: _Rehearsal.model_validate_json(text).cells)
 
-    Raises:
-        FimaqError: the file cannot be read, or it holds something else.
-    """
+
+def _read(path: Path, what: str, fix: str, parse: Callable[[bytes], list[Any]]) -> list[Any]:
     try:
-        return _Rehearsal.model_validate_json(path.read_bytes()).cells
+        return parse(path.read_bytes())
     except FileNotFoundError:
         return []
-    except (OSError, ValidationError) as error:
-        first = str(error).splitlines()[0]
-        raise FimaqError(
-            f"Cannot read the rehearsal {path}: {first}. Delete it or rehearse anew.",
-        ) from error
+    except ValidationError as error:
+        why = problems(error, CostRow).partition(". ")[0].rstrip(".")
+        raise FimaqError(f"Cannot read the {what} {path}: {why} ({fix}).") from error
+    except (OSError, UnicodeDecodeError, csv.Error, TypeError) as error:
+        raise FimaqError(f"Cannot read the {what} {path}: {error} ({fix}).") from error
 
 
 Rows = Sequence[tuple[Source, Sequence[CostRow]]]
@@ -199,24 +206,19 @@ class Cost:
 
 
 class _Known:
-    """Costs of one source on one kind of device, by cell and for cells alike."""
+    """Costs from one source on one kind of device."""
 
-    def __init__(self, source: Source, device: Device, rows: Iterable[_Pair]) -> None:
+    def __init__(self, source: Source, device: Device, pairs: Iterable[_Pair]) -> None:
         self.source, self.device = source, device
-        self.machines: Counter[str] = Counter()
         self._rows: dict[Key, CostRow] = {}
         self._estimator = Estimator()
-        self._memory: dict[tuple[str, ...], int] = defaultdict(int)
-        for cell, row in rows:
-            if cell.key in self._rows:
-                continue
-            self._rows[cell.key] = row
-            self.machines[row.machine] += 1
-            self._estimator.add(cell, row.seconds)
-            for level in levels(cell):
-                self._memory[level] = max(self._memory[level], row.peak_memory_bytes)
+        for cell, row in pairs:
+            if row.device_kind == device and cell.key not in self._rows:
+                self._rows[cell.key] = row
+                self._estimator.add(cell, row.seconds, row.peak_memory_bytes)
+        self.machines = Counter(row.machine for row in self._rows.values())
 
-    def of_cell(self, cell: Cell) -> Cost | None:
+    def own(self, cell: Cell) -> Cost | None:
         """Return the cell's own costs."""
         row = self._rows.get(cell.key)
         if row is None:
@@ -225,25 +227,12 @@ class _Known:
         disk = row.disk_bytes if isinstance(row, RehearsedRow) else None
         return Cost(row.seconds, row.peak_memory_bytes, source, self.device, disk, row.machine)
 
-    def of_method(self, cell: Cell) -> Cost | None:
-        """Estimate from cells of the same method, in the same section and scope.
-
-        From a rehearsal only where the model is the same too: else published minutes tell more.
-        """
-        rehearsed = self.source == "rehearsal"
-        estimate = self._estimator.of_model if rehearsed else self._estimator.of_method
-        return self._cost(cell, estimate(cell))
-
-    def of_kind(self, cell: Cell) -> Cost | None:
-        """Estimate from cells of the same kind too, anywhere."""
-        return self._cost(cell, self._estimator.seconds(cell))
-
-    def _cost(self, cell: Cell, seconds: float | None) -> Cost | None:
-        if seconds is None:
+    def alike(self, cell: Cell, depth: int | None = None) -> Cost | None:
+        """Return an estimate from cells alike, see :meth:`Estimator.estimate`."""
+        found = self._estimator.estimate(cell, depth)
+        if found is None:
             return None
-        found = (self._memory[level] for level in levels(cell) if level in self._memory)
-        machines = "; ".join(self.machines)
-        return Cost(seconds, next(found, 0), self.source, self.device, note=machines)
+        return Cost(*found, self.source, self.device, note="; ".join(self.machines))
 
 
 class Costs:
@@ -260,17 +249,15 @@ class Costs:
         named: dict[tuple[object, ...], Cell] = {}
         if any(found for _, found in rows):
             named = {(*cell.name, cell.seed): cell for cell in cells}
-        self._known: dict[Device, list[_Known]] = {"cpu": [], "gpu": []}
         pairs: list[tuple[Source, Sequence[_Pair]]] = [("here", finished)]
         for source, found in rows:
             own = [(named[row.name], row) for row in found if row.name in named]
             if source == "rehearsal":
-                own = [(cell, row) for cell, row in own if _as_rehearsed(cell)]
+                own = [(cell, row) for cell, row in own if has_known_settings(cell)]
             pairs.append((source, own))
+        self._known: dict[Device, list[_Known]] = {"cpu": [], "gpu": []}
         for device, known in self._known.items():
-            for source, all_pairs in pairs:
-                mine = [(cell, row) for cell, row in all_pairs if row.device_kind == device]
-                known.append(_Known(source, device, mine))
+            known += [_Known(source, device, own) for source, own in pairs]
 
     def of(self, cell: Cell) -> Cost | None:
         """Return what a cell cost, or is going to cost; None if nothing tells.
@@ -282,43 +269,36 @@ class Costs:
         and a cost says which it is from. Published minutes come without memory: it is then that
         of the next of these.
         """
-        devices: tuple[Device, ...] = ("gpu", "cpu")
-        if device_kind(cell) == "cpu":
-            devices = ("cpu", "gpu")
-        own = (self._known[device][0].of_cell(cell) for device in devices)
-        estimates = (self._estimates(cell, device) for device in devices)
-        known = (cost for cost in itertools.chain(own, *estimates) if cost is not None)
+        known = self._costs(cell)
         best = next(known, None)
         if best is None or best.memory is not None:
             return best
         other = next((cost for cost in known if cost.memory is not None), None)
         if other is None:
             return best
-        return replace(best, memory=other.memory, disk=other.disk, memory_note=f"{_WORDS[other.source]}, {other.note}")
+        note = f"{_WORDS[other.source]}, {other.note}"
+        return replace(best, memory=other.memory, disk=other.disk, memory_note=note)
 
-    def _estimates(self, cell: Cell, device: Device) -> Iterable[Cost | None]:
-        here = self._known[device][0]
-        for known in self._known[device]:
-            yield known.of_cell(cell)
-            yield known.of_method(cell)
-        if device == "gpu":
-            yield published_cost(cell, published_minutes().get(cell.model, ()))
-        yield here.of_kind(cell)
+    def _costs(self, cell: Cell) -> Iterator[Cost]:
+        devices: tuple[Device, ...] = ("cpu", "gpu")
+        if device_kind(cell) == "gpu":
+            devices = ("gpu", "cpu")
+        here = {device: self._known[device][0] for device in devices}
+        found: list[Cost | None] = [here[device].own(cell) for device in devices]
+        for device in devices:
+            for known in self._known[device]:
+                # A rehearsal of another model tells less than published minutes.
+                depth = MODEL if known.source == "rehearsal" else METHOD
+                found += [known.own(cell), known.alike(cell, depth)]
+            if device == "gpu":
+                found.append(published_cost(cell, published_minutes().get(cell.model, ())))
+            found.append(here[device].alike(cell))
+        return filter(None, found)
 
     def machines(self, source: Source) -> Mapping[str, int]:
         """Return what the costs of a source were measured on, with the number of cells of each."""
-        found: Counter[str] = Counter()
-        for known in (*self._known["cpu"], *self._known["gpu"]):
-            if known.source == source:
-                found += known.machines
-        return found
-
-
-#: Names of sources for people, in the order of trust.
-_WORDS: dict[Source, str] = {
-    "measured": "measured", "here": "from finished cells", "reference": "from the reference",
-    "rehearsal": "rehearsed", "published": "published", "alike": "published, method alike",
-}  # fmt: skip
+        every = (known for each in self._known.values() for known in each)
+        return sum((one.machines for one in every if one.source == source), Counter())
 
 
 def origins(costs: Iterable[Cost]) -> str:
@@ -330,6 +310,65 @@ def origins(costs: Iterable[Cost]) -> str:
 def device_kind(cell: Cell) -> Device:
     """Return the kind of device that a cell is to run on; ``auto`` hopes for a GPU."""
     return "cpu" if cell.request.device == "cpu" else "gpu"
+
+
+def has_known_settings(cell: Cell) -> bool:
+    """Return whether a cell has its method's released settings, or those of a named point."""
+    return bool(cell.point) or _is_released(cell)
+
+
+def _is_released(cell: Cell) -> bool:
+    recipe = cell.request.recipe
+    return recipe is None or not recipe.changes(registry.defaults(cell.task))
+
+
+@dataclass(frozen=True)
+class Minutes:
+    """Published minutes of a whole quantization on one GPU, a row of ``cost.csv``.
+
+    Attributes:
+        method: the method's id here.
+        bits: of weights and activations; None where the source does not state them.
+        images: calibration images, where the study is one of their number.
+        place: the device and the source, for people.
+        evidence, study: ranks; the smallest is taken first.
+    """
+
+    method: str
+    minutes: float
+    bits: tuple[int, int] | None
+    images: int | None
+    place: str
+    evidence: int
+    study: int
+
+
+@cache
+def published_minutes(path: Path = PUBLISHED / "cost.csv") -> Mapping[str, Sequence[Minutes]]:
+    """Return the run times of a file by the model's id and by its ``model.tag``, in file order."""
+    names = load_names()
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["metric"] == "minutes"]
+    studies = list(dict.fromkeys(row["study"] for row in rows))
+    found: dict[str, list[Minutes]] = defaultdict(list)
+    for row in rows:
+        model, method = names.models.get(row["model"]), names.methods.get(row["method"])
+        if model is None or method is None:
+            continue
+        study = names.studies.get(row["study"], StudyName())
+        source = re.sub(r" paper full text \([^)]*\)", "", row["source"])
+        time = Minutes(
+            method=method.comparable.get(row["variant"], method.id),
+            minutes=float(row["value"]),
+            bits=(int(row["w_bit"]), int(row["a_bit"])) if row["w_bit"] and row["a_bit"] else None,
+            images=study.images,
+            place=f"an {study.device} ({source})",
+            evidence=_EVIDENCE.index(row["evidence"]),
+            study=-studies.index(row["study"]),  # the newest is listed last
+        )
+        found[model.id].append(time)
+        found[model.tag].append(time)
+    return found
 
 
 def published_cost(cell: Cell, times: Sequence[Minutes]) -> Cost | None:
@@ -348,36 +387,27 @@ def published_cost(cell: Cell, times: Sequence[Minutes]) -> Cost | None:
     recipe = cell.request.recipe
     if recipe is None or not times:
         return None
-    usual = registry.defaults(cell.task)
+    usual, released = registry.defaults(cell.task), _is_released(cell)
     recipes = {time.method: make_recipe(time.method, usual) for time in times}
-    own = {method: method == recipe.method and _released(cell) for method in recipes}
 
     def order(time: Minutes) -> tuple[object, ...]:
+        same = time.method == recipe.method
         mlp = recipe.reconstruct_mlp != recipes[time.method].reconstruct_mlp
+        w_bits, a_bits = time.bits or (99, 99)  # unstated bits are the farthest
+        bits = abs(w_bits - recipe.w_bits) + abs(a_bits - recipe.a_bits)
         images = time.images not in (None, recipe.calibration_images)
-        bits = time.distance(recipe.w_bits, recipe.a_bits)
-        unlike = not own[time.method], time.method != recipe.method, mlp
-        return *unlike, time.evidence, bits, images, time.study
+        return not (same and released), not same, mlp, time.evidence, bits, images, time.study
 
-    work = _work(recipe)
-    fit = (time for time in times if own[time.method] or work == _work(recipes[time.method]))
-    best = min(fit, key=order, default=None)
+    def fits(time: Minutes) -> bool:
+        own = released and time.method == recipe.method
+        return own or _work(recipe) == _work(recipes[time.method])
+
+    best = min(filter(fits, times), key=order, default=None)
     if best is None:
         return None
-    if own[best.method]:
+    if released and best.method == recipe.method:
         return Cost(60 * best.minutes, None, "published", "gpu", note=best.place)
     return Cost(60 * best.minutes, None, "alike", "gpu", note=f"{best.method} on {best.place}")
-
-
-def _released(cell: Cell) -> bool:
-    """Return whether a cell has its method's released settings, as its task has them."""
-    recipe = cell.request.recipe
-    return recipe is None or not recipe.changes(registry.defaults(cell.task))
-
-
-def _as_rehearsed(cell: Cell) -> bool:
-    """Return whether a rehearsed cell of this name has these settings: released, or a named point."""
-    return bool(cell.point) or _released(cell)
 
 
 def _work(recipe: Recipe) -> tuple[object, ...]:

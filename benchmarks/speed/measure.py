@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 import torch
 from torch._inductor.utils import fresh_cache
 
-from benchmarks.published.minutes import published_minutes
+from benchmarks.costs import published_minutes
 from benchmarks.speed.memory import measure_peak
 from benchmarks.speed.protocol import SegmentCost, line, protocol_seconds
 from benchmarks.speed.record import SpeedRecord
