@@ -52,12 +52,12 @@ def plan_of(
     """
     rows, notes = other_rows([grid.name], options.results, reference)
     known = expand(grid, Filters(), options) if filters.active else cells
-    return "\n".join([plan_text(cells, adapter, known, rows, jobs, width), *notes])
+    return "\n".join([plan_text(cells, adapter, known, rows, jobs, width, options.force), *notes])
 
 
 def plan_text(
     cells: Sequence[Cell], adapter: Adapter, known: Sequence[Cell] = (), others: Rows = (), jobs: int = 1,
-    width: int | None = None,
+    width: int | None = None, force: bool = False,
 ) -> str:  # fmt: skip
     """Return the table of cells and lines with their number, time, memory and where these are from.
 
@@ -70,11 +70,12 @@ def plan_text(
         others: costs from elsewhere, for what nothing here tells.
         jobs: cells at a time.
         width: of a terminal: a wider table leaves columns out and says so. None: everything.
+        force: measure cells that are done, too.
     """
     folders = {cell.key: known_folder(cell, adapter) for cell in cells}
     done = [(cell, row) for cell in cells if (row := _measured(cell, folders[cell.key])) is not None]
     finished = {cell.key for cell, _ in done}
-    todo = [cell for cell in cells if cell.key not in finished or cell.request.force]
+    todo = [cell for cell in cells if force or cell.key not in finished]
     costs = Costs([*done, *_more(todo, done, known, adapter)], others, [*known, *cells])
     each = {cell.key: costs.of(cell) for cell in cells}
     chains = _chains(todo)
@@ -87,7 +88,7 @@ def plan_text(
             **_cost(cell, each[cell.key]),
             "cached": "-" if is_done else _cached(cell, folders[cell.key], adapter),
         })  # fmt: skip
-    lines = [f"{len(rows)} cells, {len(done)} done, {len(rows) - len(done)} to run.", *_totals(chains, each, jobs)]
+    lines = [f"{len(rows)} cells, {len(done)} done, {len(todo)} to run.", *_totals(chains, each, jobs)]
     return "\n".join([*_table(rows, width), "", *lines, *_origins(todo, each, costs)])
 
 
