@@ -57,7 +57,7 @@ class RunOptions:
         weights: folder with local checkpoints.
         device: replaces the grid's device; None keeps it.
         threads: replaces the grid's threads; None keeps them.
-        force: name of a run that measures again what is done; empty: what is done is kept.
+        force: remove what is there of the cells before they are measured.
         placement: replaces the sections' placement of what blocks take in and give; None keeps it.
         rehearsal: whether cells are rehearsed, see :mod:`benchmarks.rehearsal`.
     """
@@ -67,7 +67,7 @@ class RunOptions:
     weights: Path | None = None
     device: str | None = None
     threads: int | None = None
-    force: str = ""
+    force: bool = False
     placement: Literal["device", "host", "disk"] | None = None
     rehearsal: bool = False
 
@@ -199,7 +199,6 @@ def make_cell(grid: Grid, section: str, model: str, recipe: Recipe | None, optio
         device=options.device or grid.device,
         threads=options.threads or grid.threads,
         placement=options.placement or part.placement,
-        force=options.force,
     )
     if recipe is None:
         return Cell(section, task, model, "fp", OFF, OFF, None, request)

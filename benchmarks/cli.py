@@ -22,31 +22,20 @@ from benchmarks.remake import tables
 from benchmarks.report.cli import report
 from benchmarks.schema import Grid
 from benchmarks.status.cli import status
-from tasks.common.anew import is_name, new_name
 
 
 class _Group(click.Group):
     """A command group whose user errors are one line on stderr."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        with user_errors(ctx, "Finished cells are kept: the same command goes on where it stopped."):
+        with user_errors(ctx, "Finished cells are kept: the same command, without --force, goes on where it stopped."):
             return super().invoke(ctx)
-
-
-#: What ``--force`` without a name stands for.
-NEW = "new"
 
 
 def _gpus(_: click.Context, __: click.Parameter, value: float) -> float:
     if value > 1 and value != int(value):
         raise click.BadParameter("above 1 it must be a whole number: Ray shares out one GPU, not several.")
     return value
-
-
-def _force(_: click.Context, __: click.Parameter, value: str) -> str:
-    if value and value != NEW and not is_name(value):
-        raise click.BadParameter(f"'{value}' is no name of a run: give the one that it said, as --force=NAME.")
-    return new_name() if value == NEW else value
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -100,18 +89,14 @@ def cli() -> None:
 @click.option("--report", is_flag=True, help="Write the report too, as the command report does.")
 @click.option(
     "--force",
-    is_flag=False,
-    flag_value=NEW,
-    default="",
-    metavar="[=NAME]",
-    callback=_force,
-    help="Measure again what is done. Such a run has a name, which it says; with it one that was broken off goes on.",
+    is_flag=True,
+    help="Remove what is there of these cells, then measure them. Without it the same command goes on where it stopped.",
 )
 def run(
     profile: str, table: str, tasks: str, models: str, methods: str, bits: str, seeds: str, axes: str, device: str, imagenet: str,
     coco: str, flickr: str, weights: str, results: Path, engine: Literal["local", "ray"], ray_address: str, gpus_per_cell: float,
     jobs: int | None, threads: int | None, placement: Literal["device", "host", "disk"] | None, retries: int, plan: bool,
-    rehearse: bool, report: bool, force: str,
+    rehearse: bool, report: bool, force: bool,
 ) -> None:  # fmt: skip
     """Measure a grid's cells, then print and write its table. Finished cells are not measured again."""
     context = click.get_current_context()

@@ -7,11 +7,10 @@ from pathlib import Path
 
 from tabulate import tabulate  # type: ignore[import-untyped, unused-ignore]
 
-from benchmarks.cells import Adapter, Cell, Key, RunOptions, finished_record, known_folder, record_in
+from benchmarks.cells import Adapter, Cell, Key, RunOptions, known_folder, record_in
 from benchmarks.costs import (
     REFERENCE,
     Cost,
-    CostRow,
     Costs,
     Rows,
     Source,
@@ -38,8 +37,6 @@ _MACHINES: dict[Source, str] = {
     "reference": "the reference",
     "rehearsal": "the rehearsal",
 }
-#: Finished cells of a method, beyond those planned, that are looked at for its costs.
-_ENOUGH = 8
 
 
 def plan_of(
@@ -58,8 +55,9 @@ def plan_of(
         reference: folder with reference costs and the committed rehearsal.
     """
     rows, notes = other_rows([grid.name], options.results, reference)
-    known = expand(grid, Filters(), options) if filters.active else cells
-    return "\n".join([plan_text(cells, adapter, known, rows, jobs, width), *notes])
+    known = expand(grid, Filters(), options) if filters.active else ()
+    plan = plan_text(cells, adapter, known, rows, jobs, width, options.force)
+    return "\n".join([plan, *notes])
 
 
 def plan_text(
@@ -69,6 +67,7 @@ def plan_text(
     others: Rows = (),
     jobs: int = 1,
     width: int | None = None,
+    force: bool = False,
 ) -> str:
     """Return the table of cells, and lines with their number, time, memory and their sources.
 
@@ -80,52 +79,29 @@ def plan_text(
         others: costs from elsewhere.
         jobs: cells at a time.
         width: of a terminal: a wider table leaves columns out and says so. None: everything.
+        force: measure cells that are done, too.
     """
     from benchmarks.schedule import make_chains
 
-    folders = {cell.key: known_folder(cell, adapter) for cell in cells}
+    every = {cell.key: cell for cell in (*cells, *known)}
+    folders = {key: known_folder(cell, adapter) for key, cell in every.items()}
     records = {key: folder and record_in(folder) for key, folder in folders.items()}
-    done = [(cell, cost_row(cell, record)) for cell in cells if (record := records[cell.key])]
-    todo = [cell for cell in cells if records[cell.key] is None or cell.request.force]
-    costs = Costs([*done, *_more(todo, done, known, adapter)], others, [*known, *cells])
+    done = [(cell, cost_row(cell, record)) for key, cell in every.items() if (record := records[key])]
+    todo = [cell for cell in cells if force or records[cell.key] is None]
+    costs = Costs(done, others, every.values())
     each = {cell.key: costs.of(cell) for cell in cells}
     chains = make_chains(todo)
     order = {cell.key: str(n) for n, cell in enumerate((c for chain in chains for c in chain), 1)}
     rows = []
     for cell in cells:
-        cached = "-"
-        folder = folders[cell.key]
-        if folder is not None and records[cell.key] is None:
-            cached = ", ".join(adapter.cached(cell.request, folder)) or "-"
-        is_done = {"done": "no" if records[cell.key] is None else "yes"}
-        row = {"#": order.get(cell.key, "-"), **_settings(cell), **is_done}
-        rows.append({**row, **_cost(cell, each[cell.key]), "cached": cached})
-    lines = [f"{len(rows)} cells, {len(done)} done, {len(rows) - len(done)} to run."]
+        is_done, folder = records[cell.key] is not None, folders[cell.key]
+        cached = [] if is_done or folder is None else adapter.cached(cell.request, folder)
+        row = {"#": order.get(cell.key, "-"), **_settings(cell), "done": "yes" if is_done else "no"}
+        rows.append({**row, **_cost(cell, each[cell.key]), "cached": ", ".join(cached) or "-"})
+    finished = sum(row["done"] == "yes" for row in rows)
+    lines = [f"{len(rows)} cells, {finished} done, {len(todo)} to run."]
     lines += [*_totals(chains, each, jobs), *_origins(todo, each, costs)]
     return "\n".join([*_table(rows, width), "", *lines])
-
-
-def _more(
-    todo: Sequence[Cell],
-    done: Sequence[tuple[Cell, CostRow]],
-    known: Sequence[Cell],
-    adapter: Adapter,
-) -> list[tuple[Cell, CostRow]]:
-    """Return finished cells outside the plan, of methods of which no planned cell is finished."""
-
-    def method(cell: Cell) -> tuple[str, str, str]:
-        return cell.section, cell.scope, cell.method
-
-    has = {method(cell) for cell, _ in done}
-    wanted = dict.fromkeys((method(cell) for cell in todo if method(cell) not in has), _ENOUGH)
-    planned, found = {cell.key for cell in todo}, []
-    for cell in known:
-        if wanted.get(method(cell), 0) and cell.key not in planned:
-            record = finished_record(cell, adapter)
-            if record is not None:
-                wanted[method(cell)] -= 1
-                found.append((cell, cost_row(cell, record)))
-    return found
 
 
 def _settings(cell: Cell) -> dict[str, str]:

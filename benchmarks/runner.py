@@ -14,7 +14,6 @@ from benchmarks.schedule import Schedule
 from benchmarks.units import duration
 from fimaq_core.errors import FimaqError
 from fimaq_core.progress import Progress
-from tasks.common import anew
 from tasks.common.lease import Observer
 from tasks.common.record import ResultRecord, read_record
 
@@ -172,9 +171,9 @@ class Runner:
         return folder / name
 
     def _is_there(self, cell: Cell) -> bool:
-        """Whether the cell has a record, good or bad, and is not to be measured again."""
+        """Whether the cell has a record, good or bad."""
         path = self._beside(cell, "result.json")
-        return path is not None and anew.is_done(path, cell.request.force)
+        return path is not None and path.is_file()
 
     def _found(self, cell: Cell) -> None:
         """A cell has a record that was not measured here. One that cannot be read is for the user to look at."""

@@ -55,7 +55,7 @@ def rehearse(
     if options.force:  # a rehearsal has nothing worth keeping
         shutil.rmtree(folder, ignore_errors=True)
     options = settled(
-        replace(options, results=folder, weights=folder / "weights", force="", rehearsal=True),
+        replace(options, results=folder, weights=folder / "weights", force=False, rehearsal=True),
         how, options.device or grid.device, options.threads or grid.threads,
     )  # fmt: skip
     if options.device == "cpu" and how.name == "local":
