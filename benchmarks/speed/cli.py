@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from benchmarks.console import user_errors
+from benchmarks.speed.record import README, read_records, rewrite, tables, write_record
 from fimaq_core.errors import EngineError, FimaqError, suggest
 
 if TYPE_CHECKING:
@@ -32,9 +33,9 @@ _DTYPE = click.Choice(["float32", "tf32", "bfloat16"])
 @click.option("--step-dtype", type=_DTYPE, default="float32", help="Of the steps' products.")
 @click.option("--frozen-dtype", type=_DTYPE, default="float32", help="Of full-precision parts.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.")
-@click.option("--budget", type=click.FloatRange(min=1), help="Seconds; what does not fit is left out.")
+@click.option("--budget", type=click.FloatRange(min=1), help="Seconds; the rest is left out.")
 @click.option("--quick", is_flag=True, help="Smallest sizes: only shows that it runs.")
-@click.option("--output", type=_PATH, default="results/speed.json", help="File of records; added to.")
+@click.option("--output", type=_PATH, default="results/speed.json", help="File to add records to.")
 @click.option("--table", type=_PATH, help="Only put this file's tables into README.md here.")
 @click.pass_context
 def main(
@@ -57,8 +58,6 @@ def main(
     """
     with user_errors(context, "Finished models are in the output file."):
         if table is not None:
-            from benchmarks.speed.record import README, read_records, rewrite
-
             records = read_records(table)
             if not records:
                 raise FimaqError(f"No records in {table}: measure some with --output {table}.")
@@ -68,7 +67,6 @@ def main(
         import torch
 
         from benchmarks.speed.measure import default_sizes, measure
-        from benchmarks.speed.record import read_records, tables, write_record
         from benchmarks.speed.steps import measure_rates
         from tasks.common.environment import resolve_device
 
@@ -90,24 +88,17 @@ def main(
 
         rates = measure_rates(where, step_dtype)
         say(f"products: {rates.flops / 1e9:.0f} GFLOP/s, copies: {rates.bytes / 1e9:.1f} GB/s")
+        settings = {"step_dtype": step_dtype, "frozen_dtype": frozen_dtype}
         done = []
         for index, name in enumerate(names):
-            now, sizes = time.monotonic(), default_sizes(name, where)
+            sizes = default_sizes(name, where)
             sizes = replace(sizes, engines=chosen or sizes.engines)
             if quick:
                 sizes = replace(sizes, steps=2, images=32, range_images=2, memory_images=0)
-            record = measure(
-                name,
-                sizes,
-                rates,
-                where,
-                step_dtype=step_dtype,
-                frozen_dtype=frozen_dtype,
-                deadline=now + max(end - now, 0.0) / (len(names) - index),
-                say=say,
-            )
-            write_record(output, record)
-            done.append(record)
+            now = time.monotonic()
+            deadline = now + max(end - now, 0.0) / (len(names) - index)
+            done.append(measure(name, sizes, rates, where, settings, deadline, say))
+            write_record(output, done[-1])
         click.echo(f"\n{tables(done, 'simple')}\n\nRecords: {output}")
 
 

@@ -33,14 +33,7 @@ VARIABLES = 8
 TAPE, TAPE_ADVANCING = 3, 5
 
 
-def memory_formula(
-    weights: float,
-    images: float,
-    rounded: float,
-    tape: float,
-    step: float,
-    tail: float,
-) -> float:
+def memory_formula(weights: float, images: float, rounded: float, tape: float, step: float, tail: float) -> float:
     """Return the peak bytes: all that is held, and the largest of step, Fisher pass and tape.
 
     Args:
@@ -55,23 +48,15 @@ def memory_formula(
     return held + max(step, tail, (TAPE_ADVANCING - TAPE) * tape)
 
 
-def measure_peak(name: str, recipe: Recipe, device: str, threads: int) -> dict[str, float]:
-    """Return the peak in a process of its own: a process on the CPU only knows its own peak.
+def measure_peak(name: str, recipe: Recipe, device: torch.device) -> dict[str, float]:
+    """Return the peak, measured in a process of its own, beside the formula and its parts.
 
-    Args:
-        name: of the model.
-        recipe: of the run; its ``calibration_images`` are on the tape.
-        device: torch's name of it.
-        threads: CPU threads.
-
-    Returns:
-        ``images``, ``peak_bytes``, ``formula_bytes``, ``ratio``, and the formula's parts in bytes.
-        The peak on CUDA is that of all tensors, on the CPU that of the process's resident memory
-        without its libraries.
+    A process on the CPU only knows its own peak. The peak on CUDA is that of all tensors, on the
+    CPU that of resident memory without libraries. ``recipe.calibration_images`` are on the tape.
     """
-    spawn = multiprocessing.get_context("spawn")
+    spawn, threads = multiprocessing.get_context("spawn"), torch.get_num_threads()
     with patch.dict("os.environ", _EXACT_MALLOC), ProcessPoolExecutor(1, spawn) as pool:
-        peak, parts = pool.submit(_in_child, name, recipe, device, threads).result()
+        peak, parts = pool.submit(_in_child, name, recipe, str(device), threads).result()
     formula = memory_formula(**parts)
     found = {"images": recipe.calibration_images, "peak_bytes": peak, "formula_bytes": formula}
     sizes = {f"{part}_bytes": size for part, size in parts.items()}
@@ -82,14 +67,8 @@ def _in_child(name: str, recipe: Recipe, device: str, threads: int) -> tuple[int
     torch.set_num_threads(threads)
     where = torch.device(device)
     # A first small run loads what libraries set up on first use: it belongs to no model.
-    small = VisionTransformer(
-        img_size=32,
-        patch_size=8,
-        embed_dim=32,
-        depth=2,
-        num_heads=2,
-        num_classes=10,
-    )
+    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    small = VisionTransformer(**shape, num_classes=10)
     images = torch.randn(32, 3, 32, 32, device=where)
     peak_of_block(chain_of(small.eval(), recipe).to(where), images, recipe)
     chain, images = whole_model(name, recipe, where)
@@ -98,24 +77,12 @@ def _in_child(name: str, recipe: Recipe, device: str, threads: int) -> tuple[int
     return peak_of_block(chain, images, recipe, resident_memory() - held)
 
 
-def peak_of_block(
-    chain: BlockChain,
-    images: Tensor,
-    recipe: Recipe,
-    before: int = 0,
-) -> tuple[int, dict[str, float]]:
+def peak_of_block(chain: BlockChain, images: Tensor, recipe: Recipe, before: int = 0) -> tuple[int, dict[str, float]]:
     """Reconstruct the block behind the patch embedding for three steps, with one Fisher pass.
 
-    The engine is ``fused``: it needs no compiler, whose own memory would count.
-
-    Args:
-        chain: not calibrated.
-        images: (n, C, H, W) for the tape.
-        recipe: of the run.
-        before: resident bytes without model and images.
-
-    Returns:
-        Peak bytes, and the parts of :func:`memory_formula`.
+    The engine is ``fused``: it needs no compiler, whose own memory would count. ``before`` are
+    resident bytes without model and images. Returns peak bytes and the parts of
+    :func:`memory_formula`.
     """
     device = images.device
     minmax = {"range_search": "minmax", "range_images": 1}
@@ -157,12 +124,7 @@ def peak_of_block(
 
 
 def saved_bytes(work: Callable[[], object], known: list[Tensor]) -> int:
-    """Return the bytes that ``work`` saves for its backward pass, each storage once.
-
-    Args:
-        work: a forward pass.
-        known: tensors that do not count.
-    """
+    """Return the bytes that a forward pass saves for backward, without ``known`` tensors."""
     passed = {tensor.untyped_storage().data_ptr() for tensor in known}
     found: dict[int, int] = {}
 

@@ -11,11 +11,10 @@ from torch import nn
 
 from benchmarks.speed.cli import main
 from benchmarks.speed.memory import memory_formula, peak_of_block, saved_bytes
-from benchmarks.speed.protocol import SegmentCost, line, protocol_seconds
 from benchmarks.speed.record import BEGIN, END, README, read_records, rewrite, tables
-from benchmarks.speed.stages import walk
 from benchmarks.speed.steps import measure_rates, step_bytes
 from benchmarks.speed.subjects import Subject, cut
+from benchmarks.speed.walk import SegmentCost, line, protocol_seconds, walk
 from fimaq_core.calibration.calibrate import calibrate
 from fimaq_core.errors import CheckpointError
 from fimaq_core.recipe import Recipe, make_recipe
