@@ -98,7 +98,7 @@ def _measured(cell: Cell, folder: Path | None) -> CostRow | None:
 
 
 def _chains(todo: Sequence[Cell]) -> list[list[Cell]]:
-    from benchmarks.schedule import make_chains
+    from benchmarks.run.order import make_chains
 
     return make_chains(todo)
 
