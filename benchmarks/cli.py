@@ -14,14 +14,14 @@ from benchmarks.commands import run_diff, run_grid, run_reference
 from benchmarks.compare.cli import compare
 from benchmarks.console import user_errors
 from benchmarks.doctor import doctor
-from benchmarks.engines.options import RETRIES, EngineOptions
 from benchmarks.grid import Filters, load_grid, parse_filters
 from benchmarks.options import adapter, folder, places_options, profile_option, results_option
 from benchmarks.published.cli import published
 from benchmarks.remake import tables
 from benchmarks.report.cli import report
+from benchmarks.run.options import RETRIES, ExecutorOptions
 from benchmarks.schema import Grid
-from benchmarks.status.cli import status
+from benchmarks.watch.status import status
 
 
 class _Group(click.Group):
@@ -111,7 +111,7 @@ def run(
     filters: Filters = parse_filters(grid, tasks, models, methods, bits, seeds, axes)
     places = Places(folder(imagenet), folder(coco), folder(flickr))
     options = RunOptions(results, places, folder(weights), device or None, threads, force, placement)
-    how = EngineOptions(engine, jobs, ray_address, gpus_per_cell, retries)
+    how = ExecutorOptions(engine, jobs, ray_address, gpus_per_cell, retries)
     if rehearse and not plan:
         from benchmarks.rehearsal.run import rehearse as rehearse_grid
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from benchmarks.cells import Adapter, Cell, Places, RunOptions, finished
-from benchmarks.engines.options import EngineOptions
 from benchmarks.grid import Filters, chosen_axes, expand
+from benchmarks.run.options import ExecutorOptions
 from benchmarks.schema import Grid
 from fimaq_core.errors import FimaqError
 from tasks.common.plan import forget
@@ -40,7 +40,7 @@ def run_grid(
     filters: Filters,
     options: RunOptions,
     adapter: Adapter,
-    how: EngineOptions,
+    how: ExecutorOptions,
     plan: bool,
     report: bool = False,
     table: PublishedTable | None = None,
@@ -51,12 +51,12 @@ def run_grid(
         profile: what the user called the grid: a profile, or the table.
         table: the published table that the grid is of; its layout replaces the grid's own tables.
     """
-    from benchmarks.display import make_display
-    from benchmarks.engines.choice import engine_maker, settled
-    from benchmarks.engines.local import default_jobs
     from benchmarks.plan import plan_of
     from benchmarks.preflight import missing
-    from benchmarks.runner import Runner
+    from benchmarks.run.local import default_jobs
+    from benchmarks.run.options import executor_maker, settled
+    from benchmarks.run.runner import Runner
+    from benchmarks.watch.live import Watch
 
     cells = expand(grid, filters, options)
     if not cells:
@@ -78,14 +78,14 @@ def run_grid(
         options = settled(options, how, options.device or grid.device, threads)
         todo_keys = {cell.key for cell in todo}
         todo = [cell for cell in expand(grid, filters, options) if cell.key in todo_keys]
-        display = make_display(Console(highlight=False), options.results / "runs" / ".state", how.name)
+        watch = Watch(Console(highlight=False), options.results / "runs" / ".state", how.name)
         if options.force:
             forget((cell.request for cell in todo), adapter.planned_folder)
             print("What was there of these cells is removed. Without --force the same command goes on where it stopped.")
         logs = options.results / "runs" / ".logs" / f"{platform.node()}-{os.getpid()}"  # several may run on one folder
-        make_engine = engine_maker(options, how, threads, grid.jobs, logs)
+        make_executor = executor_maker(options, how, threads, grid.jobs, logs)
         with _ended_as_by_hand():
-            runner = Runner(adapter, display, make_engine, len(cells) - len(todo), how.retries)
+            runner = Runner(adapter, watch, make_executor, len(cells) - len(todo), how.retries)
             runner.learn((cell, own_seconds(measured[cell.key][0])) for cell in cells if cell.key in measured)
             failures = runner.run(todo)
         if not failures:
@@ -242,7 +242,7 @@ def rerun_command(
     profile: str,
     cells: Sequence[Cell],
     options: RunOptions,
-    how: EngineOptions,
+    how: ExecutorOptions,
     axes: Sequence[str] | None = None,
     option: str = "--profile",
 ) -> str:

@@ -81,12 +81,13 @@ def plan_text(
         width: of a terminal: a wider table leaves columns out and says so. None: everything.
         force: measure cells that are done, too.
     """
-    from benchmarks.schedule import make_chains
+    from benchmarks.run.order import make_chains
 
     every = {cell.key: cell for cell in (*cells, *known)}
     folders = {key: known_folder(cell, adapter) for key, cell in every.items()}
     records = {key: folder and record_in(folder) for key, folder in folders.items()}
-    done = [(cell, cost_row(cell, record)) for key, cell in every.items() if (record := records[key])]
+    found = ((cell, records[key]) for key, cell in every.items())
+    done = [(cell, cost_row(cell, record)) for cell, record in found if record]
     todo = [cell for cell in cells if force or records[cell.key] is None]
     costs = Costs(done, others, every.values())
     each = {cell.key: costs.of(cell) for cell in cells}

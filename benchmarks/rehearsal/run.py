@@ -14,14 +14,13 @@ from tabulate import tabulate  # type: ignore[import-untyped, unused-ignore]
 
 from benchmarks.cells import Adapter, Cell, RunOptions, finished
 from benchmarks.costs import cost_row
-from benchmarks.engines.choice import settled
-from benchmarks.engines.local import default_jobs
-from benchmarks.engines.options import EngineOptions
 from benchmarks.grid import Filters, expand
 from benchmarks.names import load_names
 from benchmarks.published.table import PublishedTable
 from benchmarks.rehearsal.cell import in_small, read_events, rehearse_cell
 from benchmarks.rehearsal.estimate import real_memory, real_seconds, spent
+from benchmarks.run.local import default_jobs
+from benchmarks.run.options import ExecutorOptions, settled
 from benchmarks.schema import Grid
 from benchmarks.units import duration, size_text
 from fimaq_core.files import replaced_whole
@@ -35,7 +34,7 @@ _COLUMNS = ("model", "method", "bits", "rehearsed", "peak", "per step", "real ti
 
 
 def rehearse(
-    grid: Grid, profile: str, filters: Filters, options: RunOptions, adapter: Adapter, how: EngineOptions,
+    grid: Grid, profile: str, filters: Filters, options: RunOptions, adapter: Adapter, how: ExecutorOptions,
     report: bool = False, table: PublishedTable | None = None,
 ) -> int:  # fmt: skip
     """Rehearse a grid's cells below ``<results>/rehearsal`` and return the exit code.
@@ -71,7 +70,7 @@ def rehearse(
     return _conclude(grid, expand(grid, filters, options), options, adapter)
 
 
-def _one_thread_each(options: RunOptions, how: EngineOptions) -> tuple[RunOptions, EngineOptions]:
+def _one_thread_each(options: RunOptions, how: ExecutorOptions) -> tuple[RunOptions, ExecutorOptions]:
     """Let as many cells run at a time as there are cores, as far as memory allows."""
     threads = options.threads or 1
     jobs = min(default_jobs(threads, "cpu"), max(1, int(_memory("cpu") / _CELL_BYTES)))

@@ -14,7 +14,7 @@ from benchmarks.cells import Places, RunOptions, default_adapter
 from benchmarks.cli import cli
 from benchmarks.estimate import Estimator, expected_cost
 from benchmarks.grid import Filters, GridError, expand, load_grid, parse_filters, parse_grid
-from benchmarks.schedule import make_chains
+from benchmarks.run.order import make_chains
 from fimaq_core.errors import FimaqError
 
 AXES = {

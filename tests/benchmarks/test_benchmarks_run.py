@@ -16,10 +16,10 @@ from engine_fakes import HANG, until
 
 from benchmarks.cells import RunOptions
 from benchmarks.cli import cli
-from benchmarks.engines.local import default_jobs
 from benchmarks.estimate import Estimator
 from benchmarks.grid import Filters, expand, load_grid
-from benchmarks.schedule import make_chains
+from benchmarks.run.local import default_jobs
+from benchmarks.run.order import make_chains
 from tasks.common.lease import acquire
 
 
