@@ -121,9 +121,7 @@ def real_seconds(record: ResultRecord, found: Spent, real: Recipe | None, images
     return total
 
 
-def real_memory(
-    record: ResultRecord, found: Spent, real: Recipe | None, eval_batch: int, on_disk: bool
-) -> tuple[int, int]:
+def real_memory(record: ResultRecord, found: Spent, real: Recipe | None, eval_batch: int, on_disk: bool) -> tuple[int, int]:
     """Return the estimated largest memory of a real cell, and the bytes of its tape.
 
     What grows with the images of a batch is at most all that is there beyond the loaded model, so
