@@ -6,32 +6,32 @@ minutes. Times of CPUs and of GPUs are never mixed.
 
 import csv
 import io
+import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from benchmarks.cells import Cell, Key
-from benchmarks.estimate import METHOD, MODEL, Estimator
+from benchmarks.cells import Cell
+from benchmarks.estimate import METHOD, MODEL, OWN, Estimator
 from benchmarks.names import PUBLISHED, StudyName, load_names
 from benchmarks.units import duration
-from fimaq_core.documents import problems
-from fimaq_core.errors import FimaqError
+from fimaq_core.errors import FimaqError, first_problem
 from fimaq_core.recipe import Recipe, make_recipe
 from tasks.common import registry
 from tasks.common.record import ResultRecord, own_seconds
-from tasks.common.strict import Strict
 
 Device = Literal["cpu", "gpu"]
 Source = Literal["measured", "here", "reference", "rehearsal", "published", "alike"]
 
 REFERENCE = Path(__file__).resolve().parents[1] / "results" / "reference"
-#: Sources for people, in the order of trust.
+#: Sources for people, in the order of trust. ``here``: finished cells alike; ``published``:
+#: minutes of the cell's method on its model; ``alike``: of a method that does the same work.
 _WORDS: dict[Source, str] = {
     "measured": "measured",
     "here": "from finished cells",
@@ -44,8 +44,10 @@ _WORDS: dict[Source, str] = {
 _EVIDENCE = ("primary", "cited", "user-reported", "secondary", "aggregator")
 
 
-class CostRow(Strict):
-    """Costs of a cell: seconds of all its stages, bytes of memory, and what they were measured on."""
+class CostRow(BaseModel):
+    """Costs of a cell: seconds of all stages, bytes of memory and disk, and the machine."""
+
+    model_config = ConfigDict(frozen=True)
 
     section: str
     model: str
@@ -58,6 +60,7 @@ class CostRow(Strict):
     peak_memory_bytes: int = Field(ge=0, le=1 << 60)
     device: str
     threads: int = Field(ge=0)
+    disk_bytes: int | None = Field(None, ge=0, exclude=True)
 
     @property
     def machine(self) -> str:
@@ -73,18 +76,6 @@ class CostRow(Strict):
     def name(self) -> tuple[object, ...]:
         """What tells the cells of a grid apart."""
         return self.section, self.model, self.scope, self.method, self.bits, self.point, self.seed
-
-
-class RehearsedRow(CostRow):
-    """Costs of a cell estimated from a rehearsal of it, with the bytes of disk it will take."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    disk_bytes: int = Field(ge=0)
-
-
-class _Rehearsal(BaseModel):
-    cells: list[RehearsedRow]
 
 
 def cost_row(cell: Cell, record: ResultRecord) -> CostRow:
@@ -107,46 +98,37 @@ def costs_path(profile: str, folder: Path = REFERENCE) -> Path:
 def costs_text(rows: Iterable[CostRow]) -> str:
     """Return the rows as CSV; no seed for full precision."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(CostRow.model_fields), lineterminator="\n")
+    names = [name for name in CostRow.model_fields if name != "disk_bytes"]
+    writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(row.model_dump() for row in rows)
     return text.getvalue()
 
 
 def read_costs(path: Path) -> list[CostRow]:
-    """Read a file that :func:`costs_text` made; nothing where there is none.
+    """Read a file that :func:`costs_text` or a rehearsal made; nothing where there is none.
 
     Raises:
         FimaqError: it cannot be read, or a row does not fit.
     """
-
-    def parse(content: bytes) -> list[CostRow]:
-        rows = csv.DictReader(io.StringIO(content.decode(), newline=""))
-        return [CostRow.model_validate({**row, "seed": row.get("seed") or None}) for row in rows]
-
-    return _read(path, "reference costs", "`python -m benchmarks reference` makes them", parse)
-
-
-def read_rehearsal(path: Path) -> list[RehearsedRow]:
-    """Read the estimates of a rehearsal; nothing where there is none. Raises as above."""
-    fix = "delete it or rehearse anew"
-    return _read(path, "rehearsal", fix, lambda text: _Rehearsal.model_validate_json(text).cells)
-
-
-def _read(path: Path, what: str, fix: str, parse: Callable[[bytes], list[Any]]) -> list[Any]:
+    what, fix = "reference costs", "`python -m benchmarks reference` makes them"
+    if path.suffix == ".json":
+        what, fix = "rehearsal", "delete it or rehearse anew"
     try:
-        return parse(path.read_bytes())
+        text = path.read_text(encoding="utf-8")
+        found = csv.DictReader(io.StringIO(text, newline=""))
+        rows = json.loads(text)["cells"] if path.suffix == ".json" else list(found)
+        if any(None in row for row in rows):
+            raise ValueError("a line has more fields than the first")
+        return [CostRow.model_validate({**row, "seed": row.get("seed") or None}) for row in rows]
     except FileNotFoundError:
         return []
-    except ValidationError as error:
-        why = problems(error, CostRow).partition(". ")[0].rstrip(".")
+    except (OSError, ValueError, LookupError, TypeError, csv.Error) as error:
+        why = first_problem(error) if isinstance(error, ValidationError) else error
         raise FimaqError(f"Cannot read the {what} {path}: {why} ({fix}).") from error
-    except (OSError, UnicodeDecodeError, csv.Error, TypeError) as error:
-        raise FimaqError(f"Cannot read the {what} {path}: {error} ({fix}).") from error
 
 
 Rows = Sequence[tuple[Source, Sequence[CostRow]]]
-_Pair = tuple[Cell, CostRow]
 
 
 def other_rows(grids: Iterable[str], results: Path, folder: Path) -> tuple[Rows, list[str]]:
@@ -157,16 +139,14 @@ def other_rows(grids: Iterable[str], results: Path, folder: Path) -> tuple[Rows,
         results: root of what runs and rehearsals write.
         folder: holds the committed reference and the committed rehearsal.
     """
-    files: Sequence[tuple[Source, Callable[[Path], Sequence[CostRow]], Path]] = (
-        *(("reference", read_costs, costs_path(grid, folder)) for grid in grids),
-        ("rehearsal", read_rehearsal, results / "rehearsal" / "rehearsal.json"),
-        ("rehearsal", read_rehearsal, folder / "rehearsal.json"),
-    )
+    files: list[tuple[Source, Path]] = [("reference", costs_path(grid, folder)) for grid in grids]
+    files += [("rehearsal", results / "rehearsal" / "rehearsal.json")]
+    files += [("rehearsal", folder / "rehearsal.json")]
     rows: list[tuple[Source, Sequence[CostRow]]] = []
     notes = []
-    for source, read, path in files:
+    for source, path in files:
         try:
-            rows.append((source, read(path)))
+            rows.append((source, read_costs(path)))
         except FimaqError as error:
             notes.append(f"warning: {error}")
     return rows, notes
@@ -174,26 +154,15 @@ def other_rows(grids: Iterable[str], results: Path, folder: Path) -> tuple[Rows,
 
 @dataclass(frozen=True)
 class Cost:
-    """Time and memory of a cell, and where they are known from.
-
-    Attributes:
-        memory: peak in bytes; None where it is not known.
-        source: ``measured``: the cell's own record; ``here``: finished cells alike; ``reference``
-            and ``rehearsal``: the cell's row there, or rows alike; ``published``: minutes of its
-            method on its model; ``alike``: published minutes of a method that does the same work.
-        device: kind of the device it was measured on.
-        disk: bytes; None where it is not known.
-        note: what it was measured on, for people; of published minutes with their source.
-        memory_note: the same of memory and disk, where these are from elsewhere.
-    """
+    """Time, memory and disk of a cell, and where they are known from."""
 
     seconds: float
-    memory: int | None
+    memory: int | None  #: peak in bytes
     source: Source
-    device: Device
+    device: Device  #: kind of the device it was measured on
     disk: int | None = None
-    note: str = ""
-    memory_note: str = ""
+    note: str = ""  #: the machine, for people; of published minutes with their source
+    memory_note: str = ""  #: the same of memory and disk, where these are from elsewhere
 
     @property
     def origin(self) -> str:
@@ -205,40 +174,15 @@ class Cost:
         return f"{words}, {self.note}"
 
 
-class _Known:
-    """Costs from one source on one kind of device."""
-
-    def __init__(self, source: Source, device: Device, pairs: Iterable[_Pair]) -> None:
-        self.source, self.device = source, device
-        self._rows: dict[Key, CostRow] = {}
-        self._estimator = Estimator()
-        for cell, row in pairs:
-            if row.device_kind == device and cell.key not in self._rows:
-                self._rows[cell.key] = row
-                self._estimator.add(cell, row.seconds, row.peak_memory_bytes)
-        self.machines = Counter(row.machine for row in self._rows.values())
-
-    def own(self, cell: Cell) -> Cost | None:
-        """Return the cell's own costs."""
-        row = self._rows.get(cell.key)
-        if row is None:
-            return None
-        source: Source = "measured" if self.source == "here" else self.source
-        disk = row.disk_bytes if isinstance(row, RehearsedRow) else None
-        return Cost(row.seconds, row.peak_memory_bytes, source, self.device, disk, row.machine)
-
-    def alike(self, cell: Cell, depth: int | None = None) -> Cost | None:
-        """Return an estimate from cells alike, see :meth:`Estimator.estimate`."""
-        found = self._estimator.estimate(cell, depth)
-        if found is None:
-            return None
-        return Cost(*found, self.source, self.device, note="; ".join(self.machines))
-
-
 class Costs:
     """Costs of the cells of a grid; see :meth:`of`."""
 
-    def __init__(self, finished: Sequence[_Pair], rows: Rows, cells: Iterable[Cell]) -> None:
+    def __init__(
+        self,
+        finished: Iterable[tuple[Cell, CostRow]],
+        rows: Rows,
+        cells: Iterable[Cell],
+    ) -> None:
         """Gather what is known.
 
         Args:
@@ -246,18 +190,24 @@ class Costs:
             rows: costs from elsewhere, see :func:`other_rows`.
             cells: of the whole grid; rows of others are left out.
         """
-        named: dict[tuple[object, ...], Cell] = {}
-        if any(found for _, found in rows):
-            named = {(*cell.name, cell.seed): cell for cell in cells}
-        pairs: list[tuple[Source, Sequence[_Pair]]] = [("here", finished)]
+        named = {(*cell.name, cell.seed): cell for cell in cells} if any(r for _, r in rows) else {}
+        self._known: dict[Device, list[tuple[Source, Estimator]]] = {"cpu": [], "gpu": []}
+        self._add("here", finished)
         for source, found in rows:
             own = [(named[row.name], row) for row in found if row.name in named]
             if source == "rehearsal":
                 own = [(cell, row) for cell, row in own if has_known_settings(cell)]
-            pairs.append((source, own))
-        self._known: dict[Device, list[_Known]] = {"cpu": [], "gpu": []}
-        for device, known in self._known.items():
-            known += [_Known(source, device, own) for source, own in pairs]
+            self._add(source, own)
+
+    def _add(self, source: Source, pairs: Iterable[tuple[Cell, CostRow]]) -> None:
+        estimators: dict[Device, Estimator] = {"cpu": Estimator(), "gpu": Estimator()}
+        for device, estimator in estimators.items():
+            self._known[device].append((source, estimator))
+        for cell, row in pairs:
+            estimator = estimators[row.device_kind]
+            if estimator.estimate(cell, OWN) is None:
+                memory, disk = row.peak_memory_bytes, row.disk_bytes
+                estimator.add(cell, row.seconds, memory, disk, row.machine)
 
     def of(self, cell: Cell) -> Cost | None:
         """Return what a cell cost, or is going to cost; None if nothing tells.
@@ -265,9 +215,8 @@ class Costs:
         Its own record comes first. The next are, in this order: finished cells of its method in
         its section and scope; its row of the reference, or rows alike; its row of the rehearsal,
         or rows of its model and method; published minutes; finished cells that do the same kind
-        of work. Costs from the kind of device that the cell is to run on come before all others,
-        and a cost says which it is from. Published minutes come without memory: it is then that
-        of the next of these.
+        of work. Costs from the kind of device that the cell is to run on come before all others.
+        Published minutes come without memory: it is then that of the next of these.
         """
         known = self._costs(cell)
         best = next(known, None)
@@ -283,22 +232,36 @@ class Costs:
         devices: tuple[Device, ...] = ("cpu", "gpu")
         if device_kind(cell) == "gpu":
             devices = ("gpu", "cpu")
-        here = {device: self._known[device][0] for device in devices}
-        found: list[Cost | None] = [here[device].own(cell) for device in devices]
         for device in devices:
-            for known in self._known[device]:
+            yield from self._estimate("measured", device, cell, 0, OWN)
+        for device in devices:
+            for place, (source, _) in enumerate(self._known[device]):
                 # A rehearsal of another model tells less than published minutes.
-                depth = MODEL if known.source == "rehearsal" else METHOD
-                found += [known.own(cell), known.alike(cell, depth)]
-            if device == "gpu":
-                found.append(published_cost(cell, published_minutes().get(cell.model, ())))
-            found.append(here[device].alike(cell))
-        return filter(None, found)
+                depth = MODEL if source == "rehearsal" else METHOD
+                yield from self._estimate(source, device, cell, place, depth)
+            published = published_cost(cell, published_minutes().get(cell.model, ()))
+            if device == "gpu" and published is not None:
+                yield published
+            yield from self._estimate("here", device, cell, 0)
+
+    def _estimate(
+        self,
+        source: Source,
+        device: Device,
+        cell: Cell,
+        place: int,
+        depth: int | None = None,
+    ) -> Iterator[Cost]:
+        found = self._known[device][place][1].estimate(cell, depth)
+        if found is not None:
+            seconds, group = found
+            note = "; ".join(group.machines)
+            yield Cost(seconds, group.memory, source, device, group.disk, note)
 
     def machines(self, source: Source) -> Mapping[str, int]:
         """Return what the costs of a source were measured on, with the number of cells of each."""
-        every = (known for each in self._known.values() for known in each)
-        return sum((one.machines for one in every if one.source == source), Counter())
+        every = (pair for each in self._known.values() for pair in each)
+        return sum((estimator.machines for name, estimator in every if name == source), Counter())
 
 
 def origins(costs: Iterable[Cost]) -> str:
@@ -322,25 +285,16 @@ def _is_released(cell: Cell) -> bool:
     return recipe is None or not recipe.changes(registry.defaults(cell.task))
 
 
-@dataclass(frozen=True)
-class Minutes:
-    """Published minutes of a whole quantization on one GPU, a row of ``cost.csv``.
+class Minutes(NamedTuple):
+    """Published minutes of a whole quantization on one GPU, a row of ``cost.csv``."""
 
-    Attributes:
-        method: the method's id here.
-        bits: of weights and activations; None where the source does not state them.
-        images: calibration images, where the study is one of their number.
-        place: the device and the source, for people.
-        evidence, study: ranks; the smallest is taken first.
-    """
-
-    method: str
+    method: str  #: the method's id here
     minutes: float
-    bits: tuple[int, int] | None
-    images: int | None
-    place: str
-    evidence: int
-    study: int
+    bits: tuple[int, int]  #: far from all others where the source does not state them
+    images: int | None  #: calibration images, where the study is one of their number
+    place: str  #: the device and the source, for people
+    rank: int  #: of the evidence, the best first
+    study: int  #: the newest first
 
 
 @cache
@@ -360,10 +314,10 @@ def published_minutes(path: Path = PUBLISHED / "cost.csv") -> Mapping[str, Seque
         time = Minutes(
             method=method.comparable.get(row["variant"], method.id),
             minutes=float(row["value"]),
-            bits=(int(row["w_bit"]), int(row["a_bit"])) if row["w_bit"] and row["a_bit"] else None,
+            bits=(int(row["w_bit"] or 99), int(row["a_bit"] or 99)),
             images=study.images,
             place=f"an {study.device} ({source})",
-            evidence=_EVIDENCE.index(row["evidence"]),
+            rank=_EVIDENCE.index(row["evidence"]),
             study=-studies.index(row["study"]),  # the newest is listed last
         )
         found[model.id].append(time)
@@ -376,35 +330,24 @@ def published_cost(cell: Cell, times: Sequence[Minutes]) -> Cost | None:
 
     The same method comes first, then the best evidence, the nearest bits, and the newest study:
     studies are never averaged. Methods do the same work if both reconstruct with the same steps,
-    or neither does.
-
-    Args:
-        times: published for the cell's model.
-
-    Returns:
-        None for full precision, and where no method of ``times`` does the same work.
+    or neither does. None for full precision, and where none of the model's ``times`` fits.
     """
     recipe = cell.request.recipe
-    if recipe is None or not times:
+    if recipe is None:
         return None
     usual, released = registry.defaults(cell.task), _is_released(cell)
-    recipes = {time.method: make_recipe(time.method, usual) for time in times}
-
-    def order(time: Minutes) -> tuple[object, ...]:
-        same = time.method == recipe.method
-        mlp = recipe.reconstruct_mlp != recipes[time.method].reconstruct_mlp
-        w_bits, a_bits = time.bits or (99, 99)  # unstated bits are the farthest
-        bits = abs(w_bits - recipe.w_bits) + abs(a_bits - recipe.a_bits)
-        images = time.images not in (None, recipe.calibration_images)
-        return not (same and released), not same, mlp, time.evidence, bits, images, time.study
-
-    def fits(time: Minutes) -> bool:
-        own = released and time.method == recipe.method
-        return own or _work(recipe) == _work(recipes[time.method])
-
-    best = min(filter(fits, times), key=order, default=None)
-    if best is None:
+    ranked = []
+    for time in times:
+        other, same = make_recipe(time.method, usual), time.method == recipe.method
+        if (same and released) or _work(other) == _work(recipe):
+            mlp = other.reconstruct_mlp != recipe.reconstruct_mlp
+            bits = abs(time.bits[0] - recipe.w_bits) + abs(time.bits[1] - recipe.a_bits)
+            images = time.images not in (None, recipe.calibration_images)
+            unlike = (not (same and released), not same, mlp)
+            ranked.append(((*unlike, time.rank, bits, images, time.study), time))
+    if not ranked:
         return None
+    best = min(ranked, key=lambda pair: pair[0])[1]
     if released and best.method == recipe.method:
         return Cost(60 * best.minutes, None, "published", "gpu", note=best.place)
     return Cost(60 * best.minutes, None, "alike", "gpu", note=f"{best.method} on {best.place}")

@@ -1,8 +1,8 @@
 """Expected costs of cells, and estimates of seconds and memory from measured cells alike."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from benchmarks.cells import Cell, Key
 from benchmarks.units import duration
@@ -51,13 +51,14 @@ def expected_cost(cell: Cell) -> float:
     return 3.0 + (3.0 if recipe.refit else 0.0) + images / 640
 
 
-#: Numbers of :func:`levels` that hold cells of the same model, and of the same method.
-MODEL, METHOD = 2, 3
+#: Numbers of :func:`levels`: the cell itself, cells of its model too, cells of its method too.
+OWN, MODEL, METHOD = 1, 3, 4
 
 
-def levels(cell: Cell) -> list[tuple[str, ...]]:
+def levels(cell: Cell) -> list[tuple[object, ...]]:
     """Return the groups of cells that tell something of a cell's cost, the most alike first."""
     return [
+        ("cell", *cell.key),
         ("point", cell.section, cell.subject, cell.method, cell.point),
         ("model and method", cell.section, cell.subject, cell.method),
         ("method", cell.section, cell.scope, cell.method),
@@ -67,13 +68,15 @@ def levels(cell: Cell) -> list[tuple[str, ...]]:
 
 
 @dataclass
-class _Group:
-    """Measured cells of a level: their number, sums, and largest memory."""
+class Group:
+    """Measured cells of a level."""
 
     cells: int = 0
-    seconds: float = 0.0
-    relative: float = 0.0
-    memory: int = 0
+    seconds: float = 0.0  #: of all cells together
+    relative: float = 0.0  #: the same, against their expected costs
+    memory: int = 0  #: largest
+    disk: int | None = None  #: of a single cell
+    machines: Counter[str] = field(default_factory=Counter)
 
 
 class Estimator:
@@ -86,10 +89,18 @@ class Estimator:
     """
 
     def __init__(self) -> None:
-        self._groups: dict[tuple[str, ...], _Group] = defaultdict(_Group)
+        self._groups: dict[tuple[object, ...], Group] = defaultdict(Group)
         self._predicted: dict[Key, float | None] = {}
+        self.machines: Counter[str] = Counter()
 
-    def add(self, cell: Cell, seconds: float, memory: int = 0) -> None:
+    def add(
+        self,
+        cell: Cell,
+        seconds: float,
+        memory: int = 0,
+        disk: int | None = None,
+        machine: str = "",
+    ) -> None:
         """Note what a cell took."""
         for level in levels(cell):
             group = self._groups[level]
@@ -97,16 +108,19 @@ class Estimator:
             group.seconds += seconds
             group.relative += seconds / expected_cost(cell)
             group.memory = max(group.memory, memory)
+            group.disk = disk if level[0] == "cell" else None
+            group.machines[machine] += 1
+        self.machines[machine] += 1
         self._predicted.clear()
 
-    def estimate(self, cell: Cell, depth: int | None = None) -> tuple[float, int] | None:
-        """Return seconds and memory by the first known of ``depth`` levels; None if none is."""
+    def estimate(self, cell: Cell, depth: int | None = None) -> tuple[float, Group] | None:
+        """Return seconds and group by the first known of ``depth`` levels; None if none is."""
         for level in levels(cell)[:depth]:
             if level in self._groups:
                 group = self._groups[level]
                 if level[0] in ("model and method", "method"):
-                    return group.relative / group.cells * expected_cost(cell), group.memory
-                return group.seconds / group.cells, group.memory
+                    return group.relative / group.cells * expected_cost(cell), group
+                return group.seconds / group.cells, group
         return None
 
     def seconds(self, cell: Cell) -> float | None:
