@@ -33,34 +33,21 @@ class TableError(FimaqError):
 
 
 class Coordinates(Strict):
-    """Statements about cells. A row's replace the table's, and a column's replace both.
+    """Statements about cells. A row's replace the table's, and a column's replace both."""
 
-    Attributes:
-        task, dataset, metric: as the CSV files name them.
-        model: full name of the weights, as ``names.yaml`` maps it. ``unstated``: the source names
-            none.
-        scope: which part of the model is quantized, where ``names.yaml`` distinguishes several.
-        method, variant: as the CSV files name them.
-        source: where the numbers were read. Of several sources, one has the number of a cell.
-        study: a study of ``ablation.csv``, which has the numbers then. None: ``accuracy.csv``.
-        measure: id of the method that is measured here. None: the numbers are context.
-        section: section of the profile's grid that measures the cells.
-        point: point of an axis of that grid, such as ``loss=mse``. None: the grid's own settings.
-        protocol: recipe fields as the source states them. Recipes of measured cells must have them.
-    """
-
-    task: str | None = None
+    task: str | None = None  #: as the CSV files name it, like data set, metric, method, variant
     dataset: str | None = None
     metric: str | None = None
-    model: str | None = None
-    scope: str | None = None
+    model: str | None = None  #: full name of the weights, see ``names.yaml``, or ``unstated``
+    scope: str | None = None  #: which part of the model is quantized, where there are several
     method: str | None = None
     variant: str | None = None
-    source: str | tuple[str, ...] | None = None
-    study: str | None = None
-    measure: str | None = None
-    section: str | None = None
-    point: str | None = None
+    source: str | tuple[str, ...] | None = None  #: of several, one has the number of a cell
+    study: str | None = None  #: of ``ablation.csv``, which has the numbers then
+    measure: str | None = None  #: id of the method that is measured here; None: context
+    section: str | None = None  #: of the profile's grid that measures the cells
+    point: str | None = None  #: of an axis of that grid, such as ``loss=mse``
+    #: Recipe fields as the source states them. Recipes of measured cells must have them.
     protocol: dict[str, Any] | None = None
 
 
@@ -76,18 +63,12 @@ class Column(Coordinates):
 
 
 class Row(Coordinates):
-    """A row, which stands once for each of its bits.
-
-    Attributes:
-        head: names it.
-        bits: ``fp``, ``unstated`` or such as ``w4a4``. None: all bits of the table.
-        unpublished: why no source has the row's numbers; it may be measured all the same. Or why
-            single columns have none, by their heads or the first parts of these; such cells stay
-            empty.
-    """
+    """A row, which stands once for each of its bits."""
 
     head: Head
-    bits: tuple[str, ...] | None = None
+    bits: tuple[str, ...] | None = None  #: ``fp``, ``unstated``, ``w4a4``; None: the table's
+    #: Why no source has the row's numbers; it may be measured all the same. Or why single columns
+    #: have none, by their heads or the first parts of these; such cells stay empty.
     unpublished: str | dict[str, str] = ""
 
     def hole(self, column: Column) -> str:
@@ -97,23 +78,14 @@ class Row(Coordinates):
 
 
 class _File(Coordinates):
-    """Content of a table's file.
-
-    Attributes:
-        title, caption: above the table.
-        paper: the paper whose table it is, with its arXiv number.
-        profile: the grid that has the measured cells.
-        bits: in the order of the table, after full precision.
-        seeds: of the measured cells.
-        footnotes: below the table.
-    """
+    """Content of a table's file."""
 
     title: str
     caption: str
-    paper: str
-    profile: str
-    bits: tuple[str, ...] = Field(min_length=1)
-    seeds: tuple[int, ...] = Field(min_length=1)
+    paper: str  #: whose table it is, with its arXiv number
+    profile: str  #: the grid that has the measured cells
+    bits: tuple[str, ...] = Field(min_length=1)  #: in order, after full precision
+    seeds: tuple[int, ...] = Field(min_length=1)  #: of the measured cells
     columns: tuple[Column, ...] = Field(min_length=1)
     rows: tuple[Row, ...] = Field(min_length=1)
     footnotes: tuple[str, ...] = ()
@@ -134,36 +106,21 @@ class Line:
 
 @dataclass(frozen=True)
 class TableCell:
-    """One cell of a published table.
+    """One cell of a published table."""
 
-    Attributes:
-        row, column: its place among :attr:`PublishedTable.lines` and columns.
-        weights: full name of the model's weights, or ``unstated``.
-        published: the row of the CSV file. None: no source has a number.
-        unpublished: why there is none.
-        name: identity of the grid's cell that measures it. None: the cell is context.
-        metric: the measured metric that compares with the number.
-    """
-
-    row: int
+    row: int  #: place among :attr:`PublishedTable.lines`
     column: int
-    weights: str
-    published: Mapping[str, str] | None = None
-    unpublished: str = ""
-    name: CellName | None = None
-    metric: str | None = None
+    weights: str  #: full name of the model's weights, or ``unstated``
+    published: Mapping[str, str] | None = None  #: row of the CSV file; None: no source has one
+    unpublished: str = ""  #: why there is none
+    name: CellName | None = None  #: the grid's cell that measures it; None: context
+    metric: str | None = None  #: the measured metric that compares with the number
 
 
 class PublishedTable:
     """A published table: its layout, its numbers, and the grid cells that are measured for it.
 
-    Attributes:
-        name: of the file, and of the files that a run writes.
-        title, caption, paper, footnotes: its texts.
-        profile: name of the profile that has the measured cells.
-        columns: from left to right.
-        lines: from top to bottom.
-        cells: from left to right and top to bottom.
+    Columns, lines and cells go from left to right and from top to bottom.
     """
 
     def __init__(self, name: str, file: _File) -> None:
@@ -204,32 +161,26 @@ class PublishedTable:
         """
         base, tasks = self._base, {}
         for section in _unique(name.section for name in self.measured):
-            names = [name for name in self.measured if name.section == section]
-            known = base.tasks[section]
-            changes: dict[str, Any] = {
-                "models": tuple(_unique(name.model for name in names)),
-                "available": (),
-                "methods": tuple(_unique(name.method for name in names)),
-                "bits": _bits(names) or None,
-                "seeds": self._seeds,
-                "scopes": tuple(one for one in known.scopes if any(one == n.scope for n in names)),
-            }
+            names, known = [n for n in self.measured if n.section == section], base.tasks[section]
+            scopes = {name.scope for name in names}
+            changes = {"scopes": tuple(scope for scope in known.scopes if scope in scopes)}
+            changes |= {"models": _of(names, "model"), "available": (), "seeds": self._seeds}
+            changes |= {"methods": _of(names, "method"), "bits": _of(names, "bits") or None}
             tasks[section] = known.model_copy(update=changes)
         # Also points that are the grid's own settings: their cell takes their places.
-        points = {line.row.point for line in self.lines}
+        wanted = {line.row.point for line in self.lines}
         axes = {
-            axis: kept
-            for axis, known_points in base.axes.items()
-            if (kept := {p: f for p, f in known_points.items() if f"{axis}={p}" in points})
+            axis: {point: fields for point, fields in points.items() if f"{axis}={point}" in wanted}
+            for axis, points in base.axes.items()
         }
         changes = {
             "name": self.name,
             "description": self.title,
             "tasks": tasks,
-            "methods": tuple(_unique(name.method for name in self.measured)),
-            "bits": _bits(self.measured) or base.bits,
+            "methods": _of(self.measured, "method"),
+            "bits": _of(self.measured, "bits") or base.bits,
             "seeds": self._seeds,
-            "axes": axes,
+            "axes": {axis: points for axis, points in axes.items() if points},
             "extra": (),
             "next": (),
             "only": frozenset(self.measured),
@@ -246,8 +197,7 @@ def load_table(name: str) -> PublishedTable:
     """Return a table: a name (``fimaq``) or the path of a YAML file.
 
     Raises:
-        TableError: there is no such table or file, it is no YAML, or something in it does not fit:
-            a key, a name, a number, a setting. The text says which, and what would fit.
+        TableError: there is none, or a key, name, number or setting in it does not fit.
     """
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
@@ -277,8 +227,10 @@ def _unique(values: Iterable[Any]) -> list[Any]:
     return list(dict.fromkeys(values))
 
 
-def _bits(names: Iterable[CellName]) -> tuple[str, ...]:
-    return tuple(_unique(name.bits for name in names if name.bits != FULL))
+def _of(names: Iterable[CellName], field: str) -> tuple[str, ...]:
+    """Return each value of a field once; of bits without full precision."""
+    values = _unique(getattr(name, field) for name in names)
+    return tuple(value for value in values if (field, value) != ("bits", FULL))
 
 
 #: Columns of the CSV files that tell apart the numbers of one source.
