@@ -19,10 +19,10 @@ from typing import Any, Literal, NamedTuple
 import click
 import psutil  # type: ignore[import-untyped, unused-ignore]
 
-from benchmarks.cells import Adapter, Places, RunOptions, finished_record
+from benchmarks import options as given
+from benchmarks.cells import Adapter, RunOptions, finished_record
 from benchmarks.costs import REFERENCE, Costs, cost_row, other_rows
 from benchmarks.grid import GRIDS, Filters, expand, load_grid
-from benchmarks.options import adapter, folder, places_options, profile_option, results_option
 from benchmarks.preflight import missing, weights_place
 from benchmarks.units import size_text
 from fimaq_core.errors import FimaqError
@@ -314,19 +314,19 @@ def show(report: Mapping[str, Any]) -> None:
 
 
 @click.command()
-@profile_option
-@places_options
+@given.profile_option
+@given.places_options
 @click.option("--weights", default="", metavar="DIR", help="As for run.")
-@results_option
+@given.results_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
-def doctor(profile: str, weights: str, results: Path, as_json: bool, **places: str) -> None:
+def doctor(profile: str, weights: str, results: Path, as_json: bool, **texts: str) -> None:
     """Examine what this machine can run, and what is missing.
 
     Checks packages, devices, disks, data, weights and results. Nothing is run, downloaded or
     changed. Exit codes: 0 the profile can run, 1 it cannot.
     """
-    data = Places(**{name: folder(text) for name, text in places.items()})
-    report = examine(profile, RunOptions(results, data, folder(weights)), adapter())
+    options = RunOptions(results, given.places(texts), given.folder(weights))
+    report = examine(profile, options, given.adapter())
     if as_json:
         click.echo(json.dumps(report, indent=1))
     else:

@@ -9,10 +9,10 @@ from rich import box
 from rich.console import Console, RenderableType
 from rich.table import Table
 
-from benchmarks.cells import Adapter, Cell, Key, Places, RunOptions, finished_record
+from benchmarks.cells import Adapter, Cell, Key, RunOptions, finished_record
 from benchmarks.costs import REFERENCE, Cost, Costs, cost_row, origins, other_rows
 from benchmarks.grid import Filters, expand
-from benchmarks.options import adapter, folder, places_options, results_option
+from benchmarks.options import adapter, folder, places, places_options, results_option
 from benchmarks.preflight import WeightsPlace, missing_data, weights_place
 from benchmarks.published.table import PublishedTable, load_table, table_names
 from benchmarks.units import duration, size_text
@@ -29,13 +29,12 @@ _WIDE = 200
 @places_options
 @click.option("--weights", default="", metavar="DIR", help="As for run.")
 @results_option
-def published(table: str, device: str, weights: str, results: Path, **places: str) -> None:
+def published(table: str, device: str, weights: str, results: Path, **texts: str) -> None:
     """List the published tables that can be reproduced: cells, data, weights, time, memory, disk.
 
     Nothing is run, downloaded or changed.
     """
-    data = Places(**{name: folder(text) for name, text in places.items()})
-    options = RunOptions(results, data, folder(weights), device or None)
+    options = RunOptions(results, places(texts), folder(weights), device or None)
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=_WIDE)
