@@ -3,6 +3,7 @@
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -33,19 +34,20 @@ VARIABLES = 8
 TAPE, TAPE_ADVANCING = 3, 5
 
 
-def memory_formula(weights: float, images: float, rounded: float, tape: float, step: float, tail: float) -> float:
-    """Return the peak bytes: all that is held, and the largest of step, Fisher pass and tape.
+class Parts(NamedTuple):
+    """Bytes of what is in memory while a block is reconstructed."""
 
-    Args:
-        weights: bytes of parameters and buffers of the whole model.
-        images: of the calibration images, and of the model's outputs for them.
-        rounded: of one flat vector over the block's rounded weights.
-        tape: of one tensor of images x block output.
-        step: saved by a step's forward for its backward.
-        tail: saved by the segments behind the block in a Fisher pass, for a batch.
-    """
-    held = weights + images + VARIABLES * rounded + TAPE * tape
-    return held + max(step, tail, (TAPE_ADVANCING - TAPE) * tape)
+    weights: float  #: parameters and buffers of the whole model
+    images: float  #: calibration images, and the model's outputs for them
+    rounded: float  #: one flat vector over the block's rounded weights
+    tape: float  #: one tensor of images x block output
+    step: float  #: saved by a step's forward for its backward
+    tail: float  #: saved by the segments behind the block in a Fisher pass, for a batch
+
+    def peak(self) -> float:
+        """Return all that is held, and the largest of step, Fisher pass and tape."""
+        held = self.weights + self.images + VARIABLES * self.rounded + TAPE * self.tape
+        return held + max(self.step, self.tail, (TAPE_ADVANCING - TAPE) * self.tape)
 
 
 def measure_peak(name: str, recipe: Recipe, device: torch.device) -> dict[str, float]:
@@ -57,13 +59,12 @@ def measure_peak(name: str, recipe: Recipe, device: torch.device) -> dict[str, f
     spawn, threads = multiprocessing.get_context("spawn"), torch.get_num_threads()
     with patch.dict("os.environ", _EXACT_MALLOC), ProcessPoolExecutor(1, spawn) as pool:
         peak, parts = pool.submit(_in_child, name, recipe, str(device), threads).result()
-    formula = memory_formula(**parts)
-    found = {"images": recipe.calibration_images, "peak_bytes": peak, "formula_bytes": formula}
-    sizes = {f"{part}_bytes": size for part, size in parts.items()}
-    return {**found, "ratio": peak / formula, **sizes}
+    found = {"images": recipe.calibration_images, "peak_bytes": peak, "formula_bytes": parts.peak()}
+    sizes = {f"{part}_bytes": size for part, size in parts._asdict().items()}
+    return {**found, "ratio": peak / parts.peak(), **sizes}
 
 
-def _in_child(name: str, recipe: Recipe, device: str, threads: int) -> tuple[int, dict[str, float]]:
+def _in_child(name: str, recipe: Recipe, device: str, threads: int) -> tuple[int, Parts]:
     torch.set_num_threads(threads)
     where = torch.device(device)
     # A first small run loads what libraries set up on first use: it belongs to no model.
@@ -77,12 +78,16 @@ def _in_child(name: str, recipe: Recipe, device: str, threads: int) -> tuple[int
     return peak_of_block(chain, images, recipe, resident_memory() - held)
 
 
-def peak_of_block(chain: BlockChain, images: Tensor, recipe: Recipe, before: int = 0) -> tuple[int, dict[str, float]]:
+def peak_of_block(
+    chain: BlockChain,
+    images: Tensor,
+    recipe: Recipe,
+    before: int = 0,
+) -> tuple[int, Parts]:
     """Reconstruct the block behind the patch embedding for three steps, with one Fisher pass.
 
     The engine is ``fused``: it needs no compiler, whose own memory would count. ``before`` are
-    resident bytes without model and images. Returns peak bytes and the parts of
-    :func:`memory_formula`.
+    resident bytes without model and images.
     """
     device = images.device
     minmax = {"range_search": "minmax", "range_images": 1}
@@ -113,14 +118,14 @@ def peak_of_block(chain: BlockChain, images: Tensor, recipe: Recipe, before: int
     assert isinstance(tape.target, Tensor)
     known = [*model, images, trainer.state.soft, tape.full]
     part = tape.target[: recipe.batch_size].detach().requires_grad_(True)
-    return peak, {
-        "weights": sum(tensor.nbytes for tensor in model),
-        "images": images.nbytes + reference.nbytes,
-        "rounded": trainer.state.soft.nbytes,
-        "tape": max(tape.full.nbytes, tape.target.nbytes),
-        "step": saved_bytes(lambda: trainer.step(3), known),
-        "tail": saved_bytes(lambda: chain.tail(2, part), [*known, part]),
-    }
+    return peak, Parts(
+        weights=sum(tensor.nbytes for tensor in model),
+        images=images.nbytes + reference.nbytes,
+        rounded=trainer.state.soft.nbytes,
+        tape=max(tape.full.nbytes, tape.target.nbytes),
+        step=saved_bytes(lambda: trainer.step(3), known),
+        tail=saved_bytes(lambda: chain.tail(2, part), [*known, part]),
+    )
 
 
 def saved_bytes(work: Callable[[], object], known: list[Tensor]) -> int:

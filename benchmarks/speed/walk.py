@@ -148,7 +148,7 @@ class SegmentCost:
 def line(small: tuple[int, float], large: tuple[int, float], at: int) -> float:
     """Return the seconds at ``at`` images, by the line through two measurements (images, seconds).
 
-    The line never falls. Two measurements of the same number of images give a line through zero.
+    The line never falls; through two of the same number of images it goes through zero.
     """
     (few, few_s), (many, many_s) = small, large
     if few == many:

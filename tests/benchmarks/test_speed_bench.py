@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from torch import nn
 
 from benchmarks.speed.cli import main
-from benchmarks.speed.memory import memory_formula, peak_of_block, saved_bytes
+from benchmarks.speed.memory import Parts, peak_of_block, saved_bytes
 from benchmarks.speed.record import BEGIN, END, README, read_records, rewrite, tables
 from benchmarks.speed.steps import measure_rates, step_bytes
 from benchmarks.speed.subjects import Subject, cut
@@ -97,8 +97,8 @@ def test_calibration_is_extrapolated_along_a_line() -> None:
 def test_memory_formula_takes_the_largest_phase() -> None:
     held = 100 + 10 + 8 * 2 + 3 * 5
     sizes = {"weights": 100, "images": 10, "rounded": 2, "tape": 5}
-    assert memory_formula(**sizes, step=7, tail=3) == held + 10
-    assert memory_formula(**sizes, step=70, tail=80) == held + 80
+    assert Parts(**sizes, step=7, tail=3).peak() == held + 10
+    assert Parts(**sizes, step=70, tail=80).peak() == held + 80
 
 
 def test_parts_of_the_peak_are_counted() -> None:
@@ -106,9 +106,9 @@ def test_parts_of_the_peak_are_counted() -> None:
     chain = chain_of(vit(2), recipe)
     peak, parts = peak_of_block(chain, images(16), recipe)
     assert peak > 0
-    assert parts["images"] == 4 * (images(16).numel() + 16 * 10)
-    assert parts["tape"] == 4 * 16 * 17 * 32
-    assert min(parts["step"], parts["tail"]) > 4 * 8 * 17 * 32
+    assert parts.images == 4 * (images(16).numel() + 16 * 10)
+    assert parts.tape == 4 * 16 * 17 * 32
+    assert min(parts.step, parts.tail) > 4 * 8 * 17 * 32
 
 
 def test_saved_bytes_counts_each_storage_once() -> None:
