@@ -49,7 +49,6 @@ def measure(
     sizes: Sizes,
     rates: Rates,
     device: torch.device,
-    settings: dict[str, str],
     deadline: float,
     say: Callable[[str], None],
 ) -> SpeedRecord:
@@ -61,7 +60,6 @@ def measure(
     Args:
         model: its short name.
         sizes, rates, device: of the run.
-        settings: arithmetic of steps and of full-precision parts, as recipe fields.
         deadline: on the clock of ``time.monotonic``; later parts are left out, with a note.
         say: receives a line for people at every stage.
     """
@@ -71,7 +69,6 @@ def measure(
         "range_images": sizes.range_images,
         "batch_size": min(32, sizes.images),
         "round_warmup": 0.0,
-        **settings,
     }
     recipe = full.model_copy(update=changes)
     few = recipe.model_copy(update={"range_images": max(sizes.range_images // 4, 1)})
@@ -134,7 +131,8 @@ def measure(
             "images": len(subject.images),
             "range_images": recipe.range_images,
             "whole_model": len(subject.chain) == len(subject.order),
-            **settings,
+            "step_dtype": recipe.step_dtype,
+            "frozen_dtype": recipe.frozen_dtype,
         },
         rates=vars(rates),
         floors_ms=floors,
