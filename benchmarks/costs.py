@@ -134,10 +134,7 @@ Rows = Sequence[tuple[Source, Sequence[CostRow]]]
 def other_rows(grids: Iterable[str], results: Path, folder: Path) -> tuple[Rows, list[str]]:
     """Return the costs that are not from finished cells here, the most trusted first, and warnings.
 
-    Args:
-        grids: names of the grids.
-        results: root of what runs and rehearsals write.
-        folder: holds the committed reference and the committed rehearsal.
+    Rehearsals are below ``results``, and committed in ``folder`` beside the references.
     """
     files: list[tuple[Source, Path]] = [("reference", costs_path(grid, folder)) for grid in grids]
     files += [("rehearsal", results / "rehearsal" / "rehearsal.json")]
@@ -183,13 +180,7 @@ class Costs:
         rows: Rows,
         cells: Iterable[Cell],
     ) -> None:
-        """Gather what is known.
-
-        Args:
-            finished: cells with records, and their costs.
-            rows: costs from elsewhere, see :func:`other_rows`.
-            cells: of the whole grid; rows of others are left out.
-        """
+        """Gather costs of finished cells, and :func:`other_rows` of ``cells``, the whole grid."""
         named = {(*cell.name, cell.seed): cell for cell in cells} if any(r for _, r in rows) else {}
         self._known: dict[Device, list[tuple[Source, Estimator]]] = {"cpu": [], "gpu": []}
         self._add("here", finished)

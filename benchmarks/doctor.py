@@ -195,17 +195,15 @@ def results_findings(results: Path) -> Iterator[Finding]:
         except (FimaqError, OSError) as error:
             yield Finding("note", str(error))
     yield Finding("ok", f"{count} records can be read")
-    dead, observer = [], Observer()
+    observer = Observer()
     for lease in sorted(results.rglob(".*.lease")):
         path = lease.with_name(lease.stem[1:])
         who = observer.holder(path)
         if who is None:
-            dead.append(str(path))
+            text = f"{path} was being made by a process that died"
+            yield Finding("note", text, "run the same command again: what is finished is kept")
         else:
             yield Finding("note", f"{path} is being made by {who}")
-    if dead:
-        text = f"{len(dead)} files were being made by processes that died: {', '.join(dead[:5])}"
-        yield Finding("note", text, "run the same command again: what is finished is kept")
 
 
 def profile_findings(

@@ -13,7 +13,7 @@ _STEP_FACTORS = {"prediction": 4.0}
 #: Cost of an MLP's step against its block's.
 _MLP_SHARE = 0.6
 #: Losses without gradient passes, and losses with several per block.
-_NO_PASSES, MANY_PASSES = ("mse", "mae"), ("fisher_diag", "fisher_lr", "fisher_dplr")
+_NO_PASSES, _MANY_PASSES = ("mse", "mae"), ("fisher_diag", "fisher_lr", "fisher_dplr")
 
 
 def kind(cell: Cell) -> str:
@@ -30,7 +30,7 @@ def passes(recipe: Recipe) -> int:
     """Return the gradient passes per block that a recipe's loss takes."""
     if recipe.loss in _NO_PASSES:
         return 0
-    return recipe.fisher_k if recipe.loss in MANY_PASSES else 1
+    return recipe.fisher_k if recipe.loss in _MANY_PASSES else 1
 
 
 def expected_cost(cell: Cell) -> float:

@@ -49,11 +49,7 @@ def plan_of(
     width: int | None = None,
     reference: Path = REFERENCE,
 ) -> str:
-    """Return the plan of ``cells``, which ``filters`` leave of a grid; see :func:`plan_text`.
-
-    Args:
-        reference: folder with reference costs and the committed rehearsal.
-    """
+    """Return the plan of ``cells``, which ``filters`` leave of a grid; see :func:`plan_text`."""
     rows, notes = other_rows([grid.name], options.results, reference)
     known = expand(grid, Filters(), options) if filters.active else ()
     plan = plan_text(cells, adapter, known, rows, jobs, width, options.force)

@@ -77,32 +77,21 @@ Axes = dict[Point, Points]
 
 
 class TaskGrid(Strict):
-    """One section of a grid: a task on a data set.
+    """One section of a grid: a task on a data set. A task may have several sections."""
 
-    Attributes:
-        task: the task's name; None if the section's label is it. A task may have several sections.
-        dataset: name of the data set, as records state it.
-        data: ``own`` if the models bring their data along, else which folder must be given.
-        evaluation: what is measured, where the task has a choice; None: its usual one.
-        models: run by default.
-        available: run when a filter asks for them.
-        methods, bits, seeds: instead of the grid's.
-        overrides: beside the grid's; the same field counts here.
-        scopes: parts of a model to quantize, one cell per scope; empty: the task's usual scope.
-        placement: where block inputs and Fisher information are cached; changes no result.
-    """
-
-    task: str | None = None
-    dataset: str
+    task: str | None = None  #: the task's name; None if the section's label is it
+    dataset: str  #: name of the data set, as records state it
+    #: ``own`` if the models bring their data along, else which folder must be given.
     data: Literal["own", "imagenet", "coco", "flickr"] = "own"
-    evaluation: str | None = None
+    evaluation: str | None = None  #: where the task has a choice; None: its usual one
     models: tuple[str, ...] = Field(min_length=1)
-    available: tuple[str, ...] = ()
-    methods: tuple[Method, ...] | None = Field(None, min_length=1)
+    available: tuple[str, ...] = ()  #: models that run when a filter asks for them
+    methods: tuple[Method, ...] | None = Field(None, min_length=1)  #: instead of the grid's
     bits: tuple[Bits, ...] | None = Field(None, min_length=1)
     seeds: tuple[int, ...] | None = Field(None, min_length=1)
-    overrides: Overrides = {}
-    scopes: tuple[str, ...] = ()
+    overrides: Overrides = {}  #: beside the grid's; the same field counts here
+    scopes: tuple[str, ...] = ()  #: one cell per scope; empty: the task's usual scope
+    #: Where block inputs and Fisher information are cached; changes no result.
     placement: Literal["device", "host", "disk"] = "device"
 
 
@@ -121,36 +110,23 @@ class Grid(Strict):
 
     Full precision (``fp``) has neither bits nor seed nor scope. Methods that quantize nothing
     have no bits.
-
-    Attributes:
-        name: names the table files.
-        tasks: the sections by their labels.
-        overrides: recipe fields changed for every method alike.
-        axes: for ablations: one axis at a time varies around the settings above.
-        variant: name of these settings in tables; None: the record's (released settings).
-        device: ``cpu``, ``cuda``, ``cuda:N`` or ``auto``.
-        threads: CPU threads of a process; None: PyTorch's choice.
-        jobs: processes at a time; None: by cores and threads.
-        extra: further cells; they take no part in the axes.
-        next: lines that a run prints at its end: commands that a user may want next.
-        only: the cells, where they are not a product of lists; None: all of the product.
     """
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")  #: names the table files
     description: str = ""
-    tasks: dict[str, TaskGrid] = Field(min_length=1)
+    tasks: dict[str, TaskGrid] = Field(min_length=1)  #: the sections by their labels
     methods: tuple[Method, ...] = Field(min_length=1)
     bits: tuple[Bits, ...] = Field(min_length=1)
     seeds: tuple[int, ...] = Field(min_length=1)
     overrides: Overrides = {}
-    variant: str | None = None
-    device: str = "cpu"
-    threads: int | None = Field(None, ge=1)
-    jobs: int | None = Field(None, ge=1)
-    extra: tuple[Extra, ...] = ()
-    axes: Axes = {}
-    next: tuple[str, ...] = ()
-    only: frozenset[CellName] | None = None
+    variant: str | None = None  #: these settings in tables; None: released settings
+    device: str = "cpu"  #: ``cpu``, ``cuda``, ``cuda:N`` or ``auto``
+    threads: int | None = Field(None, ge=1)  #: of a process; None: PyTorch's choice
+    jobs: int | None = Field(None, ge=1)  #: processes at a time; None: by cores and threads
+    extra: tuple[Extra, ...] = ()  #: further cells; they take no part in the axes
+    axes: Axes = {}  #: for ablations: one at a time varies around the settings above
+    next: tuple[str, ...] = ()  #: commands that a run prints at its end
+    only: frozenset[CellName] | None = None  #: the cells, where they are no product of lists
 
     @model_validator(mode="after")
     def _makes_recipes(self) -> "Grid":

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from benchmarks.estimate import MANY_PASSES
+from benchmarks.estimate import passes
 from fimaq_core.recipe import Recipe
 from tasks.common.record import ResultRecord
 
@@ -114,8 +114,8 @@ def real_seconds(record: ResultRecord, found: Spent, real: Recipe | None, images
     if real.range_search != "minmax":
         search *= real.range_candidates / small.range_candidates
         search *= (1 + real.range_rounds) / (1 + small.range_rounds)
-    passes = real.fisher_k if real.loss in MANY_PASSES else 1
-    total += search * found.calibrate + more * (found.rest + found.mlp_rest + passes * found.passed)
+    total += search * found.calibrate
+    total += more * (found.rest + found.mlp_rest + passes(real) * found.passed)
     total += real.steps * real.batch_size / small.batch_size * found.step
     total += real.mlp_steps * real.mlp_batch / small.mlp_batch * found.mlp_step
     return total

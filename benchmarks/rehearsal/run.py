@@ -44,9 +44,7 @@ def rehearse(
 ) -> int:
     """Rehearse a grid's cells below ``<results>/rehearsal``; return 0 if all went through, else 1.
 
-    Args:
-        grid, profile, filters, options, adapter, how, report, table: as for
-            :func:`benchmarks.commands.run_grid`.
+    The arguments are those of :func:`benchmarks.commands.run_grid`.
     """
     from benchmarks.commands import run_grid
     from benchmarks.rehearsal.data import make_data

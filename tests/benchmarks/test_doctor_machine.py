@@ -186,4 +186,4 @@ def test_leases_of_the_living_and_of_the_dead_are_told_apart(tmp_path: Path):
         held, left = [one for one in doctor.results_findings(tmp_path) if one.state == "note"]
     assert held.text.startswith(f"{alive} is being made by ")
     assert f"process {os.getpid()}" in held.text
-    assert left.text.endswith(f"died: {dead}")
+    assert left.text == f"{dead} was being made by a process that died"
