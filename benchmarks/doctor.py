@@ -215,13 +215,8 @@ def profile_findings(
 ) -> Iterator[Finding]:
     """Report whether a profile can run, what is missing, and its largest memory.
 
-    Args:
-        name: of the profile, or its file.
-        options: results, data and weights.
-        chosen: adapter whose preflight finds missing data and weights.
-        cuda: whether PyTorch sees a GPU.
-        memory: bytes that may be used; None for a profile that the user did not ask for: of such
-            a profile one note is enough.
+    ``cuda``: whether PyTorch sees a GPU. ``memory``: bytes that may be used; None for a profile
+    that the user did not ask for: of such a profile one note is enough.
     """
     bad: Literal["note", "problem"] = "note" if memory is None else "problem"
     try:

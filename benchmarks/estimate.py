@@ -136,12 +136,9 @@ class Estimator:
         running: Mapping[Key, tuple[Cell, float]],
         jobs: int,
     ) -> float | None:
-        """Return the seconds until all is done; None while nothing tells of a cell to come.
+        """Return the seconds until ``jobs`` processes are done; None if a cell is unlike all others.
 
-        Args:
-            waiting: cells not started.
-            running: cells at work with the seconds that they have taken so far.
-            jobs: processes at work.
+        ``running`` cells come with the seconds that they have taken so far.
         """
         total = longest = 0.0
         for cell, elapsed in [*((cell, 0.0) for cell in waiting), *running.values()]:

@@ -74,7 +74,7 @@ def plan_text(
         known: cells of the whole grid, whose measured costs help to estimate.
         others: costs from elsewhere.
         jobs: cells at a time.
-        width: of a terminal: a wider table leaves columns out and says so. None: everything.
+        width: of a terminal; a wider table leaves columns out and says so.
         force: measure cells that are done, too.
     """
     from benchmarks.run.order import make_chains

@@ -54,12 +54,7 @@ class _Entry(NamedTuple):
 
 
 def listing(name: str, options: RunOptions, adapter: Adapter) -> list[RenderableType]:
-    """Return the parts of the listing: all tables, or the cells of one.
-
-    Args:
-        name: of the only table; empty for all.
-        options: results, data, weights and device.
-        adapter: knows the folders of finished cells.
+    """Return the parts of the listing: all tables, or the cells of the one called ``name``.
 
     Raises:
         TableError: there is no such table.

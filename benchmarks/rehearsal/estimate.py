@@ -95,14 +95,7 @@ def _kind(before: dict[str, Any], after: dict[str, Any]) -> str:
 
 
 def real_seconds(record: ResultRecord, found: Spent, real: Recipe | None, images: int) -> float:
-    """Return the estimated seconds of a real cell.
-
-    Args:
-        record: of the rehearsed cell.
-        found: its times.
-        real: the real cell's recipe; None for full precision.
-        images: of the real evaluation.
-    """
+    """Return the estimated seconds of a real cell (``real``: its recipe, ``images``: evaluated)."""
     evaluated = record.seconds.get("evaluate", 0.0) - found.texts * found.text
     total = record.seconds.get("load", 0.0) + images * max(evaluated, 0.0) / record.n
     total += _TEXTS * found.text

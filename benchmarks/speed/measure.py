@@ -55,13 +55,8 @@ def measure(
     """Measure one model.
 
     The rounding regulariser is on from the first step, since the first steps are timed; in the
-    protocol it is on in the last four fifths.
-
-    Args:
-        model: its short name.
-        sizes, rates, device: of the run.
-        deadline: on the clock of ``time.monotonic``; later parts are left out, with a note.
-        say: receives a line for people at every stage.
+    protocol it is on in the last four fifths. What does not fit before ``deadline``
+    (``time.monotonic``) is left out, with a note; ``say`` receives a line at every stage.
     """
     full = make_recipe("fimaq", {"w_bits": 3, "a_bits": 3})
     changes = {

@@ -74,11 +74,8 @@ def step_bytes(batch: int, quantized: int, weights: int) -> int:
     """Return the bytes that a step moves at least: each tensor once per pass that fusion keeps.
 
     Activations between quantizers (norms, GELU, softmax) could all be fused and do not count.
-
-    Args:
-        batch: floats of the batch: inputs (twice if two kinds are mixed) and target.
-        quantized: floats of all quantized activations.
-        weights: floats of all rounded weights.
+    Given are the floats of the batch (inputs, twice if two kinds are mixed, and target), of all
+    quantized activations, and of all rounded weights.
     """
     return FLOAT * (batch + ACTIVATION_PASSES * quantized + WEIGHT_PASSES * weights)
 
@@ -150,12 +147,9 @@ def time_steps(
     counts: machines freeze now and then, and a mean would count that.
 
     Args:
-        segment: the block; it stays unchanged.
-        objective: of the block, its tape with the target computed.
-        recipe: of the steps.
+        segment, objective: the block, which stays unchanged; the target of its tape is computed.
         engines: in order of their turns; ``fused`` is one of them.
-        steps: counted steps of each; after ``deadline`` fewer, but at least one turn.
-        deadline: on the clock of ``time.monotonic``.
+        steps: counted steps of each; after ``deadline`` (``time.monotonic``) at least one turn.
     """
     device, runs, first_s = objective.tape.storage.device.type, {}, {}
     for engine in engines:

@@ -90,11 +90,8 @@ def walk(
 ) -> WalkTimes:
     """Walk over a calibrated chain as a reconstruction does; time steps of one block per make.
 
-    Engines that compile have their turn on the most frequent make only.
-
-    Args:
-        subject: calibrated; each block is rounded to nearest before the next one's turn.
-        recipe, engines, steps, deadline: as for :func:`time_steps`.
+    Engines that compile have their turn on the most frequent make only. Each block is rounded to
+    nearest before the next one's turn. Other arguments are those of :func:`time_steps`.
     """
     chain, images = subject.chain, subject.images
     if recipe.per_token:
