@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from benchmarks.cells import Cell
-from benchmarks.estimate import METHOD, MODEL, OWN, Estimator
+from benchmarks.estimate import METHOD, MODEL, OWN, Estimator, Group
 from benchmarks.names import PUBLISHED, StudyName, load_names
 from benchmarks.units import duration
 from fimaq_core.errors import FimaqError, first_problem
@@ -191,11 +191,10 @@ class Costs:
             self._add(source, own)
 
     def _add(self, source: Source, pairs: Iterable[tuple[Cell, CostRow]]) -> None:
-        estimators: dict[Device, Estimator] = {"cpu": Estimator(), "gpu": Estimator()}
-        for device, estimator in estimators.items():
-            self._known[device].append((source, estimator))
+        for known in self._known.values():
+            known.append((source, Estimator()))
         for cell, row in pairs:
-            estimator = estimators[row.device_kind]
+            _, estimator = self._known[row.device_kind][-1]
             if estimator.estimate(cell, OWN) is None:
                 memory, disk = row.peak_memory_bytes, row.disk_bytes
                 estimator.add(cell, row.seconds, memory, disk, row.machine)
@@ -224,35 +223,28 @@ class Costs:
         if device_kind(cell) == "gpu":
             devices = ("gpu", "cpu")
         for device in devices:
-            yield from self._estimate("measured", device, cell, 0, OWN)
+            yield from _cost("measured", device, self._known[device][0][1].estimate(cell, OWN))
         for device in devices:
-            for place, (source, _) in enumerate(self._known[device]):
+            for source, estimator in self._known[device]:
                 # A rehearsal of another model tells less than published minutes.
                 depth = MODEL if source == "rehearsal" else METHOD
-                yield from self._estimate(source, device, cell, place, depth)
-            published = published_cost(cell, published_minutes().get(cell.model, ()))
-            if device == "gpu" and published is not None:
-                yield published
-            yield from self._estimate("here", device, cell, 0)
-
-    def _estimate(
-        self,
-        source: Source,
-        device: Device,
-        cell: Cell,
-        place: int,
-        depth: int | None = None,
-    ) -> Iterator[Cost]:
-        found = self._known[device][place][1].estimate(cell, depth)
-        if found is not None:
-            seconds, group = found
-            note = "; ".join(group.machines)
-            yield Cost(seconds, group.memory, source, device, group.disk, note)
+                yield from _cost(source, device, estimator.estimate(cell, depth))
+            if device == "gpu":
+                found = published_cost(cell, published_minutes().get(cell.model, ()))
+                yield from () if found is None else (found,)
+            yield from _cost("here", device, self._known[device][0][1].estimate(cell))
 
     def machines(self, source: Source) -> Mapping[str, int]:
         """Return what the costs of a source were measured on, with the number of cells of each."""
         every = (pair for each in self._known.values() for pair in each)
         return sum((estimator.machines for name, estimator in every if name == source), Counter())
+
+
+def _cost(source: Source, device: Device, found: tuple[float, Group] | None) -> Iterator[Cost]:
+    if found is not None:
+        seconds, group = found
+        note = "; ".join(group.machines)
+        yield Cost(seconds, group.memory, source, device, group.disk, note)
 
 
 def origins(costs: Iterable[Cost]) -> str:

@@ -250,9 +250,10 @@ def profile_findings(
         yield Finding(bad, f"{labels}: {message}")
     for cell in {cell.model: cell for cell in cells}.values():
         found = lacking[cell.section]
-        command = weights_place(cell).command
-        if command and (not found or any("the weights" in message for message in found)):
-            yield Finding("note", f"the weights of {cell.model} are at a hub", command)
+        if not found or any("the weights" in message for message in found):
+            command = weights_place(cell).command
+            if command:
+                yield Finding("note", f"the weights of {cell.model} are at a hub", command)
     if grid.device == "auto" and not cuda:
         yield Finding("note", "no GPU is visible, and this profile takes very long without one")
     records = ((cell, finished_record(cell, chosen)) for cell in cells)

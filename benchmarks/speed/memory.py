@@ -10,9 +10,10 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from benchmarks.speed.subjects import chain_of, whole_model
+from benchmarks.speed.subjects import whole_model
 from fimaq_core.calibration.calibrate import calibrate
 from fimaq_core.chain import BlockChain
+from fimaq_core.families import find_family
 from fimaq_core.fisher.divergence import ClassifierDivergence
 from fimaq_core.layers import QuantMatMul, quant_layers, set_quantized
 from fimaq_core.layers.layers import decide_rounding
@@ -71,7 +72,7 @@ def _in_child(name: str, recipe: Recipe, device: str, threads: int) -> tuple[int
     shape = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
     small = VisionTransformer(**shape, num_classes=10)
     images = torch.randn(32, 3, 32, 32, device=where)
-    peak_of_block(chain_of(small.eval(), recipe).to(where), images, recipe)
+    peak_of_block(find_family(small).build(small.eval(), recipe).to(where), images, recipe)
     chain, images = whole_model(name, recipe, where)
     reset_peak_memory(torch.device("cpu"))
     held = sum(tensor.nbytes for tensor in [*chain.parameters(), *chain.buffers(), images])

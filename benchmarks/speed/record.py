@@ -82,18 +82,11 @@ def write_record(path: Path, record: SpeedRecord) -> None:
     """Add a record to a file; it replaces the one of the same device and model."""
     key = (record.device, record.model)
     kept = [other for other in read_records(path) if (other.device, other.model) != key]
-    content = [_rounded(item) for item in _LIST.dump_python([*kept, record], mode="json")]
+    text = _LIST.dump_json([*kept, record])
+    # Five digits of every number: more would be noise.
+    content = json.loads(text, parse_float=lambda digits: float(f"{float(digits):.5g}"))
     with replaced_whole(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def _rounded(value: Any) -> Any:
-    """Keep five digits of every number: more would be noise."""
-    if isinstance(value, float):
-        return float(f"{value:.5g}")
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list) else value
 
 
 def _number(value: float | None, digits: int = 2) -> str:

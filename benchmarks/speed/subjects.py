@@ -27,7 +27,6 @@ class Make(NamedTuple):
 class Subject(NamedTuple):
     """Model to measure."""
 
-    name: str
     chain: BlockChain  #: all segments, or the first one of each make
     images: Tensor  #: (n, C, H, W)
     makes: tuple[Make, ...]  #: all makes of the model, in order of appearance
@@ -60,21 +59,16 @@ def whole_model(name: str, recipe: Recipe, device: torch.device) -> tuple[BlockC
     size = resolve_model_data_config(model)["input_size"]  # type: ignore[no-untyped-call]
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(recipe.calibration_images, *size, generator=generator)
-    return chain_of(model, recipe).to(device), images.to(device)
-
-
-def chain_of(model: nn.Module, recipe: Recipe) -> BlockChain:
-    """Return ``model`` as a chain, by the first family that knows it."""
-    return find_family(model).build(model, recipe)
+    return find_family(model).build(model, recipe).to(device), images.to(device)
 
 
 def load_subject(name: str, recipe: Recipe, device: torch.device) -> Subject:
     """Return :func:`whole_model`, cut down to one segment per make if it is no demo model."""
     chain, images = whole_model(name, recipe, device)
-    return cut(name, chain, images, thin=name not in DEMO_NAMES)
+    return cut(chain, images, thin=name not in DEMO_NAMES)
 
 
-def cut(name: str, chain: BlockChain, images: Tensor, thin: bool) -> Subject:
+def cut(chain: BlockChain, images: Tensor, thin: bool) -> Subject:
     """Sort the segments of a chain by make; keep one segment per make if ``thin``."""
     shapes = _input_shapes(chain, images[:1])
     signatures = [_signature(one, shape) for one, shape in zip(chain, shapes, strict=True)]
@@ -86,9 +80,9 @@ def cut(name: str, chain: BlockChain, images: Tensor, thin: bool) -> Subject:
         makes.append(Make(segment.label, segment.kind, count, shapes[index]))
     make_of = tuple(distinct.index(signature) for signature in signatures)
     if not thin:
-        return Subject(name, chain, images, tuple(makes), make_of, tuple(range(len(chain))))
+        return Subject(chain, images, tuple(makes), make_of, tuple(range(len(chain))))
     kept = BlockChain([chain.segment(index) for index in first])
-    return Subject(name, kept, images, tuple(makes), tuple(range(len(first))), make_of)
+    return Subject(kept, images, tuple(makes), tuple(range(len(first))), make_of)
 
 
 @torch.no_grad()

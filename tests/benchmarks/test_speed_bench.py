@@ -27,7 +27,7 @@ REQUIRED = {
 
 
 def subject(model: nn.Module, recipe: Recipe, thin: bool = True) -> Subject:
-    return cut("small", chain_of(model, recipe), images(recipe.calibration_images), thin)
+    return cut(chain_of(model, recipe), images(recipe.calibration_images), thin)
 
 
 def test_rates_are_positive_and_floors_follow_from_them() -> None:
@@ -70,7 +70,7 @@ def test_segments_of_one_make_are_measured_once() -> None:
     whole = subject(vit(3), recipe, thin=False)
     assert whole.order == (0, 1, 2, 3, 4)
     assert whole.make_of == (0, 1, 1, 1, 2)
-    windows = cut("swin", chain_of(swin(40), recipe), images(2, 40), thin=True)
+    windows = cut(chain_of(swin(40), recipe), images(2, 40), thin=True)
     assert windows.chain(windows.images).shape == (2, 10)
     assert sum(make.count for make in windows.makes) == len(windows.order)
 
