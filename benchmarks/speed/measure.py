@@ -13,7 +13,7 @@ from benchmarks.speed.memory import measure_peak
 from benchmarks.speed.record import SpeedRecord
 from benchmarks.speed.steps import Rates, StepTimes
 from benchmarks.speed.subjects import load_subject
-from benchmarks.speed.walk import SegmentCost, calibration_seconds, line, protocol_seconds, walk
+from benchmarks.speed.walk import calibration_seconds, line, protocol_seconds, walk
 from fimaq_core.recipe import make_recipe
 from fimaq_core.reconstruction.engines import Engine, choose_engine, cpp_compiler
 from tasks.classification.tags import DEMO_NAMES
@@ -90,19 +90,17 @@ def measure(
     main = steps[subject.main]
     choice = choose_engine("auto", device, full.steps)
     engine = choice if choice in main.step_s else min(main.step_s, key=main.step_s.__getitem__)
-    costs = [
-        SegmentCost(
-            line((ranges[0], small[index]), (ranges[1], large[index]), full.range_images),
-            times.tape[index],
-            times.own[number],
-            times.tail[index],
-            _step_seconds(steps[number], main, engine),
-            number in times.passes,
-        )
-        for index, number in enumerate(subject.make_of)
-    ]
-    compiling = len(subject.makes) * main.compile_s.get(engine, 0.0)
-    stages = protocol_seconds(costs, subject.order, full, compiling)
+    makes, pairs = subject.make_of, zip(small, large, strict=True)
+    stages = protocol_seconds(
+        subject.order,
+        full,
+        calibration=[line((ranges[0], a), (ranges[1], b), full.range_images) for a, b in pairs],
+        tape=times.tape,
+        own=[times.own[number] if number in times.passes else None for number in makes],
+        tail=times.tail,
+        step=[_step_seconds(steps[number], main, engine) for number in makes],
+        compile_s=len(subject.makes) * main.compile_s.get(engine, 0.0),
+    )
     floors, total = rates.floors_ms(main.flops, main.bytes), sum(stages.values())
     published = (one.minutes for one in published_minutes().get(model, ()) if one.method == "fimaq")
     environment, cuda = describe(device), device.type == "cuda"

@@ -130,18 +130,6 @@ def walk(
     return times
 
 
-@dataclass(frozen=True)
-class SegmentCost:
-    """Seconds of one segment."""
-
-    calibration: float  #: with the protocol's images
-    tape: float  #: per image
-    own: float  #: per image, the block's own forward in a Fisher pass
-    tail: float  #: per image, forward and backward as a part of another block's Fisher pass
-    step: float  #: per step
-    fisher: bool  #: whether its loss needs Fisher passes
-
-
 def line(small: tuple[int, float], large: tuple[int, float], at: int) -> float:
     """Return the seconds at ``at`` images, by the line through two measurements (images, seconds).
 
@@ -155,24 +143,38 @@ def line(small: tuple[int, float], large: tuple[int, float], at: int) -> float:
 
 
 def protocol_seconds(
-    costs: Sequence[SegmentCost],
     order: Sequence[int],
     recipe: Recipe,
+    *,
+    calibration: Sequence[float],
+    tape: Sequence[float],
+    own: Sequence[float | None],
+    tail: Sequence[float],
+    step: Sequence[float],
     compile_s: float = 0.0,
 ) -> dict[str, float]:
-    """Return the seconds of the full protocol by stage; the README has the formula.
+    """Return the seconds of the full protocol by stage, from those of each measured segment.
 
-    ``order`` has for each segment of the model the index of its costs.
+    Args:
+        order: for each segment of the model, the index of the measured segment like it.
+        recipe: steps, images and Fisher passes.
+        calibration: with the protocol's images.
+        tape: per image.
+        own: per image, the block's own forward in its Fisher pass; None without passes.
+        tail: per image, forward and backward as a part of another block's Fisher pass.
+        step: per step.
+        compile_s: to compile all makes.
     """
-    behind = fisher = 0.0
+    images, behind, fisher = recipe.calibration_images, 0.0, 0.0
     for index in reversed(order):
-        if costs[index].fisher:
-            fisher += recipe.fisher_k * recipe.calibration_images * (costs[index].own + behind)
-        behind += costs[index].tail
+        mine = own[index]
+        if mine is not None:
+            fisher += recipe.fisher_k * images * (mine + behind)
+        behind += tail[index]
     return {
-        "calibration": sum(costs[index].calibration for index in order),
-        "tape": recipe.calibration_images * sum(costs[index].tape for index in order),
+        "calibration": sum(calibration[index] for index in order),
+        "tape": images * sum(tape[index] for index in order),
         "fisher": fisher,
-        "steps": recipe.steps * sum(costs[index].step for index in order),
+        "steps": recipe.steps * sum(step[index] for index in order),
         "compile": compile_s,
     }

@@ -14,7 +14,7 @@ from benchmarks.speed.memory import Parts, peak_of_block, saved_bytes
 from benchmarks.speed.record import BEGIN, END, README, read_records, rewrite, tables
 from benchmarks.speed.steps import measure_rates, step_bytes
 from benchmarks.speed.subjects import Subject, cut
-from benchmarks.speed.walk import SegmentCost, line, protocol_seconds, walk
+from benchmarks.speed.walk import line, protocol_seconds, walk
 from fimaq_core.calibration.calibrate import calibrate
 from fimaq_core.errors import CheckpointError
 from fimaq_core.recipe import Recipe, make_recipe
@@ -77,10 +77,9 @@ def test_segments_of_one_make_are_measured_once() -> None:
 
 def test_extrapolation_is_plain_arithmetic() -> None:
     recipe = make_recipe("fimaq", {"steps": 100, "calibration_images": 10, "fisher_k": 2})
-    embed = SegmentCost(calibration=1.0, tape=0.1, own=0.01, tail=0.02, step=0.001, fisher=True)
-    block = SegmentCost(calibration=2.0, tape=0.2, own=0.03, tail=0.04, step=0.002, fisher=True)
-    head = SegmentCost(calibration=3.0, tape=0.3, own=0.0, tail=0.05, step=0.003, fisher=False)
-    found = protocol_seconds([embed, block, head], [0, 1, 1, 2], recipe, compile_s=7.0)
+    parts = {"calibration": [1.0, 2.0, 3.0], "tape": [0.1, 0.2, 0.3], "own": [0.01, 0.03, None]}
+    parts |= {"tail": [0.02, 0.04, 0.05], "step": [0.001, 0.002, 0.003]}
+    found = protocol_seconds([0, 1, 1, 2], recipe, **parts, compile_s=7.0)
     assert found["calibration"] == pytest.approx(1 + 2 + 2 + 3)
     assert found["tape"] == pytest.approx(10 * (0.1 + 0.2 + 0.2 + 0.3))
     assert found["fisher"] == pytest.approx(2 * 10 * ((0.01 + 0.04 + 0.04 + 0.05) + (0.03 + 0.04 + 0.05) + (0.03 + 0.05)))
