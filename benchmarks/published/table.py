@@ -159,33 +159,27 @@ class PublishedTable:
 
         The cells are those of the table's profile: a run of either finds what the other finished.
         """
-        base, tasks = self._base, {}
+        tasks, wanted = {}, {line.row.point for line in self.lines}
         for section in _unique(name.section for name in self.measured):
-            names, known = [n for n in self.measured if n.section == section], base.tasks[section]
-            scopes = {name.scope for name in names}
-            changes = {"scopes": tuple(scope for scope in known.scopes if scope in scopes)}
-            changes |= {"models": _of(names, "model"), "available": (), "seeds": self._seeds}
-            changes |= {"methods": _of(names, "method"), "bits": _of(names, "bits") or None}
-            tasks[section] = known.model_copy(update=changes)
+            names = [name for name in self.measured if name.section == section]
+            changes = {"models": _of(names, "model"), "methods": _of(names, "method")}
+            changes |= {"bits": _of(names, "bits") or None, "seeds": self._seeds, "available": ()}
+            tasks[section] = self._base.tasks[section].model_copy(update=changes)
         # Also points that are the grid's own settings: their cell takes their places.
-        wanted = {line.row.point for line in self.lines}
         axes = {
             axis: {point: fields for point, fields in points.items() if f"{axis}={point}" in wanted}
-            for axis, points in base.axes.items()
+            for axis, points in self._base.axes.items()
         }
         changes = {
             "name": self.name,
             "description": self.title,
             "tasks": tasks,
-            "methods": _of(self.measured, "method"),
-            "bits": _of(self.measured, "bits") or base.bits,
-            "seeds": self._seeds,
             "axes": {axis: points for axis, points in axes.items() if points},
             "extra": (),
             "next": (),
             "only": frozenset(self.measured),
         }
-        return base.model_copy(update=changes)
+        return self._base.model_copy(update=changes)
 
 
 def table_names() -> list[str]:
