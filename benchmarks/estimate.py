@@ -136,7 +136,7 @@ class Estimator:
         running: Mapping[Key, tuple[Cell, float]],
         jobs: int,
     ) -> float | None:
-        """Return the seconds until ``jobs`` processes are done; None if a cell is unlike all others.
+        """Return the seconds until ``jobs`` processes are done; None if nothing tells of a cell.
 
         ``running`` cells come with the seconds that they have taken so far.
         """

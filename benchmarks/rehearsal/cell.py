@@ -101,14 +101,14 @@ class _Listener:
         from tasks.common.environment import peak_memory, resolve_device
 
         memory = peak_memory(resolve_device(self._device))
-        event = {"attempt": self._attempt, "time": self._now(), "memory": memory, **asdict(progress)}
+        event = {"attempt": self._attempt, "time": self._now(), "memory": memory}
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(event) + "\n")
+            file.write(json.dumps(event | asdict(progress)) + "\n")
         if progress.stage == self._stage and not self._first:
             self._first = progress.block
             if self._first in self._finished:
-                again = f"and the stage '{self._stage}' does it again."
-                raise FimaqError(f"{self._first} was finished before the process was killed, {again}")
+                again = f"and the stage '{self._stage}' does it again"
+                raise FimaqError(f"{self._first} was finished before the kill, {again}.")
         if self._attempt == 1 and self._is_due(progress):
             os.kill(os.getpid(), signal.SIGKILL)
         self._report(progress)
@@ -127,7 +127,7 @@ class _Listener:
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
-    """Return what the cell in ``folder`` reported in its order; a line that was cut off is left out.
+    """Return what the cell in ``folder`` reported, in order; a line that was cut off is left out.
 
     Each event has the fields of :class:`~fimaq_core.progress.Progress`, the number of its attempt
     (from 1), its time in seconds and the peak of memory in bytes since its stage began.

@@ -25,7 +25,7 @@ _FEW = 8
 
 
 def make_data(folder: Path, names: Iterable[str]) -> Places:
-    """Make those data sets below ``folder`` that are not there yet; return all ``names``' places."""
+    """Make data sets below ``folder`` where they are not there; return the places of all ``names``."""
     makers = {"imagenet": _imagenet, "coco": _coco, "flickr": _flickr}
     found = {}
     for name in sorted(names):

@@ -5,7 +5,7 @@ Each time is taken to be proportional to what it is spent on:
 load         constant
 calibrate    range images x range candidates x (1 + rounds)
 MLPs         steps x images per step; the rest: calibration images
-reconstruct  steps x images per step; Fisher passes x calibration images; the rest: calibration images
+reconstruct  steps x images per step; Fisher passes x calibration images; the rest: as of MLPs
 evaluate     images; texts of class names
 """
 
@@ -114,7 +114,13 @@ def real_seconds(record: ResultRecord, found: Spent, real: Recipe | None, images
     return total
 
 
-def real_memory(record: ResultRecord, found: Spent, real: Recipe | None, eval_batch: int, on_disk: bool) -> tuple[int, int]:
+def real_memory(
+    record: ResultRecord,
+    found: Spent,
+    real: Recipe | None,
+    eval_batch: int,
+    on_disk: bool,
+) -> tuple[int, int]:
     """Return the estimated largest memory of a real cell, and the bytes of its tape.
 
     What grows with the images of a batch is at most all that is there beyond the loaded model, so

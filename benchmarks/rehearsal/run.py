@@ -178,7 +178,7 @@ def _too_large(rows: Sequence[dict[str, Any]], device: str) -> Iterator[str]:
     large = dict.fromkeys(row["model"] for row in rows if row["peak_memory_bytes"] > memory)
     if large:
         yield (
-            f"warning: {', '.join(large)} may need more memory than there is ({size_text(memory)}): "
+            f"warning: {', '.join(large)} may need more memory than the {size_text(memory)} here: "
             "PLACEMENT=host or disk keeps less of it on the device."
         )
     on_disk = [row for row in rows if row["rehearsed"]["placement"] == "disk"]
