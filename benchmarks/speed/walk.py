@@ -1,7 +1,6 @@
 """Seconds of calibration, tape, Fisher passes and steps by segment, and of the full protocol."""
 
 import itertools
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,7 +32,7 @@ class WalkTimes:
     own: dict[int, float] = field(default_factory=dict)  #: per image, own forward in the pass
     passes: dict[int, float] = field(default_factory=dict)  #: Fisher pass of a make that has one
     makes: dict[int, StepTimes] = field(default_factory=dict)
-    wall: Counter[str] = field(default_factory=Counter)  #: whole stages tape, fisher and steps
+    wall: dict[str, float] = field(default_factory=dict)  #: of whole stages
     notes: list[str] = field(default_factory=list)  #: warnings of the objectives
 
     def fisher_check(self, subject: Subject) -> float | None:
@@ -103,6 +102,7 @@ def walk(
     divergence = ClassifierDivergence(recipe.temperature)
     storage = Storage("device", images.device)
     mixed, dtype = recipe.prefix_prob > 0, recipe.frozen_dtype
+    times.wall = {"tape": 0.0, "fisher": 0.0, "steps": 0.0}
     start = timer()
     tape = Tape(chain, images, storage, with_prefix=mixed, frozen_dtype=dtype)
     for index, segment in enumerate(chain):
