@@ -18,7 +18,7 @@ PLACES := $(if $(IMAGENET),--imagenet "$(IMAGENET)") $(if $(COCO),--coco "$(COCO
 # Ray reads the same name in the environment: there it is another's, and only make's command line counts.
 ADDRESS := $(if $(filter command,$(origin RAY_ADDRESS)),$(if $(RAY_ADDRESS),--ray-address $(RAY_ADDRESS)))
 SETTINGS := $(if $(DEVICE),--device $(DEVICE)) $(if $(JOBS),--jobs $(JOBS)) $(if $(filter 1,$(PLAN)),--plan) $(if $(filter 1,$(REHEARSE)),--rehearse) \
-	$(if $(FORCE),--force$(if $(filter-out 1,$(FORCE)),=$(FORCE))) $(if $(PLACEMENT),--placement $(PLACEMENT)) $(if $(RETRIES),--retries $(RETRIES)) \
+	$(if $(filter 1,$(FORCE)),--force) $(if $(PLACEMENT),--placement $(PLACEMENT)) $(if $(RETRIES),--retries $(RETRIES)) \
 	$(if $(ENGINE),--engine $(ENGINE)) $(ADDRESS) \
 	$(if $(GPUS_PER_CELL),--gpus-per-cell $(GPUS_PER_CELL))
 

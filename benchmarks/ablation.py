@@ -7,9 +7,9 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from benchmarks.axes import Axes
 from benchmarks.cells import Cell
 from benchmarks.paired import compare, mean_difference
+from benchmarks.schema import Axes
 from benchmarks.tables import Measured, fitting, unique, value_text
 
 

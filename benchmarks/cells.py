@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from fimaq_core.errors import FimaqError
 from fimaq_core.progress import Report
 from fimaq_core.recipe import OFF, Recipe
+from tasks.common import plan
 from tasks.common.record import ResultRecord, bits_name, read_record
 from tasks.common.request import CellRequest, DataRequest, Missing, ModelRequest
 
@@ -43,47 +44,32 @@ class Places:
     flickr: Path | None = None
 
     def of(self, data: str) -> Path | None:
-        """The folder that a section asks for by name; None for ``own``, or where it was not given."""
+        """The folder that a section asks for by name; None for ``own``, or if not given."""
         return getattr(self, data) if data != "own" else None
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What the command line says beside the grid.
+    """What the command line says beside the grid. None keeps what the grid says."""
 
-    Attributes:
-        results: root of everything a run writes.
-        data: folders of data sets.
-        weights: folder with local checkpoints.
-        device: replaces the grid's device; None keeps it.
-        threads: replaces the grid's threads; None keeps them.
-        force: name of a run that measures again what is done; empty: what is done is kept.
-        placement: replaces the sections' placement of what blocks take in and give; None keeps it.
-        rehearsal: whether cells are rehearsed, see :mod:`benchmarks.rehearsal`.
-    """
-
-    results: Path = Path("results")
+    results: Path = Path("results")  #: root of everything that a run writes
     data: Places = Places()
-    weights: Path | None = None
+    weights: Path | None = None  #: folder with local checkpoints
     device: str | None = None
     threads: int | None = None
-    force: str = ""
+    force: bool = False  #: remove what is there of the cells before they are measured
     placement: Literal["device", "host", "disk"] | None = None
-    rehearsal: bool = False
+    rehearsal: bool = False  #: cells are rehearsed, see :mod:`benchmarks.rehearsal`
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One measurement: a model, a method, bits and a seed. Full precision has 32/32 bits, no seed and no scope.
+    """One measurement: a model, a method, bits and a seed.
 
-    Attributes:
-        section: label of its section in the grid.
-        scope: what of the model is quantized, as the grid says it; empty where it does not.
-        point: name of the axis point (``k=15``) in a grid with axes; empty for the grid's own settings.
-        places: (axis, point) of every place it takes in the tables of axes: the grid's own settings may lie on several.
+    Full precision has 32/32 bits, no seed and no scope.
     """
 
-    section: str
+    section: str  #: label of its section in the grid
     task: str
     model: str
     method: str
@@ -91,14 +77,16 @@ class Cell:
     a_bit: int
     seed: int | None
     request: CellRequest
-    scope: str = ""
-    point: str = ""
+    scope: str = ""  #: what of the model is quantized; empty where the grid does not say it
+    point: str = ""  #: axis point (``k=15``); empty for the grid's own settings
+    #: (axis, point) of its places in the tables of axes: the own settings may lie on several.
     places: tuple[tuple[str, str], ...] = ()
 
     @cached_property
     def key(self) -> Key:
         """Identity of the cell within its grid."""
-        return (self.section, self.model, self.scope, self.method, self.w_bit, self.a_bit, self.seed, self.point)
+        bits = self.w_bit, self.a_bit
+        return self.section, self.model, self.scope, self.method, *bits, self.seed, self.point
 
     @property
     def name(self) -> CellName:
@@ -136,58 +124,41 @@ def _nothing(*_: object) -> list[str]:
 
 @dataclass(frozen=True)
 class Adapter:
-    """What the harness asks of the tasks; tests put their own in.
+    """Functions of the tasks that the harness calls; tests put their own in."""
 
-    Attributes:
-        run_cell: measures one cell and returns the path of its record. Must be importable by name (worker processes).
-        planned_folder: the cell's folder, without running anything.
-        preflight: what the cell needs and is not there.
-        cached: what an unfinished cell with this folder would find done, for people.
-        imports: heavy modules that measuring the cell imports: a host imports them once for all its cells.
-    """
-
+    #: Measures a cell and returns the path of its record. Importable by name in processes.
     run_cell: Callable[[CellRequest, Report], Path]
-    planned_folder: Callable[[CellRequest], Path]
-    preflight: Callable[[CellRequest], list[Missing]]
+    planned_folder: Callable[[CellRequest], Path]  #: of a cell, without running anything
+    preflight: Callable[[CellRequest], list[Missing]]  #: what the cell needs and is not there
+    #: What an unfinished cell with this folder would find done, for people.
     cached: Callable[[CellRequest, Path], list[str]] = _nothing
+    #: Heavy modules that measuring the cell imports: a process may import them beforehand.
     imports: Callable[[CellRequest], Sequence[str]] = _nothing
 
 
 def default_adapter() -> Adapter:
-    """Return the real one. Each part imports what it needs when called: most commands run nothing."""
-    return Adapter(_run_cell, _planned_folder, _preflight, _cached, _imports)
+    """Return the real one."""
+    return Adapter(_run_cell, plan.planned_folder, plan.preflight, plan.cached, _imports)
 
 
 def _run_cell(request: CellRequest, report: Report) -> Path:
-    from tasks.common.run import run_cell
+    from tasks.common.run import run_cell  # imports PyTorch
 
     return run_cell(request, report)
-
-
-def _planned_folder(request: CellRequest) -> Path:
-    from tasks.common.plan import planned_folder
-
-    return planned_folder(request)
-
-
-def _preflight(request: CellRequest) -> list[Missing]:
-    from tasks.common.plan import preflight
-
-    return preflight(request)
-
-
-def _cached(request: CellRequest, folder: Path) -> list[str]:
-    from tasks.common.plan import cached
-
-    return cached(request, folder)
 
 
 def _imports(request: CellRequest) -> Sequence[str]:
     return ("torch", "tasks.common.run", f"tasks.{request.task}.task")
 
 
-def make_cell(grid: Grid, section: str, model: str, recipe: Recipe | None, options: RunOptions) -> Cell:
-    """Return the cell of ``model`` with ``recipe`` (None: full precision) under the settings of the grid and its section."""
+def make_cell(
+    grid: Grid,
+    section: str,
+    model: str,
+    recipe: Recipe | None,
+    options: RunOptions,
+) -> Cell:
+    """Return the cell of a model and recipe (None: full precision) in a section of a grid."""
     part, task = grid.tasks[section], grid.task_of(section)
     request = CellRequest(
         task=task,
@@ -199,34 +170,31 @@ def make_cell(grid: Grid, section: str, model: str, recipe: Recipe | None, optio
         device=options.device or grid.device,
         threads=options.threads or grid.threads,
         placement=options.placement or part.placement,
-        force=options.force,
     )
     if recipe is None:
         return Cell(section, task, model, "fp", OFF, OFF, None, request)
-    bits = recipe.w_bits, recipe.a_bits
-    return Cell(section, task, model, recipe.method, *bits, recipe.seed, request, scope=recipe.scope or "")
+    bits, scope = (recipe.w_bits, recipe.a_bits), recipe.scope or ""
+    return Cell(section, task, model, recipe.method, *bits, recipe.seed, request, scope)
 
 
 def make_point(base: Cell, axis: str, point: str, recipe: Recipe) -> Cell:
-    """Return the cell beside ``base`` with the ``recipe`` of a point of an axis; its variant names both."""
-    from tasks.common.plan import variant_name
-
+    """Return the cell beside ``base`` at a point of an axis; its variant names the point."""
     name = f"{axis}={point}"
     assert base.request.recipe is not None
     # The scope comes last in a variant's name, and once.
     settings = replace(base.request, recipe=base.request.recipe.model_copy(update={"scope": None}))
-    request = replace(base.request, recipe=recipe, variant=f"{variant_name(settings)} {name}")
+    request = replace(base.request, recipe=recipe, variant=f"{plan.variant_name(settings)} {name}")
     return replace(base, request=request, point=name, places=((axis, point),))
 
 
 def finished(cell: Cell, adapter: Adapter) -> tuple[ResultRecord, Path] | None:
     """Return the cell's record and its folder, or None if there is no record that can be read.
 
-    Where not even the cell's identity can be known yet (data or weights are missing), it is not finished either.
+    A cell whose data or weights are missing, so that its folder is not known, is not finished.
     """
     folder = known_folder(cell, adapter)
-    record = None if folder is None else record_in(folder)
-    return None if folder is None or record is None else (record, folder)
+    record = folder and record_in(folder)
+    return (record, folder) if folder and record else None
 
 
 def known_folder(cell: Cell, adapter: Adapter) -> Path | None:

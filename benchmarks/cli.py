@@ -1,7 +1,7 @@
-"""The command line: ``python -m benchmarks run | diff | reference | compare | tables | published | doctor``.
+"""The command line: ``python -m benchmarks COMMAND``.
 
-Exit codes: 0 done; 1 some cells failed, or measured numbers differ from published ones; 2 cannot run, or nothing is
-comparable (of ``diff`` and of tables); 130 broken off.
+Exit codes: 0 done; 1 some cells failed, or measured numbers differ from published ones; 2 cannot
+run, or nothing is comparable (of ``diff`` and of tables); 130 broken off.
 """
 
 from pathlib import Path
@@ -9,138 +9,130 @@ from typing import Any, Literal
 
 import click
 
-from benchmarks.cells import Places, RunOptions
+from benchmarks.cells import RunOptions
 from benchmarks.commands import run_diff, run_grid, run_reference
 from benchmarks.compare.cli import compare
 from benchmarks.console import user_errors
 from benchmarks.doctor import doctor
-from benchmarks.engines.options import RETRIES, EngineOptions
-from benchmarks.grid import Filters, load_grid, parse_filters
-from benchmarks.options import adapter, folder, places_options, profile_option, results_option
+from benchmarks.grid import load_grid, parse_filters
+from benchmarks.options import (
+    adapter,
+    folder,
+    places,
+    places_options,
+    profile_option,
+    results_option,
+    text_options,
+)
 from benchmarks.published.cli import published
+from benchmarks.published.table import load_table
 from benchmarks.remake import tables
 from benchmarks.report.cli import report
-from benchmarks.schema import Grid
-from benchmarks.status.cli import status
-from tasks.common.anew import is_name, new_name
+from benchmarks.run.options import RETRIES, ExecutorOptions
+from benchmarks.watch.status import status
 
 
 class _Group(click.Group):
     """A command group whose user errors are one line on stderr."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        with user_errors(ctx, "Finished cells are kept: the same command goes on where it stopped."):
+        words = "the same command, without --force, goes on where it stopped"
+        with user_errors(ctx, f"Finished cells are kept: {words}."):
             return super().invoke(ctx)
-
-
-#: What ``--force`` without a name stands for.
-NEW = "new"
 
 
 def _gpus(_: click.Context, __: click.Parameter, value: float) -> float:
     if value > 1 and value != int(value):
-        raise click.BadParameter("above 1 it must be a whole number: Ray shares out one GPU, not several.")
+        words = "above 1 it must be a whole number: Ray shares out one GPU, not several."
+        raise click.BadParameter(words)
     return value
 
 
-def _force(_: click.Context, __: click.Parameter, value: str) -> str:
-    if value and value != NEW and not is_name(value):
-        raise click.BadParameter(f"'{value}' is no name of a run: give the one that it said, as --force=NAME.")
-    return new_name() if value == NEW else value
+_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=_Group, context_settings=_SETTINGS)
 def cli() -> None:
     """Run grids of models and methods, make tables, compare with published numbers."""
 
 
+_FILTERS = {
+    "tasks": "Only these tasks, or sections of the profile (comma list).",
+    "models": "Only these models; also ones the profile has but does not run by default.",
+    "methods": "Only these methods; fp is full precision.",
+    "bits": "Only these bits, such as w3a3,w4a4; also ones outside the profile.",
+    "seeds": "Only these seeds; also ones outside the profile.",
+    "axes": "Only these axes of an ablation, such as k,loss.",
+}
+_TABLE = "A published table, such as fimaq, instead of a profile; or a .yaml file."
+_DEVICE = "cpu, cuda, cuda:N or auto instead of the profile's device."
+_WEIGHTS = "Folder with checkpoints named <model.tag>.safetensors, .pth or .bin."
+_ENGINE = "Where cells run.  [default: local]"
+_RAY = "A Ray cluster that runs already; else one of this machine."
+_JOBS = "Cells at a time. CPU: by cores and threads; GPU: 1; Ray: what fits."
+_THREADS = "CPU threads per cell, instead of the profile's."
+_PLACEMENT = "Where what blocks take in and give is kept meanwhile."
+_RETRIES = "Attempts in a row at a cell whose process dies and that get no further; 0: no more."
+_REHEARSE = "Run the cells in small with random weights and images; estimate time and memory."
+_FORCE = "Remove what is there of these cells, then measure them. Without it a run goes on."
+_COUNT = click.IntRange(min=0)
+_SHARE = click.FloatRange(min=0, min_open=True)
+
+
 @cli.command()
 @profile_option
-@click.option(
-    "--table", default="", metavar="NAME", help="A published table, such as fimaq, instead of a profile; or a .yaml file."
-)
-@click.option("--tasks", default="", help="Only these tasks, or sections of the profile (comma list).")
-@click.option("--models", default="", help="Only these models; also ones the profile has but does not run by default.")
-@click.option("--methods", default="", help="Only these methods; fp is full precision.")
-@click.option("--bits", default="", help="Only these bits, such as w3a3,w4a4; also ones outside the profile.")
-@click.option("--seeds", default="", help="Only these seeds; also ones outside the profile.")
-@click.option("--axes", default="", help="Only these axes of an ablation, such as k,loss.")
-@click.option("--device", default="", help="cpu, cuda, cuda:N or auto instead of the profile's device.")
+@click.option("--table", default="", metavar="NAME", help=_TABLE)
+@text_options(_FILTERS)
+@click.option("--device", default="", help=_DEVICE)
 @places_options
-@click.option("--weights", default="", metavar="DIR", help="Folder with checkpoints named <model.tag>.safetensors, .pth or .bin.")
+@click.option("--weights", default="", metavar="DIR", help=_WEIGHTS)
 @results_option
-@click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True, help="Where cells run.")
-@click.option("--ray-address", default="", metavar="HOST:PORT", help="A Ray cluster that runs already; else one of this machine.")
+@click.option("--engine", type=click.Choice(["local", "ray"]), default="local", help=_ENGINE)
+@click.option("--ray-address", default="", metavar="HOST:PORT", help=_RAY)
 @click.option(
     "--gpus-per-cell",
-    type=click.FloatRange(min=0, min_open=True),
+    type=_SHARE,
     default=1.0,
     callback=_gpus,
     show_default=True,
     help="GPUs that Ray gives a cell; 0.5 lets two share one.",
 )
-@click.option("--jobs", type=click.IntRange(min=1), help="Cells at a time. CPU: by cores and threads; GPU: 1; Ray: what fits.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads a cell, instead of the profile's.")
-@click.option(
-    "--placement", type=click.Choice(["device", "host", "disk"]), help="Where what blocks take in and give is kept meanwhile."
-)
-@click.option(
-    "--retries",
-    type=click.IntRange(min=0),
-    default=RETRIES,
-    show_default=True,
-    help="Attempts in a row at a cell whose process dies and that get no further; 0: nothing is tried again.",
-)
+@click.option("--jobs", type=click.IntRange(min=1), help=_JOBS)
+@click.option("--threads", type=click.IntRange(min=1), help=_THREADS)
+@click.option("--placement", type=click.Choice(["device", "host", "disk"]), help=_PLACEMENT)
+@click.option("--retries", type=_COUNT, default=RETRIES, show_default=True, help=_RETRIES)
 @click.option("--plan", is_flag=True, help="List the cells and their settings; run nothing.")
-@click.option(
-    "--rehearse",
-    is_flag=True,
-    help="Run the cells in small with random weights and images; estimate time and memory.",
-)
+@click.option("--rehearse", is_flag=True, help=_REHEARSE)
 @click.option("--report", is_flag=True, help="Write the report too, as the command report does.")
-@click.option(
-    "--force",
-    is_flag=False,
-    flag_value=NEW,
-    default="",
-    metavar="[=NAME]",
-    callback=_force,
-    help="Measure again what is done. Such a run has a name, which it says; with it one that was broken off goes on.",
-)
+@click.option("--force", is_flag=True, help=_FORCE)
 def run(
-    profile: str, table: str, tasks: str, models: str, methods: str, bits: str, seeds: str, axes: str, device: str, imagenet: str,
-    coco: str, flickr: str, weights: str, results: Path, engine: Literal["local", "ray"], ray_address: str, gpus_per_cell: float,
-    jobs: int | None, threads: int | None, placement: Literal["device", "host", "disk"] | None, retries: int, plan: bool,
-    rehearse: bool, report: bool, force: str,
+    profile: str, table: str, device: str, weights: str, results: Path,
+    engine: Literal["local", "ray"], ray_address: str, gpus_per_cell: float, jobs: int | None,
+    threads: int | None, placement: Literal["device", "host", "disk"] | None, retries: int,
+    plan: bool, rehearse: bool, report: bool, force: bool, **texts: str,
 ) -> None:  # fmt: skip
-    """Measure a grid's cells, then print and write its table. Finished cells are not measured again."""
+    """Measure a grid's cells, then print and write its table. Finished cells stay."""
     context = click.get_current_context()
     if table and context.get_parameter_source("profile") is not click.core.ParameterSource.DEFAULT:
         raise click.UsageError("--table has a grid of its own: leave --profile out.")
-    published = None
-    if table:
-        from benchmarks.published.table import load_table
-
-        published = load_table(table)
-    grid: Grid = load_grid(profile) if published is None else published.grid()
-    filters: Filters = parse_filters(grid, tasks, models, methods, bits, seeds, axes)
-    places = Places(folder(imagenet), folder(coco), folder(flickr))
-    options = RunOptions(results, places, folder(weights), device or None, threads, force, placement)
-    how = EngineOptions(engine, jobs, ray_address, gpus_per_cell, retries)
+    published = load_table(table) if table else None
+    grid = load_grid(profile) if published is None else published.grid()
+    filters = parse_filters(grid, **{name: texts.pop(name) for name in _FILTERS})
+    data, where = places(texts), folder(weights)
+    options = RunOptions(results, data, where, device or None, threads, force, placement)
+    how = ExecutorOptions(engine, jobs, ray_address, gpus_per_cell, retries)
+    given = (grid, table or profile, filters, options, adapter(), how)
     if rehearse and not plan:
         from benchmarks.rehearsal.run import rehearse as rehearse_grid
 
-        name, tasks_adapter = table or profile, adapter()
-        context.exit(
-            rehearse_grid(grid, name, filters, options, tasks_adapter, how, report, published),
-        )
-    context.exit(run_grid(grid, table or profile, filters, options, adapter(), how, plan, report, published))
+        context.exit(rehearse_grid(*given, report, published))
+    context.exit(run_grid(*given, plan, report, published))
 
 
 @cli.command()
 @results_option
 @click.option("--all", "show_all", is_flag=True, help="Also list what has no published number.")
-@click.option("--allow-nothing", is_flag=True, help="Exit with 0, not 2, where nothing is comparable yet.")
+@click.option("--allow-nothing", is_flag=True, help="Exit with 0 if nothing is comparable.")
 def diff(results: Path, show_all: bool, allow_nothing: bool) -> None:
     """Compare everything measured with published numbers, like with like only."""
     click.get_current_context().exit(run_diff(results, show_all, nothing=0 if allow_nothing else 2))
@@ -151,19 +143,15 @@ def diff(results: Path, show_all: bool, allow_nothing: bool) -> None:
 @places_options
 @click.option("--weights", default="", metavar="DIR", help="As for run.")
 @results_option
-@click.option("--add", is_flag=True, help="Add these cells to the reference as those of another processor.")
-def reference(profile: str, imagenet: str, coco: str, flickr: str, weights: str, results: Path, add: bool) -> None:
+@click.option("--add", is_flag=True, help="Add these cells as those of another processor.")
+def reference(profile: str, weights: str, results: Path, add: bool, **texts: str) -> None:
     """Make the finished grid the committed reference (results/reference/) of its profile.
 
     A reference says how far results differ between processors: add the same cells from several.
     """
-    options = RunOptions(results, Places(folder(imagenet), folder(coco), folder(flickr)), folder(weights))
+    options = RunOptions(results, places(texts), folder(weights))
     click.get_current_context().exit(run_reference(load_grid(profile), options, adapter(), add))
 
 
-cli.add_command(compare)
-cli.add_command(tables)
-cli.add_command(published)
-cli.add_command(status)
-cli.add_command(doctor)
-cli.add_command(report)
+for command in (compare, tables, published, status, doctor, report):
+    cli.add_command(command)

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from benchmarks.cells import Adapter, Cell, Places, RunOptions, finished, finished_record
-from benchmarks.engines.options import EngineOptions
+from benchmarks.cells import Adapter, Cell, Places, RunOptions, finished
 from benchmarks.grid import Filters, chosen_axes, expand
+from benchmarks.run.options import ExecutorOptions
 from benchmarks.schema import Grid
 from fimaq_core.errors import FimaqError
-from tasks.common.anew import is_done
+from tasks.common.plan import forget
 from tasks.common.record import own_seconds
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def run_grid(
     filters: Filters,
     options: RunOptions,
     adapter: Adapter,
-    how: EngineOptions,
+    how: ExecutorOptions,
     plan: bool,
     report: bool = False,
     table: PublishedTable | None = None,
@@ -51,12 +51,12 @@ def run_grid(
         profile: what the user called the grid: a profile, or the table.
         table: the published table that the grid is of; its layout replaces the grid's own tables.
     """
-    from benchmarks.display import make_display
-    from benchmarks.engines.choice import engine_maker, settled
-    from benchmarks.engines.local import default_jobs
     from benchmarks.plan import plan_of
     from benchmarks.preflight import missing
-    from benchmarks.runner import Runner
+    from benchmarks.run.local import default_jobs
+    from benchmarks.run.options import executor_maker, settled
+    from benchmarks.run.runner import Runner
+    from benchmarks.watch.live import Watch
 
     cells = expand(grid, filters, options)
     if not cells:
@@ -66,8 +66,7 @@ def run_grid(
         print(plan_of(grid, filters, options, adapter, cells, at_once, _terminal_width()))
         return 0
     measured = {cell.key: found for cell in cells if (found := finished(cell, adapter)) is not None}
-    done = {key for key, (_, folder) in measured.items() if is_done(folder / "result.json", options.force)}
-    todo = [cell for cell in cells if cell.key not in done]
+    todo = [cell for cell in cells if options.force or cell.key not in measured]
     failures = []
     if todo:
         messages = missing(todo, adapter)
@@ -79,15 +78,14 @@ def run_grid(
         options = settled(options, how, options.device or grid.device, threads)
         todo_keys = {cell.key for cell in todo}
         todo = [cell for cell in expand(grid, filters, options) if cell.key in todo_keys]
-        display = make_display(Console(highlight=False), options.results / "runs" / ".state", how.name)
+        watch = Watch(Console(highlight=False), options.results / "runs" / ".state", how.name)
         if options.force:
-            print(
-                f"Measuring again, as run {options.force}: broken off, it goes on with --force={options.force} (FORCE= for make)."
-            )
+            forget((cell.request for cell in todo), adapter.planned_folder)
+            print("What was there of these cells is removed. Without --force the same command goes on where it stopped.")
         logs = options.results / "runs" / ".logs" / f"{platform.node()}-{os.getpid()}"  # several may run on one folder
-        make_engine = engine_maker(options, how, threads, grid.jobs, logs)
+        make_executor = executor_maker(options, how, threads, grid.jobs, logs)
         with _ended_as_by_hand():
-            runner = Runner(adapter, display, make_engine, len(cells) - len(todo), how.retries)
+            runner = Runner(adapter, watch, make_executor, len(cells) - len(todo), how.retries)
             runner.learn((cell, own_seconds(measured[cell.key][0])) for cell in cells if cell.key in measured)
             failures = runner.run(todo)
         if not failures:
@@ -114,8 +112,7 @@ def run_grid(
         print(f"\n{len(failures)} of {len(cells)} cells failed:", file=sys.stderr)
         for failure in failures:
             log = f" (details: {failure.log})" if failure.log else ""
-            kept = " The table keeps its former value." if finished_record(failure.cell, adapter) else ""
-            print(f"  {failure.cell.label}: {failure.message}{log}{kept}", file=sys.stderr)
+            print(f"  {failure.cell.label}: {failure.message}{log}", file=sys.stderr)
         print("Finished cells are kept. To run only the failed ones:", file=sys.stderr)
         again = rerun_command(
             profile,
@@ -245,7 +242,7 @@ def rerun_command(
     profile: str,
     cells: Sequence[Cell],
     options: RunOptions,
-    how: EngineOptions,
+    how: ExecutorOptions,
     axes: Sequence[str] | None = None,
     option: str = "--profile",
 ) -> str:
@@ -274,8 +271,6 @@ def rerun_command(
             parts += [flag, str(value)]
     if options.results != Path("results"):
         parts += ["--results", str(options.results)]
-    if options.force:
-        parts.append(f"--force={options.force}")
     return shlex.join(parts)
 
 

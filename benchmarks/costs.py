@@ -1,39 +1,53 @@
-"""Costs of cells: measured ones of finished cells, estimates of others.
+"""Seconds, memory and disk of cells: measured, or estimated from the best source there is.
 
-Estimates come from finished cells, a committed reference, a rehearsal, or published minutes.
+Sources in their order: finished cells here, the committed reference, a rehearsal, published
+minutes. Times of CPUs and of GPUs are never mixed.
 """
 
 import csv
 import io
-import itertools
+import json
+import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from benchmarks.cells import Cell, Key
-from benchmarks.estimate import Estimator, levels
-from benchmarks.published.minutes import Minutes, published_minutes
+from benchmarks.cells import Cell
+from benchmarks.estimate import METHOD, MODEL, OWN, Estimator, Group
+from benchmarks.names import PUBLISHED, StudyName, load_names
 from benchmarks.units import duration
-from fimaq_core.errors import FimaqError
+from fimaq_core.errors import FimaqError, first_problem
 from fimaq_core.recipe import Recipe, make_recipe
 from tasks.common import registry
 from tasks.common.record import ResultRecord, own_seconds
-from tasks.common.strict import Strict
 
 Device = Literal["cpu", "gpu"]
 Source = Literal["measured", "here", "reference", "rehearsal", "published", "alike"]
 
 REFERENCE = Path(__file__).resolve().parents[1] / "results" / "reference"
+#: Sources for people, in the order of trust. ``here``: finished cells alike; ``published``:
+#: minutes of the cell's method on its model; ``alike``: of a method that does the same work.
+_WORDS: dict[Source, str] = {
+    "measured": "measured",
+    "here": "from finished cells",
+    "reference": "from the reference",
+    "rehearsal": "rehearsed",
+    "published": "published",
+    "alike": "published, method alike",
+}
+#: Kinds of evidence, the best first; see the README beside ``cost.csv``.
+_EVIDENCE = ("primary", "cited", "user-reported", "secondary", "aggregator")
 
-_DAMAGED = "The reference costs {} are damaged (`python -m benchmarks reference` makes them)"
 
+class CostRow(BaseModel):
+    """Costs of a cell: seconds of all stages, bytes of memory and disk, and the machine."""
 
-class CostRow(Strict):
-    """A cell's costs: seconds of all its stages, the peak of its memory in bytes, and what it was measured on."""
+    model_config = ConfigDict(frozen=True)
 
     section: str
     model: str
@@ -46,6 +60,7 @@ class CostRow(Strict):
     peak_memory_bytes: int = Field(ge=0, le=1 << 60)
     device: str
     threads: int = Field(ge=0)
+    disk_bytes: int | None = Field(None, ge=0, exclude=True)
 
     @property
     def machine(self) -> str:
@@ -63,26 +78,16 @@ class CostRow(Strict):
         return self.section, self.model, self.scope, self.method, self.bits, self.point, self.seed
 
 
-class RehearsedRow(CostRow):
-    """Estimated costs of a cell from a small run of it, with the disk that the cell will take."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    disk_bytes: int = Field(ge=0)
-
-
-class _Rehearsal(BaseModel):
-    cells: list[RehearsedRow]
-
-
 def cost_row(cell: Cell, record: ResultRecord) -> CostRow:
     """Return the costs of a finished cell."""
-    where = record.environment
     return CostRow(
-        section=cell.section, model=cell.model, scope=cell.scope, method=cell.method, bits=cell.bits, seed=cell.seed,
-        point=cell.point, seconds=round(own_seconds(record), 3), peak_memory_bytes=record.peak_memory_bytes,
-        device=where.device, threads=where.threads,
-    )  # fmt: skip
+        **cell.name._asdict(),
+        seed=cell.seed,
+        seconds=round(own_seconds(record), 3),
+        peak_memory_bytes=record.peak_memory_bytes,
+        device=record.environment.device,
+        threads=record.environment.threads,
+    )
 
 
 def costs_path(profile: str, folder: Path = REFERENCE) -> Path:
@@ -93,73 +98,52 @@ def costs_path(profile: str, folder: Path = REFERENCE) -> Path:
 def costs_text(rows: Iterable[CostRow]) -> str:
     """Return the rows as CSV; no seed for full precision."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(CostRow.model_fields), lineterminator="\n")
+    names = [name for name in CostRow.model_fields if name != "disk_bytes"]
+    writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(row.model_dump() for row in rows)
     return text.getvalue()
 
 
 def read_costs(path: Path) -> list[CostRow]:
-    """Read a file that :func:`costs_text` made; nothing where there is none.
+    """Read a file that :func:`costs_text` or a rehearsal made; nothing where there is none.
 
     Raises:
         FimaqError: it cannot be read, or a row does not fit.
     """
+    what, fix = "reference costs", "`python -m benchmarks reference` makes them"
+    if path.suffix == ".json":
+        what, fix = "rehearsal", "delete it or rehearse anew"
     try:
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return []
-    except (OSError, UnicodeDecodeError) as error:
-        raise FimaqError(f"Cannot read the reference costs {path}: {error}.") from error
-    try:
         found = csv.DictReader(io.StringIO(text, newline=""))
-        return [CostRow.model_validate({**row, "seed": row.get("seed") or None}) for row in found]
-    except (csv.Error, TypeError) as error:
-        raise FimaqError(f"{_DAMAGED.format(path)}: {error}.") from error
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise FimaqError(f"{_DAMAGED.format(path)}: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from error
-
-
-def read_rehearsal(path: Path) -> list[RehearsedRow]:
-    """Read the estimates of a rehearsal; nothing where there is none.
-
-    Raises:
-        FimaqError: the file cannot be read, or it holds something else.
-    """
-    try:
-        return _Rehearsal.model_validate_json(path.read_bytes()).cells
+        rows = json.loads(text)["cells"] if path.suffix == ".json" else list(found)
+        if any(None in row for row in rows):
+            raise ValueError("a line has more fields than the first")
+        return [CostRow.model_validate({**row, "seed": row.get("seed") or None}) for row in rows]
     except FileNotFoundError:
         return []
-    except (OSError, ValidationError) as error:
-        first = str(error).splitlines()[0]
-        raise FimaqError(
-            f"Cannot read the rehearsal {path}: {first}. Delete it or rehearse anew.",
-        ) from error
+    except (OSError, ValueError, LookupError, TypeError, csv.Error) as error:
+        why = first_problem(error) if isinstance(error, ValidationError) else error
+        raise FimaqError(f"Cannot read the {what} {path}: {why} ({fix}).") from error
 
 
 Rows = Sequence[tuple[Source, Sequence[CostRow]]]
-_Pair = tuple[Cell, CostRow]
 
 
 def other_rows(grids: Iterable[str], results: Path, folder: Path) -> tuple[Rows, list[str]]:
     """Return the costs that are not from finished cells here, the most trusted first, and warnings.
 
-    Args:
-        grids: names of the grids.
-        results: root of what runs and rehearsals write.
-        folder: holds the committed reference and the committed rehearsal.
+    Rehearsals are below ``results``, and committed in ``folder`` beside the references.
     """
-    files: Sequence[tuple[Source, Callable[[Path], Sequence[CostRow]], Path]] = (
-        *(("reference", read_costs, costs_path(grid, folder)) for grid in grids),
-        ("rehearsal", read_rehearsal, results / "rehearsal" / "rehearsal.json"),
-        ("rehearsal", read_rehearsal, folder / "rehearsal.json"),
-    )
+    files: list[tuple[Source, Path]] = [("reference", costs_path(grid, folder)) for grid in grids]
+    files += [("rehearsal", results / "rehearsal" / "rehearsal.json")]
+    files += [("rehearsal", folder / "rehearsal.json")]
     rows: list[tuple[Source, Sequence[CostRow]]] = []
     notes = []
-    for source, read, path in files:
+    for source, path in files:
         try:
-            rows.append((source, read(path)))
+            rows.append((source, read_costs(path)))
         except FimaqError as error:
             notes.append(f"warning: {error}")
     return rows, notes
@@ -167,26 +151,15 @@ def other_rows(grids: Iterable[str], results: Path, folder: Path) -> tuple[Rows,
 
 @dataclass(frozen=True)
 class Cost:
-    """Time and memory of a cell, and where they are known from.
-
-    Attributes:
-        memory: peak in bytes; None where it is not known.
-        source: ``measured``: the cell's own record; ``here``: finished cells alike; ``reference``
-            and ``rehearsal``: the cell's row there, or rows alike; ``published``: minutes of its
-            method on its model; ``alike``: published minutes of a method that does the same work.
-        device: kind of the device it was measured on.
-        disk: bytes; None where it is not known.
-        note: what it was measured on, for people; of published minutes with their source.
-        memory_note: the same of memory and disk, where these are from elsewhere.
-    """
+    """Time, memory and disk of a cell, and where they are known from."""
 
     seconds: float
-    memory: int | None
+    memory: int | None  #: peak in bytes
     source: Source
-    device: Device
+    device: Device  #: kind of the device it was measured on
     disk: int | None = None
-    note: str = ""
-    memory_note: str = ""
+    note: str = ""  #: the machine, for people; of published minutes with their source
+    memory_note: str = ""  #: the same of memory and disk, where these are from elsewhere
 
     @property
     def origin(self) -> str:
@@ -198,79 +171,33 @@ class Cost:
         return f"{words}, {self.note}"
 
 
-class _Known:
-    """Costs of one source on one kind of device, by cell and for cells alike."""
-
-    def __init__(self, source: Source, device: Device, rows: Iterable[_Pair]) -> None:
-        self.source, self.device = source, device
-        self.machines: Counter[str] = Counter()
-        self._rows: dict[Key, CostRow] = {}
-        self._estimator = Estimator()
-        self._memory: dict[tuple[str, ...], int] = defaultdict(int)
-        for cell, row in rows:
-            if cell.key in self._rows:
-                continue
-            self._rows[cell.key] = row
-            self.machines[row.machine] += 1
-            self._estimator.add(cell, row.seconds)
-            for level in levels(cell):
-                self._memory[level] = max(self._memory[level], row.peak_memory_bytes)
-
-    def of_cell(self, cell: Cell) -> Cost | None:
-        """Return the cell's own costs."""
-        row = self._rows.get(cell.key)
-        if row is None:
-            return None
-        source: Source = "measured" if self.source == "here" else self.source
-        disk = row.disk_bytes if isinstance(row, RehearsedRow) else None
-        return Cost(row.seconds, row.peak_memory_bytes, source, self.device, disk, row.machine)
-
-    def of_method(self, cell: Cell) -> Cost | None:
-        """Estimate from cells of the same method, in the same section and scope.
-
-        From a rehearsal only where the model is the same too: else published minutes tell more.
-        """
-        rehearsed = self.source == "rehearsal"
-        estimate = self._estimator.of_model if rehearsed else self._estimator.of_method
-        return self._cost(cell, estimate(cell))
-
-    def of_kind(self, cell: Cell) -> Cost | None:
-        """Estimate from cells of the same kind too, anywhere."""
-        return self._cost(cell, self._estimator.seconds(cell))
-
-    def _cost(self, cell: Cell, seconds: float | None) -> Cost | None:
-        if seconds is None:
-            return None
-        found = (self._memory[level] for level in levels(cell) if level in self._memory)
-        machines = "; ".join(self.machines)
-        return Cost(seconds, next(found, 0), self.source, self.device, note=machines)
-
-
 class Costs:
     """Costs of the cells of a grid; see :meth:`of`."""
 
-    def __init__(self, finished: Sequence[_Pair], rows: Rows, cells: Iterable[Cell]) -> None:
-        """Gather what is known.
-
-        Args:
-            finished: cells with records, and their costs.
-            rows: costs from elsewhere, see :func:`other_rows`.
-            cells: of the whole grid; rows of others are left out.
-        """
-        named: dict[tuple[object, ...], Cell] = {}
-        if any(found for _, found in rows):
-            named = {(*cell.name, cell.seed): cell for cell in cells}
-        self._known: dict[Device, list[_Known]] = {"cpu": [], "gpu": []}
-        pairs: list[tuple[Source, Sequence[_Pair]]] = [("here", finished)]
+    def __init__(
+        self,
+        finished: Iterable[tuple[Cell, CostRow]],
+        rows: Rows,
+        cells: Iterable[Cell],
+    ) -> None:
+        """Gather costs of finished cells, and :func:`other_rows` of ``cells``, the whole grid."""
+        named = {(*cell.name, cell.seed): cell for cell in cells} if any(r for _, r in rows) else {}
+        self._known: dict[Device, list[tuple[Source, Estimator]]] = {"cpu": [], "gpu": []}
+        self._add("here", finished)
         for source, found in rows:
             own = [(named[row.name], row) for row in found if row.name in named]
             if source == "rehearsal":
-                own = [(cell, row) for cell, row in own if _as_rehearsed(cell)]
-            pairs.append((source, own))
-        for device, known in self._known.items():
-            for source, all_pairs in pairs:
-                mine = [(cell, row) for cell, row in all_pairs if row.device_kind == device]
-                known.append(_Known(source, device, mine))
+                own = [(cell, row) for cell, row in own if has_known_settings(cell)]
+            self._add(source, own)
+
+    def _add(self, source: Source, pairs: Iterable[tuple[Cell, CostRow]]) -> None:
+        for known in self._known.values():
+            known.append((source, Estimator()))
+        for cell, row in pairs:
+            _, estimator = self._known[row.device_kind][-1]
+            if estimator.estimate(cell, OWN) is None:
+                memory, disk = row.peak_memory_bytes, row.disk_bytes
+                estimator.add(cell, row.seconds, memory, disk, row.machine)
 
     def of(self, cell: Cell) -> Cost | None:
         """Return what a cell cost, or is going to cost; None if nothing tells.
@@ -278,47 +205,46 @@ class Costs:
         Its own record comes first. The next are, in this order: finished cells of its method in
         its section and scope; its row of the reference, or rows alike; its row of the rehearsal,
         or rows of its model and method; published minutes; finished cells that do the same kind
-        of work. Costs from the kind of device that the cell is to run on come before all others,
-        and a cost says which it is from. Published minutes come without memory: it is then that
-        of the next of these.
+        of work. Costs from the kind of device that the cell is to run on come before all others.
+        Published minutes come without memory: it is then that of the next of these.
         """
-        devices: tuple[Device, ...] = ("gpu", "cpu")
-        if device_kind(cell) == "cpu":
-            devices = ("cpu", "gpu")
-        own = (self._known[device][0].of_cell(cell) for device in devices)
-        estimates = (self._estimates(cell, device) for device in devices)
-        known = (cost for cost in itertools.chain(own, *estimates) if cost is not None)
+        known = self._costs(cell)
         best = next(known, None)
         if best is None or best.memory is not None:
             return best
         other = next((cost for cost in known if cost.memory is not None), None)
         if other is None:
             return best
-        return replace(best, memory=other.memory, disk=other.disk, memory_note=f"{_WORDS[other.source]}, {other.note}")
+        note = f"{_WORDS[other.source]}, {other.note}"
+        return replace(best, memory=other.memory, disk=other.disk, memory_note=note)
 
-    def _estimates(self, cell: Cell, device: Device) -> Iterable[Cost | None]:
-        here = self._known[device][0]
-        for known in self._known[device]:
-            yield known.of_cell(cell)
-            yield known.of_method(cell)
-        if device == "gpu":
-            yield published_cost(cell, published_minutes().get(cell.model, ()))
-        yield here.of_kind(cell)
+    def _costs(self, cell: Cell) -> Iterator[Cost]:
+        devices: tuple[Device, ...] = ("cpu", "gpu")
+        if device_kind(cell) == "gpu":
+            devices = ("gpu", "cpu")
+        for device in devices:
+            yield from _cost("measured", device, self._known[device][0][1].estimate(cell, OWN))
+        for device in devices:
+            for source, estimator in self._known[device]:
+                # A rehearsal of another model tells less than published minutes.
+                depth = MODEL if source == "rehearsal" else METHOD
+                yield from _cost(source, device, estimator.estimate(cell, depth))
+            if device == "gpu":
+                found = published_cost(cell, published_minutes().get(cell.model, ()))
+                yield from () if found is None else (found,)
+            yield from _cost("here", device, self._known[device][0][1].estimate(cell))
 
     def machines(self, source: Source) -> Mapping[str, int]:
         """Return what the costs of a source were measured on, with the number of cells of each."""
-        found: Counter[str] = Counter()
-        for known in (*self._known["cpu"], *self._known["gpu"]):
-            if known.source == source:
-                found += known.machines
-        return found
+        every = (pair for each in self._known.values() for pair in each)
+        return sum((estimator.machines for name, estimator in every if name == source), Counter())
 
 
-#: Names of sources for people, in the order of trust.
-_WORDS: dict[Source, str] = {
-    "measured": "measured", "here": "from finished cells", "reference": "from the reference",
-    "rehearsal": "rehearsed", "published": "published", "alike": "published, method alike",
-}  # fmt: skip
+def _cost(source: Source, device: Device, found: tuple[float, Group] | None) -> Iterator[Cost]:
+    if found is not None:
+        seconds, group = found
+        note = "; ".join(group.machines)
+        yield Cost(seconds, group.memory, source, device, group.disk, note)
 
 
 def origins(costs: Iterable[Cost]) -> str:
@@ -332,52 +258,82 @@ def device_kind(cell: Cell) -> Device:
     return "cpu" if cell.request.device == "cpu" else "gpu"
 
 
+def has_known_settings(cell: Cell) -> bool:
+    """Return whether a cell has its method's released settings, or those of a named point."""
+    return bool(cell.point) or _is_released(cell)
+
+
+def _is_released(cell: Cell) -> bool:
+    recipe = cell.request.recipe
+    return recipe is None or not recipe.changes(registry.defaults(cell.task))
+
+
+class Minutes(NamedTuple):
+    """Published minutes of a whole quantization on one GPU, a row of ``cost.csv``."""
+
+    method: str  #: the method's id here
+    minutes: float
+    bits: tuple[int, int]  #: far from all others where the source does not state them
+    images: int | None  #: calibration images, where the study is one of their number
+    place: str  #: the device and the source, for people
+    rank: int  #: of the evidence, the best first
+    study: int  #: the newest first
+
+
+@cache
+def published_minutes(path: Path = PUBLISHED / "cost.csv") -> Mapping[str, Sequence[Minutes]]:
+    """Return the run times of a file by the model's id and by its ``model.tag``, in file order."""
+    names = load_names()
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["metric"] == "minutes"]
+    studies = list(dict.fromkeys(row["study"] for row in rows))
+    found: dict[str, list[Minutes]] = defaultdict(list)
+    for row in rows:
+        model, method = names.models.get(row["model"]), names.methods.get(row["method"])
+        if model is None or method is None:
+            continue
+        study = names.studies.get(row["study"], StudyName())
+        source = re.sub(r" paper full text \([^)]*\)", "", row["source"])
+        time = Minutes(
+            method=method.comparable.get(row["variant"], method.id),
+            minutes=float(row["value"]),
+            bits=(int(row["w_bit"] or 99), int(row["a_bit"] or 99)),
+            images=study.images,
+            place=f"an {study.device} ({source})",
+            rank=_EVIDENCE.index(row["evidence"]),
+            study=-studies.index(row["study"]),  # the newest is listed last
+        )
+        found[model.id].append(time)
+        found[model.tag].append(time)
+    return found
+
+
 def published_cost(cell: Cell, times: Sequence[Minutes]) -> Cost | None:
     """Return published minutes of the cell's method, else of a method that does the same work.
 
     The same method comes first, then the best evidence, the nearest bits, and the newest study:
     studies are never averaged. Methods do the same work if both reconstruct with the same steps,
-    or neither does.
-
-    Args:
-        times: published for the cell's model.
-
-    Returns:
-        None for full precision, and where no method of ``times`` does the same work.
+    or neither does. None for full precision, and where none of the model's ``times`` fits.
     """
     recipe = cell.request.recipe
-    if recipe is None or not times:
+    if recipe is None:
         return None
-    usual = registry.defaults(cell.task)
-    recipes = {time.method: make_recipe(time.method, usual) for time in times}
-    own = {method: method == recipe.method and _released(cell) for method in recipes}
-
-    def order(time: Minutes) -> tuple[object, ...]:
-        mlp = recipe.reconstruct_mlp != recipes[time.method].reconstruct_mlp
-        images = time.images not in (None, recipe.calibration_images)
-        bits = time.distance(recipe.w_bits, recipe.a_bits)
-        unlike = not own[time.method], time.method != recipe.method, mlp
-        return *unlike, time.evidence, bits, images, time.study
-
-    work = _work(recipe)
-    fit = (time for time in times if own[time.method] or work == _work(recipes[time.method]))
-    best = min(fit, key=order, default=None)
-    if best is None:
+    usual, released = registry.defaults(cell.task), _is_released(cell)
+    ranked = []
+    for time in times:
+        other, same = make_recipe(time.method, usual), time.method == recipe.method
+        if (same and released) or _work(other) == _work(recipe):
+            mlp = other.reconstruct_mlp != recipe.reconstruct_mlp
+            bits = abs(time.bits[0] - recipe.w_bits) + abs(time.bits[1] - recipe.a_bits)
+            images = time.images not in (None, recipe.calibration_images)
+            unlike = (not (same and released), not same, mlp)
+            ranked.append(((*unlike, time.rank, bits, images, time.study), time))
+    if not ranked:
         return None
-    if own[best.method]:
+    best = min(ranked, key=lambda pair: pair[0])[1]
+    if released and best.method == recipe.method:
         return Cost(60 * best.minutes, None, "published", "gpu", note=best.place)
     return Cost(60 * best.minutes, None, "alike", "gpu", note=f"{best.method} on {best.place}")
-
-
-def _released(cell: Cell) -> bool:
-    """Return whether a cell has its method's released settings, as its task has them."""
-    recipe = cell.request.recipe
-    return recipe is None or not recipe.changes(registry.defaults(cell.task))
-
-
-def _as_rehearsed(cell: Cell) -> bool:
-    """Return whether a rehearsed cell of this name has these settings: released, or a named point."""
-    return bool(cell.point) or _released(cell)
 
 
 def _work(recipe: Recipe) -> tuple[object, ...]:

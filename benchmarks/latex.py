@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TypeVar
 
-from benchmarks.axes import Axes
 from benchmarks.cells import Cell
+from benchmarks.schema import Axes
 from benchmarks.summary import PAIRS
 from benchmarks.tables import FULL, Measured, frame, in_order, is_percent, main_metric, sample_counts, unique
 

@@ -1,4 +1,4 @@
-"""The plan of a grid: its cells with their settings, costs and what is there of them, as a table, without running anything."""
+"""The plan of a grid: its cells with settings, costs and what is there of them. Runs nothing."""
 
 import heapq
 from collections import Counter
@@ -7,11 +7,10 @@ from pathlib import Path
 
 from tabulate import tabulate  # type: ignore[import-untyped, unused-ignore]
 
-from benchmarks.cells import Adapter, Cell, Key, RunOptions, finished_record, known_folder, record_in
+from benchmarks.cells import Adapter, Cell, Key, RunOptions, known_folder, record_in
 from benchmarks.costs import (
     REFERENCE,
     Cost,
-    CostRow,
     Costs,
     Rows,
     Source,
@@ -26,121 +25,103 @@ from benchmarks.units import duration, size_text
 
 #: Columns that are shown only where a cell has something there.
 _SOMETIMES = ("#", "scope", "s bits", "point", "MLP steps", "time", "memory", "cached")
-
-#: What is left out of a table that is too wide for a terminal, in this order; the rest says which cell is meant.
-_LEAST = ("transform", "batch", "s bits", "images", "MLP steps", "loss", "steps", "done", "memory", "task", "seed", "cached")
-
+#: Columns that a table leaves out, in this order, if it is too wide for a terminal.
+_LEAST = (
+    "transform", "batch", "s bits", "images", "MLP steps", "loss", "steps", "done", "memory",
+    "task", "seed", "cached",
+)  # fmt: skip
 _GAP = 2
-
-#: Measured costs by their source, for people.
-_ORIGINS: dict[Source, str] = {
-    "here": "finished cells here", "reference": "the reference", "rehearsal": "the rehearsal"
-}  # fmt: skip
-
-#: Finished cells of a method, beyond those planned, that are looked at for its costs.
-_ENOUGH = 8
+#: Sources of costs that were measured, for people.
+_MACHINES: dict[Source, str] = {
+    "here": "finished cells here",
+    "reference": "the reference",
+    "rehearsal": "the rehearsal",
+}
 
 
 def plan_of(
-    grid: Grid, filters: Filters, options: RunOptions, adapter: Adapter, cells: Sequence[Cell], jobs: int,
-    width: int | None = None, reference: Path = REFERENCE,
-) -> str:  # fmt: skip
-    """Return the plan of ``cells``, which ``filters`` leave of a grid; see :func:`plan_text`.
-
-    Args:
-        reference: folder with reference costs and the committed rehearsal.
-    """
+    grid: Grid,
+    filters: Filters,
+    options: RunOptions,
+    adapter: Adapter,
+    cells: Sequence[Cell],
+    jobs: int,
+    width: int | None = None,
+    reference: Path = REFERENCE,
+) -> str:
+    """Return the plan of ``cells``, which ``filters`` leave of a grid; see :func:`plan_text`."""
     rows, notes = other_rows([grid.name], options.results, reference)
-    known = expand(grid, Filters(), options) if filters.active else cells
-    return "\n".join([plan_text(cells, adapter, known, rows, jobs, width), *notes])
+    known = expand(grid, Filters(), options) if filters.active else ()
+    plan = plan_text(cells, adapter, known, rows, jobs, width, options.force)
+    return "\n".join([plan, *notes])
 
 
 def plan_text(
-    cells: Sequence[Cell], adapter: Adapter, known: Sequence[Cell] = (), others: Rows = (), jobs: int = 1,
+    cells: Sequence[Cell],
+    adapter: Adapter,
+    known: Sequence[Cell] = (),
+    others: Rows = (),
+    jobs: int = 1,
     width: int | None = None,
-) -> str:  # fmt: skip
-    """Return the table of cells and lines with their number, time, memory and where these are from.
+    force: bool = False,
+) -> str:
+    """Return the table of cells, and lines with their number, time, memory and their sources.
 
-    ``done`` tells which have a record already, ``#`` the order in which the others start. ``task`` is the section of the grid.
-    ``s bits`` are the bits of attention probabilities where they are not those of the other activations. ``time`` and
-    ``memory`` were measured of cells that are done and are estimates (~) of others. ``cached`` is what a cell would find done.
+    ``#`` is the order in which cells start, ``s bits`` are bits of attention probabilities if they
+    differ from other activations', ``~`` marks estimates, ``cached`` is what a cell finds done.
 
     Args:
-        known: of the whole grid, for estimates: costs of what is finished there, too.
-        others: costs from elsewhere, for what nothing here tells.
+        known: cells of the whole grid, whose measured costs help to estimate.
+        others: costs from elsewhere.
         jobs: cells at a time.
-        width: of a terminal: a wider table leaves columns out and says so. None: everything.
+        width: of a terminal; a wider table leaves columns out and says so.
+        force: measure cells that are done, too.
     """
-    folders = {cell.key: known_folder(cell, adapter) for cell in cells}
-    done = [(cell, row) for cell in cells if (row := _measured(cell, folders[cell.key])) is not None]
-    finished = {cell.key for cell, _ in done}
-    todo = [cell for cell in cells if cell.key not in finished or cell.request.force]
-    costs = Costs([*done, *_more(todo, done, known, adapter)], others, [*known, *cells])
+    from benchmarks.run.order import make_chains
+
+    every = {cell.key: cell for cell in (*cells, *known)}
+    folders = {key: known_folder(cell, adapter) for key, cell in every.items()}
+    records = {key: folder and record_in(folder) for key, folder in folders.items()}
+    found = ((cell, records[key]) for key, cell in every.items())
+    done = [(cell, cost_row(cell, record)) for cell, record in found if record]
+    todo = [cell for cell in cells if force or records[cell.key] is None]
+    costs = Costs(done, others, every.values())
     each = {cell.key: costs.of(cell) for cell in cells}
-    chains = _chains(todo)
-    order = {cell.key: number for number, cell in enumerate((cell for chain in chains for cell in chain), 1)}
+    chains = make_chains(todo)
+    order = {cell.key: str(n) for n, cell in enumerate((c for chain in chains for c in chain), 1)}
     rows = []
     for cell in cells:
-        is_done = cell.key in finished
-        rows.append({
-            "#": str(order.get(cell.key, "-")), **_settings(cell), "done": "yes" if is_done else "no",
-            **_cost(cell, each[cell.key]),
-            "cached": "-" if is_done else _cached(cell, folders[cell.key], adapter),
-        })  # fmt: skip
-    lines = [f"{len(rows)} cells, {len(done)} done, {len(rows) - len(done)} to run.", *_totals(chains, each, jobs)]
-    return "\n".join([*_table(rows, width), "", *lines, *_origins(todo, each, costs)])
-
-
-def _measured(cell: Cell, folder: Path | None) -> CostRow | None:
-    record = None if folder is None else record_in(folder)
-    return None if record is None else cost_row(cell, record)
-
-
-def _chains(todo: Sequence[Cell]) -> list[list[Cell]]:
-    from benchmarks.schedule import make_chains
-
-    return make_chains(todo)
-
-
-def _more(
-    todo: Sequence[Cell], done: Sequence[tuple[Cell, CostRow]], known: Sequence[Cell], adapter: Adapter
-) -> list[tuple[Cell, CostRow]]:
-    """Costs of finished cells that are not planned, for methods of which no planned cell is finished."""
-    planned = {cell.key for cell in todo} | {cell.key for cell, _ in done}
-    has = {_method(cell) for cell, _ in done}
-    wanted = dict.fromkeys((_method(cell) for cell in todo if _method(cell) not in has), _ENOUGH)
-    found = []
-    for cell in known:
-        method = _method(cell)
-        if wanted.get(method, 0) and cell.key not in planned and (record := finished_record(cell, adapter)) is not None:
-            wanted[method] -= 1
-            found.append((cell, cost_row(cell, record)))
-    return found
-
-
-def _method(cell: Cell) -> tuple[str, str, str]:
-    return cell.section, cell.scope, cell.method
+        is_done, folder = records[cell.key] is not None, folders[cell.key]
+        cached = [] if is_done or folder is None else adapter.cached(cell.request, folder)
+        row = {"#": order.get(cell.key, "-"), **_settings(cell), "done": "yes" if is_done else "no"}
+        rows.append({**row, **_cost(cell, each[cell.key]), "cached": ", ".join(cached) or "-"})
+    finished = sum(row["done"] == "yes" for row in rows)
+    lines = [f"{len(rows)} cells, {finished} done, {len(todo)} to run."]
+    lines += [*_totals(chains, each, jobs), *_origins(todo, each, costs)]
+    return "\n".join([*_table(rows, width), "", *lines])
 
 
 def _settings(cell: Cell) -> dict[str, str]:
     recipe = cell.request.recipe
-    row = {"task": cell.section, "model": cell.model, "scope": cell.scope or "-", "method": cell.method, "bits": cell.bits}
-    names = ("s bits", "point", "seed", "steps", "MLP steps", "loss", "images", "batch", "transform")
-    row |= dict.fromkeys(names, "-")
+    settings: dict[str, object] = {
+        "task": cell.section,
+        "model": cell.model,
+        "scope": cell.scope,
+        "method": cell.method,
+        "bits": cell.bits,
+        **dict.fromkeys(("s bits", "point", "seed", "steps", "MLP steps", "loss")),
+        **dict.fromkeys(("images", "batch", "transform")),
+    }
     if recipe is not None:
-        batch = recipe.batch_size if recipe.reconstruct else recipe.mlp_batch if recipe.reconstruct_mlp else "-"
-        row |= {
-            "s bits": str(recipe.s_bits) if recipe.s_bits not in (None, recipe.a_bits) else "-",
-            "point": cell.point or "-",
-            "seed": str(recipe.seed),
-            "steps": str(recipe.steps) if recipe.reconstruct else "-",
-            "MLP steps": str(recipe.mlp_steps) if recipe.reconstruct_mlp else "-",
-            "loss": recipe.loss if recipe.reconstruct else "-",
-            "images": str(recipe.calibration_images),
-            "batch": str(batch),
-            "transform": recipe.calibration_transform,
-        }
-    return row
+        settings |= {"point": cell.point, "seed": str(recipe.seed)}
+        settings |= {"images": recipe.calibration_images, "transform": recipe.calibration_transform}
+        if recipe.s_bits != recipe.a_bits:
+            settings["s bits"] = recipe.s_bits
+        if recipe.reconstruct_mlp:
+            settings |= {"MLP steps": recipe.mlp_steps, "batch": recipe.mlp_batch}
+        if recipe.reconstruct:
+            settings |= {"steps": recipe.steps, "loss": recipe.loss, "batch": recipe.batch_size}
+    return {name: str(value or "-") for name, value in settings.items()}
 
 
 def _cost(cell: Cell, cost: Cost | None) -> dict[str, str]:
@@ -153,37 +134,44 @@ def _cost(cell: Cell, cost: Cost | None) -> dict[str, str]:
     return {"time": f"{about}{duration(cost.seconds)}{other}", "memory": memory}
 
 
-def _cached(cell: Cell, folder: Path | None, adapter: Adapter) -> str:
-    # Without a folder, data or weights are missing: the run says so.
-    return "-" if folder is None else ", ".join(adapter.cached(cell.request, folder)) or "-"
-
-
 def _table(rows: Sequence[Mapping[str, str]], width: int | None) -> list[str]:
-    """The table, in as many columns as fit; before it what all rows have alike, behind it what was left out, if need be."""
-    shown = [name for name in rows[0] if name not in _SOMETIMES or any(row[name] != "-" for row in rows)]
+    """Return the table in as many columns as fit.
+
+    Columns that are equal in all rows are said once before it, columns left out are named behind.
+    """
+    different = {name: {row[name] for row in rows} for name in rows[0]}
+    shown = [name for name in rows[0] if name not in _SOMETIMES or different[name] != {"-"}]
     # tabulate leaves two blanks beside each heading.
-    widths = {name: max(len(name) + 2, *(len(row[name]) for row in rows)) for name in shown}
-
-    def excess() -> int:
-        return 0 if width is None else sum(widths[name] + _GAP for name in shown) - _GAP - width
-
+    widths = {name: max(len(name) + 2, *map(len, different[name])) for name in shown}
     alike, left_out = [], []
-    if excess() > 0 and len(rows) > 1:
-        alike = [name for name in shown if name in _LEAST and len({row[name] for row in rows}) == 1]
+
+    def is_too_wide() -> bool:
+        return width is not None and sum(widths[name] + _GAP for name in shown) - _GAP > width
+
+    if is_too_wide() and len(rows) > 1:
+        alike = [name for name in shown if name in _LEAST and len(different[name]) == 1]
         shown = [name for name in shown if name not in alike]
     for name in _LEAST:
-        if excess() > 0 and name in shown:
+        if is_too_wide() and name in shown:
             shown.remove(name)
             left_out.append(name)
-    lines = [f"All cells: {', '.join(f'{name} {rows[0][name]}' for name in alike)}.", ""] if alike else []
-    lines.append(tabulate([[row[name] for name in shown] for row in rows], headers=shown, disable_numparse=True))
+    lines = []
+    if alike:
+        lines += [f"All cells: {', '.join(f'{name} {rows[0][name]}' for name in alike)}.", ""]
+    cut = [[row[name] for name in shown] for row in rows]
+    lines.append(tabulate(cut, headers=shown, disable_numparse=True))
     if left_out:
-        lines += ["", f"Not shown for lack of width: {', '.join(left_out)}. A wider terminal or a file has them."]
+        names = ", ".join(left_out)
+        lines += ["", f"Not shown for lack of width: {names}. A wider terminal or a file has them."]
     return lines
 
 
-def _totals(chains: Sequence[Sequence[Cell]], each: Mapping[Key, Cost | None], jobs: int) -> list[str]:
-    """Time and memory of what is to run, by kind of device.
+def _totals(
+    chains: Sequence[Sequence[Cell]],
+    each: Mapping[Key, Cost | None],
+    jobs: int,
+) -> list[str]:
+    """Return time and memory of what is to run, by kind of device.
 
     Chains go to ``jobs`` processes as these become free.
     """
@@ -204,9 +192,9 @@ def _totals(chains: Sequence[Sequence[Cell]], each: Mapping[Key, Cost | None], j
         line = f"{device.upper()} time: about {duration(max(ends))} "
         line += f"at {jobs} job{'' if jobs == 1 else 's'}"
         line += f" ({duration(sum(seconds.values()))} of work; {origins(cost for _, cost in mine)})"
-        memory = [cost.memory for _, cost in mine if cost.memory is not None]
-        line += f", largest memory of a cell {size_text(max(memory))}" if memory else ""
-        fixed = [cell for cell, _ in mine if cell.request.device != "auto"]
+        memory = max((cost.memory for _, cost in mine if cost.memory is not None), default=None)
+        line += "" if memory is None else f", largest memory of a cell {size_text(memory)}"
+        fixed = (cell for cell, _ in mine if cell.request.device != "auto")
         other = sum(device_kind(cell) != device for cell in fixed)
         line += f"; {other} of these are to run on another kind of device" if other else ""
         lines.append(f"{line}.")
@@ -219,10 +207,10 @@ def _totals(chains: Sequence[Sequence[Cell]], each: Mapping[Key, Cost | None], j
 def _origins(todo: Sequence[Cell], each: Mapping[Key, Cost | None], costs: Costs) -> list[str]:
     used = [cost for cell in todo if (cost := each[cell.key]) is not None]
     sources, lines = {cost.source for cost in used}, []
-    for source, words in _ORIGINS.items():
+    for source, words in _MACHINES.items():
         if source in sources or (source == "here" and "measured" in sources):
-            machines = costs.machines(source)
-            texts = [f"{name} ({_cells(count)})" for name, count in machines.items()]
+            counts = costs.machines(source).items()
+            texts = [f"{name} ({_cells(count)})" for name, count in counts]
             lines.append(f"Costs of {words}: {'; '.join(texts)}.")
     for source, words in (("published", "minutes"), ("alike", "minutes of methods alike")):
         notes = Counter(cost.note for cost in used if cost.source == source)

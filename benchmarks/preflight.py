@@ -1,9 +1,8 @@
-"""What a grid needs and that is not there."""
+"""Data and weights that a grid needs and that are not there."""
 
 import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.cells import Adapter, Cell
 from fimaq_core.errors import FimaqError
@@ -12,39 +11,29 @@ from tasks.common.request import Missing, describe_missing
 
 
 def missing(cells: Sequence[Cell], adapter: Adapter) -> list[str]:
-    """Return one message for every kind of data or weights that the cells need and that are not there.
-
-    And one for every request that makes no sense, such as a scope that the task does not have.
-    """
+    """Return one message for each kind of missing data or weights, and for each bad request."""
     found: list[Missing] = []
     errors: dict[str, None] = {}
     for cell in {(cell.section, cell.model): cell for cell in cells}.values():
         try:
             found += adapter.preflight(cell.request)
         except FimaqError as error:
-            errors.setdefault(str(error))
+            errors[str(error)] = None
     if not found and not errors:  # else a cell's folder may not be known
         for cell in {(cell.section, cell.scope): cell for cell in cells}.values():
             try:
                 adapter.planned_folder(cell.request)
             except FimaqError as error:
-                errors.setdefault(str(error))
+                errors[str(error)] = None
     return [*errors, *(describe_missing(found) or "").splitlines()]
 
 
-@dataclass(frozen=True)
-class WeightsPlace:
-    """Where the weights of a cell are.
+class WeightsPlace(NamedTuple):
+    """Where the weights of a cell are."""
 
-    Attributes:
-        here: a file of this machine has them.
-        repository: the hub's repository that has them, where they are not here; empty for none.
-        command: fetches them; empty where no hub has them.
-    """
-
-    here: bool
-    repository: str = ""
-    command: str = ""
+    here: bool  #: in a file of this machine
+    repository: str = ""  #: the hub's that has them, where they are not here
+    command: str = ""  #: fetches them from there
 
 
 def weights_place(cell: Cell) -> WeightsPlace:
@@ -57,10 +46,8 @@ def weights_place(cell: Cell) -> WeightsPlace:
     if request.name in catalogue.demo_names or catalogue.local_weights(request) is not None:
         return WeightsPlace(here=True)
     place = catalogue.repository(catalogue.model_tag(request))
-    if place is None:
-        return WeightsPlace(here=False)
-    if cached_file(place) is not None:
-        return WeightsPlace(here=True)
+    if place is None or cached_file(place) is not None:
+        return WeightsPlace(here=place is not None)
     return WeightsPlace(False, place.repo, f"hf download {place.repo} {place.files[0]}")
 
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 from benchmarks.ablation import axis_parts
-from benchmarks.axes import Axes
 from benchmarks.cells import Cell
 from benchmarks.marks import MARKS, marks
 from benchmarks.orders import count, order_lines
+from benchmarks.schema import Axes
 from benchmarks.settings import settings_lines
 from benchmarks.tables import (
     FULL,

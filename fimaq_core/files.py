@@ -4,6 +4,7 @@ import glob
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -58,12 +59,17 @@ def replaced_whole(path: Path, durable: bool = True) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, if it is there: another process may have been faster.
+    """Remove a file or a whole folder, if it is there: another process may have been faster.
 
     Raises:
         CheckpointError: the folder is read-only.
     """
     try:
-        path.unlink(missing_ok=True)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except FileNotFoundError:
+        return
     except OSError as error:
         raise CheckpointError(f"Cannot remove {path}: {error.strerror}. Make the folder writable, then run again.") from error

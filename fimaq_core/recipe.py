@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from fimaq_core.documents import problems, read_yaml
 from fimaq_core.errors import RecipeError, suggest
 
 #: Bit-width that switches a quantizer off.
@@ -358,15 +358,7 @@ def make_recipe(method: str = "fimaq", *overrides: Mapping[str, Any]) -> Recipe:
     try:
         return Recipe(**merged)
     except ValidationError as error:
-        problems = "; ".join(_problem(item) for item in error.errors())
-        raise RecipeError(f"The recipe does not make sense: {problems}.") from error
-
-
-def _problem(item: Any) -> str:
-    message = str(item["msg"]).removeprefix("Value error, ")
-    if not item["loc"]:  # fields that do not go together
-        return message
-    return f"{'.'.join(str(part) for part in item['loc'])}: {message} (given: {item['input']!r})"
+        raise RecipeError(f"The recipe does not make sense: {problems(error, Recipe)}") from error
 
 
 def read_recipe_file(path: Path) -> dict[str, Any]:
@@ -375,16 +367,7 @@ def read_recipe_file(path: Path) -> dict[str, Any]:
     Raises:
         RecipeError: the file is missing, is no YAML mapping, or names an unknown field.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(f"Cannot read the recipe file {path}: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"The recipe file {path} is not YAML: {error}") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise RecipeError(f"The recipe file {path} must hold 'field: value' lines.")
+    content = read_yaml(path, "recipe file", RecipeError)
     _check_keys(content, str(path))
     return content
 

@@ -39,7 +39,7 @@ export RAY_USAGE_STATS_ENABLED=0 RAY_AUTH_MODE=token
 RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
 export RAY_AUTH_TOKEN
 
-.venv/bin/python -m benchmarks.engines.ray_cluster  # refuses a folder that Ray cannot use
+.venv/bin/python -m benchmarks.run.ray  # refuses a folder that Ray cannot use
 
 steps=()
 driver=
@@ -80,9 +80,9 @@ follow() {
 }
 
 start "$head" --head --node-ip-address="$ip" --port="${address##*:}" --include-dashboard=false
-follow .venv/bin/python -m benchmarks.engines.ray_wait "$address" 1 "${FIMAQ_START_SECONDS:-300}"
+follow .venv/bin/python -m benchmarks.run.ray "$address" 1 "${FIMAQ_START_SECONDS:-300}"
 for node in "${nodes[@]:1}"; do
     start "$node" --address="$address"
 done
-follow .venv/bin/python -m benchmarks.engines.ray_wait "$address" "${#nodes[@]}" "${FIMAQ_START_SECONDS:-300}"
+follow .venv/bin/python -m benchmarks.run.ray "$address" "${#nodes[@]}" "${FIMAQ_START_SECONDS:-300}"
 follow make reproduce-table ENGINE=ray RAY_ADDRESS="$address" "$@"

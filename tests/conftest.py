@@ -1,6 +1,7 @@
 """Settings of all tests."""
 
 import gc
+import multiprocessing.util
 import os
 import tempfile
 from collections.abc import Generator, Iterator
@@ -59,6 +60,7 @@ def _temporary_files(request: pytest.FixtureRequest) -> Iterator[None]:
     """
     # pytest's own folders stay where they would be without this fixture.
     request.getfixturevalue("tmp_path_factory").getbasetemp()
+    multiprocessing.util.get_temp_dir()  # nor can that of sockets move: it lasts until the exit
     with (
         tempfile.TemporaryDirectory(prefix="fimaq-tests-", ignore_cleanup_errors=True) as folder,
         pytest.MonkeyPatch.context() as patch,

@@ -10,9 +10,9 @@ import click
 
 from benchmarks.console import user_errors
 from benchmarks.costs import REFERENCE
-from benchmarks.engines.ray_cluster import check_folder
 from benchmarks.faults.kills import measure
 from benchmarks.reference import machine
+from benchmarks.run.ray import check_folder
 from benchmarks.tables import write_text
 
 

@@ -1,26 +1,23 @@
 """``python -m benchmarks published``: published tables, what they need, what they will cost."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import click
+from rich import box
+from rich.console import Console, RenderableType
+from rich.table import Table
 
-from benchmarks.cells import Adapter, Cell, Key, Places, RunOptions, finished_record
-from benchmarks.options import adapter, folder, places_options, results_option
+from benchmarks.cells import Adapter, Cell, Key, RunOptions, finished_record
+from benchmarks.costs import REFERENCE, Cost, Costs, cost_row, origins, other_rows
+from benchmarks.grid import Filters, expand
+from benchmarks.options import adapter, folder, places, places_options, results_option
+from benchmarks.preflight import WeightsPlace, missing_data, weights_place
+from benchmarks.published.table import PublishedTable, load_table, table_names
+from benchmarks.units import duration, size_text
 from tasks.common import registry
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-    from rich.table import Table
-
-    from benchmarks.costs import Cost
-    from benchmarks.preflight import WeightsPlace
-    from benchmarks.published.table import PublishedTable
-    from tasks.common.request import Missing
+from tasks.common.request import Missing, describe_missing
 
 #: Columns of a listing that is no terminal's.
 _WIDE = 200
@@ -32,23 +29,12 @@ _WIDE = 200
 @places_options
 @click.option("--weights", default="", metavar="DIR", help="As for run.")
 @results_option
-def published(
-    table: str,
-    device: str,
-    imagenet: str,
-    coco: str,
-    flickr: str,
-    weights: str,
-    results: Path,
-) -> None:
+def published(table: str, device: str, weights: str, results: Path, **texts: str) -> None:
     """List the published tables that can be reproduced: cells, data, weights, time, memory, disk.
 
     Nothing is run, downloaded or changed.
     """
-    from rich.console import Console
-
-    places = Places(folder(imagenet), folder(coco), folder(flickr))
-    options = RunOptions(results, places, folder(weights), device or None)
+    options = RunOptions(results, places(texts), folder(weights), device or None)
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=_WIDE)
@@ -56,9 +42,8 @@ def published(
         console.print(part, markup=False, soft_wrap=isinstance(part, str))
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """A table with its cells, what it needs, and the costs of the cells that are not done."""
+class _Entry(NamedTuple):
+    """A table with its cells, what they need, and what they cost or will cost."""
 
     table: PublishedTable
     cells: Sequence[Cell]
@@ -67,41 +52,14 @@ class _Entry:
     data: Mapping[str, Missing | None]
     weights: Mapping[str, WeightsPlace]
 
-    @property
-    def known(self) -> list[Cost]:
-        """Known costs of the cells that are not done."""
-        costs = (self.costs[cell.key] for cell in self.cells if cell.key not in self.done)
-        return [cost for cost in costs if cost is not None]
-
 
 def listing(name: str, options: RunOptions, adapter: Adapter) -> list[RenderableType]:
-    """Return the parts of the listing: all tables, or the cells of one.
-
-    Args:
-        name: of the only table; empty for all.
-        options: results, data, weights and device.
-        adapter: knows the folders of finished cells.
+    """Return the parts of the listing: all tables, or the cells of the one called ``name``.
 
     Raises:
         TableError: there is no such table.
     """
-    from benchmarks.published.table import load_table, table_names
-
     tables = [load_table(each) for each in ([name] if name else table_names())]
-    entries, notes = _entries(tables, options, adapter)
-    shown = _one(entries[0]) if name else _all(entries)
-    return [*shown, *_missing(entries, bool(name)), *notes]
-
-
-def _entries(
-    tables: Sequence[PublishedTable],
-    options: RunOptions,
-    adapter: Adapter,
-) -> tuple[list[_Entry], list[str]]:
-    from benchmarks.costs import REFERENCE, Costs, cost_row, other_rows
-    from benchmarks.grid import Filters, expand
-    from benchmarks.preflight import missing_data, weights_place
-
     grids = [table.grid() for table in tables]
     cells = [expand(grid, Filters(), options) for grid in grids]
     # Tables share cells: each is looked for once.
@@ -118,22 +76,26 @@ def _entries(
         for section, cell in {cell.section: cell for cell in mine}.items():
             place = grid.tasks[section].data.upper()
             data[place] = data.get(place) or missing_data(cell)
-        models = {cell.model: cell for cell in mine}.values()
-        weights = {registry.model_tag(cell.task, cell.request.model): weights_place(cell) for cell in models}
+        weights = {
+            registry.model_tag(cell.task, cell.request.model): weights_place(cell)
+            for cell in {cell.model: cell for cell in mine}.values()
+        }
         entries.append(_Entry(table, mine, done, each, data, weights))
-    return entries, notes
+    shown = _one(entries[0]) if name else _all(entries)
+    return [*shown, *_missing(entries, bool(name)), *notes]
 
 
 def _all(entries: Sequence[_Entry]) -> list[RenderableType]:
     rows = []
     for entry in entries:
         here = sum(place.here for place in entry.weights.values())
+        data = (f"{name}: {'no' if item else 'yes'}" for name, item in entry.data.items())
         row = {
             "table": entry.table.name,
             "what it is": entry.table.title,
             "cells": str(len(entry.cells)),
             "done": str(sum(cell.key in entry.done for cell in entry.cells)),
-            "data here": _data(entry),
+            "data here": ", ".join(data),
             "weights here": f"{here} of {len(entry.weights)}",
         }
         rows.append(row | _totals(entry))
@@ -145,22 +107,12 @@ def _all(entries: Sequence[_Entry]) -> list[RenderableType]:
 
 
 def _one(entry: _Entry) -> list[RenderableType]:
-    from benchmarks.units import duration, size_text
-
     rows = []
     for cell in entry.cells:
         cost, done = entry.costs[cell.key], cell.key in entry.done
-        row = {
-            "model": cell.subject,
-            "method": cell.method,
-            "bits": cell.bits,
-            "point": cell.point,
-            "done": "yes" if done else "no",
-            "time": "not known",
-            "memory": "",
-            "disk": "",
-            "known from": "",
-        }
+        row = {"model": cell.subject, "method": cell.method, "bits": cell.bits, "point": cell.point}
+        row |= {"done": "yes" if done else "no", "time": "not known"}
+        row |= {"memory": "", "disk": "", "known from": ""}
         if cost is not None:
             about = "" if done else "~"
             row["time"] = f"{about}{duration(cost.seconds)} {cost.device.upper()}"
@@ -181,9 +133,6 @@ def _one(entry: _Entry) -> list[RenderableType]:
 
 def _table(rows: Sequence[Mapping[str, str]]) -> Table:
     """Return a table of the columns that have something in them; sentences may wrap."""
-    from rich import box
-    from rich.table import Table
-
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     names = [name for name in rows[0] if any(row[name] for row in rows)]
     for name in names:
@@ -193,17 +142,10 @@ def _table(rows: Sequence[Mapping[str, str]]) -> Table:
     return table
 
 
-def _data(entry: _Entry) -> str:
-    return ", ".join(f"{name}: {'no' if item else 'yes'}" for name, item in entry.data.items())
-
-
 def _totals(entry: _Entry) -> dict[str, str]:
     """Return times by kind of device, memory, disk, and the origins, of what is to run."""
-    from benchmarks.costs import origins
-    from benchmarks.units import duration, size_text
-
-    known = entry.known
-    unknown = sum(cell.key not in entry.done for cell in entry.cells) - len(known)
+    costs = [entry.costs[cell.key] for cell in entry.cells if cell.key not in entry.done]
+    known = [cost for cost in costs if cost is not None]
     found = {}
     for device in ("gpu", "cpu"):
         seconds = [cost.seconds for cost in known if cost.device == device]
@@ -213,6 +155,7 @@ def _totals(entry: _Entry) -> dict[str, str]:
     most, machine = max(memory, default=(0, ""))
     found["memory"] = f"{size_text(most)} ({machine})" if memory else ""
     found["disk"] = size_text(sum(disk)) if disk else ""
+    unknown = len(costs) - len(known)
     sources = [origins(known), f"{unknown} not known" if unknown else ""]
     return {**found, "known from": "; ".join(filter(None, sources))}
 
@@ -236,8 +179,6 @@ def _protocol(cells: Sequence[Cell]) -> list[str]:
 
 def _missing(entries: Sequence[_Entry], commands: bool) -> list[str]:
     """Return lines on data and weights that are not here, and how they are fetched."""
-    from tasks.common.request import describe_missing
-
     data = {item.what: item for entry in entries for item in entry.data.values() if item}
     lines = (describe_missing(data.values()) or "").splitlines()
     places = {name: place for entry in entries for name, place in entry.weights.items()}

@@ -7,17 +7,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from benchmarks.cells import CellName
-from benchmarks.grid import FP, load_grid, parse_bits
 from benchmarks.names import PUBLISHED, UNSTATED, load_names
-from benchmarks.schema import Grid
+from benchmarks.schema import FP, Grid, known_method, load_grid, parse_bits
+from fimaq_core.documents import read_yaml, validate
 from fimaq_core.errors import FimaqError, suggest
-from fimaq_core.recipe import METHODS, OFF, Recipe, make_recipe
+from fimaq_core.recipe import OFF, Recipe, make_recipe
 from tasks.common.record import bits_name
 from tasks.common.strict import Strict
 
@@ -34,34 +33,21 @@ class TableError(FimaqError):
 
 
 class Coordinates(Strict):
-    """Statements about cells. A row's replace the table's, and a column's replace both.
+    """Statements about cells. A row's replace the table's, and a column's replace both."""
 
-    Attributes:
-        task, dataset, metric: as the CSV files name them.
-        model: full name of the weights, as ``names.yaml`` maps it. ``unstated``: the source names
-            none.
-        scope: which part of the model is quantized, where ``names.yaml`` distinguishes several.
-        method, variant: as the CSV files name them.
-        source: where the numbers were read. Of several sources, one has the number of a cell.
-        study: a study of ``ablation.csv``, which has the numbers then. None: ``accuracy.csv``.
-        measure: id of the method that is measured here. None: the numbers are context.
-        section: section of the profile's grid that measures the cells.
-        point: point of an axis of that grid, such as ``loss=mse``. None: the grid's own settings.
-        protocol: recipe fields as the source states them. Recipes of measured cells must have them.
-    """
-
-    task: str | None = None
+    task: str | None = None  #: as the CSV files name it, like data set, metric, method, variant
     dataset: str | None = None
     metric: str | None = None
-    model: str | None = None
-    scope: str | None = None
+    model: str | None = None  #: full name of the weights, see ``names.yaml``, or ``unstated``
+    scope: str | None = None  #: which part of the model is quantized, where there are several
     method: str | None = None
     variant: str | None = None
-    source: str | tuple[str, ...] | None = None
-    study: str | None = None
-    measure: str | None = None
-    section: str | None = None
-    point: str | None = None
+    source: str | tuple[str, ...] | None = None  #: of several, one has the number of a cell
+    study: str | None = None  #: of ``ablation.csv``, which has the numbers then
+    measure: str | None = None  #: id of the method that is measured here; None: context
+    section: str | None = None  #: of the profile's grid that measures the cells
+    point: str | None = None  #: of an axis of that grid, such as ``loss=mse``
+    #: Recipe fields as the source states them. Recipes of measured cells must have them.
     protocol: dict[str, Any] | None = None
 
 
@@ -70,41 +56,36 @@ class Column(Coordinates):
 
     head: Head
 
+    @property
+    def names(self) -> set[str]:
+        """Names by which a row may speak of the column."""
+        return {head_text(self.head), head_pair(self.head)[0] or head_text(self.head)}
+
 
 class Row(Coordinates):
-    """A row, which stands once for each of its bits.
-
-    Attributes:
-        head: names it.
-        bits: ``fp``, ``unstated`` or such as ``w4a4``. None: all bits of the table.
-        unpublished: why no source has the row's numbers; it may be measured all the same. Or why
-            single columns have none, by their heads or the first parts of these; such cells stay
-            empty.
-    """
+    """A row, which stands once for each of its bits."""
 
     head: Head
-    bits: tuple[str, ...] | None = None
+    bits: tuple[str, ...] | None = None  #: ``fp``, ``unstated``, ``w4a4``; None: the table's
+    #: Why no source has the row's numbers; it may be measured all the same. Or why single columns
+    #: have none, by their heads or the first parts of these; such cells stay empty.
     unpublished: str | dict[str, str] = ""
+
+    def hole(self, column: Column) -> str:
+        """Return why single columns, and this one, have no number; empty where they have one."""
+        whys = self.unpublished if isinstance(self.unpublished, dict) else {}
+        return next((why for name, why in whys.items() if name in column.names), "")
 
 
 class _File(Coordinates):
-    """Content of a table's file.
-
-    Attributes:
-        title, caption: above the table.
-        paper: the paper whose table it is, with its arXiv number.
-        profile: the grid that has the measured cells.
-        bits: in the order of the table, after full precision.
-        seeds: of the measured cells.
-        footnotes: below the table.
-    """
+    """Content of a table's file."""
 
     title: str
     caption: str
-    paper: str
-    profile: str
-    bits: tuple[str, ...] = Field(min_length=1)
-    seeds: tuple[int, ...] = Field(min_length=1)
+    paper: str  #: whose table it is, with its arXiv number
+    profile: str  #: the grid that has the measured cells
+    bits: tuple[str, ...] = Field(min_length=1)  #: in order, after full precision
+    seeds: tuple[int, ...] = Field(min_length=1)  #: of the measured cells
     columns: tuple[Column, ...] = Field(min_length=1)
     rows: tuple[Row, ...] = Field(min_length=1)
     footnotes: tuple[str, ...] = ()
@@ -125,36 +106,21 @@ class Line:
 
 @dataclass(frozen=True)
 class TableCell:
-    """One cell of a published table.
+    """One cell of a published table."""
 
-    Attributes:
-        row, column: its place among :attr:`PublishedTable.lines` and columns.
-        weights: full name of the model's weights, or ``unstated``.
-        published: the row of the CSV file. None: no source has a number.
-        unpublished: why there is none.
-        name: identity of the grid's cell that measures it. None: the cell is context.
-        metric: the measured metric that compares with the number.
-    """
-
-    row: int
+    row: int  #: place among :attr:`PublishedTable.lines`
     column: int
-    weights: str
-    published: Mapping[str, str] | None = None
-    unpublished: str = ""
-    name: CellName | None = None
-    metric: str | None = None
+    weights: str  #: full name of the model's weights, or ``unstated``
+    published: Mapping[str, str] | None = None  #: row of the CSV file; None: no source has one
+    unpublished: str = ""  #: why there is none
+    name: CellName | None = None  #: the grid's cell that measures it; None: context
+    metric: str | None = None  #: the measured metric that compares with the number
 
 
 class PublishedTable:
     """A published table: its layout, its numbers, and the grid cells that are measured for it.
 
-    Attributes:
-        name: of the file, and of the files that a run writes.
-        title, caption, paper, footnotes: its texts.
-        profile: name of the profile that has the measured cells.
-        columns: from left to right.
-        lines: from top to bottom.
-        cells: from left to right and top to bottom.
+    Columns, lines and cells go from left to right and from top to bottom.
     """
 
     def __init__(self, name: str, file: _File) -> None:
@@ -167,7 +133,21 @@ class PublishedTable:
         lines = (Line(row, width) for width in order for row, widths in rows if width in widths)
         self.lines = tuple(lines)
         self._seeds, self._base = file.seeds, load_grid(file.profile)
-        self.cells = tuple(_cells(self, file, self._base))
+        self.cells = tuple(self._resolved(file))
+
+    def _resolved(self, file: _File) -> Iterator[TableCell]:
+        heads = set().union(*(column.names for column in self.columns))
+        for index, line in enumerate(self.lines):
+            where = head_text(line.row.head)
+            for name in line.row.unpublished if isinstance(line.row.unpublished, dict) else ():
+                if name not in heads:
+                    raise TableError(f"{where}: unknown column '{name}'.{suggest(name, heads)}")
+            for number, column in enumerate(self.columns):
+                try:
+                    yield _Resolver(file, line, column, self._base).cell(index, number)
+                except FimaqError as error:
+                    place = f"{where} {line.bits}, {head_text(column.head)}"
+                    raise TableError(f"{place}: {error}") from error
 
     @cached_property
     def measured(self) -> tuple[CellName, ...]:
@@ -179,38 +159,27 @@ class PublishedTable:
 
         The cells are those of the table's profile: a run of either finds what the other finished.
         """
-        base, tasks = self._base, {}
+        tasks, wanted = {}, {line.row.point for line in self.lines}
         for section in _unique(name.section for name in self.measured):
             names = [name for name in self.measured if name.section == section]
-            scopes = {name.scope for name in names}
-            changes: dict[str, Any] = {
-                "models": tuple(_unique(name.model for name in names)),
-                "available": (),
-                "methods": tuple(_unique(name.method for name in names)),
-                "bits": _bits(names) or None,
-                "seeds": self._seeds,
-                "scopes": tuple(scope for scope in base.tasks[section].scopes if scope in scopes),
-            }
-            tasks[section] = base.tasks[section].model_copy(update=changes)
+            changes = {"models": _of(names, "model"), "methods": _of(names, "method")}
+            changes |= {"bits": _of(names, "bits") or None, "seeds": self._seeds, "available": ()}
+            tasks[section] = self._base.tasks[section].model_copy(update=changes)
         # Also points that are the grid's own settings: their cell takes their places.
-        points = {line.row.point for line in self.lines}
         axes = {
-            axis: {name: fields for name, fields in known.items() if f"{axis}={name}" in points}
-            for axis, known in base.axes.items()
+            axis: {point: fields for point, fields in points.items() if f"{axis}={point}" in wanted}
+            for axis, points in self._base.axes.items()
         }
         changes = {
             "name": self.name,
             "description": self.title,
             "tasks": tasks,
-            "methods": tuple(_unique(name.method for name in self.measured)),
-            "bits": _bits(self.measured) or base.bits,
-            "seeds": self._seeds,
-            "axes": {axis: kept for axis, kept in axes.items() if kept},
+            "axes": {axis: points for axis, points in axes.items() if points},
             "extra": (),
             "next": (),
             "only": frozenset(self.measured),
         }
-        return base.model_copy(update=changes)
+        return self._base.model_copy(update=changes)
 
 
 def table_names() -> list[str]:
@@ -222,37 +191,20 @@ def load_table(name: str) -> PublishedTable:
     """Return a table: a name (``fimaq``) or the path of a YAML file.
 
     Raises:
-        TableError: there is no such table or file, it is no YAML, or something in it does not fit:
-            a key, a name, a number, a setting. The text says which, and what would fit.
+        TableError: there is none, or a key, name, number or setting in it does not fit.
     """
-    path = Path(name) if name.endswith((".yaml", ".yml")) else TABLES / f"{name}.yaml"
-    if path.parent == TABLES and path.stem not in table_names():
-        hint = f"{suggest(name, table_names())} A path that ends in .yaml works too."
-        raise TableError(f"Unknown table '{name}'.{hint}")
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        path = TABLES / f"{name}.yaml"
+        if name not in table_names():
+            hint = f"{suggest(name, table_names())} A path that ends in .yaml works too."
+            raise TableError(f"Unknown table '{name}'.{hint}")
+    where = f"The table {path}"
+    file = validate(_File, read_yaml(path, "table", TableError), where, TableError)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise TableError(f"Cannot read the table {path}: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise TableError(f"The table {path} is not YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise TableError(f"The table {path} must hold 'key: value' lines.")
-    try:
-        return PublishedTable(path.stem, _File.model_validate(content))
-    except ValidationError as error:
-        problems = " ".join(_problem(item) for item in error.errors())
-        raise TableError(f"The table {path}: {problems}") from error
+        return PublishedTable(path.stem, file)
     except FimaqError as error:
-        raise TableError(f"The table {path}: {error}") from error
-
-
-def _problem(item: Any) -> str:
-    place = ".".join(str(part) for part in item["loc"])
-    if item["type"] != "extra_forbidden":
-        return f"{place}: {item['msg']} (given: {item['input']!r})."
-    parts: dict[str, type[Strict]] = {"columns": Column, "rows": Row}
-    owner = parts.get(str(item["loc"][0]), _File)
-    return f"Unknown key '{place}'.{suggest(str(item['loc'][-1]), owner.model_fields)}"
+        raise TableError(f"{where}: {error}") from error
 
 
 def head_pair(head: Head) -> tuple[str, str]:
@@ -269,20 +221,19 @@ def _unique(values: Iterable[Any]) -> list[Any]:
     return list(dict.fromkeys(values))
 
 
-def _bits(names: Iterable[CellName]) -> tuple[str, ...]:
-    return tuple(_unique(name.bits for name in names if name.bits != FULL))
+def _of(names: Iterable[CellName], field: str) -> tuple[str, ...]:
+    """Return each value of a field once; of bits without full precision."""
+    values = _unique(getattr(name, field) for name in names)
+    return tuple(value for value in values if (field, value) != ("bits", FULL))
 
 
-_Csv = Literal["accuracy", "ablation"]
 #: Columns of the CSV files that tell apart the numbers of one source.
-_KEYS = (
-    "task", "dataset", "study", "model", "method", "variant", "w_bit", "a_bit", "metric",
-)  # fmt: skip
+_KEYS = ("task", "dataset", "study", "model", "method", "variant", "w_bit", "a_bit", "metric")
 
 
 @cache
-def _numbers(file: _Csv) -> dict[tuple[str, ...], list[dict[str, str]]]:
-    """Rows of a CSV file by their :data:`_KEYS`; a column that it does not have is empty."""
+def _numbers(file: str) -> dict[tuple[str, ...], list[dict[str, str]]]:
+    """Return the rows of a CSV file by :data:`_KEYS`; a column that it does not have is empty."""
     found: dict[tuple[str, ...], list[dict[str, str]]] = {}
     with (PUBLISHED / f"{file}.csv").open(encoding="utf-8", newline="") as lines:
         for row in csv.DictReader(lines):
@@ -291,30 +242,14 @@ def _numbers(file: _Csv) -> dict[tuple[str, ...], list[dict[str, str]]]:
 
 
 @cache
-def _known(file: _Csv, column: str) -> set[str]:
+def _known(file: str, column: str) -> set[str]:
     return {row[column] for rows in _numbers(file).values() for row in rows}
 
 
-def _cells(table: PublishedTable, file: _File, grid: Grid) -> Iterator[TableCell]:
-    """Resolve the cells of a table, from left to right and top to bottom."""
-    heads = {name for column in table.columns for name in _head_names(column)}
-    for line in table.lines:
-        for name in line.row.unpublished if isinstance(line.row.unpublished, dict) else ():
-            if name not in heads:
-                where = head_text(line.row.head)
-                raise TableError(f"{where}: unknown column '{name}'.{suggest(name, heads)}")
-    for row, line in enumerate(table.lines):
-        for column, place in enumerate(table.columns):
-            try:
-                yield _Resolver(file, line, place, grid).cell(row, column)
-            except FimaqError as error:
-                where = f"{head_text(line.row.head)} {line.bits}, {head_text(place.head)}"
-                raise TableError(f"{where}: {error}") from error
-
-
-def _head_names(column: Column) -> set[str]:
-    """Names by which a row may speak of a column."""
-    return {head_text(column.head), head_pair(column.head)[0] or head_text(column.head)}
+def _among(what: str, name: str, known: Iterable[str], where: str = "") -> None:
+    """Raise TableError, with a suggestion, if ``name`` is not among ``known``."""
+    if name not in known:
+        raise TableError(f"{what} '{name}'{where}.{suggest(name, known)}")
 
 
 class _Resolver:
@@ -325,18 +260,18 @@ class _Resolver:
         for part in (file, line.row, column):
             stated |= part.model_dump(include=set(Coordinates.model_fields), exclude_none=True)
         self._stated, self._grid, self._names = stated, grid, load_names()
-        self._bits = line.bits
-        why = line.row.unpublished
-        self._hole = isinstance(why, dict) and bool(_head_names(column) & set(why))
-        if isinstance(why, dict):
-            why = next((text for name, text in why.items() if name in _head_names(column)), "")
-        self._unpublished = why
+        self._line, self._bits, self._hole = line, line.bits, line.row.hole(column)
+        self._variant = stated.get("variant", "")
+        self._widths = (OFF, OFF)
+        if line.bits not in (FULL, UNSTATED):
+            self._widths = parse_bits(line.bits)
 
     def cell(self, row: int, column: int) -> TableCell:
         """Return the cell. Raises TableError where anything stated about it does not fit."""
-        weights, models, why = self._needed("model"), self._models(), self._unpublished
-        found = self._published(models)
-        point = self._stated.get("point")
+        why = self._line.row.unpublished
+        why = why if isinstance(why, str) else self._hole
+        weights, models = self._needed("model"), self._models()
+        found, point = self._published(models), self._stated.get("point")
         # The CSV files have no points of axes: what they have is of the method's own settings.
         if why and found and point is None:
             source = found[0]["source"]
@@ -356,7 +291,7 @@ class _Resolver:
         return str(self._stated[field])
 
     def _models(self) -> list[str]:
-        """Published names of the weights; of every scope where the model is in full precision."""
+        """Return published names of the weights; in full precision those of every scope."""
         weights, scope = self._needed("model"), self._stated.get("scope")
         if weights == UNSTATED:
             return [UNSTATED]
@@ -364,8 +299,7 @@ class _Resolver:
         if not known:
             tags = [entry.tag for entry in self._names.models.values()]
             longer = [tag for tag in tags if tag.startswith(f"{weights}.")]
-            hint = suggest(weights, longer or tags)
-            raise TableError(f"unknown model '{weights}' (full names only).{hint}")
+            _among("unknown model", weights, longer or tags, " (full names only)")
         if self._needed("method") == "FP":
             return list(known)
         chosen = [name for name, entry in known.items() if scope in (None, entry.scope)]
@@ -374,26 +308,21 @@ class _Resolver:
             raise TableError(f"{weights} needs one scope of {scopes} (given: {scope}).")
         return chosen
 
-    def _sources(self) -> tuple[str, ...]:
-        source = self._stated.get("source")
-        return source if isinstance(source, tuple) else (self._needed("source"),)
-
     def _published(self, models: Sequence[str]) -> list[dict[str, str]]:
-        """Rows of the CSV files that are the cell's, by what is stated."""
-        study = self._stated.get("study", "")
-        file: _Csv = "ablation" if study else "accuracy"
-        for column, values in (("source", self._sources()), ("study", (study,) if study else ())):
-            known = _known(file, column) if values else set()
-            for value in values:
-                if value not in known:
-                    raise TableError(f"unknown {column} '{value}'.{suggest(value, known)}")
+        """Return the rows of the CSV files that are the cell's, by what is stated."""
+        study, source = self._stated.get("study", ""), self._stated.get("source")
+        sources = source if isinstance(source, tuple) else (self._needed("source"),)
+        file = "ablation" if study else "accuracy"
+        for name in sources:
+            _among("unknown source", name, _known(file, "source"))
+        if study:
+            _among("unknown study", study, _known(file, "study"))
         place = ("", "") if study else (self._needed("task"), self._needed("dataset"))
-        widths = ("", "") if self._bits == UNSTATED else tuple(map(str, _widths(self._bits)))
-        method = (self._needed("method"), self._stated.get("variant", ""))
-        metric = self._needed("metric")
-        keys = [(*place, study, model, *method, *widths, metric) for model in models]
+        widths = ("", "") if self._bits == UNSTATED else tuple(map(str, self._widths))
+        rest = (self._needed("method"), self._variant, *widths, self._needed("metric"))
+        keys = [(*place, study, model, *rest) for model in models]
         rows = [row for key in keys for row in _numbers(file).get(key, [])]
-        return [row for row in rows if row["source"] in self._sources()]
+        return [row for row in rows if row["source"] in sources]
 
     def _not_one(self, found: Sequence[Mapping[str, str]]) -> str:
         fields = ("study", "method", "variant", "metric", "source")
@@ -414,40 +343,40 @@ class _Resolver:
     def _name(self, model: str) -> CellName:
         """Return the identity of the grid's cell, once its settings are the profile's."""
         grid, section, method = self._grid, self._needed("section"), self._needed("measure")
-        where = f"profile '{grid.name}' has no"
-        if section not in grid.tasks:
-            raise TableError(f"{where} section '{section}'.{suggest(section, grid.tasks)}")
-        part, entry = grid.tasks[section], self._names.models[model]
-        known = (*part.models, *part.available)
-        if entry.id not in known:
-            raise TableError(f"{where} model '{entry.id}' in {section}.{suggest(entry.id, known)}")
+        where, entry = f"profile '{grid.name}' has no", self._names.models[model]
+        _among(f"{where} section", section, grid.tasks)
+        part = grid.tasks[section]
+        _among(f"{where} model", entry.id, (*part.models, *part.available), f" in {section}")
         self._check_comparable(method)
         if method == FP:
             return CellName(section, entry.id, "", FP, FULL, "")
-        scope = str(entry.scope) if part.scopes else ""
-        if scope and scope not in part.scopes:
-            raise TableError(f"{where} scope '{scope}' in {section}.{suggest(scope, part.scopes)}")
-        w_bits, a_bits = _widths(self._bits)
-        own = {"w_bits": w_bits, "a_bits": a_bits, "seed": grid.seeds[0], "scope": scope or None}
-        overrides, point = grid.overrides_of(section), self._stated.get("point", "")
+        scope, point = str(entry.scope) if part.scopes else "", self._stated.get("point", "")
+        if scope:
+            _among(f"{where} scope", scope, part.scopes, f" in {section}")
+        bits = dict(zip(("w_bits", "a_bits"), self._widths, strict=True))
+        own = {**bits, "seed": grid.seeds[0], "scope": scope or None}
+        overrides, changes = grid.overrides_of(section), {}
+        if point:
+            axis, _, name = point.rpartition("=")
+            _among(f"{where} axis", axis, grid.axes)
+            _among(f"axis '{axis}' has no point", name, grid.axes[axis])
+            changes = grid.axes[axis][name]
         base = make_recipe(method, overrides, own)
-        recipe = make_recipe(method, overrides, _changes(grid, point), own) if point else base
+        recipe = make_recipe(method, overrides, changes, own)
         self._check_protocol(recipe)
         point = "" if recipe == base else point
         return CellName(section, entry.id, scope, method, self._bits, point)
 
     def _check_comparable(self, measure: str) -> None:
-        if measure != FP and measure not in METHODS:
-            hint = suggest(measure, [FP, *METHODS])
-            raise TableError(f"unknown method '{measure}' in measure.{hint}")
-        method, variant = self._needed("method"), self._stated.get("variant", "")
+        known_method(measure)
+        method = self._needed("method")
         entry = self._names.methods.get(method)
-        allowed = None if entry is None else entry.comparable.get(variant)
+        allowed = None if entry is None else entry.comparable.get(self._variant)
         if allowed != measure:
             raise TableError(
-                f"'{measure}' cannot be measured for {method} (variant '{variant}'). names.yaml "
-                f"lets it compare with {allowed or 'no method here'}: correct 'measure', or leave "
-                "it out."
+                f"'{measure}' cannot be measured for {method} (variant '{self._variant}'). "
+                f"names.yaml lets it compare with {allowed or 'no method here'}: correct "
+                "'measure', or leave it out."
             )
 
     def _check_protocol(self, recipe: Recipe) -> None:
@@ -455,24 +384,9 @@ class _Resolver:
         if not protocol:
             raise TableError("no 'protocol': state the source's calibration as recipe fields.")
         for field, value in protocol.items():
-            if field not in Recipe.model_fields:
-                hint = suggest(field, Recipe.model_fields)
-                raise TableError(f"unknown recipe field '{field}' in protocol.{hint}")
+            _among("unknown recipe field", field, Recipe.model_fields, " in protocol")
             if getattr(recipe, field) != value:
                 raise TableError(
                     f"the protocol says {field} {value}, but the recipe of {recipe.method} has "
                     f"{getattr(recipe, field)}. The source decides which of them is wrong."
                 )
-
-
-def _widths(bits: str) -> tuple[int, int]:
-    return (OFF, OFF) if bits == FULL else parse_bits(bits)
-
-
-def _changes(grid: Grid, point: str) -> dict[str, Any]:
-    axis, _, name = point.rpartition("=")
-    if axis not in grid.axes:
-        raise TableError(f"profile '{grid.name}' has no axis '{axis}'.{suggest(axis, grid.axes)}")
-    if name not in grid.axes[axis]:
-        raise TableError(f"axis '{axis}' has no point '{name}'.{suggest(name, grid.axes[axis])}")
-    return grid.axes[axis][name]

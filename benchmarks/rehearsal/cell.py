@@ -47,30 +47,21 @@ def in_small(request: CellRequest) -> CellRequest:
 
 
 def _recipe_in_small(task: str, recipe: Recipe, images: int, gpu: bool) -> Recipe:
-    steps = GPU_STEPS if gpu else STEPS
     if gpu:
         images = max(recipe.range_images, recipe.batch_size, recipe.mlp_batch)
-    changes: dict[str, Any] = {"steps": steps, "mlp_steps": steps}
-    for name in ("calibration_images", "range_images", "batch_size", "mlp_batch"):
-        changes[name] = min(getattr(recipe, name), images)
+    most: dict[str, int] = dict.fromkeys(("steps", "mlp_steps"), GPU_STEPS if gpu else STEPS)
+    names = ("calibration_images", "range_images", "batch_size", "mlp_batch")
+    most |= {**dict.fromkeys(names, images), "range_candidates": 16, "range_rounds": 1}
     if task == "retrieval":
-        changes["divergence_batch"] = min(recipe.divergence_batch, images)
-    changes["range_candidates"] = min(recipe.range_candidates, 16)
-    changes["range_rounds"] = min(recipe.range_rounds, 1)
+        most["divergence_batch"] = images
     if not gpu:
-        changes["range_images"] = 1
+        most["range_images"] = 1
+    changes = {name: min(getattr(recipe, name), value) for name, value in most.items()}
     return make_recipe(recipe.method, recipe.model_dump(mode="json"), changes)
 
 
 def rehearse_cell(request: CellRequest, report: Report) -> Path:
-    """Measure a cell in small; kill its process once in its midst.
-
-    Args:
-        request: the real cell.
-        report: receives progress.
-
-    Returns:
-        Path of the record.
+    """Measure a cell in small, killing its process once in its midst; return the record's path.
 
     Raises:
         FimaqError: after the kill, something finished was done again.
@@ -81,8 +72,7 @@ def rehearse_cell(request: CellRequest, report: Report) -> Path:
     request = in_small(request)
     folder = planned_folder(request)
     folder.mkdir(parents=True, exist_ok=True)
-    listener = _Listener(request, folder / _EVENTS, report)
-    return run_cell(request, listener)
+    return run_cell(request, _Listener(request, folder / _EVENTS, report))
 
 
 class _Listener:
@@ -94,13 +84,11 @@ class _Listener:
 
     def __init__(self, request: CellRequest, path: Path, report: Report) -> None:
         recipe = request.recipe
-        self._stage = "evaluate"
-        if recipe is not None:
-            self._stage = "calibrate"
-            if recipe.reconstruct_mlp:
-                self._stage = "reconstruct MLPs"
-            if recipe.reconstruct:
-                self._stage = "reconstruct"
+        self._stage = "evaluate" if recipe is None else "calibrate"
+        if recipe is not None and recipe.reconstruct_mlp:
+            self._stage = "reconstruct MLPs"
+        if recipe is not None and recipe.reconstruct:
+            self._stage = "reconstruct"
         self._path, self._report, self._device = path, report, request.device
         earlier = read_events(path.parent)
         self._attempt = 1 + max((event["attempt"] for event in earlier), default=0)
@@ -113,15 +101,14 @@ class _Listener:
         from tasks.common.environment import peak_memory, resolve_device
 
         memory = peak_memory(resolve_device(self._device))
-        event = {"attempt": self._attempt, "time": self._now(), "memory": memory, **asdict(progress)}
+        event = {"attempt": self._attempt, "time": self._now(), "memory": memory}
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(event) + "\n")
+            file.write(json.dumps(event | asdict(progress)) + "\n")
         if progress.stage == self._stage and not self._first:
             self._first = progress.block
             if self._first in self._finished:
-                raise FimaqError(
-                    f"{self._first} was finished before the process was killed, and the stage '{self._stage}' does it again."
-                )
+                again = f"and the stage '{self._stage}' does it again"
+                raise FimaqError(f"{self._first} was finished before the kill, {again}.")
         if self._attempt == 1 and self._is_due(progress):
             os.kill(os.getpid(), signal.SIGKILL)
         self._report(progress)
@@ -140,7 +127,7 @@ class _Listener:
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
-    """Return what the cell in ``folder`` reported in its order; a line that was cut off is left out.
+    """Return what the cell in ``folder`` reported, in order; a line that was cut off is left out.
 
     Each event has the fields of :class:`~fimaq_core.progress.Progress`, the number of its attempt
     (from 1), its time in seconds and the peak of memory in bytes since its stage began.

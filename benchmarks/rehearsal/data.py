@@ -16,26 +16,16 @@ from tasks.common.imagenet import wordnet_ids
 #: Width and height, mode and format of images. ImageNet has grey and CMYK images, and a PNG that
 #: is named as a JPEG.
 _KINDS = [
-    ((500, 375), "RGB", "JPEG"),
-    ((375, 500), "RGB", "JPEG"),
-    ((500, 333), "L", "JPEG"),
-    ((640, 480), "RGB", "JPEG"),
-    ((300, 300), "CMYK", "JPEG"),
-    ((160, 120), "RGB", "PNG"),
-    ((480, 640), "RGB", "JPEG"),
-    ((1200, 900), "RGB", "JPEG"),
-]
+    ((500, 375), "RGB", "JPEG"), ((375, 500), "RGB", "JPEG"), ((500, 333), "L", "JPEG"),
+    ((640, 480), "RGB", "JPEG"), ((300, 300), "CMYK", "JPEG"), ((160, 120), "RGB", "PNG"),
+    ((480, 640), "RGB", "JPEG"), ((1200, 900), "RGB", "JPEG"),
+]  # fmt: skip
 #: Images of each part of COCO, of Flickr30k, and of ImageNet where classes are few.
 _FEW = 8
 
 
 def make_data(folder: Path, names: Iterable[str]) -> Places:
-    """Make the data sets called ``names`` below ``folder``, those that are not there yet.
-
-    Args:
-        folder: where they go.
-        names: of fields of :class:`~benchmarks.cells.Places`.
-    """
+    """Make data sets below ``folder`` where they are not there; return the places of all ``names``."""
     makers = {"imagenet": _imagenet, "coco": _coco, "flickr": _flickr}
     found = {}
     for name in sorted(names):
@@ -85,17 +75,10 @@ def _coco(folder: Path) -> None:
                 x, y = 4.0 * (category % 20), 3.0 * (category % 25)
                 box = [x, y, width / 3, height / 3]
                 corners = [x, y, x + width / 3, y, x + width / 3, y + height / 3, x, y + height / 3]
-                annotations.append(
-                    {
-                        "id": len(annotations) + 1000 * number,
-                        "image_id": number,
-                        "category_id": category + 1,
-                        "bbox": box,
-                        "area": box[2] * box[3],
-                        "segmentation": [corners],
-                        "iscrowd": 0,
-                    }
-                )
+                number_of_box = len(annotations) + 1000 * number
+                place = {"id": number_of_box, "image_id": number, "category_id": category + 1}
+                shape = {"bbox": box, "area": box[2] * box[3], "segmentation": [corners]}
+                annotations.append({**place, **shape, "iscrowd": 0})
         content = {"images": images, "annotations": annotations, "categories": categories}
         _write(folder / "annotations" / f"instances_{part}.json", content)
     _captions(folder, "dataset_coco.json", {"train": "train2014", "test": "val2014"})
@@ -110,14 +93,8 @@ def _captions(folder: Path, file: str, parts: dict[str, str]) -> None:
     for split, place in parts.items():
         for number, path in enumerate(_images(folder / place, prefix=f"{split}-")):
             texts = [f"{split} picture {number} of {count} things" for count in range(5)]
-            images.append(
-                {
-                    "filepath": place,
-                    "filename": path.name,
-                    "split": split,
-                    "sentences": [{"raw": text} for text in texts],
-                }
-            )
+            about = {"filepath": place, "filename": path.name, "split": split}
+            images.append({**about, "sentences": [{"raw": text} for text in texts]})
     _write(folder / file, {"images": images})
 
 

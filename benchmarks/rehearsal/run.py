@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,19 +13,17 @@ import psutil  # type: ignore[import-untyped, unused-ignore]
 from tabulate import tabulate  # type: ignore[import-untyped, unused-ignore]
 
 from benchmarks.cells import Adapter, Cell, RunOptions, finished
-from benchmarks.costs import cost_row
-from benchmarks.engines.choice import settled
-from benchmarks.engines.local import default_jobs
-from benchmarks.engines.options import EngineOptions
+from benchmarks.costs import cost_row, has_known_settings
 from benchmarks.grid import Filters, expand
 from benchmarks.names import load_names
 from benchmarks.published.table import PublishedTable
 from benchmarks.rehearsal.cell import in_small, read_events, rehearse_cell
 from benchmarks.rehearsal.estimate import real_memory, real_seconds, spent
+from benchmarks.run.local import default_jobs
+from benchmarks.run.options import ExecutorOptions, settled
 from benchmarks.schema import Grid
 from benchmarks.units import duration, size_text
 from fimaq_core.files import replaced_whole
-from tasks.common import registry
 from tasks.common.machine import container_limits
 
 FILE = "rehearsal.json"
@@ -35,47 +33,43 @@ _COLUMNS = ("model", "method", "bits", "rehearsed", "peak", "per step", "real ti
 
 
 def rehearse(
-    grid: Grid, profile: str, filters: Filters, options: RunOptions, adapter: Adapter, how: EngineOptions,
-    report: bool = False, table: PublishedTable | None = None,
-) -> int:  # fmt: skip
-    """Rehearse a grid's cells below ``<results>/rehearsal`` and return the exit code.
+    grid: Grid,
+    profile: str,
+    filters: Filters,
+    options: RunOptions,
+    adapter: Adapter,
+    how: ExecutorOptions,
+    report: bool = False,
+    table: PublishedTable | None = None,
+) -> int:
+    """Rehearse a grid's cells below ``<results>/rehearsal``; return 0 if all went through, else 1.
 
-    Args:
-        grid, profile, filters, options, adapter, how, report, table: as for
-            :func:`benchmarks.commands.run_grid`.
-
-    Returns:
-        0 if all cells went through, else 1.
+    The arguments are those of :func:`benchmarks.commands.run_grid`.
     """
     from benchmarks.commands import run_grid
     from benchmarks.rehearsal.data import make_data
     from benchmarks.rehearsal.models import make_weights
 
     folder = options.results / "rehearsal"
+    weights = folder / "weights"
     if options.force:  # a rehearsal has nothing worth keeping
         shutil.rmtree(folder, ignore_errors=True)
-    options = settled(
-        replace(options, results=folder, weights=folder / "weights", force="", rehearsal=True),
-        how, options.device or grid.device, options.threads or grid.threads,
-    )  # fmt: skip
-    if options.device == "cpu" and how.name == "local":
-        options, how = _one_thread_each(options, how)
-    assert options.weights is not None
+    device, threads = options.device or grid.device, options.threads or grid.threads
+    options = replace(options, results=folder, weights=weights, force=False, rehearsal=True)
+    options = settled(options, how, device, threads)
+    if options.device == "cpu" and how.name == "local":  # as many cells as cores and memory allow
+        options = replace(options, threads=options.threads or 1)
+        most = max(1, int(_memory("cpu") / _CELL_BYTES))
+        jobs = min(default_jobs(options.threads, "cpu"), most)
+        how = replace(how, jobs=how.jobs or jobs)
     cells = expand(grid, filters, options)
     print(f"Making random weights and images in {folder}. Each cell's process is killed once.")
-    make_weights(options.weights, cells)
+    make_weights(weights, cells)
     data = {grid.tasks[cell.section].data for cell in cells}
     options = replace(options, data=make_data(folder / "data", data - {"own"}))
     adapter = rehearsing(adapter)
     run_grid(grid, profile, filters, options, adapter, how, plan=False, report=report, table=table)
     return _conclude(grid, expand(grid, filters, options), options, adapter)
-
-
-def _one_thread_each(options: RunOptions, how: EngineOptions) -> tuple[RunOptions, EngineOptions]:
-    """Let as many cells run at a time as there are cores, as far as memory allows."""
-    threads = options.threads or 1
-    jobs = min(default_jobs(threads, "cpu"), max(1, int(_memory("cpu") / _CELL_BYTES)))
-    return replace(options, threads=threads), replace(how, jobs=how.jobs or jobs)
 
 
 def rehearsing(adapter: Adapter) -> Adapter:
@@ -84,27 +78,17 @@ def rehearsing(adapter: Adapter) -> Adapter:
     def small(function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda request, *rest: function(in_small(request), *rest)
 
-    return Adapter(
-        rehearse_cell,
-        small(adapter.planned_folder),
-        small(adapter.preflight),
-        small(adapter.cached),
-        adapter.imports,
+    return replace(
+        adapter,
+        run_cell=rehearse_cell,
+        planned_folder=small(adapter.planned_folder),
+        preflight=small(adapter.preflight),
+        cached=small(adapter.cached),
     )
 
 
 def _conclude(grid: Grid, cells: Sequence[Cell], options: RunOptions, adapter: Adapter) -> int:
-    """Print the estimates of rehearsed ``cells`` and keep them; return the exit code.
-
-    Args:
-        grid: the real grid.
-        cells: its cells, under the options of the rehearsal.
-        options: of the rehearsal.
-        adapter: of the rehearsal.
-
-    Returns:
-        0 if all cells went through, else 1.
-    """
+    """Print the estimates of rehearsed ``cells`` and keep them; return the exit code."""
     found = [(cell, row) for cell in cells if (row := _row(grid, cell, adapter)) is not None]
     rows = [row for _, row in found]
     if not rows:
@@ -112,7 +96,7 @@ def _conclude(grid: Grid, cells: Sequence[Cell], options: RunOptions, adapter: A
     print()
     print(tabulate([_texts(row) for row in rows], headers=_COLUMNS, disable_numparse=True))
     path = options.results / FILE
-    _keep(path, [row for cell, row in found if _is_released(cell)])
+    _keep(path, [row for cell, row in found if has_known_settings(cell)])
     total = sum(row["seconds"] for row in rows)
     largest = max(rows, key=lambda row: row["peak_memory_bytes"])
     tape = max(rows, key=lambda row: row["tape_bytes"])
@@ -132,24 +116,18 @@ def _conclude(grid: Grid, cells: Sequence[Cell], options: RunOptions, adapter: A
     return 0 if len(rows) == len(cells) else 1
 
 
-def _is_released(cell: Cell) -> bool:
-    """Return whether a cell has its method's released settings, or those of a named axis point."""
-    recipe = cell.request.recipe
-    return recipe is None or bool(cell.point) or not recipe.changes(registry.defaults(cell.task))
-
-
 def _row(grid: Grid, cell: Cell, adapter: Adapter) -> dict[str, Any] | None:
+    """Return the estimates of a rehearsed cell, and what was measured in small."""
     found = finished(cell, adapter)
     if found is None:
         return None
     record, folder = found
     real, request = cell.request.recipe, cell.request
-    times = spent(read_events(folder))
+    times, small = spent(read_events(folder)), in_small(request).recipe
     published = load_names().published_on(cell.task, grid.tasks[cell.section].dataset)
     images = published[0][2].count if published else record.n
     batch = 1 if cell.task == "detection" else request.eval_batch  # sizes vary: one by one
     memory, tape = real_memory(record, times, real, batch, request.placement == "disk")
-    small = in_small(request).recipe
     return {
         **cost_row(cell, record).model_dump(),
         "seconds": round(real_seconds(record, times, real, images), 1),
@@ -173,8 +151,8 @@ def _texts(row: dict[str, Any]) -> list[str]:
     rehearsed = row["rehearsed"]
     step = rehearsed["seconds_per_step"]
     return [
-        f"{row['model']}{' [' + row['scope'] + ']' if row['scope'] else ''}",
-        f"{row['method']}{' ' + row['point'] if row['point'] else ''}",
+        f"{row['model']} [{row['scope']}]" if row["scope"] else row["model"],
+        f"{row['method']} {row['point']}".strip(),
         row["bits"],
         duration(rehearsed["seconds"]),
         size_text(rehearsed["peak_memory_bytes"]),
@@ -188,32 +166,29 @@ def _keep(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write the rows; those of other cells that the file has stay in it."""
     keys = ("section", "model", "scope", "method", "bits", "seed", "point", "device")
     kept = json.loads(path.read_text(encoding="utf-8"))["cells"] if path.is_file() else []
-    merged = {tuple(row[name] for name in keys): row for row in [*kept, *rows]}
-    content = {"cells": sorted(merged.values(), key=lambda row: [str(row[name]) for name in keys])}
+    merged = {tuple(str(row[name]) for name in keys): row for row in [*kept, *rows]}
+    content = {"cells": [row for _, row in sorted(merged.items())]}
     with replaced_whole(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def _too_large(rows: Sequence[dict[str, Any]], device: str) -> list[str]:
-    """Say what of the real run might not fit on this machine."""
-    lines = []
-    memory, disk = _memory(device), shutil.disk_usage(tempfile.gettempdir()).free
-    large = [row for row in rows if row["peak_memory_bytes"] > memory]
+def _too_large(rows: Sequence[dict[str, Any]], device: str) -> Iterator[str]:
+    """Yield warnings of what of the real run might not fit on this machine."""
+    memory, temporary = _memory(device), tempfile.gettempdir()
+    large = dict.fromkeys(row["model"] for row in rows if row["peak_memory_bytes"] > memory)
     if large:
-        names = ", ".join(dict.fromkeys(row["model"] for row in large))
-        lines.append(
-            f"warning: {names} may need more memory than there is ({size_text(memory)}): "
+        yield (
+            f"warning: {', '.join(large)} may need more memory than the {size_text(memory)} here: "
             "PLACEMENT=host or disk keeps less of it on the device."
         )
     on_disk = [row for row in rows if row["rehearsed"]["placement"] == "disk"]
     most = max(on_disk, key=lambda row: int(row["tape_bytes"]), default=None)
-    if most is not None and most["tape_bytes"] > disk:
-        lines.append(
-            f"warning: {most['model']} keeps {size_text(most['tape_bytes'])} in "
-            f"{tempfile.gettempdir()}, where {size_text(disk)} are free: "
-            "set TMPDIR to a larger disk for the real run."
+    free = shutil.disk_usage(temporary).free
+    if most is not None and most["tape_bytes"] > free:
+        yield (
+            f"warning: {most['model']} keeps {size_text(most['tape_bytes'])} in {temporary}, where "
+            f"{size_text(free)} are free: set TMPDIR to a larger disk for the real run."
         )
-    return lines
 
 
 def _memory(device: str) -> float:

@@ -1,18 +1,13 @@
 """``python -m benchmarks.speed``. Exit codes: 0 done, 2 cannot run, 130 interrupted."""
 
 import time
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from benchmarks.console import user_errors
-from fimaq_core.errors import EngineError, FimaqError, suggest
-
-if TYPE_CHECKING:
-    from fimaq_core.numerics import Arithmetic
-    from fimaq_core.reconstruction.engines import Engine
+from benchmarks.speed.record import README, read_records, rewrite, tables, write_record
+from fimaq_core.errors import FimaqError
 
 #: Models by default, and seconds of a run, by the type of the device.
 MODELS = {
@@ -22,28 +17,21 @@ MODELS = {
 BUDGET = {"cpu": 280.0, "cuda": 450.0}
 _HELP = {"help_option_names": ["-h", "--help"], "show_default": True}
 _PATH = click.Path(path_type=Path)
-_DTYPE = click.Choice(["float32", "tf32", "bfloat16"])
 
 
 @click.command(context_settings=_HELP)
 @click.option("--device", default="auto", help="cpu, cuda, cuda:N, or auto: a GPU if there is one.")
 @click.option("--models", default="", help="Short names; real sizes get random weights and images.")
-@click.option("--engines", default="", help="Of eager, fused, compiled, graph (comma list).")
-@click.option("--step-dtype", type=_DTYPE, default="float32", help="Of the steps' products.")
-@click.option("--frozen-dtype", type=_DTYPE, default="float32", help="Of full-precision parts.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.")
-@click.option("--budget", type=click.FloatRange(min=1), help="Seconds; what does not fit is left out.")
+@click.option("--budget", type=click.FloatRange(min=1), help="Seconds; the rest is left out.")
 @click.option("--quick", is_flag=True, help="Smallest sizes: only shows that it runs.")
-@click.option("--output", type=_PATH, default="results/speed.json", help="File of records; added to.")
+@click.option("--output", type=_PATH, default="results/speed.json", help="File to add records to.")
 @click.option("--table", type=_PATH, help="Only put this file's tables into README.md here.")
 @click.pass_context
 def main(
     context: click.Context,
     device: str,
     models: str,
-    engines: str,
-    step_dtype: "Arithmetic",
-    frozen_dtype: "Arithmetic",
     threads: int | None,
     budget: float | None,
     quick: bool,
@@ -57,8 +45,6 @@ def main(
     """
     with user_errors(context, "Finished models are in the output file."):
         if table is not None:
-            from benchmarks.speed.record import README, read_records, rewrite
-
             records = read_records(table)
             if not records:
                 raise FimaqError(f"No records in {table}: measure some with --output {table}.")
@@ -67,15 +53,13 @@ def main(
             return
         import torch
 
-        from benchmarks.speed.measure import default_sizes, measure
-        from benchmarks.speed.record import read_records, tables, write_record
+        from benchmarks.speed.measure import Sizes, default_sizes, measure
         from benchmarks.speed.steps import measure_rates
         from tasks.common.environment import resolve_device
 
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         where = resolve_device(device)
-        chosen = _engines(engines, where.type)
         if threads is not None:
             torch.set_num_threads(threads)
         if where.index is not None:
@@ -88,37 +72,15 @@ def main(
         def say(text: str) -> None:
             click.echo(f"[{time.monotonic() - start:4.0f} s] {text}")
 
-        rates = measure_rates(where, step_dtype)
+        rates = measure_rates(where)
         say(f"products: {rates.flops / 1e9:.0f} GFLOP/s, copies: {rates.bytes / 1e9:.1f} GB/s")
         done = []
         for index, name in enumerate(names):
-            now, sizes = time.monotonic(), default_sizes(name, where)
-            sizes = replace(sizes, engines=chosen or sizes.engines)
+            sizes = default_sizes(name, where)
             if quick:
-                sizes = replace(sizes, steps=2, images=32, range_images=2, memory_images=0)
-            record = measure(
-                name,
-                sizes,
-                rates,
-                where,
-                step_dtype=step_dtype,
-                frozen_dtype=frozen_dtype,
-                deadline=now + max(end - now, 0.0) / (len(names) - index),
-                say=say,
-            )
-            write_record(output, record)
-            done.append(record)
+                sizes = Sizes(("fused",), steps=2, images=32, range_images=2, memory_images=0)
+            now = time.monotonic()
+            deadline = now + max(end - now, 0.0) / (len(names) - index)
+            done.append(measure(name, sizes, rates, where, deadline, say))
+            write_record(output, done[-1])
         click.echo(f"\n{tables(done, 'simple')}\n\nRecords: {output}")
-
-
-def _engines(text: str, device: str) -> "tuple[Engine, ...]":
-    """Return the engines of a comma list, and ``fused``, which stands for those that compile."""
-    from fimaq_core.reconstruction.engines import FORMS
-
-    chosen = [name.strip() for name in text.split(",") if name.strip()]
-    for name in chosen:
-        if name not in FORMS:
-            raise EngineError(f"There is no engine '{name}'.{suggest(name, FORMS)}")
-    if "graph" in chosen and device != "cuda":
-        raise EngineError("The engine 'graph' needs a CUDA device: give --device cuda.")
-    return tuple(one for one in FORMS if one in chosen or one == "fused") if chosen else ()

@@ -8,42 +8,30 @@ from datetime import UTC, datetime
 import torch
 from torch._inductor.utils import fresh_cache
 
-from benchmarks.published.minutes import published_minutes
+from benchmarks.costs import published_minutes
 from benchmarks.speed.memory import measure_peak
-from benchmarks.speed.protocol import SegmentCost, line, protocol_seconds
 from benchmarks.speed.record import SpeedRecord
-from benchmarks.speed.stages import MakeTimes, calibration_seconds, walk
-from benchmarks.speed.steps import Rates
+from benchmarks.speed.steps import Rates, StepTimes
 from benchmarks.speed.subjects import load_subject
-from fimaq_core.numerics import Arithmetic
-from fimaq_core.recipe import Recipe, make_recipe
+from benchmarks.speed.walk import calibration_seconds, line, protocol_seconds, walk
+from fimaq_core.recipe import make_recipe
 from fimaq_core.reconstruction.engines import Engine, choose_engine, cpp_compiler
 from tasks.classification.tags import DEMO_NAMES
 from tasks.common.environment import describe
 
 #: Seconds that the memory measurement takes to start.
 MEMORY_START = 15.0
-#: Bits of the runs.
-BITS = {"w_bits": 3, "a_bits": 3}
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of one model's measurement.
+    """Sizes of one model's measurement."""
 
-    Attributes:
-        engines: engines whose steps are timed, in order of their turns.
-        steps: counted steps per engine, on one block of every make.
-        images: on the tape.
-        range_images: for calibration; a quarter of them is measured too.
-        memory_images: on the tape where peak memory is measured; 0 leaves that out.
-    """
-
-    engines: tuple[Engine, ...]
-    steps: int
-    images: int
-    range_images: int
-    memory_images: int
+    engines: tuple[Engine, ...]  #: in order of their turns
+    steps: int  #: counted per engine, on one block of every make
+    images: int  #: on the tape
+    range_images: int  #: for calibration; a quarter of them is measured too
+    memory_images: int  #: on the tape where peak memory is measured; 0 leaves that out
 
 
 def default_sizes(model: str, device: torch.device) -> Sizes:
@@ -61,39 +49,26 @@ def measure(
     sizes: Sizes,
     rates: Rates,
     device: torch.device,
-    *,
-    step_dtype: Arithmetic,
-    frozen_dtype: Arithmetic,
     deadline: float,
     say: Callable[[str], None],
 ) -> SpeedRecord:
     """Measure one model.
 
     The rounding regulariser is on from the first step, since the first steps are timed; in the
-    protocol it is on in the last four fifths.
-
-    Args:
-        model: its short name.
-        sizes: of the run.
-        rates: of the machine.
-        device: where.
-        step_dtype: arithmetic of the steps' matrix products.
-        frozen_dtype: arithmetic of the full-precision parts.
-        deadline: on the clock of ``time.monotonic``; later parts are left out, with a note.
-        say: receives a line for people at every stage.
+    protocol it is on in the last four fifths. What does not fit before ``deadline``
+    (``time.monotonic``) is left out, with a note; ``say`` receives a line at every stage.
     """
-    full = make_recipe("fimaq", BITS)
+    full = make_recipe("fimaq", {"w_bits": 3, "a_bits": 3})
     changes = {
         "calibration_images": sizes.images,
         "range_images": sizes.range_images,
         "batch_size": min(32, sizes.images),
         "round_warmup": 0.0,
-        "step_dtype": step_dtype,
-        "frozen_dtype": frozen_dtype,
     }
-    recipe = make_recipe("fimaq", BITS, changes)
+    recipe = full.model_copy(update=changes)
     few = recipe.model_copy(update={"range_images": max(sizes.range_images // 4, 1)})
-    say(f"{model}: calibration on {few.range_images} and {recipe.range_images} images")
+    ranges = (few.range_images, recipe.range_images)
+    say(f"{model}: calibration on {ranges[0]} and {ranges[1]} images")
     subject = load_subject(model, recipe, device)
     small = calibration_seconds(subject.chain, subject.images, few)
     subject = load_subject(model, recipe, device)
@@ -108,32 +83,31 @@ def measure(
         notes.append("no time left to measure peak memory")
     elif sizes.memory_images:
         say(f"{model}: peak memory with {sizes.memory_images} images")
-        memory = _memory(model, recipe, sizes.memory_images, device)
-    main = times.makes[subject.main]
+        changes = {"calibration_images": sizes.memory_images}
+        changes["batch_size"] = min(32, sizes.memory_images)
+        memory = measure_peak(model, recipe.model_copy(update=changes), device)
+    steps = [times.makes[number] for number in range(len(subject.makes))]
+    main = steps[subject.main]
     choice = choose_engine("auto", device, full.steps)
     engine = choice if choice in main.step_s else min(main.step_s, key=main.step_s.__getitem__)
-    ranges = (few.range_images, recipe.range_images)
-    costs = [
-        SegmentCost(
-            line((ranges[0], small[index]), (ranges[1], large[index]), full.range_images),
-            times.tape[index],
-            times.own[number],
-            times.tail[index],
-            step_seconds(times.makes[number], main, engine),
-            number in times.passes,
-        )
-        for index, number in enumerate(subject.make_of)
-    ]
-    compiling = len(subject.makes) * main.compile_s.get(engine, 0.0)
-    stages = protocol_seconds(costs, subject.order, full, compiling)
+    makes, pairs = subject.make_of, zip(small, large, strict=True)
+    stages = protocol_seconds(
+        subject.order,
+        full,
+        calibration=[line((ranges[0], a), (ranges[1], b), full.range_images) for a, b in pairs],
+        tape=times.tape,
+        own=[times.own[number] if number in times.passes else None for number in makes],
+        tail=times.tail,
+        step=[_step_seconds(steps[number], main, engine) for number in makes],
+        compile_s=len(subject.makes) * main.compile_s.get(engine, 0.0),
+    )
     floors, total = rates.floors_ms(main.flops, main.bytes), sum(stages.values())
     published = (one.minutes for one in published_minutes().get(model, ()) if one.method == "fimaq")
-    environment = describe(device)
-    threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
+    environment, cuda = describe(device), device.type == "cuda"
     return SpeedRecord(
-        device=f"{environment.device}{threads}",
+        device=environment.device + ("" if cuda else f", {torch.get_num_threads()} threads"),
         model=model,
-        step_ms=_ms(main),
+        step_ms=main.step_ms,
         floor_ms=max(floors.values()),
         stages_s={"calibration": sum(large), **times.wall},
         peak_bytes=None if memory is None else int(memory["peak_bytes"]),
@@ -150,13 +124,13 @@ def measure(
             "images": len(subject.images),
             "range_images": recipe.range_images,
             "whole_model": len(subject.chain) == len(subject.order),
-            "step_dtype": step_dtype,
-            "frozen_dtype": frozen_dtype,
+            "step_dtype": recipe.step_dtype,
+            "frozen_dtype": recipe.frozen_dtype,
         },
         rates=vars(rates),
         floors_ms=floors,
-        calls_a_step={str(name): count for name, count in main.calls.items()},
-        calls_are="kernels" if device.type == "cuda" else "operator calls",
+        calls_a_step=dict(main.calls),
+        calls_are="kernels" if cuda else "operator calls",
         calibration_s={str(ranges[0]): sum(small), str(ranges[1]): sum(large)},
         fisher_check=times.fisher_check(subject),
         step_ms_by_make=[
@@ -165,14 +139,13 @@ def measure(
                 "kind": make.kind,
                 "blocks": make.count,
                 "input": list(make.shape),
-                "step_ms": _ms(one),
+                "step_ms": one.step_ms,
                 "compile_s": one.compile_s,
                 "floors_ms": rates.floors_ms(one.flops, one.bytes),
                 "flops": one.flops,
                 "bytes": one.bytes,
             }
-            for number, make in enumerate(subject.makes)
-            for one in (times.makes[number],)
+            for make, one in zip(subject.makes, steps, strict=True)
         ],
         memory=memory,
         notes=notes,
@@ -180,17 +153,7 @@ def measure(
     )
 
 
-def _ms(make: MakeTimes) -> dict[str, float]:
-    return {name: 1000 * seconds for name, seconds in make.step_s.items()}
-
-
-def _memory(model: str, recipe: Recipe, images: int, device: torch.device) -> dict[str, float]:
-    changes = {"calibration_images": images, "batch_size": min(32, images)}
-    threads = torch.get_num_threads()
-    return measure_peak(model, recipe.model_copy(update=changes), str(device), threads)
-
-
-def step_seconds(make: MakeTimes, main: MakeTimes, engine: Engine) -> float:
+def _step_seconds(make: StepTimes, main: StepTimes, engine: Engine) -> float:
     """Return the seconds of a make's step; an engine that only ``main`` has gains as much here."""
     if engine in make.step_s:
         return make.step_s[engine]

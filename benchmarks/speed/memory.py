@@ -3,15 +3,17 @@
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from benchmarks.speed.subjects import chain_of, whole_model
+from benchmarks.speed.subjects import whole_model
 from fimaq_core.calibration.calibrate import calibrate
 from fimaq_core.chain import BlockChain
+from fimaq_core.families import find_family
 from fimaq_core.fisher.divergence import ClassifierDivergence
 from fimaq_core.layers import QuantMatMul, quant_layers, set_quantized
 from fimaq_core.layers.layers import decide_rounding
@@ -33,65 +35,44 @@ VARIABLES = 8
 TAPE, TAPE_ADVANCING = 3, 5
 
 
-def memory_formula(
-    weights: float,
-    images: float,
-    rounded: float,
-    tape: float,
-    step: float,
-    tail: float,
-) -> float:
-    """Return the peak bytes: all that is held, and the largest of step, Fisher pass and tape.
+class Parts(NamedTuple):
+    """Bytes of what is in memory while a block is reconstructed."""
 
-    Args:
-        weights: bytes of parameters and buffers of the whole model.
-        images: of the calibration images, and of the model's outputs for them.
-        rounded: of one flat vector over the block's rounded weights.
-        tape: of one tensor of images x block output.
-        step: saved by a step's forward for its backward.
-        tail: saved by the segments behind the block in a Fisher pass, for a batch.
+    weights: float  #: parameters and buffers of the whole model
+    images: float  #: calibration images, and the model's outputs for them
+    rounded: float  #: one flat vector over the block's rounded weights
+    tape: float  #: one tensor of images x block output
+    step: float  #: saved by a step's forward for its backward
+    tail: float  #: saved by the segments behind the block in a Fisher pass, for a batch
+
+    def peak(self) -> float:
+        """Return all that is held, and the largest of step, Fisher pass and tape."""
+        held = self.weights + self.images + VARIABLES * self.rounded + TAPE * self.tape
+        return held + max(self.step, self.tail, (TAPE_ADVANCING - TAPE) * self.tape)
+
+
+def measure_peak(name: str, recipe: Recipe, device: torch.device) -> dict[str, float]:
+    """Return the peak, measured in a process of its own, beside the formula and its parts.
+
+    A process on the CPU only knows its own peak. The peak on CUDA is that of all tensors, on the
+    CPU that of resident memory without libraries. ``recipe.calibration_images`` are on the tape.
     """
-    held = weights + images + VARIABLES * rounded + TAPE * tape
-    return held + max(step, tail, (TAPE_ADVANCING - TAPE) * tape)
-
-
-def measure_peak(name: str, recipe: Recipe, device: str, threads: int) -> dict[str, float]:
-    """Return the peak in a process of its own: a process on the CPU only knows its own peak.
-
-    Args:
-        name: of the model.
-        recipe: of the run; its ``calibration_images`` are on the tape.
-        device: torch's name of it.
-        threads: CPU threads.
-
-    Returns:
-        ``images``, ``peak_bytes``, ``formula_bytes``, ``ratio``, and the formula's parts in bytes.
-        The peak on CUDA is that of all tensors, on the CPU that of the process's resident memory
-        without its libraries.
-    """
-    spawn = multiprocessing.get_context("spawn")
+    spawn, threads = multiprocessing.get_context("spawn"), torch.get_num_threads()
     with patch.dict("os.environ", _EXACT_MALLOC), ProcessPoolExecutor(1, spawn) as pool:
-        peak, parts = pool.submit(_in_child, name, recipe, device, threads).result()
-    formula = memory_formula(**parts)
-    found = {"images": recipe.calibration_images, "peak_bytes": peak, "formula_bytes": formula}
-    sizes = {f"{part}_bytes": size for part, size in parts.items()}
-    return {**found, "ratio": peak / formula, **sizes}
+        peak, parts = pool.submit(_in_child, name, recipe, str(device), threads).result()
+    found = {"images": recipe.calibration_images, "peak_bytes": peak, "formula_bytes": parts.peak()}
+    sizes = {f"{part}_bytes": size for part, size in parts._asdict().items()}
+    return {**found, "ratio": peak / parts.peak(), **sizes}
 
 
-def _in_child(name: str, recipe: Recipe, device: str, threads: int) -> tuple[int, dict[str, float]]:
+def _in_child(name: str, recipe: Recipe, device: str, threads: int) -> tuple[int, Parts]:
     torch.set_num_threads(threads)
     where = torch.device(device)
     # A first small run loads what libraries set up on first use: it belongs to no model.
-    small = VisionTransformer(
-        img_size=32,
-        patch_size=8,
-        embed_dim=32,
-        depth=2,
-        num_heads=2,
-        num_classes=10,
-    )
+    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    small = VisionTransformer(**shape, num_classes=10)
     images = torch.randn(32, 3, 32, 32, device=where)
-    peak_of_block(chain_of(small.eval(), recipe).to(where), images, recipe)
+    peak_of_block(find_family(small).build(small.eval(), recipe).to(where), images, recipe)
     chain, images = whole_model(name, recipe, where)
     reset_peak_memory(torch.device("cpu"))
     held = sum(tensor.nbytes for tensor in [*chain.parameters(), *chain.buffers(), images])
@@ -103,19 +84,11 @@ def peak_of_block(
     images: Tensor,
     recipe: Recipe,
     before: int = 0,
-) -> tuple[int, dict[str, float]]:
+) -> tuple[int, Parts]:
     """Reconstruct the block behind the patch embedding for three steps, with one Fisher pass.
 
-    The engine is ``fused``: it needs no compiler, whose own memory would count.
-
-    Args:
-        chain: not calibrated.
-        images: (n, C, H, W) for the tape.
-        recipe: of the run.
-        before: resident bytes without model and images.
-
-    Returns:
-        Peak bytes, and the parts of :func:`memory_formula`.
+    The engine is ``fused``: it needs no compiler, whose own memory would count. ``before`` are
+    resident bytes without model and images.
     """
     device = images.device
     minmax = {"range_search": "minmax", "range_images": 1}
@@ -146,23 +119,18 @@ def peak_of_block(
     assert isinstance(tape.target, Tensor)
     known = [*model, images, trainer.state.soft, tape.full]
     part = tape.target[: recipe.batch_size].detach().requires_grad_(True)
-    return peak, {
-        "weights": sum(tensor.nbytes for tensor in model),
-        "images": images.nbytes + reference.nbytes,
-        "rounded": trainer.state.soft.nbytes,
-        "tape": max(tape.full.nbytes, tape.target.nbytes),
-        "step": saved_bytes(lambda: trainer.step(3), known),
-        "tail": saved_bytes(lambda: chain.tail(2, part), [*known, part]),
-    }
+    return peak, Parts(
+        weights=sum(tensor.nbytes for tensor in model),
+        images=images.nbytes + reference.nbytes,
+        rounded=trainer.state.soft.nbytes,
+        tape=max(tape.full.nbytes, tape.target.nbytes),
+        step=saved_bytes(lambda: trainer.step(3), known),
+        tail=saved_bytes(lambda: chain.tail(2, part), [*known, part]),
+    )
 
 
 def saved_bytes(work: Callable[[], object], known: list[Tensor]) -> int:
-    """Return the bytes that ``work`` saves for its backward pass, each storage once.
-
-    Args:
-        work: a forward pass.
-        known: tensors that do not count.
-    """
+    """Return the bytes that a forward pass saves for backward, without ``known`` tensors."""
     passed = {tensor.untyped_storage().data_ptr() for tensor in known}
     found: dict[int, int] = {}
 

@@ -10,68 +10,39 @@ from tabulate import tabulate  # type: ignore[import-untyped, unused-ignore]
 
 from fimaq_core.errors import CheckpointError
 from fimaq_core.files import replaced_whole
-from fimaq_core.reconstruction.engines import FORMS
 
 README = Path(__file__).with_name("README.md")
 BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
 
 
 class SpeedRecord(BaseModel):
-    """Measured speed of a model on a device.
+    """Measured speed of a model on a device, and the full protocol extrapolated from it."""
 
-    Attributes:
-        device: its name, and the threads of a CPU.
-        model: short name.
-        step_ms: milliseconds per step of the most frequent block by engine.
-        floor_ms: limit of such a step, the larger of ``floors_ms``.
-        stages_s: seconds of the stages in this run, at its sizes.
-        peak_bytes: memory of reconstructing a block; None if not measured.
-        full_protocol_min: extrapolated minutes of the full protocol.
-        published_min: published minutes on another device.
-        versions: of the software.
-        date: of the run.
-        extrapolated: whether the full protocol was calculated from parts.
-        full_protocol_s: seconds of the full protocol by stage.
-        full_protocol_engine: engine of its steps.
-        fisher_share: share of the Fisher passes in it.
-        measured: sizes of the run.
-        rates: operations and bytes per second of this machine.
-        floors_ms: by arithmetic and by bytes.
-        calls_a_step: CUDA kernels, or operator calls, per step by engine.
-        calls_are: ``kernels`` or ``operator calls``.
-        calibration_s: seconds of calibration by number of images.
-        fisher_check: seconds of whole Fisher passes over the sum of their parts.
-        step_ms_by_make: steps of every make of blocks.
-        memory: peak, formula and its parts.
-        notes: what was left out.
-        revision: of this project.
-    """
-
-    device: str
-    model: str
-    step_ms: dict[str, float]
-    floor_ms: float
-    stages_s: dict[str, float]
-    peak_bytes: int | None
+    device: str  #: with the threads of a CPU
+    model: str  #: short name
+    step_ms: dict[str, float]  #: of the most frequent block, by engine
+    floor_ms: float  #: limit of such a step, the larger of ``floors_ms``
+    stages_s: dict[str, float]  #: seconds of this run, at its sizes
+    peak_bytes: int | None  #: memory of reconstructing a block
     full_protocol_min: float
-    published_min: float | None
+    published_min: float | None  #: on another device
     versions: dict[str, str]
     date: str
-    extrapolated: bool
-    full_protocol_s: dict[str, float]
+    extrapolated: bool  #: whether the full protocol was calculated from parts
+    full_protocol_s: dict[str, float]  #: by stage
     full_protocol_engine: str
-    fisher_share: float
-    measured: dict[str, Any]
-    rates: dict[str, float]
-    floors_ms: dict[str, float]
-    calls_a_step: dict[str, int]
-    calls_are: str
-    calibration_s: dict[str, float]
-    fisher_check: float | None
+    fisher_share: float  #: of the full protocol
+    measured: dict[str, Any]  #: sizes of the run
+    rates: dict[str, float]  #: operations and bytes per second of this machine
+    floors_ms: dict[str, float]  #: by arithmetic and by bytes
+    calls_a_step: dict[str, int]  #: CUDA kernels, or operator calls, by engine
+    calls_are: str  #: ``kernels`` or ``operator calls``
+    calibration_s: dict[str, float]  #: by number of images
+    fisher_check: float | None  #: seconds of whole Fisher passes over the sum of their parts
     step_ms_by_make: list[dict[str, Any]]
-    memory: dict[str, float] | None
-    notes: list[str]
-    revision: str
+    memory: dict[str, float] | None  #: peak, formula and its parts
+    notes: list[str]  #: what was left out
+    revision: str  #: of this project
 
     def ratios(self) -> dict[str, str]:
         """Return the measured ratios by name."""
@@ -111,18 +82,11 @@ def write_record(path: Path, record: SpeedRecord) -> None:
     """Add a record to a file; it replaces the one of the same device and model."""
     key = (record.device, record.model)
     kept = [other for other in read_records(path) if (other.device, other.model) != key]
-    content = [_rounded(item) for item in _LIST.dump_python([*kept, record], mode="json")]
+    text = _LIST.dump_json([*kept, record])
+    # Five digits of every number: more would be noise.
+    content = json.loads(text, parse_float=lambda digits: float(f"{float(digits):.5g}"))
     with replaced_whole(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def _rounded(value: Any) -> Any:
-    """Keep five digits of every number: more would be noise."""
-    if isinstance(value, float):
-        return float(f"{value:.5g}")
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list) else value
 
 
 def _number(value: float | None, digits: int = 2) -> str:
@@ -131,12 +95,12 @@ def _number(value: float | None, digits: int = 2) -> str:
 
 def _short(value: float | None) -> str:
     """Return three digits."""
-    if value is None:
-        return "-"
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return _number(value, 0) if value is None or abs(value) >= 100 else f"{value:.3g}"
 
 
 def _steps(record: SpeedRecord) -> dict[str, str]:
+    from fimaq_core.reconstruction.engines import FORMS
+
     best = min(record.step_ms.values())
     calls = " / ".join(f"{name} {count}" for name, count in record.calls_a_step.items())
     return {
@@ -163,12 +127,7 @@ def _stages(record: SpeedRecord) -> dict[str, str]:
 
 
 def tables(records: Sequence[SpeedRecord], form: str = "github") -> str:
-    """Return all tables, device by device.
-
-    Args:
-        records: of any devices and models.
-        form: tabulate's name of the layout.
-    """
+    """Return all tables, device by device; ``form`` is tabulate's name of the layout."""
 
     def grid(rows: Sequence[dict[str, str]]) -> str:
         settings = {"disable_numparse": True, "stralign": "right"}
@@ -180,13 +139,10 @@ def tables(records: Sequence[SpeedRecord], form: str = "github") -> str:
         dates = sorted(record.date for record in mine)
         torch = ", ".join(sorted({record.versions["torch"] for record in mine}))
         when = " to ".join(dict.fromkeys((dates[0], dates[-1])))
-        heading = "### " if form == "github" else ""
-        ratios = []
-        for record in mine:
-            for name, value in record.ratios().items():
-                ratios.append({"model": record.model, "ratio": name, "found": value})
+        pairs = [(record.model, *pair) for record in mine for pair in record.ratios().items()]
+        ratios = [dict(zip(("model", "ratio", "found"), each, strict=True)) for each in pairs]
         parts += [
-            f"{heading}{device} ({when}, torch {torch})",
+            f"{'### ' if form == 'github' else ''}{device} ({when}, torch {torch})",
             "Milliseconds of a step of the most frequent block, and its floors:",
             grid([_steps(record) for record in mine]),
             "Minutes of the full protocol, extrapolated, by stage:",

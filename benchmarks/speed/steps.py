@@ -5,10 +5,11 @@ products, and its bytes at the machine's rate of copies.
 """
 
 import copy
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +18,14 @@ from torch.utils.benchmark import Timer, timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from fimaq_core.chain import Segment
-from fimaq_core.numerics import Arithmetic, arithmetic
+from fimaq_core.numerics import arithmetic
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction.block import BlockTrainer
 from fimaq_core.reconstruction.engines import Engine
 from fimaq_core.reconstruction.objective import BlockObjective
-from fimaq_core.reconstruction.tape import Tape
 
+#: Engines that need no compiler.
+PLAIN: tuple[Engine, ...] = ("fused", "eager")
 #: Steps of one engine before the next one has its turn.
 ROUND = 10
 #: Steps after the first that are not counted: they compile, capture and fill caches.
@@ -44,44 +46,26 @@ def timed(work: Callable[[], object]) -> Timer:
 
 @dataclass(frozen=True)
 class Rates:
-    """Measured limits of the machine.
+    """Measured limits of the machine, per second."""
 
-    Attributes:
-        flops: floating-point operations per second of large matrix products.
-        bytes: bytes per second of large copies; read and written bytes both count.
-    """
-
-    flops: float
-    bytes: float
+    flops: float  #: operations of large matrix products
+    bytes: float  #: bytes of large copies; read and written bytes both count
 
     def floors_ms(self, flops: int, moved: int) -> dict[str, float]:
         """Return the milliseconds of so many operations and bytes."""
         return {"arithmetic": 1000 * flops / self.flops, "bytes": 1000 * moved / self.bytes}
 
 
-def measure_rates(
-    device: torch.device,
-    dtype: Arithmetic = "float32",
-    size: int | None = None,
-) -> Rates:
-    """Measure the rates of matrix products and copies.
-
-    Args:
-        device: where.
-        dtype: arithmetic of the products.
-        size: rows and columns of the matrices; None takes what fills the device.
-    """
+def measure_rates(device: torch.device, size: int | None = None) -> Rates:
+    """Measure the rates of float32 matrix products (size x size) and of copies."""
     size = size or (8192 if device.type == "cuda" else 1536)
     left = torch.randn(size, size, device=device)
     right, out = torch.randn_like(left), torch.empty_like(left)
     source = torch.zeros(16 * size * size, device=device)
     target = torch.empty_like(source)
-
-    def product() -> Tensor:
-        return left @ right if dtype == "bfloat16" else torch.mm(left, right, out=out)
-
-    with arithmetic(dtype, device):
-        product_s = min(timed(product).blocked_autorange(min_run_time=0.5).times)
+    with arithmetic("float32", device):
+        product = timed(lambda: torch.mm(left, right, out=out))
+        product_s = min(product.blocked_autorange(min_run_time=0.5).times)
     copy_s = min(timed(lambda: target.copy_(source)).blocked_autorange(min_run_time=0.5).times)
     return Rates(2 * size**3 / product_s, 2 * FLOAT * source.numel() / copy_s)
 
@@ -90,24 +74,17 @@ def step_bytes(batch: int, quantized: int, weights: int) -> int:
     """Return the bytes that a step moves at least: each tensor once per pass that fusion keeps.
 
     Activations between quantizers (norms, GELU, softmax) could all be fused and do not count.
-
-    Args:
-        batch: floats of the batch: inputs (twice if two kinds are mixed) and target.
-        quantized: floats of all quantized activations.
-        weights: floats of all rounded weights.
+    Given are the floats of the batch (inputs, twice if two kinds are mixed, and target), of all
+    quantized activations, and of all rounded weights.
     """
     return FLOAT * (batch + ACTIVATION_PASSES * quantized + WEIGHT_PASSES * weights)
 
 
 class TimedObjective(BlockObjective):
-    """Objective that several trainers of one block share: takes one Fisher pass and times it.
+    """Objective that several trainers of one block share: takes one Fisher pass and times it."""
 
-    Attributes:
-        pass_s: seconds of the pass.
-        own_s: seconds of it in the block's own forward.
-    """
-
-    pass_s = own_s = 0.0
+    pass_s = 0.0  #: seconds of the pass
+    own_s = 0.0  #: seconds of it in the block's own forward
 
     def update(self, forward: Callable[[Tensor], Tensor]) -> None:
         """See :class:`BlockObjective`; only the first call has an effect."""
@@ -125,64 +102,62 @@ class TimedObjective(BlockObjective):
         self.pass_s = timer() - start
 
 
-@dataclass
-class EngineRun:
-    """Steps of a block by one engine.
+@dataclass(frozen=True)
+class StepTimes:
+    """Steps of one make of blocks."""
 
-    Attributes:
-        trainer: of its own copy of the block.
-        first_s: seconds of the first step; compilation counts, the Fisher pass does not.
-        rounds: mean seconds per step, one number per round.
-        number: steps done.
-    """
-
-    trainer: BlockTrainer
-    first_s: float = 0.0
-    rounds: list[float] = field(default_factory=list)
-    number: int = 0
-
-    def step(self) -> None:
-        """Do the next step."""
-        self.trainer.step(self.number)
-        self.number += 1
+    step_s: dict[Engine, float]  #: by engine
+    compile_s: dict[Engine, float]  #: in the first step, of engines that compile
+    flops: int  #: operations of a step
+    bytes: int  #: of a step, see :func:`step_bytes`
+    calls: dict[Engine, int]  #: operators of a step; kernels on CUDA
 
     @property
-    def step_s(self) -> float:
-        """Median seconds per step: machines freeze now and then, and a mean would count that."""
-        return statistics.median(self.rounds)
+    def step_ms(self) -> dict[str, float]:
+        """Milliseconds per step by engine."""
+        return {name: 1000 * seconds for name, seconds in self.step_s.items()}
+
+
+class _Run:
+    """Steps of one engine on its own copy of a block."""
+
+    def __init__(self, segment: Segment, objective: BlockObjective, recipe: Recipe, engine: Engine):
+        # A copy without what the tape has done before the block.
+        own = Segment(segment.label, segment.kind, copy.deepcopy(segment.block), pairs=())
+        tape = objective.tape
+        self.trainer = BlockTrainer(own, tape, objective, recipe, recipe.seed, engine)
+        self._numbers = itertools.count()
+        self.rounds: list[float] = []
+
+    def step(self) -> None:
+        self.trainer.step(next(self._numbers))
 
 
 def time_steps(
     segment: Segment,
-    tape: Tape,
     objective: TimedObjective,
     recipe: Recipe,
     engines: Sequence[Engine],
     steps: int,
     deadline: float,
-) -> dict[Engine, EngineRun]:
-    """Time a block's steps by each engine, in turns of :data:`ROUND` steps.
+) -> StepTimes:
+    """Time a block's steps by each engine, in turns of :data:`ROUND` steps, and count their work.
 
-    Machines change their speed; in turns they change it for all engines.
+    Machines change their speed; in turns they change it for all engines. The median of the turns
+    counts: machines freeze now and then, and a mean would count that.
 
     Args:
-        segment: the block; it stays unchanged.
-        tape: at that block, target computed.
-        objective: of the block.
-        recipe: of the steps.
-        engines: in order of their turns.
-        steps: counted steps of each; after ``deadline`` fewer, but at least one round.
-        deadline: on the clock of ``time.monotonic``.
+        segment, objective: the block, which stays unchanged; the target of its tape is computed.
+        engines: in order of their turns; ``fused`` is one of them.
+        steps: counted steps of each; after ``deadline`` (``time.monotonic``) at least one turn.
     """
-    runs = {}
-    for engine in engines:  # a copy of the block without what the tape has done before it
-        own = Segment(segment.label, segment.kind, copy.deepcopy(segment.block), pairs=())
-        trainer = BlockTrainer(own, tape, objective, recipe, recipe.seed, engine)
-        runs[engine] = run = EngineRun(trainer)
+    device, runs, first_s = objective.tape.storage.device.type, {}, {}
+    for engine in engines:
+        runs[engine] = run = _Run(segment, objective, recipe, engine)
         before, start = objective.pass_s, timer()
         run.step()
-        run.first_s = timer() - start - (objective.pass_s - before)
-        for _ in range(WARM_UP[tape.storage.device.type]):
+        first_s[engine] = timer() - start - (objective.pass_s - before)
+        for _ in range(WARM_UP[device]):
             run.step()
     done = 0
     while done < steps and (done == 0 or time.monotonic() < deadline):
@@ -190,16 +165,19 @@ def time_steps(
         for run in runs.values():
             run.rounds.append(timed(run.step).timeit(count).mean)
         done += count
-    return runs
+    step_s = {engine: statistics.median(run.rounds) for engine, run in runs.items()}
+    compiling = (engine for engine in engines if engine not in PLAIN)
+    work = {engine: _work(runs[engine], recipe) for engine in engines if engine in PLAIN}
+    calls = {engine: count for engine, (_, _, count) in work.items()}
+    if device == "cuda":
+        calls = {engine: _kernels(run) for engine, run in runs.items()}
+    flops, moved, _ = work["fused"]
+    compile_s = {engine: max(first_s[engine] - step_s[engine], 0.0) for engine in compiling}
+    return StepTimes(step_s, compile_s, flops, moved, calls)
 
 
-def step_work(run: EngineRun, recipe: Recipe) -> tuple[int, int, int]:
-    """Do one more step, and return its operations, bytes (:func:`step_bytes`) and operator calls.
-
-    Args:
-        run: by an engine without a compiler.
-        recipe: of the steps.
-    """
+def _work(run: _Run, recipe: Recipe) -> tuple[int, int, int]:
+    """Do one more step, and return its operations, bytes and operator calls."""
     trainer, sizes = run.trainer, []
 
     def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -230,7 +208,7 @@ class _CallCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def kernels(run: EngineRun) -> int:
+def _kernels(run: _Run) -> int:
     """Do one more step, and return its CUDA kernels, copies and fills included."""
     from torch._C._autograd import DeviceType
     from torch.profiler import profile

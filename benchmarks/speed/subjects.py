@@ -1,6 +1,6 @@
 """Measured models; large ones are cut down to one segment per make."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import timm
 import torch
@@ -15,42 +15,23 @@ from tasks.common.registry import get_task
 from tasks.common.request import DataRequest, ModelRequest
 
 
-@dataclass(frozen=True)
-class Make:
-    """Segments of the same kind with the same tensors and the same input shape.
+class Make(NamedTuple):
+    """Segments of the same kind with the same tensors and the same input shape."""
 
-    Attributes:
-        label: of the first of them.
-        kind: patch_embed, block, merge or head.
-        count: number of them in the model.
-        shape: of their input, without the batch.
-    """
-
-    label: str
-    kind: str
-    count: int
-    shape: tuple[int, ...]
+    label: str  #: of the first of them
+    kind: str  #: patch_embed, block, merge or head
+    count: int  #: in the model
+    shape: tuple[int, ...]  #: of their input, without the batch
 
 
-@dataclass(frozen=True)
-class Subject:
-    """Model to measure.
+class Subject(NamedTuple):
+    """Model to measure."""
 
-    Attributes:
-        name: short name.
-        chain: all segments, or the first one of each make.
-        images: (n, C, H, W).
-        makes: all makes of the model, in order of appearance.
-        make_of: index of the make of each segment of ``chain``.
-        order: for each segment of the model, the index of the segment of ``chain`` like it.
-    """
-
-    name: str
-    chain: BlockChain
-    images: Tensor
-    makes: tuple[Make, ...]
-    make_of: tuple[int, ...]
-    order: tuple[int, ...]
+    chain: BlockChain  #: all segments, or the first one of each make
+    images: Tensor  #: (n, C, H, W)
+    makes: tuple[Make, ...]  #: all makes of the model, in order of appearance
+    make_of: tuple[int, ...]  #: index of the make of each segment of ``chain``
+    order: tuple[int, ...]  #: for each segment of the model, the one of ``chain`` like it
 
     @property
     def main(self) -> int:
@@ -78,23 +59,18 @@ def whole_model(name: str, recipe: Recipe, device: torch.device) -> tuple[BlockC
     size = resolve_model_data_config(model)["input_size"]  # type: ignore[no-untyped-call]
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(recipe.calibration_images, *size, generator=generator)
-    return chain_of(model, recipe).to(device), images.to(device)
-
-
-def chain_of(model: nn.Module, recipe: Recipe) -> BlockChain:
-    """Return ``model`` as a chain, by the first family that knows it."""
-    return find_family(model).build(model, recipe)
+    return find_family(model).build(model, recipe).to(device), images.to(device)
 
 
 def load_subject(name: str, recipe: Recipe, device: torch.device) -> Subject:
     """Return :func:`whole_model`, cut down to one segment per make if it is no demo model."""
     chain, images = whole_model(name, recipe, device)
-    return cut(name, chain, images, thin=name not in DEMO_NAMES)
+    return cut(chain, images, thin=name not in DEMO_NAMES)
 
 
-def cut(name: str, chain: BlockChain, images: Tensor, thin: bool) -> Subject:
+def cut(chain: BlockChain, images: Tensor, thin: bool) -> Subject:
     """Sort the segments of a chain by make; keep one segment per make if ``thin``."""
-    shapes = input_shapes(chain, images[:1])
+    shapes = _input_shapes(chain, images[:1])
     signatures = [_signature(one, shape) for one, shape in zip(chain, shapes, strict=True)]
     distinct = list(dict.fromkeys(signatures))
     first = [signatures.index(signature) for signature in distinct]
@@ -104,13 +80,13 @@ def cut(name: str, chain: BlockChain, images: Tensor, thin: bool) -> Subject:
         makes.append(Make(segment.label, segment.kind, count, shapes[index]))
     make_of = tuple(distinct.index(signature) for signature in signatures)
     if not thin:
-        return Subject(name, chain, images, tuple(makes), make_of, tuple(range(len(chain))))
+        return Subject(chain, images, tuple(makes), make_of, tuple(range(len(chain))))
     kept = BlockChain([chain.segment(index) for index in first])
-    return Subject(name, kept, images, tuple(makes), tuple(range(len(first))), make_of)
+    return Subject(kept, images, tuple(makes), tuple(range(len(first))), make_of)
 
 
 @torch.no_grad()
-def input_shapes(chain: BlockChain, image: Tensor) -> list[tuple[int, ...]]:
+def _input_shapes(chain: BlockChain, image: Tensor) -> list[tuple[int, ...]]:
     """Return the shape of each block's input for one image (1, C, H, W), without the batch."""
     shapes: list[tuple[int, ...]] = []
 

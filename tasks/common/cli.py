@@ -13,7 +13,6 @@ import click
 from fimaq_core.bars import progress_bars
 from fimaq_core.errors import FimaqError, RecipeError
 from fimaq_core.progress import Report
-from tasks.common.anew import new_name
 from tasks.common.options import (
     GroupedCommand,
     TaskOptions,
@@ -48,15 +47,19 @@ def build_group(task_name: str, summary: str, own: TaskOptions = TaskOptions()) 
     @click.option(
         "--results", default="results/runs", show_default=True, type=click.Path(path_type=Path), help="Where records go."
     )
-    @click.option("--force", is_flag=True, help="Measure again although a record exists.")
+    @click.option("--force", is_flag=True, help="Remove what is there of the cell, and measure it again.")
     def run(**options: Any) -> None:
+        from tasks.common.plan import forget
+        from tasks.common.prepare import check_request
         from tasks.common.record import read_record
         from tasks.common.run import run_cell
 
         recipe = take_recipe(options, defaults(task_name))
         model, data = take_requests(options)
-        options["force"] = new_name() if options["force"] else ""
-        request = CellRequest(task_name, model, data, recipe, **options)
+        force = options.pop("force")
+        request = check_request(CellRequest(task_name, model, data, recipe, **options))
+        if force:
+            forget([request])
         with progress_bars() as report:
             path = run_cell(request, report)
         record = read_record(path)

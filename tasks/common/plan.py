@@ -4,18 +4,19 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fimaq_core import NUMERICS_VERSION
 from fimaq_core.errors import CheckpointError, RecipeError, suggest
-from fimaq_core.files import replaced_whole
+from fimaq_core.files import remove, replaced_whole
 from tasks.common import registry
 from tasks.common.class_order import chosen as chosen_order
 from tasks.common.class_order import order_identity
 from tasks.common.hashing import file_sha256
+from tasks.common.lease import acquire
 from tasks.common.record import cell_folder
 from tasks.common.request import CellRequest, Missing
 
@@ -122,34 +123,69 @@ def cached(request: CellRequest, folder: Path) -> list[str]:
     """
     blocks = _count(folder / "blocks")
     texts = []
-    kinds = [kind for kind in _KINDS if _index(request, kind).is_dir()]
-    request = resolved(request) if kinds else request
-    basis = _basis(request) if kinds else {}
-    for kind, digests in shared_digests(request).items() if kinds else ():
-        files = list(_shared_files(_index(request, kind), [_entry(request, basis, kind, digest) for digest in digests]))
-        there = sum(file.is_file() for file in files)
+    for kind, files in _noted(request).items():
+        there = sum(file is not None and file.is_file() for file in files)
         if there:
-            texts.append(_KINDS[kind] + (f" {there} of {len(digests)}" if there < len(digests) else ""))
+            texts.append(_KINDS[kind] + (f" {there} of {len(files)}" if there < len(files) else ""))
         if kind == "reconstruction":
             # What a reconstruction that is not whole has finished lies beside where it will be.
-            blocks += sum(_count(file.with_suffix(".blocks")) for file in files if not file.is_file())
+            blocks += sum(_count(file.with_suffix(".blocks")) for file in files if file and not file.is_file())
     return [*([f"blocks {blocks}"] if blocks else []), *texts]
+
+
+def forget(requests: Iterable[CellRequest], folder_of: Callable[[CellRequest], Path] = planned_folder) -> None:
+    """Remove all that is there of cells, and the files noted as shared by them, so that a run starts from nothing.
+
+    Files given by ``mlp_checkpoint`` stay.
+
+    Raises:
+        Busy: another process measures one of the cells or makes one of the files; nothing is removed.
+        CheckpointError: a folder cannot be written.
+    """
+    kept: dict[Path, list[Path]] = {}
+    for request in requests:
+        folder = folder_of(request)
+        if folder.is_dir():
+            # The record goes first: without one, a cell of which a part is left is not finished.
+            rest = sorted(path for path in folder.glob("[!.]*") if path.name != "result.json")
+            kept[folder / "result.json"] = [folder / "result.json", *rest]
+        for kind, files in _noted(request).items():
+            if kind == "mlp" and request.mlp_checkpoint is not None:
+                continue
+            for file in files:
+                if file is not None:
+                    kept[file] = [file, file.with_suffix(".blocks"), file.with_suffix(".mlps")]
+    for path in kept:
+        acquire(path).release()
+    for path, parts in kept.items():
+        with acquire(path):
+            for part in parts:
+                remove(part)
 
 
 def _count(folder: Path) -> int:
     return sum(1 for _ in folder.glob("block-*.safetensors"))
 
 
-def _shared_files(index: Path, entries: list[str]) -> Iterator[Path]:
-    """The shared files that an index knows, whether they are there or not."""
-    for entry in entries:
-        try:
-            with (index / entry).open(encoding="utf-8") as file:
-                name = file.read(64)
-        except (OSError, UnicodeDecodeError):
-            continue
-        if re.fullmatch(r"[0-9a-f]{24}\.safetensors", name):
-            yield index.parent / name
+def _noted(request: CellRequest) -> dict[str, list[Path | None]]:
+    """The files by kind that a cell shares, there or not; None for one that no run has noted."""
+    if not any(_index(request, kind).is_dir() for kind in _KINDS):
+        return {}
+    request = resolved(request)
+    basis = _basis(request)
+    return {
+        kind: [_shared_file(_index(request, kind) / _entry(request, basis, kind, digest)) for digest in digests]
+        for kind, digests in shared_digests(request).items()
+    }
+
+
+def _shared_file(entry: Path) -> Path | None:
+    try:
+        with entry.open(encoding="utf-8") as file:
+            name = file.read(64)
+    except (OSError, UnicodeDecodeError):
+        return None
+    return entry.parent.parent / name if re.fullmatch(r"[0-9a-f]{24}\.safetensors", name) else None
 
 
 def _index(request: CellRequest, kind: str) -> Path:

@@ -100,7 +100,6 @@ class CellRequest:
         step_engine: how optimisation steps run, see :mod:`fimaq_core.reconstruction.engines`.
         mlp_checkpoint: reconstructed MLPs to use instead of reconstructing them.
         workers: data-loading processes.
-        force: name of the run, if it measures again what is there: each cell, and what cells share, once; else empty.
         notes: what its record should say beside what the run itself finds, such as that memory ran out before.
     """
 
@@ -117,5 +116,4 @@ class CellRequest:
     step_engine: Literal["auto", "eager", "fused", "compiled", "graph"] = "auto"
     mlp_checkpoint: Path | None = None
     workers: int = 0
-    force: str = ""
     notes: tuple[str, ...] = ()

@@ -14,29 +14,25 @@ import torch
 
 from fimaq_core import NUMERICS_VERSION
 from fimaq_core.checkpoint import save_checkpoint
-from fimaq_core.files import remove, remove_leftovers, replaced_whole
+from fimaq_core.files import remove_leftovers, replaced_whole
 from fimaq_core.fisher.losses import takes_passes
 from fimaq_core.pipeline import (
     Resources,
-    blocks_beside,
     calibrate_or_load,
     finish,
-    mlps_beside,
     reconstruct_or_load,
     reconstruct_with_checkpoints,
     remove_blocks,
-    remove_mlps,
 )
 from fimaq_core.progress import Report, silent
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction.mlp import mlps as find_mlps
 from fimaq_core.reconstruction.reconstruct import ReconstructionLog
-from tasks.common import anew
 from tasks.common.clock import StageClock
 from tasks.common.environment import describe, resolve_device
 from tasks.common.examples import EXAMPLES_FILE, example_file
 from tasks.common.hashing import file_sha256
-from tasks.common.lease import Lease, acquire, awaited, exclusively
+from tasks.common.lease import Lease, acquire, exclusively
 from tasks.common.modules import merge_logs, whole_map
 from tasks.common.plan import note_shared, planned_folder, variant_name
 from tasks.common.prepare import Part, built_model, chains_of, check_request, checkpoint_facts, fingerprint_of, start, whole
@@ -62,12 +58,11 @@ def run_cell(request: CellRequest, report: Report = silent) -> Path:
     """
     request = check_request(request)
     path = planned_folder(request) / "result.json"
-    if not anew.is_done(path, request.force):
+    if not path.is_file():
         with acquire(path) as lease:
-            if not anew.is_done(path, request.force):
+            if not path.is_file():
                 remove_leftovers(path.parent)
                 _measure(request, path, lease, report)
-                anew.end(path, request.force)
     read_record(path)
     return path
 
@@ -82,7 +77,7 @@ def _measure(request: CellRequest, path: Path, lease: Lease, report: Report) -> 
         _measure_full_precision(request, lease, task, device, report)
         return
 
-    full_request = replace(request, recipe=None, force="", variant=None)
+    full_request = replace(request, recipe=None, variant=None)
     full_path = planned_folder(full_request) / "result.json"
     with exclusively(full_path, report) as own:
         if own is not None and not full_path.is_file():
@@ -117,7 +112,7 @@ def _measure_quantized(
     clock.lap("load")
 
     def shared(kind: str, digest: str) -> Path:
-        return _shared_path(request, loaded, calibration, kind, digest, report)
+        return _shared_path(request, loaded, calibration, kind, digest)
 
     @contextmanager
     def alone(path: Path | None) -> Iterator[None]:
@@ -128,9 +123,7 @@ def _measure_quantized(
                     clock.lap(WAIT)
             yield
 
-    def mlps(part: Part) -> Path | None:
-        if request.mlp_checkpoint is not None:  # force must not remove what this cell does not make
-            return None
+    def mlps(part: Part) -> Path:
         return shared("mlp", f"{part.address}{part.recipe.mlp_digest()}")
 
     parts = start(request, task, loaded, calibration, device, resources, mlps, alone)
@@ -139,7 +132,6 @@ def _measure_quantized(
         clock.lap("reconstruct MLPs (reused)" if reused else "reconstruct MLPs")
     folder = lease.path.parent
     blocks = folder / "blocks"
-    anew.begin(lease.path, request.force, lambda: remove_blocks(blocks))
     remove_leftovers(blocks)
     log = ReconstructionLog()
     for part in parts:
@@ -210,22 +202,11 @@ def _calibration_entry(images: CalibrationSet, recipe: Recipe, parts: list[Part]
     )
 
 
-def _shared_path(
-    request: CellRequest, loaded: LoadedModel, calibration: CalibrationSet, kind: str, digest: str, report: Report
-) -> Path:
+def _shared_path(request: CellRequest, loaded: LoadedModel, calibration: CalibrationSet, kind: str, digest: str) -> Path:
     """Where cells share what is dear, by content address: methods with the same settings so far compute it once."""
     shared = f"{digest}{loaded.sha256}{calibration.fingerprint}{NUMERICS_VERSION}{built_model(request.model, loaded)}"
     path = request.results.parent / kind / f"{hashlib.sha256(shared.encode()).hexdigest()[:24]}.safetensors"
     note_shared(request, kind, digest, path)
-    if not anew.is_begun(path, request.force):
-
-        def clear() -> None:
-            remove(path)
-            remove_blocks(blocks_beside(path))
-            remove_mlps(mlps_beside(path))
-
-        with awaited(path, report):
-            anew.begin(path, request.force, clear)
     return path
 
 

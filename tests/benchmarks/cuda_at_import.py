@@ -1,5 +1,5 @@
-"""A library that makes a host think that CUDA is in use."""
+"""A library that makes processes forked after its import think that CUDA is in use."""
 
-from benchmarks.engines import host
+from benchmarks.run import child
 
-host.cuda_is_up = lambda: True
+child.cuda_is_up = lambda: True

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import benchmark_fakes as fakes
-import psutil
 
 from benchmarks.cells import Adapter
 from fimaq_core.progress import Progress, Report
@@ -70,11 +69,8 @@ def run_cell(request: CellRequest, report: Report) -> Path:
         fault = fault.removeprefix("further ")
     if fault == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
-    if fault == "kill host":
+    if fault == "kill parent":
         os.kill(os.getppid(), signal.SIGKILL)
-        time.sleep(HANG)
-    if fault == "kill owner":
-        os.kill(psutil.Process(os.getppid()).ppid(), signal.SIGKILL)
         time.sleep(HANG)
     if fault == "sleep":
         time.sleep(HANG)

@@ -8,7 +8,6 @@ import benchmark_fakes as fakes
 from benchmarks.cells import Adapter
 from benchmarks.faults.audit import note
 from fimaq_core.progress import Report
-from tasks.common import anew
 from tasks.common.lease import acquire
 from tasks.common.plan import planned_folder
 from tasks.common.record import write_record
@@ -20,7 +19,7 @@ def run_cell(request: CellRequest, report: Report) -> Path:
     path = planned_folder(request) / "result.json"
     results, name = request.results.parent, str(path.parent.relative_to(request.results))
     with acquire(path) as lease:
-        if anew.is_done(path, request.force):
+        if path.is_file():
             return path
         note(results, "begun", name)
         time.sleep(0.3)

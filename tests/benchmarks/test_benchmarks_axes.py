@@ -14,7 +14,7 @@ from benchmarks.cells import Places, RunOptions, default_adapter
 from benchmarks.cli import cli
 from benchmarks.estimate import Estimator, expected_cost
 from benchmarks.grid import Filters, GridError, expand, load_grid, parse_filters, parse_grid
-from benchmarks.schedule import make_chains
+from benchmarks.run.order import make_chains
 from fimaq_core.errors import FimaqError
 
 AXES = {
@@ -79,11 +79,11 @@ def test_filters_choose_axes():
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("{ratio: {1:0: {fisher_p2: 0.0}}}", "the name 60 in axes is no text: write it in quotes"),
-        ("{per_token: {on: {}}}", "the name True in axes is no text"),
+        ("{ratio: {1:0: {fisher_p2: 0.0}}}", "axes.ratio.60: write it in quotes"),
+        ("{per_token: {on: {}}}", "write it in quotes, since YAML does not read it as text (given: True)"),
         ("{'a b': {c: {}}}", "'a b' cannot name an axis or point"),
         ("{a: {'c,d': {}}}", "'c,d' cannot name an axis or point"),
-        ("{k: {}}", "axis 'k' has no points"),
+        ("{k: {}}", "axes.k: Dictionary should have at least 1 item"),
         ("{k: {'1': {fisher_kk: 1}}}", "Did you mean 'fisher_k'?"),
         ("{k: {'1': {fisher_k: 0}}}", "fisher_k"),
         ("{bits: {'3': {w_bits: 3}}}", "axes.bits.3: 'w_bits' cannot be an override"),

@@ -8,10 +8,16 @@ from pathlib import Path
 import pytest
 
 from benchmarks.cells import Cell, RunOptions
-from benchmarks.costs import CostRow, Costs, Source, other_rows, published_cost
+from benchmarks.costs import (
+    CostRow,
+    Costs,
+    Source,
+    other_rows,
+    published_cost,
+    published_minutes,
+)
 from benchmarks.grid import Filters, expand, load_grid
 from benchmarks.names import PUBLISHED, load_names
-from benchmarks.published.minutes import published_minutes
 from fimaq_core.recipe import make_recipe
 
 GPU, CPU = "NVIDIA H200", "cpu Intel"

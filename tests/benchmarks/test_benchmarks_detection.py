@@ -17,7 +17,7 @@ from benchmarks.grid import Filters, expand, load_grid, parse_filters, parse_gri
 from benchmarks.orders import order_lines
 from benchmarks.paired import compare, read_outcomes
 from benchmarks.preflight import missing
-from benchmarks.schedule import make_chains
+from benchmarks.run.order import make_chains
 from benchmarks.settings import settings_lines
 from tasks.common import plan
 from tasks.detection import tags

@@ -10,11 +10,11 @@ from benchmarks import diff, reference, summary, tables
 from benchmarks.agreement import compared, observations
 from benchmarks.cells import RunOptions
 from benchmarks.commands import rerun_command
-from benchmarks.engines.options import EngineOptions
 from benchmarks.estimate import expected_cost, kind
 from benchmarks.grid import Filters, expand, parse_filters, parse_grid
 from benchmarks.plan import plan_text
-from benchmarks.schedule import make_chains
+from benchmarks.run.options import ExecutorOptions
+from benchmarks.run.order import make_chains
 from fimaq_core.recipe import METHODS, make_recipe, register_method
 
 SETTINGS = {"w_bits": 32, "a_bits": 32, "reconstruct": False, "reconstruct_mlp": True, "per_token": False}
@@ -148,10 +148,10 @@ def test_settings_of_mlps_bear_where_mlps_are_reconstructed():
 def test_the_command_for_failed_cells_names_no_bits_for_them():
     cells = expand(parse_grid(GRID), parse_filters(parse_grid(GRID), models="a", seeds="1"), RunOptions())
     mine = [cell for cell in cells if cell.method == "relu-fp"]
-    assert "--bits" not in rerun_command("t", mine, RunOptions(), EngineOptions())
-    assert "--methods relu-fp --seeds 1" in rerun_command("t", mine, RunOptions(), EngineOptions())
+    assert "--bits" not in rerun_command("t", mine, RunOptions(), ExecutorOptions())
+    assert "--methods relu-fp --seeds 1" in rerun_command("t", mine, RunOptions(), ExecutorOptions())
     both = rerun_command(
-        "t", [*mine, *(cell for cell in cells if cell.label == "a rtn w3a3 seed 1")], RunOptions(), EngineOptions()
+        "t", [*mine, *(cell for cell in cells if cell.label == "a rtn w3a3 seed 1")], RunOptions(), ExecutorOptions()
     )
     assert "--methods relu-fp,rtn --bits w3a3 --seeds 1" in both
 

@@ -101,7 +101,7 @@ def test_bad_filters_say_what_was_meant(filters: dict[str, str], words: str):
         ({"tasks": {"classification": {"dataset": "d", "models": ["m"], "overrides": {"stpes": 3}}}}, "Did you mean 'steps'?"),
         (
             {"tasks": {"classification": {"dataset": "d", "models": ["m"], "overrides": {"scope": "x"}}}},
-            "tasks.classification: 'scope' cannot be an override",
+            "tasks.classification.overrides: 'scope' cannot be an override",
         ),
     ],
 )

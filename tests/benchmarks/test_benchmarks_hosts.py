@@ -1,4 +1,4 @@
-"""Hosts and the processes of cells: real ones, killed."""
+"""The processes of cells and their fork server: real ones, killed."""
 
 import json
 import os
@@ -6,8 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from multiprocessing import Pipe
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import benchmark_fakes as fakes
@@ -17,11 +16,10 @@ import pytest
 from engine_fakes import HANG, until
 
 from benchmarks.cells import Cell, RunOptions
-from benchmarks.engines.base import Failed, Finished, Message, Slot, make_job
-from benchmarks.engines.child import measure
-from benchmarks.engines.host import cuda_is_up
-from benchmarks.engines.local import LocalEngine
 from benchmarks.grid import Filters, expand
+from benchmarks.run.child import cuda_is_up, measure
+from benchmarks.run.executor import Failed, Finished, Message, Started, make_job
+from benchmarks.run.local import LocalExecutor
 from fimaq_core.progress import Progress, Report
 from tasks.common.request import CellRequest
 
@@ -32,25 +30,29 @@ def cells_of(tmp_path: Path) -> list[Cell]:
     return expand(fakes.plain_demo(), Filters(methods=("rtn",)), RunOptions(tmp_path))
 
 
+def local(tmp_path: Path, threads: int = 1, imports: Sequence[str] = ()) -> LocalExecutor:
+    return LocalExecutor({"worker 1": tmp_path / "logs/worker-1.log"}, threads, imports)
+
+
 @pytest.fixture
-def engine(tmp_path: Path) -> Iterator[LocalEngine]:
-    engine = LocalEngine(1, 1, tmp_path / "logs")
-    yield engine
-    engine.close()
+def executor(tmp_path: Path) -> Iterator[LocalExecutor]:
+    executor = local(tmp_path)
+    yield executor
+    executor.close()
 
 
-def start(engine: LocalEngine, cell: Cell, run_cell: Callable[[CellRequest, Report], Path] = engine_fakes.run_cell) -> Slot:
-    (slot,) = engine.slots()
-    slot.assign(make_job(run_cell, cell.request, fakes.planned_folder(cell.request) / "error.log", (), cell.label))
-    return slot
+def start(executor: LocalExecutor, cell: Cell, run_cell: Callable[[CellRequest, Report], Path] = engine_fakes.run_cell) -> None:
+    log = fakes.planned_folder(cell.request) / "error.log"
+    executor.start("worker 1", make_job(run_cell, cell.request, log, cell.label))
 
 
-def end(engine: LocalEngine) -> Message:
-    """The message that ends the cell."""
+def end(executor: LocalExecutor) -> Message:
+    """Return the message that ends the cell."""
     deadline = time.monotonic() + HANG
     while time.monotonic() < deadline:
-        for _, message in engine.wait(0.5):
-            if not isinstance(message, Progress):
+        for slot, message in executor.wait(0.5):
+            assert slot == "worker 1"
+            if isinstance(message, Finished | Failed):
                 return message
     raise AssertionError("the cell did not end")
 
@@ -59,77 +61,90 @@ def plan(tmp_path: Path, cell: Cell, *faults: str) -> None:
     (tmp_path / "plan.json").write_text(json.dumps({engine_fakes.name_of(cell.request): faults}))
 
 
-def test_every_cell_has_a_process_of_its_own_and_one_host(engine: LocalEngine, tmp_path: Path):
+def test_each_cell_has_its_own_process_of_one_fork_server(executor: LocalExecutor, tmp_path: Path):
     for cell in cells_of(tmp_path)[:3]:
-        start(engine, cell)
-        assert isinstance(end(engine), Finished)
+        start(executor, cell)
+        assert isinstance(end(executor), Finished)
     found = engine_fakes.attempts(tmp_path)
     assert len({words[0] for words in found}) == 3
     assert len({words[1] for words in found}) == 1
-    assert [line for line in (tmp_path / "logs/worker-1.log").read_text().splitlines() if line.startswith("==")] == [
-        f"== {cell.label}" for cell in cells_of(tmp_path)[:3]
-    ]
+    lines = (tmp_path / "logs/worker-1.log").read_text().splitlines()
+    assert [line for line in lines if line.startswith("==")] == [f"== {cell.label}" for cell in cells_of(tmp_path)[:3]]
 
 
-def test_a_killed_process_fails_its_cell_only(engine: LocalEngine, tmp_path: Path):
+def test_a_cell_has_started_before_its_progress_is_told(executor: LocalExecutor, tmp_path: Path):
+    start(executor, cells_of(tmp_path)[0])
+    heard: list[Message] = []
+    until(lambda: heard.extend(message for _, message in executor.wait(0.5)) or len(heard) == 3)
+    assert heard[0] == Started("worker 1")
+    assert isinstance(heard[1], Progress)
+    assert isinstance(heard[2], Finished)
+
+
+def test_a_killed_process_fails_its_cell_only(executor: LocalExecutor, tmp_path: Path):
     first, second = cells_of(tmp_path)[:2]
     plan(tmp_path, first, "kill")
-    start(engine, first)
-    message = end(engine)
+    start(executor, first)
+    message = end(executor)
     assert isinstance(message, Failed)
     assert message.kind == "died"
     assert "killed by the system" in message.message
     assert message.log == tmp_path / "logs/worker-1.log"
-    start(engine, second)
-    assert isinstance(end(engine), Finished)
-    hosts = {words[1] for words in engine_fakes.attempts(tmp_path)}
-    assert len(hosts) == 1
+    start(executor, second)
+    assert isinstance(end(executor), Finished)
+    assert len({words[1] for words in engine_fakes.attempts(tmp_path)}) == 1
 
 
-def test_a_killed_host_fails_its_cell_takes_the_process_along_and_is_replaced(engine: LocalEngine, tmp_path: Path):
+def test_a_killed_fork_server_fails_its_cell_takes_the_process_along_and_is_replaced(executor: LocalExecutor, tmp_path: Path):
     first, second = cells_of(tmp_path)[:2]
-    plan(tmp_path, first, "kill host")
-    start(engine, first)
-    message = end(engine)
+    plan(tmp_path, first, "kill parent")
+    start(executor, first)
+    message = end(executor)
     assert isinstance(message, Failed)
     assert message.kind == "died"
     child = int(engine_fakes.attempts(tmp_path)[0][0])
     until(lambda: not psutil.pid_exists(child))
-    start(engine, second)
-    assert isinstance(end(engine), Finished)
+    start(executor, second)
+    assert isinstance(end(executor), Finished)
     assert len({words[1] for words in engine_fakes.attempts(tmp_path)}) == 2
 
 
-def test_closing_ends_a_process_at_work_and_leaves_no_files(engine: LocalEngine, tmp_path: Path):
-    (cell,) = cells_of(tmp_path)[:1]
-    plan(tmp_path, cell, "sleep")
-    start(engine, cell)
-    until(lambda: engine_fakes.attempts(tmp_path))
-    child, host = map(int, engine_fakes.attempts(tmp_path)[0][:2])
-    folder = Path(psutil.Process(host).cmdline()[-1])
-    assert folder.is_dir()
-    engine.close()
-    assert not psutil.pid_exists(child)
-    assert not psutil.pid_exists(host)
-    assert not folder.parent.exists()
+def name_the_temporary_folder(request: CellRequest, report: Report) -> Path:
+    """A cell that tells where its temporary files are, and its two process ids, and never ends."""
+    import tempfile
+
+    path = request.results.parent / "told.txt"
+    path.with_suffix(".new").write_text(f"{tempfile.gettempdir()}\n{os.getpid()}\n{os.getppid()}")
+    path.with_suffix(".new").rename(path)
+    time.sleep(HANG)
+    raise AssertionError
 
 
-def test_nothing_outlives_a_killed_driver(tmp_path: Path):
-    (cell,) = cells_of(tmp_path)[:1]
-    plan(tmp_path, cell, "sleep")
+def test_closing_ends_a_process_at_work_and_leaves_no_files(executor: LocalExecutor, tmp_path: Path):
+    start(executor, cells_of(tmp_path)[0], name_the_temporary_folder)
+    until((tmp_path / "told.txt").exists)
+    folder, child, _ = (tmp_path / "told.txt").read_text().splitlines()
+    assert Path(folder).is_dir()
+    executor.close()
+    assert not psutil.pid_exists(int(child))
+    assert not Path(folder).exists()
+
+
+def test_nothing_outlives_a_killed_runner(tmp_path: Path):
     code = (
         "import sys, test_benchmarks_hosts as tests\nfrom pathlib import Path\nroot = Path(sys.argv[1])\n"
-        "engine = tests.LocalEngine(1, 1, root / 'logs')\ntests.start(engine, tests.cells_of(root)[0])\ntests.end(engine)\n"
+        "executor = tests.local(root)\n"
+        "tests.start(executor, tests.cells_of(root)[0], tests.name_the_temporary_folder)\ntests.end(executor)\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    driver = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=environment)
-    until(lambda: engine_fakes.attempts(tmp_path))
-    child, host = map(int, engine_fakes.attempts(tmp_path)[0][:2])
-    folder = Path(psutil.Process(host).cmdline()[-1]).parent
-    assert folder.is_dir()
-    driver.kill()
-    driver.wait()
-    until(lambda: not psutil.pid_exists(child) and not psutil.pid_exists(host) and not folder.exists())
+    runner = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=environment)
+    until((tmp_path / "told.txt").exists)
+    folder, *processes = (tmp_path / "told.txt").read_text().splitlines()
+    assert Path(folder).is_dir()
+    runner.kill()
+    runner.wait()
+    until(lambda: not any(psutil.pid_exists(int(process)) for process in processes))
+    until(lambda: not Path(folder).exists())
 
 
 def leave_a_file_and_a_process(request: CellRequest, report: Report) -> Path:
@@ -143,23 +158,34 @@ def leave_a_file_and_a_process(request: CellRequest, report: Report) -> Path:
     raise AssertionError
 
 
-def test_what_a_killed_process_leaves_behind_is_removed(engine: LocalEngine, tmp_path: Path):
-    start(engine, cells_of(tmp_path)[0], leave_a_file_and_a_process)
-    assert isinstance(end(engine), Failed)
+def test_what_a_killed_process_leaves_behind_is_removed(executor: LocalExecutor, tmp_path: Path):
+    start(executor, cells_of(tmp_path)[0], leave_a_file_and_a_process)
+    assert isinstance(end(executor), Failed)
     file, process = (tmp_path / "left.txt").read_text().splitlines()
     assert not Path(file).exists()
     until(lambda: not psutil.pid_exists(int(process)))
 
 
-def test_what_hosts_import_cannot_run_in_parallel_but_cells_can(tmp_path: Path):
-    engine = LocalEngine(1, 2, tmp_path / "logs", ("torch", "parallel_at_import", "no_such_module"))
-    try:
-        start(engine, cells_of(tmp_path)[0], multiply)
-        message = end(engine)
-        assert isinstance(message, Finished), message
-        assert message.path.read_text() == "True 2"
-    finally:
-        engine.close()
+def in_a_new_process(test: Callable[[Path], None], tmp_path: Path) -> None:
+    """Run a test apart: a process has one fork server, which imports once."""
+    code = f"import sys, pathlib, test_benchmarks_hosts as tests; tests.{test.__name__}(pathlib.Path(sys.argv[1]))"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_imports_of_the_fork_server_cannot_run_in_parallel_but_cells_can(tmp_path: Path):
+    in_a_new_process(parallel, tmp_path)
+
+
+def parallel(tmp_path: Path) -> None:
+    executor = local(tmp_path, 2, ("torch", "parallel_at_import", "no_such_module"))
+    start(executor, cells_of(tmp_path)[0], multiply)
+    message = end(executor)
+    assert isinstance(message, Finished), message
+    assert message.path.read_text() == "True 2"
+    assert "No module named 'no_such_module'" in (tmp_path / "logs/imports.log").read_text()
 
 
 def multiply(request: CellRequest, report: Report) -> Path:
@@ -180,24 +206,39 @@ def test_cuda_in_use_is_seen(tmp_path: Path):
     assert cuda_is_up(tmp_path)
 
 
-def test_a_host_that_must_not_fork_measures_one_cell_itself(tmp_path: Path):
-    """Importing a module here makes the host think that it has called CUDA."""
-    engine = LocalEngine(1, 1, tmp_path / "logs", ("cuda_at_import",))
-    try:
-        (cell,) = cells_of(tmp_path)[:1]
-        plan(tmp_path, cell, "", "kill")
-        kinds = []
-        for _ in range(3):
-            (slot,) = engine.slots()
-            slot.assign(make_job(engine_fakes.run_cell, cell.request, None, ("cuda_at_import",), cell.label))
-            kinds.append(type(end(engine)))
-        assert kinds == [Finished, Failed, Finished]
-        hosts = [words[0] for words in engine_fakes.attempts(tmp_path)]
-        assert len(set(hosts)) == 3
-        assert {words[1] for words in engine_fakes.attempts(tmp_path)} == {str(os.getpid())}
-        until(lambda: not any(psutil.pid_exists(int(host)) for host in hosts))
-    finally:
-        engine.close()
+def test_a_cell_is_spawned_where_its_imports_use_cuda(tmp_path: Path):
+    in_a_new_process(spawned, tmp_path)
+
+
+def spawned(tmp_path: Path) -> None:
+    executor = local(tmp_path, imports=("cuda_at_import",))
+    (cell,) = cells_of(tmp_path)[:1]
+    plan(tmp_path, cell, "", "kill")
+    kinds = []
+    for _ in range(3):
+        start(executor, cell)
+        kinds.append(type(end(executor)))
+    assert kinds == [Finished, Failed, Finished]
+    found = engine_fakes.attempts(tmp_path)
+    assert len({words[0] for words in found}) == 3
+    assert {words[1] for words in found} == {str(os.getpid())}
+    assert not any(psutil.pid_exists(int(words[0])) for words in found)
+
+
+def test_a_cell_is_spawned_where_the_fork_server_cannot_be_reached(tmp_path: Path):
+    """A socket's name has at most 107 bytes."""
+    folder = tmp_path / ("long" * 30)
+    folder.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(folder))
+        in_a_new_process(unreached, tmp_path)
+
+
+def unreached(tmp_path: Path) -> None:
+    executor = local(tmp_path)
+    start(executor, cells_of(tmp_path)[0])
+    assert isinstance(end(executor), Finished)
+    assert engine_fakes.attempts(tmp_path)[0][1] == str(os.getpid())
 
 
 def fill_memory(request: CellRequest, report: Report) -> Path:
@@ -213,15 +254,15 @@ def test_failures_have_a_kind(tmp_path: Path, fault: str, kind: str):
     cell = cells_of(tmp_path)[0]
     plan(tmp_path, cell, fault)
     log = tmp_path / "error.log"
-    ours, theirs = Pipe()
-    failed = measure(make_job(engine_fakes.run_cell, cell.request, log).work, theirs)
-    assert isinstance(ours.recv(), Progress)
+    told: list[Message] = []
+    failed = measure(make_job(engine_fakes.run_cell, cell.request, log).work, told.append)
+    assert isinstance(told[0], Progress)
     assert isinstance(failed, Failed)
     assert failed.kind == kind
     assert log.exists() == (kind != "busy")
 
 
 def test_memory_that_pytorch_does_not_find_is_told_apart_from_errors(tmp_path: Path):
-    failed = measure(make_job(fill_memory, cells_of(tmp_path)[0].request, None).work, Pipe()[0])
+    failed = measure(make_job(fill_memory, cells_of(tmp_path)[0].request, None).work, lambda _: None)
     assert isinstance(failed, Failed)
     assert failed.kind == "memory"

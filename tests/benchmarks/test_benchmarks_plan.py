@@ -13,7 +13,7 @@ from benchmarks.grid import Filters, expand, load_grid
 from benchmarks.plan import plan_of, plan_text
 from benchmarks.published.table import load_table
 from benchmarks.reference import write_reference
-from benchmarks.schedule import make_chains
+from benchmarks.run.order import make_chains
 from benchmarks.schema import Grid
 from benchmarks.units import duration
 from fimaq_core.errors import FimaqError

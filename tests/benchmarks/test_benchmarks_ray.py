@@ -19,7 +19,8 @@ from test_benchmarks_run import small_grid
 from benchmarks.cells import RunOptions
 from benchmarks.cli import cli
 from benchmarks.commands import rerun_command
-from benchmarks.engines.options import EngineOptions
+from benchmarks.run import ray
+from benchmarks.run.options import ExecutorOptions
 
 pytestmark = pytest.mark.slow
 
@@ -54,14 +55,15 @@ def run(tmp_path: Path, address: str, *args: str) -> Result:
 
 
 def test_a_grid_finishes_on_ray_whatever_is_killed(cluster: Any, tmp_path: Path):
-    """The process of a cell, a host, and the actor that owns one."""
-    plan = {"demo_vit rtn w3a3": ["kill"], "demo_vit fimaq w3a3": ["kill host"], "demo_swin rtn w3a3": ["kill owner"]}
+    """The process of a cell, and Ray's worker that started one."""
+    plan = {"demo_vit rtn w3a3": ["kill"], "demo_vit fimaq w3a3": ["kill parent"]}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     result = run(tmp_path, cluster.address)
     assert result.exit_code == 0, result.output
     assert "[6/6]" in result.output
     assert {engine_fakes.tries(tmp_path, name) for name in plan} == {2}
     assert engine_fakes.tries(tmp_path, "demo_swin fimaq w3a3") == 1
+    assert engine_fakes.tries(tmp_path, "demo_swin rtn w3a3") == 1
     assert not list(tmp_path.glob("runs/.ray-*"))
     processes = {int(pid) for words in engine_fakes.attempts(tmp_path) for pid in words[:2]}
     until(lambda: not any(psutil.pid_exists(pid) for pid in processes))
@@ -98,12 +100,32 @@ def test_a_machine_that_does_not_see_the_results_is_named(cluster: Any, tmp_path
     def elsewhere(path: Path) -> Iterator[Path]:
         yield tmp_path / "elsewhere"
 
-    monkeypatch.setattr("benchmarks.engines.ray_engine.replaced_whole", elsewhere)
+    monkeypatch.setattr("benchmarks.run.ray.replaced_whole", elsewhere)
     result = run(tmp_path, cluster.address)
     assert result.exit_code == 2
     assert f"does not see the results folder {tmp_path}/runs" in result.output
     assert "on a file system that all machines share" in result.output
     assert engine_fakes.attempts(tmp_path) == []
+
+
+def test_one_machine_that_is_not_set_up_is_left_out(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    real, bad = ray._task(), cluster.list_all_nodes()[-1].node_id
+
+    def cell(*arguments: Any) -> Any:
+        from ray import get_runtime_context
+
+        node = get_runtime_context().get_node_id()
+        if node == bad:
+            yield node, "second has no disk"
+        else:
+            yield from real(*arguments)
+
+    monkeypatch.setattr(ray, "_task", lambda: cell)
+    result = run(tmp_path, cluster.address)
+    assert result.exit_code == 0, result.output
+    assert "[6/6]" in result.output
+    assert result.output.count("warning: The machine second has no disk: it is left out.") == 1
+    assert len(engine_fakes.attempts(tmp_path)) == 6
 
 
 @pytest.mark.parametrize(
@@ -131,7 +153,7 @@ def test_without_ray_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_the_command_for_failed_cells_keeps_the_engine(tmp_path: Path):
-    how = EngineOptions("ray", 3, "head:6379", 0.5)
+    how = ExecutorOptions("ray", 3, "head:6379", 0.5)
     command = rerun_command("demo", [], RunOptions(placement="disk"), how)
     assert command.endswith("--placement disk --engine ray --ray-address head:6379 --jobs 3 --gpus-per-cell 0.5")
 

@@ -10,12 +10,12 @@ import pytest
 from click.testing import CliRunner, Result
 from test_benchmarks_run import small_grid
 
-from benchmarks.attempts import Again, Attempts, GivenUp
 from benchmarks.cells import Cell, RunOptions
 from benchmarks.cli import cli
-from benchmarks.engines.base import Failed, Kind
 from benchmarks.grid import Filters, expand
-from benchmarks.schedule import Schedule
+from benchmarks.run.attempt import Again, Attempts, GivenUp
+from benchmarks.run.executor import Failed, Kind
+from benchmarks.run.order import Schedule
 from fimaq_core.progress import Progress
 from tasks.common.record import write_record
 from tasks.common.request import CellRequest
@@ -32,7 +32,7 @@ def run(tmp_path: Path, plan: dict[str, list[str]], *args: str) -> Result:
 def test_a_grid_finishes_whatever_happens_to_its_processes(tmp_path: Path):
     plan = {
         "demo_vit fp": ["kill"],
-        "demo_vit rtn w3a3": ["kill", "kill host"],
+        "demo_vit rtn w3a3": ["kill", "kill parent"],
         "demo_vit fimaq w3a3": ["error"],
         "demo_swin rtn w3a3": ["further kill"] * 4,
     }

@@ -3,7 +3,6 @@
 import functools
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -17,11 +16,11 @@ from engine_fakes import HANG, until
 
 from benchmarks.cells import RunOptions
 from benchmarks.cli import cli
-from benchmarks.engines.local import default_jobs
 from benchmarks.estimate import Estimator
 from benchmarks.grid import Filters, expand, load_grid
-from benchmarks.schedule import make_chains
-from tasks.common import anew
+from benchmarks.run.local import default_jobs
+from benchmarks.run.order import make_chains
+from tasks.common.lease import acquire
 
 
 def invoke(tmp_path: Path, *args: str) -> Result:
@@ -67,23 +66,30 @@ def test_a_grid_runs_once_and_its_table_is_written(tmp_path: Path):
     assert measured(tmp_path)[6:] == ["demo_vit rtn", "demo_swin rtn"]
 
 
-def test_measuring_again_has_a_name_by_which_it_goes_on(tmp_path: Path):
+def test_measuring_again_goes_on_without_force(tmp_path: Path):
     grid = small_grid(tmp_path)
     assert invoke(tmp_path, "run", "--profile", grid, "--jobs", "1").exit_code == 0
     (tmp_path / "faults.json").write_text(json.dumps({"fimaq": "user error"}))
     failed = invoke(tmp_path, "run", "--profile", grid, "--force", "--methods", "rtn,fimaq", "--jobs", "1")
     assert failed.exit_code == 1
-    (name,) = set(re.findall(r"--force=(\S+)", failed.output))
+    assert "Without --force the same command goes on" in failed.output
+    assert failed.output.count("--force") == 1
     (tmp_path / "faults.json").unlink()
-    for path in tmp_path.rglob("rtn/**/result.json"):  # as the real adapter does when it has measured
-        anew.end(path, name)
     done = len(measured(tmp_path))
-    again = invoke(tmp_path, "run", "--profile", grid, f"--force={name}", "--methods", "rtn,fimaq", "--jobs", "1")
+    again = invoke(tmp_path, "run", "--profile", grid, "--methods", "rtn,fimaq", "--jobs", "1")
     assert again.exit_code == 0
     assert measured(tmp_path)[done:] == ["demo_vit fimaq", "demo_swin fimaq"]
-    wrong = invoke(tmp_path, "run", "--profile", grid, "--force=../x")
-    assert wrong.exit_code == 2
-    assert "'../x' is no name of a run" in wrong.output
+
+
+def test_a_cell_that_another_process_measures_is_not_removed(tmp_path: Path):
+    grid = small_grid(tmp_path)
+    assert invoke(tmp_path, "run", "--profile", grid, "--jobs", "1").exit_code == 0
+    records = sorted(tmp_path.rglob("result.json"))
+    with acquire(records[-1]):
+        refused = invoke(tmp_path, "run", "--profile", grid, "--force", "--jobs", "1")
+    assert refused.exit_code == 2
+    assert f"{records[-1]} is being made by process" in refused.output
+    assert sorted(tmp_path.rglob("result.json")) == records
 
 
 def test_failing_cells_do_not_stop_the_others(tmp_path: Path):

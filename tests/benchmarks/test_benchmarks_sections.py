@@ -10,12 +10,12 @@ from click.testing import CliRunner, Result
 from benchmarks.cells import Adapter, Cell, Places, RunOptions, default_adapter
 from benchmarks.cli import cli
 from benchmarks.commands import rerun_command
-from benchmarks.engines.options import EngineOptions
 from benchmarks.estimate import Estimator
 from benchmarks.grid import Filters, GridError, expand, load_grid, parse_filters, parse_grid
 from benchmarks.plan import plan_text
 from benchmarks.preflight import missing
-from benchmarks.schedule import Schedule, make_chains
+from benchmarks.run.options import ExecutorOptions
+from benchmarks.run.order import Schedule, make_chains
 from fimaq_core.errors import RecipeError
 
 GRID = {
@@ -211,7 +211,7 @@ def test_the_command_line_has_a_place_for_each_data_set(tmp_path: Path, monkeypa
 def test_the_command_for_failed_cells_names_sections_and_places():
     cells = [cell for cell in cells_of(tasks="coco", seeds="1") if cell.method == "fimaq"]
     options = RunOptions(data=Places(coco=Path("/my coco"), flickr=Path("/f")))
-    command = rerun_command("s", cells, options, EngineOptions())
+    command = rerun_command("s", cells, options, ExecutorOptions())
     assert "--tasks coco --models clip_b --methods fimaq --bits w4a4 --seeds 1" in command
     assert "--coco '/my coco' --flickr /f" in command
     assert "--imagenet" not in command

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import benchmark_fakes as fakes
 import pytest
@@ -17,12 +16,9 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from benchmarks.cells import Cell, RunOptions
-from benchmarks.display import Outcome, make_display
 from benchmarks.grid import Filters, expand
-from benchmarks.live_view import LiveView
-from benchmarks.plain_view import PlainView
-from benchmarks.rows import running_table
 from benchmarks.terminal import plain
+from benchmarks.watch.live import Watch, running_table
 from fimaq_core.progress import Progress
 
 NASTY = "模型[bold]red[/] \x1b[2J\x1b]0;title\x07 [/nothing] \u202eabc\ud800\nline"
@@ -33,27 +29,26 @@ def cells(count: int = 40) -> list[Cell]:
     return found[:count]
 
 
-def drawn(view: LiveView, width: int, height: int) -> list[str]:
+def drawn(watch: Watch, width: int, height: int) -> list[str]:
     console = Console(file=io.StringIO(), force_terminal=True, width=width, height=height, color_system=None)
-    console.print(view)
+    console.print(watch)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue().rstrip("\n").split("\n")
 
 
-def busy_view(chosen: list[Cell], where: str = "node-17 cuda:3") -> LiveView:
-    view = LiveView(Console(file=io.StringIO(), force_terminal=True, width=80, height=24))
-    # As begin, without the thread that draws.
-    super(LiveView, view).begin(5, len(chosen) + 10)
+def busy(chosen: list[Cell], where: str = "node-17 cuda:3") -> Watch:
+    watch = Watch(Console(file=io.StringIO(), width=80))
+    watch.tell("begin", over=5, total=len(chosen) + 10)
     for cell in chosen:
-        view.started(cell, 5, where)
-        view.progress(cell, Progress("reconstruct vision", 120, 1500, "blocks.11", 0.012345))
-    view.tick(7500.0, {cell.key: 360.0 for cell in chosen})
-    return view
+        watch.tell("started", cell, where=where)
+        watch.progress(cell, Progress("reconstruct vision", 120, 1500, "blocks.11", 0.012345))
+    watch.tell("tick", left=7500.0, cells={cell.label: 360.0 for cell in chosen})
+    return watch
 
 
 @pytest.mark.parametrize("width", [40, 80, 120, 200])
 def test_rows_fit_the_terminal_and_keep_their_numbers(width: int):
-    view = busy_view(cells(3))
+    view = busy(cells(3))
     lines = drawn(view, width, 24)
     assert all(cell_len(line) <= width for line in lines)
     rows = [line for line in lines if "demo_" in line]
@@ -68,7 +63,7 @@ def test_rows_fit_the_terminal_and_keep_their_numbers(width: int):
 
 @pytest.mark.parametrize("height", [6, 24])
 def test_rows_beyond_the_terminal_are_counted(height: int):
-    lines = drawn(busy_view(cells(40)), 80, height)
+    lines = drawn(busy(cells(40)), 80, height)
     assert len(lines) <= height
     shown = [line for line in lines if "demo_" in line]
     assert shown
@@ -78,7 +73,7 @@ def test_rows_beyond_the_terminal_are_counted(height: int):
 @pytest.mark.parametrize(("lines", "shown", "rest"), [(1, 0, 7), (3, 2, 5), (6, 5, 2), (7, 7, 0), (9, 7, 0), (None, 7, 0)])
 def test_no_more_lines_than_there_is_room_for(lines: int | None, shown: int, rest: int):
     console = Console(file=io.StringIO(), width=80, color_system=None)
-    console.print(running_table(busy_view(cells(7)).running(), 80, lines))
+    console.print(running_table(busy(cells(7)).state.running.values(), time.time(), 80, lines))
     assert isinstance(console.file, io.StringIO)
     found = console.file.getvalue().rstrip("\n").split("\n")
     assert sum("demo_" in line for line in found) == shown
@@ -88,7 +83,7 @@ def test_no_more_lines_than_there_is_room_for(lines: int | None, shown: int, res
 @pytest.mark.parametrize("width", [60, 80, 200])
 def test_wide_characters_markup_and_escapes_are_text(width: int):
     cell = replace(cells(1)[0], model=NASTY)
-    view = busy_view([cell], where=NASTY)
+    view = busy([cell], where=NASTY)
     view.progress(cell, Progress(NASTY, 1, 2, NASTY, float("nan")))
     lines = drawn(view, width, 24)
     assert all(cell_len(line) <= width for line in lines)
@@ -100,19 +95,19 @@ def test_wide_characters_markup_and_escapes_are_text(width: int):
 
 def test_ended_and_retried_cells_are_counted_and_said():
     out = io.StringIO()
-    view = LiveView(Console(file=out, force_terminal=True, width=100, height=20, color_system=None))
+    watch = Watch(Console(file=out, force_terminal=True, width=100, height=20, color_system=None))
     first, second, third = cells(3)
-    view.begin(0, 3)
-    view.started(first, 0, "worker 1")
-    view.retried(first, "its machine is gone [/]")
-    view.started(first, 0, "worker 2")
-    assert view.running()[0].attempts == 2
-    view.ended(first, Outcome("failed", "no [memory]"), 1, 10.0)
-    view.ended(second, Outcome("elsewhere", "measured by another runner"), 2, 5.0)
-    view.started(third, 2, "worker 1")
-    view.ended(third, Outcome("finished", "top1 80.0"), 3, None)
-    assert (view.counts().done, view.counts().failed, view.counts().running) == (2, 1, 0)
-    view.close()
+    watch.tell("begin", over=0, total=3)
+    watch.tell("started", first, where="worker 1")
+    watch.tell("retried", first, text="its machine is gone [/]")
+    watch.tell("started", first, where="worker 2")
+    assert watch.state.running[first.label].attempts == 2
+    watch.tell("ended", first, outcome="failed", text="no [memory]", over=1, left=10.0)
+    watch.tell("ended", second, outcome="elsewhere", text="measured by another runner", over=2, left=5.0)
+    watch.tell("started", third, where="worker 1")
+    watch.tell("ended", third, outcome="finished", text="top1 80.0", over=3)
+    assert (watch.state.done, watch.state.failures, watch.state.running) == (2, 1, {})
+    watch.close()
     text = out.getvalue()
     assert "[0/3] demo_vit rtn w4a4 seed 1: waits again: its machine is gone [/]" in text
     assert "[1/3] demo_vit rtn w4a4 seed 1: FAILED: no [memory]" in text
@@ -122,15 +117,15 @@ def test_ended_and_retried_cells_are_counted_and_said():
 
 def test_where_there_is_no_terminal_there_are_lines():
     out = io.StringIO()
-    view = PlainView(Console(file=out, width=80), every=0.0)
+    watch = Watch(Console(file=out, width=80), every=0.0)
     cell = replace(cells(1)[0], model=NASTY)
-    view.begin(0, 10)
-    view.started(cell, 0, "cuda:1")
-    view.progress(cell, Progress("reconstruct", 3, 9, "blocks.0", 0.5))
-    view.retried(cell, "its worker died\nagain")
-    view.ended(cell, Outcome("failed", "it broke " + "x" * 300), 1, 60.0)
-    view.ended(cell, Outcome("finished", "top1 1.0"), 10, None)
-    view.close()
+    watch.tell("begin", over=0, total=10)
+    watch.tell("started", cell, where="cuda:1")
+    watch.progress(cell, Progress("reconstruct", 3, 9, "blocks.0", 0.5))
+    watch.tell("retried", cell, text="its worker died\nagain")
+    watch.tell("ended", cell, outcome="failed", text="it broke " + "x" * 300, over=1, left=60.0)
+    watch.tell("ended", cell, outcome="finished", text="top1 1.0", over=10)
+    watch.close()
     lines = out.getvalue().splitlines()
     label = plain(cell.label)
     assert [line.removeprefix(f"[ 0/10] {label}: ") for line in lines[:3]] == [
@@ -143,12 +138,12 @@ def test_where_there_is_no_terminal_there_are_lines():
 
 def test_lines_come_once_a_minute_only():
     out = io.StringIO()
-    view = PlainView(Console(file=out, width=80))
+    watch = Watch(Console(file=out, width=80))
     cell = cells(1)[0]
-    view.begin(0, 10)
-    view.started(cell, 0, "")
+    watch.tell("begin", over=0, total=10)
+    watch.tell("started", cell)
     for step in range(50):
-        view.progress(cell, Progress("reconstruct", step, 50))
+        watch.progress(cell, Progress("reconstruct", step, 50))
     assert out.getvalue() == "[ 0/10] demo_vit rtn w4a4 seed 1: started\n"
 
 
@@ -156,20 +151,20 @@ SCRIPT = """
 import sys, time
 from rich.console import Console
 from benchmarks.cells import RunOptions
-from benchmarks.display import Outcome, make_display
 from benchmarks.grid import Filters, expand
+from benchmarks.watch.live import Watch
 from fimaq_core.progress import Progress
 import benchmark_fakes as fakes
 cells = expand(fakes.plain_demo(), Filters(), RunOptions())
-display = make_display(Console(highlight=False), None)
-display.begin(0, 2)
-display.started(cells[4], 0, "worker 1")
+watch = Watch(Console(highlight=False))
+watch.tell("begin", over=0, total=2)
+watch.tell("started", cells[4], where="worker 1")
 for step in range(20):
-    display.progress(cells[4], Progress("reconstruct", step, 20, "blocks.1", 0.25))
-    display.tick(12.0, {cells[4].key: 12.0})
+    watch.progress(cells[4], Progress("reconstruct", step, 20, "blocks.1", 0.25))
+    watch.tell("tick", left=12.0, cells={cells[4].label: 12.0})
     time.sleep(0.06)
-display.ended(cells[4], Outcome("finished", "top1 77.0"), 2, None)
-display.close()
+watch.tell("ended", cells[4], outcome="finished", text="top1 77.0", over=2)
+watch.close()
 print("after")
 """
 
@@ -197,8 +192,3 @@ def test_a_real_terminal_shows_rows_and_is_left_clean():
     assert "[2/2] demo_vit" in text
     assert text.rstrip().endswith("after")
     assert "\x1b[?25h" in text  # the cursor is back
-
-
-def test_the_view_goes_by_the_console(tmp_path: Path):
-    assert isinstance(make_display(Console(file=io.StringIO(), force_terminal=True)), LiveView)
-    assert isinstance(make_display(Console(file=io.StringIO())), PlainView)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import benchmark_fakes as fakes
 import pytest
@@ -15,13 +16,6 @@ from fimaq_core.recipe import make_recipe
 from tasks.common.lease import acquire
 from tasks.common.machine import container_limits
 from tasks.common.record import write_record
-
-FACTS = {
-    "version": "2.11.0+cu130", "cuda_build": "13.0", "cpu_capability": "AVX2", "driver": "580.65",
-    "devices": [
-        {"name": "Fine GPU", "memory": 80e9, "free": 60e9, "capability": "9.0", "error": ""},
-    ],
-}  # fmt: skip
 
 
 def test_packages_are_compared_with_what_is_wanted(tmp_path: Path) -> None:
@@ -49,7 +43,7 @@ def test_a_package_without_metadata_is_missing(tmp_path: Path, monkeypatch: pyte
 
 def test_a_check_that_fails_keeps_what_it_found_before():
     def examine():
-        yield Finding("first", "ok", "fine")
+        yield Finding("ok", "fine")
         raise OSError("gone")
 
     found = guarded("disk", examine)
@@ -57,17 +51,27 @@ def test_a_check_that_fails_keeps_what_it_found_before():
     assert found[1].text == "disk cannot be examined: OSError: gone"
 
 
-def test_what_pytorch_sees_is_said() -> None:
-    torch, gpu = doctor.torch_findings(FACTS, "")
-    assert torch.text == "PyTorch 2.11.0+cu130, built for CUDA 13.0"
-    assert gpu.text == "cuda:0: Fine GPU, 80.0 GB (60.0 GB free), capability 9.0, driver 580.65"
-    old = {**FACTS, "devices": [{**FACTS["devices"][0], "error": "no kernel image"}]}
-    *_, gpu = doctor.torch_findings(old, "")
-    assert (gpu.state, "PyTorch cannot use it: no kernel image" in gpu.text) == ("note", True)
-    *_, gpu = doctor.torch_findings({**FACTS, "devices": []}, "")
-    assert (gpu.state, "sees no GPU" in gpu.text) == ("note", True)
-    (broken,) = doctor.torch_findings(None, "ImportError: no library")
-    assert (broken.state, broken.fix) == ("problem", "make setup")
+def test_what_pytorch_sees_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from torch.utils import collect_env
+
+    gpu = SimpleNamespace(name="Fine GPU", total_memory=80e9, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(collect_env, "get_nvidia_driver_version", lambda _: "580.65")
+    first, second = doctor.torch_findings()
+    assert (first.state, first.text.startswith(f"PyTorch {torch.__version__}, built ")) == ("ok", True)
+    assert (second.state, "sees no GPU" in second.text) == ("note", True)
+    # A GPU that PyTorch counts and cannot use.
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("no kernel image\nand more")
+
+    monkeypatch.setattr(torch, "ones", fails)
+    _, second = doctor.torch_findings()
+    assert second.text == ("cuda:0: Fine GPU, 80.0 GB, capability 9.0, driver 580.65; PyTorch cannot use it: no kernel image")
+    assert (second.state, second.fix.startswith("end other programs")) == ("note", True)
 
 
 def test_pytorch_is_asked_in_a_process_that_may_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -79,9 +83,9 @@ def test_pytorch_is_asked_in_a_process_that_may_crash(tmp_path: Path, monkeypatc
         ("import time\ntime.sleep(60)", "no answer within 1 s"),
     ):
         (tmp_path / "torch" / "__init__.py").write_text(content)
-        facts, problem = doctor.ask_torch(seconds=1.0 if "sleep" in content else 60.0)
-        assert facts is None
-        assert words in problem
+        (finding,) = doctor.ask_torch(seconds=1.0 if "sleep" in content else 60.0)
+        assert (finding.state, finding.fix) == ("problem", "make setup")
+        assert words in finding.text
 
 
 def write(path: Path, text: str) -> None:
@@ -113,27 +117,21 @@ def test_limits_of_containers_are_read_of_both_kinds_of_groups(tmp_path: Path):
     write(other / "cpu" / "cpu.cfs_quota_us", "-1\n")
     write(other / "cpu" / "cpu.cfs_period_us", "100000\n")
     assert container_limits(proc, other) == {"memory": 2e9, "cores": 2.0}
-    limits = container_limits(proc, other)
-    tight = {one.check: one for one in doctor.machine_findings("AVX2", limits)}["container"]
-    assert (tight.state, "2.0 GB of memory and 2 cores" in tight.text) == ("note", True)
+    found = [one for one in doctor.machine_findings(container_limits(proc, other)) if "container" in one.text]
+    assert [(one.state, "2.0 GB of memory and 2 cores" in one.text) for one in found] == [("note", True)]
 
 
-def test_processor_and_memory_are_said_without_pytorch_too():
-    import psutil
-
-    found = {one.check: one for one in doctor.machine_findings("", container_limits())}
-    assert found["cpu"].data["cores"] == len(os.sched_getaffinity(0))
-    assert found["memory"].data["total"] == psutil.virtual_memory().total
-
-
-def test_programs_that_are_not_there_are_notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_processor_memory_and_programs_are_said_without_pytorch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    found = {one.check: one for one in doctor.program_findings()}
-    assert (found["compiler"].state, found["browser"].state) == ("note", "note")
+    found = list(doctor.machine_findings(container_limits()))
+    assert f"{len(os.sched_getaffinity(0))} cores" in found[0].text
+    missing = {one.text.partition(":")[0]: one.state for one in found if one.text.startswith("no ")}
+    assert missing.items() >= {"no compiler": "note", "no browser": "note"}.items()
     (tmp_path / "g++").write_text("#!/bin/sh\n")
     (tmp_path / "g++").chmod(0o755)
-    assert next(one for one in doctor.program_findings() if one.check == "compiler").state == "ok"
+    found = list(doctor.machine_findings(container_limits()))
+    assert f"compiler: {tmp_path / 'g++'}" in {one.text for one in found if one.state == "ok"}
 
 
 def test_little_room_is_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -144,23 +142,22 @@ def test_little_room_is_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert {(one.state, one.fix) for one in found} == {("note", "free space there")}
 
 
-def results(folder: Path) -> dict[str, Finding]:
-    records, damaged = doctor.read_results(folder)
-    return {f"{one.check} {one.state}": one for one in guarded("results", doctor.results_findings, folder, len(records), damaged)}
+def results(folder: Path) -> list[Finding]:
+    return guarded("results", doctor.results_findings, folder)
 
 
 def test_a_bare_results_folder_is_fine_and_stays_bare(tmp_path: Path):
-    assert set(results(tmp_path)) == {"results ok", "records ok", "leases ok"}
-    assert "can be made" in results(tmp_path / "new" / "one")["results ok"].text
+    assert {one.state for one in results(tmp_path)} == {"ok"}
+    assert "can be made" in results(tmp_path / "new" / "one")[0].text
     assert not list(tmp_path.iterdir())
 
 
 def test_a_results_folder_that_cannot_be_written_is_a_problem(tmp_path: Path):
     (tmp_path / "file").touch()
-    found = results(tmp_path / "file" / "results")["results problem"]
-    assert ("cannot be written" in found.text, str(tmp_path / "file") in found.fix) == (True, True)
+    (found,) = results(tmp_path / "file" / "results")
+    assert (found.state, "cannot be written" in found.text, str(tmp_path / "file") in found.fix) == ("problem", True, True)
     # Nobody, not even root, makes files there.
-    assert "cannot be written" in results(Path("/proc/results"))["results problem"].text
+    assert "cannot be written" in results(Path("/proc/results"))[0].text
 
 
 def test_records_are_counted_and_damaged_ones_named(tmp_path: Path):
@@ -170,9 +167,10 @@ def test_records_are_counted_and_damaged_ones_named(tmp_path: Path):
     path.write_text(path.read_text().replace('"n": 2000', '"n": 2001'))
     (tmp_path / "runs" / "2" / "result.json").write_text("{")
     found = results(tmp_path)
-    assert found["records ok"].data == {"count": 1}
-    assert str(path) in found["record note"].text
-    assert doctor.read_results(tmp_path)[0][0][0] == tmp_path / "runs" / "1" / "result.json"
+    assert "1 records can be read" in {one.text for one in found}
+    notes = [one.text for one in found if one.state == "note"]
+    assert len(notes) == 2
+    assert str(path) in notes[1]
 
 
 def test_leases_of_the_living_and_of_the_dead_are_told_apart(tmp_path: Path):
@@ -185,9 +183,7 @@ def test_leases_of_the_living_and_of_the_dead_are_told_apart(tmp_path: Path):
     """
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[2])
     with acquire(alive):
-        found = [one for one in doctor.results_findings(tmp_path, 0, []) if one.check == "leases"]
-    held, left = found
+        held, left = [one for one in doctor.results_findings(tmp_path) if one.state == "note"]
     assert held.text.startswith(f"{alive} is being made by ")
     assert f"process {os.getpid()}" in held.text
-    assert left.text.endswith(f"died: {dead}")
-    assert "leases" not in {one.check for one in doctor.results_findings(tmp_path / "none", 0, []) if one.state == "note"}
+    assert left.text == f"{dead} was being made by a process that died"

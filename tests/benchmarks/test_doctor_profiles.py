@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import benchmark_fakes as fakes
 import pytest
@@ -14,10 +15,9 @@ from click.testing import CliRunner
 from benchmarks.cells import Adapter, Places, RunOptions, default_adapter
 from benchmarks.cli import cli
 from benchmarks.costs import REFERENCE
-from benchmarks.doctor import examine, examine_profile, lines
-from benchmarks.grid import GRIDS
+from benchmarks.doctor import Finding, examine, profile_findings
+from benchmarks.grid import GRIDS, Filters, expand, load_grid
 from fimaq_core.errors import ModelError
-from fimaq_core.recipe import make_recipe
 from tasks.common.record import write_record
 
 pytestmark = pytest.mark.slow
@@ -37,37 +37,24 @@ def run(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=offline(tmp_path), cwd=tmp_path)
 
 
+def findings(name: str, options: RunOptions, adapter: Adapter = fakes.ADAPTER, **more: Any) -> list[Finding]:
+    return list(profile_findings(name, options, adapter, **{"cuda": False, "memory": 1e12, **more}))
+
+
 def test_the_demo_profile_can_run_here(tmp_path: Path):
     result = CliRunner().invoke(cli, ["doctor", "--profile", "demo", "--results", str(tmp_path), "--json"], obj=fakes.ADAPTER)
     content = json.loads(result.stdout)
     assert (result.exit_code, content["can_run"]) == (0, True), result.output
-    assert set(content) == {"schema", "profile", "can_run", "findings", "profiles"}
-    assert set(content["findings"]) == {"python", "devices", "disk", "results"}
+    assert set(content) == {"schema", "profile", "can_run", "findings"}
+    titles = ["Python and packages", "Devices and programs", "Disk", "Results", "Profile", "Other profiles"]
+    assert list(content["findings"]) == titles
     for found in content["findings"].values():
         for finding in found:
-            assert set(finding) == {"check", "state", "text", "fix", "data"}
+            assert set(finding) == {"state", "text", "fix"}
             assert finding["state"] in ("ok", "note", "problem")
-    checks = {finding["check"] for found in content["findings"].values() for finding in found}
-    assert {
-        "python",
-        "packages",
-        "torch",
-        "gpu",
-        "cpu",
-        "memory",
-        "container",
-        "compiler",
-        "ray",
-        "browser",
-        "disk",
-        "results",
-    } <= checks
-    names = [profile["name"] for profile in content["profiles"]]
-    assert names[0] == "demo"
-    assert set(names) == {path.stem for path in GRIDS.glob("*.yaml")}
-    demo = content["profiles"][0]
-    assert set(demo) == {"name", "sections", "needs", "notes", "problem", "can_run"}
-    assert sum(section["cells"] for section in demo["sections"]) == DEMO_CELLS
+    assert content["findings"]["Profile"][0]["text"] == f"demo: can run ({DEMO_CELLS} cells)"
+    others = {finding["text"].partition(":")[0] for finding in content["findings"]["Other profiles"]}
+    assert others == {path.stem for path in GRIDS.glob("*.yaml")} - {"demo"}
     assert not list(tmp_path.iterdir())
 
 
@@ -78,16 +65,17 @@ def test_what_the_paper_profile_lacks_is_said_with_commands(tmp_path: Path):
     assert done.returncode == 1, done.stderr
     content = json.loads(done.stdout)
     assert not content["can_run"]
-    paper = {section["name"]: section for section in content["profiles"][0]["sections"]}
-    assert not any("data set ImageNet" in message for message in paper["classification"]["missing"])
-    assert "hf download timm/deit_tiny_patch16_224.fb_in1k model.safetensors" in paper["classification"]["fixes"]
-    assert set(paper["classification"]["weights"].values()) == {"missing"}
-    assert any("COCO=/path" in message for message in paper["detection"]["missing"])
-    assert any("SwinTransformer/storage" in message for message in paper["detection"]["missing"])
-    assert paper["detection"]["fixes"] == []
+    paper = content["findings"]["Profile"]
+    texts = [finding["text"] for finding in paper]
+    assert not any("data set ImageNet" in text for text in texts)
+    assert any(text.startswith("detection: ") and "COCO=/path" in text for text in texts)
+    assert any(text.startswith("detection: ") and "SwinTransformer/storage" in text for text in texts)
+    fixes = [finding["fix"] for finding in paper]
+    assert "hf download timm/deit_tiny_patch16_224.fb_in1k model.safetensors" in fixes
     # The others are told, and do not matter.
-    others = {profile["name"]: profile["can_run"] for profile in content["profiles"]}
-    assert (others["demo"], others["paper-ablation"]) == (True, False)
+    others = {finding["text"].partition(":")[0]: finding for finding in content["findings"]["Other profiles"]}
+    assert (others["demo"]["state"], others["paper-ablation"]["state"]) == ("ok", "note")
+    assert others["paper-ablation"]["fix"] == "doctor --profile paper-ablation says why"
 
 
 def test_a_pytorch_that_crashes_is_a_finding(tmp_path: Path):
@@ -103,16 +91,15 @@ def test_a_pytorch_that_crashes_is_a_finding(tmp_path: Path):
 
 def test_missing_packages_and_results_keep_every_profile_from_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("benchmarks.doctor.metadata.requires", lambda _: ["no-such-thing>=1"])
-    report = examine("demo", RunOptions(results=tmp_path / "results"), fakes.ADAPTER)
-    assert report["profiles"][0]["can_run"]
-    assert not report["can_run"]
-    shown = "\n".join(text for _, text in lines(report))
-    assert "no-such-thing is missing" in shown
-    assert "Profile demo cannot run" in shown
+    arguments = ["doctor", "--profile", "demo", "--results", str(tmp_path / "results")]
+    result = CliRunner().invoke(cli, arguments, obj=fakes.ADAPTER)
+    assert result.exit_code == 1
+    assert f"demo: can run ({DEMO_CELLS} cells)" in result.output
+    assert "PROBLEM  no-such-thing is missing" in result.output
+    assert "Profile demo cannot run" in result.output
     (tmp_path / "file").touch()
     monkeypatch.undo()
-    report = examine("demo", RunOptions(results=tmp_path / "file"), fakes.ADAPTER)
-    assert not report["can_run"]
+    assert not examine("demo", RunOptions(results=tmp_path / "file"), fakes.ADAPTER)["can_run"]
 
 
 def test_missing_data_of_one_section_leave_the_others(tmp_path: Path):
@@ -121,16 +108,12 @@ def test_missing_data_of_one_section_leave_the_others(tmp_path: Path):
 
     (tmp_path / "no-data").touch()
     adapter = Adapter(fakes.run_cell, fakes.planned_folder, preflight)
-    found = examine_profile("demo", RunOptions(results=tmp_path), adapter, [], cuda=False)
-    assert not found["can_run"]
-    assert {section["name"]: section["missing"] for section in found["sections"]} == {
-        "classification": [], "detection": [],
-        "retrieval": ["Missing: the data. Fetch it.", "Missing: the weights of demo_clip. Train them."],
-    }  # fmt: skip
-    report = examine("demo", RunOptions(results=tmp_path), adapter)
-    shown = [text for _, text in lines(report)]
-    assert "  PROBLEM  demo: cannot run: retrieval; can run: --tasks classification,detection" in shown
-    assert any(text.endswith("retrieval: Missing: the data. Fetch it.") for text in shown)
+    found = [finding for finding in findings("demo", RunOptions(results=tmp_path), adapter) if finding.state == "problem"]
+    assert [finding.text for finding in found] == [
+        "demo: cannot run: retrieval; can run: --tasks classification,detection",
+        "retrieval: Missing: the data. Fetch it.",
+        "retrieval: Missing: the weights of demo_clip. Train them.",
+    ]
 
 
 def test_a_check_that_fails_is_a_reason(tmp_path: Path):
@@ -141,10 +124,13 @@ def test_a_check_that_fails_is_a_reason(tmp_path: Path):
         raise ModelError("Unknown model 'x'.")
 
     options = RunOptions(results=tmp_path)
-    found = examine_profile("demo", options, Adapter(fakes.run_cell, fakes.planned_folder, broken), [], cuda=False)
-    assert (found["can_run"], found["problem"]) == (False, "it cannot be examined: ImportError: timm is half installed")
-    found = examine_profile("demo", options, Adapter(fakes.run_cell, fakes.planned_folder, unknown), [], cuda=False)
-    assert found["sections"][0]["missing"] == ["Unknown model 'x'."]
+    (found,) = findings("demo", options, Adapter(fakes.run_cell, fakes.planned_folder, broken))
+    assert (found.state, found.text) == (
+        "problem",
+        "demo: cannot run: it cannot be examined: ImportError: timm is half installed",
+    )
+    found = findings("demo", options, Adapter(fakes.run_cell, fakes.planned_folder, unknown))[1]
+    assert found.text == "classification, retrieval, detection: Unknown model 'x'."
 
 
 def test_a_profile_that_cannot_be_read_and_one_that_wants_a_gpu(tmp_path: Path):
@@ -152,48 +138,39 @@ def test_a_profile_that_cannot_be_read_and_one_that_wants_a_gpu(tmp_path: Path):
     own = tmp_path / "own.yaml"
     own.write_text(yaml.safe_dump({**content, "device": "cuda"}))
     options = RunOptions(results=tmp_path)
-    assert "PyTorch sees no GPU" in examine_profile(str(own), options, fakes.ADAPTER, [], cuda=False)["problem"]
-    assert examine_profile(str(own), options, fakes.ADAPTER, [], cuda=True)["can_run"]
+    found = findings(str(own), options)[0]
+    assert (found.state, "PyTorch sees no GPU" in found.text) == ("problem", True)
+    assert findings(str(own), options, cuda=True)[0].state == "ok"
     own.write_text("methods: [")
-    assert "is not YAML" in examine_profile(str(own), options, fakes.ADAPTER, [], cuda=True)["problem"]
+    assert "is not YAML" in findings(str(own), options)[0].text
 
 
 def test_data_and_weights_that_were_given_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("tasks.common.hub.hub_answers", lambda: True)
     options = RunOptions(results=tmp_path, data=Places(imagenet=tmp_path / "nowhere"))
-    found = examine_profile("paper-ablation", options, default_adapter(), [], cuda=True)
-    assert any(f"the folder {tmp_path / 'nowhere' / 'train'}" in message for message in found["sections"][0]["missing"])
+    found = findings("paper-ablation", options, default_adapter(), cuda=True)
+    assert any(f"the folder {tmp_path / 'nowhere' / 'train'}" in one.text for one in found)
     # The hub answers: what is not here will be fetched, and is not missing.
-    assert set(found["sections"][0]["weights"].values()) <= {
-        "here", "timm/vit_small_patch16_224.augreg_in21k_ft_in1k", "timm/deit_tiny_patch16_224.fb_in1k",
-        "timm/swin_small_patch4_window7_224.ms_in1k",
-    }  # fmt: skip
+    assert not any("Missing: the weights" in one.text for one in found)
 
 
-def test_needs_are_those_of_records_where_there_are_any(tmp_path: Path):
-    record = fakes.make_record(
-        recipe=make_recipe("rtn", {"w_bits": 4, "a_bits": 4}), model="demo_vit", peak_memory_bytes=123_000_000
-    )
-    path = write_record(record, tmp_path / "runs" / "cell")
-    (path.parent / "quantized.safetensors").write_bytes(bytes(1_000_000))
-    found = examine_profile("demo", RunOptions(results=tmp_path), fakes.ADAPTER, [(path, record)], cuda=False, memory=100e6)
-    (need,) = [need for need in found["needs"] if need["model"] == "demo_vit"]
-    assert (need["model"], need["memory"]) == ("demo_vit", 123e6)
-    assert need["disk"] is not None
-    assert need["disk"] > 1e6
-    assert "demo_vit took 123.0 MB of memory, 1.0 MB of disk per cell" in need["text"]
-    assert any("100.0 MB may be used here" in note for note in found["notes"])
+def test_memory_is_that_of_records_where_there_are_any(tmp_path: Path):
+    options = RunOptions(results=tmp_path)
+    cell = expand(load_grid("demo"), Filters(), options)[0]
+    record = fakes.record_of(cell.request, 50.0).model_copy(update={"peak_memory_bytes": 123 * 10**9})
+    write_record(record, fakes.planned_folder(cell.request))
+    found = findings("demo", options, memory=100e9)[-1]
+    assert (found.state, found.text.startswith("demo_vit fp takes 123.0 GB of memory (measured, ")) == ("note", True)
+    assert found.text.endswith(", and 100.0 GB may be used here")
 
 
-def test_needs_of_real_sizes_come_from_the_committed_measurements(tmp_path: Path):
-    found = examine_profile("paper", RunOptions(results=tmp_path), fakes.ADAPTER, [], cuda=False)
+def test_memory_of_real_sizes_comes_from_the_committed_rehearsal(tmp_path: Path):
+    *_, gpu, memory = findings("paper", RunOptions(results=tmp_path))
     content = json.loads((REFERENCE / "rehearsal.json").read_text(encoding="utf-8"))
-    sizes = [row["peak_memory_bytes"] for row in content["cells"] if row["model"] == "mask_rcnn_swin_tiny"]
-    need = next(need for need in found["needs"] if need["model"] == "mask_rcnn_swin_tiny")
-    assert need["memory"] == max(sizes)
-    assert "rehearsal.json" in need["text"]
-    assert "no GPU is visible" in found["notes"][0]
-    assert not examine_profile("paper", RunOptions(results=tmp_path), fakes.ADAPTER, [], cuda=True)["notes"]
+    largest = max(content["cells"], key=lambda row: row["peak_memory_bytes"])
+    assert memory.text.startswith(f"{largest['model']} {largest['method']} {largest['bits']}")
+    assert "(rehearsed, " in memory.text
+    assert "no GPU is visible" in gpu.text
 
 
 def test_an_unknown_profile_is_an_error(tmp_path: Path):
@@ -204,4 +181,4 @@ def test_an_unknown_profile_is_an_error(tmp_path: Path):
 
 @pytest.mark.parametrize("name", ["demo", "quantizers"])
 def test_real_preflights_find_what_comes_along(tmp_path: Path, name: str):
-    assert examine_profile(name, RunOptions(results=tmp_path), default_adapter(), [], cuda=False)["can_run"]
+    assert findings(name, RunOptions(results=tmp_path), default_adapter())[0].state == "ok"

@@ -208,7 +208,7 @@ def test_a_file_of_ones_own_is_a_table(tmp_path: Path):
             },
             "FIMA-Q w4a4, ViT-S: 2 published numbers for method 'FIMA-Q'",
         ),
-        ({"rows": row(measure="fimqa")}, "method 'fimqa' in measure. Did you mean 'fimaq'?"),
+        ({"rows": row(measure="fimqa")}, "Unknown method 'fimqa'. Did you mean 'fimaq'?"),
         (
             {"rows": row(measure="qdrop")},
             "'qdrop' cannot be measured for FIMA-Q (variant ''). names.yaml lets it compare with fimaq",

@@ -10,12 +10,11 @@ from click.testing import CliRunner
 from torch import nn
 
 from benchmarks.speed.cli import main
-from benchmarks.speed.memory import memory_formula, peak_of_block, saved_bytes
-from benchmarks.speed.protocol import SegmentCost, line, protocol_seconds
+from benchmarks.speed.memory import Parts, peak_of_block, saved_bytes
 from benchmarks.speed.record import BEGIN, END, README, read_records, rewrite, tables
-from benchmarks.speed.stages import walk
 from benchmarks.speed.steps import measure_rates, step_bytes
 from benchmarks.speed.subjects import Subject, cut
+from benchmarks.speed.walk import line, protocol_seconds, walk
 from fimaq_core.calibration.calibrate import calibrate
 from fimaq_core.errors import CheckpointError
 from fimaq_core.recipe import Recipe, make_recipe
@@ -28,7 +27,7 @@ REQUIRED = {
 
 
 def subject(model: nn.Module, recipe: Recipe, thin: bool = True) -> Subject:
-    return cut("small", chain_of(model, recipe), images(recipe.calibration_images), thin)
+    return cut(chain_of(model, recipe), images(recipe.calibration_images), thin)
 
 
 def test_rates_are_positive_and_floors_follow_from_them() -> None:
@@ -71,17 +70,16 @@ def test_segments_of_one_make_are_measured_once() -> None:
     whole = subject(vit(3), recipe, thin=False)
     assert whole.order == (0, 1, 2, 3, 4)
     assert whole.make_of == (0, 1, 1, 1, 2)
-    windows = cut("swin", chain_of(swin(40), recipe), images(2, 40), thin=True)
+    windows = cut(chain_of(swin(40), recipe), images(2, 40), thin=True)
     assert windows.chain(windows.images).shape == (2, 10)
     assert sum(make.count for make in windows.makes) == len(windows.order)
 
 
 def test_extrapolation_is_plain_arithmetic() -> None:
     recipe = make_recipe("fimaq", {"steps": 100, "calibration_images": 10, "fisher_k": 2})
-    embed = SegmentCost(calibration=1.0, tape=0.1, own=0.01, tail=0.02, step=0.001, fisher=True)
-    block = SegmentCost(calibration=2.0, tape=0.2, own=0.03, tail=0.04, step=0.002, fisher=True)
-    head = SegmentCost(calibration=3.0, tape=0.3, own=0.0, tail=0.05, step=0.003, fisher=False)
-    found = protocol_seconds([embed, block, head], [0, 1, 1, 2], recipe, compile_s=7.0)
+    parts = {"calibration": [1.0, 2.0, 3.0], "tape": [0.1, 0.2, 0.3], "own": [0.01, 0.03, None]}
+    parts |= {"tail": [0.02, 0.04, 0.05], "step": [0.001, 0.002, 0.003]}
+    found = protocol_seconds([0, 1, 1, 2], recipe, **parts, compile_s=7.0)
     assert found["calibration"] == pytest.approx(1 + 2 + 2 + 3)
     assert found["tape"] == pytest.approx(10 * (0.1 + 0.2 + 0.2 + 0.3))
     assert found["fisher"] == pytest.approx(2 * 10 * ((0.01 + 0.04 + 0.04 + 0.05) + (0.03 + 0.04 + 0.05) + (0.03 + 0.05)))
@@ -98,8 +96,8 @@ def test_calibration_is_extrapolated_along_a_line() -> None:
 def test_memory_formula_takes_the_largest_phase() -> None:
     held = 100 + 10 + 8 * 2 + 3 * 5
     sizes = {"weights": 100, "images": 10, "rounded": 2, "tape": 5}
-    assert memory_formula(**sizes, step=7, tail=3) == held + 10
-    assert memory_formula(**sizes, step=70, tail=80) == held + 80
+    assert Parts(**sizes, step=7, tail=3).peak() == held + 10
+    assert Parts(**sizes, step=70, tail=80).peak() == held + 80
 
 
 def test_parts_of_the_peak_are_counted() -> None:
@@ -107,9 +105,9 @@ def test_parts_of_the_peak_are_counted() -> None:
     chain = chain_of(vit(2), recipe)
     peak, parts = peak_of_block(chain, images(16), recipe)
     assert peak > 0
-    assert parts["images"] == 4 * (images(16).numel() + 16 * 10)
-    assert parts["tape"] == 4 * 16 * 17 * 32
-    assert min(parts["step"], parts["tail"]) > 4 * 8 * 17 * 32
+    assert parts.images == 4 * (images(16).numel() + 16 * 10)
+    assert parts.tape == 4 * 16 * 17 * 32
+    assert min(parts.step, parts.tail) > 4 * 8 * 17 * 32
 
 
 def test_saved_bytes_counts_each_storage_once() -> None:
@@ -122,7 +120,7 @@ def test_saved_bytes_counts_each_storage_once() -> None:
 def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the command writes for a demo model on the smallest sizes."""
     path = tmp_path_factory.mktemp("speed") / "speed.json"
-    sizes = "--quick --engines fused --device cpu --models demo_vit"
+    sizes = "--quick --device cpu --models demo_vit"
     before = torch.get_num_threads()
     found = CliRunner().invoke(main, [*sizes.split(), "--threads", "1", "--output", str(path)])
     torch.set_num_threads(before)
@@ -158,7 +156,7 @@ def test_tables_go_between_the_markers(records: Path, tmp_path: Path) -> None:
 
 def test_unusable_requests_are_one_line(tmp_path: Path) -> None:
     runner = CliRunner()
-    for arguments in (["--device", "cpu", "--engines", "graph"], ["--engines", "fast"], ["--table", str(tmp_path / "none.json")]):
+    for arguments in (["--device", "cuda:99"], ["--table", str(tmp_path / "none.json")]):
         found = runner.invoke(main, arguments)
         assert found.exit_code == 2
         assert found.output.startswith("error: ")

@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ import pytest
 from fimaq_core.errors import CheckpointError, FimaqError
 from fimaq_core.progress import Progress
 from fimaq_core.recipe import make_recipe
-from tasks.common.plan import planned_folder
-from tasks.common.record import ResultRecord, outcomes_problem, read_record, sealed, write_record
+from tasks.common.plan import forget, planned_folder
+from tasks.common.record import ResultRecord, read_record, sealed, write_record
 from tasks.common.request import CellRequest, DataRequest, ModelRequest
 from tasks.common.run import run_cell
 
@@ -109,20 +110,6 @@ def test_a_file_that_may_not_grow(stage: str, file: str, tmp_path: Path, undistu
     assert not (planned_folder(request) / "blocks").exists()
 
 
-def test_a_forced_cell_that_cannot_be_written_keeps_its_record(tmp_path: Path) -> None:
-    path = run_cell(cell(tmp_path))
-    before = path.read_bytes()
-
-    def tighten(event: Progress) -> None:
-        if event.stage == "evaluate":  # outcomes fit, the record does not
-            resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-
-    with no_file_above(2**40), pytest.raises(CheckpointError, match=r"Cannot write .*result.json"):
-        run_cell(replace(cell(tmp_path), force="again"), tighten)
-    assert path.read_bytes() == before
-    assert outcomes_problem(read_record(path), path.parent) is None
-
-
 def test_a_full_disk(tmp_path: Path, undisturbed: dict[str, Any]) -> None:
     with mounted(tmp_path / "disk", "24m") as disk:
         request, filler = cell(disk), disk / "filler"
@@ -151,9 +138,9 @@ def test_a_disk_that_is_read_only(tmp_path: Path) -> None:
         finished = run_cell(cell(disk, "rtn"))
         before = content(disk)
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        for request in (cell(disk), replace(cell(disk, "rtn"), force="again"), replace(cell(disk, None), force="again")):
+        for act in (partial(run_cell, cell(disk)), partial(forget, [cell(disk, "rtn")]), partial(forget, [cell(disk, None)])):
             with pytest.raises(FimaqError, match=r"Read-only file system") as caught:
-                run_cell(request)
+                act()
             assert "\n" not in str(caught.value)
         assert content(disk) == before
         assert read_record(finished).method == "rtn"
@@ -175,7 +162,7 @@ def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
     try:
         assert run_cell(cell(tmp_path, "rtn")) == finished
         with pytest.raises(FimaqError, match="Permission denied"):
-            run_cell(replace(cell(tmp_path, "rtn"), force="again"))
+            forget([cell(tmp_path, "rtn")])
     finally:
         finished.parent.chmod(0o755)
 

@@ -16,13 +16,12 @@ from filelock import SoftFileLease
 
 from fimaq_core.errors import CheckpointError
 from fimaq_core.progress import Progress
-from tasks.common import anew, lease
+from tasks.common import lease
 from tasks.common.lease import (
     Busy,
     LeaseLost,
     Observer,
     acquire,
-    awaited,
     exclusively,
     this_process,
 )
@@ -458,22 +457,3 @@ def test_busy_travels_between_processes():
     busy = Busy(Path("a"), "process 1 on b")
     again = pickle.loads(pickle.dumps(busy))  # noqa: S301 (its own)
     assert (again.path, again.holder, str(again)) == (busy.path, busy.holder, str(busy))
-
-
-def test_measuring_again_makes_everything_anew_once(tmp_path: Path):
-    path = tmp_path / "x"
-    cleared: list[str] = []
-    path.write_text("old")
-    assert anew.is_done(path, "")
-    first, second = anew.new_name(), anew.new_name()
-    for name in (first, second):
-        assert not anew.is_done(path, name)
-        for _ in range(2):
-            with awaited(path):
-                anew.begin(path, name, partial(cleared.append, name))
-        assert not anew.is_done(path, name)
-        anew.end(path, name)
-        assert anew.is_done(path, name)
-        assert anew.is_done(path, "")
-    assert cleared == [first, second]
-    assert not anew.is_done(path, first)

@@ -16,6 +16,7 @@ from fimaq_core.errors import RecipeError
 from fimaq_core.recipe import make_recipe
 from fimaq_core.reconstruction import mlp as mlp_module
 from tasks.common.cli import build_group, main
+from tasks.common.plan import forget, planned_folder
 from tasks.common.record import ResultRecord, read_record
 from tasks.common.request import CellRequest, DataRequest, ModelRequest
 from tasks.common.run import run_cell
@@ -188,7 +189,10 @@ def test_a_checkpoint_that_is_the_shared_one_survives_force(
     request = CellRequest("classification", ModelRequest("demo_vit"), data, recipe, results=runs, threads=1)
     run_cell(request)
     (shared,) = (tmp_path / "mlp").glob("*.safetensors")
-    run_cell(replace(request, force="again", mlp_checkpoint=shared))
+    request = replace(request, mlp_checkpoint=shared)
+    forget([request])
+    assert not (planned_folder(request) / "result.json").exists()
+    run_cell(request)
     assert shared.is_file()
     assert same_tensors(shared, stages.mlp)
 

@@ -23,7 +23,7 @@ from tasks.classification.task import TASK
 from tasks.common import run as run_module
 from tasks.common.environment import resolve_device
 from tasks.common.lease import this_process
-from tasks.common.plan import planned_folder, variant_name
+from tasks.common.plan import forget, planned_folder, variant_name
 from tasks.common.record import outcomes_problem, read_record, recipe_of
 from tasks.common.request import CellRequest, DataRequest, ModelRequest
 from tasks.common.run import run_cell
@@ -94,7 +94,10 @@ def test_finished_cells_are_not_measured_again(tmp_path: Path, monkeypatch: pyte
         patch.setattr(run_module, "get_task", lambda _: pytest.fail("a finished cell was loaded again"))
         assert run_cell(cell(tmp_path)) == path
     assert path.read_bytes() == before
-    assert run_cell(replace(cell(tmp_path), force="again")) == path
+    forget([cell(tmp_path)])
+    assert list(path.parent.iterdir()) == []
+    assert not list((tmp_path / "calibration").glob("*.safetensors"))
+    assert run_cell(cell(tmp_path)) == path
     assert path.read_bytes() != before
 
 
@@ -116,7 +119,7 @@ def test_identity_of_cells(tmp_path: Path) -> None:
     ]  # fmt: skip
     folders = {planned_folder(request) for request in (base, *others)}
     assert len(folders) == len(others) + 1
-    assert planned_folder(replace(base, device="cuda", threads=3, eval_batch=5, force="again")) == planned_folder(base)
+    assert planned_folder(replace(base, device="cuda", threads=3, eval_batch=5)) == planned_folder(base)
     assert variant_name(cell(tmp_path, None)) == "fp"
     assert "steps=3" in variant_name(base)
     assert variant_name(replace(base, recipe=make_recipe("rtn"))) == "released"

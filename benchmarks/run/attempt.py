@@ -1,9 +1,9 @@
-"""What becomes of a cell whose attempt failed: tried again as it was, tried again with less memory, or given up."""
+"""What follows a failed attempt at a cell: another one, one with less memory, or giving up."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from benchmarks.engines.base import Failed
+from benchmarks.run.executor import Failed
 from fimaq_core.progress import Progress
 from tasks.common.request import CellRequest
 
@@ -31,8 +31,10 @@ class Attempts:
     """All attempts at one cell so far.
 
     Attributes:
-        request: of the next attempt; memory that ran out has changed it, in ways that change nothing of the result.
-        retries: attempts in a row whose process may die without getting further; 0 gives up at the first failure.
+        request: of the next attempt. Memory that ran out has changed it, without any effect on the
+            result.
+        retries: attempts in a row whose process may die without getting further; 0 gives up at the
+            first failure.
     """
 
     request: CellRequest
@@ -49,7 +51,7 @@ class Attempts:
         self._grew, self._last, self._stepping = False, ("", ""), False
 
     def heard(self, progress: Progress) -> None:
-        """The attempt says where it is."""
+        """The attempt has come this far."""
         place = (progress.stage, progress.block)
         if place != self._last:
             self._last, self._stepping = place, False
@@ -59,7 +61,7 @@ class Attempts:
             self._grew = True
 
     def failed(self, failure: Failed) -> Again | GivenUp:
-        """The attempt has failed. Not for cells that are busy: those have not been tried."""
+        """The attempt has failed. Not for busy cells: those have not been tried."""
         if failure.kind == "memory":
             return self._lighter(failure)
         if failure.kind == "died":
@@ -70,38 +72,39 @@ class Attempts:
         return GivenUp(failure.message, failure.log)
 
     def _died(self, failure: Failed) -> Again | GivenUp:
-        # One that got further goes on from its last finished block: however often that happens, it ends.
+        # An attempt that got further goes on from its last block: however often, that ends.
         self._fruitless = 0 if self._grew else self._fruitless + 1
         if self.retries and self._fruitless < self.retries:
             return Again(failure.message)
-        if self._fruitless > 1:
-            return GivenUp(f"{failure.message}, {self._fruitless} times without getting further", failure.log)
-        return GivenUp(failure.message, failure.log)
+        times = f", {self._fruitless} times without getting further"
+        return GivenUp(failure.message + (times if self._fruitless > 1 else ""), failure.log)
 
     def _lighter(self, failure: Failed) -> Again | GivenUp:
         """Take the next step to less memory."""
-        request, gpu = self.request, self.request.device.startswith("cuda")
-        if gpu and request.placement == "device":
-            return self._changed(replace(request, placement="host"), "what blocks take in and give is kept in host memory")
+        request, reason = self.request, f"memory ran out ({failure.message})"
+        if request.device.startswith("cuda") and request.placement == "device":
+            what = "what blocks take in and give is kept in host memory"
+            return self._changed(replace(request, placement="host"), what)
         if self._stepping and self._last[0] in _OPTIMISING:
-            return GivenUp(f"memory ran out ({failure.message}) {self._advice()}", failure.log)
+            place = " ".join(part for part in self._last if part)
+            return GivenUp(
+                f"{reason} in an optimisation step ({place}). The recipe's batch decides the "
+                f"result, so it is not made smaller. {self._ways_out()} Another batch_size is "
+                "another recipe with other results.",
+                failure.log,
+            )
         batch = request.eval_batch // 2
         if batch:
             images = "one image" if batch == 1 else f"{batch} images"
-            return self._changed(replace(request, eval_batch=batch), f"forward passes take {images} at a time")
-        return GivenUp(f"memory ran out ({failure.message}), even one image at a time. {self._ways_out()}", failure.log)
+            what = f"forward passes take {images} at a time"
+            return self._changed(replace(request, eval_batch=batch), what)
+        message = f"{reason}, even one image at a time. {self._ways_out()}"
+        return GivenUp(message, failure.log)
 
     def _changed(self, request: CellRequest, what: str) -> Again:
         note = f"memory ran out: {what}"
         self.request = replace(request, notes=(*request.notes, note))
         return Again(note)
-
-    def _advice(self) -> str:
-        stage, block = self._last
-        return (
-            f"in an optimisation step ({' '.join(part for part in (stage, block) if part)}). The recipe's batch decides the "
-            f"result, so it is not made smaller. {self._ways_out()} Another batch_size is another recipe with other results."
-        )
 
     def _ways_out(self) -> str:
         ways = ["run fewer cells at a time (JOBS=1 or --jobs 1)"]

@@ -1,28 +1,32 @@
-"""Runs the cells of a grid in the slots of an engine, and keeps going when one fails."""
+"""Runs the cells of a grid in the slots of an executor, and goes on when one fails."""
 
 import time
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.attempts import Again, Attempts
 from benchmarks.cells import MAIN_METRIC, Adapter, Cell, Key
-from benchmarks.display import Display, Outcome
-from benchmarks.engines.base import Engine, Failed, Finished, Message, Slot, make_job
 from benchmarks.estimate import Estimator
-from benchmarks.schedule import Schedule
+from benchmarks.run.attempt import Again, Attempts
+from benchmarks.run.executor import (
+    Executor,
+    Failed,
+    Finished,
+    MakeExecutor,
+    Message,
+    Started,
+    make_job,
+)  # fmt: skip
+from benchmarks.run.order import Schedule
 from benchmarks.units import duration
+from benchmarks.watch.live import Watch
 from fimaq_core.errors import FimaqError
 from fimaq_core.progress import Progress
-from tasks.common import anew
 from tasks.common.lease import Observer
 from tasks.common.record import ResultRecord, read_record
 
-#: Makes an engine for so many cells, whose first needs these modules.
-MakeEngine = Callable[[int, Sequence[str]], Engine]
-
-#: Seconds between two looks at cells that others measure, between two ticks of a display, and the longest wait for messages.
-_LOOK, _TICK, _WAIT = 2.0, 0.5, 0.5
+#: Seconds between two looks at cells that others measure, and the longest wait for messages.
+_LOOK, _WAIT = 2.0, 0.5
 
 #: Share of the time that may go into estimates.
 _ESTIMATING = 0.05
@@ -39,41 +43,44 @@ class Failure:
 
 @dataclass
 class _Run:
-    """An attempt at a cell."""
+    """A cell in a slot."""
 
     cell: Cell
     attempts: Attempts
-    since: float
+    since: float = field(default_factory=time.monotonic)
 
 
 class Runner:
-    """Runs cells; see :meth:`run`."""
+    """Runs cells; see `run`."""
 
-    def __init__(self, adapter: Adapter, display: Display, make_engine: MakeEngine, done: int = 0, retries: int = 3) -> None:
+    def __init__(
+        self, adapter: Adapter, watch: Watch, make_executor: MakeExecutor, done: int = 0,
+        retries: int = 3,
+    ) -> None:  # fmt: skip
         """Make a runner.
 
         Args:
             adapter: measures the cells.
-            display: shows what happens.
-            make_engine: makes what the cells run on.
+            watch: shows what happens.
+            make_executor: makes what the cells run on.
             done: cells of the grid that were finished before, for the count shown.
-            retries: see :class:`~benchmarks.attempts.Attempts`.
+            retries: see `benchmarks.run.attempt.Attempts`.
         """
-        self._adapter, self._display, self._make_engine = adapter, display, make_engine
+        self._adapter, self._watch, self._make_executor = adapter, watch, make_executor
         self._done, self._retries = done, retries
         self._estimator, self._observer = Estimator(), Observer()
         self._failures: list[Failure] = []
         self._schedule = Schedule(())
         self._attempts: dict[Key, Attempts] = {}
         self._folders: dict[Key, Path] = {}
-        self._running: dict[Hashable, _Run] = {}
-        self._slots: list[Slot] = []
+        self._running: dict[str, _Run] = {}
+        self._slots: list[str] = []
         self._changed = False
         self._looked = self._ticked = self._estimated = 0.0
         self._left: float | None = None
 
     def learn(self, costs: Iterable[tuple[Cell, float]]) -> None:
-        """Take what cells took before, in seconds, for the time that is left of others."""
+        """Use the seconds that cells took before to estimate the time of others."""
         for cell, seconds in costs:
             self._estimator.add(cell, seconds)
 
@@ -81,37 +88,38 @@ class Runner:
         """Measure ``cells``; return those that failed.
 
         Raises:
-            FimaqError: the engine cannot be used.
-            KeyboardInterrupt: broken off by the user; the processes are stopped, finished cells are kept.
+            FimaqError: the executor cannot be used.
+            KeyboardInterrupt: broken off by the user; the processes are stopped, finished cells
+                are kept.
         """
-        there = [cell for cell in cells if self._is_there(cell)]
-        found = {cell.key for cell in there}
-        rest = [cell for cell in cells if cell.key not in found]
+        there = {cell.key: cell for cell in cells if self._is_there(cell)}
+        rest = [cell for cell in cells if cell.key not in there]
         self._schedule = Schedule(rest)
-        engine: Engine | None = None
+        executor: Executor | None = None
         try:
             if rest:
-                first = next(self._schedule.waiting())
-                engine = self._make_engine(len(rest), self._adapter.imports(first.request))
-            self._display.begin(self._done, self._done + len(cells))
+                own = self._adapter.run_cell.__module__
+                needed = [name for cell in rest for name in self._adapter.imports(cell.request)]
+                executor = self._make_executor(len(rest), list(dict.fromkeys([*needed, own])))
             try:
-                for cell in there:
+                self._watch.tell("begin", over=self._done, total=self._done + len(cells))
+                for cell in there.values():
                     self._found(cell)
-                while engine is not None and (self._schedule or self._running):
-                    self._feed(engine)
-                    for slot, message in engine.wait(_WAIT):
+                while executor is not None and (self._schedule or self._running):
+                    self._feed(executor)
+                    for slot, message in executor.wait(_WAIT):
                         self._hear(slot, message)
                     self._tick()
             finally:
-                self._display.close()
+                self._watch.close()
         finally:
-            if engine is not None:
-                engine.close()
+            if executor is not None:
+                executor.close()
         return self._failures
 
-    def _feed(self, engine: Engine) -> None:
-        """Give every idle slot its next cell."""
-        slots = list(engine.slots())
+    def _feed(self, executor: Executor) -> None:
+        """Give each idle slot its next cell."""
+        slots = list(executor.slots())
         if slots != self._slots:
             self._schedule.keep(slots)
             self._slots, self._changed = slots, True
@@ -121,30 +129,26 @@ class Runner:
             return
         self._changed = False
         for slot in slots:
-            if slot not in self._running:
-                cell = self._next(slot)
-                if cell is not None:
-                    self._start(slot, cell)
+            if slot not in self._running and (cell := self._next(slot)) is not None:
+                self._start(executor, slot, cell)
 
-    def _next(self, slot: Slot) -> Cell | None:
+    def _next(self, slot: str) -> Cell | None:
         """Return a cell for the slot; those that others measured meanwhile are over."""
-        while True:
-            cell = self._schedule.take(slot)
-            if cell is None or not self._is_there(cell):
-                return cell
+        while (cell := self._schedule.take(slot)) is not None and self._is_there(cell):
             self._schedule.over(cell)
             self._found(cell)
+        return cell
 
-    def _start(self, slot: Slot, cell: Cell) -> None:
+    def _start(self, executor: Executor, slot: str, cell: Cell) -> None:
         attempts = self._attempts.setdefault(cell.key, Attempts(cell.request, self._retries))
         attempts.begin()
-        self._running[slot] = _Run(cell, attempts, time.monotonic())
-        self._display.started(cell, self._done, slot.where)
-        adapter, request = self._adapter, attempts.request
-        slot.assign(make_job(adapter.run_cell, request, self._beside(cell, "error.log"), adapter.imports(request), cell.label))
+        self._running[slot] = _Run(cell, attempts)
+        log = self._beside(cell, "error.log")
+        job = make_job(self._adapter.run_cell, attempts.request, log, cell.label)
+        executor.start(slot, job)
 
     def _look(self) -> None:
-        """Look what has become of cells that others measure, since there is nothing else to do."""
+        """See what has become of cells that others measure, since slots are idle."""
         now = time.monotonic()
         aside = self._schedule.aside
         if not aside or now - self._looked < _LOOK:
@@ -162,93 +166,104 @@ class Runner:
             self._changed = True
 
     def _beside(self, cell: Cell, name: str) -> Path | None:
-        """A file in the cell's folder; None while that is not known."""
-        folder = self._folders.get(cell.key)
-        if folder is None:
+        """Return a file in the cell's folder; None while that is not known."""
+        if cell.key not in self._folders:
             try:
-                folder = self._folders[cell.key] = self._adapter.planned_folder(cell.request)
+                self._folders[cell.key] = self._adapter.planned_folder(cell.request)
             except FimaqError:
                 return None
-        return folder / name
+        return self._folders[cell.key] / name
 
     def _is_there(self, cell: Cell) -> bool:
-        """Whether the cell has a record, good or bad, and is not to be measured again."""
+        """Return whether the cell has a record, good or bad."""
         path = self._beside(cell, "result.json")
-        return path is not None and anew.is_done(path, cell.request.force)
+        return path is not None and path.is_file()
 
     def _found(self, cell: Cell) -> None:
-        """A cell has a record that was not measured here. One that cannot be read is for the user to look at."""
+        """A cell has a record that was not measured here; the user must see to a damaged one."""
         path = self._beside(cell, "result.json")
         assert path is not None
         try:
-            self._ended(cell, Outcome("elsewhere", f"measured elsewhere: {_scores(read_record(path))}"))
+            self._ended(cell, "elsewhere", f"measured elsewhere: {_scores(read_record(path))}")
         except FimaqError as error:
             self._fail(cell, str(error), None)
 
-    def _hear(self, slot: Slot, message: Message) -> None:
+    def _hear(self, slot: str, message: Message) -> None:
         run = self._running[slot]
+        if isinstance(message, Started):
+            run.since = time.monotonic()
+            self._watch.tell("started", run.cell, where=message.where)
+            return
         if isinstance(message, Progress):
             run.attempts.heard(message)
-            self._display.progress(run.cell, message)
+            self._watch.progress(run.cell, message)
             return
         del self._running[slot]
         self._changed = True
         if isinstance(message, Failed):
             self._lost(run, message)
-            return
-        self._estimator.add(run.cell, message.seconds)
-        self._schedule.over(run.cell)
-        self._measured(run.cell, message)
+        else:
+            self._measured(run.cell, message)
 
     def _measured(self, cell: Cell, message: Finished) -> None:
+        self._estimator.add(cell, message.seconds)
+        self._schedule.over(cell)
         try:
-            text = f"{_scores(read_record(message.path))} in {duration(message.seconds)}"
+            scores = _scores(read_record(message.path))
         except FimaqError as error:
             self._fail(cell, f"measured, but {error}", None)
         else:
-            self._ended(cell, Outcome("finished", text))
+            self._ended(cell, "finished", f"{scores} in {duration(message.seconds)}")
 
     def _lost(self, run: _Run, failure: Failed) -> None:
         """An attempt came to nothing."""
         if failure.kind == "busy":
             self._schedule.put_aside(run.cell)
             self._looked = time.monotonic()  # whoever measures it has only just been seen
-            self._display.retried(run.cell, failure.message)
+            self._watch.tell("retried", run.cell, text=failure.message)
             return
         verdict = run.attempts.failed(failure)
         if isinstance(verdict, Again):
             self._schedule.back(run.cell)
-            self._display.retried(run.cell, verdict.reason)
+            self._watch.tell("retried", run.cell, text=verdict.reason)
         else:
             self._schedule.over(run.cell)
             self._fail(run.cell, verdict.message, verdict.log)
 
     def _fail(self, cell: Cell, message: str, log: Path | None) -> None:
         self._failures.append(Failure(cell, message, log))
-        self._ended(cell, Outcome("failed", message, log))
+        self._ended(cell, "failed", message, log)
 
-    def _ended(self, cell: Cell, outcome: Outcome) -> None:
+    def _ended(self, cell: Cell, outcome: str, text: str, log: Path | None = None) -> None:
         self._done += 1
         self._attempts.pop(cell.key, None)
-        self._display.ended(cell, outcome, self._done, self._time_left())
+        self._watch.tell(
+            "ended", cell, outcome=outcome, text=text, log=None if log is None else str(log),
+            over=self._done, left=self._time_left(),
+        )  # fmt: skip
 
     def _tick(self) -> None:
         now = time.monotonic()
-        if now - self._ticked < _TICK:
+        if now - self._ticked < _WAIT:
             return
         self._ticked = now
-        cells: dict[Key, float | None] = {}
+        cells: dict[str, float] = {}
         for run in self._running.values():
             expected = self._estimator.seconds(run.cell)
-            cells[run.cell.key] = None if expected is None else max(expected - (now - run.since), 0.0)
-        self._display.tick(self._time_left(), cells)
+            if expected is not None:
+                cells[run.cell.label] = max(expected - (now - run.since), 0.0)
+        self._watch.tell("tick", left=self._time_left(), cells=cells)
 
     def _time_left(self) -> float | None:
-        """The estimate for the rest of the grid, in seconds. It looks at every cell, so in a big grid it may be a little old."""
+        """Estimate the seconds for the rest of the grid.
+
+        It looks at every cell, so in a big grid the estimate may be a little old.
+        """
         now = time.monotonic()
         if now >= self._estimated:
             running = {run.cell.key: (run.cell, now - run.since) for run in self._running.values()}
-            self._left = self._estimator.left(self._schedule.waiting(), running, max(1, len(self._slots)))
+            jobs = max(1, len(self._slots))
+            self._left = self._estimator.left(self._schedule.waiting(), running, jobs)
             end = time.monotonic()
             self._estimated = end + (end - now) / _ESTIMATING
         return self._left

@@ -1,4 +1,4 @@
-"""Seconds of calibration, tape, Fisher passes and steps, segment by segment."""
+"""Seconds of calibration, tape, Fisher passes and steps by segment, and of the full protocol."""
 
 import itertools
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.benchmark import timer
 
-from benchmarks.speed.steps import TimedObjective, kernels, step_work, time_steps, timed
+from benchmarks.speed.steps import PLAIN, StepTimes, TimedObjective, time_steps, timed
 from benchmarks.speed.subjects import Subject
 from fimaq_core.calibration.calibrate import calibrate
 from fimaq_core.chain import BlockChain, Segment
@@ -22,50 +22,18 @@ from fimaq_core.reconstruction.engines import Engine
 from fimaq_core.reconstruction.reconstruct import expand_per_token
 from fimaq_core.reconstruction.tape import Storage, Tape
 
-#: Engines that need no compiler.
-PLAIN: tuple[Engine, ...] = ("fused", "eager")
-
-
-@dataclass(frozen=True)
-class MakeTimes:
-    """Steps of one make.
-
-    Attributes:
-        step_s: median seconds per step by engine.
-        compile_s: seconds of the first step by engine, for engines that compile.
-        flops: operations of a step.
-        bytes: bytes of a step, see :func:`~benchmarks.speed.steps.step_bytes`.
-        calls: operator calls of a step by engine (kernels on CUDA).
-    """
-
-    step_s: dict[Engine, float]
-    compile_s: dict[Engine, float]
-    flops: int
-    bytes: int
-    calls: dict[Engine, int]
-
 
 @dataclass
 class WalkTimes:
-    """Times of a walk over a subject's chain.
+    """Times of a walk over a subject's chain, by segment or by make."""
 
-    Attributes:
-        tail: seconds per image of each segment, forward and backward inside a Fisher pass.
-        tape: seconds per image of each segment: one full-precision and one quantized forward.
-        own: seconds per image of each make's own forward in its Fisher pass.
-        passes: seconds of the Fisher pass of each make that has one.
-        makes: steps of each make.
-        wall: seconds of the whole stages ``tape``, ``fisher`` and ``steps``.
-        notes: warnings of the objectives.
-    """
-
-    tail: list[float]
-    tape: list[float] = field(default_factory=list)
-    own: dict[int, float] = field(default_factory=dict)
-    passes: dict[int, float] = field(default_factory=dict)
-    makes: dict[int, MakeTimes] = field(default_factory=dict)
-    wall: dict[str, float] = field(default_factory=lambda: {"tape": 0.0, "fisher": 0.0, "steps": 0.0})
-    notes: list[str] = field(default_factory=list)
+    tail: list[float]  #: per image of a segment, forward and backward inside a Fisher pass
+    tape: list[float] = field(default_factory=list)  #: per image of a segment, two forwards
+    own: dict[int, float] = field(default_factory=dict)  #: per image, own forward in the pass
+    passes: dict[int, float] = field(default_factory=dict)  #: Fisher pass of a make that has one
+    makes: dict[int, StepTimes] = field(default_factory=dict)
+    wall: dict[str, float] = field(default_factory=dict)  #: of whole stages
+    notes: list[str] = field(default_factory=list)  #: warnings of the objectives
 
     def fisher_check(self, subject: Subject) -> float | None:
         """Return the seconds of all Fisher passes over the sum of their parts; None without passes.
@@ -91,7 +59,7 @@ def calibration_seconds(chain: BlockChain, images: Tensor, recipe: Recipe) -> li
     return [end - start for start, end in itertools.pairwise(marks)]
 
 
-def tail_seconds(chain: BlockChain, images: Tensor, recipe: Recipe) -> list[float]:
+def _tail_seconds(chain: BlockChain, images: Tensor, recipe: Recipe) -> list[float]:
     """Return the seconds per image of each segment's full-precision forward and backward."""
     set_quantized(chain, False)
     x, found = images, []
@@ -121,25 +89,20 @@ def walk(
 ) -> WalkTimes:
     """Walk over a calibrated chain as a reconstruction does; time steps of one block per make.
 
-    Engines that compile have their turn on the most frequent make only.
-
-    Args:
-        subject: calibrated; each block is rounded to nearest before the next one's turn.
-        recipe: of the steps.
-        engines: to time; ``fused`` is one of them.
-        steps: counted steps per engine and make; fewer after ``deadline``.
-        deadline: on the clock of ``time.monotonic``.
+    Engines that compile have their turn on the most frequent make only. Each block is rounded to
+    nearest before the next one's turn. Other arguments are those of :func:`time_steps`.
     """
     chain, images = subject.chain, subject.images
     if recipe.per_token:
         expand_per_token(chain, images[:1])
-    times = WalkTimes(tail_seconds(chain, images[: recipe.batch_size], recipe))
+    times = WalkTimes(_tail_seconds(chain, images[: recipe.batch_size], recipe))
     set_quantized(chain, False)
     with torch.no_grad():
         reference = torch.cat([chain(part).float() for part in torch.split(images, 32)])
     divergence = ClassifierDivergence(recipe.temperature)
     storage = Storage("device", images.device)
     mixed, dtype = recipe.prefix_prob > 0, recipe.frozen_dtype
+    times.wall = {"tape": 0.0, "fisher": 0.0, "steps": 0.0}
     start = timer()
     tape = Tape(chain, images, storage, with_prefix=mixed, frozen_dtype=dtype)
     for index, segment in enumerate(chain):
@@ -150,7 +113,7 @@ def walk(
             start = timer()
             objective = TimedObjective(chain, tape, recipe, reference, divergence, times.notes)
             chosen = [one for one in engines if one in PLAIN or number == subject.main]
-            times.makes[number] = _steps_of(segment, objective, recipe, chosen, steps, deadline)
+            times.makes[number] = time_steps(segment, objective, recipe, chosen, steps, deadline)
             times.wall["steps"] += timer() - start - objective.pass_s
             times.wall["fisher"] += objective.pass_s
             times.own[number] = objective.own_s / len(images)
@@ -167,25 +130,51 @@ def walk(
     return times
 
 
-def _steps_of(
-    segment: Segment,
-    objective: TimedObjective,
+def line(small: tuple[int, float], large: tuple[int, float], at: int) -> float:
+    """Return the seconds at ``at`` images, by the line through two measurements (images, seconds).
+
+    The line never falls; through two of the same number of images it goes through zero.
+    """
+    (few, few_s), (many, many_s) = small, large
+    if few == many:
+        return many_s * at / many
+    slope = max((many_s - few_s) / (many - few), 0.0)
+    return max(many_s + slope * (at - many), 0.0)
+
+
+def protocol_seconds(
+    order: Sequence[int],
     recipe: Recipe,
-    engines: Sequence[Engine],
-    steps: int,
-    deadline: float,
-) -> MakeTimes:
-    runs = time_steps(segment, objective.tape, objective, recipe, engines, steps, deadline)
-    works = {engine: step_work(runs[engine], recipe) for engine in engines if engine in PLAIN}
-    calls = {engine: count for engine, (_, _, count) in works.items()}
-    if objective.tape.storage.device.type == "cuda":
-        calls = {engine: kernels(run) for engine, run in runs.items()}
-    flops, moved, _ = works["fused"]
-    compiled = {engine: run for engine, run in runs.items() if engine not in PLAIN}
-    return MakeTimes(
-        step_s={engine: run.step_s for engine, run in runs.items()},
-        compile_s={engine: max(run.first_s - run.step_s, 0.0) for engine, run in compiled.items()},
-        flops=flops,
-        bytes=moved,
-        calls=calls,
-    )
+    *,
+    calibration: Sequence[float],
+    tape: Sequence[float],
+    own: Sequence[float | None],
+    tail: Sequence[float],
+    step: Sequence[float],
+    compile_s: float = 0.0,
+) -> dict[str, float]:
+    """Return the seconds of the full protocol by stage, from those of each measured segment.
+
+    Args:
+        order: for each segment of the model, the index of the measured segment like it.
+        recipe: steps, images and Fisher passes.
+        calibration: with the protocol's images.
+        tape: per image.
+        own: per image, the block's own forward in its Fisher pass; None without passes.
+        tail: per image, forward and backward as a part of another block's Fisher pass.
+        step: per step.
+        compile_s: to compile all makes.
+    """
+    images, behind, fisher = recipe.calibration_images, 0.0, 0.0
+    for index in reversed(order):
+        mine = own[index]
+        if mine is not None:
+            fisher += recipe.fisher_k * images * (mine + behind)
+        behind += tail[index]
+    return {
+        "calibration": sum(calibration[index] for index in order),
+        "tape": images * sum(tape[index] for index in order),
+        "fisher": fisher,
+        "steps": recipe.steps * sum(step[index] for index in order),
+        "compile": compile_s,
+    }

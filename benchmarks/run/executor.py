@@ -1,0 +1,89 @@
+"""What the runner and an executor say to each other.
+
+An executor has slots. A slot measures one cell at a time, in a process of its own. The runner
+decides which cell runs next and what is tried again.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from fimaq_core.progress import Progress, Report
+
+if TYPE_CHECKING:
+    from tasks.common.request import CellRequest
+
+RunCell = Callable[["CellRequest", Report], Path]
+
+#: ``user``: an error that the user must mend. ``error``: any other exception. ``memory``: memory
+#: ran out. ``died``: the process ended without a word. ``busy``: another process measures the cell.
+Kind = Literal["user", "error", "memory", "died", "busy"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A cell to measure, as it travels to its process.
+
+    Attributes:
+        work: the pickled function that measures, request and path of the error log (or None).
+        label: name of the cell in the log of its output.
+    """
+
+    work: bytes
+    label: str = ""
+
+
+def make_job(run_cell: RunCell, request: CellRequest, error_log: Path | None, label: str = "") -> Job:
+    """Pack a cell. ``run_cell`` must be importable by name."""
+    return Job(pickle.dumps((run_cell, request, error_log)), label)
+
+
+@dataclass(frozen=True)
+class Started:
+    """The cell's process has begun; ``where`` says on what, for people."""
+
+    where: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The cell is measured: its record, and how long it took."""
+
+    path: Path
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Failed:
+    """An attempt at the cell has failed: why, and where the details are."""
+
+    kind: Kind
+    message: str
+    log: Path | None = None
+
+
+Message = Started | Progress | Finished | Failed
+
+
+class Executor(Protocol):
+    """Runs cells in slots, which have names."""
+
+    def slots(self) -> Sequence[str]:
+        """Return the slots that can take a cell now or are at one; they may come and go."""
+
+    def start(self, slot: str, job: Job) -> None:
+        """Start a cell. `wait` returns its messages, the last of them Finished or Failed."""
+
+    def wait(self, timeout: float) -> list[tuple[str, Message]]:
+        """Wait for messages, at most ``timeout`` seconds."""
+
+    def close(self) -> None:
+        """End all processes, whatever they do."""
+
+
+#: Makes an executor for so many cells, which need these modules.
+MakeExecutor = Callable[[int, Sequence[str]], Executor]
