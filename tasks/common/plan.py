@@ -12,6 +12,7 @@ from typing import Any
 from fimaq_core import NUMERICS_VERSION
 from fimaq_core.errors import CheckpointError, RecipeError, suggest
 from fimaq_core.files import remove, replaced_whole
+from fimaq_core.recipe import Recipe
 from tasks.common import registry
 from tasks.common.class_order import chosen as chosen_order
 from tasks.common.class_order import order_identity
@@ -85,28 +86,42 @@ def note_shared(request: CellRequest, kind: str, digest: str, path: Path) -> Non
         return  # plans then do not know of the file; that is no reason to end a run, which says so itself if its disk is full
 
 
-def shared_digests(request: CellRequest) -> dict[str, list[str]]:
-    """What settles the files that a cell of a resolved ``request`` shares with others, beside model and data, by kind.
+#: What settles a shared file beside model, data and part, by its kind.
+_DIGESTS: dict[str, Callable[[Recipe], str]] = {
+    "calibration": Recipe.calibration_digest,
+    "mlp": Recipe.mlp_digest,
+    "reconstruction": Recipe.digest,
+}
 
-    A file for each part of the model that the task knows without loading it.
+
+def shared_digest(kind: str, part: str, recipe: Recipe) -> str:
+    """Return what settles the shared file of a part beside model and data.
+
+    Args:
+        kind: ``calibration``, ``mlp`` or ``reconstruction``.
+        part: its name; empty where the model is one chain.
+        recipe: the run's, with the scope of this part alone.
+    """
+    return f"{part_address(part, recipe.scope)}{_DIGESTS[kind](recipe)}"
+
+
+def part_address(name: str, scope: str | None) -> str:
+    """Return what tells the shared files of a part from those of other parts, and of other scopes within it."""
+    return name if scope in (None, name) or not name else f"{name} {scope}"
+
+
+def shared_digests(request: CellRequest) -> dict[str, list[str]]:
+    """Return the digests of the files that a cell of a resolved ``request`` shares with others, by kind.
+
+    One file for each part of the model that the task knows without loading it.
     """
     recipe = request.recipe
     if recipe is None:
         return {}
     parts = registry.parts(request.task, recipe.scope)
-    addresses = {name: part_address(name, scope) for name, scope in parts.items()}
-    found = {"calibration": [f"{address}{recipe.calibration_digest()}" for address in addresses.values()]}
-    if recipe.reconstruct_mlp:
-        found["mlp"] = [f"{address}{recipe.mlp_digest()}" for address in addresses.values()]
-    if recipe.reconstruct and "" not in parts:
-        own = {name: recipe.model_copy(update={"scope": scope}) for name, scope in parts.items()}
-        found["reconstruction"] = [f"{address}{own[name].digest()}" for name, address in addresses.items()]
-    return found
-
-
-def part_address(name: str, scope: str | None) -> str:
-    """What tells the shared files of a part from those of other parts, and of other scopes within it."""
-    return name if scope in (None, name) or not name else f"{name} {scope}"
+    wanted = {"calibration": True, "mlp": recipe.reconstruct_mlp, "reconstruction": recipe.reconstruct and "" not in parts}
+    own = {name: recipe.model_copy(update={"scope": scope}) for name, scope in parts.items()}
+    return {kind: [shared_digest(kind, *part) for part in own.items()] for kind, use in wanted.items() if use}
 
 
 #: Names of the kinds of shared files for people.
