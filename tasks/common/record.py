@@ -1,5 +1,10 @@
-"""Result records: one JSON file a cell, validated, written atomically, its path its identity."""
+"""Result records: one JSON file per cell, validated, written atomically; its path is its identity.
 
+To change the schema: raise :data:`SCHEMA_VERSION`, bring records of the version before up to it in
+:meth:`ResultRecord._migrate`, and keep a record of that version among the tests' data.
+"""
+
+import hashlib
 import json
 import math
 import zlib
@@ -8,18 +13,19 @@ from typing import Annotated, Any, Literal
 from zipfile import BadZipFile
 
 import numpy as np
-from pydantic import Field, FiniteFloat, ValidationError
+from pydantic import Field, FiniteFloat, ValidationError, model_validator
+from pydantic_core import from_json
 
 from fimaq_core.errors import CheckpointError, DataError, first_problem
 from fimaq_core.files import replaced_whole
 from fimaq_core.recipe import Recipe
-from tasks.common import sealing
 from tasks.common.hashing import file_sha256
 from tasks.common.preprocessing import Preprocessing
-from tasks.common.record_versions import migrated
 from tasks.common.strict import Strict
 
 SCHEMA_VERSION = 3
+#: Fields that version 2 brought; those of version 3 have defaults that mean "not recorded".
+_NEW_IN_2 = ("stage_memory_bytes", "blocks", "outcomes_sha256", "examples", "fingerprint")
 
 #: Stage in which a cell waited for something that another was making.
 WAIT = "wait"
@@ -156,10 +162,15 @@ class BlockFigures(Strict):
 class ResultRecord(Strict):
     """Everything known of one finished cell. ``method`` ``fp`` is the full-precision model.
 
-    Of what lies beside it, ``outcomes`` names the file of per-sample outcomes and ``outcomes_sha256`` is its sha256, ``examples``
-    names the file of example predictions. ``seconds`` and ``stage_memory_bytes`` (the peak meanwhile) are by stage.
-    ``fingerprint`` is the sha256 of all else, see :mod:`tasks.common.sealing`: set when the record is written, empty in one of
-    schema 1.
+    Example::
+
+        record = read_record(folder / "result.json")
+        print(record.model, record.method, record.metrics["top1"].value)
+
+    Of what lies beside it, ``outcomes`` names the file of per-sample outcomes and ``outcomes_sha256``
+    is its sha256, ``examples`` names the file of example predictions. ``seconds`` and
+    ``stage_memory_bytes`` (the peak meanwhile) are by stage. ``fingerprint`` is the sha256 of all
+    else: set when the record is written, empty in one of schema 1.
     """
 
     schema_version: Literal[3] = 3
@@ -196,6 +207,17 @@ class ResultRecord(Strict):
     examples: FileName | None = None
     fingerprint: str = ""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _migrate(cls, content: Any) -> Any:
+        """Bring the content of an older schema to the present one."""
+        if not isinstance(content, dict):
+            return content
+        foreign = [name for name in _NEW_IN_2 if name in content]
+        if foreign and content.get("schema_version") == 1:
+            raise ValueError(f"version 1 has no field '{foreign[0]}'")
+        return {**content, "schema_version": SCHEMA_VERSION}
+
 
 def bits_name(w_bit: int, a_bit: int) -> str:
     """Short name of bit-widths: ``fp`` for 32/32, else such as ``w3a3``."""
@@ -214,9 +236,22 @@ def cell_folder(
     return root / task / model_tag / method / bits_name(w_bit, a_bit) / name
 
 
+def fingerprint(content: dict[str, Any]) -> str:
+    """Return the sha256 (hex) of the canonical JSON of `content` without its own fingerprint.
+
+    Canonical: keys sorted, no whitespace, characters beyond ASCII escaped, so the file's layout does not count.
+
+    Raises:
+        ValueError: a number is NaN, infinite or of thousands of digits.
+    """
+    rest = {name: value for name, value in content.items() if name != "fingerprint"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
 def sealed(record: ResultRecord) -> ResultRecord:
-    """The record with its fingerprint."""
-    return record.model_copy(update={sealing.FIELD: sealing.fingerprint(json.loads(record.model_dump_json()))})
+    """Return the record with its fingerprint."""
+    return record.model_copy(update={"fingerprint": fingerprint(json.loads(record.model_dump_json()))})
 
 
 def write_record(record: ResultRecord, folder: Path) -> Path:
@@ -233,7 +268,14 @@ def read_record(path: Path) -> ResultRecord:
     Raises:
         CheckpointError: missing, damaged, changed after it was written, of a newer schema, or not a record.
     """
-    content = sealing.read_object(path, "record", _REMEDY)
+    try:
+        content = from_json(path.read_bytes(), allow_inf_nan=False)
+    except OSError as error:
+        raise CheckpointError(f"Cannot read the record {path}: {error.strerror}.") from error
+    except ValueError as error:
+        raise CheckpointError(f"The record {path} is damaged ({error}): {_REMEDY}.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is no record: it holds a JSON {type(content).__name__}, not an object.")
     version = content.get("schema_version")
     if type(version) is not int or version < 1:
         raise CheckpointError(f"{path} is no record: its schema version is {version!r}.")
@@ -243,15 +285,14 @@ def read_record(path: Path) -> ResultRecord:
             "update fimaq."
         )
     try:
-        if version >= 2 and content.get(sealing.FIELD) != sealing.fingerprint(content):
+        if version >= 2 and content.get("fingerprint") != fingerprint(content):
             raise CheckpointError(
                 f"The record {path} was changed after it was written (its fingerprint is not that of its content): {_REMEDY}."
             )
-        return ResultRecord.model_validate(migrated(content, version, SCHEMA_VERSION))
-    except ValidationError as error:
-        raise CheckpointError(f"The record {path} is not valid: {first_problem(error)}: {_REMEDY}.") from error
-    except ValueError as error:
-        raise CheckpointError(f"The record {path} is not valid: {error}: {_REMEDY}.") from error
+        return ResultRecord.model_validate(content)
+    except ValueError as error:  # pydantic's, too
+        why = first_problem(error) if isinstance(error, ValidationError) else str(error)
+        raise CheckpointError(f"The record {path} is not valid: {why.removeprefix('Value error, ')}: {_REMEDY}.") from error
 
 
 def outcomes_problem(record: ResultRecord, folder: Path) -> str | None:
