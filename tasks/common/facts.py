@@ -13,18 +13,18 @@ measured on hardware: quantization is simulated, so neither the checkpoint's fil
 what integer storage and arithmetic would come to.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from fimaq_core.chain import BlockChain
-from fimaq_core.layers import QuantMatMul, WeightLayer
+from fimaq_core.layers import QuantMatMul, WeightLayer, quant_layers, set_quantized
 from fimaq_core.recipe import OFF
-from tasks.common.macs import Layer, chain_parts, count_macs, multiplying_layers
-from tasks.common.modules import layer_entry, part_name
+from tasks.common.modules import Layer, chain_parts, layer_entry, part_name
 from tasks.common.record import LayerEntry
 
 
@@ -66,11 +66,6 @@ class LayerFacts:
         first, second = self.factor_bits
         return self.macs * first * second
 
-    @property
-    def quantized(self) -> bool:
-        """Whether at least one factor is quantized."""
-        return min(self.factor_bits) < OFF
-
 
 @dataclass(frozen=True)
 class ValueFacts:
@@ -87,63 +82,25 @@ class ValueFacts:
     values: int
 
 
-@dataclass(frozen=True)
-class Totals:
+class Totals(NamedTuple):
     """Sums over a model; sizes in bits, operations for one image, ratios full precision over quantized."""
 
     weights: int
     weight_bits: int
+    full_weight_bits: int
+    weight_ratio: float
     overhead_bits: int
     full_precision_values: int
+    full_precision_bits: int
+    size_bits: int
+    full_size_bits: int
+    size_ratio: float
     macs: int
     quantized_macs: int
+    quantized_share: float
     bops: int
-
-    @property
-    def full_weight_bits(self) -> int:
-        """The layers' weights in full precision."""
-        return self.weights * OFF
-
-    @property
-    def full_precision_bits(self) -> int:
-        """What is not quantized."""
-        return self.full_precision_values * OFF
-
-    @property
-    def size_bits(self) -> int:
-        """The whole model: weights, overhead, and what is not quantized."""
-        return self.weight_bits + self.overhead_bits + self.full_precision_bits
-
-    @property
-    def full_size_bits(self) -> int:
-        """The whole model in full precision."""
-        return self.full_weight_bits + self.full_precision_bits
-
-    @property
-    def full_bops(self) -> int:
-        """Bit operations in full precision."""
-        return self.macs * OFF * OFF
-
-    def content(self) -> dict[str, int | float]:
-        """Everything, with ratios, as JSON values."""
-        return {
-            "weights": self.weights,
-            "weight_bits": self.weight_bits,
-            "full_weight_bits": self.full_weight_bits,
-            "weight_ratio": self.full_weight_bits / self.weight_bits,
-            "overhead_bits": self.overhead_bits,
-            "full_precision_values": self.full_precision_values,
-            "full_precision_bits": self.full_precision_bits,
-            "size_bits": self.size_bits,
-            "full_size_bits": self.full_size_bits,
-            "size_ratio": self.full_size_bits / self.size_bits,
-            "macs": self.macs,
-            "quantized_macs": self.quantized_macs,
-            "quantized_share": self.quantized_macs / self.macs,
-            "bops": self.bops,
-            "full_bops": self.full_bops,
-            "bops_ratio": self.full_bops / self.bops,
-        }
+    full_bops: int
+    bops_ratio: float
 
 
 @dataclass(frozen=True)
@@ -156,14 +113,28 @@ class ModelFacts:
     @property
     def totals(self) -> Totals:
         """The sums."""
+        weights, weight_bits = (sum(getattr(layer, name) for layer in self.layers) for name in ("weights", "weight_size"))
+        overhead, macs, bops = (sum(getattr(layer, name) for layer in self.layers) for name in ("overhead_bits", "macs", "bops"))
+        quantized = sum(layer.macs for layer in self.layers if min(layer.factor_bits) < OFF)
+        values = sum(part.values for part in self.full_precision)
+        size, full_size = weight_bits + overhead + values * OFF, (weights + values) * OFF
         return Totals(
-            weights=sum(layer.weights for layer in self.layers),
-            weight_bits=sum(layer.weight_size for layer in self.layers),
-            overhead_bits=sum(layer.overhead_bits for layer in self.layers),
-            full_precision_values=sum(part.values for part in self.full_precision),
-            macs=sum(layer.macs for layer in self.layers),
-            quantized_macs=sum(layer.macs for layer in self.layers if layer.quantized),
-            bops=sum(layer.bops for layer in self.layers),
+            weights=weights,
+            weight_bits=weight_bits,
+            full_weight_bits=weights * OFF,
+            weight_ratio=weights * OFF / weight_bits,
+            overhead_bits=overhead,
+            full_precision_values=values,
+            full_precision_bits=values * OFF,
+            size_bits=size,
+            full_size_bits=full_size,
+            size_ratio=full_size / size,
+            macs=macs,
+            quantized_macs=quantized,
+            quantized_share=quantized / macs,
+            bops=bops,
+            full_bops=macs * OFF * OFF,
+            bops_ratio=macs * OFF * OFF / bops,
         )
 
 
@@ -179,7 +150,7 @@ def model_facts(chain: BlockChain, image: Tensor) -> ModelFacts:
     """
     macs = count_macs(chain, image)
     layers = []
-    for name, layer in multiplying_layers(chain):
+    for name, layer in _multiplying_layers(chain):
         shape = None if isinstance(layer, QuantMatMul) else tuple(layer.weight.shape)
         layers.append(LayerFacts(layer_entry(name, layer), shape, macs[name], _overhead(layer)))
     return ModelFacts(layers, list(_full_precision(chain)))
@@ -202,6 +173,51 @@ def joined_facts(parts: Mapping[str, ModelFacts], untouched: Mapping[str, nn.Mod
         for name, child in module.named_modules(prefix=part):
             values += _own_values(name, child)
     return ModelFacts(layers, values)
+
+
+@torch.no_grad()
+def count_macs(chain: BlockChain, image: Tensor) -> dict[str, int]:
+    """Return the MACs of every layer of ``chain`` for one input (1, ...), in full precision.
+
+    PyTorch counts them while the input passes. A layer that is used twice counts twice.
+
+    Raises:
+        ValueError: not one image.
+    """
+    if image.shape[0] != 1 and chain.segment(0).kind != "predictor":  # of which one image has many inputs
+        raise ValueError(f"one image is needed, got {image.shape[0]}")
+    flops = FlopCounterMode(display=False)
+    macs = dict.fromkeys((name for name, _ in _multiplying_layers(chain)), 0)
+
+    def count(name: str, sign: int) -> Callable[..., None]:
+        def add(*_: object) -> None:
+            macs[name] += sign * flops.get_total_flops() // 2  # two operations per MAC
+
+        return add
+
+    switched = [(layer, layer.quantized) for _, layer in quant_layers(chain)]
+    handles = []
+    for name, layer in _multiplying_layers(chain):
+        handles.append(layer.register_forward_pre_hook(count(name, -1)))
+        handles.append(layer.register_forward_hook(count(name, 1)))
+    try:
+        set_quantized(chain, False)
+        with flops:
+            chain(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for layer, on in switched:
+            layer.quantized = on
+    return macs
+
+
+def _multiplying_layers(chain: BlockChain) -> Iterator[tuple[str, Layer]]:
+    """Every layer that multiplies, by its name in the module map."""
+    for prefix, part in chain_parts(chain):
+        for name, module in part.named_modules(prefix=prefix):
+            if isinstance(module, Layer):
+                yield name, module
 
 
 def _overhead(layer: Layer) -> int:

@@ -14,8 +14,7 @@ from fimaq_core.layers import QuantConvTranspose2d, QuantLinear, QuantMatMul, qu
 from fimaq_core.quantizers.affine import AffineQuantizer
 from fimaq_core.recipe import Recipe, make_recipe
 from tasks.classification.task import TASK
-from tasks.common.facts import LayerFacts, ModelFacts, model_facts
-from tasks.common.macs import count_macs
+from tasks.common.facts import LayerFacts, ModelFacts, count_macs, model_facts
 from tasks.common.request import ModelRequest
 
 RTN = make_recipe("rtn", {"range_images": 4})
@@ -99,7 +98,7 @@ def test_sizes_of_a_w4a4_vit_by_hand() -> None:
     assert sums.full_precision_values == parameters - weights
     assert sums.full_size_bits == 32 * parameters
     assert sums.size_bits == 4 * weights + sums.overhead_bits + 32 * (parameters - weights)
-    assert sums.content()["weight_ratio"] == 8.0
+    assert sums.weight_ratio == 8.0
 
 
 def test_decided_roundings_do_not_change_the_size() -> None:
@@ -117,7 +116,7 @@ def test_bops_of_a_w4a4_vit_by_hand() -> None:
     patch, rest = 163_840, 11_006_400 - 163_840
     assert sums.bops == patch * 4 * 32 + rest * 4 * 4
     assert sums.full_bops == 11_006_400 * 1024
-    assert sums.content()["bops_ratio"] == pytest.approx(57.96, abs=0.005)
+    assert sums.bops_ratio == pytest.approx(57.96, abs=0.005)
     assert sums.quantized_macs == sums.macs  # the patch embedding's weights are quantized, its input is not
 
 
@@ -185,7 +184,6 @@ def test_float_layers_are_named_and_not_taken_for_quantized() -> None:
     positions = 3 * 5
     macs = {"body.before": positions * 9 * 2 * 6, "body.0": positions * 6 * 5, "body.1": positions * 5 * 4}
     assert {layer.entry.name: layer.macs for layer in facts.layers} == macs
-    assert [layer.quantized for layer in facts.layers] == [False, False, True]
     assert [layer.factor_bits for layer in facts.layers] == [(32, 32), (32, 32), (8, 4)]
     assert facts.totals.quantized_macs == macs["body.1"]
     assert {part.name: part.values for part in facts.full_precision} == {"body.before.bias": 6, "body.1.bias": 4}
