@@ -64,20 +64,13 @@ def instructions() -> str:
 
 def git_revision() -> str:
     """Commit of the checkout, with ``+changes`` where files differ from it; ``unknown`` outside a checkout."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
     root = Path(__file__).resolve().parents[2]
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True, timeout=10)
-        state = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"],
-            cwd=root,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=30,
-        )
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True, timeout=30)
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return commit.stdout.strip() + ("+changes" if state.stdout.strip() else "")
+    return done.stdout.strip()
 
 
 def reset_peak_memory(device: torch.device) -> None:
