@@ -15,7 +15,7 @@ what integer storage and arithmetic would come to.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,27 +82,6 @@ class ValueFacts:
     values: int
 
 
-class Totals(NamedTuple):
-    """Sums over a model; sizes in bits, operations for one image, ratios full precision over quantized."""
-
-    weights: int
-    weight_bits: int
-    full_weight_bits: int
-    weight_ratio: float
-    overhead_bits: int
-    full_precision_values: int
-    full_precision_bits: int
-    size_bits: int
-    full_size_bits: int
-    size_ratio: float
-    macs: int
-    quantized_macs: int
-    quantized_share: float
-    bops: int
-    full_bops: int
-    bops_ratio: float
-
-
 @dataclass(frozen=True)
 class ModelFacts:
     """Layers in order, what stays in full precision, and sums."""
@@ -111,31 +90,33 @@ class ModelFacts:
     full_precision: list[ValueFacts]
 
     @property
-    def totals(self) -> Totals:
-        """The sums."""
-        weights, weight_bits = (sum(getattr(layer, name) for layer in self.layers) for name in ("weights", "weight_size"))
-        overhead, macs, bops = (sum(getattr(layer, name) for layer in self.layers) for name in ("overhead_bits", "macs", "bops"))
+    def totals(self) -> dict[str, int | float]:
+        """Sums over the model; sizes in bits, operations for one image, ratios full precision over quantized."""
+        weights, weight_bits, overhead, macs, bops = (
+            sum(getattr(layer, name) for layer in self.layers)
+            for name in ("weights", "weight_size", "overhead_bits", "macs", "bops")
+        )
         quantized = sum(layer.macs for layer in self.layers if min(layer.factor_bits) < OFF)
         values = sum(part.values for part in self.full_precision)
-        size, full_size = weight_bits + overhead + values * OFF, (weights + values) * OFF
-        return Totals(
-            weights=weights,
-            weight_bits=weight_bits,
-            full_weight_bits=weights * OFF,
-            weight_ratio=weights * OFF / weight_bits,
-            overhead_bits=overhead,
-            full_precision_values=values,
-            full_precision_bits=values * OFF,
-            size_bits=size,
-            full_size_bits=full_size,
-            size_ratio=full_size / size,
-            macs=macs,
-            quantized_macs=quantized,
-            quantized_share=quantized / macs,
-            bops=bops,
-            full_bops=macs * OFF * OFF,
-            bops_ratio=macs * OFF * OFF / bops,
-        )
+        size, full_size, full_bops = weight_bits + overhead + values * OFF, (weights + values) * OFF, macs * OFF * OFF
+        return {
+            "weights": weights,
+            "weight_bits": weight_bits,
+            "full_weight_bits": weights * OFF,
+            "weight_ratio": weights * OFF / weight_bits,
+            "overhead_bits": overhead,
+            "full_precision_values": values,
+            "full_precision_bits": values * OFF,
+            "size_bits": size,
+            "full_size_bits": full_size,
+            "size_ratio": full_size / size,
+            "macs": macs,
+            "quantized_macs": quantized,
+            "quantized_share": quantized / macs,
+            "bops": bops,
+            "full_bops": full_bops,
+            "bops_ratio": full_bops / bops,
+        }
 
 
 def model_facts(chain: BlockChain, image: Tensor) -> ModelFacts:

@@ -74,7 +74,7 @@ class Inspection:
             },
             "layers": [_layer_content(layer) for layer in self.facts.layers],
             "full_precision": [{**asdict(part), "size_bits": 32 * part.values} for part in self.facts.full_precision],
-            "totals": self.facts.totals._asdict(),
+            "totals": self.facts.totals,
         }
 
     def text(self) -> str:
@@ -85,14 +85,15 @@ class Inspection:
 
     def _sums(self) -> list[str]:
         sums = self.facts.totals
-        whole = f"{_bits(sums.size_bits)}; full precision {_bits(sums.full_size_bits)}"
+        bits = {name: _bits(int(value)) for name, value in sums.items()}
+        whole = f"{bits['size_bits']}; full precision {bits['full_size_bits']}"
         return [
-            f"weights: {_bits(sums.weight_bits)}; full precision {_bits(sums.full_weight_bits)}; ratio {sums.weight_ratio:.2f}",
-            f"overhead (scales and zero points): {_bits(sums.overhead_bits)}",
-            f"in full precision: {sums.full_precision_values} values, {_bits(sums.full_precision_bits)}",
-            f"whole model: {whole}; ratio {sums.size_ratio:.2f}",
-            f"BOPs an image: {sums.bops}; full precision {sums.full_bops}; ratio {sums.bops_ratio:.2f}",
-            f"MACs an image: {sums.macs}; quantized {sums.quantized_macs} ({100 * sums.quantized_share:.2f} %)",
+            f"weights: {bits['weight_bits']}; full precision {bits['full_weight_bits']}; ratio {sums['weight_ratio']:.2f}",
+            f"overhead (scales and zero points): {bits['overhead_bits']}",
+            f"in full precision: {sums['full_precision_values']} values, {bits['full_precision_bits']}",
+            f"whole model: {whole}; ratio {sums['size_ratio']:.2f}",
+            f"BOPs an image: {sums['bops']}; full precision {sums['full_bops']}; ratio {sums['bops_ratio']:.2f}",
+            f"MACs an image: {sums['macs']}; quantized {sums['quantized_macs']} ({100 * sums['quantized_share']:.2f} %)",
             "not counted: softmax, norms, GELU, additions, quantizing itself; quantization is simulated, "
             "so file and running time are not smaller",
         ]
