@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field, ValidationError
 
-from fimaq_core.errors import CheckpointError
+from fimaq_core.errors import CheckpointError, first_problem
 from tasks.common.strict import Strict
 
 EXAMPLES_FILE = "examples.json"
@@ -22,12 +22,10 @@ _BYTES, _SAMPLES = 5 * 10**6, 64
 
 
 class Spread:
-    """Chooses up to :data:`SAMPLES` samples, evenly spaced: the set is cut into as many strips, and the first sample of each
-    that comes is chosen. That depends on positions alone, so every model is shown with the same samples; for a damaged image
-    the next one stands in.
+    """Chooses up to :data:`SAMPLES` of ``count`` samples, evenly spaced.
 
-    Args:
-        count: samples of the whole set, damaged ones included.
+    The set (damaged samples included) is cut into as many strips, and the first sample of each that
+    comes is chosen. That depends on positions alone, so every model is shown with the same samples.
     """
 
     def __init__(self, count: int) -> None:
@@ -163,6 +161,4 @@ def read_examples(folder: Path, name: str) -> ExampleFile:
     try:
         return ExampleFile.model_validate_json(content)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise CheckpointError(f"The examples {path} are not valid: {where}: {first['msg']} ({advice})") from error
+        raise CheckpointError(f"The examples {path} are not valid: {first_problem(error)} ({advice})") from error

@@ -120,14 +120,9 @@ class ModelFacts:
 
 
 def model_facts(chain: BlockChain, image: Tensor) -> ModelFacts:
-    """Facts about ``chain``, which is left as it was.
+    """Return facts about ``chain``, which is left as it was; what is not calibrated has no overhead.
 
-    Args:
-        chain: calibrated or not; what is not calibrated has no overhead.
-        image: one input (1, ...) on the chain's device; only its shape matters.
-
-    Raises:
-        ValueError: not one image.
+    ``image`` and the error are those of :func:`count_macs`.
     """
     macs = count_macs(chain, image)
     layers = []
@@ -138,11 +133,9 @@ def model_facts(chain: BlockChain, image: Tensor) -> ModelFacts:
 
 
 def joined_facts(parts: Mapping[str, ModelFacts], untouched: Mapping[str, nn.Module]) -> ModelFacts:
-    """Facts about a model of several parts, by names that begin with the part's; one part without a name stays as it is.
+    """Return facts about a model of several parts, by names that begin with the part's.
 
-    Args:
-        parts: facts about each chain.
-        untouched: parts without one: their values count as full precision, what they compute is not counted.
+    Values of ``untouched`` parts count as full precision; what these compute is not counted.
     """
     layers = [
         replace(layer, entry=layer.entry.model_copy(update={"name": part_name(part, layer.entry.name)}))
@@ -158,9 +151,10 @@ def joined_facts(parts: Mapping[str, ModelFacts], untouched: Mapping[str, nn.Mod
 
 @torch.no_grad()
 def count_macs(chain: BlockChain, image: Tensor) -> dict[str, int]:
-    """Return the MACs of every layer of ``chain`` for one input (1, ...), in full precision.
+    """Return the MACs of every layer of ``chain`` for one input (1, ...) on its device, in full precision.
 
-    PyTorch counts them while the input passes. A layer that is used twice counts twice.
+    PyTorch counts them while the input passes. A layer that is used twice counts twice. Only the
+    input's shape matters.
 
     Raises:
         ValueError: not one image.

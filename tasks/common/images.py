@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
 from fimaq_core.errors import DataError
+from tasks.common.files import counted, named
 
 #: Raised by Pillow for files that it cannot read, and by :func:`as_rgb`.
 DAMAGED = (OSError, UnidentifiedImageError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError)
@@ -112,8 +113,10 @@ def file_reader(paths: Sequence[Path]) -> Callable[[int], Image.Image]:
 
 
 class Images(TorchDataset[tuple[Tensor, int, int] | DataError | None]):
-    """Samples with stable ids. An item is (image, label, position); for a damaged image None where such are skipped, else the
-    error for the caller to raise (raised in a data-loading process, its message would arrive inside a traceback).
+    """Samples with stable ids. An item is (image, label, position).
+
+    For a damaged image it is None where such are skipped, else the error for the caller to raise
+    (raised in a data-loading process, its message would arrive inside a traceback).
 
     Args:
         ids: sample ids, in order.
@@ -174,17 +177,6 @@ class Images(TorchDataset[tuple[Tensor, int, int] | DataError | None]):
         return found
 
 
-def counted(count: int, what: str) -> str:
-    """``1 image``, ``2 images``."""
-    return f"{count:,} {what}{'' if count == 1 else 's'}"
-
-
-def named(names: Sequence[str], most: int = 3) -> str:
-    """The first names of a list, and how many more there are."""
-    more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
 def seeded_item(images: Images, index: int, seed: int) -> Tensor | None:
     """Item ``index`` with every generator that transforms use seeded by (seed, index), and put back afterwards."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
@@ -204,13 +196,10 @@ def seeded_item(images: Images, index: int, seed: int) -> Tensor | None:
 
 
 def collate(items: list[tuple[Tensor, int, int] | DataError | None]) -> tuple[Tensor, Tensor, Tensor] | DataError | None:
-    kept = []
-    for item in items:
-        if isinstance(item, DataError):
-            return item
-        if item is not None:
-            kept.append(item)
-    if not kept:
-        return None
+    """Stack items; a damaged image comes alone, and None if there is none left."""
+    kept = [item for item in items if item is not None]
+    damaged = next((item for item in kept if isinstance(item, DataError)), None)
+    if damaged is not None or not kept:
+        return damaged
     images, labels, positions = zip(*kept, strict=True)
     return torch.stack(images), torch.tensor(labels), torch.tensor(positions)

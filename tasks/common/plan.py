@@ -26,17 +26,10 @@ def planned_folder(request: CellRequest) -> Path:
     """The folder of a cell, its identity: task, model.tag, method, bits, seed, and a digest of all the rest."""
     request = resolved(request)
     recipe, basis = request.recipe, _basis(request)
-    tag = basis["model"][0]
-    rest = {
-        **basis,
-        "recipe": None if recipe is None else recipe.digest(),
-        "variant": variant_name(request),
-        "limit": request.data.limit,
-    }
-    digest = _digest(rest)
-    if recipe is None:
-        return cell_folder(request.results, request.task, tag, "fp", 32, 32, None, digest)
-    return cell_folder(request.results, request.task, tag, recipe.method, recipe.w_bits, recipe.a_bits, recipe.seed, digest)
+    own = None if recipe is None else recipe.digest()
+    digest = _digest({**basis, "recipe": own, "variant": variant_name(request), "limit": request.data.limit})
+    name = ("fp", 32, 32, None) if recipe is None else (recipe.method, recipe.w_bits, recipe.a_bits, recipe.seed)
+    return cell_folder(request.results, request.task, basis["model"][0], *name, digest)
 
 
 def _basis(request: CellRequest) -> dict[str, Any]:
@@ -67,15 +60,10 @@ def _digest(content: dict[str, Any]) -> str:
 
 
 def note_shared(request: CellRequest, kind: str, digest: str, path: Path) -> None:
-    """Keep in the index of ``path``'s folder where the file is that a cell of ``request`` shares, so that a plan finds it.
+    """Note in the index of ``path``'s folder that a cell of the resolved ``request`` shares this file.
 
-    Its name comes from weights and images, which only a run has loaded; the index goes by the request alone.
-
-    Args:
-        request: resolved.
-        kind: ``calibration``, ``mlp`` or ``reconstruction``.
-        digest: of what settles it beside model and data, as :func:`shared_digests` gives it.
-        path: the file, made or about to be.
+    Its name comes from weights and images, which only a run has loaded; the index goes by the request
+    alone, so that plans find the file. ``kind`` and ``digest`` are those of :func:`shared_digest`.
     """
     entry = _index(request, kind) / _entry(request, _basis(request), kind, digest)
     try:
@@ -83,7 +71,7 @@ def note_shared(request: CellRequest, kind: str, digest: str, path: Path) -> Non
             with replaced_whole(entry, durable=False) as temporary:
                 temporary.write_text(path.name, encoding="utf-8")
     except (CheckpointError, OSError):
-        return  # plans then do not know of the file; that is no reason to end a run, which says so itself if its disk is full
+        return  # plans then do not know of the file, which is no reason to end a run
 
 
 #: What settles a shared file beside model, data and part, by its kind.
@@ -129,12 +117,10 @@ _KINDS = {"calibration": "calibration", "mlp": "MLPs", "reconstruction": "parts"
 
 
 def cached(request: CellRequest, folder: Path) -> list[str]:
-    """What a cell that is not finished would find done, for people: ``blocks 3``, ``calibration``, ``MLPs``, ``parts 1 of 2``.
+    """What an unfinished cell would find done in its ``folder`` and elsewhere, for people.
 
-    Nothing of it is loaded: whether it still belongs to the cell (data may have changed since) only the run can tell.
-
-    Args:
-        folder: of the cell, see :func:`planned_folder`.
+    Such as ``blocks 3``, ``calibration``, ``MLPs``, ``parts 1 of 2``. Nothing is loaded: only the run
+    can tell whether it still belongs to the cell.
     """
     blocks = _count(folder / "blocks")
     texts = []

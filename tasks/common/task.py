@@ -63,13 +63,8 @@ class LoadedModel:
     @property
     def weights(self) -> Weights:
         """The weights as a record has them."""
-        return Weights(
-            tag=self.tag,
-            source=self.source,
-            sha256=self.sha256,
-            entry=self.entry,
-            entries=list(self.entries),
-        )
+        entries = list(self.entries)
+        return Weights(tag=self.tag, source=self.source, sha256=self.sha256, entry=self.entry, entries=entries)
 
 
 @dataclass(frozen=True)
@@ -85,8 +80,7 @@ class CalibrationSet:
         inputs: what each part of the model is calibrated on, where it has several: (n, ...) tensors by the part's name.
         captions: the caption of each image, for tasks that have them.
         truncated_captions: how many of these are longer than the model's context.
-        metas: what each image's transform says of it (shapes, scale), for tasks whose images vary in size; their ``images`` and
-            ``inputs`` are :class:`~fimaq_core.samples.Ragged`.
+        metas: what each image's transform says of it (shapes, scale), where images vary in size.
         notes: what a user should know of them.
     """
 
@@ -109,17 +103,9 @@ class Evaluation:
     Attributes:
         outcomes: arrays of equal length, a row a sample.
         files: what else is kept beside the record, where it was asked for: JSON values by file name.
-        examples: what the model says of up to 12 samples, evenly spaced over the set (:class:`tasks.common.examples.Spread`):
-            JSON objects of one of these forms, by ``sample``, an id that :meth:`Task.pictures` takes.
-
-            - classes: ``{"sample", "truth": class name, "top": [{"name", "share"}]}``, the 3 of highest softmax probability;
-            - captions of images: ``{"sample", "truth": [caption], "top": [{"caption", "score", "correct"}]}``, the 3 of highest
-              cosine similarity; ``correct`` says whether a caption is one of the image's own;
-            - objects: ``{"sample", "size": [width, height], "truth": [object], "found": [object]}`` with objects
-              ``{"name", "score", "box": [x, y, width, height], "polygons": [[x0, y0, x1, y1, ...]]}`` in pixels of the original
-              image, ``score`` (at least 0.3, the 20 highest) in ``found`` only.
-
-            :func:`tasks.common.examples.read_examples` reads them again.
+        examples: what the model says of up to 12 samples (:class:`tasks.common.examples.Spread`): JSON objects
+            of one of the forms ``ClassSample``, ``CaptionSample`` and ``ObjectSample`` there, whose ``sample`` is
+            an id that :meth:`Task.pictures` takes.
         notes: what a user should know of the data and of what was measured.
     """
 

@@ -28,16 +28,13 @@ def evaluate(
     report: Report,
     names: Sequence[str] = (),
 ) -> Evaluation:
-    """Measure ``model`` on all of ``images``.
+    """Measure ``model`` on all of ``images``, which came from ``source``.
 
     Args:
         model: on ``device``, in eval mode; (B, C, H, W) to (B, classes).
-        images: the samples with their transform.
-        source: where they came from.
-        device: of the model.
-        batch_size: images a forward pass.
+        batch_size: images per forward pass.
         workers: data-loading processes.
-        report: receives progress, one unit an image.
+        report: receives progress, one unit per image.
         names: of the classes, for people; their numbers where there are none.
 
     Raises:
