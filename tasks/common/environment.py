@@ -1,4 +1,4 @@
-"""Facts about where a run happens."""
+"""Facts about where a run happens, and what it takes."""
 
 import contextlib
 import os
@@ -6,6 +6,7 @@ import platform
 import resource
 import subprocess
 import sys
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -71,6 +72,33 @@ def git_revision() -> str:
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return done.stdout.strip()
+
+
+class StageClock:
+    """Measures stages that follow each other on ``device``, from its making on.
+
+    Attributes:
+        seconds: wall-clock time by stage; of those that ran several times the sum.
+        memory: peak bytes by stage (:func:`peak_memory`); of those that ran several times the largest.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.seconds: dict[str, float] = {}
+        self.memory: dict[str, int] = {}
+        self._restart()
+
+    def _restart(self) -> None:
+        reset_peak_memory(self._device)
+        self._start = time.monotonic()
+
+    def lap(self, stage: str) -> None:
+        """End ``stage``: it is what happened since the one before it ended."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - self._start
+        self.memory[stage] = max(self.memory.get(stage, 0), peak_memory(self._device))
+        self._restart()
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -5,7 +5,8 @@ import logging
 import mmap
 import random
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
+from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from fimaq_core.errors import DataError
+from fimaq_core.errors import DataError, ModelError
 from tasks.common.files import counted, named
 
 #: Raised by Pillow for files that it cannot read, and by :func:`as_rgb`.
@@ -203,3 +205,45 @@ def collate(items: list[tuple[Tensor, int, int] | DataError | None]) -> tuple[Te
         return damaged
     images, labels, positions = zip(*kept, strict=True)
     return torch.stack(images), torch.tensor(labels), torch.tensor(positions)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """A model's outputs on one batch.
+
+    ``values`` (B, ...) float32 are on the model's device, ``targets`` and ``positions`` (B,) on the CPU;
+    ``done`` images are behind it, damaged ones included.
+    """
+
+    values: Tensor
+    targets: Tensor
+    positions: Tensor
+    done: int
+
+
+def image_outputs(
+    model: Callable[[Tensor], Tensor], images: Images, device: torch.device, batch_size: int, workers: int
+) -> Iterator[Outputs]:
+    """Yield the outputs of ``model`` on ``images`` in their order; images that were skipped are missing.
+
+    Raises:
+        DataError: a damaged image (unless skipped).
+        ModelError: the model does not take these images.
+    """
+    loader = DataLoader(images, batch_size=batch_size, num_workers=workers, collate_fn=collate, pin_memory=device.type == "cuda")
+    done = 0
+    for batch in loader:
+        done = min(done + batch_size, len(images))
+        if isinstance(batch, DataError):
+            raise batch
+        if batch is None:
+            continue
+        pixels, targets, positions = batch
+        try:
+            with torch.no_grad():
+                values = model(pixels.to(device, non_blocking=True)).float()
+        except (RuntimeError, AssertionError) as error:
+            if isinstance(error, torch.cuda.OutOfMemoryError):
+                raise
+            raise ModelError(f"The model does not take images of shape {tuple(pixels.shape[1:])}: {error}") from error
+        yield Outputs(values, targets, positions, done)

@@ -64,18 +64,18 @@ class Weights(Strict):
 
 
 class Dataset(Strict):
-    """Which samples the metrics were measured on: ``count`` images, and where they have captions, how many of these.
+    """Which samples the metrics were measured on; None means not recorded, or no such thing.
 
-    ``truncated_captions`` are longer than the model's context; what is beyond it was cut off.
-
-    Detection: ``oriented_images`` have an EXIF orientation tag, and ``exif`` is the user's decision
-    on them (None: as annotated sizes say). ``class_categories`` has the category of each class of
-    the detector, None for a class that the data lack. ``class_names_from`` says where its class
-    names come from: weights or demo (``model``), COCO 2017 (``published``), or the data, by position
-    (``annotations``).
-
-    ``class_order`` is the order of class folders, see :mod:`tasks.common.class_order`. ``left_out``
-    counts the files that are neither hidden nor images. None means not recorded, or no such thing.
+    Attributes:
+        count, captions: numbers of images, and of their captions.
+        truncated_captions: captions longer than the model's context, which were cut off.
+        exif: detection: the user's decision on EXIF orientations; None: as annotated sizes say.
+        oriented_images: images with an EXIF orientation tag.
+        class_names_from: weights or demo (``model``), COCO 2017 (``published``), or the data, by
+            position (``annotations``).
+        class_categories: category of each class of the detector; None for one that the data lack.
+        class_order: order of class folders, see :mod:`tasks.common.class_order`.
+        left_out: number of files that are neither hidden nor images.
     """
 
     name: str
@@ -94,10 +94,9 @@ class Dataset(Strict):
 
 
 class Calibration(Strict):
-    """Which images calibrated the model: ids in order, how they were transformed.
+    """Which images calibrated the model: ids in order, their transform, and the captions they were paired with.
 
-    ``captions`` are those they were paired with. ``batch`` says how many in a row share a batch of a divergence that compares
-    samples with each other; None where each sample stands alone.
+    ``batch`` is the batch of a divergence that compares samples; None where each sample stands alone.
     """
 
     ids: list[str]
@@ -109,10 +108,9 @@ class Calibration(Strict):
 
 
 class LayerEntry(Strict):
-    """One layer of the module map.
+    """One layer of the module map. ``input_*`` is of a product's first operand, ``other_*`` of its second.
 
-    ``input_*`` is of a product's first operand, ``other_*`` of its second. Quantizers are named by their kind, ``none`` where
-    there is none or it is off. The defaults are for records from before these fields.
+    Quantizers are named by their kind, ``none`` for one that is off. Defaults are for older records.
     """
 
     name: str
@@ -135,10 +133,7 @@ class ModuleMap(Strict):
 
 
 class Environment(Strict):
-    """Where a record was measured.
-
-    ``instructions`` are those of PyTorch's CPU kernels; empty where they were not recorded.
-    """
+    """Where a record was measured; ``instructions`` are those of PyTorch's CPU kernels, empty in older records."""
 
     versions: dict[str, str]
     git_revision: str
@@ -150,9 +145,9 @@ class Environment(Strict):
 class BlockFigures(Strict):
     """How a reconstructed block came out.
 
-    ``error`` is ``||q - f||² / ||f||²`` of its output q in the quantized model (all errors before it included) and f in the
-    full-precision model, over all calibration images. ``fisher`` is the mean of the diagonal Fisher weight in its loss; None for
-    losses without.
+    ``error`` is ``||q - f||² / ||f||²`` over all calibration images: q is its output in the quantized
+    model, all errors before it included, f that in full precision. ``fisher`` is the mean of the
+    diagonal Fisher weight in its loss; None for losses without.
     """
 
     error: FiniteFloat
@@ -227,11 +222,7 @@ def bits_name(w_bit: int, a_bit: int) -> str:
 def cell_folder(
     root: Path, task: str, model_tag: str, method: str, w_bit: int, a_bit: int, seed: int | None, digest: str
 ) -> Path:
-    """Folder of a cell under ``root``: task / model.tag / method / bits / seed-digest.
-
-    Args:
-        digest: the recipe's digest together with the data's identity, hex; its first 10 digits are used.
-    """
+    """Return the folder of a cell: task / model.tag / method / bits / seed and 10 digits of its identity's ``digest``."""
     name = f"seed{seed}-{digest[:10]}" if seed is not None else digest[:10]
     return root / task / model_tag / method / bits_name(w_bit, a_bit) / name
 
@@ -296,11 +287,7 @@ def read_record(path: Path) -> ResultRecord:
 
 
 def outcomes_problem(record: ResultRecord, folder: Path) -> str | None:
-    """Say why the file of outcomes beside a record is not the one it was written with; None if it is, or nobody can tell.
-
-    Args:
-        folder: of the record. Nobody can tell of a record of schema 1.
-    """
+    """Say why the outcomes in a record's ``folder`` are not those it was written with; None if they are, or for schema 1."""
     if record.outcomes_sha256 is None:
         return None
     path = folder / record.outcomes
@@ -317,11 +304,7 @@ def outcomes_problem(record: ResultRecord, folder: Path) -> str | None:
 
 
 def outcome_arrays(record: ResultRecord, folder: Path) -> dict[str, np.ndarray]:
-    """Return the arrays of the outcomes beside a record: ``sample`` (ids) and numbers per sample.
-
-    Args:
-        record: whose outcomes.
-        folder: of the record.
+    """Return the arrays of the outcomes in a record's ``folder``: ``sample`` (ids) and numbers per sample.
 
     Raises:
         CheckpointError: the file is missing, damaged, of another record or of another form.
@@ -337,12 +320,11 @@ def outcome_arrays(record: ResultRecord, folder: Path) -> dict[str, np.ndarray]:
             content = {name: archive[name] for name in archive.files}
     except (OSError, ValueError, TypeError, KeyError, EOFError, BadZipFile, zlib.error) as error:
         raise CheckpointError(f"The outcomes {path} are damaged ({error}): {again}") from error
-    shapes = {name: array.shape for name, array in content.items()}
-    if "sample" not in content or len(set(shapes.values())) != 1 or content["sample"].ndim != 1:
-        found = ", ".join(f"{name} {shape}" for name, shape in shapes.items()) or "nothing"
+    shapes = {array.shape for array in content.values()}
+    if "sample" not in content or len(shapes) != 1 or content["sample"].ndim != 1:
+        found = ", ".join(f"{name} {array.shape}" for name, array in content.items()) or "nothing"
         raise CheckpointError(f"The outcomes {path} have no 'sample', or arrays of different sizes: {found}.")
-    kinds = {name: array.dtype.kind for name, array in content.items() if name != "sample"}
-    words = [name for name, kind in kinds.items() if kind not in "biuf"]
+    words = [name for name, array in content.items() if name != "sample" and array.dtype.kind not in "biuf"]
     if words:
         raise CheckpointError(f"The outcomes {path} have no numbers in {', '.join(words)}: {again}")
     return content

@@ -18,8 +18,7 @@ from fimaq_core.pipeline import CALIBRATE, MLPS, RECONSTRUCT, STAGES
 from fimaq_core.progress import Report, silent
 from fimaq_core.reconstruction.reconstruct import ReconstructionLog
 from fimaq_core.store import Address, CheckpointStore, Part, Pieces, Stage
-from tasks.common.clock import StageClock
-from tasks.common.environment import describe, resolve_device
+from tasks.common.environment import StageClock, describe, resolve_device
 from tasks.common.examples import EXAMPLES_FILE, example_file
 from tasks.common.hashing import file_sha256
 from tasks.common.lease import Lease, acquire, exclusively

@@ -148,10 +148,7 @@ def evaluate_stage(task_name: str, checkpoint: Path, data: DataRequest, options:
 
 
 def inspect_stage(task_name: str, checkpoint: Path, options: dict[str, Any]) -> Inspection:
-    """Facts about the model in a checkpoint of any stage. Needs its float weights, but no data.
-
-    Args:
-        options: weights, weights_folder, weights_entry.
+    """Facts about the model in a checkpoint of any stage. Needs its float weights (``options``), but no data.
 
     Raises:
         CheckpointError: no checkpoint, of another task, or made from other weights.
@@ -162,25 +159,17 @@ def inspect_stage(task_name: str, checkpoint: Path, options: dict[str, Any]) -> 
     chains = _restored(cell, checkpoint, fingerprint, facts)
     inputs, untouched = cell.task.examples(cell.loaded, chains), cell.task.untouched(cell.loaded, chains)
     measured = joined_facts({name: model_facts(chain, inputs[name]) for name, chain in chains.items()}, untouched)
-    return Inspection(
-        checkpoint,
-        task_name,
-        cell.loaded.tag,
-        facts["stage"],
-        fingerprint,
-        measured,
-        tuple(untouched),
-        cell.loaded.entry,
-        cell.loaded.preprocessing,
-    )
+    loaded = cell.loaded
+    found = loaded.tag, facts["stage"], fingerprint, measured, tuple(untouched), loaded.entry, loaded.preprocessing
+    return Inspection(checkpoint, task_name, *found)
 
 
 def _restored(cell: Prepared, checkpoint: Path, fingerprint: Fingerprint, facts: dict[str, Any]) -> Chains:
     """The model of a checkpoint of any stage, in its quantized form (of stage ``mlp``: with its MLPs, in full precision)."""
     if fingerprint.weights != cell.loaded.sha256:
+        other, own = fingerprint.weights[:12], cell.loaded.sha256[:12]
         raise CheckpointError(
-            f"The checkpoint {checkpoint} was made from other weights (sha256 {fingerprint.weights[:12]}) than those found now "
-            f"({cell.loaded.sha256[:12]})."
+            f"The checkpoint {checkpoint} was made from other weights (sha256 {other}) than those found now ({own})."
         )
     if facts["stage"] == MLPS.mark:
         chains = cell.task.chains(cell.loaded, fingerprint.recipe.model_copy(update=_FULL_PRECISION))

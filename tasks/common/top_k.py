@@ -11,8 +11,7 @@ from fimaq_core.errors import DataError, NumericsError
 from fimaq_core.progress import Progress, Report
 from tasks.common.examples import Spread, leaders, shortened
 from tasks.common.folders import Source
-from tasks.common.images import Images
-from tasks.common.outputs import image_outputs
+from tasks.common.images import Images, image_outputs
 from tasks.common.record import proportion
 from tasks.common.task import Evaluation
 

@@ -6,8 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tasks.common.clock import StageClock
-from tasks.common.environment import peak_memory, reset_peak_memory
+from tasks.common.environment import StageClock, peak_memory, reset_peak_memory
 
 CPU = torch.device("cpu")
 #: Beyond what the allocator keeps for itself, so that it goes back to the system at once.
