@@ -86,9 +86,10 @@ class StageClock:
         self._device = device
         self.seconds: dict[str, float] = {}
         self.memory: dict[str, int] = {}
-        self._restart()
+        self.restart()
 
-    def _restart(self) -> None:
+    def restart(self) -> None:
+        """Leave out what has happened since the last stage ended."""
         reset_peak_memory(self._device)
         self._start = time.monotonic()
 
@@ -98,7 +99,7 @@ class StageClock:
             torch.cuda.synchronize(self._device)
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - self._start
         self.memory[stage] = max(self.memory.get(stage, 0), peak_memory(self._device))
-        self._restart()
+        self.restart()
 
 
 def reset_peak_memory(device: torch.device) -> None:
