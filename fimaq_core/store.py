@@ -65,24 +65,21 @@ class Part:
     log: ReconstructionLog = field(default_factory=ReconstructionLog)
 
 
+@dataclass(frozen=True)
 class Pieces:
     """What a stage under way has finished, such as blocks: files ``<folder>/<kind>-NNN.safetensors``.
 
-    Args:
+    Attributes:
         folder: None keeps nothing.
         kind: ``block`` or ``mlp``.
         fingerprint: what the files belong to; needed with ``folder``.
         scope: which recipe fields that takes.
     """
 
-    def __init__(
-        self,
-        folder: Path | None = None,
-        kind: str = "",
-        fingerprint: Fingerprint | None = None,
-        scope: Scope = "all",
-    ) -> None:
-        self.folder, self.kind, self.fingerprint, self.scope = folder, kind, fingerprint, scope
+    folder: Path | None = None
+    kind: str = ""
+    fingerprint: Fingerprint | None = None
+    scope: Scope = "all"
 
     def load(self, index: int, module: nn.Module) -> tuple[dict[str, Any], Path] | None:
         """Load a finished piece into `module`; return its facts and its file, or None."""
@@ -168,22 +165,24 @@ class Address(NamedTuple):
         return Address(file, file.with_name(f"{file.stem}.{stage.piece}s") if stage.piece else None)
 
 
+@dataclass(frozen=True)
 class CheckpointStore:
     """Runs stages, or loads what earlier runs kept.
 
-    Args:
+    Example::
+
+        store = CheckpointStore(address=lambda stage, part: Address(folder / f"{stage.kind}.safetensors"))
+        reused = store.run(CALIBRATE, part)
+
+    Attributes:
         resources: how to run.
         address: where a stage of a part is kept.
         alone: keeps other processes from making the same file meanwhile.
     """
 
-    def __init__(
-        self,
-        resources: Resources = Resources(),
-        address: Callable[[Stage, Part], Address] = lambda stage, part: Address(),
-        alone: Callable[[Path | None], AbstractContextManager[object]] = nullcontext,
-    ) -> None:
-        self.resources, self.address, self.alone = resources, address, alone
+    resources: Resources = Resources()
+    address: Callable[[Stage, Part], Address] = lambda stage, part: Address()
+    alone: Callable[[Path | None], AbstractContextManager[object]] = nullcontext
 
     def run(self, stage: Stage, part: Part) -> bool:
         """Run `stage` on `part`, and keep the result; return True if it was loaded instead.

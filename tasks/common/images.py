@@ -106,21 +106,18 @@ def is_image(path: Path) -> bool:
 
 
 def file_reader(paths: Sequence[Path]) -> Callable[[int], Image.Image]:
-    """Gives the image file of a position as RGB."""
-
-    def read(index: int) -> Image.Image:
-        return open_rgb(paths[index])
-
-    return read
+    """Return a function that gives the image file of a position as RGB."""
+    return lambda index: open_rgb(paths[index])
 
 
+@dataclass(eq=False)
 class Images(TorchDataset[tuple[Tensor, int, int] | DataError | None]):
     """Samples with stable ids. An item is (image, label, position).
 
     For a damaged image it is None where such are skipped, else the error for the caller to raise
     (raised in a data-loading process, its message would arrive inside a traceback).
 
-    Args:
+    Attributes:
         ids: sample ids, in order.
         targets: labels.
         read: gives the PIL image of a position.
@@ -128,18 +125,15 @@ class Images(TorchDataset[tuple[Tensor, int, int] | DataError | None]):
         skip_corrupt: whether damaged images become None instead of an error.
     """
 
-    def __init__(
-        self,
-        ids: Sequence[str],
-        targets: Sequence[int],
-        read: Callable[[int], Image.Image],
-        transform: Callable[[Any], Tensor],
-        skip_corrupt: bool,
-    ) -> None:
-        self.ids, self.targets, self.read = ids, targets, read
-        self.transform, self.skip_corrupt = transform, skip_corrupt
+    ids: Sequence[str]
+    targets: Sequence[int]
+    read: Callable[[int], Image.Image]
+    transform: Callable[[Any], Tensor]
+    skip_corrupt: bool
+
+    def __post_init__(self) -> None:
         # One bit per kind of warning, in memory that data-loading processes share.
-        self._warned = mmap.mmap(-1, max(1, len(ids)))
+        self._warned = mmap.mmap(-1, max(1, len(self.ids)))
 
     def __len__(self) -> int:
         return len(self.ids)
