@@ -143,7 +143,7 @@ STAGES: tuple[Stage, ...] = (MLPS, CALIBRATE, RECONSTRUCT, FINISH)
 
 
 def load_mlps(segments: Iterable[Segment], path: Path, fingerprint: Fingerprint | None) -> None:
-    """Give uncalibrated `segments` (of one chain or several) the reconstructed MLPs of a checkpoint.
+    """Give uncalibrated `segments` (of one or more chains) the reconstructed MLPs of a checkpoint.
 
     Args:
         fingerprint: what the checkpoint must belong to; None takes any.
@@ -162,7 +162,7 @@ def load_mlps(segments: Iterable[Segment], path: Path, fingerprint: Fingerprint 
 
 
 def finish(chain: BlockChain) -> None:
-    """Round to nearest what is still open, fold shifts, and leave the chain in its quantized form."""
+    """Round to nearest what is still open, fold shifts, and switch the chain to its quantized form."""
     decide_roundings(chain)
     for _, layer in quant_layers(chain):
         if isinstance(layer, QuantLinear):

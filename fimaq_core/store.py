@@ -67,7 +67,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Pieces:
-    """What a stage under way has finished, such as blocks: files ``<folder>/<kind>-NNN.safetensors``.
+    """Finished pieces of a stage under way, such as blocks: ``<folder>/<kind>-NNN.safetensors``.
 
     Attributes:
         folder: None keeps nothing.
@@ -171,7 +171,7 @@ class CheckpointStore:
 
     Example::
 
-        store = CheckpointStore(address=lambda stage, part: Address(folder / f"{stage.kind}.safetensors"))
+        store = CheckpointStore(address=lambda stage, part: Address(folder / stage.kind))
         reused = store.run(CALIBRATE, part)
 
     Attributes:

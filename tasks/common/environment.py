@@ -58,13 +58,13 @@ def describe(device: torch.device) -> Environment:
 
 
 def instructions() -> str:
-    """Instruction set of PyTorch's CPU kernels, and oneDNN's limit where the environment sets one."""
+    """Return the instruction set of PyTorch's CPU kernels, and oneDNN's limit where one is set."""
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA")
     return torch.backends.cpu.get_cpu_capability() + (f", oneDNN up to {limit}" if limit else "")
 
 
 def git_revision() -> str:
-    """Commit of the checkout, with ``+changes`` where files differ from it; ``unknown`` outside a checkout."""
+    """Return the checkout's commit, with ``+changes`` where files differ; ``unknown`` without one."""
     command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
     root = Path(__file__).resolve().parents[2]
     try:
@@ -103,7 +103,7 @@ class StageClock:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Let :func:`peak_memory` count from now on; on the CPU where the system can do that (Linux), else it goes on as it was."""
+    """Let :func:`peak_memory` count from now on; on the CPU only where the system can (Linux)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
@@ -112,7 +112,7 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak bytes since the last :func:`reset_peak_memory`: of the device's tensors on CUDA, of the whole process on the CPU.
+    """Return peak bytes since :func:`reset_peak_memory`: of tensors on CUDA, of the process on the CPU.
 
     Where the system cannot reset it, that is the peak of the process so far.
     """

@@ -1,4 +1,4 @@
-"""What a model says of a few samples, kept beside the record for people to look at: which samples, and the file's form."""
+"""A model's answers for a few samples, kept beside the record: which samples, and the file's form."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -46,7 +46,7 @@ class Spread:
 def leaders(scores: np.ndarray, correct: np.ndarray) -> list[int]:
     """Indices of the highest :data:`ANSWERS` of ``scores`` (n,), the highest first.
 
-    Of equal scores, those that ``correct`` (n,) of bool names come last: ties count against the model here as in its metrics.
+    Of equal scores, ``correct`` ones (n,) come last: ties count against the model, as in its metrics.
     """
     return [int(index) for index in np.lexsort((correct, -scores))[:ANSWERS]]
 
@@ -100,7 +100,7 @@ class CaptionSample(_Exact):
 
 
 class TrueObject(_Exact):
-    """An annotated object, in pixels of the original image: x, y, width, height, and outlines as x0, y0, x1, y1, ..."""
+    """An annotated object in pixels: box x, y, width, height; outlines x0, y0, x1, y1, ..."""
 
     name: _Text
     box: list[float] = Field(min_length=4, max_length=4)
@@ -138,10 +138,10 @@ def example_file(task: str, samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def read_examples(folder: Path, name: str) -> ExampleFile:
-    """Read the examples in ``folder`` whose file its record calls ``name``; nothing that both say is trusted.
+    """Read the examples ``name`` (as the record calls them) in ``folder``; neither is trusted.
 
     Raises:
-        CheckpointError: missing, not a file in that folder, larger than any that is written, or not of the form.
+        CheckpointError: missing, not in that folder, larger than any that is written, or not valid.
     """
     if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
         raise CheckpointError(f"The record in {folder} names {name!r} as its examples, which is no file beside it.")

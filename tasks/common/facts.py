@@ -91,7 +91,7 @@ class ModelFacts:
 
     @property
     def totals(self) -> dict[str, int | float]:
-        """Sums over the model; sizes in bits, operations for one image, ratios full precision over quantized."""
+        """Sums; sizes in bits, operations for one image, ratios full precision over quantized."""
         weights, weight_bits, overhead, macs, bops = (
             sum(getattr(layer, name) for layer in self.layers)
             for name in ("weights", "weight_size", "overhead_bits", "macs", "bops")
@@ -120,7 +120,7 @@ class ModelFacts:
 
 
 def model_facts(chain: BlockChain, image: Tensor) -> ModelFacts:
-    """Return facts about ``chain``, which is left as it was; what is not calibrated has no overhead.
+    """Return facts about ``chain``, which is left as it was. Uncalibrated, it has no overhead.
 
     ``image`` and the error are those of :func:`count_macs`.
     """
@@ -151,7 +151,7 @@ def joined_facts(parts: Mapping[str, ModelFacts], untouched: Mapping[str, nn.Mod
 
 @torch.no_grad()
 def count_macs(chain: BlockChain, image: Tensor) -> dict[str, int]:
-    """Return the MACs of every layer of ``chain`` for one input (1, ...) on its device, in full precision.
+    """Return the MACs of every layer of ``chain`` for one input (1, ...) in full precision.
 
     PyTorch counts them while the input passes. A layer that is used twice counts twice. Only the
     input's shape matters.
@@ -204,7 +204,7 @@ def _overhead(layer: Layer) -> int:
 
 
 def _range_bits(quantizer: Any) -> int:
-    """Bits of what a quantizer keeps beside codes: zero points in its own bits, scales (and whatever else) in 32."""
+    """Bits of what a quantizer keeps beside codes: zero points in its own bits, all else in 32."""
     if quantizer.off:
         return 0
     kept = {name: tensor.numel() for name, tensor in quantizer.state_dict().items() if name not in ("codes", "folded")}

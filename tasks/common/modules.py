@@ -19,7 +19,7 @@ _KINDS = {nn.Linear: "linear", nn.Conv2d: "convolution", nn.ConvTranspose2d: "tr
 
 
 def module_map(chain: BlockChain, part: str = "") -> ModuleMap:
-    """List the layers of ``chain`` by their names in the original model, behind the name of its part where it has one.
+    """List the layers of ``chain`` by their names in the original model, behind the name of its part.
 
     A quantizable layer whose quantizers are all off is in full precision.
     """
@@ -44,7 +44,7 @@ def whole_map(chains: Mapping[str, BlockChain], untouched: Mapping[str, nn.Modul
 
 
 def chain_parts(chain: BlockChain) -> Iterator[tuple[str, nn.Module]]:
-    """Yield what comes before each segment's block, the block, and what keeps of its output, with names."""
+    """Yield by name what comes before each segment's block, the block, and what keeps its output."""
     for segment in chain:
         yield f"{segment.label}.before", segment.before
         yield segment.label, segment.block

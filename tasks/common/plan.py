@@ -1,4 +1,4 @@
-"""The identity of a cell: where its record is, and what it shares with others, before anything heavy is imported."""
+"""Identity of a cell: where its record is, and what it shares with others. Imports nothing heavy."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ from tasks.common.request import CellRequest, Missing
 
 
 def planned_folder(request: CellRequest) -> Path:
-    """The folder of a cell, its identity: task, model.tag, method, bits, seed, and a digest of all the rest."""
+    """Return the folder of a cell: task, model.tag, method, bits, seed, and a digest of all the rest."""
     request = resolved(request)
     recipe, basis = request.recipe, _basis(request)
     own = None if recipe is None else recipe.digest()
@@ -33,7 +33,7 @@ def planned_folder(request: CellRequest) -> Path:
 
 
 def _basis(request: CellRequest) -> dict[str, Any]:
-    """What of a resolved request decides what its cell computes, but for the recipe and what is measured on."""
+    """What decides the result of a resolved request, but for the recipe and the evaluated samples."""
     recipe, chosen = request.recipe, request.data.calibration_list
     order = chosen_order(request.data.class_order, request.data.path)
     given = {"entry": request.model.weights_entry, "preprocessing": request.model.preprocessing}
@@ -41,7 +41,7 @@ def _basis(request: CellRequest) -> dict[str, Any]:
         **{name: value for name, value in given.items() if value},
         "numerics": NUMERICS_VERSION,
         "model": registry.model_identity(request.task, request.model),
-        # One local file may be loaded under several names, which may say which transform goes with it.
+        # One local file may be loaded under several names, which may stand for other transforms.
         "name": None if request.model.weights is None else request.model.name,
         "model_args": request.model.model_args,
         "data": _path(request.data.path),
@@ -60,10 +60,10 @@ def _digest(content: dict[str, Any]) -> str:
 
 
 def note_shared(request: CellRequest, kind: str, digest: str, path: Path) -> None:
-    """Note in the index of ``path``'s folder that a cell of the resolved ``request`` shares this file.
+    """Note in the index of its folder that a cell of the resolved ``request`` shares the file ``path``.
 
-    Its name comes from weights and images, which only a run has loaded; the index goes by the request
-    alone, so that plans find the file. ``kind`` and ``digest`` are those of :func:`shared_digest`.
+    The file's name comes from weights and images, which only a run has loaded; the index goes by the
+    request alone, so that plans find the file. ``kind``, ``digest``: see :func:`shared_digest`.
     """
     entry = _index(request, kind) / _entry(request, _basis(request), kind, digest)
     try:
@@ -94,12 +94,12 @@ def shared_digest(kind: str, part: str, recipe: Recipe) -> str:
 
 
 def part_address(name: str, scope: str | None) -> str:
-    """Return what tells the shared files of a part from those of other parts, and of other scopes within it."""
+    """Return what tells shared files of a part from those of other parts and of other scopes in it."""
     return name if scope in (None, name) or not name else f"{name} {scope}"
 
 
 def shared_digests(request: CellRequest) -> dict[str, list[str]]:
-    """Return the digests of the files that a cell of a resolved ``request`` shares with others, by kind.
+    """Return the digests of the files that a cell of a resolved ``request`` shares, by kind.
 
     One file for each part of the model that the task knows without loading it.
     """
@@ -119,8 +119,8 @@ _KINDS = {"calibration": "calibration", "mlp": "MLPs", "reconstruction": "parts"
 def cached(request: CellRequest, folder: Path) -> list[str]:
     """What an unfinished cell would find done in its ``folder`` and elsewhere, for people.
 
-    Such as ``blocks 3``, ``calibration``, ``MLPs``, ``parts 1 of 2``. Nothing is loaded: only the run
-    can tell whether it still belongs to the cell.
+    Such as ``blocks 3``, ``calibration``, ``MLPs``, ``parts 1 of 2``. Nothing is loaded: only the
+    run can tell whether it still belongs to the cell.
     """
     blocks = _count(folder / "blocks")
     texts = []
@@ -135,12 +135,12 @@ def cached(request: CellRequest, folder: Path) -> list[str]:
 
 
 def forget(requests: Iterable[CellRequest], folder_of: Callable[[CellRequest], Path] = planned_folder) -> None:
-    """Remove all that is there of cells, and the files noted as shared by them, so that a run starts from nothing.
+    """Remove all that is there of cells and of files they share, so that a run starts from nothing.
 
     Files given by ``mlp_checkpoint`` stay.
 
     Raises:
-        Busy: another process measures one of the cells or makes one of the files; nothing is removed.
+        Busy: another process measures a cell or makes a file; nothing is removed.
         CheckpointError: a folder cannot be written.
     """
     kept: dict[Path, list[Path]] = {}
@@ -198,7 +198,7 @@ def _entry(request: CellRequest, basis: dict[str, Any], kind: str, digest: str) 
 
 
 def preflight(request: CellRequest) -> list[Missing]:
-    """What the cell needs of data and weights that is not there; see :func:`tasks.common.request.describe_missing`."""
+    """Return what the cell needs of data and weights that is not there."""
     request = resolved(request)
     return registry.preflight(request.task, request.model, request.data)
 
@@ -208,7 +208,7 @@ def _path(path: Path | None) -> str | None:
 
 
 def resolved(request: CellRequest) -> CellRequest:
-    """The request with the scope of its recipe spelled out, and no name for the usual evaluation: each has one name only.
+    """Return the request with one name for each choice: scope spelled out, usual evaluation None.
 
     Raises:
         RecipeError: the task has no such scope or evaluation.
@@ -234,7 +234,7 @@ def resolved(request: CellRequest) -> CellRequest:
 
 
 def variant_name(request: CellRequest) -> str:
-    """Name of the variant: as asked for, else what differs from the method's released settings; with the scope if it has one."""
+    """Return the variant's name: as asked for, else the changes of the method's settings; and the scope."""
     recipe = request.recipe
     if recipe is None:
         return "fp" if request.variant is None else request.variant

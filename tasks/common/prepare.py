@@ -1,4 +1,4 @@
-"""From a request to what the stages take: what ``run`` and the commands of single stages have in common."""
+"""From a request to the parts that stages take, for ``run`` and the commands of single stages."""
 
 import copy
 import json
@@ -74,13 +74,13 @@ class Prepared:
 
     @property
     def notes(self) -> list[str]:
-        """Which weights were taken, how images are prepared, and what there is to know of the images."""
+        """Which weights were taken, how images are prepared, and remarks on the images."""
         own = self.loaded.preprocessing
         said = [] if own is None else [f"preprocessing: {own.text()}"]
         return [*self.loaded.weights.notes(), *said, *(self.images.notes if self.images else [])]
 
     def build(self) -> None:
-        """Turn the float model into its parts, with the MLPs of ``mlp_checkpoint`` where that is given.
+        """Turn the float model into its parts, with the MLPs of ``mlp_checkpoint`` if it is given.
 
         Raises:
             CheckpointError: ``mlp_checkpoint`` is missing or of another run.
@@ -88,7 +88,7 @@ class Prepared:
         task, loaded, images, recipe = self.task, self.loaded, self.images, self.request.recipe
         assert recipe is not None
         assert images is not None
-        # Before the chains take the float model over: a part's divergence or inputs may need the outputs of another.
+        # First, since chains take the float model over: a part's divergence may need another's outputs.
         divergences = task.divergences(loaded, images, recipe, self.device, self.resources.batch_size)
         inputs = task.inputs(loaded, images, recipe, self.device)
         for name, chain in task.chains(loaded, recipe).items():
@@ -116,7 +116,7 @@ def prepare(request: CellRequest, report: Report) -> Prepared:
     """Load the model, and draw the calibration images unless it is to stay in full precision.
 
     Raises:
-        FimaqError: the request does not make sense, or something is missing, damaged or does not fit.
+        FimaqError: the request makes no sense, or something is missing, damaged or does not fit.
     """
     request = check_request(request)
     if request.threads is not None:
@@ -134,7 +134,8 @@ def check_request(request: CellRequest) -> CellRequest:
     """Return the request with its scope spelled out.
 
     Raises:
-        RecipeError: the task has no such scope or evaluation, or the recipe has no use for ``mlp_checkpoint``.
+        RecipeError: the task has no such scope or evaluation, or the recipe reconstructs no MLPs and
+            ``mlp_checkpoint`` is given.
     """
     request = resolved(request)
     recipe = request.recipe

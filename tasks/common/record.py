@@ -37,7 +37,7 @@ FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}$")
 
 
 class Metric(Strict):
-    """A measured value and its standard error over the samples; in percent, but for ranks, which count from 1."""
+    """A measured value in percent, or a rank from 1, and its standard error over the samples."""
 
     value: FiniteFloat
     stderr: FiniteFloat
@@ -94,9 +94,9 @@ class Dataset(Strict):
 
 
 class Calibration(Strict):
-    """Which images calibrated the model: ids in order, their transform, and the captions they were paired with.
+    """Which images calibrated the model: ids in order, their transform, and their captions.
 
-    ``batch`` is the batch of a divergence that compares samples; None where each sample stands alone.
+    ``batch`` is that of a divergence that compares samples; None where each sample stands alone.
     """
 
     ids: list[str]
@@ -108,9 +108,9 @@ class Calibration(Strict):
 
 
 class LayerEntry(Strict):
-    """One layer of the module map. ``input_*`` is of a product's first operand, ``other_*`` of its second.
+    """A layer of the module map. ``input_*`` is of a product's first operand, ``other_*`` of its second.
 
-    Quantizers are named by their kind, ``none`` for one that is off. Defaults are for older records.
+    Quantizers are named by kind, ``none`` for one that is off. Defaults are for older records.
     """
 
     name: str
@@ -133,7 +133,7 @@ class ModuleMap(Strict):
 
 
 class Environment(Strict):
-    """Where a record was measured; ``instructions`` are those of PyTorch's CPU kernels, empty in older records."""
+    """Where a record was measured; ``instructions`` of PyTorch's CPU kernels are empty in older ones."""
 
     versions: dict[str, str]
     git_revision: str
@@ -145,9 +145,9 @@ class Environment(Strict):
 class BlockFigures(Strict):
     """How a reconstructed block came out.
 
-    ``error`` is ``||q - f||² / ||f||²`` over all calibration images: q is its output in the quantized
-    model, all errors before it included, f that in full precision. ``fisher`` is the mean of the
-    diagonal Fisher weight in its loss; None for losses without.
+    ``error`` is ``||q - f||² / ||f||²`` over all calibration images: q is its output in the
+    quantized model, all errors before it included, f that in full precision. ``fisher`` is the mean
+    of the diagonal Fisher weight in its loss; None for losses without.
     """
 
     error: FiniteFloat
@@ -222,7 +222,7 @@ def bits_name(w_bit: int, a_bit: int) -> str:
 def cell_folder(
     root: Path, task: str, model_tag: str, method: str, w_bit: int, a_bit: int, seed: int | None, digest: str
 ) -> Path:
-    """Return the folder of a cell: task / model.tag / method / bits / seed and 10 digits of its identity's ``digest``."""
+    """Return the folder of a cell; 10 digits of its identity's ``digest`` end the name."""
     name = f"seed{seed}-{digest[:10]}" if seed is not None else digest[:10]
     return root / task / model_tag / method / bits_name(w_bit, a_bit) / name
 
@@ -230,7 +230,7 @@ def cell_folder(
 def fingerprint(content: dict[str, Any]) -> str:
     """Return the sha256 (hex) of the canonical JSON of `content` without its own fingerprint.
 
-    Canonical: keys sorted, no whitespace, characters beyond ASCII escaped, so the file's layout does not count.
+    Canonical: keys sorted, no whitespace, ASCII alone, so the file's layout does not count.
 
     Raises:
         ValueError: a number is NaN, infinite or of thousands of digits.
@@ -257,7 +257,7 @@ def read_record(path: Path) -> ResultRecord:
     """Read and validate a record; one of an older schema comes as one of the present schema.
 
     Raises:
-        CheckpointError: missing, damaged, changed after it was written, of a newer schema, or not a record.
+        CheckpointError: missing, damaged, changed after it was written, of a newer schema, or no record.
     """
     try:
         content = from_json(path.read_bytes(), allow_inf_nan=False)
@@ -287,7 +287,7 @@ def read_record(path: Path) -> ResultRecord:
 
 
 def outcomes_problem(record: ResultRecord, folder: Path) -> str | None:
-    """Say why the outcomes in a record's ``folder`` are not those it was written with; None if they are, or for schema 1."""
+    """Say why the outcomes in a record's ``folder`` are not its own; None if they are, or for schema 1."""
     if record.outcomes_sha256 is None:
         return None
     path = folder / record.outcomes
@@ -304,7 +304,7 @@ def outcomes_problem(record: ResultRecord, folder: Path) -> str | None:
 
 
 def outcome_arrays(record: ResultRecord, folder: Path) -> dict[str, np.ndarray]:
-    """Return the arrays of the outcomes in a record's ``folder``: ``sample`` (ids) and numbers per sample.
+    """Return the arrays of outcomes in a record's ``folder``: ``sample`` (ids), numbers per sample.
 
     Raises:
         CheckpointError: the file is missing, damaged, of another record or of another form.
@@ -337,7 +337,7 @@ def proportion(correct: int, count: int) -> Metric:
 
 
 def own_seconds(record: ResultRecord) -> float:
-    """Seconds that a cell took by itself: waiting for what another was making is no cost of its own."""
+    """Return the seconds that a cell took without waiting for others."""
     return sum(seconds for stage, seconds in record.seconds.items() if stage != WAIT)
 
 

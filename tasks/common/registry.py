@@ -1,4 +1,4 @@
-"""Finding tasks. Nothing heavy is imported until a task runs, so that planning a grid takes no time."""
+"""Finding tasks. Nothing heavy is imported until a task runs: planning a grid takes no time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from tasks.common.task import Task
 
-#: Tasks that are packages here. Each has ``tags.py`` (light: names and what is missing) and ``task.py``.
+#: Tasks that are packages here. Each has ``task.py`` and the light ``tags.py``.
 TASKS = ("classification", "retrieval", "detection")
 _REGISTERED: dict[str, Task] = {}
 
@@ -47,24 +47,24 @@ def get_task(name: str) -> Task:
 
 
 def model_tag(name: str, request: ModelRequest) -> str:
-    """Return ``model.tag`` of a request to task ``name``; light for short and demo names. Raises ModelError."""
+    """Return ``model.tag`` of a request; light for short and demo names. Raises ModelError."""
     tag: str = _light(name, "model_tag")(request)
     return tag
 
 
 def model_identity(name: str, request: ModelRequest) -> list[str]:
-    """Return ``model.tag`` and, where the weights are a file here, its sha256: the model in a cell's identity."""
+    """Return the model in a cell's identity: ``model.tag``, and the sha256 of weights in a file here."""
     digest: str | None = _light(name, "weights_digest", lambda _: None)(request)
     return [model_tag(name, request), *([] if digest is None else [digest])]
 
 
 def scopes(name: str) -> tuple[str, ...]:
-    """Return what of a model task ``name`` can quantize, the usual first; empty where that is always everything."""
+    """Return what of a model can be quantized, the usual first; empty: always everything."""
     return tuple(_light(name, "SCOPES", ()))
 
 
 def parts(name: str, scope: str | None) -> dict[str, str | None]:
-    """Return the parts of a model that task ``name`` quantizes each by itself, and what of each ``scope`` takes.
+    """Return the parts of a model that are quantized each by itself, and what of each ``scope`` takes.
 
     Only those that take long; ``{"": scope}`` where the model is one chain.
     """
@@ -72,12 +72,12 @@ def parts(name: str, scope: str | None) -> dict[str, str | None]:
 
 
 def evaluations(name: str) -> tuple[str, ...]:
-    """Return what task ``name`` can measure, the usual first; empty where that is one thing only."""
+    """Return what the task can measure, the usual first; empty where that is one thing only."""
     return tuple(_light(name, "EVALUATIONS", ()))
 
 
 def defaults(name: str) -> dict[str, Any]:
-    """Return recipe fields that task ``name`` sets for every method alike, where the user does not."""
+    """Return recipe fields that the task sets for every method alike, where the user does not."""
     return dict(_light(name, "DEFAULTS", {}))
 
 
@@ -88,7 +88,7 @@ def preflight(name: str, model: ModelRequest, data: DataRequest) -> list[Missing
 
 
 def pictures(name: str, model: ModelRequest, data: DataRequest, ids: Sequence[str]) -> dict[str, Image.Image]:
-    """Call :meth:`~tasks.common.task.Task.pictures` of task ``name``, without its libraries of models. Raises DataError."""
+    """Call :meth:`tasks.common.task.Task.pictures` without libraries of models. Raises DataError."""
     if name in _REGISTERED:
         return _REGISTERED[name].pictures(model, data, ids)
     _check(name)
@@ -97,7 +97,7 @@ def pictures(name: str, model: ModelRequest, data: DataRequest, ids: Sequence[st
 
 
 def _light(name: str, what: str, *default: Any) -> Any:
-    """An attribute of a registered task, or of the light module of one here, where it may be a constant."""
+    """An attribute of a registered task, or of the light module of one here."""
     if name in _REGISTERED:
         return getattr(_REGISTERED[name], what.lower(), *default)
     return getattr(_tags(name), what, *default)
@@ -105,7 +105,7 @@ def _light(name: str, what: str, *default: Any) -> Any:
 
 @cache
 def _tags(name: str) -> ModuleType:
-    """The light module of a task that is a package here. Kept: a plan asks it several times a cell."""
+    """The light module of a task here. Kept: a plan asks for it several times per cell."""
     _check(name)
     return importlib.import_module(f"tasks.{name}.tags")
 

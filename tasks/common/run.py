@@ -38,7 +38,8 @@ def run_cell(request: CellRequest, report: Report = silent) -> Path:
         report: receives progress.
 
     Returns:
-        Path of ``result.json``; ``outcomes.npz`` and, for quantized models, ``quantized.safetensors`` are beside it.
+        Path of ``result.json``. Beside it are ``outcomes.npz`` and, of quantized models,
+        ``quantized.safetensors``.
 
     Raises:
         Busy: another process measures it now.
@@ -80,7 +81,7 @@ def _full_precision(request: CellRequest, report: Report) -> dict[str, Metric]:
 
 
 def _run_stages(cell: Prepared, lease: Lease, clock: StageClock, report: Report) -> None:
-    """Run all stages, or load what others or an earlier run did of them; write the checkpoint of the whole model."""
+    """Run all stages, or load what is there of them, and write the checkpoint of the whole model."""
 
     def address(stage: Stage, part: Part) -> Address:
         if not stage.kind:
@@ -118,7 +119,7 @@ def _blocks(lease: Lease) -> Path:
 
 
 def _shared_path(cell: Prepared, stage: Stage, part: Part) -> Path:
-    """Where cells share what is dear, by content address: methods with the same settings so far compute it once."""
+    """Content address of what cells share: methods with the same settings so far compute it once."""
     assert cell.images is not None
     digest = shared_digest(stage.kind, part.name, part.recipe)
     shared = f"{digest}{cell.loaded.sha256}{cell.images.fingerprint}{NUMERICS_VERSION}{cell.built_model}"
@@ -129,7 +130,7 @@ def _shared_path(cell: Prepared, stage: Stage, part: Part) -> Path:
 
 
 def _record(cell: Prepared, evaluation: Evaluation, full: dict[str, Metric] | None, clock: StageClock) -> ResultRecord:
-    """The record of a cell; ``full`` are the metrics of the full-precision model, None for that model itself."""
+    """The record of a cell. ``full``: metrics of the full-precision model; None for that model itself."""
     request, loaded, recipe, images = cell.request, cell.loaded, cell.request.recipe, cell.images
     fields: dict[str, Any] = {"calibration": None, "modules": None}
     notes, skipped = [], evaluation.skipped

@@ -31,20 +31,20 @@ from tasks.common.task import Chains, Evaluation
 #: Recipe fields of a model without quantizers.
 _FULL_PRECISION = {"w_bits": OFF, "a_bits": OFF, "s_bits": None, "head_bits": None, "patch_input_bits": OFF}
 
-#: Names of models. No address such as ``hf-hub:...`` or ``local-dir:...``, and no way up or to a root of files.
+#: Names of models: no address such as ``hf-hub:...`` or ``local-dir:...``, no absolute path, no way up.
 _NAME = re.compile(r"(?!.*\.\.)[A-Za-z0-9_][A-Za-z0-9_.+-]*(/[A-Za-z0-9_.+-]+)*")
-#: Texts in arguments: names of pools, activations and the like. No paths, no addresses, no dotted names of Python's.
+#: Texts in arguments, such as names of pools: no paths, no addresses, no dotted names of Python's.
 _WORD = re.compile(r"[A-Za-z0-9_ +-]*")
 
 
 def mlp_stage(request: CellRequest, out: Path, report: Report) -> list[str]:
-    """Reconstruct the MLPs of the model of ``request`` and write them to ``out``; an ``out`` of the same run is kept.
+    """Reconstruct the MLPs of a model and write them to ``out``; an ``out`` of the same run is kept.
 
     Returns:
         Notes on the weights and the calibration images.
     """
     assert request.recipe is not None
-    # Merged again, so that fields that do not go with MLP reconstruction are refused before it starts.
+    # Merged again, so that fields that do not go with MLP reconstruction are refused now.
     recipe = make_recipe(request.recipe.method, request.recipe.model_dump(mode="json"), {"reconstruct_mlp": True})
     cell = prepare(replace(request, recipe=recipe, mlp_checkpoint=out if out.is_file() else None), report)
     cell.build()
@@ -57,7 +57,7 @@ def mlp_stage(request: CellRequest, out: Path, report: Report) -> list[str]:
 
 
 def calibrate_stage(request: CellRequest, out: Path, report: Report) -> list[str]:
-    """Calibrate the model of ``request`` and write the checkpoint ``out``; an ``out`` of the same run is kept.
+    """Calibrate a model and write the checkpoint ``out``; an ``out`` of the same run is kept.
 
     MLPs that are reconstructed on the way are kept beside it.
 
@@ -95,14 +95,14 @@ def _remove_parts(cell: Prepared, out: Path) -> None:
 
 
 def _beside(path: Path, name: str) -> Path:
-    """The file that belongs to ``path`` and has ``name`` in its own; ``path`` itself for no name."""
+    """The file beside ``path`` with ``name`` in its name; ``path`` itself for no name."""
     return path.with_name(f"{path.stem}.{name}{path.suffix}") if name else path
 
 
 def reconstruct_stage(
     task_name: str, checkpoint: Path, out: Path, given: dict[str, Any], data: DataRequest, options: dict[str, Any], report: Report
 ) -> ReconstructionLog:
-    """Reconstruct a calibrated checkpoint and write ``out``; finished blocks are kept beside it until it is whole.
+    """Reconstruct a calibrated checkpoint and write ``out``; until then, blocks are kept beside it.
 
     Args:
         given: recipe fields that replace the checkpoint's.
@@ -148,7 +148,7 @@ def evaluate_stage(task_name: str, checkpoint: Path, data: DataRequest, options:
 
 
 def inspect_stage(task_name: str, checkpoint: Path, options: dict[str, Any]) -> Inspection:
-    """Facts about the model in a checkpoint of any stage. Needs its float weights (``options``), but no data.
+    """Facts about the model in a checkpoint of any stage. Needs float weights (``options``), no data.
 
     Raises:
         CheckpointError: no checkpoint, of another task, or made from other weights.
@@ -165,7 +165,7 @@ def inspect_stage(task_name: str, checkpoint: Path, options: dict[str, Any]) -> 
 
 
 def _restored(cell: Prepared, checkpoint: Path, fingerprint: Fingerprint, facts: dict[str, Any]) -> Chains:
-    """The model of a checkpoint of any stage, in its quantized form (of stage ``mlp``: with its MLPs, in full precision)."""
+    """The quantized model of a checkpoint; of stage ``mlp`` in full precision, with these MLPs."""
     if fingerprint.weights != cell.loaded.sha256:
         other, own = fingerprint.weights[:12], cell.loaded.sha256[:12]
         raise CheckpointError(
@@ -184,7 +184,7 @@ def _restored(cell: Prepared, checkpoint: Path, fingerprint: Fingerprint, facts:
 
 
 def _changed(recipe: Recipe, given: dict[str, Any], usual: dict[str, Any]) -> Recipe:
-    """The checkpoint's recipe with ``given`` fields; a given method replaces everything that does not determine ranges.
+    """The checkpoint's recipe with ``given`` fields; a given method replaces all but the ranges' fields.
 
     Args:
         usual: fields that the task sets for every method alike.
@@ -212,7 +212,7 @@ def _request(task: str, facts: dict[str, Any], data: DataRequest, recipe: Recipe
 
 
 class _Facts(BaseModel):
-    """What a checkpoint says of its model. It decides what is built and loaded, and is not trusted."""
+    """What a checkpoint says of its model: decides what is built and loaded, and is not trusted."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -226,18 +226,18 @@ class _Facts(BaseModel):
 
 
 def read_origin(path: Path, task: str) -> tuple[Fingerprint, dict[str, Any]]:
-    """Read the header of a checkpoint of a whole model; return its fingerprint and what it says of the model.
+    """Read fingerprint and facts of the checkpoint of a whole model.
 
     Args:
         task: name of the task that it must be of.
 
     Returns:
-        The fingerprint, and ``task``, ``model``, ``model_args``, ``tag`` and ``stage``; where they were
+        The fingerprint, and ``task``, ``model``, ``model_args``, ``tag``, ``stage``; where they were
         given, ``weights_entry`` and ``preprocessing``.
 
     Raises:
-        CheckpointError: no such checkpoint, one of another task or of a part of a model, or facts that are to make a library read
-            files, fetch or import something.
+        CheckpointError: no such checkpoint, one of another task or of a part of a model, or facts that
+            would make a library read files, fetch or import something.
     """
     fingerprint, content = read_header(path)
     if content.get("task", task) != task:

@@ -34,7 +34,7 @@ class LoadedModel:
         classes: number of outputs.
         eval_transform, train_transform: image transforms.
         data: name of the data set the model brings along, or None.
-        input_shape: (C, H, W) of the images the model takes; None where the task does not say (then there is no ``inspect``).
+        input_shape: (C, H, W) of the model's images; ``inspect`` needs it.
         tokenizer: captions to token ids (n, context_length) int64, for models that take text.
         context_length: tokens of a caption at most.
         entry: the entry of the weights file that was taken; None where it has none.
@@ -77,7 +77,7 @@ class CalibrationSet:
         transform: name of their transform.
         fingerprint: sha256 over transform, ids and values.
         skipped: damaged images that were left out.
-        inputs: what each part of the model is calibrated on, where it has several: (n, ...) tensors by the part's name.
+        inputs: what each part of a model of several is calibrated on: (n, ...) by the part's name.
         captions: the caption of each image, for tasks that have them.
         truncated_captions: how many of these are longer than the model's context.
         metas: what each image's transform says of it (shapes, scale), where images vary in size.
@@ -102,10 +102,10 @@ class Evaluation:
 
     Attributes:
         outcomes: arrays of equal length, a row a sample.
-        files: what else is kept beside the record, where it was asked for: JSON values by file name.
-        examples: what the model says of up to 12 samples (:class:`tasks.common.examples.Spread`): JSON objects
-            of one of the forms ``ClassSample``, ``CaptionSample`` and ``ObjectSample`` there, whose ``sample`` is
-            an id that :meth:`Task.pictures` takes.
+        files: what else is kept beside the record, as was asked for: JSON values by file name.
+        examples: what the model says of up to 12 samples (:class:`tasks.common.examples.Spread`), as
+            JSON of ``ClassSample``, ``CaptionSample`` or ``ObjectSample`` there; ``sample`` is an id
+            that :meth:`Task.pictures` takes.
         notes: what a user should know of the data and of what was measured.
     """
 
@@ -119,7 +119,7 @@ class Evaluation:
     notes: list[str] = field(default_factory=list)
 
 
-#: The chains of a model by the names of its parts; a model that is one chain has the name ``""`` alone.
+#: The chains of a model by the names of its parts; one chain alone has the name ``""``.
 Chains = dict[str, BlockChain]
 
 
@@ -143,7 +143,7 @@ class Task:
     scopes: tuple[str, ...] = ()
 
     def model_tag(self, request: ModelRequest) -> str:
-        """Return ``model.tag``; cheap, loads nothing but may hash a weights file. Raises ModelError."""
+        """Return ``model.tag``; loads nothing, but may hash a weights file. Raises ModelError."""
         tag: str = self.tags.model_tag(request)
         return tag
 
@@ -165,11 +165,11 @@ class Task:
         raise NotImplementedError
 
     def chains(self, loaded: LoadedModel, recipe: Recipe) -> Chains:
-        """Turn what the recipe quantizes into chains, each reconstructed by itself. Raises ModelError."""
+        """Turn what is quantized into chains, each reconstructed by itself. Raises ModelError."""
         return {"": self.build(loaded, recipe)}
 
     def assemble(self, loaded: LoadedModel, chains: Chains) -> nn.Module:
-        """Return the model that ``evaluate`` takes: chains for the parts they stand for, the float model for others."""
+        """Return the model that ``evaluate`` takes: chains, and the float model for other parts."""
         return chains.get("", loaded.model)
 
     def untouched(self, loaded: LoadedModel, chains: Chains) -> dict[str, nn.Module]:
@@ -177,7 +177,7 @@ class Task:
         return {}
 
     def examples(self, loaded: LoadedModel, chains: Chains) -> dict[str, Tensor]:
-        """Return one input of every chain, (1, ...), of which only the shape matters. Raises ModelError."""
+        """Return one input (1, ...) of every chain; only its shape matters. Raises ModelError."""
         if loaded.input_shape is None:
             raise ModelError(
                 f"Its task does not say what images {loaded.tag} takes, so its operations cannot be counted: "
@@ -190,11 +190,11 @@ class Task:
         raise NotImplementedError
 
     def inputs(self, loaded: LoadedModel, images: CalibrationSet, recipe: Recipe, device: torch.device) -> dict[str, Samples]:
-        """Return what each chain is calibrated on, before any is made: the float model is still itself."""
+        """Return the calibration inputs of each chain; called before any chain is made."""
         return images.inputs or {"": images.images}
 
     def part_scope(self, part: str, recipe: Recipe) -> str:
-        """Return the scope of a run that would quantize of ``part`` what this one does and nothing else."""
+        """Return the scope of a run that would quantize what this one does of ``part``, and no more."""
         return part
 
     def divergence(self, recipe: Recipe) -> Divergence:
@@ -204,7 +204,7 @@ class Task:
     def divergences(
         self, loaded: LoadedModel, images: CalibrationSet, recipe: Recipe, device: torch.device, batch_size: int
     ) -> dict[str, Divergence]:
-        """Return the divergence of each chain, before any is made: the float model is still itself."""
+        """Return the divergence of each chain; called before any chain is made."""
         return {"": self.divergence(recipe)}
 
     def evaluate(
@@ -217,7 +217,7 @@ class Task:
         workers: int,
         report: Report,
     ) -> Evaluation:
-        """Measure ``model`` (see :meth:`assemble`), which is on ``device``. Raises DataError, NumericsError."""
+        """Measure ``model`` (of :meth:`assemble`) on its ``device``. Raises DataError, NumericsError."""
         raise NotImplementedError
 
     def pictures(self, model: ModelRequest, data: DataRequest, ids: Sequence[str]) -> dict[str, Image.Image]:
