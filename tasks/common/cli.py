@@ -48,6 +48,7 @@ def build_group(task_name: str, summary: str, own: TaskOptions = TaskOptions()) 
     )
     @click.option("--force", is_flag=True, help="Remove what is there of the cell, and measure it again.")
     def run(**options: Any) -> None:
+        from tasks.common.environment import resolve_device
         from tasks.common.plan import forget
         from tasks.common.prepare import check_request
         from tasks.common.record import read_record
@@ -56,6 +57,7 @@ def build_group(task_name: str, summary: str, own: TaskOptions = TaskOptions()) 
         force = options.pop("force")
         request = check_request(_request(task_name, take_recipe(options, defaults(task_name)), options))
         if force:
+            resolve_device(request.device)  # nothing is removed for a run that cannot start
             forget([request])
         with progress_bars() as report:
             path = run_cell(request, report)
