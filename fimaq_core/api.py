@@ -25,13 +25,14 @@ from fimaq_core.families import find_family
 from fimaq_core.families.own import described, names_of, own_chain
 from fimaq_core.fisher.divergence import ClassifierDivergence, Divergence
 from fimaq_core.layers import set_quantized
-from fimaq_core.pipeline import Resources, quantize_chain
+from fimaq_core.pipeline import quantize_chain
 from fimaq_core.progress import silent
 from fimaq_core.recipe import Recipe, make_recipe
 from fimaq_core.reconstruction.kept import log_facts, read_log
 from fimaq_core.reconstruction.mlp import use_relu
 from fimaq_core.reconstruction.reconstruct import ReconstructionLog
 from fimaq_core.reconstruction.tape import Placement
+from fimaq_core.store import Resources
 
 #: Recipe fields that count images, with the smallest number each takes.
 _COUNTS = {

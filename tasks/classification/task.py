@@ -1,9 +1,6 @@
 """The classification task as the pipeline sees it."""
 
-from collections.abc import Sequence
-
 import torch
-from PIL import Image
 from torch import nn
 
 from fimaq_core.chain import BlockChain
@@ -13,15 +10,14 @@ from fimaq_core.progress import Report
 from fimaq_core.recipe import Recipe
 from tasks.classification import models, tags
 from tasks.classification.data import calibration_set, open_source
-from tasks.classification.pictures import pictures
 from tasks.common.class_names import readable_names
 from tasks.common.images import Images
 from tasks.common.request import DataRequest, ModelRequest
-from tasks.common.task import CalibrationSet, Evaluation, LoadedModel, Named, SinglePart
+from tasks.common.task import CalibrationSet, Evaluation, LoadedModel, Task
 from tasks.common.top_k import evaluate
 
 
-class ClassificationTask(Named, SinglePart):
+class ClassificationTask(Task):
     """Image classification with timm models; see :class:`tasks.common.task.Task`."""
 
     name = "classification"
@@ -29,7 +25,6 @@ class ClassificationTask(Named, SinglePart):
     demo = "demo model on digit pairs"
 
     def load(self, request: ModelRequest) -> LoadedModel:
-        """Model, weights and transforms."""
         return models.load_model(request)
 
     def build(self, loaded: LoadedModel, recipe: Recipe) -> BlockChain:
@@ -37,7 +32,6 @@ class ClassificationTask(Named, SinglePart):
         return find_family(loaded.model).build(loaded.model, recipe)
 
     def calibration(self, loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> CalibrationSet:
-        """The calibration images."""
         return calibration_set(loaded, data, recipe)
 
     def divergence(self, recipe: Recipe) -> Divergence:
@@ -58,10 +52,6 @@ class ClassificationTask(Named, SinglePart):
         source = open_source(loaded, data, "val").head(data.limit)
         images = Images(source.ids, source.targets, source.read, loaded.eval_transform, data.skip_corrupt)
         return evaluate(model, images, source, device, batch_size, workers, report, readable_names(source.class_names))
-
-    def pictures(self, model: ModelRequest, data: DataRequest, ids: Sequence[str]) -> dict[str, Image.Image]:
-        """Digit pairs, or files of the evaluation part."""
-        return pictures(model, data, ids)
 
 
 TASK = ClassificationTask()

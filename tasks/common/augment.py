@@ -10,10 +10,21 @@ from torch import nn
 
 
 class RandomDigitWarp(nn.Module):
-    """Warps each cell of an image independently: rotation, scale, shear, shift and a smooth elastic displacement.
+    """Warps each cell of an image by itself: rotation, scale, shear, shift and a smooth elastic displacement.
 
-    Cells hold one digit each, and none leaves its cell. Digits are never flipped or exchanged, so labels stay valid.
-    Randomness comes from torch's global generator.
+    Cells hold one digit each, and none leaves its cell. Digits are never flipped or exchanged, so labels
+    stay valid. Randomness comes from torch's global generator; every parameter is drawn uniformly
+    from plus or minus its value.
+
+    Args:
+        degrees: rotation in degrees.
+        scale: relative change of width and of height.
+        shear: horizontal shear in pixels per pixel.
+        shift: translation in pixels in each direction.
+        elastic: displacement in pixels of the 4x4 control points of the elastic warp.
+        contrast: change of the stroke's weight, as a log2 exponent of the pixel values.
+        rows: rows of cells.
+        columns: cells of a row; the default is a pair.
     """
 
     def __init__(
@@ -27,37 +38,12 @@ class RandomDigitWarp(nn.Module):
         rows: int = 1,
         columns: int = 2,
     ) -> None:
-        """Sets the strength of the warp; every parameter is drawn uniformly from plus or minus its value.
-
-        Args:
-            degrees: Rotation in degrees.
-            scale: Relative change of width and of height.
-            shear: Horizontal shear in pixels per pixel.
-            shift: Translation in pixels in each direction.
-            elastic: Displacement in pixels of the 4x4 control points of the elastic warp.
-            contrast: Strength of the change of the stroke's weight, as a log2 exponent of the pixel values.
-            rows: Rows of cells.
-            columns: Cells of a row; the default is a pair.
-        """
         super().__init__()
-        self.degrees = degrees
-        self.scale = scale
-        self.shear = shear
-        self.shift = shift
-        self.elastic = elastic
-        self.contrast = contrast
-        self.rows = rows
-        self.columns = columns
+        self.degrees, self.scale, self.shear, self.shift = degrees, scale, shear, shift
+        self.elastic, self.contrast, self.rows, self.columns = elastic, contrast, rows, columns
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Warps images.
-
-        Args:
-            images: float32 in [0, 1] of shape ``(1, rows * h, columns * h)`` or ``(b, 1, rows * h, columns * h)``.
-
-        Returns:
-            The warped images, same shape, dtype and range.
-        """
+        """Warp images ([b, ]1, rows * h, columns * h), float32 in [0, 1]."""
         batch = images if images.ndim == 4 else images[None]
         # (b, 1, rows * h, columns * h) -> (rows * columns * b, 1, h, h): from here on every digit is an image of its own.
         digits = torch.cat([cell for row in batch.chunk(self.rows, dim=-2) for cell in row.chunk(self.columns, dim=-1)])
@@ -68,7 +54,7 @@ class RandomDigitWarp(nn.Module):
         return torch.cat(rows, dim=-2).reshape(images.shape)
 
     def _grid(self, digits: torch.Tensor) -> torch.Tensor:
-        """Draws the sampling grid, float32 of shape ``(n, h, h, 2)``, in `grid_sample` coordinates."""
+        """Draw the sampling grid (n, h, h, 2) in `grid_sample` coordinates."""
         count, _, size, _ = digits.shape
         pixel = 2.0 / size
         angle = self._uniform((count,), digits) * math.radians(self.degrees)

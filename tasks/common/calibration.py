@@ -66,12 +66,10 @@ def take(images: Images, order: Iterable[int], wanted: int, seed: int) -> tuple[
 
 
 def positions_of(names: Sequence[str], ids: Sequence[str], path: Path, what: str) -> list[int]:
-    """Where the images of a calibration list are among ``ids``.
+    """Return where the images ``names`` of the calibration list ``path`` are among ``ids``.
 
     Args:
-        names: ids in the list.
-        ids: those of the data, distinct.
-        path: of the list.
+        ids: of the data, distinct.
         what: the data are, for people.
 
     Raises:

@@ -7,7 +7,7 @@ from typing import Any
 
 from fimaq_core.errors import DataError, suggest
 from tasks.common.class_names import WORDNET_ID, by_name
-from tasks.common.files import composed, parse_json, read_text
+from tasks.common.files import composed, counted, parse_json, read_text
 from tasks.common.hashing import file_sha256
 
 #: Orders with a name: by characters as torchvision sorts, by numbers within names as timm sorts.
@@ -50,14 +50,12 @@ def ordered(
         classes: names of the folders.
         where: the folder that holds them.
         order: ``text``, ``natural`` or the path of a file; None where the user said nothing.
-        known: class names by label that the checkpoint gives; used where the folders have them, but
-            for case, spaces and underscores. None: it gives none; empty: they cannot be read.
+        known: class names by label in the checkpoint. None: it has none; empty: they cannot be read.
         labels: False where labels are not used, so that no order needs to be chosen.
         wanted: which order the user is asked for.
 
     Raises:
-        DataError: no order was chosen, and text and natural order differ or the checkpoint has as
-            many classes of other names; or a file that does not fit.
+        DataError: no order was chosen and none is clear, or a file that does not fit.
     """
     text = sorted(classes, key=composed)
     twice = _first_twice(map(composed, text))
@@ -98,13 +96,7 @@ def ordered(
 
 
 def known_notes(names: Sequence[str], order: str, known: Sequence[str] | None) -> list[str]:
-    """Say what the class names of a checkpoint (``known``) did for labels.
-
-    Args:
-        names: of the folders by label, as :func:`ordered` gives them.
-        order: its name.
-        known: as in :func:`ordered`.
-    """
+    """Say what the class names of a checkpoint (``known``) did for labels; ``names`` and ``order`` as of :func:`ordered`."""
     if known is None:
         return []
     matched = _by_known(known, names)
@@ -138,10 +130,7 @@ def _same_kind(known: Sequence[str], folders: Sequence[str]) -> bool:
 
 
 def read_class_order(path: Path) -> list[str]:
-    """Class names by label from a file.
-
-    Text has one name per line. JSON is a list of names, or an object ``{name: label}`` or
-    ``{label: name}`` with labels as numbers or digits.
+    """Read class names by label: text with one name per line, or JSON (a list, ``{name: label}`` or ``{label: name}``).
 
     Raises:
         DataError: the file cannot be read, or labels are not 0, 1, 2, ... once each.
@@ -159,10 +148,7 @@ def read_class_order(path: Path) -> list[str]:
 
 
 def by_label(pairs: Iterable[tuple[Any, Any]]) -> list[str] | None:
-    """Names of pairs (label, name) by label; None unless labels are 0, 1, 2, ... once each.
-
-    Labels are numbers or their digits.
-    """
+    """Names of pairs (label, name) by label, a number or its digits; None unless labels are 0, 1, 2, ... once each."""
     listed = [(int(label) if isinstance(label, str) and label.isdecimal() else label, name) for label, name in pairs]
     sound = all(type(label) is int and isinstance(name, str) for label, name in listed)
     if not listed or not sound or {label for label, _ in listed} != {*range(len(listed))}:
@@ -180,8 +166,6 @@ def _matched(names: Sequence[str], classes: Sequence[str], where: Path, path: Pa
     surplus = [name for name in listed if name not in folders]
     missing = sorted(folders.keys() - set(listed))
     if surplus or missing:
-        from tasks.common.images import counted  # heavy, and needed for this message only
-
         problems = []
         if surplus:
             near = suggest(surplus[0], missing) if missing else ""

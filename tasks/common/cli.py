@@ -4,7 +4,6 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +12,24 @@ import click
 from fimaq_core.bars import progress_bars
 from fimaq_core.errors import FimaqError, RecipeError
 from fimaq_core.progress import Report
+from fimaq_core.recipe import Recipe
 from tasks.common.options import (
     GroupedCommand,
     TaskOptions,
     given_recipe,
     mlp_option,
     model_options,
+    out_option,
     recipe_options,
-    stage_options,
-    take_data,
-    take_preprocessing,
+    run_options,
+    take,
     take_recipe,
-    take_requests,
     weights_options,
+    with_options,
+    with_preprocessing,
 )
 from tasks.common.registry import defaults
-from tasks.common.request import CellRequest
+from tasks.common.request import CellRequest, DataRequest, ModelRequest
 
 
 def build_group(task_name: str, summary: str, own: TaskOptions = TaskOptions()) -> click.Group:
@@ -40,25 +41,23 @@ def build_group(task_name: str, summary: str, own: TaskOptions = TaskOptions()) 
         logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
 
     @group.command(cls=GroupedCommand, help="Calibrate, reconstruct and evaluate one model; writes a result record.")
-    @partial(model_options, own)
-    @mlp_option
-    @partial(recipe_options, own)
+    @with_options(*model_options(own), mlp_option, *recipe_options(own))
     @click.option("--variant", help="Name of this variant of the method in tables.")
     @click.option(
         "--results", default="results/runs", show_default=True, type=click.Path(path_type=Path), help="Where records go."
     )
     @click.option("--force", is_flag=True, help="Remove what is there of the cell, and measure it again.")
     def run(**options: Any) -> None:
+        from tasks.common.environment import resolve_device
         from tasks.common.plan import forget
         from tasks.common.prepare import check_request
         from tasks.common.record import read_record
         from tasks.common.run import run_cell
 
-        recipe = take_recipe(options, defaults(task_name))
-        model, data = take_requests(options)
         force = options.pop("force")
-        request = check_request(CellRequest(task_name, model, data, recipe, **options))
+        request = check_request(_request(task_name, take_recipe(options, defaults(task_name)), options))
         if force:
+            resolve_device(request.device)  # nothing is removed for a run that cannot start
             forget([request])
         with progress_bars() as report:
             path = run_cell(request, report)
@@ -77,19 +76,16 @@ def build_group(task_name: str, summary: str, own: TaskOptions = TaskOptions()) 
         cls=GroupedCommand,
         help="Reconstruct the MLPs only (GELU becomes ReLU), the first stage of APHQ-ViT; writes a checkpoint.",
     )
-    @partial(model_options, own)
-    @partial(recipe_options, own)
-    @click.option("--out", required=True, type=click.Path(path_type=Path), help="Checkpoint to write (.safetensors).")
+    @with_options(*model_options(own), *recipe_options(own))
+    @out_option
     def reconstruct_mlp(**options: Any) -> None:
         from tasks.common import stages
 
         click.echo(f"checkpoint of reconstructed MLPs: {_first_stage(task_name, stages.mlp_stage, options)}")
 
     @group.command(cls=GroupedCommand, help="Find the ranges only; writes a checkpoint.")
-    @partial(model_options, own)
-    @mlp_option
-    @partial(recipe_options, own)
-    @click.option("--out", required=True, type=click.Path(path_type=Path), help="Checkpoint to write (.safetensors).")
+    @with_options(*model_options(own), mlp_option, *recipe_options(own))
+    @out_option
     def calibrate(**options: Any) -> None:
         from tasks.common import stages
 
@@ -101,28 +97,26 @@ def build_group(task_name: str, summary: str, own: TaskOptions = TaskOptions()) 
         "reconstruction; those that determine ranges must be the checkpoint's.",
     )
     @click.argument("checkpoint", type=click.Path(path_type=Path))
-    @partial(stage_options, own)
-    @partial(recipe_options, own)
-    @click.option("--out", required=True, type=click.Path(path_type=Path), help="Checkpoint to write (.safetensors).")
+    @with_options(*run_options(own), *weights_options(), *recipe_options(own))
+    @out_option
     def reconstruct(checkpoint: Path, **options: Any) -> None:
         from tasks.common import stages
 
-        out, given = options.pop("out"), given_recipe(options)
-        options["preprocessing"] = take_preprocessing(options)
+        out, given, data = options.pop("out"), given_recipe(options), take(DataRequest, with_preprocessing(options))
         with progress_bars() as report:
-            log = stages.reconstruct_stage(task_name, checkpoint, out, given, take_data(options), options, report)
+            log = stages.reconstruct_stage(task_name, checkpoint, out, given, data, options, report)
         _echo(f"note: {note}" for note in log.sentences())
         click.echo(f"reconstructed checkpoint: {out}")
 
     @group.command(help="Evaluate CHECKPOINT, of any stage (with MLPs alone reconstructed: in full precision).")
     @click.argument("checkpoint", type=click.Path(path_type=Path))
-    @partial(stage_options, own)
+    @with_options(*run_options(own), *weights_options())
     def evaluate(checkpoint: Path, **options: Any) -> None:
         from tasks.common import stages
 
-        options["preprocessing"] = take_preprocessing(options)
+        data = take(DataRequest, with_preprocessing(options))
         with progress_bars() as report:
-            evaluation = stages.evaluate_stage(task_name, checkpoint, take_data(options), options, report)
+            evaluation = stages.evaluate_stage(task_name, checkpoint, data, options, report)
         for name, metric in evaluation.metrics.items():
             click.echo(f"{name} {metric.value:.2f} ± {metric.stderr:.2f} (n = {evaluation.n})")
         _echo(f"note: {note}" for note in evaluation.notes)
@@ -135,7 +129,7 @@ def build_group(task_name: str, summary: str, own: TaskOptions = TaskOptions()) 
     )
     @click.argument("checkpoint", type=click.Path(path_type=Path))
     @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
-    @weights_options
+    @with_options(*weights_options())
     def inspect(checkpoint: Path, as_json: bool, **options: Any) -> None:
         from tasks.common import stages
 
@@ -159,14 +153,18 @@ def _echo(lines: Iterable[str]) -> None:
         click.echo(line)
 
 
+def _request(task_name: str, recipe: Recipe | None, options: dict[str, Any]) -> CellRequest:
+    model, data = take(ModelRequest, with_preprocessing(options)), take(DataRequest, options)
+    return CellRequest(task_name, model, data, recipe, **options)
+
+
 def _first_stage(task_name: str, stage: Callable[[CellRequest, Path, Report], list[str]], options: dict[str, Any]) -> Path:
     """Run a stage that starts from the float model; return the checkpoint it wrote."""
     recipe, out = take_recipe(options, defaults(task_name)), Path(options.pop("out"))
     if recipe is None:
         raise RecipeError("Method 'fp' has no stages: use run.")
-    model, data = take_requests(options)
     with progress_bars() as report:
-        notes = stage(CellRequest(task_name, model, data, recipe, **options), out, report)
+        notes = stage(_request(task_name, recipe, options), out, report)
     _echo(f"note: {note}" for note in notes)
     return out
 

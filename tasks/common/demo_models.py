@@ -17,13 +17,7 @@ from tasks.common.weights import StoredWeights, load_state, read_weights
 
 @dataclass(frozen=True)
 class DemoSpec:
-    """How to build a demo model.
-
-    Attributes:
-        module: Module that defines the class; imported only when a model is built.
-        cls: Name of the class.
-        kwargs: Its keyword arguments.
-    """
+    """How to build a demo model: the module that defines its class, imported only then, the class's name and arguments."""
 
     module: str
     cls: str
@@ -32,13 +26,11 @@ class DemoSpec:
 
 @dataclass(frozen=True)
 class DemoModels:
-    """The demo models of one task.
-
-    Every method takes the name of a model and raises ModelError for an unknown one.
+    """The demo models of one task. Methods take the name of a model and raise ModelError for an unknown one.
 
     Attributes:
-        specs: Name to specification.
-        folder: Where the weights and their metadata are.
+        specs: by name.
+        folder: of the weights and their metadata.
     """
 
     specs: dict[str, DemoSpec]
@@ -50,30 +42,27 @@ class DemoModels:
         return tuple(self.specs)
 
     def spec(self, name: str) -> DemoSpec:
-        """Looks up how a demo model is built."""
+        """Look up how a demo model is built."""
         if name in self.specs:
             return self.specs[name]
         raise ModelError(f"Unknown demo model {name!r}.{suggest(name, self.specs)}")
 
     def build(self, name: str) -> nn.Module:
-        """Builds a demo model with random weights, in eval mode."""
+        """Build a demo model with random weights, in eval mode."""
         spec = self.spec(name)
         model: nn.Module = getattr(importlib.import_module(spec.module), spec.cls)(**spec.kwargs)
         return model.eval()
 
     def weights_path(self, name: str) -> Path:
-        """Returns where the trained weights (safetensors, float32) of a demo model are."""
+        """Return where the trained weights (safetensors, float32) of a demo model are."""
         self.spec(name)
         return self.folder / f"{name}.safetensors"
 
     def load(self, request: ModelRequest, weights: Path | None) -> tuple[nn.Module, StoredWeights]:
-        """Builds the model that is asked for with its weights, or those of another file.
-
-        Returns:
-            The model and what was read.
+        """Build the model that is asked for with its weights, or those of another file; return also what was read.
 
         Raises:
-            ModelError: Arguments for the constructor or the preprocessing, or weights that do not fit.
+            ModelError: arguments for the constructor or the preprocessing, or weights that do not fit.
             NumericsError: NaN in the weights.
         """
         if request.model_args:
@@ -87,18 +76,7 @@ class DemoModels:
         return model.eval(), stored
 
     def metadata(self, name: str) -> dict[str, Any]:
-        """Reads what is recorded about the weights: training settings, accuracies, versions and the file's sha256.
-
-        Args:
-            name: Name of the model.
-
-        Returns:
-            The metadata.
-
-        Raises:
-            ValueError: If there is no such model.
-            FileNotFoundError: If the model has not been trained.
-        """
+        """Read training settings, accuracies, versions and sha256 of the weights. Raises FileNotFoundError."""
         path = self.weights_path(name).with_suffix(".json")
         if not path.is_file():
             raise FileNotFoundError(f"no metadata for {name}: train it with `python scripts/train_demo.py --models {name}`")

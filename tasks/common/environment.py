@@ -1,4 +1,4 @@
-"""Facts about where a run happens."""
+"""Facts about where a run happens, and what it takes."""
 
 import contextlib
 import os
@@ -6,6 +6,7 @@ import platform
 import resource
 import subprocess
 import sys
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -57,31 +58,52 @@ def describe(device: torch.device) -> Environment:
 
 
 def instructions() -> str:
-    """Instruction set of PyTorch's CPU kernels, and oneDNN's limit where the environment sets one."""
+    """Return the instruction set of PyTorch's CPU kernels, and oneDNN's limit where one is set."""
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA")
     return torch.backends.cpu.get_cpu_capability() + (f", oneDNN up to {limit}" if limit else "")
 
 
 def git_revision() -> str:
-    """Commit of the checkout, with ``+changes`` where files differ from it; ``unknown`` outside a checkout."""
+    """Return the checkout's commit, with ``+changes`` where files differ; ``unknown`` without one."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
     root = Path(__file__).resolve().parents[2]
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True, timeout=10)
-        state = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"],
-            cwd=root,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=30,
-        )
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True, timeout=30)
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return commit.stdout.strip() + ("+changes" if state.stdout.strip() else "")
+    return done.stdout.strip()
+
+
+class StageClock:
+    """Measures stages that follow each other on ``device``, from its making on.
+
+    Attributes:
+        seconds: wall-clock time by stage; of those that ran several times the sum.
+        memory: peak bytes by stage (:func:`peak_memory`); of those that ran several times the largest.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.seconds: dict[str, float] = {}
+        self.memory: dict[str, int] = {}
+        self.restart()
+
+    def restart(self) -> None:
+        """Leave out what has happened since the last stage ended."""
+        reset_peak_memory(self._device)
+        self._start = time.monotonic()
+
+    def lap(self, stage: str) -> None:
+        """End ``stage``: it is what happened since the one before it ended."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - self._start
+        self.memory[stage] = max(self.memory.get(stage, 0), peak_memory(self._device))
+        self.restart()
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Let :func:`peak_memory` count from now on; on the CPU where the system can do that (Linux), else it goes on as it was."""
+    """Let :func:`peak_memory` count from now on; on the CPU only where the system can (Linux)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
@@ -90,7 +112,7 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak bytes since the last :func:`reset_peak_memory`: of the device's tensors on CUDA, of the whole process on the CPU.
+    """Return peak bytes since :func:`reset_peak_memory`: of tensors on CUDA, of the process on the CPU.
 
     Where the system cannot reset it, that is the peak of the process so far.
     """

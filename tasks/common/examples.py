@@ -1,4 +1,4 @@
-"""What a model says of a few samples, kept beside the record for people to look at: which samples, and the file's form."""
+"""A model's answers for a few samples, kept beside the record: which samples, and the file's form."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field, ValidationError
 
-from fimaq_core.errors import CheckpointError
+from fimaq_core.errors import CheckpointError, first_problem
 from tasks.common.strict import Strict
 
 EXAMPLES_FILE = "examples.json"
@@ -22,12 +22,10 @@ _BYTES, _SAMPLES = 5 * 10**6, 64
 
 
 class Spread:
-    """Chooses up to :data:`SAMPLES` samples, evenly spaced: the set is cut into as many strips, and the first sample of each
-    that comes is chosen. That depends on positions alone, so every model is shown with the same samples; for a damaged image
-    the next one stands in.
+    """Chooses up to :data:`SAMPLES` of ``count`` samples, evenly spaced.
 
-    Args:
-        count: samples of the whole set, damaged ones included.
+    The set (damaged samples included) is cut into as many strips, and the first sample of each that
+    comes is chosen. That depends on positions alone, so every model is shown with the same samples.
     """
 
     def __init__(self, count: int) -> None:
@@ -48,7 +46,7 @@ class Spread:
 def leaders(scores: np.ndarray, correct: np.ndarray) -> list[int]:
     """Indices of the highest :data:`ANSWERS` of ``scores`` (n,), the highest first.
 
-    Of equal scores, those that ``correct`` (n,) of bool names come last: ties count against the model here as in its metrics.
+    Of equal scores, ``correct`` ones (n,) come last: ties count against the model, as in its metrics.
     """
     return [int(index) for index in np.lexsort((correct, -scores))[:ANSWERS]]
 
@@ -102,7 +100,7 @@ class CaptionSample(_Exact):
 
 
 class TrueObject(_Exact):
-    """An annotated object, in pixels of the original image: x, y, width, height, and outlines as x0, y0, x1, y1, ..."""
+    """An annotated object in pixels: box x, y, width, height; outlines x0, y0, x1, y1, ..."""
 
     name: _Text
     box: list[float] = Field(min_length=4, max_length=4)
@@ -140,10 +138,10 @@ def example_file(task: str, samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def read_examples(folder: Path, name: str) -> ExampleFile:
-    """Read the examples in ``folder`` whose file its record calls ``name``; nothing that both say is trusted.
+    """Read the examples ``name`` (as the record calls them) in ``folder``; neither is trusted.
 
     Raises:
-        CheckpointError: missing, not a file in that folder, larger than any that is written, or not of the form.
+        CheckpointError: missing, not in that folder, larger than any that is written, or not valid.
     """
     if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
         raise CheckpointError(f"The record in {folder} names {name!r} as its examples, which is no file beside it.")
@@ -163,6 +161,4 @@ def read_examples(folder: Path, name: str) -> ExampleFile:
     try:
         return ExampleFile.model_validate_json(content)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise CheckpointError(f"The examples {path} are not valid: {where}: {first['msg']} ({advice})") from error
+        raise CheckpointError(f"The examples {path} are not valid: {first_problem(error)} ({advice})") from error

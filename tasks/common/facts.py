@@ -13,18 +13,18 @@ measured on hardware: quantization is simulated, so neither the checkpoint's fil
 what integer storage and arithmetic would come to.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from fimaq_core.chain import BlockChain
-from fimaq_core.layers import QuantMatMul, WeightLayer
+from fimaq_core.layers import QuantMatMul, WeightLayer, quant_layers, set_quantized
 from fimaq_core.recipe import OFF
-from tasks.common.macs import Layer, chain_parts, count_macs, multiplying_layers
-from tasks.common.modules import layer_entry, part_name
+from tasks.common.modules import Layer, chain_parts, layer_entry, part_name
 from tasks.common.record import LayerEntry
 
 
@@ -66,11 +66,6 @@ class LayerFacts:
         first, second = self.factor_bits
         return self.macs * first * second
 
-    @property
-    def quantized(self) -> bool:
-        """Whether at least one factor is quantized."""
-        return min(self.factor_bits) < OFF
-
 
 @dataclass(frozen=True)
 class ValueFacts:
@@ -88,65 +83,6 @@ class ValueFacts:
 
 
 @dataclass(frozen=True)
-class Totals:
-    """Sums over a model; sizes in bits, operations for one image, ratios full precision over quantized."""
-
-    weights: int
-    weight_bits: int
-    overhead_bits: int
-    full_precision_values: int
-    macs: int
-    quantized_macs: int
-    bops: int
-
-    @property
-    def full_weight_bits(self) -> int:
-        """The layers' weights in full precision."""
-        return self.weights * OFF
-
-    @property
-    def full_precision_bits(self) -> int:
-        """What is not quantized."""
-        return self.full_precision_values * OFF
-
-    @property
-    def size_bits(self) -> int:
-        """The whole model: weights, overhead, and what is not quantized."""
-        return self.weight_bits + self.overhead_bits + self.full_precision_bits
-
-    @property
-    def full_size_bits(self) -> int:
-        """The whole model in full precision."""
-        return self.full_weight_bits + self.full_precision_bits
-
-    @property
-    def full_bops(self) -> int:
-        """Bit operations in full precision."""
-        return self.macs * OFF * OFF
-
-    def content(self) -> dict[str, int | float]:
-        """Everything, with ratios, as JSON values."""
-        return {
-            "weights": self.weights,
-            "weight_bits": self.weight_bits,
-            "full_weight_bits": self.full_weight_bits,
-            "weight_ratio": self.full_weight_bits / self.weight_bits,
-            "overhead_bits": self.overhead_bits,
-            "full_precision_values": self.full_precision_values,
-            "full_precision_bits": self.full_precision_bits,
-            "size_bits": self.size_bits,
-            "full_size_bits": self.full_size_bits,
-            "size_ratio": self.full_size_bits / self.size_bits,
-            "macs": self.macs,
-            "quantized_macs": self.quantized_macs,
-            "quantized_share": self.quantized_macs / self.macs,
-            "bops": self.bops,
-            "full_bops": self.full_bops,
-            "bops_ratio": self.full_bops / self.bops,
-        }
-
-
-@dataclass(frozen=True)
 class ModelFacts:
     """Layers in order, what stays in full precision, and sums."""
 
@@ -154,43 +90,52 @@ class ModelFacts:
     full_precision: list[ValueFacts]
 
     @property
-    def totals(self) -> Totals:
-        """The sums."""
-        return Totals(
-            weights=sum(layer.weights for layer in self.layers),
-            weight_bits=sum(layer.weight_size for layer in self.layers),
-            overhead_bits=sum(layer.overhead_bits for layer in self.layers),
-            full_precision_values=sum(part.values for part in self.full_precision),
-            macs=sum(layer.macs for layer in self.layers),
-            quantized_macs=sum(layer.macs for layer in self.layers if layer.quantized),
-            bops=sum(layer.bops for layer in self.layers),
+    def totals(self) -> dict[str, int | float]:
+        """Sums; sizes in bits, operations for one image, ratios full precision over quantized."""
+        weights, weight_bits, overhead, macs, bops = (
+            sum(getattr(layer, name) for layer in self.layers)
+            for name in ("weights", "weight_size", "overhead_bits", "macs", "bops")
         )
+        quantized = sum(layer.macs for layer in self.layers if min(layer.factor_bits) < OFF)
+        values = sum(part.values for part in self.full_precision)
+        size, full_size, full_bops = weight_bits + overhead + values * OFF, (weights + values) * OFF, macs * OFF * OFF
+        return {
+            "weights": weights,
+            "weight_bits": weight_bits,
+            "full_weight_bits": weights * OFF,
+            "weight_ratio": weights * OFF / weight_bits,
+            "overhead_bits": overhead,
+            "full_precision_values": values,
+            "full_precision_bits": values * OFF,
+            "size_bits": size,
+            "full_size_bits": full_size,
+            "size_ratio": full_size / size,
+            "macs": macs,
+            "quantized_macs": quantized,
+            "quantized_share": quantized / macs,
+            "bops": bops,
+            "full_bops": full_bops,
+            "bops_ratio": full_bops / bops,
+        }
 
 
 def model_facts(chain: BlockChain, image: Tensor) -> ModelFacts:
-    """Facts about ``chain``, which is left as it was.
+    """Return facts about ``chain``, which is left as it was. Uncalibrated, it has no overhead.
 
-    Args:
-        chain: calibrated or not; what is not calibrated has no overhead.
-        image: one input (1, ...) on the chain's device; only its shape matters.
-
-    Raises:
-        ValueError: not one image.
+    ``image`` and the error are those of :func:`count_macs`.
     """
     macs = count_macs(chain, image)
     layers = []
-    for name, layer in multiplying_layers(chain):
+    for name, layer in _multiplying_layers(chain):
         shape = None if isinstance(layer, QuantMatMul) else tuple(layer.weight.shape)
         layers.append(LayerFacts(layer_entry(name, layer), shape, macs[name], _overhead(layer)))
     return ModelFacts(layers, list(_full_precision(chain)))
 
 
 def joined_facts(parts: Mapping[str, ModelFacts], untouched: Mapping[str, nn.Module]) -> ModelFacts:
-    """Facts about a model of several parts, by names that begin with the part's; one part without a name stays as it is.
+    """Return facts about a model of several parts, by names that begin with the part's.
 
-    Args:
-        parts: facts about each chain.
-        untouched: parts without one: their values count as full precision, what they compute is not counted.
+    Values of ``untouched`` parts count as full precision; what these compute is not counted.
     """
     layers = [
         replace(layer, entry=layer.entry.model_copy(update={"name": part_name(part, layer.entry.name)}))
@@ -204,6 +149,52 @@ def joined_facts(parts: Mapping[str, ModelFacts], untouched: Mapping[str, nn.Mod
     return ModelFacts(layers, values)
 
 
+@torch.no_grad()
+def count_macs(chain: BlockChain, image: Tensor) -> dict[str, int]:
+    """Return the MACs of every layer of ``chain`` for one input (1, ...) in full precision.
+
+    PyTorch counts them while the input passes. A layer that is used twice counts twice. Only the
+    input's shape matters.
+
+    Raises:
+        ValueError: not one image.
+    """
+    if image.shape[0] != 1 and chain.segment(0).kind != "predictor":  # of which one image has many inputs
+        raise ValueError(f"one image is needed, got {image.shape[0]}")
+    flops = FlopCounterMode(display=False)
+    macs = dict.fromkeys((name for name, _ in _multiplying_layers(chain)), 0)
+
+    def count(name: str, sign: int) -> Callable[..., None]:
+        def add(*_: object) -> None:
+            macs[name] += sign * flops.get_total_flops() // 2  # two operations per MAC
+
+        return add
+
+    switched = [(layer, layer.quantized) for _, layer in quant_layers(chain)]
+    handles = []
+    for name, layer in _multiplying_layers(chain):
+        handles.append(layer.register_forward_pre_hook(count(name, -1)))
+        handles.append(layer.register_forward_hook(count(name, 1)))
+    try:
+        set_quantized(chain, False)
+        with flops:
+            chain(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for layer, on in switched:
+            layer.quantized = on
+    return macs
+
+
+def _multiplying_layers(chain: BlockChain) -> Iterator[tuple[str, Layer]]:
+    """Every layer that multiplies, by its name in the module map."""
+    for prefix, part in chain_parts(chain):
+        for name, module in part.named_modules(prefix=prefix):
+            if isinstance(module, Layer):
+                yield name, module
+
+
 def _overhead(layer: Layer) -> int:
     if isinstance(layer, QuantMatMul):
         return _range_bits(layer.a_quantizer) + _range_bits(layer.b_quantizer)
@@ -213,7 +204,7 @@ def _overhead(layer: Layer) -> int:
 
 
 def _range_bits(quantizer: Any) -> int:
-    """Bits of what a quantizer keeps beside codes: zero points in its own bits, scales (and whatever else) in 32."""
+    """Bits of what a quantizer keeps beside codes: zero points in its own bits, all else in 32."""
     if quantizer.off:
         return 0
     kept = {name: tensor.numel() for name, tensor in quantizer.state_dict().items() if name not in ("codes", "folded")}

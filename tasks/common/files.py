@@ -4,7 +4,7 @@ import json
 import os
 import posixpath
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,3 +149,14 @@ def id_below(name: str, root: Path | None) -> str:
         return name
     bases = (base for base in (root.absolute(), root.resolve()) if path.is_relative_to(base))
     return next((path.relative_to(base).as_posix() for base in bases), name)
+
+
+def counted(count: int, what: str) -> str:
+    """``1 image``, ``2 images``."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+def named(names: Sequence[str], most: int = 3) -> str:
+    """The first names of a list, and how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -12,9 +12,9 @@ from torchvision.datasets.folder import is_image_file, make_dataset
 
 from fimaq_core.errors import DataError
 from tasks.common.class_order import chosen, known_notes, ordered
-from tasks.common.files import composed, is_hidden
+from tasks.common.files import composed, counted, is_hidden, named
 from tasks.common.imagenet import IMAGENET, LAYOUT, is_imagenet
-from tasks.common.images import counted, file_reader, is_image, named
+from tasks.common.images import file_reader, is_image
 from tasks.common.record import Dataset
 
 #: Images of ImageNet-1k by part. The published numbers are on the 50,000 of ``val``.
@@ -65,15 +65,8 @@ class Source:
 
     def describe(self) -> Dataset:
         """The record's entry."""
-        return Dataset(
-            name=self.name,
-            split=self.split,
-            count=len(self.ids),
-            classes=self.classes,
-            fingerprint=self.fingerprint,
-            class_order=self.class_order,
-            left_out=len(self.left_out),
-        )
+        found = {name: getattr(self, name) for name in ("name", "split", "classes", "fingerprint", "class_order")}
+        return Dataset(**found, count=len(self.ids), left_out=len(self.left_out))
 
     def notes(self) -> list[str]:
         """Describe what the user did not ask for: files left out, labels by the weights file."""
@@ -156,17 +149,9 @@ def _listed_folder(root: Path, part: str, names: tuple[str, ...], order: str, ch
     odd = next((name for name in ids if not name.isprintable()), None)
     if odd is not None:  # records hold names as text
         raise DataError(f"{folder} holds a file whose name is not UTF-8 or has control characters: {odd!r}. Rename it.")
-    return Source(
-        data_name(part, len(paths), names),
-        part,
-        ids,
-        [label for _, label in samples],
-        len(names),
-        file_reader(paths),
-        names,
-        order,
-        tuple(left_out),
-    )
+    targets, read = [label for _, label in samples], file_reader(paths)
+    name = data_name(part, len(paths), names)
+    return Source(name, part, ids, targets, len(names), read, names, order, tuple(left_out))
 
 
 def data_name(part: str, count: int, classes: Sequence[str]) -> str:

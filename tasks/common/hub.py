@@ -52,10 +52,9 @@ class Catalogue:
         if request.weights is not None:
             return request.weights
         if request.weights_folder is not None and request.name not in self.demo_names:
-            for suffix in SUFFIXES:
-                path = request.weights_folder / f"{self.full_name(request.name)}{suffix}"
-                if path.is_file():
-                    return path
+            name = self.full_name(request.name)
+            files = (request.weights_folder / f"{name}{suffix}" for suffix in SUFFIXES)
+            return next(filter(Path.is_file, files), None)
         return None
 
     def model_tag(self, request: ModelRequest) -> str:

@@ -5,7 +5,8 @@ import logging
 import mmap
 import random
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
+from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from fimaq_core.errors import DataError
+from fimaq_core.errors import DataError, ModelError
+from tasks.common.files import counted, named
 
 #: Raised by Pillow for files that it cannot read, and by :func:`as_rgb`.
 DAMAGED = (OSError, UnidentifiedImageError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError)
@@ -103,19 +106,18 @@ def is_image(path: Path) -> bool:
 
 
 def file_reader(paths: Sequence[Path]) -> Callable[[int], Image.Image]:
-    """Gives the image file of a position as RGB."""
-
-    def read(index: int) -> Image.Image:
-        return open_rgb(paths[index])
-
-    return read
+    """Return a function that gives the image file of a position as RGB."""
+    return lambda index: open_rgb(paths[index])
 
 
+@dataclass(eq=False)
 class Images(TorchDataset[tuple[Tensor, int, int] | DataError | None]):
-    """Samples with stable ids. An item is (image, label, position); for a damaged image None where such are skipped, else the
-    error for the caller to raise (raised in a data-loading process, its message would arrive inside a traceback).
+    """Samples with stable ids. An item is (image, label, position).
 
-    Args:
+    For a damaged image it is None where such are skipped, else the error for the caller to raise
+    (raised in a data-loading process, its message would arrive inside a traceback).
+
+    Attributes:
         ids: sample ids, in order.
         targets: labels.
         read: gives the PIL image of a position.
@@ -123,18 +125,15 @@ class Images(TorchDataset[tuple[Tensor, int, int] | DataError | None]):
         skip_corrupt: whether damaged images become None instead of an error.
     """
 
-    def __init__(
-        self,
-        ids: Sequence[str],
-        targets: Sequence[int],
-        read: Callable[[int], Image.Image],
-        transform: Callable[[Any], Tensor],
-        skip_corrupt: bool,
-    ) -> None:
-        self.ids, self.targets, self.read = ids, targets, read
-        self.transform, self.skip_corrupt = transform, skip_corrupt
+    ids: Sequence[str]
+    targets: Sequence[int]
+    read: Callable[[int], Image.Image]
+    transform: Callable[[Any], Tensor]
+    skip_corrupt: bool
+
+    def __post_init__(self) -> None:
         # One bit per kind of warning, in memory that data-loading processes share.
-        self._warned = mmap.mmap(-1, max(1, len(ids)))
+        self._warned = mmap.mmap(-1, max(1, len(self.ids)))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -174,17 +173,6 @@ class Images(TorchDataset[tuple[Tensor, int, int] | DataError | None]):
         return found
 
 
-def counted(count: int, what: str) -> str:
-    """``1 image``, ``2 images``."""
-    return f"{count:,} {what}{'' if count == 1 else 's'}"
-
-
-def named(names: Sequence[str], most: int = 3) -> str:
-    """The first names of a list, and how many more there are."""
-    more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
 def seeded_item(images: Images, index: int, seed: int) -> Tensor | None:
     """Item ``index`` with every generator that transforms use seeded by (seed, index), and put back afterwards."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
@@ -204,13 +192,52 @@ def seeded_item(images: Images, index: int, seed: int) -> Tensor | None:
 
 
 def collate(items: list[tuple[Tensor, int, int] | DataError | None]) -> tuple[Tensor, Tensor, Tensor] | DataError | None:
-    kept = []
-    for item in items:
-        if isinstance(item, DataError):
-            return item
-        if item is not None:
-            kept.append(item)
-    if not kept:
-        return None
+    """Stack items; a damaged image comes alone, and None if there is none left."""
+    kept = [item for item in items if item is not None]
+    damaged = next((item for item in kept if isinstance(item, DataError)), None)
+    if damaged is not None or not kept:
+        return damaged
     images, labels, positions = zip(*kept, strict=True)
     return torch.stack(images), torch.tensor(labels), torch.tensor(positions)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """A model's outputs on one batch.
+
+    ``values`` (B, ...) float32 are on the model's device, ``targets`` and ``positions`` (B,) on the CPU;
+    ``done`` images are behind it, damaged ones included.
+    """
+
+    values: Tensor
+    targets: Tensor
+    positions: Tensor
+    done: int
+
+
+def image_outputs(
+    model: Callable[[Tensor], Tensor], images: Images, device: torch.device, batch_size: int, workers: int
+) -> Iterator[Outputs]:
+    """Yield the outputs of ``model`` on ``images`` in their order; images that were skipped are missing.
+
+    Raises:
+        DataError: a damaged image (unless skipped).
+        ModelError: the model does not take these images.
+    """
+    loader = DataLoader(images, batch_size=batch_size, num_workers=workers, collate_fn=collate, pin_memory=device.type == "cuda")
+    done = 0
+    for batch in loader:
+        done = min(done + batch_size, len(images))
+        if isinstance(batch, DataError):
+            raise batch
+        if batch is None:
+            continue
+        pixels, targets, positions = batch
+        try:
+            with torch.no_grad():
+                values = model(pixels.to(device, non_blocking=True)).float()
+        except (RuntimeError, AssertionError) as error:
+            if isinstance(error, torch.cuda.OutOfMemoryError):
+                raise
+            raise ModelError(f"The model does not take images of shape {tuple(pixels.shape[1:])}: {error}") from error
+        yield Outputs(values, targets, positions, done)

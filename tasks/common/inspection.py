@@ -1,7 +1,7 @@
 """Facts about a checkpoint, as text (one line a layer) and as JSON."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,15 @@ from tasks.common.facts import LayerFacts, ModelFacts
 from tasks.common.preprocessing import Preprocessing
 from tasks.common.registry import defaults
 
-_LAYER_COLUMNS = {
+#: Columns of tables; their alignment.
+_LAYERS = {
     "layer": "left", "kind": "left", "weight": "left", "MACs": "right", "weight bits": "right", "weight quantizer": "left",
     "weight ranges": "left", "input bits": "right", "input quantizer": "left", "input ranges": "left", "size (bits)": "right",
     "bytes": "right", "overhead (bits)": "right", "BOPs": "right", "of full": "right",
 }  # fmt: skip
+_VALUES = {"in full precision": "left", "kind": "left", "values": "right", "size (bits)": "right", "bytes": "right"}
 #: What a stage's name does not say by itself.
 _MEANINGS = {"mlp": " (MLPs reconstructed, full precision)"}
-_VALUE_COLUMNS = {"in full precision": "left", "kind": "left", "values": "right", "size (bits)": "right", "bytes": "right"}
 
 
 @dataclass(frozen=True)
@@ -73,33 +74,26 @@ class Inspection:
             },
             "layers": [_layer_content(layer) for layer in self.facts.layers],
             "full_precision": [{**asdict(part), "size_bits": 32 * part.values} for part in self.facts.full_precision],
-            "totals": self.facts.totals.content(),
+            "totals": self.facts.totals,
         }
 
     def text(self) -> str:
         """Layers, what stays in full precision, sums, and where the checkpoint comes from."""
         values = [(part.name, part.kind, part.values, *_size(32 * part.values)) for part in self.facts.full_precision]
-        return "\n\n".join(
-            [
-                _table(_LAYER_COLUMNS, [_layer_row(layer) for layer in self.facts.layers]),
-                _table(_VALUE_COLUMNS, values),
-                "\n".join(self._sums()),
-                "\n".join(self._origin()),
-            ]
-        )
+        tables = [_table(_LAYERS, map(_layer_row, self.facts.layers)), _table(_VALUES, values)]
+        return "\n\n".join([*tables, "\n".join(self._sums()), "\n".join(self._origin())])
 
     def _sums(self) -> list[str]:
         sums = self.facts.totals
-        ratios = sums.content()
-        whole = f"{_bits(sums.size_bits)}; full precision {_bits(sums.full_size_bits)}"
+        bits = {name: _bits(int(value)) for name, value in sums.items()}
+        whole = f"{bits['size_bits']}; full precision {bits['full_size_bits']}"
         return [
-            f"weights: {_bits(sums.weight_bits)}; full precision {_bits(sums.full_weight_bits)}; "
-            f"ratio {ratios['weight_ratio']:.2f}",
-            f"overhead (scales and zero points): {_bits(sums.overhead_bits)}",
-            f"in full precision: {sums.full_precision_values} values, {_bits(sums.full_precision_bits)}",
-            f"whole model: {whole}; ratio {ratios['size_ratio']:.2f}",
-            f"BOPs an image: {sums.bops}; full precision {sums.full_bops}; ratio {ratios['bops_ratio']:.2f}",
-            f"MACs an image: {sums.macs}; quantized {sums.quantized_macs} ({100 * ratios['quantized_share']:.2f} %)",
+            f"weights: {bits['weight_bits']}; full precision {bits['full_weight_bits']}; ratio {sums['weight_ratio']:.2f}",
+            f"overhead (scales and zero points): {bits['overhead_bits']}",
+            f"in full precision: {sums['full_precision_values']} values, {bits['full_precision_bits']}",
+            f"whole model: {whole}; ratio {sums['size_ratio']:.2f}",
+            f"BOPs an image: {sums['bops']}; full precision {sums['full_bops']}; ratio {sums['bops_ratio']:.2f}",
+            f"MACs an image: {sums['macs']}; quantized {sums['quantized_macs']} ({100 * sums['quantized_share']:.2f} %)",
             "not counted: softmax, norms, GELU, additions, quantizing itself; quantization is simulated, "
             "so file and running time are not smaller",
         ]
@@ -136,26 +130,19 @@ def _layer_content(layer: LayerFacts) -> dict[str, Any]:
 
 
 def _layer_row(layer: LayerFacts) -> tuple[Any, ...]:
-    entry, product = layer.entry, layer.entry.other_bits is not None
-    return (
-        entry.name,
-        entry.kind,
-        "-" if layer.shape is None else "x".join(map(str, layer.shape)),
-        layer.macs,
-        "-" if product else entry.weight_bits,
-        "-" if product else entry.weight_quantizer,
-        "-" if product else entry.weight_ranges,
-        f"{entry.input_bits} x {entry.other_bits}" if product else entry.input_bits,
-        f"{entry.input_quantizer} x {entry.other_quantizer}" if product else entry.input_quantizer,
-        entry.input_ranges,
-        *_size(layer.weight_size),
-        layer.overhead_bits,
-        layer.bops,
-        f"{100 * layer.bops / (32 * 32 * layer.macs):.2f} %" if layer.macs else "-",
-    )
+    entry = layer.entry
+    weight: tuple[Any, ...] = entry.weight_bits, entry.weight_quantizer, entry.weight_ranges
+    given: tuple[Any, ...] = entry.input_bits, entry.input_quantizer
+    if entry.other_bits is not None:  # a product has no weight, but another operand
+        weight = "-", "-", "-"
+        given = f"{entry.input_bits} x {entry.other_bits}", f"{entry.input_quantizer} x {entry.other_quantizer}"
+    shape = "-" if layer.shape is None else "x".join(map(str, layer.shape))
+    share = f"{100 * layer.bops / (32 * 32 * layer.macs):.2f} %" if layer.macs else "-"
+    sizes = *_size(layer.weight_size), layer.overhead_bits, layer.bops, share
+    return entry.name, entry.kind, shape, layer.macs, *weight, *given, entry.input_ranges, *sizes
 
 
-def _table(columns: dict[str, str], rows: Sequence[Sequence[Any]]) -> str:
+def _table(columns: dict[str, str], rows: Iterable[Sequence[Any]]) -> str:
     return str(tabulate(rows, list(columns), tablefmt="simple", disable_numparse=True, colalign=list(columns.values())))
 
 

@@ -1,4 +1,4 @@
-"""The identity of a cell: where its record is, and what it shares with others, before anything heavy is imported."""
+"""Identity of a cell: where its record is, and what it shares with others. Imports nothing heavy."""
 
 import hashlib
 import json
@@ -12,6 +12,7 @@ from typing import Any
 from fimaq_core import NUMERICS_VERSION
 from fimaq_core.errors import CheckpointError, RecipeError, suggest
 from fimaq_core.files import remove, replaced_whole
+from fimaq_core.recipe import Recipe
 from tasks.common import registry
 from tasks.common.class_order import chosen as chosen_order
 from tasks.common.class_order import order_identity
@@ -22,24 +23,17 @@ from tasks.common.request import CellRequest, Missing
 
 
 def planned_folder(request: CellRequest) -> Path:
-    """The folder of a cell, its identity: task, model.tag, method, bits, seed, and a digest of all the rest."""
+    """Return the folder of a cell: task, model.tag, method, bits, seed, and a digest of all the rest."""
     request = resolved(request)
     recipe, basis = request.recipe, _basis(request)
-    tag = basis["model"][0]
-    rest = {
-        **basis,
-        "recipe": None if recipe is None else recipe.digest(),
-        "variant": variant_name(request),
-        "limit": request.data.limit,
-    }
-    digest = _digest(rest)
-    if recipe is None:
-        return cell_folder(request.results, request.task, tag, "fp", 32, 32, None, digest)
-    return cell_folder(request.results, request.task, tag, recipe.method, recipe.w_bits, recipe.a_bits, recipe.seed, digest)
+    own = None if recipe is None else recipe.digest()
+    digest = _digest({**basis, "recipe": own, "variant": variant_name(request), "limit": request.data.limit})
+    name = ("fp", 32, 32, None) if recipe is None else (recipe.method, recipe.w_bits, recipe.a_bits, recipe.seed)
+    return cell_folder(request.results, request.task, basis["model"][0], *name, digest)
 
 
 def _basis(request: CellRequest) -> dict[str, Any]:
-    """What of a resolved request decides what its cell computes, but for the recipe and what is measured on."""
+    """What decides the result of a resolved request, but for the recipe and the evaluated samples."""
     recipe, chosen = request.recipe, request.data.calibration_list
     order = chosen_order(request.data.class_order, request.data.path)
     given = {"entry": request.model.weights_entry, "preprocessing": request.model.preprocessing}
@@ -47,7 +41,7 @@ def _basis(request: CellRequest) -> dict[str, Any]:
         **{name: value for name, value in given.items() if value},
         "numerics": NUMERICS_VERSION,
         "model": registry.model_identity(request.task, request.model),
-        # One local file may be loaded under several names, which may say which transform goes with it.
+        # One local file may be loaded under several names, which may stand for other transforms.
         "name": None if request.model.weights is None else request.model.name,
         "model_args": request.model.model_args,
         "data": _path(request.data.path),
@@ -66,15 +60,10 @@ def _digest(content: dict[str, Any]) -> str:
 
 
 def note_shared(request: CellRequest, kind: str, digest: str, path: Path) -> None:
-    """Keep in the index of ``path``'s folder where the file is that a cell of ``request`` shares, so that a plan finds it.
+    """Note in the index of its folder that a cell of the resolved ``request`` shares the file ``path``.
 
-    Its name comes from weights and images, which only a run has loaded; the index goes by the request alone.
-
-    Args:
-        request: resolved.
-        kind: ``calibration``, ``mlp`` or ``reconstruction``.
-        digest: of what settles it beside model and data, as :func:`shared_digests` gives it.
-        path: the file, made or about to be.
+    The file's name comes from weights and images, which only a run has loaded; the index goes by the
+    request alone, so that plans find the file. ``kind``, ``digest``: see :func:`shared_digest`.
     """
     entry = _index(request, kind) / _entry(request, _basis(request), kind, digest)
     try:
@@ -82,31 +71,45 @@ def note_shared(request: CellRequest, kind: str, digest: str, path: Path) -> Non
             with replaced_whole(entry, durable=False) as temporary:
                 temporary.write_text(path.name, encoding="utf-8")
     except (CheckpointError, OSError):
-        return  # plans then do not know of the file; that is no reason to end a run, which says so itself if its disk is full
+        return  # plans then do not know of the file, which is no reason to end a run
+
+
+#: What settles a shared file beside model, data and part, by its kind.
+_DIGESTS: dict[str, Callable[[Recipe], str]] = {
+    "calibration": Recipe.calibration_digest,
+    "mlp": Recipe.mlp_digest,
+    "reconstruction": Recipe.digest,
+}
+
+
+def shared_digest(kind: str, part: str, recipe: Recipe) -> str:
+    """Return what settles the shared file of a part beside model and data.
+
+    Args:
+        kind: ``calibration``, ``mlp`` or ``reconstruction``.
+        part: its name; empty where the model is one chain.
+        recipe: the run's, with the scope of this part alone.
+    """
+    return f"{part_address(part, recipe.scope)}{_DIGESTS[kind](recipe)}"
+
+
+def part_address(name: str, scope: str | None) -> str:
+    """Return what tells shared files of a part from those of other parts and of other scopes in it."""
+    return name if scope in (None, name) or not name else f"{name} {scope}"
 
 
 def shared_digests(request: CellRequest) -> dict[str, list[str]]:
-    """What settles the files that a cell of a resolved ``request`` shares with others, beside model and data, by kind.
+    """Return the digests of the files that a cell of a resolved ``request`` shares, by kind.
 
-    A file for each part of the model that the task knows without loading it.
+    One file for each part of the model that the task knows without loading it.
     """
     recipe = request.recipe
     if recipe is None:
         return {}
     parts = registry.parts(request.task, recipe.scope)
-    addresses = {name: part_address(name, scope) for name, scope in parts.items()}
-    found = {"calibration": [f"{address}{recipe.calibration_digest()}" for address in addresses.values()]}
-    if recipe.reconstruct_mlp:
-        found["mlp"] = [f"{address}{recipe.mlp_digest()}" for address in addresses.values()]
-    if recipe.reconstruct and "" not in parts:
-        own = {name: recipe.model_copy(update={"scope": scope}) for name, scope in parts.items()}
-        found["reconstruction"] = [f"{address}{own[name].digest()}" for name, address in addresses.items()]
-    return found
-
-
-def part_address(name: str, scope: str | None) -> str:
-    """What tells the shared files of a part from those of other parts, and of other scopes within it."""
-    return name if scope in (None, name) or not name else f"{name} {scope}"
+    wanted = {"calibration": True, "mlp": recipe.reconstruct_mlp, "reconstruction": recipe.reconstruct and "" not in parts}
+    own = {name: recipe.model_copy(update={"scope": scope}) for name, scope in parts.items()}
+    return {kind: [shared_digest(kind, *part) for part in own.items()] for kind, use in wanted.items() if use}
 
 
 #: Names of the kinds of shared files for people.
@@ -114,12 +117,10 @@ _KINDS = {"calibration": "calibration", "mlp": "MLPs", "reconstruction": "parts"
 
 
 def cached(request: CellRequest, folder: Path) -> list[str]:
-    """What a cell that is not finished would find done, for people: ``blocks 3``, ``calibration``, ``MLPs``, ``parts 1 of 2``.
+    """What an unfinished cell would find done in its ``folder`` and elsewhere, for people.
 
-    Nothing of it is loaded: whether it still belongs to the cell (data may have changed since) only the run can tell.
-
-    Args:
-        folder: of the cell, see :func:`planned_folder`.
+    Such as ``blocks 3``, ``calibration``, ``MLPs``, ``parts 1 of 2``. Nothing is loaded: only the
+    run can tell whether it still belongs to the cell.
     """
     blocks = _count(folder / "blocks")
     texts = []
@@ -134,12 +135,12 @@ def cached(request: CellRequest, folder: Path) -> list[str]:
 
 
 def forget(requests: Iterable[CellRequest], folder_of: Callable[[CellRequest], Path] = planned_folder) -> None:
-    """Remove all that is there of cells, and the files noted as shared by them, so that a run starts from nothing.
+    """Remove all that is there of cells and of files they share, so that a run starts from nothing.
 
     Files given by ``mlp_checkpoint`` stay.
 
     Raises:
-        Busy: another process measures one of the cells or makes one of the files; nothing is removed.
+        Busy: another process measures a cell or makes a file; nothing is removed.
         CheckpointError: a folder cannot be written.
     """
     kept: dict[Path, list[Path]] = {}
@@ -197,7 +198,7 @@ def _entry(request: CellRequest, basis: dict[str, Any], kind: str, digest: str) 
 
 
 def preflight(request: CellRequest) -> list[Missing]:
-    """What the cell needs of data and weights that is not there; see :func:`tasks.common.request.describe_missing`."""
+    """Return what the cell needs of data and weights that is not there."""
     request = resolved(request)
     return registry.preflight(request.task, request.model, request.data)
 
@@ -207,7 +208,7 @@ def _path(path: Path | None) -> str | None:
 
 
 def resolved(request: CellRequest) -> CellRequest:
-    """The request with the scope of its recipe spelled out, and no name for the usual evaluation: each has one name only.
+    """Return the request with one name for each choice: scope spelled out, usual evaluation None.
 
     Raises:
         RecipeError: the task has no such scope or evaluation.
@@ -233,7 +234,7 @@ def resolved(request: CellRequest) -> CellRequest:
 
 
 def variant_name(request: CellRequest) -> str:
-    """Name of the variant: as asked for, else what differs from the method's released settings; with the scope if it has one."""
+    """Return the variant's name: as asked for, else the changes of the method's settings; and the scope."""
     recipe = request.recipe
     if recipe is None:
         return "fp" if request.variant is None else request.variant

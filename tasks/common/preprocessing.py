@@ -20,9 +20,8 @@ class Preprocessing(Strict):
 
     Attributes:
         input_size: (C, H, W).
-        crop_pct: the share of a resized image that is kept; None where nothing is cut off for it.
-        crop_mode: timm's ``center``, ``squash`` or ``border``; for models of open_clip its mode of
-            resizing, ``shortest``, ``longest`` or ``squash``.
+        crop_pct: share of a resized image that is kept; None where nothing is cut off for it.
+        crop_mode: timm's ``center``, ``squash`` or ``border``, or open_clip's mode of resizing.
         mean, std: by channel, of values in 0..1.
         interpolation: of resizing.
     """

@@ -1,5 +1,10 @@
-"""Result records: one JSON file a cell, validated, written atomically, its path its identity."""
+"""Result records: one JSON file per cell, validated, written atomically; its path is its identity.
 
+To change the schema: raise :data:`SCHEMA_VERSION`, bring records of the version before up to it in
+:meth:`ResultRecord._migrate`, and keep a record of that version among the tests' data.
+"""
+
+import hashlib
 import json
 import math
 import zlib
@@ -8,18 +13,19 @@ from typing import Annotated, Any, Literal
 from zipfile import BadZipFile
 
 import numpy as np
-from pydantic import Field, FiniteFloat, ValidationError
+from pydantic import Field, FiniteFloat, ValidationError, model_validator
+from pydantic_core import from_json
 
 from fimaq_core.errors import CheckpointError, DataError, first_problem
 from fimaq_core.files import replaced_whole
 from fimaq_core.recipe import Recipe
-from tasks.common import sealing
 from tasks.common.hashing import file_sha256
 from tasks.common.preprocessing import Preprocessing
-from tasks.common.record_versions import migrated
 from tasks.common.strict import Strict
 
 SCHEMA_VERSION = 3
+#: Fields that version 2 brought; those of version 3 have defaults that mean "not recorded".
+_NEW_IN_2 = ("stage_memory_bytes", "blocks", "outcomes_sha256", "examples", "fingerprint")
 
 #: Stage in which a cell waited for something that another was making.
 WAIT = "wait"
@@ -31,7 +37,7 @@ FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}$")
 
 
 class Metric(Strict):
-    """A measured value and its standard error over the samples; in percent, but for ranks, which count from 1."""
+    """A measured value in percent, or a rank from 1, and its standard error over the samples."""
 
     value: FiniteFloat
     stderr: FiniteFloat
@@ -58,18 +64,18 @@ class Weights(Strict):
 
 
 class Dataset(Strict):
-    """Which samples the metrics were measured on: ``count`` images, and where they have captions, how many of these.
+    """Which samples the metrics were measured on; None means not recorded, or no such thing.
 
-    ``truncated_captions`` are longer than the model's context; what is beyond it was cut off.
-
-    Detection: ``oriented_images`` have an EXIF orientation tag, and ``exif`` is the user's decision
-    on them (None: as annotated sizes say). ``class_categories`` has the category of each class of
-    the detector, None for a class that the data lack. ``class_names_from`` says where its class
-    names come from: weights or demo (``model``), COCO 2017 (``published``), or the data, by position
-    (``annotations``).
-
-    ``class_order`` is the order of class folders, see :mod:`tasks.common.class_order`. ``left_out``
-    counts the files that are neither hidden nor images. None means not recorded, or no such thing.
+    Attributes:
+        count, captions: numbers of images, and of their captions.
+        truncated_captions: captions longer than the model's context, which were cut off.
+        exif: detection: the user's decision on EXIF orientations; None: as annotated sizes say.
+        oriented_images: images with an EXIF orientation tag.
+        class_names_from: weights or demo (``model``), COCO 2017 (``published``), or the data, by
+            position (``annotations``).
+        class_categories: category of each class of the detector; None for one that the data lack.
+        class_order: order of class folders, see :mod:`tasks.common.class_order`.
+        left_out: number of files that are neither hidden nor images.
     """
 
     name: str
@@ -88,10 +94,9 @@ class Dataset(Strict):
 
 
 class Calibration(Strict):
-    """Which images calibrated the model: ids in order, how they were transformed.
+    """Which images calibrated the model: ids in order, their transform, and their captions.
 
-    ``captions`` are those they were paired with. ``batch`` says how many in a row share a batch of a divergence that compares
-    samples with each other; None where each sample stands alone.
+    ``batch`` is that of a divergence that compares samples; None where each sample stands alone.
     """
 
     ids: list[str]
@@ -103,10 +108,9 @@ class Calibration(Strict):
 
 
 class LayerEntry(Strict):
-    """One layer of the module map.
+    """A layer of the module map. ``input_*`` is of a product's first operand, ``other_*`` of its second.
 
-    ``input_*`` is of a product's first operand, ``other_*`` of its second. Quantizers are named by their kind, ``none`` where
-    there is none or it is off. The defaults are for records from before these fields.
+    Quantizers are named by kind, ``none`` for one that is off. Defaults are for older records.
     """
 
     name: str
@@ -129,10 +133,7 @@ class ModuleMap(Strict):
 
 
 class Environment(Strict):
-    """Where a record was measured.
-
-    ``instructions`` are those of PyTorch's CPU kernels; empty where they were not recorded.
-    """
+    """Where a record was measured; ``instructions`` of PyTorch's CPU kernels are empty in older ones."""
 
     versions: dict[str, str]
     git_revision: str
@@ -144,9 +145,9 @@ class Environment(Strict):
 class BlockFigures(Strict):
     """How a reconstructed block came out.
 
-    ``error`` is ``||q - f||² / ||f||²`` of its output q in the quantized model (all errors before it included) and f in the
-    full-precision model, over all calibration images. ``fisher`` is the mean of the diagonal Fisher weight in its loss; None for
-    losses without.
+    ``error`` is ``||q - f||² / ||f||²`` over all calibration images: q is its output in the
+    quantized model, all errors before it included, f that in full precision. ``fisher`` is the mean
+    of the diagonal Fisher weight in its loss; None for losses without.
     """
 
     error: FiniteFloat
@@ -156,10 +157,15 @@ class BlockFigures(Strict):
 class ResultRecord(Strict):
     """Everything known of one finished cell. ``method`` ``fp`` is the full-precision model.
 
-    Of what lies beside it, ``outcomes`` names the file of per-sample outcomes and ``outcomes_sha256`` is its sha256, ``examples``
-    names the file of example predictions. ``seconds`` and ``stage_memory_bytes`` (the peak meanwhile) are by stage.
-    ``fingerprint`` is the sha256 of all else, see :mod:`tasks.common.sealing`: set when the record is written, empty in one of
-    schema 1.
+    Example::
+
+        record = read_record(folder / "result.json")
+        print(record.model, record.method, record.metrics["top1"].value)
+
+    Of what lies beside it, ``outcomes`` names the file of per-sample outcomes and ``outcomes_sha256``
+    is its sha256, ``examples`` names the file of example predictions. ``seconds`` and
+    ``stage_memory_bytes`` (the peak meanwhile) are by stage. ``fingerprint`` is the sha256 of all
+    else: set when the record is written, empty in one of schema 1.
     """
 
     schema_version: Literal[3] = 3
@@ -196,6 +202,17 @@ class ResultRecord(Strict):
     examples: FileName | None = None
     fingerprint: str = ""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _migrate(cls, content: Any) -> Any:
+        """Bring the content of an older schema to the present one."""
+        if not isinstance(content, dict):
+            return content
+        foreign = [name for name in _NEW_IN_2 if name in content]
+        if foreign and content.get("schema_version") == 1:
+            raise ValueError(f"version 1 has no field '{foreign[0]}'")
+        return {**content, "schema_version": SCHEMA_VERSION}
+
 
 def bits_name(w_bit: int, a_bit: int) -> str:
     """Short name of bit-widths: ``fp`` for 32/32, else such as ``w3a3``."""
@@ -205,18 +222,27 @@ def bits_name(w_bit: int, a_bit: int) -> str:
 def cell_folder(
     root: Path, task: str, model_tag: str, method: str, w_bit: int, a_bit: int, seed: int | None, digest: str
 ) -> Path:
-    """Folder of a cell under ``root``: task / model.tag / method / bits / seed-digest.
-
-    Args:
-        digest: the recipe's digest together with the data's identity, hex; its first 10 digits are used.
-    """
+    """Return the folder of a cell; 10 digits of its identity's ``digest`` end the name."""
     name = f"seed{seed}-{digest[:10]}" if seed is not None else digest[:10]
     return root / task / model_tag / method / bits_name(w_bit, a_bit) / name
 
 
+def fingerprint(content: dict[str, Any]) -> str:
+    """Return the sha256 (hex) of the canonical JSON of `content` without its own fingerprint.
+
+    Canonical: keys sorted, no whitespace, ASCII alone, so the file's layout does not count.
+
+    Raises:
+        ValueError: a number is NaN, infinite or of thousands of digits.
+    """
+    rest = {name: value for name, value in content.items() if name != "fingerprint"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
 def sealed(record: ResultRecord) -> ResultRecord:
-    """The record with its fingerprint."""
-    return record.model_copy(update={sealing.FIELD: sealing.fingerprint(json.loads(record.model_dump_json()))})
+    """Return the record with its fingerprint."""
+    return record.model_copy(update={"fingerprint": fingerprint(json.loads(record.model_dump_json()))})
 
 
 def write_record(record: ResultRecord, folder: Path) -> Path:
@@ -231,9 +257,16 @@ def read_record(path: Path) -> ResultRecord:
     """Read and validate a record; one of an older schema comes as one of the present schema.
 
     Raises:
-        CheckpointError: missing, damaged, changed after it was written, of a newer schema, or not a record.
+        CheckpointError: missing, damaged, changed after it was written, of a newer schema, or no record.
     """
-    content = sealing.read_object(path, "record", _REMEDY)
+    try:
+        content = from_json(path.read_bytes(), allow_inf_nan=False)
+    except OSError as error:
+        raise CheckpointError(f"Cannot read the record {path}: {error.strerror}.") from error
+    except ValueError as error:
+        raise CheckpointError(f"The record {path} is damaged ({error}): {_REMEDY}.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is no record: it holds a JSON {type(content).__name__}, not an object.")
     version = content.get("schema_version")
     if type(version) is not int or version < 1:
         raise CheckpointError(f"{path} is no record: its schema version is {version!r}.")
@@ -243,23 +276,18 @@ def read_record(path: Path) -> ResultRecord:
             "update fimaq."
         )
     try:
-        if version >= 2 and content.get(sealing.FIELD) != sealing.fingerprint(content):
+        if version >= 2 and content.get("fingerprint") != fingerprint(content):
             raise CheckpointError(
                 f"The record {path} was changed after it was written (its fingerprint is not that of its content): {_REMEDY}."
             )
-        return ResultRecord.model_validate(migrated(content, version, SCHEMA_VERSION))
-    except ValidationError as error:
-        raise CheckpointError(f"The record {path} is not valid: {first_problem(error)}: {_REMEDY}.") from error
-    except ValueError as error:
-        raise CheckpointError(f"The record {path} is not valid: {error}: {_REMEDY}.") from error
+        return ResultRecord.model_validate(content)
+    except ValueError as error:  # pydantic's, too
+        why = first_problem(error) if isinstance(error, ValidationError) else str(error)
+        raise CheckpointError(f"The record {path} is not valid: {why.removeprefix('Value error, ')}: {_REMEDY}.") from error
 
 
 def outcomes_problem(record: ResultRecord, folder: Path) -> str | None:
-    """Say why the file of outcomes beside a record is not the one it was written with; None if it is, or nobody can tell.
-
-    Args:
-        folder: of the record. Nobody can tell of a record of schema 1.
-    """
+    """Say why the outcomes in a record's ``folder`` are not its own; None if they are, or for schema 1."""
     if record.outcomes_sha256 is None:
         return None
     path = folder / record.outcomes
@@ -276,11 +304,7 @@ def outcomes_problem(record: ResultRecord, folder: Path) -> str | None:
 
 
 def outcome_arrays(record: ResultRecord, folder: Path) -> dict[str, np.ndarray]:
-    """Return the arrays of the outcomes beside a record: ``sample`` (ids) and numbers per sample.
-
-    Args:
-        record: whose outcomes.
-        folder: of the record.
+    """Return the arrays of outcomes in a record's ``folder``: ``sample`` (ids), numbers per sample.
 
     Raises:
         CheckpointError: the file is missing, damaged, of another record or of another form.
@@ -296,12 +320,11 @@ def outcome_arrays(record: ResultRecord, folder: Path) -> dict[str, np.ndarray]:
             content = {name: archive[name] for name in archive.files}
     except (OSError, ValueError, TypeError, KeyError, EOFError, BadZipFile, zlib.error) as error:
         raise CheckpointError(f"The outcomes {path} are damaged ({error}): {again}") from error
-    shapes = {name: array.shape for name, array in content.items()}
-    if "sample" not in content or len(set(shapes.values())) != 1 or content["sample"].ndim != 1:
-        found = ", ".join(f"{name} {shape}" for name, shape in shapes.items()) or "nothing"
+    shapes = {array.shape for array in content.values()}
+    if "sample" not in content or len(shapes) != 1 or content["sample"].ndim != 1:
+        found = ", ".join(f"{name} {array.shape}" for name, array in content.items()) or "nothing"
         raise CheckpointError(f"The outcomes {path} have no 'sample', or arrays of different sizes: {found}.")
-    kinds = {name: array.dtype.kind for name, array in content.items() if name != "sample"}
-    words = [name for name, kind in kinds.items() if kind not in "biuf"]
+    words = [name for name, array in content.items() if name != "sample" and array.dtype.kind not in "biuf"]
     if words:
         raise CheckpointError(f"The outcomes {path} have no numbers in {', '.join(words)}: {again}")
     return content
@@ -314,7 +337,7 @@ def proportion(correct: int, count: int) -> Metric:
 
 
 def own_seconds(record: ResultRecord) -> float:
-    """Seconds that a cell took by itself: waiting for what another was making is no cost of its own."""
+    """Return the seconds that a cell took without waiting for others."""
     return sum(seconds for stage, seconds in record.seconds.items() if stage != WAIT)
 
 

@@ -1,4 +1,4 @@
-"""Finding tasks. Nothing heavy is imported until a task runs, so that planning a grid takes no time."""
+"""Finding tasks. Nothing heavy is imported until a task runs: planning a grid takes no time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from tasks.common.task import Task
 
-#: Tasks that are packages here. Each has ``tags.py`` (light: names and what is missing) and ``task.py``.
+#: Tasks that are packages here. Each has ``task.py`` and the light ``tags.py``.
 TASKS = ("classification", "retrieval", "detection")
 _REGISTERED: dict[str, Task] = {}
 
@@ -47,64 +47,48 @@ def get_task(name: str) -> Task:
 
 
 def model_tag(name: str, request: ModelRequest) -> str:
-    """``model.tag`` of a request to task ``name``; light for short and demo names. Raises ModelError."""
-    if name in _REGISTERED:
-        return _REGISTERED[name].model_tag(request)
-    tag: str = _tags(name).model_tag(request)
+    """Return ``model.tag`` of a request; light for short and demo names. Raises ModelError."""
+    tag: str = _light(name, "model_tag")(request)
     return tag
 
 
 def model_identity(name: str, request: ModelRequest) -> list[str]:
-    """``model.tag`` and, where the weights are a file here, its sha256: what a cell's identity needs of its model."""
-    tag = model_tag(name, request)
-    if name in _REGISTERED:
-        return [tag]
-    digest: str | None = _tags(name).weights_digest(request)
-    return [tag] if digest is None else [tag, digest]
+    """Return the model in a cell's identity: ``model.tag``, and the sha256 of weights in a file here."""
+    digest: str | None = _light(name, "weights_digest", lambda _: None)(request)
+    return [model_tag(name, request), *([] if digest is None else [digest])]
 
 
 def scopes(name: str) -> tuple[str, ...]:
-    """What of a model task ``name`` can quantize, the usual first; empty where that is always everything."""
-    if name in _REGISTERED:
-        return _REGISTERED[name].scopes
-    found: tuple[str, ...] = _tags(name).SCOPES
-    return found
+    """Return what of a model can be quantized, the usual first; empty: always everything."""
+    return tuple(_light(name, "SCOPES", ()))
 
 
 def parts(name: str, scope: str | None) -> dict[str, str | None]:
-    """The parts of a model that task ``name`` calibrates and reconstructs each by itself, and what of each ``scope`` takes.
+    """Return the parts of a model that are quantized each by itself, and what of each ``scope`` takes.
 
     Only those that take long; ``{"": scope}`` where the model is one chain.
     """
-    found = getattr(_REGISTERED[name] if name in _REGISTERED else _tags(name), "parts", None)
-    return {"": scope} if found is None else dict(found(scope))
+    return dict(_light(name, "parts", lambda scope: {"": scope})(scope))
 
 
 def evaluations(name: str) -> tuple[str, ...]:
-    """What task ``name`` can measure, the usual first; empty where that is one thing only."""
-    if name in _REGISTERED:
-        return getattr(_REGISTERED[name], "evaluations", ())
-    found: tuple[str, ...] = getattr(_tags(name), "EVALUATIONS", ())
-    return found
+    """Return what the task can measure, the usual first; empty where that is one thing only."""
+    return tuple(_light(name, "EVALUATIONS", ()))
 
 
 def defaults(name: str) -> dict[str, Any]:
-    """Recipe fields that task ``name`` sets for every method alike, where the user does not."""
-    if name in _REGISTERED:
-        return dict(getattr(_REGISTERED[name], "defaults", {}))
-    return dict(getattr(_tags(name), "DEFAULTS", {}))
+    """Return recipe fields that the task sets for every method alike, where the user does not."""
+    return dict(_light(name, "DEFAULTS", {}))
 
 
 def preflight(name: str, model: ModelRequest, data: DataRequest) -> list[Missing]:
-    """What task ``name`` needs of weights and data that is not there. Downloads nothing."""
-    if name in _REGISTERED:
-        return _REGISTERED[name].preflight(model, data)
-    missing: list[Missing] = _tags(name).preflight(model, data)
+    """Return what task ``name`` needs of weights and data that is not there. Downloads nothing."""
+    missing: list[Missing] = _light(name, "preflight")(model, data)
     return missing
 
 
 def pictures(name: str, model: ModelRequest, data: DataRequest, ids: Sequence[str]) -> dict[str, Image.Image]:
-    """:meth:`~tasks.common.task.Task.pictures` of task ``name``, without its libraries of models. Raises DataError."""
+    """Call :meth:`tasks.common.task.Task.pictures` without libraries of models. Raises DataError."""
     if name in _REGISTERED:
         return _REGISTERED[name].pictures(model, data, ids)
     _check(name)
@@ -112,9 +96,16 @@ def pictures(name: str, model: ModelRequest, data: DataRequest, ids: Sequence[st
     return found
 
 
+def _light(name: str, what: str, *default: Any) -> Any:
+    """An attribute of a registered task, or of the light module of one here."""
+    if name in _REGISTERED:
+        return getattr(_REGISTERED[name], what.lower(), *default)
+    return getattr(_tags(name), what, *default)
+
+
 @cache
 def _tags(name: str) -> ModuleType:
-    """The light module of a task that is a package here. Kept: a plan asks it several times a cell."""
+    """The light module of a task here. Kept: a plan asks for it several times per cell."""
     _check(name)
     return importlib.import_module(f"tasks.{name}.tags")
 

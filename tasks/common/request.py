@@ -40,14 +40,12 @@ class DataRequest:
         calibration_list: file with image paths, or a result record, that replaces the drawn calibration sample.
         limit: evaluate on the first so many samples only; recorded as another split.
         skip_corrupt: leave damaged images out (named in the record) instead of stopping.
-        evaluation: what is measured, as the task names it (retrieval: ``retrieval``, ``zero-shot``); None: its usual one.
+        evaluation: what is measured (retrieval: ``retrieval``, ``zero-shot``); None: the usual one.
         calibration_data: root of the data set to calibrate on; None takes the training part of ``path``.
-        keep_outputs: keep beside the record what the model gave for each sample, as far as the task has a form for that. No part
-            of a cell's identity: a cell that is measured already is not measured again for it.
-        exif: detection: EXIF orientations of images are applied or ignored; None decides by the
-            annotated sizes.
-        class_order: order of the class folders: ``text``, ``natural`` or the path of a file with
-            class names; None takes what is clear, see :func:`tasks.common.class_order.ordered`.
+        keep_outputs: keep what the model gave for each sample beside the record, where the task has a form
+            for that. No part of a cell's identity: finished cells are not measured again for it.
+        exif: detection: EXIF orientations are applied or ignored; None decides by the annotated sizes.
+        class_order: order of the class folders, see :func:`tasks.common.class_order.ordered`.
     """
 
     path: Path | None = None

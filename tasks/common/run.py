@@ -1,45 +1,33 @@
-"""The pipeline behind every ``run``: load, full-precision score, calibrate, reconstruct, evaluate, record."""
+"""The pipeline behind every ``run``: load, full-precision score, stages, evaluate, record."""
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from fimaq_core import NUMERICS_VERSION
-from fimaq_core.checkpoint import save_checkpoint
 from fimaq_core.files import remove_leftovers, replaced_whole
 from fimaq_core.fisher.losses import takes_passes
-from fimaq_core.pipeline import (
-    Resources,
-    calibrate_or_load,
-    finish,
-    reconstruct_or_load,
-    reconstruct_with_checkpoints,
-    remove_blocks,
-)
+from fimaq_core.pipeline import CALIBRATE, MLPS, RECONSTRUCT, STAGES
 from fimaq_core.progress import Report, silent
-from fimaq_core.recipe import Recipe
-from fimaq_core.reconstruction.mlp import mlps as find_mlps
 from fimaq_core.reconstruction.reconstruct import ReconstructionLog
-from tasks.common.clock import StageClock
-from tasks.common.environment import describe, resolve_device
+from fimaq_core.store import Address, CheckpointStore, Part, Pieces, Stage
+from tasks.common.environment import StageClock, describe, resolve_device
 from tasks.common.examples import EXAMPLES_FILE, example_file
 from tasks.common.hashing import file_sha256
 from tasks.common.lease import Lease, acquire, exclusively
 from tasks.common.modules import merge_logs, whole_map
-from tasks.common.plan import note_shared, planned_folder, variant_name
-from tasks.common.prepare import Part, built_model, chains_of, check_request, checkpoint_facts, fingerprint_of, start, whole
+from tasks.common.plan import note_shared, planned_folder, shared_digest, variant_name
+from tasks.common.prepare import Prepared, check_request, prepare
 from tasks.common.record import WAIT, BlockFigures, Calibration, Metric, ResultRecord, read_record, write_record
-from tasks.common.registry import get_task
 from tasks.common.request import CellRequest
-from tasks.common.task import CalibrationSet, Evaluation, LoadedModel, Task
+from tasks.common.task import Evaluation
 
 
 def run_cell(request: CellRequest, report: Report = silent) -> Path:
@@ -50,7 +38,8 @@ def run_cell(request: CellRequest, report: Report = silent) -> Path:
         report: receives progress.
 
     Returns:
-        Path of ``result.json``; ``outcomes.npz`` and, for quantized models, ``quantized.safetensors`` are beside it.
+        Path of ``result.json``. Beside it are ``outcomes.npz`` and, of quantized models,
+        ``quantized.safetensors``.
 
     Raises:
         Busy: another process measures it now.
@@ -62,57 +51,44 @@ def run_cell(request: CellRequest, report: Report = silent) -> Path:
         with acquire(path) as lease:
             if not path.is_file():
                 remove_leftovers(path.parent)
-                _measure(request, path, lease, report)
+                _measure(request, lease, report)
     read_record(path)
     return path
 
 
-def _measure(request: CellRequest, path: Path, lease: Lease, report: Report) -> None:
+def _measure(request: CellRequest, lease: Lease, report: Report) -> None:
     """Measure a cell and write its record, holding its ``lease``."""
-    device = resolve_device(request.device)
-    if request.threads is not None:
-        torch.set_num_threads(request.threads)
-    task = get_task(request.task)
-    if request.recipe is None:
-        _measure_full_precision(request, lease, task, device, report)
-        return
-
-    full_request = replace(request, recipe=None, variant=None)
-    full_path = planned_folder(full_request) / "result.json"
-    with exclusively(full_path, report) as own:
-        if own is not None and not full_path.is_file():
-            _measure_full_precision(full_request, own, task, device, report)
-    _measure_quantized(request, request.recipe, lease, task, read_record(full_path), device, report)
-
-
-def _measure_full_precision(request: CellRequest, lease: Lease, task: Task, device: torch.device, report: Report) -> None:
-    clock = StageClock(device)
-    loaded = task.load(request.model)
+    full = None if request.recipe is None else _full_precision(request, report)
+    clock = StageClock(resolve_device(request.device))
+    cell = prepare(request, report)
     clock.lap("load")
-    model = task.assemble(loaded, {}).to(device)
-    evaluation = task.evaluate(model, loaded, request.data, device, request.eval_batch, request.workers, report)
+    if request.recipe is not None:
+        _run_stages(cell, lease, clock, report)
+    evaluation = cell.evaluate(cell.chains, report)
     clock.lap("evaluate")
-    _write(_record(request, loaded, evaluation, evaluation.metrics, clock, device), evaluation, lease)
+    _write(_record(cell, evaluation, full, clock), evaluation, lease)
+    Pieces(_blocks(lease), RECONSTRUCT.piece).remove()
 
 
-def _measure_quantized(
-    request: CellRequest,
-    recipe: Recipe,
-    lease: Lease,
-    task: Task,
-    full: ResultRecord,
-    device: torch.device,
-    report: Report,
-) -> None:
-    clock = StageClock(device)
-    loaded = task.load(request.model)
-    calibration = task.calibration(loaded, request.data, recipe)
-    resources = Resources(report, request.placement, request.eval_batch, request.step_engine)
-    facts = checkpoint_facts(request.task, request.model, loaded)
-    clock.lap("load")
+def _full_precision(request: CellRequest, report: Report) -> dict[str, Metric]:
+    """The metrics of the full-precision model, which is measured first where it has no record."""
+    request = replace(request, recipe=None, mlp_checkpoint=None, variant=None)
+    path = planned_folder(request) / "result.json"
+    with exclusively(path, report) as lease:
+        if lease is not None and not path.is_file():
+            _measure(request, lease, report)
+    return read_record(path).metrics
 
-    def shared(kind: str, digest: str) -> Path:
-        return _shared_path(request, loaded, calibration, kind, digest)
+
+def _run_stages(cell: Prepared, lease: Lease, clock: StageClock, report: Report) -> None:
+    """Run all stages, or load what is there of them, and write the checkpoint of the whole model."""
+
+    def address(stage: Stage, part: Part) -> Address:
+        if not stage.kind:
+            return Address()
+        if stage is RECONSTRUCT and not part.name:  # parts are shared between scopes, a whole model is not
+            return Address(None, _blocks(lease))
+        return Address.beside(_shared_path(cell, stage, part), stage)
 
     @contextmanager
     def alone(path: Path | None) -> Iterator[None]:
@@ -123,75 +99,89 @@ def _measure_quantized(
                     clock.lap(WAIT)
             yield
 
-    def mlps(part: Part) -> Path:
-        return shared("mlp", f"{part.address}{part.recipe.mlp_digest()}")
-
-    parts = start(request, task, loaded, calibration, device, resources, mlps, alone)
-    if recipe.reconstruct_mlp:
-        reused = all(part.reused for part in parts if len(find_mlps(part.chain)))
-        clock.lap("reconstruct MLPs (reused)" if reused else "reconstruct MLPs")
-    folder = lease.path.parent
-    blocks = folder / "blocks"
-    remove_leftovers(blocks)
-    log = ReconstructionLog()
-    for part in parts:
-        ranges = shared("calibration", f"{part.address}{part.recipe.calibration_digest()}")
-        made = part.chain, part.inputs, part.recipe
-        with alone(ranges):
-            reused = calibrate_or_load(*made, resources, ranges, part.fingerprint, facts)
-        clock.lap(part.stage("calibrate") + (" (reused)" if reused else ""))
-        if recipe.reconstruct:
-            own, reused = _reconstruct(part, resources, blocks, shared, alone)
-            merge_logs(log, part.name, own)
-            clock.lap(part.stage("reconstruct") + (" (reused)" if reused else ""))
-        finish(part.chain)
-    chains = chains_of(parts)
-    facts |= {"stage": "reconstructed" if recipe.reconstruct else "calibrated"}
-    fingerprint = fingerprint_of(request.model, loaded, calibration, recipe)
+    cell.build()
+    if cell.request.mlp_checkpoint is not None:
+        clock.lap(f"{MLPS.name} (reused)")
+    remove_leftovers(_blocks(lease))
+    store = CheckpointStore(cell.resources, address, alone)
+    for stage in STAGES:
+        for part in filter(stage.wanted, cell.parts):
+            reused = store.run(stage, part)
+            if stage.name:
+                clock.lap(stage.title(part) + (" (reused)" if reused else ""))
     lease.check()
-    save_checkpoint(folder / "quantized.safetensors", whole(chains).state_dict(), fingerprint, facts)
-    model = task.assemble(loaded, chains).to(device)
-    evaluation = task.evaluate(model, loaded, request.data, device, request.eval_batch, request.workers, report)
-    clock.lap("evaluate")
-    record = _record(
-        request,
-        loaded,
-        evaluation,
-        full.metrics,
-        clock,
-        device,
-        calibration=_calibration_entry(calibration, recipe, parts),
-        modules=whole_map(chains, task.untouched(loaded, chains)),
-        last_loss=log.last_loss,
-        fisher_passes=log.fisher_passes,
-        blocks={label: BlockFigures(error=error, fisher=log.fisher.get(label)) for label, error in log.error.items()},
-        notes=[*request.notes, *calibration.notes, *log.sentences(), *evaluation.notes],
-        step_engine=log.engine if recipe.reconstruct else None,
-        skipped_images=sorted({*calibration.skipped, *evaluation.skipped}),
+    done = RECONSTRUCT if any(map(RECONSTRUCT.wanted, cell.parts)) else CALIBRATE
+    cell.save(lease.path.parent / "quantized.safetensors", done.mark)
+
+
+def _blocks(lease: Lease) -> Path:
+    return lease.path.parent / "blocks"
+
+
+def _shared_path(cell: Prepared, stage: Stage, part: Part) -> Path:
+    """Content address of what cells share: methods with the same settings so far compute it once."""
+    assert cell.images is not None
+    digest = shared_digest(stage.kind, part.name, part.recipe)
+    shared = f"{digest}{cell.loaded.sha256}{cell.images.fingerprint}{NUMERICS_VERSION}{cell.built_model}"
+    name = f"{hashlib.sha256(shared.encode()).hexdigest()[:24]}.safetensors"
+    path = cell.request.results.parent / stage.kind / name
+    note_shared(cell.request, stage.kind, digest, path)
+    return path
+
+
+def _record(cell: Prepared, evaluation: Evaluation, full: dict[str, Metric] | None, clock: StageClock) -> ResultRecord:
+    """The record of a cell. ``full``: metrics of the full-precision model; None for that model itself."""
+    request, loaded, recipe, images = cell.request, cell.loaded, cell.request.recipe, cell.images
+    fields: dict[str, Any] = {"calibration": None, "modules": None}
+    notes, skipped = [], evaluation.skipped
+    if recipe is not None and images is not None:
+        log = ReconstructionLog()
+        for part in cell.parts:
+            merge_logs(log, part.name, part.log)
+        notes = [*images.notes, *log.sentences()]
+        skipped = sorted({*images.skipped, *evaluation.skipped})
+        fields = {
+            "calibration": _calibration(cell),
+            "modules": whole_map(cell.chains, cell.task.untouched(loaded, cell.chains)),
+            "last_loss": log.last_loss,
+            "fisher_passes": log.fisher_passes,
+            "blocks": {label: BlockFigures(error=error, fisher=log.fisher.get(label)) for label, error in log.error.items()},
+            "step_engine": log.engine if recipe.reconstruct else None,
+        }
+    return ResultRecord(
+        task=request.task,
+        model=loaded.tag,
+        method="fp" if recipe is None else recipe.method,
+        variant=variant_name(request),
+        w_bit=32 if recipe is None else recipe.w_bits,
+        a_bit=32 if recipe is None else recipe.a_bits,
+        seed=None if recipe is None else recipe.seed,
+        recipe=None if recipe is None else recipe.model_dump(mode="json"),
+        recipe_digest="" if recipe is None else recipe.digest(),
+        metrics=evaluation.metrics,
+        n=evaluation.n,
+        fp_metrics=evaluation.metrics if full is None else full,
+        weights=loaded.weights,
+        preprocessing=loaded.preprocessing,
+        dataset=evaluation.dataset,
+        notes=list(dict.fromkeys([*request.notes, *notes, *evaluation.notes])),
+        skipped_images=skipped,
+        environment=describe(cell.device),
+        seconds={stage: round(value, 3) for stage, value in clock.seconds.items()},
+        peak_memory_bytes=max(clock.memory.values()),
+        stage_memory_bytes=clock.memory,
+        finished=datetime.now(UTC).isoformat(timespec="seconds"),
+        outcomes="outcomes.npz",
+        **fields,
     )
-    _write(record, evaluation, lease)
-    remove_blocks(blocks)
 
 
-def _reconstruct(
-    part: Part,
-    resources: Resources,
-    blocks: Path,
-    shared: Callable[[str, str], Path],
-    alone: Callable[[Path], AbstractContextManager[object]],
-) -> tuple[ReconstructionLog, bool]:
-    """Reconstruct a part; return what was done, and whether it had been done before. Named parts are shared between scopes."""
-    made = part.chain, part.inputs, part.recipe, part.divergence, resources
-    if not part.name:
-        return reconstruct_with_checkpoints(*made, blocks, part.fingerprint, part.teacher), False
-    path = shared("reconstruction", f"{part.address}{part.recipe.digest()}")
-    with alone(path):
-        return reconstruct_or_load(*made, path, part.fingerprint, part.teacher)
-
-
-def _calibration_entry(images: CalibrationSet, recipe: Recipe, parts: list[Part]) -> Calibration:
+def _calibration(cell: Prepared) -> Calibration:
+    images, recipe = cell.images, cell.request.recipe
+    assert recipe is not None
+    assert images is not None
     passes = (recipe.reconstruct and takes_passes(recipe.loss)) or (recipe.reconstruct_mlp and recipe.mlp_loss == "perturb_mean")
-    compares = passes and any(part.divergence.batch is not None for part in parts)
+    compares = passes and any(part.divergence.batch is not None for part in cell.parts)
     return Calibration(
         ids=images.ids,
         transform=images.transform,
@@ -202,69 +192,18 @@ def _calibration_entry(images: CalibrationSet, recipe: Recipe, parts: list[Part]
     )
 
 
-def _shared_path(request: CellRequest, loaded: LoadedModel, calibration: CalibrationSet, kind: str, digest: str) -> Path:
-    """Where cells share what is dear, by content address: methods with the same settings so far compute it once."""
-    shared = f"{digest}{loaded.sha256}{calibration.fingerprint}{NUMERICS_VERSION}{built_model(request.model, loaded)}"
-    path = request.results.parent / kind / f"{hashlib.sha256(shared.encode()).hexdigest()[:24]}.safetensors"
-    note_shared(request, kind, digest, path)
-    return path
-
-
-def _record(
-    request: CellRequest,
-    loaded: LoadedModel,
-    evaluation: Evaluation,
-    full: dict[str, Metric],
-    clock: StageClock,
-    device: torch.device,
-    **more: Any,
-) -> ResultRecord:
-    """The record of a cell; ``more``: what there is of quantized models only, and fields that are others for them."""
-    recipe = request.recipe
-    fields: dict[str, Any] = {
-        "task": request.task,
-        "model": loaded.tag,
-        "method": "fp" if recipe is None else recipe.method,
-        "variant": variant_name(request),
-        "w_bit": 32 if recipe is None else recipe.w_bits,
-        "a_bit": 32 if recipe is None else recipe.a_bits,
-        "seed": None if recipe is None else recipe.seed,
-        "recipe": None if recipe is None else recipe.model_dump(mode="json"),
-        "recipe_digest": "" if recipe is None else recipe.digest(),
-        "metrics": evaluation.metrics,
-        "n": evaluation.n,
-        "fp_metrics": full,
-        "weights": loaded.weights,
-        "preprocessing": loaded.preprocessing,
-        "dataset": evaluation.dataset,
-        "calibration": None,
-        "modules": None,
-        "notes": [*request.notes, *evaluation.notes],
-        "skipped_images": evaluation.skipped,
-        "environment": describe(device),
-        "seconds": {stage: round(value, 3) for stage, value in clock.seconds.items()},
-        "peak_memory_bytes": max(clock.memory.values()),
-        "stage_memory_bytes": clock.memory,
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "outcomes": "outcomes.npz",
-    }
-    fields |= more
-    fields["notes"] = list(dict.fromkeys(fields["notes"]))
-    return ResultRecord(**fields)
-
-
 def _write(record: ResultRecord, evaluation: Evaluation, lease: Lease) -> None:
     lease.check()
     folder = lease.path.parent
     with replaced_whole(folder / record.outcomes) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, **evaluation.outcomes)
-    for name, content in evaluation.files.items():
+    beside = {"outcomes_sha256": file_sha256(folder / record.outcomes)}
+    files = dict(evaluation.files)
+    if evaluation.examples:
+        files[EXAMPLES_FILE] = example_file(record.task, evaluation.examples)
+        beside["examples"] = EXAMPLES_FILE
+    for name, content in files.items():
         with replaced_whole(folder / name) as temporary:
             temporary.write_text(json.dumps(content), encoding="utf-8")
-    beside = {"outcomes_sha256": file_sha256(folder / record.outcomes)}
-    if evaluation.examples:
-        with replaced_whole(folder / EXAMPLES_FILE) as temporary:
-            temporary.write_text(json.dumps(example_file(record.task, evaluation.examples)), encoding="utf-8")
-        beside["examples"] = EXAMPLES_FILE
     lease.check()
     write_record(record.model_copy(update=beside), folder)

@@ -1,222 +1,181 @@
 """The stages of a run one by one, each from checkpoint to checkpoint."""
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from fimaq_core.checkpoint import Fingerprint, load_checkpoint, save_checkpoint
-from fimaq_core.errors import CheckpointError
+from fimaq_core.checkpoint import Fingerprint, load_checkpoint, read_header, save_checkpoint
+from fimaq_core.errors import CheckpointError, first_problem
 from fimaq_core.files import remove
 from fimaq_core.layers import set_quantized
-from fimaq_core.pipeline import (
-    Resources,
-    blocks_beside,
-    calibrate_or_load,
-    finish,
-    load_mlps,
-    reconstruct_with_checkpoints,
-    remove_blocks,
-)
-from fimaq_core.progress import Report
+from fimaq_core.pipeline import CALIBRATE, MLPS, RECONSTRUCT, load_mlps
+from fimaq_core.progress import Report, silent
 from fimaq_core.recipe import OFF, Recipe, make_recipe
 from fimaq_core.reconstruction.mlp import mlps, use_relu
 from fimaq_core.reconstruction.reconstruct import ReconstructionLog
-from tasks.common.environment import resolve_device
+from fimaq_core.store import Address, CheckpointStore, Part, Pieces, Stage
 from tasks.common.facts import joined_facts, model_facts
 from tasks.common.inspection import Inspection
 from tasks.common.modules import merge_logs
-from tasks.common.origin import read_origin
-from tasks.common.prepare import (
-    Part,
-    all_segments,
-    chains_of,
-    check_request,
-    checkpoint_facts,
-    fingerprint_of,
-    make_parts,
-    start,
-    whole,
-)
-from tasks.common.preprocessing import replaced
-from tasks.common.registry import defaults, get_task
+from tasks.common.prepare import Prepared, all_segments, prepare, whole
+from tasks.common.preprocessing import GivenPreprocessing, replaced
+from tasks.common.registry import defaults, scopes
 from tasks.common.request import CellRequest, DataRequest, ModelRequest
-from tasks.common.task import Chains, Evaluation, LoadedModel, Task
+from tasks.common.task import Chains, Evaluation
 
 #: Recipe fields of a model without quantizers.
 _FULL_PRECISION = {"w_bits": OFF, "a_bits": OFF, "s_bits": None, "head_bits": None, "patch_input_bits": OFF}
 
+#: Names of models: no address such as ``hf-hub:...`` or ``local-dir:...``, no absolute path, no way up.
+_NAME = re.compile(r"(?!.*\.\.)[A-Za-z0-9_][A-Za-z0-9_.+-]*(/[A-Za-z0-9_.+-]+)*")
+#: Texts in arguments, such as names of pools: no paths, no addresses, no dotted names of Python's.
+_WORD = re.compile(r"[A-Za-z0-9_ +-]*")
+
 
 def mlp_stage(request: CellRequest, out: Path, report: Report) -> list[str]:
-    """Reconstruct the MLPs of the model of ``request`` and write them to ``out``.
-
-    An ``out`` of the same run is kept.
+    """Reconstruct the MLPs of a model and write them to ``out``; an ``out`` of the same run is kept.
 
     Returns:
         Notes on the weights and the calibration images.
     """
     assert request.recipe is not None
-    # Merged anew, so that fields that do not go with MLP reconstruction are refused before it starts.
+    # Merged again, so that fields that do not go with MLP reconstruction are refused now.
     recipe = make_recipe(request.recipe.method, request.recipe.model_dump(mode="json"), {"reconstruct_mlp": True})
-    request = replace(request, recipe=recipe, mlp_checkpoint=out if out.is_file() else None)
-    begun = _begin(request, report, lambda part: _beside(out, part.name) if part.name else out)
+    cell = prepare(replace(request, recipe=recipe, mlp_checkpoint=out if out.is_file() else None), report)
+    cell.build()
+    _run(MLPS, cell, out)
     if not out.is_file():
-        segments = all_segments(chains_of(begun.parts))
-        save_checkpoint(out, mlps(segments).state_dict(), begun.fingerprint, {**begun.facts, "stage": "mlp"})
-    for part in begun.parts:
-        if part.name:
-            remove(_beside(out, part.name))
-    return begun.notes
+        tensors = mlps(all_segments(cell.chains)).state_dict()
+        save_checkpoint(out, tensors, cell.fingerprint, {**cell.facts, "stage": MLPS.mark})
+    _remove_parts(cell, out)
+    return cell.notes
 
 
 def calibrate_stage(request: CellRequest, out: Path, report: Report) -> list[str]:
-    """Calibrate the model of ``request`` and write the checkpoint ``out``; an ``out`` of the same run is kept.
+    """Calibrate a model and write the checkpoint ``out``; an ``out`` of the same run is kept.
 
     MLPs that are reconstructed on the way are kept beside it.
 
     Returns:
         Notes on the weights and the calibration images.
     """
-    begun = _begin(request, report, lambda part: _beside(_beside(out, "mlp"), part.name))
-    chains = chains_of(begun.parts)
+    cell = prepare(request, report)
+    cell.build()
+    _run(MLPS, cell, _beside(out, "mlp"))
     if out.is_file():
-        load_checkpoint(out, whole(chains), begun.fingerprint, "ranges")
-        return begun.notes
-    for part in begun.parts:
-        kept = _beside(out, part.name) if part.name else None
-        calibrate_or_load(part.chain, part.inputs, part.recipe, begun.resources, kept, part.fingerprint, begun.facts)
-    save_checkpoint(out, whole(chains).state_dict(), begun.fingerprint, {"stage": "calibrated", **begun.facts})
-    for part in begun.parts:
+        load_checkpoint(out, whole(cell.chains), cell.fingerprint, CALIBRATE.scope)
+        return cell.notes
+    _run(CALIBRATE, cell, out)
+    if not out.is_file():
+        cell.save(out, CALIBRATE.mark)
+    _remove_parts(cell, out)
+    return cell.notes
+
+
+def _run(stage: Stage, cell: Prepared, out: Path) -> None:
+    """Run a stage; each part is kept beside ``out``, or is ``out`` where it is the only one."""
+
+    def address(stage: Stage, part: Part) -> Address:
+        return Address.beside(_beside(out, part.name), stage)
+
+    store = CheckpointStore(cell.resources, address)
+    for part in filter(stage.wanted, cell.parts):
+        store.run(stage, part)
+
+
+def _remove_parts(cell: Prepared, out: Path) -> None:
+    for part in cell.parts:
         if part.name:
             remove(_beside(out, part.name))
-    return begun.notes
 
 
 def _beside(path: Path, name: str) -> Path:
-    """The file that belongs to ``path`` and has ``name`` in its own; ``path`` itself for no name."""
+    """The file beside ``path`` with ``name`` in its name; ``path`` itself for no name."""
     return path.with_name(f"{path.stem}.{name}{path.suffix}") if name else path
-
-
-@dataclass(frozen=True)
-class _Begun:
-    """Everything up to calibration."""
-
-    parts: list[Part]
-    resources: Resources
-    fingerprint: Fingerprint
-    facts: dict[str, Any]
-    notes: list[str]
-
-
-def _begin(request: CellRequest, report: Report, kept: Callable[[Part], Path | None]) -> _Begun:
-    request = check_request(request)
-    assert request.recipe is not None
-    device = _start(request.device, request.threads)
-    task = get_task(request.task)
-    loaded = task.load(request.model)
-    images = task.calibration(loaded, request.data, request.recipe)
-    resources = Resources(report, request.placement, request.eval_batch, request.step_engine)
-    parts = start(request, task, loaded, images, device, resources, kept)
-    facts = checkpoint_facts(request.task, request.model, loaded)
-    fingerprint = fingerprint_of(request.model, loaded, images, request.recipe)
-    return _Begun(parts, resources, fingerprint, facts, [*_notes(loaded), *images.notes])
 
 
 def reconstruct_stage(
     task_name: str, checkpoint: Path, out: Path, given: dict[str, Any], data: DataRequest, options: dict[str, Any], report: Report
 ) -> ReconstructionLog:
-    """Reconstruct a calibrated checkpoint and write ``out``; finished blocks are kept beside it until it is whole.
+    """Reconstruct a calibrated checkpoint and write ``out``; until then, blocks are kept beside it.
 
     Args:
         given: recipe fields that replace the checkpoint's.
-        options: device, threads, eval_batch, placement, step_engine, workers, weights, weights_folder;
-            weights_entry and preprocessing replace what the checkpoint was made with.
+        options: fields of :class:`CellRequest`, and weights, weights_folder; weights_entry and
+            preprocessing replace what the checkpoint was made with.
 
     Raises:
         CheckpointError: the checkpoint is of another run, or given fields would change its ranges.
     """
     fingerprint, facts = read_origin(checkpoint, task_name)
-    if facts["stage"] != "calibrated":
+    if facts["stage"] != CALIBRATE.mark:
         raise CheckpointError(f"The checkpoint {checkpoint} is of stage '{facts['stage']}': reconstruct needs a calibrated one.")
     recipe = _changed(fingerprint.recipe, given, defaults(task_name))
-    device = _start(options["device"], options["threads"])
-    task, model, loaded = _load(task_name, facts, options)
-    calibration = task.calibration(loaded, data, recipe)
-    expected = fingerprint_of(model, loaded, calibration, recipe)
-    parts = make_parts(task, model, loaded, calibration, recipe, device, options["eval_batch"])
-    chains = chains_of(parts)
+    cell = prepare(_request(task_name, facts, data, recipe, options), report)
+    cell.build()
     if recipe.reconstruct_mlp:
-        parts = [replace(part, teacher=copy.deepcopy(part.chain)) for part in parts]
-        use_relu(all_segments(chains))
-    load_checkpoint(checkpoint, whole(chains), expected, "ranges")
-    resources = Resources(report, options["placement"], options["eval_batch"], options["step_engine"])
-    log = ReconstructionLog(notes=[*_notes(loaded), *calibration.notes])
-    for part in parts:
-        blocks = blocks_beside(_beside(out, part.name))
-        made = part.chain, part.inputs, part.recipe, part.divergence, resources
-        merge_logs(log, part.name, reconstruct_with_checkpoints(*made, blocks, part.fingerprint, part.teacher))
-        finish(part.chain)
-    facts = {**checkpoint_facts(task_name, model, loaded), "stage": "reconstructed"}
-    save_checkpoint(out, whole(chains).state_dict(), expected, facts)
-    for part in parts:
-        remove_blocks(blocks_beside(_beside(out, part.name)))
+        for part in cell.parts:
+            part.teacher = copy.deepcopy(part.chain)
+        use_relu(all_segments(cell.chains))
+    load_checkpoint(checkpoint, whole(cell.chains), cell.fingerprint, CALIBRATE.scope)
+
+    def address(stage: Stage, part: Part) -> Address:
+        return Address.beside(_beside(out, part.name), stage)._replace(file=None)
+
+    store = CheckpointStore(cell.resources, address)
+    log = ReconstructionLog(notes=cell.notes)
+    for part in cell.parts:
+        store.run(RECONSTRUCT, part)
+        merge_logs(log, part.name, part.log)
+    cell.save(out, RECONSTRUCT.mark)
+    for part in cell.parts:
+        Pieces(address(RECONSTRUCT, part).pieces, RECONSTRUCT.piece).remove()
     return log
 
 
 def evaluate_stage(task_name: str, checkpoint: Path, data: DataRequest, options: dict[str, Any], report: Report) -> Evaluation:
     """Evaluate a checkpoint of any stage. ``options`` as in :func:`reconstruct_stage`."""
     fingerprint, facts = read_origin(checkpoint, task_name)
-    device = _start(options["device"], options["threads"])
-    task, _, loaded = _load(task_name, facts, options)
-    model = task.assemble(loaded, _restored(task, loaded, checkpoint, fingerprint, facts)).to(device)
-    evaluation = task.evaluate(model, loaded, data, device, options["eval_batch"], options["workers"], report)
-    said = [*_notes(loaded), *replaced(facts.get("preprocessing", {}), options.get("preprocessing", {}))]
-    return replace(evaluation, notes=[*said, *evaluation.notes])
+    cell = prepare(_request(task_name, facts, data, None, options), report)
+    evaluation = cell.evaluate(_restored(cell, checkpoint, fingerprint, facts), report)
+    said = replaced(facts.get("preprocessing", {}), options.get("preprocessing", {}))
+    return replace(evaluation, notes=[*cell.notes, *said, *evaluation.notes])
 
 
 def inspect_stage(task_name: str, checkpoint: Path, options: dict[str, Any]) -> Inspection:
-    """Facts about the model in a checkpoint of any stage. Needs its float weights, but no data.
-
-    Args:
-        options: weights, weights_folder, weights_entry.
+    """Facts about the model in a checkpoint of any stage. Needs float weights (``options``), no data.
 
     Raises:
         CheckpointError: no checkpoint, of another task, or made from other weights.
         ModelError: the task does not say what images the model takes.
     """
     fingerprint, facts = read_origin(checkpoint, task_name)
-    task, _, loaded = _load(task_name, facts, options)
-    chains = _restored(task, loaded, checkpoint, fingerprint, facts)
-    inputs, untouched = task.examples(loaded, chains), task.untouched(loaded, chains)
+    cell = prepare(_request(task_name, facts, DataRequest(), None, options), silent)
+    chains = _restored(cell, checkpoint, fingerprint, facts)
+    inputs, untouched = cell.task.examples(cell.loaded, chains), cell.task.untouched(cell.loaded, chains)
     measured = joined_facts({name: model_facts(chain, inputs[name]) for name, chain in chains.items()}, untouched)
-    return Inspection(
-        checkpoint,
-        task_name,
-        loaded.tag,
-        facts["stage"],
-        fingerprint,
-        measured,
-        tuple(untouched),
-        loaded.entry,
-        loaded.preprocessing,
-    )
+    loaded = cell.loaded
+    found = loaded.tag, facts["stage"], fingerprint, measured, tuple(untouched), loaded.entry, loaded.preprocessing
+    return Inspection(checkpoint, task_name, *found)
 
 
-def _restored(task: Task, loaded: LoadedModel, checkpoint: Path, fingerprint: Fingerprint, facts: dict[str, Any]) -> Chains:
-    """The model of a checkpoint of any stage, in its quantized form (of stage ``mlp``: with its MLPs, in full precision)."""
-    if fingerprint.weights != loaded.sha256:
+def _restored(cell: Prepared, checkpoint: Path, fingerprint: Fingerprint, facts: dict[str, Any]) -> Chains:
+    """The quantized model of a checkpoint; of stage ``mlp`` in full precision, with these MLPs."""
+    if fingerprint.weights != cell.loaded.sha256:
+        other, own = fingerprint.weights[:12], cell.loaded.sha256[:12]
         raise CheckpointError(
-            f"The checkpoint {checkpoint} was made from other weights (sha256 {fingerprint.weights[:12]}) than those found now "
-            f"({loaded.sha256[:12]})."
+            f"The checkpoint {checkpoint} was made from other weights (sha256 {other}) than those found now ({own})."
         )
-    if facts["stage"] == "mlp":
-        chains = task.chains(loaded, fingerprint.recipe.model_copy(update=_FULL_PRECISION))
+    if facts["stage"] == MLPS.mark:
+        chains = cell.task.chains(cell.loaded, fingerprint.recipe.model_copy(update=_FULL_PRECISION))
         load_mlps(all_segments(chains), checkpoint, None)
         return chains
-    chains = task.chains(loaded, fingerprint.recipe)
+    chains = cell.task.chains(cell.loaded, fingerprint.recipe)
     if fingerprint.recipe.reconstruct_mlp:
         use_relu(all_segments(chains))
     load_checkpoint(checkpoint, whole(chains), None)
@@ -225,7 +184,7 @@ def _restored(task: Task, loaded: LoadedModel, checkpoint: Path, fingerprint: Fi
 
 
 def _changed(recipe: Recipe, given: dict[str, Any], usual: dict[str, Any]) -> Recipe:
-    """The checkpoint's recipe with ``given`` fields; a given method replaces everything that does not determine ranges.
+    """The checkpoint's recipe with ``given`` fields; a given method replaces all but the ranges' fields.
 
     Args:
         usual: fields that the task sets for every method alike.
@@ -238,26 +197,78 @@ def _changed(recipe: Recipe, given: dict[str, Any], usual: dict[str, Any]) -> Re
     return make_recipe(method or recipe.method, usual, kept, {name: value for name, value in given.items() if name != "method"})
 
 
-def _load(task_name: str, facts: dict[str, Any], options: dict[str, Any]) -> tuple[Task, ModelRequest, LoadedModel]:
-    task = get_task(task_name)
-    request = ModelRequest(
+def _request(task: str, facts: dict[str, Any], data: DataRequest, recipe: Recipe | None, options: dict[str, Any]) -> CellRequest:
+    """A request for the model of a checkpoint with these ``facts``."""
+    more = dict(options)
+    model = ModelRequest(
         facts["model"],
         facts["model_args"],
-        options["weights"],
-        options["weights_folder"],
-        options.get("weights_entry") or facts.get("weights_entry"),
-        facts.get("preprocessing", {}) | options.get("preprocessing", {}),
+        more.pop("weights"),
+        more.pop("weights_folder"),
+        more.pop("weights_entry", None) or facts.get("weights_entry"),
+        facts.get("preprocessing", {}) | more.pop("preprocessing", {}),
     )
-    return task, request, task.load(request)
+    return CellRequest(task, model, data, recipe, **more)
 
 
-def _notes(loaded: LoadedModel) -> list[str]:
-    """Which weights were taken, and how images are prepared."""
-    own = loaded.preprocessing
-    return [*loaded.weights.notes(), *([] if own is None else [f"preprocessing: {own.text()}"])]
+class _Facts(BaseModel):
+    """What a checkpoint says of its model: decides what is built and loaded, and is not trusted."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    task: str
+    model: str
+    model_args: dict[str, Any]
+    tag: str
+    stage: Literal["mlp", "calibrated", "reconstructed"]
+    weights_entry: str | None = None
+    preprocessing: GivenPreprocessing = GivenPreprocessing()
 
 
-def _start(device: str, threads: int | None) -> torch.device:
-    if threads is not None:
-        torch.set_num_threads(threads)
-    return resolve_device(device)
+def read_origin(path: Path, task: str) -> tuple[Fingerprint, dict[str, Any]]:
+    """Read fingerprint and facts of the checkpoint of a whole model.
+
+    Args:
+        task: name of the task that it must be of.
+
+    Returns:
+        The fingerprint, and ``task``, ``model``, ``model_args``, ``tag``, ``stage``; where they were
+        given, ``weights_entry`` and ``preprocessing``.
+
+    Raises:
+        CheckpointError: no such checkpoint, one of another task or of a part of a model, or facts that
+            would make a library read files, fetch or import something.
+    """
+    fingerprint, content = read_header(path)
+    if content.get("task", task) != task:
+        raise CheckpointError(f"The checkpoint {path} is of task {content['task']!r}, not {task!r}.")
+    try:
+        facts = _Facts.model_validate(content)
+    except ValidationError as error:
+        raise CheckpointError(f"The checkpoint {path} does not say which model it is of ({first_problem(error)}).") from error
+    if not _NAME.fullmatch(facts.model):
+        raise CheckpointError(f"The checkpoint {path} is of a model {facts.model!r}, which is no name of a model.")
+    for where, text in _texts(facts.model_args, "model_args"):
+        if not _WORD.fullmatch(text):
+            raise CheckpointError(
+                f"The checkpoint {path} has {text!r} in {where}: a checkpoint may not name files, addresses or modules."
+            )
+    scope, known = fingerprint.recipe.scope, scopes(task)
+    if scope is not None and scope not in known:
+        raise CheckpointError(f"The checkpoint {path} has the scope {scope!r}, which task '{task}' does not have.")
+    given = {"weights_entry": facts.weights_entry, "preprocessing": facts.preprocessing.fields()}
+    own = facts.model_dump(exclude=set(given))
+    return fingerprint, own | {name: value for name, value in given.items() if value}
+
+
+def _texts(value: object, where: str) -> Iterator[tuple[str, str]]:
+    """All texts in a JSON value, keys too, each with where it is."""
+    if isinstance(value, str):
+        yield where, value
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield where, name
+            yield from _texts(item, f"{where}.{name}")
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from _texts(item, f"{where}.{number}")

@@ -11,8 +11,7 @@ from fimaq_core.errors import DataError, NumericsError
 from fimaq_core.progress import Progress, Report
 from tasks.common.examples import Spread, leaders, shortened
 from tasks.common.folders import Source
-from tasks.common.images import Images
-from tasks.common.outputs import image_outputs
+from tasks.common.images import Images, image_outputs
 from tasks.common.record import proportion
 from tasks.common.task import Evaluation
 
@@ -28,16 +27,13 @@ def evaluate(
     report: Report,
     names: Sequence[str] = (),
 ) -> Evaluation:
-    """Measure ``model`` on all of ``images``.
+    """Measure ``model`` on all of ``images``, which came from ``source``.
 
     Args:
         model: on ``device``, in eval mode; (B, C, H, W) to (B, classes).
-        images: the samples with their transform.
-        source: where they came from.
-        device: of the model.
-        batch_size: images a forward pass.
+        batch_size: images per forward pass.
         workers: data-loading processes.
-        report: receives progress, one unit an image.
+        report: receives progress, one unit per image.
         names: of the classes, for people; their numbers where there are none.
 
     Raises:

@@ -67,59 +67,48 @@ class _Array(_Inert):
 
 
 class _Mapping:
-    """Makes a dictionary that the weights-only reader lets have attributes."""
+    """Becomes a dictionary that the weights-only reader lets have attributes."""
 
     def __new__(cls, *_: Any) -> Any:
         return OrderedDict()
 
 
 class _List:
-    """Makes a plain list."""
+    """Becomes a plain list."""
 
     def __new__(cls, *_: Any) -> Any:
         return []
 
 
-#: Classes and functions that trainers' files name beside the weights. None of them is imported or
+#: Classes and functions, by module, that trainers' files name beside the weights. None of them is imported or
 #: called: the class on the left takes its place. Any other name is an error.
-_STAND_INS: dict[type, tuple[str, ...]] = {
-    _Inert: (
-        "argparse.Namespace",
-        "types.SimpleNamespace",
-        *(f"builtins.{name}" for name in ("bool", "dict", "float", "frozenset", "getattr", "int", "list", "str", "tuple")),
-        "omegaconf.base.ContainerMetadata",
-        "omegaconf.base.Metadata",
-        "omegaconf.dictconfig.DictConfig",
-        "omegaconf.listconfig.ListConfig",
-        *(f"omegaconf.nodes.{kind}Node" for kind in ("Any", "Boolean", "Bytes", "Enum", "Float", "Integer", "Path", "String")),
-        "typing.Any",
-        *(f"datetime.{name}" for name in ("date", "datetime", "timedelta", "timezone")),
-        *(
-            f"{module}.{kind}"
-            for module in ("pathlib", "pathlib._local")
-            for kind in ("Path", "PosixPath", "PurePosixPath", "PureWindowsPath", "WindowsPath")
-        ),
-        "numpy.core.multiarray.scalar",
-        "numpy._core.multiarray.scalar",
-        "numpy.dtype",
-        "mmengine.logging.history_buffer.HistoryBuffer",
-    ),
-    _Array: (
-        "numpy.core.multiarray._reconstruct",
-        "numpy._core.multiarray._reconstruct",
-        "numpy.ndarray",
-    ),
-    _Mapping: (
-        "collections.defaultdict",
-        "detectron2.config.config.CfgNode",
-        "easydict.EasyDict",
-        "fvcore.common.config.CfgNode",
-        "yacs.config.CfgNode",
-        "lightning.fabric.utilities.data.AttributeDict",
-        "lightning_fabric.utilities.data.AttributeDict",
-        "pytorch_lightning.utilities.parsing.AttributeDict",
-    ),
-    _List: ("collections.deque",),
+_STAND_INS: dict[type, dict[str, str]] = {
+    _Inert: {
+        "argparse": "Namespace",
+        "types": "SimpleNamespace",
+        "builtins": "bool dict float frozenset getattr int list str tuple",
+        "omegaconf.base": "ContainerMetadata Metadata",
+        "omegaconf": "dictconfig.DictConfig listconfig.ListConfig",
+        "omegaconf.nodes": "AnyNode BooleanNode BytesNode EnumNode FloatNode IntegerNode PathNode StringNode",
+        "typing": "Any",
+        "datetime": "date datetime timedelta timezone",
+        "pathlib": "Path PosixPath PurePosixPath PureWindowsPath WindowsPath",
+        "pathlib._local": "Path PosixPath PurePosixPath PureWindowsPath WindowsPath",
+        "numpy": "core.multiarray.scalar _core.multiarray.scalar dtype",
+        "mmengine.logging.history_buffer": "HistoryBuffer",
+    },
+    _Array: {"numpy": "core.multiarray._reconstruct _core.multiarray._reconstruct ndarray"},
+    _Mapping: {
+        "collections": "defaultdict",
+        "easydict": "EasyDict",
+        "yacs.config": "CfgNode",
+        "detectron2.config.config": "CfgNode",
+        "fvcore.common.config": "CfgNode",
+        "lightning.fabric.utilities.data": "AttributeDict",
+        "lightning_fabric.utilities.data": "AttributeDict",
+        "pytorch_lightning.utilities.parsing": "AttributeDict",
+    },
+    _List: {"collections": "deque"},
 }
 
 
@@ -180,13 +169,7 @@ def read_weights(path: Path, entry: str | None = None) -> StoredWeights:
         entries = tuple(name + said.get(name, "") for name in entries)
         entry = entry or "state_dict"
     name = _chosen(list(states), entry, path)
-    return StoredWeights(
-        path,
-        _renamed(states[name], path),
-        name or None,
-        entries,
-        _class_names(content),
-    )
+    return StoredWeights(path, _renamed(states[name], path), name or None, entries, _class_names(content))
 
 
 def _content(path: Path) -> Any:
@@ -198,7 +181,12 @@ def _content(path: Path) -> Any:
             f"The weights {path} are a TorchScript archive: a program with weights, which is not "
             "run. Give the weights as safetensors."
         )
-    stand_ins: list[Any] = [(own, name) for own, names in _STAND_INS.items() for name in names]
+    stand_ins: list[Any] = [
+        (own, f"{module}.{name}")
+        for own, modules in _STAND_INS.items()
+        for module, names in modules.items()
+        for name in names.split()
+    ]
     try:
         with path.open("rb") as file:
             start = file.read(9)
@@ -404,35 +392,30 @@ def _misfit(expected: dict[str, Tensor], state: dict[str, Tensor]) -> str | None
 
     Names that resemble each other, such as ``fc_norm.weight`` and ``norm.weight``, come first.
     """
-    missing = [name for name in expected if name not in state]
-    surplus = [name for name in state if name not in expected]
-    shapes = [name for name, value in state.items() if name in expected and value.shape != expected[name].shape]
+    common = expected.keys() & state.keys()
+    missing = [name for name in expected if name not in common]
+    surplus = [name for name in state if name not in common]
+    shapes = [name for name in state if name in common and state[name].shape != expected[name].shape]
     kinds = [
-        name
+        f"{name} is {_short(value.dtype)}"
         for name, value in state.items()
-        if name in expected and expected[name].is_floating_point() and not value.is_floating_point()
+        if name in common and expected[name].is_floating_point() and not value.is_floating_point()
     ]
     if not (missing or surplus or shapes or kinds):
         return None
     pairs = _nearest(missing, surplus)
-    counts = {
+    found = {
         "Missing names": [*(pair[0] for pair in pairs), *missing],
         "Unexpected names": [*(pair[1] for pair in pairs), *surplus],
         "Shape mismatch": shapes,
-        "Not floating point, as quantized weights are": [f"{name} is {_short(state[name].dtype)}" for name in kinds],
+        "Not floating point, as quantized weights are": kinds,
     }
-    listed = ". ".join(f"{what}: {_some(dict.fromkeys(names))}" for what, names in counts.items() if names)
-    return "\n".join(
-        [
-            f"{listed}.",
-            *(f"  near: the model has '{a}', the file '{b}'" for a, b in pairs[:3]),
-            *(
-                f"  '{name}' is {tuple(state[name].shape)} in the file, {tuple(expected[name].shape)} in the model"
-                for name in shapes[:3]
-            ),
-            "Give weights of this model, or the model (--model, --model-args) that they are of.",
-        ]
-    )
+    listed = ". ".join(f"{what}: {_some(dict.fromkeys(names))}" for what, names in found.items() if names)
+    lines = [f"{listed}."]
+    lines += [f"  near: the model has '{a}', the file '{b}'" for a, b in pairs[:3]]
+    for name in shapes[:3]:
+        lines.append(f"  '{name}' is {tuple(state[name].shape)} in the file, {tuple(expected[name].shape)} in the model")
+    return "\n".join([*lines, "Give weights of this model, or the model (--model, --model-args) that they are of."])
 
 
 def _nearest(missing: list[str], surplus: list[str]) -> list[tuple[str, str]]:

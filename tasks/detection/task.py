@@ -1,9 +1,6 @@
 """The detection task as the pipeline sees it."""
 
-from collections.abc import Sequence
-
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from fimaq_core.chain import BlockChain
@@ -13,7 +10,7 @@ from fimaq_core.progress import Report
 from fimaq_core.recipe import OFF, Recipe
 from fimaq_core.samples import Samples
 from tasks.common.request import DataRequest, ModelRequest
-from tasks.common.task import CalibrationSet, Chains, Evaluation, LoadedModel, Named
+from tasks.common.task import CalibrationSet, Chains, Evaluation, LoadedModel, Task
 from tasks.detection import models, tags
 from tasks.detection.calibration import calibration_set
 from tasks.detection.chain import detector_segments
@@ -23,7 +20,6 @@ from tasks.detection.divergence import ProposalDivergence
 from tasks.detection.evaluate import evaluate_detector
 from tasks.detection.examples import region_examples
 from tasks.detection.heads import roi_heads
-from tasks.detection.pictures import pictures
 from tasks.detection.roi import roi_inputs, roi_parts
 from tasks.detection.roi_terms import ProposalTerms, class_count
 from tasks.detection.rpn import rpn_levels, rpn_segment
@@ -53,7 +49,7 @@ def pieces_of(recipe: Recipe) -> tuple[str, ...]:
     return tags.PIECES if recipe.scope is None else tuple(recipe.scope.split("+"))
 
 
-class DetectionTask(Named):
+class DetectionTask(Task):
     """Detection and instance segmentation with mmdet; see :class:`tasks.common.task.Task`."""
 
     name = "detection"
@@ -63,7 +59,6 @@ class DetectionTask(Named):
     defaults = tags.DEFAULTS
 
     def load(self, request: ModelRequest) -> LoadedModel:
-        """Model, weights and image pipeline."""
         return models.load_model(request)
 
     def chains(self, loaded: LoadedModel, recipe: Recipe) -> Chains:
@@ -90,11 +85,9 @@ class DetectionTask(Named):
         return "+".join(name for name in pieces_of(recipe) if (name == "roi") == (part != DETECTOR))
 
     def assemble(self, loaded: LoadedModel, chains: Chains) -> nn.Module:
-        """The detector, quantized or not."""
         return assemble(loaded.model, chains)
 
     def untouched(self, loaded: LoadedModel, chains: Chains) -> dict[str, nn.Module]:
-        """What no chain stands for."""
         names = ("backbone", "neck", "rpn_head") if DETECTOR not in chains else ()
         names = names if set(chains) - {DETECTOR} else (*names, "roi_head")
         return {name: loaded.model.get_submodule(name) for name in names}
@@ -146,10 +139,6 @@ class DetectionTask(Named):
         source = open_source(loaded, data, "val").head(data.limit).settled()
         made = model.predict, source, loaded.eval_transform, device, report
         return evaluate_detector(*made, data.skip_corrupt, workers, data.keep_outputs)
-
-    def pictures(self, model: ModelRequest, data: DataRequest, ids: Sequence[str]) -> dict[str, Image.Image]:
-        """Scenes, or files that annotations name."""
-        return pictures(model, data, ids)
 
 
 TASK = DetectionTask()

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from fimaq_core.errors import DataError, ModelError, NumericsError
-from tasks.common.images import Images
-from tasks.common.outputs import image_outputs
+from tasks.common.images import Images, image_outputs
 
 #: Images (n, C, H, W) or token ids (n, L) to embeddings (n, d) of any length.
 Encode = Callable[[Tensor], Tensor]

@@ -1,10 +1,8 @@
 """The retrieval task as the pipeline sees it."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from fimaq_core.errors import DataError, RecipeError
@@ -16,14 +14,13 @@ from tasks.common.class_names import told_apart
 from tasks.common.folders import open_folder
 from tasks.common.images import Images
 from tasks.common.request import DataRequest, ModelRequest
-from tasks.common.task import CalibrationSet, Chains, Evaluation, LoadedModel, Named
+from tasks.common.task import CalibrationSet, Chains, Evaluation, LoadedModel, Task
 from tasks.common.top_k import evaluate
 from tasks.retrieval import models, tags
 from tasks.retrieval.calibration import calibration_set
 from tasks.retrieval.captions import open_pairs
 from tasks.retrieval.divergence import ContrastiveDivergence
 from tasks.retrieval.evaluate import evaluate_pairs, truncated
-from tasks.retrieval.pictures import pictures
 from tasks.retrieval.towers import TOWERS, build_towers
 from tasks.retrieval.zero_shot import LINES, ZeroShotClassifier, class_embeddings, class_names, named_classes
 
@@ -60,7 +57,7 @@ class TwoTowers(nn.Module):
         return embedded
 
 
-class RetrievalTask(Named):
+class RetrievalTask(Task):
     """Image-caption retrieval and zero-shot classification with open_clip; see :class:`tasks.common.task.Task`."""
 
     name = "retrieval"
@@ -69,7 +66,6 @@ class RetrievalTask(Named):
     scopes = tags.SCOPES
 
     def load(self, request: ModelRequest) -> LoadedModel:
-        """Model, weights, transforms and tokenizer."""
         return models.load_model(request)
 
     def chains(self, loaded: LoadedModel, recipe: Recipe) -> Chains:
@@ -78,11 +74,9 @@ class RetrievalTask(Named):
         return build_towers(loaded.model, recipe, towers)
 
     def assemble(self, loaded: LoadedModel, chains: Chains) -> nn.Module:
-        """Both towers, quantized or not."""
         return TwoTowers(loaded.model, chains)
 
     def untouched(self, loaded: LoadedModel, chains: Chains) -> dict[str, nn.Module]:
-        """The tower that stays as it is."""
         model = loaded.model
         found = {"vision": model.get_submodule("visual")}
         if isinstance(getattr(model, "text", None), nn.Module):
@@ -152,10 +146,6 @@ class RetrievalTask(Named):
         cut = truncated(loaded.tokenizer, pairs.captions, loaded.context_length)
         encoders = model.encode_image, model.encode_text
         return evaluate_pairs(*encoders, images, pairs, loaded.tokenizer, device, batch_size, workers, report, cut)
-
-    def pictures(self, model: ModelRequest, data: DataRequest, ids: Sequence[str]) -> dict[str, Image.Image]:
-        """Scenes, files below the folder of the captions, or those of class folders."""
-        return pictures(model, data, ids)
 
 
 @torch.no_grad()

@@ -9,20 +9,14 @@ from typing import Any
 import pytest
 import torch
 from small_models import chain_of, deit, images, quick, swin, vit
+from staged import run_stage
 from torch import Tensor, nn
 
 from fimaq_core.chain import BlockChain
 from fimaq_core.checkpoint import Fingerprint, load_checkpoint, save_checkpoint
 from fimaq_core.fisher.divergence import ClassifierDivergence
 from fimaq_core.layers import QuantConv2d, QuantLinear, QuantMatMul, quant_layers, set_quantized
-from fimaq_core.pipeline import (
-    Resources,
-    calibrate_or_load,
-    finish,
-    quantize_chain,
-    reconstruct_mlps_or_load,
-    reconstruct_with_checkpoints,
-)
+from fimaq_core.pipeline import CALIBRATE, MLPS, RECONSTRUCT, quantize_chain
 from fimaq_core.progress import Progress
 from fimaq_core.quantizers.activation import ActivationQuantizer
 from fimaq_core.quantizers.affine import AffineQuantizer
@@ -31,6 +25,7 @@ from fimaq_core.quantizers.weight import WeightQuantizer
 from fimaq_core.recipe import METHODS, OFF, Recipe
 from fimaq_core.reconstruction.mlp import mlps, use_relu
 from fimaq_core.reconstruction.state import active_quantizers, rounded_layers
+from fimaq_core.store import Part, Resources
 
 pytestmark = pytest.mark.slow
 
@@ -291,12 +286,11 @@ def run(recipe: Recipe, folder: Path | None, stop: tuple[str, str] | None = None
     def file(name: str) -> Path | None:
         return None if folder is None else folder / name
 
-    teacher = None
+    part = Part(chain, x, recipe, KL, mark)
     if recipe.reconstruct_mlp:
-        teacher, _ = reconstruct_mlps_or_load(chain, x, recipe, KL, resources, file("mlps.safetensors"), mark)
-    calibrate_or_load(chain, x, recipe, resources, file("ranges.safetensors"), mark)
-    reconstruct_with_checkpoints(chain, x, recipe, KL, resources, folder, mark, teacher)
-    finish(chain)
+        run_stage(MLPS, part, file("mlps.safetensors"), resources=resources)
+    run_stage(CALIBRATE, part, file("ranges.safetensors"), resources=resources)
+    run_stage(RECONSTRUCT, part, pieces=folder, resources=resources)
     return chain, work
 
 
@@ -353,7 +347,9 @@ def run_mlps(recipe: Recipe, folder: Path | None, stop: str | None = None) -> tu
 
     chain, x = chain_of(vit(2), recipe), images(16)
     path = None if folder is None else folder / "mlps.safetensors"
-    teacher, _ = reconstruct_mlps_or_load(chain, x, recipe, KL, Resources(report, batch_size=8), path, fingerprint(recipe))
+    part = Part(chain, x, recipe, KL, fingerprint(recipe))
+    run_stage(MLPS, part, path, resources=Resources(report, batch_size=8))
+    assert part.teacher is not None
     with torch.no_grad():
-        assert torch.equal(teacher(x), chain_of(vit(2), recipe)(x))
+        assert torch.equal(part.teacher(x), chain_of(vit(2), recipe)(x))
     return chain, work

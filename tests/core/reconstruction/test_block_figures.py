@@ -11,6 +11,7 @@ import pytest
 import torch
 from small_models import chain_of, images, quick, swin, vit
 from small_pyramid import Positions, by_hand, pyramid, varied
+from staged import run_stage
 from torch import Tensor
 
 from fimaq_core.chain import BlockChain
@@ -18,14 +19,7 @@ from fimaq_core.checkpoint import Fingerprint, load_checkpoint, save_checkpoint
 from fimaq_core.errors import CheckpointError
 from fimaq_core.fisher.divergence import ClassifierDivergence, Divergence
 from fimaq_core.layers import set_quantized
-from fimaq_core.pipeline import (
-    Resources,
-    calibrate_or_load,
-    finish,
-    quantize_chain,
-    reconstruct_or_load,
-    reconstruct_with_checkpoints,
-)
+from fimaq_core.pipeline import CALIBRATE, RECONSTRUCT, finish, quantize_chain
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction import reconstruct as reconstruct_module
 from fimaq_core.reconstruction import sample_objective as sample_module
@@ -34,6 +28,7 @@ from fimaq_core.reconstruction.reconstruct import ReconstructionLog
 from fimaq_core.reconstruction.sample_objective import SampleObjective
 from fimaq_core.reconstruction.tape import Placement, Tape
 from fimaq_core.samples import Ragged
+from fimaq_core.store import Part, Resources
 
 pytestmark = pytest.mark.slow
 
@@ -228,9 +223,10 @@ def mark(recipe: Recipe) -> Fingerprint:
 
 def resumed(folder: Path, recipe: Recipe) -> tuple[BlockChain, ReconstructionLog]:
     chain, x = chain_of(vit(), recipe), images(24)
-    calibrate_or_load(chain, x, recipe, Resources(batch_size=8), folder / "ranges.safetensors", mark(recipe))
-    log = reconstruct_with_checkpoints(chain, x, recipe, KL, Resources(batch_size=8), folder, mark(recipe))
-    return chain, log
+    part = Part(chain, x, recipe, KL, mark(recipe))
+    run_stage(CALIBRATE, part, folder / "ranges.safetensors")
+    run_stage(RECONSTRUCT, part, pieces=folder)
+    return chain, part.log
 
 
 def test_a_resumed_run_has_the_figures_of_the_undisturbed_one(tmp_path: Path) -> None:
@@ -289,8 +285,10 @@ def test_a_whole_reconstruction_keeps_its_log_and_older_ones_load(tmp_path: Path
 
     def again() -> tuple[BlockChain, ReconstructionLog, bool]:
         chain = chain_of(vit(), recipe)
-        calibrate_or_load(chain, x, recipe, Resources(batch_size=8))
-        return chain, *reconstruct_or_load(chain, x, recipe, KL, Resources(batch_size=8), path, mark(recipe))
+        part = Part(chain, x, recipe, KL, mark(recipe))
+        run_stage(CALIBRATE, part)
+        loaded = run_stage(RECONSTRUCT, part, path)
+        return chain, part.log, loaded
 
     _, first, loaded = again()
     assert not loaded

@@ -3,6 +3,7 @@
 import json
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from small_models import chain_of, images, quick, swin, vit
+from staged import run_stage
 from torch import Tensor, nn
 
 from fimaq_core import NUMERICS_VERSION
@@ -18,10 +20,11 @@ from fimaq_core.checkpoint import Fingerprint, Scope, load_checkpoint, read_head
 from fimaq_core.errors import CheckpointError
 from fimaq_core.fisher.divergence import ClassifierDivergence
 from fimaq_core.layers import set_quantized
-from fimaq_core.pipeline import Resources, calibrate_or_load, finish, quantize_chain, reconstruct_with_checkpoints
+from fimaq_core.pipeline import CALIBRATE, RECONSTRUCT, finish, quantize_chain
 from fimaq_core.progress import Progress
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction.reconstruct import ReconstructionLog
+from fimaq_core.store import Part, Resources
 
 pytestmark = pytest.mark.slow
 
@@ -53,10 +56,10 @@ def run(
     chain, x = chain_of(build(), recipe), images(24, size)
     resources = Resources(report, batch_size=8)
     ranges = None if folder is None else folder / "ranges.safetensors"
-    calibrate_or_load(chain, x, recipe, resources, ranges, fingerprint(recipe))
-    log = reconstruct_with_checkpoints(chain, x, recipe, KL, resources, folder, fingerprint(recipe))
-    finish(chain)
-    return chain, log
+    part = Part(chain, x, recipe, KL, fingerprint(recipe))
+    run_stage(CALIBRATE, part, ranges, resources=resources)
+    run_stage(RECONSTRUCT, part, pieces=folder, resources=resources)
+    return chain, part.log
 
 
 CASES: dict[str, tuple[Callable[[], nn.Module], int, dict[str, object]]] = {
@@ -93,9 +96,10 @@ def test_resumed_run_equals_the_undisturbed_one(case: str, tmp_path: Path) -> No
 def test_blocks_of_another_engine_are_named(tmp_path: Path) -> None:
     recipe, x, notes, labels = quick(), images(24), {}, []
     for turn, engine in enumerate(("fused", "fused", "eager")):
-        chain, resources = chain_of(vit(), recipe), Resources(batch_size=8, engine=engine)
-        calibrate_or_load(chain, x, recipe, resources)
-        log = reconstruct_with_checkpoints(chain, x, recipe, KL, resources, tmp_path, fingerprint(recipe))
+        part = Part(chain_of(vit(), recipe), x, recipe, KL, fingerprint(recipe))
+        run_stage(CALIBRATE, part)
+        run_stage(RECONSTRUCT, part, pieces=tmp_path, resources=Resources(batch_size=8, engine=engine))
+        log = part.log
         assert log.engine == engine
         labels = list(log.last_loss)
         notes[turn] = [note for note in log.notes if "engine" in note]
@@ -120,15 +124,15 @@ def test_saved_and_loaded_at_every_stage(name: str, tmp_path: Path) -> None:
     size = 40 if name == "swin" else 32
     recipe, x, probe = quick(), images(24, size), images(6, size, seed=8)
     mark = fingerprint(recipe)
-    chain = chain_of(build(), recipe)
-    calibrate_or_load(chain, x, recipe, Resources(batch_size=8), tmp_path / "ranges.safetensors", mark)
-    loaded = chain_of(build(), recipe)
-    assert calibrate_or_load(loaded, x, recipe, path=tmp_path / "ranges.safetensors", fingerprint=mark)
+    chain, loaded = chain_of(build(), recipe), chain_of(build(), recipe)
+    part = Part(chain, x, recipe, KL, mark)
+    assert not run_stage(CALIBRATE, part, tmp_path / "ranges.safetensors")
+    assert run_stage(CALIBRATE, replace(part, chain=loaded), tmp_path / "ranges.safetensors")
     for on in (True, False):
         set_quantized(chain, on)
         set_quantized(loaded, on)
         assert torch.equal(logits(loaded, probe), logits(chain, probe))
-    reconstruct_with_checkpoints(chain, x, recipe, KL, Resources(batch_size=8), tmp_path, mark)
+    run_stage(RECONSTRUCT, part, pieces=tmp_path)
     for index, segment in enumerate(loaded):
         load_checkpoint(tmp_path / f"block-{index:03d}.safetensors", segment.block, mark)
     finish(chain)
@@ -156,10 +160,14 @@ def test_quantize_does_all_stages() -> None:
 def saved(tmp_path: Path) -> Path:
     """A checkpoint of a calibrated model."""
     recipe = quick()
-    calibrate_or_load(
-        chain_of(vit(), recipe), images(8), recipe, Resources(), tmp_path / "ranges.safetensors", fingerprint(recipe)
-    )
+    calibrated(recipe, tmp_path / "ranges.safetensors")
     return tmp_path / "ranges.safetensors"
+
+
+def calibrated(recipe: Recipe, path: Path) -> bool:
+    """Calibrate a new model, or load that; return True if it was loaded."""
+    part = Part(chain_of(vit(), recipe), images(8), recipe, KL, fingerprint(recipe))
+    return run_stage(CALIBRATE, part, path)
 
 
 def test_another_run_is_refused_with_the_reason(saved: Path) -> None:
@@ -185,10 +193,10 @@ def test_another_run_is_refused_with_the_reason(saved: Path) -> None:
 def test_ranges_serve_every_method_with_the_same_range_settings(saved: Path) -> None:
     for method in ("qdrop", "brecq", "fimaq"):
         recipe = quick(method, steps=99)
-        assert calibrate_or_load(chain_of(vit(), recipe), images(8), recipe, path=saved, fingerprint=fingerprint(recipe))
+        assert calibrated(recipe, saved)
     for recipe in (quick("rtn"), quick(a_bits=8), quick(seed=4), quick(range_candidates=64)):
         with pytest.raises(CheckpointError, match="another recipe"):
-            calibrate_or_load(chain_of(vit(), recipe), images(8), recipe, path=saved, fingerprint=fingerprint(recipe))
+            calibrated(recipe, saved)
 
 
 def test_another_structure_is_refused(saved: Path) -> None:

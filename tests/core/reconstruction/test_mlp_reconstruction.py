@@ -11,6 +11,7 @@ import pytest
 import torch
 from closeness import distance
 from small_models import Measured, chain_of, images, quick, swin, vit
+from staged import run_stage
 from torch import Tensor, nn
 
 from fimaq_core.chain import BlockChain, MlpPart, Segment
@@ -19,20 +20,13 @@ from fimaq_core.errors import CheckpointError, ModelError, NumericsError, Recipe
 from fimaq_core.fisher.divergence import ClassifierDivergence, kl_divergence
 from fimaq_core.fisher.passes import perturbation_hessian
 from fimaq_core.layers import quant_layers, set_quantized
-from fimaq_core.pipeline import (
-    Resources,
-    calibrate_or_load,
-    finish,
-    load_mlps,
-    quantize_chain,
-    reconstruct_mlps_or_load,
-    reconstruct_with_checkpoints,
-)
+from fimaq_core.pipeline import CALIBRATE, MLPS, STAGES, load_mlps, quantize_chain
 from fimaq_core.progress import Progress
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction import mlp as mlp_module
 from fimaq_core.reconstruction.mlp import mlp_loss, mlps, positive_quantile, reconstruct_mlps, use_relu
 from fimaq_core.reconstruction.schedule import block_generator, draw_batches
+from fimaq_core.store import Part, Resources
 
 pytestmark = pytest.mark.slow
 
@@ -442,10 +436,10 @@ def kept(recipe: Recipe, path: Path, stop_in: str | None = None) -> tuple[BlockC
 
     chain = chain_of(vit(3), recipe)
     resources = Resources(report, batch_size=8)
-    teacher, loaded = reconstruct_mlps_or_load(
-        chain, images(16), recipe, KL, resources, path, fingerprint(recipe), {"model": "small"}
-    )
-    return chain, teacher, loaded
+    part = Part(chain, images(16), recipe, KL, fingerprint(recipe), facts={"model": "small"})
+    loaded = run_stage(MLPS, part, path, resources=resources)
+    assert part.teacher is not None
+    return chain, part.teacher, loaded
 
 
 def test_stopped_and_resumed_equals_undisturbed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -533,7 +527,7 @@ def test_mlps_of_other_weights_and_images_are_refused(tmp_path: Path) -> None:
 
 def test_checkpoints_of_other_stages_hold_no_mlps(tmp_path: Path) -> None:
     recipe, path = quick(), tmp_path / "ranges.safetensors"
-    calibrate_or_load(chain_of(vit(), recipe), images(8), recipe, Resources(), path, fingerprint(recipe))
+    run_stage(CALIBRATE, Part(chain_of(vit(), recipe), images(8), recipe, KL, fingerprint(recipe)), path)
     chain = chain_of(vit(), recipe)
     with pytest.raises(CheckpointError, match=r"holds no reconstructed MLPs but a checkpoint of stage 'calibrated'") as caught:
         load_mlps(chain, path, fingerprint(recipe))
@@ -570,14 +564,16 @@ def test_quantize_does_all_stages(tmp_path: Path) -> None:
     assert log.last_loss["head"] > 0.05  # relative to its start
 
     staged, mark = chain_of(vit(), recipe), fingerprint(recipe)
-    resources = Resources(batch_size=8)
-    for _ in range(2):  # the second time from the files
+    teacher = None
+    for loaded in (False, True):  # the second time from the files
         staged = chain_of(vit(), recipe)
-        teacher, _ = reconstruct_mlps_or_load(staged, x, recipe, KL, resources, tmp_path / "mlps.safetensors", mark)
-        calibrate_or_load(staged, x, recipe, resources, tmp_path / "ranges.safetensors", mark)
-        reconstruct_with_checkpoints(staged, x, recipe, KL, resources, tmp_path / "blocks", mark, teacher)
-        finish(staged)
+        part = Part(staged, x, recipe, KL, mark)
+        for stage in STAGES:
+            done = run_stage(stage, part, tmp_path / f"{stage.kind}.safetensors" if stage.kind else None)
+            assert done == (loaded and stage.kind != "")
         assert same_state(staged, whole)
+        teacher = part.teacher
+    assert teacher is not None
     original = chain_of(vit(), recipe)
     set_quantized(original, False)
     with torch.no_grad():
@@ -586,5 +582,5 @@ def test_quantize_does_all_stages(tmp_path: Path) -> None:
         error = (staged(x) - goal).square().mean()
         plain = chain_of(vit(), recipe)
         use_relu(plain)
-        calibrate_or_load(plain, x, recipe, resources)
+        run_stage(CALIBRATE, Part(plain, x, recipe, KL))
         assert float(error) < 0.7 * float((plain(x) - goal).square().mean())

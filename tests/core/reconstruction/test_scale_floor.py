@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from small_models import chain_of, images, quick, swin, vit
+from staged import run_stage
 from test_step_engines import Course, capture, follow, trainer
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from fimaq_core.chain import BlockChain
 from fimaq_core.checkpoint import Fingerprint
 from fimaq_core.errors import NumericsError
 from fimaq_core.fisher.divergence import ClassifierDivergence
-from fimaq_core.pipeline import Resources, reconstruct_with_checkpoints
+from fimaq_core.pipeline import RECONSTRUCT
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction import flat
 from fimaq_core.reconstruction.block import BlockTrainer
@@ -22,6 +23,7 @@ from fimaq_core.reconstruction.engines import Engine
 from fimaq_core.reconstruction.flat import GraphStep
 from fimaq_core.reconstruction.reconstruct import expand_per_token, reconstruct
 from fimaq_core.reconstruction.state import NEAR_FLOOR, SCALE_FLOOR, active_quantizers
+from fimaq_core.store import Part
 
 KL = ClassifierDivergence(20.0)
 #: A rate far above the size of the scales: the first step takes every falling scale below zero.
@@ -142,7 +144,9 @@ def test_a_resumed_run_has_the_counts_of_the_undisturbed_one(tmp_path: Path) -> 
     def run() -> dict[str, int]:
         chain = chain_of(vit(), recipe)
         calibrate(chain, x, recipe)
-        return reconstruct_with_checkpoints(chain, x, recipe, KL, Resources(batch_size=8), tmp_path, mark).near_floor
+        part = Part(chain, x, recipe, KL, mark)
+        run_stage(RECONSTRUCT, part, pieces=tmp_path)
+        return part.log.near_floor
 
     undisturbed = run()
     assert len(undisturbed) > 1

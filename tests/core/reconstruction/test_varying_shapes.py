@@ -9,6 +9,7 @@ import torch
 from closeness import assert_same_steps
 from small_models import quick
 from small_pyramid import SIZES, Positions, by_hand, pyramid, varied
+from staged import run_stage
 from torch import Tensor
 
 from fimaq_core.calibration.calibrate import calibrate
@@ -17,7 +18,7 @@ from fimaq_core.checkpoint import Fingerprint
 from fimaq_core.errors import EngineError, RecipeError
 from fimaq_core.fisher.passes import divergence_gradient
 from fimaq_core.layers import set_quantized
-from fimaq_core.pipeline import Resources, quantize_chain, reconstruct_with_checkpoints
+from fimaq_core.pipeline import RECONSTRUCT, quantize_chain
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction import mlp as mlp_module
 from fimaq_core.reconstruction.block import BlockTrainer
@@ -28,6 +29,7 @@ from fimaq_core.reconstruction.reconstruct import expand_per_token, reconstruct
 from fimaq_core.reconstruction.sample_objective import SampleObjective, make_objective
 from fimaq_core.reconstruction.tape import Placement, Storage, Tape
 from fimaq_core.samples import Ragged
+from fimaq_core.store import Part, Resources
 
 pytestmark = pytest.mark.slow
 
@@ -266,7 +268,8 @@ def test_reconstruction_goes_on_from_finished_blocks(tmp_path: Path) -> None:
             if stop_at is not None and getattr(event, "block", "") == stop_at:
                 raise KeyboardInterrupt
 
-        reconstruct_with_checkpoints(chain, images, recipe, D, Resources(report=report), tmp_path / str(stop_at), mark)
+        part = Part(chain, images, recipe, D, mark)
+        run_stage(RECONSTRUCT, part, pieces=tmp_path / str(stop_at), resources=Resources(report=report))
         return chain
 
     with pytest.raises(KeyboardInterrupt):

@@ -14,8 +14,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from fimaq_core.errors import DataError
 from tasks.common.calibration import draw
 from tasks.common.files import is_hidden
-from tasks.common.images import Images, UnknownRange, file_reader, is_image, open_rgb
-from tasks.common.outputs import image_outputs
+from tasks.common.images import Images, UnknownRange, file_reader, image_outputs, is_image, open_rgb
 from tasks.common.pictures import pictures_below
 from tasks.detection import coco
 

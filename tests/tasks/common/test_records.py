@@ -23,6 +23,7 @@ from tasks.common.record import (
     Weights,
     bits_name,
     cell_folder,
+    fingerprint,
     outcomes_problem,
     own_seconds,
     proportion,
@@ -31,7 +32,6 @@ from tasks.common.record import (
     sealed,
     write_record,
 )
-from tasks.common.sealing import fingerprint
 
 
 def record(**changes: Any) -> ResultRecord:

@@ -91,7 +91,7 @@ def test_finished_cells_are_not_measured_again(tmp_path: Path, monkeypatch: pyte
     path = run_cell(cell(tmp_path))
     before = path.read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "get_task", lambda _: pytest.fail("a finished cell was loaded again"))
+        patch.setattr(run_module, "prepare", lambda *_: pytest.fail("a finished cell was loaded again"))
         assert run_cell(cell(tmp_path)) == path
     assert path.read_bytes() == before
     forget([cell(tmp_path)])

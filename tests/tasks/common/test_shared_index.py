@@ -7,8 +7,7 @@ import pytest
 
 from fimaq_core.recipe import make_recipe
 from tasks.common import plan, registry
-from tasks.common.plan import note_shared, planned_folder, resolved, shared_digests
-from tasks.common.prepare import part_address
+from tasks.common.plan import note_shared, part_address, planned_folder, resolved, shared_digests
 from tasks.common.registry import get_task
 from tasks.common.request import CellRequest, DataRequest, ModelRequest
 from tasks.common.run import run_cell

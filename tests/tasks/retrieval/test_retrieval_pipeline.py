@@ -206,10 +206,10 @@ def test_a_tower_that_stays_as_it_is(place: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_that_was_stopped_goes_on(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fimaq_core import pipeline
+    from fimaq_core import store
 
     whole, _ = run(place, tmp_path / "a" / "runs", *QUICK)
-    real, saved = pipeline.save_checkpoint, []
+    real, saved = store.save_checkpoint, []
 
     def breaks(path: Path, *rest: Any) -> None:
         real(path, *rest)
@@ -217,7 +217,7 @@ def test_a_run_that_was_stopped_goes_on(place: Path, tmp_path: Path, monkeypatch
         if len([one for one in saved if one.name.startswith("block")]) == 6:  # in the second tower
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "save_checkpoint", breaks)
+    monkeypatch.setattr(store, "save_checkpoint", breaks)
     results = tmp_path / "b" / "runs"
     arguments = ["run", *model(place), "--data", place / "captions", "--threads", 1, "--results", results, *QUICK]
     with redirect_stderr(io.StringIO()), pytest.raises(SystemExit):

@@ -1,0 +1,21 @@
+"""Single stages of a quantization, with the files of a place or without."""
+
+from pathlib import Path
+
+from fimaq_core.store import Address, CheckpointStore, Part, Resources, Stage
+
+
+def run_stage(
+    stage: Stage,
+    part: Part,
+    file: Path | None = None,
+    *,
+    pieces: Path | None = None,
+    resources: Resources = Resources(batch_size=8),
+) -> bool:
+    """Run `stage`, kept in `file` with pieces beside it, or only with ``pieces``; return True if it was loaded."""
+
+    def address(stage: Stage, part: Part) -> Address:
+        return Address(None, pieces) if file is None else Address.beside(file, stage)
+
+    return CheckpointStore(resources, address).run(stage, part)
