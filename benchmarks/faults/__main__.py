@@ -1,4 +1,4 @@
-"""``python -m benchmarks.faults``: kills processes of a small grid and prints the figures."""
+"""``python -m benchmarks.faults``: a small grid whose processes are killed, and its figures."""
 
 import json
 import tempfile
@@ -19,18 +19,14 @@ from benchmarks.tables import write_text
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.option("--kills", type=click.IntRange(min=1), default=30, help="Processes to kill.")
 @click.option("--seed", type=int, default=0, help="Of the kinds and times of the kills.")
-@click.option("--pause", type=(float, float), default=(3.0, 9.0), help="Seconds between two kills.")
+@click.option("--pause", type=(float, float), default=(3, 9), help="Seconds between two kills.")
 @click.option("--folder", type=click.Path(path_type=Path), help="Keep all files in this folder.")
 @click.option("--reference", is_flag=True, help="Write to results/reference/faults.json.")
 @click.pass_context
 def main(
-    context: click.Context,
-    kills: int,
-    seed: int,
-    pause: tuple[float, float],
-    folder: Path | None,
-    reference: bool,
-) -> None:
+    context: click.Context, kills: int, seed: int, pause: tuple[float, float],
+    folder: Path | None, reference: bool,
+) -> None:  # fmt: skip
     """Kill processes of a small grid on two Ray nodes, and compare with the undisturbed grid."""
     with user_errors(context, ""):
         check_folder()  # Ray starts after minutes; complain before

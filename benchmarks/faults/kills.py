@@ -20,10 +20,10 @@ from benchmarks.faults.audit import doubled, read_events
 from benchmarks.grid import Filters, expand, load_grid
 
 GRID = Path(__file__).with_name("grid.yaml")
-#: Words in the command lines of a cell's host and of Ray's actors.
-HOST, ACTOR = "benchmarks.engines.host", "ray::Seat"
+#: By kind: words in the command line of its processes.
+WORDS = {"cell": "multiprocessing.spawn", "worker": "ray::"}
 #: Relative frequency of the kinds of kills.
-KINDS = {"cell": 6, "host": 2, "actor": 3, "driver": 4, "node": 2}
+KINDS = {"cell": 6, "worker": 5, "driver": 4, "node": 2}
 
 
 class Cluster:
@@ -48,19 +48,17 @@ class Cluster:
         self._cluster.shutdown()  # type: ignore[no-untyped-call]
 
 
-def command(results: Path, *more: str) -> list[str]:
-    """Return the command that runs the grid into ``results``."""
-    start = [sys.executable, "-m", "benchmarks.faults.driver", "run"]
-    return [*start, "--profile", str(GRID), "--results", str(results), *more]
+def start(folder: Path, results: Path, *more: str) -> "subprocess.Popen[bytes]":
+    """Start the grid; its records go to ``results``, its output into ``folder``."""
+    command = [sys.executable, "-m", "benchmarks.faults.audit", "run", "--profile", str(GRID)]
+    with (folder / "driver.log").open("ab") as log:
+        return subprocess.Popen([*command, "--results", str(results), *more], stdout=log, stderr=log)
 
 
 def digests(folder: Path, pattern: str) -> dict[str, str]:
     """Return the sha256 of the contents of files below ``folder``, by path."""
-    found = {}
-    for file in sorted(folder.rglob(pattern)):
-        name = str(file.relative_to(folder))
-        found[name] = hashlib.sha256(_content(file)).hexdigest()
-    return found
+    files = sorted(folder.rglob(pattern))
+    return {str(f.relative_to(folder)): hashlib.sha256(_content(f)).hexdigest() for f in files}
 
 
 def _content(file: Path) -> bytes:
@@ -72,109 +70,67 @@ def _content(file: Path) -> bytes:
     return json.dumps(json.loads(content[8:end]), sort_keys=True).encode() + content[end:]
 
 
-def lost(results: Path) -> int:
-    """Return the number of cells of the grid without a valid record."""
-    cells = expand(load_grid(str(GRID)), Filters(), RunOptions(results))
-    return sum(finished_record(cell, default_adapter()) is None for cell in cells)
-
-
 def victims(kind: str, driver: "subprocess.Popen[bytes]") -> list[psutil.Process]:
     """Return the running processes of a kind among those that this process started."""
     if kind == "driver":
         return [psutil.Process(driver.pid)]
-    lines: dict[int, str] = {}
-    family = psutil.Process().children(recursive=True)
-    for process in family:
+    found = []
+    for process in psutil.Process().children(recursive=True):
         try:
-            lines[process.pid] = " ".join(process.cmdline())
+            line = " ".join(process.cmdline())
         except psutil.Error:
             continue  # it ended just now
-    found = []
-    for process in family:
-        try:
-            parent = lines.get(process.ppid(), "")
-        except psutil.Error:
-            continue
-        line = lines.get(process.pid, "")
-        is_kind = {
-            "cell": HOST in line and HOST in parent,
-            "host": HOST in line and HOST not in parent,
-            "actor": line.startswith(ACTOR),
-        }
-        if is_kind[kind]:
+        if WORDS[kind] in line and "IDLE" not in line:
             found.append(process)
     return found
 
 
-class Disturbed:
-    """Runs of the grid on a cluster, with kills.
+def disturb(
+    cluster: Cluster, folder: Path, results: Path, wanted: int, pause: tuple[float, float],
+    chance: random.Random, kills: Counter[str], say: Callable[[str], None],
+) -> int:  # fmt: skip
+    """Run the grid to its end; kill one process per pause until ``kills`` has ``wanted``.
 
-    Attributes:
-        kills: by kind.
-        given_up: runs that ended since a cell was killed too often; the next run finished it.
+    Returns:
+        How many times the grid gave up a cell that was killed too often, and was started again.
     """
-
-    def __init__(
-        self,
-        cluster: Cluster,
-        folder: Path,
-        chance: random.Random,
-        say: Callable[[str], None],
-    ) -> None:
-        self._cluster, self._folder, self._chance, self._say = cluster, folder, chance, say
-        self.kills: Counter[str] = Counter()
-        self.given_up = 0
-
-    def run(self, results: Path, wanted: int, pause: tuple[float, float]) -> None:
-        """Run the grid to its end; kill one process per pause until ``wanted`` kills are made."""
-        driver = self._start(results)
-        while True:
-            left = self.kills.total() < wanted
-            try:
-                code = driver.wait(timeout=self._chance.uniform(*pause) if left else None)
-            except subprocess.TimeoutExpired:
-                self._kill(driver)
-                if driver.poll() is not None:
-                    driver = self._start(results)
-                continue
-            if code == 0:
-                return
-            if code != 1:
-                log = self._folder / "driver.log"
-                raise RuntimeError(f"The grid ended with exit code {code}: see {log}.")
-            self.given_up += 1
-            driver = self._start(results)
-
-    def _start(self, results: Path) -> "subprocess.Popen[bytes]":
-        arguments = command(results, "--engine", "ray", "--ray-address", self._cluster.address)
-        with (self._folder / "driver.log").open("ab") as log:
-            return subprocess.Popen(arguments, stdout=log, stderr=log)
-
-    def _kill(self, driver: "subprocess.Popen[bytes]") -> None:
-        kind = self._chance.choices(list(KINDS), list(KINDS.values()))[0]
-        if kind == "node":
-            self._cluster.kill_node()
+    given_up = 0
+    address = ("--engine", "ray", "--ray-address", cluster.address)
+    driver = start(folder, results, *address)
+    while True:
+        left = kills.total() < wanted
+        try:
+            code = driver.wait(timeout=chance.uniform(*pause) if left else None)
+        except subprocess.TimeoutExpired:
+            kind = chance.choices(list(KINDS), list(KINDS.values()))[0]
+            if not _kill(kind, cluster, driver, chance):
+                continue  # none runs now; the next pause brings another kind
+            kills[kind] += 1
+            say(f"kill {kills.total()}: {kind}")
         else:
-            found = victims(kind, driver)
-            if not found:
-                return  # none runs now; the next pause brings another kind
-            try:
-                os.kill(self._chance.choice(found).pid, signal.SIGKILL)
-            except ProcessLookupError:
-                return
-            if kind == "driver":
-                driver.wait()
-        self.kills[kind] += 1
-        self._say(f"kill {self.kills.total()}: {kind}")
+            if code == 0:
+                return given_up
+            if code != 1:
+                raise RuntimeError(f"The grid ended with code {code}: see {folder}/driver.log.")
+            given_up += 1
+        if driver.poll() is not None:
+            driver = start(folder, results, *address)
 
 
-def measure(
-    folder: Path,
-    wanted: int,
-    seed: int,
-    pause: tuple[float, float],
-    say: Callable[[str], None],
-) -> dict[str, Any]:
+def _kill(kind: str, cluster: Cluster, driver: "subprocess.Popen[bytes]", chance: random.Random) -> bool:
+    if kind == "node":
+        cluster.kill_node()
+        return True
+    try:
+        os.kill(chance.choice(victims(kind, driver)).pid, signal.SIGKILL)
+    except (IndexError, ProcessLookupError):
+        return False
+    if kind == "driver":
+        driver.wait()
+    return True
+
+
+def measure(folder: Path, wanted: int, seed: int, pause: tuple[float, float], say: Callable[[str], None]) -> dict[str, Any]:
     """Run the grid undisturbed, then disturbed until ``wanted`` kills are made, and compare.
 
     Args:
@@ -185,28 +141,29 @@ def measure(
         say: receives what happens.
 
     Returns:
-        ``kills`` and ``kinds``, ``cells`` of the grid, ``runs`` (more than one where the grid ended
-        before all kills), ``given_up``, ``cells_lost``, ``cells_doubled``, ``tables_identical`` and
-        ``checkpoints_identical`` (to the undisturbed ones), ``seconds``, ``undisturbed_seconds``.
+        Counts of kills, cells and runs; ``tables_identical`` and ``checkpoints_identical`` to the
+        undisturbed ones; seconds.
     """
     folder.mkdir(parents=True, exist_ok=True)
     quiet, began = folder / "quiet", time.monotonic()
     say("the grid undisturbed, one cell after the other")
-    with (folder / "driver.log").open("ab") as log:
-        subprocess.run(command(quiet, "--jobs", "1"), check=True, stdout=log, stderr=log)
-    undisturbed = time.monotonic() - began
-    found: dict[str, Any] = {"runs": 0, "cells_lost": 0, "cells_doubled": 0}
+    if start(folder, quiet, "--jobs", "1").wait():
+        raise RuntimeError(f"The undisturbed grid failed: see {folder}/driver.log.")
+    undisturbed, began = time.monotonic() - began, time.monotonic()
+    found = {"runs": 0, "given_up": 0, "cells_lost": 0, "cells_doubled": 0}
     tables, checkpoints = True, True
-    cluster = Cluster()
+    kills: Counter[str] = Counter()
+    chance, cluster = random.Random(seed), Cluster()
     try:
-        began = time.monotonic()
-        disturbed = Disturbed(cluster, folder, random.Random(seed), say)
-        while disturbed.kills.total() < wanted:
+        while kills.total() < wanted:
             found["runs"] += 1
             results = folder / f"disturbed-{found['runs']}"
             say(f"the grid on {cluster.address}, run {found['runs']}")
-            disturbed.run(results, wanted, pause)
-            found["cells_lost"] += lost(results)
+            more = disturb(cluster, folder, results, wanted, pause, chance, kills, say)
+            found["given_up"] += more
+            cells = expand(load_grid(str(GRID)), Filters(), RunOptions(results))
+            lost = [cell for cell in cells if finished_record(cell, default_adapter()) is None]
+            found["cells_lost"] += len(lost)
             found["cells_doubled"] += len(doubled(read_events(results)))
             tables &= digests(results / "tables", "*") == digests(quiet / "tables", "*")
             mine = digests(results / "runs", "quantized.safetensors")
@@ -215,10 +172,9 @@ def measure(
     finally:
         cluster.stop()
     return {
-        "kills": disturbed.kills.total(),
-        "kinds": dict(sorted(disturbed.kills.items())),
-        "cells": len(expand(load_grid(str(GRID)), Filters(), RunOptions())),
-        "given_up": disturbed.given_up,
+        "kills": kills.total(),
+        "kinds": dict(sorted(kills.items())),
+        "cells": len(cells),
         **found,
         "tables_identical": tables,
         "checkpoints_identical": checkpoints,

@@ -4,8 +4,10 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from click.testing import CliRunner
@@ -23,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 def test_cells_measured_twice_or_by_two_at_a_time_are_doubled():
     seen = {"begun": "aad", "measured": "abbd", "overlap": "c"}
-    events = [Event(kind, cell, 1, 0.0) for kind, cells in seen.items() for cell in cells]
+    events = [Event(kind, cell, 1, 0.0, 0.0) for kind, cells in seen.items() for cell in cells]
     assert audit.doubled(events) == {"b", "c"}
 
 
@@ -37,19 +39,23 @@ def test_the_witness_sees_who_measures(tmp_path: Path, monkeypatch: pytest.Monke
     stages[:] = []  # another measured it
     audit.run_cell(request, silent)
     assert len(audit.read_events(tmp_path)) == 2
-    (at_work,) = (tmp_path / "audit").glob("*.at-work")
-    pid, started = this_process()[1:]
-    at_work.write_text(json.dumps([os.getppid(), started - 1000]))  # another process had that id
     stages[:] = ["wait for another", "calibrate", "evaluate"]
-    audit.run_cell(request, silent)
-    assert [event.kind for event in audit.read_events(tmp_path)][2:] == ["begun", "measured"]
-    import psutil
 
-    at_work.write_text(json.dumps([os.getppid(), psutil.Process(os.getppid()).create_time()]))
-    audit.run_cell(request, silent)
-    assert [event.kind for event in audit.read_events(tmp_path)][4:] == ["begun", "overlap", "measured"]
+    def begun_by(pid: int, started: float) -> list[str]:
+        """The kinds of the events after another process began."""
+        event = Event("begun", audit.read_events(tmp_path)[0].cell, pid, started, 0.0)
+        with (tmp_path / "audit.jsonl").open("a") as file:
+            file.write(json.dumps(asdict(event)) + "\n")
+        before = len(audit.read_events(tmp_path))
+        audit.run_cell(request, silent)
+        return [event.kind for event in audit.read_events(tmp_path)[before:]]
+
+    parent = psutil.Process(os.getppid())
+    assert begun_by(parent.pid, parent.create_time()) == ["begun", "overlap", "measured"]
+    # Another process had that id.
+    assert begun_by(parent.pid, parent.create_time() - 1000) == ["begun", "measured"]
+    assert audit.read_events(tmp_path)[0].pid == this_process()[1]
     assert told[0].stage == "evaluate"
-    assert json.loads(at_work.read_text())[0] == pid
 
 
 def test_two_runners_on_one_folder_measure_each_cell_once(tmp_path: Path):
@@ -91,15 +97,14 @@ def test_digests_do_not_depend_on_the_order_in_a_checkpoints_header(tmp_path: Pa
 
 def test_victims_are_found_among_this_process_s_children() -> None:
     sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
-    driver, host = subprocess.Popen(sleep), subprocess.Popen([*sleep, kills.HOST])
+    processes = [subprocess.Popen([*sleep, word]) for word in ("driver", *kills.WORDS.values())]
     try:
-        kinds = [kind for kind in kills.KINDS if kind != "node"]
-        found = {kind: [one.pid for one in kills.victims(kind, driver)] for kind in kinds}
+        found = {kind: [one.pid for one in kills.victims(kind, processes[0])] for kind in ("driver", *kills.WORDS)}
     finally:
-        for process in (driver, host):
+        for process in processes:
             process.kill()
             process.wait()
-    assert found == {"cell": [], "host": [host.pid], "actor": [], "driver": [driver.pid]}
+    assert found == {kind: [process.pid] for kind, process in zip(found, processes, strict=True)}
 
 
 def test_the_bench_refuses_a_folder_that_ray_cannot_use(monkeypatch: pytest.MonkeyPatch):
