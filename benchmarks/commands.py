@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,7 +55,7 @@ def run_grid(
     from benchmarks.plan import plan_of
     from benchmarks.preflight import missing
     from benchmarks.run.local import default_jobs
-    from benchmarks.run.options import executor_maker, settled
+    from benchmarks.run.options import make_executor, settled
     from benchmarks.run.runner import Runner
     from benchmarks.watch.live import Watch
 
@@ -83,9 +84,9 @@ def run_grid(
             forget((cell.request for cell in todo), adapter.planned_folder)
             print("What was there of these cells is removed. Without --force the same command goes on where it stopped.")
         logs = options.results / "runs" / ".logs" / f"{platform.node()}-{os.getpid()}"  # several may run on one folder
-        make_executor = executor_maker(options, how, threads, grid.jobs, logs)
+        made = partial(make_executor, options, how, threads, grid.jobs, logs)
         with _ended_as_by_hand():
-            runner = Runner(adapter, watch, make_executor, len(cells) - len(todo), how.retries)
+            runner = Runner(adapter, watch, made, len(cells) - len(todo), how.retries)
             runner.learn((cell, own_seconds(measured[cell.key][0])) for cell in cells if cell.key in measured)
             failures = runner.run(todo)
         if not failures:

@@ -2,8 +2,6 @@
 
 import json
 import tempfile
-import time
-from contextlib import ExitStack
 from pathlib import Path
 
 import click
@@ -30,16 +28,9 @@ def main(
     """Kill processes of a small grid on two Ray nodes, and compare with the undisturbed grid."""
     with user_errors(context, ""):
         check_folder()  # Ray starts after minutes; complain before
-    began = time.monotonic()
-
-    def say(text: str) -> None:
-        click.echo(f"{time.monotonic() - began:7.1f} s  {text}", err=True)
-
-    with ExitStack() as stack:
-        if folder is None:
-            temporary = tempfile.TemporaryDirectory(prefix="fimaq-faults-")
-            folder = Path(stack.enter_context(temporary))
-        figures = measure(folder.absolute(), kills, seed, pause, say) | {"machine": machine()}
+    with tempfile.TemporaryDirectory(prefix="fimaq-faults-") as temporary:
+        place = Path(folder or temporary).absolute()
+        figures = measure(place, kills, seed, pause) | {"machine": machine()}
     text = json.dumps(figures, indent=1)
     if reference:
         write_text(REFERENCE / "faults.json", text + "\n")

@@ -21,9 +21,7 @@ from tasks.common.request import CellRequest
 class Event:
     """``begun``, ``measured``, or ``overlap`` (another living process was at the cell).
 
-    Attributes:
-        pid, started: id and start time of the process.
-        time: of the event.
+    ``pid`` and ``started`` are id and start time of the process.
     """
 
     kind: str

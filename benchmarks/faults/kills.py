@@ -4,12 +4,10 @@ import hashlib
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +18,9 @@ from benchmarks.faults.audit import doubled, read_events
 from benchmarks.grid import Filters, expand, load_grid
 
 GRID = Path(__file__).with_name("grid.yaml")
-#: By kind: words in the command line of its processes.
-WORDS = {"cell": "multiprocessing.spawn", "worker": "ray::"}
-#: Relative frequency of the kinds of kills.
+#: Relative frequency of the kinds of kills, and words in the command line of their processes.
 KINDS = {"cell": 6, "worker": 5, "driver": 4, "node": 2}
+WORDS = {"cell": "multiprocessing.spawn", "worker": "ray::", "driver": "benchmarks.faults.audit"}
 
 
 class Cluster:
@@ -37,22 +34,20 @@ class Cluster:
         self._cluster = Local(initialize_head=True, head_node_args=head)
         self._node = self._cluster.add_node(num_cpus=1)
         self.address = str(self._cluster.address)
+        self.stop = self._cluster.shutdown
 
     def kill_node(self) -> None:
         """Kill the second node with all that runs there, and let another one join."""
         self._cluster.remove_node(self._node, allow_graceful=False)
         self._node = self._cluster.add_node(num_cpus=1)
 
-    def stop(self) -> None:
-        """End both nodes."""
-        self._cluster.shutdown()  # type: ignore[no-untyped-call]
 
-
-def start(folder: Path, results: Path, *more: str) -> "subprocess.Popen[bytes]":
-    """Start the grid; its records go to ``results``, its output into ``folder``."""
-    command = [sys.executable, "-m", "benchmarks.faults.audit", "run", "--profile", str(GRID)]
-    with (folder / "driver.log").open("ab") as log:
-        return subprocess.Popen([*command, "--results", str(results), *more], stdout=log, stderr=log)
+def start(results: Path, *more: str) -> "subprocess.Popen[bytes]":
+    """Start the grid; its output goes to ``driver.log`` beside ``results``."""
+    command = [sys.executable, "-m", WORDS["driver"], "run", "--profile", str(GRID)]
+    with results.with_name("driver.log").open("ab") as log:
+        command += ["--results", str(results), *more]
+        return subprocess.Popen(command, stdout=log, stderr=log)
 
 
 def digests(folder: Path, pattern: str) -> dict[str, str]:
@@ -70,10 +65,8 @@ def _content(file: Path) -> bytes:
     return json.dumps(json.loads(content[8:end]), sort_keys=True).encode() + content[end:]
 
 
-def victims(kind: str, driver: "subprocess.Popen[bytes]") -> list[psutil.Process]:
-    """Return the running processes of a kind among those that this process started."""
-    if kind == "driver":
-        return [psutil.Process(driver.pid)]
+def victims(kind: str) -> list[psutil.Process]:
+    """Return the running processes of a kind among this process's descendants."""
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
@@ -86,8 +79,8 @@ def victims(kind: str, driver: "subprocess.Popen[bytes]") -> list[psutil.Process
 
 
 def disturb(
-    cluster: Cluster, folder: Path, results: Path, wanted: int, pause: tuple[float, float],
-    chance: random.Random, kills: Counter[str], say: Callable[[str], None],
+    cluster: Cluster, results: Path, wanted: int, pause: tuple[float, float],
+    chance: random.Random, kills: "Counter[str]",
 ) -> int:  # fmt: skip
     """Run the grid to its end; kill one process per pause until ``kills`` has ``wanted``.
 
@@ -95,42 +88,37 @@ def disturb(
         How many times the grid gave up a cell that was killed too often, and was started again.
     """
     given_up = 0
-    address = ("--engine", "ray", "--ray-address", cluster.address)
-    driver = start(folder, results, *address)
+    options = "--engine", "ray", "--ray-address", cluster.address
+    driver = start(results, *options)
     while True:
-        left = kills.total() < wanted
+        more = kills.total() < wanted
         try:
-            code = driver.wait(timeout=chance.uniform(*pause) if left else None)
+            code = driver.wait(timeout=chance.uniform(*pause) if more else None)
         except subprocess.TimeoutExpired:
             kind = chance.choices(list(KINDS), list(KINDS.values()))[0]
-            if not _kill(kind, cluster, driver, chance):
-                continue  # none runs now; the next pause brings another kind
+            if kind == "node":
+                cluster.kill_node()
+            else:
+                try:
+                    chance.choice(victims(kind)).kill()
+                except (IndexError, psutil.NoSuchProcess):
+                    continue  # none runs now; the next pause brings another kind
             kills[kind] += 1
-            say(f"kill {kills.total()}: {kind}")
+            print(f"kill {kills.total()}: {kind}", file=sys.stderr)
+            if kind == "driver":
+                driver.wait()
+                driver = start(results, *options)
         else:
+            if code not in (0, 1):
+                log = results.with_name("driver.log")
+                raise RuntimeError(f"The grid ended with exit code {code}: see {log}.")
             if code == 0:
                 return given_up
-            if code != 1:
-                raise RuntimeError(f"The grid ended with code {code}: see {folder}/driver.log.")
             given_up += 1
-        if driver.poll() is not None:
-            driver = start(folder, results, *address)
+            driver = start(results, *options)
 
 
-def _kill(kind: str, cluster: Cluster, driver: "subprocess.Popen[bytes]", chance: random.Random) -> bool:
-    if kind == "node":
-        cluster.kill_node()
-        return True
-    try:
-        os.kill(chance.choice(victims(kind, driver)).pid, signal.SIGKILL)
-    except (IndexError, ProcessLookupError):
-        return False
-    if kind == "driver":
-        driver.wait()
-    return True
-
-
-def measure(folder: Path, wanted: int, seed: int, pause: tuple[float, float], say: Callable[[str], None]) -> dict[str, Any]:
+def measure(folder: Path, wanted: int, seed: int, pause: tuple[float, float]) -> dict[str, Any]:
     """Run the grid undisturbed, then disturbed until ``wanted`` kills are made, and compare.
 
     Args:
@@ -138,32 +126,24 @@ def measure(folder: Path, wanted: int, seed: int, pause: tuple[float, float], sa
         wanted: kills.
         seed: of the kinds and times of the kills.
         pause: shortest and longest time between two kills, in seconds.
-        say: receives what happens.
-
-    Returns:
-        Counts of kills, cells and runs; ``tables_identical`` and ``checkpoints_identical`` to the
-        undisturbed ones; seconds.
     """
     folder.mkdir(parents=True, exist_ok=True)
     quiet, began = folder / "quiet", time.monotonic()
-    say("the grid undisturbed, one cell after the other")
-    if start(folder, quiet, "--jobs", "1").wait():
-        raise RuntimeError(f"The undisturbed grid failed: see {folder}/driver.log.")
+    if code := start(quiet, "--jobs", "1").wait():
+        raise RuntimeError(f"The undisturbed grid ended with exit code {code}.")
     undisturbed, began = time.monotonic() - began, time.monotonic()
-    found = {"runs": 0, "given_up": 0, "cells_lost": 0, "cells_doubled": 0}
-    tables, checkpoints = True, True
     kills: Counter[str] = Counter()
+    found: Counter[str] = Counter(cells_lost=0, cells_doubled=0)
+    tables, checkpoints = True, True
     chance, cluster = random.Random(seed), Cluster()
     try:
         while kills.total() < wanted:
             found["runs"] += 1
             results = folder / f"disturbed-{found['runs']}"
-            say(f"the grid on {cluster.address}, run {found['runs']}")
-            more = disturb(cluster, folder, results, wanted, pause, chance, kills, say)
-            found["given_up"] += more
+            found["given_up"] += disturb(cluster, results, wanted, pause, chance, kills)
             cells = expand(load_grid(str(GRID)), Filters(), RunOptions(results))
-            lost = [cell for cell in cells if finished_record(cell, default_adapter()) is None]
-            found["cells_lost"] += len(lost)
+            there = [cell for cell in cells if finished_record(cell, default_adapter())]
+            found["cells_lost"] += len(cells) - len(there)
             found["cells_doubled"] += len(doubled(read_events(results)))
             tables &= digests(results / "tables", "*") == digests(quiet / "tables", "*")
             mine = digests(results / "runs", "quantized.safetensors")
@@ -172,12 +152,7 @@ def measure(folder: Path, wanted: int, seed: int, pause: tuple[float, float], sa
     finally:
         cluster.stop()
     return {
-        "kills": kills.total(),
-        "kinds": dict(sorted(kills.items())),
-        "cells": len(cells),
-        **found,
-        "tables_identical": tables,
-        "checkpoints_identical": checkpoints,
-        "seconds": round(seconds, 1),
-        "undisturbed_seconds": round(undisturbed, 1),
-    }
+        "kills": kills.total(), "kinds": dict(sorted(kills.items())), "cells": len(cells), **found,
+        "tables_identical": tables, "checkpoints_identical": checkpoints,
+        "seconds": round(seconds, 1), "undisturbed_seconds": round(undisturbed, 1),
+    }  # fmt: skip

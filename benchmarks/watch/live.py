@@ -18,7 +18,7 @@ from rich.text import Text
 from benchmarks.cells import Cell
 from benchmarks.estimate import time_left
 from benchmarks.units import duration
-from benchmarks.watch.events import CellKey, Event, Running, State
+from benchmarks.watch.events import Event, Running, State
 from benchmarks.watch.log import EventLog
 from fimaq_core.progress import Progress
 
@@ -33,11 +33,16 @@ _COLUMNS: tuple[tuple[int, tuple[Column, ...]], ...] = (
     (0, ("cell", "progress", "left")),
 )
 
+#: What tells a cell from the others of its grid.
+_KEY = ("section", "model", "scope", "method", "bits", "seed", "point")
+
 
 class Watch:
     """Told what a run does; shows it on a console, and writes its events for ``status``."""
 
-    def __init__(self, console: Console, folder: Path | None = None, engine: str = "", every: float = 60.0) -> None:
+    def __init__(
+        self, console: Console, folder: Path | None = None, engine: str = "", every: float = 60.0
+    ) -> None:  # fmt: skip
         """Make a watch.
 
         Args:
@@ -65,21 +70,17 @@ class Watch:
     def tell(self, kind: str, cell: Cell | None = None, **facts: Any) -> None:
         """Take an event of a kind, about a cell or the whole run; see `Event`."""
         if kind == "begin":
-            mine = psutil.Process()
             facts |= {"host": socket.gethostname(), "pid": os.getpid(), "engine": self._engine}
-            facts["process_started"] = mine.create_time()
-            if self._live is not None:
-                self._live.start(refresh=True)
+            facts["process_started"] = psutil.Process().create_time()
         if kind == "started" and cell is not None:
-            facts["key"] = CellKey(
-                section=cell.section, model=cell.model, scope=cell.scope, method=cell.method,
-                bits=cell.bits, seed=cell.seed, point=cell.point,
-            )  # fmt: skip
+            facts["key"] = {name: getattr(cell, name) for name in _KEY}
         label = "" if cell is None else cell.label
         event = Event.model_validate({"kind": kind, "time": time.time(), "label": label, **facts})
         self.state.apply(event)
         if self._log is not None:
             self._log.add(event)
+        if kind == "begin" and self._live is not None:
+            self._live.start(refresh=True)
         self._say(event)
 
     def progress(self, cell: Cell, progress: Progress) -> None:
@@ -99,16 +100,18 @@ class Watch:
 
     def _say(self, event: Event) -> None:
         """Print a line about a cell, if the event is worth one."""
-        text = ""
+        text, lines = "", self._live is None
         if event.kind == "retried":
             text = f"waits again: {event.text}"
         elif event.kind == "ended":
             text = f"FAILED: {event.text}" if event.outcome == "failed" else event.text
-            if self._live is None and self.state.over < self.state.total:
+            if lines and self.state.over < self.state.total:
                 text += f", {time_left(event.left)}"
-        elif self._live is None and event.kind == "started":
+        elif event.kind == "started" and lines:
             text = f"started ({event.where})" if event.where else "started"
-        elif self._live is None and event.kind == "progress" and self._is_silent(event):
+        elif event.kind == "progress" and lines:
+            if event.time - self._spoke.get(event.label, 0.0) < self._every:
+                return
             place = " ".join(part for part in (event.stage, event.block) if part)
             loss = "" if event.loss is None else f", loss {event.loss:.4g}"
             text = f"{place} {event.done}/{event.total}{loss}"
@@ -116,9 +119,6 @@ class Watch:
             self._spoke[event.label] = event.time
             width, total = len(str(self.state.total)), self.state.total
             self._print(f"[{self.state.over:{width}d}/{total}] {event.label}: {text}")
-
-    def _is_silent(self, event: Event) -> bool:
-        return event.time - self._spoke.get(event.label, 0.0) >= self._every
 
     def _print(self, text: str) -> None:
         self._console.print(text, markup=False, soft_wrap=self._live is None)
@@ -141,7 +141,9 @@ def counts_line(state: State, now: float, width: int) -> RenderableType:
     return table
 
 
-def running_table(cells: Iterable[Running], now: float, width: int, lines: int | None = None) -> RenderableType:
+def running_table(
+    cells: Iterable[Running], now: float, width: int, lines: int | None = None
+) -> RenderableType:  # fmt: skip
     """Return one row per cell, one line each; ``×2`` behind a name: its second attempt.
 
     Args:

@@ -27,7 +27,7 @@ _FAILED, _ENDED = 10, 5
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 @click.option("--watch", is_flag=True, help="Go on showing it, every second, until Ctrl-C.")
 def status(results: Path, as_json: bool, watch: bool) -> None:
-    """Show what runs on a results folder, here or on other machines, and the last run that ended."""
+    """Show what runs on a results folder, here or elsewhere, and the last run that ended."""
     console = Console(highlight=False)
     if watch and as_json:
         raise FimaqError("--json prints one object: leave --watch out.")
@@ -114,7 +114,8 @@ def _headline(run: Run, alive: bool) -> str:
         return f"Running on {who}; last heard of {heard} ago"
     if run.state.finished:
         return f"Last run on {who}: ended {heard} ago"
-    return f"Last run on {who}: it did not end by itself (killed, or its machine is gone); last heard of {heard} ago"
+    reason = "it did not end by itself (killed, or its machine is gone)"
+    return f"Last run on {who}: {reason}; last heard of {heard} ago"
 
 
 def json_text(runs: Sequence[Run], problems: Sequence[str], results: Path) -> str:
@@ -131,7 +132,7 @@ def _facts(run: Run, alive: bool) -> dict[str, Any]:
     running = [
         {
             "label": cell.started.label,
-            "key": cell.started.key and cell.started.key.model_dump(),
+            "key": cell.started.key,
             "where": cell.started.where,
             **cell.progress.model_dump(include={"stage", "block", "done", "total", "loss"}),
             "seconds": max(now - cell.started.time, 0.0),
