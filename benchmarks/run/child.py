@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import errno
 import faulthandler
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -47,8 +48,9 @@ def serve(
         environment: variables of the executor, which may differ from those of the fork server.
     """
     os.setpgid(0, 0)  # the executor ends the whole group, with all that a cell starts
-    if sys.platform == "linux":
-        # The parent's death ends this process, even while it holds the interpreter's lock.
+    executor = multiprocessing.parent_process()
+    if sys.platform == "linux" and executor is not None and executor.pid != os.getppid():
+        # The death of the fork server, which the executor takes for that of the cell, ends it.
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     threading.Thread(target=_hold, args=(connection, temporary), daemon=True).start()
     redirect(log)

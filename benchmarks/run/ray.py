@@ -255,14 +255,12 @@ class RayExecutor(Executor):
         self._ran = time.monotonic()
         self._look()
         if not self._nodes:
-            need, hint = f"{threads or 1} CPU cores", "Give a cell fewer --threads."
-            if gpus:
-                need, hint = (
-                    f"{gpus:g} GPU",
-                    "Use --device cpu, or start Ray on machines with GPUs.",
-                )
-            what = f"No machine of the Ray cluster has the {need} that a cell asks for."
-            raise EngineError(f"{what} {hint}")
+            need = f"{gpus:g} GPU" if gpus else f"{threads or 1} CPU cores"
+            on_gpu = "Use --device cpu, or start Ray on machines with GPUs."
+            raise EngineError(
+                f"No machine of the Ray cluster has the {need} that a cell asks for. "
+                f"{on_gpu if gpus else 'Give a cell fewer --threads.'}"
+            )
         self._token = runs / f".ray-{secrets.token_hex(8)}"
         with replaced_whole(self._token) as temporary:
             temporary.write_text("Written by a run, which its machines look for.\n", "utf-8")
