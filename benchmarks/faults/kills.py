@@ -1,4 +1,4 @@
-"""A small grid on two Ray nodes whose processes are killed, against the undisturbed grid."""
+"""``python -m benchmarks.faults``: a small grid whose processes are killed, and its figures."""
 
 import hashlib
 import json
@@ -6,40 +6,26 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import click
 import psutil  # type: ignore[import-untyped, unused-ignore]
 
 from benchmarks.cells import RunOptions, default_adapter, finished_record
+from benchmarks.console import user_errors
 from benchmarks.faults.audit import doubled, read_events
 from benchmarks.grid import Filters, expand, load_grid
+from benchmarks.reference import machine
+from benchmarks.run.ray import check_folder
 
 GRID = Path(__file__).with_name("grid.yaml")
 #: Relative frequency of the kinds of kills, and words in the command line of their processes.
 KINDS = {"cell": 6, "worker": 5, "driver": 4, "node": 2}
 WORDS = {"cell": "multiprocessing.spawn", "worker": "ray::", "driver": "benchmarks.faults.audit"}
-
-
-class Cluster:
-    """Two Ray nodes of one core on this machine; the second one can be killed."""
-
-    def __init__(self) -> None:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        from ray.cluster_utils import Cluster as Local
-
-        head = {"num_cpus": 1, "include_dashboard": False}
-        self._cluster = Local(initialize_head=True, head_node_args=head)
-        self._node = self._cluster.add_node(num_cpus=1)
-        self.address = str(self._cluster.address)
-        self.stop = self._cluster.shutdown
-
-    def kill_node(self) -> None:
-        """Kill the second node with all that runs there, and let another one join."""
-        self._cluster.remove_node(self._node, allow_graceful=False)
-        self._node = self._cluster.add_node(num_cpus=1)
 
 
 def start(results: Path, *more: str) -> "subprocess.Popen[bytes]":
@@ -79,8 +65,8 @@ def victims(kind: str) -> list[psutil.Process]:
 
 
 def disturb(
-    cluster: Cluster, results: Path, wanted: int, pause: tuple[float, float],
-    chance: random.Random, kills: "Counter[str]",
+    cluster: Any, results: Path, wanted: int, pause: tuple[float, float], chance: random.Random,
+    kills: "Counter[str]",
 ) -> int:  # fmt: skip
     """Run the grid to its end; kill one process per pause until ``kills`` has ``wanted``.
 
@@ -97,7 +83,8 @@ def disturb(
         except subprocess.TimeoutExpired:
             kind = chance.choices(list(KINDS), list(KINDS.values()))[0]
             if kind == "node":
-                cluster.kill_node()
+                cluster.remove_node(cluster.list_all_nodes()[-1], allow_graceful=False)
+                cluster.add_node(num_cpus=1)
             else:
                 try:
                     chance.choice(victims(kind)).kill()
@@ -109,11 +96,10 @@ def disturb(
                 driver.wait()
                 driver = start(results, *options)
         else:
-            if code not in (0, 1):
-                log = results.with_name("driver.log")
-                raise RuntimeError(f"The grid ended with exit code {code}: see {log}.")
             if code == 0:
                 return given_up
+            if code != 1:
+                raise RuntimeError(f"The grid ended with exit code {code}: see driver.log.")
             given_up += 1
             driver = start(results, *options)
 
@@ -121,22 +107,23 @@ def disturb(
 def measure(folder: Path, wanted: int, seed: int, pause: tuple[float, float]) -> dict[str, Any]:
     """Run the grid undisturbed, then disturbed until ``wanted`` kills are made, and compare.
 
-    Args:
-        folder: an empty one, for all files.
-        wanted: kills.
-        seed: of the kinds and times of the kills.
-        pause: shortest and longest time between two kills, in seconds.
+    ``folder``, an empty one, takes all files; ``pause`` are the seconds between two kills.
     """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    from ray.cluster_utils import Cluster
+
     folder.mkdir(parents=True, exist_ok=True)
     quiet, began = folder / "quiet", time.monotonic()
     if code := start(quiet, "--jobs", "1").wait():
-        raise RuntimeError(f"The undisturbed grid ended with exit code {code}.")
+        raise RuntimeError(f"The undisturbed grid ended with exit code {code}: see driver.log.")
     undisturbed, began = time.monotonic() - began, time.monotonic()
     kills: Counter[str] = Counter()
     found: Counter[str] = Counter(cells_lost=0, cells_doubled=0)
     tables, checkpoints = True, True
-    chance, cluster = random.Random(seed), Cluster()
+    chance, head = random.Random(seed), {"num_cpus": 1, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
+        cluster.add_node(num_cpus=1)
         while kills.total() < wanted:
             found["runs"] += 1
             results = folder / f"disturbed-{found['runs']}"
@@ -150,9 +137,28 @@ def measure(folder: Path, wanted: int, seed: int, pause: tuple[float, float]) ->
             checkpoints &= mine == digests(quiet / "runs", "quantized.safetensors") != {}
         seconds = time.monotonic() - began
     finally:
-        cluster.stop()
+        cluster.shutdown()
     return {
         "kills": kills.total(), "kinds": dict(sorted(kills.items())), "cells": len(cells), **found,
         "tables_identical": tables, "checkpoints_identical": checkpoints,
         "seconds": round(seconds, 1), "undisturbed_seconds": round(undisturbed, 1),
     }  # fmt: skip
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.option("--kills", type=click.IntRange(min=1), default=30, help="Processes to kill.")
+@click.option("--seed", type=int, default=0, help="Of the kinds and times of the kills.")
+@click.option("--pause", type=(float, float), default=(3, 9), help="Seconds between two kills.")
+@click.option("--folder", type=click.Path(path_type=Path), help="Keep all files in this folder.")
+@click.pass_context
+def main(
+    context: click.Context, kills: int, seed: int, pause: tuple[float, float],
+    folder: Path | None,
+) -> None:  # fmt: skip
+    """Kill processes of a small grid on two Ray nodes, and compare with the undisturbed grid."""
+    with user_errors(context, ""):
+        check_folder()  # Ray starts after minutes; complain before
+    with tempfile.TemporaryDirectory(prefix="fimaq-faults-") as temporary:
+        place = Path(folder or temporary).absolute()
+        figures = measure(place, kills, seed, pause) | {"machine": machine()}
+    click.echo(json.dumps(figures, indent=1))

@@ -92,16 +92,12 @@ def make_executor(
     options: RunOptions, how: ExecutorOptions, threads: int | None, jobs: int | None, logs: Path,
     cells: int, imports: Sequence[str],
 ) -> Executor:  # fmt: skip
-    """Return the executor.
+    """Return the executor for so many ``cells``, which need the modules ``imports``.
 
     Args:
-        options: settled.
-        how: of the executor.
-        threads: CPU threads of a cell; None leaves the libraries' choice.
-        jobs: cells at a time, as the profile says; None if it does not.
+        options, how: of the run, settled, and of its executor.
+        threads, jobs: CPU threads of a cell, and cells at a time as the profile says it.
         logs: folder for the output of cells.
-        cells: how many there are.
-        imports: modules that they need.
     """
     device = str(options.device)
     if how.name == "ray":

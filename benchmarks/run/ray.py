@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.run.executor import Executor, Failed, Finished, Message, Started
 from fimaq_core.errors import EngineError
@@ -34,8 +34,7 @@ _SOCKET = "/ray/session_2000-01-01_00-00-00_000000_4194304/sockets/plasma_store"
 _LONGEST = 103 if sys.platform == "darwin" else 107
 
 
-@dataclass(frozen=True)
-class Node:
+class Node(NamedTuple):
     """A machine of the cluster: Ray's name for it, its name for people, and all that it has."""
 
     id: str
@@ -45,22 +44,21 @@ class Node:
 
     def room(self, gpus: float, threads: int | None) -> int:
         """Return how many cells it can take at a time; ``gpus`` of a cell is 0 on CPU."""
-        if not gpus:
-            return int(self.cpus / (threads or 1) + 1e-6)
-        if gpus < 1:  # a share lies on one GPU
+        if 0 < gpus < 1:  # a share lies on one GPU
             return int(self.gpus) * int(1 / gpus + 1e-6)
-        return int(self.gpus / gpus + 1e-6)
+        return int((self.gpus / gpus if gpus else self.cpus / (threads or 1)) + 1e-6)
 
 
 def nodes() -> list[Node]:
     """Return the machines that are alive now."""
     import ray
 
-    return [
-        Node(node["NodeID"], node["NodeManagerHostname"], has.get("CPU", 0.0), has.get("GPU", 0.0))
-        for node in ray.nodes()
-        if node["Alive"] and (has := node["Resources"]) is not None
-    ]
+    found = []
+    for node in ray.nodes():
+        if node["Alive"]:
+            cpus, gpus = (node["Resources"].get(name, 0.0) for name in ("CPU", "GPU"))
+            found.append(Node(node["NodeID"], node["NodeManagerHostname"], cpus, gpus))
+    return found
 
 
 def connect(address: str, cpus: int | None, gpus: int | None = None) -> None:
@@ -109,17 +107,14 @@ def connect(address: str, cpus: int | None, gpus: int | None = None) -> None:
     try:
         ray.init(**settings)
     except Exception as error:  # Ray raises bare ones too, as of a start that takes too long
-        first = _first_line(error)
-        if not address:
-            raise EngineError(
-                f"Ray does not start on this machine: {first}. Its logs are in "
-                f"{_folder()[1]}/ray/session_latest/logs. See there, or use --engine local."
-            ) from error
-        raise EngineError(
-            f"Cannot join the Ray cluster at {address}: {first}. A run must start on a machine of "
-            f"the cluster (ray start --address={address}), with the same versions of Python and "
-            "Ray."
-        ) from error
+        what, advice = "start on this machine", f"See {_folder()[1]}/ray/session_latest/logs."
+        if address:
+            what = f"join the cluster at {address}"
+            advice = (
+                "A run must start on a machine of the cluster (ray start "
+                f"--address={address}), with the same versions of Python and Ray."
+            )
+        raise EngineError(f"Ray cannot {what}: {_reason(error)}. {advice}") from error
 
 
 def check_folder() -> None:
@@ -344,15 +339,10 @@ class RayExecutor(Executor):
 
 
 def _reason(error: BaseException) -> str:
-    """Return why a task says nothing more: Ray's own words fill a screen."""
+    """Return the first of Ray's words, which fill a screen."""
     if "low on memory" in str(error):
         return "ended by Ray, since the machine ran low on memory: try fewer jobs"
-    return _first_line(error)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def wait_for(address: str, count: int, seconds: float) -> None:

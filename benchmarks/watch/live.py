@@ -6,7 +6,7 @@ import socket
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import psutil  # type: ignore[import-untyped, unused-ignore]
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -22,16 +22,11 @@ from benchmarks.watch.events import Event, Running, State
 from benchmarks.watch.log import EventLog
 from fimaq_core.progress import Progress
 
-Column = Literal["cell", "where", "stage", "block", "progress", "bar", "loss", "left"]
-
-#: Columns of the running cells by the width of a terminal that has room for them.
-_COLUMNS: tuple[tuple[int, tuple[Column, ...]], ...] = (
-    (120, ("cell", "where", "stage", "block", "progress", "bar", "loss", "left")),
-    (100, ("cell", "where", "stage", "block", "progress", "loss", "left")),
-    (72, ("cell", "stage", "block", "progress", "loss", "left")),
-    (56, ("cell", "stage", "progress", "left")),
-    (0, ("cell", "progress", "left")),
-)
+#: Columns of the running cells, and the width of a terminal from which they are shown.
+_COLUMNS = {
+    "cell": 0, "where": 100, "stage": 56, "block": 72, "progress": 0, "bar": 120, "loss": 72,
+    "left": 0,
+}  # fmt: skip
 
 #: What tells a cell from the others of its grid.
 _KEY = ("section", "model", "scope", "method", "bits", "seed", "point")
@@ -126,9 +121,11 @@ class Watch:
 
 def counts_line(state: State, now: float, width: int) -> RenderableType:
     """Return a bar and its meaning, side by side, or below each other in a narrow terminal."""
-    words = f"{state.done} done, {len(state.running)} running, {state.failures} failed"
     began = now if state.begin is None else state.begin.time
-    words += f" of {state.total} cells, {duration(max(now - began, 0.0))}"
+    words = (
+        f"{state.done} done, {len(state.running)} running, {state.failures} failed of "
+        f"{state.total} cells, {duration(max(now - began, 0.0))}"
+    )
     if state.over < state.total:
         words += f", {time_left(state.left(now))}"
     room = width - len(words) - 1
@@ -155,8 +152,8 @@ def running_table(
     cells = list(cells)
     shown = cells if lines is None or len(cells) <= lines else cells[: max(lines - 1, 0)]
     rows = [_row(cell, now) for cell in shown]
-    columns = next(names for least, names in _COLUMNS if width >= least)
-    columns = tuple(name for name in columns if any(row[name] for row in rows))
+    wide = [name for name, least in _COLUMNS.items() if width >= least]
+    columns = [name for name in wide if any(row[name] for row in rows)]
     table = Table.grid(padding=(0, 2, 0, 0))
     for name in columns:
         number = name in ("progress", "loss", "left")
@@ -169,20 +166,20 @@ def running_table(
     return Group(table, Text(f"… and {rest} more")) if rest else table
 
 
-def _row(cell: Running, now: float) -> dict[Column, RenderableType | None]:
+def _row(cell: Running, now: float) -> dict[str, RenderableType | None]:
     at, left = cell.progress, cell.left(now)
 
     def text(words: str) -> Text | None:
         return Text(words, no_wrap=True, overflow="ellipsis") if words else None
 
-    bar = ProgressBar(at.total, min(at.done, at.total), width=16) if at.total else None
+    again = f" ×{cell.attempts}" if cell.attempts > 1 else ""
     return {
-        "cell": text(cell.started.label + (f" ×{cell.attempts}" if cell.attempts > 1 else "")),
+        "cell": text(cell.started.label + again),
         "where": text(cell.started.where),
         "stage": text(at.stage),
         "block": text(at.block),
         "progress": text(f"{at.done}/{at.total}" if at.total else ""),
-        "bar": bar,
+        "bar": ProgressBar(at.total, min(at.done, at.total), width=16) if at.total else None,
         "loss": text("" if at.loss is None else f"{at.loss:.4g}"),
         "left": text("" if left is None else duration(left)),
     }

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import psutil
@@ -13,8 +12,8 @@ import yaml
 from click.testing import CliRunner
 
 from benchmarks.faults import audit, kills
-from benchmarks.faults.__main__ import main
 from benchmarks.faults.audit import Event
+from benchmarks.faults.kills import main
 from fimaq_core.progress import Progress, silent
 from tasks.common.lease import this_process
 from tasks.common.record import read_record
@@ -25,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 def test_cells_measured_twice_or_by_two_at_a_time_are_doubled():
     seen = {"begun": "aad", "measured": "abbd", "overlap": "c"}
-    events = [Event(kind, cell, 1, 0.0, 0.0) for kind, cells in seen.items() for cell in cells]
+    events = [Event(kind, cell, 1, 0.0) for kind, cells in seen.items() for cell in cells]
     assert audit.doubled(events) == {"b", "c"}
 
 
@@ -43,9 +42,9 @@ def test_the_witness_sees_who_measures(tmp_path: Path, monkeypatch: pytest.Monke
 
     def begun_by(pid: int, started: float) -> list[str]:
         """The kinds of the events after another process began."""
-        event = Event("begun", audit.read_events(tmp_path)[0].cell, pid, started, 0.0)
+        event = Event("begun", audit.read_events(tmp_path)[0].cell, pid, started)
         with (tmp_path / "audit.jsonl").open("a") as file:
-            file.write(json.dumps(asdict(event)) + "\n")
+            file.write(json.dumps(event) + "\n")
         before = len(audit.read_events(tmp_path))
         audit.run_cell(request, silent)
         return [event.kind for event in audit.read_events(tmp_path)[before:]]
