@@ -30,10 +30,9 @@ WORDS = {"cell": "multiprocessing.spawn", "worker": "ray::", "driver": "benchmar
 
 def start(results: Path, *more: str) -> "subprocess.Popen[bytes]":
     """Start the grid; its output goes to ``driver.log`` beside ``results``."""
-    command = [sys.executable, "-m", WORDS["driver"], "run", "--profile", str(GRID)]
+    command = [sys.executable, "-m", WORDS["driver"], "run", "--profile", str(GRID), *more]
     with results.with_name("driver.log").open("ab") as log:
-        command += ["--results", str(results), *more]
-        return subprocess.Popen(command, stdout=log, stderr=log)
+        return subprocess.Popen([*command, "--results", str(results)], stdout=log, stderr=log)
 
 
 def digests(folder: Path, pattern: str) -> dict[str, str]:
