@@ -250,13 +250,9 @@ def rerun_command(
     """Return the command that runs just these cells. It may name finished ones beside them, which are skipped."""
 
     def values(name: str) -> str:
-        chosen = cells
-        if name == "bits":
-            chosen = [cell for cell in cells if cell.bits != "fp"]
-        elif name == "seed":
-            chosen = [cell for cell in cells if cell.seed is not None]
-        found = [getattr(cell, name) for cell in chosen]
-        return ",".join(dict.fromkeys(str(value) for value in found))
+        found = dict.fromkeys(str(getattr(cell, name)) for cell in cells)
+        none = {"bits": "fp", "seed": "None"}.get(name)  # of full precision
+        return ",".join(value for value in found if value != none)
 
     parts = [_python(), "-m", "benchmarks", "run", option, profile]
     if options.rehearsal:  # which makes its data and weights
