@@ -23,7 +23,6 @@ from benchmarks.grid import Filters, chosen_axes, expand
 from benchmarks.run.options import ExecutorOptions
 from benchmarks.schema import Grid
 from fimaq_core.errors import FimaqError
-from tasks.common.plan import forget
 from tasks.common.record import own_seconds
 
 if TYPE_CHECKING:
@@ -81,6 +80,8 @@ def run_grid(
         todo = [cell for cell in expand(grid, filters, options) if cell.key in todo_keys]
         watch = Watch(Console(highlight=False), options.results / "runs" / ".state", how.name)
         if options.force:
+            from tasks.common.plan import forget
+
             forget((cell.request for cell in todo), adapter.planned_folder)
             print("What was there of these cells is removed. Without --force the same command goes on where it stopped.")
         logs = options.results / "runs" / ".logs" / f"{platform.node()}-{os.getpid()}"  # several may run on one folder

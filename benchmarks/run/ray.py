@@ -203,7 +203,7 @@ def _task() -> Any:
             has = next(n["Resources"] for n in ray.nodes() if n["NodeID"] == node)
             threads = int(has.get("CPU", 1) * gpus / has["GPU"])
         name, message = f"{host} {where}", None
-        log = Path(logs) / f"{host}-{where}-{slot}.log".replace(" ", "-")
+        log = Path(logs) / f"{host}-{slot}.log".replace(" ", "-")
         executor = LocalExecutor({name: log}, max(1, threads), fork=False)
         executor.start(name, label, work)
         while not isinstance(message, Finished | Failed):

@@ -1,22 +1,24 @@
 """The command ``python -m benchmarks status``: what runs on a results folder."""
 
+from __future__ import annotations
+
 import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console, Group, RenderableType
-from rich.live import Live
 from rich.text import Text
 
 from benchmarks.options import results_option
 from benchmarks.terminal import plain
 from benchmarks.units import duration
-from benchmarks.watch.live import counts_line, running_table
-from benchmarks.watch.log import Run, RunReader
 from fimaq_core.errors import FimaqError
+
+if TYPE_CHECKING:
+    from benchmarks.watch.log import Run
 
 #: Failed and ended cells of a run that are shown, the latest.
 _FAILED, _ENDED = 10, 5
@@ -28,6 +30,11 @@ _FAILED, _ENDED = 10, 5
 @click.option("--watch", is_flag=True, help="Go on showing it, every second, until Ctrl-C.")
 def status(results: Path, as_json: bool, watch: bool) -> None:
     """Show what runs on a results folder, here or elsewhere, and the last run that ended."""
+    # Imported here: all commands import this module.
+    from rich.live import Live
+
+    from benchmarks.watch.log import RunReader
+
     console = Console(highlight=False)
     if watch and as_json:
         raise FimaqError("--json prints one object: leave --watch out.")
@@ -87,7 +94,9 @@ def page(
 
 
 def _run(run: Run, alive: bool, width: int, lines: int | None) -> list[RenderableType]:
-    state, now = run.state, time.time() if run.is_alive else run.heartbeat
+    from benchmarks.watch.live import counts_line, running_table
+
+    state, now = run.state, time.time() if alive else run.heartbeat
     parts: list[RenderableType] = [Text(_headline(run, alive), style="bold")]
     parts.append(counts_line(state, now, width))
     if alive and state.running:
