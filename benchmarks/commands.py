@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,6 @@ from benchmarks.grid import Filters, chosen_axes, expand
 from benchmarks.run.options import ExecutorOptions
 from benchmarks.schema import Grid
 from fimaq_core.errors import FimaqError
-from tasks.common.plan import forget
 from tasks.common.record import own_seconds
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def run_grid(
     from benchmarks.plan import plan_of
     from benchmarks.preflight import missing
     from benchmarks.run.local import default_jobs
-    from benchmarks.run.options import executor_maker, settled
+    from benchmarks.run.options import make_executor, settled
     from benchmarks.run.runner import Runner
     from benchmarks.watch.live import Watch
 
@@ -80,12 +80,14 @@ def run_grid(
         todo = [cell for cell in expand(grid, filters, options) if cell.key in todo_keys]
         watch = Watch(Console(highlight=False), options.results / "runs" / ".state", how.name)
         if options.force:
+            from tasks.common.plan import forget
+
             forget((cell.request for cell in todo), adapter.planned_folder)
             print("What was there of these cells is removed. Without --force the same command goes on where it stopped.")
         logs = options.results / "runs" / ".logs" / f"{platform.node()}-{os.getpid()}"  # several may run on one folder
-        make_executor = executor_maker(options, how, threads, grid.jobs, logs)
+        made = partial(make_executor, options, how, threads, grid.jobs, logs)
         with _ended_as_by_hand():
-            runner = Runner(adapter, watch, make_executor, len(cells) - len(todo), how.retries)
+            runner = Runner(adapter, watch, made, len(cells) - len(todo), how.retries)
             runner.learn((cell, own_seconds(measured[cell.key][0])) for cell in cells if cell.key in measured)
             failures = runner.run(todo)
         if not failures:
@@ -249,13 +251,9 @@ def rerun_command(
     """Return the command that runs just these cells. It may name finished ones beside them, which are skipped."""
 
     def values(name: str) -> str:
-        chosen = cells
-        if name == "bits":
-            chosen = [cell for cell in cells if cell.bits != "fp"]
-        elif name == "seed":
-            chosen = [cell for cell in cells if cell.seed is not None]
-        found = [getattr(cell, name) for cell in chosen]
-        return ",".join(dict.fromkeys(str(value) for value in found))
+        found = dict.fromkeys(str(getattr(cell, name)) for cell in cells)
+        none = {"bits": "fp", "seed": "None"}.get(name)  # of full precision
+        return ",".join(value for value in found if value != none)
 
     parts = [_python(), "-m", "benchmarks", "run", option, profile]
     if options.rehearsal:  # which makes its data and weights

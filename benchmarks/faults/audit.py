@@ -1,40 +1,43 @@
 """The real adapter with a witness: which process measured which cell, and overlaps.
 
-The process that measures writes each event as a file beside the results, so that events outlive
-any process.
+``python -m benchmarks.faults.audit`` is ``python -m benchmarks`` with it. All processes append
+their events to one file beside the results.
 """
 
 import json
 import os
-import secrets
-import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
-from benchmarks.cells import Adapter, default_adapter
-from fimaq_core.files import replaced_whole
+from benchmarks.cells import default_adapter
 from fimaq_core.progress import Progress, Report
 from tasks.common.lease import is_running, this_process
 from tasks.common.request import CellRequest
 
 
-@dataclass(frozen=True)
-class Event:
-    """``begun``, ``measured``, or ``overlap`` (another living process was at the cell)."""
+class Event(NamedTuple):
+    """``begun``, ``measured``, or ``overlap``: another living process was at the cell."""
 
     kind: str
     cell: str
     pid: int
-    time: float
+    started: float
 
 
 def read_events(results: Path) -> list[Event]:
-    """Return all events below ``results`` (root of a run) in the order of their times."""
-    files = (results / "audit").glob("*.json")
-    events = [Event(**json.loads(file.read_text(encoding="utf-8"))) for file in files]
-    return sorted(events, key=lambda event: event.time)
+    """Return all events below ``results`` (root of a run) in their order."""
+    file = results / "audit.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    return [Event(*json.loads(line)) for line in lines]
+
+
+def note(results: Path, kind: str, cell: str) -> None:
+    """Write an event."""
+    with (results / "audit.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps([kind, cell, *this_process()[1:]]) + "\n")
 
 
 def doubled(events: Sequence[Event]) -> set[str]:
@@ -42,14 +45,6 @@ def doubled(events: Sequence[Event]) -> set[str]:
     measured = Counter(event.cell for event in events if event.kind == "measured")
     overlaps = {event.cell for event in events if event.kind == "overlap"}
     return overlaps | {cell for cell, count in measured.items() if count > 1}
-
-
-def note(results: Path, kind: str, cell: str) -> None:
-    """Write an event."""
-    event = Event(kind, cell, os.getpid(), time.time())
-    path = results / "audit" / f"{secrets.token_hex(8)}.json"
-    with replaced_whole(path) as temporary:
-        temporary.write_text(json.dumps(asdict(event)), encoding="utf-8")
 
 
 def run_cell(request: CellRequest, report: Report) -> Path:
@@ -65,7 +60,11 @@ def run_cell(request: CellRequest, report: Report) -> Path:
         # The first sign of work counts, not the call: another process may have measured the cell.
         if not progress.stage.startswith("wait"):
             if not seen:
-                _begin(results, cell)
+                before = [event for event in read_events(results) if event.cell == cell][-1:]
+                note(results, "begun", cell)
+                for _, _, pid, started in [event for event in before if event.kind == "begun"]:
+                    if pid != os.getpid() and is_running(pid, started):
+                        note(results, "overlap", cell)
             seen.add(progress.stage)
         report(progress)
 
@@ -75,18 +74,8 @@ def run_cell(request: CellRequest, report: Report) -> Path:
     return path
 
 
-def _begin(results: Path, cell: str) -> None:
-    """Note the begin, and an overlap if the process that began before is alive and not done."""
-    note(results, "begun", cell)
-    at_work = results / "audit" / f"{cell.replace('/', '|')}.at-work"
-    if at_work.is_file() and not (results / "runs" / cell / "result.json").is_file():
-        pid, started = json.loads(at_work.read_text(encoding="utf-8"))
-        if pid != os.getpid() and is_running(pid, started):
-            note(results, "overlap", cell)
-    with replaced_whole(at_work) as temporary:
-        temporary.write_text(json.dumps(this_process()[1:]), encoding="utf-8")
+if __name__ == "__main__":
+    from benchmarks.cli import cli
+    from benchmarks.faults.audit import run_cell as known  # by this name, to other processes too
 
-
-def audited() -> Adapter:
-    """Return the real adapter with this module's ``run_cell``."""
-    return replace(default_adapter(), run_cell=run_cell)
+    cli.main(obj=replace(default_adapter(), run_cell=known))

@@ -1,8 +1,9 @@
 """What follows a failed attempt at a cell: another one, one with less memory, or giving up."""
 
+import time
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
+from benchmarks.cells import Cell
 from benchmarks.run.executor import Failed
 from fimaq_core.progress import Progress
 from tasks.common.request import CellRequest
@@ -11,34 +12,23 @@ from tasks.common.request import CellRequest
 _OPTIMISING = ("reconstruct", "reconstruct MLPs")
 
 
-@dataclass(frozen=True)
-class Again:
-    """The cell is to be tried again."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
-class GivenUp:
-    """The cell has failed."""
-
-    message: str
-    log: Path | None
-
-
 @dataclass
 class Attempts:
     """All attempts at one cell so far.
 
     Attributes:
-        request: of the next attempt. Memory that ran out has changed it, without any effect on the
-            result.
+        cell: the cell.
         retries: attempts in a row whose process may die without getting further; 0 gives up at the
             first failure.
+        request: of the next attempt. Memory that ran out has changed it, without any effect on the
+            result.
+        since: when the present attempt started.
     """
 
-    request: CellRequest
+    cell: Cell
     retries: int
+    request: CellRequest
+    since: float = 0.0
     _places: set[tuple[str, str]] = field(default_factory=set)
     _grew: bool = False
     _last: tuple[str, str] = ("", "")
@@ -49,6 +39,7 @@ class Attempts:
     def begin(self) -> None:
         """An attempt starts."""
         self._grew, self._last, self._stepping = False, ("", ""), False
+        self.since = time.monotonic()
 
     def heard(self, progress: Progress) -> None:
         """The attempt has come this far."""
@@ -60,51 +51,46 @@ class Attempts:
             self._places.add(place)
             self._grew = True
 
-    def failed(self, failure: Failed) -> Again | GivenUp:
-        """The attempt has failed. Not for busy cells: those have not been tried."""
+    def failed(self, failure: Failed) -> tuple[bool, str]:
+        """Return whether the cell is tried again after a failed attempt, and the reason."""
+        again, reason = False, failure.message
         if failure.kind == "memory":
-            return self._lighter(failure)
-        if failure.kind == "died":
-            return self._died(failure)
-        if failure.kind == "error" and self.retries and not self._errors:
+            return self._lighter(reason)
+        if failure.kind == "error":
             self._errors += 1
-            return Again(f"{failure.message}; tried once more in a fresh process")
-        return GivenUp(failure.message, failure.log)
+            again = bool(self.retries) and self._errors == 1
+            reason += "; tried once more in a fresh process" if again else ""
+        elif failure.kind == "died":
+            # An attempt that got further goes on from its last block: however often, that ends.
+            self._fruitless = 0 if self._grew else self._fruitless + 1
+            again = bool(self.retries) and self._fruitless < self.retries
+            if not again and self._fruitless > 1:
+                reason += f", {self._fruitless} times without getting further"
+        return again, reason
 
-    def _died(self, failure: Failed) -> Again | GivenUp:
-        # An attempt that got further goes on from its last block: however often, that ends.
-        self._fruitless = 0 if self._grew else self._fruitless + 1
-        if self.retries and self._fruitless < self.retries:
-            return Again(failure.message)
-        times = f", {self._fruitless} times without getting further"
-        return GivenUp(failure.message + (times if self._fruitless > 1 else ""), failure.log)
-
-    def _lighter(self, failure: Failed) -> Again | GivenUp:
+    def _lighter(self, reason: str) -> tuple[bool, str]:
         """Take the next step to less memory."""
-        request, reason = self.request, f"memory ran out ({failure.message})"
+        request, reason = self.request, f"memory ran out ({reason})"
+        batch = request.eval_batch // 2
         if request.device.startswith("cuda") and request.placement == "device":
             what = "what blocks take in and give is kept in host memory"
-            return self._changed(replace(request, placement="host"), what)
-        if self._stepping and self._last[0] in _OPTIMISING:
+            request = replace(request, placement="host")
+        elif self._stepping and self._last[0] in _OPTIMISING:
             place = " ".join(part for part in self._last if part)
-            return GivenUp(
+            return False, (
                 f"{reason} in an optimisation step ({place}). The recipe's batch decides the "
                 f"result, so it is not made smaller. {self._ways_out()} Another batch_size is "
-                "another recipe with other results.",
-                failure.log,
+                "another recipe with other results."
             )
-        batch = request.eval_batch // 2
-        if batch:
+        elif batch:
             images = "one image" if batch == 1 else f"{batch} images"
             what = f"forward passes take {images} at a time"
-            return self._changed(replace(request, eval_batch=batch), what)
-        message = f"{reason}, even one image at a time. {self._ways_out()}"
-        return GivenUp(message, failure.log)
-
-    def _changed(self, request: CellRequest, what: str) -> Again:
+            request = replace(request, eval_batch=batch)
+        else:
+            return False, f"{reason}, even one image at a time. {self._ways_out()}"
         note = f"memory ran out: {what}"
         self.request = replace(request, notes=(*request.notes, note))
-        return Again(note)
+        return True, note
 
     def _ways_out(self) -> str:
         ways = ["run fewer cells at a time (JOBS=1 or --jobs 1)"]

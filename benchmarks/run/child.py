@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import errno
 import faulthandler
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -17,7 +18,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from benchmarks.run.executor import Failed, Finished, Job, Kind, Message, Started
+from benchmarks.run.executor import Failed, Finished, Kind, Message, Started
 from fimaq_core.errors import FimaqError
 from fimaq_core.files import replaced_whole
 from fimaq_core.progress import Progress, Report
@@ -31,48 +32,40 @@ _NO_MEMORY = (
     "alloc_failed",
 )  # fmt: skip
 
-#: Sent instead of Started by a process that was forked after CUDA came up: CUDA fails in it.
-MUST_SPAWN = "must spawn"
-
 
 def serve(
-    job: Job, connection: Connection, where: str, log: Path, temporary: Path,
-    environment: dict[str, str], forked: bool,
+    label: str, work: bytes, connection: Connection, where: str, log: Path, temporary: Path,
+    environment: dict[str, str],
 ) -> None:  # fmt: skip
     """Be the process of a cell.
 
     Args:
-        job: the cell.
+        label, work: the cell; see `benchmarks.run.executor.Executor`.
         connection: to the executor; this process ends when the other end closes.
         where: name of the place, for people.
         log: takes the output.
         temporary: folder for temporary files, which the executor removes.
         environment: variables of the executor, which may differ from those of the fork server.
-        forked: whether the fork server started this process.
     """
     os.setpgid(0, 0)  # the executor ends the whole group, with all that a cell starts
-    if sys.platform == "linux":
-        # The parent's death ends this process, even while it holds the interpreter's lock.
+    executor = multiprocessing.parent_process()
+    if sys.platform == "linux" and executor is not None and executor.pid != os.getppid():
+        # The death of the fork server, which the executor takes for that of the cell, ends it.
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     threading.Thread(target=_hold, args=(connection, temporary), daemon=True).start()
     redirect(log)
     faulthandler.enable()
-    print(f"== {job.label}", flush=True)
+    print(f"== {label}", flush=True)
     os.environ.clear()
     os.environ.update(environment)
-    if forked:
-        from benchmarks.run.preload import restore_threads
-
-        if cuda_is_up():
-            connection.send(MUST_SPAWN)
-            return
-        restore_threads()
+    if preload := sys.modules.get("benchmarks.run.preload"):
+        preload.restore_threads()
     # Compiled kernels are worth keeping: they stay in the usual folder.
     usual = os.path.join(tempfile.gettempdir(), f"torchinductor_{os.getuid()}")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", usual)
     tempfile.tempdir = str(temporary)
     connection.send(Started(where))
-    connection.send(measure(job.work, connection.send))
+    connection.send(measure(work, connection.send))
 
 
 def _hold(connection: Connection, temporary: Path) -> None:
@@ -97,23 +90,8 @@ def redirect(log: Path) -> None:
                 stream.reconfigure(line_buffering=True)
 
 
-def cuda_is_up(open_files: Path = Path("/proc/self/fd")) -> bool:
-    """Return whether CUDA's driver was called in this process or, before the fork, its parent.
-
-    Asking NVML for the GPUs, as PyTorch does here, is no such call.
-
-    Args:
-        open_files: folder of links to open files. Only the driver opens the one for unified memory.
-    """
-    for link in open_files.iterdir() if open_files.is_dir() else ():
-        with contextlib.suppress(OSError):
-            if os.readlink(link).startswith("/dev/nvidia-uvm"):
-                return True
-    return False
-
-
 def measure(work: bytes, send: Callable[[Message], None]) -> Finished | Failed:
-    """Measure the cell in ``work`` of a `Job`; ``send`` takes its progress.
+    """Measure the cell in ``work``; ``send`` takes its progress.
 
     The traceback of an error goes to stderr and to the cell's error log.
     """
@@ -127,7 +105,8 @@ def measure(work: bytes, send: Callable[[Message], None]) -> Finished | Failed:
         return Finished(Path(path), time.monotonic() - start)
     except Exception as error:  # noqa: BLE001 the cell fails, and no other
         kind, text = _kind(error), traceback.format_exc()
-        message = str(error) if isinstance(error, FimaqError) else f"{type(error).__name__}: {error}"
+        known = isinstance(error, FimaqError)
+        message = str(error) if known else f"{type(error).__name__}: {error}"
     if kind == "busy":  # nothing went wrong
         return Failed(kind, message)
     print(text, file=sys.stderr, flush=True)

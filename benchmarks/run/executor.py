@@ -4,42 +4,16 @@ An executor has slots. A slot measures one cell at a time, in a process of its o
 decides which cell runs next and what is tried again.
 """
 
-from __future__ import annotations
-
-import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol
 
-from fimaq_core.progress import Progress, Report
-
-if TYPE_CHECKING:
-    from tasks.common.request import CellRequest
-
-RunCell = Callable[["CellRequest", Report], Path]
+from fimaq_core.progress import Progress
 
 #: ``user``: an error that the user must mend. ``error``: any other exception. ``memory``: memory
 #: ran out. ``died``: the process ended without a word. ``busy``: another process measures the cell.
 Kind = Literal["user", "error", "memory", "died", "busy"]
-
-
-@dataclass(frozen=True)
-class Job:
-    """A cell to measure, as it travels to its process.
-
-    Attributes:
-        work: the pickled function that measures, request and path of the error log (or None).
-        label: name of the cell in the log of its output.
-    """
-
-    work: bytes
-    label: str = ""
-
-
-def make_job(run_cell: RunCell, request: CellRequest, error_log: Path | None, label: str = "") -> Job:
-    """Pack a cell. ``run_cell`` must be importable by name."""
-    return Job(pickle.dumps((run_cell, request, error_log)), label)
 
 
 @dataclass(frozen=True)
@@ -75,8 +49,14 @@ class Executor(Protocol):
     def slots(self) -> Sequence[str]:
         """Return the slots that can take a cell now or are at one; they may come and go."""
 
-    def start(self, slot: str, job: Job) -> None:
-        """Start a cell. `wait` returns its messages, the last of them Finished or Failed."""
+    def start(self, slot: str, label: str, work: bytes) -> None:
+        """Start a cell. `wait` returns its messages, the last of them Finished or Failed.
+
+        Args:
+            slot: an idle one.
+            label: name of the cell in the log of its output.
+            work: pickled function that measures, request, and path of the error log (or None).
+        """
 
     def wait(self, timeout: float) -> list[tuple[str, Message]]:
         """Wait for messages, at most ``timeout`` seconds."""

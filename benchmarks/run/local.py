@@ -16,8 +16,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from benchmarks.run import preload
-from benchmarks.run.child import MUST_SPAWN, serve
-from benchmarks.run.executor import Executor, Failed, Finished, Job, Message
+from benchmarks.run.child import serve
+from benchmarks.run.executor import Executor, Failed, Finished, Message
 
 #: Read by numerical libraries when they are first imported.
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
@@ -34,21 +34,12 @@ def default_jobs(threads: int | None, device: str) -> int:
 
 @dataclass
 class _Cell:
-    """The process of a cell.
+    """The process of a cell, its connection and temporary folder, and its last message."""
 
-    Attributes:
-        job, process, connection, temporary: the cell, its process, the connection to it, and the
-            folder of its temporary files.
-        outcome: its last message, if it has come.
-        again: the process ends at once, and another is to be spawned.
-    """
-
-    job: Job
     process: BaseProcess
     connection: Connection
     temporary: Path
     outcome: Finished | Failed | None = None
-    again: bool = False
 
 
 class LocalExecutor(Executor):
@@ -89,28 +80,28 @@ class LocalExecutor(Executor):
     def slots(self) -> Sequence[str]:
         return list(self._logs)
 
-    def start(self, slot: str, job: Job) -> None:
-        temporary, ours = None, None
+    def start(self, slot: str, label: str, work: bytes) -> None:
         environment = {**os.environ, **self._environment}
         try:
-            temporary = Path(tempfile.mkdtemp(prefix="fimaq-"))
-            ours, theirs = Pipe()
-            arguments = (job, theirs, slot, self._logs[slot], temporary, environment, self._forks)
-            context = get_context("forkserver" if self._forks else "spawn")
-            process = context.Process(target=serve, args=arguments)
-            with theirs, _inherited({**environment, **(self._preload if self._forks else {})}):
-                process.start()
-            self._cells[slot] = _Cell(job, process, ours, temporary)
-        except BaseException as error:
-            if ours is not None:
-                ours.close()
-            if temporary is not None:
-                shutil.rmtree(temporary, ignore_errors=True)
-            if not isinstance(error, OSError | EOFError):
-                raise
-            if self._forks:  # the folder of the fork server's socket has a long name, or is gone
+            with contextlib.ExitStack() as on_failure:
+                temporary = Path(tempfile.mkdtemp(prefix="fimaq-"))
+                on_failure.callback(shutil.rmtree, temporary, ignore_errors=True)
+                ours, theirs = Pipe()
+                on_failure.callback(ours.close)
+                log = self._logs[slot]
+                arguments = label, work, theirs, slot, log, temporary, environment
+                context = get_context("forkserver" if self._forks else "spawn")
+                process = context.Process(target=serve, args=arguments)
+                with theirs, _inherited(environment | (self._preload if self._forks else {})):
+                    process.start()
+                on_failure.pop_all()
+            self._cells[slot] = _Cell(process, ours, temporary)
+        except (OSError, EOFError) as error:
+            # CUDA is in use, or the folder of the fork server's socket has a long name or is gone.
+            if self._forks:
                 self._forks = False
-                return self.start(slot, job)
+                self.start(slot, label, work)
+                return
             # No memory, files or processes are left: that may pass.
             reason = f"no process can be started: {error or type(error).__name__}"
             self._unheard.append((slot, Failed("error", reason)))
@@ -130,32 +121,23 @@ class LocalExecutor(Executor):
         for slot in dict.fromkeys(sources[source] for source in ready):  # type: ignore[index]
             cell = self._cells[slot]
             heard += [(slot, message) for message in self._received(cell)]
-            if cell.process.sentinel in ready and (last := self._ended(slot)) is not None:
-                heard.append((slot, last))
+            if cell.process.sentinel in ready:
+                del self._cells[slot]
+                _end(cell)
+                reason = f"its process died ({_exit_reason(cell.process.exitcode)})"
+                heard.append((slot, cell.outcome or Failed("died", reason, self._logs[slot])))
         return heard
 
     def _received(self, cell: _Cell) -> Iterator[Message]:
         try:
             while not cell.connection.closed and cell.connection.poll():
                 message = cell.connection.recv()
-                if message == MUST_SPAWN:
-                    self._forks, cell.again = False, True
-                elif isinstance(message, Finished | Failed):
+                if isinstance(message, Finished | Failed):
                     cell.outcome = message  # passed on when the process has given back its memory
                 else:
                     yield message
         except (EOFError, OSError):
             cell.connection.close()
-
-    def _ended(self, slot: str) -> Message | None:
-        """Return the last message of a cell whose process has ended; None if it starts again."""
-        cell = self._cells.pop(slot)
-        _end(cell)
-        if cell.again:
-            self.start(slot, cell.job)
-            return None
-        reason = f"its process died ({_exit_reason(cell.process.exitcode)})"
-        return cell.outcome or Failed("died", reason, self._logs[slot])
 
     def close(self) -> None:
         for cell in self._cells.values():
@@ -184,13 +166,11 @@ def _exit_reason(code: int | None) -> str:
 @contextlib.contextmanager
 def _inherited(variables: Mapping[str, str]) -> Iterator[None]:
     """Let the processes that are started in the block have these environment variables."""
-    before = {name: os.environ.get(name) for name in variables}
+    before = {name: os.environ[name] for name in variables if name in os.environ}
     os.environ.update(variables)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        for name in variables:
+            del os.environ[name]
+        os.environ.update(before)

@@ -3,12 +3,12 @@
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from benchmarks.cells import Places, RunOptions
-from benchmarks.run.executor import Executor, MakeExecutor
+from benchmarks.cells import RunOptions
+from benchmarks.run.executor import Executor
 from fimaq_core.errors import FimaqError
 
 #: Attempts in a row that may end with a dead process and get no further.
@@ -21,10 +21,8 @@ class ExecutorOptions:
 
     Attributes:
         name: ``local`` or ``ray``.
-        jobs: cells at a time. None: as the profile says, else as the machine allows. With Ray, the
-            most cells at a time; None: as the cluster allows.
-        ray_address: ``host:port`` of a running Ray cluster; empty for one on this machine that ends
-            with the run.
+        jobs: cells at a time. None: as the profile says, else as the machine or cluster allows.
+        ray_address: ``host:port`` of a running Ray cluster; empty for one that ends with the run.
         gpus_per_cell: share of a GPU that a cell gets from Ray.
         retries: see `benchmarks.run.attempt.Attempts`.
     """
@@ -48,8 +46,10 @@ class ExecutorOptions:
         return [(flag, value) for flag, value, usual in given if value != usual]
 
 
-def settled(options: RunOptions, how: ExecutorOptions, device: str, threads: int | None) -> RunOptions:
-    """Return ``options`` with the device that cells run on, and paths that hold on each machine.
+def settled(
+    options: RunOptions, how: ExecutorOptions, device: str, threads: int | None
+) -> RunOptions:  # fmt: skip
+    """Return ``options`` with the device that cells run on.
 
     Args:
         options: of the run.
@@ -63,57 +63,54 @@ def settled(options: RunOptions, how: ExecutorOptions, device: str, threads: int
         raise FimaqError(f"Unknown device '{device}': use cpu, cuda, cuda:N or auto.")
     if how.name == "local":
         if how.ray_address:
-            raise FimaqError("A Ray address is of use to the Ray engine only: add --engine ray (ENGINE=ray).")
+            advice = "add --engine ray (ENGINE=ray)."
+            raise FimaqError(f"A Ray address is of use to the Ray engine only: {advice}")
         return replace(options, device=_device(device))
     from benchmarks.run.ray import connect, nodes
 
     if device == "mps" or ":" in device:
-        raise FimaqError(f"Device '{device}': Ray gives each cell a GPU of its own, so say cuda, cpu or auto.")
+        advice = "Ray gives each cell a GPU of its own, so say cuda, cpu or auto."
+        raise FimaqError(f"Device '{device}': {advice}")
     gpus = None
     if not how.ray_address:
         device = _device(device)
-        gpus = _visible_gpus() if device == "cuda" else 0
+        gpus = 0
+        if device == "cuda":
+            import torch
+
+            # CUDA_VISIBLE_DEVICES may hide all GPUs by -1, which Ray would count as one.
+            gpus = torch.cuda.device_count()
     # A cluster on this machine has as many cores as are asked for, whatever there are.
-    connect(how.ray_address, None if how.jobs is None else how.jobs * (threads or 1), gpus)
+    connect(how.ray_address, how.jobs and how.jobs * (threads or 1), gpus)
     if device == "auto":
         device = "cuda" if any(node.gpus for node in nodes()) else "cpu"
         print(f"Device: {device}.")
-    data = {place.name: getattr(options.data, place.name) for place in fields(options.data)}
-    return replace(
-        options,
-        device=device,
-        results=options.results.absolute(),
-        weights=options.weights and options.weights.absolute(),
-        data=Places(**{name: path and path.absolute() for name, path in data.items()}),
-    )
+    return replace(options, device=device)
 
 
-def executor_maker(options: RunOptions, how: ExecutorOptions, threads: int | None, jobs: int | None, logs: Path) -> MakeExecutor:
-    """Return the function that makes the executor.
+def make_executor(
+    options: RunOptions, how: ExecutorOptions, threads: int | None, jobs: int | None, logs: Path,
+    cells: int, imports: Sequence[str],
+) -> Executor:  # fmt: skip
+    """Return the executor for so many ``cells``, which need the modules ``imports``.
 
     Args:
-        options: settled.
-        how: of the executor.
-        threads: CPU threads of a cell; None leaves the libraries' choice.
-        jobs: cells at a time, as the profile says; None if it does not.
+        options, how: of the run, settled, and of its executor.
+        threads, jobs: CPU threads of a cell, and cells at a time as the profile says it.
         logs: folder for the output of cells.
     """
     device = str(options.device)
+    if how.name == "ray":
+        from benchmarks.run.ray import RayExecutor
 
-    def make(cells: int, imports: Sequence[str]) -> Executor:
-        if how.name == "ray":
-            from benchmarks.run.ray import RayExecutor
+        gpus = how.gpus_per_cell if device == "cuda" else 0.0
+        most = min(how.jobs or cells, cells)
+        return RayExecutor(options.results / "runs", logs, threads, gpus, most)
+    from benchmarks.run.local import LocalExecutor, default_jobs
 
-            runs, most = options.results / "runs", min(how.jobs or cells, cells)
-            gpus = how.gpus_per_cell if device == "cuda" else 0.0
-            return RayExecutor(runs, logs, threads=threads, gpus=gpus, most=most)
-        from benchmarks.run.local import LocalExecutor, default_jobs
-
-        count = min(how.jobs or jobs or default_jobs(threads, device), cells)
-        slots = {f"worker {slot}": logs / f"worker-{slot}.log" for slot in range(1, count + 1)}
-        return LocalExecutor(slots, threads, imports)
-
-    return make
+    count = min(how.jobs or jobs or default_jobs(threads, device), cells)
+    slots = {f"worker {slot}": logs / f"worker-{slot}.log" for slot in range(1, count + 1)}
+    return LocalExecutor(slots, threads, imports)
 
 
 def _device(device: str) -> str:
@@ -130,17 +127,6 @@ def _device(device: str) -> str:
         print("Device: cuda." if there else f"Device: cpu{note}.")
         return "cuda" if there else "cpu"
     if device.startswith("cuda") and not there:
-        raise FimaqError(
-            f"Device '{device}': PyTorch sees no GPU here{limit}. Use cpu, or install a driver and PyTorch with CUDA."
-        )
+        advice = "Use cpu, or install a driver and PyTorch with CUDA."
+        raise FimaqError(f"Device '{device}': PyTorch sees no GPU here{limit}. {advice}")
     return device
-
-
-def _visible_gpus() -> int:
-    """Return how many GPUs PyTorch can use here.
-
-    ``CUDA_VISIBLE_DEVICES`` may hide all by -1, which Ray would count as one.
-    """
-    import torch
-
-    return torch.cuda.device_count()

@@ -20,8 +20,8 @@ def make_chains(cells: Sequence[Cell]) -> list[list[Cell]]:
     its own chain; otherwise most slots would be idle in an ablation.
 
     Full-precision cells come first, since all others of the model use theirs, then models whose
-    MLPs are reconstructed, which others share. Then comes the costliest chain, so that none is left
-    over at the end.
+    MLPs are reconstructed, which others share. Then the costliest chain comes first, so that none
+    is left over at the end.
     """
     chains: dict[tuple[object, ...], list[Cell]] = {}
     for cell in cells:
@@ -63,9 +63,8 @@ class _Chain:
     def ready(self, backwards: bool = False) -> Cell | None:
         """Return the first (or last) waiting cell whose parts are done; None if there is none."""
         for cell in reversed(self.waiting) if backwards else self.waiting:
-            if not _is_whole(cell) or not any(
-                other.method == cell.method and other.scope != cell.scope for other in (*self.waiting, *self.running)
-            ):
+            others = [o for o in (*self.waiting, *self.running) if o.method == cell.method]
+            if not _is_whole(cell) or all(other.scope == cell.scope for other in others):
                 return cell
         return None
 
@@ -83,7 +82,8 @@ class Schedule:
         self._chains = [_Chain(index, chain) for index, chain in enumerate(make_chains(cells))]
         self._of = {cell.key: chain for chain in self._chains for cell in chain.waiting}
         #: (section, model) of full-precision cells that are not over: their other cells wait.
-        self._unmeasured = {(cell.section, cell.model) for cell in cells if cell.request.recipe is None}
+        full = [cell for cell in cells if cell.request.recipe is None]
+        self._unmeasured = {(cell.section, cell.model) for cell in full}
         self._aside: dict[Key, Cell] = {}
 
     def take(self, slot: Hashable) -> Cell | None:

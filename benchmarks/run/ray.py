@@ -14,10 +14,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
-from benchmarks.run.executor import Executor, Failed, Finished, Job, Message, Started
+from benchmarks.run.executor import Executor, Failed, Finished, Message, Started
 from fimaq_core.errors import EngineError
 from fimaq_core.files import replaced_whole
 
@@ -35,8 +34,7 @@ _SOCKET = "/ray/session_2000-01-01_00-00-00_000000_4194304/sockets/plasma_store"
 _LONGEST = 103 if sys.platform == "darwin" else 107
 
 
-@dataclass(frozen=True)
-class Node:
+class Node(NamedTuple):
     """A machine of the cluster: Ray's name for it, its name for people, and all that it has."""
 
     id: str
@@ -46,32 +44,21 @@ class Node:
 
     def room(self, gpus: float, threads: int | None) -> int:
         """Return how many cells it can take at a time; ``gpus`` of a cell is 0 on CPU."""
-        if not gpus:
-            return int(self.cpus / (threads or 1) + 1e-6)
-        if gpus < 1:  # a share lies on one GPU
+        if 0 < gpus < 1:  # a share lies on one GPU
             return int(self.gpus) * int(1 / gpus + 1e-6)
-        return int(self.gpus / gpus + 1e-6)
-
-
-def load_ray() -> ModuleType:
-    """Return the library. Raises EngineError where it is not installed."""
-    try:
-        import ray
-    except ImportError as error:
-        raise EngineError(
-            "The Ray engine needs Ray, which is not installed here: run make setup, or pip install "
-            "'fimaq[cluster]'. Without it, use --engine local."
-        ) from error
-    return ray
+        return int((self.gpus / gpus if gpus else self.cpus / (threads or 1)) + 1e-6)
 
 
 def nodes() -> list[Node]:
     """Return the machines that are alive now."""
-    return [
-        Node(node["NodeID"], node["NodeManagerHostname"], has.get("CPU", 0.0), has.get("GPU", 0.0))
-        for node in load_ray().nodes()
-        if node["Alive"] and (has := node["Resources"]) is not None
-    ]
+    import ray
+
+    found = []
+    for node in ray.nodes():
+        if node["Alive"]:
+            cpus, gpus = (node["Resources"].get(name, 0.0) for name in ("CPU", "GPU"))
+            found.append(Node(node["NodeID"], node["NodeManagerHostname"], cpus, gpus))
+    return found
 
 
 def connect(address: str, cpus: int | None, gpus: int | None = None) -> None:
@@ -93,7 +80,13 @@ def connect(address: str, cpus: int | None, gpus: int | None = None) -> None:
         # the home folder.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    ray = load_ray()
+    try:
+        import ray
+    except ImportError as error:
+        raise EngineError(
+            "The Ray engine needs Ray, which is not installed here: run make setup, or pip install "
+            "'fimaq[cluster]'. Without it, use --engine local."
+        ) from error
     if ray.is_initialized():
         return
     settings: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
@@ -114,15 +107,14 @@ def connect(address: str, cpus: int | None, gpus: int | None = None) -> None:
     try:
         ray.init(**settings)
     except Exception as error:  # Ray raises bare ones too, as of a start that takes too long
-        first = _first_line(error)
-        if not address:
-            raise EngineError(
-                f"Ray does not start on this machine: {first}. Its logs are in {_folder()[1]}/ray/session_latest/logs."
-            ) from error
-        raise EngineError(
-            f"Cannot join the Ray cluster at {address}: {first}. A run must start on a machine of "
-            f"the cluster (ray start --address={address}), with the same versions of Python and Ray."
-        ) from error
+        what, advice = "start on this machine", f"See {_folder()[1]}/ray/session_latest/logs."
+        if address:
+            what = f"join the cluster at {address}"
+            advice = (
+                "A run must start on a machine of the cluster (ray start "
+                f"--address={address}), with the same versions of Python and Ray."
+            )
+        raise EngineError(f"Ray cannot {what}: {_reason(error)}. {advice}") from error
 
 
 def check_folder() -> None:
@@ -160,29 +152,29 @@ def _check(address: str) -> None:
     host, _, port = address.rpartition(":")
     if address == "auto":
         return
-    if "://" in address or not host or not port.isdecimal():
-        raise EngineError(
-            f"Not the address of a Ray cluster: '{address}'. Give it as host:port, as `ray start "
-            "--head` prints it (port 6379 unless you chose another), and start the run on a "
-            "machine of the cluster."
-        )
     try:
+        if "://" in address or not host or not port.isdecimal():
+            raise OSError("which is not host:port")
         socket.create_connection((host.strip("[]"), int(port)), timeout=_PATIENCE).close()
     except (OSError, OverflowError) as error:
         raise EngineError(
-            f"No Ray cluster answers at {address} ({error}). Start one there with `ray start --head "
-            f"--port={port}`, or leave the address out to use this machine alone."
+            f"No Ray cluster answers at {address} ({error}). Give its address as host:port, as "
+            "`ray start --head` prints it (port 6379 unless you chose another), and start the run "
+            "on a machine of the cluster. Leave the address out to use this machine alone."
         ) from error
 
 
 def _task() -> Any:
     """Return the function of the Ray task that measures a cell.
 
-    A nested function, so that Ray sends its code: the other machine can import nothing of this
-    package before the function says where it is.
+    It is nested, so that Ray sends its code: the other machine can import nothing of this package
+    before the function says where it is.
     """
 
-    def cell(job: Any, slot: str, token: str, logs: str, paths: list[str], threads: int, gpus: float) -> Any:
+    def cell(
+        label: str, work: bytes, slot: str, token: str, logs: str, cwd: str, paths: list[str],
+        threads: int, gpus: float,
+    ) -> Any:  # fmt: skip
         """Yield the messages of a cell, or a tuple if this machine is not set up."""
         import importlib
         import os
@@ -195,26 +187,25 @@ def _task() -> Any:
         node, given = ray.get_runtime_context().get_node_id(), ray.get_gpu_ids()
         host, where = platform.node(), f"gpu {','.join(map(str, given))}" if given else slot
         if not os.path.isfile(token):
-            folder = os.path.dirname(token)
-            yield node, f"{host} does not see the results folder {folder}"
+            yield node, f"{host} does not see the results folder {os.path.dirname(token)}"
             return
         sys.path[:0] = [path for path in paths if path not in sys.path]
         importlib.invalidate_caches()
         try:
-            from benchmarks.run.executor import Failed, Finished, Job
+            os.chdir(cwd)
+            from benchmarks.run.executor import Failed, Finished
             from benchmarks.run.local import LocalExecutor
-        except ImportError as error:
+        except (ImportError, OSError) as error:
             problem = f"cannot import the code ({error}); it must be at the same path as here"
             yield node, f"{host} {problem}"
             return
         if not threads and gpus:  # its share of the machine's cores
             has = next(n["Resources"] for n in ray.nodes() if n["NodeID"] == node)
             threads = int(has.get("CPU", 1) * gpus / has["GPU"])
-        name = f"{host} {where}"
-        log = Path(logs) / f"{host}-{where}-{slot}.log".replace(" ", "-")
+        name, message = f"{host} {where}", None
+        log = Path(logs) / f"{host}-{slot}.log".replace(" ", "-")
         executor = LocalExecutor({name: log}, max(1, threads), fork=False)
-        executor.start(name, Job(*job))
-        message = None
+        executor.start(name, label, work)
         while not isinstance(message, Finished | Failed):
             for _, message in executor.wait(60.0):
                 yield message
@@ -224,9 +215,10 @@ def _task() -> Any:
 
 @dataclass
 class _Cell:
-    """A cell in a slot: the messages of its Ray task, and where it runs (empty while it waits)."""
+    """A cell in a slot: its Ray task's messages, and where it runs (empty while it waits)."""
 
-    job: Job
+    label: str
+    work: bytes
     messages: Any
     where: str = ""
 
@@ -234,14 +226,15 @@ class _Cell:
 class RayExecutor(Executor):
     """Runs each cell as a task of the Ray cluster that `connect` connected to."""
 
-    def __init__(self, runs: Path, logs: Path, *, threads: int | None, gpus: float, most: int) -> None:
+    def __init__(
+        self, runs: Path, logs: Path, threads: int | None, gpus: float, most: int
+    ) -> None:  # fmt: skip
         """Make an executor.
 
         Args:
             runs: folder of records, which each machine must see at the same path.
             logs: folder for the output of cells, below it.
-            threads: CPU threads of a cell; None: one on CPU, and with a GPU its share of the
-                machine's.
+            threads: CPU threads of a cell; None: one, or the share of its GPU in the machine's.
             gpus: GPUs of a cell, or its share of one; 0 on CPU.
             most: cells at a time.
 
@@ -249,26 +242,28 @@ class RayExecutor(Executor):
             EngineError: no machine of the cluster can take a cell.
             CheckpointError: the results folder cannot be written.
         """
-        self._ray = load_ray()
-        self._threads, self._gpus, self._most = threads, gpus, most
+        import ray
+
+        self._ray, self._threads, self._gpus, self._most = ray, threads, gpus, most
         self._cells: dict[str, _Cell] = {}
         self._left_out: dict[str, str] = {}
-        self._nodes = [node for node in nodes() if node.room(gpus, threads)]
-        self._looked = self._ran = time.monotonic()
+        self._ran = time.monotonic()
+        self._look()
         if not self._nodes:
             need = f"{gpus:g} GPU" if gpus else f"{threads or 1} CPU cores"
-            hint = "Give a cell fewer --threads."
-            if gpus:
-                hint = "Use --device cpu, or start Ray on machines with GPUs."
-            raise EngineError(f"No machine of the Ray cluster has the {need} that a cell asks for. {hint}")
+            on_gpu = "Use --device cpu, or start Ray on machines with GPUs."
+            raise EngineError(
+                f"No machine of the Ray cluster has the {need} that a cell asks for. "
+                f"{on_gpu if gpus else 'Give a cell fewer --threads.'}"
+            )
         self._token = runs / f".ray-{secrets.token_hex(8)}"
         with replaced_whole(self._token) as temporary:
             temporary.write_text("Written by a run, which its machines look for.\n", "utf-8")
-        paths = [os.path.abspath(path or os.getcwd()) for path in sys.path]
-        self._facts = (str(self._token), str(logs), paths, threads or 0, gpus)
-        needs = {"num_gpus": gpus, "num_cpus": 0 if gpus else threads or 1}
-        self._options = {**needs, "max_retries": 0, "num_returns": "streaming"}
-        self._task = self._ray.remote(_task())
+        token, cwd = str(self._token.absolute()), os.getcwd()
+        self._facts = token, str(logs), cwd, sys.path, threads or 0, gpus
+        self._options: dict[str, Any] = {"max_retries": 0, "num_returns": "streaming"}
+        self._options |= {"num_gpus": gpus, "num_cpus": 0 if gpus else threads or 1}
+        self._task = ray.remote(_task())
 
     def slots(self) -> Sequence[str]:
         fit = [node for node in self._nodes if node.id not in self._left_out]
@@ -276,12 +271,12 @@ class RayExecutor(Executor):
         names = [f"worker {number}" for number in range(1, self._most + 1)]
         return [name for index, name in enumerate(names) if index < room or name in self._cells]
 
-    def start(self, slot: str, job: Job) -> None:
-        others = {}
+    def start(self, slot: str, label: str, work: bytes) -> None:
+        options = dict(self._options)
         if self._left_out:
-            others["label_selector"] = {"ray.io/node-id": f"!in({','.join(self._left_out)})"}
-        task = self._task.options(**self._options, **others)
-        self._cells[slot] = _Cell(job, task.remote((job.work, job.label), slot, *self._facts))
+            options["label_selector"] = {"ray.io/node-id": f"!in({','.join(self._left_out)})"}
+        messages = self._task.options(**options).remote(label, work, slot, *self._facts)
+        self._cells[slot] = _Cell(label, work, messages)
 
     def wait(self, timeout: float) -> list[tuple[str, Message]]:
         if time.monotonic() - self._looked >= _LOOK:
@@ -307,7 +302,7 @@ class RayExecutor(Executor):
             return Failed("died", f"its process{where} died ({_reason(error)})")
         if isinstance(message, tuple):
             self._leave_out(*message)
-            self.start(slot, cell.job)
+            self.start(slot, cell.label, cell.work)
             return None
         if isinstance(message, Started):
             cell.where = message.where
@@ -323,10 +318,8 @@ class RayExecutor(Executor):
             self._ran = self._looked
         elif self._looked - self._ran >= _SILENT:
             self._ran = self._looked
-            print(
-                "waiting: no machine of the Ray cluster has room for a cell just now.",
-                file=sys.stderr,
-            )
+            what = "no machine of the Ray cluster has room for a cell just now."
+            print(f"waiting: {what}", file=sys.stderr)
 
     def _leave_out(self, node: str, problem: str) -> None:
         """Do without a machine that is not set up. Raises EngineError if none is left."""
@@ -346,58 +339,44 @@ class RayExecutor(Executor):
 
 
 def _reason(error: BaseException) -> str:
-    """Return why a task says nothing more: Ray's own words fill a screen."""
+    """Return the first of Ray's words, which fill a screen."""
     if "low on memory" in str(error):
         return "ended by Ray, since the machine ran low on memory: try fewer jobs"
-    return _first_line(error)
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
-
-
-def wait_for(address: str, count: int, seconds: float) -> list[Node]:
-    """Return the machines of the cluster at ``address`` as soon as there are ``count``.
+def wait_for(address: str, count: int, seconds: float) -> None:
+    """Return as soon as ``count`` machines have joined the cluster at ``address``; print them.
 
     Raises:
         EngineError: there are fewer after ``seconds``.
     """
     deadline = time.monotonic() + seconds
-    joined: list[Node] = []
-    problem = ""
     while True:
+        found, problem = [], ""
         try:
             connect(address, None)
-            joined, problem = nodes(), ""
+            found = [f"{node.host} ({node.cpus:g} CPU, {node.gpus:g} GPU)" for node in nodes()]
         except EngineError as error:
             problem = f" {error}"
-        if len(joined) >= count:
-            return joined
+        if len(found) >= count:
+            print(f"Ray at {address}: {', '.join(found)}")
+            return
         if time.monotonic() >= deadline:
-            names = ", ".join(node.host for node in joined) or "none"
             raise EngineError(
-                f"Only {len(joined)} of {count} machines joined the Ray cluster at {address} within "
-                f"{seconds:g} s: {names}.{problem} See what Ray says above, and whether the "
-                "machines reach each other."
+                f"Only {len(found)} of {count} machines joined the Ray cluster at {address} in "
+                f"{seconds:g} s: {', '.join(found) or 'none'}.{problem} See what Ray says above, "
+                "and whether the machines reach each other."
             )
         time.sleep(1.0)
 
 
-def main(arguments: Sequence[str]) -> None:
-    """See the module."""
+if __name__ == "__main__":
     try:
-        if not arguments:
+        if arguments := sys.argv[1:]:
+            wait_for(arguments[0], int(arguments[1]), float(arguments[2]))
+        else:
             check_folder()
-            return
-        address, count, seconds = arguments
-        found = wait_for(address, int(count), float(seconds))
     except EngineError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    names = ", ".join(f"{node.host} ({node.cpus:g} CPU, {node.gpus:g} GPU)" for node in found)
-    print(f"Ray at {address}: {names}")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -1,22 +1,15 @@
 """Runs the cells of a grid in the slots of an executor, and goes on when one fails."""
 
+import pickle
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.cells import MAIN_METRIC, Adapter, Cell, Key
 from benchmarks.estimate import Estimator
-from benchmarks.run.attempt import Again, Attempts
-from benchmarks.run.executor import (
-    Executor,
-    Failed,
-    Finished,
-    MakeExecutor,
-    Message,
-    Started,
-    make_job,
-)  # fmt: skip
+from benchmarks.run.attempt import Attempts
+from benchmarks.run.executor import Executor, Failed, MakeExecutor, Message, Started
 from benchmarks.run.order import Schedule
 from benchmarks.units import duration
 from benchmarks.watch.live import Watch
@@ -41,21 +34,11 @@ class Failure:
     log: Path | None
 
 
-@dataclass
-class _Run:
-    """A cell in a slot."""
-
-    cell: Cell
-    attempts: Attempts
-    since: float = field(default_factory=time.monotonic)
-
-
 class Runner:
     """Runs cells; see `run`."""
 
     def __init__(
-        self, adapter: Adapter, watch: Watch, make_executor: MakeExecutor, done: int = 0,
-        retries: int = 3,
+        self, adapter: Adapter, watch: Watch, make_executor: MakeExecutor, done: int, retries: int
     ) -> None:  # fmt: skip
         """Make a runner.
 
@@ -73,7 +56,8 @@ class Runner:
         self._schedule = Schedule(())
         self._attempts: dict[Key, Attempts] = {}
         self._folders: dict[Key, Path] = {}
-        self._running: dict[str, _Run] = {}
+        #: By slot.
+        self._running: dict[str, Attempts] = {}
         self._slots: list[str] = []
         self._changed = False
         self._looked = self._ticked = self._estimated = 0.0
@@ -140,12 +124,11 @@ class Runner:
         return cell
 
     def _start(self, executor: Executor, slot: str, cell: Cell) -> None:
-        attempts = self._attempts.setdefault(cell.key, Attempts(cell.request, self._retries))
+        new = Attempts(cell, self._retries, cell.request)
+        attempts = self._running[slot] = self._attempts.setdefault(cell.key, new)
         attempts.begin()
-        self._running[slot] = _Run(cell, attempts)
-        log = self._beside(cell, "error.log")
-        job = make_job(self._adapter.run_cell, attempts.request, log, cell.label)
-        executor.start(slot, job)
+        work = self._adapter.run_cell, attempts.request, self._beside(cell, "error.log")
+        executor.start(slot, cell.label, pickle.dumps(work))
 
     def _look(self) -> None:
         """See what has become of cells that others measure, since slots are idle."""
@@ -190,45 +173,43 @@ class Runner:
 
     def _hear(self, slot: str, message: Message) -> None:
         run = self._running[slot]
+        cell = run.cell
         if isinstance(message, Started):
             run.since = time.monotonic()
-            self._watch.tell("started", run.cell, where=message.where)
-            return
-        if isinstance(message, Progress):
-            run.attempts.heard(message)
-            self._watch.progress(run.cell, message)
-            return
-        del self._running[slot]
-        self._changed = True
-        if isinstance(message, Failed):
-            self._lost(run, message)
+            self._watch.tell("started", cell, where=message.where)
+        elif isinstance(message, Progress):
+            run.heard(message)
+            self._watch.progress(cell, message)
         else:
-            self._measured(run.cell, message)
+            del self._running[slot]
+            self._changed = True
+            if isinstance(message, Failed):
+                self._lost(run, message)
+                return
+            self._estimator.add(cell, message.seconds)
+            self._schedule.over(cell)
+            try:
+                scores = _scores(read_record(message.path))
+            except FimaqError as error:
+                self._fail(cell, f"measured, but {error}", None)
+            else:
+                self._ended(cell, "finished", f"{scores} in {duration(message.seconds)}")
 
-    def _measured(self, cell: Cell, message: Finished) -> None:
-        self._estimator.add(cell, message.seconds)
-        self._schedule.over(cell)
-        try:
-            scores = _scores(read_record(message.path))
-        except FimaqError as error:
-            self._fail(cell, f"measured, but {error}", None)
-        else:
-            self._ended(cell, "finished", f"{scores} in {duration(message.seconds)}")
-
-    def _lost(self, run: _Run, failure: Failed) -> None:
+    def _lost(self, run: Attempts, failure: Failed) -> None:
         """An attempt came to nothing."""
+        cell = run.cell
         if failure.kind == "busy":
-            self._schedule.put_aside(run.cell)
+            self._schedule.put_aside(cell)
             self._looked = time.monotonic()  # whoever measures it has only just been seen
-            self._watch.tell("retried", run.cell, text=failure.message)
+            self._watch.tell("retried", cell, text=failure.message)
             return
-        verdict = run.attempts.failed(failure)
-        if isinstance(verdict, Again):
-            self._schedule.back(run.cell)
-            self._watch.tell("retried", run.cell, text=verdict.reason)
+        again, reason = run.failed(failure)
+        if again:
+            self._schedule.back(cell)
+            self._watch.tell("retried", cell, text=reason)
         else:
-            self._schedule.over(run.cell)
-            self._fail(run.cell, verdict.message, verdict.log)
+            self._schedule.over(cell)
+            self._fail(cell, reason, failure.log)
 
     def _fail(self, cell: Cell, message: str, log: Path | None) -> None:
         self._failures.append(Failure(cell, message, log))
@@ -237,10 +218,8 @@ class Runner:
     def _ended(self, cell: Cell, outcome: str, text: str, log: Path | None = None) -> None:
         self._done += 1
         self._attempts.pop(cell.key, None)
-        self._watch.tell(
-            "ended", cell, outcome=outcome, text=text, log=None if log is None else str(log),
-            over=self._done, left=self._time_left(),
-        )  # fmt: skip
+        facts = {"outcome": outcome, "text": text, "log": log and str(log)}
+        self._watch.tell("ended", cell, over=self._done, left=self._time_left(), **facts)
 
     def _tick(self) -> None:
         now = time.monotonic()
@@ -255,10 +234,7 @@ class Runner:
         self._watch.tell("tick", left=self._time_left(), cells=cells)
 
     def _time_left(self) -> float | None:
-        """Estimate the seconds for the rest of the grid.
-
-        It looks at every cell, so in a big grid the estimate may be a little old.
-        """
+        """Estimate the seconds for the rest of the grid; in a big grid not at each call."""
         now = time.monotonic()
         if now >= self._estimated:
             running = {run.cell.key: (run.cell, now - run.since) for run in self._running.values()}

@@ -12,31 +12,13 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from benchmarks.terminal import plain
 
 #: Bounds keep what is read from a file printable; they are far beyond any grid.
-Seconds = Annotated[float, Field(ge=0, le=1e10, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=0, le=10**9)]
+Seconds = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, le=10**15)]
 Name = Annotated[str, AfterValidator(lambda text: plain(text, 200))]
 Text = Annotated[str, AfterValidator(lambda text: plain(text, 2000))]
 
 
-class _Model(BaseModel):
-    """Fields that a newer version added are ignored."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-class CellKey(_Model):
-    """Identity of a cell within its grid."""
-
-    section: Name
-    model: Name
-    scope: Name
-    method: Name
-    bits: Name
-    seed: int | None
-    point: Name
-
-
-class Event(_Model):
+class Event(BaseModel):
     """Something that happened in a run, at a Unix time.
 
     Attributes:
@@ -55,6 +37,8 @@ class Event(_Model):
         cells: of ``tick``: seconds until running cells are done, by label.
     """
 
+    model_config = ConfigDict(frozen=True, extra="ignore")  # a newer version may have more fields
+
     kind: Literal["begin", "started", "progress", "retried", "ended", "tick", "close"]
     time: Seconds
     label: Name = ""
@@ -64,7 +48,7 @@ class Event(_Model):
     engine: Name = ""
     over: Count = 0
     total: Count = 0
-    key: CellKey | None = None
+    key: dict[Name, int | Name | None] = {}
     where: Name = ""
     stage: Name = ""
     block: Name = ""
@@ -99,7 +83,6 @@ class State:
 
     Attributes:
         begin: the first event.
-        heard: time of the last event.
         over, total, failures: cells that are over, all cells, cells that failed.
         running: cells at work by label, the longest at work first.
         failed, ended: the latest of these events, oldest first.
@@ -108,7 +91,6 @@ class State:
     """
 
     begin: Event | None = None
-    heard: float = 0.0
     over: int = 0
     total: int = 0
     failures: int = 0
@@ -121,7 +103,6 @@ class State:
 
     def apply(self, event: Event) -> None:
         """Change by an event."""
-        self.heard = event.time
         row = self.running.get(event.label)
         if event.kind in ("tick", "ended"):
             self.until = None if event.left is None else event.time + event.left

@@ -6,7 +6,7 @@ import socket
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import psutil  # type: ignore[import-untyped, unused-ignore]
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -18,26 +18,26 @@ from rich.text import Text
 from benchmarks.cells import Cell
 from benchmarks.estimate import time_left
 from benchmarks.units import duration
-from benchmarks.watch.events import CellKey, Event, Running, State
+from benchmarks.watch.events import Event, Running, State
 from benchmarks.watch.log import EventLog
 from fimaq_core.progress import Progress
 
-Column = Literal["cell", "where", "stage", "block", "progress", "bar", "loss", "left"]
+#: Columns of the running cells, and the width of a terminal from which they are shown.
+_COLUMNS = {
+    "cell": 0, "where": 100, "stage": 56, "block": 72, "progress": 0, "bar": 120, "loss": 72,
+    "left": 0,
+}  # fmt: skip
 
-#: Columns of the running cells by the width of a terminal that has room for them.
-_COLUMNS: tuple[tuple[int, tuple[Column, ...]], ...] = (
-    (120, ("cell", "where", "stage", "block", "progress", "bar", "loss", "left")),
-    (100, ("cell", "where", "stage", "block", "progress", "loss", "left")),
-    (72, ("cell", "stage", "block", "progress", "loss", "left")),
-    (56, ("cell", "stage", "progress", "left")),
-    (0, ("cell", "progress", "left")),
-)
+#: What tells a cell from the others of its grid.
+_KEY = ("section", "model", "scope", "method", "bits", "seed", "point")
 
 
 class Watch:
     """Told what a run does; shows it on a console, and writes its events for ``status``."""
 
-    def __init__(self, console: Console, folder: Path | None = None, engine: str = "", every: float = 60.0) -> None:
+    def __init__(
+        self, console: Console, folder: Path | None = None, engine: str = "", every: float = 60.0
+    ) -> None:  # fmt: skip
         """Make a watch.
 
         Args:
@@ -65,21 +65,17 @@ class Watch:
     def tell(self, kind: str, cell: Cell | None = None, **facts: Any) -> None:
         """Take an event of a kind, about a cell or the whole run; see `Event`."""
         if kind == "begin":
-            mine = psutil.Process()
             facts |= {"host": socket.gethostname(), "pid": os.getpid(), "engine": self._engine}
-            facts["process_started"] = mine.create_time()
-            if self._live is not None:
-                self._live.start(refresh=True)
+            facts["process_started"] = psutil.Process().create_time()
         if kind == "started" and cell is not None:
-            facts["key"] = CellKey(
-                section=cell.section, model=cell.model, scope=cell.scope, method=cell.method,
-                bits=cell.bits, seed=cell.seed, point=cell.point,
-            )  # fmt: skip
+            facts["key"] = {name: getattr(cell, name) for name in _KEY}
         label = "" if cell is None else cell.label
         event = Event.model_validate({"kind": kind, "time": time.time(), "label": label, **facts})
         self.state.apply(event)
         if self._log is not None:
             self._log.add(event)
+        if kind == "begin" and self._live is not None:
+            self._live.start(refresh=True)
         self._say(event)
 
     def progress(self, cell: Cell, progress: Progress) -> None:
@@ -99,16 +95,18 @@ class Watch:
 
     def _say(self, event: Event) -> None:
         """Print a line about a cell, if the event is worth one."""
-        text = ""
+        text, lines = "", self._live is None
         if event.kind == "retried":
             text = f"waits again: {event.text}"
         elif event.kind == "ended":
             text = f"FAILED: {event.text}" if event.outcome == "failed" else event.text
-            if self._live is None and self.state.over < self.state.total:
+            if lines and self.state.over < self.state.total:
                 text += f", {time_left(event.left)}"
-        elif self._live is None and event.kind == "started":
+        elif event.kind == "started" and lines:
             text = f"started ({event.where})" if event.where else "started"
-        elif self._live is None and event.kind == "progress" and self._is_silent(event):
+        elif event.kind == "progress" and lines:
+            if event.time - self._spoke.get(event.label, 0.0) < self._every:
+                return
             place = " ".join(part for part in (event.stage, event.block) if part)
             loss = "" if event.loss is None else f", loss {event.loss:.4g}"
             text = f"{place} {event.done}/{event.total}{loss}"
@@ -117,18 +115,17 @@ class Watch:
             width, total = len(str(self.state.total)), self.state.total
             self._print(f"[{self.state.over:{width}d}/{total}] {event.label}: {text}")
 
-    def _is_silent(self, event: Event) -> bool:
-        return event.time - self._spoke.get(event.label, 0.0) >= self._every
-
     def _print(self, text: str) -> None:
         self._console.print(text, markup=False, soft_wrap=self._live is None)
 
 
 def counts_line(state: State, now: float, width: int) -> RenderableType:
     """Return a bar and its meaning, side by side, or below each other in a narrow terminal."""
-    words = f"{state.done} done, {len(state.running)} running, {state.failures} failed"
     began = now if state.begin is None else state.begin.time
-    words += f" of {state.total} cells, {duration(max(now - began, 0.0))}"
+    words = (
+        f"{state.done} done, {len(state.running)} running, {state.failures} failed of "
+        f"{state.total} cells, {duration(max(now - began, 0.0))}"
+    )
     if state.over < state.total:
         words += f", {time_left(state.left(now))}"
     room = width - len(words) - 1
@@ -141,7 +138,9 @@ def counts_line(state: State, now: float, width: int) -> RenderableType:
     return table
 
 
-def running_table(cells: Iterable[Running], now: float, width: int, lines: int | None = None) -> RenderableType:
+def running_table(
+    cells: Iterable[Running], now: float, width: int, lines: int | None = None
+) -> RenderableType:  # fmt: skip
     """Return one row per cell, one line each; ``×2`` behind a name: its second attempt.
 
     Args:
@@ -153,8 +152,8 @@ def running_table(cells: Iterable[Running], now: float, width: int, lines: int |
     cells = list(cells)
     shown = cells if lines is None or len(cells) <= lines else cells[: max(lines - 1, 0)]
     rows = [_row(cell, now) for cell in shown]
-    columns = next(names for least, names in _COLUMNS if width >= least)
-    columns = tuple(name for name in columns if any(row[name] for row in rows))
+    wide = [name for name, least in _COLUMNS.items() if width >= least]
+    columns = [name for name in wide if any(row[name] for row in rows)]
     table = Table.grid(padding=(0, 2, 0, 0))
     for name in columns:
         number = name in ("progress", "loss", "left")
@@ -167,20 +166,20 @@ def running_table(cells: Iterable[Running], now: float, width: int, lines: int |
     return Group(table, Text(f"… and {rest} more")) if rest else table
 
 
-def _row(cell: Running, now: float) -> dict[Column, RenderableType | None]:
+def _row(cell: Running, now: float) -> dict[str, RenderableType | None]:
     at, left = cell.progress, cell.left(now)
 
     def text(words: str) -> Text | None:
         return Text(words, no_wrap=True, overflow="ellipsis") if words else None
 
-    bar = ProgressBar(at.total, min(at.done, at.total), width=16) if at.total else None
+    again = f" ×{cell.attempts}" if cell.attempts > 1 else ""
     return {
-        "cell": text(cell.started.label + (f" ×{cell.attempts}" if cell.attempts > 1 else "")),
+        "cell": text(cell.started.label + again),
         "where": text(cell.started.where),
         "stage": text(at.stage),
         "block": text(at.block),
         "progress": text(f"{at.done}/{at.total}" if at.total else ""),
-        "bar": bar,
+        "bar": ProgressBar(at.total, min(at.done, at.total), width=16) if at.total else None,
         "loss": text("" if at.loss is None else f"{at.loss:.4g}"),
         "left": text("" if left is None else duration(left)),
     }

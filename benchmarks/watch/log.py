@@ -66,7 +66,8 @@ class EventLog:
             if not self._broken:
                 self._broken = True
                 reason = f"Cannot write {self.path}: {error.strerror}."
-                self._say(f"warning: `python -m benchmarks status` will not show this run as it is. {reason}")
+                what = "`python -m benchmarks status` will not show this run as it is."
+                self._say(f"warning: {what} {reason}")
 
     def _is_due(self, event: Event) -> bool:
         if event.kind not in ("progress", "tick"):

@@ -1,22 +1,24 @@
 """The command ``python -m benchmarks status``: what runs on a results folder."""
 
+from __future__ import annotations
+
 import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console, Group, RenderableType
-from rich.live import Live
 from rich.text import Text
 
 from benchmarks.options import results_option
 from benchmarks.terminal import plain
 from benchmarks.units import duration
-from benchmarks.watch.live import counts_line, running_table
-from benchmarks.watch.log import Run, RunReader
 from fimaq_core.errors import FimaqError
+
+if TYPE_CHECKING:
+    from benchmarks.watch.log import Run
 
 #: Failed and ended cells of a run that are shown, the latest.
 _FAILED, _ENDED = 10, 5
@@ -27,7 +29,12 @@ _FAILED, _ENDED = 10, 5
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 @click.option("--watch", is_flag=True, help="Go on showing it, every second, until Ctrl-C.")
 def status(results: Path, as_json: bool, watch: bool) -> None:
-    """Show what runs on a results folder, here or on other machines, and the last run that ended."""
+    """Show what runs on a results folder, here or elsewhere, and the last run that ended."""
+    # Imported here: all commands import this module.
+    from rich.live import Live
+
+    from benchmarks.watch.log import RunReader
+
     console = Console(highlight=False)
     if watch and as_json:
         raise FimaqError("--json prints one object: leave --watch out.")
@@ -87,7 +94,9 @@ def page(
 
 
 def _run(run: Run, alive: bool, width: int, lines: int | None) -> list[RenderableType]:
-    state, now = run.state, time.time() if run.is_alive else run.heartbeat
+    from benchmarks.watch.live import counts_line, running_table
+
+    state, now = run.state, time.time() if alive else run.heartbeat
     parts: list[RenderableType] = [Text(_headline(run, alive), style="bold")]
     parts.append(counts_line(state, now, width))
     if alive and state.running:
@@ -114,7 +123,8 @@ def _headline(run: Run, alive: bool) -> str:
         return f"Running on {who}; last heard of {heard} ago"
     if run.state.finished:
         return f"Last run on {who}: ended {heard} ago"
-    return f"Last run on {who}: it did not end by itself (killed, or its machine is gone); last heard of {heard} ago"
+    reason = "it did not end by itself (killed, or its machine is gone)"
+    return f"Last run on {who}: {reason}; last heard of {heard} ago"
 
 
 def json_text(runs: Sequence[Run], problems: Sequence[str], results: Path) -> str:
@@ -131,7 +141,7 @@ def _facts(run: Run, alive: bool) -> dict[str, Any]:
     running = [
         {
             "label": cell.started.label,
-            "key": cell.started.key and cell.started.key.model_dump(),
+            "key": cell.started.key,
             "where": cell.started.where,
             **cell.progress.model_dump(include={"stage", "block", "done", "total", "loss"}),
             "seconds": max(now - cell.started.time, 0.0),

@@ -1,5 +1,5 @@
-"""A library that makes processes forked after its import think that CUDA is in use."""
+"""A library that makes the fork server think that CUDA is in use."""
 
-from benchmarks.run import child
+from benchmarks.run import preload
 
-child.cuda_is_up = lambda: True
+preload.cuda_is_up = lambda: True

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -17,9 +18,10 @@ from engine_fakes import HANG, until
 
 from benchmarks.cells import Cell, RunOptions
 from benchmarks.grid import Filters, expand
-from benchmarks.run.child import cuda_is_up, measure
-from benchmarks.run.executor import Failed, Finished, Message, Started, make_job
+from benchmarks.run.child import measure
+from benchmarks.run.executor import Failed, Finished, Message, Started
 from benchmarks.run.local import LocalExecutor
+from benchmarks.run.preload import cuda_is_up
 from fimaq_core.progress import Progress, Report
 from tasks.common.request import CellRequest
 
@@ -43,7 +45,7 @@ def executor(tmp_path: Path) -> Iterator[LocalExecutor]:
 
 def start(executor: LocalExecutor, cell: Cell, run_cell: Callable[[CellRequest, Report], Path] = engine_fakes.run_cell) -> None:
     log = fakes.planned_folder(cell.request) / "error.log"
-    executor.start("worker 1", make_job(run_cell, cell.request, log, cell.label))
+    executor.start("worker 1", cell.label, pickle.dumps((run_cell, cell.request, log)))
 
 
 def end(executor: LocalExecutor) -> Message:
@@ -255,7 +257,7 @@ def test_failures_have_a_kind(tmp_path: Path, fault: str, kind: str):
     plan(tmp_path, cell, fault)
     log = tmp_path / "error.log"
     told: list[Message] = []
-    failed = measure(make_job(engine_fakes.run_cell, cell.request, log).work, told.append)
+    failed = measure(pickle.dumps((engine_fakes.run_cell, cell.request, log)), told.append)
     assert isinstance(told[0], Progress)
     assert isinstance(failed, Failed)
     assert failed.kind == kind
@@ -263,6 +265,6 @@ def test_failures_have_a_kind(tmp_path: Path, fault: str, kind: str):
 
 
 def test_memory_that_pytorch_does_not_find_is_told_apart_from_errors(tmp_path: Path):
-    failed = measure(make_job(fill_memory, cells_of(tmp_path)[0].request, None).work, lambda _: None)
+    failed = measure(pickle.dumps((fill_memory, cells_of(tmp_path)[0].request, None)), lambda _: None)
     assert isinstance(failed, Failed)
     assert failed.kind == "memory"

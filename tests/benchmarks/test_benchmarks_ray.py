@@ -132,8 +132,8 @@ def test_one_machine_that_is_not_set_up_is_left_out(cluster: Any, tmp_path: Path
     ("address", "args", "words"),
     [
         ("127.0.0.1:1", [], "error: No Ray cluster answers at 127.0.0.1:1"),
-        ("head", [], "error: Not the address of a Ray cluster: 'head'"),
-        ("ray://head:10001", [], "Give it as host:port"),
+        ("head", [], "error: No Ray cluster answers at head (which is not host:port)"),
+        ("ray://head:10001", [], "Give its address as host:port"),
         ("127.0.0.1:1", ["--device", "cuda:1"], "error: Device 'cuda:1': Ray gives each cell a GPU of its own"),
         ("127.0.0.1:1", ["--engine", "local"], "error: A Ray address is of use to the Ray engine only"),
     ],

@@ -13,7 +13,7 @@ from test_benchmarks_run import small_grid
 from benchmarks.cells import Cell, RunOptions
 from benchmarks.cli import cli
 from benchmarks.grid import Filters, expand
-from benchmarks.run.attempt import Again, Attempts, GivenUp
+from benchmarks.run.attempt import Attempts
 from benchmarks.run.executor import Failed, Kind
 from benchmarks.run.order import Schedule
 from fimaq_core.progress import Progress
@@ -124,10 +124,10 @@ def test_a_cell_that_another_measured_meanwhile_is_not_measured_again(tmp_path: 
 
 
 def attempts(cell: Cell, retries: int = 3, **changes: object) -> Attempts:
-    return Attempts(replace(cell.request, **changes), retries)
+    return Attempts(cell, retries, replace(cell.request, **changes))
 
 
-def after(rules: Attempts, kind: Kind, *places: Progress) -> Again | GivenUp:
+def after(rules: Attempts, kind: Kind, *places: Progress) -> tuple[bool, str]:
     rules.begin()
     for place in places:
         rules.heard(place)
@@ -142,56 +142,52 @@ def cell(tmp_path: Path) -> Cell:
 def test_memory_is_saved_in_steps_that_change_no_result(cell: Cell):
     rules = attempts(cell, device="cuda", eval_batch=4)
     step = Progress("reconstruct", 3, 9, "block 1", 0.5)
-    assert isinstance(after(rules, "memory", step), Again)
+    assert after(rules, "memory", step)[0]
     assert (rules.request.placement, rules.request.eval_batch) == ("host", 4)
     for batch in (2, 1):
-        assert isinstance(after(rules, "memory", Progress("calibrate", 0, 1)), Again)
+        assert after(rules, "memory", Progress("calibrate", 0, 1))[0]
         assert rules.request.eval_batch == batch
     assert rules.request.notes == (
         "memory ran out: what blocks take in and give is kept in host memory",
         "memory ran out: forward passes take 2 images at a time",
         "memory ran out: forward passes take one image at a time",
     )
-    last = after(rules, "memory", Progress("calibrate", 0, 1))
-    assert isinstance(last, GivenUp)
-    assert "even one image at a time" in last.message
+    again, message = after(rules, "memory", Progress("calibrate", 0, 1))
+    assert not again
+    assert "even one image at a time" in message
     assert rules.request.recipe == cell.request.recipe
 
 
 def test_a_fisher_pass_between_steps_takes_fewer_images_at_a_time(cell: Cell):
     rules = attempts(cell, eval_batch=8)
     events = [Progress("reconstruct", 3, 9, "a", 0.5), Progress("Fisher pass", 3, 9, "a")]
-    rules.begin()
-    for event in events:
-        rules.heard(event)
-    assert isinstance(rules.failed(Failed("memory", "no memory")), Again)
+    assert after(rules, "memory", *events)[0]
     assert rules.request.eval_batch == 4
 
 
 def test_the_batch_of_a_recipe_is_never_made_smaller(cell: Cell):
     rules = attempts(cell, device="cuda", placement="host")
-    verdict = after(rules, "memory", Progress("calibrate", 0, 1), Progress("reconstruct", 3, 9, "block 1", 0.5))
-    assert isinstance(verdict, GivenUp)
-    assert "in an optimisation step (reconstruct block 1)" in verdict.message
-    assert "PLACEMENT=disk or --placement disk" in verdict.message
-    assert "another recipe" in verdict.message
+    places = Progress("calibrate", 0, 1), Progress("reconstruct", 3, 9, "block 1", 0.5)
+    again, message = after(rules, "memory", *places)
+    assert not again
+    assert "in an optimisation step (reconstruct block 1)" in message
+    assert "PLACEMENT=disk or --placement disk" in message
+    assert "another recipe" in message
     # Before a block's first step its inputs and targets are computed, in passes that may be smaller.
     places = Progress("reconstruct", 3, 9, "block 1", 0.5), Progress("reconstruct", 9, 9, "block 2")
-    assert isinstance(after(attempts(cell), "memory", *places), Again)
+    assert after(attempts(cell), "memory", *places)[0]
 
 
 def test_only_getting_further_counts(cell: Cell):
     rules = attempts(cell, retries=2)
     first, second = Progress("reconstruct", 0, 9, "block 1"), Progress("reconstruct", 3, 9, "block 2", 0.5)
-    assert isinstance(after(rules, "died", first), Again)
-    assert isinstance(after(rules, "died", first), Again)
-    assert isinstance(after(rules, "died", first, second), Again)
-    assert isinstance(after(rules, "died", first, second), Again)
-    assert isinstance(after(rules, "died", first, Progress("wait for process 3 on a far machine", 0, 1)), GivenUp)
+    waits = Progress("wait for process 3 on a far machine", 0, 1)
+    given = [(first,), (first,), (first, second), (first, second), (first, waits)]
+    assert [after(rules, "died", *places)[0] for places in given] == [True, True, True, True, False]
 
 
 def test_what_the_user_must_mend_is_not_tried_again(cell: Cell):
-    assert after(attempts(cell), "user") == GivenUp("the words", None)
+    assert after(attempts(cell), "user") == (False, "the words")
 
 
 def chain_cells(**changes: object) -> list[Cell]:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import benchmark_fakes as fakes
+import psutil
 import pytest
 import yaml
 from click.testing import CliRunner, Result
@@ -214,7 +215,8 @@ def test_diff_exit_codes(tmp_path: Path, value: float, code: int):
     assert "warning: The record" in result.output
 
 
-def test_interrupting_keeps_what_is_finished(tmp_path: Path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupting_keeps_what_is_finished_and_leaves_no_process(tmp_path: Path, number: int):
     grid = small_grid(tmp_path)
     (tmp_path / "faults.json").write_text(json.dumps({"fimaq": "slow"}))
     code = (
@@ -231,12 +233,14 @@ def test_interrupting_keeps_what_is_finished(tmp_path: Path):
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=restore
     )
     until(lambda: "demo_vit fimaq" in measured(tmp_path))
-    process.send_signal(signal.SIGINT)
+    below = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(number)
     out, err = process.communicate(timeout=HANG)
     assert process.returncode == 130, out + err
     assert "Finished cells are kept" in err
     assert "Traceback" not in err
     assert len(list(tmp_path.rglob("result.json"))) == 3
+    until(lambda: not any(child.is_running() for child in below))
 
 
 def test_chains_share_calibrations_and_start_with_full_precision_and_the_dearest():

@@ -6,13 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from click.testing import CliRunner
 
 from benchmarks.faults import audit, kills
-from benchmarks.faults.__main__ import main
 from benchmarks.faults.audit import Event
+from benchmarks.faults.kills import main
 from fimaq_core.progress import Progress, silent
 from tasks.common.lease import this_process
 from tasks.common.record import read_record
@@ -37,19 +38,23 @@ def test_the_witness_sees_who_measures(tmp_path: Path, monkeypatch: pytest.Monke
     stages[:] = []  # another measured it
     audit.run_cell(request, silent)
     assert len(audit.read_events(tmp_path)) == 2
-    (at_work,) = (tmp_path / "audit").glob("*.at-work")
-    pid, started = this_process()[1:]
-    at_work.write_text(json.dumps([os.getppid(), started - 1000]))  # another process had that id
     stages[:] = ["wait for another", "calibrate", "evaluate"]
-    audit.run_cell(request, silent)
-    assert [event.kind for event in audit.read_events(tmp_path)][2:] == ["begun", "measured"]
-    import psutil
 
-    at_work.write_text(json.dumps([os.getppid(), psutil.Process(os.getppid()).create_time()]))
-    audit.run_cell(request, silent)
-    assert [event.kind for event in audit.read_events(tmp_path)][4:] == ["begun", "overlap", "measured"]
+    def begun_by(pid: int, started: float) -> list[str]:
+        """The kinds of the events after another process began."""
+        event = Event("begun", audit.read_events(tmp_path)[0].cell, pid, started)
+        with (tmp_path / "audit.jsonl").open("a") as file:
+            file.write(json.dumps(event) + "\n")
+        before = len(audit.read_events(tmp_path))
+        audit.run_cell(request, silent)
+        return [event.kind for event in audit.read_events(tmp_path)[before:]]
+
+    parent = psutil.Process(os.getppid())
+    assert begun_by(parent.pid, parent.create_time()) == ["begun", "overlap", "measured"]
+    # Another process had that id.
+    assert begun_by(parent.pid, parent.create_time() - 1000) == ["begun", "measured"]
+    assert audit.read_events(tmp_path)[0].pid == this_process()[1]
     assert told[0].stage == "evaluate"
-    assert json.loads(at_work.read_text())[0] == pid
 
 
 def test_two_runners_on_one_folder_measure_each_cell_once(tmp_path: Path):
@@ -91,15 +96,14 @@ def test_digests_do_not_depend_on_the_order_in_a_checkpoints_header(tmp_path: Pa
 
 def test_victims_are_found_among_this_process_s_children() -> None:
     sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
-    driver, host = subprocess.Popen(sleep), subprocess.Popen([*sleep, kills.HOST])
+    processes = [subprocess.Popen([*sleep, word]) for word in (*kills.WORDS.values(), "ray::IDLE")]
     try:
-        kinds = [kind for kind in kills.KINDS if kind != "node"]
-        found = {kind: [one.pid for one in kills.victims(kind, driver)] for kind in kinds}
+        found = [[process.pid for process in kills.victims(kind)] for kind in kills.WORDS]
     finally:
-        for process in (driver, host):
+        for process in processes:
             process.kill()
             process.wait()
-    assert found == {"cell": [], "host": [host.pid], "actor": [], "driver": [driver.pid]}
+    assert found == [[process.pid] for process in processes[:-1]]
 
 
 def test_the_bench_refuses_a_folder_that_ray_cannot_use(monkeypatch: pytest.MonkeyPatch):
