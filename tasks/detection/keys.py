@@ -1,17 +1,19 @@
 """Weights of detectors from files of any age, under the names that today's mmdet has for them.
 
-Files of mmdet (2 or 3) have these names. Those of the Swin-Transformer-Object-Detection repository, where the published detectors
-come from, name the parts of the backbone as the Swin repository does, and its patch mergings take the four pixels that they merge
-in another order. What a file holds is accounted for name by name: nothing is left over, nothing is left at random.
+Files of mmdet (2 or 3) have these names. The published detectors come from the
+Swin-Transformer-Object-Detection repository, which names the parts of the backbone as the Swin
+repository does and merges the four pixels of a patch in another order. Every name must be found:
+nothing is left over, nothing stays at random.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from fimaq_core.errors import ModelError
+from tasks.common.images import named
 from tasks.common.weights import StoredWeights
 
 #: Names of the Swin repository, in order, and mmdet's.
@@ -27,14 +29,9 @@ _MERGING = re.compile(r"^backbone\.stages\.\d+\.downsample\.")
 
 
 def class_names(stored: StoredWeights, classes: int) -> tuple[str, ...] | None:
-    """Names of a detector's classes, in order; None if its file has none.
+    """Class names in order, from the ``meta`` of a file of mmdet; None if it has none.
 
-    Args:
-        stored: its weights; mmdet 2 and 3 keep names in the ``meta`` of their files.
-        classes: how many classes the detector has.
-
-    Raises:
-        ModelError: names that are not distinct, or another number of them.
+    Raises ModelError for names that are not distinct, or not as many as ``classes``.
     """
     names = stored.class_names
     if not names:
@@ -50,15 +47,10 @@ def class_names(stored: StoredWeights, classes: int) -> tuple[str, ...] | None:
 
 
 def adapted(state: Mapping[str, Tensor], model: nn.Module, where: str) -> dict[str, Tensor]:
-    """The weights of a file under the names and in the order of ``model``, mmdet's detector.
-
-    Args:
-        state: as read from the file.
-        model: which they are for; it is not changed.
-        where: the file, for people.
+    """Weights of the file ``where`` under the names and in the order of mmdet's ``model``.
 
     Raises:
-        ModelError: they are of another model, or not all of them are there, or there are others.
+        ModelError: weights of another model, missing ones, or others besides.
     """
     found = of_mmdet(_without_extras(state, model, where))
     expected = model.state_dict()
@@ -67,19 +59,17 @@ def adapted(state: Mapping[str, Tensor], model: nn.Module, where: str) -> dict[s
         raise ModelError(
             f"The weights {where} are not those of a detector with a Swin backbone, as mmdet or the Swin-Transformer-Object-"
             "Detection repository write them: there is no backbone.patch_embed or no roi_head.bbox_head, but "
-            f"{_some(state) or 'nothing'}."
+            f"{named(list(map(repr, state))) or 'nothing'}."
         )
     if own != other:
         raise ModelError(f"The weights {where} are of a {other}, and this model is a {own}: give the weights or the name of one.")
+    common = found.keys() & expected.keys()
     faults = [
-        ("is missing", [name for name in expected if name not in found]),
-        ("has no place", [name for name in found if name not in expected]),
-        (
-            "has another shape",
-            [name for name, value in found.items() if name in expected and value.shape != expected[name].shape],
-        ),
+        ("is missing", [name for name in expected if name not in common]),
+        ("has no place", [name for name in found if name not in common]),
+        ("has another shape", [name for name in found if name in common and found[name].shape != expected[name].shape]),
     ]
-    listed = "; ".join(f"{_some(names)} {what}" for what, names in faults if names)
+    listed = "; ".join(f"{named(list(map(repr, names)))} {what}" for what, names in faults if names)
     if listed:
         raise ModelError(f"The weights {where} do not fit the model: {listed}.")
     for name, value in found.items():
@@ -89,7 +79,9 @@ def adapted(state: Mapping[str, Tensor], model: nn.Module, where: str) -> dict[s
 
 
 def of_mmdet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of the Swin-Transformer-Object-Detection repository as mmdet has them; those of mmdet as they are."""
+    """Turn weights of the Swin-Transformer-Object-Detection repository into mmdet's names and
+    order.
+    """
     if not any(name.startswith("backbone.layers.") for name in state):
         return dict(state)
     converted = {}
@@ -103,14 +95,14 @@ def of_mmdet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def merging_order(value: Tensor) -> Tensor:
     """Bring the last dimension, 4 C, from the Swin repository's order into mmdet's.
 
-    There all channels of a pixel come together, the pixels column by column; in mmdet (``nn.Unfold``) all pixels of a channel,
-    row by row.
+    The former keeps the channels of a pixel together, pixels column by column; mmdet
+    (``nn.Unfold``) keeps the pixels of a channel together, row by row.
     """
     return value.unflatten(-1, (2, 2, -1)).transpose(-1, -3).flatten(-3)
 
 
 def _without_extras(state: Mapping[str, Tensor], model: nn.Module, where: str) -> dict[str, Tensor]:
-    """Without mmcv's copies of averaged weights (``ema_``), and the images' mean and deviation, which have to be the model's."""
+    """Drop averaged copies (``ema_``), and the images' mean and deviation if they are the model's."""
     kept = {name: value for name, value in state.items() if not name.startswith("ema_")}
     for name in ("mean", "std"):
         value, own = kept.pop(f"data_preprocessor.{name}", None), getattr(model.data_preprocessor, name)
@@ -120,7 +112,7 @@ def _without_extras(state: Mapping[str, Tensor], model: nn.Module, where: str) -
 
 
 def _description(state: Mapping[str, Tensor]) -> str | None:
-    """What detector weights are of, in words; None if they are of none with a Swin backbone."""
+    """Describe the detector of these weights; None if it has no Swin backbone."""
     patch = state.get("backbone.patch_embed.projection.weight")
     heads = [name for name in state if re.search(r"^roi_head\.bbox_head\..*fc_cls\.weight$", name)]
     if patch is None or not heads:
@@ -132,9 +124,3 @@ def _description(state: Mapping[str, Tensor]) -> str | None:
     window = "" if table is None else f" and window {(round(len(table) ** 0.5) + 1) // 2}"
     classes = len(state[heads[0]]) - 1
     return f"{kind} for {classes} classes on a Swin of width {len(patch)} with {', '.join(map(str, depths))} blocks{window}"
-
-
-def _some(names: Iterable[str]) -> str:
-    listed = list(names)
-    more = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
-    return ", ".join(f"'{name}'" for name in listed[:3]) + more

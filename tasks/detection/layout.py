@@ -1,6 +1,7 @@
-"""Files that make COCO 2017, and where the images of another file may be. Imports nothing heavy: checks ahead of a run need them.
+"""Files of COCO 2017 (Lin et al., ECCV 2014, arXiv:1405.0312), and where the images of another file
+may be.
 
-Lin et al., "Microsoft COCO: Common Objects in Context", ECCV 2014, arXiv:1405.0312.
+Imports nothing heavy: checks ahead of a run need it.
 """
 
 from pathlib import Path
@@ -21,15 +22,16 @@ def annotation_file(root: Path, part: str) -> Path:
 
 
 def is_file_of_annotations(path: Path) -> bool:
-    """Whether a path stands for one file of annotations, and not for a folder."""
+    """True for the path of one file of annotations, not of a folder."""
     return path.suffix == ".json"
 
 
 def image_folders(path: Path) -> list[Path]:
-    """Where the images of a file of annotations are looked for, in order.
+    """Folders in which the images of a file of annotations are looked for, in order.
 
-    Of ``data/annotations/instances_val2017_small.json`` these are, in ``data/annotations``, the folder with the file's name; in
-    ``data``, ``val2017_small`` and ``val2017``; then ``data/annotations/images`` and ``data/annotations``.
+    For ``data/annotations/instances_val2017_small.json`` these are, in ``data/annotations``, the
+    folder with the file's name; in ``data``, ``val2017_small`` and ``val2017``; then
+    ``data/annotations/images`` and ``data/annotations``.
     """
     parent, split = path.parent, path.stem.removeprefix("instances_")
     found = [parent / path.stem, parent.parent / split, parent.parent / split.partition("_")[0], parent / "images", parent]
@@ -42,7 +44,7 @@ def data_root(path: Path) -> Path:
 
 
 def absent(path: Path, part: str) -> list[str]:
-    """What is missing of a part at a path, each as ``the folder ...`` or ``the file ...``."""
+    """Missing pieces of a part at a path, each as ``the folder ...`` or ``the file ...``."""
     if is_file_of_annotations(path):
         return [] if path.is_file() else [f"the file {path}"]
     if not path.is_dir():

@@ -1,7 +1,9 @@
-"""mmdet and mmengine as this package uses them: everything of theirs is imported from here.
+# ruff: noqa: F401 - imported from here by the other modules
+"""All that this package uses of mmdet and mmengine: import it from here.
 
-``mmcv-lite`` has none of the compiled operators that ``mmdet.models`` asks for, so they are registered first, see
-:mod:`tasks.detection.ops`. mmdet imports all it has, which takes seconds: import this module where a model is needed only.
+``mmcv-lite`` lacks the compiled operators that ``mmdet.models`` asks for, so they are registered
+first (:mod:`tasks.detection.ops`). Importing mmdet takes seconds: import this module only where a
+model is needed.
 """
 
 import contextlib
@@ -17,7 +19,7 @@ from tasks.detection import ops
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without mmdet's hints, printed and logged, at optional packages that nothing here uses."""
+    """Suppress mmdet's hints at optional packages that nothing here uses."""
 
     def serious(record: logging.LogRecord) -> bool:
         return record.levelno >= logging.ERROR
@@ -60,44 +62,3 @@ with _quiet():
 
 # of the cascade's averaged masks: it copies a tensor in a way that PyTorch finds clumsy
 warnings.filterwarnings("ignore", "To copy construct from a tensor", UserWarning, r"mmdet\.")
-
-__all__ = [
-    "FFN",
-    "FPN",
-    "MODELS",
-    "CascadeRCNN",
-    "CascadeRoIHead",
-    "CocoDataset",
-    "CocoMetric",
-    "Config",
-    "ConfigDict",
-    "ConvFCBBoxHead",
-    "ConvModule",
-    "DefaultScope",
-    "DetDataPreprocessor",
-    "DetDataSample",
-    "FCNMaskHead",
-    "InstanceData",
-    "LoadAnnotations",
-    "MaskRCNN",
-    "PackDetInputs",
-    "PatchEmbed",
-    "PatchMerging",
-    "RPNHead",
-    "RandomFlip",
-    "Resize",
-    "RoIAlign",
-    "Runner",
-    "Shared2FCBBoxHead",
-    "Shared4Conv1FCBBoxHead",
-    "ShiftWindowMSA",
-    "SingleRoIExtractor",
-    "StandardRoIHead",
-    "SwinBlock",
-    "SwinBlockSequence",
-    "SwinTransformer",
-    "TwoStageDetector",
-    "WindowMSA",
-    "batched_nms",
-    "bbox2roi",
-]

@@ -1,8 +1,7 @@
 """EXIF orientation of image files, read from their headers.
 
-Annotations are made either in the pixels as they are stored or in the image turned as its tag
-says, and their file does not say which. Where the tag swaps the sides, the annotated size tells;
-otherwise the user has to.
+Annotations are made in the pixels as stored or in the turned image, and their file does not say
+which. Where the tag swaps the sides, the annotated size tells; otherwise the user has to.
 """
 
 import struct
@@ -15,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from fimaq_core.errors import DataError
+from tasks.common.images import counted
 
 Exif = Literal["apply", "ignore"]
 
@@ -28,12 +28,10 @@ _DAMAGED = (SyntaxError, ValueError, KeyError, TypeError, EOFError, OSError, str
 
 
 class Orientation(NamedTuple):
-    """Orientation tag of an image file.
+    """Orientation tag of an image file: 1 to 8 as in EXIF, 1 where there is none.
 
-    Attributes:
-        tag: 1 to 8 as in EXIF; 1 where there is none.
-        stored: (height, width) of the stored pixels.
-        applied: True where the image is turned as the tag says; None where nothing tells.
+    ``stored`` is (height, width) of the stored pixels. ``applied`` is True where the image is
+    turned as its tag says, and None where nothing tells.
     """
 
     tag: int
@@ -42,7 +40,7 @@ class Orientation(NamedTuple):
 
     @property
     def words(self) -> str:
-        """How the image was read, for messages about its size; empty for an image without a tag."""
+        """How the image was read, for messages about its size; empty without a tag."""
         height, width = self.stored
         if self.tag == 1:
             return ""
@@ -51,7 +49,7 @@ class Orientation(NamedTuple):
         return f" (as stored; its EXIF orientation tag {self.tag} is ignored)"
 
     def advice(self, size: tuple[int, int]) -> str:
-        """The other decision, for messages about the annotated (height, width), where these fit it."""
+        """Advice to decide otherwise, where that fits the annotated (height, width)."""
         other = self.stored[::-1] if self.tag in _SWAPPED and not self.applied else self.stored
         if self.tag == 1 or size != other:
             return ""
@@ -62,13 +60,8 @@ class Orientation(NamedTuple):
 def orientation_of(path: Path, size: tuple[int, int], exif: Exif | None) -> Orientation:
     """Read the orientation of an image file without decoding its pixels, and decide on it.
 
-    Args:
-        path: of the file.
-        size: (height, width) in the annotations.
-        exif: the user's decision; None decides by the size where the tag swaps the sides.
-
-    Raises:
-        OSError: the file cannot be read or is no image.
+    ``size`` is the annotated (height, width). Without a decision ``exif`` of the user, it decides
+    where the tag swaps the sides. Raises OSError for a file that is no image.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -99,32 +92,16 @@ def turned(array: np.ndarray, tag: int) -> np.ndarray:
 
 def ask(images: list[str], what: str) -> DataError:
     """Make the error that asks the user for a decision on ``images`` of the data ``what``."""
-    count = "1 image" if len(images) == 1 else f"{len(images)} images"
     return DataError(
-        f"{count} of {what} (such as {images[0]}) have an EXIF orientation tag, and their sizes do "
+        f"{counted(len(images), 'image')} of {what} (such as {images[0]}) have an EXIF orientation tag, and their sizes do "
         "not tell whether the annotations were made in the turned image (half a turn, mirrored or "
         "square). Give --exif apply if boxes fit the image as viewers show it and mmdet reads it, or "
         "--exif ignore if they fit the stored pixels."
     )
 
 
-def summary(
-    found: Iterable[Orientation],
-    count: int,
-    exif: Exif | None,
-    images: str = "images",
-) -> tuple[int, list[str]]:
-    """Count images with a tag, and say so.
-
-    Args:
-        found: orientations of the images, all decided.
-        count: how many images there are.
-        exif: the user's decision, if any.
-        images: what they are, for people.
-
-    Returns:
-        The number of images with a tag, and no or one note.
-    """
+def summary(found: Iterable[Orientation], count: int, exif: Exif | None, images: str = "images") -> tuple[int, list[str]]:
+    """Count images with a tag among ``count`` decided ones, with a note if there are any."""
     tagged = [one for one in found if one.tag != 1]
     if not tagged:
         return 0, []
@@ -149,10 +126,7 @@ def _tag(block: bytes) -> int:
 
 
 def _png_block(path: Path) -> bytes:
-    """EXIF block of a PNG file.
-
-    It may stand behind the pixels, where Pillow finds it only after decoding them.
-    """
+    """EXIF block of a PNG; Pillow finds one behind the pixels only after decoding them."""
     with path.open("rb", buffering=0) as file:
         file.seek(8)
         while len(head := file.read(8)) == 8:
