@@ -1,4 +1,4 @@
-"""Detection and instance segmentation as COCO measures them, with what each image contributes."""
+"""Detection and instance segmentation as COCO measures them, with the contribution of each image."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -44,15 +44,12 @@ def evaluate_detector(
     workers: int = 0,
     keep: bool = False,
 ) -> Evaluation:
-    """Measure a detector on all images of ``source``: :func:`detect`, then :func:`measure`, and their errors; with examples.
+    """Measure a detector on all images of ``source``: :func:`detect`, then :func:`measure`.
 
-    Args:
-        keep: whether all detections are kept, as ``detections.json`` in COCO's format of results.
-        predict, source, prepare, device, report, skip_corrupt, workers: as of :func:`detect`.
+    ``keep`` gives all detections as the file ``detections.json``, in COCO's format of results.
     """
     detections = detect(predict, source, prepare, device, report, skip_corrupt, workers)
-    found = replace(measure(source, detections), examples=detection_examples(source, detections))
-    found = replace(found, notes=[*found.notes, *detections.notes])
+    found = measure(source, detections)
     return replace(found, files={"detections.json": detections.results}) if keep else found
 
 
@@ -69,20 +66,21 @@ def detect(
 
     Args:
         predict: the detector, on ``device``.
-        source: images and annotations; these are not used.
+        source: images; their annotations are not used.
         prepare: an image to its input and meta, see :class:`~tasks.detection.pipeline.Pipeline`.
         device: of the detector.
-        report: receives progress, one unit an image.
-        skip_corrupt: whether damaged images are left out.
+        report: receives progress, one unit per image.
+        skip_corrupt: leaves damaged images out.
         workers: data-loading processes.
 
     Raises:
-        DataError: a damaged image (unless skipped), none left, or one of another size than the annotations say.
-        ModelError: the detector does not take an image, or what it returns does not fit it.
+        DataError: a damaged image (unless skipped), none left, or an image of another size than
+            annotated.
+        ModelError: the detector does not take an image, or its answer does not fit the image.
         NumericsError: a box or score that is NaN or infinite, or what the detector refuses.
     """
     images = Images(source.image_ids, [0] * len(source.image_ids), source.read, prepare, skip_corrupt)  # type: ignore[arg-type]
-    loader = DataLoader(_Caught(images), batch_size=None, num_workers=workers, collate_fn=_as_it_is)
+    loader = DataLoader(images, batch_size=None, num_workers=workers, collate_fn=_as_it_is)
     results: list[Entry] = []
     kept: list[int] = []
     for index, item in enumerate(loader):
@@ -90,30 +88,14 @@ def detect(
             raise item
         if item is not None:
             (image, meta), _, position = item
-            entry = source.images[position]
-            found = _predicted(predict, image.to(device, non_blocking=True), meta, source.image_ids[position])
-            results += coco_results(found, entry, source.ids_by_label, source.image_ids[position])
+            name = source.image_ids[position]
+            found = _predicted(predict, image.to(device, non_blocking=True), meta, name)
+            results += coco_results(found, source.images[position], source.ids_by_label, name)
             kept.append(position)
         report(Progress("evaluate", index + 1, len(images)))
     if not kept:
         raise DataError(f"All {len(images)} images of {source.name} {source.split} are damaged.")
     return Detections(results, kept, images.notes())
-
-
-class _Caught(torch.utils.data.Dataset[Any]):
-    """Images whose errors are items: raised in a data-loading process, a message would arrive inside a traceback."""
-
-    def __init__(self, images: Images) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Any:
-        try:
-            return self.images[index]
-        except DataError as error:
-            return error
 
 
 def _as_it_is(item: Any) -> Any:
@@ -134,16 +116,18 @@ def _predicted(predict: Predict, image: Tensor, meta: dict[str, Any], name: str)
 
 
 def coco_results(found: Any, image: Entry, categories: Sequence[int | None], name: str) -> list[Entry]:
-    """Turn the objects found in an image into entries of COCO's format of results, as mmdet's ``CocoMetric`` does.
+    """Turn the objects found in an image into COCO's format of results, as mmdet's ``CocoMetric``
+    does.
 
     Args:
-        found: mmdet's ``InstanceData``: ``bboxes`` (n, 4) as corners, ``scores`` and ``labels`` (n,), ``masks`` (n, H, W).
+        found: mmdet's ``InstanceData``: ``bboxes`` (n, 4) as corners, ``scores`` and ``labels``
+            (n,), ``masks`` (n, H, W).
         image: its entry in the annotations.
         categories: ids by label; objects of a class without a category (None) are left out.
         name: of the image, for people.
 
     Raises:
-        ModelError: labels without a category, or masks that are not of the image's size or not binary.
+        ModelError: unknown labels, or masks that are not of the image's size or not binary.
         NumericsError: a box or score that is NaN or infinite.
     """
     from pycocotools import mask as run_lengths
@@ -158,14 +142,15 @@ def coco_results(found: Any, image: Entry, categories: Sequence[int | None], nam
     if tuple(masks.shape) != shape or masks.dtype not in (torch.bool, torch.uint8):
         raise ModelError(f"The model's masks of the image {name} are {masks.dtype} {tuple(masks.shape)} instead of bool {shape}.")
     entries = []
-    for (x1, y1, x2, y2), score, label, mask in zip(
-        boxes.tolist(), scores.tolist(), labels.tolist(), masks.cpu().numpy(), strict=True
-    ):
-        if categories[label] is None:
+    objects = zip(boxes.tolist(), scores.tolist(), labels.tolist(), masks.cpu().numpy(), strict=True)
+    for (x1, y1, x2, y2), score, label, mask in objects:
+        if (category := categories[label]) is None:
             continue
         code = run_lengths.encode(np.asfortranarray(mask.astype(np.uint8)))
-        entry = {"image_id": image["id"], "category_id": categories[label], "bbox": [x1, y1, x2 - x1, y2 - y1], "score": score}
-        entries.append({**entry, "segmentation": {"size": code["size"], "counts": code["counts"].decode("ascii")}})
+        code = {"size": code["size"], "counts": code["counts"].decode("ascii")}
+        box = [x1, y1, x2 - x1, y2 - y1]
+        entry = {"image_id": image["id"], "category_id": category, "bbox": box, "score": score}
+        entries.append({**entry, "segmentation": code})
     return entries
 
 
@@ -173,16 +158,13 @@ def measure(source: DetectionSource, detections: Detections) -> Evaluation:
     """Compare detections with the annotations.
 
     Returns:
-        ``metrics`` are ``AP_box``, ``AP_mask`` and those of :data:`METRICS` likewise, in percent, with the jackknife's standard
-        errors over images (:mod:`tasks.detection.precision`). One whose objects are all in one image has no such error and is
-        left out, as one without objects. Mask AP is left out where an object has no mask.
-        ``outcomes`` have one row an image:
-
-        - ``sample``: its id;
-        - ``AP_box``, ``AP_mask``: its contribution, whose mean is the metric as a fraction
-          (:func:`~tasks.detection.precision.contributions`);
-        - ``objects``, ``found``: how many there are (without crowd regions), and how many detections.
-
+        ``metrics``: ``AP_box``, ``AP_mask`` and those of :data:`METRICS` likewise, in percent, with
+        the jackknife's standard errors over images (:mod:`tasks.detection.precision`). A metric
+        whose objects are all in one image has no such error and is left out, as mask AP is where an
+        object has no mask.
+        ``outcomes``, one row per image: ``sample``, its id; ``AP_box`` and ``AP_mask``, its
+        contributions, whose means are the metrics as fractions; ``objects`` (without crowd regions)
+        and ``found``, their numbers.
         A damaged image that was skipped takes its annotations along.
 
     Raises:
@@ -196,7 +178,8 @@ def measure(source: DetectionSource, detections: Detections) -> Evaluation:
         measured = {size: averages(found) for size, found in sizes.items()}
         for name, (size, level) in METRICS.items():
             chosen = slice(None) if level is None else slice(level, level + 1)
-            whole, without = measured[size].whole[chosen].mean(), measured[size].without[:, chosen].mean(axis=1)
+            found = measured[size]
+            whole, without = found.whole[chosen].mean(), found.without[:, chosen].mean(axis=1)
             if len(without) > 1 and not np.isnan(without).any():
                 shares[f"{name}_{ending}"] = share = contributions(float(whole), without)
                 metrics[f"{name}_{ending}"] = Metric(value=100 * float(whole), stderr=100 * standard_error(share))
@@ -205,9 +188,15 @@ def measure(source: DetectionSource, detections: Detections) -> Evaluation:
             f"{source.name} {source.split} has objects in fewer than two of {len(detections.kept)} images: nothing to measure."
         )
     kept = set(detections.kept)
-    skipped = [name for index, name in enumerate(source.image_ids) if index not in kept]
-    outcomes = _outcomes(source, detections, shares)
-    return Evaluation(metrics, len(kept), outcomes, source.describe(), skipped, notes=[*source.notes, *notes])
+    return Evaluation(
+        metrics,
+        len(kept),
+        _outcomes(source, detections, shares),
+        source.describe(),
+        [name for index, name in enumerate(source.image_ids) if index not in kept],
+        examples=detection_examples(source, detections),
+        notes=[*source.notes, *notes, *detections.notes],
+    )
 
 
 def _measurable(source: DetectionSource) -> tuple[dict[str, str], list[str]]:
@@ -221,9 +210,8 @@ def _measurable(source: DetectionSource) -> tuple[dict[str, str], list[str]]:
     if areas:
         of_masks = sum("segmentation" in entry for entry in areas)
         notes.append(
-            f"{len(areas)} of {len(annotations)} annotations have no area, by which small, medium and "
-            f"large objects are told: {of_masks} take it from their mask, {len(areas) - of_masks} from "
-            "their box"
+            f"{len(areas)} of {len(annotations)} annotations have no area, by which small, medium and large objects are told: "
+            f"{of_masks} take it from their mask, {len(areas) - of_masks} from their box"
         )
     return kinds, notes
 
@@ -232,8 +220,9 @@ def _outcomes(source: DetectionSource, detections: Detections, shares: dict[str,
     row = {source.images[index]["id"]: number for number, index in enumerate(detections.kept)}
 
     def counted(entries: list[Entry]) -> np.ndarray:
-        owners = [row[entry["image_id"]] for entry in entries if entry["image_id"] in row and not entry.get("iscrowd")]
-        return np.bincount(np.array(owners, dtype=np.int64), minlength=len(row)).astype(np.int32)
+        objects = [entry["image_id"] for entry in entries if not entry.get("iscrowd")]
+        owners = np.array([row[image] for image in objects if image in row], dtype=np.int64)
+        return np.bincount(owners, minlength=len(row)).astype(np.int32)
 
     return {
         "sample": np.array([source.image_ids[index] for index in detections.kept]),

@@ -20,12 +20,9 @@ MAX_DETECTIONS = 100
 
 @dataclass(frozen=True)
 class Detections:
-    """What was found.
+    """Objects found, in COCO's format of results, in the images with the indices ``kept``.
 
-    Attributes:
-        results: as COCO's format of results has them, with boxes and masks.
-        kept: indices of the images that were looked at, in order.
-        notes: see :meth:`tasks.common.images.Images.notes`.
+    ``notes``: see :meth:`tasks.common.images.Images.notes`.
     """
 
     results: list[Entry]
@@ -34,15 +31,10 @@ class Detections:
 
 
 def match(source: DetectionSource, detections: Detections, kind: str) -> dict[str, list[Matches]]:
-    """Match detections with objects by pycocotools.
+    """Match detections with objects by pycocotools; ``kind`` is ``bbox`` or ``segm``.
 
-    Args:
-        source: with the annotations.
-        detections: images are numbered as in ``detections.kept``.
-        kind: ``bbox`` or ``segm``.
-
-    Returns:
-        By range of sizes (pycocotools' names), one for each category.
+    Images are numbered as in ``detections.kept``. Returns by range of sizes (pycocotools' names)
+    one entry per category.
     """
     from pycocotools.cocoeval import COCOeval
 
@@ -65,7 +57,7 @@ def match(source: DetectionSource, detections: Detections, kind: str) -> dict[st
 
 
 def _gathered(found: list[tuple[int, Entry | None]], levels: int) -> Matches:
-    """Matches of one category and range of sizes from pycocotools' entries by image; None where there is nothing."""
+    """Matches of one category and range of sizes, from pycocotools' entries by image."""
     truths = np.zeros(len(found), dtype=np.int64)
     images, scores = [np.zeros(0, dtype=np.int64)], [np.zeros(0)]
     matched, ignored = [np.zeros((levels, 0), dtype=bool)], [np.zeros((levels, 0), dtype=bool)]
@@ -80,35 +72,32 @@ def _gathered(found: list[tuple[int, Entry | None]], levels: int) -> Matches:
 
 
 def _objects(source: DetectionSource, detections: Detections) -> Any:
-    """Annotations of the images that were looked at, for pycocotools, which changes them."""
-    images = [source.images[index] for index in detections.kept]
-    kept = {entry["id"]: entry for entry in images}
+    """Annotations of these images as pycocotools takes, and changes, them."""
+    kept = {source.images[index]["id"]: source.images[index] for index in detections.kept}
     annotations = [entry for entry in source.coco["annotations"] if entry["image_id"] in kept]
     # It takes an object with the id 0 for none.
-    areas = [area_of(entry, kept[entry["image_id"]]) for entry in annotations]
-    pairs = zip(annotations, areas, strict=True)
-    numbered = [{**entry, "id": n, "area": area} for n, (entry, area) in enumerate(pairs, 1)]
-    return _index(source, images, numbered)
+    numbered = [
+        {**entry, "id": number, "area": area_of(entry, kept[entry["image_id"]])} for number, entry in enumerate(annotations, 1)
+    ]
+    return _index(source, detections, numbered)
 
 
 def _found(source: DetectionSource, detections: Detections, kind: str) -> Any:
-    """Detections as pycocotools' ``loadRes`` makes them; sizes of masks are told by their own area, as mmdet does."""
+    """Detections as pycocotools' ``loadRes`` makes them; masks have their own area, as in mmdet."""
     from pycocotools import mask as run_lengths
 
-    images = [source.images[index] for index in detections.kept]
     annotations = []
-    for number, result in enumerate(detections.results, 1):
-        entry = {**result, "id": number, "iscrowd": 0}
+    for number, entry in enumerate(detections.results, 1):
         _, _, width, height = entry["bbox"]
-        entry["area"] = width * height if kind == "bbox" else run_lengths.area(entry["segmentation"])
-        annotations.append(entry)
-    return _index(source, images, annotations)
+        area = width * height if kind == "bbox" else run_lengths.area(entry["segmentation"])
+        annotations.append({**entry, "id": number, "iscrowd": 0, "area": area})
+    return _index(source, detections, annotations)
 
 
-def _index(source: DetectionSource, images: list[Entry], annotations: list[Entry]) -> Any:
+def _index(source: DetectionSource, detections: Detections, annotations: list[Entry]) -> Any:
     from pycocotools.coco import COCO
 
-    found = COCO()
+    found, images = COCO(), [source.images[index] for index in detections.kept]
     found.dataset = {"images": images, "annotations": annotations, "categories": source.coco["categories"]}
     found.createIndex()
     return found

@@ -69,7 +69,7 @@ def test_equals_the_metric_of_mmdet(seed: int, tmp_path: Path, monkeypatch: pyte
     content = random_coco(IMAGES, seed, size=400)
     source = in_memory(content)
     metric = mm.CocoMetric(ann_file=str(write_json(tmp_path / "x.json", content)), metric=["bbox", "segm"])
-    metric.dataset_meta = {"classes": source.categories}
+    metric.dataset_meta = {"classes": [entry["name"] for entry in source.coco["categories"]]}
     for index, entry in enumerate(source.images):
         sample = wrapped(guesses(source.coco, index, seed))
         sample.set_metainfo({"img_id": entry["id"], "ori_shape": (entry["height"], entry["width"])})
