@@ -9,39 +9,35 @@ from fimaq_core.errors import ModelError
 from fimaq_core.families.parts import norm_pair
 from fimaq_core.recipe import OFF, Recipe
 from tasks.detection.mm import CascadeRCNN, MaskRCNN, SwinBlockSequence, SwinTransformer, TwoStageDetector
-from tasks.detection.neck import ExplicitFPN, Unpack
-from tasks.detection.packing import pack
+from tasks.detection.neck import ExplicitFPN, Unpack, pack
 from tasks.detection.swin import ExplicitPatchEmbed, ExplicitPatchMerging, ExplicitSwinBlock, checked_norm
 
 
 class _StageOutput(nn.Module):
-    """What a stage gives to the neck, its norm behind it: (B, H, W, C) to (B, C, H, W)."""
+    """Output of a stage for the neck, through its norm: (B, H, W, C) to (B, C, H, W)."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
         self.norm = norm
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.norm(x).permute(0, 3, 1, 2).contiguous()
-        return out
+        return self.norm(x).permute(0, 3, 1, 2).contiguous()  # type: ignore[no-any-return]
 
 
 class _PackStages(nn.Module):
-    """The stage outputs that were kept, packed; what the last block gave is among them."""
+    """The stage outputs that were kept, packed; that of the last block is among them."""
 
     def forward(self, x: Tensor, kept: Kept) -> Tensor:
         return pack(kept)
 
 
 def detector_segments(model: TwoStageDetector, recipes: Mapping[str, Recipe]) -> list[Segment]:
-    """Cut backbone and neck of ``model`` into segments. Takes over their parameters.
+    """Cut backbone and neck of Mask R-CNN or Cascade R-CNN with Swin and FPN; takes over
+    parameters.
 
-    Norms are offered for reparameterisation where the backbone is quantized; MLPs for MLP reconstruction there, and wherever
-    their recipe asks for it.
-
-    Args:
-        model: Mask R-CNN or Cascade R-CNN with Swin and FPN.
-        recipes: of ``backbone`` and ``fpn``; with all bits 32 for what stays in full precision.
+    Norms are offered for reparameterisation where the backbone is quantized; MLPs for MLP
+    reconstruction there, and wherever their recipe asks for it. ``recipes`` has one for
+    ``backbone`` and one for ``fpn``, with all bits 32 for parts that stay in full precision.
 
     Raises:
         ModelError: a detector, backbone or neck of a kind that is not supported.
@@ -98,7 +94,7 @@ def _stage_segments(label: str, stage: SwinBlockSequence, output: nn.Module, rec
 
 
 class BackboneAndNeck(nn.Module):
-    """A chain's segments up to the neck in the place of mmdet's backbone and neck: (B, 3, H, W) to the maps (P2, ..., P6)."""
+    """Segments of a chain in the place of mmdet's backbone and neck: image to maps (P2, ..., P6)."""
 
     def __init__(self, segments: list[Segment]) -> None:
         super().__init__()
@@ -118,13 +114,9 @@ class BackboneAndNeck(nn.Module):
 
 
 def backbone_and_neck(chain: BlockChain) -> BackboneAndNeck:
-    """The adapter that runs ``chain`` (its own modules) up to the neck.
-
-    Raises:
-        ModelError: a chain without a neck.
-    """
+    """The adapter that runs ``chain`` up to its neck. Raises ModelError without one."""
     segments = list(chain)
-    ends = [number for number, segment in enumerate(segments) if segment.kind == "neck"]
-    if not ends:
+    kinds = [segment.kind for segment in segments]
+    if "neck" not in kinds:
         raise ModelError("The chain has no neck, so it does not give the maps of a detector's heads.")
-    return BackboneAndNeck(segments[: ends[0] + 1])
+    return BackboneAndNeck(segments[: kinds.index("neck") + 1])

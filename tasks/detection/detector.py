@@ -1,4 +1,4 @@
-"""A detector put together again: features by a chain or by the float model, the rest by mmdet's own heads."""
+"""A detector put together: features by a chain or the float model, the rest by mmdet's own heads."""
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from fimaq_core.chain import BlockChain
 from fimaq_core.errors import DataError, ModelError, NumericsError
@@ -22,16 +23,24 @@ META = ("img_shape", "pad_shape", "ori_shape", "scale_factor")
 
 
 class QuantizedDetector(nn.Module):
-    """What is evaluated: a two-stage detector of mmdet whose layers may be quantizable ones, image by image.
+    """A two-stage detector of mmdet whose layers may be quantizable ones; it predicts image by image.
 
     Args:
-        model: mmdet's detector. The layers of its heads are swapped in place, so these are taken as they are.
-        chain: of backbone, neck and RPN, by which features are computed; None for the float model's own backbone and neck.
+        model: mmdet's detector. The layers of its heads are swapped in place: chains of heads share
+            them.
+        chains: by part. That of :data:`DETECTOR` gives the features, else the float model does.
+
+    Raises:
+        ModelError: a detector that is not made of backbone, neck, RPN and RoI head.
     """
 
-    def __init__(self, model: nn.Module, chain: BlockChain | None) -> None:
+    def __init__(self, model: nn.Module, chains: Mapping[str, BlockChain]) -> None:
         super().__init__()
+        missing = [name for name in ("backbone", "neck", "rpn_head", "roi_head") if getattr(model, name, None) is None]
+        if missing:
+            raise ModelError(f"A detector of type {type(model).__name__} without {', '.join(missing)} is not supported.")
         self.rpn_head, self.roi_head = model.rpn_head, model.roi_head
+        chain = chains.get(DETECTOR)
         self.trunk = nn.Sequential(model.backbone, model.neck) if chain is None else backbone_and_neck(chain)
         self.eval()
 
@@ -42,20 +51,16 @@ class QuantizedDetector(nn.Module):
 
     @torch.no_grad()
     def predict(self, image: Tensor, meta: Mapping[str, object]) -> DetDataSample:
-        """What is detected, in coordinates of the original image.
-
-        Args:
-            image: (1, 3, H, W), normalised and padded.
-            meta: see :data:`META`.
+        """Detect objects in one image (1, 3, H, W), normalised and padded, with its :data:`META`.
 
         Returns:
-            With ``pred_instances``: ``bboxes`` (n, 4), ``scores`` (n,), ``labels`` (n,) and, with mask heads, ``masks``
-            (n, height, width) of bool.
+            With ``pred_instances`` in coordinates of the original image: ``bboxes`` (n, 4),
+            ``scores`` (n,), ``labels`` (n,) and, with mask heads, ``masks`` (n, height, width).
 
         Raises:
-            DataError: several images, or one of which something is not said.
-            NumericsError: NaN or infinity in the maps, or in what a head makes of them. (mmdet leaves out what has no score: such
-                a detector would just find less.)
+            DataError: several images, or an incomplete meta.
+            NumericsError: NaN or infinity in the maps or in the output of a head. (mmdet leaves out
+                objects without a score: such a detector would just find less.)
         """
         if len(image) != 1:
             raise DataError(f"Detectors are run on one image at a time, and this is a batch of {len(image)}.")
@@ -70,7 +75,7 @@ class QuantizedDetector(nn.Module):
 
     @contextmanager
     def _checked(self) -> Iterator[None]:
-        """Whatever trunk and heads give inside is checked before it is used."""
+        """Check all outputs of trunk and heads for NaN and infinity before they are used."""
         named = {"backbone and neck give": self.trunk, "the RPN gives": self.rpn_head}
         named |= {f"the RoI head {name} gives": head for name, head in roi_heads(self).items()}
         handles = [module.register_forward_hook(_checker(name)) for name, module in named.items()]
@@ -82,42 +87,15 @@ class QuantizedDetector(nn.Module):
 
 
 def _checker(what: str) -> Callable[[nn.Module, Any, Any], None]:
-    """A hook that refuses a module's output, which is called ``what``. Raises NumericsError."""
-
     def check(module: nn.Module, args: Any, output: Any) -> None:
-        if not all(bool(one.isfinite().all()) for one in _tensors(output)):
+        if not all(bool(one.isfinite().all()) for one in tree_leaves(output)):
             raise NumericsError(f"What {what} holds NaN or infinity, so what is found would not be what the model says.")
 
     return check
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
-    """The tensors of nested lists and tuples."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, list | tuple):
-        for item in output:
-            yield from _tensors(item)
-
-
-def assemble(model: nn.Module, chains: Mapping[str, BlockChain]) -> QuantizedDetector:
-    """The detector that predicts by ``chains``; without any it is the float model.
-
-    Args:
-        model: mmdet's detector.
-        chains: by part. That of :data:`DETECTOR` gives the features; those of heads share their layers with ``model``.
-
-    Raises:
-        ModelError: a detector that is not made of backbone, neck, RPN and RoI head.
-    """
-    missing = [name for name in ("backbone", "neck", "rpn_head", "roi_head") if getattr(model, name, None) is None]
-    if missing:
-        raise ModelError(f"A detector of type {type(model).__name__} without {', '.join(missing)} is not supported.")
-    return QuantizedDetector(model, chains.get(DETECTOR))
-
-
 def described(meta: Mapping[str, object]) -> DetDataSample:
-    """``meta`` as mmdet's heads take it. Raises DataError if something of :data:`META` is missing."""
+    """``meta`` as mmdet's heads take it. Raises DataError if a part of :data:`META` is missing."""
     missing = [name for name in META if name not in meta]
     if missing:
         raise DataError(f"An image comes without {', '.join(missing)}.")

@@ -1,4 +1,4 @@
-"""The RoI heads of a detector: which are supported, and their layers as quantizable ones."""
+"""The RoI heads of a detector: the supported ones, and their layers as quantizable ones."""
 
 from typing import Any
 
@@ -34,11 +34,10 @@ _FORMS: dict[type[nn.Module], Any] = {
 
 
 class HeadOutputs(nn.Module):
-    """A RoI head with its outputs in one tensor; its layers stand here by their names in the head.
+    """A RoI head on pooled features (n, C, h, w), its outputs in one tensor (n, ...).
 
-    Args of ``forward``: pooled features (n, C, h, w).
-
-    Returns (n, ...): of a box head class logits, then box deltas; of a mask head its logits (n, classes, 2 h, 2 w).
+    A box head gives class logits, then box deltas; a mask head its logits (n, classes, 2 h, 2 w).
+    The layers have the names that they have in the head.
     """
 
     def __init__(self, head: nn.Module) -> None:
@@ -55,16 +54,14 @@ class HeadOutputs(nn.Module):
 
 
 def roi_heads(model: nn.Module) -> dict[str, nn.Module]:
-    """The heads in order: ``bbox`` and ``mask``, in a cascade ``bbox0``, ``bbox1``, ..., ``mask0``, ...; masks where there are.
+    """The heads in order: ``bbox`` and ``mask``, or of a cascade ``bbox0``, ..., ``mask0``, ...
 
-    Raises:
-        ModelError: heads of another kind.
+    Raises ModelError for heads of another kind.
     """
     roi_head = getattr(model, "roi_head", None)
     if type(roi_head) not in (StandardRoIHead, CascadeRoIHead):
-        raise ModelError(
-            f"A RoI head of type {type(roi_head).__name__} is not supported: StandardRoIHead and CascadeRoIHead are."
-        )
+        kind = type(roi_head).__name__
+        raise ModelError(f"A RoI head of type {kind} is not supported: StandardRoIHead and CascadeRoIHead are.")
     if roi_head.with_shared_head:
         raise ModelError("A RoI head with a shared_head is not supported.")
     found = dict(stages("bbox", roi_head.bbox_head))
@@ -92,7 +89,7 @@ def swap_layers(head: nn.Module, recipe: Recipe) -> None:
     """Replace all linear layers and convolutions inside ``head`` by quantizable ones, in place.
 
     Raises:
-        ModelError: a layer with weights that is neither one of these nor a norm, or is not run as it stands.
+        ModelError: a layer with weights that is no norm either, or is not run as it stands.
     """
     for parent_name, parent in list(head.named_modules()):
         if isinstance(parent, ConvModule) and (parent.with_spectral_norm or parent.efficient_conv_bn_eval_forward is not None):
@@ -111,3 +108,16 @@ def stages(kind: str, heads: nn.Module) -> list[tuple[str, nn.Module]]:
     if isinstance(heads, nn.ModuleList):
         return [(f"{kind}{stage}", head) for stage, head in enumerate(heads)]
     return [(kind, heads)]
+
+
+def region_examples(model: nn.Module) -> dict[str, Tensor]:
+    """Inputs (zeros) of each RoI head for one image, to count operations: its most regions, by
+    part.
+    """
+    roi_head, settings = model.roi_head, model.test_cfg
+    found = {}
+    for kind, count in (("bbox", settings.rpn.max_per_img), ("mask", settings.rcnn.max_per_img)):
+        extractors = getattr(roi_head, f"{kind}_roi_extractor", None)
+        for name, extractor in [] if extractors is None else stages(kind, extractors):
+            found[name] = torch.zeros(count, extractor.out_channels, *extractor.roi_layers[0].output_size)
+    return found

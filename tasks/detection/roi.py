@@ -1,8 +1,8 @@
-"""The RoI heads of a detector as parts of their own, and what the float model lets them see."""
+"""The RoI heads of a detector as parts of their own, and their inputs in the float model."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,17 +20,11 @@ STAND_INS = 100
 
 
 def roi_parts(model: nn.Module, recipe: Recipe) -> dict[str, BlockChain]:
-    """A chain of one segment for every RoI head, ``bbox`` and ``mask``, or of a cascade ``bbox0``, ..., ``mask0``, ...
+    """A chain of one segment for every RoI head of :func:`~tasks.detection.heads.roi_heads`.
 
-    A chain maps pooled features (n, C, h, w) to :class:`~tasks.detection.heads.HeadOutputs`. The layers are swapped for
-    quantizable ones in ``model`` itself; norms stay in full precision.
-
-    Args:
-        model: mmdet's detector.
-        recipe: bits of weights and inputs (32 where the RoI heads are out of scope).
-
-    Raises:
-        ModelError: heads or layers of another kind.
+    It maps pooled features (n, C, h, w) to :class:`~tasks.detection.heads.HeadOutputs`. The layers
+    are swapped for quantizable ones in ``model`` itself; norms stay in full precision. Raises
+    ModelError for heads or layers of another kind.
     """
     heads = roi_heads(model)
     for head in heads.values():
@@ -42,24 +36,24 @@ def roi_parts(model: nn.Module, recipe: Recipe) -> dict[str, BlockChain]:
 def roi_inputs(
     model: nn.Module, images: Samples, metas: Sequence[Mapping[str, object]], device: torch.device, limit: int | None = None
 ) -> dict[str, Ragged]:
-    """What each RoI head sees in the float model.
+    """Pooled features that each RoI head gets in the float model, by part.
 
-    Box heads see the float RPN's proposals, in a cascade those that the stages before have refined; mask heads see the
-    detections, or the :data:`STAND_INS` best proposals of an image in which nothing is detected.
+    Box heads get the float RPN's proposals, in a cascade those that the stages before have refined;
+    mask heads get the detections, or the :data:`STAND_INS` best proposals of an image without
+    detections.
 
     Args:
         model: the float detector, mmdet's or assembled; it is moved to ``device``.
         images: normalised and padded, (1, 3, H, W) each.
-        metas: what :data:`tasks.detection.detector.META` names, of each image.
+        metas: of each image, see :data:`tasks.detection.detector.META`.
         device: where to compute.
-        limit: regions of an image that a head sees at most; of more, as many at equal distances in their order (of score, or
-            of the proposals' score) are kept. None keeps all.
+        limit: most regions of an image that a head gets, at equal distances in their order.
 
     Returns:
-        By part, a tensor (regions, C, h, w) for every image, on the CPU; of an image without proposals there are no regions.
+        By part, a tensor (regions, C, h, w) for every image, on the CPU.
 
     Raises:
-        DataError: a meta of which something is missing.
+        DataError: an incomplete meta.
         ModelError: heads of another kind.
     """
     assert not any(layer.quantized for _, layer in quant_layers(model)), "the float model is asked"
@@ -68,13 +62,15 @@ def roi_inputs(
     kept: dict[str, list[Tensor]] = {name: [] for name in heads}
     for image, meta in zip(batches(images, 1), metas, strict=True):
         for name, pooled in _pooled(model, heads, image.to(device), meta).items():
-            kept[name].append(_thinned(pooled, limit).cpu())
+            count = len(pooled) if limit is None else min(limit, len(pooled))
+            chosen = torch.arange(count, device=device) * len(pooled) // max(count, 1)
+            kept[name].append(pooled[chosen].cpu())
     return {name: Ragged(items) for name, items in kept.items()}
 
 
 @torch.no_grad()
 def float_proposals(model: nn.Module, image: Tensor, meta: Mapping[str, object]) -> Tensor:
-    """The float RPN's proposals (P, 4) for an image (1, 3, H, W), after NMS, in its pixels, by falling score."""
+    """The float RPN's proposals (P, 4) for an image (1, 3, H, W), after NMS, by falling score."""
     boxes: Tensor = model.rpn_head.predict(model.extract_feat(image), [described(meta)], rescale=False)[0].bboxes
     return boxes
 
@@ -82,12 +78,8 @@ def float_proposals(model: nn.Module, image: Tensor, meta: Mapping[str, object])
 def class_logits_on(model: nn.Module, features: Sequence[Tensor], proposals: Tensor) -> Tensor:
     """Class logits (P, classes + 1) of the (first) box head, the background's last.
 
-    Differentiable with respect to the features.
-
-    Args:
-        model: the detector.
-        features: the pyramid of one image, each map (1, C, h, w), the finest first.
-        proposals: (P, 4) in pixels of the padded image.
+    Differentiable by ``features``, the pyramid of one image (1, C, h, w), the finest first;
+    ``proposals`` (P, 4) are in pixels of the padded image.
     """
     _, extractor = stages("bbox", model.roi_head.bbox_roi_extractor)[0]
     _, head = stages("bbox", model.roi_head.bbox_head)[0]
@@ -96,7 +88,7 @@ def class_logits_on(model: nn.Module, features: Sequence[Tensor], proposals: Ten
 
 
 def _pooled(model: nn.Module, heads: Mapping[str, nn.Module], image: Tensor, meta: Mapping[str, object]) -> dict[str, Tensor]:
-    """Pooled features (regions, C, h, w) of one image that enter each head."""
+    """Pooled features (regions, C, h, w) of one image for each head."""
     sample, roi_head = described(meta), model.roi_head
     features = model.extract_feat(image)
     proposals = model.rpn_head.predict(features, [sample], rescale=False)
@@ -118,25 +110,15 @@ def _pool(kind: str, roi_head: nn.Module, features: Sequence[Tensor], boxes: Ten
 
 @contextmanager
 def _inputs_of(heads: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """What each of ``heads`` is called with inside, by name."""
+    """Collect the input of each of ``heads``, by name, while the context lasts."""
     seen: dict[str, Tensor] = {}
 
-    def keeper(name: str) -> Any:
-        def keep(_: nn.Module, args: tuple[Tensor]) -> None:
-            (seen[name],) = args
+    def keep(name: str, _: nn.Module, args: tuple[Tensor]) -> None:
+        (seen[name],) = args
 
-        return keep
-
-    handles = [head.register_forward_pre_hook(keeper(name)) for name, head in heads.items()]
+    handles = [head.register_forward_pre_hook(partial(keep, name)) for name, head in heads.items()]
     try:
         yield seen
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _thinned(regions: Tensor, limit: int | None) -> Tensor:
-    """At most ``limit`` rows at equal distances, the first among them."""
-    if limit is None or len(regions) <= limit:
-        return regions
-    return regions[torch.arange(limit, device=regions.device) * len(regions) // limit]

@@ -1,4 +1,4 @@
-"""The optional term of the divergence: classes that the first box head gives to the full-precision model's proposals."""
+"""The optional term of the divergence: classes of the full-precision model's proposals."""
 
 import copy
 
@@ -12,14 +12,13 @@ from tasks.detection.roi import class_logits_on, float_proposals
 
 
 class _Hidden(nn.Module):
-    """Holds a float detector that is no part of the chain: it is neither counted nor kept in checkpoints."""
+    """Holds a float detector outside of the chain: neither counted nor kept in checkpoints."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self._model = [model]
 
     def there(self, device: torch.device) -> nn.Module:
-        """The detector on ``device``."""
         return self._model[0].to(device)
 
 
@@ -31,7 +30,7 @@ class _Proposals(_Hidden):
 
 
 class _Terms(_Hidden):
-    """Behind the maps of the RPN, flat, the class logits of all proposals, flat: (1, L, 5 A) to (1, M)."""
+    """Appends the class logits of all proposals to the RPN's outputs: (1, L, 5 A) to (1, M)."""
 
     def __init__(self, model: nn.Module, unpack: Unpack) -> None:
         super().__init__(model)
@@ -45,16 +44,15 @@ class _Terms(_Hidden):
 
 
 def _whole(image: Tensor) -> dict[str, object]:
-    """The meta of an image (1, 3, H, W) of which no part is padding."""
+    """The meta of an image (1, 3, H, W) without padding."""
     size = tuple(image.shape[2:])
     return {"img_shape": size, "pad_shape": size, "ori_shape": size, "scale_factor": (1.0, 1.0)}
 
 
 class ProposalTerms:
-    """What the term needs, taken from a detector before any of its layers is swapped.
+    """The term's modules, made from a detector before any of its layers is swapped.
 
-    Attributes:
-        proposals: the side of the chain.
+    ``proposals`` is the side of the chain.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -62,7 +60,7 @@ class ProposalTerms:
         self.proposals = _Proposals(self._model)
 
     def added(self, segments: list[Segment]) -> list[Segment]:
-        """``segments`` up to the RPN, whose neck keeps its maps, with one behind that adds the logits to the output."""
+        """``segments`` up to the RPN, and one behind them that adds the logits to the output."""
         (neck,) = (segment for segment in segments if segment.kind == "neck")
         assert isinstance(neck.block, ExplicitFPN)
         neck.keep = nn.Identity()
@@ -71,6 +69,6 @@ class ProposalTerms:
 
 
 def class_count(model: nn.Module) -> int:
-    """Number of logits a proposal: the classes and the background."""
+    """Number of logits per proposal: the classes and the background."""
     _, head = stages("bbox", model.roi_head.bbox_head)[0]
     return int(head.fc_cls.out_features)

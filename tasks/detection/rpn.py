@@ -21,12 +21,11 @@ _LAYERS = ("rpn_conv", "rpn_cls", "rpn_reg")
 
 
 class RpnOutputs(nn.Module):
-    """mmdet's ``RPNHead`` on a packed pyramid, all its outputs in one tensor.
+    """mmdet's ``RPNHead`` on a packed pyramid of P2 to P5, all its outputs in one tensor (B, L, 5
+    A).
 
-    Args of ``forward``: packed (B, 85 C, H/32, W/32), what the FPN makes of P2 to P5, see :mod:`tasks.detection.packing`.
-
-    Returns (B, L, 5 A): positions of all levels, the finest first, each level's row by row; of a position A class logits, then
-    the 4 deltas of anchor 0, of anchor 1, and so on.
+    Positions of all levels follow each other, the finest level first, each level row by row. A
+    position has A class logits, then the 4 deltas of anchor 0, of anchor 1, and so on.
     """
 
     def __init__(self, head: RPNHead) -> None:
@@ -43,11 +42,8 @@ class RpnOutputs(nn.Module):
 
 
 def rpn_segment(model: nn.Module, recipe: Recipe) -> Segment:
-    """The RPN as a segment that is calibrated only; its layers are swapped for quantizable ones in ``model.rpn_head`` itself.
-
-    Args:
-        model: mmdet's detector, with a neck.
-        recipe: bits of weights and inputs (32 where the RPN is out of scope).
+    """The RPN as a segment that is calibrated only; its layers are swapped in ``model.rpn_head``
+    itself.
 
     Raises:
         ModelError: a head of another kind or on other levels.
@@ -79,14 +75,9 @@ def rpn_strides(model: nn.Module) -> list[int]:
 
 
 def rpn_levels(height: int, width: int, strides: Sequence[int]) -> list[int]:
-    """How many of the L positions of the RPN's output belong to each level.
+    """Positions on each level in the RPN's output, for a padded image.
 
-    Args:
-        height, width: of the padded image, multiples of 32.
-        strides: of the levels, see :func:`rpn_strides`.
-
-    Raises:
-        ModelError: an image that is not padded.
+    Raises ModelError for sides that are no multiples of 32.
     """
     if height % _DIVISOR or width % _DIVISOR:
         raise ModelError(f"An image of {height} x {width} pixels is not padded: the sides must be multiples of {_DIVISOR}.")

@@ -18,11 +18,10 @@ from tasks.detection import models, tags
 from tasks.detection.calibration import calibration_set
 from tasks.detection.chain import detector_segments
 from tasks.detection.coco import open_source
-from tasks.detection.detector import DETECTOR, QuantizedDetector, assemble
+from tasks.detection.detector import DETECTOR, QuantizedDetector
 from tasks.detection.divergence import ProposalDivergence
 from tasks.detection.evaluate import evaluate_detector
-from tasks.detection.examples import region_examples
-from tasks.detection.heads import roi_heads
+from tasks.detection.heads import region_examples, roi_heads
 from tasks.detection.pictures import pictures
 from tasks.detection.roi import roi_inputs, roi_parts
 from tasks.detection.roi_terms import ProposalTerms, class_count
@@ -91,7 +90,7 @@ class DetectionTask(Named):
 
     def assemble(self, loaded: LoadedModel, chains: Chains) -> nn.Module:
         """The detector, quantized or not."""
-        return assemble(loaded.model, chains)
+        return QuantizedDetector(loaded.model, chains)
 
     def untouched(self, loaded: LoadedModel, chains: Chains) -> dict[str, nn.Module]:
         """What no chain stands for."""

@@ -17,7 +17,7 @@ from tasks.detection.chain import backbone_and_neck
 from tasks.detection.coco import open_demo
 from tasks.detection.detector import DETECTOR
 from tasks.detection.heads import roi_heads
-from tasks.detection.packing import pack
+from tasks.detection.neck import pack
 from tasks.detection.tags import PIECES, SCOPES
 from tasks.detection.task import TASK
 

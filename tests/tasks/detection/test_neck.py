@@ -12,8 +12,7 @@ from fimaq_core.errors import ModelError
 from fimaq_core.layers import QuantConv2d, quant_layers
 from fimaq_core.recipe import OFF
 from tasks.detection.mm import FPN
-from tasks.detection.neck import ExplicitFPN, Unpack
-from tasks.detection.packing import pack
+from tasks.detection.neck import ExplicitFPN, Unpack, pack
 
 CHANNELS = [8, 16, 32, 64]
 
