@@ -146,7 +146,7 @@ def measure(model: nn.Module, part: str) -> dict[str, Any]:
         mm.DefaultScope.overwrite_default_scope("mmdet"),
         contextlib.redirect_stdout(io.StringIO()),  # pycocotools prints tables.
     ):
-        annotations = coco_files.write_part(Path(name), part)
+        annotations = coco_files.write_scenes(Path(name), part, coco_files.scenes_of(part))
         data = mm.CocoDataset(**files_of(Path(name), part, pipeline), test_mode=True)
         metric = mm.CocoMetric(ann_file=str(annotations), metric=["bbox", "segm"])
         metric.dataset_meta = data.metainfo
@@ -167,7 +167,7 @@ def describe(measured: dict[str, Any], part: str) -> str:
 
 def fingerprints() -> dict[str, str]:
     """Returns the fingerprint of each part."""
-    return {part: coco_files.fingerprint(part) for part in PARTS}
+    return {part: coco_files.fingerprint_of(coco_files.scenes_of(part)) for part in PARTS}
 
 
 def train(name: str, recipe: DetectorRecipe, seed: int) -> nn.Module:

@@ -21,7 +21,7 @@ class _StageOutput(nn.Module):
         self.norm = norm
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x).permute(0, 3, 1, 2).contiguous()  # type: ignore[no-any-return]
+        return self.norm(x).permute(0, 3, 1, 2).contiguous()
 
 
 class _PackStages(nn.Module):

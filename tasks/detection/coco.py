@@ -205,7 +205,7 @@ def open_demo(part: str) -> DetectionSource:
     from tasks.detection.demo import coco_files, scenes
 
     own = "test" if part == "val" else part
-    coco = checked(coco_files.coco_dict(own), f"the part {own} of {scenes.DATA}", part == "val")
+    coco = checked(coco_files.annotations_of(coco_files.scenes_of(own)), f"the part {own} of {scenes.DATA}", part == "val")
 
     def read(index: int) -> np.ndarray:
         return np.ascontiguousarray(np.asarray(coco_files.read(own, index))[:, :, ::-1])

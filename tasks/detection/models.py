@@ -18,7 +18,8 @@ _INPUT_SHAPE = (3, 800, 1344)
 
 
 def load_model(request: ModelRequest) -> LoadedModel:
-    """Load a detector with its weights and the preparation of its images, a :class:`~tasks.detection.pipeline.Pipeline`.
+    """Load a detector with its weights and a :class:`~tasks.detection.pipeline.Pipeline` for its
+    images.
 
     Raises:
         ModelError: unknown name, missing or unfit weights, arguments the model does not take.
@@ -49,16 +50,16 @@ def load_model(request: ModelRequest) -> LoadedModel:
     names = class_names(stored, _classes(model)) or known
     if names is not None:
         model.dataset_meta = {"classes": names}  # type: ignore[assignment]
-    pipeline = Pipeline(model.data_preprocessor, resize)
-    # not images by themselves: see tasks.detection.calibration and tasks.detection.evaluate
-    transforms: Any = {"eval_transform": pipeline, "train_transform": pipeline}
+    # It gives more than an image: see tasks.detection.calibration and tasks.detection.evaluate.
+    pipeline: Any = Pipeline(model.data_preprocessor, resize)
     return LoadedModel(
         model,
         tag,
         f"file {stored.path.name}",
         stored.sha256(model, altered=bool(request.model_args)),
         _classes(model),
-        **transforms,
+        pipeline,
+        pipeline,
         data=data,
         input_shape=shape,
         entry=stored.entry,
@@ -68,7 +69,6 @@ def load_model(request: ModelRequest) -> LoadedModel:
 
 
 def _create(name: str, arguments: dict[str, Any]) -> nn.Module:
-    """The model with random weights; ``arguments`` of :func:`~tasks.detection.configs.detector_config` replace its own."""
     try:
         return build(published_config(name, **arguments))
     except (TypeError, ValueError, LookupError, AssertionError, RuntimeError, AttributeError, ArithmeticError) as error:

@@ -1,4 +1,4 @@
-"""From an image to what a detector takes: mmdet's own resizing, normalisation and padding, as its configurations say it."""
+"""From an image to a detector's input: mmdet's own resizing, normalisation and padding."""
 
 import copy
 from collections.abc import Mapping
@@ -7,9 +7,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from fimaq_core.errors import RecipeError
-from fimaq_core.recipe import Recipe
-
 if TYPE_CHECKING:
     from tasks.detection.mm import DetDataPreprocessor
 
@@ -17,9 +14,8 @@ if TYPE_CHECKING:
 class Pipeline:
     """Turns images into inputs, each by itself: its padding depends on no other image.
 
-    Args:
-        preprocessor: of the detector; a copy on the CPU is used.
-        resize: keyword arguments of mmdet's ``Resize``; None leaves sizes as they are.
+    ``preprocessor`` is the detector's (a copy on the CPU is used); ``resize`` are keyword arguments
+    of mmdet's ``Resize``, None leaves sizes as they are.
     """
 
     def __init__(self, preprocessor: "DetDataPreprocessor", resize: Mapping[str, Any] | None = None) -> None:
@@ -30,14 +26,12 @@ class Pipeline:
         self.pack = mm.PackDetInputs(meta_keys=("ori_shape", "img_shape", "scale_factor"))
 
     def __call__(self, array: np.ndarray) -> tuple[Tensor, dict[str, Any]]:
-        """Prepare an image.
-
-        Args:
-            array: (H, W, 3) uint8, blue first.
+        """Prepare an image (H, W, 3) uint8, blue first.
 
         Returns:
-            (1, 3, H', W') float32, normalised, padded; and what mmdet calls its meta: ``ori_shape``, ``img_shape`` (resized),
-            ``pad_shape``, ``batch_input_shape``, each (height, width), and ``scale_factor`` (width, height).
+            (1, 3, H', W') float32, normalised, padded; and mmdet's meta: ``ori_shape``,
+            ``img_shape`` (resized), ``pad_shape``, ``batch_input_shape``, each (height, width), and
+            ``scale_factor`` (width, height).
         """
         size = array.shape[:2]
         results = {"img": array, "img_shape": size, "ori_shape": size, "scale_factor": (1.0, 1.0)}
@@ -45,17 +39,3 @@ class Pipeline:
         batch = {"inputs": [packed["inputs"]], "data_samples": [packed["data_samples"]]}
         done = self.preprocessor(batch, training=False)
         return done["inputs"], dict(done["data_samples"][0].metainfo)
-
-
-def calibration_pipeline(pipeline: Pipeline, recipe: Recipe) -> Pipeline:
-    """The pipeline of the calibration images: that of the evaluation.
-
-    Raises:
-        RecipeError: the recipe asks for the transform of the training.
-    """
-    if recipe.calibration_transform != "eval":
-        raise RecipeError(
-            f"Detectors are calibrated on images as they are evaluated: calibration_transform must be eval, not "
-            f"{recipe.calibration_transform} (random crops of the training depend on annotations)."
-        )
-    return pipeline

@@ -1,8 +1,8 @@
 """mmdet's Swin Transformer written out on maps (B, H, W, C), quantizable, for images of any size.
 
-All sizes follow from the input's by arithmetic, and no branch asks for one: a block that is compiled with height and width
-marked as dynamic runs every image without compiling again. So padding always goes through the same operations, even where
-there is nothing to pad.
+All sizes follow from the input's by arithmetic, and no branch asks for one: a block compiled with
+dynamic height and width runs every image without compiling again. So padding always goes through
+the same operations, even where there is nothing to pad.
 """
 
 import torch
@@ -22,10 +22,9 @@ _HIDDEN = -100.0
 
 
 class ExplicitPatchEmbed(nn.Module):
-    """mmdet's ``PatchEmbed`` with a quantizable convolution: (B, 3, H, W) to (B, ⌈H / p⌉, ⌈W / p⌉, C).
+    """mmdet's ``PatchEmbed``, quantizable: (B, 3, H, W) to (B, ⌈H / p⌉, ⌈W / p⌉, C).
 
-    Raises:
-        ModelError: patches that overlap or are padded otherwise than below and to the right.
+    Raises ModelError for patches that overlap or are padded otherwise than below and to the right.
     """
 
     def __init__(self, embed: PatchEmbed, recipe: Recipe) -> None:
@@ -41,17 +40,14 @@ class ExplicitPatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[2:]
         x = F.pad(x, (0, -width % self.patch[1], 0, -height % self.patch[0]))
-        out: Tensor = self.norm(self.projection(x).permute(0, 2, 3, 1).contiguous())
-        return out
+        return self.norm(self.projection(x).permute(0, 2, 3, 1).contiguous())
 
 
 class ExplicitPatchMerging(nn.Module):
-    """mmdet's ``PatchMerging`` with a quantizable reduction: (B, H, W, C) to (B, ⌈H / 2⌉, ⌈W / 2⌉, C').
+    """mmdet's ``PatchMerging``, quantizable: (B, H, W, C) to (B, ⌈H / 2⌉, ⌈W / 2⌉, C').
 
-    ``nn.Unfold`` keeps the four values of a channel side by side, where timm keeps the channels of a value.
-
-    Raises:
-        ModelError: patches that are not 2 x 2, overlap or are padded otherwise than below and to the right.
+    ``nn.Unfold`` keeps the four values of a channel side by side, where timm keeps the channels of
+    a value. Raises ModelError for other patches than 2 x 2, side by side.
     """
 
     def __init__(self, merging: PatchMerging, recipe: Recipe) -> None:
@@ -69,12 +65,11 @@ class ExplicitPatchMerging(nn.Module):
         rows, columns = (height + 1) // 2, (width + 1) // 2
         x = F.pad(x, (0, 0, 0, 2 * columns - width, 0, 2 * rows - height))
         x = x.view(batch, rows, 2, columns, 2, channels).permute(0, 1, 3, 5, 2, 4)
-        out: Tensor = self.reduction(self.norm(x.reshape(batch, rows, columns, 4 * channels)))
-        return out
+        return self.reduction(self.norm(x.reshape(batch, rows, columns, 4 * channels)))
 
 
 class ExplicitMlp(nn.Module):
-    """mmcv's ``FFN`` of two layers without its residual connection; dropout is none, for the model is frozen."""
+    """mmcv's ``FFN`` of two layers without its residual connection and dropout."""
 
     def __init__(self, ffn: FFN, recipe: Recipe) -> None:
         super().__init__()
@@ -84,20 +79,18 @@ class ExplicitMlp(nn.Module):
         swap_linears(self, MlpPart("mlp"), recipe)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc2(self.act(self.fc1(x)))
-        return out
+        return self.fc2(self.act(self.fc1(x)))
 
 
 class ExplicitSwinBlock(nn.Module):
-    """mmdet's ``SwinBlock`` with a pad value that LayerNorm reparameterisation can move.
+    """mmdet's ``SwinBlock`` on maps, with a pad value that LayerNorm reparameterisation can move.
 
-    Windows are padded with zeros after the first norm, and shifted after that (timm shifts first). Once the norm's output has
-    been shifted per channel, a zero means something else: ``pad`` (channels,) holds what stands for zero.
+    Windows are padded with zeros after the first norm, and shifted after that (timm shifts first).
+    Once the norm's output has been shifted per channel, ``pad`` (channels,) holds the value that
+    stands for zero.
 
-    The MLP is fed the map, not tokens: their number varies, so its scales stay per tensor. Positions in a window do not vary,
-    so the attention's may be one each.
-
-    Args of ``forward``: x (B, H, W, C).
+    The MLP gets the map, not tokens: their number varies, so its scales stay per tensor. Positions
+    in a window do not vary, so the attention may have a scale for each.
     """
 
     pad: Tensor
@@ -114,8 +107,7 @@ class ExplicitSwinBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self._windows(self.norm1(x))
-        out: Tensor = x + self.mlp(self.norm2(x))
-        return out
+        return x + self.mlp(self.norm2(x))
 
     def _windows(self, x: Tensor) -> Tensor:
         batch, height, width, channels = x.shape
@@ -138,7 +130,7 @@ class ExplicitSwinBlock(nn.Module):
         return F.pad(x, (0, 0, 0, 1))[:, :height, :width]
 
     def _mask(self, rows: int, columns: int, device: torch.device) -> Tensor | None:
-        """(windows, N, N): hides, in windows of the shifted map, what was not side by side before; None without a shift."""
+        """(windows, N, N): hides tokens that were not side by side before the shift; None without."""
         if not self.shift:
             return None
         down, across = (_regions(count, self.window, self.shift, device) for count in (rows, columns))
@@ -148,14 +140,15 @@ class ExplicitSwinBlock(nn.Module):
 
 
 def _regions(count: int, size: int, shift: int, device: torch.device) -> Tensor:
-    """(count, size) of which of three strips each line of ``count`` windows is: all but the last window, and that in two."""
+    """Strip of each line of ``count`` windows, (count, size): all but the last window, and that in
+    two.
+    """
     line = torch.arange(count * size, device=device)
     strip = (line >= (count - 1) * size).long() + (line >= count * size - shift).long()
     return strip.view(count, size)
 
 
 def _window_attention(attention: WindowMSA, recipe: Recipe) -> ExplicitWindowAttention:
-    """mmdet's ``WindowMSA`` written out. Takes over its parameters."""
     if type(attention) is not WindowMSA:
         raise ModelError(f"Attention of type {type(attention).__name__} is not supported for Swin models.")
     table, index = attention.relative_position_bias_table, attention.relative_position_index
@@ -164,11 +157,7 @@ def _window_attention(attention: WindowMSA, recipe: Recipe) -> ExplicitWindowAtt
 
 
 def checked_norm(norm: nn.Module | None) -> nn.Module:
-    """``norm`` if it is a LayerNorm; the identity for None.
-
-    Raises:
-        ModelError: any other kind.
-    """
+    """``norm`` if it is a LayerNorm, the identity for None. Raises ModelError for any other."""
     if norm is not None and type(norm) is not nn.LayerNorm:
         raise ModelError(f"A norm of type {type(norm).__name__} is not supported for Swin models: it has to be LayerNorm.")
     return nn.Identity() if norm is None else norm

@@ -34,9 +34,6 @@ DEMO_NAMES = ("demo_mask_rcnn", "demo_cascade")
 PIECES = ("backbone", "fpn", "rpn", "roi")
 SCOPES = tuple("+".join(pieces) for count in (4, 3, 2, 1) for pieces in combinations(PIECES, count))
 
-#: What can be measured: always the same.
-EVALUATIONS: tuple[str, ...] = ()
-
 #: Settings of recipes that are others for detectors: few large images of varying sizes, taken one by one.
 DEFAULTS: dict[str, Any] = {
     "calibration_images": 256,
@@ -49,19 +46,15 @@ DEFAULTS: dict[str, Any] = {
 
 
 def parts(scope: str | None) -> dict[str, str]:
-    """Backbone, neck and RPN of a scope, which are one chain. RoI heads are others, soon done, as many as the model has."""
+    """Chains of a scope that take long: backbone, neck and RPN are one. RoI heads are soon done."""
     pieces = [name for name in (SCOPES[0] if scope is None else scope).split("+") if name != "roi"]
     return {"detector": "+".join(pieces)} if pieces else {}
-
-
-_RELEASES = "https://github.com/SwinTransformer/storage/releases"
 
 
 def full_name(name: str) -> str:
     """The full name, ``<model>.<tag>``; of a model without published weights the name alone.
 
-    Raises:
-        ModelError: there is no such model, or no such weights.
+    Raises ModelError if there is no such model, or no such weights.
     """
     if name in SHORT_NAMES:
         return SHORT_NAMES[name]
@@ -83,8 +76,7 @@ CATALOGUE = Catalogue(
     repository=lambda tag: None,
 )
 
-model_tag = CATALOGUE.model_tag
-weights_digest = CATALOGUE.weights_digest
+model_tag, weights_digest = CATALOGUE.model_tag, CATALOGUE.weights_digest
 
 
 def preflight(model: ModelRequest, data: DataRequest) -> list[Missing]:
@@ -97,7 +89,7 @@ def missing_weights(model: ModelRequest) -> Missing | None:
     """The weights, if they are not here: nothing is fetched from where they were published.
 
     Raises:
-        ModelError: an unknown model, a file that is not there, or no file for a model without published weights.
+        ModelError: an unknown model, or a file that is not there.
     """
     found = CATALOGUE.missing_weights(model)
     if found is None or model.name in DEMO_NAMES:
@@ -105,13 +97,14 @@ def missing_weights(model: ModelRequest) -> Missing | None:
     name, _, tag = full_name(model.name).partition(".")
     return Missing(
         f"the weights of {name}.{tag} (published as {PUBLISHED[name][tag]})",
-        f"No Hugging Face repository has them: get the file from {_RELEASES} and give it with --weights, or put it, called <name>"
-        ".pth, into the folder of weights: WEIGHTS=/path for make, --weights for a grid, --weights-folder for an adapter.",
+        "No Hugging Face repository has them: get the file from https://github.com/SwinTransformer/storage/releases and give "
+        "it with --weights, or put it, called <name>.pth, into the folder of weights: WEIGHTS=/path for make, --weights for a "
+        "grid, --weights-folder for an adapter.",
     )
 
 
 def missing_data(data: DataRequest, brings_data: bool) -> Missing | None:
-    """The data, if it is not there: what is measured on, and the images to calibrate on."""
+    """Data to measure on and images to calibrate on, if they are not there."""
     if data.path is None and data.calibration_data is None:
         advice = f"Give its folder: COCO=/path for make, --data for an adapter. {LAYOUT}."
         return None if brings_data else Missing("the data set COCO 2017", advice)
