@@ -15,12 +15,11 @@ _MLP = MlpPart("mlp", fc1="c_fc", act="gelu", fc2="c_proj", gelu=(nn.GELU, Quick
 
 
 class ExplicitBlock(nn.Module):
-    """open_clip's ``ResidualAttentionBlock`` on one sequence, and behind it what a tower without a projection ends with.
+    """open_clip's ``ResidualAttentionBlock`` on one sequence (B, N, C), and the end of a tower
+    without a projection.
 
-    Args of ``forward``: x (B, N, C).
-
-    Attributes:
-        mask: (context, context) buffer that is added to the scores, its first N rows and columns for N tokens; or None.
+    ``mask`` (context, context) or None is added to the scores, its first N rows and columns for N
+    tokens.
     """
 
     mask: Tensor | None
@@ -46,23 +45,16 @@ class ExplicitBlock(nn.Module):
         normed, tokens = self.ln_1(x), x.shape[1]
         mask = None if self.mask is None else self.mask[:tokens, :tokens]
         x = x + self.ls_1(self.attn(normed, normed, normed, attn_mask=mask)[0])
-        x = x + self.ls_2(self.mlp(self.ln_2(x)))
-        out: Tensor = self.after(x)
-        return out
+        return self.after(x + self.ls_2(self.mlp(self.ln_2(x))))
 
 
 def block_segments(
     transformer: nn.Module, prefix: str, embedding: nn.Module, mask: Tensor | None, recipe: Recipe, after: nn.Module | None = None
 ) -> list[Segment]:
-    """Every block of a transformer as a segment.
+    """Every block of open_clip's ``Transformer``, called ``prefix`` in the model, as a segment.
 
-    Args:
-        transformer: open_clip's ``Transformer``.
-        prefix: the transformer's name in the model.
-        embedding: what precedes the first block, in full precision.
-        mask: (context, context) added to the scores, or None.
-        recipe: bits and quantizers.
-        after: what follows the last block in full precision, where the tower ends with it.
+    ``embedding`` precedes the first block and ``after`` follows the last, both in full precision;
+    ``mask`` (context, context) is added to the scores.
 
     Raises:
         ModelError: a transformer, block, attention or MLP of a kind that is not supported.
@@ -81,13 +73,8 @@ def block_segments(
 def projection(owner: nn.Module, parameter: nn.Parameter | nn.Linear, recipe: Recipe) -> QuantLinear:
     """The quantizable form of a projection from pooled features to the embedding.
 
-    Args:
-        owner: whose it is, for the message.
-        parameter: (width, d) matrix that features are multiplied with from the left, or a linear layer.
-        recipe: its ``head_bits`` are those of the input.
-
-    Raises:
-        ModelError: something else.
+    ``parameter`` is a matrix (width, d) that features are multiplied with from the left, or a
+    linear layer; ``owner`` is for the message. Raises ModelError for anything else.
     """
     if isinstance(parameter, nn.Linear):
         return QuantLinear.from_float(parameter, recipe.w_bits, recipe.classifier_bits)

@@ -1,4 +1,6 @@
-"""The divergence of a two-tower model: how a batch's matrix of similarities changes when one tower is quantized."""
+"""The divergence of a two-tower model: change of a batch's similarities when one tower is
+quantized.
+"""
 
 import torch
 from torch import Tensor
@@ -8,19 +10,19 @@ from fimaq_core.fisher.divergence import Divergence, at_least_float32
 
 
 class ContrastiveDivergence(Divergence):
-    """Symmetric KL between full-precision and quantized matching probabilities of a batch's images and captions.
+    """Symmetric KL between full-precision and quantized matching probabilities of a batch's pairs.
 
-    With softmax (CLIP: Radford et al., ICML 2021, arXiv:2103.00020): of image to text (rows of the similarities) and text to
-    image (columns), the mean of both, each ``(KL(p || q) + KL(q || p)) / 2`` averaged over the batch. With sigmoid (SigLIP: Zhai
-    et al., ICCV 2023, arXiv:2303.15343): every pair of the batch is a Bernoulli variable; their sum over the batch's size.
-
-    It depends on which pairs share a batch: ``batch`` pairs in a row always do, the last ones with fewer.
+    With softmax (CLIP: Radford et al., ICML 2021, arXiv:2103.00020): of image to text (rows of the
+    similarities) and text to image (columns), the mean of both, each ``(KL(p || q) + KL(q || p)) /
+    2`` averaged over the batch. With sigmoid (SigLIP: Zhai et al., ICCV 2023, arXiv:2303.15343):
+    every pair of the batch is a Bernoulli variable; their sum over the batch's size.
 
     Args:
-        other: (n, d) embeddings of the other tower in full precision, of any norm, by calibration sample.
+        other: (n, d) embeddings of the other tower in full precision, of any norm, by calibration
+            sample.
         scale: factor of the cosines (the exponential of open_clip's ``logit_scale``).
         bias: added to them in the sigmoid form; None for softmax.
-        batch: pairs that share a batch.
+        batch: pairs in a row that share a batch; the last ones have fewer.
     """
 
     def __init__(self, other: Tensor, scale: float, bias: float | None, batch: int) -> None:

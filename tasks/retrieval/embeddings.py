@@ -16,10 +16,9 @@ Tokenizer = Callable[[list[str]], Tensor]
 
 
 def normalised(embeddings: Tensor) -> Tensor:
-    """Return (n, d) embeddings at unit length, in float32.
+    """Embeddings (n, d) at unit length, in float32.
 
-    Raises:
-        NumericsError: NaN, infinity, or an embedding of zeros, which has no direction.
+    Raises NumericsError for NaN, infinity, or an embedding of zeros, which has no direction.
     """
     embeddings = embeddings.float()
     lengths = embeddings.norm(dim=-1, keepdim=True)
@@ -33,10 +32,11 @@ def normalised(embeddings: Tensor) -> Tensor:
 def embed_images(
     encode_image: Encode, images: Images, device: torch.device, batch_size: int, workers: int, advance: Callable[[int], None]
 ) -> tuple[Tensor, Tensor]:
-    """Embed all of ``images``; ``advance`` is told how many are done.
+    """Embed all of ``images``; ``advance`` gets the number of those done.
 
     Returns:
-        Their positions (n,) on the CPU, ascending, without images that were skipped, and the embeddings (n, d) on ``device``.
+        Positions (n,) on the CPU, ascending, without skipped images; embeddings (n, d) on
+        ``device``.
 
     Raises:
         DataError: a damaged image (unless skipped), or none left.
@@ -66,13 +66,12 @@ def embed_texts(
     batch_size: int,
     advance: Callable[[int], None],
 ) -> Tensor:
-    """Embed ``texts`` as (n, d) on ``device``; ``advance`` is told how many are done.
+    """Embed ``texts`` as (n, d) on ``device``; ``advance`` gets the number of those done.
 
-    Texts of equal tokens are encoded once: the last bits of an embedding depend on its place in the batch, and these shall tie.
+    Texts of equal tokens are encoded once: the last bits of an embedding depend on its place in the
+    batch, and these shall tie.
 
-    Raises:
-        ModelError: the model does not take these tokens.
-        NumericsError: from :func:`normalised`.
+    Raises ModelError where the model does not take these tokens, and NumericsError.
     """
     rows = torch.cat([tokenizer(list(texts[start : start + _TEXTS])) for start in range(0, len(texts), _TEXTS)])
     distinct, place = torch.unique(rows, dim=0, return_inverse=True)

@@ -30,7 +30,8 @@ def evaluate_pairs(
     report: Report,
     truncated_captions: int | None = None,
 ) -> Evaluation:
-    """Measure two encoders on all pairs of ``source``: ``R@1`` and the other :func:`~tasks.retrieval.bootstrap.measures`.
+    """Measure two encoders on all pairs of ``source``: see
+    :func:`~tasks.retrieval.bootstrap.measures`.
 
     Args:
         encode_image: (B, C, H, W) on ``device`` to embeddings (B, d) of any length.
@@ -39,20 +40,20 @@ def evaluate_pairs(
         source: images, captions and which belong together.
         tokenizer: captions to token ids.
         device: of the encoders.
-        batch_size: images, and then captions, a forward pass.
+        batch_size: images, and then captions, per forward pass.
         workers: data-loading processes.
-        report: receives progress, one unit an image and one a caption.
+        report: receives progress, one unit per image and per caption.
         truncated_captions: for the record; see :func:`truncated`.
 
     Returns:
-        ``n`` is the number of images. ``outcomes`` have one row a query, images first:
+        ``n`` is the number of images. ``outcomes`` have one row per query, images first:
 
         - ``sample``: ``image:<id>`` or ``caption:<image id>#<number within the image>``;
         - ``direction``: 0 image to text, 1 text to image;
         - ``rank``, ``correct``: of the best correct item, from 0; whether it is 0;
-        - ``best``: index in ``source`` of the top-scoring caption or image (equal to a correct one's score where not alone);
-        - ``weight``: with it the mean of ``correct`` is R@1, in which both directions count the same however many queries;
-        - ``cluster``: index in ``source`` of the query's image; queries of different images are independent.
+        - ``best``: index in ``source`` of the top-scoring caption or image, among equals any;
+        - ``weight``: with it the mean of ``correct`` is R@1: both directions count the same;
+        - ``cluster``: index in ``source`` of the query's image; different images are independent.
 
         A damaged image that was skipped takes its captions along.
 
@@ -85,14 +86,13 @@ def evaluate_pairs(
 
 
 def truncation_notes(count: int | None, among: int, what: str) -> list[str]:
-    """Describe captions that were cut, if there are any."""
     if not count:
         return []
     return [f"{count:,} of {among:,} {what} are longer than the model's context and were cut off"]
 
 
 def truncated(tokenizer: Tokenizer, captions: tuple[str, ...], context_length: int | None) -> int | None:
-    """How many captions are longer than the model's context; None if the tokenizer has no ``lengths`` to tell."""
+    """Number of captions longer than the model's context; None if the tokenizer cannot tell."""
     lengths = getattr(tokenizer, "lengths", None)
     if lengths is None or context_length is None:
         return None

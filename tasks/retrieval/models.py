@@ -46,7 +46,8 @@ def load_model(request: ModelRequest) -> LoadedModel:
     """Load a CLIP model with its weights, transforms and tokenizer.
 
     Raises:
-        ModelError: unknown name, missing or unfit weights or tokenizer, arguments the model does not take.
+        ModelError: unknown name, missing or unfit weights or tokenizer, arguments the model does
+            not take.
         NumericsError: NaN in the weights.
     """
     missing = [item for item in (CATALOGUE.missing_weights(request), missing_tokenizer(request)) if item is not None]
@@ -145,8 +146,10 @@ def _activation(stored: StoredWeights) -> bool | None:
 
 
 def _configuration(architecture: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """open_clip's configuration of a model with ``arguments`` in it: settings of a tower change these and keep the others
-    (open_clip itself would put its defaults for the others, which are another model's)."""
+    """open_clip's configuration of a model with ``arguments`` in it.
+
+    Settings of a tower change these and keep the others; open_clip would reset these to defaults.
+    """
     config: dict[str, Any] = open_clip.get_model_config(architecture)
     wrong = sorted(arguments.keys() & {*inspect.signature(open_clip.create_model).parameters, "pretrained_hf", "cast_dtype"})
     if wrong:
@@ -176,10 +179,11 @@ def _configuration(architecture: str, arguments: dict[str, Any]) -> dict[str, An
 
 
 def _preprocess(architecture: str, training: str, given: dict[str, Any]) -> PreprocessCfg:
-    """Image transforms of the weights named; without a name, those that all of open_clip's weights of the model share.
+    """Image transforms of the weights named; without a name, those that all of open_clip's weights
+    share.
 
-    A model of which open_clip has no weights gets the transforms that open_clip trains with by
-    default. ``given`` mean, deviation and interpolation replace these.
+    A model without weights in open_clip gets the transforms that open_clip trains with by default.
+    ``given`` mean, deviation and interpolation replace these.
     """
     trainings = [training] if training else open_clip.list_pretrained_tags_by_model(architecture)
     overlay: dict[str, Any] = {name: _rgb(name, given[name]) for name in ("mean", "std") if name in given}
@@ -230,7 +234,7 @@ def _create(architecture: str, arguments: dict[str, Any], config: dict[str, Any]
 
 @contextmanager
 def _without_warning_of_random_weights() -> Iterator[None]:
-    """open_clip warns that the new model has random weights; they are replaced at once, all of them or with an error."""
+    """Silence open_clip's warning of random weights: they are replaced at once, or with an error."""
 
     def keep(record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith("No pretrained weights loaded for model")
@@ -245,8 +249,8 @@ def _without_warning_of_random_weights() -> Iterator[None]:
 def _adapted(state: dict[str, Tensor], model: nn.Module, arguments: dict[str, Any]) -> dict[str, Tensor]:
     """Bring older layouts into the model's, by open_clip's own functions.
 
-    Unlike open_clip, position embeddings are resized only where ``arguments`` ask for another size, and an absent
-    ``logit_bias`` is not made up.
+    Unlike open_clip, position embeddings are resized only where ``arguments`` ask for another size,
+    and an absent ``logit_bias`` is not made up.
     """
     expected = model.state_dict()
     try:
@@ -266,7 +270,7 @@ def _adapted(state: dict[str, Tensor], model: nn.Module, arguments: dict[str, An
 
 
 def _resize_trunk(model: nn.Module, arguments: dict[str, Any]) -> None:
-    """A timm vision tower is built in its own size and takes another one after loading."""
+    """Set the size of a timm vision tower, which is built in its own."""
     size = arguments.get("vision_cfg", {}).get("image_size")
     if size is None or not isinstance(model.visual, TimmModel):
         return
@@ -290,6 +294,5 @@ def _refuse_torchscript(path: Path, name: str | None) -> None:
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    """(H, W)."""
     height, width = (size, size) if isinstance(size, int) else size
     return int(height), int(width)

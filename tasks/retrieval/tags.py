@@ -58,8 +58,8 @@ VOCABULARIES = ("tokenizer.json", "spiece.model", "sentencepiece.bpe.model", "to
 def full_name(name: str) -> str:
     """The full name: ``<open_clip model>.<tag>``, or untagged as given.
 
-    Raises:
-        ModelError: open_clip has no such model or tag, or has the tag for another activation only.
+    Raises ModelError if open_clip has no such model or tag, or has the tag for another activation
+    only.
     """
     if name in SHORT_NAMES:
         return SHORT_NAMES[name]
@@ -92,7 +92,9 @@ def has_two_activations(model: str) -> bool:
 
 
 def published(model: str) -> list[str]:
-    """``model.tag`` of all weights that open_clip has for a model, those for QuickGELU under its ``-quickgelu`` name."""
+    """``model.tag`` of all weights that open_clip has for a model, QuickGELU's under
+    ``-quickgelu``.
+    """
     import open_clip
 
     return [
@@ -111,7 +113,7 @@ def _fits_activation(model: str, tag: str) -> bool:
 
 
 def repository(tag: str) -> Repository | None:
-    """Where the hub has the weights of ``model.tag``; None where open_clip names another address only."""
+    """Repository of ``model.tag`` at the hub; None where open_clip names another address only."""
     if tag in _REPOSITORIES:
         return Repository(_REPOSITORIES[tag], FILES)
     import open_clip
@@ -157,7 +159,7 @@ def missing_data(data: DataRequest, brings_data: bool) -> Missing | None:
 
 
 def _absent_captions(folder: Path, calibrates: bool) -> str | None:
-    """What ``folder`` lacks of a data set of captions. ``calibrates``: the training part is needed too."""
+    """Missing pieces of a data set of captions; with ``calibrates`` of the training part too."""
     if not folder.is_dir():
         return f"the folder {folder}"
     found = caption_files(folder)
@@ -180,7 +182,7 @@ def _missing_imagenet(data: DataRequest, brings_data: bool) -> Missing | None:
 
 
 def tokenizer_repository(model: str) -> str | None:
-    """The hub's repository of a model's tokenizer; None where open_clip brings the tokenizer."""
+    """The hub's repository of a model's tokenizer; None where open_clip brings it."""
     if any(name.partition(".")[0] == model for name in SHORT_NAMES.values()):
         return _TOKENIZERS.get(model)
     import open_clip
@@ -190,7 +192,7 @@ def tokenizer_repository(model: str) -> str | None:
 
 
 def tokenizer_folder(request: ModelRequest) -> Path | None:
-    """The folder with the tokenizer's files beside the weights, ``<weights folder>/<model>-tokenizer``, if it is there."""
+    """The folder ``<weights folder>/<model>-tokenizer``, if it is there."""
     if request.weights_folder is None:
         return None
     folder = request.weights_folder / f"{full_name(request.name).partition('.')[0]}-tokenizer"
@@ -198,7 +200,7 @@ def tokenizer_folder(request: ModelRequest) -> Path | None:
 
 
 def missing_tokenizer(request: ModelRequest) -> Missing | None:
-    """The tokenizer, if open_clip does not bring it, it is not here, and the hub that has it does not answer."""
+    """The tokenizer, if open_clip does not bring it, it is not here, and the hub does not answer."""
     if request.name in DEMO_NAMES:
         return None
     repo = tokenizer_repository(full_name(request.name).partition(".")[0])

@@ -1,4 +1,4 @@
-"""Text towers: open_clip's transformer over token ids, inside the model (CLIP) or a part of it (CustomTextCLIP)."""
+"""Text towers: open_clip's transformer over token ids, of a ``CLIP`` or a ``CustomTextCLIP``."""
 
 from dataclasses import dataclass
 
@@ -18,11 +18,8 @@ _FIXED, _BY_TOKEN = {"first": 0, "last": -1}, ("argmax", "eos")
 
 @dataclass(frozen=True)
 class _Parts:
-    """What either kind of model keeps under its own names.
-
-    Attributes:
-        owner: has embeddings, transformer, mask, norm and projection.
-        prefix: of these names in the model.
+    """A tower's owner of embeddings, transformer, mask, norm and projection, with its prefix in the
+    model.
     """
 
     owner: nn.Module
@@ -33,19 +30,19 @@ class _Parts:
 
 
 class _Embedding(nn.Module):
-    """Before the first block: token ids (B, L) to (B, L, C). A table is looked up, so there is no product to quantize."""
+    """Before the first block: token ids (B, L) to (B, L, C); no product, so nothing to quantize."""
 
     def __init__(self, owner: nn.Module) -> None:
         super().__init__()
         self.token_embedding, self.positional_embedding = owner.token_embedding, owner.positional_embedding
 
     def forward(self, ids: Tensor) -> Tensor:
-        embedded: Tensor = self.token_embedding(ids) + self.positional_embedding[: ids.shape[1]]
-        return embedded
+        return self.token_embedding(ids) + self.positional_embedding[: ids.shape[1]]
 
 
 class PooledPosition(nn.Module):
-    """Position (B,) of the token that is pooled, by token ids (B, L): the first of the highest id, or of ``eos_id``.
+    """Position (B,) of the pooled token, by token ids (B, L): the first of the highest id, or of
+    ``eos_id``.
 
     Texts without ``eos_id`` are pooled at their first token, as open_clip does.
     """
@@ -61,9 +58,8 @@ class PooledPosition(nn.Module):
 class _Pooling(nn.Module):
     """Between last block and projection: one token, (B, L, C) to (B, C), and its norm.
 
-    The norm acts on every token by itself, so only the pooled one goes through it.
-
-    Args of ``forward``: x; side (B,) positions, where they are not the same in all texts.
+    The norm acts on every token by itself, so only the pooled one goes through it. ``side`` has
+    positions (B,), where they are not the same in all texts.
     """
 
     def __init__(self, ln_final: nn.Module, position: int | None) -> None:
@@ -72,16 +68,12 @@ class _Pooling(nn.Module):
 
     def forward(self, x: Tensor, side: Tensor | None = None) -> Tensor:
         position = self.position if side is None else side
-        pooled: Tensor = self.ln_final(x[torch.arange(len(x), device=x.device), position])
-        return pooled
+        return self.ln_final(x[torch.arange(len(x), device=x.device), position])
 
 
 def text_tower(model: nn.Module, recipe: Recipe) -> BlockChain:
-    """The chain of ``model.encode_text``, from token ids (n, L) int64 to embeddings (n, d) that are not normalised.
-
-    Args:
-        model: open_clip's ``CLIP``, which has the tower's parts itself, or ``CustomTextCLIP``.
-        recipe: bits and quantizers.
+    """The chain of ``model.encode_text``, from token ids (n, L) int64 to embeddings (n, d), not
+    normalised.
 
     Raises:
         ModelError: a tower of a kind that is not supported.

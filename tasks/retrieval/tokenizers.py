@@ -23,20 +23,18 @@ class Tokenizer:
 
     Args:
         tokenizer: open_clip's.
-        context_length: L, the ids of a caption; longer captions are cut as open_clip cuts them (the end token stays).
-        vocabulary: how many ids the model knows.
-        origin: what records say of its files, behind the weights'; empty where open_clip or the demo brings it.
+        context_length: L, ids per caption; longer captions are cut as open_clip cuts them (the end
+            token stays).
+        vocabulary: number of ids that the model knows.
+        origin: the files' entry in records, behind the weights'; empty where open_clip or the demo
+            brings them.
     """
 
     def __init__(self, tokenizer: SimpleTokenizer | HFTokenizer, context_length: int, vocabulary: int, origin: str = "") -> None:
         self.tokenizer, self.context_length, self.vocabulary, self.origin = tokenizer, context_length, vocabulary, origin
 
     def __call__(self, captions: list[str]) -> Tensor:
-        """Token ids (n, L) int64.
-
-        Raises:
-            ModelError: an id that the model does not know: a tokenizer of another model.
-        """
+        """Token ids (n, L) int64. Raises ModelError for an id that the model does not know."""
         if not captions:
             return torch.zeros(0, self.context_length, dtype=torch.int64)
         ids: Tensor = self.tokenizer(captions, context_length=self.context_length)
@@ -46,7 +44,7 @@ class Tokenizer:
         return ids
 
     def lengths(self, captions: list[str]) -> list[int]:
-        """How many tokens each caption has, with start and end tokens, before it is cut: more than L means cut."""
+        """Tokens of each caption, with start and end tokens, before it is cut."""
         own = self.tokenizer
         if isinstance(own, SimpleTokenizer):
             return [len(own.encode(caption)) + 2 for caption in captions]
@@ -64,17 +62,12 @@ class Tokenizer:
 
 
 def build_tokenizer(model: str, text: Mapping[str, Any], folder: Path | None, vocabulary: int) -> Tokenizer:
-    """The tokenizer of a model.
+    """The tokenizer of open_clip's ``model``, by the ``text`` part of its configuration.
 
-    Args:
-        model: open_clip's name.
-        text: the text part of its configuration.
-        folder: files of the tokenizer; None takes them from the Hugging Face cache or hub. Models with open_clip's own
-            tokenizer need none.
-        vocabulary: how many ids the model knows.
+    ``folder`` has the tokenizer's files; None takes them from the Hugging Face cache or hub. Models
+    with open_clip's own tokenizer need none. The model knows ``vocabulary`` ids.
 
-    Raises:
-        ModelError: its files are not there, or are not a tokenizer.
+    Raises ModelError where the files are missing or no tokenizer.
     """
     context_length = int(text.get("context_length", DEFAULT_CONTEXT_LENGTH))
     settings = dict(text.get("tokenizer_kwargs") or {})
@@ -95,8 +88,11 @@ def build_tokenizer(model: str, text: Mapping[str, Any], folder: Path | None, vo
 def _hugging_face(
     model: str, repo: str, folder: Path | None, context_length: int, mode: str | None, settings: dict[str, Any]
 ) -> HFTokenizer:
-    """A tokenizer that transformers builds, compared with its file: from an incomplete folder transformers builds one that
-    knows no words, and some of its classes replace steps of the file."""
+    """A tokenizer that transformers builds, compared with its file.
+
+    From an incomplete folder transformers builds one that knows no words, and some of its classes
+    replace steps of the file.
+    """
     complete = cached_file(Repository(repo, ("tokenizer.json",))) is not None
     source = str(folder) if folder is not None else repo
     try:
@@ -127,7 +123,7 @@ def _vocabulary(folder: Path | None, repo: str) -> Path | None:
 
 
 def _compare(built: HFTokenizer, file: Path | None, source: str) -> None:
-    """Raise ModelError unless ``built`` has a vocabulary file and gives the tokens of it (where that is a tokenizer.json)."""
+    """Refuse a tokenizer without a vocabulary file, or with other tokens than its tokenizer.json."""
     if file is None:
         raise ModelError(f"The tokenizer in {source} has no vocabulary: none of {', '.join(VOCABULARIES)} is there.")
     if file.name != "tokenizer.json":

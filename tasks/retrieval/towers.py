@@ -16,19 +16,14 @@ TOWERS = ("vision", "text")
 
 
 def build_towers(model: nn.Module, recipe: Recipe, towers: Sequence[str]) -> dict[str, BlockChain]:
-    """Turn towers of a CLIP model into chains. They take over its parameters, and the model may be changed.
+    """Turn towers of a CLIP model into chains, by name; they take over its parameters.
 
-    Args:
-        model: open_clip's ``CLIP`` or ``CustomTextCLIP``.
-        recipe: bits and quantizers; ``head_bits`` are those of the projections' inputs.
-        towers: some of :data:`TOWERS`.
-
-    Returns:
-        By tower, in the order given: "vision" maps images (n, 3, H, W) and "text" token ids (n, L) int64 to embeddings (n, d)
-        that are not normalised. In full precision they equal ``encode_image`` and ``encode_text`` to rounding.
+    "vision" maps images (n, 3, H, W) and "text" token ids (n, L) int64 to embeddings (n, d), not
+    normalised. In full precision they equal ``encode_image`` and ``encode_text`` to rounding. The
+    ``head_bits`` of ``recipe`` are those of the projections' inputs.
 
     Raises:
-        ModelError: the model, or a part of a tower that is asked for, is of a kind that is not supported.
+        ModelError: a model or tower of a kind that is not supported.
     """
     if type(model) not in (CLIP, CustomTextCLIP):
         raise ModelError(f"A model of type {type(model).__name__} is not supported: open_clip's CLIP and CustomTextCLIP are.")

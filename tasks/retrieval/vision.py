@@ -27,12 +27,11 @@ class _Embedding(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         patches = x.flatten(2).transpose(1, 2)
         first = self.class_embedding.expand(len(x), 1, -1)
-        embedded: Tensor = self.ln_pre(torch.cat([first, patches], dim=1) + self.positional_embedding)
-        return embedded
+        return self.ln_pre(torch.cat([first, patches], dim=1) + self.positional_embedding)
 
 
 class _Pooling(nn.Module):
-    """Between last block and projection: class token or mean of the others, and the norm before or after that."""
+    """Between last block and projection: class token or mean of the others, and the norm."""
 
     def __init__(self, tower: VisionTransformer) -> None:
         super().__init__()
@@ -46,10 +45,9 @@ class _Pooling(nn.Module):
 
 
 def vision_tower(visual: nn.Module, recipe: Recipe) -> BlockChain:
-    """The chain of ``model.visual``, from images (n, 3, H, W) to embeddings (n, d) that are not normalised.
+    """The chain of ``model.visual``, from images (n, 3, H, W) to embeddings (n, d), not normalised.
 
-    Raises:
-        ModelError: a tower of a kind that is not supported.
+    Raises ModelError for a tower of a kind that is not supported.
     """
     if type(visual) is VisionTransformer:
         return _open_clip_tower(visual, recipe)
@@ -93,7 +91,7 @@ def _timm_tower(tower: TimmModel, recipe: Recipe) -> BlockChain:
 
 
 def _timm_heads(tower: TimmModel, recipe: Recipe) -> list[tuple[str, nn.Module]]:
-    """What projects the trunk's pooled features, by its name: the trunk's own classifier, or a layer or MLP behind it."""
+    """Projections of the trunk's pooled features, by name: its own classifier, or layers behind it."""
     heads: list[tuple[str, nn.Module]] = []
     if not isinstance(tower.trunk.head, nn.Identity):
         heads.append(("visual.trunk.head", projection(tower.trunk, tower.trunk.head, recipe)))

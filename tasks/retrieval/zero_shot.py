@@ -1,6 +1,8 @@
-"""Zero-shot classification by names of classes (Radford et al., ICML 2021, arXiv:2103.00020, section 3.1).
+"""Zero-shot classification by class names (Radford et al., ICML 2021, arXiv:2103.00020, section
+3.1).
 
-A class is the mean direction of the embeddings of its name in several templates; an image gets the class it is most similar to.
+A class is the mean direction of the embeddings of its name in several templates; an image gets the
+most similar class.
 """
 
 import hashlib
@@ -40,7 +42,7 @@ def class_names(root: Path, folders: Sequence[str]) -> tuple[str, ...]:
     ImageNet's 1000 WordNet ids; their names are those of the CLIP authors.
 
     Raises:
-        DataError: the names are not there, not as many as the classes, or not to be read.
+        DataError: no names, not as many as the classes, or an unreadable file.
     """
     path, classes = root / CLASSNAMES_FILE, len(folders)
     if not path.is_file():
@@ -62,9 +64,10 @@ def class_names(root: Path, folders: Sequence[str]) -> tuple[str, ...]:
 
 
 def named_classes(dataset: Dataset, names: Sequence[str], folders: Sequence[str]) -> Dataset:
-    """The record's entry of images that were classified by ``names`` in the templates: these bear on the result as images do.
+    """The record's entry of images that were classified by ``names`` in the templates.
 
-    Images of a published data set under other names than its usual ones go by another name of their own.
+    These names are part of the fingerprint. A published data set under other than its usual names
+    is called otherwise.
     """
     texts = [template(name) for name in names for template in TEMPLATES]
     fingerprint = hashlib.sha256("\n".join([dataset.fingerprint, *texts]).encode()).hexdigest()
@@ -82,20 +85,12 @@ def class_embeddings(
     report: Report,
     templates: Sequence[Template] = TEMPLATES,
 ) -> Tensor:
-    """Return (classes, d) embeddings at unit length: of each class the mean over ``templates``, each at unit length too.
+    """Embeddings (classes, d) at unit length: means over ``templates``, each at unit length too.
 
-    Args:
-        encode_text: (B, L) token ids on ``device`` to embeddings (B, d) of any length.
-        tokenizer: texts to token ids.
-        names: of the classes.
-        device: of the encoder.
-        batch_size: texts a forward pass.
-        report: receives progress, one unit a text.
-        templates: a name to a text.
+    ``encode_text`` maps (B, L) token ids on ``device`` to embeddings (B, d) of any length;
+    ``report`` receives progress, one unit per text.
 
-    Raises:
-        ModelError: the encoder does not take the tokens.
-        NumericsError: an embedding that is NaN, infinite or zero.
+    Raises ModelError where the encoder does not take the tokens, and NumericsError.
     """
     total = len(names) * len(templates)
     found = []
@@ -112,13 +107,11 @@ def class_embeddings(
 
 
 class ZeroShotClassifier(nn.Module):
-    """Images (B, C, H, W) to logits (B, classes): cosine similarities times exp(``logit_scale``), which leaves ranks alone but
-    gives the probabilities the model was trained for.
+    """Images (B, C, H, W) to logits (B, classes): cosine similarities times exp(``logit_scale``).
 
-    Args:
-        encode_image: images to embeddings (B, d) of any length, on the device of ``embeddings``.
-        embeddings: (classes, d) from :func:`class_embeddings`.
-        logit_scale: the model's parameter, a logarithm.
+    The factor leaves ranks alone and gives the probabilities that the model was trained for.
+    ``embeddings`` are from :func:`class_embeddings`; ``encode_image`` gives embeddings of any
+    length.
     """
 
     def __init__(self, encode_image: Encode, embeddings: Tensor, logit_scale: Tensor) -> None:
