@@ -1,11 +1,9 @@
-"""Learns the merges of the retrieval demo's tokenizer from the captions of the train part and writes their file.
+"""Learn the merges of the retrieval demo's tokenizer from the captions of the train part.
 
     python scripts/learn_demo_merges.py
 
 Token ids follow from the merges: after a change the demo model must be trained anew.
 """
-
-from __future__ import annotations
 
 import sys
 from pathlib import Path
@@ -16,13 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tasks.retrieval.demo.scenes import DigitScenes
 from tasks.retrieval.demo.tokens import MERGES_PATH, learn_merges, pack_merges
 
-
-def main() -> None:
-    """Learns and writes the merges."""
+if __name__ == "__main__":
     merges = learn_merges(DigitScenes("train").captions)
     MERGES_PATH.write_bytes(pack_merges(merges))
     print(f"{len(merges)} merges in {MERGES_PATH}")
-
-
-if __name__ == "__main__":
-    main()

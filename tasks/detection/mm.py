@@ -40,7 +40,7 @@ with _quiet():
     from mmcv.cnn.bricks.transformer import FFN
     from mmcv.ops import RoIAlign, batched_nms
     from mmdet.datasets import CocoDataset
-    from mmdet.datasets.transforms import LoadAnnotations, PackDetInputs, RandomFlip, Resize
+    from mmdet.datasets.transforms import PackDetInputs, Resize
     from mmdet.evaluation import CocoMetric
     from mmdet.models.backbones.swin import ShiftWindowMSA, SwinBlock, SwinBlockSequence, SwinTransformer, WindowMSA
     from mmdet.models.data_preprocessors import DetDataPreprocessor
@@ -55,9 +55,9 @@ with _quiet():
     from mmdet.registry import MODELS
     from mmdet.structures import DetDataSample
     from mmdet.structures.bbox import bbox2roi
+    from mmdet.structures.mask import BitmapMasks
     from mmengine.config import Config, ConfigDict
     from mmengine.registry import DefaultScope
-    from mmengine.runner import Runner
     from mmengine.structures import InstanceData
 
 # of the cascade's averaged masks: it copies a tensor in a way that PyTorch finds clumsy
