@@ -1,9 +1,4 @@
-"""Captions of digit scenes: what is where, in one of four forms.
-
-Cells are numbered row by row. A cell's fact is 0 if the cell is empty, else ``1 + 2 * digit + large``.
-"""
-
-from __future__ import annotations
+"""Captions of digit scenes: which digit is where, in one of four forms."""
 
 from collections.abc import Sequence
 
@@ -23,26 +18,19 @@ NUM_FORMS = len(_FORMS)
 
 
 def fact_of(digit: int, large: int) -> int:
-    """Returns the fact of a cell with a digit."""
+    """The fact of a cell with a digit; that of an empty cell is 0."""
     return 1 + 2 * digit + large
 
 
 def write_caption(facts: Sequence[int], order: Sequence[int], form: int) -> str:
-    """Writes the caption of a scene; different facts give different captions, whatever order and form.
+    """Write the caption of a scene by the facts of its four cells, told in this order and form.
 
-    Args:
-        facts: Fact of each of the four cells; at least one is not empty.
-        order: The four cells in the order in which they are told; empty ones are passed over.
-        form: Number of the form, less than `NUM_FORMS`.
-
-    Returns:
-        The caption.
+    Empty cells are passed over. Different facts give different captions, whatever order and form.
     """
-    item, separator, last_separator = _FORMS[form]
-    items = [
-        item.format(size=SIZE_WORDS[(facts[cell] - 1) % 2], digit=DIGIT_WORDS[(facts[cell] - 1) // 2], place=PLACE_WORDS[cell])
-        for cell in order
-        if facts[cell]
-    ]
-    head = separator.join(items[:-1])
-    return head + last_separator + items[-1] if head else items[-1]
+    item, separator, last = _FORMS[form]
+    items = []
+    for cell in order:
+        if facts[cell]:
+            digit, size = divmod(facts[cell] - 1, 2)
+            items.append(item.format(size=SIZE_WORDS[size], digit=DIGIT_WORDS[digit], place=PLACE_WORDS[cell]))
+    return last.join([separator.join(items[:-1]), items[-1]] if items[1:] else items)
