@@ -131,9 +131,9 @@ def train(name: str, recipe: DetectorRecipe, seed: int) -> nn.Module:
         order = np.random.default_rng([seed, epoch]).permutation(len(scenes))
 
         def loss(batch: slice) -> Tensor:
-            given = model.data_preprocessor(batch_of(tuple(scenes[index] for index in order[batch])), training=True)
-            total: Tensor = model.parse_losses(model.loss(**given))[0]
-            return total
+            chosen = batch_of(tuple(scenes[index] for index in order[batch]))
+            given = model.data_preprocessor(chosen, training=True)
+            return model.parse_losses(model.loss(given["inputs"], given["data_samples"]))[0]
 
         return loss
 
