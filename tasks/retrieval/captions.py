@@ -14,8 +14,8 @@ from tasks.common.images import file_reader
 from tasks.common.request import DataRequest
 from tasks.common.task import LoadedModel
 from tasks.retrieval.files import Splits, read_captions
-from tasks.retrieval.layout import COCO_FILE, FLICKR30K_FILE, FREE_FILE, LAYOUT, caption_files
 from tasks.retrieval.pairs import PairSource
+from tasks.retrieval.tags import COCO_FILE, FLICKR30K_FILE, FREE_FILE, LAYOUT, caption_files
 
 #: Name of the data that the demo model brings along.
 DEMO_DATA = "digit-scenes"

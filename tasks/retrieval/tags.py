@@ -1,13 +1,31 @@
-"""Names of CLIP models and what is missing of weights, tokenizer and data; imports nothing heavy for short and demo names."""
+"""Names of CLIP models, files of captions, and what is missing; light for short and demo names."""
 
 import os.path
 from pathlib import Path
 
 from fimaq_core.errors import ModelError, suggest
-from tasks.common import imagenet
 from tasks.common.hub import Catalogue, Repository, cached_file, hub_answers
+from tasks.common.imagenet import missing_imagenet
 from tasks.common.request import DataRequest, Missing, ModelRequest
-from tasks.retrieval.layout import COCO_FILE, LAYOUT, caption_files
+
+COCO_FILE, FLICKR30K_FILE, FREE_FILE = "dataset_coco.json", "dataset_flickr30k.json", "captions.json"
+
+#: Kinds of caption files; a folder holds one kind.
+KINDS = (
+    (COCO_FILE,),
+    (FLICKR30K_FILE,),
+    (FREE_FILE,),
+    ("captions.csv",),
+    ("captions.jsonl",),
+    ("train.csv", "test.csv"),
+    ("train.jsonl", "test.jsonl"),
+)
+
+LAYOUT = (
+    f"A folder with images and one of these is expected: {COCO_FILE} (MS-COCO) or {FLICKR30K_FILE} (Flickr30k), Karpathy's "
+    f"splits; {FREE_FILE} of the same format; captions.csv or captions.jsonl (image, caption, split); train.csv and test.csv, or "
+    "train.jsonl and test.jsonl (image, caption)"
+)
 
 #: Short names and the published checkpoints they mean, ``<open_clip model>.<open_clip's tag>``. OpenAI trained with QuickGELU.
 #: open_clip has the tag ``openai`` under ``ViT-B-32`` too, whose configuration has the exact GELU: there it warns of the
@@ -135,8 +153,7 @@ CATALOGUE = Catalogue(
     repository=repository,
 )
 
-model_tag = CATALOGUE.model_tag
-weights_digest = CATALOGUE.weights_digest
+model_tag, weights_digest = CATALOGUE.model_tag, CATALOGUE.weights_digest
 
 
 def preflight(model: ModelRequest, data: DataRequest) -> list[Missing]:
@@ -150,12 +167,17 @@ def missing_data(data: DataRequest, brings_data: bool) -> Missing | None:
     if data.calibration_data is not None and not data.calibration_data.is_dir():
         return Missing(f"the folder {data.calibration_data}", f"It was given as calibration data. {LAYOUT}.")
     if data.evaluation == "zero-shot":
-        return _missing_imagenet(data, brings_data)
+        return missing_imagenet(data, brings_data, calibrates=data.calibration_data is None)
     if data.path is None:
         advice = f"Give its folder: COCO=/path or FLICKR=/path for make, --data for an adapter. {LAYOUT}."
         return None if brings_data else Missing("a data set of captions", advice)
     absent = _absent_captions(data.path, data.calibration_data is None)
     return Missing(absent, f"{LAYOUT}.") if absent else None
+
+
+def caption_files(root: Path) -> list[tuple[str, ...]]:
+    """Kinds of caption files of which a folder holds at least one file."""
+    return [kind for kind in KINDS if any((root / name).is_file() for name in kind)]
 
 
 def _absent_captions(folder: Path, calibrates: bool) -> str | None:
@@ -168,17 +190,6 @@ def _absent_captions(folder: Path, calibrates: bool) -> str | None:
     wanted = ["train2014", "val2014"] if calibrates else ["val2014"]  # images of the test part are of val2014 all
     absent = [str(folder / part) for part in wanted if found == [(COCO_FILE,)] and not (folder / part).is_dir()]
     return f"the folder {' and the folder '.join(absent)}" if absent else None
-
-
-def _missing_imagenet(data: DataRequest, brings_data: bool) -> Missing | None:
-    if data.path is None:
-        advice = f"Give its folder: IMAGENET=/path for make, --imagenet for a grid, --data for an adapter. {imagenet.LAYOUT}."
-        return None if brings_data else Missing("the data set ImageNet", advice)
-    calibrates = data.calibration_data is None
-    absent = [str(data.path / part) for part in (("train", "val") if calibrates else ("val",)) if not (data.path / part).is_dir()]
-    if not absent:
-        return None
-    return Missing(f"the folder {' and the folder '.join(absent)}", f"Zero-shot classification: {imagenet.LAYOUT}.")
 
 
 def tokenizer_repository(model: str) -> str | None:

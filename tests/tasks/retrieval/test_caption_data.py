@@ -31,8 +31,8 @@ from tasks.retrieval.captions import (
     open_pairs,
     open_published,
 )
-from tasks.retrieval.layout import KINDS
 from tasks.retrieval.pairs import PairSource
+from tasks.retrieval.tags import KINDS
 
 SMALL_COCO = {"train": Counts(4), "restval": Counts(1), "val": Counts(1), "test": Counts(2, 11)}
 SMALL_FLICKR = {"train": Counts(5), "val": Counts(1, 5), "test": Counts(2, 11)}
