@@ -13,15 +13,10 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Recipe:
-    """Hyperparameters, chosen on the val part.
+    """Hyperparameters, chosen on the val part: AdamW with linear warmup and cosine.
 
-    Attributes:
-        epochs: passes over as many images as the train part has.
-        batch_size: images per step.
-        lr: peak learning rate, after a linear warmup and before a cosine.
-        weight_decay: of AdamW, for weight matrices only.
-        warmup_epochs: length of the warmup.
-        grad_clip: largest gradient norm.
+    An epoch is a pass over as many images as the train part has; ``weight_decay`` is for weight
+    matrices only.
     """
 
     epochs: int
@@ -55,16 +50,11 @@ def fit(
     batches: Callable[[int], Callable[[slice], Tensor]],
     validate: Callable[[], object] | None = None,
 ) -> None:
-    """Train by AdamW; biases, norms, scales and parameters named in ``exempt`` do not decay.
+    """Train by AdamW; biases, norms, scales and parameters with a part of ``exempt`` in their name
+    do not decay.
 
-    Args:
-        name: of the model, for the lines that are printed.
-        recipe: hyperparameters.
-        model: all that is trained.
-        exempt: parts of names.
-        steps: of an epoch.
-        batches: an epoch's number to a function from a batch's slice to its loss.
-        validate: measures the model for the printed lines, every fifth epoch.
+    ``steps`` are those of an epoch; ``batches`` maps an epoch's number to a function from a batch's
+    slice to its loss; ``validate`` measures the model for the printed lines, every fifth epoch.
     """
     decay: list[nn.Parameter] = []
     keep: list[nn.Parameter] = []

@@ -33,11 +33,9 @@ _BLOCK = 675
 
 @dataclass(frozen=True)
 class DetectorRecipe(common.Recipe):
-    """Hyperparameters, chosen on the val part.
+    """Hyperparameters; an epoch is a pass over all ``scenes``.
 
-    Attributes:
-        scenes: newly composed scenes; an epoch is a pass over all of them.
-        starts_from: demo model whose backbone, FPN and RPN are taken over; None starts at random.
+    Backbone, FPN and RPN are those of the demo model ``starts_from``, if it is not None.
     """
 
     epochs: int = 4

@@ -23,8 +23,7 @@ from tasks.common.task import CalibrationSet, LoadedModel
 def open_source(loaded: LoadedModel, data: DataRequest, part: str) -> Source:
     """Open the ``train`` or the evaluation part (``val``) of the data that goes with a model.
 
-    Raises:
-        DataError: missing or empty folder, classes that do not fit the model, or unclear labels.
+    Raises DataError for a missing folder, classes that do not fit the model, or unclear labels.
     """
     if data.path is None and data.class_order is not None:
         raise DataError("--class-order is for class folders: give their folder with --data.")
@@ -52,11 +51,9 @@ def digit_pairs(part: str) -> Source:
 def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> CalibrationSet:
     """Draw the calibration images from the training part, or take those of a list.
 
-    The draw is a seeded permutation of the whole part; the ranges use its first images. Random transforms are seeded
-    per image, so the sample does not depend on what else ran.
-
-    Raises:
-        DataError: fewer images than asked for, a damaged image, a list that does not fit.
+    The draw is a seeded permutation of the whole part; the ranges use its first images. Random
+    transforms are seeded per image, so the sample does not depend on what else ran. Raises
+    DataError.
     """
     source = open_source(loaded, data, "train") if data.calibration_list is None or loaded.data is not None else None
     transform = loaded.train_transform if recipe.calibration_transform == "train" else loaded.eval_transform
@@ -77,7 +74,9 @@ def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> C
 
 
 def _listed(data: DataRequest, source: Source | None) -> tuple[list[str], Callable[[int], Image.Image]]:
-    """Ids and reader of the images in a calibration list: a text file of paths or ids, or a result record."""
+    """Ids and reader of the images in a calibration list: paths or ids, or those of a result
+    record.
+    """
     assert data.calibration_list is not None
     ids = read_list(data.calibration_list).ids
     if source is not None:

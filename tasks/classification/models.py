@@ -75,9 +75,7 @@ def load_model(request: ModelRequest) -> LoadedModel:
 def _preprocessing(model: nn.Module, given: dict[str, Any]) -> Preprocessing:
     """timm's preprocessing for the model as it was built, with ``given`` fields instead of its own.
 
-    Raises:
-        ModelError: images of this size or with these channels do not fit the model, or mean and
-            deviation do not fit the channels.
+    Raises ModelError for images whose size, channels, mean or deviation do not fit the model.
     """
     published = resolve_data_config(model=model)
     channels, *size = _input_shape(model, published["input_size"])
@@ -137,7 +135,7 @@ def _transform(preprocessing: Preprocessing, is_training: bool) -> Callable[[Any
 
 
 def _input_shape(model: nn.Module, published: tuple[int, int, int]) -> tuple[int, int, int]:
-    """(C, H, W) of the images a model takes: as its patch embedding was built (arguments may change it), else as published."""
+    """(C, H, W) of a model's images: as its patch embedding was built, else as published."""
     embed = getattr(model, "patch_embed", None)
     if not isinstance(embed, PatchEmbed):
         return published

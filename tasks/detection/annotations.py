@@ -22,10 +22,10 @@ Coco = dict[str, list[Entry]]
 
 
 def read_annotations(path: Path, annotated: bool = True) -> Coco:
-    """Content of a file, see :func:`checked`; read once while the file stays as it is.
+    """Content of a file, see :func:`checked`; read once while it stays as it is, so not to be
+    changed.
 
-    ``annotated=False`` leaves the annotations out, for images to calibrate on. Callers must not
-    change the content. Raises DataError.
+    ``annotated=False`` leaves the annotations out, for images to calibrate on.
     """
     return _read(path, annotated, state_of(path))
 
@@ -45,13 +45,9 @@ def _without_polygons(item: Entry) -> Entry:
 def checked(content: object, where: str, annotated: bool = True) -> Coco:
     """Check annotations that come from ``where`` and return a copy with all that is used of them.
 
-    Images keep ``id``, ``file_name``, ``width`` and ``height``; categories ``id`` and ``name``;
-    annotations ``id``, ``image_id``, ``category_id``, ``bbox``, ``iscrowd`` (0 if not given), and
-    where given ``area`` (but not 0 for a box of some size) and ``segmentation`` (but no empty
-    mask). File names become normalised paths with slashes, relative without ``..`` or absolute.
-
-    Raises:
-        DataError: naming the entry.
+    Annotations keep an ``area`` that is not 0 for a box of some size, and a ``segmentation`` that
+    is not empty; ``iscrowd`` is 0 if not given. File names become normalised paths with slashes,
+    relative without ``..`` or absolute. Raises DataError that names the entry.
     """
     found: Coco = content if isinstance(content, dict) else {}
     for name in ("images", "annotations", "categories"):

@@ -24,8 +24,7 @@ _NAMING = (
 class Matched(NamedTuple):
     """Annotations without unused categories that the detector does not know, matched with it.
 
-    ``labels`` is the category id of each class, None where the annotations have no such category;
-    ``origin`` where the class names come from; ``notes`` are for people.
+    ``labels`` is the category id of each class, None where the annotations have none.
     """
 
     coco: Coco
@@ -39,10 +38,7 @@ def match_categories(coco: Coco, loaded: LoadedModel, what: str) -> Matched:
 
     A detector without class names, but with 80 classes, has those of COCO 2017. Otherwise its
     classes are the categories in their order, without unused ones if their number fits only then.
-
-    Raises:
-        DataError: objects of a category that the detector does not know, or another number of
-            unnamed classes.
+    Raises DataError for objects of unknown categories, or another number of unnamed classes.
     """
     names, origin = _class_names(loaded)
     categories = coco["categories"]

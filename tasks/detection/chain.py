@@ -36,11 +36,8 @@ def detector_segments(model: TwoStageDetector, recipes: Mapping[str, Recipe]) ->
     parameters.
 
     Norms are offered for reparameterisation where the backbone is quantized; MLPs for MLP
-    reconstruction there, and wherever their recipe asks for it. ``recipes`` has one for
-    ``backbone`` and one for ``fpn``, with all bits 32 for parts that stay in full precision.
-
-    Raises:
-        ModelError: a detector, backbone or neck of a kind that is not supported.
+    reconstruction there, and wherever their recipe asks for it. ``recipes`` are for ``backbone``
+    and ``fpn``. Raises ModelError for parts of a kind that is not supported.
     """
     if type(model) not in (MaskRCNN, CascadeRCNN):
         raise ModelError(f"A detector of type {type(model).__name__} is not supported: it has to be MaskRCNN or CascadeRCNN.")

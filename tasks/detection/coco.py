@@ -36,19 +36,15 @@ class DetectionSource:
     Attributes:
         image_ids: stable and distinct, in the order of ``coco["images"]``, such as
             ``val2017/000000000139.jpg``.
-        coco: see :func:`~tasks.detection.annotations.checked`, not to be changed; of images to
-            calibrate on, no annotations.
-        read: gives the image of an index as (H, W, 3) uint8, blue first, as mmdet's configurations
-            expect it.
+        coco: see :func:`~tasks.detection.annotations.checked`, not to be changed.
+        read: gives the image of an index as (H, W, 3) uint8, blue first, as mmdet expects it.
         root: ids are paths below it; None where images are no files.
-        orientation: gives the EXIF orientation of an index without decoding the image; None where
-            images are no files.
+        orientation: gives the EXIF orientation of an index; None where images are no files.
         exif: the user's decision on it, if any.
         oriented: number of images with an orientation tag, see :meth:`settled`.
-        labels: category id of each class of the detector, None without a category; None: in the
-            file's order.
+        labels: category id of each class, None without a category; None: in the file's order.
         classes_from: where the detector's class names come from.
-        notes: remarks on these data, for people.
+        notes: remarks for people.
     """
 
     name: str
@@ -139,11 +135,8 @@ class DetectionSource:
 def open_source(loaded: LoadedModel, data: DataRequest, part: str) -> DetectionSource:
     """Open the ``train`` part (images only) or the ``val`` part of the data that goes with a model.
 
-    The training part is that of ``data.calibration_data`` where this is given.
-
-    Raises:
-        DataError: no data, categories that do not go with the model's classes, or what the readers
-            refuse.
+    The training part is that of ``data.calibration_data`` where this is given. Raises DataError for
+    missing data, or categories that do not go with the model's classes.
     """
     if part not in SPLITS:
         raise DataError(f"There is no part {part!r} of annotated images: {' or '.join(SPLITS)}.")
@@ -187,10 +180,7 @@ def open_coco(root: Path, part: str, exif: Exif | None = None) -> DetectionSourc
 
 
 def open_file(path: Path, annotated: bool = True, exif: Exif | None = None) -> DetectionSource:
-    """Open a file in COCO's format with its images (:func:`~tasks.detection.locate.image_folder`).
-
-    Raises DataError.
-    """
+    """Open a file in COCO's format with its images. Raises DataError."""
     if not path.is_file():
         raise DataError(f"There is no file {path}. {LAYOUT}.")
     coco = read_annotations(path, annotated)
@@ -230,20 +220,14 @@ def _of_files(name: str, folder: Path, root: Path | None, coco: Coco, path: Path
 def file_reader(
     paths: Sequence[Path], sizes: Sequence[tuple[int, int]], annotations: Path, exif: Exif | None = None
 ) -> Callable[[int], np.ndarray]:
-    """Read images as mmdet's ``LoadImageFromFile`` does, by index: (H, W, 3) uint8, blue first.
+    """Read images by index as mmdet's ``LoadImageFromFile`` does: (H, W, 3) uint8, blue first.
 
-    TIFF, PPM and wide grey values are read as classification reads them.
+    TIFF, PPM and wide grey values are read as classification reads them. ``sizes`` are annotated
+    (height, width), in the file ``annotations``.
 
-    Args:
-        paths: of the files.
-        sizes: annotated (height, width) of each.
-        annotations: where these come from, for people.
-        exif: see :func:`~tasks.detection.orientation.orientation_of`.
-
-    Raises (when it reads):
-        OSError: a damaged file.
-        UnknownRange: values that have no 8-bit form, see :func:`~tasks.common.images.as_rgb`.
-        DataError: an image of another size, or with an EXIF orientation that may or may not count.
+    Raises (when it reads) OSError for a damaged file, UnknownRange for values without an 8-bit
+    form, and DataError for an image of another size, or with an EXIF orientation that may or may
+    not count.
     """
 
     def read(index: int) -> np.ndarray:

@@ -23,15 +23,12 @@ META = ("img_shape", "pad_shape", "ori_shape", "scale_factor")
 
 
 class QuantizedDetector(nn.Module):
-    """A two-stage detector of mmdet whose layers may be quantizable ones; it predicts image by image.
+    """A two-stage detector of mmdet whose layers may be quantizable ones; it predicts image by
+    image.
 
-    Args:
-        model: mmdet's detector. The layers of its heads are swapped in place: chains of heads share
-            them.
-        chains: by part. That of :data:`DETECTOR` gives the features, else the float model does.
-
-    Raises:
-        ModelError: a detector that is not made of backbone, neck, RPN and RoI head.
+    The chain of :data:`DETECTOR` gives the features, else the float model does. Layers of the heads
+    were swapped in ``model`` itself. Raises ModelError for a detector that is not made of backbone,
+    neck, RPN and RoI head.
     """
 
     def __init__(self, model: nn.Module, chains: Mapping[str, BlockChain]) -> None:
@@ -45,7 +42,7 @@ class QuantizedDetector(nn.Module):
         self.eval()
 
     def extract_feat(self, image: Tensor) -> tuple[Tensor, ...]:
-        """The pyramid, each map (B, C, h, w), the finest first, of images (B, 3, H, W)."""
+        """Pyramid (B, C, h, w), the finest map first, of images (B, 3, H, W)."""
         features: tuple[Tensor, ...] = self.trunk(image)
         return features
 
@@ -53,14 +50,11 @@ class QuantizedDetector(nn.Module):
     def predict(self, image: Tensor, meta: Mapping[str, object]) -> DetDataSample:
         """Detect objects in one image (1, 3, H, W), normalised and padded, with its :data:`META`.
 
-        Returns:
-            With ``pred_instances`` in coordinates of the original image: ``bboxes`` (n, 4),
-            ``scores`` (n,), ``labels`` (n,) and, with mask heads, ``masks`` (n, height, width).
+        ``pred_instances`` are in coordinates of the original image.
 
         Raises:
             DataError: several images, or an incomplete meta.
-            NumericsError: NaN or infinity in the maps or in the output of a head. (mmdet leaves out
-                objects without a score: such a detector would just find less.)
+            NumericsError: NaN or infinity in maps or heads. (mmdet would just find less.)
         """
         if len(image) != 1:
             raise DataError(f"Detectors are run on one image at a time, and this is a batch of {len(image)}.")

@@ -62,16 +62,9 @@ def detect(
     skip_corrupt: bool = False,
     workers: int = 0,
 ) -> Detections:
-    """Find objects, image by image.
+    """Find objects in the images of ``source``, one by one; its annotations are not used.
 
-    Args:
-        predict: the detector, on ``device``.
-        source: images; their annotations are not used.
-        prepare: an image to its input and meta, see :class:`~tasks.detection.pipeline.Pipeline`.
-        device: of the detector.
-        report: receives progress, one unit per image.
-        skip_corrupt: leaves damaged images out.
-        workers: data-loading processes.
+    ``prepare`` turns an image into input and meta (:class:`~tasks.detection.pipeline.Pipeline`).
 
     Raises:
         DataError: a damaged image (unless skipped), none left, or an image of another size than
@@ -119,12 +112,9 @@ def coco_results(found: Any, image: Entry, categories: Sequence[int | None], nam
     """Turn the objects found in an image into COCO's format of results, as mmdet's ``CocoMetric``
     does.
 
-    Args:
-        found: mmdet's ``InstanceData``: ``bboxes`` (n, 4) as corners, ``scores`` and ``labels``
-            (n,), ``masks`` (n, H, W).
-        image: its entry in the annotations.
-        categories: ids by label; objects of a class without a category (None) are left out.
-        name: of the image, for people.
+    ``found`` is mmdet's ``InstanceData``: ``bboxes`` (n, 4) as corners, ``scores``, ``labels`` and
+    ``masks`` (n, H, W). ``categories`` are ids by label; objects of a class without one are left
+    out.
 
     Raises:
         ModelError: unknown labels, or masks that are not of the image's size or not binary.
@@ -155,17 +145,15 @@ def coco_results(found: Any, image: Entry, categories: Sequence[int | None], nam
 
 
 def measure(source: DetectionSource, detections: Detections) -> Evaluation:
-    """Compare detections with the annotations.
+    """Compare detections with the annotations; a skipped image takes its annotations along.
 
     Returns:
-        ``metrics``: ``AP_box``, ``AP_mask`` and those of :data:`METRICS` likewise, in percent, with
-        the jackknife's standard errors over images (:mod:`tasks.detection.precision`). A metric
-        whose objects are all in one image has no such error and is left out, as mask AP is where an
-        object has no mask.
-        ``outcomes``, one row per image: ``sample``, its id; ``AP_box`` and ``AP_mask``, its
+        ``metrics`` are ``AP_box``, ``AP_mask`` and those of :data:`METRICS` likewise, in percent,
+        with the jackknife's standard errors over images. A metric whose objects are all in one
+        image has no such error and is left out, as mask AP is where an object has no mask.
+        ``outcomes`` have one row per image: ``sample``, its id; ``AP_box`` and ``AP_mask``, its
         contributions, whose means are the metrics as fractions; ``objects`` (without crowd regions)
         and ``found``, their numbers.
-        A damaged image that was skipped takes its annotations along.
 
     Raises:
         DataError: objects in fewer than two images.

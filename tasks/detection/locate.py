@@ -50,14 +50,8 @@ def image_folder(path: Path, first: str) -> Path:
 def locate(names: Sequence[str], folder: Path, root: Path | None, annotations: Path) -> list[tuple[str, Path]]:
     """Find id and file of each image that the file ``annotations`` names.
 
-    Args:
-        names: relative to ``folder`` or ``root``, or absolute and below one of them.
-        folder: of the images.
-        root: folder of the data set that ``folder`` is in; None looks in ``folder`` only.
-        annotations: the file, for people.
-
-    Returns:
-        Ids are paths below the parent of ``folder``, however an image is named.
+    ``names`` are relative to ``folder`` or to the data's ``root`` (if not None), or absolute and
+    below one of them. Ids are paths below the parent of ``folder``, however an image is named.
 
     Raises:
         DataError: a missing file, a file with several names, or a name of several different files.

@@ -19,10 +19,10 @@ from tasks.detection.mm import FPN, ConvModule
 
 
 def pack(maps: Sequence[Tensor]) -> Tensor:
-    """Pack maps (B, C_i, h 2^(n-1-i), w 2^(n-1-i)), the finest first, into (B, Σ C_i 4^(n-1-i), h, w).
+    """Pack maps (B, C_i, h 2^(n-1-i), w 2^(n-1-i)), the finest first, into (B, Σ C_i 4^(n-1-i), h,
+    w).
 
-    Raises:
-        ModelError: no map, or one that is not twice as high and wide as the next.
+    Raises ModelError for no map, or one that is not twice as high and wide as the next.
     """
     if not maps:
         raise ModelError("There are no maps to pack.")
@@ -48,13 +48,11 @@ def unpack(packed: Tensor, channels: Sequence[int]) -> tuple[Tensor, ...]:
 
 
 class ExplicitFPN(nn.Module):
-    """mmdet's ``FPN`` with quantizable convolutions: packed stage outputs to packed maps P2, P3, ...
+    """mmdet's ``FPN`` with quantizable convolutions: packed stage outputs to packed maps P2, P3,
+    ...
 
-    The coarsest level that mmdet adds is a part of the one before, see :class:`Unpack`.
-    ``in_channels`` and ``channels`` are those of the maps that go in and come out, the finest first.
-
-    Raises:
-        ModelError: levels or convolutions of a kind that is not supported.
+    The coarsest level that mmdet adds is a part of the one before, see :class:`Unpack`. Raises
+    ModelError for levels or convolutions of a kind that is not supported.
     """
 
     def __init__(self, fpn: FPN, recipe: Recipe) -> None:

@@ -36,25 +36,15 @@ def roi_parts(model: nn.Module, recipe: Recipe) -> dict[str, BlockChain]:
 def roi_inputs(
     model: nn.Module, images: Samples, metas: Sequence[Mapping[str, object]], device: torch.device, limit: int | None = None
 ) -> dict[str, Ragged]:
-    """Pooled features that each RoI head gets in the float model, by part.
+    """Pooled features (regions, C, h, w) that each RoI head of the float model gets per image, on
+    the CPU.
 
     Box heads get the float RPN's proposals, in a cascade those that the stages before have refined;
     mask heads get the detections, or the :data:`STAND_INS` best proposals of an image without
-    detections.
+    detections. A head keeps at most ``limit`` regions of an image, at equal distances in their
+    order.
 
-    Args:
-        model: the float detector, mmdet's or assembled; it is moved to ``device``.
-        images: normalised and padded, (1, 3, H, W) each.
-        metas: of each image, see :data:`tasks.detection.detector.META`.
-        device: where to compute.
-        limit: most regions of an image that a head gets, at equal distances in their order.
-
-    Returns:
-        By part, a tensor (regions, C, h, w) for every image, on the CPU.
-
-    Raises:
-        DataError: an incomplete meta.
-        ModelError: heads of another kind.
+    Raises DataError for an incomplete meta, and ModelError for heads of another kind.
     """
     assert not any(layer.quantized for _, layer in quant_layers(model)), "the float model is asked"
     heads = roi_heads(model)

@@ -23,13 +23,13 @@ from tasks.retrieval.zero_shot import LINES, class_names
 
 
 def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> CalibrationSet:
-    """Draw the calibration pairs, or take those of a list.
+    """Draw the calibration pairs, or take those of a list; the pairs of a result record as they
+    are.
 
     The images come in a seeded permutation of the whole part, and one caption of each is drawn by
-    seed and image id alone. An image whose caption is that of an earlier one has to wait until
-    every other caption was used as often (:func:`in_rounds`): samples of one batch with the same
-    text would make the contrastive target ambiguous. A smaller sample is the beginning of a larger
-    one. The pairs of a result record are taken as they are.
+    seed and image id alone: a smaller sample is the beginning of a larger one. An image whose
+    caption is that of an earlier one waits (:func:`in_rounds`): samples of one batch with the same
+    text would make the contrastive target ambiguous.
 
     Raises:
         DataError: fewer images than asked for, a damaged image, a list that does not fit.

@@ -64,13 +64,9 @@ _PUBLISHED = {one.file: one for one in (COCO, FLICKR30K)}
 
 
 def open_pairs(loaded: LoadedModel, data: DataRequest, part: str) -> PairSource:
-    """Open the ``train`` or the ``test`` part of the data that goes with a model.
+    """Open the ``train`` or the ``test`` part of the data that goes with a model. Raises DataError.
 
     The training part is that of ``data.calibration_data`` where this is given.
-
-    Raises:
-        DataError: no data, a folder without caption files or with several kinds, an order of
-            classes, or what the readers of captions refuse.
     """
     if data.class_order is not None and data.evaluation != "zero-shot":
         raise DataError("Captions have no classes: --class-order goes with --eval zero-shot.")
@@ -180,10 +176,8 @@ def demo_scenes(part: str) -> PairSource:
 
 
 def imagenet_pairs(source: Source, classnames: Sequence[str]) -> PairSource:
-    """Labelled images with captions ``a photo of a <class name>.``, to calibrate zero-shot classifiers.
-
-    Raises:
-        DataError: not one name per class.
+    """Labelled images with captions ``a photo of a <class name>.``, one name per class. Raises
+    DataError.
     """
     if len(classnames) != source.classes:
         raise DataError(

@@ -32,16 +32,10 @@ def normalised(embeddings: Tensor) -> Tensor:
 def embed_images(
     encode_image: Encode, images: Images, device: torch.device, batch_size: int, workers: int, advance: Callable[[int], None]
 ) -> tuple[Tensor, Tensor]:
-    """Embed all of ``images``; ``advance`` gets the number of those done.
+    """Embed all images: positions (n,), ascending, without skipped ones, and embeddings (n, d).
 
-    Returns:
-        Positions (n,) on the CPU, ascending, without skipped images; embeddings (n, d) on
-        ``device``.
-
-    Raises:
-        DataError: a damaged image (unless skipped), or none left.
-        ModelError: the model does not take these images.
-        NumericsError: from :func:`normalised`.
+    Raises DataError for a damaged image (unless skipped) or none left, ModelError and
+    NumericsError.
     """
     positions, embeddings = [], []
     for batch in image_outputs(encode_image, images, device, batch_size, workers):

@@ -30,32 +30,20 @@ def evaluate_pairs(
     report: Report,
     truncated_captions: int | None = None,
 ) -> Evaluation:
-    """Measure two encoders on all pairs of ``source``: see
+    """Measure two encoders on all pairs of ``source``, see
     :func:`~tasks.retrieval.bootstrap.measures`.
 
-    Args:
-        encode_image: (B, C, H, W) on ``device`` to embeddings (B, d) of any length.
-        encode_text: (B, L) token ids on ``device`` likewise.
-        images: those of ``source`` with their transform; their labels are not used.
-        source: images, captions and which belong together.
-        tokenizer: captions to token ids.
-        device: of the encoders.
-        batch_size: images, and then captions, per forward pass.
-        workers: data-loading processes.
-        report: receives progress, one unit per image and per caption.
-        truncated_captions: for the record; see :func:`truncated`.
+    The encoders map (B, C, H, W), and token ids (B, L), on ``device`` to embeddings (B, d) of any
+    length. ``images`` are those of ``source`` with their transform; one that was skipped takes its
+    captions along.
 
     Returns:
-        ``n`` is the number of images. ``outcomes`` have one row per query, images first:
-
-        - ``sample``: ``image:<id>`` or ``caption:<image id>#<number within the image>``;
-        - ``direction``: 0 image to text, 1 text to image;
-        - ``rank``, ``correct``: of the best correct item, from 0; whether it is 0;
-        - ``best``: index in ``source`` of the top-scoring caption or image, among equals any;
-        - ``weight``: with it the mean of ``correct`` is R@1: both directions count the same;
-        - ``cluster``: index in ``source`` of the query's image; different images are independent.
-
-        A damaged image that was skipped takes its captions along.
+        ``n`` is the number of images. ``outcomes`` have one row per query, images first: ``sample``
+        (``image:<id>`` or ``caption:<image id>#<number within the image>``); ``direction`` (0 image
+        to text, 1 text to image); ``rank`` of the best correct item, from 0, and ``correct`` if it
+        is 0; ``best``, index of the top-scoring item in ``source``, among equals any; ``weight``,
+        with which the mean of ``correct`` is R@1 (both directions count the same); ``cluster``,
+        index of the query's image in ``source`` (different images are independent).
 
     Raises:
         DataError: a damaged image (unless skipped), or none left.

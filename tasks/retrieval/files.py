@@ -29,18 +29,14 @@ class _Row(NamedTuple):
 
 
 def read_captions(path: Path, own: str | None = None) -> Splits:
-    """Read a file of captions, once while it stays as it is.
+    """Read a .json, .csv or .jsonl file of captions, once while it stays as it is.
 
-    In a table, rows of one image need not stand together: images are in the order of their first
-    row, captions in that of their rows.
-
-    Args:
-        path: a .json, .csv or .jsonl file.
-        own: split of a file that holds one split only; None where each row must name its own.
+    Rows of one image in a table need not stand together: images are in the order of their first
+    row. ``own`` is the split of a file that holds one split only; else each row must name its own.
 
     Raises:
-        DataError: not UTF-8, not of the format, no or an unknown split, an image in two splits, or
-            in a table the same image and caption twice (which would weigh double in the metrics).
+        DataError: not of the format, no or an unknown split, an image in two splits, or in a table
+            the same image and caption twice (which would weigh double in the metrics).
     """
     return _read(path, own, state_of(path))
 

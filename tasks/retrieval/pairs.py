@@ -19,12 +19,8 @@ from tasks.common.record import Dataset
 class PairSource:
     """One part of an image-caption data set, such as ``Karpathy test`` of ``MS-COCO``.
 
-    Attributes:
-        image_ids: stable and distinct, in order.
-        captions: as they were written, those of an image together.
-        image_of: (captions,) int64 index of each caption's image, non-decreasing.
-        read: gives the PIL image of an image index.
-        notes: remarks on the files for the record and the user.
+    ``captions`` are as they were written, those of an image together; ``image_of`` (captions,)
+    int64 is the index of each one's image. ``read`` gives the PIL image of an index.
 
     Raises:
         DataError: no image, an image without a caption or listed twice, an empty caption, captions

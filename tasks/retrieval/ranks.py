@@ -23,14 +23,11 @@ _SCORES = 2**24
 
 @dataclass(frozen=True)
 class Ranks:
-    """Ranks from 0, and the top-scoring candidate of each query, all int32 and on the CPU.
+    """Ranks from 0, int32 on the CPU, of the best own caption (n,) and of the caption's image (m,).
 
-    Attributes:
-        image_to_text: (n,) rank of each image's best own caption among all captions.
-        text_to_image: (m,) rank of each caption's image among all images.
-        best_caption, best_image: (n,) and (m,) index of the top-scoring item; among equals any.
-        leading: of each image that was asked for, index and score of its top-scoring captions, the
-            highest first; among equals wrong ones, as in ranks.
+    ``best_caption`` (n,) and ``best_image`` (m,) are the top-scoring items, among equals any.
+    ``leading`` has index and score of the top-scoring captions of each image that was asked for,
+    the highest first; among equals wrong ones, as in ranks.
     """
 
     image_to_text: np.ndarray
@@ -41,21 +38,15 @@ class Ranks:
 
 
 def pair_ranks(images: Tensor, captions: Tensor, image_of: np.ndarray, shown: Sequence[int] = ()) -> Ranks:
-    """Rank the captions of every image and the image of every caption.
+    """Rank the captions of every image and the image of every caption, from unit embeddings (n, d),
+    (m, d).
 
     A rank is the number of wrong items that score at least as high as the best correct one. Ties
     count against the model, or a constant embedding would score; so do equal captions of different
-    images, which no model can tell apart.
+    images, which no model can tell apart. ``image_of`` (m,) is the index of each caption's image;
+    ``shown`` are rising indices of images whose best captions are asked for.
 
-    Args:
-        images: (n, d) float32, L2-normalised.
-        captions: (m, d) likewise, on the same device.
-        image_of: (m,) index of each caption's image.
-        shown: indices of images, rising, whose best captions are asked for.
-
-    Raises:
-        DataError: an image without a caption.
-        NumericsError: NaN or infinity.
+    Raises DataError for an image without a caption, and NumericsError for NaN or infinity.
     """
     bare = np.setdiff1d(np.arange(len(images)), image_of)
     if len(bare):

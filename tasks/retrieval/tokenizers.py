@@ -21,13 +21,8 @@ _PROBES = ("a photo of a cat", "Two dogs, on the grass.", "The man's 3 red buses
 class Tokenizer:
     """Captions to token ids, as open_clip's tokenizer of a model gives them.
 
-    Args:
-        tokenizer: open_clip's.
-        context_length: L, ids per caption; longer captions are cut as open_clip cuts them (the end
-            token stays).
-        vocabulary: number of ids that the model knows.
-        origin: the files' entry in records, behind the weights'; empty where open_clip or the demo
-            brings them.
+    A caption has ``context_length`` ids; longer ones are cut as open_clip cuts them (the end token
+    stays). The model knows ``vocabulary`` ids. ``origin`` tells records of the tokenizer's files.
     """
 
     def __init__(self, tokenizer: SimpleTokenizer | HFTokenizer, context_length: int, vocabulary: int, origin: str = "") -> None:

@@ -36,13 +36,11 @@ def imagenet_names(folders: Sequence[str]) -> tuple[str, ...]:
 
 
 def class_names(root: Path, folders: Sequence[str]) -> tuple[str, ...]:
-    """Names of the classes that have these ``folders`` (by label) in ``root``/val.
+    """Names of the classes with these ``folders`` (by label): the lines of ``classnames.txt`` in
+    ``root``.
 
-    They are the lines of ``classnames.txt`` in ``root``. Without that file, the folders must be
-    ImageNet's 1000 WordNet ids; their names are those of the CLIP authors.
-
-    Raises:
-        DataError: no names, not as many as the classes, or an unreadable file.
+    Without that file, ImageNet's 1000 WordNet ids have the names of the CLIP authors. Raises
+    DataError.
     """
     path, classes = root / CLASSNAMES_FILE, len(folders)
     if not path.is_file():
@@ -85,13 +83,7 @@ def class_embeddings(
     report: Report,
     templates: Sequence[Template] = TEMPLATES,
 ) -> Tensor:
-    """Embeddings (classes, d) at unit length: means over ``templates``, each at unit length too.
-
-    ``encode_text`` maps (B, L) token ids on ``device`` to embeddings (B, d) of any length;
-    ``report`` receives progress, one unit per text.
-
-    Raises ModelError where the encoder does not take the tokens, and NumericsError.
-    """
+    """Unit embeddings (classes, d): means of unit embeddings over ``templates``. Raises ModelError."""
     total = len(names) * len(templates)
     found = []
     for start in range(0, len(names), _CLASSES):
@@ -110,8 +102,6 @@ class ZeroShotClassifier(nn.Module):
     """Images (B, C, H, W) to logits (B, classes): cosine similarities times exp(``logit_scale``).
 
     The factor leaves ranks alone and gives the probabilities that the model was trained for.
-    ``embeddings`` are from :func:`class_embeddings`; ``encode_image`` gives embeddings of any
-    length.
     """
 
     def __init__(self, encode_image: Encode, embeddings: Tensor, logit_scale: Tensor) -> None:

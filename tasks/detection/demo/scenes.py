@@ -48,18 +48,12 @@ class Placed:
 
 @dataclass(frozen=True)
 class Scene:
-    """A composed scene.
+    """A composed scene with n annotated digits.
 
-    Attributes:
-        pixels: grey levels, uint8 (height, width).
-        ground: grey level where there is no digit.
-        grain: every pixel is changed by a uniform draw from plus or minus this.
-        placed: all digits in the order in which they were put down.
-        shown: positions in `placed` of the n annotated digits.
-        labels: their classes, int64 (n,).
-        masks: their visible pixels, bool (n, height, width); no pixel belongs to two.
-        boxes: tight boxes of the masks, x1, y1, x2, y2, the latter two one past the last pixel,
-            int64 (n, 4).
+    ``pixels`` are grey levels, uint8 (height, width); ``ground`` is the level without digits, which
+    ``grain`` changes at most. ``placed`` are all digits in order, ``shown`` the positions of the
+    annotated ones among them, ``labels`` their classes (n,), ``masks`` (n, height, width) their
+    visible pixels, of which none belongs to two, and ``boxes`` (n, 4) x1, y1, x2, y2 around these.
     """
 
     pixels: np.ndarray
