@@ -8,9 +8,9 @@ from fimaq_core.chain import BlockChain, Kept, MlpPart, NormPair, Segment
 from fimaq_core.errors import ModelError
 from fimaq_core.families.parts import norm_pair
 from fimaq_core.recipe import OFF, Recipe
-from tasks.detection.mm import CascadeRCNN, MaskRCNN, SwinBlockSequence, SwinTransformer, TwoStageDetector
+from tasks.detection.mm import CascadeRCNN, MaskRCNN, SwinBlockSequence, SwinTransformer, TwoStageDetector, expect
 from tasks.detection.neck import ExplicitFPN, Unpack, pack
-from tasks.detection.swin import ExplicitPatchEmbed, ExplicitPatchMerging, ExplicitSwinBlock, checked_norm
+from tasks.detection.swin import ExplicitPatchEmbed, ExplicitPatchMerging, ExplicitSwinBlock
 
 
 class _StageOutput(nn.Module):
@@ -39,32 +39,15 @@ def detector_segments(model: TwoStageDetector, recipes: Mapping[str, Recipe]) ->
     reconstruction there, and wherever their recipe asks for it. ``recipes`` are for ``backbone``
     and ``fpn``. Raises ModelError for parts of a kind that is not supported.
     """
-    if type(model) not in (MaskRCNN, CascadeRCNN):
-        raise ModelError(f"A detector of type {type(model).__name__} is not supported: it has to be MaskRCNN or CascadeRCNN.")
-    if not model.with_neck:
-        raise ModelError("A detector without a neck is not supported: it has to have an FPN.")
-    segments = _swin_segments(model.backbone, recipes["backbone"])
-    neck = ExplicitFPN(model.neck, recipes["fpn"])
-    stages = list(model.backbone.num_features)
-    if stages != neck.in_channels:
-        raise ModelError(f"The FPN takes {neck.in_channels} channels, and the backbone's stages give {stages}.")
-    return [*segments, Segment("neck", "neck", neck, before=_PackStages(), takes_kept=True)]
-
-
-def _swin_segments(backbone: nn.Module, recipe: Recipe) -> list[Segment]:
-    if type(backbone) is not SwinTransformer:
-        raise ModelError(f"A backbone of type {type(backbone).__name__} is not supported: it has to be SwinTransformer.")
-    if backbone.use_abs_pos_embed:
-        raise ModelError("A Swin backbone with absolute position embeddings is not supported.")
-    if tuple(backbone.out_indices) != tuple(range(len(backbone.stages))):
-        raise ModelError(f"A Swin backbone has to give the outputs of all its stages, not of {tuple(backbone.out_indices)}.")
-    segments = [Segment("backbone.patch_embed", "patch_embed", ExplicitPatchEmbed(backbone.patch_embed, recipe))]
-    for number, stage in enumerate(backbone.stages):
-        if type(stage) is not SwinBlockSequence:
-            raise ModelError(f"A stage of type {type(stage).__name__} is not supported.")
-        output = _StageOutput(checked_norm(getattr(backbone, f"norm{number}")))
+    expect(model, "A detector", MaskRCNN, CascadeRCNN)
+    expect(model.backbone, "A backbone", SwinTransformer)
+    recipe, embed = recipes["backbone"], model.backbone.patch_embed
+    segments = [Segment("backbone.patch_embed", "patch_embed", ExplicitPatchEmbed(embed, recipe))]
+    for number, stage in enumerate(model.backbone.stages):
+        output = _StageOutput(getattr(model.backbone, f"norm{number}"))
         segments += _stage_segments(f"backbone.stages.{number}", stage, output, recipe)
-    return segments
+    neck = ExplicitFPN(model.neck, recipes["fpn"])
+    return [*segments, Segment("neck", "neck", neck, before=_PackStages(), takes_kept=True)]
 
 
 def _stage_segments(label: str, stage: SwinBlockSequence, output: nn.Module, recipe: Recipe) -> list[Segment]:

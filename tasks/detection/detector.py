@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fimaq_core.chain import BlockChain
-from fimaq_core.errors import DataError, ModelError, NumericsError
+from fimaq_core.errors import DataError, NumericsError
 from tasks.detection.chain import backbone_and_neck
 from tasks.detection.heads import roi_heads
 from tasks.detection.mm import DetDataSample
@@ -27,15 +27,11 @@ class QuantizedDetector(nn.Module):
     image.
 
     The chain of :data:`DETECTOR` gives the features, else the float model does. Layers of the heads
-    were swapped in ``model`` itself. Raises ModelError for a detector that is not made of backbone,
-    neck, RPN and RoI head.
+    were swapped in ``model`` itself.
     """
 
     def __init__(self, model: nn.Module, chains: Mapping[str, BlockChain]) -> None:
         super().__init__()
-        missing = [name for name in ("backbone", "neck", "rpn_head", "roi_head") if getattr(model, name, None) is None]
-        if missing:
-            raise ModelError(f"A detector of type {type(model).__name__} without {', '.join(missing)} is not supported.")
         self.rpn_head, self.roi_head = model.rpn_head, model.roi_head
         chain = chains.get(DETECTOR)
         self.trunk = nn.Sequential(model.backbone, model.neck) if chain is None else backbone_and_neck(chain)

@@ -9,18 +9,7 @@ from torch import Tensor, nn
 from fimaq_core.errors import ModelError
 from fimaq_core.layers import QuantConv2d, QuantConvTranspose2d, QuantLinear
 from fimaq_core.recipe import Recipe
-from tasks.detection.mm import (
-    CascadeRoIHead,
-    ConvFCBBoxHead,
-    ConvModule,
-    FCNMaskHead,
-    Shared2FCBBoxHead,
-    Shared4Conv1FCBBoxHead,
-    SingleRoIExtractor,
-    StandardRoIHead,
-)
-
-_BOX_HEADS = (Shared2FCBBoxHead, Shared4Conv1FCBBoxHead, ConvFCBBoxHead)
+from tasks.detection.mm import CascadeRoIHead, ConvFCBBoxHead, FCNMaskHead, Shared2FCBBoxHead, StandardRoIHead, expect
 
 #: Quantizable forms of layers; mmcv wraps PyTorch's for empty inputs, which PyTorch takes by itself today.
 _FORMS: dict[type[nn.Module], Any] = {
@@ -58,42 +47,23 @@ def roi_heads(model: nn.Module) -> dict[str, nn.Module]:
 
     Raises ModelError for heads of another kind.
     """
-    roi_head = getattr(model, "roi_head", None)
-    if type(roi_head) not in (StandardRoIHead, CascadeRoIHead):
-        kind = type(roi_head).__name__
-        raise ModelError(f"A RoI head of type {kind} is not supported: StandardRoIHead and CascadeRoIHead are.")
-    if roi_head.with_shared_head:
-        raise ModelError("A RoI head with a shared_head is not supported.")
+    roi_head = model.roi_head
+    expect(roi_head, "A RoI head", StandardRoIHead, CascadeRoIHead)
     found = dict(stages("bbox", roi_head.bbox_head))
     for name, head in found.items():
-        if type(head) not in _BOX_HEADS or not (head.with_cls and head.with_reg):
-            raise ModelError(
-                f"A box head ({name}) of type {type(head).__name__} (or without classes or boxes) is not supported: "
-                f"{', '.join(known.__name__ for known in _BOX_HEADS)} are."
-            )
-    extractors = dict(stages("bbox", roi_head.bbox_roi_extractor))
-    if roi_head.with_mask:
-        masks = dict(stages("mask", roi_head.mask_head))
-        for name, head in masks.items():
-            if type(head) is not FCNMaskHead:
-                raise ModelError(f"A mask head ({name}) of type {type(head).__name__} is not supported: only FCNMaskHead is.")
-        found |= masks
-        extractors |= stages("mask", roi_head.mask_roi_extractor)
-    for name, extractor in extractors.items():
-        if type(extractor) is not SingleRoIExtractor:
-            raise ModelError(f"Pooling by {type(extractor).__name__} ({name}) is not supported: only SingleRoIExtractor is.")
-    return found
+        expect(head, f"A box head ({name})", Shared2FCBBoxHead, ConvFCBBoxHead)
+    masks = stages("mask", roi_head.mask_head) if roi_head.with_mask else []
+    for name, head in masks:
+        expect(head, f"A mask head ({name})", FCNMaskHead)
+    return {**found, **dict(masks)}
 
 
 def swap_layers(head: nn.Module, recipe: Recipe) -> None:
     """Replace all linear layers and convolutions inside ``head`` by quantizable ones, in place.
 
-    Raises:
-        ModelError: a layer with weights that is no norm either, or is not run as it stands.
+    Raises ModelError for another layer with weights that is no norm.
     """
     for parent_name, parent in list(head.named_modules()):
-        if isinstance(parent, ConvModule) and (parent.with_spectral_norm or parent.efficient_conv_bn_eval_forward is not None):
-            raise ModelError(f"A ConvModule ({parent_name}) with spectral norm or a fused norm is not supported.")
         for name, child in list(parent.named_children()):
             form = _FORMS.get(type(child))
             if form is not None:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 from mmengine.logging import MMLogger
 
+from fimaq_core.errors import ModelError
 from tasks.detection import ops
 
 
@@ -49,7 +50,7 @@ with _quiet():
     from mmdet.models.layers import PatchEmbed, PatchMerging
     from mmdet.models.necks import FPN
     from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
-    from mmdet.models.roi_heads.bbox_heads import ConvFCBBoxHead, Shared2FCBBoxHead, Shared4Conv1FCBBoxHead
+    from mmdet.models.roi_heads.bbox_heads import ConvFCBBoxHead, Shared2FCBBoxHead
     from mmdet.models.roi_heads.mask_heads import FCNMaskHead
     from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
     from mmdet.registry import MODELS
@@ -59,6 +60,14 @@ with _quiet():
     from mmengine.config import Config, ConfigDict
     from mmengine.registry import DefaultScope
     from mmengine.structures import InstanceData
+
+
+def expect(part: object, what: str, *kinds: type) -> None:
+    """Refuse a part of a detector that is none of ``kinds``: even a subclass may compute otherwise."""
+    if type(part) not in kinds:
+        names = " or ".join(kind.__name__ for kind in kinds)
+        raise ModelError(f"{what} of type {type(part).__name__} is not supported: it has to be {names}.")
+
 
 # of the cascade's averaged masks: it copies a tensor in a way that PyTorch finds clumsy
 warnings.filterwarnings("ignore", "To copy construct from a tensor", UserWarning, r"mmdet\.")

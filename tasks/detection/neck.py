@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from fimaq_core.errors import ModelError
 from fimaq_core.layers import QuantConv2d
 from fimaq_core.recipe import Recipe
-from tasks.detection.mm import FPN, ConvModule
+from tasks.detection.mm import FPN, expect
 
 
 def pack(maps: Sequence[Tensor]) -> Tensor:
@@ -57,7 +57,7 @@ class ExplicitFPN(nn.Module):
 
     def __init__(self, fpn: FPN, recipe: Recipe) -> None:
         super().__init__()
-        _check(fpn)
+        expect(fpn, "A neck", FPN)
         self.in_channels = list(fpn.in_channels)
         self.channels = [fpn.out_channels] * len(self.in_channels)
         self.lateral_convs, self.fpn_convs = fpn.lateral_convs, fpn.fpn_convs
@@ -82,21 +82,3 @@ class Unpack(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         maps = unpack(x, self.channels)
         return (*maps, maps[-1][:, :, ::2, ::2])
-
-
-def _check(fpn: FPN) -> None:
-    if type(fpn) is not FPN:
-        raise ModelError(f"A neck of type {type(fpn).__name__} is not supported: it has to be FPN.")
-    levels = len(fpn.in_channels)
-    if fpn.start_level != 0 or fpn.backbone_end_level != levels or fpn.num_outs != levels + 1 or fpn.add_extra_convs:
-        raise ModelError(
-            "An FPN has to use all stages of the backbone and to add one level, by subsampling: "
-            f"start_level 0, end_level -1, num_outs {levels + 1}, add_extra_convs False."
-        )
-    if dict(fpn.upsample_cfg) != {"mode": "nearest"}:
-        raise ModelError(f"An FPN that upsamples by {dict(fpn.upsample_cfg)} is not supported: it has to be the nearest cell.")
-    for module in (*fpn.lateral_convs, *fpn.fpn_convs):
-        if type(module) is not ConvModule or type(module.conv) is not nn.Conv2d or module.with_spectral_norm:
-            raise ModelError(f"An FPN with convolutions of type {type(module.conv).__name__} is not supported.")
-        if module.efficient_conv_bn_eval_forward is not None:
-            raise ModelError("An FPN that folds its norms into convolutions (efficient_conv_bn_eval) is not supported.")

@@ -1,7 +1,5 @@
 """The region proposal network as the last segment of a detector's chain."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -10,12 +8,11 @@ from fimaq_core.chain import Segment
 from fimaq_core.errors import ModelError
 from fimaq_core.layers import QuantConv2d
 from fimaq_core.recipe import Recipe
-from tasks.detection.mm import RPNHead
+from tasks.detection.mm import RPNHead, expect
 from tasks.detection.neck import Unpack
 
 #: Strides of the maps P2 to P6; all but the last are packed, so the sides of a padded image are multiples of the last but one.
-_STRIDES = [4, 8, 16, 32, 64]
-_DIVISOR = _STRIDES[-2]
+STRIDES = (4, 8, 16, 32, 64)
 
 _LAYERS = ("rpn_conv", "rpn_cls", "rpn_reg")
 
@@ -31,7 +28,7 @@ class RpnOutputs(nn.Module):
     def __init__(self, head: RPNHead) -> None:
         super().__init__()
         self.rpn_conv, self.rpn_cls, self.rpn_reg = (getattr(head, name) for name in _LAYERS)
-        self.unpack = Unpack([head.in_channels] * (len(_STRIDES) - 1))
+        self.unpack = Unpack([head.in_channels] * (len(STRIDES) - 1))
 
     def forward(self, packed: Tensor) -> Tensor:
         outputs = []
@@ -44,42 +41,22 @@ class RpnOutputs(nn.Module):
 def rpn_segment(model: nn.Module, recipe: Recipe) -> Segment:
     """The RPN as a segment that is calibrated only; its layers are swapped in ``model.rpn_head``
     itself.
-
-    Raises:
-        ModelError: a head of another kind or on other levels.
     """
-    head = getattr(model, "rpn_head", None)
-    if type(head) is not RPNHead:
-        raise ModelError(f"A region proposal network of type {type(head).__name__} is not supported: only RPNHead is.")
-    if head.num_convs != 1 or not head.use_sigmoid_cls or head.bbox_coder.encode_size != 4:
-        raise ModelError("An RPNHead is supported with one convolution (num_convs=1), sigmoid classes and 4 deltas a box only.")
-    strides = rpn_strides(model)
-    if strides != _STRIDES:
-        raise ModelError(f"An RPNHead on levels of strides {strides} is not supported: its levels are P2 to P6, of {_STRIDES}.")
+    head = model.rpn_head
+    expect(head, "A region proposal network", RPNHead)
     for name in _LAYERS:
         layer = getattr(head, name)
-        if type(layer) is not nn.Conv2d:
-            raise ModelError(f"A layer of type {type(layer).__name__} ({name}) in an RPNHead is not supported: only Conv2d is.")
+        expect(layer, f"A layer ({name}) in an RPNHead", nn.Conv2d)
         setattr(head, name, QuantConv2d.from_float(layer, recipe.w_bits, recipe.a_bits))
     return Segment("rpn_head", "predictor", RpnOutputs(head))
 
 
-def rpn_strides(model: nn.Module) -> list[int]:
-    """Strides of the RPN's levels in pixels. Raises ModelError where they differ between the axes."""
-    head = model.rpn_head
-    assert isinstance(head, nn.Module)
-    strides = [tuple(stride) for stride in head.prior_generator.strides]
-    if any(across != down for across, down in strides):
-        raise ModelError(f"Anchors with strides that differ between the axes ({strides}) are not supported.")
-    return [int(across) for across, _ in strides]
-
-
-def rpn_levels(height: int, width: int, strides: Sequence[int]) -> list[int]:
+def rpn_levels(height: int, width: int) -> list[int]:
     """Positions on each level in the RPN's output, for a padded image.
 
     Raises ModelError for sides that are no multiples of 32.
     """
-    if height % _DIVISOR or width % _DIVISOR:
-        raise ModelError(f"An image of {height} x {width} pixels is not padded: the sides must be multiples of {_DIVISOR}.")
+    if height % STRIDES[-2] or width % STRIDES[-2]:
+        raise ModelError(f"An image of {height} x {width} pixels is not padded: the sides must be multiples of {STRIDES[-2]}.")
     # Negating twice rounds up: subsampling keeps the last position of an odd side.
-    return [-(-height // stride) * -(-width // stride) for stride in strides]
+    return [-(-height // stride) * -(-width // stride) for stride in STRIDES]

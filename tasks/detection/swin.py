@@ -10,32 +10,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fimaq_core.chain import MlpPart
-from fimaq_core.errors import ModelError
 from fimaq_core.families.attention import ExplicitWindowAttention
 from fimaq_core.families.parts import swap_linears
 from fimaq_core.layers import QuantConv2d, QuantLinear
 from fimaq_core.recipe import Recipe
-from tasks.detection.mm import FFN, PatchEmbed, PatchMerging, ShiftWindowMSA, SwinBlock, WindowMSA
+from tasks.detection.mm import FFN, PatchEmbed, PatchMerging, SwinBlock, WindowMSA, expect
 
 #: What hides a key of another region from a query, as mmdet and timm have it.
 _HIDDEN = -100.0
 
 
 class ExplicitPatchEmbed(nn.Module):
-    """mmdet's ``PatchEmbed``, quantizable: (B, 3, H, W) to (B, ⌈H / p⌉, ⌈W / p⌉, C).
-
-    Raises ModelError for patches that overlap or are padded otherwise than below and to the right.
-    """
+    """mmdet's ``PatchEmbed``, quantizable: (B, 3, H, W) to (B, ⌈H / p⌉, ⌈W / p⌉, C)."""
 
     def __init__(self, embed: PatchEmbed, recipe: Recipe) -> None:
         super().__init__()
-        if type(embed) is not PatchEmbed or type(embed.projection) is not nn.Conv2d:
-            raise ModelError(f"A patch embedding of type {type(embed).__name__} (or its projection) is not supported.")
-        conv = embed.projection
-        _check_patches("A patch embedding", embed.adap_padding, conv)
-        self.patch = conv.kernel_size
-        self.projection = QuantConv2d.from_float(conv, recipe.w_bits, recipe.patch_input_bits)
-        self.norm = checked_norm(embed.norm)
+        expect(embed, "A patch embedding", PatchEmbed)
+        self.patch = embed.projection.kernel_size
+        self.projection = QuantConv2d.from_float(embed.projection, recipe.w_bits, recipe.patch_input_bits)
+        self.norm = embed.norm or nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[2:]
@@ -46,18 +39,14 @@ class ExplicitPatchEmbed(nn.Module):
 class ExplicitPatchMerging(nn.Module):
     """mmdet's ``PatchMerging``, quantizable: (B, H, W, C) to (B, ⌈H / 2⌉, ⌈W / 2⌉, C').
 
-    ``nn.Unfold`` keeps the four values of a channel side by side, where timm keeps the channels of
-    a value. Raises ModelError for other patches than 2 x 2, side by side.
+    ``nn.Unfold`` keeps the four values of a channel side by side; timm keeps the channels of a
+    value.
     """
 
     def __init__(self, merging: PatchMerging, recipe: Recipe) -> None:
         super().__init__()
-        if type(merging) is not PatchMerging:
-            raise ModelError(f"Downsampling of type {type(merging).__name__} is not supported.")
-        _check_patches("A patch merging", merging.adap_padding, merging.sampler)
-        if tuple(merging.sampler.kernel_size) != (2, 2):
-            raise ModelError(f"A patch merging of {merging.sampler.kernel_size} cells is not supported: it has to be 2 x 2.")
-        self.norm = checked_norm(merging.norm)
+        expect(merging, "Downsampling", PatchMerging)
+        self.norm = merging.norm or nn.Identity()
         self.reduction = QuantLinear.from_float(merging.reduction, recipe.w_bits, recipe.a_bits)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -73,8 +62,7 @@ class ExplicitMlp(nn.Module):
 
     def __init__(self, ffn: FFN, recipe: Recipe) -> None:
         super().__init__()
-        if type(ffn) is not FFN or ffn.num_fcs != 2 or not ffn.add_identity or not isinstance(ffn.gamma2, nn.Identity):
-            raise ModelError(f"An MLP of type {type(ffn).__name__} other than two layers and a residual is not supported.")
+        expect(ffn, "An MLP", FFN)
         self.fc1, self.act, self.fc2 = ffn.layers[0][0], ffn.layers[0][1], ffn.layers[1]
         swap_linears(self, MlpPart("mlp"), recipe)
 
@@ -97,10 +85,9 @@ class ExplicitSwinBlock(nn.Module):
 
     def __init__(self, block: SwinBlock, recipe: Recipe) -> None:
         super().__init__()
-        if type(block) is not SwinBlock or type(block.attn) is not ShiftWindowMSA:
-            raise ModelError(f"A Swin block of type {type(block).__name__} (or its attention) is not supported.")
+        expect(block, "A Swin block", SwinBlock)
         self.window, self.shift = block.attn.window_size, block.attn.shift_size
-        self.norm1, self.norm2 = checked_norm(block.norm1), checked_norm(block.norm2)
+        self.norm1, self.norm2 = block.norm1, block.norm2
         self.attn = _window_attention(block.attn.w_msa, recipe)
         self.mlp = ExplicitMlp(block.ffn, recipe)
         self.register_buffer("pad", torch.zeros(block.ffn.embed_dims))
@@ -149,22 +136,7 @@ def _regions(count: int, size: int, shift: int, device: torch.device) -> Tensor:
 
 
 def _window_attention(attention: WindowMSA, recipe: Recipe) -> ExplicitWindowAttention:
-    if type(attention) is not WindowMSA:
-        raise ModelError(f"Attention of type {type(attention).__name__} is not supported for Swin models.")
+    expect(attention, "Attention", WindowMSA)
     table, index = attention.relative_position_bias_table, attention.relative_position_index
     bias = table[index.flatten()].view(*index.shape, -1).permute(2, 0, 1)[None]
     return ExplicitWindowAttention(attention.qkv, attention.proj, attention.num_heads, attention.scale, bias, table, recipe)
-
-
-def checked_norm(norm: nn.Module | None) -> nn.Module:
-    """``norm`` if it is a LayerNorm, the identity for None. Raises ModelError for any other."""
-    if norm is not None and type(norm) is not nn.LayerNorm:
-        raise ModelError(f"A norm of type {type(norm).__name__} is not supported for Swin models: it has to be LayerNorm.")
-    return nn.Identity() if norm is None else norm
-
-
-def _check_patches(what: str, padding: nn.Module | None, cut: nn.Conv2d | nn.Unfold) -> None:
-    """Refuse patches that overlap, have holes, or are padded otherwise than below and to the right."""
-    kernel, stride, pads, dilation = (tuple(getattr(cut, name)) for name in ("kernel_size", "stride", "padding", "dilation"))
-    if stride != kernel or pads != (0, 0) or dilation != (1, 1) or getattr(padding, "padding", None) != "corner":
-        raise ModelError(f"{what} with overlapping, dilated or otherwise padded patches is not supported.")

@@ -23,8 +23,7 @@ from tasks.detection.divergence import ProposalDivergence
 from tasks.detection.evaluate import evaluate_detector
 from tasks.detection.heads import region_examples, roi_heads
 from tasks.detection.pictures import pictures
-from tasks.detection.roi import roi_inputs, roi_parts
-from tasks.detection.roi_terms import ProposalTerms, class_count
+from tasks.detection.roi import ProposalTerms, class_count, roi_inputs, roi_parts
 from tasks.detection.rpn import rpn_levels, rpn_segment
 
 #: Settings of layers that stay as they are.
@@ -123,8 +122,7 @@ class DetectionTask(Named):
         """That of the proposals' maps. RoI heads are not reconstructed: nobody asks theirs."""
         _check(recipe)
         head = loaded.model.rpn_head
-        strides = [int(stride[0]) for stride in head.prior_generator.strides]
-        levels = [rpn_levels(image.shape[2], image.shape[3], strides) for image in images.images]
+        levels = [rpn_levels(image.shape[2], image.shape[3]) for image in images.images]
         classes = class_count(loaded.model) if recipe.detection_terms == "rpn+roi" else 0
         made: dict[str, Divergence] = dict.fromkeys(roi_heads(loaded.model), Divergence())
         made[DETECTOR] = ProposalDivergence(levels, head.num_base_priors, classes)

@@ -10,13 +10,13 @@ from torch import Tensor
 import tasks.detection.mm as mm
 from fimaq_core.calibration.calibrate import calibrate
 from fimaq_core.chain import BlockChain
-from fimaq_core.errors import DataError, ModelError, NumericsError
+from fimaq_core.errors import DataError, NumericsError
 from fimaq_core.layers import quant_layers, set_quantized
 from fimaq_core.samples import Ragged, Samples
 from tasks.detection.chain import detector_segments
 from tasks.detection.detector import QuantizedDetector
 from tasks.detection.roi import roi_inputs, roi_parts
-from tasks.detection.rpn import rpn_levels, rpn_segment, rpn_strides
+from tasks.detection.rpn import rpn_levels, rpn_segment
 
 KINDS = {"mask": config(), "cascade": config(cascade=True), "boxes only": config(masks=False)}
 
@@ -137,7 +137,7 @@ def test_the_whole_chain_predicts_as_mmdet_does(kind: str) -> None:
     assert torch.allclose(found["scores"], expected["scores"], atol=1e-4)
     assert torch.allclose(found["bboxes"], expected["bboxes"], atol=1e-2)
     assert (found["masks"] != expected["masks"]).float().mean() < 1e-3
-    levels = rpn_levels(*image.shape[2:], rpn_strides(model))
+    levels = rpn_levels(*image.shape[2:])
     with torch.no_grad():
         assert chain(image).shape == (1, sum(levels), 15)
 
@@ -161,13 +161,6 @@ def test_images_come_one_by_one_and_with_their_sizes() -> None:
     del meta["scale_factor"], meta["ori_shape"]
     with pytest.raises(DataError, match="without ori_shape, scale_factor"):
         detector.predict(image, meta)
-
-
-def test_a_model_without_heads_is_no_detector() -> None:
-    model = build(KINDS["mask"])
-    del model.rpn_head
-    with pytest.raises(ModelError, match="MaskRCNN without rpn_head is not supported"):
-        QuantizedDetector(model, {})
 
 
 WHERE = {
