@@ -11,7 +11,7 @@ from PIL import Image
 from fimaq_core.errors import DataError
 from fimaq_core.recipe import Recipe
 from tasks.classification.demo.digits import DigitPairs
-from tasks.common.calibration import draw, id_positions, read_list
+from tasks.common.calibration import draw, positions_of, read_list
 from tasks.common.files import file_below
 from tasks.common.folders import Source, open_folder
 from tasks.common.imagenet import LAYOUT
@@ -80,14 +80,8 @@ def _listed(data: DataRequest, source: Source | None) -> tuple[list[str], Callab
     assert data.calibration_list is not None
     ids = read_list(data.calibration_list).ids
     if source is not None:
-        positions = id_positions(source.ids)
-        unknown = [name for name in ids if name not in positions]
-        if unknown:
-            raise DataError(
-                f"The calibration list names {len(unknown)} samples that are not in {source.name} {source.split}, "
-                f"such as {unknown[0]!r}."
-            )
-        return ids, lambda index: source.read(positions[ids[index]])
+        positions = positions_of(ids, source.ids, data.calibration_list, f"{source.name} {source.split}")
+        return ids, lambda index: source.read(positions[index])
     root = data.path or Path()
     # Ids are relative to the data's folder where they can be: random transforms are seeded by them.
     paths = [_listed_file(root, name) for name in ids]

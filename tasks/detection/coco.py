@@ -17,9 +17,9 @@ from tasks.common.request import DataRequest
 from tasks.common.task import LoadedModel
 from tasks.detection.annotations import Coco, Entry, checked, read_annotations
 from tasks.detection.categories import COCO_CLASSES, Origin, match_categories
-from tasks.detection.layout import LAYOUT, SPLITS, absent, annotation_file, data_root, is_file_of_annotations
-from tasks.detection.locate import image_folder, locate
+from tasks.detection.locate import data_root, image_folder, locate
 from tasks.detection.orientation import UNREADABLE, Exif, Orientation, ask, orientation_of, summary, turned
+from tasks.detection.tags import LAYOUT, SPLITS, absent, annotation_file, is_file_of_annotations
 
 COCO_NAME = "COCO 2017"
 #: Images of its splits, and number of categories.

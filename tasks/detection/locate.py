@@ -8,7 +8,6 @@ from pathlib import Path
 from fimaq_core.errors import DataError
 from tasks.common.files import FilesBelow
 from tasks.common.images import counted
-from tasks.detection.layout import data_root, image_folders
 
 
 class Folder(FilesBelow):
@@ -27,10 +26,27 @@ class Folder(FilesBelow):
         return next(below, None)
 
 
+def image_folders(path: Path) -> list[Path]:
+    """Folders in which the images of a file of annotations are looked for, in order.
+
+    For ``data/annotations/instances_val2017_small.json`` these are, in ``data/annotations``, the
+    folder with the file's name; in ``data``, ``val2017_small`` and ``val2017``; then
+    ``data/annotations/images`` and ``data/annotations``.
+    """
+    parent, split = path.parent, path.stem.removeprefix("instances_")
+    found = [parent / path.stem, parent.parent / split, parent.parent / split.partition("_")[0], parent / "images", parent]
+    return list(dict.fromkeys(found))
+
+
+def data_root(path: Path) -> Path:
+    """Folder of the data of a file of annotations: its own, or the one above ``annotations``."""
+    return path.parent.parent if path.parent.name == "annotations" else path.parent
+
+
 def image_folder(path: Path, first: str) -> Path:
     """Find the folder of the images of a file of annotations by the name of its first image.
 
-    It is one of :func:`~tasks.detection.layout.image_folders`, or another below the data's folder.
+    It is one of :func:`image_folders`, or another below the data's folder.
     Raises DataError.
     """
     path = path.absolute()

@@ -9,8 +9,7 @@ from fimaq_core.errors import DataError
 from tasks.common.pictures import known_pictures
 from tasks.common.request import DataRequest, ModelRequest
 from tasks.detection.coco import open_coco, open_demo, open_file
-from tasks.detection.layout import LAYOUT, is_file_of_annotations
-from tasks.detection.tags import DEMO_NAMES
+from tasks.detection.tags import DEMO_NAMES, LAYOUT, is_file_of_annotations
 
 
 def pictures(model: ModelRequest, data: DataRequest, ids: Sequence[str]) -> dict[str, Image.Image]:

@@ -64,26 +64,22 @@ class Matches:
         return cls(truths, tuple(levels))
 
 
-def average_precision(matches: Matches, weights: np.ndarray | None = None) -> np.ndarray:
-    """COCO's average precision at each IoU threshold (T,), in 0..1; NaN where no object counts.
-
-    ``weights`` (I,) say how often each image counts; None: once.
-    """
-    return _by_level(matches, weights, _sampled)
+def average_precision(matches: Matches) -> np.ndarray:
+    """COCO's average precision at each IoU threshold (T,), in 0..1; NaN where no object counts."""
+    return _by_level(matches, _sampled)
 
 
-def area(matches: Matches, weights: np.ndarray | None = None) -> np.ndarray:
+def area(matches: Matches) -> np.ndarray:
     """Area under the interpolated curve; arguments and shape as of :func:`average_precision`."""
-    return _by_level(matches, weights, _area)
+    return _by_level(matches, _area)
 
 
-def _by_level(matches: Matches, weights: np.ndarray | None, mean: _Mean) -> np.ndarray:
-    weights = np.ones(len(matches.truths)) if weights is None else weights.astype(np.float64)
-    total = np.array([weights @ matches.truths])
+def _by_level(matches: Matches, mean: _Mean) -> np.ndarray:
+    total = np.array([matches.truths.sum()], dtype=np.float64)
     values = []
-    for hits, misses, before in matches.levels:
-        wrong = np.bincount(before, weights[misses], minlength=len(hits) + 1).cumsum()[: len(hits)]
-        values.append(mean(weights[hits].cumsum()[None], wrong[None], total)[0])
+    for hits, _, before in matches.levels:
+        wrong = np.bincount(before, minlength=len(hits) + 1).cumsum()[: len(hits)].astype(np.float64)
+        values.append(mean(np.arange(1.0, len(hits) + 1)[None], wrong[None], total)[0])
     return np.array(values)
 
 

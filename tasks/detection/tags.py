@@ -1,4 +1,4 @@
-"""Names of detectors and what is missing of weights and data; imports nothing heavy."""
+"""Names of detectors, files of COCO 2017 (Lin et al., ECCV 2014, arXiv:1405.0312), and what is missing; imports nothing heavy."""
 
 from itertools import combinations
 from pathlib import Path
@@ -7,7 +7,15 @@ from typing import Any
 from fimaq_core.errors import ModelError, suggest
 from tasks.common.hub import Catalogue
 from tasks.common.request import DataRequest, Missing, ModelRequest
-from tasks.detection.layout import LAYOUT, absent
+
+#: Splits of COCO 2017 by part: the published numbers are on ``val2017``.
+SPLITS = {"train": "train2017", "val": "val2017"}
+
+LAYOUT = (
+    "The folder of COCO 2017 is expected, with annotations/instances_val2017.json and val2017/ (5,000 images), and "
+    "annotations/instances_train2017.json and train2017/ to calibrate on; or a file of annotations in COCO's format, whose name "
+    "ends in .json, with the images beside it"
+)
 
 #: Models, the trainings that were published for them (12 or 36 epochs on COCO), and the files of these: release and name.
 PUBLISHED: dict[str, dict[str, str]] = {
@@ -116,3 +124,24 @@ def missing_data(data: DataRequest, brings_data: bool) -> Missing | None:
     if data.path is None and not brings_data:
         lacking.insert(0, "the data set COCO 2017")
     return Missing(" and ".join(dict.fromkeys(lacking)), f"{LAYOUT}.") if lacking else None
+
+
+def annotation_file(root: Path, part: str) -> Path:
+    """The annotations of a part (``train`` or ``val``) of COCO 2017."""
+    return root / "annotations" / f"instances_{SPLITS[part]}.json"
+
+
+def is_file_of_annotations(path: Path) -> bool:
+    """True for the path of one file of annotations, not of a folder."""
+    return path.suffix == ".json"
+
+
+def absent(path: Path, part: str) -> list[str]:
+    """Missing pieces of a part at a path, each as ``the folder ...`` or ``the file ...``."""
+    if is_file_of_annotations(path):
+        return [] if path.is_file() else [f"the file {path}"]
+    if not path.is_dir():
+        return [f"the folder {path}"]
+    wanted = annotation_file(path, part)
+    found = [] if wanted.is_file() else [f"the file {wanted}"]
+    return found + ([] if (path / SPLITS[part]).is_dir() else [f"the folder {path / SPLITS[part]}"])
