@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from demo_training import common
 from tasks.retrieval.demo import scenes
-from tasks.retrieval.demo.captions import NUM_FACTS
 from tasks.retrieval.demo.models import DEMO
 from tasks.retrieval.demo.tokens import demo_tokenizer
 
@@ -58,8 +57,8 @@ class FactHeads(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.features = nn.Linear(model.visual.output_dim, NUM_FACTS * scenes.CELLS)
-        self.patches = nn.Linear(model.visual.ln_post.normalized_shape[0], NUM_FACTS)
+        self.features = nn.Linear(model.visual.output_dim, scenes.NUM_FACTS * scenes.CELLS)
+        self.patches = nn.Linear(model.visual.ln_post.normalized_shape[0], scenes.NUM_FACTS)
         self._grid = model.visual.grid_size
         self._tokens = torch.empty(0)
         self.listener = model.visual.transformer.register_forward_hook(self._keep)
@@ -71,7 +70,7 @@ class FactHeads(nn.Module):
         int64 (b, 4).
         """
         scale = images.shape[1] ** 0.5  # Features of norm 1 would hardly move the head.
-        found = [self.features(x * scale).unflatten(1, (NUM_FACTS, -1)) for x in (images, texts)]
+        found = [self.features(x * scale).unflatten(1, (scenes.NUM_FACTS, -1)) for x in (images, texts)]
         rows, columns = self._grid
         cells = self._tokens[:, 1:].unflatten(1, (2, rows // 2, 2, columns // 2)).mean((2, 4))  # (b, 2, 2, width)
         patches = F.cross_entropy(self.patches(cells).flatten(0, 2), facts.flatten())

@@ -74,29 +74,23 @@ def _stage_segments(label: str, stage: SwinBlockSequence, output: nn.Module, rec
 
 
 class BackboneAndNeck(nn.Module):
-    """Segments of a chain in the place of mmdet's backbone and neck: image to maps (P2, ..., P6)."""
+    """A chain up to its neck, in the place of mmdet's backbone and neck: image to maps (P2, ...,
+    P6).
 
-    def __init__(self, segments: list[Segment]) -> None:
+    Raises ModelError for a chain without a neck.
+    """
+
+    def __init__(self, chain: BlockChain) -> None:
         super().__init__()
-        self.segments = nn.ModuleList(segments)
-        neck = segments[-1].block
-        assert isinstance(neck, ExplicitFPN)
-        self.unpack = Unpack(neck.channels)
+        kinds = [segment.kind for segment in chain]
+        if "neck" not in kinds:
+            raise ModelError("The chain has no neck, so it does not give the maps of a detector's heads.")
+        self.segments = nn.ModuleList(list(chain)[: kinds.index("neck") + 1])
+        self.unpack = Unpack(self.segments[-1].block.channels)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         kept: Kept = ()
         for segment in self.segments:
-            assert isinstance(segment, Segment)
             x = segment(x, None, kept)
             kept = segment.kept_with(x, kept)
-        maps: tuple[Tensor, ...] = self.unpack(x)
-        return maps
-
-
-def backbone_and_neck(chain: BlockChain) -> BackboneAndNeck:
-    """The adapter that runs ``chain`` up to its neck. Raises ModelError without one."""
-    segments = list(chain)
-    kinds = [segment.kind for segment in segments]
-    if "neck" not in kinds:
-        raise ModelError("The chain has no neck, so it does not give the maps of a detector's heads.")
-    return BackboneAndNeck(segments[: kinds.index("neck") + 1])
+        return self.unpack(x)

@@ -1,8 +1,9 @@
 """A detector put together: features by a chain or the float model, the rest by mmdet's own heads."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from fimaq_core.chain import BlockChain
 from fimaq_core.errors import DataError, NumericsError
-from tasks.detection.chain import backbone_and_neck
+from tasks.detection.chain import BackboneAndNeck
 from tasks.detection.heads import roi_heads
 from tasks.detection.mm import DetDataSample
 
@@ -34,7 +35,7 @@ class QuantizedDetector(nn.Module):
         super().__init__()
         self.rpn_head, self.roi_head = model.rpn_head, model.roi_head
         chain = chains.get(DETECTOR)
-        self.trunk = nn.Sequential(model.backbone, model.neck) if chain is None else backbone_and_neck(chain)
+        self.trunk = nn.Sequential(model.backbone, model.neck) if chain is None else BackboneAndNeck(chain)
         self.eval()
 
     def extract_feat(self, image: Tensor) -> tuple[Tensor, ...]:
@@ -68,7 +69,7 @@ class QuantizedDetector(nn.Module):
         """Check all outputs of trunk and heads for NaN and infinity before they are used."""
         named = {"backbone and neck give": self.trunk, "the RPN gives": self.rpn_head}
         named |= {f"the RoI head {name} gives": head for name, head in roi_heads(self).items()}
-        handles = [module.register_forward_hook(_checker(name)) for name, module in named.items()]
+        handles = [module.register_forward_hook(partial(_check, name)) for name, module in named.items()]
         try:
             yield
         finally:
@@ -76,12 +77,9 @@ class QuantizedDetector(nn.Module):
                 handle.remove()
 
 
-def _checker(what: str) -> Callable[[nn.Module, Any, Any], None]:
-    def check(module: nn.Module, args: Any, output: Any) -> None:
-        if not all(bool(one.isfinite().all()) for one in tree_leaves(output)):
-            raise NumericsError(f"What {what} holds NaN or infinity, so what is found would not be what the model says.")
-
-    return check
+def _check(what: str, _module: nn.Module, _args: Any, output: Any) -> None:
+    if not all(bool(one.isfinite().all()) for one in tree_leaves(output)):
+        raise NumericsError(f"What {what} holds NaN or infinity, so what is found would not be what the model says.")
 
 
 def described(meta: Mapping[str, object]) -> DetDataSample:

@@ -7,7 +7,7 @@ caption, and retrieval would hide what quantization costs.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,7 +19,6 @@ from torchvision.transforms import v2
 
 from tasks.common.augment import RandomDigitWarp
 from tasks.common.digits import PARTS, SEED, DigitDealer, DigitSamples, check_part, load_digits, resize, to_tensor
-from tasks.retrieval.demo.captions import NUM_FORMS, fact_of, write_caption
 
 CELL_SIZE = 24
 CELLS = 4
@@ -27,6 +26,20 @@ CANVAS_SIZE = (2 * CELL_SIZE, 2 * CELL_SIZE)
 # Side of a digit's image in pixels, first and last of a size class: small, large.
 SIZES = ((14, 16), (22, 24))
 GROUP = 4
+
+DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+SIZE_WORDS = ("small", "large")
+PLACE_WORDS = ("top left", "top right", "bottom left", "bottom right")
+NUM_FACTS = 1 + 2 * 10
+
+# How one digit is told, what stands between two, and what before the last.
+_FORMS = (
+    ("a {size} {digit} {place}", ", ", " and "),
+    ("{place} a {size} {digit}", ", ", " and "),
+    ("{size} {digit} at {place}", ", ", ", "),
+    ("{place}: {size} {digit}", "; ", "; "),
+)
+NUM_FORMS = len(_FORMS)
 
 # Of the `train` part's pixels in [0, 1]; constants, so that preprocessing never drifts.
 PIXEL_MEAN = 0.0657
@@ -40,7 +53,7 @@ _SCENES = {"train": 4096, "val": 500, "test": 1000}
 class ScenePlan:
     """Digits and captions of n scenes; arrays are int64 (n, 4), one column per cell.
 
-    ``facts`` are of :func:`~tasks.retrieval.demo.captions.fact_of`, ``sources`` the digits' source
+    ``facts`` are of :func:`fact_of`, ``sources`` the digits' source
     indices (-1: empty), ``sizes`` the sides of their images in pixels, and ``offsets`` (n, 4, 2) top
     and left inside the cell.
     """
@@ -50,6 +63,25 @@ class ScenePlan:
     sizes: np.ndarray
     offsets: np.ndarray
     captions: tuple[str, ...]
+
+
+def fact_of(digit: int, large: int) -> int:
+    """The fact of a cell with a digit; that of an empty cell is 0."""
+    return 1 + 2 * digit + large
+
+
+def write_caption(facts: Sequence[int], order: Sequence[int], form: int) -> str:
+    """Write the caption of a scene by the facts of its four cells, told in this order and form.
+
+    Empty cells are passed over. Different facts give different captions, whatever order and form.
+    """
+    item, separator, last = _FORMS[form]
+    items = []
+    for cell in order:
+        if facts[cell]:
+            digit, size = divmod(facts[cell] - 1, 2)
+            items.append(item.format(size=SIZE_WORDS[size], digit=DIGIT_WORDS[digit], place=PLACE_WORDS[cell]))
+    return last.join([separator.join(items[:-1]), items[-1]] if items[1:] else items)
 
 
 def draw_facts(count: int, rng: np.random.Generator) -> np.ndarray:

@@ -8,8 +8,7 @@ from coco_fakes import guesses, in_memory, random_coco
 from pycocotools.cocoeval import COCOeval
 
 from tasks.detection.coco import DetectionSource
-from tasks.detection.evaluate import coco_results
-from tasks.detection.matching import Detections, _found, _objects, match
+from tasks.detection.evaluate import Detections, _found, _objects, coco_results, match
 from tasks.detection.precision import (
     Averages,
     Level,
