@@ -97,10 +97,7 @@ def batch_of(scenes: tuple[Scene, ...], first: int = 0) -> dict[str, list[Any]]:
 
 
 def measure(model: nn.Module, part: str) -> dict[str, Any]:
-    """AP of boxes and of masks in percent, by mmdet's CocoMetric, and the number of scenes.
-
-    One image at a time; the model is left in eval mode.
-    """
+    """AP of boxes and masks in percent by mmdet's CocoMetric, image by image, and number of scenes."""
     model.eval()
     scenes = coco_files.scenes_of(part)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):  # tables of pycocotools

@@ -64,11 +64,7 @@ class FactHeads(nn.Module):
         self.listener = model.visual.transformer.register_forward_hook(self._keep)
 
     def forward(self, images: Tensor, texts: Tensor, facts: Tensor) -> Tensor:
-        """Sum of the mean cross entropies, over scenes and cells, of images, texts and patches.
-
-        ``images`` and ``texts`` are features (b, d) of norm 1 of the model's last call; ``facts`` are
-        int64 (b, 4).
-        """
+        """Sum of the mean cross entropies, over scenes and cells, of images, texts and patches."""
         scale = images.shape[1] ** 0.5  # Features of norm 1 would hardly move the head.
         found = [self.features(x * scale).unflatten(1, (scenes.NUM_FACTS, -1)) for x in (images, texts)]
         rows, columns = self._grid
@@ -82,10 +78,7 @@ class FactHeads(nn.Module):
 
 @torch.inference_mode()
 def measure(model: nn.Module, part: str) -> dict[str, Any]:
-    """Recall at 1 in percent, each query against the whole part, both directions, and the number of scenes.
-
-    The model is left in eval mode.
-    """
+    """Recall at 1 in percent, each query against the whole part, and the number of scenes."""
     model.eval()
     data = scenes.DigitScenes(part)
     pixels = torch.from_numpy(data.pixels)[:, None].float() / 255

@@ -26,12 +26,7 @@ from tasks.common.weights import load_state, read_weights
 
 
 def load_model(request: ModelRequest) -> LoadedModel:
-    """Load a classifier with its weights and transforms.
-
-    Raises:
-        ModelError: unknown name, missing or unfit weights, arguments the model does not take.
-        NumericsError: NaN in the weights.
-    """
+    """Load a classifier with its weights and transforms. Raises ModelError, NumericsError."""
     missing = CATALOGUE.missing_weights(request)
     if missing is not None:
         raise ModelError(describe_missing([missing]))
@@ -73,10 +68,7 @@ def load_model(request: ModelRequest) -> LoadedModel:
 
 
 def _preprocessing(model: nn.Module, given: dict[str, Any]) -> Preprocessing:
-    """timm's preprocessing for the model as it was built, with ``given`` fields instead of its own.
-
-    Raises ModelError for images whose size, channels, mean or deviation do not fit the model.
-    """
+    """timm's preprocessing for the model, with ``given`` fields instead. Raises ModelError."""
     published = resolve_data_config(model=model)
     channels, *size = _input_shape(model, published["input_size"])
     if channels not in (1, 3):

@@ -22,11 +22,7 @@ Coco = dict[str, list[Entry]]
 
 
 def read_annotations(path: Path, annotated: bool = True) -> Coco:
-    """Content of a file, see :func:`checked`; read once while it stays as it is, so not to be
-    changed.
-
-    ``annotated=False`` leaves the annotations out, for images to calibrate on.
-    """
+    """Content of a file, ``annotated`` or images only; read once, so not to be changed."""
     return _read(path, annotated, state_of(path))
 
 
@@ -45,9 +41,8 @@ def _without_polygons(item: Entry) -> Entry:
 def checked(content: object, where: str, annotated: bool = True) -> Coco:
     """Check annotations that come from ``where`` and return a copy with all that is used of them.
 
-    Annotations keep an ``area`` that is not 0 for a box of some size, and a ``segmentation`` that
-    is not empty; ``iscrowd`` is 0 if not given. File names become normalised paths with slashes,
-    relative without ``..`` or absolute. Raises DataError that names the entry.
+    An area of 0 for a box of some size and an empty segmentation are left out. File names become
+    normalised paths, relative without ``..`` or absolute. Raises DataError that names the entry.
     """
     found: Coco = content if isinstance(content, dict) else {}
     for name in ("images", "annotations", "categories"):

@@ -23,13 +23,9 @@ IMAGES_PART = "detector"
 def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> CalibrationSet:
     """Draw the calibration images, or take those of a list.
 
-    They come in a seeded permutation of the whole part, with or without annotations: a smaller
-    sample is the beginning of a larger one. ``images`` are a :class:`~fimaq_core.samples.Ragged` of
-    (1, 3, H, W), and so are the ``inputs`` of :data:`IMAGES_PART`; ``metas`` go with them.
-
-    Raises:
-        DataError: fewer images than asked for, a damaged image, a list that does not fit.
-        RecipeError: a transform other than the evaluation's.
+    They come in a seeded permutation of the whole part: a smaller sample is the beginning of a
+    larger one. Each keeps its own size. Raises DataError for fewer images than asked for, a damaged
+    image or a list that does not fit, and RecipeError for a transform other than the evaluation's.
     """
     if recipe.calibration_transform != "eval":
         raise RecipeError(

@@ -22,10 +22,7 @@ _NAMING = (
 
 
 class Matched(NamedTuple):
-    """Annotations without unused categories that the detector does not know, matched with it.
-
-    ``labels`` is the category id of each class, None where the annotations have none.
-    """
+    """Annotations matched with a detector: ``labels`` are the category ids of its classes, or None."""
 
     coco: Coco
     labels: tuple[int | None, ...]

@@ -33,18 +33,12 @@ _OF_PILLOW = ("PPM", "TIFF")
 class DetectionSource:
     """One part of a data set with annotated objects, such as ``val2017`` of ``COCO 2017``.
 
-    Attributes:
-        image_ids: stable and distinct, in the order of ``coco["images"]``, such as
-            ``val2017/000000000139.jpg``.
-        coco: see :func:`~tasks.detection.annotations.checked`, not to be changed.
-        read: gives the image of an index as (H, W, 3) uint8, blue first, as mmdet expects it.
-        root: ids are paths below it; None where images are no files.
-        orientation: gives the EXIF orientation of an index; None where images are no files.
-        exif: the user's decision on it, if any.
-        oriented: number of images with an orientation tag, see :meth:`settled`.
-        labels: category id of each class, None without a category; None: in the file's order.
-        classes_from: where the detector's class names come from.
-        notes: remarks for people.
+    ``image_ids`` are in the order of ``coco["images"]``, such as ``val2017/000000000139.jpg``,
+    paths below ``root``. ``coco`` is of :func:`~tasks.detection.annotations.checked` and not to be
+    changed. ``read`` gives an image as (H, W, 3) uint8, blue first; ``orientation`` its EXIF
+    orientation, of which ``oriented`` images have a tag. ``labels`` are category ids of the
+    detector's classes, None without a category (None as a whole: in the file's order). Images that
+    are no files have no root and no orientation.
     """
 
     name: str
@@ -94,10 +88,8 @@ class DetectionSource:
         return replace(self, split=f"{self.split}[:{limit}]", image_ids=self.image_ids[:limit], coco=coco)
 
     def orientations(self, indices: Sequence[int], images: str = "images") -> tuple[int, list[str]]:
-        """Count images with an EXIF orientation tag, see
-        :func:`~tasks.detection.orientation.summary`.
-
-        Raises DataError where nothing tells whether annotations were made in the turned image.
+        """Count images with an EXIF orientation tag, with a note. Raises DataError if one may not
+        count.
         """
         if self.orientation is None:
             return 0, []
@@ -135,8 +127,7 @@ class DetectionSource:
 def open_source(loaded: LoadedModel, data: DataRequest, part: str) -> DetectionSource:
     """Open the ``train`` part (images only) or the ``val`` part of the data that goes with a model.
 
-    The training part is that of ``data.calibration_data`` where this is given. Raises DataError for
-    missing data, or categories that do not go with the model's classes.
+    The training part is that of ``data.calibration_data`` where this is given. Raises DataError.
     """
     if part not in SPLITS:
         raise DataError(f"There is no part {part!r} of annotated images: {' or '.join(SPLITS)}.")
@@ -222,12 +213,9 @@ def file_reader(
 ) -> Callable[[int], np.ndarray]:
     """Read images by index as mmdet's ``LoadImageFromFile`` does: (H, W, 3) uint8, blue first.
 
-    TIFF, PPM and wide grey values are read as classification reads them. ``sizes`` are annotated
-    (height, width), in the file ``annotations``.
-
-    Raises (when it reads) OSError for a damaged file, UnknownRange for values without an 8-bit
-    form, and DataError for an image of another size, or with an EXIF orientation that may or may
-    not count.
+    TIFF, PPM and wide grey values are read as classification reads them. ``read`` raises OSError
+    for a damaged file, UnknownRange for values without an 8-bit form, and DataError for an image of
+    another than its annotated size, or with an EXIF orientation that may or may not count.
     """
 
     def read(index: int) -> np.ndarray:

@@ -35,9 +35,8 @@ RESIZE: Config = {"scale": (1333, 800), "keep_ratio": True}
 
 
 def published_config(model: str, **changes: Any) -> Config:
-    """Configuration of a published model, ``<kind>_<backbone>`` such as ``mask_rcnn_swin_tiny``.
-
-    ``changes`` replace arguments of :func:`detector_config`.
+    """Configuration of ``<kind>_<backbone>``, with ``changes`` of :func:`detector_config`'s
+    arguments.
     """
     kind: Kind = "cascade_mask_rcnn" if model.startswith("cascade") else "mask_rcnn"
     return detector_config(kind, **{**BACKBONES[model.removeprefix(f"{kind}_")], **changes})

@@ -41,10 +41,7 @@ Predict = Callable[[Tensor, dict[str, Any]], Any]
 
 @dataclass(frozen=True)
 class Detections:
-    """Objects found, in COCO's format of results, in the images with the indices ``kept``.
-
-    ``notes``: see :meth:`tasks.common.images.Images.notes`.
-    """
+    """Objects found, in COCO's format of results, in the images with the indices ``kept``."""
 
     results: list[Entry]
     kept: list[int]
@@ -61,10 +58,7 @@ def evaluate_detector(
     workers: int = 0,
     keep: bool = False,
 ) -> Evaluation:
-    """Measure a detector on all images of ``source``: :func:`detect`, then :func:`measure`.
-
-    ``keep`` gives all detections as the file ``detections.json``, in COCO's format of results.
-    """
+    """Measure a detector on all images of ``source``; ``keep`` gives all detections as a file."""
     detections = detect(predict, source, prepare, device, report, skip_corrupt, workers)
     found = measure(source, detections)
     return replace(found, files={"detections.json": detections.results}) if keep else found
@@ -79,9 +73,8 @@ def detect(
     skip_corrupt: bool = False,
     workers: int = 0,
 ) -> Detections:
-    """Find objects in the images of ``source``, one by one; its annotations are not used.
-
-    ``prepare`` turns an image into input and meta (:class:`~tasks.detection.pipeline.Pipeline`).
+    """Find objects in the images of ``source``, one by one; ``prepare`` gives an image's input and
+    meta.
 
     Raises:
         DataError: a damaged image (unless skipped), none left, or an image of another size than
@@ -129,13 +122,8 @@ def coco_results(found: Any, image: Entry, categories: Sequence[int | None], nam
     """Turn the objects found in an image into COCO's format of results, as mmdet's ``CocoMetric``
     does.
 
-    ``found`` is mmdet's ``InstanceData``: ``bboxes`` (n, 4) as corners, ``scores``, ``labels`` and
-    ``masks`` (n, H, W). ``categories`` are ids by label; objects of a class without one are left
-    out.
-
-    Raises:
-        ModelError: unknown labels, or masks that are not of the image's size or not binary.
-        NumericsError: a box or score that is NaN or infinite.
+    ``categories`` are ids by label; objects of a class without one are left out. Raises ModelError
+    for unknown labels or masks that do not fit the image, and NumericsError for NaN or infinity.
     """
     from pycocotools import mask as run_lengths
 
@@ -238,11 +226,7 @@ def _outcomes(source: DetectionSource, detections: Detections, shares: dict[str,
 
 
 def match(source: DetectionSource, detections: Detections, kind: str) -> dict[str, list[Matches]]:
-    """Match detections with objects by pycocotools; ``kind`` is ``bbox`` or ``segm``.
-
-    Images are numbered as in ``detections.kept``. Returns by range of sizes (pycocotools' names)
-    one entry per category.
-    """
+    """By range of sizes, detections of each category matched with objects by pycocotools."""
     from pycocotools.cocoeval import COCOeval
 
     with contextlib.redirect_stdout(io.StringIO()):

@@ -43,10 +43,7 @@ class HeadOutputs(nn.Module):
 
 
 def roi_heads(model: nn.Module) -> dict[str, nn.Module]:
-    """The heads in order: ``bbox`` and ``mask``, or of a cascade ``bbox0``, ..., ``mask0``, ...
-
-    Raises ModelError for heads of another kind.
-    """
+    """The heads in order: ``bbox`` and ``mask``, or of a cascade ``bbox0``, ..., ``mask0``, ..."""
     roi_head = model.roi_head
     expect(roi_head, "A RoI head", StandardRoIHead, CascadeRoIHead)
     found = dict(stages("bbox", roi_head.bbox_head))
@@ -59,9 +56,8 @@ def roi_heads(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def swap_layers(head: nn.Module, recipe: Recipe) -> None:
-    """Replace all linear layers and convolutions inside ``head`` by quantizable ones, in place.
-
-    Raises ModelError for another layer with weights that is no norm.
+    """Make all linear layers and convolutions of ``head`` quantizable. Raises ModelError for
+    others.
     """
     for parent_name, parent in list(head.named_modules()):
         for name, child in list(parent.named_children()):

@@ -29,9 +29,8 @@ _MERGING = re.compile(r"^backbone\.stages\.\d+\.downsample\.")
 
 
 def class_names(stored: StoredWeights, classes: int) -> tuple[str, ...] | None:
-    """Class names in order, from the ``meta`` of a file of mmdet; None if it has none.
-
-    Raises ModelError for names that are not distinct, or not as many as ``classes``.
+    """Class names in order, from the ``meta`` of a file of mmdet. Raises ModelError if they do not
+    fit.
     """
     names = stored.class_names
     if not names:
@@ -47,11 +46,7 @@ def class_names(stored: StoredWeights, classes: int) -> tuple[str, ...] | None:
 
 
 def adapted(state: Mapping[str, Tensor], model: nn.Module, where: str) -> dict[str, Tensor]:
-    """Weights of the file ``where`` under the names and in the order of mmdet's ``model``.
-
-    Raises:
-        ModelError: weights of another model, missing ones, or others besides.
-    """
+    """Weights under the names and in the order of mmdet's ``model``. Raises ModelError."""
     found = of_mmdet(_without_extras(state, model, where))
     expected = model.state_dict()
     own, other = _description(expected), _description(found)
@@ -96,7 +91,7 @@ def merging_order(value: Tensor) -> Tensor:
     """Bring the last dimension, 4 C, from the Swin repository's order into mmdet's.
 
     The former keeps the channels of a pixel together, pixels column by column; mmdet
-    (``nn.Unfold``) keeps the pixels of a channel together, row by row.
+    (``nn.Unfold``) the pixels of a channel, row by row.
     """
     return value.unflatten(-1, (2, 2, -1)).transpose(-1, -3).flatten(-3)
 

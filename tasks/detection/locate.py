@@ -29,9 +29,8 @@ class Folder(FilesBelow):
 def image_folders(path: Path) -> list[Path]:
     """Folders in which the images of a file of annotations are looked for, in order.
 
-    For ``data/annotations/instances_val2017_small.json`` these are, in ``data/annotations``, the
-    folder with the file's name; in ``data``, ``val2017_small`` and ``val2017``; then
-    ``data/annotations/images`` and ``data/annotations``.
+    Of ``data/annotations/instances_val2017_small.json``: the folder with the file's name beside it,
+    ``data/val2017_small``, ``data/val2017``, ``data/annotations/images``, ``data/annotations``.
     """
     parent, split = path.parent, path.stem.removeprefix("instances_")
     found = [parent / path.stem, parent.parent / split, parent.parent / split.partition("_")[0], parent / "images", parent]
@@ -44,11 +43,7 @@ def data_root(path: Path) -> Path:
 
 
 def image_folder(path: Path, first: str) -> Path:
-    """Find the folder of the images of a file of annotations by the name of its first image.
-
-    It is one of :func:`image_folders`, or another below the data's folder.
-    Raises DataError.
-    """
+    """Folder of the images of a file of annotations, by the name of the first. Raises DataError."""
     path = path.absolute()
     folders, root = image_folders(path), data_root(path)
     for folder in map(Folder, folders):
@@ -64,13 +59,11 @@ def image_folder(path: Path, first: str) -> Path:
 
 
 def locate(names: Sequence[str], folder: Path, root: Path | None, annotations: Path) -> list[tuple[str, Path]]:
-    """Find id and file of each image that the file ``annotations`` names.
+    """Find id and file of each image that the file ``annotations`` names; ids begin with a folder.
 
     ``names`` are relative to ``folder`` or to the data's ``root`` (if not None), or absolute and
-    below one of them. Ids are paths below the parent of ``folder``, however an image is named.
-
-    Raises:
-        DataError: a missing file, a file with several names, or a name of several different files.
+    below one of them. Raises DataError for missing files, and if not each name has one file of its
+    own.
     """
     places = [(Folder(folder), f"{folder.name}/")] + ([] if root is None else [(Folder(root), "")])
     found: list[tuple[str, Path]] = []

@@ -18,13 +18,7 @@ _INPUT_SHAPE = (3, 800, 1344)
 
 
 def load_model(request: ModelRequest) -> LoadedModel:
-    """Load a detector with its weights and a :class:`~tasks.detection.pipeline.Pipeline` for its
-    images.
-
-    Raises:
-        ModelError: unknown name, missing or unfit weights, arguments the model does not take.
-        NumericsError: NaN in the weights.
-    """
+    """Load a detector with its weights and pipeline. Raises ModelError, NumericsError."""
     missing = missing_weights(request)
     if missing is not None:
         raise ModelError(describe_missing([missing]))

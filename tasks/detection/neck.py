@@ -21,8 +21,6 @@ from tasks.detection.mm import FPN, expect
 def pack(maps: Sequence[Tensor]) -> Tensor:
     """Pack maps (B, C_i, h 2^(n-1-i), w 2^(n-1-i)), the finest first, into (B, Σ C_i 4^(n-1-i), h,
     w).
-
-    Raises ModelError for no map, or one that is not twice as high and wide as the next.
     """
     if not maps:
         raise ModelError("There are no maps to pack.")
@@ -51,8 +49,7 @@ class ExplicitFPN(nn.Module):
     """mmdet's ``FPN`` with quantizable convolutions: packed stage outputs to packed maps P2, P3,
     ...
 
-    The coarsest level that mmdet adds is a part of the one before, see :class:`Unpack`. Raises
-    ModelError for levels or convolutions of a kind that is not supported.
+    The coarsest level that mmdet adds is a part of the one before, see :class:`Unpack`.
     """
 
     def __init__(self, fpn: FPN, recipe: Recipe) -> None:

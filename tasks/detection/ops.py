@@ -23,11 +23,7 @@ _NAME = "mmcv._ext"
 
 
 def install() -> None:
-    """Register the operators, unless that is done or mmcv brings them compiled.
-
-    Raises:
-        ModelError: a compiled mmcv that does not load with this PyTorch.
-    """
+    """Register the operators, unless done. Raises ModelError for compiled ones that do not load."""
     if _NAME in sys.modules:
         return
     if importlib.util.find_spec(_NAME) is None:
@@ -68,8 +64,7 @@ class Operators(ModuleType):
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
     """Indices of the boxes (n, 4) that greedy non-maximum suppression keeps, by falling score.
 
-    A box goes if its overlap with a kept one of higher score is above ``iou_threshold``. Sides are
-    ``x2 - x1 + offset``.
+    A box goes if its overlap with a better one is above ``iou_threshold``. ``offset`` widens boxes.
     """
     wider = boxes + boxes.new_tensor([0, 0, offset, offset]) if offset else boxes
     return torchvision_nms(wider, scores, iou_threshold)
@@ -100,10 +95,7 @@ def _pooled(
     pool_mode: int,
     aligned: bool,
 ) -> Tensor:
-    """RoIAlign (He et al., "Mask R-CNN", ICCV 2017, arXiv 1703.06870) of regions (n, 5).
-
-    A region is the index of its image, x1, y1, x2, y2. Raises ModelError for max pooling.
-    """
+    """RoIAlign (He et al., "Mask R-CNN", ICCV 2017) of regions (n, 5): image, x1, y1, x2, y2."""
     if pool_mode != 1:
         raise ModelError("RoIAlign with max pooling needs a compiled mmcv: use pool_mode 'avg'.")
     size = (aligned_height, aligned_width)

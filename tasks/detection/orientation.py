@@ -60,8 +60,7 @@ class Orientation(NamedTuple):
 def orientation_of(path: Path, size: tuple[int, int], exif: Exif | None) -> Orientation:
     """Read the orientation of an image file without decoding its pixels, and decide on it.
 
-    ``size`` is the annotated (height, width). Without a decision ``exif`` of the user, it decides
-    where the tag swaps the sides. Raises OSError for a file that is no image.
+    The user's decision ``exif`` counts, else the annotated (height, width). Raises OSError.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -134,9 +134,8 @@ def _area(right: np.ndarray, wrong: np.ndarray, total: np.ndarray) -> np.ndarray
 
 
 class Averages(NamedTuple):
-    """Means over categories at each IoU threshold, in 0..1, NaN where no category has an object.
-
-    ``whole`` (T,) is the average precision on all images, ``without`` (I, T) the area without each.
+    """Means over categories (T,) on all images, and areas (I, T) without each image, in 0..1 or
+    NaN.
     """
 
     whole: np.ndarray

@@ -25,11 +25,9 @@ STAND_INS = 100
 
 
 def roi_parts(model: nn.Module, recipe: Recipe) -> dict[str, BlockChain]:
-    """A chain of one segment for every RoI head of :func:`~tasks.detection.heads.roi_heads`.
+    """A chain of one segment for every RoI head, from pooled features (n, C, h, w) to its outputs.
 
-    It maps pooled features (n, C, h, w) to :class:`~tasks.detection.heads.HeadOutputs`. The layers
-    are swapped for quantizable ones in ``model`` itself; norms stay in full precision. Raises
-    ModelError for heads or layers of another kind.
+    The layers are swapped for quantizable ones in ``model`` itself; norms stay in full precision.
     """
     heads = roi_heads(model)
     for head in heads.values():
@@ -71,10 +69,10 @@ def float_proposals(model: nn.Module, image: Tensor, meta: Mapping[str, object])
 
 
 def class_logits_on(model: nn.Module, features: Sequence[Tensor], proposals: Tensor) -> Tensor:
-    """Class logits (P, classes + 1) of the (first) box head, the background's last.
+    """Class logits (P, classes + 1) of the (first) box head, differentiable by ``features``.
 
-    Differentiable by ``features``, the pyramid of one image (1, C, h, w), the finest first;
-    ``proposals`` (P, 4) are in pixels of the padded image.
+    ``features`` is the pyramid of one image, ``proposals`` (P, 4) are in pixels of the padded
+    image.
     """
     _, extractor = stages("bbox", model.roi_head.bbox_roi_extractor)[0]
     _, head = stages("bbox", model.roi_head.bbox_head)[0]

@@ -21,8 +21,8 @@ class RpnOutputs(nn.Module):
     """mmdet's ``RPNHead`` on a packed pyramid of P2 to P5, all its outputs in one tensor (B, L, 5
     A).
 
-    Positions of all levels follow each other, the finest level first, each level row by row. A
-    position has A class logits, then the 4 deltas of anchor 0, of anchor 1, and so on.
+    Positions follow level by level, the finest first, and row by row. A position has A class
+    logits, then the 4 deltas of anchor 0, of anchor 1, and so on.
     """
 
     def __init__(self, head: RPNHead) -> None:
@@ -52,10 +52,7 @@ def rpn_segment(model: nn.Module, recipe: Recipe) -> Segment:
 
 
 def rpn_levels(height: int, width: int) -> list[int]:
-    """Positions on each level in the RPN's output, for a padded image.
-
-    Raises ModelError for sides that are no multiples of 32.
-    """
+    """Positions per level in the RPN's output. Raises ModelError for images that are not padded."""
     if height % STRIDES[-2] or width % STRIDES[-2]:
         raise ModelError(f"An image of {height} x {width} pixels is not padded: the sides must be multiples of {STRIDES[-2]}.")
     # Negating twice rounds up: subsampling keeps the last position of an odd side.

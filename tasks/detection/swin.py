@@ -37,11 +37,7 @@ class ExplicitPatchEmbed(nn.Module):
 
 
 class ExplicitPatchMerging(nn.Module):
-    """mmdet's ``PatchMerging``, quantizable: (B, H, W, C) to (B, ⌈H / 2⌉, ⌈W / 2⌉, C').
-
-    ``nn.Unfold`` keeps the four values of a channel side by side; timm keeps the channels of a
-    value.
-    """
+    """mmdet's ``PatchMerging``, quantizable: (B, H, W, C) to (B, ⌈H / 2⌉, ⌈W / 2⌉, C')."""
 
     def __init__(self, merging: PatchMerging, recipe: Recipe) -> None:
         super().__init__()

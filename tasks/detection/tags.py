@@ -60,10 +60,7 @@ def parts(scope: str | None) -> dict[str, str]:
 
 
 def full_name(name: str) -> str:
-    """The full name, ``<model>.<tag>``; of a model without published weights the name alone.
-
-    Raises ModelError if there is no such model, or no such weights.
-    """
+    """``<model>.<tag>``; a model without published weights keeps its name. Raises ModelError."""
     if name in SHORT_NAMES:
         return SHORT_NAMES[name]
     model, _, tag = name.partition(".")
@@ -94,11 +91,7 @@ def preflight(model: ModelRequest, data: DataRequest) -> list[Missing]:
 
 
 def missing_weights(model: ModelRequest) -> Missing | None:
-    """The weights, if they are not here: nothing is fetched from where they were published.
-
-    Raises:
-        ModelError: an unknown model, or a file that is not there.
-    """
+    """The weights, if they are not here: nothing is fetched from where they were published."""
     found = CATALOGUE.missing_weights(model)
     if found is None or model.name in DEMO_NAMES:
         return found

@@ -29,11 +29,8 @@ def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> C
     The images come in a seeded permutation of the whole part, and one caption of each is drawn by
     seed and image id alone: a smaller sample is the beginning of a larger one. An image whose
     caption is that of an earlier one waits (:func:`in_rounds`): samples of one batch with the same
-    text would make the contrastive target ambiguous.
-
-    Raises:
-        DataError: fewer images than asked for, a damaged image, a list that does not fit.
-        ModelError: the model takes no text.
+    text would make the contrastive target ambiguous. Raises DataError, and ModelError without a
+    tokenizer.
     """
     if loaded.tokenizer is None:
         raise ModelError(f"{loaded.tag} has no tokenizer, so it cannot be calibrated on image-caption pairs.")
@@ -73,10 +70,7 @@ def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> C
 
 
 def training_pairs(loaded: LoadedModel, data: DataRequest) -> PairSource:
-    """The pairs to calibrate on. Raises DataError.
-
-    Zero-shot evaluation without data of its own for this makes them from its labelled images.
-    """
+    """The pairs to calibrate on, for zero-shot made from labelled images. Raises DataError."""
     if data.evaluation == "zero-shot" and data.calibration_data is None and data.path is not None:
         labelled = open_folder(data.path, "train", data.class_order, wanted=LINES)
         return imagenet_pairs(labelled, class_names(data.path, labelled.class_names))
@@ -95,9 +89,7 @@ def drawn_caption(pairs: PairSource, image: int, seed: int) -> str:
 def in_rounds(captions: Sequence[str]) -> list[int]:
     """Order of positions in which a text comes again only after all others that are left.
 
-    First the first position of every distinct text, then the second of every text that has one, and
-    so on, each round in the order of the first. Texts are equal where they differ in case and white
-    space only.
+    Texts are equal where they differ in case and white space only.
     """
     seen: Counter[str] = Counter()
     rank: dict[str, int] = {}

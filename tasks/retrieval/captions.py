@@ -32,10 +32,7 @@ class Counts(NamedTuple):
 
 @dataclass(frozen=True)
 class Published:
-    """A published data set, in the splits of Karpathy and Fei-Fei, with the counts of its splits.
-
-    Its images are in one of the ``folders`` below the data's folder, or in that folder itself.
-    """
+    """A published data set in Karpathy's splits; its images may be in one of ``folders``."""
 
     name: str
     file: str
@@ -64,10 +61,7 @@ _PUBLISHED = {one.file: one for one in (COCO, FLICKR30K)}
 
 
 def open_pairs(loaded: LoadedModel, data: DataRequest, part: str) -> PairSource:
-    """Open the ``train`` or the ``test`` part of the data that goes with a model. Raises DataError.
-
-    The training part is that of ``data.calibration_data`` where this is given.
-    """
+    """Open the ``train`` or the ``test`` part of the data that goes with a model. Raises DataError."""
     if data.class_order is not None and data.evaluation != "zero-shot":
         raise DataError("Captions have no classes: --class-order goes with --eval zero-shot.")
     if part not in PARTS:

@@ -16,10 +16,7 @@ Tokenizer = Callable[[list[str]], Tensor]
 
 
 def normalised(embeddings: Tensor) -> Tensor:
-    """Embeddings (n, d) at unit length, in float32.
-
-    Raises NumericsError for NaN, infinity, or an embedding of zeros, which has no direction.
-    """
+    """Embeddings (n, d) at unit length, in float32. Raises NumericsError for NaN, infinity or zero."""
     embeddings = embeddings.float()
     lengths = embeddings.norm(dim=-1, keepdim=True)
     if not bool(torch.isfinite(lengths).all()):
@@ -32,11 +29,7 @@ def normalised(embeddings: Tensor) -> Tensor:
 def embed_images(
     encode_image: Encode, images: Images, device: torch.device, batch_size: int, workers: int, advance: Callable[[int], None]
 ) -> tuple[Tensor, Tensor]:
-    """Embed all images: positions (n,), ascending, without skipped ones, and embeddings (n, d).
-
-    Raises DataError for a damaged image (unless skipped) or none left, ModelError and
-    NumericsError.
-    """
+    """Embed all images: positions (n,) of those not skipped, and embeddings. Raises DataError."""
     positions, embeddings = [], []
     for batch in image_outputs(encode_image, images, device, batch_size, workers):
         positions.append(batch.positions)
@@ -63,9 +56,7 @@ def embed_texts(
     """Embed ``texts`` as (n, d) on ``device``; ``advance`` gets the number of those done.
 
     Texts of equal tokens are encoded once: the last bits of an embedding depend on its place in the
-    batch, and these shall tie.
-
-    Raises ModelError where the model does not take these tokens, and NumericsError.
+    batch, and these shall tie. Raises ModelError, NumericsError.
     """
     rows = torch.cat([tokenizer(list(texts[start : start + _TEXTS])) for start in range(0, len(texts), _TEXTS)])
     distinct, place = torch.unique(rows, dim=0, return_inverse=True)

@@ -39,13 +39,7 @@ _OPENAI = {"input_resolution", "context_length", "vocab_size"}
 
 
 def load_model(request: ModelRequest) -> LoadedModel:
-    """Load a CLIP model with its weights, transforms and tokenizer.
-
-    Raises:
-        ModelError: unknown name, missing or unfit weights or tokenizer, arguments the model does
-            not take.
-        NumericsError: NaN in the weights.
-    """
+    """Load a CLIP model with weights, transforms and tokenizer. Raises ModelError, NumericsError."""
     missing = [item for item in (CATALOGUE.missing_weights(request), missing_tokenizer(request)) if item is not None]
     if missing:
         raise ModelError(describe_missing(missing))
@@ -126,10 +120,7 @@ def _activation(stored: StoredWeights) -> bool | None:
 
 
 def _configuration(architecture: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """open_clip's configuration of a model with ``arguments`` in it.
-
-    Settings of a tower change these and keep the others; open_clip would reset these to defaults.
-    """
+    """open_clip's configuration with ``arguments``; a tower keeps its settings that are not named."""
     config: dict[str, Any] = open_clip.get_model_config(architecture)
     wrong = sorted(arguments.keys() & {*inspect.signature(open_clip.create_model).parameters, "pretrained_hf", "cast_dtype"})
     if wrong:

@@ -20,11 +20,8 @@ class PairSource:
     """One part of an image-caption data set, such as ``Karpathy test`` of ``MS-COCO``.
 
     ``captions`` are as they were written, those of an image together; ``image_of`` (captions,)
-    int64 is the index of each one's image. ``read`` gives the PIL image of an index.
-
-    Raises:
-        DataError: no image, an image without a caption or listed twice, an empty caption, captions
-            of an image apart.
+    int64 is the index of each one's image. ``read`` gives the PIL image of an index. Raises
+    DataError for images without a caption or listed twice, and empty captions.
     """
 
     name: str

@@ -74,11 +74,7 @@ VOCABULARIES = ("tokenizer.json", "spiece.model", "sentencepiece.bpe.model", "to
 
 
 def full_name(name: str) -> str:
-    """The full name: ``<open_clip model>.<tag>``, or untagged as given.
-
-    Raises ModelError if open_clip has no such model or tag, or has the tag for another activation
-    only.
-    """
+    """``<open_clip model>.<tag>``, or untagged as given. Raises ModelError for an unknown one."""
     if name in SHORT_NAMES:
         return SHORT_NAMES[name]
     import open_clip

@@ -19,10 +19,9 @@ _PROBES = ("a photo of a cat", "Two dogs, on the grass.", "The man's 3 red buses
 
 
 class Tokenizer:
-    """Captions to token ids, as open_clip's tokenizer of a model gives them.
+    """Captions to token ids, as open_clip's tokenizer of a model gives them; longer ones are cut.
 
-    A caption has ``context_length`` ids; longer ones are cut as open_clip cuts them (the end token
-    stays). The model knows ``vocabulary`` ids. ``origin`` tells records of the tokenizer's files.
+    ``origin`` tells records of the tokenizer's files.
     """
 
     def __init__(self, tokenizer: SimpleTokenizer | HFTokenizer, context_length: int, vocabulary: int, origin: str = "") -> None:
@@ -59,10 +58,7 @@ class Tokenizer:
 def build_tokenizer(model: str, text: Mapping[str, Any], folder: Path | None, vocabulary: int) -> Tokenizer:
     """The tokenizer of open_clip's ``model``, by the ``text`` part of its configuration.
 
-    ``folder`` has the tokenizer's files; None takes them from the Hugging Face cache or hub. Models
-    with open_clip's own tokenizer need none. The model knows ``vocabulary`` ids.
-
-    Raises ModelError where the files are missing or no tokenizer.
+    Its files are in ``folder``, or in the Hugging Face cache or hub. Raises ModelError.
     """
     context_length = int(text.get("context_length", DEFAULT_CONTEXT_LENGTH))
     settings = dict(text.get("tokenizer_kwargs") or {})

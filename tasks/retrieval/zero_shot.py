@@ -62,10 +62,8 @@ def class_names(root: Path, folders: Sequence[str]) -> tuple[str, ...]:
 
 
 def named_classes(dataset: Dataset, names: Sequence[str], folders: Sequence[str]) -> Dataset:
-    """The record's entry of images that were classified by ``names`` in the templates.
-
-    These names are part of the fingerprint. A published data set under other than its usual names
-    is called otherwise.
+    """The record's entry: names and templates are part of the fingerprint, unusual ones of the
+    name.
     """
     texts = [template(name) for name in names for template in TEMPLATES]
     fingerprint = hashlib.sha256("\n".join([dataset.fingerprint, *texts]).encode()).hexdigest()

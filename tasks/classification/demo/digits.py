@@ -46,10 +46,7 @@ class PairPlan:
 
 
 def draw_pairs(part: str, count: int, rng: np.random.Generator) -> PairPlan:
-    """Draw ``count`` pairs in random class order, with classes and digits used evenly.
-
-    The same state of ``rng`` gives the same plan.
-    """
+    """Draw ``count`` pairs in random class order, with classes and digits used evenly."""
     check_part(part, _DATA)
     targets = rng.permutation(np.arange(count) % NUM_CLASSES)
     dealer = DigitDealer(part, rng)
@@ -73,11 +70,9 @@ def compose_pairs(plan: PairPlan) -> np.ndarray:
 
 
 class DigitPairs(DigitSamples):
-    """One fixed part: 8,192 pairs in `train`, 1,000 in `val`, 2,000 in `test`.
+    """One fixed part: 8,192 pairs in `train`, 1,000 in `val`, 2,000 in `test`; else ValueError.
 
-    ``transform`` maps a 64x32 PIL image of mode ``L`` to a model's input, see `eval_transform`. Ids
-    are such as ``test/00017-1234+0456``: position, then source index of both digits. Raises
-    ValueError for another part.
+    Ids are such as ``test/00017-1234+0456``: position, then source index of both digits.
     """
 
     def __init__(self, part: str, transform: Callable[[Image.Image], Any] | None = None) -> None:

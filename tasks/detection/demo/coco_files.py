@@ -5,7 +5,6 @@ arXiv:1405.0312).
 import hashlib
 import json
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,10 +34,7 @@ def read(part: str, index: int) -> Image.Image:
 
 
 def annotations_of(scenes: tuple[Scene, ...]) -> dict[str, Any]:
-    """Describe scenes as COCO does: masks as compressed run lengths, boxes as x, y, width, height.
-
-    The image at position i has the id i + 1 and the name ``0000i.png``.
-    """
+    """Describe scenes as COCO does; the first image is ``00000.png`` with the id 1."""
     from pycocotools import mask as run_lengths
 
     annotations: list[dict[str, Any]] = []
@@ -61,21 +57,6 @@ def annotations_of(scenes: tuple[Scene, ...]) -> dict[str, Any]:
     named = zip(CATEGORY_IDS, CLASSES, strict=True)
     categories = [{"id": number, "name": name, "supercategory": "digit"} for number, name in named]
     return {"images": images, "annotations": annotations, "categories": categories}
-
-
-def write_scenes(folder: Path, part: str, scenes: tuple[Scene, ...]) -> Path:
-    """Write scenes as files: ``annotations/instances_<part>.json`` and ``<part>/*.png``.
-
-    Returns the file of the annotations.
-    """
-    path = folder / "annotations" / f"instances_{part}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = annotations_of(scenes)
-    path.write_text(json.dumps(content), encoding="utf-8")
-    (folder / part).mkdir(exist_ok=True)
-    for image, scene in zip(content["images"], scenes, strict=True):
-        Image.fromarray(scene.pixels).save(folder / part / image["file_name"])
-    return path
 
 
 def fingerprint_of(scenes: tuple[Scene, ...]) -> str:

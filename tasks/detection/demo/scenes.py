@@ -33,11 +33,7 @@ _TRIES = 20
 
 @dataclass(frozen=True)
 class Placed:
-    """A digit in a scene: its source index, its side after resizing, and the grey level of a full
-    pixel.
-
-    ``top`` and ``left`` are where the ink of its image begins.
-    """
+    """A digit: source index, side after resizing, place of its image's ink, level of a full pixel."""
 
     source: int
     side: int
@@ -69,8 +65,7 @@ class Scene:
 def draw_scenes(part: str, count: int, rng: np.random.Generator, images: np.ndarray | None = None) -> Iterator[Scene]:
     """Draw ``count`` scenes of the digits of one part, used as evenly as the count allows.
 
-    The same state of ``rng`` gives the same scenes. ``images``, uint8 (5000, 28, 28), are composed
-    instead of the digits themselves, as training does. Raises ValueError for an unknown part.
+    ``images`` (5000, 28, 28) are composed instead of the digits, as in training. Raises ValueError.
     """
     check_part(part, DATA)
     images = load_digits()[0] if images is None else images

@@ -99,10 +99,7 @@ def draw_facts(count: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def draw_scenes(part: str, count: int, rng: np.random.Generator) -> ScenePlan:
-    """Draw ``count`` scenes of the digits of one part, used evenly; all captions are distinct.
-
-    The same state of ``rng`` gives the same plan.
-    """
+    """Draw ``count`` scenes of one part's digits, used evenly; all captions are distinct."""
     check_part(part, _DATA)
     facts = draw_facts(count, rng)
     dealer = DigitDealer(part, rng)
@@ -133,11 +130,9 @@ def compose_scenes(plan: ScenePlan) -> np.ndarray:
 
 
 class DigitScenes(DigitSamples):
-    """One fixed part: 4,096 scenes in `train`, 500 in `val`, 1,000 in `test`.
+    """One fixed part: 4,096 scenes in `train`, 500 in `val`, 1,000 in `test`; else ValueError.
 
-    ``transform`` maps a 48x48 PIL image of mode ``L`` to a model's input, see `eval_transform`. Ids
-    are such as ``test/00017-1234+____+0456+____``: position, then each cell's source index. Raises
-    ValueError for another part.
+    Ids are such as ``test/00017-1234+____+0456+____``: position, then each cell's source index.
     """
 
     def __init__(self, part: str, transform: Callable[[Image.Image], Any] | None = None) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from tasks.common.task import LoadedModel
 from tasks.detection.annotations import Coco, checked
 from tasks.detection.coco import DetectionSource
+from tasks.detection.demo import coco_files
 
 #: Ids with gaps, not in order.
 CATEGORIES = [{"id": 7, "name": "cat"}, {"id": 2, "name": "dog"}, {"id": 30, "name": "owl"}]
@@ -162,3 +163,18 @@ def loaded(classes: int = 3, names: tuple[str, ...] | None = None, transform: An
     if names is not None:
         model.dataset_meta = {"classes": names}  # type: ignore[assignment]
     return LoadedModel(model, "tiny.tag", "nowhere", "0" * 64, classes, transform, transform, data)
+
+
+def write_scenes(folder: Path, part: str, scenes: Any) -> Path:
+    """Write scenes as files: ``annotations/instances_<part>.json`` and ``<part>/*.png``.
+
+    Returns the file of the annotations.
+    """
+    path = folder / "annotations" / f"instances_{part}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = coco_files.annotations_of(scenes)
+    path.write_text(json.dumps(content), encoding="utf-8")
+    (folder / part).mkdir(exist_ok=True)
+    for image, scene in zip(content["images"], scenes, strict=True):
+        Image.fromarray(scene.pixels).save(folder / part / image["file_name"])
+    return path

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from coco_fakes import write_scenes
 from PIL import Image
 
 from tasks.common.digits import PARTS, load_digits, split_digits
@@ -158,7 +159,7 @@ def test_other_pictures_of_the_digits_can_be_composed() -> None:
 def test_files_are_a_data_set_in_cocos_format(tmp_path: Path) -> None:
     from pycocotools.coco import COCO
 
-    path = coco_files.write_scenes(tmp_path, "val", coco_files.scenes_of("val"))
+    path = write_scenes(tmp_path, "val", coco_files.scenes_of("val"))
     assert path == tmp_path / "annotations" / "instances_val.json"
     assert json.loads(path.read_text()) == coco_files.annotations_of(coco_files.scenes_of("val"))
     with contextlib.redirect_stdout(io.StringIO()):
