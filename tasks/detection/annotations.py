@@ -29,13 +29,12 @@ def read_annotations(path: Path, annotated: bool = True) -> Coco:
 @lru_cache(maxsize=4)
 def _read(path: Path, annotated: bool, state: tuple[int, int]) -> Coco:
     # The polygons of train2017 take gigabytes as Python lists, and calibration does not use them.
-    content = parse_json(read_text(path), str(path), None if annotated else _without_polygons)
+    def without_polygons(item: Entry) -> Entry:
+        item.pop("segmentation", None)
+        return item
+
+    content = parse_json(read_text(path), str(path), None if annotated else without_polygons)
     return checked(content, str(path), annotated)
-
-
-def _without_polygons(item: Entry) -> Entry:
-    item.pop("segmentation", None)
-    return item
 
 
 def checked(content: object, where: str, annotated: bool = True) -> Coco:
@@ -73,16 +72,13 @@ def _image(entry: Entry, spot: str) -> Entry:
     found = {name: _whole(entry, name, spot) for name in ("id", "width", "height")}
     if found["width"] < 1 or found["height"] < 1:
         raise DataError(f"{spot}: its size is {found['width']} x {found['height']}.")
-    return {**found, "file_name": _file_name(entry.get("file_name"), spot)}
-
-
-def _file_name(name: object, spot: str) -> str:
     # Plain string work: a path object for each of COCO's images takes seconds.
+    name = entry.get("file_name")
     text = name.replace("\\", "/") if isinstance(name, str) else ""
     path = posixpath.normpath(text)
     if path in (".", "/") or ".." in text.split("/"):
         raise DataError(f"{spot}: {name!r} is not the path of an image below the folder of the data.")
-    return path
+    return {**found, "file_name": path}
 
 
 def _annotation(entry: Entry, number: int, where: str, sizes: dict[int, tuple[int, int]], kinds: set[int]) -> Entry:

@@ -47,22 +47,17 @@ def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> C
     chosen = [ids[position] for position in positions]
     _, notes = source.orientations([order[position] for position in positions], "calibration images")
     samples = Ragged([image for image, _ in drawn])
+    shapes: list[Any] = [list(image.shape) for image in samples]
+    digest = hashlib.sha256(json.dumps([recipe.calibration_transform, chosen, shapes]).encode())
+    for image in samples:
+        digest.update(np.ascontiguousarray(image.numpy()))
     return CalibrationSet(
         samples,
         chosen,
         recipe.calibration_transform,
-        _fingerprint(recipe.calibration_transform, chosen, samples),
+        digest.hexdigest(),
         skipped,
         {IMAGES_PART: samples},
         metas=[meta for _, meta in drawn],
         notes=[*notes, *images.notes()],
     )
-
-
-def _fingerprint(transform: str, ids: list[str], samples: Ragged) -> str:
-    """sha256 over transform, ids, shapes and values."""
-    content: list[Any] = [transform, ids, [list(image.shape) for image in samples]]
-    digest = hashlib.sha256(json.dumps(content).encode())
-    for image in samples:
-        digest.update(np.ascontiguousarray(image.numpy()))
-    return digest.hexdigest()

@@ -18,7 +18,7 @@ from tasks.common.task import LoadedModel
 from tasks.detection.annotations import Coco, Entry, checked, read_annotations
 from tasks.detection.categories import COCO_CLASSES, Origin, match_categories
 from tasks.detection.locate import data_root, image_folder, locate
-from tasks.detection.orientation import UNREADABLE, Exif, Orientation, ask, orientation_of, summary, turned
+from tasks.detection.orientation import UNREADABLE, Exif, Orientation, ask, orientation_of, turned
 from tasks.detection.tags import LAYOUT, SPLITS, absent, annotation_file, is_file_of_annotations
 
 COCO_NAME = "COCO 2017"
@@ -101,7 +101,15 @@ class DetectionSource:
         open_ones = [self.image_ids[index] for index, one in found.items() if one.applied is None]
         if open_ones:
             raise ask(open_ones, f"{self.name} {self.split}")
-        return summary(found.values(), len(indices), self.exif, images)
+        tagged = [bool(one.applied) for one in found.values() if one.tag != 1]
+        if not tagged:
+            return 0, []
+        reason = "as their annotated sizes ask for" if self.exif is None else f"by --exif {self.exif}"
+        note = (
+            f"{len(tagged)} of {len(indices)} {images} have an EXIF orientation tag: {sum(tagged)} are turned by it and "
+            f"{len(tagged) - sum(tagged)} are read as stored, {reason}"
+        )
+        return len(tagged), [note]
 
     def settled(self) -> "DetectionSource":
         """These data with :attr:`oriented` counted. Raises DataError as :meth:`orientations`."""

@@ -3,7 +3,7 @@
 import contextlib
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -46,22 +46,6 @@ class Detections:
     results: list[Entry]
     kept: list[int]
     notes: Sequence[str] = ()
-
-
-def evaluate_detector(
-    predict: Predict,
-    source: DetectionSource,
-    prepare: Callable[[np.ndarray], tuple[Tensor, dict[str, Any]]],
-    device: torch.device,
-    report: Report,
-    skip_corrupt: bool = False,
-    workers: int = 0,
-    keep: bool = False,
-) -> Evaluation:
-    """Measure a detector on all images of ``source``; ``keep`` gives all detections as a file."""
-    detections = detect(predict, source, prepare, device, report, skip_corrupt, workers)
-    found = measure(source, detections)
-    return replace(found, files={"detections.json": detections.results}) if keep else found
 
 
 def detect(
@@ -149,8 +133,10 @@ def coco_results(found: Any, image: Entry, categories: Sequence[int | None], nam
     return entries
 
 
-def measure(source: DetectionSource, detections: Detections) -> Evaluation:
-    """Compare detections with the annotations; a skipped image takes its annotations along.
+def measure(source: DetectionSource, detections: Detections, keep: bool = False) -> Evaluation:
+    """Compare detections, which are kept as a file if asked for, with the annotations.
+
+    A skipped image takes its annotations along.
 
     Returns:
         ``metrics`` are ``AP_box``, ``AP_mask`` and those of :data:`METRICS` likewise, in percent,
@@ -188,6 +174,7 @@ def measure(source: DetectionSource, detections: Detections) -> Evaluation:
         source.describe(),
         [name for index, name in enumerate(source.image_ids) if index not in kept],
         examples=detection_examples(source, detections),
+        files={"detections.json": detections.results} if keep else {},
         notes=[*source.notes, *notes, *detections.notes],
     )
 

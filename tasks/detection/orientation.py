@@ -6,7 +6,6 @@ which. Where the tag swaps the sides, the annotated size tells; otherwise the us
 
 import struct
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -68,9 +67,14 @@ def orientation_of(path: Path, size: tuple[int, int], exif: Exif | None) -> Orie
         with Image.open(path) as image:
             stored = (image.height, image.width)
             block = _png_block(path) if image.format == "PNG" else image.info.get("exif", b"")
-        tag = _tag(block)
-    if tag == 1:
-        return Orientation(tag, stored, False)
+        found = Image.Exif()
+        try:
+            found.load(block)
+            tag = found.get(_ORIENTATION)
+        except _DAMAGED:
+            tag = 1
+    if tag not in range(2, 9):
+        return Orientation(1, stored, False)
     if exif is not None:
         return Orientation(tag, stored, exif == "apply")
     turned = stored[::-1] if tag in _SWAPPED else stored
@@ -97,31 +101,6 @@ def ask(images: list[str], what: str) -> DataError:
         "square). Give --exif apply if boxes fit the image as viewers show it and mmdet reads it, or "
         "--exif ignore if they fit the stored pixels."
     )
-
-
-def summary(found: Iterable[Orientation], count: int, exif: Exif | None, images: str = "images") -> tuple[int, list[str]]:
-    """Count images with a tag among ``count`` decided ones, with a note if there are any."""
-    tagged = [one for one in found if one.tag != 1]
-    if not tagged:
-        return 0, []
-    applied = sum(bool(one.applied) for one in tagged)
-    reason = "as their annotated sizes ask for" if exif is None else f"by --exif {exif}"
-    note = (
-        f"{len(tagged)} of {count} {images} have an EXIF orientation tag: {applied} are turned by "
-        f"it and {len(tagged) - applied} are read as stored, {reason}"
-    )
-    return len(tagged), [note]
-
-
-def _tag(block: bytes) -> int:
-    """Orientation in an EXIF block; 1 where there is none or no valid one."""
-    exif = Image.Exif()
-    try:
-        exif.load(block)
-        tag = exif.get(_ORIENTATION)
-    except _DAMAGED:
-        return 1
-    return tag if isinstance(tag, int) and 1 <= tag <= 8 else 1
 
 
 def _png_block(path: Path) -> bytes:

@@ -20,7 +20,7 @@ from tasks.detection.chain import detector_segments
 from tasks.detection.coco import open_source
 from tasks.detection.detector import DETECTOR, QuantizedDetector
 from tasks.detection.divergence import ProposalDivergence
-from tasks.detection.evaluate import evaluate_detector
+from tasks.detection.evaluate import detect, measure
 from tasks.detection.heads import region_examples, roi_heads
 from tasks.detection.pictures import pictures
 from tasks.detection.roi import ProposalTerms, class_count, roi_inputs, roi_parts
@@ -142,7 +142,7 @@ class DetectionTask(Named):
         assert isinstance(model, QuantizedDetector)
         source = open_source(loaded, data, "val").head(data.limit).settled()
         made = model.predict, source, loaded.eval_transform, device, report
-        return evaluate_detector(*made, data.skip_corrupt, workers, data.keep_outputs)
+        return measure(source, detect(*made, data.skip_corrupt, workers), data.keep_outputs)
 
     def pictures(self, model: ModelRequest, data: DataRequest, ids: Sequence[str]) -> dict[str, Image.Image]:
         """Scenes, or files that annotations name."""

@@ -1,21 +1,32 @@
 """Image-caption retrieval of a model with two encoders, with the outcome of every query."""
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from fimaq_core.errors import DataError, ModelError, NumericsError
 from fimaq_core.progress import Progress, Report
 from tasks.common.examples import CAPTIONS, Spread, shortened
 from tasks.common.images import Images
+from tasks.common.outputs import image_outputs
 from tasks.common.record import Metric
 from tasks.common.task import Evaluation
 from tasks.retrieval.bootstrap import measures, standard_errors
-from tasks.retrieval.embeddings import Encode, Tokenizer, embed_images, embed_texts
 from tasks.retrieval.ranks import Ranks, pair_ranks
 
 if TYPE_CHECKING:
     from tasks.retrieval.pairs import PairSource
+
+
+#: Images (n, C, H, W) or token ids (n, L) to embeddings (n, d) of any length.
+Encode = Callable[[Tensor], Tensor]
+#: Texts to token ids (n, L) int64.
+Tokenizer = Callable[[list[str]], Tensor]
+#: Texts that are tokenized at a time.
+_TEXTS = 4096
 
 
 def evaluate_pairs(
@@ -51,10 +62,14 @@ def evaluate_pairs(
         NumericsError: an embedding that is NaN, infinite or zero.
     """
     total = len(images) + len(source.captions)
-    positions, image_embeddings = embed_images(
-        encode_image, images, device, batch_size, workers, lambda done: report(Progress("evaluate", done, total))
-    )
-    kept = positions.numpy()
+    positions, embedded = [], []
+    for batch in image_outputs(encode_image, images, device, batch_size, workers):
+        positions.append(batch.positions)
+        embedded.append(normalised(batch.values))
+        report(Progress("evaluate", batch.done, total))
+    if not positions:
+        raise DataError("None of the images could be read.")
+    kept, image_embeddings = torch.cat(positions).numpy(), torch.cat(embedded)
     kept_captions = np.flatnonzero(np.isin(source.image_of, kept))
     texts = [source.captions[index] for index in kept_captions]
     before = total - len(texts)
@@ -127,3 +142,43 @@ def _examples(ranks: Ranks, source: "PairSource", images: np.ndarray, kept_capti
             {"sample": source.image_ids[image], "truth": [shortened(source.captions[index]) for index in own], "top": top}
         )
     return found
+
+
+def normalised(embeddings: Tensor) -> Tensor:
+    """Embeddings (n, d) at unit length, in float32. Raises NumericsError for NaN, infinity or zero."""
+    embeddings = embeddings.float()
+    lengths = embeddings.norm(dim=-1, keepdim=True)
+    if not bool(torch.isfinite(lengths).all()):
+        raise NumericsError("The embeddings have NaN or infinite values: check the weights and the recipe.")
+    if not bool((lengths > 0).all()):
+        raise NumericsError("An embedding is zero, so that it is similar to nothing: check the weights and the recipe.")
+    return embeddings / lengths
+
+
+@torch.no_grad()
+def embed_texts(
+    encode_text: Encode,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    device: torch.device,
+    batch_size: int,
+    advance: Callable[[int], None],
+) -> Tensor:
+    """Embed ``texts`` as (n, d) on ``device``; ``advance`` gets the number of those done.
+
+    Texts of equal tokens are encoded once: the last bits of an embedding depend on its place in the
+    batch, and these shall tie. Raises ModelError, NumericsError.
+    """
+    rows = torch.cat([tokenizer(list(texts[start : start + _TEXTS])) for start in range(0, len(texts), _TEXTS)])
+    distinct, place = torch.unique(rows, dim=0, return_inverse=True)
+    embeddings = []
+    for tokens in torch.split(distinct, batch_size):
+        try:
+            values = encode_text(tokens.to(device))
+        except (RuntimeError, AssertionError, IndexError) as error:
+            if isinstance(error, torch.cuda.OutOfMemoryError):
+                raise
+            raise ModelError(f"The model does not take tokens of shape {tuple(tokens.shape[1:])}: {error}") from error
+        embeddings.append(normalised(values))
+        advance(len(texts) - len(distinct) + sum(len(part) for part in embeddings))
+    return torch.cat(embeddings)[place.to(device)]

@@ -84,12 +84,8 @@ def _ranks(
         own_at_top = torch.zeros_like(scores[:, 0], dtype=torch.long).index_add(0, row, (own_scores >= top[row]).long())
         ranks.append((scores >= top[:, None]).sum(1) - own_at_top)
         best.append(scores.argmax(1))
-        leading += [_leading(scores[one - start], item[query == one]) for one in shown if start <= one < start + rows]
+        for one in [one for one in shown if start <= one < start + rows]:
+            values, correct = scores[one - start].cpu().numpy(), np.zeros(len(candidates), dtype=bool)
+            correct[item[query == one].cpu().numpy()] = True
+            leading.append([(index, float(values[index])) for index in leaders(values, correct)])
     return torch.cat(ranks).cpu().numpy().astype(np.int32), torch.cat(best).cpu().numpy().astype(np.int32), leading
-
-
-def _leading(scores: Tensor, own: Tensor) -> list[tuple[int, float]]:
-    """Index and score of the best candidates of one query, whose own candidates are ``own``."""
-    values, correct = scores.cpu().numpy(), np.zeros(len(scores), dtype=bool)
-    correct[own.cpu().numpy()] = True
-    return [(index, float(values[index])) for index in leaders(values, correct)]

@@ -17,7 +17,7 @@ from fimaq_core.errors import DataError
 from fimaq_core.progress import Progress, Report
 from tasks.common.imagenet import IMAGENET, is_imagenet, wordnet_ids
 from tasks.common.record import Dataset
-from tasks.retrieval.embeddings import Encode, Tokenizer, embed_texts, normalised
+from tasks.retrieval.evaluate import Encode, Tokenizer, embed_texts, normalised
 
 CLASSNAMES_FILE = "classnames.txt"
 #: The order of classes that counts here: the weights know none.

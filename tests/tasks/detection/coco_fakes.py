@@ -11,10 +11,11 @@ from PIL import Image
 from pycocotools import mask as run_lengths
 from torch import nn
 
-from tasks.common.task import LoadedModel
+from tasks.common.task import Evaluation, LoadedModel
 from tasks.detection.annotations import Coco, checked
 from tasks.detection.coco import DetectionSource
 from tasks.detection.demo import coco_files
+from tasks.detection.evaluate import detect, measure
 
 #: Ids with gaps, not in order.
 CATEGORIES = [{"id": 7, "name": "cat"}, {"id": 2, "name": "dog"}, {"id": 30, "name": "owl"}]
@@ -178,3 +179,10 @@ def write_scenes(folder: Path, part: str, scenes: Any) -> Path:
     for image, scene in zip(content["images"], scenes, strict=True):
         Image.fromarray(scene.pixels).save(folder / part / image["file_name"])
     return path
+
+
+def evaluate_detector(
+    predict: Any, source: DetectionSource, *given: Any, skip_corrupt: bool = False, workers: int = 0, keep: bool = False
+) -> Evaluation:
+    """Detect, then measure."""
+    return measure(source, detect(predict, source, *given, skip_corrupt, workers), keep)

@@ -14,6 +14,7 @@ from coco_fakes import (
     annotation,
     ellipse,
     encoded,
+    evaluate_detector,
     guesses,
     in_memory,
     random_coco,
@@ -31,7 +32,7 @@ from tasks.common import registry
 from tasks.common.examples import FOUND, TRUTHS, ObjectSample, read_examples
 from tasks.common.request import DataRequest, ModelRequest
 from tasks.detection.coco import open_demo, open_file
-from tasks.detection.evaluate import Detections, coco_results, evaluate_detector
+from tasks.detection.evaluate import Detections, coco_results
 from tasks.detection.example_objects import detection_examples, outlines
 from tasks.detection.pictures import pictures
 from tasks.detection.task import TASK

@@ -10,7 +10,7 @@ from coco_fakes import pixels
 from PIL import Image
 
 from tasks.detection import mm
-from tasks.detection.pipeline import Pipeline
+from tasks.detection.models import Pipeline
 
 MEAN, STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
 RESIZE = {"scale": (1333, 800), "keep_ratio": True}
