@@ -49,10 +49,9 @@ def to_input(pixels: Tensor) -> Tensor:
 class FactHeads(nn.Module):
     """Reads what each cell shows, in training only.
 
-    While a model still confuses most scenes, a cell it does know is rewarded at once; that saves many
-    epochs. One head reads the features of both towers, which so learn to say it in the same way.
-    Another reads a cell's own patches: the class token alone hardly tells the early blocks how to read
-    digits.
+    While a model still confuses most scenes, a cell it does know is rewarded at once; that saves
+    many epochs. One head reads the features of both towers, another a cell's own patches: the class
+    token alone hardly tells the early blocks how to read digits.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -81,17 +81,12 @@ def _listed(data: DataRequest, source: Source | None) -> tuple[list[str], Callab
         return ids, lambda index: source.read(positions[index])
     root = data.path or Path()
     # Ids are relative to the data's folder where they can be: random transforms are seeded by them.
-    paths = [_listed_file(root, name) for name in ids]
+    paths = [root / name for name in ids]
+    relative = [path.relative_to(root).as_posix() if path.is_relative_to(root) else None for path in paths]
+    # Below the root a file is found in another Unicode form of its name, too.
+    paths = [path if name is None else file_below(root, name) for path, name in zip(paths, relative, strict=True)]
     ids = [path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path) for path in paths]
     absent = [str(path) for path in paths if not path.is_file()]
     if absent:
         raise DataError(f"The calibration list names {len(absent)} files that are not there, such as {absent[0]}.")
     return ids, file_reader(paths)
-
-
-def _listed_file(root: Path, name: str) -> Path:
-    """File of a line in a calibration list; below ``root`` also in another Unicode form."""
-    path = root / name
-    if not path.is_relative_to(root):
-        return path
-    return file_below(root, path.relative_to(root).as_posix())

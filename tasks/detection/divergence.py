@@ -30,16 +30,12 @@ class ProposalDivergence(Divergence):
 
     Classes: over levels, the mean binary KL between full-precision and quantized scores. Boxes:
     over levels, the mean over all positions of smooth-L1 of the box deltas where the full-precision
-    score is above :data:`SCORE`, 0 elsewhere. With ``classes``, also the mean KL over the
+    score is above :data:`SCORE`, 0 elsewhere. With K ``classes``, also the mean KL over the
     full-precision model's proposals of their classes by the first box head.
 
-    Outputs are flat for each image, (1, M): positions of all levels, each with A class logits and 4
-    A box deltas (those of anchor a at 4 a to 4 a + 3), then K logits per proposal.
-
-    Args:
-        levels: for every calibration image, the number of positions on each level.
-        anchors: A, per position.
-        classes: K, logits per proposal; 0 without them.
+    Outputs are flat for each image, (1, M): positions of all ``levels``, each with A = ``anchors``
+    class logits and 4 A box deltas (those of anchor a at 4 a to 4 a + 3), then K logits per
+    proposal.
     """
 
     def __init__(self, levels: Sequence[Sequence[int]], anchors: int, classes: int = 0) -> None:

@@ -29,10 +29,10 @@ _Mean = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
 class Level(NamedTuple):
-    """Detections at one IoU threshold by falling score; those that count as neither are missing.
+    """Detections at one IoU threshold by falling score, without those that do not count.
 
-    ``hits`` (n,) are the images of true positives, ``misses`` (m,) of false ones, and ``before``
-    (m,) counts the true positives before each of the latter; all int64.
+    ``hits`` (n,) and ``misses`` (m,) are the images of true and false positives, ``before`` (m,)
+    the number of true positives before each of the latter.
     """
 
     hits: np.ndarray
@@ -51,10 +51,8 @@ class Matches:
     def of(
         cls, images: np.ndarray, scores: np.ndarray, matched: np.ndarray, ignored: np.ndarray, truths: np.ndarray
     ) -> "Matches":
-        """Make one from D detections; equal scores keep their order.
-
-        ``images`` and ``scores`` are (D,); ``matched`` and ``ignored`` (T, D) say by IoU threshold
-        which have an object and which do not count.
+        """Make one from D detections with (T, D) flags by IoU threshold; equal scores keep their
+        order.
         """
         order = np.argsort(-scores, kind="stable")
         owner, levels = images[order].astype(np.int64), []

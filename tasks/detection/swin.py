@@ -1,8 +1,7 @@
 """mmdet's Swin Transformer written out on maps (B, H, W, C), quantizable, for images of any size.
 
 All sizes follow from the input's by arithmetic, and no branch asks for one: a block compiled with
-dynamic height and width runs every image without compiling again. So padding always goes through
-the same operations, even where there is nothing to pad.
+dynamic height and width runs every image. So padding always goes through the same operations.
 """
 
 import torch

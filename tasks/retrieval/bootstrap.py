@@ -27,13 +27,8 @@ def measures(
     ``i2t_R@k`` and ``t2i_R@k`` are percentages of queries with rank < k, for those k of
     :data:`CUTS` that are no more than the candidates; ``R@1`` is the mean of both directions and
     ``mean_recall`` of all six, where there are six. ``*_median_rank`` are no percentages but ranks
-    counted from 1, as in papers.
-
-    Args:
-        image_to_text: (n,) ranks from 0.
-        text_to_image: (m,) ranks from 0.
-        image_of: (m,) index of each caption's image; every image has a caption.
-        counts: (b, n) integers, at least one in each row above 0.
+    counted from 1, as in papers. Ranks (n,) and (m,) count from 0; ``image_of`` (m,) is the index
+    of each caption's image.
     """
     images, captions = len(image_to_text), len(text_to_image)
     drawn_images = counts.sum(1)

@@ -14,15 +14,12 @@ class ContrastiveDivergence(Divergence):
 
     With softmax (CLIP: Radford et al., ICML 2021, arXiv:2103.00020): of image to text (rows of the
     similarities) and text to image (columns), the mean of both, each ``(KL(p || q) + KL(q || p)) /
-    2`` averaged over the batch. With sigmoid (SigLIP: Zhai et al., ICCV 2023, arXiv:2303.15343):
-    every pair of the batch is a Bernoulli variable; their sum over the batch's size.
+    2`` averaged over the batch. With sigmoid, where there is a ``bias`` (SigLIP: Zhai et al., ICCV
+    2023, arXiv:2303.15343): every pair of the batch is a Bernoulli variable; their sum over the
+    batch's size.
 
-    Args:
-        other: (n, d) embeddings of the other tower in full precision, of any norm, by calibration
-            sample.
-        scale: factor of the cosines (the exponential of open_clip's ``logit_scale``).
-        bias: added to them in the sigmoid form; None for softmax.
-        batch: pairs in a row that share a batch; the last ones have fewer.
+    ``other`` (n, d) are embeddings of the other tower in full precision, by calibration sample;
+    ``scale`` is the factor of the cosines; ``batch`` pairs in a row share a batch.
     """
 
     def __init__(self, other: Tensor, scale: float, bias: float | None, batch: int) -> None:

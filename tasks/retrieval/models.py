@@ -23,7 +23,6 @@ from tasks.retrieval.tags import (
     DEMO_NAMES,
     FILES,
     full_name,
-    has_two_activations,
     missing_tokenizer,
     published,
     repository,
@@ -52,7 +51,7 @@ def load_model(request: ModelRequest) -> LoadedModel:
     path = weights or CATALOGUE.fetch(tag)
     _refuse_torchscript(path, f"{architecture}.{training}" if training else None)
     stored = read_weights(path, request.weights_entry)
-    named = bool(training) or "quick_gelu" in request.model_args or not has_two_activations(architecture)
+    named = bool(training) or "quick_gelu" in request.model_args or f"{architecture}-quickgelu" not in open_clip.list_models()
     told = None if named else _activation(stored)
     arguments = request.model_args if told is None else {**request.model_args, "quick_gelu": told}
     model = _create(architecture, arguments, {"quick_gelu": told, **config})

@@ -23,11 +23,10 @@ _SCORES = 2**24
 
 @dataclass(frozen=True)
 class Ranks:
-    """Ranks from 0, int32 on the CPU, of the best own caption (n,) and of the caption's image (m,).
+    """Ranks from 0, int32, of the best own caption (n,) and of the caption's image (m,).
 
-    ``best_caption`` (n,) and ``best_image`` (m,) are the top-scoring items, among equals any.
-    ``leading`` has index and score of the top-scoring captions of each image that was asked for,
-    the highest first; among equals wrong ones, as in ranks.
+    ``best_caption`` and ``best_image`` are the top-scoring items, among equals any; ``leading`` has
+    index and score of the best captions of images asked for, among equals wrong ones first.
     """
 
     image_to_text: np.ndarray
@@ -43,10 +42,9 @@ def pair_ranks(images: Tensor, captions: Tensor, image_of: np.ndarray, shown: Se
 
     A rank is the number of wrong items that score at least as high as the best correct one. Ties
     count against the model, or a constant embedding would score; so do equal captions of different
-    images, which no model can tell apart. ``image_of`` (m,) is the index of each caption's image;
-    ``shown`` are rising indices of images whose best captions are asked for.
-
-    Raises DataError for an image without a caption, and NumericsError for NaN or infinity.
+    images, which no model can tell apart. Leading captions are given of the images ``shown``
+    (rising). Raises DataError for an image without a caption, and NumericsError for NaN or
+    infinity.
     """
     bare = np.setdiff1d(np.arange(len(images)), image_of)
     if len(bare):

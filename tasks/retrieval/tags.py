@@ -98,13 +98,6 @@ def full_name(name: str) -> str:
     return fitting[0]
 
 
-def has_two_activations(model: str) -> bool:
-    """True if open_clip has a model with QuickGELU too, under a name of its own."""
-    import open_clip
-
-    return f"{model}-quickgelu" in open_clip.list_models()
-
-
 def published(model: str) -> list[str]:
     """``model.tag`` of all weights that open_clip has for a model, QuickGELU's under
     ``-quickgelu``.

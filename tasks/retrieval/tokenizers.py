@@ -56,10 +56,7 @@ class Tokenizer:
 
 
 def build_tokenizer(model: str, text: Mapping[str, Any], folder: Path | None, vocabulary: int) -> Tokenizer:
-    """The tokenizer of open_clip's ``model``, by the ``text`` part of its configuration.
-
-    Its files are in ``folder``, or in the Hugging Face cache or hub. Raises ModelError.
-    """
+    """The tokenizer of ``model``, by the ``text`` part of its configuration. Raises ModelError."""
     context_length = int(text.get("context_length", DEFAULT_CONTEXT_LENGTH))
     settings = dict(text.get("tokenizer_kwargs") or {})
     repo = text.get("hf_tokenizer_name")
@@ -79,10 +76,8 @@ def build_tokenizer(model: str, text: Mapping[str, Any], folder: Path | None, vo
 def _hugging_face(
     model: str, repo: str, folder: Path | None, context_length: int, mode: str | None, settings: dict[str, Any]
 ) -> HFTokenizer:
-    """A tokenizer that transformers builds, compared with its file.
-
-    From an incomplete folder transformers builds one that knows no words, and some of its classes
-    replace steps of the file.
+    """A tokenizer that transformers builds, compared with its file: it may know no words, or other
+    ones.
     """
     complete = cached_file(Repository(repo, ("tokenizer.json",))) is not None
     source = str(folder) if folder is not None else repo

@@ -34,11 +34,8 @@ def build_towers(model: nn.Module, recipe: Recipe, towers: Sequence[str]) -> dic
     """Turn towers of a CLIP model into chains, by name; they take over its parameters.
 
     "vision" maps images (n, 3, H, W) and "text" token ids (n, L) int64 to embeddings (n, d), not
-    normalised. In full precision they equal ``encode_image`` and ``encode_text`` to rounding. The
-    ``head_bits`` of ``recipe`` are those of the projections' inputs.
-
-    Raises:
-        ModelError: a model or tower of a kind that is not supported.
+    normalised. In full precision they equal ``encode_image`` and ``encode_text`` to rounding.
+    Raises ModelError for models and towers that are not supported.
     """
     if type(model) not in (CLIP, CustomTextCLIP):
         raise ModelError(f"A model of type {type(model).__name__} is not supported: open_clip's CLIP and CustomTextCLIP are.")
@@ -53,8 +50,7 @@ def build_towers(model: nn.Module, recipe: Recipe, towers: Sequence[str]) -> dic
 class ExplicitBlock(nn.Module):
     """open_clip's ``ResidualAttentionBlock`` on one sequence (B, N, C), and an end of the tower.
 
-    ``mask`` (context, context) or None is added to the scores, its first N rows and columns for N
-    tokens.
+    ``mask`` (context, context) or None is added to the scores.
     """
 
     mask: Tensor | None
@@ -220,8 +216,7 @@ class PooledPosition(nn.Module):
 class _PooledToken(nn.Module):
     """Between last block and projection: one token, (B, L, C) to (B, C), and its norm.
 
-    The norm acts on every token by itself, so only the pooled one goes through it. ``side`` has
-    positions (B,), where they are not the same in all texts.
+    ``side`` has positions (B,), where they are not the same in all texts.
     """
 
     def __init__(self, ln_final: nn.Module, position: int | None) -> None:

@@ -1,7 +1,8 @@
 """The demo's tokenizer: open_clip's own, with merges of its own.
 
 With open_clip's 49,408 tokens the embedding would be thirty times as large as the rest of the demo
-model. Byte pair encoding: Sennrich et al., ACL 2016, arXiv:1508.07909.
+model. Byte pair encoding: Sennrich et al., ACL 2016, arXiv:1508.07909. ``python -m
+tasks.retrieval.demo.tokens`` learns the merges anew; the demo model must be trained after that.
 """
 
 import gzip
@@ -54,3 +55,9 @@ def pack_merges(merges: list[tuple[str, str]]) -> bytes:
     """Pack merges as open_clip reads them: a line it skips, then one merge per line, gzipped."""
     text = "\n".join(["#version: 0.2", *(" ".join(merge) for merge in merges)])  # A last newline would be one merge more.
     return gzip.compress(text.encode(), mtime=0)  # Without a time, equal merges give equal files.
+
+
+if __name__ == "__main__":
+    from tasks.retrieval.demo.scenes import DigitScenes
+
+    MERGES_PATH.write_bytes(pack_merges(learn_merges(DigitScenes("train").captions)))
