@@ -13,14 +13,11 @@ from torch.utils._pytree import tree_leaves
 from fimaq_core.chain import BlockChain
 from fimaq_core.errors import DataError, NumericsError
 from tasks.detection.chain import BackboneAndNeck
-from tasks.detection.heads import roi_heads
 from tasks.detection.mm import DetDataSample
+from tasks.detection.roi import described, roi_heads
 
 #: Name of the chain of backbone, neck and RPN.
 DETECTOR = "detector"
-
-#: What mmdet's heads ask of an image: its size before padding and with it, the original one, and factors (x, y) to the former.
-META = ("img_shape", "pad_shape", "ori_shape", "scale_factor")
 
 
 class QuantizedDetector(nn.Module):
@@ -45,7 +42,7 @@ class QuantizedDetector(nn.Module):
 
     @torch.no_grad()
     def predict(self, image: Tensor, meta: Mapping[str, object]) -> DetDataSample:
-        """Detect objects in one image (1, 3, H, W), normalised and padded, with its :data:`META`.
+        """Detect objects in one image (1, 3, H, W), normalised and padded, with its :data:`~tasks.detection.roi.META`.
 
         ``pred_instances`` are in coordinates of the original image.
 
@@ -80,11 +77,3 @@ class QuantizedDetector(nn.Module):
 def _check(what: str, _module: nn.Module, _args: Any, output: Any) -> None:
     if not all(bool(one.isfinite().all()) for one in tree_leaves(output)):
         raise NumericsError(f"What {what} holds NaN or infinity, so what is found would not be what the model says.")
-
-
-def described(meta: Mapping[str, object]) -> DetDataSample:
-    """``meta`` as mmdet's heads take it. Raises DataError if a part of :data:`META` is missing."""
-    missing = [name for name in META if name not in meta]
-    if missing:
-        raise DataError(f"An image comes without {', '.join(missing)}.")
-    return DetDataSample(metainfo=dict(meta))

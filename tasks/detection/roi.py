@@ -7,21 +7,100 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
+from mmcv.cnn import Conv2d, ConvTranspose2d, Linear, is_norm
 from torch import Tensor, nn
 
 from fimaq_core.chain import BlockChain, Kept, Segment
-from fimaq_core.layers import quant_layers
+from fimaq_core.errors import DataError, ModelError
+from fimaq_core.layers import QuantConv2d, QuantConvTranspose2d, QuantLinear, quant_layers
 from fimaq_core.recipe import Recipe
 from fimaq_core.samples import Ragged, Samples, batches
-from tasks.detection.detector import described
-from tasks.detection.heads import HeadOutputs, roi_heads, stages, swap_layers
-from tasks.detection.mm import bbox2roi
+from tasks.detection import mm
 from tasks.detection.neck import ExplicitFPN, Unpack
 
 #: Proposals that stand for the detections of an image in which there are none; mmdet's configs keep as many detections.
 STAND_INS = 100
+#: What mmdet's heads ask of an image: its size before padding and with it, the original one, and factors (x, y) to the former.
+META = ("img_shape", "pad_shape", "ori_shape", "scale_factor")
+#: Quantizable forms of layers; mmcv wraps PyTorch's for empty inputs, which PyTorch takes by itself today.
+_FORMS: dict[type[nn.Module], Any] = {
+    nn.Linear: QuantLinear,
+    Linear: QuantLinear,
+    nn.Conv2d: QuantConv2d,
+    Conv2d: QuantConv2d,
+    nn.ConvTranspose2d: QuantConvTranspose2d,
+    ConvTranspose2d: QuantConvTranspose2d,
+}
+
+
+class HeadOutputs(nn.Module):
+    """A RoI head on pooled features (n, C, h, w), its outputs in one tensor (n, ...).
+
+    A box head gives class logits, then box deltas; a mask head its logits (n, classes, 2 h, 2 w).
+    The layers have the names that they have in the head.
+    """
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        for name, child in head.named_children():
+            if any(True for _ in child.parameters()):
+                self.add_module(name, child)
+        # Runs the layers; not a child, or each of them would be here twice.
+        self._head = (head,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor | tuple[Tensor, Tensor] = self._head[0](x)
+        return out if isinstance(out, Tensor) else torch.cat(out, 1)
+
+
+def roi_heads(model: nn.Module) -> dict[str, nn.Module]:
+    """The heads in order: ``bbox`` and ``mask``, or of a cascade ``bbox0``, ..., ``mask0``, ..."""
+    roi_head = model.roi_head
+    mm.expect(roi_head, "A RoI head", mm.StandardRoIHead, mm.CascadeRoIHead)
+    found = dict(stages("bbox", roi_head.bbox_head))
+    for name, head in found.items():
+        mm.expect(head, f"A box head ({name})", mm.Shared2FCBBoxHead, mm.ConvFCBBoxHead)
+    masks = stages("mask", roi_head.mask_head) if roi_head.with_mask else []
+    for name, head in masks:
+        mm.expect(head, f"A mask head ({name})", mm.FCNMaskHead)
+    return {**found, **dict(masks)}
+
+
+def swap_layers(head: nn.Module, recipe: Recipe) -> None:
+    """Make all linear layers and convolutions of ``head`` quantizable. Raises ModelError for
+    others.
+    """
+    for parent_name, parent in list(head.named_modules()):
+        for name, child in list(parent.named_children()):
+            form = _FORMS.get(type(child))
+            if form is not None:
+                setattr(parent, name, form.from_float(child, recipe.w_bits, recipe.a_bits))
+            elif any(True for _ in child.parameters(recurse=False)) and not is_norm(child):
+                where = f"{parent_name}.{name}".lstrip(".")
+                raise ModelError(f"A layer of type {type(child).__name__} ({where}) in a {type(head).__name__} is not supported.")
+
+
+def stages(kind: str, heads: nn.Module) -> list[tuple[str, nn.Module]]:
+    """One head, or those of a cascade, with the names of their parts."""
+    if isinstance(heads, nn.ModuleList):
+        return [(f"{kind}{stage}", head) for stage, head in enumerate(heads)]
+    return [(kind, heads)]
+
+
+def region_examples(model: nn.Module) -> dict[str, Tensor]:
+    """Inputs (zeros) of each RoI head for one image, to count operations: its most regions, by
+    part.
+    """
+    roi_head, settings = model.roi_head, model.test_cfg
+    found = {}
+    for kind, count in (("bbox", settings.rpn.max_per_img), ("mask", settings.rcnn.max_per_img)):
+        extractors = getattr(roi_head, f"{kind}_roi_extractor", None)
+        for name, extractor in [] if extractors is None else stages(kind, extractors):
+            found[name] = torch.zeros(count, extractor.out_channels, *extractor.roi_layers[0].output_size)
+    return found
 
 
 def roi_parts(model: nn.Module, recipe: Recipe) -> dict[str, BlockChain]:
@@ -76,7 +155,7 @@ def class_logits_on(model: nn.Module, features: Sequence[Tensor], proposals: Ten
     """
     _, extractor = stages("bbox", model.roi_head.bbox_roi_extractor)[0]
     _, head = stages("bbox", model.roi_head.bbox_head)[0]
-    logits: Tensor = head(extractor(tuple(features[: extractor.num_inputs]), bbox2roi([proposals])))[0]
+    logits: Tensor = head(extractor(tuple(features[: extractor.num_inputs]), mm.bbox2roi([proposals])))[0]
     return logits
 
 
@@ -96,7 +175,7 @@ def _pooled(model: nn.Module, heads: Mapping[str, nn.Module], image: Tensor, met
 
 def _pool(kind: str, roi_head: nn.Module, features: Sequence[Tensor], boxes: Tensor) -> dict[str, Tensor]:
     """Features of the same ``boxes`` (n, 4) for all heads of a kind, by part."""
-    regions = bbox2roi([boxes])
+    regions = mm.bbox2roi([boxes])
     pools = stages(kind, getattr(roi_head, f"{kind}_roi_extractor"))
     return {name: extractor(tuple(features[: extractor.num_inputs]), regions) for name, extractor in pools}
 
@@ -175,3 +254,11 @@ def class_count(model: nn.Module) -> int:
     """Number of logits per proposal: the classes and the background."""
     _, head = stages("bbox", model.roi_head.bbox_head)[0]
     return int(head.fc_cls.out_features)
+
+
+def described(meta: Mapping[str, object]) -> mm.DetDataSample:
+    """``meta`` as mmdet's heads take it. Raises DataError if a part of :data:`META` is missing."""
+    missing = [name for name in META if name not in meta]
+    if missing:
+        raise DataError(f"An image comes without {', '.join(missing)}.")
+    return mm.DetDataSample(metainfo=dict(meta))

@@ -13,7 +13,7 @@ from tasks.common.folders import Source
 from tasks.common.images import file_reader
 from tasks.common.request import DataRequest
 from tasks.common.task import LoadedModel
-from tasks.retrieval.files import Splits, read_captions
+from tasks.retrieval.files import read_captions
 from tasks.retrieval.pairs import PairSource
 from tasks.retrieval.tags import COCO_FILE, FLICKR30K_FILE, FREE_FILE, LAYOUT, caption_files
 
@@ -89,8 +89,13 @@ def open_captions(root: Path, part: str) -> PairSource:
     listed = read_captions(path, own).get(part, ())
     if not listed:
         raise DataError(f"{path} has no images of the split {part!r}.")
-    if own is not None:
-        _refuse_common(path, path.with_name(f"{'test' if part == 'train' else 'train'}{path.suffix}"), listed)
+    sibling = path.with_name(f"{'test' if part == 'train' else 'train'}{path.suffix}")
+    if own is not None and sibling.is_file():
+        others = {composed(image) for image, _ in read_captions(sibling, sibling.stem).get(sibling.stem, ())}
+        common = [image for image, _ in listed if composed(image) in others]
+        if common:
+            shared = f"share {len(common)} images, such as {common[0]!r}"
+            raise DataError(f"{path} and {sibling} {shared}: each belongs into one of them.")
     return _file_pairs(f"captions-{len(listed)}-images", part, root, listed, path)
 
 
@@ -98,7 +103,19 @@ def open_published(root: Path, published: Published, part: str) -> PairSource:
     """Open a part of a published data set. Raises DataError for a file with other counts."""
     path = root / published.file
     splits = read_captions(path)
-    _check_counts(path, published, splits)
+    wrong = []
+    for split in dict.fromkeys([*published.counts, *splits]):
+        listed, wanted = splits.get(split, ()), published.counts.get(split, Counts(0))
+        captions = sum(len(own) for _, own in listed)
+        if len(listed) != wanted.images:
+            wrong.append(f"{split} has {len(listed):,} images instead of {wanted.images:,}")
+        elif wanted.captions is not None and captions != wanted.captions:
+            wrong.append(f"{split} has {captions:,} captions instead of {wanted.captions:,}")
+    if wrong:
+        raise DataError(
+            f"{path} does not hold the splits of {published.name}: {'; '.join(wrong)}. Other data of this format are read from a "
+            f"file called {FREE_FILE}."
+        )
     return _file_pairs(published.name, f"Karpathy {part}", published.images(root), splits.get(part, ()), path)
 
 
@@ -118,32 +135,6 @@ def _caption_files(root: Path) -> tuple[str, ...]:
         present = [name for kind in kinds for name in kind if (root / name).is_file()]
         raise DataError(f"{root} holds several kinds of captions: {', '.join(present)}. Leave one. {LAYOUT}.")
     return kinds[0]
-
-
-def _check_counts(path: Path, published: Published, splits: Splits) -> None:
-    wrong = []
-    for split in dict.fromkeys([*published.counts, *splits]):
-        listed, wanted = splits.get(split, ()), published.counts.get(split, Counts(0))
-        captions = sum(len(own) for _, own in listed)
-        if len(listed) != wanted.images:
-            wrong.append(f"{split} has {len(listed):,} images instead of {wanted.images:,}")
-        elif wanted.captions is not None and captions != wanted.captions:
-            wrong.append(f"{split} has {captions:,} captions instead of {wanted.captions:,}")
-    if wrong:
-        raise DataError(
-            f"{path} does not hold the splits of {published.name}: {'; '.join(wrong)}. Other data of this format are read from a "
-            f"file called {FREE_FILE}."
-        )
-
-
-def _refuse_common(path: Path, sibling: Path, listed: Sequence[tuple[str, tuple[str, ...]]]) -> None:
-    """Refuse a part that shares images with the part in ``sibling``, where that is there."""
-    if not sibling.is_file():
-        return
-    others = {composed(image) for image, _ in read_captions(sibling, sibling.stem).get(sibling.stem, ())}
-    common = [image for image, _ in listed if composed(image) in others]
-    if common:
-        raise DataError(f"{path} and {sibling} share {len(common)} images, such as {common[0]!r}: each belongs into one of them.")
 
 
 def _file_pairs(

@@ -16,8 +16,8 @@ from tasks.common.registry import defaults
 from tasks.detection.chain import BackboneAndNeck
 from tasks.detection.coco import open_demo
 from tasks.detection.detector import DETECTOR
-from tasks.detection.heads import roi_heads
 from tasks.detection.neck import pack
+from tasks.detection.roi import roi_heads
 from tasks.detection.tags import PIECES, SCOPES
 from tasks.detection.task import TASK
 

@@ -15,8 +15,8 @@ from fimaq_core.layers import quant_layers, set_quantized
 from fimaq_core.samples import Ragged, Samples
 from tasks.detection.chain import detector_segments
 from tasks.detection.detector import QuantizedDetector
+from tasks.detection.neck import rpn_levels, rpn_segment
 from tasks.detection.roi import roi_inputs, roi_parts
-from tasks.detection.rpn import rpn_levels, rpn_segment
 
 KINDS = {"mask": config(), "cascade": config(cascade=True), "boxes only": config(masks=False)}
 

@@ -8,8 +8,7 @@ from torch import nn
 
 from fimaq_core.errors import ModelError
 from fimaq_core.layers import QuantConv2d, quant_layers, set_quantized
-from tasks.detection.neck import pack
-from tasks.detection.rpn import rpn_levels, rpn_segment
+from tasks.detection.neck import pack, rpn_levels, rpn_segment
 
 ANCHORS = 3
 
