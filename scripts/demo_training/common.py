@@ -50,8 +50,7 @@ def fit(
     batches: Callable[[int], Callable[[slice], Tensor]],
     validate: Callable[[], object] | None = None,
 ) -> None:
-    """Train by AdamW; biases, norms, scales and parameters with a part of ``exempt`` in their name
-    do not decay.
+    """Train by AdamW; biases, norms, scales and ``exempt`` parts of names do not decay.
 
     ``steps`` are those of an epoch; ``batches`` maps an epoch's number to a function from a batch's
     slice to its loss; ``validate`` measures the model for the printed lines, every fifth epoch.

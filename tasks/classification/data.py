@@ -71,9 +71,7 @@ def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> C
 
 
 def _listed(data: DataRequest, source: Source | None) -> tuple[list[str], Callable[[int], Image.Image]]:
-    """Ids and reader of the images in a calibration list: paths or ids, or those of a result
-    record.
-    """
+    """Ids and reader of the images in a calibration list or a result record."""
     assert data.calibration_list is not None
     ids = read_list(data.calibration_list).ids
     if source is not None:

@@ -32,8 +32,7 @@ class _PackStages(nn.Module):
 
 
 def detector_segments(model: TwoStageDetector, recipes: Mapping[str, Recipe]) -> list[Segment]:
-    """Cut backbone and neck of Mask R-CNN or Cascade R-CNN with Swin and FPN; takes over
-    parameters.
+    """Cut backbone and neck of a Mask R-CNN or Cascade R-CNN; takes over their parameters.
 
     Norms are offered for reparameterisation where the backbone is quantized; MLPs for MLP
     reconstruction there, and wherever their recipe asks for it. ``recipes`` are for ``backbone``
@@ -74,8 +73,7 @@ def _stage_segments(label: str, stage: SwinBlockSequence, output: nn.Module, rec
 
 
 class BackboneAndNeck(nn.Module):
-    """A chain up to its neck, in the place of mmdet's backbone and neck: image to maps (P2, ...,
-    P6).
+    """A chain up to its neck, in the place of mmdet's: image to maps (P2, ..., P6).
 
     Raises ModelError for a chain without a neck.
     """

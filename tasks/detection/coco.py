@@ -88,9 +88,7 @@ class DetectionSource:
         return replace(self, split=f"{self.split}[:{limit}]", image_ids=self.image_ids[:limit], coco=coco)
 
     def orientations(self, indices: Sequence[int], images: str = "images") -> tuple[int, list[str]]:
-        """Count images with an EXIF orientation tag, with a note. Raises DataError if one may not
-        count.
-        """
+        """Count images with an EXIF orientation tag, with a note. Raises DataError."""
         if self.orientation is None:
             return 0, []
         found = {}

@@ -1,5 +1,4 @@
-"""Configurations of the detectors: mmdet's own, with a Swin backbone and the sizes that are asked
-for.
+"""Configurations of the detectors: mmdet's own, with Swin and the sizes asked for.
 
 Mask R-CNN (He et al., ICCV 2017, arXiv 1703.06870) and Cascade Mask R-CNN (Cai and Vasconcelos,
 TPAMI 2019, arXiv 1906.09756) on Swin (Liu et al., ICCV 2021, arXiv 2103.14030), as trained for the
@@ -35,9 +34,7 @@ RESIZE: Config = {"scale": (1333, 800), "keep_ratio": True}
 
 
 def published_config(model: str, **changes: Any) -> Config:
-    """Configuration of ``<kind>_<backbone>``, with ``changes`` of :func:`detector_config`'s
-    arguments.
-    """
+    """Configuration of ``<kind>_<backbone>``, with changed arguments."""
     kind: Kind = "cascade_mask_rcnn" if model.startswith("cascade") else "mask_rcnn"
     return detector_config(kind, **{**BACKBONES[model.removeprefix(f"{kind}_")], **changes})
 

@@ -21,8 +21,7 @@ DETECTOR = "detector"
 
 
 class QuantizedDetector(nn.Module):
-    """A two-stage detector of mmdet whose layers may be quantizable ones; it predicts image by
-    image.
+    """A two-stage detector of mmdet whose layers may be quantizable, image by image.
 
     The chain of :data:`DETECTOR` gives the features, else the float model does. Layers of the heads
     were swapped in ``model`` itself.

@@ -1,5 +1,4 @@
-"""The divergence of a detector: changes of its region proposals' maps, and of classes on fixed
-proposals.
+"""Divergence of a detector: changes of its proposals' maps, and of proposals' classes.
 
 APHQ-ViT's code for detectors (Wu et al., CVPR 2025, arXiv:2504.02508) has the first form. Fisher
 passes use its gradient, not its value: each term is divided by its own value, so that neither is
@@ -25,8 +24,7 @@ _NOTHING = 1e-30
 
 
 class ProposalDivergence(Divergence):
-    """Terms of one image, each over its own value; the sum is the number of terms that are not
-    zero.
+    """Terms of one image, each over its own value; the sum counts those that are not zero.
 
     Classes: over levels, the mean binary KL between full-precision and quantized scores. Boxes:
     over levels, the mean over all positions of smooth-L1 of the box deltas where the full-precision

@@ -57,8 +57,7 @@ def detect(
     skip_corrupt: bool = False,
     workers: int = 0,
 ) -> Detections:
-    """Find objects in the images of ``source``, one by one; ``prepare`` gives an image's input and
-    meta.
+    """Find objects, one by one; ``prepare`` gives the input and meta of an image.
 
     Raises:
         DataError: a damaged image (unless skipped), none left, or an image of another size than
@@ -103,8 +102,7 @@ def _predicted(predict: Predict, image: Tensor, meta: dict[str, Any], name: str)
 
 
 def coco_results(found: Any, image: Entry, categories: Sequence[int | None], name: str) -> list[Entry]:
-    """Turn the objects found in an image into COCO's format of results, as mmdet's ``CocoMetric``
-    does.
+    """Turn the objects in an image into COCO's format of results, as mmdet does.
 
     ``categories`` are ids by label; objects of a class without one are left out. Raises ModelError
     for unknown labels or masks that do not fit the image, and NumericsError for NaN or infinity.

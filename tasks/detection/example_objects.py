@@ -58,8 +58,7 @@ def _object(entry: Entry, names: dict[int, str], size: tuple[int, int]) -> dict[
 
 
 def outlines(segmentation: list[list[float]] | dict[str, Any], width: int, height: int) -> list[list[float]]:
-    """Outlines x0, y0, x1, y1, ... of a mask in COCO's format, the largest first; holes are not
-    kept.
+    """Outlines x0, y0, x1, y1, ... of a mask in COCO's format, the largest first.
 
     Each has at most 60 corners and encloses at least 4 pixels; of more than 20 the largest are
     kept.

@@ -125,9 +125,7 @@ def _classes(model: nn.Module) -> int:
 
 
 def class_names(stored: StoredWeights, classes: int) -> tuple[str, ...] | None:
-    """Class names in order, from the ``meta`` of a file of mmdet. Raises ModelError if they do not
-    fit.
-    """
+    """Class names in order, from the ``meta`` of a file of mmdet. Raises ModelError."""
     names = stored.class_names
     if not names:
         return None
@@ -170,9 +168,7 @@ def adapted(state: Mapping[str, Tensor], model: nn.Module, where: str) -> dict[s
 
 
 def of_mmdet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Turn weights of the Swin-Transformer-Object-Detection repository into mmdet's names and
-    order.
-    """
+    """Turn weights of the Swin repository's detectors into mmdet's names and order."""
     if not any(name.startswith("backbone.layers.") for name in state):
         return dict(state)
     converted = {}

@@ -25,9 +25,7 @@ _LAYERS = ("rpn_conv", "rpn_cls", "rpn_reg")
 
 
 def pack(maps: Sequence[Tensor]) -> Tensor:
-    """Pack maps (B, C_i, h 2^(n-1-i), w 2^(n-1-i)), the finest first, into (B, Σ C_i 4^(n-1-i), h,
-    w).
-    """
+    """Pack maps (B, C_i, h 2^(n-1-i), w 2^(n-1-i)) into (B, Σ C_i 4^(n-1-i), h, w)."""
     if not maps:
         raise ModelError("There are no maps to pack.")
     for fine, coarse in pairwise(maps):
@@ -52,8 +50,7 @@ def unpack(packed: Tensor, channels: Sequence[int]) -> tuple[Tensor, ...]:
 
 
 class ExplicitFPN(nn.Module):
-    """mmdet's ``FPN`` with quantizable convolutions: packed stage outputs to packed maps P2, P3,
-    ...
+    """mmdet's ``FPN``, quantizable: packed stage outputs to packed maps P2, P3, ...
 
     The coarsest level that mmdet adds is a part of the one before, see :class:`Unpack`.
     """
@@ -88,8 +85,7 @@ class Unpack(nn.Module):
 
 
 class RpnOutputs(nn.Module):
-    """mmdet's ``RPNHead`` on a packed pyramid of P2 to P5, all its outputs in one tensor (B, L, 5
-    A).
+    """mmdet's ``RPNHead`` on packed maps P2 to P5, its outputs in one tensor (B, L, 5 A).
 
     Positions follow level by level, the finest first, and row by row. A position has A class
     logits, then the 4 deltas of anchor 0, of anchor 1, and so on.
@@ -109,9 +105,7 @@ class RpnOutputs(nn.Module):
 
 
 def rpn_segment(model: nn.Module, recipe: Recipe) -> Segment:
-    """The RPN as a segment that is calibrated only; its layers are swapped in ``model.rpn_head``
-    itself.
-    """
+    """The RPN as a segment that is calibrated only; layers of the model are swapped."""
     head = model.rpn_head
     expect(head, "A region proposal network", RPNHead)
     for name in _LAYERS:

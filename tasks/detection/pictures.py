@@ -13,9 +13,7 @@ from tasks.detection.tags import DEMO_NAMES, LAYOUT, is_file_of_annotations
 
 
 def pictures(model: ModelRequest, data: DataRequest, ids: Sequence[str]) -> dict[str, Image.Image]:
-    """See :meth:`tasks.common.task.Task.pictures`; files are turned as for evaluations, so that
-    boxes fit.
-    """
+    """See :meth:`tasks.common.task.Task.pictures`; turned so that boxes fit."""
     if data.path is None and model.name not in DEMO_NAMES:
         raise DataError(f"{model.name} brings no data along: give --data /path/to/coco. {LAYOUT}.")
     if data.path is None:

@@ -51,9 +51,7 @@ class Matches:
     def of(
         cls, images: np.ndarray, scores: np.ndarray, matched: np.ndarray, ignored: np.ndarray, truths: np.ndarray
     ) -> "Matches":
-        """Make one from D detections with (T, D) flags by IoU threshold; equal scores keep their
-        order.
-        """
+        """Make one from D detections with (T, D) flags; equal scores keep their order."""
         order = np.argsort(-scores, kind="stable")
         owner, levels = images[order].astype(np.int64), []
         for right, skipped in zip(matched[:, order], ignored[:, order], strict=True):
@@ -132,9 +130,7 @@ def _area(right: np.ndarray, wrong: np.ndarray, total: np.ndarray) -> np.ndarray
 
 
 class Averages(NamedTuple):
-    """Means over categories (T,) on all images, and areas (I, T) without each image, in 0..1 or
-    NaN.
-    """
+    """Means over categories (T,) on all images, and areas (I, T) without each image."""
 
     whole: np.ndarray
     without: np.ndarray

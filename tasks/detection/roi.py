@@ -70,9 +70,7 @@ def roi_heads(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def swap_layers(head: nn.Module, recipe: Recipe) -> None:
-    """Make all linear layers and convolutions of ``head`` quantizable. Raises ModelError for
-    others.
-    """
+    """Make linear layers and convolutions of ``head`` quantizable. Raises ModelError."""
     for parent_name, parent in list(head.named_modules()):
         for name, child in list(parent.named_children()):
             form = _FORMS.get(type(child))
@@ -91,9 +89,7 @@ def stages(kind: str, heads: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def region_examples(model: nn.Module) -> dict[str, Tensor]:
-    """Inputs (zeros) of each RoI head for one image, to count operations: its most regions, by
-    part.
-    """
+    """Zeros that each RoI head takes for one image, to count operations, by part."""
     roi_head, settings = model.roi_head, model.test_cfg
     found = {}
     for kind, count in (("bbox", settings.rpn.max_per_img), ("mask", settings.rcnn.max_per_img)):
@@ -118,8 +114,7 @@ def roi_parts(model: nn.Module, recipe: Recipe) -> dict[str, BlockChain]:
 def roi_inputs(
     model: nn.Module, images: Samples, metas: Sequence[Mapping[str, object]], device: torch.device, limit: int | None = None
 ) -> dict[str, Ragged]:
-    """Pooled features (regions, C, h, w) that each RoI head of the float model gets per image, on
-    the CPU.
+    """Pooled features (regions, C, h, w) that the float model's RoI heads get per image.
 
     Box heads get the float RPN's proposals, in a cascade those that the stages before have refined;
     mask heads get the detections, or the :data:`STAND_INS` best proposals of an image without

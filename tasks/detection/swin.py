@@ -122,9 +122,7 @@ class ExplicitSwinBlock(nn.Module):
 
 
 def _regions(count: int, size: int, shift: int, device: torch.device) -> Tensor:
-    """Strip of each line of ``count`` windows, (count, size): all but the last window, and that in
-    two.
-    """
+    """Strip of each line of ``count`` windows: all but the last window, and that in two."""
     line = torch.arange(count * size, device=device)
     strip = (line >= (count - 1) * size).long() + (line >= count * size - shift).long()
     return strip.view(count, size)

@@ -23,8 +23,7 @@ from tasks.retrieval.zero_shot import LINES, class_names
 
 
 def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> CalibrationSet:
-    """Draw the calibration pairs, or take those of a list; the pairs of a result record as they
-    are.
+    """Draw the calibration pairs, or take those of a list or a result record.
 
     The images come in a seeded permutation of the whole part, and one caption of each is drawn by
     seed and image id alone: a smaller sample is the beginning of a larger one. An image whose
@@ -78,9 +77,7 @@ def training_pairs(loaded: LoadedModel, data: DataRequest) -> PairSource:
 
 
 def drawn_caption(pairs: PairSource, image: int, seed: int) -> str:
-    """The caption that stands for an image: a function of the seed, the image's id and its
-    captions.
-    """
+    """The caption that stands for an image: a function of seed, image id and captions."""
     start, end = (int(pairs.starts[position]) for position in (image, image + 1))
     value = int.from_bytes(hashlib.sha256(f"caption/{seed}/{pairs.image_ids[image]}".encode()).digest()[:8], "big")
     return pairs.captions[start + value % (end - start)]

@@ -161,9 +161,7 @@ def demo_scenes(part: str) -> PairSource:
 
 
 def imagenet_pairs(source: Source, classnames: Sequence[str]) -> PairSource:
-    """Labelled images with captions ``a photo of a <class name>.``, one name per class. Raises
-    DataError.
-    """
+    """Labelled images with captions ``a photo of a <class name>.`` Raises DataError."""
     if len(classnames) != source.classes:
         raise DataError(
             f"{source.name} {source.split} has {source.classes} classes, but there are {len(classnames)} class names."

@@ -1,6 +1,4 @@
-"""The divergence of a two-tower model: change of a batch's similarities when one tower is
-quantized.
-"""
+"""Divergence of a two-tower model: change of a batch's similarities by one tower."""
 
 import torch
 from torch import Tensor

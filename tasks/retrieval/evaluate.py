@@ -41,8 +41,7 @@ def evaluate_pairs(
     report: Report,
     truncated_captions: int | None = None,
 ) -> Evaluation:
-    """Measure two encoders on all pairs of ``source``, see
-    :func:`~tasks.retrieval.bootstrap.measures`.
+    """Measure two encoders on all pairs of ``source``.
 
     The encoders map (B, C, H, W), and token ids (B, L), on ``device`` to embeddings (B, d) of any
     length. ``images`` are those of ``source`` with their transform; one that was skipped takes its

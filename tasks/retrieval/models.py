@@ -147,8 +147,7 @@ def _configuration(architecture: str, arguments: dict[str, Any]) -> dict[str, An
 
 
 def _preprocess(architecture: str, training: str, given: dict[str, Any]) -> PreprocessCfg:
-    """Image transforms of the weights named; without a name, those that all of open_clip's weights
-    share.
+    """Image transforms of the named weights, or those that all of open_clip's share.
 
     A model without weights in open_clip gets the transforms that open_clip trains with by default.
     ``given`` mean, deviation and interpolation replace these.

@@ -37,8 +37,7 @@ class Ranks:
 
 
 def pair_ranks(images: Tensor, captions: Tensor, image_of: np.ndarray, shown: Sequence[int] = ()) -> Ranks:
-    """Rank the captions of every image and the image of every caption, from unit embeddings (n, d),
-    (m, d).
+    """Rank each image's captions and each caption's image by unit embeddings (n, d), (m, d).
 
     A rank is the number of wrong items that score at least as high as the best correct one. Ties
     count against the model, or a constant embedding would score; so do equal captions of different
@@ -60,8 +59,7 @@ def pair_ranks(images: Tensor, captions: Tensor, image_of: np.ndarray, shown: Se
 def _ranks(
     queries: Tensor, candidates: Tensor, query: Tensor, item: Tensor, shown: Sequence[int] = ()
 ) -> tuple[np.ndarray, np.ndarray, list[list[tuple[int, float]]]]:
-    """Rank of the best correct candidate, best candidate, and leading ones of the queries
-    ``shown``.
+    """Rank of the best correct candidate, best candidate, and leading ones.
 
     Candidate ``item[j]`` is correct for ``query[j]``. A matrix product rounds an entry by its place
     and by the shape of the product: scores are compared within one product only, and equal

@@ -99,9 +99,7 @@ def full_name(name: str) -> str:
 
 
 def published(model: str) -> list[str]:
-    """``model.tag`` of all weights that open_clip has for a model, QuickGELU's under
-    ``-quickgelu``.
-    """
+    """``model.tag`` of all weights of open_clip for a model, QuickGELU's as ``-quickgelu``."""
     import open_clip
 
     return [

@@ -76,9 +76,7 @@ def build_tokenizer(model: str, text: Mapping[str, Any], folder: Path | None, vo
 def _hugging_face(
     model: str, repo: str, folder: Path | None, context_length: int, mode: str | None, settings: dict[str, Any]
 ) -> HFTokenizer:
-    """A tokenizer that transformers builds, compared with its file: it may know no words, or other
-    ones.
-    """
+    """A tokenizer that transformers builds, compared with its file."""
     complete = cached_file(Repository(repo, ("tokenizer.json",))) is not None
     source = str(folder) if folder is not None else repo
     try:

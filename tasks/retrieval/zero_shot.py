@@ -1,5 +1,4 @@
-"""Zero-shot classification by class names (Radford et al., ICML 2021, arXiv:2103.00020, section
-3.1).
+"""Zero-shot classification by class names (Radford et al., ICML 2021, arXiv:2103.00020).
 
 A class is the mean direction of the embeddings of its name in several templates; an image gets the
 most similar class.
@@ -36,8 +35,7 @@ def imagenet_names(folders: Sequence[str]) -> tuple[str, ...]:
 
 
 def class_names(root: Path, folders: Sequence[str]) -> tuple[str, ...]:
-    """Names of the classes with these ``folders`` (by label): the lines of ``classnames.txt`` in
-    ``root``.
+    """Names of classes by their ``folders``: the lines of ``classnames.txt`` in ``root``.
 
     Without that file, ImageNet's 1000 WordNet ids have the names of the CLIP authors. Raises
     DataError.
@@ -62,9 +60,7 @@ def class_names(root: Path, folders: Sequence[str]) -> tuple[str, ...]:
 
 
 def named_classes(dataset: Dataset, names: Sequence[str], folders: Sequence[str]) -> Dataset:
-    """The record's entry: names and templates are part of the fingerprint, unusual ones of the
-    name.
-    """
+    """The record's entry: names and templates count in its fingerprint."""
     texts = [template(name) for name in names for template in TEMPLATES]
     fingerprint = hashlib.sha256("\n".join([dataset.fingerprint, *texts]).encode()).hexdigest()
     usual = dataset.name != IMAGENET or tuple(names) == imagenet_names(folders)

@@ -82,9 +82,7 @@ def ink_of(image: np.ndarray, side: int) -> np.ndarray:
 
 
 def box_of(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """Tight box (x1, y1, x2, y2) of a mask with at least one pixel; x2 and y2 are one past the
-    last.
-    """
+    """Tight box (x1, y1, x2, y2) of a mask; x2 and y2 are one past the last pixel."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
