@@ -17,7 +17,7 @@ NOTEBOOK = Path(__file__).parents[1] / "docs/notebook.ipynb"
 
 
 def run_cells(notebook: dict[str, Any]) -> dict[str, Any]:
-    """Run all code cells in order in one namespace, which is returned, and replace their outputs."""
+    """Run all code cells in one namespace, which is returned; replace their outputs."""
     namespace: dict[str, Any] = {}
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     for number, cell in enumerate(cells, start=1):

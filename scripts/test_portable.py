@@ -14,11 +14,12 @@ from contextlib import contextmanager, nullcontext
 
 import click
 
+_DEFAULT = {"ATEN_CPU_CAPABILITY": "default"}
 _AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
-#: Environment of each run. oneDNN's convolutions and MKL's matrix products follow switches of their own.
+#: Environment of each run. oneDNN and MKL follow switches of their own.
 RUNS = {
     f"{name}-{threads}": {**capability, "OMP_NUM_THREADS": str(threads)}
-    for name, capability in {"native": {}, "avx2": _AVX2, "default": {"ATEN_CPU_CAPABILITY": "default"}}.items()
+    for name, capability in {"native": {}, "avx2": _AVX2, "default": _DEFAULT}.items()
     for threads in (1, 2)
 }
 RUNS |= {"sse4": {"ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"}, "busy": {}}

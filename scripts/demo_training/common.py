@@ -35,7 +35,7 @@ def seed_everything(seed: int) -> None:
 
 
 def widen(model: nn.Module) -> None:
-    """Enlarge initial weights that suit wide models: these narrow ones would hardly start to learn."""
+    """Enlarge initial weights: these narrow models would hardly start to learn."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)

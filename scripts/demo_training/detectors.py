@@ -27,7 +27,7 @@ from tasks.detection.demo.scenes import Scene, draw_scenes
 
 VERSIONS = {name: version(name) for name in ("onedl-mmdetection", "onedl-mmengine", "mmcv-lite")}
 
-# Scenes that are composed of the same warped digits: about one scene per warp, as each shows four digits.
+# Scenes of the same warped digits: about one scene per warp, as each shows four digits.
 _BLOCK = 675
 
 
@@ -59,7 +59,7 @@ def fingerprint(part: str) -> str:
 
 
 def compose(count: int, seed: int) -> tuple[Scene, ...]:
-    """Compose training scenes of the train part's digits, each digit warped anew for every 675 scenes."""
+    """Compose training scenes of the train part's digits, warped anew for every 675 scenes."""
     images, chosen = load_digits()[0].copy(), np.asarray(split_digits()["train"])
     plain = torch.from_numpy(images[chosen])[:, None].float() / 255
     warp = RandomDigitWarp(degrees=12.0, rows=1, columns=1)
@@ -72,7 +72,7 @@ def compose(count: int, seed: int) -> tuple[Scene, ...]:
 
 
 def initialise(model: nn.Module, starts_from: str | None) -> None:
-    """Set initial weights as mmdet does, but wider ones for the backbone, or take a demo model's."""
+    """Set mmdet's initial weights, but a wider backbone, or take a demo model's."""
     MMLogger.get_current_instance().setLevel(logging.ERROR)  # mmengine tells of every single weight.
     model.init_weights()
     common.widen(model.backbone)
@@ -84,7 +84,7 @@ def initialise(model: nn.Module, starts_from: str | None) -> None:
 
 
 def batch_of(scenes: tuple[Scene, ...], first: int = 0) -> dict[str, list[Any]]:
-    """Images and annotations of scenes as mmdet takes them; the first image has the id ``first`` + 1."""
+    """Images and annotations of scenes as mmdet takes them; ids begin at ``first`` + 1."""
     samples = []
     for number, scene in enumerate(scenes, first + 1):
         size = scene.pixels.shape
@@ -93,14 +93,16 @@ def batch_of(scenes: tuple[Scene, ...], first: int = 0) -> dict[str, list[Any]]:
         boxes, labels = torch.from_numpy(scene.boxes).float(), torch.from_numpy(scene.labels)
         samples.append(mm.DetDataSample(metainfo=meta))
         samples[-1].gt_instances = mm.InstanceData(bboxes=boxes, labels=labels, masks=masks)
-    return {"inputs": [torch.from_numpy(scene.pixels).expand(3, -1, -1) for scene in scenes], "data_samples": samples}
+    images = [torch.from_numpy(scene.pixels).expand(3, -1, -1) for scene in scenes]
+    return {"inputs": images, "data_samples": samples}
 
 
 def measure(model: nn.Module, part: str) -> dict[str, Any]:
-    """AP of boxes and masks in percent by mmdet's CocoMetric, image by image, and number of scenes."""
+    """AP of boxes and masks in percent by mmdet's CocoMetric, and the number of scenes."""
     model.eval()
     scenes = coco_files.scenes_of(part)
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):  # tables of pycocotools
+    # pycocotools prints tables.
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         path = Path(folder, "annotations.json")
         path.write_text(json.dumps(coco_files.annotations_of(scenes)), encoding="utf-8")
         metric = mm.CocoMetric(ann_file=str(path), metric=["bbox", "segm"])

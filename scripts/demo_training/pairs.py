@@ -59,7 +59,7 @@ def loss_of(output: Tensor | tuple[Tensor, ...], labels: Tensor, smoothing: floa
 
 @torch.inference_mode()
 def measure(model: nn.Module, part: str) -> dict[str, Any]:
-    """Top-1 accuracy of a part in percent, and its number of pairs; the model is left in eval mode."""
+    """Top-1 accuracy of a part in percent, and its number of pairs."""
     model.eval()
     data = digits.DigitPairs(part)
     images = torch.from_numpy(data.pixels)[:, None].float() / 255

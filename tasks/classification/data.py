@@ -21,7 +21,7 @@ from tasks.common.task import CalibrationSet, LoadedModel
 
 
 def open_source(loaded: LoadedModel, data: DataRequest, part: str) -> Source:
-    """Open the ``train`` part, or ``val`` to evaluate, of the data for a model. Raises DataError."""
+    """Open the ``train`` part or ``val`` of the data for a model. Raises DataError."""
     if data.path is None and data.class_order is not None:
         raise DataError("--class-order is for class folders: give their folder with --data.")
     if loaded.data == "digit-pairs" and data.path is None:

@@ -29,7 +29,7 @@ DEMO_NAMES = ("demo_vit", "demo_deit", "demo_swin")
 
 
 def full_name(name: str) -> str:
-    """The full timm name: ``model.tag``, or untagged as given. Raises ModelError for an unknown one."""
+    """The full timm name: ``model.tag``, or untagged as given. Raises ModelError."""
     if name in SHORT_NAMES:
         return SHORT_NAMES[name]
     import timm

@@ -24,7 +24,7 @@ def is_imagenet(classes: Iterable[str]) -> bool:
 
 
 def missing_imagenet(data: DataRequest, brings_data: bool, calibrates: bool) -> Missing | None:
-    """ImageNet's folder, or what it lacks of ``val`` and, if the run ``calibrates``, of ``train``."""
+    """ImageNet's folder, or what it lacks of ``val`` and, to calibrate, of ``train``."""
     if data.path is None:
         advice = f"Give its folder: IMAGENET=/path for make, --imagenet for a grid, --data for an adapter. {LAYOUT}."
         return None if brings_data else Missing("the data set ImageNet", advice)

@@ -22,7 +22,7 @@ _NAMING = (
 
 
 class Matched(NamedTuple):
-    """Annotations matched with a detector: ``labels`` are the category ids of its classes, or None."""
+    """Annotations matched with a detector: ``labels`` are category ids of its classes."""
 
     coco: Coco
     labels: tuple[int | None, ...]

@@ -192,7 +192,8 @@ def open_demo(part: str) -> DetectionSource:
     from tasks.detection.demo import coco_files, scenes
 
     own = "test" if part == "val" else part
-    coco = checked(coco_files.annotations_of(coco_files.scenes_of(own)), f"the part {own} of {scenes.DATA}", part == "val")
+    content = coco_files.annotations_of(coco_files.scenes_of(own))
+    coco = checked(content, f"the part {own} of {scenes.DATA}", part == "val")
 
     def read(index: int) -> np.ndarray:
         return np.ascontiguousarray(np.asarray(coco_files.read(own, index))[:, :, ::-1])

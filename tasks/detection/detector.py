@@ -1,4 +1,4 @@
-"""A detector put together: features by a chain or the float model, the rest by mmdet's own heads."""
+"""A detector put together: features by a chain or the float model, the rest by mmdet."""
 
 import warnings
 from collections.abc import Iterator, Mapping
@@ -41,7 +41,7 @@ class QuantizedDetector(nn.Module):
 
     @torch.no_grad()
     def predict(self, image: Tensor, meta: Mapping[str, object]) -> DetDataSample:
-        """Detect objects in one image (1, 3, H, W), normalised and padded, with its :data:`~tasks.detection.roi.META`.
+        """Detect objects in one image (1, 3, H, W), normalised and padded, with its meta.
 
         ``pred_instances`` are in coordinates of the original image.
 

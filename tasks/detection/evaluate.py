@@ -1,4 +1,4 @@
-"""Detection and instance segmentation as COCO measures them, with the contribution of each image."""
+"""Detection and instance segmentation as COCO measures them, with images' contributions."""
 
 import contextlib
 import io
@@ -252,9 +252,9 @@ def _objects(source: DetectionSource, detections: Detections) -> Any:
     kept = {source.images[index]["id"]: source.images[index] for index in detections.kept}
     annotations = [entry for entry in source.coco["annotations"] if entry["image_id"] in kept]
     # It takes an object with the id 0 for none.
-    numbered = [
-        {**entry, "id": number, "area": area_of(entry, kept[entry["image_id"]])} for number, entry in enumerate(annotations, 1)
-    ]
+    areas = [area_of(entry, kept[entry["image_id"]]) for entry in annotations]
+    pairs = enumerate(zip(annotations, areas, strict=True), 1)
+    numbered = [{**entry, "id": number, "area": area} for number, (entry, area) in pairs]
     return _index(source, detections, numbered)
 
 

@@ -63,7 +63,7 @@ with _quiet():
 
 
 def expect(part: object, what: str, *kinds: type) -> None:
-    """Refuse a part of a detector that is none of ``kinds``: even a subclass may compute otherwise."""
+    """Refuse a part of a detector of another kind: even a subclass may compute otherwise."""
     if type(part) not in kinds:
         names = " or ".join(kind.__name__ for kind in kinds)
         raise ModelError(f"{what} of type {type(part).__name__} is not supported: it has to be {names}.")

@@ -153,10 +153,11 @@ def adapted(state: Mapping[str, Tensor], model: nn.Module, where: str) -> dict[s
     if own != other:
         raise ModelError(f"The weights {where} are of a {other}, and this model is a {own}: give the weights or the name of one.")
     common = found.keys() & expected.keys()
+    shapes = {name: (found[name].shape, expected[name].shape) for name in found if name in common}
     faults = [
         ("is missing", [name for name in expected if name not in common]),
         ("has no place", [name for name in found if name not in common]),
-        ("has another shape", [name for name in found if name in common and found[name].shape != expected[name].shape]),
+        ("has another shape", [name for name, (own, wanted) in shapes.items() if own != wanted]),
     ]
     listed = "; ".join(f"{named(list(map(repr, names)))} {what}" for what, names in faults if names)
     if listed:
@@ -189,7 +190,7 @@ def merging_order(value: Tensor) -> Tensor:
 
 
 def _without_extras(state: Mapping[str, Tensor], model: nn.Module, where: str) -> dict[str, Tensor]:
-    """Drop averaged copies (``ema_``), and the images' mean and deviation if they are the model's."""
+    """Drop averaged copies (``ema_``), and the images' mean and deviation."""
     kept = {name: value for name, value in state.items() if not name.startswith("ema_")}
     for name in ("mean", "std"):
         value, own = kept.pop(f"data_preprocessor.{name}", None), getattr(model.data_preprocessor, name)

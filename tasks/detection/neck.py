@@ -40,7 +40,7 @@ def pack(maps: Sequence[Tensor]) -> Tensor:
 
 
 def unpack(packed: Tensor, channels: Sequence[int]) -> tuple[Tensor, ...]:
-    """Undo :func:`pack` of maps with ``channels``, the finest first. Raises ModelError for others."""
+    """Undo :func:`pack` of maps with ``channels``. Raises ModelError for others."""
     last = len(channels) - 1
     shares = [count * 4 ** (last - level) for level, count in enumerate(channels)]
     if packed.shape[1] != sum(shares):
@@ -73,7 +73,7 @@ class ExplicitFPN(nn.Module):
 
 
 class Unpack(nn.Module):
-    """The maps that mmdet's heads take: those that were packed, and every second cell of the coarsest."""
+    """The maps that mmdet's heads take: the packed ones, and half of the coarsest."""
 
     def __init__(self, channels: Sequence[int]) -> None:
         super().__init__()

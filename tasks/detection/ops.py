@@ -39,7 +39,7 @@ def install() -> None:
 
 
 class Operators(ModuleType):
-    """The module ``mmcv._ext``; operators that are not written here raise ModelError when called."""
+    """The module ``mmcv._ext``; other operators raise ModelError when called."""
 
     def __init__(self) -> None:
         super().__init__(_NAME, "Operators of mmcv by torchvision.")

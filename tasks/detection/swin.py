@@ -112,7 +112,7 @@ class ExplicitSwinBlock(nn.Module):
         return F.pad(x, (0, 0, 0, 1))[:, :height, :width]
 
     def _mask(self, rows: int, columns: int, device: torch.device) -> Tensor | None:
-        """(windows, N, N): hides tokens that were not side by side before the shift; None without."""
+        """(windows, N, N): hides tokens that were not side by side before the shift."""
         if not self.shift:
             return None
         down, across = (_regions(count, self.window, self.shift, device) for count in (rows, columns))

@@ -1,4 +1,4 @@
-"""Names of detectors, files of COCO 2017 (Lin et al., ECCV 2014, arXiv:1405.0312), and what is missing; imports nothing heavy."""
+"""Names of detectors, files of COCO 2017 (Lin et al., ECCV 2014), and what is missing."""
 
 from itertools import combinations
 from pathlib import Path

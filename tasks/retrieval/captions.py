@@ -61,7 +61,7 @@ _PUBLISHED = {one.file: one for one in (COCO, FLICKR30K)}
 
 
 def open_pairs(loaded: LoadedModel, data: DataRequest, part: str) -> PairSource:
-    """Open the ``train`` or the ``test`` part of the data that goes with a model. Raises DataError."""
+    """Open the ``train`` or ``test`` part of the data for a model. Raises DataError."""
     if data.class_order is not None and data.evaluation != "zero-shot":
         raise DataError("Captions have no classes: --class-order goes with --eval zero-shot.")
     if part not in PARTS:

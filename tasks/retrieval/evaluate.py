@@ -144,7 +144,7 @@ def _examples(ranks: Ranks, source: "PairSource", images: np.ndarray, kept_capti
 
 
 def normalised(embeddings: Tensor) -> Tensor:
-    """Embeddings (n, d) at unit length, in float32. Raises NumericsError for NaN, infinity or zero."""
+    """Embeddings (n, d) at unit length, in float32. Raises NumericsError."""
     embeddings = embeddings.float()
     lengths = embeddings.norm(dim=-1, keepdim=True)
     if not bool(torch.isfinite(lengths).all()):

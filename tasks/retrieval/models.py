@@ -38,7 +38,7 @@ _OPENAI = {"input_resolution", "context_length", "vocab_size"}
 
 
 def load_model(request: ModelRequest) -> LoadedModel:
-    """Load a CLIP model with weights, transforms and tokenizer. Raises ModelError, NumericsError."""
+    """Load a CLIP model with weights, transforms and tokenizer. Raises ModelError."""
     missing = [item for item in (CATALOGUE.missing_weights(request), missing_tokenizer(request)) if item is not None]
     if missing:
         raise ModelError(describe_missing(missing))
@@ -51,7 +51,8 @@ def load_model(request: ModelRequest) -> LoadedModel:
     path = weights or CATALOGUE.fetch(tag)
     _refuse_torchscript(path, f"{architecture}.{training}" if training else None)
     stored = read_weights(path, request.weights_entry)
-    named = bool(training) or "quick_gelu" in request.model_args or f"{architecture}-quickgelu" not in open_clip.list_models()
+    both = f"{architecture}-quickgelu" in open_clip.list_models()
+    named = bool(training) or "quick_gelu" in request.model_args or not both
     told = None if named else _activation(stored)
     arguments = request.model_args if told is None else {**request.model_args, "quick_gelu": told}
     model = _create(architecture, arguments, {"quick_gelu": told, **config})
@@ -119,7 +120,7 @@ def _activation(stored: StoredWeights) -> bool | None:
 
 
 def _configuration(architecture: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """open_clip's configuration with ``arguments``; a tower keeps its settings that are not named."""
+    """open_clip's configuration with ``arguments``; a tower keeps its other settings."""
     config: dict[str, Any] = open_clip.get_model_config(architecture)
     wrong = sorted(arguments.keys() & {*inspect.signature(open_clip.create_model).parameters, "pretrained_hf", "cast_dtype"})
     if wrong:
@@ -186,7 +187,7 @@ def _check_size(given: dict[str, Any], own: tuple[int, int, int]) -> tuple[int, 
 
 def _create(architecture: str, arguments: dict[str, Any], config: dict[str, Any]) -> nn.Module:
     own = {name: config[name] for name in arguments}
-    # open_clip warns that the new model has random weights; they are replaced at once, all of them or with an error.
+    # open_clip warns of the random weights, which are replaced at once.
     logging.root.addFilter(_serious)
     try:
         model: nn.Module = open_clip.create_model(architecture, pretrained_image=False, pretrained_text=False, **own)

@@ -198,7 +198,7 @@ def tokenizer_folder(request: ModelRequest) -> Path | None:
 
 
 def missing_tokenizer(request: ModelRequest) -> Missing | None:
-    """The tokenizer, if open_clip does not bring it, it is not here, and the hub does not answer."""
+    """The tokenizer, if it is neither in open_clip nor here nor at the hub."""
     if request.name in DEMO_NAMES:
         return None
     repo = tokenizer_repository(full_name(request.name).partition(".")[0])

@@ -107,7 +107,7 @@ def _vocabulary(folder: Path | None, repo: str) -> Path | None:
 
 
 def _compare(built: HFTokenizer, file: Path | None, source: str) -> None:
-    """Refuse a tokenizer without a vocabulary file, or with other tokens than its tokenizer.json."""
+    """Refuse a tokenizer without a vocabulary, or with other tokens than its file."""
     if file is None:
         raise ModelError(f"The tokenizer in {source} has no vocabulary: none of {', '.join(VOCABULARIES)} is there.")
     if file.name != "tokenizer.json":

@@ -171,7 +171,7 @@ def _timm_tower(tower: TimmModel, recipe: Recipe) -> BlockChain:
 
 
 def _timm_heads(tower: TimmModel, recipe: Recipe) -> list[tuple[str, nn.Module]]:
-    """Projections of the trunk's pooled features, by name: its own classifier, or layers behind it."""
+    """Projections of the trunk's pooled features, by name."""
     heads: list[tuple[str, nn.Module]] = []
     if not isinstance(tower.trunk.head, nn.Identity):
         heads.append(("visual.trunk.head", _projection(tower.trunk, tower.trunk.head, recipe)))
@@ -200,7 +200,7 @@ class _Tokens(nn.Module):
 
 
 class PooledPosition(nn.Module):
-    """Position (B,) of the pooled token, by ids (B, L): the first of the highest id, or of ``eos_id``.
+    """Position (B,) of the pooled token: the first of the highest id, or of ``eos_id``.
 
     Texts without ``eos_id`` are pooled at their first token, as open_clip does.
     """

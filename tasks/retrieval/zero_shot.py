@@ -77,7 +77,7 @@ def class_embeddings(
     report: Report,
     templates: Sequence[Template] = TEMPLATES,
 ) -> Tensor:
-    """Unit embeddings (classes, d): means of unit embeddings over ``templates``. Raises ModelError."""
+    """Unit embeddings (classes, d): means over ``templates``. Raises ModelError."""
     total = len(names) * len(templates)
     found = []
     for start in range(0, len(names), _CLASSES):

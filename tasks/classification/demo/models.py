@@ -1,4 +1,4 @@
-"""Three small transformers for the digit pairs, built from timm's own classes, and their weights."""
+"""Three small transformers of timm's own classes for the digit pairs, and their weights."""
 
 from pathlib import Path
 from typing import Any

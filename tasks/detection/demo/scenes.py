@@ -33,7 +33,7 @@ _TRIES = 20
 
 @dataclass(frozen=True)
 class Placed:
-    """A digit: source index, side after resizing, place of its image's ink, level of a full pixel."""
+    """A digit: source index, side, place of its image's ink, level of a full pixel."""
 
     source: int
     side: int

@@ -54,8 +54,8 @@ class ScenePlan:
     """Digits and captions of n scenes; arrays are int64 (n, 4), one column per cell.
 
     ``facts`` are of :func:`fact_of`, ``sources`` the digits' source
-    indices (-1: empty), ``sizes`` the sides of their images in pixels, and ``offsets`` (n, 4, 2) top
-    and left inside the cell.
+    indices (-1: empty), ``sizes`` the sides of their images in pixels, and ``offsets`` (n, 4, 2)
+    top and left inside the cell.
     """
 
     facts: np.ndarray
@@ -158,7 +158,7 @@ class DigitScenes(DigitSamples):
 
 
 def scene_warp() -> RandomDigitWarp:
-    """Warp of training scenes: each cell on its own, too mild to turn a size or a place into another."""
+    """Warp of training scenes, too mild to turn a size or a place into another."""
     return RandomDigitWarp(degrees=10.0, scale=0.1, shear=0.15, shift=1.0, elastic=1.0, contrast=0.3, rows=2, columns=2)
 
 
