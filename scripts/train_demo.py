@@ -86,7 +86,8 @@ def main() -> None:
         measured = trainer.measure(model, "val")
         if not args.val_only:
             measured |= trainer.measure(model, "test")
-            facts = {"seed": args.seed, **dataclasses.asdict(recipe), **measured, "training_minutes": minutes}
+            facts = {"seed": args.seed, **dataclasses.asdict(recipe), **measured}
+            facts["training_minutes"] = minutes
             save(model, name, trainer, args.out or trainer.DEMO.weights_path(name).parent, facts)
         print(f"{name}: {measured}, {minutes} minutes")
 

@@ -82,8 +82,10 @@ def train(name: str, recipe: PairRecipe, seed: int) -> nn.Module:
     count = len(digits.DigitPairs("train"))
 
     def batches(epoch: int) -> Callable[[slice], Tensor]:
-        plan = digits.draw_pairs("train", count, np.random.default_rng([seed, epoch]))  # in random order
-        images, labels = torch.from_numpy(digits.compose_pairs(plan))[:, None], torch.from_numpy(plan.targets)
+        # The plan is in random order.
+        plan = digits.draw_pairs("train", count, np.random.default_rng([seed, epoch]))
+        images = torch.from_numpy(digits.compose_pairs(plan))[:, None]
+        labels = torch.from_numpy(plan.targets)
 
         def loss(batch: slice) -> Tensor:
             output = model(to_input(augment(images[batch].float() / 255)))
@@ -93,6 +95,7 @@ def train(name: str, recipe: PairRecipe, seed: int) -> nn.Module:
 
     # Embeddings: what the model itself exempts, and Swin's tables of position biases.
     exempt = (*getattr(model, "no_weight_decay", tuple)(), "relative_position_bias")
-    common.fit(name, recipe, model, exempt, count // recipe.batch_size, batches, lambda: measure(model, "val"))
+    steps = count // recipe.batch_size
+    common.fit(name, recipe, model, exempt, steps, batches, lambda: measure(model, "val"))
     distilled(False)
     return model.eval()

@@ -65,7 +65,8 @@ class FactHeads(nn.Module):
     def forward(self, images: Tensor, texts: Tensor, facts: Tensor) -> Tensor:
         """Sum of the mean cross entropies, over scenes and cells, of images, texts and patches."""
         scale = images.shape[1] ** 0.5  # Features of norm 1 would hardly move the head.
-        found = [self.features(x * scale).unflatten(1, (scenes.NUM_FACTS, -1)) for x in (images, texts)]
+        shape = (scenes.NUM_FACTS, -1)
+        found = [self.features(x * scale).unflatten(1, shape) for x in (images, texts)]
         rows, columns = self._grid
         cells = self._tokens[:, 1:].unflatten(1, (2, rows // 2, 2, columns // 2)).mean((2, 4))  # (b, 2, 2, width)
         patches = F.cross_entropy(self.patches(cells).flatten(0, 2), facts.flatten())
@@ -95,7 +96,8 @@ def train(name: str, recipe: SceneRecipe, seed: int) -> nn.Module:
     model = DEMO.build(name)
     common.widen(model)
     # What is shown depends on where a digit or a word is, so positions must be seen from the first step.
-    for embedding in (model.visual.positional_embedding, model.positional_embedding, model.token_embedding.weight):
+    positions = model.visual.positional_embedding, model.positional_embedding
+    for embedding in (*positions, model.token_embedding.weight):
         nn.init.normal_(embedding, std=0.3)
     heads = FactHeads(model)
     warp, tokenizer, contrast = scenes.scene_warp(), demo_tokenizer(), ClipLoss()
@@ -104,13 +106,15 @@ def train(name: str, recipe: SceneRecipe, seed: int) -> nn.Module:
     def batches(epoch: int) -> Callable[[slice], Tensor]:
         # In random order but for the groups, which should share a batch.
         plan = scenes.draw_scenes("train", count, np.random.default_rng([seed, epoch]))
-        pixels, facts = torch.from_numpy(scenes.compose_scenes(plan))[:, None], torch.from_numpy(plan.facts)
+        pixels = torch.from_numpy(scenes.compose_scenes(plan))[:, None]
+        facts = torch.from_numpy(plan.facts)
         tokens = tokenizer(list(plan.captions))
 
         def loss(batch: slice) -> Tensor:
             model.logit_scale.data.clamp_(max=math.log(_MAX_LOGIT_SCALE))
             images, texts, scale = model(to_input(warp(pixels[batch].float() / 255)), tokens[batch])
-            return contrast(images, texts, scale) + recipe.facts_weight * heads(images, texts, facts[batch])
+            read = heads(images, texts, facts[batch])
+            return contrast(images, texts, scale) + recipe.facts_weight * read
 
         return loss
 

@@ -80,9 +80,10 @@ def _listed(data: DataRequest, source: Source | None) -> tuple[list[str], Callab
     root = data.path or Path()
     # Ids are relative to the data's folder where they can be: random transforms are seeded by them.
     paths = [root / name for name in ids]
-    relative = [path.relative_to(root).as_posix() if path.is_relative_to(root) else None for path in paths]
     # Below the root a file is found in another Unicode form of its name, too.
-    paths = [path if name is None else file_below(root, name) for path, name in zip(paths, relative, strict=True)]
+    for place, path in enumerate(paths):
+        if path.is_relative_to(root):
+            paths[place] = file_below(root, path.relative_to(root).as_posix())
     ids = [path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path) for path in paths]
     absent = [str(path) for path in paths if not path.is_file()]
     if absent:

@@ -54,7 +54,7 @@ def checked(content: object, where: str, annotated: bool = True) -> Coco:
 
     images = [_image(entry, spot) for entry, spot in spots("image")]
     _distinct(images, ("id", "file_name"), f"{where} lists images")
-    categories = [{"id": _whole(entry, "id", spot), "name": _name(entry, spot)} for entry, spot in spots("category")]
+    categories = [_category(entry, spot) for entry, spot in spots("category")]
     _distinct(categories, ("id", "name"), f"{where} lists categories")
     if not images or not categories:
         raise DataError(f"{where} lists no {'categories' if images else 'images'}.")
@@ -62,7 +62,8 @@ def checked(content: object, where: str, annotated: bool = True) -> Coco:
         return {"images": images, "annotations": [], "categories": categories}
     sizes = {entry["id"]: (entry["height"], entry["width"]) for entry in images}
     kinds = {entry["id"] for entry in categories}
-    annotations = [_annotation(entry, number, where, sizes, kinds) for number, entry in enumerate(found["annotations"])]
+    numbered = enumerate(found["annotations"])
+    annotations = [_annotation(entry, number, where, sizes, kinds) for number, entry in numbered]
     _distinct(annotations, ("id",), f"{where} lists annotations")
     return {"images": images, "annotations": annotations, "categories": categories}
 
@@ -189,11 +190,11 @@ def _whole(entry: Entry, name: str, spot: str) -> int:
     return int(value)  # type: ignore[call-overload]
 
 
-def _name(entry: Entry, spot: str) -> str:
-    name = entry.get("name")
+def _category(entry: Entry, spot: str) -> Entry:
+    number, name = _whole(entry, "id", spot), entry.get("name")
     if not isinstance(name, str) or not name.strip():
         raise DataError(f"{spot}: its name is {name!r}.")
-    return name
+    return {"id": number, "name": name}
 
 
 def _distinct(entries: Sequence[Entry], keys: Iterable[str], what: str) -> None:

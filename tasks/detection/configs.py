@@ -29,7 +29,7 @@ KINDS: tuple[Kind, ...] = ("mask_rcnn", "cascade_mask_rcnn")
 #: Mean and deviation of ImageNet's pixels, RGB.
 PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
-#: Arguments of mmdet's ``Resize`` in tests: the shorter side to 800 pixels, the longer to 1333 at most.
+#: Arguments of mmdet's ``Resize``: the shorter side to 800 pixels, the longer to 1333 at most.
 RESIZE: Config = {"scale": (1333, 800), "keep_ratio": True}
 
 

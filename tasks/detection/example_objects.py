@@ -39,7 +39,8 @@ def detection_examples(source: DetectionSource, detections: "Detections") -> lis
         image = source.images[position]
         size = image["width"], image["height"]
         best = sorted(found[image["id"]], key=lambda entry: -entry["score"])[:FOUND]
-        largest = sorted(truth[image["id"]], key=lambda entry, image=image: -area_of(entry, image))[:TRUTHS]
+        areas = [-area_of(entry, image) for entry in truth[image["id"]]]
+        largest = [truth[image["id"]][place] for place in np.argsort(areas, kind="stable")[:TRUTHS]]
         examples.append(
             {
                 "sample": source.image_ids[position],

@@ -46,7 +46,7 @@ class Pipeline:
     of mmdet's ``Resize``, None leaves sizes as they are.
     """
 
-    def __init__(self, preprocessor: mm.DetDataPreprocessor, resize: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, preprocessor: nn.Module, resize: Mapping[str, Any] | None = None) -> None:
         self.preprocessor = copy.deepcopy(preprocessor).cpu().eval()
         self.resize = None if resize is None else mm.Resize(**resize)
         self.pack = mm.PackDetInputs(meta_keys=("ori_shape", "img_shape", "scale_factor"))

@@ -44,8 +44,10 @@ class Operators(ModuleType):
     def __init__(self) -> None:
         super().__init__(_NAME, "Operators of mmcv by torchvision.")
         self.__spec__ = ModuleSpec(_NAME, None)
-        self.nms, self.roi_align_forward, self.roi_align_backward = nms, roi_align_forward, roi_align_backward
-        self.get_compiler_version = self.get_compiling_cuda_version = lambda: "none (operators of torchvision)"
+        for operator in (nms, roi_align_forward, roi_align_backward):
+            setattr(self, operator.__name__, operator)
+        for name in ("get_compiler_version", "get_compiling_cuda_version"):
+            setattr(self, name, lambda: "none (operators of torchvision)")
 
     def __getattr__(self, name: str) -> Callable[..., NoReturn]:
         # mmcv.ops asks at its import for all operators there are; names of Python's own machinery are none

@@ -98,9 +98,9 @@ def missing_weights(model: ModelRequest) -> Missing | None:
     name, _, tag = full_name(model.name).partition(".")
     return Missing(
         f"the weights of {name}.{tag} (published as {PUBLISHED[name][tag]})",
-        "No Hugging Face repository has them: get the file from https://github.com/SwinTransformer/storage/releases and give "
-        "it with --weights, or put it, called <name>.pth, into the folder of weights: WEIGHTS=/path for make, --weights for a "
-        "grid, --weights-folder for an adapter.",
+        "No Hugging Face repository has them: get the file from "
+        "https://github.com/SwinTransformer/storage/releases and give it with --weights, or put it, called <name>.pth, into "
+        "the folder of weights: WEIGHTS=/path for make, --weights for a grid, --weights-folder for an adapter.",
     )
 
 

@@ -103,8 +103,8 @@ def _demo(request: ModelRequest, tag: str, weights: Path | None) -> LoadedModel:
     length, digest = int(model.context_length), stored.sha256(model, altered=False)
     tokenizer = Tokenizer(demo_tokenizer(), length, int(model.vocab_size))
     facts = tag, f"file {stored.path.name}", digest, 0, eval_transform(), train_transform()
-    shape = (3, *CANVAS_SIZE)
-    return LoadedModel(model, *facts, "digit-scenes", shape, tokenizer, length, entry=stored.entry, entries=stored.entries)
+    own = "digit-scenes", (3, *CANVAS_SIZE), tokenizer, length
+    return LoadedModel(model, *facts, *own, entry=stored.entry, entries=stored.entries)
 
 
 def _activation(stored: StoredWeights) -> bool | None:
@@ -190,7 +190,8 @@ def _create(architecture: str, arguments: dict[str, Any], config: dict[str, Any]
     # open_clip warns of the random weights, which are replaced at once.
     logging.root.addFilter(_serious)
     try:
-        model: nn.Module = open_clip.create_model(architecture, pretrained_image=False, pretrained_text=False, **own)
+        own |= {"pretrained_image": False, "pretrained_text": False}
+        model: nn.Module = open_clip.create_model(architecture, **own)
     except (TypeError, ValueError, AssertionError, RuntimeError, KeyError, AttributeError, ArithmeticError) as error:
         raise ModelError(f"open_clip cannot build {architecture} with {arguments}: {error}") from error
     finally:

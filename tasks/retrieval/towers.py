@@ -43,7 +43,8 @@ def build_towers(model: nn.Module, recipe: Recipe, towers: Sequence[str]) -> dic
     for name in towers:
         if name not in TOWERS:
             raise ModelError(f"There is no tower '{name}'.{suggest(name, TOWERS)}")
-        chains[name] = _vision_tower(model.visual, recipe) if name == "vision" else _text_tower(model, recipe)
+        vision = name == "vision"
+        chains[name] = _vision_tower(model.visual, recipe) if vision else _text_tower(model, recipe)
     return chains
 
 
@@ -80,7 +81,12 @@ class ExplicitBlock(nn.Module):
 
 
 def _block_segments(
-    transformer: nn.Module, prefix: str, embedding: nn.Module, mask: Tensor | None, recipe: Recipe, after: nn.Module | None
+    transformer: nn.Module,
+    prefix: str,
+    embedding: nn.Module,
+    mask: Tensor | None,
+    recipe: Recipe,
+    after: nn.Module | None,
 ) -> list[Segment]:
     """Every block as a segment; ``embedding`` precedes the first, ``after`` follows the last."""
     if type(transformer) is not Transformer:

@@ -31,8 +31,8 @@ def demo_tokenizer() -> "Callable[[list[str]], Tensor]":
 def learn_merges(texts: Iterable[str]) -> list[tuple[str, str]]:
     """Merge the most frequent pair of neighbouring symbols until every word is one token.
 
-    Texts are of the letters a to z and punctuation, which is not merged. The merges are in the order
-    in which they apply; open_clip marks the last symbol of a word by ``</w>``.
+    Texts are of the letters a to z and punctuation, which is not merged. The merges are in the
+    order in which they apply; open_clip marks the last symbol of a word by ``</w>``.
     """
     counts = Counter(word for text in texts for word in re.findall(r"[a-z]+", text))
     words = {word: " ".join(word) + "</w>" for word in counts}
