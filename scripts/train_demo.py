@@ -2,9 +2,8 @@
 
     python scripts/train_demo.py --models demo_vit,demo_swin --epochs 30
 
-Every epoch composes new images from the digits of the train part. Whatever is chosen (here: the
-number of epochs and the learning rate) is chosen on the val part with ``--val-only``; the test part
-is read once, after training, for the metadata.
+Whatever is chosen (epochs, learning rate) is chosen on the val part with ``--val-only``; the test
+part is read once, after training, for the metadata.
 """
 
 import argparse

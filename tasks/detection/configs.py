@@ -64,15 +64,12 @@ def detector_config(
     Args:
         embed_dims: width of the backbone's first stage; it doubles from stage to stage.
         depths, num_heads: of the four stages.
-        classes: without the background.
         channels: of the FPN and of the convolutions in all heads.
         fc_channels: width of the linear layers of the box heads.
         box_convs: convolutions of the cascade's box heads; Mask R-CNN has two linear layers.
         anchor_scale: side of the anchors, in strides of their level.
-        anchor_ratios: height by width of the anchors.
         finest_scale: regions from twice this side on are not read from the finest level.
         proposals: most regions of an image, and of a level, that the RPN hands on.
-        detections: most detections of an image.
     """
     config = copy.deepcopy(_of_mmdet("mask-rcnn" if kind == "mask_rcnn" else "cascade-mask-rcnn"))
     config["data_preprocessor"].update(mean=list(pixel_mean), std=list(pixel_std))

@@ -59,11 +59,9 @@ def detect(
 ) -> Detections:
     """Find objects, one by one; ``prepare`` gives the input and meta of an image.
 
-    Raises:
-        DataError: a damaged image (unless skipped), none left, or an image of another size than
-            annotated.
-        ModelError: the detector does not take an image, or its answer does not fit the image.
-        NumericsError: a box or score that is NaN or infinite, or what the detector refuses.
+    Raises DataError for a damaged image (unless skipped), none left, or one of another size than
+    annotated; ModelError where detector and image do not fit, and NumericsError for NaN or
+    infinity.
     """
     images = Images(source.image_ids, [0] * len(source.image_ids), source.read, prepare, skip_corrupt)  # type: ignore[arg-type]
     loader = DataLoader(images, batch_size=None, num_workers=workers, collate_fn=_as_it_is)
@@ -134,18 +132,13 @@ def coco_results(found: Any, image: Entry, categories: Sequence[int | None], nam
 def measure(source: DetectionSource, detections: Detections, keep: bool = False) -> Evaluation:
     """Compare detections, which are kept as a file if asked for, with the annotations.
 
-    A skipped image takes its annotations along.
-
-    Returns:
-        ``metrics`` are ``AP_box``, ``AP_mask`` and those of :data:`METRICS` likewise, in percent,
-        with the jackknife's standard errors over images. A metric whose objects are all in one
-        image has no such error and is left out, as mask AP is where an object has no mask.
-        ``outcomes`` have one row per image: ``sample``, its id; ``AP_box`` and ``AP_mask``, its
-        contributions, whose means are the metrics as fractions; ``objects`` (without crowd regions)
-        and ``found``, their numbers.
-
-    Raises:
-        DataError: objects in fewer than two images.
+    Returns ``AP_box``, ``AP_mask`` and those of :data:`METRICS` likewise, in percent, with the
+    jackknife's standard errors over images. A metric whose objects are all in one image has no such
+    error and is left out, as mask AP is where an object has no mask. ``outcomes`` have one row per
+    image: ``sample``, its id; ``AP_box`` and ``AP_mask``, its contributions, whose means are the
+    metrics as fractions; ``objects`` (without crowd regions) and ``found``, their numbers. A
+    skipped image takes its annotations along. Raises DataError for objects in fewer than two
+    images.
     """
     metrics: dict[str, Metric] = {}
     shares: dict[str, np.ndarray] = {}

@@ -1,11 +1,10 @@
 """COCO's average precision from matched detections, as a function of the images that count.
 
-Detections are matched image by image, so only the accumulation over images depends on the sample.
-It is written here in terms of true positives alone: of the precisions at 101 recalls, each
-interpolated to the highest precision at that recall or beyond (Lin et al., ECCV 2014,
-arXiv:1405.0312; Everingham et al., IJCV 88, 2010), a false positive only lowers those behind it.
-This makes it cheap to leave out every image in turn, for the jackknife (Efron and Stein, Annals of
-Statistics 9, 1981), whose pseudo-values give each image a contribution to the average precision.
+Of the precisions at 101 recalls, each interpolated to the highest precision at that recall or
+beyond (Lin et al., ECCV 2014, arXiv:1405.0312; Everingham et al., IJCV 88, 2010), a false positive
+only lowers those behind it. Written in terms of true positives alone, it is cheap to leave out
+every image in turn, for the jackknife (Efron and Stein, Annals of Statistics 9, 1981), whose
+pseudo-values give each image a contribution.
 
 With many objects, leaving out one image moves the curve by less than the distance of two recalls: a
 precision at one recall then stays or jumps, by chance the same way for all images. The jackknife is

@@ -206,7 +206,9 @@ class _Proposals(_Hidden):
     """The side of the chain: an image (1, 3, H, W) to the float RPN's proposals (1, P, 4)."""
 
     def forward(self, image: Tensor) -> Tensor:
-        return float_proposals(self.there(image.device), image, _whole(image)).unsqueeze(0)
+        size = tuple(image.shape[2:])  # No part of it is padding.
+        meta = {"img_shape": size, "pad_shape": size, "ori_shape": size, "scale_factor": (1.0, 1.0)}
+        return float_proposals(self.there(image.device), image, meta).unsqueeze(0)
 
 
 class _Terms(_Hidden):
@@ -221,12 +223,6 @@ class _Terms(_Hidden):
         with torch.autocast(x.device.type, enabled=False):
             logits = class_logits_on(self.there(x.device), self.unpack(kept[-1].float()), side[0].float())
         return torch.cat([x.flatten(1).float(), logits.reshape(1, -1)], 1)
-
-
-def _whole(image: Tensor) -> dict[str, object]:
-    """The meta of an image (1, 3, H, W) without padding."""
-    size = tuple(image.shape[2:])
-    return {"img_shape": size, "pad_shape": size, "ori_shape": size, "scale_factor": (1.0, 1.0)}
 
 
 class ProposalTerms:

@@ -47,18 +47,13 @@ def evaluate_pairs(
     length. ``images`` are those of ``source`` with their transform; one that was skipped takes its
     captions along.
 
-    Returns:
-        ``n`` is the number of images. ``outcomes`` have one row per query, images first: ``sample``
-        (``image:<id>`` or ``caption:<image id>#<number within the image>``); ``direction`` (0 image
-        to text, 1 text to image); ``rank`` of the best correct item, from 0, and ``correct`` if it
-        is 0; ``best``, index of the top-scoring item in ``source``, among equals any; ``weight``,
-        with which the mean of ``correct`` is R@1 (both directions count the same); ``cluster``,
-        index of the query's image in ``source`` (different images are independent).
-
-    Raises:
-        DataError: a damaged image (unless skipped), or none left.
-        ModelError: an encoder does not take its inputs.
-        NumericsError: an embedding that is NaN, infinite or zero.
+    Returns the number of images, and outcomes with one row per query, images first: ``sample``
+    (``image:<id>`` or ``caption:<image id>#<number within the image>``); ``direction`` (0 image to
+    text, 1 text to image); ``rank`` of the best correct item, from 0, and ``correct`` if it is 0;
+    ``best``, index of the top-scoring item in ``source``, among equals any; ``weight``, with which
+    the mean of ``correct`` is R@1 (both directions count the same); ``cluster``, index of the
+    query's image in ``source`` (different images are independent). Raises DataError, ModelError,
+    NumericsError.
     """
     total = len(images) + len(source.captions)
     positions, embedded = [], []
