@@ -17,14 +17,7 @@ NOTEBOOK = Path(__file__).parents[1] / "docs/notebook.ipynb"
 
 
 def run_cells(notebook: dict[str, Any]) -> dict[str, Any]:
-    """Run all code cells in order in one namespace, and replace their outputs.
-
-    Args:
-        notebook: the content of a notebook file, changed in place.
-
-    Returns:
-        The namespace.
-    """
+    """Run all code cells in one namespace, which is returned; replace their outputs."""
     namespace: dict[str, Any] = {}
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     for number, cell in enumerate(cells, start=1):
@@ -44,20 +37,13 @@ def _outputs(source: str, number: int, namespace: dict[str, Any]) -> list[dict[s
             value = eval(compile(ast.Expression(last.value), f"<cell {number}>", "eval"), namespace)
     outputs: list[dict[str, Any]] = []
     if printed.getvalue():
-        text = _lines(printed.getvalue())
-        outputs.append({"name": "stdout", "output_type": "stream", "text": text})
+        outputs.append({"name": "stdout", "output_type": "stream", "text": _lines(printed.getvalue())})
     if value is not None:
         data = {"text/plain": _lines(repr(value))}
         if hasattr(value, "_repr_html_"):
             data["text/html"] = _lines(value._repr_html_())
-        outputs.append(
-            {
-                "data": data,
-                "execution_count": number,
-                "metadata": {},
-                "output_type": "execute_result",
-            }
-        )
+        result = {"execution_count": number, "metadata": {}, "output_type": "execute_result"}
+        outputs.append({"data": data, **result})
     for figure in map(pyplot.figure, pyplot.get_fignums()):
         png = io.BytesIO()
         figure.savefig(png, format="png", dpi=80, bbox_inches="tight")

@@ -5,8 +5,6 @@
 Every run has its own folder for compiled kernels, since these hold the instructions of one setting.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -16,21 +14,15 @@ from contextlib import contextmanager, nullcontext
 
 import click
 
-#: Environment of each run.
+_DEFAULT = {"ATEN_CPU_CAPABILITY": "default"}
+_AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+#: Environment of each run. oneDNN and MKL follow switches of their own.
 RUNS = {
-    **{
-        f"{name}-{threads}": {**capability, "OMP_NUM_THREADS": str(threads)}
-        for name, capability in {
-            "native": {},
-            "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
-            "default": {"ATEN_CPU_CAPABILITY": "default"},
-        }.items()
-        for threads in (1, 2)
-    },
-    # oneDNN's convolutions and MKL's matrix products follow switches of their own.
-    "sse4": {"ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
-    "busy": {},
+    f"{name}-{threads}": {**capability, "OMP_NUM_THREADS": str(threads)}
+    for name, capability in {"native": {}, "avx2": _AVX2, "default": _DEFAULT}.items()
+    for threads in (1, 2)
 }
+RUNS |= {"sse4": {"ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"}, "busy": {}}
 #: The variables that the runs set; what the caller has set does not count.
 VARIABLES = {variable for run in RUNS.values() for variable in run}
 

@@ -1,35 +1,60 @@
-"""Trains the demo models of all tasks on images composed of digits and writes their weights and metadata.
+"""Train the demo models of all tasks on images composed of digits; write weights and metadata.
 
     python scripts/train_demo.py --models demo_vit,demo_swin --epochs 30
 
-Every epoch composes new images from the digits of the train part. Whatever is chosen (here: the number of epochs and
-the learning rate) is chosen on the val part with ``--val-only``; the test part is read once, after training, for the
-metadata.
+Whatever is chosen (epochs, learning rate) is chosen on the val part with ``--val-only``; the test
+part is read once, after training, for the metadata.
 """
-
-from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
+import json
 import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
+from safetensors.torch import save_file
+from torch import nn
 
 # Run as a script, only this file's folder is on the path; the packages are one level up.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from demo_training import detectors, pairs, scenes
-from demo_training.common import save
 
 from fimaq_core.errors import suggest
+from tasks.common.digits import PARTS
 
-TRAINERS = {name: trainer for trainer in (pairs, scenes, detectors) for name in trainer.NAMES}
+TRAINERS = {name: trainer for trainer in (pairs, scenes, detectors) for name in trainer.DEMO.names}
+
+
+def save(model: nn.Module, name: str, trainer: ModuleType, out: Path, facts: dict[str, Any]) -> None:
+    """Write the weights as ``<name>.safetensors`` and ``facts`` about them as ``<name>.json``."""
+    out.mkdir(parents=True, exist_ok=True)
+    path, spec = out / f"{name}.safetensors", trainer.DEMO.spec(name)
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, path)
+    metadata = {
+        "model": name,
+        "class": f"{spec.module}.{spec.cls}",
+        "kwargs": spec.kwargs,
+        "tag": "digits-v1",
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        **facts,
+        "data_fingerprints": {part: trainer.fingerprint(part) for part in PARTS},
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "date": datetime.now(UTC).date().isoformat(),
+        **trainer.VERSIONS,
+        "torch": torch.__version__.split("+")[0],  # The build after the plus says nothing about the weights.
+    }
+    path.with_suffix(".json").write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> None:
-    """Parses the command line, then trains and saves the models one after the other."""
+    """Parse the command line, then train and save the models one after the other."""
     parser = argparse.ArgumentParser(description="Train the demo models on images composed of digits.")
     parser.add_argument("--models", default=",".join(TRAINERS), help="comma-separated names (default: all)")
     # What is not given is the default of the model's own recipe.
@@ -56,17 +81,14 @@ def main() -> None:
         recipe = dataclasses.replace(trainer.RECIPES[name], **given)
         started = time.perf_counter()
         model = trainer.train(name, recipe, args.seed)
-        minutes = (time.perf_counter() - started) / 60
+        minutes = round((time.perf_counter() - started) / 60, 1)
         measured = trainer.measure(model, "val")
-        if args.val_only:
-            print(f"{name}: {trainer.describe(measured, 'val')} after {minutes:.1f} minutes")
-            continue
-        measured |= trainer.measure(model, "test")
-        out = args.out or trainer.weights_path(name).parent
-        spec, prints = trainer.spec_of(name), trainer.fingerprints()
-        save(model, name, spec, recipe, args.seed, minutes, measured, prints, trainer.VERSIONS, out)
-        shown = ", ".join(trainer.describe(measured, part) for part in ("val", "test"))
-        print(f"{name}: {shown}, {minutes:.1f} minutes")
+        if not args.val_only:
+            measured |= trainer.measure(model, "test")
+            facts = {"seed": args.seed, **dataclasses.asdict(recipe), **measured}
+            facts["training_minutes"] = minutes
+            save(model, name, trainer, args.out or trainer.DEMO.weights_path(name).parent, facts)
+        print(f"{name}: {measured}, {minutes} minutes")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from fimaq_core.errors import FimaqError
 from fimaq_core.progress import Progress, Report
 from fimaq_core.recipe import Recipe, make_recipe
 from tasks.common.request import CellRequest
-from tasks.detection.layout import annotation_file
+from tasks.detection.tags import annotation_file
 
 #: Optimisation steps per block and per MLP; on a GPU a graph of a step is captured behind three.
 STEPS, GPU_STEPS = 2, 5

@@ -11,7 +11,7 @@ from PIL import Image
 from fimaq_core.errors import DataError
 from fimaq_core.recipe import Recipe
 from tasks.classification.demo.digits import DigitPairs
-from tasks.common.calibration import draw, id_positions, read_list
+from tasks.common.calibration import draw, positions_of, read_list
 from tasks.common.files import file_below
 from tasks.common.folders import Source, open_folder
 from tasks.common.imagenet import LAYOUT
@@ -21,11 +21,7 @@ from tasks.common.task import CalibrationSet, LoadedModel
 
 
 def open_source(loaded: LoadedModel, data: DataRequest, part: str) -> Source:
-    """Open the ``train`` or the evaluation part (``val``) of the data that goes with a model.
-
-    Raises:
-        DataError: missing or empty folder, classes that do not fit the model, or unclear labels.
-    """
+    """Open the ``train`` part or ``val`` of the data for a model. Raises DataError."""
     if data.path is None and data.class_order is not None:
         raise DataError("--class-order is for class folders: give their folder with --data.")
     if loaded.data == "digit-pairs" and data.path is None:
@@ -52,11 +48,9 @@ def digit_pairs(part: str) -> Source:
 def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> CalibrationSet:
     """Draw the calibration images from the training part, or take those of a list.
 
-    The draw is a seeded permutation of the whole part; the ranges use its first images. Random transforms are seeded
-    per image, so the sample does not depend on what else ran.
-
-    Raises:
-        DataError: fewer images than asked for, a damaged image, a list that does not fit.
+    The draw is a seeded permutation of the whole part; the ranges use its first images. Random
+    transforms are seeded per image, so the sample does not depend on what else ran. Raises
+    DataError.
     """
     source = open_source(loaded, data, "train") if data.calibration_list is None or loaded.data is not None else None
     transform = loaded.train_transform if recipe.calibration_transform == "train" else loaded.eval_transform
@@ -77,31 +71,21 @@ def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> C
 
 
 def _listed(data: DataRequest, source: Source | None) -> tuple[list[str], Callable[[int], Image.Image]]:
-    """Ids and reader of the images in a calibration list: a text file of paths or ids, or a result record."""
+    """Ids and reader of the images in a calibration list or a result record."""
     assert data.calibration_list is not None
     ids = read_list(data.calibration_list).ids
     if source is not None:
-        positions = id_positions(source.ids)
-        unknown = [name for name in ids if name not in positions]
-        if unknown:
-            raise DataError(
-                f"The calibration list names {len(unknown)} samples that are not in {source.name} {source.split}, "
-                f"such as {unknown[0]!r}."
-            )
-        return ids, lambda index: source.read(positions[ids[index]])
+        positions = positions_of(ids, source.ids, data.calibration_list, f"{source.name} {source.split}")
+        return ids, lambda index: source.read(positions[index])
     root = data.path or Path()
     # Ids are relative to the data's folder where they can be: random transforms are seeded by them.
-    paths = [_listed_file(root, name) for name in ids]
+    paths = [root / name for name in ids]
+    # Below the root a file is found in another Unicode form of its name, too.
+    for place, path in enumerate(paths):
+        if path.is_relative_to(root):
+            paths[place] = file_below(root, path.relative_to(root).as_posix())
     ids = [path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path) for path in paths]
     absent = [str(path) for path in paths if not path.is_file()]
     if absent:
         raise DataError(f"The calibration list names {len(absent)} files that are not there, such as {absent[0]}.")
     return ids, file_reader(paths)
-
-
-def _listed_file(root: Path, name: str) -> Path:
-    """File of a line in a calibration list; below ``root`` also in another Unicode form."""
-    path = root / name
-    if not path.is_relative_to(root):
-        return path
-    return file_below(root, path.relative_to(root).as_posix())

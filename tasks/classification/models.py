@@ -26,31 +26,16 @@ from tasks.common.weights import load_state, read_weights
 
 
 def load_model(request: ModelRequest) -> LoadedModel:
-    """Load a classifier with its weights and transforms.
-
-    Raises:
-        ModelError: unknown name, missing or unfit weights, arguments the model does not take.
-        NumericsError: NaN in the weights.
-    """
+    """Load a classifier with its weights and transforms. Raises ModelError, NumericsError."""
     missing = CATALOGUE.missing_weights(request)
     if missing is not None:
         raise ModelError(describe_missing([missing]))
     tag, weights = CATALOGUE.model_tag(request), CATALOGUE.local_weights(request)
     if request.name in DEMO_NAMES:
         model, stored = DEMO.load(request, weights)
-        return LoadedModel(
-            model,
-            tag,
-            f"file {stored.path.name}",
-            stored.sha256(model, altered=False),
-            100,
-            eval_transform(),
-            train_transform(),
-            "digit-pairs",
-            (1, *CANVAS_SIZE),
-            entry=stored.entry,
-            entries=stored.entries,
-        )
+        facts = tag, f"file {stored.path.name}", stored.sha256(model, altered=False), 100
+        own = eval_transform(), train_transform(), "digit-pairs", (1, *CANVAS_SIZE)
+        return LoadedModel(model, *facts, *own, entry=stored.entry, entries=stored.entries)
     path = weights or CATALOGUE.fetch(tag)
     model = _create(full_name(request.name), request.model_args)
     stored = read_weights(path, request.weights_entry)
@@ -62,8 +47,7 @@ def load_model(request: ModelRequest) -> LoadedModel:
         f"file {path.name}" if weights else f"hub timm/{tag}",
         stored.sha256(model, altered=bool(request.model_args)),
         int(getattr(model, "num_classes", 0)),
-        _transform(preprocessing, is_training=False),
-        _transform(preprocessing, is_training=True),
+        *(_transform(preprocessing, training) for training in (False, True)),
         input_shape=preprocessing.input_size,
         entry=stored.entry,
         entries=stored.entries,
@@ -73,19 +57,15 @@ def load_model(request: ModelRequest) -> LoadedModel:
 
 
 def _preprocessing(model: nn.Module, given: dict[str, Any]) -> Preprocessing:
-    """timm's preprocessing for the model as it was built, with ``given`` fields instead of its own.
-
-    Raises:
-        ModelError: images of this size or with these channels do not fit the model, or mean and
-            deviation do not fit the channels.
-    """
+    """timm's preprocessing for the model, with ``given`` fields instead. Raises ModelError."""
     published = resolve_data_config(model=model)
-    channels, *size = _input_shape(model, published["input_size"])
+    channels, *size = published["input_size"]
+    # Arguments may have changed the patch embedding.
+    if isinstance(embed := getattr(model, "patch_embed", None), PatchEmbed):
+        channels, size = embed.proj.in_channels, embed.img_size or size
     if channels not in (1, 3):
-        raise ModelError(
-            f"The model takes images of {channels} channels. Images are read as RGB (3) or grey "
-            "(1): give another in_chans in --model-args."
-        )
+        kinds = "Images are read as RGB (3) or grey (1)"
+        raise ModelError(f"The model takes images of {channels} channels. {kinds}: give another in_chans in --model-args.")
     own = (channels, *size)
     wanted = own[: 3 - len(given.get("input_size", own))] + tuple(given.get("input_size", own))
     if wanted != own:
@@ -130,19 +110,8 @@ def _check_size(model: nn.Module, size: tuple[int, ...], own: tuple[int, ...]) -
 def _transform(preprocessing: Preprocessing, is_training: bool) -> Callable[[Any], Tensor]:
     """timm's transform. A model of one channel gets grey images."""
     transform = create_transform(**preprocessing.model_dump(), is_training=is_training)
-    if preprocessing.input_size[0] == 1:
-        return Compose([Grayscale(), *transform.transforms])
-    made: Callable[[Any], Tensor] = transform
-    return made
-
-
-def _input_shape(model: nn.Module, published: tuple[int, int, int]) -> tuple[int, int, int]:
-    """(C, H, W) of the images a model takes: as its patch embedding was built (arguments may change it), else as published."""
-    embed = getattr(model, "patch_embed", None)
-    if not isinstance(embed, PatchEmbed):
-        return published
-    height, width = embed.img_size or published[1:]
-    return embed.proj.in_channels, height, width
+    grey = preprocessing.input_size[0] == 1
+    return Compose([Grayscale(), *transform.transforms]) if grey else transform
 
 
 def _create(name: str, arguments: dict[str, Any]) -> nn.Module:
@@ -164,7 +133,6 @@ def _adapted(state: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     if convert is None:
         return state
     try:
-        adapted: dict[str, Any] = convert(state, model)
+        return convert(state, model)
     except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ModelError(f"The weights do not fit {type(model).__name__}: {error}") from error
-    return adapted

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from fimaq_core.errors import ModelError, suggest
 from tasks.common.hub import Catalogue, Repository
-from tasks.common.imagenet import LAYOUT
+from tasks.common.imagenet import missing_imagenet
 from tasks.common.request import DataRequest, Missing, ModelRequest
 
 #: Short names and the published checkpoints they mean. Untagged timm names have moved over the years.
@@ -29,11 +29,7 @@ DEMO_NAMES = ("demo_vit", "demo_deit", "demo_swin")
 
 
 def full_name(name: str) -> str:
-    """The full timm name: ``model.tag``, or untagged as given.
-
-    Raises:
-        ModelError: timm has no such model or tag.
-    """
+    """The full timm name: ``model.tag``, or untagged as given. Raises ModelError."""
     if name in SHORT_NAMES:
         return SHORT_NAMES[name]
     import timm
@@ -65,8 +61,7 @@ CATALOGUE = Catalogue(
     repositories="timm/<name>",
 )
 
-model_tag = CATALOGUE.model_tag
-weights_digest = CATALOGUE.weights_digest
+model_tag, weights_digest = CATALOGUE.model_tag, CATALOGUE.weights_digest
 
 
 def preflight(model: ModelRequest, data: DataRequest) -> list[Missing]:
@@ -77,14 +72,4 @@ def preflight(model: ModelRequest, data: DataRequest) -> list[Missing]:
 
 def missing_data(data: DataRequest, brings_data: bool) -> Missing | None:
     """The data, if it is not there."""
-    if data.path is None:
-        advice = f"Give its folder: IMAGENET=/path for make, --imagenet for a grid, --data for an adapter. {LAYOUT}."
-        return None if brings_data else Missing("the data set ImageNet", advice)
-    parts = ["val"] if data.calibration_list is not None else ["train", "val"]
-    absent = [str(data.path / part) for part in parts if not (data.path / part).is_dir()]
-    if not absent:
-        return None
-    return Missing(
-        f"the folder {' and the folder '.join(absent)}",
-        f"{LAYOUT}; ImageNet-1k (ILSVRC 2012) is to be had from its site after registration.",
-    )
+    return missing_imagenet(data, brings_data, calibrates=data.calibration_list is None)

@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from functools import cache
 
+from tasks.common.request import DataRequest, Missing
+
 IMAGENET = "ImageNet-1k val"
 LAYOUT = "ImageFolder layout is expected: <folder>/train/<class>/<image> and <folder>/val/<class>/<image>"
 
@@ -19,3 +21,16 @@ def is_imagenet(classes: Iterable[str]) -> bool:
     """True for class names that are ImageNet-1k's 1000 WordNet ids, in any order."""
     names = set(classes)
     return len(names) == 1000 and names == set(wordnet_ids())
+
+
+def missing_imagenet(data: DataRequest, brings_data: bool, calibrates: bool) -> Missing | None:
+    """ImageNet's folder, or what it lacks of ``val`` and, to calibrate, of ``train``."""
+    if data.path is None:
+        advice = f"Give its folder: IMAGENET=/path for make, --imagenet for a grid, --data for an adapter. {LAYOUT}."
+        return None if brings_data else Missing("the data set ImageNet", advice)
+    parts = ["train", "val"] if calibrates else ["val"]
+    absent = [str(data.path / part) for part in parts if not (data.path / part).is_dir()]
+    if not absent:
+        return None
+    source = "ImageNet-1k (ILSVRC 2012) is to be had from its site after registration"
+    return Missing(f"the folder {' and the folder '.join(absent)}", f"{LAYOUT}; {source}.")

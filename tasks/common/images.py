@@ -143,6 +143,8 @@ class Images(TorchDataset[tuple[Tensor, int, int] | DataError | None]):
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 image = self.read(index)
+        except DataError as error:
+            return error
         except DAMAGED as error:
             if self.skip_corrupt:
                 return None

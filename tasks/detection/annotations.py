@@ -1,12 +1,13 @@
-"""Annotations in COCO's format: read, checked entry by entry, and reduced to what an evaluation uses.
+"""Annotations in COCO's format, checked entry by entry and reduced to what is used.
 
-The format is that of https://cocodataset.org/#format-data. What pycocotools takes is taken (boxes beyond the image, of no size,
-images without annotations, crowd regions, ids with gaps); what would make it fail, or miscount in silence, is refused.
+The format is that of https://cocodataset.org/#format-data. All that pycocotools takes is taken
+(boxes beyond the image, of no size, images without annotations, crowd regions, ids with gaps); what
+would make it fail, or miscount in silence, is refused.
 """
 
 import math
 import posixpath
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,68 +21,50 @@ Coco = dict[str, list[Entry]]
 
 
 def read_annotations(path: Path, annotated: bool = True) -> Coco:
-    """Content of a file; read once while the file stays as it is, so not to be changed.
-
-    Args:
-        path: JSON.
-        annotated: False leaves the annotations out, for images to calibrate on.
-
-    Raises:
-        DataError: the file cannot be read, or what :func:`checked` refuses.
-    """
+    """Content of a file, ``annotated`` or images only; read once, so not to be changed."""
     return _read(path, annotated, state_of(path))
 
 
 @lru_cache(maxsize=4)
 def _read(path: Path, annotated: bool, state: tuple[int, int]) -> Coco:
     # The polygons of train2017 take gigabytes as Python lists, and calibration does not use them.
-    content = parse_json(read_text(path), str(path), None if annotated else _without_polygons)
+    def without_polygons(item: Entry) -> Entry:
+        item.pop("segmentation", None)
+        return item
+
+    content = parse_json(read_text(path), str(path), None if annotated else without_polygons)
     return checked(content, str(path), annotated)
 
 
-def _without_polygons(item: Entry) -> Entry:
-    item.pop("segmentation", None)
-    return item
-
-
 def checked(content: object, where: str, annotated: bool = True) -> Coco:
-    """Check annotations and return a copy with what is used of them.
+    """Check annotations that come from ``where`` and return a copy with all that is used of them.
 
-    That is of an image ``id``, ``file_name``, ``width`` and ``height``; of an annotation ``id``, ``image_id``, ``category_id``,
-    ``bbox``, ``iscrowd`` (0 if not given), and where given ``area`` and ``segmentation``, but
-    neither an area of nothing for a box of some size nor an empty mask; of a category ``id`` and
-    ``name``. File names are normalised paths with slashes, relative without
-    ``..`` or absolute.
-
-    Args:
-        content: of a JSON file.
-        where: it comes from, for people.
-        annotated: False takes no annotations.
-
-    Raises:
-        DataError: naming the entry.
+    An area of 0 for a box of some size and an empty segmentation are left out. File names become
+    normalised paths, relative without ``..`` or absolute. Raises DataError that names the entry.
     """
-    lists = {name: content.get(name) if isinstance(content, dict) else None for name in ("images", "annotations", "categories")}
-    for name, found in lists.items():
-        if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
+    found: Coco = content if isinstance(content, dict) else {}
+    for name in ("images", "annotations", "categories"):
+        listed = found.get(name)
+        if not isinstance(listed, list) or not all(isinstance(entry, dict) for entry in listed):
             raise DataError(f"{where} has no list {name!r} of objects: it is not a file of COCO's format.")
-    images = [_image(entry, f"{where}, image {number} (counted from 0)") for number, entry in enumerate(lists["images"])]
-    _distinct((entry["id"] for entry in images), f"{where} lists images with the same id")
-    _distinct((entry["file_name"] for entry in images), f"{where} lists images with the same file_name")
-    categories = [
-        {"id": _whole(entry, "id", spot := f"{where}, category {number} (counted from 0)"), "name": _name(entry, spot)}
-        for number, entry in enumerate(lists["categories"])
-    ]
-    _distinct((entry["id"] for entry in categories), f"{where} lists categories with the same id")
-    _distinct((entry["name"] for entry in categories), f"{where} lists categories with the same name")
+
+    def spots(what: str) -> Iterator[tuple[Entry, str]]:
+        for number, entry in enumerate(found["categories" if what == "category" else f"{what}s"]):
+            yield entry, f"{where}, {what} {number} (counted from 0)"
+
+    images = [_image(entry, spot) for entry, spot in spots("image")]
+    _distinct(images, ("id", "file_name"), f"{where} lists images")
+    categories = [_category(entry, spot) for entry, spot in spots("category")]
+    _distinct(categories, ("id", "name"), f"{where} lists categories")
     if not images or not categories:
         raise DataError(f"{where} lists no {'categories' if images else 'images'}.")
     if not annotated:
         return {"images": images, "annotations": [], "categories": categories}
     sizes = {entry["id"]: (entry["height"], entry["width"]) for entry in images}
     kinds = {entry["id"] for entry in categories}
-    annotations = [_annotation(entry, number, where, sizes, kinds) for number, entry in enumerate(lists["annotations"])]
-    _distinct((entry["id"] for entry in annotations), f"{where} lists annotations with the same id")
+    numbered = enumerate(found["annotations"])
+    annotations = [_annotation(entry, number, where, sizes, kinds) for number, entry in numbered]
+    _distinct(annotations, ("id",), f"{where} lists annotations")
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
@@ -89,16 +72,13 @@ def _image(entry: Entry, spot: str) -> Entry:
     found = {name: _whole(entry, name, spot) for name in ("id", "width", "height")}
     if found["width"] < 1 or found["height"] < 1:
         raise DataError(f"{spot}: its size is {found['width']} x {found['height']}.")
-    return {**found, "file_name": _file_name(entry.get("file_name"), spot)}
-
-
-def _file_name(name: object, spot: str) -> str:
     # Plain string work: a path object for each of COCO's images takes seconds.
+    name = entry.get("file_name")
     text = name.replace("\\", "/") if isinstance(name, str) else ""
     path = posixpath.normpath(text)
     if path in (".", "/") or ".." in text.split("/"):
         raise DataError(f"{spot}: {name!r} is not the path of an image below the folder of the data.")
-    return path
+    return {**found, "file_name": path}
 
 
 def _annotation(entry: Entry, number: int, where: str, sizes: dict[int, tuple[int, int]], kinds: set[int]) -> Entry:
@@ -132,12 +112,7 @@ def _annotation(entry: Entry, number: int, where: str, sizes: dict[int, tuple[in
 
 
 def area_of(entry: Entry, image: Entry) -> float:
-    """Area of an annotated object in pixels: as given, else of its mask, else of its box.
-
-    Args:
-        entry: a checked annotation.
-        image: whose it is.
-    """
+    """Area of a checked annotation of ``image`` in pixels: as given, else of its mask or box."""
     if "area" in entry:
         return float(entry["area"])
     _, _, width, height = entry["bbox"]
@@ -146,16 +121,14 @@ def area_of(entry: Entry, image: Entry) -> float:
         return float(width * height)
     from pycocotools import mask as run_lengths
 
-    if isinstance(mask, list):
-        codes = run_lengths.merge(run_lengths.frPyObjects(mask, image["height"], image["width"]))
-    else:
-        packed = isinstance(mask["counts"], str)
-        codes = mask if packed else run_lengths.frPyObjects(mask, image["height"], image["width"])
-    return float(run_lengths.area(codes))
+    if isinstance(mask, dict) and isinstance(mask["counts"], str):
+        return float(run_lengths.area(mask))
+    codes = run_lengths.frPyObjects(mask, image["height"], image["width"])
+    return float(run_lengths.area(run_lengths.merge(codes) if isinstance(mask, list) else codes))
 
 
 def _check_mask(mask: object, size: tuple[int, int], spot: str) -> None:
-    """Refuse what is neither polygons nor run lengths of an image of ``size`` (height, width)."""
+    """Refuse all but polygons, or run lengths of an image of ``size`` (height, width)."""
 
     def refuse(why: str) -> NoReturn:
         raise DataError(f"{spot}: its segmentation {why}. Polygons or run lengths are expected, or none for box AP only.")
@@ -182,8 +155,8 @@ def _check_mask(mask: object, size: tuple[int, int], spot: str) -> None:
 def _decoded_total(text: str) -> int | None:
     """Sum of compressed run lengths; None if they are damaged.
 
-    A character holds five bits of a number, least first, and whether more follow; the last one's fifth bit is the sign. From
-    the fourth number on they are differences to the last but one.
+    A character holds five bits of a number, least first, and whether more follow; the last one's
+    fifth bit is the sign. From the fourth number on they are differences to the last but one.
     """
     counts: list[int] = []
     value = shift = 0
@@ -217,15 +190,17 @@ def _whole(entry: Entry, name: str, spot: str) -> int:
     return int(value)  # type: ignore[call-overload]
 
 
-def _name(entry: Entry, spot: str) -> str:
-    name = entry.get("name")
+def _category(entry: Entry, spot: str) -> Entry:
+    number, name = _whole(entry, "id", spot), entry.get("name")
     if not isinstance(name, str) or not name.strip():
         raise DataError(f"{spot}: its name is {name!r}.")
-    return name
+    return {"id": number, "name": name}
 
 
-def _distinct(values: Iterable[Any], what: str) -> None:
-    seen: set[Any] = set()
-    twice = [value for value in values if value in seen or seen.add(value)]  # type: ignore[func-returns-value]
-    if twice:
-        raise DataError(f"{what}: {twice[0]!r} ({len(twice)} in all).")
+def _distinct(entries: Sequence[Entry], keys: Iterable[str], what: str) -> None:
+    for key in keys:
+        seen: set[Any] = set()
+        values = [entry[key] for entry in entries]
+        twice = [value for value in values if value in seen or seen.add(value)]  # type: ignore[func-returns-value]
+        if twice:
+            raise DataError(f"{what} with the same {key}: {twice[0]!r} ({len(twice)} in all).")

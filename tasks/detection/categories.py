@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 from fimaq_core.errors import DataError, suggest
 from tasks.common.class_names import by_name
-from tasks.common.images import counted
+from tasks.common.images import counted, named
 from tasks.common.task import LoadedModel
 from tasks.detection.annotations import Coco, Entry
 
@@ -22,14 +22,7 @@ _NAMING = (
 
 
 class Matched(NamedTuple):
-    """Categories of annotations, matched with a detector's classes.
-
-    Attributes:
-        coco: the annotations, without unused categories that the detector does not know.
-        labels: category id of each class; None where the annotations have no such category.
-        origin: where the class names come from.
-        notes: for people.
-    """
+    """Annotations matched with a detector: ``labels`` are category ids of its classes."""
 
     coco: Coco
     labels: tuple[int | None, ...]
@@ -38,18 +31,11 @@ class Matched(NamedTuple):
 
 
 def match_categories(coco: Coco, loaded: LoadedModel, what: str) -> Matched:
-    """Find the category of each class of a detector.
+    """Find the category of each class of a detector, in the annotations called ``what``.
 
-    Args:
-        coco: the annotations.
-        loaded: the detector. Without class names, and with 80 classes, it has those of COCO 2017;
-            otherwise its classes are the categories in their order, without unused ones if only
-            then their number fits.
-        what: the annotations are, for people.
-
-    Raises:
-        DataError: objects of a category that the detector does not know, or another number of
-            unnamed classes.
+    A detector without class names, but with 80 classes, has those of COCO 2017. Otherwise its
+    classes are the categories in their order, without unused ones if their number fits only then.
+    Raises DataError for objects of unknown categories, or another number of unnamed classes.
     """
     names, origin = _class_names(loaded)
     categories = coco["categories"]
@@ -68,7 +54,8 @@ def match_categories(coco: Coco, loaded: LoadedModel, what: str) -> Matched:
         unused = [entry for entry in categories if entry not in kept]
         if unused:
             notes.append(f"Categories without annotations are left out, since only then their number fits: {_listed(unused)}")
-        return Matched({**coco, "categories": kept}, tuple(entry["id"] for entry in kept), origin, tuple(notes))
+        ids = tuple(entry["id"] for entry in kept)
+        return Matched({**coco, "categories": kept}, ids, origin, tuple(notes))
     found = by_name(names, [entry["name"] for entry in categories])
     unknown = [entry for position, entry in enumerate(categories) if position not in found]
     _check_unused(unknown, coco, loaded, names, what, origin)
@@ -111,12 +98,7 @@ def _class_names(loaded: LoadedModel) -> tuple[Sequence[str] | None, Origin]:
 
 
 def _check_unused(
-    unknown: Sequence[Entry],
-    coco: Coco,
-    loaded: LoadedModel,
-    names: Sequence[str],
-    what: str,
-    origin: Origin,
+    unknown: Sequence[Entry], coco: Coco, loaded: LoadedModel, names: Sequence[str], what: str, origin: Origin
 ) -> None:
     """Refuse objects of categories that the detector does not know: it can find none of them."""
     counts = Counter(entry["category_id"] for entry in coco["annotations"])
@@ -140,5 +122,4 @@ def _check_unused(
 
 
 def _listed(entries: Sequence[Entry]) -> str:
-    more = f" and {len(entries) - 3} more" if len(entries) > 3 else ""
-    return ", ".join(repr(entry["name"]) for entry in entries[:3]) + more
+    return named([repr(entry["name"]) for entry in entries])

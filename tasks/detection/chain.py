@@ -8,70 +8,45 @@ from fimaq_core.chain import BlockChain, Kept, MlpPart, NormPair, Segment
 from fimaq_core.errors import ModelError
 from fimaq_core.families.parts import norm_pair
 from fimaq_core.recipe import OFF, Recipe
-from tasks.detection.mm import CascadeRCNN, MaskRCNN, SwinBlockSequence, SwinTransformer, TwoStageDetector
-from tasks.detection.neck import ExplicitFPN, Unpack
-from tasks.detection.packing import pack
-from tasks.detection.swin import ExplicitPatchEmbed, ExplicitPatchMerging, ExplicitSwinBlock, checked_norm
+from tasks.detection.mm import CascadeRCNN, MaskRCNN, SwinBlockSequence, SwinTransformer, TwoStageDetector, expect
+from tasks.detection.neck import ExplicitFPN, Unpack, pack
+from tasks.detection.swin import ExplicitPatchEmbed, ExplicitPatchMerging, ExplicitSwinBlock
 
 
 class _StageOutput(nn.Module):
-    """What a stage gives to the neck, its norm behind it: (B, H, W, C) to (B, C, H, W)."""
+    """Output of a stage for the neck, through its norm: (B, H, W, C) to (B, C, H, W)."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
         self.norm = norm
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.norm(x).permute(0, 3, 1, 2).contiguous()
-        return out
+        return self.norm(x).permute(0, 3, 1, 2).contiguous()
 
 
 class _PackStages(nn.Module):
-    """The stage outputs that were kept, packed; what the last block gave is among them."""
+    """The stage outputs that were kept, packed; that of the last block is among them."""
 
     def forward(self, x: Tensor, kept: Kept) -> Tensor:
         return pack(kept)
 
 
 def detector_segments(model: TwoStageDetector, recipes: Mapping[str, Recipe]) -> list[Segment]:
-    """Cut backbone and neck of ``model`` into segments. Takes over their parameters.
+    """Cut backbone and neck of a Mask R-CNN or Cascade R-CNN; takes over their parameters.
 
-    Norms are offered for reparameterisation where the backbone is quantized; MLPs for MLP reconstruction there, and wherever
-    their recipe asks for it.
-
-    Args:
-        model: Mask R-CNN or Cascade R-CNN with Swin and FPN.
-        recipes: of ``backbone`` and ``fpn``; with all bits 32 for what stays in full precision.
-
-    Raises:
-        ModelError: a detector, backbone or neck of a kind that is not supported.
+    Norms are offered for reparameterisation where the backbone is quantized; MLPs for MLP
+    reconstruction there, and wherever their recipe asks for it. ``recipes`` are for ``backbone``
+    and ``fpn``. Raises ModelError for parts of a kind that is not supported.
     """
-    if type(model) not in (MaskRCNN, CascadeRCNN):
-        raise ModelError(f"A detector of type {type(model).__name__} is not supported: it has to be MaskRCNN or CascadeRCNN.")
-    if not model.with_neck:
-        raise ModelError("A detector without a neck is not supported: it has to have an FPN.")
-    segments = _swin_segments(model.backbone, recipes["backbone"])
-    neck = ExplicitFPN(model.neck, recipes["fpn"])
-    stages = list(model.backbone.num_features)
-    if stages != neck.in_channels:
-        raise ModelError(f"The FPN takes {neck.in_channels} channels, and the backbone's stages give {stages}.")
-    return [*segments, Segment("neck", "neck", neck, before=_PackStages(), takes_kept=True)]
-
-
-def _swin_segments(backbone: nn.Module, recipe: Recipe) -> list[Segment]:
-    if type(backbone) is not SwinTransformer:
-        raise ModelError(f"A backbone of type {type(backbone).__name__} is not supported: it has to be SwinTransformer.")
-    if backbone.use_abs_pos_embed:
-        raise ModelError("A Swin backbone with absolute position embeddings is not supported.")
-    if tuple(backbone.out_indices) != tuple(range(len(backbone.stages))):
-        raise ModelError(f"A Swin backbone has to give the outputs of all its stages, not of {tuple(backbone.out_indices)}.")
-    segments = [Segment("backbone.patch_embed", "patch_embed", ExplicitPatchEmbed(backbone.patch_embed, recipe))]
-    for number, stage in enumerate(backbone.stages):
-        if type(stage) is not SwinBlockSequence:
-            raise ModelError(f"A stage of type {type(stage).__name__} is not supported.")
-        output = _StageOutput(checked_norm(getattr(backbone, f"norm{number}")))
+    expect(model, "A detector", MaskRCNN, CascadeRCNN)
+    expect(model.backbone, "A backbone", SwinTransformer)
+    recipe, embed = recipes["backbone"], model.backbone.patch_embed
+    segments = [Segment("backbone.patch_embed", "patch_embed", ExplicitPatchEmbed(embed, recipe))]
+    for number, stage in enumerate(model.backbone.stages):
+        output = _StageOutput(getattr(model.backbone, f"norm{number}"))
         segments += _stage_segments(f"backbone.stages.{number}", stage, output, recipe)
-    return segments
+    neck = ExplicitFPN(model.neck, recipes["fpn"])
+    return [*segments, Segment("neck", "neck", neck, before=_PackStages(), takes_kept=True)]
 
 
 def _stage_segments(label: str, stage: SwinBlockSequence, output: nn.Module, recipe: Recipe) -> list[Segment]:
@@ -98,33 +73,22 @@ def _stage_segments(label: str, stage: SwinBlockSequence, output: nn.Module, rec
 
 
 class BackboneAndNeck(nn.Module):
-    """A chain's segments up to the neck in the place of mmdet's backbone and neck: (B, 3, H, W) to the maps (P2, ..., P6)."""
+    """A chain up to its neck, in the place of mmdet's: image to maps (P2, ..., P6).
 
-    def __init__(self, segments: list[Segment]) -> None:
+    Raises ModelError for a chain without a neck.
+    """
+
+    def __init__(self, chain: BlockChain) -> None:
         super().__init__()
-        self.segments = nn.ModuleList(segments)
-        neck = segments[-1].block
-        assert isinstance(neck, ExplicitFPN)
-        self.unpack = Unpack(neck.channels)
+        kinds = [segment.kind for segment in chain]
+        if "neck" not in kinds:
+            raise ModelError("The chain has no neck, so it does not give the maps of a detector's heads.")
+        self.segments = nn.ModuleList(list(chain)[: kinds.index("neck") + 1])
+        self.unpack = Unpack(self.segments[-1].block.channels)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         kept: Kept = ()
         for segment in self.segments:
-            assert isinstance(segment, Segment)
             x = segment(x, None, kept)
             kept = segment.kept_with(x, kept)
-        maps: tuple[Tensor, ...] = self.unpack(x)
-        return maps
-
-
-def backbone_and_neck(chain: BlockChain) -> BackboneAndNeck:
-    """The adapter that runs ``chain`` (its own modules) up to the neck.
-
-    Raises:
-        ModelError: a chain without a neck.
-    """
-    segments = list(chain)
-    ends = [number for number, segment in enumerate(segments) if segment.kind == "neck"]
-    if not ends:
-        raise ModelError("The chain has no neck, so it does not give the maps of a detector's heads.")
-    return BackboneAndNeck(segments[: ends[0] + 1])
+        return self.unpack(x)

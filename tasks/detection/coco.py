@@ -17,39 +17,28 @@ from tasks.common.request import DataRequest
 from tasks.common.task import LoadedModel
 from tasks.detection.annotations import Coco, Entry, checked, read_annotations
 from tasks.detection.categories import COCO_CLASSES, Origin, match_categories
-from tasks.detection.layout import LAYOUT, SPLITS, absent, annotation_file, data_root, is_file_of_annotations
-from tasks.detection.locate import image_folder, locate
-from tasks.detection.orientation import UNREADABLE, Exif, Orientation, ask, orientation_of, summary, turned
+from tasks.detection.locate import data_root, image_folder, locate
+from tasks.detection.orientation import UNREADABLE, Exif, Orientation, ask, orientation_of, turned
+from tasks.detection.tags import LAYOUT, SPLITS, absent, annotation_file, is_file_of_annotations
 
 COCO_NAME = "COCO 2017"
-#: Images of its splits, and categories.
+#: Images of its splits, and number of categories.
 COUNTS: Mapping[str, int] = MappingProxyType({"train": 118_287, "val": 5_000})
 CATEGORIES = COCO_CLASSES
-PARTS = tuple(SPLITS)
 #: Formats of which OpenCV scales values or blends alpha otherwise than Pillow.
 _OF_PILLOW = ("PPM", "TIFF")
 
 
 @dataclass(frozen=True, eq=False)
 class DetectionSource:
-    """One part of a data set with annotated objects.
+    """One part of a data set with annotated objects, such as ``val2017`` of ``COCO 2017``.
 
-    Attributes:
-        name: of the data set, such as ``COCO 2017``.
-        split: such as ``val2017``.
-        image_ids: stable and distinct, in the order of ``coco["images"]``, such as ``val2017/000000000139.jpg``.
-        coco: checked ``images``, ``annotations`` and ``categories``, see :func:`~tasks.detection.annotations.checked`; not to be
-            changed. Of images to calibrate on, no annotations.
-        read: gives the image of an index as (H, W, 3) uint8, blue first, as mmdet's configurations expect it.
-        root: ids are paths below it; None where images are no files.
-        orientation: gives the EXIF orientation of an index without decoding the image; None where
-            images are no files.
-        exif: the user's decision on it, if any.
-        oriented: number of images with an orientation tag, see :meth:`settled`; None: not counted.
-        labels: category id of each class of the detector, None for classes without a category; None
-            stands for the file's order.
-        classes_from: where the detector's class names come from; None where there is no detector.
-        notes: what a user should know of these data.
+    ``image_ids`` are in the order of ``coco["images"]``, such as ``val2017/000000000139.jpg``,
+    paths below ``root``. ``coco`` is of :func:`~tasks.detection.annotations.checked` and not to be
+    changed. ``read`` gives an image as (H, W, 3) uint8, blue first; ``orientation`` its EXIF
+    orientation, of which ``oriented`` images have a tag. ``labels`` are category ids of the
+    detector's classes, None without a category (None as a whole: in the file's order). Images that
+    are no files have no root and no orientation.
     """
 
     name: str
@@ -67,13 +56,7 @@ class DetectionSource:
 
     @property
     def images(self) -> list[Entry]:
-        """Id, file name and size of each image."""
         return self.coco["images"]
-
-    @property
-    def categories(self) -> tuple[str, ...]:
-        """Names of the categories in the file's order."""
-        return tuple(entry["name"] for entry in self.coco["categories"])
 
     @property
     def ids_by_label(self) -> tuple[int | None, ...]:
@@ -84,10 +67,7 @@ class DetectionSource:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over ids and sizes of the images, annotations and categories.
-
-        A user's decision on EXIF orientations is part of it where images have them.
-        """
+        """sha256 over the data, and a decision on EXIF orientations where images have them."""
         sizes = [(name, entry["height"], entry["width"]) for name, entry in zip(self.image_ids, self.images, strict=True)]
         place = {entry["id"]: position for position, entry in enumerate(self.images)}
         # The numbers that a file gives its images say nothing: only whose each annotation is.
@@ -95,8 +75,7 @@ class DetectionSource:
         parts = [sizes, annotations, self.coco["categories"]]
         if self.exif is not None and self.oriented:
             parts.append([self.exif])
-        content = json.dumps(parts, sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def head(self, limit: int | None) -> "DetectionSource":
         """The first ``limit`` images with their annotations, as a split of its own name."""
@@ -109,15 +88,7 @@ class DetectionSource:
         return replace(self, split=f"{self.split}[:{limit}]", image_ids=self.image_ids[:limit], coco=coco)
 
     def orientations(self, indices: Sequence[int], images: str = "images") -> tuple[int, list[str]]:
-        """Count images with an EXIF orientation tag and say so.
-
-        Returns:
-            As of :func:`~tasks.detection.orientation.summary`.
-
-        Raises:
-            DataError: nothing tells whether the annotations of some of them were made in the turned
-                image.
-        """
+        """Count images with an EXIF orientation tag, with a note. Raises DataError."""
         if self.orientation is None:
             return 0, []
         found = {}
@@ -128,7 +99,15 @@ class DetectionSource:
         open_ones = [self.image_ids[index] for index, one in found.items() if one.applied is None]
         if open_ones:
             raise ask(open_ones, f"{self.name} {self.split}")
-        return summary(found.values(), len(indices), self.exif, images)
+        tagged = [bool(one.applied) for one in found.values() if one.tag != 1]
+        if not tagged:
+            return 0, []
+        reason = "as their annotated sizes ask for" if self.exif is None else f"by --exif {self.exif}"
+        note = (
+            f"{len(tagged)} of {len(indices)} {images} have an EXIF orientation tag: {sum(tagged)} are turned by it and "
+            f"{len(tagged) - sum(tagged)} are read as stored, {reason}"
+        )
+        return len(tagged), [note]
 
     def settled(self) -> "DetectionSource":
         """These data with :attr:`oriented` counted. Raises DataError as :meth:`orientations`."""
@@ -152,17 +131,12 @@ class DetectionSource:
 
 
 def open_source(loaded: LoadedModel, data: DataRequest, part: str) -> DetectionSource:
-    """Open the ``train`` part (images only, to calibrate on) or the ``val`` part of the data that goes with a model.
+    """Open the ``train`` part (images only) or the ``val`` part of the data that goes with a model.
 
-    The training part is that of ``data.calibration_data`` where this is given: a folder of COCO
-    2017, or a file. Categories matter to the evaluation only.
-
-    Raises:
-        DataError: no data, categories that do not go with the model's classes, or what the readers
-            refuse.
+    The training part is that of ``data.calibration_data`` where this is given. Raises DataError.
     """
-    if part not in PARTS:
-        raise DataError(f"There is no part {part!r} of annotated images: {' or '.join(PARTS)}.")
+    if part not in SPLITS:
+        raise DataError(f"There is no part {part!r} of annotated images: {' or '.join(SPLITS)}.")
     own = part == "train" and data.calibration_data is not None
     path = data.calibration_data if own else data.path
     if path is None:
@@ -172,7 +146,7 @@ def open_source(loaded: LoadedModel, data: DataRequest, part: str) -> DetectionS
             raise DataError("The demo's scenes are no files with EXIF tags: leave --exif out.")
         source = open_demo(part)
     elif not is_file_of_annotations(path):
-        source = open_coco(path, part, exif=data.exif)
+        source = open_coco(path, part, data.exif)
     elif part == "train" and not own:
         raise DataError(
             f"{path} says nothing of images to calibrate on: give --calibration-data, the folder of COCO 2017 or another file of "
@@ -183,64 +157,27 @@ def open_source(loaded: LoadedModel, data: DataRequest, part: str) -> DetectionS
     if part == "train":
         return source
     found = match_categories(source.coco, loaded, f"{source.name} {source.split}")
-    return replace(
-        source,
-        coco=found.coco,
-        labels=found.labels,
-        classes_from=found.origin,
-        notes=found.notes,
-    )
+    return replace(source, coco=found.coco, labels=found.labels, classes_from=found.origin, notes=found.notes)
 
 
-def open_annotated(path: Path, exif: Exif | None = None) -> DetectionSource:
-    """Open what is measured on: the evaluation part of COCO 2017, or a file in its format. Raises DataError."""
-    if is_file_of_annotations(path):
-        return open_file(path, exif=exif)
-    return open_coco(path, "val", exif=exif)
-
-
-def open_coco(
-    root: Path,
-    part: str,
-    counts: Mapping[str, int] | None = None,
-    categories: int = CATEGORIES,
-    exif: Exif | None = None,
-) -> DetectionSource:
-    """Open a part of COCO 2017.
-
-    Args:
-        root: with ``annotations/`` and the folders of images.
-        part: ``train`` or ``val``; of the first no annotations.
-        counts: images that the parts must have instead of the published; they do not get the published name then.
-        categories: likewise.
-        exif: the user's decision on EXIF orientations, if any.
-
-    Raises:
-        DataError: files that are not there, other counts, or what :func:`~tasks.detection.annotations.checked` refuses.
-    """
+def open_coco(root: Path, part: str, exif: Exif | None = None) -> DetectionSource:
+    """Open a part of COCO 2017, ``train`` without annotations. Raises DataError."""
     missing = absent(root, part)
     if missing:
         raise DataError(f"There is no {' and no '.join(item.removeprefix('the ') for item in missing)}. {LAYOUT}.")
     path, split = annotation_file(root, part), SPLITS[part]
     coco = read_annotations(path, part == "val")
-    wanted, found = (COUNTS if counts is None else counts)[part], len(coco["images"])
-    if (found, len(coco["categories"])) != (wanted, categories):
+    images, categories = len(coco["images"]), len(coco["categories"])
+    if (images, categories) != (COUNTS[part], CATEGORIES):
         raise DataError(
-            f"{path} has {found:,} images of {len(coco['categories'])} categories instead of the {wanted:,} of {categories} of "
+            f"{path} has {images:,} images of {categories} categories instead of the {COUNTS[part]:,} of {CATEGORIES} of "
             f"{COCO_NAME}: give a part of it, or other data, as a file of their own (--data /path/to/file.json)."
         )
-    published = (wanted, categories) == (COUNTS[part], CATEGORIES)
-    return _of_files(COCO_NAME if published else root.name, root / split, root, coco, path, exif)
+    return _of_files(COCO_NAME, root / split, root, coco, path, exif)
 
 
 def open_file(path: Path, annotated: bool = True, exif: Exif | None = None) -> DetectionSource:
-    """Open a file in COCO's format with the images beside it.
-
-    They are in :func:`~tasks.detection.locate.image_folder`.
-
-    Raises:
-        DataError: no such file, images that are not there, or what :func:`~tasks.detection.annotations.checked` refuses.
-    """
+    """Open a file in COCO's format with its images. Raises DataError."""
     if not path.is_file():
         raise DataError(f"There is no file {path}. {LAYOUT}.")
     coco = read_annotations(path, annotated)
@@ -255,7 +192,8 @@ def open_demo(part: str) -> DetectionSource:
     from tasks.detection.demo import coco_files, scenes
 
     own = "test" if part == "val" else part
-    coco = checked(coco_files.coco_dict(own), f"the part {own} of {scenes.DATA}", part == "val")
+    content = coco_files.annotations_of(coco_files.scenes_of(own))
+    coco = checked(content, f"the part {own} of {scenes.DATA}", part == "val")
 
     def read(index: int) -> np.ndarray:
         return np.ascontiguousarray(np.asarray(coco_files.read(own, index))[:, :, ::-1])
@@ -264,15 +202,8 @@ def open_demo(part: str) -> DetectionSource:
     return DetectionSource(scenes.DATA, own, ids, coco, read)
 
 
-def _of_files(
-    name: str,
-    folder: Path,
-    root: Path | None,
-    coco: Coco,
-    path: Path,
-    exif: Exif | None,
-) -> DetectionSource:
-    """Images in ``folder``, whose names may begin at ``root``."""
+def _of_files(name: str, folder: Path, root: Path | None, coco: Coco, path: Path, exif: Exif | None) -> DetectionSource:
+    """Make a source of images in ``folder``, whose names may begin at ``root``."""
     names = [entry["file_name"] for entry in coco["images"]]
     ids, files = zip(*locate(names, folder, root, path), strict=True)
     sizes = [(entry["height"], entry["width"]) for entry in coco["images"]]
@@ -287,22 +218,11 @@ def _of_files(
 def file_reader(
     paths: Sequence[Path], sizes: Sequence[tuple[int, int]], annotations: Path, exif: Exif | None = None
 ) -> Callable[[int], np.ndarray]:
-    """Gives the image file of an index as mmdet's ``LoadImageFromFile`` does: (H, W, 3) uint8, blue first.
+    """Read images by index as mmdet's ``LoadImageFromFile`` does: (H, W, 3) uint8, blue first.
 
-    TIFF, PPM and wide grey values are read as classification reads them.
-
-    Args:
-        paths: of the files.
-        sizes: (height, width) that each must have: its boxes are given in these pixels.
-        annotations: where these come from, for people.
-        exif: the user's decision on EXIF orientations, see
-            :func:`~tasks.detection.orientation.orientation_of`.
-
-    Raises (when it reads):
-        OSError: a damaged file.
-        UnknownRange: values that have no 8-bit form, see :func:`~tasks.common.images.as_rgb`.
-        DataError: an image of another size, or with an EXIF orientation of which nothing tells
-            whether it counts.
+    TIFF, PPM and wide grey values are read as classification reads them. ``read`` raises OSError
+    for a damaged file, UnknownRange for values without an 8-bit form, and DataError for an image of
+    another than its annotated size, or with an EXIF orientation that may or may not count.
     """
 
     def read(index: int) -> np.ndarray:

@@ -1,61 +1,51 @@
-"""A detector put together again: features by a chain or by the float model, the rest by mmdet's own heads."""
+"""A detector put together: features by a chain or the float model, the rest by mmdet."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from fimaq_core.chain import BlockChain
-from fimaq_core.errors import DataError, ModelError, NumericsError
-from tasks.detection.chain import backbone_and_neck
-from tasks.detection.heads import roi_heads
+from fimaq_core.errors import DataError, NumericsError
+from tasks.detection.chain import BackboneAndNeck
 from tasks.detection.mm import DetDataSample
+from tasks.detection.roi import described, roi_heads
 
 #: Name of the chain of backbone, neck and RPN.
 DETECTOR = "detector"
 
-#: What mmdet's heads ask of an image: its size before padding and with it, the original one, and factors (x, y) to the former.
-META = ("img_shape", "pad_shape", "ori_shape", "scale_factor")
-
 
 class QuantizedDetector(nn.Module):
-    """What is evaluated: a two-stage detector of mmdet whose layers may be quantizable ones, image by image.
+    """A two-stage detector of mmdet whose layers may be quantizable, image by image.
 
-    Args:
-        model: mmdet's detector. The layers of its heads are swapped in place, so these are taken as they are.
-        chain: of backbone, neck and RPN, by which features are computed; None for the float model's own backbone and neck.
+    The chain of :data:`DETECTOR` gives the features, else the float model does. Layers of the heads
+    were swapped in ``model`` itself.
     """
 
-    def __init__(self, model: nn.Module, chain: BlockChain | None) -> None:
+    def __init__(self, model: nn.Module, chains: Mapping[str, BlockChain]) -> None:
         super().__init__()
         self.rpn_head, self.roi_head = model.rpn_head, model.roi_head
-        self.trunk = nn.Sequential(model.backbone, model.neck) if chain is None else backbone_and_neck(chain)
+        chain = chains.get(DETECTOR)
+        self.trunk = nn.Sequential(model.backbone, model.neck) if chain is None else BackboneAndNeck(chain)
         self.eval()
 
     def extract_feat(self, image: Tensor) -> tuple[Tensor, ...]:
-        """The pyramid, each map (B, C, h, w), the finest first, of images (B, 3, H, W)."""
+        """Pyramid (B, C, h, w), the finest map first, of images (B, 3, H, W)."""
         features: tuple[Tensor, ...] = self.trunk(image)
         return features
 
     @torch.no_grad()
     def predict(self, image: Tensor, meta: Mapping[str, object]) -> DetDataSample:
-        """What is detected, in coordinates of the original image.
+        """Detect objects in one image (1, 3, H, W), normalised and padded, with its meta.
 
-        Args:
-            image: (1, 3, H, W), normalised and padded.
-            meta: see :data:`META`.
-
-        Returns:
-            With ``pred_instances``: ``bboxes`` (n, 4), ``scores`` (n,), ``labels`` (n,) and, with mask heads, ``masks``
-            (n, height, width) of bool.
-
-        Raises:
-            DataError: several images, or one of which something is not said.
-            NumericsError: NaN or infinity in the maps, or in what a head makes of them. (mmdet leaves out what has no score: such
-                a detector would just find less.)
+        ``pred_instances`` are in coordinates of the original image. Raises DataError for several
+        images or an incomplete meta, and NumericsError for NaN or infinity, where mmdet would just
+        find less.
         """
         if len(image) != 1:
             raise DataError(f"Detectors are run on one image at a time, and this is a batch of {len(image)}.")
@@ -70,10 +60,10 @@ class QuantizedDetector(nn.Module):
 
     @contextmanager
     def _checked(self) -> Iterator[None]:
-        """Whatever trunk and heads give inside is checked before it is used."""
+        """Check all outputs of trunk and heads for NaN and infinity before they are used."""
         named = {"backbone and neck give": self.trunk, "the RPN gives": self.rpn_head}
         named |= {f"the RoI head {name} gives": head for name, head in roi_heads(self).items()}
-        handles = [module.register_forward_hook(_checker(name)) for name, module in named.items()]
+        handles = [module.register_forward_hook(partial(_check, name)) for name, module in named.items()]
         try:
             yield
         finally:
@@ -81,44 +71,6 @@ class QuantizedDetector(nn.Module):
                 handle.remove()
 
 
-def _checker(what: str) -> Callable[[nn.Module, Any, Any], None]:
-    """A hook that refuses a module's output, which is called ``what``. Raises NumericsError."""
-
-    def check(module: nn.Module, args: Any, output: Any) -> None:
-        if not all(bool(one.isfinite().all()) for one in _tensors(output)):
-            raise NumericsError(f"What {what} holds NaN or infinity, so what is found would not be what the model says.")
-
-    return check
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    """The tensors of nested lists and tuples."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, list | tuple):
-        for item in output:
-            yield from _tensors(item)
-
-
-def assemble(model: nn.Module, chains: Mapping[str, BlockChain]) -> QuantizedDetector:
-    """The detector that predicts by ``chains``; without any it is the float model.
-
-    Args:
-        model: mmdet's detector.
-        chains: by part. That of :data:`DETECTOR` gives the features; those of heads share their layers with ``model``.
-
-    Raises:
-        ModelError: a detector that is not made of backbone, neck, RPN and RoI head.
-    """
-    missing = [name for name in ("backbone", "neck", "rpn_head", "roi_head") if getattr(model, name, None) is None]
-    if missing:
-        raise ModelError(f"A detector of type {type(model).__name__} without {', '.join(missing)} is not supported.")
-    return QuantizedDetector(model, chains.get(DETECTOR))
-
-
-def described(meta: Mapping[str, object]) -> DetDataSample:
-    """``meta`` as mmdet's heads take it. Raises DataError if something of :data:`META` is missing."""
-    missing = [name for name in META if name not in meta]
-    if missing:
-        raise DataError(f"An image comes without {', '.join(missing)}.")
-    return DetDataSample(metainfo=dict(meta))
+def _check(what: str, _module: nn.Module, _args: Any, output: Any) -> None:
+    if not all(bool(one.isfinite().all()) for one in tree_leaves(output)):
+        raise NumericsError(f"What {what} holds NaN or infinity, so what is found would not be what the model says.")

@@ -1,7 +1,8 @@
-"""The divergence of a detector: how the maps of its region proposals change, and optionally the classes of fixed proposals.
+"""Divergence of a detector: changes of its proposals' maps, and of proposals' classes.
 
-APHQ-ViT's code for detectors (Wu et al., CVPR 2025, arXiv:2504.02508) has the first form. Its gradient, not its value, is what
-Fisher passes use: each term is divided by its own value, so that neither is lost beside the other.
+APHQ-ViT's code for detectors (Wu et al., CVPR 2025, arXiv:2504.02508) has the first form. Fisher
+passes use its gradient, not its value: each term is divided by its own value, so that neither is
+lost beside the other.
 """
 
 from collections.abc import Sequence
@@ -23,26 +24,23 @@ _NOTHING = 1e-30
 
 
 class ProposalDivergence(Divergence):
-    """Terms of one image, each over its own value: their gradients add up, the value is the number of terms that are not zero.
+    """Terms of one image, each over its own value; the sum counts those that are not zero.
 
-    Classes: over levels, the mean binary KL between full-precision and quantized scores. Boxes: over levels, the mean over all
-    positions of smooth-L1 of the box deltas where the full-precision score is above :data:`SCORE`, 0 elsewhere. With
-    ``classes``, also the mean KL over the full-precision model's proposals of the classes that the first box head gives them.
+    Classes: over levels, the mean binary KL between full-precision and quantized scores. Boxes:
+    over levels, the mean over all positions of smooth-L1 of the box deltas where the full-precision
+    score is above :data:`SCORE`, 0 elsewhere. With K ``classes``, also the mean KL over the
+    full-precision model's proposals of their classes by the first box head.
 
-    Args:
-        levels: for every calibration image, the number of positions on each level.
-        anchors: A, of a position.
-        classes: K, outputs of the box head a proposal where these are behind the maps; 0 without.
-
-    Outputs are flat for each image, (1, M): positions of all levels, each with A class logits and 4 A box deltas (those of anchor
-    a at 4 a to 4 a + 3), then K logits a proposal.
+    Outputs are flat for each image, (1, M): positions of all ``levels``, each with A = ``anchors``
+    class logits and 4 A box deltas (those of anchor a at 4 a to 4 a + 3), then K logits per
+    proposal.
     """
 
     def __init__(self, levels: Sequence[Sequence[int]], anchors: int, classes: int = 0) -> None:
         self.levels, self.anchors, self.classes = levels, anchors, classes
 
     def reference(self, outputs: Samples) -> Samples:
-        """For each image its outputs, then the weight of every position: one over the number of positions of its level."""
+        """Outputs of each image, then the weight of each position: one over those of its level."""
         rows = []
         for output, levels in zip(outputs, self.levels, strict=True):
             weights = torch.cat([torch.full((1, count), 1 / count) for count in levels], 1)
@@ -70,7 +68,7 @@ class ProposalDivergence(Divergence):
 
 
 def binary_kl(logits: Tensor, reference: Tensor) -> Tensor:
-    """``KL(p || q)`` of Bernoulli variables with p = sigmoid(reference) and q = sigmoid(logits), element by element, in nats."""
+    """``KL(p || q)``, elementwise in nats, for p = sigmoid(reference) and q = sigmoid(logits)."""
     p, gap = reference.sigmoid(), logits - reference
     # log(1 + p (exp(gap) - 1)) - p gap, which stays exact where the gap is small; for large ones the exponential would overflow.
     near = gap.clamp(-_NEAR, _NEAR)

@@ -1,14 +1,15 @@
-"""What a detector finds in a few images, and what is there, as outlines in pixels of the original image."""
+"""Objects found in a few images and the true ones, as outlines in pixels of the original image."""
 
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tasks.common.examples import FOUND, LEAST_SCORE, TRUTHS, Spread, shortened
 from tasks.detection.annotations import Entry, area_of
 from tasks.detection.coco import DetectionSource
-from tasks.detection.matching import Detections
+
+if TYPE_CHECKING:
+    from tasks.detection.evaluate import Detections
 
 #: Corners of an outline at most, outlines of an object at most, and pixels that one must enclose.
 _CORNERS, _OUTLINES, _LEAST_AREA = 60, 20, 4
@@ -17,25 +18,20 @@ _CORNERS, _OUTLINES, _LEAST_AREA = 60, 20, 4
 _DISTANCE, _GROWTH = 0.3, 1.15
 
 
-def detection_examples(source: DetectionSource, detections: Detections) -> list[dict[str, Any]]:
+def detection_examples(source: DetectionSource, detections: "Detections") -> list[dict[str, Any]]:
     """Objects of up to 12 images, see :class:`tasks.common.examples.Spread`.
 
-    ``found`` are the 20 detections of highest score, from 0.3 on; ``truth`` the annotated objects without crowd regions, of
-    more than 100 the largest.
-
-    Args:
-        source: images and annotations.
-        detections: of these images.
+    ``found`` are the 20 detections of highest score, from 0.3 on; ``truth`` the annotated objects
+    without crowd regions, of more than 100 the largest.
     """
     shown = [detections.kept[index] for index in Spread(len(source.image_ids)).take(detections.kept)]
-    numbers = {source.images[position]["id"] for position in shown}
-    found: dict[int, list[Entry]] = {number: [] for number in numbers}
-    truth: dict[int, list[Entry]] = {number: [] for number in numbers}
+    found: dict[int, list[Entry]] = {source.images[position]["id"]: [] for position in shown}
+    truth: dict[int, list[Entry]] = {number: [] for number in found}
     for entry in detections.results:
-        if entry["image_id"] in numbers and entry["score"] >= LEAST_SCORE:
+        if entry["image_id"] in found and entry["score"] >= LEAST_SCORE:
             found[entry["image_id"]].append(entry)
     for entry in source.coco["annotations"]:
-        if entry["image_id"] in numbers and not entry["iscrowd"]:
+        if entry["image_id"] in truth and not entry["iscrowd"]:
             truth[entry["image_id"]].append(entry)
     names = {entry["id"]: shortened(entry["name"]) for entry in source.coco["categories"]}
     examples = []
@@ -43,7 +39,8 @@ def detection_examples(source: DetectionSource, detections: Detections) -> list[
         image = source.images[position]
         size = image["width"], image["height"]
         best = sorted(found[image["id"]], key=lambda entry: -entry["score"])[:FOUND]
-        largest = sorted(truth[image["id"]], key=partial(_size, image))[:TRUTHS]
+        areas = [-area_of(entry, image) for entry in truth[image["id"]]]
+        largest = [truth[image["id"]][place] for place in np.argsort(areas, kind="stable")[:TRUTHS]]
         examples.append(
             {
                 "sample": source.image_ids[position],
@@ -55,11 +52,6 @@ def detection_examples(source: DetectionSource, detections: Detections) -> list[
     return examples
 
 
-def _size(image: Entry, entry: Entry) -> float:
-    """Key that sorts objects of an image by falling area."""
-    return -area_of(entry, image)
-
-
 def _object(entry: Entry, names: dict[int, str], size: tuple[int, int]) -> dict[str, Any]:
     box = [round(float(value), 2) for value in entry["bbox"]]
     polygons = outlines(entry["segmentation"], *size) if "segmentation" in entry else []
@@ -67,28 +59,28 @@ def _object(entry: Entry, names: dict[int, str], size: tuple[int, int]) -> dict[
 
 
 def outlines(segmentation: list[list[float]] | dict[str, Any], width: int, height: int) -> list[list[float]]:
-    """Outlines x0, y0, x1, y1, ... of a mask in COCO's format, the largest first; holes are not kept.
+    """Outlines x0, y0, x1, y1, ... of a mask in COCO's format, the largest first.
 
-    Each has at most 60 corners and encloses at least 4 pixels; of more than 20 the largest are kept.
-
-    Args:
-        segmentation: polygons, or run lengths, compressed or not, of an image of this size.
-        width, height: in pixels.
+    Each has at most 60 corners and encloses at least 4 pixels; of more than 20 the largest are
+    kept.
     """
+    import cv2  # as pycocotools, needed for images that are looked at only
+
     if isinstance(segmentation, list):
         # Only what is in the image is seen; and numbers that are too large for single precision would not be numbers.
         corners = [np.asarray(polygon).reshape(-1, 2).clip(0, (width, height)) for polygon in segmentation]
         rings = [ring.astype(np.float32) for ring in corners]
     else:
         rings = _traced(segmentation, width, height)
-    simple = [(_area(ring), _simplified(ring)) for ring in rings if len(ring) > 2]
-    kept = sorted((pair for pair in simple if pair[0] >= _LEAST_AREA and len(pair[1]) > 2), key=lambda pair: -pair[0])
+    simple = [(float(cv2.contourArea(ring)), _simplified(ring)) for ring in rings if len(ring) > 2]
+    large = [(area, ring) for area, ring in simple if area >= _LEAST_AREA and len(ring) > 2]
+    kept = sorted(large, key=lambda pair: -pair[0])
     return [[round(float(value), 2) for value in ring.ravel()] for _, ring in kept[:_OUTLINES]]
 
 
 def _traced(code: dict[str, Any], width: int, height: int) -> list[np.ndarray]:
     """Outer borders (n, 2) of the regions of a mask, along the edges of pixels."""
-    import cv2  # as pycocotools, needed for images that are looked at only
+    import cv2
     from pycocotools import mask as run_lengths
 
     packed = code if isinstance(code["counts"], str | bytes) else run_lengths.frPyObjects(code, height, width)
@@ -103,19 +95,11 @@ def _traced(code: dict[str, Any], width: int, height: int) -> list[np.ndarray]:
     return [((border.reshape(-1, 2) + 1) // 2 + (x, y)).astype(np.float32) for border in found]
 
 
-def _area(ring: np.ndarray) -> float:
-    import cv2
-
-    return float(cv2.contourArea(ring))
-
-
 def _simplified(ring: np.ndarray) -> np.ndarray:
     """Fewer corners (n, 2)."""
     import cv2
 
     distance = _DISTANCE
-    simple = cv2.approxPolyDP(ring, distance, True)
-    while len(simple) > _CORNERS:
+    while len(simple := cv2.approxPolyDP(ring, distance, True)) > _CORNERS:
         distance *= _GROWTH
-        simple = cv2.approxPolyDP(ring, distance, True)
     return np.asarray(simple).reshape(-1, 2)

@@ -1,4 +1,4 @@
-"""Image files that annotations name: found once each, below the data's folder only."""
+"""Image files that annotations name: each found once, and only below the folder of the data."""
 
 import filecmp
 from collections import Counter
@@ -8,7 +8,6 @@ from pathlib import Path
 from fimaq_core.errors import DataError
 from tasks.common.files import FilesBelow
 from tasks.common.images import counted
-from tasks.detection.layout import data_root, image_folders
 
 
 class Folder(FilesBelow):
@@ -27,17 +26,24 @@ class Folder(FilesBelow):
         return next(below, None)
 
 
-def image_folder(path: Path, first: str) -> Path:
-    """Find the folder of the images of a file of annotations by its first image.
+def image_folders(path: Path) -> list[Path]:
+    """Folders in which the images of a file of annotations are looked for, in order.
 
-    Args:
-        path: of the file.
-        first: name of its first image, which is below one of
-            :func:`~tasks.detection.layout.image_folders` or below the data's folder.
-
-    Raises:
-        DataError: it is in none of them.
+    Of ``data/annotations/instances_val2017_small.json``: the folder with the file's name beside it,
+    ``data/val2017_small``, ``data/val2017``, ``data/annotations/images``, ``data/annotations``.
     """
+    parent, split = path.parent, path.stem.removeprefix("instances_")
+    found = [parent / path.stem, parent.parent / split, parent.parent / split.partition("_")[0], parent / "images", parent]
+    return list(dict.fromkeys(found))
+
+
+def data_root(path: Path) -> Path:
+    """Folder of the data of a file of annotations: its own, or the one above ``annotations``."""
+    return path.parent.parent if path.parent.name == "annotations" else path.parent
+
+
+def image_folder(path: Path, first: str) -> Path:
+    """Folder of the images of a file of annotations, by the name of the first. Raises DataError."""
     path = path.absolute()
     folders, root = image_folders(path), data_root(path)
     for folder in map(Folder, folders):
@@ -52,49 +58,28 @@ def image_folder(path: Path, first: str) -> Path:
     raise DataError(f"The images of {path} are not there: {first!r} was looked for in {places}.")
 
 
-def locate(
-    names: Sequence[str],
-    folder: Path,
-    root: Path | None,
-    annotations: Path,
-) -> list[tuple[str, Path]]:
-    """Find the file of each image.
+def locate(names: Sequence[str], folder: Path, root: Path | None, annotations: Path) -> list[tuple[str, Path]]:
+    """Find id and file of each image that the file ``annotations`` names; ids begin with a folder.
 
-    Args:
-        names: in the annotations, relative to ``folder`` or ``root``, or absolute and below one of
-            them.
-        folder: of the images.
-        root: folder of the data set, in which ``folder`` is; None looks in ``folder`` only.
-        annotations: the file, for people.
-
-    Returns:
-        Id and file of each image. Ids are paths below the parent of ``folder``, however an image is
-        named.
-
-    Raises:
-        DataError: a file that is not there, that several names stand for, or a name that stands for
-            several different files.
+    ``names`` are relative to ``folder`` or to the data's ``root`` (if not None), or absolute and
+    below one of them. Raises DataError for missing files, and if not each name has one file of its
+    own.
     """
     places = [(Folder(folder), f"{folder.name}/")] + ([] if root is None else [(Folder(root), "")])
     found: list[tuple[str, Path]] = []
     missing, outside = [], []
     for name in names:
-        below = False
         files: dict[Path, str] = {}
-        for place, prefix in places:
-            text = place.relative(name)
-            if text is not None:
-                below = True
-                file = place.find(text)
-                if file is not None:
-                    files.setdefault(place.folder / file, prefix + text)
-        if not below:
-            outside.append(name)
-        elif not files:
-            missing.append(name)
-        else:
-            _check_alike(name, list(files), annotations)
-            found += [(text, file) for file, text in files.items()][:1]
+        below = [(place, prefix, text) for place, prefix in places if (text := place.relative(name)) is not None]
+        for place, prefix, text in below:
+            if (file := place.find(text)) is not None:
+                files.setdefault(place.folder / file, prefix + text)
+        if not files:
+            (missing if below else outside).append(name)
+            continue
+        _check_alike(name, list(files), annotations)
+        file, text = next(iter(files.items()))
+        found.append((text, file))
     if outside:
         raise DataError(
             f"{annotations} names {counted(len(outside), 'image')} outside of the data's folder "

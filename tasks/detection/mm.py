@@ -1,7 +1,9 @@
-"""mmdet and mmengine as this package uses them: everything of theirs is imported from here.
+# ruff: noqa: F401 - imported from here by the other modules
+"""All that this package uses of mmdet and mmengine: import it from here.
 
-``mmcv-lite`` has none of the compiled operators that ``mmdet.models`` asks for, so they are registered first, see
-:mod:`tasks.detection.ops`. mmdet imports all it has, which takes seconds: import this module where a model is needed only.
+``mmcv-lite`` lacks the compiled operators that ``mmdet.models`` asks for, so they are registered
+first (:mod:`tasks.detection.ops`). Importing mmdet takes seconds: import this module only where a
+model is needed.
 """
 
 import contextlib
@@ -12,12 +14,13 @@ from collections.abc import Iterator
 
 from mmengine.logging import MMLogger
 
+from fimaq_core.errors import ModelError
 from tasks.detection import ops
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without mmdet's hints, printed and logged, at optional packages that nothing here uses."""
+    """Suppress mmdet's hints at optional packages that nothing here uses."""
 
     def serious(record: logging.LogRecord) -> bool:
         return record.levelno >= logging.ERROR
@@ -38,7 +41,7 @@ with _quiet():
     from mmcv.cnn.bricks.transformer import FFN
     from mmcv.ops import RoIAlign, batched_nms
     from mmdet.datasets import CocoDataset
-    from mmdet.datasets.transforms import LoadAnnotations, PackDetInputs, RandomFlip, Resize
+    from mmdet.datasets.transforms import PackDetInputs, Resize
     from mmdet.evaluation import CocoMetric
     from mmdet.models.backbones.swin import ShiftWindowMSA, SwinBlock, SwinBlockSequence, SwinTransformer, WindowMSA
     from mmdet.models.data_preprocessors import DetDataPreprocessor
@@ -47,57 +50,24 @@ with _quiet():
     from mmdet.models.layers import PatchEmbed, PatchMerging
     from mmdet.models.necks import FPN
     from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
-    from mmdet.models.roi_heads.bbox_heads import ConvFCBBoxHead, Shared2FCBBoxHead, Shared4Conv1FCBBoxHead
+    from mmdet.models.roi_heads.bbox_heads import ConvFCBBoxHead, Shared2FCBBoxHead
     from mmdet.models.roi_heads.mask_heads import FCNMaskHead
     from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
     from mmdet.registry import MODELS
     from mmdet.structures import DetDataSample
     from mmdet.structures.bbox import bbox2roi
+    from mmdet.structures.mask import BitmapMasks
     from mmengine.config import Config, ConfigDict
     from mmengine.registry import DefaultScope
-    from mmengine.runner import Runner
     from mmengine.structures import InstanceData
+
+
+def expect(part: object, what: str, *kinds: type) -> None:
+    """Refuse a part of a detector of another kind: even a subclass may compute otherwise."""
+    if type(part) not in kinds:
+        names = " or ".join(kind.__name__ for kind in kinds)
+        raise ModelError(f"{what} of type {type(part).__name__} is not supported: it has to be {names}.")
+
 
 # of the cascade's averaged masks: it copies a tensor in a way that PyTorch finds clumsy
 warnings.filterwarnings("ignore", "To copy construct from a tensor", UserWarning, r"mmdet\.")
-
-__all__ = [
-    "FFN",
-    "FPN",
-    "MODELS",
-    "CascadeRCNN",
-    "CascadeRoIHead",
-    "CocoDataset",
-    "CocoMetric",
-    "Config",
-    "ConfigDict",
-    "ConvFCBBoxHead",
-    "ConvModule",
-    "DefaultScope",
-    "DetDataPreprocessor",
-    "DetDataSample",
-    "FCNMaskHead",
-    "InstanceData",
-    "LoadAnnotations",
-    "MaskRCNN",
-    "PackDetInputs",
-    "PatchEmbed",
-    "PatchMerging",
-    "RPNHead",
-    "RandomFlip",
-    "Resize",
-    "RoIAlign",
-    "Runner",
-    "Shared2FCBBoxHead",
-    "Shared4Conv1FCBBoxHead",
-    "ShiftWindowMSA",
-    "SingleRoIExtractor",
-    "StandardRoIHead",
-    "SwinBlock",
-    "SwinBlockSequence",
-    "SwinTransformer",
-    "TwoStageDetector",
-    "WindowMSA",
-    "batched_nms",
-    "bbox2roi",
-]

@@ -1,29 +1,74 @@
-"""Loading detectors: demo models, and Mask R-CNN and Cascade Mask R-CNN on Swin."""
+"""Loading detectors: demo models, and Mask R-CNN and Cascade Mask R-CNN on Swin.
 
+Weights come from files of mmdet (2 or 3), or of the Swin-Transformer-Object-Detection repository
+where the published detectors come from: it names the parts of the backbone otherwise and merges the
+four pixels of a patch in another order. Every name must be found: nothing is left over, nothing
+stays at random.
+"""
+
+import copy
+import re
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+import numpy as np
+import torch
+from torch import Tensor, nn
 
 from fimaq_core.errors import ModelError
+from tasks.common.images import named
 from tasks.common.request import ModelRequest, describe_missing
 from tasks.common.task import LoadedModel
-from tasks.common.weights import load_state, read_weights
+from tasks.common.weights import StoredWeights, load_state, read_weights
+from tasks.detection import mm
 from tasks.detection.configs import RESIZE, build, published_config
-from tasks.detection.keys import adapted, class_names
-from tasks.detection.pipeline import Pipeline
 from tasks.detection.tags import CATALOGUE, DEMO_NAMES, full_name, missing_weights
 
 #: (C, H, W) of a photograph of usual proportions, resized and padded.
 _INPUT_SHAPE = (3, 800, 1344)
 
+#: Names of the Swin repository, in order, and mmdet's.
+_RENAMED = (
+    (r"^backbone\.patch_embed\.proj\.", "backbone.patch_embed.projection."),
+    (r"^backbone\.layers\.(\d+)\.", r"backbone.stages.\1."),
+    (r"(^backbone\.stages\.\d+\.blocks\.\d+)\.attn\.", r"\1.attn.w_msa."),
+    (r"(^backbone\.stages\.\d+\.blocks\.\d+)\.mlp\.fc1\.", r"\1.ffn.layers.0.0."),
+    (r"(^backbone\.stages\.\d+\.blocks\.\d+)\.mlp\.fc2\.", r"\1.ffn.layers.1."),
+)
+_BLOCK = re.compile(r"^backbone\.stages\.(\d+)\.blocks\.(\d+)\.")
+_MERGING = re.compile(r"^backbone\.stages\.\d+\.downsample\.")
+
+
+class Pipeline:
+    """Turns images into inputs, each by itself: its padding depends on no other image.
+
+    ``preprocessor`` is the detector's (a copy on the CPU is used); ``resize`` are keyword arguments
+    of mmdet's ``Resize``, None leaves sizes as they are.
+    """
+
+    def __init__(self, preprocessor: nn.Module, resize: Mapping[str, Any] | None = None) -> None:
+        self.preprocessor = copy.deepcopy(preprocessor).cpu().eval()
+        self.resize = None if resize is None else mm.Resize(**resize)
+        self.pack = mm.PackDetInputs(meta_keys=("ori_shape", "img_shape", "scale_factor"))
+
+    def __call__(self, array: np.ndarray) -> tuple[Tensor, dict[str, Any]]:
+        """Prepare an image (H, W, 3) uint8, blue first.
+
+        Returns:
+            (1, 3, H', W') float32, normalised, padded; and mmdet's meta: ``ori_shape``,
+            ``img_shape`` (resized), ``pad_shape``, ``batch_input_shape``, each (height, width), and
+            ``scale_factor`` (width, height).
+        """
+        size = array.shape[:2]
+        results = {"img": array, "img_shape": size, "ori_shape": size, "scale_factor": (1.0, 1.0)}
+        packed = self.pack(results if self.resize is None else self.resize(results))
+        batch = {"inputs": [packed["inputs"]], "data_samples": [packed["data_samples"]]}
+        done = self.preprocessor(batch, training=False)
+        return done["inputs"], dict(done["data_samples"][0].metainfo)
+
 
 def load_model(request: ModelRequest) -> LoadedModel:
-    """Load a detector with its weights and the preparation of its images, a :class:`~tasks.detection.pipeline.Pipeline`.
-
-    Raises:
-        ModelError: unknown name, missing or unfit weights, arguments the model does not take.
-        NumericsError: NaN in the weights.
-    """
+    """Load a detector with its weights and pipeline. Raises ModelError, NumericsError."""
     missing = missing_weights(request)
     if missing is not None:
         raise ModelError(describe_missing([missing]))
@@ -49,16 +94,16 @@ def load_model(request: ModelRequest) -> LoadedModel:
     names = class_names(stored, _classes(model)) or known
     if names is not None:
         model.dataset_meta = {"classes": names}  # type: ignore[assignment]
-    pipeline = Pipeline(model.data_preprocessor, resize)
-    # not images by themselves: see tasks.detection.calibration and tasks.detection.evaluate
-    transforms: Any = {"eval_transform": pipeline, "train_transform": pipeline}
+    # It gives more than an image: see tasks.detection.calibration and tasks.detection.evaluate.
+    pipeline: Any = Pipeline(model.data_preprocessor, resize)
     return LoadedModel(
         model,
         tag,
         f"file {stored.path.name}",
         stored.sha256(model, altered=bool(request.model_args)),
         _classes(model),
-        **transforms,
+        pipeline,
+        pipeline,
         data=data,
         input_shape=shape,
         entry=stored.entry,
@@ -68,7 +113,6 @@ def load_model(request: ModelRequest) -> LoadedModel:
 
 
 def _create(name: str, arguments: dict[str, Any]) -> nn.Module:
-    """The model with random weights; ``arguments`` of :func:`~tasks.detection.configs.detector_config` replace its own."""
     try:
         return build(published_config(name, **arguments))
     except (TypeError, ValueError, LookupError, AssertionError, RuntimeError, AttributeError, ArithmeticError) as error:
@@ -78,3 +122,93 @@ def _create(name: str, arguments: dict[str, Any]) -> nn.Module:
 def _classes(model: nn.Module) -> int:
     head = model.roi_head.bbox_head
     return int((head[0] if isinstance(head, nn.ModuleList) else head).num_classes)
+
+
+def class_names(stored: StoredWeights, classes: int) -> tuple[str, ...] | None:
+    """Class names in order, from the ``meta`` of a file of mmdet. Raises ModelError."""
+    names = stored.class_names
+    if not names:
+        return None
+    if len(set(names)) < len(names):
+        raise ModelError(f"The class names in the weights {stored.path} are not distinct: {str(names)[:200]}.")
+    if len(names) != classes:
+        raise ModelError(
+            f"The weights {stored.path} name {len(names)} classes and have outputs for {classes}: "
+            "correct the names in their meta, or give the tensors alone, as safetensors."
+        )
+    return names
+
+
+def adapted(state: Mapping[str, Tensor], model: nn.Module, where: str) -> dict[str, Tensor]:
+    """Weights under the names and in the order of mmdet's ``model``. Raises ModelError."""
+    found = of_mmdet(_without_extras(state, model, where))
+    expected = model.state_dict()
+    own, other = _description(expected), _description(found)
+    if other is None:
+        raise ModelError(
+            f"The weights {where} are not those of a detector with a Swin backbone, as mmdet or the Swin-Transformer-Object-"
+            "Detection repository write them: there is no backbone.patch_embed or no roi_head.bbox_head, but "
+            f"{named(list(map(repr, state))) or 'nothing'}."
+        )
+    if own != other:
+        raise ModelError(f"The weights {where} are of a {other}, and this model is a {own}: give the weights or the name of one.")
+    common = found.keys() & expected.keys()
+    shapes = {name: (found[name].shape, expected[name].shape) for name in found if name in common}
+    faults = [
+        ("is missing", [name for name in expected if name not in common]),
+        ("has no place", [name for name in found if name not in common]),
+        ("has another shape", [name for name, (own, wanted) in shapes.items() if own != wanted]),
+    ]
+    listed = "; ".join(f"{named(list(map(repr, names)))} {what}" for what, names in faults if names)
+    if listed:
+        raise ModelError(f"The weights {where} do not fit the model: {listed}.")
+    for name, value in found.items():
+        if name.endswith("relative_position_index") and not torch.equal(value, expected[name]):
+            raise ModelError(f"The weights {where} number the positions in a window otherwise than mmdet: '{name}'.")
+    return found
+
+
+def of_mmdet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Turn weights of the Swin repository's detectors into mmdet's names and order."""
+    if not any(name.startswith("backbone.layers.") for name in state):
+        return dict(state)
+    converted = {}
+    for name, value in state.items():
+        for pattern, replacement in _RENAMED:
+            name = re.sub(pattern, replacement, name)
+        converted[name] = merging_order(value) if _MERGING.match(name) else value
+    return converted
+
+
+def merging_order(value: Tensor) -> Tensor:
+    """Bring the last dimension, 4 C, from the Swin repository's order into mmdet's.
+
+    The former keeps the channels of a pixel together, pixels column by column; mmdet
+    (``nn.Unfold``) the pixels of a channel, row by row.
+    """
+    return value.unflatten(-1, (2, 2, -1)).transpose(-1, -3).flatten(-3)
+
+
+def _without_extras(state: Mapping[str, Tensor], model: nn.Module, where: str) -> dict[str, Tensor]:
+    """Drop averaged copies (``ema_``), and the images' mean and deviation."""
+    kept = {name: value for name, value in state.items() if not name.startswith("ema_")}
+    for name in ("mean", "std"):
+        value, own = kept.pop(f"data_preprocessor.{name}", None), getattr(model.data_preprocessor, name)
+        if value is not None and not torch.equal(value.flatten().float(), own.flatten().float()):
+            raise ModelError(f"The weights {where} are for images of another {name}: {value.flatten().tolist()}.")
+    return kept
+
+
+def _description(state: Mapping[str, Tensor]) -> str | None:
+    """Describe the detector of these weights; None if it has no Swin backbone."""
+    patch = state.get("backbone.patch_embed.projection.weight")
+    heads = [name for name in state if re.search(r"^roi_head\.bbox_head\..*fc_cls\.weight$", name)]
+    if patch is None or not heads:
+        return None
+    blocks = {found.groups() for found in map(_BLOCK.match, state) if found}
+    depths = [sum(stage == name for stage, _ in blocks) for name in sorted({stage for stage, _ in blocks})]
+    kind = "Mask R-CNN" if heads == ["roi_head.bbox_head.fc_cls.weight"] else f"Cascade Mask R-CNN with {len(heads)} stages"
+    table = state.get("backbone.stages.0.blocks.0.attn.w_msa.relative_position_bias_table")
+    window = "" if table is None else f" and window {(round(len(table) ** 0.5) + 1) // 2}"
+    classes = len(state[heads[0]]) - 1
+    return f"{kind} for {classes} classes on a Swin of width {len(patch)} with {', '.join(map(str, depths))} blocks{window}"

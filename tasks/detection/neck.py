@@ -1,34 +1,63 @@
-"""mmdet's FPN (Lin et al., "Feature Pyramid Networks for Object Detection", CVPR 2017, arXiv:1612.03144) as a block."""
+"""mmdet's FPN (Lin et al., CVPR 2017, arXiv:1612.03144) and RPN as segments on packed maps.
+
+A chain's blocks hand one tensor on, so the maps of a pyramid are packed: each is twice as wide and
+high as the next. At the grid of the coarsest one, cells of the finer maps become channels (pixel
+unshuffle), so nothing is padded or lost, and all shapes follow from the packed tensor's.
+"""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fimaq_core.chain import Segment
 from fimaq_core.errors import ModelError
 from fimaq_core.layers import QuantConv2d
 from fimaq_core.recipe import Recipe
-from tasks.detection.mm import FPN, ConvModule
-from tasks.detection.packing import pack, unpack
+from tasks.detection.mm import FPN, RPNHead, expect
+
+#: Strides of the maps P2 to P6; all but the last are packed, so the sides of a padded image are multiples of the last but one.
+STRIDES = (4, 8, 16, 32, 64)
+
+_LAYERS = ("rpn_conv", "rpn_cls", "rpn_reg")
+
+
+def pack(maps: Sequence[Tensor]) -> Tensor:
+    """Pack maps (B, C_i, h 2^(n-1-i), w 2^(n-1-i)) into (B, Σ C_i 4^(n-1-i), h, w)."""
+    if not maps:
+        raise ModelError("There are no maps to pack.")
+    for fine, coarse in pairwise(maps):
+        if fine.shape[-2] != 2 * coarse.shape[-2] or fine.shape[-1] != 2 * coarse.shape[-1]:
+            sizes = ", ".join(f"{one.shape[-2]} x {one.shape[-1]}" for one in maps)
+            raise ModelError(
+                f"Maps of sizes {sizes} cannot be packed: each has to be twice as high and wide as the next. Pad the images to "
+                "multiples of the coarsest map's stride (pad_size_divisor, 32 for Swin)."
+            )
+    last = len(maps) - 1
+    return torch.cat([F.pixel_unshuffle(one, 2 ** (last - level)) for level, one in enumerate(maps)], dim=1)
+
+
+def unpack(packed: Tensor, channels: Sequence[int]) -> tuple[Tensor, ...]:
+    """Undo :func:`pack` of maps with ``channels``. Raises ModelError for others."""
+    last = len(channels) - 1
+    shares = [count * 4 ** (last - level) for level, count in enumerate(channels)]
+    if packed.shape[1] != sum(shares):
+        raise ModelError(f"{packed.shape[1]} channels are not those of maps with {list(channels)} channels, packed.")
+    maps = packed.split(shares, dim=1)
+    return tuple(F.pixel_shuffle(one, 2 ** (last - level)) for level, one in enumerate(maps))
 
 
 class ExplicitFPN(nn.Module):
-    """mmdet's ``FPN`` with quantizable convolutions: packed stage outputs to packed maps P2, P3, ...
+    """mmdet's ``FPN``, quantizable: packed stage outputs to packed maps P2, P3, ...
 
     The coarsest level that mmdet adds is a part of the one before, see :class:`Unpack`.
-
-    Args of ``forward``: x, stage outputs by :func:`tasks.detection.packing.pack`.
-
-    Attributes:
-        in_channels, channels: of the packed maps that go in and come out, the finest first.
-
-    Raises:
-        ModelError: levels or convolutions of a kind that is not supported.
     """
 
     def __init__(self, fpn: FPN, recipe: Recipe) -> None:
         super().__init__()
-        _check(fpn)
+        expect(fpn, "A neck", FPN)
         self.in_channels = list(fpn.in_channels)
         self.channels = [fpn.out_channels] * len(self.in_channels)
         self.lateral_convs, self.fpn_convs = fpn.lateral_convs, fpn.fpn_convs
@@ -44,11 +73,7 @@ class ExplicitFPN(nn.Module):
 
 
 class Unpack(nn.Module):
-    """The tuple of maps that mmdet's heads take: those that were packed, and every second cell of the coarsest.
-
-    Args:
-        channels: of the packed maps, the finest first.
-    """
+    """The maps that mmdet's heads take: the packed ones, and half of the coarsest."""
 
     def __init__(self, channels: Sequence[int]) -> None:
         super().__init__()
@@ -59,19 +84,40 @@ class Unpack(nn.Module):
         return (*maps, maps[-1][:, :, ::2, ::2])
 
 
-def _check(fpn: FPN) -> None:
-    if type(fpn) is not FPN:
-        raise ModelError(f"A neck of type {type(fpn).__name__} is not supported: it has to be FPN.")
-    levels = len(fpn.in_channels)
-    if fpn.start_level != 0 or fpn.backbone_end_level != levels or fpn.num_outs != levels + 1 or fpn.add_extra_convs:
-        raise ModelError(
-            "An FPN has to use all stages of the backbone and to add one level, by subsampling: "
-            f"start_level 0, end_level -1, num_outs {levels + 1}, add_extra_convs False."
-        )
-    if dict(fpn.upsample_cfg) != {"mode": "nearest"}:
-        raise ModelError(f"An FPN that upsamples by {dict(fpn.upsample_cfg)} is not supported: it has to be the nearest cell.")
-    for module in (*fpn.lateral_convs, *fpn.fpn_convs):
-        if type(module) is not ConvModule or type(module.conv) is not nn.Conv2d or module.with_spectral_norm:
-            raise ModelError(f"An FPN with convolutions of type {type(module.conv).__name__} is not supported.")
-        if module.efficient_conv_bn_eval_forward is not None:
-            raise ModelError("An FPN that folds its norms into convolutions (efficient_conv_bn_eval) is not supported.")
+class RpnOutputs(nn.Module):
+    """mmdet's ``RPNHead`` on packed maps P2 to P5, its outputs in one tensor (B, L, 5 A).
+
+    Positions follow level by level, the finest first, and row by row. A position has A class
+    logits, then the 4 deltas of anchor 0, of anchor 1, and so on.
+    """
+
+    def __init__(self, head: RPNHead) -> None:
+        super().__init__()
+        self.rpn_conv, self.rpn_cls, self.rpn_reg = (getattr(head, name) for name in _LAYERS)
+        self.unpack = Unpack([head.in_channels] * (len(STRIDES) - 1))
+
+    def forward(self, packed: Tensor) -> Tensor:
+        outputs = []
+        for features in self.unpack(packed):
+            hidden = F.relu(self.rpn_conv(features))
+            outputs.append(torch.cat([self.rpn_cls(hidden), self.rpn_reg(hidden)], 1).flatten(2).transpose(1, 2))
+        return torch.cat(outputs, 1)
+
+
+def rpn_segment(model: nn.Module, recipe: Recipe) -> Segment:
+    """The RPN as a segment that is calibrated only; layers of the model are swapped."""
+    head = model.rpn_head
+    expect(head, "A region proposal network", RPNHead)
+    for name in _LAYERS:
+        layer = getattr(head, name)
+        expect(layer, f"A layer ({name}) in an RPNHead", nn.Conv2d)
+        setattr(head, name, QuantConv2d.from_float(layer, recipe.w_bits, recipe.a_bits))
+    return Segment("rpn_head", "predictor", RpnOutputs(head))
+
+
+def rpn_levels(height: int, width: int) -> list[int]:
+    """Positions per level in the RPN's output. Raises ModelError for images that are not padded."""
+    if height % STRIDES[-2] or width % STRIDES[-2]:
+        raise ModelError(f"An image of {height} x {width} pixels is not padded: the sides must be multiples of {STRIDES[-2]}.")
+    # Negating twice rounds up: subsampling keeps the last position of an odd side.
+    return [-(-height // stride) * -(-width // stride) for stride in STRIDES]

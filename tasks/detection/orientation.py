@@ -1,13 +1,11 @@
 """EXIF orientation of image files, read from their headers.
 
-Annotations are made either in the pixels as they are stored or in the image turned as its tag
-says, and their file does not say which. Where the tag swaps the sides, the annotated size tells;
-otherwise the user has to.
+Annotations are made in the pixels as stored or in the turned image, and their file does not say
+which. Where the tag swaps the sides, the annotated size tells; otherwise the user has to.
 """
 
 import struct
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -15,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from fimaq_core.errors import DataError
+from tasks.common.images import counted
 
 Exif = Literal["apply", "ignore"]
 
@@ -28,12 +27,10 @@ _DAMAGED = (SyntaxError, ValueError, KeyError, TypeError, EOFError, OSError, str
 
 
 class Orientation(NamedTuple):
-    """Orientation tag of an image file.
+    """Orientation tag of an image file: 1 to 8 as in EXIF, 1 where there is none.
 
-    Attributes:
-        tag: 1 to 8 as in EXIF; 1 where there is none.
-        stored: (height, width) of the stored pixels.
-        applied: True where the image is turned as the tag says; None where nothing tells.
+    ``stored`` is (height, width) of the stored pixels. ``applied`` is True where the image is
+    turned as its tag says, and None where nothing tells.
     """
 
     tag: int
@@ -42,7 +39,7 @@ class Orientation(NamedTuple):
 
     @property
     def words(self) -> str:
-        """How the image was read, for messages about its size; empty for an image without a tag."""
+        """How the image was read, for messages about its size; empty without a tag."""
         height, width = self.stored
         if self.tag == 1:
             return ""
@@ -51,7 +48,7 @@ class Orientation(NamedTuple):
         return f" (as stored; its EXIF orientation tag {self.tag} is ignored)"
 
     def advice(self, size: tuple[int, int]) -> str:
-        """The other decision, for messages about the annotated (height, width), where these fit it."""
+        """Advice to decide otherwise, where that fits the annotated (height, width)."""
         other = self.stored[::-1] if self.tag in _SWAPPED and not self.applied else self.stored
         if self.tag == 1 or size != other:
             return ""
@@ -62,13 +59,7 @@ class Orientation(NamedTuple):
 def orientation_of(path: Path, size: tuple[int, int], exif: Exif | None) -> Orientation:
     """Read the orientation of an image file without decoding its pixels, and decide on it.
 
-    Args:
-        path: of the file.
-        size: (height, width) in the annotations.
-        exif: the user's decision; None decides by the size where the tag swaps the sides.
-
-    Raises:
-        OSError: the file cannot be read or is no image.
+    The user's decision ``exif`` counts, else the annotated (height, width). Raises OSError.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -76,9 +67,14 @@ def orientation_of(path: Path, size: tuple[int, int], exif: Exif | None) -> Orie
         with Image.open(path) as image:
             stored = (image.height, image.width)
             block = _png_block(path) if image.format == "PNG" else image.info.get("exif", b"")
-        tag = _tag(block)
-    if tag == 1:
-        return Orientation(tag, stored, False)
+        found = Image.Exif()
+        try:
+            found.load(block)
+            tag = found.get(_ORIENTATION)
+        except _DAMAGED:
+            tag = 1
+    if tag not in range(2, 9):
+        return Orientation(1, stored, False)
     if exif is not None:
         return Orientation(tag, stored, exif == "apply")
     turned = stored[::-1] if tag in _SWAPPED else stored
@@ -99,60 +95,16 @@ def turned(array: np.ndarray, tag: int) -> np.ndarray:
 
 def ask(images: list[str], what: str) -> DataError:
     """Make the error that asks the user for a decision on ``images`` of the data ``what``."""
-    count = "1 image" if len(images) == 1 else f"{len(images)} images"
     return DataError(
-        f"{count} of {what} (such as {images[0]}) have an EXIF orientation tag, and their sizes do "
+        f"{counted(len(images), 'image')} of {what} (such as {images[0]}) have an EXIF orientation tag, and their sizes do "
         "not tell whether the annotations were made in the turned image (half a turn, mirrored or "
         "square). Give --exif apply if boxes fit the image as viewers show it and mmdet reads it, or "
         "--exif ignore if they fit the stored pixels."
     )
 
 
-def summary(
-    found: Iterable[Orientation],
-    count: int,
-    exif: Exif | None,
-    images: str = "images",
-) -> tuple[int, list[str]]:
-    """Count images with a tag, and say so.
-
-    Args:
-        found: orientations of the images, all decided.
-        count: how many images there are.
-        exif: the user's decision, if any.
-        images: what they are, for people.
-
-    Returns:
-        The number of images with a tag, and no or one note.
-    """
-    tagged = [one for one in found if one.tag != 1]
-    if not tagged:
-        return 0, []
-    applied = sum(bool(one.applied) for one in tagged)
-    reason = "as their annotated sizes ask for" if exif is None else f"by --exif {exif}"
-    note = (
-        f"{len(tagged)} of {count} {images} have an EXIF orientation tag: {applied} are turned by "
-        f"it and {len(tagged) - applied} are read as stored, {reason}"
-    )
-    return len(tagged), [note]
-
-
-def _tag(block: bytes) -> int:
-    """Orientation in an EXIF block; 1 where there is none or no valid one."""
-    exif = Image.Exif()
-    try:
-        exif.load(block)
-        tag = exif.get(_ORIENTATION)
-    except _DAMAGED:
-        return 1
-    return tag if isinstance(tag, int) and 1 <= tag <= 8 else 1
-
-
 def _png_block(path: Path) -> bytes:
-    """EXIF block of a PNG file.
-
-    It may stand behind the pixels, where Pillow finds it only after decoding them.
-    """
+    """EXIF block of a PNG; Pillow finds one behind the pixels only after decoding them."""
     with path.open("rb", buffering=0) as file:
         file.seek(8)
         while len(head := file.read(8)) == 8:

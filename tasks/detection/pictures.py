@@ -8,16 +8,20 @@ from PIL import Image
 from fimaq_core.errors import DataError
 from tasks.common.pictures import known_pictures
 from tasks.common.request import DataRequest, ModelRequest
-from tasks.detection.coco import open_annotated, open_demo
-from tasks.detection.layout import LAYOUT
-from tasks.detection.tags import DEMO_NAMES
+from tasks.detection.coco import open_coco, open_demo, open_file
+from tasks.detection.tags import DEMO_NAMES, LAYOUT, is_file_of_annotations
 
 
 def pictures(model: ModelRequest, data: DataRequest, ids: Sequence[str]) -> dict[str, Image.Image]:
-    """See :meth:`tasks.common.task.Task.pictures`. Files are read as evaluations do, turned as they say: boxes shall fit."""
+    """See :meth:`tasks.common.task.Task.pictures`; turned so that boxes fit."""
     if data.path is None and model.name not in DEMO_NAMES:
         raise DataError(f"{model.name} brings no data along: give --data /path/to/coco. {LAYOUT}.")
-    source = open_demo("val") if data.path is None else open_annotated(data.path, data.exif)
+    if data.path is None:
+        source = open_demo("val")
+    elif is_file_of_annotations(data.path):
+        source = open_file(data.path, exif=data.exif)
+    else:
+        source = open_coco(data.path, "val", data.exif)
 
     def read(index: int) -> Image.Image:
         return Image.fromarray(np.ascontiguousarray(source.read(index)[:, :, ::-1]))

@@ -1,14 +1,15 @@
-"""COCO's average precision from matched detections, as a function of which images count.
+"""COCO's average precision from matched detections, as a function of the images that count.
 
-Detections are matched with objects image by image, so that only the accumulation over images depends on the sample. It is
-written here in terms of true positives alone: of the precisions at 101 recalls, each interpolated to the highest precision at
-that recall or beyond (Lin et al., ECCV 2014, arXiv:1405.0312; Everingham et al., IJCV 88, 2010), a false positive only lowers
-those behind it. This makes it cheap to leave out every image in turn, for the jackknife (Efron and Stein, Annals of Statistics
-9, 1981), whose pseudo-values give an average precision a contribution of each image.
+Of the precisions at 101 recalls, each interpolated to the highest precision at that recall or
+beyond (Lin et al., ECCV 2014, arXiv:1405.0312; Everingham et al., IJCV 88, 2010), a false positive
+only lowers those behind it. Written in terms of true positives alone, it is cheap to leave out
+every image in turn, for the jackknife (Efron and Stein, Annals of Statistics 9, 1981), whose
+pseudo-values give each image a contribution.
 
-Leaving out one image moves the curve by less than the distance of two recalls where there are many objects: a precision at one
-recall then stays or jumps, by chance the same way for all images. The jackknife is therefore taken of the area under the
-interpolated curve, of which the mean over 101 recalls is the approximation.
+With many objects, leaving out one image moves the curve by less than the distance of two recalls: a
+precision at one recall then stays or jumps, by chance the same way for all images. The jackknife is
+therefore taken of the area under the interpolated curve, which the mean over 101 recalls
+approximates.
 """
 
 import math
@@ -27,12 +28,10 @@ _Mean = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
 class Level(NamedTuple):
-    """Detections at one IoU threshold, by falling score; those that count neither as right nor as wrong are missing.
+    """Detections at one IoU threshold by falling score, without those that do not count.
 
-    Attributes:
-        hits: (n,) int64 image of each true positive.
-        misses: (m,) int64 image of each false positive.
-        before: (m,) int64 how many true positives come before each.
+    ``hits`` (n,) and ``misses`` (m,) are the images of true and false positives, ``before`` (m,)
+    the number of true positives before each of the latter.
     """
 
     hits: np.ndarray
@@ -42,12 +41,7 @@ class Level(NamedTuple):
 
 @dataclass(frozen=True)
 class Matches:
-    """Objects of one category and range of sizes with the detections.
-
-    Attributes:
-        truths: (I,) how many objects each image has.
-        levels: by IoU threshold.
-    """
+    """Detections of one category and range of sizes, by IoU threshold; objects (I,) by image."""
 
     truths: np.ndarray
     levels: tuple[Level, ...]
@@ -56,15 +50,7 @@ class Matches:
     def of(
         cls, images: np.ndarray, scores: np.ndarray, matched: np.ndarray, ignored: np.ndarray, truths: np.ndarray
     ) -> "Matches":
-        """Make one from detections, those of equal scores in the order that counts.
-
-        Args:
-            images: (D,) the image of each.
-            scores: (D,).
-            matched: (T, D) whether an object goes with it, by IoU threshold.
-            ignored: (T, D) whether it does not count.
-            truths: (I,).
-        """
+        """Make one from D detections with (T, D) flags; equal scores keep their order."""
         order = np.argsort(-scores, kind="stable")
         owner, levels = images[order].astype(np.int64), []
         for right, skipped in zip(matched[:, order], ignored[:, order], strict=True):
@@ -73,40 +59,27 @@ class Matches:
         return cls(truths, tuple(levels))
 
 
-def average_precision(matches: Matches, weights: np.ndarray | None = None) -> np.ndarray:
-    """Return the average precision at each IoU threshold, in 0..1: COCO's, over 101 recalls.
-
-    Args:
-        matches: of one category.
-        weights: (I,) how often each image counts, such as in a resample; None: once.
-
-    Returns:
-        (T,) float64; NaN where no object counts.
-    """
-    return _by_level(matches, weights, _sampled)
+def average_precision(matches: Matches) -> np.ndarray:
+    """COCO's average precision at each IoU threshold (T,), in 0..1; NaN where no object counts."""
+    return _by_level(matches, _sampled)
 
 
-def area(matches: Matches, weights: np.ndarray | None = None) -> np.ndarray:
-    """Return the area under the interpolated curve; arguments and shape as of :func:`average_precision`."""
-    return _by_level(matches, weights, _area)
+def area(matches: Matches) -> np.ndarray:
+    """Area under the interpolated curve; arguments and shape as of :func:`average_precision`."""
+    return _by_level(matches, _area)
 
 
-def _by_level(matches: Matches, weights: np.ndarray | None, mean: _Mean) -> np.ndarray:
-    weights = np.ones(len(matches.truths)) if weights is None else weights.astype(np.float64)
-    total = np.array([weights @ matches.truths])
+def _by_level(matches: Matches, mean: _Mean) -> np.ndarray:
+    total = np.array([matches.truths.sum()], dtype=np.float64)
     values = []
-    for hits, misses, before in matches.levels:
-        wrong = np.bincount(before, weights[misses], minlength=len(hits) + 1).cumsum()[: len(hits)]
-        values.append(mean(weights[hits].cumsum()[None], wrong[None], total)[0])
+    for hits, _, before in matches.levels:
+        wrong = np.bincount(before, minlength=len(hits) + 1).cumsum()[: len(hits)].astype(np.float64)
+        values.append(mean(np.arange(1.0, len(hits) + 1)[None], wrong[None], total)[0])
     return np.array(values)
 
 
 def area_without_each(matches: Matches) -> tuple[np.ndarray, np.ndarray]:
-    """Return the :func:`area` without each image that has a part in it.
-
-    Returns:
-        (B,) images, and (B, T) areas with the weight 0 for that image and 1 for the others.
-    """
+    """Images (B,) that have a part in the :func:`area`, and the areas (B, T) without each."""
     involved = [matches.truths.nonzero()[0], *(part for level in matches.levels for part in (level.hits, level.misses))]
     images = np.unique(np.concatenate(involved))
     total = (matches.truths.sum() - matches.truths[images]).astype(np.float64)
@@ -155,21 +128,15 @@ def _area(right: np.ndarray, wrong: np.ndarray, total: np.ndarray) -> np.ndarray
     return (_interpolated(right, wrong) * np.diff(right, axis=1, prepend=0)).sum(axis=1) / objects
 
 
-@dataclass(frozen=True)
-class Averages:
-    """Means over categories at each IoU threshold, in 0..1, NaN where no category has an object.
-
-    Attributes:
-        whole: (T,) average precision on all images.
-        without: (I, T) area without each image.
-    """
+class Averages(NamedTuple):
+    """Means over categories (T,) on all images, and areas (I, T) without each image."""
 
     whole: np.ndarray
     without: np.ndarray
 
 
 def averages(categories: Sequence[Matches]) -> Averages:
-    """Average over those of ``categories``, of which there is at least one, that have objects."""
+    """Average over those of ``categories`` (at least one) that have objects."""
     images, levels = len(categories[0].truths), len(categories[0].levels)
     present = [matches for matches in categories if matches.truths.any()]
     if not present:
@@ -188,21 +155,14 @@ def averages(categories: Sequence[Matches]) -> Averages:
 
 
 def contributions(whole: float, without: np.ndarray) -> np.ndarray:
-    """Return jackknife pseudo-values, moved such that their mean is ``whole``.
+    """Jackknife pseudo-values (I,) from areas without each image, moved to have the mean ``whole``.
 
-    A contribution is a linear part of the value: differences of two methods on the same images have the mean of the
-    differences of contributions, and the standard error of that mean.
-
-    Args:
-        whole: the average precision on all images.
-        without: (I,) areas without each image.
-
-    Returns:
-        (I,).
+    A contribution is a linear part of the value: differences of two methods on the same images have
+    the mean of the differences of contributions, and the standard error of that mean.
     """
     return whole + (len(without) - 1) * (without.mean() - without)
 
 
 def standard_error(shares: np.ndarray) -> float:
-    """Return the jackknife's standard error from :func:`contributions`."""
+    """The jackknife's standard error from :func:`contributions`."""
     return float(shares.std(ddof=1) / math.sqrt(len(shares)))

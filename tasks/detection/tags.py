@@ -1,4 +1,4 @@
-"""Names of detectors and what is missing of weights and data; imports nothing heavy."""
+"""Names of detectors, files of COCO 2017 (Lin et al., ECCV 2014), and what is missing."""
 
 from itertools import combinations
 from pathlib import Path
@@ -7,7 +7,15 @@ from typing import Any
 from fimaq_core.errors import ModelError, suggest
 from tasks.common.hub import Catalogue
 from tasks.common.request import DataRequest, Missing, ModelRequest
-from tasks.detection.layout import LAYOUT, absent
+
+#: Splits of COCO 2017 by part: the published numbers are on ``val2017``.
+SPLITS = {"train": "train2017", "val": "val2017"}
+
+LAYOUT = (
+    "The folder of COCO 2017 is expected, with annotations/instances_val2017.json and val2017/ (5,000 images), and "
+    "annotations/instances_train2017.json and train2017/ to calibrate on; or a file of annotations in COCO's format, whose name "
+    "ends in .json, with the images beside it"
+)
 
 #: Models, the trainings that were published for them (12 or 36 epochs on COCO), and the files of these: release and name.
 PUBLISHED: dict[str, dict[str, str]] = {
@@ -34,9 +42,6 @@ DEMO_NAMES = ("demo_mask_rcnn", "demo_cascade")
 PIECES = ("backbone", "fpn", "rpn", "roi")
 SCOPES = tuple("+".join(pieces) for count in (4, 3, 2, 1) for pieces in combinations(PIECES, count))
 
-#: What can be measured: always the same.
-EVALUATIONS: tuple[str, ...] = ()
-
 #: Settings of recipes that are others for detectors: few large images of varying sizes, taken one by one.
 DEFAULTS: dict[str, Any] = {
     "calibration_images": 256,
@@ -49,20 +54,13 @@ DEFAULTS: dict[str, Any] = {
 
 
 def parts(scope: str | None) -> dict[str, str]:
-    """Backbone, neck and RPN of a scope, which are one chain. RoI heads are others, soon done, as many as the model has."""
+    """Chains of a scope that take long: backbone, neck and RPN are one. RoI heads are soon done."""
     pieces = [name for name in (SCOPES[0] if scope is None else scope).split("+") if name != "roi"]
     return {"detector": "+".join(pieces)} if pieces else {}
 
 
-_RELEASES = "https://github.com/SwinTransformer/storage/releases"
-
-
 def full_name(name: str) -> str:
-    """The full name, ``<model>.<tag>``; of a model without published weights the name alone.
-
-    Raises:
-        ModelError: there is no such model, or no such weights.
-    """
+    """``<model>.<tag>``; a model without published weights keeps its name. Raises ModelError."""
     if name in SHORT_NAMES:
         return SHORT_NAMES[name]
     model, _, tag = name.partition(".")
@@ -83,8 +81,7 @@ CATALOGUE = Catalogue(
     repository=lambda tag: None,
 )
 
-model_tag = CATALOGUE.model_tag
-weights_digest = CATALOGUE.weights_digest
+model_tag, weights_digest = CATALOGUE.model_tag, CATALOGUE.weights_digest
 
 
 def preflight(model: ModelRequest, data: DataRequest) -> list[Missing]:
@@ -94,24 +91,21 @@ def preflight(model: ModelRequest, data: DataRequest) -> list[Missing]:
 
 
 def missing_weights(model: ModelRequest) -> Missing | None:
-    """The weights, if they are not here: nothing is fetched from where they were published.
-
-    Raises:
-        ModelError: an unknown model, a file that is not there, or no file for a model without published weights.
-    """
+    """The weights, if they are not here: nothing is fetched from where they were published."""
     found = CATALOGUE.missing_weights(model)
     if found is None or model.name in DEMO_NAMES:
         return found
     name, _, tag = full_name(model.name).partition(".")
     return Missing(
         f"the weights of {name}.{tag} (published as {PUBLISHED[name][tag]})",
-        f"No Hugging Face repository has them: get the file from {_RELEASES} and give it with --weights, or put it, called <name>"
-        ".pth, into the folder of weights: WEIGHTS=/path for make, --weights for a grid, --weights-folder for an adapter.",
+        "No Hugging Face repository has them: get the file from "
+        "https://github.com/SwinTransformer/storage/releases and give it with --weights, or put it, called <name>.pth, into "
+        "the folder of weights: WEIGHTS=/path for make, --weights for a grid, --weights-folder for an adapter.",
     )
 
 
 def missing_data(data: DataRequest, brings_data: bool) -> Missing | None:
-    """The data, if it is not there: what is measured on, and the images to calibrate on."""
+    """Data to measure on and images to calibrate on, if they are not there."""
     if data.path is None and data.calibration_data is None:
         advice = f"Give its folder: COCO=/path for make, --data for an adapter. {LAYOUT}."
         return None if brings_data else Missing("the data set COCO 2017", advice)
@@ -123,3 +117,24 @@ def missing_data(data: DataRequest, brings_data: bool) -> Missing | None:
     if data.path is None and not brings_data:
         lacking.insert(0, "the data set COCO 2017")
     return Missing(" and ".join(dict.fromkeys(lacking)), f"{LAYOUT}.") if lacking else None
+
+
+def annotation_file(root: Path, part: str) -> Path:
+    """The annotations of a part (``train`` or ``val``) of COCO 2017."""
+    return root / "annotations" / f"instances_{SPLITS[part]}.json"
+
+
+def is_file_of_annotations(path: Path) -> bool:
+    """True for the path of one file of annotations, not of a folder."""
+    return path.suffix == ".json"
+
+
+def absent(path: Path, part: str) -> list[str]:
+    """Missing pieces of a part at a path, each as ``the folder ...`` or ``the file ...``."""
+    if is_file_of_annotations(path):
+        return [] if path.is_file() else [f"the file {path}"]
+    if not path.is_dir():
+        return [f"the folder {path}"]
+    wanted = annotation_file(path, part)
+    found = [] if wanted.is_file() else [f"the file {wanted}"]
+    return found + ([] if (path / SPLITS[part]).is_dir() else [f"the folder {path / SPLITS[part]}"])

@@ -15,14 +15,11 @@ from tasks.detection import models, tags
 from tasks.detection.calibration import calibration_set
 from tasks.detection.chain import detector_segments
 from tasks.detection.coco import open_source
-from tasks.detection.detector import DETECTOR, QuantizedDetector, assemble
+from tasks.detection.detector import DETECTOR, QuantizedDetector
 from tasks.detection.divergence import ProposalDivergence
-from tasks.detection.evaluate import evaluate_detector
-from tasks.detection.examples import region_examples
-from tasks.detection.heads import roi_heads
-from tasks.detection.roi import roi_inputs, roi_parts
-from tasks.detection.roi_terms import ProposalTerms, class_count
-from tasks.detection.rpn import rpn_levels, rpn_segment
+from tasks.detection.evaluate import detect, measure
+from tasks.detection.neck import rpn_levels, rpn_segment
+from tasks.detection.roi import ProposalTerms, class_count, region_examples, roi_heads, roi_inputs, roi_parts
 
 #: Settings of layers that stay as they are.
 _OFF = {"w_bits": OFF, "a_bits": OFF, "s_bits": None, "head_bits": None, "patch_input_bits": OFF, "reconstruct_mlp": False}
@@ -85,7 +82,7 @@ class DetectionTask(Task):
         return "+".join(name for name in pieces_of(recipe) if (name == "roi") == (part != DETECTOR))
 
     def assemble(self, loaded: LoadedModel, chains: Chains) -> nn.Module:
-        return assemble(loaded.model, chains)
+        return QuantizedDetector(loaded.model, chains)
 
     def untouched(self, loaded: LoadedModel, chains: Chains) -> dict[str, nn.Module]:
         names = ("backbone", "neck", "rpn_head") if DETECTOR not in chains else ()
@@ -117,8 +114,7 @@ class DetectionTask(Task):
         """That of the proposals' maps. RoI heads are not reconstructed: nobody asks theirs."""
         _check(recipe)
         head = loaded.model.rpn_head
-        strides = [int(stride[0]) for stride in head.prior_generator.strides]
-        levels = [rpn_levels(image.shape[2], image.shape[3], strides) for image in images.images]
+        levels = [rpn_levels(image.shape[2], image.shape[3]) for image in images.images]
         classes = class_count(loaded.model) if recipe.detection_terms == "rpn+roi" else 0
         made: dict[str, Divergence] = dict.fromkeys(roi_heads(loaded.model), Divergence())
         made[DETECTOR] = ProposalDivergence(levels, head.num_base_priors, classes)
@@ -138,7 +134,7 @@ class DetectionTask(Task):
         assert isinstance(model, QuantizedDetector)
         source = open_source(loaded, data, "val").head(data.limit).settled()
         made = model.predict, source, loaded.eval_transform, device, report
-        return evaluate_detector(*made, data.skip_corrupt, workers, data.keep_outputs)
+        return measure(source, detect(*made, data.skip_corrupt, workers), data.keep_outputs)
 
 
 TASK = DetectionTask()

@@ -1,9 +1,10 @@
 """Measures of retrieval from ranks, and their standard errors by bootstrap over images.
 
-Captions of one image share its embedding, and one hard image fails all its captions: treated as independent samples they
-would give standard errors that are too small. The unit drawn is therefore an image together with its captions (the cluster
-bootstrap; Davison and Hinkley, Bootstrap Methods and their Application, 1997, section 3.8). Each measure is a function of how
-often each image was drawn, so that a resample costs a product with these counts.
+Captions of one image share its embedding, and one hard image fails all its captions: treated as
+independent samples they would give standard errors that are too small. The unit drawn is therefore
+an image with its captions (the cluster bootstrap; Davison and Hinkley, Bootstrap Methods and their
+Application, 1997, section 3.8). Each measure is a function of how often each image was drawn, so
+that a resample costs a product with these counts.
 """
 
 from collections.abc import Iterator
@@ -21,20 +22,13 @@ _WEIGHTS = 2**22
 def measures(
     image_to_text: np.ndarray, text_to_image: np.ndarray, image_of: np.ndarray, counts: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Return every measure of samples that hold image i ``counts[b, i]`` times.
+    """Every measure (b,) by name, of samples that hold image i ``counts[b, i]`` times.
 
-    ``i2t_R@k`` and ``t2i_R@k`` are percentages of queries with rank < k, for those k of :data:`CUTS` that are no more than the
-    candidates; ``R@1`` is the mean of both directions and ``mean_recall`` of all six, where there are six. ``*_median_rank``
-    are no percentages but ranks counted from 1, as papers do.
-
-    Args:
-        image_to_text: (n,) ranks from 0.
-        text_to_image: (m,) ranks from 0.
-        image_of: (m,) index of each caption's image; every image has a caption.
-        counts: (b, n) integers, at least one in each row above 0.
-
-    Returns:
-        (b,) float64 by name.
+    ``i2t_R@k`` and ``t2i_R@k`` are percentages of queries with rank < k, for those k of
+    :data:`CUTS` that are no more than the candidates; ``R@1`` is the mean of both directions and
+    ``mean_recall`` of all six, where there are six. ``*_median_rank`` are no percentages but ranks
+    counted from 1, as in papers. Ranks (n,) and (m,) count from 0; ``image_of`` (m,) is the index
+    of each caption's image.
     """
     images, captions = len(image_to_text), len(text_to_image)
     drawn_images = counts.sum(1)
@@ -56,13 +50,13 @@ def measures(
 
 
 def standard_errors(image_to_text: np.ndarray, text_to_image: np.ndarray, image_of: np.ndarray) -> dict[str, float]:
-    """Return the bootstrap standard error of each of :func:`measures`, in its unit; the same on every call."""
+    """Bootstrap standard error of each of :func:`measures`, in its unit; the same on every call."""
     parts = [measures(image_to_text, text_to_image, image_of, counts) for counts in _draws(len(image_to_text), len(image_of))]
     return {name: float(np.concatenate([part[name] for part in parts]).std(ddof=1)) for name in parts[0]}
 
 
 def _draws(images: int, captions: int) -> Iterator[np.ndarray]:
-    """Multinomial counts (b, images), :data:`RESAMPLES` in all, the same however many rows fit into memory."""
+    """Multinomial counts (b, images), :data:`RESAMPLES` in all, whatever fits into memory."""
     generator = np.random.default_rng(_SEED)
     rows = max(1, _WEIGHTS // captions)
     for start in range(0, RESAMPLES, rows):
@@ -72,7 +66,7 @@ def _draws(images: int, captions: int) -> Iterator[np.ndarray]:
 
 
 def _weighted_median(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Medians (b,) of samples that hold ``values[j]`` ``counts[b, j]`` times; of an even number the mean of the middle two."""
+    """Medians (b,) of samples that hold ``values[j]`` ``counts[b, j]`` times."""
     order = np.argsort(values, kind="stable")
     ordered, running = values[order].astype(np.float64), counts[:, order].cumsum(1)
     total = running[:, -1:]

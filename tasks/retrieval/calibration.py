@@ -23,16 +23,13 @@ from tasks.retrieval.zero_shot import LINES, class_names
 
 
 def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> CalibrationSet:
-    """Draw the calibration pairs, or take those of a list.
+    """Draw the calibration pairs, or take those of a list or a result record.
 
-    The images come in a seeded permutation of the whole part, and one caption of each is drawn by seed and image id alone.
-    An image whose caption is that of an earlier one has to wait until every other caption was used as often
-    (:func:`in_rounds`): samples of one batch with the same text would make the contrastive target ambiguous. A smaller
-    sample is the beginning of a larger one. The pairs of a result record are taken as they are.
-
-    Raises:
-        DataError: fewer images than asked for, a damaged image, a list that does not fit.
-        ModelError: the model takes no text.
+    The images come in a seeded permutation of the whole part, and one caption of each is drawn by
+    seed and image id alone: a smaller sample is the beginning of a larger one. An image whose
+    caption is that of an earlier one waits (:func:`in_rounds`): samples of one batch with the same
+    text would make the contrastive target ambiguous. Raises DataError, and ModelError without a
+    tokenizer.
     """
     if loaded.tokenizer is None:
         raise ModelError(f"{loaded.tag} has no tokenizer, so it cannot be calibrated on image-caption pairs.")
@@ -72,11 +69,7 @@ def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> C
 
 
 def training_pairs(loaded: LoadedModel, data: DataRequest) -> PairSource:
-    """The pairs to calibrate on; zero-shot evaluation without data of its own for this makes them from its labelled images.
-
-    Raises:
-        DataError: what the readers of the data refuse.
-    """
+    """The pairs to calibrate on, for zero-shot made from labelled images. Raises DataError."""
     if data.evaluation == "zero-shot" and data.calibration_data is None and data.path is not None:
         labelled = open_folder(data.path, "train", data.class_order, wanted=LINES)
         return imagenet_pairs(labelled, class_names(data.path, labelled.class_names))
@@ -84,7 +77,7 @@ def training_pairs(loaded: LoadedModel, data: DataRequest) -> PairSource:
 
 
 def drawn_caption(pairs: PairSource, image: int, seed: int) -> str:
-    """The caption that stands for an image: a function of the seed, the image's id and its captions."""
+    """The caption that stands for an image: a function of seed, image id and captions."""
     start, end = (int(pairs.starts[position]) for position in (image, image + 1))
     value = int.from_bytes(hashlib.sha256(f"caption/{seed}/{pairs.image_ids[image]}".encode()).digest()[:8], "big")
     return pairs.captions[start + value % (end - start)]
@@ -93,9 +86,7 @@ def drawn_caption(pairs: PairSource, image: int, seed: int) -> str:
 def in_rounds(captions: Sequence[str]) -> list[int]:
     """Order of positions in which a text comes again only after all others that are left.
 
-    First the first position of every distinct text, then the second of every text that has one, and so on, each round in
-    the order of the first: no other order keeps equal texts further apart where each text occurs as often. Texts count as
-    equal where they differ in case and white space only.
+    Texts are equal where they differ in case and white space only.
     """
     seen: Counter[str] = Counter()
     rank: dict[str, int] = {}

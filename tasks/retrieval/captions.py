@@ -1,33 +1,67 @@
-"""Finding the image-caption pairs that go with a model: the demo's scenes, or the files of a folder."""
+"""The image-caption pairs that go with a model: the demo's scenes, or the files of a folder."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
 
 from fimaq_core.errors import DataError
-from tasks.common.files import composed
+from tasks.common.files import composed, found_files
 from tasks.common.folders import Source
+from tasks.common.images import file_reader
 from tasks.common.request import DataRequest
 from tasks.common.task import LoadedModel
-from tasks.retrieval.files import PARTS, file_pairs
-from tasks.retrieval.karpathy import COCO, FLICKR30K, free_name, images_folder, open_free, open_karpathy
-from tasks.retrieval.layout import COCO_FILE, FLICKR30K_FILE, FREE_FILE, LAYOUT, caption_files
+from tasks.retrieval.files import read_captions
 from tasks.retrieval.pairs import PairSource
-from tasks.retrieval.tables import read_table
+from tasks.retrieval.tags import COCO_FILE, FLICKR30K_FILE, FREE_FILE, LAYOUT, caption_files
 
 #: Name of the data that the demo model brings along.
 DEMO_DATA = "digit-scenes"
+#: Parts of a data set that a run uses.
+PARTS = ("train", "test")
+
+
+class Counts(NamedTuple):
+    """Images and captions of a split; None where the captions are not counted."""
+
+    images: int
+    captions: int | None = None
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published data set in Karpathy's splits; its images may be in one of ``folders``."""
+
+    name: str
+    file: str
+    counts: Mapping[str, Counts]
+    folders: tuple[str, ...] = ()
+
+    def images(self, root: Path) -> Path:
+        """The folder that ids of images are paths below."""
+        return next((root / name for name in self.folders if (root / name).is_dir()), root)
+
+
+#: The part ``train`` leaves out restval, on which some train as well: calibration needs the images
+#: of train2014 only.
+COCO = Published(
+    "MS-COCO",
+    COCO_FILE,
+    MappingProxyType({"train": Counts(82_783), "restval": Counts(30_504), "val": Counts(5_000), "test": Counts(5_000, 25_010)}),
+)
+FLICKR30K = Published(
+    "Flickr30k",
+    FLICKR30K_FILE,
+    MappingProxyType({"train": Counts(29_000), "val": Counts(1_014, 5_070), "test": Counts(1_000, 5_000)}),
+    ("flickr30k-images", "images"),
+)
+_PUBLISHED = {one.file: one for one in (COCO, FLICKR30K)}
 
 
 def open_pairs(loaded: LoadedModel, data: DataRequest, part: str) -> PairSource:
-    """Open the ``train`` or the ``test`` part of the data that goes with a model.
-
-    The training part is that of ``data.calibration_data`` where this is given.
-
-    Raises:
-        DataError: no data, a folder without caption files or with several kinds, an order of
-            classes, or what the readers of captions refuse.
-    """
+    """Open the ``train`` or ``test`` part of the data for a model. Raises DataError."""
     if data.class_order is not None and data.evaluation != "zero-shot":
         raise DataError("Captions have no classes: --class-order goes with --eval zero-shot.")
     if part not in PARTS:
@@ -48,32 +82,50 @@ def pairs_root(data: DataRequest, part: str) -> Path | None:
 def open_captions(root: Path, part: str) -> PairSource:
     """Open a part of an image-caption data set by the files in its folder. Raises DataError."""
     files = _caption_files(root)
-    file = files[0]
-    if file == COCO_FILE:
-        return open_karpathy(root, COCO, part)
-    if file == FLICKR30K_FILE:
-        return open_karpathy(root, FLICKR30K, part)
-    if file == FREE_FILE:
-        return open_free(root, part)
+    if files[0] in _PUBLISHED:
+        return open_published(root, _PUBLISHED[files[0]], part)
     own = part if len(files) > 1 else None
-    path = root / (file if own is None else f"{part}{Path(file).suffix}")
-    listed = read_table(path, own).get(part, ())
+    path = root / (files[0] if own is None else f"{part}{Path(files[0]).suffix}")
+    listed = read_captions(path, own).get(part, ())
     if not listed:
         raise DataError(f"{path} has no images of the split {part!r}.")
-    if own is not None:
-        _refuse_common(path, path.with_name(f"{'test' if part == 'train' else 'train'}{path.suffix}"), listed)
-    return file_pairs(free_name(len(listed)), part, root, listed, path)
+    sibling = path.with_name(f"{'test' if part == 'train' else 'train'}{path.suffix}")
+    if own is not None and sibling.is_file():
+        others = {composed(image) for image, _ in read_captions(sibling, sibling.stem).get(sibling.stem, ())}
+        common = [image for image, _ in listed if composed(image) in others]
+        if common:
+            shared = f"share {len(common)} images, such as {common[0]!r}"
+            raise DataError(f"{path} and {sibling} {shared}: each belongs into one of them.")
+    return _file_pairs(f"captions-{len(listed)}-images", part, root, listed, path)
+
+
+def open_published(root: Path, published: Published, part: str) -> PairSource:
+    """Open a part of a published data set. Raises DataError for a file with other counts."""
+    path = root / published.file
+    splits = read_captions(path)
+    wrong = []
+    for split in dict.fromkeys([*published.counts, *splits]):
+        listed, wanted = splits.get(split, ()), published.counts.get(split, Counts(0))
+        captions = sum(len(own) for _, own in listed)
+        if len(listed) != wanted.images:
+            wrong.append(f"{split} has {len(listed):,} images instead of {wanted.images:,}")
+        elif wanted.captions is not None and captions != wanted.captions:
+            wrong.append(f"{split} has {captions:,} captions instead of {wanted.captions:,}")
+    if wrong:
+        raise DataError(
+            f"{path} does not hold the splits of {published.name}: {'; '.join(wrong)}. Other data of this format are read from a "
+            f"file called {FREE_FILE}."
+        )
+    return _file_pairs(published.name, f"Karpathy {part}", published.images(root), splits.get(part, ()), path)
 
 
 def images_root(root: Path) -> Path:
-    """The folder that ids of images are paths below, by the files in a data set's folder. Raises DataError."""
-    file = _caption_files(root)[0]
-    published = next((one for one in (COCO, FLICKR30K) if one.file == file), None)
-    return root if published is None else images_folder(root, published)
+    """The folder that ids of images are paths below. Raises DataError."""
+    published = _PUBLISHED.get(_caption_files(root)[0])
+    return root if published is None else published.images(root)
 
 
 def _caption_files(root: Path) -> tuple[str, ...]:
-    """The kind of caption files that a folder holds. Raises DataError."""
     if not root.is_dir():
         raise DataError(f"There is no folder {root}. {LAYOUT}.")
     kinds = caption_files(root)
@@ -85,20 +137,21 @@ def _caption_files(root: Path) -> tuple[str, ...]:
     return kinds[0]
 
 
-def _refuse_common(path: Path, sibling: Path, listed: Sequence[tuple[str, tuple[str, ...]]]) -> None:
-    """Refuse a part that shares images with the part in ``sibling``, where that is there."""
-    if not sibling.is_file():
-        return
-    listed_there = read_table(sibling, sibling.stem).get(sibling.stem, ())
-    others = {composed(image) for image, _ in listed_there}
-    common = [image for image, _ in listed if composed(image) in others]
-    if common:
-        raise DataError(f"{path} and {sibling} share {len(common)} images, such as {common[0]!r}: each belongs into one of them.")
+def _file_pairs(
+    name: str, split: str, folder: Path, listed: Sequence[tuple[str, Sequence[str]]], captions_file: Path
+) -> PairSource:
+    """Pairs whose image ids are paths below ``folder``. Raises DataError."""
+    paths, absent = found_files(folder, (image for image, _ in listed))
+    if absent:
+        raise DataError(
+            f"{captions_file} names {len(absent)} images of the split {split!r} that are not in {folder}, such as {absent[0]!r}."
+        )
+    return PairSource.of(name, split, listed, file_reader(paths))
 
 
 @lru_cache(maxsize=2)
 def demo_scenes(part: str) -> PairSource:
-    """A part of the demo's data, composed once a process."""
+    """A part of the demo's data, composed once per process."""
     # Only the demo model needs the demo's data.
     from tasks.retrieval.demo.scenes import DigitScenes
 
@@ -108,15 +161,7 @@ def demo_scenes(part: str) -> PairSource:
 
 
 def imagenet_pairs(source: Source, classnames: Sequence[str]) -> PairSource:
-    """Labelled images with the captions ``a photo of a <class name>.``, to calibrate zero-shot classifiers on.
-
-    Args:
-        source: the labelled images.
-        classnames: one a class, in the order of the labels.
-
-    Raises:
-        DataError: not one name a class.
-    """
+    """Labelled images with captions ``a photo of a <class name>.`` Raises DataError."""
     if len(classnames) != source.classes:
         raise DataError(
             f"{source.name} {source.split} has {source.classes} classes, but there are {len(classnames)} class names."

@@ -1,4 +1,4 @@
-"""The divergence of a two-tower model: how a batch's matrix of similarities changes when one tower is quantized."""
+"""Divergence of a two-tower model: change of a batch's similarities by one tower."""
 
 import torch
 from torch import Tensor
@@ -8,19 +8,16 @@ from fimaq_core.fisher.divergence import Divergence, at_least_float32
 
 
 class ContrastiveDivergence(Divergence):
-    """Symmetric KL between full-precision and quantized matching probabilities of a batch's images and captions.
+    """Symmetric KL between full-precision and quantized matching probabilities of a batch's pairs.
 
-    With softmax (CLIP: Radford et al., ICML 2021, arXiv:2103.00020): of image to text (rows of the similarities) and text to
-    image (columns), the mean of both, each ``(KL(p || q) + KL(q || p)) / 2`` averaged over the batch. With sigmoid (SigLIP: Zhai
-    et al., ICCV 2023, arXiv:2303.15343): every pair of the batch is a Bernoulli variable; their sum over the batch's size.
+    With softmax (CLIP: Radford et al., ICML 2021, arXiv:2103.00020): of image to text (rows of the
+    similarities) and text to image (columns), the mean of both, each ``(KL(p || q) + KL(q || p)) /
+    2`` averaged over the batch. With sigmoid, where there is a ``bias`` (SigLIP: Zhai et al., ICCV
+    2023, arXiv:2303.15343): every pair of the batch is a Bernoulli variable; their sum over the
+    batch's size.
 
-    It depends on which pairs share a batch: ``batch`` pairs in a row always do, the last ones with fewer.
-
-    Args:
-        other: (n, d) embeddings of the other tower in full precision, of any norm, by calibration sample.
-        scale: factor of the cosines (the exponential of open_clip's ``logit_scale``).
-        bias: added to them in the sigmoid form; None for softmax.
-        batch: pairs that share a batch.
+    ``other`` (n, d) are embeddings of the other tower in full precision, by calibration sample;
+    ``scale`` is the factor of the cosines; ``batch`` pairs in a row share a batch.
     """
 
     def __init__(self, other: Tensor, scale: float, bias: float | None, batch: int) -> None:

@@ -1,21 +1,31 @@
 """Image-caption retrieval of a model with two encoders, with the outcome of every query."""
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from fimaq_core.errors import DataError, ModelError, NumericsError
 from fimaq_core.progress import Progress, Report
 from tasks.common.examples import CAPTIONS, Spread, shortened
-from tasks.common.images import Images
+from tasks.common.images import Images, image_outputs
 from tasks.common.record import Metric
 from tasks.common.task import Evaluation
 from tasks.retrieval.bootstrap import measures, standard_errors
-from tasks.retrieval.embeddings import Encode, Tokenizer, embed_images, embed_texts
 from tasks.retrieval.ranks import Ranks, pair_ranks
 
 if TYPE_CHECKING:
     from tasks.retrieval.pairs import PairSource
+
+
+#: Images (n, C, H, W) or token ids (n, L) to embeddings (n, d) of any length.
+Encode = Callable[[Tensor], Tensor]
+#: Texts to token ids (n, L) int64.
+Tokenizer = Callable[[list[str]], Tensor]
+#: Texts that are tokenized at a time.
+_TEXTS = 4096
 
 
 def evaluate_pairs(
@@ -30,42 +40,29 @@ def evaluate_pairs(
     report: Report,
     truncated_captions: int | None = None,
 ) -> Evaluation:
-    """Measure two encoders on all pairs of ``source``: ``R@1`` and the other :func:`~tasks.retrieval.bootstrap.measures`.
+    """Measure two encoders on all pairs of ``source``.
 
-    Args:
-        encode_image: (B, C, H, W) on ``device`` to embeddings (B, d) of any length.
-        encode_text: (B, L) token ids on ``device`` likewise.
-        images: those of ``source`` with their transform; their labels are not used.
-        source: images, captions and which belong together.
-        tokenizer: captions to token ids.
-        device: of the encoders.
-        batch_size: images, and then captions, a forward pass.
-        workers: data-loading processes.
-        report: receives progress, one unit an image and one a caption.
-        truncated_captions: for the record; see :func:`truncated`.
+    The encoders map (B, C, H, W), and token ids (B, L), on ``device`` to embeddings (B, d) of any
+    length. ``images`` are those of ``source`` with their transform; one that was skipped takes its
+    captions along.
 
-    Returns:
-        ``n`` is the number of images. ``outcomes`` have one row a query, images first:
-
-        - ``sample``: ``image:<id>`` or ``caption:<image id>#<number within the image>``;
-        - ``direction``: 0 image to text, 1 text to image;
-        - ``rank``, ``correct``: of the best correct item, from 0; whether it is 0;
-        - ``best``: index in ``source`` of the top-scoring caption or image (equal to a correct one's score where not alone);
-        - ``weight``: with it the mean of ``correct`` is R@1, in which both directions count the same however many queries;
-        - ``cluster``: index in ``source`` of the query's image; queries of different images are independent.
-
-        A damaged image that was skipped takes its captions along.
-
-    Raises:
-        DataError: a damaged image (unless skipped), or none left.
-        ModelError: an encoder does not take its inputs.
-        NumericsError: an embedding that is NaN, infinite or zero.
+    Returns the number of images, and outcomes with one row per query, images first: ``sample``
+    (``image:<id>`` or ``caption:<image id>#<number within the image>``); ``direction`` (0 image to
+    text, 1 text to image); ``rank`` of the best correct item, from 0, and ``correct`` if it is 0;
+    ``best``, index of the top-scoring item in ``source``, among equals any; ``weight``, with which
+    the mean of ``correct`` is R@1 (both directions count the same); ``cluster``, index of the
+    query's image in ``source`` (different images are independent). Raises DataError, ModelError,
+    NumericsError.
     """
     total = len(images) + len(source.captions)
-    positions, image_embeddings = embed_images(
-        encode_image, images, device, batch_size, workers, lambda done: report(Progress("evaluate", done, total))
-    )
-    kept = positions.numpy()
+    positions, embedded = [], []
+    for batch in image_outputs(encode_image, images, device, batch_size, workers):
+        positions.append(batch.positions)
+        embedded.append(normalised(batch.values))
+        report(Progress("evaluate", batch.done, total))
+    if not positions:
+        raise DataError("None of the images could be read.")
+    kept, image_embeddings = torch.cat(positions).numpy(), torch.cat(embedded)
     kept_captions = np.flatnonzero(np.isin(source.image_of, kept))
     texts = [source.captions[index] for index in kept_captions]
     before = total - len(texts)
@@ -85,14 +82,13 @@ def evaluate_pairs(
 
 
 def truncation_notes(count: int | None, among: int, what: str) -> list[str]:
-    """Describe captions that were cut, if there are any."""
     if not count:
         return []
     return [f"{count:,} of {among:,} {what} are longer than the model's context and were cut off"]
 
 
 def truncated(tokenizer: Tokenizer, captions: tuple[str, ...], context_length: int | None) -> int | None:
-    """How many captions are longer than the model's context; None if the tokenizer has no ``lengths`` to tell."""
+    """Number of captions longer than the model's context; None if the tokenizer cannot tell."""
     lengths = getattr(tokenizer, "lengths", None)
     if lengths is None or context_length is None:
         return None
@@ -139,3 +135,43 @@ def _examples(ranks: Ranks, source: "PairSource", images: np.ndarray, kept_capti
             {"sample": source.image_ids[image], "truth": [shortened(source.captions[index]) for index in own], "top": top}
         )
     return found
+
+
+def normalised(embeddings: Tensor) -> Tensor:
+    """Embeddings (n, d) at unit length, in float32. Raises NumericsError."""
+    embeddings = embeddings.float()
+    lengths = embeddings.norm(dim=-1, keepdim=True)
+    if not bool(torch.isfinite(lengths).all()):
+        raise NumericsError("The embeddings have NaN or infinite values: check the weights and the recipe.")
+    if not bool((lengths > 0).all()):
+        raise NumericsError("An embedding is zero, so that it is similar to nothing: check the weights and the recipe.")
+    return embeddings / lengths
+
+
+@torch.no_grad()
+def embed_texts(
+    encode_text: Encode,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    device: torch.device,
+    batch_size: int,
+    advance: Callable[[int], None],
+) -> Tensor:
+    """Embed ``texts`` as (n, d) on ``device``; ``advance`` gets the number of those done.
+
+    Texts of equal tokens are encoded once: the last bits of an embedding depend on its place in the
+    batch, and these shall tie. Raises ModelError, NumericsError.
+    """
+    rows = torch.cat([tokenizer(list(texts[start : start + _TEXTS])) for start in range(0, len(texts), _TEXTS)])
+    distinct, place = torch.unique(rows, dim=0, return_inverse=True)
+    embeddings = []
+    for tokens in torch.split(distinct, batch_size):
+        try:
+            values = encode_text(tokens.to(device))
+        except (RuntimeError, AssertionError, IndexError) as error:
+            if isinstance(error, torch.cuda.OutOfMemoryError):
+                raise
+            raise ModelError(f"The model does not take tokens of shape {tuple(tokens.shape[1:])}: {error}") from error
+        embeddings.append(normalised(values))
+        advance(len(texts) - len(distinct) + sum(len(part) for part in embeddings))
+    return torch.cat(embeddings)[place.to(device)]

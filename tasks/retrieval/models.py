@@ -3,8 +3,6 @@
 import inspect
 import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,6 @@ from tasks.retrieval.tags import (
     DEMO_NAMES,
     FILES,
     full_name,
-    has_two_activations,
     missing_tokenizer,
     published,
     repository,
@@ -39,16 +36,9 @@ _LEGACY = ("input_resolution", "context_length", "vocab_size", "text.transformer
 #: Entries of the state dicts that OpenAI published, and of none that open_clip trained.
 _OPENAI = {"input_resolution", "context_length", "vocab_size"}
 
-_TOWERS = ("vision_cfg", "text_cfg")
-
 
 def load_model(request: ModelRequest) -> LoadedModel:
-    """Load a CLIP model with its weights, transforms and tokenizer.
-
-    Raises:
-        ModelError: unknown name, missing or unfit weights or tokenizer, arguments the model does not take.
-        NumericsError: NaN in the weights.
-    """
+    """Load a CLIP model with weights, transforms and tokenizer. Raises ModelError."""
     missing = [item for item in (CATALOGUE.missing_weights(request), missing_tokenizer(request)) if item is not None]
     if missing:
         raise ModelError(describe_missing(missing))
@@ -61,32 +51,30 @@ def load_model(request: ModelRequest) -> LoadedModel:
     path = weights or CATALOGUE.fetch(tag)
     _refuse_torchscript(path, f"{architecture}.{training}" if training else None)
     stored = read_weights(path, request.weights_entry)
-    named = bool(training) or "quick_gelu" in request.model_args or not has_two_activations(architecture)
+    both = f"{architecture}-quickgelu" in open_clip.list_models()
+    named = bool(training) or "quick_gelu" in request.model_args or not both
     told = None if named else _activation(stored)
     arguments = request.model_args if told is None else {**request.model_args, "quick_gelu": told}
     model = _create(architecture, arguments, {"quick_gelu": told, **config})
-    tokenizer = build_tokenizer(
-        architecture, config["text_cfg"], tokenizer_folder(request), int(open_clip.get_model_tokenize_cfg(model)["vocab_size"])
-    )
+    vocabulary = int(open_clip.get_model_tokenize_cfg(model)["vocab_size"])
+    tokenizer = build_tokenizer(architecture, config["text_cfg"], tokenizer_folder(request), vocabulary)
     load_state(model, _adapted(stored.state, model, request.model_args), str(path) if weights else tag)
     if not named and told is None:
         raise ModelError(
-            f"The weights {path} do not say which activation they were trained with, and open_clip "
-            f"has {architecture} with two. Give --model {architecture}-quickgelu if they come from "
-            "weights with QuickGELU (OpenAI's, DFN's, MetaCLIP's), or "
-            "--model-args '{\"quick_gelu\": false}' for the exact GELU. "
-            f"A name with a tag says it too, such as {published(architecture)[0]}."
+            f"The weights {path} do not say which activation they were trained with, and open_clip has {architecture} with two. "
+            f"Give --model {architecture}-quickgelu if they come from weights with QuickGELU (OpenAI's, DFN's, MetaCLIP's), or "
+            "--model-args '{\"quick_gelu\": false}' for the exact GELU. A name with a tag says it too, such as "
+            f"{published(architecture)[0]}."
         )
     _resize_trunk(model, request.model_args)
-    height, width = _pair(model.visual.image_size)
-    preprocess.size = (height, width)
-    shape = _check_size(request.preprocessing, (3, height, width))
+    preprocess.size = _pair(model.visual.image_size)
+    shape = _check_size(request.preprocessing, (3, *preprocess.size))
+    origin = f"file {path.name}" if weights else f"hub {repository(tag).repo}"
+    activation = "" if told is None else f" ({'QuickGELU' if told else 'GELU'}, as it says)"
     return LoadedModel(
         model.eval(),
         tag,
-        (f"file {path.name}" if weights else f"hub {repository(tag).repo}")
-        + ("" if told is None else f" ({'QuickGELU' if told else 'GELU'}, as it says)")
-        + tokenizer.origin,
+        origin + activation + tokenizer.origin,
         stored.sha256(model, altered=bool(arguments)),
         0,
         image_transform_v2(preprocess, is_train=False),
@@ -112,21 +100,11 @@ def _demo(request: ModelRequest, tag: str, weights: Path | None) -> LoadedModel:
     from tasks.retrieval.demo.tokens import demo_tokenizer
 
     model, stored = DEMO.load(request, weights)
-    return LoadedModel(
-        model,
-        tag,
-        f"file {stored.path.name}",
-        stored.sha256(model, altered=False),
-        0,
-        eval_transform(),
-        train_transform(),
-        "digit-scenes",
-        (3, *CANVAS_SIZE),
-        Tokenizer(demo_tokenizer(), int(model.context_length), int(model.vocab_size)),
-        int(model.context_length),
-        entry=stored.entry,
-        entries=stored.entries,
-    )
+    length, digest = int(model.context_length), stored.sha256(model, altered=False)
+    tokenizer = Tokenizer(demo_tokenizer(), length, int(model.vocab_size))
+    facts = tag, f"file {stored.path.name}", digest, 0, eval_transform(), train_transform()
+    own = "digit-scenes", (3, *CANVAS_SIZE), tokenizer, length
+    return LoadedModel(model, *facts, *own, entry=stored.entry, entries=stored.entries)
 
 
 def _activation(stored: StoredWeights) -> bool | None:
@@ -135,18 +113,14 @@ def _activation(stored: StoredWeights) -> bool | None:
         return True
     try:
         content = json.loads((stored.path.parent / "open_clip_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        told = content["model_cfg"].get("quick_gelu", False)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError):
         return None
-    config = content.get("model_cfg") if isinstance(content, dict) else None
-    if stored.path.name not in FILES or not isinstance(config, dict):
-        return None
-    told = config.get("quick_gelu", False)
-    return told if isinstance(told, bool) else None
+    return told if stored.path.name in FILES and isinstance(told, bool) else None
 
 
 def _configuration(architecture: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """open_clip's configuration of a model with ``arguments`` in it: settings of a tower change these and keep the others
-    (open_clip itself would put its defaults for the others, which are another model's)."""
+    """open_clip's configuration with ``arguments``; a tower keeps its other settings."""
     config: dict[str, Any] = open_clip.get_model_config(architecture)
     wrong = sorted(arguments.keys() & {*inspect.signature(open_clip.create_model).parameters, "pretrained_hf", "cast_dtype"})
     if wrong:
@@ -154,12 +128,10 @@ def _configuration(architecture: str, arguments: dict[str, Any]) -> dict[str, An
     if not isinstance(arguments.get("quick_gelu", False), bool):
         raise ModelError(f"--model-args: quick_gelu is true or false, without quotes, not {json.dumps(arguments['quick_gelu'])}.")
     for name, value in arguments.items():
-        if name not in _TOWERS:
-            config[name] = value
-            continue
-        if not isinstance(value, dict):
+        tower = name in ("vision_cfg", "text_cfg")
+        if tower and not isinstance(value, dict):
             raise ModelError(f"--model-args: {name} takes an object of settings, not {value!r}.")
-        config[name] = {**config[name], **value}
+        config[name] = {**config[name], **value} if tower else value
     foreign = config["text_cfg"].get("hf_model_name")
     if foreign:
         raise ModelError(
@@ -176,17 +148,20 @@ def _configuration(architecture: str, arguments: dict[str, Any]) -> dict[str, An
 
 
 def _preprocess(architecture: str, training: str, given: dict[str, Any]) -> PreprocessCfg:
-    """Image transforms of the weights named; without a name, those that all of open_clip's weights of the model share.
+    """Image transforms of the named weights, or those that all of open_clip's share.
 
-    A model of which open_clip has no weights gets the transforms that open_clip trains with by
-    default. ``given`` mean, deviation and interpolation replace these.
+    A model without weights in open_clip gets the transforms that open_clip trains with by default.
+    ``given`` mean, deviation and interpolation replace these.
     """
     trainings = [training] if training else open_clip.list_pretrained_tags_by_model(architecture)
-    overlay: dict[str, Any] = {name: _rgb(name, given[name]) for name in ("mean", "std") if name in given}
-    if "interpolation" in given:
-        if given["interpolation"] not in ("bicubic", "bilinear"):
-            raise ModelError(f"--interpolation {given['interpolation']}: open_clip has bicubic and bilinear.")
-        overlay["interpolation"] = given["interpolation"]
+    overlay = {name: given[name] for name in ("mean", "std", "interpolation") if name in given}
+    for name in overlay.keys() & {"mean", "std"}:
+        values = overlay[name]
+        if len(values) not in (1, 3):
+            raise ModelError(f"--{name} has {len(values)} values: give one, or three for RGB.")
+        overlay[name] = tuple(values if len(values) == 3 else values * 3)
+    if overlay.get("interpolation", "bicubic") not in ("bicubic", "bilinear"):
+        raise ModelError(f"--interpolation {given['interpolation']}: open_clip has bicubic and bilinear.")
     if "crop_pct" in given:
         raise ModelError("--crop-pct is for timm's models: open_clip resizes to the input size itself.")
     known = [open_clip.get_pretrained_cfg(architecture, name) for name in trainings] or [{}]
@@ -199,54 +174,40 @@ def _preprocess(architecture: str, training: str, given: dict[str, Any]) -> Prep
     return PreprocessCfg(**found[0])
 
 
-def _rgb(name: str, values: list[float]) -> tuple[float, ...]:
-    if len(values) not in (1, 3):
-        raise ModelError(f"--{name} has {len(values)} values: give one, or three for RGB.")
-    return tuple(values if len(values) == 3 else values * 3)
-
-
 def _check_size(given: dict[str, Any], own: tuple[int, int, int]) -> tuple[int, int, int]:
     """The model's own input size; another one is refused."""
-    wanted = given.get("input_size", own)
-    if tuple(wanted) != own[-len(wanted) :]:
+    wanted = tuple(given.get("input_size", own))
+    if wanted != own[-len(wanted) :]:
         raise ModelError(
-            f"The model was built for inputs (C, H, W) of {own} and takes none of {tuple(wanted)} "
-            "(--input-size): build it for them with "
-            f'"vision_cfg": {{"image_size": {list(wanted[-2:])}}} in --model-args.'
+            f"The model was built for inputs (C, H, W) of {own} and takes none of {wanted} (--input-size): build it for them "
+            f'with "vision_cfg": {{"image_size": {list(wanted[-2:])}}} in --model-args.'
         )
     return own
 
 
 def _create(architecture: str, arguments: dict[str, Any], config: dict[str, Any]) -> nn.Module:
+    own = {name: config[name] for name in arguments}
+    # open_clip warns of the random weights, which are replaced at once.
+    logging.root.addFilter(_serious)
     try:
-        with _without_warning_of_random_weights():
-            model: nn.Module = open_clip.create_model(
-                architecture, pretrained_image=False, pretrained_text=False, **{name: config[name] for name in arguments}
-            )
+        own |= {"pretrained_image": False, "pretrained_text": False}
+        model: nn.Module = open_clip.create_model(architecture, **own)
     except (TypeError, ValueError, AssertionError, RuntimeError, KeyError, AttributeError, ArithmeticError) as error:
         raise ModelError(f"open_clip cannot build {architecture} with {arguments}: {error}") from error
+    finally:
+        logging.root.removeFilter(_serious)
     return model
 
 
-@contextmanager
-def _without_warning_of_random_weights() -> Iterator[None]:
-    """open_clip warns that the new model has random weights; they are replaced at once, all of them or with an error."""
-
-    def keep(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith("No pretrained weights loaded for model")
-
-    logging.root.addFilter(keep)
-    try:
-        yield
-    finally:
-        logging.root.removeFilter(keep)
+def _serious(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("No pretrained weights loaded for model")
 
 
 def _adapted(state: dict[str, Tensor], model: nn.Module, arguments: dict[str, Any]) -> dict[str, Tensor]:
     """Bring older layouts into the model's, by open_clip's own functions.
 
-    Unlike open_clip, position embeddings are resized only where ``arguments`` ask for another size, and an absent
-    ``logit_bias`` is not made up.
+    Unlike open_clip, position embeddings are resized only where ``arguments`` ask for another size,
+    and an absent ``logit_bias`` is not made up.
     """
     expected = model.state_dict()
     try:
@@ -266,7 +227,7 @@ def _adapted(state: dict[str, Tensor], model: nn.Module, arguments: dict[str, An
 
 
 def _resize_trunk(model: nn.Module, arguments: dict[str, Any]) -> None:
-    """A timm vision tower is built in its own size and takes another one after loading."""
+    """Set the size of a timm vision tower, which is built in its own."""
     size = arguments.get("vision_cfg", {}).get("image_size")
     if size is None or not isinstance(model.visual, TimmModel):
         return
@@ -282,14 +243,13 @@ def _refuse_torchscript(path: Path, name: str | None) -> None:
     if not is_torchscript(path):
         return
     found = repository(name) if name is not None else None
-    instead = f" open_clip_model.safetensors of the Hugging Face repository {found.repo}" if found else " a safetensors file"
+    instead = f"open_clip_model.safetensors of the Hugging Face repository {found.repo}" if found else "a safetensors file"
     raise ModelError(
         f"The weights {path} are a TorchScript archive, as OpenAI publishes its models: a program with weights, which is not "
-        f"run. Give{instead} instead."
+        f"run. Give {instead} instead."
     )
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    """(H, W)."""
     height, width = (size, size) if isinstance(size, int) else size
     return int(height), int(width)

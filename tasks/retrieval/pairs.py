@@ -17,19 +17,11 @@ from tasks.common.record import Dataset
 
 @dataclass(frozen=True, eq=False)
 class PairSource:
-    """One part of an image-caption data set.
+    """One part of an image-caption data set, such as ``Karpathy test`` of ``MS-COCO``.
 
-    Attributes:
-        name: of the data set, such as ``MS-COCO``.
-        split: such as ``Karpathy test``.
-        image_ids: stable and distinct, in order.
-        captions: as they were written, those of an image together.
-        image_of: (captions,) int64 index of each caption's image, non-decreasing.
-        read: gives the PIL image of an image index.
-        notes: remarks on the files for the record and the user.
-
-    Raises:
-        DataError: no image, an image without a caption or listed twice, an empty caption, captions of an image apart.
+    ``captions`` are as they were written, those of an image together; ``image_of`` (captions,)
+    int64 is the index of each one's image. ``read`` gives the PIL image of an index. Raises
+    DataError for images without a caption or listed twice, and empty captions.
     """
 
     name: str
@@ -94,13 +86,8 @@ class PairSource:
         if limit is None or limit >= len(self.image_ids):
             return self
         end = int(self.starts[limit])
-        return replace(
-            self,
-            split=f"{self.split}[:{limit}]",
-            image_ids=self.image_ids[:limit],
-            captions=self.captions[:end],
-            image_of=self.image_of[:end],
-        )
+        own = {"captions": self.captions[:end], "image_of": self.image_of[:end]}
+        return replace(self, split=f"{self.split}[:{limit}]", image_ids=self.image_ids[:limit], **own)
 
     def describe(self) -> Dataset:
         """The record's entry."""

@@ -8,8 +8,7 @@ from fimaq_core.errors import DataError
 from tasks.common.pictures import class_pictures, known_pictures, pictures_below
 from tasks.common.request import DataRequest, ModelRequest
 from tasks.retrieval.captions import demo_scenes, images_root
-from tasks.retrieval.layout import LAYOUT
-from tasks.retrieval.tags import DEMO_NAMES
+from tasks.retrieval.tags import DEMO_NAMES, LAYOUT
 
 
 def pictures(model: ModelRequest, data: DataRequest, ids: Sequence[str]) -> dict[str, Image.Image]:

@@ -1,8 +1,9 @@
 """Ranks in image-caption retrieval, both directions, by cosine similarity.
 
-Papers call "recall@k" the share of queries with at least one correct item among the first k: a hit rate, which is what these
-ranks give (rank < k). The textbook's recall@k is the share of a query's relevant items found among the first k; with one
-relevant item a query (text to image) the two are the same, with five captions an image (image to text) they are not.
+Papers call "recall@k" the share of queries with at least one correct item among the first k: a hit
+rate, which these ranks give (rank < k). The textbook's recall@k is the share of a query's relevant
+items among the first k: the same with one relevant item per query (text to image), but not with
+five captions per image (image to text).
 """
 
 from collections.abc import Sequence
@@ -22,15 +23,10 @@ _SCORES = 2**24
 
 @dataclass(frozen=True)
 class Ranks:
-    """Ranks from 0, and the top-scoring candidate of each query, all int32 and on the CPU; the best captions of some images.
+    """Ranks from 0, int32, of the best own caption (n,) and of the caption's image (m,).
 
-    Attributes:
-        image_to_text: (n,) rank of each image's best own caption among all captions.
-        text_to_image: (m,) rank of each caption's image among all images.
-        best_caption: (n,) index of the top-scoring caption; among equals any.
-        best_image: (m,) index of the top-scoring image; among equals any.
-        leading: of each image that was asked for, index and score of its top-scoring captions, the highest first; among equals
-            wrong ones, as in ranks.
+    ``best_caption`` and ``best_image`` are the top-scoring items, among equals any; ``leading`` has
+    index and score of the best captions of images asked for, among equals wrong ones first.
     """
 
     image_to_text: np.ndarray
@@ -41,20 +37,13 @@ class Ranks:
 
 
 def pair_ranks(images: Tensor, captions: Tensor, image_of: np.ndarray, shown: Sequence[int] = ()) -> Ranks:
-    """Rank every image's captions and every caption's image.
+    """Rank each image's captions and each caption's image by unit embeddings (n, d), (m, d).
 
-    A rank is the number of wrong items that score at least as high as the best correct one. Ties count against the model, or
-    a constant embedding would score; so do equal captions of different images, which no model can tell apart.
-
-    Args:
-        images: (n, d) float32, L2-normalised.
-        captions: (m, d) likewise, on the same device.
-        image_of: (m,) index of each caption's image.
-        shown: indices of images, rising, whose best captions are asked for.
-
-    Raises:
-        DataError: an image without a caption.
-        NumericsError: NaN or infinity.
+    A rank is the number of wrong items that score at least as high as the best correct one. Ties
+    count against the model, or a constant embedding would score; so do equal captions of different
+    images, which no model can tell apart. Leading captions are given of the images ``shown``
+    (rising). Raises DataError for an image without a caption, and NumericsError for NaN or
+    infinity.
     """
     bare = np.setdiff1d(np.arange(len(images)), image_of)
     if len(bare):
@@ -70,11 +59,11 @@ def pair_ranks(images: Tensor, captions: Tensor, image_of: np.ndarray, shown: Se
 def _ranks(
     queries: Tensor, candidates: Tensor, query: Tensor, item: Tensor, shown: Sequence[int] = ()
 ) -> tuple[np.ndarray, np.ndarray, list[list[tuple[int, float]]]]:
-    """Ranks of the best correct candidate and indices of the best candidate, where candidate ``item[j]`` is correct for
-    ``query[j]``; and the best candidates of the queries ``shown``, from the same scores.
+    """Rank of the best correct candidate, best candidate, and leading ones.
 
-    A matrix product rounds an entry by its place among the others and by the shape of the product: scores are compared within
-    one product only, and equal candidates are one column of it, or rounding would break their ties.
+    Candidate ``item[j]`` is correct for ``query[j]``. A matrix product rounds an entry by its place
+    and by the shape of the product: scores are compared within one product only, and equal
+    candidates are one column of it, or rounding would break their ties.
     """
     distinct, place = torch.unique(candidates, dim=0, return_inverse=True)
     ranks, best, leading = [], [], []
@@ -91,12 +80,8 @@ def _ranks(
         own_at_top = torch.zeros_like(scores[:, 0], dtype=torch.long).index_add(0, row, (own_scores >= top[row]).long())
         ranks.append((scores >= top[:, None]).sum(1) - own_at_top)
         best.append(scores.argmax(1))
-        leading += [_leading(scores[one - start], item[query == one]) for one in shown if start <= one < start + rows]
+        for one in [one for one in shown if start <= one < start + rows]:
+            values, correct = scores[one - start].cpu().numpy(), np.zeros(len(candidates), dtype=bool)
+            correct[item[query == one].cpu().numpy()] = True
+            leading.append([(index, float(values[index])) for index in leaders(values, correct)])
     return torch.cat(ranks).cpu().numpy().astype(np.int32), torch.cat(best).cpu().numpy().astype(np.int32), leading
-
-
-def _leading(scores: Tensor, own: Tensor) -> list[tuple[int, float]]:
-    """Index and score of the best candidates of one query, from all their scores (m,) and the indices of its own."""
-    values, correct = scores.cpu().numpy(), np.zeros(len(scores), dtype=bool)
-    correct[own.cpu().numpy()] = True
-    return [(index, float(values[index])) for index in leaders(values, correct)]

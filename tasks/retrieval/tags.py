@@ -1,13 +1,31 @@
-"""Names of CLIP models and what is missing of weights, tokenizer and data; imports nothing heavy for short and demo names."""
+"""Names of CLIP models, files of captions, and what is missing; light for short and demo names."""
 
 import os.path
 from pathlib import Path
 
 from fimaq_core.errors import ModelError, suggest
-from tasks.common import imagenet
 from tasks.common.hub import Catalogue, Repository, cached_file, hub_answers
+from tasks.common.imagenet import missing_imagenet
 from tasks.common.request import DataRequest, Missing, ModelRequest
-from tasks.retrieval.layout import COCO_FILE, LAYOUT, caption_files
+
+COCO_FILE, FLICKR30K_FILE, FREE_FILE = "dataset_coco.json", "dataset_flickr30k.json", "captions.json"
+
+#: Kinds of caption files; a folder holds one kind.
+KINDS = (
+    (COCO_FILE,),
+    (FLICKR30K_FILE,),
+    (FREE_FILE,),
+    ("captions.csv",),
+    ("captions.jsonl",),
+    ("train.csv", "test.csv"),
+    ("train.jsonl", "test.jsonl"),
+)
+
+LAYOUT = (
+    f"A folder with images and one of these is expected: {COCO_FILE} (MS-COCO) or {FLICKR30K_FILE} (Flickr30k), Karpathy's "
+    f"splits; {FREE_FILE} of the same format; captions.csv or captions.jsonl (image, caption, split); train.csv and test.csv, or "
+    "train.jsonl and test.jsonl (image, caption)"
+)
 
 #: Short names and the published checkpoints they mean, ``<open_clip model>.<open_clip's tag>``. OpenAI trained with QuickGELU.
 #: open_clip has the tag ``openai`` under ``ViT-B-32`` too, whose configuration has the exact GELU: there it warns of the
@@ -56,11 +74,7 @@ VOCABULARIES = ("tokenizer.json", "spiece.model", "sentencepiece.bpe.model", "to
 
 
 def full_name(name: str) -> str:
-    """The full name: ``<open_clip model>.<tag>``, or untagged as given.
-
-    Raises:
-        ModelError: open_clip has no such model or tag, or has the tag for another activation only.
-    """
+    """``<open_clip model>.<tag>``, or untagged as given. Raises ModelError for an unknown one."""
     if name in SHORT_NAMES:
         return SHORT_NAMES[name]
     import open_clip
@@ -84,15 +98,8 @@ def full_name(name: str) -> str:
     return fitting[0]
 
 
-def has_two_activations(model: str) -> bool:
-    """True if open_clip has a model with QuickGELU too, under a name of its own."""
-    import open_clip
-
-    return f"{model}-quickgelu" in open_clip.list_models()
-
-
 def published(model: str) -> list[str]:
-    """``model.tag`` of all weights that open_clip has for a model, those for QuickGELU under its ``-quickgelu`` name."""
+    """``model.tag`` of all weights of open_clip for a model, QuickGELU's as ``-quickgelu``."""
     import open_clip
 
     return [
@@ -111,7 +118,7 @@ def _fits_activation(model: str, tag: str) -> bool:
 
 
 def repository(tag: str) -> Repository | None:
-    """Where the hub has the weights of ``model.tag``; None where open_clip names another address only."""
+    """Repository of ``model.tag`` at the hub; None where open_clip names another address only."""
     if tag in _REPOSITORIES:
         return Repository(_REPOSITORIES[tag], FILES)
     import open_clip
@@ -133,8 +140,7 @@ CATALOGUE = Catalogue(
     repository=repository,
 )
 
-model_tag = CATALOGUE.model_tag
-weights_digest = CATALOGUE.weights_digest
+model_tag, weights_digest = CATALOGUE.model_tag, CATALOGUE.weights_digest
 
 
 def preflight(model: ModelRequest, data: DataRequest) -> list[Missing]:
@@ -148,7 +154,7 @@ def missing_data(data: DataRequest, brings_data: bool) -> Missing | None:
     if data.calibration_data is not None and not data.calibration_data.is_dir():
         return Missing(f"the folder {data.calibration_data}", f"It was given as calibration data. {LAYOUT}.")
     if data.evaluation == "zero-shot":
-        return _missing_imagenet(data, brings_data)
+        return missing_imagenet(data, brings_data, calibrates=data.calibration_data is None)
     if data.path is None:
         advice = f"Give its folder: COCO=/path or FLICKR=/path for make, --data for an adapter. {LAYOUT}."
         return None if brings_data else Missing("a data set of captions", advice)
@@ -156,8 +162,13 @@ def missing_data(data: DataRequest, brings_data: bool) -> Missing | None:
     return Missing(absent, f"{LAYOUT}.") if absent else None
 
 
+def caption_files(root: Path) -> list[tuple[str, ...]]:
+    """Kinds of caption files of which a folder holds at least one file."""
+    return [kind for kind in KINDS if any((root / name).is_file() for name in kind)]
+
+
 def _absent_captions(folder: Path, calibrates: bool) -> str | None:
-    """What ``folder`` lacks of a data set of captions. ``calibrates``: the training part is needed too."""
+    """Missing pieces of a data set of captions; with ``calibrates`` of the training part too."""
     if not folder.is_dir():
         return f"the folder {folder}"
     found = caption_files(folder)
@@ -168,19 +179,8 @@ def _absent_captions(folder: Path, calibrates: bool) -> str | None:
     return f"the folder {' and the folder '.join(absent)}" if absent else None
 
 
-def _missing_imagenet(data: DataRequest, brings_data: bool) -> Missing | None:
-    if data.path is None:
-        advice = f"Give its folder: IMAGENET=/path for make, --imagenet for a grid, --data for an adapter. {imagenet.LAYOUT}."
-        return None if brings_data else Missing("the data set ImageNet", advice)
-    calibrates = data.calibration_data is None
-    absent = [str(data.path / part) for part in (("train", "val") if calibrates else ("val",)) if not (data.path / part).is_dir()]
-    if not absent:
-        return None
-    return Missing(f"the folder {' and the folder '.join(absent)}", f"Zero-shot classification: {imagenet.LAYOUT}.")
-
-
 def tokenizer_repository(model: str) -> str | None:
-    """The hub's repository of a model's tokenizer; None where open_clip brings the tokenizer."""
+    """The hub's repository of a model's tokenizer; None where open_clip brings it."""
     if any(name.partition(".")[0] == model for name in SHORT_NAMES.values()):
         return _TOKENIZERS.get(model)
     import open_clip
@@ -190,7 +190,7 @@ def tokenizer_repository(model: str) -> str | None:
 
 
 def tokenizer_folder(request: ModelRequest) -> Path | None:
-    """The folder with the tokenizer's files beside the weights, ``<weights folder>/<model>-tokenizer``, if it is there."""
+    """The folder ``<weights folder>/<model>-tokenizer``, if it is there."""
     if request.weights_folder is None:
         return None
     folder = request.weights_folder / f"{full_name(request.name).partition('.')[0]}-tokenizer"
@@ -198,7 +198,7 @@ def tokenizer_folder(request: ModelRequest) -> Path | None:
 
 
 def missing_tokenizer(request: ModelRequest) -> Missing | None:
-    """The tokenizer, if open_clip does not bring it, it is not here, and the hub that has it does not answer."""
+    """The tokenizer, if it is neither in open_clip nor here nor at the hub."""
     if request.name in DEMO_NAMES:
         return None
     repo = tokenizer_repository(full_name(request.name).partition(".")[0])

@@ -1,5 +1,6 @@
 """The retrieval task as the pipeline sees it."""
 
+import copy
 from dataclasses import replace
 
 import torch
@@ -26,11 +27,8 @@ from tasks.retrieval.zero_shot import LINES, ZeroShotClassifier, class_embedding
 
 
 class TwoTowers(nn.Module):
-    """What is evaluated: chains for quantized towers, the float model for the others.
-
-    Args:
-        model: open_clip's.
-        chains: by tower.
+    """A model as it is evaluated: chains for quantized towers, open_clip's float ``model`` for
+    others.
     """
 
     def __init__(self, model: nn.Module, chains: Chains) -> None:
@@ -50,11 +48,9 @@ class TwoTowers(nn.Module):
 
     def _tower(self, name: str, x: Tensor) -> Tensor:
         if name in self.chains:
-            out: Tensor = self.chains[name](x)
-            return out
+            return self.chains[name](x)
         assert self.model is not None
-        embedded: Tensor = self.model.encode_image(x) if name == "vision" else self.model.encode_text(x)
-        return embedded
+        return self.model.encode_image(x) if name == "vision" else self.model.encode_text(x)
 
 
 class RetrievalTask(Task):
@@ -155,13 +151,9 @@ def _embeddings(encode: object, inputs: Samples, device: torch.device, batch_siz
 
 
 def _without(model: nn.Module, name: str) -> nn.Module:
-    """What ``model`` has beside its submodule ``name``."""
-    rest = nn.Module()
-    for key, child in model.named_children():
-        if key != name:
-            rest.add_module(key, child)
-    for key, parameter in model.named_parameters(recurse=False):
-        rest.register_parameter(key, parameter)
+    """``model`` without its submodule ``name``."""
+    rest = copy.copy(model)
+    rest._modules = {key: child for key, child in model.named_children() if key != name}
     return rest
 
 

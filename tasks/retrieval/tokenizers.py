@@ -19,24 +19,16 @@ _PROBES = ("a photo of a cat", "Two dogs, on the grass.", "The man's 3 red buses
 
 
 class Tokenizer:
-    """Captions to token ids, as open_clip's tokenizer of a model gives them.
+    """Captions to token ids, as open_clip's tokenizer of a model gives them; longer ones are cut.
 
-    Args:
-        tokenizer: open_clip's.
-        context_length: L, the ids of a caption; longer captions are cut as open_clip cuts them (the end token stays).
-        vocabulary: how many ids the model knows.
-        origin: what records say of its files, behind the weights'; empty where open_clip or the demo brings it.
+    ``origin`` tells records of the tokenizer's files.
     """
 
     def __init__(self, tokenizer: SimpleTokenizer | HFTokenizer, context_length: int, vocabulary: int, origin: str = "") -> None:
         self.tokenizer, self.context_length, self.vocabulary, self.origin = tokenizer, context_length, vocabulary, origin
 
     def __call__(self, captions: list[str]) -> Tensor:
-        """Token ids (n, L) int64.
-
-        Raises:
-            ModelError: an id that the model does not know: a tokenizer of another model.
-        """
+        """Token ids (n, L) int64. Raises ModelError for an id that the model does not know."""
         if not captions:
             return torch.zeros(0, self.context_length, dtype=torch.int64)
         ids: Tensor = self.tokenizer(captions, context_length=self.context_length)
@@ -46,7 +38,7 @@ class Tokenizer:
         return ids
 
     def lengths(self, captions: list[str]) -> list[int]:
-        """How many tokens each caption has, with start and end tokens, before it is cut: more than L means cut."""
+        """Tokens of each caption, with start and end tokens, before it is cut."""
         own = self.tokenizer
         if isinstance(own, SimpleTokenizer):
             return [len(own.encode(caption)) + 2 for caption in captions]
@@ -64,18 +56,7 @@ class Tokenizer:
 
 
 def build_tokenizer(model: str, text: Mapping[str, Any], folder: Path | None, vocabulary: int) -> Tokenizer:
-    """The tokenizer of a model.
-
-    Args:
-        model: open_clip's name.
-        text: the text part of its configuration.
-        folder: files of the tokenizer; None takes them from the Hugging Face cache or hub. Models with open_clip's own
-            tokenizer need none.
-        vocabulary: how many ids the model knows.
-
-    Raises:
-        ModelError: its files are not there, or are not a tokenizer.
-    """
+    """The tokenizer of ``model``, by the ``text`` part of its configuration. Raises ModelError."""
     context_length = int(text.get("context_length", DEFAULT_CONTEXT_LENGTH))
     settings = dict(text.get("tokenizer_kwargs") or {})
     repo = text.get("hf_tokenizer_name")
@@ -95,8 +76,7 @@ def build_tokenizer(model: str, text: Mapping[str, Any], folder: Path | None, vo
 def _hugging_face(
     model: str, repo: str, folder: Path | None, context_length: int, mode: str | None, settings: dict[str, Any]
 ) -> HFTokenizer:
-    """A tokenizer that transformers builds, compared with its file: from an incomplete folder transformers builds one that
-    knows no words, and some of its classes replace steps of the file."""
+    """A tokenizer that transformers builds, compared with its file."""
     complete = cached_file(Repository(repo, ("tokenizer.json",))) is not None
     source = str(folder) if folder is not None else repo
     try:
@@ -127,7 +107,7 @@ def _vocabulary(folder: Path | None, repo: str) -> Path | None:
 
 
 def _compare(built: HFTokenizer, file: Path | None, source: str) -> None:
-    """Raise ModelError unless ``built`` has a vocabulary file and gives the tokens of it (where that is a tokenizer.json)."""
+    """Refuse a tokenizer without a vocabulary, or with other tokens than its file."""
     if file is None:
         raise ModelError(f"The tokenizer in {source} has no vocabulary: none of {', '.join(VOCABULARIES)} is there.")
     if file.name != "tokenizer.json":

@@ -1,6 +1,7 @@
-"""Zero-shot classification by names of classes (Radford et al., ICML 2021, arXiv:2103.00020, section 3.1).
+"""Zero-shot classification by class names (Radford et al., ICML 2021, arXiv:2103.00020).
 
-A class is the mean direction of the embeddings of its name in several templates; an image gets the class it is most similar to.
+A class is the mean direction of the embeddings of its name in several templates; an image gets the
+most similar class.
 """
 
 import hashlib
@@ -15,7 +16,7 @@ from fimaq_core.errors import DataError
 from fimaq_core.progress import Progress, Report
 from tasks.common.imagenet import IMAGENET, is_imagenet, wordnet_ids
 from tasks.common.record import Dataset
-from tasks.retrieval.embeddings import Encode, Tokenizer, embed_texts, normalised
+from tasks.retrieval.evaluate import Encode, Tokenizer, embed_texts, normalised
 
 CLASSNAMES_FILE = "classnames.txt"
 #: The order of classes that counts here: the weights know none.
@@ -34,13 +35,10 @@ def imagenet_names(folders: Sequence[str]) -> tuple[str, ...]:
 
 
 def class_names(root: Path, folders: Sequence[str]) -> tuple[str, ...]:
-    """Names of the classes that have these ``folders`` (by label) in ``root``/val.
+    """Names of classes by their ``folders``: the lines of ``classnames.txt`` in ``root``.
 
-    They are the lines of ``classnames.txt`` in ``root``. Without that file, the folders must be
-    ImageNet's 1000 WordNet ids; their names are those of the CLIP authors.
-
-    Raises:
-        DataError: the names are not there, not as many as the classes, or not to be read.
+    Without that file, ImageNet's 1000 WordNet ids have the names of the CLIP authors. Raises
+    DataError.
     """
     path, classes = root / CLASSNAMES_FILE, len(folders)
     if not path.is_file():
@@ -62,10 +60,7 @@ def class_names(root: Path, folders: Sequence[str]) -> tuple[str, ...]:
 
 
 def named_classes(dataset: Dataset, names: Sequence[str], folders: Sequence[str]) -> Dataset:
-    """The record's entry of images that were classified by ``names`` in the templates: these bear on the result as images do.
-
-    Images of a published data set under other names than its usual ones go by another name of their own.
-    """
+    """The record's entry: names and templates count in its fingerprint."""
     texts = [template(name) for name in names for template in TEMPLATES]
     fingerprint = hashlib.sha256("\n".join([dataset.fingerprint, *texts]).encode()).hexdigest()
     usual = dataset.name != IMAGENET or tuple(names) == imagenet_names(folders)
@@ -82,21 +77,7 @@ def class_embeddings(
     report: Report,
     templates: Sequence[Template] = TEMPLATES,
 ) -> Tensor:
-    """Return (classes, d) embeddings at unit length: of each class the mean over ``templates``, each at unit length too.
-
-    Args:
-        encode_text: (B, L) token ids on ``device`` to embeddings (B, d) of any length.
-        tokenizer: texts to token ids.
-        names: of the classes.
-        device: of the encoder.
-        batch_size: texts a forward pass.
-        report: receives progress, one unit a text.
-        templates: a name to a text.
-
-    Raises:
-        ModelError: the encoder does not take the tokens.
-        NumericsError: an embedding that is NaN, infinite or zero.
-    """
+    """Unit embeddings (classes, d): means over ``templates``. Raises ModelError."""
     total = len(names) * len(templates)
     found = []
     for start in range(0, len(names), _CLASSES):
@@ -112,13 +93,9 @@ def class_embeddings(
 
 
 class ZeroShotClassifier(nn.Module):
-    """Images (B, C, H, W) to logits (B, classes): cosine similarities times exp(``logit_scale``), which leaves ranks alone but
-    gives the probabilities the model was trained for.
+    """Images (B, C, H, W) to logits (B, classes): cosine similarities times exp(``logit_scale``).
 
-    Args:
-        encode_image: images to embeddings (B, d) of any length, on the device of ``embeddings``.
-        embeddings: (classes, d) from :func:`class_embeddings`.
-        logit_scale: the model's parameter, a logarithm.
+    The factor leaves ranks alone and gives the probabilities that the model was trained for.
     """
 
     def __init__(self, encode_image: Encode, embeddings: Tensor, logit_scale: Tensor) -> None:

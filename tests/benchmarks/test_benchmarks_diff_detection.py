@@ -128,7 +128,7 @@ def test_a_scope_that_no_task_has_is_refused():
 
 def test_published_data_are_what_records_state():
     from tasks.detection.coco import COCO_NAME, COUNTS
-    from tasks.detection.layout import SPLITS
+    from tasks.detection.tags import SPLITS
 
     entry = load_names().datasets["detection"]["COCO val2017"]
     assert (entry.task, entry.name, entry.split, entry.count) == ("detection", COCO_NAME, SPLITS["val"], COUNTS["val"])

@@ -1,6 +1,4 @@
-"""Three small transformers for the digit pairs, built from timm's own classes, and where their weights are."""
-
-from __future__ import annotations
+"""Three small transformers of timm's own classes for the digit pairs, and their weights."""
 
 from pathlib import Path
 from typing import Any
@@ -8,35 +6,20 @@ from typing import Any
 from tasks.classification.demo.digits import CANVAS_SIZE, NUM_CLASSES
 from tasks.common.demo_models import DemoModels, DemoSpec
 
-_COMMON: dict[str, Any] = {"img_size": CANVAS_SIZE, "in_chans": 1, "num_classes": NUM_CLASSES, "qkv_bias": True}
 
-_SPECS: dict[str, DemoSpec] = {
+def _spec(module: str, cls: str, patch_size: int, embed_dim: int, **kwargs: Any) -> DemoSpec:
+    common = {"img_size": CANVAS_SIZE, "in_chans": 1, "num_classes": NUM_CLASSES, "qkv_bias": True, "mlp_ratio": 4.0}
+    return DemoSpec(f"timm.models.{module}", cls, {**common, "patch_size": patch_size, "embed_dim": embed_dim, **kwargs})
+
+
+_SPECS = {
     # 4 x 8 patches and the class token: 33 tokens.
-    "demo_vit": DemoSpec(
-        module="timm.models.vision_transformer",
-        cls="VisionTransformer",
-        kwargs={**_COMMON, "patch_size": 8, "embed_dim": 80, "depth": 4, "num_heads": 4, "mlp_ratio": 4.0},
-    ),
+    "demo_vit": _spec("vision_transformer", "VisionTransformer", 8, 80, depth=4, num_heads=4),
     # Narrower and deeper than demo_vit, with a distillation token: 34 tokens.
-    "demo_deit": DemoSpec(
-        module="timm.models.deit",
-        cls="VisionTransformerDistilled",
-        kwargs={**_COMMON, "patch_size": 8, "embed_dim": 64, "depth": 5, "num_heads": 2, "mlp_ratio": 4.0},
-    ),
+    "demo_deit": _spec("deit", "VisionTransformerDistilled", 8, 64, depth=5, num_heads=2),
     # 8 x 16 tokens in windows of 4 x 4, every second block shifted; one patch merging to 4 x 8 tokens.
-    "demo_swin": DemoSpec(
-        module="timm.models.swin_transformer",
-        cls="SwinTransformer",
-        kwargs={
-            **_COMMON,
-            "patch_size": 4,
-            "window_size": 4,
-            "embed_dim": 32,
-            "depths": (2, 2),
-            "num_heads": (2, 4),
-            "mlp_ratio": 4.0,
-            "drop_path_rate": 0.0,
-        },
+    "demo_swin": _spec(
+        "swin_transformer", "SwinTransformer", 4, 32, window_size=4, depths=(2, 2), num_heads=(2, 4), drop_path_rate=0.0
     ),
 }
 

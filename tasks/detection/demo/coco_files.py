@@ -1,11 +1,8 @@
-"""The digit scenes as a data set in COCO's format: annotations, images and files (Lin et al., ECCV 2014, arXiv:1405.0312)."""
-
-from __future__ import annotations
+"""The digit scenes in COCO's format (Lin et al., ECCV 2014, arXiv:1405.0312)."""
 
 import hashlib
 import json
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,35 +20,19 @@ SCENES = {"train": 1024, "val": 200, "test": 200}
 
 @cache
 def scenes_of(part: str) -> tuple[Scene, ...]:
-    """Composes the scenes of a part, once per process (about a second): 1,024 in `train`, 200 in `val`, 200 in `test`.
-
-    Raises:
-        ValueError: If there is no such part.
-    """
+    """Compose the scenes of a part, once per process (about a second). Raises ValueError."""
     check_part(part, DATA)
     # One stream per part, none of them a stream of the pairs or of the captioned scenes.
     return tuple(draw_scenes(part, SCENES[part], np.random.default_rng([SEED, PARTS.index(part), 2])))
 
 
 def read(part: str, index: int) -> Image.Image:
-    """Returns an image of a part as PIL image of mode ``RGB``, by its position."""
+    """Image of a part by its position, RGB."""
     return Image.fromarray(scenes_of(part)[index].pixels).convert("RGB")
 
 
-def coco_dict(part: str) -> dict[str, Any]:
-    """Returns the annotations of a part in COCO's format, see `annotations_of`."""
-    return annotations_of(scenes_of(part))
-
-
 def annotations_of(scenes: tuple[Scene, ...]) -> dict[str, Any]:
-    """Writes what scenes show as COCO does: masks as compressed run lengths, boxes as x, y, width, height.
-
-    Args:
-        scenes: The scenes; the image at position i gets the id i + 1 and the name ``0000i.png``.
-
-    Returns:
-        What can be written as JSON: ``images``, ``annotations`` and ``categories``.
-    """
+    """Describe scenes as COCO does; the first image is ``00000.png`` with the id 1."""
     from pycocotools import mask as run_lengths
 
     annotations: list[dict[str, Any]] = []
@@ -69,56 +50,15 @@ def annotations_of(scenes: tuple[Scene, ...]) -> dict[str, Any]:
                     "segmentation": {"size": code["size"], "counts": code["counts"].decode("ascii")},
                 }
             )
-    images = [
-        {"id": i + 1, "file_name": f"{i:05d}.png", "height": scene.pixels.shape[0], "width": scene.pixels.shape[1]}
-        for i, scene in enumerate(scenes)
-    ]
-    categories = [
-        {"id": number, "name": name, "supercategory": "digit"} for number, name in zip(CATEGORY_IDS, CLASSES, strict=True)
-    ]
+    sizes = [scene.pixels.shape for scene in scenes]
+    images = [{"id": i + 1, "file_name": f"{i:05d}.png", "height": h, "width": w} for i, (h, w) in enumerate(sizes)]
+    named = zip(CATEGORY_IDS, CLASSES, strict=True)
+    categories = [{"id": number, "name": name, "supercategory": "digit"} for number, name in named]
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def annotation_file(folder: Path, part: str) -> Path:
-    """Returns where `write_scenes` puts the annotations; the images are in the folder ``<folder>/<part>``."""
-    return folder / "annotations" / f"instances_{part}.json"
-
-
-def write_part(folder: Path, part: str) -> Path:
-    """Writes a part as files: ``annotations/instances_<part>.json`` and ``<part>/*.png``.
-
-    Args:
-        folder: Folder of the data set; made if it is missing.
-        part: One of `tasks.common.digits.PARTS`.
-
-    Returns:
-        The file of the annotations.
-
-    Raises:
-        ValueError: If there is no such part.
-    """
-    return write_scenes(folder, part, scenes_of(part))
-
-
-def write_scenes(folder: Path, part: str, scenes: tuple[Scene, ...]) -> Path:
-    """Writes scenes as `write_part` does, under the name of a part."""
-    path = annotation_file(folder, part)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = annotations_of(scenes)
-    path.write_text(json.dumps(content), encoding="utf-8")
-    (folder / part).mkdir(exist_ok=True)
-    for image, scene in zip(content["images"], scenes, strict=True):
-        Image.fromarray(scene.pixels).save(folder / part / image["file_name"])
-    return path
-
-
-def fingerprint(part: str) -> str:
-    """Returns the sha256 over the annotations and pixels of a part: equal exactly if the data are equal."""
-    return fingerprint_of(scenes_of(part))
-
-
 def fingerprint_of(scenes: tuple[Scene, ...]) -> str:
-    """Returns the sha256 over the annotations and pixels of scenes."""
+    """sha256 over the annotations and pixels of scenes."""
     digest = hashlib.sha256(json.dumps(annotations_of(scenes), sort_keys=True).encode())
     for scene in scenes:
         digest.update(scene.pixels.tobytes())

@@ -1,21 +1,20 @@
-"""A small Mask R-CNN and a small Cascade Mask R-CNN for the digit scenes, and where their weights are.
+"""A small Mask R-CNN and a small Cascade Mask R-CNN for the digit scenes, and their weights.
 
-They are mmdet's own classes and differ from the published detectors in widths, depths, anchors and numbers of proposals only.
+They are mmdet's own classes; only widths, depths, anchors and numbers of proposals differ from the
+published detectors.
 """
-
-from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from tasks.common.demo_models import DemoModels, DemoSpec
-from tasks.detection.configs import Kind, build, detector_config, training_config
+from tasks.detection.configs import Kind, build, detector_config
 from tasks.detection.demo.coco_files import CLASSES
 
-# Mean and standard deviation of the `train` part's pixels in 0..255; constants, so that preprocessing never drifts.
+# Mean and standard deviation of the `train` part's pixels in 0..255; constants, so that
+# preprocessing never drifts.
 PIXEL_MEAN = 49.08
 PIXEL_STD = 40.23
 
@@ -24,17 +23,14 @@ class DetectorModels(DemoModels):
     """Demo models whose keyword arguments are configurations of mmdet's."""
 
     def build(self, name: str) -> nn.Module:
-        """Builds a demo model with random weights, in eval mode."""
+        """Build a demo model with random weights, in eval mode."""
         spec = self.spec(name)
         # mmdet's constructors write into what they are given.
         return build({"type": spec.cls, **copy.deepcopy(spec.kwargs)})
 
 
 def _spec(kind: Kind, **widths: int) -> DemoSpec:
-    training = training_config(kind, anchors=64, regions=64, nms_pre=200, proposals=100)
-    # Scenes are smaller than the largest anchors, which would all be left out for crossing the border.
-    training["rpn"]["allowed_border"] = -1
-    config: dict[str, Any] = detector_config(
+    config = detector_config(
         kind,
         # Heads of 8 channels. Windows shift in the first three stages; the last, of 4 x 4 at most, is one window.
         embed_dims=16,
@@ -50,13 +46,18 @@ def _spec(kind: Kind, **widths: int) -> DemoSpec:
         finest_scale=12,
         proposals=80,
         detections=30,
-        training=training,
         pixel_mean=[PIXEL_MEAN] * 3,
         pixel_std=[PIXEL_STD] * 3,
         **widths,
     )
-    cls = config.pop("type")
-    return DemoSpec(module="mmdet.models.detectors", cls=cls, kwargs=config)
+    training = config["train_cfg"]
+    # Scenes are smaller than the largest anchors, which would all be left out for crossing the border.
+    training["rpn"]["allowed_border"] = -1
+    training["rpn_proposal"].update(nms_pre=200, max_per_img=100)
+    stages = training["rcnn"] if isinstance(training["rcnn"], list) else [training["rcnn"]]
+    for sampled in (training["rpn"], *stages):
+        sampled["sampler"]["num"] = 64
+    return DemoSpec("mmdet.models.detectors", config.pop("type"), config)
 
 
 DEMO = DetectorModels(

@@ -1,10 +1,9 @@
-"""Scenes of several real handwritten digits with their masks: a detection data set that needs no download.
+"""Scenes of several real handwritten digits with their masks: detection data without a download.
 
-Scenes differ in height and width. Digits of many sizes stand anywhere on a grainy ground, and a later one may hide parts
-of an earlier one. All of it is computed in integers, so the scenes are the same on every machine.
+Scenes differ in height and width. Digits of many sizes stand anywhere on a grainy ground, and a
+later one may hide parts of an earlier one. All of it is computed in integers, so the scenes are the
+same on every machine.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,15 +33,7 @@ _TRIES = 20
 
 @dataclass(frozen=True)
 class Placed:
-    """A digit in a scene.
-
-    Attributes:
-        source: Its source index.
-        side: Side of its square image after resizing, in pixels.
-        top: Row of the first row of its image's ink in the scene.
-        left: Column of the first column of its image's ink in the scene.
-        ink: Grey level of a full pixel.
-    """
+    """A digit: source index, side, place of its image's ink, level of a full pixel."""
 
     source: int
     side: int
@@ -53,17 +44,12 @@ class Placed:
 
 @dataclass(frozen=True)
 class Scene:
-    """A composed scene.
+    """A composed scene with n annotated digits.
 
-    Attributes:
-        pixels: Grey levels, uint8 of shape ``(height, width)``.
-        ground: Grey level where there is no digit.
-        grain: What is added to every pixel is drawn uniformly from plus or minus this.
-        placed: All digits in the order in which they were put down.
-        shown: Positions in `placed` of the ``n`` annotated digits.
-        labels: Class of each annotated digit, int64 of shape ``(n,)``.
-        masks: Pixels of each that are seen, bool of shape ``(n, height, width)``; no pixel belongs to two.
-        boxes: Tight boxes of the masks, first and last pixel plus one as x1, y1, x2, y2, int64 of shape ``(n, 4)``.
+    ``pixels`` are grey levels, uint8 (height, width); ``ground`` is the level without digits, which
+    ``grain`` changes at most. ``placed`` are all digits in order, ``shown`` the positions of the
+    annotated ones among them, ``labels`` their classes (n,), ``masks`` (n, height, width) their
+    visible pixels, of which none belongs to two, and ``boxes`` (n, 4) x1, y1, x2, y2 around these.
     """
 
     pixels: np.ndarray
@@ -77,19 +63,9 @@ class Scene:
 
 
 def draw_scenes(part: str, count: int, rng: np.random.Generator, images: np.ndarray | None = None) -> Iterator[Scene]:
-    """Draws and composes scenes of the digits of one part, those of a class used as evenly as the count allows.
+    """Draw ``count`` scenes of the digits of one part, used as evenly as the count allows.
 
-    Args:
-        part: One of `tasks.common.digits.PARTS`.
-        count: Number of scenes.
-        rng: Source of all randomness; the same state gives the same scenes.
-        images: uint8 of shape ``(5000, 28, 28)`` to compose instead of the digits themselves, as training does.
-
-    Yields:
-        The scenes.
-
-    Raises:
-        ValueError: If there is no such part.
+    ``images`` (5000, 28, 28) are composed instead of the digits, as in training. Raises ValueError.
     """
     check_part(part, DATA)
     images = load_digits()[0] if images is None else images
@@ -99,22 +75,14 @@ def draw_scenes(part: str, count: int, rng: np.random.Generator, images: np.ndar
 
 
 def ink_of(image: np.ndarray, side: int) -> np.ndarray:
-    """Resizes a digit and cuts off the margins that have no pixel above the threshold.
-
-    Args:
-        image: uint8 of shape ``(28, 28)``.
-        side: Side of the resized image.
-
-    Returns:
-        Opacity of the ink, uint8 of shape ``(h, w)``, at most ``(side, side)``.
-    """
+    """Resize a digit and cut off the margins below the threshold: opacity, uint8 (h, w)."""
     resized = resize(image[None], side)[0]
     x1, y1, x2, y2 = box_of(resized >= INK_THRESHOLD)
     return resized[y1:y2, x1:x2]
 
 
 def box_of(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """Returns the tight box ``(x1, y1, x2, y2)`` of a mask with at least one pixel; x2 and y2 are one past the last."""
+    """Tight box (x1, y1, x2, y2) of a mask; x2 and y2 are one past the last pixel."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
@@ -169,7 +137,7 @@ def _between(ends: tuple[int, int], rng: np.random.Generator) -> int:
 def _find_place(
     shape: tuple[int, ...], canvas: tuple[int, int], boxes: list[tuple[int, int, int, int]], rng: np.random.Generator
 ) -> tuple[int, int] | None:
-    """Draws row and column of a box inside the canvas that overlaps no other too much; None if all tries fail."""
+    """Draw row and column of a box that overlaps no other too much; None if all tries fail."""
     height, width = shape
     for _ in range(_TRIES):
         top = int(rng.integers(0, canvas[0] - height, endpoint=True))

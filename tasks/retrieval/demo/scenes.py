@@ -1,14 +1,13 @@
-"""Scenes of two to four real handwritten digits with captions: an image-text data set that needs no download.
+"""Scenes of two to four real handwritten digits with captions: image-text data without a download.
 
-A scene is a 2 x 2 layout of cells; a cell is empty or holds a small or a large digit. Scenes come in groups of four: one
-is drawn, the others differ from it in one digit, one size or one place. Without such near misses a model that reads half
-of a scene would already find its caption, and retrieval would hide what quantization costs.
+A scene is a 2 x 2 layout of cells, numbered row by row; a cell is empty or holds a small or a large
+digit. Scenes come in groups of four: one is drawn, the others differ from it in one digit, one size
+or one place. Without such near misses a model that reads half of a scene would already find its
+caption, and retrieval would hide what quantization costs.
 """
 
-from __future__ import annotations
-
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,7 +19,6 @@ from torchvision.transforms import v2
 
 from tasks.common.augment import RandomDigitWarp
 from tasks.common.digits import PARTS, SEED, DigitDealer, DigitSamples, check_part, load_digits, resize, to_tensor
-from tasks.retrieval.demo.captions import NUM_FORMS, fact_of, write_caption
 
 CELL_SIZE = 24
 CELLS = 4
@@ -29,7 +27,21 @@ CANVAS_SIZE = (2 * CELL_SIZE, 2 * CELL_SIZE)
 SIZES = ((14, 16), (22, 24))
 GROUP = 4
 
-# Mean and standard deviation of the `train` part's pixels in [0, 1]; constants, so that preprocessing never drifts.
+DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+SIZE_WORDS = ("small", "large")
+PLACE_WORDS = ("top left", "top right", "bottom left", "bottom right")
+NUM_FACTS = 1 + 2 * 10
+
+# How one digit is told, what stands between two, and what before the last.
+_FORMS = (
+    ("a {size} {digit} {place}", ", ", " and "),
+    ("{place} a {size} {digit}", ", ", " and "),
+    ("{size} {digit} at {place}", ", ", ", "),
+    ("{place}: {size} {digit}", "; ", "; "),
+)
+NUM_FORMS = len(_FORMS)
+
+# Of the `train` part's pixels in [0, 1]; constants, so that preprocessing never drifts.
 PIXEL_MEAN = 0.0657
 PIXEL_STD = 0.2103
 
@@ -39,14 +51,11 @@ _SCENES = {"train": 4096, "val": 500, "test": 1000}
 
 @dataclass(frozen=True)
 class ScenePlan:
-    """Which digits make up which scene, where they are placed, and how the scene is told.
+    """Digits and captions of n scenes; arrays are int64 (n, 4), one column per cell.
 
-    Attributes:
-        facts: Fact of each cell, see `captions`, int64 of shape ``(n, 4)``.
-        sources: Source index of each cell's digit, -1 if it is empty, int64 of shape ``(n, 4)``.
-        sizes: Side of each digit's image in pixels, int64 of shape ``(n, 4)``; without meaning for empty cells.
-        offsets: ``(top, left)`` of each digit inside its cell, int64 of shape ``(n, 4, 2)``.
-        captions: One sentence a scene.
+    ``facts`` are of :func:`fact_of`, ``sources`` the digits' source
+    indices (-1: empty), ``sizes`` the sides of their images in pixels, and ``offsets`` (n, 4, 2)
+    top and left inside the cell.
     """
 
     facts: np.ndarray
@@ -56,16 +65,27 @@ class ScenePlan:
     captions: tuple[str, ...]
 
 
-def draw_facts(count: int, rng: np.random.Generator) -> np.ndarray:
-    """Draws what scenes show, in groups of near misses that stand together; no two scenes show the same.
+def fact_of(digit: int, large: int) -> int:
+    """The fact of a cell with a digit; that of an empty cell is 0."""
+    return 1 + 2 * digit + large
 
-    Args:
-        count: Number of scenes.
-        rng: Source of all randomness; the same state gives the same facts.
 
-    Returns:
-        The facts, int64 of shape ``(count, 4)``.
+def write_caption(facts: Sequence[int], order: Sequence[int], form: int) -> str:
+    """Write the caption of a scene by the facts of its four cells, told in this order and form.
+
+    Empty cells are passed over. Different facts give different captions, whatever order and form.
     """
+    item, separator, last = _FORMS[form]
+    items = []
+    for cell in order:
+        if facts[cell]:
+            digit, size = divmod(facts[cell] - 1, 2)
+            items.append(item.format(size=SIZE_WORDS[size], digit=DIGIT_WORDS[digit], place=PLACE_WORDS[cell]))
+    return last.join([separator.join(items[:-1]), items[-1]] if items[1:] else items)
+
+
+def draw_facts(count: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw the facts (count, 4) of scenes in groups of near misses; no two scenes show the same."""
     rows: list[np.ndarray] = []
     seen: set[tuple[int, ...]] = set()
     while len(rows) < count:
@@ -79,16 +99,7 @@ def draw_facts(count: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def draw_scenes(part: str, count: int, rng: np.random.Generator) -> ScenePlan:
-    """Draws scenes of the digits of one part, with the digits of a class used as evenly as the count allows.
-
-    Args:
-        part: One of `PARTS`.
-        count: Number of scenes.
-        rng: Source of all randomness; the same state gives the same plan.
-
-    Returns:
-        The plan of ``count`` scenes with distinct facts, hence distinct captions.
-    """
+    """Draw ``count`` scenes of one part's digits, used evenly; all captions are distinct."""
     check_part(part, _DATA)
     facts = draw_facts(count, rng)
     dealer = DigitDealer(part, rng)
@@ -105,14 +116,7 @@ def draw_scenes(part: str, count: int, rng: np.random.Generator) -> ScenePlan:
 
 
 def compose_scenes(plan: ScenePlan) -> np.ndarray:
-    """Renders the scenes of a plan.
-
-    Args:
-        plan: The plan of ``n`` scenes.
-
-    Returns:
-        The canvases, uint8 of shape ``(n, 48, 48)``.
-    """
+    """Render the scenes of a plan, uint8 (n, 48, 48)."""
     images, _ = load_digits()
     canvases = np.zeros((len(plan.captions), *CANVAS_SIZE), dtype=np.uint8)
     for size in range(SIZES[0][0], SIZES[1][1] + 1):
@@ -126,64 +130,45 @@ def compose_scenes(plan: ScenePlan) -> np.ndarray:
 
 
 class DigitScenes(DigitSamples):
-    """One fixed part of the digit scenes.
+    """One fixed part: 4,096 scenes in `train`, 500 in `val`, 1,000 in `test`; else ValueError.
 
-    Attributes:
-        part: Name of the part.
-        transform: Applied to each image when it is read, or None.
-        plan: What the scenes show and how they are told.
-        pixels: All images, uint8 of shape ``(n, 48, 48)``.
-        ids: Stable sample ids such as ``test/00017-1234+____+0456+____``: position, then each cell's source index.
-        captions: One caption a scene; all are distinct.
+    Ids are such as ``test/00017-1234+____+0456+____``: position, then each cell's source index.
     """
 
     def __init__(self, part: str, transform: Callable[[Image.Image], Any] | None = None) -> None:
-        """Composes the part.
-
-        Args:
-            part: One of `PARTS`: 4,096 scenes in `train`, 500 in `val`, 1,000 in `test`.
-            transform: Maps a 48x48 PIL image of mode ``L`` to what the model takes, see `eval_transform`.
-
-        Raises:
-            ValueError: If there is no such part.
-        """
         check_part(part, _DATA)
-        self.part = part
-        self.transform = transform
+        self.part, self.transform = part, transform
         # One stream per part, none of them a stream of the digit pairs.
-        rng = np.random.default_rng([SEED, PARTS.index(part), 1])
-        self.plan = draw_scenes(part, _SCENES[part], rng)
+        self.plan = draw_scenes(part, _SCENES[part], np.random.default_rng([SEED, PARTS.index(part), 1]))
         self.pixels = compose_scenes(self.plan)
         self.captions: list[str] = list(self.plan.captions)
-        self.ids: list[str] = [
-            f"{part}/{i:05d}-" + "+".join(f"{source:04d}" if source >= 0 else "____" for source in row)
-            for i, row in enumerate(self.plan.sources.tolist())
-        ]
+        names = (["____" if source < 0 else f"{source:04d}" for source in row] for row in self.plan.sources.tolist())
+        self.ids = [f"{part}/{i:05d}-{'+'.join(row)}" for i, row in enumerate(names)]
 
     def told(self, index: int) -> str:
-        """Returns the caption of an image."""
+        """The caption of an image."""
         return self.captions[index]
 
     @cached_property
     def fingerprint(self) -> str:
-        """The sha256 over ids, captions and pixels: equal exactly if the data are equal."""
+        """sha256 over ids, captions and pixels."""
         digest = hashlib.sha256("\n".join([*self.ids, *self.captions]).encode())
         digest.update(self.pixels.tobytes())
         return digest.hexdigest()
 
 
 def scene_warp() -> RandomDigitWarp:
-    """Returns the warp of training scenes: each cell on its own, too mild to turn a size or a place into another."""
+    """Warp of training scenes, too mild to turn a size or a place into another."""
     return RandomDigitWarp(degrees=10.0, scale=0.1, shear=0.15, shift=1.0, elastic=1.0, contrast=0.3, rows=2, columns=2)
 
 
 def eval_transform() -> v2.Compose:
-    """Returns the preprocessing for evaluation: PIL image of mode ``L`` to normalised float32 ``(3, 48, 48)``."""
+    """Preprocessing for evaluation: PIL image of mode ``L`` to normalised float32 (3, 48, 48)."""
     return v2.Compose([*to_tensor(), *_normalize()])
 
 
 def train_transform() -> v2.Compose:
-    """Returns the training preprocessing: `eval_transform` with each cell warped at random (never flipped)."""
+    """`eval_transform` with each cell warped at random (never flipped)."""
     return v2.Compose([*to_tensor(), scene_warp(), *_normalize()])
 
 
@@ -195,7 +180,7 @@ def _draw_scene(rng: np.random.Generator) -> np.ndarray:
 
 
 def _change_one(row: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Changes one digit, changes one size, or lets a cell trade places with another (empty or not)."""
+    """Change one digit or one size, or let a cell trade places with another (empty or not)."""
     row = row.copy()
     cell = int(rng.choice(np.flatnonzero(row)))
     kind = int(rng.integers(3))

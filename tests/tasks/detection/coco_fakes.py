@@ -11,9 +11,11 @@ from PIL import Image
 from pycocotools import mask as run_lengths
 from torch import nn
 
-from tasks.common.task import LoadedModel
+from tasks.common.task import Evaluation, LoadedModel
 from tasks.detection.annotations import Coco, checked
 from tasks.detection.coco import DetectionSource
+from tasks.detection.demo import coco_files
+from tasks.detection.evaluate import detect, measure
 
 #: Ids with gaps, not in order.
 CATEGORIES = [{"id": 7, "name": "cat"}, {"id": 2, "name": "dog"}, {"id": 30, "name": "owl"}]
@@ -162,3 +164,25 @@ def loaded(classes: int = 3, names: tuple[str, ...] | None = None, transform: An
     if names is not None:
         model.dataset_meta = {"classes": names}  # type: ignore[assignment]
     return LoadedModel(model, "tiny.tag", "nowhere", "0" * 64, classes, transform, transform, data)
+
+
+def write_scenes(folder: Path, part: str, scenes: Any) -> Path:
+    """Write scenes as files: ``annotations/instances_<part>.json`` and ``<part>/*.png``.
+
+    Returns the file of the annotations.
+    """
+    path = folder / "annotations" / f"instances_{part}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = coco_files.annotations_of(scenes)
+    path.write_text(json.dumps(content), encoding="utf-8")
+    (folder / part).mkdir(exist_ok=True)
+    for image, scene in zip(content["images"], scenes, strict=True):
+        Image.fromarray(scene.pixels).save(folder / part / image["file_name"])
+    return path
+
+
+def evaluate_detector(
+    predict: Any, source: DetectionSource, *given: Any, skip_corrupt: bool = False, workers: int = 0, keep: bool = False
+) -> Evaluation:
+    """Detect, then measure."""
+    return measure(source, detect(predict, source, *given, skip_corrupt, workers), keep)

@@ -11,9 +11,7 @@ from fimaq_core.chain import BlockChain, Segment
 from fimaq_core.recipe import Recipe, make_recipe
 from tasks.detection import configs
 from tasks.detection.configs import Config, detector_config
-from tasks.detection.neck import ExplicitFPN
-from tasks.detection.packing import pack
-from tasks.detection.rpn import rpn_segment
+from tasks.detection.neck import ExplicitFPN, pack, rpn_segment
 
 WIDTH, CLASSES = 8, 3
 STRIDES = [4, 8, 16, 32, 64]

@@ -15,7 +15,7 @@ from tasks.common.weights import read_weights
 from tasks.detection.annotations import checked
 from tasks.detection.categories import Matched, match_categories
 from tasks.detection.coco import open_source
-from tasks.detection.keys import class_names
+from tasks.detection.models import class_names
 
 
 def matched(names: tuple[str, ...], *categories: str, used: str = "") -> Matched:

@@ -174,17 +174,19 @@ def test_pycocotools_takes_what_is_accepted() -> None:
     assert areas[4] == 50 * 20 or areas[4] == 50 * 21
 
 
-def test_coco_root(tmp_path: Path) -> None:
+def test_coco_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coco, "COUNTS", COUNTS)
+    monkeypatch.setattr(coco, "CATEGORIES", 3)
     root = write_root(tmp_path / "coco", tiny())
-    source = open_coco(root, "val", COUNTS, 3)
-    assert source.name == "coco"
+    source = open_coco(root, "val")
+    assert source.name == "COCO 2017"
     assert source.split == "val2017"
     assert source.image_ids[0] == "val2017/000000000004.png"
-    assert source.categories == ("cat", "dog", "owl")
+    assert [entry["name"] for entry in source.coco["categories"]] == ["cat", "dog", "owl"]
     assert len(source.coco["annotations"]) == 5
     for index, entry in enumerate(source.images):
         assert np.array_equal(source.read(index), pixels(entry["height"], entry["width"], entry["id"])[:, :, ::-1])
-    train = open_coco(root, "train", COUNTS, 3)
+    train = open_coco(root, "train")
     assert (train.split, train.coco["annotations"]) == ("train2017", [])
     assert train.image_ids[1] == "train2017/000000000002.png"
 
@@ -197,10 +199,12 @@ def test_only_published_counts_get_the_published_name(tmp_path: Path, monkeypatc
         open_coco(root, "train")
     monkeypatch.setattr(coco, "COUNTS", COUNTS)
     monkeypatch.setattr(coco, "CATEGORIES", 3)
-    assert open_coco(root, "val", categories=3).name == "COCO 2017"
+    assert open_coco(root, "val").name == "COCO 2017"
 
 
-def test_missing_files_of_a_root(tmp_path: Path) -> None:
+def test_missing_files_of_a_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coco, "COUNTS", COUNTS)
+    monkeypatch.setattr(coco, "CATEGORIES", 3)
     with pytest.raises(DataError, match=r"There is no folder .*nowhere\. The folder of COCO 2017 is expected"):
         open_coco(tmp_path / "nowhere", "val")
     (tmp_path / "coco").mkdir()
@@ -209,7 +213,7 @@ def test_missing_files_of_a_root(tmp_path: Path) -> None:
     root = write_root(tmp_path / "coco", tiny())
     (root / "val2017" / "000000000003.png").unlink()
     with pytest.raises(DataError, match=r"names 1 image missing from .*val2017, such as '000000000003.png'"):
-        open_coco(root, "val", COUNTS, 3)
+        open_coco(root, "val")
 
 
 @pytest.mark.parametrize(
@@ -349,7 +353,7 @@ def request(path: Path | None = None, **changes: Any) -> DataRequest:
 
 def test_parts_of_a_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(coco, "COUNTS", COUNTS)
-    monkeypatch.setattr(open_coco, "__defaults__", (None, 3, None))
+    monkeypatch.setattr(coco, "CATEGORIES", 3)
     root = write_root(tmp_path / "coco", tiny())
     other = write_json(tmp_path / "more" / "other.json", tiny())
     write_images(tmp_path / "more" / "images", tiny())

@@ -86,7 +86,7 @@ def test_metadata_describe_the_committed_weights(name: str) -> None:
     assert state.keys() == model.state_dict().keys()
     assert all(value.dtype == torch.float32 for value in state.values() if value.is_floating_point())
     assert metadata["parameters"] == sum(parameter.numel() for parameter in model.parameters())
-    assert metadata["data_fingerprints"] == {part: coco_files.fingerprint(part) for part in PARTS}
+    assert metadata["data_fingerprints"] == {part: coco_files.fingerprint_of(coco_files.scenes_of(part)) for part in PARTS}
     assert metadata["test_count"] == 200
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from coco_fakes import write_scenes
 from detection_runs import FLAGS, LIMIT, MODEL, Done, command, record_of, run
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -21,7 +22,7 @@ EMPTY = (90, 130)
 
 def write(folder: Path, part: str, count: int) -> Path:
     """A file and its images: the demo's scenes with their gaps in the categories' ids, an image without objects, a crowd."""
-    path = coco_files.write_scenes(folder, part, coco_files.scenes_of(part)[:count])
+    path = write_scenes(folder, part, coco_files.scenes_of(part)[:count])
     content = json.loads(path.read_text(encoding="utf-8"))
     Image.fromarray(np.full(EMPTY, 40, np.uint8)).save(folder / part / "empty.png")
     content["images"].insert(1, {"id": 99, "file_name": "empty.png", "height": EMPTY[0], "width": EMPTY[1]})

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from coco_fakes import Instances, guesses, in_memory, random_coco, tiny, write_json
+from coco_fakes import Instances, evaluate_detector, guesses, in_memory, random_coco, tiny, write_json
 from torch import Tensor
 
 from benchmarks.paired import Outcomes, paired
@@ -18,7 +18,7 @@ from fimaq_core.progress import Progress, Report, silent
 from tasks.common.task import Evaluation
 from tasks.detection import mm
 from tasks.detection.coco import DetectionSource
-from tasks.detection.evaluate import METRICS, coco_results, detect, evaluate_detector, measure
+from tasks.detection.evaluate import METRICS, coco_results, detect, measure
 
 CPU = torch.device("cpu")
 IMAGES = 14
@@ -69,7 +69,7 @@ def test_equals_the_metric_of_mmdet(seed: int, tmp_path: Path, monkeypatch: pyte
     content = random_coco(IMAGES, seed, size=400)
     source = in_memory(content)
     metric = mm.CocoMetric(ann_file=str(write_json(tmp_path / "x.json", content)), metric=["bbox", "segm"])
-    metric.dataset_meta = {"classes": source.categories}
+    metric.dataset_meta = {"classes": [entry["name"] for entry in source.coco["categories"]]}
     for index, entry in enumerate(source.images):
         sample = wrapped(guesses(source.coco, index, seed))
         sample.set_metainfo({"img_id": entry["id"], "ori_shape": (entry["height"], entry["width"])})

@@ -86,7 +86,7 @@ def test_the_module_map_lists_every_layer(fimaq: Done) -> None:
     assert not any(kind in name for name in full for kind in ("(Linear", "(Conv", "(MatMul"))
 
 
-def test_backbone_and_neck_are_reconstructed_and_heads_are_not(fimaq: Done) -> None:
+def test_BackboneAndNeck_are_reconstructed_and_heads_are_not(fimaq: Done) -> None:
     record = fimaq.record
     assert list(record.last_loss) == SEGMENTS
     assert all(np.isfinite(value) for value in record.last_loss.values())

@@ -13,11 +13,11 @@ from fimaq_core.errors import RecipeError
 from fimaq_core.recipe import make_recipe
 from tasks.common.plan import planned_folder
 from tasks.common.registry import defaults
-from tasks.detection.chain import backbone_and_neck
+from tasks.detection.chain import BackboneAndNeck
 from tasks.detection.coco import open_demo
 from tasks.detection.detector import DETECTOR
-from tasks.detection.heads import roi_heads
-from tasks.detection.packing import pack
+from tasks.detection.neck import pack
+from tasks.detection.roi import roi_heads
 from tasks.detection.tags import PIECES, SCOPES
 from tasks.detection.task import TASK
 
@@ -79,7 +79,7 @@ def outputs(model: nn.Module, detector: nn.Module | None = None, chain: object =
         for segment in backbone:
             x = segment(x, None, kept)
             kept = segment.kept_with(x, kept)
-        unpack = backbone_and_neck(chain).unpack  # type: ignore[arg-type]
+        unpack = BackboneAndNeck(chain).unpack  # type: ignore[arg-type]
         maps = unpack(neck.block(pack(stages)))
         found = {"backbone": pack(kept), "fpn": torch.cat([one.flatten() for one in maps])}
     heads = model if detector is None else detector

@@ -10,13 +10,13 @@ from torch import Tensor
 import tasks.detection.mm as mm
 from fimaq_core.calibration.calibrate import calibrate
 from fimaq_core.chain import BlockChain
-from fimaq_core.errors import DataError, ModelError, NumericsError
+from fimaq_core.errors import DataError, NumericsError
 from fimaq_core.layers import quant_layers, set_quantized
 from fimaq_core.samples import Ragged, Samples
 from tasks.detection.chain import detector_segments
-from tasks.detection.detector import assemble
+from tasks.detection.detector import QuantizedDetector
+from tasks.detection.neck import rpn_levels, rpn_segment
 from tasks.detection.roi import roi_inputs, roi_parts
-from tasks.detection.rpn import rpn_levels, rpn_segment, rpn_strides
 
 KINDS = {"mask": config(), "cascade": config(cascade=True), "boxes only": config(masks=False)}
 
@@ -39,7 +39,7 @@ def test_the_float_model_predicts_as_mmdet_does(kind: str, size: tuple[int, int]
     image, meta = sample(*size, factors)
     with torch.no_grad():
         (expected,) = model.predict(image, [mm.DetDataSample(metainfo=meta)], rescale=True)
-    found = assemble(model, {}).predict(image, meta)
+    found = QuantizedDetector(model, {}).predict(image, meta)
     assert len(expected.pred_instances) >= 5
     assert_equal(found, expected)
     assert found.metainfo == meta
@@ -59,7 +59,7 @@ def test_predictions_equal_a_test_step_on_raw_pixels(kind: str) -> None:
         (expected,) = model.test_step(raw)
     batch = model.data_preprocessor({"inputs": [pixels], "data_samples": [mm.DetDataSample(metainfo=meta)]}, False)
     assert batch["inputs"].shape == (1, 3, 224, 160)
-    found = assemble(model, {}).predict(batch["inputs"], batch["data_samples"][0].metainfo)
+    found = QuantizedDetector(model, {}).predict(batch["inputs"], batch["data_samples"][0].metainfo)
     assert len(found.pred_instances) >= 5
     assert_equal(found, expected)
 
@@ -67,7 +67,7 @@ def test_predictions_equal_a_test_step_on_raw_pixels(kind: str) -> None:
 def test_the_metric_of_coco_takes_the_predictions() -> None:
     model = build(KINDS["mask"])
     image, meta = sample(64, 96, (0.8, 0.8))
-    found = assemble(model, {}).predict(image, meta | {"img_id": 7})
+    found = QuantizedDetector(model, {}).predict(image, meta | {"img_id": 7})
     metric = mm.CocoMetric(metric=["bbox", "segm"])
     metric.process({}, [found.to_dict() | {"instances": []}])
     _, taken = metric.results[0]
@@ -89,14 +89,14 @@ def parts_of(model: mm.TwoStageDetector, bits: int, **bits_of: int) -> dict[str,
 def test_layers_that_are_switched_off_leave_every_bit(kind: str) -> None:
     model = build(KINDS[kind])
     image, meta = sample(75, 100, (0.5, 0.5))
-    expected = assemble(model, {}).predict(image, meta)
+    expected = QuantizedDetector(model, {}).predict(image, meta)
     chains = parts_of(model, 4)
-    found = assemble(model, chains)
+    found = QuantizedDetector(model, chains)
     assert_equal(found.predict(image, meta), expected)
     off = parts_of(build(KINDS[kind]), 32)
     for chain in off.values():
         set_quantized(chain, True)
-    assert_equal(assemble(model, off).predict(image, meta), expected)
+    assert_equal(QuantizedDetector(model, off).predict(image, meta), expected)
 
 
 @pytest.mark.parametrize("kind", ["mask", "cascade"])
@@ -104,7 +104,7 @@ def test_layers_that_are_switched_off_leave_every_bit(kind: str) -> None:
 def test_two_bits_change_what_is_detected(kind: str, scope: str) -> None:
     model = build(KINDS[kind])
     image, meta = sample(64, 96)
-    expected = results(assemble(model, {}).predict(image, meta))
+    expected = results(QuantizedDetector(model, {}).predict(image, meta))
     other, other_meta = sample(96, 64, seed=1)
     images = Ragged([image, other])
     inputs: dict[str, Samples] = {"detector": images}
@@ -113,14 +113,14 @@ def test_two_bits_change_what_is_detected(kind: str, scope: str) -> None:
     assert chains.keys() == inputs.keys()
     for name, chain in chains.items():
         calibrate(chain, inputs[name], recipe(2))
-    found = assemble(model, chains).predict(image, meta)
+    found = QuantizedDetector(model, chains).predict(image, meta)
     detected = results(found)
     shared = min(len(detected["scores"]), len(expected["scores"]))
     assert shared > 0
     assert not torch.allclose(detected["scores"][:shared], expected["scores"][:shared], atol=1e-2)
     for chain in chains.values():
         set_quantized(chain, False)
-    restored = results(assemble(model, chains).predict(image, meta))
+    restored = results(QuantizedDetector(model, chains).predict(image, meta))
     assert all(torch.equal(restored[name], values) for name, values in expected.items())
 
 
@@ -128,16 +128,16 @@ def test_two_bits_change_what_is_detected(kind: str, scope: str) -> None:
 def test_the_whole_chain_predicts_as_mmdet_does(kind: str) -> None:
     model = build(KINDS[kind])
     image, meta = sample(75, 100, (0.5, 0.5))
-    expected = results(assemble(model, {}).predict(image, meta))
+    expected = results(QuantizedDetector(model, {}).predict(image, meta))
     recipes = {"backbone": recipe(4), "fpn": recipe(4)}
     chain = BlockChain([*detector_segments(model, recipes), rpn_segment(model, recipe(4))])
-    found = results(assemble(model, {"detector": chain, **roi_parts(model, recipe(4))}).predict(image, meta))
+    found = results(QuantizedDetector(model, {"detector": chain, **roi_parts(model, recipe(4))}).predict(image, meta))
     assert len(found["scores"]) >= 5
     assert torch.equal(found["labels"], expected["labels"])
     assert torch.allclose(found["scores"], expected["scores"], atol=1e-4)
     assert torch.allclose(found["bboxes"], expected["bboxes"], atol=1e-2)
     assert (found["masks"] != expected["masks"]).float().mean() < 1e-3
-    levels = rpn_levels(*image.shape[2:], rpn_strides(model))
+    levels = rpn_levels(*image.shape[2:])
     with torch.no_grad():
         assert chain(image).shape == (1, sum(levels), 15)
 
@@ -145,7 +145,7 @@ def test_the_whole_chain_predicts_as_mmdet_does(kind: str) -> None:
 def test_only_the_layers_of_the_heads_are_the_detectors_own() -> None:
     model = build(KINDS["mask"])
     chains = parts_of(model, 4)
-    detector = assemble(model, chains)
+    detector = QuantizedDetector(model, chains)
     names = {name for name, _ in detector.named_parameters()}
     assert not any(name.startswith(("backbone", "neck")) for name in names)
     assert detector.roi_head is model.roi_head
@@ -154,20 +154,13 @@ def test_only_the_layers_of_the_heads_are_the_detectors_own() -> None:
 
 
 def test_images_come_one_by_one_and_with_their_sizes() -> None:
-    detector = assemble(build(KINDS["mask"]), {})
+    detector = QuantizedDetector(build(KINDS["mask"]), {})
     image, meta = sample(64, 64)
     with pytest.raises(DataError, match="one image at a time, and this is a batch of 2"):
         detector.predict(torch.cat([image, image]), meta)
     del meta["scale_factor"], meta["ori_shape"]
     with pytest.raises(DataError, match="without ori_shape, scale_factor"):
         detector.predict(image, meta)
-
-
-def test_a_model_without_heads_is_no_detector() -> None:
-    model = build(KINDS["mask"])
-    del model.rpn_head
-    with pytest.raises(ModelError, match="MaskRCNN without rpn_head is not supported"):
-        assemble(model, {})
 
 
 WHERE = {
@@ -184,7 +177,7 @@ def test_numbers_that_are_none_are_not_less_to_find(what: str, value: float) -> 
     """mmdet leaves out boxes and scores that are NaN, and says nothing."""
     model = build(KINDS["cascade"])
     image, meta = sample(64, 96)
-    detector = assemble(model, {})
+    detector = QuantizedDetector(model, {})
     detector.predict(image, meta)
     layer = model.get_submodule(WHERE[what])
     layer.bias.data[0] = value

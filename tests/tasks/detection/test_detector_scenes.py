@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from coco_fakes import write_scenes
 from PIL import Image
 
 from tasks.common.digits import PARTS, load_digits, split_digits
@@ -43,7 +44,7 @@ def slow_layers(scene: scenes.Scene) -> np.ndarray:
 @pytest.mark.parametrize("part", PARTS)
 def test_data_are_those_of_the_fingerprint(part: str) -> None:
     assert len(coco_files.scenes_of(part)) == COUNTS[part]
-    assert coco_files.fingerprint(part) == FINGERPRINTS[part]
+    assert coco_files.fingerprint_of(coco_files.scenes_of(part)) == FINGERPRINTS[part]
 
 
 def test_fingerprint_depends_on_pixels_and_on_masks() -> None:
@@ -158,9 +159,9 @@ def test_other_pictures_of_the_digits_can_be_composed() -> None:
 def test_files_are_a_data_set_in_cocos_format(tmp_path: Path) -> None:
     from pycocotools.coco import COCO
 
-    path = coco_files.write_part(tmp_path, "val")
-    assert path == tmp_path / "annotations" / "instances_val.json" == coco_files.annotation_file(tmp_path, "val")
-    assert json.loads(path.read_text()) == coco_files.coco_dict("val")
+    path = write_scenes(tmp_path, "val", coco_files.scenes_of("val"))
+    assert path == tmp_path / "annotations" / "instances_val.json"
+    assert json.loads(path.read_text()) == coco_files.annotations_of(coco_files.scenes_of("val"))
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO(str(path))
     assert [category["name"] for category in coco.loadCats(coco.getCatIds())] == list("0123456789")
@@ -186,9 +187,8 @@ def test_files_are_a_data_set_in_cocos_format(tmp_path: Path) -> None:
             assert annotation["iscrowd"] == 0
 
 
-def test_unknown_parts_are_explained(tmp_path: Path) -> None:
-    for call in (coco_files.coco_dict, coco_files.fingerprint, lambda part: coco_files.write_part(tmp_path, part)):
-        with pytest.raises(ValueError, match="of the digit scenes for detection; possible parts: train, val, test"):
-            call("validation")
+def test_unknown_parts_are_explained() -> None:
+    with pytest.raises(ValueError, match="of the digit scenes for detection; possible parts: train, val, test"):
+        coco_files.scenes_of("validation")
     with pytest.raises(ValueError, match="possible parts"):
         next(scenes.draw_scenes("validation", 1, np.random.default_rng(0)))

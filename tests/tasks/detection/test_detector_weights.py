@@ -20,8 +20,7 @@ from tasks.common.hashing import file_sha256
 from tasks.common.request import ModelRequest
 from tasks.common.weights import read_weights
 from tasks.detection.configs import build, published_config
-from tasks.detection.keys import adapted, merging_order, of_mmdet
-from tasks.detection.models import load_model
+from tasks.detection.models import adapted, load_model, merging_order, of_mmdet
 
 pytestmark = pytest.mark.slow
 

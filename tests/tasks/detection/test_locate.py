@@ -9,10 +9,17 @@ import pytest
 from coco_fakes import tiny, write_images, write_json, write_root
 
 from fimaq_core.errors import DataError
+from tasks.detection import coco
 from tasks.detection.coco import DetectionSource, open_coco, open_file
 
-COUNTS = {"train": 4, "val": 4}
 Rename = Callable[[str], str]
+
+
+@pytest.fixture(autouse=True)
+def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The data of these tests count as COCO 2017."""
+    monkeypatch.setattr(coco, "COUNTS", {"train": 4, "val": 4})
+    monkeypatch.setattr(coco, "CATEGORIES", 3)
 
 
 def content(rename: Rename) -> dict[str, Any]:
@@ -33,9 +40,9 @@ def named(root: Path, rename: Rename) -> Path:
 )
 def test_every_form_gives_the_same_data(form: str, tmp_path: Path) -> None:
     root = write_root(tmp_path / "coco", tiny())
-    expected = open_coco(root, "val", COUNTS, 3)
+    expected = open_coco(root, "val")
     path = named(root, lambda name: form.format(name=name, root=root))
-    for found in (open_coco(root, "val", COUNTS, 3), open_file(path)):
+    for found in (open_coco(root, "val"), open_file(path)):
         assert (found.image_ids, found.split, found.root) == (expected.image_ids, "val2017", root)
         assert found.fingerprint == expected.fingerprint
         assert (found.read(3) == expected.read(3)).all()
@@ -43,7 +50,7 @@ def test_every_form_gives_the_same_data(form: str, tmp_path: Path) -> None:
 
 def test_forms_may_be_mixed(tmp_path: Path) -> None:
     root = write_root(tmp_path / "coco", tiny())
-    expected = open_coco(root, "val", COUNTS, 3).image_ids
+    expected = open_coco(root, "val").image_ids
     path = named(root, lambda name: {"4": name, "3": f"val2017/{name}"}.get(name[-5], f"{root}/val2017/{name}"))
     assert open_file(path).image_ids == expected
 
@@ -76,7 +83,7 @@ def test_paths_out_of_the_data_are_refused(tmp_path: Path) -> None:
             open_file(named(root, form.format))
     outside = named(root, lambda name: f"{tmp_path}/other/{name}")
     with pytest.raises(DataError, match=r"names 4 images outside of the data's folder .*/coco, such as"):
-        open_coco(root, "val", COUNTS, 3)
+        open_coco(root, "val")
     with pytest.raises(DataError, match=r"images of .* are not there"):
         open_file(outside)
     some = named(root, lambda name: f"{tmp_path}/other/{name}" if name[-5] == "3" else name)
@@ -86,13 +93,13 @@ def test_paths_out_of_the_data_are_refused(tmp_path: Path) -> None:
 
 def test_a_name_of_several_files(tmp_path: Path) -> None:
     root = write_root(tmp_path / "coco", tiny())
-    expected = open_coco(root, "val", COUNTS, 3)
+    expected = open_coco(root, "val")
     name = "000000000003.png"
     (root / name).write_bytes((root / "val2017" / name).read_bytes())
-    assert open_coco(root, "val", COUNTS, 3).image_ids == expected.image_ids
+    assert open_coco(root, "val").image_ids == expected.image_ids
     (root / name).write_bytes(b"another")
     with pytest.raises(DataError, match=r"names the image '0+3.png', which stands for different files: .* and .*/coco/0+3"):
-        open_coco(root, "val", COUNTS, 3)
+        open_coco(root, "val")
 
 
 def test_an_image_under_two_names(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from coco_fakes import (
     annotation,
     ellipse,
     encoded,
+    evaluate_detector,
     guesses,
     in_memory,
     random_coco,
@@ -31,9 +32,8 @@ from tasks.common import registry
 from tasks.common.examples import FOUND, TRUTHS, ObjectSample, read_examples
 from tasks.common.request import DataRequest, ModelRequest
 from tasks.detection.coco import open_demo, open_file
-from tasks.detection.evaluate import coco_results, evaluate_detector
+from tasks.detection.evaluate import Detections, coco_results
 from tasks.detection.example_objects import detection_examples, outlines
-from tasks.detection.matching import Detections
 from tasks.detection.pictures import pictures
 from tasks.detection.task import TASK
 
@@ -194,7 +194,7 @@ def test_found_is_what_the_detector_predicts(cells: dict[str, Any]) -> None:
             x1, y1, x2, y2 = predicted.bboxes[number].tolist()
             assert item.box == pytest.approx([x1, y1, x2 - x1, y2 - y1], abs=0.02)
             assert item.score == pytest.approx(float(predicted.scores[number]), abs=1e-6)
-            assert item.name == source.categories[int(predicted.labels[number])]
+            assert item.name == source.coco["categories"][int(predicted.labels[number])]["name"]
             mask = predicted.masks[number].numpy()
             if mask.sum() > 30:
                 grown = filled(item.polygons, *mask.shape)
@@ -239,7 +239,7 @@ def test_pictures_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert image.mode == "RGB"
         assert np.array_equal(np.asarray(image), np.asarray(Image.open(root / name)))
     monkeypatch.setattr("tasks.detection.coco.COUNTS", {"val": 4})
-    monkeypatch.setattr("tasks.detection.coco.open_coco.__defaults__", (None, 3, None))
+    monkeypatch.setattr("tasks.detection.coco.CATEGORIES", 3)
     assert np.array_equal(np.asarray(pictures(SWIN, DataRequest(root), ids[3:])[ids[3]]), np.asarray(Image.open(root / ids[3])))
 
 

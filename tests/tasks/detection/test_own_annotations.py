@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from coco_fakes import write_scenes
 from detection_runs import MODEL, command, record_of
 from PIL import Image
 from safetensors.torch import load_file
@@ -42,7 +43,7 @@ def content(scenes: tuple[Any, ...]) -> Content:
 @pytest.fixture(scope="module")
 def place(scenes: tuple[Any, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("own")
-    coco_files.write_scenes(root, "val", scenes)
+    write_scenes(root, "val", scenes)
     return root
 
 

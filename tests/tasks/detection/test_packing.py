@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fimaq_core.errors import ModelError
-from tasks.detection.packing import pack, packed_channels, unpack
+from tasks.detection.neck import pack, unpack
 
 
 @pytest.mark.parametrize("channels", [[3, 5, 2, 4], [6, 1], [7]])
@@ -13,7 +13,7 @@ def test_unpacking_gives_what_was_packed(channels: list[int], height: int, width
     last = len(channels) - 1
     maps = [torch.randn(2, c, height * 2 ** (last - i), width * 2 ** (last - i)) for i, c in enumerate(channels)]
     packed = pack(maps)
-    assert packed.shape == (2, packed_channels(channels), height, width)
+    assert packed.shape == (2, sum(c * 4 ** (last - i) for i, c in enumerate(channels)), height, width)
     assert packed.numel() == sum(one.numel() for one in maps)
     for found, expected in zip(unpack(packed, channels), maps, strict=True):
         assert torch.equal(found, expected)

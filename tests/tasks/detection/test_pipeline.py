@@ -9,10 +9,8 @@ import torch
 from coco_fakes import pixels
 from PIL import Image
 
-from fimaq_core.errors import RecipeError
-from fimaq_core.recipe import Recipe
 from tasks.detection import mm
-from tasks.detection.pipeline import Pipeline, calibration_pipeline
+from tasks.detection.models import Pipeline
 
 MEAN, STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
 RESIZE = {"scale": (1333, 800), "keep_ratio": True}
@@ -80,10 +78,3 @@ def test_the_model_keeps_its_own_preprocessor() -> None:
     assert torch.equal(pipeline.preprocessor.mean, preprocessor().mean)
     image, _ = pipeline(pixels(40, 50, 0))
     assert image.dtype == torch.float32
-
-
-def test_calibration_takes_the_transform_of_the_evaluation() -> None:
-    pipeline = Pipeline(preprocessor(), RESIZE)
-    assert calibration_pipeline(pipeline, Recipe(calibration_transform="eval")) is pipeline
-    with pytest.raises(RecipeError, match="calibration_transform must be eval, not train"):
-        calibration_pipeline(pipeline, Recipe(calibration_transform="train"))

@@ -11,7 +11,7 @@ from torchvision.ops import roi_align
 import tasks.detection.mm as mm
 from fimaq_core.samples import Ragged
 from tasks.detection import roi
-from tasks.detection.detector import assemble
+from tasks.detection.detector import QuantizedDetector
 from tasks.detection.roi import class_logits_on, float_proposals, roi_inputs, roi_parts
 
 CPU = torch.device("cpu")
@@ -61,7 +61,7 @@ def test_heads_see_what_they_see_at_prediction(kind: str) -> None:
 def test_an_assembled_float_detector_gives_the_same() -> None:
     model = build(KINDS["mask"])
     images, metas = samples()
-    expected, found = roi_inputs(model, images, metas, CPU), roi_inputs(assemble(model, {}), images, metas, CPU)
+    expected, found = roi_inputs(model, images, metas, CPU), roi_inputs(QuantizedDetector(model, {}), images, metas, CPU)
     assert all(torch.equal(a, b) for name in expected for a, b in zip(expected[name], found[name], strict=True))
 
 

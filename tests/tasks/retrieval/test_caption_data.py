@@ -6,6 +6,7 @@ import shutil
 import sys
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,15 +16,23 @@ import pytest
 from caption_fakes import colour_of, karpathy_entries, loaded, write_csv, write_images, write_karpathy
 from PIL import Image
 
+import tasks.retrieval.files as caption_files
 from fimaq_core.errors import DataError
 from tasks.common.calibration import positions_of
 from tasks.common.folders import open_folder
 from tasks.common.request import DataRequest
-from tasks.retrieval import karpathy
-from tasks.retrieval.captions import imagenet_pairs, open_captions, open_pairs
-from tasks.retrieval.karpathy import COCO, FLICKR30K, Counts, Published, open_karpathy
-from tasks.retrieval.layout import KINDS
+from tasks.retrieval.captions import (
+    COCO,
+    FLICKR30K,
+    Counts,
+    Published,
+    imagenet_pairs,
+    open_captions,
+    open_pairs,
+    open_published,
+)
 from tasks.retrieval.pairs import PairSource
+from tasks.retrieval.tags import KINDS
 
 SMALL_COCO = {"train": Counts(4), "restval": Counts(1), "val": Counts(1), "test": Counts(2, 11)}
 SMALL_FLICKR = {"train": Counts(5), "val": Counts(1, 5), "test": Counts(2, 11)}
@@ -109,7 +118,7 @@ def test_karpathy_files_against_a_plain_reading(
     if published is FLICKR30K:  # which has no restval
         path = tmp_path / published.file
         path.write_text(path.read_text().replace("restval", "train"))
-    found = open_karpathy(tmp_path, published, part, counts)
+    found = open_published(tmp_path, replace(published, counts=counts), part)
     expected = []
     for entry in json.loads((tmp_path / published.file).read_text())["images"]:
         if entry["split"] == part:
@@ -117,7 +126,6 @@ def test_karpathy_files_against_a_plain_reading(
             expected += [(place, sentence["raw"]) for sentence in entry["sentences"]]
     assert pairs_of(found) == expected
     assert found.split == f"Karpathy {part}"
-    assert found.name == f"captions-{len(found.image_ids)}-images"  # other counts, no published name
     for index, name in enumerate(found.image_ids):
         assert found.read(index).getpixel((3, 3)) == colour_of(Path(name).name)
         assert found.read(index).mode == "RGB"
@@ -136,9 +144,10 @@ def test_small_data_are_refused_under_published_names(tmp_path: Path, file: str,
 def test_captions_and_unexpected_splits_are_counted_too(tmp_path: Path) -> None:
     write_karpathy(tmp_path, COCO.file)
     with pytest.raises(DataError, match="test has 11 captions instead of 10"):
-        open_karpathy(tmp_path, COCO, "test", {**SMALL_COCO, "test": Counts(2, 10)})
+        open_published(tmp_path, replace(COCO, counts={**SMALL_COCO, "test": Counts(2, 10)}), "test")
+    fewer = {name: count for name, count in SMALL_COCO.items() if name != "restval"}
     with pytest.raises(DataError, match="restval has 1 images instead of 0"):
-        open_karpathy(tmp_path, COCO, "test", {name: count for name, count in SMALL_COCO.items() if name != "restval"})
+        open_published(tmp_path, replace(COCO, counts=fewer), "test")
 
 
 @pytest.mark.parametrize("published", [COCO, FLICKR30K])
@@ -148,7 +157,7 @@ def test_published_counts_get_the_published_name(tmp_path: Path, monkeypatch: py
         captions = count.captions or count.images
         shares = [captions // count.images + (number < captions % count.images) for number in range(count.images)]
         splits[split] = [(f"{split}{number}.jpg", ("text",) * share) for number, share in enumerate(shares)]
-    monkeypatch.setattr(karpathy, "read_karpathy", lambda path: splits)
+    monkeypatch.setattr("tasks.retrieval.captions.read_captions", lambda path: splits)
     (tmp_path / published.file).touch()
     for number in range(published.counts["test"].images):
         (tmp_path / f"test{number}.jpg").touch()
@@ -168,15 +177,15 @@ def test_published_counts_get_the_published_name(tmp_path: Path, monkeypatch: py
 def test_a_file_is_parsed_once_while_it_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_karpathy(tmp_path, COCO.file)
     calls: list[str] = []
-    parse = karpathy.parse_json
-    monkeypatch.setattr(karpathy, "parse_json", lambda *given: calls.append(given[1]) or parse(*given))
+    parse = caption_files.parse_json
+    monkeypatch.setattr(caption_files, "parse_json", lambda *given: calls.append(given[1]) or parse(*given))
     for part in ("train", "test", "train"):
-        open_karpathy(tmp_path, COCO, part, SMALL_COCO)
+        open_published(tmp_path, replace(COCO, counts=SMALL_COCO), part)
     assert len(calls) == 1
     entries = karpathy_entries(coco=True)
     entries[6]["sentences"][0]["raw"] = "Another text altogether."
     (tmp_path / COCO.file).write_text(json.dumps({"images": entries}))
-    assert "Another text altogether." in open_karpathy(tmp_path, COCO, "test", SMALL_COCO).captions
+    assert "Another text altogether." in open_published(tmp_path, replace(COCO, counts=SMALL_COCO), "test").captions
     assert len(calls) == 2
 
 
@@ -447,8 +456,8 @@ def test_absent_folders_of_images(tmp_path: Path) -> None:
     write_karpathy(tmp_path, COCO.file)
     shutil.rmtree(tmp_path / "train2014")
     with pytest.raises(DataError, match=r"names 4 images of the split 'Karpathy train' .*such as 'train2014/0.png'"):
-        open_karpathy(tmp_path, COCO, "train", SMALL_COCO)
-    assert len(open_karpathy(tmp_path, COCO, "test", SMALL_COCO).image_ids) == 2
+        open_published(tmp_path, replace(COCO, counts=SMALL_COCO), "train")
+    assert len(open_published(tmp_path, replace(COCO, counts=SMALL_COCO), "test").image_ids) == 2
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])

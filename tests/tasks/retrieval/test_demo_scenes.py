@@ -18,7 +18,7 @@ from torch import nn
 from fimaq_core.errors import ModelError
 from tasks.common.augment import RandomDigitWarp
 from tasks.common.digits import PARTS, load_digits, split_digits
-from tasks.retrieval.demo import captions, models, scenes, tokens
+from tasks.retrieval.demo import models, scenes, tokens
 
 COUNTS = {"train": 4096, "val": 500, "test": 1000}
 FINGERPRINTS = {
@@ -213,12 +213,12 @@ def test_merges_of_a_small_text_are_the_most_frequent_pairs() -> None:
 
 
 def test_captions_differ_where_facts_do() -> None:
-    pairs = [(0, 0, captions.fact_of(3, 0), captions.fact_of(7, 1)), (0, 0, captions.fact_of(3, 1), captions.fact_of(7, 0))]
+    pairs = [(0, 0, scenes.fact_of(3, 0), scenes.fact_of(7, 1)), (0, 0, scenes.fact_of(3, 1), scenes.fact_of(7, 0))]
     order = (3, 0, 2, 1)
-    written = [captions.write_caption(facts, order, form) for facts in pairs for form in range(captions.NUM_FORMS)]
+    written = [scenes.write_caption(facts, order, form) for facts in pairs for form in range(scenes.NUM_FORMS)]
     assert written[0] == "a large seven bottom right and a small three bottom left"
     assert written[3] == "bottom right: large seven; bottom left: small three"
-    assert len(set(written)) == 2 * captions.NUM_FORMS
+    assert len(set(written)) == 2 * scenes.NUM_FORMS
     assert [parse(text) for text in written[:4]] == [{3: (7, True), 2: (3, False)}] * 4
 
 

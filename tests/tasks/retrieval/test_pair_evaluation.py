@@ -16,8 +16,7 @@ from fimaq_core.progress import Progress, Report, silent
 from tasks.common.images import Images
 from tasks.common.record import Dataset
 from tasks.common.task import Evaluation
-from tasks.retrieval.embeddings import normalised
-from tasks.retrieval.evaluate import evaluate_pairs, truncated
+from tasks.retrieval.evaluate import evaluate_pairs, normalised, truncated
 
 CPU = torch.device("cpu")
 
