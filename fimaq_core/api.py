@@ -32,6 +32,7 @@ from fimaq_core.reconstruction.kept import log_facts, read_log
 from fimaq_core.reconstruction.mlp import use_relu
 from fimaq_core.reconstruction.reconstruct import ReconstructionLog
 from fimaq_core.reconstruction.tape import Placement
+from fimaq_core.samples import Samples
 
 #: Recipe fields that count images, with the smallest number each takes.
 _COUNTS = {
@@ -159,7 +160,7 @@ def quantize(
     with progress_bars() if progress else nullcontext(silent) as report:
         log = quantize_chain(
             chain,
-            x,
+            Samples(x),
             recipe,
             ClassifierDivergence(recipe.temperature) if divergence is None else divergence,
             Resources(report, placement),

@@ -15,8 +15,7 @@ from fimaq_core.checkpoint import Fingerprint, load_checkpoint, read_header, sav
 from fimaq_core.errors import CheckpointError
 from fimaq_core.files import remove
 from fimaq_core.fisher.divergence import Divergence
-from fimaq_core.layers import QuantLinear, decide_roundings, quant_layers, set_quantized
-from fimaq_core.layers.layers import fold_shift
+from fimaq_core.layers import QuantLinear, decide_roundings, fold_shift, quant_layers, set_quantized
 from fimaq_core.progress import Report, silent
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction.engines import Engine, EngineChoice

@@ -1,7 +1,11 @@
 """What a run tells its caller while it works."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import SupportsFloat
+
+from fimaq_core.errors import NumericsError
 
 #: Up to so many optimisation steps per block, each of them is reported.
 FEW_STEPS = 10
@@ -11,8 +15,9 @@ FEW_STEPS = 10
 class Progress:
     """A moment of a run: ``done`` of ``total`` units of ``stage``, inside ``block`` where there is one.
 
-    ``loss`` is that of the optimisation step just made, None elsewhere. ``tape_bytes`` are those of
-    the tape behind a finished block, None elsewhere.
+    Attributes:
+        loss: of the optimisation step just made, else None.
+        tape_bytes: of the tape behind a finished block, else None.
     """
 
     stage: str
@@ -28,3 +33,27 @@ Report = Callable[[Progress], None]
 
 def silent(_: Progress) -> None:
     """Report to nobody."""
+
+
+def losses_to(report: Report, begin: Progress, steps: int, what: str, advice: str) -> Callable[[int, SupportsFloat], None]:
+    """Make a function that reports the loss of a step (from 1) now and then.
+
+    It raises NumericsError, with the ``advice``, for a loss that is NaN or infinite.
+
+    Args:
+        begin: the moment before the first step.
+        steps: number of steps.
+        what: the loss, for the message.
+    """
+
+    def tick(step: int, loss: SupportsFloat) -> None:
+        # Reading the loss makes a GPU wait, so it happens rarely; a few steps are for finding out
+        # how long one takes.
+        if step % 50 and step != steps and steps > FEW_STEPS:
+            return
+        value = float(loss)
+        if not math.isfinite(value):
+            raise NumericsError(f"{begin.block}: {what} is {value}; {advice}.")
+        report(Progress(begin.stage, begin.done + step, begin.total, begin.block, value))
+
+    return tick

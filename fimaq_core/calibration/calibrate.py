@@ -15,11 +15,11 @@ from fimaq_core.layers import QuantConv2d, QuantConvTranspose2d, QuantLayer, Qua
 from fimaq_core.progress import Progress, Report, silent
 from fimaq_core.quantizers.affine import AffineQuantizer
 from fimaq_core.recipe import OFF, Recipe
-from fimaq_core.samples import Ragged, Samples, batches, first, joined
+from fimaq_core.samples import Samples
 
 
 @torch.no_grad()
-def calibrate(chain: BlockChain, images: Samples, recipe: Recipe, report: Report = silent, batch_size: int = 32) -> None:
+def calibrate(chain: BlockChain, images: Samples | Tensor, recipe: Recipe, report: Report = silent, batch_size: int = 32) -> None:
     """Set all ranges of ``chain``, in place. Afterwards its layers are switched to their quantized form.
 
     Every layer is calibrated on what it sees in the full-precision model, so each block runs once. LayerNorm
@@ -50,16 +50,16 @@ def calibrate(chain: BlockChain, images: Samples, recipe: Recipe, report: Report
     if not any(quantizes(layer) for _, layer in quant_layers(chain)):
         set_quantized(chain, True)
         return
-    x = first(images, recipe.range_images)
-    x = Ragged([sample for sample in x if len(sample)]) if isinstance(x, Ragged) else x.to(device)
-    samples = len(x) if isinstance(x, Ragged) else None
-    sides = [None if chain.side is None else chain.side_of(part.to(device)) for part in batches(x, batch_size)]
+    x = Samples.of(images).first(recipe.range_images)
+    x = Samples([sample for sample in x if len(sample)]) if x.varying else x.to(device)
+    samples = len(x) if x.varying else None
+    sides = [chain.side_of(part.to(device)) for part in x.batches(batch_size)]
     kept: list[Kept] = [()] * len(sides)
     for index, segment in enumerate(chain):
         report(Progress("calibrate", index, len(chain), segment.label))
         captured = Capture(segment, recipe, samples)
         outputs = []
-        for number, part in enumerate(batches(x, batch_size)):
+        for number, part in enumerate(x.batches(batch_size)):
             output = segment(part.to(device), sides[number], tuple(one.to(device) for one in kept[number]))
             if samples is not None:
                 captured.settle()
@@ -69,7 +69,7 @@ def calibrate(chain: BlockChain, images: Samples, recipe: Recipe, report: Report
         for name, layer in captured.layers.items():
             _calibrate_layer(segment, name, layer, captured.inputs(name), recipe)
             captured.forget(name)
-        x = joined(outputs, like=x) if outputs else x
+        x = x.joined(outputs) if outputs else x
         if not any(chain.segment(later).takes_kept for later in range(index + 1, len(chain))):
             kept = [()] * len(sides)
     report(Progress("calibrate", len(chain), len(chain)))
@@ -79,16 +79,14 @@ def calibrate(chain: BlockChain, images: Samples, recipe: Recipe, report: Report
 def _calibrate_layer(segment: Segment, name: str, layer: QuantLayer, seen: tuple[Tensor, ...], recipe: Recipe) -> None:
     """Set the ranges of the layer ``name`` of a segment's block from its full-precision inputs."""
     percentile = recipe.range_search == "percentile"
-    if isinstance(layer, QuantConv2d | QuantConvTranspose2d):
-        _calibrate_convolution(segment, layer, seen, recipe)
-    elif isinstance(layer, QuantMatMul):
+    if isinstance(layer, QuantMatMul):
         if percentile:
             matmul_percentiles(layer, seen[0], seen[1])
         elif isinstance(layer.a_quantizer, AffineQuantizer):
             calibrate_matmul(layer, seen[0], seen[1], recipe)
         else:
             calibrate_after_softmax(layer, seen[0], seen[1], recipe)
-    else:
+    elif isinstance(layer, QuantLinear):
         x, common = _reparameterized(segment, name, layer, seen[0], recipe)
         if percentile:
             linear_percentiles(layer, x, common)
@@ -98,23 +96,18 @@ def _calibrate_layer(segment: Segment, name: str, layer: QuantLayer, seen: tuple
             calibrate_after_gelu(layer, x, recipe)
         if recipe.refit:
             reduce_linear_error(layer, x, recipe)
-
-
-def _calibrate_convolution(
-    segment: Segment, layer: QuantConv2d | QuantConvTranspose2d, seen: tuple[Tensor, ...], recipe: Recipe
-) -> None:
-    embeds = segment.kind == "patch_embed" and isinstance(layer, QuantConv2d)
-    x = seen[0] if len(seen) == 1 else seen
-    if recipe.range_search == "percentile":
-        conv_percentiles(layer, x)
-    elif embeds:
-        assert isinstance(layer, QuantConv2d)
-        calibrate_conv(layer, x, recipe)
     else:
-        calibrate_conv_by_own_error(layer, x, recipe)
-    if recipe.refit and embeds:
-        assert isinstance(layer, QuantConv2d)
-        reduce_conv_error(layer, x, recipe)
+        assert isinstance(layer, QuantConv2d | QuantConvTranspose2d)
+        inputs = seen[0] if len(seen) == 1 else seen
+        embedding = layer if isinstance(layer, QuantConv2d) and segment.kind == "patch_embed" else None
+        if percentile:
+            conv_percentiles(layer, inputs)
+        elif embedding is not None:
+            calibrate_conv(embedding, inputs, recipe)
+        else:
+            calibrate_conv_by_own_error(layer, inputs, recipe)
+        if recipe.refit and embedding is not None:
+            reduce_conv_error(embedding, inputs, recipe)
 
 
 def _reparameterized(

@@ -16,8 +16,8 @@ class Divergence:
     """A task's measure of how far outputs are from the full-precision ones.
 
     Attributes:
-        batch: how many samples in a row share a batch, where it compares samples with each other; None where each sample's
-            part is its own, so that batches do not matter.
+        batch: how many samples in a row are compared with each other; None where each sample's part
+            is its own, so that batches do not matter.
     """
 
     batch: int | None = None
@@ -26,7 +26,7 @@ class Divergence:
         """What the outputs of all samples are compared with, row by row: (n, ...).
 
         Args:
-            outputs: (n, ...) what the full-precision model gives.
+            outputs: (n, ...) of the full-precision model.
         """
         return outputs
 
@@ -34,7 +34,7 @@ class Divergence:
         """Return the divergence, a scalar: the mean over the batch.
 
         Args:
-            outputs: (B, ...) what the model gives.
+            outputs: (B, ...) of the model.
             reference: (B, ...) rows of :meth:`reference` for the same samples.
         """
         raise NotImplementedError

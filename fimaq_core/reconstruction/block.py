@@ -11,12 +11,11 @@ from fimaq_core.layers import decide_roundings, set_quantized
 from fimaq_core.numerics import tf32_allowed
 from fimaq_core.quantizers.dropping import draw_keys
 from fimaq_core.recipe import Recipe
-from fimaq_core.reconstruction.engines import FORMS, Engine, make_step
+from fimaq_core.reconstruction.engines import FORMS, STEPS, Engine
 from fimaq_core.reconstruction.objective import Objective
 from fimaq_core.reconstruction.schedule import Schedule, block_generator
 from fimaq_core.reconstruction.state import BlockState, run_block
 from fimaq_core.reconstruction.tape import Tape
-from fimaq_core.samples import Ragged
 
 
 class BlockTrainer:
@@ -29,8 +28,7 @@ class BlockTrainer:
         recipe: schedule and rates.
         seed: of batches, input mixing and dropping, together with the block's label.
         engine: how steps run.
-        on_pass: called with True before and with False after each Fisher pass, and with the number of
-            steps done.
+        on_pass: called before (True) and after (False) each Fisher pass, with the steps done.
 
     Attributes:
         state: the variables.
@@ -51,13 +49,11 @@ class BlockTrainer:
         self._on_pass = on_pass
         set_quantized(segment.block, True)
         self.state = BlockState(segment, recipe.learn_scales)
-        generator = block_generator(seed, segment.label)
-        device = tape.storage.device
-        self.schedule = Schedule.build(
-            recipe, len(tape.full), self.state.layout.streams, generator, device, isinstance(tape.full, Ragged)
-        )
+        generator, streams = block_generator(seed, segment.label), self.state.layout.streams
+        self.schedule = Schedule.build(recipe, len(tape.full), streams, generator, tape.storage.device, tape.full.varying)
         self._pass_generator = block_generator(seed, f"{segment.label}/fisher")
-        self._step = make_step(engine, segment, self.state, tape, objective, recipe, self.schedule)
+        self.state.attach(FORMS[engine], recipe.activation_prob)
+        self._step = STEPS[engine](segment, self.state, tape, objective, recipe, self.schedule)
 
     def step(self, number: int) -> Tensor:
         """Do step ``number`` (from 0) and return its loss, a scalar on the device that later steps may overwrite."""
@@ -117,11 +113,11 @@ def optimise_block(
 
     Args:
         on_pass: see :class:`BlockTrainer`.
-        tick: called after every step with its number (from 1) and its loss, still on the device.
+        tick: called after every step with its number (from 1) and its loss, still on the device;
+            refuses one that is not finite.
 
     Returns:
-        The last loss (a detached scalar), and the number of learned scales at or near their
-        lower bound.
+        The last loss (a scalar), and the number of learned scales at or near their lower bound.
 
     Raises:
         NumericsError: the loss or a scale became NaN or infinite.
@@ -132,8 +128,6 @@ def optimise_block(
         loss = trainer.step(number)
         tick(number + 1, loss)
     loss = loss.clone()
-    if not bool(torch.isfinite(loss)):
-        raise NumericsError(f"{segment.label}: the reconstruction loss is {float(loss)}; lower the learning rates.")
     near_floor = trainer.finish()
     decide_roundings(segment.block)
     return loss, near_floor

@@ -1,4 +1,4 @@
-"""Figures of a reconstructed block: how far its output is from full precision, and how its loss weighed errors.
+"""Figures of a reconstructed block: its output's error, and how its loss weighed errors.
 
 Sums are float64, batch by batch, of tensors that are there anyway.
 """
@@ -6,15 +6,11 @@ Sums are float64, batch by batch, of tensors that are there anyway.
 import torch
 from torch import Tensor
 
-from fimaq_core.samples import Samples, batches
+from fimaq_core.samples import Samples
 
 
 class OutputError:
-    """Sums up ``||q - f||² / ||f||²`` over batches of outputs q and what they should be, f.
-
-    Args:
-        device: of the batches.
-    """
+    """Sums up ``||q - f||² / ||f||²`` over batches of outputs q and their targets f, on ``device``."""
 
     def __init__(self, device: torch.device) -> None:
         self._error, self._size = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(2))
@@ -27,14 +23,14 @@ class OutputError:
 
     @property
     def relative(self) -> float:
-        """The error so far; infinite or NaN where f is zero and q is not, or a value is not finite."""
+        """The error so far; infinite or NaN where only f is zero, or a value is not finite."""
         error, size = float(self._error), float(self._size)
         return 0.0 if error == 0 else (error / size if size else float("inf"))
 
 
 def squared_sum(values: Tensor) -> Tensor:
     """Σ values², a float64 scalar."""
-    # Some at a time: in float64 a batch of maps would take as much memory as the block that made it.
+    # In pieces: in float64 a batch of maps would take as much memory as the block that made it.
     parts = torch.split(values.flatten(), 2**22)
     return torch.stack([part.double().square_().sum() for part in parts]).sum()
 
@@ -42,7 +38,7 @@ def squared_sum(values: Tensor) -> Tensor:
 def mean_of(samples: Samples, batch_size: int, squared: bool = False) -> float:
     """The mean of all values of ``samples`` (n, N), or of their squares."""
     total, count = 0.0, 0
-    for part in batches(samples, batch_size):
+    for part in samples.batches(batch_size):
         total += float(squared_sum(part) if squared else part.sum(1).double().sum())
         count += part.numel()
     return total / count

@@ -1,6 +1,6 @@
 """The loss of a block over a step's batch, each part over its own start value. Pure functions of tensors."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -12,16 +12,16 @@ from fimaq_core.fisher.divergence import Measure, kl_divergence
 
 
 class Batch(NamedTuple):
-    """What the steps read of the calibration images: rows of all, (n, ...), or of one batch, (B, ...).
+    """What the steps read of the samples: of all, (n, ...), or of one batch, (B, ...).
 
     Attributes:
         full: the block's inputs in the full-precision model.
         prefix: the same with everything before quantized; None where inputs are not mixed.
         target: its full-precision outputs.
-        weights: (n, N) what weights each sample's errors; None for losses without.
-        reference: full-precision outputs of the whole model, for losses that compare predictions; else None.
-        side: the chain's side, for losses that run the rest of the model; else None.
-        kept: what the segments before have kept, for these losses.
+        weights: (n, N) what weighs each sample's errors; None for losses without.
+        reference: full-precision outputs of the whole model, for losses that compare predictions.
+        side: the chain's side, for these losses.
+        kept: what the segments before keep, for these losses.
     """
 
     full: Tensor
@@ -32,30 +32,24 @@ class Batch(NamedTuple):
     side: Tensor | None = None
     kept: Kept = ()
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        """``function`` of every tensor."""
+        single = [None if part is None else function(part) for part in self[:6]]
+        return Batch(*single, tuple(function(part) for part in self.kept))  # type: ignore[arg-type, call-arg]
 
-def batch_of(data: Batch, chosen: Tensor) -> Batch:
-    """The samples of these numbers, (B,) int64, where the tensors are."""
-    full, prefix, target, weights, reference, side = (None if part is None else part[chosen] for part in data[:6])
-    assert full is not None
-    assert target is not None
-    return Batch(full, prefix, target, weights, reference, side, tuple(part[chosen] for part in data.kept))
-
-
-def unpacked(parts: Sequence[Tensor | None]) -> Batch:
-    """The batch whose fields, those kept one by one at the end, are ``parts``."""
-    full, prefix, target, weights, reference, side, *kept = parts
-    assert full is not None
-    assert target is not None
-    return Batch(full, prefix, target, weights, reference, side, tuple(part for part in kept if part is not None))
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors in order."""
+        return [part for part in (*self[:6], *self.kept) if part is not None]
 
 
 class LossState(NamedTuple):
-    """What a loss rests on beside the batch. Tensors keep their addresses: passes change them in place.
+    """What a loss rests on beside the batch. Passes change the tensors in place.
 
     Attributes:
         starts: (parts,) what the parts are divided by; 0 where none has been taken yet.
-        gradients: (k, N) mean absolute gradients, zero rows for passes to come; for ``least_squares`` (1, N), u.
-        diagonal: (N,) their mean over the passes done; for ``least_squares`` h, for ``perturb_mean`` the Hessian.
+        gradients: (k, N) mean absolute gradients, zero for passes to come; ``least_squares``: (1, N), u.
+        diagonal: (N,) mean of the passes done; ``least_squares``: h, ``perturb_mean``: the Hessian.
         root: (k, k) root of (D Dᵀ)⁻¹, zero for passes to come.
     """
 
@@ -69,11 +63,9 @@ def block_loss(kind: str, weights: tuple[float, ...], output: Tensor, batch: Bat
     """Loss of a batch (a scalar), and the starts to go on with (parts,).
 
     Args:
-        kind: name of the loss, or ``head`` (KL of the classes, not divided by its start), or ``head_relative`` (divided).
+        kind: a loss, ``head`` (KL of the classes, not divided by its start) or ``head_relative``.
         weights: of its parts.
         output: (B, ...) the block's output with gradients.
-        batch: of the batch's samples.
-        state: see there.
     """
     if kind == "head":
         return kl_divergence(output, batch.target), state.starts
@@ -93,17 +85,17 @@ def prediction_loss(
 ) -> tuple[Tensor, Tensor]:
     """Squared error of the block plus the divergence of the model's prediction.
 
-    PD-Quant (Liu et al., CVPR 2023, arXiv:2212.07048). Its code adds the two as they are, with weights made for the sizes they
-    have in convolutional networks; here each is divided by its start, so that neither is lost in the other.
+    PD-Quant (Liu et al., CVPR 2023, arXiv:2212.07048). Its code adds the two as they are, with
+    weights made for their sizes in convolutional networks; here each is divided by its start, so
+    that neither is lost in the other.
 
     Args:
-        rest: from the block's output, the chain's side and what was kept to the model's output, in full precision.
-        divergence: of the task.
+        rest: from the block's output, side and kept to the model's output, in full precision.
         weights, output, batch, starts: as in :func:`block_loss`.
     """
     assert batch.reference is not None
     delta = (output - batch.target).flatten(1)
-    # At 8 bits it is some 1e-8, less than what float32's logarithms are off: a start could be many times too large or negative.
+    # At 8 bits it is about 1e-8, less than float32's logarithms are off: a start could be negative.
     far = divergence(rest(output, batch.side, batch.kept).double(), batch.reference.double()).float()
     return _over_starts([losses.squared_error(delta), far], weights, starts)
 
@@ -132,7 +124,7 @@ def _parts(kind: str, delta: Tensor, batch: Batch, state: LossState) -> list[Ten
 
 
 def _over_starts(parts: list[Tensor], weights: tuple[float, ...], starts: Tensor) -> tuple[Tensor, Tensor]:
-    """Weighted sum of the parts over their starts, and the starts; a part without a start takes its own value for it."""
+    """Weighted sum of the parts over their starts, and the starts; a part's first value is its start."""
     values = torch.stack(parts)
     now = values.detach()
     # A start of exactly zero (a block where nothing is quantized) must not turn into NaN.

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from fimaq_core.recipe import Recipe
-from fimaq_core.samples import Ragged
+from fimaq_core.samples import Samples
 from tasks.common.calibration import positions_of, read_list, take
 from tasks.common.files import id_below
 from tasks.common.images import Images
@@ -32,8 +32,8 @@ def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> C
         recipe: says how many, which, and how they are transformed.
 
     Returns:
-        ``images`` are a :class:`~fimaq_core.samples.Ragged` of (1, 3, H, W), and so are the ``inputs`` of the part
-        :data:`IMAGES_PART`; ``metas`` go with them.
+        ``images`` are :class:`~fimaq_core.samples.Samples` of varying shapes, (1, 3, H, W), and so
+        are the ``inputs`` of the part :data:`IMAGES_PART`; ``metas`` go with them.
 
     Raises:
         DataError: fewer images than asked for, a damaged image, a list that does not fit.
@@ -53,7 +53,7 @@ def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> C
     drawn, positions, skipped = take(images, range(len(ids)), recipe.calibration_images, recipe.seed)
     chosen = [ids[position] for position in positions]
     _, notes = source.orientations([order[position] for position in positions], "calibration images")
-    samples = Ragged([image for image, _ in drawn])
+    samples = Samples([image for image, _ in drawn])
     return CalibrationSet(
         samples,
         chosen,
@@ -66,7 +66,7 @@ def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> C
     )
 
 
-def _fingerprint(transform: str, ids: list[str], samples: Ragged) -> str:
+def _fingerprint(transform: str, ids: list[str], samples: Samples) -> str:
     """sha256 over transform, ids, shapes and values."""
     content: list[Any] = [transform, ids, [list(image.shape) for image in samples]]
     digest = hashlib.sha256(json.dumps(content).encode())

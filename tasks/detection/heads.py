@@ -7,7 +7,7 @@ from mmcv.cnn import Conv2d, ConvTranspose2d, Linear, is_norm
 from torch import Tensor, nn
 
 from fimaq_core.errors import ModelError
-from fimaq_core.layers import QuantConv2d, QuantConvTranspose2d, QuantLinear
+from fimaq_core.layers import FORMS, QuantConv2d, QuantConvTranspose2d, QuantLinear
 from fimaq_core.recipe import Recipe
 from tasks.detection.mm import (
     CascadeRoIHead,
@@ -24,11 +24,9 @@ _BOX_HEADS = (Shared2FCBBoxHead, Shared4Conv1FCBBoxHead, ConvFCBBoxHead)
 
 #: Quantizable forms of layers; mmcv wraps PyTorch's for empty inputs, which PyTorch takes by itself today.
 _FORMS: dict[type[nn.Module], Any] = {
-    nn.Linear: QuantLinear,
+    **FORMS,
     Linear: QuantLinear,
-    nn.Conv2d: QuantConv2d,
     Conv2d: QuantConv2d,
-    nn.ConvTranspose2d: QuantConvTranspose2d,
     ConvTranspose2d: QuantConvTranspose2d,
 }
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fimaq_core.chain import BlockChain, Segment
 from fimaq_core.layers import quant_layers
 from fimaq_core.recipe import Recipe
-from fimaq_core.samples import Ragged, Samples, batches
+from fimaq_core.samples import Samples
 from tasks.detection.detector import described
 from tasks.detection.heads import HeadOutputs, roi_heads, stages, swap_layers
 from tasks.detection.mm import bbox2roi
@@ -41,7 +41,7 @@ def roi_parts(model: nn.Module, recipe: Recipe) -> dict[str, BlockChain]:
 @torch.no_grad()
 def roi_inputs(
     model: nn.Module, images: Samples, metas: Sequence[Mapping[str, object]], device: torch.device, limit: int | None = None
-) -> dict[str, Ragged]:
+) -> dict[str, Samples]:
     """What each RoI head sees in the float model.
 
     Box heads see the float RPN's proposals, in a cascade those that the stages before have refined; mask heads see the
@@ -66,10 +66,10 @@ def roi_inputs(
     heads = roi_heads(model)
     model.to(device)
     kept: dict[str, list[Tensor]] = {name: [] for name in heads}
-    for image, meta in zip(batches(images, 1), metas, strict=True):
+    for image, meta in zip(images, metas, strict=True):
         for name, pooled in _pooled(model, heads, image.to(device), meta).items():
             kept[name].append(_thinned(pooled, limit).cpu())
-    return {name: Ragged(items) for name, items in kept.items()}
+    return {name: Samples(items) for name, items in kept.items()}
 
 
 @torch.no_grad()

@@ -24,8 +24,7 @@ from fimaq_core.calibration.special_layers import _search_heads, calibrate_after
 from fimaq_core.calibration.special_ranges import percentile_range
 from fimaq_core.chain import BlockChain
 from fimaq_core.fisher.divergence import ClassifierDivergence, kl_divergence
-from fimaq_core.layers import QuantConv2d, QuantLinear, QuantMatMul, quant_layers, set_quantized
-from fimaq_core.layers.layers import decide_rounding
+from fimaq_core.layers import QuantConv2d, QuantLinear, QuantMatMul, decide_rounding, quant_layers, set_quantized
 from fimaq_core.pipeline import Resources, quantize_chain
 from fimaq_core.quantizers.affine import AffineQuantizer, fake_quantize
 from fimaq_core.quantizers.logarithm import GELU_SHIFT, adalog_fake_quantize, adalog_tables, log_fake_quantize

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fimaq_core.layers import QuantLinear
-from fimaq_core.layers.layers import decide_rounding
+from fimaq_core.layers import QuantLinear, decide_rounding
 from fimaq_core.quantizers.rounding import (
     RoundingProblem,
     alpha_gradient,
