@@ -20,30 +20,28 @@ from fimaq_core.samples import Samples
 
 @torch.no_grad()
 def calibrate(chain: BlockChain, images: Samples | Tensor, recipe: Recipe, report: Report = silent, batch_size: int = 32) -> None:
-    """Set all ranges of ``chain``, in place. Afterwards its layers are switched to their quantized form.
+    """Set all ranges of ``chain``, in place, and switch its layers to their quantized form.
 
-    Every layer is calibrated on what it sees in the full-precision model, so each block runs once. LayerNorm
-    reparameterisation (where the recipe asks for it) changes norms and weights, but not the float function.
+    Every layer is calibrated on what it sees in the full-precision model, so each block runs once.
+    LayerNorm reparameterisation changes norms and weights, but not the float function. Convolutions
+    outside the patch embedding are calibrated by their own errors and not refit.
 
-    Time grows in proportion to the images, but for the weights' searches, which see only moments of the inputs. Memory: the
-    block's output and the inputs of all its quantizable layers for all images (N x values an image x 4 bytes), about five
-    copies of one layer's inputs while it is searched, and temporaries that do not depend on N. Images of varying shapes go one
-    by one and leave a bounded number of rows a layer (:class:`~fimaq_core.calibration.capture.Capture`), so time does not
-    grow with them, and memory by blocks' outputs only, and what segments keep; these stay where the images are.
-
-    Convolutions outside the patch embedding are calibrated by their own errors
-    (:mod:`fimaq_core.calibration.conv_ranges`) and not refit.
+    Time grows with the images, but for the weights' searches, which see only moments of the inputs.
+    Memory: the block's output and the inputs of all its quantizable layers for all images, about
+    five copies of one layer's inputs while it is searched, and temporaries of fixed size. Images of
+    varying shapes go one by one and leave a bounded number of rows per layer
+    (:class:`~fimaq_core.calibration.capture.Capture`); blocks' outputs stay where the images are.
 
     Args:
-        chain: the model.
-        images: (N, ...) inputs of the chain, the calibration images; the first ``recipe.range_images`` are used. Where
-            shapes vary a sample may have any number of rows, none included (an image without proposals).
-        recipe: bits and search settings.
-        report: receives progress, one unit a block.
+        images: (N, ...) inputs of the chain; the first ``recipe.range_images`` are used. Where
+            shapes vary a sample may have any number of rows, none included (an image without
+            proposals).
+        report: receives progress, one unit per block.
         batch_size: images a forward pass.
 
     Raises:
-        NumericsError: a weight or an activation is NaN or infinite, or a layer sees no input at all; names the layer.
+        NumericsError: a weight or activation is not finite, or a layer sees no input; names the
+            layer.
     """
     device = next(chain.parameters()).device
     set_quantized(chain, False)
@@ -113,7 +111,7 @@ def _calibrate_layer(segment: Segment, name: str, layer: QuantLayer, seen: tuple
 def _reparameterized(
     segment: Segment, name: str, layer: QuantLinear, x: Tensor, recipe: Recipe
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """Reparameterise ``layer`` with the norm before it, if it has one; return its new inputs and their range (scalars)."""
+    """Reparameterise ``layer`` with its norm, if any; return its new inputs and their range."""
     bits, percentile = layer.input_quantizer.bits, recipe.range_search == "percentile"
     if not recipe.reparameterize or bits == OFF or not (percentile or bits == layer.weight_quantizer.bits):
         return x, None

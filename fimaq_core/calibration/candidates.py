@@ -6,17 +6,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
+#: Elements of a temporary. On a CPU a few temporaries fit into the last cache, and passes over them
+#: are long beside what starting them costs (2**18 took 1.3 times as long, 2**23 as long). GPUs need
+#: larger ones for the same.
+_CPU, _OTHER = 2**21, 2**25
 #: Lower bound of activation scales, as released; keeps dead channels from dividing by zero.
 MIN_SCALE = 1e-4
 #: Lower bound of weight scales: only keeps an all-zero row from dividing by zero.
 MIN_WEIGHT_SCALE = 1e-12
 
 
+def block_elements(device: torch.device) -> int:
+    """Elements that one temporary of a search may have on ``device``."""
+    return _CPU if device.type == "cpu" else _OTHER
+
+
 @dataclass(frozen=True)
 class Candidates:
-    """Scales and zero points to choose from, each of shape (candidates, groups).
+    """Scales and zero points to choose from, each (candidates, groups).
 
-    ``period``, where given: scales repeat after so many candidates, and zero points are the same for all groups.
+    Attributes:
+        period: scales repeat after so many candidates, with zero points the same for all groups.
     """
 
     scale: Tensor
@@ -37,17 +47,10 @@ def ascending(rows: Tensor) -> Tensor:
 
 
 def quantiles(sorted_rows: Tensor, points: list[float]) -> Tensor:
-    """Quantiles with linear interpolation of rows that are sorted already.
+    """Quantiles (points, groups) of ascending rows (groups, n), with linear interpolation.
 
-    ``torch.quantile`` refuses more than 2**24 values; the released code then averages the quantiles of
-    pieces. These are exact.
-
-    Args:
-        sorted_rows: (groups, n), ascending.
-        points: positions in [0, 1].
-
-    Returns:
-        (points, groups), of the dtype of ``sorted_rows``.
+    ``torch.quantile`` refuses more than 2**24 values; the released code then averages the quantiles
+    of pieces. These are exact.
     """
     last = sorted_rows.shape[1] - 1
     out = []
@@ -61,15 +64,10 @@ def quantiles(sorted_rows: Tensor, points: list[float]) -> Tensor:
 
 
 def grid_candidates(sorted_rows: Tensor, levels: int, count: int, min_scale: float = MIN_SCALE) -> Candidates:
-    """Candidates of linear layers: ``min(16, L)`` zero points around L/2 times ``count / min(16, L)`` scales.
+    """Candidates of linear layers: ``min(16, L)`` zero points around L/2, times scales.
 
-    Scales run evenly from the rows' inner span, between the 0.1 and 0.9 quantiles, to their full span.
-
-    Args:
-        sorted_rows: (groups, n), ascending values of each group.
-        levels: grid points L.
-        count: candidates in all.
-        min_scale: lower bound of the scales.
+    Scales run evenly from the inner span of the ascending rows (groups, n), between the 0.1 and 0.9
+    quantiles, to the full span.
     """
     zeros = min(16, levels)
     scales = max(count // zeros, 1)
@@ -93,7 +91,7 @@ def from_bounds(lower: Tensor, upper: Tensor, levels: int) -> Candidates:
 
 
 def minmax(values: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """Scale and zero point (groups,) that span each row of ``values`` (groups, n), zero included.
+    """Scale and zero point (groups,) that span each row of ``values`` (groups, n).
 
     Zero is always in the range, so that zero padding and dead channels are represented exactly.
     """

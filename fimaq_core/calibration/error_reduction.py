@@ -1,12 +1,13 @@
-"""ERQ's calibration of one layer (Zhong et al., ICML 2024, arXiv:2407.06794): refit, then refined rounding.
+"""ERQ's calibration of one layer (Zhong et al., ICML 2024, arXiv:2407.06794): refit, then rounding.
 
-The inputs' range is set already. Weight and bias are refit to the quantized inputs by ridge regression, the refit weight
-gets its ranges by percentiles, and its rounding is decided half by half, what is left each time compensating. The float
-layer stays as it was: the result is codes and a bias of the quantized form.
+The inputs' range is set already. Weight and bias are refit to the quantized inputs by ridge
+regression, the refit weight gets its ranges by percentiles, and its rounding is decided half by
+half, what is left each time compensating. The float layer stays: the result is codes and a
+quantized bias.
 
-Differences from the released code: the ridge is the README's (its option coe 10000, times 0.1), added to sums over all
-tokens; the released default is twice that. Layers without a token axis (the classifier) are refit with a ridge of 0.1, as
-released.
+Differences from the released code: the ridge is the README's (its option coe 10000, times 0.1),
+added to sums over all tokens; the released default is twice that. Layers without a token axis (the
+classifier) are refit with a ridge of 0.1, as released.
 """
 
 import torch
@@ -23,7 +24,9 @@ _CLASSIFIER_RIDGE, _CONV_FACTOR = 0.1, 10.0
 
 
 def reduce_linear_error(layer: QuantLinear, x: Tensor, recipe: Recipe) -> None:
-    """Refit a linear layer whose input range is set, on inputs (..., in_features), and decide its rounding."""
+    """Refit a linear layer whose input range is set, on inputs (..., d), and decide its
+    rounding.
+    """
     flat = x.reshape(-1, x.shape[-1])
     own = None if layer.bias is None else layer.bias.detach()
     moments = refit_moments(flat, layer.input_quantizer(flat))
@@ -34,11 +37,12 @@ def reduce_linear_error(layer: QuantLinear, x: Tensor, recipe: Recipe) -> None:
 
 
 def reduce_conv_error(layer: QuantConv2d, x: Inputs, recipe: Recipe) -> None:
-    """Decide a patch embedding's rounding on inputs (N, C, H, W), one tensor or several; as released it is not refit.
+    """Decide a patch embedding's rounding on inputs (N, C, H, W); as released it is not refit.
 
-    (Its input is not quantized.) Convolutions in groups, which no patch embedding has, keep rounding to nearest. So do those of
-    necks and heads, for which this is not called: a kernel of 3 x 3 x 256 has moments of 2304 x 2304, and an image of
-    800 x 1333 has 66,800 patches to add to them at the finest level alone.
+    (Its input is not quantized.) Convolutions in groups, which no patch embedding has, keep
+    rounding to nearest. So do those of necks and heads, for which this is not called: a kernel of 3
+    x 3 x 256 has moments of 2304 x 2304, and an image of 800 x 1333 adds 66,800 patches at the
+    finest level alone.
     """
     if layer.groups != 1:
         return

@@ -1,8 +1,7 @@
 """Refitting weights to quantized inputs, and choosing their rounding, both by ridge regression.
 
-ERQ: Zhong et al., "ERQ: Error Reduction for Post-Training Quantization of Vision Transformers", ICML 2024, arXiv:2407.06794.
-With inputs X, their quantized form X̂ and A = [X̂, 1], everything follows from second moments of A and X: no matrix of
-tokens x rows is ever made.
+ERQ: Zhong et al., ICML 2024, arXiv:2407.06794. With inputs X, their quantized form X̂ and A = [X̂,
+1], everything follows from second moments of A and X: no matrix of tokens x rows is ever made.
 """
 
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fimaq_core.calibration.blocks import block_elements
+from fimaq_core.calibration.candidates import block_elements
 from fimaq_core.errors import NumericsError
 
 #: Share of a coordinate's second moment that the coordinates before it leave unexplained; less is the work of rounding.
@@ -19,7 +18,7 @@ _SINGULAR = 1e-12
 
 @dataclass(frozen=True)
 class InputMoments:
-    """Sums over tokens of what inputs X and their quantized form X̂, (tokens, d) each, contribute to a regression.
+    """Sums over tokens of what inputs X and their quantized form X̂ contribute to a regression.
 
     Attributes:
         square: (d, d) float64, X̂ᵀX̂.
@@ -36,7 +35,7 @@ class InputMoments:
 
 
 def refit_moments(x: Tensor, x_hat: Tensor) -> InputMoments:
-    """Moments of ``x`` and its quantized form ``x_hat``, (tokens, d) each, without a float64 copy of all inputs."""
+    """Moments of inputs and their quantized form, (tokens, d) each, without a wide copy of them."""
     count, width = x.shape
     square, cross = torch.zeros(2, width, width, dtype=torch.float64, device=x.device).unbind()
     sum_hat, sum_plain = torch.zeros(2, width, dtype=torch.float64, device=x.device).unbind()
@@ -51,18 +50,12 @@ def refit_moments(x: Tensor, x_hat: Tensor) -> InputMoments:
 
 
 def ridge_refit(weight: Tensor, bias: Tensor | None, moments: InputMoments, ridge: float) -> tuple[Tensor, Tensor | None]:
-    """Fit weight and bias to the quantized inputs (the paper's activation quantization error reduction).
+    """Fit weight and bias to the quantized inputs; return both in float32.
 
-    With W = [w, b] and the full-precision output Y = Xwᵀ + b, W becomes W + δ with ``(AᵀA + ridge I)δᵀ = Aᵀ(Y - AWᵀ)``.
-
-    Args:
-        weight: w, (rows, d).
-        bias: b, (rows,); None leaves the column of ones out of A.
-        moments: of the layer's inputs.
-        ridge: added to the diagonal as it is, the bias's entry included.
-
-    Returns:
-        New weight and bias, float32.
+    The paper's activation quantization error reduction: with W = [w, b] and the full-precision
+    output Y = Xwᵀ + b, W becomes W + δ with ``(AᵀA + ridge I)δᵀ = Aᵀ(Y - AWᵀ)``. Without a bias the
+    column of ones is left out of A. The ridge is added to the diagonal as it is, the bias's entry
+    included.
 
     Raises:
         NumericsError: the moments are not finite, or singular for this ridge.
@@ -89,16 +82,13 @@ def refine_rounding(
 ) -> tuple[Tensor, Tensor | None]:
     """Choose codes half by half (the paper's weight quantization error reduction).
 
-    The first half of the columns still free is rounded, single roundings are flipped while that lowers the half's own
-    output error, and ridge regression lets the columns behind it, and the bias, make up for the rest.
+    The first half of the columns still free is rounded, single roundings are flipped while that
+    lowers the half's own output error, and ridge regression lets the columns behind it, and the
+    bias, make up for the rest. The bias takes part as a last column that is never rounded.
 
     Args:
-        weight: (rows, d).
-        bias: (rows,) or None; it takes part as a last column that is never rounded.
         scale, zero_point: (rows, 1), the grid.
-        levels: grid points.
-        moments: of the layer's inputs; of X̂ only.
-        ridge: added to the diagonal as it is, the bias's entry included.
+        ridge: as in :func:`ridge_refit`.
         flips: most flips of a row in one half.
 
     Returns:
@@ -125,7 +115,7 @@ def refine_rounding(
 
 
 def _rounded(weight: Tensor, scale: Tensor, zero_point: Tensor, levels: int, square: Tensor, flips: int) -> Tensor:
-    """Codes of ``weight`` (rows, columns): rounded to nearest, then flipped for a lower ``δ square δᵀ``; all float64."""
+    """Codes, rounded to nearest, then flipped for a lower ``δ square δᵀ``; all float64."""
     ratio = weight / scale
     codes = (ratio.round() + zero_point).clamp_(0, levels - 1)
     if not flips:
@@ -139,11 +129,13 @@ def _rounded(weight: Tensor, scale: Tensor, zero_point: Tensor, levels: int, squ
 
 
 def _flip(codes: Tensor, turn: Tensor, product: Tensor, square: Tensor, scale: Tensor, flips: int) -> None:
-    """Flip ``codes`` in place, one a row at a time; ``turn`` (what flips would add) and ``product`` (δ square) are used up.
+    """Flip ``codes`` in place, one a row at a time.
 
-    A weight that can be flipped lies between two points, so its error and its turn have opposite signs: that error and
-    gradient agree in sign is that turn times gradient is negative. The gradient is twice the product. A flip by h changes
-    the objective by ``2h product + h² diagonal``, which is negative if ``2 turn product + scale diagonal`` is.
+    ``turn`` (what flips would add) and ``product`` (δ square) are used up. A weight that can be
+    flipped lies between two points, so its error and its turn have opposite signs: error and
+    gradient agree in sign where turn times gradient is negative. The gradient is twice the product.
+    A flip by h changes the objective by ``2h product + h² diagonal``, negative if ``2 turn product
+    + scale diagonal`` is.
     """
     rows, diagonal = torch.arange(len(codes), device=codes.device), square.diagonal()
     for _ in range(flips):
@@ -178,7 +170,7 @@ def _second_moments(moments: InputMoments, bias: Tensor | None) -> Tensor:
 
 
 def _ridge_solve(square: Tensor, right: Tensor, ridge: float) -> Tensor:
-    """Solve ``x (square + ridge I) = right`` for x (rows, n); ``right`` (rows, n), ``square`` (n, n) symmetric."""
+    """Solve ``x (square + ridge I) = right`` for x (rows, n); ``square`` (n, n) is symmetric."""
     matrix = square + ridge * torch.eye(len(square), dtype=square.dtype, device=square.device)
     if not bool(matrix.isfinite().all()):
         raise NumericsError("the second moments of a layer's inputs are NaN or infinite; its inputs cannot be calibrated on.")

@@ -1,12 +1,13 @@
 """Range search of weights by the squared error of the layer's output: a fast exact form.
 
 With inputs X, their quantized form X̂ and E = X̂ - X, a row w and its quantized form w + δ give
-``|X̂(w + δ) - Xw|² = δᵀSδ + 2 δᵀCw + const`` with ``S = X̂ᵀX̂`` and ``C = X̂ᵀE``: two d x d matrices replace all tokens.
-Writing the error in δ and E (not as a difference of large squares) together with float64 keeps it exact.
+``|X̂(w + δ) - Xw|² = δᵀSδ + 2 δᵀCw + const`` with ``S = X̂ᵀX̂`` and ``C = X̂ᵀE``: two d x d
+matrices replace all tokens. Writing the error in δ and E (not as a difference of large squares)
+together with float64 keeps it exact.
 
-With ``S = LLᵀ`` it is also ``|Lᵀδ + L⁻¹Cw|² + const``, a sum of d squares. A candidate whose first few squares exceed the
-whole sum of another one is out, so most candidates cost a fraction of d². This sieve works in float32 and keeps
-everything near the best; float64 decides among what is left.
+With ``S = LLᵀ`` it is also ``|Lᵀδ + L⁻¹Cw|² + const``, a sum of d squares. A candidate whose first
+few squares exceed the whole sum of another one is out, so most cost a fraction of d². This sieve
+works in float32 and keeps everything near the best; float64 decides among what is left.
 """
 
 from itertools import pairwise
@@ -14,8 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from fimaq_core.calibration.blocks import block_elements
-from fimaq_core.calibration.candidates import Candidates
+from fimaq_core.calibration.candidates import Candidates, block_elements
 
 #: Relative distance from the best within which the sieve, in float32, drops nothing.
 _MARGIN = 1e-3
@@ -32,15 +32,13 @@ _TOKENS = 2**12
 def input_moments(
     x: Tensor, x_hat: Tensor, weight: Tensor, scale: Tensor | None = None, levels: int = 256
 ) -> tuple[Tensor, Tensor]:
-    """Return ``X̂ᵀX̂`` (d, d) and ``(X̂ᵀ(X̂ - X)wᵀ)ᵀ`` (rows, d) in float64, without a float64 copy of all inputs.
+    """Return ``X̂ᵀX̂`` (d, d) and ``(X̂ᵀ(X̂ - X)wᵀ)ᵀ`` (rows, d) in float64.
 
     Args:
-        x: (tokens, d), float32.
-        x_hat: its quantized form, or ``x`` itself.
-        weight: w, (rows, d).
-        scale: step size (one number) of ``x_hat``, whose codes are then below ``levels`` in size. Products of codes are
-            whole numbers, which float32 sums exactly up to 2**24, at a fraction of what float64 costs.
-        levels: grid points of ``x_hat``.
+        x_hat: the quantized form of ``x`` (tokens, d), or ``x`` itself.
+        scale: step size (one number) of ``x_hat``, whose codes are then below ``levels`` in size.
+            Products of codes are whole numbers, which float32 sums exactly up to 2**24, at a
+            fraction of what float64 costs.
     """
     width = x.shape[1]
     # With few rows the inputs' errors are multiplied by the weight first: tokens x d x rows instead of tokens x d x d.
@@ -69,16 +67,9 @@ def input_moments(
 
 
 def weight_errors(weight: Tensor, candidates: Candidates, levels: int, square: Tensor, linear: Tensor) -> Tensor:
-    """Squared output error of every candidate range of every row, up to a constant of the row.
+    """Squared output error, float64 (candidates, rows), up to a constant of the row.
 
-    Args:
-        weight: (rows, d).
-        candidates: (candidates, rows).
-        levels: grid points.
-        square, linear: from :func:`input_moments`.
-
-    Returns:
-        float64 (candidates, rows).
+    ``square`` and ``linear`` are those of :func:`input_moments`.
     """
     out = []
     step = max(block_elements(weight.device) // weight.numel(), 1)
@@ -90,11 +81,11 @@ def weight_errors(weight: Tensor, candidates: Candidates, levels: int, square: T
 
 
 def best_weight_errors(weight: Tensor, candidates: Candidates, levels: int, square: Tensor, linear: Tensor, width: int) -> Tensor:
-    """:func:`weight_errors` of at least the ``width`` best candidates of every row; infinite where they are not worked out.
+    """:func:`weight_errors` of at least the ``width`` best of every row; others may be infinite.
 
-    Candidates of one zero point and nearly one scale often have the same codes q: ``δ = s q - w`` gives
-    ``s² qᵀSq + 2 s qᵀ(Cw - Sw)`` and a constant, whose products are worked out once. Where most codes differ, those that
-    float32 finds to be clearly worse than ``width`` others are left out.
+    Candidates of one zero point and nearly one scale often have the same codes q: ``δ = s q - w``
+    gives ``s² qᵀSq + 2 s qᵀ(Cw - Sw)`` and a constant, whose products are computed once. Where most
+    codes differ, those that float32 finds clearly worse than ``width`` others are left out.
     """
     # Of candidates in the order of zero points and scales, those whose codes are not those of the one before.
     order = candidates.scale.argsort(dim=0, stable=True)
@@ -130,7 +121,7 @@ def best_weight_errors(weight: Tensor, candidates: Candidates, levels: int, squa
 
 
 def _promising(weight: Tensor, candidates: Candidates, levels: int, square: Tensor, linear: Tensor, width: int) -> Tensor:
-    """Mask (candidates, rows) of candidates that may be among the ``width`` best, by errors in float32 and their rounding."""
+    """Mask (candidates, rows) of those that may be among the ``width`` best, by float32."""
     lower, upper = [], []
     step = max(block_elements(weight.device) // weight.numel(), 1)
     for scale, zero in zip(torch.split(candidates.scale, step), torch.split(candidates.zero_point, step), strict=True):
@@ -145,11 +136,10 @@ def _promising(weight: Tensor, candidates: Candidates, levels: int, square: Tens
 
 
 def best_rows(weight: Tensor, candidates: Candidates, levels: int, square: Tensor, linear: Tensor, guess: Tensor) -> Tensor:
-    """Index (rows,) of the candidate range of each row with the smallest squared output error.
+    """Index (rows,) of each row's candidate with the smallest squared output error.
 
-    Args:
-        weight, candidates, levels, square, linear: as :func:`weight_errors`.
-        guess: (rows,) candidates that are probably good; their errors are the first bounds.
+    ``guess`` (rows,) are candidates that are probably good: their errors are the first bounds.
+    Other arguments as of :func:`weight_errors`.
     """
     width = weight.shape[1]
     # Channels that weigh most come first: their squares say most about the whole sum.
@@ -188,12 +178,12 @@ def best_rows(weight: Tensor, candidates: Candidates, levels: int, square: Tenso
 
 
 def _deltas(weight: Tensor, candidates: Candidates, levels: int) -> Tensor:
-    """Quantization errors (candidates, rows, d) of the candidates (candidates, rows) of ``weight`` (rows, d)."""
+    """Quantization errors (candidates, rows, d) for ranges (candidates, rows)."""
     return _codes(weight, candidates, levels).mul_(candidates.scale[..., None]).sub_(weight)
 
 
 def _codes(weight: Tensor, candidates: Candidates, levels: int) -> Tensor:
-    """Codes, the zero point subtracted, (candidates, rows, d); arguments as in :func:`_deltas`."""
+    """Codes, the zero point subtracted, (candidates, rows, d); arguments of :func:`_deltas`."""
     zero = candidates.zero_point[..., None]
     codes = torch.div(weight, candidates.scale[..., None]).round_()
     # Two passes, which are faster than clamp with tensors for bounds.
@@ -202,12 +192,11 @@ def _codes(weight: Tensor, candidates: Candidates, levels: int) -> Tensor:
 
 
 class _Sieve:
-    """Squares of ``Lᵀδ + L⁻¹Cw = s Lᵀq + (L⁻¹Cw - Lᵀw)`` of candidates with codes q and scale s, in float32.
+    """Squares of ``Lᵀδ + L⁻¹Cw = s Lᵀq + (L⁻¹Cw - Lᵀw)``, codes q and scale s, in float32.
 
-    The second form saves two passes over all candidates. It rounds more (s q and w are alike), yet far less than the margin.
-
-    Args:
-        weight: (rows, d), candidates: (candidates, rows), factor: L, offset: (rows, d), all in one order of channels.
+    The second form saves two passes over all candidates. It rounds more (s q and w are alike), yet
+    far less than the margin. ``factor`` is L and ``offset`` (rows, d), all in one order of
+    channels.
     """
 
     def __init__(self, weight: Tensor, candidates: Candidates, levels: int, factor: Tensor, offset: Tensor) -> None:
@@ -230,7 +219,7 @@ class _Sieve:
         return torch.cat(out)
 
     def _all_of_grid(self, period: int, step: int, factor: Tensor, base: Tensor) -> Tensor:
-        """The same where zero points share their scales: a weight is divided and rounded once a scale."""
+        """The same where zero points share their scales: a weight is rounded once per scale."""
         scales, zeros = self.candidates.scale[:period], self.candidates.zero_point[::period, 0].tolist()
         table = base.new_empty(len(zeros), period, len(self.weight))
         for start in range(0, period, step):
@@ -244,7 +233,9 @@ class _Sieve:
         return table.flatten(0, 1)
 
     def squares(self, index: Tensor, row: Tensor, start: int, end: int) -> Tensor:
-        """Sums (pairs,) of the squares of coordinates ``start`` to ``end`` of candidates ``index`` of rows ``row``."""
+        """Sums (pairs,) of squares ``start`` to ``end``, of candidates ``index`` of rows
+        ``row``.
+        """
         # L is lower triangular: channels before the first coordinate do not enter.
         factor = self.factor[start:, start:end].contiguous()
         out = [self.base.new_zeros(0)]

@@ -24,11 +24,8 @@ def attend_heads(
 ) -> Tensor:
     """``softmax(q kᵀ · scale + mask) v`` by the two products of :func:`products`, (B, heads, N, d).
 
-    Args:
-        q: (B, heads, N, d).
-        k, v: (B, heads, M, d).
-        scale: factor of the scores.
-        mask: added to the scores, broadcastable to (B, heads, N, M); minus infinity hides a key.
+    q is (B, heads, N, d), k and v (B, heads, M, d). The mask is added to the scores (B, heads, N,
+    M); minus infinity hides a key.
     """
     scores = query_key(q, k.transpose(-2, -1)) * scale
     if mask is not None:
@@ -46,7 +43,7 @@ def attend(
     scale: float,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """The result of :func:`attend_heads`, same arguments, with heads side by side: (B, N, heads * d)."""
+    """:func:`attend_heads` with heads side by side: (B, N, heads * d)."""
     return attend_heads(query_key, attention_value, q, k, v, scale, mask).transpose(1, 2).flatten(2)
 
 
@@ -65,12 +62,11 @@ def linear_of(weight: nn.Parameter, bias: nn.Parameter | None, recipe: Recipe, i
 
 
 class ExplicitMultiheadAttention(nn.Module):
-    """Self-attention of ``nn.MultiheadAttention`` written out: qkv, ``q kᵀ``, softmax, ``softmax v``, projection.
+    """Self-attention of ``nn.MultiheadAttention`` written out: qkv, ``q kᵀ``, softmax, ``softmax
+    v``, proj.
 
-    ``forward`` takes the original's arguments and returns None for the attention weights.
-
-    Attributes:
-        batch_first: whether x is (B, N, C); else (N, B, C).
+    ``forward`` takes the original's arguments and returns None for the attention weights. x is (B,
+    N, C) with ``batch_first``, else (N, B, C).
     """
 
     #: PyTorch's ``TransformerEncoderLayer`` calls its attention as a module only where this is None.
@@ -130,14 +126,10 @@ class ExplicitWindowAttention(nn.Module):
     def __init__(
         self, qkv: nn.Linear, proj: nn.Linear, num_heads: int, scale: float, bias: Tensor, table: Tensor, recipe: Recipe
     ) -> None:
-        """
-        Args:
-            qkv, proj: the linear layers, which are taken over.
-            num_heads: into how many heads the channels fall.
-            scale: factor of the queries.
-            bias: (1, heads, N, N) added to the scores, looked up once, for the model is frozen.
-            table: what it is looked up from.
-            recipe: bits and quantizers.
+        """Take over the linear layers.
+
+        ``scale`` is the queries' factor. ``bias`` (1, heads, N, N), added to the scores, is looked
+        up once from ``table``, for the model is frozen.
         """
         super().__init__()
         self.num_heads, self.scale = num_heads, scale

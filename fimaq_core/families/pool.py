@@ -13,11 +13,17 @@ from fimaq_core.recipe import Recipe
 
 
 class ExplicitAttentionPool(nn.Module):
-    """timm's ``AttentionPoolLatent`` (SigLIP) written out, with the norm before it: learned queries ask all tokens.
+    """timm's ``AttentionPoolLatent`` (SigLIP) written out, with the norm before it.
 
-    The norm is in here, not in the frozen part before the block, because reparameterisation changes it together with ``kv``.
+    Learned queries ask all tokens: x (B, N, C) as the last transformer block gives it, result (B,
+    C). The norm is in here, not in the frozen part before the block, because reparameterisation
+    changes it together with ``kv``.
 
-    Args of ``forward``: x (B, N, C) as the last transformer block gives it. Result (B, C).
+    Args:
+        pool: what is taken over.
+        norm: of the tokens, before the pooling and only there.
+        skipped: leading tokens that are not pooled.
+        after: what follows in full precision, where the model ends with it.
 
     Attributes:
         query: (1, heads, latents, d) buffer, the queries behind their projection and norm.
@@ -29,14 +35,6 @@ class ExplicitAttentionPool(nn.Module):
     def __init__(
         self, pool: AttentionPoolLatent, norm: nn.Module, skipped: int, recipe: Recipe, after: nn.Module | None = None
     ) -> None:
-        """
-        Args:
-            pool: what is taken over.
-            norm: of the tokens, before the pooling and only there.
-            skipped: leading tokens that are not pooled.
-            recipe: bits and quantizers.
-            after: what follows in full precision, where the model ends with it.
-        """
         super().__init__()
         if type(pool) is not AttentionPoolLatent or pool.pool not in ("token", "avg"):
             raise ModelError(f"Attention pooling of type {type(pool).__name__} (or to several tokens) is not supported.")

@@ -1,4 +1,6 @@
-"""Family of timm's ViT and DeiT (with and without the distillation token), also as a tower without a classifier."""
+"""Family of timm's ViT and DeiT (with and without distillation), also as a tower without
+classifier.
+"""
 
 from timm.layers.attention import Attention
 from timm.models.deit import VisionTransformerDistilled
@@ -113,14 +115,14 @@ class _LastBlock(nn.Module):
 
 
 def vit_body(model: VisionTransformer, recipe: Recipe, prefix: str = "", ends: bool = False) -> tuple[list[Segment], nn.Module]:
-    """Cut a ViT into patch embedding, blocks and, where it has one, attention pooling. Takes over its parameters.
+    """Cut a ViT into patch embedding, blocks and attention pooling, if any. Takes over its
+    parameters.
 
     Args:
         model: of a class that :class:`ViTFamily` matches.
-        recipe: bits and quantizers.
         prefix: of the segments' labels.
-        ends: whether nothing quantized follows. The last segment's block then goes on to the pooled output, for a segment
-            without quantizers would have nothing to calibrate or to learn.
+        ends: whether nothing quantized follows. The last segment's block then goes on to the pooled
+            output, for a segment without quantizers would have nothing to calibrate or to learn.
 
     Returns:
         The segments, and the full-precision part from the last one's output to the head's input.
@@ -169,11 +171,7 @@ class ViTFamily:
         return type(model) in (VisionTransformer, VisionTransformerDistilled)
 
     def build(self, model: nn.Module, recipe: Recipe) -> BlockChain:
-        """Cut ``model`` into patch embedding, blocks, attention pooling (if any) and head. Takes over its parameters.
-
-        Raises:
-            ModelError: blocks, attention, MLP, pooling or head of a kind that is not supported.
-        """
+        """Cut ``model`` into :func:`vit_body` and head; errors as there."""
         assert isinstance(model, VisionTransformer)
         segments, rest = vit_body(model, recipe)
         head: nn.Module = classifier(model.head, recipe)

@@ -23,36 +23,28 @@ class Divergence:
     batch: int | None = None
 
     def reference(self, outputs: Samples) -> Samples:
-        """What the outputs of all samples are compared with, row by row: (n, ...).
-
-        Args:
-            outputs: (n, ...) of the full-precision model.
+        """What the outputs (n, ...) of the full-precision model are compared by, row by row: (n,
+        ...).
         """
         return outputs
 
     def __call__(self, outputs: Tensor, reference: Tensor) -> Tensor:
-        """Return the divergence, a scalar: the mean over the batch.
-
-        Args:
-            outputs: (B, ...) of the model.
-            reference: (B, ...) rows of :meth:`reference` for the same samples.
+        """The divergence, a scalar: the mean over a batch of outputs (B, ...) and rows of the
+        reference.
         """
         raise NotImplementedError
 
 
 def kl_divergence(logits: Tensor, reference: Tensor, temperature: float = 1.0) -> Tensor:
-    """``KL(softmax(reference / T) || softmax(logits / T))``, mean over the batch, in nats.
-
-    Args:
-        logits, reference: (B, classes).
-        temperature: T.
+    """``KL(softmax(reference / T) || softmax(logits / T))``, mean over the batch (B, classes), in
+    nats.
     """
     target = F.log_softmax(reference / temperature, dim=-1)
     return F.kl_div(F.log_softmax(logits / temperature, dim=-1), target, reduction="batchmean", log_target=True)
 
 
 class ClassifierDivergence(Divergence):
-    """The divergence of a classifier: KL at a temperature (FIMA-Q's released code: 20), at least in float32."""
+    """A classifier's KL at a temperature (FIMA-Q's released code: 20), at least in float32."""
 
     def __init__(self, temperature: float) -> None:
         self.temperature = temperature

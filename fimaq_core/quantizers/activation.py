@@ -1,4 +1,4 @@
-"""What all activation quantizers have in common: bits, a scale that can be learned, random dropping."""
+"""What activation quantizers have in common: bits, a scale that can be learned, random dropping."""
 
 from typing import Any, ClassVar, Literal
 
@@ -25,7 +25,7 @@ class ActivationQuantizer(nn.Module):
         scale: float32 parameter, broadcastable to the input; empty before calibration.
         learning: how to compute while the scale is learned; None outside of training.
         keep_probability: share of elements quantized while learning, a multiple of 1/256.
-        key: (2,) int32 buffer, the random dropping's key (:mod:`fimaq_core.quantizers.dropping`).
+        key: (2,) int32 buffer, the random dropping's key.
     """
 
     kind: ClassVar[Kind]

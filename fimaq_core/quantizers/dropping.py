@@ -1,12 +1,13 @@
 """Random masks by a counter-based generator: a pure function of a key and an element's number.
 
-Nothing is drawn in sequence, so a mask is the same on every device, inside a compiled step and inside a CUDA graph,
-and costs a few integer operations that fuse with the arithmetic around them. Four neighbouring elements share one
-32-bit word, a byte each; so probabilities are multiples of 1/256.
+Nothing is drawn in sequence, so a mask is the same on every device, inside a compiled step and
+inside a CUDA graph, and costs a few integer operations that fuse with the arithmetic around them.
+Four neighbouring elements share one 32-bit word, a byte each; so probabilities are multiples of
+1/256.
 
-The word is a multiply and xor-shift hash of its number with a 64-bit key, one half of it before each of the first two
-multiplications (multipliers: the golden ratio, and those of A. Appleby's MurmurHash3 finalizer). It is made for dropping
-activations, not for cryptography.
+The word is a multiply and xor-shift hash of its number with a 64-bit key, one half of it before
+each of the first two multiplications (multipliers: the golden ratio, and those of A. Appleby's
+MurmurHash3 finalizer). It is made for dropping activations, not for cryptography.
 """
 
 import torch
@@ -38,12 +39,10 @@ def _words(numbers: Tensor, key: Tensor) -> Tensor:
 
 
 def traced_mask(like: Tensor, key: Tensor, threshold: int) -> Tensor:
-    """Boolean mask of the shape of ``like``, true with probability ``threshold / 256``; made to be compiled.
+    """Boolean mask of the shape of ``like``, true with probability ``threshold / 256``; for
+    compilation.
 
-    Args:
-        like: gives shape and device.
-        key: (2,) int32.
-        threshold: 0 to 256.
+    ``key`` is (2,) int32.
     """
     number = torch.arange(like.numel(), device=like.device, dtype=torch.int32)
     word = _words(number >> 2, key)
@@ -52,11 +51,9 @@ def traced_mask(like: Tensor, key: Tensor, threshold: int) -> Tensor:
 
 
 def eager_mask(like: Tensor, key: Tensor, threshold: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The same mask, of ``dtype`` (0 and 1), with a pass a word instead of a pass an element: for plain execution.
+    """The same mask, of ``dtype`` (0 and 1), with a pass per word instead of per element.
 
-    Args:
-        like, key, threshold: as in :func:`traced_mask`.
-        dtype: of the result. Floating point is the fastest on CPUs, where boolean tensors are slow.
+    Floating point is the fastest on CPUs, where boolean tensors are slow.
     """
     if threshold > 255:  # as a byte it would be 0
         return torch.ones(like.shape, dtype=dtype, device=like.device)

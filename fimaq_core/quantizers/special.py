@@ -25,8 +25,8 @@ Source = Literal["softmax", "gelu"]
 class LogQuantizer(ActivationQuantizer):
     """Quantizer with levels ``s * base ** -k``, after a shift that makes GELU outputs non-negative.
 
-    As long as it is not folded, the shift is taken away again; folded, what it adds to a linear layer's output is in the
-    layer's ``quantized_bias``.
+    Unless it is folded, the shift is taken away again; folded, what it adds to a linear layer's
+    output is in the layer's ``quantized_bias``.
 
     Attributes:
         source: where the input comes from; softmax outputs are not shifted.
@@ -91,7 +91,8 @@ class LogSqrt2Quantizer(LogQuantizer):
 class AdaLogQuantizer(LogQuantizer):
     """Base ``2 ** (q / 37)`` with a searched q (AdaLog: Wu et al., ECCV 2024, arXiv:2407.12951).
 
-    Inference multiplies by table entries: a shift and a mantissa of few bits for each code. Training uses the definition.
+    Inference multiplies by table entries, a shift and a mantissa of few bits for each code;
+    training uses the definition.
 
     Attributes:
         shifts, mantissas: (L,) float32 buffers, the tables.

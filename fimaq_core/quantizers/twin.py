@@ -1,6 +1,8 @@
-"""Twin uniform quantization (PTQ4ViT: Yuan et al., ECCV 2022, arXiv:2111.12293): two ranges, half of the codes for each.
+"""Twin uniform quantization (PTQ4ViT: Yuan et al., ECCV 2022, arXiv:2111.12293): two ranges.
 
-With L codes, ``H = L / 2`` belong to each range. L is a power of two, at least 4.
+With L codes, ``H = L / 2`` belong to each range. L is a power of two, at least 4. Split and scale
+broadcast to x. The learned forms have a straight-through ``round``; where their mask ``keep`` is 0
+the value stays in full precision.
 """
 
 import torch
@@ -10,18 +12,13 @@ from fimaq_core.quantizers.logarithm import GELU_SHIFT
 
 
 def twin_softmax(x: Tensor, split: Tensor, levels: int) -> Tensor:
-    """Quantize values in [0, 1]: below the split with step ``Δ = split / (H - 1)``, from the split on with ``1 / (H - 1)``.
+    """Quantize values in [0, 1]: below the split with step ``Δ = split / (H - 1)``, else ``1 / (H -
+    1)``.
 
-    Each range has the codes 0 … H - 1, so 0 has two, and values from the split to half a coarse step become 0.
-
-    This is the paper's quantizer, one range or the other. The released code adds both ranges' values, each of the value
-    clamped to its range: from the split on that is the split more than here, and below it as here wherever the split
-    is below half a coarse step.
-
-    Args:
-        x: values, any shape, floating point; clamped to [0, 1].
-        split: bound of the ranges, broadcastable to ``x``, in (0, 1].
-        levels: number of codes L.
+    Each range has the codes 0 … H - 1, so 0 has two, and values from the split to half a coarse
+    step become 0. This is the paper's quantizer, one range or the other. The released code adds
+    both ranges' values, each of the value clamped to its range: from the split on that is the split
+    more than here, and below it as here wherever the split is below half a coarse step.
     """
     top = levels // 2 - 1
     fine = split / top
@@ -31,15 +28,10 @@ def twin_softmax(x: Tensor, split: Tensor, levels: int) -> Tensor:
 
 
 def twin_gelu(x: Tensor, positive_scale: Tensor, levels: int) -> Tensor:
-    """Quantize values behind a GELU: positive ones with a step of their own, negative ones with ``GELU_SHIFT / H``.
+    """Quantize values behind a GELU: positive ones by their own step, others by ``GELU_SHIFT / H``.
 
-    Codes are 0 … H - 1 for the positive range and -1 … -H for the negative one, which ends at GELU's minimum: L codes in
-    all, since 0 is one code for both.
-
-    Args:
-        x: values, any shape, floating point.
-        positive_scale: step size of the positive range, broadcastable to ``x``, positive.
-        levels: number of codes L.
+    Codes are 0 … H - 1 for the positive range and -1 … -H for the negative one, which ends at
+    GELU's minimum: L codes in all, since 0 is one code for both.
     """
     half = levels // 2
     fine = GELU_SHIFT / half
@@ -51,12 +43,8 @@ def twin_gelu(x: Tensor, positive_scale: Tensor, levels: int) -> Tensor:
 def learned_twin_softmax(x: Tensor, split: Tensor, levels: int, keep: Tensor | None = None) -> Tensor:
     """:func:`twin_softmax` that can be differentiated with respect to ``x`` and ``split``.
 
-    ``round`` has a straight-through gradient. The split is learned as what sets the lower range's step; that it also
-    decides which range a value belongs to has no gradient.
-
-    Args:
-        keep: mask, boolean or 0 and 1, broadcastable to ``x``; where it is 0 the value stays in full precision.
-        x, split, levels: as there.
+    The split is learned as what sets the lower range's step; that it also decides which range a
+    value belongs to has no gradient.
     """
     top = levels // 2 - 1
     fine = split / top
@@ -67,14 +55,7 @@ def learned_twin_softmax(x: Tensor, split: Tensor, levels: int, keep: Tensor | N
 
 
 def learned_twin_gelu(x: Tensor, positive_scale: Tensor, levels: int, keep: Tensor | None = None) -> Tensor:
-    """:func:`twin_gelu` that can be differentiated with respect to ``x`` and ``positive_scale``.
-
-    ``round`` has a straight-through gradient.
-
-    Args:
-        keep: mask, boolean or 0 and 1, broadcastable to ``x``; where it is 0 the value stays in full precision.
-        x, positive_scale, levels: as there.
-    """
+    """:func:`twin_gelu` that can be differentiated with respect to ``x`` and ``positive_scale``."""
     half = levels // 2
     fine = GELU_SHIFT / half
     positive = _through(x / positive_scale).clamp(0, half - 1) * positive_scale

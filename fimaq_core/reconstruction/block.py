@@ -1,4 +1,4 @@
-"""Optimising one block: rounding of weights and scales of activations (AdaRound, QDrop, BRECQ schedule)."""
+"""Optimising one block: rounding of weights and scales of activations (AdaRound, QDrop, BRECQ)."""
 
 from collections.abc import Callable
 
@@ -22,12 +22,8 @@ class BlockTrainer:
     """One block's optimisation: :meth:`step` for every step in order, then :meth:`finish`.
 
     Args:
-        segment: whose block is optimised.
         tape: at that block, target computed.
-        objective: makes the loss.
-        recipe: schedule and rates.
         seed: of batches, input mixing and dropping, together with the block's label.
-        engine: how steps run.
         on_pass: called before (True) and after (False) each Fisher pass, with the steps done.
 
     Attributes:
@@ -56,7 +52,7 @@ class BlockTrainer:
         self._step = STEPS[engine](segment, self.state, tape, objective, recipe, self.schedule)
 
     def step(self, number: int) -> Tensor:
-        """Do step ``number`` (from 0) and return its loss, a scalar on the device that later steps may overwrite."""
+        """Do step ``number`` (from 0); return its loss, a scalar that later steps may overwrite."""
         if number in self.objective.update_steps:
             self._on_pass(True, number)
             self._fisher_pass()
@@ -80,8 +76,7 @@ class BlockTrainer:
     def finish(self) -> int:
         """Decide the rounding, fold it into the layers' codes and leave training.
 
-        Returns:
-            Number of learned activation scales that ended at or near their lower bound.
+        Returns the number of learned activation scales that ended at or near their lower bound.
 
         Raises:
             NumericsError: a scale is NaN or infinite.
@@ -118,9 +113,6 @@ def optimise_block(
 
     Returns:
         The last loss (a scalar), and the number of learned scales at or near their lower bound.
-
-    Raises:
-        NumericsError: the loss or a scale became NaN or infinite.
     """
     trainer = BlockTrainer(segment, tape, objective, recipe, recipe.seed, engine, on_pass)
     loss = torch.zeros(())

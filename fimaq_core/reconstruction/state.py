@@ -1,4 +1,4 @@
-"""What an optimisation of a block learns, as two flat vectors, and how they reach the block's layers."""
+"""What an optimisation of a block learns, as two flat vectors, and how they reach the layers."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,12 +22,13 @@ NEAR_FLOOR = 0.02
 class Layout:
     """Which parameters of a block the flat vectors stand for: names and shapes in order.
 
-    Blocks of the same make have equal layouts, so they share what has been compiled.
+    Blocks of the same structure have equal layouts, so they share what has been compiled.
 
     Attributes:
         weights: of weights that are rounded.
         scales: of activation scales.
-        keys: names of the activation quantizers' keys; their masks are streams 1, 2, ... (0 mixes the block's input).
+        keys: names of the activation quantizers' keys; their masks are streams 1, 2, ... (0 mixes
+            the block's input).
     """
 
     weights: tuple[tuple[str, tuple[int, ...]], ...]
@@ -42,10 +43,7 @@ class Layout:
     def tensors(self, soft: Tensor, scales: Tensor, keys: Tensor) -> dict[str, Tensor]:
         """The block's parameters and buffers by name.
 
-        Args:
-            soft: (n,) soft weights.
-            scales: (m,) activation scales.
-            keys: (streams, 2) keys of the step.
+        Made of soft weights (n,), activation scales (m,) and the step's keys (streams, 2).
         """
         found = {name: keys[number + 1] for number, name in enumerate(self.keys)}
         for flat, entries in ((soft, self.weights), (scales, self.scales)):
@@ -104,7 +102,9 @@ class BlockState:
         return int((self.scales < near).sum()) if self.learn_scales else 0
 
     def attach(self, form: Form, probability: float) -> None:
-        """Set the layers up for optimisation: weights are given soft, quantizers compute in ``form``."""
+        """Set the layers up for optimisation: weights are given soft, quantizers compute in
+        ``form``.
+        """
         for layer in self.layers:
             layer.soft = True
         for quantizer in self.quantizers:
@@ -121,7 +121,9 @@ class BlockState:
 
 
 def run_block(block: torch.nn.Module, layout: Layout, soft: Tensor, scales: Tensor, keys: Tensor, x: Tensor) -> Tensor:
-    """Output of a block with the given variables in place of its own (arguments as in :meth:`Layout.tensors`)."""
+    """Output of a block with the given variables in place of its own, see
+    :meth:`Layout.tensors`.
+    """
     out: Tensor = functional_call(block, layout.tensors(soft, scales, keys), (x,))
     return out
 
