@@ -19,56 +19,11 @@ from fimaq_core.errors import RecipeError, suggest
 OFF = 32
 
 #: Names of block losses; :func:`fimaq_core.fisher.losses.register_loss` adds to them.
-LOSSES = [
-    "mse",
-    "mae",
-    "fisher_brecq",
-    "fisher_diag",
-    "fisher_lr",
-    "fisher_dplr",
-    "perturb",
-    "perturb_mean",
-    "prediction",
-    "least_squares",
-]
+LOSSES = ["mse", "mae", "fisher_brecq", "fisher_diag", "fisher_lr", "fisher_dplr"]
+LOSSES += ["perturb", "perturb_mean", "prediction", "least_squares"]
 
 #: Kinds of activation quantizers.
 Kind = Literal["uniform", "log2", "logsqrt2", "adalog", "twin"]
-
-#: Fields that determine the images a run calibrates on.
-_IMAGE_FIELDS = ("calibration_images", "calibration_transform", "seed")
-#: Fields that determine an MLP reconstruction, beside the images.
-_MLP_FIELDS = (
-    "mlp_steps",
-    "mlp_batch",
-    "mlp_lr",
-    "mlp_percentile",
-    "mlp_loss",
-    "perturbation",
-    "temperature",
-    "divergence_batch",
-    "detection_terms",
-    "frozen_dtype",
-)
-_CALIBRATION_FIELDS = (
-    "w_bits",
-    "a_bits",
-    "s_bits",
-    "head_bits",
-    "patch_input_bits",
-    "softmax_quantizer",
-    "gelu_quantizer",
-    "range_search",
-    "range_images",
-    "range_candidates",
-    "range_rounds",
-    "reparameterize",
-    "refit",
-    "refit_ridge",
-    "refit_flips",
-    "reconstruct_mlp",
-    *_IMAGE_FIELDS,
-)
 
 
 def _field(default: Any, group: str, help: str, **kwargs: Any) -> Any:
@@ -236,48 +191,57 @@ class Recipe(BaseModel):
         return f"w{self.w_bits}a{self.a_bits}"
 
     def digest(self) -> str:
-        """Return the sha256 (hex) of all fields: the recipe's identity."""
-        return _digest(self.model_dump(mode="json"))
+        """The sha256 (hex) of all fields: the recipe's identity."""
+        return self._digest_of(tuple(Recipe.model_fields))
 
     def calibration_digest(self) -> str:
-        """Return the sha256 (hex) of the fields that determine the calibrated ranges.
-
-        Methods that differ only behind calibration share it, so one calibration can serve them all.
+        """The sha256 (hex) of :meth:`range_fields`: methods that share it share their
+        calibration.
         """
         return self._digest_of(self.range_fields())
 
-    def range_fields(self) -> tuple[str, ...]:
-        """Names of the fields that determine the calibrated ranges; with MLP reconstruction also that one's."""
-        return (*_CALIBRATION_FIELDS, *_MLP_FIELDS) if self.reconstruct_mlp else _CALIBRATION_FIELDS
-
     def mlp_digest(self) -> str:
-        """Return the sha256 (hex) of the fields that determine the MLP reconstruction, images apart from their count and seed."""
-        return self._digest_of((*_MLP_FIELDS, *_IMAGE_FIELDS))
+        """The sha256 (hex) of :meth:`mlp_fields`."""
+        return self._digest_of(self.mlp_fields())
+
+    def range_fields(self) -> tuple[str, ...]:
+        """Names of the fields that determine the calibrated ranges, and the MLPs if reconstructed."""
+        own = [name for name in _names("bits", "calibration") if name != "per_token"]
+        mlp = self.mlp_fields() if self.reconstruct_mlp else ("seed",)
+        return tuple(dict.fromkeys([*own, "reconstruct_mlp", *mlp]))
 
     @staticmethod
     def mlp_fields() -> tuple[str, ...]:
         """Names of the fields that determine an MLP reconstruction."""
-        return (*_MLP_FIELDS, *_IMAGE_FIELDS)
+        own = tuple(name for name in _names("mlp") if name != "reconstruct_mlp")
+        shared = ("perturbation", "temperature", "divergence_batch", "detection_terms", "frozen_dtype")
+        return (*own, *shared, "calibration_images", "calibration_transform", "seed")
 
     def _digest_of(self, names: tuple[str, ...]) -> str:
         dump = self.model_dump(mode="json")
-        return _digest({name: dump[name] for name in names})
+        content = json.dumps({name: dump[name] for name in names}, sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
 
     def changes(self, usual: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Return the fields, but method, bits, seed and scope, that differ from the method's own settings.
+        """The fields, but method, bits, seed and scope, that differ from the method's own settings.
 
-        Args:
-            usual: fields that the task sets for every method alike.
+        ``usual`` are fields that the task sets for every method alike.
         """
         base = make_recipe(self.method, usual or {}, {"w_bits": self.w_bits, "a_bits": self.a_bits, "seed": self.seed})
         return {name: value for name, value in self if value != getattr(base, name) and name != "scope"}
 
 
-def _digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def _names(*groups: str) -> list[str]:
+    """Names of the fields of some groups, in order."""
+    extras = {name: field.json_schema_extra for name, field in Recipe.model_fields.items()}
+    return [name for name, extra in extras.items() if isinstance(extra, dict) and extra["group"] in groups]
 
 
 _CALIBRATION_ONLY: dict[str, Any] = {"reconstruct": False, "per_token": False, "calibration_images": 32, "range_images": 32}
+_ADALOG: dict[str, Any] = {"softmax_quantizer": "adalog", "gelu_quantizer": "adalog", "range_search": "progressive"}
+_REPQ: dict[str, Any] = {**_CALIBRATION_ONLY, "range_search": "percentile", "softmax_quantizer": "logsqrt2"}
+#: Squared error, full-precision inputs, no dropping.
+_BRECQ: dict[str, Any] = {"loss": "mse", "prefix_prob": 0.0, "activation_prob": 1.0, "per_token": False}
 
 #: Each method as changes to the defaults (FIMA-Q's released settings). docs/methods.md says what each is and where it
 #: differs from its released code.
@@ -287,30 +251,21 @@ METHODS: dict[str, dict[str, Any]] = {
     # Rounding to nearest with min-max ranges.
     "rtn": {"reconstruct": False, "range_search": "minmax", "reparameterize": False, "per_token": False},
     # Li et al., ICCV 2023 (arXiv:2212.08254).
-    "repq": {**_CALIBRATION_ONLY, "range_search": "percentile", "softmax_quantizer": "logsqrt2"},
+    "repq": _REPQ,
     # Yuan et al., ECCV 2022 (arXiv:2111.12293); its twin uniform quantizers in this framework's range search.
     "ptq4vit": {**_CALIBRATION_ONLY, "softmax_quantizer": "twin", "gelu_quantizer": "twin", "reparameterize": False},
     # Wu et al., ECCV 2024 (arXiv:2407.12951), calibrated only.
-    "adalog": {**_CALIBRATION_ONLY, "softmax_quantizer": "adalog", "gelu_quantizer": "adalog", "range_search": "progressive"},
+    "adalog": {**_CALIBRATION_ONLY, **_ADALOG},
     # Zhong et al., ICML 2024 (arXiv:2407.06794).
-    "erq": {**_CALIBRATION_ONLY, "range_search": "percentile", "softmax_quantizer": "logsqrt2", "refit": True},
-    # Li et al., ICLR 2021 (arXiv:2102.05426), as released with these codes: squared error, full-precision inputs, no dropping.
-    "brecq": {"loss": "mse", "prefix_prob": 0.0, "activation_prob": 1.0, "per_token": False},
+    "erq": {**_REPQ, "refit": True},
+    # Li et al., ICLR 2021 (arXiv:2102.05426), as released with these codes.
+    "brecq": _BRECQ,
     # Wei et al., ICLR 2022 (arXiv:2203.05740): squared error, mixed inputs, dropping.
     "qdrop": {"loss": "mse", "per_token": False},
     # Liu et al., CVPR 2023 (arXiv:2212.07048).
     "pdquant": {"loss": "prediction", "per_token": False},
     # AdaLog with BRECQ's reconstruction.
-    "adalog-recon": {
-        "softmax_quantizer": "adalog",
-        "gelu_quantizer": "adalog",
-        "range_search": "progressive",
-        "range_images": 32,
-        "loss": "mse",
-        "prefix_prob": 0.0,
-        "activation_prob": 1.0,
-        "per_token": False,
-    },
+    "adalog-recon": {**_ADALOG, **_BRECQ, "range_images": 32},
     # Wu et al., CVPR 2025 (arXiv:2504.02508).
     "aphq": {"loss": "perturb_mean", "per_token": False, "reconstruct_mlp": True},
     # Wu et al., CVPR 2025 (arXiv:2506.11543), and with APHQ-ViT's MLP reconstruction before it.
@@ -339,7 +294,7 @@ def register_method(name: str, changes: Mapping[str, Any]) -> None:
 
 
 def make_recipe(method: str = "fimaq", *overrides: Mapping[str, Any]) -> Recipe:
-    """Merge defaults, the method (at its weight bits) and any overrides (later ones win) into a validated recipe.
+    """Merge defaults, method (at its weight bits) and overrides (later ones win) into a recipe.
 
     Raises:
         RecipeError: unknown method or key (with a suggestion), or a value that does not fit.

@@ -1,5 +1,6 @@
 """Candidate ranges, after RepQ-ViT's percentile scheme (Li et al., ICCV 2023) as FIMA-Q's code uses it."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,6 +38,16 @@ class Candidates:
         """Scale and zero point (groups,) of the candidate ``index`` (groups,) of each group."""
         row = index.unsqueeze(0)
         return self.scale.gather(0, row)[0], self.zero_point.gather(0, row)[0]
+
+    def chunks(self, size: int) -> "Iterator[Candidates]":
+        """Some candidates at a time: at least one, and at most ``size``."""
+        step = max(size, 1)
+        for scale, zero in zip(torch.split(self.scale, step), torch.split(self.zero_point, step), strict=True):
+            yield Candidates(scale, zero)
+
+    def chosen(self, index: Tensor, row: Tensor) -> "Candidates":
+        """Single candidates (1, pairs): number ``index`` (pairs,) of row ``row`` (pairs,)."""
+        return Candidates(self.scale[index, row][None], self.zero_point[index, row][None])
 
 
 def ascending(rows: Tensor) -> Tensor:
@@ -91,9 +102,9 @@ def from_bounds(lower: Tensor, upper: Tensor, levels: int) -> Candidates:
 
 
 def minmax(values: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """Scale and zero point (groups,) that span each row of ``values`` (groups, n).
+    """Scale and zero point (groups,) that span zero and each row of ``values`` (groups, n).
 
-    Zero is always in the range, so that zero padding and dead channels are represented exactly.
+    So zero padding and dead channels are represented exactly.
     """
     lower = values.amin(dim=1).clamp(max=0)
     upper = values.amax(dim=1).clamp(min=0)

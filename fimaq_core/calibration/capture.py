@@ -56,7 +56,7 @@ class Capture:
                 calls.clear()
 
     def inputs(self, name: str) -> tuple[Tensor, ...]:
-        """All inputs of the layer: one tensor, a product's two, a convolution's one or more.
+        """All inputs of the layer, a product's two, a convolution's one or more.
 
         Raises:
             NumericsError: the layer saw nothing, or NaN or infinite values.

@@ -24,9 +24,7 @@ _CLASSIFIER_RIDGE, _CONV_FACTOR = 0.1, 10.0
 
 
 def reduce_linear_error(layer: QuantLinear, x: Tensor, recipe: Recipe) -> None:
-    """Refit a linear layer whose input range is set, on inputs (..., d), and decide its
-    rounding.
-    """
+    """Refit a linear layer whose input range is set, on (..., d), and decide its rounding."""
     flat = x.reshape(-1, x.shape[-1])
     own = None if layer.bias is None else layer.bias.detach()
     moments = refit_moments(flat, layer.input_quantizer(flat))

@@ -179,7 +179,7 @@ def calibrate_matmul(layer: QuantMatMul, a: Tensor, b: Tensor, recipe: Recipe) -
 
 
 def start_heads(quantizer: AffineQuantizer, x: Tensor, count: int) -> None:
-    """Set ranges per head of ``x`` (batch, heads, ...) to the grid's last but one, as released.
+    """Set ranges per head to the grid's last but one, as released.
 
     Its zero point is the highest, so it serves values below zero only: rounds must follow.
     """
@@ -189,9 +189,7 @@ def start_heads(quantizer: AffineQuantizer, x: Tensor, count: int) -> None:
 
 
 def progressive_operand(quantizer: AffineQuantizer, x: Tensor, other: Tensor, other_hat: Tensor, count: int) -> None:
-    """Search ranges per head by the error of ``x̂ @ ôther`` against ``x @ other``,
-    progressively.
-    """
+    """Search ranges per head by the error of ``x̂ @ ôther``, progressively."""
     if quantizer.off:
         return
     product, ordered = head_product(x, other, other_hat, quantizer.levels), ascending(per_head(x))
@@ -215,10 +213,7 @@ def set_heads(quantizer: AffineQuantizer, scale: Tensor, zero_point: Tensor) -> 
 
 
 class _HeadSearch:
-    """Bounds of one attention operand, searched per head.
-
-    Starts with the widest upper and the narrowest lower bound, as released.
-    """
+    """Bounds of one attention operand per head; the start is the widest upper, narrowest lower."""
 
     def __init__(self, quantizer: AffineQuantizer, x: Tensor, count: int) -> None:
         self.quantizer = quantizer

@@ -37,9 +37,8 @@ class Product:
             self.matrix, self.term = other.contiguous(), residual
 
     def errors(self, scale: Tensor, zero_point: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        """Error, float64 (entries, candidates), of the batch entries from ``start`` to ``stop``.
-
-        ``scale`` and ``zero_point`` are (entries or 1, candidates).
+        """Error, float64 (entries, candidates), of batch entries; ranges (entries or 1,
+        candidates).
         """
         stop = len(self.x) if stop is None else stop
         size, count = self.x[0].numel() * max(self.matrix.shape[2] // self.x.shape[2], 1), scale.shape[1]
@@ -57,9 +56,7 @@ class Product:
         return out
 
     def _block(self, part: slice, scale: Tensor, zero_point: Tensor) -> Tensor:
-        """Errors (entries, candidates) of one block; ranges are (entries or 1, candidates, 1,
-        1).
-        """
+        """Errors (entries, candidates) of one block; ranges (entries or 1, candidates, 1, 1)."""
         x = self.x[part, None]
         delta = torch.div(x, scale).round_().add_(zero_point).clamp_(0, self.levels - 1).sub_(zero_point)
         delta.mul_(scale).sub_(x)  # entries, candidates, rows, inner
@@ -75,10 +72,9 @@ class Product:
 
 
 def best_of_heads(product: Product, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """Index (heads,) of each head's candidate with the smallest error.
+    """Index (heads,) of each head's best candidate, of ranges (candidates, heads).
 
-    The batch of ``product`` holds all samples of the first head, then of the second, and so on;
-    scales and zero points are (candidates, heads).
+    The batch of ``product`` holds all samples of the first head, then of the second, and so on.
     """
     count, heads = scale.shape
     images = len(product.x) // heads
@@ -87,8 +83,7 @@ def best_of_heads(product: Product, scale: Tensor, zero_point: Tensor) -> Tensor
 
 
 def best_operand(product: Product, scale: Tensor, zero_point: Tensor, guess: int = 0) -> int:
-    """Index of the candidate (candidates,) with the smallest error, one range for the whole
-    operand.
+    """Index of the best candidate (candidates,), one range for the whole operand.
 
     Candidates are dropped as soon as they cannot be it. ``guess`` is one that is probably good: its
     whole error is the first bound.

@@ -46,11 +46,9 @@ def own_errors(sorted_rows: Tensor, candidates: Candidates, levels: int) -> Tens
 def _direct(rows: Tensor, candidates: Candidates, levels: int) -> Tensor:
     """The same by a pass per candidate, cheaper for rows that are short beside ``levels``."""
     out = []
-    step = max(_CHUNK // rows.numel(), 1)
-    for start in range(0, candidates.scale.shape[0], step):
-        scale = candidates.scale[start : start + step, :, None]
-        zero = candidates.zero_point[start : start + step, :, None]
-        out.append(fake_quantize(rows, scale, zero, levels).sub_(rows).double().square_().sum(-1))
+    for some in candidates.chunks(_CHUNK // rows.numel()):
+        x_hat = fake_quantize(rows, some.scale[..., None], some.zero_point[..., None], levels)
+        out.append(x_hat.sub_(rows).double().square_().sum(-1))
     return torch.cat(out)
 
 

@@ -81,8 +81,7 @@ def progressive_rows(
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero point (rows,) of each row of a weight, by the squared error of the output.
 
-    ``square`` and ``linear`` are those of
-    :func:`~fimaq_core.calibration.weight_error.input_moments`; None for the weight's own error.
+    ``square``, ``linear``: of :func:`.weight_error.input_moments`; None for the weight's own error.
     """
     ordered = ascending(weight)
     start = grid_candidates(ordered, levels, count, min_scale)
@@ -96,9 +95,8 @@ def progressive_rows(
 
 
 def progressive_input(product: Product, sorted_values: Tensor, levels: int, count: int) -> tuple[Tensor, Tensor]:
-    """Scale and zero point (scalars) of a whole operand, by the squared error of its product.
-
-    ``sorted_values`` are all its values, ascending, (n,) or (1, n).
+    """Scale and zero point (scalars) of a whole operand, whose values are given in ascending
+    order.
     """
 
     found = RangeErrors(product.x, product.other, product.residual, uniform_points(levels))
@@ -112,10 +110,8 @@ def progressive_input(product: Product, sorted_values: Tensor, levels: int, coun
 
 
 def progressive_heads(product: Product, heads: int, sorted_rows: Tensor, levels: int, count: int) -> tuple[Tensor, Tensor]:
-    """Scale and zero point (heads,) of an attention operand, by each head's squared error.
-
-    The batch of ``product`` holds all samples of the first head, then of the second, and so on;
-    ``sorted_rows`` (heads, n) are the values of each head, ascending.
+    """Scale and zero point (heads,) of an operand: product as in
+    :func:`.output_error.best_of_heads`.
     """
     operands = zip(*(part.chunk(heads) for part in (product.x, product.other, product.residual)), strict=True)
     found = [RangeErrors(x, other, residual, uniform_points(levels)) for x, other, residual in operands]
@@ -128,8 +124,6 @@ def progressive_heads(product: Product, heads: int, sorted_rows: Tensor, levels:
 
 
 def _search(errors: Errors, start: Candidates, count: int, min_scale: float) -> tuple[Tensor, Tensor]:
-    """The search with AdaLog's settings, from a grid; one that holds a single scale has spacing
-    0.
-    """
+    """The search with AdaLog's settings from a grid; a single scale has spacing 0."""
     spacing = (start.scale[1] - start.scale[0]).abs()
     return progressive(errors, start, _WIDTH, max(count // _WIDTH, 2), _STEPS, spacing, min_scale)

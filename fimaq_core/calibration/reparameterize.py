@@ -15,12 +15,7 @@ from fimaq_core.recipe import Recipe
 
 
 def channel_ranges(x: Tensor, levels: int, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """Per-channel scale and zero point (channels,) of ``x`` (tokens, channels) by own squared
-    error.
-
-    Percentile ranges are RepQ-ViT's; else candidates form a grid, refined if the recipe's search
-    is.
-    """
+    """Per-channel scale and zero point (channels,) of ``x`` (tokens, channels) by own error."""
     rows, count = x.t().contiguous(), recipe.range_candidates
     ordered = ascending(rows)
     if recipe.range_search == "percentile":

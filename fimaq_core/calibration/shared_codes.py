@@ -87,9 +87,7 @@ def _sums(x: Tensor, other: Tensor, target: Tensor, ranges: Tensor, sure: bool) 
 
 
 def _codes(x: Tensor, ranges: Tensor) -> Tensor:
-    """Codes with the zero point subtracted; ``ranges``: (3, ...), scale, lowest and highest
-    code.
-    """
+    """Codes, the zero point subtracted; ``ranges``: (3, ...), scale, lowest, highest code."""
     scale, lowest, highest = ranges
     codes = torch.div(x, scale).round_()
     torch.maximum(codes, lowest, out=codes)

@@ -63,7 +63,7 @@ class RangeErrors:
     def best(self, scale: Tensor, kind: Tensor, width: int) -> Tensor:
         """Errors, float64 (candidates,), of at least the ``width`` best; others may be infinite.
 
-        ``kind`` (candidates,) is the number that ``points`` takes beside the scale (candidates,).
+        ``kind`` (candidates,) is the number that ``points`` takes beside the scale.
         """
         self.scale, self.kinds = scale, kind.tolist()
         out = torch.full(scale.shape, torch.inf, dtype=torch.float64, device=scale.device)

@@ -85,10 +85,9 @@ def _search_gelu(layer: QuantLinear, flat: Tensor, count: int) -> None:
 
 
 def calibrate_after_softmax(layer: QuantMatMul, a: Tensor, b: Tensor, recipe: Recipe) -> None:
-    """Set the ranges of an attention product with a special left quantizer.
+    """Set the ranges of a product with a special left quantizer, one left range for all heads.
 
-    The left range is one for all heads. Logarithmic quantizers of fixed base keep scale 1, a
-    softmax's largest value.
+    Logarithmic quantizers of fixed base keep scale 1, a softmax's largest value.
     """
     left, right, count = layer.a_quantizer, layer.b_quantizer, recipe.range_candidates
     if not left.off:

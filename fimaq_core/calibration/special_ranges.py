@@ -8,6 +8,7 @@ full-precision form. Of equally good candidates the first is chosen.
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -41,10 +42,7 @@ Quantizer = Callable[[Tensor], Tensor]
 
 
 def percentile_range(sorted_rows: Tensor, levels: int, min_scale: float = MIN_SCALE) -> tuple[Tensor, Tensor]:
-    """Scale and zero point (groups,): quantiles 1 - p and p of the best own error.
-
-    ``sorted_rows`` are (groups, n), ascending.
-    """
+    """Scale and zero point (groups,): quantiles 1 - p and p of the best own error."""
     upper, lower = quantiles(sorted_rows, _POINTS), quantiles(sorted_rows, [1 - point for point in _POINTS])
     scale = ((upper - lower) / (levels - 1)).clamp(min=min_scale)
     candidates = Candidates(scale, -torch.round(lower / scale))
@@ -52,7 +50,7 @@ def percentile_range(sorted_rows: Tensor, levels: int, min_scale: float = MIN_SC
 
 
 def percentile_log_scale(x: Tensor, step: Tensor | float, levels: int) -> Tensor:
-    """Scale (scalar) of a logarithmic quantizer: the p-quantile with the smallest own error.
+    """Scale (scalar) of a logarithmic quantizer: the quantile of the best own error.
 
     ``x`` is what the quantizer sees, so behind a GELU with the shift; ``step`` is in octaves.
     """
@@ -140,16 +138,14 @@ def search_adalog_gelu(x: Tensor, w_hat: Tensor, w: Tensor, levels: int, count: 
 
 
 def search_log_gelu(x: Tensor, w_hat: Tensor, w: Tensor, step: float, levels: int, count: int) -> Tensor:
-    """Scale (scalar) of a logarithmic quantizer of fixed ``step`` (octaves) behind a GELU.
-
-    Scales and their refinement are those of :func:`search_adalog_gelu`, without numerators.
-    """
+    """Scale (scalar) for a fixed ``step`` (octaves); refined as in :func:`search_adalog_gelu`."""
 
     def errors(candidates: Candidates, _: int) -> Tensor:
-        def quantizer(scale: Tensor) -> Quantizer:
-            return lambda part: log_fake_quantize(part + GELU_SHIFT, scale, step, levels).sub_(GELU_SHIFT)
+        def quantized(part: Tensor, scale: Tensor) -> Tensor:
+            return log_fake_quantize(part + GELU_SHIFT, scale, step, levels).sub_(GELU_SHIFT)
 
-        return product_errors(x, w_hat.t(), w.t(), [quantizer(scale) for scale in candidates.scale[:, 0]])[:, None]
+        quantizers = [partial(quantized, scale=scale) for scale in candidates.scale[:, 0]]
+        return product_errors(x, w_hat.t(), w.t(), quantizers)[:, None]
 
     scales = _gelu_scales(x, count)[:, None]
     start = Candidates(scales, torch.zeros_like(scales))
@@ -159,11 +155,8 @@ def search_log_gelu(x: Tensor, w_hat: Tensor, w: Tensor, step: float, levels: in
 def search_twin_softmax(a: Tensor, b_hat: Tensor, b: Tensor, levels: int) -> Tensor:
     """Split (scalar) of the twin quantizer behind a softmax, of ``2^-i``, i < 20."""
     splits = torch.exp2(-torch.arange(_SPLITS, device=a.device, dtype=a.dtype))
-
-    def quantizer(split: Tensor) -> Quantizer:
-        return lambda part: twin_softmax(part, split, levels)
-
-    errors = product_errors(a.flatten(0, 1), b_hat.flatten(0, 1), b.flatten(0, 1), [quantizer(split) for split in splits])
+    quantizers = [partial(twin_softmax, split=split, levels=levels) for split in splits]
+    errors = product_errors(a.flatten(0, 1), b_hat.flatten(0, 1), b.flatten(0, 1), quantizers)
     return splits[errors.argmin()]
 
 
@@ -174,11 +167,8 @@ def search_twin_gelu(x: Tensor, w_hat: Tensor, w: Tensor, levels: int, count: in
     """
     widest = x.amax().clamp(min=MIN_SCALE) / (levels // 2 - 0.5)
     scales = widest * torch.linspace(0.01, 1.2, count, device=x.device, dtype=x.dtype)
-
-    def quantizer(scale: Tensor) -> Quantizer:
-        return lambda part: twin_gelu(part, scale, levels)
-
-    errors = product_errors(x, w_hat.t(), w.t(), [quantizer(scale) for scale in scales])
+    quantizers = [partial(twin_gelu, positive_scale=scale, levels=levels) for scale in scales]
+    errors = product_errors(x, w_hat.t(), w.t(), quantizers)
     return scales[errors.argmin()]
 
 

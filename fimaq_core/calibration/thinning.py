@@ -37,9 +37,7 @@ def extremes(rows: Tensor) -> Tensor:
 
 
 def in_pieces(rows: Tensor) -> Tensor:
-    """``rows`` (count, d) as (pieces, rows, d), up to 32 pieces: searches drop candidates by
-    piece.
-    """
+    """``rows`` (count, d) as (pieces, rows, d), up to 32: searches drop candidates by piece."""
     pieces = math.gcd(len(rows), 32)
     return rows.view(pieces, -1, rows.shape[-1])
 

@@ -67,14 +67,9 @@ def input_moments(
 
 
 def weight_errors(weight: Tensor, candidates: Candidates, levels: int, square: Tensor, linear: Tensor) -> Tensor:
-    """Squared output error, float64 (candidates, rows), up to a constant of the row.
-
-    ``square`` and ``linear`` are those of :func:`input_moments`.
-    """
+    """Squared output error, float64 (candidates, rows), up to a constant of the row."""
     out = []
-    step = max(block_elements(weight.device) // weight.numel(), 1)
-    for start in range(0, candidates.scale.shape[0], step):
-        some = Candidates(candidates.scale[start : start + step], candidates.zero_point[start : start + step])
+    for some in candidates.chunks(block_elements(weight.device) // weight.numel()):
         delta = _deltas(weight, some, levels).double()
         out.append((delta * (delta @ square + 2 * linear)).sum(-1))
     return torch.cat(out)
@@ -90,7 +85,8 @@ def best_weight_errors(weight: Tensor, candidates: Candidates, levels: int, squa
     # Of candidates in the order of zero points and scales, those whose codes are not those of the one before.
     order = candidates.scale.argsort(dim=0, stable=True)
     order = order.gather(0, candidates.zero_point.gather(0, order).argsort(dim=0, stable=True))
-    scale, zero = candidates.scale.gather(0, order), candidates.zero_point.gather(0, order)
+    ordered = Candidates(candidates.scale.gather(0, order), candidates.zero_point.gather(0, order))
+    scale, zero = ordered.scale, ordered.zero_point
     count, rows = scale.shape
     starts = torch.ones_like(scale, dtype=torch.bool)
     step = max(block_elements(weight.device) // weight.numel(), 1)
@@ -100,14 +96,14 @@ def best_weight_errors(weight: Tensor, candidates: Candidates, levels: int, squa
         starts[first + 1 : first + step + 1] = (codes[1:] != codes[:-1]).any(-1)
     promising = torch.ones_like(starts)
     if int(starts.sum()) > starts.numel() // 2:
-        promising = _promising(weight, Candidates(scale, zero), levels, square.float(), linear.float(), width)
+        promising = _promising(weight, ordered, levels, square.float(), linear.float(), width)
         starts = promising
     offset = linear - weight.double() @ square
     products = square.new_zeros(2, rows * count)
     row, index = starts.t().nonzero(as_tuple=True)
     step = max(block_elements(weight.device) // weight.shape[1], 1)
     for some, its in zip(torch.split(index, step), torch.split(row, step), strict=True):
-        codes = _codes(weight[its], Candidates(scale[some, its][None], zero[some, its][None]), levels)[0].double()
+        codes = _codes(weight[its], ordered.chosen(some, its), levels)[0].double()
         where = its * count + some
         products[0, where] = (codes @ square).mul_(codes).sum(-1)
         products[1, where] = (codes * offset[its]).sum(-1)
@@ -123,9 +119,8 @@ def best_weight_errors(weight: Tensor, candidates: Candidates, levels: int, squa
 def _promising(weight: Tensor, candidates: Candidates, levels: int, square: Tensor, linear: Tensor, width: int) -> Tensor:
     """Mask (candidates, rows) of those that may be among the ``width`` best, by float32."""
     lower, upper = [], []
-    step = max(block_elements(weight.device) // weight.numel(), 1)
-    for scale, zero in zip(torch.split(candidates.scale, step), torch.split(candidates.zero_point, step), strict=True):
-        delta = _deltas(weight, Candidates(scale, zero), levels)
+    for some in candidates.chunks(block_elements(weight.device) // weight.numel()):
+        delta = _deltas(weight, some, levels)
         cross = 2 * (delta * linear).sum(-1)
         own = (delta @ square).mul_(delta).sum(-1)
         margin = _ROUNDING * (own + cross.abs())
@@ -138,8 +133,7 @@ def _promising(weight: Tensor, candidates: Candidates, levels: int, square: Tens
 def best_rows(weight: Tensor, candidates: Candidates, levels: int, square: Tensor, linear: Tensor, guess: Tensor) -> Tensor:
     """Index (rows,) of each row's candidate with the smallest squared output error.
 
-    ``guess`` (rows,) are candidates that are probably good: their errors are the first bounds.
-    Other arguments as of :func:`weight_errors`.
+    The errors of ``guess`` (rows,), candidates that are probably good, are the first bounds.
     """
     width = weight.shape[1]
     # Channels that weigh most come first: their squares say most about the whole sum.
@@ -172,7 +166,7 @@ def best_rows(weight: Tensor, candidates: Candidates, levels: int, square: Tenso
     table = torch.full(candidates.scale.shape, torch.inf, dtype=torch.float64, device=weight.device)
     step = max(block_elements(weight.device) // width, 1)
     for some, its in zip(torch.split(index, step), torch.split(row, step), strict=True):
-        pairs = Candidates(candidates.scale[some, its][None], candidates.zero_point[some, its][None])
+        pairs = candidates.chosen(some, its)
         table[some, its] = weight_errors(weight[its], pairs, levels, square, linear[its])[0]
     return table.argmin(0)
 
@@ -194,9 +188,8 @@ def _codes(weight: Tensor, candidates: Candidates, levels: int) -> Tensor:
 class _Sieve:
     """Squares of ``Lᵀδ + L⁻¹Cw = s Lᵀq + (L⁻¹Cw - Lᵀw)``, codes q and scale s, in float32.
 
-    The second form saves two passes over all candidates. It rounds more (s q and w are alike), yet
-    far less than the margin. ``factor`` is L and ``offset`` (rows, d), all in one order of
-    channels.
+    The second form saves two passes over all candidates. It rounds more, yet far less than the
+    margin. ``factor`` is L and ``offset`` L⁻¹Cw (rows, d), all in one order of channels.
     """
 
     def __init__(self, weight: Tensor, candidates: Candidates, levels: int, factor: Tensor, offset: Tensor) -> None:
@@ -206,15 +199,12 @@ class _Sieve:
     def all_squares(self, end: int) -> Tensor:
         """Sums (candidates, rows) of the squares of coordinates before ``end``."""
         factor, base = self.factor[:, :end].contiguous(), self.base[:, :end]
-        out = []
-        count = self.candidates.scale.shape[0]
-        step = max(block_elements(self.weight.device) // self.weight.numel(), 1)
+        size = block_elements(self.weight.device) // self.weight.numel()
         if self.candidates.period is not None:
-            return self._all_of_grid(self.candidates.period, step, factor, base)
-        for start in range(0, count, step):
-            part = slice(start, start + step)
-            chosen = Candidates(self.candidates.scale[part], self.candidates.zero_point[part])
-            made = (_codes(self.weight, chosen, self.levels) @ factor).mul_(chosen.scale[..., None]).add_(base)
+            return self._all_of_grid(self.candidates.period, max(size, 1), factor, base)
+        out = []
+        for some in self.candidates.chunks(size):
+            made = (_codes(self.weight, some, self.levels) @ factor).mul_(some.scale[..., None]).add_(base)
             out.append(made.square_().sum(-1))
         return torch.cat(out)
 
@@ -233,9 +223,7 @@ class _Sieve:
         return table.flatten(0, 1)
 
     def squares(self, index: Tensor, row: Tensor, start: int, end: int) -> Tensor:
-        """Sums (pairs,) of squares ``start`` to ``end``, of candidates ``index`` of rows
-        ``row``.
-        """
+        """Sums (pairs,) of squares ``start`` to ``end``, of candidates ``index`` of ``row``."""
         # L is lower triangular: channels before the first coordinate do not enter.
         factor = self.factor[start:, start:end].contiguous()
         out = [self.base.new_zeros(0)]

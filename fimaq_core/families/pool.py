@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from fimaq_core.chain import NormPair
 from fimaq_core.errors import ModelError
-from fimaq_core.families.attention import attend, products
+from fimaq_core.families.attention import attend, products, side_by_side
 from fimaq_core.families.parts import norm_pair, swap_mlp
 from fimaq_core.layers import QuantLinear
 from fimaq_core.recipe import Recipe
@@ -71,7 +71,8 @@ class ExplicitAttentionPool(nn.Module):
         batch, tokens, _ = x.shape
         k, v = self.kv(x).reshape(batch, tokens, 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         query = self.query.expand(batch, -1, -1, -1)
-        x = self.proj(attend(self.query_key, self.attention_value, query, self.k_norm(k), v, self.scale))
+        heads = attend((self.query_key, self.attention_value), query, self.k_norm(k), v, self.scale)
+        x = self.proj(side_by_side(heads))
         x = x + self.mlp(self.norm(x))
         pooled: Tensor = self.after(x[:, 0] if self.pool == "token" else x.mean(dim=1))
         return pooled

@@ -96,7 +96,7 @@ class SwinFamily:
         return type(model) is SwinTransformer
 
     def build(self, model: nn.Module, recipe: Recipe) -> BlockChain:
-        """Cut ``model`` into patch embedding, blocks, patch mergings and head. Takes over its
+        """Cut ``model`` into patch embedding, blocks, mergings and head, taking over its
         parameters.
 
         Raises:

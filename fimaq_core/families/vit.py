@@ -1,6 +1,4 @@
-"""Family of timm's ViT and DeiT (with and without distillation), also as a tower without
-classifier.
-"""
+"""Family of timm's ViT and DeiT (with and without distillation), also without classifier."""
 
 from timm.layers.attention import Attention
 from timm.models.deit import VisionTransformerDistilled
@@ -9,7 +7,7 @@ from torch import Tensor, nn
 
 from fimaq_core.chain import BlockChain, Segment
 from fimaq_core.errors import ModelError
-from fimaq_core.families.attention import attend, products
+from fimaq_core.families.attention import attend, products, side_by_side
 from fimaq_core.families.parts import classifier, mlp_parts, norm_pair, swap_mlp, swap_patch_embed
 from fimaq_core.families.pool import ExplicitAttentionPool
 from fimaq_core.layers import QuantLinear
@@ -17,9 +15,9 @@ from fimaq_core.recipe import Recipe
 
 
 class ExplicitAttention(nn.Module):
-    """timm's ``Attention`` (ViT, DeiT) written out: qkv, ``q kᵀ``, softmax, ``softmax v``, projection.
+    """timm's ``Attention`` (ViT, DeiT) written out, for x (B, N, C).
 
-    Args of ``forward``: x (B, N, C). The keyword arguments that timm's blocks pass must be unused.
+    The keyword arguments that timm's blocks pass must be unused.
     """
 
     def __init__(self, attention: nn.Module, recipe: Recipe) -> None:
@@ -39,8 +37,8 @@ class ExplicitAttention(nn.Module):
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
         q, k = self.q_norm(q), self.k_norm(k)
-        out = attend(self.query_key, self.attention_value, q, k, v, self.scale)
-        projected: Tensor = self.proj(self.norm(out))
+        heads = attend((self.query_key, self.attention_value), q, k, v, self.scale)
+        projected: Tensor = self.proj(self.norm(side_by_side(heads)))
         return projected
 
 

@@ -23,22 +23,16 @@ class Divergence:
     batch: int | None = None
 
     def reference(self, outputs: Samples) -> Samples:
-        """What the outputs (n, ...) of the full-precision model are compared by, row by row: (n,
-        ...).
-        """
+        """What outputs (n, ...) are compared with, row by row, from the full-precision ones."""
         return outputs
 
     def __call__(self, outputs: Tensor, reference: Tensor) -> Tensor:
-        """The divergence, a scalar: the mean over a batch of outputs (B, ...) and rows of the
-        reference.
-        """
+        """The mean divergence over a batch of outputs (B, ...) and rows of the reference."""
         raise NotImplementedError
 
 
 def kl_divergence(logits: Tensor, reference: Tensor, temperature: float = 1.0) -> Tensor:
-    """``KL(softmax(reference / T) || softmax(logits / T))``, mean over the batch (B, classes), in
-    nats.
-    """
+    """``KL(softmax(reference / T) || softmax(logits / T))`` in nats, mean over the batch."""
     target = F.log_softmax(reference / temperature, dim=-1)
     return F.kl_div(F.log_softmax(logits / temperature, dim=-1), target, reduction="batchmean", log_target=True)
 

@@ -85,10 +85,8 @@ PLAIN: dict[str, Callable[[Tensor], Tensor]] = {"mse": squared_error, "mae": abs
 
 
 def register_loss(name: str, loss: Callable[[Tensor], Tensor]) -> None:
-    """Add a block loss: a function of Δ (B, N) to a scalar, which is divided by its start.
-
-    Raises:
-        RecipeError: the name is taken.
+    """Add a loss: a function of Δ (B, N), divided by its start. Raises RecipeError if it is
+    there.
     """
     if name in LOSSES:
         raise RecipeError(f"A loss named '{name}' exists already: choose another name.")

@@ -41,9 +41,7 @@ class Sweep:
     def gradients(self, inputs: Samples | Tensor, forward: Forward | None = None) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yield rows, the block's output and the divergence's gradient there, batch by batch.
 
-        Args:
-            inputs: (n, ...) inputs of the block, on any device.
-            forward: runs the block on a batch; by default it runs as it is set up.
+        ``forward`` runs the block on a batch of ``inputs``; by default it runs as it is set up.
         """
         block, samples = forward or self.chain.segment(self.index).block, Samples.of(inputs)
         for rows in samples.slices(self.batch_size):
@@ -88,9 +86,7 @@ def mean_gradient_and_error(
 ) -> tuple[Tensor, Tensor]:
     """One FIMA-Q pass: ``g = mean |∂D/∂z|`` and ``d = mean |Δ|`` over the samples, each (N,).
 
-    Args:
-        inputs, forward: as in :meth:`Sweep.gradients`.
-        targets: (n, ...) full-precision outputs of the block.
+    ``targets`` are the block's full-precision outputs (n, ...).
     """
     gradient = error = torch.zeros((), device=sweep.device)
     for rows, output, grad in sweep.gradients(inputs, forward):

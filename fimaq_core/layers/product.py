@@ -29,11 +29,10 @@ class _TimesTransposed(torch.autograd.Function):
 
 
 class QuantMatMul(nn.Module):
-    """The product of two activations, ``a @ b``, each with a quantizer (per head once calibrated).
+    """The product of a (batch, heads, rows, inner) and b (batch, heads, inner, columns), ``a @ b``.
 
-    ``a_bits`` and ``a_kind``, where given, are for a left operand that comes out of a softmax.
-
-    Args of ``forward``: ``a`` (batch, heads, rows, inner) and ``b`` (batch, heads, inner, columns).
+    Each has a quantizer, per head once calibrated. ``a_bits`` and ``a_kind``, where given, are for
+    a left operand that comes out of a softmax.
     """
 
     def __init__(self, bits: int, a_bits: int | None = None, a_kind: Kind = "uniform") -> None:

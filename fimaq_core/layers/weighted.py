@@ -123,8 +123,7 @@ class QuantConv2d(WeightLayer, nn.Conv2d):  # type: ignore[misc]
 class QuantConvTranspose2d(WeightLayer, nn.ConvTranspose2d):  # type: ignore[misc]
     """``nn.ConvTranspose2d`` without groups, with quantizers.
 
-    Attributes:
-        weight: (out, in, height, width). (The float layer has in and out the other way round.)
+    Its weight is (out, in, height, width); the float layer has in and out the other way round.
     """
 
     input_quantizer: AffineQuantizer

@@ -91,9 +91,7 @@ def _traced_codes(rounded: Tensor, zero_point: Tensor, top: Tensor) -> Tensor:
 
 
 def _sum_in_two(values: Tensor, shape: torch.Size) -> Tensor:
-    """Sum to ``shape``, the first dimension last: the inner sum fuses with what makes
-    ``values``.
-    """
+    """Sum to ``shape``, the first dimension last: the inner sum fuses with what comes before."""
     wide = (1,) * (values.ndim - len(shape)) + tuple(shape)
     inner = [dim for dim in range(1, values.ndim) if wide[dim] == 1]
     part = values.sum(inner, keepdim=True) if inner else values
@@ -141,9 +139,7 @@ class AffineQuantizer(ActivationQuantizer):
         self.zero_point = zero_point.detach().clone().float().contiguous()
 
     def forward(self, x: Tensor, transposed: bool = False) -> Tensor:
-        """Quantize ``x``; ``transposed``: its last two dimensions are swapped against the
-        scale's.
-        """
+        """Quantize ``x``; ``transposed``: its last two dimensions are the scale's, swapped."""
         if self.off:
             return x
         self._check_calibrated()

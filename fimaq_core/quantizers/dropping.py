@@ -39,11 +39,7 @@ def _words(numbers: Tensor, key: Tensor) -> Tensor:
 
 
 def traced_mask(like: Tensor, key: Tensor, threshold: int) -> Tensor:
-    """Boolean mask of the shape of ``like``, true with probability ``threshold / 256``; for
-    compilation.
-
-    ``key`` is (2,) int32.
-    """
+    """Boolean mask like ``like``, true with probability ``threshold / 256``, to be compiled."""
     number = torch.arange(like.numel(), device=like.device, dtype=torch.int32)
     word = _words(number >> 2, key)
     byte = (word >> ((number & 3) * 8)) & 255
@@ -51,10 +47,7 @@ def traced_mask(like: Tensor, key: Tensor, threshold: int) -> Tensor:
 
 
 def eager_mask(like: Tensor, key: Tensor, threshold: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The same mask, of ``dtype`` (0 and 1), with a pass per word instead of per element.
-
-    Floating point is the fastest on CPUs, where boolean tensors are slow.
-    """
+    """The same mask, of ``dtype`` (float is the fastest on CPUs), with a pass per word."""
     if threshold > 255:  # as a byte it would be 0
         return torch.ones(like.shape, dtype=dtype, device=like.device)
     count = like.numel()

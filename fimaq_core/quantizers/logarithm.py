@@ -50,9 +50,7 @@ def adalog_tables(q: int, levels: int) -> tuple[Tensor, Tensor]:
 def adalog_fake_quantize(
     x: Tensor, scale: Tensor, shifts: Tensor, mantissas: Tensor, step: Tensor | float, levels: int
 ) -> Tensor:
-    """:func:`log_fake_quantize` by :func:`adalog_tables`: ``x̂ = s 2^(-shifts[k])
-    mantissas[k]``.
-    """
+    """:func:`log_fake_quantize` by :func:`adalog_tables`: ``s 2^(-shifts[k]) mantissas[k]``."""
     points = torch.cat([torch.exp2(-shifts) * mantissas, mantissas.new_zeros(1)])
     codes = log_codes(x, scale, step).clamp_(max=levels).int()
     return points.index_select(0, codes.flatten()).view(codes.shape).mul_(scale)

@@ -85,7 +85,7 @@ class RoundingProblem:
         return [piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
 
     def codes(self) -> list[Tensor]:
-        """Decided codes ``clamp(floor(w / s) + 1[α >= 0] + z, 0, L - 1)``, each rows x columns,
+        """Decided codes ``clamp(floor(w / s) + 1[α >= 0] + z, 0, L - 1)``, rows x columns,
         float.
         """
         decided = self.split(self.base + (self.alpha >= 0))
@@ -93,9 +93,7 @@ class RoundingProblem:
 
 
 def rounding_penalty(h: Tensor, beta: float) -> Tensor:
-    """Regulariser ``Σ (1 - |2h - 1| ** β)``, a scalar: 0 where every h in [0, 1] is 0 or 1; β
-    >= 1.
-    """
+    """Regulariser ``Σ (1 - |2h - 1| ** β)``, β >= 1: 0 where every h in [0, 1] is 0 or 1."""
     return (1 - (2 * h - 1).abs().pow(beta)).sum()
 
 

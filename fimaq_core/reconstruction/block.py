@@ -74,7 +74,7 @@ class BlockTrainer:
         state.attach(FORMS[self.engine], probability)
 
     def finish(self) -> int:
-        """Decide the rounding, fold it into the layers' codes and leave training.
+        """Decide the rounding, fold it into the codes and leave training.
 
         Returns the number of learned activation scales that ended at or near their lower bound.
 

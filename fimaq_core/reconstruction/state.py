@@ -8,9 +8,10 @@ from torch import Tensor
 from torch.func import functional_call
 
 from fimaq_core.chain import Segment
-from fimaq_core.layers import QuantMatMul, WeightLayer, quant_layers
+from fimaq_core.layers import WeightLayer, quant_layers
 from fimaq_core.quantizers.activation import ActivationQuantizer, Form
 from fimaq_core.quantizers.rounding import RoundingProblem
+from fimaq_core.quantizers.weight import WeightQuantizer
 
 #: Lower bound of a learned activation scale, as a share of its calibrated value.
 SCALE_FLOOR = 0.01
@@ -41,9 +42,8 @@ class Layout:
         return 1 + len(self.keys)
 
     def tensors(self, soft: Tensor, scales: Tensor, keys: Tensor) -> dict[str, Tensor]:
-        """The block's parameters and buffers by name.
-
-        Made of soft weights (n,), activation scales (m,) and the step's keys (streams, 2).
+        """The block's tensors by name, from soft weights (n,), scales (m,) and keys (streams,
+        2).
         """
         found = {name: keys[number + 1] for number, name in enumerate(self.keys)}
         for flat, entries in ((soft, self.weights), (scales, self.scales)):
@@ -75,20 +75,19 @@ class BlockState:
         self.layers: list[WeightLayer] = [layer for _, layer in rounded]
         self.quantizers = [quantizer for _, quantizer in activations]
         self.layout = Layout(
-            tuple(
-                (_join(name, "weight"), tuple(layer.weight.shape)) for (name, _), layer in zip(rounded, self.layers, strict=True)
-            ),
+            tuple((_join(name, "weight"), tuple(layer.weight.shape)) for name, layer in rounded),
             tuple((_join(name, "scale"), tuple(quantizer.scale.shape)) for name, quantizer in activations),
             tuple(_join(name, "key") for name, _ in activations),
         )
         self.rounding: RoundingProblem | None = None
         self.soft = torch.zeros(0, device=device)
         if self.layers:
+            quantizers = [layer.weight_quantizer for layer in self.layers]
             self.rounding = RoundingProblem.build(
                 [layer.weight for layer in self.layers],
-                [layer.weight_quantizer.scale for layer in self.layers],
-                [layer.weight_quantizer.zero_point for layer in self.layers],
-                [layer.weight_quantizer.levels for layer in self.layers],
+                [one.scale for one in quantizers],
+                [one.zero_point for one in quantizers],
+                [one.levels for one in quantizers],
             )
             self.soft = self.rounding.soft()
         self.scales = torch.cat([self.soft[:0], *(quantizer.scale.detach().flatten() for quantizer in self.quantizers)])
@@ -102,9 +101,7 @@ class BlockState:
         return int((self.scales < near).sum()) if self.learn_scales else 0
 
     def attach(self, form: Form, probability: float) -> None:
-        """Set the layers up for optimisation: weights are given soft, quantizers compute in
-        ``form``.
-        """
+        """Set the layers up: weights are given soft, quantizers compute in ``form``."""
         for layer in self.layers:
             layer.soft = True
         for quantizer in self.quantizers:
@@ -121,26 +118,24 @@ class BlockState:
 
 
 def run_block(block: torch.nn.Module, layout: Layout, soft: Tensor, scales: Tensor, keys: Tensor, x: Tensor) -> Tensor:
-    """Output of a block with the given variables in place of its own, see
-    :meth:`Layout.tensors`.
-    """
+    """Output of a block with variables in place of its own, see :meth:`Layout.tensors`."""
     out: Tensor = functional_call(block, layout.tensors(soft, scales, keys), (x,))
     return out
 
 
 def active_quantizers(segment: Segment) -> list[tuple[str, ActivationQuantizer]]:
     """Names (within the block) and activation quantizers of a segment's block that are not off."""
-    found: list[tuple[str, ActivationQuantizer]] = []
-    for name, layer in quant_layers(segment.block):
-        parts = ("a_quantizer", "b_quantizer") if isinstance(layer, QuantMatMul) else ("input_quantizer",)
-        found += [(_join(name, part), getattr(layer, part)) for part in parts]
-    return [(name, quantizer) for name, quantizer in found if not quantizer.off]
+    return [
+        (name, part)
+        for name, part in segment.block.named_modules()
+        if isinstance(part, ActivationQuantizer) and not (isinstance(part, WeightQuantizer) or part.off)
+    ]
 
 
 def rounded_layers(block: torch.nn.Module) -> Iterator[tuple[str, WeightLayer]]:
     """Names and layers of a block whose weights are quantized."""
     for name, layer in quant_layers(block):
-        if not isinstance(layer, QuantMatMul) and not layer.weight_quantizer.off:
+        if isinstance(layer, WeightLayer) and not layer.weight_quantizer.off:
             yield name, layer
 
 
