@@ -19,15 +19,10 @@ Kept = tuple[Tensor, ...]
 
 
 class Beside(NamedTuple):
-    """What travels beside the outputs of a chain's blocks, of all samples.
+    """What travels beside the outputs of a chain's blocks, of all samples."""
 
-    Attributes:
-        side: the chain's side, (n, ...); None where it has none.
-        kept: what the segments before keep, each (n, ...).
-    """
-
-    side: Samples | None = None
-    kept: tuple[Samples, ...] = ()
+    side: Samples | None = None  # the chain's side, (n, ...); None where it has none
+    kept: tuple[Samples, ...] = ()  # what the segments before keep, each (n, ...)
 
     def rows(self, rows: slice, device: torch.device | None = None) -> tuple[Tensor | None, Kept]:
         """Side and kept tensors of a batch, on ``device`` if one is given."""
@@ -41,35 +36,25 @@ class Beside(NamedTuple):
 
 @dataclass(frozen=True)
 class NormPair:
-    """A LayerNorm whose only consumer is the linear layer behind it, with what pads between them.
+    """A LayerNorm whose only consumer is the linear layer behind it, with what pads between them."""
 
-    Attributes:
-        norm: the normalisation, with affine parameters.
-        linear: name of the linear layer inside the segment's block.
-        pad: name of the block's buffer (channels,) that pads between the two, which
-            reparameterisation changes too; None where nothing pads. (A name, since moving a module
-            replaces its buffers.)
-    """
-
-    norm: nn.LayerNorm
-    linear: str
+    norm: nn.LayerNorm  # the normalisation, with affine parameters
+    linear: str  # name of the linear layer inside the segment's block
+    #: name of the block's buffer (channels,) that pads between the two, which reparameterisation
+    #: changes too; None where nothing pads. (A name, since moving a module replaces its buffers.)
     pad: str | None = None
 
 
 @dataclass(frozen=True)
 class MlpPart:
-    """An MLP of a block: a module that computes ``fc2(act(fc1(x)))``.
+    """An MLP of a block: a module that computes ``fc2(act(fc1(x)))``."""
 
-    Attributes:
-        name: of the module inside the segment's block.
-        fc1, act, fc2: names of its parts.
-        gelu: classes that count as GELU in this kind of model; only these are replaced.
-    """
-
-    name: str
+    name: str  # of the module inside the segment's block
+    #: names of its parts
     fc1: str = "fc1"
     act: str = "act"
     fc2: str = "fc2"
+    #: classes that count as GELU in this kind of model; only these are replaced
     gelu: tuple[type[nn.Module], ...] = (nn.GELU,)
 
 
@@ -77,14 +62,7 @@ class Segment(nn.Module):
     """One reconstruction block and the frozen full-precision part before it.
 
     Attributes:
-        label: the block's name in the original model, such as ``blocks.3``.
-        before: maps the previous block's output to this block's input; stays in full precision.
-        block: what is quantized.
-        pairs: norm and linear pairs that can be reparameterised.
-        mlps: the block's MLPs, for MLP reconstruction.
         takes_side: whether ``before`` takes the chain's side as its second argument.
-        keep: maps the block's output to what later segments need of it, such as a stage's output
-            for a neck, (B, ...); stays in full precision. None where they need nothing.
         takes_kept: whether ``before`` takes what the segments before keep as its last argument.
     """
 
@@ -101,13 +79,16 @@ class Segment(nn.Module):
         takes_kept: bool = False,
     ) -> None:
         super().__init__()
-        self.label = label
+        self.label = label  # the block's name in the original model, such as ``blocks.3``
         self.kind: Kind = kind
+        #: maps the previous block's output to this block's input; stays in full precision
         self.before = before if before is not None else nn.Identity()
-        self.block = block
-        self.pairs = pairs
-        self.mlps = mlps
+        self.block = block  # what is quantized
+        self.pairs = pairs  # norm and linear pairs that can be reparameterised
+        self.mlps = mlps  # the block's MLPs, for MLP reconstruction
         self.takes_side, self.takes_kept = takes_side, takes_kept
+        #: maps the block's output to what later segments need of it, such as a stage's output for a
+        #: neck, (B, ...); stays in full precision. None where they need nothing
         self.keep = keep
 
     def enter(self, x: Tensor, side: Tensor | None = None, kept: Kept = ()) -> Tensor:
@@ -132,16 +113,13 @@ class Segment(nn.Module):
 
 
 class BlockChain(nn.Module):
-    """Segments one after another; ``forward`` equals the original model's.
-
-    Attributes:
-        side: maps the chain's input to what segments with ``takes_side`` need of it, (B, ...), such
-            as the position of the token to pool. None where there is no such thing.
-    """
+    """Segments one after another; ``forward`` equals the original model's."""
 
     def __init__(self, segments: list[Segment], side: nn.Module | None = None) -> None:
         super().__init__()
         self.segments = nn.ModuleList(segments)
+        #: maps the chain's input to what segments with ``takes_side`` need of it, (B, ...), such as
+        #: the position of the token to pool. None where there is no such thing
         self.side = side
         self.requires_grad_(False)
         self.eval()

@@ -13,19 +13,14 @@ FEW_STEPS = 10
 
 @dataclass(frozen=True)
 class Progress:
-    """A moment of a run: ``done`` of ``total`` units of ``stage``, inside ``block`` where there is one.
-
-    Attributes:
-        loss: of the optimisation step just made, else None.
-        tape_bytes: of the tape behind a finished block, else None.
-    """
+    """A moment of a run: ``done`` of ``total`` units of ``stage``, inside ``block`` where there is one."""
 
     stage: str
     done: int
     total: int
     block: str = ""
-    loss: float | None = None
-    tape_bytes: int | None = None
+    loss: float | None = None  # of the optimisation step just made, else None
+    tape_bytes: int | None = None  # of the tape behind a finished block, else None
 
 
 Report = Callable[[Progress], None]

@@ -24,14 +24,11 @@ def block_elements(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Candidates:
-    """Scales and zero points to choose from, each (candidates, groups).
-
-    Attributes:
-        period: scales repeat after so many candidates, with zero points the same for all groups.
-    """
+    """Scales and zero points to choose from, each (candidates, groups)."""
 
     scale: Tensor
     zero_point: Tensor
+    #: scales repeat after so many candidates, with zero points the same for all groups
     period: int | None = None
 
     def pick(self, index: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fimaq_core.calibration.thinning import CONV_VALUES, ROWS, VALUES, extremes, in_pieces, positions, spread
 from fimaq_core.chain import Segment
 from fimaq_core.errors import NumericsError
-from fimaq_core.layers import QuantConv2d, QuantConvTranspose2d, QuantLayer, QuantLinear, QuantMatMul, quant_layers
+from fimaq_core.layers import QuantLayer, QuantLinear, QuantMatMul, quant_layers
 from fimaq_core.quantizers.activation import ActivationQuantizer
 from fimaq_core.quantizers.affine import AffineQuantizer
 from fimaq_core.recipe import Recipe
@@ -73,7 +73,7 @@ class Capture:
             return found
         if isinstance(layer, QuantLinear):
             return (in_pieces(torch.cat([rows for (rows,) in seen])),)
-        return tuple(part for (part,) in seen) if _convolves(layer) else _columns(seen)
+        return _columns(seen) if isinstance(layer, QuantMatMul) else tuple(part for (part,) in seen)
 
     def forget(self, name: str) -> None:
         """Free the layer's inputs."""
@@ -131,10 +131,6 @@ def _quantizers(layer: QuantLayer) -> list[ActivationQuantizer]:
 def _uniform(layer: QuantLayer) -> bool:
     """Whether all quantizers are uniform, so that min-max ranges are all they need."""
     return all(isinstance(part, AffineQuantizer) for part in _quantizers(layer))
-
-
-def _convolves(layer: QuantLayer) -> bool:
-    return isinstance(layer, QuantConv2d | QuantConvTranspose2d)
 
 
 def _columns(calls: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:

@@ -18,20 +18,14 @@ _SINGULAR = 1e-12
 
 @dataclass(frozen=True)
 class InputMoments:
-    """Sums over tokens of what inputs X and their quantized form X̂ contribute to a regression.
+    """Sums over tokens of what inputs X and their quantized form X̂ contribute to a regression."""
 
-    Attributes:
-        square: (d, d) float64, X̂ᵀX̂.
-        cross: (d, d) float64, X̂ᵀX.
-        sum_hat, sum_plain: (d,) float64, column sums of X̂ and of X.
-        count: tokens.
-    """
-
-    square: Tensor
-    cross: Tensor
+    square: Tensor  # (d, d) float64, X̂ᵀX̂
+    cross: Tensor  # (d, d) float64, X̂ᵀX
+    #: (d,) float64, column sums of X̂ and of X
     sum_hat: Tensor
     sum_plain: Tensor
-    count: int
+    count: int  # tokens
 
 
 def refit_moments(x: Tensor, x_hat: Tensor) -> InputMoments:

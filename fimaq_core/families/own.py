@@ -34,17 +34,13 @@ class _Slot(nn.Module):
     """The place of a block or of the head in the model. The chain owns what stood there.
 
     The model's forward may still read its attributes.
-
-    Attributes:
-        stops: whether the model's forward ends here.
-        given: the output; None to give the input.
     """
 
     def __init__(self, stood: nn.Module) -> None:
         super().__init__()
         self._stood = [stood]  # in a list: the chain must not own it twice
-        self.stops = False
-        self.given: Tensor | None = None
+        self.stops = False  # whether the model's forward ends here
+        self.given: Tensor | None = None  # the output; None to give the input
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -24,12 +24,9 @@ class ExplicitAttentionPool(nn.Module):
         norm: of the tokens, before the pooling and only there.
         skipped: leading tokens that are not pooled.
         after: what follows in full precision, where the model ends with it.
-
-    Attributes:
-        query: (1, heads, latents, d) buffer, the queries behind their projection and norm.
     """
 
-    query: Tensor
+    query: Tensor  # (1, heads, latents, d) buffer, the queries behind their projection and norm
     pos_embed: nn.Parameter | None
 
     def __init__(

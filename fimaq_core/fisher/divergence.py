@@ -13,13 +13,10 @@ Measure = Callable[[Tensor, Tensor], Tensor]
 
 
 class Divergence:
-    """A task's measure of how far outputs are from the full-precision ones.
+    """A task's measure of how far outputs are from the full-precision ones."""
 
-    Attributes:
-        batch: how many samples in a row are compared with each other; None where each sample's part
-            is its own, so that batches do not matter.
-    """
-
+    #: how many samples in a row are compared with each other; None where each sample's part is its
+    #: own, so that batches do not matter
     batch: int | None = None
 
     def reference(self, outputs: Samples) -> Samples:

@@ -16,27 +16,16 @@ Forward = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a pass runs: everything behind a block, for all samples.
+    """What a pass runs: everything behind a block, for all samples."""
 
-    Attributes:
-        chain: the model; the segments behind the block run as they are set up.
-        index: number of the block.
-        reference: (n, ...) full-precision outputs of the whole model.
-        divergence: mean over its batch.
-        device: where to compute.
-        batch_size: samples a pass; a divergence that compares samples needs its own.
-        dtype: arithmetic of the tail.
-        beside: what travels beside the inputs of all samples.
-    """
-
-    chain: BlockChain
-    index: int
-    reference: Samples
-    divergence: Measure
-    device: torch.device
-    batch_size: int = 32
-    dtype: Arithmetic = "float32"
-    beside: Beside = field(default_factory=Beside)
+    chain: BlockChain  # the model; the segments behind the block run as they are set up
+    index: int  # number of the block
+    reference: Samples  # (n, ...) full-precision outputs of the whole model
+    divergence: Measure  # mean over its batch
+    device: torch.device  # where to compute
+    batch_size: int = 32  # samples a pass; a divergence that compares samples needs its own
+    dtype: Arithmetic = "float32"  # arithmetic of the tail
+    beside: Beside = field(default_factory=Beside)  # what travels beside the inputs of all samples
 
     def gradients(self, inputs: Samples | Tensor, forward: Forward | None = None) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yield rows, the block's output and the divergence's gradient there, batch by batch.

@@ -20,21 +20,17 @@ class WeightLayer(nn.Module):
     """Mixin of a float layer: a quantizer for its weight (per output channel) and one for its input.
 
     A subclass also inherits from the float layer, and defines :meth:`compute`.
-
-    Attributes:
-        weight: its rows, the first dimension, are output channels.
-        quantized_bias: (out,) bias of the quantized form where it differs from ``bias``; else empty.
-        quantized: False gives the float layer.
-        soft: True while ``weight`` already holds its quantized form (the soft rounding of an
-            optimisation step), so the quantizer is skipped.
     """
 
-    weight: Tensor
+    weight: Tensor  # its rows, the first dimension, are output channels
     bias: nn.Parameter | None
     weight_quantizer: WeightQuantizer
     input_quantizer: ActivationQuantizer
+    #: (out,) bias of the quantized form where it differs from ``bias``; else empty
     quantized_bias: Tensor
-    quantized: bool
+    quantized: bool  # False gives the float layer
+    #: True while ``weight`` already holds its quantized form (the soft rounding of an optimisation
+    #: step), so the quantizer is skipped
     soft: bool
 
     def _add_quantizers(self, weight_bits: int, input_quantizer: ActivationQuantizer) -> None:
@@ -101,17 +97,7 @@ class QuantConv2d(WeightLayer, nn.Conv2d):  # type: ignore[misc]
     @classmethod
     def from_float(cls, layer: nn.Conv2d, weight_bits: int, input_bits: int) -> "QuantConv2d":
         """Take over weight and bias (the same parameters) of ``layer``."""
-        new = cls(
-            layer.in_channels,
-            layer.out_channels,
-            cast(_Pair, layer.kernel_size),
-            stride=cast(_Pair, layer.stride),
-            padding=cast("_Pair | str", layer.padding),
-            dilation=cast(_Pair, layer.dilation),
-            groups=layer.groups,
-            bias=layer.bias is not None,
-            padding_mode=layer.padding_mode,
-        )
+        new = cls(**_shape(layer), padding_mode=layer.padding_mode, groups=layer.groups)
         new._add_quantizers(weight_bits, AffineQuantizer(input_bits))
         return new._take_over(layer, layer.weight)
 
@@ -137,24 +123,20 @@ class QuantConvTranspose2d(WeightLayer, nn.ConvTranspose2d):  # type: ignore[mis
         """
         if layer.groups != 1:
             raise ModelError(f"A transposed convolution in {layer.groups} groups is not supported: it must have one.")
-        new = cls(
-            layer.in_channels,
-            layer.out_channels,
-            cast(_Pair, layer.kernel_size),
-            stride=cast(_Pair, layer.stride),
-            padding=cast(_Pair, layer.padding),
-            output_padding=cast(_Pair, layer.output_padding),
-            bias=layer.bias is not None,
-            dilation=cast(_Pair, layer.dilation),
-        )
+        new = cls(**_shape(layer), output_padding=cast(_Pair, layer.output_padding))
         new._add_quantizers(weight_bits, AffineQuantizer(input_bits))
         weight = layer.weight.detach().transpose(0, 1).contiguous()
         return new._take_over(layer, nn.Parameter(weight, layer.weight.requires_grad))
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         sizes = cast("tuple[_Pair, _Pair, _Pair]", (self.stride, self.padding, self.output_padding))
-        dilation = cast(_Pair, self.dilation)
-        return F.conv_transpose2d(x, weight.transpose(0, 1).contiguous(), bias, *sizes, dilation=dilation)
+        weight = weight.transpose(0, 1).contiguous()
+        return F.conv_transpose2d(x, weight, bias, *sizes, dilation=cast(_Pair, self.dilation))
+
+
+def _shape(layer: nn.Conv2d | nn.ConvTranspose2d) -> dict[str, Any]:
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
+    return {**{name: getattr(layer, name) for name in names}, "bias": layer.bias is not None}
 
 
 #: By type of a float layer, the quantizable one that takes its place.

@@ -117,16 +117,11 @@ def textbook_fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, levels:
 
 
 class AffineQuantizer(ActivationQuantizer):
-    """Uniform affine quantizer.
-
-    Attributes:
-        zero_point: float32 buffer with integer values, broadcastable to the input.
-        top: float32 buffer, the highest code.
-    """
+    """Uniform affine quantizer."""
 
     kind = "uniform"
-    zero_point: Tensor
-    top: Tensor
+    zero_point: Tensor  # float32 buffer with integer values, broadcastable to the input
+    top: Tensor  # float32 buffer, the highest code
 
     def __init__(self, bits: int) -> None:
         super().__init__(bits)

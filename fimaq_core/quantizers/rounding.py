@@ -42,22 +42,15 @@ def alpha_gradient(alpha: Tensor, gain: Tensor, grad_weight: Tensor, penalty_wei
 
 @dataclass
 class RoundingProblem:
-    """The rounding variables of several weight matrices as one flat vector.
+    """The rounding variables of several weight matrices as one flat vector."""
 
-    Attributes:
-        alpha: float32, all elements of all matrices one after another.
-        offset, gain: float32, ``ŵ = offset + gain * h(α)``.
-        base: float32 integers, ``floor(w / s) + z`` before clamping.
-        shapes: shape of each weight, in order.
-        levels: number of grid points of each weight.
-    """
-
-    alpha: Tensor
+    alpha: Tensor  # float32, all elements of all matrices one after another
+    #: float32, ``ŵ = offset + gain * h(α)``
     offset: Tensor
     gain: Tensor
-    base: Tensor
-    shapes: list[torch.Size]
-    levels: list[int]
+    base: Tensor  # float32 integers, ``floor(w / s) + z`` before clamping
+    shapes: list[torch.Size]  # shape of each weight, in order
+    levels: list[int]  # number of grid points of each weight
 
     @classmethod
     def build(cls, weights: list[Tensor], scales: list[Tensor], zeros: list[Tensor], levels: list[int]) -> "RoundingProblem":

@@ -27,20 +27,15 @@ class LogQuantizer(ActivationQuantizer):
 
     Unless it is folded, the shift is taken away again; folded, what it adds to a linear layer's
     output is in the layer's ``quantized_bias``.
-
-    Attributes:
-        source: where the input comes from; softmax outputs are not shifted.
-        step: log2 of the base, a float32 buffer; starts as ``first_step``.
-        folded: whether the output keeps the shift, a boolean buffer.
     """
 
-    step: Tensor
-    folded: Tensor
+    step: Tensor  # log2 of the base, a float32 buffer; starts as ``first_step``
+    folded: Tensor  # whether the output keeps the shift, a boolean buffer
     first_step: ClassVar[float] = 1.0
 
     def __init__(self, bits: int, source: Source) -> None:
         super().__init__(bits)
-        self.source = source
+        self.source = source  # where the input comes from; softmax outputs are not shifted
         self.shift = GELU_SHIFT if source == "gelu" else 0.0
         self.register_buffer("step", torch.tensor(self.first_step))
         self.register_buffer("folded", torch.tensor(False))
@@ -93,12 +88,10 @@ class AdaLogQuantizer(LogQuantizer):
 
     Inference multiplies by table entries, a shift and a mantissa of few bits for each code;
     training uses the definition.
-
-    Attributes:
-        shifts, mantissas: (L,) float32 buffers, the tables.
     """
 
     kind: ClassVar[Kind] = "adalog"
+    #: (L,) float32 buffers, the tables
     shifts: Tensor
     mantissas: Tensor
 

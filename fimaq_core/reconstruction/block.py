@@ -25,10 +25,6 @@ class BlockTrainer:
         tape: at that block, target computed.
         seed: of batches, input mixing and dropping, together with the block's label.
         on_pass: called before (True) and after (False) each Fisher pass, with the steps done.
-
-    Attributes:
-        state: the variables.
-        schedule: tables of the steps.
     """
 
     def __init__(
@@ -44,8 +40,9 @@ class BlockTrainer:
         self.segment, self.objective, self.recipe, self.engine = segment, objective, recipe, engine
         self._on_pass = on_pass
         set_quantized(segment.block, True)
-        self.state = BlockState(segment, recipe.learn_scales)
+        self.state = BlockState(segment, recipe.learn_scales)  # the variables
         generator, streams = block_generator(seed, segment.label), self.state.layout.streams
+        #: tables of the steps
         self.schedule = Schedule.build(recipe, len(tape.full), streams, generator, tape.storage.device, tape.full.varying)
         self._pass_generator = block_generator(seed, f"{segment.label}/fisher")
         self.state.attach(FORMS[engine], recipe.activation_prob)

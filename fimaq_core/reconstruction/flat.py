@@ -100,7 +100,8 @@ class AllSamples:
     """The samples lie on the device: a step picks its own.
 
     Attributes:
-        samples: (steps, B) numbers of each step's samples; None where ``data`` is the step's batch.
+        samples: (steps, B) numbers of each step's samples; None where ``data`` is the step's
+            batch.
         data: what a step reads.
         state: what the loss rests on beside it.
     """

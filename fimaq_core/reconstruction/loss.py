@@ -12,25 +12,18 @@ from fimaq_core.fisher.divergence import Measure, kl_divergence
 
 
 class Batch(NamedTuple):
-    """What the steps read of the samples: of all, (n, ...), or of one batch, (B, ...).
+    """What the steps read of the samples: of all, (n, ...), or of one batch, (B, ...)."""
 
-    Attributes:
-        full: the block's inputs in the full-precision model.
-        prefix: the same with everything before quantized; None where inputs are not mixed.
-        target: its full-precision outputs.
-        weights: (n, N) what weighs each sample's errors; None for losses without.
-        reference: full-precision outputs of the whole model, for losses that compare predictions.
-        side: the chain's side, for these losses.
-        kept: what the segments before keep, for these losses.
-    """
-
-    full: Tensor
+    full: Tensor  # the block's inputs in the full-precision model
+    #: the same with everything before quantized; None where inputs are not mixed
     prefix: Tensor | None
-    target: Tensor
+    target: Tensor  # its full-precision outputs
+    #: (n, N) what weighs each sample's errors; None for losses without
     weights: Tensor | None = None
+    #: full-precision outputs of the whole model, for losses that compare predictions
     reference: Tensor | None = None
-    side: Tensor | None = None
-    kept: Kept = ()
+    side: Tensor | None = None  # the chain's side, for these losses
+    kept: Kept = ()  # what the segments before keep, for these losses
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         """``function`` of every tensor."""
@@ -44,19 +37,14 @@ class Batch(NamedTuple):
 
 
 class LossState(NamedTuple):
-    """What a loss rests on beside the batch. Passes change the tensors in place.
+    """What a loss rests on beside the batch. Passes change the tensors in place."""
 
-    Attributes:
-        starts: (parts,) what the parts are divided by; 0 where none has been taken yet.
-        gradients: (k, N) mean absolute gradients, zero for passes to come; ``least_squares``: (1, N), u.
-        diagonal: (N,) mean of the passes done; ``least_squares``: h, ``perturb_mean``: the Hessian.
-        root: (k, k) root of (D Dᵀ)⁻¹, zero for passes to come.
-    """
-
-    starts: Tensor
+    starts: Tensor  # (parts,) what the parts are divided by; 0 where none has been taken yet
+    #: (k, N) mean absolute gradients, zero for passes to come; ``least_squares``: (1, N), u
     gradients: Tensor | None = None
+    #: (N,) mean of the passes done; ``least_squares``: h, ``perturb_mean``: the Hessian
     diagonal: Tensor | None = None
-    root: Tensor | None = None
+    root: Tensor | None = None  # (k, k) root of (D Dᵀ)⁻¹, zero for passes to come
 
 
 def block_loss(kind: str, weights: tuple[float, ...], output: Tensor, batch: Batch, state: LossState) -> tuple[Tensor, Tensor]:

@@ -36,18 +36,14 @@ _VALUES = 2**24
 
 @dataclass(frozen=True)
 class _Lesson:
-    """What an MLP is trained on.
+    """What an MLP is trained on."""
 
-    Attributes:
-        inputs, targets: (n, ...) of the MLP.
-        hessian: of one sample's shape, for all; where shapes vary each sample's; None without.
-        limit: the clamping value.
-    """
-
+    #: (n, ...) of the MLP
     inputs: Samples
     targets: Samples
+    #: of one sample's shape, for all; where shapes vary each sample's; None without
     hessian: Samples | None
-    limit: float
+    limit: float  # the clamping value
 
 
 def mlps(segments: Iterable[Segment]) -> nn.ModuleList:

@@ -43,12 +43,6 @@ class Objective:
         divergence: of the task.
         notes: receives sentences about anything that did not go as the recipe says.
 
-    Attributes:
-        kind: name of the loss.
-        state: what the loss rests on, whatever the batch.
-        weights: (n, N) what weighs each sample's errors, where the tape lies; None for losses without.
-        passes: Fisher passes done.
-        update_steps: steps (from 0) before which a Fisher pass runs.
 
     Raises:
         NumericsError: the perturbation Hessian is NaN or infinite.
@@ -66,14 +60,16 @@ class Objective:
         self.chain, self.tape, self.recipe = chain, tape, recipe
         self.reference, self.divergence, self.notes = Samples.of(reference), divergence, notes
         segment = chain.segment(tape.index)
-        self.label, self.kind = segment.label, recipe.loss
+        self.label, self.kind = segment.label, recipe.loss  # kind: name of the loss
         if segment.kind == "head":
             self.kind = "head_relative" if recipe.loss in PERTURB else "head"
         elif segment.kind == "neck":
             self.kind = "mse"
+        #: (n, N) what weighs each sample's errors, where the tape lies; None for losses without
         self.weights: Samples | None = None
-        self.passes = 0
-        self.update_steps = self._fisher_steps()
+        self.passes = 0  # Fisher passes done
+        self.update_steps = self._fisher_steps()  # steps (from 0) before which a Fisher pass runs
+        #: what the loss rests on, whatever the batch
         self.state = LossState(torch.zeros(len(self.part_weights()), device=tape.storage.device))
         self._make_room()
         if self.kind == "fisher_brecq":

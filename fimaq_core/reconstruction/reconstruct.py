@@ -23,26 +23,21 @@ from fimaq_core.samples import Samples
 
 @dataclass
 class ReconstructionLog:
-    """What a reconstruction did, by label of the block.
+    """What a reconstruction did, by label of the block."""
 
-    Attributes:
-        last_loss: last loss, without the regulariser; relative to its start, the head's absolute.
-        fisher_passes: number of Fisher passes.
-        notes: sentences about anything that did not go as the recipe says.
-        engine: how steps ran.
-        error: ``||q - f||² / ||f||²`` over all samples: q the block's output with it and all before
-            it quantized, f the full-precision model's.
-        fisher: mean of the diagonal Fisher weight in the loss; no entry for losses without.
-        near_floor: number of learned activation scales that ended at or near their lower bound; no
-            entry for none.
-    """
-
+    #: last loss, without the regulariser; relative to its start, the head's absolute
     last_loss: dict[str, float] = field(default_factory=dict)
-    fisher_passes: dict[str, int] = field(default_factory=dict)
+    fisher_passes: dict[str, int] = field(default_factory=dict)  # number of Fisher passes
+    #: sentences about anything that did not go as the recipe says
     notes: list[str] = field(default_factory=list)
-    engine: Engine = "fused"
+    engine: Engine = "fused"  # how steps ran
+    #: ``||q - f||² / ||f||²`` over all samples: q the block's output with it and all before it
+    #: quantized, f the full-precision model's
     error: dict[str, float] = field(default_factory=dict)
+    #: mean of the diagonal Fisher weight in the loss; no entry for losses without
     fisher: dict[str, float] = field(default_factory=dict)
+    #: number of learned activation scales that ended at or near their lower bound; no entry for
+    #: none
     near_floor: dict[str, int] = field(default_factory=dict)
 
     def sentences(self) -> list[str]:
@@ -183,30 +178,22 @@ def expand_per_token(chain: BlockChain, image: Tensor) -> None:
         chain: calibrated.
         image: (1, ...) one input of the chain; only its shape matters.
     """
-    handles = []
-    for _, layer in quant_layers(chain):
-        if isinstance(layer, QuantMatMul):
-            handles.append(layer.register_forward_pre_hook(_expand_matmul))
-        elif isinstance(layer, QuantLinear):
-            handles.append(layer.register_forward_pre_hook(_expand_linear))
+    layers = [layer for _, layer in quant_layers(chain) if isinstance(layer, QuantLinear | QuantMatMul)]
+    handles = [layer.register_forward_pre_hook(_expand) for layer in layers]
     chain(image)
     for handle in handles:
         handle.remove()
 
 
-def _expand_linear(layer: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
-    assert isinstance(layer, QuantLinear)
-    quantizer = layer.input_quantizer
-    if not isinstance(quantizer, AffineQuantizer):  # special quantizers have one scale
-        return
-    if args[0].ndim == 3 and not quantizer.off and quantizer.scale.numel() == 1:
-        quantizer.set_range(quantizer.scale.expand(1, args[0].shape[1], 1), quantizer.zero_point)
-
-
-def _expand_matmul(layer: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
-    assert isinstance(layer, QuantMatMul)
-    a, b = layer.a_quantizer, layer.b_quantizer
-    if isinstance(a, AffineQuantizer) and not a.off and a.scale.shape[2] == 1:
-        a.set_range(a.scale.expand(-1, -1, args[0].shape[2], -1), a.zero_point)
-    if not b.off and b.scale.shape[3] == 1:
-        b.set_range(b.scale.expand(-1, -1, -1, args[1].shape[3]), b.zero_point)
+def _expand(layer: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+    if isinstance(layer, QuantLinear):
+        x = layer.input_quantizer
+        # Special quantizers have one scale.
+        if isinstance(x, AffineQuantizer) and args[0].ndim == 3 and not x.off and x.scale.numel() == 1:
+            x.set_range(x.scale.expand(1, args[0].shape[1], 1), x.zero_point)
+    elif isinstance(layer, QuantMatMul):
+        a, b = layer.a_quantizer, layer.b_quantizer
+        if isinstance(a, AffineQuantizer) and not a.off and a.scale.shape[2] == 1:
+            a.set_range(a.scale.expand(-1, -1, args[0].shape[2], -1), a.zero_point)
+        if not b.off and b.scale.shape[3] == 1:
+            b.set_range(b.scale.expand(-1, -1, -1, args[1].shape[3]), b.zero_point)

@@ -24,19 +24,12 @@ from fimaq_core.samples import Samples
 
 @dataclass
 class _Own:
-    """What one sample's loss rests on, where the tape lies.
+    """What one sample's loss rests on, where the tape lies."""
 
-    Attributes:
-        gradients: (k, N) absolute gradients; for ``least_squares`` (1, N), u.
-        errors: (k, N) absolute errors, where the loss has use for them.
-        diagonal: (N,) mean of the gradients so far; for ``least_squares`` h.
-        root: (k, k) root of (D Dᵀ)⁻¹ over √N.
-    """
-
-    gradients: Tensor
-    errors: Tensor | None
-    diagonal: Tensor
-    root: Tensor
+    gradients: Tensor  # (k, N) absolute gradients; for ``least_squares`` (1, N), u
+    errors: Tensor | None  # (k, N) absolute errors, where the loss has use for them
+    diagonal: Tensor  # (N,) mean of the gradients so far; for ``least_squares`` h
+    root: Tensor  # (k, k) root of (D Dᵀ)⁻¹ over √N
 
 
 class SampleObjective(Objective):

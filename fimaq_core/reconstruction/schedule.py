@@ -28,20 +28,15 @@ def block_generator(seed: int, label: str) -> torch.Generator:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Tables with a row per step.
+    """Tables with a row per step."""
 
-    Attributes:
-        rates: (steps, 5) float32: weight and exponent β of the rounding regulariser, Adam's step
-            sizes (learning rate over its first bias correction) of α and of the scales, and the
-            inverse root of Adam's second bias correction.
-        samples: (steps, B) int64, the batch's samples: drawn without repetition, or one after
-            another.
-        keys: (steps, streams, 2) int32, keys of the random masks.
-    """
-
+    #: (steps, 5) float32: weight and exponent β of the rounding regulariser, Adam's step sizes
+    #: (learning rate over its first bias correction) of α and of the scales, and the inverse root
+    #: of Adam's second bias correction
     rates: Tensor
+    #: (steps, B) int64, the batch's samples: drawn without repetition, or one after another
     samples: Tensor
-    keys: Tensor
+    keys: Tensor  # (steps, streams, 2) int32, keys of the random masks
 
     @classmethod
     def build(

@@ -24,16 +24,12 @@ class Layout:
     """Which parameters of a block the flat vectors stand for: names and shapes in order.
 
     Blocks of the same structure have equal layouts, so they share what has been compiled.
-
-    Attributes:
-        weights: of weights that are rounded.
-        scales: of activation scales.
-        keys: names of the activation quantizers' keys; their masks are streams 1, 2, ... (0 mixes
-            the block's input).
     """
 
-    weights: tuple[tuple[str, tuple[int, ...]], ...]
-    scales: tuple[tuple[str, tuple[int, ...]], ...]
+    weights: tuple[tuple[str, tuple[int, ...]], ...]  # of weights that are rounded
+    scales: tuple[tuple[str, tuple[int, ...]], ...]  # of activation scales
+    #: names of the activation quantizers' keys; their masks are streams 1, 2, ... (0 mixes the
+    #: block's input)
     keys: tuple[str, ...]
 
     @property
@@ -54,32 +50,24 @@ class Layout:
 
 
 class BlockState:
-    """The variables of one block's optimisation, beside the block itself.
-
-    Attributes:
-        layout: where they belong.
-        layers: the layers whose rounding is learned.
-        quantizers: the activation quantizers.
-        rounding: the rounding problem, or None if no weight is quantized.
-        soft: (n,) present soft weights, in step with ``rounding.alpha``.
-        scales: (m,) present activation scales.
-        floor: (m,) lower bounds of the scales: :data:`SCALE_FLOOR` of the calibrated values.
-        moments: Adam's first and second moments, of α and of the scales.
-        learn_scales: whether the scales are learned.
-    """
+    """The variables of one block's optimisation, beside the block itself."""
 
     def __init__(self, segment: Segment, learn_scales: bool) -> None:
         device = next(segment.block.parameters()).device
         rounded = list(rounded_layers(segment.block))
         activations = active_quantizers(segment)
+        #: the layers whose rounding is learned
         self.layers: list[WeightLayer] = [layer for _, layer in rounded]
-        self.quantizers = [quantizer for _, quantizer in activations]
+        self.quantizers = [quantizer for _, quantizer in activations]  # the activation quantizers
+        #: where they belong
         self.layout = Layout(
             tuple((_join(name, "weight"), tuple(layer.weight.shape)) for name, layer in rounded),
             tuple((_join(name, "scale"), tuple(quantizer.scale.shape)) for name, quantizer in activations),
             tuple(_join(name, "key") for name, _ in activations),
         )
+        #: the rounding problem, or None if no weight is quantized
         self.rounding: RoundingProblem | None = None
+        #: (n,) present soft weights, in step with ``rounding.alpha``
         self.soft = torch.zeros(0, device=device)
         if self.layers:
             quantizers = [layer.weight_quantizer for layer in self.layers]
@@ -90,9 +78,13 @@ class BlockState:
                 [one.levels for one in quantizers],
             )
             self.soft = self.rounding.soft()
+        #: (m,) present activation scales
         self.scales = torch.cat([self.soft[:0], *(quantizer.scale.detach().flatten() for quantizer in self.quantizers)])
+        #: (m,) lower bounds of the scales: :data:`SCALE_FLOOR` of the calibrated values
         self.floor = SCALE_FLOOR * self.scales
+        #: whether the scales are learned
         self.learn_scales = learn_scales and self.scales.numel() > 0
+        #: Adam's first and second moments, of α and of the scales
         self.moments = [torch.zeros_like(like) for like in (self.soft, self.soft, self.scales, self.scales)]
 
     def scales_near_floor(self) -> int:

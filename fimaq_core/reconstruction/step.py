@@ -32,9 +32,6 @@ class StepEngine:
         objective: of the block.
         recipe: rates and probabilities.
         schedule: tables of the steps.
-
-    Attributes:
-        mix: how many of 256 elements of the block's input come from the quantized prefix.
     """
 
     def __init__(
@@ -49,6 +46,7 @@ class StepEngine:
         self.segment, self.state, self.tape = segment, state, tape
         self.objective, self.recipe, self.schedule = objective, recipe, schedule
         mixes = tape.prefix is not None and tape.prefix is not tape.full
+        #: how many of 256 elements of the block's input come from the quantized prefix
         self.mix = threshold_of(recipe.prefix_prob) if mixes else 0
 
     def run(self, number: int) -> Tensor:
@@ -61,43 +59,26 @@ class StepEngine:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Constants of a step, equal for all blocks of the same structure.
+    """Constants of a step, equal for all blocks of the same structure."""
 
-    Attributes:
-        layout: of the variables.
-        kind: of the loss, see :func:`fimaq_core.reconstruction.loss.block_loss`.
-        part_weights: of the loss's parts.
-        mix: as of :class:`StepEngine`.
-        traced: whether the step is compiled.
-        arithmetic: of the matrix products.
-    """
-
-    layout: Layout
-    kind: str
-    part_weights: tuple[float, ...]
-    mix: int
-    traced: bool
-    arithmetic: Arithmetic = "float32"
+    layout: Layout  # of the variables
+    kind: str  # of the loss, see :func:`fimaq_core.reconstruction.loss.block_loss`
+    part_weights: tuple[float, ...]  # of the loss's parts
+    mix: int  # as of :class:`StepEngine`
+    traced: bool  # whether the step is compiled
+    arithmetic: Arithmetic = "float32"  # of the matrix products
 
 
 class StepInputs(NamedTuple):
-    """What a step reads.
+    """What a step reads."""
 
-    Attributes:
-        soft: (n,) soft weights, requiring gradients.
-        scales: (m,) activation scales, requiring gradients if they are learned.
-        counter: (1,) int64, the step's number.
-        keys: (steps, streams, 2) of the masks.
-        samples: (steps, B) numbers of each batch's samples; None if ``data`` is the batch already.
-        data: of all samples, or of the batch.
-    """
-
-    soft: Tensor
-    scales: Tensor
-    counter: Tensor
-    keys: Tensor
+    soft: Tensor  # (n,) soft weights, requiring gradients
+    scales: Tensor  # (m,) activation scales, requiring gradients if they are learned
+    counter: Tensor  # (1,) int64, the step's number
+    keys: Tensor  # (steps, streams, 2) of the masks
+    #: (steps, B) numbers of each batch's samples; None if ``data`` is the batch already
     samples: Tensor | None
-    data: Batch
+    data: Batch  # of all samples, or of the batch
 
 
 def batch_output(block: nn.Module, plan: StepPlan, inputs: StepInputs) -> tuple[Tensor, Batch]:

@@ -97,16 +97,6 @@ class Tape:
         batch_size: samples a forward pass.
         frozen_dtype: arithmetic of full-precision parts.
         teacher: the full-precision model, of the same segments; by default ``chain`` itself.
-
-    Attributes:
-        index: number of the present block.
-        teacher: the full-precision model; ``chain``, or what it was before its MLPs were changed.
-        full: (n, ...) the present block's inputs in the full-precision model.
-        prefix: the same with everything before quantized; None where nobody wants it.
-        target: (n, ...) the present block's full-precision outputs; None until :meth:`compute_target`.
-        outputs: (n, ...) its quantized outputs behind the prefix; None until :meth:`measure` keeps them.
-        beside: what travels beside ``full``.
-        beside_prefix: what travels beside ``prefix``.
     """
 
     def __init__(
@@ -121,17 +111,22 @@ class Tape:
         teacher: BlockChain | None = None,
     ) -> None:
         self.chain, self.storage, self.batch_size, self.frozen_dtype = chain, storage, batch_size, frozen_dtype
+        #: the full-precision model; ``chain``, or what it was before its MLPs were changed
         self.teacher = chain if teacher is None else teacher
-        self.index = 0
+        self.index = 0  # number of the present block
         samples, device = Samples.of(images), storage.device
         side = None
         if self.teacher.side is not None:
             side = samples.map(lambda part: self.teacher.side(part.to(device)), batch_size)  # type: ignore[misc]
-        self.beside = self.beside_prefix = Beside(side)
+        self.beside = self.beside_prefix = Beside(side)  # beside ``full``, and beside ``prefix``
+        #: (n, ...) the present block's inputs in the full-precision model
         self.full = self._enter(self.teacher, samples, self.beside)
         # Nothing is quantized before the first block.
+        #: the same with everything before quantized; None where nobody wants it
         self.prefix: Samples | None = self.full if with_prefix else None
+        #: (n, ...) the present block's full-precision outputs; None until :meth:`compute_target`
         self.target: Samples | None = None
+        #: (n, ...) its quantized outputs behind the prefix; None until :meth:`measure` keeps them
         self.outputs: Samples | None = None
 
     @property
