@@ -92,13 +92,7 @@ class Segment(nn.Module):
         self.keep = keep
 
     def enter(self, x: Tensor, side: Tensor | None = None, kept: Kept = ()) -> Tensor:
-        """The block's input (B, ...) for the previous block's output ``x``, by ``before``.
-
-        Args:
-            x: (B, ...).
-            side: the chain's side of the same samples, where it has one.
-            kept: what the segments before keep of them.
-        """
+        """The block's input (B, ...) for the previous block's output ``x``, by ``before``."""
         extra: list[Tensor | Kept | None] = [side] if self.takes_side else []
         out: Tensor = self.before(x, *extra, *([kept] if self.takes_kept else []))
         return out
@@ -141,13 +135,7 @@ class BlockChain(nn.Module):
         return None if self.side is None else self.side(x)
 
     def tail(self, start: int, x: Tensor, side: Tensor | None = None, kept: Kept = ()) -> Tensor:
-        """Run the segments from ``start`` to the end.
-
-        Args:
-            x: the output of the segment before ``start``, (B, ...).
-            side: the chain's side of the same samples.
-            kept: what all segments before ``start`` keep of them.
-        """
+        """Run the segments from ``start`` to the end, on the output ``x`` of the one before."""
         for index in range(start, len(self)):
             segment = self.segment(index)
             x = segment(x, side, kept)

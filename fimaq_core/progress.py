@@ -33,12 +33,8 @@ def silent(_: Progress) -> None:
 def losses_to(report: Report, begin: Progress, steps: int, what: str, advice: str) -> Callable[[int, SupportsFloat], None]:
     """Make a function that reports the loss of a step (from 1) now and then.
 
-    It raises NumericsError, with the ``advice``, for a loss that is NaN or infinite.
-
-    Args:
-        begin: the moment before the first step.
-        steps: number of steps.
-        what: the loss, for the message.
+    It raises NumericsError for a loss that is NaN or infinite: ``what`` it is, and the ``advice``.
+    ``begin`` is the moment before the first step.
     """
 
     def tick(step: int, loss: SupportsFloat) -> None:

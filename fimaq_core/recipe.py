@@ -7,6 +7,7 @@ them. Merging happens in one place, :func:`make_recipe`: defaults, method, file,
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,8 +27,12 @@ LOSSES += ["perturb", "perturb_mean", "prediction", "least_squares"]
 Kind = Literal["uniform", "log2", "logsqrt2", "adalog", "twin"]
 
 
-def _field(default: Any, group: str, help: str, **kwargs: Any) -> Any:
+def _field(group: str, default: Any, help: str, **kwargs: Any) -> Any:
     return Field(default, description=help, json_schema_extra={"group": group}, **kwargs)
+
+
+_method, _width, _range, _mlp = (partial(_field, name) for name in ("method", "bits", "calibration", "mlp"))
+_recon, _objective, _numerics = (partial(_field, name) for name in ("reconstruction", "loss", "numerics"))
 
 
 class Recipe(BaseModel):
@@ -35,114 +40,92 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    method: str = _field("fimaq", "method", "Name of the method the recipe started from.")
-    seed: int = _field(3407, "method", "Seed of the calibration sample, batches, dropping and Fisher passes.", ge=0)
-    scope: str | None = _field(
+    method: str = _method("fimaq", "Name of the method the recipe started from.")
+    seed: int = _method(3407, "Seed of the calibration sample, batches, dropping and Fisher passes.", ge=0)
+    scope: str | None = _method(
         None,
-        "method",
-        "What of the model is quantized, as the task names it (retrieval: both, vision, text; detection: backbone+fpn+rpn+roi or "
-        "some of them); none: its usual.",
+        "What of the model is quantized, as the task names it (retrieval: both, vision, text; "
+        "detection: backbone+fpn+rpn+roi or some of them); none: its usual.",
     )
 
-    w_bits: int = _field(4, "bits", "Bits of weights, 2 to 8, or 32 for off.")
-    a_bits: int = _field(4, "bits", "Bits of activations (linear inputs, attention operands), 2 to 8, or 32 for off.")
-    s_bits: int | None = _field(None, "bits", "Bits of softmax outputs; as a_bits if not given.")
-    head_bits: int | None = _field(None, "bits", "Bits of the classifier's input; as a_bits if not given.")
-    patch_input_bits: int = _field(
-        OFF, "bits", "Bits of the patch embedding's input. 32 as in the released code (nominally 8, left in full precision)."
-    )
+    w_bits: int = _width(4, "Bits of weights, 2 to 8, or 32 for off.")
+    a_bits: int = _width(4, "Bits of activations (linear inputs, attention operands), 2 to 8, or 32 for off.")
+    s_bits: int | None = _width(None, "Bits of softmax outputs; as a_bits if not given.")
+    head_bits: int | None = _width(None, "Bits of the classifier's input; as a_bits if not given.")
+    patch_input_bits: int = _width(OFF, "Bits of the patch embedding's input; 32 (off) as in the released code.")
 
-    calibration_images: int = _field(1024, "calibration", "Images drawn for calibration and reconstruction.", ge=1)
-    calibration_transform: Literal["eval", "train"] = _field(
-        "train", "calibration", "Transform of the calibration images: 'train' as released (seeded here), or 'eval'."
+    calibration_images: int = _range(1024, "Images drawn for calibration and reconstruction.", ge=1)
+    calibration_transform: Literal["eval", "train"] = _range(
+        "train", "Transform of the calibration images: 'train' as released (seeded here), or 'eval'."
     )
-    softmax_quantizer: Kind = _field("uniform", "calibration", "Quantizer of softmax outputs.")
-    gelu_quantizer: Kind = _field("uniform", "calibration", "Quantizer of GELU outputs.")
-    range_search: Literal["minmax", "percentile", "output-error", "progressive"] = _field(
+    softmax_quantizer: Kind = _range("uniform", "Quantizer of softmax outputs.")
+    gelu_quantizer: Kind = _range("uniform", "Quantizer of GELU outputs.")
+    range_search: Literal["minmax", "percentile", "output-error", "progressive"] = _range(
         "output-error",
-        "calibration",
-        "How scales and zero points are found: min-max; the best of three percentiles by own error (RepQ-ViT); a grid by "
-        "error of the layer's output; that grid refined step by step (AdaLog).",
+        "How scales and zero points are found: min-max; the best of three percentiles by own error "
+        "(RepQ-ViT); a grid by error of the layer's output; that grid refined step by step (AdaLog).",
     )
-    range_images: int = _field(128, "calibration", "The first of the calibration images, used for ranges.", ge=1)
-    range_candidates: int = _field(128, "calibration", "Candidates tried per search.", ge=16)
-    range_rounds: int = _field(3, "calibration", "Rounds of alternating search.", ge=0)
-    reparameterize: bool = _field(
+    range_images: int = _range(128, "The first of the calibration images, used for ranges.", ge=1)
+    range_candidates: int = _range(128, "Candidates tried per search.", ge=16)
+    range_rounds: int = _range(3, "Rounds of alternating search.", ge=0)
+    reparameterize: bool = _range(
         True,
-        "calibration",
-        "Reparameterise LayerNorm and the linear layer behind it (where weight and activation bits agree; with percentile "
-        "ranges always).",
+        "Reparameterise LayerNorm and the linear layer behind it (where weight and activation bits "
+        "agree; with percentile ranges always).",
     )
-    refit: bool = _field(False, "calibration", "Refit weights to quantized inputs by ridge regression, refine roundings (ERQ).")
-    refit_ridge: float = _field(1000.0, "calibration", "Ridge of the refit, added to sums over all tokens.", ge=0)
-    refit_flips: int = _field(100, "calibration", "Roundings changed a row and half at most.", ge=0)
-    per_token: bool = _field(True, "calibration", "Expand activation scales to one per token position (FIMA-Q).")
+    refit: bool = _range(False, "Refit weights to quantized inputs by ridge regression, refine roundings (ERQ).")
+    refit_ridge: float = _range(1000.0, "Ridge of the refit, added to sums over all tokens.", ge=0)
+    refit_flips: int = _range(100, "Roundings changed per row and half at most.", ge=0)
+    per_token: bool = _range(True, "Expand activation scales to one per token position (FIMA-Q).")
 
-    reconstruct_mlp: bool = _field(
-        False, "mlp", "Before calibration, replace GELU by ReLU and train every MLP to give what it gave (APHQ-ViT)."
-    )
-    mlp_steps: int = _field(20_000, "mlp", "Optimisation steps an MLP.", ge=1)
-    mlp_batch: int = _field(32, "mlp", "Images a step of an MLP's optimisation.", ge=1)
-    mlp_lr: float = _field(4e-5, "mlp", "Learning rate of an MLP's weights (Adam, cosine to 0).", gt=0)
-    mlp_percentile: float = _field(0.99, "mlp", "Quantile of positive hidden values at which the second term clamps.", gt=0, le=1)
-    mlp_loss: Literal["perturb_mean", "mse"] = _field("perturb_mean", "mlp", "What weights the MLP's output error.")
+    reconstruct_mlp: bool = _mlp(False, "First replace GELU by ReLU and train every MLP to give what it gave (APHQ-ViT).")
+    mlp_steps: int = _mlp(20_000, "Optimisation steps per MLP.", ge=1)
+    mlp_batch: int = _mlp(32, "Images per step of an MLP's optimisation.", ge=1)
+    mlp_lr: float = _mlp(4e-5, "Learning rate of an MLP's weights (Adam, cosine to 0).", gt=0)
+    mlp_percentile: float = _mlp(0.99, "Quantile of positive hidden values at which the second term clamps.", gt=0, le=1)
+    mlp_loss: Literal["perturb_mean", "mse"] = _mlp("perturb_mean", "What weighs the MLP's output error.")
 
-    reconstruct: bool = _field(True, "reconstruction", "Reconstruct blocks after calibration.")
-    reconstruct_parts: Literal["all", "blocks"] = _field(
-        "all", "reconstruction", "What is reconstructed: everything, or transformer blocks and patch mergings only."
+    reconstruct: bool = _recon(True, "Reconstruct blocks after calibration.")
+    reconstruct_parts: Literal["all", "blocks"] = _recon(
+        "all", "What is reconstructed: everything, or transformer blocks and patch mergings only."
     )
-    steps: int = _field(20_000, "reconstruction", "Optimisation steps a block.", ge=1)
-    batch_size: int = _field(32, "reconstruction", "Images a step.", ge=1)
-    prefix_prob: float = _field(
-        0.5,
-        "reconstruction",
-        "Probability that an element of the block's input comes from the quantized prefix, in steps of 1/256.",
-        ge=0,
-        le=1,
+    steps: int = _recon(20_000, "Optimisation steps per block.", ge=1)
+    batch_size: int = _recon(32, "Images per step.", ge=1)
+    prefix_prob: float = _recon(0.5, "Share of the block's input from the quantized prefix, in 1/256.", ge=0, le=1)
+    activation_prob: float = _recon(
+        0.5, "Share of activations quantized while a block trains (QDrop), in 1/256; 1 = no dropping.", ge=0, le=1
     )
-    activation_prob: float = _field(
-        0.5,
-        "reconstruction",
-        "Probability that an activation is quantized while the block trains (QDrop), in steps of 1/256; 1 = no dropping.",
-        ge=0,
-        le=1,
-    )
-    lr_alpha: float = _field(1e-3, "reconstruction", "Learning rate of the rounding variables (Adam).", gt=0)
-    lr_scale: float = _field(4e-5, "reconstruction", "Learning rate of activation scales (Adam, cosine to 0).", gt=0)
-    learn_scales: bool = _field(True, "reconstruction", "Learn activation scales.")
-    round_weight: float = _field(0.01, "reconstruction", "Weight of the rounding regulariser.", ge=0)
-    round_warmup: float = _field(0.2, "reconstruction", "Share of the steps before the regulariser starts.", ge=0, lt=1)
-    beta_start: float = _field(20.0, "reconstruction", "Exponent of the regulariser at its start.", ge=1)
-    beta_end: float = _field(2.0, "reconstruction", "Exponent of the regulariser at the end.", ge=1)
+    lr_alpha: float = _recon(1e-3, "Learning rate of the rounding variables (Adam).", gt=0)
+    lr_scale: float = _recon(4e-5, "Learning rate of activation scales (Adam, cosine to 0).", gt=0)
+    learn_scales: bool = _recon(True, "Learn activation scales.")
+    round_weight: float = _recon(0.01, "Weight of the rounding regulariser.", ge=0)
+    round_warmup: float = _recon(0.2, "Share of the steps before the regulariser starts.", ge=0, lt=1)
+    beta_start: float = _recon(20.0, "Exponent of the regulariser at its start.", ge=1)
+    beta_end: float = _recon(2.0, "Exponent of the regulariser at the end.", ge=1)
 
-    loss: str = _field("fisher_dplr", "loss", f"Block loss: {', '.join(LOSSES)}.")
-    fisher_k: int = _field(5, "loss", "Fisher passes a block, the rank of the low-rank part.", ge=1, le=64)
-    fisher_mode: Literal["q", "qf"] = _field(
-        "q", "loss", "Fisher passes spread over the steps (q) or before each of the first k steps (qf)."
+    loss: str = _objective("fisher_dplr", f"Block loss: {', '.join(LOSSES)}.")
+    fisher_k: int = _objective(5, "Fisher passes per block, the rank of the low-rank part.", ge=1, le=64)
+    fisher_mode: Literal["q", "qf"] = _objective("q", "Fisher passes spread over the steps (q) or before the first k (qf).")
+    fisher_p1: float = _objective(1.0, "Weight of the low-rank part.", ge=0)
+    fisher_p2: float = _objective(1.0, "Weight of the diagonal part.", ge=0)
+    fisher_drop: bool = _objective(True, "Keep random dropping active in Fisher passes, as released.")
+    perturbation: float = _objective(1e-6, "ε of the perturbation Hessian.", gt=0)
+    prediction_share: float = _objective(
+        0.5, "Share of the prediction difference in the loss 'prediction'; the rest is squared error.", ge=0, le=1
     )
-    fisher_p1: float = _field(1.0, "loss", "Weight of the low-rank part.", ge=0)
-    fisher_p2: float = _field(1.0, "loss", "Weight of the diagonal part.", ge=0)
-    fisher_drop: bool = _field(True, "loss", "Keep random dropping active in Fisher passes, as released.")
-    perturbation: float = _field(1e-6, "loss", "ε of the perturbation Hessian.", gt=0)
-    prediction_share: float = _field(
-        0.5, "loss", "Share of the prediction difference in the loss 'prediction'; the rest is the squared error.", ge=0, le=1
-    )
-    detection_terms: Literal["rpn", "rpn+roi"] = _field(
+    detection_terms: Literal["rpn", "rpn+roi"] = _objective(
         "rpn",
-        "loss",
-        "Divergence of a detector: class and box maps of its region proposals, or these and the classes of the full-precision "
-        "model's proposals (detection).",
+        "Divergence of a detector: class and box maps of its region proposals, or these and the "
+        "classes of the full-precision model's proposals (detection).",
     )
-    temperature: float = _field(20.0, "loss", "Temperature of the divergence behind the Fisher information (classifiers).", gt=0)
-    divergence_batch: int = _field(
-        32, "loss", "Samples in a row that share a batch of a divergence that compares samples with each other (retrieval).", ge=2
-    )
+    temperature: float = _objective(20.0, "Temperature of a classifier's divergence behind the Fisher information.", gt=0)
+    divergence_batch: int = _objective(32, "Samples in a row that a divergence compares with each other (retrieval).", ge=2)
 
-    step_dtype: Literal["float32", "tf32", "bfloat16"] = _field(
-        "float32", "numerics", "Arithmetic of the steps' matrix products (values stay float32); tf32 is float32 on CPUs."
+    step_dtype: Literal["float32", "tf32", "bfloat16"] = _numerics(
+        "float32", "Arithmetic of the steps' matrix products (values stay float32); tf32 is float32 on CPUs."
     )
-    frozen_dtype: Literal["float32", "tf32", "bfloat16"] = _field(
-        "float32", "numerics", "Arithmetic of the frozen full-precision parts (tape, Fisher passes); tf32 is float32 on CPUs."
+    frozen_dtype: Literal["float32", "tf32", "bfloat16"] = _numerics(
+        "float32", "Arithmetic of full-precision parts (tape, Fisher passes); tf32 is float32 on CPUs."
     )
 
     @field_validator("w_bits", "a_bits", "s_bits", "head_bits", "patch_input_bits")

@@ -19,8 +19,7 @@ from fimaq_core.calibration.shared_codes import shared_errors
 from fimaq_core.calibration.weight_error import best_rows, input_moments
 from fimaq_core.layers import QuantLinear, QuantMatMul
 from fimaq_core.quantizers.activation import ActivationQuantizer, levels_of
-from fimaq_core.quantizers.affine import AffineQuantizer, fake_quantize
-from fimaq_core.quantizers.weight import WeightQuantizer
+from fimaq_core.quantizers.affine import AffineQuantizer, WeightQuantizer, fake_quantize
 from fimaq_core.recipe import Recipe
 
 
@@ -52,14 +51,20 @@ def calibrate_linear(layer: QuantLinear, x: Tensor, recipe: Recipe) -> None:
     # A search sees the other one's last choice only, so the rounds end once a choice repeats itself.
     for number in range(recipe.range_rounds):
         if row_candidates is not None:
-            rows_before, rows = rows, _search_rows(layer, flat, row_candidates, rows)
-            if number and torch.equal(rows, rows_before):
+            scale = None if inputs.off else inputs.scale
+            moments = input_moments(flat, inputs(flat), weight, scale, inputs.levels)
+            before, rows = rows, best_rows(weight, row_candidates, weights.levels, *moments, rows)
+            set_rows(weights, *row_candidates.pick(rows))
+            if number and torch.equal(rows, before):
                 break
         if input_candidates is None:
             break
-        index_before, index = index, _search_input(layer, x, input_candidates, index)
-        if index == index_before or row_candidates is None:
+        scales, zeros = input_candidates.scale[:, 0], input_candidates.zero_point[:, 0]
+        chosen = best_operand(_input_product(layer, x), scales, zeros, index)
+        inputs.set_range(input_candidates.scale[chosen], input_candidates.zero_point[chosen])
+        if chosen == index or row_candidates is None:
             break
+        index = chosen
 
 
 def _progressive_linear(layer: QuantLinear, x: Tensor, recipe: Recipe) -> None:
@@ -124,24 +129,6 @@ def _input_product(layer: QuantLinear, x: Tensor) -> Product:
     batched = x.view(1, 1, -1) if x.ndim < 2 else x.reshape(x.shape[0], -1, x.shape[-1])
     other = layer.weight_quantizer.quantized(weight).t().unsqueeze(0)
     return Product(batched, other, batched @ (other - weight.t()), layer.input_quantizer.levels)
-
-
-def _search_rows(layer: QuantLinear, flat: Tensor, candidates: Candidates, guess: Tensor) -> Tensor:
-    """Set the weight's ranges by the output's error on inputs (tokens, d); return their indices."""
-    weight, weights, inputs = layer.weight.detach(), layer.weight_quantizer, layer.input_quantizer
-    moments = input_moments(flat, inputs(flat), weight, None if inputs.off else inputs.scale, inputs.levels)
-    index = best_rows(weight, candidates, weights.levels, *moments, guess)
-    set_rows(weights, *candidates.pick(index))
-    return index
-
-
-def _search_input(layer: QuantLinear, x: Tensor, candidates: Candidates, guess: int) -> int:
-    """Set the range of the input (..., d) by the output's error; return its index."""
-    product = _input_product(layer, x)
-    index = best_operand(product, candidates.scale[:, 0], candidates.zero_point[:, 0], guess)
-    assert isinstance(layer.input_quantizer, AffineQuantizer)
-    layer.input_quantizer.set_range(candidates.scale[index], candidates.zero_point[index])
-    return index
 
 
 def calibrate_matmul(layer: QuantMatMul, a: Tensor, b: Tensor, recipe: Recipe) -> None:

@@ -32,13 +32,8 @@ def reparameterize(
     """Move per-channel factors into norm and linear, in place; the function is unchanged.
 
     With s = mean s_c, z = round(mean z_c), r = s_c / s and b = min_c / r - min (min_c = -z_c s_c,
-    min = -z s) the norm's output becomes ``x / r - b``, and the linear layer undoes that.
-
-    Args:
-        norm: has a weight; a missing bias is made, also of ``linear``.
-        linear: the only consumer of the norm's output.
-        scale, zero_point: (channels,) per-channel range.
-        pad: (channels,) buffer that replaces zeros padded between the two; set in place.
+    min = -z s) the norm's output becomes ``x / r - b``, and the linear layer, its only consumer,
+    undoes that. Missing biases are made. ``pad`` (channels,) replaces zeros padded between the two.
 
     Returns:
         ``r`` and ``b``, each (channels,).

@@ -26,11 +26,8 @@ _SEGMENT = 64
 def shared_errors(x: Tensor, other: Tensor, target: Tensor, scale: Tensor, zero_point: Tensor, levels: int) -> Tensor | None:
     """Squared error, float64 (candidates,), of ``x̂ @ other``; None where this would not pay.
 
-    Args:
-        x: (batch, rows, inner), in full precision.
-        other: (batch, inner, columns), quantized.
-        target: (batch, rows, columns).
-        scale, zero_point: (candidates,), neighbours similar.
+    x is (batch, rows, inner), in full precision; ``other`` (batch, inner, columns), quantized;
+    ``target`` (batch, rows, columns). Neighbouring candidates are similar.
     """
     count = len(scale)
     step = max(_CROWD * block_elements(x.device) // (count * x[0].numel()), 1)

@@ -40,9 +40,8 @@ class RangeErrors:
     """Squared error of ``(s u(x) - shift) @ other`` against the full-precision product.
 
     Args:
-        x: (batch, rows, inner), in full precision, the shift added.
-        other: (batch or 1, inner, columns), quantized.
-        residual: (batch, rows, columns), ``(x - shift) @ (other - other in full precision)``.
+        x, other: as of :class:`.output_error.Product`; the shift is added to x.
+        residual: ``(x - shift) @ (other - other in full precision)``.
         points: how to get u from the values.
         values: what ``points`` takes, shaped as ``x``; by default ``x``.
     """

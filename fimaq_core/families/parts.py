@@ -24,8 +24,7 @@ def swap_linears(mlp: nn.Module, part: MlpPart, recipe: Recipe, input_bits: int 
     ``input_bits`` of the first layer are by default the recipe's bits of activations.
 
     Raises:
-        ModelError: layers that are not linear, or a quantizer made for GELU behind another
-            activation.
+        ModelError: layers that are not linear, or a GELU quantizer behind another activation.
     """
     fc1, act, fc2 = (getattr(mlp, name, None) for name in (part.fc1, part.act, part.fc2))
     if not isinstance(fc1, nn.Linear) or not isinstance(fc2, nn.Linear):

@@ -15,15 +15,10 @@ from fimaq_core.recipe import Recipe
 class ExplicitAttentionPool(nn.Module):
     """timm's ``AttentionPoolLatent`` (SigLIP) written out, with the norm before it.
 
-    Learned queries ask all tokens: x (B, N, C) as the last transformer block gives it, result (B,
-    C). The norm is in here, not in the frozen part before the block, because reparameterisation
-    changes it together with ``kv``.
-
-    Args:
-        pool: what is taken over.
-        norm: of the tokens, before the pooling and only there.
-        skipped: leading tokens that are not pooled.
-        after: what follows in full precision, where the model ends with it.
+    Learned queries ask all tokens but the first ``skipped``: x (B, N, C) of the last block gives
+    (B, C). The norm is in here, not in the frozen part before the block, because reparameterisation
+    changes it together with ``kv``. ``after`` follows in full precision, where the model ends with
+    it.
     """
 
     query: Tensor  # (1, heads, latents, d) buffer, the queries behind their projection and norm

@@ -34,10 +34,8 @@ _Use = tuple[str, int | None]
 class RoutedProducts(TorchFunctionMode):
     """While it is entered, quantizable products compute attention, in the order of the calls.
 
-    Routed are ``F.scaled_dot_product_attention`` and ``a @ b`` of activations.
-
-    Args:
-        products: two per attention, one per other product.
+    Routed are ``F.scaled_dot_product_attention``, two products per call, and ``a @ b`` of
+    activations.
     """
 
     def __init__(self, products: nn.ModuleList) -> None:
@@ -107,11 +105,8 @@ class RoutedMultiheadAttention(ExplicitMultiheadAttention):
 class Recorder(RoutedProducts):
     """Makes a block's products while the block runs in full precision; records where tensors go.
 
-    Args:
-        label: of the block, for messages.
-        block: its layers are swapped already.
-        made: receives the products.
-        recipe: bits and quantizers.
+    ``label`` is the block's, for messages; its layers are swapped already; ``made`` takes the
+    products.
     """
 
     def __init__(self, label: str, block: nn.Module, made: nn.ModuleList, recipe: Recipe) -> None:
@@ -178,13 +173,8 @@ class Recorder(RoutedProducts):
         )
 
     def check_calls(self, calls: Mapping[str, int]) -> None:
-        """Refuse a layer whose weight is used otherwise than by calling the layer.
-
-        Args:
-            calls: by name of the layer.
-
-        Raises:
-            ModelError: names the layer.
+        """Refuse a layer whose weight is used otherwise than by calling the layer. Raises
+        ModelError.
         """
         for name, _ in self._layers.values():
             if calls.get(name, 0) != self._weight_uses[name] or not calls.get(name, 0):

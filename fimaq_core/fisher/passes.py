@@ -57,10 +57,7 @@ def divergence_gradient(
 ) -> Tensor:
     """Gradient at ``output`` (B, ...) of each sample's own divergence of ``rest(output)``.
 
-    Args:
-        rest: from the output to the model's end.
-        reference: (B, ...) full-precision outputs of the model.
-        dtype: arithmetic of ``rest``.
+    ``rest`` goes on to the model's end, where ``reference`` are the full-precision outputs.
     """
     leaf = output.detach().requires_grad_(True)
     with torch.enable_grad(), arithmetic(dtype, output.device):

@@ -8,9 +8,8 @@ from torch.nn import functional as F
 
 from fimaq_core.errors import ModelError
 from fimaq_core.quantizers.activation import ActivationQuantizer
-from fimaq_core.quantizers.affine import AffineQuantizer
+from fimaq_core.quantizers.affine import AffineQuantizer, WeightQuantizer
 from fimaq_core.quantizers.special import LogQuantizer, make_quantizer
-from fimaq_core.quantizers.weight import WeightQuantizer
 from fimaq_core.recipe import Kind
 
 _Pair = tuple[int, int]

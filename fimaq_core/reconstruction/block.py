@@ -103,10 +103,8 @@ def optimise_block(
 ) -> tuple[Tensor, int]:
     """Optimise the block of ``segment`` in place.
 
-    Args:
-        on_pass: see :class:`BlockTrainer`.
-        tick: called after every step with its number (from 1) and its loss, still on the device;
-            refuses one that is not finite.
+    ``tick`` is called after every step with its number (from 1) and its loss, still on the device,
+    and refuses one that is not finite.
 
     Returns:
         The last loss (a scalar), and the number of learned scales at or near their lower bound.

@@ -61,24 +61,12 @@ class FlatStep(StepEngine):
         """The step that the counter stands at; no number is read from the device."""
         loss, starts = self._loss()
         grads = iter(torch.autograd.grad(loss, self.wanted) if self.wanted else ())
-        state, rounding = self.state, self.state.rounding
+        state, r = self.state, self.state.rounding
+        rounding = (None,) * 4 if r is None else (next(grads), r.alpha, r.offset, r.gain)
+        scales = next(grads) if state.learn_scales else None, state.scales, state.floor
+        now = self.counter, self.schedule.rates, self.objective.state.starts, starts
         with torch.no_grad():
-            self._call(
-                update,
-                self.counter,
-                self.schedule.rates,
-                self.objective.state.starts,
-                starts,
-                next(grads) if rounding is not None else None,
-                None if rounding is None else rounding.alpha,
-                None if rounding is None else rounding.offset,
-                None if rounding is None else rounding.gain,
-                state.soft,
-                next(grads) if state.learn_scales else None,
-                state.scales,
-                state.floor,
-                state.moments,
-            )
+            self._call(update, *now, *rounding, state.soft, *scales, state.moments)
         return loss.detach()
 
     def _loss(self) -> tuple[Tensor, Tensor]:
@@ -99,11 +87,8 @@ class FlatStep(StepEngine):
 class AllSamples:
     """The samples lie on the device: a step picks its own.
 
-    Attributes:
-        samples: (steps, B) numbers of each step's samples; None where ``data`` is the step's
-            batch.
-        data: what a step reads.
-        state: what the loss rests on beside it.
+    ``samples`` (steps, B) are the numbers of each step's; None where ``data`` is the step's batch.
+    ``state`` is what the loss rests on beside it.
     """
 
     def __init__(self, samples: Tensor | None, data: Batch, state: LossState) -> None:
@@ -114,15 +99,11 @@ class AllSamples:
 
 
 class FedSamples(AllSamples):
-    """The samples lie in host memory: each step's come to buffers on the device that keep their place.
+    """The samples lie in host memory: each step's come to buffers on the device that keep their
+    place.
 
     Two pinned staging areas take turns, so the host gathers a batch while the device still works on
-    the one before.
-
-    Args:
-        sources: (n, ...) tensors in host memory.
-        order: (steps, B) samples of each batch, in host memory.
-        device: where the batches go.
+    the one before. ``order`` (steps, B) are the samples of each batch, in host memory.
     """
 
     def __init__(self, sources: Batch, order: Tensor, device: torch.device, state: LossState) -> None:

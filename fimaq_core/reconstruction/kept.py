@@ -57,9 +57,7 @@ def block_facts(log: ReconstructionLog, label: str) -> dict[str, Any]:
 
 
 def add_block(log: ReconstructionLog, label: str, facts: object, where: str) -> Engine:
-    """Add to ``log`` what a checkpoint kept of a block; return the engine that its steps ran by.
-
-    ``where`` names the checkpoint for people.
+    """Add to ``log`` what a checkpoint (``where``, for people) kept of a block; return its engine.
 
     Raises:
         CheckpointError: they are not the facts of a block.

@@ -1,7 +1,7 @@
 """The loss of a block over a step's batch, each part over its own start value. Pure functions of tensors."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,10 +50,8 @@ class LossState(NamedTuple):
 def block_loss(kind: str, weights: tuple[float, ...], output: Tensor, batch: Batch, state: LossState) -> tuple[Tensor, Tensor]:
     """Loss of a batch (a scalar), and the starts to go on with (parts,).
 
-    Args:
-        kind: a loss, ``head`` (KL of the classes, not divided by its start) or ``head_relative``.
-        weights: of its parts.
-        output: (B, ...) the block's output with gradients.
+    ``kind`` is a loss, ``head`` (KL of the classes, not divided by its start) or ``head_relative``;
+    ``weights`` are those of its parts.
     """
     if kind == "head":
         return kl_divergence(output, batch.target), state.starts
@@ -75,11 +73,7 @@ def prediction_loss(
 
     PD-Quant (Liu et al., CVPR 2023, arXiv:2212.07048). Its code adds the two as they are, with
     weights made for their sizes in convolutional networks; here each is divided by its start, so
-    that neither is lost in the other.
-
-    Args:
-        rest: from the block's output, side and kept to the model's output, in full precision.
-        weights, output, batch, starts: as in :func:`block_loss`.
+    that neither is lost in the other. ``rest`` goes on to the model's output in full precision.
     """
     assert batch.reference is not None
     delta = (output - batch.target).flatten(1)
@@ -91,24 +85,21 @@ def prediction_loss(
 def _parts(kind: str, delta: Tensor, batch: Batch, state: LossState) -> list[Tensor]:
     if kind in losses.PLAIN:
         return [losses.PLAIN[kind](delta)]
+    # The objective has made what its kind of loss needs.
+    weights: Any = batch.weights
+    diagonal: Any = state.diagonal
+    gradients: Any = state.gradients
+    root: Any = state.root
     if kind == "fisher_brecq":
-        assert batch.weights is not None
-        return [losses.squared_gradient_loss(delta, batch.weights)]
-    if kind == "perturb":
-        assert batch.weights is not None
-        return [losses.diagonal_loss(delta, batch.weights)]
-    diagonal, gradients = state.diagonal, state.gradients
-    assert diagonal is not None
-    if kind in ("perturb_mean", "fisher_diag"):
-        return [losses.diagonal_loss(delta, diagonal)]
+        return [losses.squared_gradient_loss(delta, weights)]
+    if kind in ("perturb", "perturb_mean", "fisher_diag"):
+        return [losses.diagonal_loss(delta, weights if kind == "perturb" else diagonal)]
     if kind == "fisher_lr":
         return [losses.rank_one_loss(delta, diagonal)]
-    assert gradients is not None
     if kind == "least_squares":
         return [losses.least_squares_loss(delta, diagonal, gradients[0])]
     assert kind == "fisher_dplr"
-    assert state.root is not None
-    return [losses.low_rank_loss(delta, gradients, state.root), losses.diagonal_loss(delta, diagonal)]
+    return [losses.low_rank_loss(delta, gradients, root), losses.diagonal_loss(delta, diagonal)]
 
 
 def _over_starts(parts: list[Tensor], weights: tuple[float, ...], starts: Tensor) -> tuple[Tensor, Tensor]:

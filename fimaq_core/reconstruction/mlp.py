@@ -200,14 +200,10 @@ def positive_quantile(values: Tensor, share: float) -> float:
 
 
 def mlp_loss(mlp: nn.Module, part: MlpPart, x: Tensor, target: Tensor, hessian: Tensor | None, limit: float) -> Tensor:
-    """``mean(H (z - t)²) + 2 mean(H (z' - t)²)``, z' the output with hidden values clamped; a scalar.
+    """``mean(H (z - t)²) + 2 mean(H (z' - t)²)``, z' the output with hidden values clamped.
 
-    Args:
-        mlp, part: the MLP with ReLU; it computes ``fc2(act(fc1(x)))``.
-        x: (B, ...) inputs.
-        target: t, (B, ...) outputs with GELU.
-        hessian: H, of one sample's shape; None for ones.
-        limit: upper bound of the clamped hidden values.
+    t are outputs with GELU (B, ...); H has one sample's shape, None for ones; ``limit`` bounds the
+    clamped hidden values.
     """
     fc2 = mlp.get_submodule(part.fc2)
     hidden = mlp.get_submodule(part.act)(mlp.get_submodule(part.fc1)(x))
@@ -245,23 +241,19 @@ def _picker(
     lesson: _Lesson, recipe: Recipe, label: str, device: torch.device
 ) -> Callable[[int], tuple[Tensor, Tensor, Tensor | None]]:
     """Gives inputs, targets and Hessian of step ``number`` (from 0): a random batch, or one sample."""
-    inputs, targets, hessian = lesson.inputs, lesson.targets, lesson.hessian
-    if inputs.varying:
+    inputs, hessian = lesson.inputs, lesson.hessian
+    drawn: Tensor | None = None
+    if not inputs.varying:
+        generator = block_generator(recipe.seed, f"{label}/mlp")
+        drawn = draw_batches(recipe.mlp_steps, recipe.mlp_batch, len(inputs), generator).to(inputs.device)
 
-        def one(number: int) -> tuple[Tensor, Tensor, Tensor | None]:
-            x, target, own = (
-                None if source is None else source[number % len(inputs)].to(device, non_blocking=True)
-                for source in (inputs, targets, hessian)
-            )
-            return x, target, own  # type: ignore[return-value]
+    def pick(number: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        def chosen(samples: Samples) -> Tensor:
+            found = samples[number % len(inputs)] if drawn is None else samples.whole[drawn[number]]
+            return found.to(device, non_blocking=True)
 
-        return one
-    generator = block_generator(recipe.seed, f"{label}/mlp")
-    drawn = draw_batches(recipe.mlp_steps, recipe.mlp_batch, len(inputs), generator).to(inputs.device)
-    shared = None if hessian is None else hessian.whole
+        shared = hessian if hessian is None or drawn is None else hessian.whole
+        own = chosen(shared) if isinstance(shared, Samples) else shared
+        return chosen(inputs), chosen(lesson.targets), own
 
-    def batch(number: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        x, target = (source.whole[drawn[number]].to(device, non_blocking=True) for source in (inputs, targets))
-        return x, target, shared
-
-    return batch
+    return pick

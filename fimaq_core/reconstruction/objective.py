@@ -13,9 +13,8 @@ from fimaq_core.fisher.divergence import Divergence
 from fimaq_core.fisher.passes import Sweep, least_squares_hessian, mean_gradient_and_error
 from fimaq_core.layers import set_quantized
 from fimaq_core.recipe import Recipe
-from fimaq_core.reconstruction.figures import mean_of
 from fimaq_core.reconstruction.loss import Batch, LossState
-from fimaq_core.reconstruction.tape import Collected, Tape
+from fimaq_core.reconstruction.tape import Collected, Tape, mean_of
 from fimaq_core.samples import Samples
 
 logger = logging.getLogger(__name__)

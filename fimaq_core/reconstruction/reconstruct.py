@@ -167,16 +167,13 @@ def _learns(segment: Segment, recipe: Recipe) -> bool:
 
 @torch.no_grad()
 def expand_per_token(chain: BlockChain, image: Tensor) -> None:
-    """Give activation quantizers one scale per token position, each starting from the calibrated one.
+    """Give activation quantizers one scale per token position, each starting from the calibrated
+    one.
 
-    Linear layers with inputs (B, tokens, C): (1, tokens, 1). Attention operands: a per head and row,
-    b per head and column. Zero points stay shared. Other inputs stay per tensor, such as maps
+    Linear layers with inputs (B, tokens, C): (1, tokens, 1). Attention operands: a per head and
+    row, b per head and column. Zero points stay shared. Other inputs stay per tensor, such as maps
     (B, H, W, C): where images vary in size, only windows have a fixed number of tokens. Quantizers
-    expanded before are left alone.
-
-    Args:
-        chain: calibrated.
-        image: (1, ...) one input of the chain; only its shape matters.
+    expanded before are left alone. Of ``image`` (1, ...) only the shape matters.
     """
     layers = [layer for _, layer in quant_layers(chain) if isinstance(layer, QuantLinear | QuantMatMul)]
     handles = [layer.register_forward_pre_hook(_expand) for layer in layers]

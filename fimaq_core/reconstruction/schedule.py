@@ -48,15 +48,10 @@ class Schedule:
         device: torch.device,
         in_order: bool = False,
     ) -> "Schedule":
-        """Make the tables of a block.
+        """Make the tables of a block for a number of images and of random masks a step (streams).
 
-        Args:
-            recipe: steps, rates, batch size.
-            images: number of calibration images.
-            streams: random masks a step.
-            generator: on the CPU, so that every device sees the same batches and masks.
-            device: where the tables go.
-            in_order: take the images one by one, again and again (as released for detectors).
+        The generator is on the CPU, so that every device sees the same. ``in_order`` takes the
+        images one by one, again and again (as released for detectors).
         """
         samples = (
             torch.arange(recipe.steps)[:, None] % images

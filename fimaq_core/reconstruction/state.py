@@ -10,8 +10,8 @@ from torch.func import functional_call
 from fimaq_core.chain import Segment
 from fimaq_core.layers import WeightLayer, quant_layers
 from fimaq_core.quantizers.activation import ActivationQuantizer, Form
+from fimaq_core.quantizers.affine import WeightQuantizer
 from fimaq_core.quantizers.rounding import RoundingProblem
-from fimaq_core.quantizers.weight import WeightQuantizer
 
 #: Lower bound of a learned activation scale, as a share of its calibrated value.
 SCALE_FLOOR = 0.01

@@ -18,20 +18,16 @@ from torch import Tensor, nn
 from fimaq_core.chain import Beside, BlockChain
 from fimaq_core.layers import set_quantized
 from fimaq_core.numerics import Arithmetic, arithmetic
-from fimaq_core.reconstruction.figures import OutputError
 from fimaq_core.samples import Samples
 
 Placement = Literal["device", "host", "disk"]
 
 
 class Storage:
-    """Makes the tape's tensors, in one of three places.
+    """Makes the tape's tensors: on the ``device`` (fastest), in ``host`` memory, or on ``disk``.
 
-    Args:
-        placement: ``device`` (fastest), ``host`` memory, or ``disk`` (memory-mapped temporary files).
-        device: the computing device.
-        pinned: whether host memory is pinned for a GPU. Few large tensors gain by it; of many small
-            ones each is rounded up to a power of two.
+    Disk means memory-mapped temporary files. ``pinned`` host memory serves few large tensors; of
+    many small ones each is rounded up to a power of two.
     """
 
     def __init__(self, placement: Placement, device: torch.device, pinned: bool = True) -> None:
@@ -84,6 +80,41 @@ class Collected:
         if self._storage.device.type == "cuda" and self._storage.placement != "device":
             torch.cuda.synchronize(self._storage.device)
         return Samples(self._tensors if self._like.varying else self._tensors[0])
+
+
+class OutputError:
+    """Sums up ``||q - f||² / ||f||²`` over batches of outputs q and their targets f, on ``device``."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._error, self._size = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(2))
+
+    @torch.no_grad()
+    def add(self, output: Tensor, target: Tensor) -> None:
+        """Add a batch, both (B, ...)."""
+        self._error += squared_sum(output - target)
+        self._size += squared_sum(target)
+
+    @property
+    def relative(self) -> float:
+        """The error so far; infinite or NaN where only f is zero, or a value is not finite."""
+        error, size = float(self._error), float(self._size)
+        return 0.0 if error == 0 else (error / size if size else float("inf"))
+
+
+def squared_sum(values: Tensor) -> Tensor:
+    """Σ values², a float64 scalar."""
+    # In pieces: in float64 a batch of maps would take as much memory as the block that made it.
+    parts = torch.split(values.flatten(), 2**22)
+    return torch.stack([part.double().square_().sum() for part in parts]).sum()
+
+
+def mean_of(samples: Samples, batch_size: int, squared: bool = False) -> float:
+    """The mean of all values of ``samples`` (n, N), or of their squares."""
+    total, count = 0.0, 0
+    for part in samples.batches(batch_size):
+        total += float(squared_sum(part) if squared else part.sum(1).double().sum())
+        count += part.numel()
+    return total / count
 
 
 class Tape:
@@ -149,11 +180,8 @@ class Tape:
     def measure(self, keep: bool = True) -> float:
         """Run the present block, which must be finished, behind the quantized prefix.
 
-        Args:
-            keep: whether :meth:`advance` needs its outputs.
-
-        Returns:
-            ``||q - f||² / ||f||²`` over all samples, q its outputs and f its target.
+        Returns ``||q - f||² / ||f||²`` over all samples, q its outputs and f its target; ``keep``
+        says whether :meth:`advance` needs the outputs.
         """
         assert self.prefix is not None
         target, block = self.compute_target(), self.chain.segment(self.index).block

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fimaq_core.layers import QuantLinear, decide_rounding
+from fimaq_core.quantizers.affine import WeightQuantizer
 from fimaq_core.quantizers.rounding import (
     RoundingProblem,
     alpha_gradient,
@@ -15,7 +16,6 @@ from fimaq_core.quantizers.rounding import (
     rounding_penalty,
     soft_rounding,
 )
-from fimaq_core.quantizers.weight import WeightQuantizer
 
 
 def problem(seed: int = 0) -> tuple[RoundingProblem, list[Tensor], list[Tensor], list[Tensor], list[int]]:

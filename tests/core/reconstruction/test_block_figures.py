@@ -30,10 +30,9 @@ from fimaq_core.pipeline import (
 )
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction import reconstruct as reconstruct_module
-from fimaq_core.reconstruction.figures import OutputError, mean_of, squared_sum
 from fimaq_core.reconstruction.reconstruct import ReconstructionLog
 from fimaq_core.reconstruction.sample_objective import SampleObjective
-from fimaq_core.reconstruction.tape import Placement, Tape
+from fimaq_core.reconstruction.tape import OutputError, Placement, Tape, mean_of, squared_sum
 from fimaq_core.samples import Samples
 
 pytestmark = pytest.mark.slow
