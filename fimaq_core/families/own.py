@@ -118,13 +118,10 @@ class OwnBlock(nn.Module):
 
     def run(self, x: Tensor, mode: RoutedProducts) -> Tensor:
         """The block's output for the input ``x`` under a mode."""
-        args, kwargs = [], {}
-        for place, value in self._constants.items():
-            present = getattr(self, f"argument_{place}") if isinstance(value, Tensor) else value
-            if isinstance(place, int):
-                args.append(present)
-            else:
-                kwargs[place] = present
+        present = dict(self._constants)
+        present |= {place: getattr(self, f"argument_{place}") for place, value in present.items() if isinstance(value, Tensor)}
+        args = [value for place, value in present.items() if isinstance(place, int)]
+        kwargs = {place: value for place, value in present.items() if isinstance(place, str)}
         with mode:
             out: Tensor = self.module(x, *args, **kwargs)
         return out

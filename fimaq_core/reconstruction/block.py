@@ -11,7 +11,7 @@ from fimaq_core.layers import decide_roundings, set_quantized
 from fimaq_core.numerics import tf32_allowed
 from fimaq_core.quantizers.dropping import draw_keys
 from fimaq_core.recipe import Recipe
-from fimaq_core.reconstruction.engines import FORMS, STEPS, Engine
+from fimaq_core.reconstruction.engines import STEPS, Engine
 from fimaq_core.reconstruction.objective import Objective
 from fimaq_core.reconstruction.schedule import Schedule, block_generator
 from fimaq_core.reconstruction.state import BlockState, run_block
@@ -45,7 +45,7 @@ class BlockTrainer:
         #: tables of the steps
         self.schedule = Schedule.build(recipe, len(tape.full), streams, generator, tape.storage.device, tape.full.varying)
         self._pass_generator = block_generator(seed, f"{segment.label}/fisher")
-        self.state.attach(FORMS[engine], recipe.activation_prob)
+        self.state.attach(STEPS[engine].form, recipe.activation_prob)
         self._step = STEPS[engine](segment, self.state, tape, objective, recipe, self.schedule)
 
     def step(self, number: int) -> Tensor:
@@ -68,7 +68,7 @@ class BlockTrainer:
             return run_block(self.segment.block, state.layout, state.soft.detach(), state.scales.detach(), keys, x)
 
         self.objective.update(forward)
-        state.attach(FORMS[self.engine], probability)
+        state.attach(self._step.form, probability)
 
     def finish(self) -> int:
         """Decide the rounding, fold it into the codes and leave training.

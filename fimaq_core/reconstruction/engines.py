@@ -19,15 +19,10 @@ from fimaq_core.reconstruction.textbook import TextbookStep
 
 Engine = Literal["eager", "fused", "compiled", "graph"]
 EngineChoice = Literal["auto", "eager", "fused", "compiled", "graph"]
-#: How activation quantizers compute under each engine.
-FORMS: dict[Engine, Form] = {"eager": "textbook", "fused": "fused", "compiled": "traced", "graph": "traced"}
 #: The step of each engine.
-STEPS: dict[Engine, type[StepEngine]] = {
-    "eager": TextbookStep,
-    "fused": FlatStep,
-    "compiled": CompiledStep,
-    "graph": GraphStep,
-}
+STEPS: dict[Engine, type[StepEngine]] = {"eager": TextbookStep, "fused": FlatStep, "compiled": CompiledStep, "graph": GraphStep}
+#: How activation quantizers compute under each engine.
+FORMS: dict[Engine, Form] = {engine: step.form for engine, step in STEPS.items()}
 
 #: Steps a block from which compiling pays on a CPU: it takes about 30 s and saves 5 to 10 ms a step.
 COMPILE_STEPS = 4000

@@ -28,14 +28,12 @@ Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
 class FlatStep(StepEngine):
     """The step on flat vectors, run as it is (``fused``)."""
 
-    traced = False
-
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         state, objective = self.state, self.objective
         self.counter = torch.zeros(1, dtype=torch.int64, device=state.soft.device)
         weights, arithmetic = objective.part_weights(), self.recipe.step_dtype
-        self.plan = StepPlan(state.layout, objective.kind, weights, self.mix, self.traced, arithmetic)
+        self.plan = StepPlan(state.layout, objective.kind, weights, self.mix, self.form == "traced", arithmetic)
         self.present = self._source()
         # Leaves that share memory with the state: the update writes there, so these stay the leaves.
         self.soft = state.soft.detach().requires_grad_(state.rounding is not None)
@@ -45,7 +43,7 @@ class FlatStep(StepEngine):
     def _source(self) -> "AllSamples | FedSamples | OneSample":
         objective, samples, mixed = self.objective, self.schedule.samples, self.mix > 0
         if isinstance(objective, SampleObjective):
-            return OneSample(objective, samples[:, 0].tolist(), mixed, self.traced)
+            return OneSample(objective, samples[:, 0].tolist(), mixed, self.plan.traced)
         assert isinstance(objective, BlockObjective)
         data, home, device = objective.batch(mixed), self.tape.full.device, self.state.soft.device
         if home == device:
@@ -167,7 +165,7 @@ def _varying_dims(samples: Iterable[tuple[Batch, LossState]]) -> list[list[int]]
 class CompiledStep(FlatStep):
     """The step through ``torch.compile``: one compilation for all blocks of one structure."""
 
-    traced = True
+    form = "traced"
 
     def _call(self, function: Callable[..., Any], *args: Any) -> Any:
         try:

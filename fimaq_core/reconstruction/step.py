@@ -5,13 +5,14 @@ or captured in a CUDA graph. Blocks of equal layout share what was compiled.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fimaq_core.chain import Segment
 from fimaq_core.numerics import Arithmetic, autocast
+from fimaq_core.quantizers.activation import Form
 from fimaq_core.quantizers.dropping import eager_mask, threshold_of, traced_mask
 from fimaq_core.quantizers.rounding import alpha_gradient, soft_rounding
 from fimaq_core.recipe import Recipe
@@ -33,6 +34,8 @@ class StepEngine:
         recipe: rates and probabilities.
         schedule: tables of the steps.
     """
+
+    form: ClassVar[Form] = "fused"  # how activation quantizers compute
 
     def __init__(
         self,

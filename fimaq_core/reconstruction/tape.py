@@ -146,9 +146,8 @@ class Tape:
         self.teacher = chain if teacher is None else teacher
         self.index = 0  # number of the present block
         samples, device = Samples.of(images), storage.device
-        side = None
-        if self.teacher.side is not None:
-            side = samples.map(lambda part: self.teacher.side(part.to(device)), batch_size)  # type: ignore[misc]
+        project = self.teacher.side
+        side = None if project is None else samples.map(lambda part: project(part.to(device)), batch_size)
         self.beside = self.beside_prefix = Beside(side)  # beside ``full``, and beside ``prefix``
         #: (n, ...) the present block's inputs in the full-precision model
         self.full = self._enter(self.teacher, samples, self.beside)

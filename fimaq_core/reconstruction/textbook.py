@@ -22,6 +22,8 @@ from fimaq_core.reconstruction.step import StepEngine
 class TextbookStep(StepEngine):
     """One tensor of rounding variables per layer and one of scales per quantizer."""
 
+    form = "textbook"
+
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         state, recipe = self.state, self.recipe
