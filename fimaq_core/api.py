@@ -11,15 +11,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 from torch import Tensor, nn
 
+from fimaq_core import NUMERICS_VERSION
 from fimaq_core.bars import progress_bars
 from fimaq_core.chain import BlockChain
-from fimaq_core.checkpoint import (
-    Fingerprint,
-    load_checkpoint,
-    read_header,
-    save_checkpoint,
-    state_sha256,
-)
+from fimaq_core.checkpoint import Fingerprint, load_checkpoint, read_header, save_checkpoint, state_sha256
 from fimaq_core.errors import CheckpointError, DataError, ModelError, first_problem
 from fimaq_core.families import find_family
 from fimaq_core.families.own import described, names_of, own_chain
@@ -32,16 +27,11 @@ from fimaq_core.reconstruction.kept import log_facts, read_log
 from fimaq_core.reconstruction.mlp import use_relu
 from fimaq_core.reconstruction.reconstruct import ReconstructionLog
 from fimaq_core.reconstruction.tape import Placement
+from fimaq_core.samples import Samples
 from fimaq_core.store import Resources
 
 #: Recipe fields that count images, with the smallest number each takes.
-_COUNTS = {
-    "calibration_images": 1,
-    "range_images": 1,
-    "batch_size": 1,
-    "mlp_batch": 1,
-    "divergence_batch": 2,
-}
+_COUNTS = {"calibration_images": 1, "range_images": 1, "batch_size": 1, "mlp_batch": 1, "divergence_batch": 2}
 
 
 class _Facts(BaseModel):
@@ -71,17 +61,9 @@ class QuantizedModel(nn.Module):
         log: what the reconstruction did; empty for methods that calibrate only.
     """
 
-    def __init__(
-        self,
-        chain: BlockChain,
-        *,
-        recipe: Recipe,
-        log: ReconstructionLog,
-        fingerprint: Fingerprint,
-        shape: Sequence[int],
-    ) -> None:
+    def __init__(self, chain: BlockChain, *, log: ReconstructionLog, fingerprint: Fingerprint, shape: Sequence[int]) -> None:
         super().__init__()
-        self.chain, self.recipe, self.log = chain, recipe, log
+        self.chain, self.recipe, self.log = chain, fingerprint.recipe, log
         self._fingerprint, self._shape = fingerprint, list(shape)
         self.eval()
 
@@ -95,11 +77,7 @@ class QuantizedModel(nn.Module):
         return logits
 
     def save(self, path: str | Path) -> None:
-        """Write the model to a safetensors file that :func:`load` reads.
-
-        Raises:
-            CheckpointError: the file cannot be written.
-        """
+        """Write a safetensors file that :func:`load` reads; raises CheckpointError if it cannot."""
         facts = _Facts(segments=_labels(self.chain), shape=self._shape, log=log_facts(self.log))
         save_checkpoint(Path(path), self.chain.state_dict(), self._fingerprint, facts.model_dump())
 
@@ -151,22 +129,13 @@ def quantize(
     recipe, notes = _clipped(recipe, len(x))
     shape = tuple(x.shape[1:])
     chain, weights = _prepared(model, blocks, head, shape, recipe, device)
-    fingerprint = Fingerprint(
-        model=_name(model),
-        weights=weights,
-        calibration=_tensor_sha256(x),
-        recipe=recipe,
-    )
+    pixels = hashlib.sha256(x.cpu().contiguous().numpy().tobytes()).hexdigest()
+    fingerprint = Fingerprint(model=_name(model), weights=weights, calibration=pixels, recipe=recipe)
+    measure = ClassifierDivergence(recipe.temperature) if divergence is None else divergence
     with progress_bars() if progress else nullcontext(silent) as report:
-        log = quantize_chain(
-            chain,
-            x,
-            recipe,
-            ClassifierDivergence(recipe.temperature) if divergence is None else divergence,
-            Resources(report, placement),
-        )
+        log = quantize_chain(chain, Samples(x), recipe, measure, Resources(report, placement))
     log.notes[:0] = notes
-    return QuantizedModel(chain, recipe=recipe, log=log, fingerprint=fingerprint, shape=shape)
+    return QuantizedModel(chain, log=log, fingerprint=fingerprint, shape=shape)
 
 
 def load(
@@ -196,12 +165,7 @@ def load(
     except ValidationError as error:
         problem = first_problem(error)
         raise CheckpointError(f"{path} holds no quantized model of save() ({problem}).") from error
-    here = Fingerprint(
-        model=_name(model),
-        weights=state_sha256(model),
-        calibration=fingerprint.calibration,
-        recipe=fingerprint.recipe,
-    )
+    here = fingerprint.model_copy(update={"numerics": NUMERICS_VERSION, "model": _name(model), "weights": state_sha256(model)})
     if (reason := here.mismatch(fingerprint)) is not None:
         raise CheckpointError(f"{path}: {reason}. Give the float model that was quantized.")
     chain, _ = _prepared(model, blocks, head, tuple(facts.shape), fingerprint.recipe, device)
@@ -212,13 +176,8 @@ def load(
         use_relu(chain)
     load_checkpoint(path, chain, None)
     set_quantized(chain, True)
-    return QuantizedModel(
-        chain,
-        recipe=fingerprint.recipe,
-        log=read_log(facts.log, str(path)),
-        fingerprint=fingerprint,
-        shape=facts.shape,
-    )
+    log = read_log(facts.log, str(path))
+    return QuantizedModel(chain, log=log, fingerprint=fingerprint, shape=facts.shape)
 
 
 def _prepared(
@@ -229,7 +188,7 @@ def _prepared(
     recipe: Recipe,
     device: torch.device | str | None,
 ) -> tuple[BlockChain, str]:
-    """A copy of the model as a chain, and the sha256 of the model's weights."""
+    """A copy of the model as a chain, and the sha256 of the weights. Raises DataError."""
     if (blocks is None) != (head is None):
         raise ModelError("blocks= and head= go together: give both, or none for a model of timm.")
     labels: list[str] = []
@@ -243,23 +202,17 @@ def _prepared(
         twin.to(device)
     place = next((value.device for value in twin.parameters()), torch.device("cpu"))
     probe = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0)).to(place)
-    _check_takes(twin, probe)
+    try:
+        with torch.no_grad():
+            twin(probe)
+    except (AssertionError, RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise DataError(
+            f"{type(model).__name__} does not take images of shape {shape} ({error}): give images "
+            "(n, C, H, W) transformed as the model takes them."
+        ) from error
     with torch.random.fork_rng(devices=[]):  # new layers draw initial weights
         chain = own_chain(twin, labels, probe, recipe) if labels else family.build(twin, recipe)
     return chain.to(place), weights
-
-
-@torch.no_grad()
-def _check_takes(model: nn.Module, images: Tensor) -> None:
-    """The model takes images of this shape. Raises DataError."""
-    try:
-        model(images)
-    except (AssertionError, RuntimeError, TypeError, ValueError, IndexError) as error:
-        name, shape = type(model).__name__, tuple(images.shape[1:])
-        raise DataError(
-            f"{name} does not take images of shape {shape} ({error}): give images (n, C, H, W) "
-            "transformed as the model takes them."
-        ) from error
 
 
 def _gathered(images: Tensor | Iterable[Any], wanted: int) -> Tensor:
@@ -285,17 +238,12 @@ def _gathered(images: Tensor | Iterable[Any], wanted: int) -> Tensor:
 
 def _clipped(recipe: Recipe, count: int) -> tuple[Recipe, list[str]]:
     """The recipe with no count above ``count`` images, and a note on those that it uses."""
-    wanted = {name: getattr(recipe, name) for name in _COUNTS}
     possible = {name: max(count, least) for name, least in _COUNTS.items()}
-    lowered = {name: value for name, value in possible.items() if wanted[name] > value}
-    used = {
-        "calibration_images": True,
-        "range_images": True,
-        "batch_size": recipe.reconstruct,
-        "mlp_batch": recipe.reconstruct_mlp,
-    }
-    changed = [name for name in lowered if used.get(name)]
-    changes = [f"{name} {lowered[name]} instead of {wanted[name]}" for name in changed]
+    lowered = {name: value for name, value in possible.items() if getattr(recipe, name) > value}
+    unused = {"divergence_batch"}
+    unused |= set() if recipe.reconstruct else {"batch_size"}
+    unused |= set() if recipe.reconstruct_mlp else {"mlp_batch"}
+    changes = [f"{name} {value} instead of {getattr(recipe, name)}" for name, value in lowered.items() if name not in unused]
     note = f"There are {count} calibration images, so these were lowered: {', '.join(changes)}."
     return recipe.model_copy(update=lowered), [note] if changes else []
 
@@ -306,7 +254,3 @@ def _name(model: nn.Module) -> str:
 
 def _labels(chain: BlockChain) -> list[str]:
     return [segment.label for segment in chain]
-
-
-def _tensor_sha256(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.cpu().contiguous().numpy().tobytes()).hexdigest()

@@ -13,9 +13,8 @@ from fimaq_core.progress import Progress, Report
 
 @contextmanager
 def progress_bars() -> Iterator[Report]:
-    """Show one bar per stage on a terminal or in a notebook; show nothing elsewhere.
-
-    In a notebook rich draws with ipywidgets; without them there are no bars.
+    """Show one bar per stage on a terminal or, with ipywidgets, in a notebook; nothing
+    elsewhere.
     """
     console = Console(stderr=True)
     drawn = console.is_jupyter and find_spec("ipywidgets") is not None

@@ -9,69 +9,52 @@ from torch import Tensor, nn
 
 from fimaq_core.samples import Samples
 
-#: ``head`` is a classifier, whose loss compares probabilities; ``projection`` maps pooled features to an embedding; a ``neck``
-#: is reconstructed by squared error whatever the recipe's loss; a ``predictor`` is calibrated and never reconstructed.
+#: ``head`` is a classifier, whose loss compares probabilities; ``projection`` maps pooled features
+#: to an embedding; a ``neck`` is reconstructed by squared error whatever the recipe's loss; a
+#: ``predictor`` is calibrated and never reconstructed.
 Kind = Literal["patch_embed", "block", "merge", "head", "projection", "neck", "predictor"]
 
-#: What blocks before have left for later ones, in order, each (B, ...).
+#: What earlier blocks keep for later ones, in order, each (B, ...).
 Kept = tuple[Tensor, ...]
 
 
 class Beside(NamedTuple):
-    """What travels beside the outputs of a chain's blocks, of all samples or of a batch.
+    """What travels beside the outputs of a chain's blocks, of all samples."""
 
-    Attributes:
-        side: the chain's side, (n, ...); None where it has none.
-        kept: what the segments before have kept, each (n, ...).
-    """
+    side: Samples | None = None  # the chain's side, (n, ...); None where it has none
+    kept: tuple[Samples, ...] = ()  # what the segments before keep, each (n, ...)
 
-    side: Samples | None = None
-    kept: tuple[Samples, ...] = ()
+    def rows(self, rows: slice, device: torch.device | None = None) -> tuple[Tensor | None, Kept]:
+        """Side and kept tensors of a batch, on ``device`` if one is given."""
 
-    def rows(self, part: slice, device: torch.device | None = None) -> "Beside":
-        """That of a batch, on ``device`` if one is given."""
-        found = [None if whole is None else whole[part] for whole in (self.side, *self.kept)]
-        if device is not None:
-            found = [None if one is None else one.to(device, non_blocking=True) for one in found]
-        return Beside(found[0], tuple(one for one in found[1:] if one is not None))
+        def batch(samples: Samples) -> Tensor:
+            found = samples[rows]
+            return found if device is None else found.to(device, non_blocking=True)
 
-    @property
-    def tensors(self) -> tuple[Tensor | None, Kept]:
-        """Both, of a batch."""
-        assert self.side is None or isinstance(self.side, Tensor)
-        return self.side, tuple(one for one in self.kept if isinstance(one, Tensor))
+        return None if self.side is None else batch(self.side), tuple(batch(one) for one in self.kept)
 
 
 @dataclass(frozen=True)
 class NormPair:
-    """A LayerNorm whose only consumer is the linear layer behind it, with what pads between them.
+    """A LayerNorm whose only consumer is the linear layer behind it, with what pads between them."""
 
-    Attributes:
-        norm: the normalisation, with affine parameters.
-        linear: name of the linear layer inside the segment's block.
-        pad: name of the block's buffer of shape (channels,) that it pads with between norm and linear; None where it
-            never pads there. Reparameterisation moves the pad value along. (A name: moving a module replaces its buffers.)
-    """
-
-    norm: nn.LayerNorm
-    linear: str
+    norm: nn.LayerNorm  # the normalisation, with affine parameters
+    linear: str  # name of the linear layer inside the segment's block
+    #: name of the block's buffer (channels,) that pads between the two, which reparameterisation
+    #: changes too; None where nothing pads. (A name, since moving a module replaces its buffers.)
     pad: str | None = None
 
 
 @dataclass(frozen=True)
 class MlpPart:
-    """An MLP of a block: a module that computes ``fc2(act(fc1(x)))``.
+    """An MLP of a block: a module that computes ``fc2(act(fc1(x)))``."""
 
-    Attributes:
-        name: of the module inside the segment's block.
-        fc1, act, fc2: names of its parts.
-        gelu: what counts as GELU or stands for it in this kind of model; only these are replaced.
-    """
-
-    name: str
+    name: str  # of the module inside the segment's block
+    #: names of its parts
     fc1: str = "fc1"
     act: str = "act"
     fc2: str = "fc2"
+    #: classes that count as GELU in this kind of model; only these are replaced
     gelu: tuple[type[nn.Module], ...] = (nn.GELU,)
 
 
@@ -79,15 +62,8 @@ class Segment(nn.Module):
     """One reconstruction block and the frozen full-precision part before it.
 
     Attributes:
-        label: the block's name in the original model, such as ``blocks.3``.
-        before: maps the previous block's output to this block's input; stays in full precision.
-        block: what is quantized.
-        pairs: norm and linear pairs that can be reparameterised.
-        mlps: the block's MLPs, for MLP reconstruction.
-        takes_side: whether ``before`` is called with the chain's side as its second argument.
-        keep: maps the block's output to what later segments need of it (a stage's output that feeds a neck), (B, ...); stays in
-            full precision. None where they need nothing but the next block's input.
-        takes_kept: whether ``before`` is called with what the segments before have kept, a tuple, as its last argument.
+        takes_side: whether ``before`` takes the chain's side as its second argument.
+        takes_kept: whether ``before`` takes what the segments before keep as its last argument.
     """
 
     def __init__(
@@ -103,29 +79,26 @@ class Segment(nn.Module):
         takes_kept: bool = False,
     ) -> None:
         super().__init__()
-        self.label = label
+        self.label = label  # the block's name in the original model, such as ``blocks.3``
         self.kind: Kind = kind
+        #: maps the previous block's output to this block's input; stays in full precision
         self.before = before if before is not None else nn.Identity()
-        self.block = block
-        self.pairs = pairs
-        self.mlps = mlps
+        self.block = block  # what is quantized
+        self.pairs = pairs  # norm and linear pairs that can be reparameterised
+        self.mlps = mlps  # the block's MLPs, for MLP reconstruction
         self.takes_side, self.takes_kept = takes_side, takes_kept
+        #: maps the block's output to what later segments need of it, such as a stage's output for a
+        #: neck, (B, ...); stays in full precision. None where they need nothing
         self.keep = keep
 
     def enter(self, x: Tensor, side: Tensor | None = None, kept: Kept = ()) -> Tensor:
-        """The block's input for the previous block's output ``x``, by ``before``.
-
-        Args:
-            x: (B, ...).
-            side: (B, ...) the chain's side of the same samples, where it has one.
-            kept: what the segments before have kept of them.
-        """
+        """The block's input (B, ...) for the previous block's output ``x``, by ``before``."""
         extra: list[Tensor | Kept | None] = [side] if self.takes_side else []
         out: Tensor = self.before(x, *extra, *([kept] if self.takes_kept else []))
         return out
 
     def kept_with(self, output: Tensor, kept: Kept) -> Kept:
-        """``kept`` together with what this segment keeps of its block's ``output`` (B, ...)."""
+        """``kept`` and what this segment keeps of its block's ``output`` (B, ...)."""
         return kept if self.keep is None else (*kept, self.keep(output))
 
     def forward(self, x: Tensor, side: Tensor | None = None, kept: Kept = ()) -> Tensor:
@@ -134,24 +107,19 @@ class Segment(nn.Module):
 
 
 class BlockChain(nn.Module):
-    """Segments one after another; ``forward`` equals the original model's.
-
-    Attributes:
-        side: maps the chain's input to what travels beside the blocks' outputs to segments that take it, (B, ...): the
-            position of the token to pool, for example. None where there is no such thing.
-    """
+    """Segments one after another; ``forward`` equals the original model's."""
 
     def __init__(self, segments: list[Segment], side: nn.Module | None = None) -> None:
         super().__init__()
         self.segments = nn.ModuleList(segments)
+        #: maps the chain's input to what segments with ``takes_side`` need of it, (B, ...), such as
+        #: the position of the token to pool. None where there is no such thing
         self.side = side
         self.requires_grad_(False)
         self.eval()
 
     def __iter__(self) -> Iterator[Segment]:
-        for segment in self.segments:
-            assert isinstance(segment, Segment)
-            yield segment
+        return (self.segment(index) for index in range(len(self)))
 
     def __len__(self) -> int:
         return len(self.segments)
@@ -167,13 +135,7 @@ class BlockChain(nn.Module):
         return None if self.side is None else self.side(x)
 
     def tail(self, start: int, x: Tensor, side: Tensor | None = None, kept: Kept = ()) -> Tensor:
-        """Run the segments from ``start`` to the end.
-
-        Args:
-            x: the output of the segment before ``start``, (B, ...).
-            side: the chain's side of the same samples.
-            kept: what all segments before ``start`` have kept of them.
-        """
+        """Run the segments from ``start`` to the end, on the output ``x`` of the one before."""
         for index in range(start, len(self)):
             segment = self.segment(index)
             x = segment(x, side, kept)
@@ -181,7 +143,7 @@ class BlockChain(nn.Module):
         return x
 
     def rest(self, index: int, output: Tensor, side: Tensor | None = None, kept: Kept = ()) -> Tensor:
-        """The model's output for the ``output`` of block ``index``; ``kept``: by the segments before that block."""
+        """The model's output for that of block ``index``; ``kept`` by the segments before it."""
         return self.tail(index + 1, output, side, self.segment(index).kept_with(output, kept))
 
     def forward(self, x: Tensor) -> Tensor:

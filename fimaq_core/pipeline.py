@@ -13,8 +13,7 @@ from fimaq_core.chain import BlockChain, Segment
 from fimaq_core.checkpoint import Fingerprint, load_checkpoint, read_header
 from fimaq_core.errors import CheckpointError
 from fimaq_core.fisher.divergence import Divergence
-from fimaq_core.layers import QuantLinear, decide_roundings, quant_layers, set_quantized
-from fimaq_core.layers.layers import fold_shift
+from fimaq_core.layers import QuantLinear, decide_roundings, fold_shift, quant_layers, set_quantized
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction.engines import Engine
 from fimaq_core.reconstruction.kept import add_block, block_facts, log_facts, read_log

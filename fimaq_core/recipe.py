@@ -7,6 +7,7 @@ them. Merging happens in one place, :func:`make_recipe`: defaults, method, file,
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,60 +20,19 @@ from fimaq_core.errors import RecipeError, suggest
 OFF = 32
 
 #: Names of block losses; :func:`fimaq_core.fisher.losses.register_loss` adds to them.
-LOSSES = [
-    "mse",
-    "mae",
-    "fisher_brecq",
-    "fisher_diag",
-    "fisher_lr",
-    "fisher_dplr",
-    "perturb",
-    "perturb_mean",
-    "prediction",
-    "least_squares",
-]
+LOSSES = ["mse", "mae", "fisher_brecq", "fisher_diag", "fisher_lr", "fisher_dplr"]
+LOSSES += ["perturb", "perturb_mean", "prediction", "least_squares"]
 
 #: Kinds of activation quantizers.
 Kind = Literal["uniform", "log2", "logsqrt2", "adalog", "twin"]
 
-#: Fields that determine the images a run calibrates on.
-_IMAGE_FIELDS = ("calibration_images", "calibration_transform", "seed")
-#: Fields that determine an MLP reconstruction, beside the images.
-_MLP_FIELDS = (
-    "mlp_steps",
-    "mlp_batch",
-    "mlp_lr",
-    "mlp_percentile",
-    "mlp_loss",
-    "perturbation",
-    "temperature",
-    "divergence_batch",
-    "detection_terms",
-    "frozen_dtype",
-)
-_CALIBRATION_FIELDS = (
-    "w_bits",
-    "a_bits",
-    "s_bits",
-    "head_bits",
-    "patch_input_bits",
-    "softmax_quantizer",
-    "gelu_quantizer",
-    "range_search",
-    "range_images",
-    "range_candidates",
-    "range_rounds",
-    "reparameterize",
-    "refit",
-    "refit_ridge",
-    "refit_flips",
-    "reconstruct_mlp",
-    *_IMAGE_FIELDS,
-)
 
-
-def _field(default: Any, group: str, help: str, **kwargs: Any) -> Any:
+def _field(group: str, default: Any, help: str, **kwargs: Any) -> Any:
     return Field(default, description=help, json_schema_extra={"group": group}, **kwargs)
+
+
+_method, _width, _range, _mlp = (partial(_field, name) for name in ("method", "bits", "calibration", "mlp"))
+_recon, _objective, _numerics = (partial(_field, name) for name in ("reconstruction", "loss", "numerics"))
 
 
 class Recipe(BaseModel):
@@ -80,114 +40,92 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    method: str = _field("fimaq", "method", "Name of the method the recipe started from.")
-    seed: int = _field(3407, "method", "Seed of the calibration sample, batches, dropping and Fisher passes.", ge=0)
-    scope: str | None = _field(
+    method: str = _method("fimaq", "Name of the method the recipe started from.")
+    seed: int = _method(3407, "Seed of the calibration sample, batches, dropping and Fisher passes.", ge=0)
+    scope: str | None = _method(
         None,
-        "method",
-        "What of the model is quantized, as the task names it (retrieval: both, vision, text; detection: backbone+fpn+rpn+roi or "
-        "some of them); none: its usual.",
+        "What of the model is quantized, as the task names it (retrieval: both, vision, text; "
+        "detection: backbone+fpn+rpn+roi or some of them); none: its usual.",
     )
 
-    w_bits: int = _field(4, "bits", "Bits of weights, 2 to 8, or 32 for off.")
-    a_bits: int = _field(4, "bits", "Bits of activations (linear inputs, attention operands), 2 to 8, or 32 for off.")
-    s_bits: int | None = _field(None, "bits", "Bits of softmax outputs; as a_bits if not given.")
-    head_bits: int | None = _field(None, "bits", "Bits of the classifier's input; as a_bits if not given.")
-    patch_input_bits: int = _field(
-        OFF, "bits", "Bits of the patch embedding's input. 32 as in the released code (nominally 8, left in full precision)."
-    )
+    w_bits: int = _width(4, "Bits of weights, 2 to 8, or 32 for off.")
+    a_bits: int = _width(4, "Bits of activations (linear inputs, attention operands), 2 to 8, or 32 for off.")
+    s_bits: int | None = _width(None, "Bits of softmax outputs; as a_bits if not given.")
+    head_bits: int | None = _width(None, "Bits of the classifier's input; as a_bits if not given.")
+    patch_input_bits: int = _width(OFF, "Bits of the patch embedding's input; 32 (off) as in the released code.")
 
-    calibration_images: int = _field(1024, "calibration", "Images drawn for calibration and reconstruction.", ge=1)
-    calibration_transform: Literal["eval", "train"] = _field(
-        "train", "calibration", "Transform of the calibration images: 'train' as released (seeded here), or 'eval'."
+    calibration_images: int = _range(1024, "Images drawn for calibration and reconstruction.", ge=1)
+    calibration_transform: Literal["eval", "train"] = _range(
+        "train", "Transform of the calibration images: 'train' as released (seeded here), or 'eval'."
     )
-    softmax_quantizer: Kind = _field("uniform", "calibration", "Quantizer of softmax outputs.")
-    gelu_quantizer: Kind = _field("uniform", "calibration", "Quantizer of GELU outputs.")
-    range_search: Literal["minmax", "percentile", "output-error", "progressive"] = _field(
+    softmax_quantizer: Kind = _range("uniform", "Quantizer of softmax outputs.")
+    gelu_quantizer: Kind = _range("uniform", "Quantizer of GELU outputs.")
+    range_search: Literal["minmax", "percentile", "output-error", "progressive"] = _range(
         "output-error",
-        "calibration",
-        "How scales and zero points are found: min-max; the best of three percentiles by own error (RepQ-ViT); a grid by "
-        "error of the layer's output; that grid refined step by step (AdaLog).",
+        "How scales and zero points are found: min-max; the best of three percentiles by own error "
+        "(RepQ-ViT); a grid by error of the layer's output; that grid refined step by step (AdaLog).",
     )
-    range_images: int = _field(128, "calibration", "The first of the calibration images, used for ranges.", ge=1)
-    range_candidates: int = _field(128, "calibration", "Candidates tried per search.", ge=16)
-    range_rounds: int = _field(3, "calibration", "Rounds of alternating search.", ge=0)
-    reparameterize: bool = _field(
+    range_images: int = _range(128, "The first of the calibration images, used for ranges.", ge=1)
+    range_candidates: int = _range(128, "Candidates tried per search.", ge=16)
+    range_rounds: int = _range(3, "Rounds of alternating search.", ge=0)
+    reparameterize: bool = _range(
         True,
-        "calibration",
-        "Reparameterise LayerNorm and the linear layer behind it (where weight and activation bits agree; with percentile "
-        "ranges always).",
+        "Reparameterise LayerNorm and the linear layer behind it (where weight and activation bits "
+        "agree; with percentile ranges always).",
     )
-    refit: bool = _field(False, "calibration", "Refit weights to quantized inputs by ridge regression, refine roundings (ERQ).")
-    refit_ridge: float = _field(1000.0, "calibration", "Ridge of the refit, added to sums over all tokens.", ge=0)
-    refit_flips: int = _field(100, "calibration", "Roundings changed a row and half at most.", ge=0)
-    per_token: bool = _field(True, "calibration", "Expand activation scales to one per token position (FIMA-Q).")
+    refit: bool = _range(False, "Refit weights to quantized inputs by ridge regression, refine roundings (ERQ).")
+    refit_ridge: float = _range(1000.0, "Ridge of the refit, added to sums over all tokens.", ge=0)
+    refit_flips: int = _range(100, "Roundings changed per row and half at most.", ge=0)
+    per_token: bool = _range(True, "Expand activation scales to one per token position (FIMA-Q).")
 
-    reconstruct_mlp: bool = _field(
-        False, "mlp", "Before calibration, replace GELU by ReLU and train every MLP to give what it gave (APHQ-ViT)."
-    )
-    mlp_steps: int = _field(20_000, "mlp", "Optimisation steps an MLP.", ge=1)
-    mlp_batch: int = _field(32, "mlp", "Images a step of an MLP's optimisation.", ge=1)
-    mlp_lr: float = _field(4e-5, "mlp", "Learning rate of an MLP's weights (Adam, cosine to 0).", gt=0)
-    mlp_percentile: float = _field(0.99, "mlp", "Quantile of positive hidden values at which the second term clamps.", gt=0, le=1)
-    mlp_loss: Literal["perturb_mean", "mse"] = _field("perturb_mean", "mlp", "What weights the MLP's output error.")
+    reconstruct_mlp: bool = _mlp(False, "First replace GELU by ReLU and train every MLP to give what it gave (APHQ-ViT).")
+    mlp_steps: int = _mlp(20_000, "Optimisation steps per MLP.", ge=1)
+    mlp_batch: int = _mlp(32, "Images per step of an MLP's optimisation.", ge=1)
+    mlp_lr: float = _mlp(4e-5, "Learning rate of an MLP's weights (Adam, cosine to 0).", gt=0)
+    mlp_percentile: float = _mlp(0.99, "Quantile of positive hidden values at which the second term clamps.", gt=0, le=1)
+    mlp_loss: Literal["perturb_mean", "mse"] = _mlp("perturb_mean", "What weighs the MLP's output error.")
 
-    reconstruct: bool = _field(True, "reconstruction", "Reconstruct blocks after calibration.")
-    reconstruct_parts: Literal["all", "blocks"] = _field(
-        "all", "reconstruction", "What is reconstructed: everything, or transformer blocks and patch mergings only."
+    reconstruct: bool = _recon(True, "Reconstruct blocks after calibration.")
+    reconstruct_parts: Literal["all", "blocks"] = _recon(
+        "all", "What is reconstructed: everything, or transformer blocks and patch mergings only."
     )
-    steps: int = _field(20_000, "reconstruction", "Optimisation steps a block.", ge=1)
-    batch_size: int = _field(32, "reconstruction", "Images a step.", ge=1)
-    prefix_prob: float = _field(
-        0.5,
-        "reconstruction",
-        "Probability that an element of the block's input comes from the quantized prefix, in steps of 1/256.",
-        ge=0,
-        le=1,
+    steps: int = _recon(20_000, "Optimisation steps per block.", ge=1)
+    batch_size: int = _recon(32, "Images per step.", ge=1)
+    prefix_prob: float = _recon(0.5, "Share of the block's input from the quantized prefix, in 1/256.", ge=0, le=1)
+    activation_prob: float = _recon(
+        0.5, "Share of activations quantized while a block trains (QDrop), in 1/256; 1 = no dropping.", ge=0, le=1
     )
-    activation_prob: float = _field(
-        0.5,
-        "reconstruction",
-        "Probability that an activation is quantized while the block trains (QDrop), in steps of 1/256; 1 = no dropping.",
-        ge=0,
-        le=1,
-    )
-    lr_alpha: float = _field(1e-3, "reconstruction", "Learning rate of the rounding variables (Adam).", gt=0)
-    lr_scale: float = _field(4e-5, "reconstruction", "Learning rate of activation scales (Adam, cosine to 0).", gt=0)
-    learn_scales: bool = _field(True, "reconstruction", "Learn activation scales.")
-    round_weight: float = _field(0.01, "reconstruction", "Weight of the rounding regulariser.", ge=0)
-    round_warmup: float = _field(0.2, "reconstruction", "Share of the steps before the regulariser starts.", ge=0, lt=1)
-    beta_start: float = _field(20.0, "reconstruction", "Exponent of the regulariser at its start.", ge=1)
-    beta_end: float = _field(2.0, "reconstruction", "Exponent of the regulariser at the end.", ge=1)
+    lr_alpha: float = _recon(1e-3, "Learning rate of the rounding variables (Adam).", gt=0)
+    lr_scale: float = _recon(4e-5, "Learning rate of activation scales (Adam, cosine to 0).", gt=0)
+    learn_scales: bool = _recon(True, "Learn activation scales.")
+    round_weight: float = _recon(0.01, "Weight of the rounding regulariser.", ge=0)
+    round_warmup: float = _recon(0.2, "Share of the steps before the regulariser starts.", ge=0, lt=1)
+    beta_start: float = _recon(20.0, "Exponent of the regulariser at its start.", ge=1)
+    beta_end: float = _recon(2.0, "Exponent of the regulariser at the end.", ge=1)
 
-    loss: str = _field("fisher_dplr", "loss", f"Block loss: {', '.join(LOSSES)}.")
-    fisher_k: int = _field(5, "loss", "Fisher passes a block, the rank of the low-rank part.", ge=1, le=64)
-    fisher_mode: Literal["q", "qf"] = _field(
-        "q", "loss", "Fisher passes spread over the steps (q) or before each of the first k steps (qf)."
+    loss: str = _objective("fisher_dplr", f"Block loss: {', '.join(LOSSES)}.")
+    fisher_k: int = _objective(5, "Fisher passes per block, the rank of the low-rank part.", ge=1, le=64)
+    fisher_mode: Literal["q", "qf"] = _objective("q", "Fisher passes spread over the steps (q) or before the first k (qf).")
+    fisher_p1: float = _objective(1.0, "Weight of the low-rank part.", ge=0)
+    fisher_p2: float = _objective(1.0, "Weight of the diagonal part.", ge=0)
+    fisher_drop: bool = _objective(True, "Keep random dropping active in Fisher passes, as released.")
+    perturbation: float = _objective(1e-6, "ε of the perturbation Hessian.", gt=0)
+    prediction_share: float = _objective(
+        0.5, "Share of the prediction difference in the loss 'prediction'; the rest is squared error.", ge=0, le=1
     )
-    fisher_p1: float = _field(1.0, "loss", "Weight of the low-rank part.", ge=0)
-    fisher_p2: float = _field(1.0, "loss", "Weight of the diagonal part.", ge=0)
-    fisher_drop: bool = _field(True, "loss", "Keep random dropping active in Fisher passes, as released.")
-    perturbation: float = _field(1e-6, "loss", "ε of the perturbation Hessian.", gt=0)
-    prediction_share: float = _field(
-        0.5, "loss", "Share of the prediction difference in the loss 'prediction'; the rest is the squared error.", ge=0, le=1
-    )
-    detection_terms: Literal["rpn", "rpn+roi"] = _field(
+    detection_terms: Literal["rpn", "rpn+roi"] = _objective(
         "rpn",
-        "loss",
-        "Divergence of a detector: class and box maps of its region proposals, or these and the classes of the full-precision "
-        "model's proposals (detection).",
+        "Divergence of a detector: class and box maps of its region proposals, or these and the "
+        "classes of the full-precision model's proposals (detection).",
     )
-    temperature: float = _field(20.0, "loss", "Temperature of the divergence behind the Fisher information (classifiers).", gt=0)
-    divergence_batch: int = _field(
-        32, "loss", "Samples in a row that share a batch of a divergence that compares samples with each other (retrieval).", ge=2
-    )
+    temperature: float = _objective(20.0, "Temperature of a classifier's divergence behind the Fisher information.", gt=0)
+    divergence_batch: int = _objective(32, "Samples in a row that a divergence compares with each other (retrieval).", ge=2)
 
-    step_dtype: Literal["float32", "tf32", "bfloat16"] = _field(
-        "float32", "numerics", "Arithmetic of the steps' matrix products (values stay float32); tf32 is float32 on CPUs."
+    step_dtype: Literal["float32", "tf32", "bfloat16"] = _numerics(
+        "float32", "Arithmetic of the steps' matrix products (values stay float32); tf32 is float32 on CPUs."
     )
-    frozen_dtype: Literal["float32", "tf32", "bfloat16"] = _field(
-        "float32", "numerics", "Arithmetic of the frozen full-precision parts (tape, Fisher passes); tf32 is float32 on CPUs."
+    frozen_dtype: Literal["float32", "tf32", "bfloat16"] = _numerics(
+        "float32", "Arithmetic of full-precision parts (tape, Fisher passes); tf32 is float32 on CPUs."
     )
 
     @field_validator("w_bits", "a_bits", "s_bits", "head_bits", "patch_input_bits")
@@ -236,48 +174,57 @@ class Recipe(BaseModel):
         return f"w{self.w_bits}a{self.a_bits}"
 
     def digest(self) -> str:
-        """Return the sha256 (hex) of all fields: the recipe's identity."""
-        return _digest(self.model_dump(mode="json"))
+        """The sha256 (hex) of all fields: the recipe's identity."""
+        return self._digest_of(tuple(Recipe.model_fields))
 
     def calibration_digest(self) -> str:
-        """Return the sha256 (hex) of the fields that determine the calibrated ranges.
-
-        Methods that differ only behind calibration share it, so one calibration can serve them all.
+        """The sha256 (hex) of :meth:`range_fields`: methods that share it share their
+        calibration.
         """
         return self._digest_of(self.range_fields())
 
-    def range_fields(self) -> tuple[str, ...]:
-        """Names of the fields that determine the calibrated ranges; with MLP reconstruction also that one's."""
-        return (*_CALIBRATION_FIELDS, *_MLP_FIELDS) if self.reconstruct_mlp else _CALIBRATION_FIELDS
-
     def mlp_digest(self) -> str:
-        """Return the sha256 (hex) of the fields that determine the MLP reconstruction, images apart from their count and seed."""
-        return self._digest_of((*_MLP_FIELDS, *_IMAGE_FIELDS))
+        """The sha256 (hex) of :meth:`mlp_fields`."""
+        return self._digest_of(self.mlp_fields())
+
+    def range_fields(self) -> tuple[str, ...]:
+        """Names of the fields that determine the calibrated ranges, and the MLPs if reconstructed."""
+        own = [name for name in _names("bits", "calibration") if name != "per_token"]
+        mlp = self.mlp_fields() if self.reconstruct_mlp else ("seed",)
+        return tuple(dict.fromkeys([*own, "reconstruct_mlp", *mlp]))
 
     @staticmethod
     def mlp_fields() -> tuple[str, ...]:
         """Names of the fields that determine an MLP reconstruction."""
-        return (*_MLP_FIELDS, *_IMAGE_FIELDS)
+        own = tuple(name for name in _names("mlp") if name != "reconstruct_mlp")
+        shared = ("perturbation", "temperature", "divergence_batch", "detection_terms", "frozen_dtype")
+        return (*own, *shared, "calibration_images", "calibration_transform", "seed")
 
     def _digest_of(self, names: tuple[str, ...]) -> str:
         dump = self.model_dump(mode="json")
-        return _digest({name: dump[name] for name in names})
+        content = json.dumps({name: dump[name] for name in names}, sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
 
     def changes(self, usual: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Return the fields, but method, bits, seed and scope, that differ from the method's own settings.
+        """The fields, but method, bits, seed and scope, that differ from the method's own settings.
 
-        Args:
-            usual: fields that the task sets for every method alike.
+        ``usual`` are fields that the task sets for every method alike.
         """
         base = make_recipe(self.method, usual or {}, {"w_bits": self.w_bits, "a_bits": self.a_bits, "seed": self.seed})
         return {name: value for name, value in self if value != getattr(base, name) and name != "scope"}
 
 
-def _digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def _names(*groups: str) -> list[str]:
+    """Names of the fields of some groups, in order."""
+    extras = {name: field.json_schema_extra for name, field in Recipe.model_fields.items()}
+    return [name for name, extra in extras.items() if isinstance(extra, dict) and extra["group"] in groups]
 
 
 _CALIBRATION_ONLY: dict[str, Any] = {"reconstruct": False, "per_token": False, "calibration_images": 32, "range_images": 32}
+_ADALOG: dict[str, Any] = {"softmax_quantizer": "adalog", "gelu_quantizer": "adalog", "range_search": "progressive"}
+_REPQ: dict[str, Any] = {**_CALIBRATION_ONLY, "range_search": "percentile", "softmax_quantizer": "logsqrt2"}
+#: Squared error, full-precision inputs, no dropping.
+_BRECQ: dict[str, Any] = {"loss": "mse", "prefix_prob": 0.0, "activation_prob": 1.0, "per_token": False}
 
 #: Each method as changes to the defaults (FIMA-Q's released settings). docs/methods.md says what each is and where it
 #: differs from its released code.
@@ -287,30 +234,21 @@ METHODS: dict[str, dict[str, Any]] = {
     # Rounding to nearest with min-max ranges.
     "rtn": {"reconstruct": False, "range_search": "minmax", "reparameterize": False, "per_token": False},
     # Li et al., ICCV 2023 (arXiv:2212.08254).
-    "repq": {**_CALIBRATION_ONLY, "range_search": "percentile", "softmax_quantizer": "logsqrt2"},
+    "repq": _REPQ,
     # Yuan et al., ECCV 2022 (arXiv:2111.12293); its twin uniform quantizers in this framework's range search.
     "ptq4vit": {**_CALIBRATION_ONLY, "softmax_quantizer": "twin", "gelu_quantizer": "twin", "reparameterize": False},
     # Wu et al., ECCV 2024 (arXiv:2407.12951), calibrated only.
-    "adalog": {**_CALIBRATION_ONLY, "softmax_quantizer": "adalog", "gelu_quantizer": "adalog", "range_search": "progressive"},
+    "adalog": {**_CALIBRATION_ONLY, **_ADALOG},
     # Zhong et al., ICML 2024 (arXiv:2407.06794).
-    "erq": {**_CALIBRATION_ONLY, "range_search": "percentile", "softmax_quantizer": "logsqrt2", "refit": True},
-    # Li et al., ICLR 2021 (arXiv:2102.05426), as released with these codes: squared error, full-precision inputs, no dropping.
-    "brecq": {"loss": "mse", "prefix_prob": 0.0, "activation_prob": 1.0, "per_token": False},
+    "erq": {**_REPQ, "refit": True},
+    # Li et al., ICLR 2021 (arXiv:2102.05426), as released with these codes.
+    "brecq": _BRECQ,
     # Wei et al., ICLR 2022 (arXiv:2203.05740): squared error, mixed inputs, dropping.
     "qdrop": {"loss": "mse", "per_token": False},
     # Liu et al., CVPR 2023 (arXiv:2212.07048).
     "pdquant": {"loss": "prediction", "per_token": False},
     # AdaLog with BRECQ's reconstruction.
-    "adalog-recon": {
-        "softmax_quantizer": "adalog",
-        "gelu_quantizer": "adalog",
-        "range_search": "progressive",
-        "range_images": 32,
-        "loss": "mse",
-        "prefix_prob": 0.0,
-        "activation_prob": 1.0,
-        "per_token": False,
-    },
+    "adalog-recon": {**_ADALOG, **_BRECQ, "range_images": 32},
     # Wu et al., CVPR 2025 (arXiv:2504.02508).
     "aphq": {"loss": "perturb_mean", "per_token": False, "reconstruct_mlp": True},
     # Wu et al., CVPR 2025 (arXiv:2506.11543), and with APHQ-ViT's MLP reconstruction before it.
@@ -339,7 +277,7 @@ def register_method(name: str, changes: Mapping[str, Any]) -> None:
 
 
 def make_recipe(method: str = "fimaq", *overrides: Mapping[str, Any]) -> Recipe:
-    """Merge defaults, the method (at its weight bits) and any overrides (later ones win) into a validated recipe.
+    """Merge defaults, method (at its weight bits) and overrides (later ones win) into a recipe.
 
     Raises:
         RecipeError: unknown method or key (with a suggestion), or a value that does not fit.

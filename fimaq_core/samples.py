@@ -1,11 +1,6 @@
-"""Samples of equal or of varying shapes: calibration inputs, block outputs and what is kept about each of them.
-
-Samples of equal shapes are one tensor (n, ...). Those of varying shapes are a :class:`Ragged`, of which one is taken at a time.
-Both are sliced by rows, so most code need not know which it has.
-"""
+"""Samples of equal or varying shapes: calibration inputs, block outputs and what is kept of each."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import overload
 
 import torch
 from torch import Tensor
@@ -13,77 +8,86 @@ from torch import Tensor
 from fimaq_core.errors import RecipeError
 
 
-class Ragged:
-    """Samples that are processed one by one, each a tensor with a leading dimension of its own, (1, ...) as a rule.
+class Samples:
+    """Samples in order: one tensor (n, ...), or one tensor each where their shapes vary.
 
-    Args:
-        items: one tensor a sample, all on one device.
+    Samples of varying shapes are taken one by one: a batch is one of them, (1, ...) as a rule.
+
+    Example::
+
+        Samples(torch.randn(8, 3, 32, 32)).batches(4)  # two tensors (4, 3, 32, 32)
+        Samples([torch.randn(1, 3, 20, 30), torch.randn(1, 3, 32, 24)]).batches(4)  # these two
+
+    Attributes:
+        tensors: the one tensor, or each sample's; all on one device.
+        varying: True where each sample has its own tensor.
     """
 
-    def __init__(self, items: Sequence[Tensor]) -> None:
-        self.items = list(items)
+    def __init__(self, data: Tensor | Sequence[Tensor]) -> None:
+        self.varying = not isinstance(data, Tensor)
+        self.tensors = [data] if isinstance(data, Tensor) else list(data)
 
-    def __len__(self) -> int:
-        return len(self.items)
+    @classmethod
+    def of(cls, data: "Tensor | Samples") -> "Samples":
+        """Samples as they are, or a tensor as samples of equal shape."""
+        return data if isinstance(data, Samples) else cls(data)
 
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(self.items)
-
-    @overload
-    def __getitem__(self, key: int) -> Tensor: ...
-    @overload
-    def __getitem__(self, key: slice) -> "Tensor | Ragged": ...
-
-    def __getitem__(self, key: int | slice) -> "Tensor | Ragged":
-        """Sample ``key``; or of a slice the one sample, or another :class:`Ragged` where it is none or several."""
-        if isinstance(key, int):
-            return self.items[key]
-        chosen = self.items[key]
-        return chosen[0] if len(chosen) == 1 else Ragged(chosen)
+    @property
+    def whole(self) -> Tensor:
+        """The one tensor (n, ...) of samples of equal shape."""
+        (tensor,) = self.tensors
+        return tensor
 
     @property
     def device(self) -> torch.device:
-        """Where the samples are."""
-        return self.items[0].device
+        return self.tensors[0].device
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> "Ragged":
-        """``function`` of every sample."""
-        return Ragged([function(item) for item in self.items])
+    def __len__(self) -> int:
+        return len(self.tensors) if self.varying else len(self.whole)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Ragged":
-        """The samples on ``device``."""
-        return self.map(lambda item: item.to(device, non_blocking=non_blocking))
+    def __getitem__(self, key: int | slice) -> Tensor:
+        """A sample, or the batch of one of :meth:`slices`, with its leading dimension."""
+        rows = slice(key, key + 1) if isinstance(key, int) else key
+        if not self.varying:
+            return self.whole[rows]
+        (sample,) = self.tensors[rows]
+        return sample
 
+    def __iter__(self) -> Iterator[Tensor]:
+        return self.batches(1)
 
-Samples = Tensor | Ragged
+    def slices(self, size: int) -> Iterator[slice]:
+        """Slices of ``size`` samples in a row; of one where shapes vary."""
+        step = 1 if self.varying else size
+        for start in range(0, len(self), step):
+            yield slice(start, min(start + step, len(self)))
 
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """The samples of :meth:`slices`."""
+        return (self[rows] for rows in self.slices(size))
 
-def slices(samples: Samples, size: int) -> Iterator[slice]:
-    """Slices of ``size`` samples in a row; of one where shapes vary."""
-    step = 1 if isinstance(samples, Ragged) else size
-    for start in range(0, len(samples), step):
-        yield slice(start, min(start + step, len(samples)))
+    def first(self, count: int) -> "Samples":
+        """The first ``count`` samples."""
+        return Samples(self.tensors[:count] if self.varying else self.whole[:count])
 
+    def to(self, device: torch.device | str) -> "Samples":
+        tensors = [tensor.to(device) for tensor in self.tensors]
+        return Samples(tensors if self.varying else tensors[0])
 
-def batches(samples: Samples, size: int) -> Iterator[Tensor]:
-    """The samples of :func:`slices`."""
-    for part in slices(samples, size):
-        found = samples[part]
-        assert isinstance(found, Tensor)
-        yield found
+    def joined(self, batches: Sequence[Tensor]) -> "Samples":
+        """Batches in a row as samples of the kind of these."""
+        return Samples(batches if self.varying else torch.cat(list(batches)))
 
+    @torch.no_grad()
+    def map(self, function: Callable[[Tensor], Tensor], size: int) -> "Samples":
+        """``function`` of batches of ``size``, without gradients."""
+        return self.joined([function(batch) for batch in self.batches(size)])
 
-def first(samples: Samples, count: int) -> Samples:
-    """The first ``count`` samples, of the same kind."""
-    return Ragged(samples.items[:count]) if isinstance(samples, Ragged) else samples[:count]
-
-
-def joined(parts: Sequence[Tensor], like: Samples) -> Samples:
-    """Batches in a row as samples of the kind of ``like``."""
-    return Ragged(parts) if isinstance(like, Ragged) else torch.cat(list(parts))
-
-
-def check_alone(samples: Samples, batch: int, field: str) -> None:
-    """Check that a batch is one sample where shapes vary. ``field``: of the recipe. Raises RecipeError."""
-    if isinstance(samples, Ragged) and batch != 1:
-        raise RecipeError(f"These images vary in size and are taken one at a time: set {field} 1 (now {batch}).")
+    def check_batch(self, size: int, field: str) -> None:
+        """Check that batches of ``size``, the recipe's ``field``, can be drawn. Raises RecipeError."""
+        if self.varying and size != 1:
+            raise RecipeError(f"These images vary in size and are taken one at a time: set {field} 1 (now {size}).")
+        if len(self) < size:
+            raise RecipeError(
+                f"{len(self)} calibration images are fewer than a batch of {size}: lower {field} or give more images."
+            )

@@ -15,8 +15,7 @@ from fimaq_core.calibration.candidates import MIN_WEIGHT_SCALE, Candidates, from
 from fimaq_core.calibration.reparameterize import reparameterize
 from fimaq_core.chain import BlockChain, Segment
 from fimaq_core.layers import QuantConv2d, QuantLinear, QuantMatMul, quant_layers, set_quantized
-from fimaq_core.quantizers.affine import AffineQuantizer, fake_quantize
-from fimaq_core.quantizers.weight import WeightQuantizer
+from fimaq_core.quantizers.affine import AffineQuantizer, WeightQuantizer, fake_quantize
 from fimaq_core.recipe import OFF, Recipe
 
 #: Receives one candidate's scale and zero point (groups,), returns the error of every group (groups,).

@@ -9,7 +9,7 @@ from fimaq_core.chain import BlockChain, Kept, MlpPart, NormPair, Segment
 from fimaq_core.fisher.divergence import Divergence, kl_divergence
 from fimaq_core.layers import QuantConv2d, QuantLinear, QuantMatMul
 from fimaq_core.recipe import Recipe
-from fimaq_core.samples import Ragged
+from fimaq_core.samples import Samples
 
 WIDTH = 8
 SIZES = ((16, 24), (24, 16), (16, 16), (32, 24), (24, 16))
@@ -131,7 +131,7 @@ def by_hand(chain: BlockChain, image: Tensor) -> list[Tensor]:
     return out
 
 
-def varied(count: int = len(SIZES), seed: int = 1) -> Ragged:
+def varied(count: int = len(SIZES), seed: int = 1) -> Samples:
     """Images (1, 3, H, W) of varying sizes, of slowly varying brightness."""
     generator = torch.Generator().manual_seed(seed)
     found = []
@@ -140,7 +140,7 @@ def varied(count: int = len(SIZES), seed: int = 1) -> Ragged:
         size = SIZES[number % len(SIZES)]
         smooth = F.interpolate(coarse, size=size, mode="bilinear")
         found.append(smooth + 0.3 * torch.randn(1, 3, *size, generator=generator))
-    return Ragged(found)
+    return Samples(found)
 
 
 class Positions(Divergence):

@@ -15,8 +15,7 @@ from fimaq_core.calibration.calibrate import calibrate
 from fimaq_core.chain import BlockChain
 from fimaq_core.families import find_family
 from fimaq_core.fisher.divergence import ClassifierDivergence
-from fimaq_core.layers import QuantMatMul, quant_layers, set_quantized
-from fimaq_core.layers.layers import decide_rounding
+from fimaq_core.layers import QuantMatMul, decide_rounding, quant_layers, set_quantized
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction.block import BlockTrainer
 from fimaq_core.reconstruction.objective import BlockObjective

@@ -5,9 +5,9 @@ from torch import Tensor
 
 from fimaq_core.calibration.capture import Capture, quantizes
 from fimaq_core.calibration.conv_ranges import calibrate_conv, calibrate_conv_by_own_error
-from fimaq_core.calibration.error_reduction import reduce_conv_error, reduce_linear_error
 from fimaq_core.calibration.layer_ranges import calibrate_linear, calibrate_matmul
 from fimaq_core.calibration.percentile_ranges import conv_percentiles, linear_percentiles, matmul_percentiles
+from fimaq_core.calibration.refit import reduce_conv_error, reduce_linear_error
 from fimaq_core.calibration.reparameterize import channel_ranges, reparameterize
 from fimaq_core.calibration.special_layers import calibrate_after_gelu, calibrate_after_softmax
 from fimaq_core.chain import BlockChain, Kept, Segment
@@ -15,51 +15,49 @@ from fimaq_core.layers import QuantConv2d, QuantConvTranspose2d, QuantLayer, Qua
 from fimaq_core.progress import Progress, Report, silent
 from fimaq_core.quantizers.affine import AffineQuantizer
 from fimaq_core.recipe import OFF, Recipe
-from fimaq_core.samples import Ragged, Samples, batches, first, joined
+from fimaq_core.samples import Samples
 
 
 @torch.no_grad()
-def calibrate(chain: BlockChain, images: Samples, recipe: Recipe, report: Report = silent, batch_size: int = 32) -> None:
-    """Set all ranges of ``chain``, in place. Afterwards its layers are switched to their quantized form.
+def calibrate(chain: BlockChain, images: Samples | Tensor, recipe: Recipe, report: Report = silent, batch_size: int = 32) -> None:
+    """Set all ranges of ``chain``, in place, and switch its layers to their quantized form.
 
-    Every layer is calibrated on what it sees in the full-precision model, so each block runs once. LayerNorm
-    reparameterisation (where the recipe asks for it) changes norms and weights, but not the float function.
+    Every layer is calibrated on what it sees in the full-precision model, so each block runs once.
+    LayerNorm reparameterisation changes norms and weights, but not the float function. Convolutions
+    outside the patch embedding are calibrated by their own errors and not refit.
 
-    Time grows in proportion to the images, but for the weights' searches, which see only moments of the inputs. Memory: the
-    block's output and the inputs of all its quantizable layers for all images (N x values an image x 4 bytes), about five
-    copies of one layer's inputs while it is searched, and temporaries that do not depend on N. Images of varying shapes go one
-    by one and leave a bounded number of rows a layer (:class:`~fimaq_core.calibration.capture.Capture`), so time does not
-    grow with them, and memory by blocks' outputs only, and what segments keep; these stay where the images are.
-
-    Convolutions outside the patch embedding are calibrated by their own errors
-    (:mod:`fimaq_core.calibration.conv_ranges`) and not refit.
+    Time grows with the images, but for the weights' searches, which see only moments of the inputs.
+    Memory: the block's output and the inputs of all its quantizable layers for all images, about
+    five copies of one layer's inputs while it is searched, and temporaries of fixed size. Images of
+    varying shapes go one by one and leave a bounded number of rows per layer
+    (:class:`~fimaq_core.calibration.capture.Capture`); blocks' outputs stay where the images are.
 
     Args:
-        chain: the model.
-        images: (N, ...) inputs of the chain, the calibration images; the first ``recipe.range_images`` are used. Where
-            shapes vary a sample may have any number of rows, none included (an image without proposals).
-        recipe: bits and search settings.
-        report: receives progress, one unit a block.
+        images: (N, ...) inputs of the chain; the first ``recipe.range_images`` are used. Where
+            shapes vary a sample may have any number of rows, none included (an image without
+            proposals).
+        report: receives progress, one unit per block.
         batch_size: images a forward pass.
 
     Raises:
-        NumericsError: a weight or an activation is NaN or infinite, or a layer sees no input at all; names the layer.
+        NumericsError: a weight or activation is not finite, or a layer sees no input; names the
+            layer.
     """
     device = next(chain.parameters()).device
     set_quantized(chain, False)
     if not any(quantizes(layer) for _, layer in quant_layers(chain)):
         set_quantized(chain, True)
         return
-    x = first(images, recipe.range_images)
-    x = Ragged([sample for sample in x if len(sample)]) if isinstance(x, Ragged) else x.to(device)
-    samples = len(x) if isinstance(x, Ragged) else None
-    sides = [None if chain.side is None else chain.side_of(part.to(device)) for part in batches(x, batch_size)]
+    x = Samples.of(images).first(recipe.range_images)
+    x = Samples([sample for sample in x if len(sample)]) if x.varying else x.to(device)
+    samples = len(x) if x.varying else None
+    sides = [chain.side_of(part.to(device)) for part in x.batches(batch_size)]
     kept: list[Kept] = [()] * len(sides)
     for index, segment in enumerate(chain):
         report(Progress("calibrate", index, len(chain), segment.label))
         captured = Capture(segment, recipe, samples)
         outputs = []
-        for number, part in enumerate(batches(x, batch_size)):
+        for number, part in enumerate(x.batches(batch_size)):
             output = segment(part.to(device), sides[number], tuple(one.to(device) for one in kept[number]))
             if samples is not None:
                 captured.settle()
@@ -69,7 +67,7 @@ def calibrate(chain: BlockChain, images: Samples, recipe: Recipe, report: Report
         for name, layer in captured.layers.items():
             _calibrate_layer(segment, name, layer, captured.inputs(name), recipe)
             captured.forget(name)
-        x = joined(outputs, like=x) if outputs else x
+        x = x.joined(outputs) if outputs else x
         if not any(chain.segment(later).takes_kept for later in range(index + 1, len(chain))):
             kept = [()] * len(sides)
     report(Progress("calibrate", len(chain), len(chain)))
@@ -79,16 +77,14 @@ def calibrate(chain: BlockChain, images: Samples, recipe: Recipe, report: Report
 def _calibrate_layer(segment: Segment, name: str, layer: QuantLayer, seen: tuple[Tensor, ...], recipe: Recipe) -> None:
     """Set the ranges of the layer ``name`` of a segment's block from its full-precision inputs."""
     percentile = recipe.range_search == "percentile"
-    if isinstance(layer, QuantConv2d | QuantConvTranspose2d):
-        _calibrate_convolution(segment, layer, seen, recipe)
-    elif isinstance(layer, QuantMatMul):
+    if isinstance(layer, QuantMatMul):
         if percentile:
             matmul_percentiles(layer, seen[0], seen[1])
         elif isinstance(layer.a_quantizer, AffineQuantizer):
             calibrate_matmul(layer, seen[0], seen[1], recipe)
         else:
             calibrate_after_softmax(layer, seen[0], seen[1], recipe)
-    else:
+    elif isinstance(layer, QuantLinear):
         x, common = _reparameterized(segment, name, layer, seen[0], recipe)
         if percentile:
             linear_percentiles(layer, x, common)
@@ -98,29 +94,24 @@ def _calibrate_layer(segment: Segment, name: str, layer: QuantLayer, seen: tuple
             calibrate_after_gelu(layer, x, recipe)
         if recipe.refit:
             reduce_linear_error(layer, x, recipe)
-
-
-def _calibrate_convolution(
-    segment: Segment, layer: QuantConv2d | QuantConvTranspose2d, seen: tuple[Tensor, ...], recipe: Recipe
-) -> None:
-    embeds = segment.kind == "patch_embed" and isinstance(layer, QuantConv2d)
-    x = seen[0] if len(seen) == 1 else seen
-    if recipe.range_search == "percentile":
-        conv_percentiles(layer, x)
-    elif embeds:
-        assert isinstance(layer, QuantConv2d)
-        calibrate_conv(layer, x, recipe)
     else:
-        calibrate_conv_by_own_error(layer, x, recipe)
-    if recipe.refit and embeds:
-        assert isinstance(layer, QuantConv2d)
-        reduce_conv_error(layer, x, recipe)
+        assert isinstance(layer, QuantConv2d | QuantConvTranspose2d)
+        inputs = seen[0] if len(seen) == 1 else seen
+        embedding = layer if isinstance(layer, QuantConv2d) and segment.kind == "patch_embed" else None
+        if percentile:
+            conv_percentiles(layer, inputs)
+        elif embedding is not None:
+            calibrate_conv(embedding, inputs, recipe)
+        else:
+            calibrate_conv_by_own_error(layer, inputs, recipe)
+        if recipe.refit and embedding is not None:
+            reduce_conv_error(embedding, inputs, recipe)
 
 
 def _reparameterized(
     segment: Segment, name: str, layer: QuantLinear, x: Tensor, recipe: Recipe
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """Reparameterise ``layer`` with the norm before it, if it has one; return its new inputs and their range (scalars)."""
+    """Reparameterise ``layer`` with its norm, if any; return its new inputs and their range."""
     bits, percentile = layer.input_quantizer.bits, recipe.range_search == "percentile"
     if not recipe.reparameterize or bits == OFF or not (percentile or bits == layer.weight_quantizer.bits):
         return x, None

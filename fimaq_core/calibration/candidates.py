@@ -1,32 +1,50 @@
 """Candidate ranges, after RepQ-ViT's percentile scheme (Li et al., ICCV 2023) as FIMA-Q's code uses it."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+#: Elements of a temporary. On a CPU a few temporaries fit into the last cache, and passes over them
+#: are long beside what starting them costs (2**18 took 1.3 times as long, 2**23 as long). GPUs need
+#: larger ones for the same.
+_CPU, _OTHER = 2**21, 2**25
 #: Lower bound of activation scales, as released; keeps dead channels from dividing by zero.
 MIN_SCALE = 1e-4
 #: Lower bound of weight scales: only keeps an all-zero row from dividing by zero.
 MIN_WEIGHT_SCALE = 1e-12
 
 
+def block_elements(device: torch.device) -> int:
+    """Elements that one temporary of a search may have on ``device``."""
+    return _CPU if device.type == "cpu" else _OTHER
+
+
 @dataclass(frozen=True)
 class Candidates:
-    """Scales and zero points to choose from, each of shape (candidates, groups).
-
-    ``period``, where given: scales repeat after so many candidates, and zero points are the same for all groups.
-    """
+    """Scales and zero points to choose from, each (candidates, groups)."""
 
     scale: Tensor
     zero_point: Tensor
+    #: scales repeat after so many candidates, with zero points the same for all groups
     period: int | None = None
 
     def pick(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point (groups,) of the candidate ``index`` (groups,) of each group."""
         row = index.unsqueeze(0)
         return self.scale.gather(0, row)[0], self.zero_point.gather(0, row)[0]
+
+    def chunks(self, size: int) -> "Iterator[Candidates]":
+        """Some candidates at a time: at least one, and at most ``size``."""
+        step = max(size, 1)
+        for scale, zero in zip(torch.split(self.scale, step), torch.split(self.zero_point, step), strict=True):
+            yield Candidates(scale, zero)
+
+    def chosen(self, index: Tensor, row: Tensor) -> "Candidates":
+        """Single candidates (1, pairs): number ``index`` (pairs,) of row ``row`` (pairs,)."""
+        return Candidates(self.scale[index, row][None], self.zero_point[index, row][None])
 
 
 def ascending(rows: Tensor) -> Tensor:
@@ -37,17 +55,10 @@ def ascending(rows: Tensor) -> Tensor:
 
 
 def quantiles(sorted_rows: Tensor, points: list[float]) -> Tensor:
-    """Quantiles with linear interpolation of rows that are sorted already.
+    """Quantiles (points, groups) of ascending rows (groups, n), with linear interpolation.
 
-    ``torch.quantile`` refuses more than 2**24 values; the released code then averages the quantiles of
-    pieces. These are exact.
-
-    Args:
-        sorted_rows: (groups, n), ascending.
-        points: positions in [0, 1].
-
-    Returns:
-        (points, groups), of the dtype of ``sorted_rows``.
+    ``torch.quantile`` refuses more than 2**24 values; the released code then averages the quantiles
+    of pieces. These are exact.
     """
     last = sorted_rows.shape[1] - 1
     out = []
@@ -61,15 +72,10 @@ def quantiles(sorted_rows: Tensor, points: list[float]) -> Tensor:
 
 
 def grid_candidates(sorted_rows: Tensor, levels: int, count: int, min_scale: float = MIN_SCALE) -> Candidates:
-    """Candidates of linear layers: ``min(16, L)`` zero points around L/2 times ``count / min(16, L)`` scales.
+    """Candidates of linear layers: ``min(16, L)`` zero points around L/2, times scales.
 
-    Scales run evenly from the rows' inner span, between the 0.1 and 0.9 quantiles, to their full span.
-
-    Args:
-        sorted_rows: (groups, n), ascending values of each group.
-        levels: grid points L.
-        count: candidates in all.
-        min_scale: lower bound of the scales.
+    Scales run evenly from the inner span of the ascending rows (groups, n), between the 0.1 and 0.9
+    quantiles, to the full span.
     """
     zeros = min(16, levels)
     scales = max(count // zeros, 1)
@@ -93,9 +99,9 @@ def from_bounds(lower: Tensor, upper: Tensor, levels: int) -> Candidates:
 
 
 def minmax(values: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """Scale and zero point (groups,) that span each row of ``values`` (groups, n), zero included.
+    """Scale and zero point (groups,) that span zero and each row of ``values`` (groups, n).
 
-    Zero is always in the range, so that zero padding and dead channels are represented exactly.
+    So zero padding and dead channels are represented exactly.
     """
     lower = values.amin(dim=1).clamp(max=0)
     upper = values.amax(dim=1).clamp(min=0)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fimaq_core.calibration.thinning import CONV_VALUES, ROWS, VALUES, extremes, in_pieces, positions, spread
 from fimaq_core.chain import Segment
 from fimaq_core.errors import NumericsError
-from fimaq_core.layers import QuantConv2d, QuantConvTranspose2d, QuantLayer, QuantLinear, QuantMatMul, quant_layers
+from fimaq_core.layers import QuantLayer, QuantLinear, QuantMatMul, quant_layers
 from fimaq_core.quantizers.activation import ActivationQuantizer
 from fimaq_core.quantizers.affine import AffineQuantizer
 from fimaq_core.recipe import Recipe
@@ -18,15 +18,15 @@ from fimaq_core.recipe import Recipe
 class Capture:
     """Collects the positional inputs of every layer of a segment's block that is quantized.
 
-    Samples of equal shapes are kept whole. Of samples of varying shapes, N in all, each leaves at most its Nth part of 2**15
-    rows and 2**25 values a layer (at least one row), evenly spread: tokens of linear layers, windows of products (their rows
-    of all heads count); of convolutions its Nth part of 2**23 values. The patch embedding's inputs are kept whole. For
-    min-max ranges, of which no search follows, each sample leaves its smallest and largest values instead.
+    Samples of equal shapes are kept whole. Of N samples of varying shapes each leaves at most its
+    Nth part of 2**15 rows and 2**25 values a layer (at least one row), evenly spread: tokens of
+    linear layers, windows of products (their rows of all heads count); of convolutions its Nth part
+    of 2**23 values. The patch embedding's inputs are kept whole. For min-max ranges, which need no
+    search, each sample leaves its smallest and largest values instead.
 
     Args:
         segment: whose block's layers are watched, from now until :meth:`remove`.
-        recipe: what follows.
-        samples: number of samples of varying shapes, each of which ends with :meth:`settle`; None for equal shapes.
+        samples: number of samples of varying shapes, each ended by :meth:`settle`; else None.
     """
 
     def __init__(self, segment: Segment, recipe: Recipe, samples: int | None = None) -> None:
@@ -47,7 +47,7 @@ class Capture:
         return keep
 
     def settle(self) -> None:
-        """A sample of varying shape is through: keep of its inputs what the searches are going to see."""
+        """End a sample of varying shape: keep of its inputs what the searches are going to see."""
         for name, calls in self._calls.items():
             if calls:
                 for args in calls:
@@ -56,7 +56,7 @@ class Capture:
                 calls.clear()
 
     def inputs(self, name: str) -> tuple[Tensor, ...]:
-        """All inputs of the layer: a linear layer's one tensor, a product's two, a convolution's one or more.
+        """All inputs of the layer, a product's two, a convolution's one or more.
 
         Raises:
             NumericsError: the layer saw nothing, or NaN or infinite values.
@@ -73,7 +73,7 @@ class Capture:
             return found
         if isinstance(layer, QuantLinear):
             return (in_pieces(torch.cat([rows for (rows,) in seen])),)
-        return tuple(part for (part,) in seen) if _convolves(layer) else _columns(seen)
+        return _columns(seen) if isinstance(layer, QuantMatMul) else tuple(part for (part,) in seen)
 
     def forget(self, name: str) -> None:
         """Free the layer's inputs."""
@@ -97,7 +97,7 @@ class Capture:
         return [(rows.t()[None, :, :, None],)]
 
     def _chosen(self, layer: QuantLayer, operands: tuple[Tensor, ...], rows: int, values: int) -> tuple[Tensor, ...]:
-        """Rows of all ``operands`` (count, ...), the same of each; ``rows`` and ``values`` are the layer's over all samples."""
+        """The same rows of all ``operands`` (count, ...); ``rows``, ``values``: of all samples."""
         assert self.samples is not None
         if self.extremes and _uniform(layer):
             return tuple(extremes(operand) for operand in operands)
@@ -133,17 +133,13 @@ def _uniform(layer: QuantLayer) -> bool:
     return all(isinstance(part, AffineQuantizer) for part in _quantizers(layer))
 
 
-def _convolves(layer: QuantLayer) -> bool:
-    return isinstance(layer, QuantConv2d | QuantConvTranspose2d)
-
-
 def _columns(calls: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     """The calls' arguments, each joined over calls."""
     return tuple(torch.cat(parts) for parts in zip(*calls, strict=True))
 
 
 def _joined(layer: QuantLayer, calls: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """Whole inputs over all calls; a linear layer's as tokens (1, tokens, d), a convolution's one by one, if shapes differ."""
+    """Whole inputs over all calls; where shapes differ, tokens (1, tokens, d) or one by one."""
     shapes = {args[0].shape[1:] for args in calls}
     if len(shapes) == 1 or isinstance(layer, QuantMatMul):
         return _columns(calls)

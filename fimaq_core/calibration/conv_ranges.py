@@ -1,6 +1,6 @@
-"""Ranges of convolutions from their full-precision inputs: the patch embedding's, and those of detectors.
+"""Ranges of convolutions from their full-precision inputs: patch embeddings, and detectors' layers.
 
-Inputs are one tensor (N, C, H, W), or several in a list where sizes vary or a convolution is called once a level.
+Inputs are one tensor (N, C, H, W), or several where sizes vary or a convolution runs once per level.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fimaq_core.calibration.candidates import (
-    MIN_WEIGHT_SCALE,
     Candidates,
     ascending,
     from_bounds,
@@ -18,7 +17,7 @@ from fimaq_core.calibration.candidates import (
     minmax,
     quantiles,
 )
-from fimaq_core.calibration.layer_ranges import set_minmax, set_rows
+from fimaq_core.calibration.layer_ranges import set_minmax, set_rows, start_rows
 from fimaq_core.calibration.own_error import best_by_own_error
 from fimaq_core.calibration.thinning import conv_values
 from fimaq_core.calibration.weight_error import best_rows, input_moments
@@ -32,15 +31,10 @@ Inputs = Tensor | Sequence[Tensor]
 def calibrate_conv(layer: QuantConv2d, x: Inputs, recipe: Recipe) -> None:
     """Set the ranges of a convolution (the patch embedding).
 
-    Weights per output channel: bounds between the 0.99 and the 0.9999 quantiles and the maximum, by output
-    error; both bounds together, then the lower, then the upper alone. Where the input is quantized its range is min-max.
-
-    The released code never tries the maximum itself (its loop ends one candidate early); it is tried here.
-
-    Args:
-        layer: the convolution.
-        x: (N, C, H, W) inputs, or several such tensors.
-        recipe: supplies the kind of search and the candidates.
+    Weights per output channel: bounds between the 0.99 and the 0.9999 quantiles and the maximum, by
+    output error; both bounds together, then the lower, then the upper alone. The input's range, where
+    it is quantized, is min-max. The released code never tries the maximum itself (its loop ends one
+    candidate early); it is tried here.
     """
     weights, inputs = layer.weight_quantizer, layer.input_quantizer
     matrix = layer.weight.detach().flatten(1)
@@ -74,7 +68,7 @@ def calibrate_conv(layer: QuantConv2d, x: Inputs, recipe: Recipe) -> None:
 
 
 def _conv_moments(layer: QuantConv2d, x: Inputs, inputs: AffineQuantizer, group: int, matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Moments of one group's input patches, accumulated over images so that unfolding never needs them all."""
+    """Moments of one group's input patches, summed over images so that unfolding never needs all."""
     channels = layer.in_channels // layer.groups
     width = channels * layer.kernel_size[0] * layer.kernel_size[1]
     weight = matrix.view(layer.groups, -1, width)[group]
@@ -113,18 +107,14 @@ def input_patches(layer: QuantConv2d, x: Tensor, group: int) -> Tensor:
 def calibrate_conv_by_own_error(layer: QuantConv2d | QuantConvTranspose2d, x: Inputs, recipe: Recipe) -> None:
     """Set the ranges of a convolution outside the patch embedding: FPN, RPN, mask head.
 
-    As in APHQ-ViT's detection (Wu et al., CVPR 2025, arXiv:2504.02508) weights per output channel and the input per tensor, each
-    by its own squared error; there are no rounds by the output's error. Candidates are the grid of linear layers, with that
-    one's spans. For the input min-max is one more: the grid's zero points lie around the middle, so with 8 bits it
-    holds about half of what comes out of a ReLU. Min-max recipes set min-max ranges; progressive ones search as the others do.
+    As in APHQ-ViT's detection (Wu et al., CVPR 2025, arXiv:2504.02508) weights per output channel and
+    the input per tensor, each by its own squared error, without rounds by the output's. Candidates
+    are the grid of linear layers. For the input min-max is one more: the grid's zero points lie around
+    the middle, so with 8 bits it holds about half of what comes out of a ReLU. Min-max recipes set
+    min-max ranges; progressive ones search as the others do.
 
-    Of the inputs at most 2**23 values are looked at (:func:`~fimaq_core.calibration.thinning.conv_values`): the finest
-    level of one image of 800 x 1333 has 17 million. Min-max ranges are of all values.
-
-    Args:
-        layer: the convolution.
-        x: (N, C, H, W) inputs, or several such tensors.
-        recipe: supplies the kind of search and the number of candidates.
+    At most 2**23 input values are looked at: the finest level of one image of 800 x 1333 has 17
+    million. Min-max ranges are of all values.
     """
     weights, inputs = layer.weight_quantizer, layer.input_quantizer
     matrix = layer.weight.detach().flatten(1)
@@ -134,9 +124,7 @@ def calibrate_conv_by_own_error(layer: QuantConv2d | QuantConvTranspose2d, x: In
         return
     count = recipe.range_candidates
     if not weights.off:
-        ordered = ascending(matrix)
-        candidates = grid_candidates(ordered, weights.levels, count, MIN_WEIGHT_SCALE)
-        set_rows(weights, *candidates.pick(best_by_own_error(ordered, candidates, weights.levels)))
+        start_rows(weights, matrix, count)
     if not inputs.off:
         ordered = ascending(conv_values([x] if isinstance(x, Tensor) else x))
         grid, (scale, zero) = grid_candidates(ordered, inputs.levels, count), minmax(ordered, inputs.levels)

@@ -19,21 +19,15 @@ from fimaq_core.calibration.shared_codes import shared_errors
 from fimaq_core.calibration.weight_error import best_rows, input_moments
 from fimaq_core.layers import QuantLinear, QuantMatMul
 from fimaq_core.quantizers.activation import ActivationQuantizer, levels_of
-from fimaq_core.quantizers.affine import AffineQuantizer, fake_quantize
-from fimaq_core.quantizers.weight import WeightQuantizer
+from fimaq_core.quantizers.affine import AffineQuantizer, WeightQuantizer, fake_quantize
 from fimaq_core.recipe import Recipe
 
 
 def calibrate_linear(layer: QuantLinear, x: Tensor, recipe: Recipe) -> None:
-    """Set the ranges of a linear layer whose input quantizer is uniform.
+    """Set the ranges of a linear layer whose input quantizer is uniform, for inputs (..., d).
 
-    First weight (per row) and input (one range) by their own squared error, then rounds of weight and input by
-    the squared error of the layer's output with the other one quantized.
-
-    Args:
-        layer: the layer, its weight in full precision.
-        x: (..., in_features) full-precision inputs.
-        recipe: supplies the kind of search (min-max, output error, or that progressively), candidates and rounds.
+    First weight (per row) and input (one range) by their own squared error, then rounds of weight
+    and input by the squared error of the layer's output with the other one quantized.
     """
     weights, inputs = layer.weight_quantizer, layer.input_quantizer
     assert isinstance(inputs, AffineQuantizer)
@@ -50,41 +44,39 @@ def calibrate_linear(layer: QuantLinear, x: Tensor, recipe: Recipe) -> None:
     row_candidates = input_candidates = None
     rows, index = torch.zeros(0, dtype=torch.long), 0
     if not weights.off:
-        ordered = ascending(weight)
-        row_candidates = grid_candidates(ordered, weights.levels, count, MIN_WEIGHT_SCALE)
-        rows = best_by_own_error(ordered, row_candidates, weights.levels)
-        _set_rows(weights, row_candidates, rows)
+        row_candidates, rows = start_rows(weights, weight, count)
     if not inputs.off:
-        ordered = ascending(flat.reshape(1, -1))
-        input_candidates = grid_candidates(ordered, inputs.levels, count)
-        index = int(best_by_own_error(ordered, input_candidates, inputs.levels)[0])
-        _set_input(inputs, input_candidates, index)
-        del ordered
+        input_candidates, index = _start_input(inputs, ascending(flat.reshape(1, -1)), count)
 
-    # Each search sees nothing but the other one's last choice, so the rounds are over once a choice repeats itself.
+    # A search sees the other one's last choice only, so the rounds end once a choice repeats itself.
     for number in range(recipe.range_rounds):
         if row_candidates is not None:
-            rows_before, rows = rows, _search_rows(layer, flat, row_candidates, rows)
-            if number and torch.equal(rows, rows_before):
+            scale = None if inputs.off else inputs.scale
+            moments = input_moments(flat, inputs(flat), weight, scale, inputs.levels)
+            before, rows = rows, best_rows(weight, row_candidates, weights.levels, *moments, rows)
+            set_rows(weights, *row_candidates.pick(rows))
+            if number and torch.equal(rows, before):
                 break
         if input_candidates is None:
             break
-        index_before, index = index, _search_input(layer, x, input_candidates, index)
-        if index == index_before or row_candidates is None:
+        scales, zeros = input_candidates.scale[:, 0], input_candidates.zero_point[:, 0]
+        chosen = best_operand(_input_product(layer, x), scales, zeros, index)
+        inputs.set_range(input_candidates.scale[chosen], input_candidates.zero_point[chosen])
+        if chosen == index or row_candidates is None:
             break
+        index = chosen
 
 
 def _progressive_linear(layer: QuantLinear, x: Tensor, recipe: Recipe) -> None:
     """The same search with candidates that are refined step by step (AdaLog)."""
-    weight, weights, inputs = layer.weight.detach(), layer.weight_quantizer, layer.input_quantizer
+    weights, inputs = layer.weight_quantizer, layer.input_quantizer
     assert isinstance(inputs, AffineQuantizer)
     flat, count = x.reshape(-1, x.shape[-1]), recipe.range_candidates
     ordered = ascending(flat.reshape(1, -1))
     if not weights.off:
-        set_rows(weights, *progressive_rows(weight, None, None, weights.levels, count))
+        set_rows(weights, *progressive_rows(layer.weight.detach(), None, None, weights.levels, count))
     if not inputs.off:
-        candidates = grid_candidates(ordered, inputs.levels, count)
-        _set_input(inputs, candidates, int(best_by_own_error(ordered, candidates, inputs.levels)[0]))
+        _start_input(inputs, ordered, count)
     for _ in range(recipe.range_rounds):
         if not weights.off:
             progressive_weight(layer, flat, recipe)
@@ -95,6 +87,23 @@ def _progressive_linear(layer: QuantLinear, x: Tensor, recipe: Recipe) -> None:
         # With the input as before, the weight's next search would repeat itself, and so on.
         if weights.off or unchanged(inputs, before):
             break
+
+
+def start_rows(quantizer: WeightQuantizer, weight: Tensor, count: int) -> tuple[Candidates, Tensor]:
+    """Set a weight's ranges (rows, d) by their own error; return the candidates and the rows' choices."""
+    ordered = ascending(weight)
+    candidates = grid_candidates(ordered, quantizer.levels, count, MIN_WEIGHT_SCALE)
+    rows = best_by_own_error(ordered, candidates, quantizer.levels)
+    set_rows(quantizer, *candidates.pick(rows))
+    return candidates, rows
+
+
+def _start_input(quantizer: AffineQuantizer, ordered: Tensor, count: int) -> tuple[Candidates, int]:
+    """Set an input's range by its own error from its sorted values (1, n); return the choice."""
+    candidates = grid_candidates(ordered, quantizer.levels, count)
+    index = int(best_by_own_error(ordered, candidates, quantizer.levels)[0])
+    quantizer.set_range(candidates.scale[index], candidates.zero_point[index])
+    return candidates, index
 
 
 def settings(quantizer: ActivationQuantizer) -> list[Tensor]:
@@ -108,54 +117,31 @@ def unchanged(quantizer: ActivationQuantizer, before: list[Tensor]) -> bool:
 
 
 def progressive_weight(layer: QuantLinear, flat: Tensor, recipe: Recipe) -> None:
-    """Set the weight's ranges by the error of the output for inputs (tokens, d), quantized as now; progressive search."""
+    """Search the weight's ranges progressively by the output's error on inputs (tokens, d)."""
     weight, weights, inputs = layer.weight.detach(), layer.weight_quantizer, layer.input_quantizer
     moments = input_moments(flat, inputs(flat), weight)
     set_rows(weights, *progressive_rows(weight, *moments, weights.levels, recipe.range_candidates))
 
 
 def _input_product(layer: QuantLinear, x: Tensor) -> Product:
-    """The layer's product as a function of the range of its input (..., d), the weight quantized as now."""
+    """The layer's product as a function of its input's range; x: (..., d), the weight quantized."""
     weight = layer.weight.detach()
     batched = x.view(1, 1, -1) if x.ndim < 2 else x.reshape(x.shape[0], -1, x.shape[-1])
     other = layer.weight_quantizer.quantized(weight).t().unsqueeze(0)
     return Product(batched, other, batched @ (other - weight.t()), layer.input_quantizer.levels)
 
 
-def _search_rows(layer: QuantLinear, flat: Tensor, candidates: Candidates, guess: Tensor) -> Tensor:
-    """Set the weight's ranges by the error of the output for inputs (tokens, d), quantized as now; return their indices."""
-    weight, weights, inputs = layer.weight.detach(), layer.weight_quantizer, layer.input_quantizer
-    moments = input_moments(flat, inputs(flat), weight, None if inputs.off else inputs.scale, inputs.levels)
-    index = best_rows(weight, candidates, weights.levels, *moments, guess)
-    _set_rows(weights, candidates, index)
-    return index
-
-
-def _search_input(layer: QuantLinear, x: Tensor, candidates: Candidates, guess: int) -> int:
-    """Set the range of the input (..., d) by the error of the output, the weight quantized as now; return its index."""
-    product = _input_product(layer, x)
-    index = best_operand(product, candidates.scale[:, 0], candidates.zero_point[:, 0], guess)
-    assert isinstance(layer.input_quantizer, AffineQuantizer)
-    _set_input(layer.input_quantizer, candidates, index)
-    return index
-
-
 def calibrate_matmul(layer: QuantMatMul, a: Tensor, b: Tensor, recipe: Recipe) -> None:
-    """Set per-head ranges of both operands, uniform, of an attention product by the squared error of the product.
+    """Set uniform per-head ranges of both operands of a product by the product's squared error.
 
-    Upper and lower bounds lie between the 0.99 and 0.99999 quantiles and their mirror images; both together for a,
-    then for b, then rounds of a-lower, a-upper, b-lower, b-upper (the released code's order).
-
-    Args:
-        layer: the product.
-        a: (batch, heads, rows, inner) full-precision left operand.
-        b: (batch, heads, inner, columns) full-precision right operand.
-        recipe: supplies the kind of search, candidates and rounds.
+    Upper and lower bounds lie between the 0.99 and 0.99999 quantiles and their mirror images; both
+    together for a, then for b, then rounds of a-lower, a-upper, b-lower, b-upper (the released
+    order).
     """
     assert isinstance(layer.a_quantizer, AffineQuantizer)
     if recipe.range_search == "minmax":
         for quantizer, operand in ((layer.a_quantizer, a), (layer.b_quantizer, b)):
-            set_minmax(quantizer, operand.transpose(0, 1).flatten(1), shape=(1, -1, 1, 1))
+            set_minmax(quantizer, per_head(operand), shape=(1, -1, 1, 1))
         return
     count = recipe.range_candidates
     if recipe.range_search == "progressive":
@@ -180,30 +166,32 @@ def calibrate_matmul(layer: QuantMatMul, a: Tensor, b: Tensor, recipe: Recipe) -
 
 
 def start_heads(quantizer: AffineQuantizer, x: Tensor, count: int) -> None:
-    """Set ranges per head of ``x`` (batch, heads, ...) to the grid's last but one, as released.
+    """Set ranges per head to the grid's last but one, as released.
 
-    Its zero point is the highest, so it serves values below zero only: a start that needs the rounds behind it.
+    Its zero point is the highest, so it serves values below zero only: rounds must follow.
     """
     if not quantizer.off:
-        candidates = grid_candidates(ascending(x.transpose(0, 1).flatten(1)), quantizer.levels, count)
+        candidates = grid_candidates(ascending(per_head(x)), quantizer.levels, count)
         set_heads(quantizer, candidates.scale[-2], candidates.zero_point[-2])
 
 
 def progressive_operand(quantizer: AffineQuantizer, x: Tensor, other: Tensor, other_hat: Tensor, count: int) -> None:
-    """Search ranges per head by the error of ``x̂ @ ôther`` against ``x @ other``, progressively.
-
-    Args:
-        quantizer: of x.
-        x: (batch, heads, rows, inner).
-        other, other_hat: (batch, heads, inner, columns), in full precision and quantized.
-        count: candidates a step.
-    """
+    """Search ranges per head by the error of ``x̂ @ ôther``, progressively."""
     if quantizer.off:
         return
-    left, plain, hat = (part.transpose(0, 1).flatten(0, 1).contiguous() for part in (x, other, other_hat))
-    product = Product(left, hat, left @ (hat - plain), quantizer.levels)
-    ordered = ascending(x.transpose(0, 1).flatten(1))
+    product, ordered = head_product(x, other, other_hat, quantizer.levels), ascending(per_head(x))
     set_heads(quantizer, *progressive_heads(product, x.shape[1], ordered, quantizer.levels, count))
+
+
+def per_head(x: Tensor) -> Tensor:
+    """All values of each head of ``x`` (batch, heads, ...), (heads, n)."""
+    return x.transpose(0, 1).flatten(1)
+
+
+def head_product(x: Tensor, other: Tensor, other_hat: Tensor, levels: int) -> Product:
+    """The product of :func:`progressive_operand` with all samples of a head in a row."""
+    left, plain, hat = (part.transpose(0, 1).flatten(0, 1).contiguous() for part in (x, other, other_hat))
+    return Product(left, hat, left @ (hat - plain), levels)
 
 
 def set_heads(quantizer: AffineQuantizer, scale: Tensor, zero_point: Tensor) -> None:
@@ -212,10 +200,7 @@ def set_heads(quantizer: AffineQuantizer, scale: Tensor, zero_point: Tensor) -> 
 
 
 class _HeadSearch:
-    """Bounds of one attention operand ``x`` (batch, heads, rows, inner), searched per head.
-
-    Starts with the widest upper and the narrowest lower bound, as released.
-    """
+    """Bounds of one attention operand per head; the start is the widest upper, narrowest lower."""
 
     def __init__(self, quantizer: AffineQuantizer, x: Tensor, count: int) -> None:
         self.quantizer = quantizer
@@ -251,17 +236,17 @@ class _HeadSearch:
         return fake_quantize(x, scale, zero, self.quantizer.levels)
 
     def search(self, which: str, other: "_HeadSearch") -> None:
-        """Choose anew per head, by the error of ``x̂ @ ôᵀ`` against ``x @ oᵀ`` with the other operand o.
+        """Choose anew per head, by the error of ``x̂ @ ôᵀ`` against ``x @ oᵀ``.
 
         Args:
-            which: the bounds that vary, ``both``, ``lower`` or ``upper``; the other one stays at its present choice.
-            other: the other operand, as ``x`` (batch, heads, columns, inner), quantized as now.
+            which: the bounds that vary, ``both``, ``lower`` or ``upper``.
+            other: the other operand o, (batch, heads, columns, inner), quantized as now.
         """
         if self.quantizer.off:
             return
         held = {"both": [], "lower": [1], "upper": [0]}[which]
         free = [side for side in (0, 1) if side not in held]
-        # A head whose held bound and whose other operand are as at the last such search would choose the same again.
+        # A head whose held bound and other operand are as at the last such search chooses the same.
         seen = torch.cat([self.index[:, held], other.index], 1)
         chosen = self.index[:, free[0]]
         heads = torch.arange(self.heads, device=chosen.device)
@@ -277,7 +262,7 @@ class _HeadSearch:
         self._set()
 
     def _best(self, heads: Tensor, held: list[int], other: "_HeadSearch") -> Tensor:
-        """Best candidates of some heads; bounds in ``held`` (0 lower, 1 upper) stay at their present index."""
+        """Best candidates of some heads; bounds in ``held`` (0 lower, 1 upper) stay."""
         bounds = [self.lowers[:, heads], self.uppers[:, heads]]
         for side in held:
             bounds[side] = bounds[side].gather(0, self.index[heads, side][None]).expand_as(bounds[side])
@@ -301,14 +286,6 @@ class _HeadSearch:
 def set_rows(quantizer: WeightQuantizer, scale: Tensor, zero_point: Tensor) -> None:
     """Set a weight's ranges, each (rows,)."""
     quantizer.set_range(scale[:, None], zero_point[:, None])
-
-
-def _set_rows(quantizer: WeightQuantizer, candidates: Candidates, index: Tensor) -> None:
-    set_rows(quantizer, *candidates.pick(index))
-
-
-def _set_input(quantizer: AffineQuantizer, candidates: Candidates, index: int) -> None:
-    quantizer.set_range(candidates.scale[index], candidates.zero_point[index])
 
 
 def set_minmax(quantizer: AffineQuantizer, rows: Tensor, shape: tuple[int, ...] = (-1, 1)) -> None:

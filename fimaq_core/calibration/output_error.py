@@ -1,28 +1,26 @@
 """Range search of operands by the squared error of the product they enter: fast exact forms.
 
-An operand is a linear layer's input or either side of an attention product. With operand x, its quantized form
-x + D and the other side's quantized form M, the error is ``|D M + R|²``, R the error that M alone makes. Where M has more
-columns than rows, ``Σ D∘(D MMᵀ + 2 R Mᵀ) + const`` costs rows² instead of rows x columns.
+An operand is a linear layer's input or either side of an attention product. With operand x, its
+quantized form x + D and the other side's quantized form M, the error is ``|D M + R|²``, R the error
+that M alone makes. Where M has more columns than rows, ``Σ D∘(D MMᵀ + 2 R Mᵀ) + const`` costs rows²
+instead of rows x columns.
 
-The error is a sum of squares over tokens, so a candidate whose partial sum has passed the best candidate's whole sum can
-be dropped: the rest of the data need not be looked at. That pays for linear layers, whose grids hold many bad candidates;
-the bounds of attention operands differ by a few per cent in their errors, so all of them are computed, heads at once.
+The error is a sum over tokens, so a candidate whose partial sum exceeds the best one's whole sum is
+dropped. That pays for linear layers, whose grids hold many bad candidates; the bounds of attention
+operands differ by a few per cent in their errors, so all are computed, heads at once.
 """
 
 import torch
 from torch import Tensor
 
-from fimaq_core.calibration.blocks import block_elements
+from fimaq_core.calibration.candidates import block_elements
 
 
 class Product:
-    """Squared error of ``x̂ @ other`` against ``x @ other`` in full precision, as a function of the range of ``x``.
+    """Squared error of ``x̂ @ other`` against the full-precision product, by the range of ``x``.
 
-    Args:
-        x: (batch, rows, inner), the operand in full precision.
-        other: (batch or 1, inner, columns), the other operand, quantized.
-        residual: (batch, rows, columns), ``x @ (other - other in full precision)``.
-        levels: grid points of ``x``.
+    x is (batch, rows, inner), in full precision; ``other`` (batch or 1, inner, columns), quantized;
+    ``residual`` (batch, rows, columns) is ``x @ (other - other in full precision)``.
     """
 
     def __init__(self, x: Tensor, other: Tensor, residual: Tensor, levels: int) -> None:
@@ -36,13 +34,8 @@ class Product:
             self.matrix, self.term = other.contiguous(), residual
 
     def errors(self, scale: Tensor, zero_point: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        """Error of every candidate on each of the batch entries from ``start`` to ``stop``.
-
-        Args:
-            scale, zero_point: (entries or 1, candidates).
-
-        Returns:
-            float64 (entries, candidates).
+        """Error, float64 (entries, candidates), of batch entries; ranges (entries or 1,
+        candidates).
         """
         stop = len(self.x) if stop is None else stop
         size, count = self.x[0].numel() * max(self.matrix.shape[2] // self.x.shape[2], 1), scale.shape[1]
@@ -60,7 +53,7 @@ class Product:
         return out
 
     def _block(self, part: slice, scale: Tensor, zero_point: Tensor) -> Tensor:
-        """Errors (entries, candidates) of one block; ranges are (entries or 1, candidates, 1, 1)."""
+        """Errors (entries, candidates) of one block; ranges (entries or 1, candidates, 1, 1)."""
         x = self.x[part, None]
         delta = torch.div(x, scale).round_().add_(zero_point).clamp_(0, self.levels - 1).sub_(zero_point)
         delta.mul_(scale).sub_(x)  # entries, candidates, rows, inner
@@ -76,11 +69,9 @@ class Product:
 
 
 def best_of_heads(product: Product, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """Index (heads,) of the candidate with the smallest error of each head.
+    """Index (heads,) of each head's best candidate, of ranges (candidates, heads).
 
-    Args:
-        product: its batch holds all images of the first head, then of the second, and so on.
-        scale, zero_point: (candidates, heads).
+    The batch of ``product`` holds all samples of the first head, then of the second, and so on.
     """
     count, heads = scale.shape
     images = len(product.x) // heads
@@ -89,12 +80,10 @@ def best_of_heads(product: Product, scale: Tensor, zero_point: Tensor) -> Tensor
 
 
 def best_operand(product: Product, scale: Tensor, zero_point: Tensor, guess: int = 0) -> int:
-    """Index of the candidate with the smallest error, dropping candidates as soon as they cannot be it.
+    """Index of the best candidate (candidates,), one range for the whole operand.
 
-    Args:
-        product: the operand and what it is multiplied with.
-        scale, zero_point: (candidates,), one range for the whole operand.
-        guess: a candidate that is probably good; its whole error is the first bound.
+    Candidates are dropped as soon as they cannot be it. ``guess`` is one that is probably good: its
+    whole error is the first bound.
     """
 
     def errors(which: Tensor, start: int, stop: int) -> Tensor:

@@ -1,9 +1,9 @@
-"""Range search by a tensor's own squared quantization error, exact and without a pass per candidate.
+"""Range search by a tensor's own squared quantization error, exact and without a pass per
+candidate.
 
-A uniform quantizer maps an interval of values to one point. On sorted values the squared error of an
-interval follows from the prefix sums of 1, x and x², so after one sort a candidate costs L lookups
-instead of a pass over the data. (A value exactly between two points may be put on either side; its
-error is the same.)
+A uniform quantizer maps an interval of values to one point. On sorted values the squared error of
+an interval follows from prefix sums of 1, x and x², so after one sort a candidate costs L lookups.
+(A value exactly between two points may be put on either side; its error is the same.)
 """
 
 import torch
@@ -20,16 +20,7 @@ _TABLE = 2**22
 
 
 def own_errors(sorted_rows: Tensor, candidates: Candidates, levels: int) -> Tensor:
-    """Sum of squared errors of every candidate.
-
-    Args:
-        sorted_rows: (groups, n), ascending.
-        candidates: scales and zero points (candidates, groups).
-        levels: grid points.
-
-    Returns:
-        float64 (candidates, groups).
-    """
+    """Squared error, float64 (candidates, groups), on ascending rows (groups, n)."""
     groups, count = sorted_rows.shape
     if count < _LOOKUP_COST * levels:
         return _direct(sorted_rows, candidates, levels)
@@ -53,13 +44,11 @@ def own_errors(sorted_rows: Tensor, candidates: Candidates, levels: int) -> Tens
 
 
 def _direct(rows: Tensor, candidates: Candidates, levels: int) -> Tensor:
-    """The same by a pass per candidate, cheaper for rows that are short beside the number of levels."""
+    """The same by a pass per candidate, cheaper for rows that are short beside ``levels``."""
     out = []
-    step = max(_CHUNK // rows.numel(), 1)
-    for start in range(0, candidates.scale.shape[0], step):
-        scale = candidates.scale[start : start + step, :, None]
-        zero = candidates.zero_point[start : start + step, :, None]
-        out.append(fake_quantize(rows, scale, zero, levels).sub_(rows).double().square_().sum(-1))
+    for some in candidates.chunks(_CHUNK // rows.numel()):
+        x_hat = fake_quantize(rows, some.scale[..., None], some.zero_point[..., None], levels)
+        out.append(x_hat.sub_(rows).double().square_().sum(-1))
     return torch.cat(out)
 
 

@@ -1,6 +1,7 @@
-"""Ranges by RepQ-ViT's scheme (Li et al., ICCV 2023, arXiv:2212.08254): the best of three percentiles by own error.
+"""Ranges by RepQ-ViT's scheme (Li et al., ICCV 2023, arXiv:2212.08254): percentiles by own error.
 
-Weights per output channel, activations per tensor, attention operands too. No range looks at a layer's output.
+Of three percentiles the best is taken: weights per output channel, activations per tensor,
+attention operands too. No range looks at a layer's output.
 """
 
 from collections.abc import Sequence
@@ -21,26 +22,26 @@ Common = tuple[Tensor, Tensor]
 
 
 def linear_percentiles(layer: QuantLinear, x: Tensor, common: Common | None = None) -> None:
-    """Set the ranges of a linear layer for inputs (..., in_features); ``common`` is the input's range where it is known."""
+    """Set a linear layer's ranges; ``common`` is the input's range where it is known."""
     input_percentile(layer.input_quantizer, x, (1,), common)
     weight_percentiles(layer)
 
 
 def conv_percentiles(layer: QuantConv2d | QuantConvTranspose2d, x: Tensor | Sequence[Tensor]) -> None:
-    """Set the ranges of a convolution for inputs (N, C, H, W), or several such tensors, which are thinned beyond a bound."""
+    """Set a convolution's ranges for inputs (N, C, H, W); several are thinned beyond a bound."""
     if not layer.input_quantizer.off:
         input_percentile(layer.input_quantizer, conv_values(x), (1, 1, 1, 1))
     weight_percentiles(layer)
 
 
 def matmul_percentiles(layer: QuantMatMul, a: Tensor, b: Tensor) -> None:
-    """Set the ranges of an attention product for operands (batch, heads, ...)."""
+    """Set the ranges of an attention product."""
     input_percentile(layer.a_quantizer, a, (1, 1, 1, 1))
     input_percentile(layer.b_quantizer, b, (1, 1, 1, 1))
 
 
 def weight_percentiles(layer: WeightLayer, weight: Tensor | None = None) -> None:
-    """Set a weight's ranges, per output channel; ``weight`` (rows, d) stands in for the layer's own."""
+    """Set a weight's ranges; ``weight`` (rows, d) stands in for the layer's own."""
     if not layer.weight_quantizer.off:
         matrix = layer.weight.detach().flatten(1) if weight is None else weight
         scale, zero = percentile_range(ascending(matrix), layer.weight_quantizer.levels, MIN_WEIGHT_SCALE)

@@ -1,7 +1,8 @@
-"""Search of scale and zero point together, first coarse, then ever finer: AdaLog's fast progressive combining search.
+"""Search of scale and zero point together, first coarse, then ever finer (AdaLog).
 
-Wu et al., ECCV 2024, arXiv:2407.12951. A grid of scales and zero points is looked at once; around the best of them scales
-are tried at ever smaller distances. With 128 candidates a step, 16 kept and 6 steps that is 768 candidates.
+Fast progressive combining search: Wu et al., ECCV 2024, arXiv:2407.12951. A grid of scales and zero
+points is looked at once; around the best of them scales are tried at ever smaller distances. With
+128 candidates a step, 16 kept and 6 steps that is 768 candidates.
 """
 
 from collections.abc import Callable
@@ -33,21 +34,19 @@ def progressive(
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero point (groups,) with the smallest error seen.
 
-    First the ``width`` best candidates of the start are kept. Each further step replaces each kept one by ``new``
-    candidates with its zero point, whose scales spread evenly over one spacing around its own, keeps the ``width`` best of
-    all these, and divides the spacing by ``new - 0.5``.
+    First the ``width`` best candidates of the start are kept. Each further step replaces each kept
+    one by ``new`` candidates with its zero point, whose scales spread evenly over one spacing
+    around its own, keeps the ``width`` best of these, and divides the spacing by ``new - 0.5``.
 
-    The released search returns the best of its last step, which may be worse than a candidate it replaced before; here
-    the best of all steps is remembered, so the result is never worse than the best of the start.
+    The released search returns the best of its last step, which may be worse than one it replaced
+    before; here the best of all steps is remembered.
 
     Args:
-        errors: makes (candidates, groups) out of candidates and a number of them: so many of the best need their errors,
-            others may have infinity.
+        errors: makes errors (candidates, groups); those beyond the wanted best may be infinite.
         start: candidates of the first step.
-        width: candidates kept.
-        new: candidates, at least 2, that replace each of them.
-        steps: steps, the first one included.
-        spacing: (groups,) distance of neighbouring scales in the start; 0 leaves nothing to refine.
+        new: candidates, at least 2, that replace each kept one.
+        steps: number of steps, the first one included.
+        spacing: (groups,) distance of scales in the start; 0 leaves nothing to refine.
         min_scale: lower bound of new scales.
     """
     if new < 2:
@@ -80,14 +79,9 @@ def progressive_rows(
     count: int,
     min_scale: float = MIN_WEIGHT_SCALE,
 ) -> tuple[Tensor, Tensor]:
-    """Scale and zero point (rows,) of each row of a weight, by the squared error of the layer's output.
+    """Scale and zero point (rows,) of each row of a weight, by the squared error of the output.
 
-    Args:
-        weight: (rows, d).
-        square, linear: from :func:`~fimaq_core.calibration.weight_error.input_moments`; None for the weight's own error.
-        levels: grid points.
-        count: candidates a step.
-        min_scale: lower bound of the scales.
+    ``square``, ``linear``: of :func:`.weight_error.input_moments`; None for the weight's own error.
     """
     ordered = ascending(weight)
     start = grid_candidates(ordered, levels, count, min_scale)
@@ -101,13 +95,8 @@ def progressive_rows(
 
 
 def progressive_input(product: Product, sorted_values: Tensor, levels: int, count: int) -> tuple[Tensor, Tensor]:
-    """Scale and zero point (scalars) of a whole operand, by the squared error of its product.
-
-    Args:
-        product: the operand and what it is multiplied with.
-        sorted_values: all values of the operand, ascending, (n,) or (1, n).
-        levels: grid points.
-        count: candidates a step.
+    """Scale and zero point (scalars) of a whole operand, whose values are given in ascending
+    order.
     """
 
     found = RangeErrors(product.x, product.other, product.residual, uniform_points(levels))
@@ -121,14 +110,8 @@ def progressive_input(product: Product, sorted_values: Tensor, levels: int, coun
 
 
 def progressive_heads(product: Product, heads: int, sorted_rows: Tensor, levels: int, count: int) -> tuple[Tensor, Tensor]:
-    """Scale and zero point (heads,) of an attention operand, by the squared error of each head's product.
-
-    Args:
-        product: its batch holds all images of the first head, then of the second, and so on.
-        heads: number of heads.
-        sorted_rows: (heads, n), all values of each head, ascending.
-        levels: grid points.
-        count: candidates a step.
+    """Scale and zero point (heads,) of an operand: product as in
+    :func:`.output_error.best_of_heads`.
     """
     operands = zip(*(part.chunk(heads) for part in (product.x, product.other, product.residual)), strict=True)
     found = [RangeErrors(x, other, residual, uniform_points(levels)) for x, other, residual in operands]
@@ -141,6 +124,6 @@ def progressive_heads(product: Product, heads: int, sorted_rows: Tensor, levels:
 
 
 def _search(errors: Errors, start: Candidates, count: int, min_scale: float) -> tuple[Tensor, Tensor]:
-    """The search with AdaLog's settings, from a grid; one that holds a single scale has spacing 0."""
+    """The search with AdaLog's settings from a grid; a single scale has spacing 0."""
     spacing = (start.scale[1] - start.scale[0]).abs()
     return progressive(errors, start, _WIDTH, max(count // _WIDTH, 2), _STEPS, spacing, min_scale)

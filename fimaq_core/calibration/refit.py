@@ -1,8 +1,14 @@
-"""Refitting weights to quantized inputs, and choosing their rounding, both by ridge regression.
+"""ERQ's calibration of one layer (Zhong et al., ICML 2024, arXiv:2407.06794): refit, then rounding.
 
-ERQ: Zhong et al., "ERQ: Error Reduction for Post-Training Quantization of Vision Transformers", ICML 2024, arXiv:2407.06794.
-With inputs X, their quantized form X̂ and A = [X̂, 1], everything follows from second moments of A and X: no matrix of
-tokens x rows is ever made.
+The inputs' range is set already. Weight and bias are refit to the quantized inputs by ridge
+regression, the refit weight gets its ranges by percentiles, and its rounding is decided half by
+half, what is left each time compensating. The float layer stays: the result is codes and a quantized
+bias. With inputs X, their quantized form X̂ and A = [X̂, 1], everything follows from second moments of
+A and X: no matrix of tokens x rows is ever made.
+
+Differences from the released code: the ridge is the README's (its option coe 10000, times 0.1),
+added to sums over all tokens; the released default is twice that. Layers without a token axis (the
+classifier) are refit with a ridge of 0.1, as released.
 """
 
 from dataclasses import dataclass
@@ -10,33 +16,33 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fimaq_core.calibration.blocks import block_elements
+from fimaq_core.calibration.candidates import block_elements
+from fimaq_core.calibration.conv_ranges import Inputs, eights, input_patches
+from fimaq_core.calibration.percentile_ranges import weight_percentiles
 from fimaq_core.errors import NumericsError
+from fimaq_core.layers import QuantConv2d, QuantLinear
+from fimaq_core.recipe import Recipe
 
 #: Share of a coordinate's second moment that the coordinates before it leave unexplained; less is the work of rounding.
 _SINGULAR = 1e-12
+#: Ridge of the first refit of layers whose inputs are (samples, d), and the factor of a convolution's, as released.
+_CLASSIFIER_RIDGE, _CONV_FACTOR = 0.1, 10.0
 
 
 @dataclass(frozen=True)
 class InputMoments:
-    """Sums over tokens of what inputs X and their quantized form X̂, (tokens, d) each, contribute to a regression.
+    """Sums over tokens of what inputs X and their quantized form X̂ contribute to a regression."""
 
-    Attributes:
-        square: (d, d) float64, X̂ᵀX̂.
-        cross: (d, d) float64, X̂ᵀX.
-        sum_hat, sum_plain: (d,) float64, column sums of X̂ and of X.
-        count: tokens.
-    """
-
-    square: Tensor
-    cross: Tensor
+    square: Tensor  # (d, d) float64, X̂ᵀX̂
+    cross: Tensor  # (d, d) float64, X̂ᵀX
+    #: (d,) float64, column sums of X̂ and of X
     sum_hat: Tensor
     sum_plain: Tensor
-    count: int
+    count: int  # tokens
 
 
 def refit_moments(x: Tensor, x_hat: Tensor) -> InputMoments:
-    """Moments of ``x`` and its quantized form ``x_hat``, (tokens, d) each, without a float64 copy of all inputs."""
+    """Moments of inputs and their quantized form, (tokens, d) each, without a wide copy of them."""
     count, width = x.shape
     square, cross = torch.zeros(2, width, width, dtype=torch.float64, device=x.device).unbind()
     sum_hat, sum_plain = torch.zeros(2, width, dtype=torch.float64, device=x.device).unbind()
@@ -51,18 +57,12 @@ def refit_moments(x: Tensor, x_hat: Tensor) -> InputMoments:
 
 
 def ridge_refit(weight: Tensor, bias: Tensor | None, moments: InputMoments, ridge: float) -> tuple[Tensor, Tensor | None]:
-    """Fit weight and bias to the quantized inputs (the paper's activation quantization error reduction).
+    """Fit weight and bias to the quantized inputs; return both in float32.
 
-    With W = [w, b] and the full-precision output Y = Xwᵀ + b, W becomes W + δ with ``(AᵀA + ridge I)δᵀ = Aᵀ(Y - AWᵀ)``.
-
-    Args:
-        weight: w, (rows, d).
-        bias: b, (rows,); None leaves the column of ones out of A.
-        moments: of the layer's inputs.
-        ridge: added to the diagonal as it is, the bias's entry included.
-
-    Returns:
-        New weight and bias, float32.
+    The paper's activation quantization error reduction: with W = [w, b] and the full-precision
+    output Y = Xwᵀ + b, W becomes W + δ with ``(AᵀA + ridge I)δᵀ = Aᵀ(Y - AWᵀ)``. Without a bias the
+    column of ones is left out of A. The ridge is added to the diagonal as it is, the bias's entry
+    included.
 
     Raises:
         NumericsError: the moments are not finite, or singular for this ridge.
@@ -89,16 +89,13 @@ def refine_rounding(
 ) -> tuple[Tensor, Tensor | None]:
     """Choose codes half by half (the paper's weight quantization error reduction).
 
-    The first half of the columns still free is rounded, single roundings are flipped while that lowers the half's own
-    output error, and ridge regression lets the columns behind it, and the bias, make up for the rest.
+    The first half of the columns still free is rounded, single roundings are flipped while that
+    lowers the half's own output error, and ridge regression lets the columns behind it, and the
+    bias, make up for the rest. The bias takes part as a last column that is never rounded.
 
     Args:
-        weight: (rows, d).
-        bias: (rows,) or None; it takes part as a last column that is never rounded.
         scale, zero_point: (rows, 1), the grid.
-        levels: grid points.
-        moments: of the layer's inputs; of X̂ only.
-        ridge: added to the diagonal as it is, the bias's entry included.
+        ridge: as in :func:`ridge_refit`.
         flips: most flips of a row in one half.
 
     Returns:
@@ -125,7 +122,7 @@ def refine_rounding(
 
 
 def _rounded(weight: Tensor, scale: Tensor, zero_point: Tensor, levels: int, square: Tensor, flips: int) -> Tensor:
-    """Codes of ``weight`` (rows, columns): rounded to nearest, then flipped for a lower ``δ square δᵀ``; all float64."""
+    """Codes, rounded to nearest, then flipped for a lower ``δ square δᵀ``; all float64."""
     ratio = weight / scale
     codes = (ratio.round() + zero_point).clamp_(0, levels - 1)
     if not flips:
@@ -139,11 +136,13 @@ def _rounded(weight: Tensor, scale: Tensor, zero_point: Tensor, levels: int, squ
 
 
 def _flip(codes: Tensor, turn: Tensor, product: Tensor, square: Tensor, scale: Tensor, flips: int) -> None:
-    """Flip ``codes`` in place, one a row at a time; ``turn`` (what flips would add) and ``product`` (δ square) are used up.
+    """Flip ``codes`` in place, one a row at a time.
 
-    A weight that can be flipped lies between two points, so its error and its turn have opposite signs: that error and
-    gradient agree in sign is that turn times gradient is negative. The gradient is twice the product. A flip by h changes
-    the objective by ``2h product + h² diagonal``, which is negative if ``2 turn product + scale diagonal`` is.
+    ``turn`` (what flips would add) and ``product`` (δ square) are used up. A weight that can be
+    flipped lies between two points, so its error and its turn have opposite signs: error and
+    gradient agree in sign where turn times gradient is negative. The gradient is twice the product.
+    A flip by h changes the objective by ``2h product + h² diagonal``, negative if ``2 turn product
+    + scale diagonal`` is.
     """
     rows, diagonal = torch.arange(len(codes), device=codes.device), square.diagonal()
     for _ in range(flips):
@@ -178,7 +177,7 @@ def _second_moments(moments: InputMoments, bias: Tensor | None) -> Tensor:
 
 
 def _ridge_solve(square: Tensor, right: Tensor, ridge: float) -> Tensor:
-    """Solve ``x (square + ridge I) = right`` for x (rows, n); ``right`` (rows, n), ``square`` (n, n) symmetric."""
+    """Solve ``x (square + ridge I) = right`` for x (rows, n); ``square`` (n, n) is symmetric."""
     matrix = square + ridge * torch.eye(len(square), dtype=square.dtype, device=square.device)
     if not bool(matrix.isfinite().all()):
         raise NumericsError("the second moments of a layer's inputs are NaN or infinite; its inputs cannot be calibrated on.")
@@ -187,3 +186,42 @@ def _ridge_solve(square: Tensor, right: Tensor, ridge: float) -> Tensor:
     if bool(info) or not bool((factor.diagonal().square() > _SINGULAR * matrix.diagonal()).all()):
         raise NumericsError(f"a ridge of {ridge:g} leaves the regression on a layer's inputs singular; raise the ridge.")
     return torch.cholesky_solve(right.t(), factor).t()
+
+
+def reduce_linear_error(layer: QuantLinear, x: Tensor, recipe: Recipe) -> None:
+    """Refit a linear layer whose input range is set, on (..., d), and decide its rounding."""
+    flat = x.reshape(-1, x.shape[-1])
+    own = None if layer.bias is None else layer.bias.detach()
+    moments = refit_moments(flat, layer.input_quantizer(flat))
+    ridge = recipe.refit_ridge if x.ndim > 2 else min(_CLASSIFIER_RIDGE, recipe.refit_ridge)
+    weight, bias = ridge_refit(layer.weight.detach(), own, moments, ridge)
+    weight_percentiles(layer, weight)
+    _decide(layer, weight, bias, moments, recipe, recipe.refit_ridge)
+
+
+def reduce_conv_error(layer: QuantConv2d, x: Inputs, recipe: Recipe) -> None:
+    """Decide a patch embedding's rounding on inputs (N, C, H, W); as released it is not refit.
+
+    (Its input is not quantized.) Convolutions in groups, necks and heads keep rounding to nearest:
+    a kernel of 3 x 3 x 256 has moments of 2304 x 2304, and an image of 800 x 1333 adds 66,800
+    patches at the finest level alone.
+    """
+    if layer.groups != 1:
+        return
+    patches = torch.cat([input_patches(layer, layer.input_quantizer(part), 0) for part in eights(x)])
+    bias = None if layer.bias is None else layer.bias.detach()
+    weight = layer.weight.detach().flatten(1)
+    _decide(layer, weight, bias, refit_moments(patches, patches), recipe, _CONV_FACTOR * recipe.refit_ridge)
+
+
+def _decide(
+    layer: QuantLinear | QuantConv2d, weight: Tensor, bias: Tensor | None, moments: InputMoments, recipe: Recipe, ridge: float
+) -> None:
+    """Set codes and the quantized form's bias from a weight (rows, d) whose ranges are set."""
+    quantizer = layer.weight_quantizer
+    if not quantizer.off:
+        scale, zero = quantizer.scale.detach(), quantizer.zero_point
+        codes, bias = refine_rounding(weight, bias, scale, zero, quantizer.levels, moments, ridge, recipe.refit_flips)
+        quantizer.set_codes(codes)
+    if bias is not None:
+        layer.quantized_bias = bias.detach().float().contiguous()

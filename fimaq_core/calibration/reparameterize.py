@@ -1,7 +1,7 @@
 """LayerNorm reparameterisation (RepQ-ViT: Li et al., ICCV 2023, arXiv:2212.08254).
 
-A LayerNorm's output varies much between channels. Per-channel ranges (s_c, z_c) are turned into one common range
-by moving the channels' factors into the norm's affine parameters and the weight behind it.
+A LayerNorm's output varies much between channels. Per-channel ranges (s_c, z_c) are turned into one
+common range by moving the channels' factors into the norm's affine parameters and the next weight.
 """
 
 import torch
@@ -15,10 +15,7 @@ from fimaq_core.recipe import Recipe
 
 
 def channel_ranges(x: Tensor, levels: int, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """Per-channel scale and zero point (channels,) of ``x`` (tokens, channels) by own squared error.
-
-    Percentile ranges are RepQ-ViT's; else candidates form a grid, refined step by step where the recipe's search is.
-    """
+    """Per-channel scale and zero point (channels,) of ``x`` (tokens, channels) by own error."""
     rows, count = x.t().contiguous(), recipe.range_candidates
     ordered = ascending(rows)
     if recipe.range_search == "percentile":
@@ -32,16 +29,11 @@ def channel_ranges(x: Tensor, levels: int, recipe: Recipe) -> tuple[Tensor, Tens
 def reparameterize(
     norm: nn.LayerNorm, linear: nn.Linear, scale: Tensor, zero_point: Tensor, pad: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Move per-channel factors from the norm's output into norm and linear, in place; the function is unchanged.
+    """Move per-channel factors into norm and linear, in place; the function is unchanged.
 
-    With s = mean s_c, z = round(mean z_c), r = s_c / s and b = min_c / r - min (min_c = -z_c s_c, min = -z s) the norm's
-    output becomes ``x / r - b``, and the linear layer undoes that.
-
-    Args:
-        norm: normalisation with weight (and bias, else one is made).
-        linear: the only consumer of the norm's output.
-        scale, zero_point: (channels,) per-channel range.
-        pad: (channels,) buffer that replaces zeros padded between the two; set in place.
+    With s = mean s_c, z = round(mean z_c), r = s_c / s and b = min_c / r - min (min_c = -z_c s_c,
+    min = -z s) the norm's output becomes ``x / r - b``, and the linear layer, its only consumer,
+    undoes that. Missing biases are made. ``pad`` (channels,) replaces zeros padded between the two.
 
     Returns:
         ``r`` and ``b``, each (channels,).

@@ -1,18 +1,19 @@
 """Output errors of candidate ranges that leave most codes alone.
 
-Neighbouring candidates of an attention operand's bounds differ little, so with few bits a row of the operand has the same
-codes for long stretches of them. With codes q (zero point subtracted) and scale s the row's output error is
-``|s qM - t|² = s² |qM|² - 2 s qM·t + |t|²``: the two products are worked out where a code changes, once a stretch. With
-``G = MMᵀ`` they are also ``qGqᵀ`` and ``q·(tMᵀ)``, which is cheaper where M has more columns than rows.
+Neighbouring candidates of an attention operand's bounds differ little, so with few bits a row has
+the same codes for long stretches of them. With codes q (zero point subtracted) and scale s the
+row's output error is ``|s qM - t|² = s² |qM|² - 2 s qM·t + |t|²``: the two products are computed
+once a stretch, where a code changes. With ``G = MMᵀ`` they are also ``qGqᵀ`` and ``q·(tMᵀ)``,
+cheaper where M has more columns than rows.
 
-The squares are those of whole outputs, not of small errors; the sums are in float64, which leaves the rounding of the outputs
-themselves, as in any other form.
+The squares are those of whole outputs, not of small errors; sums in float64 leave the rounding of
+the outputs themselves, as in any other form.
 """
 
 import torch
 from torch import Tensor
 
-from fimaq_core.calibration.blocks import block_elements
+from fimaq_core.calibration.candidates import block_elements
 
 #: Where a larger share of elements or rows changes, looking at every candidate alone is cheaper.
 _ELEMENTS, _ROWS = 0.5, 0.25
@@ -23,17 +24,10 @@ _SEGMENT = 64
 
 
 def shared_errors(x: Tensor, other: Tensor, target: Tensor, scale: Tensor, zero_point: Tensor, levels: int) -> Tensor | None:
-    """Squared error of ``x̂ @ other`` against ``target`` for candidate ranges of ``x``.
+    """Squared error, float64 (candidates,), of ``x̂ @ other``; None where this would not pay.
 
-    Args:
-        x: (batch, rows, inner), the operand in full precision.
-        other: (batch, inner, columns), the other operand, quantized.
-        target: (batch, rows, columns).
-        scale, zero_point: (candidates,), neighbours similar.
-        levels: grid points.
-
-    Returns:
-        float64 (candidates,), or None where too many codes change for this to pay.
+    x is (batch, rows, inner), in full precision; ``other`` (batch, inner, columns), quantized;
+    ``target`` (batch, rows, columns). Neighbouring candidates are similar.
     """
     count = len(scale)
     step = max(_CROWD * block_elements(x.device) // (count * x[0].numel()), 1)
@@ -52,7 +46,7 @@ def shared_errors(x: Tensor, other: Tensor, target: Tensor, scale: Tensor, zero_
 
 
 def _sums(x: Tensor, other: Tensor, target: Tensor, ranges: Tensor, sure: bool) -> tuple[Tensor, Tensor] | None:
-    """Sums (candidates,) of ``|qM|²`` and of ``qM·t``, or None if it would not pay and is not ``sure`` to."""
+    """Sums (candidates,) of ``|qM|²`` and ``qM·t``; None if it may not pay and is not ``sure``."""
     batch, rows, inner = x.shape
     flat = x.reshape(-1, inner)
     starts = _starts(flat, ranges, sure)
@@ -90,7 +84,7 @@ def _sums(x: Tensor, other: Tensor, target: Tensor, ranges: Tensor, sure: bool) 
 
 
 def _codes(x: Tensor, ranges: Tensor) -> Tensor:
-    """Codes with the zero point subtracted, as floating point; ``ranges``: (3, ...), scale, lowest and highest code."""
+    """Codes, the zero point subtracted; ``ranges``: (3, ...), scale, lowest, highest code."""
     scale, lowest, highest = ranges
     codes = torch.div(x, scale).round_()
     torch.maximum(codes, lowest, out=codes)
@@ -98,7 +92,7 @@ def _codes(x: Tensor, ranges: Tensor) -> Tensor:
 
 
 def _starts(flat: Tensor, ranges: Tensor, sure: bool) -> Tensor | None:
-    """Mask (rows, candidates): where a row's codes are not those of the candidate before; None if it would not pay."""
+    """Mask (rows, candidates): where codes differ from the one before; None as in :func:`_sums`."""
     count, inner = ranges.shape[1], flat.shape[1]
     starts = torch.zeros(len(flat), count, dtype=torch.bool, device=flat.device)
     starts[:, 0] = True

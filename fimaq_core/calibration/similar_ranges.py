@@ -1,14 +1,15 @@
 """Output errors of many candidate ranges of one operand, as far as a search needs them.
 
-A search that goes on with the best few candidates need not know the errors of the others, and the candidates of its later
-steps hardly differ:
+A search that goes on with the best few candidates need not know the errors of the others, and the
+candidates of its later steps hardly differ:
 
-* Errors are summed over pieces of the operand, and a candidate whose sum so far is beyond what ``width`` others have in all is
-  dropped.
-* An operand is ``x̂ = s u - shift`` with points u of unit scale, which are monotone in s. Between neighbouring scales few u
-  change, so the errors of a run of scales follow from the first one's: with ``ρ = s / s₀``, ``e`` the first output error,
-  ``Y = s₀ u₀ M`` and ``Δ = u - u₀`` the error is ``|e + (ρ - 1) Y + ρ s₀ ΔM|²``. ``Δ`` is the sum of few changes of single
-  elements, so all terms are sums over them, ``|ΔM|²`` one over pairs of changes in a row with entries of ``G = MMᵀ``.
+* Errors are summed over pieces of the operand; a candidate is dropped once its sum so far exceeds
+  what ``width`` others have in all.
+* An operand is ``x̂ = s u - shift`` with points u of unit scale, which are monotone in s. Between
+  neighbouring scales few u change, so a run's errors follow from the first one's: with ``ρ = s /
+  s₀``, ``e`` the first output error, ``Y = s₀ u₀ M`` and ``Δ = u - u₀`` the error is ``|e + (ρ - 1)
+  Y + ρ s₀ ΔM|²``. ``Δ`` sums few changes of single elements, so all terms are sums over them,
+  ``|ΔM|²`` one over pairs of changes in a row with entries of ``G = MMᵀ``.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from fimaq_core.calibration.blocks import block_elements
+from fimaq_core.calibration.candidates import block_elements
 
 #: Makes points u, a new tensor, from values, a scale that broadcasts to them, and a number of the candidate's kind.
 Points = Callable[[Tensor, Tensor, float], Tensor]
@@ -36,14 +37,13 @@ def uniform_points(levels: int) -> Points:
 
 
 class RangeErrors:
-    """Squared error of ``(s u(x) - shift) @ other`` against ``x @ (other in full precision)``.
+    """Squared error of ``(s u(x) - shift) @ other`` against the full-precision product.
 
     Args:
-        x: (batch, rows, inner), the operand in full precision, the shift added.
-        other: (batch or 1, inner, columns), the other operand, quantized.
-        residual: (batch, rows, columns), ``(x - shift) @ (other - other in full precision)``.
+        x, other: as of :class:`.output_error.Product`; the shift is added to x.
+        residual: ``(x - shift) @ (other - other in full precision)``.
         points: how to get u from the values.
-        values: what ``points`` takes, as ``x``; it is ``x`` where not given.
+        values: what ``points`` takes, shaped as ``x``; by default ``x``.
     """
 
     def __init__(self, x: Tensor, other: Tensor, residual: Tensor, points: Points, values: Tensor | None = None) -> None:
@@ -60,12 +60,9 @@ class RangeErrors:
         self.step = max(block_elements(x.device) // (16 * x[0].numel()), 1)
 
     def best(self, scale: Tensor, kind: Tensor, width: int) -> Tensor:
-        """Errors float64 (candidates,) of at least the ``width`` best candidates; infinite where others are not worked out.
+        """Errors, float64 (candidates,), of at least the ``width`` best; others may be infinite.
 
-        Args:
-            scale: (candidates,).
-            kind: (candidates,), the number that ``points`` takes beside the scale.
-            width: how many are wanted.
+        ``kind`` (candidates,) is the number that ``points`` takes beside the scale.
         """
         self.scale, self.kinds = scale, kind.tolist()
         out = torch.full(scale.shape, torch.inf, dtype=torch.float64, device=scale.device)
@@ -78,7 +75,7 @@ class RangeErrors:
         return out
 
     def _sieve(self, alive: Tensor, out: Tensor, width: int) -> None:
-        """Write the errors of candidates ``alive`` to ``out``, but of those that are found not to be wanted before."""
+        """Write the errors of candidates ``alive`` to ``out`` where they may be wanted."""
         partial = torch.zeros_like(out)
         start = 0
         while start < len(self.x) and len(alive):
@@ -123,7 +120,7 @@ class RangeErrors:
         )
 
     def _run(self, run: list[int], out: Tensor, alone: list[int]) -> None:
-        """Write the errors of a run of one kind, scales ascending, to ``out``, or put it to those looked at ``alone``."""
+        """Write the errors of a run of ascending scales to ``out``, or add it to ``alone``."""
         if len(run) <= _RUN_COST:
             alone += run
             return
@@ -149,7 +146,7 @@ class RangeErrors:
         return self.points(values, self.scale[index], self.kinds[index])
 
     def _sums(self, part: slice, run: list[int]) -> Tensor:
-        """Sums (6, candidates) over entries: ``|e|²``, ``e·Y``, ``|Y|²``, ``|ΔM|²``, ``ΔM·e``, ``ΔM·Y``."""
+        """Sums (6, candidates): ``|e|²``, ``e·Y``, ``|Y|²``, ``|ΔM|²``, ``ΔM·e``, ``ΔM·Y``."""
         if self._base is None:
             own = self._product(self.x, slice(None))
             self._base = own - self.term
@@ -183,7 +180,7 @@ class RangeErrors:
         return torch.stack([*(one.expand(len(run)) for one in sums), pairs, *linear])
 
     def _pairs(self, part: slice, element: Tensor, number: Tensor, step: Tensor) -> Tensor:
-        """What every change adds to ``|ΔM|²`` beside those before it, changes of an ``element`` by ``step`` at a ``number``."""
+        """What every change adds to ``|ΔM|²`` beside those before it."""
         rows, inner = self.x.shape[1:]
         row, column = element // inner, element % inner
         order = (row * (int(number.max()) + 1) + number).argsort(stable=True) if len(number) else number

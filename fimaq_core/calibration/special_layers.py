@@ -1,14 +1,16 @@
 """Ranges of layers whose input comes out of a softmax or a GELU and has a quantizer made for that.
 
-Searched by the squared error of the layer's output, the other operand quantized: the special quantizer first, then the
-other operand by the recipe's own search, in rounds.
+Searched by the squared error of the layer's output, the other operand quantized: the special
+quantizer first, then the other operand by the recipe's own search, in rounds.
 """
 
 import torch
 from torch import Tensor
 
-from fimaq_core.calibration.candidates import MIN_WEIGHT_SCALE, ascending, grid_candidates
+from fimaq_core.calibration.candidates import ascending, grid_candidates
 from fimaq_core.calibration.layer_ranges import (
+    head_product,
+    per_head,
     progressive_operand,
     progressive_weight,
     set_heads,
@@ -16,10 +18,10 @@ from fimaq_core.calibration.layer_ranges import (
     set_rows,
     settings,
     start_heads,
+    start_rows,
     unchanged,
 )
-from fimaq_core.calibration.output_error import Product, best_of_heads
-from fimaq_core.calibration.own_error import best_by_own_error
+from fimaq_core.calibration.output_error import best_of_heads
 from fimaq_core.calibration.progressive import progressive_rows
 from fimaq_core.calibration.special_ranges import (
     search_adalog_gelu,
@@ -36,13 +38,7 @@ from fimaq_core.recipe import Recipe
 
 
 def calibrate_after_gelu(layer: QuantLinear, x: Tensor, recipe: Recipe) -> None:
-    """Set the ranges of a linear layer with a special input quantizer.
-
-    Args:
-        layer: the layer, its weight in full precision.
-        x: (..., in_features) full-precision inputs, outputs of a GELU.
-        recipe: supplies the kind of search, candidates and rounds.
-    """
+    """Set the ranges of a linear layer with a special input quantizer, for inputs (..., d)."""
     weight, weights = layer.weight.detach(), layer.weight_quantizer
     flat, count = x.reshape(-1, x.shape[-1]), recipe.range_candidates
     candidates = None
@@ -52,10 +48,7 @@ def calibrate_after_gelu(layer: QuantLinear, x: Tensor, recipe: Recipe) -> None:
         elif recipe.range_search == "progressive":
             set_rows(weights, *progressive_rows(weight, None, None, weights.levels, count))
         else:
-            ordered = ascending(weight)
-            candidates = grid_candidates(ordered, weights.levels, count, MIN_WEIGHT_SCALE)
-            rows = best_by_own_error(ordered, candidates, weights.levels)
-            set_rows(weights, *candidates.pick(rows))
+            candidates, rows = start_rows(weights, weight, count)
     if recipe.range_search == "minmax":
         _search_gelu(layer, flat, count)
         return
@@ -92,21 +85,15 @@ def _search_gelu(layer: QuantLinear, flat: Tensor, count: int) -> None:
 
 
 def calibrate_after_softmax(layer: QuantMatMul, a: Tensor, b: Tensor, recipe: Recipe) -> None:
-    """Set the ranges of an attention product with a special left quantizer.
+    """Set the ranges of a product with a special left quantizer, one left range for all heads.
 
-    The left range is one for all heads. Logarithmic quantizers of fixed base keep scale 1, a softmax's largest value.
-
-    Args:
-        layer: the product.
-        a: (batch, heads, rows, inner) full-precision softmax outputs.
-        b: (batch, heads, inner, columns) full-precision right operand.
-        recipe: supplies the kind of search, candidates and rounds.
+    Logarithmic quantizers of fixed base keep scale 1, a softmax's largest value.
     """
     left, right, count = layer.a_quantizer, layer.b_quantizer, recipe.range_candidates
     if not left.off:
         left.set_scale(torch.ones(1, 1, 1, 1, device=a.device))
     if recipe.range_search == "minmax":
-        set_minmax(right, b.transpose(0, 1).flatten(1), shape=(1, -1, 1, 1))
+        set_minmax(right, per_head(b), shape=(1, -1, 1, 1))
     else:
         start_heads(right, b, count)
     for number in range(max(recipe.range_rounds, 1)):
@@ -124,8 +111,7 @@ def calibrate_after_softmax(layer: QuantMatMul, a: Tensor, b: Tensor, recipe: Re
 
 
 def _search_heads(quantizer: AffineQuantizer, x: Tensor, other: Tensor, other_hat: Tensor, count: int) -> None:
-    """Best range per head of the grid of linear layers; arguments as in :func:`progressive_operand`."""
-    candidates = grid_candidates(ascending(x.transpose(0, 1).flatten(1)), quantizer.levels, count)
-    left, plain, hat = (part.transpose(0, 1).flatten(0, 1).contiguous() for part in (x, other, other_hat))
-    product = Product(left, hat, left @ (hat - plain), quantizer.levels)
+    """Best range per head of the grid of linear layers; arguments of :func:`progressive_operand`."""
+    candidates = grid_candidates(ascending(per_head(x)), quantizer.levels, count)
+    product = head_product(x, other, other_hat, quantizer.levels)
     set_heads(quantizer, *candidates.pick(best_of_heads(product, candidates.scale, candidates.zero_point)))

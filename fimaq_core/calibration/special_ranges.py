@@ -1,19 +1,20 @@
-"""Ranges of quantizers for special distributions: percentiles, logarithmic and twin uniform quantizers.
+"""Ranges of quantizers for special distributions: percentiles, logarithmic and twin uniform.
 
-RepQ-ViT (Li et al., ICCV 2023, arXiv:2212.08254), AdaLog (Wu et al., ECCV 2024, arXiv:2407.12951) and PTQ4ViT (Yuan et al.,
-ECCV 2022, arXiv:2111.12293). Where a search goes by the error of the product that the values enter, the other operand is
-quantized. Of equally good candidates the first is chosen.
+RepQ-ViT (Li et al., ICCV 2023, arXiv:2212.08254), AdaLog (Wu et al., ECCV 2024, arXiv:2407.12951)
+and PTQ4ViT (Yuan et al., ECCV 2022, arXiv:2111.12293). Where a search goes by the error of the
+product that the values enter, the other operand is quantized: ``b_hat`` or ``w_hat``, beside its
+full-precision form. Of equally good candidates the first is chosen.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fimaq_core.calibration.blocks import block_elements
-from fimaq_core.calibration.candidates import MIN_SCALE, Candidates, ascending, quantiles
+from fimaq_core.calibration.candidates import MIN_SCALE, Candidates, ascending, block_elements, quantiles
 from fimaq_core.calibration.own_error import best_by_own_error
 from fimaq_core.calibration.progressive import progressive
 from fimaq_core.calibration.similar_ranges import Points, RangeErrors
@@ -41,13 +42,7 @@ Quantizer = Callable[[Tensor], Tensor]
 
 
 def percentile_range(sorted_rows: Tensor, levels: int, min_scale: float = MIN_SCALE) -> tuple[Tensor, Tensor]:
-    """Scale and zero point (groups,): of the ranges between quantiles 1 - p and p the one with the smallest own squared error.
-
-    Args:
-        sorted_rows: (groups, n), ascending.
-        levels: grid points.
-        min_scale: lower bound of the scales.
-    """
+    """Scale and zero point (groups,): quantiles 1 - p and p of the best own error."""
     upper, lower = quantiles(sorted_rows, _POINTS), quantiles(sorted_rows, [1 - point for point in _POINTS])
     scale = ((upper - lower) / (levels - 1)).clamp(min=min_scale)
     candidates = Candidates(scale, -torch.round(lower / scale))
@@ -55,12 +50,9 @@ def percentile_range(sorted_rows: Tensor, levels: int, min_scale: float = MIN_SC
 
 
 def percentile_log_scale(x: Tensor, step: Tensor | float, levels: int) -> Tensor:
-    """Scale (scalar) of a logarithmic quantizer: the p-quantile of ``x`` with the smallest own squared error.
+    """Scale (scalar) of a logarithmic quantizer: the quantile of the best own error.
 
-    Args:
-        x: any shape; what the quantizer sees, so behind a GELU with the shift.
-        step: distance of the points in octaves, a scalar.
-        levels: number of codes.
+    ``x`` is what the quantizer sees, so behind a GELU with the shift; ``step`` is in octaves.
     """
     flat = x.reshape(-1)
     scales = quantiles(ascending(flat[None]), _POINTS)[:, 0].clamp(min=MIN_SCALE)
@@ -72,19 +64,11 @@ def percentile_log_scale(x: Tensor, step: Tensor | float, levels: int) -> Tensor
 
 
 def product_errors(x: Tensor, other: Tensor, plain: Tensor, quantizers: Sequence[Quantizer]) -> Tensor:
-    """Squared error of ``x̂ @ other`` against ``x @ plain`` for each of several quantizers of ``x``.
+    """Squared error, float64 (quantizers,), of ``x̂ @ other`` against ``x @ plain``.
 
-    As in :class:`~fimaq_core.calibration.output_error.Product` the error is written in the small errors ``D = x̂ - x`` and
-    ``R = x @ (other - plain)``: ``|D M + R|²``, which is ``Σ D∘(D MMᵀ + 2 R Mᵀ) + |R|²`` where M has more columns than rows.
-
-    Args:
-        x: (batch, rows, inner), or (rows, inner).
-        other: (batch, inner, columns), or (inner, columns), quantized.
-        plain: the same in full precision.
-        quantizers: how to quantize ``x``, each elementwise.
-
-    Returns:
-        float64 (quantizers,).
+    As in :class:`.output_error.Product` it is written in the small errors ``D = x̂ - x`` and ``R =
+    x @ (other - plain)``. x is (batch, rows, inner), the others (batch, inner, columns), or all
+    without batch; quantizers are elementwise.
     """
     inner, columns = other.shape[-2:]
     gram, shared = columns > inner, other.ndim == 2
@@ -110,14 +94,7 @@ def product_errors(x: Tensor, other: Tensor, plain: Tensor, quantizers: Sequence
 
 
 def search_adalog_softmax(a: Tensor, b_hat: Tensor, b: Tensor, levels: int, count: int) -> int:
-    """AdaLog's numerator q behind a softmax, with scale 1 and one for all heads, by the squared error of the product.
-
-    Args:
-        a: (batch, heads, rows, inner), in [0, 1].
-        b_hat, b: (batch, heads, inner, columns), quantized and in full precision.
-        levels: number of codes.
-        count: candidates, from q = 10 on.
-    """
+    """AdaLog's numerator q, from 10 on, behind a softmax with scale 1, by the product's error."""
     a, b_hat, b = (part.flatten(0, 1) for part in (a, b_hat, b))
     numerators = torch.arange(_FIRST_Q, _FIRST_Q + count, device=a.device, dtype=a.dtype)
     found = RangeErrors(a, b_hat, a @ (b_hat - b), _adalog_points(levels), _logarithm(a))
@@ -125,18 +102,12 @@ def search_adalog_softmax(a: Tensor, b_hat: Tensor, b: Tensor, levels: int, coun
 
 
 def search_adalog_gelu(x: Tensor, w_hat: Tensor, w: Tensor, levels: int, count: int, rounds: int = 5) -> tuple[Tensor, int]:
-    """AdaLog's scale (scalar) and numerator q behind a GELU, by the squared error of the layer's output.
+    """AdaLog's scale (scalar) and numerator q behind a GELU, by the output's error.
 
-    The quantizer sees ``x`` with the shift. With the second largest scale of ``count`` the best eight of ``count`` numerators
-    are found; these times ``count / 8`` scales start a search that refines scales. As in :func:`~.progressive.progressive` the
-    best candidate seen is returned, that of the first look included.
-
-    Args:
-        x: (tokens, d), behind the GELU.
-        w_hat, w: (rows, d), the weight quantized and in full precision.
-        levels: number of codes.
-        count: candidates a step, at least 16.
-        rounds: refinements of the scales.
+    The quantizer sees ``x`` (tokens, d) with the shift. With the second largest scale of ``count``
+    the best eight of ``count`` numerators are found; these times ``count / 8`` scales start a
+    search that refines scales ``rounds`` times. As in :func:`~.progressive.progressive` the best
+    candidate seen is returned, that of the first look included. ``count`` is at least 16.
     """
 
     other = w_hat.t()[None]
@@ -162,20 +133,14 @@ def search_adalog_gelu(x: Tensor, w_hat: Tensor, w: Tensor, levels: int, count: 
 
 
 def search_log_gelu(x: Tensor, w_hat: Tensor, w: Tensor, step: float, levels: int, count: int) -> Tensor:
-    """Scale (scalar) of a logarithmic quantizer with a fixed step behind a GELU, by the squared error of the layer's output.
-
-    The scales and their refinement are those of :func:`search_adalog_gelu`, without numerators to choose from.
-
-    Args:
-        step: distance of the points in octaves.
-        x, w_hat, w, levels, count: as there.
-    """
+    """Scale (scalar) for a fixed ``step`` (octaves); refined as in :func:`search_adalog_gelu`."""
 
     def errors(candidates: Candidates, _: int) -> Tensor:
-        def quantizer(scale: Tensor) -> Quantizer:
-            return lambda part: log_fake_quantize(part + GELU_SHIFT, scale, step, levels).sub_(GELU_SHIFT)
+        def quantized(part: Tensor, scale: Tensor) -> Tensor:
+            return log_fake_quantize(part + GELU_SHIFT, scale, step, levels).sub_(GELU_SHIFT)
 
-        return product_errors(x, w_hat.t(), w.t(), [quantizer(scale) for scale in candidates.scale[:, 0]])[:, None]
+        quantizers = [partial(quantized, scale=scale) for scale in candidates.scale[:, 0]]
+        return product_errors(x, w_hat.t(), w.t(), quantizers)[:, None]
 
     scales = _gelu_scales(x, count)[:, None]
     start = Candidates(scales, torch.zeros_like(scales))
@@ -183,45 +148,27 @@ def search_log_gelu(x: Tensor, w_hat: Tensor, w: Tensor, step: float, levels: in
 
 
 def search_twin_softmax(a: Tensor, b_hat: Tensor, b: Tensor, levels: int) -> Tensor:
-    """Split (scalar) of the twin quantizer behind a softmax among ``2^-i``, i < 20, by the squared error of the product.
-
-    Args:
-        a: (batch, heads, rows, inner), in [0, 1].
-        b_hat, b: (batch, heads, inner, columns), quantized and in full precision.
-        levels: number of codes.
-    """
+    """Split (scalar) of the twin quantizer behind a softmax, of ``2^-i``, i < 20."""
     splits = torch.exp2(-torch.arange(_SPLITS, device=a.device, dtype=a.dtype))
-
-    def quantizer(split: Tensor) -> Quantizer:
-        return lambda part: twin_softmax(part, split, levels)
-
-    errors = product_errors(a.flatten(0, 1), b_hat.flatten(0, 1), b.flatten(0, 1), [quantizer(split) for split in splits])
+    quantizers = [partial(twin_softmax, split=split, levels=levels) for split in splits]
+    errors = product_errors(a.flatten(0, 1), b_hat.flatten(0, 1), b.flatten(0, 1), quantizers)
     return splits[errors.argmin()]
 
 
 def search_twin_gelu(x: Tensor, w_hat: Tensor, w: Tensor, levels: int, count: int = 100) -> Tensor:
-    """Scale (scalar) of the twin quantizer's positive range behind a GELU, by the squared error of the layer's output.
+    """Scale (scalar) of the twin quantizer's positive range behind a GELU, by the output's error.
 
-    Candidates run evenly from 0.01 to 1.2 times ``max(x) / (H - 0.5)``.
-
-    Args:
-        x: (tokens, d), behind the GELU.
-        w_hat, w: (rows, d), the weight quantized and in full precision.
-        levels: number of codes L = 2H.
-        count: candidates.
+    Candidates run evenly from 0.01 to 1.2 times ``max(x) / (H - 0.5)``, with 2H levels.
     """
     widest = x.amax().clamp(min=MIN_SCALE) / (levels // 2 - 0.5)
     scales = widest * torch.linspace(0.01, 1.2, count, device=x.device, dtype=x.dtype)
-
-    def quantizer(scale: Tensor) -> Quantizer:
-        return lambda part: twin_gelu(part, scale, levels)
-
-    errors = product_errors(x, w_hat.t(), w.t(), [quantizer(scale) for scale in scales])
+    quantizers = [partial(twin_gelu, positive_scale=scale, levels=levels) for scale in scales]
+    errors = product_errors(x, w_hat.t(), w.t(), quantizers)
     return scales[errors.argmin()]
 
 
 def _adalog_points(levels: int) -> Points:
-    """Points of AdaLog's quantizer by its tables from :func:`_logarithm` of the values; kinds are numerators."""
+    """Points of AdaLog's quantizer by its tables from :func:`_logarithm`; kinds are numerators."""
     tables: dict[float, Tensor] = {}
 
     def points(values: Tensor, scale: Tensor, q: float) -> Tensor:
@@ -242,7 +189,7 @@ def _logarithm(x: Tensor) -> Tensor:
 
 
 def _gelu_scales(x: Tensor, count: int) -> Tensor:
-    """Scales (count,) evenly between the 0.9 and 1.0 quantiles of the positive values, with the shift."""
+    """Scales (count,) between the 0.9 and 1.0 quantiles of the positive shifted values."""
     positive = x[x > 0]
     if not len(positive):
         raise DataError(

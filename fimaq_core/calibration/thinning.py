@@ -1,7 +1,7 @@
 """Which part of many inputs a search sees: rows spread evenly over all of them, by a fixed rule.
 
-Samples of varying shapes are images of detection, of up to a hundred times a classifier's tokens each. Searches of ranges need
-no more rows than a few hundred images of a classifier have.
+Samples of varying shapes are images of detection, with up to a hundred times a classifier's tokens.
+Searches of ranges need no more rows than a few hundred images of a classifier have.
 """
 
 import math
@@ -19,9 +19,10 @@ _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 def spread(count: int, wanted: int, device: torch.device | None = None) -> Tensor:
-    """Indices (at most ``wanted``,) of ``count`` rows, ascending: all, or one out of each of ``wanted`` equal stretches.
+    """Indices of ``count`` rows, one out of each of ``wanted`` equal stretches (or all).
 
-    Where in its stretch follows the golden ratio: rows of an image repeat with its width, and no such period must be hit.
+    The golden ratio says where in its stretch: rows of an image repeat with its width, and no such
+    period must be hit.
     """
     if wanted >= count:
         return torch.arange(count, device=device)
@@ -31,12 +32,12 @@ def spread(count: int, wanted: int, device: torch.device | None = None) -> Tenso
 
 
 def extremes(rows: Tensor) -> Tensor:
-    """The smallest and the largest value in each place of ``rows`` (count, ...): all that min-max ranges need, (2, ...)."""
+    """The smallest and the largest value in each place of ``rows`` (count, ...), (2, ...)."""
     return torch.stack([rows.amin(0), rows.amax(0)])
 
 
 def in_pieces(rows: Tensor) -> Tensor:
-    """``rows`` (count, d) as (pieces, rows, d), in as many of 32 pieces as go: searches drop candidates piece by piece."""
+    """``rows`` (count, d) as (pieces, rows, d), up to 32: searches drop candidates by piece."""
     pieces = math.gcd(len(rows), 32)
     return rows.view(pieces, -1, rows.shape[-1])
 
@@ -47,7 +48,7 @@ def positions(x: Tensor) -> Tensor:
 
 
 def conv_values(x: Tensor | Sequence[Tensor]) -> Tensor:
-    """Values (1, n) of a convolution's inputs: all of a tensor; of a list (N, C, ...) at most 2**23, positions evenly spread."""
+    """Values (1, n) of a convolution's inputs: all of one tensor; of several at most 2**23."""
     if isinstance(x, Tensor):
         return x.reshape(1, -1)
     wanted = max(CONV_VALUES // x[0].shape[1], 1)

@@ -1,16 +1,40 @@
 """Model families: kinds of models, and how each is cut into segments."""
 
+from typing import Protocol
+
 from torch import nn
 
+from fimaq_core.chain import BlockChain
 from fimaq_core.errors import ModelError
-from fimaq_core.family import Family
+from fimaq_core.recipe import Recipe
+
+
+class Family(Protocol):
+    """A kind of model: how to recognise it, by type and never by name, and how to cut it."""
+
+    name: str
+
+    def matches(self, model: nn.Module) -> bool:
+        """Whether ``model`` is of this family."""
+        ...
+
+    def build(self, model: nn.Module, recipe: Recipe) -> BlockChain:
+        """Turn ``model`` into a chain, reusing its parts, with layers swapped for quantizable ones.
+
+        In full precision the chain's output equals the model's to rounding.
+
+        Raises:
+            ModelError: the model has a part that the family does not support.
+        """
+        ...
+
 
 #: Families from elsewhere. They are asked before those of this package.
 FAMILIES: list[Family] = []
 
 
 def find_family(model: nn.Module) -> Family:
-    """Find the family of a model by its type. A library is imported only for a model of its own.
+    """Find a model's family by type. A library is imported only for a model of its own.
 
     Raises:
         ModelError: no family knows the model.

@@ -13,23 +13,15 @@ def products(recipe: Recipe) -> tuple[QuantMatMul, QuantMatMul]:
     return QuantMatMul(recipe.a_bits), QuantMatMul(recipe.a_bits, recipe.softmax_bits, recipe.softmax_quantizer)
 
 
-def attend_heads(
-    query_key: QuantMatMul,
-    attention_value: QuantMatMul,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    mask: Tensor | None = None,
+def attend(
+    by: tuple[QuantMatMul, QuantMatMul], q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None
 ) -> Tensor:
-    """``softmax(q kᵀ · scale + mask) v`` by the two products of :func:`products`, (B, heads, N, d).
+    """``softmax(q kᵀ · scale + mask) v`` (B, heads, N, d) by the two products of :func:`products`.
 
-    Args:
-        q: (B, heads, N, d).
-        k, v: (B, heads, M, d).
-        scale: factor of the scores.
-        mask: added to the scores, broadcastable to (B, heads, N, M); minus infinity hides a key.
+    q is (B, heads, N, d), k and v (B, heads, M, d). The mask is added to the scores (B, heads, N,
+    M).
     """
+    query_key, attention_value = by
     scores = query_key(q, k.transpose(-2, -1)) * scale
     if mask is not None:
         scores = scores + mask
@@ -37,17 +29,9 @@ def attend_heads(
     return out
 
 
-def attend(
-    query_key: QuantMatMul,
-    attention_value: QuantMatMul,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    mask: Tensor | None = None,
-) -> Tensor:
-    """The result of :func:`attend_heads`, same arguments, with heads side by side: (B, N, heads * d)."""
-    return attend_heads(query_key, attention_value, q, k, v, scale, mask).transpose(1, 2).flatten(2)
+def side_by_side(heads: Tensor) -> Tensor:
+    """Heads (B, heads, N, d) as (B, N, heads * d)."""
+    return heads.transpose(1, 2).flatten(2)
 
 
 def additive(seen: Tensor) -> Tensor:
@@ -65,12 +49,9 @@ def linear_of(weight: nn.Parameter, bias: nn.Parameter | None, recipe: Recipe, i
 
 
 class ExplicitMultiheadAttention(nn.Module):
-    """Self-attention of ``nn.MultiheadAttention`` written out: qkv, ``q kᵀ``, softmax, ``softmax v``, projection.
+    """Self-attention of ``nn.MultiheadAttention`` written out, with the original's arguments.
 
-    ``forward`` takes the original's arguments and returns None for the attention weights.
-
-    Attributes:
-        batch_first: whether x is (B, N, C); else (N, B, C).
+    It returns None for the attention weights. x is (B, N, C) with ``batch_first``, else (N, B, C).
     """
 
     #: PyTorch's ``TransformerEncoderLayer`` calls its attention as a module only where this is None.
@@ -118,27 +99,20 @@ class ExplicitMultiheadAttention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Attention of heads (B, heads, N, d), heads side by side: (B, N, heads * d)."""
-        return attend(self.query_key, self.attention_value, q, k, v, self.scale, mask)
+        return side_by_side(attend((self.query_key, self.attention_value), q, k, v, self.scale, mask))
 
 
 class ExplicitWindowAttention(nn.Module):
     """Swin's window attention written out, with relative position bias and shift mask.
 
-    Args of ``forward``: x (B * windows, N, C), an image's windows in a row; mask (windows, N, N) or None.
+    x is (B * windows, N, C), an image's windows in a row; the mask (windows, N, N) or None.
+    ``scale`` is the queries' factor. ``bias`` (1, heads, N, N), added to the scores, is looked up
+    once from ``table``, for the model is frozen.
     """
 
     def __init__(
         self, qkv: nn.Linear, proj: nn.Linear, num_heads: int, scale: float, bias: Tensor, table: Tensor, recipe: Recipe
     ) -> None:
-        """
-        Args:
-            qkv, proj: the linear layers, which are taken over.
-            num_heads: into how many heads the channels fall.
-            scale: factor of the queries.
-            bias: (1, heads, N, N) added to the scores, looked up once, for the model is frozen.
-            table: what it is looked up from.
-            recipe: bits and quantizers.
-        """
         super().__init__()
         self.num_heads, self.scale = num_heads, scale
         self.qkv = QuantLinear.from_float(qkv, recipe.w_bits, recipe.a_bits)

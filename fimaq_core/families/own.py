@@ -1,13 +1,11 @@
 """Modules of one's own: a model as stem, blocks, rest and head, with its layers swapped by type.
 
-The model's forward is watched once. In the chain, the model itself runs what lies before the first
-block, and what lies between the last block and the head. For this its blocks and its head are
-replaced by slots, and its forward is stopped at one of them.
+The model's forward is watched once. In the chain, the model itself runs stem and rest: its blocks
+and its head are replaced by slots, and its forward is stopped at one of them.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -35,18 +33,14 @@ class _Arrived(Exception):
 class _Slot(nn.Module):
     """The place of a block or of the head in the model. The chain owns what stood there.
 
-    Attributes that the model's forward reads of its blocks are still there.
-
-    Attributes:
-        stops: whether the model's forward ends here.
-        given: the output; None to give the input.
+    The model's forward may still read its attributes.
     """
 
     def __init__(self, stood: nn.Module) -> None:
         super().__init__()
         self._stood = [stood]  # in a list: the chain must not own it twice
-        self.stops = False
-        self.given: Tensor | None = None
+        self.stops = False  # whether the model's forward ends here
+        self.given: Tensor | None = None  # the output; None to give the input
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -63,14 +57,9 @@ class _Slot(nn.Module):
 
 
 class _Frame(nn.Module):
-    """A model without its blocks and its head.
+    """A model with slots for its blocks and, at the end of ``slots``, for its head.
 
-    ``forward`` is the stem: images (B, C, H, W) to the first block's input.
-
-    Args:
-        model: its blocks and its head are slots.
-        slots: in the order of the forward; the last one is the head's.
-        shape: of one image.
+    ``forward`` is the stem: images (B, C, H, W), each of ``shape``, to the first block's input.
     """
 
     def __init__(self, model: nn.Module, slots: Sequence[_Slot], shape: tuple[int, ...]) -> None:
@@ -113,24 +102,13 @@ class _Rest(nn.Module):
 
 
 class OwnBlock(nn.Module):
-    """A block of one's own, with its constant arguments and its attention's products.
+    """A block whose layers are swapped, with its constant arguments and its attention's products."""
 
-    Args:
-        module: the block; its layers are swapped already.
-        args, kwargs: what it is always called with beside its input.
-    """
-
-    def __init__(
-        self,
-        module: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> None:
+    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super().__init__()
         self.module = module
         self.products = nn.ModuleList()
-        self._constants: dict[int | str, Any] = dict(enumerate(args))
-        self._constants.update(kwargs)
+        self._constants: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
         for place, value in self._constants.items():
             if isinstance(value, Tensor):
                 self.register_buffer(f"argument_{place}", value.detach().clone(), persistent=False)
@@ -140,13 +118,10 @@ class OwnBlock(nn.Module):
 
     def run(self, x: Tensor, mode: RoutedProducts) -> Tensor:
         """The block's output for the input ``x`` under a mode."""
-        args, kwargs = [], {}
-        for place, value in self._constants.items():
-            present = getattr(self, f"argument_{place}") if isinstance(value, Tensor) else value
-            if isinstance(place, int):
-                args.append(present)
-            else:
-                kwargs[place] = present
+        present = dict(self._constants)
+        present |= {place: getattr(self, f"argument_{place}") for place, value in present.items() if isinstance(value, Tensor)}
+        args = [value for place, value in present.items() if isinstance(place, int)]
+        kwargs = {place: value for place, value in present.items() if isinstance(place, str)}
         with mode:
             out: Tensor = self.module(x, *args, **kwargs)
         return out
@@ -163,10 +138,7 @@ class _Call:
 
 
 def names_of(model: nn.Module, modules: Iterable[nn.Module], what: str) -> list[str]:
-    """The names of ``modules`` inside ``model``.
-
-    Args:
-        what: they are, for the message.
+    """The names of ``modules`` inside ``model``; ``what`` they are, for the message.
 
     Raises:
         ModelError: there is none, one is not part of the model or comes twice.
@@ -186,12 +158,7 @@ def names_of(model: nn.Module, modules: Iterable[nn.Module], what: str) -> list[
     return found
 
 
-def own_chain(
-    model: nn.Module,
-    labels: Sequence[str],
-    images: Tensor,
-    recipe: Recipe,
-) -> BlockChain:
+def own_chain(model: nn.Module, labels: Sequence[str], images: Tensor, recipe: Recipe) -> BlockChain:
     """Turn a model of one's own into a chain. The chain takes the model over and changes it.
 
     Stem and rest stay in full precision. Inside blocks and head, ``nn.Linear``, ``nn.Conv2d`` and
@@ -203,48 +170,52 @@ def own_chain(
         model: in evaluation mode.
         labels: names of its blocks in the order of its forward, then the name of its head.
         images: (3, C, H, W), to watch the forward with; only their shape matters.
-        recipe: bits and quantizers.
 
     Raises:
         ModelError: the forward is not stem, blocks in a row, rest and head; or a part cannot be
             swapped.
     """
-    with torch.no_grad():
-        calls, expected = _watched(model, labels, images[:2])
-        others, _ = _watched(model, labels, images[2:3])
+    calls, expected = _watched(model, labels, images[:2])
+    others, _ = _watched(model, labels, images[2:3])
     _check_order(calls, len(images[:2]))
     for call, other in zip(calls, others, strict=True):
         _check_constants(call, other)
     memo: dict[int, nn.Module] = {}
-    parts, slots = [], []
+    segments, slots = [], []
     for call in calls:
         bits = recipe.classifier_bits if call is calls[-1] else recipe.a_bits
         module = model.get_submodule(call.label)
         part = OwnBlock(_swapped(module, recipe, bits, memo), call.args[1:], call.kwargs)
         slots.append(_Slot(part.module))
-        _replace(model, module, slots[-1])
-        parts.append((call.label, part, _fill(part, call, recipe)))
+        for name, found in list(model.named_modules(remove_duplicate=False)):
+            if found is module:
+                model.set_submodule(name, slots[-1])
+        segments.append(Segment(call.label, "block", part, pairs=_fill(part, call, recipe)))
     frame = _Frame(model, slots, tuple(images.shape[1:]))
-    segments = [Segment(label, "block", part, pairs=pairs) for label, part, pairs in parts]
     segments[0].before, segments[-1].before, segments[-1].kind = frame, _Rest(frame), "head"
     chain = BlockChain(segments)
     _check_equal(chain, images[:2], expected)
     return chain
 
 
-def _watched(
-    model: nn.Module,
-    labels: Sequence[str],
-    images: Tensor,
-) -> tuple[list[_Call], Any]:
+@torch.no_grad()
+def _watched(model: nn.Module, labels: Sequence[str], images: Tensor) -> tuple[list[_Call], Any]:
     """The calls of the modules ``labels`` in one forward, and the model's output."""
     calls: list[_Call] = []
-    with _hooked(model, labels, calls):
+
+    def hook(label: str) -> Any:
+        return lambda module, args, kwargs, output: calls.append(_Call(label, args, kwargs, output))
+
+    modules = {label: model.get_submodule(label) for label in labels}  # one hook per module
+    handles = [one.register_forward_hook(hook(label), with_kwargs=True) for label, one in modules.items()]
+    try:
         output = model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
     found = [call.label for call in calls]
     for label in labels:
-        if found.count(label) != 1:
-            times = found.count(label)
+        if (times := found.count(label)) != 1:
             raise ModelError(f"The model calls {label} {times} times: it must be once.")
     if found != list(labels):
         order = ", ".join(found)
@@ -252,30 +223,12 @@ def _watched(
     return calls, output
 
 
-@contextmanager
-def _hooked(model: nn.Module, labels: Sequence[str], calls: list[_Call]) -> Iterator[None]:
-    def hook(label: str) -> Any:
-        return lambda module, args, kwargs, output: calls.append(_Call(label, args, kwargs, output))
-
-    modules = {label: model.get_submodule(label) for label in labels}
-    handles = [
-        module.register_forward_hook(hook(label), with_kwargs=True)  # one per module
-        for label, module in modules.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _check_order(calls: Sequence[_Call], batch: int) -> None:
     """Each call takes and gives a tensor, and each block takes what the one before gave."""
     for call in calls:
         values = {"first argument": call.args[0] if call.args else None, "output": call.output}
         for what, value in values.items():
-            fits = isinstance(value, Tensor) and value.is_floating_point() and len(value) == batch
-            if not fits:
+            if not (isinstance(value, Tensor) and value.is_floating_point() and len(value) == batch):
                 raise ModelError(
                     f"The {what} of {call.label} must be one float tensor with the batch as its "
                     f"first dimension ({batch} here), not {described(value)}."
@@ -314,17 +267,10 @@ def _same(a: Any, b: Any) -> bool:
     return a is b or bool(type(a) is type(b) and a == b)
 
 
-def _swapped(
-    module: nn.Module,
-    recipe: Recipe,
-    bits: int,
-    memo: dict[int, nn.Module],
-) -> nn.Module:
-    """``module`` with its layers swapped by type, in place where it is no such layer itself.
+def _swapped(module: nn.Module, recipe: Recipe, bits: int, memo: dict[int, nn.Module]) -> nn.Module:
+    """``module`` with its layers swapped by type, or itself, changed in place.
 
-    Args:
-        bits: of the inputs of linear layers.
-        memo: by module that came before, what stands for it.
+    ``bits`` are those of linear layers' inputs; ``memo`` holds what stands for a module.
     """
     if id(module) not in memo:
         if type(module) is nn.Linear:
@@ -338,13 +284,6 @@ def _swapped(
             for name, child in list(module.named_children()):
                 setattr(module, name, _swapped(child, recipe, bits, memo))
     return memo[id(module)]
-
-
-def _replace(model: nn.Module, module: nn.Module, slot: _Slot) -> None:
-    """Put a slot wherever ``module`` stands in the model."""
-    for name, found in list(model.named_modules(remove_duplicate=False)):
-        if found is module:
-            model.set_submodule(name, slot)
 
 
 def _fill(part: OwnBlock, call: _Call, recipe: Recipe) -> tuple[NormPair, ...]:

@@ -1,4 +1,4 @@
-"""What the families share: swapping an MLP's layers, the patch embedding, and pieces between blocks."""
+"""What the families share: an MLP's layers, the patch embedding, pieces between blocks."""
 
 from timm.layers.activations import GELUTanh
 from timm.layers.mlp import Mlp
@@ -21,14 +21,10 @@ def swap_mlp(mlp: nn.Module, recipe: Recipe) -> None:
 def swap_linears(mlp: nn.Module, part: MlpPart, recipe: Recipe, input_bits: int | None = None) -> None:
     """Replace the two linear layers of an MLP by quantizable ones, in place.
 
-    Args:
-        mlp: the module.
-        part: names of its parts.
-        recipe: bits and quantizers.
-        input_bits: of the first layer's input; None for the recipe's bits of activations.
+    ``input_bits`` of the first layer are by default the recipe's bits of activations.
 
     Raises:
-        ModelError: layers that are not linear, or a quantizer made for GELU behind another activation.
+        ModelError: layers that are not linear, or a GELU quantizer behind another activation.
     """
     fc1, act, fc2 = (getattr(mlp, name, None) for name in (part.fc1, part.act, part.fc2))
     if not isinstance(fc1, nn.Linear) or not isinstance(fc2, nn.Linear):

@@ -6,37 +6,27 @@ from torch import Tensor, nn
 
 from fimaq_core.chain import NormPair
 from fimaq_core.errors import ModelError
-from fimaq_core.families.attention import attend, products
+from fimaq_core.families.attention import attend, products, side_by_side
 from fimaq_core.families.parts import norm_pair, swap_mlp
 from fimaq_core.layers import QuantLinear
 from fimaq_core.recipe import Recipe
 
 
 class ExplicitAttentionPool(nn.Module):
-    """timm's ``AttentionPoolLatent`` (SigLIP) written out, with the norm before it: learned queries ask all tokens.
+    """timm's ``AttentionPoolLatent`` (SigLIP) written out, with the norm before it.
 
-    The norm is in here, not in the frozen part before the block, because reparameterisation changes it together with ``kv``.
-
-    Args of ``forward``: x (B, N, C) as the last transformer block gives it. Result (B, C).
-
-    Attributes:
-        query: (1, heads, latents, d) buffer, the queries behind their projection and norm.
+    Learned queries ask all tokens but the first ``skipped``: x (B, N, C) of the last block gives
+    (B, C). The norm is in here, not in the frozen part before the block, because reparameterisation
+    changes it together with ``kv``. ``after`` follows in full precision, where the model ends with
+    it.
     """
 
-    query: Tensor
+    query: Tensor  # (1, heads, latents, d) buffer, the queries behind their projection and norm
     pos_embed: nn.Parameter | None
 
     def __init__(
         self, pool: AttentionPoolLatent, norm: nn.Module, skipped: int, recipe: Recipe, after: nn.Module | None = None
     ) -> None:
-        """
-        Args:
-            pool: what is taken over.
-            norm: of the tokens, before the pooling and only there.
-            skipped: leading tokens that are not pooled.
-            recipe: bits and quantizers.
-            after: what follows in full precision, where the model ends with it.
-        """
         super().__init__()
         if type(pool) is not AttentionPoolLatent or pool.pool not in ("token", "avg"):
             raise ModelError(f"Attention pooling of type {type(pool).__name__} (or to several tokens) is not supported.")
@@ -73,7 +63,8 @@ class ExplicitAttentionPool(nn.Module):
         batch, tokens, _ = x.shape
         k, v = self.kv(x).reshape(batch, tokens, 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         query = self.query.expand(batch, -1, -1, -1)
-        x = self.proj(attend(self.query_key, self.attention_value, query, self.k_norm(k), v, self.scale))
+        heads = attend((self.query_key, self.attention_value), query, self.k_norm(k), v, self.scale)
+        x = self.proj(side_by_side(heads))
         x = x + self.mlp(self.norm(x))
         pooled: Tensor = self.after(x[:, 0] if self.pool == "token" else x.mean(dim=1))
         return pooled

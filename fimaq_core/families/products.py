@@ -12,12 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from fimaq_core.errors import ModelError
-from fimaq_core.families.attention import (
-    ExplicitMultiheadAttention,
-    additive,
-    attend_heads,
-    products,
-)
+from fimaq_core.families.attention import ExplicitMultiheadAttention, additive, attend, products, side_by_side
 from fimaq_core.layers import QuantConv2d, QuantLinear, QuantMatMul, quant_layers
 from fimaq_core.recipe import Recipe
 
@@ -39,10 +34,8 @@ _Use = tuple[str, int | None]
 class RoutedProducts(TorchFunctionMode):
     """While it is entered, quantizable products compute attention, in the order of the calls.
 
-    Routed are ``F.scaled_dot_product_attention`` and ``a @ b`` of activations.
-
-    Args:
-        products: two per attention, one per other product.
+    Routed are ``F.scaled_dot_product_attention``, two products per call, and ``a @ b`` of
+    activations.
     """
 
     def __init__(self, products: nn.ModuleList) -> None:
@@ -60,14 +53,14 @@ class RoutedProducts(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             return self.attention(*args, **kwargs)
         if func.__name__ in _PRODUCTS:
-            return _in_heads(self.product, *args)
+            return _in_heads(lambda a, b: self._next()(a, b), *args)
         return func(*args, **kwargs)
 
-    def product(self, a: Tensor, b: Tensor) -> Tensor:
-        """``a @ b`` by the next product."""
+    def _next(self) -> QuantMatMul:
+        found = self.products[self.calls]
+        assert isinstance(found, QuantMatMul)
         self.calls += 1
-        out: Tensor = self.products[self.calls - 1](a, b)
-        return out
+        return found
 
     def attention(
         self,
@@ -90,14 +83,11 @@ class RoutedProducts(TorchFunctionMode):
             mask = additive(mask)
         factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
 
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            first, second = self.products[self.calls], self.products[self.calls + 1]
-            assert isinstance(first, QuantMatMul)
-            assert isinstance(second, QuantMatMul)
-            self.calls += 2
-            return attend_heads(first, second, q, k, v, factor, mask)
+        def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            by = self._next(), self._next()
+            return attend(by, q, k, v, factor, mask)
 
-        return _in_heads(attend, query, key, value)
+        return _in_heads(attended, query, key, value)
 
 
 class RoutedMultiheadAttention(ExplicitMultiheadAttention):
@@ -109,27 +99,17 @@ class RoutedMultiheadAttention(ExplicitMultiheadAttention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """See :class:`ExplicitMultiheadAttention`."""
-        heads = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return heads.transpose(1, 2).flatten(2)
+        return side_by_side(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
 
 
 class Recorder(RoutedProducts):
     """Makes a block's products while the block runs in full precision; records where tensors go.
 
-    Args:
-        label: of the block, for messages.
-        block: its layers are swapped already.
-        made: receives the products.
-        recipe: bits and quantizers.
+    ``label`` is the block's, for messages; its layers are swapped already; ``made`` takes the
+    products.
     """
 
-    def __init__(
-        self,
-        label: str,
-        block: nn.Module,
-        made: nn.ModuleList,
-        recipe: Recipe,
-    ) -> None:
+    def __init__(self, label: str, block: nn.Module, made: nn.ModuleList, recipe: Recipe) -> None:
         super().__init__(made)
         self.label, self.recipe = label, recipe
         self._layers: dict[int, tuple[str, QuantLinear | QuantConv2d]] = {}
@@ -193,13 +173,8 @@ class Recorder(RoutedProducts):
         )
 
     def check_calls(self, calls: Mapping[str, int]) -> None:
-        """Refuse a layer whose weight is used otherwise than by calling the layer.
-
-        Args:
-            calls: by name of the layer.
-
-        Raises:
-            ModelError: names the layer.
+        """Refuse a layer whose weight is used otherwise than by calling the layer. Raises
+        ModelError.
         """
         for name, _ in self._layers.values():
             if calls.get(name, 0) != self._weight_uses[name] or not calls.get(name, 0):
@@ -219,10 +194,9 @@ class Recorder(RoutedProducts):
                     yield layer
 
     def norms_before(self, output: Tensor) -> Iterator[tuple[nn.LayerNorm, str]]:
-        """Yield each LayerNorm whose only consumer is one linear layer, with that layer's name.
+        """Yield each LayerNorm that one linear layer alone consumes, and that layer's name.
 
-        Args:
-            output: of the block; others consume it.
+        Others consume the block's ``output``.
         """
         calls = Counter(weight for _, weight in self._origins.values() if weight is not None)
         for tensor, (origin, weight) in self._origins.items():

@@ -26,10 +26,8 @@ from fimaq_core.recipe import Recipe
 class ExplicitSwinBlock(nn.Module):
     """timm's ``SwinTransformerBlock`` with a pad value that LayerNorm reparameterisation can move.
 
-    timm pads windows with zeros after the first norm. Once that norm's output has been shifted per channel, a zero means
-    something else: ``pad`` (channels,) holds what stands for zero.
-
-    Args of ``forward``: x (B, H, W, C).
+    timm pads windows with zeros after the first norm. Once that norm's output has been shifted per
+    channel, ``pad`` (channels,) holds what stands for zero. x is (B, H, W, C).
     """
 
     pad: Tensor
@@ -98,7 +96,8 @@ class SwinFamily:
         return type(model) is SwinTransformer
 
     def build(self, model: nn.Module, recipe: Recipe) -> BlockChain:
-        """Cut ``model`` into patch embedding, blocks, patch mergings and head. Takes over its parameters.
+        """Cut ``model`` into patch embedding, blocks, mergings and head, taking over its
+        parameters.
 
         Raises:
             ModelError: a part of a kind that is not supported.

@@ -1,4 +1,4 @@
-"""Family of timm's ViT and DeiT (with and without the distillation token), also as a tower without a classifier."""
+"""Family of timm's ViT and DeiT (with and without distillation), also without classifier."""
 
 from timm.layers.attention import Attention
 from timm.models.deit import VisionTransformerDistilled
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fimaq_core.chain import BlockChain, Segment
 from fimaq_core.errors import ModelError
-from fimaq_core.families.attention import attend, products
+from fimaq_core.families.attention import attend, products, side_by_side
 from fimaq_core.families.parts import classifier, mlp_parts, norm_pair, swap_mlp, swap_patch_embed
 from fimaq_core.families.pool import ExplicitAttentionPool
 from fimaq_core.layers import QuantLinear
@@ -15,9 +15,9 @@ from fimaq_core.recipe import Recipe
 
 
 class ExplicitAttention(nn.Module):
-    """timm's ``Attention`` (ViT, DeiT) written out: qkv, ``q kᵀ``, softmax, ``softmax v``, projection.
+    """timm's ``Attention`` (ViT, DeiT) written out, for x (B, N, C).
 
-    Args of ``forward``: x (B, N, C). The keyword arguments that timm's blocks pass must be unused.
+    The keyword arguments that timm's blocks pass must be unused.
     """
 
     def __init__(self, attention: nn.Module, recipe: Recipe) -> None:
@@ -37,8 +37,8 @@ class ExplicitAttention(nn.Module):
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
         q, k = self.q_norm(q), self.k_norm(k)
-        out = attend(self.query_key, self.attention_value, q, k, v, self.scale)
-        projected: Tensor = self.proj(self.norm(out))
+        heads = attend((self.query_key, self.attention_value), q, k, v, self.scale)
+        projected: Tensor = self.proj(self.norm(side_by_side(heads)))
         return projected
 
 
@@ -113,14 +113,14 @@ class _LastBlock(nn.Module):
 
 
 def vit_body(model: VisionTransformer, recipe: Recipe, prefix: str = "", ends: bool = False) -> tuple[list[Segment], nn.Module]:
-    """Cut a ViT into patch embedding, blocks and, where it has one, attention pooling. Takes over its parameters.
+    """Cut a ViT into patch embedding, blocks and attention pooling, if any. Takes over its
+    parameters.
 
     Args:
         model: of a class that :class:`ViTFamily` matches.
-        recipe: bits and quantizers.
         prefix: of the segments' labels.
-        ends: whether nothing quantized follows. The last segment's block then goes on to the pooled output, for a segment
-            without quantizers would have nothing to calibrate or to learn.
+        ends: whether nothing quantized follows. The last segment's block then goes on to the pooled
+            output, for a segment without quantizers would have nothing to calibrate or to learn.
 
     Returns:
         The segments, and the full-precision part from the last one's output to the head's input.
@@ -169,11 +169,7 @@ class ViTFamily:
         return type(model) in (VisionTransformer, VisionTransformerDistilled)
 
     def build(self, model: nn.Module, recipe: Recipe) -> BlockChain:
-        """Cut ``model`` into patch embedding, blocks, attention pooling (if any) and head. Takes over its parameters.
-
-        Raises:
-            ModelError: blocks, attention, MLP, pooling or head of a kind that is not supported.
-        """
+        """Cut ``model`` into :func:`vit_body` and head; errors as there."""
         assert isinstance(model, VisionTransformer)
         segments, rest = vit_body(model, recipe)
         head: nn.Module = classifier(model.head, recipe)

@@ -13,46 +13,29 @@ Measure = Callable[[Tensor, Tensor], Tensor]
 
 
 class Divergence:
-    """A task's measure of how far outputs are from the full-precision ones.
+    """A task's measure of how far outputs are from the full-precision ones."""
 
-    Attributes:
-        batch: how many samples in a row share a batch, where it compares samples with each other; None where each sample's
-            part is its own, so that batches do not matter.
-    """
-
+    #: how many samples in a row are compared with each other; None where each sample's part is its
+    #: own, so that batches do not matter
     batch: int | None = None
 
     def reference(self, outputs: Samples) -> Samples:
-        """What the outputs of all samples are compared with, row by row: (n, ...).
-
-        Args:
-            outputs: (n, ...) what the full-precision model gives.
-        """
+        """What outputs (n, ...) are compared with, row by row, from the full-precision ones."""
         return outputs
 
     def __call__(self, outputs: Tensor, reference: Tensor) -> Tensor:
-        """Return the divergence, a scalar: the mean over the batch.
-
-        Args:
-            outputs: (B, ...) what the model gives.
-            reference: (B, ...) rows of :meth:`reference` for the same samples.
-        """
+        """The mean divergence over a batch of outputs (B, ...) and rows of the reference."""
         raise NotImplementedError
 
 
 def kl_divergence(logits: Tensor, reference: Tensor, temperature: float = 1.0) -> Tensor:
-    """``KL(softmax(reference / T) || softmax(logits / T))``, mean over the batch, in nats.
-
-    Args:
-        logits, reference: (B, classes).
-        temperature: T.
-    """
+    """``KL(softmax(reference / T) || softmax(logits / T))`` in nats, mean over the batch."""
     target = F.log_softmax(reference / temperature, dim=-1)
     return F.kl_div(F.log_softmax(logits / temperature, dim=-1), target, reduction="batchmean", log_target=True)
 
 
 class ClassifierDivergence(Divergence):
-    """The divergence of a classifier: KL at a temperature (FIMA-Q's released code: 20), at least in float32."""
+    """A classifier's KL at a temperature (FIMA-Q's released code: 20), at least in float32."""
 
     def __init__(self, temperature: float) -> None:
         self.temperature = temperature

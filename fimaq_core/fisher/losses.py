@@ -1,8 +1,9 @@
-"""Block losses: squared error weighted by approximations of the Fisher information. Pure functions.
+"""Block losses: squared error weighted by approximations of the Fisher information.
 
-Symbols: Δ the block's output error, flattened to (B, N); g mean absolute gradients and d mean absolute errors of
-k Fisher passes, stacked to G and D, (k, N). Source: FIMA-Q (Wu et al., CVPR 2025, arXiv:2506.11543) and its
-released code; ``fisher_brecq`` is BRECQ's squared gradient (Li et al., ICLR 2021).
+Pure functions. Symbols: Δ the block's output error, flattened to (B, N); g mean absolute gradients
+and d mean absolute errors of k Fisher passes, stacked to G and D, (k, N). Source: FIMA-Q (Wu et
+al., CVPR 2025, arXiv:2506.11543) and its released code; ``fisher_brecq`` is BRECQ's squared
+gradient (Li et al., ICLR 2021).
 """
 
 from collections.abc import Callable
@@ -18,36 +19,36 @@ DAMPING = 1e-8
 
 
 def squared_error(delta: Tensor) -> Tensor:
-    """``mean over samples of Σ Δ²``; ``delta`` (B, N)."""
+    """``mean over samples of Σ Δ²``."""
     return delta.square().sum(1).mean()
 
 
 def absolute_error(delta: Tensor) -> Tensor:
-    """``mean over samples of Σ |Δ|``; ``delta`` (B, N)."""
+    """``mean over samples of Σ |Δ|``."""
     return delta.abs().sum(1).mean()
 
 
 def squared_gradient_loss(delta: Tensor, gradient: Tensor) -> Tensor:
-    """``mean(Δ² g²)`` with one gradient a sample; both (B, N)."""
+    """``mean(Δ² g²)`` with one gradient per sample, (B, N)."""
     return (delta * gradient).square().mean()
 
 
 def diagonal_loss(delta: Tensor, diagonal: Tensor) -> Tensor:
-    """``mean(Δ² · h)``; ``delta`` (B, N), ``diagonal`` (N,) or (B, N).
+    """``mean(Δ² · h)`` with h (N,) or (B, N).
 
-    For FIMA-Q h is the mean of the k absolute gradients; for APHQ-ViT (Wu et al., CVPR 2025, arXiv:2504.02508) the
-    perturbation Hessian, a sample's own or the mean of all.
+    For FIMA-Q h is the mean of the k absolute gradients; for APHQ-ViT (Wu et al., CVPR 2025,
+    arXiv:2504.02508) the perturbation Hessian, a sample's own or the mean of all.
     """
     return (delta.square() * diagonal).mean()
 
 
 def least_squares_loss(delta: Tensor, diagonal: Tensor, direction: Tensor) -> Tensor:
-    """``mean over samples of ½ Σ h Δ² + ½ (uᵀΔ)²`` (LS-ViT, CVPR 2026); ``delta`` (B, N), h and u (N,)."""
+    """``mean over samples of ½ Σ h Δ² + ½ (uᵀΔ)²`` (LS-ViT, CVPR 2026) with h and u (N,)."""
     return 0.5 * ((delta.square() @ diagonal) + (delta @ direction).square()).mean()
 
 
 def rank_one_loss(delta: Tensor, gradient: Tensor) -> Tensor:
-    """``mean over samples of (mean_N |Δ| g)²``; ``delta`` (B, N), ``gradient`` (N,) the mean of the k absolute gradients.
+    """``mean over samples of (mean_N |Δ| g)²`` with g (N,) the mean of the k absolute gradients.
 
     The released code runs this loss for k = 1 only; taking the mean of G is our generalisation.
     """
@@ -63,16 +64,11 @@ def low_rank_loss(delta: Tensor, gradients: Tensor, root: Tensor) -> Tensor:
 
 
 def inverse_gram_root(errors: Tensor) -> tuple[Tensor, bool]:
-    """Return a root R of ``(D Dᵀ)⁻¹ = R Rᵀ`` and whether damping was needed.
+    """Return a root R (k, k), float32, of ``(D Dᵀ)⁻¹ = R Rᵀ`` and whether damping was needed.
 
-    The k mean errors of a block are alike, so D Dᵀ is near singular or, when two passes saw the same
-    quantization, singular. Eigenvalues (in float64) are kept above :data:`DAMPING` times the largest.
-
-    Args:
-        errors: D, (k, N).
-
-    Returns:
-        (k, k) float32; zeros if D is zero.
+    The k mean errors of a block are alike, so D Dᵀ is near singular or, when two passes saw the
+    same quantization, singular. Eigenvalues (in float64) are kept above :data:`DAMPING` times the
+    largest. R is zero if D is zero.
     """
     wide = errors.double()
     values, vectors = torch.linalg.eigh(wide @ wide.t())
@@ -89,10 +85,8 @@ PLAIN: dict[str, Callable[[Tensor], Tensor]] = {"mse": squared_error, "mae": abs
 
 
 def register_loss(name: str, loss: Callable[[Tensor], Tensor]) -> None:
-    """Add a block loss: a function of the block's output error Δ, (B, N) to a scalar. It is divided by its start.
-
-    Raises:
-        RecipeError: the name is taken.
+    """Add a loss: a function of Δ (B, N), divided by its start. Raises RecipeError if it is
+    there.
     """
     if name in LOSSES:
         raise RecipeError(f"A loss named '{name}' exists already: choose another name.")

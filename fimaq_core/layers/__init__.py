@@ -1,16 +1,53 @@
-"""Quantizable layers: a float layer (or product) plus its quantizers."""
+"""Quantizable layers: a float layer (or product) plus its quantizers, and how they are found."""
 
-from fimaq_core.layers.layers import QuantConv2d, QuantConvTranspose2d, QuantLayer, QuantLinear, QuantMatMul, WeightLayer
-from fimaq_core.layers.walk import decide_roundings, quant_layers, set_quantized
+from collections.abc import Iterator
+
+from torch import nn
+
+from fimaq_core.layers.product import QuantMatMul
+from fimaq_core.layers.weighted import (
+    FORMS,
+    QuantConv2d,
+    QuantConvTranspose2d,
+    QuantLinear,
+    WeightLayer,
+    decide_rounding,
+    fold_shift,
+)
 
 __all__ = [
+    "FORMS",
     "QuantConv2d",
     "QuantConvTranspose2d",
     "QuantLayer",
     "QuantLinear",
     "QuantMatMul",
     "WeightLayer",
+    "decide_rounding",
     "decide_roundings",
+    "fold_shift",
     "quant_layers",
     "set_quantized",
 ]
+
+QuantLayer = WeightLayer | QuantMatMul
+
+
+def quant_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, QuantLayer]]:
+    """Yield (name, layer) of every quantizable layer in ``module``, itself included, in order."""
+    for name, child in module.named_modules(prefix=prefix):
+        if isinstance(child, QuantLayer):
+            yield name, child
+
+
+def set_quantized(module: nn.Module, on: bool) -> None:
+    """Switch every quantizable layer in ``module`` to its quantized or its full-precision form."""
+    for _, layer in quant_layers(module):
+        layer.quantized = on
+
+
+def decide_roundings(module: nn.Module) -> None:
+    """Fix the codes of all weights in ``module`` that are open still to the nearest grid points."""
+    for _, layer in quant_layers(module):
+        if isinstance(layer, WeightLayer):
+            decide_rounding(layer)

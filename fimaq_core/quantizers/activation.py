@@ -1,4 +1,4 @@
-"""What all activation quantizers have in common: bits, a scale that can be learned, random dropping."""
+"""What activation quantizers have in common: bits, a scale that can be learned, random dropping."""
 
 from typing import Any, ClassVar, Literal
 
@@ -18,26 +18,20 @@ def levels_of(bits: int) -> int:
 
 
 class ActivationQuantizer(nn.Module):
-    """Holds a scale, and how the quantizer behaves just now.
+    """Holds a scale, and how the quantizer behaves just now."""
 
-    Attributes:
-        kind: name of the quantizer in recipes and records.
-        scale: float32 parameter, broadcastable to the input; empty before calibration.
-        learning: how to compute while the scale is learned; None outside of training.
-        keep_probability: share of elements quantized while learning, a multiple of 1/256.
-        key: (2,) int32 buffer, the random dropping's key (:mod:`fimaq_core.quantizers.dropping`).
-    """
-
-    kind: ClassVar[Kind]
-    scale: nn.Parameter
-    key: Tensor
+    kind: ClassVar[Kind]  # name of the quantizer in recipes and records
+    scale: nn.Parameter  # float32 parameter, broadcastable to the input; empty before calibration
+    key: Tensor  # (2,) int32 buffer, the random dropping's key
 
     def __init__(self, bits: int) -> None:
         super().__init__()
         self.bits = bits
         self.scale = nn.Parameter(torch.empty(0), requires_grad=False)
         self.register_buffer("key", torch.zeros(2, dtype=torch.int32), persistent=False)
+        #: how to compute while the scale is learned; None outside of training
         self.learning: Form | None = None
+        #: share of elements quantized while learning, a multiple of 1/256
         self.keep_probability = 1.0
 
     @property

@@ -1,6 +1,7 @@
 """Uniform affine quantization: ``q = clamp(round(x / s) + z, 0, L - 1)``, ``x̂ = (q - z) * s``.
 
-Quantization is simulated: every function returns floating point values on the quantization grid.
+It is simulated: every function returns floating point values on the grid. Scales and zero points
+(integers as floating point) broadcast to x.
 """
 
 from typing import Any
@@ -13,26 +14,16 @@ from fimaq_core.quantizers.dropping import threshold_of, traced_mask
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, levels: int) -> Tensor:
-    """Round ``x`` to the nearest point of the affine grid.
-
-    Args:
-        x: values, any shape, floating point.
-        scale: step sizes, broadcastable to ``x``, positive.
-        zero_point: integers as floating point, broadcastable to ``x``.
-        levels: number of grid points.
-
-    Returns:
-        Tensor of the shape of ``x``.
-    """
+    """Round ``x`` to the nearest point of the affine grid."""
     codes = torch.round(x / scale).add_(zero_point).clamp_(0, levels - 1)
     return codes.sub_(zero_point).mul_(scale)
 
 
 class _LearnedScale(torch.autograd.Function):
-    """Fake quantization with a straight-through ``round``, learned scale and random dropping; for plain execution.
+    """Fake quantization with a straight-through ``round``, learned scale and random dropping.
 
-    One node instead of the dozen that autograd would record: backward needs two tensors only, the
-    scale's local derivative and where the input's gradient passes.
+    For plain execution: one node instead of the dozen that autograd would record. Backward needs
+    two tensors only, the scale's local derivative and where the input's gradient passes.
     """
 
     @staticmethod
@@ -63,11 +54,12 @@ class _LearnedScale(torch.autograd.Function):
 
 
 class _TracedScale(torch.autograd.Function):
-    """The same for compilation: written so that forward and backward each fuse into one pass.
+    """The same for compilation: forward and backward each fuse into one pass.
 
-    Saved are input and output, which the layers beside it save anyway. What was kept follows from them (an element
-    that differs from its input was quantized; where it does not differ, both branches of the gradient agree), so
-    backward draws no mask; and no boolean tensor is ever stored, which on CPUs costs more than all the rest.
+    Saved are input and output, which the layers beside it save anyway. What was kept follows from
+    them (an element that differs from its input was quantized; where it does not differ, both
+    branches of the gradient agree), so backward draws no mask; and no boolean tensor is ever
+    stored, which on CPUs costs more than all the rest.
     """
 
     @staticmethod
@@ -99,7 +91,7 @@ def _traced_codes(rounded: Tensor, zero_point: Tensor, top: Tensor) -> Tensor:
 
 
 def _sum_in_two(values: Tensor, shape: torch.Size) -> Tensor:
-    """Sum to ``shape``, the first dimension last: the inner sum fuses with what makes ``values``."""
+    """Sum to ``shape``, the first dimension last: the inner sum fuses with what comes before."""
     wide = (1,) * (values.ndim - len(shape)) + tuple(shape)
     inner = [dim for dim in range(1, values.ndim) if wide[dim] == 1]
     part = values.sum(inner, keepdim=True) if inner else values
@@ -109,27 +101,15 @@ def _sum_in_two(values: Tensor, shape: torch.Size) -> Tensor:
 def learned_fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, levels: int, keep: Tensor | None = None) -> Tensor:
     """Fake quantization that can be differentiated with respect to ``x`` and ``scale``.
 
-    ``round`` has a straight-through gradient; the zero point is not learned.
-
-    Args:
-        x: values, floating point.
-        scale: step sizes, broadcastable to ``x``.
-        zero_point: integers as floating point, broadcastable to ``x``.
-        levels: number of grid points.
-        keep: float mask of the shape of ``x``; where it is 0 (not 1) the value stays in full
-            precision (QDrop, Wei et al., ICLR 2022).
+    ``round`` has a straight-through gradient; the zero point is not learned. Where the float mask
+    ``keep`` is 0 (not 1) the value stays in full precision (QDrop, Wei et al., ICLR 2022).
     """
     out: Tensor = _LearnedScale.apply(x, scale, zero_point, levels, keep)  # type: ignore[no-untyped-call]
     return out
 
 
 def textbook_fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, levels: int, keep: Tensor | None = None) -> Tensor:
-    """:func:`learned_fake_quantize` in the operations of its definition, differentiated by autograd.
-
-    Args:
-        keep: boolean mask.
-        x, scale, zero_point, levels: as there.
-    """
+    """:func:`learned_fake_quantize` by its definition and autograd, with a boolean mask."""
     ratio = x / scale
     rounded = ratio + (torch.round(ratio) - ratio).detach()
     out = (torch.clamp(rounded + zero_point, 0, levels - 1) - zero_point) * scale
@@ -137,16 +117,11 @@ def textbook_fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, levels:
 
 
 class AffineQuantizer(ActivationQuantizer):
-    """Uniform affine quantizer.
-
-    Attributes:
-        zero_point: float32 buffer with integer values, broadcastable to the input.
-        top: float32 buffer, the highest code.
-    """
+    """Uniform affine quantizer."""
 
     kind = "uniform"
-    zero_point: Tensor
-    top: Tensor
+    zero_point: Tensor  # float32 buffer with integer values, broadcastable to the input
+    top: Tensor  # float32 buffer, the highest code
 
     def __init__(self, bits: int) -> None:
         super().__init__(bits)
@@ -159,7 +134,7 @@ class AffineQuantizer(ActivationQuantizer):
         self.zero_point = zero_point.detach().clone().float().contiguous()
 
     def forward(self, x: Tensor, transposed: bool = False) -> Tensor:
-        """Quantize ``x``; ``transposed``: its last two dimensions are swapped against those of scale and zero point."""
+        """Quantize ``x``; ``transposed``: its last two dimensions are the scale's, swapped."""
         if self.off:
             return x
         self._check_calibrated()
@@ -178,4 +153,43 @@ class AffineQuantizer(ActivationQuantizer):
         zero = state_dict.get(prefix + "zero_point")
         if zero is not None and zero.shape != self.zero_point.shape:
             self.zero_point = torch.empty_like(zero)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class WeightQuantizer(AffineQuantizer):
+    """Per-output-channel affine quantizer of a weight seen as a matrix (rows = output channels).
+
+    ``codes`` (uint8, rows x columns) hold decided roundings. The float weight stays beside them, so
+    that one model can run in full precision and quantized.
+    """
+
+    codes: Tensor
+
+    def __init__(self, bits: int) -> None:
+        super().__init__(bits)
+        self.register_buffer("codes", torch.empty(0, dtype=torch.uint8))
+
+    def quantized(self, weight: Tensor) -> Tensor:
+        """Return the quantized form of ``weight`` (any shape, first dimension = output channels)."""
+        if self.off:
+            return weight
+        if self.codes.numel():
+            matrix = (self.codes.to(weight.dtype) - self.zero_point) * self.scale
+        else:
+            matrix = fake_quantize(weight.flatten(1), self.scale, self.zero_point, self.levels)
+        return matrix.view_as(weight)
+
+    def set_range(self, scale: Tensor, zero_point: Tensor) -> None:
+        """Set scale and zero point, (rows, 1); codes decided for another range are forgotten."""
+        super().set_range(scale, zero_point)
+        self.codes = torch.empty(0, dtype=torch.uint8, device=self.scale.device)
+
+    def set_codes(self, codes: Tensor) -> None:
+        """Fix the rounding. ``codes``: integers in [0, levels - 1], rows x columns."""
+        self.codes = codes.to(torch.uint8).contiguous()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        codes = state_dict.get(prefix + "codes")
+        if codes is not None and codes.shape != self.codes.shape:
+            self.codes = torch.zeros(codes.shape, dtype=torch.uint8, device=self.scale.device)
         super()._load_from_state_dict(state_dict, prefix, *args)

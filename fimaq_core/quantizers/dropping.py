@@ -1,12 +1,13 @@
 """Random masks by a counter-based generator: a pure function of a key and an element's number.
 
-Nothing is drawn in sequence, so a mask is the same on every device, inside a compiled step and inside a CUDA graph,
-and costs a few integer operations that fuse with the arithmetic around them. Four neighbouring elements share one
-32-bit word, a byte each; so probabilities are multiples of 1/256.
+Nothing is drawn in sequence, so a mask is the same on every device, inside a compiled step and
+inside a CUDA graph, and costs a few integer operations that fuse with the arithmetic around them.
+Four neighbouring elements share one 32-bit word, a byte each; so probabilities are multiples of
+1/256.
 
-The word is a multiply and xor-shift hash of its number with a 64-bit key, one half of it before each of the first two
-multiplications (multipliers: the golden ratio, and those of A. Appleby's MurmurHash3 finalizer). It is made for dropping
-activations, not for cryptography.
+The word is a multiply and xor-shift hash of its number with a 64-bit key, one half of it before
+each of the first two multiplications (multipliers: the golden ratio, and those of A. Appleby's
+MurmurHash3 finalizer). It is made for dropping activations, not for cryptography.
 """
 
 import torch
@@ -38,13 +39,7 @@ def _words(numbers: Tensor, key: Tensor) -> Tensor:
 
 
 def traced_mask(like: Tensor, key: Tensor, threshold: int) -> Tensor:
-    """Boolean mask of the shape of ``like``, true with probability ``threshold / 256``; made to be compiled.
-
-    Args:
-        like: gives shape and device.
-        key: (2,) int32.
-        threshold: 0 to 256.
-    """
+    """Boolean mask like ``like``, true with probability ``threshold / 256``, to be compiled."""
     number = torch.arange(like.numel(), device=like.device, dtype=torch.int32)
     word = _words(number >> 2, key)
     byte = (word >> ((number & 3) * 8)) & 255
@@ -52,12 +47,7 @@ def traced_mask(like: Tensor, key: Tensor, threshold: int) -> Tensor:
 
 
 def eager_mask(like: Tensor, key: Tensor, threshold: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The same mask, of ``dtype`` (0 and 1), with a pass a word instead of a pass an element: for plain execution.
-
-    Args:
-        like, key, threshold: as in :func:`traced_mask`.
-        dtype: of the result. Floating point is the fastest on CPUs, where boolean tensors are slow.
-    """
+    """The same mask, of ``dtype`` (float is the fastest on CPUs), with a pass per word."""
     if threshold > 255:  # as a byte it would be 0
         return torch.ones(like.shape, dtype=dtype, device=like.device)
     count = like.numel()

@@ -1,8 +1,11 @@
-"""Logarithmic quantization: ``k = round(-log2(clamp(x / s, 1e-15, 1)) / step)``, ``x̂ = s 2^(-step k)``, and 0 where k >= L.
+"""Logarithmic quantization: ``k = round(-log2(clamp(x / s, 1e-15, 1)) / step)``, ``x̂ = s 2^(-step
+k)``.
 
-For values in [0, s] of which most are small, as behind a softmax. ``step`` 1 is log2, 1/2 is log√2 (RepQ-ViT: Li et al.,
-ICCV 2023, arXiv:2212.08254), q/37 with an integer q is AdaLog (Wu et al., ECCV 2024, arXiv:2407.12951). Behind a GELU the
-values are quantized with :data:`GELU_SHIFT` added, which the layer behind takes away again.
+x̂ is 0 where k >= L, the number of codes. For values in [0, s] of which most are small, as behind a
+softmax. ``step`` (octaves) 1 is log2, 1/2 is log√2 (RepQ-ViT: Li et al., ICCV 2023,
+arXiv:2212.08254), q/37 with an integer q is AdaLog (Wu et al., ECCV 2024, arXiv:2407.12951). Behind
+a GELU the values are quantized with :data:`GELU_SHIFT` added, which the layer behind takes away
+again. Scale and step broadcast to x.
 """
 
 import torch
@@ -18,20 +21,14 @@ LOWEST = 1e-15
 
 
 def log_codes(x: Tensor, scale: Tensor, step: Tensor | float) -> Tensor:
-    """Codes k of the definition, not limited by the number of levels, as floating point; arguments broadcast to ``x``."""
+    """Codes k of the definition, not limited by the number of levels, as floating point."""
     return (x / scale).clamp_(LOWEST, 1).log2_().neg_().div_(step).round_()
 
 
 def log_fake_quantize(x: Tensor, scale: Tensor, step: Tensor | float, levels: int) -> Tensor:
     """Round ``x`` to a point ``s 2^(-step k)`` with k < L, or to 0.
 
-    Nearest is meant in the logarithm. Values above s become s; values up to 0 are taken for 1e-15 s.
-
-    Args:
-        x: values, any shape, floating point.
-        scale: largest values, broadcastable to ``x``, positive.
-        step: distance of the points in octaves, broadcastable to ``x``, positive.
-        levels: number of codes L; 0 comes on top of them.
+    Nearest is meant in the logarithm. Values above s become s; values up to 0 count as 1e-15 s.
     """
     codes = log_codes(x, scale, step)
     dropped = codes >= levels  # asked this way round, NaN stays NaN
@@ -39,17 +36,10 @@ def log_fake_quantize(x: Tensor, scale: Tensor, step: Tensor | float, levels: in
 
 
 def adalog_tables(q: int, levels: int) -> tuple[Tensor, Tensor]:
-    """AdaLog's points as shifts and mantissas, the two tables of inference without exponentials.
+    """AdaLog's points as shifts and mantissas, (L,) float32 each: inference without exponentials.
 
-    Code k stands for ``2^(-kq/37)``: a shift by ``floor(kq / 37)`` of ``2^(-(kq mod 37)/37)``, which is rounded to a
-    multiple of ``1 / (2L - 2)``.
-
-    Args:
-        q: numerator of the step ``q / 37``.
-        levels: number of codes L, at least 2.
-
-    Returns:
-        shifts (L,) and mantissas (L,), float32 on the CPU.
+    Code k stands for ``2^(-kq/37)``: a shift by ``floor(kq / 37)`` of ``2^(-(kq mod 37)/37)``,
+    which is rounded to a multiple of ``1 / (2L - 2)``. L is at least 2.
     """
     exponents = torch.arange(levels) * q
     unit = 2 * levels - 2
@@ -60,12 +50,7 @@ def adalog_tables(q: int, levels: int) -> tuple[Tensor, Tensor]:
 def adalog_fake_quantize(
     x: Tensor, scale: Tensor, shifts: Tensor, mantissas: Tensor, step: Tensor | float, levels: int
 ) -> Tensor:
-    """:func:`log_fake_quantize` with AdaLog's tables: the same codes, ``x̂ = s 2^(-shifts[k]) mantissas[k]``.
-
-    Args:
-        shifts, mantissas: (L,), from :func:`adalog_tables`, on the device of ``x``.
-        x, scale, step, levels: as there.
-    """
+    """:func:`log_fake_quantize` by :func:`adalog_tables`: ``s 2^(-shifts[k]) mantissas[k]``."""
     points = torch.cat([torch.exp2(-shifts) * mantissas, mantissas.new_zeros(1)])
     codes = log_codes(x, scale, step).clamp_(max=levels).int()
     return points.index_select(0, codes.flatten()).view(codes.shape).mul_(scale)
@@ -74,13 +59,11 @@ def adalog_fake_quantize(
 def learned_log_fake_quantize(x: Tensor, scale: Tensor, step: Tensor | float, levels: int, keep: Tensor | None = None) -> Tensor:
     """:func:`log_fake_quantize` that can be differentiated with respect to ``x`` and ``scale``.
 
-    ``round`` has a straight-through gradient. Within the range that makes ``dx̂/dx = x̂ / x`` and ``dx̂/ds = 0``; where x / s is
-    clamped, ``dx̂/dx = 0`` and ``dx̂/ds = x̂ / s``; where k >= L both are 0. These are written down instead of left to the
-    definition's operations, whose logarithm has no finite gradient at 0 and whose two terms of ``dx̂/ds`` cancel inexactly.
-
-    Args:
-        keep: mask, boolean or 0 and 1, broadcastable to ``x``; where it is 0 the value stays in full precision.
-        x, scale, step, levels: as there; the step is not learned.
+    ``round`` has a straight-through gradient. Within the range that makes ``dx̂/dx = x̂ / x`` and
+    ``dx̂/ds = 0``; where x / s is clamped, ``dx̂/dx = 0`` and ``dx̂/ds = x̂ / s``; where k >= L
+    both are 0. These are written down: the definition's logarithm has no finite gradient at 0, and
+    its two terms of ``dx̂/ds`` cancel inexactly. Where the mask ``keep`` is 0 the value stays in
+    full precision.
     """
     values, largest = x.detach(), scale.detach()
     out = log_fake_quantize(values, largest, step, levels)

@@ -1,9 +1,10 @@
-"""Learned rounding (AdaRound: Nagel et al., ICML 2020, arXiv:2004.10568) over all weights of a block at once.
+"""Learned rounding (AdaRound: Nagel et al., ICML 2020, arXiv:2004.10568), a block's weights at
+once.
 
-``ŵ = s * (clamp(floor(w / s) + h(α) + z, 0, L - 1) - z)`` with ``h(α) = clip(1.2 σ(α) - 0.1, 0, 1)``.
-Since ``floor(w / s) + z`` is an integer, the clamp acts on whole elements: ``ŵ`` is linear in ``h`` where
-``0 <= floor(w / s) + z <= L - 2`` and constant elsewhere. So one flat vector α serves the whole block, and a
-step costs a few passes over it whatever the number of layers.
+``ŵ = s * (clamp(floor(w / s) + h(α) + z, 0, L - 1) - z)`` with ``h(α) = clip(1.2 σ(α) - 0.1, 0,
+1)``. Since ``floor(w / s) + z`` is an integer, the clamp acts on whole elements: ``ŵ`` is linear in
+``h`` where ``0 <= floor(w / s) + z <= L - 2`` and constant elsewhere. So one flat vector α serves
+the whole block, and a step costs a few passes over it whatever the number of layers.
 """
 
 from dataclasses import dataclass
@@ -25,14 +26,10 @@ def initial_alpha(fraction: Tensor) -> Tensor:
 
 
 def alpha_gradient(alpha: Tensor, gain: Tensor, grad_weight: Tensor, penalty_weight: Tensor, beta: Tensor) -> Tensor:
-    """Gradient in α of a loss plus ``penalty_weight`` times the regulariser.
+    """Gradient in α (n,) of a loss plus ``penalty_weight`` times the regulariser.
 
     One formula instead of a backward pass, so that it fuses with the optimizer's update.
-
-    Args:
-        alpha, gain: (n,) as in :class:`RoundingProblem`.
-        grad_weight: (n,) the loss's gradient in the flat soft weights.
-        penalty_weight, beta: scalar tensors.
+    ``grad_weight`` (n,) is the loss's gradient in the flat soft weights.
     """
     sigmoid = torch.sigmoid(alpha)
     stretched = sigmoid * _STRETCH - _SHIFT
@@ -45,22 +42,15 @@ def alpha_gradient(alpha: Tensor, gain: Tensor, grad_weight: Tensor, penalty_wei
 
 @dataclass
 class RoundingProblem:
-    """The rounding variables of several weight matrices as one flat vector.
+    """The rounding variables of several weight matrices as one flat vector."""
 
-    Attributes:
-        alpha: float32, all elements of all matrices one after another.
-        offset, gain: float32, ``ŵ = offset + gain * h(α)``.
-        base: float32 integers, ``floor(w / s) + z`` before clamping.
-        shapes: shape of each weight, in order.
-        levels: number of grid points of each weight.
-    """
-
-    alpha: Tensor
+    alpha: Tensor  # float32, all elements of all matrices one after another
+    #: float32, ``ŵ = offset + gain * h(α)``
     offset: Tensor
     gain: Tensor
-    base: Tensor
-    shapes: list[torch.Size]
-    levels: list[int]
+    base: Tensor  # float32 integers, ``floor(w / s) + z`` before clamping
+    shapes: list[torch.Size]  # shape of each weight, in order
+    levels: list[int]  # number of grid points of each weight
 
     @classmethod
     def build(cls, weights: list[Tensor], scales: list[Tensor], zeros: list[Tensor], levels: list[int]) -> "RoundingProblem":
@@ -88,23 +78,20 @@ class RoundingProblem:
         return [piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
 
     def codes(self) -> list[Tensor]:
-        """Decided codes ``clamp(floor(w / s) + 1[α >= 0] + z, 0, L - 1)``, each rows x columns, float."""
+        """Decided codes ``clamp(floor(w / s) + 1[α >= 0] + z, 0, L - 1)``, rows x columns,
+        float.
+        """
         decided = self.split(self.base + (self.alpha >= 0))
         return [part.flatten(1).clamp(0, count - 1) for part, count in zip(decided, self.levels, strict=True)]
 
 
 def rounding_penalty(h: Tensor, beta: float) -> Tensor:
-    """Regulariser ``Σ (1 - |2h - 1| ** β)``, a scalar: 0 where every h is 0 or 1.
-
-    Args:
-        h: soft roundings in [0, 1], any shape.
-        beta: β, at least 1.
-    """
+    """Regulariser ``Σ (1 - |2h - 1| ** β)``, β >= 1: 0 where every h in [0, 1] is 0 or 1."""
     return (1 - (2 * h - 1).abs().pow(beta)).sum()
 
 
 def penalty_slope(h: Tensor, beta: Tensor) -> Tensor:
-    """Derivative in ``h`` of the regulariser ``Σ (1 - |2h - 1| ** β)``; ``h`` any shape, ``beta`` a scalar tensor."""
+    """Derivative in ``h`` of :func:`rounding_penalty`; ``beta`` is a scalar tensor."""
     centred = h * 2 - 1
     # The power by exp and log: both are vectorised on CPUs, pow is not. At distance 0 the sign makes the slope 0.
     power = torch.exp((beta - 1) * torch.log(centred.abs().clamp(min=1e-30)))

@@ -25,22 +25,17 @@ Source = Literal["softmax", "gelu"]
 class LogQuantizer(ActivationQuantizer):
     """Quantizer with levels ``s * base ** -k``, after a shift that makes GELU outputs non-negative.
 
-    As long as it is not folded, the shift is taken away again; folded, what it adds to a linear layer's output is in the
-    layer's ``quantized_bias``.
-
-    Attributes:
-        source: where the input comes from; softmax outputs are not shifted.
-        step: log2 of the base, a float32 buffer; starts as ``first_step``.
-        folded: whether the output keeps the shift, a boolean buffer.
+    Unless it is folded, the shift is taken away again; folded, what it adds to a linear layer's
+    output is in the layer's ``quantized_bias``.
     """
 
-    step: Tensor
-    folded: Tensor
+    step: Tensor  # log2 of the base, a float32 buffer; starts as ``first_step``
+    folded: Tensor  # whether the output keeps the shift, a boolean buffer
     first_step: ClassVar[float] = 1.0
 
     def __init__(self, bits: int, source: Source) -> None:
         super().__init__(bits)
-        self.source = source
+        self.source = source  # where the input comes from; softmax outputs are not shifted
         self.shift = GELU_SHIFT if source == "gelu" else 0.0
         self.register_buffer("step", torch.tensor(self.first_step))
         self.register_buffer("folded", torch.tensor(False))
@@ -91,13 +86,12 @@ class LogSqrt2Quantizer(LogQuantizer):
 class AdaLogQuantizer(LogQuantizer):
     """Base ``2 ** (q / 37)`` with a searched q (AdaLog: Wu et al., ECCV 2024, arXiv:2407.12951).
 
-    Inference multiplies by table entries: a shift and a mantissa of few bits for each code. Training uses the definition.
-
-    Attributes:
-        shifts, mantissas: (L,) float32 buffers, the tables.
+    Inference multiplies by table entries, a shift and a mantissa of few bits for each code;
+    training uses the definition.
     """
 
     kind: ClassVar[Kind] = "adalog"
+    #: (L,) float32 buffers, the tables
     shifts: Tensor
     mantissas: Tensor
 

@@ -1,7 +1,11 @@
-"""Twin uniform quantization (PTQ4ViT: Yuan et al., ECCV 2022, arXiv:2111.12293): two ranges, half of the codes for each.
+"""Twin uniform quantization (PTQ4ViT: Yuan et al., ECCV 2022, arXiv:2111.12293): two ranges.
 
-With L codes, ``H = L / 2`` belong to each range. L is a power of two, at least 4.
+With L codes, ``H = L / 2`` belong to each range. L is a power of two, at least 4. Split and scale
+broadcast to x. The learned forms have a straight-through ``round``; where their mask ``keep`` is 0
+the value stays in full precision.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -9,78 +13,50 @@ from torch import Tensor
 from fimaq_core.quantizers.logarithm import GELU_SHIFT
 
 
-def twin_softmax(x: Tensor, split: Tensor, levels: int) -> Tensor:
-    """Quantize values in [0, 1]: below the split with step ``Δ = split / (H - 1)``, from the split on with ``1 / (H - 1)``.
+def twin_softmax(x: Tensor, split: Tensor, levels: int, rounded: Callable[[Tensor], Tensor] = torch.round) -> Tensor:
+    """Quantize values in [0, 1]: below the split by ``split / (H - 1)``, else by ``1 / (H - 1)``.
 
-    Each range has the codes 0 … H - 1, so 0 has two, and values from the split to half a coarse step become 0.
-
-    This is the paper's quantizer, one range or the other. The released code adds both ranges' values, each of the value
-    clamped to its range: from the split on that is the split more than here, and below it as here wherever the split
-    is below half a coarse step.
-
-    Args:
-        x: values, any shape, floating point; clamped to [0, 1].
-        split: bound of the ranges, broadcastable to ``x``, in (0, 1].
-        levels: number of codes L.
+    Each range has the codes 0 … H - 1, so 0 has two, and values from the split to half a coarse
+    step become 0. This is the paper's quantizer, one range or the other. The released code adds
+    both ranges' values, each of the value clamped to its range: from the split on that is the split
+    more than here, and below it as here wherever the split is below half a coarse step.
     """
     top = levels // 2 - 1
     fine = split / top
-    low = torch.round(x / fine).clamp(0, top) * fine
-    high = torch.round(x * top).clamp(0, top) / top
+    low = rounded(x / fine).clamp(0, top) * fine
+    high = rounded(x * top).clamp(0, top) / top
     return torch.where(x < split, low, high)
 
 
-def twin_gelu(x: Tensor, positive_scale: Tensor, levels: int) -> Tensor:
-    """Quantize values behind a GELU: positive ones with a step of their own, negative ones with ``GELU_SHIFT / H``.
+def twin_gelu(x: Tensor, positive_scale: Tensor, levels: int, rounded: Callable[[Tensor], Tensor] = torch.round) -> Tensor:
+    """Quantize values behind a GELU: positive ones by their own step, others by ``GELU_SHIFT / H``.
 
-    Codes are 0 … H - 1 for the positive range and -1 … -H for the negative one, which ends at GELU's minimum: L codes in
-    all, since 0 is one code for both.
-
-    Args:
-        x: values, any shape, floating point.
-        positive_scale: step size of the positive range, broadcastable to ``x``, positive.
-        levels: number of codes L.
+    Codes are 0 … H - 1 for the positive range and -1 … -H for the negative one, which ends at GELU's
+    minimum: L codes in all, since 0 is one code for both.
     """
     half = levels // 2
     fine = GELU_SHIFT / half
-    positive = torch.round(x / positive_scale).clamp(0, half - 1) * positive_scale
-    negative = torch.round(x / fine).clamp(-half, 0) * fine
+    positive = rounded(x / positive_scale).clamp(0, half - 1) * positive_scale
+    negative = rounded(x / fine).clamp(-half, 0) * fine
     return torch.where(x >= 0, positive, negative)
 
 
 def learned_twin_softmax(x: Tensor, split: Tensor, levels: int, keep: Tensor | None = None) -> Tensor:
     """:func:`twin_softmax` that can be differentiated with respect to ``x`` and ``split``.
 
-    ``round`` has a straight-through gradient. The split is learned as what sets the lower range's step; that it also
-    decides which range a value belongs to has no gradient.
-
-    Args:
-        keep: mask, boolean or 0 and 1, broadcastable to ``x``; where it is 0 the value stays in full precision.
-        x, split, levels: as there.
+    The split is learned as what sets the lower range's step; that it also decides which range a
+    value belongs to has no gradient.
     """
-    top = levels // 2 - 1
-    fine = split / top
-    low = _through(x / fine).clamp(0, top) * fine
-    high = _through(x * top).clamp(0, top) / top
-    out = torch.where(x < split, low, high)
-    return out if keep is None else torch.where(keep.bool(), out, x)
+    return _kept(twin_softmax(x, split, levels, _through), x, keep)
 
 
 def learned_twin_gelu(x: Tensor, positive_scale: Tensor, levels: int, keep: Tensor | None = None) -> Tensor:
-    """:func:`twin_gelu` that can be differentiated with respect to ``x`` and ``positive_scale``.
+    """:func:`twin_gelu` that can be differentiated with respect to ``x`` and ``positive_scale``."""
+    return _kept(twin_gelu(x, positive_scale, levels, _through), x, keep)
 
-    ``round`` has a straight-through gradient.
 
-    Args:
-        keep: mask, boolean or 0 and 1, broadcastable to ``x``; where it is 0 the value stays in full precision.
-        x, positive_scale, levels: as there.
-    """
-    half = levels // 2
-    fine = GELU_SHIFT / half
-    positive = _through(x / positive_scale).clamp(0, half - 1) * positive_scale
-    negative = _through(x / fine).clamp(-half, 0) * fine
-    out = torch.where(x >= 0, positive, negative)
-    return out if keep is None else torch.where(keep.bool(), out, x)
+def _kept(quantized: Tensor, x: Tensor, keep: Tensor | None) -> Tensor:
+    return quantized if keep is None else torch.where(keep.bool(), quantized, x)
 
 
 def _through(ratio: Tensor) -> Tensor:

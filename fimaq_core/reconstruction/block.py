@@ -1,4 +1,4 @@
-"""Optimising one block: rounding of weights and scales of activations (AdaRound, QDrop, BRECQ schedule)."""
+"""Optimising one block: rounding of weights and scales of activations (AdaRound, QDrop, BRECQ)."""
 
 from collections.abc import Callable
 
@@ -11,30 +11,20 @@ from fimaq_core.layers import decide_roundings, set_quantized
 from fimaq_core.numerics import tf32_allowed
 from fimaq_core.quantizers.dropping import draw_keys
 from fimaq_core.recipe import Recipe
-from fimaq_core.reconstruction.engines import FORMS, Engine, make_step
+from fimaq_core.reconstruction.engines import STEPS, Engine
 from fimaq_core.reconstruction.objective import Objective
 from fimaq_core.reconstruction.schedule import Schedule, block_generator
 from fimaq_core.reconstruction.state import BlockState, run_block
 from fimaq_core.reconstruction.tape import Tape
-from fimaq_core.samples import Ragged
 
 
 class BlockTrainer:
     """One block's optimisation: :meth:`step` for every step in order, then :meth:`finish`.
 
     Args:
-        segment: whose block is optimised.
         tape: at that block, target computed.
-        objective: makes the loss.
-        recipe: schedule and rates.
         seed: of batches, input mixing and dropping, together with the block's label.
-        engine: how steps run.
-        on_pass: called with True before and with False after each Fisher pass, and with the number of
-            steps done.
-
-    Attributes:
-        state: the variables.
-        schedule: tables of the steps.
+        on_pass: called before (True) and after (False) each Fisher pass, with the steps done.
     """
 
     def __init__(
@@ -50,17 +40,16 @@ class BlockTrainer:
         self.segment, self.objective, self.recipe, self.engine = segment, objective, recipe, engine
         self._on_pass = on_pass
         set_quantized(segment.block, True)
-        self.state = BlockState(segment, recipe.learn_scales)
-        generator = block_generator(seed, segment.label)
-        device = tape.storage.device
-        self.schedule = Schedule.build(
-            recipe, len(tape.full), self.state.layout.streams, generator, device, isinstance(tape.full, Ragged)
-        )
+        self.state = BlockState(segment, recipe.learn_scales)  # the variables
+        generator, streams = block_generator(seed, segment.label), self.state.layout.streams
+        #: tables of the steps
+        self.schedule = Schedule.build(recipe, len(tape.full), streams, generator, tape.storage.device, tape.full.varying)
         self._pass_generator = block_generator(seed, f"{segment.label}/fisher")
-        self._step = make_step(engine, segment, self.state, tape, objective, recipe, self.schedule)
+        self.state.attach(STEPS[engine].form, recipe.activation_prob)
+        self._step = STEPS[engine](segment, self.state, tape, objective, recipe, self.schedule)
 
     def step(self, number: int) -> Tensor:
-        """Do step ``number`` (from 0) and return its loss, a scalar on the device that later steps may overwrite."""
+        """Do step ``number`` (from 0); return its loss, a scalar that later steps may overwrite."""
         if number in self.objective.update_steps:
             self._on_pass(True, number)
             self._fisher_pass()
@@ -79,13 +68,12 @@ class BlockTrainer:
             return run_block(self.segment.block, state.layout, state.soft.detach(), state.scales.detach(), keys, x)
 
         self.objective.update(forward)
-        state.attach(FORMS[self.engine], probability)
+        state.attach(self._step.form, probability)
 
     def finish(self) -> int:
-        """Decide the rounding, fold it into the layers' codes and leave training.
+        """Decide the rounding, fold it into the codes and leave training.
 
-        Returns:
-            Number of learned activation scales that ended at or near their lower bound.
+        Returns the number of learned activation scales that ended at or near their lower bound.
 
         Raises:
             NumericsError: a scale is NaN or infinite.
@@ -115,16 +103,11 @@ def optimise_block(
 ) -> tuple[Tensor, int]:
     """Optimise the block of ``segment`` in place.
 
-    Args:
-        on_pass: see :class:`BlockTrainer`.
-        tick: called after every step with its number (from 1) and its loss, still on the device.
+    ``tick`` is called after every step with its number (from 1) and its loss, still on the device,
+    and refuses one that is not finite.
 
     Returns:
-        The last loss (a detached scalar), and the number of learned scales at or near their
-        lower bound.
-
-    Raises:
-        NumericsError: the loss or a scale became NaN or infinite.
+        The last loss (a scalar), and the number of learned scales at or near their lower bound.
     """
     trainer = BlockTrainer(segment, tape, objective, recipe, recipe.seed, engine, on_pass)
     loss = torch.zeros(())
@@ -132,8 +115,6 @@ def optimise_block(
         loss = trainer.step(number)
         tick(number + 1, loss)
     loss = loss.clone()
-    if not bool(torch.isfinite(loss)):
-        raise NumericsError(f"{segment.label}: the reconstruction loss is {float(loss)}; lower the learning rates.")
     near_floor = trainer.finish()
     decide_roundings(segment.block)
     return loss, near_floor

@@ -1,42 +1,39 @@
-"""Ways to run an optimisation step: by the textbook, by hand-written passes, compiled, or as one CUDA graph.
+"""Ways to run an optimisation step.
 
-All four draw the same batches and masks and agree within rounding. ``eager`` is the definition: plain operations,
-autograd, ``torch.optim.Adam``. ``fused`` needs no compiler: hand-written backward passes, one flat vector of variables.
-``compiled`` is that through ``torch.compile``. ``graph`` replays the compiled step as one CUDA graph, so the device never
-waits for Python.
+All four draw the same batches and masks and agree within rounding. ``eager`` is the definition:
+plain operations, autograd, ``torch.optim.Adam``. ``fused`` needs no compiler: hand-written backward
+passes, one flat vector of variables. ``compiled`` is that through ``torch.compile``. ``graph``
+replays the compiled step as one CUDA graph, so the device never waits for Python.
 """
 
 import functools
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
-from torch import Tensor
 
-from fimaq_core.chain import Segment
 from fimaq_core.errors import EngineError
 from fimaq_core.quantizers.activation import Form
-from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction.flat import CompiledStep, FlatStep, GraphStep
-from fimaq_core.reconstruction.objective import Objective
-from fimaq_core.reconstruction.schedule import Schedule
-from fimaq_core.reconstruction.state import BlockState
-from fimaq_core.reconstruction.tape import Tape
+from fimaq_core.reconstruction.step import StepEngine
 from fimaq_core.reconstruction.textbook import TextbookStep
 
 Engine = Literal["eager", "fused", "compiled", "graph"]
-#: How activation quantizers compute under each engine.
-FORMS: dict[Engine, Form] = {"eager": "textbook", "fused": "fused", "compiled": "traced", "graph": "traced"}
 EngineChoice = Literal["auto", "eager", "fused", "compiled", "graph"]
+#: The step of each engine.
+STEPS: dict[Engine, type[StepEngine]] = {"eager": TextbookStep, "fused": FlatStep, "compiled": CompiledStep, "graph": GraphStep}
+#: How activation quantizers compute under each engine.
+FORMS: dict[Engine, Form] = {engine: step.form for engine, step in STEPS.items()}
 
-#: Steps a block from which compiling pays on a CPU: a block takes about 30 s to compile and then saves 5 to 10 ms a step.
+#: Steps a block from which compiling pays on a CPU: it takes about 30 s and saves 5 to 10 ms a step.
 COMPILE_STEPS = 4000
 
 
 def choose_engine(choice: EngineChoice, device: torch.device, steps: int, varying: bool = False) -> Engine:
     """The engine to use.
 
-    ``auto`` takes ``graph`` on CUDA (``compiled`` for samples of varying shapes, since a graph has one shape), and elsewhere
-    ``compiled`` for long optimisations (:data:`COMPILE_STEPS`) where a C++ compiler is found, else ``fused``.
+    ``auto`` takes ``graph`` on CUDA (``compiled`` for samples of varying shapes, since a graph has
+    one shape), and elsewhere ``compiled`` for long optimisations (:data:`COMPILE_STEPS`) where a C++
+    compiler is found, else ``fused``.
 
     Raises:
         EngineError: the engine asked for cannot run here.
@@ -64,45 +61,3 @@ def cpp_compiler() -> str | None:
         return str(get_cpp_compiler())
     except (InvalidCxxCompiler, OSError):
         return None
-
-
-class StepEngine(Protocol):
-    """Runs the steps of one block."""
-
-    def run(self, number: int) -> Tensor:
-        """Do step ``number`` (they come in order from 0) and return its loss, a scalar that the next step may change."""
-        ...
-
-    def finish(self) -> None:
-        """Bring the state up to date."""
-        ...
-
-
-def make_step(
-    engine: Engine,
-    segment: Segment,
-    state: BlockState,
-    tape: Tape,
-    objective: Objective,
-    recipe: Recipe,
-    schedule: Schedule,
-) -> StepEngine:
-    """The engine's step for one block; the state is attached to the block for it.
-
-    Args:
-        engine: which.
-        segment: whose block is optimised.
-        state: its variables.
-        tape: at that block, target computed.
-        objective: of the block.
-        recipe: rates and probabilities.
-        schedule: tables of the steps.
-    """
-    state.attach(FORMS[engine], recipe.activation_prob)
-    kind: type[FlatStep] | type[TextbookStep] = {
-        "eager": TextbookStep,
-        "fused": FlatStep,
-        "compiled": CompiledStep,
-        "graph": GraphStep,
-    }[engine]
-    return kind(segment, state, tape, objective, recipe, schedule)

@@ -15,7 +15,7 @@ class _Facts(BaseModel):
 
 
 class _Block(_Facts):
-    """Of one block; ``stage`` and ``index`` are for people. Checkpoints from before the figures have none."""
+    """Of one block; ``stage`` and ``index`` are for people. Old checkpoints have no figures."""
 
     stage: str = "block"
     index: int = 0
@@ -57,14 +57,10 @@ def block_facts(log: ReconstructionLog, label: str) -> dict[str, Any]:
 
 
 def add_block(log: ReconstructionLog, label: str, facts: object, where: str) -> Engine:
-    """Add to ``log`` what a checkpoint kept of the block ``label``; return the engine that its steps ran by.
-
-    Args:
-        facts: of the checkpoint.
-        where: it is, for people.
+    """Add to ``log`` what a checkpoint (``where``, for people) kept of a block; return its engine.
 
     Raises:
-        CheckpointError: they are not those of a block.
+        CheckpointError: they are not the facts of a block.
     """
     block = _checked(_Block, facts, where)
     log.last_loss[label], log.fisher_passes[label] = block.last_loss, block.fisher_passes

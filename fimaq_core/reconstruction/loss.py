@@ -1,7 +1,7 @@
 """The loss of a block over a step's batch, each part over its own start value. Pure functions of tensors."""
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,68 +12,46 @@ from fimaq_core.fisher.divergence import Measure, kl_divergence
 
 
 class Batch(NamedTuple):
-    """What the steps read of the calibration images: rows of all, (n, ...), or of one batch, (B, ...).
+    """What the steps read of the samples: of all, (n, ...), or of one batch, (B, ...)."""
 
-    Attributes:
-        full: the block's inputs in the full-precision model.
-        prefix: the same with everything before quantized; None where inputs are not mixed.
-        target: its full-precision outputs.
-        weights: (n, N) what weights each sample's errors; None for losses without.
-        reference: full-precision outputs of the whole model, for losses that compare predictions; else None.
-        side: the chain's side, for losses that run the rest of the model; else None.
-        kept: what the segments before have kept, for these losses.
-    """
-
-    full: Tensor
+    full: Tensor  # the block's inputs in the full-precision model
+    #: the same with everything before quantized; None where inputs are not mixed
     prefix: Tensor | None
-    target: Tensor
+    target: Tensor  # its full-precision outputs
+    #: (n, N) what weighs each sample's errors; None for losses without
     weights: Tensor | None = None
+    #: full-precision outputs of the whole model, for losses that compare predictions
     reference: Tensor | None = None
-    side: Tensor | None = None
-    kept: Kept = ()
+    side: Tensor | None = None  # the chain's side, for these losses
+    kept: Kept = ()  # what the segments before keep, for these losses
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        """``function`` of every tensor."""
+        single = [None if part is None else function(part) for part in self[:6]]
+        return Batch(*single, tuple(function(part) for part in self.kept))  # type: ignore[arg-type, call-arg]
 
-def batch_of(data: Batch, chosen: Tensor) -> Batch:
-    """The samples of these numbers, (B,) int64, where the tensors are."""
-    full, prefix, target, weights, reference, side = (None if part is None else part[chosen] for part in data[:6])
-    assert full is not None
-    assert target is not None
-    return Batch(full, prefix, target, weights, reference, side, tuple(part[chosen] for part in data.kept))
-
-
-def unpacked(parts: Sequence[Tensor | None]) -> Batch:
-    """The batch whose fields, those kept one by one at the end, are ``parts``."""
-    full, prefix, target, weights, reference, side, *kept = parts
-    assert full is not None
-    assert target is not None
-    return Batch(full, prefix, target, weights, reference, side, tuple(part for part in kept if part is not None))
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors in order."""
+        return [part for part in (*self[:6], *self.kept) if part is not None]
 
 
 class LossState(NamedTuple):
-    """What a loss rests on beside the batch. Tensors keep their addresses: passes change them in place.
+    """What a loss rests on beside the batch. Passes change the tensors in place."""
 
-    Attributes:
-        starts: (parts,) what the parts are divided by; 0 where none has been taken yet.
-        gradients: (k, N) mean absolute gradients, zero rows for passes to come; for ``least_squares`` (1, N), u.
-        diagonal: (N,) their mean over the passes done; for ``least_squares`` h, for ``perturb_mean`` the Hessian.
-        root: (k, k) root of (D Dᵀ)⁻¹, zero for passes to come.
-    """
-
-    starts: Tensor
+    starts: Tensor  # (parts,) what the parts are divided by; 0 where none has been taken yet
+    #: (k, N) mean absolute gradients, zero for passes to come; ``least_squares``: (1, N), u
     gradients: Tensor | None = None
+    #: (N,) mean of the passes done; ``least_squares``: h, ``perturb_mean``: the Hessian
     diagonal: Tensor | None = None
-    root: Tensor | None = None
+    root: Tensor | None = None  # (k, k) root of (D Dᵀ)⁻¹, zero for passes to come
 
 
 def block_loss(kind: str, weights: tuple[float, ...], output: Tensor, batch: Batch, state: LossState) -> tuple[Tensor, Tensor]:
     """Loss of a batch (a scalar), and the starts to go on with (parts,).
 
-    Args:
-        kind: name of the loss, or ``head`` (KL of the classes, not divided by its start), or ``head_relative`` (divided).
-        weights: of its parts.
-        output: (B, ...) the block's output with gradients.
-        batch: of the batch's samples.
-        state: see there.
+    ``kind`` is a loss, ``head`` (KL of the classes, not divided by its start) or ``head_relative``;
+    ``weights`` are those of its parts.
     """
     if kind == "head":
         return kl_divergence(output, batch.target), state.starts
@@ -93,17 +71,13 @@ def prediction_loss(
 ) -> tuple[Tensor, Tensor]:
     """Squared error of the block plus the divergence of the model's prediction.
 
-    PD-Quant (Liu et al., CVPR 2023, arXiv:2212.07048). Its code adds the two as they are, with weights made for the sizes they
-    have in convolutional networks; here each is divided by its start, so that neither is lost in the other.
-
-    Args:
-        rest: from the block's output, the chain's side and what was kept to the model's output, in full precision.
-        divergence: of the task.
-        weights, output, batch, starts: as in :func:`block_loss`.
+    PD-Quant (Liu et al., CVPR 2023, arXiv:2212.07048). Its code adds the two as they are, with
+    weights made for their sizes in convolutional networks; here each is divided by its start, so
+    that neither is lost in the other. ``rest`` goes on to the model's output in full precision.
     """
     assert batch.reference is not None
     delta = (output - batch.target).flatten(1)
-    # At 8 bits it is some 1e-8, less than what float32's logarithms are off: a start could be many times too large or negative.
+    # At 8 bits it is about 1e-8, less than float32's logarithms are off: a start could be negative.
     far = divergence(rest(output, batch.side, batch.kept).double(), batch.reference.double()).float()
     return _over_starts([losses.squared_error(delta), far], weights, starts)
 
@@ -111,28 +85,25 @@ def prediction_loss(
 def _parts(kind: str, delta: Tensor, batch: Batch, state: LossState) -> list[Tensor]:
     if kind in losses.PLAIN:
         return [losses.PLAIN[kind](delta)]
+    # The objective has made what its kind of loss needs.
+    weights: Any = batch.weights
+    diagonal: Any = state.diagonal
+    gradients: Any = state.gradients
+    root: Any = state.root
     if kind == "fisher_brecq":
-        assert batch.weights is not None
-        return [losses.squared_gradient_loss(delta, batch.weights)]
-    if kind == "perturb":
-        assert batch.weights is not None
-        return [losses.diagonal_loss(delta, batch.weights)]
-    diagonal, gradients = state.diagonal, state.gradients
-    assert diagonal is not None
-    if kind in ("perturb_mean", "fisher_diag"):
-        return [losses.diagonal_loss(delta, diagonal)]
+        return [losses.squared_gradient_loss(delta, weights)]
+    if kind in ("perturb", "perturb_mean", "fisher_diag"):
+        return [losses.diagonal_loss(delta, weights if kind == "perturb" else diagonal)]
     if kind == "fisher_lr":
         return [losses.rank_one_loss(delta, diagonal)]
-    assert gradients is not None
     if kind == "least_squares":
         return [losses.least_squares_loss(delta, diagonal, gradients[0])]
     assert kind == "fisher_dplr"
-    assert state.root is not None
-    return [losses.low_rank_loss(delta, gradients, state.root), losses.diagonal_loss(delta, diagonal)]
+    return [losses.low_rank_loss(delta, gradients, root), losses.diagonal_loss(delta, diagonal)]
 
 
 def _over_starts(parts: list[Tensor], weights: tuple[float, ...], starts: Tensor) -> tuple[Tensor, Tensor]:
-    """Weighted sum of the parts over their starts, and the starts; a part without a start takes its own value for it."""
+    """Weighted sum of the parts over their starts, and the starts; a part's first value is its start."""
     values = torch.stack(parts)
     now = values.detach()
     # A start of exactly zero (a block where nothing is quantized) must not turn into NaN.

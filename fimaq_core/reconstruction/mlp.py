@@ -1,46 +1,49 @@
-"""MLP reconstruction (APHQ-ViT: Wu et al., CVPR 2025, arXiv:2504.02508): MLPs with ReLU learn to give what they gave with GELU.
+"""MLP reconstruction (APHQ-ViT: Wu et al., CVPR 2025, arXiv:2504.02508): ReLU in place of GELU.
 
-A stage of its own before calibration. Each MLP is trained by itself on full-precision inputs of the model with GELU, for its
-output error weighted by the average perturbation Hessian there, plus twice the same error with fc2's input clamped to a
-quantile of its positive values. (The released code lists the norm before the MLP among what is trained; its loss does not
-depend on it.)
+A stage of its own before calibration. Each MLP with ReLU is trained by itself, on full-precision
+inputs of the model with GELU, to give what it gave with GELU: its output error is weighted by the
+average perturbation Hessian there, plus twice the same error with fc2's input clamped to a quantile
+of its positive values. (The released code lists the norm before the MLP among what is trained; its
+loss does not depend on it.)
 """
 
 import copy
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from fimaq_core.calibration.thinning import spread
-from fimaq_core.chain import BlockChain, Kept, MlpPart, Segment
-from fimaq_core.errors import ModelError, NumericsError, RecipeError
+from fimaq_core.chain import BlockChain, MlpPart, Segment
+from fimaq_core.errors import ModelError, NumericsError
 from fimaq_core.fisher.divergence import Divergence
 from fimaq_core.fisher.passes import perturbation_hessian
 from fimaq_core.layers import set_quantized
 from fimaq_core.numerics import arithmetic
-from fimaq_core.progress import FEW_STEPS, Progress, Report, silent
+from fimaq_core.progress import Progress, Report, losses_to, silent
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction.schedule import block_generator, draw_batches
-from fimaq_core.reconstruction.tape import Placement, Storage, Tape
-from fimaq_core.samples import Ragged, Samples, batches, check_alone, joined, slices
+from fimaq_core.reconstruction.tape import Collected, Placement, Storage, Tape
+from fimaq_core.samples import Samples
 
 #: Weight of the term whose hidden values are clamped, as released.
 _CLAMPED_WEIGHT = 2.0
-#: Hidden values that the clamping quantile is taken of, at most: those of the first images; where sizes vary, of all.
+#: Hidden values that the clamping quantile is taken of, at most: those of the first images; where
+#: sizes vary, of all.
 _VALUES = 2**24
 
 
 @dataclass(frozen=True)
-class _Samples:
-    """What an MLP is trained on: inputs and outputs (n, ...), one Hessian for all of one sample's shape, or a Hessian a sample
-    where shapes vary, or None, and the clamping value."""
+class _Lesson:
+    """What an MLP is trained on."""
 
+    #: (n, ...) of the MLP
     inputs: Samples
     targets: Samples
+    #: of one sample's shape, for all; where shapes vary each sample's; None without
     hessian: Samples | None
-    limit: float
+    limit: float  # the clamping value
 
 
 def mlps(segments: Iterable[Segment]) -> nn.ModuleList:
@@ -49,7 +52,7 @@ def mlps(segments: Iterable[Segment]) -> nn.ModuleList:
 
 
 def use_relu(segments: Iterable[Segment]) -> None:
-    """Replace the activation of every MLP by ReLU, in place. ``segments``: a chain, or a list.
+    """Replace the activation of every MLP of ``segments`` by ReLU, in place.
 
     Raises:
         ModelError: there is no MLP, or one with another activation than GELU.
@@ -70,7 +73,7 @@ def use_relu(segments: Iterable[Segment]) -> None:
 
 def reconstruct_mlps(
     chain: BlockChain,
-    images: Samples,
+    images: Samples | Tensor,
     recipe: Recipe,
     divergence: Divergence,
     *,
@@ -80,142 +83,88 @@ def reconstruct_mlps(
     restore: Callable[[int, nn.Module], bool] = lambda index, mlp: False,
     save: Callable[[int, nn.Module], None] = lambda index, mlp: None,
 ) -> BlockChain:
-    """Reconstruct every MLP of a chain that is not calibrated yet, in place; return a copy of what it was.
+    """Reconstruct every MLP of an uncalibrated chain, in place; return a copy of what it was.
 
     Args:
-        chain: on the device to use.
-        images: (n, ...) inputs of the chain, the calibration images; those of varying shapes are taken one by one in their order,
-            each with a Hessian of its own.
         recipe: the ``mlp_*`` settings, temperature and seed.
-        divergence: of the task, behind the Hessian.
-        report: receives progress, one unit a step.
-        placement: where inputs and targets lie.
-        batch_size: images a forward pass.
-        restore: called for each MLP with its number first; loads a finished one and returns True, or returns False.
-        save: called after each MLP that was trained.
+        restore, save: called for each MLP, with its number.
+        chain, images, divergence, report, placement, batch_size: as in
+            :func:`fimaq_core.reconstruction.reconstruct.reconstruct`.
 
     Raises:
         ModelError: no MLP with GELU.
         RecipeError: fewer images than a batch.
-        NumericsError: a loss is no longer usable.
+        NumericsError: a loss is NaN or infinite.
     """
-    check_alone(images, recipe.mlp_batch, "mlp_batch")
-    if len(images) < recipe.mlp_batch:
-        raise RecipeError(
-            f"{len(images)} calibration images are fewer than a batch of {recipe.mlp_batch}: lower mlp_batch or give more images."
-        )
+    samples, device = Samples.of(images), next(chain.parameters()).device
+    samples.check_batch(recipe.mlp_batch, "mlp_batch")
     teacher = copy.deepcopy(chain)
     use_relu(chain)
     for one in (chain, teacher):
         set_quantized(one, False)
-    device = next(chain.parameters()).device
-    with torch.no_grad():
-        outputs = joined([teacher(part.to(device)).float() for part in batches(images, batch_size)], images)
-    reference = divergence.reference(outputs)
-    storage = Storage(placement, device, pinned=not isinstance(images, Ragged))
-    tape = Tape(teacher, images, storage, with_prefix=False, batch_size=batch_size, frozen_dtype=recipe.frozen_dtype)
-    total, number = len(mlps(chain)) * recipe.mlp_steps, 0
+    reference = divergence.reference(samples.map(lambda part: teacher(part.to(device)).float(), batch_size))
+    storage = Storage(placement, device, pinned=not samples.varying)
+    tape = Tape(teacher, samples, storage, with_prefix=False, batch_size=batch_size, frozen_dtype=recipe.frozen_dtype)
+    begin, number = Progress("reconstruct MLPs", 0, len(mlps(chain)) * recipe.mlp_steps), 0
     for index, segment in enumerate(teacher):
         for part in segment.mlps:
-            label = f"{segment.label}.{part.name}"
             mlp = chain.segment(index).block.get_submodule(part.name)
-            start = number * recipe.mlp_steps
-
-            def tick(step: int, loss: Tensor, start: int = start, label: str = label) -> None:
-                # Reading the loss makes a GPU wait, so it happens rarely; see reconstruct().
-                few = recipe.mlp_steps <= FEW_STEPS
-                if step % 50 == 0 or step == recipe.mlp_steps or few:
-                    if not bool(torch.isfinite(loss)):
-                        raise NumericsError(f"{label}: the MLP's loss is {float(loss)}; lower mlp_lr (now {recipe.mlp_lr}).")
-                    report(Progress("reconstruct MLPs", start + step, total, label, float(loss)))
-
             if not restore(number, mlp):
-                report(Progress("reconstruct MLPs", start, total, label))
-                samples = _samples(teacher, tape, segment, part, recipe, reference, divergence)
-                _train(mlp, part, samples, recipe, label, tick)
+                begin = replace(begin, done=number * recipe.mlp_steps, block=f"{segment.label}.{part.name}")
+                report(begin)
+                lesson = _prepare(tape, part, recipe, reference, divergence)
+                advice = f"lower mlp_lr (now {recipe.mlp_lr})"
+                tick = losses_to(report, begin, recipe.mlp_steps, "the MLP's loss", advice)
+                _train(mlp, part, lesson, recipe, begin.block, tick)
                 save(number, mlp)
-                del samples  # before the next one's are made
+                del lesson  # before the next one is made
             number += 1
         if index + 1 < len(teacher):
             tape.advance()
-    report(Progress("reconstruct MLPs", total, total))
+    report(Progress(begin.stage, begin.total, begin.total))
     return teacher
 
 
-def _samples(
-    teacher: BlockChain,
-    tape: Tape,
-    segment: Segment,
-    part: MlpPart,
-    recipe: Recipe,
-    reference: Samples,
-    divergence: Divergence,
-) -> _Samples:
-    """One sweep over the images: the MLP's inputs and outputs, the Hessian at its output, the clamping value."""
-    device, block = tape.storage.device, segment.block
-    mlp = block.get_submodule(part.name)
-    apart, where, count = isinstance(tape.full, Ragged), f"{segment.label}.{part.name}", len(tape.full)
-    inputs, targets = _Kept(tape), _Kept(tape)
-    hessians: list[Tensor] = []
+def _prepare(tape: Tape, part: MlpPart, recipe: Recipe, reference: Samples, divergence: Divergence) -> _Lesson:
+    """One sweep over the images with the present block of the tape."""
+    device, full, segment = tape.storage.device, tape.full, tape.teacher.segment(tape.index)
+    mlp, where = segment.block.get_submodule(part.name), f"{segment.label}.{part.name}"
+    inputs, targets, hessians = (Collected(tape.storage, full) for _ in range(3))
+    total: Tensor | None = None
     hidden: list[Tensor] = []
     seen: dict[str, Tensor] = {}
     handles = [
         mlp.register_forward_hook(lambda module, args, out: seen.update(x=args[0], y=out)),
         mlp.get_submodule(part.fc2).register_forward_pre_hook(lambda module, args: seen.update(hidden=args[0])),
     ]
-    for rows in slices(tape.full, divergence.batch or tape.batch_size):
-        x = tape.full[rows].to(device)
-        assert isinstance(x, Tensor)
+    for rows in full.slices(divergence.batch or tape.batch_size):
+        x = full[rows].to(device)
         with torch.no_grad(), arithmetic(recipe.frozen_dtype, device):
-            block(x)
-        found, made = seen["x"].float(), seen["y"].float()
-        inputs.put(rows, found)
-        targets.put(rows, made)
-        if apart:  # every image has its share, evenly spread over its tokens
-            values = seen["hidden"].float().flatten(0, -2)
-            hidden.append(values[spread(len(values), max(_VALUES // (count * values.shape[1]), 1), device)].flatten())
-        elif sum(values.numel() for values in hidden) < _VALUES:
-            hidden.append(seen["hidden"].float().flatten())
+            segment.block(x)
+        output, values = seen["y"].float(), seen["hidden"].float()
+        inputs.put(rows, seen["x"].float())
+        targets.put(rows, output)
+        if full.varying:  # every image has its share, evenly spread over its tokens
+            tokens = values.flatten(0, -2)
+            share = max(_VALUES // (len(full) * tokens.shape[1]), 1)
+            hidden.append(tokens[spread(len(tokens), share, device)].flatten())
+        elif sum(one.numel() for one in hidden) < _VALUES:
+            hidden.append(values.flatten())
         if recipe.mlp_loss == "perturb_mean":
-            to = reference[rows].to(device)
-            assert isinstance(to, Tensor)
-            rest = _rest_behind(teacher, tape.index, mlp, x, *tape.beside.rows(rows, device).tensors)
-            own = perturbation_hessian(rest, made, to, divergence, recipe.perturbation, recipe.frozen_dtype)
-            if apart:
-                scaled = _scaled(own, own.mean(), where)
-                hessians.append(tape.storage.empty(tuple(scaled.shape), torch.float32).copy_(scaled))
+            rest = _rest_behind(tape, mlp, x, rows)
+            to, epsilon = reference[rows].to(device), recipe.perturbation
+            own = perturbation_hessian(rest, output, to, divergence, epsilon, recipe.frozen_dtype)
+            if full.varying:
+                hessians.put(rows, _scaled(own, own.mean(), where))
             else:
-                hessians = [own.sum(0) if not hessians else hessians[0] + own.sum(0)]
+                total = own.sum(0) if total is None else total + own.sum(0)
     for handle in handles:
         handle.remove()
-    hessian: Samples | None = None
-    if hessians:
-        hessian = Ragged(hessians) if apart else _scaled(hessians[0], hessians[0].square().mean().sqrt(), where)
+    hessian = None
+    if recipe.mlp_loss == "perturb_mean":
+        hessian = hessians.samples if total is None else Samples(_scaled(total, total.square().mean().sqrt(), where))
     limit = positive_quantile(torch.cat(hidden)[:_VALUES], recipe.mlp_percentile)
-    return _Samples(inputs.samples, targets.samples, hessian, limit)
-
-
-class _Kept:
-    """Batches of a sweep, where the tape lies; samples of the tape's kind."""
-
-    def __init__(self, tape: Tape) -> None:
-        self._tape, self._apart = tape, list[Tensor]()
-        self._whole: Tensor | None = None
-
-    def put(self, rows: slice, values: Tensor) -> None:
-        """Keep ``values`` of the samples ``rows``, which come in order."""
-        storage = self._tape.storage
-        if isinstance(self._tape.full, Ragged):
-            self._apart.append(storage.empty(tuple(values.shape), torch.float32).copy_(values))
-            return
-        if self._whole is None:
-            self._whole = storage.empty((len(self._tape.full), *values.shape[1:]), torch.float32)
-        self._whole[rows].copy_(values)
-
-    @property
-    def samples(self) -> Samples:
-        """All of them."""
-        return Ragged(self._apart) if self._whole is None else self._whole
+    return _Lesson(inputs.samples, targets.samples, hessian, limit)
 
 
 def _scaled(hessian: Tensor, size: Tensor, where: str) -> Tensor:
@@ -227,15 +176,14 @@ def _scaled(hessian: Tensor, size: Tensor, where: str) -> Tensor:
     return hessian / size
 
 
-def _rest_behind(
-    teacher: BlockChain, index: int, mlp: nn.Module, x: Tensor, side: Tensor | None, kept: Kept
-) -> Callable[[Tensor], Tensor]:
-    """From the output of an MLP in block ``index`` to the model's, for the block's input ``x`` and what travels beside it."""
+def _rest_behind(tape: Tape, mlp: nn.Module, x: Tensor, rows: slice) -> Callable[[Tensor], Tensor]:
+    """From the output of an MLP in the present block to the model's, for the block's input ``x``."""
+    block, beside = tape.teacher.segment(tape.index).block, tape.beside.rows(rows, tape.storage.device)
 
     def rest(output: Tensor) -> Tensor:
         handle = mlp.register_forward_hook(lambda module, args, out: output)
         try:
-            return teacher.rest(index, teacher.segment(index).block(x), side, kept)
+            return tape.teacher.rest(tape.index, block(x), *beside)
         finally:
             handle.remove()
 
@@ -243,7 +191,7 @@ def _rest_behind(
 
 
 def positive_quantile(values: Tensor, share: float) -> float:
-    """The value that ``share`` of the positive ones among ``values`` (n,) do not exceed; 0 if none is positive."""
+    """The value that ``share`` of the positive ``values`` (n,) do not exceed; 0 if none is positive."""
     positive = values[values > 0]
     if not len(positive):
         return 0.0
@@ -252,14 +200,10 @@ def positive_quantile(values: Tensor, share: float) -> float:
 
 
 def mlp_loss(mlp: nn.Module, part: MlpPart, x: Tensor, target: Tensor, hessian: Tensor | None, limit: float) -> Tensor:
-    """``mean(H (z - t)²) + 2 mean(H (z' - t)²)``, z' the output with hidden values clamped to ``limit``; a scalar.
+    """``mean(H (z - t)²) + 2 mean(H (z' - t)²)``, z' the output with hidden values clamped.
 
-    Args:
-        mlp, part: the MLP with ReLU; it computes ``fc2(act(fc1(x)))``.
-        x: (B, ...) inputs.
-        target: t, (B, ...) outputs with GELU.
-        hessian: H, of one sample's shape; None for ones.
-        limit: upper bound of the clamped hidden values.
+    t are outputs with GELU (B, ...); H has one sample's shape, None for ones; ``limit`` bounds the
+    clamped hidden values.
     """
     fc2 = mlp.get_submodule(part.fc2)
     hidden = mlp.get_submodule(part.act)(mlp.get_submodule(part.fc1)(x))
@@ -269,19 +213,19 @@ def mlp_loss(mlp: nn.Module, part: MlpPart, x: Tensor, target: Tensor, hessian: 
 
 
 def _train(
-    mlp: nn.Module, part: MlpPart, samples: _Samples, recipe: Recipe, label: str, tick: Callable[[int, Tensor], None]
+    mlp: nn.Module, part: MlpPart, lesson: _Lesson, recipe: Recipe, label: str, tick: Callable[[int, Tensor], None]
 ) -> None:
     device = next(mlp.parameters()).device
     wanted = [p for name in (part.fc1, part.fc2) for p in (mlp.get_submodule(name).weight, mlp.get_submodule(name).bias)]
     parameters = [p for p in wanted if isinstance(p, nn.Parameter)]
-    pick = _picker(samples, recipe, label, device)
+    pick = _picker(lesson, recipe, label, device)
     optimizer = torch.optim.Adam(parameters, lr=recipe.mlp_lr, fused=device.type == "cuda")
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=recipe.mlp_steps)
     for parameter in parameters:
         parameter.requires_grad_(True)
     try:
         for step in range(1, recipe.mlp_steps + 1):
-            loss = mlp_loss(mlp, part, *pick(step - 1), samples.limit)
+            loss = mlp_loss(mlp, part, *pick(step - 1), lesson.limit)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -294,23 +238,22 @@ def _train(
 
 
 def _picker(
-    samples: _Samples, recipe: Recipe, label: str, device: torch.device
+    lesson: _Lesson, recipe: Recipe, label: str, device: torch.device
 ) -> Callable[[int], tuple[Tensor, Tensor, Tensor | None]]:
-    """Gives inputs, targets and Hessian of step ``number`` (from 0): a random batch, or one sample after another."""
-    inputs, targets, hessian = samples.inputs, samples.targets, samples.hessian
-    if isinstance(inputs, Ragged):
-        count, sources = len(inputs), [inputs, targets, hessian]
+    """Gives inputs, targets and Hessian of step ``number`` (from 0): a random batch, or one sample."""
+    inputs, hessian = lesson.inputs, lesson.hessian
+    drawn: Tensor | None = None
+    if not inputs.varying:
+        generator = block_generator(recipe.seed, f"{label}/mlp")
+        drawn = draw_batches(recipe.mlp_steps, recipe.mlp_batch, len(inputs), generator).to(inputs.device)
 
-        def one(number: int) -> tuple[Tensor, Tensor, Tensor | None]:
-            x, target, own = (None if s is None else s[number % count].to(device, non_blocking=True) for s in sources)
-            assert isinstance(x, Tensor)
-            assert isinstance(target, Tensor)
-            assert own is None or isinstance(own, Tensor)
-            return x, target, own
+    def pick(number: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        def chosen(samples: Samples) -> Tensor:
+            found = samples[number % len(inputs)] if drawn is None else samples.whole[drawn[number]]
+            return found.to(device, non_blocking=True)
 
-        return one
-    assert isinstance(targets, Tensor)
-    generator = block_generator(recipe.seed, f"{label}/mlp")
-    drawn = draw_batches(recipe.mlp_steps, recipe.mlp_batch, len(inputs), generator).to(inputs.device)
-    assert not isinstance(hessian, Ragged)
-    return lambda number: (*(s[drawn[number]].to(device, non_blocking=True) for s in (inputs, targets)), hessian)  # type: ignore[return-value]
+        shared = hessian if hessian is None or drawn is None else hessian.whole
+        own = chosen(shared) if isinstance(shared, Samples) else shared
+        return chosen(inputs), chosen(lesson.targets), own
+
+    return pick

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from fimaq_core.chain import BlockChain, Segment
-from fimaq_core.errors import NumericsError, RecipeError
 from fimaq_core.fisher.divergence import Divergence
 from fimaq_core.layers import QuantLinear, QuantMatMul, decide_roundings, quant_layers, set_quantized
-from fimaq_core.progress import FEW_STEPS, Progress, Report, silent
+from fimaq_core.progress import Progress, Report, losses_to, silent
 from fimaq_core.quantizers.affine import AffineQuantizer
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction.block import optimise_block
@@ -19,31 +18,26 @@ from fimaq_core.reconstruction.engines import Engine, EngineChoice, choose_engin
 from fimaq_core.reconstruction.sample_objective import make_objective
 from fimaq_core.reconstruction.state import NEAR_FLOOR, SCALE_FLOOR, active_quantizers, rounded_layers
 from fimaq_core.reconstruction.tape import Placement, Storage, Tape
-from fimaq_core.samples import Ragged, Samples, batches, check_alone, joined
+from fimaq_core.samples import Samples
 
 
 @dataclass
 class ReconstructionLog:
-    """What a reconstruction did.
+    """What a reconstruction did, by label of the block."""
 
-    Attributes:
-        last_loss: last loss of each block by label (without the regulariser; relative to its start, the head's absolute).
-        fisher_passes: Fisher passes of each block by label.
-        notes: sentences about anything that did not go as the recipe says.
-        engine: how steps ran.
-        error: ``||q - f||² / ||f||²`` of each reconstructed block by label, over all samples: q its output with all before it and
-            itself quantized, f the full-precision model's.
-        fisher: mean of the diagonal Fisher weight in each block's loss by label; none of losses without.
-        near_floor: number of learned activation scales that ended at or near their lower bound,
-            by label of the block; no entry for blocks without any.
-    """
-
+    #: last loss, without the regulariser; relative to its start, the head's absolute
     last_loss: dict[str, float] = field(default_factory=dict)
-    fisher_passes: dict[str, int] = field(default_factory=dict)
+    fisher_passes: dict[str, int] = field(default_factory=dict)  # number of Fisher passes
+    #: sentences about anything that did not go as the recipe says
     notes: list[str] = field(default_factory=list)
-    engine: Engine = "fused"
+    engine: Engine = "fused"  # how steps ran
+    #: ``||q - f||² / ||f||²`` over all samples: q the block's output with it and all before it
+    #: quantized, f the full-precision model's
     error: dict[str, float] = field(default_factory=dict)
+    #: mean of the diagonal Fisher weight in the loss; no entry for losses without
     fisher: dict[str, float] = field(default_factory=dict)
+    #: number of learned activation scales that ended at or near their lower bound; no entry for
+    #: none
     near_floor: dict[str, int] = field(default_factory=dict)
 
     def sentences(self) -> list[str]:
@@ -69,7 +63,7 @@ class ReconstructionLog:
 
 def reconstruct(
     chain: BlockChain,
-    images: Samples,
+    images: Samples | Tensor,
     recipe: Recipe,
     divergence: Divergence,
     *,
@@ -81,21 +75,23 @@ def reconstruct(
     restore: Callable[[int, Segment], bool] = lambda index, segment: False,
     save: Callable[[int, Segment, ReconstructionLog], None] = lambda index, segment, log: None,
 ) -> ReconstructionLog:
-    """Reconstruct every block of a calibrated chain, in place and in forward order; predictors stay as calibrated.
+    """Reconstruct every block of a calibrated chain, in place and in forward order.
+
+    Predictors stay as calibrated.
 
     Args:
-        chain: calibrated; its device is where everything runs.
-        images: (n, ...) inputs of the chain, the calibration images, on any device; those of varying shapes are taken
-            one by one in their order.
+        chain: calibrated; everything runs on its device.
+        images: (n, ...) calibration inputs of the chain, on any device; where shapes vary they are
+            taken one by one in their order.
         recipe: all settings.
         divergence: of the task, behind the Fisher passes.
-        report: receives progress, one unit a step.
+        report: receives progress, one unit per step.
         placement: where the tape lives.
-        batch_size: images a forward pass (the tape and Fisher passes; not the optimisation's batch).
+        batch_size: samples a forward pass of tape and Fisher passes (not of the optimisation).
         engine: how steps run, see :mod:`fimaq_core.reconstruction.engines`.
-        teacher: the full-precision model where ``chain`` without quantizers is another one (after MLP reconstruction);
-            targets, full-precision inputs and everything behind a block are then the teacher's.
-        restore: called for each block first; loads a finished block and returns True, or returns False.
+        teacher: the full-precision model, where it is not ``chain`` without quantizers (after MLP
+            reconstruction): gives targets, full-precision inputs and what lies behind a block.
+        restore: called for each block first; loads a finished one and returns True, or returns False.
         save: called after each block that was optimised.
 
     Raises:
@@ -108,68 +104,57 @@ def reconstruct(
         decide_roundings(chain)
         set_quantized(chain, True)
         return ReconstructionLog()
-    check_alone(images, recipe.batch_size, "batch_size")
-    if len(images) < recipe.batch_size:
-        raise RecipeError(
-            f"{len(images)} calibration images are fewer than a batch of {recipe.batch_size}: "
-            "lower batch_size or give more images."
-        )
-    device = next(chain.parameters()).device
-    varying, total = isinstance(images, Ragged), len(learning) * recipe.steps
-    log = ReconstructionLog(engine=choose_engine(engine, device, recipe.steps, varying))
+    samples, device = Samples.of(images), next(chain.parameters()).device
+    samples.check_batch(recipe.batch_size, "batch_size")
+    log = ReconstructionLog(engine=choose_engine(engine, device, recipe.steps, samples.varying))
     if recipe.per_token:
-        expand_per_token(chain, next(batches(images, 1)).to(device))
+        expand_per_token(chain, samples[0].to(device))
     set_quantized(chain, False)
-    reference = divergence.reference(_outputs(chain if teacher is None else teacher, images, device, batch_size))
+    model = chain if teacher is None else teacher
+    reference = divergence.reference(samples.map(lambda part: model(part.to(device)).float(), batch_size))
     tape = Tape(
         chain,
-        images,
-        Storage(placement, device, pinned=not varying),
+        samples,
+        Storage(placement, device, pinned=not samples.varying),
         with_prefix=True,  # where inputs are not mixed, for the error of outputs
         batch_size=batch_size,
         frozen_dtype=recipe.frozen_dtype,
         teacher=teacher,
     )
-    start = 0
+    begin = Progress("reconstruct", 0, len(learning) * recipe.steps)
     for index, segment in enumerate(chain):
+        label = segment.label
+        begin = replace(begin, block=label)
         if segment not in learning:
             decide_roundings(segment.block)  # left as calibrated
         elif not restore(index, segment):
-            report(Progress("reconstruct", start, total, segment.label))
+            report(begin)
             tape.compute_target()
             objective = make_objective(chain, tape, recipe, reference, divergence, log.notes)
 
-            def tick(step: int, loss: Tensor, start: int = start, label: str = segment.label) -> None:
-                # Reading the loss makes a GPU wait, so it happens rarely; a few steps are for
-                # finding out how long one takes.
-                if step % 50 == 0 or step == recipe.steps or recipe.steps <= FEW_STEPS:
-                    if not math.isfinite(float(loss)):
-                        raise NumericsError(f"{label}: the reconstruction loss is {float(loss)}; lower the learning rates.")
-                    report(Progress("reconstruct", start + step, total, label, float(loss)))
+            def on_pass(starts: bool, step: int, begin: Progress = begin) -> None:
+                stage = "Fisher pass" if starts else begin.stage
+                report(replace(begin, stage=stage, done=begin.done + step))
 
-            def on_pass(begins: bool, step: int, start: int = start, label: str = segment.label) -> None:
-                stage = "Fisher pass" if begins else "reconstruct"
-                report(Progress(stage, start + step, total, label))
-
+            tick = losses_to(report, begin, recipe.steps, "the reconstruction loss", "lower the learning rates")
             loss, near_floor = optimise_block(segment, tape, objective, recipe, log.engine, on_pass, tick)
-            log.last_loss[segment.label] = float(loss)
+            log.last_loss[label] = float(loss)
             if near_floor:
-                log.near_floor[segment.label] = near_floor
-            log.fisher_passes[segment.label] = objective.passes
+                log.near_floor[label] = near_floor
+            log.fisher_passes[label] = objective.passes
             fisher = objective.mean_weight()
-            del objective  # its Fisher information goes before the outputs and the next block's are made
-            log.keep(segment.label, tape.measure(keep=segment is not learning[-1]), fisher)
+            del objective  # its Fisher information goes before the next block's is made
+            log.keep(label, tape.measure(keep=segment is not learning[-1]), fisher)
             save(index, segment, log)
-            done = Progress("reconstruct", start + recipe.steps, total, segment.label)
-            report(replace(done, tape_bytes=tape.nbytes))
-        start += recipe.steps if segment in learning else 0
+            report(replace(begin, done=begin.done + recipe.steps, tape_bytes=tape.nbytes))
+        if segment in learning:
+            begin = replace(begin, done=begin.done + recipe.steps)
         if segment is learning[-1]:
             break
         tape.advance()
-    for segment in chain:  # what is behind the last of them
-        decide_roundings(segment.block)
+    decide_roundings(chain)  # what is behind the last of them
     set_quantized(chain, True)
-    report(Progress("reconstruct", total, total))
+    report(Progress("reconstruct", begin.total, begin.total))
     return log
 
 
@@ -181,46 +166,31 @@ def _learns(segment: Segment, recipe: Recipe) -> bool:
 
 
 @torch.no_grad()
-def _outputs(chain: BlockChain, images: Samples, device: torch.device, batch_size: int) -> Samples:
-    return joined([chain(part.to(device)).float() for part in batches(images, batch_size)], images)
-
-
-@torch.no_grad()
 def expand_per_token(chain: BlockChain, image: Tensor) -> None:
-    """Give activation quantizers one scale per token position, all starting from the calibrated one.
+    """Give activation quantizers one scale per token position, each starting from the calibrated
+    one.
 
-    Linear layers with inputs (B, tokens, C): (1, tokens, 1). Attention operands: a per head and row, b per head and
-    column. Zero points stay shared. Quantizers expanded before are left alone. Other inputs stay per tensor: where images vary
-    in size, only windows have a fixed number of tokens, and other inputs come as maps (B, H, W, C).
-
-    Args:
-        chain: calibrated.
-        image: (1, ...) one input of the chain; only its shape matters.
+    Linear layers with inputs (B, tokens, C): (1, tokens, 1). Attention operands: a per head and
+    row, b per head and column. Zero points stay shared. Other inputs stay per tensor, such as maps
+    (B, H, W, C): where images vary in size, only windows have a fixed number of tokens. Quantizers
+    expanded before are left alone. Of ``image`` (1, ...) only the shape matters.
     """
-    handles = []
-    for _, layer in quant_layers(chain):
-        if isinstance(layer, QuantMatMul):
-            handles.append(layer.register_forward_pre_hook(_expand_matmul))
-        elif isinstance(layer, QuantLinear):
-            handles.append(layer.register_forward_pre_hook(_expand_linear))
+    layers = [layer for _, layer in quant_layers(chain) if isinstance(layer, QuantLinear | QuantMatMul)]
+    handles = [layer.register_forward_pre_hook(_expand) for layer in layers]
     chain(image)
     for handle in handles:
         handle.remove()
 
 
-def _expand_linear(layer: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
-    assert isinstance(layer, QuantLinear)
-    quantizer = layer.input_quantizer
-    if not isinstance(quantizer, AffineQuantizer):  # special quantizers have one scale
-        return
-    if args[0].ndim == 3 and not quantizer.off and quantizer.scale.numel() == 1:
-        quantizer.set_range(quantizer.scale.expand(1, args[0].shape[1], 1), quantizer.zero_point)
-
-
-def _expand_matmul(layer: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
-    assert isinstance(layer, QuantMatMul)
-    a, b = layer.a_quantizer, layer.b_quantizer
-    if isinstance(a, AffineQuantizer) and not a.off and a.scale.shape[2] == 1:
-        a.set_range(a.scale.expand(-1, -1, args[0].shape[2], -1), a.zero_point)
-    if not b.off and b.scale.shape[3] == 1:
-        b.set_range(b.scale.expand(-1, -1, -1, args[1].shape[3]), b.zero_point)
+def _expand(layer: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+    if isinstance(layer, QuantLinear):
+        x = layer.input_quantizer
+        # Special quantizers have one scale.
+        if isinstance(x, AffineQuantizer) and args[0].ndim == 3 and not x.off and x.scale.numel() == 1:
+            x.set_range(x.scale.expand(1, args[0].shape[1], 1), x.zero_point)
+    elif isinstance(layer, QuantMatMul):
+        a, b = layer.a_quantizer, layer.b_quantizer
+        if isinstance(a, AffineQuantizer) and not a.off and a.scale.shape[2] == 1:
+            a.set_range(a.scale.expand(-1, -1, args[0].shape[2], -1), a.zero_point)
+        if not b.off and b.scale.shape[3] == 1:
+            b.set_range(b.scale.expand(-1, -1, -1, args[1].shape[3]), b.zero_point)

@@ -1,7 +1,7 @@
-"""Everything of a block's optimisation that depends on the step's number, as tables made beforehand.
+"""All of a block's optimisation that depends on the step's number, as tables made beforehand.
 
-A step reads its row by a counter that lives on the device, so no step waits for a Python number and the same compiled
-or captured step serves all of them.
+A step reads its row by a counter that lives on the device, so no step waits for a Python number and
+the same compiled or captured step serves all of them.
 """
 
 import functools
@@ -21,25 +21,22 @@ _DRAWS = 2**22
 
 
 def block_generator(seed: int, label: str) -> torch.Generator:
-    """CPU random generator of one block: a function of seed and name only, so that resuming needs no saved state."""
+    """CPU random generator of one block, by seed and name only: resuming needs no saved state."""
     digest = hashlib.sha256(f"{seed}/{label}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Tables with a row a step.
+    """Tables with a row per step."""
 
-    Attributes:
-        rates: (steps, 5) float32: weight and exponent β of the rounding regulariser, Adam's step sizes (learning rate over
-            its first bias correction) of α and of the scales, and the inverse root of Adam's second bias correction.
-        samples: (steps, B) int64, the batch's images: drawn without repetition, or one after another in order.
-        keys: (steps, streams, 2) int32, keys of the random masks.
-    """
-
+    #: (steps, 5) float32: weight and exponent β of the rounding regulariser, Adam's step sizes
+    #: (learning rate over its first bias correction) of α and of the scales, and the inverse root
+    #: of Adam's second bias correction
     rates: Tensor
+    #: (steps, B) int64, the batch's samples: drawn without repetition, or one after another
     samples: Tensor
-    keys: Tensor
+    keys: Tensor  # (steps, streams, 2) int32, keys of the random masks
 
     @classmethod
     def build(
@@ -51,15 +48,10 @@ class Schedule:
         device: torch.device,
         in_order: bool = False,
     ) -> "Schedule":
-        """Make the tables of a block.
+        """Make the tables of a block for a number of images and of random masks a step (streams).
 
-        Args:
-            recipe: steps, rates, batch size.
-            images: number of calibration images.
-            streams: random masks a step.
-            generator: on the CPU, so that every device sees the same batches and masks.
-            device: where the tables go.
-            in_order: take the images one by one in their order, again and again (as released for detectors).
+        The generator is on the CPU, so that every device sees the same. ``in_order`` takes the
+        images one by one, again and again (as released for detectors).
         """
         samples = (
             torch.arange(recipe.steps)[:, None] % images

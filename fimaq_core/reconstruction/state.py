@@ -1,4 +1,4 @@
-"""What an optimisation of a block learns, as two flat vectors, and how they reach the block's layers."""
+"""What an optimisation of a block learns, as two flat vectors, and how they reach the layers."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.func import functional_call
 
 from fimaq_core.chain import Segment
-from fimaq_core.layers import QuantMatMul, WeightLayer, quant_layers
+from fimaq_core.layers import WeightLayer, quant_layers
 from fimaq_core.quantizers.activation import ActivationQuantizer, Form
+from fimaq_core.quantizers.affine import WeightQuantizer
 from fimaq_core.quantizers.rounding import RoundingProblem
 
 #: Lower bound of a learned activation scale, as a share of its calibrated value.
@@ -22,16 +23,13 @@ NEAR_FLOOR = 0.02
 class Layout:
     """Which parameters of a block the flat vectors stand for: names and shapes in order.
 
-    Blocks of the same make have equal layouts, so they share what has been compiled.
-
-    Attributes:
-        weights: of weights that are rounded.
-        scales: of activation scales.
-        keys: names of the activation quantizers' keys; their masks are streams 1, 2, ... (0 mixes the block's input).
+    Blocks of the same structure have equal layouts, so they share what has been compiled.
     """
 
-    weights: tuple[tuple[str, tuple[int, ...]], ...]
-    scales: tuple[tuple[str, tuple[int, ...]], ...]
+    weights: tuple[tuple[str, tuple[int, ...]], ...]  # of weights that are rounded
+    scales: tuple[tuple[str, tuple[int, ...]], ...]  # of activation scales
+    #: names of the activation quantizers' keys; their masks are streams 1, 2, ... (0 mixes the
+    #: block's input)
     keys: tuple[str, ...]
 
     @property
@@ -40,12 +38,8 @@ class Layout:
         return 1 + len(self.keys)
 
     def tensors(self, soft: Tensor, scales: Tensor, keys: Tensor) -> dict[str, Tensor]:
-        """The block's parameters and buffers by name.
-
-        Args:
-            soft: (n,) soft weights.
-            scales: (m,) activation scales.
-            keys: (streams, 2) keys of the step.
+        """The block's tensors by name, from soft weights (n,), scales (m,) and keys (streams,
+        2).
         """
         found = {name: keys[number + 1] for number, name in enumerate(self.keys)}
         for flat, entries in ((soft, self.weights), (scales, self.scales)):
@@ -56,46 +50,41 @@ class Layout:
 
 
 class BlockState:
-    """The variables of one block's optimisation, beside the block itself.
-
-    Attributes:
-        layout: where they belong.
-        layers: the layers whose rounding is learned.
-        quantizers: the activation quantizers.
-        rounding: the rounding problem, or None if no weight is quantized.
-        soft: (n,) present soft weights, in step with ``rounding.alpha``.
-        scales: (m,) present activation scales.
-        floor: (m,) lower bounds of the scales: :data:`SCALE_FLOOR` of the calibrated values.
-        moments: Adam's first and second moments, of α and of the scales.
-        learn_scales: whether the scales are learned.
-    """
+    """The variables of one block's optimisation, beside the block itself."""
 
     def __init__(self, segment: Segment, learn_scales: bool) -> None:
         device = next(segment.block.parameters()).device
         rounded = list(rounded_layers(segment.block))
         activations = active_quantizers(segment)
+        #: the layers whose rounding is learned
         self.layers: list[WeightLayer] = [layer for _, layer in rounded]
-        self.quantizers = [quantizer for _, quantizer in activations]
+        self.quantizers = [quantizer for _, quantizer in activations]  # the activation quantizers
+        #: where they belong
         self.layout = Layout(
-            tuple(
-                (_join(name, "weight"), tuple(layer.weight.shape)) for (name, _), layer in zip(rounded, self.layers, strict=True)
-            ),
+            tuple((_join(name, "weight"), tuple(layer.weight.shape)) for name, layer in rounded),
             tuple((_join(name, "scale"), tuple(quantizer.scale.shape)) for name, quantizer in activations),
             tuple(_join(name, "key") for name, _ in activations),
         )
+        #: the rounding problem, or None if no weight is quantized
         self.rounding: RoundingProblem | None = None
+        #: (n,) present soft weights, in step with ``rounding.alpha``
         self.soft = torch.zeros(0, device=device)
         if self.layers:
+            quantizers = [layer.weight_quantizer for layer in self.layers]
             self.rounding = RoundingProblem.build(
                 [layer.weight for layer in self.layers],
-                [layer.weight_quantizer.scale for layer in self.layers],
-                [layer.weight_quantizer.zero_point for layer in self.layers],
-                [layer.weight_quantizer.levels for layer in self.layers],
+                [one.scale for one in quantizers],
+                [one.zero_point for one in quantizers],
+                [one.levels for one in quantizers],
             )
             self.soft = self.rounding.soft()
+        #: (m,) present activation scales
         self.scales = torch.cat([self.soft[:0], *(quantizer.scale.detach().flatten() for quantizer in self.quantizers)])
+        #: (m,) lower bounds of the scales: :data:`SCALE_FLOOR` of the calibrated values
         self.floor = SCALE_FLOOR * self.scales
+        #: whether the scales are learned
         self.learn_scales = learn_scales and self.scales.numel() > 0
+        #: Adam's first and second moments, of α and of the scales
         self.moments = [torch.zeros_like(like) for like in (self.soft, self.soft, self.scales, self.scales)]
 
     def scales_near_floor(self) -> int:
@@ -104,7 +93,7 @@ class BlockState:
         return int((self.scales < near).sum()) if self.learn_scales else 0
 
     def attach(self, form: Form, probability: float) -> None:
-        """Set the layers up for optimisation: weights are given soft, quantizers compute in ``form``."""
+        """Set the layers up: weights are given soft, quantizers compute in ``form``."""
         for layer in self.layers:
             layer.soft = True
         for quantizer in self.quantizers:
@@ -121,24 +110,24 @@ class BlockState:
 
 
 def run_block(block: torch.nn.Module, layout: Layout, soft: Tensor, scales: Tensor, keys: Tensor, x: Tensor) -> Tensor:
-    """Output of a block with the given variables in place of its own (arguments as in :meth:`Layout.tensors`)."""
+    """Output of a block with variables in place of its own, see :meth:`Layout.tensors`."""
     out: Tensor = functional_call(block, layout.tensors(soft, scales, keys), (x,))
     return out
 
 
 def active_quantizers(segment: Segment) -> list[tuple[str, ActivationQuantizer]]:
     """Names (within the block) and activation quantizers of a segment's block that are not off."""
-    found: list[tuple[str, ActivationQuantizer]] = []
-    for name, layer in quant_layers(segment.block):
-        parts = ("a_quantizer", "b_quantizer") if isinstance(layer, QuantMatMul) else ("input_quantizer",)
-        found += [(_join(name, part), getattr(layer, part)) for part in parts]
-    return [(name, quantizer) for name, quantizer in found if not quantizer.off]
+    return [
+        (name, part)
+        for name, part in segment.block.named_modules()
+        if isinstance(part, ActivationQuantizer) and not (isinstance(part, WeightQuantizer) or part.off)
+    ]
 
 
 def rounded_layers(block: torch.nn.Module) -> Iterator[tuple[str, WeightLayer]]:
     """Names and layers of a block whose weights are quantized."""
     for name, layer in quant_layers(block):
-        if not isinstance(layer, QuantMatMul) and not layer.weight_quantizer.off:
+        if isinstance(layer, WeightLayer) and not layer.weight_quantizer.off:
             yield name, layer
 
 

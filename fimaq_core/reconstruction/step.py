@@ -1,91 +1,107 @@
-"""The optimisation step as two functions of tensors: the loss of a batch, and the update that follows its gradients.
+"""The optimisation step as two functions of tensors: a batch's loss, and the update by its gradients.
 
-Everything that changes from step to step is a tensor on the device (:mod:`fimaq_core.reconstruction.schedule`), so both
-can be run as they are, compiled, and captured in a CUDA graph; blocks of equal layout share what was compiled.
+All that changes from step to step is a tensor on the device, so both can run as they are, compiled,
+or captured in a CUDA graph. Blocks of equal layout share what was compiled.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fimaq_core.chain import Segment
 from fimaq_core.numerics import Arithmetic, autocast
-from fimaq_core.quantizers.dropping import eager_mask, traced_mask
+from fimaq_core.quantizers.activation import Form
+from fimaq_core.quantizers.dropping import eager_mask, threshold_of, traced_mask
 from fimaq_core.quantizers.rounding import alpha_gradient, soft_rounding
-from fimaq_core.reconstruction.loss import Batch, LossState, batch_of, block_loss
-from fimaq_core.reconstruction.schedule import BETA1, BETA2, EPSILON
-from fimaq_core.reconstruction.state import Layout, run_block
+from fimaq_core.recipe import Recipe
+from fimaq_core.reconstruction.loss import Batch, LossState, block_loss
+from fimaq_core.reconstruction.objective import Objective
+from fimaq_core.reconstruction.schedule import BETA1, BETA2, EPSILON, Schedule
+from fimaq_core.reconstruction.state import BlockState, Layout, run_block
+from fimaq_core.reconstruction.tape import Tape
+
+
+class StepEngine:
+    """Runs the steps of one block.
+
+    Args:
+        segment: whose block is optimised.
+        state: its variables, attached.
+        tape: at that block, target computed.
+        objective: of the block.
+        recipe: rates and probabilities.
+        schedule: tables of the steps.
+    """
+
+    form: ClassVar[Form] = "fused"  # how activation quantizers compute
+
+    def __init__(
+        self,
+        segment: Segment,
+        state: BlockState,
+        tape: Tape,
+        objective: Objective,
+        recipe: Recipe,
+        schedule: Schedule,
+    ) -> None:
+        self.segment, self.state, self.tape = segment, state, tape
+        self.objective, self.recipe, self.schedule = objective, recipe, schedule
+        mixes = tape.prefix is not None and tape.prefix is not tape.full
+        #: how many of 256 elements of the block's input come from the quantized prefix
+        self.mix = threshold_of(recipe.prefix_prob) if mixes else 0
+
+    def run(self, number: int) -> Tensor:
+        """Do step ``number`` (in order from 0); return its loss, a scalar the next step may change."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """Bring the state up to date."""
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What of a step is the same for all steps of a block, and for all blocks of its make.
+    """Constants of a step, equal for all blocks of the same structure."""
 
-    Attributes:
-        layout: of the variables.
-        kind: of the loss, see :func:`fimaq_core.reconstruction.loss.block_loss`.
-        part_weights: of the loss's parts.
-        mix: of 256 elements of the input, how many come from the quantized prefix.
-        traced: whether the step is compiled.
-        arithmetic: of the matrix products.
-    """
-
-    layout: Layout
-    kind: str
-    part_weights: tuple[float, ...]
-    mix: int
-    traced: bool
-    arithmetic: Arithmetic = "float32"
+    layout: Layout  # of the variables
+    kind: str  # of the loss, see :func:`fimaq_core.reconstruction.loss.block_loss`
+    part_weights: tuple[float, ...]  # of the loss's parts
+    mix: int  # as of :class:`StepEngine`
+    traced: bool  # whether the step is compiled
+    arithmetic: Arithmetic = "float32"  # of the matrix products
 
 
-def batch_output(
-    block: nn.Module,
-    plan: StepPlan,
-    soft: Tensor,
-    scales: Tensor,
-    counter: Tensor,
-    keys: Tensor,
-    samples: Tensor | None,
-    data: Batch,
-) -> tuple[Tensor, Batch]:
-    """The block's output for the present step's batch, and the batch.
+class StepInputs(NamedTuple):
+    """What a step reads."""
 
-    Args:
-        block: the block, its layers attached (:meth:`BlockState.attach`).
-        plan: see there.
-        soft: (n,) soft weights, requiring gradients.
-        scales: (m,) activation scales, requiring gradients if they are learned.
-        counter: (1,) int64, the step's number.
-        keys: (steps, streams, 2) of the masks.
-        samples: (steps, B) images of each batch; None if ``data`` holds the batch already.
-        data: of all images, or of the batch.
-    """
+    soft: Tensor  # (n,) soft weights, requiring gradients
+    scales: Tensor  # (m,) activation scales, requiring gradients if they are learned
+    counter: Tensor  # (1,) int64, the step's number
+    keys: Tensor  # (steps, streams, 2) of the masks
+    #: (steps, B) numbers of each batch's samples; None if ``data`` is the batch already
+    samples: Tensor | None
+    data: Batch  # of all samples, or of the batch
+
+
+def batch_output(block: nn.Module, plan: StepPlan, inputs: StepInputs) -> tuple[Tensor, Batch]:
+    """The block's output for the present step's batch, and the batch. The block is attached."""
     # index_select, since indexing with a tensor of one number would wait for that number.
-    row = keys.index_select(0, counter)[0]
-    if samples is not None:
-        chosen = samples.index_select(0, counter)[0]
-        data = batch_of(data, chosen)
+    row, data = inputs.keys.index_select(0, inputs.counter)[0], inputs.data
+    if inputs.samples is not None:
+        chosen = inputs.samples.index_select(0, inputs.counter)[0]
+        data = data.map(lambda part: part[chosen])
     x = data.full
     if data.prefix is not None:
         x = mixed(x, data.prefix, row[0], plan.mix, plan.traced)
     with autocast(plan.arithmetic, x.device):
-        output = run_block(block, plan.layout, soft, scales, row, x)
+        output = run_block(block, plan.layout, inputs.soft, inputs.scales, row, x)
     return output.float(), data
 
 
-def batch_loss(
-    block: nn.Module,
-    plan: StepPlan,
-    soft: Tensor,
-    scales: Tensor,
-    counter: Tensor,
-    keys: Tensor,
-    samples: Tensor | None,
-    data: Batch,
-    state: LossState,
-) -> tuple[Tensor, Tensor]:
-    """Loss of the present step's batch, and the loss's starts; arguments as in :func:`batch_output`, and the loss's state."""
-    output, batch = batch_output(block, plan, soft, scales, counter, keys, samples, data)
+def batch_loss(block: nn.Module, plan: StepPlan, inputs: StepInputs, state: LossState) -> tuple[Tensor, Tensor]:
+    """Loss of the present step's batch, and the loss's starts."""
+    output, batch = batch_output(block, plan, inputs)
     return block_loss(plan.kind, plan.part_weights, output, batch, state)
 
 
@@ -115,8 +131,8 @@ def update(
 ) -> None:
     """Adam's step of α and of the scales, in place, then the next soft weights; advances the counter.
 
-    Scales are projected to their lower bounds after the step, so they stay positive.
-    α, its moments, the regulariser's gradient and the soft weights pass once through memory, all layers together.
+    Scales are projected to their lower bounds, so they stay positive. α, its moments, the
+    regulariser's gradient and the soft weights pass once through memory, all layers together.
 
     Args:
         counter: (1,) int64.
@@ -143,7 +159,7 @@ def update(
 
 
 def _adam(variable: Tensor, grad: Tensor, first: Tensor, second: Tensor, size: Tensor, inverse: Tensor) -> None:
-    """PyTorch's Adam with its bias corrections given as tensors, so that it fuses with what is around it."""
+    """PyTorch's Adam with its bias corrections as tensors, so that it fuses with what is around it."""
     first.lerp_(grad, 1 - BETA1)
     second.mul_(BETA2).addcmul_(grad, grad, value=1 - BETA2)
     variable.sub_(size * first / (second.sqrt() * inverse + EPSILON))

@@ -1,9 +1,9 @@
-"""The tape: inputs and outputs of the present block over all calibration images, each computed once.
+"""The tape: inputs and outputs of the present block over all samples, each computed once.
 
-Block i's output is block i + 1's input, so walking forward costs two forwards a block (full precision and quantized)
-whatever the depth. Memory: at most five tensors of images x block output (input and output in full precision, the
-quantized prefix's input, and the next two while advancing), and twice what segments keep for later ones, on the device, in
-host memory or memory-mapped.
+Block i's output is block i + 1's input, so the walk costs two forwards a block (full precision and
+quantized) whatever the depth. Memory: at most five tensors of samples x block output (input and
+output in full precision, the quantized prefix's input, and the next two while advancing), and twice
+what segments keep, on the device, in host memory or memory-mapped.
 """
 
 import os
@@ -18,26 +18,28 @@ from torch import Tensor, nn
 from fimaq_core.chain import Beside, BlockChain
 from fimaq_core.layers import set_quantized
 from fimaq_core.numerics import Arithmetic, arithmetic
-from fimaq_core.reconstruction.figures import OutputError
-from fimaq_core.samples import Ragged, Samples, batches, joined, slices
+from fimaq_core.samples import Samples
 
 Placement = Literal["device", "host", "disk"]
 
 
 class Storage:
-    """Makes the tape's tensors, in one of three places.
+    """Makes the tape's tensors: on the ``device`` (fastest), in ``host`` memory, or on ``disk``.
 
-    Args:
-        placement: ``device`` (fastest), ``host`` memory, or ``disk`` (memory-mapped temporary files).
-        device: the computing device.
-        pinned: whether host memory is pinned for a GPU: few large tensors gain by it, while of many small ones each is rounded up
-            to a power of two.
+    Disk means memory-mapped temporary files. ``pinned`` host memory serves few large tensors; of
+    many small ones each is rounded up to a power of two.
     """
 
     def __init__(self, placement: Placement, device: torch.device, pinned: bool = True) -> None:
-        self.placement, self.device, self.pinned = placement, device, pinned and device.type == "cuda"
+        self.placement, self.device = placement, device
+        self.pinned = pinned and device.type == "cuda"
         self._folder = tempfile.TemporaryDirectory(prefix="fimaq-tape-") if placement == "disk" else None
         self._count = 0
+
+    @property
+    def home(self) -> torch.device:
+        """The device of the tensors made here."""
+        return self.device if self.placement == "device" else torch.device("cpu")
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """An uninitialised tensor in this place."""
@@ -57,33 +59,81 @@ class Storage:
         return mapped.view(shape)
 
 
+class Collected:
+    """Batches of a sweep, put together in a storage as samples of the kind of ``like``."""
+
+    def __init__(self, storage: Storage, like: Samples) -> None:
+        self._storage, self._like = storage, like
+        self._tensors: list[Tensor] = []
+
+    def put(self, rows: slice, values: Tensor) -> None:
+        """Keep ``values`` (B, ...) of the samples ``rows``, which come in order."""
+        shape = values.shape[0] if self._like.varying else len(self._like), *values.shape[1:]
+        if self._like.varying or not self._tensors:
+            self._tensors.append(self._storage.empty(shape, values.dtype))
+        place = self._tensors[-1] if self._like.varying else self._tensors[0][rows]
+        place.copy_(values, non_blocking=True)
+
+    @property
+    def samples(self) -> Samples:
+        """All of them, ready to be read."""
+        if self._storage.device.type == "cuda" and self._storage.placement != "device":
+            torch.cuda.synchronize(self._storage.device)
+        return Samples(self._tensors if self._like.varying else self._tensors[0])
+
+
+class OutputError:
+    """Sums up ``||q - f||² / ||f||²`` over batches of outputs q and their targets f, on ``device``."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._error, self._size = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(2))
+
+    @torch.no_grad()
+    def add(self, output: Tensor, target: Tensor) -> None:
+        """Add a batch, both (B, ...)."""
+        self._error += squared_sum(output - target)
+        self._size += squared_sum(target)
+
+    @property
+    def relative(self) -> float:
+        """The error so far; infinite or NaN where only f is zero, or a value is not finite."""
+        error, size = float(self._error), float(self._size)
+        return 0.0 if error == 0 else (error / size if size else float("inf"))
+
+
+def squared_sum(values: Tensor) -> Tensor:
+    """Σ values², a float64 scalar."""
+    # In pieces: in float64 a batch of maps would take as much memory as the block that made it.
+    parts = torch.split(values.flatten(), 2**22)
+    return torch.stack([part.double().square_().sum() for part in parts]).sum()
+
+
+def mean_of(samples: Samples, batch_size: int, squared: bool = False) -> float:
+    """The mean of all values of ``samples`` (n, N), or of their squares."""
+    total, count = 0.0, 0
+    for part in samples.batches(batch_size):
+        total += float(squared_sum(part) if squared else part.sum(1).double().sum())
+        count += part.numel()
+    return total / count
+
+
 class Tape:
     """Position of a walk over a chain.
 
     Args:
         chain: what is quantized, block by block.
-        images: (n, ...) inputs of the chain; those of varying shapes pass one by one, and all that is here varies with them.
+        images: (n, ...) inputs of the chain; where their shapes vary, so do those of all that is here.
         storage: where tensors go.
-        with_prefix: whether the quantized prefix's outputs are asked for.
-        batch_size: images a forward pass.
+        with_prefix: whether the quantized prefix's outputs are wanted.
+        batch_size: samples a forward pass.
         frozen_dtype: arithmetic of full-precision parts.
-        teacher: the full-precision model, of the same segments; None if that is ``chain`` itself in full precision.
-
-    Attributes:
-        index: number of the present block.
-        teacher: the full-precision model; ``chain`` itself, or what it was before its MLPs were changed.
-        full: (n, ...) the present block's inputs in the full-precision model.
-        prefix: the same with everything before quantized, or None where nobody asks for it.
-        target: (n, ...) the present block's full-precision outputs; None until :meth:`compute_target`.
-        outputs: (n, ...) the present block's quantized outputs after the quantized prefix; None until :meth:`measure` keeps them.
-        beside: what travels beside ``full``: the chain's side of all inputs, and what the segments before have kept.
-        beside_prefix: the same beside ``prefix``.
+        teacher: the full-precision model, of the same segments; by default ``chain`` itself.
     """
 
     def __init__(
         self,
         chain: BlockChain,
-        images: Samples,
+        images: Samples | Tensor,
         storage: Storage,
         *,
         with_prefix: bool,
@@ -92,25 +142,33 @@ class Tape:
         teacher: BlockChain | None = None,
     ) -> None:
         self.chain, self.storage, self.batch_size, self.frozen_dtype = chain, storage, batch_size, frozen_dtype
+        #: the full-precision model; ``chain``, or what it was before its MLPs were changed
         self.teacher = chain if teacher is None else teacher
-        self.index = 0
-        self.beside = self.beside_prefix = Beside(self._side(images))
-        self.full = self._enter(self.teacher, images, self.beside)
+        self.index = 0  # number of the present block
+        samples, device = Samples.of(images), storage.device
+        project = self.teacher.side
+        side = None if project is None else samples.map(lambda part: project(part.to(device)), batch_size)
+        self.beside = self.beside_prefix = Beside(side)  # beside ``full``, and beside ``prefix``
+        #: (n, ...) the present block's inputs in the full-precision model
+        self.full = self._enter(self.teacher, samples, self.beside)
         # Nothing is quantized before the first block.
+        #: the same with everything before quantized; None where nobody wants it
         self.prefix: Samples | None = self.full if with_prefix else None
+        #: (n, ...) the present block's full-precision outputs; None until :meth:`compute_target`
         self.target: Samples | None = None
+        #: (n, ...) its quantized outputs behind the prefix; None until :meth:`measure` keeps them
         self.outputs: Samples | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of all samples that are kept now, shared ones counted once."""
-        parts = (self.full, self.prefix, self.target, self.outputs, *self.beside.kept)
-        parts += (*self.beside_prefix.kept, self.beside.side)
-        tensors = [tensor for part in parts if part is not None for tensor in (part if isinstance(part, Ragged) else [part])]
+        parts = [self.full, self.prefix, self.target, self.outputs, self.beside.side]
+        parts += [*self.beside.kept, *self.beside_prefix.kept]
+        tensors = [tensor for part in parts if part is not None for tensor in part.tensors]
         return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
     def compute_target(self) -> Samples:
-        """Run the present block in full precision, once; its layers are switched to full precision."""
+        """Run the present block in full precision, once; its layers are switched to it."""
         if self.target is None:
             block = self.teacher.segment(self.index).block
             set_quantized(block, False)
@@ -119,29 +177,21 @@ class Tape:
 
     @torch.no_grad()
     def measure(self, keep: bool = True) -> float:
-        """Run the present block, which must be finished, behind the quantized prefix; return its outputs' error.
+        """Run the present block, which must be finished, behind the quantized prefix.
 
-        Args:
-            keep: its outputs, for :meth:`advance`.
-
-        Returns:
-            ``||q - f||² / ||f||²`` over all samples, q its outputs and f its target.
+        Returns ``||q - f||² / ||f||²`` over all samples, q its outputs and f its target; ``keep``
+        says whether :meth:`advance` needs the outputs.
         """
         assert self.prefix is not None
         target, block = self.compute_target(), self.chain.segment(self.index).block
         set_quantized(block, True)
-        error = OutputError(self.storage.device)
-
-        def add(rows: slice, output: Tensor) -> None:
-            expected = target[rows].to(self.storage.device, non_blocking=True)
-            assert isinstance(expected, Tensor)
-            error.add(output, expected)
-
+        error, kept = OutputError(self.storage.device), Collected(self.storage, self.prefix)
+        for rows, output in self._run(block, self.prefix, "float32"):
+            error.add(output, target[rows].to(self.storage.device, non_blocking=True))
+            if keep:
+                kept.put(rows, output)
         if keep:
-            self.outputs = self._map(block, self.prefix, frozen=False, see=add)
-        else:
-            for rows, output in self._run(block, self.prefix, frozen=False):
-                add(rows, output)
+            self.outputs = kept.samples
         return error.relative
 
     def advance(self) -> None:
@@ -152,8 +202,7 @@ class Tape:
         if self.prefix is not None:
             set_quantized(block, True)
             if outputs is None:
-                outputs = self._map(block, self.prefix, frozen=False)
-        # What the present one keeps is in the list for the next one. Without a prefix nobody asks for the quantized model's.
+                outputs = self._map(block, self.prefix, "float32")
         self.beside = self._keeping(self.teacher, target, self.beside)
         self.beside_prefix = self.beside if outputs is None else self._keeping(self.chain, outputs, self.beside_prefix)
         self.index += 1
@@ -161,34 +210,28 @@ class Tape:
         self.prefix = None if outputs is None else self._enter(self.chain, outputs, self.beside_prefix)
         self.target = None
 
-    @torch.no_grad()
-    def _side(self, images: Samples) -> Samples | None:
-        parts = [self.teacher.side_of(part.to(self.storage.device)) for part in batches(images, self.batch_size)]
-        known = [part for part in parts if part is not None]
-        return joined(known, images) if known else None
-
     def _enter(self, chain: BlockChain, source: Samples, beside: Beside) -> Samples:
         """Inputs of the present block of ``chain`` from the outputs of the one before."""
         segment = chain.segment(self.index)
         if not (segment.takes_side or segment.takes_kept):
             return self._map(segment.before, source)
-        return self._map(lambda x, part: segment.enter(x, *beside.rows(part, self.storage.device).tensors), source)
+        device = self.storage.device
+        return self._map(lambda x, rows: segment.enter(x, *beside.rows(rows, device)), source)
 
     def _keeping(self, chain: BlockChain, outputs: Samples, beside: Beside) -> Beside:
-        """What travels beside the next block's input: what did so far, and what the present segment keeps of its outputs."""
+        """What travels beside the next block's input."""
         keep = chain.segment(self.index).keep
         return beside if keep is None else Beside(beside.side, (*beside.kept, self._map(keep, outputs)))
 
     @torch.no_grad()
     def _run(
-        self, function: nn.Module | Callable[[Tensor, slice], Tensor], source: Samples, frozen: bool
+        self, function: nn.Module | Callable[[Tensor, slice], Tensor], source: Samples, dtype: Arithmetic
     ) -> Iterator[tuple[slice, Tensor]]:
-        """``function`` of all samples batch by batch: a module, or what also takes which samples they are."""
+        """``function`` of all samples batch by batch: a module, or what also takes the rows."""
         device = self.storage.device
-        for rows in slices(source, self.batch_size):
+        for rows in source.slices(self.batch_size):
             part = source[rows].to(device, non_blocking=True)
-            assert isinstance(part, Tensor)
-            with arithmetic(self.frozen_dtype if frozen else "float32", device):
+            with arithmetic(dtype, device):
                 out: Tensor = (function(part) if isinstance(function, nn.Module) else function(part, rows)).float()
             yield rows, out
 
@@ -196,27 +239,12 @@ class Tape:
         self,
         function: nn.Module | Callable[[Tensor, slice], Tensor],
         source: Samples,
-        frozen: bool = True,
-        see: Callable[[slice, Tensor], None] = lambda rows, out: None,
+        dtype: Arithmetic | None = None,
     ) -> Samples:
-        """``function`` of all samples, see :meth:`_run`, where the tape lies; ``see`` is called with each batch."""
-        if isinstance(function, nn.Identity) and source.device == self._home():
+        """``function`` of all samples, see :meth:`_run`, in the storage; ``dtype``: else the frozen one."""
+        if isinstance(function, nn.Identity) and source.device == self.storage.home:
             return source
-        result, apart = None, []
-        for rows, out in self._run(function, source, frozen):
-            see(rows, out)
-            if isinstance(source, Ragged):
-                apart.append(self.storage.empty(tuple(out.shape), out.dtype).copy_(out, non_blocking=True))
-                continue
-            if result is None:
-                result = self.storage.empty((len(source), *out.shape[1:]), out.dtype)
-            result[rows].copy_(out, non_blocking=True)
-        if self.storage.device.type == "cuda" and self.storage.placement != "device":
-            torch.cuda.synchronize(self.storage.device)
-        if isinstance(source, Ragged):
-            return Ragged(apart)
-        assert result is not None
-        return result
-
-    def _home(self) -> torch.device:
-        return self.storage.device if self.storage.placement == "device" else torch.device("cpu")
+        kept = Collected(self.storage, source)
+        for rows, out in self._run(function, source, dtype or self.frozen_dtype):
+            kept.put(rows, out)
+        return kept.samples

@@ -1,39 +1,32 @@
-"""The step by its definition: plain operations, autograd, PyTorch's optimizers. Slow, and what the fast ones must equal."""
+"""The step by its definition: plain operations, autograd, PyTorch's optimizers.
+
+It is slow, and what the fast steps must equal.
+"""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from fimaq_core.chain import Segment
 from fimaq_core.numerics import autocast
-from fimaq_core.quantizers.dropping import eager_mask, threshold_of
+from fimaq_core.quantizers.dropping import eager_mask
 from fimaq_core.quantizers.rounding import rounding_penalty
-from fimaq_core.recipe import Recipe
-from fimaq_core.reconstruction.loss import Batch, LossState, batch_of, block_loss, prediction_loss, unpacked
-from fimaq_core.reconstruction.objective import BlockObjective, Objective
+from fimaq_core.reconstruction.loss import Batch, LossState, block_loss, prediction_loss
+from fimaq_core.reconstruction.objective import BlockObjective
 from fimaq_core.reconstruction.sample_objective import SampleObjective
-from fimaq_core.reconstruction.schedule import Schedule, regulariser_exponent
-from fimaq_core.reconstruction.state import BlockState
-from fimaq_core.reconstruction.tape import Tape
+from fimaq_core.reconstruction.schedule import regulariser_exponent
+from fimaq_core.reconstruction.step import StepEngine
 
 
-class TextbookStep:
-    """One tensor of rounding variables a layer and one of scales a quantizer, each operation on its own.
+class TextbookStep(StepEngine):
+    """One tensor of rounding variables per layer and one of scales per quantizer."""
 
-    Args:
-        segment: whose block is optimised.
-        state: its variables, attached.
-        tape: at that block, target computed.
-        objective: of the block.
-        recipe: rates and probabilities.
-        schedule: tables of the steps (batches and masks are taken from it).
-    """
+    form = "textbook"
 
-    def __init__(
-        self, segment: Segment, state: BlockState, tape: Tape, objective: Objective, recipe: Recipe, schedule: Schedule
-    ) -> None:
-        self.segment, self.state, self.tape, self.objective = segment, state, tape, objective
-        self.recipe, self.schedule = recipe, schedule
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        state, recipe = self.state, self.recipe
         self.alphas: list[Tensor] = []
         if state.rounding is not None:
             self.alphas = [alpha.clone().requires_grad_(True) for alpha in state.rounding.split(state.rounding.alpha)]
@@ -54,21 +47,19 @@ class TextbookStep:
             self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizers[-1], T_max=recipe.steps)
 
     def run(self, number: int) -> Tensor:
-        """See :class:`fimaq_core.reconstruction.engines.StepEngine`."""
-        objective, recipe = self.objective, self.recipe
+        """See :class:`StepEngine`."""
+        objective, recipe, weights = self.objective, self.recipe, self.objective.part_weights()
         roundings = [(1.2 * torch.sigmoid(alpha) - 0.1).clamp(0, 1) for alpha in self.alphas]
-        keys, samples = self.schedule.keys[number], self.schedule.samples[number]
-        batch, state = self._present(samples)
+        keys = self.schedule.keys[number]
+        batch, state = self._present(self.schedule.samples[number])
         with autocast(recipe.step_dtype, self.state.soft.device):
             output = functional_call(self.segment.block, self._tensors(roundings, keys), (self._input(batch, keys),))
-        rest = objective.rest
+        output, rest = output.float(), objective.rest
         if rest is None:
-            loss, starts = block_loss(objective.kind, objective.part_weights(), output.float(), batch, state)
+            loss, starts = block_loss(objective.kind, weights, output, batch, state)
         else:
-            loss, starts = prediction_loss(
-                objective.part_weights(), output.float(), batch, objective.state.starts, rest, objective.divergence
-            )
-        objective.state.starts.copy_(starts)
+            loss, starts = prediction_loss(weights, output, batch, state.starts, rest, objective.divergence)
+        state.starts.copy_(starts)
         total, beta = loss, regulariser_exponent(recipe, number)
         if beta is not None:
             for h in roundings:
@@ -99,24 +90,21 @@ class TextbookStep:
 
     def _present(self, samples: Tensor) -> tuple[Batch, LossState]:
         """The batch, and what its loss rests on."""
-        prefix = self.tape.prefix
-        mixed = prefix is not None and prefix is not self.tape.full and threshold_of(self.recipe.prefix_prob) > 0
-        if isinstance(self.objective, SampleObjective):
-            return self.objective.sample(int(samples[0]), mixed)
-        assert isinstance(self.objective, BlockObjective)
-        data = self.objective.batch(mixed)
-        batch, device = batch_of(data, samples.to(data.full.device)), self.state.soft.device
-        moved = [None if part is None else part.to(device) for part in (*batch[:6], *batch.kept)]
-        return unpacked(moved), self.objective.state
+        objective = self.objective
+        if isinstance(objective, SampleObjective):
+            return objective.sample(int(samples[0]), self.mix > 0)
+        assert isinstance(objective, BlockObjective)
+        data = objective.batch(self.mix > 0)
+        chosen, device = samples.to(data.full.device), self.state.soft.device
+        return data.map(lambda part: part[chosen.to(part.device)].to(device)), objective.state
 
     def _input(self, batch: Batch, keys: Tensor) -> Tensor:
-        threshold = threshold_of(self.recipe.prefix_prob)
-        if batch.prefix is None or threshold >= 256:
+        if batch.prefix is None or self.mix >= 256:
             return batch.full if batch.prefix is None else batch.prefix
-        return torch.where(eager_mask(batch.full, keys[0], threshold, torch.bool), batch.prefix, batch.full)
+        return torch.where(eager_mask(batch.full, keys[0], self.mix, torch.bool), batch.prefix, batch.full)
 
     def finish(self) -> None:
-        """See :class:`fimaq_core.reconstruction.engines.StepEngine`."""
+        """See :class:`StepEngine`."""
         state, rounding = self.state, self.state.rounding
         if rounding is not None:
             rounding.alpha.copy_(torch.cat([alpha.detach().flatten() for alpha in self.alphas]))

@@ -80,16 +80,17 @@ class CalibrationSet:
         inputs: what each part of a model of several is calibrated on: (n, ...) by the part's name.
         captions: the caption of each image, for tasks that have them.
         truncated_captions: how many of these are longer than the model's context.
-        metas: what each image's transform says of it (shapes, scale), where images vary in size.
+        metas: what each image's transform says of it (shapes, scale), where images vary in size; their ``images`` and
+            ``inputs`` are :class:`~fimaq_core.samples.Samples` of varying shapes.
         notes: what a user should know of them.
     """
 
-    images: Samples
+    images: Samples | Tensor
     ids: list[str]
     transform: str
     fingerprint: str
     skipped: list[str] = field(default_factory=list)
-    inputs: dict[str, Samples] = field(default_factory=dict)
+    inputs: dict[str, Samples | Tensor] = field(default_factory=dict)
     captions: list[str] | None = None
     truncated_captions: int | None = None
     metas: list[dict[str, Any]] = field(default_factory=list)

@@ -8,7 +8,7 @@ import numpy as np
 
 from fimaq_core.errors import RecipeError
 from fimaq_core.recipe import Recipe
-from fimaq_core.samples import Ragged
+from fimaq_core.samples import Samples
 from tasks.common.calibration import positions_of, read_list, take
 from tasks.common.files import id_below
 from tasks.common.images import Images
@@ -46,7 +46,7 @@ def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> C
     drawn, positions, skipped = take(images, range(len(ids)), recipe.calibration_images, recipe.seed)
     chosen = [ids[position] for position in positions]
     _, notes = source.orientations([order[position] for position in positions], "calibration images")
-    samples = Ragged([image for image, _ in drawn])
+    samples = Samples([image for image, _ in drawn])
     shapes: list[Any] = [list(image.shape) for image in samples]
     digest = hashlib.sha256(json.dumps([recipe.calibration_transform, chosen, shapes]).encode())
     for image in samples:

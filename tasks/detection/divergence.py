@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fimaq_core.fisher.divergence import Divergence, at_least_float32
-from fimaq_core.samples import Ragged, Samples
+from fimaq_core.samples import Samples
 
 #: Full-precision score above which a position's box counts.
 SCORE = 0.7
@@ -45,7 +45,7 @@ class ProposalDivergence(Divergence):
         for output, levels in zip(outputs, self.levels, strict=True):
             weights = torch.cat([torch.full((1, count), 1 / count) for count in levels], 1)
             rows.append(torch.cat([output.flatten(1), weights.to(output)], 1))
-        return Ragged(rows)
+        return Samples(rows)
 
     def __call__(self, outputs: Tensor, reference: Tensor) -> Tensor:
         # In float64, since both terms are differences of nearly equal numbers close to full precision.

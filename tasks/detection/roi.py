@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from fimaq_core.chain import BlockChain, Kept, Segment
 from fimaq_core.errors import DataError, ModelError
-from fimaq_core.layers import QuantConv2d, QuantConvTranspose2d, QuantLinear, quant_layers
+from fimaq_core.layers import FORMS, QuantConv2d, QuantConvTranspose2d, QuantLinear, quant_layers
 from fimaq_core.recipe import Recipe
-from fimaq_core.samples import Ragged, Samples, batches
+from fimaq_core.samples import Samples
 from tasks.detection import mm
 from tasks.detection.neck import ExplicitFPN, Unpack
 
@@ -27,11 +27,9 @@ STAND_INS = 100
 META = ("img_shape", "pad_shape", "ori_shape", "scale_factor")
 #: Quantizable forms of layers; mmcv wraps PyTorch's for empty inputs, which PyTorch takes by itself today.
 _FORMS: dict[type[nn.Module], Any] = {
-    nn.Linear: QuantLinear,
+    **FORMS,
     Linear: QuantLinear,
-    nn.Conv2d: QuantConv2d,
     Conv2d: QuantConv2d,
-    nn.ConvTranspose2d: QuantConvTranspose2d,
     ConvTranspose2d: QuantConvTranspose2d,
 }
 
@@ -113,7 +111,7 @@ def roi_parts(model: nn.Module, recipe: Recipe) -> dict[str, BlockChain]:
 @torch.no_grad()
 def roi_inputs(
     model: nn.Module, images: Samples, metas: Sequence[Mapping[str, object]], device: torch.device, limit: int | None = None
-) -> dict[str, Ragged]:
+) -> dict[str, Samples]:
     """Pooled features (regions, C, h, w) that the float model's RoI heads get per image.
 
     Box heads get the float RPN's proposals, in a cascade those that the stages before have refined;
@@ -127,12 +125,12 @@ def roi_inputs(
     heads = roi_heads(model)
     model.to(device)
     kept: dict[str, list[Tensor]] = {name: [] for name in heads}
-    for image, meta in zip(batches(images, 1), metas, strict=True):
+    for image, meta in zip(images, metas, strict=True):
         for name, pooled in _pooled(model, heads, image.to(device), meta).items():
             count = len(pooled) if limit is None else min(limit, len(pooled))
             chosen = torch.arange(count, device=device) * len(pooled) // max(count, 1)
             kept[name].append(pooled[chosen].cpu())
-    return {name: Ragged(items) for name, items in kept.items()}
+    return {name: Samples(items) for name, items in kept.items()}
 
 
 @torch.no_grad()

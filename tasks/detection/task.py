@@ -103,7 +103,7 @@ class DetectionTask(Task):
         """The images, and for RoI heads what they see of those that set the ranges."""
         found: dict[str, Samples] = {DETECTOR: images.images}
         if "roi" in pieces_of(recipe):
-            chosen = images.images[: recipe.range_images], images.metas[: recipe.range_images]
+            chosen = images.images.first(recipe.range_images), images.metas[: recipe.range_images]
             # Searches take no more rows than this of all images, so there is no use in keeping more regions of many images.
             found |= roi_inputs(loaded.model, *chosen, device, max(_REGIONS // recipe.range_images, 1))
         return found

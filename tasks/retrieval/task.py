@@ -10,7 +10,7 @@ from fimaq_core.errors import DataError, RecipeError
 from fimaq_core.fisher.divergence import Divergence
 from fimaq_core.progress import Report
 from fimaq_core.recipe import Recipe
-from fimaq_core.samples import Samples, batches
+from fimaq_core.samples import Samples
 from tasks.common.class_names import told_apart
 from tasks.common.folders import open_folder
 from tasks.common.images import Images
@@ -145,9 +145,9 @@ class RetrievalTask(Task):
 
 
 @torch.no_grad()
-def _embeddings(encode: object, inputs: Samples, device: torch.device, batch_size: int) -> Tensor:
+def _embeddings(encode: object, inputs: Samples | Tensor, device: torch.device, batch_size: int) -> Tensor:
     assert callable(encode)
-    return torch.cat([encode(part.to(device)).float() for part in batches(inputs, batch_size)])
+    return torch.cat([encode(part.to(device)).float() for part in Samples.of(inputs).batches(batch_size)])
 
 
 def _without(model: nn.Module, name: str) -> nn.Module:

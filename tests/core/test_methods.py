@@ -19,9 +19,8 @@ from fimaq_core.layers import QuantConv2d, QuantLinear, QuantMatMul, quant_layer
 from fimaq_core.pipeline import CALIBRATE, MLPS, RECONSTRUCT, quantize_chain
 from fimaq_core.progress import Progress
 from fimaq_core.quantizers.activation import ActivationQuantizer
-from fimaq_core.quantizers.affine import AffineQuantizer
+from fimaq_core.quantizers.affine import AffineQuantizer, WeightQuantizer
 from fimaq_core.quantizers.special import LogQuantizer
-from fimaq_core.quantizers.weight import WeightQuantizer
 from fimaq_core.recipe import METHODS, OFF, Recipe
 from fimaq_core.reconstruction.mlp import mlps, use_relu
 from fimaq_core.reconstruction.state import active_quantizers, rounded_layers

@@ -8,13 +8,14 @@ from torch import Tensor, nn
 from fimaq_core.calibration.calibrate import calibrate
 from fimaq_core.chain import Beside, BlockChain, MlpPart, NormPair, Segment
 from fimaq_core.fisher.divergence import Divergence
-from fimaq_core.fisher.passes import output_gradients
+from fimaq_core.fisher.passes import Sweep
 from fimaq_core.layers import QuantLinear, set_quantized
 from fimaq_core.pipeline import Resources, quantize_chain
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction import mlp as mlp_module
 from fimaq_core.reconstruction.objective import BlockObjective
 from fimaq_core.reconstruction.tape import Storage, Tape
+from fimaq_core.samples import Samples
 
 CPU = torch.device("cpu")
 TOKENS, WIDTH, WORDS, END = 6, 16, 20, 19
@@ -114,17 +115,17 @@ def test_the_tape_carries_the_side(placement: str) -> None:
     full = chain(ids)
     tape = Tape(chain, ids, Storage(placement, CPU), with_prefix=True, batch_size=4)  # type: ignore[arg-type]
     assert tape.beside.side is not None
-    assert torch.equal(tape.beside.side, ids.argmax(1))
+    assert torch.equal(tape.beside.side.whole, ids.argmax(1))
     tape.advance()
     tape.advance()
-    target = tape.compute_target()
+    target = tape.compute_target().whole
     assert torch.allclose(target, full, atol=1e-6)
     last = chain.segment(2)
     set_quantized(chain, True)
-    expected = last.enter(chain.segment(1)(chain.segment(0)(ids)), tape.beside.side)
+    expected = last.enter(chain.segment(1)(chain.segment(0)(ids)), tape.beside.side.whole)
     assert tape.prefix is not None
-    assert torch.allclose(tape.prefix, expected, atol=1e-6)
-    assert not torch.allclose(tape.prefix, tape.full, atol=1e-2)
+    assert torch.allclose(tape.prefix.whole, expected, atol=1e-6)
+    assert not torch.allclose(tape.prefix.whole, tape.full.whole, atol=1e-2)
 
 
 def test_calibration_sees_what_the_model_computes() -> None:
@@ -148,8 +149,9 @@ def test_gradients_go_through_the_side(index: int) -> None:
     x = ids if index == 0 else chain.segment(0)(ids)
     x = chain.segment(1)(x) if index == 2 else x
     inputs = chain.segment(index).enter(x, chain.side_of(ids)).detach()
-    sweep = output_gradients(chain, index, inputs, reference, divergence, 4, CPU, beside=Beside(chain.side_of(ids)))
-    for part, output, gradient in sweep:
+    beside = Beside(Samples(chain.side_of(ids)))
+    sweep = Sweep(chain, index, Samples(reference), divergence, CPU, 4, beside=beside)
+    for part, output, gradient in sweep.gradients(inputs):
         leaf = output.clone().requires_grad_(True)
         z = leaf if index == 2 else chain.tail(index + 1, leaf, ids[part].argmax(1))
         (expected,) = torch.autograd.grad(4 * together(z, reference[part]), leaf)
@@ -216,8 +218,8 @@ def test_a_divergence_may_ask_for_more_than_outputs() -> None:
     class Wider(Divergence):
         batch = 8
 
-        def reference(self, outputs: Tensor) -> Tensor:
-            return torch.cat([outputs, torch.arange(len(outputs))[:, None].float()], dim=1)
+        def reference(self, outputs: Samples) -> Samples:
+            return Samples(torch.cat([outputs.whole, torch.arange(len(outputs))[:, None].float()], dim=1))
 
         def __call__(self, outputs: Tensor, reference: Tensor) -> Tensor:
             rows.append(reference[:, -1])

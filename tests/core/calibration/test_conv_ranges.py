@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from fimaq_core.calibration import thinning
 from fimaq_core.calibration.candidates import MIN_WEIGHT_SCALE, grid_candidates
 from fimaq_core.calibration.conv_ranges import calibrate_conv, calibrate_conv_by_own_error
-from fimaq_core.calibration.error_reduction import reduce_conv_error
 from fimaq_core.calibration.percentile_ranges import conv_percentiles
+from fimaq_core.calibration.refit import reduce_conv_error
 from fimaq_core.calibration.thinning import conv_values, in_pieces, spread
 from fimaq_core.layers import QuantConv2d, QuantConvTranspose2d
 from fimaq_core.recipe import Recipe, make_recipe

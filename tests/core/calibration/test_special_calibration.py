@@ -16,16 +16,14 @@ from torch.nn import functional as F
 
 from fimaq_core.calibration.calibrate import calibrate
 from fimaq_core.calibration.candidates import MIN_WEIGHT_SCALE, ascending, grid_candidates
-from fimaq_core.calibration.error_reduction import reduce_conv_error, reduce_linear_error
 from fimaq_core.calibration.layer_ranges import calibrate_linear, calibrate_matmul, progressive_operand, progressive_weight
 from fimaq_core.calibration.percentile_ranges import conv_percentiles, linear_percentiles
-from fimaq_core.calibration.refit import refine_rounding, refit_moments, ridge_refit
+from fimaq_core.calibration.refit import reduce_conv_error, reduce_linear_error, refine_rounding, refit_moments, ridge_refit
 from fimaq_core.calibration.special_layers import _search_heads, calibrate_after_gelu, calibrate_after_softmax
 from fimaq_core.calibration.special_ranges import percentile_range
 from fimaq_core.chain import BlockChain
 from fimaq_core.fisher.divergence import ClassifierDivergence, kl_divergence
-from fimaq_core.layers import QuantConv2d, QuantLinear, QuantMatMul, quant_layers, set_quantized
-from fimaq_core.layers.layers import decide_rounding
+from fimaq_core.layers import QuantConv2d, QuantLinear, QuantMatMul, decide_rounding, quant_layers, set_quantized
 from fimaq_core.pipeline import Resources, quantize_chain
 from fimaq_core.quantizers.affine import AffineQuantizer, fake_quantize
 from fimaq_core.quantizers.logarithm import GELU_SHIFT, adalog_fake_quantize, adalog_tables, log_fake_quantize

@@ -18,7 +18,7 @@ from fimaq_core.errors import NumericsError
 from fimaq_core.layers import QuantConv2d, QuantConvTranspose2d, QuantLayer, QuantLinear, QuantMatMul, quant_layers, set_quantized
 from fimaq_core.pipeline import finish
 from fimaq_core.recipe import OFF, Recipe
-from fimaq_core.samples import Ragged
+from fimaq_core.samples import Samples
 
 pytestmark = pytest.mark.slow
 
@@ -48,7 +48,7 @@ def test_images_of_one_size_give_what_one_tensor_gives(method: str) -> None:
     recipe, x = quick(method, w_bits=4, a_bits=4), images(8, 40)
     dense, ragged = chain_of(swin(40), recipe), chain_of(swin(40), recipe)
     calibrate(dense, x, recipe, batch_size=3)
-    calibrate(ragged, Ragged(list(x.split(1))), recipe)
+    calibrate(ragged, Samples(list(x.split(1))), recipe)
     found, expected = ranges(ragged), ranges(dense)
     assert found.keys() == expected.keys()
     scales = [name for name in expected if name.endswith("scale")]
@@ -178,9 +178,9 @@ def upward(recipe: Recipe) -> BlockChain:
     return BlockChain([Segment("head", "predictor", block)])
 
 
-def regions(*counts: int) -> Ragged:
+def regions(*counts: int) -> Samples:
     generator = torch.Generator().manual_seed(2)
-    return Ragged([torch.randn(count, 4, 8, 6, generator=generator) for count in counts])
+    return Samples([torch.randn(count, 4, 8, 6, generator=generator) for count in counts])
 
 
 EVERY = ["fimaq", "rtn", "repq", "erq", "adalog", "ptq4vit", "qdrop"]
@@ -199,7 +199,7 @@ def test_every_recipe_calibrates_heads_on_images_with_any_number_of_regions(meth
     assert all(layer.weight_quantizer.codes.numel() for _, layer in quant_layers(chain))  # type: ignore[union-attr]
     # An image without regions counts for nothing.
     again = upward(recipe)
-    calibrate(again, Ragged([x[0], x[2], x[3]]), recipe)
+    calibrate(again, Samples([x[0], x[2], x[3]]), recipe)
     finish(again)
     assert all(torch.equal(*pair) for pair in zip(ranges(chain).values(), ranges(again).values(), strict=True))
 
@@ -242,7 +242,7 @@ def test_a_layer_without_input_is_named() -> None:
 def test_not_a_number_is_named_though_it_would_be_thinned_away(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capture, "CONV_VALUES", 1)
     x = regions(3, 2)
-    x.items[1][1, 2, 3, 4] = float("nan")
+    x.tensors[1][1, 2, 3, 4] = float("nan")
     with pytest.raises(NumericsError, match=r"head\.conv"):
         calibrate(upward(quick()), x, quick())
 
@@ -273,7 +273,7 @@ def test_only_the_first_images_set_ranges() -> None:
     recipe = quick("rtn", range_images=2)
     some, all_of_two = pyramid(recipe), pyramid(recipe)
     calibrate(some, varied(5), recipe)
-    calibrate(all_of_two, Ragged(varied(5).items[:2]), recipe)
+    calibrate(all_of_two, Samples(varied(5).tensors[:2]), recipe)
     assert all(torch.equal(*pair) for pair in zip(ranges(some).values(), ranges(all_of_two).values(), strict=True))
 
 

@@ -13,7 +13,7 @@ from fimaq_core.fisher.divergence import ClassifierDivergence, Divergence, kl_di
 from fimaq_core.layers import set_quantized
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction import objective as objective_module
-from fimaq_core.reconstruction.loss import Batch, LossState, batch_of, block_loss, prediction_loss
+from fimaq_core.reconstruction.loss import Batch, LossState, block_loss, prediction_loss
 from fimaq_core.reconstruction.objective import BlockObjective
 from fimaq_core.reconstruction.tape import Storage, Tape
 
@@ -51,7 +51,7 @@ def before_step(objective: BlockObjective, number: int) -> None:
 
 def value_of(objective: BlockObjective, output: Tensor, samples: Tensor = SAMPLES) -> Tensor:
     """Loss of the samples' output; what it starts at is kept as a step keeps it."""
-    batch = batch_of(objective.batch(mixed=False), samples)
+    batch = objective.batch(mixed=False).map(lambda part: part[samples])
     weights, state, rest = objective.part_weights(), objective.state, objective.rest
     if rest is None:
         value, starts = block_loss(objective.kind, weights, output, batch, state)
@@ -64,7 +64,7 @@ def value_of(objective: BlockObjective, output: Tensor, samples: Tensor = SAMPLE
 @torch.no_grad()
 def loss(objective: BlockObjective, tape: Tape, noise: float = 0.0) -> float:
     """Loss of the first samples; ``noise`` changes the output."""
-    output = objective.chain.segment(tape.index).block(tape.full[SAMPLES])
+    output = objective.chain.segment(tape.index).block(tape.full.whole[SAMPLES])
     return float(value_of(objective, output + noise * torch.randn(output.shape, generator=torch.Generator().manual_seed(0))))
 
 
@@ -168,15 +168,15 @@ def test_value_after_the_start_equals_the_formula(name: str) -> None:
     assert tape.target is not None
     chain, kind = objective.chain, name
     with torch.no_grad():
-        output = chain.segment(tape.index).block(tape.full[SAMPLES])
+        output = chain.segment(tape.index).block(tape.full.whole[SAMPLES])
     noisy = output + 0.5 * torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
-    first, second = ((out - tape.target[SAMPLES]).flatten(1) for out in (output, noisy))
-    gradients = objective.weights if name in ("fisher_brecq", "perturb") else objective.state.diagonal
+    first, second = ((out - tape.target.whole[SAMPLES]).flatten(1) for out in (output, noisy))
+    gradients = objective.weights.whole if name in ("fisher_brecq", "perturb") else objective.state.diagonal
 
     def parts(delta: Tensor) -> list[Tensor]:
         if kind == "prediction":
-            logits = chain.tail(tape.index + 1, (tape.target[SAMPLES].flatten(1) + delta).view_as(output))
-            divergence = kl_divergence(logits.double(), objective.reference[SAMPLES].double(), 20.0)
+            logits = chain.tail(tape.index + 1, (tape.target.whole[SAMPLES].flatten(1) + delta).view_as(output))
+            divergence = kl_divergence(logits.double(), objective.reference.whole[SAMPLES].double(), 20.0)
             return [losses.squared_error(delta), divergence]
         if kind == "mse":
             return [losses.squared_error(delta)]
@@ -212,13 +212,13 @@ def test_brecq_gradient_is_taken_with_the_prefix_quantized_and_this_block_in_ful
     assert tape.prefix is not None
     block = chain.segment(2).block
     set_quantized(block, False)
-    output = block(tape.prefix).detach().requires_grad_(True)
+    output = block(tape.prefix.whole).detach().requires_grad_(True)
     divergence = ClassifierDivergence(recipe.temperature)
-    value = divergence(chain.tail(3, output), objective.reference) * output.shape[0]
+    value = divergence(chain.tail(3, output), objective.reference.whole) * output.shape[0]
     (expected,) = torch.autograd.grad(value, output)
     assert objective.weights is not None
     scale = float(expected.abs().max())
-    assert torch.allclose(objective.weights, expected.flatten(1), rtol=1e-4, atol=1e-5 * scale)
+    assert torch.allclose(objective.weights.whole, expected.flatten(1), rtol=1e-4, atol=1e-5 * scale)
     assert objective.passes == 1
 
 
@@ -319,9 +319,9 @@ def test_head_uses_the_plain_divergence() -> None:
     before_step(objective, 0)
     assert objective.passes == 0
     with torch.no_grad():
-        output = objective.chain.segment(3).block(tape.full[SAMPLES])
+        output = objective.chain.segment(3).block(tape.full.whole[SAMPLES])
     assert tape.target is not None
-    p, q = tape.target[SAMPLES].double().softmax(-1), output.double().softmax(-1)
+    p, q = tape.target.whole[SAMPLES].double().softmax(-1), output.double().softmax(-1)
     expected = float((p * (p / q).log()).sum(-1).mean())
     assert expected > 1e-6
     assert loss(objective, tape) == pytest.approx(expected, rel=1e-2)
@@ -355,7 +355,9 @@ def perturbed_gradients(objective: BlockObjective, tape: Tape, epsilon: float) -
     """``|g(z + ε) - g(z - ε)|`` at the block's full-precision output, batch by batch as the tape has them: (n, N)."""
     assert tape.target is not None
     found = []
-    for z, reference in zip(tape.target.split(tape.batch_size), objective.reference.split(tape.batch_size), strict=True):
+    for z, reference in zip(
+        tape.target.whole.split(tape.batch_size), objective.reference.whole.split(tape.batch_size), strict=True
+    ):
         sides = []
         for shifted in (z + epsilon, z - epsilon):
             leaf = shifted.requires_grad_(True)
@@ -376,7 +378,7 @@ def test_perturbation_hessian_of_each_sample_lies_where_the_tape_lies(monkeypatc
 
     monkeypatch.setattr(Storage, "empty", watch)
     objective, tape = make(quick(loss="perturb", perturbation=epsilon))
-    assert objective.weights is made[-1]
+    assert objective.weights.whole is made[-1]
     assert objective.passes == 1
     assert objective.update_steps == frozenset()
     assert objective.state.diagonal is None
@@ -384,8 +386,8 @@ def test_perturbation_hessian_of_each_sample_lies_where_the_tape_lies(monkeypatc
     expected = perturbed_gradients(objective, tape, epsilon)
     assert expected.shape == (16, tape.full[0].numel())
     assert int((expected > 0).any(1).sum()) > 12  # rounding alone, which a sample may be spared
-    assert torch.equal(objective.weights, expected)
-    assert objective.batch(mixed=False).weights is objective.weights
+    assert torch.equal(objective.weights.whole, expected)
+    assert objective.batch(mixed=False).weights is objective.weights.whole
 
 
 def test_mean_perturbation_hessian_is_the_mean_of_the_samples_own() -> None:
@@ -396,7 +398,7 @@ def test_mean_perturbation_hessian_is_the_mean_of_the_samples_own() -> None:
     assert mean.batch(mixed=False).weights is None
     assert mean.state.diagonal is not None
     assert mean.state.diagonal.shape == (tape.full[0].numel(),)
-    assert torch.allclose(mean.state.diagonal, own.weights.mean(0), rtol=1e-5, atol=0)
+    assert torch.allclose(mean.state.diagonal, own.weights.whole.mean(0), rtol=1e-5, atol=0)
     assert mean.passes == 1
     assert mean.update_steps == frozenset()
 
@@ -437,9 +439,9 @@ def test_with_a_perturbation_hessian_the_head_has_twice_the_divergence_over_its_
     assert (objective.kind, objective.passes, objective.weights) == ("head_relative", 0, None)
     before_step(objective, 0)
     assert tape.target is not None
-    target, generator = tape.target[SAMPLES], torch.Generator().manual_seed(0)
+    target, generator = tape.target.whole[SAMPLES], torch.Generator().manual_seed(0)
     with torch.no_grad():
-        output = objective.chain.segment(3).block(tape.full[SAMPLES])
+        output = objective.chain.segment(3).block(tape.full.whole[SAMPLES])
     noisy = output + 0.5 * torch.randn(output.shape, generator=generator)
     assert loss(objective, tape) == pytest.approx(2.0, rel=1e-5)
     expected = 2 * float(kl_divergence(noisy.double(), target.double()) / kl_divergence(output.double(), target.double()))
@@ -482,7 +484,7 @@ def test_prediction_loss_goes_through_the_rest_in_full_precision(share: float) -
     error, divergence, error_slope, divergence_slope = whole_model_terms(objective, tape, x)
     starts = torch.tensor([0.5 * float(error), 0.25 * float(divergence)])
     objective.state.starts.copy_(starts)
-    output = objective.chain.segment(tape.index).block(tape.full[SAMPLES]).detach().requires_grad_(True)
+    output = objective.chain.segment(tape.index).block(tape.full.whole[SAMPLES]).detach().requires_grad_(True)
     value = value_of(objective, output)
     (slope,) = torch.autograd.grad(value, output)
     assert torch.equal(objective.state.starts, starts)
@@ -496,8 +498,8 @@ def test_a_divergence_smaller_than_rounding_errors_of_float32_has_its_own_start(
     objective, tape = make(quick(loss="prediction", w_bits=8, a_bits=8), index=0)
     loss(objective, tape)
     with torch.no_grad():
-        logits = objective.chain.tail(1, objective.chain.segment(0).block(tape.full[SAMPLES]))
-    reference = objective.reference[SAMPLES]
+        logits = objective.chain.tail(1, objective.chain.segment(0).block(tape.full.whole[SAMPLES]))
+    reference = objective.reference.whole[SAMPLES]
     exact = float(kl_divergence(logits.double(), reference.double(), 20.0))
     assert 0 < exact < 1e-6
     assert abs(float(kl_divergence(logits, reference, 20.0)) / exact - 1) > 0.02
@@ -508,7 +510,7 @@ def test_prediction_share_of_zero_is_the_squared_error_and_of_one_the_divergence
     def course(name: str, share: float = 0.5) -> tuple[list[float], Tensor]:
         objective, tape = make(quick(loss=name, prediction_share=share))
         values = [loss(objective, tape, noise) for noise in (0.0, 0.2, 0.5)]
-        output = objective.chain.segment(tape.index).block(tape.full[SAMPLES]).detach().requires_grad_(True)
+        output = objective.chain.segment(tape.index).block(tape.full.whole[SAMPLES]).detach().requires_grad_(True)
         return values, torch.autograd.grad(value_of(objective, output), output)[0]
 
     plain, plain_slope = course("mse")

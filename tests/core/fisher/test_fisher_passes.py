@@ -1,6 +1,7 @@
 """What a Fisher pass returns: F·Δ to first order, and means that do not depend on the batches."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 from fimaq_core.calibration.calibrate import calibrate
 from fimaq_core.chain import BlockChain, Segment
 from fimaq_core.fisher.divergence import ClassifierDivergence
-from fimaq_core.fisher.passes import mean_gradient_and_error, output_gradients
+from fimaq_core.fisher.passes import Sweep, mean_gradient_and_error
 from fimaq_core.layers import set_quantized
+from fimaq_core.samples import Samples
 
 CPU = torch.device("cpu")
 
@@ -46,7 +48,7 @@ def test_gradient_is_the_fisher_matrix_times_the_error(temperature: float) -> No
     left, size = [], []
     for step in (0.1, 0.05, 0.025):
         delta = step * temperature * direction
-        sweep = output_gradients(chain, 0, (z + delta).float(), reference, divergence, 16, CPU)
+        sweep = Sweep(chain, 0, Samples(reference), divergence, CPU, 16).gradients((z + delta).float())
         found = torch.cat([gradient for _, _, gradient in sweep]).double()
         expected = torch.einsum("bij,bj->bi", matrix, delta)
         left.append(float((found - expected).norm()))
@@ -61,9 +63,8 @@ def test_one_pass_gives_mean_absolute_gradient_and_error() -> None:
     z = torch.randn(13, 9, dtype=torch.float64)
     delta = 0.3 * torch.randn(13, 9, dtype=torch.float64)
     reference = (z @ weight.t() + bias).float()
-    gradient, error = mean_gradient_and_error(
-        chain, 0, (z + delta).float(), z.float(), reference, ClassifierDivergence(2.0), 4, CPU
-    )
+    sweep = Sweep(chain, 0, Samples(reference), ClassifierDivergence(2.0), CPU, 4)
+    gradient, error = mean_gradient_and_error(sweep, (z + delta).float(), z.float())
     q = (((z + delta) @ weight.t() + bias) / 2).softmax(-1)
     p = ((z @ weight.t() + bias) / 2).softmax(-1)
     exact = (q - p) @ weight / 2  # the gradient of the divergence, in closed form
@@ -88,8 +89,9 @@ def prepared() -> tuple[BlockChain, Tensor, Tensor, Tensor]:
 def test_means_do_not_depend_on_the_batch_size(batch: int) -> None:
     chain, inputs, target, reference = prepared()
     divergence = ClassifierDivergence(20.0)
-    gradient, error = mean_gradient_and_error(chain, 2, inputs, target, reference, divergence, 32, CPU)
-    again, error_again = mean_gradient_and_error(chain, 2, inputs, target, reference, divergence, batch, CPU)
+    sweep = Sweep(chain, 2, Samples(reference), divergence, CPU)
+    gradient, error = mean_gradient_and_error(sweep, inputs, target)
+    again, error_again = mean_gradient_and_error(replace(sweep, batch_size=batch), inputs, target)
     assert gradient.shape == error.shape == (target[0].numel(),)
     assert float(gradient.max()) > 0
     assert torch.allclose(gradient, again, rtol=1e-4, atol=1e-5 * float(gradient.max()))
@@ -98,5 +100,6 @@ def test_means_do_not_depend_on_the_batch_size(batch: int) -> None:
 
 def test_the_rest_of_the_model_gets_no_gradients() -> None:
     chain, inputs, target, reference = prepared()
-    mean_gradient_and_error(chain, 2, inputs, target, reference, ClassifierDivergence(20.0), 32, CPU)
+    sweep = Sweep(chain, 2, Samples(reference), ClassifierDivergence(20.0), CPU)
+    mean_gradient_and_error(sweep, inputs, target)
     assert all(parameter.grad is None for parameter in chain.parameters())

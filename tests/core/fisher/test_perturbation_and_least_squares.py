@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from fimaq_core.chain import BlockChain, Segment
 from fimaq_core.fisher import losses
 from fimaq_core.fisher.divergence import Divergence, kl_divergence
-from fimaq_core.fisher.passes import least_squares_hessian, perturbation_hessian
+from fimaq_core.fisher.passes import Sweep, least_squares_hessian, perturbation_hessian
+from fimaq_core.samples import Samples
 
 CPU = torch.device("cpu")
 
@@ -142,7 +143,8 @@ def fit(delta: Tensor, gradient: Tensor, batch: int = 3) -> tuple[np.ndarray, np
     inputs = targets + delta
     # Of ½ |z - r|² the gradient is z - r.
     divergence = quadratic(torch.eye(delta.shape[1], dtype=torch.float64))
-    found = least_squares_hessian(chain, 0, inputs, targets, inputs - gradient, divergence, batch, CPU)
+    sweep = Sweep(chain, 0, Samples(inputs - gradient), divergence, CPU, batch)
+    found = least_squares_hessian(sweep, inputs, targets)
     assert all(part.dtype == torch.float32 and part.shape == delta.shape[1:] for part in found)
     return found[0].double().numpy(), found[1].double().numpy()
 
@@ -247,7 +249,8 @@ def test_inputs_of_any_shape_run_through_the_block_as_it_is_given() -> None:
     inputs = torch.randn(5, 2, 4)
     targets, reference = inputs.clone(), torch.randn(5, 2, 3)
     divergence: Divergence = lambda a, b: (a - b).square().flatten(1).sum(1).mean()  # noqa: E731
-    h, u = least_squares_hessian(chain, 0, inputs, targets, reference, divergence, 2, CPU, forward=lambda x: 1.5 * x)
+    sweep = Sweep(chain, 0, Samples(reference), divergence, CPU, 2)
+    h, u = least_squares_hessian(sweep, inputs, targets, lambda x: 1.5 * x)
     assert h.shape == u.shape == (8,)
     weight, bias = (part.detach() for part in chain.segment(1).block.parameters())
     gradient = 2 * (1.5 * inputs @ weight.t() + bias - reference) @ weight

@@ -14,8 +14,7 @@ from torch.nn import functional as F
 from fimaq_core.calibration.calibrate import calibrate
 from fimaq_core.chain import BlockChain
 from fimaq_core.fisher.divergence import ClassifierDivergence
-from fimaq_core.layers import QuantLinear, QuantMatMul, quant_layers, set_quantized
-from fimaq_core.layers.layers import decide_rounding, fold_shift
+from fimaq_core.layers import QuantLinear, QuantMatMul, decide_rounding, fold_shift, quant_layers, set_quantized
 from fimaq_core.quantizers.activation import ActivationQuantizer
 from fimaq_core.quantizers.affine import fake_quantize
 from fimaq_core.quantizers.logarithm import GELU_SHIFT, adalog_fake_quantize, adalog_tables, log_fake_quantize

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fimaq_core.layers import QuantLinear
-from fimaq_core.layers.layers import decide_rounding
+from fimaq_core.layers import QuantLinear, decide_rounding
+from fimaq_core.quantizers.affine import WeightQuantizer
 from fimaq_core.quantizers.rounding import (
     RoundingProblem,
     alpha_gradient,
@@ -16,7 +16,6 @@ from fimaq_core.quantizers.rounding import (
     rounding_penalty,
     soft_rounding,
 )
-from fimaq_core.quantizers.weight import WeightQuantizer
 
 
 def problem(seed: int = 0) -> tuple[RoundingProblem, list[Tensor], list[Tensor], list[Tensor], list[int]]:

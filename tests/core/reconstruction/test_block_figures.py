@@ -17,17 +17,17 @@ from torch import Tensor
 from fimaq_core.chain import BlockChain
 from fimaq_core.checkpoint import Fingerprint, load_checkpoint, save_checkpoint
 from fimaq_core.errors import CheckpointError
+from fimaq_core.fisher import passes
 from fimaq_core.fisher.divergence import ClassifierDivergence, Divergence
+from fimaq_core.fisher.passes import Sweep
 from fimaq_core.layers import set_quantized
 from fimaq_core.pipeline import CALIBRATE, RECONSTRUCT, finish, quantize_chain
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction import reconstruct as reconstruct_module
-from fimaq_core.reconstruction import sample_objective as sample_module
-from fimaq_core.reconstruction.figures import OutputError, mean_of, squared_sum
 from fimaq_core.reconstruction.reconstruct import ReconstructionLog
 from fimaq_core.reconstruction.sample_objective import SampleObjective
-from fimaq_core.reconstruction.tape import Placement, Tape
-from fimaq_core.samples import Ragged
+from fimaq_core.reconstruction.tape import OutputError, Placement, Tape, mean_of, squared_sum
+from fimaq_core.samples import Samples
 from fimaq_core.store import Part, Resources
 
 pytestmark = pytest.mark.slow
@@ -95,7 +95,9 @@ def test_errors_over_images_of_varying_shapes_with_kept_outputs_and_a_predictor(
         assert value == pytest.approx(error / sum(float(f[number].square().sum()) for f in full), rel=1e-3)
 
 
-def state_after(recipe: Recipe, build: Callable[[], BlockChain], x: Tensor | Ragged, divergence: Divergence) -> dict[str, Tensor]:
+def state_after(
+    recipe: Recipe, build: Callable[[], BlockChain], x: Tensor | Samples, divergence: Divergence
+) -> dict[str, Tensor]:
     chain = build()
     quantize_chain(chain, x, recipe, divergence, Resources(batch_size=8))
     return chain.state_dict()
@@ -140,7 +142,7 @@ def test_fisher_means_are_of_the_weights_in_the_loss(loss: str, monkeypatch: pyt
     expected = {}
     for objective in made:
         if objective.kind == loss and loss in WEIGHTED:
-            weights = objective.state.diagonal if objective.weights is None else objective.weights
+            weights = objective.state.diagonal if objective.weights is None else objective.weights.whole
             expected[objective.label] = float((weights.square() if loss == "fisher_brecq" else weights).double().mean())
     assert log.fisher == pytest.approx(expected)
     # The head's loss compares classes; with nothing quantized before it, the first block has no squared gradient.
@@ -165,7 +167,7 @@ def test_fisher_means_of_varying_shapes_are_taken_before_samples_are_scaled(loss
     spied("_stack", lambda own, gradient, error: float(gradient.double().mean()))
     spied("_fit", lambda own, g, d: float((g.double() * d / d.double().square().clamp(min=1e-300)).clamp(min=0).mean()))
     hessians: list[float] = []
-    sweep, perturb = sample_module.output_gradients, sample_module.perturbation_hessian
+    sweep, perturb = Sweep.gradients, passes.perturbation_hessian
 
     def seen_perturb(*args: Any) -> Tensor:
         hessians.append(float((found := perturb(*args)).double().mean()))
@@ -176,9 +178,9 @@ def test_fisher_means_of_varying_shapes_are_taken_before_samples_are_scaled(loss
             hessians.append(float(gradient.double().square().mean()))
             yield rows, output, gradient
 
-    monkeypatch.setattr(sample_module, "perturbation_hessian", seen_perturb)
+    monkeypatch.setattr(passes, "perturbation_hessian", seen_perturb)
     if loss == "fisher_brecq":
-        monkeypatch.setattr(sample_module, "output_gradients", seen_sweep)
+        monkeypatch.setattr(Sweep, "gradients", seen_sweep)
     log = quantize_chain(pyramid(recipe), varied(), recipe, Positions())
     labels = ["embed", "blocks.0", "blocks.1"]
     if loss in ("perturb", "fisher_brecq"):
@@ -199,7 +201,7 @@ def test_sums_are_exact_where_float32_is_not() -> None:
     values = torch.full((3, 2_500_000), 1.0)
     values[0, 0] = 3e4
     assert float(squared_sum(values)) == 7_499_999 + 9e8
-    assert mean_of(values, 2, squared=True) == (7_499_999 + 9e8) / 7_500_000
+    assert mean_of(Samples(values), 2, squared=True) == (7_499_999 + 9e8) / 7_500_000
     assert mean_of(torch.tensor([[1.0, 2.0], [3.0, 6.0]]), 1) == 3.0
     error = OutputError(torch.device("cpu"))
     assert error.relative == 0.0

@@ -173,13 +173,13 @@ def test_a_step_mixes_its_batch_by_the_first_stream(engine: Engine, probability:
     assert len(inputs) == 3
     for number, found in enumerate(inputs):
         batch, key = made.schedule.samples[number], made.schedule.keys[number, 0]
-        full = tape.full[batch]
+        full = tape.full.whole[batch]
         if probability == 0:
             assert tape.prefix is None
             assert torch.equal(found, full)
             continue
         assert tape.prefix is not None
-        prefix = tape.prefix[batch]
+        prefix = tape.prefix.whole[batch]
         differ = full != prefix
         assert differ.double().mean() > 0.9
         mask = eager_mask(full, key, int(256 * probability), torch.bool)
@@ -195,7 +195,7 @@ def test_first_block_has_nothing_to_mix(engine: Engine) -> None:
     inputs: list[Tensor] = []
     made.segment.block.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach().clone()))
     made.step(0)
-    assert torch.equal(inputs[0], tape.full[made.schedule.samples[0]])
+    assert torch.equal(inputs[0], tape.full.whole[made.schedule.samples[0]])
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -224,9 +224,9 @@ def gradients_of_step(made: BlockTrainer, number: int, monkeypatch: pytest.Monke
 
     call = step._call
 
-    def look(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    def look(function: Callable[..., Any], *args: Any) -> Any:
         if function is not update:
-            return call(function, args)
+            return call(function, *args)
         counter, rates, _, _, grad_soft, alpha, *rest = args
         weight, beta = rates[counter[0], :2]
         found.extend((alpha_gradient(alpha, rest[1], grad_soft, weight, beta), rest[3]))
@@ -266,8 +266,8 @@ def test_gradient_of_a_step(number: int, engine: Engine, monkeypatch: pytest.Mon
         weights[name] = quantizer.scale * (codes.clamp(0, quantizer.levels - 1) - quantizer.zero_point)
     assert tape.target is not None
     given = weights | {name: scale for (name, _), scale in zip(state.layout.scales, scales, strict=True)}
-    output = functional_call(made.segment.block, given, (tape.full,))
-    error = (output - tape.target).flatten(1).square().sum(1).mean()
+    output = functional_call(made.segment.block, given, (tape.full.whole,))
+    error = (output - tape.target.whole).flatten(1).square().sum(1).mean()
     loss: Tensor = error / error.detach()
     if number:
         beta = regulariser_exponent(recipe, number)
@@ -306,7 +306,7 @@ def test_finishing_leaves_training(engine: Engine) -> None:
     for parameter in made.segment.block.parameters():
         assert not parameter.requires_grad
         assert parameter.grad is None
-    block, x = made.segment.block, tape.full
+    block, x = made.segment.block, tape.full.whole
     with torch.no_grad():
         assert torch.equal(block(x), block(x))
 

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -201,9 +202,10 @@ def gathered(monkeypatch: pytest.MonkeyPatch, chain: BlockChain, x: Tensor, reci
     """What each MLP would be trained on."""
     seen: list[Any] = []
     with monkeypatch.context() as patch:
-        patch.setattr(mlp_module, "_train", lambda mlp, part, samples, *_: seen.append(samples))
+        patch.setattr(mlp_module, "_train", lambda mlp, part, lesson, *_: seen.append(lesson))
         reconstruct_mlps(chain, x, recipe, KL, batch_size=batch)
-    return seen
+    whole = [[part and part.whole for part in (one.inputs, one.targets, one.hessian)] for one in seen]
+    return [replace(one, inputs=x, targets=y, hessian=h) for one, (x, y, h) in zip(seen, whole, strict=True)]
 
 
 def test_inputs_targets_and_limit_are_those_of_the_model_with_gelu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fimaq_core.calibration.calibrate import calibrate
 from fimaq_core.chain import BlockChain
@@ -24,7 +25,6 @@ from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction import engines, flat
 from fimaq_core.reconstruction.block import BlockTrainer
 from fimaq_core.reconstruction.engines import COMPILE_STEPS, Engine, choose_engine, cpp_compiler
-from fimaq_core.reconstruction.feeder import Feeder
 from fimaq_core.reconstruction.flat import WARM_UP, AllSamples, FedSamples, FlatStep, GraphStep
 from fimaq_core.reconstruction.loss import Batch, LossState
 from fimaq_core.reconstruction.objective import BlockObjective
@@ -261,17 +261,17 @@ def test_what_a_step_reads_and_writes_keeps_its_address(engine: Engine, loss: st
     def pointers(tensors: list[Tensor]) -> None:
         seen[-1].extend(tensor.data_ptr() for tensor in tensors)
 
-    def watch(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    def watch(function: Callable[..., Any], *args: Any) -> Any:
         if function is not update:
             seen.append([])
-            flat = [part for arg in args for part in (arg if isinstance(arg, Batch | LossState) else [arg])]
-            pointers([arg for arg in flat if isinstance(arg, Tensor)] + list(block.parameters()) + list(block.buffers()))
-            return original(function, args)
+            flat = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+            pointers(flat + list(block.parameters()) + list(block.buffers()))
+            return original(function, *args)
         kept = [arg for place, arg in enumerate(args) if isinstance(arg, Tensor) and place not in FRESH]
         assert len(kept) == 9
         pointers(kept + list(args[-1]))
         values.append([tensor.clone() for tensor in (*kept, *args[-1])])
-        return original(function, args)
+        return original(function, *args)
 
     monkeypatch.setattr(step, "_call", watch)
     for number in range(8):
@@ -326,17 +326,16 @@ def test_no_step_reads_a_number_from_the_device(engine: Engine, case: str) -> No
 
 def test_feeder_brings_each_steps_batch_to_the_same_place() -> None:
     torch.manual_seed(0)
-    sources = [torch.randn(12, 3, 5), None, torch.randn(12, 7), torch.arange(12)]
+    sources = Batch(torch.randn(12, 3, 5), None, torch.randn(12, 7), side=torch.arange(12))
     samples = torch.stack([torch.randperm(12)[:4] for _ in range(7)])
-    feeder = Feeder(sources, samples, CPU)
-    places = [None if part is None else part.data_ptr() for part in feeder.batch]
+    feeder = FedSamples(sources, samples, CPU, LossState(torch.zeros(1)))
+    places = [part.data_ptr() for part in feeder.data.tensors]
     for number in (0, 1, 2, 3, 4, 5, 6, 2):
         feeder.load(number)
-        for source, part in zip(sources, feeder.batch, strict=True):
-            assert (source is None) == (part is None)
-            if source is not None and part is not None:
-                assert torch.equal(part, source[samples[number]])
-        assert [None if part is None else part.data_ptr() for part in feeder.batch] == places
+        assert feeder.data.prefix is None
+        for source, part in zip(sources.tensors, feeder.data.tensors, strict=True):
+            assert torch.equal(part, source[samples[number]])
+        assert [part.data_ptr() for part in feeder.data.tensors] == places
 
 
 @pytest.mark.usefixtures("uncompiled")
@@ -348,7 +347,7 @@ def test_fed_steps_are_the_same_bit_for_bit(engine: Engine, loss: str) -> None:
     made = trainer(engine, recipe)
     step = flat_step(made)
     assert isinstance(step.present, AllSamples)
-    step.present = FedSamples(step.present.data, made.schedule.samples, CPU, CPU, made.objective.state)
+    step.present = FedSamples(step.present.data, made.schedule.samples, CPU, made.objective.state)
     if isinstance(step, GraphStep):
         step.capture = lambda function: capture(function, [])
     found = follow(made, 8)

@@ -119,7 +119,7 @@ def test_tape_equals_whole_model_passes(monkeypatch: pytest.MonkeyPatch, name: s
     def look(segment: Segment, tape: Tape, *args: Any) -> Tensor:
         assert tape.prefix is not None
         assert tape.target is not None
-        seen.append((tape.full.clone(), tape.prefix.clone(), tape.target.clone()))
+        seen.append((tape.full.whole.clone(), tape.prefix.whole.clone(), tape.target.whole.clone()))
         return original(segment, tape, *args)
 
     monkeypatch.setattr(reconstruct_module, "optimise_block", look)

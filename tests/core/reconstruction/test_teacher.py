@@ -65,12 +65,12 @@ def test_targets_and_inputs_are_the_teachers_and_the_prefix_is_the_chains(name: 
     assert tape.prefix is tape.full
     seen = []
     for index in range(len(chain)):
-        target = tape.compute_target().clone()
+        target = tape.compute_target().whole.clone()
         with torch.no_grad():
             assert same(target, teacher.segment(index).block(expected[index]))
-        assert same(tape.full, expected[index])
+        assert same(tape.full.whole, expected[index])
         assert tape.prefix is not None
-        seen.append(tape.prefix.clone())
+        seen.append(tape.prefix.whole.clone())
         if index + 1 < len(chain):
             tape.advance()
     # Each block was left quantized: the chain is now the quantized model but for its last block.
@@ -124,23 +124,24 @@ def test_fisher_passes_go_through_the_teachers_tail() -> None:
     objective, tape, block = at_block(quick(loss="fisher_diag", fisher_k=1))
     objective.update(block)
     with torch.no_grad():
-        output = block(tape.full)
-    expected, other = (slope(model, tape, output, objective.reference).abs().mean(0) for model in (tape.teacher, tape.chain))
+        output = block(tape.full.whole)
+    reference = objective.reference.whole
+    expected, other = (slope(model, tape, output, reference).abs().mean(0) for model in (tape.teacher, tape.chain))
     assert objective.state.diagonal is not None
     agree(objective.state.diagonal, expected, other)
     assert tape.target is not None
-    assert same(objective._errors[0], (output - tape.target).abs().mean(0).flatten())
+    assert same(objective._errors[0], (output - tape.target.whole).abs().mean(0).flatten())
 
 
 def test_the_least_squares_pass_goes_through_the_teachers_tail() -> None:
     objective, tape, block = at_block(quick(loss="least_squares"))
     objective.update(block)
     with torch.no_grad():
-        output = block(tape.full)
+        output = block(tape.full.whole)
     assert tape.target is not None
-    delta = (output - tape.target).flatten(1)
+    delta = (output - tape.target.whole).flatten(1)
     expected, other = (
-        ((g := slope(model, tape, output, objective.reference)) * delta).sum(0).clamp(min=0) / delta.square().sum(0)
+        ((g := slope(model, tape, output, objective.reference.whole)) * delta).sum(0).clamp(min=0) / delta.square().sum(0)
         for model in (tape.teacher, tape.chain)
     )
     assert float(g.abs().max()) > 0
@@ -155,10 +156,10 @@ def test_brecqs_pass_takes_the_chains_prefix_through_the_teachers_block_and_tail
     for model in (tape.teacher, tape.chain):
         set_quantized(model, False)
         with torch.no_grad():
-            output = model.segment(tape.index).block(tape.prefix)
-        found.append(slope(model, tape, output, objective.reference))
+            output = model.segment(tape.index).block(tape.prefix.whole)
+        found.append(slope(model, tape, output, objective.reference.whole))
     assert objective.weights is not None
-    agree(objective.weights, *found)
+    agree(objective.weights.whole, *found)
 
 
 @pytest.mark.parametrize("name", ["perturb", "perturb_mean"])
@@ -170,13 +171,13 @@ def test_perturbation_passes_go_through_the_teachers_tail(name: str) -> None:
     for model in (tape.teacher, tape.chain):
         parts = [
             (slope(model, tape, z + 1e-6, reference) - slope(model, tape, z - 1e-6, reference)).abs()
-            for z, reference in zip(tape.target.split(8), objective.reference.split(8), strict=True)
+            for z, reference in zip(tape.target.whole.split(8), objective.reference.whole.split(8), strict=True)
         ]
         found.append(torch.cat(parts))
     if name == "perturb":
         assert objective.weights is not None
-        assert torch.equal(objective.weights, found[0])
-        assert not torch.equal(objective.weights, found[1])
+        assert torch.equal(objective.weights.whole, found[0])
+        assert not torch.equal(objective.weights.whole, found[1])
     else:
         assert objective.state.diagonal is not None
         assert torch.allclose(objective.state.diagonal, found[0].mean(0), rtol=1e-5, atol=0)
@@ -188,9 +189,9 @@ def test_predictions_are_the_teachers_from_the_block_on() -> None:
     assert objective.rest is not None
     assert tape.target is not None
     with torch.no_grad():
-        assert same(objective.rest(tape.target, None), objective.reference)
-        assert torch.equal(objective.rest(tape.target, None), tape.teacher.tail(3, tape.target))
-        assert not same(tape.chain.tail(3, tape.target), objective.reference)
+        assert same(objective.rest(tape.target.whole, None), objective.reference.whole)
+        assert torch.equal(objective.rest(tape.target.whole, None), tape.teacher.tail(3, tape.target.whole))
+        assert not same(tape.chain.tail(3, tape.target.whole), objective.reference.whole)
 
 
 @pytest.mark.parametrize(
@@ -225,8 +226,8 @@ def test_reconstruction_aims_at_the_teacher_and_leaves_it_alone(monkeypatch: pyt
 
     def look(segment: Segment, tape: Tape, objective: BlockObjective, *args: Any) -> Tensor:
         assert tape.target is not None
-        seen.append(tape.target.clone())
-        assert same(objective.reference, expected[-1])
+        seen.append(tape.target.whole.clone())
+        assert same(objective.reference.whole, expected[-1])
         return original(segment, tape, objective, *args)
 
     monkeypatch.setattr(reconstruct_module, "optimise_block", look)

@@ -28,7 +28,7 @@ from fimaq_core.reconstruction.mlp import mlp_loss, reconstruct_mlps
 from fimaq_core.reconstruction.reconstruct import expand_per_token, reconstruct
 from fimaq_core.reconstruction.sample_objective import SampleObjective, make_objective
 from fimaq_core.reconstruction.tape import Placement, Storage, Tape
-from fimaq_core.samples import Ragged
+from fimaq_core.samples import Samples
 from fimaq_core.store import Part, Resources
 
 pytestmark = pytest.mark.slow
@@ -42,14 +42,14 @@ def one_by_one(method: str = "fimaq", **changes: object) -> Recipe:
     return quick(method, **{**few, **changes})
 
 
-def calibrated(recipe: Recipe, seed: int = 0) -> tuple[BlockChain, Ragged]:
+def calibrated(recipe: Recipe, seed: int = 0) -> tuple[BlockChain, Samples]:
     chain, images = pyramid(recipe, seed), varied()
     calibrate(chain, images, recipe)
     return chain, images
 
 
 @torch.no_grad()
-def walked(recipe: Recipe, index: int, placement: Placement = "device") -> tuple[BlockChain, Ragged, Tape]:
+def walked(recipe: Recipe, index: int, placement: Placement = "device") -> tuple[BlockChain, Samples, Tape]:
     chain, images = calibrated(recipe)
     tape = Tape(chain, images, Storage(placement, CPU), with_prefix=True)
     for _ in range(index):
@@ -59,7 +59,7 @@ def walked(recipe: Recipe, index: int, placement: Placement = "device") -> tuple
 
 
 def same(found: object, expected: list[Tensor]) -> bool:
-    assert isinstance(found, Ragged)
+    assert isinstance(found, Samples)
     return all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, expected, strict=True))
 
 
@@ -95,11 +95,11 @@ def test_the_chain_is_its_blocks_in_a_row() -> None:
         assert torch.equal(chain.rest(2, outputs[2], None, (first(outputs[1]),)), outputs[-1])
 
 
-def objective_at(recipe: Recipe, index: int) -> tuple[SampleObjective, BlockChain, Ragged, Ragged]:
+def objective_at(recipe: Recipe, index: int) -> tuple[SampleObjective, BlockChain, Samples, Samples]:
     chain, images, tape = walked(recipe, index)
     set_quantized(chain, False)
     with torch.no_grad():
-        reference = Ragged([chain(image) for image in images])
+        reference = Samples([chain(image) for image in images])
     objective = make_objective(chain, tape, recipe, reference, D, [])
     assert isinstance(objective, SampleObjective)
     return objective, chain, images, reference
@@ -313,7 +313,7 @@ def test_the_clamping_quantile_is_of_all_images(monkeypatch: pytest.MonkeyPatch)
     images = varied()
     alone = []
     for image in images:
-        reconstruct_mlps(pyramid(recipe), Ragged([image]), recipe, D)
+        reconstruct_mlps(pyramid(recipe), Samples([image]), recipe, D)
         alone.append(set(seen[0].tolist()))
         seen.clear()
     # 16 hidden values a token, of which the smallest image has 16: ten of each image

@@ -12,7 +12,7 @@ from coco_fakes import CATEGORIES, loaded, write_images, write_json
 
 from fimaq_core.errors import DataError, RecipeError
 from fimaq_core.recipe import Recipe
-from fimaq_core.samples import Ragged
+from fimaq_core.samples import Samples
 from tasks.common.request import DataRequest
 from tasks.common.task import CalibrationSet
 from tasks.detection.calibration import calibration_set
@@ -48,7 +48,7 @@ def test_a_seeded_draw_of_images_as_they_are(data: DataRequest) -> None:
     order = np.random.default_rng(3).permutation(COUNT)[:5]
     entries = [content()["images"][index] for index in order]
     assert found.ids == [f"images/{entry['file_name']}" for entry in entries]
-    assert isinstance(found.images, Ragged)
+    assert isinstance(found.images, Samples)
     assert [tuple(image.shape) for image in found.images] == [(1, 3, entry["height"], entry["width"]) for entry in entries]
     assert [meta["ori_shape"] for meta in found.metas] == [(entry["height"], entry["width"]) for entry in entries]
     assert found.inputs["detector"] is found.images

@@ -7,20 +7,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fimaq_core.samples import Ragged
+from fimaq_core.samples import Samples
 from tasks.detection.divergence import SCORE, ProposalDivergence, binary_kl
 
 ANCHORS, CLASSES = 3, 4
 LEVELS = ([20, 6, 2], [12, 4, 1])
 
 
-def outputs(seed: int, proposals: int = 0) -> Ragged:
+def outputs(seed: int, proposals: int = 0) -> Samples:
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for levels in LEVELS:
         maps = 2 * torch.randn(1, sum(levels) * 5 * ANCHORS + proposals * CLASSES, generator=generator)
         rows.append(maps)
-    return Ragged(rows)
+    return Samples(rows)
 
 
 def terms_by_definition(found: Tensor, full: Tensor, levels: list[int], proposals: int) -> list[Tensor]:
@@ -68,7 +68,7 @@ def test_gradient_is_that_of_the_terms_over_their_values(proposals: int) -> None
 def test_maps_and_flat_outputs_are_the_same() -> None:
     divergence = ProposalDivergence(LEVELS, ANCHORS)
     flat, other = outputs(0), outputs(1)
-    maps = flat.map(lambda row: row.view(1, -1, 5 * ANCHORS))
+    maps = Samples([row.view(1, -1, 5 * ANCHORS) for row in flat])
     for index in range(2):
         reference = divergence.reference(maps)[index]
         assert torch.equal(reference, divergence.reference(flat)[index])
@@ -82,7 +82,7 @@ def test_maps_and_flat_outputs_are_the_same() -> None:
 def test_no_box_counts_where_no_score_is_high() -> None:
     divergence = ProposalDivergence([[5]], ANCHORS)
     full = torch.zeros(1, 5, 15)  # scores of one half
-    reference = divergence.reference(Ragged([full]))[0]
+    reference = divergence.reference(Samples([full]))[0]
     leaf = torch.randn(1, 5, 15, generator=torch.Generator().manual_seed(2)).requires_grad_(True)
     (gradient,) = torch.autograd.grad(divergence(leaf, reference), leaf)
     assert torch.isfinite(gradient).all()

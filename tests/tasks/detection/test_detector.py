@@ -12,7 +12,7 @@ from fimaq_core.calibration.calibrate import calibrate
 from fimaq_core.chain import BlockChain
 from fimaq_core.errors import DataError, NumericsError
 from fimaq_core.layers import quant_layers, set_quantized
-from fimaq_core.samples import Ragged, Samples
+from fimaq_core.samples import Samples
 from tasks.detection.chain import detector_segments
 from tasks.detection.detector import QuantizedDetector
 from tasks.detection.neck import rpn_levels, rpn_segment
@@ -106,7 +106,7 @@ def test_two_bits_change_what_is_detected(kind: str, scope: str) -> None:
     image, meta = sample(64, 96)
     expected = results(QuantizedDetector(model, {}).predict(image, meta))
     other, other_meta = sample(96, 64, seed=1)
-    images = Ragged([image, other])
+    images = Samples([image, other])
     inputs: dict[str, Samples] = {"detector": images}
     inputs |= roi_inputs(model, images, [meta, other_meta], torch.device("cpu"), limit=20)
     chains = parts_of(model, 32, **{scope: 2})

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchvision.ops import roi_align
 
 import tasks.detection.mm as mm
-from fimaq_core.samples import Ragged
+from fimaq_core.samples import Samples
 from tasks.detection import roi
 from tasks.detection.detector import QuantizedDetector
 from tasks.detection.roi import class_logits_on, float_proposals, roi_inputs, roi_parts
@@ -18,9 +18,9 @@ CPU = torch.device("cpu")
 KINDS = {"mask": config(), "cascade": config(cascade=True), "boxes only": config(masks=False)}
 
 
-def samples() -> tuple[Ragged, list[dict[str, Any]]]:
+def samples() -> tuple[Samples, list[dict[str, Any]]]:
     images, metas = zip(*(sample(*size, seed=seed) for seed, size in enumerate([(64, 96), (50, 75), (96, 32)])), strict=True)
-    return Ragged(images), list(metas)
+    return Samples(images), list(metas)
 
 
 def recorded(model: mm.TwoStageDetector, image: Tensor, meta: dict[str, Any]) -> dict[str, Tensor]:

@@ -3,7 +3,6 @@
 import copy
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,10 +11,10 @@ from torch import Tensor, nn
 
 from fimaq_core.calibration.calibrate import calibrate
 from fimaq_core.chain import Beside, BlockChain
-from fimaq_core.fisher.passes import output_gradients
+from fimaq_core.fisher.passes import Sweep
 from fimaq_core.layers import set_quantized
 from fimaq_core.recipe import make_recipe
-from fimaq_core.samples import Ragged
+from fimaq_core.samples import Samples
 from tasks.common.registry import defaults
 from tasks.common.request import DataRequest
 from tasks.common.task import CalibrationSet, LoadedModel
@@ -112,10 +111,10 @@ def test_fisher_passes_have_the_gradient_of_mmdets_own_modules(
     model, image, number = loaded.model, images.images[1], len(loaded.model.backbone.stages[stage].blocks) - 1
     labels = [segment.label for segment in chain]
     index = labels.index(f"backbone.stages.{stage}.blocks.{number}")
-    one = CalibrationSet(Ragged([image]), ["a"], "eval", "b")
+    one = CalibrationSet(Samples([image]), ["a"], "eval", "b")
     divergence = TASK.divergences(loaded, one, RECIPE, CPU, 1)[DETECTOR]
     with torch.no_grad():
-        reference = divergence.reference(Ragged([chain(image)]))[0]
+        reference = divergence.reference(Samples([chain(image)]))[0]
         x, kept = image, ()
         for segment in list(chain)[:index]:
             x = segment(x, None, kept)
@@ -126,9 +125,9 @@ def test_fisher_passes_have_the_gradient_of_mmdets_own_modules(
     def disturbed(batch: Tensor) -> Tensor:
         return chain.segment(index).block(batch) + noise  # type: ignore[no-any-return]
 
-    beside = Beside(Ragged([chain.side_of(image)]), tuple(Ragged([own]) for own in kept))  # type: ignore[list-item]
-    arguments: Any = (chain, index, Ragged([entered]), Ragged([reference]), divergence, 1, CPU)
-    ((_, output, gradient),) = output_gradients(*arguments, forward=disturbed, beside=beside)
+    beside = Beside(Samples([chain.side_of(image)]), tuple(Samples([own]) for own in kept))  # type: ignore[list-item]
+    sweep = Sweep(chain, index, Samples([reference]), divergence, CPU, beside=beside)
+    ((_, output, gradient),) = sweep.gradients(Samples([entered]), disturbed)
 
     proposals = proposals_of(model, image)
     leaf = output.clone().requires_grad_(True)
@@ -146,7 +145,7 @@ def test_fisher_passes_have_the_gradient_of_mmdets_own_modules(
     # the term has a share of its own
     plain = TASK.divergences(loaded, one, RECIPE.model_copy(update={"detection_terms": "rpn"}), CPU, 1)[DETECTOR]
     maps = own.shape[1] - logits.numel()
-    short = plain.reference(Ragged([maps_of(model, model.extract_feat(image)).detach()]))[0]
+    short = plain.reference(Samples([maps_of(model, model.extract_feat(image)).detach()]))[0]
     handle = block.register_forward_hook(lambda *_: leaf.flatten(1, 2))
     try:
         without = maps_of(model, model.extract_feat(image)).flatten(1)

@@ -1,0 +1,171 @@
+"""Layers with a weight: linear layer and convolutions with quantizers, by float type in :data:`FORMS`."""
+
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fimaq_core.errors import ModelError
+from fimaq_core.quantizers.activation import ActivationQuantizer
+from fimaq_core.quantizers.affine import AffineQuantizer, WeightQuantizer
+from fimaq_core.quantizers.special import LogQuantizer, make_quantizer
+from fimaq_core.recipe import Kind
+
+_Pair = tuple[int, int]
+
+
+class WeightLayer(nn.Module):
+    """Mixin of a float layer: a quantizer for its weight (per output channel) and one for its input.
+
+    A subclass also inherits from the float layer, and defines :meth:`compute`.
+    """
+
+    weight: Tensor  # its rows, the first dimension, are output channels
+    bias: nn.Parameter | None
+    weight_quantizer: WeightQuantizer
+    input_quantizer: ActivationQuantizer
+    #: (out,) bias of the quantized form where it differs from ``bias``; else empty
+    quantized_bias: Tensor
+    quantized: bool  # False gives the float layer
+    #: True while ``weight`` already holds its quantized form (the soft rounding of an optimisation
+    #: step), so the quantizer is skipped
+    soft: bool
+
+    def _add_quantizers(self, weight_bits: int, input_quantizer: ActivationQuantizer) -> None:
+        self.weight_quantizer = WeightQuantizer(weight_bits)
+        self.input_quantizer = input_quantizer
+        self.register_buffer("quantized_bias", torch.empty(0))
+        self.quantized = self.soft = False
+
+    def _take_over(self, layer: nn.Module, weight: Tensor) -> Self:
+        """Take the parameters of a float layer, and its mode."""
+        self.weight, self.bias = weight, cast("nn.Parameter | None", layer.bias)
+        return self.train(layer.training)
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's function of input, weight and bias."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.quantized:
+            return self.compute(x, self.weight, self.bias)
+        weight = self.weight if self.soft else self.weight_quantizer.quantized(self.weight)
+        return self.compute(self.input_quantizer(x), weight, self._quantized_form_bias())
+
+    def _quantized_form_bias(self) -> Tensor | None:
+        return self.quantized_bias if self.quantized_bias.numel() else self.bias
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        bias = state_dict.get(prefix + "quantized_bias")
+        if bias is not None and bias.shape != self.quantized_bias.shape:
+            self.quantized_bias = torch.empty_like(bias, device=self.weight.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class QuantLinear(WeightLayer, nn.Linear):  # type: ignore[misc]
+    """``nn.Linear`` with quantizers. An ``input_kind`` other than uniform is for GELU outputs."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        weight_bits: int,
+        input_bits: int,
+        input_kind: Kind = "uniform",
+    ) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+        self._add_quantizers(weight_bits, make_quantizer(input_kind, input_bits, "gelu"))
+
+    @classmethod
+    def from_float(cls, layer: nn.Linear, weight_bits: int, input_bits: int, input_kind: Kind = "uniform") -> "QuantLinear":
+        """Take over weight and bias (the same parameters) of ``layer``."""
+        sizes = layer.in_features, layer.out_features, layer.bias is not None
+        return cls(*sizes, weight_bits, input_bits, input_kind)._take_over(layer, layer.weight)
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+
+class QuantConv2d(WeightLayer, nn.Conv2d):  # type: ignore[misc]
+    """``nn.Conv2d`` with quantizers."""
+
+    input_quantizer: AffineQuantizer
+
+    @classmethod
+    def from_float(cls, layer: nn.Conv2d, weight_bits: int, input_bits: int) -> "QuantConv2d":
+        """Take over weight and bias (the same parameters) of ``layer``."""
+        new = cls(**_shape(layer), padding_mode=layer.padding_mode, groups=layer.groups)
+        new._add_quantizers(weight_bits, AffineQuantizer(input_bits))
+        return new._take_over(layer, layer.weight)
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        out: Tensor = self._conv_forward(x, weight, bias)
+        return out
+
+
+class QuantConvTranspose2d(WeightLayer, nn.ConvTranspose2d):  # type: ignore[misc]
+    """``nn.ConvTranspose2d`` without groups, with quantizers.
+
+    Its weight is (out, in, height, width); the float layer has in and out the other way round.
+    """
+
+    input_quantizer: AffineQuantizer
+
+    @classmethod
+    def from_float(cls, layer: nn.ConvTranspose2d, weight_bits: int, input_bits: int) -> "QuantConvTranspose2d":
+        """Take over the bias (the same parameter) of ``layer``, and its weight in this layout.
+
+        Raises:
+            ModelError: the layer works in groups.
+        """
+        if layer.groups != 1:
+            raise ModelError(f"A transposed convolution in {layer.groups} groups is not supported: it must have one.")
+        new = cls(**_shape(layer), output_padding=cast(_Pair, layer.output_padding))
+        new._add_quantizers(weight_bits, AffineQuantizer(input_bits))
+        weight = layer.weight.detach().transpose(0, 1).contiguous()
+        return new._take_over(layer, nn.Parameter(weight, layer.weight.requires_grad))
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        sizes = cast("tuple[_Pair, _Pair, _Pair]", (self.stride, self.padding, self.output_padding))
+        weight = weight.transpose(0, 1).contiguous()
+        return F.conv_transpose2d(x, weight, bias, *sizes, dilation=cast(_Pair, self.dilation))
+
+
+def _shape(layer: nn.Conv2d | nn.ConvTranspose2d) -> dict[str, Any]:
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
+    return {**{name: getattr(layer, name) for name in names}, "bias": layer.bias is not None}
+
+
+#: By type of a float layer, the quantizable one that takes its place.
+FORMS: dict[type[nn.Module], Any] = {
+    nn.Linear: QuantLinear,
+    nn.Conv2d: QuantConv2d,
+    nn.ConvTranspose2d: QuantConvTranspose2d,
+}
+
+
+def decide_rounding(layer: WeightLayer) -> None:
+    """Fix the weight's codes to the nearest grid points, unless they are decided already."""
+    quantizer = layer.weight_quantizer
+    if quantizer.off or quantizer.codes.numel():
+        return
+    ratio = torch.round(layer.weight.detach().flatten(1) / quantizer.scale)
+    quantizer.set_codes((ratio + quantizer.zero_point).clamp(0, quantizer.levels - 1))
+
+
+def fold_shift(layer: QuantLinear) -> None:
+    """Move what the input quantizer's shift adds to the output into ``quantized_bias``.
+
+    The rounding must be decided. With x̂ the shifted quantized input,
+    ``Ŵ (x̂ - shift) + b = Ŵ x̂ + (b - shift Ŵ 1)``.
+    """
+    quantizer = layer.input_quantizer
+    if not isinstance(quantizer, LogQuantizer) or quantizer.off or not quantizer.shift or bool(quantizer.folded):
+        return
+    weight = layer.weight_quantizer.quantized(layer.weight.detach())
+    bias = layer._quantized_form_bias()
+    added = quantizer.shift * weight.sum(1)
+    layer.quantized_bias = -added if bias is None else bias.detach() - added
+    quantizer.fold()
