@@ -30,11 +30,14 @@ def build_towers(model: nn.Module, recipe: Recipe, towers: Sequence[str]) -> dic
     Raises:
         ModelError: the model, or a part of a tower that is asked for, is of a kind that is not supported.
     """
+    for name in towers:
+        check_tower(model, name)
+    return {name: vision_tower(model.visual, recipe) if name == "vision" else text_tower(model, recipe) for name in towers}
+
+
+def check_tower(model: nn.Module, name: str) -> None:
+    """Check that a model has the tower ``name``. Raises ModelError."""
     if type(model) not in (CLIP, CustomTextCLIP):
         raise ModelError(f"A model of type {type(model).__name__} is not supported: open_clip's CLIP and CustomTextCLIP are.")
-    chains = {}
-    for name in towers:
-        if name not in TOWERS:
-            raise ModelError(f"There is no tower '{name}'.{suggest(name, TOWERS)}")
-        chains[name] = vision_tower(model.visual, recipe) if name == "vision" else text_tower(model, recipe)
-    return chains
+    if name not in TOWERS:
+        raise ModelError(f"There is no tower '{name}'.{suggest(name, TOWERS)}")
