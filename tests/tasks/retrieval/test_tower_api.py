@@ -55,7 +55,7 @@ def test_a_tower_in_one_call(tower: str, pairs: tuple[nn.Module, Tensor, Tensor]
     q.save(tmp_path / "q.safetensors")
     again = load(tmp_path / "q.safetensors", mine(model))
     assert torch.equal(again(inputs), found)
-    with pytest.raises(CheckpointError, match="of another model .*Tower.*Give the float model"):
+    with pytest.raises(CheckpointError, match=r"of another model .*Tower.*Give the float model"):
         load(tmp_path / "q.safetensors", other(model))
 
 
@@ -77,7 +77,7 @@ def test_wrong_input_is_one_message(pairs: tuple[nn.Module, Tensor, Tensor]) -> 
     model, images, ids = pairs
     with pytest.raises(DataError, match="24 images and 23 captions"):
         quantize_tower(model, images, ids[1:], **FEW)
-    with pytest.raises(ModelError, match="no tower 'visoin'.*vision"):
+    with pytest.raises(ModelError, match=r"no tower 'visoin'.*vision"):
         quantize_tower(model, images, ids, tower="visoin", **FEW)
     with pytest.raises(ModelError, match="Linear is not supported"):
         quantize_tower(nn.Linear(2, 2), images, ids, **FEW)
