@@ -42,11 +42,14 @@ class _Facts(BaseModel):
     stage: Literal["quantized"] = "quantized"
     segments: list[str]
     shape: list[PositiveInt]
+    dtype: Literal["float32", "int64"] = "float32"
     log: dict[str, Any]
 
 
 class QuantizedModel(nn.Module):
     """A quantized copy of a model: images (n, C, H, W) in, logits (n, classes) out.
+
+    Towers of CLIP models give embeddings (n, d), and those for text take token ids (n, L).
 
     Example::
 
@@ -61,10 +64,10 @@ class QuantizedModel(nn.Module):
         log: what the reconstruction did; empty for methods that calibrate only.
     """
 
-    def __init__(self, chain: BlockChain, *, log: ReconstructionLog, fingerprint: Fingerprint, shape: Sequence[int]) -> None:
+    def __init__(self, chain: BlockChain, *, log: ReconstructionLog, fingerprint: Fingerprint, like: Tensor) -> None:
         super().__init__()
         self.chain, self.recipe, self.log = chain, fingerprint.recipe, log
-        self._fingerprint, self._shape = fingerprint, list(shape)
+        self._fingerprint, self._like = fingerprint, like
         self.eval()
 
     @property
@@ -78,7 +81,12 @@ class QuantizedModel(nn.Module):
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file that :func:`load` reads; raises CheckpointError if it cannot."""
-        facts = _Facts(segments=_labels(self.chain), shape=self._shape, log=log_facts(self.log))
+        facts = _Facts(
+            segments=_labels(self.chain),
+            shape=list(self._like.shape[1:]),
+            dtype="float32" if self._like.is_floating_point() else "int64",
+            log=log_facts(self.log),
+        )
         save_checkpoint(Path(path), self.chain.state_dict(), self._fingerprint, facts.model_dump())
 
 
@@ -101,7 +109,7 @@ def quantize(
         model: a ViT, DeiT or Swin of timm, or any module whose ``blocks`` and ``head`` are given.
         images: (n, C, H, W) calibration images, transformed as the model takes them; or batches of
             them, such as a DataLoader. Further parts of a batch, such as labels, are ignored. The
-            first ``calibration_images`` are used.
+            first ``calibration_images`` are used. For a model of text: (n, L) int64 token ids.
         method: a name from :data:`fimaq_core.recipe.METHODS`.
         blocks: the blocks of a module of one's own, in the order in which its forward applies them,
             one after the other.
@@ -127,15 +135,15 @@ def quantize(
     recipe = make_recipe(method, settings)
     x = _gathered(images, recipe.calibration_images)
     recipe, notes = _clipped(recipe, len(x))
-    shape = tuple(x.shape[1:])
-    chain, weights = _prepared(model, blocks, head, shape, recipe, device)
-    pixels = hashlib.sha256(x.cpu().contiguous().numpy().tobytes()).hexdigest()
-    fingerprint = Fingerprint(model=_name(model), weights=weights, calibration=pixels, recipe=recipe)
+    like = _like(x.shape[1:], x.is_floating_point())
+    chain, weights = _prepared(model, blocks, head, like, recipe, device)
+    content = hashlib.sha256(x.cpu().contiguous().numpy().tobytes()).hexdigest()
+    fingerprint = Fingerprint(model=_name(model), weights=weights, calibration=content, recipe=recipe)
     measure = ClassifierDivergence(recipe.temperature) if divergence is None else divergence
     with progress_bars() if progress else nullcontext(silent) as report:
         log = quantize_chain(chain, Samples(x), recipe, measure, Resources(report, placement))
     log.notes[:0] = notes
-    return QuantizedModel(chain, log=log, fingerprint=fingerprint, shape=shape)
+    return QuantizedModel(chain, log=log, fingerprint=fingerprint, like=like)
 
 
 def load(
@@ -168,7 +176,8 @@ def load(
     here = fingerprint.model_copy(update={"numerics": NUMERICS_VERSION, "model": _name(model), "weights": state_sha256(model)})
     if (reason := here.mismatch(fingerprint)) is not None:
         raise CheckpointError(f"{path}: {reason}. Give the float model that was quantized.")
-    chain, _ = _prepared(model, blocks, head, tuple(facts.shape), fingerprint.recipe, device)
+    like = _like(facts.shape, facts.dtype == "float32")
+    chain, _ = _prepared(model, blocks, head, like, fingerprint.recipe, device)
     if _labels(chain) != facts.segments:
         theirs = ", ".join(facts.segments)
         raise CheckpointError(f"{path} was made with other blocks or another head: give {theirs}.")
@@ -177,14 +186,14 @@ def load(
     load_checkpoint(path, chain, None)
     set_quantized(chain, True)
     log = read_log(facts.log, str(path))
-    return QuantizedModel(chain, log=log, fingerprint=fingerprint, shape=facts.shape)
+    return QuantizedModel(chain, log=log, fingerprint=fingerprint, like=like)
 
 
 def _prepared(
     model: nn.Module,
     blocks: Iterable[nn.Module] | None,
     head: nn.Module | None,
-    shape: tuple[int, ...],
+    like: Tensor,
     recipe: Recipe,
     device: torch.device | str | None,
 ) -> tuple[BlockChain, str]:
@@ -201,13 +210,13 @@ def _prepared(
     if device is not None:
         twin.to(device)
     place = next((value.device for value in twin.parameters()), torch.device("cpu"))
-    probe = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0)).to(place)
+    probe = like.to(place)
     try:
         with torch.no_grad():
             twin(probe)
     except (AssertionError, RuntimeError, TypeError, ValueError, IndexError) as error:
         raise DataError(
-            f"{type(model).__name__} does not take images of shape {shape} ({error}): give images "
+            f"{type(model).__name__} does not take images of shape {tuple(like.shape[1:])} ({error}): give images "
             "(n, C, H, W) transformed as the model takes them."
         ) from error
     with torch.random.fork_rng(devices=[]):  # new layers draw initial weights
@@ -215,17 +224,26 @@ def _prepared(
     return chain.to(place), weights
 
 
+def _like(shape: Sequence[int], images: bool) -> Tensor:
+    """Three samples of a shape to watch a model's forward with: noise for images, else token ids."""
+    if not images:
+        return torch.zeros(3, *shape, dtype=torch.int64)
+    return torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+
+
 def _gathered(images: Tensor | Iterable[Any], wanted: int) -> Tensor:
     """The first ``wanted`` of the images, float32 (n, C, H, W). Raises DataError."""
     parts: list[Tensor] = []
     for batch in [images] if isinstance(images, Tensor) else images:
         part = batch[0] if isinstance(batch, list | tuple) and batch else batch
-        if not isinstance(part, Tensor) or part.ndim not in (3, 4) or not part.is_floating_point():
+        if not isinstance(part, Tensor) or not (
+            (part.ndim in (3, 4) and part.is_floating_point()) or (part.ndim == 2 and part.dtype == torch.int64)
+        ):
             raise DataError(
                 f"images must be a float tensor (n, C, H, W) or batches of such tensors, not "
                 f"{described(part)}: transform the images as the model takes them."
             )
-        parts.append(part.detach() if part.ndim == 4 else part.detach()[None])
+        parts.append(part.detach()[None] if part.ndim == 3 else part.detach())
         if sum(map(len, parts)) >= wanted:
             break
     if not sum(map(len, parts)):
@@ -233,7 +251,8 @@ def _gathered(images: Tensor | Iterable[Any], wanted: int) -> Tensor:
     shapes = sorted({tuple(part.shape[1:]) for part in parts})
     if len(shapes) > 1:
         raise DataError(f"Images of shapes {shapes[0]}, {shapes[1]}: transform them to one size.")
-    return torch.cat(parts)[:wanted].float()
+    samples = torch.cat(parts)[:wanted]
+    return samples.float() if samples.is_floating_point() else samples
 
 
 def _clipped(recipe: Recipe, count: int) -> tuple[Recipe, list[str]]:

@@ -36,6 +36,8 @@ fi
 address="$ip:$((20000 + SLURM_JOB_ID % 10000))"  # several jobs may share a machine
 
 export RAY_USAGE_STATS_ENABLED=0 RAY_AUTH_MODE=token
+# Told to stop, Ray would wait 30 s for requests that it serves. Here there are none.
+export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0
 RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
 export RAY_AUTH_TOKEN
 

@@ -37,15 +37,17 @@ def build_towers(model: nn.Module, recipe: Recipe, towers: Sequence[str]) -> dic
     normalised. In full precision they equal ``encode_image`` and ``encode_text`` to rounding.
     Raises ModelError for models and towers that are not supported.
     """
+    for name in towers:
+        check_tower(model, name)
+    return {name: _vision_tower(model.visual, recipe) if name == "vision" else _text_tower(model, recipe) for name in towers}
+
+
+def check_tower(model: nn.Module, name: str) -> None:
+    """Check that a model has the tower ``name``. Raises ModelError."""
     if type(model) not in (CLIP, CustomTextCLIP):
         raise ModelError(f"A model of type {type(model).__name__} is not supported: open_clip's CLIP and CustomTextCLIP are.")
-    chains = {}
-    for name in towers:
-        if name not in TOWERS:
-            raise ModelError(f"There is no tower '{name}'.{suggest(name, TOWERS)}")
-        vision = name == "vision"
-        chains[name] = _vision_tower(model.visual, recipe) if vision else _text_tower(model, recipe)
-    return chains
+    if name not in TOWERS:
+        raise ModelError(f"There is no tower '{name}'.{suggest(name, TOWERS)}")
 
 
 class ExplicitBlock(nn.Module):

@@ -1,0 +1,136 @@
+"""Quantization of a CLIP model's tower in a few lines: see :mod:`fimaq_core.api`."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fimaq_core.api import QuantizedModel, quantize
+from fimaq_core.chain import BlockChain
+from fimaq_core.errors import DataError
+from fimaq_core.families import FAMILIES
+from fimaq_core.recipe import Recipe, make_recipe
+from tasks.retrieval.divergence import ContrastiveDivergence
+from tasks.retrieval.towers import build_towers, check_tower
+
+#: Samples per forward pass of the tower that stays in full precision.
+_BATCH = 32
+
+
+class _Tower(nn.Module):
+    """One tower of an open_clip model, ``CLIP`` or ``CustomTextCLIP``. Raises ModelError for another model."""
+
+    tower = ""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        check_tower(model, self.tower)
+        self.model = model
+
+
+class VisionTower(_Tower):
+    """Images (n, 3, H, W) to embeddings (n, d), not normalised."""
+
+    tower = "vision"
+
+    def forward(self, images: Tensor) -> Tensor:
+        embeddings: Tensor = self.model.encode_image(images)
+        return embeddings
+
+
+class TextTower(_Tower):
+    """Token ids (n, L) int64 to embeddings (n, d), not normalised."""
+
+    tower = "text"
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        embeddings: Tensor = self.model.encode_text(token_ids)
+        return embeddings
+
+
+class TowerFamily:
+    """Towers of open_clip's models."""
+
+    name = "open_clip's towers"
+
+    def matches(self, model: nn.Module) -> bool:
+        """Whether ``model`` is a tower."""
+        return isinstance(model, _Tower)
+
+    def build(self, model: nn.Module, recipe: Recipe) -> BlockChain:
+        """Turn a tower into a chain."""
+        assert isinstance(model, _Tower)
+        return build_towers(model.model, recipe, [model.tower])[model.tower]
+
+
+FAMILIES.append(TowerFamily())
+
+
+def quantize_tower(
+    model: nn.Module,
+    images: Tensor,
+    token_ids: Tensor,
+    *,
+    tower: str = "vision",
+    method: str = "fimaq",
+    **settings: Any,
+) -> QuantizedModel:
+    """Quantize a copy of one tower, so that matches with the other tower's embeddings change least.
+
+    Example::
+
+        q = quantize_tower(clip, images, token_ids, tower="vision", w_bits=4, a_bits=4)
+        embeddings = q(images)
+        q.save("q.safetensors")
+        q = load("q.safetensors", VisionTower(clip))
+
+    Args:
+        model: open_clip's ``CLIP`` or ``CustomTextCLIP``; it stays as it is.
+        images: (n, 3, H, W) calibration images, transformed as the model takes them.
+        token_ids: (n, L) int64, one caption per image.
+        tower: "vision" or "text".
+        method: a name from :data:`fimaq_core.recipe.METHODS`.
+        settings: further arguments of :func:`fimaq_core.quantize`.
+
+    Returns:
+        The quantized tower: images or token ids in, embeddings (n, d) out, not normalised.
+
+    Raises:
+        DataError: the numbers of images and captions differ, or there are fewer than two.
+        FimaqError: as :func:`fimaq_core.quantize` raises it.
+    """
+    check_tower(model, tower)
+    one: _Tower = VisionTower(model)
+    other: _Tower = TextTower(model)
+    fields = {name: value for name, value in settings.items() if name in Recipe.model_fields}
+    recipe = make_recipe(method, fields)
+    if len(images) != len(token_ids) or len(images) < 2:
+        raise DataError(
+            f"{len(images)} images and {len(token_ids)} captions: give one caption per image, and at least two of them."
+        )
+    count = min(len(images), recipe.calibration_images)
+    inputs, others = images[:count], token_ids[:count]
+    if tower == "text":
+        one, other, inputs, others = other, one, others, inputs
+    divergence = contrastive(other, others, min(recipe.divergence_batch, count))
+    return quantize(one, inputs, method=method, divergence=divergence, **settings)
+
+
+@torch.no_grad()
+def contrastive(other: _Tower, inputs: Tensor, batch: int) -> ContrastiveDivergence:
+    """The contrastive divergence of a tower from the ``other`` one, which stays in full precision.
+
+    Args:
+        other: in any mode, on any device; it is left as it was.
+        inputs: of the other tower, one per calibration sample.
+        batch: samples that are compared with each other.
+    """
+    place = next(other.parameters()).device
+    training = {part for part in other.modules() if part.training}
+    other.eval()
+    embeddings = torch.cat([other(part.to(place)).float() for part in inputs.split(_BATCH)])
+    for part in training:
+        part.training = True
+    bias = getattr(other.model, "logit_bias", None)
+    scale = float(other.model.logit_scale.exp())
+    return ContrastiveDivergence(embeddings, scale, None if bias is None else float(bias), batch)
