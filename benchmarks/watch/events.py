@@ -70,10 +70,6 @@ class Running:
     progress: Event
     until: float | None = None
 
-    def left(self, now: float) -> float | None:
-        """Return the expected seconds until its end."""
-        return None if self.until is None else max(self.until - now, 0.0)
-
 
 @dataclass
 class State:
@@ -134,6 +130,7 @@ class State:
         """Cells with a record."""
         return max(self.over - self.failures, 0)
 
-    def left(self, now: float) -> float | None:
-        """Return the expected seconds until the end of the grid."""
-        return None if self.until is None else max(self.until - now, 0.0)
+
+def left(of: State | Running, now: float) -> float | None:
+    """Return the expected seconds until the end of a grid or cell."""
+    return None if of.until is None else max(of.until - now, 0.0)

@@ -18,7 +18,7 @@ from rich.text import Text
 from benchmarks.cells import Cell
 from benchmarks.estimate import time_left
 from benchmarks.units import duration
-from benchmarks.watch.events import Event, Running, State
+from benchmarks.watch.events import Event, Running, State, left
 from benchmarks.watch.log import EventLog
 from fimaq_core.progress import Progress
 
@@ -127,7 +127,7 @@ def counts_line(state: State, now: float, width: int) -> RenderableType:
         f"{state.total} cells, {duration(max(now - began, 0.0))}"
     )
     if state.over < state.total:
-        words += f", {time_left(state.left(now))}"
+        words += f", {time_left(left(state, now))}"
     room = width - len(words) - 1
     size = min(max(room, 10), 40, width)
     bar = ProgressBar(max(state.total, 1), min(state.over, state.total), width=size)
@@ -167,7 +167,7 @@ def running_table(
 
 
 def _row(cell: Running, now: float) -> dict[str, RenderableType | None]:
-    at, left = cell.progress, cell.left(now)
+    at, rest = cell.progress, left(cell, now)
 
     def text(words: str) -> Text | None:
         return Text(words, no_wrap=True, overflow="ellipsis") if words else None
@@ -181,5 +181,5 @@ def _row(cell: Running, now: float) -> dict[str, RenderableType | None]:
         "progress": text(f"{at.done}/{at.total}" if at.total else ""),
         "bar": ProgressBar(at.total, min(at.done, at.total), width=16) if at.total else None,
         "loss": text("" if at.loss is None else f"{at.loss:.4g}"),
-        "left": text("" if left is None else duration(left)),
+        "left": text("" if rest is None else duration(rest)),
     }

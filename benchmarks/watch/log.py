@@ -118,35 +118,31 @@ class Run:
         return time.time() - self.heartbeat < SILENCE
 
 
-class RunReader:
-    """Reads the files of all runs in a folder, again and again."""
+def read_runs(folder: Path, known: dict[Path, Run] | None = None) -> tuple[list[Run], list[str]]:
+    """Return the runs, the latest first, and a line for each file that says nothing.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._runs: dict[Path, Run] = {}
-
-    def read(self) -> tuple[list[Run], list[str]]:
-        """Return the runs, the latest first, and a line for each file that says nothing."""
-        found, problems = [], []
-        for path in sorted(self._folder.glob("*.jsonl")):
-            run = self._runs.setdefault(path, Run(path))
-            try:
-                run.read()
-            except FileNotFoundError:
-                continue  # the next run has just removed it
-            except OSError as error:
-                problems.append(f"Skipped {path}: {error.strerror}.")
-                continue
-            if run.state.begin is not None:
-                found.append((run.state.begin.time, path.name, run))
-            elif run.offset:
-                problems.append(f"Skipped {path}: it has no events of this version.")
-        return [run for *_, run in sorted(found, key=lambda item: item[:2], reverse=True)], problems
+    ``known`` keeps what was read: with the same one, the next call reads only what is new.
+    """
+    runs, found, problems = {} if known is None else known, [], []
+    for path in sorted(folder.glob("*.jsonl")):
+        run = runs.setdefault(path, Run(path))
+        try:
+            run.read()
+        except FileNotFoundError:
+            continue  # the next run has just removed it
+        except OSError as error:
+            problems.append(f"Skipped {path}: {error.strerror}.")
+            continue
+        if run.state.begin is not None:
+            found.append((run.state.begin.time, path.name, run))
+        elif run.offset:
+            problems.append(f"Skipped {path}: it has no events of this version.")
+    return [run for *_, run in sorted(found, key=lambda item: item[:2], reverse=True)], problems
 
 
 def remove_old(folder: Path) -> None:
     """Remove the files of runs that are over but for the newest few; what says nothing stays."""
-    over = [run.path for run in RunReader(folder).read()[0] if not run.is_alive]
+    over = [run.path for run in read_runs(folder)[0] if not run.is_alive]
     for path in over[_KEPT:]:
         with suppress(OSError):  # of another user, or on a disk that is read-only here
             path.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from rich.text import Text
 from benchmarks.options import results_option
 from benchmarks.terminal import plain
 from benchmarks.units import duration
+from benchmarks.watch.events import left
 from fimaq_core.errors import FimaqError
 
 if TYPE_CHECKING:
@@ -33,26 +34,28 @@ def status(results: Path, as_json: bool, watch: bool) -> None:
     # Imported here: all commands import this module.
     from rich.live import Live
 
-    from benchmarks.watch.log import RunReader
+    from benchmarks.watch.log import read_runs
 
     console = Console(highlight=False)
     if watch and as_json:
         raise FimaqError("--json prints one object: leave --watch out.")
     if watch and not console.is_terminal:
         raise FimaqError("--watch needs a terminal: leave it out.")
-    reader = RunReader(results / "runs" / ".state")
+    folder = results / "runs" / ".state"
     if as_json:
-        click.echo(json_text(*reader.read(), results))
+        click.echo(json_text(*read_runs(folder), results))
         return
     if not watch:
-        text = page(*reader.read(), results, console.width)
+        text = page(*read_runs(folder), results, console.width)
         console.print(text, soft_wrap=not console.is_terminal)
         return
+    known: dict[Path, Run] = {}
     with Live(console=console, screen=True, auto_refresh=False) as live:
         try:
             while True:
                 lines = max(console.size.height - 10, 1)
-                live.update(page(*reader.read(), results, console.width, lines), refresh=True)
+                now = page(*read_runs(folder, known), results, console.width, lines)
+                live.update(now, refresh=True)
                 time.sleep(1.0)
         except KeyboardInterrupt:
             return  # the way to end it
@@ -72,11 +75,9 @@ def page(
     """Return each run that goes on and, of the others, the one that started last.
 
     Args:
-        runs: the one that started last first.
-        problems: files that say nothing.
+        runs, problems: see `benchmarks.watch.log.read_runs`.
         results: the folder of the runs.
-        width: of the terminal.
-        lines: for the running cells of each run; None: for all.
+        width, lines: of the terminal; None: lines for all running cells.
     """
     parts: list[RenderableType] = []
     chosen = _chosen(runs)
@@ -145,7 +146,7 @@ def _facts(run: Run, alive: bool) -> dict[str, Any]:
             "where": cell.started.where,
             **cell.progress.model_dump(include={"stage", "block", "done", "total", "loss"}),
             "seconds": max(now - cell.started.time, 0.0),
-            "left": cell.left(now),
+            "left": left(cell, now),
             "attempts": cell.attempts,
         }
         for cell in state.running.values()
@@ -161,7 +162,7 @@ def _facts(run: Run, alive: bool) -> dict[str, Any]:
             "done": state.done, "running": len(running), "failed": state.failures,
             "total": state.total,
         },
-        "left": state.left(now),
+        "left": left(state, now),
         "running": running,
         "failed": [{"label": e.label, "message": e.text, "log": e.log} for e in state.failed],
         "ended": [{"label": e.label, "kind": e.outcome, "text": e.text} for e in state.ended],

@@ -22,7 +22,7 @@ from benchmarks.cells import RunOptions
 from benchmarks.cli import cli
 from benchmarks.grid import Filters, expand
 from benchmarks.watch.live import Watch
-from benchmarks.watch.log import Run, RunReader
+from benchmarks.watch.log import Run, read_runs
 from fimaq_core.progress import Progress
 
 CELLS = expand(fakes.plain_demo(), Filters(), RunOptions())[3:]
@@ -136,13 +136,13 @@ def test_progress_is_written_once_in_a_while_and_each_end_at_once(tmp_path: Path
 def test_what_follows_is_read_only(tmp_path: Path):
     """A reader that looks again goes on where it stopped, in the midst of a line too."""
     path = put(tmp_path, "x.jsonl", foreign())
-    reader = RunReader(folder_of(tmp_path))
-    assert reader.read()[0][0].state.over == 1
+    known: dict[Path, Run] = {}
+    assert read_runs(folder_of(tmp_path), known)[0][0].state.over == 1
     end = '{"kind": "ended", "time": 1e9, "label": "a", "text": "top1 1.0", "over": 2}\n'
     for part in (end[:20], end[20:]):
         with path.open("a") as file:
             file.write(part)
-        (run,), problems = reader.read()
+        (run,), problems = read_runs(folder_of(tmp_path), known)
         assert not problems
     assert (run.state.over, [event.label for event in run.state.ended]) == (2, ["a"])
 
@@ -189,7 +189,7 @@ def test_a_killed_run_is_told_from_a_running_one(tmp_path: Path):
     try:
 
         def evaluates() -> bool:
-            runs, _ = RunReader(folder_of(tmp_path)).read()
+            runs, _ = read_runs(folder_of(tmp_path))
             running = list(runs[0].state.running.values()) if runs else []
             return bool(running) and "fimaq" in running[0].started.label and running[0].progress.stage == "evaluate"
 
@@ -216,7 +216,7 @@ def test_runs_elsewhere_go_by_their_heartbeat_and_those_here_by_their_process(tm
     put(tmp_path, "c.jsonl", foreign() + CLOSE)
     put(tmp_path, "d.jsonl", foreign(**here, process_started=mine.create_time()), heard=3000)
     put(tmp_path, "e.jsonl", foreign(**here, process_started=mine.create_time() - 500))
-    runs, problems = RunReader(folder_of(tmp_path)).read()
+    runs, problems = read_runs(folder_of(tmp_path))
     assert not problems
     assert {run.path.name for run in runs if run.is_alive} == {"a.jsonl", "d.jsonl"}
     # all that go on, and the last of the others
