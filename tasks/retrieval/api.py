@@ -1,8 +1,8 @@
 """Quantization of a CLIP model's tower in a few lines: see :mod:`fimaq_core.api`."""
 
+import copy
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fimaq_core.api import QuantizedModel, quantize
@@ -10,11 +10,9 @@ from fimaq_core.chain import BlockChain
 from fimaq_core.errors import DataError
 from fimaq_core.families import FAMILIES
 from fimaq_core.recipe import Recipe, make_recipe
-from tasks.retrieval.divergence import ContrastiveDivergence
+from fimaq_core.samples import Samples
+from tasks.retrieval.divergence import contrastive
 from tasks.retrieval.towers import build_towers, check_tower
-
-#: Samples per forward pass of the tower that stays in full precision.
-_BATCH = 32
 
 
 class _Tower(nn.Module):
@@ -112,25 +110,6 @@ def quantize_tower(
     inputs, others = images[:count], token_ids[:count]
     if tower == "text":
         one, other, inputs, others = other, one, others, inputs
-    divergence = contrastive(other, others, min(recipe.divergence_batch, count))
+    other = copy.deepcopy(other).eval()
+    divergence = contrastive(other.model, other, Samples(others), batch=min(recipe.divergence_batch, count))
     return quantize(one, inputs, method=method, divergence=divergence, **settings)
-
-
-@torch.no_grad()
-def contrastive(other: _Tower, inputs: Tensor, batch: int) -> ContrastiveDivergence:
-    """The contrastive divergence of a tower from the ``other`` one, which stays in full precision.
-
-    Args:
-        other: in any mode, on any device; it is left as it was.
-        inputs: of the other tower, one per calibration sample.
-        batch: samples that are compared with each other.
-    """
-    place = next(other.parameters()).device
-    training = {part for part in other.modules() if part.training}
-    other.eval()
-    embeddings = torch.cat([other(part.to(place)).float() for part in inputs.split(_BATCH)])
-    for part in training:
-        part.training = True
-    bias = getattr(other.model, "logit_bias", None)
-    scale = float(other.model.logit_scale.exp())
-    return ContrastiveDivergence(embeddings, scale, None if bias is None else float(bias), batch)

@@ -1,10 +1,13 @@
 """Divergence of a two-tower model: change of a batch's similarities by one tower."""
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fimaq_core.fisher.divergence import Divergence, at_least_float32
+from fimaq_core.samples import Samples
 
 
 class ContrastiveDivergence(Divergence):
@@ -23,9 +26,10 @@ class ContrastiveDivergence(Divergence):
     def __init__(self, other: Tensor, scale: float, bias: float | None, batch: int) -> None:
         self.other, self.scale, self.bias, self.batch = F.normalize(other, dim=-1), scale, bias, batch
 
-    def reference(self, outputs: Tensor) -> Tensor:
+    def reference(self, outputs: Samples) -> Samples:
         """This tower's normalised embeddings and the other's, side by side, (n, 2 d)."""
-        return torch.cat([F.normalize(outputs, dim=-1), self.other.to(outputs)], dim=-1)
+        own = F.normalize(outputs.whole, dim=-1)
+        return Samples(torch.cat([own, self.other.to(own)], dim=-1))
 
     def __call__(self, outputs: Tensor, reference: Tensor) -> Tensor:
         # Its own products keep float32 whatever the model's have: similarities are large beside their changes.
@@ -40,3 +44,18 @@ class ContrastiveDivergence(Divergence):
             return ((before + self.bias).sigmoid() - (after + self.bias).sigmoid()).mul(gap).sum() / (2 * len(outputs))
         rows, columns = ((before.softmax(dim) - after.softmax(dim)).mul(gap).sum() for dim in (1, 0))
         return (rows + columns) / (4 * len(outputs))
+
+
+@torch.no_grad()
+def contrastive(
+    model: nn.Module, encode: Callable[[Tensor], Tensor], inputs: Samples, *, batch: int, size: int = 32
+) -> ContrastiveDivergence:
+    """The contrastive divergence of one tower, from embeddings of the other one.
+
+    ``encode`` is the other tower of ``model``, in full precision. It embeds its ``inputs`` (n, ...),
+    one per calibration sample, ``size`` at a time, where the model is.
+    """
+    place = next(model.parameters()).device
+    other = inputs.map(lambda part: encode(part.to(place)).float(), size).whole
+    bias = getattr(model, "logit_bias", None)
+    return ContrastiveDivergence(other, float(model.logit_scale.exp()), None if bias is None else float(bias), batch)

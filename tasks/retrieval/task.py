@@ -20,7 +20,7 @@ from tasks.common.top_k import evaluate
 from tasks.retrieval import models, tags
 from tasks.retrieval.calibration import calibration_set
 from tasks.retrieval.captions import open_pairs
-from tasks.retrieval.divergence import ContrastiveDivergence
+from tasks.retrieval.divergence import contrastive
 from tasks.retrieval.evaluate import evaluate_pairs, truncated
 from tasks.retrieval.towers import TOWERS, build_towers
 from tasks.retrieval.zero_shot import LINES, ZeroShotClassifier, class_embeddings, class_names, named_classes
@@ -100,15 +100,12 @@ class RetrievalTask(Task):
             raise RecipeError("The divergence of a retrieval model takes the model's own scale: leave temperature out.")
         if not (recipe.reconstruct or recipe.reconstruct_mlp):
             return dict.fromkeys(TOWERS, Divergence())  # nobody asks it anything
-        model = TwoTowers(loaded.model.to(device), {})
-        bias = getattr(loaded.model, "logit_bias", None)
+        model = loaded.model.to(device)
         made: dict[str, Divergence] = {}
-        for name, encode in (("text", model.encode_image), ("vision", model.encode_text)):
-            if recipe.scope not in (None, "both", name):
-                continue
-            other = _embeddings(encode, images.inputs["vision" if name == "text" else "text"], device, batch_size)
-            scale = float(model.logit_scale.exp())
-            made[name] = ContrastiveDivergence(other, scale, None if bias is None else float(bias), recipe.divergence_batch)
+        for name, other, encode in (("text", "vision", model.encode_image), ("vision", "text", model.encode_text)):
+            if recipe.scope in (None, "both", name):
+                inputs = Samples.of(images.inputs[other])
+                made[name] = contrastive(model, encode, inputs, batch=recipe.divergence_batch, size=batch_size)
         return made
 
     def evaluate(
@@ -142,12 +139,6 @@ class RetrievalTask(Task):
         cut = truncated(loaded.tokenizer, pairs.captions, loaded.context_length)
         encoders = model.encode_image, model.encode_text
         return evaluate_pairs(*encoders, images, pairs, loaded.tokenizer, device, batch_size, workers, report, cut)
-
-
-@torch.no_grad()
-def _embeddings(encode: object, inputs: Samples | Tensor, device: torch.device, batch_size: int) -> Tensor:
-    assert callable(encode)
-    return torch.cat([encode(part.to(device)).float() for part in Samples.of(inputs).batches(batch_size)])
 
 
 def _without(model: nn.Module, name: str) -> nn.Module:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fimaq_core.fisher.passes import divergence_gradient
+from fimaq_core.samples import Samples
 from tasks.retrieval.divergence import ContrastiveDivergence
 
 
@@ -46,7 +47,7 @@ def by_definition_sigmoid(full: Tensor, quantized: Tensor, other: Tensor, scale:
 def test_softmax_form(rows: int) -> None:
     full, quantized, other = (embeddings(rows, seed) for seed in range(3))
     divergence = ContrastiveDivergence(other, 10.0, None, 32)
-    found = float(divergence(quantized, divergence.reference(full)))
+    found = float(divergence(quantized, divergence.reference(Samples(full)).whole))
     assert found == pytest.approx(by_definition(full, quantized, other, 10.0), rel=1e-9)
 
 
@@ -54,7 +55,7 @@ def test_softmax_form(rows: int) -> None:
 def test_sigmoid_form(bias: float) -> None:
     full, quantized, other = (embeddings(5, seed) for seed in range(3))
     divergence = ContrastiveDivergence(other, 8.0, bias, 32)
-    found = float(divergence(quantized, divergence.reference(full)))
+    found = float(divergence(quantized, divergence.reference(Samples(full)).whole))
     assert found == pytest.approx(by_definition_sigmoid(full, quantized, other, 8.0, bias), rel=1e-9)
 
 
@@ -63,7 +64,7 @@ def test_equal_outputs_of_any_length_diverge_by_nothing(bias: float | None) -> N
     full, other = embeddings(6, 0).float(), embeddings(6, 1).float()
     divergence = ContrastiveDivergence(other, 100.0, bias, 32)
     leaf = (3 * full).requires_grad_(True)
-    value = divergence(leaf, divergence.reference(full))
+    value = divergence(leaf, divergence.reference(Samples(full)).whole)
     value.backward()
     assert abs(float(value.detach())) < 1e-10
     assert leaf.grad is not None
@@ -75,15 +76,15 @@ def test_a_small_change_is_not_lost_in_rounding() -> None:
     full, other = embeddings(8, 0), embeddings(8, 1)
     quantized = full + 1e-4 * embeddings(8, 2)
     exact, rounded = (ContrastiveDivergence(other.to(dtype), 100.0, None, 32) for dtype in (torch.float64, torch.float32))
-    truth = float(exact(quantized, exact.reference(full)))
+    truth = float(exact(quantized, exact.reference(Samples(full)).whole))
     assert truth < 1e-3
-    assert float(rounded(quantized.float(), rounded.reference(full.float()))) == pytest.approx(truth, rel=2e-2)
+    assert float(rounded(quantized.float(), rounded.reference(Samples(full.float())).whole)) == pytest.approx(truth, rel=2e-2)
 
 
 def test_it_depends_on_which_pairs_share_a_batch() -> None:
     full, quantized, other = (embeddings(8, seed) for seed in range(3))
     divergence = ContrastiveDivergence(other, 10.0, None, 4)
-    reference = divergence.reference(full)
+    reference = divergence.reference(Samples(full)).whole
     assert reference.shape == (8, 12)
     order = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
 
@@ -102,7 +103,7 @@ def test_its_own_products_do_not_take_the_models_arithmetic(bias: float | None, 
     full, other = embeddings(16, 0, 64).float(), embeddings(16, 1, 64).float()
     quantized = full + size * embeddings(16, 2, 64).float()
     divergence = ContrastiveDivergence(other, 100.0, bias, 32)
-    reference = divergence.reference(full)
+    reference = divergence.reference(Samples(full)).whole
 
     def rest(output: Tensor) -> Tensor:
         return output.to(torch.bfloat16) if torch.is_autocast_enabled("cpu") else output.to(torch.bfloat16).float()

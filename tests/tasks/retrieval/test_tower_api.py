@@ -10,8 +10,10 @@ from fimaq_core import load
 from fimaq_core.checkpoint import state_sha256
 from fimaq_core.errors import CheckpointError, DataError, ModelError
 from fimaq_core.recipe import make_recipe
+from fimaq_core.samples import Samples
 from tasks.common.request import DataRequest, ModelRequest
-from tasks.retrieval.api import TextTower, VisionTower, contrastive, quantize_tower
+from tasks.retrieval.api import TextTower, VisionTower, quantize_tower
+from tasks.retrieval.divergence import contrastive
 from tasks.retrieval.task import TASK
 
 FEW = {
@@ -34,7 +36,7 @@ def pairs() -> tuple[nn.Module, Tensor, Tensor]:
     loaded = TASK.load(ModelRequest("demo_clip"))
     recipe = make_recipe("fimaq", {"calibration_images": 24, "calibration_transform": "eval"})
     inputs = TASK.calibration(loaded, DataRequest(), recipe).inputs
-    vision, text = (torch.stack(list(inputs[name])) for name in ("vision", "text"))
+    vision, text = (Samples.of(inputs[name]).whole for name in ("vision", "text"))
     return loaded.model, vision, text
 
 
@@ -65,11 +67,11 @@ def test_the_divergence_is_that_of_the_task(pairs: tuple[nn.Module, Tensor, Tens
     recipe = make_recipe("fimaq", {"calibration_images": 24, "calibration_transform": "eval"})
     data = TASK.calibration(loaded, DataRequest(), recipe)
     theirs = TASK.divergences(loaded, data, recipe, torch.device("cpu"), 8)["vision"]
-    mine = contrastive(TextTower(model), ids, recipe.divergence_batch)
+    mine = contrastive(model, TextTower(model), Samples(ids), batch=recipe.divergence_batch)
     outputs = torch.randn(24, mine.other.shape[1], generator=torch.Generator().manual_seed(0))
     full = VisionTower(model)(images).detach()
-    expected = theirs(outputs, theirs.reference(full))
-    assert torch.allclose(mine(outputs, mine.reference(full)), expected, rtol=1e-4)
+    expected = theirs(outputs, theirs.reference(Samples(full)).whole)
+    assert torch.allclose(mine(outputs, mine.reference(Samples(full)).whole), expected, rtol=1e-4)
     assert mine.batch == theirs.batch
 
 
