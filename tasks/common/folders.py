@@ -32,11 +32,10 @@ class Source:
         targets: their labels.
         classes: number of classes.
         read: gives the image of a position.
-        class_names: names of the classes here (folders) by label; empty where they have no names.
-        class_order: name of the labels' order, see :mod:`tasks.common.class_order`; None where
-            classes are no folders.
+        class_names: names of the classes (folders) by label; empty where they have none.
+        class_order: name of the labels' order; None where classes are no folders.
         left_out: paths of the files that are neither hidden nor images.
-        label_notes: what the class names in the weights file did for labels, where these are used.
+        label_notes: what the class names in the weights file did for labels.
     """
 
     name: str

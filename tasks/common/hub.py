@@ -19,7 +19,7 @@ _NOT_AT_THE_HUB = "The Hugging Face hub does not have them, and nothing is fetch
 
 @dataclass(frozen=True)
 class Repository:
-    """Where the hub has something: a repository, and the names its file may have, in the order in which they are tried."""
+    """A repository at the hub, and the names its file may have, in the order in which they are tried."""
 
     repo: str
     files: tuple[str, ...]
@@ -31,12 +31,12 @@ class Catalogue:
 
     Attributes:
         demo_names: models that come with this repository.
-        demo_folder: holds ``<demo name>.safetensors`` and ``<demo name>.json`` (keys ``tag``, ``sha256``).
-        full_name: the library's ``model.tag``, or the untagged model, of a name; raises ModelError for unknown ones.
+        demo_folder: holds ``<demo name>.safetensors`` and ``<demo name>.json`` (``tag``, ``sha256``).
+        full_name: ``model.tag`` or the untagged model of a name; raises ModelError for unknown ones.
         choices: ``model.tag`` of the weights that an untagged name may mean.
         untagged: why an untagged name is refused, for people.
         repository: of a ``model.tag``; None where no hub has it.
-        repositories: what these are called, for people; empty where names do not show it.
+        repositories: their names for people; empty where names of models do not show them.
     """
 
     demo_names: tuple[str, ...]
@@ -60,8 +60,8 @@ class Catalogue:
     def model_tag(self, request: ModelRequest) -> str:
         """The identity of model and weights, ``model.tag``.
 
-        Weights from a file keep the published tag only if the file is called after it; else the tag is ``local-`` and the
-        beginning of the file's sha256.
+        Weights from a file keep the published tag only if the file is called after it; else the tag is
+        ``local-`` and the beginning of the file's sha256.
 
         Raises:
             ModelError: unknown model, or a name that names no weights.
@@ -146,14 +146,7 @@ def cached_file(repository: Repository) -> Path | None:
 
 
 def download(repository: Repository, what: str) -> Path:
-    """The file from the hub: the first that the repository has.
-
-    Args:
-        what: its name for people, such as ``weights of vit_small_...``.
-
-    Raises:
-        ModelError: the hub does not give it.
-    """
+    """Return the first file that the repository has, from the hub; ``what`` names it for people. Raises ModelError."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RemoteEntryNotFoundError
 
@@ -169,7 +162,7 @@ def download(repository: Repository, what: str) -> Path:
 
 @lru_cache(maxsize=1)
 def hub_answers(seconds: float = 5.0) -> bool:
-    """Whether the Hugging Face hub can be reached: a connection is opened, nothing is asked or downloaded."""
+    """Return True if a connection to the Hugging Face hub can be opened; nothing is downloaded."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:

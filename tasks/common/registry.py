@@ -54,8 +54,9 @@ def model_tag(name: str, request: ModelRequest) -> str:
 
 def model_identity(name: str, request: ModelRequest) -> list[str]:
     """Return the model in a cell's identity: ``model.tag``, and the sha256 of weights in a file here."""
+    tag = model_tag(name, request)
     digest: str | None = _light(name, "weights_digest", lambda _: None)(request)
-    return [model_tag(name, request), *([] if digest is None else [digest])]
+    return [tag] if digest is None else [tag, digest]
 
 
 def scopes(name: str) -> tuple[str, ...]:

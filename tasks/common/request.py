@@ -16,11 +16,9 @@ class ModelRequest:
         name: short name, demo name or the task library's own name.
         model_args: keyword arguments for the library's constructor.
         weights: a local checkpoint file; None for the demo's own or the library's pretrained weights.
-        weights_folder: a folder that holds ``<model.tag>.safetensors`` (or .pth, .bin), tried before the library's cache.
-        weights_entry: entry of the checkpoint file to take, such as ``state_dict``; None takes the
-            one that timm takes.
-        preprocessing: fields of :class:`tasks.common.preprocessing.GivenPreprocessing` that replace
-            the model's own.
+        weights_folder: has ``<model.tag>.safetensors`` (.pth, .bin); tried before the library's cache.
+        weights_entry: entry of the file to take, such as ``state_dict``; None takes timm's choice.
+        preprocessing: fields of :class:`tasks.common.preprocessing.GivenPreprocessing`.
     """
 
     name: str
@@ -61,12 +59,7 @@ class DataRequest:
 
 @dataclass(frozen=True)
 class Missing:
-    """Something that a cell needs and that is not there.
-
-    Attributes:
-        what: its name, such as ``weights of vit_small_...``.
-        advice: where it was looked for and how to get it, in words that fit all things of the kind.
-    """
+    """Something that a cell needs and that is not there: its name, and how to get all things of the kind."""
 
     what: str
     advice: str
@@ -89,7 +82,7 @@ class CellRequest:
         task: ``classification``, ``retrieval`` or ``detection``.
         model, data: see there.
         recipe: all settings; None measures the full-precision model.
-        variant: name of the recipe's variant in tables; None derives it from what differs from the method's settings.
+        variant: name of the recipe's variant in tables; None makes it from the changed settings.
         results: root folder of result records (``results/runs``).
         device: ``cpu``, ``cuda`` or ``cuda:N``.
         threads: CPU threads; None leaves PyTorch's choice.
@@ -98,7 +91,7 @@ class CellRequest:
         step_engine: how optimisation steps run, see :mod:`fimaq_core.reconstruction.engines`.
         mlp_checkpoint: reconstructed MLPs to use instead of reconstructing them.
         workers: data-loading processes.
-        notes: what its record should say beside what the run itself finds, such as that memory ran out before.
+        notes: remarks for its record, such as that memory ran out before.
     """
 
     task: str

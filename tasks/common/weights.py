@@ -132,12 +132,10 @@ class StoredWeights:
     class_names: tuple[str, ...] | None = None
 
     def sha256(self, model: nn.Module, *, altered: bool) -> str:
-        """The identity of the weights that ``model`` has now.
+        """Return the identity of these weights in ``model``.
 
-        Args:
-            model: has loaded these weights.
-            altered: arguments may have changed what was loaded. The file's hash is then not enough,
-                as it is not for a file with several entries.
+        The file's hash is not enough where arguments have ``altered`` what was loaded, or where the
+        file has several entries.
         """
         return state_sha256(model) if altered or len(self.entries) > 1 else file_sha256(self.path)
 
@@ -230,11 +228,10 @@ def _protocol(path: Path, start: bytes) -> int | None:
 
 
 def _states(content: dict[Any, Any], depth: int = 4) -> dict[str, dict[str, Tensor]]:
-    """State dicts in a file by the names of the entries that lead to them, joined by dots.
+    """Return state dicts by the names of the entries that lead to them, joined by dots; ``""`` for `content`.
 
-    ``""`` is the name of ``content`` itself. Optimizers have tensors by the model's names too, and
-    are passed over. So are tensors beside an inner state dict if none of their names has a dot:
-    they are no model's.
+    Optimizers, which have tensors by the model's names too, are passed over; so are tensors beside
+    an inner state dict if none of their names has a dot: they are no model's.
     """
     inner: dict[str, dict[str, Tensor]] = {}
     for name, value in content.items():
