@@ -20,7 +20,12 @@ PANELS = (
 
 
 def draw(table: pd.DataFrame, path: Path) -> None:
-    """Draw one panel per task: the mean of each method at W3/A3, beside full precision."""
+    """Draw one panel per task: the mean of each method at W3/A3, beside full precision.
+
+    Args:
+        table: the demo's reference, see :func:`benchmarks.agreement.observations`.
+        path: the PNG file to write.
+    """
     figure, axes = pyplot.subplots(1, len(PANELS), figsize=(10, 3.4), width_ratios=(1.3, 1, 1))
     for axis, (task, metric, variant, title) in zip(axes, PANELS, strict=True):
         rows = table[(table["task"] == task) & (table["metric"] == metric)]

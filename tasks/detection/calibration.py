@@ -15,9 +15,7 @@ from tasks.common.images import Images
 from tasks.common.request import DataRequest
 from tasks.common.task import CalibrationSet, LoadedModel
 from tasks.detection.coco import open_source
-
-#: The part of a detector that takes images.
-IMAGES_PART = "detector"
+from tasks.detection.detector import DETECTOR
 
 
 def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> CalibrationSet:
@@ -57,7 +55,7 @@ def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> C
         recipe.calibration_transform,
         digest.hexdigest(),
         skipped,
-        {IMAGES_PART: samples},
+        {DETECTOR: samples},
         metas=[meta for _, meta in drawn],
         notes=[*notes, *images.notes()],
     )

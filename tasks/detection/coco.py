@@ -19,7 +19,7 @@ from tasks.detection.annotations import Coco, Entry, checked, read_annotations
 from tasks.detection.categories import COCO_CLASSES, Origin, match_categories
 from tasks.detection.locate import data_root, image_folder, locate
 from tasks.detection.orientation import UNREADABLE, Exif, Orientation, ask, orientation_of, turned
-from tasks.detection.tags import LAYOUT, SPLITS, absent, annotation_file, is_file_of_annotations
+from tasks.detection.tags import LAYOUT, SPLITS, absent, annotation_file
 
 COCO_NAME = "COCO 2017"
 #: Images of its splits, and number of categories.
@@ -145,7 +145,7 @@ def open_source(loaded: LoadedModel, data: DataRequest, part: str) -> DetectionS
         if data.exif is not None and data.calibration_data is None:
             raise DataError("The demo's scenes are no files with EXIF tags: leave --exif out.")
         source = open_demo(part)
-    elif not is_file_of_annotations(path):
+    elif path.suffix != ".json":
         source = open_coco(path, part, data.exif)
     elif part == "train" and not own:
         raise DataError(

@@ -87,7 +87,11 @@ def load_model(request: ModelRequest) -> LoadedModel:
             raise ModelError(f"There is no weights file of {tag}.")
         if request.preprocessing:
             raise ModelError("Detectors have a preprocessing of their own: give pixel_mean and pixel_std in --model-args.")
-        model = _create(full_name(request.name).partition(".")[0], request.model_args)
+        name, arguments = full_name(request.name).partition(".")[0], request.model_args
+        try:
+            model = build(published_config(name, **arguments))
+        except (TypeError, ValueError, LookupError, AssertionError, RuntimeError, AttributeError, ArithmeticError) as error:
+            raise ModelError(f"{name} cannot be built with {arguments}: {error}") from error
         stored = read_weights(path, request.weights_entry)
         load_state(model, adapted(stored.state, model, str(path)), str(path))
         known, resize, data, shape = None, RESIZE, None, _INPUT_SHAPE
@@ -110,13 +114,6 @@ def load_model(request: ModelRequest) -> LoadedModel:
         entries=stored.entries,
         class_names=names,
     )
-
-
-def _create(name: str, arguments: dict[str, Any]) -> nn.Module:
-    try:
-        return build(published_config(name, **arguments))
-    except (TypeError, ValueError, LookupError, AssertionError, RuntimeError, AttributeError, ArithmeticError) as error:
-        raise ModelError(f"{name} cannot be built with {arguments}: {error}") from error
 
 
 def _classes(model: nn.Module) -> int:

@@ -9,7 +9,7 @@ from fimaq_core.errors import DataError
 from tasks.common.pictures import known_pictures
 from tasks.common.request import DataRequest, ModelRequest
 from tasks.detection.coco import open_coco, open_demo, open_file
-from tasks.detection.tags import DEMO_NAMES, LAYOUT, is_file_of_annotations
+from tasks.detection.tags import DEMO_NAMES, LAYOUT
 
 
 def pictures(model: ModelRequest, data: DataRequest, ids: Sequence[str]) -> dict[str, Image.Image]:
@@ -18,7 +18,7 @@ def pictures(model: ModelRequest, data: DataRequest, ids: Sequence[str]) -> dict
         raise DataError(f"{model.name} brings no data along: give --data /path/to/coco. {LAYOUT}.")
     if data.path is None:
         source = open_demo("val")
-    elif is_file_of_annotations(data.path):
+    elif data.path.suffix == ".json":
         source = open_file(data.path, exif=data.exif)
     else:
         source = open_coco(data.path, "val", data.exif)

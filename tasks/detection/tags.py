@@ -124,14 +124,9 @@ def annotation_file(root: Path, part: str) -> Path:
     return root / "annotations" / f"instances_{SPLITS[part]}.json"
 
 
-def is_file_of_annotations(path: Path) -> bool:
-    """True for the path of one file of annotations, not of a folder."""
-    return path.suffix == ".json"
-
-
 def absent(path: Path, part: str) -> list[str]:
     """Missing pieces of a part at a path, each as ``the folder ...`` or ``the file ...``."""
-    if is_file_of_annotations(path):
+    if path.suffix == ".json":
         return [] if path.is_file() else [f"the file {path}"]
     if not path.is_dir():
         return [f"the folder {path}"]

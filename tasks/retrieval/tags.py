@@ -158,25 +158,21 @@ def missing_data(data: DataRequest, brings_data: bool) -> Missing | None:
     if data.path is None:
         advice = f"Give its folder: COCO=/path or FLICKR=/path for make, --data for an adapter. {LAYOUT}."
         return None if brings_data else Missing("a data set of captions", advice)
-    absent = _absent_captions(data.path, data.calibration_data is None)
-    return Missing(absent, f"{LAYOUT}.") if absent else None
+    found, wanted = caption_files(data.path), ["val2014"]  # images of the test part are of val2014 all
+    if data.calibration_data is None:
+        wanted.insert(0, "train2014")
+    folders = wanted if found == [(COCO_FILE,)] else []
+    absent = [str(data.path / part) for part in folders if not (data.path / part).is_dir()]
+    if not data.path.is_dir():
+        return Missing(f"the folder {data.path}", f"{LAYOUT}.")
+    if not found:
+        return Missing(f"the captions in {data.path}", f"{LAYOUT}.")
+    return Missing(f"the folder {' and the folder '.join(absent)}", f"{LAYOUT}.") if absent else None
 
 
 def caption_files(root: Path) -> list[tuple[str, ...]]:
     """Kinds of caption files of which a folder holds at least one file."""
     return [kind for kind in KINDS if any((root / name).is_file() for name in kind)]
-
-
-def _absent_captions(folder: Path, calibrates: bool) -> str | None:
-    """Missing pieces of a data set of captions; with ``calibrates`` of the training part too."""
-    if not folder.is_dir():
-        return f"the folder {folder}"
-    found = caption_files(folder)
-    if not found:
-        return f"the captions in {folder}"
-    wanted = ["train2014", "val2014"] if calibrates else ["val2014"]  # images of the test part are of val2014 all
-    absent = [str(folder / part) for part in wanted if found == [(COCO_FILE,)] and not (folder / part).is_dir()]
-    return f"the folder {' and the folder '.join(absent)}" if absent else None
 
 
 def tokenizer_repository(model: str) -> str | None:
