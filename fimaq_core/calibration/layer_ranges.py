@@ -18,7 +18,7 @@ from fimaq_core.calibration.progressive import progressive_heads, progressive_in
 from fimaq_core.calibration.shared_codes import shared_errors
 from fimaq_core.calibration.weight_error import best_rows, input_moments
 from fimaq_core.layers import QuantLinear, QuantMatMul
-from fimaq_core.quantizers.activation import ActivationQuantizer, levels_of
+from fimaq_core.quantizers.activation import ActivationQuantizer
 from fimaq_core.quantizers.affine import AffineQuantizer, WeightQuantizer, fake_quantize
 from fimaq_core.recipe import Recipe
 
@@ -291,5 +291,5 @@ def set_rows(quantizer: WeightQuantizer, scale: Tensor, zero_point: Tensor) -> N
 def set_minmax(quantizer: AffineQuantizer, rows: Tensor, shape: tuple[int, ...] = (-1, 1)) -> None:
     """Set the min-max range of each row of ``rows`` (groups, n), in the given shape."""
     if not quantizer.off:
-        scale, zero = minmax(rows, levels_of(quantizer.bits))
+        scale, zero = minmax(rows, quantizer.levels)
         quantizer.set_range(scale.view(shape), zero.view(shape))

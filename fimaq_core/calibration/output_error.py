@@ -34,7 +34,7 @@ class Product:
             self.matrix, self.term = other.contiguous(), residual
 
     def errors(self, scale: Tensor, zero_point: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        """Error, float64 (entries, candidates), of batch entries; ranges (entries or 1,
+        """Error, float64 (entries, candidates), of batch entries; ranges (entries | 1,
         candidates).
         """
         stop = len(self.x) if stop is None else stop

@@ -173,9 +173,7 @@ class Recorder(RoutedProducts):
         )
 
     def check_calls(self, calls: Mapping[str, int]) -> None:
-        """Refuse a layer whose weight is used otherwise than by calling the layer. Raises
-        ModelError.
-        """
+        """Refuse a layer whose weight is used otherwise than by calling it. Raises ModelError."""
         for name, _ in self._layers.values():
             if calls.get(name, 0) != self._weight_uses[name] or not calls.get(name, 0):
                 raise ModelError(

@@ -36,12 +36,9 @@ class Objective:
     last Fisher pass; Fisher losses start at 2, others at 1.
 
     Args:
-        chain, tape: the model and its tape at the block; ``tape.target`` must be computed.
-        recipe: loss and its settings.
+        tape: at the block, its target computed.
         reference: (n, ...) what the divergence compares the whole model's outputs with.
-        divergence: of the task.
         notes: receives sentences about anything that did not go as the recipe says.
-
 
     Raises:
         NumericsError: the perturbation Hessian is NaN or infinite.
