@@ -90,7 +90,7 @@ def _progressive_linear(layer: QuantLinear, x: Tensor, recipe: Recipe) -> None:
 
 
 def start_rows(quantizer: WeightQuantizer, weight: Tensor, count: int) -> tuple[Candidates, Tensor]:
-    """Set a weight's ranges (rows, d) by their own error; return the candidates and the rows' choices."""
+    """Set a weight's ranges by own error; return the candidates and the rows' choices."""
     ordered = ascending(weight)
     candidates = grid_candidates(ordered, quantizer.levels, count, MIN_WEIGHT_SCALE)
     rows = best_by_own_error(ordered, candidates, quantizer.levels)

@@ -95,9 +95,7 @@ def progressive_rows(
 
 
 def progressive_input(product: Product, sorted_values: Tensor, levels: int, count: int) -> tuple[Tensor, Tensor]:
-    """Scale and zero point (scalars) of a whole operand, whose values are given in ascending
-    order.
-    """
+    """Scale and zero point (scalars) of a whole operand; its values come in ascending order."""
 
     found = RangeErrors(product.x, product.other, product.residual, uniform_points(levels))
 

@@ -1,4 +1,4 @@
-"""Layers with a weight: linear layer and convolutions with quantizers, by float type in :data:`FORMS`."""
+"""Layers with a weight, a quantizer for it and one for the input; :data:`FORMS` lists them."""
 
 from typing import Any, Self, cast
 

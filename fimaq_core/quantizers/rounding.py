@@ -1,10 +1,9 @@
-"""Learned rounding (AdaRound: Nagel et al., ICML 2020, arXiv:2004.10568), a block's weights at
-once.
+"""Learned rounding (AdaRound: Nagel et al., ICML 2020, arXiv:2004.10568), a block's weights at once.
 
-``ŵ = s * (clamp(floor(w / s) + h(α) + z, 0, L - 1) - z)`` with ``h(α) = clip(1.2 σ(α) - 0.1, 0,
-1)``. Since ``floor(w / s) + z`` is an integer, the clamp acts on whole elements: ``ŵ`` is linear in
-``h`` where ``0 <= floor(w / s) + z <= L - 2`` and constant elsewhere. So one flat vector α serves
-the whole block, and a step costs a few passes over it whatever the number of layers.
+``ŵ = s * (clamp(floor(w / s) + h(α) + z, 0, L - 1) - z)``, ``h(α) = clip(1.2 σ(α) - 0.1, 0, 1)``.
+Since ``floor(w / s) + z`` is an integer, the clamp acts on whole elements: ``ŵ`` is linear in ``h``
+where ``0 <= floor(w / s) + z <= L - 2`` and constant elsewhere. So one flat vector α serves the whole
+block, and a step costs a few passes over it whatever the number of layers.
 """
 
 from dataclasses import dataclass
@@ -78,8 +77,8 @@ class RoundingProblem:
         return [piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
 
     def codes(self) -> list[Tensor]:
-        """Decided codes ``clamp(floor(w / s) + 1[α >= 0] + z, 0, L - 1)``, rows x columns,
-        float.
+        """Decided codes ``clamp(floor(w / s) + 1[α >= 0] + z, 0, L - 1)``, float, rows x
+        columns.
         """
         decided = self.split(self.base + (self.alpha >= 0))
         return [part.flatten(1).clamp(0, count - 1) for part, count in zip(decided, self.levels, strict=True)]

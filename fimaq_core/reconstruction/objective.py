@@ -89,7 +89,7 @@ class Objective:
 
     @property
     def rest(self) -> Callable[[Tensor, Tensor | None, Kept], Tensor] | None:
-        """From the block's output, side and kept to the model's in full precision, if the loss needs it."""
+        """From the block's output to the model's in full precision, if the loss needs it."""
         return self._rest if self.kind == "prediction" else None
 
     def _rest(self, output: Tensor, side: Tensor | None = None, kept: Kept = ()) -> Tensor:
@@ -108,7 +108,7 @@ class Objective:
         raise NotImplementedError
 
     def _weight(self, rows: slice, values: Tensor, squared: bool) -> Tensor | None:
-        """What a pass's values at a batch's outputs (B, ...) put into ``weights``, (B, N), if anything."""
+        """What a pass's values at a batch's outputs put into ``weights``, (B, N), if anything."""
         raise NotImplementedError
 
     def _sweep(self, beside: Beside) -> Sweep:

@@ -165,8 +165,7 @@ def _learns(segment: Segment, recipe: Recipe) -> bool:
 
 @torch.no_grad()
 def expand_per_token(chain: BlockChain, image: Tensor) -> None:
-    """Give activation quantizers one scale per token position, each starting from the calibrated
-    one.
+    """Give activation quantizers one scale per token position, starting from the calibrated one.
 
     Linear layers with inputs (B, tokens, C): (1, tokens, 1). Attention operands: a per head and
     row, b per head and column. Zero points stay shared. Other inputs stay per tensor, such as maps

@@ -38,9 +38,7 @@ class Layout:
         return 1 + len(self.keys)
 
     def tensors(self, soft: Tensor, scales: Tensor, keys: Tensor) -> dict[str, Tensor]:
-        """The block's tensors by name, from soft weights (n,), scales (m,) and keys (streams,
-        2).
-        """
+        """The block's tensors by name, of soft weights (n,), scales (m,), keys (streams, 2)."""
         found = {name: keys[number + 1] for number, name in enumerate(self.keys)}
         for flat, entries in ((soft, self.weights), (scales, self.scales)):
             pieces = torch.split(flat, [torch.Size(shape).numel() for _, shape in entries]) if entries else ()

@@ -229,7 +229,7 @@ class Tape:
         source: Samples,
         dtype: Arithmetic | None = None,
     ) -> Samples:
-        """``function`` of all samples, see :meth:`_run`, in the storage; ``dtype``: else the frozen one."""
+        """``function`` of all samples, as in :meth:`_run`, in the storage."""
         if isinstance(function, nn.Identity) and source.device == self.storage.home:
             return source
         kept = Collected(self.storage, source)
