@@ -6,12 +6,19 @@ where ``0 <= floor(w / s) + z <= L - 2`` and constant elsewhere. So one flat vec
 block, and a step costs a few passes over it whatever the number of layers.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 _STRETCH, _SHIFT = 1.2, 0.1
+
+
+def split_as(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """Views of a flat vector in some shapes, one after another."""
+    pieces = torch.split(flat, [torch.Size(shape).numel() for shape in shapes]) if shapes else ()
+    return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
 def soft_rounding(alpha: Tensor) -> Tensor:
@@ -73,8 +80,7 @@ class RoundingProblem:
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """Views of a flat vector in the shapes of the weights."""
-        pieces = torch.split(flat, [shape.numel() for shape in self.shapes])
-        return [piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
+        return split_as(flat, self.shapes)
 
     def codes(self) -> list[Tensor]:
         """Decided codes ``clamp(floor(w / s) + 1[α >= 0] + z, 0, L - 1)``, float, rows x

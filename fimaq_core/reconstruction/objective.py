@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -90,10 +91,7 @@ class Objective:
     @property
     def rest(self) -> Callable[[Tensor, Tensor | None, Kept], Tensor] | None:
         """From the block's output to the model's in full precision, if the loss needs it."""
-        return self._rest if self.kind == "prediction" else None
-
-    def _rest(self, output: Tensor, side: Tensor | None = None, kept: Kept = ()) -> Tensor:
-        return self.tape.teacher.rest(self.tape.index, output, side, kept)
+        return partial(self.tape.teacher.rest, self.tape.index) if self.kind == "prediction" else None
 
     def update(self, forward: Callable[[Tensor], Tensor]) -> None:
         """Take a Fisher pass. ``forward`` runs the block on a batch, quantized as it is now."""
