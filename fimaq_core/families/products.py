@@ -42,13 +42,7 @@ class RoutedProducts(TorchFunctionMode):
         super().__init__()
         self.products, self.calls = products, 0
 
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return self.attention(*args, **kwargs)
@@ -126,13 +120,7 @@ class Recorder(RoutedProducts):
         self._weight_uses: Counter[str] = Counter()
         self._alive: list[Tensor] = []  # a tensor that is freed would leave its id to another
 
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.__name__
         weight = _weight(name, args, kwargs)
