@@ -13,9 +13,7 @@ from fimaq_core.progress import Progress, Report
 
 @contextmanager
 def progress_bars() -> Iterator[Report]:
-    """Show one bar per stage on a terminal or, with ipywidgets, in a notebook; nothing
-    elsewhere.
-    """
+    """Show one bar per stage on a terminal or, with ipywidgets, in a notebook."""
     console = Console(stderr=True)
     drawn = console.is_jupyter and find_spec("ipywidgets") is not None
     bars = Bars(

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class FimaqError(Exception):
-    """Base of every error whose message is meant for the user; the commands print it and exit with 2."""
+    """Base of errors whose message is for the user; the commands print it and exit with 2."""
 
 
 class RecipeError(FimaqError):
@@ -46,6 +46,6 @@ def suggest(word: str, known: Iterable[str]) -> str:
 
 
 def first_problem(error: ValidationError) -> str:
-    """The first field that does not fit, and why: ``recipe.steps: Input should be ...``. Of what was given nothing is shown."""
+    """The first field that does not fit, and why, without the given value: ``steps: Input ...``."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     return ": ".join(filter(None, (".".join(str(part) for part in first["loc"]), first["msg"])))

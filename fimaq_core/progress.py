@@ -13,7 +13,7 @@ FEW_STEPS = 10
 
 @dataclass(frozen=True)
 class Progress:
-    """A moment of a run: ``done`` of ``total`` units of ``stage``, inside ``block`` where there is one."""
+    """A moment of a run: ``done`` of ``total`` units of ``stage``, inside ``block`` if any."""
 
     stage: str
     done: int

@@ -178,9 +178,7 @@ class Recipe(BaseModel):
         return self._digest_of(tuple(Recipe.model_fields))
 
     def calibration_digest(self) -> str:
-        """The sha256 (hex) of :meth:`range_fields`: methods that share it share their
-        calibration.
-        """
+        """The sha256 (hex) of :meth:`range_fields`: recipes that share it share a calibration."""
         return self._digest_of(self.range_fields())
 
     def mlp_digest(self) -> str:

@@ -42,6 +42,10 @@ class Samples:
     def device(self) -> torch.device:
         return self.tensors[0].device
 
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
     def __len__(self) -> int:
         return len(self.tensors) if self.varying else len(self.whole)
 

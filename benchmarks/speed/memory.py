@@ -114,9 +114,8 @@ def peak_of_block(
         trainer.step(number)
     peak = peak_memory(device) - (0 if device.type == "cuda" else before)
     model = [*chain.parameters(), *chain.buffers()]
-    assert isinstance(tape.full, Tensor)
-    assert isinstance(tape.target, Tensor)
-    known = [*model, images, trainer.state.soft, tape.full]
+    assert tape.target is not None
+    known = [*model, images, trainer.state.soft, tape.full.whole]
     part = tape.target[: recipe.batch_size].detach().requires_grad_(True)
     return peak, Parts(
         weights=sum(tensor.nbytes for tensor in model),

@@ -29,19 +29,16 @@ def calibrate(chain: BlockChain, images: Samples | Tensor, recipe: Recipe, repor
     Time grows with the images, but for the weights' searches, which see only moments of the inputs.
     Memory: the block's output and the inputs of all its quantizable layers for all images, about
     five copies of one layer's inputs while it is searched, and temporaries of fixed size. Images of
-    varying shapes go one by one and leave a bounded number of rows per layer
-    (:class:`~fimaq_core.calibration.capture.Capture`); blocks' outputs stay where the images are.
+    varying shapes leave a bounded number of rows per layer (:class:`.capture.Capture`).
 
     Args:
         images: (N, ...) inputs of the chain; the first ``recipe.range_images`` are used. Where
             shapes vary a sample may have any number of rows, none included (an image without
             proposals).
         report: receives progress, one unit per block.
-        batch_size: images a forward pass.
 
     Raises:
-        NumericsError: a weight or activation is not finite, or a layer sees no input; names the
-            layer.
+        NumericsError: a weight or activation is not finite, or a layer sees no input.
     """
     device = next(chain.parameters()).device
     set_quantized(chain, False)

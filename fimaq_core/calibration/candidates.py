@@ -1,4 +1,4 @@
-"""Candidate ranges, after RepQ-ViT's percentile scheme (Li et al., ICCV 2023) as FIMA-Q's code uses it."""
+"""Candidate ranges, after RepQ-ViT's percentile scheme (Li et al., ICCV 2023), as FIMA-Q has it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ class Candidates:
 
 
 def ascending(rows: Tensor) -> Tensor:
-    """Sort each row (..., n); on a CPU by NumPy, which takes a tenth of the time since it keeps no indices."""
+    """Sort each row (..., n); NumPy keeps no indices, so on a CPU it takes a tenth of the time."""
     if rows.device.type == "cpu":
         return torch.from_numpy(np.sort(rows.detach().numpy(), axis=-1))
     return rows.sort(dim=-1).values

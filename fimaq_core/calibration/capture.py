@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fimaq_core.calibration.thinning import CONV_VALUES, ROWS, VALUES, extremes, in_pieces, positions, spread
+from fimaq_core.calibration.thinning import CONV_VALUES, ROWS, VALUES, in_pieces, positions, spread
 from fimaq_core.chain import Segment
 from fimaq_core.errors import NumericsError
 from fimaq_core.layers import QuantLayer, QuantLinear, QuantMatMul, quant_layers
@@ -64,7 +64,7 @@ class Capture:
         layer, seen = self.layers[name], self._calls[name] if self.samples is None else self._settled[name]
         if not seen:
             raise NumericsError(
-                f"No calibration image gave {self._where(name)} any input, so it has no ranges: "
+                f"No calibration image gave {self.label}.{name} any input, so it has no ranges: "
                 "use more images for ranges (range_images), or others."
             )
         if self.samples is None:
@@ -99,8 +99,9 @@ class Capture:
     def _chosen(self, layer: QuantLayer, operands: tuple[Tensor, ...], rows: int, values: int) -> tuple[Tensor, ...]:
         """The same rows of all ``operands`` (count, ...); ``rows``, ``values``: of all samples."""
         assert self.samples is not None
-        if self.extremes and _uniform(layer):
-            return tuple(extremes(operand) for operand in operands)
+        uniform = all(isinstance(part, AffineQuantizer) for part in _quantizers(layer))
+        if self.extremes and uniform:  # smallest and largest value in each place are all it takes
+            return tuple(torch.stack([operand.amin(0), operand.amax(0)]) for operand in operands)
         wanted = max(min(rows, *(values // operand[0].numel() for operand in operands)) // self.samples, 1)
         if len(operands[0]) <= wanted:
             return operands
@@ -111,12 +112,9 @@ class Capture:
         for tensor in tensors:
             if not torch.isfinite(tensor).all():
                 raise NumericsError(
-                    f"The input of {self._where(name)} has NaN or infinite values in full precision: "
+                    f"The input of {self.label}.{name} has NaN or infinite values in full precision: "
                     "check the images, their normalisation and the weights."
                 )
-
-    def _where(self, name: str) -> str:
-        return f"{self.label}.{name}"
 
 
 def quantizes(layer: QuantLayer) -> bool:
@@ -126,11 +124,6 @@ def quantizes(layer: QuantLayer) -> bool:
 
 def _quantizers(layer: QuantLayer) -> list[ActivationQuantizer]:
     return [part for part in layer.children() if isinstance(part, ActivationQuantizer)]
-
-
-def _uniform(layer: QuantLayer) -> bool:
-    """Whether all quantizers are uniform, so that min-max ranges are all they need."""
-    return all(isinstance(part, AffineQuantizer) for part in _quantizers(layer))
 
 
 def _columns(calls: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:

@@ -91,7 +91,7 @@ def eights(x: Inputs) -> list[Tensor]:
 
 
 def input_patches(layer: QuantConv2d, x: Tensor, group: int) -> Tensor:
-    """What one group's kernels are multiplied with, (patches, channels x kernel) for inputs (N, C, H, W)."""
+    """What one group's kernels multiply, (patches, channels x kernel), for inputs (N, C, H, W)."""
     channels = layer.in_channels // layer.groups
     if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode

@@ -18,7 +18,7 @@ from fimaq_core.calibration.progressive import progressive_heads, progressive_in
 from fimaq_core.calibration.shared_codes import shared_errors
 from fimaq_core.calibration.weight_error import best_rows, input_moments
 from fimaq_core.layers import QuantLinear, QuantMatMul
-from fimaq_core.quantizers.activation import ActivationQuantizer, levels_of
+from fimaq_core.quantizers.activation import ActivationQuantizer
 from fimaq_core.quantizers.affine import AffineQuantizer, WeightQuantizer, fake_quantize
 from fimaq_core.recipe import Recipe
 
@@ -90,7 +90,7 @@ def _progressive_linear(layer: QuantLinear, x: Tensor, recipe: Recipe) -> None:
 
 
 def start_rows(quantizer: WeightQuantizer, weight: Tensor, count: int) -> tuple[Candidates, Tensor]:
-    """Set a weight's ranges (rows, d) by their own error; return the candidates and the rows' choices."""
+    """Set a weight's ranges by own error; return the candidates and the rows' choices."""
     ordered = ascending(weight)
     candidates = grid_candidates(ordered, quantizer.levels, count, MIN_WEIGHT_SCALE)
     rows = best_by_own_error(ordered, candidates, quantizer.levels)
@@ -291,5 +291,5 @@ def set_rows(quantizer: WeightQuantizer, scale: Tensor, zero_point: Tensor) -> N
 def set_minmax(quantizer: AffineQuantizer, rows: Tensor, shape: tuple[int, ...] = (-1, 1)) -> None:
     """Set the min-max range of each row of ``rows`` (groups, n), in the given shape."""
     if not quantizer.off:
-        scale, zero = minmax(rows, levels_of(quantizer.bits))
+        scale, zero = minmax(rows, quantizer.levels)
         quantizer.set_range(scale.view(shape), zero.view(shape))

@@ -34,7 +34,7 @@ class Product:
             self.matrix, self.term = other.contiguous(), residual
 
     def errors(self, scale: Tensor, zero_point: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        """Error, float64 (entries, candidates), of batch entries; ranges (entries or 1,
+        """Error, float64 (entries, candidates), of batch entries by ranges (1 or entries,
         candidates).
         """
         stop = len(self.x) if stop is None else stop
@@ -96,9 +96,11 @@ def best_operand(product: Product, scale: Tensor, zero_point: Tensor, guess: int
     bound = errors(best[None], 0, batch)[0]
     partial = torch.zeros(len(scale), dtype=torch.float64, device=device)
     alive = alive[alive != best]
-    for number, (start, stop) in enumerate(_pieces(batch)):
+    size = -(-batch // 16)  # of at most 16 slices
+    for start in range(0, batch, size):
+        stop = min(start + size, batch)
         partial[alive] += errors(alive, start, stop)
-        if number == 0 and len(alive):
+        if start == 0 and len(alive):
             # The most promising candidate is finished at once: its whole error is a tight bound for the rest.
             first = alive[partial[alive].argmin()]
             whole = partial[first] + errors(first[None], stop, batch)[0]
@@ -108,9 +110,3 @@ def best_operand(product: Product, scale: Tensor, zero_point: Tensor, guess: int
         if not len(alive):
             return int(best)
     return int(alive[partial[alive].argmin()])
-
-
-def _pieces(batch: int) -> list[tuple[int, int]]:
-    """Bounds of at most 16 slices of a batch."""
-    size = -(-batch // 16)
-    return [(start, min(start + size, batch)) for start in range(0, batch, size)]

@@ -1,5 +1,4 @@
-"""Range search by a tensor's own squared quantization error, exact and without a pass per
-candidate.
+"""Range search by a tensor's own squared error, exact and without a pass per candidate.
 
 A uniform quantizer maps an interval of values to one point. On sorted values the squared error of
 an interval follows from prefix sums of 1, x and x², so after one sort a candidate costs L lookups.

@@ -95,9 +95,7 @@ def progressive_rows(
 
 
 def progressive_input(product: Product, sorted_values: Tensor, levels: int, count: int) -> tuple[Tensor, Tensor]:
-    """Scale and zero point (scalars) of a whole operand, whose values are given in ascending
-    order.
-    """
+    """Scale and zero point (scalars) of a whole operand; its values come in ascending order."""
 
     found = RangeErrors(product.x, product.other, product.residual, uniform_points(levels))
 
@@ -110,9 +108,7 @@ def progressive_input(product: Product, sorted_values: Tensor, levels: int, coun
 
 
 def progressive_heads(product: Product, heads: int, sorted_rows: Tensor, levels: int, count: int) -> tuple[Tensor, Tensor]:
-    """Scale and zero point (heads,) of an operand: product as in
-    :func:`.output_error.best_of_heads`.
-    """
+    """Scale and zero point (heads,); product as in :func:`.output_error.best_of_heads`."""
     operands = zip(*(part.chunk(heads) for part in (product.x, product.other, product.residual)), strict=True)
     found = [RangeErrors(x, other, residual, uniform_points(levels)) for x, other, residual in operands]
 

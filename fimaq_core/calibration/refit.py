@@ -141,8 +141,8 @@ def _flip(codes: Tensor, turn: Tensor, product: Tensor, square: Tensor, scale: T
     ``turn`` (what flips would add) and ``product`` (δ square) are used up. A weight that can be
     flipped lies between two points, so its error and its turn have opposite signs: error and
     gradient agree in sign where turn times gradient is negative. The gradient is twice the product.
-    A flip by h changes the objective by ``2h product + h² diagonal``, negative if ``2 turn product
-    + scale diagonal`` is.
+    A flip by h changes the objective by ``2h product + h² diagonal``, which is negative if
+    ``2 turn product + scale diagonal`` is.
     """
     rows, diagonal = torch.arange(len(codes), device=codes.device), square.diagonal()
     for _ in range(flips):

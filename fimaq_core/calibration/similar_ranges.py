@@ -6,10 +6,10 @@ candidates of its later steps hardly differ:
 * Errors are summed over pieces of the operand; a candidate is dropped once its sum so far exceeds
   what ``width`` others have in all.
 * An operand is ``x̂ = s u - shift`` with points u of unit scale, which are monotone in s. Between
-  neighbouring scales few u change, so a run's errors follow from the first one's: with ``ρ = s /
-  s₀``, ``e`` the first output error, ``Y = s₀ u₀ M`` and ``Δ = u - u₀`` the error is ``|e + (ρ - 1)
-  Y + ρ s₀ ΔM|²``. ``Δ`` sums few changes of single elements, so all terms are sums over them,
-  ``|ΔM|²`` one over pairs of changes in a row with entries of ``G = MMᵀ``.
+  neighbouring scales few u change, so a run's errors follow from the first one's: with
+  ``ρ = s / s₀``, ``e`` the first output error, ``Y = s₀ u₀ M`` and ``Δ = u - u₀`` the error is
+  ``|e + (ρ - 1) Y + ρ s₀ ΔM|²``. ``Δ`` sums few changes of single elements, so all terms are sums
+  over them, ``|ΔM|²`` one over pairs of changes in a row with entries of ``G = MMᵀ``.
 """
 
 from collections.abc import Callable

@@ -66,9 +66,9 @@ def percentile_log_scale(x: Tensor, step: Tensor | float, levels: int) -> Tensor
 def product_errors(x: Tensor, other: Tensor, plain: Tensor, quantizers: Sequence[Quantizer]) -> Tensor:
     """Squared error, float64 (quantizers,), of ``x̂ @ other`` against ``x @ plain``.
 
-    As in :class:`.output_error.Product` it is written in the small errors ``D = x̂ - x`` and ``R =
-    x @ (other - plain)``. x is (batch, rows, inner), the others (batch, inner, columns), or all
-    without batch; quantizers are elementwise.
+    As in :class:`.output_error.Product` it is written in the small errors ``D = x̂ - x`` and
+    ``R = x @ (other - plain)``. x is (batch, rows, inner), the others (batch, inner, columns), or
+    all without batch; quantizers are elementwise.
     """
     inner, columns = other.shape[-2:]
     gram, shared = columns > inner, other.ndim == 2

@@ -31,11 +31,6 @@ def spread(count: int, wanted: int, device: torch.device | None = None) -> Tenso
     return stretch[:-1] + (share * stretch.diff()).long()
 
 
-def extremes(rows: Tensor) -> Tensor:
-    """The smallest and the largest value in each place of ``rows`` (count, ...), (2, ...)."""
-    return torch.stack([rows.amin(0), rows.amax(0)])
-
-
 def in_pieces(rows: Tensor) -> Tensor:
     """``rows`` (count, d) as (pieces, rows, d), up to 32: searches drop candidates by piece."""
     pieces = math.gcd(len(rows), 32)

@@ -42,13 +42,7 @@ class RoutedProducts(TorchFunctionMode):
         super().__init__()
         self.products, self.calls = products, 0
 
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return self.attention(*args, **kwargs)
@@ -126,13 +120,7 @@ class Recorder(RoutedProducts):
         self._weight_uses: Counter[str] = Counter()
         self._alive: list[Tensor] = []  # a tensor that is freed would leave its id to another
 
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.__name__
         weight = _weight(name, args, kwargs)
@@ -173,9 +161,7 @@ class Recorder(RoutedProducts):
         )
 
     def check_calls(self, calls: Mapping[str, int]) -> None:
-        """Refuse a layer whose weight is used otherwise than by calling the layer. Raises
-        ModelError.
-        """
+        """Refuse a layer whose weight is used otherwise than by calling it. Raises ModelError."""
         for name, _ in self._layers.values():
             if calls.get(name, 0) != self._weight_uses[name] or not calls.get(name, 0):
                 raise ModelError(

@@ -96,8 +96,7 @@ class SwinFamily:
         return type(model) is SwinTransformer
 
     def build(self, model: nn.Module, recipe: Recipe) -> BlockChain:
-        """Cut ``model`` into patch embedding, blocks, mergings and head, taking over its
-        parameters.
+        """Cut ``model`` into patch embedding, blocks, mergings and head. Takes over its parameters.
 
         Raises:
             ModelError: a part of a kind that is not supported.

@@ -113,8 +113,7 @@ class _LastBlock(nn.Module):
 
 
 def vit_body(model: VisionTransformer, recipe: Recipe, prefix: str = "", ends: bool = False) -> tuple[list[Segment], nn.Module]:
-    """Cut a ViT into patch embedding, blocks and attention pooling, if any. Takes over its
-    parameters.
+    """Cut a ViT into patch embedding, blocks and attention pooling. Takes over its parameters.
 
     Args:
         model: of a class that :class:`ViTFamily` matches.

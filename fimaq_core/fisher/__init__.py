@@ -1,1 +1,1 @@
-"""Fisher information of a block's output: divergences, passes that estimate it, and the losses it gives."""
+"""Fisher information of a block's output: divergences, passes that estimate it, and losses."""

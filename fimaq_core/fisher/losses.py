@@ -85,9 +85,7 @@ PLAIN: dict[str, Callable[[Tensor], Tensor]] = {"mse": squared_error, "mae": abs
 
 
 def register_loss(name: str, loss: Callable[[Tensor], Tensor]) -> None:
-    """Add a loss: a function of Δ (B, N), divided by its start. Raises RecipeError if it is
-    there.
-    """
+    """Add a loss: a function of Δ (B, N), divided by its start. Raises RecipeError if it exists."""
     if name in LOSSES:
         raise RecipeError(f"A loss named '{name}' exists already: choose another name.")
     PLAIN[name] = loss

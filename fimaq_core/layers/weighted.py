@@ -1,4 +1,4 @@
-"""Layers with a weight: linear layer and convolutions with quantizers, by float type in :data:`FORMS`."""
+"""Layers with a weight, a quantizer for it and one for the input; :data:`FORMS` lists them."""
 
 from typing import Any, Self, cast
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fimaq_core.errors import ModelError
-from fimaq_core.quantizers.activation import ActivationQuantizer
+from fimaq_core.quantizers.activation import ActivationQuantizer, take_shapes
 from fimaq_core.quantizers.affine import AffineQuantizer, WeightQuantizer
 from fimaq_core.quantizers.special import LogQuantizer, make_quantizer
 from fimaq_core.recipe import Kind
@@ -57,9 +57,7 @@ class WeightLayer(nn.Module):
         return self.quantized_bias if self.quantized_bias.numel() else self.bias
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        bias = state_dict.get(prefix + "quantized_bias")
-        if bias is not None and bias.shape != self.quantized_bias.shape:
-            self.quantized_bias = torch.empty_like(bias, device=self.weight.device)
+        take_shapes(self, ("quantized_bias",), state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

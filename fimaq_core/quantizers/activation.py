@@ -12,14 +12,19 @@ from fimaq_core.recipe import OFF, Kind
 Form = Literal["textbook", "fused", "traced"]
 
 
-def levels_of(bits: int) -> int:
-    """Number of levels ``L = 2 ** bits``."""
-    return int(2**bits)
+def take_shapes(module: nn.Module, names: tuple[str, ...], state_dict: dict[str, Any], prefix: str) -> None:
+    """Give tensors whose shapes calibration decides those that they have in a checkpoint."""
+    for name in names:
+        found, own = state_dict.get(prefix + name), getattr(module, name)
+        if found is not None and found.shape != own.shape:
+            new = torch.zeros(found.shape, dtype=own.dtype, device=own.device)
+            setattr(module, name, nn.Parameter(new, requires_grad=False) if isinstance(own, nn.Parameter) else new)
 
 
 class ActivationQuantizer(nn.Module):
     """Holds a scale, and how the quantizer behaves just now."""
 
+    shaped: ClassVar[tuple[str, ...]] = ("scale",)  # what calibration gives its shape
     kind: ClassVar[Kind]  # name of the quantizer in recipes and records
     scale: nn.Parameter  # float32 parameter, broadcastable to the input; empty before calibration
     key: Tensor  # (2,) int32 buffer, the random dropping's key
@@ -37,7 +42,7 @@ class ActivationQuantizer(nn.Module):
     @property
     def levels(self) -> int:
         """Number of codes."""
-        return levels_of(self.bits)
+        return int(2**self.bits)
 
     @property
     def off(self) -> bool:
@@ -60,10 +65,7 @@ class ActivationQuantizer(nn.Module):
         return traced_mask(x, self.key, threshold) if self.learning == "traced" else eager_mask(x, self.key, threshold, dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # Granularity is decided by calibration, so the shapes come from the checkpoint.
-        scale = state_dict.get(prefix + "scale")
-        if scale is not None and scale.shape != self.scale.shape:
-            self.scale = nn.Parameter(torch.empty_like(scale), requires_grad=False)
+        take_shapes(self, self.shaped, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

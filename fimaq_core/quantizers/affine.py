@@ -4,12 +4,12 @@ It is simulated: every function returns floating point values on the grid. Scale
 (integers as floating point) broadcast to x.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from fimaq_core.quantizers.activation import ActivationQuantizer, levels_of
+from fimaq_core.quantizers.activation import ActivationQuantizer
 from fimaq_core.quantizers.dropping import threshold_of, traced_mask
 
 
@@ -120,13 +120,14 @@ class AffineQuantizer(ActivationQuantizer):
     """Uniform affine quantizer."""
 
     kind = "uniform"
+    shaped: ClassVar[tuple[str, ...]] = ("scale", "zero_point")
     zero_point: Tensor  # float32 buffer with integer values, broadcastable to the input
     top: Tensor  # float32 buffer, the highest code
 
     def __init__(self, bits: int) -> None:
         super().__init__(bits)
         self.register_buffer("zero_point", torch.empty(0))
-        self.register_buffer("top", torch.tensor(float(levels_of(bits) - 1)), persistent=False)
+        self.register_buffer("top", torch.tensor(float(self.levels - 1)), persistent=False)
 
     def set_range(self, scale: Tensor, zero_point: Tensor) -> None:
         """Set scale and zero point (float tensors that broadcast to the input)."""
@@ -149,12 +150,6 @@ class AffineQuantizer(ActivationQuantizer):
         keep = self._kept(x, torch.bool if plain else torch.float32)
         return (textbook_fake_quantize if plain else learned_fake_quantize)(x, scale, zero, self.levels, keep)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        zero = state_dict.get(prefix + "zero_point")
-        if zero is not None and zero.shape != self.zero_point.shape:
-            self.zero_point = torch.empty_like(zero)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
 
 class WeightQuantizer(AffineQuantizer):
     """Per-output-channel affine quantizer of a weight seen as a matrix (rows = output channels).
@@ -163,6 +158,7 @@ class WeightQuantizer(AffineQuantizer):
     that one model can run in full precision and quantized.
     """
 
+    shaped = ("scale", "zero_point", "codes")
     codes: Tensor
 
     def __init__(self, bits: int) -> None:
@@ -187,9 +183,3 @@ class WeightQuantizer(AffineQuantizer):
     def set_codes(self, codes: Tensor) -> None:
         """Fix the rounding. ``codes``: integers in [0, levels - 1], rows x columns."""
         self.codes = codes.to(torch.uint8).contiguous()
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        codes = state_dict.get(prefix + "codes")
-        if codes is not None and codes.shape != self.codes.shape:
-            self.codes = torch.zeros(codes.shape, dtype=torch.uint8, device=self.scale.device)
-        super()._load_from_state_dict(state_dict, prefix, *args)

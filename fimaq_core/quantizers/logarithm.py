@@ -1,11 +1,11 @@
-"""Logarithmic quantization: ``k = round(-log2(clamp(x / s, 1e-15, 1)) / step)``, ``x̂ = s 2^(-step
-k)``.
+"""Logarithmic quantization: ``k = round(-log2(clamp(x / s, 1e-15, 1)) / step)`` and
+``x̂ = s 2^(-step k)``.
 
 x̂ is 0 where k >= L, the number of codes. For values in [0, s] of which most are small, as behind a
 softmax. ``step`` (octaves) 1 is log2, 1/2 is log√2 (RepQ-ViT: Li et al., ICCV 2023,
-arXiv:2212.08254), q/37 with an integer q is AdaLog (Wu et al., ECCV 2024, arXiv:2407.12951). Behind
-a GELU the values are quantized with :data:`GELU_SHIFT` added, which the layer behind takes away
-again. Scale and step broadcast to x.
+arXiv:2212.08254), q/37 with an integer q is AdaLog (Wu et al., ECCV 2024, arXiv:2407.12951). Behind a
+GELU the values are quantized with :data:`GELU_SHIFT` added, which the layer behind takes away again.
+Scale and step broadcast to x.
 """
 
 import torch

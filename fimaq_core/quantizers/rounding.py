@@ -1,18 +1,24 @@
-"""Learned rounding (AdaRound: Nagel et al., ICML 2020, arXiv:2004.10568), a block's weights at
-once.
+"""Learned rounding (AdaRound: Nagel et al., ICML 2020, arXiv:2004.10568), a block's weights at once.
 
-``ŵ = s * (clamp(floor(w / s) + h(α) + z, 0, L - 1) - z)`` with ``h(α) = clip(1.2 σ(α) - 0.1, 0,
-1)``. Since ``floor(w / s) + z`` is an integer, the clamp acts on whole elements: ``ŵ`` is linear in
-``h`` where ``0 <= floor(w / s) + z <= L - 2`` and constant elsewhere. So one flat vector α serves
-the whole block, and a step costs a few passes over it whatever the number of layers.
+``ŵ = s * (clamp(floor(w / s) + h(α) + z, 0, L - 1) - z)``, ``h(α) = clip(1.2 σ(α) - 0.1, 0, 1)``.
+Since ``floor(w / s) + z`` is an integer, the clamp acts on whole elements: ``ŵ`` is linear in ``h``
+where ``0 <= floor(w / s) + z <= L - 2`` and constant elsewhere. So one flat vector α serves the whole
+block, and a step costs a few passes over it whatever the number of layers.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 _STRETCH, _SHIFT = 1.2, 0.1
+
+
+def split_as(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """Views of a flat vector in some shapes, one after another."""
+    pieces = torch.split(flat, [torch.Size(shape).numel() for shape in shapes]) if shapes else ()
+    return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
 def soft_rounding(alpha: Tensor) -> Tensor:
@@ -74,12 +80,11 @@ class RoundingProblem:
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """Views of a flat vector in the shapes of the weights."""
-        pieces = torch.split(flat, [shape.numel() for shape in self.shapes])
-        return [piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
+        return split_as(flat, self.shapes)
 
     def codes(self) -> list[Tensor]:
-        """Decided codes ``clamp(floor(w / s) + 1[α >= 0] + z, 0, L - 1)``, rows x columns,
-        float.
+        """Decided codes ``clamp(floor(w / s) + 1[α >= 0] + z, 0, L - 1)``, float, rows x
+        columns.
         """
         decided = self.split(self.base + (self.alpha >= 0))
         return [part.flatten(1).clamp(0, count - 1) for part, count in zip(decided, self.levels, strict=True)]

@@ -50,14 +50,11 @@ class LogQuantizer(ActivationQuantizer):
         if self.off:
             return x
         self._check_calibrated()
-        keep = None
-        if self.learning is not None:
-            keep = self._kept(x)
         shifted = x + self.shift if self.shift else x
         if self.learning is None:
             out = self._inferred(shifted)
         else:
-            out = learned_log_fake_quantize(shifted, self.scale, self.step, self.levels, keep)
+            out = learned_log_fake_quantize(shifted, self.scale, self.step, self.levels, self._kept(x))
         return out - self.shift if self.shift and not self._folded else out
 
     def _inferred(self, x: Tensor) -> Tensor:

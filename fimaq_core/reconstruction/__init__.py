@@ -1,1 +1,1 @@
-"""Block reconstruction: the tape of block inputs, the objective, the optimisation and the walk over blocks."""
+"""Block reconstruction: tape of block inputs, objective, optimisation, walk over the blocks."""

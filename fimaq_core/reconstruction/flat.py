@@ -97,8 +97,7 @@ class AllSamples:
 
 
 class FedSamples(AllSamples):
-    """The samples lie in host memory: each step's come to buffers on the device that keep their
-    place.
+    """The samples lie in host memory: each step's come to the same buffers on the device.
 
     Two pinned staging areas take turns, so the host gathers a batch while the device still works on
     the one before. ``order`` (steps, B) are the samples of each batch, in host memory.

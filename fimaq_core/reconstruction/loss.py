@@ -1,4 +1,4 @@
-"""The loss of a block over a step's batch, each part over its own start value. Pure functions of tensors."""
+"""The loss of a block over a step's batch, each part over its start value. Pure functions."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -103,7 +103,7 @@ def _parts(kind: str, delta: Tensor, batch: Batch, state: LossState) -> list[Ten
 
 
 def _over_starts(parts: list[Tensor], weights: tuple[float, ...], starts: Tensor) -> tuple[Tensor, Tensor]:
-    """Weighted sum of the parts over their starts, and the starts; a part's first value is its start."""
+    """Weighted sum of the parts over their starts, and these, by default the parts' values."""
     values = torch.stack(parts)
     now = values.detach()
     # A start of exactly zero (a block where nothing is quantized) must not turn into NaN.

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -36,12 +37,9 @@ class Objective:
     last Fisher pass; Fisher losses start at 2, others at 1.
 
     Args:
-        chain, tape: the model and its tape at the block; ``tape.target`` must be computed.
-        recipe: loss and its settings.
+        tape: at the block, its target computed.
         reference: (n, ...) what the divergence compares the whole model's outputs with.
-        divergence: of the task.
         notes: receives sentences about anything that did not go as the recipe says.
-
 
     Raises:
         NumericsError: the perturbation Hessian is NaN or infinite.
@@ -92,11 +90,8 @@ class Objective:
 
     @property
     def rest(self) -> Callable[[Tensor, Tensor | None, Kept], Tensor] | None:
-        """From the block's output, side and kept to the model's in full precision, if the loss needs it."""
-        return self._rest if self.kind == "prediction" else None
-
-    def _rest(self, output: Tensor, side: Tensor | None = None, kept: Kept = ()) -> Tensor:
-        return self.tape.teacher.rest(self.tape.index, output, side, kept)
+        """From the block's output to the model's in full precision, if the loss needs it."""
+        return partial(self.tape.teacher.rest, self.tape.index) if self.kind == "prediction" else None
 
     def update(self, forward: Callable[[Tensor], Tensor]) -> None:
         """Take a Fisher pass. ``forward`` runs the block on a batch, quantized as it is now."""
@@ -111,7 +106,7 @@ class Objective:
         raise NotImplementedError
 
     def _weight(self, rows: slice, values: Tensor, squared: bool) -> Tensor | None:
-        """What a pass's values at a batch's outputs (B, ...) put into ``weights``, (B, N), if anything."""
+        """What a pass's values at a batch's outputs put into ``weights``, (B, N), if anything."""
         raise NotImplementedError
 
     def _sweep(self, beside: Beside) -> Sweep:

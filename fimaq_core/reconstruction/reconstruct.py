@@ -77,21 +77,19 @@ def reconstruct(
 ) -> ReconstructionLog:
     """Reconstruct every block of a calibrated chain, in place and in forward order.
 
-    Predictors stay as calibrated.
+    Predictors stay as calibrated. Everything runs on the chain's device.
 
     Args:
-        chain: calibrated; everything runs on its device.
         images: (n, ...) calibration inputs of the chain, on any device; where shapes vary they are
             taken one by one in their order.
-        recipe: all settings.
-        divergence: of the task, behind the Fisher passes.
         report: receives progress, one unit per step.
         placement: where the tape lives.
         batch_size: samples a forward pass of tape and Fisher passes (not of the optimisation).
         engine: how steps run, see :mod:`fimaq_core.reconstruction.engines`.
         teacher: the full-precision model, where it is not ``chain`` without quantizers (after MLP
             reconstruction): gives targets, full-precision inputs and what lies behind a block.
-        restore: called for each block first; loads a finished one and returns True, or returns False.
+        restore: called for each block first; loads a finished one and returns True, or returns
+            False.
         save: called after each block that was optimised.
 
     Raises:
@@ -167,8 +165,7 @@ def _learns(segment: Segment, recipe: Recipe) -> bool:
 
 @torch.no_grad()
 def expand_per_token(chain: BlockChain, image: Tensor) -> None:
-    """Give activation quantizers one scale per token position, each starting from the calibrated
-    one.
+    """Give activation quantizers one scale per token position, starting from the calibrated one.
 
     Linear layers with inputs (B, tokens, C): (1, tokens, 1). Attention operands: a per head and
     row, b per head and column. Zero points stay shared. Other inputs stay per tensor, such as maps

@@ -63,7 +63,7 @@ class Schedule:
 
 
 def draw_batches(steps: int, size: int, images: int, generator: torch.Generator) -> Tensor:
-    """(steps, size) numbers below ``images``, without repetition in a row, every subset equally likely."""
+    """(steps, size) numbers below ``images``, rows without repetition, subsets equally likely."""
     rows = max(_DRAWS // images, 1)
     out = []
     for start in range(0, steps, rows):

@@ -11,7 +11,7 @@ from fimaq_core.chain import Segment
 from fimaq_core.layers import WeightLayer, quant_layers
 from fimaq_core.quantizers.activation import ActivationQuantizer, Form
 from fimaq_core.quantizers.affine import WeightQuantizer
-from fimaq_core.quantizers.rounding import RoundingProblem
+from fimaq_core.quantizers.rounding import RoundingProblem, split_as
 
 #: Lower bound of a learned activation scale, as a share of its calibrated value.
 SCALE_FLOOR = 0.01
@@ -38,14 +38,11 @@ class Layout:
         return 1 + len(self.keys)
 
     def tensors(self, soft: Tensor, scales: Tensor, keys: Tensor) -> dict[str, Tensor]:
-        """The block's tensors by name, from soft weights (n,), scales (m,) and keys (streams,
-        2).
-        """
+        """The block's tensors by name, of soft weights (n,), scales (m,), keys (streams, 2)."""
         found = {name: keys[number + 1] for number, name in enumerate(self.keys)}
         for flat, entries in ((soft, self.weights), (scales, self.scales)):
-            pieces = torch.split(flat, [torch.Size(shape).numel() for _, shape in entries]) if entries else ()
-            for (name, shape), piece in zip(entries, pieces, strict=True):
-                found[name] = piece.view(shape)
+            pieces = split_as(flat, [shape for _, shape in entries])
+            found |= {name: piece for (name, _), piece in zip(entries, pieces, strict=True)}
         return found
 
 
@@ -103,10 +100,10 @@ class BlockState:
         """Leave optimisation; scales go to their quantizers."""
         for layer in self.layers:
             layer.soft = False
-        pieces = torch.split(self.scales, [quantizer.scale.numel() for quantizer in self.quantizers]) if self.quantizers else ()
-        for quantizer, piece in zip(self.quantizers, pieces, strict=True):
+        scales = split_as(self.scales, [quantizer.scale.shape for quantizer in self.quantizers])
+        for quantizer, scale in zip(self.quantizers, scales, strict=True):
             quantizer.learning, quantizer.keep_probability = None, 1.0
-            quantizer.set_scale(piece.view(quantizer.scale.shape))
+            quantizer.set_scale(scale)
 
 
 def run_block(block: torch.nn.Module, layout: Layout, soft: Tensor, scales: Tensor, keys: Tensor, x: Tensor) -> Tensor:

@@ -24,16 +24,7 @@ from fimaq_core.reconstruction.tape import Tape
 
 
 class StepEngine:
-    """Runs the steps of one block.
-
-    Args:
-        segment: whose block is optimised.
-        state: its variables, attached.
-        tape: at that block, target computed.
-        objective: of the block.
-        recipe: rates and probabilities.
-        schedule: tables of the steps.
-    """
+    """Runs the steps of one block, whose state is attached and whose target is computed."""
 
     form: ClassVar[Form] = "fused"  # how activation quantizers compute
 

@@ -82,30 +82,16 @@ class Collected:
         return Samples(self._tensors if self._like.varying else self._tensors[0])
 
 
-class OutputError:
-    """Sums up ``||q - f||² / ||f||²`` over batches of outputs q and their targets f, on ``device``."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._error, self._size = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(2))
-
-    @torch.no_grad()
-    def add(self, output: Tensor, target: Tensor) -> None:
-        """Add a batch, both (B, ...)."""
-        self._error += squared_sum(output - target)
-        self._size += squared_sum(target)
-
-    @property
-    def relative(self) -> float:
-        """The error so far; infinite or NaN where only f is zero, or a value is not finite."""
-        error, size = float(self._error), float(self._size)
-        return 0.0 if error == 0 else (error / size if size else float("inf"))
-
-
 def squared_sum(values: Tensor) -> Tensor:
     """Σ values², a float64 scalar."""
     # In pieces: in float64 a batch of maps would take as much memory as the block that made it.
     parts = torch.split(values.flatten(), 2**22)
     return torch.stack([part.double().square_().sum() for part in parts]).sum()
+
+
+def over(error: float, size: float) -> float:
+    """``error / size``: 0 where there is no error; infinite or NaN where nothing else fits."""
+    return 0.0 if error == 0 else (error / size if size else float("inf"))
 
 
 def mean_of(samples: Samples, batch_size: int, squared: bool = False) -> float:
@@ -118,12 +104,11 @@ def mean_of(samples: Samples, batch_size: int, squared: bool = False) -> float:
 
 
 class Tape:
-    """Position of a walk over a chain.
+    """Position of a walk over a chain, which is quantized block by block.
 
     Args:
-        chain: what is quantized, block by block.
-        images: (n, ...) inputs of the chain; where their shapes vary, so do those of all that is here.
-        storage: where tensors go.
+        images: (n, ...) inputs of the chain; where their shapes vary, so do those of all that is
+            here.
         with_prefix: whether the quantized prefix's outputs are wanted.
         batch_size: samples a forward pass.
         frozen_dtype: arithmetic of full-precision parts.
@@ -185,14 +170,17 @@ class Tape:
         assert self.prefix is not None
         target, block = self.compute_target(), self.chain.segment(self.index).block
         set_quantized(block, True)
-        error, kept = OutputError(self.storage.device), Collected(self.storage, self.prefix)
+        device, kept = self.storage.device, Collected(self.storage, self.prefix)
+        error, size = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(2))
         for rows, output in self._run(block, self.prefix, "float32"):
-            error.add(output, target[rows].to(self.storage.device, non_blocking=True))
+            expected = target[rows].to(device, non_blocking=True)
+            error += squared_sum(output - expected)
+            size += squared_sum(expected)
             if keep:
                 kept.put(rows, output)
         if keep:
             self.outputs = kept.samples
-        return error.relative
+        return over(float(error), float(size))
 
     def advance(self) -> None:
         """Go to the next block. The present one must be finished: it is left in its quantized form."""
@@ -241,7 +229,7 @@ class Tape:
         source: Samples,
         dtype: Arithmetic | None = None,
     ) -> Samples:
-        """``function`` of all samples, see :meth:`_run`, in the storage; ``dtype``: else the frozen one."""
+        """``function`` of all samples, as in :meth:`_run`, in the storage."""
         if isinstance(function, nn.Identity) and source.device == self.storage.home:
             return source
         kept = Collected(self.storage, source)

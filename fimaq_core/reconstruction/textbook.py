@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from fimaq_core.numerics import autocast
 from fimaq_core.quantizers.dropping import eager_mask
-from fimaq_core.quantizers.rounding import rounding_penalty
+from fimaq_core.quantizers.rounding import rounding_penalty, split_as
 from fimaq_core.reconstruction.loss import Batch, LossState, block_loss, prediction_loss
 from fimaq_core.reconstruction.objective import BlockObjective
 from fimaq_core.reconstruction.sample_objective import SampleObjective
@@ -31,13 +31,8 @@ class TextbookStep(StepEngine):
         if state.rounding is not None:
             self.alphas = [alpha.clone().requires_grad_(True) for alpha in state.rounding.split(state.rounding.alpha)]
         shapes = [quantizer.scale.shape for quantizer in state.quantizers]
-
-        def pieces(flat: Tensor) -> list[Tensor]:
-            parts = torch.split(flat, [shape.numel() for shape in shapes]) if shapes else ()
-            return [piece.view(shape).clone() for piece, shape in zip(parts, shapes, strict=True)]
-
-        self.scales = [scale.requires_grad_(state.learn_scales) for scale in pieces(state.scales)]
-        self.floors = pieces(state.floor)
+        scales, self.floors = split_as(state.scales, shapes), split_as(state.floor, shapes)
+        self.scales = [scale.clone().requires_grad_(state.learn_scales) for scale in scales]
         self.optimizers: list[torch.optim.Optimizer] = []
         self.scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
         if self.alphas:

@@ -110,7 +110,11 @@ def roi_parts(model: nn.Module, recipe: Recipe) -> dict[str, BlockChain]:
 
 @torch.no_grad()
 def roi_inputs(
-    model: nn.Module, images: Samples, metas: Sequence[Mapping[str, object]], device: torch.device, limit: int | None = None
+    model: nn.Module,
+    images: Samples | Tensor,
+    metas: Sequence[Mapping[str, object]],
+    device: torch.device,
+    limit: int | None = None,
 ) -> dict[str, Samples]:
     """Pooled features (regions, C, h, w) that the float model's RoI heads get per image.
 
@@ -125,7 +129,7 @@ def roi_inputs(
     heads = roi_heads(model)
     model.to(device)
     kept: dict[str, list[Tensor]] = {name: [] for name in heads}
-    for image, meta in zip(images, metas, strict=True):
+    for image, meta in zip(Samples.of(images), metas, strict=True):
         for name, pooled in _pooled(model, heads, image.to(device), meta).items():
             count = len(pooled) if limit is None else min(limit, len(pooled))
             chosen = torch.arange(count, device=device) * len(pooled) // max(count, 1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fimaq_core.quantizers import activation, affine
-from fimaq_core.quantizers.activation import Form, levels_of
+from fimaq_core.quantizers.activation import Form
 from fimaq_core.quantizers.affine import AffineQuantizer, fake_quantize, learned_fake_quantize
 from fimaq_core.quantizers.dropping import draw_keys, eager_mask, threshold_of
 
@@ -41,7 +41,7 @@ def loop_quantize(x: Tensor, scale: Tensor, zero: Tensor, levels: int) -> Tensor
 @pytest.mark.parametrize("shape", [(1,), (5, 1), (1, 7), (5, 7)], ids=["per tensor", "per row", "per column", "per element"])
 def test_fake_quantize_equals_the_loop(bits: int, shape: tuple[int, ...]) -> None:
     torch.manual_seed(bits)
-    levels = levels_of(bits)
+    levels = 2**bits
     x = torch.randn(5, 7) * 3
     scale = torch.rand(shape) + 0.05
     zero = torch.randint(0, levels, shape).float()
@@ -61,7 +61,7 @@ def test_halves_go_to_even_as_round_does() -> None:
 
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_levels(bits: int) -> None:
-    assert levels_of(bits) == 2**bits
+    assert AffineQuantizer(bits).levels == 2**bits
     x = torch.linspace(-12, 12, 4001)
     found = fake_quantize(x, torch.tensor([20 / (2**bits - 1)]), torch.tensor([float(2 ** (bits - 1))]), 2**bits)
     assert len(found.unique()) == 2**bits

@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction import reconstruct as reconstruct_module
 from fimaq_core.reconstruction.reconstruct import ReconstructionLog
 from fimaq_core.reconstruction.sample_objective import SampleObjective
-from fimaq_core.reconstruction.tape import OutputError, Placement, Tape, mean_of, squared_sum
+from fimaq_core.reconstruction.tape import Placement, Tape, mean_of, over, squared_sum
 from fimaq_core.samples import Samples
 from fimaq_core.store import Part, Resources
 
@@ -202,13 +203,10 @@ def test_sums_are_exact_where_float32_is_not() -> None:
     values[0, 0] = 3e4
     assert float(squared_sum(values)) == 7_499_999 + 9e8
     assert mean_of(Samples(values), 2, squared=True) == (7_499_999 + 9e8) / 7_500_000
-    assert mean_of(torch.tensor([[1.0, 2.0], [3.0, 6.0]]), 1) == 3.0
-    error = OutputError(torch.device("cpu"))
-    assert error.relative == 0.0
-    error.add(torch.zeros(2, 2), torch.zeros(2, 2))
-    assert error.relative == 0.0
-    error.add(torch.tensor([[1.0, 3.0]]), torch.tensor([[2.0, 0.0]]))
-    assert error.relative == 2.5
+    assert mean_of(Samples(torch.tensor([[1.0, 2.0], [3.0, 6.0]])), 1) == 3.0
+    assert over(0.0, 0.0) == 0.0
+    assert over(10.0, 4.0) == 2.5
+    assert over(1.0, 0.0) == math.inf
 
 
 def test_figures_that_are_no_numbers_become_notes() -> None:
