@@ -17,7 +17,7 @@ from benchmarks.cells import MAIN_METRIC
 from benchmarks.compare.judge import holm
 from benchmarks.orders import CALIBRATION_ONLY
 from benchmarks.summary import PAIRS
-from benchmarks.tables import Measured, frame, is_percent, with_bits
+from benchmarks.tables import COLUMNS, Measured, frame, is_percent, with_bits
 from tasks.common.record import ResultRecord
 
 #: Probability that an intact installation is said to differ in any of its comparisons.
@@ -53,7 +53,7 @@ def observations(measured: Sequence[Measured]) -> pd.DataFrame:
         weight of its first block (before rounding could spread), and the relative error of the
         blocks' outputs (geometric mean).
     """
-    scores = frame(measured)
+    scores = frame(measured)[COLUMNS]
     processors = [_processor(item) for item in measured for _ in item.record.metrics]
     figures = [
         {**scores.iloc[place].to_dict(), "metric": name, "value": value, "stderr": 0.0, "processor": _processor(item)}

@@ -192,7 +192,7 @@ def write_tables(grid: Grid, filters: Filters, options: RunOptions, adapter: Ada
         everything.sort(key=lambda cell: (list(grid.tasks).index(cell.section), order[cell.model]))
     measured = tables.collect(everything, adapter)
     folder = options.results / "tables"
-    tables.write_text(folder / f"{grid.name}.csv", tables.csv_text(tables.frame(measured)))
+    tables.write_text(folder / f"{grid.name}.csv", tables.csv_text(tables.frame(measured)[tables.COLUMNS]))
     tables.write_text(folder / f"{grid.name}.md", summary.report(title(grid), measured, everything, axes=grid.axes))
     tables.write_text(folder / f"{grid.name}.tex", latex.report(grid.name, measured, everything, grid.axes))
     keys = {cell.key for cell in cells}

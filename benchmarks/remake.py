@@ -66,7 +66,7 @@ def _text(name: str, grid: Grid, measured: Sequence[Measured], cells: Sequence[C
     from benchmarks.commands import title
 
     if name == "csv":
-        return tables.csv_text(tables.frame(measured))
+        return tables.csv_text(tables.frame(measured)[tables.COLUMNS])
     if name == "md":
         return summary.report(title(grid), measured, cells, axes=grid.axes)
     return latex.report(grid.name, measured, cells, grid.axes)

@@ -116,9 +116,9 @@ def data_lines(mine: Sequence[Measured]) -> list[str]:
 
 def pooled_sd(stats: pd.DataFrame) -> float:
     """Return the standard deviation over seeds pooled over the rows of :func:`over_seeds`; NaN where no row has two seeds."""
-    rows = stats[stats["k"] > 1]
-    freedom = (rows["k"] - 1).sum()
-    return math.sqrt(float(((rows["k"] - 1) * rows["sd"] ** 2).sum()) / freedom) if freedom else math.nan
+    rows = stats[stats["seeds"] > 1]
+    freedom = (rows["seeds"] - 1).sum()
+    return math.sqrt(float(((rows["seeds"] - 1) * rows["sd"] ** 2).sum()) / freedom) if freedom else math.nan
 
 
 def _spread_lines(tables: Mapping[str, pd.DataFrame], table: pd.DataFrame) -> list[str]:
@@ -129,7 +129,7 @@ def _spread_lines(tables: Mapping[str, pd.DataFrame], table: pd.DataFrame) -> li
     for mark, part in tables.items():
         stats = over_seeds(part)
         for bits in unique(stats["bits"]):
-            here = stats[(stats["bits"] == bits) & (stats["k"] > 1)]
+            here = stats[(stats["bits"] == bits) & (stats["seeds"] > 1)]
             spreads = [f"{method} {pooled_sd(here[here['method'] == method]):.2f}" for method in in_order(here["method"])]
             if spreads:
                 texts.append(f"{'full precision' if bits == FULL else bits}{mark}: {', '.join(spreads)}")

@@ -211,7 +211,7 @@ def test_variants_are_apart_in_spreads_and_references(tmp_path):
     assert len(table) == len(cells)
     stats = tables.over_seeds(table)
     assert len(stats) == 2 * (1 + 4)
-    assert set(stats.loc[stats["method"] == "fimaq", "k"]) == {2}
+    assert set(stats.loc[stats["method"] == "fimaq", "seeds"]) == {2}
     reference.write_reference(grid, measured, "# T\n\nx", tmp_path / "reference")
     (line,) = reference.compare(grid, measured, tmp_path / "reference")
     assert line.startswith("Agrees with the reference (18 comparisons,")
