@@ -9,7 +9,7 @@ import pandas as pd
 
 from benchmarks.axes import Axes
 from benchmarks.cells import Cell
-from benchmarks.paired import compare, mean_difference
+from benchmarks.results.outcomes import compare, mean_difference
 from benchmarks.tables import Measured, fitting, unique, value_text
 
 

@@ -14,7 +14,7 @@ import pandas as pd
 from scipy import stats
 
 from benchmarks.cells import MAIN_METRIC
-from benchmarks.compare.judge import holm
+from benchmarks.compare.statistics import holm
 from benchmarks.orders import CALIBRATION_ONLY
 from benchmarks.summary import PAIRS
 from benchmarks.tables import COLUMNS, Measured, frame, is_percent, with_bits

@@ -314,8 +314,10 @@ def run_diff(results: Path, show_all: bool, nothing: int = 2) -> int:
     from tabulate import tabulate  # type: ignore[import-untyped, unused-ignore]
 
     from benchmarks import diff, tables
+    from benchmarks.results.scores import read_records
 
-    records, problems = diff.read_records(results / "runs")
+    found, problems = read_records(results / "runs")
+    records = [record for _, record in found]
     for problem in problems:
         print(f"warning: {problem}", file=sys.stderr)
     if not records:

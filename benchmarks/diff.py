@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
@@ -13,7 +12,7 @@ from benchmarks.names import PUBLISHED, UNSTATED, Names, load_names
 from fimaq_core.errors import FimaqError
 from fimaq_core.recipe import METHODS, Recipe
 from tasks.common import registry
-from tasks.common.record import ResultRecord, bits_name, read_record, recipe_of
+from tasks.common.record import ResultRecord, bits_name, recipe_of
 
 COLUMNS = [
     "task", "dataset", "model", "method", "bits", "metric", "measured", "se", "seeds", "published", "variant", "source",
@@ -77,17 +76,6 @@ class Judgement:
     def reason(self) -> str:
         """Rule and remarks in one text."""
         return "; ".join((self.rule, *self.remarks))
-
-
-def read_records(root: Path) -> tuple[list[ResultRecord], list[str]]:
-    """Return every record under ``root`` and a message for each that cannot be read."""
-    records, problems = [], []
-    for path in sorted(root.rglob("result.json")):
-        try:
-            records.append(read_record(path))
-        except FimaqError as error:
-            problems.append(str(error))
-    return records, problems
 
 
 def measurements(records: Iterable[ResultRecord]) -> list[Measurement]:

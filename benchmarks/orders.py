@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import pandas as pd
 
-from benchmarks.paired import Outcomes, Paired, by_seed, paired
+from benchmarks.results.outcomes import Outcomes, Paired, by_seed, paired
 from benchmarks.tables import Measured, quantized, unique
 
 #: Methods that stop after calibration (or a closed-form refit of the weights), and methods that optimise block by block.

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from benchmarks.cells import Cell
 from benchmarks.marks import optimised, special_quantizers
-from benchmarks.paired import compare
+from benchmarks.results.outcomes import compare
 from benchmarks.report.charts.dots import Dot, dot_chart
 from benchmarks.report.charts.lines import Point, line_chart
 from benchmarks.report.charts.shapes import Style

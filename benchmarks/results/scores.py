@@ -8,9 +8,10 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.cells import MAIN_METRIC, Adapter, Cell, Key, finished
+from fimaq_core.errors import FimaqError
 from fimaq_core.files import replaced_whole
 from fimaq_core.recipe import METHODS, OFF
-from tasks.common.record import ResultRecord, bits_name
+from tasks.common.record import ResultRecord, bits_name, read_record
 
 #: Columns of the tables in ``results/tables``.
 COLUMNS = [
@@ -39,6 +40,17 @@ def collect(cells: Iterable[Cell], adapter: Adapter) -> list[Measured]:
         distinct.setdefault(cell.key, cell)
     found = ((cell, finished(cell, adapter)) for cell in distinct.values())
     return [Measured(cell, *it) for cell, it in found if it is not None]
+
+
+def read_records(root: Path) -> tuple[list[tuple[Path, ResultRecord]], list[str]]:
+    """Return all records under ``root`` with their files, and a message for each unreadable one."""
+    records, problems = [], []
+    for path in sorted(root.rglob("result.json")):
+        try:
+            records.append((path, read_record(path)))
+        except FimaqError as error:
+            problems.append(str(error))
+    return records, problems
 
 
 def scores(measured: Iterable[Measured]) -> pd.DataFrame:
