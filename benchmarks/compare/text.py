@@ -12,7 +12,6 @@ from benchmarks.compare.statistics import RESAMPLES
 from benchmarks.terminal import printable
 
 
-
 def report(pairing: Pairing, judged: Sequence[Judged], level: float) -> str:
     """Return the table, one verdict per row, and what was left out."""
     from tabulate import tabulate  # type: ignore[import-untyped, unused-ignore]

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks import reference
 from benchmarks.cells import Adapter, RunOptions
 from benchmarks.published.layout import Layout
 from benchmarks.published.table import PublishedTable
@@ -22,6 +21,7 @@ from benchmarks.report.notes import axis_tables, data_lines, facts, note_lines
 from benchmarks.report.provenance import origin
 from benchmarks.report.published import published, published_table
 from benchmarks.report.views import Picture
+from benchmarks.results import reference
 from benchmarks.schema import Grid
 from benchmarks.tables import is_percent, unique, write_text
 from fimaq_core.errors import FimaqError

@@ -10,7 +10,7 @@ from benchmarks.report.charts.scatter import Spot, pareto, scatter_chart
 from benchmarks.report.charts.shapes import COLOURS, Style
 from benchmarks.report.groups import Group, columns_of, find
 from benchmarks.report.model import DataTable, Figure
-from benchmarks.tables import FULL, is_percent, unique
+from benchmarks.results.scores import FULL, is_percent, unique
 from benchmarks.units import duration, size_text
 
 #: Of records that have no memory by stage: the peak of all of it.

@@ -7,7 +7,7 @@ from functools import cached_property
 from statistics import fmean, stdev
 
 from benchmarks.cells import MAIN_METRIC, Cell
-from benchmarks.tables import FULL, Measured, in_order, unique
+from benchmarks.results.scores import FULL, Measured, in_order, unique
 from tasks.common.record import own_seconds
 
 

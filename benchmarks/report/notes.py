@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 
-from benchmarks.ablation import axis_table
 from benchmarks.cells import Cell
-from benchmarks.orders import order_lines
 from benchmarks.report.groups import Group
+from benchmarks.results.scores import Measured, sample_counts, scores, unique
 from benchmarks.schema import Grid
-from benchmarks.settings import settings_lines
-from benchmarks.tables import Measured, frame, sample_counts, unique
+from benchmarks.tables.ablation import axis_table
+from benchmarks.tables.order import order_lines
+from benchmarks.tables.settings import settings_lines
 from fimaq_core.errors import FimaqError
 
 
@@ -34,7 +34,7 @@ def note_lines(own: Sequence[Group], metric: str, measured: Sequence[Measured]) 
     )
     for mark in unique(item.cell.mark for item in mine if item.cell.method != "fp"):
         items = [item for item in mine if item.cell.mark == mark]
-        table = frame(items)
+        table = scores(items)
         lines += order_lines(table[table["metric"] == metric], items, mark)
     return lines
 

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Sequence
 
-from benchmarks.diff import changed_settings
+from benchmarks.compare.published import changed_settings
 from benchmarks.report.gather import Gathered
 from benchmarks.report.groups import Group
 from benchmarks.report.views import Fact, Origin
-from benchmarks.tables import Measured, sample_counts, unique
+from benchmarks.results.scores import Measured, sample_counts, unique
 from benchmarks.units import duration, size_text
 from fimaq_core.errors import FimaqError
 from tasks.common.record import ResultRecord, recipe_of

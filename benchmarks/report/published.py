@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
-from benchmarks import diff
+from benchmarks.compare import published as diff
 from benchmarks.published.layout import Layout, bits_text
 from benchmarks.published.table import head_pair
 from benchmarks.report.model import PaperTable, Published, TableRow, Verdict

@@ -4,14 +4,14 @@ import math
 from collections.abc import Mapping, Sequence
 
 from benchmarks.cells import Cell
-from benchmarks.marks import optimised, special_quantizers
-from benchmarks.results.outcomes import compare
 from benchmarks.report.charts.dots import Dot, dot_chart
 from benchmarks.report.charts.lines import Point, line_chart
 from benchmarks.report.charts.shapes import Style
 from benchmarks.report.groups import Column, Group, Score, columns_of, find, row_name, rows_of
 from benchmarks.report.model import DataTable, Figure, Row, Value, Wide
-from benchmarks.tables import FULL, is_percent, unique
+from benchmarks.results.outcomes import compare
+from benchmarks.results.scores import FULL, is_percent, unique
+from benchmarks.tables.settings import optimised, special_quantizers
 from fimaq_core.recipe import OFF
 
 #: Standard errors of a paired difference within which a method cannot be told from the best.

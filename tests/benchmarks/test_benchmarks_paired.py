@@ -206,7 +206,10 @@ def test_clusters_and_directions_are_read_from_outcomes(tmp_path):
     assert [part.score.tolist() for part in plain.metrics["top1"]] == [[True, False]]
     assert item.folder is not None
     retrieval = replace(item, record=item.record.model_copy(update={"task": "retrieval"}))
-    content = {"sample": np.array(["b", "a", "c"]), "cluster": np.array([4, 4, 7]), "direction": np.array([1, 0, 0]), "rank": np.array([0, 1, 0])}
+    content = {
+        "sample": np.array(["b", "a", "c"]), "cluster": np.array([4, 4, 7]),
+        "direction": np.array([1, 0, 0]), "rank": np.array([0, 1, 0]),
+    }  # fmt: skip
     np.savez(item.folder / item.record.outcomes, **content)
     found = read_outcomes(retrieval)
     assert found is not None

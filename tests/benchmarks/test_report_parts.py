@@ -23,7 +23,7 @@ from benchmarks.report.charts.scatter import Spot, pareto
 from benchmarks.report.cost import kind_of
 from benchmarks.report.groups import make_groups
 from benchmarks.report.modules import module_maps
-from benchmarks.tables import collect
+from benchmarks.results.scores import collect
 from fimaq_core.errors import DataError
 from tasks.common.record import ResultRecord, write_record
 

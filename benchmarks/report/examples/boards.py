@@ -9,7 +9,7 @@ from benchmarks.report.examples.drawings import drawing
 from benchmarks.report.gather import Gathered, Problem, inside
 from benchmarks.report.groups import Column, Group, columns_of, find
 from benchmarks.report.views import Answer, Board, Drawing, ExampleRow
-from benchmarks.tables import FULL, Measured
+from benchmarks.results.scores import FULL, Measured
 from fimaq_core.errors import CheckpointError, FimaqError
 from tasks.common.examples import CaptionSample, ClassSample, ObjectSample, read_examples
 
