@@ -17,7 +17,15 @@ from benchmarks.costs import REFERENCE, cost_row, costs_path, costs_text
 from benchmarks.results import known_answers
 from benchmarks.results.agreement import ALPHA, FIGURES, RATIOS, compared, observations
 from benchmarks.results.scores import (
-    COLUMNS, FULL, Measured, count, is_percent, sample_counts, unique, with_bits, write_text,
+    COLUMNS,
+    FULL,
+    Measured,
+    count,
+    is_percent,
+    sample_counts,
+    unique,
+    with_bits,
+    write_text,
 )  # fmt: skip
 from benchmarks.schema import Grid
 from fimaq_core.errors import FimaqError

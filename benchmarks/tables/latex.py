@@ -105,7 +105,7 @@ def typeset(
     lines[place:place] = [rf"\{size}", rf"\setlength{{\tabcolsep}}{{{space}pt}}"]
     lines.insert(next(i for i, line in enumerate(lines) if r"\label" in line) + 1, r"\smallskip")
     if notes:
-        lines[-1:] = ["", rf"\smallskip {escape(notes)}", lines[-1]]
+        lines[-1:] = ["", r"\smallskip", escape(notes), lines[-1]]
     return "\n".join(lines)
 
 

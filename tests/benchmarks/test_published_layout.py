@@ -17,7 +17,7 @@ from published_fakes import cells_of, finished, row, written
 
 from benchmarks.cells import RunOptions
 from benchmarks.cli import cli
-from benchmarks.published import text
+from benchmarks.published import layout as text
 from benchmarks.published.layout import Layout
 from benchmarks.published.table import PublishedTable, load_table
 from benchmarks.report.build import write_report
