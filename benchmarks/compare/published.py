@@ -180,9 +180,7 @@ def _rows_for(item: Measurement, rows: pd.DataFrame, names: Names) -> pd.DataFra
     here = pd.Series(False, index=rows.index)
     for task, dataset, entry in names.published_on(record.task, record.dataset.name):
         metrics = [name for name, mine in entry.metrics.items() if mine == item.metric]
-        here |= (
-            (rows["task"] == task) & (rows["dataset"] == dataset) & rows["metric"].isin(metrics)
-        )
+        here |= (rows["task"] == task) & (rows["dataset"] == dataset) & rows["metric"].isin(metrics)
     bits = (rows["w_bit"] == record.w_bit) & (rows["a_bit"] == record.a_bit)
     return rows[here & bits & rows["model"].isin(models) & rows["method"].isin(methods)]
 

@@ -23,7 +23,7 @@ from benchmarks.compare.published import (
 )  # fmt: skip
 from benchmarks.names import UNSTATED, load_names
 from benchmarks.published.table import FULL, Line, PublishedTable, TableCell, head_pair, head_text
-from benchmarks.results.scores import Measured, count, csv_text, unique, write_text
+from benchmarks.results.scores import Measured, count, csv_text, seeds_of, unique, write_text
 from benchmarks.tables.latex import typeset
 from benchmarks.tables.markdown import cut
 from benchmarks.tables.markdown import markdown as table_text
@@ -290,7 +290,7 @@ def markdown(layout: Layout, width: int | None = None) -> str:
     labels = [line_text(row.line) if row.label == row.head else row.label for row in layout.shown]
     index = pd.Index(labels, name="method")
     body = pd.DataFrame([row.texts for row in layout.shown], columns=heads, index=index)
-    seeds = sorted({item.cell.seed for item in layout.measured if item.cell.seed is not None})
+    seeds = seeds_of(layout.measured)
     lines = [layout.legend, *data_lines(layout.measured)]
     lines += [f"Seeds: {', '.join(map(str, seeds))}."] if seeds else []
     parts = [
@@ -337,7 +337,13 @@ def tex(layout: Layout) -> str:
     table, rows, last = layout.table, [], ""
     for row in layout.shown:
         own, bits = row.label == row.head, bits_text(row.line.bits)
-        rows.append([bits if own and bits != last else "", row.label if own else f"  {row.label}", *row.texts])
+        rows.append(
+            [
+                bits if own and bits != last else "",
+                row.label if own else f"  {row.label}",
+                *row.texts,
+            ]
+        )
         last = bits
     heads = [head_pair(table.columns[column].head) for column in layout.columns]
     caption = f"{table.title}. {table.caption} Source: {table.paper}."

@@ -75,7 +75,10 @@ def _settings(grid: Grid) -> dict[str, Any]:
         for section in grid.tasks
     }
     named = {"variant": grid.variant, "overrides": grid.overrides}
-    parts = {"sections": {section: found for section, found in own.items() if found}, "axes": grid.axes}
+    parts = {
+        "sections": {section: found for section, found in own.items() if found},
+        "axes": grid.axes,
+    }
     settings: dict[str, Any] = json.loads(json.dumps(named | {k: v for k, v in parts.items() if v}))
     return settings
 
@@ -170,7 +173,9 @@ def compare(grid: Grid, measured: Sequence[Measured], folder: Path = REFERENCE) 
         origin = Provenance(**json.loads(about.read_text(encoding="utf-8")))
         reference = read_csv(path)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        return [f"The reference {path.name} cannot be read, so nothing is compared with it: {error}"]
+        return [
+            f"The reference {path.name} cannot be read, so nothing is compared with it: {error}"
+        ]
     where = f"(reference: {origin.line()})"
     if wrong := known_answers.wrong():
         return [
@@ -183,7 +188,9 @@ def compare(grid: Grid, measured: Sequence[Measured], folder: Path = REFERENCE) 
     if both.empty:
         lines = lines or ["No cell of this run is in the reference."]
         return [f"{line} {where}" for line in lines]
-    known = set(both[["dataset", "model", "method", "variant", "bits"]].itertuples(index=False, name=None))
+    known = set(
+        both[["dataset", "model", "method", "variant", "bits"]].itertuples(index=False, name=None)
+    )
     mine = {
         (it.record.dataset.name, it.cell.model, it.cell.method, it.record.variant, it.cell.bits)
         for it in alike

@@ -1,6 +1,6 @@
 """Scores: one table with a row per cell and metric, and all statistics over seeds made of it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -60,6 +60,21 @@ def read_records(root: Path) -> tuple[list[tuple[Path, ResultRecord]], list[str]
         except FimaqError as error:
             problems.append(str(error))
     return records, problems
+
+
+def by_section(
+    measured: Sequence[Measured], cells: Sequence[Cell]
+) -> Iterator[tuple[str, list[Measured], list[Cell]]]:
+    """Yield each section of ``cells`` with its finished cells and all its cells."""
+    for section in unique(cell.section for cell in cells):
+        mine = [item for item in measured if item.cell.section == section]
+        yield section, mine, [cell for cell in cells if cell.section == section]
+
+
+def seeds_of(measured: Iterable[Measured]) -> list[int]:
+    """Return the seeds in order."""
+    seeds = {item.record.seed for item in measured}
+    return sorted(seed for seed in seeds if seed is not None)
 
 
 def scores(measured: Iterable[Measured]) -> pd.DataFrame:

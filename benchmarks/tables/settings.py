@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import pandas as pd
 
 from benchmarks.cells import Cell
-from benchmarks.results.scores import Measured, in_order, unique
+from benchmarks.results.scores import Measured, in_order, seeds_of, unique
 from fimaq_core.recipe import METHODS, Recipe, make_recipe
 from tasks.common import registry
 from tasks.common.record import recipe_of
@@ -85,8 +85,7 @@ def settings_lines(mine: Sequence[Measured]) -> list[str]:
     if parts:
         listed = ", ".join(methods)
         lines.append(f"Settings of {listed}, as far as they have them: {', '.join(parts)}.")
-    seeds = sorted({item.record.seed for item in mine if item.record.seed is not None})
-    if seeds:
+    if seeds := seeds_of(mine):
         single = "; what has no ± ran with one" if len(seeds) > 1 else ""
         lines.append(f"Seeds: {', '.join(map(str, seeds))}{single}.")
     return lines

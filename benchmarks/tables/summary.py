@@ -10,6 +10,7 @@ from benchmarks.results.scores import (
     FULL,
     PAIRS,
     Measured,
+    by_section,
     columns_of,
     count,
     in_order,
@@ -44,9 +45,7 @@ def report(
         axes: the grid's axes, in the order of their tables.
     """
     parts = [f"# {title}"]
-    for section in unique(cell.section for cell in cells):
-        mine = [item for item in measured if item.cell.section == section]
-        planned = [cell for cell in cells if cell.section == section]
+    for section, mine, planned in by_section(measured, cells):
         if mine:
             parts += _section_parts(section, mine, planned, width, axes or {})
         else:
