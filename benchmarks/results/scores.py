@@ -81,13 +81,14 @@ def scores(measured: Iterable[Measured]) -> pd.DataFrame:
     """Return the table of scores of finished cells.
 
     Returns:
-        The columns of :func:`record_scores`, and of each cell ``section``, ``model`` and
-        ``subject`` (the model with its scope), and ``point`` (of an axis; empty without one).
+        The columns of :func:`record_scores`, and of each cell ``section``, ``model``, ``scope`` as
+        the grid states it (records also state the default of their task), ``subject`` (the model
+        with its scope), and ``point`` (of an axis; empty without one).
     """
     items = list(measured)
     table = record_scores(item.record for item in items)
     cells = [items[place].cell for place in table["item"]]
-    names = ("section", "model", "subject", "point")
+    names = ("section", "model", "scope", "subject", "point")
     return table.assign(**{name: [getattr(cell, name) for cell in cells] for name in names})
 
 
