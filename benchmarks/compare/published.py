@@ -136,10 +136,7 @@ def unlike(item: Measurement, names: Names) -> str | None:
     if record.method == "fp":
         return None
     if record.method not in METHODS:
-        return (
-            f"the method '{record.method}' is not known to this version, nor are its released "
-            "settings"
-        )
+        return f"the method '{record.method}' is not known to this version, nor are its released settings"
     try:
         recipe = recipe_of(record)
     except FimaqError:
@@ -166,11 +163,7 @@ def _rows_for(item: Measurement, rows: pd.DataFrame, names: Names) -> pd.DataFra
     are there for all.
     """
     record = item.record
-    methods = [
-        name
-        for name, entry in names.methods.items()
-        if record.method in (entry.id, *entry.comparable.values())
-    ]
+    methods = [name for name, entry in names.methods.items() if record.method in (entry.id, *entry.comparable.values())]
     own = names.models_for(record.model)
     models = [
         name
@@ -185,9 +178,7 @@ def _rows_for(item: Measurement, rows: pd.DataFrame, names: Names) -> pd.DataFra
     return rows[here & bits & rows["model"].isin(models) & rows["method"].isin(methods)]
 
 
-def diff(
-    records: Sequence[ResultRecord], rows: pd.DataFrame | None = None, names: Names | None = None
-) -> pd.DataFrame:
+def diff(records: Sequence[ResultRecord], rows: pd.DataFrame | None = None, names: Names | None = None) -> pd.DataFrame:
     """Compare records with published numbers.
 
     A verdict is ``reproduced`` where the difference is within 0.3 points or two standard errors of
@@ -306,10 +297,7 @@ def run_diff(results: Path, show_all: bool, nothing: int = 2) -> int:
     for problem in problems:
         print(f"warning: {problem}", file=sys.stderr)
     if not found:
-        print(
-            f"Nothing is comparable yet: nothing is measured under {results / 'runs'}. Run "
-            "`make reproduce-table` first."
-        )
+        print(f"Nothing is comparable yet: nothing is measured under {results / 'runs'}. Run `make reproduce-table` first.")
         return nothing
     table = diff([record for _, record in found])
     path = results / "tables" / "diff.csv"

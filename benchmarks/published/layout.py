@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -17,7 +18,6 @@ from benchmarks.compare.published import (
     REPRODUCED,
     UNCERTAIN,
     Judgement,
-    Measurement,
     judge,
     measurements,
 )  # fmt: skip
@@ -59,43 +59,68 @@ COLUMNS = [
 
 @dataclass(frozen=True)
 class Entry:
-    """A cell of the table with its measurement and its comparison, None where there is none."""
+    """A cell of the table as it is shown.
+
+    Attributes:
+        judgement: None where nothing is measured or nothing is published.
+        text: the measured number with its mark, or else the published one.
+        published, difference: texts below it; the difference is empty where there is none.
+        values: by the columns of the CSV file.
+    """
 
     cell: TableCell
-    item: Measurement | None
     judgement: Judgement | None
+    mark: str
+    text: str
+    published: str
+    difference: str
+    values: dict[str, Any]
 
     @property
-    def published(self) -> float | None:
-        """The published number."""
-        return None if self.cell.published is None else float(self.cell.published["value"])
+    def measured(self) -> bool:
+        """True for cells with a measured number."""
+        return self.values["measured"] is not None
 
-    @property
-    def verdict(self) -> str:
-        """Verdict in words; ``context`` for cells that are not measured here."""
-        if self.judgement is not None:
-            return self.judgement.verdict
-        if self.cell.name is None:
-            return "context"
-        return NOT_MEASURED if self.item is None else NOT_COMPARABLE
 
-    @property
-    def mark(self) -> str:
-        """Mark of the verdict; empty for context and measured numbers without a published one."""
-        return MARKS.get(self.verdict, "") if self.published is not None else ""
-
-    @property
-    def text(self) -> str:
-        """The measured number with its mark, or else the published one."""
-        value = self.published if self.item is None else self.item.mean
-        return NOTHING if value is None else f"{value:.2f} {self.mark}".strip()
-
-    @property
-    def difference(self) -> str:
-        """The difference with its standard error; empty where there is none."""
-        if self.item is None or self.judgement is None or math.isnan(self.judgement.difference):
-            return ""
-        return f"{self.judgement.difference:+.2f} ± {self.item.se:.2f}"
+def _entry(table: PublishedTable, cell: TableCell, records: Sequence[ResultRecord]) -> Entry:
+    found = [item for item in measurements(records) if item.metric == cell.metric]
+    # All seeds of a cell share data, weights and settings, unless those have changed in between.
+    item = max(found, key=lambda one: one.record.finished, default=None)
+    source, name, line = cell.published or {}, cell.name, table.lines[cell.row]
+    number = float(source["value"]) if source else None
+    judged = judge(item, source, load_names()) if item and source else None
+    gap = judged.difference if judged else math.nan
+    verdict = "context" if name is None else NOT_MEASURED if item is None else NOT_COMPARABLE
+    verdict = judged.verdict if judged else verdict
+    mark = MARKS.get(verdict, "") if source else ""
+    value = item.mean if item else number
+    values = {
+        "row": head_text(line.row.head),
+        "column": head_text(table.columns[cell.column].head),
+        "model": name.model if name else source.get("model", ""),
+        "weights": cell.weights,
+        "method": name.method if name else source.get("method", ""),
+        "bits": line.bits,
+        "metric": cell.metric or source.get("metric", ""),
+        "measured": item and item.mean,
+        "se": item and item.se,
+        "seeds": item and item.seeds,
+        "n": item and item.record.n,
+        "published": number,
+        **{field: source.get(field, "") for field in ("source", "variant", "evidence")},
+        "difference": gap,
+        "verdict": verdict,
+        "reason": judged.reason if judged else cell.unpublished,
+    }
+    return Entry(
+        cell,
+        judged,
+        mark,
+        text=NOTHING if value is None else f"{value:.2f} {mark}".strip(),
+        published=NOTHING if number is None else f"{number:.2f}",
+        difference="" if item is None or math.isnan(gap) else f"{gap:+.2f} ± {item.se:.2f}",
+        values=values,
+    )
 
 
 @dataclass(frozen=True)
@@ -155,7 +180,7 @@ class Layout:
         context = {row for row, line in enumerate(table.lines) if not line.measured}
         self.lines = sorted(rows | {row for row in context if table.lines[row].bits in bits})
         self.entries = {
-            (cell.row, cell.column): _entry(cell, records.get(cell.name, []))
+            (cell.row, cell.column): _entry(table, cell, records.get(cell.name, []))
             for cell in table.cells
             if cell.row in self.lines and cell.column in self.columns
         }
@@ -174,17 +199,14 @@ class Layout:
             entries = [self.entries[index, column] for column in self.columns]
             if not line.measured and all(entry.text == NOTHING for entry in entries):
                 continue
-            verdicts = ["" if e.judgement is None else e.verdict for e in entries]
-            own = Shown(line, head_text(line.row.head), [e.text for e in entries], verdicts)
+            verdicts = ["" if e.judgement is None else e.judgement.verdict for e in entries]
+            found.append(Shown(line, head_text(line.row.head), [e.text for e in entries], verdicts))
             beside = {
-                "published": [
-                    NOTHING if e.published is None else f"{e.published:.2f}" for e in entries
-                ],
+                "published": [e.published for e in entries],
                 "difference ± error": [e.difference for e in entries],
             }
-            found.append(own)
             for label, texts in beside.items():
-                if set(texts) - {NOTHING, ""} and any(e.item is not None for e in entries):
+                if set(texts) - {NOTHING, ""} and any(e.measured for e in entries):
                     found.append(Shown(line, label, texts, [""] * len(entries)))
         return found
 
@@ -193,7 +215,7 @@ class Layout:
         """Meaning of the marks that occur, in one line."""
         texts = " ".join(text for row in self.shown for text in row.texts)
         parts = [f"{mark} {words}" for mark, words in _LEGEND.items() if mark in texts]
-        if any(e.item is not None and e.judgement is None for e in self.entries.values()):
+        if any(e.measured and e.judgement is None for e in self.entries.values()):
             parts.append("a measured number without a mark: nothing is published beside it")
         if any(not row.line.measured for row in self.shown):
             parts.append("rows without marks: published numbers, for context")
@@ -242,10 +264,10 @@ class Layout:
         own = [entry for entry in self.entries.values() if entry.cell.name is not None]
         # A number that stands in several places of the table is one number.
         numbers = {(entry.cell.name, entry.cell.metric): entry for entry in own}.values()
-        verdicts = Counter(entry.verdict for entry in numbers if entry.judgement is not None)
+        verdicts = Counter(e.judgement.verdict for e in numbers if e.judgement is not None)
         unlike = verdicts.pop(NOT_COMPARABLE, 0)
         if not verdicts:
-            done = [entry for entry in numbers if entry.item is not None]
+            done = [entry for entry in numbers if entry.measured]
             whys = unique(e.judgement.rule if e.judgement else e.cell.unpublished for e in done)
             why = f"{count(len(done), 'number')} measured, but {'; '.join(whys)}"
             why = why if done else "nothing is measured"
@@ -257,15 +279,6 @@ class Layout:
         compared = count(verdicts.total(), "number")
         sentence = f"Compared {compared}: {counts}{rest and f' ({rest})'}."
         return sentence, 0 if set(verdicts) == {REPRODUCED} else 1
-
-
-def _entry(cell: TableCell, records: Sequence[ResultRecord]) -> Entry:
-    found = [item for item in measurements(records) if item.metric == cell.metric]
-    # All seeds of a cell share data, weights and settings, unless those have changed in between.
-    item = max(found, key=lambda one: one.record.finished, default=None)
-    if item is None or cell.published is None:
-        return Entry(cell, item, None)
-    return Entry(cell, item, judge(item, cell.published, load_names()))
 
 
 def bits_text(bits: str) -> str:
@@ -305,30 +318,8 @@ def markdown(layout: Layout, width: int | None = None) -> str:
 
 def csv(layout: Layout) -> str:
     """Return one CSV line per number of the table, measured or published."""
-    rows = []
-    for entry in layout.entries.values():
-        cell, item, judgement, name = entry.cell, entry.item, entry.judgement, entry.cell.name
-        published = cell.published or {}
-        line, column = layout.table.lines[cell.row], layout.table.columns[cell.column]
-        if item is not None or entry.published is not None:
-            rows.append({
-                **{field: published.get(field, "") for field in ("source", "variant", "evidence")},
-                "row": head_text(line.row.head),
-                "column": head_text(column.head),
-                "model": name.model if name else published.get("model", ""),
-                "weights": cell.weights,
-                "method": name.method if name else published.get("method", ""),
-                "bits": line.bits,
-                "metric": cell.metric or published.get("metric", ""),
-                "measured": item and item.mean,
-                "se": item and item.se,
-                "seeds": item and item.seeds,
-                "n": item and item.record.n,
-                "published": entry.published,
-                "difference": judgement and judgement.difference,
-                "verdict": entry.verdict,
-                "reason": judgement.reason if judgement else cell.unpublished,
-            })  # fmt: skip
+    entries = layout.entries.values()
+    rows = [e.values for e in entries if e.measured or e.values["published"] is not None]
     return csv_text(pd.DataFrame(rows, columns=COLUMNS).astype({"seeds": "Int64", "n": "Int64"}))
 
 

@@ -107,9 +107,7 @@ def _files(grid: Grid, folder: Path) -> tuple[Path, Path]:
     return folder / f"{grid.name}.csv", folder / f"{grid.name}.json"
 
 
-def write_reference(
-    grid: Grid, measured: Sequence[Measured], text: str, folder: Path = REFERENCE
-) -> list[Path]:
+def write_reference(grid: Grid, measured: Sequence[Measured], text: str, folder: Path = REFERENCE) -> list[Path]:
     """Write a profile's reference (CSV, Markdown, provenance, costs) and return the files."""
     origin = provenance(grid, measured)
     title, _, body = text.partition("\n\n")
@@ -133,9 +131,7 @@ def add_processor(grid: Grid, measured: Sequence[Measured], folder: Path = REFER
     """
     path, about = _files(grid, folder)
     if not path.is_file() or not about.is_file():
-        raise FimaqError(
-            f"Profile '{grid.name}' has no reference yet: write it first, without --add."
-        )
+        raise FimaqError(f"Profile '{grid.name}' has no reference yet: write it first, without --add.")
     origin = Provenance(**json.loads(about.read_text(encoding="utf-8")))
     alike, lines = _alike(grid, measured, origin)
     if len(alike) < len(measured):
@@ -173,14 +169,11 @@ def compare(grid: Grid, measured: Sequence[Measured], folder: Path = REFERENCE) 
         origin = Provenance(**json.loads(about.read_text(encoding="utf-8")))
         reference = read_csv(path)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        return [
-            f"The reference {path.name} cannot be read, so nothing is compared with it: {error}"
-        ]
+        return [f"The reference {path.name} cannot be read, so nothing is compared with it: {error}"]
     where = f"(reference: {origin.line()})"
     if wrong := known_answers.wrong():
         return [
-            "DIFFERS from the reference: the code here gives wrong answers to problems whose "
-            "answers are known.",
+            "DIFFERS from the reference: the code here gives wrong answers to problems whose answers are known.",
             *wrong,
         ]
     alike, lines = _alike(grid, measured, origin)
@@ -188,13 +181,8 @@ def compare(grid: Grid, measured: Sequence[Measured], folder: Path = REFERENCE) 
     if both.empty:
         lines = lines or ["No cell of this run is in the reference."]
         return [f"{line} {where}" for line in lines]
-    known = set(
-        both[["dataset", "model", "method", "variant", "bits"]].itertuples(index=False, name=None)
-    )
-    mine = {
-        (it.record.dataset.name, it.cell.model, it.cell.method, it.record.variant, it.cell.bits)
-        for it in alike
-    }
+    known = set(both[["dataset", "model", "method", "variant", "bits"]].itertuples(index=False, name=None))
+    mine = {(it.record.dataset.name, it.cell.model, it.cell.method, it.record.variant, it.cell.bits) for it in alike}
     if mine - known:
         lines.append(f"Not in the reference, so not compared: {count(len(mine - known), 'cell')}.")
     off = both[both["p"] < ALPHA]
@@ -225,9 +213,7 @@ def compare(grid: Grid, measured: Sequence[Measured], folder: Path = REFERENCE) 
     return lines
 
 
-def _alike(
-    grid: Grid, measured: Sequence[Measured], origin: Provenance
-) -> tuple[list[Measured], list[str]]:
+def _alike(grid: Grid, measured: Sequence[Measured], origin: Provenance) -> tuple[list[Measured], list[str]]:
     """Return the cells with the reference's settings and data, and a line per other section."""
     alike, lines = [], []
     for section in unique(item.cell.section for item in measured):

@@ -115,9 +115,7 @@ def typeset(
     return "\n".join(lines)
 
 
-def report(
-    name: str, measured: Sequence[Measured], cells: Sequence[Cell], axes: Axes | None = None
-) -> str:
+def report(name: str, measured: Sequence[Measured], cells: Sequence[Cell], axes: Axes | None = None) -> str:
     """Return the LaTeX of ``cells``: a table per measured section, and per axis and method of it.
 
     Args:
@@ -126,9 +124,7 @@ def report(
         cells: the cells that the tables cover, measured or not.
         axes: the grid's axes, for the order of their points.
     """
-    parts = [
-        "% Made by python -m benchmarks from its records. In the preamble: \\usepackage{booktabs}"
-    ]
+    parts = ["% Made by python -m benchmarks from its records. In the preamble: \\usepackage{booktabs}"]
     for section, mine, planned in by_section(measured, cells):
         if not mine:
             continue
@@ -172,9 +168,7 @@ def _tables(
     table = scores(item for item, _ in found)
     table["name"] = [found[place][1] for place in table["item"]]
     every = {(cell.scope, cell.bits, name) for cell, name in planned}
-    order = [
-        unique(parts) for parts in zip(*((c.scope, c.bits, n) for c, n in planned), strict=True)
-    ]
+    order = [unique(parts) for parts in zip(*((c.scope, c.bits, n) for c, n in planned), strict=True)]
 
     def place(row: tuple[str, str, str]) -> tuple[object, ...]:
         # What has no bits comes first.
@@ -203,9 +197,7 @@ def _tables(
     for chosen in runs(models, fits):
         for part in runs(groups, lambda run: sum(map(len, run)) <= HEIGHT):
             body = means.loc[[row for group in part for row in group], chosen]
-            more = (
-                (f"{caption} Continued.", f"{safe}-{len(texts) + 1}") if texts else (caption, safe)
-            )
+            more = (f"{caption} Continued.", f"{safe}-{len(texts) + 1}") if texts else (caption, safe)
             texts.append(_part(body, head, *more, several))
     return texts
 
@@ -250,8 +242,7 @@ def _caption(
     rows: Sequence[tuple[str, str, str]],
 ) -> str:
     sets = unique(
-        f"{record.dataset.name}, split {record.dataset.split} "
-        f"({sample_counts(record.n, record.dataset.captions)})"
+        f"{record.dataset.name}, split {record.dataset.split} ({sample_counts(record.n, record.dataset.captions)})"
         for record in (item.record for item in items)
     )
     seeds = seeds_of(items)
