@@ -33,7 +33,13 @@ def texts(grid: Grid, measured: Sequence[Measured], cells: Sequence[Cell]) -> di
     }
 
 
-def remake(grid: Grid, options: RunOptions, adapter: Adapter, chosen: str, output: Path | None) -> None:
+def remake(
+    grid: Grid,
+    options: RunOptions,
+    adapter: Adapter,
+    chosen: str,
+    output: Path | None,
+) -> None:
     """Make the tables of a profile anew from its records.
 
     Args:
@@ -64,7 +70,13 @@ def remake(grid: Grid, options: RunOptions, adapter: Adapter, chosen: str, outpu
             click.echo(f"wrote {path}")
 
 
-def write_tables(grid: Grid, filters: Filters, options: RunOptions, adapter: Adapter, cells: Sequence[Cell]) -> None:
+def write_tables(
+    grid: Grid,
+    filters: Filters,
+    options: RunOptions,
+    adapter: Adapter,
+    cells: Sequence[Cell],
+) -> None:
     """Write the table files, print the table of ``cells`` and compare it with the reference.
 
     The files cover the finished cells of the whole grid and this run, so that filters never
