@@ -80,10 +80,7 @@ class Judged:
 def judge(pairing: Pairing, level: float, metrics: Sequence[str] = ()) -> list[Judged]:
     """Test all pairs, and correct p for the number of pairs by Holm's method in each metric.
 
-    Args:
-        pairing: the pairs.
-        level: of confidence.
-        metrics: only these. Empty: all metrics of one pair, :data:`MAIN` of several.
+    Without ``metrics``, one pair has all its metrics, several have those of :data:`MAIN`.
 
     Raises:
         CompareError: no pair can be compared, or none has one of ``metrics``.

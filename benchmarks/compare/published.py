@@ -48,13 +48,10 @@ class Measurement(NamedTuple):
 
 @dataclass(frozen=True)
 class Judgement:
-    """A measurement set against a published number.
+    """A measurement set against a published number: one of the five verdicts.
 
-    Attributes:
-        verdict: one of the five.
-        difference: measured minus published; NaN between unlike things, which have none.
-        rule: the tolerance, or the reason for a missing verdict.
-        remarks: further facts of the comparison.
+    ``difference`` is measured minus published, NaN between unlike things. ``rule`` is the
+    tolerance, or the reason for a missing verdict.
     """
 
     verdict: str
@@ -288,12 +285,10 @@ def judge(item: Measurement, row: Mapping[Any, Any], names: Names) -> Judgement:
 
 
 def run_diff(results: Path, show_all: bool, nothing: int = 2) -> int:
-    """Compare all records with published numbers, print and write the table, return the exit code.
+    """Compare all records with published numbers; print and write the table.
 
-    Args:
-        results: root of what runs wrote.
-        show_all: also list what has no published number.
-        nothing: the exit code where nothing is comparable.
+    ``show_all`` lists also what has no published number. Returns the exit code, ``nothing`` if
+    nothing is comparable.
     """
     from tabulate import tabulate  # type: ignore[import-untyped, unused-ignore]
 

@@ -33,14 +33,7 @@ def axis_parts(
     cells: Sequence[Cell],
     width: int | None,
 ) -> list[str]:
-    """Return the Markdown of a section's axes: a table per axis and method, and a note.
-
-    Args:
-        axes: the axes in order.
-        metric: the metric to show.
-        measured, cells: the section's finished cells, and all its cells.
-        width: a terminal's width; None keeps tables whole.
-    """
+    """Return the Markdown of a section's axes: a table per axis and method, and a note."""
     parts = []
     for axis, points in axes.items():
         for method in methods_on(axis, cells):
@@ -65,14 +58,8 @@ def axis_table(
     """Return an axis's table of one method.
 
     Points are rows. Columns are ``subject bits``, and for bits and scope the differences, which
-    are means over models.
-
-    Args:
-        axis: its name.
-        points: its points in order.
-        metric: the metric to show.
-        measured: finished cells.
-        cells: the method's cells, measured or not, with those of the grid's own settings.
+    are means over models. ``cells`` are the method's, measured or not, with those of the grid's own
+    settings.
     """
     keys = {cell.key for cell in cells}
     items = [item for item in measured if item.cell.key in keys]

@@ -42,12 +42,8 @@ def remake(
 ) -> None:
     """Make the tables of a profile anew from its records.
 
-    Args:
-        grid: the profile.
-        options: results, data and weights.
-        adapter: of the tasks.
-        chosen: an ending, or ``all``.
-        output: folder of the files. None: ``tables`` in the results; one alone is printed.
+    ``chosen`` is the ending of a file, or ``all``. One is printed unless a folder ``output`` is
+    given; all are written, to ``tables`` in the results without that.
 
     Raises:
         FimaqError: nothing is measured.

@@ -123,14 +123,7 @@ def report(
     cells: Sequence[Cell],
     axes: Axes | None = None,
 ) -> str:
-    """Return the LaTeX of ``cells``: a table per measured section, and per axis and method of it.
-
-    Args:
-        name: of the profile, for labels.
-        measured: the finished cells.
-        cells: the cells that the tables cover, measured or not.
-        axes: the grid's axes, for the order of their points.
-    """
+    """Return the LaTeX of ``cells``: a table per measured section, axis and method."""
     made = "% Made by python -m benchmarks from its records."
     parts = [f"{made} In the preamble: \\usepackage{{booktabs}}"]
     for section, mine, planned in by_section(measured, cells):
@@ -164,12 +157,7 @@ def _tables(
 ) -> list[str]:
     """Return a table in as many parts as :data:`WIDTH` and :data:`HEIGHT` ask for.
 
-    Args:
-        label, about: of the table.
-        head: above the names of rows.
-        metrics: the metrics of each model.
-        planned: cells, measured or not, with the names of their rows, in the order of names.
-        measured: the section's finished cells.
+    ``planned`` has its cells, measured or not, with the names of their rows, in the order of rows.
     """
     done = {item.cell.key: item for item in measured}
     found = [(done[cell.key], name) for cell, name in planned if cell.key in done]

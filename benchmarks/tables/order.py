@@ -27,10 +27,8 @@ def order_lines(
 ) -> list[str]:
     """Return a line per expected order; an order without measured methods has none.
 
-    Args:
-        table: scores of one section, scope and metric, one variant per method.
-        measured: the cells that the column ``item`` counts, for comparisons sample by sample.
-        mark: of the scope, for the lines.
+    ``table`` has scores of one section, scope (``mark``) and metric, one variant per method; its
+    column ``item`` counts ``measured``, for comparisons sample by sample.
     """
     rows = table[table["bits"] != FULL]
     if rows.empty:

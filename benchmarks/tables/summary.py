@@ -35,14 +35,10 @@ def report(
     width: int | None = None,
     axes: Axes | None = None,
 ) -> str:
-    """Return the Markdown text of ``cells``.
+    """Return the Markdown text of ``cells``, measured or not.
 
-    Args:
-        title: the heading.
-        measured: the finished cells.
-        cells: the cells that the tables cover, measured or not.
-        width: a terminal's width, for tables in several parts. None keeps tables whole.
-        axes: the grid's axes, in the order of their tables.
+    Tables wider than a terminal's ``width`` are in several parts. ``axes`` has the order of the
+    grid's axes.
     """
     parts = [f"# {title}"]
     for section, mine, planned in by_section(measured, cells):
@@ -107,12 +103,8 @@ def wide(
     """Return methods × ``subject bits``, with ``-`` where nothing is measured.
 
     A method without bits shows its value under all bits of its subject; full precision, which has
-    no scope either, under all subjects of its model.
-
-    Args:
-        table: scores of one section and metric, one variant per method and subject.
-        cells: the cells to cover, measured or not, in the order of the table.
-        text: of a mean and a standard deviation (NaN for one seed).
+    no scope either, under all subjects of its model. ``table`` has one section and metric, ``text``
+    prints a mean and a standard deviation (NaN for one seed).
     """
     stats = over_seeds(table, ["subject", "method", "bits"])
     texts = {(r.subject, r.method, r.bits): text(r.mean, r.sd) for r in stats.itertuples()}
