@@ -25,7 +25,8 @@ def report(profile: str, imagenet: str, coco: str, flickr: str, weights: str, re
     options = RunOptions(results, Places(folder(imagenet), folder(coco), folder(flickr)), folder(weights))
     path = output or results / "report.html"
     page = write_report(load_grid(profile), options, adapter(), path)
+    found = page["gathered"]
     size = size_text(path.stat().st_size)
-    click.echo(f"{page.done} of {page.planned} cells, {page.failed} failed. Report: {path} ({size})")
-    for problem in page.problems:
-        click.echo(f"warning: could not be read: {problem.path}: {problem.message}", err=True)
+    click.echo(f"{page['done']} of {len(found.cells)} cells, {len(found.failed)} failed. Report: {path} ({size})")
+    for name, message in found.problems:
+        click.echo(f"warning: could not be read: {name}: {message}", err=True)
