@@ -1,6 +1,5 @@
-"""Groups: measured cells that differ in nothing but the seed. A number of a table, a point of a chart is one of these."""
+"""Groups: measured cells that differ in nothing but the seed, one per number of a table."""
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,7 +7,15 @@ from statistics import fmean
 from typing import NamedTuple
 
 from benchmarks.cells import Cell
-from benchmarks.results.scores import FULL, Measured, in_order, over_seeds, scores, unique, value_text
+from benchmarks.results.scores import (
+    FULL,
+    Measured,
+    in_order,
+    over_seeds,
+    scores,
+    unique,
+    value_text,
+)
 from tasks.common.record import own_seconds
 
 
@@ -16,30 +23,17 @@ class Score(NamedTuple):
     """A mean over seeds.
 
     Attributes:
-        sd: sample standard deviation over seeds; NaN where there is one.
-        sampling: standard error of one seed from its finite number of samples.
+        error: half an error bar: the standard deviation over seeds, or with one seed the standard
+            error from the finite number of samples.
+        text: as tables have it, ``92.53 ± 0.46``.
+        error_text: what the error is.
     """
 
     mean: float
-    sd: float
-    sampling: float
     seeds: int
-
-    @property
-    def error(self) -> float:
-        """Half the length of an error bar: the spread over seeds, or the sampling error where there is one seed."""
-        return self.sampling if math.isnan(self.sd) else self.sd
-
-    @property
-    def text(self) -> str:
-        """As tables have it: ``92.53 ± 0.46``."""
-        return value_text(self.mean, self.sd)
-
-    @property
-    def error_text(self) -> str:
-        """What the error bar is."""
-        kind = "standard error over samples, one seed" if math.isnan(self.sd) else f"sd over {self.seeds} seeds"
-        return f"± {self.error:.2f} {kind}"
+    error: float
+    text: str
+    error_text: str
 
 
 @dataclass(frozen=True)
@@ -87,12 +81,16 @@ def make_groups(measured: Sequence[Measured]) -> list[Group]:
     for item, id in zip(measured, ids, strict=True):
         found[id].items.append(item)
     for row in over_seeds(table, ["group", "metric"]).to_dict("records"):
-        found[row["group"]].scores[row["metric"]] = Score(row["mean"], row["sd"], row["sampling"], row["seeds"])
+        mean, sd, seeds = row["mean"], row["sd"], row["seeds"]
+        error = sd if seeds > 1 else row["sampling"]
+        kind = f"sd over {seeds} seeds" if seeds > 1 else "standard error over samples, one seed"
+        score = Score(mean, seeds, error, value_text(mean, sd), f"± {error:.2f} {kind}")
+        found[row["group"]].scores[row["metric"]] = score
     return list(found.values())
 
 
 def rows_of(cells: Iterable[Cell]) -> list[str]:
-    """Return the names of a table's rows: methods in their order, each with its axis points after it."""
+    """Return names of a table's rows: methods in their order, each followed by its axis points."""
     points: dict[str, dict[str, None]] = {}
     for cell in cells:
         points.setdefault(cell.method, {})[row_name(cell)] = None
@@ -100,7 +98,7 @@ def rows_of(cells: Iterable[Cell]) -> list[str]:
 
 
 class Column(NamedTuple):
-    """A column of a table: a subject at some bits. ``model`` is the subject's, without its scope."""
+    """A column of a table; the subject is the model with its scope."""
 
     subject: str
     model: str
@@ -113,13 +111,14 @@ class Column(NamedTuple):
 
 
 def columns_of(cells: Sequence[Cell]) -> list[Column]:
-    """Return columns as :func:`benchmarks.tables.wide` has them: subjects in order, and their bits."""
+    """Return subjects in order with their bits, or one column where nothing has bits."""
     columns = []
     for model in unique(cell.model for cell in cells):
         mine = [cell for cell in cells if cell.model == model]
         for subject in unique(cell.subject for cell in mine if cell.method != "fp") or [model]:
-            here = unique(cell.bits for cell in mine if cell.subject == subject and cell.bits != FULL) or [FULL]
-            columns += [Column(subject, model, bits) for bits in here]
+            bits = (cell.bits for cell in mine if cell.subject == subject)
+            here = unique(name for name in bits if name != FULL) or [FULL]
+            columns += [Column(subject, model, name) for name in here]
     return columns
 
 

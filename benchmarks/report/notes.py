@@ -1,48 +1,48 @@
-"""Words around the numbers: data, settings, expected orders, machines and versions, tables of axes."""
+"""Words around the numbers: data, settings, expected orders, machines, tables of axes."""
 
 from collections.abc import Sequence
-from typing import Any
+
+import pandas as pd
 
 from benchmarks.ablation import axis_table
 from benchmarks.cells import Cell
 from benchmarks.orders import order_lines
 from benchmarks.report.groups import Group
-from benchmarks.results.scores import Measured, sample_counts, unique
+from benchmarks.results.scores import Measured, sample_counts, scores, unique
 from benchmarks.schema import Grid
 from benchmarks.settings import settings_lines
-from benchmarks.tables import frame
 from fimaq_core.errors import FimaqError
 
 
 def data_lines(measured: Sequence[Measured]) -> list[str]:
     """Return data set, split and number of samples."""
-    return unique(
-        f"{record.dataset.name}, split {record.dataset.split}, {sample_counts(record.n, record.dataset.captions)}"
-        for record in (item.record for item in measured)
-    )
+    sets = ((item.record.dataset, item.record.n) for item in measured)
+    return unique(f"{d.name}, split {d.split}, {sample_counts(n, d.captions)}" for d, n in sets)
 
 
 def note_lines(groups: Sequence[Group], metric: str, measured: Sequence[Measured]) -> list[str]:
-    """Return settings of ``groups``, the sampling error, and whether methods came out in the orders that are expected."""
+    """Return settings of ``groups``, the sampling error, and whether orders came out as expected."""
     mine = [item for group in groups for item in group.items]
     try:
         lines = settings_lines(mine)
     except FimaqError as error:  # a recipe of another version
         lines = [str(error)]
-    errors = [item.record.metrics[metric].stderr for item in measured if metric in item.record.metrics]
+    found = [item.record.metrics for item in measured if metric in item.record.metrics]
+    errors = [metrics[metric].stderr for metrics in found]
     lines.append(
-        f"Standard error of one cell from its finite number of samples: {min(errors):.2f} to {max(errors):.2f} points. Methods "
-        "are measured on the same samples, so their differences are surer than that."
+        "Standard error of one cell from its finite number of samples: "
+        f"{min(errors):.2f} to {max(errors):.2f} points. Methods are measured on the same samples, "
+        "so their differences are surer than that."
     )
     for mark in unique(item.cell.mark for item in mine if item.cell.method != "fp"):
         items = [item for item in mine if item.cell.mark == mark]
-        table = frame(items)
+        table = scores(items)
         lines += order_lines(table[table["metric"] == metric], items, mark)
     return lines
 
 
 def facts(measured: Sequence[Measured]) -> dict[str, list[str]]:
-    """Return what a reader asks first: data, machines, versions, revisions; each distinct value once."""
+    """Return what a reader asks first; each distinct value once."""
     machines = [item.record.environment for item in measured]
     versions: dict[str, dict[str, None]] = {}
     for name, version in (pair for machine in machines for pair in machine.versions.items()):
@@ -55,12 +55,13 @@ def facts(measured: Sequence[Measured]) -> dict[str, list[str]]:
     }
 
 
-def axis_tables(grid: Grid, cells: Sequence[Cell], measured: Sequence[Measured], metric: str) -> list[tuple[str, Any]]:
+def axis_tables(grid: Grid, cells: Sequence[Cell], measured: Sequence[Measured], metric: str) -> list[tuple[str, pd.DataFrame]]:
     """Return a title and a table per axis and method; none of a grid without axes."""
     tables = []
     for axis, points in grid.axes.items():
-        here = [cell for cell in cells if any(place[0] == axis for place in cell.places)]
-        for method in unique(cell.method for cell in here):
-            table = axis_table(axis, list(points), metric, measured, [cell for cell in cells if cell.method == method])
+        methods = unique(c.method for c in cells if any(place[0] == axis for place in c.places))
+        for method in methods:
+            mine = [cell for cell in cells if cell.method == method]
+            table = axis_table(axis, list(points), metric, measured, mine)
             tables.append((f"{axis}: {method}", table))
     return tables

@@ -13,38 +13,55 @@ from benchmarks.published.table import head_pair
 from benchmarks.results.scores import Measured
 
 #: Style of a verdict; others have ``none``.
-KINDS = {diff.REPRODUCED: "good", diff.ABOVE: "above", diff.BELOW: "below", diff.UNCERTAIN: "unsure"}
-HEAD = ("model", "method", "bits", "metric", "measured", "published", "difference", "verdict", "source", "reason")
+KINDS = {
+    diff.REPRODUCED: "good",
+    diff.ABOVE: "above",
+    diff.BELOW: "below",
+    diff.UNCERTAIN: "unsure",
+}
+HEAD = (
+    "model", "method", "bits", "metric", "measured", "published", "difference", "verdict",
+    "source", "reason",
+)  # fmt: skip
 
 
 def published(measured: Sequence[Measured]) -> dict[str, Any]:
-    """Compare the records of ``measured``; ``hidden`` says why values have no published number, and of how many."""
+    """Compare records; ``hidden`` says why values have no published number, and of how many."""
     found = diff.diff([item.record for item in measured])
     known = found["published"].notna()
     counts = Counter(found["verdict"][known])
     judged = counts.total() - counts[diff.NOT_COMPARABLE]
-    parts = ", ".join(f"{number} {verdict}" for verdict, number in counts.items() if number)
-    summary = (
-        f"{judged} comparisons: {parts}."
-        if judged
-        else "Nothing here is on the same data, weights, settings and bits as a published number, so there is no verdict."
-    )
-    rows = [(_cells(row), KINDS.get(row["verdict"], "none")) for row in found[known].to_dict("records")]
-    return {"head": HEAD, "rows": rows, "hidden": Counter(found["reason"][~known]).most_common(), "summary": summary}
+    parts = ", ".join(f"{number} {verdict}" for verdict, number in counts.items())
+    summary = f"{judged} comparisons: {parts}."
+    if not judged:
+        summary = "Nothing here is on the same data, weights, settings and bits as a published number, so there is no verdict."
+    return {
+        "summary": summary,
+        "head": HEAD,
+        "rows": [(_cells(row), _kind(row["verdict"])) for row in found[known].to_dict("records")],
+        "hidden": Counter(found["reason"][~known]).most_common(),
+    }
+
+
+def _kind(verdict: str) -> str:
+    return KINDS.get(verdict, "none") if verdict else ""
 
 
 def _cells(row: dict[Any, Any]) -> list[str]:
-    measured = "–" if pd.isna(row["measured"]) else f"{row['measured']:.2f} ± {row['se']:.2f}"
-    gap = "–" if pd.isna(row["difference"]) else f"{row['difference']:+.2f}"
-    source = f"{row['source']} ({', '.join(word for word in (row['variant'], row['evidence']) if word)})"
-    numbers = {"measured": measured, "published": f"{row['published']:.2f}", "difference": gap, "source": source}
-    return [str(numbers.get(name, row[name])) for name in HEAD]
+    evidence = f"{row['variant']}, {row['evidence']}" if row["variant"] else row["evidence"]
+    texts = {
+        "measured": "–" if pd.isna(row["measured"]) else f"{row['measured']:.2f} ± {row['se']:.2f}",
+        "published": f"{row['published']:.2f}",
+        "difference": "–" if pd.isna(row["difference"]) else f"{row['difference']:+.2f}",
+        "source": f"{row['source']} ({evidence})",
+    }
+    return [str(texts.get(name, row[name])) for name in HEAD]
 
 
 def published_table(layout: Layout) -> dict[str, Any]:
     """Return a published table in its own layout, with measured numbers and verdicts.
 
-    A row is ``measured``, published for ``context``, or stands ``beside`` the measured row above it.
+    A row is ``measured``, for ``context``, or ``beside`` (below) a measured row.
     """
     heads = [head_pair(layout.table.columns[column].head) for column in layout.columns]
     groups = [(name, len(list(members))) for name, members in groupby(above for above, _ in heads)]
@@ -52,9 +69,9 @@ def published_table(layout: Layout) -> dict[str, Any]:
     for row in layout.shown:
         own = row.label == row.head
         kind = "beside" if not own else "measured" if row.line.measured else "context"
-        styles = [KINDS.get(verdict, "none") if verdict else "" for verdict in row.verdicts]
+        cells = zip(row.texts, map(_kind, row.verdicts), strict=True)
         bits = bits_text(row.line.bits) if own else ""
-        rows.append({"bits": bits, "label": row.label, "kind": kind, "cells": list(zip(row.texts, styles, strict=True))})
+        rows.append({"bits": bits, "label": row.label, "kind": kind, "cells": list(cells)})
     return {
         "about": layout.table,
         "groups": groups if any(name for name, _ in groups) else [],

@@ -8,7 +8,7 @@ from benchmarks.cells import Cell
 from benchmarks.marks import optimised, special_quantizers
 from benchmarks.paired import compare
 from benchmarks.report.groups import Group, Score, columns_of, find, row_name, rows_of
-from benchmarks.results.scores import FULL, is_percent
+from benchmarks.results.scores import FULL, is_percent, metric_title
 
 #: Standard errors of a paired difference within which a method cannot be told from the best.
 _ERRORS = 2.0
@@ -18,9 +18,7 @@ class Value(NamedTuple):
     """A number in a table.
 
     Attributes:
-        text: as it is shown.
         number: what it sorts by.
-        best: whether it is the best of its column.
         near: whether it cannot be told from the best.
         link: id of its provenance; empty for none.
         title: more of it in words.
@@ -36,76 +34,76 @@ class Value(NamedTuple):
     share: float | None = None
 
 
-def wide_table(
-    id: str, caption: str, groups: Sequence[Group], cells: Sequence[Cell], metric: str, main: bool = False
-) -> dict[str, Any]:
+def wide_table(groups: Sequence[Group], cells: Sequence[Cell], metric: str, main: bool = False) -> dict[str, Any]:
     """Return mean ± sd of ``metric`` over seeds for all cells, measured or not.
 
-    In the ``main`` table numbers lead to their provenance, and those that cannot be told from the best are marked.
+    In the ``main`` table numbers lead to their provenance, and those that cannot be told from the
+    best are marked.
     """
-    columns = []
-    for found in (find(groups, column) for column in columns_of(cells)):
-        scores = {name: group.scores[metric] for name, group in found.items() if metric in group.scores}
-        best = best_of({name: score for name, score in scores.items() if found[name].cell.bits != FULL}, metric)
-        columns.append({
-            name: Value(
-                score.text, score.mean, name in best, main and _near(name, best, found),
-                found[name].id if main else "", score.error_text,
-            )
-            for name, score in scores.items()
-        })  # fmt: skip
-    return _table(id, caption, cells, columns)
+
+    def column(found: Mapping[str, Group]) -> dict[str, Value]:
+        scores = {name: g.scores[metric] for name, g in found.items() if metric in g.scores}
+        judged = {name: scores[name] for name in scores if found[name].cell.bits != FULL}
+        best = best_of(judged, metric)
+        values = {}
+        for name, score in scores.items():
+            near = main and _near(name, best, found)
+            link = found[name].id if main else ""
+            values[name] = Value(score.text, score.mean, name in best, near, link, score.error_text)
+        return values
+
+    columns = [column(find(groups, place)) for place in columns_of(cells)]
+    return _table(metric_title(metric), cells, columns, rows_of(cells))
 
 
-def recovery_table(id: str, groups: Sequence[Group], cells: Sequence[Cell], metric: str) -> dict[str, Any] | None:
-    """Return the share of full precision's score, from unrounded scores; None for metrics that are no percentages."""
-    if not is_percent(metric):
-        return None
-    columns = []
-    for found in (find(groups, column) for column in columns_of(cells)):
-        shares = {name: share for name, group in found.items() if (share := recovery(group, found.get("fp"), metric)) is not None}
+def recovery_table(groups: Sequence[Group], cells: Sequence[Cell], metric: str) -> dict[str, Any] | None:
+    """Return the percentage of full precision's score that is left; None for ranks."""
+
+    def column(found: Mapping[str, Group]) -> dict[str, Value]:
+        every = {name: recovery(group, found.get("fp"), metric) for name, group in found.items()}
+        shares = {name: share for name, share in every.items() if share is not None}
         judged = [share for name, share in shares.items() if found[name].cell.bits != FULL]
         best = f"{max(judged):.2f}" if len(judged) > 1 else ""
-        columns.append({
-            name: Value(text, share, text == best and found[name].cell.bits != FULL, share=min(100.0, max(0.0, share)))
-            for name, share in shares.items()
-            for text in (f"{share:.2f}",)
-        })  # fmt: skip
-    table = _table(id, f"Percent of full precision's {metric}", cells, columns)
-    return table | {"rows": [row for row in table["rows"] if row["method"] != "fp"]}
+        values = {}
+        for name, share in shares.items():
+            is_best = f"{share:.2f}" == best and found[name].cell.bits != FULL
+            values[name] = Value(f"{share:.2f}", share, is_best, share=min(100.0, max(0.0, share)))
+        return values
+
+    columns = [column(find(groups, place)) for place in columns_of(cells)]
+    rows = [name for name in rows_of(cells) if name != "fp"] if is_percent(metric) else []
+    caption = f"Percent of full precision's {metric}"
+    return _table(caption, cells, columns, rows) if rows else None
 
 
-def _table(id: str, caption: str, cells: Sequence[Cell], filled: Sequence[Mapping[str, Value]]) -> dict[str, Any]:
-    """Return what the template shows; ``filled`` has each column's values by row."""
+def _table(caption: str, cells: Sequence[Cell], filled: Sequence[Mapping[str, Value]], rows: Sequence[str]) -> dict[str, Any]:
+    """Return what the template shows; ``filled`` has the values of each column by row."""
     recipes = {row_name(cell): cell.request.recipe for cell in cells}
     columns = columns_of(cells)
     return {
-        "id": id,
         "caption": caption,
         "columns": columns,
-        "heads": [(subject, len(list(same))) for subject, same in groupby(column.subject for column in columns)],
-        "rows": [
-            {
-                "method": name,
-                "cells": [values.get(name) for values in filled],
-                "marks": (special_quantizers(recipes[name]), optimised(recipes[name])),
-            }
-            for name in rows_of(cells)
-        ],
+        "heads": [(name, len(list(same))) for name, same in groupby(c.subject for c in columns)],
+        "rows": [(name, [values.get(name) for values in filled]) for name in rows],
+        "marks": {name: (special_quantizers(r), optimised(r)) for name, r in recipes.items()},
     }
 
 
 def best_of(scores: Mapping[str, Score], metric: str) -> list[str]:
-    """Return the names of the best, the first and all that two decimals do not tell from it; none of fewer than two."""
+    """Return the best and all that two decimals do not tell from it; none of fewer than two."""
     if len(scores) < 2:
         return []
     best = (max if is_percent(metric) else min)(scores, key=lambda name: scores[name].mean)
-    same = [name for name, score in scores.items() if f"{score.mean:.2f}" == f"{scores[best].mean:.2f}"]
+    text = f"{scores[best].mean:.2f}"
+    same = [name for name, score in scores.items() if f"{score.mean:.2f}" == text]
     return [best, *(name for name in same if name != best)]
 
 
 def _near(name: str, best: Sequence[str], found: Mapping[str, Group]) -> bool:
-    """Return whether a difference is within two paired standard errors over the same samples; no where that is not known."""
+    """Return whether a difference to the best is within two standard errors over the samples.
+
+    No where it is not known.
+    """
     if not best or name in best or found[name].cell.bits == FULL:
         return False
     difference = compare(found[best[0]].items, found[name].items)
@@ -113,12 +111,16 @@ def _near(name: str, best: Sequence[str], found: Mapping[str, Group]) -> bool:
 
 
 def recovery(group: Group, full: Group | None, metric: str) -> float | None:
-    """Return percent of full precision's score, mean over seeds; None for full precision itself, or without its score."""
+    """Return percent of full precision's score, from unrounded scores, mean over seeds.
+
+    None for full precision itself, or without its score.
+    """
     if group.cell.method == "fp":
         return None
     shares = []
+    beside = None if full is None else full.items[0].record.metrics.get(metric)
     for record in (item.record for item in group.items):
-        base = record.fp_metrics.get(metric) or (full.items[0].record.metrics.get(metric) if full is not None else None)
+        base = record.fp_metrics.get(metric, beside)
         if metric in record.metrics and base is not None and base.value > 0:
             shares.append(100 * record.metrics[metric].value / base.value)
     return sum(shares) / len(shares) if shares else None
