@@ -12,8 +12,8 @@ from benchmarks.console import user_errors
 from benchmarks.costs import REFERENCE
 from benchmarks.engines.ray_cluster import check_folder
 from benchmarks.faults.kills import measure
-from benchmarks.reference import machine
-from benchmarks.tables import write_text
+from benchmarks.results.reference import machine
+from benchmarks.results.scores import write_text
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from benchmarks.cells import CellName
-from benchmarks.diff import (
+from benchmarks.compare.published import (
     ABOVE,
     BELOW,
     NOT_COMPARABLE,
@@ -19,9 +19,8 @@ from benchmarks.diff import (
     measurements,
 )
 from benchmarks.names import UNSTATED, load_names
-from benchmarks.orders import count
 from benchmarks.published.table import FULL, Line, PublishedTable, TableCell, head_text
-from benchmarks.tables import Measured, unique
+from benchmarks.results.scores import Measured, count, unique
 from tasks.common.record import ResultRecord
 
 NOT_MEASURED = "not measured"

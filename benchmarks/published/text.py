@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmarks import latex, tables
-from benchmarks.diff import NOT_COMPARABLE
+from benchmarks.compare.published import NOT_COMPARABLE
 from benchmarks.published.layout import NOT_MEASURED, NOTHING, Entry, Layout, line_text
 from benchmarks.published.table import head_pair, head_text
-from benchmarks.summary import data_lines
+from benchmarks.results import scores
+from benchmarks.tables import latex
+from benchmarks.tables import markdown as md
+from benchmarks.tables.summary import data_lines
 
 COLUMNS = [
     "row",
@@ -48,7 +50,7 @@ def markdown(layout: Layout, width: int | None = None) -> str:
     parts = [
         f"# {table.title}",
         f"{table.caption} Source: {table.paper}.",
-        *(tables.markdown(_without_empty(part)) for part in tables.cut(body, width)),
+        *(md.markdown(_without_empty(part)) for part in md.cut(body, width)),
         "\n".join(f"- {line}" for line in lines),
     ]
     return "\n\n".join(parts) + "\n"
@@ -69,7 +71,7 @@ def csv(layout: Layout) -> str:
     entries = layout.entries.values()
     rows = [_row(layout, e) for e in entries if e.item is not None or e.published is not None]
     table = pd.DataFrame(rows, columns=COLUMNS).astype({"seeds": "Int64", "n": "Int64"})
-    return tables.csv_text(table)
+    return scores.csv_text(table)
 
 
 def _row(layout: Layout, entry: Entry) -> dict[str, object]:
@@ -146,5 +148,5 @@ def write(layout: Layout, folder: Path) -> list[Path]:
     paths = []
     for ending, text in texts.items():
         paths.append(folder / f"{layout.table.name}.{ending}")
-        tables.write_text(paths[-1], text)
+        scores.write_text(paths[-1], text)
     return paths

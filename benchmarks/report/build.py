@@ -7,7 +7,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks import reference
 from benchmarks.cells import Adapter, RunOptions
 from benchmarks.published.layout import Layout
 from benchmarks.published.table import PublishedTable
@@ -18,6 +17,7 @@ from benchmarks.report.notes import axis_tables, data_lines, facts, note_lines
 from benchmarks.report.provenance import CODE, module_maps, origin
 from benchmarks.report.published import published, published_table
 from benchmarks.report.tables import recovery_table, wide_table
+from benchmarks.results import reference
 from benchmarks.results.scores import FULL, main_metric, metric_title, scores, unique, write_text
 from benchmarks.schema import Grid
 from fimaq_core.errors import FimaqError
@@ -58,7 +58,9 @@ def write_report(
     return gathered
 
 
-def make_page(gathered: Gathered, get: examples.Fetch, table: PublishedTable | None) -> dict[str, Any]:
+def make_page(
+    gathered: Gathered, get: examples.Fetch, table: PublishedTable | None
+) -> dict[str, Any]:
     """Compute everything the page shows."""
     grid, measured = gathered.grid, gathered.measured
     groups = make_groups(measured)

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 
 from benchmarks.report import charts
-from benchmarks.report.groups import Column, Group, columns_of, find
+from benchmarks.report.groups import Group, find
 from benchmarks.report.tables import best_of
-from benchmarks.results.scores import FULL, is_percent, unique
+from benchmarks.results.scores import FULL, Column, columns_of, is_percent, unique
 from benchmarks.units import duration, size_text
 from fimaq_core.recipe import OFF
 
@@ -58,7 +58,8 @@ def dot_figures(groups: Sequence[Group], metric: str, looks: Looks) -> Iterator[
         order = sorted(scores, key=lambda name: scores[name].mean, reverse=is_percent(metric))
         texts = [scores[name].text for name in order]
         rows = [
-            _row(found[name], metric, looks) | {"text": text, "seeds": scores[name].seeds > 1, "best": name in best}
+            _row(found[name], metric, looks)
+            | {"text": text, "seeds": scores[name].seeds > 1, "best": name in best}
             for name, text in zip(order, texts, strict=True)
         ]
         alt = (
@@ -77,7 +78,8 @@ def cost_figures(groups: Sequence[Group], metric: str, looks: Looks) -> Iterator
     """Yield scores against seconds, with the Pareto front."""
     for column, found in _columns(groups):
         rows = [
-            _row(group, metric, looks, time=f", {duration(group.seconds)}") | {"cost": group.seconds}
+            _row(group, metric, looks, time=f", {duration(group.seconds)}")
+            | {"cost": group.seconds}
             for group in _scored(found, metric).values()
             if group.seconds > 0
         ]
@@ -87,7 +89,10 @@ def cost_figures(groups: Sequence[Group], metric: str, looks: Looks) -> Iterator
         front = pareto(rows, is_percent(metric))
         rows = [row | {"best": row["name"] in front} for row in rows]
         alt = f"{metric} of {column.subject} at {column.bits} against seconds; on the Pareto front: {', '.join(front)}."
-        table = [[row["name"], f"{row['value']:.2f}", duration(row["cost"]), _YES[row["best"]]] for row in rows]
+        table = [
+            [row["name"], f"{row['value']:.2f}", duration(row["cost"]), _YES[row["best"]]]
+            for row in rows
+        ]
         axis = "seconds per cell (logarithmic)"
         chart = charts.scatter_chart(rows, _level(found, metric), axis, alt)
         yield Figure(column, chart, ["method", metric, "time", "on the front"], table)
@@ -155,7 +160,9 @@ def stage_colours(groups: Sequence[Group]) -> dict[str, str]:
     return {kind: f"c{index % charts.COLOURS}" for index, kind in order if kind in kinds}
 
 
-def stage_figures(groups: Sequence[Group], colours: Looks, memory: bool = False) -> Iterator[Figure]:
+def stage_figures(
+    groups: Sequence[Group], colours: Looks, memory: bool = False
+) -> Iterator[Figure]:
     """Yield seconds of each method's stages and their sum, or ``memory``: peaks and the largest."""
     what, total = ("Peak memory", max) if memory else ("Seconds", sum)
     text: Callable[[float], str] = size_text if memory else duration
@@ -174,15 +181,21 @@ def stage_figures(groups: Sequence[Group], colours: Looks, memory: bool = False)
                 top = max(kinds, key=lambda kind: kinds[kind])
                 kinds = {top: kinds[top]}
             rows += [
-                {"name": name, "value": unit * mean, "look": colours[kind]} | {"title": f"{name}, {kind}: {text(mean)}"}
+                {"name": name, "value": unit * mean, "look": colours[kind]}
+                | {"title": f"{name}, {kind}: {text(mean)}"}
                 for kind, mean in kinds.items()
             ]
         totals = {name: total(means.values()) for name, means in stages.items()}
         top = max(totals, key=lambda name: totals[name])
         alt = f"{what} by stage of {column.subject} at {column.bits}; most has {top} with {text(totals[top])}."
         heads = unique(stage for means in stages.values() for stage in means)
-        texts = {(name, stage): text(mean) for name in stages for stage, mean in stages[name].items()}
-        table = [[name, *(texts.get((name, head), "–") for head in heads), text(totals[name])] for name in stages]
+        texts = {
+            (name, stage): text(mean) for name in stages for stage, mean in stages[name].items()
+        }
+        table = [
+            [name, *(texts.get((name, head), "–") for head in heads), text(totals[name])]
+            for name in stages
+        ]
         chart = charts.bar_chart(rows, lambda value: text(value / unit), alt)
         yield Figure(column, chart, ["method", *heads, "most" if memory else "all"], table)
 
@@ -212,7 +225,11 @@ def _columns(groups: Sequence[Group]) -> Iterator[tuple[Column, dict[str, Group]
 
 def _scored(found: Mapping[str, Group], metric: str) -> dict[str, Group]:
     """Return the quantized groups that have ``metric``."""
-    return {name: group for name, group in found.items() if group.cell.bits != FULL and metric in group.scores}
+    return {
+        name: group
+        for name, group in found.items()
+        if group.cell.bits != FULL and metric in group.scores
+    }
 
 
 def _row(group: Group, metric: str, looks: Looks, bits: str = "", time: str = "") -> dict[str, Any]:

@@ -9,11 +9,11 @@ from typing import NamedTuple
 from benchmarks.cells import Cell
 from benchmarks.results.scores import (
     FULL,
+    Column,
     Measured,
     in_order,
     over_seeds,
     scores,
-    unique,
     value_text,
 )
 from tasks.common.record import own_seconds
@@ -94,32 +94,11 @@ def rows_of(cells: Iterable[Cell]) -> list[str]:
     points: dict[str, dict[str, None]] = {}
     for cell in cells:
         points.setdefault(cell.method, {})[row_name(cell)] = None
-    return [name for method in in_order(points) for name in sorted(points[method], key=lambda name: name != method)]
-
-
-class Column(NamedTuple):
-    """A column of a table; the subject is the model with its scope."""
-
-    subject: str
-    model: str
-    bits: str
-
-    @property
-    def title(self) -> str:
-        """Subject and bits."""
-        return self.subject if self.bits == FULL else f"{self.subject} {self.bits}"
-
-
-def columns_of(cells: Sequence[Cell]) -> list[Column]:
-    """Return subjects in order with their bits, or one column where nothing has bits."""
-    columns = []
-    for model in unique(cell.model for cell in cells):
-        mine = [cell for cell in cells if cell.model == model]
-        for subject in unique(cell.subject for cell in mine if cell.method != "fp") or [model]:
-            bits = (cell.bits for cell in mine if cell.subject == subject)
-            here = unique(name for name in bits if name != FULL) or [FULL]
-            columns += [Column(subject, model, name) for name in here]
-    return columns
+    return [
+        name
+        for method in in_order(points)
+        for name in sorted(points[method], key=lambda name: name != method)
+    ]
 
 
 def find(groups: Iterable[Group], column: Column) -> dict[str, Group]:

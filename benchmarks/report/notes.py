@@ -4,13 +4,14 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from benchmarks.ablation import axis_table
 from benchmarks.cells import Cell
-from benchmarks.orders import order_lines
 from benchmarks.report.groups import Group
 from benchmarks.results.scores import Measured, sample_counts, scores, unique
 from benchmarks.schema import Grid
-from benchmarks.settings import settings_lines
+from benchmarks.tables.ablation import axis_table, methods_on
+from benchmarks.tables.order import order_lines
+from benchmarks.tables.settings import settings_lines
+from benchmarks.tables.summary import sampling_line
 from fimaq_core.errors import FimaqError
 
 
@@ -27,13 +28,8 @@ def note_lines(groups: Sequence[Group], metric: str, measured: Sequence[Measured
         lines = settings_lines(mine)
     except FimaqError as error:  # a recipe of another version
         lines = [str(error)]
-    found = [item.record.metrics for item in measured if metric in item.record.metrics]
-    errors = [metrics[metric].stderr for metrics in found]
-    lines.append(
-        "Standard error of one cell from its finite number of samples: "
-        f"{min(errors):.2f} to {max(errors):.2f} points. Methods are measured on the same samples, "
-        "so their differences are surer than that."
-    )
+    table = scores(measured)
+    lines.append(sampling_line(table.loc[table["metric"] == metric, "stderr"]))
     for mark in unique(item.cell.mark for item in mine if item.cell.method != "fp"):
         items = [item for item in mine if item.cell.mark == mark]
         table = scores(items)
@@ -55,12 +51,13 @@ def facts(measured: Sequence[Measured]) -> dict[str, list[str]]:
     }
 
 
-def axis_tables(grid: Grid, cells: Sequence[Cell], measured: Sequence[Measured], metric: str) -> list[tuple[str, pd.DataFrame]]:
+def axis_tables(
+    grid: Grid, cells: Sequence[Cell], measured: Sequence[Measured], metric: str
+) -> list[tuple[str, pd.DataFrame]]:
     """Return a title and a table per axis and method; none of a grid without axes."""
     tables = []
     for axis, points in grid.axes.items():
-        methods = unique(c.method for c in cells if any(place[0] == axis for place in c.places))
-        for method in methods:
+        for method in methods_on(axis, cells):
             mine = [cell for cell in cells if cell.method == method]
             table = axis_table(axis, list(points), metric, measured, mine)
             tables.append((f"{axis}: {method}", table))

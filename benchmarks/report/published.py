@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks import diff
+from benchmarks.compare import published as diff
 from benchmarks.published.layout import Layout, bits_text
 from benchmarks.published.table import head_pair
 from benchmarks.results.scores import Measured

@@ -5,10 +5,10 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 from benchmarks.cells import Cell
-from benchmarks.marks import optimised, special_quantizers
-from benchmarks.paired import compare
-from benchmarks.report.groups import Group, Score, columns_of, find, row_name, rows_of
-from benchmarks.results.scores import FULL, is_percent, metric_title
+from benchmarks.report.groups import Group, Score, find, row_name, rows_of
+from benchmarks.results.outcomes import compare
+from benchmarks.results.scores import FULL, columns_of, is_percent, metric_title
+from benchmarks.tables.settings import optimised, special_quantizers
 
 #: Standard errors of a paired difference within which a method cannot be told from the best.
 _ERRORS = 2.0
@@ -34,7 +34,9 @@ class Value(NamedTuple):
     share: float | None = None
 
 
-def wide_table(groups: Sequence[Group], cells: Sequence[Cell], metric: str, main: bool = False) -> dict[str, Any]:
+def wide_table(
+    groups: Sequence[Group], cells: Sequence[Cell], metric: str, main: bool = False
+) -> dict[str, Any]:
     """Return mean ± sd of ``metric`` over seeds for all cells, measured or not.
 
     In the ``main`` table numbers lead to their provenance, and those that cannot be told from the
@@ -56,7 +58,9 @@ def wide_table(groups: Sequence[Group], cells: Sequence[Cell], metric: str, main
     return _table(metric_title(metric), cells, columns, rows_of(cells))
 
 
-def recovery_table(groups: Sequence[Group], cells: Sequence[Cell], metric: str) -> dict[str, Any] | None:
+def recovery_table(
+    groups: Sequence[Group], cells: Sequence[Cell], metric: str
+) -> dict[str, Any] | None:
     """Return the percentage of full precision's score that is left; None for ranks."""
 
     def column(found: Mapping[str, Group]) -> dict[str, Value]:
@@ -76,7 +80,9 @@ def recovery_table(groups: Sequence[Group], cells: Sequence[Cell], metric: str) 
     return _table(caption, cells, columns, rows) if rows else None
 
 
-def _table(caption: str, cells: Sequence[Cell], filled: Sequence[Mapping[str, Value]], rows: Sequence[str]) -> dict[str, Any]:
+def _table(
+    caption: str, cells: Sequence[Cell], filled: Sequence[Mapping[str, Value]], rows: Sequence[str]
+) -> dict[str, Any]:
     """Return what the template shows; ``filled`` has the values of each column by row."""
     recipes = {row_name(cell): cell.request.recipe for cell in cells}
     columns = columns_of(cells)

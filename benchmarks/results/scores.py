@@ -3,14 +3,16 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from benchmarks.cells import MAIN_METRIC, Adapter, Cell, Key, finished
+from fimaq_core.errors import FimaqError
 from fimaq_core.files import replaced_whole
 from fimaq_core.recipe import METHODS, OFF
-from tasks.common.record import ResultRecord, bits_name
+from tasks.common.record import ResultRecord, bits_name, read_record
 
 #: Columns of the tables in ``results/tables``.
 COLUMNS = [
@@ -19,6 +21,14 @@ COLUMNS = [
 ]  # fmt: skip
 #: Columns that cells share which differ only in their seed.
 CELL = ["task", "dataset", "model", "method", "variant", "bits", "metric"]
+#: Metrics side by side in a small table: the directions of retrieval, boxes and masks.
+PAIRS = {
+    "Image to text / text to image R@1": ("i2t_R@1", "t2i_R@1"),
+    "Box / mask AP": ("AP_box", "AP_mask"),
+}
+#: Methods that stop after calibration or a closed-form refit, and methods that optimise blocks.
+CALIBRATION_ONLY = ("rtn", "repq", "ptq4vit", "adalog", "erq")
+RECONSTRUCTION = ("brecq", "qdrop", "pdquant", "aphq", "fimaq", "lsvit", "adalog-recon")
 #: Name of the bits of what is not quantized.
 FULL = bits_name(OFF, OFF)
 
@@ -39,6 +49,17 @@ def collect(cells: Iterable[Cell], adapter: Adapter) -> list[Measured]:
         distinct.setdefault(cell.key, cell)
     found = ((cell, finished(cell, adapter)) for cell in distinct.values())
     return [Measured(cell, *it) for cell, it in found if it is not None]
+
+
+def read_records(root: Path) -> tuple[list[tuple[Path, ResultRecord]], list[str]]:
+    """Return all records under ``root`` with their files, and a message for each unreadable one."""
+    records, problems = [], []
+    for path in sorted(root.rglob("result.json")):
+        try:
+            records.append((path, read_record(path)))
+        except FimaqError as error:
+            problems.append(str(error))
+    return records, problems
 
 
 def scores(measured: Iterable[Measured]) -> pd.DataFrame:
@@ -69,14 +90,20 @@ def record_scores(records: Iterable[ResultRecord]) -> pd.DataFrame:
             record.task, record.dataset.name, record.model, record.method, record.variant,
             record.w_bit, record.a_bit, record.seed,
         )  # fmt: skip
-        bits, scope = bits_name(record.w_bit, record.a_bit), (record.recipe or {}).get("scope")
+        scope = (record.recipe or {}).get("scope") or ""
         for name, metric in record.metrics.items():
             full = metric if record.method == "fp" else record.fp_metrics.get(name)
             score = (name, metric.value, metric.stderr, record.n, full and full.value)
-            rows.append((*shared, *score, bits, scope or "", place))
-    table = pd.DataFrame(rows, columns=[*COLUMNS, "bits", "scope", "item"])
+            rows.append((*shared, *score, scope, place))
+    table = pd.DataFrame(rows, columns=[*COLUMNS, "scope", "item"])
     numbers = dict.fromkeys(("value", "stderr", "fp_value"), float)
-    return table.astype({"seed": "Int64", **numbers})
+    return with_bits(table.astype({"seed": "Int64", **numbers}))
+
+
+def with_bits(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a copy with the column ``bits``: ``fp``, ``w3a3`` and so on."""
+    pairs = zip(table["w_bit"], table["a_bit"], strict=True)
+    return table.assign(bits=[bits_name(int(w), int(a)) for w, a in pairs])
 
 
 def over_seeds(table: pd.DataFrame, by: Sequence[str] = CELL) -> pd.DataFrame:
@@ -152,6 +179,25 @@ def in_order(methods: Iterable[str]) -> list[str]:
     known = ["fp", *METHODS]
     places = {name: place for place, name in enumerate(known)}
     return sorted(unique(methods), key=lambda name: places.get(name, len(known)))
+
+
+class Column(NamedTuple):
+    """A column of a table: a subject at some bits, and the subject's model."""
+
+    subject: str
+    model: str
+    bits: str
+
+
+def columns_of(cells: Sequence[Cell]) -> list[Column]:
+    """Return the columns of tables: subjects by model, each with its bits."""
+    columns = []
+    for model in unique(cell.model for cell in cells):
+        mine = [cell for cell in cells if cell.model == model]
+        for subject in unique(cell.subject for cell in mine if cell.method != "fp") or [model]:
+            own = [cell.bits for cell in mine if cell.subject == subject and cell.bits != FULL]
+            columns += [Column(subject, model, bits) for bits in unique(own) or [FULL]]
+    return columns
 
 
 def csv_text(table: pd.DataFrame) -> str:

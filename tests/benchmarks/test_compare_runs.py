@@ -83,7 +83,7 @@ def test_records_are_paired_by_what_they_share(tmp_path: Path):
     for pair in pairing.pairs:
         for seed, mine in pair.a.items():
             assert (mine.record.seed, pair.b[seed].record.seed) == (seed, seed)
-            assert (mine.method, pair.b[seed].method) == ("fimaq", "qdrop")
+            assert (mine.record.method, pair.b[seed].record.method) == ("fimaq", "qdrop")
 
 
 def test_the_method_tells_records_apart_only_where_a_side_has_several(tmp_path: Path):

@@ -8,11 +8,12 @@ import benchmark_fakes as fakes
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import latex, summary, tables
 from benchmarks.cells import Cell, RunOptions
 from benchmarks.cli import cli
-from benchmarks.commands import title, write_tables
 from benchmarks.grid import Filters, expand, load_grid, parse_grid
+from benchmarks.results import scores
+from benchmarks.tables import latex, summary
+from benchmarks.tables.files import title, write_tables
 from tasks.common.record import Metric
 
 GRID = {
@@ -193,10 +194,10 @@ def test_tables_are_made_anew_from_records(tmp_path: Path):
         return CliRunner().invoke(cli, ["tables", "--profile", "demo", "--results", str(tmp_path), *arguments], obj=fakes.ADAPTER)
 
     everything = expand(grid, Filters(), RunOptions(results=tmp_path))
-    measured = tables.collect(everything, fakes.ADAPTER)
+    measured = scores.collect(everything, fakes.ADAPTER)
     texts = {
         "md": summary.report(title(grid), measured, everything, axes=grid.axes),
-        "csv": tables.csv_text(tables.frame(measured)[tables.COLUMNS]),
+        "csv": scores.csv_text(scores.scores(measured)[scores.COLUMNS]),
         "latex": latex.report("demo", measured, everything, grid.axes),
     }
     for name, text in texts.items():

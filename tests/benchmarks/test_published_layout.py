@@ -21,7 +21,7 @@ from benchmarks.published import text
 from benchmarks.published.layout import Layout
 from benchmarks.published.table import PublishedTable, load_table
 from benchmarks.report.build import write_report
-from benchmarks.tables import Measured
+from benchmarks.results.scores import Measured
 from tasks.common.folders import open_folder
 from tasks.common.imagenet import wordnet_ids
 from tasks.common.record import Dataset

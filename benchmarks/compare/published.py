@@ -1,6 +1,7 @@
 """Measured against published numbers: like with like, two-sided, each verdict with its tolerance and its reason."""
 
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from benchmarks.names import PUBLISHED, UNSTATED, Names, load_names
 from fimaq_core.errors import FimaqError
 from fimaq_core.recipe import METHODS, Recipe
 from tasks.common import registry
-from tasks.common.record import ResultRecord, bits_name, read_record, recipe_of
+from tasks.common.record import ResultRecord, bits_name, recipe_of
 
 COLUMNS = [
     "task", "dataset", "model", "method", "bits", "metric", "measured", "se", "seeds", "published", "variant", "source",
@@ -54,7 +55,9 @@ class Measurement:
     @property
     def se(self) -> float:
         """Standard error of the mean: sampling and seeds together."""
-        return math.hypot(self.sampling, 0.0 if self.spread is None else self.spread / math.sqrt(self.seeds))
+        return math.hypot(
+            self.sampling, 0.0 if self.spread is None else self.spread / math.sqrt(self.seeds)
+        )
 
 
 @dataclass(frozen=True)
@@ -79,22 +82,15 @@ class Judgement:
         return "; ".join((self.rule, *self.remarks))
 
 
-def read_records(root: Path) -> tuple[list[ResultRecord], list[str]]:
-    """Return every record under ``root`` and a message for each that cannot be read."""
-    records, problems = [], []
-    for path in sorted(root.rglob("result.json")):
-        try:
-            records.append(read_record(path))
-        except FimaqError as error:
-            problems.append(str(error))
-    return records, problems
-
-
 def measurements(records: Iterable[ResultRecord]) -> list[Measurement]:
     """Average over seeds whatever differs in nothing but the seed."""
     groups: dict[tuple[object, ...], dict[int | None, ResultRecord]] = {}
     for record in records:
-        recipe = None if record.recipe is None else {k: v for k, v in record.recipe.items() if k != "seed"}
+        recipe = (
+            None
+            if record.recipe is None
+            else {k: v for k, v in record.recipe.items() if k != "seed"}
+        )
         key = (
             record.task, record.dataset.fingerprint, record.dataset.name, record.dataset.split, record.model, record.method,
             record.w_bit, record.a_bit, record.variant, record.weights.sha256, repr(sorted((recipe or {}).items())),
@@ -125,14 +121,24 @@ def published_rows() -> pd.DataFrame:
 
 def changed_settings(recipe: Recipe, task: str) -> dict[str, object]:
     """Return the settings that are not the method's released ones on ``task`` and bear on the result."""
-    idle = () if recipe.reconstruct else ("reconstruction",) if recipe.reconstruct_mlp else ("reconstruction", "loss")
+    idle = (
+        ()
+        if recipe.reconstruct
+        else ("reconstruction",)
+        if recipe.reconstruct_mlp
+        else ("reconstruction", "loss")
+    )
 
     def bears(name: str) -> bool:
         if name in ("reconstruct", "reconstruct_mlp", "refit"):
             return True
         return recipe.reconstruct_mlp if name.startswith("mlp_") else _group(name) not in idle
 
-    return {name: value for name, value in recipe.changes(registry.defaults(task)).items() if bears(name)}
+    return {
+        name: value
+        for name, value in recipe.changes(registry.defaults(task)).items()
+        if bears(name)
+    }
 
 
 def _group(field: str) -> str:
@@ -169,7 +175,9 @@ def unlike(item: Measurement, names: Names) -> str | None:
         return "the record's recipe is not one of this version"
     changes = changed_settings(recipe, record.task) if recipe is not None else {}
     if changes:
-        return "settings changed from the released ones: " + ", ".join(f"{name} {value}" for name, value in changes.items())
+        return "settings changed from the released ones: " + ", ".join(
+            f"{name} {value}" for name, value in changes.items()
+        )
     return None
 
 
@@ -189,7 +197,11 @@ def _rows_for(item: Measurement, rows: pd.DataFrame, names: Names) -> pd.DataFra
     Full precision has no scope, so rows of every scope are its own; rows that leave the scope open are there for all.
     """
     record = item.record
-    methods = [name for name, entry in names.methods.items() if record.method in (entry.id, *entry.comparable.values())]
+    methods = [
+        name
+        for name, entry in names.methods.items()
+        if record.method in (entry.id, *entry.comparable.values())
+    ]
     own = names.models_for(record.model)
     models = [
         name
@@ -206,7 +218,9 @@ def _rows_for(item: Measurement, rows: pd.DataFrame, names: Names) -> pd.DataFra
     ]  # fmt: skip
 
 
-def diff(records: Sequence[ResultRecord], rows: pd.DataFrame | None = None, names: Names | None = None) -> pd.DataFrame:
+def diff(
+    records: Sequence[ResultRecord], rows: pd.DataFrame | None = None, names: Names | None = None
+) -> pd.DataFrame:
     """Compare records with published numbers.
 
     A verdict is ``reproduced`` where the difference is within 0.3 points or two standard errors of the measured mean
@@ -250,7 +264,9 @@ def _context(records: Iterable[ResultRecord], rows: pd.DataFrame, names: Names) 
     unstated = rows[(rows["model"] == UNSTATED) & (rows["w_bit"] == 0) & (rows["a_bit"] == 0)]
     for task, dataset in dict.fromkeys((record.task, record.dataset.name) for record in records):
         for their_task, name, entry in names.published_on(task, dataset):
-            for row in unstated[(unstated["task"] == their_task) & (unstated["dataset"] == name)].to_dict("records"):
+            for row in unstated[
+                (unstated["task"] == their_task) & (unstated["dataset"] == name)
+            ].to_dict("records"):
                 method, metric = names.methods.get(str(row["method"])), str(row["metric"])
                 found.append([
                     task, dataset, UNSTATED, row["method"] if method is None else method.id, UNSTATED,
@@ -287,3 +303,49 @@ def judge(item: Measurement, row: Mapping[Any, Any], names: Names) -> Judgement:
         remarks.append("one seed, so the spread over seeds is not counted")
     note = names.datasets[str(row["task"])][str(row["dataset"])].notes.get(str(row["method"]))
     return Judgement(verdict, gap, rule, tuple(remarks if note is None else [*remarks, note]))
+
+
+def run_diff(results: Path, show_all: bool, nothing: int = 2) -> int:
+    """Compare all records with published numbers, print and write the table, and return the exit code.
+
+    Args:
+        results: root of what runs wrote.
+        show_all: also list what has no published number.
+        nothing: the exit code where nothing is comparable.
+    """
+    from tabulate import tabulate  # type: ignore[import-untyped, unused-ignore]
+
+    from benchmarks.results.scores import csv_text, read_records, write_text
+
+    found, problems = read_records(results / "runs")
+    records = [record for _, record in found]
+    for problem in problems:
+        print(f"warning: {problem}", file=sys.stderr)
+    if not records:
+        print(
+            f"Nothing is comparable yet: nothing is measured under {results / 'runs'}. Run `make reproduce-table` first."
+        )
+        return nothing
+    table = diff(records)
+    path = results / "tables" / "diff.csv"
+    write_text(path, csv_text(table))
+    judged = table[table["verdict"] != NOT_COMPARABLE]
+    shown = table if show_all else table[table["published"].notna()]
+    if not shown.empty:
+        columns = [name for name in COLUMNS if name not in ("task", "dataset", "seeds")]
+        print(tabulate(shown[columns].fillna("").values.tolist(), headers=columns, floatfmt=".2f"))
+        print()
+    hidden = table[~table.index.isin(shown.index)]
+    for reason, count in hidden["reason"].value_counts().items():
+        print(f"{count} measured values: {reason}.")
+    if judged.empty:
+        print(
+            "Nothing is comparable yet: no measured number is on the same data, weights, settings and bits as a published one. "
+            "For that: make reproduce-table TABLE=fimaq IMAGENET=/path/to/imagenet"
+        )
+        return nothing
+    counts = ", ".join(
+        f"{count} {verdict}" for verdict, count in judged["verdict"].value_counts().items()
+    )
+    print(f"{len(judged)} comparisons: {counts}. Table: {path}")
+    return 0 if (judged["verdict"] == REPRODUCED).all() else 1

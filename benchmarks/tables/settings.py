@@ -1,0 +1,118 @@
+"""Settings of methods in tables: their marks, and what they share or change of released settings."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import pandas as pd
+
+from benchmarks.cells import Cell
+from benchmarks.results.scores import Measured, in_order, unique
+from fimaq_core.recipe import METHODS, Recipe, make_recipe
+from tasks.common import registry
+from tasks.common.record import recipe_of
+
+#: Columns of :func:`marks`.
+MARKS = ("special quantizers", "optimised")
+#: Settings that are always named, because numbers depend on them most.
+_ALWAYS = (
+    "steps", "batch_size", "calibration_images", "calibration_transform", "lr_alpha", "lr_scale",
+    "mlp_steps", "mlp_lr",
+)  # fmt: skip
+
+
+def special_quantizers(recipe: Recipe | None) -> str:
+    """Return the places of non-uniform quantizers, such as ``softmax, GELU``, or ``-``."""
+    if recipe is None:
+        return "-"
+    places = {"softmax": recipe.softmax_quantizer, "GELU": recipe.gelu_quantizer}
+    return ", ".join(name for name, kind in places.items() if kind != "uniform") or "-"
+
+
+def optimised(recipe: Recipe | None) -> str:
+    """Return what is optimised after calibration, such as ``blocks + MLPs``, or ``-``."""
+    if recipe is None:
+        return "-"
+    parts = {
+        "blocks": recipe.reconstruct,
+        "MLPs": recipe.reconstruct_mlp,
+        "weights": recipe.refit,
+    }
+    return " + ".join(name for name, wanted in parts.items() if wanted) or "-"
+
+
+def marks(cells: Sequence[Cell]) -> pd.DataFrame:
+    """Return methods × :data:`MARKS`, in the order of tables, measured or not."""
+    recipes = {cell.method: cell.request.recipe for cell in reversed(cells)}
+    methods = in_order(recipes)
+    rows = [(special_quantizers(recipes[name]), optimised(recipes[name])) for name in methods]
+    return pd.DataFrame(rows, columns=list(MARKS), index=pd.Index(methods, name="method"))
+
+
+def settings_lines(mine: Sequence[Measured]) -> list[str]:
+    """Return lines on settings and seeds of a section: shared by all methods, then different."""
+    by_method: dict[str, list[Recipe]] = {}
+    usual = registry.defaults(mine[0].cell.task) if mine else {}
+    for item in mine:
+        recipe = recipe_of(item.record)
+        if recipe is None or recipe.method not in METHODS:
+            continue
+        if recipe.reconstruct or recipe.reconstruct_mlp:
+            by_method.setdefault(recipe.method, []).append(recipe)
+    methods = in_order(by_method)
+    # Released settings depend on the bits of weights alone.
+    released = {
+        method: [
+            make_recipe(method, usual, {"w_bits": bits})
+            for bits in dict.fromkeys(recipe.w_bits for recipe in recipes)
+        ]
+        for method, recipes in by_method.items()
+    }
+    changed = [
+        name for found in by_method.values() for recipe in found for name in recipe.changes(usual)
+    ]
+    parts = []
+    for name in unique([*_ALWAYS, *changed]):
+        bearing = [method for method in methods if _bears(name, by_method[method][0])]
+        if bearing:
+            values, originals = (
+                _by_text(
+                    {method: of[method] for method in bearing}, lambda r, n=name: getattr(r, n)
+                )
+                for of in (by_method, released)
+            )
+            beside = "" if originals == values else f" (released: {_text(originals)})"
+            parts.append(f"{name} {_text(values)}{beside}")
+    lines = []
+    if parts:
+        listed = ", ".join(methods)
+        lines.append(f"Settings of {listed}, as far as they have them: {', '.join(parts)}.")
+    seeds = sorted({item.record.seed for item in mine if item.record.seed is not None})
+    if seeds:
+        single = "; what has no ± ran with one" if len(seeds) > 1 else ""
+        lines.append(f"Seeds: {', '.join(map(str, seeds))}{single}.")
+    return lines
+
+
+def _bears(name: str, recipe: Recipe) -> bool:
+    """Whether a setting has to do with what the recipe does."""
+    extra = Recipe.model_fields[name].json_schema_extra
+    group = extra.get("group") if isinstance(extra, dict) else None
+    if group == "mlp":
+        return recipe.reconstruct_mlp
+    return recipe.reconstruct or group not in ("reconstruction", "loss")
+
+
+def _by_text(
+    recipes: Mapping[str, Sequence[Recipe]], value: Callable[[Recipe], object]
+) -> dict[str, list[str]]:
+    """Return methods by the text of their values."""
+    found: dict[str, list[str]] = {}
+    for method, own in recipes.items():
+        found.setdefault(" or ".join(unique(str(value(r)) for r in own)), []).append(method)
+    return found
+
+
+def _text(groups: Mapping[str, Sequence[str]]) -> str:
+    """Return the most frequent value, then the other values with their methods."""
+    largest = max(groups, key=lambda text: len(groups[text]))
+    others = (f"{', '.join(own)} {text}" for text, own in groups.items() if text != largest)
+    return "; ".join([largest, *others])
