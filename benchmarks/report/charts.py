@@ -45,7 +45,7 @@ _STAIR = _LEVEL | {"type": "line", "interpolate": "step-after", "strokeDash": [2
 _ERROR = {"type": "errorbar", "ticks": {"size": 6, "aria": True}}
 _BOLD = {"expr": "datum.best ? 'bold' : 'normal'"}
 #: Names are cut in the middle, as their ends differ.
-_CUT = "length(datum.label) > 19 ? slice(datum.label, 0, 4) + '…' + slice(datum.label, -14) : datum.label"
+_CUT = "replace(datum.label, regexp('^(.{4}).{2,}(.{14})$'), '$1…$2')"
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
@@ -60,12 +60,8 @@ def px(value: float) -> str:
     return f"{round(value, 1):g}"
 
 
-def bar_chart(rows: Sequence[Dict], text: Callable[[float], str], alt: str) -> Markup:
-    """Draw one stacked bar per name, with its sum as ``text`` has it."""
-    totals: dict[str, float] = {}
-    for row in rows:
-        totals[row["name"]] = totals.get(row["name"], 0.0) + row["value"]
-    sums = [{"name": name, "value": value, "title": text(value)} for name, value in totals.items()]
+def bar_chart(rows: Sequence[Dict], sums: Sequence[Dict], alt: str) -> Markup:
+    """Draw one stacked bar per name, with the title of its sum beside it."""
     x, y = _axis("value", {"nice": False}, tickCount=4), _names("name")
     stacked = {"x": x | {"stack": "zero"}, "order": {"field": "index"}}
     layers = [
@@ -78,12 +74,12 @@ def bar_chart(rows: Sequence[Dict], text: Callable[[float], str], alt: str) -> M
 def dot_chart(rows: Sequence[Dict], level: float | None, alt: str) -> Markup:
     """Draw one dot per row with its error bar and ``text``.
 
-    The text is bold if the row is the ``best``, and the error bar dotted without several ``seeds``.
+    The text is bold if the row is the ``best``, and the error bar dotted for one of ``seeds``.
     """
     right = _widest(row["text"] for row in rows) + 12
-    x = _axis("value", {"domain": _domain(_ends(rows, level), 0.04)}, tickCount=4)
+    x = _axis("value", {"domain": _domain(rows, level, 0.04)}, tickCount=4)
     y = _names("name")
-    dash = {"condition": {"test": "datum.seeds", "value": [1, 0]}, "value": [2, 1.5]}
+    dash = {"condition": {"test": "datum.seeds > 1", "value": [1, 0]}, "value": [2, 1.5]}
     at_edge = {"type": "text", "align": "right", "x": {"expr": f"width + {right - 2}"}}
     layers = [
         _layer(_LEVEL, [] if level is None else [{"value": level}], x=x),
@@ -105,12 +101,12 @@ def block_chart(rows: Sequence[Dict], alt: str) -> Markup:
 def line_chart(
     places: Sequence[str], rows: Sequence[Dict], level: float | None, alt: str
 ) -> Markup:
-    """Draw one line per method over places (``place`` of a row)."""
+    """Draw one line per method over places (``bits`` of a row)."""
     names = list(dict.fromkeys(row["name"] for row in rows))
     # Methods at nearly the same place would hide each other: each stands a little beside the next.
     step = min(0.02, 0.5 / len(names)) * len(places)
     aside = {name: (i - (len(names) - 1) / 2) * step for i, name in enumerate(names)}
-    rows = [row | {"x": places.index(row["place"]) + aside[row["name"]]} for row in rows]
+    rows = [row | {"x": places.index(row["bits"]) + aside[row["name"]]} for row in rows]
     x = _axis("x", {"domain": [-0.3, len(places) - 0.7]}, grid=False)
     x["axis"] |= {"values": [*range(len(places))], "labelExpr": f"{[*places]}[datum.value]"}
     return _score_chart(rows, level, x, "line", alt)
@@ -129,7 +125,7 @@ def _score_chart(rows: Sequence[Dict], level: float | None, x: Dict, mark: str, 
     With a level the scale is stretched by the square root of what is missing to the top: most room
     is just below full precision, where methods differ least.
     """
-    low, high = _domain(_ends(rows, level), 0.04 if level is None else 0.01)
+    low, high = _domain(rows, level, 0.04 if level is None else 0.01)
 
     def bend(value: float) -> float:
         return value if level is None else -math.sqrt(max(0.0, high - value))
@@ -195,13 +191,10 @@ def stretched_ticks(low: float, high: float, bend: Callable[[float], float]) -> 
     return sorted(found)
 
 
-def _ends(rows: Sequence[Dict], level: float | None) -> list[float]:
-    """Return the ends of all error bars, and the level."""
+def _domain(rows: Sequence[Dict], level: float | None, margin: float) -> list[float]:
+    """Return the range of all error bars and the level, and some air."""
     ends = [row["value"] + sign * row["error"] for row in rows for sign in (-1, 1)]
-    return ends if level is None else [*ends, level]
-
-
-def _domain(ends: Sequence[float], margin: float) -> list[float]:
+    ends += [] if level is None else [level]
     low, high = min(ends), max(ends)
     air = (high - low) * margin or max(abs(low) * 0.05, 0.5)
     return [low - air, high + air]

@@ -18,21 +18,13 @@ from benchmarks.options import adapter, folder, places_options, profile_option, 
     type=click.Path(path_type=Path, dir_okay=False),
     help="The file to write; report.html in the results folder.",
 )
-def report(
-    profile: str,
-    imagenet: str,
-    coco: str,
-    flickr: str,
-    weights: str,
-    results: Path,
-    output: Path | None,
-) -> None:
+def report(profile: str, weights: str, results: Path, output: Path | None, **data: str) -> None:
     """Write what a grid measured as one HTML file, with charts and where every number is from."""
     from benchmarks.grid import load_grid
     from benchmarks.report.build import write_report
     from benchmarks.units import size_text
 
-    places = Places(folder(imagenet), folder(coco), folder(flickr))
+    places = Places(**{name: folder(path) for name, path in data.items()})
     options = RunOptions(results, places, folder(weights))
     path = output or results / "report.html"
     found = write_report(load_grid(profile), options, adapter(), path)

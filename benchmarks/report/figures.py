@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
+from benchmarks.cells import Cell
 from benchmarks.report import charts
 from benchmarks.report.groups import Group, find
 from benchmarks.report.tables import best_of
@@ -18,7 +19,6 @@ from fimaq_core.recipe import OFF
 _WHOLE = "whole cell (memory)"
 #: Known stages in the order in which they run; each keeps its colour in all charts.
 _STAGES = ("load", "reconstruct MLPs", "calibrate", "reconstruct", "evaluate", _WHOLE)
-_YES = {True: "yes", False: "no"}
 Looks = Mapping[str, str]
 
 
@@ -34,41 +34,34 @@ class Figure(NamedTuple):
 def bits_figures(groups: Sequence[Group], metric: str, looks: Looks) -> Iterator[Figure]:
     """Yield scores from many bits to few, one figure per subject."""
     quantized = {group.cell.subject: group.cell for group in groups if group.cell.method != "fp"}
-    for column in (Column(cell.subject, cell.model, FULL) for cell in quantized.values()):
-        mine = [g for g in groups if g.cell.subject == column.subject and g.cell.bits != FULL]
-        places = unique(g.cell.bits for g in sorted(mine, key=_narrow))
-        rows = [_row(g, metric, looks, f", {g.cell.bits}") for g in mine if metric in g.scores]
-        names = unique(row["name"] for row in rows)
+    for subject, cell in quantized.items():
+        column = Column(subject, cell.model, FULL)
+        mine = [group for group in groups if group.cell.subject == subject]
+        cells = sorted((group.cell for group in mine if group.cell.bits != FULL), key=_narrow)
+        places, rows = unique(cell.bits for cell in cells), _rows(mine, metric, looks)
         if not rows:
             continue
-        texts = {(r["name"], r["place"]): f"{r['value']:.2f} ± {r['error']:.2f}" for r in rows}
-        alt = f"{metric} of {column.subject} at {', '.join(places)}, a line each for {', '.join(names)}; numbers under Data."
-        table = [[name, *(texts.get((name, place), "–") for place in places)] for name in names]
+        names = unique(row["name"] for row in rows)
+        texts = {(r["name"], r["bits"]): f"{r['value']:.2f} ± {r['error']:.2f}" for r in rows}
+        alt = f"{metric} of {subject} at {', '.join(places)}, a line each for {', '.join(names)}"
         chart = charts.line_chart(places, rows, _level(find(groups, column), metric), alt)
-        yield Figure(column, chart, ["method", *places], table)
+        yield Figure(column, chart, ["method", *places], _table(names, places, texts))
 
 
 def dot_figures(groups: Sequence[Group], metric: str, looks: Looks) -> Iterator[Figure]:
     """Yield methods from the best to the worst, with error bars."""
-    for column, found in _columns(groups):
-        scores = {name: group.scores[metric] for name, group in _scored(found, metric).items()}
-        if not scores:
+    for column, found, where in _columns(groups):
+        rows = _rows(found.values(), metric, looks)
+        if not rows:
             continue
-        best = best_of(scores, metric)
-        order = sorted(scores, key=lambda name: scores[name].mean, reverse=is_percent(metric))
-        texts = [scores[name].text for name in order]
-        rows = [
-            _row(found[name], metric, looks)
-            | {"text": text, "seeds": scores[name].seeds > 1, "best": name in best}
-            for name, text in zip(order, texts, strict=True)
-        ]
-        alt = (
-            f"{metric} of {column.subject} at {column.bits}: {order[0]} first with {texts[0]}, "
-            f"{order[-1]} last with {texts[-1]}; all numbers under Data."
-        )
+        rows.sort(key=lambda row: row["value"], reverse=is_percent(metric))
+        best = best_of({row["name"]: row["value"] for row in rows}, metric)
+        rows = [row | {"best": row["name"] in best} for row in rows]
+        first, last = (f"{row['name']} with {row['text']}" for row in (rows[0], rows[-1]))
+        alt = f"{metric} of {where}, from {first} to {last}"
         table = [
-            [name, f"{score.mean:.2f}", score.error_text, str(score.seeds)]
-            for name, score in ((name, scores[name]) for name in order)
+            [row["name"], f"{row['value']:.2f}", row["error_text"], str(row["seeds"])]
+            for row in rows
         ]
         chart = charts.dot_chart(rows, _level(found, metric), alt)
         yield Figure(column, chart, ["method", metric, "error bar", "seeds"], table)
@@ -76,23 +69,22 @@ def dot_figures(groups: Sequence[Group], metric: str, looks: Looks) -> Iterator[
 
 def cost_figures(groups: Sequence[Group], metric: str, looks: Looks) -> Iterator[Figure]:
     """Yield scores against seconds, with the Pareto front."""
-    for column, found in _columns(groups):
-        rows = [
-            _row(group, metric, looks, time=f", {duration(group.seconds)}")
-            | {"cost": group.seconds}
-            for group in _scored(found, metric).values()
-            if group.seconds > 0
-        ]
+    for column, found, where in _columns(groups):
+        rows = [row for row in _rows(found.values(), metric, looks) if row["cost"] > 0]
         if not rows:
             continue
         rows.sort(key=lambda row: row["cost"])
         front = pareto(rows, is_percent(metric))
-        rows = [row | {"best": row["name"] in front} for row in rows]
-        alt = f"{metric} of {column.subject} at {column.bits} against seconds; on the Pareto front: {', '.join(front)}."
-        table = [
-            [row["name"], f"{row['value']:.2f}", duration(row["cost"]), _YES[row["best"]]]
-            for row in rows
+        times = [duration(row["cost"]) for row in rows]
+        rows = [
+            row | {"best": row["name"] in front, "title": f"{row['title']}, {time}"}
+            for row, time in zip(rows, times, strict=True)
         ]
+        table = [
+            [row["name"], f"{row['value']:.2f}", time, "yes" if row["best"] else "no"]
+            for row, time in zip(rows, times, strict=True)
+        ]
+        alt = f"{metric} of {where} against seconds; on the Pareto front: {', '.join(front)}"
         axis = "seconds per cell (logarithmic)"
         chart = charts.scatter_chart(rows, _level(found, metric), axis, alt)
         yield Figure(column, chart, ["method", metric, "time", "on the front"], table)
@@ -116,25 +108,25 @@ def pareto(rows: Sequence[Mapping[str, Any]], higher: bool = True) -> list[str]:
 def block_figures(groups: Sequence[Group], looks: Looks, what: str) -> Iterator[Figure]:
     """Yield ``error`` of the blocks' outputs, or their ``fisher`` weight, one line per method."""
     words = {
-        "error": "Relative squared error of block outputs",
+        "error": "Relative squared error of blocks",
         "fisher": "Mean diagonal Fisher weight of blocks",
     }[what]
-    for column, found in _columns(groups):
+    for column, found, where in _columns(groups):
         every = {name: _block_means(group, what) for name, group in found.items()}
         series = {name: means for name, means in every.items() if means}
         if not series:
             continue
         labels = unique(label for means in series.values() for label in means)
+        texts = {(label, name): f"{v:.4g}" for name in series for label, v in series[name].items()}
         rows = [
-            {"name": name, "block": label, "value": means[label], "look": looks[name]}
-            | {"title": f"{name}, {label}: {means[label]:.4g}"}
-            for name, means in series.items()
+            {"name": name, "block": label, "value": series[name][label], "look": looks[name]}
+            | {"title": f"{name}, {label}: {texts[label, name]}"}
+            for name in series
             for label in labels
-            if label in means
+            if label in series[name]
         ]
-        alt = f"{words} of {column.subject} at {column.bits}, {len(labels)} blocks from input to output, for {', '.join(series)}."
-        texts = {(row["name"], row["block"]): f"{row['value']:.4g}" for row in rows}
-        table = [[label, *(texts.get((name, label), "–") for name in series)] for label in labels]
+        alt = f"{words} of {where}, {len(labels)} from input to output, for {', '.join(series)}"
+        table = _table(labels, list(series), texts)
         yield Figure(column, charts.block_chart(rows, alt), ["block", *series], table)
 
 
@@ -167,37 +159,32 @@ def stage_figures(
     what, total = ("Peak memory", max) if memory else ("Seconds", sum)
     text: Callable[[float], str] = size_text if memory else duration
     unit = 1e-9 if memory else 1.0  # GB, so that the axis has round numbers
-    for column, found in _columns(groups):
+    end = "most" if memory else "all"
+    for column, found, where in _columns(groups):
         every = {name: _stages(group, memory) for name, group in found.items()}
         stages = {name: means for name, means in every.items() if means}
         if not stages:
             continue
-        rows = []
+        rows, sums, texts = [], [], {}
         for name, means in stages.items():
             kinds: dict[str, float] = {}
             for stage, mean in means.items():
                 kinds[kind_of(stage)] = total([kinds.get(kind_of(stage), 0.0), mean])
             if memory:  # the longest alone, as peaks do not add up
-                top = max(kinds, key=lambda kind: kinds[kind])
-                kinds = {top: kinds[top]}
+                kinds = dict(sorted(kinds.items(), key=lambda pair: -pair[1])[:1])
             rows += [
-                {"name": name, "value": unit * mean, "look": colours[kind]}
-                | {"title": f"{name}, {kind}: {text(mean)}"}
-                for kind, mean in kinds.items()
+                {"name": name, "value": unit * value, "look": colours[kind]}
+                | {"title": f"{name}, {kind}: {text(value)}"}
+                for kind, value in kinds.items()
             ]
-        totals = {name: total(means.values()) for name, means in stages.items()}
-        top = max(totals, key=lambda name: totals[name])
-        alt = f"{what} by stage of {column.subject} at {column.bits}; most has {top} with {text(totals[top])}."
-        heads = unique(stage for means in stages.values() for stage in means)
-        texts = {
-            (name, stage): text(mean) for name in stages for stage, mean in stages[name].items()
-        }
-        table = [
-            [name, *(texts.get((name, head), "–") for head in heads), text(totals[name])]
-            for name in stages
-        ]
-        chart = charts.bar_chart(rows, lambda value: text(value / unit), alt)
-        yield Figure(column, chart, ["method", *heads, "most" if memory else "all"], table)
+            whole = total(means.values())
+            sums.append({"name": name, "value": unit * whole, "title": text(whole)})
+            texts |= {(name, stage): text(mean) for stage, mean in (means | {end: whole}).items()}
+        most = max(sums, key=lambda row: row["value"])
+        alt = f"{what} by stage of {where}; most has {most['name']} with {most['title']}"
+        heads = [*unique(stage for means in stages.values() for stage in means), end]
+        table = _table(list(stages), heads, texts)
+        yield Figure(column, charts.bar_chart(rows, sums, alt), ["method", *heads], table)
 
 
 def _stages(group: Group, memory: bool) -> dict[str, float]:
@@ -217,35 +204,39 @@ def _means(pairs: Iterable[tuple[str, float]], least: int = 1) -> dict[str, floa
     return {name: fmean(values) for name, values in found.items() if len(values) >= least}
 
 
-def _columns(groups: Sequence[Group]) -> Iterator[tuple[Column, dict[str, Group]]]:
-    """Yield the columns of tables with their groups."""
+def _columns(groups: Sequence[Group]) -> Iterator[tuple[Column, dict[str, Group], str]]:
+    """Yield the columns of tables with their groups, and their names for texts."""
     for column in columns_of([group.cell for group in groups]):
-        yield column, find(groups, column)
+        yield column, find(groups, column), f"{column.subject} at {column.bits}"
 
 
-def _scored(found: Mapping[str, Group], metric: str) -> dict[str, Group]:
-    """Return the quantized groups that have ``metric``."""
-    return {
-        name: group
-        for name, group in found.items()
-        if group.cell.bits != FULL and metric in group.scores
-    }
+def _rows(groups: Iterable[Group], metric: str, looks: Looks) -> list[dict[str, Any]]:
+    """Return what charts need of quantized groups that have ``metric``."""
+    return [
+        score._asdict()
+        | {"name": g.method, "bits": g.cell.bits, "look": looks[g.method]}
+        | {
+            "cost": g.seconds,
+            "title": f"{g.method}, {g.cell.bits}: {score.value:.2f} {score.error_text}",
+        }
+        for g in groups
+        if g.cell.bits != FULL and (score := g.scores.get(metric)) is not None
+    ]
 
 
-def _row(group: Group, metric: str, looks: Looks, bits: str = "", time: str = "") -> dict[str, Any]:
-    """Return what charts need of a score; ``bits`` and ``time`` are more words of its title."""
-    score, name = group.scores[metric], group.method
-    title = f"{name}{bits}: {score.mean:.2f} {score.error_text}{time}"
-    values = {"value": score.mean, "error": score.error, "place": group.cell.bits}
-    return {"name": name, "look": looks[name], "title": title} | values
+def _table(
+    names: Sequence[str], heads: Sequence[str], texts: Mapping[tuple[str, str], str]
+) -> list[list[str]]:
+    """Return rows of ``texts`` by name and head."""
+    return [[name, *(texts.get((name, head), "–") for head in heads)] for name in names]
 
 
-def _narrow(group: Group) -> tuple[int, int]:
+def _narrow(cell: Cell) -> tuple[int, int]:
     """Return what sorts from many bits to few."""
-    return -group.cell.w_bit - group.cell.a_bit, -(group.cell.w_bit % OFF)
+    return -cell.w_bit - cell.a_bit, -(cell.w_bit % OFF)
 
 
 def _level(found: Mapping[str, Group], metric: str) -> float | None:
     """Return full precision's score; None if there is none, or if it is no ceiling (ranks)."""
     score = found["fp"].scores.get(metric) if "fp" in found and is_percent(metric) else None
-    return None if score is None else score.mean
+    return None if score is None else score.value

@@ -29,7 +29,7 @@ class Score(NamedTuple):
         error_text: what the error is.
     """
 
-    mean: float
+    value: float
     seeds: int
     error: float
     text: str

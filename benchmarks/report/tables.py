@@ -5,7 +5,7 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 from benchmarks.cells import Cell
-from benchmarks.report.groups import Group, Score, find, row_name, rows_of
+from benchmarks.report.groups import Group, find, row_name, rows_of
 from benchmarks.results.outcomes import compare
 from benchmarks.results.scores import FULL, columns_of, is_percent, metric_title
 from benchmarks.tables.settings import optimised, special_quantizers
@@ -45,13 +45,15 @@ def wide_table(
 
     def column(found: Mapping[str, Group]) -> dict[str, Value]:
         scores = {name: g.scores[metric] for name, g in found.items() if metric in g.scores}
-        judged = {name: scores[name] for name in scores if found[name].cell.bits != FULL}
+        judged = {name: s.value for name, s in scores.items() if found[name].cell.bits != FULL}
         best = best_of(judged, metric)
         values = {}
         for name, score in scores.items():
             near = main and _near(name, best, found)
             link = found[name].id if main else ""
-            values[name] = Value(score.text, score.mean, name in best, near, link, score.error_text)
+            values[name] = Value(
+                score.text, score.value, name in best, near, link, score.error_text
+            )
         return values
 
     columns = [column(find(groups, place)) for place in columns_of(cells)]
@@ -95,13 +97,12 @@ def _table(
     }
 
 
-def best_of(scores: Mapping[str, Score], metric: str) -> list[str]:
+def best_of(values: Mapping[str, float], metric: str) -> list[str]:
     """Return the best and all that two decimals do not tell from it; none of fewer than two."""
-    if len(scores) < 2:
+    if len(values) < 2:
         return []
-    best = (max if is_percent(metric) else min)(scores, key=lambda name: scores[name].mean)
-    text = f"{scores[best].mean:.2f}"
-    same = [name for name, score in scores.items() if f"{score.mean:.2f}" == text]
+    best = (max if is_percent(metric) else min)(values, key=lambda name: values[name])
+    same = [name for name, value in values.items() if f"{value:.2f}" == f"{values[best]:.2f}"]
     return [best, *(name for name in same if name != best)]
 
 

@@ -97,13 +97,13 @@ def test_error_bars_are_the_spread_of_seeds_or_the_sampling_error(tmp_path: Path
     one = next(group for group in groups if group.method == "rtn")
     values = [item.record.metrics["top1"].value for item in two.items]
     score, single = two.scores["top1"], one.scores["top1"]
-    assert (score.mean, score.error) == pytest.approx((np.mean(values), np.std(values, ddof=1)))
+    assert (score.value, score.error) == pytest.approx((np.mean(values), np.std(values, ddof=1)))
     assert single.error == 0.5
     assert single.seeds == 1
     page = write(tmp_path, grid)
     titles = [title.text for title in page.one(id="methods").all("title")]
-    assert f"fimaq: {score.mean:.2f} ± {score.sd:.2f} sd over 2 seeds" in titles
-    assert f"rtn: {single.mean:.2f} ± 0.50 standard error over samples, one seed" in titles
+    assert f"fimaq, w3a3: {score.value:.2f} ± {score.sd:.2f} sd over 2 seeds" in titles
+    assert f"rtn, w3a3: {single.value:.2f} ± 0.50 standard error over samples, one seed" in titles
 
 
 def test_charts_say_what_they_show_and_have_their_data(page: report_fakes.Node):
