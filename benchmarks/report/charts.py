@@ -62,7 +62,8 @@ def px(value: float) -> str:
 
 def bar_chart(rows: Sequence[Dict], sums: Sequence[Dict], alt: str) -> Markup:
     """Draw one stacked bar per name, with the title of its sum beside it."""
-    x, y = _axis("value", {"nice": False}, tickCount=4), _names("name")
+    x, y = _axis("value", tickCount=4), _names("name")
+    x["scale"] |= {"zero": True, "padding": 0}
     stacked = {"x": x | {"stack": "zero"}, "order": {"field": "index"}}
     layers = [
         _layer({"type": "bar", "size": 13}, **_SERIES, **stacked, y=y),
@@ -77,7 +78,7 @@ def dot_chart(rows: Sequence[Dict], level: float | None, alt: str) -> Markup:
     The text is bold if the row is the ``best``, and the error bar dotted for one of ``seeds``.
     """
     right = _widest(row["text"] for row in rows) + 12
-    x = _axis("value", {"domain": _domain(rows, level, 0.04)}, tickCount=4)
+    x = _axis("value", tickCount=4)
     y = _names("name")
     dash = {"condition": {"test": "datum.seeds > 1", "value": [1, 0]}, "value": [2, 1.5]}
     at_edge = {"type": "text", "align": "right", "x": {"expr": f"width + {right - 2}"}}
@@ -93,28 +94,26 @@ def dot_chart(rows: Sequence[Dict], level: float | None, alt: str) -> Markup:
 def block_chart(rows: Sequence[Dict], alt: str) -> Markup:
     """Draw one line per method down the rows' ``block``, on a logarithmic scale."""
     shown = [row for row in rows if row["value"] > 0]
-    x = _axis("value", _log([row["value"] for row in shown]), tickCount=3)
+    x = _axis("value", {"type": "log"}, tickCount=3)
     line = _layer("line", **_SERIES, x=x, y=_names("block"), order={"field": "index"})
     return _row_chart("block", shown, [line], 14, alt)
 
 
-def line_chart(
-    places: Sequence[str], rows: Sequence[Dict], level: float | None, alt: str
-) -> Markup:
+def line_chart(places: Sequence[str], rows: Sequence[Dict], level: float | None, alt: str) -> Markup:
     """Draw one line per method over places (``bits`` of a row)."""
     names = list(dict.fromkeys(row["name"] for row in rows))
     # Methods at nearly the same place would hide each other: each stands a little beside the next.
     step = min(0.02, 0.5 / len(names)) * len(places)
     aside = {name: (i - (len(names) - 1) / 2) * step for i, name in enumerate(names)}
     rows = [row | {"x": places.index(row["bits"]) + aside[row["name"]]} for row in rows]
-    x = _axis("x", {"domain": [-0.3, len(places) - 0.7]}, grid=False)
+    x = _axis("x", {"domain": [-0.3, len(places) - 0.7], "padding": 0}, grid=False)
     x["axis"] |= {"values": [*range(len(places))], "labelExpr": f"{[*places]}[datum.value]"}
     return _score_chart(rows, level, x, "line", alt)
 
 
 def scatter_chart(rows: Sequence[Dict], level: float | None, axis: str, alt: str) -> Markup:
     """Draw scores against ``cost``, what ``axis`` says, and the ``best`` rows as a stair."""
-    x = _axis("x", _log([row["cost"] for row in rows]), tickCount=4, title=axis)
+    x = _axis("x", {"type": "log"}, tickCount=4, title=axis)
     rows = [row | {"x": row["cost"]} for row in rows]
     return _score_chart(rows, level, x, "point", alt)
 
@@ -125,22 +124,24 @@ def _score_chart(rows: Sequence[Dict], level: float | None, x: Dict, mark: str, 
     With a level the scale is stretched by the square root of what is missing to the top: most room
     is just below full precision, where methods differ least.
     """
-    low, high = _domain(rows, level, 0.04 if level is None else 0.01)
+    ends = [row["value"] + sign * row["error"] for row in rows for sign in (-1, 1)]
+    ends += [] if level is None else [level]
+    low, high = min(ends), max(ends)
+    air = (high - low) * (0.04 if level is None else 0.01) or max(abs(low) * 0.05, 0.5)
+    low, high = low - air, high + air
 
     def bend(value: float) -> float:
         return value if level is None else -math.sqrt(max(0.0, high - value))
 
-    y = _axis("y", {"domain": [bend(low), bend(high)]}, tickCount=5)
+    y = _axis("y", {"domain": [bend(low), bend(high)], "padding": 0}, tickCount=5)
     if level is not None:
         y["axis"] = {
             "title": None,
             "values": [bend(tick) for tick in stretched_ticks(low, high, bend)],
             "labelExpr": f"format({high!r} - datum.value * datum.value, '.5~g')",
         }
-    ends = (("y", 0), ("low", -1), ("high", 1))
-    rows = [
-        row | {end: bend(row["value"] + sign * row["error"]) for end, sign in ends} for row in rows
-    ]
+    spans = (("y", 0), ("low", -1), ("high", 1))
+    rows = [row | {k: bend(row["value"] + sign * row["error"]) for k, sign in spans} for row in rows]
     last = list({row["name"]: row for row in sorted(rows, key=lambda row: row["x"])}.values())
     full = [] if level is None else [{"name": f"fp {level:.2f}", "y": bend(level)}]
     gap = 12.5 / _HEIGHT * (bend(high) - bend(low))
@@ -191,27 +192,11 @@ def stretched_ticks(low: float, high: float, bend: Callable[[float], float]) -> 
     return sorted(found)
 
 
-def _domain(rows: Sequence[Dict], level: float | None, margin: float) -> list[float]:
-    """Return the range of all error bars and the level, and some air."""
-    ends = [row["value"] + sign * row["error"] for row in rows for sign in (-1, 1)]
-    ends += [] if level is None else [level]
-    low, high = min(ends), max(ends)
-    air = (high - low) * margin or max(abs(low) * 0.05, 0.5)
-    return [low - air, high + air]
-
-
-def _log(values: Sequence[float]) -> Dict:
-    """Return a logarithmic scale of ``values``."""
-    low, high = min(values, default=1.0), max(values, default=1.0)
-    air = (high / low) ** 0.04 if high > low else 1.5
-    return {"type": "log", "domain": [low / air, high * air]}
-
-
-def _axis(field: str, scale: Dict, **axis: Any) -> Dict:
+def _axis(field: str, scale: Dict | None = None, **axis: Any) -> Dict:
     """Return the encoding of numbers along an axis."""
-    exact = {"nice": False, "zero": False} if "domain" in scale and "type" not in scale else {}
+    scale = {"nice": False, "zero": False, "padding": 8} | (scale or {})
     axis = {"title": None, "format": ".6~g", **axis}
-    return {"field": field, "type": "quantitative", "scale": exact | scale, "axis": axis}
+    return {"field": field, "type": "quantitative", "scale": scale, "axis": axis}
 
 
 def _names(field: str) -> Dict:
@@ -232,9 +217,7 @@ def _widest(texts: Iterable[str]) -> float:
     return _LETTER * max(map(len, texts), default=0)
 
 
-def _row_chart(
-    field: str, rows: Sequence[Dict], layers: list[Dict], right: float, alt: str
-) -> Markup:
+def _row_chart(field: str, rows: Sequence[Dict], layers: list[Dict], right: float, alt: str) -> Markup:
     names = {row[field] for row in rows}
     padding = (12 + min(_widest(names), _NAME), 8, right, 24)
     return _draw(rows, layers, padding, _ROW * len(names), alt)
@@ -253,9 +236,7 @@ def _clean(rows: Iterable[Dict]) -> list[Dict]:
     return cleaned
 
 
-def _draw(
-    rows: Sequence[Dict], layers: list[Dict], padding: Sequence[float], height: float, alt: str
-) -> Markup:
+def _draw(rows: Sequence[Dict], layers: list[Dict], padding: Sequence[float], height: float, alt: str) -> Markup:
     """Return a chart with ``padding`` (left, top, right, bottom) around its plot as SVG."""
     import vl_convert
 

@@ -91,14 +91,9 @@ def make_groups(measured: Sequence[Measured]) -> list[Group]:
 
 def rows_of(cells: Iterable[Cell]) -> list[str]:
     """Return names of a table's rows: methods in their order, each followed by its axis points."""
-    points: dict[str, dict[str, None]] = {}
-    for cell in cells:
-        points.setdefault(cell.method, {})[row_name(cell)] = None
-    return [
-        name
-        for method in in_order(points)
-        for name in sorted(points[method], key=lambda name: name != method)
-    ]
+    names = {row_name(cell): cell.method for cell in cells}
+    methods = in_order(names.values())
+    return sorted(names, key=lambda name: (methods.index(names[name]), name != names[name]))
 
 
 def find(groups: Iterable[Group], column: Column) -> dict[str, Group]:
