@@ -102,8 +102,8 @@ def test_error_bars_are_the_spread_of_seeds_or_the_sampling_error(tmp_path: Path
     assert single.seeds == 1
     page = write(tmp_path, grid)
     titles = [title.text for title in page.one(id="methods").all("title")]
-    assert f"fimaq, w3a3: {score.value:.2f} ± {np.std(values, ddof=1):.2f} sd over 2 seeds" in titles
-    assert f"rtn, w3a3: {single.value:.2f} ± 0.50 standard error over samples, one seed" in titles
+    assert f"fimaq, w4a4: {score.value:.2f} ± {np.std(values, ddof=1):.2f} sd over 2 seeds" in titles
+    assert f"rtn, w4a4: {single.value:.2f} ± 0.50 standard error over samples, one seed" in titles
 
 
 def test_charts_say_what_they_show_and_have_their_data(page: report_fakes.Node):
