@@ -52,12 +52,13 @@ class Finding:
 
     def verdict(self, level: float) -> str:
         """Return the result in words."""
-        p = f"p {p_text(self.p)}"
+        p = f"p = {p_text(self.p)}"
         ahead, gap, low, high = "A", self.difference, self.low, self.high
         if gap < 0:
             ahead, gap, low, high = "B", -gap, -high, -low
         if self.holm is not None:
-            p += f", Holm {p_text(self.holm)}"
+            p += f", Holm = {p_text(self.holm)}"
+        p = p.replace("= <", "<")
         lead = f"by {gap:.2f} points [{low:.2f}, {high:.2f}]"
         if self.better(level):
             return f"{ahead} is better {lead}, {p}"
@@ -110,9 +111,7 @@ def _findings(pair: Pair, level: float, metrics: Sequence[str], short: bool) -> 
     mine, theirs = ([_read(run) for run in side.values()] for side in (pair.a, pair.b))
     for other in (*mine, *theirs):
         check_alike(mine[0], other)
-    everywhere = [
-        name for name in mine[0].metrics if all(name in run.metrics for run in (*mine, *theirs))
-    ]
+    everywhere = [name for name in mine[0].metrics if all(name in run.metrics for run in (*mine, *theirs))]
     for name in metrics:
         if name not in everywhere:
             hint = suggest(name, everywhere)
@@ -134,24 +133,18 @@ def _read(run: Run) -> Outcomes:
     if n > 1 and (outcomes.sample[1:] == outcomes.sample[:-1]).any():
         raise CompareError(f"{where} name a sample twice. {again}")
     if clusters != run.record.n:
-        raise CompareError(
-            f"{where} are of {clusters} samples, the record is of {run.record.n}: they are another "
-            f"run's. {again}"
-        )
+        raise CompareError(f"{where} are of {clusters} samples, the record is of {run.record.n}: they are another run's. {again}")
     if clusters < 2:
         raise CompareError(f"{where} are of one sample: there is nothing to test.")
     for name, parts in outcomes.metrics.items():
         for part in parts:
             complete = len(np.unique(outcomes.cluster[part.rows])) == clusters
             if not complete or not np.isfinite(part.score).all():
-                raise CompareError(
-                    f"{where} lack some images' {name}, or it is not finite. {again}"
-                )
+                raise CompareError(f"{where} lack some images' {name}, or it is not finite. {again}")
         stated, found = run.record.metrics.get(name), _value(outcomes, name)
         if stated is not None and abs(stated.value - found) > _ROUNDING:
             raise CompareError(
-                f"{where} give {name} {found:.2f}, the record says {stated.value:.2f}: they are "
-                f"another run's. {again}"
+                f"{where} give {name} {found:.2f}, the record says {stated.value:.2f}: they are another run's. {again}"
             )
     return outcomes
 
@@ -160,9 +153,7 @@ def _value(outcomes: Outcomes, metric: str) -> float:
     return float(np.mean([100 * part.score.mean() for part in outcomes.metrics[metric]]))
 
 
-def _finding(
-    name: str, mine: Sequence[Outcomes], theirs: Sequence[Outcomes], level: float
-) -> Finding:
+def _finding(name: str, mine: Sequence[Outcomes], theirs: Sequence[Outcomes], level: float) -> Finding:
     """Test one metric.
 
     McNemar's test takes one seed and independent samples that are right or wrong. The bootstrap
@@ -188,6 +179,6 @@ def _finding(
     )  # fmt: skip
 
 
-def p_text(p: float) -> str:
-    """Return ``= 0.003`` or ``< 0.0001``."""
-    return "< 0.0001" if p < 1e-4 else f"= {p:.2g}"
+def p_text(p: float | None) -> str:
+    """Return ``0.003``, ``< 0.0001``, or ``-`` for none."""
+    return "-" if p is None else "< 0.0001" if p < 1e-4 else f"{p:.2g}"

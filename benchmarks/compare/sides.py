@@ -9,12 +9,9 @@ from benchmarks.results.outcomes import CompareError
 from benchmarks.results.scores import read_records
 from tasks.common.record import ResultRecord, bits_name, read_record
 
-#: Fields that all pairs share; with full precision the first three.
-_NAMES = ("task", "data", "model", "bits", "scope")
-#: Fields that tell the records of a pair apart where a side has several of them.
-_CHOICES = ("method", "variant")
-
-_Key = tuple[str, ...]
+#: Fields that all pairs share (with full precision the first three), and those that tell the
+#: records of a pair apart where a side has several of them.
+_NAMES, _CHOICES = ("task", "data", "model", "bits", "scope"), ("method", "variant")
 
 
 @dataclass(frozen=True)
@@ -29,12 +26,11 @@ class Run:
         """Fields by which records are paired."""
         record, data = self.record, self.record.dataset
         scope = str((record.recipe or {}).get("scope") or "")
-        bits = bits_name(record.w_bit, record.a_bit)
         return {
             "task": record.task,
             "data": f"{data.name} {data.split} ({data.fingerprint[:12]})",
             "model": record.model,
-            "bits": "full precision" if record.method == "fp" else bits,
+            "bits": "full precision" if self.full else bits_name(record.w_bit, record.a_bit),
             "scope": scope,
             "method": record.method,
             "variant": record.variant.removesuffix(f" [{scope}]"),
@@ -50,10 +46,8 @@ class Run:
     def label(self) -> str:
         """Name for people."""
         of = self.fields
-        if self.full:
-            return f"{of['task']} {of['model']} fp"
-        name = f"{of['task']} {of['model']}{_mark(of)} {of['method']} ({of['variant']})"
-        return f"{name} {of['bits']} seed {of['seed']}"
+        name = f"{of['task']} {of['model']}{_mark(of)} {of['method']}"
+        return name if self.full else f"{name} ({of['variant']}) {of['bits']} seed {of['seed']}"
 
 
 def _mark(fields: Mapping[str, str]) -> str:
@@ -65,17 +59,13 @@ class Side:
     """One side of a comparison: its path, its records, and messages on unreadable ones."""
 
     path: Path
-    runs: tuple[Run, ...]
-    problems: tuple[str, ...] = ()
+    runs: Sequence[Run]
+    problems: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Records of the same measurement of two methods, by the seeds that both have.
-
-    Attributes:
-        key: the fields that they share, by name.
-    """
+    """Records of the same measurement of two methods, by seed; ``key`` has the shared fields."""
 
     key: Mapping[str, str]
     a: dict[int | None, Run]
@@ -94,9 +84,9 @@ class Pairing:
 
     first: Side
     second: Side
-    pairs: tuple[Pair, ...]
-    alone_a: tuple[Run, ...]
-    alone_b: tuple[Run, ...]
+    pairs: Sequence[Pair]
+    alone_a: Sequence[Run]
+    alone_b: Sequence[Run]
 
 
 def read_side(path: Path) -> Side:
@@ -108,17 +98,13 @@ def read_side(path: Path) -> Side:
     """
     single = path / "result.json" if (path / "result.json").is_file() else path
     if single.is_file():
-        return Side(path, (Run(read_record(single), single),))
+        return Side(path, [Run(read_record(single), single)])
     if not path.is_dir():
-        raise CompareError(
-            f"There is no {path}: give a cell's folder, its result.json, or a folder that holds "
-            "some."
-        )
+        raise CompareError(f"There is no {path}: give a cell's folder, its result.json, or a folder that holds some.")
     records, problems = read_records(path)
     if not records:
-        message = f"There is no record below {path} that can be read."
-        raise CompareError(" ".join([message, *problems]))
-    return Side(path, tuple(Run(record, file) for file, record in records), tuple(problems))
+        raise CompareError(" ".join([f"There is no record below {path} that can be read.", *problems]))
+    return Side(path, [Run(record, file) for file, record in records], problems)
 
 
 def pair_up(first: Side, second: Side) -> Pairing:
@@ -129,51 +115,44 @@ def pair_up(first: Side, second: Side) -> Pairing:
     """
     a, b = first.runs, second.runs
     full_a, full_b = (all(run.full for run in runs) for runs in (a, b))
-    beside_full = full_a != full_b
+    swap, beside_full = full_a and not full_b, full_a != full_b
     if beside_full:  # a model's folder holds its full precision too, which is no partner of itself
-        paths = {run.path.resolve() for run in (a if full_a else b)}
-        rest = tuple(run for run in (b if full_a else a) if run.path.resolve() not in paths)
-        a, b = (a, rest) if full_a else (rest, b)
-    choices = [name for name in _CHOICES if _several(a, name) or _several(b, name)]
-    fields = (*_NAMES, *choices, "seed")
+        paths = {run.path.resolve() for run in (a if swap else b)}
+        rest = [run for run in (b if swap else a) if run.path.resolve() not in paths]
+        a, b = (a, rest) if swap else (rest, b)
+    choices = [
+        name for name in _CHOICES for runs in (a, b)
+        if len({run.fields[name] for run in runs if not run.full}) > 1
+    ]  # fmt: skip
+    fields = (*_NAMES, *dict.fromkeys(choices), "seed")
     names = _NAMES[:3] if beside_full else fields
-    by_a = _keyed(first, a, names if full_a else fields)
-    by_b = _keyed(second, b, names if full_b else fields)
-    swap = full_a and beside_full
-    pairs: dict[_Key, Pair] = {}
-    for key, run in (by_b if swap else by_a).items():
-        partner = (by_a if swap else by_b).get(key[: len(names)])
-        if partner is not None:
-            mine, other = (partner, run) if swap else (run, partner)
-            if mine.path.resolve() == other.path.resolve():
-                raise CompareError(
-                    f"{mine.path} is on both sides: give two runs, such as the folders of two "
-                    "methods."
-                )
-            shared = dict(zip(fields[:-1], key, strict=False))
-            pair = pairs.setdefault(key[:-1], Pair(shared, {}, {}))
-            pair.a[run.record.seed], pair.b[run.record.seed] = mine, other
+    by_a = _by_fields(first, a, names if full_a else fields)
+    by_b = _by_fields(second, b, names if full_b else fields)
+    many, partners = (by_b, by_a) if swap else (by_a, by_b)
+    pairs: dict[tuple[str, ...], Pair] = {}
+    for key, run in many.items():
+        if (partner := partners.get(key[: len(names)])) is None:
+            continue
+        if run.path.resolve() == partner.path.resolve():
+            raise CompareError(f"{run.path} is on both sides: give two runs, such as the folders of two methods.")
+        pair = pairs.setdefault(key[:-1], Pair(dict(zip(fields, key[:-1], strict=False)), {}, {}))
+        mine, other = (partner, run) if swap else (run, partner)
+        pair.a[run.record.seed], pair.b[run.record.seed] = mine, other
     if not pairs:
         raise CompareError(_nothing_common(a, b, names))
-    used = {
-        run.path for pair in pairs.values() for side in (pair.a, pair.b) for run in side.values()
-    }
-    alone_a, alone_b = (tuple(run for run in runs if run.path not in used) for runs in (a, b))
-    return Pairing(first, second, tuple(pairs.values()), alone_a, alone_b)
+    used = {run.path for pair in pairs.values() for run in (*pair.a.values(), *pair.b.values())}
+    alone_a, alone_b = ([run for run in runs if run.path not in used] for runs in (a, b))
+    return Pairing(first, second, list(pairs.values()), alone_a, alone_b)
 
 
-def _several(runs: Sequence[Run], name: str) -> bool:
-    return len({run.fields[name] for run in runs if not run.full}) > 1
-
-
-def _keyed(side: Side, runs: Sequence[Run], names: Sequence[str]) -> dict[_Key, Run]:
-    found: dict[_Key, Run] = {}
+def _by_fields(side: Side, runs: Sequence[Run], names: Sequence[str]) -> dict[tuple[str, ...], Run]:
+    found: dict[tuple[str, ...], Run] = {}
     for run in runs:
         other = found.setdefault(tuple(run.fields[name] for name in names), run)
         if other is not run:
             raise CompareError(
-                f"{side.path} holds several records of {other.label}, such as {other.path.parent} "
-                f"and {run.path.parent}: give the folder of one of them."
+                f"{side.path} holds several records of {other.label}, such as {other.path.parent} and {run.path.parent}: "
+                "give the folder of one of them."
             )
     return found
 
@@ -181,16 +160,11 @@ def _keyed(side: Side, runs: Sequence[Run], names: Sequence[str]) -> dict[_Key, 
 def _nothing_common(a: Sequence[Run], b: Sequence[Run], names: Sequence[str]) -> str:
     apart = []
     for name in names:
-        mine, other = (sorted({run.fields[name] or "none" for run in runs}) for runs in (a, b))
-        if not set(mine) & set(other):
-            apart.append(f"{name} ({_listed(mine)}; {_listed(other)})")
+        values = [sorted({run.fields[name] or "none" for run in runs}) for runs in (a, b)]
+        if not set(values[0]) & set(values[1]):
+            more = [f" and {len(found) - 4} more" if len(found) > 4 else "" for found in values]
+            listed = [", ".join(found[:4]) + rest for found, rest in zip(values, more, strict=True)]
+            apart.append(f"{name} ({'; '.join(listed)})")
     why = "no record of one side agrees with one of the other in all of them"
-    if apart:
-        why = f"these differ in {', '.join(apart)}"
-    listed = ", ".join(names)
-    return f"Nothing to compare: records are paired that share {listed}, and {why}."
-
-
-def _listed(values: Sequence[str]) -> str:
-    more = f" and {len(values) - 4} more" if len(values) > 4 else ""
-    return ", ".join(values[:4]) + more
+    why = f"these differ in {', '.join(apart)}" if apart else why
+    return f"Nothing to compare: records are paired that share {', '.join(names)}, and {why}."

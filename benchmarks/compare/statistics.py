@@ -69,8 +69,7 @@ def newcombe(table: Table, level: float) -> tuple[float, float]:
     phi = corrected / math.sqrt(product) if product else 0.0
     wilson = [binomtest(count, n).proportion_ci(level, method="wilson") for count in right]
     (down_1, up_1), (down_2, up_2) = (
-        (count / n - ends.low, ends.high - count / n)
-        for count, ends in zip(right, wilson, strict=True)
+        (count / n - ends.low, ends.high - count / n) for count, ends in zip(right, wilson, strict=True)
     )
     low = math.sqrt(max(down_1**2 - 2 * phi * down_1 * up_2 + up_2**2, 0.0))
     high = math.sqrt(max(up_1**2 - 2 * phi * up_1 * down_2 + down_2**2, 0.0))
@@ -88,9 +87,7 @@ class Interval:
     se: float
 
 
-def bootstrap(
-    clusters: np.ndarray, level: float, resamples: int = RESAMPLES, seed: int = _SEED
-) -> Interval:
+def bootstrap(clusters: np.ndarray, level: float, resamples: int = RESAMPLES, seed: int = _SEED) -> Interval:
     """Return the bias-corrected and accelerated interval (BCa; Efron, JASA 82, 1987).
 
     The unit drawn is a cluster, such as an image with its captions. p inverts the interval: it is

@@ -36,7 +36,11 @@ _TINY = 1e-30
 
 #: Methods without reconstruction by the cause of spread between processors: a search of ranges has
 #: near-ties, rounding has hardly any.
-_KINDS = {**dict.fromkeys(CALIBRATION_ONLY, "calibration"), "rtn": "rounding", "fp": "full precision"}
+_KINDS = {
+    **dict.fromkeys(CALIBRATION_ONLY, "calibration"),
+    "rtn": "rounding",
+    "fp": "full precision",
+}
 
 _POOL = ["pool", "kind", "bits", "metric"]
 

@@ -134,9 +134,7 @@ def check_alike(one: Outcomes, other: Outcomes) -> None:
     if not all(np.array_equal(mine, theirs) for mine, theirs in alike):
         unlike = sorted(set(one.sample.tolist()) ^ set(other.sample.tolist()))
         such = f", such as {unlike[0]}" if unlike else ": their images are grouped otherwise"
-        raise CompareError(
-            f"Other samples: {one.folder} and {other.folder} were not measured on the same{such}."
-        )
+        raise CompareError(f"Other samples: {one.folder} and {other.folder} were not measured on the same{such}.")
 
 
 def cluster_sums(first: Sequence[Outcomes], second: Sequence[Outcomes], metric: str) -> np.ndarray:

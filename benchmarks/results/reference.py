@@ -17,7 +17,15 @@ from benchmarks.costs import REFERENCE, cost_row, costs_path, costs_text
 from benchmarks.results import known_answers
 from benchmarks.results.agreement import ALPHA, FIGURES, RATIOS, compared, observations
 from benchmarks.results.scores import (
-    COLUMNS, FULL, Measured, count, is_percent, sample_counts, unique, with_bits, write_text,
+    COLUMNS,
+    FULL,
+    Measured,
+    count,
+    is_percent,
+    sample_counts,
+    unique,
+    with_bits,
+    write_text,
 )  # fmt: skip
 from benchmarks.schema import Grid
 from fimaq_core.errors import FimaqError
@@ -67,7 +75,10 @@ def _settings(grid: Grid) -> dict[str, Any]:
         for section in grid.tasks
     }
     named = {"variant": grid.variant, "overrides": grid.overrides}
-    parts = {"sections": {section: found for section, found in own.items() if found}, "axes": grid.axes}
+    parts = {
+        "sections": {section: found for section, found in own.items() if found},
+        "axes": grid.axes,
+    }
     settings: dict[str, Any] = json.loads(json.dumps(named | {k: v for k, v in parts.items() if v}))
     return settings
 
@@ -96,9 +107,7 @@ def _files(grid: Grid, folder: Path) -> tuple[Path, Path]:
     return folder / f"{grid.name}.csv", folder / f"{grid.name}.json"
 
 
-def write_reference(
-    grid: Grid, measured: Sequence[Measured], text: str, folder: Path = REFERENCE
-) -> list[Path]:
+def write_reference(grid: Grid, measured: Sequence[Measured], text: str, folder: Path = REFERENCE) -> list[Path]:
     """Write a profile's reference (CSV, Markdown, provenance, costs) and return the files."""
     origin = provenance(grid, measured)
     title, _, body = text.partition("\n\n")
@@ -122,9 +131,7 @@ def add_processor(grid: Grid, measured: Sequence[Measured], folder: Path = REFER
     """
     path, about = _files(grid, folder)
     if not path.is_file() or not about.is_file():
-        raise FimaqError(
-            f"Profile '{grid.name}' has no reference yet: write it first, without --add."
-        )
+        raise FimaqError(f"Profile '{grid.name}' has no reference yet: write it first, without --add.")
     origin = Provenance(**json.loads(about.read_text(encoding="utf-8")))
     alike, lines = _alike(grid, measured, origin)
     if len(alike) < len(measured):
@@ -166,8 +173,7 @@ def compare(grid: Grid, measured: Sequence[Measured], folder: Path = REFERENCE) 
     where = f"(reference: {origin.line()})"
     if wrong := known_answers.wrong():
         return [
-            "DIFFERS from the reference: the code here gives wrong answers to problems whose "
-            "answers are known.",
+            "DIFFERS from the reference: the code here gives wrong answers to problems whose answers are known.",
             *wrong,
         ]
     alike, lines = _alike(grid, measured, origin)
@@ -176,10 +182,7 @@ def compare(grid: Grid, measured: Sequence[Measured], folder: Path = REFERENCE) 
         lines = lines or ["No cell of this run is in the reference."]
         return [f"{line} {where}" for line in lines]
     known = set(both[["dataset", "model", "method", "variant", "bits"]].itertuples(index=False, name=None))
-    mine = {
-        (it.record.dataset.name, it.cell.model, it.cell.method, it.record.variant, it.cell.bits)
-        for it in alike
-    }
+    mine = {(it.record.dataset.name, it.cell.model, it.cell.method, it.record.variant, it.cell.bits) for it in alike}
     if mine - known:
         lines.append(f"Not in the reference, so not compared: {count(len(mine - known), 'cell')}.")
     off = both[both["p"] < ALPHA]
@@ -210,9 +213,7 @@ def compare(grid: Grid, measured: Sequence[Measured], folder: Path = REFERENCE) 
     return lines
 
 
-def _alike(
-    grid: Grid, measured: Sequence[Measured], origin: Provenance
-) -> tuple[list[Measured], list[str]]:
+def _alike(grid: Grid, measured: Sequence[Measured], origin: Provenance) -> tuple[list[Measured], list[str]]:
     """Return the cells with the reference's settings and data, and a line per other section."""
     alike, lines = [], []
     for section in unique(item.cell.section for item in measured):

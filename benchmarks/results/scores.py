@@ -1,6 +1,6 @@
 """Scores: one table with a row per cell and metric, and all statistics over seeds made of it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -62,17 +62,31 @@ def read_records(root: Path) -> tuple[list[tuple[Path, ResultRecord]], list[str]
     return records, problems
 
 
+def by_section(measured: Sequence[Measured], cells: Sequence[Cell]) -> Iterator[tuple[str, list[Measured], list[Cell]]]:
+    """Yield each section of ``cells`` with its finished cells and all its cells."""
+    for section in unique(cell.section for cell in cells):
+        mine = [item for item in measured if item.cell.section == section]
+        yield section, mine, [cell for cell in cells if cell.section == section]
+
+
+def seeds_of(measured: Iterable[Measured]) -> list[int]:
+    """Return the seeds in order."""
+    seeds = {item.record.seed for item in measured}
+    return sorted(seed for seed in seeds if seed is not None)
+
+
 def scores(measured: Iterable[Measured]) -> pd.DataFrame:
     """Return the table of scores of finished cells.
 
     Returns:
-        The columns of :func:`record_scores`, and of each cell ``section``, ``model`` and
-        ``subject`` (the model with its scope), and ``point`` (of an axis; empty without one).
+        The columns of :func:`record_scores`, and of each cell ``section``, ``model``, ``scope`` as
+        the grid states it (records also state the default of their task), ``subject`` (the model
+        with its scope), and ``point`` (of an axis; empty without one).
     """
     items = list(measured)
     table = record_scores(item.record for item in items)
     cells = [items[place].cell for place in table["item"]]
-    names = ("section", "model", "subject", "point")
+    names = ("section", "model", "scope", "subject", "point")
     return table.assign(**{name: [getattr(cell, name) for cell in cells] for name in names})
 
 

@@ -26,9 +26,7 @@ _NOTE = (
 )
 
 
-def axis_parts(
-    axes: Axes, metric: str, measured: Sequence[Measured], cells: Sequence[Cell], width: int | None
-) -> list[str]:
+def axis_parts(axes: Axes, metric: str, measured: Sequence[Measured], cells: Sequence[Cell], width: int | None) -> list[str]:
     """Return the Markdown of a section's axes: a table per axis and method, and a note.
 
     Args:
@@ -76,32 +74,23 @@ def axis_table(
     items = [item for item in measured if item.cell.key in keys]
     table = scores(items)
     table = table[table["metric"] == metric]
-    table["place"] = [
-        f"{items[place].cell.bits}{items[place].cell.mark}" for place in table["item"]
-    ]
+    table["place"] = [f"{items[place].cell.bits}{items[place].cell.mark}" for place in table["item"]]
     base = table[table["point"] == ""]
-    rows = {
-        point: table[[(axis, point) in items[place].cell.places for place in table["item"]]]
-        for point in points
-    }
+    rows = {point: table[[(axis, point) in items[place].cell.places for place in table["item"]]] for point in points}
     on = {point: [cell for cell in cells if (axis, point) in cell.places] for point in points}
     is_base = {point: bool(mine) and not any(c.point for c in mine) for point, mine in on.items()}
     columns: dict[str, list[str]] = {}
     for subject in unique(cell.subject for cell in cells):
         for bits in unique(cell.bits for cell in cells if cell.subject == subject):
             columns[f"{subject} {bits}"] = [
-                _mean(mine[(mine["subject"] == subject) & (mine["bits"] == bits)])
-                for mine in rows.values()
+                _mean(mine[(mine["subject"] == subject) & (mine["bits"] == bits)]) for mine in rows.values()
             ]
     for place in unique(f"{cell.bits}{cell.mark}" for cell in cells):
         here = {point: mine[mine["place"] == place] for point, mine in rows.items()}
         own = base[base["place"] == place]
-        columns[f"{place} - base"] = [
-            "base" if is_base[point] else _over_pairs(mine, own) for point, mine in here.items()
-        ]
+        columns[f"{place} - base"] = ["base" if is_base[point] else _over_pairs(mine, own) for point, mine in here.items()]
         columns[f"{place} se (samples)"] = [
-            "-" if is_base[point] else _over_samples(mine, own, items)
-            for point, mine in here.items()
+            "-" if is_base[point] else _over_samples(mine, own, items) for point, mine in here.items()
         ]
     return pd.DataFrame(columns, index=pd.Index(list(points), name=axis))
 
@@ -119,10 +108,7 @@ def _over_samples(rows: pd.DataFrame, base: pd.DataFrame, items: Sequence[Measur
     """Return the error of the mean over models; ``-`` unless all models' outcomes are there."""
     parts = []
     for model in unique(rows["model"]):
-        mine, own = (
-            [items[place] for place in table.loc[table["model"] == model, "item"]]
-            for table in (rows, base)
-        )
+        mine, own = ([items[place] for place in table.loc[table["model"] == model, "item"]] for table in (rows, base))
         parts.append(compare(mine, own))
     known = [part for part in parts if part is not None]
     return f"{mean_difference(known)[1]:.2f}" if known and len(known) == len(parts) else "-"

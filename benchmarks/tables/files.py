@@ -9,7 +9,7 @@ from rich.console import Console
 
 from benchmarks.cells import Adapter, Cell, RunOptions
 from benchmarks.grid import Filters, chosen_axes, expand
-from benchmarks.published import text
+from benchmarks.published import layout as published
 from benchmarks.published.layout import Layout
 from benchmarks.published.table import PublishedTable
 from benchmarks.results import reference
@@ -33,9 +33,7 @@ def texts(grid: Grid, measured: Sequence[Measured], cells: Sequence[Cell]) -> di
     }
 
 
-def remake(
-    grid: Grid, options: RunOptions, adapter: Adapter, chosen: str, output: Path | None
-) -> None:
+def remake(grid: Grid, options: RunOptions, adapter: Adapter, chosen: str, output: Path | None) -> None:
     """Make the tables of a profile anew from its records.
 
     Args:
@@ -66,9 +64,7 @@ def remake(
             click.echo(f"wrote {path}")
 
 
-def write_tables(
-    grid: Grid, filters: Filters, options: RunOptions, adapter: Adapter, cells: Sequence[Cell]
-) -> None:
+def write_tables(grid: Grid, filters: Filters, options: RunOptions, adapter: Adapter, cells: Sequence[Cell]) -> None:
     """Write the table files, print the table of ``cells`` and compare it with the reference.
 
     The files cover the finished cells of the whole grid and this run, so that filters never
@@ -110,12 +106,12 @@ def write_published(
     The files cover the whole table and this run, so that filters never shrink them.
     """
     measured = collect([*expand(grid, Filters(), options), *cells], adapter)
-    paths = text.write(Layout(table, measured), options.results / "tables")
+    paths = published.write(Layout(table, measured), options.results / "tables")
     keys = {cell.key for cell in cells}
     mine = [item for item in measured if item.cell.key in keys]
     layout = Layout(table, mine, {cell.name for cell in cells})
     print()
-    print(text.markdown(layout, terminal_width()))
+    print(published.markdown(layout, terminal_width()))
     print(f"Table: {', '.join(map(str, paths))}")
     return layout
 

@@ -1,7 +1,8 @@
-"""Tables as papers print them: LaTeX with booktabs. Methods by bits are rows, models are columns."""
+"""Tables as papers print them: LaTeX with booktabs; methods by bits are rows, models columns."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 
 import numpy as np
 import pandas as pd
@@ -12,19 +13,19 @@ from benchmarks.results.scores import (
     FULL,
     PAIRS,
     Measured,
+    by_section,
     in_order,
     is_percent,
     main_metric,
     over_seeds,
     sample_counts,
     scores,
+    seeds_of,
     unique,
 )
 from benchmarks.tables.ablation import methods_on
 from benchmarks.tables.markdown import runs
 
-#: Text of what is not measured.
-MISSING = "--"
 #: Characters of \footnotesize in a line of an article, and rows of its page. A larger table is
 #: continued in another.
 WIDTH, HEIGHT = 80, 46
@@ -32,6 +33,7 @@ WIDTH, HEIGHT = 80, 46
 _NUMBER, _SPACE = 6, 2
 #: Size and space between columns by environment.
 _SIZES = {"table": ("footnotesize", 4), "table*": ("scriptsize", 3)}
+_ROW, _COLUMN = ["scope", "bits", "name"], ["model", "metric"]
 
 _SPECIAL = {
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
@@ -63,29 +65,28 @@ def typeset(
     caption: str,
     label: str,
     best: np.ndarray | None = None,
-    rules: Mapping[int, str] | None = None,
+    rules: Mapping[int, list[str]] | None = None,
     environment: str = "table",
     notes: str = "",
 ) -> str:
-    """Return a table as LaTeX that needs the package booktabs only.
+    """Return a table as LaTeX that needs the package booktabs only; texts are escaped here.
 
     Args:
         heads: of the columns, the two of words first; neighbours share the first part.
-        rows: texts by column; all texts are escaped here.
+        rows: texts by column; two blanks at the start stay a space.
         caption, notes: texts above and below.
         label: without ``tab:``.
         best: (rows, columns) bool, printed bold.
         rules: LaTeX lines above rows, by their index.
         environment: ``table`` or ``table*`` (both columns of a page).
     """
-    texts = [[_spaced(text) for text in row] for row in rows]
-    names = [tuple(map(escape, head)) for head in heads]
+    names = [(escape(above), escape(below)) for above, below in heads]
     two = any(above for above, _ in names)
-    columns = pd.MultiIndex.from_tuples(names) if two else pd.Index([below for _, below in names])
+    columns = pd.MultiIndex.from_tuples(names) if two else [below for _, below in names]
+    texts = [[re.sub("^ ", r"\\quad ", escape(text)) for text in row] for row in rows]
     style = pd.DataFrame(texts, columns=columns).style.hide(axis="index")
     if best is not None:
         style = style.apply(lambda _: np.where(best, "textbf:--rwrap;", ""), axis=None)
-    size, space = _SIZES[environment]
     lines = style.to_latex(
         hrules=True,
         column_format="ll" + "r" * (len(heads) - 2),
@@ -96,36 +97,25 @@ def typeset(
         caption=escape(caption),
         label=f"tab:{label}",
     ).splitlines()
-    first = lines.index(r"\midrule") + 1
-    for row, rule in sorted((rules or {}).items(), reverse=True):
-        lines.insert(first + row, rule)
+    body = lines.index(r"\midrule") + 1
+    for row, above in sorted((rules or {}).items(), reverse=True):
+        lines[body + row : body + row] = above
     if two:
-        lines.insert(lines.index(r"\toprule") + 2, _rules_below([above for above, _ in names]))
-    place = lines.index(r"\centering") + 1
-    lines[place:place] = [rf"\{size}", rf"\setlength{{\tabcolsep}}{{{space}pt}}"]
-    lines.insert(next(i for i, line in enumerate(lines) if r"\label" in line) + 1, r"\smallskip")
-    if notes:
-        lines[-1:] = ["", rf"\smallskip {escape(notes)}", lines[-1]]
+        line, place = "", 1
+        for name, run in groupby(above for above, _ in names):
+            end = place + len(list(run))
+            line += rf"\cmidrule(lr){{{place}-{end - 1}}}" if name else ""
+            place = end
+        lines.insert(lines.index(r"\toprule") + 2, line)
+    size, space = _SIZES[environment]
+    start = lines.index(r"\centering") + 1
+    lines.insert(start + 2, r"\smallskip")
+    lines[start:start] = [rf"\{size}", rf"\setlength{{\tabcolsep}}{{{space}pt}}"]
+    lines[-1:] = ["", r"\smallskip", escape(notes), lines[-1]] if notes else [lines[-1]]
     return "\n".join(lines)
 
 
-def _spaced(text: str) -> str:
-    """Escape a text; two blanks before it stay a space."""
-    return rf"\quad {escape(text.strip())}" if text.startswith("  ") else escape(text)
-
-
-def _rules_below(above: Sequence[str]) -> str:
-    """Return a rule below each head that several columns share."""
-    starts = [i for i, name in enumerate(above) if name and (i == 0 or above[i - 1] != name)]
-    ends = [
-        next((j for j in range(i, len(above)) if above[j] != above[i]), len(above)) for i in starts
-    ]
-    return "".join(rf"\cmidrule(lr){{{i + 1}-{j}}}" for i, j in zip(starts, ends, strict=True))
-
-
-def report(
-    name: str, measured: Sequence[Measured], cells: Sequence[Cell], axes: Axes | None = None
-) -> str:
+def report(name: str, measured: Sequence[Measured], cells: Sequence[Cell], axes: Axes | None = None) -> str:
     """Return the LaTeX of ``cells``: a table per measured section, and per axis and method of it.
 
     Args:
@@ -134,154 +124,131 @@ def report(
         cells: the cells that the tables cover, measured or not.
         axes: the grid's axes, for the order of their points.
     """
-    parts = [
-        "% Made by python -m benchmarks from its records. In the preamble: \\usepackage{booktabs}"
-    ]
-    for section in unique(cell.section for cell in cells):
-        mine = [item for item in measured if item.cell.section == section]
-        planned = [cell for cell in cells if cell.section == section]
+    parts = ["% Made by python -m benchmarks from its records. In the preamble: \\usepackage{booktabs}"]
+    for section, mine, planned in by_section(measured, cells):
         if not mine:
             continue
         known = scores(mine)
-        metrics = [main_metric(planned[0].task, known)]
-        for pair in PAIRS.values():
-            metrics = unique([*metrics, *pair]) if set(pair) <= set(known["metric"]) else metrics
+        main, label = main_metric(planned[0].task, known), f"{name}-{section}"
+        pairs = [pair for pair in PAIRS.values() if set(pair) <= set(known["metric"])]
+        metrics = unique([main, *(metric for pair in pairs for metric in pair)])
         own = [cell for cell in planned if not cell.point]
-        items = [item for item in mine if not item.cell.point]
-        names = in_order(cell.method for cell in own)
-        caption = _caption(section, metrics, items or mine, own)
-        label = f"{name}-{section}"
-        parts += _tables(label, caption, "Method", metrics, items, own, names, _method)
+        methods = in_order(cell.method for cell in own)
+        rows = [(cell, method) for method in methods for cell in own if cell.method == method]
+        parts += _tables(label, section, "Method", metrics, rows, mine)
         for axis, points in (axes or {}).items():
-
-            def places(cell: Cell, axis: str = axis) -> list[str]:
-                return [point for name, point in cell.places if name == axis]
-
             for method in methods_on(axis, planned):
-                here = [cell for cell in planned if cell.method == method and places(cell)]
-                items = [item for item in mine if item.cell.method == method and places(item.cell)]
-                if not items:
-                    continue
-                about = f"{section}, {method} with one setting changed at a time ({axis})"
-                caption = _caption(about, metrics[:1], items, here)
-                label, names = f"{name}-{section}-{axis}-{method}", list(points)
-                parts += _tables(label, caption, axis, metrics[:1], items, here, names, places)
+                here = [cell for cell in planned if cell.method == method]
+                rows = [(c, point) for point in points for c in here if (axis, point) in c.places]
+                if {cell.key for cell, _ in rows} & {item.cell.key for item in mine}:
+                    about = f"{section}, {method} with one setting changed at a time ({axis})"
+                    parts += _tables(f"{label}-{axis}-{method}", about, axis, [main], rows, mine)
     return "\n\n".join(parts) + "\n"
-
-
-def _method(cell: Cell) -> list[str]:
-    return [cell.method]
 
 
 def _tables(
     label: str,
-    caption: str,
+    about: str,
     head: str,
     metrics: Sequence[str],
-    items: Sequence[Measured],
-    cells: Sequence[Cell],
-    names: Sequence[str],
-    names_of: Callable[[Cell], list[str]],
+    planned: Sequence[tuple[Cell, str]],
+    measured: Sequence[Measured],
 ) -> list[str]:
-    """Return one table, in as many parts as :data:`WIDTH` and :data:`HEIGHT` ask for.
+    """Return a table in as many parts as :data:`WIDTH` and :data:`HEIGHT` ask for.
 
     Args:
-        label, caption: of the table.
+        label, about: of the table.
         head: above the names of rows.
         metrics: the metrics of each model.
-        items: the finished cells of the table.
-        cells: its cells, measured or not.
-        names: of rows, in order.
-        names_of: the rows of a cell.
+        planned: cells, measured or not, with the names of their rows, in the order of names.
+        measured: the section's finished cells.
     """
-    table = scores(items)
-    table["name"] = [names_of(items[place].cell) for place in table["item"]]
-    index, columns = ["scope", "bits", "name"], ["model", "metric"]
-    means = over_seeds(table.explode("name"), [*index, *columns]).pivot(
-        index=index, columns=columns, values="mean"
-    )
-    # What has no bits comes first.
-    planned = {(cell.scope, cell.bits, name): None for cell in cells for name in names_of(cell)}
-    scopes = unique(scope for scope, bits, _ in planned if bits != FULL)
-    widths = unique(bits for _, bits, _ in planned if bits != FULL)
-    blocks = [("", FULL), *((scope, FULL) for scope in scopes if scope)]
-    blocks += [(scope, bits) for scope in scopes for bits in widths]
-    rows = [(*block, name) for block in blocks for name in names if (*block, name) in planned]
-    models = unique(cell.model for cell in cells)
+    done = {item.cell.key: item for item in measured}
+    found = [(done[cell.key], name) for cell, name in planned if cell.key in done]
+    table = scores(item for item, _ in found)
+    table["name"] = [found[place][1] for place in table["item"]]
+    every = {(cell.scope, cell.bits, name) for cell, name in planned}
+    order = [unique(parts) for parts in zip(*((c.scope, c.bits, n) for c, n in planned), strict=True)]
+
+    def place(row: tuple[str, str, str]) -> tuple[object, ...]:
+        # What has no bits comes first.
+        return (
+            row[1] != FULL,
+            *(names.index(part) for names, part in zip(order, row, strict=True)),
+        )
+
+    rows, models = sorted(every, key=place), unique(cell.model for cell, _ in planned)
+    means = over_seeds(table, [*_ROW, *_COLUMN]).pivot(index=_ROW, columns=_COLUMN, values="mean")
     means = means.reindex(
-        index=pd.MultiIndex.from_tuples(rows, names=index),
-        columns=pd.MultiIndex.from_product([models, metrics], names=columns),
+        index=pd.MultiIndex.from_tuples(rows, names=_ROW),
+        columns=pd.MultiIndex.from_product([models, metrics], names=_COLUMN),
     )
-    first = len("Bits (W/A)") + _SPACE + max(len(_name(*row, scopes)) for row in rows)
+    several = len({scope for scope, bits, _ in rows if bits != FULL}) > 1
+    first = len("Bits (W/A)") + _SPACE + max(len(_name(*row, several)) for row in rows)
     heads = sum(max(_NUMBER, len(_HEADS.get(name, name))) + _SPACE for name in metrics)
-    beside = heads if len(metrics) > 1 else _NUMBER + _SPACE
-    groups = [[row for row in rows if row[:2] == block] for block in blocks]
-    parts = [
-        (chosen, [row for group in part for row in group])
-        for chosen in runs(
-            models, lambda run: first + sum(max(len(m) + _SPACE, beside) for m in run) <= WIDTH
-        )
-        for part in runs(
-            [group for group in groups if group], lambda run: sum(map(len, run)) <= HEIGHT
-        )
-    ]
-    safe = re.sub(r"[^A-Za-z0-9-]+", "-", label)
-    texts = []
-    for number, (chosen, part) in enumerate(parts):
-        own = f"{caption} Continued." if number else caption
-        mark = f"{safe}-{number + 1}" if number else safe
-        texts.append(_part(means.loc[part, chosen], head, own, mark, scopes))
+    least = heads if len(metrics) > 1 else _NUMBER + _SPACE
+    groups = [list(group) for _, group in groupby(rows, lambda row: row[:2])]
+    caption = _caption(about, metrics, [item for item, _ in found] or measured, rows)
+    safe, texts = re.sub(r"[^A-Za-z0-9-]+", "-", label), []
+
+    def fits(run: list[str]) -> bool:
+        return first + sum(max(len(model) + _SPACE, least) for model in run) <= WIDTH
+
+    for chosen in runs(models, fits):
+        for part in runs(groups, lambda run: sum(map(len, run)) <= HEIGHT):
+            body = means.loc[[row for group in part for row in group], chosen]
+            more = (f"{caption} Continued.", f"{safe}-{len(texts) + 1}") if texts else (caption, safe)
+            texts.append(_part(body, head, *more, several))
     return texts
 
 
-def _part(means: pd.DataFrame, head: str, caption: str, label: str, scopes: Sequence[str]) -> str:
-    """Return one part of a table: rows by scope, bits and name, columns by model and metric."""
-    several = means.columns.get_level_values(1).nunique() > 1
-    heads = [
-        (model if several else "", _HEADS.get(metric, metric) if several else model)
-        for model, metric in means.columns
-    ]
-    texts = means.map(lambda mean: MISSING if pd.isna(mean) else f"{mean:.2f}")
-    blocks = means.groupby(level=[0, 1], sort=False)
-    tops = blocks.transform("max").map("{:.2f}".format)
+def _part(means: pd.DataFrame, head: str, caption: str, label: str, several: bool) -> str:
+    """Return one part of a table; ``several`` scopes have headings of their own."""
+    heads = [(model, _HEADS.get(metric, metric)) for model, metric in means.columns]
+    if means.columns.get_level_values("metric").nunique() == 1:
+        heads = [("", model) for model, _ in heads]
+    texts = means.map(lambda mean: "--" if pd.isna(mean) else f"{mean:.2f}")
+    blocks = means.groupby(level=["scope", "bits"], sort=False)
     quantized = means.index.get_level_values("bits") != FULL
     # Equal texts are bold alike, where there is a choice.
-    best = (texts == tops) & (blocks.transform("count") > 1) & quantized[:, None]
-    rows, rules, last, scope = [], {}, None, ""
-    for row, (where, bits, name) in enumerate(means.index):
-        new = (where, bits) != last
+    best = (texts == blocks.transform("max").map("{:.2f}".format)) & (blocks.transform("count") > 1)
+    bold = np.pad((best & quantized[:, None]).to_numpy(), ((0, 0), (2, 0)))
+    rows: list[list[str]] = []
+    rules: dict[int, list[str]] = {}
+    last, heading = None, ""
+    for (scope, bits, name), own in zip(means.index, texts.to_numpy().tolist(), strict=True):
+        new, last = (scope, bits) != last, (scope, bits)
         if new:
-            rules[row] = r"\midrule" if row else ""
-            if bits != FULL and len(scopes) > 1 and where != scope:
-                scope = where
+            rules[len(rows)] = [r"\midrule"] if rows else []
+            if several and bits != FULL and scope != heading:
+                heading = scope
                 wide = rf"\multicolumn{{{len(heads) + 2}}}{{l}}{{\emph{{{escape(scope)}}}}} \\"
-                rules[row] = f"{rules[row]}\n{wide}".strip()
-        last = (where, bits)
+                rules[len(rows)].append(wide)
         size = "32/32" if bits == FULL else bits.removeprefix("w").replace("a", "/")
-        rows.append([size if new else "", _name(where, bits, name, scopes), *texts.iloc[row]])
-    rules = {row: rule for row, rule in rules.items() if rule}
-    bold = np.hstack([np.zeros((len(rows), 2), dtype=bool), best.to_numpy()])
+        rows.append([size if new else "", _name(scope, bits, name, several), *own])
     return typeset([("", "Bits (W/A)"), ("", head), *heads], rows, caption, label, bold, rules)
 
 
-def _name(scope: str, bits: str, name: str, scopes: Sequence[str]) -> str:
+def _name(scope: str, bits: str, name: str, several: bool) -> str:
     if name == "fp":
         return "Full precision"
-    return f"{name} [{scope}]" if scope and bits == FULL and len(scopes) > 1 else name
+    return f"{name} [{scope}]" if several and scope and bits == FULL else name
 
 
 def _caption(
-    about: str, metrics: Sequence[str], items: Sequence[Measured], cells: Sequence[Cell]
+    about: str,
+    metrics: Sequence[str],
+    items: Sequence[Measured],
+    rows: Sequence[tuple[str, str, str]],
 ) -> str:
     sets = unique(
-        f"{item.record.dataset.name}, split {item.record.dataset.split} "
-        f"({sample_counts(item.record.n, item.record.dataset.captions)})"
-        for item in items
+        f"{record.dataset.name}, split {record.dataset.split} ({sample_counts(record.n, record.dataset.captions)})"
+        for record in (item.record for item in items)
     )
-    seeds = sorted({item.record.seed for item in items if item.record.seed is not None})
+    seeds = seeds_of(items)
     scopes = unique(item.cell.scope for item in items if item.cell.scope)
+    unit = " in percent" if all(map(is_percent, metrics)) else ""
     heads = ", ".join(_HEADS.get(metric, metric) for metric in metrics)
-    unit = " in percent" if all(is_percent(metric) for metric in metrics) else ""
     parts = [f"{about}: {heads}{unit} on {'; '.join(sets)}."]
     if len(scopes) == 1:
         parts.append(f"Quantized parts of each model: {scopes[0]}.")
@@ -290,6 +257,6 @@ def _caption(
     elif seeds:
         parts.append(f"Seed {seeds[0]}.")
     parts.append("Quantization is simulated.")
-    if any(cell.bits != FULL for cell in cells):
+    if any(bits != FULL for _, bits, _ in rows):
         parts.append("Bold: the best at these bits.")
     return " ".join(parts)

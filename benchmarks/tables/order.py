@@ -20,9 +20,7 @@ from benchmarks.results.scores import (
 _MILD_BITS, _ERRORS = "w4a4", 2.0
 
 
-def order_lines(
-    table: pd.DataFrame, measured: Sequence[Measured] = (), mark: str = ""
-) -> list[str]:
+def order_lines(table: pd.DataFrame, measured: Sequence[Measured] = (), mark: str = "") -> list[str]:
     """Return a line per expected order; an order without measured methods has none.
 
     Args:
@@ -74,9 +72,7 @@ def _fimaq_lines(here: pd.DataFrame, where: str) -> list[str]:
     if len(set(needed) & present) < 2:
         return []
     means = _means(here, needed)
-    claim = (
-        f"Expected order at {where} (rtn worst, fimaq not below qdrop and brecq, mean over models)"
-    )
+    claim = f"Expected order at {where} (rtn worst, fimaq not below qdrop and brecq, mean over models)"
     if means.empty:
         absent = ", ".join(name for name in needed if name not in present) or "some cells"
         return [f"{claim}: not judged, since no model has all four; not fully measured: {absent}."]
@@ -110,16 +106,10 @@ def _rounding_lines(items: Sequence[Measured], mark: str) -> list[str]:
             results[f"{method} on {subject}"] = paired(by_seed(mine), rounded[subject])
     if not results:
         return []
-    claim = (
-        f"No method below rtn at {_MILD_BITS}{mark} by more than two paired standard errors, on "
-        "any model"
-    )
+    claim = f"No method below rtn at {_MILD_BITS}{mark} by more than two paired standard errors, on any model"
     judged = {name: result for name, result in results.items() if result is not None}
     if not judged:
-        return [
-            f"{claim}: not judged, since there are no per-sample outcomes of the same samples and "
-            "seeds."
-        ]
+        return [f"{claim}: not judged, since there are no per-sample outcomes of the same samples and seeds."]
     texts = {name: f"{name} {r.difference:+.2f} ± {r.se:.2f}" for name, r in judged.items()}
     below = [texts[name] for name, r in judged.items() if r.difference < -_ERRORS * r.se]
     nearest = texts[min(judged, key=lambda name: judged[name].difference)]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import pandas as pd
 
 from benchmarks.cells import Cell
-from benchmarks.results.scores import Measured, in_order, unique
+from benchmarks.results.scores import Measured, in_order, seeds_of, unique
 from fimaq_core.recipe import METHODS, Recipe, make_recipe
 from tasks.common import registry
 from tasks.common.record import recipe_of
@@ -60,23 +60,16 @@ def settings_lines(mine: Sequence[Measured]) -> list[str]:
     methods = in_order(by_method)
     # Released settings depend on the bits of weights alone.
     released = {
-        method: [
-            make_recipe(method, usual, {"w_bits": bits})
-            for bits in dict.fromkeys(recipe.w_bits for recipe in recipes)
-        ]
+        method: [make_recipe(method, usual, {"w_bits": bits}) for bits in dict.fromkeys(recipe.w_bits for recipe in recipes)]
         for method, recipes in by_method.items()
     }
-    changed = [
-        name for found in by_method.values() for recipe in found for name in recipe.changes(usual)
-    ]
+    changed = [name for found in by_method.values() for recipe in found for name in recipe.changes(usual)]
     parts = []
     for name in unique([*_ALWAYS, *changed]):
         bearing = [method for method in methods if _bears(name, by_method[method][0])]
         if bearing:
             values, originals = (
-                _by_text(
-                    {method: of[method] for method in bearing}, lambda r, n=name: getattr(r, n)
-                )
+                _by_text({method: of[method] for method in bearing}, lambda r, n=name: getattr(r, n))
                 for of in (by_method, released)
             )
             beside = "" if originals == values else f" (released: {_text(originals)})"
@@ -85,8 +78,7 @@ def settings_lines(mine: Sequence[Measured]) -> list[str]:
     if parts:
         listed = ", ".join(methods)
         lines.append(f"Settings of {listed}, as far as they have them: {', '.join(parts)}.")
-    seeds = sorted({item.record.seed for item in mine if item.record.seed is not None})
-    if seeds:
+    if seeds := seeds_of(mine):
         single = "; what has no ± ran with one" if len(seeds) > 1 else ""
         lines.append(f"Seeds: {', '.join(map(str, seeds))}{single}.")
     return lines
@@ -101,9 +93,7 @@ def _bears(name: str, recipe: Recipe) -> bool:
     return recipe.reconstruct or group not in ("reconstruction", "loss")
 
 
-def _by_text(
-    recipes: Mapping[str, Sequence[Recipe]], value: Callable[[Recipe], object]
-) -> dict[str, list[str]]:
+def _by_text(recipes: Mapping[str, Sequence[Recipe]], value: Callable[[Recipe], object]) -> dict[str, list[str]]:
     """Return methods by the text of their values."""
     found: dict[str, list[str]] = {}
     for method, own in recipes.items():

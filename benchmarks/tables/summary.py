@@ -10,6 +10,7 @@ from benchmarks.results.scores import (
     FULL,
     PAIRS,
     Measured,
+    by_section,
     columns_of,
     count,
     in_order,
@@ -44,9 +45,7 @@ def report(
         axes: the grid's axes, in the order of their tables.
     """
     parts = [f"# {title}"]
-    for section in unique(cell.section for cell in cells):
-        mine = [item for item in measured if item.cell.section == section]
-        planned = [cell for cell in cells if cell.section == section]
+    for section, mine, planned in by_section(measured, cells):
         if mine:
             parts += _section_parts(section, mine, planned, width, axes or {})
         else:
@@ -54,9 +53,7 @@ def report(
     return "\n\n".join(parts) + "\n"
 
 
-def _section_parts(
-    section: str, mine: Sequence[Measured], planned: Sequence[Cell], width: int | None, axes: Axes
-) -> list[str]:
+def _section_parts(section: str, mine: Sequence[Measured], planned: Sequence[Cell], width: int | None, axes: Axes) -> list[str]:
     every = scores(mine)
     metric = main_metric(planned[0].task, every)
     # The main table and its lines show the grid's own settings; axis points have own tables.
@@ -74,8 +71,7 @@ def _section_parts(
     if any(cell.scope for cell in planned):
         lines.insert(
             0,
-            "In brackets what of a model is quantized; full precision, the whole model, stands "
-            "beside each.",
+            "In brackets what of a model is quantized; full precision, the whole model, stands beside each.",
         )
     for mark, rows in by_mark.items():
         lines += order_lines(rows, mine, mark)
@@ -120,10 +116,7 @@ def wide(
     without_bits = {cell.method for cell in cells if cell.bits == FULL}
     columns = {}
     for subject, model, bits in columns_of(cells):
-        keys = [
-            (model if method == "fp" else subject, method, FULL if method in without_bits else bits)
-            for method in methods
-        ]
+        keys = [(model if method == "fp" else subject, method, FULL if method in without_bits else bits) for method in methods]
         name = f"{subject} {bits}" if bits != FULL else subject
         columns[name] = [texts.get(key, "-") for key in keys]
     return pd.DataFrame(columns, index=pd.Index(methods, name="method"))
@@ -138,10 +131,7 @@ def _pair_parts(own: pd.DataFrame, cells: Sequence[Cell], width: int | None) -> 
     parts = []
     for title, metrics in PAIRS.items():
         if set(metrics) <= set(own["metric"]):
-            first, second = (
-                wide(own[own["metric"] == metric], cells, lambda mean, _: f"{mean:.2f}")
-                for metric in metrics
-            )
+            first, second = (wide(own[own["metric"] == metric], cells, lambda mean, _: f"{mean:.2f}") for metric in metrics)
             both = first.where(first == "-", first + " / " + second)
             parts += [f"{title} (percent), mean over seeds:", *fitting(both, width)]
     return parts
@@ -153,10 +143,7 @@ def data_lines(measured: Sequence[Measured]) -> list[str]:
     for record in sorted((item.record for item in measured), key=lambda record: record.n):
         text = sample_counts(record.n, record.dataset.captions)
         found.setdefault((record.dataset.name, record.dataset.split), []).append(text)
-    return [
-        f"Data: {name}, split {split}, n = {'; '.join(unique(texts))}."
-        for (name, split), texts in sorted(found.items())
-    ]
+    return [f"Data: {name}, split {split}, n = {'; '.join(unique(texts))}." for (name, split), texts in sorted(found.items())]
 
 
 def _spread_lines(by_mark: dict[str, pd.DataFrame], table: pd.DataFrame) -> list[str]:

@@ -117,7 +117,7 @@ def test_captions_say_what_the_numbers_rest_on(tmp_path: Path):
     text = latex.report(parsed.name, measured, cells)
     assert r"\caption{classification: Top-1 in percent on digit-pairs, split test (2000 samples). Mean over seeds 1, 2" in text
     assert text.count("Quantization is simulated.") == 3
-    _, _, one = measure(tmp_path / "one", {**GRID, "seeds": [7]})
+    _, cells, one = measure(tmp_path / "one", {**GRID, "seeds": [7]})
     assert "Seed 7." in latex.report(parsed.name, one, cells)
 
 
