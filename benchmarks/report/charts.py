@@ -64,9 +64,9 @@ def bar_chart(rows: Sequence[Dict], sums: Sequence[Dict], alt: str) -> Markup:
     """Draw one stacked bar per name, with the title of its sum beside it."""
     x, y = _axis("value", tickCount=4), _names("name")
     x["scale"] |= {"zero": True, "padding": 0}
-    stacked = {"x": x | {"stack": "zero"}, "order": {"field": "index"}}
+    order, stacked = {"field": "index"}, x | {"stack": "zero"}
     layers = [
-        _layer({"type": "bar", "size": 13}, **_SERIES, **stacked, y=y),
+        _layer({"type": "bar", "size": 13}, **_SERIES, x=stacked, y=y, order=order),
         _layer({"type": "text", "dx": 5}, sums, **_SERIES, x=x, y=y, text={"field": "title"}),
     ]
     return _row_chart("name", rows, layers, _widest(row["title"] for row in sums) + 8, alt)
@@ -201,8 +201,8 @@ def _axis(field: str, scale: Dict | None = None, **axis: Any) -> Dict:
 
 def _names(field: str) -> Dict:
     """Return the encoding of names along y, in the order of the data."""
-    axis = {"title": None, "grid": True, "gridDash": [1, 3], "labelColor": "var(--text)"}
-    axis |= {"labelExpr": _CUT, "labelLimit": 200}
+    axis: Dict = {"title": None, "labelColor": "var(--text)", "labelExpr": _CUT, "labelLimit": 200}
+    axis |= {"grid": True, "gridDash": [1, 3]}
     return {"field": field, "type": "ordinal", "sort": None, "axis": axis}
 
 

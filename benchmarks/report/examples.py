@@ -60,7 +60,8 @@ def read_all(groups: Sequence[Group], gathered: Gathered) -> dict[str, Told]:
                 if os.path.islink(folder / name):
                     raise CheckpointError("It leads out of the record's own folder, so it is not read.")
                 samples = read_examples(folder, name).samples
-                found[group.id] = Told(item, {sample.sample: sample for sample in samples})
+                if samples:
+                    found[group.id] = Told(item, {sample.sample: sample for sample in samples})
             except FimaqError as error:
                 gathered.add_problem(f"{gathered.relative(folder)}/{name}", error)
     return found
@@ -171,8 +172,9 @@ def _cell(sample: Sample, colours: Mapping[str, int]) -> Dict | None:
         rest = [f"{word}: {one.caption} ({one.score:.2f})" for one, word in words]
         answer, detail, right = first.caption, f"{first.score:.2f}", first.correct
     else:
-        (answer, detail), *others = [(one.name, f"{100 * one.share:.0f} %") for one in sample.top]
-        rest, right = [" ".join(one) for one in others], answer == sample.truth
+        guess, *more = [(one.name, f"{100 * one.share:.0f} %") for one in sample.top]
+        answer, detail = guess
+        rest, right = [" ".join(one) for one in more], answer == sample.truth
     return {"text": answer, "detail": detail, "right": right, "rest": rest}
 
 
@@ -190,7 +192,7 @@ def drawing(sample: ObjectSample, objects: Sequence[TrueObject], colours: Mappin
         place = _place(label, box, letters, sample.size, taken)
         about = {"label": label, "colour": colours[one.name], "box": box}
         drawn.append(about | {"outlines": outlines, "place": place})
-    alt = f"{word}: {', '.join(one['label'] for one in drawn) or 'nothing'}"
+    alt = f"{word}: {', '.join(str(one['label']) for one in drawn) or 'nothing'}"
     return {"objects": drawn[::-1], "alt": alt, "letters": letters, "size": sample.size}
 
 

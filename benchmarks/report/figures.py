@@ -20,6 +20,7 @@ _WHOLE = "whole cell (memory)"
 #: Known stages in the order in which they run; each keeps its colour in all charts.
 _STAGES = ("load", "reconstruct MLPs", "calibrate", "reconstruct", "evaluate", _WHOLE)
 Looks = Mapping[str, str]
+Row = dict[str, Any]
 
 
 class Figure(NamedTuple):
@@ -160,7 +161,9 @@ def stage_figures(groups: Sequence[Group], colours: Looks, memory: bool = False)
         stages = {name: means for name, means in every.items() if means}
         if not stages:
             continue
-        rows, sums, texts = [], [], {}
+        rows: list[Row] = []
+        sums: list[Row] = []
+        texts: dict[tuple[str, str], str] = {}
         for name, means in stages.items():
             kinds: dict[str, float] = {}
             for stage, mean in means.items():
@@ -204,7 +207,7 @@ def _columns(groups: Sequence[Group]) -> Iterator[tuple[Column, dict[str, Group]
         yield column, find(groups, column), f"{column.subject} at {column.bits}"
 
 
-def _rows(groups: Iterable[Group], metric: str, looks: Looks) -> list[dict[str, Any]]:
+def _rows(groups: Iterable[Group], metric: str, looks: Looks) -> list[Row]:
     """Return what charts need of quantized groups that have ``metric``."""
     return [
         score._asdict()

@@ -111,11 +111,12 @@ def module_maps(groups: Sequence[Group]) -> list[dict[str, Any]]:
     every: dict[tuple[str, str], set[str]] = {}
     for group in groups:
         subject = group.cell.subject
-        for record in (item.record for item in group.items if item.record.modules is not None):
-            rows = tuple(_layer(entry, record) for entry in record.modules.quantized)
-            key = subject, rows, tuple(record.modules.full_precision)
-            found.setdefault(key, []).append(group)
-            every.setdefault((subject, group.method), set()).add(group.cell.bits)
+        for record in (item.record for item in group.items):
+            if (modules := record.modules) is not None:
+                rows = tuple(_layer(entry, record) for entry in modules.quantized)
+                key = subject, rows, tuple(modules.full_precision)
+                found.setdefault(key, []).append(group)
+                every.setdefault((subject, group.method), set()).add(group.cell.bits)
     maps = []
     for (subject, rows, rest), users in found.items():
         bits: dict[str, dict[str, None]] = {}

@@ -71,7 +71,7 @@ def published_table(layout: Layout) -> dict[str, Any]:
         kind = "beside" if not own else "measured" if row.line.measured else "context"
         cells = zip(row.texts, map(_kind, row.verdicts), strict=True)
         bits = bits_text(row.line.bits) if own else ""
-        rows.append({"bits": bits, "label": row.label, "kind": kind, "cells": list(cells)})
+        rows.append((kind, bits, row.label, list(cells)))
     return {
         "about": layout.table,
         "groups": groups if any(name for name, _ in groups) else [],

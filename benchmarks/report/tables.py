@@ -62,13 +62,11 @@ def recovery_table(groups: Sequence[Group], cells: Sequence[Cell], metric: str) 
     def column(found: Mapping[str, Group]) -> dict[str, Value]:
         every = {name: recovery(group, found.get("fp"), metric) for name, group in found.items()}
         shares = {name: share for name, share in every.items() if share is not None}
-        judged = [share for name, share in shares.items() if found[name].cell.bits != FULL]
-        best = f"{max(judged):.2f}" if len(judged) > 1 else ""
-        values = {}
-        for name, share in shares.items():
-            is_best = f"{share:.2f}" == best and found[name].cell.bits != FULL
-            values[name] = Value(f"{share:.2f}", share, is_best, share=min(100.0, max(0.0, share)))
-        return values
+        judged = {name: shares[name] for name in shares if found[name].cell.bits != FULL}
+        best = best_of(judged, metric)
+        return {
+            name: Value(f"{share:.2f}", share, name in best, share=min(100.0, max(0.0, share))) for name, share in shares.items()
+        }
 
     columns = [column(find(groups, place)) for place in columns_of(cells)]
     rows = [name for name in rows_of(cells) if name != "fp"] if is_percent(metric) else []
