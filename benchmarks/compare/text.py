@@ -100,8 +100,11 @@ def json_text(pairing: Pairing, judged: Sequence[Judged], level: float) -> str:
 
     def side(runs: Mapping[int | None, Run]) -> list[dict[str, Any]]:
         distinct = {run.path: run.record for run in runs.values()}
-        names = ("method", "variant", "seed")
-        return [{**{name: getattr(record, name) for name in names}, "record": str(path)} for path, record in distinct.items()]
+        found = []
+        for path, record in distinct.items():
+            own = {name: getattr(record, name) for name in ("method", "variant", "seed")}
+            found.append({**own, "record": str(path)})
+        return found
 
     def metric(finding: Finding) -> dict[str, Any]:
         better, verdict = finding.better(level), finding.verdict(level)

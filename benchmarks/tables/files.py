@@ -1,11 +1,9 @@
 """Table files of a profile: written by runs, made anew from records, committed as a reference."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from benchmarks.cells import Adapter, Cell, RunOptions
 from benchmarks.grid import Filters, chosen_axes, expand
@@ -16,6 +14,7 @@ from benchmarks.results import reference
 from benchmarks.results.scores import COLUMNS, Measured, collect, csv_text, scores, write_text
 from benchmarks.schema import Grid
 from benchmarks.tables import latex, summary
+from benchmarks.terminal import terminal_width
 from fimaq_core.errors import FimaqError
 
 
@@ -145,8 +144,3 @@ def make_reference(grid: Grid, options: RunOptions, adapter: Adapter, add: bool)
         paths = reference.write_reference(grid, measured, words)
     for path in paths:
         print(f"wrote {path}")
-
-
-def terminal_width() -> int | None:
-    """Return the terminal's width; None where the output goes elsewhere."""
-    return Console().width if sys.stdout.isatty() else None

@@ -59,9 +59,10 @@ def settings_lines(mine: Sequence[Measured]) -> list[str]:
             by_method.setdefault(recipe.method, []).append(recipe)
     methods = in_order(by_method)
     # Released settings depend on the bits of weights alone.
-    released = {
-        name: [make_recipe(name, usual, {"w_bits": bits}) for bits in _bits(recipes)] for name, recipes in by_method.items()
-    }
+    released: dict[str, list[Recipe]] = {}
+    for name, recipes in by_method.items():
+        bits = dict.fromkeys(recipe.w_bits for recipe in recipes)
+        released[name] = [make_recipe(name, usual, {"w_bits": width}) for width in bits]
     every = [recipe for recipes in by_method.values() for recipe in recipes]
     changed = [name for recipe in every for name in recipe.changes(usual)]
     parts = []
@@ -89,10 +90,6 @@ def _bears(name: str, recipe: Recipe) -> bool:
     if group == "mlp":
         return recipe.reconstruct_mlp
     return recipe.reconstruct or group not in ("reconstruction", "loss")
-
-
-def _bits(recipes: Sequence[Recipe]) -> list[int]:
-    return list(dict.fromkeys(recipe.w_bits for recipe in recipes))
 
 
 def _by_text(recipes: Mapping[str, Sequence[Recipe]], name: str) -> dict[str, list[str]]:
