@@ -6,7 +6,6 @@ processors.
 """
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -14,7 +13,7 @@ from scipy import stats
 
 from benchmarks.cells import MAIN_METRIC
 from benchmarks.compare.statistics import holm
-from benchmarks.results.scores import CALIBRATION_ONLY, CELL, COLUMNS, PAIRS, Measured, is_percent
+from benchmarks.results.scores import CALIBRATION_ONLY, CELL, COLUMNS, PAIRS, Items, is_percent
 from benchmarks.results.scores import scores as score_table
 from tasks.common.record import ResultRecord
 
@@ -45,7 +44,7 @@ _KINDS = {
 _POOL = ["pool", "kind", "bits", "metric"]
 
 
-def observations(measured: Sequence[Measured]) -> pd.DataFrame:
+def observations(measured: Items) -> pd.DataFrame:
     """Return one row per cell and metric, with the processor and the figures of reconstruction.
 
     Returns:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.cells import MAIN_METRIC
-from benchmarks.results.scores import Measured
+from benchmarks.results.scores import Items, Measured
 from fimaq_core.errors import FimaqError
 from tasks.common.record import ResultRecord, outcome_arrays
 from tasks.retrieval.bootstrap import CUTS
@@ -189,12 +189,12 @@ def paired(first: Mapping[int, Outcomes], second: Mapping[int, Outcomes]) -> Pai
     return Paired(difference, math.sqrt(groups / (groups - 1) * squares))
 
 
-def compare(first: Sequence[Measured], second: Sequence[Measured]) -> Paired | None:
+def compare(first: Items, second: Items) -> Paired | None:
     """Compare finished cells of two methods by :func:`paired`; None where that is impossible."""
     return paired(by_seed(first), by_seed(second))
 
 
-def by_seed(items: Sequence[Measured]) -> dict[int, Outcomes]:
+def by_seed(items: Items) -> dict[int, Outcomes]:
     """Read the outcomes of cells that differ in their seeds, without those that have none."""
     found = ((item.cell.seed, read_outcomes(item)) for item in items if item.cell.seed is not None)
     return {seed: outcomes for seed, outcomes in found if seed is not None and outcomes is not None}

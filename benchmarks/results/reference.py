@@ -5,7 +5,7 @@ import math
 import os
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +19,7 @@ from benchmarks.results.agreement import ALPHA, FIGURES, RATIOS, compared, obser
 from benchmarks.results.scores import (
     COLUMNS,
     FULL,
+    Items,
     Measured,
     count,
     is_percent,
@@ -48,7 +49,7 @@ class Provenance:
         return f"measured {self.date} on {self.machine}; {versions}"
 
 
-def provenance(grid: Grid, measured: Sequence[Measured]) -> Provenance:
+def provenance(grid: Grid, measured: Items) -> Provenance:
     """Describe the present measurements, without host names and paths."""
     versions: dict[str, set[str]] = {"python": {platform.python_version()}}
     for item in measured:
@@ -90,7 +91,7 @@ def _settings_of(settings: Mapping[str, Any], section: str) -> dict[str, Any]:
     return rest | {"overrides": {**settings.get("overrides", {}), **own}}
 
 
-def _data(measured: Sequence[Measured]) -> list[str]:
+def _data(measured: Items) -> list[str]:
     sets = {item.record.dataset for item in measured}
     return sorted({
         f"{d.name}, {d.split}, {sample_counts(d.count, d.captions)}, {d.fingerprint[:16]}"
@@ -107,12 +108,7 @@ def _files(grid: Grid, folder: Path) -> tuple[Path, Path]:
     return folder / f"{grid.name}.csv", folder / f"{grid.name}.json"
 
 
-def write_reference(
-    grid: Grid,
-    measured: Sequence[Measured],
-    text: str,
-    folder: Path = REFERENCE,
-) -> list[Path]:
+def write_reference(grid: Grid, measured: Items, text: str, folder: Path = REFERENCE) -> list[Path]:
     """Write a profile's reference (CSV, Markdown, provenance, costs) and return the files."""
     origin = provenance(grid, measured)
     title, _, body = text.partition("\n\n")
@@ -128,7 +124,7 @@ def write_reference(
     return list(files)
 
 
-def add_processor(grid: Grid, measured: Sequence[Measured], folder: Path = REFERENCE) -> Path:
+def add_processor(grid: Grid, measured: Items, folder: Path = REFERENCE) -> Path:
     """Add another processor's cells to the reference's table, in place of their former rows.
 
     Raises:
@@ -161,7 +157,7 @@ def read_csv(path: Path) -> pd.DataFrame:
     return with_bits(table)
 
 
-def compare(grid: Grid, measured: Sequence[Measured], folder: Path = REFERENCE) -> list[str]:
+def compare(grid: Grid, measured: Items, folder: Path = REFERENCE) -> list[str]:
     """Compare finished cells with the committed reference of their profile.
 
     Returns:
@@ -219,11 +215,7 @@ def compare(grid: Grid, measured: Sequence[Measured], folder: Path = REFERENCE) 
     return lines
 
 
-def _alike(
-    grid: Grid,
-    measured: Sequence[Measured],
-    origin: Provenance,
-) -> tuple[list[Measured], list[str]]:
+def _alike(grid: Grid, measured: Items, origin: Provenance) -> tuple[list[Measured], list[str]]:
     """Return the cells with the reference's settings and data, and a line per other section."""
     alike, lines = [], []
     for section in unique(item.cell.section for item in measured):

@@ -42,6 +42,9 @@ class Measured:
     folder: Path | None = None
 
 
+Items, Cells = Sequence[Measured], Sequence[Cell]
+
+
 def collect(cells: Iterable[Cell], adapter: Adapter) -> list[Measured]:
     """Return the finished cells in order, each once."""
     distinct: dict[Key, Cell] = {}
@@ -65,7 +68,7 @@ def read_records(root: Path) -> tuple[list[tuple[Path, ResultRecord]], list[str]
 Section = tuple[str, list[Measured], list[Cell]]
 
 
-def by_section(measured: Sequence[Measured], cells: Sequence[Cell]) -> Iterator[Section]:
+def by_section(measured: Items, cells: Cells) -> Iterator[Section]:
     """Yield each section of ``cells`` with its finished cells and all its cells."""
     for section in unique(cell.section for cell in cells):
         mine = [item for item in measured if item.cell.section == section]
@@ -206,7 +209,7 @@ class Column(NamedTuple):
     bits: str
 
 
-def columns_of(cells: Sequence[Cell]) -> list[Column]:
+def columns_of(cells: Cells) -> list[Column]:
     """Return the columns of tables: subjects by model, each with its bits."""
     columns = []
     for model in unique(cell.model for cell in cells):

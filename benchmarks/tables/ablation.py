@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import pandas as pd
 
 from benchmarks.axes import Axes
-from benchmarks.cells import Cell
 from benchmarks.results.outcomes import compare, mean_difference
 from benchmarks.results.scores import (
-    Measured,
+    Cells,
+    Items,
     difference_text,
     differences,
     over_seeds,
@@ -29,8 +29,8 @@ _NOTE = (
 def axis_parts(
     axes: Axes,
     metric: str,
-    measured: Sequence[Measured],
-    cells: Sequence[Cell],
+    measured: Items,
+    cells: Cells,
     width: int | None,
 ) -> list[str]:
     """Return the Markdown of a section's axes: a table per axis and method, and a note."""
@@ -43,7 +43,7 @@ def axis_parts(
     return [*parts, _NOTE] if parts else []
 
 
-def methods_on(axis: str, cells: Sequence[Cell]) -> list[str]:
+def methods_on(axis: str, cells: Cells) -> list[str]:
     """Return the methods with cells on an axis."""
     return unique(cell.method for cell in cells if any(name == axis for name, _ in cell.places))
 
@@ -52,8 +52,8 @@ def axis_table(
     axis: str,
     points: Sequence[str],
     metric: str,
-    measured: Sequence[Measured],
-    cells: Sequence[Cell],
+    measured: Items,
+    cells: Cells,
 ) -> pd.DataFrame:
     """Return an axis's table of one method.
 
@@ -96,7 +96,7 @@ def _pairs(rows: pd.DataFrame, base: pd.DataFrame) -> str:
     return f"{difference_text(gaps)} ({len(gaps)})" if len(gaps) else "-"
 
 
-def _error(rows: pd.DataFrame, base: pd.DataFrame, items: Sequence[Measured]) -> str:
+def _error(rows: pd.DataFrame, base: pd.DataFrame, items: Items) -> str:
     """Return the error of the mean over models; ``-`` unless all models' outcomes are there."""
     parts = []
     for model in unique(rows["model"]):

@@ -1,17 +1,16 @@
 """Table files of a profile: written by runs, made anew from records, committed as a reference."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
-from benchmarks.cells import Adapter, Cell, RunOptions
+from benchmarks.cells import Adapter, RunOptions
 from benchmarks.grid import Filters, chosen_axes, expand
 from benchmarks.published import layout as published
 from benchmarks.published.layout import Layout
 from benchmarks.published.table import PublishedTable
 from benchmarks.results import reference
-from benchmarks.results.scores import COLUMNS, Measured, collect, csv_text, scores, write_text
+from benchmarks.results.scores import COLUMNS, Cells, Items, collect, csv_text, scores, write_text
 from benchmarks.schema import Grid
 from benchmarks.tables import latex, summary
 from benchmarks.terminal import terminal_width
@@ -23,7 +22,7 @@ def title(grid: Grid) -> str:
     return f"Profile {grid.name}" + (f": {grid.description}" if grid.description else "")
 
 
-def texts(grid: Grid, measured: Sequence[Measured], cells: Sequence[Cell]) -> dict[str, str]:
+def texts(grid: Grid, measured: Items, cells: Cells) -> dict[str, str]:
     """Return the tables of ``cells`` by the ending of their files."""
     return {
         "md": summary.report(title(grid), measured, cells, axes=grid.axes),
@@ -70,7 +69,7 @@ def write_tables(
     filters: Filters,
     options: RunOptions,
     adapter: Adapter,
-    cells: Sequence[Cell],
+    cells: Cells,
 ) -> None:
     """Write the table files, print the table of ``cells`` and compare it with the reference.
 
@@ -106,7 +105,7 @@ def write_published(
     grid: Grid,
     options: RunOptions,
     adapter: Adapter,
-    cells: Sequence[Cell],
+    cells: Cells,
 ) -> Layout:
     """Write the files of a published table; print and return what ``cells`` measure of it.
 

@@ -12,7 +12,8 @@ from benchmarks.cells import Cell
 from benchmarks.results.scores import (
     FULL,
     PAIRS,
-    Measured,
+    Cells,
+    Items,
     by_section,
     in_order,
     is_percent,
@@ -117,12 +118,7 @@ def typeset(
     return "\n".join(lines)
 
 
-def report(
-    name: str,
-    measured: Sequence[Measured],
-    cells: Sequence[Cell],
-    axes: Axes | None = None,
-) -> str:
+def report(name: str, measured: Items, cells: Cells, axes: Axes | None = None) -> str:
     """Return the LaTeX of ``cells``: a table per measured section, axis and method."""
     made = "% Made by python -m benchmarks from its records."
     parts = [f"{made} In the preamble: \\usepackage{{booktabs}}"]
@@ -153,7 +149,7 @@ def _tables(
     head: str,
     metrics: Sequence[str],
     planned: Sequence[tuple[Cell, str]],
-    measured: Sequence[Measured],
+    measured: Items,
 ) -> list[str]:
     """Return a table in as many parts as :data:`WIDTH` and :data:`HEIGHT` ask for.
 
@@ -234,7 +230,7 @@ def _name(scope: str, bits: str, name: str, several: bool) -> str:
 def _caption(
     about: str,
     metrics: Sequence[str],
-    items: Sequence[Measured],
+    items: Items,
     rows: Sequence[tuple[str, str, str]],
 ) -> str:
     sets = unique(

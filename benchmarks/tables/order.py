@@ -9,6 +9,7 @@ from benchmarks.results.scores import (
     CALIBRATION_ONLY,
     FULL,
     RECONSTRUCTION,
+    Items,
     Measured,
     count,
     difference_text,
@@ -20,11 +21,7 @@ from benchmarks.results.scores import (
 _MILD_BITS, _ERRORS = "w4a4", 2.0
 
 
-def order_lines(
-    table: pd.DataFrame,
-    measured: Sequence[Measured] = (),
-    mark: str = "",
-) -> list[str]:
+def order_lines(table: pd.DataFrame, measured: Items = (), mark: str = "") -> list[str]:
     """Return a line per expected order; an order without measured methods has none.
 
     ``table`` has scores of one section, scope (``mark``) and metric, one variant per method; its
@@ -95,7 +92,7 @@ def _fimaq_lines(here: pd.DataFrame, where: str) -> list[str]:
     return lines
 
 
-def _rounding_lines(items: Sequence[Measured], mark: str) -> list[str]:
+def _rounding_lines(items: Items, mark: str) -> list[str]:
     groups: dict[tuple[str, str], list[Measured]] = {}
     for item in items:
         if item.cell.bits == _MILD_BITS:

@@ -4,8 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from benchmarks.cells import Cell
-from benchmarks.results.scores import Measured, in_order, seeds_of, unique
+from benchmarks.results.scores import Cells, Items, in_order, seeds_of, unique
 from fimaq_core.recipe import METHODS, Recipe, make_recipe
 from tasks.common import registry
 from tasks.common.record import recipe_of
@@ -39,7 +38,7 @@ def optimised(recipe: Recipe | None) -> str:
     return " + ".join(name for name, wanted in parts.items() if wanted) or "-"
 
 
-def marks(cells: Sequence[Cell]) -> pd.DataFrame:
+def marks(cells: Cells) -> pd.DataFrame:
     """Return methods × :data:`MARKS`, in the order of tables, measured or not."""
     recipes = {cell.method: cell.request.recipe for cell in reversed(cells)}
     methods = in_order(recipes)
@@ -47,7 +46,7 @@ def marks(cells: Sequence[Cell]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(MARKS), index=pd.Index(methods, name="method"))
 
 
-def settings_lines(mine: Sequence[Measured]) -> list[str]:
+def settings_lines(mine: Items) -> list[str]:
     """Return lines on settings and seeds of a section: shared by all methods, then different."""
     by_method: dict[str, list[Recipe]] = {}
     usual = registry.defaults(mine[0].cell.task) if mine else {}

@@ -1,15 +1,15 @@
 """Text of a grid: a table per section, and below it settings, spreads, means, expected orders."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pandas as pd
 
 from benchmarks.axes import Axes
-from benchmarks.cells import Cell
 from benchmarks.results.scores import (
     FULL,
     PAIRS,
-    Measured,
+    Cells,
+    Items,
     by_section,
     columns_of,
     count,
@@ -30,8 +30,8 @@ from benchmarks.tables.settings import MARKS, marks, settings_lines
 
 def report(
     title: str,
-    measured: Sequence[Measured],
-    cells: Sequence[Cell],
+    measured: Items,
+    cells: Cells,
     width: int | None = None,
     axes: Axes | None = None,
 ) -> str:
@@ -51,8 +51,8 @@ def report(
 
 def _section_parts(
     section: str,
-    mine: Sequence[Measured],
-    planned: Sequence[Cell],
+    mine: Items,
+    planned: Cells,
     width: int | None,
     axes: Axes,
 ) -> list[str]:
@@ -97,7 +97,7 @@ def _section_parts(
 
 def wide(
     table: pd.DataFrame,
-    cells: Sequence[Cell],
+    cells: Cells,
     text: Callable[[float, float], str] = value_text,
 ) -> pd.DataFrame:
     """Return methods × ``subject bits``, with ``-`` where nothing is measured.
@@ -124,7 +124,7 @@ def _quantized(table: pd.DataFrame) -> pd.DataFrame:
     return table[table["method"] != "fp"]
 
 
-def _pair_parts(own: pd.DataFrame, cells: Sequence[Cell], width: int | None) -> list[str]:
+def _pair_parts(own: pd.DataFrame, cells: Cells, width: int | None) -> list[str]:
     """Return the table of each measured pair of :data:`PAIRS` below its title."""
     parts = []
     for title, metrics in PAIRS.items():
@@ -136,7 +136,7 @@ def _pair_parts(own: pd.DataFrame, cells: Sequence[Cell], width: int | None) -> 
     return parts
 
 
-def data_lines(measured: Sequence[Measured]) -> list[str]:
+def data_lines(measured: Items) -> list[str]:
     """Return a line per data set and split with the numbers of samples."""
     found: dict[tuple[str, str], dict[str, None]] = {}
     for record in sorted((item.record for item in measured), key=lambda record: record.n):
