@@ -75,9 +75,8 @@ def read(record: ResultRecord, folder: Path) -> Outcomes:
         CheckpointError: the file is missing, damaged, of another record or of another form.
     """
     content = outcome_arrays(record, folder)
-    order = np.argsort(content["sample"], kind="stable")
+    order, sample = _sorted(content.pop("sample"))
     content = {name: array[order] for name, array in content.items()}
-    sample = content["sample"]
     every = cluster = np.arange(len(sample))
     if "cluster" in content:
         cluster = np.unique(content["cluster"], return_inverse=True)[1]
@@ -94,6 +93,17 @@ def read(record: ResultRecord, folder: Path) -> Outcomes:
             if name in content:
                 metrics[name] = (Part(every, content[name].astype(np.float64)),)
     return Outcomes(sample, cluster, metrics, folder)
+
+
+_last: list[np.ndarray] = []
+
+
+def _sorted(sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the order of ids and the sorted ids; to see that a run has the same is quicker."""
+    if not (_last and np.array_equal(_last[0], sample)):
+        order = np.argsort(sample, kind="stable")
+        _last[:] = sample, order, sample[order]
+    return _last[1], _last[2]
 
 
 def _recalls(direction: np.ndarray, rank: np.ndarray) -> dict[str, tuple[Part, ...]]:
@@ -127,8 +137,8 @@ def check_alike(one: Outcomes, other: Outcomes) -> None:
             f"{len(other.sample)}. Measure both with the same images: a damaged image that one "
             "left out is missing there."
         )
-    alike = ((one.sample, other.sample), (one.cluster, other.cluster))
-    if not all(np.array_equal(mine, theirs) for mine, theirs in alike):
+    same = one.sample is other.sample or np.array_equal(one.sample, other.sample)
+    if not (same and np.array_equal(one.cluster, other.cluster)):
         unlike = sorted(set(one.sample.tolist()) ^ set(other.sample.tolist()))
         such = f", such as {unlike[0]}" if unlike else ": their images are grouped otherwise"
         where = f"{one.folder} and {other.folder}"

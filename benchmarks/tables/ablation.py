@@ -72,23 +72,17 @@ def axis_table(
         on = [cell for cell in cells if (axis, point) in cell.places]
         is_base = bool(on) and not any(cell.point for cell in on)
         mine = table[[(axis, point) in items[place].cell.places for place in table["item"]]]
-        row = {}
+        stats, row = over_seeds(mine, ["subject", "bits"]), {}
+        means = {(r.subject, r.bits): value_text(r.mean, r.sd) for r in stats.itertuples()}
         for subject in unique(cell.subject for cell in cells):
             for bits in unique(cell.bits for cell in cells if cell.subject == subject):
-                here = mine[(mine["subject"] == subject) & (mine["bits"] == bits)]
-                row[f"{subject} {bits}"] = _mean(here)
+                row[f"{subject} {bits}"] = means.get((subject, bits), "-")
         for bits, mark in dict.fromkeys((cell.bits, cell.mark) for cell in cells):
             here, own = (t[(t["bits"] == bits) & (t["mark"] == mark)] for t in (mine, base))
             row[f"{bits}{mark} - base"] = "base" if is_base else _pairs(here, own)
             row[f"{bits}{mark} se (samples)"] = "-" if is_base else _error(here, own, items)
         rows.append(row)
     return pd.DataFrame(rows, index=pd.Index(list(points), name=axis))
-
-
-def _mean(rows: pd.DataFrame) -> str:
-    if rows.empty:
-        return "-"
-    return value_text(*over_seeds(rows, ["metric"]).loc[0, ["mean", "sd"]])
 
 
 def _pairs(rows: pd.DataFrame, base: pd.DataFrame) -> str:
