@@ -38,6 +38,7 @@ class Measurement(NamedTuple):
     """
 
     record: ResultRecord
+    settings: str
     metric: str
     mean: float
     sd: float
@@ -65,24 +66,29 @@ class Judgement:
         return "; ".join((self.rule, *self.remarks))
 
 
+def settings(record: ResultRecord) -> str:
+    """Return a key that records share which differ in nothing but the seed."""
+    recipe = {k: v for k, v in (record.recipe or {}).items() if k != "seed"}
+    fields = (
+        record.task, record.dataset.fingerprint, record.dataset.name, record.dataset.split,
+        record.model, record.method, record.w_bit, record.a_bit, record.variant,
+        record.weights.sha256, sorted(recipe.items()),
+    )  # fmt: skip
+    return repr(fields)
+
+
 def measurements(records: Iterable[ResultRecord]) -> list[Measurement]:
-    """Average over seeds whatever differs in nothing but the seed; of equal seeds the latest."""
+    """Average records of the same settings over seeds; of equal seeds the latest one counts."""
     latest: dict[tuple[str, int | None], ResultRecord] = {}
     for record in records:
-        recipe = {k: v for k, v in (record.recipe or {}).items() if k != "seed"}
-        fields = (
-            record.task, record.dataset.fingerprint, record.dataset.name, record.dataset.split,
-            record.model, record.method, record.w_bit, record.a_bit, record.variant,
-            record.weights.sha256, sorted(recipe.items()),
-        )  # fmt: skip
-        known = latest.setdefault((repr(fields), record.seed), record)
-        if known.finished < record.finished:
-            latest[repr(fields), record.seed] = record
+        key = (settings(record), record.seed)
+        if latest.setdefault(key, record).finished < record.finished:
+            latest[key] = record
     table, keys = record_scores(latest.values()), [key for key, _ in latest]
     table["settings"] = [keys[place] for place in table["item"]]
     first = {key: record for (key, _), record in reversed(latest.items())}
     means = over_seeds(table, ["settings", "metric"])
-    return [Measurement(first[row.pop("settings")], **row) for row in means.to_dict("records")]
+    return [Measurement(first[row["settings"]], **row) for row in means.to_dict("records")]
 
 
 def published_rows() -> pd.DataFrame:

@@ -18,8 +18,10 @@ from benchmarks.compare.published import (
     REPRODUCED,
     UNCERTAIN,
     Judgement,
+    Measurement,
     judge,
     measurements,
+    settings,
 )  # fmt: skip
 from benchmarks.names import UNSTATED, load_names
 from benchmarks.published.table import FULL, Line, PublishedTable, TableCell, head_pair, head_text
@@ -28,7 +30,6 @@ from benchmarks.tables.latex import typeset
 from benchmarks.tables.markdown import cut
 from benchmarks.tables.markdown import markdown as table_text
 from benchmarks.tables.summary import data_lines
-from tasks.common.record import ResultRecord
 
 NOT_MEASURED = "not measured"
 #: Mark behind a measured number, or behind a published one that stands in its place.
@@ -82,8 +83,8 @@ class Entry:
         return self.values["measured"] is not None
 
 
-def _entry(table: PublishedTable, cell: TableCell, records: Sequence[ResultRecord]) -> Entry:
-    found = [item for item in measurements(records) if item.metric == cell.metric]
+def _entry(table: PublishedTable, cell: TableCell, measured: Sequence[Measurement]) -> Entry:
+    found = [item for item in measured if item.metric == cell.metric]
     # All seeds of a cell share data, weights and settings, unless those have changed in between.
     item = max(found, key=lambda one: one.record.finished, default=None)
     source, name, line = cell.published or {}, cell.name, table.lines[cell.row]
@@ -159,10 +160,11 @@ class Layout:
         Only lines and columns with grid cells of ``names`` are shown (None: all).
         """
         wanted = set(table.measured if names is None else names)
-        records: dict[CellName | None, list[ResultRecord]] = {}
         self.table, self.measured = table, [item for item in measured if item.cell.name in wanted]
-        for found in self.measured:
-            records.setdefault(found.cell.name, []).append(found.record)
+        every = measurements(item.record for item in self.measured)
+        keys: dict[CellName | None, set[str]] = {}
+        for item in self.measured:
+            keys.setdefault(item.cell.name, set()).add(settings(item.record))
         places = [cell for cell in table.cells if names is None or cell.name in wanted]
         rows = {cell.row for cell in places}
         bits = {table.lines[row].bits for row in rows}
@@ -170,7 +172,7 @@ class Layout:
         context = {row for row, line in enumerate(table.lines) if not line.measured}
         self.lines = sorted(rows | {row for row in context if table.lines[row].bits in bits})
         self.entries = {
-            (cell.row, cell.column): _entry(table, cell, records.get(cell.name, []))
+            (cell.row, cell.column): _entry(table, cell, [it for it in every if it.settings in keys.get(cell.name, ())])
             for cell in table.cells
             if cell.row in self.lines and cell.column in self.columns
         }
