@@ -10,8 +10,7 @@ from typing import Any, Literal
 import click
 
 from benchmarks.cells import RunOptions
-from benchmarks.commands import run_diff, run_grid, run_reference
-from benchmarks.compare.cli import compare
+from benchmarks.commands import run_grid
 from benchmarks.console import user_errors
 from benchmarks.doctor import doctor
 from benchmarks.grid import load_grid, parse_filters
@@ -26,7 +25,6 @@ from benchmarks.options import (
 )
 from benchmarks.published.cli import published
 from benchmarks.published.table import load_table
-from benchmarks.remake import tables
 from benchmarks.report.cli import report
 from benchmarks.run.options import RETRIES, ExecutorOptions
 from benchmarks.watch.status import status
@@ -135,6 +133,8 @@ def run(
 @click.option("--allow-nothing", is_flag=True, help="Exit with 0 if nothing is comparable.")
 def diff(results: Path, show_all: bool, allow_nothing: bool) -> None:
     """Compare everything measured with published numbers, like with like only."""
+    from benchmarks.compare.published import run_diff
+
     click.get_current_context().exit(run_diff(results, show_all, nothing=0 if allow_nothing else 2))
 
 
@@ -149,9 +149,63 @@ def reference(profile: str, weights: str, results: Path, add: bool, **texts: str
 
     A reference says how far results differ between processors: add the same cells from several.
     """
+    from benchmarks.tables.files import make_reference
+
     options = RunOptions(results, places(texts), folder(weights))
-    click.get_current_context().exit(run_reference(load_grid(profile), options, adapter(), add))
+    make_reference(load_grid(profile), options, adapter(), add)
 
 
-for command in (compare, tables, published, status, doctor, report):
+@cli.command()
+@profile_option
+@click.option(
+    "--format", "chosen", type=click.Choice(["md", "csv", "latex", "all"]), default="md", show_default=True,
+    help="One is printed unless --output is given; all are written to files.",
+)  # fmt: skip
+@click.option("--output", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help="Folder of the files.")
+@places_options
+@click.option("--weights", default="", metavar="DIR", help="As for run.")
+@results_option
+def tables(profile: str, chosen: str, output: Path | None, weights: str, results: Path, **texts: str) -> None:
+    """Make a profile's tables anew from its records; nothing is run.
+
+    They cover the profile's own cells: what a run with filters measured beyond them is not in them. Files go to tables/ beside
+    the runs unless --output says otherwise.
+    """
+    from benchmarks.tables.files import remake
+
+    options = RunOptions(results, places(texts), folder(weights))
+    remake(load_grid(profile), options, adapter(), "tex" if chosen == "latex" else chosen, output)
+
+
+@cli.command()
+@click.argument("run_a", type=click.Path(path_type=Path))
+@click.argument("run_b", type=click.Path(path_type=Path))
+@click.option(
+    "--metric", default="", help="These metrics, such as top1 or R@1,i2t_R@5; by default all of one pair, the main ones of many."
+)
+@click.option(
+    "--level", type=click.FloatRange(0.5, 0.9999), default=0.95, show_default=True,
+    help="Of the confidence intervals; a difference is shown where p is below 1 - level.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def compare(run_a: Path, run_b: Path, metric: str, level: float, as_json: bool) -> None:
+    """Test whether two runs differ, sample by sample.
+
+    A RUN is a cell's folder, its result.json, or a folder that holds several records, such as a method's. Records are paired that
+    share task, data, model, bits, seed and scope; also method and variant where a side has several of these. Full precision,
+    which has no bits, is compared with whatever is on the other side.
+
+    Exit codes: 0 compared, whatever came out; 2 cannot compare.
+    """
+    from benchmarks.compare.judge import judge
+    from benchmarks.compare.sides import pair_up, read_side
+    from benchmarks.compare.text import json_text, report
+
+    pairing = pair_up(read_side(run_a), read_side(run_b))
+    wanted = tuple(dict.fromkeys(name.strip() for name in metric.split(",") if name.strip()))
+    judged = judge(pairing, level, wanted)
+    click.echo(json_text(pairing, judged, level) if as_json else report(pairing, judged, level))
+
+
+for command in (published, status, doctor, report):
     cli.add_command(command)

@@ -19,14 +19,13 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from benchmarks.cells import Adapter, Cell, Places, RunOptions, finished
-from benchmarks.grid import Filters, chosen_axes, expand
+from benchmarks.grid import Filters, expand
 from benchmarks.run.options import ExecutorOptions
 from benchmarks.schema import Grid
 from fimaq_core.errors import FimaqError
 from tasks.common.record import own_seconds
 
 if TYPE_CHECKING:
-    from benchmarks.published.layout import Layout
     from benchmarks.published.table import PublishedTable
 
 
@@ -56,6 +55,7 @@ def run_grid(
     from benchmarks.run.local import default_jobs
     from benchmarks.run.options import make_executor, settled
     from benchmarks.run.runner import Runner
+    from benchmarks.terminal import terminal_width
     from benchmarks.watch.live import Watch
 
     cells = expand(grid, filters, options)
@@ -63,7 +63,7 @@ def run_grid(
         raise FimaqError("The filters leave no cell.")
     if plan:
         at_once = how.jobs or grid.jobs or default_jobs(options.threads or grid.threads, options.device or grid.device)
-        print(plan_of(grid, filters, options, adapter, cells, at_once, _terminal_width()))
+        print(plan_of(grid, filters, options, adapter, cells, at_once, terminal_width()))
         return 0
     measured = {cell.key: found for cell in cells if (found := finished(cell, adapter)) is not None}
     todo = [cell for cell in cells if options.force or cell.key not in measured]
@@ -94,6 +94,8 @@ def run_grid(
             shutil.rmtree(logs, ignore_errors=True)
     else:
         print(f"All {len(cells)} cells are done already.")
+    from benchmarks.tables.files import write_published, write_tables  # pandas takes its time
+
     layout = None
     if table is None:
         write_tables(grid, filters, options, adapter, cells)
@@ -174,72 +176,6 @@ def _way_around(grid: Grid, cells: Sequence[Cell], options: RunOptions, adapter:
     return [" ".join([*words, f"To run {what}: TASKS={names} for make, --tasks {names} for a grid."])]
 
 
-def write_tables(grid: Grid, filters: Filters, options: RunOptions, adapter: Adapter, cells: Sequence[Cell]) -> None:
-    """Write the profile's table files, print the table of ``cells`` and compare it with the reference.
-
-    The files cover the whole grid's finished cells and this run's: a run with filters never shrinks them.
-    """
-    from benchmarks import latex, reference, summary, tables
-
-    full = expand(grid, Filters(), options)
-    known = {cell.key for cell in full}
-    # The grid's own cells win: a run with filtered axes knows fewer places of the same cell.
-    everything = [*full, *(cell for cell in cells if cell.key not in known)]
-    if filters.active:
-        # In the grid's order, also where this run went beyond it: group by model as the grid does.
-        order = {model: index for index, model in enumerate(dict.fromkeys(cell.model for cell in everything))}
-        everything.sort(key=lambda cell: (list(grid.tasks).index(cell.section), order[cell.model]))
-    measured = tables.collect(everything, adapter)
-    folder = options.results / "tables"
-    tables.write_text(folder / f"{grid.name}.csv", tables.csv_text(tables.frame(measured)))
-    tables.write_text(folder / f"{grid.name}.md", summary.report(title(grid), measured, everything, axes=grid.axes))
-    tables.write_text(folder / f"{grid.name}.tex", latex.report(grid.name, measured, everything, grid.axes))
-    keys = {cell.key for cell in cells}
-    mine = [item for item in measured if item.cell.key in keys]
-    width = _terminal_width()
-    print()
-    print(summary.report(title(grid), mine, cells, width, chosen_axes(grid, filters)))
-    for line in reference.compare(grid, mine):
-        print(line)
-    print(f"Table: {folder / f'{grid.name}.csv'} and {folder / f'{grid.name}.md'}")
-
-
-def write_published(
-    table: PublishedTable,
-    grid: Grid,
-    options: RunOptions,
-    adapter: Adapter,
-    cells: Sequence[Cell],
-) -> Layout:
-    """Write the files of a published table, print what of it ``cells`` measure, and return that.
-
-    The files cover the whole table and this run's cells: a run with filters never shrinks them.
-    """
-    from benchmarks import tables
-    from benchmarks.published import text
-    from benchmarks.published.layout import Layout
-
-    full = expand(grid, Filters(), options)
-    measured = tables.collect([*full, *cells], adapter)
-    paths = text.write(Layout(table, measured), options.results / "tables")
-    keys = {cell.key for cell in cells}
-    mine = [item for item in measured if item.cell.key in keys]
-    layout = Layout(table, mine, {cell.name for cell in cells})
-    print()
-    print(text.markdown(layout, _terminal_width()))
-    print(f"Table: {', '.join(map(str, paths))}")
-    return layout
-
-
-def _terminal_width() -> int | None:
-    return Console().width if sys.stdout.isatty() else None
-
-
-def title(grid: Grid) -> str:
-    """Return the heading of a grid's table."""
-    return f"Profile {grid.name}" + (f": {grid.description}" if grid.description else "")
-
-
 def rerun_command(
     profile: str,
     cells: Sequence[Cell],
@@ -275,63 +211,3 @@ def rerun_command(
 def _python() -> str:
     relative = os.path.relpath(sys.executable)
     return "python" if relative.startswith("..") else relative
-
-
-def run_reference(grid: Grid, options: RunOptions, adapter: Adapter, add: bool = False) -> int:
-    """Write the reference of a finished grid, or ``add`` another processor's cells to it, and return the exit code."""
-    from benchmarks import reference, summary, tables
-
-    cells = expand(grid, Filters(), options)
-    measured = tables.collect(cells, adapter)
-    if not measured if add else len(measured) < len(cells):
-        raise FimaqError(
-            f"Only {len(measured)} of {len(cells)} cells of '{grid.name}' are measured, and a reference needs all: "
-            f"run `make reproduce-table PROFILE={grid.name}` first."
-        )
-    if add:
-        print(f"wrote {reference.add_processor(grid, measured)}")
-        return 0
-    for path in reference.write_reference(grid, measured, summary.report(title(grid), measured, cells, axes=grid.axes)):
-        print(f"wrote {path}")
-    return 0
-
-
-def run_diff(results: Path, show_all: bool, nothing: int = 2) -> int:
-    """Compare all records with published numbers, print and write the table, and return the exit code.
-
-    Args:
-        results: root of what runs wrote.
-        show_all: also list what has no published number.
-        nothing: the exit code where nothing is comparable.
-    """
-    from tabulate import tabulate  # type: ignore[import-untyped, unused-ignore]
-
-    from benchmarks import diff, tables
-
-    records, problems = diff.read_records(results / "runs")
-    for problem in problems:
-        print(f"warning: {problem}", file=sys.stderr)
-    if not records:
-        print(f"Nothing is comparable yet: nothing is measured under {results / 'runs'}. Run `make reproduce-table` first.")
-        return nothing
-    table = diff.diff(records)
-    path = results / "tables" / "diff.csv"
-    tables.write_text(path, tables.csv_text(table))
-    judged = table[table["verdict"] != diff.NOT_COMPARABLE]
-    shown = table if show_all else table[table["published"].notna()]
-    if not shown.empty:
-        columns = [name for name in diff.COLUMNS if name not in ("task", "dataset", "seeds")]
-        print(tabulate(shown[columns].fillna("").values.tolist(), headers=columns, floatfmt=".2f"))
-        print()
-    hidden = table[~table.index.isin(shown.index)]
-    for reason, count in hidden["reason"].value_counts().items():
-        print(f"{count} measured values: {reason}.")
-    if judged.empty:
-        print(
-            "Nothing is comparable yet: no measured number is on the same data, weights, settings and bits as a published one. "
-            "For that: make reproduce-table TABLE=fimaq IMAGENET=/path/to/imagenet"
-        )
-        return nothing
-    counts = ", ".join(f"{count} {verdict}" for verdict, count in judged["verdict"].value_counts().items())
-    print(f"{len(judged)} comparisons: {counts}. Table: {path}")
-    return 0 if (judged["verdict"] == diff.REPRODUCED).all() else 1

@@ -19,7 +19,7 @@ from benchmarks.cells import RunOptions, default_adapter, finished_record
 from benchmarks.console import user_errors
 from benchmarks.faults.audit import doubled, read_events
 from benchmarks.grid import Filters, expand, load_grid
-from benchmarks.reference import machine
+from benchmarks.results.reference import machine
 from benchmarks.run.ray import check_folder
 
 GRID = Path(__file__).with_name("grid.yaml")

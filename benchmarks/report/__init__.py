@@ -1,1 +1,1 @@
-"""The report: one HTML file that shows what a profile measured, opens from disk and asks nothing of any network."""
+"""The report: one HTML file of what a profile measured, which opens from disk without a network."""

@@ -14,18 +14,23 @@ from benchmarks.options import adapter, folder, places_options, profile_option, 
 @click.option("--weights", default="", metavar="DIR", help="As for run.")
 @results_option
 @click.option(
-    "--output", type=click.Path(path_type=Path, dir_okay=False), help="The file to write; report.html in the results folder."
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="The file to write; report.html in the results folder.",
 )
-def report(profile: str, imagenet: str, coco: str, flickr: str, weights: str, results: Path, output: Path | None) -> None:
+def report(profile: str, weights: str, results: Path, output: Path | None, **data: str) -> None:
     """Write what a grid measured as one HTML file, with charts and where every number is from."""
     from benchmarks.grid import load_grid
     from benchmarks.report.build import write_report
     from benchmarks.units import size_text
 
-    options = RunOptions(results, Places(folder(imagenet), folder(coco), folder(flickr)), folder(weights))
+    places = Places(**{name: folder(path) for name, path in data.items()})
+    options = RunOptions(results, places, folder(weights))
     path = output or results / "report.html"
-    page = write_report(load_grid(profile), options, adapter(), path)
-    size = size_text(path.stat().st_size)
-    click.echo(f"{page.done} of {page.planned} cells, {page.failed} failed. Report: {path} ({size})")
-    for problem in page.problems:
-        click.echo(f"warning: could not be read: {problem.path}: {problem.message}", err=True)
+    found = write_report(load_grid(profile), options, adapter(), path)
+    click.echo(
+        f"{len(found.measured)} of {len(found.cells)} cells, {len(found.failed)} failed. "
+        f"Report: {path} ({size_text(path.stat().st_size)})"
+    )
+    for name, message in found.problems:
+        click.echo(f"warning: could not be read: {name}: {message}", err=True)

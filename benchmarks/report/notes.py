@@ -1,68 +1,62 @@
-"""Words around the numbers: data, settings, expected orders, machines and versions, tables of axes."""
+"""Words around the numbers: data, settings, expected orders, machines, tables of axes."""
 
 from collections.abc import Sequence
 
-from benchmarks.ablation import axis_table
+import pandas as pd
+
 from benchmarks.cells import Cell
-from benchmarks.orders import order_lines
 from benchmarks.report.groups import Group
+from benchmarks.results.scores import Measured, sample_counts, scores, unique
 from benchmarks.schema import Grid
-from benchmarks.settings import settings_lines
-from benchmarks.tables import Measured, frame, sample_counts, unique
+from benchmarks.tables.ablation import axis_table, methods_on
+from benchmarks.tables.order import order_lines
+from benchmarks.tables.settings import settings_lines
+from benchmarks.tables.summary import sampling_line
 from fimaq_core.errors import FimaqError
 
 
 def data_lines(measured: Sequence[Measured]) -> list[str]:
-    """What the section was measured on: data set, split and number of samples."""
-    return unique(
-        f"{record.dataset.name}, split {record.dataset.split}, {sample_counts(record.n, record.dataset.captions)}"
-        for record in (item.record for item in measured)
-    )
+    """Return data set, split and number of samples."""
+    sets = ((item.record.dataset, item.record.n) for item in measured)
+    return unique(f"{d.name}, split {d.split}, {sample_counts(n, d.captions)}" for d, n in sets)
 
 
-def note_lines(own: Sequence[Group], metric: str, measured: Sequence[Measured]) -> list[str]:
-    """Settings, the sampling error, and whether methods came out in the orders that are expected."""
-    mine = [item for group in own for item in group.items]
+def note_lines(groups: Sequence[Group], metric: str, measured: Sequence[Measured]) -> list[str]:
+    """Return settings of ``groups``, the sampling error, and whether orders came out as expected."""
+    mine = [item for group in groups for item in group.items]
     try:
         lines = settings_lines(mine)
     except FimaqError as error:  # a recipe of another version
         lines = [str(error)]
-    errors = [item.record.metrics[metric].stderr for item in measured if metric in item.record.metrics]
-    lines.append(
-        f"Standard error of one cell from its finite number of samples: {min(errors):.2f} to {max(errors):.2f} points. Methods "
-        "are measured on the same samples, so their differences are surer than that."
-    )
+    table = scores(measured)
+    lines.append(sampling_line(table.loc[table["metric"] == metric, "stderr"]))
     for mark in unique(item.cell.mark for item in mine if item.cell.method != "fp"):
         items = [item for item in mine if item.cell.mark == mark]
-        table = frame(items)
+        table = scores(items)
         lines += order_lines(table[table["metric"] == metric], items, mark)
     return lines
 
 
-def facts(measured: Sequence[Measured]) -> list[tuple[str, list[str]]]:
-    """What a reader asks first: data, machines, versions, revisions; each distinct value once."""
-    records = [item.record for item in measured]
+def facts(measured: Sequence[Measured]) -> dict[str, list[str]]:
+    """Return what a reader asks first; each distinct value once."""
+    machines = [item.record.environment for item in measured]
     versions: dict[str, dict[str, None]] = {}
-    for record in records:
-        for name, version in record.environment.versions.items():
-            versions.setdefault(name, {})[version] = None
-    return [
-        ("Data", data_lines(measured)),
-        ("Machines", unique(record.environment.device for record in records)),
-        ("Versions", [f"{name} {' / '.join(found)}" for name, found in versions.items()]),
-        ("Git revisions", unique(record.environment.git_revision[:19] for record in records)),
-    ]
+    for name, version in (pair for machine in machines for pair in machine.versions.items()):
+        versions.setdefault(name, {})[version] = None
+    return {
+        "Data": data_lines(measured),
+        "Machines": unique(machine.device for machine in machines),
+        "Versions": [f"{name} {' / '.join(found)}" for name, found in versions.items()],
+        "Git revisions": unique(machine.git_revision[:19] for machine in machines),
+    }
 
 
-def axis_tables(
-    grid: Grid, cells: Sequence[Cell], measured: Sequence[Measured], metric: str
-) -> list[tuple[str, list[str], list[list[str]]]]:
-    """A table an axis and method: its title, its head, and its rows; none of a grid without axes."""
+def axis_tables(grid: Grid, cells: Sequence[Cell], measured: Sequence[Measured], metric: str) -> list[tuple[str, pd.DataFrame]]:
+    """Return a title and a table per axis and method; none of a grid without axes."""
     tables = []
     for axis, points in grid.axes.items():
-        here = [cell for cell in cells if any(place[0] == axis for place in cell.places)]
-        for method in unique(cell.method for cell in here):
-            table = axis_table(axis, list(points), metric, measured, [cell for cell in cells if cell.method == method])
-            rows = [[str(point), *map(str, row)] for point, row in zip(table.index, table.to_numpy().tolist(), strict=True)]
-            tables.append((f"{axis}: {method}", [axis, *map(str, table.columns)], rows))
+        for method in methods_on(axis, cells):
+            mine = [cell for cell in cells if cell.method == method]
+            table = axis_table(axis, list(points), metric, measured, mine)
+            tables.append((f"{axis}: {method}", table))
     return tables

@@ -1,100 +1,92 @@
 """Where every number is from: what the records of a group say, once where seeds agree."""
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
-from benchmarks.diff import changed_settings
+from benchmarks.compare.published import changed_settings
 from benchmarks.report.gather import Gathered
 from benchmarks.report.groups import Group
-from benchmarks.report.views import Fact, Origin
-from benchmarks.tables import Measured, sample_counts, unique
+from benchmarks.results.scores import Measured, sample_counts, unique
 from benchmarks.units import duration, size_text
 from fimaq_core.errors import FimaqError
-from tasks.common.record import ResultRecord, recipe_of
+from fimaq_core.recipe import OFF
+from tasks.common.record import LayerEntry, ResultRecord, recipe_of
+
+#: Names of facts that are code.
+CODE = ("file", "fingerprint", "recipe digest", "sha256", "git revision")
 
 
-def origin(group: Group, metric: str, gathered: Gathered) -> Origin:
-    """The provenance of ``group``, whose tables show ``metric``."""
+def origin(group: Group, metric: str, gathered: Gathered) -> dict[str, Any]:
+    """Return the provenance of ``group``, whose tables show ``metric``."""
     cell, records = group.cell, [item.record for item in group.items]
-    score = group.score(metric)
-    return Origin(
-        id=group.id,
-        title=f"{cell.subject} {group.method}" + ("" if cell.bits == "fp" else f" {cell.bits}"),
-        score="" if score is None else f"{metric} {score.text}",
-        subject=cell.subject,
-        model=cell.model,
-        method=group.method,
-        bits=cell.bits,
-        seeds=["value" if record.seed is None else f"seed {record.seed}" for record in records],
-        metrics=[_metric_row(group, name) for name in unique(name for record in records for name in record.metrics)],
-        facts=_facts(group.items, gathered),
-        recipe=_recipes(records),
-        notes=unique(f"{_of(record, records)}{note}" for record in records for note in record.notes),
-    )
+    facts = [_facts(item, gathered) for item in group.items]
+    notes = [(record.seed, note) for record in records for note in record.notes]
+    several = len(records) > 1
+    return {
+        "group": group,
+        "title": f"{cell.subject} {group.method} {cell.bits}".removesuffix(" fp"),
+        "score": f"{metric} {group.scores[metric].text}" if metric in group.scores else "",
+        "seeds": ["value" if record.seed is None else f"seed {record.seed}" for record in records],
+        "metrics": [(name, score.text, [_value(record, name) for record in records]) for name, score in group.scores.items()],
+        "facts": {
+            heading: {name: _shared([str(found[heading][name]) for found in facts]) for name in part}
+            for heading, part in facts[0].items()
+        },
+        "recipe": "\n\n".join(unique(_recipe(r) for r in records if r.recipe is not None)),
+        "notes": unique(f"seed {seed}: {note}" if several else note for seed, note in notes),
+    }
 
 
-def _metric_row(group: Group, name: str) -> tuple[str, str, Sequence[str]]:
-    score = group.score(name)
-    found = [item.record.metrics.get(name) for item in group.items]
-    values = ["–" if metric is None else f"{metric.value:.4f} ± {metric.stderr:.4f}" for metric in found]
-    return name, "" if score is None else score.text, values
+def _shared(values: list[str]) -> list[str]:
+    """Return one value where all are the same."""
+    return values[:1] if len(set(values)) == 1 else values
 
 
-def _of(record: ResultRecord, records: Sequence[ResultRecord]) -> str:
-    return f"seed {record.seed}: " if len(records) > 1 else ""
+def _value(record: ResultRecord, metric: str) -> str:
+    found = record.metrics.get(metric)
+    return "–" if found is None else f"{found.value:.4f} ± {found.stderr:.4f}"
 
 
-def _facts(items: Sequence[Measured], gathered: Gathered) -> list[tuple[str, list[Fact]]]:
-    records = [item.record for item in items]
-
-    def fact(name: str, of: Callable[[ResultRecord], object], code: bool = False) -> Fact:
-        return Fact(name, [str(of(record)) for record in records], code)
-
-    paths = ["–" if item.folder is None else gathered.relative(item.folder / "result.json") for item in items]
-    parts = [
-        ("Record", [
-            Fact("file", paths, code=True),
-            fact("finished", lambda r: r.finished),
-            fact("fingerprint", lambda r: r.fingerprint or "none: written before records had one", code=True),
-            fact("variant", lambda r: r.variant),
-            fact("changed settings", _changes),
-            fact("recipe digest", lambda r: r.recipe_digest or "–", code=True),
-        ]),
-        ("Weights", [
-            fact("tag", lambda r: r.weights.tag),
-            fact("source", lambda r: r.weights.source),
-            fact("sha256", lambda r: r.weights.sha256, code=True),
-        ]),
-        ("Data", [
-            fact("data set", lambda r: f"{r.dataset.name}, {r.dataset.split}"),
-            fact("samples", lambda r: sample_counts(r.n, r.dataset.captions)),
-            fact("classes", lambda r: r.dataset.classes or "–"),
-            fact("fingerprint", lambda r: r.dataset.fingerprint, code=True),
-            fact("damaged images left out", lambda r: len(r.skipped_images)),
-        ]),
-        ("Calibration", [
-            fact("images", lambda r: "none" if r.calibration is None else len(r.calibration.ids)),
-            fact("transform", lambda r: "–" if r.calibration is None else r.calibration.transform),
-            fact("fingerprint", lambda r: "–" if r.calibration is None else r.calibration.fingerprint, code=True),
-        ]),
-        ("Run", [
-            fact("wall time", _seconds),
-            fact("peak memory", lambda r: size_text(r.peak_memory_bytes)),
-            fact("device", lambda r: f"{r.environment.device}, {r.environment.threads} threads"),
-            fact("step engine", lambda r: r.step_engine or "–"),
-            fact("git revision", lambda r: r.environment.git_revision, code=True),
-            fact("versions", lambda r: ", ".join(f"{name} {found}" for name, found in r.environment.versions.items())),
-        ]),
-    ]  # fmt: skip
-    return parts
-
-
-def _seconds(record: ResultRecord) -> str:
-    stages = ", ".join(f"{stage} {value:.1f} s" for stage, value in record.seconds.items())
-    return f"{duration(sum(record.seconds.values()))} ({stages})"
+def _facts(item: Measured, gathered: Gathered) -> dict[str, dict[str, object]]:
+    """Return facts of a record by heading and name."""
+    r, machine, inputs = item.record, item.record.environment, item.record.calibration
+    stages = ", ".join(f"{stage} {value:.1f} s" for stage, value in r.seconds.items())
+    return {
+        "Record": {
+            "file": "–" if item.folder is None else gathered.relative(item.folder / "result.json"),
+            "finished": r.finished,
+            "fingerprint": r.fingerprint or "none: written before records had one",
+            "variant": r.variant,
+            "changed settings": _changes(r),
+            "recipe digest": r.recipe_digest or "–",
+        },
+        "Weights": {"tag": r.weights.tag, "source": r.weights.source, "sha256": r.weights.sha256},
+        "Data": {
+            "data set": f"{r.dataset.name}, {r.dataset.split}",
+            "samples": sample_counts(r.n, r.dataset.captions),
+            "classes": r.dataset.classes or "–",
+            "fingerprint": r.dataset.fingerprint,
+            "damaged images left out": len(r.skipped_images),
+        },
+        "Calibration": {
+            "images": "none" if inputs is None else len(inputs.ids),
+            "transform": "–" if inputs is None else inputs.transform,
+            "fingerprint": "–" if inputs is None else inputs.fingerprint,
+        },
+        "Run": {
+            "wall time": f"{duration(sum(r.seconds.values()))} ({stages})",
+            "peak memory": size_text(r.peak_memory_bytes),
+            "device": f"{machine.device}, {machine.threads} threads",
+            "step engine": r.step_engine or "–",
+            "git revision": machine.git_revision,
+            "versions": ", ".join(f"{name} {found}" for name, found in machine.versions.items()),
+        },
+    }
 
 
 def _changes(record: ResultRecord) -> str:
-    """What is not the method's released setting and bears on the result, as far as this version knows the method."""
+    """Return what is not the method's released setting and bears on the result."""
     try:
         recipe = recipe_of(record)
         changes = {} if recipe is None else changed_settings(recipe, record.task)
@@ -103,15 +95,62 @@ def _changes(record: ResultRecord) -> str:
     return ", ".join(f"{name} {value}" for name, value in changes.items()) or "none"
 
 
-def _recipes(records: Sequence[ResultRecord]) -> str:
-    """All settings but the seed, a line each; of several recipes, one after the other."""
-    texts = unique(
-        "\n".join(f"{name}: {_plain(value)}" for name, value in record.recipe.items() if name != "seed")
-        for record in records
-        if record.recipe is not None
-    )
-    return "\n\n".join(texts)
+def _recipe(record: ResultRecord) -> str:
+    """Return all settings but the seed, one per line."""
+    settings = {name: value for name, value in (record.recipe or {}).items() if name != "seed"}
+    words = {"None": "–", "True": "yes", "False": "no"}
+    return "\n".join(f"{name}: {words.get(str(value), value)}" for name, value in settings.items())
 
 
-def _plain(value: object) -> str:
-    return "–" if value is None else "yes" if value is True else "no" if value is False else str(value)
+def module_maps(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Return which layers of quantized cells are quantized how, each map of a subject once.
+
+    Cells whose maps differ only in the cells' own bits share one, with these bits written W and A.
+    """
+    found: dict[tuple[Any, ...], list[Group]] = {}
+    every: dict[tuple[str, str], set[str]] = {}
+    for group in groups:
+        subject = group.cell.subject
+        for record in (item.record for item in group.items):
+            if (modules := record.modules) is not None:
+                rows = tuple(_layer(entry, record) for entry in modules.quantized)
+                key = subject, rows, tuple(modules.full_precision)
+                found.setdefault(key, []).append(group)
+                every.setdefault((subject, group.method), set()).add(group.cell.bits)
+    maps = []
+    for (subject, rows, rest), users in found.items():
+        bits: dict[str, dict[str, None]] = {}
+        for group in users:
+            bits.setdefault(group.method, {})[group.cell.bits] = None
+        kinds = Counter(row[1] for row in rows).most_common()
+        counts = ", ".join(f"{count} {kind}" for kind, count in kinds)
+        quantized = f"{len(rows)} layers quantized ({counts})" if rows else "no layer quantized"
+        maps.append({
+            "subject": subject,
+            "used_by": [  # with bits where others of the same method have another map
+                name if set(mine) == every[subject, name] else f"{name} ({', '.join(mine)})"
+                for name, mine in bits.items()
+            ],
+            "summary": f"{quantized}, {len(rest)} modules in full precision",
+            "rows": rows,
+            "full_precision": rest,
+        })  # fmt: skip
+    return maps
+
+
+def _layer(entry: LayerEntry, record: ResultRecord) -> tuple[str, ...]:
+    """Return layer, kind, weights, input and second input."""
+
+    def side(bits: int, usual: int, letter: str, quantizer: str, ranges: str) -> str:
+        width = letter if bits == usual else f"{bits} bits"
+        return "–" if bits == OFF else f"{width}, {quantizer}, {ranges}"
+
+    w_bit, a_bit = record.w_bit, record.a_bit
+    ranges, second = entry.input_ranges, "–"
+    if entry.other_bits is not None:
+        ranges, _, rest = ranges.partition("; ")
+        quantizer = entry.other_quantizer or "uniform"
+        second = side(entry.other_bits, a_bit, "A", quantizer, rest or ranges)
+    weights = side(entry.weight_bits, w_bit, "W", entry.weight_quantizer, entry.weight_ranges)
+    inputs = side(entry.input_bits, a_bit, "A", entry.input_quantizer, ranges)
+    return entry.name, entry.kind, weights, inputs, second

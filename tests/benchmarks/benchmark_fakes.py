@@ -23,7 +23,7 @@ from tasks.common.request import CellRequest, Missing
 if TYPE_CHECKING:
     import numpy as np
 
-    from benchmarks.tables import Measured
+    from benchmarks.results.scores import Measured
 
 LEVELS = {"rtn": 20.0, "brecq": 70.0, "qdrop": 75.0, "fimaq": 80.0}
 
@@ -138,7 +138,7 @@ def write_cells(
     """
     import numpy as np  # not above: worker processes import this file, and pandas takes its time
 
-    from benchmarks.tables import collect
+    from benchmarks.results.scores import collect
 
     chosen = list(cells)
     for cell in chosen:

@@ -10,7 +10,7 @@ from benchmarks.cells import Cell, RunOptions
 from benchmarks.grid import Filters, expand
 from benchmarks.names import load_names
 from benchmarks.published.table import PublishedTable
-from benchmarks.tables import Measured
+from benchmarks.results.scores import Measured
 from tasks.common.record import Metric
 
 

@@ -8,13 +8,14 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from benchmarks import reference, summary, tables
-from benchmarks.ablation import axis_table
 from benchmarks.cells import Places, RunOptions, default_adapter
 from benchmarks.cli import cli
 from benchmarks.estimate import Estimator, expected_cost
 from benchmarks.grid import Filters, GridError, expand, load_grid, parse_filters, parse_grid
+from benchmarks.results import reference, scores
 from benchmarks.run.order import make_chains
+from benchmarks.tables import summary
+from benchmarks.tables.ablation import axis_table
 from fimaq_core.errors import FimaqError
 
 AXES = {
@@ -207,11 +208,11 @@ def test_variants_are_apart_in_spreads_and_references(tmp_path):
     grid = parse_grid(GRID)
     cells = cells_of(options=RunOptions(results=tmp_path))
     measured = fakes.write_cells(cells, value)
-    table = tables.frame(measured)
+    table = scores.scores(measured)
     assert len(table) == len(cells)
-    stats = tables.over_seeds(table)
+    stats = scores.over_seeds(table)
     assert len(stats) == 2 * (1 + 4)
-    assert set(stats.loc[stats["method"] == "fimaq", "k"]) == {2}
+    assert set(stats.loc[stats["method"] == "fimaq", "seeds"]) == {2}
     reference.write_reference(grid, measured, "# T\n\nx", tmp_path / "reference")
     (line,) = reference.compare(grid, measured, tmp_path / "reference")
     assert line.startswith("Agrees with the reference (18 comparisons,")

@@ -6,15 +6,17 @@ import benchmark_fakes as fakes
 import numpy as np
 import pytest
 
-from benchmarks import diff, reference, summary, tables
-from benchmarks.agreement import compared, observations
 from benchmarks.cells import RunOptions
 from benchmarks.commands import rerun_command
+from benchmarks.compare import published as diff
 from benchmarks.estimate import expected_cost, kind
 from benchmarks.grid import Filters, expand, parse_filters, parse_grid
 from benchmarks.plan import plan_text
+from benchmarks.results import reference, scores
+from benchmarks.results.agreement import compared, observations
 from benchmarks.run.options import ExecutorOptions
 from benchmarks.run.order import make_chains
+from benchmarks.tables import summary
 from fimaq_core.recipe import METHODS, make_recipe, register_method
 
 SETTINGS = {"w_bits": 32, "a_bits": 32, "reconstruct": False, "reconstruct_mlp": True, "per_token": False}
@@ -63,13 +65,13 @@ def test_filters_on_bits_do_not_drop_them():
 
 def test_tables_show_their_value_under_all_bits(tmp_path):
     _, cells, measured = measure(tmp_path)
-    wide = tables.wide(tables.frame(measured), cells)
+    wide = summary.wide(scores.scores(measured), cells)
     assert list(wide.columns) == ["a w4a4", "a w3a3", "b w4a4", "b w3a3"]
     text = f"94.75 ± {np.std([94.5, 95.0], ddof=1):.2f}"
     assert wide.at["relu-fp", "a w4a4"] == wide.at["relu-fp", "a w3a3"] == text
     assert wide.at["fp", "a w3a3"] == "95.00"
     alone = [cell for cell in cells if cell.method in ("fp", "relu-fp")]
-    assert list(tables.wide(tables.frame(measured), alone).columns) == ["a", "b"]
+    assert list(summary.wide(scores.scores(measured), alone).columns) == ["a", "b"]
 
 
 def test_means_orders_and_spreads_do_not_take_them_for_quantized(tmp_path):

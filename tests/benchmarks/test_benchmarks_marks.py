@@ -3,11 +3,11 @@
 import benchmark_fakes as fakes
 import pytest
 
-from benchmarks import summary
 from benchmarks.cells import RunOptions
 from benchmarks.grid import Filters, expand
-from benchmarks.marks import marks, optimised, special_quantizers
 from benchmarks.plan import plan_text
+from benchmarks.tables import summary
+from benchmarks.tables.settings import marks, optimised, special_quantizers
 from fimaq_core.recipe import METHODS, make_recipe
 
 

@@ -6,8 +6,8 @@ import pytest
 
 from benchmarks.cells import RunOptions
 from benchmarks.grid import Filters, expand, parse_grid
-from benchmarks.orders import order_lines
-from benchmarks.tables import Measured, frame
+from benchmarks.results.scores import Measured, scores
+from benchmarks.tables.order import order_lines
 from fimaq_core.recipe import METHODS
 
 CALIBRATION = "Calibration alone below every reconstruction at"
@@ -40,7 +40,7 @@ def measure(tmp_path, scores: dict[str, float], bits=("w4a4", "w3a3"), with_outc
 
 
 def lines(measured: list[Measured], start: str) -> list[str]:
-    return [line for line in order_lines(frame(measured), measured) if line.startswith(start)]
+    return [line for line in order_lines(scores(measured), measured) if line.startswith(start)]
 
 
 def test_calibration_alone_is_set_against_reconstruction_at_the_lowest_bits(tmp_path):

@@ -9,14 +9,26 @@ import pytest
 
 from benchmarks.cells import RunOptions
 from benchmarks.grid import Filters, expand
-from benchmarks.paired import Outcomes, Paired, compare, mean_difference, paired, read_outcomes
+from benchmarks.results.outcomes import Outcomes, Paired, Part, compare, mean_difference, paired, read_outcomes
 from tasks.common.hashing import file_sha256
 
 
-def outcomes(correct, ids=None) -> Outcomes:
-    """Of samples that are right or wrong."""
-    right = np.asarray(correct, dtype=bool)
-    return Outcomes(np.array([f"s{i}" for i in range(len(right))]) if ids is None else np.asarray(ids), right)
+def outcomes(score, ids=None, cluster=None, parts=None) -> Outcomes:
+    """Outcomes with one part, or the parts of these samples, in the order of ids."""
+    score = np.asarray(score)
+    n = len(score)
+    ids = np.array([f"s{i:03}" for i in range(n)]) if ids is None else np.asarray(ids)
+    order = np.argsort(ids)
+    cluster = np.arange(n) if cluster is None else cluster[order]
+    found = []
+    for part in [np.arange(n)] if parts is None else parts:
+        rows = np.flatnonzero(np.isin(order, part))
+        found.append(Part(rows, score[order][rows]))
+    return Outcomes(ids[order], cluster, {"m": tuple(found)})
+
+
+def right(*correct) -> Outcomes:
+    return outcomes(np.array(correct, dtype=bool))
 
 
 @pytest.mark.parametrize(("only_first", "only_second", "both", "neither"), [(7, 3, 80, 10), (0, 5, 1, 1), (4, 4, 0, 2)])
@@ -24,12 +36,11 @@ def test_one_seed_is_mcnemars_closed_form(only_first: int, only_second: int, bot
     first = [True] * only_first + [False] * only_second + [True] * both + [False] * neither
     second = [False] * only_first + [True] * only_second + [True] * both + [False] * neither
     n, b, c = len(first), only_first, only_second
-    result = paired({1: outcomes(first)}, {1: outcomes(second)})
+    result = paired({1: right(*first)}, {1: right(*second)})
     assert result is not None
     assert result.difference == pytest.approx(100 * (b - c) / n)
     variance = (b + c - (b - c) ** 2 / n) / (n - 1)
     assert result.se == pytest.approx(100 * math.sqrt(variance / n))
-    assert (result.samples, result.seeds) == (n, 1)
 
 
 def test_seeds_are_averaged_before_samples_are_counted():
@@ -44,15 +55,13 @@ def test_seeds_are_averaged_before_samples_are_counted():
     assert result is not None
     assert result.difference == pytest.approx(mean)
     assert result.se == pytest.approx(math.sqrt(sum((gap - mean) ** 2 for gap in gaps) / 49 / 50))
-    assert (result.samples, result.seeds) == (50, 2)
 
 
 def test_contributions_to_a_metric_give_its_difference_and_the_error_of_a_mean():
     rng = np.random.default_rng(2)
-    ids = np.array([f"s{i}" for i in range(40)])
     # Jackknife pseudo-values: beyond 0..1, and their mean is the metric.
     first, second = rng.normal(0.5, 0.8, (2, 40)), rng.normal(0.4, 0.8, (2, 40))
-    result = paired(*({seed: Outcomes(ids, own[seed]) for seed in (0, 1)} for own in (first, second)))
+    result = paired(*({seed: outcomes(own[seed]) for seed in (0, 1)} for own in (first, second)))
     gaps = [100 * (first[0][i] + first[1][i] - second[0][i] - second[1][i]) / 2 for i in range(40)]
     mean = sum(gaps) / 40
     assert result is not None
@@ -62,7 +71,7 @@ def test_contributions_to_a_metric_give_its_difference_and_the_error_of_a_mean()
 
 def test_samples_are_matched_by_id():
     ids = ["c", "a", "b", "d"]
-    first, second = outcomes([1, 0, 1, 1], ids), outcomes([0, 1, 1, 1], ["a", "b", "c", "d"])
+    first, second = outcomes([True, False, True, True], ids), outcomes([False, True, True, True], list("abcd"))
     result = paired({1: first}, {1: second})
     assert result is not None
     # By id nothing differs; by position two samples would.
@@ -70,16 +79,16 @@ def test_samples_are_matched_by_id():
 
 
 def test_what_does_not_compare_gives_nothing():
-    four = outcomes([1, 0, 1, 1])
+    four = right(1, 0, 1, 1)
     assert paired({1: four}, {2: four}) is None
     assert paired({}, {}) is None
-    assert paired({1: four}, {1: outcomes([1, 0, 1])}) is None
-    assert paired({1: four}, {1: outcomes([1, 0, 1, 1], ["a", "b", "c", "d"])}) is None
-    assert paired({1: outcomes([1])}, {1: outcomes([0])}) is None
+    assert paired({1: four}, {1: right(1, 0, 1)}) is None
+    assert paired({1: four}, {1: outcomes(np.array([1, 0, 1, 1], dtype=bool), list("abcd"))}) is None
+    assert paired({1: right(1)}, {1: right(0)}) is None
 
 
 def test_errors_of_independent_models_add_in_squares():
-    parts = [Paired(1.0, 0.3, 10, 1), Paired(3.0, 0.4, 10, 1)]
+    parts = [Paired(1.0, 0.3), Paired(3.0, 0.4)]
     assert mean_difference(parts) == (pytest.approx(2.0), pytest.approx(0.25))
 
 
@@ -89,21 +98,20 @@ def test_records_on_disk_are_compared_and_damaged_ones_are_not(tmp_path):
         if cell.method in ("rtn", "fimaq")
     ]  # fmt: skip
     rng = np.random.default_rng(1)
-    right = {cell.key: rng.random(40) < 0.7 for cell in cells}
-    measured = fakes.write_cells(cells, lambda cell: 100 * right[cell.key].mean(), lambda cell: right[cell.key])
+    hits = {cell.key: rng.random(40) < 0.7 for cell in cells}
+    measured = fakes.write_cells(cells, lambda cell: 100 * hits[cell.key].mean(), lambda cell: hits[cell.key])
     mine, base = ([item for item in measured if item.cell.method == method] for method in ("fimaq", "rtn"))
     result = compare(mine, base)
     assert result is not None
-    means = {m: np.mean([right[item.cell.key].mean() for item in items]) for m, items in (("fimaq", mine), ("rtn", base))}
+    means = {m: np.mean([hits[item.cell.key].mean() for item in items]) for m, items in (("fimaq", mine), ("rtn", base))}
     assert result.difference == pytest.approx(100 * (means["fimaq"] - means["rtn"]))
-    assert (result.samples, result.seeds) == (40, 2)
 
     assert base[0].folder is not None
     (base[0].folder / "outcomes.npz").write_text("no archive")
     assert read_outcomes(base[0]) is None
     again = compare(mine, base)
     assert again is not None
-    assert again.seeds == 1
+    assert again.difference == pytest.approx(100 * (hits[mine[1].cell.key].mean() - hits[base[1].cell.key].mean()))
     assert base[1].folder is not None
     (base[1].folder / "outcomes.npz").unlink()
     assert compare(mine, base) is None
@@ -125,94 +133,86 @@ def test_outcomes_of_another_record_are_not_used_and_a_warning_says_so(tmp_path,
     assert f"{item.folder / 'outcomes.npz'} does not belong to the record beside it" in warning.getMessage()
 
 
-def clustered(rng: np.random.Generator, images: int = 60) -> tuple[list[Outcomes], np.ndarray]:
+def clustered(rng: np.random.Generator, images: int = 60) -> tuple[list[np.ndarray], np.ndarray, list[np.ndarray]]:
     """Two methods' outcomes of queries by image (one) and by caption (one to four an image), dependent within an image."""
     captions = rng.integers(1, 5, images)
     cluster = np.concatenate([np.arange(images), np.repeat(np.arange(images), captions)])
-    n, m = images, len(cluster) - images
-    weight = np.concatenate([np.full(n, (n + m) / (2 * n)), np.full(m, (n + m) / (2 * m))]).astype(np.float32)
     hard = rng.random(images)
-    ids = np.array([f"q{i}" for i in range(n + m)])
-    found = [Outcomes(ids, rng.random(n + m) < shift + 0.5 * hard[cluster], weight, cluster) for shift in (0.4, 0.3)]
-    return found, cluster
+    found = [rng.random(len(cluster)) < shift + 0.5 * hard[cluster] for shift in (0.4, 0.3)]
+    return found, cluster, [np.arange(images), np.arange(images, len(cluster))]
 
 
-def test_weights_make_the_difference_a_weighted_mean_and_clusters_its_error():
-    (first, second), cluster = clustered(np.random.default_rng(3))
-    result = paired({1: first}, {1: second})
-    weight = first.weight.astype(np.float64)
-    gaps = 100 * (first.score.astype(float) - second.score)
-    images = int(cluster.max()) + 1
+def test_parts_count_the_same_and_clusters_are_the_unit_of_the_error():
+    (first, second), cluster, parts = clustered(np.random.default_rng(3))
+    result = paired({1: outcomes(first, None, cluster, parts)}, {1: outcomes(second, None, cluster, parts)})
+    gaps = 100 * (first.astype(float) - second)
+    images, n = int(cluster.max()) + 1, len(cluster)
+    weight = np.concatenate([np.full(len(part), n / (2 * len(part))) for part in parts])
     # R@1 is the mean of both directions, whatever the number of queries in each.
-    sides = [gaps[:images].mean(), gaps[images:].mean()]
     assert result is not None
-    assert result.difference == pytest.approx(np.mean(sides), abs=1e-5)
-    total = sum(weight)
+    assert result.difference == pytest.approx(np.mean([gaps[part].mean() for part in parts]))
     squares = 0.0
     for image in range(images):
-        own = [i for i in range(len(gaps)) if cluster[i] == image]
+        own = [i for i in range(n) if cluster[i] == image]
         squares += sum(weight[i] * (gaps[i] - result.difference) for i in own) ** 2
-    assert result.se == pytest.approx(math.sqrt(images / (images - 1) * squares) / total)
-    assert result.samples == len(gaps)
+    assert result.se == pytest.approx(math.sqrt(images / (images - 1) * squares) / n)
 
 
 def test_the_error_of_clusters_is_that_of_a_bootstrap_over_them():
-    (first, second), cluster = clustered(np.random.default_rng(4), images=300)
-    result = paired({1: first}, {1: second})
-    gaps = 100 * (first.score.astype(float) - second.score)
-    shares = np.bincount(cluster, first.weight)
-    sums = np.bincount(cluster, first.weight * gaps)
-    counts = np.random.default_rng(5).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=4000)
-    drawn = (counts @ sums) / (counts @ shares)
+    (first, second), cluster, parts = clustered(np.random.default_rng(4), images=300)
+    result = paired({1: outcomes(first, None, cluster, parts)}, {1: outcomes(second, None, cluster, parts)})
+    gaps = 100 * (first.astype(float) - second)
+    counts = np.random.default_rng(5).multinomial(300, np.full(300, 1 / 300), size=4000)
+    drawn = np.mean([
+        (counts @ np.bincount(cluster[part], gaps[part])) / (counts @ np.bincount(cluster[part])) for part in parts
+    ], axis=0)  # fmt: skip
     assert result is not None
     assert result.se == pytest.approx(drawn.std(), rel=0.05)
     # Taken as independent, the queries of one image would look surer than they are.
-    alone = paired({1: Outcomes(first.sample, first.score)}, {1: Outcomes(second.sample, second.score)})
+    alone = paired({1: outcomes(first)}, {1: outcomes(second)})
     assert alone is not None
     assert alone.se < 0.9 * result.se
 
 
-def test_equal_weights_and_lone_samples_are_the_plain_error():
-    rng = np.random.default_rng(6)
-    ids = np.array([f"s{i}" for i in range(50)])
-    plain = [Outcomes(ids, rng.random(50) < share) for share in (0.8, 0.6)]
-    lone = [Outcomes(o.sample, o.score, np.full(50, 3.0), np.arange(50)[::-1]) for o in plain]
-    expected, found = paired({1: plain[0]}, {1: plain[1]}), paired({1: lone[0]}, {1: lone[1]})
-    assert expected is not None
-    assert found is not None
-    assert (found.difference, found.se) == (pytest.approx(expected.difference), pytest.approx(expected.se))
-
-
 def test_whole_clusters_of_a_constant_difference_leave_no_error():
     # Three queries of one image and one of another: first always right, second never. Every resample gives 100.
-    ids, cluster = np.array(["a", "b", "c", "d"]), np.array([0, 0, 0, 1])
-    first, second = (Outcomes(ids, np.full(4, right), np.ones(4), cluster) for right in (True, False))
+    cluster = np.array([0, 0, 0, 1])
+    first, second = (outcomes(np.full(4, hit), list("abcd"), cluster) for hit in (True, False))
     result = paired({1: first}, {1: second})
     assert result is not None
     assert (result.difference, result.se) == (100.0, 0.0)
 
 
-def test_weights_and_clusters_follow_their_samples_and_must_agree():
-    (first, second), _ = clustered(np.random.default_rng(7))
-    order = np.random.default_rng(8).permutation(len(first.sample))
-    shuffled = Outcomes(*(part[order] for part in (second.sample, second.score, second.weight, second.cluster)))
-    assert paired({1: first}, {1: shuffled}) == paired({1: first}, {1: second})
-    assert paired({1: first}, {1: Outcomes(second.sample, second.score, second.weight[order], second.cluster)}) is None
-    assert paired({1: first}, {1: Outcomes(second.sample, second.score, second.weight, second.cluster[order])}) is None
-    one = np.zeros(len(first.sample), dtype=int)
-    alike = [Outcomes(o.sample, o.score, o.weight, one) for o in (first, second)]
-    assert paired({1: alike[0]}, {1: alike[1]}) is None
+def test_clusters_follow_their_samples_and_must_agree():
+    (first, second), cluster, parts = clustered(np.random.default_rng(7))
+    n = len(cluster)
+    ids = np.array([f"q{i:03}" for i in range(n)])
+    order = np.random.default_rng(8).permutation(n)
+    moved = [np.flatnonzero(np.isin(order, part)) for part in parts]
+    one = outcomes(first, ids, cluster, parts)
+    other, shuffled = outcomes(second, ids, cluster, parts), outcomes(second[order], ids[order], cluster[order], moved)
+    assert paired({1: one}, {1: shuffled}) == paired({1: one}, {1: other})
+    assert paired({1: one}, {1: outcomes(second, ids, cluster[order], parts)}) is None
+    lone = np.zeros(n, dtype=int)
+    assert paired({1: outcomes(first, ids, lone)}, {1: outcomes(second, ids, lone)}) is None
 
 
-def test_weights_and_clusters_are_read_from_outcomes(tmp_path):
+def test_clusters_and_directions_are_read_from_outcomes(tmp_path):
     (cell, *_) = expand(fakes.plain_demo(), Filters(models=("demo_vit",)), RunOptions(results=tmp_path))
     (item,) = fakes.write_cells([cell], lambda cell: 50.0, lambda cell: np.array([True, False]))
     plain = read_outcomes(item)
     assert plain is not None
-    assert (plain.weight, plain.cluster) == (None, None)
+    assert plain.cluster.tolist() == [0, 1]
+    assert [part.score.tolist() for part in plain.metrics["top1"]] == [[True, False]]
     assert item.folder is not None
-    content = {"sample": plain.sample, "correct": plain.score, "weight": np.array([1.5, 0.5]), "cluster": np.array([4, 4])}
+    retrieval = replace(item, record=item.record.model_copy(update={"task": "retrieval"}))
+    content = {
+        "sample": np.array(["b", "a", "c"]), "cluster": np.array([4, 4, 7]),
+        "direction": np.array([1, 0, 0]), "rank": np.array([0, 1, 0]),
+    }  # fmt: skip
     np.savez(item.folder / item.record.outcomes, **content)
-    found = read_outcomes(item)
+    found = read_outcomes(retrieval)
     assert found is not None
-    assert (found.weight.tolist(), found.cluster.tolist()) == ([1.5, 0.5], [4, 4])
+    assert found.cluster.tolist() == [0, 0, 1]
+    parts = [(part.rows.tolist(), part.score.tolist()) for part in found.metrics["R@1"]]
+    assert parts == [([0, 2], [False, True]), ([1], [True])]

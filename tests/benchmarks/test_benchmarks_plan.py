@@ -12,7 +12,7 @@ from benchmarks.costs import cost_row, costs_path, costs_text, read_costs
 from benchmarks.grid import Filters, expand, load_grid
 from benchmarks.plan import plan_of, plan_text
 from benchmarks.published.table import load_table
-from benchmarks.reference import write_reference
+from benchmarks.results.reference import write_reference
 from benchmarks.run.order import make_chains
 from benchmarks.schema import Grid
 from benchmarks.units import duration
@@ -113,7 +113,7 @@ def test_costs_come_from_the_reference_where_nothing_here_tells(tmp_path: Path):
     theirs = list(cells_of(grid, elsewhere).values())
     for number, cell in enumerate(theirs):
         measure(cell, 100.0 + number, (number + 1) * 10**8, other)
-    from benchmarks.tables import collect
+    from benchmarks.results.scores import collect
 
     files = write_reference(grid, collect(theirs, fakes.ADAPTER), "# Title\n\nbody", tmp_path / "reference")
     assert costs_path("demo", tmp_path / "reference") in files

@@ -9,11 +9,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from benchmarks import reference, summary, tables
-from benchmarks.ablation import axis_table
-from benchmarks.agreement import compared, observations
 from benchmarks.cells import RunOptions
 from benchmarks.grid import Filters, expand, parse_grid
+from benchmarks.results import reference, scores
+from benchmarks.results.agreement import compared, observations
+from benchmarks.tables import summary
+from benchmarks.tables.ablation import axis_table
 from tasks.common.record import Metric
 
 GRID = {
@@ -145,9 +146,9 @@ def test_a_metric_that_is_no_percentage_is_not_called_one(tmp_path):
 
 def test_the_csv_has_every_metric_and_the_scope_in_its_variant(tmp_path):
     _, cells, measured = retrieval(tmp_path)
-    text = tables.csv_text(tables.frame(measured))
+    text = scores.csv_text(scores.scores(measured)[scores.COLUMNS])
     table = pd.read_csv(io.StringIO(text), keep_default_na=False)
-    assert list(table.columns) == tables.COLUMNS
+    assert list(table.columns) == scores.COLUMNS
     assert len(table) == 4 * len(cells)
     assert set(table["variant"]) == {"fp", "x [vision]", "x [both]"}
     assert set(table["model"]) == {"clip_a", "clip_b"}
@@ -240,7 +241,7 @@ def test_scopes_do_not_widen_each_others_spread_and_are_named(tmp_path):
 
 def test_data_sets_do_not_share_spreads(tmp_path):
     _, _, measured = retrieval(tmp_path)
-    table = tables.frame(measured)
+    table = scores.scores(measured)
     noisy = table.assign(dataset="other", value=table["value"] + 30 * (table["seed"].fillna(0).astype(int) == 2))
     both = pd.concat([table, noisy])
     both = both.assign(processor="")

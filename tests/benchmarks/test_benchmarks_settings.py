@@ -4,7 +4,7 @@ import benchmark_fakes as fakes
 
 from benchmarks.cells import RunOptions
 from benchmarks.grid import Filters, expand
-from benchmarks.settings import settings_lines
+from benchmarks.tables.settings import settings_lines
 
 
 def lines(tmp_path, methods: tuple[str, ...], overrides: dict[str, object], bits: tuple[str, ...] = ("w3a3",)) -> list[str]:

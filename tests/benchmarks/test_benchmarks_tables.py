@@ -12,9 +12,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from benchmarks import reference, summary, tables
 from benchmarks.cells import Cell, RunOptions
 from benchmarks.grid import Filters, Grid, expand
+from benchmarks.results import reference, scores
+from benchmarks.tables import summary
 from tasks.common.record import write_record
 
 GRID = fakes.plain_demo()
@@ -22,7 +23,7 @@ GRID = fakes.plain_demo()
 
 def measure(
     tmp_path: Path, grid: Grid = GRID, shift: float = 0.0, keep=lambda cell: True
-) -> tuple[list[Cell], list[tables.Measured]]:
+) -> tuple[list[Cell], list[scores.Measured]]:
     cells = expand(grid, Filters(), RunOptions(results=tmp_path))
     for cell in filter(keep, cells):
         record = fakes.make_record(
@@ -32,12 +33,12 @@ def measure(
             variant=cell.request.variant or "fp",
         )
         write_record(record, fakes.planned_folder(cell.request))
-    return cells, tables.collect(cells, fakes.ADAPTER)
+    return cells, scores.collect(cells, fakes.ADAPTER)
 
 
 def test_csv_has_exactly_the_columns_and_formats(tmp_path: Path):
     _, measured = measure(tmp_path)
-    lines = tables.csv_text(tables.frame(measured)).splitlines()
+    lines = scores.csv_text(scores.scores(measured)[scores.COLUMNS]).splitlines()
     assert lines[0] == "task,dataset,model,method,variant,w_bit,a_bit,seed,metric,value,stderr,n,fp_value"
     assert lines[1] == "classification,digit-pairs,demo_vit,fp,fp,32,32,,top1,95.0000,0.5000,2000,95.0000"
     assert re.fullmatch(r"classification,digit-pairs,demo_vit,rtn,demo,4,4,1,top1,\d\d\.\d{4},0\.5000,2000,95\.0000", lines[2])
@@ -45,18 +46,20 @@ def test_csv_has_exactly_the_columns_and_formats(tmp_path: Path):
 
 
 def test_csv_can_be_read_back(tmp_path: Path):
-    table = tables.frame(measure(tmp_path)[1])
+    table = scores.scores(measure(tmp_path)[1])
     path = tmp_path / "t.csv"
-    tables.write_text(path, tables.csv_text(table))
-    pd.testing.assert_frame_equal(reference.read_csv(path), table, check_exact=False, atol=1e-4, check_dtype=False)
+    scores.write_text(path, scores.csv_text(table[scores.COLUMNS]))
+    pd.testing.assert_frame_equal(
+        reference.read_csv(path)[scores.COLUMNS], table[scores.COLUMNS], check_exact=False, atol=1e-4, check_dtype=False
+    )
 
 
 def test_means_and_spreads_are_numpys(tmp_path: Path):
     cells, measured = measure(tmp_path)
-    table = tables.frame(measured)
+    table = scores.scores(measured)
     values = [fakes.fake_value(cell.request) for cell in cells if cell.label.startswith("demo_deit qdrop w3a3")]
     assert len(values) == 2
-    wide = tables.wide(table, cells)
+    wide = summary.wide(table, cells)
     assert list(wide.index) == ["fp", "rtn", "brecq", "qdrop", "fimaq"]
     assert list(wide.columns) == [
         f"{model} {bits}" for model in ("demo_vit", "demo_deit", "demo_swin") for bits in ("w4a4", "w3a3")
@@ -118,7 +121,7 @@ def test_an_order_that_did_not_come_out_is_said(tmp_path: Path, monkeypatch: pyt
 def test_unreadable_records_count_as_missing(tmp_path: Path):
     cells, measured = measure(tmp_path)
     (fakes.planned_folder(cells[3].request) / "result.json").write_text("{")
-    assert len(tables.collect(cells, fakes.ADAPTER)) == len(measured) - 1
+    assert len(scores.collect(cells, fakes.ADAPTER)) == len(measured) - 1
 
 
 def test_reference_agrees_with_itself_and_names_its_origin(tmp_path: Path):
@@ -168,7 +171,15 @@ def test_several_metrics_are_rows_of_the_csv_but_not_of_the_table(tmp_path: Path
         )
         for item in measured
     ]
-    rows = list(csv.DictReader(io.StringIO(tables.csv_text(tables.frame(both)))))
+    rows = list(csv.DictReader(io.StringIO(scores.csv_text(scores.scores(both)[scores.COLUMNS]))))
     assert len(rows) == 102
     assert {row["metric"] for row in rows} == {"top1", "top5"}
     assert summary.report("Demo", both, cells) == summary.report("Demo", measured, cells)
+
+
+def test_the_scope_of_a_score_is_the_grids_not_the_default_of_the_task(tmp_path: Path):
+    _, measured = measure(tmp_path)
+    item = measured[1]
+    stated = item.record.model_copy(update={"recipe": {**(item.record.recipe or {}), "scope": "backbone"}})
+    assert scores.record_scores([stated])["scope"].tolist() == ["backbone"]
+    assert scores.scores([replace(item, record=stated)])["scope"].tolist() == [""]

@@ -79,11 +79,11 @@ def test_records_are_paired_by_what_they_share(tmp_path: Path):
     assert sorted(run.label for run in pairing.alone_a) == [
         "classification demo_vit fimaq (released) w3a3 seed 3", "classification demo_vit fimaq (released) w6a6 seed 1",
     ]  # fmt: skip
-    assert pairing.alone_b == ()
+    assert not pairing.alone_b
     for pair in pairing.pairs:
         for seed, mine in pair.a.items():
             assert (mine.record.seed, pair.b[seed].record.seed) == (seed, seed)
-            assert (mine.method, pair.b[seed].method) == ("fimaq", "qdrop")
+            assert (mine.record.method, pair.b[seed].record.method) == ("fimaq", "qdrop")
 
 
 def test_the_method_tells_records_apart_only_where_a_side_has_several(tmp_path: Path):
@@ -119,7 +119,8 @@ def test_full_precision_stands_beside_everything_of_its_model(tmp_path: Path):
     assert sorted((pair.label, tuple(pair.a)) for pair in pairing.pairs) == [
         ("demo_vit fimaq w3a3", (1, 2)), ("demo_vit rtn w3a3", (1, 2)),
     ]  # fmt: skip
-    assert (pairing.alone_a, pairing.alone_b) == ((), ())
+    assert not pairing.alone_a
+    assert not pairing.alone_b
     assert [pair.label for pair in pair_up(read_side(full), read_side(tmp_path)).pairs] == [p.label for p in pairing.pairs]
 
 

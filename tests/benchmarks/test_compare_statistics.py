@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks.compare.bootstrap import bootstrap, statistic
-from benchmarks.compare.judge import holm
-from benchmarks.compare.mcnemar import Table, newcombe, p_value
+from benchmarks.compare.statistics import Table, bootstrap, holm, newcombe, p_value
+from benchmarks.results.outcomes import statistic
 
 
 @pytest.mark.parametrize(

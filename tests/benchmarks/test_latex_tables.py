@@ -8,11 +8,12 @@ import benchmark_fakes as fakes
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import latex, summary, tables
 from benchmarks.cells import Cell, RunOptions
 from benchmarks.cli import cli
-from benchmarks.commands import title, write_tables
 from benchmarks.grid import Filters, expand, load_grid, parse_grid
+from benchmarks.results import scores
+from benchmarks.tables import latex, summary
+from benchmarks.tables.files import title, write_tables
 from tasks.common.record import Metric
 
 GRID = {
@@ -116,7 +117,7 @@ def test_captions_say_what_the_numbers_rest_on(tmp_path: Path):
     text = latex.report(parsed.name, measured, cells)
     assert r"\caption{classification: Top-1 in percent on digit-pairs, split test (2000 samples). Mean over seeds 1, 2" in text
     assert text.count("Quantization is simulated.") == 3
-    _, _, one = measure(tmp_path / "one", {**GRID, "seeds": [7]})
+    _, cells, one = measure(tmp_path / "one", {**GRID, "seeds": [7]})
     assert "Seed 7." in latex.report(parsed.name, one, cells)
 
 
@@ -193,10 +194,10 @@ def test_tables_are_made_anew_from_records(tmp_path: Path):
         return CliRunner().invoke(cli, ["tables", "--profile", "demo", "--results", str(tmp_path), *arguments], obj=fakes.ADAPTER)
 
     everything = expand(grid, Filters(), RunOptions(results=tmp_path))
-    measured = tables.collect(everything, fakes.ADAPTER)
+    measured = scores.collect(everything, fakes.ADAPTER)
     texts = {
         "md": summary.report(title(grid), measured, everything, axes=grid.axes),
-        "csv": tables.csv_text(tables.frame(measured)),
+        "csv": scores.csv_text(scores.scores(measured)[scores.COLUMNS]),
         "latex": latex.report("demo", measured, everything, grid.axes),
     }
     for name, text in texts.items():

@@ -7,10 +7,11 @@ from pathlib import Path
 import benchmark_fakes as fakes
 import pytest
 
-from benchmarks import summary, tables
 from benchmarks.cells import Places, RunOptions, default_adapter
 from benchmarks.grid import Filters, Grid, expand
 from benchmarks.plan import plan_of
+from benchmarks.results import scores
+from benchmarks.tables import summary
 
 pytestmark = pytest.mark.slow
 
@@ -48,8 +49,8 @@ def test_each_finished_cell_is_collected_once_and_tables_take_milliseconds_per_c
     grid = grid_of(20)
     cells = expand(grid, Filters(), options)
     fakes.write_cells(cells, lambda cell: 50.0)
-    found: list[tables.Measured] = []
-    spent = seconds(lambda: found.extend(tables.collect([*cells, *cells], fakes.ADAPTER)))
+    found: list[scores.Measured] = []
+    spent = seconds(lambda: found.extend(scores.collect([*cells, *cells], fakes.ADAPTER)))
     assert [item.cell.key for item in found] == [cell.key for cell in cells]
     spent += seconds(lambda: summary.report(grid.name, found, cells))
     assert spent / len(cells) < 0.02

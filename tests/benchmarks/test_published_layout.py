@@ -17,11 +17,11 @@ from published_fakes import cells_of, finished, row, written
 
 from benchmarks.cells import RunOptions
 from benchmarks.cli import cli
-from benchmarks.published import text
+from benchmarks.published import layout as text
 from benchmarks.published.layout import Layout
 from benchmarks.published.table import PublishedTable, load_table
 from benchmarks.report.build import write_report
-from benchmarks.tables import Measured
+from benchmarks.results.scores import Measured
 from tasks.common.folders import open_folder
 from tasks.common.imagenet import wordnet_ids
 from tasks.common.record import Dataset
@@ -202,7 +202,7 @@ def test_seeds_are_averaged_and_counted(tmp_path: Path):
     cells = [c for c in cells_of(table, (1, 2)) if c.model == "vit_small" and c.method != "fp"]
     layout = Layout(table, [finished(cells[0], 76.5), finished(cells[1], 76.9)])
     (entry,) = layout.judged
-    assert (entry.text, entry.item and entry.item.seeds) == ("76.70 =", 2)
+    assert (entry.text, entry.values["seeds"]) == ("76.70 =", 2)
     assert entry.difference == "+0.02 ± 0.22"
     assert layout.notes == []
     assert "- Seeds: 1, 2." in text.markdown(layout)

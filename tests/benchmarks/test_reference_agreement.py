@@ -11,10 +11,10 @@ import pytest
 import torch
 from scipy import stats
 
-from benchmarks import known_answers, reference, tables
-from benchmarks.agreement import ALPHA, compared, observations
 from benchmarks.cells import RunOptions
 from benchmarks.grid import Filters, expand, load_grid
+from benchmarks.results import known_answers, reference, scores
+from benchmarks.results.agreement import ALPHA, compared, observations
 from fimaq_core.errors import FimaqError
 from fimaq_core.fisher.passes import mean_gradient_and_error
 from fimaq_core.reconstruction import objective
@@ -25,7 +25,7 @@ GRID = fakes.plain_demo(seeds=(1,))
 PROCESSORS = ("a", "b", "c", "d")
 
 
-def measured_on(tmp_path: Path, processor: str, noise: float = 0.0, shift: float = 0.0, seed: int = 0) -> list[tables.Measured]:
+def measured_on(tmp_path: Path, processor: str, noise: float = 0.0, shift: float = 0.0, seed: int = 0) -> list[scores.Measured]:
     """Cells of the grid on a processor: the usual scores, normal noise on what is quantized, and a shift of FIMA-Q's."""
     draw = np.random.default_rng([seed, *processor.encode()])
     cells = expand(GRID, Filters(), RunOptions(results=tmp_path))
@@ -41,7 +41,7 @@ def measured_on(tmp_path: Path, processor: str, noise: float = 0.0, shift: float
         if cell.method == "fimaq":
             figures = {name: BlockFigures(error=0.1, fisher=0.01) for name in ("one", "two")}
             record = record.model_copy(update={"blocks": figures, "fisher_passes": {"one": 15, "two": 15}})
-        found.append(tables.Measured(cell, record))
+        found.append(scores.Measured(cell, record))
     return found
 
 
@@ -52,7 +52,7 @@ def table_of(tmp_path: Path, noise: float, seed: int = 0) -> pd.DataFrame:
 def test_the_statistic_is_students(tmp_path: Path) -> None:
     theirs, mine = table_of(tmp_path, 0.5), observations(measured_on(tmp_path, "new", 0.5))
     both = compared(theirs, mine)
-    rows = tables.with_bits(theirs[theirs["metric"] == "top1"])
+    rows = theirs[theirs["metric"] == "top1"]
     kind = rows[rows["method"].isin(["brecq", "qdrop", "fimaq"]) & (rows["bits"] == "w3a3")]
     within = kind.groupby(["model", "method"])["value"]
     freedom = 3 * 9  # three models, three methods, four processors

@@ -201,15 +201,17 @@ def test_themes_follow_the_system_and_the_switch(page: Any, page_path: Path):
 
 def test_colours_have_contrast_in_both_themes(page: Any):
     script = """
-    const style = getComputedStyle(document.documentElement), found = {};
+    const probe = document.body.appendChild(document.createElement('i')), found = {};
     for (const name of ['bg', 'card', 'soft', 'text', 'muted', 'accent', 'good', 'bad', 'warn',
                         'c0', 'c1', 'c2', 'c3', 'c4', 'c5', 'c6', 'c7']) {
-      found[name] = style.getPropertyValue('--' + name).trim();
+      probe.style.color = `var(--${name})`;
+      found[name] = getComputedStyle(probe).color.match(/\\d+/g).map(Number);
     }
+    probe.remove();
     return found;"""
 
-    def luminance(colour: str) -> float:
-        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    def luminance(colour: list[int]) -> float:
+        parts = [part / 255 for part in colour]
         return float(
             sum(
                 share * (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4)

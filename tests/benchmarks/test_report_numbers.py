@@ -12,10 +12,10 @@ import pytest
 import report_fakes
 from click.testing import CliRunner, Result
 
-from benchmarks import tables
 from benchmarks.cells import Cell, RunOptions
 from benchmarks.grid import Filters, Grid, expand
 from benchmarks.report.build import write_report
+from benchmarks.results import scores
 from tasks.common.record import Metric, ResultRecord, read_record, write_record
 
 GRID = report_fakes.report_grid()
@@ -66,14 +66,15 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, report_fakes.
 
 def test_tables_have_the_means_and_spreads_of_the_csv(whole: tuple[Path, report_fakes.Node]):
     folder, page = whole
-    measured = tables.collect(expand(GRID, Filters(), RunOptions(results=folder)), fakes.ADAPTER)
-    table = tables.frame(measured, subjects=True)
+    measured = scores.collect(expand(GRID, Filters(), RunOptions(results=folder)), fakes.ADAPTER)
+    table = scores.scores(measured)
+    table["model"] = table["subject"]
     compared = 0
     for section, metric in (("classification", "top1"), ("retrieval", "R@1"), ("detection", "AP_box")):
         cells = main_cells(page, section)
         rows = table[(table["task"] == section) & (table["metric"] == metric)]
-        for row in tables.over_seeds(rows).to_dict("records"):
-            text = tables.value_text(row["mean"], row["sd"])
+        for row in scores.over_seeds(rows).to_dict("records"):
+            text = scores.value_text(row["mean"], row["sd"])
             mine = [
                 cell
                 for (method, subject, bits), cell in cells.items()
@@ -90,8 +91,8 @@ def test_tables_have_the_means_and_spreads_of_the_csv(whole: tuple[Path, report_
 
 def test_provenance_has_every_value_of_the_csv_with_its_decimals(whole: tuple[Path, report_fakes.Node]):
     folder, page = whole
-    measured = tables.collect(expand(GRID, Filters(), RunOptions(results=folder)), fakes.ADAPTER)
-    lines = list(csv.DictReader(io.StringIO(tables.csv_text(tables.frame(measured)))))
+    measured = scores.collect(expand(GRID, Filters(), RunOptions(results=folder)), fakes.ADAPTER)
+    lines = list(csv.DictReader(io.StringIO(scores.csv_text(scores.scores(measured)))))
     wanted = sorted((line["metric"], f"{line['value']} ± {line['stderr']}") for line in lines)
     found = sorted(
         (row.one("th").text, cell.text)

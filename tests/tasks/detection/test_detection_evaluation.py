@@ -12,7 +12,7 @@ import torch
 from coco_fakes import Instances, evaluate_detector, guesses, in_memory, random_coco, tiny, write_json
 from torch import Tensor
 
-from benchmarks.paired import Outcomes, paired
+from benchmarks.results.outcomes import Outcomes, Part, paired
 from fimaq_core.errors import DataError, ModelError, NumericsError
 from fimaq_core.progress import Progress, Report, silent
 from tasks.common.task import Evaluation
@@ -138,7 +138,10 @@ def test_outcomes_agree_with_metrics() -> None:
 def test_differences_of_two_methods() -> None:
     source = in_memory(random_coco(IMAGES, 3))
     first, second = (evaluated(source, lambda index, seed=seed: guesses(source.coco, index, seed)) for seed in (0, 1))
-    outcomes = [Outcomes(one.outcomes["sample"], one.outcomes["AP_box"]) for one in (first, second)]
+    every = np.arange(IMAGES)
+    outcomes = [
+        Outcomes(one.outcomes["sample"], every, {"AP_box": (Part(every, one.outcomes["AP_box"]),)}) for one in (first, second)
+    ]
     found = paired({0: outcomes[0]}, {0: outcomes[1]})
     assert found is not None
     assert found.difference == pytest.approx(first.metrics["AP_box"].value - second.metrics["AP_box"].value)

@@ -1,0 +1,328 @@
+"""Measured against published numbers: like with like, with a tolerance and a reason per verdict."""
+
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from benchmarks.names import PUBLISHED, UNSTATED, Names, load_names
+from benchmarks.results.scores import csv_text, over_seeds, read_records, record_scores, write_text
+from fimaq_core.errors import FimaqError
+from fimaq_core.recipe import METHODS, Recipe
+from tasks.common import registry
+from tasks.common.record import ResultRecord, bits_name, recipe_of
+
+COLUMNS = [
+    "task", "dataset", "model", "method", "bits", "metric", "measured", "se", "seeds", "published",
+    "variant", "source", "evidence", "difference", "verdict", "reason",
+]  # fmt: skip
+
+#: Points by which two runs of one recipe may differ in any case.
+TOLERANCE = 0.3
+#: Tolerance in points beyond which agreement would be claimed from noise.
+WIDEST = 1.0
+REPRODUCED, ABOVE, BELOW, UNCERTAIN, NOT_COMPARABLE = (
+    "reproduced", "above", "below", "too uncertain", "not comparable",
+)  # fmt: skip
+_STRONG = ("primary", "cited")
+
+
+class Measurement(NamedTuple):
+    """One metric of one model, method and bits under one set of settings, over seeds.
+
+    The fields after ``metric`` are those of :func:`benchmarks.results.scores.over_seeds`.
+    """
+
+    record: ResultRecord
+    settings: str
+    metric: str
+    mean: float
+    sd: float
+    seeds: int
+    sampling: float
+    se: float
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A measurement set against a published number: one of the five verdicts.
+
+    ``difference`` is measured minus published, NaN between unlike things. ``rule`` is the
+    tolerance, or the reason for a missing verdict.
+    """
+
+    verdict: str
+    difference: float
+    rule: str
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def reason(self) -> str:
+        """Rule and remarks in one text."""
+        return "; ".join((self.rule, *self.remarks))
+
+
+def settings(record: ResultRecord) -> str:
+    """Return a key that records share which differ in nothing but the seed."""
+    recipe = {k: v for k, v in (record.recipe or {}).items() if k != "seed"}
+    fields = (
+        record.task, record.dataset.fingerprint, record.dataset.name, record.dataset.split,
+        record.model, record.method, record.w_bit, record.a_bit, record.variant,
+        record.weights.sha256, sorted(recipe.items()),
+    )  # fmt: skip
+    return repr(fields)
+
+
+def measurements(records: Iterable[ResultRecord]) -> list[Measurement]:
+    """Average records of the same settings over seeds; of equal seeds the latest one counts."""
+    latest: dict[tuple[str, int | None], ResultRecord] = {}
+    for record in records:
+        key = (settings(record), record.seed)
+        if latest.setdefault(key, record).finished < record.finished:
+            latest[key] = record
+    table, keys = record_scores(latest.values()), [key for key, _ in latest]
+    table["settings"] = [keys[place] for place in table["item"]]
+    first = {key: record for (key, _), record in reversed(latest.items())}
+    means = over_seeds(table, ["settings", "metric"])
+    return [Measurement(first[row["settings"]], **row) for row in means.to_dict("records")]
+
+
+def published_rows() -> pd.DataFrame:
+    """Return the published accuracies; bits that the source does not state are 0."""
+    table = pd.read_csv(PUBLISHED / "accuracy.csv", dtype=str, keep_default_na=False)
+    for column in ("w_bit", "a_bit"):
+        table[column] = pd.to_numeric(table[column]).fillna(0).astype(int)
+    return table.assign(value=table["value"].astype(float))
+
+
+def changed_settings(recipe: Recipe, task: str) -> dict[str, object]:
+    """Return the settings that are not the released ones on ``task`` and bear on the result."""
+    idle = ("reconstruction", "loss")
+    if recipe.reconstruct or recipe.reconstruct_mlp:
+        idle = () if recipe.reconstruct else ("reconstruction",)
+
+    def bears(name: str) -> bool:
+        if name in ("reconstruct", "reconstruct_mlp", "refit"):
+            return True
+        extra = Recipe.model_fields[name].json_schema_extra
+        group = extra.get("group") if isinstance(extra, dict) else None
+        return recipe.reconstruct_mlp if name.startswith("mlp_") else group not in idle
+
+    changes = recipe.changes(registry.defaults(task))
+    return {name: value for name, value in changes.items() if bears(name)}
+
+
+def unlike(item: Measurement, names: Names) -> str | None:
+    """Say why a measurement compares with no published number at all; None if it may."""
+    record, data = item.record, item.record.dataset
+    sets = names.published_on(record.task, data.name)
+    if not sets:
+        where = f"{data.name} ({data.split}, {data.count} samples)"
+        return f"measured on {where}, on which nothing is published"
+    wanted = sets[0][2]
+    if (data.split, data.count, record.n) != (wanted.split, wanted.count, wanted.count):
+        return (
+            f"measured on a part of {data.name} ({data.split}, {record.n} samples); "
+            f"published numbers use {wanted.split} with {wanted.count}"
+        )
+    if record.skipped_images:
+        return f"{len(record.skipped_images)} damaged images were left out"
+    models = names.models_for(record.model)
+    if not models:
+        return f"no published name is mapped to the model {record.model}"
+    if record.weights.tag != models[0].tag:
+        return f"weights {record.weights.tag}; published numbers use {models[0].tag}"
+    if record.method == "fp":
+        return None
+    if record.method not in METHODS:
+        known = "is not known to this version, nor are its released settings"
+        return f"the method '{record.method}' {known}"
+    try:
+        recipe = recipe_of(record)
+    except FimaqError:
+        return "the record's recipe is not one of this version"
+    changes = {} if recipe is None else changed_settings(recipe, record.task)
+    listed = ", ".join(f"{name} {value}" for name, value in changes.items())
+    return f"settings changed from the released ones: {listed}" if changes else None
+
+
+def subject_name(record: ResultRecord, names: Names) -> str:
+    """Return the short name of a record's model, with its scope where that is stated."""
+    models, scope = names.models_for(record.model), _scope(record)
+    return f"{models[0].id if models else record.model}{f' [{scope}]' if scope else ''}"
+
+
+def _scope(record: ResultRecord) -> str | None:
+    return (record.recipe or {}).get("scope")
+
+
+def _rows_for(item: Measurement, rows: pd.DataFrame, names: Names) -> pd.DataFrame:
+    """Return the published rows of the same cell and metric, whatever the variant.
+
+    Full precision has no scope, so rows of all scopes are its own. Rows that leave the scope open
+    are there for all.
+    """
+    record = item.record
+    methods = [
+        name
+        for name, entry in names.methods.items()
+        if record.method in {entry.id, *entry.comparable.values()}
+    ]  # fmt: skip
+    own = names.models_for(record.model)
+    models = [
+        name
+        for name, entry in names.models.items()
+        if entry in own and (record.method == "fp" or entry.scope in (_scope(record), UNSTATED))
+    ]
+    here = pd.Series(False, index=rows.index)
+    for task, dataset, entry in names.published_on(record.task, record.dataset.name):
+        metrics = [name for name, mine in entry.metrics.items() if mine == item.metric]
+        here |= (rows["task"] == task) & (rows["dataset"] == dataset) & rows["metric"].isin(metrics)
+    bits = (rows["w_bit"] == record.w_bit) & (rows["a_bit"] == record.a_bit)
+    return rows[here & bits & rows["model"].isin(models) & rows["method"].isin(methods)]
+
+
+def diff(records: Sequence[ResultRecord], rows: pd.DataFrame | None = None) -> pd.DataFrame:
+    """Compare records with published numbers (``rows``; None: all).
+
+    A verdict is ``reproduced`` where the difference is within 0.3 points or two standard errors of
+    the measured mean (sampling and seeds), whichever is larger; else ``above`` or ``below``: better
+    than published is a finding too. The sampling error counts although published numbers come from
+    the very same images, so the tolerance is on the wide side. ``too uncertain`` is a difference
+    within a tolerance of more than one point: agreement would be claimed from noise.
+    ``not comparable`` covers other data, settings or weights, published variants run with another
+    framework, sources that do not say what of the model they quantized, and weak evidence, which
+    is context only.
+
+    Returns:
+        One row per measured metric and published row (:data:`COLUMNS`); measured metrics without a
+        published number have empty published columns. Published rows that name neither model nor
+        bits come last, without a measured number.
+    """
+    rows, names = published_rows() if rows is None else rows, load_names()
+    result: list[dict[str, Any]] = []
+    for item in measurements(records):
+        record = item.record
+        common = {
+            "task": record.task,
+            "dataset": record.dataset.name,
+            "model": subject_name(record, names),
+            "method": record.method,
+            "bits": bits_name(record.w_bit, record.a_bit),
+            "metric": item.metric,
+            "measured": item.mean,
+            "se": item.se,
+            "seeds": item.seeds,
+        }
+        found = _rows_for(item, rows, names)
+        if found.empty:
+            reason = unlike(item, names) or "no published number for this model, method and bits"
+            nothing = {"variant": "", "source": "", "evidence": ""}
+            result.append(common | nothing | {"verdict": NOT_COMPARABLE, "reason": reason})
+        for row in found.to_dict("records"):
+            judged = judge(item, row, names)
+            verdict = {name: getattr(judged, name) for name in ("difference", "verdict", "reason")}
+            result.append({**common, **_published(row), **verdict})
+    for task, dataset in dict.fromkeys((record.task, record.dataset.name) for record in records):
+        result += _context(task, dataset, rows, names)
+    table = pd.DataFrame(result, columns=COLUMNS)
+    numbers = dict.fromkeys(("measured", "se", "published", "difference"), float)
+    return table.astype({**numbers, "seeds": int})
+
+
+def _published(row: Mapping[Any, Any]) -> dict[str, Any]:
+    texts = {name: row[name] for name in ("variant", "source", "evidence")}
+    return {"published": float(row["value"]), **texts}
+
+
+def _context(task: str, dataset: str, rows: pd.DataFrame, names: Names) -> list[dict[str, Any]]:
+    """Return published rows of a data set whose source names neither model nor bits."""
+    found = []
+    unstated = rows[(rows["model"] == UNSTATED) & (rows["w_bit"] == 0) & (rows["a_bit"] == 0)]
+    for theirs, name, entry in names.published_on(task, dataset):
+        here = unstated[(unstated["task"] == theirs) & (unstated["dataset"] == name)]
+        for row in here.to_dict("records"):
+            method, metric = names.methods.get(str(row["method"])), str(row["metric"])
+            found.append({
+                "task": task,
+                "dataset": dataset,
+                "model": UNSTATED,
+                "method": row["method"] if method is None else method.id,
+                "bits": UNSTATED,
+                "metric": entry.metrics.get(metric, metric),
+                "seeds": 0,
+                **_published(row),
+                "verdict": NOT_COMPARABLE,
+                "reason": "context only: the source names neither model nor bits",
+            })  # fmt: skip
+    return found
+
+
+def judge(item: Measurement, row: Mapping[Any, Any], names: Names) -> Judgement:
+    """Set a measurement against a published row of the same cell; verdicts as in :func:`diff`."""
+    if why := unlike(item, names):
+        return Judgement(NOT_COMPARABLE, math.nan, why)
+    gap = item.mean - float(row["value"])
+    method, variant = names.methods[str(row["method"])], str(row["variant"])
+    full = item.record.method == "fp"
+    weak = [] if row["evidence"] in _STRONG else [f"{row['evidence']} evidence"]
+    if not full and names.models[str(row["model"])].scope == UNSTATED:
+        weak.append("the source does not say what of the model is quantized")
+    if not weak and method.comparable.get(variant) != item.record.method:
+        weak = [f"published variant '{variant}' was run with another framework or recipe"]
+    if weak:
+        return Judgement(NOT_COMPARABLE, gap, f"context only: {'; '.join(weak)}")
+    tolerance = max(TOLERANCE, 2 * item.se)
+    within = abs(gap) <= tolerance + 1e-9
+    basis = "0.3 points" if tolerance == TOLERANCE else "2 standard errors"
+    rule = f"{'within' if within else 'beyond'} ±{tolerance:.2f} ({basis})"
+    verdict = REPRODUCED if within else ABOVE if gap > 0 else BELOW
+    if within and tolerance > WIDEST:
+        verdict, rule = UNCERTAIN, f"{rule}, which is too wide to tell"
+    remarks = []
+    if item.seeds == 1 and not full:
+        remarks.append("one seed, so the spread over seeds is not counted")
+    note = names.datasets[str(row["task"])][str(row["dataset"])].notes.get(str(row["method"]))
+    return Judgement(verdict, gap, rule, tuple(remarks if note is None else [*remarks, note]))
+
+
+def run_diff(results: Path, show_all: bool, nothing: int = 2) -> int:
+    """Compare all records with published numbers; print and write the table.
+
+    ``show_all`` lists also what has no published number. Returns the exit code, ``nothing`` if
+    nothing is comparable.
+    """
+    from tabulate import tabulate  # type: ignore[import-untyped, unused-ignore]
+
+    found, problems = read_records(results / "runs")
+    for problem in problems:
+        print(f"warning: {problem}", file=sys.stderr)
+    if not found:
+        nowhere = f"nothing is measured under {results / 'runs'}"
+        print(f"Nothing is comparable yet: {nowhere}. Run `make reproduce-table` first.")
+        return nothing
+    table = diff([record for _, record in found])
+    path = results / "tables" / "diff.csv"
+    write_text(path, csv_text(table))
+    known = table["published"].notna() | show_all
+    shown = table.loc[known, [name for name in COLUMNS if name not in ("task", "dataset", "seeds")]]
+    if not shown.empty:
+        rows = shown.fillna("").values.tolist()
+        print(tabulate(rows, headers=list(shown.columns), floatfmt=".2f"), end="\n\n")
+    for reason, number in table.loc[~known, "reason"].value_counts().items():
+        print(f"{number} measured values: {reason}.")
+    verdicts = table.loc[table["verdict"] != NOT_COMPARABLE, "verdict"].value_counts()
+    if verdicts.empty:
+        print(
+            "Nothing is comparable yet: no measured number is on the same data, weights, settings "
+            "and bits as a published one. For that: "
+            "make reproduce-table TABLE=fimaq IMAGENET=/path/to/imagenet"
+        )
+        return nothing
+    counts = ", ".join(f"{number} {verdict}" for verdict, number in verdicts.items())
+    print(f"{verdicts.sum()} comparisons: {counts}. Table: {path}")
+    return 0 if set(verdicts.index) == {REPRODUCED} else 1

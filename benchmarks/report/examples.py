@@ -1,0 +1,224 @@
+"""Example predictions: methods side by side, with objects drawn over their pictures."""
+
+import base64
+import io
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from benchmarks.cells import Cell
+from benchmarks.report.charts import COLOURS, px
+from benchmarks.report.gather import Gathered
+from benchmarks.report.groups import Group, find
+from benchmarks.results.scores import FULL, Column, Measured, columns_of
+from fimaq_core.errors import CheckpointError, FimaqError
+from tasks.common import registry
+from tasks.common.examples import (
+    CaptionSample,
+    ClassSample,
+    FoundObject,
+    ObjectSample,
+    TrueObject,
+    read_examples,
+)
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+#: Pixels of the longest side of pictures: with objects, of others, and of those kept as they are.
+_LARGE, _SMALL, _TINY = 480, 176, 96
+#: Pixels of a drawing's longer side and of its letters; a letter's width as a share of its size.
+SIDE, _LETTERS, _LETTER = 190, 10, 0.62
+#: How far an outline may be off, as a share of a picture's longer side and in its pixels.
+_OFF, _OFF_PIXELS = 1 / 500, 0.75
+
+#: Fetches the original pictures of a cell's samples.
+Fetch = Callable[[Cell, Sequence[str]], Mapping[str, "Image"]]
+Dict = dict[str, Any]
+#: Pictures on the page by data set's fingerprint and sample.
+Pictures = dict[tuple[str, str], Dict]
+Sample = ClassSample | CaptionSample | ObjectSample
+_Box = tuple[float, float, float, float]
+
+
+class Told(NamedTuple):
+    """The examples of a cell, by sample."""
+
+    item: Measured
+    samples: dict[str, Sample]
+
+
+def read_all(groups: Sequence[Group], gathered: Gathered) -> dict[str, Told]:
+    """Return the examples of each group's first seed that has some, by the group's id."""
+    found: dict[str, Told] = {}
+    for group in groups:
+        for item in group.items:
+            name, folder = item.record.examples, item.folder
+            if group.id in found or folder is None or name is None:
+                continue
+            try:
+                if os.path.islink(folder / name):
+                    raise CheckpointError("It leads out of the record's own folder, so it is not read.")
+                samples = read_examples(folder, name).samples
+                if samples:
+                    found[group.id] = Told(item, {sample.sample: sample for sample in samples})
+            except FimaqError as error:
+                gathered.add_problem(f"{gathered.relative(folder)}/{name}", error)
+    return found
+
+
+def fetch(cell: Cell, ids: Sequence[str]) -> Mapping[str, "Image"]:
+    """Return the pictures of samples from the cell's own task. Raises DataError."""
+    return registry.pictures(cell.task, cell.request.model, cell.request.data, list(ids))
+
+
+def make_pictures(told: Mapping[str, Told], get: Fetch, gathered: Gathered) -> Pictures:
+    """Return the pictures of all samples, once each. Missing data are a problem to list."""
+    wanted: dict[str, tuple[Told, dict[str, None]]] = {}
+    for one in told.values():
+        _, ids = wanted.setdefault(one.item.record.dataset.fingerprint, (one, {}))
+        ids.update(dict.fromkeys(one.samples))
+    pictures: Pictures = {}
+    for fingerprint, (one, ids) in wanted.items():
+        objects = any(isinstance(sample, ObjectSample) for sample in one.samples.values())
+        for sample, image in _images(one.item, list(ids), get, gathered).items():
+            content = picture(image, _LARGE if objects else _SMALL)
+            pictures[fingerprint, sample] = content | {"id": f"i{len(pictures)}"}
+    return pictures
+
+
+def _images(item: Measured, ids: Sequence[str], get: Fetch, gathered: Gathered) -> Mapping[str, "Image"]:
+    """Return the pictures that can be had, even if some samples are unknown."""
+    found: dict[str, Image] = {}
+    errors = {}
+    for some in [ids, *([sample] for sample in ids)]:
+        try:
+            found |= get(item.cell, some)
+        except FimaqError as error:
+            errors[str(error)] = error
+        if len(found) == len(ids):
+            return found
+    # Where none is there, the messages differ in samples only: one says it all.
+    for message in sorted(errors)[: None if found else 1]:
+        gathered.add_problem(f"pictures of {item.record.dataset.name}", errors[message])
+    return found
+
+
+def picture(image: "Image", side: int) -> Dict:
+    """Return an image as a data URI no larger than ``side``, and its original size."""
+    width, height = image.size
+    small, content = image.convert("RGB"), io.BytesIO()
+    tiny = max(width, height) <= _TINY
+    if tiny:
+        small.save(content, "PNG", optimize=True)
+    else:
+        small.thumbnail((side, side))
+        small.save(content, "JPEG", quality=82, optimize=True)
+    data = base64.b64encode(content.getvalue()).decode()
+    uri = f"data:image/{'png' if tiny else 'jpeg'};base64,{data}"
+    return {"uri": uri, "width": width, "height": height, "tiny": tiny}
+
+
+def make_boards(groups: Sequence[Group], told: Mapping[str, Told], pictures: Pictures) -> list[Dict]:
+    """Return a board per subject and bits: full precision first, then the methods."""
+    here = [told[group.id].samples.values() for group in groups if group.id in told]
+    objects = [one for samples in here for one in samples if isinstance(one, ObjectSample)]
+    names = sorted({found.name for one in objects for found in [*one.truth, *one.found]})
+    colours = {name: index % COLOURS for index, name in enumerate(names)}
+    boards = []
+    for column in columns_of([group.cell for group in groups]):
+        columns = {
+            name: told[group.id]
+            for name, group in find(groups, column).items()
+            if group.id in told and (name == "fp" or group.cell.bits != FULL)
+        }
+        if any(name != "fp" for name in columns):
+            boards.append(_board(column, columns, pictures, colours))
+    return boards
+
+
+def _board(column: Column, told: Mapping[str, Told], pictures: Pictures, colours: Mapping[str, int]) -> Dict:
+    rows, columns, methods = [], list(told.values()), list(told)
+    fingerprint = columns[0].item.record.dataset.fingerprint
+    same = [0] * len(columns)
+    for name in dict.fromkeys(name for one in columns for name in one.samples):
+        found = [one.samples.get(name) for one in columns]
+        first = next(sample for sample in found if sample is not None)
+        cells = [_cell(one, colours) if isinstance(one, type(first)) else None for one in found]
+        answers = [cell.get("text") if cell else None for cell in cells]
+        for index, answer in enumerate(answers):
+            same[index] += answer is not None and answer == answers[0]
+        row: Dict = {"sample": name, "picture": pictures.get((fingerprint, name)), "cells": cells}
+        if isinstance(first, ObjectSample):
+            row["drawing"] = drawing(first, first.truth, colours, "truth")
+        else:
+            row["truth"] = [first.truth] if isinstance(first, ClassSample) else first.truth
+        rows.append(row)
+    agree = methods[0] == "fp" and not isinstance(first, ObjectSample)
+    counts = ["", *(f"{count} of {len(rows)}" for count in same[1:])] if agree else []
+    kind = type(first).__name__.removesuffix("Sample").lower()
+    return {"column": column, "kind": kind, "methods": methods, "rows": rows, "agreement": counts}
+
+
+def _cell(sample: Sample, colours: Mapping[str, int]) -> Dict | None:
+    """Return what a model said of a sample: a drawing, or an answer with the runners-up."""
+    if isinstance(sample, ObjectSample):
+        return drawing(sample, sample.found, colours, "found")
+    if not sample.top:
+        return None
+    if isinstance(sample, CaptionSample):
+        first, *others = sample.top
+        words = [(one, "right" if one.correct else "wrong") for one in others]
+        rest = [f"{word}: {one.caption} ({one.score:.2f})" for one, word in words]
+        answer, detail, right = first.caption, f"{first.score:.2f}", first.correct
+    else:
+        guess, *more = [(one.name, f"{100 * one.share:.0f} %") for one in sample.top]
+        answer, detail = guess
+        rest, right = [" ".join(one) for one in more], answer == sample.truth
+    return {"text": answer, "detail": detail, "right": right, "rest": rest}
+
+
+def drawing(sample: ObjectSample, objects: Sequence[TrueObject], colours: Mapping[str, int], word: str) -> Dict:
+    """Return ``objects`` over the picture of ``sample``, the surest on top; ``word`` says what."""
+    longest = max(sample.size)
+    letters = longest * _LETTERS / SIDE
+    taken: list[_Box] = []
+    drawn = []
+    for one in sorted(objects, key=lambda one: -getattr(one, "score", 0.0)):
+        label = f"{one.name} {100 * one.score:.0f}%" if isinstance(one, FoundObject) else one.name
+        x, y, width, height = one.box
+        box = (x, y, max(width, 0.0), max(height, 0.0))
+        outlines = [points for polygon in one.polygons if (points := outline(polygon, longest))]
+        place = _place(label, box, letters, sample.size, taken)
+        about = {"label": label, "colour": colours[one.name], "box": box}
+        drawn.append(about | {"outlines": outlines, "place": place})
+    alt = f"{word}: {', '.join(str(one['label']) for one in drawn) or 'nothing'}"
+    return {"objects": drawn[::-1], "alt": alt, "letters": letters, "size": sample.size}
+
+
+def _place(label: str, box: _Box, letters: float, size: Sequence[int], taken: list[_Box]) -> tuple[float, float] | None:
+    """Return where a label fits: above its box, below, or just inside; add it to ``taken``."""
+    width = letters * _LETTER * len(label)
+    left = min(max(box[0], 0.0), max(0.0, size[0] - width))
+    right = left + width
+    for base in (box[1] - 0.2 * letters, box[1] + box[3] + 0.9 * letters, box[1] + letters):
+        top, bottom = base - 0.85 * letters, base + 0.1 * letters
+        apart = [left >= b[2] or b[0] >= right or top >= b[3] or b[1] >= bottom for b in taken]
+        if all(apart) and top >= 0 and bottom <= size[1]:
+            taken.append((left, top, right, bottom))
+            return left, base
+    return None
+
+
+def outline(polygon: Sequence[float], side: int) -> str:
+    """Return an outline as SVG points without those that do not show.
+
+    The stairs along the pixels of a picture, whose longer side is ``side``, are no part of it.
+    """
+    import cv2
+    import numpy as np
+
+    points = np.array(polygon[: len(polygon) // 2 * 2], dtype=np.float32).reshape(-1, 1, 2)
+    fewer = cv2.approxPolyDP(points, max(side * _OFF, _OFF_PIXELS), True).reshape(-1, 2)
+    corners = [f"{px(float(x))},{px(float(y))}" for x, y in fewer]
+    return " ".join(corners) if len(corners) >= 3 else ""

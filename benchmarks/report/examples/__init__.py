@@ -1,1 +1,0 @@
-"""Example predictions: read from beside records, set side by side, drawn over their pictures."""

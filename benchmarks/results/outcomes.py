@@ -1,0 +1,238 @@
+"""Outcomes of single samples: the file beside a record, and differences on the same samples."""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.cells import MAIN_METRIC
+from benchmarks.results.scores import Items, Measured
+from fimaq_core.errors import FimaqError
+from tasks.common.record import ResultRecord, outcome_arrays
+from tasks.retrieval.bootstrap import CUTS
+
+logger = logging.getLogger(__name__)
+
+
+class CompareError(FimaqError):
+    """Runs, or outcomes of runs, that cannot be compared."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Scores of queries, whose mean is one part of a metric.
+
+    Attributes:
+        rows: (m,) indices of the samples.
+        score: (m,) bool, right or wrong; or float64, the contribution to the metric.
+    """
+
+    rows: np.ndarray
+    score: np.ndarray
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """Scores of the samples of one run, in the order of their ids.
+
+    Attributes:
+        sample: (n,) distinct ids.
+        cluster: (n,) from 0, equal for dependent samples, such as captions of one image.
+        metrics: parts of a metric by its name (retrieval: both directions). The metric is the mean
+            over its parts of their mean scores, as a fraction.
+    """
+
+    sample: np.ndarray
+    cluster: np.ndarray
+    metrics: Mapping[str, tuple[Part, ...]]
+    folder: Path = Path()
+
+    @property
+    def clusters(self) -> int:
+        """Number of clusters."""
+        return int(self.cluster.max(initial=-1)) + 1
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A difference of metrics in points and its standard error over samples."""
+
+    difference: float
+    se: float
+
+
+def read(record: ResultRecord, folder: Path) -> Outcomes:
+    """Read the outcomes beside a record.
+
+    Average precision is no mean over samples; its samples have their contributions, the jackknife's
+    pseudo-values (Efron and Stein, Annals of Statistics 9, 1981), whose mean is the metric.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, of another record or of another form.
+    """
+    content = outcome_arrays(record, folder)
+    order, sample = _sorted(content.pop("sample"))
+    content = {name: array[order] for name, array in content.items()}
+    every = cluster = np.arange(len(sample))
+    if "cluster" in content:
+        cluster = np.unique(content["cluster"], return_inverse=True)[1]
+    metrics: dict[str, tuple[Part, ...]] = {}
+    if "direction" in content and "rank" in content:
+        metrics = _recalls(content["direction"], content["rank"])
+    elif "correct" in content:
+        name = "top1" if "top1" in record.metrics else MAIN_METRIC.get(record.task, "")
+        metrics[name] = (Part(every, content["correct"].astype(bool)),)
+        if "top5" in record.metrics and "rank" in content:
+            metrics["top5"] = (Part(every, content["rank"] < 5),)
+    else:
+        for name in record.metrics:
+            if name in content:
+                metrics[name] = (Part(every, content[name].astype(np.float64)),)
+    return Outcomes(sample, cluster, metrics, folder)
+
+
+_last: list[np.ndarray] = []
+
+
+def _sorted(sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the order of ids and the sorted ids; to see that a run has the same is quicker."""
+    if not (_last and np.array_equal(_last[0], sample)):
+        order = np.argsort(sample, kind="stable")
+        _last[:] = sample, order, sample[order]
+    return _last[1], _last[2]
+
+
+def _recalls(direction: np.ndarray, rank: np.ndarray) -> dict[str, tuple[Part, ...]]:
+    """Recalls as papers print them: both directions (R@k), the mean of all six, each alone."""
+    images, captions = np.flatnonzero(direction == 0), np.flatnonzero(direction == 1)
+    each = {
+        f"{side}_R@{cut}": (Part(rows, rank[rows] < cut),)
+        for side, rows, candidates in (("i2t", images, captions), ("t2i", captions, images))
+        for cut in CUTS
+        if cut <= len(candidates)
+    }
+    both = {
+        f"R@{cut}": each[f"i2t_R@{cut}"] + each[f"t2i_R@{cut}"]
+        for cut in CUTS
+        if f"i2t_R@{cut}" in each and f"t2i_R@{cut}" in each
+    }
+    if len(each) == 2 * len(CUTS):
+        both["mean_recall"] = tuple(part for (part,) in each.values())
+    return both | each
+
+
+def check_alike(one: Outcomes, other: Outcomes) -> None:
+    """Refuse runs that were not measured on the same samples.
+
+    Raises:
+        CompareError: naming the difference.
+    """
+    if len(one.sample) != len(other.sample):
+        raise CompareError(
+            f"Other samples: {one.folder} has {len(one.sample)}, {other.folder} has "
+            f"{len(other.sample)}. Measure both with the same images: a damaged image that one "
+            "left out is missing there."
+        )
+    same = one.sample is other.sample or np.array_equal(one.sample, other.sample)
+    if not (same and np.array_equal(one.cluster, other.cluster)):
+        unlike = sorted(set(one.sample.tolist()) ^ set(other.sample.tolist()))
+        such = f", such as {unlike[0]}" if unlike else ": their images are grouped otherwise"
+        where = f"{one.folder} and {other.folder}"
+        raise CompareError(f"Other samples: {where} were not measured on the same{such}.")
+
+
+def cluster_sums(first: Sequence[Outcomes], second: Sequence[Outcomes], metric: str) -> np.ndarray:
+    """Return the sums over clusters of differences and of queries, for each part of a metric.
+
+    ``first`` and ``second`` are two methods on the same samples, seed by seed. A query's difference
+    is the mean over seeds, so it counts once however many seeds there are.
+
+    Returns:
+        (clusters, parts, 2): differences in points, number of queries.
+    """
+    columns = []
+    for place, part in enumerate(first[0].metrics[metric]):
+        owner = first[0].cluster[part.rows]
+        gaps = [
+            a.metrics[metric][place].score.astype(np.float64) - b.metrics[metric][place].score
+            for a, b in zip(first, second, strict=True)
+        ]
+        columns.append([np.bincount(owner, 100 * np.mean(gaps, axis=0)), np.bincount(owner)])
+    return np.array(columns, dtype=np.float64).transpose(2, 0, 1)
+
+
+def statistic(sums: np.ndarray) -> np.ndarray:
+    """Return the mean over parts of score / queries from their sums (..., parts, 2)."""
+    return np.asarray((sums[..., 0] / sums[..., 1]).mean(axis=-1))
+
+
+def paired(first: Mapping[int, Outcomes], second: Mapping[int, Outcomes]) -> Paired | None:
+    """Compare the main metric of two methods: first minus second, given outcomes by seed.
+
+    For one seed and samples that are right or wrong this is McNemar's setting (Psychometrika 12,
+    1947). The standard error is the cluster-robust one (Liang and Zeger, Biometrika 73, 1986): with
+    s a cluster's sum of wᵢ(dᵢ - D), √(G/(G-1) Σs²) over G clusters; sd(d)/√n for independent
+    samples. None without a common seed, or for other samples or fewer than two clusters.
+    """
+    seeds = sorted(set(first) & set(second))
+    if not seeds:
+        return None
+    own, base = [first[seed] for seed in seeds], [second[seed] for seed in seeds]
+    metric = next(iter(own[0].metrics))
+    try:
+        for other in (*own, *base):
+            check_alike(own[0], other)
+    except CompareError:
+        return None
+    sums = cluster_sums(own, base, metric)
+    groups, parts = sums.shape[:2]
+    if groups < 2:
+        return None
+    total = sums.sum(axis=0)
+    difference = float(statistic(total))
+    residual = (sums[..., 0] - difference * sums[..., 1]) / (parts * total[:, 1])
+    squares = float((residual.sum(axis=1) ** 2).sum())
+    return Paired(difference, math.sqrt(groups / (groups - 1) * squares))
+
+
+def compare(first: Items, second: Items) -> Paired | None:
+    """Compare finished cells of two methods by :func:`paired`; None where that is impossible."""
+    return paired(by_seed(first), by_seed(second))
+
+
+def by_seed(items: Items) -> dict[int, Outcomes]:
+    """Read the outcomes of cells that differ in their seeds, without those that have none."""
+    found = ((item.cell.seed, read_outcomes(item)) for item in items if item.cell.seed is not None)
+    return {seed: outcomes for seed, outcomes in found if seed is not None and outcomes is not None}
+
+
+def read_outcomes(item: Measured) -> Outcomes | None:
+    """Return a cell's outcomes in the main metric of its task.
+
+    None if there are none. A warning says why a file cannot be read, once per reason.
+    """
+    if item.folder is None:
+        return None
+    try:
+        outcomes = read(item.record, item.folder)
+    except FimaqError as error:
+        _warn(str(error))
+        return None
+    main = MAIN_METRIC.get(item.record.task)
+    shown = {name: parts for name, parts in outcomes.metrics.items() if name in (main, "top1")}
+    return replace(outcomes, metrics=shown) if shown else None
+
+
+@cache
+def _warn(problem: str) -> None:
+    logger.warning("%s It is left out of comparisons sample by sample.", problem)
+
+
+def mean_difference(parts: Sequence[Paired]) -> tuple[float, float]:
+    """Return the mean of differences on independent samples (models) with its standard error."""
+    mean = sum(part.difference for part in parts) / len(parts)
+    return mean, math.hypot(*(part.se for part in parts)) / len(parts)

@@ -1,0 +1,231 @@
+"""Scores: one table with a row per cell and metric, and all statistics over seeds made of it."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from benchmarks.cells import MAIN_METRIC, Adapter, Cell, Key, finished
+from fimaq_core.errors import FimaqError
+from fimaq_core.files import replaced_whole
+from fimaq_core.recipe import METHODS, OFF
+from tasks.common.record import ResultRecord, bits_name, read_record
+
+#: Columns of the tables in ``results/tables``.
+COLUMNS = [
+    "task", "dataset", "model", "method", "variant", "w_bit", "a_bit", "seed", "metric", "value",
+    "stderr", "n", "fp_value",
+]  # fmt: skip
+#: Columns that cells share which differ only in their seed.
+CELL = ["task", "dataset", "model", "method", "variant", "bits", "metric"]
+#: Metrics side by side in a small table: the directions of retrieval, boxes and masks.
+PAIRS = {
+    "Image to text / text to image R@1": ("i2t_R@1", "t2i_R@1"),
+    "Box / mask AP": ("AP_box", "AP_mask"),
+}
+#: Methods that stop after calibration or a closed-form refit, and methods that optimise blocks.
+CALIBRATION_ONLY = ("rtn", "repq", "ptq4vit", "adalog", "erq")
+RECONSTRUCTION = ("brecq", "qdrop", "pdquant", "aphq", "fimaq", "lsvit", "adalog-recon")
+#: Name of the bits of what is not quantized.
+FULL = bits_name(OFF, OFF)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A finished cell with its record and its folder (None: the record is not on disk)."""
+
+    cell: Cell
+    record: ResultRecord
+    folder: Path | None = None
+
+
+Items, Cells = Sequence[Measured], Sequence[Cell]
+
+
+def collect(cells: Iterable[Cell], adapter: Adapter) -> list[Measured]:
+    """Return the finished cells in order, each once."""
+    distinct: dict[Key, Cell] = {}
+    for cell in cells:
+        distinct.setdefault(cell.key, cell)
+    found = ((cell, finished(cell, adapter)) for cell in distinct.values())
+    return [Measured(cell, *it) for cell, it in found if it is not None]
+
+
+def read_records(root: Path) -> tuple[list[tuple[Path, ResultRecord]], list[str]]:
+    """Return all records under ``root`` with their files, and a message for each unreadable one."""
+    records, problems = [], []
+    for path in sorted(root.rglob("result.json")):
+        try:
+            records.append((path, read_record(path)))
+        except FimaqError as error:
+            problems.append(str(error))
+    return records, problems
+
+
+Section = tuple[str, list[Measured], list[Cell]]
+
+
+def by_section(measured: Items, cells: Cells) -> Iterator[Section]:
+    """Yield each section of ``cells`` with its finished cells and all its cells."""
+    for section in unique(cell.section for cell in cells):
+        mine = [item for item in measured if item.cell.section == section]
+        yield section, mine, [cell for cell in cells if cell.section == section]
+
+
+def seeds_of(measured: Iterable[Measured]) -> list[int]:
+    """Return the seeds in order."""
+    seeds = {item.record.seed for item in measured}
+    return sorted(seed for seed in seeds if seed is not None)
+
+
+def scores(measured: Iterable[Measured]) -> pd.DataFrame:
+    """Return the table of scores of finished cells.
+
+    Returns:
+        The columns of :func:`record_scores`, and of each cell ``section``, ``model``, ``scope`` as
+        the grid states it (records also state the default of their task), ``subject`` (the model
+        with its scope), and ``point`` (of an axis; empty without one).
+    """
+    items = list(measured)
+    table = record_scores(item.record for item in items)
+    cells = [items[place].cell for place in table["item"]]
+    names = ("section", "model", "scope", "subject", "point")
+    return table.assign(**{name: [getattr(cell, name) for cell in cells] for name in names})
+
+
+def record_scores(records: Iterable[ResultRecord]) -> pd.DataFrame:
+    """Return one row per record and metric.
+
+    Returns:
+        Columns: :data:`COLUMNS`; ``bits`` as a name; ``scope`` (empty without one); ``item``, the
+        place of the record in ``records``. ``value``, its standard error over samples ``stderr``
+        and full precision's ``fp_value`` are percentages, except for median ranks.
+    """
+    rows = []
+    for place, record in enumerate(records):
+        shared = (
+            record.task, record.dataset.name, record.model, record.method, record.variant,
+            record.w_bit, record.a_bit, record.seed,
+        )  # fmt: skip
+        scope = (record.recipe or {}).get("scope") or ""
+        for name, metric in record.metrics.items():
+            full = metric if record.method == "fp" else record.fp_metrics.get(name)
+            score = (name, metric.value, metric.stderr, record.n, full and full.value)
+            rows.append((*shared, *score, scope, place))
+    table = pd.DataFrame(rows, columns=[*COLUMNS, "scope", "item"])
+    numbers = dict.fromkeys(("value", "stderr", "fp_value"), float)
+    return with_bits(table.astype({"seed": "Int64", **numbers}))
+
+
+def with_bits(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a copy with the column ``bits``: ``fp``, ``w3a3`` and so on."""
+    pairs = zip(table["w_bit"], table["a_bit"], strict=True)
+    return table.assign(bits=[bits_name(int(w), int(a)) for w, a in pairs])
+
+
+def over_seeds(table: pd.DataFrame, by: Sequence[str] = CELL) -> pd.DataFrame:
+    """Return one row per group of scores that are equal in the columns ``by``.
+
+    Returns:
+        ``by``; ``mean``; ``sd``, the sample standard deviation (NaN for one seed); ``seeds``, their
+        number; ``sampling``, the standard error from the finite number of samples, which all
+        seeds share; ``se``, the standard error of the mean from both.
+    """
+    groups = table.assign(square=table["stderr"] ** 2).groupby(list(by), sort=False, dropna=False)
+    found = groups.agg(
+        mean=("value", "mean"),
+        sd=("value", "std"),
+        seeds=("value", "count"),
+        sampling=("square", "mean"),
+    ).reset_index()
+    sampling, spread = found["sampling"] ** 0.5, found["sd"] / found["seeds"] ** 0.5
+    return found.assign(sampling=sampling, se=np.hypot(sampling, spread.fillna(0.0)))
+
+
+def differences(scores: pd.DataFrame, base: pd.DataFrame) -> "pd.Series[float]":
+    """Return ``scores`` minus ``base`` for each model and seed that both have."""
+    both = scores.merge(base, on=["model", "seed"], suffixes=("", "_base"))
+    return both["value"] - both["value_base"]
+
+
+def difference_text(differences: "pd.Series[float]") -> str:
+    """Return the mean with its standard error (``+0.50 ± 0.10``), which one alone has not."""
+    error = f" ± {differences.sem():.2f}" if len(differences) > 1 else ""
+    return f"{differences.mean():+.2f}{error}"
+
+
+def value_text(mean: float, sd: float) -> str:
+    """Return ``88.20 ± 0.40``, or the mean alone for one seed (``sd`` NaN)."""
+    return f"{mean:.2f}" if pd.isna(sd) else f"{mean:.2f} ± {sd:.2f}"
+
+
+def main_metric(task: str, table: pd.DataFrame) -> str:
+    """Return the metric that the tables of a task show."""
+    present = unique(table["metric"])
+    wanted = MAIN_METRIC.get(task)
+    return wanted if wanted in present else present[0]
+
+
+def is_percent(metric: str) -> bool:
+    """True for percentages; median ranks are none."""
+    return not metric.endswith("median_rank")
+
+
+def metric_title(metric: str) -> str:
+    """Return a metric's name with its unit."""
+    return f"{metric} (percent)" if is_percent(metric) else metric
+
+
+def sample_counts(count: int, captions: int | None) -> str:
+    """Return ``2000 samples``, or ``1000 images, 5000 captions``."""
+    return f"{count} samples" if captions is None else f"{count} images, {captions} captions"
+
+
+def count(number: int, noun: str) -> str:
+    """Return ``1 model``, ``2 models``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def unique(values: Iterable[str]) -> list[str]:
+    """Return the distinct values in order of first appearance."""
+    return list(dict.fromkeys(values))
+
+
+def in_order(methods: Iterable[str]) -> list[str]:
+    """Return the distinct methods in the order of tables: full precision, then as registered."""
+    known = ["fp", *METHODS]
+    places = {name: place for place, name in enumerate(known)}
+    return sorted(unique(methods), key=lambda name: places.get(name, len(known)))
+
+
+class Column(NamedTuple):
+    """A column of a table: a subject at some bits, and the subject's model."""
+
+    subject: str
+    model: str
+    bits: str
+
+
+def columns_of(cells: Cells) -> list[Column]:
+    """Return the columns of tables: subjects by model, each with its bits."""
+    columns = []
+    for model in unique(cell.model for cell in cells):
+        mine = [cell for cell in cells if cell.model == model]
+        for subject in unique(cell.subject for cell in mine if cell.method != "fp") or [model]:
+            own = [cell.bits for cell in mine if cell.subject == subject and cell.bits != FULL]
+            columns += [Column(subject, model, bits) for bits in unique(own) or [FULL]]
+    return columns
+
+
+def csv_text(table: pd.DataFrame) -> str:
+    """Return a table as CSV with 4 decimals."""
+    return str(table.to_csv(index=False, float_format="%.4f", lineterminator="\n"))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with replaced_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")

@@ -1,0 +1,1 @@
+"""Tables of scores: Markdown, LaTeX, ablations, expected orders."""

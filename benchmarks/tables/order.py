@@ -1,0 +1,121 @@
+"""Orders of methods known from the literature: a line on each, with numbers."""
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from benchmarks.results.outcomes import Outcomes, Paired, by_seed, paired
+from benchmarks.results.scores import (
+    CALIBRATION_ONLY,
+    FULL,
+    RECONSTRUCTION,
+    Items,
+    Measured,
+    count,
+    difference_text,
+    differences,
+    unique,
+)
+
+#: Bits at which no method should fall below rounding to nearest by so many standard errors.
+_MILD_BITS, _ERRORS = "w4a4", 2.0
+
+
+def order_lines(table: pd.DataFrame, measured: Items = (), mark: str = "") -> list[str]:
+    """Return a line per expected order; an order without measured methods has none.
+
+    ``table`` has scores of one section, scope (``mark``) and metric, one variant per method; its
+    column ``item`` counts ``measured``, for comparisons sample by sample.
+    """
+    rows = table[table["bits"] != FULL]
+    if rows.empty:
+        return []
+    lowest = rows.loc[(rows["w_bit"] + rows["a_bit"]).idxmin(), "bits"]
+    here, where = rows[rows["bits"] == lowest], f"{lowest}{mark}"
+    items = [measured[place] for place in unique(rows["item"])] if measured else []
+    return [
+        *_calibration_lines(here, where),
+        *_fimaq_lines(here, where),
+        *_rounding_lines(items, mark),
+    ]
+
+
+def _means(here: pd.DataFrame, methods: Sequence[str]) -> pd.DataFrame:
+    """Return models × ``methods``: means over seeds, of the models that have all of them."""
+    means = here.pivot_table(index="model", columns="method", values="value", aggfunc="mean")
+    return means.reindex(columns=list(methods)).dropna()
+
+
+def _calibration_lines(here: pd.DataFrame, where: str) -> list[str]:
+    present = set(here["method"])
+    plain = [name for name in CALIBRATION_ONLY if name in present]
+    trained = [name for name in RECONSTRUCTION if name in present]
+    if not plain or not trained:
+        return []
+    claim = f"Calibration alone below every reconstruction at {where} (mean over models)"
+    means = _means(here, [*plain, *trained])
+    if means.empty:
+        listed = ", ".join([*plain, *trained])
+        return [f"{claim}: not judged, since no model has all of {listed}."]
+    mean = means.mean()
+    best, worst = mean[plain].idxmax(), mean[trained].idxmin()
+    return [
+        f"{claim}: {'yes' if mean[best] < mean[worst] else 'NO'}: best of {', '.join(plain)}: "
+        f"{best} {mean[best]:.2f}; worst of {', '.join(trained)}: {worst} {mean[worst]:.2f} "
+        f"({count(len(means), 'model')})."
+    ]
+
+
+def _fimaq_lines(here: pd.DataFrame, where: str) -> list[str]:
+    needed, present = ["rtn", "brecq", "qdrop", "fimaq"], set(here["method"])
+    if len(set(needed) & present) < 2:
+        return []
+    means = _means(here, needed)
+    claim = f"Expected order at {where} (rtn worst, fimaq not below qdrop and brecq, "
+    claim += "mean over models)"
+    if means.empty:
+        absent = ", ".join(name for name in needed if name not in present) or "some cells"
+        return [f"{claim}: not judged, since no model has all four; not fully measured: {absent}."]
+    mean = means.mean()
+    worst = all(mean["rtn"] < mean[name] for name in needed[1:])
+    first = all(mean["fimaq"] >= mean[name] for name in ("qdrop", "brecq"))
+    numbers = ", ".join(f"{name} {mean[name]:.2f}" for name in needed)
+    lines = [
+        f"{claim}: {'yes' if worst and first else 'NO'} (rtn worst: {'yes' if worst else 'no'}; "
+        f"fimaq not below: {'yes' if first else 'no'}): {numbers}."
+    ]
+    whole = here[here["model"].isin(means.index)]
+    for other in ("qdrop", "brecq"):
+        gaps = differences(whole[whole["method"] == "fimaq"], whole[whole["method"] == other])
+        basis = f"(mean ± se over {count(len(gaps), 'pair')} of model and seed)"
+        lines.append(f"fimaq - {other} at {where}: {difference_text(gaps)} points {basis}.")
+    return lines
+
+
+def _rounding_lines(items: Items, mark: str) -> list[str]:
+    groups: dict[tuple[str, str], list[Measured]] = {}
+    for item in items:
+        if item.cell.bits == _MILD_BITS:
+            groups.setdefault((item.cell.subject, item.cell.method), []).append(item)
+    rounded: dict[str, dict[int, Outcomes]] = {}
+    results: dict[str, Paired | None] = {}
+    for (subject, method), mine in groups.items():
+        if method != "rtn" and (subject, "rtn") in groups:
+            if subject not in rounded:  # methods of a subject come together; none is read twice
+                rounded = {subject: by_seed(groups[subject, "rtn"])}
+            results[f"{method} on {subject}"] = paired(by_seed(mine), rounded[subject])
+    if not results:
+        return []
+    claim = f"No method below rtn at {_MILD_BITS}{mark} by more than two paired standard errors, "
+    claim += "on any model"
+    judged = {name: result for name, result in results.items() if result is not None}
+    if not judged:
+        why = "there are no per-sample outcomes of the same samples and seeds"
+        return [f"{claim}: not judged, since {why}."]
+    texts = {name: f"{name} {r.difference:+.2f} ± {r.se:.2f}" for name, r in judged.items()}
+    below = [texts[name] for name, r in judged.items() if r.difference < -_ERRORS * r.se]
+    nearest = texts[min(judged, key=lambda name: judged[name].difference)]
+    verdict = f"NO: {', '.join(below)}" if below else f"yes: lowest is {nearest}"
+    rest = len(results) - len(judged)
+    left_out = f"; {rest} more not judged for lack of per-sample outcomes" if rest else ""
+    return [f"{claim}: {verdict} points ({count(len(judged), 'comparison')}{left_out})."]
