@@ -56,7 +56,7 @@ def run_grid(
     from benchmarks.plan import plan_of
     from benchmarks.preflight import missing
     from benchmarks.runner import Runner
-    from benchmarks.tables.files import terminal_width, write_published, write_tables
+    from benchmarks.terminal import terminal_width
 
     cells = expand(grid, filters, options)
     if not cells:
@@ -94,6 +94,8 @@ def run_grid(
             shutil.rmtree(logs, ignore_errors=True)
     else:
         print(f"All {len(cells)} cells are done already.")
+    from benchmarks.tables.files import write_published, write_tables  # pandas takes its time
+
     layout = None
     if table is None:
         write_tables(grid, filters, options, adapter, cells)

@@ -15,12 +15,10 @@ UNSTATED = "unstated"
 
 
 class DatasetName(Strict):
-    """What a record must state to have been measured on a published data set: the whole split, and nothing else.
+    """What a record must state to have been measured on a published data set: its whole split.
 
-    Attributes:
-        task, name, split, count: of the record; count of images.
-        metrics: published metric to the record's. Others are never compared.
-        notes: by published method, what to know of its rows here; said with every verdict.
+    ``metrics`` maps published metrics to the record's; others are never compared. ``notes`` are by
+    published method, said with every verdict.
     """
 
     task: str
@@ -32,12 +30,10 @@ class DatasetName(Strict):
 
 
 class ModelName(Strict):
-    """The model here, and the one checkpoint the published numbers were measured on.
+    """The model here, and the one checkpoint of the published numbers.
 
-    Attributes:
-        id, tag: of the model.
-        scope: what of it the source quantized, as recipes say it; None where that is always the whole model; ``unstated``
-            where the source leaves it open.
+    ``scope`` is what of it the source quantized, as recipes say it; None where that is always the
+    whole model; ``unstated`` where the source leaves it open.
     """
 
     id: str
@@ -46,11 +42,10 @@ class ModelName(Strict):
 
 
 class MethodName(Strict):
-    """The method here, and which published variants were run with the settings that are its defaults here.
+    """The method here.
 
-    Attributes:
-        id: the method's id.
-        comparable: published variant to the id whose released settings it is; other variants are context only.
+    ``comparable`` maps published variants that were run with the settings that are defaults here to
+    the id of the method; other variants are context only.
     """
 
     id: str
@@ -65,13 +60,9 @@ class StudyName(Strict):
 
 
 class Names(Strict):
-    """The whole mapping.
+    """The whole mapping: data sets by published task and name, the rest by published names.
 
-    Attributes:
-        datasets: by the published task and data set.
-        models, methods: by published names.
-        studies: of run times, by the name in ``cost.csv``.
-        unmapped_models, unmapped_methods: published names that mean nothing here, and why.
+    ``unmapped_models`` and ``unmapped_methods`` say why a published name means nothing here.
     """
 
     datasets: dict[str, dict[str, DatasetName]]

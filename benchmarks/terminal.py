@@ -1,5 +1,9 @@
 """Text from elsewhere (names of models, messages of libraries, files) as a terminal may show it."""
 
+import sys
+
+from rich.console import Console
+
 
 def plain(text: str, most: int | None = None) -> str:
     """Return ``text`` in one line and without control characters, cut to ``most`` characters.
@@ -14,3 +18,8 @@ def plain(text: str, most: int | None = None) -> str:
 def printable(line: str) -> str:
     """Return a line with U+FFFD for every character that is not printable; blanks stay as they are."""
     return "".join(character if character.isprintable() else "\ufffd" for character in line)
+
+
+def terminal_width() -> int | None:
+    """Return the terminal's width; None where the output goes elsewhere."""
+    return Console().width if sys.stdout.isatty() else None

@@ -1,1 +1,1 @@
-"""Comparing two runs on the samples both were measured on: paired tests, intervals and effect sizes."""
+"""Comparisons: two runs on the same samples, and measured with published numbers."""

@@ -80,10 +80,7 @@ class Judged:
 def judge(pairing: Pairing, level: float, metrics: Sequence[str] = ()) -> list[Judged]:
     """Test all pairs, and correct p for the number of pairs by Holm's method in each metric.
 
-    Args:
-        pairing: the pairs.
-        level: of confidence.
-        metrics: only these. Empty: all metrics of one pair, :data:`MAIN` of several.
+    Without ``metrics``, one pair has all its metrics, several have those of :data:`MAIN`.
 
     Raises:
         CompareError: no pair can be compared, or none has one of ``metrics``.
@@ -111,7 +108,8 @@ def _findings(pair: Pair, level: float, metrics: Sequence[str], short: bool) -> 
     mine, theirs = ([_read(run) for run in side.values()] for side in (pair.a, pair.b))
     for other in (*mine, *theirs):
         check_alike(mine[0], other)
-    everywhere = [name for name in mine[0].metrics if all(name in run.metrics for run in (*mine, *theirs))]
+    runs = (*mine, *theirs)
+    everywhere = [name for name in mine[0].metrics if all(name in run.metrics for run in runs)]
     for name in metrics:
         if name not in everywhere:
             hint = suggest(name, everywhere)
@@ -133,19 +131,20 @@ def _read(run: Run) -> Outcomes:
     if n > 1 and (outcomes.sample[1:] == outcomes.sample[:-1]).any():
         raise CompareError(f"{where} name a sample twice. {again}")
     if clusters != run.record.n:
-        raise CompareError(f"{where} are of {clusters} samples, the record is of {run.record.n}: they are another run's. {again}")
+        numbers = f"{clusters} samples, the record is of {run.record.n}"
+        raise CompareError(f"{where} are of {numbers}: they are another run's. {again}")
     if clusters < 2:
         raise CompareError(f"{where} are of one sample: there is nothing to test.")
     for name, parts in outcomes.metrics.items():
         for part in parts:
             complete = len(np.unique(outcomes.cluster[part.rows])) == clusters
             if not complete or not np.isfinite(part.score).all():
-                raise CompareError(f"{where} lack some images' {name}, or it is not finite. {again}")
+                lack = f"{where} lack some images' {name}, or it is not finite"
+                raise CompareError(f"{lack}. {again}")
         stated, found = run.record.metrics.get(name), _value(outcomes, name)
         if stated is not None and abs(stated.value - found) > _ROUNDING:
-            raise CompareError(
-                f"{where} give {name} {found:.2f}, the record says {stated.value:.2f}: they are another run's. {again}"
-            )
+            values = f"{name} {found:.2f}, the record says {stated.value:.2f}"
+            raise CompareError(f"{where} give {values}: they are another run's. {again}")
     return outcomes
 
 
@@ -153,7 +152,12 @@ def _value(outcomes: Outcomes, metric: str) -> float:
     return float(np.mean([100 * part.score.mean() for part in outcomes.metrics[metric]]))
 
 
-def _finding(name: str, mine: Sequence[Outcomes], theirs: Sequence[Outcomes], level: float) -> Finding:
+def _finding(
+    name: str,
+    mine: Sequence[Outcomes],
+    theirs: Sequence[Outcomes],
+    level: float,
+) -> Finding:
     """Test one metric.
 
     McNemar's test takes one seed and independent samples that are right or wrong. The bootstrap

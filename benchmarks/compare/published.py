@@ -48,13 +48,10 @@ class Measurement(NamedTuple):
 
 @dataclass(frozen=True)
 class Judgement:
-    """A measurement set against a published number.
+    """A measurement set against a published number: one of the five verdicts.
 
-    Attributes:
-        verdict: one of the five.
-        difference: measured minus published; NaN between unlike things, which have none.
-        rule: the tolerance, or the reason for a missing verdict.
-        remarks: further facts of the comparison.
+    ``difference`` is measured minus published, NaN between unlike things. ``rule`` is the
+    tolerance, or the reason for a missing verdict.
     """
 
     verdict: str
@@ -136,7 +133,8 @@ def unlike(item: Measurement, names: Names) -> str | None:
     if record.method == "fp":
         return None
     if record.method not in METHODS:
-        return f"the method '{record.method}' is not known to this version, nor are its released settings"
+        known = "is not known to this version, nor are its released settings"
+        return f"the method '{record.method}' {known}"
     try:
         recipe = recipe_of(record)
     except FimaqError:
@@ -163,7 +161,11 @@ def _rows_for(item: Measurement, rows: pd.DataFrame, names: Names) -> pd.DataFra
     are there for all.
     """
     record = item.record
-    methods = [name for name, entry in names.methods.items() if record.method in (entry.id, *entry.comparable.values())]
+    methods = [
+        name
+        for name, entry in names.methods.items()
+        if record.method in {entry.id, *entry.comparable.values()}
+    ]  # fmt: skip
     own = names.models_for(record.model)
     models = [
         name
@@ -178,8 +180,8 @@ def _rows_for(item: Measurement, rows: pd.DataFrame, names: Names) -> pd.DataFra
     return rows[here & bits & rows["model"].isin(models) & rows["method"].isin(methods)]
 
 
-def diff(records: Sequence[ResultRecord], rows: pd.DataFrame | None = None, names: Names | None = None) -> pd.DataFrame:
-    """Compare records with published numbers.
+def diff(records: Sequence[ResultRecord], rows: pd.DataFrame | None = None) -> pd.DataFrame:
+    """Compare records with published numbers (``rows``; None: all).
 
     A verdict is ``reproduced`` where the difference is within 0.3 points or two standard errors of
     the measured mean (sampling and seeds), whichever is larger; else ``above`` or ``below``: better
@@ -195,8 +197,7 @@ def diff(records: Sequence[ResultRecord], rows: pd.DataFrame | None = None, name
         published number have empty published columns. Published rows that name neither model nor
         bits come last, without a measured number.
     """
-    rows = published_rows() if rows is None else rows
-    names = load_names() if names is None else names
+    rows, names = published_rows() if rows is None else rows, load_names()
     result: list[dict[str, Any]] = []
     for item in measurements(records):
         record = item.record
@@ -284,12 +285,10 @@ def judge(item: Measurement, row: Mapping[Any, Any], names: Names) -> Judgement:
 
 
 def run_diff(results: Path, show_all: bool, nothing: int = 2) -> int:
-    """Compare all records with published numbers, print and write the table, return the exit code.
+    """Compare all records with published numbers; print and write the table.
 
-    Args:
-        results: root of what runs wrote.
-        show_all: also list what has no published number.
-        nothing: the exit code where nothing is comparable.
+    ``show_all`` lists also what has no published number. Returns the exit code, ``nothing`` if
+    nothing is comparable.
     """
     from tabulate import tabulate  # type: ignore[import-untyped, unused-ignore]
 
@@ -297,7 +296,8 @@ def run_diff(results: Path, show_all: bool, nothing: int = 2) -> int:
     for problem in problems:
         print(f"warning: {problem}", file=sys.stderr)
     if not found:
-        print(f"Nothing is comparable yet: nothing is measured under {results / 'runs'}. Run `make reproduce-table` first.")
+        nowhere = f"nothing is measured under {results / 'runs'}"
+        print(f"Nothing is comparable yet: {nowhere}. Run `make reproduce-table` first.")
         return nothing
     table = diff([record for _, record in found])
     path = results / "tables" / "diff.csv"

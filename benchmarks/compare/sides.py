@@ -100,10 +100,12 @@ def read_side(path: Path) -> Side:
     if single.is_file():
         return Side(path, [Run(read_record(single), single)])
     if not path.is_dir():
-        raise CompareError(f"There is no {path}: give a cell's folder, its result.json, or a folder that holds some.")
+        give = "give a cell's folder, its result.json, or a folder that holds some"
+        raise CompareError(f"There is no {path}: {give}.")
     records, problems = read_records(path)
     if not records:
-        raise CompareError(" ".join([f"There is no record below {path} that can be read.", *problems]))
+        nothing = f"There is no record below {path} that can be read."
+        raise CompareError(" ".join([nothing, *problems]))
     return Side(path, [Run(record, file) for file, record in records], problems)
 
 
@@ -134,7 +136,8 @@ def pair_up(first: Side, second: Side) -> Pairing:
         if (partner := partners.get(key[: len(names)])) is None:
             continue
         if run.path.resolve() == partner.path.resolve():
-            raise CompareError(f"{run.path} is on both sides: give two runs, such as the folders of two methods.")
+            give = "give two runs, such as the folders of two methods"
+            raise CompareError(f"{run.path} is on both sides: {give}.")
         pair = pairs.setdefault(key[:-1], Pair(dict(zip(fields, key[:-1], strict=False)), {}, {}))
         mine, other = (partner, run) if swap else (run, partner)
         pair.a[run.record.seed], pair.b[run.record.seed] = mine, other
@@ -151,8 +154,8 @@ def _by_fields(side: Side, runs: Sequence[Run], names: Sequence[str]) -> dict[tu
         other = found.setdefault(tuple(run.fields[name] for name in names), run)
         if other is not run:
             raise CompareError(
-                f"{side.path} holds several records of {other.label}, such as {other.path.parent} and {run.path.parent}: "
-                "give the folder of one of them."
+                f"{side.path} holds several records of {other.label}, such as {other.path.parent} "
+                f"and {run.path.parent}: give the folder of one of them."
             )
     return found
 

@@ -68,9 +68,8 @@ def newcombe(table: Table, level: float) -> tuple[float, float]:
     corrected = max(excess - n / 2, 0.0) if excess > 0 else excess
     phi = corrected / math.sqrt(product) if product else 0.0
     wilson = [binomtest(count, n).proportion_ci(level, method="wilson") for count in right]
-    (down_1, up_1), (down_2, up_2) = (
-        (count / n - ends.low, ends.high - count / n) for count, ends in zip(right, wilson, strict=True)
-    )
+    shares = zip((count / n for count in right), wilson, strict=True)
+    (down_1, up_1), (down_2, up_2) = ((at - ends.low, ends.high - at) for at, ends in shares)
     low = math.sqrt(max(down_1**2 - 2 * phi * down_1 * up_2 + up_2**2, 0.0))
     high = math.sqrt(max(up_1**2 - 2 * phi * up_1 * down_2 + down_2**2, 0.0))
     return float(table.difference - low), float(table.difference + high)
@@ -87,7 +86,7 @@ class Interval:
     se: float
 
 
-def bootstrap(clusters: np.ndarray, level: float, resamples: int = RESAMPLES, seed: int = _SEED) -> Interval:
+def bootstrap(clusters: np.ndarray, level: float, resamples: int = RESAMPLES) -> Interval:
     """Return the bias-corrected and accelerated interval (BCa; Efron, JASA 82, 1987).
 
     The unit drawn is a cluster, such as an image with its captions. p inverts the interval: it is
@@ -98,8 +97,7 @@ def bootstrap(clusters: np.ndarray, level: float, resamples: int = RESAMPLES, se
     Args:
         clusters: (G, parts, 2), see :func:`benchmarks.results.outcomes.cluster_sums`.
         level: of confidence.
-        resamples: their number.
-        seed: of the draws, so that all calls return the same.
+        resamples: their number. They are seeded, so that all calls return the same.
     """
     from scipy.stats import norm
 
@@ -108,7 +106,7 @@ def bootstrap(clusters: np.ndarray, level: float, resamples: int = RESAMPLES, se
     whole = counts @ rows
     estimate = float(statistic(whole.reshape(parts, 2)))
     drawn = np.concatenate([
-        statistic((draw @ rows).reshape(-1, parts, 2)) for draw in _draws(counts, resamples, seed)
+        statistic((draw @ rows).reshape(-1, parts, 2)) for draw in _draws(counts, resamples)
     ])  # fmt: skip
     # Sums in another order differ in their last digits, which must not count as bias.
     tiny = 1e-9 * max(1.0, abs(estimate))
@@ -132,13 +130,13 @@ def bootstrap(clusters: np.ndarray, level: float, resamples: int = RESAMPLES, se
     return Interval(estimate, low, high, min(p, 1.0), float(drawn.std(ddof=1)))
 
 
-def _draws(counts: np.ndarray, resamples: int, seed: int) -> Iterator[np.ndarray]:
+def _draws(counts: np.ndarray, resamples: int) -> Iterator[np.ndarray]:
     """Yield how often each distinct row is drawn, (b, rows), in parts that fit into memory.
 
     Equal clusters are interchangeable, so only their number is drawn: 50,000 images that are
     right or wrong have three distinct rows.
     """
-    generator, kinds, groups = np.random.default_rng(seed), len(counts), int(counts.sum())
+    generator, kinds, groups = np.random.default_rng(_SEED), len(counts), int(counts.sum())
     few = 8 * kinds < groups
     size = max(1, _COUNTS // (kinds if few else groups))
     owner = np.repeat(np.arange(kinds), counts)

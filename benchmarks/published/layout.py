@@ -125,13 +125,9 @@ def _entry(table: PublishedTable, cell: TableCell, records: Sequence[ResultRecor
 
 @dataclass(frozen=True)
 class Shown:
-    """One printed row.
+    """One printed row of a line: its name or ``published`` or ``difference``, texts by column.
 
-    Attributes:
-        line: the table's line.
-        label: its name, or what the row says of the line above: ``published``, ``difference``.
-        texts: by column.
-        verdicts: by column; empty where nothing is judged.
+    ``verdicts`` are empty where nothing is judged.
     """
 
     line: Line
@@ -148,11 +144,8 @@ class Shown:
 class Layout:
     """A published table with its measurements.
 
-    Attributes:
-        table: the published table.
-        columns, lines: indices of the shown columns and lines.
-        entries: by line and column.
-        measured: the records behind it.
+    ``columns`` and ``lines`` are the indices of what is shown, ``entries`` by these, ``measured``
+    the cells behind it.
     """
 
     def __init__(
@@ -161,12 +154,9 @@ class Layout:
         measured: Iterable[Measured],
         names: Collection[CellName] | None = None,
     ) -> None:
-        """Lay out a table.
+        """Lay out a table with finished cells of its grid.
 
-        Args:
-            table: the published table.
-            measured: finished cells of its grid.
-            names: the grid cells to show, with lines and columns that have any. None: all.
+        Only lines and columns with grid cells of ``names`` are shown (None: all).
         """
         wanted = set(table.measured if names is None else names)
         records: dict[CellName | None, list[ResultRecord]] = {}
@@ -292,12 +282,7 @@ def line_text(line: Line) -> str:
 
 
 def markdown(layout: Layout, width: int | None = None) -> str:
-    """Return the table with its legend and notes as Markdown.
-
-    Args:
-        layout: the table.
-        width: a terminal's width, for a table in several parts. None keeps it whole.
-    """
+    """Return the table with legend and notes; wider than a terminal's ``width`` in parts."""
     table = layout.table
     heads = [head_text(table.columns[column].head) for column in layout.columns]
     labels = [line_text(row.line) if row.label == row.head else row.label for row in layout.shown]

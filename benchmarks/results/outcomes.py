@@ -41,11 +41,9 @@ class Outcomes:
 
     Attributes:
         sample: (n,) distinct ids.
-        cluster: (n,) from 0, equal for samples that depend on each other, such as captions of one
-            image.
-        metrics: by name the parts of a metric (retrieval: both directions). The metric is the mean
-            over the parts of their mean scores, as a fraction.
-        folder: of the run.
+        cluster: (n,) from 0, equal for dependent samples, such as captions of one image.
+        metrics: parts of a metric by its name (retrieval: both directions). The metric is the mean
+            over its parts of their mean scores, as a fraction.
     """
 
     sample: np.ndarray
@@ -70,9 +68,8 @@ class Paired:
 def read(record: ResultRecord, folder: Path) -> Outcomes:
     """Read the outcomes beside a record.
 
-    Metrics that are no mean over samples, such as average precision, have the contribution of
-    each sample: the jackknife's pseudo-values (Efron and Stein, Annals of Statistics 9, 1981),
-    whose mean is the metric.
+    Average precision is no mean over samples; its samples have their contributions, the jackknife's
+    pseudo-values (Efron and Stein, Annals of Statistics 9, 1981), whose mean is the metric.
 
     Raises:
         CheckpointError: the file is missing, damaged, of another record or of another form.
@@ -134,16 +131,15 @@ def check_alike(one: Outcomes, other: Outcomes) -> None:
     if not all(np.array_equal(mine, theirs) for mine, theirs in alike):
         unlike = sorted(set(one.sample.tolist()) ^ set(other.sample.tolist()))
         such = f", such as {unlike[0]}" if unlike else ": their images are grouped otherwise"
-        raise CompareError(f"Other samples: {one.folder} and {other.folder} were not measured on the same{such}.")
+        where = f"{one.folder} and {other.folder}"
+        raise CompareError(f"Other samples: {where} were not measured on the same{such}.")
 
 
 def cluster_sums(first: Sequence[Outcomes], second: Sequence[Outcomes], metric: str) -> np.ndarray:
-    """Return the sums over each cluster of differences and of queries, for each part of a metric.
+    """Return the sums over clusters of differences and of queries, for each part of a metric.
 
-    Args:
-        first, second: outcomes of two methods on the same samples, seed by seed. A query's
-            difference is the mean over seeds, so it counts once however many seeds there are.
-        metric: its name.
+    ``first`` and ``second`` are two methods on the same samples, seed by seed. A query's difference
+    is the mean over seeds, so it counts once however many seeds there are.
 
     Returns:
         (clusters, parts, 2): differences in points, number of queries.
@@ -165,16 +161,12 @@ def statistic(sums: np.ndarray) -> np.ndarray:
 
 
 def paired(first: Mapping[int, Outcomes], second: Mapping[int, Outcomes]) -> Paired | None:
-    """Compare the main metric of two methods, given their outcomes by seed.
+    """Compare the main metric of two methods: first minus second, given outcomes by seed.
 
     For one seed and samples that are right or wrong this is McNemar's setting (Psychometrika 12,
-    1947): only samples on which the methods disagree add to the variance. The standard error is
-    the cluster-robust one (Liang and Zeger, Biometrika 73, 1986): with s a cluster's sum of
-    wᵢ(dᵢ - D), √(G/(G-1) Σs²) over G clusters; sd(d)/√n where no samples share a cluster.
-
-    Returns:
-        First minus second. None without a common seed, or for other samples or fewer than two
-        clusters.
+    1947). The standard error is the cluster-robust one (Liang and Zeger, Biometrika 73, 1986): with
+    s a cluster's sum of wᵢ(dᵢ - D), √(G/(G-1) Σs²) over G clusters; sd(d)/√n for independent
+    samples. None without a common seed, or for other samples or fewer than two clusters.
     """
     seeds = sorted(set(first) & set(second))
     if not seeds:

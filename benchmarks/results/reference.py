@@ -1,4 +1,4 @@
-"""The committed reference of a profile: the results of sound installations, and their comparison."""
+"""The committed reference of a profile: results of sound installations, to compare with."""
 
 import json
 import math
@@ -107,7 +107,12 @@ def _files(grid: Grid, folder: Path) -> tuple[Path, Path]:
     return folder / f"{grid.name}.csv", folder / f"{grid.name}.json"
 
 
-def write_reference(grid: Grid, measured: Sequence[Measured], text: str, folder: Path = REFERENCE) -> list[Path]:
+def write_reference(
+    grid: Grid,
+    measured: Sequence[Measured],
+    text: str,
+    folder: Path = REFERENCE,
+) -> list[Path]:
     """Write a profile's reference (CSV, Markdown, provenance, costs) and return the files."""
     origin = provenance(grid, measured)
     title, _, body = text.partition("\n\n")
@@ -131,7 +136,8 @@ def add_processor(grid: Grid, measured: Sequence[Measured], folder: Path = REFER
     """
     path, about = _files(grid, folder)
     if not path.is_file() or not about.is_file():
-        raise FimaqError(f"Profile '{grid.name}' has no reference yet: write it first, without --add.")
+        missing = f"Profile '{grid.name}' has no reference yet"
+        raise FimaqError(f"{missing}: write it first, without --add.")
     origin = Provenance(**json.loads(about.read_text(encoding="utf-8")))
     alike, lines = _alike(grid, measured, origin)
     if len(alike) < len(measured):
@@ -169,20 +175,20 @@ def compare(grid: Grid, measured: Sequence[Measured], folder: Path = REFERENCE) 
         origin = Provenance(**json.loads(about.read_text(encoding="utf-8")))
         reference = read_csv(path)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        return [f"The reference {path.name} cannot be read, so nothing is compared with it: {error}"]
+        unread = f"The reference {path.name} cannot be read"
+        return [f"{unread}, so nothing is compared with it: {error}"]
     where = f"(reference: {origin.line()})"
     if wrong := known_answers.wrong():
-        return [
-            "DIFFERS from the reference: the code here gives wrong answers to problems whose answers are known.",
-            *wrong,
-        ]
+        why = "the code here gives wrong answers to problems whose answers are known"
+        return [f"DIFFERS from the reference: {why}.", *wrong]
     alike, lines = _alike(grid, measured, origin)
-    both = compared(reference, observations(alike))
+    own = observations(alike)
+    both = compared(reference, own)
     if both.empty:
         lines = lines or ["No cell of this run is in the reference."]
         return [f"{line} {where}" for line in lines]
-    known = set(both[["dataset", "model", "method", "variant", "bits"]].itertuples(index=False, name=None))
-    mine = {(it.record.dataset.name, it.cell.model, it.cell.method, it.record.variant, it.cell.bits) for it in alike}
+    cell = ["dataset", "model", "method", "variant", "bits"]
+    known, mine = (set(map(tuple, table[cell].to_numpy())) for table in (both, own))
     if mine - known:
         lines.append(f"Not in the reference, so not compared: {count(len(mine - known), 'cell')}.")
     off = both[both["p"] < ALPHA]
@@ -213,7 +219,11 @@ def compare(grid: Grid, measured: Sequence[Measured], folder: Path = REFERENCE) 
     return lines
 
 
-def _alike(grid: Grid, measured: Sequence[Measured], origin: Provenance) -> tuple[list[Measured], list[str]]:
+def _alike(
+    grid: Grid,
+    measured: Sequence[Measured],
+    origin: Provenance,
+) -> tuple[list[Measured], list[str]]:
     """Return the cells with the reference's settings and data, and a line per other section."""
     alike, lines = [], []
     for section in unique(item.cell.section for item in measured):

@@ -62,7 +62,10 @@ def read_records(root: Path) -> tuple[list[tuple[Path, ResultRecord]], list[str]
     return records, problems
 
 
-def by_section(measured: Sequence[Measured], cells: Sequence[Cell]) -> Iterator[tuple[str, list[Measured], list[Cell]]]:
+Section = tuple[str, list[Measured], list[Cell]]
+
+
+def by_section(measured: Sequence[Measured], cells: Sequence[Cell]) -> Iterator[Section]:
     """Yield each section of ``cells`` with its finished cells and all its cells."""
     for section in unique(cell.section for cell in cells):
         mine = [item for item in measured if item.cell.section == section]

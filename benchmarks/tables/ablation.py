@@ -26,23 +26,20 @@ _NOTE = (
 )
 
 
-def axis_parts(axes: Axes, metric: str, measured: Sequence[Measured], cells: Sequence[Cell], width: int | None) -> list[str]:
-    """Return the Markdown of a section's axes: a table per axis and method, and a note.
-
-    Args:
-        axes: the axes in order.
-        metric: the metric to show.
-        measured: the section's finished cells.
-        cells: the section's cells, measured or not.
-        width: a terminal's width; None keeps tables whole.
-    """
+def axis_parts(
+    axes: Axes,
+    metric: str,
+    measured: Sequence[Measured],
+    cells: Sequence[Cell],
+    width: int | None,
+) -> list[str]:
+    """Return the Markdown of a section's axes: a table per axis and method, and a note."""
     parts = []
     for axis, points in axes.items():
         for method in methods_on(axis, cells):
             mine = [cell for cell in cells if cell.method == method]
             table = axis_table(axis, list(points), metric, measured, mine)
-            heading = f"### {axis}: {method}, one setting at a time"
-            parts += [heading, *fitting(table, width)]
+            parts += [f"### {axis}: {method}, one setting at a time", *fitting(table, width)]
     return [*parts, _NOTE] if parts else []
 
 
@@ -61,54 +58,50 @@ def axis_table(
     """Return an axis's table of one method.
 
     Points are rows. Columns are ``subject bits``, and for bits and scope the differences, which
-    are means over models.
-
-    Args:
-        axis: its name.
-        points: its points in order.
-        metric: the metric to show.
-        measured: finished cells.
-        cells: the method's cells, measured or not, with those of the grid's own settings.
+    are means over models. ``cells`` are the method's, measured or not, with those of the grid's own
+    settings.
     """
     keys = {cell.key for cell in cells}
     items = [item for item in measured if item.cell.key in keys]
     table = scores(items)
+    table["mark"] = [items[place].cell.mark for place in table["item"]]
     table = table[table["metric"] == metric]
-    table["place"] = [f"{items[place].cell.bits}{items[place].cell.mark}" for place in table["item"]]
     base = table[table["point"] == ""]
-    rows = {point: table[[(axis, point) in items[place].cell.places for place in table["item"]]] for point in points}
-    on = {point: [cell for cell in cells if (axis, point) in cell.places] for point in points}
-    is_base = {point: bool(mine) and not any(c.point for c in mine) for point, mine in on.items()}
-    columns: dict[str, list[str]] = {}
-    for subject in unique(cell.subject for cell in cells):
-        for bits in unique(cell.bits for cell in cells if cell.subject == subject):
-            columns[f"{subject} {bits}"] = [
-                _mean(mine[(mine["subject"] == subject) & (mine["bits"] == bits)]) for mine in rows.values()
-            ]
-    for place in unique(f"{cell.bits}{cell.mark}" for cell in cells):
-        here = {point: mine[mine["place"] == place] for point, mine in rows.items()}
-        own = base[base["place"] == place]
-        columns[f"{place} - base"] = ["base" if is_base[point] else _over_pairs(mine, own) for point, mine in here.items()]
-        columns[f"{place} se (samples)"] = [
-            "-" if is_base[point] else _over_samples(mine, own, items) for point, mine in here.items()
-        ]
-    return pd.DataFrame(columns, index=pd.Index(list(points), name=axis))
+    rows = []
+    for point in points:
+        on = [cell for cell in cells if (axis, point) in cell.places]
+        is_base = bool(on) and not any(cell.point for cell in on)
+        mine = table[[(axis, point) in items[place].cell.places for place in table["item"]]]
+        row = {}
+        for subject in unique(cell.subject for cell in cells):
+            for bits in unique(cell.bits for cell in cells if cell.subject == subject):
+                here = mine[(mine["subject"] == subject) & (mine["bits"] == bits)]
+                row[f"{subject} {bits}"] = _mean(here)
+        for bits, mark in dict.fromkeys((cell.bits, cell.mark) for cell in cells):
+            here, own = (t[(t["bits"] == bits) & (t["mark"] == mark)] for t in (mine, base))
+            row[f"{bits}{mark} - base"] = "base" if is_base else _pairs(here, own)
+            row[f"{bits}{mark} se (samples)"] = "-" if is_base else _error(here, own, items)
+        rows.append(row)
+    return pd.DataFrame(rows, index=pd.Index(list(points), name=axis))
 
 
 def _mean(rows: pd.DataFrame) -> str:
-    return "-" if rows.empty else value_text(*over_seeds(rows, ["metric"]).loc[0, ["mean", "sd"]])
+    if rows.empty:
+        return "-"
+    return value_text(*over_seeds(rows, ["metric"]).loc[0, ["mean", "sd"]])
 
 
-def _over_pairs(rows: pd.DataFrame, base: pd.DataFrame) -> str:
+def _pairs(rows: pd.DataFrame, base: pd.DataFrame) -> str:
     gaps = differences(rows, base)
     return f"{difference_text(gaps)} ({len(gaps)})" if len(gaps) else "-"
 
 
-def _over_samples(rows: pd.DataFrame, base: pd.DataFrame, items: Sequence[Measured]) -> str:
+def _error(rows: pd.DataFrame, base: pd.DataFrame, items: Sequence[Measured]) -> str:
     """Return the error of the mean over models; ``-`` unless all models' outcomes are there."""
     parts = []
     for model in unique(rows["model"]):
-        mine, own = ([items[place] for place in table.loc[table["model"] == model, "item"]] for table in (rows, base))
+        places = (table.loc[table["model"] == model, "item"] for table in (rows, base))
+        mine, own = ([items[place] for place in found] for found in places)
         parts.append(compare(mine, own))
     known = [part for part in parts if part is not None]
     return f"{mean_difference(known)[1]:.2f}" if known and len(known) == len(parts) else "-"

@@ -1,11 +1,9 @@
 """Table files of a profile: written by runs, made anew from records, committed as a reference."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from benchmarks.cells import Adapter, Cell, RunOptions
 from benchmarks.grid import Filters, chosen_axes, expand
@@ -16,6 +14,7 @@ from benchmarks.results import reference
 from benchmarks.results.scores import COLUMNS, Measured, collect, csv_text, scores, write_text
 from benchmarks.schema import Grid
 from benchmarks.tables import latex, summary
+from benchmarks.terminal import terminal_width
 from fimaq_core.errors import FimaqError
 
 
@@ -33,15 +32,17 @@ def texts(grid: Grid, measured: Sequence[Measured], cells: Sequence[Cell]) -> di
     }
 
 
-def remake(grid: Grid, options: RunOptions, adapter: Adapter, chosen: str, output: Path | None) -> None:
+def remake(
+    grid: Grid,
+    options: RunOptions,
+    adapter: Adapter,
+    chosen: str,
+    output: Path | None,
+) -> None:
     """Make the tables of a profile anew from its records.
 
-    Args:
-        grid: the profile.
-        options: results, data and weights.
-        adapter: of the tasks.
-        chosen: an ending, or ``all``.
-        output: folder of the files. None: ``tables`` in the results; one alone is printed.
+    ``chosen`` is the ending of a file, or ``all``. One is printed unless a folder ``output`` is
+    given; all are written, to ``tables`` in the results without that.
 
     Raises:
         FimaqError: nothing is measured.
@@ -64,7 +65,13 @@ def remake(grid: Grid, options: RunOptions, adapter: Adapter, chosen: str, outpu
             click.echo(f"wrote {path}")
 
 
-def write_tables(grid: Grid, filters: Filters, options: RunOptions, adapter: Adapter, cells: Sequence[Cell]) -> None:
+def write_tables(
+    grid: Grid,
+    filters: Filters,
+    options: RunOptions,
+    adapter: Adapter,
+    cells: Sequence[Cell],
+) -> None:
     """Write the table files, print the table of ``cells`` and compare it with the reference.
 
     The files cover the finished cells of the whole grid and this run, so that filters never
@@ -137,8 +144,3 @@ def make_reference(grid: Grid, options: RunOptions, adapter: Adapter, add: bool)
         paths = reference.write_reference(grid, measured, words)
     for path in paths:
         print(f"wrote {path}")
-
-
-def terminal_width() -> int | None:
-    """Return the terminal's width; None where the output goes elsewhere."""
-    return Console().width if sys.stdout.isatty() else None

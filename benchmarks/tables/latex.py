@@ -39,13 +39,15 @@ _SPECIAL = {
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
     "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': "''",
     "√": r"\ensuremath{\surd}", "±": r"\ensuremath{\pm}", "→": r"\ensuremath{\to}",
-    "↑": r"\ensuremath{\uparrow}", "↓": r"\ensuremath{\downarrow}", "×": r"\ensuremath{\times}",
+    "↑": r"\ensuremath{\uparrow}", "↓": r"\ensuremath{\downarrow}",
+    "×": r"\ensuremath{\times}",
     "°": r"\ensuremath{^\circ}", "–": "--",
     **{sign: f"\\{sign}" for sign in "&%$#_{}"},
 }  # fmt: skip
 #: Heads of metrics where papers print another name.
 _HEADS = {
-    "top1": "Top-1", "AP_box": "AP box", "AP_mask": "AP mask", "i2t_R@1": "I→T", "t2i_R@1": "T→I",
+    "top1": "Top-1", "AP_box": "AP box", "AP_mask": "AP mask",
+    "i2t_R@1": "I→T", "t2i_R@1": "T→I",
 }  # fmt: skip
 
 
@@ -115,16 +117,15 @@ def typeset(
     return "\n".join(lines)
 
 
-def report(name: str, measured: Sequence[Measured], cells: Sequence[Cell], axes: Axes | None = None) -> str:
-    """Return the LaTeX of ``cells``: a table per measured section, and per axis and method of it.
-
-    Args:
-        name: of the profile, for labels.
-        measured: the finished cells.
-        cells: the cells that the tables cover, measured or not.
-        axes: the grid's axes, for the order of their points.
-    """
-    parts = ["% Made by python -m benchmarks from its records. In the preamble: \\usepackage{booktabs}"]
+def report(
+    name: str,
+    measured: Sequence[Measured],
+    cells: Sequence[Cell],
+    axes: Axes | None = None,
+) -> str:
+    """Return the LaTeX of ``cells``: a table per measured section, axis and method."""
+    made = "% Made by python -m benchmarks from its records."
+    parts = [f"{made} In the preamble: \\usepackage{{booktabs}}"]
     for section, mine, planned in by_section(measured, cells):
         if not mine:
             continue
@@ -156,19 +157,14 @@ def _tables(
 ) -> list[str]:
     """Return a table in as many parts as :data:`WIDTH` and :data:`HEIGHT` ask for.
 
-    Args:
-        label, about: of the table.
-        head: above the names of rows.
-        metrics: the metrics of each model.
-        planned: cells, measured or not, with the names of their rows, in the order of names.
-        measured: the section's finished cells.
+    ``planned`` has its cells, measured or not, with the names of their rows, in the order of rows.
     """
     done = {item.cell.key: item for item in measured}
     found = [(done[cell.key], name) for cell, name in planned if cell.key in done]
     table = scores(item for item, _ in found)
     table["name"] = [found[place][1] for place in table["item"]]
-    every = {(cell.scope, cell.bits, name) for cell, name in planned}
-    order = [unique(parts) for parts in zip(*((c.scope, c.bits, n) for c, n in planned), strict=True)]
+    keys = [(cell.scope, cell.bits, name) for cell, name in planned]
+    order = [unique(parts) for parts in zip(*keys, strict=True)]
 
     def place(row: tuple[str, str, str]) -> tuple[object, ...]:
         # What has no bits comes first.
@@ -177,7 +173,7 @@ def _tables(
             *(names.index(part) for names, part in zip(order, row, strict=True)),
         )
 
-    rows, models = sorted(every, key=place), unique(cell.model for cell, _ in planned)
+    rows, models = sorted(set(keys), key=place), unique(cell.model for cell, _ in planned)
     means = over_seeds(table, [*_ROW, *_COLUMN]).pivot(index=_ROW, columns=_COLUMN, values="mean")
     means = means.reindex(
         index=pd.MultiIndex.from_tuples(rows, names=_ROW),
@@ -197,8 +193,8 @@ def _tables(
     for chosen in runs(models, fits):
         for part in runs(groups, lambda run: sum(map(len, run)) <= HEIGHT):
             body = means.loc[[row for group in part for row in group], chosen]
-            more = (f"{caption} Continued.", f"{safe}-{len(texts) + 1}") if texts else (caption, safe)
-            texts.append(_part(body, head, *more, several))
+            again, number = (" Continued.", f"-{len(texts) + 1}") if texts else ("", "")
+            texts.append(_part(body, head, caption + again, safe + number, several))
     return texts
 
 
@@ -242,8 +238,8 @@ def _caption(
     rows: Sequence[tuple[str, str, str]],
 ) -> str:
     sets = unique(
-        f"{record.dataset.name}, split {record.dataset.split} ({sample_counts(record.n, record.dataset.captions)})"
-        for record in (item.record for item in items)
+        f"{data.name}, split {data.split} ({sample_counts(n, data.captions)})"
+        for n, data in ((item.record.n, item.record.dataset) for item in items)
     )
     seeds = seeds_of(items)
     scopes = unique(item.cell.scope for item in items if item.cell.scope)

@@ -1,4 +1,4 @@
-"""Orders of methods known from the literature: a line each on whether they came out, with numbers."""
+"""Orders of methods known from the literature: a line on each, with numbers."""
 
 from collections.abc import Sequence
 
@@ -20,13 +20,15 @@ from benchmarks.results.scores import (
 _MILD_BITS, _ERRORS = "w4a4", 2.0
 
 
-def order_lines(table: pd.DataFrame, measured: Sequence[Measured] = (), mark: str = "") -> list[str]:
+def order_lines(
+    table: pd.DataFrame,
+    measured: Sequence[Measured] = (),
+    mark: str = "",
+) -> list[str]:
     """Return a line per expected order; an order without measured methods has none.
 
-    Args:
-        table: scores of one section, scope and metric, one variant per method.
-        measured: the cells that the column ``item`` counts, for comparisons sample by sample.
-        mark: of the scope, for the lines.
+    ``table`` has scores of one section, scope (``mark``) and metric, one variant per method; its
+    column ``item`` counts ``measured``, for comparisons sample by sample.
     """
     rows = table[table["bits"] != FULL]
     if rows.empty:
@@ -72,7 +74,8 @@ def _fimaq_lines(here: pd.DataFrame, where: str) -> list[str]:
     if len(set(needed) & present) < 2:
         return []
     means = _means(here, needed)
-    claim = f"Expected order at {where} (rtn worst, fimaq not below qdrop and brecq, mean over models)"
+    claim = f"Expected order at {where} (rtn worst, fimaq not below qdrop and brecq, "
+    claim += "mean over models)"
     if means.empty:
         absent = ", ".join(name for name in needed if name not in present) or "some cells"
         return [f"{claim}: not judged, since no model has all four; not fully measured: {absent}."]
@@ -106,10 +109,12 @@ def _rounding_lines(items: Sequence[Measured], mark: str) -> list[str]:
             results[f"{method} on {subject}"] = paired(by_seed(mine), rounded[subject])
     if not results:
         return []
-    claim = f"No method below rtn at {_MILD_BITS}{mark} by more than two paired standard errors, on any model"
+    claim = f"No method below rtn at {_MILD_BITS}{mark} by more than two paired standard errors, "
+    claim += "on any model"
     judged = {name: result for name, result in results.items() if result is not None}
     if not judged:
-        return [f"{claim}: not judged, since there are no per-sample outcomes of the same samples and seeds."]
+        why = "there are no per-sample outcomes of the same samples and seeds"
+        return [f"{claim}: not judged, since {why}."]
     texts = {name: f"{name} {r.difference:+.2f} ± {r.se:.2f}" for name, r in judged.items()}
     below = [texts[name] for name, r in judged.items() if r.difference < -_ERRORS * r.se]
     nearest = texts[min(judged, key=lambda name: judged[name].difference)]

@@ -1,6 +1,6 @@
-"""Settings of methods in tables: their marks, and what they share or change of released settings."""
+"""Settings of methods in tables: their marks, and their changes of released settings."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
@@ -59,19 +59,18 @@ def settings_lines(mine: Sequence[Measured]) -> list[str]:
             by_method.setdefault(recipe.method, []).append(recipe)
     methods = in_order(by_method)
     # Released settings depend on the bits of weights alone.
-    released = {
-        method: [make_recipe(method, usual, {"w_bits": bits}) for bits in dict.fromkeys(recipe.w_bits for recipe in recipes)]
-        for method, recipes in by_method.items()
-    }
-    changed = [name for found in by_method.values() for recipe in found for name in recipe.changes(usual)]
+    released: dict[str, list[Recipe]] = {}
+    for name, recipes in by_method.items():
+        bits = dict.fromkeys(recipe.w_bits for recipe in recipes)
+        released[name] = [make_recipe(name, usual, {"w_bits": width}) for width in bits]
+    every = [recipe for recipes in by_method.values() for recipe in recipes]
+    changed = [name for recipe in every for name in recipe.changes(usual)]
     parts = []
     for name in unique([*_ALWAYS, *changed]):
         bearing = [method for method in methods if _bears(name, by_method[method][0])]
         if bearing:
-            values, originals = (
-                _by_text({method: of[method] for method in bearing}, lambda r, n=name: getattr(r, n))
-                for of in (by_method, released)
-            )
+            values = _by_text({method: by_method[method] for method in bearing}, name)
+            originals = _by_text({method: released[method] for method in bearing}, name)
             beside = "" if originals == values else f" (released: {_text(originals)})"
             parts.append(f"{name} {_text(values)}{beside}")
     lines = []
@@ -93,11 +92,12 @@ def _bears(name: str, recipe: Recipe) -> bool:
     return recipe.reconstruct or group not in ("reconstruction", "loss")
 
 
-def _by_text(recipes: Mapping[str, Sequence[Recipe]], value: Callable[[Recipe], object]) -> dict[str, list[str]]:
+def _by_text(recipes: Mapping[str, Sequence[Recipe]], name: str) -> dict[str, list[str]]:
     """Return methods by the text of their values."""
     found: dict[str, list[str]] = {}
     for method, own in recipes.items():
-        found.setdefault(" or ".join(unique(str(value(r)) for r in own)), []).append(method)
+        texts = unique(str(getattr(recipe, name)) for recipe in own)
+        found.setdefault(" or ".join(texts), []).append(method)
     return found
 
 

@@ -35,14 +35,10 @@ def report(
     width: int | None = None,
     axes: Axes | None = None,
 ) -> str:
-    """Return the Markdown text of ``cells``.
+    """Return the Markdown text of ``cells``, measured or not.
 
-    Args:
-        title: the heading.
-        measured: the finished cells.
-        cells: the cells that the tables cover, measured or not.
-        width: a terminal's width, for tables in several parts. None keeps tables whole.
-        axes: the grid's axes, in the order of their tables.
+    Tables wider than a terminal's ``width`` are in several parts. ``axes`` has the order of the
+    grid's axes.
     """
     parts = [f"# {title}"]
     for section, mine, planned in by_section(measured, cells):
@@ -53,7 +49,13 @@ def report(
     return "\n\n".join(parts) + "\n"
 
 
-def _section_parts(section: str, mine: Sequence[Measured], planned: Sequence[Cell], width: int | None, axes: Axes) -> list[str]:
+def _section_parts(
+    section: str,
+    mine: Sequence[Measured],
+    planned: Sequence[Cell],
+    width: int | None,
+    axes: Axes,
+) -> list[str]:
     every = scores(mine)
     metric = main_metric(planned[0].task, every)
     # The main table and its lines show the grid's own settings; axis points have own tables.
@@ -69,10 +71,8 @@ def _section_parts(section: str, mine: Sequence[Measured], planned: Sequence[Cel
         *_spread_lines(by_mark, table),
     ]
     if any(cell.scope for cell in planned):
-        lines.insert(
-            0,
-            "In brackets what of a model is quantized; full precision, the whole model, stands beside each.",
-        )
+        brackets = "In brackets what of a model is quantized"
+        lines.insert(0, f"{brackets}; full precision, the whole model, stands beside each.")
     for mark, rows in by_mark.items():
         lines += order_lines(rows, mine, mark)
     unfinished = len({cell.key for cell in planned}) - len(mine)
@@ -103,22 +103,20 @@ def wide(
     """Return methods × ``subject bits``, with ``-`` where nothing is measured.
 
     A method without bits shows its value under all bits of its subject; full precision, which has
-    no scope either, under all subjects of its model.
-
-    Args:
-        table: scores of one section and metric, one variant per method and subject.
-        cells: the cells to cover, measured or not, in the order of the table.
-        text: of a mean and a standard deviation (NaN for one seed).
+    no scope either, under all subjects of its model. ``table`` has one section and metric, ``text``
+    prints a mean and a standard deviation (NaN for one seed).
     """
     stats = over_seeds(table, ["subject", "method", "bits"])
     texts = {(r.subject, r.method, r.bits): text(r.mean, r.sd) for r in stats.itertuples()}
     methods = in_order(cell.method for cell in cells)
     without_bits = {cell.method for cell in cells if cell.bits == FULL}
-    columns = {}
+    columns: dict[str, list[str]] = {}
     for subject, model, bits in columns_of(cells):
-        keys = [(model if method == "fp" else subject, method, FULL if method in without_bits else bits) for method in methods]
-        name = f"{subject} {bits}" if bits != FULL else subject
-        columns[name] = [texts.get(key, "-") for key in keys]
+        column = columns.setdefault(f"{subject} {bits}" if bits != FULL else subject, [])
+        for method in methods:
+            of = model if method == "fp" else subject
+            key = (of, method, FULL if method in without_bits else bits)
+            column.append(texts.get(key, "-"))
     return pd.DataFrame(columns, index=pd.Index(methods, name="method"))
 
 
@@ -131,7 +129,8 @@ def _pair_parts(own: pd.DataFrame, cells: Sequence[Cell], width: int | None) -> 
     parts = []
     for title, metrics in PAIRS.items():
         if set(metrics) <= set(own["metric"]):
-            first, second = (wide(own[own["metric"] == metric], cells, lambda mean, _: f"{mean:.2f}") for metric in metrics)
+            tables = (own[own["metric"] == metric] for metric in metrics)
+            first, second = (wide(t, cells, lambda mean, _: f"{mean:.2f}") for t in tables)
             both = first.where(first == "-", first + " / " + second)
             parts += [f"{title} (percent), mean over seeds:", *fitting(both, width)]
     return parts
@@ -139,11 +138,14 @@ def _pair_parts(own: pd.DataFrame, cells: Sequence[Cell], width: int | None) -> 
 
 def data_lines(measured: Sequence[Measured]) -> list[str]:
     """Return a line per data set and split with the numbers of samples."""
-    found: dict[tuple[str, str], list[str]] = {}
+    found: dict[tuple[str, str], dict[str, None]] = {}
     for record in sorted((item.record for item in measured), key=lambda record: record.n):
         text = sample_counts(record.n, record.dataset.captions)
-        found.setdefault((record.dataset.name, record.dataset.split), []).append(text)
-    return [f"Data: {name}, split {split}, n = {'; '.join(unique(texts))}." for (name, split), texts in sorted(found.items())]
+        found.setdefault((record.dataset.name, record.dataset.split), {})[text] = None
+    return [
+        f"Data: {name}, split {split}, n = {'; '.join(texts)}."
+        for (name, split), texts in sorted(found.items())
+    ]  # fmt: skip
 
 
 def _spread_lines(by_mark: dict[str, pd.DataFrame], table: pd.DataFrame) -> list[str]:

@@ -214,4 +214,5 @@ def test_clusters_and_directions_are_read_from_outcomes(tmp_path):
     found = read_outcomes(retrieval)
     assert found is not None
     assert found.cluster.tolist() == [0, 0, 1]
-    assert [(part.rows.tolist(), part.score.tolist()) for part in found.metrics["R@1"]] == [([0, 2], [False, True]), ([1], [True])]
+    parts = [(part.rows.tolist(), part.score.tolist()) for part in found.metrics["R@1"]]
+    assert parts == [([0, 2], [False, True]), ([1], [True])]

@@ -175,3 +175,11 @@ def test_several_metrics_are_rows_of_the_csv_but_not_of_the_table(tmp_path: Path
     assert len(rows) == 102
     assert {row["metric"] for row in rows} == {"top1", "top5"}
     assert summary.report("Demo", both, cells) == summary.report("Demo", measured, cells)
+
+
+def test_the_scope_of_a_score_is_the_grids_not_the_default_of_the_task(tmp_path: Path):
+    _, measured = measure(tmp_path)
+    item = measured[1]
+    stated = item.record.model_copy(update={"recipe": {**(item.record.recipe or {}), "scope": "backbone"}})
+    assert scores.record_scores([stated])["scope"].tolist() == ["backbone"]
+    assert scores.scores([replace(item, record=stated)])["scope"].tolist() == [""]

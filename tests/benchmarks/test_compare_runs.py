@@ -119,7 +119,8 @@ def test_full_precision_stands_beside_everything_of_its_model(tmp_path: Path):
     assert sorted((pair.label, tuple(pair.a)) for pair in pairing.pairs) == [
         ("demo_vit fimaq w3a3", (1, 2)), ("demo_vit rtn w3a3", (1, 2)),
     ]  # fmt: skip
-    assert not pairing.alone_a and not pairing.alone_b
+    assert not pairing.alone_a
+    assert not pairing.alone_b
     assert [pair.label for pair in pair_up(read_side(full), read_side(tmp_path)).pairs] == [p.label for p in pairing.pairs]
 
 
