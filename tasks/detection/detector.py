@@ -23,8 +23,8 @@ DETECTOR = "detector"
 class QuantizedDetector(nn.Module):
     """A two-stage detector of mmdet whose layers may be quantizable, image by image.
 
-    The chain of :data:`DETECTOR` gives the features, else the float model does. Layers of the heads
-    were swapped in ``model`` itself.
+    The chain of :data:`DETECTOR` gives the features, else the float model does. The heads' layers
+    were swapped.
     """
 
     def __init__(self, model: nn.Module, chains: Mapping[str, BlockChain]) -> None:

@@ -67,7 +67,3 @@ def expect(part: object, what: str, *kinds: type) -> None:
     if type(part) not in kinds:
         names = " or ".join(kind.__name__ for kind in kinds)
         raise ModelError(f"{what} of type {type(part).__name__} is not supported: it has to be {names}.")
-
-
-# of the cascade's averaged masks: it copies a tensor in a way that PyTorch finds clumsy
-warnings.filterwarnings("ignore", "To copy construct from a tensor", UserWarning, r"mmdet\.")

@@ -11,17 +11,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from typing import Any
 
 CONTEXT_LENGTH = 28
 VOCAB_SIZE = 564  # 256 bytes, each inside and at the end of a word, the merges, start and end of text
 MERGES_PATH = Path(__file__).parent / "merges.txt.gz"
 
 
-def demo_tokenizer() -> "Callable[[list[str]], Tensor]":
+def demo_tokenizer() -> Callable[[list[str]], Any]:
     """Tokenizer from texts to int64 ids (n, 28); the end of text has the largest id."""
     from open_clip.tokenizer import SimpleTokenizer
 
