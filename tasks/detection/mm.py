@@ -1,9 +1,7 @@
 # ruff: noqa: F401 - imported from here by the other modules
-"""All that this package uses of mmdet and mmengine: import it from here.
+"""All that this package uses of mmdet and mmengine: import it from here, where a model is needed.
 
-``mmcv-lite`` lacks the compiled operators that ``mmdet.models`` asks for, so they are registered
-first (:mod:`tasks.detection.ops`). Importing mmdet takes seconds: import this module only where a
-model is needed.
+The import takes seconds. Operators that ``mmcv-lite`` lacks are registered first (``ops.py``).
 """
 
 import contextlib

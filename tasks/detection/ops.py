@@ -1,7 +1,6 @@
 """The compiled operators of mmcv that the supported detectors use, by torchvision.
 
-``mmcv-lite`` comes without them. :func:`install` registers them as the module ``mmcv._ext``, which
-``mmcv.ops`` calls; it runs before the first import of ``mmcv.ops`` (:mod:`tasks.detection.mm`).
+:func:`install` registers them as ``mmcv._ext``, before the first import of ``mmcv.ops``.
 """
 
 import importlib
