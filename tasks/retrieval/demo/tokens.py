@@ -26,11 +26,7 @@ def demo_tokenizer() -> Callable[[list[str]], Any]:
 
 
 def learn_merges(texts: Iterable[str]) -> list[tuple[str, str]]:
-    """Merge the most frequent pair of neighbouring symbols until every word is one token.
-
-    Texts are of the letters a to z and punctuation, which is not merged. The merges are in the
-    order in which they apply; open_clip marks the last symbol of a word by ``</w>``.
-    """
+    """Merge the most frequent pair of symbols until every word (of a to z) is one token."""
     counts = Counter(word for text in texts for word in re.findall(r"[a-z]+", text))
     words = {word: " ".join(word) + "</w>" for word in counts}
     merges: list[tuple[str, str]] = []
