@@ -44,9 +44,8 @@ def to_input(pixels: Tensor) -> Tensor:
 def loss_of(output: Tensor | tuple[Tensor, ...], labels: Tensor, smoothing: float) -> Tensor:
     """Mean cross entropy of the pair, of its left digit and of its right digit, and over heads.
 
-    The digits' logits are marginals of the pair's, so the model has no further outputs; but while a
-    model still confuses most pairs, a digit it does know is rewarded at once, which saves many
-    epochs. ``output`` are logits (b, 100), of each head of the distilled model in training.
+    The digits' logits are marginals of the pair's (b, 100): while a model still confuses most
+    pairs, a digit it does know is rewarded at once, which saves many epochs.
     """
     losses: list[Tensor] = []
     for logits in output if isinstance(output, tuple) else (output,):

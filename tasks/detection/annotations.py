@@ -1,8 +1,7 @@
 """Annotations in COCO's format, checked entry by entry and reduced to what is used.
 
-The format is that of https://cocodataset.org/#format-data. All that pycocotools takes is taken
-(boxes beyond the image, of no size, images without annotations, crowd regions, ids with gaps); what
-would make it fail, or miscount in silence, is refused.
+All that pycocotools takes is taken (boxes beyond the image, of no size, images without annotations,
+crowd regions, ids with gaps); what would make it fail, or miscount in silence, is refused.
 """
 
 import math

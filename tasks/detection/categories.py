@@ -33,9 +33,8 @@ class Matched(NamedTuple):
 def match_categories(coco: Coco, loaded: LoadedModel, what: str) -> Matched:
     """Find the category of each class of a detector, in the annotations called ``what``.
 
-    A detector without class names, but with 80 classes, has those of COCO 2017. Otherwise its
-    classes are the categories in their order, without unused ones if their number fits only then.
-    Raises DataError for objects of unknown categories, or another number of unnamed classes.
+    A detector without class names, but with 80 classes, has those of COCO 2017; otherwise they are
+    the categories in order, if need be without unused ones. Raises DataError for unknown objects.
     """
     names, origin = _class_names(loaded)
     categories = coco["categories"]

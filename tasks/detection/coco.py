@@ -131,10 +131,7 @@ class DetectionSource:
 
 
 def open_source(loaded: LoadedModel, data: DataRequest, part: str) -> DetectionSource:
-    """Open the ``train`` part (images only) or the ``val`` part of the data that goes with a model.
-
-    The training part is that of ``data.calibration_data`` where this is given. Raises DataError.
-    """
+    """Open ``train`` (images only, maybe of ``calibration_data``) or ``val``. Raises DataError."""
     if part not in SPLITS:
         raise DataError(f"There is no part {part!r} of annotated images: {' or '.join(SPLITS)}.")
     own = part == "train" and data.calibration_data is not None

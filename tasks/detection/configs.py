@@ -1,9 +1,8 @@
 """Configurations of the detectors: mmdet's own, with Swin and the sizes asked for.
 
-Mask R-CNN (He et al., ICCV 2017, arXiv 1703.06870) and Cascade Mask R-CNN (Cai and Vasconcelos,
-TPAMI 2019, arXiv 1906.09756) on Swin (Liu et al., ICCV 2021, arXiv 2103.14030), as trained for the
-latter: the cascade's box heads are four convolutions with batch norm and one linear layer, trained
-by GIoU on decoded boxes.
+Mask R-CNN (arXiv 1703.06870) and Cascade Mask R-CNN (arXiv 1906.09756) as trained for Swin (Liu et
+al., ICCV 2021, arXiv 2103.14030): the cascade's box heads are four convolutions with batch norm and
+one linear layer, trained by GIoU on decoded boxes.
 """
 
 import copy

@@ -23,8 +23,8 @@ DETECTOR = "detector"
 class QuantizedDetector(nn.Module):
     """A two-stage detector of mmdet whose layers may be quantizable, image by image.
 
-    The chain of :data:`DETECTOR` gives the features, else the float model does. Layers of the heads
-    were swapped in ``model`` itself.
+    The chain of :data:`DETECTOR` gives the features, else the float model does. The heads' layers
+    were swapped.
     """
 
     def __init__(self, model: nn.Module, chains: Mapping[str, BlockChain]) -> None:
@@ -43,9 +43,8 @@ class QuantizedDetector(nn.Module):
     def predict(self, image: Tensor, meta: Mapping[str, object]) -> DetDataSample:
         """Detect objects in one image (1, 3, H, W), normalised and padded, with its meta.
 
-        ``pred_instances`` are in coordinates of the original image. Raises DataError for several
-        images or an incomplete meta, and NumericsError for NaN or infinity, where mmdet would just
-        find less.
+        ``pred_instances`` are in coordinates of the original image. Raises DataError, and
+        NumericsError for NaN or infinity, where mmdet would just find less.
         """
         if len(image) != 1:
             raise DataError(f"Detectors are run on one image at a time, and this is a batch of {len(image)}.")

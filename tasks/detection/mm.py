@@ -1,9 +1,7 @@
 # ruff: noqa: F401 - imported from here by the other modules
-"""All that this package uses of mmdet and mmengine: import it from here.
+"""All that this package uses of mmdet and mmengine: import it from here, where a model is needed.
 
-``mmcv-lite`` lacks the compiled operators that ``mmdet.models`` asks for, so they are registered
-first (:mod:`tasks.detection.ops`). Importing mmdet takes seconds: import this module only where a
-model is needed.
+The import takes seconds. Operators that ``mmcv-lite`` lacks are registered first (``ops.py``).
 """
 
 import contextlib
@@ -67,7 +65,3 @@ def expect(part: object, what: str, *kinds: type) -> None:
     if type(part) not in kinds:
         names = " or ".join(kind.__name__ for kind in kinds)
         raise ModelError(f"{what} of type {type(part).__name__} is not supported: it has to be {names}.")
-
-
-# of the cascade's averaged masks: it copies a tensor in a way that PyTorch finds clumsy
-warnings.filterwarnings("ignore", "To copy construct from a tensor", UserWarning, r"mmdet\.")

@@ -1,9 +1,7 @@
 """Loading detectors: demo models, and Mask R-CNN and Cascade Mask R-CNN on Swin.
 
-Weights come from files of mmdet (2 or 3), or of the Swin-Transformer-Object-Detection repository
-where the published detectors come from: it names the parts of the backbone otherwise and merges the
-four pixels of a patch in another order. Every name must be found: nothing is left over, nothing
-stays at random.
+Weights come from files of mmdet (2 or 3), or of the Swin-Transformer-Object-Detection repository,
+which names the backbone's parts otherwise and merges pixels in another order. All names must fit.
 """
 
 import copy
@@ -23,9 +21,6 @@ from tasks.common.weights import StoredWeights, load_state, read_weights
 from tasks.detection import mm
 from tasks.detection.configs import RESIZE, build, published_config
 from tasks.detection.tags import CATALOGUE, DEMO_NAMES, full_name, missing_weights
-
-#: (C, H, W) of a photograph of usual proportions, resized and padded.
-_INPUT_SHAPE = (3, 800, 1344)
 
 #: Names of the Swin repository, in order, and mmdet's.
 _RENAMED = (
@@ -94,7 +89,8 @@ def load_model(request: ModelRequest) -> LoadedModel:
             raise ModelError(f"{name} cannot be built with {arguments}: {error}") from error
         stored = read_weights(path, request.weights_entry)
         load_state(model, adapted(stored.state, model, str(path)), str(path))
-        known, resize, data, shape = None, RESIZE, None, _INPUT_SHAPE
+        known, resize, data = None, RESIZE, None
+        shape = (3, 800, 1344)  # of a photograph of usual proportions, resized and padded
     names = class_names(stored, _classes(model)) or known
     if names is not None:
         model.dataset_meta = {"classes": names}  # type: ignore[assignment]

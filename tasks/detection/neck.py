@@ -1,8 +1,7 @@
 """mmdet's FPN (Lin et al., CVPR 2017, arXiv:1612.03144) and RPN as segments on packed maps.
 
-A chain's blocks hand one tensor on, so the maps of a pyramid are packed: each is twice as wide and
-high as the next. At the grid of the coarsest one, cells of the finer maps become channels (pixel
-unshuffle), so nothing is padded or lost, and all shapes follow from the packed tensor's.
+A chain's blocks hand one tensor on, so the maps of a pyramid are packed: at the grid of the
+coarsest one, cells of the finer maps become channels (pixel unshuffle).
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,6 @@
 """The compiled operators of mmcv that the supported detectors use, by torchvision.
 
-``mmcv-lite`` comes without them. :func:`install` registers them as the module ``mmcv._ext``, which
-``mmcv.ops`` calls; it runs before the first import of ``mmcv.ops`` (:mod:`tasks.detection.mm`).
+:func:`install` registers them as ``mmcv._ext``, before the first import of ``mmcv.ops``.
 """
 
 import importlib
@@ -64,10 +63,7 @@ class Operators(ModuleType):
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
-    """Indices of the boxes (n, 4) that greedy non-maximum suppression keeps, by falling score.
-
-    A box goes if its overlap with a better one is above ``iou_threshold``. ``offset`` widens boxes.
-    """
+    """Indices of the boxes (n, 4) that greedy suppression keeps, by falling score."""
     wider = boxes + boxes.new_tensor([0, 0, offset, offset]) if offset else boxes
     return torchvision_nms(wider, scores, iou_threshold)
 

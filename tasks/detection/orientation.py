@@ -57,10 +57,7 @@ class Orientation(NamedTuple):
 
 
 def orientation_of(path: Path, size: tuple[int, int], exif: Exif | None) -> Orientation:
-    """Read the orientation of an image file without decoding its pixels, and decide on it.
-
-    The user's decision ``exif`` counts, else the annotated (height, width). Raises OSError.
-    """
+    """Read the orientation without decoding, and decide by user or size. Raises OSError."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # The orientation of a TIFF is part of its format, not EXIF, and every decoder applies it.

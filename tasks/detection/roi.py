@@ -118,12 +118,9 @@ def roi_inputs(
 ) -> dict[str, Samples]:
     """Pooled features (regions, C, h, w) that the float model's RoI heads get per image.
 
-    Box heads get the float RPN's proposals, in a cascade those that the stages before have refined;
-    mask heads get the detections, or the :data:`STAND_INS` best proposals of an image without
-    detections. A head keeps at most ``limit`` regions of an image, at equal distances in their
-    order.
-
-    Raises DataError for an incomplete meta, and ModelError for heads of another kind.
+    Box heads get the float RPN's proposals, refined by a cascade's stages before; mask heads get
+    the detections, or the :data:`STAND_INS` best proposals if there are none. A head keeps at most
+    ``limit`` regions of an image, at equal distances in their order.
     """
     assert not any(layer.quantized for _, layer in quant_layers(model)), "the float model is asked"
     heads = roi_heads(model)

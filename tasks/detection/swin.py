@@ -68,12 +68,9 @@ class ExplicitMlp(nn.Module):
 class ExplicitSwinBlock(nn.Module):
     """mmdet's ``SwinBlock`` on maps, with a pad value that LayerNorm reparameterisation can move.
 
-    Windows are padded with zeros after the first norm, and shifted after that (timm shifts first).
-    Once the norm's output has been shifted per channel, ``pad`` (channels,) holds the value that
-    stands for zero.
-
-    The MLP gets the map, not tokens: their number varies, so its scales stay per tensor. Positions
-    in a window do not vary, so the attention may have a scale for each.
+    Windows are padded with zeros after the first norm and then shifted (timm shifts first). Once
+    the norm's output is shifted per channel, ``pad`` (channels,) stands for zero. The MLP gets the
+    map, not tokens: their number varies, so its scales stay per tensor.
     """
 
     pad: Tensor

@@ -1,10 +1,8 @@
 """Measures of retrieval from ranks, and their standard errors by bootstrap over images.
 
-Captions of one image share its embedding, and one hard image fails all its captions: treated as
-independent samples they would give standard errors that are too small. The unit drawn is therefore
-an image with its captions (the cluster bootstrap; Davison and Hinkley, Bootstrap Methods and their
-Application, 1997, section 3.8). Each measure is a function of how often each image was drawn, so
-that a resample costs a product with these counts.
+One hard image fails all its captions: treated as independent samples they would give standard
+errors that are too small. The unit drawn is therefore an image with its captions (the cluster
+bootstrap; Davison and Hinkley, Bootstrap Methods and their Application, 1997, section 3.8).
 """
 
 from collections.abc import Iterator

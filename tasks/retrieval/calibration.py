@@ -25,11 +25,10 @@ from tasks.retrieval.zero_shot import LINES, class_names
 def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> CalibrationSet:
     """Draw the calibration pairs, or take those of a list or a result record.
 
-    The images come in a seeded permutation of the whole part, and one caption of each is drawn by
-    seed and image id alone: a smaller sample is the beginning of a larger one. An image whose
-    caption is that of an earlier one waits (:func:`in_rounds`): samples of one batch with the same
-    text would make the contrastive target ambiguous. Raises DataError, and ModelError without a
-    tokenizer.
+    The images come in a seeded permutation, with a caption drawn by seed and image id alone: a
+    smaller sample is the beginning of a larger one. An image with the caption of an earlier one
+    waits (:func:`in_rounds`): equal texts in a batch would make the contrastive target ambiguous.
+    Raises DataError, and ModelError without a tokenizer.
     """
     if loaded.tokenizer is None:
         raise ModelError(f"{loaded.tag} has no tokenizer, so it cannot be calibrated on image-caption pairs.")

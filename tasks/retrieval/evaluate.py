@@ -1,7 +1,7 @@
 """Image-caption retrieval of a model with two encoders, with the outcome of every query."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,11 +14,8 @@ from tasks.common.images import Images, image_outputs
 from tasks.common.record import Metric
 from tasks.common.task import Evaluation
 from tasks.retrieval.bootstrap import measures, standard_errors
+from tasks.retrieval.pairs import PairSource
 from tasks.retrieval.ranks import Ranks, pair_ranks
-
-if TYPE_CHECKING:
-    from tasks.retrieval.pairs import PairSource
-
 
 #: Images (n, C, H, W) or token ids (n, L) to embeddings (n, d) of any length.
 Encode = Callable[[Tensor], Tensor]
@@ -32,7 +29,7 @@ def evaluate_pairs(
     encode_image: Encode,
     encode_text: Encode,
     images: Images,
-    source: "PairSource",
+    source: PairSource,
     tokenizer: Tokenizer,
     device: torch.device,
     batch_size: int,
@@ -102,7 +99,7 @@ def _metrics(ranks: Ranks, image_of: np.ndarray) -> dict[str, Metric]:
     return {name: Metric(value=float(value[0]), stderr=errors[name]) for name, value in values.items()}
 
 
-def _outcomes(ranks: Ranks, source: "PairSource", kept: np.ndarray, kept_captions: np.ndarray) -> dict[str, np.ndarray]:
+def _outcomes(ranks: Ranks, source: PairSource, kept: np.ndarray, kept_captions: np.ndarray) -> dict[str, np.ndarray]:
     images, captions = len(kept), len(kept_captions)
     owner = source.image_of[kept_captions]
     number = kept_captions - np.searchsorted(source.image_of, owner)
@@ -121,7 +118,7 @@ def _outcomes(ranks: Ranks, source: "PairSource", kept: np.ndarray, kept_caption
     }
 
 
-def _examples(ranks: Ranks, source: "PairSource", images: np.ndarray, kept_captions: np.ndarray) -> list[dict[str, Any]]:
+def _examples(ranks: Ranks, source: PairSource, images: np.ndarray, kept_captions: np.ndarray) -> list[dict[str, Any]]:
     """The best captions of some images, which are given as indices in ``source``."""
     found = []
     for image, leading in zip(images.tolist(), ranks.leading, strict=True):

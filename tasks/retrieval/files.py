@@ -31,9 +31,9 @@ class _Row(NamedTuple):
 def read_captions(path: Path, own: str | None = None) -> Splits:
     """Read a .json, .csv or .jsonl file of captions, once while it stays as it is.
 
-    Images are in the order of their first row. ``own`` is the split of a file that holds one split
-    only; else each row must name its own. Raises DataError for a file that is not of the format, an
-    image in two splits, or in a table the same pair twice (which would weigh double).
+    ``own`` is the split of a file that holds one split only; else each row names its own. Raises
+    DataError for an image in two splits, or in a table the same pair twice (which would weigh
+    double).
     """
     return _read(path, own, state_of(path))
 

@@ -150,8 +150,8 @@ def _configuration(architecture: str, arguments: dict[str, Any]) -> dict[str, An
 def _preprocess(architecture: str, training: str, given: dict[str, Any]) -> PreprocessCfg:
     """Image transforms of the named weights, or those that all of open_clip's share.
 
-    A model without weights in open_clip gets the transforms that open_clip trains with by default.
-    ``given`` mean, deviation and interpolation replace these.
+    Without any, they are open_clip's defaults. ``given`` mean, deviation and interpolation count
+    first.
     """
     trainings = [training] if training else open_clip.list_pretrained_tags_by_model(architecture)
     overlay = {name: given[name] for name in ("mean", "std", "interpolation") if name in given}

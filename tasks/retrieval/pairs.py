@@ -19,9 +19,8 @@ from tasks.common.record import Dataset
 class PairSource:
     """One part of an image-caption data set, such as ``Karpathy test`` of ``MS-COCO``.
 
-    ``captions`` are as they were written, those of an image together; ``image_of`` (captions,)
-    int64 is the index of each one's image. ``read`` gives the PIL image of an index. Raises
-    DataError for images without a caption or listed twice, and empty captions.
+    ``captions`` are as written, those of an image together; ``image_of`` (captions,) int64 is the
+    index of each one's image. Raises DataError for images without captions or listed twice.
     """
 
     name: str

@@ -1,9 +1,8 @@
 """Ranks in image-caption retrieval, both directions, by cosine similarity.
 
 Papers call "recall@k" the share of queries with at least one correct item among the first k: a hit
-rate, which these ranks give (rank < k). The textbook's recall@k is the share of a query's relevant
-items among the first k: the same with one relevant item per query (text to image), but not with
-five captions per image (image to text).
+rate (rank < k). The textbook's recall@k is the share of a query's relevant items among the first k,
+which differs with five captions per image.
 """
 
 from collections.abc import Sequence

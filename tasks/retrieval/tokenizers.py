@@ -19,10 +19,7 @@ _PROBES = ("a photo of a cat", "Two dogs, on the grass.", "The man's 3 red buses
 
 
 class Tokenizer:
-    """Captions to token ids, as open_clip's tokenizer of a model gives them; longer ones are cut.
-
-    ``origin`` tells records of the tokenizer's files.
-    """
+    """open_clip's tokenizer of a model; ``origin`` tells records of its files."""
 
     def __init__(self, tokenizer: SimpleTokenizer | HFTokenizer, context_length: int, vocabulary: int, origin: str = "") -> None:
         self.tokenizer, self.context_length, self.vocabulary, self.origin = tokenizer, context_length, vocabulary, origin

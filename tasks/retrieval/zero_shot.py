@@ -37,8 +37,7 @@ def imagenet_names(folders: Sequence[str]) -> tuple[str, ...]:
 def class_names(root: Path, folders: Sequence[str]) -> tuple[str, ...]:
     """Names of classes by their ``folders``: the lines of ``classnames.txt`` in ``root``.
 
-    Without that file, ImageNet's 1000 WordNet ids have the names of the CLIP authors. Raises
-    DataError.
+    Without that file ImageNet's classes have the names of the CLIP authors. Raises DataError.
     """
     path, classes = root / CLASSNAMES_FILE, len(folders)
     if not path.is_file():

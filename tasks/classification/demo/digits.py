@@ -1,8 +1,7 @@
 """Two-digit images made from real handwritten digits: a 100-class data set without a download.
 
-Ten digit classes saturate even for a tiny model, which would hide what quantization costs. A sample
-is therefore two digits side by side, labelled ``10 * left + right``. The three parts are composed
-from disjoint sets of digits.
+Ten digit classes saturate even for a tiny model, which would hide what quantization costs: a sample
+is two digits side by side, labelled ``10 * left + right``.
 """
 
 import hashlib

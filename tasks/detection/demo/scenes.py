@@ -1,8 +1,7 @@
 """Scenes of several real handwritten digits with their masks: detection data without a download.
 
-Scenes differ in height and width. Digits of many sizes stand anywhere on a grainy ground, and a
-later one may hide parts of an earlier one. All of it is computed in integers, so the scenes are the
-same on every machine.
+Digits of many sizes stand anywhere on a grainy ground, and a later one may hide parts of an earlier
+one. All of it is computed in integers, so the scenes are the same on every machine.
 """
 
 from collections.abc import Iterator
@@ -44,12 +43,11 @@ class Placed:
 
 @dataclass(frozen=True)
 class Scene:
-    """A composed scene with n annotated digits.
+    """A composed scene with n annotated digits, the positions ``shown`` among all those ``placed``.
 
-    ``pixels`` are grey levels, uint8 (height, width); ``ground`` is the level without digits, which
-    ``grain`` changes at most. ``placed`` are all digits in order, ``shown`` the positions of the
-    annotated ones among them, ``labels`` their classes (n,), ``masks`` (n, height, width) their
-    visible pixels, of which none belongs to two, and ``boxes`` (n, 4) x1, y1, x2, y2 around these.
+    ``ground`` is the grey level without digits, which ``grain`` changes at most. ``masks`` (n,
+    height, width) are visible pixels, of which none belongs to two; ``boxes`` (n, 4) are x1, y1,
+    x2, y2.
     """
 
     pixels: np.ndarray

@@ -1,9 +1,8 @@
 """Scenes of two to four real handwritten digits with captions: image-text data without a download.
 
-A scene is a 2 x 2 layout of cells, numbered row by row; a cell is empty or holds a small or a large
-digit. Scenes come in groups of four: one is drawn, the others differ from it in one digit, one size
-or one place. Without such near misses a model that reads half of a scene would already find its
-caption, and retrieval would hide what quantization costs.
+A scene is a 2 x 2 layout of cells, numbered row by row, with small and large digits. Scenes come in
+groups of four that differ in one digit, one size or one place: without such near misses a model
+that reads half of a scene would already find its caption.
 """
 
 import hashlib

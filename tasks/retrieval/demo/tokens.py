@@ -11,17 +11,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from typing import Any
 
 CONTEXT_LENGTH = 28
 VOCAB_SIZE = 564  # 256 bytes, each inside and at the end of a word, the merges, start and end of text
 MERGES_PATH = Path(__file__).parent / "merges.txt.gz"
 
 
-def demo_tokenizer() -> "Callable[[list[str]], Tensor]":
+def demo_tokenizer() -> Callable[[list[str]], Any]:
     """Tokenizer from texts to int64 ids (n, 28); the end of text has the largest id."""
     from open_clip.tokenizer import SimpleTokenizer
 
@@ -29,11 +26,7 @@ def demo_tokenizer() -> "Callable[[list[str]], Tensor]":
 
 
 def learn_merges(texts: Iterable[str]) -> list[tuple[str, str]]:
-    """Merge the most frequent pair of neighbouring symbols until every word is one token.
-
-    Texts are of the letters a to z and punctuation, which is not merged. The merges are in the
-    order in which they apply; open_clip marks the last symbol of a word by ``</w>``.
-    """
+    """Merge the most frequent pair of symbols until every word (of a to z) is one token."""
     counts = Counter(word for text in texts for word in re.findall(r"[a-z]+", text))
     words = {word: " ".join(word) + "</w>" for word in counts}
     merges: list[tuple[str, str]] = []
