@@ -14,7 +14,7 @@ from benchmarks.report import charts, examples, figures
 from benchmarks.report.gather import Gathered, gather
 from benchmarks.report.groups import Group, make_groups, rows_of
 from benchmarks.report.notes import axis_tables, data_lines, facts, note_lines
-from benchmarks.report.provenance import CODE, module_maps, origin
+from benchmarks.report.provenance import module_maps, origin
 from benchmarks.report.published import published, published_table
 from benchmarks.report.tables import recovery_table, wide_table
 from benchmarks.results import reference
@@ -33,13 +33,7 @@ def write_report(
 ) -> Gathered:
     """Write the report of what ``grid`` measured to ``path`` and return what was read.
 
-    Args:
-        grid: the profile.
-        options: where results and data are.
-        adapter: of the tasks.
-        path: of the HTML file.
-        get: fetches the pictures of samples.
-        table: the published table that the grid is of.
+    ``get`` fetches the pictures of samples; ``table`` is the published table of the grid.
 
     Raises:
         FimaqError: nothing is measured, or the file cannot be written.
@@ -97,7 +91,6 @@ def make_page(gathered: Gathered, get: examples.Fetch, table: PublishedTable | N
             "method": rows_of([item.cell for item in measured]),
         },
         "looks": looks,
-        "code": CODE,
         "reference": reference.compare(grid, measured),
         "stages": stages,
     }

@@ -44,8 +44,6 @@ _LEVEL = {"type": "rule", "color": "var(--muted)", "strokeDash": [5, 4]}
 _STAIR = _LEVEL | {"type": "line", "interpolate": "step-after", "strokeDash": [2, 2]}
 _ERROR = {"type": "errorbar", "ticks": {"size": 6, "aria": True}}
 _BOLD = {"expr": "datum.best ? 'bold' : 'normal'"}
-#: Names are cut in the middle, as their ends differ.
-_CUT = "replace(datum.label, regexp('^(.{4}).{2,}(.{14})$'), '$1…$2')"
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
@@ -201,8 +199,7 @@ def _axis(field: str, scale: Dict | None = None, **axis: Any) -> Dict:
 
 def _names(field: str) -> Dict:
     """Return the encoding of names along y, in the order of the data."""
-    axis: Dict = {"title": None, "labelColor": "var(--text)", "labelExpr": _CUT, "labelLimit": 200}
-    axis |= {"grid": True, "gridDash": [1, 3]}
+    axis = {"title": None, "labels": False, "grid": True, "gridDash": [1, 3]}
     return {"field": field, "type": "ordinal", "sort": None, "axis": axis}
 
 
@@ -218,9 +215,16 @@ def _widest(texts: Iterable[str]) -> float:
 
 
 def _row_chart(field: str, rows: Sequence[Dict], layers: list[Dict], right: float, alt: str) -> Markup:
-    names = {row[field] for row in rows}
-    padding = (12 + min(_widest(names), _NAME), 8, right, 24)
-    return _draw(rows, layers, padding, _ROW * len(names), alt)
+    """Draw ``layers`` beside the names of rows; names of methods belong to their marks."""
+    names = list(dict.fromkeys(row[field] for row in rows))
+    # Long ones are cut in the middle, as their ends differ.
+    short = [name if len(name) < 20 else f"{name[:4]}…{name[-14:]}" for name in names]
+    more = {"title": ""} if field == "name" else {}
+    labels = [{field: name, "short": word} | more for name, word in zip(names, short, strict=True)]
+    text = {"type": "text", "align": "right", "x": -5}
+    words = _layer(text, labels, **_SERIES, y=_names(field), text={"field": "short"})
+    padding = (12 + _widest(short), 8, right, 24)
+    return _draw(rows, [*layers, words], padding, _ROW * len(names), alt)
 
 
 def _clean(rows: Iterable[Dict]) -> list[Dict]:

@@ -22,7 +22,7 @@ def data_lines(measured: Sequence[Measured]) -> list[str]:
 
 
 def note_lines(groups: Sequence[Group], metric: str, measured: Sequence[Measured]) -> list[str]:
-    """Return settings of ``groups``, the sampling error, and whether orders came out as expected."""
+    """Return settings of ``groups``, the sampling error, and whether methods came out in order."""
     mine = [item for group in groups for item in group.items]
     try:
         lines = settings_lines(mine)

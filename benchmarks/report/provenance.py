@@ -13,9 +13,6 @@ from fimaq_core.errors import FimaqError
 from fimaq_core.recipe import OFF
 from tasks.common.record import LayerEntry, ResultRecord, recipe_of
 
-#: Names of facts that are code.
-CODE = ("file", "fingerprint", "recipe digest", "sha256", "git revision")
-
 
 def origin(group: Group, metric: str, gathered: Gathered) -> dict[str, Any]:
     """Return the provenance of ``group``, whose tables show ``metric``."""
@@ -29,8 +26,8 @@ def origin(group: Group, metric: str, gathered: Gathered) -> dict[str, Any]:
         "score": f"{metric} {group.scores[metric].text}" if metric in group.scores else "",
         "seeds": ["value" if record.seed is None else f"seed {record.seed}" for record in records],
         "metrics": [(name, score.text, [_value(record, name) for record in records]) for name, score in group.scores.items()],
-        "facts": {
-            heading: {name: _shared([str(found[heading][name]) for found in facts]) for name in part}
+        "facts": {  # one value where all seeds have the same
+            heading: {name: _same([str(found[heading][name]) for found in facts]) for name in part}
             for heading, part in facts[0].items()
         },
         "recipe": "\n\n".join(unique(_recipe(r) for r in records if r.recipe is not None)),
@@ -38,8 +35,7 @@ def origin(group: Group, metric: str, gathered: Gathered) -> dict[str, Any]:
     }
 
 
-def _shared(values: list[str]) -> list[str]:
-    """Return one value where all are the same."""
+def _same(values: list[str]) -> list[str]:
     return values[:1] if len(set(values)) == 1 else values
 
 

@@ -15,23 +15,15 @@ _ERRORS = 2.0
 
 
 class Value(NamedTuple):
-    """A number in a table.
-
-    Attributes:
-        number: what it sorts by.
-        near: whether it cannot be told from the best.
-        link: id of its provenance; empty for none.
-        title: more of it in words.
-        share: length of the bar beneath it, up to 100; None for no bar.
-    """
+    """A number in a table."""
 
     text: str
-    number: float
+    number: float  # what it sorts by
     best: bool
-    near: bool = False
-    link: str = ""
-    title: str = ""
-    share: float | None = None
+    near: bool = False  # cannot be told from the best
+    link: str = ""  # id of its provenance
+    title: str = ""  # more of it in words
+    share: float | None = None  # length of the bar beneath it, up to 100
 
 
 def wide_table(groups: Sequence[Group], cells: Sequence[Cell], metric: str, main: bool = False) -> dict[str, Any]:

@@ -137,6 +137,10 @@ def test_filters_leave_what_they_name_everywhere(page: Any):
     method.send_keys("FIMA, rtn")
     assert methods(page) == ["rtn", "fimaq"]
     assert {node.get_attribute("data-method") for node in visible(page, "#methods g.series")} == {"rtn", "fimaq"}
+    names = """return [...document.querySelectorAll('#methods svg text')]
+        .filter(text => text.getClientRects().length).map(text => text.textContent)"""
+    assert {"rtn", "fimaq"} <= set(page.execute_script(names))
+    assert "qdrop" not in page.execute_script(names)
     assert one_of(page, ".filters output").text == "6 of 15 rows of results"
     heads = visible(page, "#examples thead th[data-method-column]")
     assert {head.text for head in heads} == {"full precision", "rtn", "fimaq"}

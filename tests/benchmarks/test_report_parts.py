@@ -18,7 +18,7 @@ import report_fakes
 from benchmarks.cells import Cell, RunOptions
 from benchmarks.grid import Grid
 from benchmarks.report.build import write_report
-from benchmarks.report.charts import spread, stretched_ticks
+from benchmarks.report.charts import block_chart, spread, stretched_ticks
 from benchmarks.report.figures import kind_of, pareto
 from benchmarks.report.groups import make_groups
 from benchmarks.report.provenance import module_maps
@@ -87,6 +87,14 @@ def test_ticks_of_a_stretched_scale_are_round_and_apart():
     assert ticks == [40, 50, 60, 70, 80, 85, 90, 94, 95]
     places = [bend(tick) for tick in ticks]
     assert all(b - a >= (bend(95) - bend(30)) / 12 for a, b in itertools.pairwise(places))
+
+
+def test_charts_hold_any_text():
+    row = {"name": "a\0\ud800", "block": "b\x1b\\u0001", "value": 1.0, "look": "c0 circle", "title": "<t>\a"}
+    chart = block_chart([row], "all")
+    assert 'data-method="a��"' in chart
+    assert "<title>&lt;t&gt;�</title>" in chart
+    assert ">b�\\u0001<" in chart
 
 
 def test_error_bars_are_the_spread_of_seeds_or_the_sampling_error(tmp_path: Path):
