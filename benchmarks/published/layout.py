@@ -32,25 +32,17 @@ from benchmarks.tables.markdown import markdown as table_text
 from benchmarks.tables.summary import data_lines
 
 NOT_MEASURED = "not measured"
-#: Mark behind a measured number, or behind a published one that stands in its place.
-MARKS = {
-    REPRODUCED: "=",
-    ABOVE: "↑",
-    BELOW: "↓",
-    UNCERTAIN: "?",
-    NOT_COMPARABLE: "×",
-    NOT_MEASURED: "°",
-}
 #: Text where there is no number.
 NOTHING = "–"
+#: Mark behind a measured number, or behind a published one in its place, and its meaning.
 _LEGEND = {
-    "=": "reproduced, within 0.3 points or two standard errors",
-    "↑": "above the published number",
-    "↓": "below the published number",
-    "?": "too uncertain, since two standard errors are more than one point",
-    "×": "not comparable, for the reason below",
-    "°": "published number, not measured yet",
-    NOTHING: "no number",
+    REPRODUCED: ("=", "reproduced, within 0.3 points or two standard errors"),
+    ABOVE: ("↑", "above the published number"),
+    BELOW: ("↓", "below the published number"),
+    UNCERTAIN: ("?", "too uncertain, since two standard errors are more than one point"),
+    NOT_COMPARABLE: ("×", "not comparable, for the reason below"),
+    NOT_MEASURED: ("°", "published number, not measured yet"),
+    "": (NOTHING, "no number"),
 }
 COLUMNS = [
     "row", "column", "model", "weights", "method", "bits", "metric", "measured", "se", "seeds", "n",
@@ -93,7 +85,7 @@ def _entry(table: PublishedTable, cell: TableCell, measured: Sequence[Measuremen
     gap = judged.difference if judged else math.nan
     verdict = "context" if name is None else NOT_MEASURED if item is None else NOT_COMPARABLE
     verdict = judged.verdict if judged else verdict
-    mark = MARKS.get(verdict, "") if source else ""
+    mark = _LEGEND[verdict][0] if source and verdict in _LEGEND else ""
     value = item.mean if item else number
     values = {
         "row": head_text(line.row.head),
@@ -206,7 +198,7 @@ class Layout:
     def legend(self) -> str:
         """Meaning of the marks that occur, in one line."""
         texts = " ".join(text for row in self.shown for text in row.texts)
-        parts = [f"{mark} {words}" for mark, words in _LEGEND.items() if mark in texts]
+        parts = [f"{mark} {words}" for mark, words in _LEGEND.values() if mark in texts]
         if any(e.measured and e.judgement is None for e in self.entries.values()):
             parts.append("a measured number without a mark: nothing is published beside it")
         if any(not row.line.measured for row in self.shown):
@@ -243,8 +235,8 @@ class Layout:
             columns.setdefault(cell.row, []).append(head_text(self.table.columns[cell.column].head))
         texts = []
         for row, heads in columns.items():
-            whole = sum(cell.row == row for cell in every) == len(heads) > 1
-            where = "all columns" if whole else ", ".join(heads)
+            complete = sum(cell.row == row for cell in every) == len(heads) > 1
+            where = "all columns" if complete else ", ".join(heads)
             texts.append(f"{line_text(self.table.lines[row])} ({where})")
         return "; ".join(texts)
 
@@ -264,8 +256,8 @@ class Layout:
             why = f"{count(len(done), 'number')} measured, but {'; '.join(whys)}"
             why = why if done else "nothing is measured"
             return f"Nothing is comparable with the published table: {why}.", 2
-        missing = sum(entry.mark == MARKS[NOT_MEASURED] for entry in numbers)
-        counts = ", ".join(f"{verdicts[name]} {name}" for name in MARKS if verdicts[name])
+        missing = sum(entry.mark == "°" for entry in numbers)
+        counts = ", ".join(f"{verdicts[name]} {name}" for name in _LEGEND if verdicts[name])
         others = ((unlike, NOT_COMPARABLE), (missing, NOT_MEASURED))
         rest = ", ".join(f"{number} {words}" for number, words in others if number)
         compared = count(verdicts.total(), "number")

@@ -88,10 +88,7 @@ def _section_parts(
     means = [columns for columns in means if not columns.empty]
     if means and len({cell.model for cell in cells}) > 1:
         whole = pd.concat(means, axis=1)
-        parts += [
-            "Mean over models:",
-            markdown(whole.loc[in_order(whole.index)].fillna("-")),
-        ]
+        parts += ["Mean over models:", markdown(whole.loc[in_order(whole.index)].fillna("-"))]
     return [*parts, *axis_parts(axes, metric, mine, planned, width)]
 
 

@@ -199,7 +199,7 @@ def invoke(tmp_path: Path, *args: str) -> Result:
 def test_the_command_line_has_a_place_for_each_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     seen: list[RunOptions] = []
     monkeypatch.setattr("benchmarks.cli.run_grid", lambda grid, profile, filters, options, *rest: seen.append(options) or 0)
-    monkeypatch.setattr("benchmarks.cli.run_reference", lambda grid, options, adapter, add: seen.append(options) or 0)
+    monkeypatch.setattr("benchmarks.tables.files.make_reference", lambda grid, options, adapter, add: seen.append(options) or 0)
     for command in ("run", "reference"):
         result = invoke(tmp_path, command, "--imagenet", "/i", "--coco", "~/c", "--flickr", "/f")
         assert result.exit_code == 0, result.output
