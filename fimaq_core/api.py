@@ -123,9 +123,6 @@ def quantize(
             ``steps``. Numbers of images are lowered to the number of images given, and a note says
             so.
 
-    Returns:
-        The quantized copy.
-
     Raises:
         RecipeError: an unknown method or setting, or a value that does not fit.
         ModelError: a model or part that is not supported.

@@ -7,7 +7,7 @@ its N values; the low-rank part is divided by N, so that a large image counts no
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,14 +22,13 @@ from fimaq_core.reconstruction.tape import Tape
 from fimaq_core.samples import Samples
 
 
-@dataclass
-class _Own:
-    """What one sample's loss rests on, where the tape lies."""
+class _Own(NamedTuple):
+    """A sample's own part of :class:`.loss.LossState`, where the tape lies; its root is over √N."""
 
-    gradients: Tensor  # (k, N) absolute gradients; for ``least_squares`` (1, N), u
+    gradients: Tensor
+    diagonal: Tensor
+    root: Tensor
     errors: Tensor | None  # (k, N) absolute errors, where the loss has use for them
-    diagonal: Tensor  # (N,) mean of the gradients so far; for ``least_squares`` h
-    root: Tensor  # (k, k) root of (D Dᵀ)⁻¹ over √N
 
 
 class SampleObjective(Objective):
@@ -50,7 +49,7 @@ class SampleObjective(Objective):
             errors = storage.empty(shape, torch.float32) if self.kind == "fisher_dplr" else None
             gradients = storage.empty(shape, torch.float32).zero_()
             diagonal = storage.empty(shape[1:], torch.float32)
-            self._own.append(_Own(gradients, errors, diagonal, torch.zeros(k, k, device=storage.device)))
+            self._own.append(_Own(gradients, diagonal, torch.zeros(k, k, device=storage.device), errors))
 
     def _weight(self, rows: slice, values: Tensor, squared: bool) -> Tensor | None:
         """A sample's gradient scaled to mean square 1, or its Hessian to mean 1, (1, N)."""
@@ -73,9 +72,8 @@ class SampleObjective(Objective):
             batch = batch._replace(reference=there(self.reference), side=side, kept=kept)
         if not self._own:
             return batch, self.state
-        own = self._own[index]
-        parts = (own.gradients, own.diagonal, own.root)
-        return batch, LossState(self.state.starts, *(part.to(device, non_blocking=True) for part in parts))
+        gradients, diagonal, root = (part.to(device, non_blocking=True) for part in self._own[index][:3])
+        return batch, LossState(self.state.starts, gradients, diagonal, root)
 
     def update(self, forward: Callable[[Tensor], Tensor]) -> None:
         """See :class:`Objective`."""
