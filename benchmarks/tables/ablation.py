@@ -71,16 +71,17 @@ def axis_table(
     for point in points:
         on = [cell for cell in cells if (axis, point) in cell.places]
         is_base = bool(on) and not any(cell.point for cell in on)
-        mine = table[[(axis, point) in items[place].cell.places for place in table["item"]]]
+        here = {place for place, item in enumerate(items) if (axis, point) in item.cell.places}
+        mine = table[table["item"].isin(here)]
         stats, row = over_seeds(mine, ["subject", "bits"]), {}
         means = {(r.subject, r.bits): value_text(r.mean, r.sd) for r in stats.itertuples()}
         for subject in unique(cell.subject for cell in cells):
             for bits in unique(cell.bits for cell in cells if cell.subject == subject):
                 row[f"{subject} {bits}"] = means.get((subject, bits), "-")
         for bits, mark in dict.fromkeys((cell.bits, cell.mark) for cell in cells):
-            here, own = (t[(t["bits"] == bits) & (t["mark"] == mark)] for t in (mine, base))
-            row[f"{bits}{mark} - base"] = "base" if is_base else _pairs(here, own)
-            row[f"{bits}{mark} se (samples)"] = "-" if is_base else _error(here, own, items)
+            found, own = (t[(t["bits"] == bits) & (t["mark"] == mark)] for t in (mine, base))
+            row[f"{bits}{mark} - base"] = "base" if is_base else _pairs(found, own)
+            row[f"{bits}{mark} se (samples)"] = "-" if is_base else _error(found, own, items)
         rows.append(row)
     return pd.DataFrame(rows, index=pd.Index(list(points), name=axis))
 
