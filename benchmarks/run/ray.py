@@ -320,13 +320,18 @@ class RayExecutor(Executor):
             self._ran = self._looked
             what = "no machine of the Ray cluster has room for a cell just now."
             print(f"waiting: {what}", file=sys.stderr)
+        self._check_machines()
 
     def _leave_out(self, node: str, problem: str) -> None:
         """Do without a machine that is not set up. Raises EngineError if none is left."""
         if node not in self._left_out:
             self._left_out[node] = problem
             print(f"warning: The machine {problem}: it is left out.", file=sys.stderr)
-        if all(other.id in self._left_out for other in self._nodes):
+        self._check_machines()
+
+    def _check_machines(self) -> None:
+        """Raise EngineError if all machines are left out; the last other one may just have gone."""
+        if self._nodes and all(node.id in self._left_out for node in self._nodes):
             problems = "; ".join(dict.fromkeys(self._left_out.values()))
             raise EngineError(
                 f"No machine of the Ray cluster can take cells: {problems}. Results, data and this "
