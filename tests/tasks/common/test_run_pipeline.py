@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from fimaq_core import files
 from fimaq_core.checkpoint import load_checkpoint, read_header
@@ -39,6 +40,15 @@ QUICK: dict[str, Any] = {
 def cell(results: Path, method: str | None = "rtn", **changes: Any) -> CellRequest:
     recipe = None if method is None else make_recipe(method, QUICK, changes)
     return CellRequest("classification", ModelRequest("demo_vit"), DataRequest(limit=64), recipe, results=results / "runs")
+
+
+def test_a_cell_that_is_only_calibrated_keeps_its_decided_codes(tmp_path: Path) -> None:
+    path = run_cell(cell(tmp_path, "rtn"))
+    state = load_file(path.with_name("quantized.safetensors"))
+    codes = {name: value for name, value in state.items() if name.endswith("codes")}
+    weights = [name for name in state if name.endswith("weight_quantizer.scale")]
+    assert len(codes) == len(weights) > 10
+    assert all(value.numel() and int(value.max()) < 16 for value in codes.values())
 
 
 def test_a_cell_and_its_full_precision_record(tmp_path: Path) -> None:
