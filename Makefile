@@ -92,4 +92,4 @@ format: $(STAMP) ## format the code
 	@$(PY) -m ruff format .
 
 clean: ## remove the virtual environment and everything that runs wrote
-	rm -rf $(VENV) results/runs results/tables results/calibration results/mlp results/reconstruction results/speed.json results/report.html
+	rm -rf $(VENV) results/runs results/tables results/calibration results/mlp results/reconstruction results/rehearsal results/speed.json results/report.html
