@@ -50,7 +50,7 @@ class Places:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What the command line says beside the grid. None keeps what the grid says."""
+    """Settings of the command line. None keeps the grid's."""
 
     results: Path = Path("results")  #: root of everything that a run writes
     data: Places = Places()
@@ -130,7 +130,7 @@ class Adapter:
     run_cell: Callable[[CellRequest, Report], Path]
     planned_folder: Callable[[CellRequest], Path]  #: of a cell, without running anything
     preflight: Callable[[CellRequest], list[Missing]]  #: what the cell needs and is not there
-    #: What an unfinished cell with this folder would find done, for people.
+    #: Describes, for people, what is done of an unfinished cell with this folder.
     cached: Callable[[CellRequest, Path], list[str]] = _nothing
     #: Heavy modules that measuring the cell imports: a process may import them beforehand.
     imports: Callable[[CellRequest], Sequence[str]] = _nothing

@@ -1,4 +1,4 @@
-"""What the commands do, behind their options."""
+"""The run of a grid, behind the options of its command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the package's commands do about errors that their users can act on."""
+"""Errors that users can act on: one message and exit code 2, for all commands."""
 
 import os
 import sys

@@ -64,7 +64,7 @@ class CostRow(BaseModel):
 
     @property
     def machine(self) -> str:
-        """What it was measured on, for people."""
+        """The device it was measured on, for people."""
         return f"{self.device}, {self.threads} thread{'' if self.threads == 1 else 's'}"
 
     @property
@@ -74,7 +74,7 @@ class CostRow(BaseModel):
 
     @property
     def name(self) -> tuple[object, ...]:
-        """What tells the cells of a grid apart."""
+        """Fields that tell the cells of a grid apart."""
         return self.section, self.model, self.scope, self.method, self.bits, self.point, self.seed
 
 

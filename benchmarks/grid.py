@@ -36,7 +36,7 @@ class Filters:
 
     @property
     def active(self) -> bool:
-        """Whether anything is filtered."""
+        """True if anything is filtered."""
         return any(value is not None for value in vars(self).values())
 
 

@@ -10,12 +10,12 @@ from tasks.common import registry
 from tasks.common.strict import Strict
 
 PUBLISHED = Path(__file__).parent / "published"
-#: What published rows and tables have where the source does not say.
+#: Stands in published rows and tables where the source does not say.
 UNSTATED = "unstated"
 
 
 class DatasetName(Strict):
-    """What a record must state to have been measured on a published data set: its whole split.
+    """Facts that a record must state to count as measured on a published data set: its whole split.
 
     ``metrics`` maps published metrics to the record's; others are never compared. ``notes`` are by
     published method, said with every verdict.

@@ -35,7 +35,7 @@ _COUNTS = {"calibration_images": 1, "range_images": 1, "batch_size": 1, "mlp_bat
 
 
 class _Facts(BaseModel):
-    """What a checkpoint keeps beside tensors. Its content is not trusted."""
+    """Content of a checkpoint beside tensors. It is not trusted."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 

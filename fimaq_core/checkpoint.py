@@ -21,12 +21,13 @@ from fimaq_core.files import replaced_whole
 from fimaq_core.layers import QuantLinear
 from fimaq_core.recipe import Recipe
 
-#: What of a recipe a checkpoint depends on: everything, what determines ranges, or what determines an MLP reconstruction.
+#: The part of a recipe that a checkpoint depends on: all fields, those that determine ranges, or
+#: those that determine an MLP reconstruction.
 Scope = Literal["all", "ranges", "mlp"]
 
 
 class Fingerprint(BaseModel):
-    """What a checkpoint depends on.
+    """All that a checkpoint depends on.
 
     Attributes:
         numerics: version of the code's arithmetic.

@@ -22,8 +22,6 @@ from fimaq_core.reconstruction.reconstruct import ReconstructionLog, reconstruct
 from fimaq_core.samples import Samples
 from fimaq_core.store import CheckpointStore, Part, Pieces, Resources, Stage
 
-__all__ = ["STAGES", "Part", "Resources", "finish", "load_mlps", "quantize_chain"]
-
 
 class ReconstructMlps(Stage):
     """Train the MLPs of an uncalibrated chain with ReLU; `teacher` becomes the chain as it was."""

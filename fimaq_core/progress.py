@@ -1,4 +1,4 @@
-"""What a run tells its caller while it works."""
+"""Progress of a run, as its caller hears it."""
 
 import math
 from collections.abc import Callable

@@ -100,7 +100,7 @@ class Line:
 
     @property
     def measured(self) -> bool:
-        """Whether cells of the line are measured here."""
+        """True if cells of the line are measured here."""
         return self.row.measure is not None
 
 

@@ -1,4 +1,4 @@
-"""What a report is about: a grid's cells with their records, what failed or cannot be read."""
+"""Content of a report: a grid's cells with their records, failures and unreadable files."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

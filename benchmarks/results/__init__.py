@@ -1,1 +1,1 @@
-"""What cells measured: scores, outcomes of single samples, and the committed reference."""
+"""Results of cells: scores, outcomes of single samples, and the committed reference."""

@@ -1,4 +1,4 @@
-"""What follows a failed attempt at a cell: another one, one with less memory, or giving up."""
+"""Decisions after a failed attempt at a cell: try again, with less memory, or give up."""
 
 import time
 from dataclasses import dataclass, field, replace

@@ -1,4 +1,4 @@
-"""What runs in the process of a cell: it measures, sends messages to its executor, and ends."""
+"""The process of a cell: it measures, sends messages to its executor, and ends."""
 
 import contextlib
 import ctypes

@@ -1,4 +1,4 @@
-"""What the runner and an executor say to each other.
+"""Messages between the runner and an executor.
 
 An executor has slots. A slot measures one cell at a time, in a process of its own. The runner
 decides which cell runs next and what is tried again.

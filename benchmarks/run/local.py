@@ -99,6 +99,11 @@ class LocalExecutor(Executor):
         except (OSError, EOFError) as error:
             # CUDA is in use, or the folder of the fork server's socket has a long name or is gone.
             if self._forks:
+                why = str(error) or type(error).__name__
+                print(
+                    f"note: cells start without the fork server, seconds later each ({why})",
+                    file=sys.stderr,
+                )
                 self._forks = False
                 self.start(slot, label, work)
                 return

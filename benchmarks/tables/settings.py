@@ -83,7 +83,7 @@ def settings_lines(mine: Items) -> list[str]:
 
 
 def _bears(name: str, recipe: Recipe) -> bool:
-    """Whether a setting has to do with what the recipe does."""
+    """Return True for a setting that this recipe uses."""
     extra = Recipe.model_fields[name].json_schema_extra
     group = extra.get("group") if isinstance(extra, dict) else None
     if group == "mlp":

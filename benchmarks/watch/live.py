@@ -28,7 +28,7 @@ _COLUMNS = {
     "left": 0,
 }  # fmt: skip
 
-#: What tells a cell from the others of its grid.
+#: Fields that tell a cell from the others of its grid.
 _KEY = ("section", "model", "scope", "method", "bits", "seed", "point")
 
 

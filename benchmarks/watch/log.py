@@ -102,7 +102,7 @@ class Run:
 
     @property
     def is_alive(self) -> bool:
-        """Whether it goes on: by its process on this machine, by its heartbeat elsewhere."""
+        """True while it goes on: by its process on this machine, by its heartbeat elsewhere."""
         begin = self.state.begin
         if begin is None or self.state.finished:
             return False

@@ -20,7 +20,7 @@ class Divergence:
     batch: int | None = None
 
     def reference(self, outputs: Samples) -> Samples:
-        """What outputs (n, ...) are compared with, row by row, from the full-precision ones."""
+        """Reference rows for outputs (n, ...), made from the full-precision outputs."""
         return outputs
 
     def __call__(self, outputs: Tensor, reference: Tensor) -> Tensor:

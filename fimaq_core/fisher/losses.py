@@ -93,5 +93,5 @@ def register_loss(name: str, loss: Callable[[Tensor], Tensor]) -> None:
 
 
 def takes_passes(name: str) -> bool:
-    """Whether the loss ``name`` rests on passes of the divergence over the calibration samples."""
+    """True if the loss ``name`` needs passes of the divergence over the calibration samples."""
     return name not in PLAIN and name != "prediction"

@@ -16,7 +16,7 @@ Forward = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a pass runs: everything behind a block, for all samples."""
+    """A pass over all samples, through everything behind a block."""
 
     chain: BlockChain  # the model; the segments behind the block run as they are set up
     index: int  # number of the block

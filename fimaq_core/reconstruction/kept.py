@@ -1,4 +1,4 @@
-"""What checkpoints keep of a reconstruction beside tensors. Their content is not trusted."""
+"""Facts about a reconstruction in checkpoints. Their content is not trusted."""
 
 from dataclasses import asdict
 from typing import Any, TypeVar

@@ -36,7 +36,7 @@ _VALUES = 2**24
 
 @dataclass(frozen=True)
 class _Lesson:
-    """What an MLP is trained on."""
+    """Training data of an MLP."""
 
     #: (n, ...) of the MLP
     inputs: Samples

@@ -23,7 +23,7 @@ from fimaq_core.samples import Samples
 
 @dataclass
 class ReconstructionLog:
-    """What a reconstruction did, by label of the block."""
+    """Facts about a reconstruction, by label of the block."""
 
     #: last loss, without the regulariser; relative to its start, the head's absolute
     last_loss: dict[str, float] = field(default_factory=dict)
@@ -157,7 +157,7 @@ def reconstruct(
 
 
 def _learns(segment: Segment, recipe: Recipe) -> bool:
-    """Whether there is something to learn in a segment, and the recipe wants it."""
+    """True if a segment has something to learn and the recipe wants it."""
     if segment.kind == "predictor" or (recipe.reconstruct_parts == "blocks" and segment.kind not in ("block", "merge")):
         return False
     return bool(active_quantizers(segment)) or any(True for _ in rounded_layers(segment.block))

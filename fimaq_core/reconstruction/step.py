@@ -64,7 +64,7 @@ class StepPlan:
 
 
 class StepInputs(NamedTuple):
-    """What a step reads."""
+    """Tensors that a step reads."""
 
     soft: Tensor  # (n,) soft weights, requiring gradients
     scales: Tensor  # (m,) activation scales, requiring gradients if they are learned

@@ -65,7 +65,7 @@ model_tag, weights_digest = CATALOGUE.model_tag, CATALOGUE.weights_digest
 
 
 def preflight(model: ModelRequest, data: DataRequest) -> list[Missing]:
-    """What is missing of data and weights. Downloads nothing."""
+    """List missing data and weights. Downloads nothing."""
     found = [missing_data(data, model.name in DEMO_NAMES), CATALOGUE.missing_weights(model)]
     return [item for item in found if item is not None]
 

@@ -1,1 +1,1 @@
-"""What all tasks share: requests, records, the pipeline behind every ``run``, and the command line."""
+"""Shared by all tasks: requests, records, the pipeline behind every ``run``, and the command line."""

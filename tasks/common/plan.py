@@ -33,7 +33,7 @@ def planned_folder(request: CellRequest) -> Path:
 
 
 def _basis(request: CellRequest) -> dict[str, Any]:
-    """What decides the result of a resolved request, but for the recipe and the evaluated samples."""
+    """All that decides the result of a resolved request, but for the recipe and the evaluated samples."""
     recipe, chosen = request.recipe, request.data.calibration_list
     order = chosen_order(request.data.class_order, request.data.path)
     given = {"entry": request.model.weights_entry, "preprocessing": request.model.preprocessing}
@@ -74,7 +74,7 @@ def note_shared(request: CellRequest, kind: str, digest: str, path: Path) -> Non
         return  # plans then do not know of the file, which is no reason to end a run
 
 
-#: What settles a shared file beside model, data and part, by its kind.
+#: Digests that settle a shared file beside model, data and part, by its kind.
 _DIGESTS: dict[str, Callable[[Recipe], str]] = {
     "calibration": Recipe.calibration_digest,
     "mlp": Recipe.mlp_digest,
@@ -117,7 +117,7 @@ _KINDS = {"calibration": "calibration", "mlp": "MLPs", "reconstruction": "parts"
 
 
 def cached(request: CellRequest, folder: Path) -> list[str]:
-    """What an unfinished cell would find done in its ``folder`` and elsewhere, for people.
+    """Describe, for people, the work of an unfinished cell that is done already.
 
     Such as ``blocks 3``, ``calibration``, ``MLPs``, ``parts 1 of 2``. Nothing is loaded: only the
     run can tell whether it still belongs to the cell.

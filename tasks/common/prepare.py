@@ -51,7 +51,7 @@ class Prepared:
 
     @property
     def fingerprint(self) -> Fingerprint:
-        """What a checkpoint of the whole model belongs to."""
+        """Fingerprint of checkpoints of the whole model."""
         recipe, images = self.request.recipe, self.images
         assert recipe is not None
         assert images is not None
@@ -59,7 +59,7 @@ class Prepared:
 
     @property
     def facts(self) -> dict[str, object]:
-        """What a checkpoint says of itself, so that a later stage can build its model."""
+        """Facts in a checkpoint from which a later stage builds the model."""
         model = self.request.model
         given = {"weights_entry": model.weights_entry, "preprocessing": model.preprocessing}
         return {

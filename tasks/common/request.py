@@ -1,4 +1,4 @@
-"""What a run is asked to do: plain data that can travel to another process."""
+"""Requests to a run: plain data that can travel to another process."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field

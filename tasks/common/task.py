@@ -1,4 +1,4 @@
-"""What the pipeline asks of a task. One package per task, loaded only when it runs."""
+"""The interface of a task. One package per task, loaded only when it runs."""
 
 import importlib
 from collections.abc import Callable, Sequence
@@ -125,7 +125,7 @@ Chains = dict[str, BlockChain]
 
 
 class Task:
-    """What the pipeline asks of a task; ``tasks.<name>.task.TASK`` is an object of a subclass.
+    """The interface of a task; ``tasks.<name>.task.TASK`` is an object of a subclass.
 
     Models of one chain need ``load``, ``build``, ``calibration``, ``divergence``, ``evaluate`` and
     ``pictures``. Models of several parts define ``chains`` and all that speaks of chains instead.

@@ -42,7 +42,7 @@ def _check(recipe: Recipe) -> None:
 
 
 def pieces_of(recipe: Recipe) -> tuple[str, ...]:
-    """What of a detector the recipe quantizes, in order."""
+    """Pieces of a detector that the recipe quantizes, in order."""
     return tags.PIECES if recipe.scope is None else tuple(recipe.scope.split("+"))
 
 
@@ -111,7 +111,7 @@ class DetectionTask(Task):
     def divergences(
         self, loaded: LoadedModel, images: CalibrationSet, recipe: Recipe, device: torch.device, batch_size: int
     ) -> dict[str, Divergence]:
-        """That of the proposals' maps. RoI heads are not reconstructed: nobody asks theirs."""
+        """Divergence of the proposals' maps. RoI heads need none: they are not reconstructed."""
         _check(recipe)
         head = loaded.model.rpn_head
         levels = [rpn_levels(image.shape[2], image.shape[3]) for image in images.images]

@@ -144,7 +144,7 @@ model_tag, weights_digest = CATALOGUE.model_tag, CATALOGUE.weights_digest
 
 
 def preflight(model: ModelRequest, data: DataRequest) -> list[Missing]:
-    """What is missing of data, weights and tokenizer. Downloads nothing."""
+    """List missing data, weights and tokenizer. Downloads nothing."""
     found = [missing_data(data, model.name in DEMO_NAMES), CATALOGUE.missing_weights(model), missing_tokenizer(model)]
     return [item for item in found if item is not None]
 

@@ -22,11 +22,12 @@ from fimaq_core.errors import CheckpointError, DataError, FimaqError, ModelError
 from fimaq_core.families.own import names_of, own_chain
 from fimaq_core.fisher.divergence import ClassifierDivergence
 from fimaq_core.layers import QuantConv2d, QuantLinear, QuantMatMul, quant_layers, set_quantized
-from fimaq_core.pipeline import Resources, quantize_chain
+from fimaq_core.pipeline import quantize_chain
 from fimaq_core.progress import silent
 from fimaq_core.quantizers.special import AdaLogQuantizer
 from fimaq_core.recipe import make_recipe
 from fimaq_core.reconstruction.engines import EngineChoice
+from fimaq_core.store import Resources
 from tasks.classification.task import TASK
 from tasks.common.request import CellRequest, DataRequest, ModelRequest
 from tasks.common.stages import calibrate_stage, reconstruct_stage

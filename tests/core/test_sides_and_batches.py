@@ -10,12 +10,13 @@ from fimaq_core.chain import Beside, BlockChain, MlpPart, NormPair, Segment
 from fimaq_core.fisher.divergence import Divergence
 from fimaq_core.fisher.passes import Sweep
 from fimaq_core.layers import QuantLinear, set_quantized
-from fimaq_core.pipeline import Resources, quantize_chain
+from fimaq_core.pipeline import quantize_chain
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction import mlp as mlp_module
 from fimaq_core.reconstruction.objective import BlockObjective
 from fimaq_core.reconstruction.tape import Storage, Tape
 from fimaq_core.samples import Samples
+from fimaq_core.store import Resources
 
 CPU = torch.device("cpu")
 TOKENS, WIDTH, WORDS, END = 6, 16, 20, 19

@@ -24,11 +24,12 @@ from fimaq_core.calibration.special_ranges import percentile_range
 from fimaq_core.chain import BlockChain
 from fimaq_core.fisher.divergence import ClassifierDivergence, kl_divergence
 from fimaq_core.layers import QuantConv2d, QuantLinear, QuantMatMul, decide_rounding, quant_layers, set_quantized
-from fimaq_core.pipeline import Resources, quantize_chain
+from fimaq_core.pipeline import quantize_chain
 from fimaq_core.quantizers.affine import AffineQuantizer, fake_quantize
 from fimaq_core.quantizers.logarithm import GELU_SHIFT, adalog_fake_quantize, adalog_tables, log_fake_quantize
 from fimaq_core.quantizers.twin import twin_gelu, twin_softmax
 from fimaq_core.recipe import OFF, Kind, Recipe, make_recipe
+from fimaq_core.store import Resources
 from tasks.classification.data import open_source
 from tasks.classification.task import TASK
 from tasks.common.images import Images

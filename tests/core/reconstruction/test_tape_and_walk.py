@@ -15,7 +15,7 @@ from fimaq_core.chain import BlockChain, Segment
 from fimaq_core.errors import NumericsError, RecipeError
 from fimaq_core.fisher.divergence import ClassifierDivergence
 from fimaq_core.layers import QuantConv2d, QuantMatMul, quant_layers, set_quantized
-from fimaq_core.pipeline import Resources, finish, quantize_chain
+from fimaq_core.pipeline import finish, quantize_chain
 from fimaq_core.quantizers import activation
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction import objective as objective_module
@@ -23,6 +23,7 @@ from fimaq_core.reconstruction import reconstruct as reconstruct_module
 from fimaq_core.reconstruction import step as step_module
 from fimaq_core.reconstruction.reconstruct import expand_per_token, reconstruct
 from fimaq_core.reconstruction.tape import Storage, Tape
+from fimaq_core.store import Resources
 
 pytestmark = pytest.mark.slow
 

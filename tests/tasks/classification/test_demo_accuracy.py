@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fimaq_core.fisher.divergence import ClassifierDivergence
-from fimaq_core.pipeline import Resources, quantize_chain
+from fimaq_core.pipeline import quantize_chain
 from fimaq_core.recipe import make_recipe
+from fimaq_core.store import Resources
 from tasks.classification.data import open_source
 from tasks.classification.tags import DEMO_NAMES
 from tasks.classification.task import TASK

@@ -138,7 +138,7 @@ def test_found_against_a_loop() -> None:
         order = [n for n in sorted(range(len(found.scores)), key=lambda n: -float(found.scores[n])) if found.scores[n] >= 0.3]
         assert [item["score"] for item in entry["found"]] == [float(found.scores[n]) for n in order[:20]]
         assert [item["name"] for item in entry["found"]] == [f"kind {int(found.labels[n])}" for n in order[:20]]
-        for number, item in zip(order, entry["found"], strict=False):
+        for number, item in zip(order[:20], entry["found"], strict=True):
             x1, y1, x2, y2 = found.bboxes[number].tolist()
             assert item["box"] == pytest.approx([x1, y1, x2 - x1, y2 - y1], abs=0.011)
             mask = found.masks[number].numpy()

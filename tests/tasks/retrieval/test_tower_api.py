@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from fimaq_core import load
 from fimaq_core.checkpoint import state_sha256
 from fimaq_core.errors import CheckpointError, DataError, ModelError
+from fimaq_core.pipeline import quantize_chain
 from fimaq_core.recipe import make_recipe
 from fimaq_core.samples import Samples
 from tasks.common.request import DataRequest, ModelRequest
 from tasks.retrieval.api import TextTower, VisionTower, quantize_tower
-from tasks.retrieval.divergence import contrastive
 from tasks.retrieval.task import TASK
 
 FEW = {
@@ -61,18 +61,19 @@ def test_a_tower_in_one_call(tower: str, pairs: tuple[nn.Module, Tensor, Tensor]
         load(tmp_path / "q.safetensors", other(model))
 
 
-def test_the_divergence_is_that_of_the_task(pairs: tuple[nn.Module, Tensor, Tensor]) -> None:
+@pytest.mark.parametrize("tower", ["vision", "text"])
+def test_a_tower_learns_what_the_task_learns(tower: str, pairs: tuple[nn.Module, Tensor, Tensor]) -> None:
     model, images, ids = pairs
+    settings = {name: value for name, value in FEW.items() if name != "progress"}
+    recipe = make_recipe("fimaq", settings, {"scope": tower, "calibration_transform": "eval"})
     loaded = TASK.load(ModelRequest("demo_clip"))
-    recipe = make_recipe("fimaq", {"calibration_images": 24, "calibration_transform": "eval"})
     data = TASK.calibration(loaded, DataRequest(), recipe)
-    theirs = TASK.divergences(loaded, data, recipe, torch.device("cpu"), 8)["vision"]
-    mine = contrastive(model, TextTower(model), Samples(ids), batch=recipe.divergence_batch)
-    outputs = torch.randn(24, mine.other.shape[1], generator=torch.Generator().manual_seed(0))
-    full = VisionTower(model)(images).detach()
-    expected = theirs(outputs, theirs.reference(Samples(full)).whole)
-    assert torch.allclose(mine(outputs, mine.reference(Samples(full)).whole), expected, rtol=1e-4)
-    assert mine.batch == theirs.batch
+    divergence = TASK.divergences(loaded, data, recipe, torch.device("cpu"), 32)[tower]
+    chain, inputs = TASK.chains(loaded, recipe)[tower], Samples.of(data.inputs[tower])
+    log = quantize_chain(chain, inputs, recipe, divergence)
+    q = quantize_tower(model, images, ids, tower=tower, **FEW)
+    assert q.log.last_loss == pytest.approx(log.last_loss, rel=1e-4)
+    assert torch.allclose(q(inputs.whole), chain(inputs.whole), rtol=1e-3, atol=1e-3)
 
 
 def test_wrong_input_is_one_message(pairs: tuple[nn.Module, Tensor, Tensor]) -> None:
