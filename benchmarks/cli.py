@@ -9,12 +9,11 @@ from typing import Any, Literal
 
 import click
 
-from benchmarks.cells import RunOptions
-from benchmarks.commands import run_grid
 from benchmarks.console import user_errors
 from benchmarks.doctor import doctor
-from benchmarks.grid import load_grid, parse_filters
-from benchmarks.options import (
+from benchmarks.grid.cell import RunOptions
+from benchmarks.grid.expand import load_grid, parse_filters
+from benchmarks.grid.options import (
     adapter,
     folder,
     places,
@@ -23,11 +22,12 @@ from benchmarks.options import (
     results_option,
     text_options,
 )
-from benchmarks.published.cli import published
+from benchmarks.published.command import published
 from benchmarks.published.table import load_table
-from benchmarks.report.cli import report
+from benchmarks.report.command import report
+from benchmarks.run.command import run_grid
 from benchmarks.run.options import RETRIES, ExecutorOptions
-from benchmarks.watch.status import status
+from benchmarks.watch.command import status
 
 
 class _Group(click.Group):
@@ -121,7 +121,7 @@ def run(
     how = ExecutorOptions(engine, jobs, ray_address, gpus_per_cell, retries)
     given = (grid, table or profile, filters, options, adapter(), how)
     if rehearse and not plan:
-        from benchmarks.rehearsal.run import rehearse as rehearse_grid
+        from benchmarks.rehearsal.rehearse import rehearse as rehearse_grid
 
         context.exit(rehearse_grid(*given, report, published))
     context.exit(run_grid(*given, plan, report, published))
@@ -149,7 +149,7 @@ def reference(profile: str, weights: str, results: Path, add: bool, **texts: str
 
     A reference says how far results differ between processors: add the same cells from several.
     """
-    from benchmarks.tables.files import make_reference
+    from benchmarks.tables.write import make_reference
 
     options = RunOptions(results, places(texts), folder(weights))
     make_reference(load_grid(profile), options, adapter(), add)
@@ -171,7 +171,7 @@ def tables(profile: str, chosen: str, output: Path | None, weights: str, results
     They cover the profile's own cells: what a run with filters measured beyond them is not in them. Files go to tables/ beside
     the runs unless --output says otherwise.
     """
-    from benchmarks.tables.files import remake
+    from benchmarks.tables.write import remake
 
     options = RunOptions(results, places(texts), folder(weights))
     remake(load_grid(profile), options, adapter(), "tex" if chosen == "latex" else chosen, output)

@@ -19,14 +19,14 @@ from typing import Any, Literal, NamedTuple
 import click
 import psutil  # type: ignore[import-untyped, unused-ignore]
 
-from benchmarks import options as given
-from benchmarks.cells import Adapter, RunOptions, finished_record
-from benchmarks.costs import REFERENCE, Costs, cost_row, other_rows
-from benchmarks.grid import GRIDS, Filters, expand, load_grid
-from benchmarks.preflight import missing, weights_place
-from benchmarks.units import size_text
+from benchmarks.console import size_text
+from benchmarks.costs.sources import REFERENCE, Costs, cost_row, other_rows
+from benchmarks.grid import options as given
+from benchmarks.grid.cell import Adapter, RunOptions, finished_record
+from benchmarks.grid.expand import GRIDS, Filters, expand, load_grid
+from benchmarks.grid.preflight import missing, weights_place
 from fimaq_core.errors import FimaqError
-from tasks.common.machine import container_limits, processor
+from tasks.common.cell.machine import container_limits, processor
 from tasks.common.record import read_record
 
 LOCK = Path(__file__).resolve().parents[1] / "requirements" / "lock.txt"
@@ -174,7 +174,7 @@ def _existing(path: Path) -> Path:
 
 def results_findings(results: Path) -> Iterator[Finding]:
     """Report whether the results folder can be written, its records and its leases."""
-    from tasks.common.lease import Observer
+    from tasks.common.cell.lease import Observer
 
     place = _existing(results)
     try:

@@ -12,16 +12,21 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 from torch import Tensor, nn
 
 from fimaq_core import NUMERICS_VERSION
-from fimaq_core.bars import progress_bars
 from fimaq_core.chain import BlockChain
-from fimaq_core.checkpoint import Fingerprint, load_checkpoint, read_header, save_checkpoint, state_sha256
+from fimaq_core.checkpoint import (
+    Fingerprint,
+    load_checkpoint,
+    read_header,
+    save_checkpoint,
+    state_sha256,
+)
 from fimaq_core.errors import CheckpointError, DataError, ModelError, first_problem
 from fimaq_core.families import find_family
 from fimaq_core.families.own import described, names_of, own_chain
 from fimaq_core.fisher.divergence import ClassifierDivergence, Divergence
 from fimaq_core.layers import set_quantized
 from fimaq_core.pipeline import quantize_chain
-from fimaq_core.progress import silent
+from fimaq_core.progress import progress_bars, silent
 from fimaq_core.recipe import Recipe, make_recipe
 from fimaq_core.reconstruction.kept import log_facts, read_log
 from fimaq_core.reconstruction.mlp import use_relu

@@ -5,11 +5,17 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fimaq_core.errors import FimaqError, suggest
 
 Model = TypeVar("Model", bound=BaseModel)
+
+
+class Strict(BaseModel):
+    """Base of the records and settings that are read from files: frozen, without unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class _Loader(yaml.SafeLoader):

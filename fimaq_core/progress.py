@@ -1,9 +1,15 @@
 """Progress of a run, as its caller hears it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import SupportsFloat
+
+from rich.console import Console
+from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
 
 from fimaq_core.errors import NumericsError
 
@@ -48,3 +54,35 @@ def losses_to(report: Report, begin: Progress, steps: int, what: str, advice: st
         report(Progress(begin.stage, begin.done + step, begin.total, begin.block, value))
 
     return tick
+
+
+@contextmanager
+def progress_bars() -> Iterator[Report]:
+    """Show one bar per stage on a terminal or, with ipywidgets, in a notebook."""
+    console = Console(stderr=True)
+    drawn = console.is_jupyter and find_spec("ipywidgets") is not None
+    bars = Bars(
+        TextColumn("{task.description:28s}"),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f} %"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[detail]}"),
+        console=console,
+        disable=not (console.is_terminal or drawn),
+        transient=True,
+    )
+    tasks: dict[str, TaskID] = {}
+
+    def report(event: Progress) -> None:
+        if event.stage not in tasks:
+            tasks[event.stage] = bars.add_task(event.stage, total=event.total, detail="")
+        bars.update(
+            tasks[event.stage],
+            total=event.total,
+            completed=event.done,
+            description=f"{event.stage} {event.block}",
+            detail="" if event.loss is None else f"loss {event.loss:.4g}",
+        )
+
+    with bars:
+        yield report

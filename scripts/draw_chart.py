@@ -8,7 +8,7 @@ matplotlib.use("Agg")
 import pandas as pd
 from matplotlib import pyplot
 
-from benchmarks.results.reference import REFERENCE, read_csv
+from benchmarks.compare.reference import REFERENCE, read_csv
 from benchmarks.results.scores import in_order
 
 OUTPUT = Path("docs/demo.png")
@@ -23,7 +23,7 @@ def draw(table: pd.DataFrame, path: Path) -> None:
     """Draw one panel per task: the mean of each method at W3/A3, beside full precision.
 
     Args:
-        table: the demo's reference, see :func:`benchmarks.results.agreement.observations`.
+        table: the demo's reference, see :func:`benchmarks.compare.agreement.observations`.
         path: the PNG file to write.
     """
     figure, axes = pyplot.subplots(1, len(PANELS), figsize=(10, 3.4), width_ratios=(1.3, 1, 1))

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from demo_training import detectors, pairs, scenes
 
 from fimaq_core.errors import suggest
-from tasks.common.digits import PARTS
+from tasks.common.demo.digits import PARTS
 
 TRAINERS = {name: trainer for trainer in (pairs, scenes, detectors) for name in trainer.DEMO.names}
 

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fimaq_core.calibration.candidates import MIN_WEIGHT_SCALE, Candidates, from_bounds, grid_candidates, quantiles
+from fimaq_core.calibration.candidates import (
+    MIN_WEIGHT_SCALE,
+    Candidates,
+    from_bounds,
+    grid_candidates,
+    quantiles,
+)
 from fimaq_core.calibration.reparameterize import reparameterize
 from fimaq_core.chain import BlockChain, Segment
 from fimaq_core.layers import QuantConv2d, QuantLinear, QuantMatMul, quant_layers, set_quantized

@@ -12,7 +12,7 @@ import pytest
 
 from fimaq_core.checkpoint import read_header
 from fimaq_core.recipe import OFF, Recipe, make_recipe
-from tasks.common.cli import build_group, main
+from tasks.common.cli.commands import build_group, main
 from tasks.common.record import read_record
 
 pytestmark = pytest.mark.slow

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from benchmarks.names import PUBLISHED, UNSTATED, Names, load_names
+from benchmarks.grid.names import PUBLISHED, UNSTATED, Names, load_names
 from benchmarks.results.scores import csv_text, over_seeds, read_records, record_scores, write_text
 from fimaq_core.errors import FimaqError
 from fimaq_core.recipe import METHODS, Recipe

@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.compare.judge import Finding, Judged, p_text
 from benchmarks.compare.sides import Pair, Pairing, Run
 from benchmarks.compare.statistics import RESAMPLES
-from benchmarks.terminal import printable
+from benchmarks.console import printable
 
 
 def report(pairing: Pairing, judged: Sequence[Judged], level: float) -> str:

@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.cells import default_adapter
+from benchmarks.grid.cell import default_adapter
 from fimaq_core.progress import Progress, Report
-from tasks.common.lease import is_running, this_process
+from tasks.common.cell.lease import is_running, this_process
 from tasks.common.request import CellRequest
 
 
@@ -49,8 +49,8 @@ def doubled(events: Sequence[Event]) -> set[str]:
 
 def run_cell(request: CellRequest, report: Report) -> Path:
     """Measure a cell as the real adapter does, and note what happens."""
-    from tasks.common.plan import planned_folder
-    from tasks.common.run import run_cell as real
+    from tasks.common.cell.identity import planned_folder
+    from tasks.common.cell.run import run_cell as real
 
     results = request.results.parent
     cell = str(planned_folder(request).relative_to(request.results))

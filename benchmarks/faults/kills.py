@@ -15,11 +15,11 @@ from typing import Any
 import click
 import psutil  # type: ignore[import-untyped, unused-ignore]
 
-from benchmarks.cells import RunOptions, default_adapter, finished_record
+from benchmarks.compare.reference import machine
 from benchmarks.console import user_errors
 from benchmarks.faults.audit import doubled, read_events
-from benchmarks.grid import Filters, expand, load_grid
-from benchmarks.results.reference import machine
+from benchmarks.grid.cell import RunOptions, default_adapter, finished_record
+from benchmarks.grid.expand import Filters, expand, load_grid
 from benchmarks.run.ray import check_folder
 
 GRID = Path(__file__).with_name("grid.yaml")

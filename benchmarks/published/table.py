@@ -11,14 +11,13 @@ from typing import Any
 
 from pydantic import Field
 
-from benchmarks.cells import CellName
-from benchmarks.names import PUBLISHED, UNSTATED, load_names
-from benchmarks.schema import FP, Grid, known_method, load_grid, parse_bits
-from fimaq_core.documents import read_yaml, validate
+from benchmarks.grid.cell import CellName
+from benchmarks.grid.names import PUBLISHED, UNSTATED, load_names
+from benchmarks.grid.schema import FP, Grid, known_method, load_grid, parse_bits
+from fimaq_core.documents import Strict, read_yaml, validate
 from fimaq_core.errors import FimaqError, suggest
 from fimaq_core.recipe import OFF, Recipe, make_recipe
 from tasks.common.record import bits_name
-from tasks.common.strict import Strict
 
 TABLES = PUBLISHED / "tables"
 #: Name of the bits of what is not quantized.

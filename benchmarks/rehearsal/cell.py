@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rehearsal.data import few_classes
+from benchmarks.rehearsal.images import few_classes
 from fimaq_core.errors import FimaqError
 from fimaq_core.progress import Progress, Report
 from fimaq_core.recipe import Recipe, make_recipe
@@ -66,8 +66,8 @@ def rehearse_cell(request: CellRequest, report: Report) -> Path:
     Raises:
         FimaqError: after the kill, something finished was done again.
     """
-    from tasks.common.plan import planned_folder
-    from tasks.common.run import run_cell
+    from tasks.common.cell.identity import planned_folder
+    from tasks.common.cell.run import run_cell
 
     request = in_small(request)
     folder = planned_folder(request)
@@ -98,7 +98,7 @@ class _Listener:
         self._first = ""
 
     def __call__(self, progress: Progress) -> None:
-        from tasks.common.environment import peak_memory, resolve_device
+        from tasks.common.cell.environment import peak_memory, resolve_device
 
         memory = peak_memory(resolve_device(self._device))
         event = {"attempt": self._attempt, "time": self._now(), "memory": memory}

@@ -7,19 +7,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cells import Adapter, RunOptions
-from benchmarks.published.layout import Layout
+from benchmarks.compare import reference
+from benchmarks.grid.cell import Adapter, RunOptions
+from benchmarks.grid.schema import Grid
 from benchmarks.published.table import PublishedTable
 from benchmarks.report import charts, examples, figures
+from benchmarks.report.differences import published, published_table
 from benchmarks.report.gather import Gathered, gather
 from benchmarks.report.groups import Group, make_groups, rows_of
 from benchmarks.report.notes import axis_tables, data_lines, facts, note_lines
 from benchmarks.report.provenance import module_maps, origin
-from benchmarks.report.published import published, published_table
 from benchmarks.report.tables import recovery_table, wide_table
-from benchmarks.results import reference
 from benchmarks.results.scores import FULL, main_metric, metric_title, scores, unique, write_text
-from benchmarks.schema import Grid
+from benchmarks.tables.published import Layout
 from fimaq_core.errors import FimaqError
 
 

@@ -6,14 +6,14 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from benchmarks.cells import Cell
+from benchmarks.grid.cell import Cell
 from benchmarks.report.charts import COLOURS, px
 from benchmarks.report.gather import Gathered
 from benchmarks.report.groups import Group, find
 from benchmarks.results.scores import FULL, Column, Measured, columns_of
 from fimaq_core.errors import CheckpointError, FimaqError
 from tasks.common import registry
-from tasks.common.examples import (
+from tasks.common.cell.prediction_samples import (
     CaptionSample,
     ClassSample,
     FoundObject,
@@ -69,7 +69,7 @@ def read_all(groups: Sequence[Group], gathered: Gathered) -> dict[str, Told]:
 
 def fetch(cell: Cell, ids: Sequence[str]) -> Mapping[str, "Image"]:
     """Return the pictures of samples from the cell's own task. Raises DataError."""
-    return registry.pictures(cell.task, cell.request.model, cell.request.data, list(ids))
+    return registry.originals(cell.task, cell.request.model, cell.request.data, list(ids))
 
 
 def make_pictures(told: Mapping[str, Told], get: Fetch, gathered: Gathered) -> Pictures:

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from benchmarks.cells import Cell
+from benchmarks.console import duration, size_text
+from benchmarks.grid.cell import Cell
 from benchmarks.report import charts
 from benchmarks.report.groups import Group, find
 from benchmarks.report.tables import best_of
 from benchmarks.results.scores import FULL, Column, columns_of, is_percent, unique
-from benchmarks.units import duration, size_text
 from fimaq_core.recipe import OFF
 
 #: Stage of records that have no memory by stage: the peak of all of it.

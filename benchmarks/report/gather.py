@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.cells import Adapter, Cell, RunOptions, known_folder
-from benchmarks.grid import FP, Filters, expand
+from benchmarks.grid.cell import Adapter, Cell, RunOptions, known_folder
+from benchmarks.grid.expand import FP, Filters, expand
+from benchmarks.grid.schema import Grid
 from benchmarks.results.scores import Measured, collect
-from benchmarks.schema import Grid
 from fimaq_core.errors import FimaqError
 from fimaq_core.recipe import OFF
 from tasks.common.record import ResultRecord, bits_name, outcomes_problem, read_record

@@ -6,7 +6,7 @@ from functools import cached_property
 from statistics import fmean
 from typing import NamedTuple
 
-from benchmarks.cells import Cell
+from benchmarks.grid.cell import Cell
 from benchmarks.results.scores import (
     FULL,
     Column,

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from benchmarks.cells import Cell
+from benchmarks.grid.cell import Cell
+from benchmarks.grid.schema import Grid
 from benchmarks.report.groups import Group
 from benchmarks.results.scores import Measured, sample_counts, scores, unique
-from benchmarks.schema import Grid
 from benchmarks.tables.ablation import axis_table, methods_on
-from benchmarks.tables.order import order_lines
+from benchmarks.tables.expected_orders import order_lines
 from benchmarks.tables.settings import settings_lines
 from benchmarks.tables.summary import sampling_line
 from fimaq_core.errors import FimaqError

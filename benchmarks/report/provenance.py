@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.compare.published import changed_settings
+from benchmarks.console import duration, size_text
 from benchmarks.report.gather import Gathered
 from benchmarks.report.groups import Group
 from benchmarks.results.scores import Measured, sample_counts, unique
-from benchmarks.units import duration, size_text
 from fimaq_core.errors import FimaqError
 from fimaq_core.recipe import OFF
 from tasks.common.record import LayerEntry, ResultRecord, recipe_of

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from benchmarks.cells import Cell
+from benchmarks.grid.cell import Cell
 from benchmarks.report.groups import Group, find, row_name, rows_of
 from benchmarks.results.outcomes import compare
 from benchmarks.results.scores import FULL, columns_of, is_percent, metric_title

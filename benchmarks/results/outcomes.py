@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.cells import MAIN_METRIC
+from benchmarks.grid.cell import MAIN_METRIC
 from benchmarks.results.scores import Items, Measured
 from fimaq_core.errors import FimaqError
 from tasks.common.record import ResultRecord, outcome_arrays

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from benchmarks.cells import MAIN_METRIC, Adapter, Cell, Key, finished
+from benchmarks.grid.cell import MAIN_METRIC, Adapter, Cell, Key, finished
 from fimaq_core.errors import FimaqError
 from fimaq_core.files import replaced_whole
 from fimaq_core.recipe import METHODS, OFF

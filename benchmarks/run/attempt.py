@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass, field, replace
 
-from benchmarks.cells import Cell
+from benchmarks.grid.cell import Cell
 from benchmarks.run.executor import Failed
 from fimaq_core.progress import Progress
 from tasks.common.request import CellRequest

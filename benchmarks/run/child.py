@@ -120,7 +120,7 @@ def measure(work: bytes, send: Callable[[Message], None]) -> Finished | Failed:
 
 
 def _kind(error: Exception) -> Kind:
-    from tasks.common.lease import Busy, LeaseLost
+    from tasks.common.cell.lease import Busy, LeaseLost
 
     if isinstance(error, Busy):
         return "busy"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from benchmarks.cells import RunOptions
+from benchmarks.grid.cell import RunOptions
 from benchmarks.run.executor import Executor
 from fimaq_core.errors import FimaqError
 

@@ -4,8 +4,8 @@ from bisect import insort
 from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from benchmarks.cells import Cell, Key
-from benchmarks.estimate import expected_cost
+from benchmarks.costs.estimate import expected_cost
+from benchmarks.grid.cell import Cell, Key
 from fimaq_core.recipe import OFF
 from tasks.common import registry
 from tasks.common.record import bits_name
@@ -70,7 +70,7 @@ class _Chain:
 
     @property
     def cost(self) -> float:
-        """Cost of the waiting cells, in the units of `benchmarks.estimate.expected_cost`."""
+        """Cost of the waiting cells, in the units of `benchmarks.costs.estimate.expected_cost`."""
         return sum(expected_cost(cell) for cell in self.waiting)
 
 

@@ -6,16 +6,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.cells import MAIN_METRIC, Adapter, Cell, Key
-from benchmarks.estimate import Estimator
+from benchmarks.console import duration
+from benchmarks.costs.estimate import Estimator
+from benchmarks.grid.cell import MAIN_METRIC, Adapter, Cell, Key
 from benchmarks.run.attempt import Attempts
 from benchmarks.run.executor import Executor, Failed, MakeExecutor, Message, Started
 from benchmarks.run.order import Schedule
-from benchmarks.units import duration
 from benchmarks.watch.live import Watch
 from fimaq_core.errors import FimaqError
 from fimaq_core.progress import Progress
-from tasks.common.lease import Observer
+from tasks.common.cell.lease import Observer
 from tasks.common.record import ResultRecord, read_record
 
 #: Seconds between two looks at cells that others measure, and the longest wait for messages.

@@ -8,16 +8,16 @@ from datetime import UTC, datetime
 import torch
 from torch._inductor.utils import fresh_cache
 
-from benchmarks.costs import published_minutes
+from benchmarks.costs.sources import published_minutes
 from benchmarks.speed.memory import measure_peak
-from benchmarks.speed.record import SpeedRecord
+from benchmarks.speed.results import SpeedRecord
 from benchmarks.speed.steps import Rates, StepTimes
 from benchmarks.speed.subjects import load_subject
 from benchmarks.speed.walk import calibration_seconds, line, protocol_seconds, walk
 from fimaq_core.recipe import make_recipe
 from fimaq_core.reconstruction.engines import Engine, choose_engine, cpp_compiler
 from tasks.classification.tags import DEMO_NAMES
-from tasks.common.environment import describe
+from tasks.common.cell.environment import describe
 
 #: Seconds that the memory measurement takes to start.
 MEMORY_START = 15.0

@@ -21,7 +21,7 @@ from fimaq_core.reconstruction.block import BlockTrainer
 from fimaq_core.reconstruction.objective import BlockObjective
 from fimaq_core.reconstruction.reconstruct import expand_per_token
 from fimaq_core.reconstruction.tape import Storage, Tape
-from tasks.common.environment import peak_memory, reset_peak_memory, resident_memory
+from tasks.common.cell.environment import peak_memory, reset_peak_memory, resident_memory
 
 #: Setting of glibc: the size from which it takes memory from the system and gives it back directly.
 #: By default freed memory may stay with the process, up to as much again.

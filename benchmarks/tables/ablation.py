@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from benchmarks.grid.schema import Axes
 from benchmarks.results.outcomes import compare, mean_difference
 from benchmarks.results.scores import (
     Cells,
@@ -15,7 +16,6 @@ from benchmarks.results.scores import (
     unique,
     value_text,
 )
-from benchmarks.schema import Axes
 from benchmarks.tables.markdown import fitting
 
 _NOTE = (

@@ -7,7 +7,8 @@ from itertools import groupby
 import numpy as np
 import pandas as pd
 
-from benchmarks.cells import Cell
+from benchmarks.grid.cell import Cell
+from benchmarks.grid.schema import Axes
 from benchmarks.results.scores import (
     FULL,
     PAIRS,
@@ -23,7 +24,6 @@ from benchmarks.results.scores import (
     seeds_of,
     unique,
 )
-from benchmarks.schema import Axes
 from benchmarks.tables.ablation import methods_on
 from benchmarks.tables.markdown import runs
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pandas as pd
 
+from benchmarks.grid.schema import Axes
 from benchmarks.results.scores import (
     FULL,
     PAIRS,
@@ -21,10 +22,9 @@ from benchmarks.results.scores import (
     unique,
     value_text,
 )
-from benchmarks.schema import Axes
 from benchmarks.tables.ablation import axis_parts
+from benchmarks.tables.expected_orders import order_lines
 from benchmarks.tables.markdown import fitting, markdown
-from benchmarks.tables.order import order_lines
 from benchmarks.tables.settings import MARKS, marks, settings_lines
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from benchmarks.terminal import plain
+from benchmarks.console import plain
 
 #: Bounds keep what is read from a file printable; they are far beyond any grid.
 Seconds = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]

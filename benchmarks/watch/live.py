@@ -15,9 +15,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks.cells import Cell
-from benchmarks.estimate import time_left
-from benchmarks.units import duration
+from benchmarks.console import duration
+from benchmarks.costs.estimate import time_left
+from benchmarks.grid.cell import Cell
 from benchmarks.watch.events import Event, Running, State, left
 from benchmarks.watch.log import EventLog
 from fimaq_core.progress import Progress

@@ -6,12 +6,24 @@ from torch import Tensor
 from fimaq_core.calibration.capture import Capture, quantizes
 from fimaq_core.calibration.conv_ranges import calibrate_conv, calibrate_conv_by_own_error
 from fimaq_core.calibration.layer_ranges import calibrate_linear, calibrate_matmul
-from fimaq_core.calibration.percentile_ranges import conv_percentiles, linear_percentiles, matmul_percentiles
+from fimaq_core.calibration.percentile_ranges import (
+    conv_percentiles,
+    linear_percentiles,
+    matmul_percentiles,
+)
 from fimaq_core.calibration.refit import reduce_conv_error, reduce_linear_error
 from fimaq_core.calibration.reparameterize import channel_ranges, reparameterize
 from fimaq_core.calibration.special_layers import calibrate_after_gelu, calibrate_after_softmax
 from fimaq_core.chain import BlockChain, Kept, Segment
-from fimaq_core.layers import QuantConv2d, QuantConvTranspose2d, QuantLayer, QuantLinear, QuantMatMul, quant_layers, set_quantized
+from fimaq_core.layers import (
+    QuantConv2d,
+    QuantConvTranspose2d,
+    QuantLayer,
+    QuantLinear,
+    QuantMatMul,
+    quant_layers,
+    set_quantized,
+)
 from fimaq_core.progress import Progress, Report, silent
 from fimaq_core.quantizers.affine import AffineQuantizer
 from fimaq_core.recipe import OFF, Recipe

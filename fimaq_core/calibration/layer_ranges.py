@@ -14,7 +14,11 @@ from fimaq_core.calibration.candidates import (
 )
 from fimaq_core.calibration.output_error import Product, best_of_heads, best_operand
 from fimaq_core.calibration.own_error import best_by_own_error
-from fimaq_core.calibration.progressive import progressive_heads, progressive_input, progressive_rows
+from fimaq_core.calibration.progressive import (
+    progressive_heads,
+    progressive_input,
+    progressive_rows,
+)
 from fimaq_core.calibration.shared_codes import shared_errors
 from fimaq_core.calibration.weight_error import best_rows, input_moments
 from fimaq_core.layers import QuantLinear, QuantMatMul

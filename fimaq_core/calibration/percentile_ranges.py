@@ -12,7 +12,13 @@ from fimaq_core.calibration.candidates import MIN_WEIGHT_SCALE, ascending
 from fimaq_core.calibration.layer_ranges import set_rows
 from fimaq_core.calibration.special_ranges import percentile_log_scale, percentile_range
 from fimaq_core.calibration.thinning import conv_values
-from fimaq_core.layers import QuantConv2d, QuantConvTranspose2d, QuantLinear, QuantMatMul, WeightLayer
+from fimaq_core.layers import (
+    QuantConv2d,
+    QuantConvTranspose2d,
+    QuantLinear,
+    QuantMatMul,
+    WeightLayer,
+)
 from fimaq_core.quantizers.activation import ActivationQuantizer
 from fimaq_core.quantizers.affine import AffineQuantizer
 from fimaq_core.quantizers.special import LogQuantizer

@@ -10,7 +10,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fimaq_core.calibration.candidates import MIN_SCALE, MIN_WEIGHT_SCALE, Candidates, ascending, grid_candidates
+from fimaq_core.calibration.candidates import (
+    MIN_SCALE,
+    MIN_WEIGHT_SCALE,
+    Candidates,
+    ascending,
+    grid_candidates,
+)
 from fimaq_core.calibration.output_error import Product
 from fimaq_core.calibration.own_error import errors_of_groups
 from fimaq_core.calibration.similar_ranges import RangeErrors, uniform_points

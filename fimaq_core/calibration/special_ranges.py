@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fimaq_core.calibration.candidates import MIN_SCALE, Candidates, ascending, block_elements, quantiles
+from fimaq_core.calibration.candidates import (
+    MIN_SCALE,
+    Candidates,
+    ascending,
+    block_elements,
+    quantiles,
+)
 from fimaq_core.calibration.own_error import best_by_own_error
 from fimaq_core.calibration.progressive import progressive
 from fimaq_core.calibration.similar_ranges import Points, RangeErrors

@@ -12,7 +12,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from fimaq_core.errors import ModelError
-from fimaq_core.families.attention import ExplicitMultiheadAttention, additive, attend, products, side_by_side
+from fimaq_core.families.attention import (
+    ExplicitMultiheadAttention,
+    additive,
+    attend,
+    products,
+    side_by_side,
+)
 from fimaq_core.layers import QuantConv2d, QuantLinear, QuantMatMul, quant_layers
 from fimaq_core.recipe import Recipe
 

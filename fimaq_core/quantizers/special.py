@@ -15,7 +15,12 @@ from fimaq_core.quantizers.logarithm import (
     learned_log_fake_quantize,
     log_fake_quantize,
 )
-from fimaq_core.quantizers.twin import learned_twin_gelu, learned_twin_softmax, twin_gelu, twin_softmax
+from fimaq_core.quantizers.twin import (
+    learned_twin_gelu,
+    learned_twin_softmax,
+    twin_gelu,
+    twin_softmax,
+)
 from fimaq_core.recipe import Kind
 
 #: What an operand comes out of.

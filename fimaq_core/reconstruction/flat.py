@@ -13,7 +13,14 @@ from fimaq_core.errors import EngineError
 from fimaq_core.reconstruction.loss import Batch, LossState, prediction_loss
 from fimaq_core.reconstruction.objective import BlockObjective
 from fimaq_core.reconstruction.sample_objective import SampleObjective
-from fimaq_core.reconstruction.step import StepEngine, StepInputs, StepPlan, batch_loss, batch_output, update
+from fimaq_core.reconstruction.step import (
+    StepEngine,
+    StepInputs,
+    StepPlan,
+    batch_loss,
+    batch_output,
+    update,
+)
 
 #: Steps that run one by one before a graph is captured (compilation, libraries' workspaces).
 WARM_UP = 3
@@ -219,7 +226,9 @@ class SaveAsWritten(CustomPartitionerFn):
     """
 
     def __call__(self, gm: Any, joint_inputs: Any, **kwargs: Any) -> Any:
-        from torch._functorch.partitioners import default_partition  # imports networkx: only to compile
+        from torch._functorch.partitioners import (
+            default_partition,  # imports networkx: only to compile
+        )
 
         kwargs.pop("compiler", None)
         return default_partition(gm, joint_inputs, **kwargs)

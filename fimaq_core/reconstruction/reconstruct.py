@@ -9,14 +9,25 @@ from torch import Tensor
 
 from fimaq_core.chain import BlockChain, Segment
 from fimaq_core.fisher.divergence import Divergence
-from fimaq_core.layers import QuantLinear, QuantMatMul, decide_roundings, quant_layers, set_quantized
+from fimaq_core.layers import (
+    QuantLinear,
+    QuantMatMul,
+    decide_roundings,
+    quant_layers,
+    set_quantized,
+)
 from fimaq_core.progress import Progress, Report, losses_to, silent
 from fimaq_core.quantizers.affine import AffineQuantizer
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction.block import optimise_block
 from fimaq_core.reconstruction.engines import Engine, EngineChoice, choose_engine
 from fimaq_core.reconstruction.sample_objective import make_objective
-from fimaq_core.reconstruction.state import NEAR_FLOOR, SCALE_FLOOR, active_quantizers, rounded_layers
+from fimaq_core.reconstruction.state import (
+    NEAR_FLOOR,
+    SCALE_FLOOR,
+    active_quantizers,
+    rounded_layers,
+)
 from fimaq_core.reconstruction.tape import Placement, Storage, Tape
 from fimaq_core.samples import Samples
 

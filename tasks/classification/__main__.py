@@ -1,5 +1,5 @@
 """``python -m tasks.classification``."""
 
-from tasks.common.cli import build_group, main
+from tasks.common.cli.commands import build_group, main
 
 main(build_group("classification", "Quantize timm classifiers (simulated) and measure their accuracy."))

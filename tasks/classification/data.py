@@ -10,12 +10,12 @@ from PIL import Image
 
 from fimaq_core.errors import DataError
 from fimaq_core.recipe import Recipe
-from tasks.classification.demo.digits import DigitPairs
-from tasks.common.calibration import draw, positions_of, read_list
-from tasks.common.files import file_below
-from tasks.common.folders import Source, open_folder
-from tasks.common.imagenet import LAYOUT
-from tasks.common.images import Images, file_reader
+from tasks.classification.demo.digit_pairs import DigitPairs
+from tasks.common.data.calibration import draw, positions_of, read_list
+from tasks.common.data.files import file_below
+from tasks.common.data.folders import Source, open_folder
+from tasks.common.data.imagenet import LAYOUT
+from tasks.common.data.images import Images, file_reader
 from tasks.common.request import DataRequest
 from tasks.common.task import CalibrationSet, LoadedModel
 

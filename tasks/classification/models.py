@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torchvision.transforms import Compose, Grayscale
 
 from fimaq_core.errors import ModelError, first_problem
-from tasks.classification.demo.digits import CANVAS_SIZE, eval_transform, train_transform
+from tasks.classification.demo.digit_pairs import CANVAS_SIZE, eval_transform, train_transform
 from tasks.classification.demo.models import DEMO
 from tasks.classification.tags import CATALOGUE, DEMO_NAMES, full_name
+from tasks.common.models.weights import load_state, read_weights
 from tasks.common.preprocessing import Preprocessing
 from tasks.common.request import ModelRequest, describe_missing
 from tasks.common.task import LoadedModel
-from tasks.common.weights import load_state, read_weights
 
 
 def load_model(request: ModelRequest) -> LoadedModel:

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from fimaq_core.errors import ModelError, suggest
-from tasks.common.hub import Catalogue, Repository
-from tasks.common.imagenet import missing_imagenet
+from tasks.common.data.imagenet import missing_imagenet
+from tasks.common.models.hub import Catalogue, Repository
 from tasks.common.request import DataRequest, Missing, ModelRequest
 
 #: Short names and the published checkpoints they mean. Untagged timm names have moved over the years.

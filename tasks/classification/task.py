@@ -10,8 +10,8 @@ from fimaq_core.progress import Report
 from fimaq_core.recipe import Recipe
 from tasks.classification import models, tags
 from tasks.classification.data import calibration_set, open_source
-from tasks.common.class_names import readable_names
-from tasks.common.images import Images
+from tasks.common.data.class_names import readable_names
+from tasks.common.data.images import Images
 from tasks.common.request import DataRequest, ModelRequest
 from tasks.common.task import CalibrationSet, Evaluation, LoadedModel, Task
 from tasks.common.top_k import evaluate

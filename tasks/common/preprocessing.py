@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, FiniteFloat, PositiveInt, ValidationError
 
+from fimaq_core.documents import Strict
 from fimaq_core.errors import RecipeError, first_problem
-from tasks.common.strict import Strict
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[FiniteFloat, Field(gt=0)]

@@ -16,12 +16,12 @@ import numpy as np
 from pydantic import Field, FiniteFloat, ValidationError, model_validator
 from pydantic_core import from_json
 
+from fimaq_core.documents import Strict
 from fimaq_core.errors import CheckpointError, DataError, first_problem
 from fimaq_core.files import replaced_whole
 from fimaq_core.recipe import Recipe
 from tasks.common.hashing import file_sha256
 from tasks.common.preprocessing import Preprocessing
-from tasks.common.strict import Strict
 
 SCHEMA_VERSION = 3
 #: Fields that version 2 brought; those of version 3 have defaults that mean "not recorded".
@@ -74,7 +74,7 @@ class Dataset(Strict):
         class_names_from: weights or demo (``model``), COCO 2017 (``published``), or the data, by
             position (``annotations``).
         class_categories: category of each class of the detector; None for one that the data lack.
-        class_order: order of class folders, see :mod:`tasks.common.class_order`.
+        class_order: order of class folders, see :mod:`tasks.common.data.class_order`.
         left_out: number of files that are neither hidden nor images.
     """
 

@@ -43,7 +43,7 @@ class DataRequest:
         keep_outputs: keep what the model gave for each sample beside the record, where the task has a form
             for that. No part of a cell's identity: finished cells are not measured again for it.
         exif: detection: EXIF orientations are applied or ignored; None decides by the annotated sizes.
-        class_order: order of the class folders, see :func:`tasks.common.class_order.ordered`.
+        class_order: order of the class folders, see :func:`tasks.common.data.class_order.ordered`.
     """
 
     path: Path | None = None

@@ -104,9 +104,9 @@ class Evaluation:
     Attributes:
         outcomes: arrays of equal length, a row a sample.
         files: what else is kept beside the record, as was asked for: JSON values by file name.
-        examples: what the model says of up to 12 samples (:class:`tasks.common.examples.Spread`), as
+        examples: what the model says of up to 12 samples (:class:`tasks.common.cell.prediction_samples.Spread`), as
             JSON of ``ClassSample``, ``CaptionSample`` or ``ObjectSample`` there; ``sample`` is an id
-            that :meth:`Task.pictures` takes.
+            that :meth:`Task.originals` takes.
         notes: what a user should know of the data and of what was measured.
     """
 
@@ -221,7 +221,7 @@ class Task:
         """Measure ``model`` (of :meth:`assemble`) on its ``device``. Raises DataError, NumericsError."""
         raise NotImplementedError
 
-    def pictures(self, model: ModelRequest, data: DataRequest, ids: Sequence[str]) -> dict[str, Image.Image]:
+    def originals(self, model: ModelRequest, data: DataRequest, ids: Sequence[str]) -> dict[str, Image.Image]:
         """Return the original images, RGB, of samples that an evaluation names in its examples.
 
         Reads these images alone, and no weights. Ids may come from files that others wrote: none
@@ -230,5 +230,5 @@ class Task:
         Raises:
             DataError: the data are not there, an id is none of theirs, or an image is damaged.
         """
-        found: dict[str, Image.Image] = importlib.import_module(f"{self.tags.__package__}.pictures").pictures(model, data, ids)
+        found: dict[str, Image.Image] = importlib.import_module(f"{self.tags.__package__}.originals").originals(model, data, ids)
         return found

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from fimaq_core.errors import DataError, NumericsError
 from fimaq_core.progress import Progress, Report
-from tasks.common.examples import Spread, leaders, shortened
-from tasks.common.folders import Source
-from tasks.common.images import Images, image_outputs
+from tasks.common.cell.prediction_samples import Spread, leaders, shortened
+from tasks.common.data.folders import Source
+from tasks.common.data.images import Images, image_outputs
 from tasks.common.record import proportion
 from tasks.common.task import Evaluation
 

@@ -1,7 +1,7 @@
 """``python -m tasks.detection``."""
 
-from tasks.common.cli import build_group, main
-from tasks.common.options import TaskOptions
+from tasks.common.cli.commands import build_group, main
+from tasks.common.cli.options import TaskOptions
 from tasks.detection.tags import SCOPES
 
 OPTIONS = TaskOptions(

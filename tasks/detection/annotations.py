@@ -7,16 +7,26 @@ crowd regions, ids with gaps); what would make it fail, or miscount in silence, 
 import math
 import posixpath
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
 from fimaq_core.errors import DataError
-from tasks.common.files import parse_json, read_text, state_of
+from tasks.common.data.files import parse_json, read_text, state_of
 
 Entry = dict[str, Any]
 #: ``images``, ``annotations`` and ``categories`` with the keys that :func:`checked` names, in the file's order.
 Coco = dict[str, list[Entry]]
+
+
+@dataclass(frozen=True)
+class Detections:
+    """Objects found, in COCO's format of results, in the images with the indices ``kept``."""
+
+    results: list[Entry]
+    kept: list[int]
+    notes: Sequence[str] = ()
 
 
 def read_annotations(path: Path, annotated: bool = True) -> Coco:

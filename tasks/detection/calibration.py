@@ -9,9 +9,9 @@ import numpy as np
 from fimaq_core.errors import RecipeError
 from fimaq_core.recipe import Recipe
 from fimaq_core.samples import Samples
-from tasks.common.calibration import positions_of, read_list, take
-from tasks.common.files import id_below
-from tasks.common.images import Images
+from tasks.common.data.calibration import positions_of, read_list, take
+from tasks.common.data.files import id_below
+from tasks.common.data.images import Images
 from tasks.common.request import DataRequest
 from tasks.common.task import CalibrationSet, LoadedModel
 from tasks.detection.coco import open_source

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from fimaq_core.errors import DataError, suggest
-from tasks.common.class_names import by_name
-from tasks.common.images import counted, named
+from tasks.common.data.class_names import by_name
+from tasks.common.data.images import counted, named
 from tasks.common.task import LoadedModel
 from tasks.detection.annotations import Coco, Entry
 

@@ -8,7 +8,14 @@ from fimaq_core.chain import BlockChain, Kept, MlpPart, NormPair, Segment
 from fimaq_core.errors import ModelError
 from fimaq_core.families.parts import norm_pair
 from fimaq_core.recipe import OFF, Recipe
-from tasks.detection.mm import CascadeRCNN, MaskRCNN, SwinBlockSequence, SwinTransformer, TwoStageDetector, expect
+from tasks.detection.mm import (
+    CascadeRCNN,
+    MaskRCNN,
+    SwinBlockSequence,
+    SwinTransformer,
+    TwoStageDetector,
+    expect,
+)
 from tasks.detection.neck import ExplicitFPN, Unpack, pack
 from tasks.detection.swin import ExplicitPatchEmbed, ExplicitPatchMerging, ExplicitSwinBlock
 

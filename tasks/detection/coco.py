@@ -227,7 +227,7 @@ def file_reader(
         import cv2
         from PIL import Image
 
-        from tasks.common.images import grey_bits, open_rgb
+        from tasks.common.data.images import grey_bits, open_rgb
 
         path = paths[index]
         orientation = orientation_of(path, sizes[index], exif)

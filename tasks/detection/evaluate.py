@@ -3,7 +3,6 @@
 import contextlib
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,10 +12,10 @@ from torch.utils.data import DataLoader
 
 from fimaq_core.errors import DataError, ModelError, NumericsError
 from fimaq_core.progress import Progress, Report
-from tasks.common.images import Images
+from tasks.common.data.images import Images
 from tasks.common.record import Metric
 from tasks.common.task import Evaluation
-from tasks.detection.annotations import Entry, area_of
+from tasks.detection.annotations import Detections, Entry, area_of
 from tasks.detection.coco import DetectionSource
 from tasks.detection.example_objects import detection_examples
 from tasks.detection.precision import Matches, averages, contributions, standard_error
@@ -37,15 +36,6 @@ MAX_DETECTIONS = 100
 #: (1, 3, H, W) on the device and mmdet's meta to mmdet's ``InstanceData``: boxes in pixels of the original image, scores, labels
 #: and masks; or a ``DetDataSample`` with that in ``pred_instances``.
 Predict = Callable[[Tensor, dict[str, Any]], Any]
-
-
-@dataclass(frozen=True)
-class Detections:
-    """Objects found, in COCO's format of results, in the images with the indices ``kept``."""
-
-    results: list[Entry]
-    kept: list[int]
-    notes: Sequence[str] = ()
 
 
 def detect(

@@ -1,15 +1,12 @@
 """Objects found in a few images and the true ones, as outlines in pixels of the original image."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from tasks.common.examples import FOUND, LEAST_SCORE, TRUTHS, Spread, shortened
-from tasks.detection.annotations import Entry, area_of
+from tasks.common.cell.prediction_samples import FOUND, LEAST_SCORE, TRUTHS, Spread, shortened
+from tasks.detection.annotations import Detections, Entry, area_of
 from tasks.detection.coco import DetectionSource
-
-if TYPE_CHECKING:
-    from tasks.detection.evaluate import Detections
 
 #: Corners of an outline at most, outlines of an object at most, and pixels that one must enclose.
 _CORNERS, _OUTLINES, _LEAST_AREA = 60, 20, 4
@@ -18,8 +15,8 @@ _CORNERS, _OUTLINES, _LEAST_AREA = 60, 20, 4
 _DISTANCE, _GROWTH = 0.3, 1.15
 
 
-def detection_examples(source: DetectionSource, detections: "Detections") -> list[dict[str, Any]]:
-    """Objects of up to 12 images, see :class:`tasks.common.examples.Spread`.
+def detection_examples(source: DetectionSource, detections: Detections) -> list[dict[str, Any]]:
+    """Objects of up to 12 images, see :class:`tasks.common.cell.prediction_samples.Spread`.
 
     ``found`` are the 20 detections of highest score, from 0.3 on; ``truth`` the annotated objects
     without crowd regions, of more than 100 the largest.

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fimaq_core.errors import DataError
-from tasks.common.files import FilesBelow
-from tasks.common.images import counted
+from tasks.common.data.files import FilesBelow
+from tasks.common.data.images import counted
 
 
 class Folder(FilesBelow):

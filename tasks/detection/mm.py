@@ -41,7 +41,13 @@ with _quiet():
     from mmdet.datasets import CocoDataset
     from mmdet.datasets.transforms import PackDetInputs, Resize
     from mmdet.evaluation import CocoMetric
-    from mmdet.models.backbones.swin import ShiftWindowMSA, SwinBlock, SwinBlockSequence, SwinTransformer, WindowMSA
+    from mmdet.models.backbones.swin import (
+        ShiftWindowMSA,
+        SwinBlock,
+        SwinBlockSequence,
+        SwinTransformer,
+        WindowMSA,
+    )
     from mmdet.models.data_preprocessors import DetDataPreprocessor
     from mmdet.models.dense_heads import RPNHead
     from mmdet.models.detectors import CascadeRCNN, MaskRCNN, TwoStageDetector

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from fimaq_core.errors import ModelError
-from tasks.common.images import named
+from tasks.common.data.images import named
+from tasks.common.models.weights import StoredWeights, load_state, read_weights
 from tasks.common.request import ModelRequest, describe_missing
 from tasks.common.task import LoadedModel
-from tasks.common.weights import StoredWeights, load_state, read_weights
 from tasks.detection import mm
 from tasks.detection.configs import RESIZE, build, published_config
 from tasks.detection.tags import CATALOGUE, DEMO_NAMES, full_name, missing_weights

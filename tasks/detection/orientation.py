@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from fimaq_core.errors import DataError
-from tasks.common.images import counted
+from tasks.common.data.images import counted
 
 Exif = Literal["apply", "ignore"]
 

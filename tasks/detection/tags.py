@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fimaq_core.errors import ModelError, suggest
-from tasks.common.hub import Catalogue
+from tasks.common.models.hub import Catalogue
 from tasks.common.request import DataRequest, Missing, ModelRequest
 
 #: Splits of COCO 2017 by part: the published numbers are on ``val2017``.

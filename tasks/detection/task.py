@@ -19,7 +19,14 @@ from tasks.detection.detector import DETECTOR, QuantizedDetector
 from tasks.detection.divergence import ProposalDivergence
 from tasks.detection.evaluate import detect, measure
 from tasks.detection.neck import rpn_levels, rpn_segment
-from tasks.detection.roi import ProposalTerms, class_count, region_examples, roi_heads, roi_inputs, roi_parts
+from tasks.detection.roi import (
+    ProposalTerms,
+    class_count,
+    region_examples,
+    roi_heads,
+    roi_inputs,
+    roi_parts,
+)
 
 #: Settings of layers that stay as they are.
 _OFF = {"w_bits": OFF, "a_bits": OFF, "s_bits": None, "head_bits": None, "patch_input_bits": OFF, "reconstruct_mlp": False}

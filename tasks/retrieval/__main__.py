@@ -1,7 +1,7 @@
 """``python -m tasks.retrieval``."""
 
-from tasks.common.cli import build_group, main
-from tasks.common.options import TaskOptions
+from tasks.common.cli.commands import build_group, main
+from tasks.common.cli.options import TaskOptions
 from tasks.retrieval.tags import EVALUATIONS, SCOPES
 
 OPTIONS = TaskOptions(

@@ -10,10 +10,10 @@ import numpy as np
 
 from fimaq_core.errors import DataError, ModelError
 from fimaq_core.recipe import Recipe
-from tasks.common.calibration import draw, positions_of, read_list
-from tasks.common.files import id_below
-from tasks.common.folders import open_folder
-from tasks.common.images import Images
+from tasks.common.data.calibration import draw, positions_of, read_list
+from tasks.common.data.files import id_below
+from tasks.common.data.folders import open_folder
+from tasks.common.data.images import Images
 from tasks.common.request import DataRequest
 from tasks.common.task import CalibrationSet, LoadedModel
 from tasks.retrieval.captions import imagenet_pairs, open_pairs, pairs_root

@@ -8,12 +8,12 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from fimaq_core.errors import DataError
-from tasks.common.files import composed, found_files
-from tasks.common.folders import Source
-from tasks.common.images import file_reader
+from tasks.common.data.files import composed, found_files
+from tasks.common.data.folders import Source
+from tasks.common.data.images import file_reader
 from tasks.common.request import DataRequest
 from tasks.common.task import LoadedModel
-from tasks.retrieval.files import read_captions
+from tasks.retrieval.caption_files import read_captions
 from tasks.retrieval.pairs import PairSource
 from tasks.retrieval.tags import COCO_FILE, FLICKR30K_FILE, FREE_FILE, LAYOUT, caption_files
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fimaq_core.errors import DataError, ModelError, NumericsError
 from fimaq_core.progress import Progress, Report
-from tasks.common.examples import CAPTIONS, Spread, shortened
-from tasks.common.images import Images, image_outputs
+from tasks.common.cell.prediction_samples import CAPTIONS, Spread, shortened
+from tasks.common.data.images import Images, image_outputs
 from tasks.common.record import Metric
 from tasks.common.task import Evaluation
 from tasks.retrieval.bootstrap import measures, standard_errors

@@ -8,16 +8,20 @@ from typing import Any
 
 import open_clip
 from open_clip.convert import convert_state_dict
-from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
+from open_clip.model import (
+    convert_to_custom_text_state_dict,
+    resize_pos_embed,
+    resize_text_pos_embed,
+)
 from open_clip.timm_model import TimmModel
 from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 from torch import Tensor, nn
 
 from fimaq_core.errors import ModelError
+from tasks.common.models.weights import StoredWeights, is_torchscript, load_state, read_weights
 from tasks.common.preprocessing import Preprocessing
 from tasks.common.request import ModelRequest, describe_missing
 from tasks.common.task import LoadedModel
-from tasks.common.weights import StoredWeights, is_torchscript, load_state, read_weights
 from tasks.retrieval.tags import (
     CATALOGUE,
     DEMO_NAMES,

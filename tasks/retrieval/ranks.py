@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fimaq_core.errors import DataError, NumericsError
 from fimaq_core.numerics import tf32_allowed
-from tasks.common.examples import leaders
+from tasks.common.cell.prediction_samples import leaders
 
 #: Scores at a time: 64 MiB of float32.
 _SCORES = 2**24

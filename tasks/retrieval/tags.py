@@ -4,8 +4,8 @@ import os.path
 from pathlib import Path
 
 from fimaq_core.errors import ModelError, suggest
-from tasks.common.hub import Catalogue, Repository, cached_file, hub_answers
-from tasks.common.imagenet import missing_imagenet
+from tasks.common.data.imagenet import missing_imagenet
+from tasks.common.models.hub import Catalogue, Repository, cached_file, hub_answers
 from tasks.common.request import DataRequest, Missing, ModelRequest
 
 COCO_FILE, FLICKR30K_FILE, FREE_FILE = "dataset_coco.json", "dataset_flickr30k.json", "captions.json"

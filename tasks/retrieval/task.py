@@ -11,9 +11,9 @@ from fimaq_core.fisher.divergence import Divergence
 from fimaq_core.progress import Report
 from fimaq_core.recipe import Recipe
 from fimaq_core.samples import Samples
-from tasks.common.class_names import told_apart
-from tasks.common.folders import open_folder
-from tasks.common.images import Images
+from tasks.common.data.class_names import told_apart
+from tasks.common.data.folders import open_folder
+from tasks.common.data.images import Images
 from tasks.common.request import DataRequest, ModelRequest
 from tasks.common.task import CalibrationSet, Chains, Evaluation, LoadedModel, Task
 from tasks.common.top_k import evaluate
@@ -23,7 +23,13 @@ from tasks.retrieval.captions import open_pairs
 from tasks.retrieval.divergence import contrastive
 from tasks.retrieval.evaluate import evaluate_pairs, truncated
 from tasks.retrieval.towers import TOWERS, build_towers
-from tasks.retrieval.zero_shot import LINES, ZeroShotClassifier, class_embeddings, class_names, named_classes
+from tasks.retrieval.zero_shot import (
+    LINES,
+    ZeroShotClassifier,
+    class_embeddings,
+    class_names,
+    named_classes,
+)
 
 
 class TwoTowers(nn.Module):

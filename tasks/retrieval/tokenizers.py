@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fimaq_core.errors import ModelError
 from tasks.common.hashing import file_sha256
-from tasks.common.hub import Repository, cached_file, hub_answers
+from tasks.common.models.hub import Repository, cached_file, hub_answers
 from tasks.retrieval.tags import VOCABULARIES
 
 #: Captions on which a tokenizer is compared with its file.

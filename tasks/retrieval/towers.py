@@ -9,7 +9,13 @@ from collections.abc import Sequence
 import torch
 from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.timm_model import TimmModel
-from open_clip.transformer import QuickGELU, ResidualAttentionBlock, TextTransformer, Transformer, VisionTransformer
+from open_clip.transformer import (
+    QuickGELU,
+    ResidualAttentionBlock,
+    TextTransformer,
+    Transformer,
+    VisionTransformer,
+)
 from timm.layers import Mlp
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import Tensor, nn

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fimaq_core.errors import DataError
 from fimaq_core.progress import Progress, Report
-from tasks.common.imagenet import IMAGENET, is_imagenet, wordnet_ids
+from tasks.common.data.imagenet import IMAGENET, is_imagenet, wordnet_ids
 from tasks.common.record import Dataset
 from tasks.retrieval.evaluate import Encode, Tokenizer, embed_texts, normalised
 

@@ -11,13 +11,23 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.cells import Adapter, Cell
-from benchmarks.grid import Grid, load_grid
+import yaml
+
+from benchmarks.grid.cell import Adapter, Cell
+from benchmarks.grid.expand import Grid, load_grid
 from fimaq_core.errors import ModelError
 from fimaq_core.progress import Progress, Report
 from fimaq_core.recipe import OFF
-from tasks.common.plan import variant_name
-from tasks.common.record import Dataset, Environment, Metric, ResultRecord, Weights, cell_folder, write_record
+from tasks.common.cell.identity import variant_name
+from tasks.common.record import (
+    Dataset,
+    Environment,
+    Metric,
+    ResultRecord,
+    Weights,
+    cell_folder,
+    write_record,
+)
 from tasks.common.request import CellRequest, Missing
 
 if TYPE_CHECKING:
@@ -154,3 +164,14 @@ def write_cells(
 
 
 ADAPTER = Adapter(run_cell, planned_folder, preflight)
+
+
+def small_grid(tmp_path: Path) -> str:
+    content = {
+        "name": "small",
+        "tasks": {"classification": {"dataset": "digit-pairs", "models": ["demo_vit", "demo_swin"]}},
+        "methods": ["fp", "rtn", "fimaq"], "bits": ["w3a3"], "seeds": [1], "variant": "demo", "threads": 1,
+    }  # fmt: skip
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return str(path)

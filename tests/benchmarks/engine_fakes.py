@@ -14,9 +14,9 @@ from pathlib import Path
 
 import benchmark_fakes as fakes
 
-from benchmarks.cells import Adapter
+from benchmarks.grid.cell import Adapter
 from fimaq_core.progress import Progress, Report
-from tasks.common.lease import Busy
+from tasks.common.cell.lease import Busy
 from tasks.common.request import CellRequest
 
 #: Seconds after which a wait is taken to hang. Machines under load are slow, so minutes.

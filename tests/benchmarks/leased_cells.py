@@ -5,11 +5,11 @@ from pathlib import Path
 
 import benchmark_fakes as fakes
 
-from benchmarks.cells import Adapter
 from benchmarks.faults.audit import note
+from benchmarks.grid.cell import Adapter
 from fimaq_core.progress import Report
-from tasks.common.lease import acquire
-from tasks.common.plan import planned_folder
+from tasks.common.cell.identity import planned_folder
+from tasks.common.cell.lease import acquire
 from tasks.common.record import write_record
 from tasks.common.request import CellRequest
 

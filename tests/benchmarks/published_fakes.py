@@ -6,9 +6,9 @@ from typing import Any
 import yaml
 from benchmark_fakes import IMAGENET, make_record
 
-from benchmarks.cells import Cell, RunOptions
-from benchmarks.grid import Filters, expand
-from benchmarks.names import load_names
+from benchmarks.grid.cell import Cell, RunOptions
+from benchmarks.grid.expand import Filters, expand
+from benchmarks.grid.names import load_names
 from benchmarks.published.table import PublishedTable
 from benchmarks.results.scores import Measured
 from tasks.common.record import Metric

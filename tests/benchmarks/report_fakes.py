@@ -11,9 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import benchmark_fakes as fakes
 
-from benchmarks.cells import Cell, RunOptions
-from benchmarks.grid import Filters, Grid, expand, load_grid
-from tasks.common.record import BlockFigures, Calibration, LayerEntry, ModuleMap, ResultRecord, write_record
+from benchmarks.grid.cell import Cell, RunOptions
+from benchmarks.grid.expand import Filters, Grid, expand, load_grid
+from tasks.common.record import (
+    BlockFigures,
+    Calibration,
+    LayerEntry,
+    ModuleMap,
+    ResultRecord,
+    write_record,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image

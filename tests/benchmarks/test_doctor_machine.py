@@ -13,8 +13,8 @@ import pytest
 from benchmarks import doctor
 from benchmarks.doctor import Finding, guarded, package_findings, unmet
 from fimaq_core.recipe import make_recipe
-from tasks.common.lease import acquire
-from tasks.common.machine import container_limits
+from tasks.common.cell.lease import acquire
+from tasks.common.cell.machine import container_limits
 from tasks.common.record import write_record
 
 
@@ -177,7 +177,7 @@ def test_leases_of_the_living_and_of_the_dead_are_told_apart(tmp_path: Path):
     dead, alive = tmp_path / "runs" / "dead" / "result.json", tmp_path / "mlp" / "shared.safetensors"
     script = f"""if True:
         import os, pathlib
-        from tasks.common.lease import acquire
+        from tasks.common.cell.lease import acquire
         lease = acquire(pathlib.Path({str(dead)!r}))
         os._exit(0)
     """

@@ -12,11 +12,11 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from benchmarks.cells import Adapter, Places, RunOptions, default_adapter
 from benchmarks.cli import cli
-from benchmarks.costs import REFERENCE
+from benchmarks.costs.sources import REFERENCE
 from benchmarks.doctor import Finding, examine, profile_findings
-from benchmarks.grid import GRIDS, Filters, expand, load_grid
+from benchmarks.grid.cell import Adapter, Places, RunOptions, default_adapter
+from benchmarks.grid.expand import GRIDS, Filters, expand, load_grid
 from fimaq_core.errors import ModelError
 from tasks.common.record import write_record
 
@@ -146,7 +146,7 @@ def test_a_profile_that_cannot_be_read_and_one_that_wants_a_gpu(tmp_path: Path):
 
 
 def test_data_and_weights_that_were_given_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("tasks.common.hub.hub_answers", lambda: True)
+    monkeypatch.setattr("tasks.common.models.hub.hub_answers", lambda: True)
     options = RunOptions(results=tmp_path, data=Places(imagenet=tmp_path / "nowhere"))
     found = findings("paper-ablation", options, default_adapter(), cuda=True)
     assert any(f"the folder {tmp_path / 'nowhere' / 'train'}" in one.text for one in found)

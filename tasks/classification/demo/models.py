@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from tasks.classification.demo.digits import CANVAS_SIZE, NUM_CLASSES
-from tasks.common.demo_models import DemoModels, DemoSpec
+from tasks.classification.demo.digit_pairs import CANVAS_SIZE, NUM_CLASSES
+from tasks.common.demo.demo_models import DemoModels, DemoSpec
 
 
 def _spec(module: str, cls: str, patch_size: int, embed_dim: int, **kwargs: Any) -> DemoSpec:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tasks.common.digits import PARTS, SEED, check_part
+from tasks.common.demo.digits import PARTS, SEED, check_part
 from tasks.detection.demo.scenes import DATA, Scene, draw_scenes
 
 # Names of the categories are the digits; like COCO's, their ids start at one and have gaps.

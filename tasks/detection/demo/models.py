@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
-from tasks.common.demo_models import DemoModels, DemoSpec
+from tasks.common.demo.demo_models import DemoModels, DemoSpec
 from tasks.detection.configs import Kind, build, detector_config
 from tasks.detection.demo.coco_files import CLASSES
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tasks.common.digits import DigitDealer, check_part, load_digits, resize
+from tasks.common.demo.digits import DigitDealer, check_part, load_digits, resize
 
 DATA = "digit scenes for detection"
 # First and last, both included: height and width of a scene, side of a digit's image, number of digits.

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tasks.common.demo_models import DemoModels, DemoSpec
+from tasks.common.demo.demo_models import DemoModels, DemoSpec
 from tasks.retrieval.demo.scenes import CANVAS_SIZE
 from tasks.retrieval.demo.tokens import CONTEXT_LENGTH, VOCAB_SIZE
 

@@ -16,8 +16,17 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from tasks.common.augment import RandomDigitWarp
-from tasks.common.digits import PARTS, SEED, DigitDealer, DigitSamples, check_part, load_digits, resize, to_tensor
+from tasks.common.data.augment import RandomDigitWarp
+from tasks.common.demo.digits import (
+    PARTS,
+    SEED,
+    DigitDealer,
+    DigitSamples,
+    check_part,
+    load_digits,
+    resize,
+    to_tensor,
+)
 
 CELL_SIZE = 24
 CELLS = 4

@@ -16,12 +16,12 @@ from fimaq_core.recipe import make_recipe
 from tasks.classification.data import digit_pairs
 from tasks.classification.task import TASK
 from tasks.common import registry
-from tasks.common.examples import ClassSample, read_examples
-from tasks.common.folders import Source, open_folder
-from tasks.common.images import Images
+from tasks.common.cell.prediction_samples import ClassSample, read_examples
+from tasks.common.cell.run import run_cell
+from tasks.common.data.folders import Source, open_folder
+from tasks.common.data.images import Images
 from tasks.common.record import read_record
 from tasks.common.request import CellRequest, DataRequest, ModelRequest
-from tasks.common.run import run_cell
 from tasks.common.task import Evaluation
 from tasks.common.top_k import evaluate
 
@@ -102,7 +102,7 @@ def test_every_cell_of_the_demo_shows_the_same_samples(tmp_path: Path) -> None:
     assert all([entry.sample for entry in file.samples] == ids for file in found.values())
     assert found["rtn"] != found["fp"] != found["repq"] != found["rtn"]
 
-    pictures = registry.pictures("classification", DEMO, data, ids)
+    pictures = registry.originals("classification", DEMO, data, ids)
     assert list(pictures) == ids
     assert {(image.mode, image.size) for image in pictures.values()} == {("RGB", (64, 32))}
     pixels = torch.stack([loaded.eval_transform(image.convert("L")) for image in pictures.values()])
@@ -139,7 +139,7 @@ def test_pictures_and_names_of_a_folder(tmp_path: Path) -> None:
     ]
     assert [entry["truth"] for entry in result.examples] == ["tench"] * 3 + ["own"] * 3
     ids = [entry["sample"] for entry in result.examples]
-    pictures = TASK.pictures(ModelRequest("deit_tiny"), data, ids[::-2])
+    pictures = TASK.originals(ModelRequest("deit_tiny"), data, ids[::-2])
     assert list(pictures) == ids[::-2]
     source = open_folder(tmp_path / "data", "val")
     for name, image in pictures.items():
@@ -147,7 +147,7 @@ def test_pictures_and_names_of_a_folder(tmp_path: Path) -> None:
         assert (image.mode, image.size) == ("RGB", expected.size)
         assert np.array_equal(np.asarray(image), np.asarray(expected))
     with pytest.raises(DataError, match="is damaged"):
-        TASK.pictures(ModelRequest("deit_tiny"), data, ["val/own/3.png"])
+        TASK.originals(ModelRequest("deit_tiny"), data, ["val/own/3.png"])
 
 
 OUTSIDE = [
@@ -174,14 +174,14 @@ def test_ids_do_not_lead_out_of_the_data(tmp_path: Path, name: str) -> None:
     Image.new("RGB", (3, 3)).save(tmp_path / "secret.png")
     name = name.replace("/{root}", tmp_path.as_posix())
     with pytest.raises(DataError):
-        TASK.pictures(ModelRequest("deit_tiny"), DataRequest(tmp_path / "data"), ["val/own/0.png", name])
-    TASK.pictures(ModelRequest("deit_tiny"), DataRequest(tmp_path / "data"), ["val/own/0.png"])
+        TASK.originals(ModelRequest("deit_tiny"), DataRequest(tmp_path / "data"), ["val/own/0.png", name])
+    TASK.originals(ModelRequest("deit_tiny"), DataRequest(tmp_path / "data"), ["val/own/0.png"])
 
 
 def test_unknown_samples_and_missing_data() -> None:
     with pytest.raises(DataError, match="no sample 'test/1' in the demo's digit pairs"):
-        TASK.pictures(DEMO, DataRequest(), ["test/1"])
+        TASK.originals(DEMO, DataRequest(), ["test/1"])
     with pytest.raises(DataError, match="give --data"):
-        TASK.pictures(ModelRequest("deit_tiny"), DataRequest(), ["val/a/0.png"])
+        TASK.originals(ModelRequest("deit_tiny"), DataRequest(), ["val/a/0.png"])
     with pytest.raises(DataError, match="no image of the sample"):
-        TASK.pictures(ModelRequest("deit_tiny"), DataRequest(Path("nowhere")), ["val/a/0.png"])
+        TASK.originals(ModelRequest("deit_tiny"), DataRequest(Path("nowhere")), ["val/a/0.png"])

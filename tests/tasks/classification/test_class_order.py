@@ -17,11 +17,11 @@ from timm.data import create_transform, resolve_model_data_config
 
 from fimaq_core.errors import DataError
 from tasks.classification.data import open_source
-from tasks.common.class_order import known_notes, ordered, read_class_order
-from tasks.common.cli import build_group, main
-from tasks.common.folders import data_name, open_folder
-from tasks.common.imagenet import IMAGENET, wordnet_ids
-from tasks.common.plan import planned_folder
+from tasks.common.cell.identity import planned_folder
+from tasks.common.cli.commands import build_group, main
+from tasks.common.data.class_order import known_notes, ordered, read_class_order
+from tasks.common.data.folders import data_name, open_folder
+from tasks.common.data.imagenet import IMAGENET, wordnet_ids
 from tasks.common.record import read_record
 from tasks.common.request import CellRequest, DataRequest, ModelRequest
 from tasks.common.task import LoadedModel

@@ -13,9 +13,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from fimaq_core.errors import ModelError
-from tasks.classification.demo import digits, models
-from tasks.common.augment import RandomDigitWarp
-from tasks.common.digits import PARTS, load_digits, split_digits
+from tasks.classification.demo import digit_pairs, models
+from tasks.common.data.augment import RandomDigitWarp
+from tasks.common.demo.digits import PARTS, load_digits, split_digits
 
 SIZES = {"train": 8192, "val": 1000, "test": 2000}
 
@@ -38,7 +38,7 @@ def test_split_is_disjoint_and_stratified() -> None:
 
 @pytest.mark.parametrize("part", PARTS)
 def test_part_is_composed_of_its_own_digits(part: str) -> None:
-    data = digits.DigitPairs(part)
+    data = digit_pairs.DigitPairs(part)
     assert len(data) == len(data.ids) == len(data.targets) == SIZES[part]
     assert data.pixels.shape == (SIZES[part], 32, 64)
     assert data.pixels.dtype == np.uint8
@@ -57,7 +57,7 @@ def test_part_is_composed_of_its_own_digits(part: str) -> None:
 
 def test_labels_and_pixels_match_the_composed_digits() -> None:
     images, labels = load_digits()
-    data = digits.DigitPairs("test")
+    data = digit_pairs.DigitPairs("test")
     for i in range(0, len(data), 97):
         name, _, sources = data.ids[i].partition("-")
         left, right = (int(source) for source in sources.split("+"))
@@ -73,40 +73,40 @@ def test_labels_and_pixels_match_the_composed_digits() -> None:
 
 
 def test_data_are_deterministic() -> None:
-    first, second = digits.DigitPairs("test"), digits.DigitPairs("test")
+    first, second = digit_pairs.DigitPairs("test"), digit_pairs.DigitPairs("test")
     assert first.fingerprint == second.fingerprint
     assert first.ids == second.ids
-    assert first.fingerprint != digits.DigitPairs("val").fingerprint
+    assert first.fingerprint != digit_pairs.DigitPairs("val").fingerprint
 
 
 def test_fingerprint_depends_on_pixels() -> None:
-    first, second = digits.DigitPairs("val"), digits.DigitPairs("val")
+    first, second = digit_pairs.DigitPairs("val"), digit_pairs.DigitPairs("val")
     second.pixels[-1, 0, 0] ^= 1
     assert first.fingerprint != second.fingerprint
 
 
 def test_items_and_transforms() -> None:
-    plain = digits.DigitPairs("val")
+    plain = digit_pairs.DigitPairs("val")
     image, label = plain[3]
     assert isinstance(image, Image.Image)
     assert image.mode == "L"
     assert image.size == (64, 32)
     assert label == plain.targets[3]
-    tensor, _ = digits.DigitPairs("val", transform=digits.eval_transform())[3]
-    expected = (plain.pixels[3] / 255 - digits.PIXEL_MEAN) / digits.PIXEL_STD
+    tensor, _ = digit_pairs.DigitPairs("val", transform=digit_pairs.eval_transform())[3]
+    expected = (plain.pixels[3] / 255 - digit_pairs.PIXEL_MEAN) / digit_pairs.PIXEL_STD
     assert tensor.shape == (1, 32, 64)
     assert tensor.dtype == torch.float32
     assert np.allclose(tensor[0].numpy(), expected, atol=1e-5)
-    warped = digits.train_transform()(image)
+    warped = digit_pairs.train_transform()(image)
     assert warped.shape == tensor.shape
     assert warped.dtype == torch.float32
     assert not torch.equal(warped, tensor)
 
 
 def test_normalisation_constants_are_those_of_the_train_part() -> None:
-    pixels = digits.DigitPairs("train").pixels / np.float32(255)
-    assert float(pixels.mean()) == pytest.approx(digits.PIXEL_MEAN, abs=1e-3)
-    assert float(pixels.std()) == pytest.approx(digits.PIXEL_STD, abs=1e-3)
+    pixels = digit_pairs.DigitPairs("train").pixels / np.float32(255)
+    assert float(pixels.mean()) == pytest.approx(digit_pairs.PIXEL_MEAN, abs=1e-3)
+    assert float(pixels.std()) == pytest.approx(digit_pairs.PIXEL_STD, abs=1e-3)
 
 
 def test_warp_keeps_each_digit_in_its_half() -> None:
@@ -125,7 +125,7 @@ def test_warp_keeps_each_digit_in_its_half() -> None:
 
 def test_unknown_names_are_explained() -> None:
     with pytest.raises(ValueError, match="train, val, test"):
-        digits.DigitPairs("validation")
+        digit_pairs.DigitPairs("validation")
     with pytest.raises(ModelError, match="Did you mean 'demo_vit'"):
         models.DEMO.build("demo_vitt")
     with pytest.raises(ModelError, match="Known: demo_deit, demo_swin, demo_vit"):
@@ -159,7 +159,7 @@ def test_metadata_describe_the_committed_weights(name: str) -> None:
     assert metadata["test_accuracy"] >= 90
     assert metadata["test_count"] == SIZES["test"]
     for part in ("val", "test"):
-        assert metadata["data_fingerprints"][part] == digits.DigitPairs(part).fingerprint
+        assert metadata["data_fingerprints"][part] == digit_pairs.DigitPairs(part).fingerprint
     kwargs = models.DEMO.spec(name).kwargs
     assert {key: list(v) if isinstance(v, tuple) else v for key, v in kwargs.items()} == metadata["kwargs"]
 
@@ -167,7 +167,7 @@ def test_metadata_describe_the_committed_weights(name: str) -> None:
 @pytest.mark.parametrize("name", models.DEMO.names)
 def test_trained_models_read_digit_pairs(name: str) -> None:
     model = load_trained(name)
-    data = Subset(digits.DigitPairs("test", transform=digits.eval_transform()), range(500))
+    data = Subset(digit_pairs.DigitPairs("test", transform=digit_pairs.eval_transform()), range(500))
     hits = 0
     with torch.inference_mode():
         for images, labels in DataLoader(data, batch_size=250):
@@ -177,7 +177,7 @@ def test_trained_models_read_digit_pairs(name: str) -> None:
 
 def test_both_heads_of_the_distilled_model_are_trained() -> None:
     model = load_trained("demo_deit")
-    data = digits.DigitPairs("val", transform=digits.eval_transform())
+    data = digit_pairs.DigitPairs("val", transform=digit_pairs.eval_transform())
     images = torch.stack([data[i][0] for i in range(200)])
     labels = torch.tensor(data.targets[:200])
     with torch.inference_mode():

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from fimaq_core.errors import ModelError, NumericsError
 from fimaq_core.progress import Progress, silent
-from tasks.common.folders import Source
-from tasks.common.images import Images
+from tasks.common.data.folders import Source
+from tasks.common.data.images import Images
 from tasks.common.task import Evaluation
 from tasks.common.top_k import evaluate
 

@@ -16,7 +16,7 @@ from fimaq_core.errors import ModelError
 from fimaq_core.layers import QuantLinear, QuantMatMul, quant_layers
 from fimaq_core.recipe import make_recipe
 from tasks.classification.task import TASK
-from tasks.common.modules import module_map
+from tasks.common.models.module_map import module_map
 from tasks.common.task import LoadedModel
 
 RECIPE = make_recipe("fimaq")

@@ -19,7 +19,7 @@ from fimaq_core.recipe import Recipe, make_recipe
 from tasks.classification.data import calibration_set, open_source
 from tasks.classification.tags import missing_data
 from tasks.classification.task import TASK
-from tasks.common.images import Images
+from tasks.common.data.images import Images
 from tasks.common.request import DataRequest, describe_missing
 from tasks.common.task import Evaluation, LoadedModel
 

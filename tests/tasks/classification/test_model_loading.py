@@ -17,7 +17,7 @@ from tasks.classification import tags
 from tasks.classification.models import load_model
 from tasks.classification.tags import DEMO_NAMES, SHORT_NAMES, full_name, model_tag
 from tasks.classification.task import TASK
-from tasks.common import hub
+from tasks.common.models import hub
 from tasks.common.request import DataRequest, ModelRequest, describe_missing
 
 ARGUMENTS: dict[str, Any] = {"img_size": 32, "num_classes": 5, "depth": 2}

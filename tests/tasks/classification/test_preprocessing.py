@@ -17,9 +17,9 @@ from torch import nn
 
 from fimaq_core.errors import ModelError, RecipeError
 from tasks.classification.models import load_model
-from tasks.common import plan
-from tasks.common.cli import build_group, main
-from tasks.common.plan import planned_folder
+from tasks.common.cell import identity
+from tasks.common.cell.identity import planned_folder
+from tasks.common.cli.commands import build_group, main
 from tasks.common.preprocessing import parse_preprocessing
 from tasks.common.record import ResultRecord, read_record
 from tasks.common.request import CellRequest, DataRequest, ModelRequest
@@ -220,8 +220,8 @@ def test_identity_has_what_was_given_and_nothing_else(tmp_path: Path) -> None:
         return planned_folder(request(**changes))
 
     # runs from before these options keep their folders
-    assert not {"entry", "preprocessing"} & plan._basis(request()).keys()
-    assert plan._basis(request(weights_entry="model"))["entry"] == "model"
+    assert not {"entry", "preprocessing"} & identity._basis(request()).keys()
+    assert identity._basis(request(weights_entry="model"))["entry"] == "model"
     assert folder(weights_entry=None, preprocessing={}) == folder()
     others = [
         folder(weights_entry="model"),

@@ -15,12 +15,12 @@ from fimaq_core.checkpoint import load_checkpoint
 from fimaq_core.layers import set_quantized
 from fimaq_core.progress import Report, silent
 from fimaq_core.recipe import make_recipe
-from tasks.common.cli import build_group, main
-from tasks.common.prepare import whole
+from tasks.common.cell.prepare import whole
+from tasks.common.cell.run import run_cell
+from tasks.common.cli.commands import build_group, main
 from tasks.common.record import ResultRecord, read_record, recipe_of
 from tasks.common.registry import defaults
 from tasks.common.request import CellRequest, DataRequest, ModelRequest
-from tasks.common.run import run_cell
 from tasks.common.task import Chains, LoadedModel
 from tasks.detection.__main__ import OPTIONS
 from tasks.detection.detector import QuantizedDetector

@@ -10,8 +10,8 @@ from coco_fakes import annotation, loaded, tiny, write_images, write_json
 from safetensors.torch import save_file
 
 from fimaq_core.errors import DataError, ModelError
+from tasks.common.models.weights import read_weights
 from tasks.common.request import DataRequest
-from tasks.common.weights import read_weights
 from tasks.detection.annotations import checked
 from tasks.detection.categories import Matched, match_categories
 from tasks.detection.coco import open_source

@@ -8,7 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from coco_fakes import CATEGORIES, box_polygon, in_memory, loaded, pixels, tiny, write_images, write_json, write_root
+from coco_fakes import (
+    CATEGORIES,
+    box_polygon,
+    in_memory,
+    loaded,
+    pixels,
+    tiny,
+    write_images,
+    write_json,
+    write_root,
+)
 from PIL import Image
 from pycocotools import mask as run_lengths
 from pycocotools.coco import COCO

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from fimaq_core.errors import ModelError
-from tasks.common.digits import PARTS
+from tasks.common.demo.digits import PARTS
 from tasks.common.request import ModelRequest
 from tasks.detection.demo import coco_files, models
 
@@ -101,7 +101,7 @@ def test_trained_models_find_digits(name: str, detectors: ModuleType) -> None:
 
 
 def test_training_scenes_are_of_the_train_part_and_repeatable(detectors: ModuleType) -> None:
-    from tasks.common.digits import split_digits
+    from tasks.common.demo.digits import split_digits
 
     torch.manual_seed(0)
     first = detectors.compose(20, 5)

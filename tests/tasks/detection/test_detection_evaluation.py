@@ -9,7 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from coco_fakes import Instances, evaluate_detector, guesses, in_memory, random_coco, tiny, write_json
+from coco_fakes import (
+    Instances,
+    evaluate_detector,
+    guesses,
+    in_memory,
+    random_coco,
+    tiny,
+    write_json,
+)
 from torch import Tensor
 
 from benchmarks.results.outcomes import Outcomes, Part, paired

@@ -9,7 +9,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from detection_runs import FLAGS, LAYERS, LIMIT, MODEL, QUICK, SEGMENTS, Done, cell, command, done, restored, same
+from detection_runs import (
+    FLAGS,
+    LAYERS,
+    LIMIT,
+    MODEL,
+    QUICK,
+    SEGMENTS,
+    Done,
+    cell,
+    command,
+    done,
+    restored,
+    same,
+)
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from safetensors.torch import load_file, save_file
@@ -18,12 +31,12 @@ from fimaq_core.checkpoint import read_header, save_checkpoint
 from fimaq_core.errors import CheckpointError, DataError, RecipeError
 from fimaq_core.progress import Progress, silent
 from fimaq_core.recipe import make_recipe
-from tasks.common import stages
-from tasks.common.plan import planned_folder
+from tasks.common.cell import stages
+from tasks.common.cell.identity import planned_folder
+from tasks.common.cell.run import run_cell
 from tasks.common.record import read_record
 from tasks.common.registry import defaults
 from tasks.common.request import DataRequest, ModelRequest
-from tasks.common.run import run_cell
 from tasks.detection.coco import open_demo
 from tasks.detection.demo.models import DEMO
 from tasks.detection.task import TASK

@@ -5,13 +5,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from detection_runs import FLAGS, LAYERS, LIMIT, MODEL, SEGMENTS, Done, cell, command, done, restored, same
+from detection_runs import (
+    FLAGS,
+    LAYERS,
+    LIMIT,
+    MODEL,
+    SEGMENTS,
+    Done,
+    cell,
+    command,
+    done,
+    restored,
+    same,
+)
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fimaq_core.errors import RecipeError
 from fimaq_core.recipe import make_recipe
-from tasks.common.plan import planned_folder
+from tasks.common.cell.identity import planned_folder
 from tasks.common.registry import defaults
 from tasks.detection.chain import BackboneAndNeck
 from tasks.detection.coco import open_demo

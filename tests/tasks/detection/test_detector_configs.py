@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from tasks.detection.configs import BACKBONES, KINDS, RESIZE, build, detector_config, published_config
+from tasks.detection.configs import (
+    BACKBONES,
+    KINDS,
+    RESIZE,
+    build,
+    detector_config,
+    published_config,
+)
 
 MODELS = [f"{kind}_{backbone}" for kind in KINDS for backbone in BACKBONES]
 

@@ -99,7 +99,7 @@ def test_missing_weights_name_the_published_file_and_are_not_looked_for_elsewher
     def asked(*_: object, **__: object) -> bool:
         raise AssertionError("the hub was asked")
 
-    monkeypatch.setattr("tasks.common.hub.hub_answers", asked)
+    monkeypatch.setattr("tasks.common.models.hub.hub_answers", asked)
     requests = [ModelRequest(name) for name in ("mask_rcnn_swin_tiny", "cascade_mask_rcnn_swin_small")]
     missing = [item for request in requests for item in tags.preflight(request, DataRequest()) if "weights" in item.what]
     text = describe_missing(missing)

@@ -13,7 +13,7 @@ import pytest
 from coco_fakes import write_scenes
 from PIL import Image
 
-from tasks.common.digits import PARTS, load_digits, split_digits
+from tasks.common.demo.digits import PARTS, load_digits, split_digits
 from tasks.detection.demo import coco_files, scenes
 
 COUNTS = {"train": 1024, "val": 200, "test": 200}

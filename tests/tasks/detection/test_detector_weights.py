@@ -17,8 +17,8 @@ from torch.nn import functional
 from fimaq_core.checkpoint import state_sha256
 from fimaq_core.errors import ModelError, NumericsError
 from tasks.common.hashing import file_sha256
+from tasks.common.models.weights import read_weights
 from tasks.common.request import ModelRequest
-from tasks.common.weights import read_weights
 from tasks.detection.configs import build, published_config
 from tasks.detection.models import adapted, load_model, merging_order, of_mmdet
 

@@ -29,12 +29,13 @@ from scipy.ndimage import binary_fill_holes
 from fimaq_core.errors import DataError
 from fimaq_core.progress import silent
 from tasks.common import registry
-from tasks.common.examples import FOUND, TRUTHS, ObjectSample, read_examples
+from tasks.common.cell.prediction_samples import FOUND, TRUTHS, ObjectSample, read_examples
 from tasks.common.request import DataRequest, ModelRequest
+from tasks.detection.annotations import Detections
 from tasks.detection.coco import open_demo, open_file
-from tasks.detection.evaluate import Detections, coco_results
+from tasks.detection.evaluate import coco_results
 from tasks.detection.example_objects import detection_examples, outlines
-from tasks.detection.pictures import pictures
+from tasks.detection.originals import originals
 from tasks.detection.task import TASK
 
 SWIN = ModelRequest("mask_rcnn_swin_tiny")
@@ -180,7 +181,7 @@ def test_every_cell_of_the_demo_shows_the_same_samples(cells: dict[str, Any]) ->
 def test_found_is_what_the_detector_predicts(cells: dict[str, Any]) -> None:
     found, source = read_examples(cells["rtn"].folder, "examples.json"), open_demo("val")
     loaded, _, model = restored(cells["rtn"])
-    seen = registry.pictures("detection", MODEL, DataRequest(), [entry.sample for entry in found.samples])
+    seen = registry.originals("detection", MODEL, DataRequest(), [entry.sample for entry in found.samples])
     shares: list[float] = []
     for entry in found.samples:
         assert isinstance(entry, ObjectSample)
@@ -233,14 +234,14 @@ def test_pictures_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     source, data = open_file(path), DataRequest(path)
     ids = list(source.image_ids)
     assert ids[0] == "val2017/000000000004.png"
-    found = registry.pictures("detection", SWIN, data, ids[:2])
+    found = registry.originals("detection", SWIN, data, ids[:2])
     assert list(found) == ids[:2]
     for name, image in found.items():
         assert image.mode == "RGB"
         assert np.array_equal(np.asarray(image), np.asarray(Image.open(root / name)))
     monkeypatch.setattr("tasks.detection.coco.COUNTS", {"val": 4})
     monkeypatch.setattr("tasks.detection.coco.CATEGORIES", 3)
-    assert np.array_equal(np.asarray(pictures(SWIN, DataRequest(root), ids[3:])[ids[3]]), np.asarray(Image.open(root / ids[3])))
+    assert np.array_equal(np.asarray(originals(SWIN, DataRequest(root), ids[3:])[ids[3]]), np.asarray(Image.open(root / ids[3])))
 
 
 def test_pictures_are_turned_as_files_say(tmp_path: Path) -> None:
@@ -254,7 +255,7 @@ def test_pictures_are_turned_as_files_say(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (40, 20), (200, 10, 10)).save(tmp_path / "a.jpg", exif=exif)
-    (image,) = pictures(SWIN, DataRequest(path), [f"{tmp_path.name}/a.jpg"]).values()
+    (image,) = originals(SWIN, DataRequest(path), [f"{tmp_path.name}/a.jpg"]).values()
     assert image.size == (20, 40)
     red, green, _ = image.getpixel((10, 10))  # type: ignore[misc]
     assert red > 150 > green
@@ -268,17 +269,17 @@ def test_ids_do_not_lead_out_of_the_data(tmp_path: Path, name: str) -> None:
     Image.new("RGB", (3, 3)).save(tmp_path / "secret.png")
     path = root / "annotations" / "instances_val2017.json"
     with pytest.raises(DataError, match="There is no sample"):
-        pictures(SWIN, DataRequest(path), ["val2017/000000000004.png", name.replace("/{root}", tmp_path.as_posix())])
+        originals(SWIN, DataRequest(path), ["val2017/000000000004.png", name.replace("/{root}", tmp_path.as_posix())])
 
 
 def test_missing_data_is_told(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="brings no data along"):
-        TASK.pictures(SWIN, DataRequest(), ["val2017/1.jpg"])
+        TASK.originals(SWIN, DataRequest(), ["val2017/1.jpg"])
     with pytest.raises(DataError, match="There is no folder"):
-        TASK.pictures(SWIN, DataRequest(tmp_path / "nowhere"), ["val2017/1.jpg"])
+        TASK.originals(SWIN, DataRequest(tmp_path / "nowhere"), ["val2017/1.jpg"])
     with pytest.raises(DataError, match="There is no file"):
-        TASK.pictures(SWIN, DataRequest(tmp_path / "nowhere.json"), ["val2017/1.jpg"])
+        TASK.originals(SWIN, DataRequest(tmp_path / "nowhere.json"), ["val2017/1.jpg"])
     root = write_root(tmp_path / "data", tiny())
     (root / "val2017" / "000000000004.png").write_bytes(b"no image")
     with pytest.raises(DataError, match="is damaged"):
-        TASK.pictures(SWIN, DataRequest(root / "annotations" / "instances_val2017.json"), ["val2017/000000000004.png"])
+        TASK.originals(SWIN, DataRequest(root / "annotations" / "instances_val2017.json"), ["val2017/000000000004.png"])

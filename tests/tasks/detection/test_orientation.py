@@ -13,7 +13,7 @@ from PIL import Image, ImageFile, ImageOps
 
 from fimaq_core.errors import DataError
 from fimaq_core.recipe import make_recipe
-from tasks.common.plan import planned_folder
+from tasks.common.cell.identity import planned_folder
 from tasks.common.registry import defaults
 from tasks.common.request import DataRequest
 from tasks.detection.calibration import calibration_set

@@ -7,8 +7,9 @@ import pytest
 from coco_fakes import guesses, in_memory, random_coco
 from pycocotools.cocoeval import COCOeval
 
+from tasks.detection.annotations import Detections
 from tasks.detection.coco import DetectionSource
-from tasks.detection.evaluate import Detections, _found, _objects, coco_results, match
+from tasks.detection.evaluate import _found, _objects, coco_results, match
 from tasks.detection.precision import (
     Averages,
     Level,

@@ -10,8 +10,14 @@ from torch import nn
 
 from fimaq_core.calibration.calibrate import calibrate
 from fimaq_core.errors import ModelError
-from fimaq_core.layers import QuantConv2d, QuantConvTranspose2d, QuantLinear, quant_layers, set_quantized
-from tasks.common.modules import whole_map
+from fimaq_core.layers import (
+    QuantConv2d,
+    QuantConvTranspose2d,
+    QuantLinear,
+    quant_layers,
+    set_quantized,
+)
+from tasks.common.models.module_map import whole_map
 from tasks.detection.roi import roi_parts
 
 SHARED_2FC = ["shared_fcs.0", "shared_fcs.1", "fc_cls", "fc_reg"]

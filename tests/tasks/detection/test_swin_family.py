@@ -5,7 +5,17 @@ from typing import Any
 
 import pytest
 import torch
-from small_backbones import EVERYTHING, OFF_BITS, SIZES, SMALL, CountingBackend, chain_of, detector, deviation, pictures
+from small_backbones import (
+    EVERYTHING,
+    OFF_BITS,
+    SIZES,
+    SMALL,
+    CountingBackend,
+    chain_of,
+    detector,
+    deviation,
+    pictures,
+)
 from small_models import quick, randomise
 from torch import Tensor, nn
 

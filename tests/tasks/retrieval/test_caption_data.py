@@ -13,13 +13,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from caption_fakes import colour_of, karpathy_entries, loaded, write_csv, write_images, write_karpathy
+from caption_fakes import (
+    colour_of,
+    karpathy_entries,
+    loaded,
+    write_csv,
+    write_images,
+    write_karpathy,
+)
 from PIL import Image
 
-import tasks.retrieval.files as caption_files
+import tasks.retrieval.caption_files as caption_files
 from fimaq_core.errors import DataError
-from tasks.common.calibration import positions_of
-from tasks.common.folders import open_folder
+from tasks.common.data.calibration import positions_of
+from tasks.common.data.folders import open_folder
 from tasks.common.request import DataRequest
 from tasks.retrieval.captions import (
     COCO,

@@ -15,11 +15,11 @@ from fimaq_core.errors import DataError
 from fimaq_core.progress import silent
 from fimaq_core.recipe import make_recipe
 from tasks.common import registry
-from tasks.common.examples import CAPTIONS, CaptionSample, read_examples
-from tasks.common.images import Images
+from tasks.common.cell.prediction_samples import CAPTIONS, CaptionSample, read_examples
+from tasks.common.cell.run import run_cell
+from tasks.common.data.images import Images
 from tasks.common.record import read_record
 from tasks.common.request import CellRequest, DataRequest, ModelRequest
-from tasks.common.run import run_cell
 from tasks.common.task import Evaluation
 from tasks.retrieval.evaluate import evaluate_pairs
 from tasks.retrieval.pairs import PairSource
@@ -121,7 +121,7 @@ def test_every_cell_of_the_demo_shows_the_same_samples(tmp_path: Path) -> None:
     assert all([entry.sample for entry in file.samples] == ids for file in files.values())
     assert files["rtn"] != files["fp"] != files["repq"] != files["rtn"]
 
-    model, pictures = TASK.load(DEMO), registry.pictures("retrieval", DEMO, data, ids)
+    model, pictures = TASK.load(DEMO), registry.originals("retrieval", DEMO, data, ids)
     assert {(image.mode, image.size) for image in pictures.values()} == {("RGB", (48, 48))}
     from tasks.retrieval.captions import demo_scenes
 
@@ -167,7 +167,7 @@ def test_zero_shot_shares(tmp_path: Path) -> None:
     assert result.dataset.name == "folder-3-classes"
     ids = [entry["sample"] for entry in result.examples]
     assert len(ids) == 12
-    pictures = registry.pictures("retrieval", ModelRequest("ViT-B-32"), data, ids)
+    pictures = registry.originals("retrieval", ModelRequest("ViT-B-32"), data, ids)
     from tasks.retrieval.zero_shot import TEMPLATES
 
     names = ("crane (a)", "owl, the bird", "crane (c)")
@@ -224,7 +224,7 @@ def test_pictures_of_folders(kind: str, tmp_path: Path) -> None:
     root.mkdir()
     name = FOLDERS[kind](root)
     data, model = DataRequest(root), ModelRequest("ViT-B-32")
-    found = registry.pictures("retrieval", model, data, [name])
+    found = registry.originals("retrieval", model, data, [name])
     assert list(found) == [name]
     assert (found[name].mode, found[name].size) == ("RGB", (30, 26))
     assert found[name].getpixel((29, 25)) == colour_of(Path(name).name)
@@ -240,17 +240,17 @@ def test_pictures_of_folders(kind: str, tmp_path: Path) -> None:
         "captions.csv",
     ):
         with pytest.raises(DataError):
-            registry.pictures("retrieval", model, data, [name, bad])
+            registry.originals("retrieval", model, data, [name, bad])
 
 
 def test_missing_data_is_told(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no sample 'test/1' in the demo's scenes"):
-        TASK.pictures(DEMO, DataRequest(), ["test/1"])
+        TASK.originals(DEMO, DataRequest(), ["test/1"])
     with pytest.raises(DataError, match=r"ViT-B-32 brings no data along: .*captions\.csv"):
-        TASK.pictures(ModelRequest("ViT-B-32"), DataRequest(), ["a.png"])
+        TASK.originals(ModelRequest("ViT-B-32"), DataRequest(), ["a.png"])
     with pytest.raises(DataError, match="Zero-shot evaluation brings no data along"):
-        TASK.pictures(DEMO, DataRequest(evaluation="zero-shot"), ["val/a/1.png"])
+        TASK.originals(DEMO, DataRequest(evaluation="zero-shot"), ["val/a/1.png"])
     with pytest.raises(DataError, match="There is no folder"):
-        TASK.pictures(DEMO, DataRequest(tmp_path / "nowhere"), ["a.png"])
+        TASK.originals(DEMO, DataRequest(tmp_path / "nowhere"), ["a.png"])
     with pytest.raises(DataError, match="holds no captions"):
-        TASK.pictures(DEMO, DataRequest(tmp_path), ["a.png"])
+        TASK.originals(DEMO, DataRequest(tmp_path), ["a.png"])

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torchvision.transforms import Normalize
 
 from fimaq_core.errors import ModelError, NumericsError
-from tasks.common import hub
+from tasks.common.models import hub
 from tasks.common.request import DataRequest, ModelRequest, describe_missing
 from tasks.retrieval import tags
 from tasks.retrieval import tokenizers as captions_to_ids

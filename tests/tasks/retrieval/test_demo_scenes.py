@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fimaq_core.errors import ModelError
-from tasks.common.augment import RandomDigitWarp
-from tasks.common.digits import PARTS, load_digits, split_digits
+from tasks.common.data.augment import RandomDigitWarp
+from tasks.common.demo.digits import PARTS, load_digits, split_digits
 from tasks.retrieval.demo import models, scenes, tokens
 
 COUNTS = {"train": 4096, "val": 500, "test": 1000}

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from fimaq_core.errors import DataError, ModelError, NumericsError
 from fimaq_core.progress import Progress, Report, silent
-from tasks.common.images import Images
+from tasks.common.data.images import Images
 from tasks.common.record import Dataset
 from tasks.common.task import Evaluation
 from tasks.retrieval.evaluate import evaluate_pairs, normalised, truncated

@@ -16,8 +16,8 @@ from small_models import images, randomise
 
 from fimaq_core.checkpoint import read_header
 from fimaq_core.errors import RecipeError
-from tasks.common.cli import build_group, main
-from tasks.common.plan import planned_folder
+from tasks.common.cell.identity import planned_folder
+from tasks.common.cli.commands import build_group, main
 from tasks.common.record import ResultRecord, read_record
 from tasks.common.request import CellRequest, DataRequest, ModelRequest
 from tasks.retrieval.__main__ import OPTIONS

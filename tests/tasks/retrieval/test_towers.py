@@ -21,7 +21,7 @@ from fimaq_core.chain import BlockChain
 from fimaq_core.errors import ModelError
 from fimaq_core.layers import QuantConv2d, QuantLinear, QuantMatMul, quant_layers, set_quantized
 from fimaq_core.recipe import make_recipe
-from tasks.common.modules import module_map
+from tasks.common.models.module_map import module_map
 from tasks.retrieval.towers import build_towers
 
 pytestmark = pytest.mark.slow

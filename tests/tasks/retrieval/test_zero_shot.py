@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fimaq_core.errors import DataError, NumericsError
 from fimaq_core.progress import Progress, silent
-from tasks.common.folders import Source
-from tasks.common.imagenet import wordnet_ids
-from tasks.common.images import Images
+from tasks.common.data.folders import Source
+from tasks.common.data.imagenet import wordnet_ids
+from tasks.common.data.images import Images
 from tasks.common.top_k import evaluate
 from tasks.retrieval.zero_shot import TEMPLATES, ZeroShotClassifier, class_embeddings, class_names
 

@@ -1,0 +1,241 @@
+"""The committed reference of a profile: results of sound installations, to compare with."""
+
+import json
+import math
+import os
+import platform
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from benchmarks.compare import known_answers
+from benchmarks.compare.agreement import ALPHA, FIGURES, RATIOS, compared, observations
+from benchmarks.costs.sources import REFERENCE, cost_row, costs_path, costs_text
+from benchmarks.grid.schema import Grid
+from benchmarks.results.scores import (
+    COLUMNS,
+    FULL,
+    Items,
+    Measured,
+    count,
+    is_percent,
+    sample_counts,
+    unique,
+    with_bits,
+    write_text,
+)  # fmt: skip
+from fimaq_core.errors import FimaqError
+from tasks.common.cell.machine import processor
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Machine, versions, date, settings and data of a reference."""
+
+    machine: str
+    versions: dict[str, str]
+    date: str
+    settings: dict[str, Any]
+    data: list[str]
+
+    def line(self) -> str:
+        """Return it in one line."""
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        return f"measured {self.date} on {self.machine}; {versions}"
+
+
+def provenance(grid: Grid, measured: Items) -> Provenance:
+    """Describe the present measurements, without host names and paths."""
+    versions: dict[str, set[str]] = {"python": {platform.python_version()}}
+    for item in measured:
+        for name, version in item.record.environment.versions.items():
+            versions.setdefault(name, set()).add(version)
+    dates = [item.record.finished[:10] for item in measured]
+    return Provenance(
+        machine=machine(),
+        versions={name: " / ".join(sorted(found)) for name, found in sorted(versions.items())},
+        date=max(dates, default=datetime.now(UTC).date().isoformat()),
+        settings=_settings(grid),
+        data=_data(measured),
+    )
+
+
+def _settings(grid: Grid) -> dict[str, Any]:
+    # Settings of tasks decide numbers as much as settings of the grid.
+    own = {
+        section: {
+            name: value
+            for name, value in grid.overrides_of(section).items()
+            if name not in grid.overrides or value != grid.overrides[name]
+        }
+        for section in grid.tasks
+    }
+    named = {"variant": grid.variant, "overrides": grid.overrides}
+    parts = {
+        "sections": {section: found for section, found in own.items() if found},
+        "axes": grid.axes,
+    }
+    settings: dict[str, Any] = json.loads(json.dumps(named | {k: v for k, v in parts.items() if v}))
+    return settings
+
+
+def _settings_of(settings: Mapping[str, Any], section: str) -> dict[str, Any]:
+    """Return the settings that bear on a section."""
+    own = settings.get("sections", {}).get(section, {})
+    rest = {name: value for name, value in settings.items() if name != "sections"}
+    return rest | {"overrides": {**settings.get("overrides", {}), **own}}
+
+
+def _data(measured: Items) -> list[str]:
+    sets = {item.record.dataset for item in measured}
+    return sorted({
+        f"{d.name}, {d.split}, {sample_counts(d.count, d.captions)}, {d.fingerprint[:16]}"
+        for d in sets
+    })  # fmt: skip
+
+
+def machine() -> str:
+    """Return processor, cores and system of this machine."""
+    return f"{processor()}, {os.cpu_count()} cores, {platform.system()}"
+
+
+def _files(grid: Grid, folder: Path) -> tuple[Path, Path]:
+    return folder / f"{grid.name}.csv", folder / f"{grid.name}.json"
+
+
+def write_reference(grid: Grid, measured: Items, text: str, folder: Path = REFERENCE) -> list[Path]:
+    """Write a profile's reference (CSV, Markdown, provenance, costs) and return the files."""
+    origin = provenance(grid, measured)
+    title, _, body = text.partition("\n\n")
+    table, about = _files(grid, folder)
+    files = {
+        table: _csv(observations(measured)),
+        folder / f"{grid.name}.md": f"{title}\n\nReference: {origin.line()}.\n\n{body}",
+        about: json.dumps(asdict(origin), indent=1) + "\n",
+        costs_path(grid.name, folder): costs_text(cost_row(it.cell, it.record) for it in measured),
+    }
+    for path, words in files.items():
+        write_text(path, words)
+    return list(files)
+
+
+def add_processor(grid: Grid, measured: Items, folder: Path = REFERENCE) -> Path:
+    """Add another processor's cells to the reference's table, in place of their former rows.
+
+    Raises:
+        FimaqError: there is no reference, or it has other settings or data.
+    """
+    path, about = _files(grid, folder)
+    if not path.is_file() or not about.is_file():
+        missing = f"Profile '{grid.name}' has no reference yet"
+        raise FimaqError(f"{missing}: write it first, without --add.")
+    origin = Provenance(**json.loads(about.read_text(encoding="utf-8")))
+    alike, lines = _alike(grid, measured, origin)
+    if len(alike) < len(measured):
+        raise FimaqError(" ".join(lines))
+    kept, new = read_csv(path), observations(measured)
+    same = [*COLUMNS[: COLUMNS.index("metric")], "processor"]
+    old, own = (pd.MultiIndex.from_frame(table[same].fillna(-1)) for table in (kept, new))
+    write_text(path, _csv(pd.concat([kept[~old.isin(own)], new])))
+    return path
+
+
+def _csv(table: pd.DataFrame) -> str:
+    columns = table[[*COLUMNS, "processor"]]
+    return str(columns.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+
+
+def read_csv(path: Path) -> pd.DataFrame:
+    """Read a table of scores or of a reference, with the column ``bits``."""
+    missing = {"seed": [""], "fp_value": [""]}
+    table = pd.read_csv(path, dtype={"seed": "Int64"}, keep_default_na=False, na_values=missing)
+    return with_bits(table)
+
+
+def compare(grid: Grid, measured: Items, folder: Path = REFERENCE) -> list[str]:
+    """Compare finished cells with the committed reference of their profile.
+
+    Returns:
+        Lines, none without a reference. The first one begins with ``Agrees with the reference`` or
+        ``DIFFERS from the reference``.
+    """
+    path, about = _files(grid, folder)
+    if not path.is_file() or not about.is_file():
+        return []
+    try:
+        origin = Provenance(**json.loads(about.read_text(encoding="utf-8")))
+        reference = read_csv(path)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        unread = f"The reference {path.name} cannot be read"
+        return [f"{unread}, so nothing is compared with it: {error}"]
+    where = f"(reference: {origin.line()})"
+    if wrong := known_answers.wrong():
+        why = "the code here gives wrong answers to problems whose answers are known"
+        return [f"DIFFERS from the reference: {why}.", *wrong]
+    alike, lines = _alike(grid, measured, origin)
+    own = observations(alike)
+    both = compared(reference, own)
+    if both.empty:
+        lines = lines or ["No cell of this run is in the reference."]
+        return [f"{line} {where}" for line in lines]
+    cell = ["dataset", "model", "method", "variant", "bits"]
+    known, mine = (set(map(tuple, table[cell].to_numpy())) for table in (both, own))
+    if mine - known:
+        lines.append(f"Not in the reference, so not compared: {count(len(mine - known), 'cell')}.")
+    off = both[both["p"] < ALPHA]
+    processors = count(reference["processor"].nunique(), "processor")
+    comparisons = count(len(both), "comparison")
+    basis = f"{comparisons}, family-wise error {ALPHA:.0%}, {processors} in the reference"
+    if off.empty:
+        score = both[~both["metric"].isin(FIGURES)]
+        largest = score.iloc[int(score["difference"].abs().to_numpy().argmax())]
+        unit = "points" if is_percent(largest["metric"]) else "ranks"
+        lines.append(
+            f"Agrees with the reference ({basis}). Largest difference of a score: "
+            f"{largest['difference']:+.2f} {unit} at {_name(largest, grid)}. {where}"
+        )
+        return lines
+    lines.append(
+        f"DIFFERS from the reference in {len(off)} of {basis}. Processors do not cause this: check "
+        f"the installation with `make test`, and `git status` for changed code. {where}"
+    )
+    for row in off.sort_values("p").to_dict("records"):
+        values = (row["mean_mine"], row["mean_ref"])
+        if row["metric"] in RATIOS:
+            values = (math.exp(values[0]), math.exp(values[1]))
+        digits = ".4g" if row["metric"] in FIGURES else ".2f"
+        here, there = (f"{value:{digits}}" for value in values)
+        p = f"(p = {row['p']:.1g})"
+        lines.append(f"  {_name(row, grid)}: {here} here, {there} in the reference {p}")
+    return lines
+
+
+def _alike(grid: Grid, measured: Items, origin: Provenance) -> tuple[list[Measured], list[str]]:
+    """Return the cells with the reference's settings and data, and a line per other section."""
+    alike, lines = [], []
+    for section in unique(item.cell.section for item in measured):
+        mine = [item for item in measured if item.cell.section == section]
+        name = f" in {section}" if len(grid.tasks) > 1 else ""
+        start = f"Not compared with the reference{name}: it"
+        theirs = _settings_of(origin.settings, section)
+        if theirs != _settings_of(_settings(grid), section):
+            lines.append(f"{start} has other settings, {theirs}.")
+        elif not set(_data(mine)) <= set(origin.data):
+            lines.append(f"{start} was measured on other data, {'; '.join(origin.data)}.")
+        else:
+            alike += mine
+    return alike, lines
+
+
+def _name(row: Any, grid: Grid) -> str:
+    bits = "" if row["bits"] == FULL else f" {row['bits']}"
+    scope = re.search(r" \[[^\]]*\]$", row["variant"])  # as variant_name writes it
+    subject = f"{row['model']}{scope[0] if scope else ''}"
+    variant = f" ({row['variant']})" if grid.axes and row["method"] != "fp" else ""
+    dataset = f" on {row['dataset']}" if len(grid.tasks) > 1 else ""
+    return f"{subject} {row['method']}{bits}{variant} {row['metric']}{dataset}"

@@ -1,0 +1,1 @@
+"""Grids: their YAML files, their cells, and what cells need before they can run."""

@@ -1,0 +1,201 @@
+"""``run --rehearse``: rehearses the cells of a grid and prints what the real run will take."""
+
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped, unused-ignore]
+from tabulate import tabulate  # type: ignore[import-untyped, unused-ignore]
+
+from benchmarks.console import duration, size_text
+from benchmarks.costs.sources import cost_row, has_known_settings
+from benchmarks.grid.cell import Adapter, Cell, RunOptions, finished
+from benchmarks.grid.expand import Filters, expand
+from benchmarks.grid.names import load_names
+from benchmarks.grid.schema import Grid
+from benchmarks.published.table import PublishedTable
+from benchmarks.rehearsal.cell import in_small, read_events, rehearse_cell
+from benchmarks.rehearsal.full_cost import real_memory, real_seconds, spent
+from benchmarks.run.local import default_jobs
+from benchmarks.run.options import ExecutorOptions, settled
+from fimaq_core.files import replaced_whole
+from tasks.common.cell.machine import container_limits
+
+FILE = "rehearsal.json"
+#: Memory that the largest models take when they are rehearsed on a CPU.
+_CELL_BYTES = 6e9
+_COLUMNS = ("model", "method", "bits", "rehearsed", "peak", "per step", "real time", "real memory")
+
+
+def rehearse(
+    grid: Grid,
+    profile: str,
+    filters: Filters,
+    options: RunOptions,
+    adapter: Adapter,
+    how: ExecutorOptions,
+    report: bool = False,
+    table: PublishedTable | None = None,
+) -> int:
+    """Rehearse a grid's cells below ``<results>/rehearsal``; return 0 if all went through, else 1.
+
+    The arguments are those of :func:`benchmarks.run.command.run_grid`.
+    """
+    from benchmarks.rehearsal.images import make_data
+    from benchmarks.rehearsal.weights import make_weights
+    from benchmarks.run.command import run_grid
+
+    folder = options.results / "rehearsal"
+    weights = folder / "weights"
+    if options.force:  # a rehearsal has nothing worth keeping
+        shutil.rmtree(folder, ignore_errors=True)
+    device, threads = options.device or grid.device, options.threads or grid.threads
+    options = replace(options, results=folder, weights=weights, force=False, rehearsal=True)
+    options = settled(options, how, device, threads)
+    if options.device == "cpu" and how.name == "local":  # as many cells as cores and memory allow
+        options = replace(options, threads=options.threads or 1)
+        most = max(1, int(_memory("cpu") / _CELL_BYTES))
+        jobs = min(default_jobs(options.threads, "cpu"), most)
+        how = replace(how, jobs=how.jobs or jobs)
+    cells = expand(grid, filters, options)
+    print(f"Making random weights and images in {folder}. Each cell's process is killed once.")
+    make_weights(weights, cells)
+    data = {grid.tasks[cell.section].data for cell in cells}
+    options = replace(options, data=make_data(folder / "data", data - {"own"}))
+    adapter = rehearsing(adapter)
+    run_grid(grid, profile, filters, options, adapter, how, plan=False, report=report, table=table)
+    return _conclude(grid, expand(grid, filters, options), options, adapter)
+
+
+def rehearsing(adapter: Adapter) -> Adapter:
+    """Return an adapter that runs cells in small."""
+
+    def small(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda request, *rest: function(in_small(request), *rest)
+
+    return replace(
+        adapter,
+        run_cell=rehearse_cell,
+        planned_folder=small(adapter.planned_folder),
+        preflight=small(adapter.preflight),
+        cached=small(adapter.cached),
+    )
+
+
+def _conclude(grid: Grid, cells: Sequence[Cell], options: RunOptions, adapter: Adapter) -> int:
+    """Print the estimates of rehearsed ``cells`` and keep them; return the exit code."""
+    found = [(cell, row) for cell in cells if (row := _row(grid, cell, adapter)) is not None]
+    rows = [row for _, row in found]
+    if not rows:
+        return 1
+    print()
+    print(tabulate([_texts(row) for row in rows], headers=_COLUMNS, disable_numparse=True))
+    path = options.results / FILE
+    _keep(path, [row for cell, row in found if has_known_settings(cell)])
+    total = sum(row["seconds"] for row in rows)
+    largest = max(rows, key=lambda row: row["peak_memory_bytes"])
+    tape = max(rows, key=lambda row: row["tape_bytes"])
+    disk = sum(row["disk_bytes"] for row in rows)
+    print(
+        f"\nRehearsed {len(rows)} of {len(cells)} cells on {rows[0]['device']}. The real run would "
+        f"take about {duration(total)} on this device, one cell at a time.\n"
+        f"Largest memory of a cell: at most {size_text(largest['peak_memory_bytes'])} "
+        f"({largest['model']} {largest['method']}). Their results take {size_text(disk)} of disk, "
+        "beside calibrations and MLPs that cells share, and "
+        f"what a cell keeps of its calibration images up to {size_text(tape['tape_bytes'])} "
+        f"({tape['model']}).\nEstimates: {path}. Nothing here counts as measured: weights and "
+        "images are random."
+    )
+    for line in _too_large(rows, str(options.device)):
+        print(line)
+    return 0 if len(rows) == len(cells) else 1
+
+
+def _row(grid: Grid, cell: Cell, adapter: Adapter) -> dict[str, Any] | None:
+    """Return the estimates of a rehearsed cell, and what was measured in small."""
+    found = finished(cell, adapter)
+    if found is None:
+        return None
+    record, folder = found
+    real, request = cell.request.recipe, cell.request
+    times, small = spent(read_events(folder)), in_small(request).recipe
+    published = load_names().published_on(cell.task, grid.tasks[cell.section].dataset)
+    images = published[0][2].count if published else record.n
+    batch = 1 if cell.task == "detection" else request.eval_batch  # sizes vary: one by one
+    memory, tape = real_memory(record, times, real, batch, request.placement == "disk")
+    return {
+        **cost_row(cell, record).model_dump(),
+        "seconds": round(real_seconds(record, times, real, images), 1),
+        "peak_memory_bytes": memory,
+        "tape_bytes": tape,
+        "disk_bytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
+        "rehearsed": {
+            "seconds": round(times.total, 1),
+            "peak_memory_bytes": max(record.peak_memory_bytes, times.peak_memory_bytes),
+            "seconds_per_step": round(times.step or times.mlp_step, 4) or None,
+            "batch_size": None if small is None else small.batch_size,
+            "calibration_images": None if small is None else small.calibration_images,
+            "images": record.n,
+            "placement": request.placement,
+            "step_engine": record.step_engine,
+        },
+    }
+
+
+def _texts(row: dict[str, Any]) -> list[str]:
+    rehearsed = row["rehearsed"]
+    step = rehearsed["seconds_per_step"]
+    return [
+        f"{row['model']} [{row['scope']}]" if row["scope"] else row["model"],
+        f"{row['method']} {row['point']}".strip(),
+        row["bits"],
+        duration(rehearsed["seconds"]),
+        size_text(rehearsed["peak_memory_bytes"]),
+        "-" if step is None else f"{1000 * step:.0f} ms",
+        duration(row["seconds"]),
+        size_text(row["peak_memory_bytes"]),
+    ]
+
+
+def _keep(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write the rows; those of other cells that the file has stay in it."""
+    keys = ("section", "model", "scope", "method", "bits", "seed", "point", "device")
+    kept = json.loads(path.read_text(encoding="utf-8"))["cells"] if path.is_file() else []
+    merged = {tuple(str(row[name]) for name in keys): row for row in [*kept, *rows]}
+    content = {"cells": [row for _, row in sorted(merged.items())]}
+    with replaced_whole(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _too_large(rows: Sequence[dict[str, Any]], device: str) -> Iterator[str]:
+    """Yield warnings of what of the real run might not fit on this machine."""
+    memory, temporary = _memory(device), tempfile.gettempdir()
+    large = dict.fromkeys(row["model"] for row in rows if row["peak_memory_bytes"] > memory)
+    if large:
+        yield (
+            f"warning: {', '.join(large)} may need more memory than the {size_text(memory)} here: "
+            "PLACEMENT=host or disk keeps less of it on the device."
+        )
+    on_disk = [row for row in rows if row["rehearsed"]["placement"] == "disk"]
+    most = max(on_disk, key=lambda row: int(row["tape_bytes"]), default=None)
+    free = shutil.disk_usage(temporary).free
+    if most is not None and most["tape_bytes"] > free:
+        yield (
+            f"warning: {most['model']} keeps {size_text(most['tape_bytes'])} in {temporary}, where "
+            f"{size_text(free)} are free: set TMPDIR to a larger disk for the real run."
+        )
+
+
+def _memory(device: str) -> float:
+    """Return the bytes of memory that a cell may use on ``device``."""
+    if device.startswith("cuda"):
+        import torch
+
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    limit = container_limits()["memory"]
+    return min(float(psutil.virtual_memory().total), limit or math.inf)

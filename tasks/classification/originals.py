@@ -1,0 +1,22 @@
+"""Original images of classification's samples; loads no model."""
+
+from collections.abc import Sequence
+
+from PIL import Image
+
+from fimaq_core.errors import DataError
+from tasks.classification.data import digit_pairs
+from tasks.classification.tags import DEMO_NAMES
+from tasks.common.data.imagenet import LAYOUT
+from tasks.common.data.originals import class_originals, known_originals
+from tasks.common.request import DataRequest, ModelRequest
+
+
+def originals(model: ModelRequest, data: DataRequest, ids: Sequence[str]) -> dict[str, Image.Image]:
+    """See :meth:`tasks.common.task.Task.originals`."""
+    if data.path is not None:
+        return class_originals(data.path, ids)
+    if model.name not in DEMO_NAMES:
+        raise DataError(f"{model.name} brings no data along: give --data /path/to/imagenet. {LAYOUT}.")
+    source = digit_pairs("test")
+    return known_originals(ids, source.ids, source.read, "the demo's digit pairs")

@@ -1,0 +1,1 @@
+"""Images: read, ordered by class, augmented, chosen for calibration."""

@@ -1,0 +1,1 @@
+"""Models: their weight files, the hub, and facts about checkpoints."""

@@ -1,0 +1,124 @@
+"""Files of captions: Karpathy's JSON, CSV with a header, or one JSON object per line.
+
+Karpathy and Fei-Fei (CVPR 2015, arXiv:1412.2306) list ``images``, each with ``filename``,
+``split``, ``sentences`` (of these ``raw``), and in MS-COCO ``filepath``.
+"""
+
+import csv
+import io
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fimaq_core.errors import DataError
+from tasks.common.data.files import composed, image_id, parse_json, read_text, state_of
+
+#: (Image id, its captions) in order, by split.
+Splits = Mapping[str, tuple[tuple[str, tuple[str, ...]], ...]]
+#: Splits that a file may name; of restval and val nothing is used.
+_SPLITS = ("train", "restval", "val", "test")
+
+
+class _Row(NamedTuple):
+    number: int
+    where: str
+    image: object
+    captions: list[object]
+    split: object
+
+
+def read_captions(path: Path, own: str | None = None) -> Splits:
+    """Read a .json, .csv or .jsonl file of captions, once while it stays as it is.
+
+    ``own`` is the split of a file that holds one split only; else each row names its own. Raises
+    DataError for an image in two splits, or in a table the same pair twice (which would weigh
+    double).
+    """
+    return _read(path, own, state_of(path))
+
+
+@lru_cache(maxsize=4)
+def _read(path: Path, own: str | None, state: tuple[int, int]) -> Splits:
+    splits: dict[str, dict[object, tuple[str, list[str]]]] = {}
+    first: dict[tuple[str, str], int] = {}
+    split_of: dict[str, str] = {}
+    table = path.suffix != ".json"
+    for number, where, name, texts, named in _ROWS[path.suffix](path):
+        if named is None and own is None and table:
+            raise DataError(f"{where}: there is no split; name it, or make two files, train{path.suffix} and test{path.suffix}.")
+        split = own if named is None else named
+        if not isinstance(split, str) or split not in _SPLITS:
+            raise DataError(f"{where}: there is no split {split!r}; known are {', '.join(_SPLITS)}.")
+        if own is not None and split != own:
+            raise DataError(f"{where}: the split {split!r} does not belong into this file.")
+        image = image_id(name, where, path.parent if table else None)
+        if (other := split_of.setdefault(composed(image), split)) != split:
+            raise DataError(f"{where}: {image!r} is in the splits {other!r} and {split!r}.")
+        _, captions = splits.setdefault(split, {}).setdefault(image if table else number, (image, []))
+        for text in texts:
+            if not isinstance(text, str):
+                raise DataError(f"{where}: the caption {text!r} is not text.")
+            if table and ((before := first.setdefault((image, text), number)) != number or text in captions):
+                raise DataError(f"{where} repeats image and caption of line {before}: remove one.")
+            captions.append(text)
+    return {split: tuple((image, tuple(own)) for image, own in found.values()) for split, found in splits.items()}
+
+
+def _karpathy_rows(path: Path) -> Iterator[_Row]:
+    content = parse_json(read_text(path), str(path), _without_tokens)
+    entries = content.get("images") if isinstance(content, dict) else None
+    if not isinstance(entries, list):
+        raise DataError(f"{path} has no list 'images': it is not a file of Karpathy's format.")
+    for number, entry in enumerate(entries):
+        where = f"{path}, image {number} (counted from 0)"
+        try:
+            folder, file, split = entry.get("filepath", ""), entry["filename"], entry["split"]
+            captions = [sentence["raw"] for sentence in entry["sentences"]]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{where}: filename, split and sentences with raw are expected ({error!r}).") from error
+        if not all(isinstance(text, str) for text in (folder, file, *captions)):
+            raise DataError(f"{where}: names and captions must be text.")
+        yield _Row(number, where, f"{folder}/{file}" if folder else file, captions, split)
+
+
+def _without_tokens(item: dict[str, Any]) -> dict[str, Any]:
+    # MS-COCO's captions cut into words take more memory than all the rest, and are not used.
+    item.pop("tokens", None)
+    return item
+
+
+def _csv_rows(path: Path) -> Iterator[_Row]:
+    # The text as it is, line ends included: captions in quotes may go over several lines.
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    try:
+        header = next(reader, [])
+        if not {"image", "caption"} <= set(header) or len(set(header)) < len(header):
+            raise DataError(f"{path} needs the columns image and caption, once each; its first line is {','.join(header)!r}.")
+        for cells in filter(None, reader):
+            where = f"{path}, line {reader.line_num}"
+            if len(cells) != len(header):
+                columns = f"{len(cells)} columns instead of {len(header)}"
+                raise DataError(f"{where}: {columns}; a caption with commas needs quotes.")
+            row = dict(zip(header, cells, strict=True))
+            yield _Row(reader.line_num, where, row["image"], [row["caption"]], row.get("split"))
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: not valid CSV ({error}).") from error
+
+
+def _jsonl_rows(path: Path) -> Iterator[_Row]:
+    # Not splitlines(): JSON text may hold other characters that it takes for line ends.
+    for line, text in enumerate(read_text(path).split("\n"), 1):
+        if not text.strip():
+            continue
+        where = f"{path}, line {line}"
+        row = parse_json(text, where)
+        if not isinstance(row, dict) or "image" not in row or ("caption" in row) == ("captions" in row):
+            raise DataError(f"{where}: an object with image and either caption or captions is expected.")
+        captions = row["captions"] if "captions" in row else [row["caption"]]
+        if not isinstance(captions, list):
+            raise DataError(f"{where}: captions must be a list.")
+        yield _Row(line, where, row["image"], captions, row.get("split"))
+
+
+_ROWS = {".json": _karpathy_rows, ".csv": _csv_rows, ".jsonl": _jsonl_rows}

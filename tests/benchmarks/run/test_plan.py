@@ -1,0 +1,253 @@
+"""Plans: the order in which cells start, what they cost and what is there of them, in terminals of several sizes."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import benchmark_fakes as fakes
+import pytest
+
+from benchmarks.compare.reference import write_reference
+from benchmarks.console import duration
+from benchmarks.costs.sources import cost_row, costs_path, costs_text, read_costs
+from benchmarks.grid.cell import Cell, RunOptions, default_adapter
+from benchmarks.grid.expand import Filters, expand, load_grid
+from benchmarks.grid.schema import Grid
+from benchmarks.published.table import load_table
+from benchmarks.run.order import make_chains
+from benchmarks.run.plan import plan_of, plan_text
+from fimaq_core.errors import FimaqError
+from tasks.common.record import Environment, write_record
+from tasks.common.request import CellRequest
+
+HERE = Environment(versions={}, git_revision="x", device="cpu Here", threads=2)
+
+
+def plan(grid: Grid, tmp_path: Path, filters: Filters = Filters(), jobs: int = 1, width: int | None = None, **more: Any) -> str:
+    options = RunOptions(results=tmp_path)
+    cells = expand(grid, filters, options)
+    adapter = replace(fakes.ADAPTER, **more)
+    return plan_of(grid, filters, options, adapter, cells, jobs, width, reference=tmp_path / "reference")
+
+
+def cells_of(grid: Grid, tmp_path: Path) -> dict[str, Cell]:
+    return {cell.label: cell for cell in expand(grid, Filters(), RunOptions(results=tmp_path))}
+
+
+def measure(cell: Cell, seconds: float, memory: int = 10**9, environment: Environment = HERE) -> None:
+    record = fakes.record_of(cell.request, 50.0).model_copy(
+        update={"seconds": {"a": seconds / 4, "b": 3 * seconds / 4}, "peak_memory_bytes": memory, "environment": environment}
+    )
+    write_record(record, fakes.planned_folder(cell.request))
+
+
+def rows(text: str) -> list[dict[str, str]]:
+    """The table's rows; its columns are as wide as the rules below their names."""
+    lines = text.split("\n")
+    rule = next(index for index, line in enumerate(lines) if line.startswith("--"))
+    ends: list[tuple[int, int]] = []
+    start = 0
+    for part in lines[rule].split("  "):
+        ends.append((start, start + len(part)))
+        start += len(part) + 2
+    names = [lines[rule - 1][a:b].strip() for a, b in ends]
+    body = lines[rule + 1 : lines.index("", rule)]
+    return [dict(zip(names, (line[a:b].strip() for a, b in ends), strict=True)) for line in body]
+
+
+def row(text: str, **wanted: str) -> dict[str, str]:
+    (found,) = [item for item in rows(text) if all(item[name] == value for name, value in wanted.items())]
+    return found
+
+
+def test_cells_are_numbered_as_they_start(tmp_path: Path):
+    grid = fakes.plain_demo()
+    cells = cells_of(grid, tmp_path)
+    measure(cells["demo_vit fp"], 1.0)
+    found = rows(plan(grid, tmp_path))
+    wanted = [cell for chain in make_chains([c for c in cells.values() if c.label != "demo_vit fp"]) for cell in chain]
+    numbered = sorted((item for item in found if item["#"] != "-"), key=lambda item: int(item["#"]))
+    assert [(i["model"], i["method"], i["bits"], i["seed"]) for i in numbered] == [
+        (cell.model, cell.method, cell.bits, "-" if cell.seed is None else str(cell.seed)) for cell in wanted
+    ]
+    assert [item["method"] for item in found if item["#"] == "-"] == ["fp"]
+
+
+def test_costs_are_measured_or_estimated_from_cells_of_the_method(tmp_path: Path):
+    grid = fakes.plain_demo(bits=("w3a3",), seeds=(1, 2))
+    cells = cells_of(grid, tmp_path)
+    measure(cells["demo_vit fp"], 8.0, 10**9)
+    measure(cells["demo_vit rtn w3a3 seed 1"], 4.0, 2 * 10**9)
+    measure(cells["demo_vit fimaq w3a3 seed 1"], 600.0, 3 * 10**9)
+    text = plan(grid, tmp_path, jobs=2)
+    assert row(text, model="demo_vit", method="fimaq", seed="1") | {"time": "10 min", "memory": "3.0 GB", "done": "yes"} == row(
+        text, model="demo_vit", method="fimaq", seed="1"
+    )
+    other = row(text, model="demo_swin", method="fimaq", seed="2")
+    assert (other["time"], other["memory"], other["done"]) == ("~10 min", "~3.0 GB", "no")
+    # nothing of their method, but they too reconstruct blocks
+    assert row(text, model="demo_deit", method="qdrop", seed="1")["time"] == "~10 min"
+    assert "Costs of finished cells here: cpu Here, 2 threads (3 cells)." in text
+    # fp of two models; of vit 4 + 3 x 600, 1 + ... : chains (model, seed) of 4 cells, one of them begun
+    work = 2 * 8 + 5 * 4 + 17 * 600
+    assert f"({duration(work)} of work; 24 from finished cells), largest memory of a cell 3.0 GB." in text
+    # 6 chains of about 30 min (one of 20) in two processes
+    assert "CPU time: about 1 h 30 min at 2 jobs" in text
+
+
+def test_what_was_never_measured_has_no_costs(tmp_path: Path):
+    grid = fakes.plain_demo(methods=("fp", "rtn", "fimaq"))
+    text = plan(grid, tmp_path)
+    assert "time" not in rows(text)[0]
+    assert "Time: not known, nothing alike was measured yet." in text
+    measure(cells_of(grid, tmp_path)["demo_vit fp"], 5.0)
+    text = plan(grid, tmp_path)
+    assert {item["time"] for item in rows(text) if item["method"] == "fimaq"} == {"-"}
+    assert "24 cells are not in this: nothing like them was measured or published." in text
+
+
+def test_costs_come_from_the_reference_where_nothing_here_tells(tmp_path: Path):
+    grid = fakes.plain_demo(bits=("w3a3",), seeds=(1,))
+    elsewhere = tmp_path / "elsewhere"
+    other = Environment(versions={}, git_revision="x", device="cpu There", threads=1)
+    theirs = list(cells_of(grid, elsewhere).values())
+    for number, cell in enumerate(theirs):
+        measure(cell, 100.0 + number, (number + 1) * 10**8, other)
+    from benchmarks.results.scores import collect
+
+    files = write_reference(grid, collect(theirs, fakes.ADAPTER), "# Title\n\nbody", tmp_path / "reference")
+    assert costs_path("demo", tmp_path / "reference") in files
+    kept = read_costs(costs_path("demo", tmp_path / "reference"))
+    assert [(r.model, r.method, r.seconds, r.device, r.threads) for r in kept[:2]] == [
+        ("demo_vit", "fp", 100.0, "cpu There", 1), ("demo_vit", "rtn", 101.0, "cpu There", 1)
+    ]  # fmt: skip
+
+    text = plan(grid, tmp_path)
+    assert row(text, model="demo_vit", method="rtn")["time"] == "~2 min"
+    assert row(text, model="demo_vit", method="fp")["memory"] == "~100.0 MB"
+    assert "Costs of the reference: cpu There, 1 thread (15 cells)." in text
+    # bits that the reference does not have: as its method took there
+    wider = plan(grid, tmp_path, Filters(bits=("w4a4",), methods=("rtn",)))
+    assert {item["time"] for item in rows(wider)} == {"~2 min"}
+    # what is measured here says more
+    measure(cells_of(grid, tmp_path)["demo_deit rtn w3a3 seed 1"], 7.0)
+    text = plan(grid, tmp_path)
+    assert row(text, model="demo_vit", method="rtn")["time"] == "~7 s"
+    assert row(text, model="demo_vit", method="fimaq")["time"] == "~2 min"
+    assert "Costs of finished cells here: cpu Here, 2 threads (1 cell)." in text
+    # and is found where the filter leaves it out
+    assert {item["time"] for item in rows(plan(grid, tmp_path, Filters(models=("demo_vit",), methods=("rtn",))))} == {"~7 s"}
+
+
+def test_costs_survive_their_file(tmp_path: Path):
+    cells = expand(load_grid("demo"), Filters(), RunOptions(results=tmp_path))
+    found = [cost_row(cell, fakes.record_of(cell.request, 1.0)) for cell in (cells[0], cells[1], cells[-1])]
+    path = tmp_path / "x.costs.csv"
+    path.write_text(costs_text(found))
+    assert read_costs(path) == found
+    assert read_costs(tmp_path / "none.csv") == []
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"section,model\na,b\n", b"\xff\xfe\x00", b'section\n"x',
+        costs_text([]).encode() + b"a,b,,fp,fp,,,nan,1,cpu,1\n", costs_text([]).encode() + b"a,b,,fp,fp,,,1,1,cpu,1,more\n",
+    ],
+    ids=range(5),
+)  # fmt: skip
+def test_damaged_reference_costs_are_one_line_and_the_plan_goes_on(tmp_path: Path, content: bytes):
+    path = costs_path("demo", tmp_path / "reference")
+    path.parent.mkdir()
+    path.write_bytes(content)
+    with pytest.raises(FimaqError, match="reference costs"):
+        read_costs(path)
+    lines = plan(fakes.plain_demo(), tmp_path).split("\n")
+    assert lines[-1].startswith("warning: ")
+    assert "reference costs" in lines[-1]
+    assert "51 cells, 0 done, 51 to run." in lines
+
+
+def test_what_is_there_of_unfinished_cells_is_listed(tmp_path: Path):
+    def cached(request: CellRequest, folder: Path) -> list[str]:
+        assert folder == fakes.planned_folder(request)
+        return ["blocks 3", "calibration"] if request.recipe is not None and request.recipe.method == "fimaq" else []
+
+    grid = fakes.plain_demo(seeds=(1,), bits=("w3a3",))
+    measure(cells_of(grid, tmp_path)["demo_vit fimaq w3a3 seed 1"], 5.0)
+    text = plan(grid, tmp_path, cached=cached)
+    assert [item["cached"] for item in rows(text) if item["model"] == "demo_vit"] == ["-"] * 5
+    assert row(text, model="demo_swin", method="fimaq")["cached"] == "blocks 3, calibration"
+
+
+def test_cells_whose_identity_is_not_known_are_planned_all_the_same(tmp_path: Path):
+    def unknown(request: CellRequest) -> Path:
+        raise FimaqError("no weights")
+
+    text = plan(fakes.plain_demo(), tmp_path, planned_folder=unknown)
+    assert {item["done"] for item in rows(text)} == {"no"}
+    assert "51 cells, 0 done, 51 to run." in text
+
+
+def test_the_real_adapter_knows_what_is_there(tmp_path: Path):
+    (cell,) = expand(load_grid("demo"), Filters(tasks=("classification",), models=("demo_vit",), methods=("fimaq",),
+                                                bits=("w3a3",)), RunOptions(results=tmp_path))  # fmt: skip
+    adapter = default_adapter()
+    blocks = adapter.planned_folder(cell.request) / "blocks"
+    blocks.mkdir(parents=True)
+    (blocks / "block-000.safetensors").touch()
+    assert rows(plan_text([cell], adapter))[0]["cached"] == "blocks 1"
+
+
+@pytest.mark.parametrize("width", [40, 80, 120, 200, None])
+@pytest.mark.parametrize("profile", ["demo", "paper-ablation"])
+def test_plans_fit_their_terminal_and_say_which_cell_is_meant(tmp_path: Path, profile: str, width: int | None):
+    grid = load_grid(profile)
+    options = RunOptions(results=tmp_path)
+    cells = expand(grid, Filters(), options)
+    measure(cells[0], 3.0)
+    text = plan_of(grid, Filters(), options, fakes.ADAPTER, cells, 4, width, tmp_path)
+    table = rows(text)
+    assert len(table) == len(cells)
+    start = text.split("\n").index(next(line for line in text.split("\n") if line.startswith("--")))
+    if width in (None, 80, 120, 200):
+        assert width is None or all(len(line) <= width for line in text.split("\n")[start - 1 : start + len(cells) + 1])
+    told = {"model", "method", "bits"}
+    assert all(told <= set(item) or "All cells:" in text for item in table)
+    if width is None:
+        assert {"task", "images", "batch", "transform", "done"} <= set(table[0])
+        assert "Not shown" not in text
+    if width == 40:
+        assert "Not shown for lack of width: " in text
+
+
+def test_columns_that_are_alike_are_said_once_before_any_is_left_out(tmp_path: Path):
+    grid = load_grid("paper")
+    filters = Filters(models=("vit_small",), tasks=("classification",))
+    text = plan(grid, tmp_path, filters, width=100)
+    first = text.split("\n")[0]
+    assert first.startswith("All cells: ")
+    assert "task classification" in first
+    assert "done no" in first
+
+
+def test_published_minutes_and_two_kinds_of_device(tmp_path: Path):
+    grid = load_table("fimaq").grid()
+    text = plan(grid, tmp_path, jobs=2)
+    # two bits: 2 x (48 + 87 + 44 + 49 + 88 + 115 + 135) minutes, in one chain per model and bits
+    assert "21 cells, 0 done, 21 to run." in text
+    assert "GPU time: about 9 h 26 min at 2 jobs (18 h 52 min of work; 14 published)." in text
+    assert "7 cells are not in this: nothing like them was measured or published." in text
+    assert "Published minutes: an H800 (GLF-Q Table 7) for 14 cells." in text
+    assert row(text, model="vit_base", bits="w4a4")["time"] == "~87 min"
+    # full precision of one model, measured on a CPU, tells of the others, but of no GPU time
+    measure(cells_of(grid, tmp_path)["vit_small fp"], 100.0)
+    text = plan(grid, tmp_path)
+    assert "GPU time: about 18 h 52 min at 1 job (18 h 52 min of work; 14 published)." in text
+    assert "CPU time: about 10 min at 1 job (10 min of work; 6 from finished cells), largest memory of a cell 1.0 GB." in text
+    assert "not in this" not in text
+    assert row(text, model="vit_base", method="fp")["time"] == "~2 min (CPU)"
+    # cells that are to run on a CPU have only a GPU's times, which is said
+    text = plan(grid.model_copy(update={"device": "cpu"}), tmp_path, Filters(methods=("fimaq",), models=("vit_small",)))
+    assert "(1 h 36 min of work; 2 published); 2 of these are to run on another kind of device." in text
+    assert "CPU time" not in text

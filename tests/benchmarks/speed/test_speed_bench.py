@@ -1,0 +1,169 @@
+"""The speed benchmark: its floors, its arithmetic, its records, and the command on the smallest sizes."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import nn
+
+from benchmarks.speed.command import main
+from benchmarks.speed.memory import Parts, peak_of_block, saved_bytes
+from benchmarks.speed.results import BEGIN, END, README, read_records, rewrite, tables
+from benchmarks.speed.steps import measure_rates, step_bytes
+from benchmarks.speed.subjects import Subject, cut
+from benchmarks.speed.walk import line, protocol_seconds, walk
+from fimaq_core.calibration.calibrate import calibrate
+from fimaq_core.errors import CheckpointError
+from fimaq_core.recipe import Recipe, make_recipe
+from tests.small_models import chain_of, images, quick, swin, vit
+
+CPU = torch.device("cpu")
+REQUIRED = {
+    "device", "model", "step_ms", "floor_ms", "stages_s", "peak_bytes", "full_protocol_min", "published_min", "versions", "date",
+}  # fmt: skip
+
+
+def subject(model: nn.Module, recipe: Recipe, thin: bool = True) -> Subject:
+    return cut(chain_of(model, recipe), images(recipe.calibration_images), thin)
+
+
+def test_rates_are_positive_and_floors_follow_from_them() -> None:
+    rates = measure_rates(CPU, size=128)
+    assert rates.flops > 1e6
+    assert rates.bytes > 1e6
+    floors = rates.floors_ms(int(rates.flops), int(rates.bytes / 2))
+    assert floors == pytest.approx({"arithmetic": 1000, "bytes": 500}, rel=1e-3)
+
+
+def test_operations_and_bytes_of_a_vit_block_step_are_as_counted_by_hand() -> None:
+    """Products of a block: qkv, projection, two attention products, two of the MLP; each once forward, twice backward.
+
+    The loss has two of its own, by the Fisher gradients and by the root of their Gram matrix, once each way.
+    """
+    batch, tokens, width, hidden, heads, rank = 8, 17, 32, 64, 2, 2
+    recipe = quick("fimaq", range_search="minmax", calibration_images=16, fisher_k=rank, steps=50)
+    made = subject(vit(2), recipe)
+    calibrate(made.chain, made.images, recipe)
+    times = walk(made, recipe, ["fused"], 1, time.monotonic() + 60)
+    work = times.makes[made.main]
+    weights = width * 3 * width + width * width + 2 * width * hidden
+    products = batch * tokens * (weights + 2 * tokens * width)
+    loss = batch * (tokens * width * rank + rank * rank)
+    assert work.flops == 2 * (3 * products + 2 * loss)
+    quantized = batch * tokens * (3 * width + hidden + 3 * width + heads * tokens)  # inputs of 4 layers; q, k, v and the map
+    assert work.bytes == step_bytes(3 * batch * tokens * width, quantized, weights)
+    assert set(times.wall) == {"tape", "fisher", "steps"}
+    assert min(times.tape) > 0
+    assert min(times.tail) > 0
+
+
+def test_segments_of_one_make_are_measured_once() -> None:
+    recipe = quick("fimaq")
+    made = subject(vit(3), recipe)
+    assert [make.label for make in made.makes] == ["patch_embed", "blocks.0", "head"]
+    assert [make.count for make in made.makes] == [1, 3, 1]
+    assert made.order == (0, 1, 1, 1, 2)
+    assert len(made.chain) == 3
+    whole = subject(vit(3), recipe, thin=False)
+    assert whole.order == (0, 1, 2, 3, 4)
+    assert whole.make_of == (0, 1, 1, 1, 2)
+    windows = cut(chain_of(swin(40), recipe), images(2, 40), thin=True)
+    assert windows.chain(windows.images).shape == (2, 10)
+    assert sum(make.count for make in windows.makes) == len(windows.order)
+
+
+def test_extrapolation_is_plain_arithmetic() -> None:
+    recipe = make_recipe("fimaq", {"steps": 100, "calibration_images": 10, "fisher_k": 2})
+    parts = {"calibration": [1.0, 2.0, 3.0], "tape": [0.1, 0.2, 0.3], "own": [0.01, 0.03, None]}
+    parts |= {"tail": [0.02, 0.04, 0.05], "step": [0.001, 0.002, 0.003]}
+    found = protocol_seconds([0, 1, 1, 2], recipe, **parts, compile_s=7.0)
+    assert found["calibration"] == pytest.approx(1 + 2 + 2 + 3)
+    assert found["tape"] == pytest.approx(10 * (0.1 + 0.2 + 0.2 + 0.3))
+    assert found["fisher"] == pytest.approx(2 * 10 * ((0.01 + 0.04 + 0.04 + 0.05) + (0.03 + 0.04 + 0.05) + (0.03 + 0.05)))
+    assert found["steps"] == pytest.approx(100 * (0.001 + 0.002 + 0.002 + 0.003))
+    assert found["compile"] == 7
+
+
+def test_calibration_is_extrapolated_along_a_line() -> None:
+    assert line((2, 3.0), (8, 6.0), 128) == pytest.approx(66)
+    assert line((2, 3.0), (8, 2.5), 128) == 2.5  # noise: less time for more images
+    assert line((8, 2.0), (8, 2.0), 16) == 4
+
+
+def test_memory_formula_takes_the_largest_phase() -> None:
+    held = 100 + 10 + 8 * 2 + 3 * 5
+    sizes = {"weights": 100, "images": 10, "rounded": 2, "tape": 5}
+    assert Parts(**sizes, step=7, tail=3).peak() == held + 10
+    assert Parts(**sizes, step=70, tail=80).peak() == held + 80
+
+
+def test_parts_of_the_peak_are_counted() -> None:
+    recipe = quick("fimaq", calibration_images=16, batch_size=8)
+    chain = chain_of(vit(2), recipe)
+    peak, parts = peak_of_block(chain, images(16), recipe)
+    assert peak > 0
+    assert parts.images == 4 * (images(16).numel() + 16 * 10)
+    assert parts.tape == 4 * 16 * 17 * 32
+    assert min(parts.step, parts.tail) > 4 * 8 * 17 * 32
+
+
+def test_saved_bytes_counts_each_storage_once() -> None:
+    x = torch.ones(100, requires_grad=True)
+    assert saved_bytes(lambda: x * x, []) == 400
+    assert saved_bytes(lambda: x * x, [x]) == 0
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the command writes for a demo model on the smallest sizes."""
+    path = tmp_path_factory.mktemp("speed") / "speed.json"
+    sizes = "--quick --device cpu --models demo_vit"
+    before = torch.get_num_threads()
+    found = CliRunner().invoke(main, [*sizes.split(), "--threads", "1", "--output", str(path)])
+    torch.set_num_threads(before)
+    assert found.exit_code == 0, found.output
+    assert "demo_vit" in found.output
+    return path
+
+
+def test_the_command_writes_whole_records(records: Path) -> None:
+    (content,) = json.loads(records.read_text())
+    assert set(content) >= REQUIRED
+    assert set(content["stages_s"]) == {"calibration", "tape", "fisher", "steps"}
+    assert content["step_ms"].keys() == {"fused"}
+    assert content["step_ms"]["fused"] > 0
+    assert content["floor_ms"] > 0
+    assert content["full_protocol_min"] * 60 == pytest.approx(sum(content["full_protocol_s"].values()), rel=1e-3)
+    assert content["extrapolated"]
+
+
+def test_tables_go_between_the_markers(records: Path, tmp_path: Path) -> None:
+    found = read_records(records)
+    readme = tmp_path / "README.md"
+    readme.write_text(f"above\n{BEGIN}\nold\n{END}\nbelow\n")
+    rewrite(found, readme)
+    rewrite(found, readme)
+    text = readme.read_text()
+    assert text == f"above\n{BEGIN}\n\n{tables(found)}\n\n{END}\nbelow\n"
+    assert "demo_vit" in text
+    readme.write_text("nothing")
+    with pytest.raises(CheckpointError):
+        rewrite(found, readme)
+
+
+def test_unusable_requests_are_one_line(tmp_path: Path) -> None:
+    runner = CliRunner()
+    for arguments in (["--device", "cuda:99"], ["--table", str(tmp_path / "none.json")]):
+        found = runner.invoke(main, arguments)
+        assert found.exit_code == 2
+        assert found.output.startswith("error: ")
+        assert len(found.output.splitlines()) == 1
+
+
+def test_tables_of_the_committed_records_are_those_of_the_readme() -> None:
+    records = read_records(Path(__file__).parents[3] / "results" / "reference" / "speed.json")
+    assert [record.model for record in records] == ["demo_vit", "vit_small"]
+    assert tables(records) in README.read_text(encoding="utf-8")

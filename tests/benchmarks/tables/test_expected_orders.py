@@ -1,0 +1,106 @@
+"""Orders known from the literature: judged with numbers where the methods are measured, silent where they are not."""
+
+import benchmark_fakes as fakes
+import numpy as np
+import pytest
+
+from benchmarks.grid.cell import RunOptions
+from benchmarks.grid.expand import Filters, expand, parse_grid
+from benchmarks.results.scores import Measured, scores
+from benchmarks.tables.expected_orders import order_lines
+from fimaq_core.recipe import METHODS
+
+CALIBRATION = "Calibration alone below every reconstruction at"
+ROUNDING = "No method below rtn at w4a4 by more than two paired standard errors"
+N = 400
+
+
+@pytest.fixture(autouse=True)
+def _methods(monkeypatch: pytest.MonkeyPatch):
+    """Methods that need only be there, not do anything."""
+    for name in ("repq", "aphq"):
+        monkeypatch.setitem(METHODS, name, {"reconstruct": name == "aphq"})
+
+
+def measure(tmp_path, scores: dict[str, float], bits=("w4a4", "w3a3"), with_outcomes: bool = True, keep=lambda cell: True):
+    """Records whose scores are ``scores``, minus 10 points at 3 bits; the first samples are the right ones."""
+    grid = parse_grid({
+        "name": "t", "tasks": {"classification": {"dataset": "d", "models": ["a", "b"]}}, "methods": list(scores),
+        "bits": list(bits), "seeds": [1, 2], "variant": "x",
+    })  # fmt: skip
+    cells = [cell for cell in expand(grid, Filters(), RunOptions(results=tmp_path)) if keep(cell)]
+
+    def value(cell) -> float:
+        return scores[cell.method] - (10 if cell.bits == "w3a3" else 0)
+
+    def correct(cell):
+        return np.arange(N) < value(cell) * N / 100
+
+    return fakes.write_cells(cells, value, correct if with_outcomes else None)
+
+
+def lines(measured: list[Measured], start: str) -> list[str]:
+    return [line for line in order_lines(scores(measured), measured) if line.startswith(start)]
+
+
+def test_calibration_alone_is_set_against_reconstruction_at_the_lowest_bits(tmp_path):
+    (line,) = lines(measure(tmp_path, {"rtn": 60.0, "repq": 70.0, "qdrop": 75.0, "aphq": 80.0}), CALIBRATION)
+    assert line == (
+        f"{CALIBRATION} w3a3 (mean over models): yes: best of rtn, repq: repq 60.00; "
+        "worst of qdrop, aphq: qdrop 65.00 (2 models)."
+    )
+
+
+def test_calibration_above_a_reconstruction_is_said(tmp_path):
+    (line,) = lines(measure(tmp_path, {"repq": 76.0, "qdrop": 75.0, "aphq": 80.0}), CALIBRATION)
+    assert "NO: best of repq: repq 66.00; worst of qdrop, aphq: qdrop 65.00" in line
+
+
+def test_only_models_with_all_methods_are_averaged(tmp_path):
+    scores = {"repq": 70.0, "qdrop": 75.0}
+    (line,) = lines(measure(tmp_path, scores, keep=lambda cell: cell.model == "a" or cell.method == "repq"), CALIBRATION)
+    assert "(1 model)" in line
+    apart = measure(tmp_path / "apart", scores, keep=lambda cell: (cell.model == "a") == (cell.method == "repq"))
+    (line,) = lines(apart, CALIBRATION)
+    assert line.endswith("not judged, since no model has all of repq, qdrop.")
+
+
+@pytest.mark.parametrize("scores", [{"rtn": 60.0, "repq": 70.0}, {"qdrop": 75.0, "fimaq": 80.0}, {"fimaq": 80.0}])
+def test_an_order_without_its_methods_is_left_out(tmp_path, scores: dict[str, float]):
+    assert lines(measure(tmp_path, scores), CALIBRATION) == []
+
+
+def test_the_order_of_fimaq_is_left_out_where_only_one_of_its_methods_is_measured(tmp_path):
+    assert lines(measure(tmp_path / "one", {"fimaq": 80.0, "aphq": 70.0}), "Expected order") == []
+    assert len(lines(measure(tmp_path / "two", {"fimaq": 80.0, "qdrop": 70.0}), "Expected order")) == 1
+
+
+def test_methods_not_below_rounding_name_the_lowest(tmp_path):
+    (line,) = lines(measure(tmp_path, {"rtn": 80.0, "repq": 79.75, "qdrop": 85.0}), ROUNDING)
+    # One sample of 400 is lost on each model: its own standard error, 100/n, is as large as the difference.
+    assert line == f"{ROUNDING}, on any model: yes: lowest is repq on a -0.25 ± 0.25 points (4 comparisons)."
+
+
+def test_methods_below_rounding_are_all_named(tmp_path):
+    (line,) = lines(measure(tmp_path, {"rtn": 80.0, "repq": 70.0, "qdrop": 85.0}), ROUNDING)
+    lost, n = 40, N
+    se = 100 * np.sqrt((lost - lost**2 / n) / (n - 1) / n)
+    assert f"NO: repq on a -10.00 ± {se:.2f}, repq on b -10.00 ± {se:.2f} points (4 comparisons)." in line
+
+
+def test_rounding_is_not_judged_without_outcomes_or_bits_or_rtn(tmp_path):
+    scores = {"rtn": 80.0, "repq": 70.0}
+    (line,) = lines(measure(tmp_path / "a", scores, with_outcomes=False), ROUNDING)
+    assert line.endswith("not judged, since there are no per-sample outcomes of the same samples and seeds.")
+    assert lines(measure(tmp_path / "b", scores, bits=("w3a3",)), ROUNDING) == []
+    assert lines(measure(tmp_path / "c", {"repq": 70.0, "qdrop": 80.0}), ROUNDING) == []
+
+
+def test_comparisons_without_outcomes_are_counted(tmp_path):
+    measured = measure(tmp_path, {"rtn": 80.0, "repq": 90.0})
+    for item in measured:
+        if item.cell.model == "b":
+            assert item.folder is not None
+            (item.folder / "outcomes.npz").unlink()
+    (line,) = lines(measured, ROUNDING)
+    assert line.endswith("(1 comparison; 1 more not judged for lack of per-sample outcomes).")
