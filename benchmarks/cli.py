@@ -161,11 +161,18 @@ def reference(profile: str, weights: str, results: Path, add: bool, **texts: str
     "--format", "chosen", type=click.Choice(["md", "csv", "latex", "all"]), default="md", show_default=True,
     help="One is printed unless --output is given; all are written to files.",
 )  # fmt: skip
-@click.option("--output", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help="Folder of the files.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Folder of the files.",
+)
 @places_options
 @click.option("--weights", default="", metavar="DIR", help="As for run.")
 @results_option
-def tables(profile: str, chosen: str, output: Path | None, weights: str, results: Path, **texts: str) -> None:
+def tables(
+    profile: str, chosen: str, output: Path | None, weights: str, results: Path, **texts: str
+) -> None:
     """Make a profile's tables anew from its records; nothing is run.
 
     They cover the profile's own cells: what a run with filters measured beyond them is not in them. Files go to tables/ beside
@@ -181,7 +188,9 @@ def tables(profile: str, chosen: str, output: Path | None, weights: str, results
 @click.argument("run_a", type=click.Path(path_type=Path))
 @click.argument("run_b", type=click.Path(path_type=Path))
 @click.option(
-    "--metric", default="", help="These metrics, such as top1 or R@1,i2t_R@5; by default all of one pair, the main ones of many."
+    "--metric",
+    default="",
+    help="These metrics, such as top1 or R@1,i2t_R@5; by default all of one pair, the main ones of many.",
 )
 @click.option(
     "--level", type=click.FloatRange(0.5, 0.9999), default=0.95, show_default=True,

@@ -207,11 +207,7 @@ def results_findings(results: Path) -> Iterator[Finding]:
 
 
 def profile_findings(
-    name: str,
-    options: RunOptions,
-    chosen: Adapter,
-    cuda: bool,
-    memory: float | None = None,
+    name: str, options: RunOptions, chosen: Adapter, cuda: bool, memory: float | None = None
 ) -> Iterator[Finding]:
     """Report whether a profile can run, what is missing, and its largest memory.
 

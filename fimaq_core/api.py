@@ -36,7 +36,13 @@ from fimaq_core.samples import Samples
 from fimaq_core.store import Resources
 
 #: Recipe fields that count images, with the smallest number each takes.
-_COUNTS = {"calibration_images": 1, "range_images": 1, "batch_size": 1, "mlp_batch": 1, "divergence_batch": 2}
+_COUNTS = {
+    "calibration_images": 1,
+    "range_images": 1,
+    "batch_size": 1,
+    "mlp_batch": 1,
+    "divergence_batch": 2,
+}
 
 
 class _Facts(BaseModel):
@@ -69,7 +75,9 @@ class QuantizedModel(nn.Module):
         log: what the reconstruction did; empty for methods that calibrate only.
     """
 
-    def __init__(self, chain: BlockChain, *, log: ReconstructionLog, fingerprint: Fingerprint, like: Tensor) -> None:
+    def __init__(
+        self, chain: BlockChain, *, log: ReconstructionLog, fingerprint: Fingerprint, like: Tensor
+    ) -> None:
         super().__init__()
         self.chain, self.recipe, self.log = chain, fingerprint.recipe, log
         self._fingerprint, self._like = fingerprint, like
@@ -140,7 +148,9 @@ def quantize(
     like = _like(x.shape[1:], x.is_floating_point())
     chain, weights = _prepared(model, blocks, head, like, recipe, device)
     content = hashlib.sha256(x.cpu().contiguous().numpy().tobytes()).hexdigest()
-    fingerprint = Fingerprint(model=_name(model), weights=weights, calibration=content, recipe=recipe)
+    fingerprint = Fingerprint(
+        model=_name(model), weights=weights, calibration=content, recipe=recipe
+    )
     measure = ClassifierDivergence(recipe.temperature) if divergence is None else divergence
     with progress_bars() if progress else nullcontext(silent) as report:
         log = quantize_chain(chain, Samples(x), recipe, measure, Resources(report, placement))
@@ -175,7 +185,9 @@ def load(
     except ValidationError as error:
         problem = first_problem(error)
         raise CheckpointError(f"{path} holds no quantized model of save() ({problem}).") from error
-    here = fingerprint.model_copy(update={"numerics": NUMERICS_VERSION, "model": _name(model), "weights": state_sha256(model)})
+    here = fingerprint.model_copy(
+        update={"numerics": NUMERICS_VERSION, "model": _name(model), "weights": state_sha256(model)}
+    )
     if (reason := here.mismatch(fingerprint)) is not None:
         raise CheckpointError(f"{path}: {reason}. Give the float model that was quantized.")
     like = _like(facts.shape, facts.dtype == "float32")
@@ -239,7 +251,8 @@ def _gathered(images: Tensor | Iterable[Any], wanted: int) -> Tensor:
     for batch in [images] if isinstance(images, Tensor) else images:
         part = batch[0] if isinstance(batch, list | tuple) and batch else batch
         if not isinstance(part, Tensor) or not (
-            (part.ndim in (3, 4) and part.is_floating_point()) or (part.ndim == 2 and part.dtype == torch.int64)
+            (part.ndim in (3, 4) and part.is_floating_point())
+            or (part.ndim == 2 and part.dtype == torch.int64)
         ):
             raise DataError(
                 f"images must be a float tensor (n, C, H, W) or batches of such tensors, not "
@@ -264,7 +277,11 @@ def _clipped(recipe: Recipe, count: int) -> tuple[Recipe, list[str]]:
     unused = {"divergence_batch"}
     unused |= set() if recipe.reconstruct else {"batch_size"}
     unused |= set() if recipe.reconstruct_mlp else {"mlp_batch"}
-    changes = [f"{name} {value} instead of {getattr(recipe, name)}" for name, value in lowered.items() if name not in unused]
+    changes = [
+        f"{name} {value} instead of {getattr(recipe, name)}"
+        for name, value in lowered.items()
+        if name not in unused
+    ]
     note = f"There are {count} calibration images, so these were lowered: {', '.join(changes)}."
     return recipe.model_copy(update=lowered), [note] if changes else []
 

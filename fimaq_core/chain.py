@@ -31,7 +31,9 @@ class Beside(NamedTuple):
             found = samples[rows]
             return found if device is None else found.to(device, non_blocking=True)
 
-        return None if self.side is None else batch(self.side), tuple(batch(one) for one in self.kept)
+        return None if self.side is None else batch(self.side), tuple(
+            batch(one) for one in self.kept
+        )
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,9 @@ class BlockChain(nn.Module):
             kept = segment.kept_with(x, kept)
         return x
 
-    def rest(self, index: int, output: Tensor, side: Tensor | None = None, kept: Kept = ()) -> Tensor:
+    def rest(
+        self, index: int, output: Tensor, side: Tensor | None = None, kept: Kept = ()
+    ) -> Tensor:
         """The model's output for that of block ``index``; ``kept`` by the segments before it."""
         return self.tail(index + 1, output, side, self.segment(index).kept_with(output, kept))
 

@@ -56,7 +56,9 @@ class Fingerprint(BaseModel):
     def mismatch(self, other: "Fingerprint", scope: Scope = "all") -> str | None:
         """Say what differs in ``other``, or None; recipe fields outside of ``scope`` are left out."""
         if self.numerics != other.numerics:
-            return f"it was made by numerics version {other.numerics}, this is version {self.numerics}"
+            return (
+                f"it was made by numerics version {other.numerics}, this is version {self.numerics}"
+            )
         if self.model != other.model:
             return f"it was made of another model ({other.model or 'unnamed'}, here {self.model or 'unnamed'})"
         if self.weights != other.weights:
@@ -82,11 +84,15 @@ def state_sha256(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(
+            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
     return digest.hexdigest()
 
 
-def save_checkpoint(path: Path, tensors: dict[str, Tensor], fingerprint: Fingerprint, facts: dict[str, Any]) -> None:
+def save_checkpoint(
+    path: Path, tensors: dict[str, Tensor], fingerprint: Fingerprint, facts: dict[str, Any]
+) -> None:
     """Write a checkpoint so that it is there whole or not at all.
 
     Args:
@@ -116,18 +122,29 @@ def read_header(path: Path) -> tuple[Fingerprint, dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
         # Neither nests without end nor has numbers of thousands of digits: this reader refuses both.
-        fingerprint, facts = Fingerprint.model_validate_json(metadata["fingerprint"]), from_json(metadata["facts"])
+        fingerprint, facts = (
+            Fingerprint.model_validate_json(metadata["fingerprint"]),
+            from_json(metadata["facts"]),
+        )
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"The checkpoint {path} is damaged ({error}): delete it and run again.") from error
+        raise CheckpointError(
+            f"The checkpoint {path} is damaged ({error}): delete it and run again."
+        ) from error
     except (KeyError, ValueError) as error:
         why = f" ({first_problem(error)})" if isinstance(error, ValidationError) else ""
-        raise CheckpointError(f"{path} is not a checkpoint of this project: its header lacks the fingerprint{why}.") from error
+        raise CheckpointError(
+            f"{path} is not a checkpoint of this project: its header lacks the fingerprint{why}."
+        ) from error
     if not isinstance(facts, dict):
-        raise CheckpointError(f"{path} is not a checkpoint of this project: the facts in its header are no object.")
+        raise CheckpointError(
+            f"{path} is not a checkpoint of this project: the facts in its header are no object."
+        )
     return fingerprint, facts
 
 
-def load_checkpoint(path: Path, module: nn.Module, expected: Fingerprint | None, scope: Scope = "all") -> dict[str, Any]:
+def load_checkpoint(
+    path: Path, module: nn.Module, expected: Fingerprint | None, scope: Scope = "all"
+) -> dict[str, Any]:
     """Load a checkpoint into ``module``, strictly, and return its facts.
 
     Args:
@@ -143,13 +160,23 @@ def load_checkpoint(path: Path, module: nn.Module, expected: Fingerprint | None,
     if expected is not None:
         reason = expected.mismatch(fingerprint, scope)
         if reason is not None:
-            raise CheckpointError(f"The checkpoint {path} does not belong to this run: {reason}. Delete it or use its settings.")
+            raise CheckpointError(
+                f"The checkpoint {path} does not belong to this run: {reason}. Delete it or use its settings."
+            )
     device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, AttributeError, TypeError, ValueError) as error:  # also types that PyTorch does not have
-        raise CheckpointError(f"The checkpoint {path} is damaged ({error}): delete it and run again.") from error
+    except (
+        SafetensorError,
+        OSError,
+        AttributeError,
+        TypeError,
+        ValueError,
+    ) as error:  # also types that PyTorch does not have
+        raise CheckpointError(
+            f"The checkpoint {path} is damaged ({error}): delete it and run again."
+        ) from error
     _add_biases(module, state)
     try:
         module.load_state_dict(state, strict=True)

@@ -54,7 +54,9 @@ def replaced_whole(path: Path, durable: bool = True) -> Iterator[Path]:
         ) from error
     finally:
         if temporary is not None:
-            with suppress(OSError):  # where even that cannot be, what cannot be written is said already
+            with suppress(
+                OSError
+            ):  # where even that cannot be, what cannot be written is said already
                 temporary.unlink(missing_ok=True)
 
 
@@ -72,4 +74,6 @@ def remove(path: Path) -> None:
     except FileNotFoundError:
         return
     except OSError as error:
-        raise CheckpointError(f"Cannot remove {path}: {error.strerror}. Make the folder writable, then run again.") from error
+        raise CheckpointError(
+            f"Cannot remove {path}: {error.strerror}. Make the folder writable, then run again."
+        ) from error

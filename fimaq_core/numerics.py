@@ -23,7 +23,9 @@ def tf32_allowed(allowed: bool) -> Iterator[None]:
 
 def autocast(dtype: Arithmetic, device: torch.device) -> AbstractContextManager[object]:
     """Context in which matrix products round their operands to bfloat16, if ``dtype`` says so."""
-    return torch.autocast(device.type, dtype=torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+    return (
+        torch.autocast(device.type, dtype=torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+    )
 
 
 @contextmanager

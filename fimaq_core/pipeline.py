@@ -31,7 +31,11 @@ class ReconstructMlps(Stage):
 
     def wanted(self, part: Part) -> bool:
         # A model without any MLP is an error; of a model of several parts, some may have none.
-        return part.recipe.reconstruct_mlp and part.teacher is None and (not part.name or len(mlps(part.chain)) > 0)
+        return (
+            part.recipe.reconstruct_mlp
+            and part.teacher is None
+            and (not part.name or len(mlps(part.chain)) > 0)
+        )
 
     def title(self, part: Part) -> str:
         return self.name
@@ -109,12 +113,16 @@ class Reconstruct(Stage):
         )
         # Engines agree within rounding, but the record names one.
         earlier.notes += [
-            f"{label}: reconstructed earlier by the engine '{own}'" for label, own in engines.items() if own != log.engine
+            f"{label}: reconstructed earlier by the engine '{own}'"
+            for label, own in engines.items()
+            if own != log.engine
         ]
         for one in fields(log):
             if one.name != "engine":  # dictionaries by block, and notes
                 before, after = getattr(earlier, one.name), getattr(log, one.name)
-                setattr(log, one.name, before | after if isinstance(after, dict) else before + after)
+                setattr(
+                    log, one.name, before | after if isinstance(after, dict) else before + after
+                )
         finish(part.chain)
 
     def load(self, part: Part, path: Path) -> None:
@@ -150,7 +158,9 @@ def load_mlps(segments: Iterable[Segment], path: Path, fingerprint: Fingerprint 
     """
     _, facts = read_header(path)
     if facts.get("stage") != "mlp":
-        raise CheckpointError(f"{path} holds no reconstructed MLPs but a checkpoint of stage {facts.get('stage')!r}.")
+        raise CheckpointError(
+            f"{path} holds no reconstructed MLPs but a checkpoint of stage {facts.get('stage')!r}."
+        )
     segments = list(segments)
     use_relu(segments)
     load_checkpoint(path, mlps(segments), fingerprint, "mlp")
@@ -168,7 +178,11 @@ def finish(chain: BlockChain) -> None:
 
 
 def quantize_chain(
-    chain: BlockChain, images: Samples, recipe: Recipe, divergence: Divergence, resources: Resources = Resources()
+    chain: BlockChain,
+    images: Samples,
+    recipe: Recipe,
+    divergence: Divergence,
+    resources: Resources = Resources(),
 ) -> ReconstructionLog:
     """Quantize `chain` in place by all stages that the recipe asks for, without files.
 

@@ -36,7 +36,9 @@ def silent(_: Progress) -> None:
     """Report to nobody."""
 
 
-def losses_to(report: Report, begin: Progress, steps: int, what: str, advice: str) -> Callable[[int, SupportsFloat], None]:
+def losses_to(
+    report: Report, begin: Progress, steps: int, what: str, advice: str
+) -> Callable[[int, SupportsFloat], None]:
     """Make a function that reports the loss of a step (from 1) now and then.
 
     It raises NumericsError for a loss that is NaN or infinite: ``what`` it is, and the ``advice``.

@@ -31,8 +31,12 @@ def _field(group: str, default: Any, help: str, **kwargs: Any) -> Any:
     return Field(default, description=help, json_schema_extra={"group": group}, **kwargs)
 
 
-_method, _width, _range, _mlp = (partial(_field, name) for name in ("method", "bits", "calibration", "mlp"))
-_recon, _objective, _numerics = (partial(_field, name) for name in ("reconstruction", "loss", "numerics"))
+_method, _width, _range, _mlp = (
+    partial(_field, name) for name in ("method", "bits", "calibration", "mlp")
+)
+_recon, _objective, _numerics = (
+    partial(_field, name) for name in ("reconstruction", "loss", "numerics")
+)
 
 
 class Recipe(BaseModel):
@@ -41,7 +45,9 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     method: str = _method("fimaq", "Name of the method the recipe started from.")
-    seed: int = _method(3407, "Seed of the calibration sample, batches, dropping and Fisher passes.", ge=0)
+    seed: int = _method(
+        3407, "Seed of the calibration sample, batches, dropping and Fisher passes.", ge=0
+    )
     scope: str | None = _method(
         None,
         "What of the model is quantized, as the task names it (retrieval: both, vision, text; "
@@ -49,14 +55,19 @@ class Recipe(BaseModel):
     )
 
     w_bits: int = _width(4, "Bits of weights, 2 to 8, or 32 for off.")
-    a_bits: int = _width(4, "Bits of activations (linear inputs, attention operands), 2 to 8, or 32 for off.")
+    a_bits: int = _width(
+        4, "Bits of activations (linear inputs, attention operands), 2 to 8, or 32 for off."
+    )
     s_bits: int | None = _width(None, "Bits of softmax outputs; as a_bits if not given.")
     head_bits: int | None = _width(None, "Bits of the classifier's input; as a_bits if not given.")
-    patch_input_bits: int = _width(OFF, "Bits of the patch embedding's input; 32 (off) as in the released code.")
+    patch_input_bits: int = _width(
+        OFF, "Bits of the patch embedding's input; 32 (off) as in the released code."
+    )
 
     calibration_images: int = _range(1024, "Images drawn for calibration and reconstruction.", ge=1)
     calibration_transform: Literal["eval", "train"] = _range(
-        "train", "Transform of the calibration images: 'train' as released (seeded here), or 'eval'."
+        "train",
+        "Transform of the calibration images: 'train' as released (seeded here), or 'eval'.",
     )
     softmax_quantizer: Kind = _range("uniform", "Quantizer of softmax outputs.")
     gelu_quantizer: Kind = _range("uniform", "Quantizer of GELU outputs.")
@@ -73,17 +84,25 @@ class Recipe(BaseModel):
         "Reparameterise LayerNorm and the linear layer behind it (where weight and activation bits "
         "agree; with percentile ranges always).",
     )
-    refit: bool = _range(False, "Refit weights to quantized inputs by ridge regression, refine roundings (ERQ).")
+    refit: bool = _range(
+        False, "Refit weights to quantized inputs by ridge regression, refine roundings (ERQ)."
+    )
     refit_ridge: float = _range(1000.0, "Ridge of the refit, added to sums over all tokens.", ge=0)
     refit_flips: int = _range(100, "Roundings changed per row and half at most.", ge=0)
     per_token: bool = _range(True, "Expand activation scales to one per token position (FIMA-Q).")
 
-    reconstruct_mlp: bool = _mlp(False, "First replace GELU by ReLU and train every MLP to give what it gave (APHQ-ViT).")
+    reconstruct_mlp: bool = _mlp(
+        False, "First replace GELU by ReLU and train every MLP to give what it gave (APHQ-ViT)."
+    )
     mlp_steps: int = _mlp(20_000, "Optimisation steps per MLP.", ge=1)
     mlp_batch: int = _mlp(32, "Images per step of an MLP's optimisation.", ge=1)
     mlp_lr: float = _mlp(4e-5, "Learning rate of an MLP's weights (Adam, cosine to 0).", gt=0)
-    mlp_percentile: float = _mlp(0.99, "Quantile of positive hidden values at which the second term clamps.", gt=0, le=1)
-    mlp_loss: Literal["perturb_mean", "mse"] = _mlp("perturb_mean", "What weighs the MLP's output error.")
+    mlp_percentile: float = _mlp(
+        0.99, "Quantile of positive hidden values at which the second term clamps.", gt=0, le=1
+    )
+    mlp_loss: Literal["perturb_mean", "mse"] = _mlp(
+        "perturb_mean", "What weighs the MLP's output error."
+    )
 
     reconstruct: bool = _recon(True, "Reconstruct blocks after calibration.")
     reconstruct_parts: Literal["all", "blocks"] = _recon(
@@ -91,41 +110,63 @@ class Recipe(BaseModel):
     )
     steps: int = _recon(20_000, "Optimisation steps per block.", ge=1)
     batch_size: int = _recon(32, "Images per step.", ge=1)
-    prefix_prob: float = _recon(0.5, "Share of the block's input from the quantized prefix, in 1/256.", ge=0, le=1)
+    prefix_prob: float = _recon(
+        0.5, "Share of the block's input from the quantized prefix, in 1/256.", ge=0, le=1
+    )
     activation_prob: float = _recon(
-        0.5, "Share of activations quantized while a block trains (QDrop), in 1/256; 1 = no dropping.", ge=0, le=1
+        0.5,
+        "Share of activations quantized while a block trains (QDrop), in 1/256; 1 = no dropping.",
+        ge=0,
+        le=1,
     )
     lr_alpha: float = _recon(1e-3, "Learning rate of the rounding variables (Adam).", gt=0)
     lr_scale: float = _recon(4e-5, "Learning rate of activation scales (Adam, cosine to 0).", gt=0)
     learn_scales: bool = _recon(True, "Learn activation scales.")
     round_weight: float = _recon(0.01, "Weight of the rounding regulariser.", ge=0)
-    round_warmup: float = _recon(0.2, "Share of the steps before the regulariser starts.", ge=0, lt=1)
+    round_warmup: float = _recon(
+        0.2, "Share of the steps before the regulariser starts.", ge=0, lt=1
+    )
     beta_start: float = _recon(20.0, "Exponent of the regulariser at its start.", ge=1)
     beta_end: float = _recon(2.0, "Exponent of the regulariser at the end.", ge=1)
 
     loss: str = _objective("fisher_dplr", f"Block loss: {', '.join(LOSSES)}.")
-    fisher_k: int = _objective(5, "Fisher passes per block, the rank of the low-rank part.", ge=1, le=64)
-    fisher_mode: Literal["q", "qf"] = _objective("q", "Fisher passes spread over the steps (q) or before the first k (qf).")
+    fisher_k: int = _objective(
+        5, "Fisher passes per block, the rank of the low-rank part.", ge=1, le=64
+    )
+    fisher_mode: Literal["q", "qf"] = _objective(
+        "q", "Fisher passes spread over the steps (q) or before the first k (qf)."
+    )
     fisher_p1: float = _objective(1.0, "Weight of the low-rank part.", ge=0)
     fisher_p2: float = _objective(1.0, "Weight of the diagonal part.", ge=0)
-    fisher_drop: bool = _objective(True, "Keep random dropping active in Fisher passes, as released.")
+    fisher_drop: bool = _objective(
+        True, "Keep random dropping active in Fisher passes, as released."
+    )
     perturbation: float = _objective(1e-6, "ε of the perturbation Hessian.", gt=0)
     prediction_share: float = _objective(
-        0.5, "Share of the prediction difference in the loss 'prediction'; the rest is squared error.", ge=0, le=1
+        0.5,
+        "Share of the prediction difference in the loss 'prediction'; the rest is squared error.",
+        ge=0,
+        le=1,
     )
     detection_terms: Literal["rpn", "rpn+roi"] = _objective(
         "rpn",
         "Divergence of a detector: class and box maps of its region proposals, or these and the "
         "classes of the full-precision model's proposals (detection).",
     )
-    temperature: float = _objective(20.0, "Temperature of a classifier's divergence behind the Fisher information.", gt=0)
-    divergence_batch: int = _objective(32, "Samples in a row that a divergence compares with each other (retrieval).", ge=2)
+    temperature: float = _objective(
+        20.0, "Temperature of a classifier's divergence behind the Fisher information.", gt=0
+    )
+    divergence_batch: int = _objective(
+        32, "Samples in a row that a divergence compares with each other (retrieval).", ge=2
+    )
 
     step_dtype: Literal["float32", "tf32", "bfloat16"] = _numerics(
-        "float32", "Arithmetic of the steps' matrix products (values stay float32); tf32 is float32 on CPUs."
+        "float32",
+        "Arithmetic of the steps' matrix products (values stay float32); tf32 is float32 on CPUs.",
     )
     frozen_dtype: Literal["float32", "tf32", "bfloat16"] = _numerics(
-        "float32", "Arithmetic of full-precision parts (tape, Fisher passes); tf32 is float32 on CPUs."
+        "float32",
+        "Arithmetic of full-precision parts (tape, Fisher passes); tf32 is float32 on CPUs.",
     )
 
     @field_validator("w_bits", "a_bits", "s_bits", "head_bits", "patch_input_bits")
@@ -145,17 +186,25 @@ class Recipe(BaseModel):
     @model_validator(mode="after")
     def _together(self) -> "Recipe":
         if self.refit and self.reconstruct:
-            raise ValueError("refit decides all roundings, so nothing is left to reconstruct: choose one of refit, reconstruct")
+            raise ValueError(
+                "refit decides all roundings, so nothing is left to reconstruct: choose one of refit, reconstruct"
+            )
         if self.refit and self.range_search != "percentile":
             raise ValueError("refit needs range_search percentile")
         if self.refit and self.w_bits == OFF:
-            raise ValueError("refit keeps what it finds in the weights' codes, so w_bits must not be 32")
+            raise ValueError(
+                "refit keeps what it finds in the weights' codes, so w_bits must not be 32"
+            )
         if self.range_search == "percentile":
             for name in ("softmax_quantizer", "gelu_quantizer"):
                 if (kind := getattr(self, name)) in ("adalog", "twin"):
-                    raise ValueError(f"range_search percentile has no range for {name} {kind}: choose another of the two")
+                    raise ValueError(
+                        f"range_search percentile has no range for {name} {kind}: choose another of the two"
+                    )
         if self.reconstruct_mlp and self.gelu_quantizer != "uniform":
-            raise ValueError("reconstruct_mlp replaces GELU by ReLU, so gelu_quantizer must be uniform")
+            raise ValueError(
+                "reconstruct_mlp replaces GELU by ReLU, so gelu_quantizer must be uniform"
+            )
         return self
 
     @property
@@ -195,7 +244,13 @@ class Recipe(BaseModel):
     def mlp_fields() -> tuple[str, ...]:
         """Names of the fields that determine an MLP reconstruction."""
         own = tuple(name for name in _names("mlp") if name != "reconstruct_mlp")
-        shared = ("perturbation", "temperature", "divergence_batch", "detection_terms", "frozen_dtype")
+        shared = (
+            "perturbation",
+            "temperature",
+            "divergence_batch",
+            "detection_terms",
+            "frozen_dtype",
+        )
         return (*own, *shared, "calibration_images", "calibration_transform", "seed")
 
     def _digest_of(self, names: tuple[str, ...]) -> str:
@@ -208,33 +263,77 @@ class Recipe(BaseModel):
 
         ``usual`` are fields that the task sets for every method alike.
         """
-        base = make_recipe(self.method, usual or {}, {"w_bits": self.w_bits, "a_bits": self.a_bits, "seed": self.seed})
-        return {name: value for name, value in self if value != getattr(base, name) and name != "scope"}
+        base = make_recipe(
+            self.method,
+            usual or {},
+            {"w_bits": self.w_bits, "a_bits": self.a_bits, "seed": self.seed},
+        )
+        return {
+            name: value for name, value in self if value != getattr(base, name) and name != "scope"
+        }
 
 
 def _names(*groups: str) -> list[str]:
     """Names of the fields of some groups, in order."""
     extras = {name: field.json_schema_extra for name, field in Recipe.model_fields.items()}
-    return [name for name, extra in extras.items() if isinstance(extra, dict) and extra["group"] in groups]
+    return [
+        name
+        for name, extra in extras.items()
+        if isinstance(extra, dict) and extra["group"] in groups
+    ]
 
 
-_CALIBRATION_ONLY: dict[str, Any] = {"reconstruct": False, "per_token": False, "calibration_images": 32, "range_images": 32}
-_ADALOG: dict[str, Any] = {"softmax_quantizer": "adalog", "gelu_quantizer": "adalog", "range_search": "progressive"}
-_REPQ: dict[str, Any] = {**_CALIBRATION_ONLY, "range_search": "percentile", "softmax_quantizer": "logsqrt2"}
+_CALIBRATION_ONLY: dict[str, Any] = {
+    "reconstruct": False,
+    "per_token": False,
+    "calibration_images": 32,
+    "range_images": 32,
+}
+_ADALOG: dict[str, Any] = {
+    "softmax_quantizer": "adalog",
+    "gelu_quantizer": "adalog",
+    "range_search": "progressive",
+}
+_REPQ: dict[str, Any] = {
+    **_CALIBRATION_ONLY,
+    "range_search": "percentile",
+    "softmax_quantizer": "logsqrt2",
+}
 #: Squared error, full-precision inputs, no dropping.
-_BRECQ: dict[str, Any] = {"loss": "mse", "prefix_prob": 0.0, "activation_prob": 1.0, "per_token": False}
+_BRECQ: dict[str, Any] = {
+    "loss": "mse",
+    "prefix_prob": 0.0,
+    "activation_prob": 1.0,
+    "per_token": False,
+}
 
 #: Each method as changes to the defaults (FIMA-Q's released settings). docs/methods.md says what each is and where it
 #: differs from its released code.
 METHODS: dict[str, dict[str, Any]] = {
     # APHQ-ViT's MLP reconstruction alone, in full precision.
-    "mlp-recon": {"w_bits": OFF, "a_bits": OFF, "reconstruct_mlp": True, "reconstruct": False, "per_token": False},
+    "mlp-recon": {
+        "w_bits": OFF,
+        "a_bits": OFF,
+        "reconstruct_mlp": True,
+        "reconstruct": False,
+        "per_token": False,
+    },
     # Rounding to nearest with min-max ranges.
-    "rtn": {"reconstruct": False, "range_search": "minmax", "reparameterize": False, "per_token": False},
+    "rtn": {
+        "reconstruct": False,
+        "range_search": "minmax",
+        "reparameterize": False,
+        "per_token": False,
+    },
     # Li et al., ICCV 2023 (arXiv:2212.08254).
     "repq": _REPQ,
     # Yuan et al., ECCV 2022 (arXiv:2111.12293); its twin uniform quantizers in this framework's range search.
-    "ptq4vit": {**_CALIBRATION_ONLY, "softmax_quantizer": "twin", "gelu_quantizer": "twin", "reparameterize": False},
+    "ptq4vit": {
+        **_CALIBRATION_ONLY,
+        "softmax_quantizer": "twin",
+        "gelu_quantizer": "twin",
+        "reparameterize": False,
+    },
     # Wu et al., ECCV 2024 (arXiv:2407.12951), calibrated only.
     "adalog": {**_CALIBRATION_ONLY, **_ADALOG},
     # Zhong et al., ICML 2024 (arXiv:2407.06794).
@@ -287,10 +386,17 @@ def make_recipe(method: str = "fimaq", *overrides: Mapping[str, Any]) -> Recipe:
         _check_keys(override, "the recipe")
         given.update(override)
     bits = given.get("w_bits", Recipe.model_fields["w_bits"].default)
-    merged = {"method": method, **METHODS[method], **_AT_BITS.get(method, {}).get(bits, {}), **given}
+    merged = {
+        "method": method,
+        **METHODS[method],
+        **_AT_BITS.get(method, {}).get(bits, {}),
+        **given,
+    }
     if merged["method"] != method:
         # Its settings were not merged: the result would carry a name that is not its own.
-        raise RecipeError(f"The recipe names method '{merged['method']}', but method '{method}' is asked for: choose one.")
+        raise RecipeError(
+            f"The recipe names method '{merged['method']}', but method '{method}' is asked for: choose one."
+        )
     try:
         return Recipe(**merged)
     except ValidationError as error:
@@ -311,4 +417,6 @@ def read_recipe_file(path: Path) -> dict[str, Any]:
 def _check_keys(content: Mapping[str, Any], where: str) -> None:
     for key in content:
         if key not in Recipe.model_fields:
-            raise RecipeError(f"Unknown key '{key}' in {where}.{suggest(str(key), Recipe.model_fields)}")
+            raise RecipeError(
+                f"Unknown key '{key}' in {where}.{suggest(str(key), Recipe.model_fields)}"
+            )

@@ -90,7 +90,9 @@ class Samples:
     def check_batch(self, size: int, field: str) -> None:
         """Check that batches of ``size``, the recipe's ``field``, can be drawn. Raises RecipeError."""
         if self.varying and size != 1:
-            raise RecipeError(f"These images vary in size and are taken one at a time: set {field} 1 (now {size}).")
+            raise RecipeError(
+                f"These images vary in size and are taken one at a time: set {field} 1 (now {size})."
+            )
         if len(self) < size:
             raise RecipeError(
                 f"{len(self)} calibration images are fewer than a batch of {size}: lower {field} or give more images."

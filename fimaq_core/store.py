@@ -205,6 +205,8 @@ class CheckpointStore:
             else:
                 assert part.fingerprint is not None
                 stage.make(part, self.resources, pieces)
-                save_checkpoint(path, stage.kept(part).state_dict(), part.fingerprint, stage.facts(part))
+                save_checkpoint(
+                    path, stage.kept(part).state_dict(), part.fingerprint, stage.facts(part)
+                )
             pieces.remove()  # also those of a run that was stopped just before
         return reused

@@ -36,13 +36,17 @@ def draw(table: pd.DataFrame, path: Path) -> None:
         colors = ["#1f5fa8" if method == "fimaq" else "#7390ad" for method in means.index]
         axis.barh(means.index, means, color=colors)
         for place, value in enumerate(means):
-            axis.text(value - 1, place, f"{value:.1f}", va="center", ha="right", color="white", fontsize=7)
+            axis.text(
+                value - 1, place, f"{value:.1f}", va="center", ha="right", color="white", fontsize=7
+            )
         axis.axvline(full, color="#444444", linewidth=1, linestyle="--")
         axis.set_xlim(0, 100)
         axis.set_title(title, fontsize=9)
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle("3-bit weights and activations, by method (dashed: full precision; percent)", fontsize=10)
+    figure.suptitle(
+        "3-bit weights and activations, by method (dashed: full precision; percent)", fontsize=10
+    )
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 

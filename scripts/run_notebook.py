@@ -37,7 +37,9 @@ def _outputs(source: str, number: int, namespace: dict[str, Any]) -> list[dict[s
             value = eval(compile(ast.Expression(last.value), f"<cell {number}>", "eval"), namespace)
     outputs: list[dict[str, Any]] = []
     if printed.getvalue():
-        outputs.append({"name": "stdout", "output_type": "stream", "text": _lines(printed.getvalue())})
+        outputs.append(
+            {"name": "stdout", "output_type": "stream", "text": _lines(printed.getvalue())}
+        )
     if value is not None:
         data = {"text/plain": _lines(repr(value))}
         if hasattr(value, "_repr_html_"):

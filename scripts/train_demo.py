@@ -32,7 +32,9 @@ from tasks.common.demo.digits import PARTS
 TRAINERS = {name: trainer for trainer in (pairs, scenes, detectors) for name in trainer.DEMO.names}
 
 
-def save(model: nn.Module, name: str, trainer: ModuleType, out: Path, facts: dict[str, Any]) -> None:
+def save(
+    model: nn.Module, name: str, trainer: ModuleType, out: Path, facts: dict[str, Any]
+) -> None:
     """Write the weights as ``<name>.safetensors`` and ``facts`` about them as ``<name>.json``."""
     out.mkdir(parents=True, exist_ok=True)
     path, spec = out / f"{name}.safetensors", trainer.DEMO.spec(name)
@@ -48,15 +50,21 @@ def save(model: nn.Module, name: str, trainer: ModuleType, out: Path, facts: dic
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "date": datetime.now(UTC).date().isoformat(),
         **trainer.VERSIONS,
-        "torch": torch.__version__.split("+")[0],  # The build after the plus says nothing about the weights.
+        "torch": torch.__version__.split("+")[
+            0
+        ],  # The build after the plus says nothing about the weights.
     }
     path.with_suffix(".json").write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> None:
     """Parse the command line, then train and save the models one after the other."""
-    parser = argparse.ArgumentParser(description="Train the demo models on images composed of digits.")
-    parser.add_argument("--models", default=",".join(TRAINERS), help="comma-separated names (default: all)")
+    parser = argparse.ArgumentParser(
+        description="Train the demo models on images composed of digits."
+    )
+    parser.add_argument(
+        "--models", default=",".join(TRAINERS), help="comma-separated names (default: all)"
+    )
     # What is not given is the default of the model's own recipe.
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--lr", type=float)
@@ -64,14 +72,22 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     # One by default: the committed weights were trained so, and sums depend on the number of threads.
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="folder of the files (default: where each task looks for them)")
-    parser.add_argument("--val-only", action="store_true", help="print what val measures; no test part, no files")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the files (default: where each task looks for them)"
+    )
+    parser.add_argument(
+        "--val-only", action="store_true", help="print what val measures; no test part, no files"
+    )
     args = parser.parse_args()
     names = [name.strip() for name in args.models.split(",") if name.strip()]
     for name in names:  # A typo in the last name should not show after the first has been trained.
         if name not in TRAINERS:
             parser.error(f"Unknown demo model {name!r}.{suggest(name, TRAINERS)}")
-    given = {key: value for key in ("epochs", "lr", "batch_size") if (value := getattr(args, key)) is not None}
+    given = {
+        key: value
+        for key in ("epochs", "lr", "batch_size")
+        if (value := getattr(args, key)) is not None
+    }
     if args.threads < 1 or any(given.get(key, 1) < 1 for key in ("epochs", "batch_size")):
         parser.error("--epochs, --batch-size and --threads must be at least 1")
 

@@ -30,12 +30,17 @@ Errors = Callable[[Tensor, Tensor], Tensor]
 
 def search(candidates: Candidates, errors: Errors) -> Tensor:
     """Index (groups,) of the candidate with the smallest error of each group, by trying all of them."""
-    table = [errors(scale, zero) for scale, zero in zip(candidates.scale, candidates.zero_point, strict=True)]
+    table = [
+        errors(scale, zero)
+        for scale, zero in zip(candidates.scale, candidates.zero_point, strict=True)
+    ]
     return torch.stack(table).argmin(0)
 
 
 @torch.no_grad()
-def calibrate_directly(chain: BlockChain, images: Tensor, recipe: Recipe, batch_size: int = 32) -> None:
+def calibrate_directly(
+    chain: BlockChain, images: Tensor, recipe: Recipe, batch_size: int = 32
+) -> None:
     """Set all ranges of ``chain``, in place, as :func:`fimaq_core.calibration.calibrate.calibrate` does.
 
     Args:
@@ -54,22 +59,31 @@ def calibrate_directly(chain: BlockChain, images: Tensor, recipe: Recipe, batch_
             elif isinstance(layer, QuantMatMul):
                 calibrate_matmul(layer, inputs[name][0], inputs[name][1], recipe)
             else:
-                calibrate_linear(layer, move_norm(segment, name, layer, inputs[name][0], recipe), recipe)
+                calibrate_linear(
+                    layer, move_norm(segment, name, layer, inputs[name][0], recipe), recipe
+                )
     set_quantized(chain, True)
 
 
-def run_segment(segment: Segment, x: Tensor, batch_size: int = 32) -> tuple[Tensor, dict[str, tuple[Tensor, ...]]]:
+def run_segment(
+    segment: Segment, x: Tensor, batch_size: int = 32
+) -> tuple[Tensor, dict[str, tuple[Tensor, ...]]]:
     """The segment's output for ``x``, and the inputs of its quantizable layers by name."""
     seen: dict[str, list[tuple[Tensor, ...]]] = {}
 
     def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda _, args: seen.setdefault(name, []).append(args)
 
-    handles = [layer.register_forward_pre_hook(keep(name)) for name, layer in quant_layers(segment.block)]
+    handles = [
+        layer.register_forward_pre_hook(keep(name)) for name, layer in quant_layers(segment.block)
+    ]
     out = torch.cat([segment(part) for part in torch.split(x, batch_size)])
     for handle in handles:
         handle.remove()
-    return out, {name: tuple(torch.cat(parts) for parts in zip(*args, strict=True)) for name, args in seen.items()}
+    return out, {
+        name: tuple(torch.cat(parts) for parts in zip(*args, strict=True))
+        for name, args in seen.items()
+    }
 
 
 def move_norm(segment: Segment, name: str, layer: QuantLinear, x: Tensor, recipe: Recipe) -> Tensor:
@@ -88,7 +102,9 @@ def move_norm(segment: Segment, name: str, layer: QuantLinear, x: Tensor, recipe
 
 def own_error(rows: Tensor, levels: int) -> Errors:
     """The rows' (groups, n) own squared error as a function of their ranges."""
-    return lambda scale, zero: (fake_quantize(rows, scale[:, None], zero[:, None], levels) - rows).square().sum(1)
+    return lambda scale, zero: (
+        (fake_quantize(rows, scale[:, None], zero[:, None], levels) - rows).square().sum(1)
+    )
 
 
 def calibrate_linear(layer: QuantLinear, x: Tensor, recipe: Recipe) -> None:
@@ -96,7 +112,9 @@ def calibrate_linear(layer: QuantLinear, x: Tensor, recipe: Recipe) -> None:
     weights, inputs, weight = layer.weight_quantizer, layer.input_quantizer, layer.weight.detach()
     rows = columns = None
     if not weights.off:
-        rows = grid_candidates(weight.sort(dim=1).values, weights.levels, recipe.range_candidates, MIN_WEIGHT_SCALE)
+        rows = grid_candidates(
+            weight.sort(dim=1).values, weights.levels, recipe.range_candidates, MIN_WEIGHT_SCALE
+        )
         set_rows(weights, rows, search(rows, own_error(weight, weights.levels)))
     if not inputs.off:
         flat = x.reshape(1, -1)
@@ -127,7 +145,9 @@ def search_input(layer: QuantLinear, x: Tensor, candidates: Candidates) -> None:
     target, w_hat = F.linear(x, layer.weight), layer.weight_quantizer.quantized(layer.weight)
 
     def errors(scale: Tensor, zero: Tensor) -> Tensor:
-        return (F.linear(fake_quantize(x, scale, zero, levels), w_hat) - target).square().sum()[None]
+        return (
+            (F.linear(fake_quantize(x, scale, zero, levels), w_hat) - target).square().sum()[None]
+        )
 
     layer.input_quantizer.set_range(*candidates.pick(search(candidates, errors)))
 
@@ -138,7 +158,12 @@ def calibrate_conv(layer: QuantConv2d, x: Tensor, recipe: Recipe) -> None:
     if not inputs.off:
         lower, upper = x.amin().clamp(max=0).view(1, 1), x.amax().clamp(min=0).view(1, 1)
         inputs.set_range(
-            *(part.view(1, 1, 1, 1) for part in from_bounds(lower, upper, inputs.levels).pick(torch.zeros_like(lower[0]).long()))
+            *(
+                part.view(1, 1, 1, 1)
+                for part in from_bounds(lower, upper, inputs.levels).pick(
+                    torch.zeros_like(lower[0]).long()
+                )
+            )
         )
     if weights.off:
         return
@@ -146,14 +171,18 @@ def calibrate_conv(layer: QuantConv2d, x: Tensor, recipe: Recipe) -> None:
     target = layer._conv_forward(x, layer.weight, None)
 
     def errors(scale: Tensor, zero: Tensor) -> Tensor:
-        quantized = fake_quantize(matrix, scale[:, None], zero[:, None], weights.levels).view_as(layer.weight)
+        quantized = fake_quantize(matrix, scale[:, None], zero[:, None], weights.levels).view_as(
+            layer.weight
+        )
         return (layer._conv_forward(x_hat, quantized, None) - target).square().sum((0, 2, 3))
 
     points = [0.99 + 0.0099 * (i / (count - 1)) ** 0.5 for i in range(count)] + [1.0]
     ordered = matrix.sort(dim=1).values
     uppers, lowers = quantiles(ordered, points), quantiles(ordered, [1 - point for point in points])
     index = search(from_bounds(lowers, uppers, weights.levels), errors)
-    index = search(from_bounds(lowers, uppers.gather(0, index[None]).expand_as(uppers), weights.levels), errors)
+    index = search(
+        from_bounds(lowers, uppers.gather(0, index[None]).expand_as(uppers), weights.levels), errors
+    )
     last = from_bounds(lowers.gather(0, index[None]).expand_as(lowers), uppers, weights.levels)
     set_rows(weights, last, search(last, errors))
 
@@ -161,7 +190,10 @@ def calibrate_conv(layer: QuantConv2d, x: Tensor, recipe: Recipe) -> None:
 def calibrate_matmul(layer: QuantMatMul, a: Tensor, b: Tensor, recipe: Recipe) -> None:
     """Bounds of both operands per head by the product's error: both together, then rounds of the lower and the upper."""
     target = a @ b
-    sides = [Operand(layer.a_quantizer, a, recipe.range_candidates), Operand(layer.b_quantizer, b, recipe.range_candidates)]
+    sides = [
+        Operand(layer.a_quantizer, a, recipe.range_candidates),
+        Operand(layer.b_quantizer, b, recipe.range_candidates),
+    ]
 
     def choose(side: int, which: str) -> None:
         moving, fixed = sides[side], sides[1 - side].quantized()
@@ -191,7 +223,10 @@ class Operand:
         ordered = x.transpose(0, 1).flatten(1).sort(dim=1).values
         upper_in, upper, lower, lower_in = quantiles(ordered, [0.99, 0.99999, 0.00001, 0.01])
         share = torch.linspace(0, 1, count + 1, device=x.device)[:count, None]
-        self.bounds = {"lower": lower + share * (lower_in - lower), "upper": upper_in + share * (upper - upper_in)}
+        self.bounds = {
+            "lower": lower + share * (lower_in - lower),
+            "upper": upper_in + share * (upper - upper_in),
+        }
         self.index = torch.full((x.shape[1],), count - 1, device=x.device)
         self._set(from_bounds(self.bounds["lower"], self.bounds["upper"], quantizer.levels))
 
@@ -204,7 +239,9 @@ class Operand:
         if scale is None or zero is None:
             out: Tensor = self.quantizer(self.x)
             return out
-        return fake_quantize(self.x, scale.view(1, -1, 1, 1), zero.view(1, -1, 1, 1), self.quantizer.levels)
+        return fake_quantize(
+            self.x, scale.view(1, -1, 1, 1), zero.view(1, -1, 1, 1), self.quantizer.levels
+        )
 
     def choose(self, which: str, errors: Errors) -> None:
         """Search the ``lower`` or the ``upper`` bound, or ``both`` together."""

@@ -28,10 +28,19 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
-def vit(depth: int = 2, width: int = 32, classes: int = 10, seed: int = 0, **arguments: object) -> VisionTransformer:
+def vit(
+    depth: int = 2, width: int = 32, classes: int = 10, seed: int = 0, **arguments: object
+) -> VisionTransformer:
     """A ViT on 32 x 32 images: 16 patches and the class token."""
     model = VisionTransformer(
-        img_size=32, patch_size=8, embed_dim=width, depth=depth, num_heads=2, mlp_ratio=2.0, num_classes=classes, **arguments
+        img_size=32,
+        patch_size=8,
+        embed_dim=width,
+        depth=depth,
+        num_heads=2,
+        mlp_ratio=2.0,
+        num_classes=classes,
+        **arguments,
     )
     randomise(model, seed)
     return model
@@ -40,7 +49,13 @@ def vit(depth: int = 2, width: int = 32, classes: int = 10, seed: int = 0, **arg
 def deit(depth: int = 2, seed: int = 0) -> VisionTransformerDistilled:
     """A distilled DeiT on 32 x 32 images."""
     model = VisionTransformerDistilled(
-        img_size=32, patch_size=8, embed_dim=32, depth=depth, num_heads=2, mlp_ratio=2.0, num_classes=10
+        img_size=32,
+        patch_size=8,
+        embed_dim=32,
+        depth=depth,
+        num_heads=2,
+        mlp_ratio=2.0,
+        num_classes=10,
     )
     randomise(model, seed)
     return model
@@ -49,7 +64,14 @@ def deit(depth: int = 2, seed: int = 0) -> VisionTransformerDistilled:
 def swin(size: int = 40, seed: int = 0) -> SwinTransformer:
     """A Swin with shifted windows and one merging; 40 pixels give 10 x 10 tokens, which windows of 4 must pad."""
     model = SwinTransformer(
-        img_size=size, patch_size=4, window_size=4, embed_dim=16, depths=(2, 2), num_heads=(2, 4), mlp_ratio=2.0, num_classes=10
+        img_size=size,
+        patch_size=4,
+        window_size=4,
+        embed_dim=16,
+        depths=(2, 2),
+        num_heads=(2, 4),
+        mlp_ratio=2.0,
+        num_classes=10,
     )
     randomise(model, seed)
     return model

@@ -96,7 +96,13 @@ def swap(module: nn.Module, recipe: Recipe) -> nn.Module:
 
 def pyramid(recipe: Recipe, seed: int = 0) -> BlockChain:
     """Embedding, two blocks that keep their outputs, a neck of both, a predictor."""
-    parts = [Embed(), Block(recipe), Block(recipe), nn.Sequential(nn.Conv2d(2 * WIDTH, WIDTH, 3, padding=1)), Predict()]
+    parts = [
+        Embed(),
+        Block(recipe),
+        Block(recipe),
+        nn.Sequential(nn.Conv2d(2 * WIDTH, WIDTH, 3, padding=1)),
+        Predict(),
+    ]
     keeps = [Keep(), Keep()]
     for number, part in enumerate([*parts, *keeps]):
         randomise(part, seed + number)
@@ -105,7 +111,14 @@ def pyramid(recipe: Recipe, seed: int = 0) -> BlockChain:
     def block(label: str, module: nn.Module, keep: nn.Module) -> Segment:
         assert isinstance(module, Block)
         assert isinstance(module.norm2, nn.LayerNorm)
-        return Segment(label, "block", module, pairs=(NormPair(module.norm2, "mlp.fc1"),), mlps=(MlpPart("mlp"),), keep=keep)
+        return Segment(
+            label,
+            "block",
+            module,
+            pairs=(NormPair(module.norm2, "mlp.fc1"),),
+            mlps=(MlpPart("mlp"),),
+            keep=keep,
+        )
 
     return BlockChain(
         [

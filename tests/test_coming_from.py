@@ -30,7 +30,14 @@ SMALL = {
     "--range-rounds": "1", "--batch-size": "8", "--limit": "64", "--threads": "1",
 }  # fmt: skip
 #: What is other for a task: images one by one.
-SMALLER = {"detection": {"--calibration-images": "2", "--range-images": "1", "--batch-size": "1", "--limit": "4"}}
+SMALLER = {
+    "detection": {
+        "--calibration-images": "2",
+        "--range-images": "1",
+        "--batch-size": "1",
+        "--limit": "4",
+    }
+}
 
 #: Flags of the three parsers (test_quant.py) and READMEs, earlier and misspelt ones included, and the config fields.
 SHARED_FLAGS = """
@@ -70,7 +77,9 @@ def section(name: str) -> str:
 
 
 def commands(text: str) -> list[list[str]]:
-    lines = [line for block in re.findall(r"```sh\n(.*?)```", text, re.S) for line in block.splitlines()]
+    lines = [
+        line for block in re.findall(r"```sh\n(.*?)```", text, re.S) for line in block.splitlines()
+    ]
     words = [shlex.split(line) for line in lines]
     assert all(line[:2] == ["python", "-m"] for line in words)
     return [line[2:] for line in words]
@@ -83,8 +92,14 @@ def task_of(words: list[str]) -> str:
 
 
 def rows(text: str) -> list[list[str]]:
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
-    return [row for row in cells if row[0] not in ("there", "config") and not row[0].startswith("---")]
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith("|")
+    ]
+    return [
+        row for row in cells if row[0] not in ("there", "config") and not row[0].startswith("---")
+    ]
 
 
 def code(text: str) -> list[str]:
@@ -98,7 +113,11 @@ def subcommands() -> dict[str, click.Command]:
 
 
 def options_of(command: click.Command) -> set[str]:
-    return {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}
+    return {
+        flag
+        for parameter in command.params
+        for flag in (*parameter.opts, *parameter.secondary_opts)
+    }
 
 
 def small(words: list[str]) -> list[str]:
@@ -108,7 +127,10 @@ def small(words: list[str]) -> list[str]:
     for before, word in pairwise(["", *words]):
         if word not in REAL and before not in REAL:
             kept.append(DEMO[word] if before == "--model" else word)
-    return [*kept, *(part for flag, value in few.items() if flag in options for part in (flag, value))]
+    return [
+        *kept,
+        *(part for flag, value in few.items() if flag in options for part in (flag, value)),
+    ]
 
 
 def run(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -132,21 +154,35 @@ def test_commands_run_in_their_order(
     lines = [small(words) for words in commands(section(name))]
     assert len(lines) >= (1 if name == COMMON else 4)
     for words in lines:
-        loaded = [word for before, word in pairwise(words) if word.endswith(".safetensors") and before != "--out"]
+        loaded = [
+            word
+            for before, word in pairwise(words)
+            if word.endswith(".safetensors") and before != "--out"
+        ]
         assert made.issuperset(loaded), f"{words}: no command before makes {loaded}"
         output = run(words, capsys)
         if "--out" in words:
             out = words[words.index("--out") + 1]
             made.add(out)
             fingerprint, facts = read_header(Path(out))
-            expected = {"reconstruct-mlp": "mlp", "calibrate": "calibrated", "reconstruct": "reconstructed"}
+            expected = {
+                "reconstruct-mlp": "mlp",
+                "calibrate": "calibrated",
+                "reconstruct": "reconstructed",
+            }
             assert facts["stage"] == expected[words[1]]
             if words[1] == "reconstruct":
-                assert fingerprint.recipe.calibration_digest() == read_header(Path(words[2]))[0].recipe.calibration_digest()
+                assert (
+                    fingerprint.recipe.calibration_digest()
+                    == read_header(Path(words[2]))[0].recipe.calibration_digest()
+                )
         elif words[1] == "run":
             (path,) = re.findall(r"^record: (.*)$", output, re.M)
             record = read_record(Path(path))
-            assert (record.n, record.method) == (4 if task_of(words) == "detection" else 64, words[words.index("--method") + 1])
+            assert (record.n, record.method) == (
+                4 if task_of(words) == "detection" else 64,
+                words[words.index("--method") + 1],
+            )
         else:
             assert "(n = 64)" in output
 
@@ -188,7 +224,12 @@ def _fimaq(bits: int) -> dict[str, Any]:
 
 
 def _aphq(bits: int, percentile: float, **others: Any) -> dict[str, Any]:
-    mlps = {"reconstruct_mlp": True, "mlp_percentile": percentile, "mlp_loss": "perturb_mean", "mlp_steps": 20_000}
+    mlps = {
+        "reconstruct_mlp": True,
+        "mlp_percentile": percentile,
+        "mlp_loss": "perturb_mean",
+        "mlp_steps": 20_000,
+    }
     return _settings(bits, **({"loss": "perturb_mean"} | mlps | others))
 
 
@@ -197,19 +238,32 @@ def _brecq(bits: int, prefix: float = 0.0) -> dict[str, Any]:
 
 
 def _adalog(bits: int, reconstruct: bool) -> dict[str, Any]:
-    special = {"softmax_quantizer": "adalog", "gelu_quantizer": "adalog", "range_search": "progressive", "range_images": 32}
+    special = {
+        "softmax_quantizer": "adalog",
+        "gelu_quantizer": "adalog",
+        "range_search": "progressive",
+        "range_images": 32,
+    }
     if reconstruct:
         return _brecq(bits) | special
     found = _settings(bits, **special, calibration_images=32, reconstruct=False)
-    return {name: value for name, value in found.items() if name not in ("loss", "prefix_prob", "activation_prob")}
+    return {
+        name: value
+        for name, value in found.items()
+        if name not in ("loss", "prefix_prob", "activation_prob")
+    }
 
 
 def _configs(name: str) -> dict[str, dict[str, Any]]:
     if name == "FIMA-Q":
-        return {f"{bits}bit/best.py": _fimaq(bits) for bits in (3, 4, 6)} | {"3bit/brecq.py": _brecq(3)}
+        return {f"{bits}bit/best.py": _fimaq(bits) for bits in (3, 4, 6)} | {
+            "3bit/brecq.py": _brecq(3)
+        }
     if name == "AdaLog":
         calibrated = {f"{bits}bit.py --calibrate": _adalog(bits, False) for bits in (3, 4, 6)}
-        return calibrated | {f"{bits}bit.py --calibrate --optimize": _adalog(bits, True) for bits in (3, 4, 6)}
+        return calibrated | {
+            f"{bits}bit.py --calibrate --optimize": _adalog(bits, True) for bits in (3, 4, 6)
+        }
     found = {
         "2bit/best.py": _aphq(2, 0.98, per_token=True),
         "3bit/best.py": _aphq(3, 0.99),
@@ -239,4 +293,6 @@ def test_config_files_are_the_recipes_they_were(name: str) -> None:
     assert table.keys() == expected.keys()
     for config, options in table.items():
         recipe = recipe_of(options)
-        assert {field: getattr(recipe, field) for field in expected[config]} == expected[config], config
+        assert {field: getattr(recipe, field) for field in expected[config]} == expected[config], (
+            config
+        )

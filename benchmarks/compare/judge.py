@@ -153,10 +153,7 @@ def _value(outcomes: Outcomes, metric: str) -> float:
 
 
 def _finding(
-    name: str,
-    mine: Sequence[Outcomes],
-    theirs: Sequence[Outcomes],
-    level: float,
+    name: str, mine: Sequence[Outcomes], theirs: Sequence[Outcomes], level: float
 ) -> Finding:
     """Test one metric.
 

@@ -22,7 +22,24 @@ from fimaq_core.reconstruction.tape import Storage, Tape
 #: Eight levels of step 0.5 with zero point 3: values from -1.5 to 2. Ties go to the even code, the
 #: rest to the nearest.
 _SCALE, _ZERO_POINT, _BITS = 0.5, 3.0, 3
-_INPUTS = (-9.0, -1.75, -1.25, -0.75, -0.3, -0.25, 0.0, 0.2, 0.25, 0.3, 0.75, 1.25, 1.6, 1.75, 2.25, 9.0)
+_INPUTS = (
+    -9.0,
+    -1.75,
+    -1.25,
+    -0.75,
+    -0.3,
+    -0.25,
+    0.0,
+    0.2,
+    0.25,
+    0.3,
+    0.75,
+    1.25,
+    1.6,
+    1.75,
+    2.25,
+    9.0,
+)
 _ANSWERS = (-1.5, -1.5, -1.0, -1.0, -0.5, 0.0, 0.0, 0.0, 0.0, 0.5, 1.0, 1.0, 1.5, 2.0, 2.0, 2.0)
 
 
@@ -65,9 +82,13 @@ class _HalfSquare(Divergence):
 def _wrong_fisher_passes() -> list[str]:
     """Three passes of FIMA-Q over an identity, with the block's output off by 1, 2 and 4."""
     recipe = make_recipe("fimaq", {"loss": "fisher_diag", "steps": 9, "fisher_k": 3})
-    chain = BlockChain([Segment("block", "block", nn.Identity()), Segment("head", "head", nn.Identity())])
+    chain = BlockChain(
+        [Segment("block", "block", nn.Identity()), Segment("head", "head", nn.Identity())]
+    )
     images = torch.arange(8.0).reshape(4, 2)
-    tape = Tape(chain, images, Storage("device", torch.device("cpu")), with_prefix=True, batch_size=2)
+    tape = Tape(
+        chain, images, Storage("device", torch.device("cpu")), with_prefix=True, batch_size=2
+    )
     tape.compute_target()
     target = tape.target
     objective = BlockObjective(chain, tape, recipe, target, _HalfSquare(), [])
@@ -76,10 +97,17 @@ def _wrong_fisher_passes() -> list[str]:
         objective.update(lambda x, error=error: block(x) + error)
     found = {
         "Fisher passes": (sorted(objective.update_steps), [0, 3, 6]),
-        "gradient of each pass": (_rounded(objective.state.gradients), [1.0, 1.0, 2.0, 2.0, 4.0, 4.0]),
+        "gradient of each pass": (
+            _rounded(objective.state.gradients),
+            [1.0, 1.0, 2.0, 2.0, 4.0, 4.0],
+        ),
         "diagonal Fisher weight": (_rounded(objective.state.diagonal), [2.3333, 2.3333]),
     }
-    return [f"  {name}: {here}, right is {right}" for name, (here, right) in found.items() if here != right]
+    return [
+        f"  {name}: {here}, right is {right}"
+        for name, (here, right) in found.items()
+        if here != right
+    ]
 
 
 def _rounded(values: Tensor | None) -> list[float]:

@@ -138,7 +138,9 @@ def pair_up(first: Side, second: Side) -> Pairing:
         if run.path.resolve() == partner.path.resolve():
             give = "give two runs, such as the folders of two methods"
             raise CompareError(f"{run.path} is on both sides: {give}.")
-        pair = pairs.setdefault(key[:-1], Pair(dict(zip(fields[:-1], key[:-1], strict=True)), {}, {}))
+        pair = pairs.setdefault(
+            key[:-1], Pair(dict(zip(fields[:-1], key[:-1], strict=True)), {}, {})
+        )
         mine, other = (partner, run) if swap else (run, partner)
         pair.a[run.record.seed], pair.b[run.record.seed] = mine, other
     if not pairs:

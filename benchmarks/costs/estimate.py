@@ -131,10 +131,7 @@ class Estimator:
         return self._predicted[cell.key]
 
     def left(
-        self,
-        waiting: Iterable[Cell],
-        running: Mapping[Key, tuple[Cell, float]],
-        jobs: int,
+        self, waiting: Iterable[Cell], running: Mapping[Key, tuple[Cell, float]], jobs: int
     ) -> float | None:
         """Return the seconds until ``jobs`` processes are done; None if nothing tells of a cell.
 

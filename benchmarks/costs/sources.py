@@ -175,10 +175,7 @@ class Costs:
     """Costs of the cells of a grid; see :meth:`of`."""
 
     def __init__(
-        self,
-        finished: Iterable[tuple[Cell, CostRow]],
-        rows: Rows,
-        cells: Iterable[Cell],
+        self, finished: Iterable[tuple[Cell, CostRow]], rows: Rows, cells: Iterable[Cell]
     ) -> None:
         """Gather costs of finished cells, and :func:`other_rows` of ``cells``, the whole grid."""
         named = {(*cell.name, cell.seed): cell for cell in cells} if any(r for _, r in rows) else {}

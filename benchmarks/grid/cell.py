@@ -132,7 +132,9 @@ class Adapter:
 
 def default_adapter() -> Adapter:
     """Return the real one."""
-    return Adapter(_run_cell, identity.planned_folder, identity.preflight, identity.cached, _imports)
+    return Adapter(
+        _run_cell, identity.planned_folder, identity.preflight, identity.cached, _imports
+    )
 
 
 def _run_cell(request: CellRequest, report: Report) -> Path:

@@ -194,11 +194,7 @@ def _keep(values: Iterable[T], wanted: tuple[T, ...] | None) -> tuple[T, ...]:
 
 
 def _make_cell(
-    grid: Grid,
-    section: str,
-    model: str,
-    recipe: Recipe | None,
-    options: RunOptions,
+    grid: Grid, section: str, model: str, recipe: Recipe | None, options: RunOptions
 ) -> Cell:
     """Return the cell of a model and recipe (None: full precision) in a section of a grid."""
     part, task = grid.tasks[section], grid.task_of(section)
@@ -225,5 +221,7 @@ def _make_point(base: Cell, axis: str, point: str, recipe: Recipe) -> Cell:
     assert base.request.recipe is not None
     # The scope comes last in a variant's name, and once.
     settings = replace(base.request, recipe=base.request.recipe.model_copy(update={"scope": None}))
-    request = replace(base.request, recipe=recipe, variant=f"{identity.variant_name(settings)} {name}")
+    request = replace(
+        base.request, recipe=recipe, variant=f"{identity.variant_name(settings)} {name}"
+    )
     return replace(base, request=request, point=name, places=((axis, point),))

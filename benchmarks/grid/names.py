@@ -76,7 +76,9 @@ class Names(Strict):
     def _scopes(self) -> "Names":
         tasks = {entry.task for sets in self.datasets.values() for entry in sets.values()}
         known = {UNSTATED, None, *(scope for task in tasks for scope in registry.scopes(task))}
-        unknown = {name: entry.scope for name, entry in self.models.items() if entry.scope not in known}
+        unknown = {
+            name: entry.scope for name, entry in self.models.items() if entry.scope not in known
+        }
         if unknown:
             raise ValueError(f"scopes that no task has: {unknown}")
         return self
@@ -98,4 +100,6 @@ class Names(Strict):
 @cache
 def load_names() -> Names:
     """Return the mapping."""
-    return Names.model_validate(yaml.safe_load((PUBLISHED / "names.yaml").read_text(encoding="utf-8")))
+    return Names.model_validate(
+        yaml.safe_load((PUBLISHED / "names.yaml").read_text(encoding="utf-8"))
+    )

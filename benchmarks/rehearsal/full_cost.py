@@ -115,11 +115,7 @@ def real_seconds(record: ResultRecord, found: Spent, real: Recipe | None, images
 
 
 def real_memory(
-    record: ResultRecord,
-    found: Spent,
-    real: Recipe | None,
-    eval_batch: int,
-    on_disk: bool,
+    record: ResultRecord, found: Spent, real: Recipe | None, eval_batch: int, on_disk: bool
 ) -> tuple[int, int]:
     """Return the estimated largest memory of a real cell, and the bytes of its tape.
 

@@ -52,7 +52,9 @@ def write_report(
     return gathered
 
 
-def make_page(gathered: Gathered, get: examples.Fetch, table: PublishedTable | None) -> dict[str, Any]:
+def make_page(
+    gathered: Gathered, get: examples.Fetch, table: PublishedTable | None
+) -> dict[str, Any]:
     """Compute everything the page shows."""
     grid, measured = gathered.grid, gathered.measured
     groups = make_groups(measured)

@@ -97,7 +97,9 @@ def block_chart(rows: Sequence[Dict], alt: str) -> Markup:
     return _row_chart("block", shown, [line], 14, alt)
 
 
-def line_chart(places: Sequence[str], rows: Sequence[Dict], level: float | None, alt: str) -> Markup:
+def line_chart(
+    places: Sequence[str], rows: Sequence[Dict], level: float | None, alt: str
+) -> Markup:
     """Draw one line per method over places (``bits`` of a row)."""
     names = list(dict.fromkeys(row["name"] for row in rows))
     # Methods at nearly the same place would hide each other: each stands a little beside the next.
@@ -139,7 +141,9 @@ def _score_chart(rows: Sequence[Dict], level: float | None, x: Dict, mark: str, 
             "labelExpr": f"format({high!r} - datum.value * datum.value, '.5~g')",
         }
     spans = (("y", 0), ("low", -1), ("high", 1))
-    rows = [row | {k: bend(row["value"] + sign * row["error"]) for k, sign in spans} for row in rows]
+    rows = [
+        row | {k: bend(row["value"] + sign * row["error"]) for k, sign in spans} for row in rows
+    ]
     last = list({row["name"]: row for row in sorted(rows, key=lambda row: row["x"])}.values())
     full = [] if level is None else [{"name": f"fp {level:.2f}", "y": bend(level)}]
     gap = 12.5 / _HEIGHT * (bend(high) - bend(low))
@@ -214,7 +218,9 @@ def _widest(texts: Iterable[str]) -> float:
     return _LETTER * max(map(len, texts), default=0)
 
 
-def _row_chart(field: str, rows: Sequence[Dict], layers: list[Dict], right: float, alt: str) -> Markup:
+def _row_chart(
+    field: str, rows: Sequence[Dict], layers: list[Dict], right: float, alt: str
+) -> Markup:
     """Draw ``layers`` beside the names of rows; names of methods belong to their marks."""
     names = list(dict.fromkeys(row[field] for row in rows))
     # Long ones are cut in the middle, as their ends differ.
@@ -240,7 +246,9 @@ def _clean(rows: Iterable[Dict]) -> list[Dict]:
     return cleaned
 
 
-def _draw(rows: Sequence[Dict], layers: list[Dict], padding: Sequence[float], height: float, alt: str) -> Markup:
+def _draw(
+    rows: Sequence[Dict], layers: list[Dict], padding: Sequence[float], height: float, alt: str
+) -> Markup:
     """Return a chart with ``padding`` (left, top, right, bottom) around its plot as SVG."""
     import vl_convert
 

@@ -58,7 +58,9 @@ def read_all(groups: Sequence[Group], gathered: Gathered) -> dict[str, Told]:
                 continue
             try:
                 if os.path.islink(folder / name):
-                    raise CheckpointError("It leads out of the record's own folder, so it is not read.")
+                    raise CheckpointError(
+                        "It leads out of the record's own folder, so it is not read."
+                    )
                 samples = read_examples(folder, name).samples
                 if samples:
                     found[group.id] = Told(item, {sample.sample: sample for sample in samples})
@@ -87,7 +89,9 @@ def make_pictures(told: Mapping[str, Told], get: Fetch, gathered: Gathered) -> P
     return pictures
 
 
-def _images(item: Measured, ids: Sequence[str], get: Fetch, gathered: Gathered) -> Mapping[str, "Image"]:
+def _images(
+    item: Measured, ids: Sequence[str], get: Fetch, gathered: Gathered
+) -> Mapping[str, "Image"]:
     """Return the pictures that can be had, even if some samples are unknown."""
     found: dict[str, Image] = {}
     errors = {}
@@ -119,7 +123,9 @@ def picture(image: "Image", side: int) -> Dict:
     return {"uri": uri, "width": width, "height": height, "tiny": tiny}
 
 
-def make_boards(groups: Sequence[Group], told: Mapping[str, Told], pictures: Pictures) -> list[Dict]:
+def make_boards(
+    groups: Sequence[Group], told: Mapping[str, Told], pictures: Pictures
+) -> list[Dict]:
     """Return a board per subject and bits: full precision first, then the methods."""
     here = [told[group.id].samples.values() for group in groups if group.id in told]
     objects = [one for samples in here for one in samples if isinstance(one, ObjectSample)]
@@ -137,7 +143,9 @@ def make_boards(groups: Sequence[Group], told: Mapping[str, Told], pictures: Pic
     return boards
 
 
-def _board(column: Column, told: Mapping[str, Told], pictures: Pictures, colours: Mapping[str, int]) -> Dict:
+def _board(
+    column: Column, told: Mapping[str, Told], pictures: Pictures, colours: Mapping[str, int]
+) -> Dict:
     rows, columns, methods = [], list(told.values()), list(told)
     fingerprint = columns[0].item.record.dataset.fingerprint
     same = [0] * len(columns)
@@ -178,7 +186,9 @@ def _cell(sample: Sample, colours: Mapping[str, int]) -> Dict | None:
     return {"text": answer, "detail": detail, "right": right, "rest": rest}
 
 
-def drawing(sample: ObjectSample, objects: Sequence[TrueObject], colours: Mapping[str, int], word: str) -> Dict:
+def drawing(
+    sample: ObjectSample, objects: Sequence[TrueObject], colours: Mapping[str, int], word: str
+) -> Dict:
     """Return ``objects`` over the picture of ``sample``, the surest on top; ``word`` says what."""
     longest = max(sample.size)
     letters = longest * _LETTERS / SIDE
@@ -196,7 +206,9 @@ def drawing(sample: ObjectSample, objects: Sequence[TrueObject], colours: Mappin
     return {"objects": drawn[::-1], "alt": alt, "letters": letters, "size": sample.size}
 
 
-def _place(label: str, box: _Box, letters: float, size: Sequence[int], taken: list[_Box]) -> tuple[float, float] | None:
+def _place(
+    label: str, box: _Box, letters: float, size: Sequence[int], taken: list[_Box]
+) -> tuple[float, float] | None:
     """Return where a label fits: above its box, below, or just inside; add it to ``taken``."""
     width = letters * _LETTER * len(label)
     left = min(max(box[0], 0.0), max(0.0, size[0] - width))

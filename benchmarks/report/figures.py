@@ -60,7 +60,10 @@ def dot_figures(groups: Sequence[Group], metric: str, looks: Looks) -> Iterator[
         rows = [row | {"best": row["name"] in best} for row in rows]
         first, last = (f"{row['name']} with {row['text']}" for row in (rows[0], rows[-1]))
         alt = f"{metric} of {where}, from {first} to {last}"
-        table = [[row["name"], f"{row['value']:.2f}", row["error_text"], str(row["seeds"])] for row in rows]
+        table = [
+            [row["name"], f"{row['value']:.2f}", row["error_text"], str(row["seeds"])]
+            for row in rows
+        ]
         chart = charts.dot_chart(rows, _level(found, metric), alt)
         yield Figure(column, chart, ["method", metric, "error bar", "seeds"], table)
 
@@ -150,7 +153,9 @@ def stage_colours(groups: Sequence[Group]) -> dict[str, str]:
     return {kind: f"c{index % charts.COLOURS}" for index, kind in order if kind in kinds}
 
 
-def stage_figures(groups: Sequence[Group], colours: Looks, memory: bool = False) -> Iterator[Figure]:
+def stage_figures(
+    groups: Sequence[Group], colours: Looks, memory: bool = False
+) -> Iterator[Figure]:
     """Yield seconds of each method's stages and their sum, or ``memory``: peaks and the largest."""
     what, total = ("Peak memory", max) if memory else ("Seconds", sum)
     text: Callable[[float], str] = size_text if memory else duration
@@ -171,7 +176,8 @@ def stage_figures(groups: Sequence[Group], colours: Looks, memory: bool = False)
             if memory:  # the longest alone, as peaks do not add up
                 kinds = dict(sorted(kinds.items(), key=lambda pair: -pair[1])[:1])
             rows += [
-                {"name": name, "value": unit * value, "look": colours[kind]} | {"title": f"{name}, {kind}: {text(value)}"}
+                {"name": name, "value": unit * value, "look": colours[kind]}
+                | {"title": f"{name}, {kind}: {text(value)}"}
                 for kind, value in kinds.items()
             ]
             whole = total(means.values())
@@ -221,7 +227,9 @@ def _rows(groups: Iterable[Group], metric: str, looks: Looks) -> list[Row]:
     ]
 
 
-def _table(names: Sequence[str], heads: Sequence[str], texts: Mapping[tuple[str, str], str]) -> list[list[str]]:
+def _table(
+    names: Sequence[str], heads: Sequence[str], texts: Mapping[tuple[str, str], str]
+) -> list[list[str]]:
     """Return rows of ``texts`` by name and head."""
     return [[name, *(texts.get((name, head), "–") for head in heads)] for name in names]
 

@@ -81,7 +81,9 @@ def gather(grid: Grid, options: RunOptions, adapter: Adapter) -> Gathered:
     return gathered
 
 
-def _beyond(gathered: Gathered, options: RunOptions, adapter: Adapter, others: dict[Path, ResultRecord]) -> list[Cell]:
+def _beyond(
+    gathered: Gathered, options: RunOptions, adapter: Adapter, others: dict[Path, ResultRecord]
+) -> list[Cell]:
     """Return the cells that filters can ask of the grid, with folders among those of ``others``."""
     grid, known = gathered.grid, {cell.key for cell in gathered.cells}
     found: dict[object, Cell] = {}

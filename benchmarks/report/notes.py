@@ -51,7 +51,9 @@ def facts(measured: Sequence[Measured]) -> dict[str, list[str]]:
     }
 
 
-def axis_tables(grid: Grid, cells: Sequence[Cell], measured: Sequence[Measured], metric: str) -> list[tuple[str, pd.DataFrame]]:
+def axis_tables(
+    grid: Grid, cells: Sequence[Cell], measured: Sequence[Measured], metric: str
+) -> list[tuple[str, pd.DataFrame]]:
     """Return a title and a table per axis and method; none of a grid without axes."""
     tables = []
     for axis, points in grid.axes.items():

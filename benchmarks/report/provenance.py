@@ -25,7 +25,10 @@ def origin(group: Group, metric: str, gathered: Gathered) -> dict[str, Any]:
         "title": f"{cell.subject} {group.method} {cell.bits}".removesuffix(" fp"),
         "score": f"{metric} {group.scores[metric].text}" if metric in group.scores else "",
         "seeds": ["value" if record.seed is None else f"seed {record.seed}" for record in records],
-        "metrics": [(name, score.text, [_value(record, name) for record in records]) for name, score in group.scores.items()],
+        "metrics": [
+            (name, score.text, [_value(record, name) for record in records])
+            for name, score in group.scores.items()
+        ],
         "facts": {  # one value where all seeds have the same
             heading: {name: _same([str(found[heading][name]) for found in facts]) for name in part}
             for heading, part in facts[0].items()

@@ -26,7 +26,9 @@ class Value(NamedTuple):
     share: float | None = None  # length of the bar beneath it, up to 100
 
 
-def wide_table(groups: Sequence[Group], cells: Sequence[Cell], metric: str, main: bool = False) -> dict[str, Any]:
+def wide_table(
+    groups: Sequence[Group], cells: Sequence[Cell], metric: str, main: bool = False
+) -> dict[str, Any]:
     """Return mean ± sd of ``metric`` over seeds for all cells, measured or not.
 
     In the ``main`` table numbers lead to their provenance, and those that cannot be told from the
@@ -41,14 +43,18 @@ def wide_table(groups: Sequence[Group], cells: Sequence[Cell], metric: str, main
         for name, score in scores.items():
             near = main and _near(name, best, found)
             link = found[name].id if main else ""
-            values[name] = Value(score.text, score.value, name in best, near, link, score.error_text)
+            values[name] = Value(
+                score.text, score.value, name in best, near, link, score.error_text
+            )
         return values
 
     columns = [column(find(groups, place)) for place in columns_of(cells)]
     return _table(metric_title(metric), cells, columns, rows_of(cells))
 
 
-def recovery_table(groups: Sequence[Group], cells: Sequence[Cell], metric: str) -> dict[str, Any] | None:
+def recovery_table(
+    groups: Sequence[Group], cells: Sequence[Cell], metric: str
+) -> dict[str, Any] | None:
     """Return the percentage of full precision's score that is left; None for ranks."""
 
     def column(found: Mapping[str, Group]) -> dict[str, Value]:
@@ -57,7 +63,8 @@ def recovery_table(groups: Sequence[Group], cells: Sequence[Cell], metric: str) 
         judged = {name: shares[name] for name in shares if found[name].cell.bits != FULL}
         best = best_of(judged, metric)
         return {
-            name: Value(f"{share:.2f}", share, name in best, share=min(100.0, max(0.0, share))) for name, share in shares.items()
+            name: Value(f"{share:.2f}", share, name in best, share=min(100.0, max(0.0, share)))
+            for name, share in shares.items()
         }
 
     columns = [column(find(groups, place)) for place in columns_of(cells)]
@@ -66,7 +73,9 @@ def recovery_table(groups: Sequence[Group], cells: Sequence[Cell], metric: str) 
     return _table(caption, cells, columns, rows) if rows else None
 
 
-def _table(caption: str, cells: Sequence[Cell], filled: Sequence[Mapping[str, Value]], rows: Sequence[str]) -> dict[str, Any]:
+def _table(
+    caption: str, cells: Sequence[Cell], filled: Sequence[Mapping[str, Value]], rows: Sequence[str]
+) -> dict[str, Any]:
     """Return what the template shows; ``filled`` has the values of each column by row."""
     recipes = {row_name(cell): cell.request.recipe for cell in cells}
     columns = columns_of(cells)

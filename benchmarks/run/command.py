@@ -59,7 +59,11 @@ def run_grid(
     if not cells:
         raise FimaqError("The filters leave no cell.")
     if plan:
-        at_once = how.jobs or grid.jobs or default_jobs(options.threads or grid.threads, options.device or grid.device)
+        at_once = (
+            how.jobs
+            or grid.jobs
+            or default_jobs(options.threads or grid.threads, options.device or grid.device)
+        )
         print(plan_of(grid, filters, options, adapter, cells, at_once, terminal_width()))
         return 0
     measured = {cell.key: found for cell in cells if (found := finished(cell, adapter)) is not None}
@@ -69,7 +73,12 @@ def run_grid(
         messages = missing(todo, adapter)
         if messages:
             raise NotReady(
-                "\n".join([*(f"error: {message}" for message in messages), *_way_around(grid, todo, options, adapter)])
+                "\n".join(
+                    [
+                        *(f"error: {message}" for message in messages),
+                        *_way_around(grid, todo, options, adapter),
+                    ]
+                )
             )
         threads = options.threads or grid.threads
         options = settled(options, how, options.device or grid.device, threads)
@@ -80,12 +89,18 @@ def run_grid(
             from tasks.common.cell.identity import forget
 
             forget((cell.request for cell in todo), adapter.planned_folder)
-            print("What was there of these cells is removed. Without --force the same command goes on where it stopped.")
-        logs = options.results / "runs" / ".logs" / f"{platform.node()}-{os.getpid()}"  # several may run on one folder
+            print(
+                "What was there of these cells is removed. Without --force the same command goes on where it stopped."
+            )
+        logs = (
+            options.results / "runs" / ".logs" / f"{platform.node()}-{os.getpid()}"
+        )  # several may run on one folder
         made = partial(make_executor, options, how, threads, grid.jobs, logs)
         with _ended_as_by_hand():
             runner = Runner(adapter, watch, made, len(cells) - len(todo), how.retries)
-            runner.learn((cell, own_seconds(measured[cell.key][0])) for cell in cells if cell.key in measured)
+            runner.learn(
+                (cell, own_seconds(measured[cell.key][0])) for cell in cells if cell.key in measured
+            )
             failures = runner.run(todo)
         if not failures:
             shutil.rmtree(logs, ignore_errors=True)
@@ -103,7 +118,9 @@ def run_grid(
 
         path = options.results / "report.html"
         write_report(grid, options, adapter, path, table=table)
-        print(f"Report: {path} (charts, error per block, example predictions; open it in a browser)")
+        print(
+            f"Report: {path} (charts, error per block, example predictions; open it in a browser)"
+        )
     for line in grid.next:
         print(line)
     sentence, code = ("", 0) if layout is None else layout.conclusion()
@@ -145,7 +162,9 @@ def _ended_as_by_hand() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
 
 
-def _way_around(grid: Grid, cells: Sequence[Cell], options: RunOptions, adapter: Adapter) -> list[str]:
+def _way_around(
+    grid: Grid, cells: Sequence[Cell], options: RunOptions, adapter: Adapter
+) -> list[str]:
     """Say which sections cannot run, and how to leave those out; nothing where there is one section only.
 
     They are those whose data were not given and, unless all the others lack something, those that lack something all the same:
@@ -155,9 +174,17 @@ def _way_around(grid: Grid, cells: Sequence[Cell], options: RunOptions, adapter:
 
     sections = list(dict.fromkeys(cell.section for cell in cells))
     data = {section: grid.tasks[section].data for section in sections}
-    blocked = [section for section in sections if data[section] != "own" and options.data.of(data[section]) is None]
+    blocked = [
+        section
+        for section in sections
+        if data[section] != "own" and options.data.of(data[section]) is None
+    ]
     given = [section for section in sections if section not in blocked]
-    lacking = [section for section in given if missing([cell for cell in cells if cell.section == section], adapter)]
+    lacking = [
+        section
+        for section in given
+        if missing([cell for cell in cells if cell.section == section], adapter)
+    ]
     if lacking == given:
         lacking = []
     if not (blocked or lacking) or len(sections) == 1:
@@ -166,11 +193,15 @@ def _way_around(grid: Grid, cells: Sequence[Cell], options: RunOptions, adapter:
     names, what = (",".join(rest), "the rest") if rest else (blocked[0], "one of them")
     words = []
     if blocked:
-        wanted = (f"{section} ({data[section].upper()}=/path or --{data[section]})" for section in blocked)
+        wanted = (
+            f"{section} ({data[section].upper()}=/path or --{data[section]})" for section in blocked
+        )
         words.append(f"Data not given: {', '.join(wanted)}.")
     if lacking:
         words.append(f"Not all there: {', '.join(lacking)}.")
-    return [" ".join([*words, f"To run {what}: TASKS={names} for make, --tasks {names} for a grid."])]
+    return [
+        " ".join([*words, f"To run {what}: TASKS={names} for make, --tasks {names} for a grid."])
+    ]
 
 
 def rerun_command(
@@ -191,7 +222,9 @@ def rerun_command(
     parts = [_python(), "-m", "benchmarks", "run", option, profile]
     if options.rehearsal:  # which makes its data and weights
         parts.append("--rehearse")
-        options = dataclasses.replace(options, data=Places(), weights=None, results=options.results.parent)
+        options = dataclasses.replace(
+            options, data=Places(), weights=None, results=options.results.parent
+        )
     for flag, value in (
         ("--tasks", values("section")), ("--models", values("model")), ("--methods", values("method")),
         ("--bits", values("bits")), ("--seeds", values("seed")), ("--axes", ",".join(axes or ())), ("--device", options.device),

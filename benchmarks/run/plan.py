@@ -167,9 +167,7 @@ def _table(rows: Sequence[Mapping[str, str]], width: int | None) -> list[str]:
 
 
 def _totals(
-    chains: Sequence[Sequence[Cell]],
-    each: Mapping[Key, Cost | None],
-    jobs: int,
+    chains: Sequence[Sequence[Cell]], each: Mapping[Key, Cost | None], jobs: int
 ) -> list[str]:
     """Return time and memory of what is to run, by kind of device.
 

@@ -10,10 +10,7 @@ from benchmarks.speed.results import README, read_records, rewrite, tables, writ
 from fimaq_core.errors import FimaqError
 
 #: Models by default, and seconds of a run, by the type of the device.
-MODELS = {
-    "cpu": "demo_vit,vit_small",
-    "cuda": "vit_small,vit_base,deit_tiny,swin_small,swin_base",
-}
+MODELS = {"cpu": "demo_vit,vit_small", "cuda": "vit_small,vit_base,deit_tiny,swin_small,swin_base"}
 BUDGET = {"cpu": 280.0, "cuda": 450.0}
 _HELP = {"help_option_names": ["-h", "--help"], "show_default": True}
 _PATH = click.Path(path_type=Path)

@@ -79,10 +79,7 @@ def _in_child(name: str, recipe: Recipe, device: str, threads: int) -> tuple[int
 
 
 def peak_of_block(
-    chain: BlockChain,
-    images: Tensor,
-    recipe: Recipe,
-    before: int = 0,
+    chain: BlockChain, images: Tensor, recipe: Recipe, before: int = 0
 ) -> tuple[int, Parts]:
     """Reconstruct the block behind the patch embedding for three steps, with one Fisher pass.
 

@@ -81,11 +81,7 @@ def _forward_backward(segment: Segment, x: Tensor) -> Tensor:
 
 
 def walk(
-    subject: Subject,
-    recipe: Recipe,
-    engines: Sequence[Engine],
-    steps: int,
-    deadline: float,
+    subject: Subject, recipe: Recipe, engines: Sequence[Engine], steps: int, deadline: float
 ) -> WalkTimes:
     """Walk over a calibrated chain as a reconstruction does; time steps of one block per make.
 

@@ -27,11 +27,7 @@ _NOTE = (
 
 
 def axis_parts(
-    axes: Axes,
-    metric: str,
-    measured: Items,
-    cells: Cells,
-    width: int | None,
+    axes: Axes, metric: str, measured: Items, cells: Cells, width: int | None
 ) -> list[str]:
     """Return the Markdown of a section's axes: a table per axis and method, and a note."""
     parts = []
@@ -49,11 +45,7 @@ def methods_on(axis: str, cells: Cells) -> list[str]:
 
 
 def axis_table(
-    axis: str,
-    points: Sequence[str],
-    metric: str,
-    measured: Items,
-    cells: Cells,
+    axis: str, points: Sequence[str], metric: str, measured: Items, cells: Cells
 ) -> pd.DataFrame:
     """Return an axis's table of one method.
 

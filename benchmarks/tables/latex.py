@@ -228,10 +228,7 @@ def _name(scope: str, bits: str, name: str, several: bool) -> str:
 
 
 def _caption(
-    about: str,
-    metrics: Sequence[str],
-    items: Items,
-    rows: Sequence[tuple[str, str, str]],
+    about: str, metrics: Sequence[str], items: Items, rows: Sequence[tuple[str, str, str]]
 ) -> str:
     sets = unique(
         f"{data.name}, split {data.split} ({sample_counts(n, data.captions)})"

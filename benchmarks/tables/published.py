@@ -164,7 +164,9 @@ class Layout:
         context = {row for row, line in enumerate(table.lines) if not line.measured}
         self.lines = sorted(rows | {row for row in context if table.lines[row].bits in bits})
         self.entries = {
-            (cell.row, cell.column): _entry(table, cell, [it for it in every if it.settings in keys.get(cell.name, ())])
+            (cell.row, cell.column): _entry(
+                table, cell, [it for it in every if it.settings in keys.get(cell.name, ())]
+            )
             for cell in table.cells
             if cell.row in self.lines and cell.column in self.columns
         }

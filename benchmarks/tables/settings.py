@@ -30,11 +30,7 @@ def optimised(recipe: Recipe | None) -> str:
     """Return what is optimised after calibration, such as ``blocks + MLPs``, or ``-``."""
     if recipe is None:
         return "-"
-    parts = {
-        "blocks": recipe.reconstruct,
-        "MLPs": recipe.reconstruct_mlp,
-        "weights": recipe.refit,
-    }
+    parts = {"blocks": recipe.reconstruct, "MLPs": recipe.reconstruct_mlp, "weights": recipe.refit}
     return " + ".join(name for name, wanted in parts.items() if wanted) or "-"
 
 

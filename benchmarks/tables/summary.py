@@ -29,11 +29,7 @@ from benchmarks.tables.settings import MARKS, marks, settings_lines
 
 
 def report(
-    title: str,
-    measured: Items,
-    cells: Cells,
-    width: int | None = None,
-    axes: Axes | None = None,
+    title: str, measured: Items, cells: Cells, width: int | None = None, axes: Axes | None = None
 ) -> str:
     """Return the Markdown text of ``cells``, measured or not.
 
@@ -50,11 +46,7 @@ def report(
 
 
 def _section_parts(
-    section: str,
-    mine: Items,
-    planned: Cells,
-    width: int | None,
-    axes: Axes,
+    section: str, mine: Items, planned: Cells, width: int | None, axes: Axes
 ) -> list[str]:
     every = scores(mine)
     metric = main_metric(planned[0].task, every)
@@ -93,9 +85,7 @@ def _section_parts(
 
 
 def wide(
-    table: pd.DataFrame,
-    cells: Cells,
-    text: Callable[[float, float], str] = value_text,
+    table: pd.DataFrame, cells: Cells, text: Callable[[float, float], str] = value_text
 ) -> pd.DataFrame:
     """Return methods × ``subject bits``, with ``-`` where nothing is measured.
 

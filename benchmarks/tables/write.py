@@ -31,11 +31,7 @@ def texts(grid: Grid, measured: Items, cells: Cells) -> dict[str, str]:
 
 
 def remake(
-    grid: Grid,
-    options: RunOptions,
-    adapter: Adapter,
-    chosen: str,
-    output: Path | None,
+    grid: Grid, options: RunOptions, adapter: Adapter, chosen: str, output: Path | None
 ) -> None:
     """Make the tables of a profile anew from its records.
 
@@ -64,11 +60,7 @@ def remake(
 
 
 def write_tables(
-    grid: Grid,
-    filters: Filters,
-    options: RunOptions,
-    adapter: Adapter,
-    cells: Cells,
+    grid: Grid, filters: Filters, options: RunOptions, adapter: Adapter, cells: Cells
 ) -> None:
     """Write the table files, print the table of ``cells`` and compare it with the reference.
 
@@ -100,11 +92,7 @@ def write_tables(
 
 
 def write_published(
-    table: PublishedTable,
-    grid: Grid,
-    options: RunOptions,
-    adapter: Adapter,
-    cells: Cells,
+    table: PublishedTable, grid: Grid, options: RunOptions, adapter: Adapter, cells: Cells
 ) -> Layout:
     """Write the files of a published table; print and return what ``cells`` measure of it.
 

@@ -31,7 +31,13 @@ from fimaq_core.samples import Samples
 
 
 @torch.no_grad()
-def calibrate(chain: BlockChain, images: Samples | Tensor, recipe: Recipe, report: Report = silent, batch_size: int = 32) -> None:
+def calibrate(
+    chain: BlockChain,
+    images: Samples | Tensor,
+    recipe: Recipe,
+    report: Report = silent,
+    batch_size: int = 32,
+) -> None:
     """Set all ranges of ``chain``, in place, and switch its layers to their quantized form.
 
     Every layer is calibrated on what it sees in the full-precision model, so each block runs once.
@@ -67,10 +73,14 @@ def calibrate(chain: BlockChain, images: Samples | Tensor, recipe: Recipe, repor
         captured = Capture(segment, recipe, samples)
         outputs = []
         for number, part in enumerate(x.batches(batch_size)):
-            output = segment(part.to(device), sides[number], tuple(one.to(device) for one in kept[number]))
+            output = segment(
+                part.to(device), sides[number], tuple(one.to(device) for one in kept[number])
+            )
             if samples is not None:
                 captured.settle()
-            kept[number] = tuple(one.to(part.device) for one in segment.kept_with(output, kept[number]))
+            kept[number] = tuple(
+                one.to(part.device) for one in segment.kept_with(output, kept[number])
+            )
             outputs.append(output.to(part.device))
         captured.remove()
         for name, layer in captured.layers.items():
@@ -83,7 +93,9 @@ def calibrate(chain: BlockChain, images: Samples | Tensor, recipe: Recipe, repor
     set_quantized(chain, True)
 
 
-def _calibrate_layer(segment: Segment, name: str, layer: QuantLayer, seen: tuple[Tensor, ...], recipe: Recipe) -> None:
+def _calibrate_layer(
+    segment: Segment, name: str, layer: QuantLayer, seen: tuple[Tensor, ...], recipe: Recipe
+) -> None:
     """Set the ranges of the layer ``name`` of a segment's block from its full-precision inputs."""
     percentile = recipe.range_search == "percentile"
     if isinstance(layer, QuantMatMul):
@@ -106,7 +118,9 @@ def _calibrate_layer(segment: Segment, name: str, layer: QuantLayer, seen: tuple
     else:
         assert isinstance(layer, QuantConv2d | QuantConvTranspose2d)
         inputs = seen[0] if len(seen) == 1 else seen
-        embedding = layer if isinstance(layer, QuantConv2d) and segment.kind == "patch_embed" else None
+        embedding = (
+            layer if isinstance(layer, QuantConv2d) and segment.kind == "patch_embed" else None
+        )
         if percentile:
             conv_percentiles(layer, inputs)
         elif embedding is not None:
@@ -122,7 +136,11 @@ def _reparameterized(
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """Reparameterise ``layer`` with its norm, if any; return its new inputs and their range."""
     bits, percentile = layer.input_quantizer.bits, recipe.range_search == "percentile"
-    if not recipe.reparameterize or bits == OFF or not (percentile or bits == layer.weight_quantizer.bits):
+    if (
+        not recipe.reparameterize
+        or bits == OFF
+        or not (percentile or bits == layer.weight_quantizer.bits)
+    ):
         return x, None
     for pair in segment.pairs:
         if pair.linear == name:

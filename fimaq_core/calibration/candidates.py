@@ -39,7 +39,9 @@ class Candidates:
     def chunks(self, size: int) -> "Iterator[Candidates]":
         """Some candidates at a time: at least one, and at most ``size``."""
         step = max(size, 1)
-        for scale, zero in zip(torch.split(self.scale, step), torch.split(self.zero_point, step), strict=True):
+        for scale, zero in zip(
+            torch.split(self.scale, step), torch.split(self.zero_point, step), strict=True
+        ):
             yield Candidates(scale, zero)
 
     def chosen(self, index: Tensor, row: Tensor) -> "Candidates":
@@ -71,7 +73,9 @@ def quantiles(sorted_rows: Tensor, points: list[float]) -> Tensor:
     return torch.stack(out)
 
 
-def grid_candidates(sorted_rows: Tensor, levels: int, count: int, min_scale: float = MIN_SCALE) -> Candidates:
+def grid_candidates(
+    sorted_rows: Tensor, levels: int, count: int, min_scale: float = MIN_SCALE
+) -> Candidates:
     """Candidates of linear layers: ``min(16, L)`` zero points around L/2, times scales.
 
     Scales run evenly from the inner span of the ascending rows (groups, n), between the 0.1 and 0.9

@@ -34,10 +34,14 @@ class Capture:
         self.whole = segment.kind == "patch_embed"
         # A reparameterised input's ranges are searched whatever the recipe's search.
         self.extremes = recipe.range_search == "minmax" and not recipe.reparameterize
-        self.layers = {name: layer for name, layer in quant_layers(segment.block) if quantizes(layer)}
+        self.layers = {
+            name: layer for name, layer in quant_layers(segment.block) if quantizes(layer)
+        }
         self._calls: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in self.layers}
         self._settled: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in self.layers}
-        self._handles = [layer.register_forward_pre_hook(self._hook(name)) for name, layer in self.layers.items()]
+        self._handles = [
+            layer.register_forward_pre_hook(self._hook(name)) for name, layer in self.layers.items()
+        ]
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def keep(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -61,7 +65,10 @@ class Capture:
         Raises:
             NumericsError: the layer saw nothing, or NaN or infinite values.
         """
-        layer, seen = self.layers[name], self._calls[name] if self.samples is None else self._settled[name]
+        layer, seen = (
+            self.layers[name],
+            self._calls[name] if self.samples is None else self._settled[name],
+        )
         if not seen:
             raise NumericsError(
                 f"No calibration image gave {self.label}.{name} any input, so it has no ranges: "
@@ -84,25 +91,40 @@ class Capture:
         for handle in self._handles:
             handle.remove()
 
-    def _thinned(self, layer: QuantLayer, calls: list[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
+    def _thinned(
+        self, layer: QuantLayer, calls: list[tuple[Tensor, ...]]
+    ) -> list[tuple[Tensor, ...]]:
         """What one sample's calls of a layer leave."""
         if isinstance(layer, QuantLinear):
-            return [self._chosen(layer, (torch.cat([x.reshape(-1, x.shape[-1]) for (x,) in calls]),), ROWS, VALUES)]
+            return [
+                self._chosen(
+                    layer,
+                    (torch.cat([x.reshape(-1, x.shape[-1]) for (x,) in calls]),),
+                    ROWS,
+                    VALUES,
+                )
+            ]
         if isinstance(layer, QuantMatMul):
             operands = _columns(calls)
             return [self._chosen(layer, operands, ROWS // operands[0][0, ..., 0].numel(), VALUES)]
         if self.whole:
             return calls
-        (rows,) = self._chosen(layer, (torch.cat([positions(x) for (x,) in calls]),), CONV_VALUES, CONV_VALUES)
+        (rows,) = self._chosen(
+            layer, (torch.cat([positions(x) for (x,) in calls]),), CONV_VALUES, CONV_VALUES
+        )
         return [(rows.t()[None, :, :, None],)]
 
-    def _chosen(self, layer: QuantLayer, operands: tuple[Tensor, ...], rows: int, values: int) -> tuple[Tensor, ...]:
+    def _chosen(
+        self, layer: QuantLayer, operands: tuple[Tensor, ...], rows: int, values: int
+    ) -> tuple[Tensor, ...]:
         """The same rows of all ``operands`` (count, ...); ``rows``, ``values``: of all samples."""
         assert self.samples is not None
         uniform = all(isinstance(part, AffineQuantizer) for part in _quantizers(layer))
         if self.extremes and uniform:  # smallest and largest value in each place are all it takes
             return tuple(torch.stack([operand.amin(0), operand.amax(0)]) for operand in operands)
-        wanted = max(min(rows, *(values // operand[0].numel() for operand in operands)) // self.samples, 1)
+        wanted = max(
+            min(rows, *(values // operand[0].numel() for operand in operands)) // self.samples, 1
+        )
         if len(operands[0]) <= wanted:
             return operands
         index = spread(len(operands[0]), wanted, operands[0].device)

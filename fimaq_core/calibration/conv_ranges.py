@@ -67,7 +67,9 @@ def calibrate_conv(layer: QuantConv2d, x: Inputs, recipe: Recipe) -> None:
     search(lowers.gather(0, index[None]).expand_as(lowers), uppers, index)
 
 
-def _conv_moments(layer: QuantConv2d, x: Inputs, inputs: AffineQuantizer, group: int, matrix: Tensor) -> tuple[Tensor, Tensor]:
+def _conv_moments(
+    layer: QuantConv2d, x: Inputs, inputs: AffineQuantizer, group: int, matrix: Tensor
+) -> tuple[Tensor, Tensor]:
     """Moments of one group's input patches, summed over images so that unfolding never needs all."""
     channels = layer.in_channels // layer.groups
     width = channels * layer.kernel_size[0] * layer.kernel_size[1]
@@ -104,7 +106,9 @@ def input_patches(layer: QuantConv2d, x: Tensor, group: int) -> Tensor:
     return columns.transpose(1, 2).reshape(-1, columns.shape[1])
 
 
-def calibrate_conv_by_own_error(layer: QuantConv2d | QuantConvTranspose2d, x: Inputs, recipe: Recipe) -> None:
+def calibrate_conv_by_own_error(
+    layer: QuantConv2d | QuantConvTranspose2d, x: Inputs, recipe: Recipe
+) -> None:
     """Set the ranges of a convolution outside the patch embedding: FPN, RPN, mask head.
 
     As in APHQ-ViT's detection (Wu et al., CVPR 2025, arXiv:2504.02508) weights per output channel and
@@ -127,8 +131,13 @@ def calibrate_conv_by_own_error(layer: QuantConv2d | QuantConvTranspose2d, x: In
         start_rows(weights, matrix, count)
     if not inputs.off:
         ordered = ascending(conv_values([x] if isinstance(x, Tensor) else x))
-        grid, (scale, zero) = grid_candidates(ordered, inputs.levels, count), minmax(ordered, inputs.levels)
-        candidates = Candidates(torch.cat([grid.scale, scale[None]]), torch.cat([grid.zero_point, zero[None]]))
+        grid, (scale, zero) = (
+            grid_candidates(ordered, inputs.levels, count),
+            minmax(ordered, inputs.levels),
+        )
+        candidates = Candidates(
+            torch.cat([grid.scale, scale[None]]), torch.cat([grid.zero_point, zero[None]])
+        )
         scale, zero = candidates.pick(best_by_own_error(ordered, candidates, inputs.levels))
         inputs.set_range(scale.view(1, 1, 1, 1), zero.view(1, 1, 1, 1))
 

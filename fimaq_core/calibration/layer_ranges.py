@@ -78,7 +78,9 @@ def _progressive_linear(layer: QuantLinear, x: Tensor, recipe: Recipe) -> None:
     flat, count = x.reshape(-1, x.shape[-1]), recipe.range_candidates
     ordered = ascending(flat.reshape(1, -1))
     if not weights.off:
-        set_rows(weights, *progressive_rows(layer.weight.detach(), None, None, weights.levels, count))
+        set_rows(
+            weights, *progressive_rows(layer.weight.detach(), None, None, weights.levels, count)
+        )
     if not inputs.off:
         _start_input(inputs, ordered, count)
     for _ in range(recipe.range_rounds):
@@ -87,7 +89,9 @@ def _progressive_linear(layer: QuantLinear, x: Tensor, recipe: Recipe) -> None:
         if inputs.off:
             break
         before = settings(inputs)
-        inputs.set_range(*progressive_input(_input_product(layer, x), ordered, inputs.levels, count))
+        inputs.set_range(
+            *progressive_input(_input_product(layer, x), ordered, inputs.levels, count)
+        )
         # With the input as before, the weight's next search would repeat itself, and so on.
         if weights.off or unchanged(inputs, before):
             break
@@ -179,7 +183,9 @@ def start_heads(quantizer: AffineQuantizer, x: Tensor, count: int) -> None:
         set_heads(quantizer, candidates.scale[-2], candidates.zero_point[-2])
 
 
-def progressive_operand(quantizer: AffineQuantizer, x: Tensor, other: Tensor, other_hat: Tensor, count: int) -> None:
+def progressive_operand(
+    quantizer: AffineQuantizer, x: Tensor, other: Tensor, other_hat: Tensor, count: int
+) -> None:
     """Search ranges per head by the error of ``x̂ @ ôther``, progressively."""
     if quantizer.off:
         return
@@ -194,7 +200,9 @@ def per_head(x: Tensor) -> Tensor:
 
 def head_product(x: Tensor, other: Tensor, other_hat: Tensor, levels: int) -> Product:
     """The product of :func:`progressive_operand` with all samples of a head in a row."""
-    left, plain, hat = (part.transpose(0, 1).flatten(0, 1).contiguous() for part in (x, other, other_hat))
+    left, plain, hat = (
+        part.transpose(0, 1).flatten(0, 1).contiguous() for part in (x, other, other_hat)
+    )
     return Product(left, hat, left @ (hat - plain), levels)
 
 
@@ -226,7 +234,8 @@ class _HeadSearch:
     def _set(self) -> None:
         """Set the ranges that belong to the present indices."""
         lower, upper = (
-            bounds.gather(0, row[None]) for bounds, row in zip((self.lowers, self.uppers), self.index.t(), strict=True)
+            bounds.gather(0, row[None])
+            for bounds, row in zip((self.lowers, self.uppers), self.index.t(), strict=True)
         )
         found = from_bounds(lower, upper, self.quantizer.levels)
         set_heads(self.quantizer, found.scale, found.zero_point)
@@ -236,7 +245,10 @@ class _HeadSearch:
         x = self.x[heads]
         if self.quantizer.off:
             return x
-        scale, zero = (part.view(-1, 1, 1, 1)[heads] for part in (self.quantizer.scale, self.quantizer.zero_point))
+        scale, zero = (
+            part.view(-1, 1, 1, 1)[heads]
+            for part in (self.quantizer.scale, self.quantizer.zero_point)
+        )
         return fake_quantize(x, scale, zero, self.quantizer.levels)
 
     def search(self, which: str, other: "_HeadSearch") -> None:
@@ -269,14 +281,22 @@ class _HeadSearch:
         """Best candidates of some heads; bounds in ``held`` (0 lower, 1 upper) stay."""
         bounds = [self.lowers[:, heads], self.uppers[:, heads]]
         for side in held:
-            bounds[side] = bounds[side].gather(0, self.index[heads, side][None]).expand_as(bounds[side])
+            bounds[side] = (
+                bounds[side].gather(0, self.index[heads, side][None]).expand_as(bounds[side])
+            )
         candidates = from_bounds(bounds[0], bounds[1], self.quantizer.levels)
-        x, plain, hat = self.x[heads], other.x[heads].transpose(2, 3), other.quantized(heads).transpose(2, 3)
+        x, plain, hat = (
+            self.x[heads],
+            other.x[heads].transpose(2, 3),
+            other.quantized(heads).transpose(2, 3),
+        )
         ranges = candidates.scale, candidates.zero_point
         best = torch.full_like(heads, -1)
         for head in range(len(heads)):
             scale, zero = (part[:, head] for part in ranges)
-            errors = shared_errors(x[head], hat[head], x[head] @ plain[head], scale, zero, self.quantizer.levels)
+            errors = shared_errors(
+                x[head], hat[head], x[head] @ plain[head], scale, zero, self.quantizer.levels
+            )
             if errors is not None:
                 best[head] = errors.argmin()
         rest = (best < 0).nonzero()[:, 0]

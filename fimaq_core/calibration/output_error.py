@@ -33,12 +33,17 @@ class Product:
         else:
             self.matrix, self.term = other.contiguous(), residual
 
-    def errors(self, scale: Tensor, zero_point: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+    def errors(
+        self, scale: Tensor, zero_point: Tensor, start: int = 0, stop: int | None = None
+    ) -> Tensor:
         """Error, float64 (entries, candidates), of batch entries by ranges (1 or entries,
         candidates).
         """
         stop = len(self.x) if stop is None else stop
-        size, count = self.x[0].numel() * max(self.matrix.shape[2] // self.x.shape[2], 1), scale.shape[1]
+        size, count = (
+            self.x[0].numel() * max(self.matrix.shape[2] // self.x.shape[2], 1),
+            scale.shape[1],
+        )
         limit = block_elements(self.x.device)
         candidates = max(min(limit // size, count), 1)
         entries = max(limit // (size * candidates), 1)
@@ -49,13 +54,21 @@ class Product:
             for left in range(0, count, candidates):
                 some = slice(left, left + candidates)
                 rows = own if len(scale) > 1 else slice(None)
-                out[own, some] = self._block(part, scale[rows, some, None, None], zero_point[rows, some, None, None])
+                out[own, some] = self._block(
+                    part, scale[rows, some, None, None], zero_point[rows, some, None, None]
+                )
         return out
 
     def _block(self, part: slice, scale: Tensor, zero_point: Tensor) -> Tensor:
         """Errors (entries, candidates) of one block; ranges (entries or 1, candidates, 1, 1)."""
         x = self.x[part, None]
-        delta = torch.div(x, scale).round_().add_(zero_point).clamp_(0, self.levels - 1).sub_(zero_point)
+        delta = (
+            torch.div(x, scale)
+            .round_()
+            .add_(zero_point)
+            .clamp_(0, self.levels - 1)
+            .sub_(zero_point)
+        )
         delta.mul_(scale).sub_(x)  # entries, candidates, rows, inner
         # Candidates join the rows, so that the other operand is never copied per candidate.
         if len(self.matrix) == 1:

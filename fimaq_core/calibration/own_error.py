@@ -29,7 +29,9 @@ def own_errors(sorted_rows: Tensor, candidates: Candidates, levels: int) -> Tens
     second = torch.cat([pad, values.square().cumsum(1)], 1)
     code = torch.arange(levels, device=values.device, dtype=torch.float64)
     scale = candidates.scale.t().double()[:, :, None]
-    points = (code - candidates.zero_point.t().double()[:, :, None]) * scale  # groups, candidates, L
+    points = (
+        code - candidates.zero_point.t().double()[:, :, None]
+    ) * scale  # groups, candidates, L
     middles = points[..., :-1] + scale / 2
     cuts = torch.searchsorted(values, middles.reshape(groups, -1)).view(middles.shape)
     ends = torch.zeros_like(cuts[..., :1])
@@ -54,8 +56,18 @@ def _direct(rows: Tensor, candidates: Candidates, levels: int) -> Tensor:
 def errors_of_groups(sorted_rows: Tensor, candidates: Candidates, levels: int) -> Tensor:
     """:func:`own_errors` of many groups, which go in chunks of bounded memory."""
     step = max(_TABLE // (candidates.scale.shape[0] * levels), 1)
-    pieces = [torch.split(sorted_rows, step), torch.split(candidates.scale, step, 1), torch.split(candidates.zero_point, step, 1)]
-    return torch.cat([own_errors(rows, Candidates(scale, zero), levels) for rows, scale, zero in zip(*pieces, strict=True)], 1)
+    pieces = [
+        torch.split(sorted_rows, step),
+        torch.split(candidates.scale, step, 1),
+        torch.split(candidates.zero_point, step, 1),
+    ]
+    return torch.cat(
+        [
+            own_errors(rows, Candidates(scale, zero), levels)
+            for rows, scale, zero in zip(*pieces, strict=True)
+        ],
+        1,
+    )
 
 
 def best_by_own_error(sorted_rows: Tensor, candidates: Candidates, levels: int) -> Tensor:

@@ -33,7 +33,9 @@ def linear_percentiles(layer: QuantLinear, x: Tensor, common: Common | None = No
     weight_percentiles(layer)
 
 
-def conv_percentiles(layer: QuantConv2d | QuantConvTranspose2d, x: Tensor | Sequence[Tensor]) -> None:
+def conv_percentiles(
+    layer: QuantConv2d | QuantConvTranspose2d, x: Tensor | Sequence[Tensor]
+) -> None:
     """Set a convolution's ranges for inputs (N, C, H, W); several are thinned beyond a bound."""
     if not layer.input_quantizer.off:
         input_percentile(layer.input_quantizer, conv_values(x), (1, 1, 1, 1))
@@ -50,18 +52,28 @@ def weight_percentiles(layer: WeightLayer, weight: Tensor | None = None) -> None
     """Set a weight's ranges; ``weight`` (rows, d) stands in for the layer's own."""
     if not layer.weight_quantizer.off:
         matrix = layer.weight.detach().flatten(1) if weight is None else weight
-        scale, zero = percentile_range(ascending(matrix), layer.weight_quantizer.levels, MIN_WEIGHT_SCALE)
+        scale, zero = percentile_range(
+            ascending(matrix), layer.weight_quantizer.levels, MIN_WEIGHT_SCALE
+        )
         set_rows(layer.weight_quantizer, scale, zero)
 
 
-def input_percentile(quantizer: ActivationQuantizer, x: Tensor, shape: tuple[int, ...], common: Common | None = None) -> None:
+def input_percentile(
+    quantizer: ActivationQuantizer, x: Tensor, shape: tuple[int, ...], common: Common | None = None
+) -> None:
     """Set one range for all of ``x``; its scale has shape ``shape``."""
     if quantizer.off:
         return
     if isinstance(quantizer, AffineQuantizer):
-        scale, zero = common if common is not None else percentile_range(ascending(x.reshape(1, -1)), quantizer.levels)
+        scale, zero = (
+            common
+            if common is not None
+            else percentile_range(ascending(x.reshape(1, -1)), quantizer.levels)
+        )
         quantizer.set_range(scale.view(shape), zero.view(shape))
     else:
         assert isinstance(quantizer, LogQuantizer)  # recipes allow no other
         shifted = x + quantizer.shift if quantizer.shift else x
-        quantizer.set_scale(percentile_log_scale(shifted, quantizer.step, quantizer.levels).view(shape))
+        quantizer.set_scale(
+            percentile_log_scale(shifted, quantizer.step, quantizer.levels).view(shape)
+        )

@@ -73,7 +73,10 @@ def progressive(
         better = lowest < least
         scale, zero = kept.pick(index)
         least = torch.where(better, lowest, least)
-        best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
+        best_scale, best_zero = (
+            torch.where(better, scale, best_scale),
+            torch.where(better, zero, best_zero),
+        )
     return best_scale, best_zero
 
 
@@ -100,7 +103,9 @@ def progressive_rows(
     return _search(errors, start, count, min_scale)
 
 
-def progressive_input(product: Product, sorted_values: Tensor, levels: int, count: int) -> tuple[Tensor, Tensor]:
+def progressive_input(
+    product: Product, sorted_values: Tensor, levels: int, count: int
+) -> tuple[Tensor, Tensor]:
     """Scale and zero point (scalars) of a whole operand; its values come in ascending order."""
 
     found = RangeErrors(product.x, product.other, product.residual, uniform_points(levels))
@@ -113,19 +118,33 @@ def progressive_input(product: Product, sorted_values: Tensor, levels: int, coun
     return scale[0], zero[0]
 
 
-def progressive_heads(product: Product, heads: int, sorted_rows: Tensor, levels: int, count: int) -> tuple[Tensor, Tensor]:
+def progressive_heads(
+    product: Product, heads: int, sorted_rows: Tensor, levels: int, count: int
+) -> tuple[Tensor, Tensor]:
     """Scale and zero point (heads,); product as in :func:`.output_error.best_of_heads`."""
-    operands = zip(*(part.chunk(heads) for part in (product.x, product.other, product.residual)), strict=True)
-    found = [RangeErrors(x, other, residual, uniform_points(levels)) for x, other, residual in operands]
+    operands = zip(
+        *(part.chunk(heads) for part in (product.x, product.other, product.residual)), strict=True
+    )
+    found = [
+        RangeErrors(x, other, residual, uniform_points(levels)) for x, other, residual in operands
+    ]
 
     def errors(candidates: Candidates, width: int) -> Tensor:
         ranges = zip(candidates.scale.t(), candidates.zero_point.t(), strict=True)
-        return torch.stack([own.best(scale, zero, width) for own, (scale, zero) in zip(found, ranges, strict=True)], 1)
+        return torch.stack(
+            [
+                own.best(scale, zero, width)
+                for own, (scale, zero) in zip(found, ranges, strict=True)
+            ],
+            1,
+        )
 
     return _search(errors, grid_candidates(sorted_rows, levels, count), count, MIN_SCALE)
 
 
-def _search(errors: Errors, start: Candidates, count: int, min_scale: float) -> tuple[Tensor, Tensor]:
+def _search(
+    errors: Errors, start: Candidates, count: int, min_scale: float
+) -> tuple[Tensor, Tensor]:
     """The search with AdaLog's settings from a grid; a single scale has spacing 0."""
     spacing = (start.scale[1] - start.scale[0]).abs()
     return progressive(errors, start, _WIDTH, max(count // _WIDTH, 2), _STEPS, spacing, min_scale)

@@ -56,7 +56,9 @@ def refit_moments(x: Tensor, x_hat: Tensor) -> InputMoments:
     return InputMoments(square, cross, sum_hat, sum_plain, count)
 
 
-def ridge_refit(weight: Tensor, bias: Tensor | None, moments: InputMoments, ridge: float) -> tuple[Tensor, Tensor | None]:
+def ridge_refit(
+    weight: Tensor, bias: Tensor | None, moments: InputMoments, ridge: float
+) -> tuple[Tensor, Tensor | None]:
     """Fit weight and bias to the quantized inputs; return both in float32.
 
     The paper's activation quantization error reduction: with W = [w, b] and the full-precision
@@ -72,7 +74,9 @@ def ridge_refit(weight: Tensor, bias: Tensor | None, moments: InputMoments, ridg
     if bias is not None:
         pull = torch.cat([pull, (moments.sum_plain - moments.sum_hat)[None]])
     joint = _joint(weight, bias)
-    joint += _ridge_solve(_second_moments(moments, bias), weight.detach().double() @ pull.t(), ridge)
+    joint += _ridge_solve(
+        _second_moments(moments, bias), weight.detach().double() @ pull.t(), ridge
+    )
     width = weight.shape[1]
     return joint[:, :width].float(), None if bias is None else joint[:, width].float()
 
@@ -113,7 +117,9 @@ def refine_rounding(
         half = width // 2
         chosen = _rounded(free[:, :half], scale, zero_point, levels, square[:half, :half], flips)
         error = (chosen - zero_point) * scale - free[:, :half]
-        free = free[:, half:] - _ridge_solve(square[half:, half:], error @ square[:half, half:], ridge)
+        free = free[:, half:] - _ridge_solve(
+            square[half:, half:], error @ square[:half, half:], ridge
+        )
         square = square[half:, half:]
         codes.append(chosen)
     if bias is None:
@@ -121,13 +127,18 @@ def refine_rounding(
     return torch.cat(codes, 1).float(), None if bias is None else free[:, 0].float()
 
 
-def _rounded(weight: Tensor, scale: Tensor, zero_point: Tensor, levels: int, square: Tensor, flips: int) -> Tensor:
+def _rounded(
+    weight: Tensor, scale: Tensor, zero_point: Tensor, levels: int, square: Tensor, flips: int
+) -> Tensor:
     """Codes, rounded to nearest, then flipped for a lower ``δ square δᵀ``; all float64."""
     ratio = weight / scale
     codes = (ratio.round() + zero_point).clamp_(0, levels - 1)
     if not flips:
         return codes
-    ends = ((ratio.floor() + zero_point).clamp_(0, levels - 1), (ratio.ceil() + zero_point).clamp_(0, levels - 1))
+    ends = (
+        (ratio.floor() + zero_point).clamp_(0, levels - 1),
+        (ratio.ceil() + zero_point).clamp_(0, levels - 1),
+    )
     # How a flip changes the code: up, down, or not at all where clamping leaves one point.
     turn = ends[0] + ends[1] - 2 * codes
     product = ((codes - zero_point) * scale - weight) @ square
@@ -135,7 +146,9 @@ def _rounded(weight: Tensor, scale: Tensor, zero_point: Tensor, levels: int, squ
     return codes
 
 
-def _flip(codes: Tensor, turn: Tensor, product: Tensor, square: Tensor, scale: Tensor, flips: int) -> None:
+def _flip(
+    codes: Tensor, turn: Tensor, product: Tensor, square: Tensor, scale: Tensor, flips: int
+) -> None:
     """Flip ``codes`` in place, one a row at a time.
 
     ``turn`` (what flips would add) and ``product`` (δ square) are used up. A weight that can be
@@ -153,7 +166,9 @@ def _flip(codes: Tensor, turn: Tensor, product: Tensor, square: Tensor, scale: T
         if not left:
             return
         if 2 * left <= len(falls):
-            rows, turn, product, scale, column = (values[falls] for values in (rows, turn, product, scale, column))
+            rows, turn, product, scale, column = (
+                values[falls] for values in (rows, turn, product, scale, column)
+            )
             falls = falls[falls]
         change = turn.gather(1, column[:, None]) * falls[:, None]
         codes[rows, column] += change[:, 0]
@@ -180,11 +195,15 @@ def _ridge_solve(square: Tensor, right: Tensor, ridge: float) -> Tensor:
     """Solve ``x (square + ridge I) = right`` for x (rows, n); ``square`` (n, n) is symmetric."""
     matrix = square + ridge * torch.eye(len(square), dtype=square.dtype, device=square.device)
     if not bool(matrix.isfinite().all()):
-        raise NumericsError("the second moments of a layer's inputs are NaN or infinite; its inputs cannot be calibrated on.")
+        raise NumericsError(
+            "the second moments of a layer's inputs are NaN or infinite; its inputs cannot be calibrated on."
+        )
     factor, info = torch.linalg.cholesky_ex(matrix)
     # Rounding can hide a singular matrix from the factorization; its pivots tell.
     if bool(info) or not bool((factor.diagonal().square() > _SINGULAR * matrix.diagonal()).all()):
-        raise NumericsError(f"a ridge of {ridge:g} leaves the regression on a layer's inputs singular; raise the ridge.")
+        raise NumericsError(
+            f"a ridge of {ridge:g} leaves the regression on a layer's inputs singular; raise the ridge."
+        )
     return torch.cholesky_solve(right.t(), factor).t()
 
 
@@ -208,20 +227,36 @@ def reduce_conv_error(layer: QuantConv2d, x: Inputs, recipe: Recipe) -> None:
     """
     if layer.groups != 1:
         return
-    patches = torch.cat([input_patches(layer, layer.input_quantizer(part), 0) for part in eights(x)])
+    patches = torch.cat(
+        [input_patches(layer, layer.input_quantizer(part), 0) for part in eights(x)]
+    )
     bias = None if layer.bias is None else layer.bias.detach()
     weight = layer.weight.detach().flatten(1)
-    _decide(layer, weight, bias, refit_moments(patches, patches), recipe, _CONV_FACTOR * recipe.refit_ridge)
+    _decide(
+        layer,
+        weight,
+        bias,
+        refit_moments(patches, patches),
+        recipe,
+        _CONV_FACTOR * recipe.refit_ridge,
+    )
 
 
 def _decide(
-    layer: QuantLinear | QuantConv2d, weight: Tensor, bias: Tensor | None, moments: InputMoments, recipe: Recipe, ridge: float
+    layer: QuantLinear | QuantConv2d,
+    weight: Tensor,
+    bias: Tensor | None,
+    moments: InputMoments,
+    recipe: Recipe,
+    ridge: float,
 ) -> None:
     """Set codes and the quantized form's bias from a weight (rows, d) whose ranges are set."""
     quantizer = layer.weight_quantizer
     if not quantizer.off:
         scale, zero = quantizer.scale.detach(), quantizer.zero_point
-        codes, bias = refine_rounding(weight, bias, scale, zero, quantizer.levels, moments, ridge, recipe.refit_flips)
+        codes, bias = refine_rounding(
+            weight, bias, scale, zero, quantizer.levels, moments, ridge, recipe.refit_flips
+        )
         quantizer.set_codes(codes)
     if bias is not None:
         layer.quantized_bias = bias.detach().float().contiguous()

@@ -27,7 +27,11 @@ def channel_ranges(x: Tensor, levels: int, recipe: Recipe) -> tuple[Tensor, Tens
 
 
 def reparameterize(
-    norm: nn.LayerNorm, linear: nn.Linear, scale: Tensor, zero_point: Tensor, pad: Tensor | None = None
+    norm: nn.LayerNorm,
+    linear: nn.Linear,
+    scale: Tensor,
+    zero_point: Tensor,
+    pad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Move per-channel factors into norm and linear, in place; the function is unchanged.
 
@@ -46,7 +50,9 @@ def reparameterize(
         if norm.bias is None:
             norm.bias = nn.Parameter(torch.zeros_like(norm.weight), requires_grad=False)
         if linear.bias is None:
-            linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features), requires_grad=False)
+            linear.bias = nn.Parameter(
+                linear.weight.new_zeros(linear.out_features), requires_grad=False
+            )
         norm.weight.div_(r)
         norm.bias.div_(r).sub_(b)
         linear.weight.mul_(r)

@@ -23,7 +23,9 @@ _CROWD = 32
 _SEGMENT = 64
 
 
-def shared_errors(x: Tensor, other: Tensor, target: Tensor, scale: Tensor, zero_point: Tensor, levels: int) -> Tensor | None:
+def shared_errors(
+    x: Tensor, other: Tensor, target: Tensor, scale: Tensor, zero_point: Tensor, levels: int
+) -> Tensor | None:
     """Squared error, float64 (candidates,), of ``x̂ @ other``; None where this would not pay.
 
     x is (batch, rows, inner), in full precision; ``other`` (batch, inner, columns), quantized;
@@ -45,7 +47,9 @@ def shared_errors(x: Tensor, other: Tensor, target: Tensor, scale: Tensor, zero_
     return wide.square() * square - 2 * wide * cross + target.double().square().sum()
 
 
-def _sums(x: Tensor, other: Tensor, target: Tensor, ranges: Tensor, sure: bool) -> tuple[Tensor, Tensor] | None:
+def _sums(
+    x: Tensor, other: Tensor, target: Tensor, ranges: Tensor, sure: bool
+) -> tuple[Tensor, Tensor] | None:
     """Sums (candidates,) of ``|qM|²`` and ``qM·t``; None if it may not pay and is not ``sure``."""
     batch, rows, inner = x.shape
     flat = x.reshape(-1, inner)
@@ -66,7 +70,9 @@ def _sums(x: Tensor, other: Tensor, target: Tensor, ranges: Tensor, sure: bool) 
     if other.shape[2] > inner:
         made = torch.bmm(packed, other @ other.transpose(1, 2))[entry, slot]
         square = made.mul_(codes).sum(1, dtype=torch.float64)
-        cross = codes.mul_((target @ other.transpose(1, 2)).reshape(-1, inner)[row]).sum(1, dtype=torch.float64)
+        cross = codes.mul_((target @ other.transpose(1, 2)).reshape(-1, inner)[row]).sum(
+            1, dtype=torch.float64
+        )
     else:
         made = torch.bmm(packed, other)[entry, slot]
         square = made.square().sum(1, dtype=torch.float64)

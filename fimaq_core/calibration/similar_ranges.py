@@ -46,7 +46,14 @@ class RangeErrors:
         values: what ``points`` takes, shaped as ``x``; by default ``x``.
     """
 
-    def __init__(self, x: Tensor, other: Tensor, residual: Tensor, points: Points, values: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        x: Tensor,
+        other: Tensor,
+        residual: Tensor,
+        points: Points,
+        values: Tensor | None = None,
+    ) -> None:
         self.x, self.points, self.values = x, points, x if values is None else values
         self.gram = other @ other.mT
         self.narrow = other.shape[2] <= other.shape[1]
@@ -111,12 +118,16 @@ class RangeErrors:
         return total
 
     def _parts(self, start: int, stop: int) -> list[slice]:
-        return [slice(first, min(first + self.step, stop)) for first in range(start, stop, self.step)]
+        return [
+            slice(first, min(first + self.step, stop)) for first in range(start, stop, self.step)
+        ]
 
     def _product(self, delta: Tensor, part: slice, transposed: bool = False) -> Tensor:
         matrix = self.matrix.mT if transposed else self.matrix
         return (
-            (delta.flatten(0, 1) @ matrix[0]).view(*delta.shape[:2], -1) if len(matrix) == 1 else torch.bmm(delta, matrix[part])
+            (delta.flatten(0, 1) @ matrix[0]).view(*delta.shape[:2], -1)
+            if len(matrix) == 1
+            else torch.bmm(delta, matrix[part])
         )
 
     def _run(self, run: list[int], out: Tensor, alone: list[int]) -> None:
@@ -128,7 +139,9 @@ class RangeErrors:
         probe = slice(0, max(min(self.step, len(self.x) // 16), 1))
         ends = [self._points(self.values[probe], index) for index in (run[0], run[-1])]
         counts = (ends[0] != ends[1]).sum(2, dtype=torch.float32)
-        cost = _RUN_COST * self.x.shape[2] + float((_CHANGE_COST * counts + _PAIR_COST * counts.square()).mean())
+        cost = _RUN_COST * self.x.shape[2] + float(
+            (_CHANGE_COST * counts + _PAIR_COST * counts.square()).mean()
+        )
         if cost > len(run) * self.x.shape[2]:
             half = len(run) // 2
             self._run(run[:half], out, alone)
@@ -139,7 +152,10 @@ class RangeErrors:
         scale = self.scale[run].double()
         more = scale / scale[0] - 1
         out[run] = (
-            square + more * (2 * cross + more * whole) + scale * (2 * in_error + 2 * more * in_whole) + scale.square() * pairs
+            square
+            + more * (2 * cross + more * whole)
+            + scale * (2 * in_error + 2 * more * in_whole)
+            + scale.square() * pairs
         )
 
     def _points(self, values: Tensor, index: int) -> Tensor:
@@ -183,7 +199,9 @@ class RangeErrors:
         """What every change adds to ``|ΔM|²`` beside those before it."""
         rows, inner = self.x.shape[1:]
         row, column = element // inner, element % inner
-        order = (row * (int(number.max()) + 1) + number).argsort(stable=True) if len(number) else number
+        order = (
+            (row * (int(number.max()) + 1) + number).argsort(stable=True) if len(number) else number
+        )
         row, column, values = row[order], column[order], step[order]
         # Each change meets those of its row that come before it, and itself.
         every = torch.arange(len(row), device=row.device)
@@ -191,11 +209,15 @@ class RangeErrors:
         starts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
         meets = every - starts + 1
         later = every.repeat_interleave(meets)
-        earlier = torch.arange(len(later), device=row.device) - (meets.cumsum(0) - meets - starts)[later]
+        earlier = (
+            torch.arange(len(later), device=row.device) - (meets.cumsum(0) - meets - starts)[later]
+        )
         entry = 0 if len(self.gram) == 1 else (row // rows + part.start)[later] * inner
         product = self.gram.flatten()[(entry + column[later]) * inner + column[earlier]]
         product *= torch.where(later == earlier, 1, 2) * values[later] * values[earlier]
-        return torch.zeros_like(step, dtype=torch.float64).index_copy_(0, order, _by_index(later, product, len(row)))
+        return torch.zeros_like(step, dtype=torch.float64).index_copy_(
+            0, order, _by_index(later, product, len(row))
+        )
 
 
 def _by_index(index: Tensor, values: Tensor, count: int) -> Tensor:

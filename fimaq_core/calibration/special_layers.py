@@ -110,8 +110,12 @@ def calibrate_after_softmax(layer: QuantMatMul, a: Tensor, b: Tensor, recipe: Re
             _search_heads(right, b.mT, a.mT, left(a).mT, count)
 
 
-def _search_heads(quantizer: AffineQuantizer, x: Tensor, other: Tensor, other_hat: Tensor, count: int) -> None:
+def _search_heads(
+    quantizer: AffineQuantizer, x: Tensor, other: Tensor, other_hat: Tensor, count: int
+) -> None:
     """Best range per head of the grid of linear layers; arguments of :func:`progressive_operand`."""
     candidates = grid_candidates(ascending(per_head(x)), quantizer.levels, count)
     product = head_product(x, other, other_hat, quantizer.levels)
-    set_heads(quantizer, *candidates.pick(best_of_heads(product, candidates.scale, candidates.zero_point)))
+    set_heads(
+        quantizer, *candidates.pick(best_of_heads(product, candidates.scale, candidates.zero_point))
+    )

@@ -47,9 +47,14 @@ _SPLITS = 20
 Quantizer = Callable[[Tensor], Tensor]
 
 
-def percentile_range(sorted_rows: Tensor, levels: int, min_scale: float = MIN_SCALE) -> tuple[Tensor, Tensor]:
+def percentile_range(
+    sorted_rows: Tensor, levels: int, min_scale: float = MIN_SCALE
+) -> tuple[Tensor, Tensor]:
     """Scale and zero point (groups,): quantiles 1 - p and p of the best own error."""
-    upper, lower = quantiles(sorted_rows, _POINTS), quantiles(sorted_rows, [1 - point for point in _POINTS])
+    upper, lower = (
+        quantiles(sorted_rows, _POINTS),
+        quantiles(sorted_rows, [1 - point for point in _POINTS]),
+    )
     scale = ((upper - lower) / (levels - 1)).clamp(min=min_scale)
     candidates = Candidates(scale, -torch.round(lower / scale))
     return candidates.pick(best_by_own_error(sorted_rows, candidates, levels))
@@ -65,11 +70,18 @@ def percentile_log_scale(x: Tensor, step: Tensor | float, levels: int) -> Tensor
     errors = torch.zeros(len(scales), dtype=torch.float64, device=x.device)
     for part in torch.split(flat, block_elements(x.device)):
         for number, scale in enumerate(scales):
-            errors[number] += log_fake_quantize(part, scale, step, levels).sub_(part).square_().sum(dtype=torch.float64)
+            errors[number] += (
+                log_fake_quantize(part, scale, step, levels)
+                .sub_(part)
+                .square_()
+                .sum(dtype=torch.float64)
+            )
     return scales[errors.argmin()]
 
 
-def product_errors(x: Tensor, other: Tensor, plain: Tensor, quantizers: Sequence[Quantizer]) -> Tensor:
+def product_errors(
+    x: Tensor, other: Tensor, plain: Tensor, quantizers: Sequence[Quantizer]
+) -> Tensor:
     """Squared error, float64 (quantizers,), of ``x̂ @ other`` against ``x @ plain``.
 
     As in :class:`.output_error.Product` it is written in the small errors ``D = x̂ - x`` and
@@ -107,7 +119,9 @@ def search_adalog_softmax(a: Tensor, b_hat: Tensor, b: Tensor, levels: int, coun
     return int(numerators[found.best(torch.ones_like(numerators), numerators, 1).argmin()])
 
 
-def search_adalog_gelu(x: Tensor, w_hat: Tensor, w: Tensor, levels: int, count: int, rounds: int = 5) -> tuple[Tensor, int]:
+def search_adalog_gelu(
+    x: Tensor, w_hat: Tensor, w: Tensor, levels: int, count: int, rounds: int = 5
+) -> tuple[Tensor, int]:
     """AdaLog's scale (scalar) and numerator q behind a GELU, by the output's error.
 
     The quantizer sees ``x`` (tokens, d) with the shift. With the second largest scale of ``count``
@@ -131,14 +145,20 @@ def search_adalog_gelu(x: Tensor, w_hat: Tensor, w: Tensor, levels: int, count: 
     order = looked[:, 0].argsort(stable=True)[:_FEW]
 
     scales = _gelu_scales(x, count // _FEW)
-    start = Candidates(scales.repeat(_FEW)[:, None], numerators[order].repeat_interleave(len(scales), 0))
-    scale, q = progressive(errors, start, _WIDTH, max(count // _WIDTH, 2), rounds + 1, (scales[1] - scales[0])[None])
+    start = Candidates(
+        scales.repeat(_FEW)[:, None], numerators[order].repeat_interleave(len(scales), 0)
+    )
+    scale, q = progressive(
+        errors, start, _WIDTH, max(count // _WIDTH, 2), rounds + 1, (scales[1] - scales[0])[None]
+    )
     if looked[order[0], 0] <= errors(Candidates(scale[None], q[None]), 1)[0, 0]:
         scale, q = look.pick(order[:1])
     return scale[0], int(q)
 
 
-def search_log_gelu(x: Tensor, w_hat: Tensor, w: Tensor, step: float, levels: int, count: int) -> Tensor:
+def search_log_gelu(
+    x: Tensor, w_hat: Tensor, w: Tensor, step: float, levels: int, count: int
+) -> Tensor:
     """Scale (scalar) for a fixed ``step`` (octaves); refined as in :func:`search_adalog_gelu`."""
 
     def errors(candidates: Candidates, _: int) -> Tensor:
@@ -150,7 +170,9 @@ def search_log_gelu(x: Tensor, w_hat: Tensor, w: Tensor, step: float, levels: in
 
     scales = _gelu_scales(x, count)[:, None]
     start = Candidates(scales, torch.zeros_like(scales))
-    return progressive(errors, start, _WIDTH, max(count // _WIDTH, 2), 6, scales[1] - scales[0])[0][0]
+    return progressive(errors, start, _WIDTH, max(count // _WIDTH, 2), 6, scales[1] - scales[0])[0][
+        0
+    ]
 
 
 def search_twin_softmax(a: Tensor, b_hat: Tensor, b: Tensor, levels: int) -> Tensor:
@@ -183,7 +205,10 @@ def _adalog_points(levels: int) -> Points:
             tables[q] = F.pad(torch.exp2(-shifts) * mantissas, (0, 1)).to(values)
         rate = ADALOG_R / q
         codes = (
-            torch.sub(scale.log2() * rate, values, alpha=rate).clamp_(0, min(levels, -math.log2(LOWEST) * rate)).round_().int()
+            torch.sub(scale.log2() * rate, values, alpha=rate)
+            .clamp_(0, min(levels, -math.log2(LOWEST) * rate))
+            .round_()
+            .int()
         )
         return tables[q].index_select(0, codes.flatten()).view(codes.shape)
 

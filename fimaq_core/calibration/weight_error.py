@@ -44,7 +44,9 @@ def input_moments(
     # With few rows the inputs' errors are multiplied by the weight first: tokens x d x rows instead of tokens x d x d.
     narrow = weight.shape[0] < width
     square = torch.zeros(width, width, dtype=torch.float64, device=x.device)
-    cross = torch.zeros(width, weight.shape[0] if narrow else width, dtype=torch.float64, device=x.device)
+    cross = torch.zeros(
+        width, weight.shape[0] if narrow else width, dtype=torch.float64, device=x.device
+    )
     rows = max(block_elements(x.device) // width, 1)
     if scale is not None:
         rows = min(_WHOLE // levels**2, _TOKENS)
@@ -66,7 +68,9 @@ def input_moments(
     return square, cross.t() if narrow else wide_weight @ cross.t()
 
 
-def weight_errors(weight: Tensor, candidates: Candidates, levels: int, square: Tensor, linear: Tensor) -> Tensor:
+def weight_errors(
+    weight: Tensor, candidates: Candidates, levels: int, square: Tensor, linear: Tensor
+) -> Tensor:
     """Squared output error, float64 (candidates, rows), up to a constant of the row."""
     out = []
     for some in candidates.chunks(block_elements(weight.device) // weight.numel()):
@@ -75,7 +79,9 @@ def weight_errors(weight: Tensor, candidates: Candidates, levels: int, square: T
     return torch.cat(out)
 
 
-def best_weight_errors(weight: Tensor, candidates: Candidates, levels: int, square: Tensor, linear: Tensor, width: int) -> Tensor:
+def best_weight_errors(
+    weight: Tensor, candidates: Candidates, levels: int, square: Tensor, linear: Tensor, width: int
+) -> Tensor:
     """:func:`weight_errors` of at least the ``width`` best of every row; others may be infinite.
 
     Candidates of one zero point and nearly one scale often have the same codes q: ``δ = s q - w``
@@ -108,7 +114,11 @@ def best_weight_errors(weight: Tensor, candidates: Candidates, levels: int, squa
         products[0, where] = (codes @ square).mul_(codes).sum(-1)
         products[1, where] = (codes * offset[its]).sum(-1)
     # Candidates have the products of the last start up to them.
-    last = torch.where(starts.t().flatten(), torch.arange(rows * count, device=weight.device), 0).cummax(0).values
+    last = (
+        torch.where(starts.t().flatten(), torch.arange(rows * count, device=weight.device), 0)
+        .cummax(0)
+        .values
+    )
     own, cross = products[:, last].view(2, rows, count).transpose(1, 2)
     wide = scale.double()
     errors = torch.where(promising, wide.square() * own + 2 * wide * cross, torch.inf)
@@ -116,7 +126,9 @@ def best_weight_errors(weight: Tensor, candidates: Candidates, levels: int, squa
     return torch.empty_like(errors).scatter_(0, order, errors + constant)
 
 
-def _promising(weight: Tensor, candidates: Candidates, levels: int, square: Tensor, linear: Tensor, width: int) -> Tensor:
+def _promising(
+    weight: Tensor, candidates: Candidates, levels: int, square: Tensor, linear: Tensor, width: int
+) -> Tensor:
     """Mask (candidates, rows) of those that may be among the ``width`` best, by float32."""
     lower, upper = [], []
     for some in candidates.chunks(block_elements(weight.device) // weight.numel()):
@@ -130,7 +142,14 @@ def _promising(weight: Tensor, candidates: Candidates, levels: int, square: Tens
     return torch.cat(lower) <= bound
 
 
-def best_rows(weight: Tensor, candidates: Candidates, levels: int, square: Tensor, linear: Tensor, guess: Tensor) -> Tensor:
+def best_rows(
+    weight: Tensor,
+    candidates: Candidates,
+    levels: int,
+    square: Tensor,
+    linear: Tensor,
+    guess: Tensor,
+) -> Tensor:
     """Index (rows,) of each row's candidate with the smallest squared output error.
 
     The errors of ``guess`` (rows,), candidates that are probably good, are the first bounds.
@@ -139,8 +158,15 @@ def best_rows(weight: Tensor, candidates: Candidates, levels: int, square: Tenso
     # Channels that weigh most come first: their squares say most about the whole sum.
     order = square.diagonal().argsort(descending=True)
     ridge = square.diagonal().mean() * _RIDGE + torch.finfo(torch.float32).tiny
-    factor = torch.linalg.cholesky(square[order][:, order] + ridge * torch.eye(width, device=square.device))
-    offset = torch.linalg.solve_triangular(factor, linear[:, order].t(), upper=False).t().float().contiguous()
+    factor = torch.linalg.cholesky(
+        square[order][:, order] + ridge * torch.eye(width, device=square.device)
+    )
+    offset = (
+        torch.linalg.solve_triangular(factor, linear[:, order].t(), upper=False)
+        .t()
+        .float()
+        .contiguous()
+    )
     sieve = _Sieve(weight[:, order].contiguous(), candidates, levels, factor.float(), offset)
 
     every = torch.arange(len(weight), device=weight.device)
@@ -192,7 +218,9 @@ class _Sieve:
     margin. ``factor`` is L and ``offset`` L⁻¹Cw (rows, d), all in one order of channels.
     """
 
-    def __init__(self, weight: Tensor, candidates: Candidates, levels: int, factor: Tensor, offset: Tensor) -> None:
+    def __init__(
+        self, weight: Tensor, candidates: Candidates, levels: int, factor: Tensor, offset: Tensor
+    ) -> None:
         self.weight, self.candidates, self.levels, self.factor = weight, candidates, levels, factor
         self.base = offset - weight @ factor
 
@@ -204,13 +232,20 @@ class _Sieve:
             return self._all_of_grid(self.candidates.period, max(size, 1), factor, base)
         out = []
         for some in self.candidates.chunks(size):
-            made = (_codes(self.weight, some, self.levels) @ factor).mul_(some.scale[..., None]).add_(base)
+            made = (
+                (_codes(self.weight, some, self.levels) @ factor)
+                .mul_(some.scale[..., None])
+                .add_(base)
+            )
             out.append(made.square_().sum(-1))
         return torch.cat(out)
 
     def _all_of_grid(self, period: int, step: int, factor: Tensor, base: Tensor) -> Tensor:
         """The same where zero points share their scales: a weight is rounded once per scale."""
-        scales, zeros = self.candidates.scale[:period], self.candidates.zero_point[::period, 0].tolist()
+        scales, zeros = (
+            self.candidates.scale[:period],
+            self.candidates.zero_point[::period, 0].tolist(),
+        )
         table = base.new_empty(len(zeros), period, len(self.weight))
         for start in range(0, period, step):
             part = slice(start, start + step)
@@ -229,8 +264,12 @@ class _Sieve:
         out = [self.base.new_zeros(0)]
         step = max(block_elements(self.weight.device) // self.weight.shape[1], 1)
         for some, its in zip(torch.split(index, step), torch.split(row, step), strict=True):
-            pairs = Candidates(self.candidates.scale[some, its], self.candidates.zero_point[some, its])
-            made = (_codes(self.weight[its, start:], pairs, self.levels) @ factor).mul_(pairs.scale[..., None])
+            pairs = Candidates(
+                self.candidates.scale[some, its], self.candidates.zero_point[some, its]
+            )
+            made = (_codes(self.weight[its, start:], pairs, self.levels) @ factor).mul_(
+                pairs.scale[..., None]
+            )
             made.add_(self.base[its, start:end])
             out.append(made.square_().sum(-1))
         return torch.cat(out)

@@ -10,11 +10,18 @@ from fimaq_core.recipe import Recipe
 
 def products(recipe: Recipe) -> tuple[QuantMatMul, QuantMatMul]:
     """The two products of an attention: queries with keys, and softmax outputs with values."""
-    return QuantMatMul(recipe.a_bits), QuantMatMul(recipe.a_bits, recipe.softmax_bits, recipe.softmax_quantizer)
+    return QuantMatMul(recipe.a_bits), QuantMatMul(
+        recipe.a_bits, recipe.softmax_bits, recipe.softmax_quantizer
+    )
 
 
 def attend(
-    by: tuple[QuantMatMul, QuantMatMul], q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None
+    by: tuple[QuantMatMul, QuantMatMul],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """``softmax(q kᵀ · scale + mask) v`` (B, heads, N, d) by the two products of :func:`products`.
 
@@ -39,7 +46,9 @@ def additive(seen: Tensor) -> Tensor:
     return torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, float("-inf"))
 
 
-def linear_of(weight: nn.Parameter, bias: nn.Parameter | None, recipe: Recipe, input_bits: int) -> QuantLinear:
+def linear_of(
+    weight: nn.Parameter, bias: nn.Parameter | None, recipe: Recipe, input_bits: int
+) -> QuantLinear:
     """A quantizable layer of a weight (out, in) and a bias that no ``nn.Linear`` owned."""
     rows, columns = weight.shape
     layer = QuantLinear(columns, rows, bias is not None, recipe.w_bits, input_bits)
@@ -65,10 +74,14 @@ class ExplicitMultiheadAttention(nn.Module):
                 "nn.MultiheadAttention of one width is."
             )
         if attention.bias_k is not None or attention.add_zero_attn:
-            raise ModelError("nn.MultiheadAttention with keys of its own (add_bias_kv, add_zero_attn) is not supported.")
+            raise ModelError(
+                "nn.MultiheadAttention with keys of its own (add_bias_kv, add_zero_attn) is not supported."
+            )
         self.num_heads, self.head_dim = attention.num_heads, attention.head_dim
         self.scale, self.batch_first = attention.head_dim**-0.5, attention.batch_first
-        self.qkv = linear_of(attention.in_proj_weight, attention.in_proj_bias, recipe, recipe.a_bits)
+        self.qkv = linear_of(
+            attention.in_proj_weight, attention.in_proj_bias, recipe, recipe.a_bits
+        )
         self.query_key, self.attention_value = products(recipe)
         self.proj = QuantLinear.from_float(attention.out_proj, recipe.w_bits, recipe.a_bits)
 
@@ -84,7 +97,9 @@ class ExplicitMultiheadAttention(nn.Module):
         is_causal: bool = False,
     ) -> tuple[Tensor, None]:
         if key is not query or value is not query:
-            raise ModelError("nn.MultiheadAttention with keys other than the queries (cross attention) is not supported.")
+            raise ModelError(
+                "nn.MultiheadAttention with keys other than the queries (cross attention) is not supported."
+            )
         if key_padding_mask is not None or (attn_mask is not None and attn_mask.ndim != 2):
             raise ModelError("nn.MultiheadAttention with masks of single samples is not supported.")
         mask = attn_mask
@@ -99,7 +114,9 @@ class ExplicitMultiheadAttention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Attention of heads (B, heads, N, d), heads side by side: (B, N, heads * d)."""
-        return side_by_side(attend((self.query_key, self.attention_value), q, k, v, self.scale, mask))
+        return side_by_side(
+            attend((self.query_key, self.attention_value), q, k, v, self.scale, mask)
+        )
 
 
 class ExplicitWindowAttention(nn.Module):
@@ -111,7 +128,14 @@ class ExplicitWindowAttention(nn.Module):
     """
 
     def __init__(
-        self, qkv: nn.Linear, proj: nn.Linear, num_heads: int, scale: float, bias: Tensor, table: Tensor, recipe: Recipe
+        self,
+        qkv: nn.Linear,
+        proj: nn.Linear,
+        num_heads: int,
+        scale: float,
+        bias: Tensor,
+        table: Tensor,
+        recipe: Recipe,
     ) -> None:
         super().__init__()
         self.num_heads, self.scale = num_heads, scale
@@ -124,13 +148,25 @@ class ExplicitWindowAttention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         batch, tokens, channels = x.shape
-        q, k, v = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = (
+            self.qkv(x)
+            .reshape(batch, tokens, 3, self.num_heads, -1)
+            .permute(2, 0, 3, 1, 4)
+            .unbind(0)
+        )
         scores = self.query_key(q * self.scale, k.transpose(-2, -1)) + self.bias
         if mask is not None:
             # By all sizes, none to infer: of inferred ones the compiler cannot tell that they hold for every size of image.
             windows = mask.shape[0]
-            scores = scores.view(batch // windows, windows, self.num_heads, tokens, tokens) + mask[None, :, None]
+            scores = (
+                scores.view(batch // windows, windows, self.num_heads, tokens, tokens)
+                + mask[None, :, None]
+            )
             scores = scores.view(batch, self.num_heads, tokens, tokens)
-        out = self.attention_value(scores.softmax(dim=-1), v).transpose(1, 2).reshape(batch, tokens, channels)
+        out = (
+            self.attention_value(scores.softmax(dim=-1), v)
+            .transpose(1, 2)
+            .reshape(batch, tokens, channels)
+        )
         projected: Tensor = self.proj(out)
         return projected

@@ -119,7 +119,11 @@ class OwnBlock(nn.Module):
     def run(self, x: Tensor, mode: RoutedProducts) -> Tensor:
         """The block's output for the input ``x`` under a mode."""
         present = dict(self._constants)
-        present |= {place: getattr(self, f"argument_{place}") for place, value in present.items() if isinstance(value, Tensor)}
+        present |= {
+            place: getattr(self, f"argument_{place}")
+            for place, value in present.items()
+            if isinstance(value, Tensor)
+        }
         args = [value for place, value in present.items() if isinstance(place, int)]
         kwargs = {place: value for place, value in present.items() if isinstance(place, str)}
         with mode:
@@ -158,7 +162,9 @@ def names_of(model: nn.Module, modules: Iterable[nn.Module], what: str) -> list[
     return found
 
 
-def own_chain(model: nn.Module, labels: Sequence[str], images: Tensor, recipe: Recipe) -> BlockChain:
+def own_chain(
+    model: nn.Module, labels: Sequence[str], images: Tensor, recipe: Recipe
+) -> BlockChain:
     """Turn a model of one's own into a chain. The chain takes the model over and changes it.
 
     Stem and rest stay in full precision. Inside blocks and head, ``nn.Linear``, ``nn.Conv2d`` and
@@ -207,7 +213,9 @@ def _watched(model: nn.Module, labels: Sequence[str], images: Tensor) -> tuple[l
         return lambda module, args, kwargs, output: calls.append(_Call(label, args, kwargs, output))
 
     modules = {label: model.get_submodule(label) for label in labels}  # one hook per module
-    handles = [one.register_forward_hook(hook(label), with_kwargs=True) for label, one in modules.items()]
+    handles = [
+        one.register_forward_hook(hook(label), with_kwargs=True) for label, one in modules.items()
+    ]
     try:
         output = model(images)
     finally:
@@ -228,7 +236,9 @@ def _check_order(calls: Sequence[_Call], batch: int) -> None:
     for call in calls:
         values = {"first argument": call.args[0] if call.args else None, "output": call.output}
         for what, value in values.items():
-            if not (isinstance(value, Tensor) and value.is_floating_point() and len(value) == batch):
+            if not (
+                isinstance(value, Tensor) and value.is_floating_point() and len(value) == batch
+            ):
                 raise ModelError(
                     f"The {what} of {call.label} must be one float tensor with the batch as its "
                     f"first dimension ({batch} here), not {described(value)}."

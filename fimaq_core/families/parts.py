@@ -18,7 +18,9 @@ def swap_mlp(mlp: nn.Module, recipe: Recipe) -> None:
     swap_linears(mlp, MlpPart("mlp"), recipe)
 
 
-def swap_linears(mlp: nn.Module, part: MlpPart, recipe: Recipe, input_bits: int | None = None) -> None:
+def swap_linears(
+    mlp: nn.Module, part: MlpPart, recipe: Recipe, input_bits: int | None = None
+) -> None:
     """Replace the two linear layers of an MLP by quantizable ones, in place.
 
     ``input_bits`` of the first layer are by default the recipe's bits of activations.
@@ -28,10 +30,14 @@ def swap_linears(mlp: nn.Module, part: MlpPart, recipe: Recipe, input_bits: int 
     """
     fc1, act, fc2 = (getattr(mlp, name, None) for name in (part.fc1, part.act, part.fc2))
     if not isinstance(fc1, nn.Linear) or not isinstance(fc2, nn.Linear):
-        raise ModelError(f"An MLP of type {type(mlp).__name__} without two linear layers is not supported.")
+        raise ModelError(
+            f"An MLP of type {type(mlp).__name__} without two linear layers is not supported."
+        )
     kind = recipe.gelu_quantizer
     if kind != "uniform" and type(act) is not nn.GELU:
-        raise ModelError(f"The GELU quantizer '{kind}' is made for GELU, and this MLP has {type(act).__name__}: use uniform.")
+        raise ModelError(
+            f"The GELU quantizer '{kind}' is made for GELU, and this MLP has {type(act).__name__}: use uniform."
+        )
     bits = recipe.a_bits if input_bits is None else input_bits
     setattr(mlp, part.fc1, QuantLinear.from_float(fc1, recipe.w_bits, bits))
     setattr(mlp, part.fc2, QuantLinear.from_float(fc2, recipe.w_bits, recipe.a_bits, kind))
@@ -46,14 +52,20 @@ def mlp_parts(name: str, mlp: nn.Module) -> tuple[MlpPart, ...]:
 def swap_patch_embed(patch_embed: nn.Module, recipe: Recipe) -> None:
     """Replace the projection of timm's ``PatchEmbed`` by a quantizable convolution, in place."""
     if type(patch_embed) is not PatchEmbed:
-        raise ModelError(f"A patch embedding of type {type(patch_embed).__name__} is not supported.")
-    patch_embed.proj = QuantConv2d.from_float(patch_embed.proj, recipe.w_bits, recipe.patch_input_bits)
+        raise ModelError(
+            f"A patch embedding of type {type(patch_embed).__name__} is not supported."
+        )
+    patch_embed.proj = QuantConv2d.from_float(
+        patch_embed.proj, recipe.w_bits, recipe.patch_input_bits
+    )
 
 
 def classifier(linear: nn.Module, recipe: Recipe) -> QuantLinear:
     """The quantizable form of a classifier layer."""
     if not isinstance(linear, nn.Linear):
-        raise ModelError("The model has no linear classifier: load it with its classes (num_classes > 0).")
+        raise ModelError(
+            "The model has no linear classifier: load it with its classes (num_classes > 0)."
+        )
     return QuantLinear.from_float(linear, recipe.w_bits, recipe.classifier_bits)
 
 

@@ -25,14 +25,26 @@ class ExplicitAttentionPool(nn.Module):
     pos_embed: nn.Parameter | None
 
     def __init__(
-        self, pool: AttentionPoolLatent, norm: nn.Module, skipped: int, recipe: Recipe, after: nn.Module | None = None
+        self,
+        pool: AttentionPoolLatent,
+        norm: nn.Module,
+        skipped: int,
+        recipe: Recipe,
+        after: nn.Module | None = None,
     ) -> None:
         super().__init__()
         if type(pool) is not AttentionPoolLatent or pool.pool not in ("token", "avg"):
-            raise ModelError(f"Attention pooling of type {type(pool).__name__} (or to several tokens) is not supported.")
+            raise ModelError(
+                f"Attention pooling of type {type(pool).__name__} (or to several tokens) is not supported."
+            )
         if not isinstance(pool.proj, nn.Linear):
             raise ModelError("Attention pooling without a projection is not supported.")
-        self.num_heads, self.head_dim, self.scale, self.pool = pool.num_heads, pool.head_dim, pool.scale, pool.pool
+        self.num_heads, self.head_dim, self.scale, self.pool = (
+            pool.num_heads,
+            pool.head_dim,
+            pool.scale,
+            pool.pool,
+        )
         self.skipped = skipped
         self.norm_in = norm
         self.register_parameter("pos_embed", pool.pos_embed)
@@ -46,7 +58,11 @@ class ExplicitAttentionPool(nn.Module):
         # The queries depend on no image: inference projects the learned latents once and keeps the result, so a quantized
         # model has no such layer whose weight or input could be quantized. As operands of a product they are quantized there.
         with torch.no_grad():
-            query = pool.q(pool.latent).reshape(1, pool.latent_len, self.num_heads, self.head_dim).transpose(1, 2)
+            query = (
+                pool.q(pool.latent)
+                .reshape(1, pool.latent_len, self.num_heads, self.head_dim)
+                .transpose(1, 2)
+            )
             self.register_buffer("query", pool.q_norm(query).detach().contiguous())
 
     @property
@@ -61,7 +77,12 @@ class ExplicitAttentionPool(nn.Module):
         if self.pos_embed is not None:
             x = x + self.pos_embed
         batch, tokens, _ = x.shape
-        k, v = self.kv(x).reshape(batch, tokens, 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        k, v = (
+            self.kv(x)
+            .reshape(batch, tokens, 2, self.num_heads, self.head_dim)
+            .permute(2, 0, 3, 1, 4)
+            .unbind(0)
+        )
         query = self.query.expand(batch, -1, -1, -1)
         heads = attend((self.query_key, self.attention_value), query, self.k_norm(k), v, self.scale)
         x = self.proj(side_by_side(heads))

@@ -36,7 +36,9 @@ class ExplicitSwinBlock(nn.Module):
     def __init__(self, block: SwinTransformerBlock, recipe: Recipe) -> None:
         super().__init__()
         if type(block) is not SwinTransformerBlock or block.dynamic_mask:
-            raise ModelError(f"A Swin block of type {type(block).__name__} (or with a dynamic mask) is not supported.")
+            raise ModelError(
+                f"A Swin block of type {type(block).__name__} (or with a dynamic mask) is not supported."
+            )
         self.window_size, self.shift_size = block.window_size, block.shift_size
         self.norm1, self.norm2, self.mlp = block.norm1, block.norm2, block.mlp
         self.attn = _window_attention(block.attn, recipe)
@@ -69,9 +71,13 @@ class ExplicitSwinBlock(nn.Module):
 def _window_attention(attention: WindowAttention, recipe: Recipe) -> ExplicitWindowAttention:
     """timm's ``WindowAttention`` written out. Takes over its parameters."""
     if type(attention) is not WindowAttention:
-        raise ModelError(f"Attention of type {type(attention).__name__} is not supported for Swin models.")
+        raise ModelError(
+            f"Attention of type {type(attention).__name__} is not supported for Swin models."
+        )
     bias, table = attention._get_rel_pos_bias(), attention.relative_position_bias_table
-    return ExplicitWindowAttention(attention.qkv, attention.proj, attention.num_heads, attention.scale, bias, table, recipe)
+    return ExplicitWindowAttention(
+        attention.qkv, attention.proj, attention.num_heads, attention.scale, bias, table, recipe
+    )
 
 
 class _Head(nn.Module):
@@ -107,16 +113,26 @@ class SwinFamily:
         for stage_number, stage in enumerate(model.layers):
             if type(stage.downsample) is PatchMerging:
                 merging = stage.downsample
-                merging.reduction = QuantLinear.from_float(merging.reduction, recipe.w_bits, recipe.a_bits)
+                merging.reduction = QuantLinear.from_float(
+                    merging.reduction, recipe.w_bits, recipe.a_bits
+                )
                 label = f"layers.{stage_number}.downsample"
-                segments.append(Segment(label, "merge", merging, pairs=norm_pair(merging.norm, "reduction")))
+                segments.append(
+                    Segment(label, "merge", merging, pairs=norm_pair(merging.norm, "reduction"))
+                )
             elif not isinstance(stage.downsample, nn.Identity):
-                raise ModelError(f"Downsampling of type {type(stage.downsample).__name__} is not supported.")
+                raise ModelError(
+                    f"Downsampling of type {type(stage.downsample).__name__} is not supported."
+                )
             for number, original in enumerate(cast("Iterable[SwinTransformerBlock]", stage.blocks)):
                 block = ExplicitSwinBlock(original, recipe)
-                pairs = norm_pair(block.norm1, "attn.qkv", "pad") + norm_pair(block.norm2, "mlp.fc1")
+                pairs = norm_pair(block.norm1, "attn.qkv", "pad") + norm_pair(
+                    block.norm2, "mlp.fc1"
+                )
                 label = f"layers.{stage_number}.blocks.{number}"
-                segments.append(Segment(label, "block", block, pairs=pairs, mlps=mlp_parts("mlp", block.mlp)))
+                segments.append(
+                    Segment(label, "block", block, pairs=pairs, mlps=mlp_parts("mlp", block.mlp))
+                )
         head = _Head(model.head.global_pool, classifier(model.head.fc, recipe))
         segments.append(Segment("head", "head", head, before=model.norm))
         return BlockChain(segments)

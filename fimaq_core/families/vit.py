@@ -23,18 +23,30 @@ class ExplicitAttention(nn.Module):
     def __init__(self, attention: nn.Module, recipe: Recipe) -> None:
         super().__init__()
         if type(attention) is not Attention or attention.gate is not None:
-            raise ModelError(f"Attention of type {type(attention).__name__} (or with a gate) is not supported for ViT models.")
-        self.num_heads, self.head_dim, self.scale = attention.num_heads, attention.head_dim, attention.scale
+            raise ModelError(
+                f"Attention of type {type(attention).__name__} (or with a gate) is not supported for ViT models."
+            )
+        self.num_heads, self.head_dim, self.scale = (
+            attention.num_heads,
+            attention.head_dim,
+            attention.scale,
+        )
         self.qkv = QuantLinear.from_float(attention.qkv, recipe.w_bits, recipe.a_bits)
         self.q_norm, self.k_norm, self.norm = attention.q_norm, attention.k_norm, attention.norm
         self.query_key, self.attention_value = products(recipe)
         self.proj = QuantLinear.from_float(attention.proj, recipe.w_bits, recipe.a_bits)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
         if attn_mask is not None or is_causal:
             raise ModelError("Attention masks are not supported for ViT models.")
         batch, tokens, _ = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        qkv = (
+            self.qkv(x)
+            .reshape(batch, tokens, 3, self.num_heads, self.head_dim)
+            .permute(2, 0, 3, 1, 4)
+        )
         q, k, v = qkv.unbind(0)
         q, k = self.q_norm(q), self.k_norm(k)
         heads = attend((self.query_key, self.attention_value), q, k, v, self.scale)
@@ -112,7 +124,9 @@ class _LastBlock(nn.Module):
         return out
 
 
-def vit_body(model: VisionTransformer, recipe: Recipe, prefix: str = "", ends: bool = False) -> tuple[list[Segment], nn.Module]:
+def vit_body(
+    model: VisionTransformer, recipe: Recipe, prefix: str = "", ends: bool = False
+) -> tuple[list[Segment], nn.Module]:
     """Cut a ViT into patch embedding, blocks and attention pooling. Takes over its parameters.
 
     Args:
@@ -132,7 +146,9 @@ def vit_body(model: VisionTransformer, recipe: Recipe, prefix: str = "", ends: b
     rest = model.fc_norm if model.attn_pool is not None else _rest(model)
     for number, block in enumerate(model.blocks):
         if type(block) is not Block:
-            raise ModelError(f"A transformer block of type {type(block).__name__} is not supported.")
+            raise ModelError(
+                f"A transformer block of type {type(block).__name__} is not supported."
+            )
         block.attn = ExplicitAttention(block.attn, recipe)
         swap_mlp(block.mlp, recipe)
         last = ends and model.attn_pool is None and number == len(model.blocks) - 1
@@ -148,7 +164,9 @@ def vit_body(model: VisionTransformer, recipe: Recipe, prefix: str = "", ends: b
         )
     if model.attn_pool is not None:
         skipped = 0 if model.pool_include_prefix else model.num_prefix_tokens
-        pool = ExplicitAttentionPool(model.attn_pool, model.norm, skipped, recipe, after=rest if ends else None)
+        pool = ExplicitAttentionPool(
+            model.attn_pool, model.norm, skipped, recipe, after=rest if ends else None
+        )
         mlps = mlp_parts("mlp", pool.mlp)
         segments.append(Segment(f"{prefix}attn_pool", "block", pool, pairs=pool.pairs, mlps=mlps))
     return segments, nn.Identity() if ends else rest

@@ -31,7 +31,9 @@ class Divergence:
 def kl_divergence(logits: Tensor, reference: Tensor, temperature: float = 1.0) -> Tensor:
     """``KL(softmax(reference / T) || softmax(logits / T))`` in nats, mean over the batch."""
     target = F.log_softmax(reference / temperature, dim=-1)
-    return F.kl_div(F.log_softmax(logits / temperature, dim=-1), target, reduction="batchmean", log_target=True)
+    return F.kl_div(
+        F.log_softmax(logits / temperature, dim=-1), target, reduction="batchmean", log_target=True
+    )
 
 
 class ClassifierDivergence(Divergence):
@@ -41,7 +43,9 @@ class ClassifierDivergence(Divergence):
         self.temperature = temperature
 
     def __call__(self, outputs: Tensor, reference: Tensor) -> Tensor:
-        return kl_divergence(at_least_float32(outputs), at_least_float32(reference), self.temperature)
+        return kl_divergence(
+            at_least_float32(outputs), at_least_float32(reference), self.temperature
+        )
 
 
 def at_least_float32(x: Tensor) -> Tensor:

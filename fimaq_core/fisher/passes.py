@@ -27,7 +27,9 @@ class Sweep:
     dtype: Arithmetic = "float32"  # arithmetic of the tail
     beside: Beside = field(default_factory=Beside)  # what travels beside the inputs of all samples
 
-    def gradients(self, inputs: Samples | Tensor, forward: Forward | None = None) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    def gradients(
+        self, inputs: Samples | Tensor, forward: Forward | None = None
+    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yield rows, the block's output and the divergence's gradient there, batch by batch.
 
         ``forward`` runs the block on a batch of ``inputs``; by default it runs as it is set up.
@@ -38,14 +40,21 @@ class Sweep:
                 output = block(samples[rows].to(self.device, non_blocking=True)).detach()
             reference = self.reference[rows].to(self.device, non_blocking=True)
             rest = self._rest(rows)
-            yield rows, output, divergence_gradient(rest, output, reference, self.divergence, self.dtype)
+            yield (
+                rows,
+                output,
+                divergence_gradient(rest, output, reference, self.divergence, self.dtype),
+            )
 
     def hessians(self, outputs: Samples, epsilon: float) -> Iterator[tuple[slice, Tensor]]:
         """Yield rows and the :func:`perturbation_hessian` of each sample at the block's outputs."""
         for rows in outputs.slices(self.batch_size):
             output, reference = (part[rows].to(self.device) for part in (outputs, self.reference))
             rest = self._rest(rows)
-            yield rows, perturbation_hessian(rest, output, reference, self.divergence, epsilon, self.dtype)
+            yield (
+                rows,
+                perturbation_hessian(rest, output, reference, self.divergence, epsilon, self.dtype),
+            )
 
     def _rest(self, rows: slice) -> Forward:
         beside = self.beside.rows(rows, self.device)
@@ -53,7 +62,11 @@ class Sweep:
 
 
 def divergence_gradient(
-    rest: Forward, output: Tensor, reference: Tensor, divergence: Measure, dtype: Arithmetic = "float32"
+    rest: Forward,
+    output: Tensor,
+    reference: Tensor,
+    divergence: Measure,
+    dtype: Arithmetic = "float32",
 ) -> Tensor:
     """Gradient at ``output`` (B, ...) of each sample's own divergence of ``rest(output)``.
 
@@ -68,7 +81,10 @@ def divergence_gradient(
 
 
 def mean_gradient_and_error(
-    sweep: Sweep, inputs: Samples | Tensor, targets: Samples | Tensor, forward: Forward | None = None
+    sweep: Sweep,
+    inputs: Samples | Tensor,
+    targets: Samples | Tensor,
+    forward: Forward | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One FIMA-Q pass: ``g = mean |∂D/∂z|`` and ``d = mean |Δ|`` over the samples, each (N,).
 
@@ -82,7 +98,10 @@ def mean_gradient_and_error(
 
 
 def least_squares_hessian(
-    sweep: Sweep, inputs: Samples | Tensor, targets: Samples | Tensor, forward: Forward | None = None
+    sweep: Sweep,
+    inputs: Samples | Tensor,
+    targets: Samples | Tensor,
+    forward: Forward | None = None,
 ) -> tuple[Tensor, Tensor]:
     """LS-ViT's fit (CVPR 2026) to all pairs (g, Δ): diagonal h and direction u, each (N,).
 
@@ -91,7 +110,9 @@ def least_squares_hessian(
     negative, and the loss would have no minimum. Arguments as in :func:`mean_gradient_and_error`.
     """
     size, device = targets[0].numel(), sweep.device
-    above, below, direction = (torch.zeros(size, dtype=torch.float64, device=device) for _ in range(3))
+    above, below, direction = (
+        torch.zeros(size, dtype=torch.float64, device=device) for _ in range(3)
+    )
     weight = torch.zeros((), dtype=torch.float64, device=device)
     for rows, output, grad in sweep.gradients(inputs, forward):
         g, delta = grad.flatten(1).double(), (output - targets[rows].to(device)).flatten(1).double()
@@ -126,4 +147,6 @@ def perturbation_hessian(
     is used.
     """
     above = divergence_gradient(rest, output + epsilon, reference, divergence, dtype)
-    return above.sub_(divergence_gradient(rest, output - epsilon, reference, divergence, dtype)).abs_()
+    return above.sub_(
+        divergence_gradient(rest, output - epsilon, reference, divergence, dtype)
+    ).abs_()

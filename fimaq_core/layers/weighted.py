@@ -77,7 +77,9 @@ class QuantLinear(WeightLayer, nn.Linear):  # type: ignore[misc]
         self._add_quantizers(weight_bits, make_quantizer(input_kind, input_bits, "gelu"))
 
     @classmethod
-    def from_float(cls, layer: nn.Linear, weight_bits: int, input_bits: int, input_kind: Kind = "uniform") -> "QuantLinear":
+    def from_float(
+        cls, layer: nn.Linear, weight_bits: int, input_bits: int, input_kind: Kind = "uniform"
+    ) -> "QuantLinear":
         """Take over weight and bias (the same parameters) of ``layer``."""
         sizes = layer.in_features, layer.out_features, layer.bias is not None
         return cls(*sizes, weight_bits, input_bits, input_kind)._take_over(layer, layer.weight)
@@ -112,14 +114,18 @@ class QuantConvTranspose2d(WeightLayer, nn.ConvTranspose2d):  # type: ignore[mis
     input_quantizer: AffineQuantizer
 
     @classmethod
-    def from_float(cls, layer: nn.ConvTranspose2d, weight_bits: int, input_bits: int) -> "QuantConvTranspose2d":
+    def from_float(
+        cls, layer: nn.ConvTranspose2d, weight_bits: int, input_bits: int
+    ) -> "QuantConvTranspose2d":
         """Take over the bias (the same parameter) of ``layer``, and its weight in this layout.
 
         Raises:
             ModelError: the layer works in groups.
         """
         if layer.groups != 1:
-            raise ModelError(f"A transposed convolution in {layer.groups} groups is not supported: it must have one.")
+            raise ModelError(
+                f"A transposed convolution in {layer.groups} groups is not supported: it must have one."
+            )
         new = cls(**_shape(layer), output_padding=cast(_Pair, layer.output_padding))
         new._add_quantizers(weight_bits, AffineQuantizer(input_bits))
         weight = layer.weight.detach().transpose(0, 1).contiguous()
@@ -160,7 +166,12 @@ def fold_shift(layer: QuantLinear) -> None:
     ``Ŵ (x̂ - shift) + b = Ŵ x̂ + (b - shift Ŵ 1)``.
     """
     quantizer = layer.input_quantizer
-    if not isinstance(quantizer, LogQuantizer) or quantizer.off or not quantizer.shift or bool(quantizer.folded):
+    if (
+        not isinstance(quantizer, LogQuantizer)
+        or quantizer.off
+        or not quantizer.shift
+        or bool(quantizer.folded)
+    ):
         return
     weight = layer.weight_quantizer.quantized(layer.weight.detach())
     bias = layer._quantized_form_bias()

@@ -12,13 +12,19 @@ from fimaq_core.recipe import OFF, Kind
 Form = Literal["textbook", "fused", "traced"]
 
 
-def take_shapes(module: nn.Module, names: tuple[str, ...], state_dict: dict[str, Any], prefix: str) -> None:
+def take_shapes(
+    module: nn.Module, names: tuple[str, ...], state_dict: dict[str, Any], prefix: str
+) -> None:
     """Give tensors whose shapes calibration decides those that they have in a checkpoint."""
     for name in names:
         found, own = state_dict.get(prefix + name), getattr(module, name)
         if found is not None and found.shape != own.shape:
             new = torch.zeros(found.shape, dtype=own.dtype, device=own.device)
-            setattr(module, name, nn.Parameter(new, requires_grad=False) if isinstance(own, nn.Parameter) else new)
+            setattr(
+                module,
+                name,
+                nn.Parameter(new, requires_grad=False) if isinstance(own, nn.Parameter) else new,
+            )
 
 
 class ActivationQuantizer(nn.Module):
@@ -62,11 +68,17 @@ class ActivationQuantizer(nn.Module):
         threshold = threshold_of(self.keep_probability)
         if threshold >= 256:
             return None
-        return traced_mask(x, self.key, threshold) if self.learning == "traced" else eager_mask(x, self.key, threshold, dtype)
+        return (
+            traced_mask(x, self.key, threshold)
+            if self.learning == "traced"
+            else eager_mask(x, self.key, threshold, dtype)
+        )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         take_shapes(self, self.shaped, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
-        return "off" if self.off else f"{self.kind}, bits={self.bits}, scale={tuple(self.scale.shape)}"
+        return (
+            "off" if self.off else f"{self.kind}, bits={self.bits}, scale={tuple(self.scale.shape)}"
+        )

@@ -27,7 +27,9 @@ class _LearnedScale(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, levels: int, keep: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, levels: int, keep: Tensor | None
+    ) -> Tensor:
         ratio = x / scale
         rounded = torch.round(ratio)
         codes = (rounded + zero_point).clamp_(0, levels - 1).sub_(zero_point)
@@ -49,7 +51,9 @@ class _LearnedScale(torch.autograd.Function):
         (grad,) = grads
         slope, passes = ctx.saved_tensors
         grad_x = (grad * passes).to(ctx.dtype) if ctx.needs_input_grad[0] else None
-        grad_scale = (grad * slope).sum_to_size(ctx.scale_shape) if ctx.needs_input_grad[1] else None
+        grad_scale = (
+            (grad * slope).sum_to_size(ctx.scale_shape) if ctx.needs_input_grad[1] else None
+        )
         return grad_x, grad_scale, None, None, None
 
 
@@ -63,7 +67,15 @@ class _TracedScale(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, top: Tensor, key: Tensor, threshold: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        top: Tensor,
+        key: Tensor,
+        threshold: int,
+    ) -> Tensor:
         codes = _traced_codes(torch.round(x / scale), zero_point, top)
         out = codes * scale
         if threshold < 256:
@@ -98,7 +110,9 @@ def _sum_in_two(values: Tensor, shape: torch.Size) -> Tensor:
     return (part.sum(0, keepdim=True) if wide[0] == 1 else part).view(shape)
 
 
-def learned_fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, levels: int, keep: Tensor | None = None) -> Tensor:
+def learned_fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, levels: int, keep: Tensor | None = None
+) -> Tensor:
     """Fake quantization that can be differentiated with respect to ``x`` and ``scale``.
 
     ``round`` has a straight-through gradient; the zero point is not learned. Where the float mask
@@ -108,7 +122,9 @@ def learned_fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, levels: 
     return out
 
 
-def textbook_fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, levels: int, keep: Tensor | None = None) -> Tensor:
+def textbook_fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, levels: int, keep: Tensor | None = None
+) -> Tensor:
     """:func:`learned_fake_quantize` by its definition and autograd, with a boolean mask."""
     ratio = x / scale
     rounded = ratio + (torch.round(ratio) - ratio).detach()
@@ -139,7 +155,9 @@ class AffineQuantizer(ActivationQuantizer):
         if self.off:
             return x
         self._check_calibrated()
-        scale, zero = (self.scale.mT, self.zero_point.mT) if transposed else (self.scale, self.zero_point)
+        scale, zero = (
+            (self.scale.mT, self.zero_point.mT) if transposed else (self.scale, self.zero_point)
+        )
         if self.learning is None:
             return fake_quantize(x, scale, zero, self.levels)
         if self.learning == "traced":
@@ -148,7 +166,9 @@ class AffineQuantizer(ActivationQuantizer):
             return out
         plain = self.learning == "textbook"
         keep = self._kept(x, torch.bool if plain else torch.float32)
-        return (textbook_fake_quantize if plain else learned_fake_quantize)(x, scale, zero, self.levels, keep)
+        return (textbook_fake_quantize if plain else learned_fake_quantize)(
+            x, scale, zero, self.levels, keep
+        )
 
 
 class WeightQuantizer(AffineQuantizer):

@@ -46,7 +46,9 @@ def traced_mask(like: Tensor, key: Tensor, threshold: int) -> Tensor:
     return (byte < threshold).view(like.shape)
 
 
-def eager_mask(like: Tensor, key: Tensor, threshold: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def eager_mask(
+    like: Tensor, key: Tensor, threshold: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """The same mask, of ``dtype`` (float is the fastest on CPUs), with a pass per word."""
     if threshold > 255:  # as a byte it would be 0
         return torch.ones(like.shape, dtype=dtype, device=like.device)

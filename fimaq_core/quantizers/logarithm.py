@@ -56,7 +56,9 @@ def adalog_fake_quantize(
     return points.index_select(0, codes.flatten()).view(codes.shape).mul_(scale)
 
 
-def learned_log_fake_quantize(x: Tensor, scale: Tensor, step: Tensor | float, levels: int, keep: Tensor | None = None) -> Tensor:
+def learned_log_fake_quantize(
+    x: Tensor, scale: Tensor, step: Tensor | float, levels: int, keep: Tensor | None = None
+) -> Tensor:
     """:func:`log_fake_quantize` that can be differentiated with respect to ``x`` and ``scale``.
 
     ``round`` has a straight-through gradient. Within the range that makes ``dx̂/dx = x̂ / x`` and

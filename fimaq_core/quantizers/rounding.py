@@ -31,7 +31,9 @@ def initial_alpha(fraction: Tensor) -> Tensor:
     return -torch.log(_STRETCH / (fraction + _SHIFT) - 1)
 
 
-def alpha_gradient(alpha: Tensor, gain: Tensor, grad_weight: Tensor, penalty_weight: Tensor, beta: Tensor) -> Tensor:
+def alpha_gradient(
+    alpha: Tensor, gain: Tensor, grad_weight: Tensor, penalty_weight: Tensor, beta: Tensor
+) -> Tensor:
     """Gradient in α (n,) of a loss plus ``penalty_weight`` times the regulariser.
 
     One formula instead of a backward pass, so that it fuses with the optimizer's update.
@@ -59,7 +61,9 @@ class RoundingProblem:
     levels: list[int]  # number of grid points of each weight
 
     @classmethod
-    def build(cls, weights: list[Tensor], scales: list[Tensor], zeros: list[Tensor], levels: list[int]) -> "RoundingProblem":
+    def build(
+        cls, weights: list[Tensor], scales: list[Tensor], zeros: list[Tensor], levels: list[int]
+    ) -> "RoundingProblem":
         """Start from weights (any shape, rows = output channels), scales and zero points (rows x 1)."""
         parts: dict[str, list[Tensor]] = {"alpha": [], "offset": [], "gain": [], "base": []}
         for weight, scale, zero, count in zip(weights, scales, zeros, levels, strict=True):
@@ -87,7 +91,10 @@ class RoundingProblem:
         columns.
         """
         decided = self.split(self.base + (self.alpha >= 0))
-        return [part.flatten(1).clamp(0, count - 1) for part, count in zip(decided, self.levels, strict=True)]
+        return [
+            part.flatten(1).clamp(0, count - 1)
+            for part, count in zip(decided, self.levels, strict=True)
+        ]
 
 
 def rounding_penalty(h: Tensor, beta: float) -> Tensor:

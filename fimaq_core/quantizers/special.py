@@ -59,7 +59,9 @@ class LogQuantizer(ActivationQuantizer):
         if self.learning is None:
             out = self._inferred(shifted)
         else:
-            out = learned_log_fake_quantize(shifted, self.scale, self.step, self.levels, self._kept(x))
+            out = learned_log_fake_quantize(
+                shifted, self.scale, self.step, self.levels, self._kept(x)
+            )
         return out - self.shift if self.shift and not self._folded else out
 
     def _inferred(self, x: Tensor) -> Tensor:
@@ -112,7 +114,9 @@ class AdaLogQuantizer(LogQuantizer):
         self.shifts, self.mantissas = (table.to(device) for table in adalog_tables(q, self.levels))
 
     def _inferred(self, x: Tensor) -> Tensor:
-        return adalog_fake_quantize(x, self.scale, self.shifts, self.mantissas, self.step, self.levels)
+        return adalog_fake_quantize(
+            x, self.scale, self.shifts, self.mantissas, self.step, self.levels
+        )
 
 
 class TwinQuantizer(ActivationQuantizer):
@@ -132,13 +136,16 @@ class TwinQuantizer(ActivationQuantizer):
             return x
         self._check_calibrated()
         if self.learning is None:
-            return (twin_softmax if self.source == "softmax" else twin_gelu)(x, self.scale, self.levels)
+            return (twin_softmax if self.source == "softmax" else twin_gelu)(
+                x, self.scale, self.levels
+            )
         learned = learned_twin_softmax if self.source == "softmax" else learned_twin_gelu
         return learned(x, self.scale, self.levels, self._kept(x))
 
 
 _SPECIAL: dict[str, type[LogQuantizer] | type[TwinQuantizer]] = {
-    quantizer.kind: quantizer for quantizer in (Log2Quantizer, LogSqrt2Quantizer, AdaLogQuantizer, TwinQuantizer)
+    quantizer.kind: quantizer
+    for quantizer in (Log2Quantizer, LogSqrt2Quantizer, AdaLogQuantizer, TwinQuantizer)
 }
 
 

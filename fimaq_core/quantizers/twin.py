@@ -13,7 +13,9 @@ from torch import Tensor
 from fimaq_core.quantizers.logarithm import GELU_SHIFT
 
 
-def twin_softmax(x: Tensor, split: Tensor, levels: int, rounded: Callable[[Tensor], Tensor] = torch.round) -> Tensor:
+def twin_softmax(
+    x: Tensor, split: Tensor, levels: int, rounded: Callable[[Tensor], Tensor] = torch.round
+) -> Tensor:
     """Quantize values in [0, 1]: below the split by ``split / (H - 1)``, else by ``1 / (H - 1)``.
 
     Each range has the codes 0 … H - 1, so 0 has two, and values from the split to half a coarse
@@ -28,7 +30,12 @@ def twin_softmax(x: Tensor, split: Tensor, levels: int, rounded: Callable[[Tenso
     return torch.where(x < split, low, high)
 
 
-def twin_gelu(x: Tensor, positive_scale: Tensor, levels: int, rounded: Callable[[Tensor], Tensor] = torch.round) -> Tensor:
+def twin_gelu(
+    x: Tensor,
+    positive_scale: Tensor,
+    levels: int,
+    rounded: Callable[[Tensor], Tensor] = torch.round,
+) -> Tensor:
     """Quantize values behind a GELU: positive ones by their own step, others by ``GELU_SHIFT / H``.
 
     Codes are 0 … H - 1 for the positive range and -1 … -H for the negative one, which ends at GELU's
@@ -41,7 +48,9 @@ def twin_gelu(x: Tensor, positive_scale: Tensor, levels: int, rounded: Callable[
     return torch.where(x >= 0, positive, negative)
 
 
-def learned_twin_softmax(x: Tensor, split: Tensor, levels: int, keep: Tensor | None = None) -> Tensor:
+def learned_twin_softmax(
+    x: Tensor, split: Tensor, levels: int, keep: Tensor | None = None
+) -> Tensor:
     """:func:`twin_softmax` that can be differentiated with respect to ``x`` and ``split``.
 
     The split is learned as what sets the lower range's step; that it also decides which range a
@@ -50,7 +59,9 @@ def learned_twin_softmax(x: Tensor, split: Tensor, levels: int, keep: Tensor | N
     return _kept(twin_softmax(x, split, levels, _through), x, keep)
 
 
-def learned_twin_gelu(x: Tensor, positive_scale: Tensor, levels: int, keep: Tensor | None = None) -> Tensor:
+def learned_twin_gelu(
+    x: Tensor, positive_scale: Tensor, levels: int, keep: Tensor | None = None
+) -> Tensor:
     """:func:`twin_gelu` that can be differentiated with respect to ``x`` and ``positive_scale``."""
     return _kept(twin_gelu(x, positive_scale, levels, _through), x, keep)
 

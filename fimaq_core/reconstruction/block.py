@@ -43,7 +43,9 @@ class BlockTrainer:
         self.state = BlockState(segment, recipe.learn_scales)  # the variables
         generator, streams = block_generator(seed, segment.label), self.state.layout.streams
         #: tables of the steps
-        self.schedule = Schedule.build(recipe, len(tape.full), streams, generator, tape.storage.device, tape.full.varying)
+        self.schedule = Schedule.build(
+            recipe, len(tape.full), streams, generator, tape.storage.device, tape.full.varying
+        )
         self._pass_generator = block_generator(seed, f"{segment.label}/fisher")
         self.state.attach(STEPS[engine].form, recipe.activation_prob)
         self._step = STEPS[engine](segment, self.state, tape, objective, recipe, self.schedule)
@@ -65,7 +67,14 @@ class BlockTrainer:
 
         def forward(x: Tensor) -> Tensor:
             keys = draw_keys(state.layout.streams, self._pass_generator).to(x.device)
-            return run_block(self.segment.block, state.layout, state.soft.detach(), state.scales.detach(), keys, x)
+            return run_block(
+                self.segment.block,
+                state.layout,
+                state.soft.detach(),
+                state.scales.detach(),
+                keys,
+                x,
+            )
 
         self.objective.update(forward)
         state.attach(self._step.form, probability)

@@ -20,7 +20,12 @@ from fimaq_core.reconstruction.textbook import TextbookStep
 Engine = Literal["eager", "fused", "compiled", "graph"]
 EngineChoice = Literal["auto", "eager", "fused", "compiled", "graph"]
 #: The step of each engine.
-STEPS: dict[Engine, type[StepEngine]] = {"eager": TextbookStep, "fused": FlatStep, "compiled": CompiledStep, "graph": GraphStep}
+STEPS: dict[Engine, type[StepEngine]] = {
+    "eager": TextbookStep,
+    "fused": FlatStep,
+    "compiled": CompiledStep,
+    "graph": GraphStep,
+}
 #: How activation quantizers compute under each engine.
 FORMS: dict[Engine, Form] = {engine: step.form for engine, step in STEPS.items()}
 
@@ -28,7 +33,9 @@ FORMS: dict[Engine, Form] = {engine: step.form for engine, step in STEPS.items()
 COMPILE_STEPS = 4000
 
 
-def choose_engine(choice: EngineChoice, device: torch.device, steps: int, varying: bool = False) -> Engine:
+def choose_engine(
+    choice: EngineChoice, device: torch.device, steps: int, varying: bool = False
+) -> Engine:
     """The engine to use.
 
     ``auto`` takes ``graph`` on CUDA (``compiled`` for samples of varying shapes, since a graph has
@@ -39,11 +46,17 @@ def choose_engine(choice: EngineChoice, device: torch.device, steps: int, varyin
         EngineError: the engine asked for cannot run here.
     """
     if choice == "graph" and device.type != "cuda":
-        raise EngineError(f"The engine 'graph' needs a CUDA device, not {device.type}: choose 'auto', 'compiled' or 'fused'.")
+        raise EngineError(
+            f"The engine 'graph' needs a CUDA device, not {device.type}: choose 'auto', 'compiled' or 'fused'."
+        )
     if choice == "graph" and varying:
-        raise EngineError("The engine 'graph' takes samples of one shape, and these vary: choose 'auto', 'compiled' or 'fused'.")
+        raise EngineError(
+            "The engine 'graph' takes samples of one shape, and these vary: choose 'auto', 'compiled' or 'fused'."
+        )
     if choice == "compiled" and device.type == "cpu" and not cpp_compiler():
-        raise EngineError("The engine 'compiled' needs a C++ compiler (g++ or clang++): install one or choose 'fused'.")
+        raise EngineError(
+            "The engine 'compiled' needs a C++ compiler (g++ or clang++): install one or choose 'fused'."
+        )
     if choice != "auto":
         return choice
     if device.type == "cuda":

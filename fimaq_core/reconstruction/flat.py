@@ -40,7 +40,9 @@ class FlatStep(StepEngine):
         state, objective = self.state, self.objective
         self.counter = torch.zeros(1, dtype=torch.int64, device=state.soft.device)
         weights, arithmetic = objective.part_weights(), self.recipe.step_dtype
-        self.plan = StepPlan(state.layout, objective.kind, weights, self.mix, self.form == "traced", arithmetic)
+        self.plan = StepPlan(
+            state.layout, objective.kind, weights, self.mix, self.form == "traced", arithmetic
+        )
         self.present = self._source()
         # Leaves that share memory with the state: the update writes there, so these stay the leaves.
         self.soft = state.soft.detach().requires_grad_(state.rounding is not None)
@@ -55,7 +57,9 @@ class FlatStep(StepEngine):
         data, home, device = objective.batch(mixed), self.tape.full.device, self.state.soft.device
         if home == device:
             return AllSamples(samples, data, objective.state)
-        return FedSamples(data.map(lambda part: part.to(home)), samples.cpu(), device, objective.state)
+        return FedSamples(
+            data.map(lambda part: part.to(home)), samples.cpu(), device, objective.state
+        )
 
     def run(self, number: int) -> Tensor:
         """See :class:`StepEngine`."""
@@ -75,8 +79,15 @@ class FlatStep(StepEngine):
         return loss.detach()
 
     def _loss(self) -> tuple[Tensor, Tensor]:
-        block, plan, objective, present = self.segment.block, self.plan, self.objective, self.present
-        now = StepInputs(self.soft, self.scales, self.counter, self.schedule.keys, present.samples, present.data)
+        block, plan, objective, present = (
+            self.segment.block,
+            self.plan,
+            self.objective,
+            self.present,
+        )
+        now = StepInputs(
+            self.soft, self.scales, self.counter, self.schedule.keys, present.samples, present.data
+        )
         if objective.rest is None:
             found: tuple[Tensor, Tensor] = self._call(batch_loss, block, plan, now, present.state)
             return found
@@ -110,14 +121,18 @@ class FedSamples(AllSamples):
     the one before. ``order`` (steps, B) are the samples of each batch, in host memory.
     """
 
-    def __init__(self, sources: Batch, order: Tensor, device: torch.device, state: LossState) -> None:
+    def __init__(
+        self, sources: Batch, order: Tensor, device: torch.device, state: LossState
+    ) -> None:
         self._sources, self._order, self._cuda = sources.tensors, order, device.type == "cuda"
 
         def rows(source: Tensor, **where: Any) -> Tensor:
             return torch.empty((order.shape[1], *source.shape[1:]), dtype=source.dtype, **where)
 
         super().__init__(None, sources.map(lambda source: rows(source, device=device)), state)
-        self._staging = [[rows(source, pin_memory=self._cuda) for source in self._sources] for _ in range(2)]
+        self._staging = [
+            [rows(source, pin_memory=self._cuda) for source in self._sources] for _ in range(2)
+        ]
         self._copied: list[torch.cuda.Event | None] = [None, None]
 
     def load(self, number: int) -> None:
@@ -126,7 +141,9 @@ class FedSamples(AllSamples):
         event = self._copied[slot]
         if event is not None:
             event.synchronize()
-        for source, staging, buffer in zip(self._sources, self._staging[slot], self.data.tensors, strict=True):
+        for source, staging, buffer in zip(
+            self._sources, self._staging[slot], self.data.tensors, strict=True
+        ):
             torch.index_select(source, 0, self._order[number], out=staging)
             buffer.copy_(staging, non_blocking=True)
         if self._cuda:
@@ -140,13 +157,17 @@ class OneSample(AllSamples):
     For a compiled step what varies is marked, so that it is compiled once and not once a shape.
     """
 
-    def __init__(self, objective: SampleObjective, order: list[int], mixed: bool, traced: bool) -> None:
+    def __init__(
+        self, objective: SampleObjective, order: list[int], mixed: bool, traced: bool
+    ) -> None:
         self._objective, self._order, self._mixed = objective, order, mixed
         super().__init__(None, *objective.sample(order[0], mixed))
         self._varying: list[list[int]] = []
         if traced:
             shapes = {tuple(objective.tape.full[number].shape): number for number in order}
-            self._varying = _varying_dims(objective.sample(number, mixed) for number in shapes.values())
+            self._varying = _varying_dims(
+                objective.sample(number, mixed) for number in shapes.values()
+            )
 
     def load(self, number: int) -> None:
         """See :class:`AllSamples`."""
@@ -165,7 +186,10 @@ def _tensors_of(data: Batch, state: LossState) -> list[Tensor]:
 def _varying_dims(samples: Iterable[tuple[Batch, LossState]]) -> list[list[int]]:
     """For each tensor of a sample, its dimensions that differ between samples."""
     shapes = [[tuple(tensor.shape) for tensor in _tensors_of(*sample)] for sample in samples]
-    return [[dim for dim, sizes in enumerate(zip(*own, strict=True)) if len(set(sizes)) > 1] for own in zip(*shapes, strict=True)]
+    return [
+        [dim for dim, sizes in enumerate(zip(*own, strict=True)) if len(set(sizes)) > 1]
+        for own in zip(*shapes, strict=True)
+    ]
 
 
 class CompiledStep(FlatStep):

@@ -47,7 +47,9 @@ class LossState(NamedTuple):
     root: Tensor | None = None  # (k, k) root of (D Dᵀ)⁻¹, zero for passes to come
 
 
-def block_loss(kind: str, weights: tuple[float, ...], output: Tensor, batch: Batch, state: LossState) -> tuple[Tensor, Tensor]:
+def block_loss(
+    kind: str, weights: tuple[float, ...], output: Tensor, batch: Batch, state: LossState
+) -> tuple[Tensor, Tensor]:
     """Loss of a batch (a scalar), and the starts to go on with (parts,).
 
     ``kind`` is a loss, ``head`` (KL of the classes, not divided by its start) or ``head_relative``;
@@ -78,7 +80,9 @@ def prediction_loss(
     assert batch.reference is not None
     delta = (output - batch.target).flatten(1)
     # At 8 bits it is about 1e-8, less than float32's logarithms are off: a start could be negative.
-    far = divergence(rest(output, batch.side, batch.kept).double(), batch.reference.double()).float()
+    far = divergence(
+        rest(output, batch.side, batch.kept).double(), batch.reference.double()
+    ).float()
     return _over_starts([losses.squared_error(delta), far], weights, starts)
 
 
@@ -102,7 +106,9 @@ def _parts(kind: str, delta: Tensor, batch: Batch, state: LossState) -> list[Ten
     return [losses.low_rank_loss(delta, gradients, root), losses.diagonal_loss(delta, diagonal)]
 
 
-def _over_starts(parts: list[Tensor], weights: tuple[float, ...], starts: Tensor) -> tuple[Tensor, Tensor]:
+def _over_starts(
+    parts: list[Tensor], weights: tuple[float, ...], starts: Tensor
+) -> tuple[Tensor, Tensor]:
     """Weighted sum of the parts over their starts, and these, by default the parts' values."""
     values = torch.stack(parts)
     now = values.detach()

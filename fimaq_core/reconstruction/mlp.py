@@ -48,7 +48,9 @@ class _Lesson:
 
 def mlps(segments: Iterable[Segment]) -> nn.ModuleList:
     """All MLPs of ``segments`` (a chain, or several) in order: what an MLP reconstruction changes."""
-    return nn.ModuleList(segment.block.get_submodule(part.name) for segment in segments for part in segment.mlps)
+    return nn.ModuleList(
+        segment.block.get_submodule(part.name) for segment in segments for part in segment.mlps
+    )
 
 
 def use_relu(segments: Iterable[Segment]) -> None:
@@ -59,7 +61,9 @@ def use_relu(segments: Iterable[Segment]) -> None:
     """
     segments = list(segments)
     if not len(mlps(segments)):
-        raise ModelError("The model has no MLP that its family names, so there is nothing for MLP reconstruction.")
+        raise ModelError(
+            "The model has no MLP that its family names, so there is nothing for MLP reconstruction."
+        )
     for segment in segments:
         for part in segment.mlps:
             mlp = segment.block.get_submodule(part.name)
@@ -102,15 +106,26 @@ def reconstruct_mlps(
     use_relu(chain)
     for one in (chain, teacher):
         set_quantized(one, False)
-    reference = divergence.reference(samples.map(lambda part: teacher(part.to(device)).float(), batch_size))
+    reference = divergence.reference(
+        samples.map(lambda part: teacher(part.to(device)).float(), batch_size)
+    )
     storage = Storage(placement, device, pinned=not samples.varying)
-    tape = Tape(teacher, samples, storage, with_prefix=False, batch_size=batch_size, frozen_dtype=recipe.frozen_dtype)
+    tape = Tape(
+        teacher,
+        samples,
+        storage,
+        with_prefix=False,
+        batch_size=batch_size,
+        frozen_dtype=recipe.frozen_dtype,
+    )
     begin, number = Progress("reconstruct MLPs", 0, len(mlps(chain)) * recipe.mlp_steps), 0
     for index, segment in enumerate(teacher):
         for part in segment.mlps:
             mlp = chain.segment(index).block.get_submodule(part.name)
             if not restore(number, mlp):
-                begin = replace(begin, done=number * recipe.mlp_steps, block=f"{segment.label}.{part.name}")
+                begin = replace(
+                    begin, done=number * recipe.mlp_steps, block=f"{segment.label}.{part.name}"
+                )
                 report(begin)
                 lesson = _prepare(tape, part, recipe, reference, divergence)
                 advice = f"lower mlp_lr (now {recipe.mlp_lr})"
@@ -125,7 +140,9 @@ def reconstruct_mlps(
     return teacher
 
 
-def _prepare(tape: Tape, part: MlpPart, recipe: Recipe, reference: Samples, divergence: Divergence) -> _Lesson:
+def _prepare(
+    tape: Tape, part: MlpPart, recipe: Recipe, reference: Samples, divergence: Divergence
+) -> _Lesson:
     """One sweep over the images with the present block of the tape."""
     device, full, segment = tape.storage.device, tape.full, tape.teacher.segment(tape.index)
     mlp, where = segment.block.get_submodule(part.name), f"{segment.label}.{part.name}"
@@ -135,7 +152,9 @@ def _prepare(tape: Tape, part: MlpPart, recipe: Recipe, reference: Samples, dive
     seen: dict[str, Tensor] = {}
     handles = [
         mlp.register_forward_hook(lambda module, args, out: seen.update(x=args[0], y=out)),
-        mlp.get_submodule(part.fc2).register_forward_pre_hook(lambda module, args: seen.update(hidden=args[0])),
+        mlp.get_submodule(part.fc2).register_forward_pre_hook(
+            lambda module, args: seen.update(hidden=args[0])
+        ),
     ]
     for rows in full.slices(divergence.batch or tape.batch_size):
         x = full[rows].to(device)
@@ -162,7 +181,11 @@ def _prepare(tape: Tape, part: MlpPart, recipe: Recipe, reference: Samples, dive
         handle.remove()
     hessian = None
     if recipe.mlp_loss == "perturb_mean":
-        hessian = hessians.samples if total is None else Samples(_scaled(total, total.square().mean().sqrt(), where))
+        hessian = (
+            hessians.samples
+            if total is None
+            else Samples(_scaled(total, total.square().mean().sqrt(), where))
+        )
     limit = positive_quantile(torch.cat(hidden)[:_VALUES], recipe.mlp_percentile)
     return _Lesson(inputs.samples, targets.samples, hessian, limit)
 
@@ -170,7 +193,9 @@ def _prepare(tape: Tape, part: MlpPart, recipe: Recipe, reference: Samples, dive
 def _scaled(hessian: Tensor, size: Tensor, where: str) -> Tensor:
     """``hessian`` over its size. Raises NumericsError."""
     if not torch.isfinite(size):
-        raise NumericsError(f"{where}: the perturbation Hessian is not finite: check the images and the weights.")
+        raise NumericsError(
+            f"{where}: the perturbation Hessian is not finite: check the images and the weights."
+        )
     if not size > 0:
         raise NumericsError(f"{where}: the perturbation Hessian is zero; use mlp_loss mse.")
     return hessian / size
@@ -178,7 +203,10 @@ def _scaled(hessian: Tensor, size: Tensor, where: str) -> Tensor:
 
 def _rest_behind(tape: Tape, mlp: nn.Module, x: Tensor, rows: slice) -> Callable[[Tensor], Tensor]:
     """From the output of an MLP in the present block to the model's, for the block's input ``x``."""
-    block, beside = tape.teacher.segment(tape.index).block, tape.beside.rows(rows, tape.storage.device)
+    block, beside = (
+        tape.teacher.segment(tape.index).block,
+        tape.beside.rows(rows, tape.storage.device),
+    )
 
     def rest(output: Tensor) -> Tensor:
         handle = mlp.register_forward_hook(lambda module, args, out: output)
@@ -199,7 +227,9 @@ def positive_quantile(values: Tensor, share: float) -> float:
     return float(positive.kthvalue(rank).values)
 
 
-def mlp_loss(mlp: nn.Module, part: MlpPart, x: Tensor, target: Tensor, hessian: Tensor | None, limit: float) -> Tensor:
+def mlp_loss(
+    mlp: nn.Module, part: MlpPart, x: Tensor, target: Tensor, hessian: Tensor | None, limit: float
+) -> Tensor:
     """``mean(H (z - t)²) + 2 mean(H (z' - t)²)``, z' the output with hidden values clamped.
 
     t are outputs with GELU (B, ...); H has one sample's shape, None for ones; ``limit`` bounds the
@@ -207,16 +237,27 @@ def mlp_loss(mlp: nn.Module, part: MlpPart, x: Tensor, target: Tensor, hessian: 
     """
     fc2 = mlp.get_submodule(part.fc2)
     hidden = mlp.get_submodule(part.act)(mlp.get_submodule(part.fc1)(x))
-    errors = (fc2(hidden) - target).square() + _CLAMPED_WEIGHT * (fc2(hidden.clamp(max=limit)) - target).square()
+    errors = (fc2(hidden) - target).square() + _CLAMPED_WEIGHT * (
+        fc2(hidden.clamp(max=limit)) - target
+    ).square()
     loss: Tensor = (errors if hessian is None else errors * hessian).mean()
     return loss
 
 
 def _train(
-    mlp: nn.Module, part: MlpPart, lesson: _Lesson, recipe: Recipe, label: str, tick: Callable[[int, Tensor], None]
+    mlp: nn.Module,
+    part: MlpPart,
+    lesson: _Lesson,
+    recipe: Recipe,
+    label: str,
+    tick: Callable[[int, Tensor], None],
 ) -> None:
     device = next(mlp.parameters()).device
-    wanted = [p for name in (part.fc1, part.fc2) for p in (mlp.get_submodule(name).weight, mlp.get_submodule(name).bias)]
+    wanted = [
+        p
+        for name in (part.fc1, part.fc2)
+        for p in (mlp.get_submodule(name).weight, mlp.get_submodule(name).bias)
+    ]
     parameters = [p for p in wanted if isinstance(p, nn.Parameter)]
     pick = _picker(lesson, recipe, label, device)
     optimizer = torch.optim.Adam(parameters, lr=recipe.mlp_lr, fused=device.type == "cuda")
@@ -245,7 +286,9 @@ def _picker(
     drawn: Tensor | None = None
     if not inputs.varying:
         generator = block_generator(recipe.seed, f"{label}/mlp")
-        drawn = draw_batches(recipe.mlp_steps, recipe.mlp_batch, len(inputs), generator).to(inputs.device)
+        drawn = draw_batches(recipe.mlp_steps, recipe.mlp_batch, len(inputs), generator).to(
+            inputs.device
+        )
 
     def pick(number: int) -> tuple[Tensor, Tensor, Tensor | None]:
         def chosen(samples: Samples) -> Tensor:

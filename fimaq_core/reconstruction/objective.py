@@ -91,7 +91,9 @@ class Objective:
     @property
     def rest(self) -> Callable[[Tensor, Tensor | None, Kept], Tensor] | None:
         """From the block's output to the model's in full precision, if the loss needs it."""
-        return partial(self.tape.teacher.rest, self.tape.index) if self.kind == "prediction" else None
+        return (
+            partial(self.tape.teacher.rest, self.tape.index) if self.kind == "prediction" else None
+        )
 
     def update(self, forward: Callable[[Tensor], Tensor]) -> None:
         """Take a Fisher pass. ``forward`` runs the block on a batch, quantized as it is now."""
@@ -114,7 +116,9 @@ class Objective:
         tape, divergence = self.tape, self.divergence
         size = divergence.batch or tape.batch_size
         device, dtype = tape.storage.device, self.recipe.frozen_dtype
-        return Sweep(tape.teacher, tape.index, self.reference, divergence, device, size, dtype, beside)
+        return Sweep(
+            tape.teacher, tape.index, self.reference, divergence, device, size, dtype, beside
+        )
 
     def _squared_gradient_pass(self) -> None:
         """BRECQ's pass: prefix quantized, block and rest in full precision, a gradient per sample."""
@@ -135,7 +139,10 @@ class Objective:
     def _perturbation_pass(self) -> None:
         """APHQ-ViT's pass, everything in full precision: a Hessian per sample, or their mean."""
         tape, target = self.tape, self.target
-        found, largest = Collected(tape.storage, target), torch.zeros((), device=tape.storage.device)
+        found, largest = (
+            Collected(tape.storage, target),
+            torch.zeros((), device=tape.storage.device),
+        )
         for rows, hessian in self._sweep(tape.beside).hessians(target, self.recipe.perturbation):
             largest = torch.maximum(largest, hessian.max())
             weight = self._weight(rows, hessian, squared=False)
@@ -143,7 +150,9 @@ class Objective:
                 found.put(rows, weight)
         self.passes += 1
         if not torch.isfinite(largest):
-            raise NumericsError(f"{self.label}: the perturbation Hessian is {float(largest)}: check the images and the weights.")
+            raise NumericsError(
+                f"{self.label}: the perturbation Hessian is {float(largest)}: check the images and the weights."
+            )
         if self.kind == "perturb":
             self.weights = found.samples
         if not largest > 0:
@@ -226,11 +235,17 @@ class BlockObjective(Objective):
             root, damped = losses.inverse_gram_root(torch.stack(self._errors))
             state.root[: self.passes, : self.passes].copy_(root)
             if damped:
-                self._note(f"{self.label}: D Dᵀ of {self.passes} Fisher passes was near singular and has been damped")
+                self._note(
+                    f"{self.label}: D Dᵀ of {self.passes} Fisher passes was near singular and has been damped"
+                )
 
     def mean_weight(self) -> float | None:
         """See :class:`Objective`: of squared gradients, of absolute ones or of a Hessian."""
         if self.weights is not None:
             return mean_of(self.weights, self.tape.batch_size, squared=self.kind == "fisher_brecq")
         diagonal = self.state.diagonal
-        return None if diagonal is None or self.kind not in DIAGONAL else float(diagonal.mean(dtype=torch.float64))
+        return (
+            None
+            if diagonal is None or self.kind not in DIAGONAL
+            else float(diagonal.mean(dtype=torch.float64))
+        )

@@ -65,7 +65,10 @@ class ReconstructionLog:
 
     def keep(self, label: str, error: float, fisher: float | None) -> None:
         """Keep the figures of a block; one that is not finite goes into a note instead."""
-        for name, value, place in (("output error", error, self.error), ("Fisher weight", fisher, self.fisher)):
+        for name, value, place in (
+            ("output error", error, self.error),
+            ("Fisher weight", fisher, self.fisher),
+        ):
             if value is not None and math.isfinite(value):
                 place[label] = value
             elif value is not None:
@@ -120,7 +123,9 @@ def reconstruct(
         expand_per_token(chain, samples[0].to(device))
     set_quantized(chain, False)
     model = chain if teacher is None else teacher
-    reference = divergence.reference(samples.map(lambda part: model(part.to(device)).float(), batch_size))
+    reference = divergence.reference(
+        samples.map(lambda part: model(part.to(device)).float(), batch_size)
+    )
     tape = Tape(
         chain,
         samples,
@@ -145,8 +150,12 @@ def reconstruct(
                 stage = "Fisher pass" if starts else begin.stage
                 report(replace(begin, stage=stage, done=begin.done + step))
 
-            tick = losses_to(report, begin, recipe.steps, "the reconstruction loss", "lower the learning rates")
-            loss, near_floor = optimise_block(segment, tape, objective, recipe, log.engine, on_pass, tick)
+            tick = losses_to(
+                report, begin, recipe.steps, "the reconstruction loss", "lower the learning rates"
+            )
+            loss, near_floor = optimise_block(
+                segment, tape, objective, recipe, log.engine, on_pass, tick
+            )
             log.last_loss[label] = float(loss)
             if near_floor:
                 log.near_floor[label] = near_floor
@@ -169,7 +178,9 @@ def reconstruct(
 
 def _learns(segment: Segment, recipe: Recipe) -> bool:
     """True if a segment has something to learn and the recipe wants it."""
-    if segment.kind == "predictor" or (recipe.reconstruct_parts == "blocks" and segment.kind not in ("block", "merge")):
+    if segment.kind == "predictor" or (
+        recipe.reconstruct_parts == "blocks" and segment.kind not in ("block", "merge")
+    ):
         return False
     return bool(active_quantizers(segment)) or any(True for _ in rounded_layers(segment.block))
 
@@ -183,7 +194,9 @@ def expand_per_token(chain: BlockChain, image: Tensor) -> None:
     (B, H, W, C): where images vary in size, only windows have a fixed number of tokens. Quantizers
     expanded before are left alone. Of ``image`` (1, ...) only the shape matters.
     """
-    layers = [layer for _, layer in quant_layers(chain) if isinstance(layer, QuantLinear | QuantMatMul)]
+    layers = [
+        layer for _, layer in quant_layers(chain) if isinstance(layer, QuantLinear | QuantMatMul)
+    ]
     handles = [layer.register_forward_pre_hook(_expand) for layer in layers]
     chain(image)
     for handle in handles:
@@ -194,7 +207,12 @@ def _expand(layer: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
     if isinstance(layer, QuantLinear):
         x = layer.input_quantizer
         # Special quantizers have one scale.
-        if isinstance(x, AffineQuantizer) and args[0].ndim == 3 and not x.off and x.scale.numel() == 1:
+        if (
+            isinstance(x, AffineQuantizer)
+            and args[0].ndim == 3
+            and not x.off
+            and x.scale.numel() == 1
+        ):
             x.set_range(x.scale.expand(1, args[0].shape[1], 1), x.zero_point)
     elif isinstance(layer, QuantMatMul):
         a, b = layer.a_quantizer, layer.b_quantizer

@@ -49,7 +49,9 @@ class SampleObjective(Objective):
             errors = storage.empty(shape, torch.float32) if self.kind == "fisher_dplr" else None
             gradients = storage.empty(shape, torch.float32).zero_()
             diagonal = storage.empty(shape[1:], torch.float32)
-            self._own.append(_Own(gradients, diagonal, torch.zeros(k, k, device=storage.device), errors))
+            self._own.append(
+                _Own(gradients, diagonal, torch.zeros(k, k, device=storage.device), errors)
+            )
 
     def _weight(self, rows: slice, values: Tensor, squared: bool) -> Tensor | None:
         """A sample's gradient scaled to mean square 1, or its Hessian to mean 1, (1, N)."""
@@ -72,14 +74,21 @@ class SampleObjective(Objective):
             batch = batch._replace(reference=there(self.reference), side=side, kept=kept)
         if not self._own:
             return batch, self.state
-        gradients, diagonal, root = (part.to(device, non_blocking=True) for part in self._own[index][:3])
+        gradients, diagonal, root = (
+            part.to(device, non_blocking=True) for part in self._own[index][:3]
+        )
         return batch, LossState(self.state.starts, gradients, diagonal, root)
 
     def update(self, forward: Callable[[Tensor], Tensor]) -> None:
         """See :class:`Objective`."""
         damped = 0
-        for rows, output, gradient in self._sweep(self.tape.beside).gradients(self.tape.full, forward):
-            own, delta = self._own[rows.start], (output - self.target[rows].to(output.device)).flatten()
+        for rows, output, gradient in self._sweep(self.tape.beside).gradients(
+            self.tape.full, forward
+        ):
+            own, delta = (
+                self._own[rows.start],
+                (output - self.target[rows].to(output.device)).flatten(),
+            )
             if self.kind == "least_squares":
                 self._fit(own, gradient.flatten(), delta)
             else:
@@ -88,7 +97,9 @@ class SampleObjective(Objective):
         self.state.starts.zero_()
         if damped:
             passes = f"{self.passes} Fisher passes"
-            self._note(f"{self.label}: D Dᵀ of {passes} was near singular for {damped} images and has been damped")
+            self._note(
+                f"{self.label}: D Dᵀ of {passes} was near singular for {damped} images and has been damped"
+            )
 
     def mean_weight(self) -> float | None:
         """See :class:`Objective`: the mean over samples and passes, before each is scaled to mean 1."""
@@ -128,7 +139,12 @@ def _over(values: Tensor, size: Tensor) -> Tensor:
 
 
 def make_objective(
-    chain: BlockChain, tape: Tape, recipe: Recipe, reference: Samples, divergence: Divergence, notes: list[str]
+    chain: BlockChain,
+    tape: Tape,
+    recipe: Recipe,
+    reference: Samples,
+    divergence: Divergence,
+    notes: list[str],
 ) -> Objective:
     """The objective for the tape's samples; arguments as of :class:`Objective`."""
     kind = SampleObjective if tape.full.varying else BlockObjective

@@ -59,7 +59,10 @@ class BlockState:
         #: where they belong
         self.layout = Layout(
             tuple((_join(name, "weight"), tuple(layer.weight.shape)) for name, layer in rounded),
-            tuple((_join(name, "scale"), tuple(quantizer.scale.shape)) for name, quantizer in activations),
+            tuple(
+                (_join(name, "scale"), tuple(quantizer.scale.shape))
+                for name, quantizer in activations
+            ),
             tuple(_join(name, "key") for name, _ in activations),
         )
         #: the rounding problem, or None if no weight is quantized
@@ -76,13 +79,17 @@ class BlockState:
             )
             self.soft = self.rounding.soft()
         #: (m,) present activation scales
-        self.scales = torch.cat([self.soft[:0], *(quantizer.scale.detach().flatten() for quantizer in self.quantizers)])
+        self.scales = torch.cat(
+            [self.soft[:0], *(quantizer.scale.detach().flatten() for quantizer in self.quantizers)]
+        )
         #: (m,) lower bounds of the scales: :data:`SCALE_FLOOR` of the calibrated values
         self.floor = SCALE_FLOOR * self.scales
         #: whether the scales are learned
         self.learn_scales = learn_scales and self.scales.numel() > 0
         #: Adam's first and second moments, of α and of the scales
-        self.moments = [torch.zeros_like(like) for like in (self.soft, self.soft, self.scales, self.scales)]
+        self.moments = [
+            torch.zeros_like(like) for like in (self.soft, self.soft, self.scales, self.scales)
+        ]
 
     def scales_near_floor(self) -> int:
         """Number of learned scales that are now below :data:`NEAR_FLOOR` of the calibrated value."""
@@ -106,7 +113,9 @@ class BlockState:
             quantizer.set_scale(scale)
 
 
-def run_block(block: torch.nn.Module, layout: Layout, soft: Tensor, scales: Tensor, keys: Tensor, x: Tensor) -> Tensor:
+def run_block(
+    block: torch.nn.Module, layout: Layout, soft: Tensor, scales: Tensor, keys: Tensor, x: Tensor
+) -> Tensor:
     """Output of a block with variables in place of its own, see :meth:`Layout.tensors`."""
     out: Tensor = functional_call(block, layout.tensors(soft, scales, keys), (x,))
     return out
@@ -117,7 +126,8 @@ def active_quantizers(segment: Segment) -> list[tuple[str, ActivationQuantizer]]
     return [
         (name, part)
         for name, part in segment.block.named_modules()
-        if isinstance(part, ActivationQuantizer) and not (isinstance(part, WeightQuantizer) or part.off)
+        if isinstance(part, ActivationQuantizer)
+        and not (isinstance(part, WeightQuantizer) or part.off)
     ]
 
 

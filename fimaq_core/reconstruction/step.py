@@ -90,7 +90,9 @@ def batch_output(block: nn.Module, plan: StepPlan, inputs: StepInputs) -> tuple[
     return output.float(), data
 
 
-def batch_loss(block: nn.Module, plan: StepPlan, inputs: StepInputs, state: LossState) -> tuple[Tensor, Tensor]:
+def batch_loss(
+    block: nn.Module, plan: StepPlan, inputs: StepInputs, state: LossState
+) -> tuple[Tensor, Tensor]:
     """Loss of the present step's batch, and the loss's starts."""
     output, batch = batch_output(block, plan, inputs)
     return block_loss(plan.kind, plan.part_weights, output, batch, state)
@@ -149,7 +151,9 @@ def update(
     counter.add_(1)
 
 
-def _adam(variable: Tensor, grad: Tensor, first: Tensor, second: Tensor, size: Tensor, inverse: Tensor) -> None:
+def _adam(
+    variable: Tensor, grad: Tensor, first: Tensor, second: Tensor, size: Tensor, inverse: Tensor
+) -> None:
     """PyTorch's Adam with its bias corrections as tensors, so that it fuses with what is around it."""
     first.lerp_(grad, 1 - BETA1)
     second.mul_(BETA2).addcmul_(grad, grad, value=1 - BETA2)

@@ -33,7 +33,9 @@ class Storage:
     def __init__(self, placement: Placement, device: torch.device, pinned: bool = True) -> None:
         self.placement, self.device = placement, device
         self.pinned = pinned and device.type == "cuda"
-        self._folder = tempfile.TemporaryDirectory(prefix="fimaq-tape-") if placement == "disk" else None
+        self._folder = (
+            tempfile.TemporaryDirectory(prefix="fimaq-tape-") if placement == "disk" else None
+        )
         self._count = 0
 
     @property
@@ -126,13 +128,22 @@ class Tape:
         frozen_dtype: Arithmetic = "float32",
         teacher: BlockChain | None = None,
     ) -> None:
-        self.chain, self.storage, self.batch_size, self.frozen_dtype = chain, storage, batch_size, frozen_dtype
+        self.chain, self.storage, self.batch_size, self.frozen_dtype = (
+            chain,
+            storage,
+            batch_size,
+            frozen_dtype,
+        )
         #: the full-precision model; ``chain``, or what it was before its MLPs were changed
         self.teacher = chain if teacher is None else teacher
         self.index = 0  # number of the present block
         samples, device = Samples.of(images), storage.device
         project = self.teacher.side
-        side = None if project is None else samples.map(lambda part: project(part.to(device)), batch_size)
+        side = (
+            None
+            if project is None
+            else samples.map(lambda part: project(part.to(device)), batch_size)
+        )
         self.beside = self.beside_prefix = Beside(side)  # beside ``full``, and beside ``prefix``
         #: (n, ...) the present block's inputs in the full-precision model
         self.full = self._enter(self.teacher, samples, self.beside)
@@ -192,10 +203,16 @@ class Tape:
             if outputs is None:
                 outputs = self._map(block, self.prefix, "float32")
         self.beside = self._keeping(self.teacher, target, self.beside)
-        self.beside_prefix = self.beside if outputs is None else self._keeping(self.chain, outputs, self.beside_prefix)
+        self.beside_prefix = (
+            self.beside
+            if outputs is None
+            else self._keeping(self.chain, outputs, self.beside_prefix)
+        )
         self.index += 1
         self.full = self._enter(self.teacher, target, self.beside)
-        self.prefix = None if outputs is None else self._enter(self.chain, outputs, self.beside_prefix)
+        self.prefix = (
+            None if outputs is None else self._enter(self.chain, outputs, self.beside_prefix)
+        )
         self.target = None
 
     def _enter(self, chain: BlockChain, source: Samples, beside: Beside) -> Samples:
@@ -209,18 +226,27 @@ class Tape:
     def _keeping(self, chain: BlockChain, outputs: Samples, beside: Beside) -> Beside:
         """What travels beside the next block's input."""
         keep = chain.segment(self.index).keep
-        return beside if keep is None else Beside(beside.side, (*beside.kept, self._map(keep, outputs)))
+        return (
+            beside
+            if keep is None
+            else Beside(beside.side, (*beside.kept, self._map(keep, outputs)))
+        )
 
     @torch.no_grad()
     def _run(
-        self, function: nn.Module | Callable[[Tensor, slice], Tensor], source: Samples, dtype: Arithmetic
+        self,
+        function: nn.Module | Callable[[Tensor, slice], Tensor],
+        source: Samples,
+        dtype: Arithmetic,
     ) -> Iterator[tuple[slice, Tensor]]:
         """``function`` of all samples batch by batch: a module, or what also takes the rows."""
         device = self.storage.device
         for rows in source.slices(self.batch_size):
             part = source[rows].to(device, non_blocking=True)
             with arithmetic(dtype, device):
-                out: Tensor = (function(part) if isinstance(function, nn.Module) else function(part, rows)).float()
+                out: Tensor = (
+                    function(part) if isinstance(function, nn.Module) else function(part, rows)
+                ).float()
             yield rows, out
 
     def _map(

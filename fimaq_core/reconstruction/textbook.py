@@ -29,7 +29,10 @@ class TextbookStep(StepEngine):
         state, recipe = self.state, self.recipe
         self.alphas: list[Tensor] = []
         if state.rounding is not None:
-            self.alphas = [alpha.clone().requires_grad_(True) for alpha in state.rounding.split(state.rounding.alpha)]
+            self.alphas = [
+                alpha.clone().requires_grad_(True)
+                for alpha in state.rounding.split(state.rounding.alpha)
+            ]
         shapes = [quantizer.scale.shape for quantizer in state.quantizers]
         scales, self.floors = split_as(state.scales, shapes), split_as(state.floor, shapes)
         self.scales = [scale.clone().requires_grad_(state.learn_scales) for scale in scales]
@@ -39,7 +42,9 @@ class TextbookStep(StepEngine):
             self.optimizers.append(torch.optim.Adam(self.alphas, lr=recipe.lr_alpha))
         if state.learn_scales:
             self.optimizers.append(torch.optim.Adam(self.scales, lr=recipe.lr_scale))
-            self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizers[-1], T_max=recipe.steps)
+            self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
+                self.optimizers[-1], T_max=recipe.steps
+            )
 
     def run(self, number: int) -> Tensor:
         """See :class:`StepEngine`."""
@@ -48,12 +53,16 @@ class TextbookStep(StepEngine):
         keys = self.schedule.keys[number]
         batch, state = self._present(self.schedule.samples[number])
         with autocast(recipe.step_dtype, self.state.soft.device):
-            output = functional_call(self.segment.block, self._tensors(roundings, keys), (self._input(batch, keys),))
+            output = functional_call(
+                self.segment.block, self._tensors(roundings, keys), (self._input(batch, keys),)
+            )
         output, rest = output.float(), objective.rest
         if rest is None:
             loss, starts = block_loss(objective.kind, weights, output, batch, state)
         else:
-            loss, starts = prediction_loss(weights, output, batch, state.starts, rest, objective.divergence)
+            loss, starts = prediction_loss(
+                weights, output, batch, state.starts, rest, objective.divergence
+            )
         state.starts.copy_(starts)
         total, beta = loss, regulariser_exponent(recipe, number)
         if beta is not None:
@@ -76,9 +85,15 @@ class TextbookStep(StepEngine):
         layout = self.state.layout
         found = {name: keys[number + 1] for number, name in enumerate(layout.keys)}
         found |= {name: scale for (name, _), scale in zip(layout.scales, self.scales, strict=True)}
-        for (name, shape), layer, h in zip(layout.weights, self.state.layers, roundings, strict=True):
+        for (name, shape), layer, h in zip(
+            layout.weights, self.state.layers, roundings, strict=True
+        ):
             quantizer = layer.weight_quantizer
-            codes = torch.floor(layer.weight.flatten(1) / quantizer.scale) + h.flatten(1) + quantizer.zero_point
+            codes = (
+                torch.floor(layer.weight.flatten(1) / quantizer.scale)
+                + h.flatten(1)
+                + quantizer.zero_point
+            )
             codes = codes.clamp(0, quantizer.levels - 1)
             found[name] = (quantizer.scale * (codes - quantizer.zero_point)).view(shape)
         return found
@@ -96,7 +111,9 @@ class TextbookStep(StepEngine):
     def _input(self, batch: Batch, keys: Tensor) -> Tensor:
         if batch.prefix is None or self.mix >= 256:
             return batch.full if batch.prefix is None else batch.prefix
-        return torch.where(eager_mask(batch.full, keys[0], self.mix, torch.bool), batch.prefix, batch.full)
+        return torch.where(
+            eager_mask(batch.full, keys[0], self.mix, torch.bool), batch.prefix, batch.full
+        )
 
     def finish(self) -> None:
         """See :class:`StepEngine`."""

@@ -60,7 +60,10 @@ def fit(
     for key, parameter in model.named_parameters():
         free = parameter.ndim <= 1 or any(part in key for part in exempt)
         (keep if free else decay).append(parameter)
-    groups = [{"params": decay, "weight_decay": recipe.weight_decay}, {"params": keep, "weight_decay": 0.0}]
+    groups = [
+        {"params": decay, "weight_decay": recipe.weight_decay},
+        {"params": keep, "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=recipe.lr)
     warmup, total = max(1, round(recipe.warmup_epochs * steps)), recipe.epochs * steps
 

@@ -73,13 +73,19 @@ def compose(count: int, seed: int) -> tuple[Scene, ...]:
 
 def initialise(model: nn.Module, starts_from: str | None) -> None:
     """Set mmdet's initial weights, but a wider backbone, or take a demo model's."""
-    MMLogger.get_current_instance().setLevel(logging.ERROR)  # mmengine tells of every single weight.
+    MMLogger.get_current_instance().setLevel(
+        logging.ERROR
+    )  # mmengine tells of every single weight.
     model.init_weights()
     common.widen(model.backbone)
     if starts_from is not None:
         taken = load_file(DEMO.weights_path(starts_from))
         for piece in ("backbone", "neck", "rpn_head"):
-            own = {key.removeprefix(f"{piece}."): value for key, value in taken.items() if key.startswith(f"{piece}.")}
+            own = {
+                key.removeprefix(f"{piece}."): value
+                for key, value in taken.items()
+                if key.startswith(f"{piece}.")
+            }
             getattr(model, piece).load_state_dict(own)
 
 
@@ -113,7 +119,9 @@ def measure(model: nn.Module, part: str) -> dict[str, Any]:
                 metric.process(batch, [sample.to_dict() for sample in model.test_step(batch)])
         values = metric.evaluate(len(scenes))
     named = {"AP_box": "bbox_mAP", "AP_mask": "segm_mAP"}
-    measured = {f"{part}_{ours}": round(100 * values[f"coco/{theirs}"], 1) for ours, theirs in named.items()}
+    measured = {
+        f"{part}_{ours}": round(100 * values[f"coco/{theirs}"], 1) for ours, theirs in named.items()
+    }
     return {**measured, f"{part}_count": len(scenes)}
 
 

@@ -68,7 +68,9 @@ class FactHeads(nn.Module):
         shape = (scenes.NUM_FACTS, -1)
         found = [self.features(x * scale).unflatten(1, shape) for x in (images, texts)]
         rows, columns = self._grid
-        cells = self._tokens[:, 1:].unflatten(1, (2, rows // 2, 2, columns // 2)).mean((2, 4))  # (b, 2, 2, width)
+        cells = (
+            self._tokens[:, 1:].unflatten(1, (2, rows // 2, 2, columns // 2)).mean((2, 4))
+        )  # (b, 2, 2, width)
         patches = F.cross_entropy(self.patches(cells).flatten(0, 2), facts.flatten())
         return F.cross_entropy(found[0], facts) + F.cross_entropy(found[1], facts) + patches
 
@@ -82,12 +84,23 @@ def measure(model: nn.Module, part: str) -> dict[str, Any]:
     model.eval()
     data = scenes.DigitScenes(part)
     pixels = torch.from_numpy(data.pixels)[:, None].float() / 255
-    images = torch.cat([model.encode_image(to_input(batch), normalize=True) for batch in pixels.split(250)])
-    texts = torch.cat([model.encode_text(batch, normalize=True) for batch in demo_tokenizer()(data.captions).split(250)])
+    images = torch.cat(
+        [model.encode_image(to_input(batch), normalize=True) for batch in pixels.split(250)]
+    )
+    texts = torch.cat(
+        [
+            model.encode_text(batch, normalize=True)
+            for batch in demo_tokenizer()(data.captions).split(250)
+        ]
+    )
     products = images @ texts.T
     right = torch.arange(len(data))
     recalls = [100 * float((products.argmax(dim=1 - d) == right).double().mean()) for d in (0, 1)]
-    return {f"{part}_i2t_r1": round(recalls[0], 4), f"{part}_t2i_r1": round(recalls[1], 4), f"{part}_count": len(data)}
+    return {
+        f"{part}_i2t_r1": round(recalls[0], 4),
+        f"{part}_t2i_r1": round(recalls[1], 4),
+        f"{part}_count": len(data),
+    }
 
 
 def train(name: str, recipe: SceneRecipe, seed: int) -> nn.Module:

@@ -52,8 +52,14 @@ def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> C
     transforms are seeded per image, so the sample does not depend on what else ran. Raises
     DataError.
     """
-    source = open_source(loaded, data, "train") if data.calibration_list is None or loaded.data is not None else None
-    transform = loaded.train_transform if recipe.calibration_transform == "train" else loaded.eval_transform
+    source = (
+        open_source(loaded, data, "train")
+        if data.calibration_list is None or loaded.data is not None
+        else None
+    )
+    transform = (
+        loaded.train_transform if recipe.calibration_transform == "train" else loaded.eval_transform
+    )
     if data.calibration_list is not None:
         ids, read = _listed(data, source)
         order = np.arange(len(ids))
@@ -61,7 +67,12 @@ def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> C
         assert source is not None
         ids, read = source.ids, source.read
         order = np.random.default_rng(recipe.seed).permutation(len(ids))
-    drawn = draw(Images(ids, [0] * len(ids), read, transform, data.skip_corrupt), order, recipe.calibration_images, recipe.seed)
+    drawn = draw(
+        Images(ids, [0] * len(ids), read, transform, data.skip_corrupt),
+        order,
+        recipe.calibration_images,
+        recipe.seed,
+    )
     names = [ids[position] for position in drawn.positions]
     digest = hashlib.sha256("\n".join([recipe.calibration_transform, *names]).encode())
     digest.update(drawn.images.numpy().tobytes())
@@ -70,12 +81,16 @@ def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> C
     return CalibrationSet(*made, drawn.skipped, notes=notes)
 
 
-def _listed(data: DataRequest, source: Source | None) -> tuple[list[str], Callable[[int], Image.Image]]:
+def _listed(
+    data: DataRequest, source: Source | None
+) -> tuple[list[str], Callable[[int], Image.Image]]:
     """Ids and reader of the images in a calibration list or a result record."""
     assert data.calibration_list is not None
     ids = read_list(data.calibration_list).ids
     if source is not None:
-        positions = positions_of(ids, source.ids, data.calibration_list, f"{source.name} {source.split}")
+        positions = positions_of(
+            ids, source.ids, data.calibration_list, f"{source.name} {source.split}"
+        )
         return ids, lambda index: source.read(positions[index])
     root = data.path or Path()
     # Ids are relative to the data's folder where they can be: random transforms are seeded by them.
@@ -84,8 +99,13 @@ def _listed(data: DataRequest, source: Source | None) -> tuple[list[str], Callab
     for place, path in enumerate(paths):
         if path.is_relative_to(root):
             paths[place] = file_below(root, path.relative_to(root).as_posix())
-    ids = [path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path) for path in paths]
+    ids = [
+        path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+        for path in paths
+    ]
     absent = [str(path) for path in paths if not path.is_file()]
     if absent:
-        raise DataError(f"The calibration list names {len(absent)} files that are not there, such as {absent[0]}.")
+        raise DataError(
+            f"The calibration list names {len(absent)} files that are not there, such as {absent[0]}."
+        )
     return ids, file_reader(paths)

@@ -65,7 +65,9 @@ def _preprocessing(model: nn.Module, given: dict[str, Any]) -> Preprocessing:
         channels, size = embed.proj.in_channels, embed.img_size or size
     if channels not in (1, 3):
         kinds = "Images are read as RGB (3) or grey (1)"
-        raise ModelError(f"The model takes images of {channels} channels. {kinds}: give another in_chans in --model-args.")
+        raise ModelError(
+            f"The model takes images of {channels} channels. {kinds}: give another in_chans in --model-args."
+        )
     own = (channels, *size)
     wanted = own[: 3 - len(given.get("input_size", own))] + tuple(given.get("input_size", own))
     if wanted != own:
@@ -116,13 +118,26 @@ def _transform(preprocessing: Preprocessing, is_training: bool) -> Callable[[Any
 
 def _create(name: str, arguments: dict[str, Any]) -> nn.Module:
     # What timm takes for itself names weights, files and caches; nothing but --weights and the tag does that here.
-    own = {*inspect.signature(timm.create_model).parameters, *inspect.signature(build_model_with_cfg).parameters} - {"kwargs"}
+    own = {
+        *inspect.signature(timm.create_model).parameters,
+        *inspect.signature(build_model_with_cfg).parameters,
+    } - {"kwargs"}
     wrong = sorted(own & arguments.keys())
     if wrong:
-        raise ModelError(f"--model-args are for the model's constructor, {', '.join(wrong)} are not: leave them out.")
+        raise ModelError(
+            f"--model-args are for the model's constructor, {', '.join(wrong)} are not: leave them out."
+        )
     try:
         model: nn.Module = timm.create_model(name, pretrained=False, **arguments)
-    except (TypeError, ValueError, AssertionError, RuntimeError, LookupError, AttributeError, ArithmeticError) as error:
+    except (
+        TypeError,
+        ValueError,
+        AssertionError,
+        RuntimeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+    ) as error:
         raise ModelError(f"timm cannot build {name} with {arguments}: {error}") from error
     return model
 
@@ -134,5 +149,12 @@ def _adapted(state: dict[str, Any], model: nn.Module) -> dict[str, Any]:
         return state
     try:
         return convert(state, model)
-    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except (
+        AssertionError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise ModelError(f"The weights do not fit {type(model).__name__}: {error}") from error

@@ -17,6 +17,8 @@ def originals(model: ModelRequest, data: DataRequest, ids: Sequence[str]) -> dic
     if data.path is not None:
         return class_originals(data.path, ids)
     if model.name not in DEMO_NAMES:
-        raise DataError(f"{model.name} brings no data along: give --data /path/to/imagenet. {LAYOUT}.")
+        raise DataError(
+            f"{model.name} brings no data along: give --data /path/to/imagenet. {LAYOUT}."
+        )
     source = digit_pairs("test")
     return known_originals(ids, source.ids, source.read, "the demo's digit pairs")

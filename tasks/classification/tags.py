@@ -38,9 +38,13 @@ def full_name(name: str) -> str:
     if not timm.is_model(architecture):
         known = [*SHORT_NAMES, *DEMO_NAMES, *timm.list_models(["vit*", "deit*", "swin*"])]
         close = suggest(name, known)
-        raise ModelError(f"Unknown model '{name}'.{close if len(close) < 200 else ' See `models` for short names.'}")
+        raise ModelError(
+            f"Unknown model '{name}'.{close if len(close) < 200 else ' See `models` for short names.'}"
+        )
     if tag and tag not in timm_tags(name):
-        raise ModelError(f"timm has no weights '{tag}' for {architecture}.{suggest(tag, timm_tags(name))}")
+        raise ModelError(
+            f"timm has no weights '{tag}' for {architecture}.{suggest(tag, timm_tags(name))}"
+        )
     return name
 
 

@@ -50,8 +50,19 @@ class ClassificationTask(Task):
     ) -> Evaluation:
         """Top-1 and top-5 on the evaluation part."""
         source = open_source(loaded, data, "val").head(data.limit)
-        images = Images(source.ids, source.targets, source.read, loaded.eval_transform, data.skip_corrupt)
-        return evaluate(model, images, source, device, batch_size, workers, report, readable_names(source.class_names))
+        images = Images(
+            source.ids, source.targets, source.read, loaded.eval_transform, data.skip_corrupt
+        )
+        return evaluate(
+            model,
+            images,
+            source,
+            device,
+            batch_size,
+            workers,
+            report,
+            readable_names(source.class_names),
+        )
 
 
 TASK = ClassificationTask()

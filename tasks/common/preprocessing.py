@@ -50,7 +50,9 @@ class GivenPreprocessing(Strict):
     crop_pct: Share | None = None
     mean: Annotated[list[Mean], Field(min_length=1)] | None = None
     std: Annotated[list[Deviation], Field(min_length=1)] | None = None
-    interpolation: Literal["bicubic", "bilinear", "nearest", "lanczos", "box", "hamming"] | None = None
+    interpolation: Literal["bicubic", "bilinear", "nearest", "lanczos", "box", "hamming"] | None = (
+        None
+    )
 
     def fields(self) -> dict[str, Any]:
         """The given fields as JSON values."""

@@ -220,7 +220,14 @@ def bits_name(w_bit: int, a_bit: int) -> str:
 
 
 def cell_folder(
-    root: Path, task: str, model_tag: str, method: str, w_bit: int, a_bit: int, seed: int | None, digest: str
+    root: Path,
+    task: str,
+    model_tag: str,
+    method: str,
+    w_bit: int,
+    a_bit: int,
+    seed: int | None,
+    digest: str,
 ) -> Path:
     """Return the folder of a cell; 10 digits of its identity's ``digest`` end the name."""
     name = f"seed{seed}-{digest[:10]}" if seed is not None else digest[:10]
@@ -242,7 +249,9 @@ def fingerprint(content: dict[str, Any]) -> str:
 
 def sealed(record: ResultRecord) -> ResultRecord:
     """Return the record with its fingerprint."""
-    return record.model_copy(update={"fingerprint": fingerprint(json.loads(record.model_dump_json()))})
+    return record.model_copy(
+        update={"fingerprint": fingerprint(json.loads(record.model_dump_json()))}
+    )
 
 
 def write_record(record: ResultRecord, folder: Path) -> Path:
@@ -266,7 +275,9 @@ def read_record(path: Path) -> ResultRecord:
     except ValueError as error:
         raise CheckpointError(f"The record {path} is damaged ({error}): {_REMEDY}.") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is no record: it holds a JSON {type(content).__name__}, not an object.")
+        raise CheckpointError(
+            f"{path} is no record: it holds a JSON {type(content).__name__}, not an object."
+        )
     version = content.get("schema_version")
     if type(version) is not int or version < 1:
         raise CheckpointError(f"{path} is no record: its schema version is {version!r}.")
@@ -283,7 +294,9 @@ def read_record(path: Path) -> ResultRecord:
         return ResultRecord.model_validate(content)
     except ValueError as error:  # pydantic's, too
         why = first_problem(error) if isinstance(error, ValidationError) else str(error)
-        raise CheckpointError(f"The record {path} is not valid: {why.removeprefix('Value error, ')}: {_REMEDY}.") from error
+        raise CheckpointError(
+            f"The record {path} is not valid: {why.removeprefix('Value error, ')}: {_REMEDY}."
+        ) from error
 
 
 def outcomes_problem(record: ResultRecord, folder: Path) -> str | None:
@@ -323,8 +336,14 @@ def outcome_arrays(record: ResultRecord, folder: Path) -> dict[str, np.ndarray]:
     shapes = {array.shape for array in content.values()}
     if "sample" not in content or len(shapes) != 1 or content["sample"].ndim != 1:
         found = ", ".join(f"{name} {array.shape}" for name, array in content.items()) or "nothing"
-        raise CheckpointError(f"The outcomes {path} have no 'sample', or arrays of different sizes: {found}.")
-    words = [name for name, array in content.items() if name != "sample" and array.dtype.kind not in "biuf"]
+        raise CheckpointError(
+            f"The outcomes {path} have no 'sample', or arrays of different sizes: {found}."
+        )
+    words = [
+        name
+        for name, array in content.items()
+        if name != "sample" and array.dtype.kind not in "biuf"
+    ]
     if words:
         raise CheckpointError(f"The outcomes {path} have no numbers in {', '.join(words)}: {again}")
     return content

@@ -88,12 +88,16 @@ def preflight(name: str, model: ModelRequest, data: DataRequest) -> list[Missing
     return missing
 
 
-def originals(name: str, model: ModelRequest, data: DataRequest, ids: Sequence[str]) -> dict[str, Image.Image]:
+def originals(
+    name: str, model: ModelRequest, data: DataRequest, ids: Sequence[str]
+) -> dict[str, Image.Image]:
     """Call :meth:`tasks.common.task.Task.originals` without libraries of models. Raises DataError."""
     if name in _REGISTERED:
         return _REGISTERED[name].originals(model, data, ids)
     _check(name)
-    found: dict[str, Image.Image] = importlib.import_module(f"tasks.{name}.originals").originals(model, data, ids)
+    found: dict[str, Image.Image] = importlib.import_module(f"tasks.{name}.originals").originals(
+        model, data, ids
+    )
     return found
 
 

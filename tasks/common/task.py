@@ -64,7 +64,9 @@ class LoadedModel:
     def weights(self) -> Weights:
         """The weights as a record has them."""
         entries = list(self.entries)
-        return Weights(tag=self.tag, source=self.source, sha256=self.sha256, entry=self.entry, entries=entries)
+        return Weights(
+            tag=self.tag, source=self.source, sha256=self.sha256, entry=self.entry, entries=entries
+        )
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,9 @@ class Task:
         """Draw the calibration images. Raises DataError."""
         raise NotImplementedError
 
-    def inputs(self, loaded: LoadedModel, images: CalibrationSet, recipe: Recipe, device: torch.device) -> dict[str, Samples]:
+    def inputs(
+        self, loaded: LoadedModel, images: CalibrationSet, recipe: Recipe, device: torch.device
+    ) -> dict[str, Samples]:
         """Return the calibration inputs of each chain; called before any chain is made."""
         return images.inputs or {"": images.images}
 
@@ -203,7 +207,12 @@ class Task:
         raise NotImplementedError
 
     def divergences(
-        self, loaded: LoadedModel, images: CalibrationSet, recipe: Recipe, device: torch.device, batch_size: int
+        self,
+        loaded: LoadedModel,
+        images: CalibrationSet,
+        recipe: Recipe,
+        device: torch.device,
+        batch_size: int,
     ) -> dict[str, Divergence]:
         """Return the divergence of each chain; called before any chain is made."""
         return {"": self.divergence(recipe)}
@@ -221,7 +230,9 @@ class Task:
         """Measure ``model`` (of :meth:`assemble`) on its ``device``. Raises DataError, NumericsError."""
         raise NotImplementedError
 
-    def originals(self, model: ModelRequest, data: DataRequest, ids: Sequence[str]) -> dict[str, Image.Image]:
+    def originals(
+        self, model: ModelRequest, data: DataRequest, ids: Sequence[str]
+    ) -> dict[str, Image.Image]:
         """Return the original images, RGB, of samples that an evaluation names in its examples.
 
         Reads these images alone, and no weights. Ids may come from files that others wrote: none
@@ -230,5 +241,7 @@ class Task:
         Raises:
             DataError: the data are not there, an id is none of theirs, or an image is damaged.
         """
-        found: dict[str, Image.Image] = importlib.import_module(f"{self.tags.__package__}.originals").originals(model, data, ids)
+        found: dict[str, Image.Image] = importlib.import_module(
+            f"{self.tags.__package__}.originals"
+        ).originals(model, data, ids)
         return found

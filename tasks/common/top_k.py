@@ -50,7 +50,9 @@ def evaluate(
     for batch in image_outputs(model, images, device, batch_size, workers):
         logits, target = batch.values, batch.targets.to(device)
         if not bool(torch.isfinite(logits).all()):
-            raise NumericsError("The model's outputs have NaN or infinite values: check the weights and the recipe.")
+            raise NumericsError(
+                "The model's outputs have NaN or infinite values: check the weights and the recipe."
+            )
         own = logits.gather(1, target[:, None])
         # Ties count against the model: a constant output must not score.
         rank = ((logits >= own).sum(1) - 1).cpu()
@@ -94,4 +96,7 @@ def _answers(logits: Tensor, target: int, names: Sequence[str]) -> dict[str, Any
     values = logits.cpu().double()
     shares = values.softmax(0).tolist()
     best = leaders(values.numpy(), np.arange(len(values)) == target)
-    return {"truth": name(target), "top": [{"name": name(label), "share": shares[label]} for label in best]}
+    return {
+        "truth": name(target),
+        "top": [{"name": name(label), "share": shares[label]} for label in best],
+    }

@@ -17,4 +17,10 @@ OPTIONS = TaskOptions(
 )
 
 if __name__ == "__main__":
-    main(build_group("detection", "Quantize detectors of mmdet (simulated) and measure COCO's average precisions.", OPTIONS))
+    main(
+        build_group(
+            "detection",
+            "Quantize detectors of mmdet (simulated) and measure COCO's average precisions.",
+            OPTIONS,
+        )
+    )

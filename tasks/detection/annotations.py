@@ -55,7 +55,9 @@ def checked(content: object, where: str, annotated: bool = True) -> Coco:
     for name in ("images", "annotations", "categories"):
         listed = found.get(name)
         if not isinstance(listed, list) or not all(isinstance(entry, dict) for entry in listed):
-            raise DataError(f"{where} has no list {name!r} of objects: it is not a file of COCO's format.")
+            raise DataError(
+                f"{where} has no list {name!r} of objects: it is not a file of COCO's format."
+            )
 
     def spots(what: str) -> Iterator[tuple[Entry, str]]:
         for number, entry in enumerate(found["categories" if what == "category" else f"{what}s"]):
@@ -86,11 +88,15 @@ def _image(entry: Entry, spot: str) -> Entry:
     text = name.replace("\\", "/") if isinstance(name, str) else ""
     path = posixpath.normpath(text)
     if path in (".", "/") or ".." in text.split("/"):
-        raise DataError(f"{spot}: {name!r} is not the path of an image below the folder of the data.")
+        raise DataError(
+            f"{spot}: {name!r} is not the path of an image below the folder of the data."
+        )
     return {**found, "file_name": path}
 
 
-def _annotation(entry: Entry, number: int, where: str, sizes: dict[int, tuple[int, int]], kinds: set[int]) -> Entry:
+def _annotation(
+    entry: Entry, number: int, where: str, sizes: dict[int, tuple[int, int]], kinds: set[int]
+) -> Entry:
     spot = f"{where}, annotation {entry.get('id', f'{number} (counted from 0)')}"
     found = {name: _whole(entry, name, spot) for name in ("id", "image_id", "category_id")}
     if found["image_id"] not in sizes:
@@ -98,11 +104,15 @@ def _annotation(entry: Entry, number: int, where: str, sizes: dict[int, tuple[in
     spot = f"{spot} of the image {found['image_id']}"
     if found["category_id"] not in kinds:
         raise DataError(f"{spot}: there is no category with the id {found['category_id']}.")
-    box, area, crowd, mask = (entry.get(name) for name in ("bbox", "area", "iscrowd", "segmentation"))
+    box, area, crowd, mask = (
+        entry.get(name) for name in ("bbox", "area", "iscrowd", "segmentation")
+    )
     if not isinstance(box, list) or len(box) != 4 or not all(map(_finite, box)) or min(box[2:]) < 0:
         raise DataError(f"{spot}: bbox is {box!r}; x, y, width and height are expected.")
     if area is not None and not _finite(area):
-        raise DataError(f"{spot}: area is {area!r}; the area of the object in pixels is expected: sizes are told by it.")
+        raise DataError(
+            f"{spot}: area is {area!r}; the area of the object in pixels is expected: sizes are told by it."
+        )
     if crowd not in (None, 0, 1):
         raise DataError(f"{spot}: iscrowd is {crowd!r} instead of 0 or 1.")
     kept = {**found, "bbox": box, "iscrowd": int(crowd or 0)}
@@ -140,7 +150,9 @@ def _check_mask(mask: object, size: tuple[int, int], spot: str) -> None:
     """Refuse all but polygons, or run lengths of an image of ``size`` (height, width)."""
 
     def refuse(why: str) -> NoReturn:
-        raise DataError(f"{spot}: its segmentation {why}. Polygons or run lengths are expected, or none for box AP only.")
+        raise DataError(
+            f"{spot}: its segmentation {why}. Polygons or run lengths are expected, or none for box AP only."
+        )
 
     if isinstance(mask, list):
         if not all(isinstance(polygon, list) and all(map(_finite, polygon)) for polygon in mask):
@@ -155,10 +167,14 @@ def _check_mask(mask: object, size: tuple[int, int], spot: str) -> None:
     if isinstance(counts, str):
         total = _decoded_total(counts)
     else:
-        whole = isinstance(counts, list) and all(type(count) is int and count >= 0 for count in counts)
+        whole = isinstance(counts, list) and all(
+            type(count) is int and count >= 0 for count in counts
+        )
         total = sum(counts) if whole and isinstance(counts, list) else None
     if total != size[0] * size[1]:
-        refuse(f"has run lengths that are damaged or do not cover the image ({total} of {size[0] * size[1]} pixels)")
+        refuse(
+            f"has run lengths that are damaged or do not cover the image ({total} of {size[0] * size[1]} pixels)"
+        )
 
 
 def _decoded_total(text: str) -> int | None:

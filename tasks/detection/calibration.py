@@ -33,17 +33,25 @@ def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> C
     source = open_source(loaded, data, "train")
     if data.calibration_list is not None:
         names = [id_below(name, source.root) for name in read_list(data.calibration_list).ids]
-        order = positions_of(names, source.image_ids, data.calibration_list, f"{source.name} {source.split}")
+        order = positions_of(
+            names, source.image_ids, data.calibration_list, f"{source.name} {source.split}"
+        )
     else:
         order = np.random.default_rng(recipe.seed).permutation(len(source.image_ids)).tolist()
     ids = [source.image_ids[index] for index in order]
     # Asked for all at once, before the first is read.
     source.orientations(order[: recipe.calibration_images])
     transform, labels = loaded.eval_transform, [0] * len(ids)
-    images = Images(ids, labels, lambda index: source.read(order[index]), transform, data.skip_corrupt)
-    drawn, positions, skipped = take(images, range(len(ids)), recipe.calibration_images, recipe.seed)
+    images = Images(
+        ids, labels, lambda index: source.read(order[index]), transform, data.skip_corrupt
+    )
+    drawn, positions, skipped = take(
+        images, range(len(ids)), recipe.calibration_images, recipe.seed
+    )
     chosen = [ids[position] for position in positions]
-    _, notes = source.orientations([order[position] for position in positions], "calibration images")
+    _, notes = source.orientations(
+        [order[position] for position in positions], "calibration images"
+    )
     samples = Samples([image for image, _ in drawn])
     shapes: list[Any] = [list(image.shape) for image in samples]
     digest = hashlib.sha256(json.dumps([recipe.calibration_transform, chosen, shapes]).encode())

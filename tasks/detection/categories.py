@@ -49,10 +49,14 @@ def match_categories(coco: Coco, loaded: LoadedModel, what: str) -> Matched:
                 f"{loaded.tag} has {loaded.classes} classes, whose names its weights do not say: "
                 f"use data or weights that fit.{_NAMING}"
             )
-        notes = [f"The weights name no classes: the {loaded.classes} categories are taken for them in the file's order"]
+        notes = [
+            f"The weights name no classes: the {loaded.classes} categories are taken for them in the file's order"
+        ]
         unused = [entry for entry in categories if entry not in kept]
         if unused:
-            notes.append(f"Categories without annotations are left out, since only then their number fits: {_listed(unused)}")
+            notes.append(
+                f"Categories without annotations are left out, since only then their number fits: {_listed(unused)}"
+            )
         ids = tuple(entry["id"] for entry in kept)
         return Matched({**coco, "categories": kept}, ids, origin, tuple(notes))
     found = by_name(names, [entry["name"] for entry in categories])
@@ -74,7 +78,9 @@ def match_categories(coco: Coco, loaded: LoadedModel, what: str) -> Matched:
             f"{other[0][0]!r} for {other[0][1]!r}"
         )
     if unknown:
-        notes.append(f"Categories without annotations that the detector does not know are left out: {_listed(unknown)}")
+        notes.append(
+            f"Categories without annotations that the detector does not know are left out: {_listed(unknown)}"
+        )
     if absent:
         notes.append(
             f"{what} has no category for {len(absent)} of {len(names)} classes, such as "
@@ -97,7 +103,12 @@ def _class_names(loaded: LoadedModel) -> tuple[Sequence[str] | None, Origin]:
 
 
 def _check_unused(
-    unknown: Sequence[Entry], coco: Coco, loaded: LoadedModel, names: Sequence[str], what: str, origin: Origin
+    unknown: Sequence[Entry],
+    coco: Coco,
+    loaded: LoadedModel,
+    names: Sequence[str],
+    what: str,
+    origin: Origin,
 ) -> None:
     """Refuse objects of categories that the detector does not know: it can find none of them."""
     counts = Counter(entry["category_id"] for entry in coco["annotations"])

@@ -56,12 +56,16 @@ def detector_segments(model: TwoStageDetector, recipes: Mapping[str, Recipe]) ->
     return [*segments, Segment("neck", "neck", neck, before=_PackStages(), takes_kept=True)]
 
 
-def _stage_segments(label: str, stage: SwinBlockSequence, output: nn.Module, recipe: Recipe) -> list[Segment]:
+def _stage_segments(
+    label: str, stage: SwinBlockSequence, output: nn.Module, recipe: Recipe
+) -> list[Segment]:
     quantized = recipe.w_bits != OFF or recipe.a_bits != OFF
     segments = []
     for number, original in enumerate(stage.blocks):
         block = ExplicitSwinBlock(original, recipe)
-        pairs: tuple[NormPair, ...] = norm_pair(block.norm1, "attn.qkv", "pad") + norm_pair(block.norm2, "mlp.fc1")
+        pairs: tuple[NormPair, ...] = norm_pair(block.norm1, "attn.qkv", "pad") + norm_pair(
+            block.norm2, "mlp.fc1"
+        )
         segments.append(
             Segment(
                 f"{label}.blocks.{number}",
@@ -89,7 +93,9 @@ class BackboneAndNeck(nn.Module):
         super().__init__()
         kinds = [segment.kind for segment in chain]
         if "neck" not in kinds:
-            raise ModelError("The chain has no neck, so it does not give the maps of a detector's heads.")
+            raise ModelError(
+                "The chain has no neck, so it does not give the maps of a detector's heads."
+            )
         self.segments = nn.ModuleList(list(chain)[: kinds.index("neck") + 1])
         self.unpack = Unpack(self.segments[-1].block.channels)
 

@@ -68,10 +68,15 @@ class DetectionSource:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over the data, and a decision on EXIF orientations where images have them."""
-        sizes = [(name, entry["height"], entry["width"]) for name, entry in zip(self.image_ids, self.images, strict=True)]
+        sizes = [
+            (name, entry["height"], entry["width"])
+            for name, entry in zip(self.image_ids, self.images, strict=True)
+        ]
         place = {entry["id"]: position for position, entry in enumerate(self.images)}
         # The numbers that a file gives its images say nothing: only whose each annotation is.
-        annotations = [{**entry, "image_id": place[entry["image_id"]]} for entry in self.coco["annotations"]]
+        annotations = [
+            {**entry, "image_id": place[entry["image_id"]]} for entry in self.coco["annotations"]
+        ]
         parts = [sizes, annotations, self.coco["categories"]]
         if self.exif is not None and self.oriented:
             parts.append([self.exif])
@@ -85,7 +90,9 @@ class DetectionSource:
         kept = {entry["id"] for entry in images}
         annotations = [entry for entry in self.coco["annotations"] if entry["image_id"] in kept]
         coco = {"images": images, "annotations": annotations, "categories": self.coco["categories"]}
-        return replace(self, split=f"{self.split}[:{limit}]", image_ids=self.image_ids[:limit], coco=coco)
+        return replace(
+            self, split=f"{self.split}[:{limit}]", image_ids=self.image_ids[:limit], coco=coco
+        )
 
     def orientations(self, indices: Sequence[int], images: str = "images") -> tuple[int, list[str]]:
         """Count images with an EXIF orientation tag, with a note. Raises DataError."""
@@ -102,7 +109,9 @@ class DetectionSource:
         tagged = [bool(one.applied) for one in found.values() if one.tag != 1]
         if not tagged:
             return 0, []
-        reason = "as their annotated sizes ask for" if self.exif is None else f"by --exif {self.exif}"
+        reason = (
+            "as their annotated sizes ask for" if self.exif is None else f"by --exif {self.exif}"
+        )
         note = (
             f"{len(tagged)} of {len(indices)} {images} have an EXIF orientation tag: {sum(tagged)} are turned by it and "
             f"{len(tagged) - sum(tagged)} are read as stored, {reason}"
@@ -116,7 +125,9 @@ class DetectionSource:
 
     def describe(self) -> Dataset:
         """The record's entry."""
-        names: dict[int | None, str | None] = {entry["id"]: entry["name"] for entry in self.coco["categories"]}
+        names: dict[int | None, str | None] = {
+            entry["id"]: entry["name"] for entry in self.coco["categories"]
+        }
         return Dataset(
             name=self.name,
             split=self.split,
@@ -154,14 +165,18 @@ def open_source(loaded: LoadedModel, data: DataRequest, part: str) -> DetectionS
     if part == "train":
         return source
     found = match_categories(source.coco, loaded, f"{source.name} {source.split}")
-    return replace(source, coco=found.coco, labels=found.labels, classes_from=found.origin, notes=found.notes)
+    return replace(
+        source, coco=found.coco, labels=found.labels, classes_from=found.origin, notes=found.notes
+    )
 
 
 def open_coco(root: Path, part: str, exif: Exif | None = None) -> DetectionSource:
     """Open a part of COCO 2017, ``train`` without annotations. Raises DataError."""
     missing = absent(root, part)
     if missing:
-        raise DataError(f"There is no {' and no '.join(item.removeprefix('the ') for item in missing)}. {LAYOUT}.")
+        raise DataError(
+            f"There is no {' and no '.join(item.removeprefix('the ') for item in missing)}. {LAYOUT}."
+        )
     path, split = annotation_file(root, part), SPLITS[part]
     coco = read_annotations(path, part == "val")
     images, categories = len(coco["images"]), len(coco["categories"])
@@ -199,7 +214,9 @@ def open_demo(part: str) -> DetectionSource:
     return DetectionSource(scenes.DATA, own, ids, coco, read)
 
 
-def _of_files(name: str, folder: Path, root: Path | None, coco: Coco, path: Path, exif: Exif | None) -> DetectionSource:
+def _of_files(
+    name: str, folder: Path, root: Path | None, coco: Coco, path: Path, exif: Exif | None
+) -> DetectionSource:
     """Make a source of images in ``folder``, whose names may begin at ``root``."""
     names = [entry["file_name"] for entry in coco["images"]]
     ids, files = zip(*locate(names, folder, root, path), strict=True)
@@ -213,7 +230,10 @@ def _of_files(name: str, folder: Path, root: Path | None, coco: Coco, path: Path
 
 
 def file_reader(
-    paths: Sequence[Path], sizes: Sequence[tuple[int, int]], annotations: Path, exif: Exif | None = None
+    paths: Sequence[Path],
+    sizes: Sequence[tuple[int, int]],
+    annotations: Path,
+    exif: Exif | None = None,
 ) -> Callable[[int], np.ndarray]:
     """Read images by index as mmdet's ``LoadImageFromFile`` does: (H, W, 3) uint8, blue first.
 
@@ -240,7 +260,9 @@ def file_reader(
                 image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
                 image.load()
         flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-        array = None if of_pillow else cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), flags)
+        array = (
+            None if of_pillow else cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), flags)
+        )
         if array is None:  # also of a format that only Pillow knows
             array = np.asarray(open_rgb(path))[:, :, ::-1].copy()
         array = turned(array, orientation.tag) if orientation.applied else array

@@ -19,9 +19,24 @@ Kind = Literal["mask_rcnn", "cascade_mask_rcnn"]
 
 #: Width of the first stage, blocks and heads of the stages, and drop path rate in training.
 BACKBONES: dict[str, Config] = {
-    "swin_tiny": {"embed_dims": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24), "drop_path_rate": 0.2},
-    "swin_small": {"embed_dims": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24), "drop_path_rate": 0.2},
-    "swin_base": {"embed_dims": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32), "drop_path_rate": 0.3},
+    "swin_tiny": {
+        "embed_dims": 96,
+        "depths": (2, 2, 6, 2),
+        "num_heads": (3, 6, 12, 24),
+        "drop_path_rate": 0.2,
+    },
+    "swin_small": {
+        "embed_dims": 96,
+        "depths": (2, 2, 18, 2),
+        "num_heads": (3, 6, 12, 24),
+        "drop_path_rate": 0.2,
+    },
+    "swin_base": {
+        "embed_dims": 128,
+        "depths": (2, 2, 18, 2),
+        "num_heads": (4, 8, 16, 32),
+        "drop_path_rate": 0.3,
+    },
 }
 KINDS: tuple[Kind, ...] = ("mask_rcnn", "cascade_mask_rcnn")
 

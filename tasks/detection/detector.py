@@ -31,7 +31,9 @@ class QuantizedDetector(nn.Module):
         super().__init__()
         self.rpn_head, self.roi_head = model.rpn_head, model.roi_head
         chain = chains.get(DETECTOR)
-        self.trunk = nn.Sequential(model.backbone, model.neck) if chain is None else BackboneAndNeck(chain)
+        self.trunk = (
+            nn.Sequential(model.backbone, model.neck) if chain is None else BackboneAndNeck(chain)
+        )
         self.eval()
 
     def extract_feat(self, image: Tensor) -> tuple[Tensor, ...]:
@@ -47,14 +49,18 @@ class QuantizedDetector(nn.Module):
         NumericsError for NaN or infinity, where mmdet would just find less.
         """
         if len(image) != 1:
-            raise DataError(f"Detectors are run on one image at a time, and this is a batch of {len(image)}.")
+            raise DataError(
+                f"Detectors are run on one image at a time, and this is a batch of {len(image)}."
+            )
         sample = described(meta)
         with self._checked(), warnings.catch_warnings():
             # how mmdet copies a cascade's masks
             warnings.filterwarnings("ignore", "To copy construct from a tensor")
             features = self.extract_feat(image)
             proposals = self.rpn_head.predict(features, [sample], rescale=False)
-            (sample.pred_instances,) = self.roi_head.predict(features, proposals, [sample], rescale=True)
+            (sample.pred_instances,) = self.roi_head.predict(
+                features, proposals, [sample], rescale=True
+            )
         return sample
 
     @contextmanager
@@ -62,7 +68,9 @@ class QuantizedDetector(nn.Module):
         """Check all outputs of trunk and heads for NaN and infinity before they are used."""
         named = {"backbone and neck give": self.trunk, "the RPN gives": self.rpn_head}
         named |= {f"the RoI head {name} gives": head for name, head in roi_heads(self).items()}
-        handles = [module.register_forward_hook(partial(_check, name)) for name, module in named.items()]
+        handles = [
+            module.register_forward_hook(partial(_check, name)) for name, module in named.items()
+        ]
         try:
             yield
         finally:
@@ -72,4 +80,6 @@ class QuantizedDetector(nn.Module):
 
 def _check(what: str, _module: nn.Module, _args: Any, output: Any) -> None:
     if not all(bool(one.isfinite().all()) for one in tree_leaves(output)):
-        raise NumericsError(f"What {what} holds NaN or infinity, so what is found would not be what the model says.")
+        raise NumericsError(
+            f"What {what} holds NaN or infinity, so what is found would not be what the model says."
+        )

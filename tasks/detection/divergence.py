@@ -54,13 +54,17 @@ class ProposalDivergence(Divergence):
         full, weights = full[:, :-positions], full[:, -positions:]
         end = positions * 5 * self.anchors
         maps = [part[:, :end].reshape(-1, positions, 5 * self.anchors) for part in (found, full)]
-        (scores, boxes), (full_scores, full_boxes) = (part.split([self.anchors, 4 * self.anchors], 2) for part in maps)
+        (scores, boxes), (full_scores, full_boxes) = (
+            part.split([self.anchors, 4 * self.anchors], 2) for part in maps
+        )
         terms = [(binary_kl(scores, full_scores).mean(2) * weights).sum()]
         chosen = (full_scores.sigmoid() > SCORE).repeat_interleave(4, 2)
         far = F.smooth_l1_loss(boxes * chosen, full_boxes * chosen, reduction="none")
         terms.append((far.mean(2) * weights).sum())
         if self.classes:
-            logits, full_logits = (part[:, end:].reshape(-1, self.classes).log_softmax(1) for part in (found, full))
+            logits, full_logits = (
+                part[:, end:].reshape(-1, self.classes).log_softmax(1) for part in (found, full)
+            )
             terms.append(F.kl_div(logits, full_logits, reduction="batchmean", log_target=True))
         total = sum(term / term.detach().clamp(min=_NOTHING) for term in terms)
         assert isinstance(total, Tensor)
@@ -73,4 +77,6 @@ def binary_kl(logits: Tensor, reference: Tensor) -> Tensor:
     # log(1 + p (exp(gap) - 1)) - p gap, which stays exact where the gap is small; for large ones the exponential would overflow.
     near = gap.clamp(-_NEAR, _NEAR)
     close = torch.log1p(p * torch.expm1(near)) - p * near
-    return torch.where(gap.abs() > _NEAR, F.softplus(logits) - F.softplus(reference) - p * gap, close)
+    return torch.where(
+        gap.abs() > _NEAR, F.softplus(logits) - F.softplus(reference) - p * gap, close
+    )

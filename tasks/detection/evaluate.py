@@ -53,7 +53,9 @@ def detect(
     annotated; ModelError where detector and image do not fit, and NumericsError for NaN or
     infinity.
     """
-    images = Images(source.image_ids, [0] * len(source.image_ids), source.read, prepare, skip_corrupt)  # type: ignore[arg-type]
+    images = Images(
+        source.image_ids, [0] * len(source.image_ids), source.read, prepare, skip_corrupt
+    )  # type: ignore[arg-type]
     loader = DataLoader(images, batch_size=None, num_workers=workers, collate_fn=_as_it_is)
     results: list[Entry] = []
     kept: list[int] = []
@@ -85,11 +87,15 @@ def _predicted(predict: Predict, image: Tensor, meta: dict[str, Any], name: str)
     except (RuntimeError, AssertionError) as error:
         if isinstance(error, torch.cuda.OutOfMemoryError) or "allocate memory" in str(error):
             raise
-        raise ModelError(f"The model does not take the image {name} of shape {tuple(image.shape)}: {error}") from error
+        raise ModelError(
+            f"The model does not take the image {name} of shape {tuple(image.shape)}: {error}"
+        ) from error
     return getattr(found, "pred_instances", found)
 
 
-def coco_results(found: Any, image: Entry, categories: Sequence[int | None], name: str) -> list[Entry]:
+def coco_results(
+    found: Any, image: Entry, categories: Sequence[int | None], name: str
+) -> list[Entry]:
     """Turn the objects in an image into COCO's format of results, as mmdet does.
 
     ``categories`` are ids by label; objects of a class without one are left out. Raises ModelError
@@ -100,14 +106,22 @@ def coco_results(found: Any, image: Entry, categories: Sequence[int | None], nam
     boxes, scores = (value.detach().float().cpu().numpy() for value in (found.bboxes, found.scores))
     labels, masks = found.labels.detach().cpu().numpy(), found.masks
     if not (np.isfinite(boxes).all() and np.isfinite(scores).all()):
-        raise NumericsError(f"The model finds boxes or scores in the image {name} that are NaN or infinite.")
+        raise NumericsError(
+            f"The model finds boxes or scores in the image {name} that are NaN or infinite."
+        )
     if len(labels) and not 0 <= labels.min() <= labels.max() < len(categories):
-        raise ModelError(f"The model finds objects of class {labels.max()} in the image {name}; there are {len(categories)}.")
+        raise ModelError(
+            f"The model finds objects of class {labels.max()} in the image {name}; there are {len(categories)}."
+        )
     shape = (len(labels), image["height"], image["width"])
     if tuple(masks.shape) != shape or masks.dtype not in (torch.bool, torch.uint8):
-        raise ModelError(f"The model's masks of the image {name} are {masks.dtype} {tuple(masks.shape)} instead of bool {shape}.")
+        raise ModelError(
+            f"The model's masks of the image {name} are {masks.dtype} {tuple(masks.shape)} instead of bool {shape}."
+        )
     entries = []
-    objects = zip(boxes.tolist(), scores.tolist(), labels.tolist(), masks.cpu().numpy(), strict=True)
+    objects = zip(
+        boxes.tolist(), scores.tolist(), labels.tolist(), masks.cpu().numpy(), strict=True
+    )
     for (x1, y1, x2, y2), score, label, mask in objects:
         if (category := categories[label]) is None:
             continue
@@ -142,7 +156,9 @@ def measure(source: DetectionSource, detections: Detections, keep: bool = False)
             whole, without = found.whole[chosen].mean(), found.without[:, chosen].mean(axis=1)
             if len(without) > 1 and not np.isnan(without).any():
                 shares[f"{name}_{ending}"] = share = contributions(float(whole), without)
-                metrics[f"{name}_{ending}"] = Metric(value=100 * float(whole), stderr=100 * standard_error(share))
+                metrics[f"{name}_{ending}"] = Metric(
+                    value=100 * float(whole), stderr=100 * standard_error(share)
+                )
     if "AP_box" not in metrics:
         raise DataError(
             f"{source.name} {source.split} has objects in fewer than two of {len(detections.kept)} images: nothing to measure."
@@ -166,7 +182,9 @@ def _measurable(source: DetectionSource) -> tuple[dict[str, str], list[str]]:
     without = sum("segmentation" not in entry for entry in annotations)
     kinds = {ending: kind for ending, kind in KINDS.items() if not (without and ending == "mask")}
     if without:
-        notes.append(f"{without} of {len(annotations)} annotations have no mask: box AP is measured, mask AP is not")
+        notes.append(
+            f"{without} of {len(annotations)} annotations have no mask: box AP is measured, mask AP is not"
+        )
     areas = [entry for entry in annotations if "area" not in entry]
     if areas:
         of_masks = sum("segmentation" in entry for entry in areas)
@@ -177,7 +195,9 @@ def _measurable(source: DetectionSource) -> tuple[dict[str, str], list[str]]:
     return kinds, notes
 
 
-def _outcomes(source: DetectionSource, detections: Detections, shares: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _outcomes(
+    source: DetectionSource, detections: Detections, shares: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
     row = {source.images[index]["id"]: number for number, index in enumerate(detections.kept)}
 
     def counted(entries: list[Entry]) -> np.ndarray:
@@ -212,7 +232,10 @@ def match(source: DetectionSource, detections: Detections, kind: str) -> dict[st
         for size in params.areaRngLbl
     }
     levels = len(params.iouThrs)
-    return {size: [_gathered(by_id[category, size], levels) for category in params.catIds] for size in params.areaRngLbl}
+    return {
+        size: [_gathered(by_id[category, size], levels) for category in params.catIds]
+        for size in params.areaRngLbl
+    }
 
 
 def _gathered(found: list[tuple[int, Entry | None]], levels: int) -> Matches:
@@ -227,7 +250,13 @@ def _gathered(found: list[tuple[int, Entry | None]], levels: int) -> Matches:
             scores.append(np.asarray(entry["dtScores"], dtype=np.float64))
             matched.append(entry["dtMatches"] != 0)
             ignored.append(np.asarray(entry["dtIgnore"], dtype=bool))
-    return Matches.of(np.concatenate(images), np.concatenate(scores), np.hstack(matched), np.hstack(ignored), truths)
+    return Matches.of(
+        np.concatenate(images),
+        np.concatenate(scores),
+        np.hstack(matched),
+        np.hstack(ignored),
+        truths,
+    )
 
 
 def _objects(source: DetectionSource, detections: Detections) -> Any:
@@ -257,6 +286,10 @@ def _index(source: DetectionSource, detections: Detections, annotations: list[En
     from pycocotools.coco import COCO
 
     found, images = COCO(), [source.images[index] for index in detections.kept]
-    found.dataset = {"images": images, "annotations": annotations, "categories": source.coco["categories"]}
+    found.dataset = {
+        "images": images,
+        "annotations": annotations,
+        "categories": source.coco["categories"],
+    }
     found.createIndex()
     return found

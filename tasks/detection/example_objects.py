@@ -21,7 +21,9 @@ def detection_examples(source: DetectionSource, detections: Detections) -> list[
     ``found`` are the 20 detections of highest score, from 0.3 on; ``truth`` the annotated objects
     without crowd regions, of more than 100 the largest.
     """
-    shown = [detections.kept[index] for index in Spread(len(source.image_ids)).take(detections.kept)]
+    shown = [
+        detections.kept[index] for index in Spread(len(source.image_ids)).take(detections.kept)
+    ]
     found: dict[int, list[Entry]] = {source.images[position]["id"]: [] for position in shown}
     truth: dict[int, list[Entry]] = {number: [] for number in found}
     for entry in detections.results:
@@ -43,7 +45,9 @@ def detection_examples(source: DetectionSource, detections: Detections) -> list[
                 "sample": source.image_ids[position],
                 "size": list(size),
                 "truth": [_object(entry, names, size) for entry in largest],
-                "found": [{**_object(entry, names, size), "score": entry["score"]} for entry in best],
+                "found": [
+                    {**_object(entry, names, size), "score": entry["score"]} for entry in best
+                ],
             }
         )
     return examples
@@ -55,7 +59,9 @@ def _object(entry: Entry, names: dict[int, str], size: tuple[int, int]) -> dict[
     return {"name": names[entry["category_id"]], "box": box, "polygons": polygons}
 
 
-def outlines(segmentation: list[list[float]] | dict[str, Any], width: int, height: int) -> list[list[float]]:
+def outlines(
+    segmentation: list[list[float]] | dict[str, Any], width: int, height: int
+) -> list[list[float]]:
     """Outlines x0, y0, x1, y1, ... of a mask in COCO's format, the largest first.
 
     Each has at most 60 corners and encloses at least 4 pixels; of more than 20 the largest are
@@ -65,7 +71,9 @@ def outlines(segmentation: list[list[float]] | dict[str, Any], width: int, heigh
 
     if isinstance(segmentation, list):
         # Only what is in the image is seen; and numbers that are too large for single precision would not be numbers.
-        corners = [np.asarray(polygon).reshape(-1, 2).clip(0, (width, height)) for polygon in segmentation]
+        corners = [
+            np.asarray(polygon).reshape(-1, 2).clip(0, (width, height)) for polygon in segmentation
+        ]
         rings = [ring.astype(np.float32) for ring in corners]
     else:
         rings = _traced(segmentation, width, height)
@@ -80,7 +88,11 @@ def _traced(code: dict[str, Any], width: int, height: int) -> list[np.ndarray]:
     import cv2
     from pycocotools import mask as run_lengths
 
-    packed = code if isinstance(code["counts"], str | bytes) else run_lengths.frPyObjects(code, height, width)
+    packed = (
+        code
+        if isinstance(code["counts"], str | bytes)
+        else run_lengths.frPyObjects(code, height, width)
+    )
     mask = run_lengths.decode(packed)
     x, y, w, h = (int(value) for value in run_lengths.toBbox(packed))
     # OpenCV goes through the centres of border pixels, which takes half a pixel off every side: half of a thin stroke. With

@@ -33,7 +33,13 @@ def image_folders(path: Path) -> list[Path]:
     ``data/val2017_small``, ``data/val2017``, ``data/annotations/images``, ``data/annotations``.
     """
     parent, split = path.parent, path.stem.removeprefix("instances_")
-    found = [parent / path.stem, parent.parent / split, parent.parent / split.partition("_")[0], parent / "images", parent]
+    found = [
+        parent / path.stem,
+        parent.parent / split,
+        parent.parent / split.partition("_")[0],
+        parent / "images",
+        parent,
+    ]
     return list(dict.fromkeys(found))
 
 
@@ -58,7 +64,9 @@ def image_folder(path: Path, first: str) -> Path:
     raise DataError(f"The images of {path} are not there: {first!r} was looked for in {places}.")
 
 
-def locate(names: Sequence[str], folder: Path, root: Path | None, annotations: Path) -> list[tuple[str, Path]]:
+def locate(
+    names: Sequence[str], folder: Path, root: Path | None, annotations: Path
+) -> list[tuple[str, Path]]:
     """Find id and file of each image that the file ``annotations`` names; ids begin with a folder.
 
     ``names`` are relative to ``folder`` or to the data's ``root`` (if not None), or absolute and
@@ -70,7 +78,11 @@ def locate(names: Sequence[str], folder: Path, root: Path | None, annotations: P
     missing, outside = [], []
     for name in names:
         files: dict[Path, str] = {}
-        below = [(place, prefix, text) for place, prefix in places if (text := place.relative(name)) is not None]
+        below = [
+            (place, prefix, text)
+            for place, prefix in places
+            if (text := place.relative(name)) is not None
+        ]
         for place, prefix, text in below:
             if (file := place.find(text)) is not None:
                 files.setdefault(place.folder / file, prefix + text)
@@ -87,10 +99,14 @@ def locate(names: Sequence[str], folder: Path, root: Path | None, annotations: P
             "to it."
         )
     if missing:
-        raise DataError(f"{annotations} names {counted(len(missing), 'image')} missing from {folder}, such as {missing[0]!r}.")
+        raise DataError(
+            f"{annotations} names {counted(len(missing), 'image')} missing from {folder}, such as {missing[0]!r}."
+        )
     twice = [str(file) for file, count in Counter(file for _, file in found).items() if count > 1]
     if twice:
-        raise DataError(f"{annotations} lists {counted(len(twice), 'image')} twice under different names, such as {twice[0]}.")
+        raise DataError(
+            f"{annotations} lists {counted(len(twice), 'image')} twice under different names, such as {twice[0]}."
+        )
     return found
 
 

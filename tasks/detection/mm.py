@@ -70,4 +70,6 @@ def expect(part: object, what: str, *kinds: type) -> None:
     """Refuse a part of a detector of another kind: even a subclass may compute otherwise."""
     if type(part) not in kinds:
         names = " or ".join(kind.__name__ for kind in kinds)
-        raise ModelError(f"{what} of type {type(part).__name__} is not supported: it has to be {names}.")
+        raise ModelError(
+            f"{what} of type {type(part).__name__} is not supported: it has to be {names}."
+        )

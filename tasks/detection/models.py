@@ -81,11 +81,21 @@ def load_model(request: ModelRequest) -> LoadedModel:
         if path is None:
             raise ModelError(f"There is no weights file of {tag}.")
         if request.preprocessing:
-            raise ModelError("Detectors have a preprocessing of their own: give pixel_mean and pixel_std in --model-args.")
+            raise ModelError(
+                "Detectors have a preprocessing of their own: give pixel_mean and pixel_std in --model-args."
+            )
         name, arguments = full_name(request.name).partition(".")[0], request.model_args
         try:
             model = build(published_config(name, **arguments))
-        except (TypeError, ValueError, LookupError, AssertionError, RuntimeError, AttributeError, ArithmeticError) as error:
+        except (
+            TypeError,
+            ValueError,
+            LookupError,
+            AssertionError,
+            RuntimeError,
+            AttributeError,
+            ArithmeticError,
+        ) as error:
             raise ModelError(f"{name} cannot be built with {arguments}: {error}") from error
         stored = read_weights(path, request.weights_entry)
         load_state(model, adapted(stored.state, model, str(path)), str(path))
@@ -123,7 +133,9 @@ def class_names(stored: StoredWeights, classes: int) -> tuple[str, ...] | None:
     if not names:
         return None
     if len(set(names)) < len(names):
-        raise ModelError(f"The class names in the weights {stored.path} are not distinct: {str(names)[:200]}.")
+        raise ModelError(
+            f"The class names in the weights {stored.path} are not distinct: {str(names)[:200]}."
+        )
     if len(names) != classes:
         raise ModelError(
             f"The weights {stored.path} name {len(names)} classes and have outputs for {classes}: "
@@ -144,7 +156,9 @@ def adapted(state: Mapping[str, Tensor], model: nn.Module, where: str) -> dict[s
             f"{named(list(map(repr, state))) or 'nothing'}."
         )
     if own != other:
-        raise ModelError(f"The weights {where} are of a {other}, and this model is a {own}: give the weights or the name of one.")
+        raise ModelError(
+            f"The weights {where} are of a {other}, and this model is a {own}: give the weights or the name of one."
+        )
     common = found.keys() & expected.keys()
     shapes = {name: (found[name].shape, expected[name].shape) for name in found if name in common}
     faults = [
@@ -157,7 +171,9 @@ def adapted(state: Mapping[str, Tensor], model: nn.Module, where: str) -> dict[s
         raise ModelError(f"The weights {where} do not fit the model: {listed}.")
     for name, value in found.items():
         if name.endswith("relative_position_index") and not torch.equal(value, expected[name]):
-            raise ModelError(f"The weights {where} number the positions in a window otherwise than mmdet: '{name}'.")
+            raise ModelError(
+                f"The weights {where} number the positions in a window otherwise than mmdet: '{name}'."
+            )
     return found
 
 
@@ -186,9 +202,14 @@ def _without_extras(state: Mapping[str, Tensor], model: nn.Module, where: str) -
     """Drop averaged copies (``ema_``), and the images' mean and deviation."""
     kept = {name: value for name, value in state.items() if not name.startswith("ema_")}
     for name in ("mean", "std"):
-        value, own = kept.pop(f"data_preprocessor.{name}", None), getattr(model.data_preprocessor, name)
+        value, own = (
+            kept.pop(f"data_preprocessor.{name}", None),
+            getattr(model.data_preprocessor, name),
+        )
         if value is not None and not torch.equal(value.flatten().float(), own.flatten().float()):
-            raise ModelError(f"The weights {where} are for images of another {name}: {value.flatten().tolist()}.")
+            raise ModelError(
+                f"The weights {where} are for images of another {name}: {value.flatten().tolist()}."
+            )
     return kept
 
 
@@ -199,8 +220,14 @@ def _description(state: Mapping[str, Tensor]) -> str | None:
     if patch is None or not heads:
         return None
     blocks = {found.groups() for found in map(_BLOCK.match, state) if found}
-    depths = [sum(stage == name for stage, _ in blocks) for name in sorted({stage for stage, _ in blocks})]
-    kind = "Mask R-CNN" if heads == ["roi_head.bbox_head.fc_cls.weight"] else f"Cascade Mask R-CNN with {len(heads)} stages"
+    depths = [
+        sum(stage == name for stage, _ in blocks) for name in sorted({stage for stage, _ in blocks})
+    ]
+    kind = (
+        "Mask R-CNN"
+        if heads == ["roi_head.bbox_head.fc_cls.weight"]
+        else f"Cascade Mask R-CNN with {len(heads)} stages"
+    )
     table = state.get("backbone.stages.0.blocks.0.attn.w_msa.relative_position_bias_table")
     window = "" if table is None else f" and window {(round(len(table) ** 0.5) + 1) // 2}"
     classes = len(state[heads[0]]) - 1

@@ -35,7 +35,9 @@ def pack(maps: Sequence[Tensor]) -> Tensor:
                 "multiples of the coarsest map's stride (pad_size_divisor, 32 for Swin)."
             )
     last = len(maps) - 1
-    return torch.cat([F.pixel_unshuffle(one, 2 ** (last - level)) for level, one in enumerate(maps)], dim=1)
+    return torch.cat(
+        [F.pixel_unshuffle(one, 2 ** (last - level)) for level, one in enumerate(maps)], dim=1
+    )
 
 
 def unpack(packed: Tensor, channels: Sequence[int]) -> tuple[Tensor, ...]:
@@ -43,7 +45,9 @@ def unpack(packed: Tensor, channels: Sequence[int]) -> tuple[Tensor, ...]:
     last = len(channels) - 1
     shares = [count * 4 ** (last - level) for level, count in enumerate(channels)]
     if packed.shape[1] != sum(shares):
-        raise ModelError(f"{packed.shape[1]} channels are not those of maps with {list(channels)} channels, packed.")
+        raise ModelError(
+            f"{packed.shape[1]} channels are not those of maps with {list(channels)} channels, packed."
+        )
     maps = packed.split(shares, dim=1)
     return tuple(F.pixel_shuffle(one, 2 ** (last - level)) for level, one in enumerate(maps))
 
@@ -64,10 +68,15 @@ class ExplicitFPN(nn.Module):
             module.conv = QuantConv2d.from_float(module.conv, recipe.w_bits, recipe.a_bits)
 
     def forward(self, x: Tensor) -> Tensor:
-        laterals = [conv(one) for conv, one in zip(self.lateral_convs, unpack(x, self.in_channels), strict=True)]
+        laterals = [
+            conv(one)
+            for conv, one in zip(self.lateral_convs, unpack(x, self.in_channels), strict=True)
+        ]
         for level in range(len(laterals) - 1, 0, -1):
             fine = laterals[level - 1]
-            laterals[level - 1] = fine + F.interpolate(laterals[level], size=fine.shape[2:], mode="nearest")
+            laterals[level - 1] = fine + F.interpolate(
+                laterals[level], size=fine.shape[2:], mode="nearest"
+            )
         return pack([conv(one) for conv, one in zip(self.fpn_convs, laterals, strict=True)])
 
 
@@ -99,7 +108,11 @@ class RpnOutputs(nn.Module):
         outputs = []
         for features in self.unpack(packed):
             hidden = F.relu(self.rpn_conv(features))
-            outputs.append(torch.cat([self.rpn_cls(hidden), self.rpn_reg(hidden)], 1).flatten(2).transpose(1, 2))
+            outputs.append(
+                torch.cat([self.rpn_cls(hidden), self.rpn_reg(hidden)], 1)
+                .flatten(2)
+                .transpose(1, 2)
+            )
         return torch.cat(outputs, 1)
 
 
@@ -117,6 +130,8 @@ def rpn_segment(model: nn.Module, recipe: Recipe) -> Segment:
 def rpn_levels(height: int, width: int) -> list[int]:
     """Positions per level in the RPN's output. Raises ModelError for images that are not padded."""
     if height % STRIDES[-2] or width % STRIDES[-2]:
-        raise ModelError(f"An image of {height} x {width} pixels is not padded: the sides must be multiples of {STRIDES[-2]}.")
+        raise ModelError(
+            f"An image of {height} x {width} pixels is not padded: the sides must be multiples of {STRIDES[-2]}."
+        )
     # Negating twice rounds up: subsampling keeps the last position of an odd side.
     return [-(-height // stride) * -(-width // stride) for stride in STRIDES]

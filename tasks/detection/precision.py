@@ -48,7 +48,12 @@ class Matches:
 
     @classmethod
     def of(
-        cls, images: np.ndarray, scores: np.ndarray, matched: np.ndarray, ignored: np.ndarray, truths: np.ndarray
+        cls,
+        images: np.ndarray,
+        scores: np.ndarray,
+        matched: np.ndarray,
+        ignored: np.ndarray,
+        truths: np.ndarray,
     ) -> "Matches":
         """Make one from D detections with (T, D) flags; equal scores keep their order."""
         order = np.argsort(-scores, kind="stable")
@@ -73,14 +78,19 @@ def _by_level(matches: Matches, mean: _Mean) -> np.ndarray:
     total = np.array([matches.truths.sum()], dtype=np.float64)
     values = []
     for hits, _, before in matches.levels:
-        wrong = np.bincount(before, minlength=len(hits) + 1).cumsum()[: len(hits)].astype(np.float64)
+        wrong = (
+            np.bincount(before, minlength=len(hits) + 1).cumsum()[: len(hits)].astype(np.float64)
+        )
         values.append(mean(np.arange(1.0, len(hits) + 1)[None], wrong[None], total)[0])
     return np.array(values)
 
 
 def area_without_each(matches: Matches) -> tuple[np.ndarray, np.ndarray]:
     """Images (B,) that have a part in the :func:`area`, and the areas (B, T) without each."""
-    involved = [matches.truths.nonzero()[0], *(part for level in matches.levels for part in (level.hits, level.misses))]
+    involved = [
+        matches.truths.nonzero()[0],
+        *(part for level in matches.levels for part in (level.hits, level.misses)),
+    ]
     images = np.unique(np.concatenate(involved))
     total = (matches.truths.sum() - matches.truths[images]).astype(np.float64)
     values = np.empty((len(images), len(matches.levels)))
@@ -119,7 +129,9 @@ def _sampled(right: np.ndarray, wrong: np.ndarray, total: np.ndarray) -> np.ndar
     """Means (B,) over the recalls; ``total`` (B,) are the objects."""
     objects = np.where(total > 0, total, np.nan)
     reached = np.searchsorted(RECALLS, right / objects[:, None], side="right")
-    mean = (_interpolated(right, wrong) * np.diff(reached, axis=1, prepend=0)).sum(axis=1) / len(RECALLS)
+    mean = (_interpolated(right, wrong) * np.diff(reached, axis=1, prepend=0)).sum(axis=1) / len(
+        RECALLS
+    )
     return np.where(total > 0, mean, np.nan)
 
 

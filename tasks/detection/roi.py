@@ -76,7 +76,9 @@ def swap_layers(head: nn.Module, recipe: Recipe) -> None:
                 setattr(parent, name, form.from_float(child, recipe.w_bits, recipe.a_bits))
             elif any(True for _ in child.parameters(recurse=False)) and not is_norm(child):
                 where = f"{parent_name}.{name}".lstrip(".")
-                raise ModelError(f"A layer of type {type(child).__name__} ({where}) in a {type(head).__name__} is not supported.")
+                raise ModelError(
+                    f"A layer of type {type(child).__name__} ({where}) in a {type(head).__name__} is not supported."
+                )
 
 
 def stages(kind: str, heads: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -93,7 +95,9 @@ def region_examples(model: nn.Module) -> dict[str, Tensor]:
     for kind, count in (("bbox", settings.rpn.max_per_img), ("mask", settings.rcnn.max_per_img)):
         extractors = getattr(roi_head, f"{kind}_roi_extractor", None)
         for name, extractor in [] if extractors is None else stages(kind, extractors):
-            found[name] = torch.zeros(count, extractor.out_channels, *extractor.roi_layers[0].output_size)
+            found[name] = torch.zeros(
+                count, extractor.out_channels, *extractor.roi_layers[0].output_size
+            )
     return found
 
 
@@ -105,7 +109,10 @@ def roi_parts(model: nn.Module, recipe: Recipe) -> dict[str, BlockChain]:
     heads = roi_heads(model)
     for head in heads.values():
         swap_layers(head, recipe)
-    return {name: BlockChain([Segment("head", "predictor", HeadOutputs(head))]) for name, head in heads.items()}
+    return {
+        name: BlockChain([Segment("head", "predictor", HeadOutputs(head))])
+        for name, head in heads.items()
+    }
 
 
 @torch.no_grad()
@@ -137,7 +144,9 @@ def roi_inputs(
 @torch.no_grad()
 def float_proposals(model: nn.Module, image: Tensor, meta: Mapping[str, object]) -> Tensor:
     """The float RPN's proposals (P, 4) for an image (1, 3, H, W), after NMS, by falling score."""
-    boxes: Tensor = model.rpn_head.predict(model.extract_feat(image), [described(meta)], rescale=False)[0].bboxes
+    boxes: Tensor = model.rpn_head.predict(
+        model.extract_feat(image), [described(meta)], rescale=False
+    )[0].bboxes
     return boxes
 
 
@@ -149,29 +158,47 @@ def class_logits_on(model: nn.Module, features: Sequence[Tensor], proposals: Ten
     """
     _, extractor = stages("bbox", model.roi_head.bbox_roi_extractor)[0]
     _, head = stages("bbox", model.roi_head.bbox_head)[0]
-    logits: Tensor = head(extractor(tuple(features[: extractor.num_inputs]), mm.bbox2roi([proposals])))[0]
+    logits: Tensor = head(
+        extractor(tuple(features[: extractor.num_inputs]), mm.bbox2roi([proposals]))
+    )[0]
     return logits
 
 
-def _pooled(model: nn.Module, heads: Mapping[str, nn.Module], image: Tensor, meta: Mapping[str, object]) -> dict[str, Tensor]:
+def _pooled(
+    model: nn.Module, heads: Mapping[str, nn.Module], image: Tensor, meta: Mapping[str, object]
+) -> dict[str, Tensor]:
     """Pooled features (regions, C, h, w) of one image for each head."""
     sample, roi_head = described(meta), model.roi_head
     features = model.extract_feat(image)
     proposals = model.rpn_head.predict(features, [sample], rescale=False)
-    with _inputs_of({name: head for name, head in heads.items() if name.startswith("bbox")}) as seen:
-        (found,) = roi_head.predict_bbox(features, [sample.metainfo], proposals, rcnn_test_cfg=roi_head.test_cfg, rescale=False)
+    with _inputs_of(
+        {name: head for name, head in heads.items() if name.startswith("bbox")}
+    ) as seen:
+        (found,) = roi_head.predict_bbox(
+            features, [sample.metainfo], proposals, rcnn_test_cfg=roi_head.test_cfg, rescale=False
+        )
     # Without proposals no head is called.
     pooled = seen or _pool("bbox", roi_head, features, proposals[0].bboxes)
     if roi_head.with_mask:
-        pooled |= _pool("mask", roi_head, features, found.bboxes if len(found) else proposals[0].bboxes[:STAND_INS])
+        pooled |= _pool(
+            "mask",
+            roi_head,
+            features,
+            found.bboxes if len(found) else proposals[0].bboxes[:STAND_INS],
+        )
     return pooled
 
 
-def _pool(kind: str, roi_head: nn.Module, features: Sequence[Tensor], boxes: Tensor) -> dict[str, Tensor]:
+def _pool(
+    kind: str, roi_head: nn.Module, features: Sequence[Tensor], boxes: Tensor
+) -> dict[str, Tensor]:
     """Features of the same ``boxes`` (n, 4) for all heads of a kind, by part."""
     regions = mm.bbox2roi([boxes])
     pools = stages(kind, getattr(roi_head, f"{kind}_roi_extractor"))
-    return {name: extractor(tuple(features[: extractor.num_inputs]), regions) for name, extractor in pools}
+    return {
+        name: extractor(tuple(features[: extractor.num_inputs]), regions)
+        for name, extractor in pools
+    }
 
 
 @contextmanager
@@ -220,7 +247,9 @@ class _Terms(_Hidden):
     def forward(self, x: Tensor, side: Tensor, kept: Kept) -> Tensor:
         # RoIAlign has no form of fewer digits.
         with torch.autocast(x.device.type, enabled=False):
-            logits = class_logits_on(self.there(x.device), self.unpack(kept[-1].float()), side[0].float())
+            logits = class_logits_on(
+                self.there(x.device), self.unpack(kept[-1].float()), side[0].float()
+            )
         return torch.cat([x.flatten(1).float(), logits.reshape(1, -1)], 1)
 
 
@@ -237,7 +266,12 @@ class ProposalTerms:
         assert isinstance(neck.block, ExplicitFPN)
         neck.keep = nn.Identity()
         terms = _Terms(self._model, Unpack(neck.block.channels))
-        return [*segments, Segment("roi_terms", "predictor", nn.Identity(), terms, takes_side=True, takes_kept=True)]
+        return [
+            *segments,
+            Segment(
+                "roi_terms", "predictor", nn.Identity(), terms, takes_side=True, takes_kept=True
+            ),
+        ]
 
 
 def class_count(model: nn.Module) -> int:

@@ -26,7 +26,9 @@ class ExplicitPatchEmbed(nn.Module):
         super().__init__()
         expect(embed, "A patch embedding", PatchEmbed)
         self.patch = embed.projection.kernel_size
-        self.projection = QuantConv2d.from_float(embed.projection, recipe.w_bits, recipe.patch_input_bits)
+        self.projection = QuantConv2d.from_float(
+            embed.projection, recipe.w_bits, recipe.patch_input_bits
+        )
         self.norm = embed.norm or nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -100,7 +102,10 @@ class ExplicitSwinBlock(nn.Module):
         if self.shift:
             x = torch.roll(x, shifts=(-self.shift, -self.shift), dims=(1, 2))
         x = x.view(batch, rows, size, columns, size, channels).permute(0, 1, 3, 2, 4, 5)
-        x = self.attn(x.reshape(batch * rows * columns, size * size, channels), self._mask(rows, columns, x.device))
+        x = self.attn(
+            x.reshape(batch * rows * columns, size * size, channels),
+            self._mask(rows, columns, x.device),
+        )
         x = x.view(batch, rows, columns, size, size, channels).permute(0, 1, 3, 2, 4, 5)
         x = x.reshape(batch, rows * size, columns * size, channels)
         if self.shift:
@@ -112,7 +117,9 @@ class ExplicitSwinBlock(nn.Module):
         """(windows, N, N): hides tokens that were not side by side before the shift."""
         if not self.shift:
             return None
-        down, across = (_regions(count, self.window, self.shift, device) for count in (rows, columns))
+        down, across = (
+            _regions(count, self.window, self.shift, device) for count in (rows, columns)
+        )
         region = 3 * down[:, None, :, None] + across[None, :, None, :]
         region = region.reshape(rows * columns, self.window * self.window)
         return torch.where(region[:, :, None] == region[:, None, :], 0.0, _HIDDEN)
@@ -129,4 +136,6 @@ def _window_attention(attention: WindowMSA, recipe: Recipe) -> ExplicitWindowAtt
     expect(attention, "Attention", WindowMSA)
     table, index = attention.relative_position_bias_table, attention.relative_position_index
     bias = table[index.flatten()].view(*index.shape, -1).permute(2, 0, 1)[None]
-    return ExplicitWindowAttention(attention.qkv, attention.proj, attention.num_heads, attention.scale, bias, table, recipe)
+    return ExplicitWindowAttention(
+        attention.qkv, attention.proj, attention.num_heads, attention.scale, bias, table, recipe
+    )

@@ -29,12 +29,18 @@ PUBLISHED: dict[str, dict[str, str]] = {
         "coco_3x": "v1.0.2/cascade_mask_rcnn_swin_tiny_patch4_window7.pth",
         "coco_1x": "v1.0.3/cascade_mask_rcnn_swin_tiny_patch4_window7_1x.pth",
     },
-    "cascade_mask_rcnn_swin_small": {"coco_3x": "v1.0.2/cascade_mask_rcnn_swin_small_patch4_window7.pth"},
-    "cascade_mask_rcnn_swin_base": {"coco_3x": "v1.0.2/cascade_mask_rcnn_swin_base_patch4_window7.pth"},
+    "cascade_mask_rcnn_swin_small": {
+        "coco_3x": "v1.0.2/cascade_mask_rcnn_swin_small_patch4_window7.pth"
+    },
+    "cascade_mask_rcnn_swin_base": {
+        "coco_3x": "v1.0.2/cascade_mask_rcnn_swin_base_patch4_window7.pth"
+    },
 }
 
 #: Short names and the published weights they mean, those of 36 epochs; the model without a tag where there are none.
-SHORT_NAMES = {model: f"{model}.coco_3x" if "coco_3x" in tags else model for model, tags in PUBLISHED.items()}
+SHORT_NAMES = {
+    model: f"{model}.coco_3x" if "coco_3x" in tags else model for model, tags in PUBLISHED.items()
+}
 
 DEMO_NAMES = ("demo_mask_rcnn", "demo_cascade")
 
@@ -67,7 +73,11 @@ def full_name(name: str) -> str:
     if model not in PUBLISHED:
         raise ModelError(f"Unknown model '{name}'.{suggest(name, [*SHORT_NAMES, *DEMO_NAMES])}")
     if tag not in PUBLISHED[model]:
-        known = suggest(tag, PUBLISHED[model]) if PUBLISHED[model] else " There are none: give a file with --weights."
+        known = (
+            suggest(tag, PUBLISHED[model])
+            if PUBLISHED[model]
+            else " There are none: give a file with --weights."
+        )
         raise ModelError(f"There are no published weights '{tag}' of {model}.{known}")
     return name
 

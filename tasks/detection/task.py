@@ -29,7 +29,14 @@ from tasks.detection.roi import (
 )
 
 #: Settings of layers that stay as they are.
-_OFF = {"w_bits": OFF, "a_bits": OFF, "s_bits": None, "head_bits": None, "patch_input_bits": OFF, "reconstruct_mlp": False}
+_OFF = {
+    "w_bits": OFF,
+    "a_bits": OFF,
+    "s_bits": None,
+    "head_bits": None,
+    "patch_input_bits": OFF,
+    "reconstruct_mlp": False,
+}
 
 
 #: Regions that RoI heads are calibrated on, of all images.
@@ -78,11 +85,17 @@ class DetectionTask(Task):
         return {**found, **roi_parts(model, recipe)} if "roi" in pieces else found
 
     def _detector(self, model: nn.Module, recipe: Recipe, pieces: tuple[str, ...]) -> BlockChain:
-        own = {name: recipe if name in pieces else recipe.model_copy(update=_OFF) for name in tags.PIECES}
+        own = {
+            name: recipe if name in pieces else recipe.model_copy(update=_OFF)
+            for name in tags.PIECES
+        }
         # Of the float detector, so before any layer is swapped.
         terms = ProposalTerms(model) if recipe.detection_terms == "rpn+roi" else None
         segments = [*detector_segments(model, own), rpn_segment(model, own["rpn"])]
-        return BlockChain(segments if terms is None else terms.added(segments), side=None if terms is None else terms.proposals)
+        return BlockChain(
+            segments if terms is None else terms.added(segments),
+            side=None if terms is None else terms.proposals,
+        )
 
     def part_scope(self, part: str, recipe: Recipe) -> str:
         """A RoI head's is all of them; that of the other chain what else is quantized."""
@@ -106,17 +119,26 @@ class DetectionTask(Task):
         """Images of the training part, each of its own size."""
         return calibration_set(loaded, data, recipe)
 
-    def inputs(self, loaded: LoadedModel, images: CalibrationSet, recipe: Recipe, device: torch.device) -> dict[str, Samples]:
+    def inputs(
+        self, loaded: LoadedModel, images: CalibrationSet, recipe: Recipe, device: torch.device
+    ) -> dict[str, Samples]:
         """The images, and for RoI heads what they see of those that set the ranges."""
         found: dict[str, Samples] = {DETECTOR: images.images}
         if "roi" in pieces_of(recipe):
             chosen = images.images.first(recipe.range_images), images.metas[: recipe.range_images]
             # Searches take no more rows than this of all images, so there is no use in keeping more regions of many images.
-            found |= roi_inputs(loaded.model, *chosen, device, max(_REGIONS // recipe.range_images, 1))
+            found |= roi_inputs(
+                loaded.model, *chosen, device, max(_REGIONS // recipe.range_images, 1)
+            )
         return found
 
     def divergences(
-        self, loaded: LoadedModel, images: CalibrationSet, recipe: Recipe, device: torch.device, batch_size: int
+        self,
+        loaded: LoadedModel,
+        images: CalibrationSet,
+        recipe: Recipe,
+        device: torch.device,
+        batch_size: int,
     ) -> dict[str, Divergence]:
         """Divergence of the proposals' maps. RoI heads need none: they are not reconstructed."""
         _check(recipe)

@@ -15,4 +15,10 @@ OPTIONS = TaskOptions(
 )
 
 if __name__ == "__main__":
-    main(build_group("retrieval", "Quantize CLIP models of open_clip (simulated) and measure retrieval or zero-shot.", OPTIONS))
+    main(
+        build_group(
+            "retrieval",
+            "Quantize CLIP models of open_clip (simulated) and measure retrieval or zero-shot.",
+            OPTIONS,
+        )
+    )

@@ -111,5 +111,7 @@ def quantize_tower(
     if tower == "text":
         one, other, inputs, others = other, one, others, inputs
     other = copy.deepcopy(other).eval()
-    divergence = contrastive(other.model, other, Samples(others), batch=min(recipe.divergence_batch, count))
+    divergence = contrastive(
+        other.model, other, Samples(others), batch=min(recipe.divergence_batch, count)
+    )
     return quantize(one, inputs, method=method, divergence=divergence, **settings)

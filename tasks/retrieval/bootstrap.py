@@ -47,10 +47,17 @@ def measures(
     return result
 
 
-def standard_errors(image_to_text: np.ndarray, text_to_image: np.ndarray, image_of: np.ndarray) -> dict[str, float]:
+def standard_errors(
+    image_to_text: np.ndarray, text_to_image: np.ndarray, image_of: np.ndarray
+) -> dict[str, float]:
     """Bootstrap standard error of each of :func:`measures`, in its unit; the same on every call."""
-    parts = [measures(image_to_text, text_to_image, image_of, counts) for counts in _draws(len(image_to_text), len(image_of))]
-    return {name: float(np.concatenate([part[name] for part in parts]).std(ddof=1)) for name in parts[0]}
+    parts = [
+        measures(image_to_text, text_to_image, image_of, counts)
+        for counts in _draws(len(image_to_text), len(image_of))
+    ]
+    return {
+        name: float(np.concatenate([part[name] for part in parts]).std(ddof=1)) for name in parts[0]
+    }
 
 
 def _draws(images: int, captions: int) -> Iterator[np.ndarray]:

@@ -31,23 +31,40 @@ def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> C
     Raises DataError, and ModelError without a tokenizer.
     """
     if loaded.tokenizer is None:
-        raise ModelError(f"{loaded.tag} has no tokenizer, so it cannot be calibrated on image-caption pairs.")
+        raise ModelError(
+            f"{loaded.tag} has no tokenizer, so it cannot be calibrated on image-caption pairs."
+        )
     pairs = training_pairs(loaded, data)
     captions: Sequence[str]
     order: Sequence[int]
     if data.calibration_list is not None:
         chosen, given = _listed(data.calibration_list, pairs, pairs_root(data, "train"))
-        captions = [drawn_caption(pairs, index, recipe.seed) for index in chosen] if given is None else given
+        captions = (
+            [drawn_caption(pairs, index, recipe.seed) for index in chosen]
+            if given is None
+            else given
+        )
         order = in_rounds(captions) if given is None else range(len(chosen))
     else:
         chosen = np.random.default_rng(recipe.seed).permutation(len(pairs.image_ids)).tolist()
         captions = [drawn_caption(pairs, index, recipe.seed) for index in chosen]
         order = in_rounds(captions)
-    transform = loaded.train_transform if recipe.calibration_transform == "train" else loaded.eval_transform
+    transform = (
+        loaded.train_transform if recipe.calibration_transform == "train" else loaded.eval_transform
+    )
     ids = [pairs.image_ids[index] for index in chosen]
-    images = Images(ids, [0] * len(ids), lambda position: pairs.read(chosen[position]), transform, data.skip_corrupt)
+    images = Images(
+        ids,
+        [0] * len(ids),
+        lambda position: pairs.read(chosen[position]),
+        transform,
+        data.skip_corrupt,
+    )
     drawn = draw(images, order, recipe.calibration_images, recipe.seed)
-    ids, texts = [ids[position] for position in drawn.positions], [captions[position] for position in drawn.positions]
+    ids, texts = (
+        [ids[position] for position in drawn.positions],
+        [captions[position] for position in drawn.positions],
+    )
     tokens = loaded.tokenizer(texts)
     digest = hashlib.sha256(json.dumps([recipe.calibration_transform, ids, texts]).encode())
     digest.update(drawn.images.numpy().tobytes())
@@ -78,7 +95,9 @@ def training_pairs(loaded: LoadedModel, data: DataRequest) -> PairSource:
 def drawn_caption(pairs: PairSource, image: int, seed: int) -> str:
     """The caption that stands for an image: a function of seed, image id and captions."""
     start, end = (int(pairs.starts[position]) for position in (image, image + 1))
-    value = int.from_bytes(hashlib.sha256(f"caption/{seed}/{pairs.image_ids[image]}".encode()).digest()[:8], "big")
+    value = int.from_bytes(
+        hashlib.sha256(f"caption/{seed}/{pairs.image_ids[image]}".encode()).digest()[:8], "big"
+    )
     return pairs.captions[start + value % (end - start)]
 
 
@@ -107,7 +126,9 @@ def _listed(path: Path, pairs: PairSource, root: Path | None) -> tuple[list[int]
         return chosen, None
     captions = found.calibration.get("captions")
     if not isinstance(captions, list) or len(captions) != len(ids):
-        raise DataError(f"{path} is a result record without a caption for each calibration image: it is not one of retrieval.")
+        raise DataError(
+            f"{path} is a result record without a caption for each calibration image: it is not one of retrieval."
+        )
     foreign = [
         position
         for position, index in enumerate(chosen)

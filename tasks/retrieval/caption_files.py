@@ -46,23 +46,34 @@ def _read(path: Path, own: str | None, state: tuple[int, int]) -> Splits:
     table = path.suffix != ".json"
     for number, where, name, texts, named in _ROWS[path.suffix](path):
         if named is None and own is None and table:
-            raise DataError(f"{where}: there is no split; name it, or make two files, train{path.suffix} and test{path.suffix}.")
+            raise DataError(
+                f"{where}: there is no split; name it, or make two files, train{path.suffix} and test{path.suffix}."
+            )
         split = own if named is None else named
         if not isinstance(split, str) or split not in _SPLITS:
-            raise DataError(f"{where}: there is no split {split!r}; known are {', '.join(_SPLITS)}.")
+            raise DataError(
+                f"{where}: there is no split {split!r}; known are {', '.join(_SPLITS)}."
+            )
         if own is not None and split != own:
             raise DataError(f"{where}: the split {split!r} does not belong into this file.")
         image = image_id(name, where, path.parent if table else None)
         if (other := split_of.setdefault(composed(image), split)) != split:
             raise DataError(f"{where}: {image!r} is in the splits {other!r} and {split!r}.")
-        _, captions = splits.setdefault(split, {}).setdefault(image if table else number, (image, []))
+        _, captions = splits.setdefault(split, {}).setdefault(
+            image if table else number, (image, [])
+        )
         for text in texts:
             if not isinstance(text, str):
                 raise DataError(f"{where}: the caption {text!r} is not text.")
-            if table and ((before := first.setdefault((image, text), number)) != number or text in captions):
+            if table and (
+                (before := first.setdefault((image, text), number)) != number or text in captions
+            ):
                 raise DataError(f"{where} repeats image and caption of line {before}: remove one.")
             captions.append(text)
-    return {split: tuple((image, tuple(own)) for image, own in found.values()) for split, found in splits.items()}
+    return {
+        split: tuple((image, tuple(own)) for image, own in found.values())
+        for split, found in splits.items()
+    }
 
 
 def _karpathy_rows(path: Path) -> Iterator[_Row]:
@@ -76,7 +87,9 @@ def _karpathy_rows(path: Path) -> Iterator[_Row]:
             folder, file, split = entry.get("filepath", ""), entry["filename"], entry["split"]
             captions = [sentence["raw"] for sentence in entry["sentences"]]
         except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{where}: filename, split and sentences with raw are expected ({error!r}).") from error
+            raise DataError(
+                f"{where}: filename, split and sentences with raw are expected ({error!r})."
+            ) from error
         if not all(isinstance(text, str) for text in (folder, file, *captions)):
             raise DataError(f"{where}: names and captions must be text.")
         yield _Row(number, where, f"{folder}/{file}" if folder else file, captions, split)
@@ -94,7 +107,9 @@ def _csv_rows(path: Path) -> Iterator[_Row]:
     try:
         header = next(reader, [])
         if not {"image", "caption"} <= set(header) or len(set(header)) < len(header):
-            raise DataError(f"{path} needs the columns image and caption, once each; its first line is {','.join(header)!r}.")
+            raise DataError(
+                f"{path} needs the columns image and caption, once each; its first line is {','.join(header)!r}."
+            )
         for cells in filter(None, reader):
             where = f"{path}, line {reader.line_num}"
             if len(cells) != len(header):
@@ -113,8 +128,14 @@ def _jsonl_rows(path: Path) -> Iterator[_Row]:
             continue
         where = f"{path}, line {line}"
         row = parse_json(text, where)
-        if not isinstance(row, dict) or "image" not in row or ("caption" in row) == ("captions" in row):
-            raise DataError(f"{where}: an object with image and either caption or captions is expected.")
+        if (
+            not isinstance(row, dict)
+            or "image" not in row
+            or ("caption" in row) == ("captions" in row)
+        ):
+            raise DataError(
+                f"{where}: an object with image and either caption or captions is expected."
+            )
         captions = row["captions"] if "captions" in row else [row["caption"]]
         if not isinstance(captions, list):
             raise DataError(f"{where}: captions must be a list.")

@@ -49,12 +49,21 @@ class Published:
 COCO = Published(
     "MS-COCO",
     COCO_FILE,
-    MappingProxyType({"train": Counts(82_783), "restval": Counts(30_504), "val": Counts(5_000), "test": Counts(5_000, 25_010)}),
+    MappingProxyType(
+        {
+            "train": Counts(82_783),
+            "restval": Counts(30_504),
+            "val": Counts(5_000),
+            "test": Counts(5_000, 25_010),
+        }
+    ),
 )
 FLICKR30K = Published(
     "Flickr30k",
     FLICKR30K_FILE,
-    MappingProxyType({"train": Counts(29_000), "val": Counts(1_014, 5_070), "test": Counts(1_000, 5_000)}),
+    MappingProxyType(
+        {"train": Counts(29_000), "val": Counts(1_014, 5_070), "test": Counts(1_000, 5_000)}
+    ),
     ("flickr30k-images", "images"),
 )
 _PUBLISHED = {one.file: one for one in (COCO, FLICKR30K)}
@@ -76,7 +85,11 @@ def open_pairs(loaded: LoadedModel, data: DataRequest, part: str) -> PairSource:
 
 def pairs_root(data: DataRequest, part: str) -> Path | None:
     """The folder that a part is read from; None where the model brings its own data."""
-    return data.calibration_data if part == "train" and data.calibration_data is not None else data.path
+    return (
+        data.calibration_data
+        if part == "train" and data.calibration_data is not None
+        else data.path
+    )
 
 
 def open_captions(root: Path, part: str) -> PairSource:
@@ -91,7 +104,10 @@ def open_captions(root: Path, part: str) -> PairSource:
         raise DataError(f"{path} has no images of the split {part!r}.")
     sibling = path.with_name(f"{'test' if part == 'train' else 'train'}{path.suffix}")
     if own is not None and sibling.is_file():
-        others = {composed(image) for image, _ in read_captions(sibling, sibling.stem).get(sibling.stem, ())}
+        others = {
+            composed(image)
+            for image, _ in read_captions(sibling, sibling.stem).get(sibling.stem, ())
+        }
         common = [image for image, _ in listed if composed(image) in others]
         if common:
             shared = f"share {len(common)} images, such as {common[0]!r}"
@@ -116,7 +132,9 @@ def open_published(root: Path, published: Published, part: str) -> PairSource:
             f"{path} does not hold the splits of {published.name}: {'; '.join(wrong)}. Other data of this format are read from a "
             f"file called {FREE_FILE}."
         )
-    return _file_pairs(published.name, f"Karpathy {part}", published.images(root), splits.get(part, ()), path)
+    return _file_pairs(
+        published.name, f"Karpathy {part}", published.images(root), splits.get(part, ()), path
+    )
 
 
 def images_root(root: Path) -> Path:
@@ -133,12 +151,18 @@ def _caption_files(root: Path) -> tuple[str, ...]:
         raise DataError(f"{root} holds no captions. {LAYOUT}.")
     if len(kinds) > 1:
         present = [name for kind in kinds for name in kind if (root / name).is_file()]
-        raise DataError(f"{root} holds several kinds of captions: {', '.join(present)}. Leave one. {LAYOUT}.")
+        raise DataError(
+            f"{root} holds several kinds of captions: {', '.join(present)}. Leave one. {LAYOUT}."
+        )
     return kinds[0]
 
 
 def _file_pairs(
-    name: str, split: str, folder: Path, listed: Sequence[tuple[str, Sequence[str]]], captions_file: Path
+    name: str,
+    split: str,
+    folder: Path,
+    listed: Sequence[tuple[str, Sequence[str]]],
+    captions_file: Path,
 ) -> PairSource:
     """Pairs whose image ids are paths below ``folder``. Raises DataError."""
     paths, absent = found_files(folder, (image for image, _ in listed))
@@ -167,5 +191,7 @@ def imagenet_pairs(source: Source, classnames: Sequence[str]) -> PairSource:
             f"{source.name} {source.split} has {source.classes} classes, but there are {len(classnames)} class names."
         )
     captions = [[f"a photo of a {name}."] for name in classnames]
-    listed = ((name, captions[label]) for name, label in zip(source.ids, source.targets, strict=True))
+    listed = (
+        (name, captions[label]) for name, label in zip(source.ids, source.targets, strict=True)
+    )
     return PairSource.of(source.name, source.split, listed, source.read, source.notes())

@@ -24,7 +24,12 @@ class ContrastiveDivergence(Divergence):
     """
 
     def __init__(self, other: Tensor, scale: float, bias: float | None, batch: int) -> None:
-        self.other, self.scale, self.bias, self.batch = F.normalize(other, dim=-1), scale, bias, batch
+        self.other, self.scale, self.bias, self.batch = (
+            F.normalize(other, dim=-1),
+            scale,
+            bias,
+            batch,
+        )
 
     def reference(self, outputs: Samples) -> Samples:
         """This tower's normalised embeddings and the other's, side by side, (n, 2 d)."""
@@ -41,14 +46,23 @@ class ContrastiveDivergence(Divergence):
         # nothing large is subtracted.
         after = before - gap
         if self.bias is not None:
-            return ((before + self.bias).sigmoid() - (after + self.bias).sigmoid()).mul(gap).sum() / (2 * len(outputs))
-        rows, columns = ((before.softmax(dim) - after.softmax(dim)).mul(gap).sum() for dim in (1, 0))
+            return ((before + self.bias).sigmoid() - (after + self.bias).sigmoid()).mul(
+                gap
+            ).sum() / (2 * len(outputs))
+        rows, columns = (
+            (before.softmax(dim) - after.softmax(dim)).mul(gap).sum() for dim in (1, 0)
+        )
         return (rows + columns) / (4 * len(outputs))
 
 
 @torch.no_grad()
 def contrastive(
-    model: nn.Module, encode: Callable[[Tensor], Tensor], inputs: Samples, *, batch: int, size: int = 32
+    model: nn.Module,
+    encode: Callable[[Tensor], Tensor],
+    inputs: Samples,
+    *,
+    batch: int,
+    size: int = 32,
 ) -> ContrastiveDivergence:
     """The contrastive divergence of one tower, from embeddings of the other one.
 
@@ -58,4 +72,6 @@ def contrastive(
     place = next(model.parameters()).device
     other = inputs.map(lambda part: encode(part.to(place)).float(), size).whole
     bias = getattr(model, "logit_bias", None)
-    return ContrastiveDivergence(other, float(model.logit_scale.exp()), None if bias is None else float(bias), batch)
+    return ContrastiveDivergence(
+        other, float(model.logit_scale.exp()), None if bias is None else float(bias), batch
+    )

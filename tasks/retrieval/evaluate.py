@@ -64,12 +64,19 @@ def evaluate_pairs(
     texts = [source.captions[index] for index in kept_captions]
     before = total - len(texts)
     caption_embeddings = embed_texts(
-        encode_text, tokenizer, texts, device, batch_size, lambda done: report(Progress("evaluate", before + done, total))
+        encode_text,
+        tokenizer,
+        texts,
+        device,
+        batch_size,
+        lambda done: report(Progress("evaluate", before + done, total)),
     )
     image_of = np.searchsorted(kept, source.image_of[kept_captions])
     shown = Spread(len(images)).take(kept.tolist())
     ranks = pair_ranks(image_embeddings, caption_embeddings, image_of, shown)
-    dataset = source.describe().model_copy(update={"captions": len(source.captions), "truncated_captions": truncated_captions})
+    dataset = source.describe().model_copy(
+        update={"captions": len(source.captions), "truncated_captions": truncated_captions}
+    )
     skipped = [source.image_ids[index] for index in np.setdiff1d(np.arange(len(images)), kept)]
     examples = _examples(ranks, source, kept[shown], kept_captions)
     outcomes = _outcomes(ranks, source, kept, kept_captions)
@@ -84,7 +91,9 @@ def truncation_notes(count: int | None, among: int, what: str) -> list[str]:
     return [f"{count:,} of {among:,} {what} are longer than the model's context and were cut off"]
 
 
-def truncated(tokenizer: Tokenizer, captions: tuple[str, ...], context_length: int | None) -> int | None:
+def truncated(
+    tokenizer: Tokenizer, captions: tuple[str, ...], context_length: int | None
+) -> int | None:
     """Number of captions longer than the model's context; None if the tokenizer cannot tell."""
     lengths = getattr(tokenizer, "lengths", None)
     if lengths is None or context_length is None:
@@ -96,40 +105,62 @@ def _metrics(ranks: Ranks, image_of: np.ndarray) -> dict[str, Metric]:
     once = np.ones((1, len(ranks.image_to_text)), dtype=np.int64)
     values = measures(ranks.image_to_text, ranks.text_to_image, image_of, once)
     errors = standard_errors(ranks.image_to_text, ranks.text_to_image, image_of)
-    return {name: Metric(value=float(value[0]), stderr=errors[name]) for name, value in values.items()}
+    return {
+        name: Metric(value=float(value[0]), stderr=errors[name]) for name, value in values.items()
+    }
 
 
-def _outcomes(ranks: Ranks, source: PairSource, kept: np.ndarray, kept_captions: np.ndarray) -> dict[str, np.ndarray]:
+def _outcomes(
+    ranks: Ranks, source: PairSource, kept: np.ndarray, kept_captions: np.ndarray
+) -> dict[str, np.ndarray]:
     images, captions = len(kept), len(kept_captions)
     owner = source.image_of[kept_captions]
     number = kept_captions - np.searchsorted(source.image_of, owner)
     rank = np.concatenate([ranks.image_to_text, ranks.text_to_image])
     names = [f"image:{source.image_ids[index]}" for index in kept]
-    names += [f"caption:{source.image_ids[image]}#{index}" for image, index in zip(owner, number, strict=True)]
+    names += [
+        f"caption:{source.image_ids[image]}#{index}"
+        for image, index in zip(owner, number, strict=True)
+    ]
     queries = images + captions
     return {
         "sample": np.array(names),
         "direction": np.repeat(np.array([0, 1], dtype=np.int8), [images, captions]),
         "rank": rank,
         "correct": rank < 1,
-        "best": np.concatenate([kept_captions[ranks.best_caption], kept[ranks.best_image]]).astype(np.int32),
-        "weight": np.repeat(np.array([queries / (2 * images), queries / (2 * captions)], dtype=np.float32), [images, captions]),
+        "best": np.concatenate([kept_captions[ranks.best_caption], kept[ranks.best_image]]).astype(
+            np.int32
+        ),
+        "weight": np.repeat(
+            np.array([queries / (2 * images), queries / (2 * captions)], dtype=np.float32),
+            [images, captions],
+        ),
         "cluster": np.concatenate([kept, owner]).astype(np.int32),
     }
 
 
-def _examples(ranks: Ranks, source: PairSource, images: np.ndarray, kept_captions: np.ndarray) -> list[dict[str, Any]]:
+def _examples(
+    ranks: Ranks, source: PairSource, images: np.ndarray, kept_captions: np.ndarray
+) -> list[dict[str, Any]]:
     """The best captions of some images, which are given as indices in ``source``."""
     found = []
     for image, leading in zip(images.tolist(), ranks.leading, strict=True):
         answers = [(int(kept_captions[index]), score) for index, score in leading]
         own = np.flatnonzero(source.image_of == image)[:CAPTIONS]
         top = [
-            {"caption": shortened(source.captions[index]), "score": score, "correct": int(source.image_of[index]) == image}
+            {
+                "caption": shortened(source.captions[index]),
+                "score": score,
+                "correct": int(source.image_of[index]) == image,
+            }
             for index, score in answers
         ]
         found.append(
-            {"sample": source.image_ids[image], "truth": [shortened(source.captions[index]) for index in own], "top": top}
+            {
+                "sample": source.image_ids[image],
+                "truth": [shortened(source.captions[index]) for index in own],
+                "top": top,
+            }
         )
     return found
 
@@ -139,9 +170,13 @@ def normalised(embeddings: Tensor) -> Tensor:
     embeddings = embeddings.float()
     lengths = embeddings.norm(dim=-1, keepdim=True)
     if not bool(torch.isfinite(lengths).all()):
-        raise NumericsError("The embeddings have NaN or infinite values: check the weights and the recipe.")
+        raise NumericsError(
+            "The embeddings have NaN or infinite values: check the weights and the recipe."
+        )
     if not bool((lengths > 0).all()):
-        raise NumericsError("An embedding is zero, so that it is similar to nothing: check the weights and the recipe.")
+        raise NumericsError(
+            "An embedding is zero, so that it is similar to nothing: check the weights and the recipe."
+        )
     return embeddings / lengths
 
 
@@ -159,7 +194,9 @@ def embed_texts(
     Texts of equal tokens are encoded once: the last bits of an embedding depend on its place in the
     batch, and these shall tie. Raises ModelError, NumericsError.
     """
-    rows = torch.cat([tokenizer(list(texts[start : start + _TEXTS])) for start in range(0, len(texts), _TEXTS)])
+    rows = torch.cat(
+        [tokenizer(list(texts[start : start + _TEXTS])) for start in range(0, len(texts), _TEXTS)]
+    )
     distinct, place = torch.unique(rows, dim=0, return_inverse=True)
     embeddings = []
     for tokens in torch.split(distinct, batch_size):
@@ -168,7 +205,9 @@ def embed_texts(
         except (RuntimeError, AssertionError, IndexError) as error:
             if isinstance(error, torch.cuda.OutOfMemoryError):
                 raise
-            raise ModelError(f"The model does not take tokens of shape {tuple(tokens.shape[1:])}: {error}") from error
+            raise ModelError(
+                f"The model does not take tokens of shape {tuple(tokens.shape[1:])}: {error}"
+            ) from error
         embeddings.append(normalised(values))
         advance(len(texts) - len(distinct) + sum(len(part) for part in embeddings))
     return torch.cat(embeddings)[place.to(device)]

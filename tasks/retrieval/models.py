@@ -35,7 +35,12 @@ from tasks.retrieval.tags import (
 from tasks.retrieval.tokenizers import Tokenizer, build_tokenizer
 
 #: Entries of older checkpoints that are no weights; open_clip drops them too.
-_LEGACY = ("input_resolution", "context_length", "vocab_size", "text.transformer.embeddings.position_ids")
+_LEGACY = (
+    "input_resolution",
+    "context_length",
+    "vocab_size",
+    "text.transformer.embeddings.position_ids",
+)
 
 #: Entries of the state dicts that OpenAI published, and of none that open_clip trained.
 _OPENAI = {"input_resolution", "context_length", "vocab_size"}
@@ -43,7 +48,11 @@ _OPENAI = {"input_resolution", "context_length", "vocab_size"}
 
 def load_model(request: ModelRequest) -> LoadedModel:
     """Load a CLIP model with weights, transforms and tokenizer. Raises ModelError."""
-    missing = [item for item in (CATALOGUE.missing_weights(request), missing_tokenizer(request)) if item is not None]
+    missing = [
+        item
+        for item in (CATALOGUE.missing_weights(request), missing_tokenizer(request))
+        if item is not None
+    ]
     if missing:
         raise ModelError(describe_missing(missing))
     tag, weights = CATALOGUE.model_tag(request), CATALOGUE.local_weights(request)
@@ -61,8 +70,12 @@ def load_model(request: ModelRequest) -> LoadedModel:
     arguments = request.model_args if told is None else {**request.model_args, "quick_gelu": told}
     model = _create(architecture, arguments, {"quick_gelu": told, **config})
     vocabulary = int(open_clip.get_model_tokenize_cfg(model)["vocab_size"])
-    tokenizer = build_tokenizer(architecture, config["text_cfg"], tokenizer_folder(request), vocabulary)
-    load_state(model, _adapted(stored.state, model, request.model_args), str(path) if weights else tag)
+    tokenizer = build_tokenizer(
+        architecture, config["text_cfg"], tokenizer_folder(request), vocabulary
+    )
+    load_state(
+        model, _adapted(stored.state, model, request.model_args), str(path) if weights else tag
+    )
     if not named and told is None:
         raise ModelError(
             f"The weights {path} do not say which activation they were trained with, and open_clip has {architecture} with two. "
@@ -116,7 +129,9 @@ def _activation(stored: StoredWeights) -> bool | None:
     if stored.state.keys() >= _OPENAI:
         return True
     try:
-        content = json.loads((stored.path.parent / "open_clip_config.json").read_text(encoding="utf-8"))
+        content = json.loads(
+            (stored.path.parent / "open_clip_config.json").read_text(encoding="utf-8")
+        )
         told = content["model_cfg"].get("quick_gelu", False)
     except (OSError, ValueError, TypeError, LookupError, AttributeError):
         return None
@@ -126,11 +141,18 @@ def _activation(stored: StoredWeights) -> bool | None:
 def _configuration(architecture: str, arguments: dict[str, Any]) -> dict[str, Any]:
     """open_clip's configuration with ``arguments``; a tower keeps its other settings."""
     config: dict[str, Any] = open_clip.get_model_config(architecture)
-    wrong = sorted(arguments.keys() & {*inspect.signature(open_clip.create_model).parameters, "pretrained_hf", "cast_dtype"})
+    wrong = sorted(
+        arguments.keys()
+        & {*inspect.signature(open_clip.create_model).parameters, "pretrained_hf", "cast_dtype"}
+    )
     if wrong:
-        raise ModelError(f"--model-args are for the model's constructor, {', '.join(wrong)} are not: give {', '.join(config)}.")
+        raise ModelError(
+            f"--model-args are for the model's constructor, {', '.join(wrong)} are not: give {', '.join(config)}."
+        )
     if not isinstance(arguments.get("quick_gelu", False), bool):
-        raise ModelError(f"--model-args: quick_gelu is true or false, without quotes, not {json.dumps(arguments['quick_gelu'])}.")
+        raise ModelError(
+            f"--model-args: quick_gelu is true or false, without quotes, not {json.dumps(arguments['quick_gelu'])}."
+        )
     for name, value in arguments.items():
         tower = name in ("vision_cfg", "text_cfg")
         if tower and not isinstance(value, dict):
@@ -143,10 +165,14 @@ def _configuration(architecture: str, arguments: dict[str, Any]) -> dict[str, An
             "choose a model with open_clip's own text tower."
         )
     if arguments.get("vision_cfg", {}).get("timm_model_pretrained"):
-        raise ModelError("--model-args cannot ask for a pretrained tower: weights come from --weights or the model's tag.")
+        raise ModelError(
+            "--model-args cannot ask for a pretrained tower: weights come from --weights or the model's tag."
+        )
     trunk = str(config["vision_cfg"].get("timm_model_name") or "")
     if ":" in trunk:
-        raise ModelError(f"The vision tower '{trunk}' is an address, which timm would read or fetch: give the name of a model.")
+        raise ModelError(
+            f"The vision tower '{trunk}' is an address, which timm would read or fetch: give the name of a model."
+        )
     config["vision_cfg"].pop("timm_model_pretrained", None)
     return config
 
@@ -165,9 +191,13 @@ def _preprocess(architecture: str, training: str, given: dict[str, Any]) -> Prep
             raise ModelError(f"--{name} has {len(values)} values: give one, or three for RGB.")
         overlay[name] = tuple(values if len(values) == 3 else values * 3)
     if overlay.get("interpolation", "bicubic") not in ("bicubic", "bilinear"):
-        raise ModelError(f"--interpolation {given['interpolation']}: open_clip has bicubic and bilinear.")
+        raise ModelError(
+            f"--interpolation {given['interpolation']}: open_clip has bicubic and bilinear."
+        )
     if "crop_pct" in given:
-        raise ModelError("--crop-pct is for timm's models: open_clip resizes to the input size itself.")
+        raise ModelError(
+            "--crop-pct is for timm's models: open_clip resizes to the input size itself."
+        )
     known = [open_clip.get_pretrained_cfg(architecture, name) for name in trainings] or [{}]
     found = [merge_preprocess_dict(PreprocessCfg(), {**config, **overlay}) for config in known]
     if any(other != found[0] for other in found):
@@ -196,8 +226,18 @@ def _create(architecture: str, arguments: dict[str, Any], config: dict[str, Any]
     try:
         own |= {"pretrained_image": False, "pretrained_text": False}
         model: nn.Module = open_clip.create_model(architecture, **own)
-    except (TypeError, ValueError, AssertionError, RuntimeError, KeyError, AttributeError, ArithmeticError) as error:
-        raise ModelError(f"open_clip cannot build {architecture} with {arguments}: {error}") from error
+    except (
+        TypeError,
+        ValueError,
+        AssertionError,
+        RuntimeError,
+        KeyError,
+        AttributeError,
+        ArithmeticError,
+    ) as error:
+        raise ModelError(
+            f"open_clip cannot build {architecture} with {arguments}: {error}"
+        ) from error
     finally:
         logging.root.removeFilter(_serious)
     return model
@@ -207,7 +247,9 @@ def _serious(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("No pretrained weights loaded for model")
 
 
-def _adapted(state: dict[str, Tensor], model: nn.Module, arguments: dict[str, Any]) -> dict[str, Tensor]:
+def _adapted(
+    state: dict[str, Tensor], model: nn.Module, arguments: dict[str, Any]
+) -> dict[str, Tensor]:
     """Bring older layouts into the model's, by open_clip's own functions.
 
     Unlike open_clip, position embeddings are resized only where ``arguments`` ask for another size,
@@ -227,7 +269,9 @@ def _adapted(state: dict[str, Tensor], model: nn.Module, arguments: dict[str, An
             resize_text_pos_embed(adapted, model)
     except (KeyError, RuntimeError, ValueError, AssertionError, AttributeError, TypeError) as error:
         raise ModelError(f"The weights do not fit {type(model).__name__}: {error}") from error
-    return {name: tensor for name, tensor in adapted.items() if name in expected or name not in _LEGACY}
+    return {
+        name: tensor for name, tensor in adapted.items() if name in expected or name not in _LEGACY
+    }
 
 
 def _resize_trunk(model: nn.Module, arguments: dict[str, Any]) -> None:
@@ -236,7 +280,9 @@ def _resize_trunk(model: nn.Module, arguments: dict[str, Any]) -> None:
     if size is None or not isinstance(model.visual, TimmModel):
         return
     if not hasattr(model.visual.trunk, "set_input_size"):
-        raise ModelError(f"The vision tower {type(model.visual.trunk).__name__} takes images of its own size only.")
+        raise ModelError(
+            f"The vision tower {type(model.visual.trunk).__name__} takes images of its own size only."
+        )
     try:
         model.visual.set_input_size(_pair(size))
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
@@ -247,7 +293,11 @@ def _refuse_torchscript(path: Path, name: str | None) -> None:
     if not is_torchscript(path):
         return
     found = repository(name) if name is not None else None
-    instead = f"open_clip_model.safetensors of the Hugging Face repository {found.repo}" if found else "a safetensors file"
+    instead = (
+        f"open_clip_model.safetensors of the Hugging Face repository {found.repo}"
+        if found
+        else "a safetensors file"
+    )
     raise ModelError(
         f"The weights {path} are a TorchScript archive, as OpenAI publishes its models: a program with weights, which is not "
         f"run. Give {instead} instead."

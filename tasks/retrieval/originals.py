@@ -15,7 +15,11 @@ def originals(model: ModelRequest, data: DataRequest, ids: Sequence[str]) -> dic
     """See :meth:`tasks.common.task.Task.originals`; of zero-shot classification, files of its evaluation part."""
     zero_shot = data.evaluation == "zero-shot"
     if data.path is not None:
-        return class_originals(data.path, ids) if zero_shot else originals_below(images_root(data.path), ids)
+        return (
+            class_originals(data.path, ids)
+            if zero_shot
+            else originals_below(images_root(data.path), ids)
+        )
     if zero_shot or model.name not in DEMO_NAMES:
         what = "Zero-shot evaluation" if zero_shot else model.name
         layout = "images in class folders" if zero_shot else LAYOUT

@@ -37,15 +37,21 @@ class PairSource:
             raise DataError(f"{what} holds no images.")
         twice = [name for name, count in Counter(self.image_ids).items() if count > 1]
         if twice:
-            raise DataError(f"{what} lists {len(twice)} images more than once, such as {twice[0]!r}.")
+            raise DataError(
+                f"{what} lists {len(twice)} images more than once, such as {twice[0]!r}."
+            )
         count = len(self.image_ids)
         owners = self.image_of
         fits = owners.shape == (len(self.captions),) and owners.dtype == np.int64
         if not fits or bool((owners < 0).any() | (owners >= count).any()):
-            raise DataError(f"{what} does not say of which of its {count} images each of its {len(self.captions)} captions is.")
+            raise DataError(
+                f"{what} does not say of which of its {count} images each of its {len(self.captions)} captions is."
+            )
         bare = np.flatnonzero(np.bincount(owners, minlength=count) == 0)
         if len(bare):
-            raise DataError(f"{what} has {len(bare)} images without a caption, such as {self.image_ids[bare[0]]!r}.")
+            raise DataError(
+                f"{what} has {len(bare)} images without a caption, such as {self.image_ids[bare[0]]!r}."
+            )
         apart = np.flatnonzero(np.diff(owners) < 0)
         if len(apart):
             raise DataError(
@@ -53,7 +59,9 @@ class PairSource:
             )
         empty = [position for position, caption in enumerate(self.captions) if not caption.strip()]
         if empty:
-            raise DataError(f"{what} has {len(empty)} empty captions, such as one of {self.image_ids[owners[empty[0]]]!r}.")
+            raise DataError(
+                f"{what} has {len(empty)} empty captions, such as one of {self.image_ids[owners[empty[0]]]!r}."
+            )
 
     @classmethod
     def of(
@@ -86,7 +94,9 @@ class PairSource:
             return self
         end = int(self.starts[limit])
         own = {"captions": self.captions[:end], "image_of": self.image_of[:end]}
-        return replace(self, split=f"{self.split}[:{limit}]", image_ids=self.image_ids[:limit], **own)
+        return replace(
+            self, split=f"{self.split}[:{limit}]", image_ids=self.image_ids[:limit], **own
+        )
 
     def describe(self) -> Dataset:
         """The record's entry."""

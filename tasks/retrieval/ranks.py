@@ -35,7 +35,9 @@ class Ranks:
     leading: list[list[tuple[int, float]]] = field(default_factory=list)
 
 
-def pair_ranks(images: Tensor, captions: Tensor, image_of: np.ndarray, shown: Sequence[int] = ()) -> Ranks:
+def pair_ranks(
+    images: Tensor, captions: Tensor, image_of: np.ndarray, shown: Sequence[int] = ()
+) -> Ranks:
     """Rank each image's captions and each caption's image by unit embeddings (n, d), (m, d).
 
     A rank is the number of wrong items that score at least as high as the best correct one. Ties
@@ -46,7 +48,9 @@ def pair_ranks(images: Tensor, captions: Tensor, image_of: np.ndarray, shown: Se
     """
     bare = np.setdiff1d(np.arange(len(images)), image_of)
     if len(bare):
-        raise DataError(f"{len(bare)} of {len(images)} images have no caption; the first is number {bare[0]}.")
+        raise DataError(
+            f"{len(bare)} of {len(images)} images have no caption; the first is number {bare[0]}."
+        )
     image = torch.as_tensor(image_of, dtype=torch.long, device=images.device)
     caption = torch.arange(len(captions), device=images.device)
     with tf32_allowed(False):
@@ -69,18 +73,33 @@ def _ranks(
     rows = max(1, _SCORES // len(candidates))
     for start in range(0, len(queries), rows):
         chunk = queries[start : start + rows]
-        scores = (chunk @ distinct.T)[:, place] if len(distinct) < len(candidates) else chunk @ candidates.T
+        scores = (
+            (chunk @ distinct.T)[:, place]
+            if len(distinct) < len(candidates)
+            else chunk @ candidates.T
+        )
         if not bool(torch.isfinite(scores).all()):
-            raise NumericsError("The embeddings have NaN or infinite values: check the weights and the recipe.")
+            raise NumericsError(
+                "The embeddings have NaN or infinite values: check the weights and the recipe."
+            )
         own = ((query >= start) & (query < start + rows)).nonzero()[:, 0]
         row = query[own] - start
         own_scores = scores[row, item[own]]
         top = torch.full_like(scores[:, 0], -torch.inf).scatter_reduce(0, row, own_scores, "amax")
-        own_at_top = torch.zeros_like(scores[:, 0], dtype=torch.long).index_add(0, row, (own_scores >= top[row]).long())
+        own_at_top = torch.zeros_like(scores[:, 0], dtype=torch.long).index_add(
+            0, row, (own_scores >= top[row]).long()
+        )
         ranks.append((scores >= top[:, None]).sum(1) - own_at_top)
         best.append(scores.argmax(1))
         for one in [one for one in shown if start <= one < start + rows]:
-            values, correct = scores[one - start].cpu().numpy(), np.zeros(len(candidates), dtype=bool)
+            values, correct = (
+                scores[one - start].cpu().numpy(),
+                np.zeros(len(candidates), dtype=bool),
+            )
             correct[item[query == one].cpu().numpy()] = True
             leading.append([(index, float(values[index])) for index in leaders(values, correct)])
-    return torch.cat(ranks).cpu().numpy().astype(np.int32), torch.cat(best).cpu().numpy().astype(np.int32), leading
+    return (
+        torch.cat(ranks).cpu().numpy().astype(np.int32),
+        torch.cat(best).cpu().numpy().astype(np.int32),
+        leading,
+    )

@@ -8,7 +8,11 @@ from tasks.common.data.imagenet import missing_imagenet
 from tasks.common.models.hub import Catalogue, Repository, cached_file, hub_answers
 from tasks.common.request import DataRequest, Missing, ModelRequest
 
-COCO_FILE, FLICKR30K_FILE, FREE_FILE = "dataset_coco.json", "dataset_flickr30k.json", "captions.json"
+COCO_FILE, FLICKR30K_FILE, FREE_FILE = (
+    "dataset_coco.json",
+    "dataset_flickr30k.json",
+    "captions.json",
+)
 
 #: Kinds of caption files; a folder holds one kind.
 KINDS = (
@@ -64,13 +68,23 @@ _REPOSITORIES = {
     "ViT-B-16-SigLIP.webli": "timm/ViT-B-16-SigLIP",
     "ViT-B-16-SigLIP2.webli": "timm/ViT-B-16-SigLIP2",
 }
-_TOKENIZERS = {"ViT-B-16-SigLIP": "timm/ViT-B-16-SigLIP", "ViT-B-16-SigLIP2": "timm/ViT-B-16-SigLIP2"}
+_TOKENIZERS = {
+    "ViT-B-16-SigLIP": "timm/ViT-B-16-SigLIP",
+    "ViT-B-16-SigLIP2": "timm/ViT-B-16-SigLIP2",
+}
 
 #: open_clip's names of checkpoints in a repository, best first.
 FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
 #: Files with a tokenizer's vocabulary.
-VOCABULARIES = ("tokenizer.json", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "vocab.json", "vocab.txt")
+VOCABULARIES = (
+    "tokenizer.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+)
 
 
 def full_name(name: str) -> str:
@@ -82,19 +96,27 @@ def full_name(name: str) -> str:
     model, _, tag = name.partition(".")
     if model not in open_clip.list_models():
         close = suggest(name, [*SHORT_NAMES, *DEMO_NAMES, *open_clip.list_models()])
-        raise ModelError(f"Unknown model '{name}'.{close if len(close) < 200 else ' See `models` for short names.'}")
+        raise ModelError(
+            f"Unknown model '{name}'.{close if len(close) < 200 else ' See `models` for short names.'}"
+        )
     if not tag:
         return name
     tags = open_clip.list_pretrained_tags_by_model(model)
     if tag not in tags:
-        known = suggest(tag, tags) if tags else " It has none: give a local file with --weights and the name without a tag."
+        known = (
+            suggest(tag, tags)
+            if tags
+            else " It has none: give a local file with --weights and the name without a tag."
+        )
         raise ModelError(f"open_clip has no weights '{tag}' for {model}.{known}")
     if _fits_activation(model, tag):
         return name
     # open_clip has weights for QuickGELU under the name for GELU too, where it computes with GELU
     fitting = [found for found in published(model) if found.endswith(f".{tag}")]
     if not fitting:
-        raise ModelError(f"The weights '{tag}' were trained with another activation than {model} has: use other weights.")
+        raise ModelError(
+            f"The weights '{tag}' were trained with another activation than {model} has: use other weights."
+        )
     return fitting[0]
 
 
@@ -145,20 +167,29 @@ model_tag, weights_digest = CATALOGUE.model_tag, CATALOGUE.weights_digest
 
 def preflight(model: ModelRequest, data: DataRequest) -> list[Missing]:
     """List missing data, weights and tokenizer. Downloads nothing."""
-    found = [missing_data(data, model.name in DEMO_NAMES), CATALOGUE.missing_weights(model), missing_tokenizer(model)]
+    found = [
+        missing_data(data, model.name in DEMO_NAMES),
+        CATALOGUE.missing_weights(model),
+        missing_tokenizer(model),
+    ]
     return [item for item in found if item is not None]
 
 
 def missing_data(data: DataRequest, brings_data: bool) -> Missing | None:
     """The data, if it is not there: captions, or ImageNet for zero-shot classification."""
     if data.calibration_data is not None and not data.calibration_data.is_dir():
-        return Missing(f"the folder {data.calibration_data}", f"It was given as calibration data. {LAYOUT}.")
+        return Missing(
+            f"the folder {data.calibration_data}", f"It was given as calibration data. {LAYOUT}."
+        )
     if data.evaluation == "zero-shot":
         return missing_imagenet(data, brings_data, calibrates=data.calibration_data is None)
     if data.path is None:
         advice = f"Give its folder: COCO=/path or FLICKR=/path for make, --data for an adapter. {LAYOUT}."
         return None if brings_data else Missing("a data set of captions", advice)
-    found, wanted = caption_files(data.path), ["val2014"]  # images of the test part are of val2014 all
+    found, wanted = (
+        caption_files(data.path),
+        ["val2014"],
+    )  # images of the test part are of val2014 all
     if data.calibration_data is None:
         wanted.insert(0, "train2014")
     folders = wanted if found == [(COCO_FILE,)] else []
@@ -167,7 +198,9 @@ def missing_data(data: DataRequest, brings_data: bool) -> Missing | None:
         return Missing(f"the folder {data.path}", f"{LAYOUT}.")
     if not found:
         return Missing(f"the captions in {data.path}", f"{LAYOUT}.")
-    return Missing(f"the folder {' and the folder '.join(absent)}", f"{LAYOUT}.") if absent else None
+    return (
+        Missing(f"the folder {' and the folder '.join(absent)}", f"{LAYOUT}.") if absent else None
+    )
 
 
 def caption_files(root: Path) -> list[tuple[str, ...]]:
@@ -202,7 +235,11 @@ def missing_tokenizer(request: ModelRequest) -> Missing | None:
         return None
     if cached_file(Repository(repo, VOCABULARIES)) is not None or hub_answers():
         return None
-    folder = f"the folder {request.weights_folder}" if request.weights_folder is not None else "the folder of weights"
+    folder = (
+        f"the folder {request.weights_folder}"
+        if request.weights_folder is not None
+        else "the folder of weights"
+    )
     return Missing(
         f"the tokenizer of {full_name(request.name).partition('.')[0]} (repository {repo})",
         f"Looked for <model>-tokenizer in {folder}, in the Hugging Face cache and at its hub, which does not answer. Run once "

@@ -91,7 +91,10 @@ class RetrievalTask(Task):
         """An image and a caption of zeros."""
         assert loaded.input_shape is not None
         assert loaded.context_length is not None
-        inputs = {"vision": torch.zeros(1, *loaded.input_shape), "text": torch.zeros(1, loaded.context_length, dtype=torch.int64)}
+        inputs = {
+            "vision": torch.zeros(1, *loaded.input_shape),
+            "text": torch.zeros(1, loaded.context_length, dtype=torch.int64),
+        }
         return {name: inputs[name] for name in chains}
 
     def calibration(self, loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> CalibrationSet:
@@ -99,19 +102,31 @@ class RetrievalTask(Task):
         return calibration_set(loaded, data, recipe)
 
     def divergences(
-        self, loaded: LoadedModel, images: CalibrationSet, recipe: Recipe, device: torch.device, batch_size: int
+        self,
+        loaded: LoadedModel,
+        images: CalibrationSet,
+        recipe: Recipe,
+        device: torch.device,
+        batch_size: int,
     ) -> dict[str, Divergence]:
         """The contrastive divergence of each tower, the other in full precision."""
         if recipe.temperature != Recipe.model_fields["temperature"].default:
-            raise RecipeError("The divergence of a retrieval model takes the model's own scale: leave temperature out.")
+            raise RecipeError(
+                "The divergence of a retrieval model takes the model's own scale: leave temperature out."
+            )
         if not (recipe.reconstruct or recipe.reconstruct_mlp):
             return dict.fromkeys(TOWERS, Divergence())  # nobody asks it anything
         model = loaded.model.to(device)
         made: dict[str, Divergence] = {}
-        for name, other, encode in (("text", "vision", model.encode_image), ("vision", "text", model.encode_text)):
+        for name, other, encode in (
+            ("text", "vision", model.encode_image),
+            ("vision", "text", model.encode_text),
+        ):
             if recipe.scope in (None, "both", name):
                 inputs = Samples.of(images.inputs[other])
-                made[name] = contrastive(model, encode, inputs, batch=recipe.divergence_batch, size=batch_size)
+                made[name] = contrastive(
+                    model, encode, inputs, batch=recipe.divergence_batch, size=batch_size
+                )
         return made
 
     def evaluate(
@@ -130,21 +145,44 @@ class RetrievalTask(Task):
         assert loaded.context_length is not None
         if data.evaluation == "zero-shot":
             if data.path is None:
-                raise DataError("Zero-shot evaluation needs images in class folders: give --data /path/to/imagenet.")
+                raise DataError(
+                    "Zero-shot evaluation needs images in class folders: give --data /path/to/imagenet."
+                )
             source = open_folder(data.path, "val", data.class_order, wanted=LINES)
             folders = source.class_names
             names = class_names(data.path, folders)
-            embedded = class_embeddings(model.encode_text, loaded.tokenizer, names, device, batch_size, report)
+            embedded = class_embeddings(
+                model.encode_text, loaded.tokenizer, names, device, batch_size, report
+            )
             classifier = ZeroShotClassifier(model.encode_image, embedded, model.logit_scale)
             source = source.head(data.limit)
-            images = Images(source.ids, source.targets, source.read, loaded.eval_transform, data.skip_corrupt)
-            found = evaluate(classifier, images, source, device, batch_size, workers, report, told_apart(names, folders))
+            images = Images(
+                source.ids, source.targets, source.read, loaded.eval_transform, data.skip_corrupt
+            )
+            found = evaluate(
+                classifier,
+                images,
+                source,
+                device,
+                batch_size,
+                workers,
+                report,
+                told_apart(names, folders),
+            )
             return replace(found, dataset=named_classes(found.dataset, names, folders))
         pairs = open_pairs(loaded, data, "test").head(data.limit)
-        images = Images(pairs.image_ids, [0] * len(pairs.image_ids), pairs.read, loaded.eval_transform, data.skip_corrupt)
+        images = Images(
+            pairs.image_ids,
+            [0] * len(pairs.image_ids),
+            pairs.read,
+            loaded.eval_transform,
+            data.skip_corrupt,
+        )
         cut = truncated(loaded.tokenizer, pairs.captions, loaded.context_length)
         encoders = model.encode_image, model.encode_text
-        return evaluate_pairs(*encoders, images, pairs, loaded.tokenizer, device, batch_size, workers, report, cut)
+        return evaluate_pairs(
+            *encoders, images, pairs, loaded.tokenizer, device, batch_size, workers, report, cut
+        )
 
 
 def _without(model: nn.Module, name: str) -> nn.Module:

@@ -15,14 +15,30 @@ from tasks.common.models.hub import Repository, cached_file, hub_answers
 from tasks.retrieval.tags import VOCABULARIES
 
 #: Captions on which a tokenizer is compared with its file.
-_PROBES = ("a photo of a cat", "Two dogs, on the grass.", "The man's 3 red buses -- in 1984!", "  café\tmenu  ")
+_PROBES = (
+    "a photo of a cat",
+    "Two dogs, on the grass.",
+    "The man's 3 red buses -- in 1984!",
+    "  café\tmenu  ",
+)
 
 
 class Tokenizer:
     """open_clip's tokenizer of a model; ``origin`` tells records of its files."""
 
-    def __init__(self, tokenizer: SimpleTokenizer | HFTokenizer, context_length: int, vocabulary: int, origin: str = "") -> None:
-        self.tokenizer, self.context_length, self.vocabulary, self.origin = tokenizer, context_length, vocabulary, origin
+    def __init__(
+        self,
+        tokenizer: SimpleTokenizer | HFTokenizer,
+        context_length: int,
+        vocabulary: int,
+        origin: str = "",
+    ) -> None:
+        self.tokenizer, self.context_length, self.vocabulary, self.origin = (
+            tokenizer,
+            context_length,
+            vocabulary,
+            origin,
+        )
 
     def __call__(self, captions: list[str]) -> Tensor:
         """Token ids (n, L) int64. Raises ModelError for an id that the model does not know."""
@@ -31,7 +47,9 @@ class Tokenizer:
         ids: Tensor = self.tokenizer(captions, context_length=self.context_length)
         largest = int(ids.max())
         if largest >= self.vocabulary:
-            raise ModelError(f"The tokenizer gives the id {largest}, the model knows {self.vocabulary} tokens: they do not fit.")
+            raise ModelError(
+                f"The tokenizer gives the id {largest}, the model knows {self.vocabulary} tokens: they do not fit."
+            )
         return ids
 
     def lengths(self, captions: list[str]) -> list[int]:
@@ -41,7 +59,9 @@ class Tokenizer:
             return [len(own.encode(caption)) + 2 for caption in captions]
         if not captions:
             return []
-        class_tokens = own.tokenizer_mode == "clips"  # start, end and class token are added by open_clip
+        class_tokens = (
+            own.tokenizer_mode == "clips"
+        )  # start, end and class token are added by open_clip
         found = own.tokenizer(
             [own.clean_fn(caption) for caption in captions],
             add_special_tokens=not class_tokens,
@@ -52,26 +72,41 @@ class Tokenizer:
         return [len(ids) + (3 if class_tokens else 0) for ids in found["input_ids"]]
 
 
-def build_tokenizer(model: str, text: Mapping[str, Any], folder: Path | None, vocabulary: int) -> Tokenizer:
+def build_tokenizer(
+    model: str, text: Mapping[str, Any], folder: Path | None, vocabulary: int
+) -> Tokenizer:
     """The tokenizer of ``model``, by the ``text`` part of its configuration. Raises ModelError."""
     context_length = int(text.get("context_length", DEFAULT_CONTEXT_LENGTH))
     settings = dict(text.get("tokenizer_kwargs") or {})
     repo = text.get("hf_tokenizer_name")
     if repo:
-        found = _hugging_face(model, str(repo), folder, context_length, text.get("tokenizer_mode"), settings)
+        found = _hugging_face(
+            model, str(repo), folder, context_length, text.get("tokenizer_mode"), settings
+        )
         file = _vocabulary(folder, str(repo))
         origin = "" if file is None else f"; tokenizer {repo} sha256 {file_sha256(file)[:16]}"
         return Tokenizer(found, context_length, vocabulary, origin)
     if "siglip" in model.lower():  # open_clip would fetch a vocabulary from an address in its code
-        raise ModelError(f"The configuration of {model} names no tokenizer: give hf_tokenizer_name in its text_cfg.")
+        raise ModelError(
+            f"The configuration of {model} names no tokenizer: give hf_tokenizer_name in its text_cfg."
+        )
     try:
-        return Tokenizer(SimpleTokenizer(context_length=context_length, **settings), context_length, vocabulary)
+        return Tokenizer(
+            SimpleTokenizer(context_length=context_length, **settings), context_length, vocabulary
+        )
     except (TypeError, ValueError, AssertionError) as error:
-        raise ModelError(f"open_clip cannot build the tokenizer of {model} with {settings}: {error}") from error
+        raise ModelError(
+            f"open_clip cannot build the tokenizer of {model} with {settings}: {error}"
+        ) from error
 
 
 def _hugging_face(
-    model: str, repo: str, folder: Path | None, context_length: int, mode: str | None, settings: dict[str, Any]
+    model: str,
+    repo: str,
+    folder: Path | None,
+    context_length: int,
+    mode: str | None,
+    settings: dict[str, Any],
 ) -> HFTokenizer:
     """A tokenizer that transformers builds, compared with its file."""
     complete = cached_file(Repository(repo, ("tokenizer.json",))) is not None
@@ -106,7 +141,9 @@ def _vocabulary(folder: Path | None, repo: str) -> Path | None:
 def _compare(built: HFTokenizer, file: Path | None, source: str) -> None:
     """Refuse a tokenizer without a vocabulary, or with other tokens than its file."""
     if file is None:
-        raise ModelError(f"The tokenizer in {source} has no vocabulary: none of {', '.join(VOCABULARIES)} is there.")
+        raise ModelError(
+            f"The tokenizer in {source} has no vocabulary: none of {', '.join(VOCABULARIES)} is there."
+        )
     if file.name != "tokenizer.json":
         return
     own = tokenizers.Tokenizer.from_file(str(file))

@@ -45,13 +45,20 @@ def build_towers(model: nn.Module, recipe: Recipe, towers: Sequence[str]) -> dic
     """
     for name in towers:
         check_tower(model, name)
-    return {name: _vision_tower(model.visual, recipe) if name == "vision" else _text_tower(model, recipe) for name in towers}
+    return {
+        name: _vision_tower(model.visual, recipe)
+        if name == "vision"
+        else _text_tower(model, recipe)
+        for name in towers
+    }
 
 
 def check_tower(model: nn.Module, name: str) -> None:
     """Check that a model has the tower ``name``. Raises ModelError."""
     if type(model) not in (CLIP, CustomTextCLIP):
-        raise ModelError(f"A model of type {type(model).__name__} is not supported: open_clip's CLIP and CustomTextCLIP are.")
+        raise ModelError(
+            f"A model of type {type(model).__name__} is not supported: open_clip's CLIP and CustomTextCLIP are."
+        )
     if name not in TOWERS:
         raise ModelError(f"There is no tower '{name}'.{suggest(name, TOWERS)}")
 
@@ -64,14 +71,26 @@ class ExplicitBlock(nn.Module):
 
     mask: Tensor | None
 
-    def __init__(self, block: ResidualAttentionBlock, mask: Tensor | None, recipe: Recipe, after: nn.Module | None) -> None:
+    def __init__(
+        self,
+        block: ResidualAttentionBlock,
+        mask: Tensor | None,
+        recipe: Recipe,
+        after: nn.Module | None,
+    ) -> None:
         super().__init__()
         if type(block) is not ResidualAttentionBlock or hasattr(block, "ln_1_kv"):
             raise ModelError(
                 f"A transformer block of type {type(block).__name__} (or with cross attention) is not supported for CLIP: "
                 "only ResidualAttentionBlock is."
             )
-        self.ln_1, self.ls_1, self.ln_2, self.mlp, self.ls_2 = block.ln_1, block.ls_1, block.ln_2, block.mlp, block.ls_2
+        self.ln_1, self.ls_1, self.ln_2, self.mlp, self.ls_2 = (
+            block.ln_1,
+            block.ls_1,
+            block.ln_2,
+            block.mlp,
+            block.ls_2,
+        )
         self.attn = ExplicitMultiheadAttention(block.attn, recipe)
         self.attn.batch_first = True
         # Made from the context's length, so no checkpoint needs it.
@@ -98,24 +117,41 @@ def _block_segments(
 ) -> list[Segment]:
     """Every block as a segment; ``embedding`` precedes the first, ``after`` follows the last."""
     if type(transformer) is not Transformer:
-        raise ModelError(f"A transformer of type {type(transformer).__name__} is not supported for CLIP: only Transformer is.")
+        raise ModelError(
+            f"A transformer of type {type(transformer).__name__} is not supported for CLIP: only Transformer is."
+        )
     segments, count = [], len(transformer.resblocks)
     for number, original in enumerate(transformer.resblocks):
         block = ExplicitBlock(original, mask, recipe, after if number == count - 1 else None)
         pairs = norm_pair(block.ln_1, "attn.qkv") + norm_pair(block.ln_2, "mlp.c_fc")
         before = embedding if number == 0 else None
-        segments.append(Segment(f"{prefix}.resblocks.{number}", "block", block, before=before, pairs=pairs, mlps=(_MLP,)))
+        segments.append(
+            Segment(
+                f"{prefix}.resblocks.{number}",
+                "block",
+                block,
+                before=before,
+                pairs=pairs,
+                mlps=(_MLP,),
+            )
+        )
     return segments
 
 
-def _projection(owner: nn.Module, parameter: nn.Parameter | nn.Linear, recipe: Recipe) -> QuantLinear:
+def _projection(
+    owner: nn.Module, parameter: nn.Parameter | nn.Linear, recipe: Recipe
+) -> QuantLinear:
     """A projection to the embedding: a matrix (width, d) to multiply from the left, or a layer."""
     if isinstance(parameter, nn.Linear):
         return QuantLinear.from_float(parameter, recipe.w_bits, recipe.classifier_bits)
     if not isinstance(parameter, nn.Parameter):
-        raise ModelError(f"A projection of type {type(parameter).__name__} in {type(owner).__name__} is not supported.")
+        raise ModelError(
+            f"A projection of type {type(parameter).__name__} in {type(owner).__name__} is not supported."
+        )
     # The one weight that is copied: a transposed view would not be contiguous, which weight files and searches ask for.
-    return linear_of(nn.Parameter(parameter.detach().t().contiguous()), None, recipe, recipe.classifier_bits)
+    return linear_of(
+        nn.Parameter(parameter.detach().t().contiguous()), None, recipe, recipe.classifier_bits
+    )
 
 
 class _Patches(nn.Module):
@@ -123,7 +159,10 @@ class _Patches(nn.Module):
 
     def __init__(self, tower: VisionTransformer) -> None:
         super().__init__()
-        self.class_embedding, self.positional_embedding = tower.class_embedding, tower.positional_embedding
+        self.class_embedding, self.positional_embedding = (
+            tower.class_embedding,
+            tower.positional_embedding,
+        )
         self.ln_pre = tower.ln_pre
 
     def forward(self, x: Tensor) -> Tensor:
@@ -137,7 +176,11 @@ class _PooledPatches(nn.Module):
 
     def __init__(self, tower: VisionTransformer) -> None:
         super().__init__()
-        self.ln_post, self.pool_type, self.norm_last = tower.ln_post, tower.pool_type, tower.final_ln_after_pool
+        self.ln_post, self.pool_type, self.norm_last = (
+            tower.ln_post,
+            tower.pool_type,
+            tower.final_ln_after_pool,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.norm_last:
@@ -155,25 +198,39 @@ def _vision_tower(tower: nn.Module, recipe: Recipe) -> BlockChain:
             "VisionTransformer in TimmModel are."
         )
     if tower.attn_pool is not None:
-        raise ModelError("VisionTransformer with attentional_pool (CoCa) is not supported: pool_type 'tok' and 'avg' are.")
+        raise ModelError(
+            "VisionTransformer with attentional_pool (CoCa) is not supported: pool_type 'tok' and 'avg' are."
+        )
     if tower.pool_type not in ("tok", "avg"):
-        raise ModelError(f"VisionTransformer with pool_type '{tower.pool_type}' is not supported: 'tok' and 'avg' are.")
+        raise ModelError(
+            f"VisionTransformer with pool_type '{tower.pool_type}' is not supported: 'tok' and 'avg' are."
+        )
     if tower.output_tokens:
-        raise ModelError("VisionTransformer with output_tokens is not supported: load the model without it.")
+        raise ModelError(
+            "VisionTransformer with output_tokens is not supported: load the model without it."
+        )
     conv = QuantConv2d.from_float(tower.conv1, recipe.w_bits, recipe.patch_input_bits)
     pooling = _PooledPatches(tower)
     after = pooling if tower.proj is None else None
-    blocks = _block_segments(tower.transformer, "visual.transformer", _Patches(tower), None, recipe, after)
+    blocks = _block_segments(
+        tower.transformer, "visual.transformer", _Patches(tower), None, recipe, after
+    )
     segments = [Segment("visual.conv1", "patch_embed", conv), *blocks]
     if tower.proj is not None:
-        segments.append(Segment("visual.proj", "projection", _projection(tower, tower.proj, recipe), before=pooling))
+        segments.append(
+            Segment(
+                "visual.proj", "projection", _projection(tower, tower.proj, recipe), before=pooling
+            )
+        )
     return BlockChain(segments)
 
 
 def _timm_tower(tower: TimmModel, recipe: Recipe) -> BlockChain:
     trunk = tower.trunk
     if type(trunk) is not TimmVisionTransformer:
-        raise ModelError(f"TimmModel with a trunk of type {type(trunk).__name__} is not supported: VisionTransformer is.")
+        raise ModelError(
+            f"TimmModel with a trunk of type {type(trunk).__name__} is not supported: VisionTransformer is."
+        )
     if trunk.attn_pool is None and not trunk.global_pool:
         raise ModelError("TimmModel with a trunk that does not pool its tokens is not supported.")
     heads = _timm_heads(tower, recipe)
@@ -196,9 +253,16 @@ def _timm_heads(tower: TimmModel, recipe: Recipe) -> list[tuple[str, nn.Module]]
             swap_linears(part, MlpPart(name), recipe, recipe.classifier_bits)
             heads.append((f"visual.head.{name}", part))
         elif isinstance(part, nn.Linear):
-            heads.append((f"visual.head.{name}", QuantLinear.from_float(part, recipe.w_bits, recipe.classifier_bits)))
+            heads.append(
+                (
+                    f"visual.head.{name}",
+                    QuantLinear.from_float(part, recipe.w_bits, recipe.classifier_bits),
+                )
+            )
         else:
-            raise ModelError(f"TimmModel with {type(part).__name__} in its head is not supported: a linear layer or an MLP is.")
+            raise ModelError(
+                f"TimmModel with {type(part).__name__} in its head is not supported: a linear layer or an MLP is."
+            )
     return heads
 
 
@@ -207,7 +271,10 @@ class _Tokens(nn.Module):
 
     def __init__(self, owner: nn.Module) -> None:
         super().__init__()
-        self.token_embedding, self.positional_embedding = owner.token_embedding, owner.positional_embedding
+        self.token_embedding, self.positional_embedding = (
+            owner.token_embedding,
+            owner.positional_embedding,
+        )
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.token_embedding(ids) + self.positional_embedding[: ids.shape[1]]
@@ -224,7 +291,11 @@ class PooledPosition(nn.Module):
         self.pool_type, self.eos_id = pool_type, eos_id
 
     def forward(self, ids: Tensor) -> Tensor:
-        return ids.argmax(dim=-1) if self.pool_type == "argmax" else (ids == self.eos_id).int().argmax(dim=-1)
+        return (
+            ids.argmax(dim=-1)
+            if self.pool_type == "argmax"
+            else (ids == self.eos_id).int().argmax(dim=-1)
+        )
 
 
 class _PooledToken(nn.Module):
@@ -248,25 +319,41 @@ def _text_tower(model: nn.Module, recipe: Recipe) -> BlockChain:
     else:
         tower, prefix = model.text, "text."
         if type(tower) is not TextTransformer:
-            raise ModelError(f"A text tower of type {type(tower).__name__} is not supported: open_clip's TextTransformer is.")
+            raise ModelError(
+                f"A text tower of type {type(tower).__name__} is not supported: open_clip's TextTransformer is."
+            )
         for option in ("use_pad_mask", "output_tokens"):
             if getattr(tower, option):
-                raise ModelError(f"TextTransformer with {option} is not supported: load the model without it.")
+                raise ModelError(
+                    f"TextTransformer with {option} is not supported: load the model without it."
+                )
         pool_type, eos_id = tower.pool_type, tower.eos_id
     by_token = pool_type in _BY_TOKEN
     if not by_token and pool_type not in _FIXED:
         known = ", ".join(f"'{name}'" for name in (*_BY_TOKEN, *_FIXED))
-        raise ModelError(f"A text tower with pool_type '{pool_type}' is not supported: {known} are.")
+        raise ModelError(
+            f"A text tower with pool_type '{pool_type}' is not supported: {known} are."
+        )
     if len(tower.positional_embedding) != tower.context_length:
-        raise ModelError("A text tower with a class token of its own (embed_cls) is not supported: pooling at a word is.")
+        raise ModelError(
+            "A text tower with a class token of its own (embed_cls) is not supported: pooling at a word is."
+        )
     matrix = tower.text_projection
     if matrix is None and by_token:
         # The token's position travels beside the blocks, to what lies before one.
-        raise ModelError(f"A text tower without projection is not supported with pool_type '{pool_type}'.")
+        raise ModelError(
+            f"A text tower without projection is not supported with pool_type '{pool_type}'."
+        )
     pooling = _PooledToken(tower.ln_final, _FIXED.get(pool_type))
     after, mask = pooling if matrix is None else None, tower.attn_mask
-    segments = _block_segments(tower.transformer, f"{prefix}transformer", _Tokens(tower), mask, recipe, after)
+    segments = _block_segments(
+        tower.transformer, f"{prefix}transformer", _Tokens(tower), mask, recipe, after
+    )
     if matrix is not None:
         layer = _projection(tower, matrix, recipe)
-        segments.append(Segment(f"{prefix}text_projection", "projection", layer, before=pooling, takes_side=by_token))
+        segments.append(
+            Segment(
+                f"{prefix}text_projection", "projection", layer, before=pooling, takes_side=by_token
+            )
+        )
     return BlockChain(segments, side=PooledPosition(pool_type, eos_id) if by_token else None)

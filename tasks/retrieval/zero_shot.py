@@ -80,7 +80,9 @@ def class_embeddings(
     total = len(names) * len(templates)
     found = []
     for start in range(0, len(names), _CLASSES):
-        texts = [template(name) for name in names[start : start + _CLASSES] for template in templates]
+        texts = [
+            template(name) for name in names[start : start + _CLASSES] for template in templates
+        ]
         before = start * len(templates)
 
         def advance(done: int, before: int = before) -> None:
@@ -102,7 +104,9 @@ class ZeroShotClassifier(nn.Module):
         self.encode_image = encode_image
         # Classes with equal embeddings shall tie, which columns of a product do not: it rounds by their place.
         distinct, place = torch.unique(embeddings, dim=0, return_inverse=True)
-        self.register_buffer("weight", logit_scale.detach().float().exp().to(embeddings.device) * distinct.T)
+        self.register_buffer(
+            "weight", logit_scale.detach().float().exp().to(embeddings.device) * distinct.T
+        )
         self.register_buffer("place", place)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -37,9 +37,15 @@ if TYPE_CHECKING:
 
 LEVELS = {"rtn": 20.0, "brecq": 70.0, "qdrop": 75.0, "fimaq": 80.0}
 
-IMAGENET = Dataset(name="ImageNet-1k val", split="val", count=50_000, classes=1000, fingerprint="f" * 64)
-SCENES = Dataset(name="digit-scenes", split="test", count=1000, classes=0, fingerprint="e" * 64, captions=1000)
-OBJECTS = Dataset(name="digit scenes for detection", split="test", count=150, classes=10, fingerprint="b" * 64)
+IMAGENET = Dataset(
+    name="ImageNet-1k val", split="val", count=50_000, classes=1000, fingerprint="f" * 64
+)
+SCENES = Dataset(
+    name="digit-scenes", split="test", count=1000, classes=0, fingerprint="e" * 64, captions=1000
+)
+OBJECTS = Dataset(
+    name="digit scenes for detection", split="test", count=150, classes=10, fingerprint="b" * 64
+)
 DIGITS = Dataset(name="digit-pairs", split="test", count=2000, classes=100, fingerprint="d" * 64)
 
 
@@ -47,7 +53,9 @@ def plain_demo(**changes: Any) -> Grid:
     """A small grid in the demo profile's settings: four methods, two bits, two seeds."""
     demo = load_grid("demo")
     small = {"methods": ("fp", "rtn", "brecq", "qdrop", "fimaq"), "seeds": (1, 2), "extra": ()}
-    return demo.model_copy(update={"tasks": {"classification": demo.tasks["classification"]}, **small, **changes})
+    return demo.model_copy(
+        update={"tasks": {"classification": demo.tasks["classification"]}, **small, **changes}
+    )
 
 
 def make_record(**changes: Any) -> ResultRecord:
@@ -71,7 +79,9 @@ def make_record(**changes: Any) -> ResultRecord:
         "dataset": DIGITS,
         "calibration": None,
         "modules": None,
-        "environment": Environment(versions={"torch": "1", "timm": "2"}, git_revision="x", device="cpu", threads=1),
+        "environment": Environment(
+            versions={"torch": "1", "timm": "2"}, git_revision="x", device="cpu", threads=1
+        ),
         "seconds": {"evaluate": 1.0},
         "peak_memory_bytes": 1,
         "finished": "2024-01-01T00:00:00+00:00",
@@ -85,7 +95,9 @@ def fake_value(request: CellRequest) -> float:
     recipe = request.recipe
     if recipe is None:
         return 95.0
-    noise = random.Random(f"{request.model.name} {recipe.method} {recipe.bits_name} {recipe.seed}").gauss(0, 0.4)
+    noise = random.Random(
+        f"{request.model.name} {recipe.method} {recipe.bits_name} {recipe.seed}"
+    ).gauss(0, 0.4)
     return LEVELS[recipe.method] + 2 * (recipe.w_bits - 3) + noise
 
 
@@ -93,24 +105,42 @@ def record_of(request: CellRequest, value: float) -> ResultRecord:
     """The record of a cell whose main metric is ``value``; of retrieval with both directions, five points apart, and a rank, of
     detection with masks, four points below boxes.
     """
-    changes: dict[str, Any] = {"task": request.task, "model": request.model.name, "variant": variant_name(request)}
+    changes: dict[str, Any] = {
+        "task": request.task,
+        "model": request.model.name,
+        "variant": variant_name(request),
+    }
     if request.task == "retrieval" and request.data.evaluation is None:
-        values = {"R@1": value, "i2t_R@1": value + 2.5, "t2i_R@1": value - 2.5, "i2t_median_rank": 1.0}
+        values = {
+            "R@1": value,
+            "i2t_R@1": value + 2.5,
+            "t2i_R@1": value - 2.5,
+            "i2t_median_rank": 1.0,
+        }
         metrics = {name: Metric(value=number, stderr=0.5) for name, number in values.items()}
         changes |= {"dataset": SCENES, "n": SCENES.count, "metrics": metrics, "fp_metrics": {}}
     if request.task == "detection":
-        metrics = {name: Metric(value=number, stderr=0.5) for name, number in (("AP_box", value), ("AP_mask", value - 4))}
+        metrics = {
+            name: Metric(value=number, stderr=0.5)
+            for name, number in (("AP_box", value), ("AP_mask", value - 4))
+        }
         changes |= {"dataset": OBJECTS, "n": OBJECTS.count, "metrics": metrics, "fp_metrics": {}}
     return make_record(recipe=request.recipe, value=value, **changes)
 
 
 def planned_folder(request: CellRequest) -> Path:
     recipe = request.recipe
-    method, w_bit, a_bit = ("fp", OFF, OFF) if recipe is None else (recipe.method, recipe.w_bits, recipe.a_bits)
+    method, w_bit, a_bit = (
+        ("fp", OFF, OFF) if recipe is None else (recipe.method, recipe.w_bits, recipe.a_bits)
+    )
     seed, digest = (None, "f" * 10) if recipe is None else (recipe.seed, recipe.digest())
     if request.data.path is not None or request.data.evaluation is not None:
-        digest = hashlib.sha256(f"{digest} {request.data.path} {request.data.evaluation}".encode()).hexdigest()
-    return cell_folder(request.results, request.task, request.model.name, method, w_bit, a_bit, seed, digest)
+        digest = hashlib.sha256(
+            f"{digest} {request.data.path} {request.data.evaluation}".encode()
+        ).hexdigest()
+    return cell_folder(
+        request.results, request.task, request.model.name, method, w_bit, a_bit, seed, digest
+    )
 
 
 def run_cell(request: CellRequest, report: Report) -> Path:
@@ -121,7 +151,9 @@ def run_cell(request: CellRequest, report: Report) -> Path:
     report(Progress("evaluate", 1, 2, "block 0", 1.0))
     print("a library speaks")
     with (request.results.parent / "log.txt").open("a") as log:
-        log.write(f"{os.getpid()} {request.model.name} {request.recipe.method if request.recipe else 'fp'}\n")
+        log.write(
+            f"{os.getpid()} {request.model.name} {request.recipe.method if request.recipe else 'fp'}\n"
+        )
     if fault == "error":
         raise ValueError("it broke")
     if fault == "user error":
@@ -135,12 +167,17 @@ def run_cell(request: CellRequest, report: Report) -> Path:
 
 def preflight(request: CellRequest) -> list[Missing]:
     if (request.results.parent / "no-data").exists():
-        return [Missing("the data", "Fetch it."), Missing(f"the weights of {request.model.name}", "Train them.")]
+        return [
+            Missing("the data", "Fetch it."),
+            Missing(f"the weights of {request.model.name}", "Train them."),
+        ]
     return []
 
 
 def write_cells(
-    cells: Iterable[Cell], value: Callable[[Cell], float], correct: Callable[[Cell], np.ndarray] | None = None
+    cells: Iterable[Cell],
+    value: Callable[[Cell], float],
+    correct: Callable[[Cell], np.ndarray] | None = None,
 ) -> list[Measured]:
     """Write records of ``cells`` with the scores ``value`` and, if given, outcomes of samples; return them as collected.
 
@@ -158,8 +195,16 @@ def write_cells(
         write_record(record, folder)
         if correct is not None:
             right = correct(cell)
-            scores = {"AP_box": right, "AP_mask": right - 0.04} if cell.task == "detection" else {"correct": right}
-            np.savez(folder / record.outcomes, sample=np.array([f"s{i}" for i in range(len(right))]), **scores)
+            scores = (
+                {"AP_box": right, "AP_mask": right - 0.04}
+                if cell.task == "detection"
+                else {"correct": right}
+            )
+            np.savez(
+                folder / record.outcomes,
+                sample=np.array([f"s{i}" for i in range(len(right))]),
+                **scores,
+            )
     return collect(chosen, ADAPTER)
 
 

@@ -47,7 +47,11 @@ def ray_folder() -> Iterator[Path]:
 def name_of(request: CellRequest) -> str:
     """``demo_vit rtn w3a3``."""
     recipe = request.recipe
-    return f"{request.model.name} fp" if recipe is None else f"{request.model.name} {recipe.method} {recipe.bits_name}"
+    return (
+        f"{request.model.name} fp"
+        if recipe is None
+        else f"{request.model.name} {recipe.method} {recipe.bits_name}"
+    )
 
 
 def run_cell(request: CellRequest, report: Report) -> Path:
@@ -59,7 +63,9 @@ def run_cell(request: CellRequest, report: Report) -> Path:
     plan = json.loads((root / "plan.json").read_text()) if (root / "plan.json").is_file() else {}
     log = root / "attempts.txt"
     with log.open("a") as file:
-        file.write(f"{os.getpid()} {os.getppid()} {name_of(request)} {request.eval_batch} {request.placement}\n")
+        file.write(
+            f"{os.getpid()} {os.getppid()} {name_of(request)} {request.eval_batch} {request.placement}\n"
+        )
     attempt = sum(f" {name_of(request)} " in line for line in log.read_text().splitlines())
     faults = plan.get(name_of(request), [])
     fault = faults[attempt - 1] if attempt <= len(faults) else ""

@@ -55,9 +55,7 @@ def row(**changes: Any) -> list[dict[str, Any]]:
 
 
 def cells_of(
-    table: PublishedTable,
-    seeds: tuple[int, ...] | None = None,
-    results: Path = Path("results"),
+    table: PublishedTable, seeds: tuple[int, ...] | None = None, results: Path = Path("results")
 ) -> list[Cell]:
     """The cells of a table's grid."""
     return expand(table.grid(), Filters(seeds=seeds), RunOptions(results))

@@ -33,32 +33,49 @@ SAMPLES = ("test/0", "test/1")
 def report_grid(**changes: Any) -> Grid:
     """All three tasks: a few models, four methods, two bits, two seeds."""
     demo = load_grid("demo")
-    models = {"classification": ("demo_vit", "demo_swin"), "retrieval": ("demo_clip",), "detection": ("demo_mask_rcnn",)}
+    models = {
+        "classification": ("demo_vit", "demo_swin"),
+        "retrieval": ("demo_clip",),
+        "detection": ("demo_mask_rcnn",),
+    }
     tasks = {
-        name: demo.tasks[name].model_copy(update={"models": found, "methods": None, "seeds": None, "overrides": {}})
+        name: demo.tasks[name].model_copy(
+            update={"models": found, "methods": None, "seeds": None, "overrides": {}}
+        )
         for name, found in models.items()
     }
-    return demo.model_copy(update={"tasks": tasks, "methods": METHODS, "seeds": (1, 2), "extra": (), **changes})
+    return demo.model_copy(
+        update={"tasks": tasks, "methods": METHODS, "seeds": (1, 2), "extra": (), **changes}
+    )
 
 
 def full_record(cell: Cell, **changes: Any) -> ResultRecord:
     """The record of a cell with module map, calibration, figures of blocks and memory of stages."""
     request = cell.request
     record = fakes.record_of(request, fakes.fake_value(request))
-    full = {name: metric.model_copy(update={"value": metric.value + 1}) for name, metric in record.metrics.items()}
+    full = {
+        name: metric.model_copy(update={"value": metric.value + 1})
+        for name, metric in record.metrics.items()
+    }
     update: dict[str, Any] = {"finished": "2025-03-04T05:06:07+00:00", "examples": "examples.json"}
     recipe = request.recipe
     if recipe is not None:
         update |= {
             "fp_metrics": record.fp_metrics or full,
-            "calibration": Calibration(ids=[f"c{i}" for i in range(17)], transform="eval", fingerprint="a" * 64),
+            "calibration": Calibration(
+                ids=[f"c{i}" for i in range(17)], transform="eval", fingerprint="a" * 64
+            ),
             "modules": modules(recipe.w_bits, recipe.a_bits, recipe.per_token),
-            "seconds": {"load": 0.5, "calibrate": 2.0, "evaluate": 1.0} | ({"reconstruct": 30.0} if recipe.reconstruct else {}),
+            "seconds": {"load": 0.5, "calibrate": 2.0, "evaluate": 1.0}
+            | ({"reconstruct": 30.0} if recipe.reconstruct else {}),
             "stage_memory_bytes": {"load": 10**8, "calibrate": 2 * 10**9, "evaluate": 10**9},
         }
         if recipe.reconstruct:
             weight = 0.25 if recipe.method == "fimaq" else None
-            update["blocks"] = {name: BlockFigures(error=0.01 * (i + 1), fisher=weight) for i, name in enumerate(BLOCKS)}
+            update["blocks"] = {
+                name: BlockFigures(error=0.01 * (i + 1), fisher=weight)
+                for i, name in enumerate(BLOCKS)
+            }
     return record.model_copy(update={**update, **changes})
 
 
@@ -77,19 +94,37 @@ def examples_of(cell: Cell) -> dict[str, Any]:
     """Examples of two samples in the form of the cell's task; quantized models miss the second."""
     miss = cell.request.recipe is not None
     if cell.task == "detection":
-        box = {"name": "seven", "box": [4.0, 5.0, 20.0, 30.0], "polygons": [[4.0, 5.0, 24.0, 5.0, 24.0, 35.0]]}
+        box = {
+            "name": "seven",
+            "box": [4.0, 5.0, 20.0, 30.0],
+            "polygons": [[4.0, 5.0, 24.0, 5.0, 24.0, 35.0]],
+        }
         samples: list[dict[str, Any]] = [
-            {"sample": name, "size": [64, 48], "truth": [box], "found": [] if miss and i else [box | {"score": 0.9}]}
+            {
+                "sample": name,
+                "size": [64, 48],
+                "truth": [box],
+                "found": [] if miss and i else [box | {"score": 0.9}],
+            }
             for i, name in enumerate(SAMPLES)
         ]
     elif cell.task == "retrieval":
-        right, wrong = ({"caption": words, "score": 0.5, "correct": ok} for words, ok in (("a seven", True), ("a one", False)))
+        right, wrong = (
+            {"caption": words, "score": 0.5, "correct": ok}
+            for words, ok in (("a seven", True), ("a one", False))
+        )
         samples = [
-            {"sample": name, "truth": ["a seven"], "top": [wrong, right] if miss and i else [right, wrong]}
+            {
+                "sample": name,
+                "truth": ["a seven"],
+                "top": [wrong, right] if miss and i else [right, wrong],
+            }
             for i, name in enumerate(SAMPLES)
         ]
     else:
-        right, wrong = ({"name": name, "share": share} for name, share in (("07", 0.75), ("01", 0.25)))
+        right, wrong = (
+            {"name": name, "share": share} for name, share in (("07", 0.75), ("01", 0.25))
+        )
         samples = [
             {"sample": name, "truth": "07", "top": [wrong, right] if miss and i else [right, wrong]}
             for i, name in enumerate(SAMPLES)

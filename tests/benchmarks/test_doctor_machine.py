@@ -35,7 +35,9 @@ def test_packages_are_compared_with_what_is_wanted(tmp_path: Path) -> None:
     assert [one.state for one in package_findings(lock)] == ["ok", "ok"]
 
 
-def test_a_package_without_metadata_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_without_metadata_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "bare-1.0.dist-info").mkdir()
     monkeypatch.syspath_prepend(str(tmp_path))
     assert unmet(["bare", "click>=8", "other; extra == 'dev'"]) == ["bare is missing; wanted: any"]
@@ -59,7 +61,10 @@ def test_what_pytorch_sees_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(collect_env, "get_nvidia_driver_version", lambda _: "580.65")
     first, second = doctor.torch_findings()
-    assert (first.state, first.text.startswith(f"PyTorch {torch.__version__}, built ")) == ("ok", True)
+    assert (first.state, first.text.startswith(f"PyTorch {torch.__version__}, built ")) == (
+        "ok",
+        True,
+    )
     assert (second.state, "sees no GPU" in second.text) == ("note", True)
     # A GPU that PyTorch counts and cannot use.
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -70,11 +75,15 @@ def test_what_pytorch_sees_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "ones", fails)
     _, second = doctor.torch_findings()
-    assert second.text == ("cuda:0: Fine GPU, 80.0 GB, capability 9.0, driver 580.65; PyTorch cannot use it: no kernel image")
+    assert second.text == (
+        "cuda:0: Fine GPU, 80.0 GB, capability 9.0, driver 580.65; PyTorch cannot use it: no kernel image"
+    )
     assert (second.state, second.fix.startswith("end other programs")) == ("note", True)
 
 
-def test_pytorch_is_asked_in_a_process_that_may_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_pytorch_is_asked_in_a_process_that_may_crash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     (tmp_path / "torch").mkdir()
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     for content, words in (
@@ -117,11 +126,19 @@ def test_limits_of_containers_are_read_of_both_kinds_of_groups(tmp_path: Path):
     write(other / "cpu" / "cpu.cfs_quota_us", "-1\n")
     write(other / "cpu" / "cpu.cfs_period_us", "100000\n")
     assert container_limits(proc, other) == {"memory": 2e9, "cores": 2.0}
-    found = [one for one in doctor.machine_findings(container_limits(proc, other)) if "container" in one.text]
-    assert [(one.state, "2.0 GB of memory and 2 cores" in one.text) for one in found] == [("note", True)]
+    found = [
+        one
+        for one in doctor.machine_findings(container_limits(proc, other))
+        if "container" in one.text
+    ]
+    assert [(one.state, "2.0 GB of memory and 2 cores" in one.text) for one in found] == [
+        ("note", True)
+    ]
 
 
-def test_processor_memory_and_programs_are_said_without_pytorch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_processor_memory_and_programs_are_said_without_pytorch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     found = list(doctor.machine_findings(container_limits()))
@@ -155,14 +172,20 @@ def test_a_bare_results_folder_is_fine_and_stays_bare(tmp_path: Path):
 def test_a_results_folder_that_cannot_be_written_is_a_problem(tmp_path: Path):
     (tmp_path / "file").touch()
     (found,) = results(tmp_path / "file" / "results")
-    assert (found.state, "cannot be written" in found.text, str(tmp_path / "file") in found.fix) == ("problem", True, True)
+    assert (
+        found.state,
+        "cannot be written" in found.text,
+        str(tmp_path / "file") in found.fix,
+    ) == ("problem", True, True)
     # Nobody, not even root, makes files there.
     assert "cannot be written" in results(Path("/proc/results"))[0].text
 
 
 def test_records_are_counted_and_damaged_ones_named(tmp_path: Path):
     for seed in (1, 2, 3):
-        record = fakes.make_record(recipe=make_recipe("rtn", {"w_bits": 4, "a_bits": 4, "seed": seed}))
+        record = fakes.make_record(
+            recipe=make_recipe("rtn", {"w_bits": 4, "a_bits": 4, "seed": seed})
+        )
         path = write_record(record, tmp_path / "runs" / str(seed))
     path.write_text(path.read_text().replace('"n": 2000', '"n": 2001'))
     (tmp_path / "runs" / "2" / "result.json").write_text("{")
@@ -174,7 +197,10 @@ def test_records_are_counted_and_damaged_ones_named(tmp_path: Path):
 
 
 def test_leases_of_the_living_and_of_the_dead_are_told_apart(tmp_path: Path):
-    dead, alive = tmp_path / "runs" / "dead" / "result.json", tmp_path / "mlp" / "shared.safetensors"
+    dead, alive = (
+        tmp_path / "runs" / "dead" / "result.json",
+        tmp_path / "mlp" / "shared.safetensors",
+    )
     script = f"""if True:
         import os, pathlib
         from tasks.common.cell.lease import acquire

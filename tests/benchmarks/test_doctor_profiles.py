@@ -29,31 +29,61 @@ ROOT = Path(__file__).parents[2]
 def offline(tmp_path: Path) -> dict[str, str]:
     """An environment without a hub and with an empty cache of it."""
     paths = os.pathsep.join([str(tmp_path / "fake"), str(ROOT)])
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub"), "PYTHONPATH": paths}
+    return {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(tmp_path / "hub"),
+        "PYTHONPATH": paths,
+    }
 
 
 def run(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "benchmarks", "doctor", "--results", str(tmp_path / "results"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=offline(tmp_path), cwd=tmp_path)
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks",
+        "doctor",
+        "--results",
+        str(tmp_path / "results"),
+        *arguments,
+    ]
+    return subprocess.run(
+        command, capture_output=True, text=True, env=offline(tmp_path), cwd=tmp_path
+    )
 
 
-def findings(name: str, options: RunOptions, adapter: Adapter = fakes.ADAPTER, **more: Any) -> list[Finding]:
+def findings(
+    name: str, options: RunOptions, adapter: Adapter = fakes.ADAPTER, **more: Any
+) -> list[Finding]:
     return list(profile_findings(name, options, adapter, **{"cuda": False, "memory": 1e12, **more}))
 
 
 def test_the_demo_profile_can_run_here(tmp_path: Path):
-    result = CliRunner().invoke(cli, ["doctor", "--profile", "demo", "--results", str(tmp_path), "--json"], obj=fakes.ADAPTER)
+    result = CliRunner().invoke(
+        cli,
+        ["doctor", "--profile", "demo", "--results", str(tmp_path), "--json"],
+        obj=fakes.ADAPTER,
+    )
     content = json.loads(result.stdout)
     assert (result.exit_code, content["can_run"]) == (0, True), result.output
     assert set(content) == {"schema", "profile", "can_run", "findings"}
-    titles = ["Python and packages", "Devices and programs", "Disk", "Results", "Profile", "Other profiles"]
+    titles = [
+        "Python and packages",
+        "Devices and programs",
+        "Disk",
+        "Results",
+        "Profile",
+        "Other profiles",
+    ]
     assert list(content["findings"]) == titles
     for found in content["findings"].values():
         for finding in found:
             assert set(finding) == {"state", "text", "fix"}
             assert finding["state"] in ("ok", "note", "problem")
     assert content["findings"]["Profile"][0]["text"] == f"demo: can run ({DEMO_CELLS} cells)"
-    others = {finding["text"].partition(":")[0] for finding in content["findings"]["Other profiles"]}
+    others = {
+        finding["text"].partition(":")[0] for finding in content["findings"]["Other profiles"]
+    }
     assert others == {path.stem for path in GRIDS.glob("*.yaml")} - {"demo"}
     assert not list(tmp_path.iterdir())
 
@@ -69,18 +99,25 @@ def test_what_the_paper_profile_lacks_is_said_with_commands(tmp_path: Path):
     texts = [finding["text"] for finding in paper]
     assert not any("data set ImageNet" in text for text in texts)
     assert any(text.startswith("detection: ") and "COCO=/path" in text for text in texts)
-    assert any(text.startswith("detection: ") and "SwinTransformer/storage" in text for text in texts)
+    assert any(
+        text.startswith("detection: ") and "SwinTransformer/storage" in text for text in texts
+    )
     fixes = [finding["fix"] for finding in paper]
     assert "hf download timm/deit_tiny_patch16_224.fb_in1k model.safetensors" in fixes
     # The others are told, and do not matter.
-    others = {finding["text"].partition(":")[0]: finding for finding in content["findings"]["Other profiles"]}
+    others = {
+        finding["text"].partition(":")[0]: finding
+        for finding in content["findings"]["Other profiles"]
+    }
     assert (others["demo"]["state"], others["paper-ablation"]["state"]) == ("ok", "note")
     assert others["paper-ablation"]["fix"] == "doctor --profile paper-ablation says why"
 
 
 def test_a_pytorch_that_crashes_is_a_finding(tmp_path: Path):
     (tmp_path / "fake" / "torch").mkdir(parents=True)
-    (tmp_path / "fake" / "torch" / "__init__.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)")
+    (tmp_path / "fake" / "torch" / "__init__.py").write_text(
+        "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)"
+    )
     done = run(tmp_path)
     assert done.returncode == 1, done.stderr
     assert "PROBLEM  PyTorch does not load: its process ended with -11" in done.stdout
@@ -89,7 +126,9 @@ def test_a_pytorch_that_crashes_is_a_finding(tmp_path: Path):
     assert "Traceback" not in done.stderr
 
 
-def test_missing_packages_and_results_keep_every_profile_from_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_missing_packages_and_results_keep_every_profile_from_running(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr("benchmarks.doctor.metadata.requires", lambda _: ["no-such-thing>=1"])
     arguments = ["doctor", "--profile", "demo", "--results", str(tmp_path / "results")]
     result = CliRunner().invoke(cli, arguments, obj=fakes.ADAPTER)
@@ -108,7 +147,11 @@ def test_missing_data_of_one_section_leave_the_others(tmp_path: Path):
 
     (tmp_path / "no-data").touch()
     adapter = Adapter(fakes.run_cell, fakes.planned_folder, preflight)
-    found = [finding for finding in findings("demo", RunOptions(results=tmp_path), adapter) if finding.state == "problem"]
+    found = [
+        finding
+        for finding in findings("demo", RunOptions(results=tmp_path), adapter)
+        if finding.state == "problem"
+    ]
     assert [finding.text for finding in found] == [
         "demo: cannot run: retrieval; can run: --tasks classification,detection",
         "retrieval: Missing: the data. Fetch it.",
@@ -145,7 +188,9 @@ def test_a_profile_that_cannot_be_read_and_one_that_wants_a_gpu(tmp_path: Path):
     assert "is not YAML" in findings(str(own), options)[0].text
 
 
-def test_data_and_weights_that_were_given_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_data_and_weights_that_were_given_are_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr("tasks.common.models.hub.hub_answers", lambda: True)
     options = RunOptions(results=tmp_path, data=Places(imagenet=tmp_path / "nowhere"))
     found = findings("paper-ablation", options, default_adapter(), cuda=True)
@@ -157,10 +202,15 @@ def test_data_and_weights_that_were_given_are_looked_at(tmp_path: Path, monkeypa
 def test_memory_is_that_of_records_where_there_are_any(tmp_path: Path):
     options = RunOptions(results=tmp_path)
     cell = expand(load_grid("demo"), Filters(), options)[0]
-    record = fakes.record_of(cell.request, 50.0).model_copy(update={"peak_memory_bytes": 123 * 10**9})
+    record = fakes.record_of(cell.request, 50.0).model_copy(
+        update={"peak_memory_bytes": 123 * 10**9}
+    )
     write_record(record, fakes.planned_folder(cell.request))
     found = findings("demo", options, memory=100e9)[-1]
-    assert (found.state, found.text.startswith("demo_vit fp takes 123.0 GB of memory (measured, ")) == ("note", True)
+    assert (
+        found.state,
+        found.text.startswith("demo_vit fp takes 123.0 GB of memory (measured, "),
+    ) == ("note", True)
     assert found.text.endswith(", and 100.0 GB may be used here")
 
 
@@ -174,7 +224,9 @@ def test_memory_of_real_sizes_comes_from_the_committed_rehearsal(tmp_path: Path)
 
 
 def test_an_unknown_profile_is_an_error(tmp_path: Path):
-    result = CliRunner().invoke(cli, ["doctor", "--profile", "dmo", "--results", str(tmp_path)], obj=fakes.ADAPTER)
+    result = CliRunner().invoke(
+        cli, ["doctor", "--profile", "dmo", "--results", str(tmp_path)], obj=fakes.ADAPTER
+    )
     assert result.exit_code == 1
     assert "Did you mean 'demo'?" in result.output
 

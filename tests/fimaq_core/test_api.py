@@ -301,8 +301,7 @@ def test_both_ways_of_writing_attention_are_quantized_alike() -> None:
     ids=["multihead", "products", "compiled"],
 )
 def test_step_engines_agree_on_own_modules(
-    build: Callable[[], nn.Module],
-    engine: EngineChoice,
+    build: Callable[[], nn.Module], engine: EngineChoice
 ) -> None:
     model, x = build(), images(16)
     settings = {key: value for key, value in FEW.items() if key != "progress"}

@@ -40,7 +40,9 @@ def fails(code: int) -> Callable[..., Any]:
 
 @pytest.mark.parametrize("name", ["replace", "fsync"])
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
-def test_failed_writes_leave_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: int) -> None:
+def test_failed_writes_leave_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: int
+) -> None:
     path = tmp_path / "file.txt"
     write(path, "old")
     with monkeypatch.context() as patch:
@@ -72,7 +74,11 @@ def test_disk_full_while_the_content_is_written(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_device_that_is_full(tmp_path: Path) -> None:
     path = tmp_path / "file.txt"
-    with pytest.raises(CheckpointError, match="No space left"), replaced_whole(path), open("/dev/full", "w") as full:
+    with (
+        pytest.raises(CheckpointError, match="No space left"),
+        replaced_whole(path),
+        open("/dev/full", "w") as full,
+    ):
         full.write("x" * 100_000)
     assert os.listdir(tmp_path) == []
 
@@ -109,7 +115,9 @@ def test_written_files_can_be_read_by_others(tmp_path: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o644
 
 
-def test_failed_checkpoint_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_checkpoint_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mark = Fingerprint(weights="w", calibration="c", recipe=quick().model_dump(mode="json"))
     path = tmp_path / "a.safetensors"
     save_checkpoint(path, {"x": torch.ones(3)}, mark, {"stage": "old"})

@@ -69,7 +69,9 @@ def quantized(family: str, recipe: Recipe) -> BlockChain:
     chain, x = fresh(family, recipe)
     log = quantize_chain(chain, x, recipe, KL, Resources(batch_size=16))
     # Where all of a block is off there is nothing to learn.
-    learning = [s.label for s in chain if active_quantizers(s) or any(True for _ in rounded_layers(s.block))]
+    learning = [
+        s.label for s in chain if active_quantizers(s) or any(True for _ in rounded_layers(s.block))
+    ]
     assert list(log.last_loss) == (learning if recipe.reconstruct else [])
     return chain
 
@@ -82,7 +84,11 @@ def outputs(chain: BlockChain, x: Tensor, on: bool = True) -> Tensor:
 
 def bits_of(chain: BlockChain) -> dict[str, int]:
     """Bits of every quantizer by its name."""
-    return {name: module.bits for name, module in chain.named_modules() if isinstance(module, ActivationQuantizer)}
+    return {
+        name: module.bits
+        for name, module in chain.named_modules()
+        if isinstance(module, ActivationQuantizer)
+    }
 
 
 def expected_bits(chain: BlockChain, recipe: Recipe) -> dict[str, int]:
@@ -98,7 +104,9 @@ def expected_bits(chain: BlockChain, recipe: Recipe) -> dict[str, int]:
         found[f"{name}.weight_quantizer"] = recipe.w_bits
         found[f"{name}.input_quantizer"] = OFF if isinstance(layer, QuantConv2d) else recipe.a_bits
         if name.startswith(f"segments.{last}."):
-            found[f"{name}.input_quantizer"] = recipe.a_bits if recipe.head_bits is None else recipe.head_bits
+            found[f"{name}.input_quantizer"] = (
+                recipe.a_bits if recipe.head_bits is None else recipe.head_bits
+            )
     return found
 
 
@@ -127,13 +135,17 @@ def check_activations(chain: BlockChain, x: Tensor) -> None:
     """What comes out of every activation quantizer lies on as many points as it has codes."""
     seen: list[str] = []
 
-    def check(quantizer: nn.Module, args: tuple[Tensor], kwargs: dict[str, Any], out: Tensor) -> None:
+    def check(
+        quantizer: nn.Module, args: tuple[Tensor], kwargs: dict[str, Any], out: Tensor
+    ) -> None:
         assert isinstance(quantizer, ActivationQuantizer)
         seen.append(quantizer.kind)
         levels = 2**quantizer.bits
         if isinstance(quantizer, AffineQuantizer):
             turned = kwargs.get("transposed", False)
-            scale, zero = (part.mT if turned else part for part in (quantizer.scale, quantizer.zero_point))
+            scale, zero = (
+                part.mT if turned else part for part in (quantizer.scale, quantizer.zero_point)
+            )
             codes = out / scale + zero
             assert (codes - codes.round()).abs().max() < 1e-3
             assert codes.round().min() >= 0
@@ -145,7 +157,11 @@ def check_activations(chain: BlockChain, x: Tensor) -> None:
 
     handles = []
     for module in chain.modules():
-        if isinstance(module, ActivationQuantizer) and not isinstance(module, WeightQuantizer) and not module.off:
+        if (
+            isinstance(module, ActivationQuantizer)
+            and not isinstance(module, WeightQuantizer)
+            and not module.off
+        ):
             handles.append(module.register_forward_hook(check, with_kwargs=True))
     outputs(chain, x)
     for handle in handles:
@@ -182,10 +198,17 @@ def check(family: str, recipe: Recipe, folder: Path) -> tuple[Tensor, Tensor]:
     check_weights(chain, recipe.w_bits)
     check_activations(chain, probe)
     kinds = kinds_of(chain)
-    special = {"attention_value.a_quantizer": recipe.softmax_quantizer, "fc2.input_quantizer": recipe.gelu_quantizer}
+    special = {
+        "attention_value.a_quantizer": recipe.softmax_quantizer,
+        "fc2.input_quantizer": recipe.gelu_quantizer,
+    }
     assert kinds == {name: kind for name, kind in special.items() if kind != "uniform"}
     for _, layer in quant_layers(chain):
-        if isinstance(layer, QuantLinear) and isinstance(layer.input_quantizer, LogQuantizer) and not layer.input_quantizer.off:
+        if (
+            isinstance(layer, QuantLinear)
+            and isinstance(layer.input_quantizer, LogQuantizer)
+            and not layer.input_quantizer.off
+        ):
             assert layer.input_quantizer.folded
             assert layer.quantized_bias.shape == (layer.out_features,)
     activation = nn.ReLU if recipe.reconstruct_mlp else nn.GELU
@@ -230,7 +253,9 @@ MIXED: dict[str, dict[str, object]] = {
 
 
 @pytest.mark.parametrize("case", MIXED)
-@pytest.mark.parametrize("method", ["fimaq", "aphq", "adalog", "adalog-recon", "repq", "erq", "ptq4vit"])
+@pytest.mark.parametrize(
+    "method", ["fimaq", "aphq", "adalog", "adalog-recon", "repq", "erq", "ptq4vit"]
+)
 def test_mixed_bits(method: str, case: str, tmp_path: Path) -> None:
     recipe = recipe_of(method, **MIXED[case])
     out, expected = check("vit", recipe, tmp_path)
@@ -265,7 +290,9 @@ class Broken(Exception):
     """Stands for a run that was stopped."""
 
 
-def run(recipe: Recipe, folder: Path | None, stop: tuple[str, str] | None = None) -> tuple[BlockChain, list[tuple[str, str]]]:
+def run(
+    recipe: Recipe, folder: Path | None, stop: tuple[str, str] | None = None
+) -> tuple[BlockChain, list[tuple[str, str]]]:
     """A whole run of a ViT of two blocks with checkpoints; ``stop`` names the stage and block at whose start it breaks off.
 
     Returns the chain, and what was worked on: stages with blocks.
@@ -331,7 +358,9 @@ def test_a_stopped_mlp_reconstruction_goes_on_to_the_same_bits(method: str, tmp_
     assert torch.equal(outputs(loaded, probe, on=False), expected)
 
 
-def run_mlps(recipe: Recipe, folder: Path | None, stop: str | None = None) -> tuple[BlockChain, list[str]]:
+def run_mlps(
+    recipe: Recipe, folder: Path | None, stop: str | None = None
+) -> tuple[BlockChain, list[str]]:
     """The MLP reconstruction of a ViT of two blocks; ``stop`` names the MLP at whose start it breaks off.
 
     Returns the chain, and which MLPs were trained.

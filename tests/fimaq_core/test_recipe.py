@@ -12,11 +12,27 @@ from fimaq_core.recipe import METHODS, Recipe, make_recipe, read_recipe_file, re
 def test_defaults_are_the_released_settings() -> None:
     recipe = make_recipe()
     assert recipe.method == "fimaq"
-    assert (recipe.calibration_images, recipe.batch_size, recipe.steps, recipe.seed) == (1024, 32, 20_000, 3407)
+    assert (recipe.calibration_images, recipe.batch_size, recipe.steps, recipe.seed) == (
+        1024,
+        32,
+        20_000,
+        3407,
+    )
     assert (recipe.range_images, recipe.range_candidates, recipe.range_rounds) == (128, 128, 3)
-    assert (recipe.lr_alpha, recipe.lr_scale, recipe.round_weight, recipe.round_warmup) == (1e-3, 4e-5, 0.01, 0.2)
+    assert (recipe.lr_alpha, recipe.lr_scale, recipe.round_weight, recipe.round_warmup) == (
+        1e-3,
+        4e-5,
+        0.01,
+        0.2,
+    )
     assert (recipe.beta_start, recipe.beta_end) == (20, 2)
-    assert (recipe.loss, recipe.fisher_k, recipe.fisher_p1, recipe.fisher_p2, recipe.temperature) == ("fisher_dplr", 5, 1, 1, 20)
+    assert (
+        recipe.loss,
+        recipe.fisher_k,
+        recipe.fisher_p1,
+        recipe.fisher_p2,
+        recipe.temperature,
+    ) == ("fisher_dplr", 5, 1, 1, 20)
     assert (recipe.prefix_prob, recipe.activation_prob, recipe.per_token) == (0.5, 0.5, True)
 
 
@@ -25,17 +41,34 @@ def test_methods() -> None:
     assert list(METHODS) == names.split()
     assert all(make_recipe(name).changes() == {} for name in METHODS)
     brecq, qdrop, rtn = make_recipe("brecq"), make_recipe("qdrop"), make_recipe("rtn")
-    assert (brecq.loss, brecq.prefix_prob, brecq.activation_prob, brecq.per_token) == ("mse", 0, 1, False)
-    assert (qdrop.loss, qdrop.prefix_prob, qdrop.activation_prob, qdrop.per_token) == ("mse", 0.5, 0.5, False)
+    assert (brecq.loss, brecq.prefix_prob, brecq.activation_prob, brecq.per_token) == (
+        "mse",
+        0,
+        1,
+        False,
+    )
+    assert (qdrop.loss, qdrop.prefix_prob, qdrop.activation_prob, qdrop.per_token) == (
+        "mse",
+        0.5,
+        0.5,
+        False,
+    )
     assert (rtn.reconstruct, rtn.range_search, rtn.reparameterize) == (False, "minmax", False)
 
 
 def test_released_settings_that_depend_on_the_bits() -> None:
     found = {bits: make_recipe("aphq", {"w_bits": bits}) for bits in (2, 3, 4, 6)}
-    assert {bits: recipe.mlp_percentile for bits, recipe in found.items()} == {2: 0.98, 3: 0.99, 4: 0.98, 6: 0.99}
+    assert {bits: recipe.mlp_percentile for bits, recipe in found.items()} == {
+        2: 0.98,
+        3: 0.99,
+        4: 0.98,
+        6: 0.99,
+    }
     assert [bits for bits, recipe in found.items() if recipe.per_token] == [2]
     assert all(recipe.changes() == {} for recipe in found.values())
-    assert make_recipe("aphq", {"w_bits": 4, "mlp_percentile": 0.9}).changes() == {"mlp_percentile": 0.9}
+    assert make_recipe("aphq", {"w_bits": 4, "mlp_percentile": 0.9}).changes() == {
+        "mlp_percentile": 0.9
+    }
 
 
 def test_later_overrides_win_over_the_method_and_the_defaults() -> None:
@@ -50,7 +83,9 @@ def test_unknown_names_come_with_a_suggestion() -> None:
         make_recipe("fimq")
     with pytest.raises(RecipeError, match=r"Unknown method 'xyz'. Known: adalog, .*, rtn"):
         make_recipe("xyz")
-    with pytest.raises(RecipeError, match=r"Unknown key 'w_bit' in the recipe. Did you mean 'w_bits'\?"):
+    with pytest.raises(
+        RecipeError, match=r"Unknown key 'w_bit' in the recipe. Did you mean 'w_bits'\?"
+    ):
         make_recipe("fimaq", {"w_bit": 3})
     with pytest.raises(RecipeError, match=r"Did you mean 'activation_prob'\?"):
         make_recipe("fimaq", {"activation_probs": 0.5})
@@ -59,7 +94,9 @@ def test_unknown_names_come_with_a_suggestion() -> None:
 @pytest.mark.parametrize("field", ["w_bits", "a_bits", "s_bits", "head_bits", "patch_input_bits"])
 @pytest.mark.parametrize("bits", [-1, 0, 1, 9, 16, 31, 33])
 def test_bits_outside_are_refused(field: str, bits: int) -> None:
-    with pytest.raises(RecipeError, match=rf"{field}: {bits} bits is outside 2 to 8 \(or 32 for off\)"):
+    with pytest.raises(
+        RecipeError, match=rf"{field}: {bits} bits is outside 2 to 8 \(or 32 for off\)"
+    ):
         make_recipe("fimaq", {field: bits})
 
 
@@ -98,7 +135,9 @@ def test_recipes_are_frozen() -> None:
 def test_recipe_files(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump({"w_bits": 3, "loss": "mae"}))
-    assert make_recipe("qdrop", read_recipe_file(path)) == make_recipe("qdrop", {"w_bits": 3, "loss": "mae"})
+    assert make_recipe("qdrop", read_recipe_file(path)) == make_recipe(
+        "qdrop", {"w_bits": 3, "loss": "mae"}
+    )
     path.write_text("# nothing but a comment\n")
     assert read_recipe_file(path) == {}
     path.write_text("- a\n- b\n")
@@ -114,7 +153,9 @@ def test_recipe_files(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"is not YAML: the key 'steps' stands twice"):
         read_recipe_file(path)
     path.write_text("stepz: 3\n")
-    with pytest.raises(RecipeError, match=r"Unknown key 'stepz' in .*recipe.yaml. Did you mean 'steps'\?"):
+    with pytest.raises(
+        RecipeError, match=r"Unknown key 'stepz' in .*recipe.yaml. Did you mean 'steps'\?"
+    ):
         read_recipe_file(path)
     path.write_text("3: 4\n")
     with pytest.raises(RecipeError, match="Unknown key '3'"):
@@ -129,7 +170,10 @@ def test_recipe_files(tmp_path: Path) -> None:
 def test_changes_say_what_differs_from_the_method() -> None:
     assert make_recipe("qdrop").changes() == {}
     assert make_recipe("qdrop", {"w_bits": 3, "a_bits": 3, "seed": 7}).changes() == {}
-    assert make_recipe("qdrop", {"steps": 5, "loss": "mae"}).changes() == {"loss": "mae", "steps": 5}
+    assert make_recipe("qdrop", {"steps": 5, "loss": "mae"}).changes() == {
+        "loss": "mae",
+        "steps": 5,
+    }
     assert make_recipe("brecq", {"prefix_prob": 0.0}).changes() == {}
 
 
@@ -147,7 +191,14 @@ def test_methods_that_differ_behind_calibration_share_its_digest() -> None:
     shared = {make_recipe(method).calibration_digest() for method in ("qdrop", "brecq", "fimaq")}
     assert len(shared) == 1
     assert make_recipe("rtn").calibration_digest() not in shared
-    behind = {"steps": 7, "loss": "mae", "per_token": False, "fisher_k": 2, "prefix_prob": 0.1, "frozen_dtype": "bfloat16"}
+    behind = {
+        "steps": 7,
+        "loss": "mae",
+        "per_token": False,
+        "fisher_k": 2,
+        "prefix_prob": 0.1,
+        "frozen_dtype": "bfloat16",
+    }
     for name, value in behind.items():
         assert make_recipe("fimaq", {name: value}).calibration_digest() in shared, name
     before = {
@@ -159,16 +210,24 @@ def test_methods_that_differ_behind_calibration_share_its_digest() -> None:
     assert set(before) == set(make_recipe("fimaq").range_fields())
     together = {"refit": {"reconstruct": False, "range_search": "percentile"}}
     for name, value in before.items():
-        assert make_recipe("fimaq", {name: value}, together.get(name, {})).calibration_digest() not in shared, name
+        assert (
+            make_recipe("fimaq", {name: value}, together.get(name, {})).calibration_digest()
+            not in shared
+        ), name
 
 
 def test_mlp_reconstruction_determines_ranges_where_it_is_done() -> None:
     plain, done = make_recipe("fimaq"), make_recipe("fimaq-mlp")
     assert make_recipe("fimaq", {"mlp_steps": 3}).calibration_digest() == plain.calibration_digest()
-    assert make_recipe("fimaq-mlp", {"mlp_steps": 3}).calibration_digest() != done.calibration_digest()
+    assert (
+        make_recipe("fimaq-mlp", {"mlp_steps": 3}).calibration_digest() != done.calibration_digest()
+    )
     assert make_recipe("fimaq-mlp", {"mlp_steps": 3}).mlp_digest() != done.mlp_digest()
     for behind in ({"w_bits": 3, "a_bits": 3}, {"steps": 7}, {"loss": "mse"}, {"range_images": 3}):
-        assert make_recipe("fimaq-mlp", behind).mlp_digest() == make_recipe("aphq", {"w_bits": 3}).mlp_digest(), behind
+        assert (
+            make_recipe("fimaq-mlp", behind).mlp_digest()
+            == make_recipe("aphq", {"w_bits": 3}).mlp_digest()
+        ), behind
 
 
 @pytest.mark.parametrize(
@@ -176,9 +235,18 @@ def test_mlp_reconstruction_determines_ranges_where_it_is_done() -> None:
     [
         ({"refit": True}, "refit decides all roundings"),
         ({"refit": True, "reconstruct": False}, "refit needs range_search percentile"),
-        ({"refit": True, "reconstruct": False, "range_search": "percentile", "w_bits": 32}, "w_bits must not be 32"),
-        ({"range_search": "percentile", "softmax_quantizer": "adalog"}, "no range for softmax_quantizer adalog"),
-        ({"range_search": "percentile", "gelu_quantizer": "twin"}, "no range for gelu_quantizer twin"),
+        (
+            {"refit": True, "reconstruct": False, "range_search": "percentile", "w_bits": 32},
+            "w_bits must not be 32",
+        ),
+        (
+            {"range_search": "percentile", "softmax_quantizer": "adalog"},
+            "no range for softmax_quantizer adalog",
+        ),
+        (
+            {"range_search": "percentile", "gelu_quantizer": "twin"},
+            "no range for gelu_quantizer twin",
+        ),
         ({"reconstruct_mlp": True, "gelu_quantizer": "adalog"}, "gelu_quantizer must be uniform"),
         ({"s_bits": 9}, "s_bits: 9 bits is outside 2 to 8"),
     ],
@@ -201,7 +269,9 @@ def test_registering_a_method(monkeypatch: pytest.MonkeyPatch) -> None:
     assert make_recipe("qdrop-mae").changes() == {}
     with pytest.raises(RecipeError, match="exists already"):
         register_method("fimaq", {})
-    with pytest.raises(RecipeError, match=r"Unknown key 'los' in method 'other'. Did you mean 'loss'\?"):
+    with pytest.raises(
+        RecipeError, match=r"Unknown key 'los' in method 'other'. Did you mean 'loss'\?"
+    ):
         register_method("other", {"los": "mae"})
 
 

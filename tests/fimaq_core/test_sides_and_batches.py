@@ -71,7 +71,9 @@ def text_chain(recipe: Recipe, depth: int = 2) -> BlockChain:
         block = Block(recipe)
         before = nn.Embedding(WORDS, WIDTH) if number == 0 else None
         pairs = (NormPair(block.norm, "mlp.fc1"),)
-        segments.append(Segment(f"blocks.{number}", "block", block, before, pairs, (MlpPart("mlp"),)))
+        segments.append(
+            Segment(f"blocks.{number}", "block", block, before, pairs, (MlpPart("mlp"),))
+        )
     projection = QuantLinear(WIDTH, 8, False, recipe.w_bits, recipe.a_bits)
     segments.append(Segment("proj", "projection", projection, before=Pool(), takes_side=True))
     return BlockChain(segments, side=End())
@@ -160,9 +162,15 @@ def test_gradients_go_through_the_side(index: int) -> None:
         assert float(gradient.abs().max()) > 1e-3
 
 
-@pytest.mark.parametrize("method", ["rtn", "brecq", "qdrop", "pdquant", "aphq", "fimaq", "fimaq-mlp", "lsvit"])
+@pytest.mark.parametrize(
+    "method", ["rtn", "brecq", "qdrop", "pdquant", "aphq", "fimaq", "fimaq-mlp", "lsvit"]
+)
 def test_every_method_quantizes_a_chain_with_a_side(method: str) -> None:
-    recipe = quick(method, mlp_steps=4, mlp_batch=8) if method in ("aphq", "fimaq-mlp") else quick(method)
+    recipe = (
+        quick(method, mlp_steps=4, mlp_batch=8)
+        if method in ("aphq", "fimaq-mlp")
+        else quick(method)
+    )
     chain, ids = text_chain(recipe), captions(24)
     full = chain(ids)
     log = quantize_chain(chain, ids, recipe, Measured(together, batch=6), Resources(batch_size=5))
@@ -207,7 +215,9 @@ def test_the_mlps_hessian_keeps_to_the_batches(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(mlp_module, "perturbation_hessian", noting)
     recipe = quick("aphq", mlp_steps=1, mlp_batch=4, calibration_images=10)
     quantize_mlps = mlp_module.reconstruct_mlps
-    quantize_mlps(text_chain(recipe), captions(10), recipe, Measured(together, batch=4), batch_size=3)
+    quantize_mlps(
+        text_chain(recipe), captions(10), recipe, Measured(together, batch=4), batch_size=3
+    )
     assert sizes == [4, 4, 2] * 2
 
 
@@ -220,7 +230,9 @@ def test_a_divergence_may_ask_for_more_than_outputs() -> None:
         batch = 8
 
         def reference(self, outputs: Samples) -> Samples:
-            return Samples(torch.cat([outputs.whole, torch.arange(len(outputs))[:, None].float()], dim=1))
+            return Samples(
+                torch.cat([outputs.whole, torch.arange(len(outputs))[:, None].float()], dim=1)
+            )
 
         def __call__(self, outputs: Tensor, reference: Tensor) -> Tensor:
             rows.append(reference[:, -1])

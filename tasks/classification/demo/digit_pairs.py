@@ -71,7 +71,9 @@ def compose_pairs(plan: PairPlan) -> np.ndarray:
     images, _ = load_digits()
     canvases = np.zeros((len(plan.left), *CANVAS_SIZE), dtype=np.uint8)
     for side, sources in enumerate((plan.left, plan.right)):
-        for i, (source, (top, start)) in enumerate(zip(sources, plan.offsets[:, side].tolist(), strict=True)):
+        for i, (source, (top, start)) in enumerate(
+            zip(sources, plan.offsets[:, side].tolist(), strict=True)
+        ):
             x = side * HALF_SIZE + start
             canvases[i, top : top + DIGIT_SIZE, x : x + DIGIT_SIZE] = images[source]
     return canvases
@@ -91,7 +93,9 @@ class DigitPairs(DigitSamples):
         self.pixels = compose_pairs(self.plan)
         self.targets: list[int] = self.plan.targets.tolist()
         sources = zip(self.plan.left, self.plan.right, strict=True)
-        self.ids = [f"{part}/{i:05d}-{left:04d}+{right:04d}" for i, (left, right) in enumerate(sources)]
+        self.ids = [
+            f"{part}/{i:05d}-{left:04d}+{right:04d}" for i, (left, right) in enumerate(sources)
+        ]
         self.classes = [f"{label:02d}" for label in range(NUM_CLASSES)]
 
     def told(self, index: int) -> int:
@@ -114,4 +118,6 @@ def eval_transform() -> v2.Compose:
 
 def train_transform() -> v2.Compose:
     """`eval_transform` with each digit warped at random (never flipped)."""
-    return v2.Compose([*to_tensor(), RandomDigitWarp(), v2.Normalize(mean=[PIXEL_MEAN], std=[PIXEL_STD])])
+    return v2.Compose(
+        [*to_tensor(), RandomDigitWarp(), v2.Normalize(mean=[PIXEL_MEAN], std=[PIXEL_STD])]
+    )

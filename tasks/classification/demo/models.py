@@ -8,8 +8,18 @@ from tasks.common.demo.demo_models import DemoModels, DemoSpec
 
 
 def _spec(module: str, cls: str, patch_size: int, embed_dim: int, **kwargs: Any) -> DemoSpec:
-    common = {"img_size": CANVAS_SIZE, "in_chans": 1, "num_classes": NUM_CLASSES, "qkv_bias": True, "mlp_ratio": 4.0}
-    return DemoSpec(f"timm.models.{module}", cls, {**common, "patch_size": patch_size, "embed_dim": embed_dim, **kwargs})
+    common = {
+        "img_size": CANVAS_SIZE,
+        "in_chans": 1,
+        "num_classes": NUM_CLASSES,
+        "qkv_bias": True,
+        "mlp_ratio": 4.0,
+    }
+    return DemoSpec(
+        f"timm.models.{module}",
+        cls,
+        {**common, "patch_size": patch_size, "embed_dim": embed_dim, **kwargs},
+    )
 
 
 _SPECS = {
@@ -19,7 +29,14 @@ _SPECS = {
     "demo_deit": _spec("deit", "VisionTransformerDistilled", 8, 64, depth=5, num_heads=2),
     # 8 x 16 tokens in windows of 4 x 4, every second block shifted; one patch merging to 4 x 8 tokens.
     "demo_swin": _spec(
-        "swin_transformer", "SwinTransformer", 4, 32, window_size=4, depths=(2, 2), num_heads=(2, 4), drop_path_rate=0.0
+        "swin_transformer",
+        "SwinTransformer",
+        4,
+        32,
+        window_size=4,
+        depths=(2, 2),
+        num_heads=(2, 4),
+        drop_path_rate=0.0,
     ),
 }
 

@@ -17,7 +17,15 @@ from fimaq_core.errors import RecipeError
 from tasks.common.cell.machine import processor
 from tasks.common.record import Environment
 
-_PACKAGES = ("torch", "torchvision", "timm", "open_clip_torch", "transformers", "numpy", "safetensors")
+_PACKAGES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "open_clip_torch",
+    "transformers",
+    "numpy",
+    "safetensors",
+)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -33,9 +41,13 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if not torch.cuda.is_available() or (device.index or 0) >= count:
-            raise RecipeError(f"Device '{name}' is not available: PyTorch sees {count} CUDA device(s). Use --device cpu.")
+            raise RecipeError(
+                f"Device '{name}' is not available: PyTorch sees {count} CUDA device(s). Use --device cpu."
+            )
     elif device.type != "cpu":
-        raise RecipeError(f"Device '{name}' is not supported: give cpu, cuda or cuda:N (range search needs float64).")
+        raise RecipeError(
+            f"Device '{name}' is not supported: give cpu, cuda or cuda:N (range search needs float64)."
+        )
     return device
 
 
@@ -47,7 +59,11 @@ def describe(device: torch.device) -> Environment:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = "not installed"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {processor()}"
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type} {processor()}"
+    )
     return Environment(
         versions=versions,
         git_revision=git_revision(),
@@ -68,7 +84,9 @@ def git_revision() -> str:
     command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
     root = Path(__file__).resolve().parents[3]
     try:
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True, timeout=30)
+        done = subprocess.run(
+            command, cwd=root, capture_output=True, text=True, check=True, timeout=30
+        )
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return done.stdout.strip()
@@ -107,7 +125,9 @@ def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    with contextlib.suppress(OSError):  # no such file outside of Linux; some sandboxes refuse to write it
+    with contextlib.suppress(
+        OSError
+    ):  # no such file outside of Linux; some sandboxes refuse to write it
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 

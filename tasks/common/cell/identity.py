@@ -27,8 +27,14 @@ def planned_folder(request: CellRequest) -> Path:
     request = resolved(request)
     recipe, basis = request.recipe, _basis(request)
     own = None if recipe is None else recipe.digest()
-    digest = _digest({**basis, "recipe": own, "variant": variant_name(request), "limit": request.data.limit})
-    name = ("fp", 32, 32, None) if recipe is None else (recipe.method, recipe.w_bits, recipe.a_bits, recipe.seed)
+    digest = _digest(
+        {**basis, "recipe": own, "variant": variant_name(request), "limit": request.data.limit}
+    )
+    name = (
+        ("fp", 32, 32, None)
+        if recipe is None
+        else (recipe.method, recipe.w_bits, recipe.a_bits, recipe.seed)
+    )
     return cell_folder(request.results, request.task, basis["model"][0], *name, digest)
 
 
@@ -107,9 +113,17 @@ def shared_digests(request: CellRequest) -> dict[str, list[str]]:
     if recipe is None:
         return {}
     parts = registry.parts(request.task, recipe.scope)
-    wanted = {"calibration": True, "mlp": recipe.reconstruct_mlp, "reconstruction": recipe.reconstruct and "" not in parts}
+    wanted = {
+        "calibration": True,
+        "mlp": recipe.reconstruct_mlp,
+        "reconstruction": recipe.reconstruct and "" not in parts,
+    }
     own = {name: recipe.model_copy(update={"scope": scope}) for name, scope in parts.items()}
-    return {kind: [shared_digest(kind, *part) for part in own.items()] for kind, use in wanted.items() if use}
+    return {
+        kind: [shared_digest(kind, *part) for part in own.items()]
+        for kind, use in wanted.items()
+        if use
+    }
 
 
 #: Names of the kinds of shared files for people.
@@ -130,11 +144,15 @@ def cached(request: CellRequest, folder: Path) -> list[str]:
             texts.append(_KINDS[kind] + (f" {there} of {len(files)}" if there < len(files) else ""))
         if kind == "reconstruction":
             # What a reconstruction that is not whole has finished lies beside where it will be.
-            blocks += sum(_count(file.with_suffix(".blocks")) for file in files if file and not file.is_file())
+            blocks += sum(
+                _count(file.with_suffix(".blocks")) for file in files if file and not file.is_file()
+            )
     return [*([f"blocks {blocks}"] if blocks else []), *texts]
 
 
-def forget(requests: Iterable[CellRequest], folder_of: Callable[[CellRequest], Path] = planned_folder) -> None:
+def forget(
+    requests: Iterable[CellRequest], folder_of: Callable[[CellRequest], Path] = planned_folder
+) -> None:
     """Remove all that is there of cells and of files they share, so that a run starts from nothing.
 
     Files given by ``mlp_checkpoint`` stay.
@@ -175,7 +193,10 @@ def _noted(request: CellRequest) -> dict[str, list[Path | None]]:
     request = resolved(request)
     basis = _basis(request)
     return {
-        kind: [_shared_file(_index(request, kind) / _entry(request, basis, kind, digest)) for digest in digests]
+        kind: [
+            _shared_file(_index(request, kind) / _entry(request, basis, kind, digest))
+            for digest in digests
+        ]
         for kind, digests in shared_digests(request).items()
     }
 
@@ -194,7 +215,15 @@ def _index(request: CellRequest, kind: str) -> Path:
 
 
 def _entry(request: CellRequest, basis: dict[str, Any], kind: str, digest: str) -> str:
-    return _digest({**basis, "task": request.task, "skip_corrupt": request.data.skip_corrupt, "kind": kind, "digest": digest})
+    return _digest(
+        {
+            **basis,
+            "task": request.task,
+            "skip_corrupt": request.data.skip_corrupt,
+            "kind": kind,
+            "digest": digest,
+        }
+    )
 
 
 def preflight(request: CellRequest) -> list[Missing]:
@@ -217,7 +246,9 @@ def resolved(request: CellRequest) -> CellRequest:
     if wanted is not None:
         evaluations = registry.evaluations(request.task)
         if wanted not in evaluations:
-            known = suggest(wanted, evaluations) if evaluations else " It has one only: leave this out."
+            known = (
+                suggest(wanted, evaluations) if evaluations else " It has one only: leave this out."
+            )
             raise RecipeError(f"Task '{request.task}' has no evaluation '{wanted}'.{known}")
         if wanted == evaluations[0]:
             request = replace(request, data=replace(request.data, evaluation=None))
@@ -225,11 +256,19 @@ def resolved(request: CellRequest) -> CellRequest:
         return request
     scopes = registry.scopes(request.task)
     if recipe.scope is None:
-        return replace(request, recipe=recipe.model_copy(update={"scope": scopes[0]})) if scopes else request
+        return (
+            replace(request, recipe=recipe.model_copy(update={"scope": scopes[0]}))
+            if scopes
+            else request
+        )
     if not scopes:
-        raise RecipeError(f"Task '{request.task}' always quantizes the whole model: leave scope '{recipe.scope}' out.")
+        raise RecipeError(
+            f"Task '{request.task}' always quantizes the whole model: leave scope '{recipe.scope}' out."
+        )
     if recipe.scope not in scopes:
-        raise RecipeError(f"Task '{request.task}' has no scope '{recipe.scope}'.{suggest(recipe.scope, scopes)}")
+        raise RecipeError(
+            f"Task '{request.task}' has no scope '{recipe.scope}'.{suggest(recipe.scope, scopes)}"
+        )
     return request
 
 
@@ -241,5 +280,7 @@ def variant_name(request: CellRequest) -> str:
     name = request.variant
     if name is None:
         changes = recipe.changes(registry.defaults(request.task))
-        name = ",".join(f"{key}={value}" for key, value in changes.items()) if changes else "released"
+        name = (
+            ",".join(f"{key}={value}" for key, value in changes.items()) if changes else "released"
+        )
     return name if recipe.scope is None else f"{name} [{recipe.scope}]"

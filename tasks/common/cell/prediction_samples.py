@@ -144,7 +144,9 @@ def read_examples(folder: Path, name: str) -> ExampleFile:
         CheckpointError: missing, not in that folder, larger than any that is written, or not valid.
     """
     if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
-        raise CheckpointError(f"The record in {folder} names {name!r} as its examples, which is no file beside it.")
+        raise CheckpointError(
+            f"The record in {folder} names {name!r} as its examples, which is no file beside it."
+        )
     path = folder / name
     advice = "remove it and measure that cell again (--force) to have its examples."
     try:
@@ -161,4 +163,6 @@ def read_examples(folder: Path, name: str) -> ExampleFile:
     try:
         return ExampleFile.model_validate_json(content)
     except ValidationError as error:
-        raise CheckpointError(f"The examples {path} are not valid: {first_problem(error)} ({advice})") from error
+        raise CheckpointError(
+            f"The examples {path} are not valid: {first_problem(error)} ({advice})"
+        ) from error

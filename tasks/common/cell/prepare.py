@@ -55,7 +55,12 @@ class Prepared:
         recipe, images = self.request.recipe, self.images
         assert recipe is not None
         assert images is not None
-        return Fingerprint(model=self.built_model, weights=self.loaded.sha256, calibration=images.fingerprint, recipe=recipe)
+        return Fingerprint(
+            model=self.built_model,
+            weights=self.loaded.sha256,
+            calibration=images.fingerprint,
+            recipe=recipe,
+        )
 
     @property
     def facts(self) -> dict[str, object]:
@@ -63,7 +68,12 @@ class Prepared:
         model = self.request.model
         given = {"weights_entry": model.weights_entry, "preprocessing": model.preprocessing}
         return {
-            **{"task": self.request.task, "model": model.name, "model_args": model.model_args, "tag": self.loaded.tag},
+            **{
+                "task": self.request.task,
+                "model": model.name,
+                "model_args": model.model_args,
+                "tag": self.loaded.tag,
+            },
             **{name: value for name, value in given.items() if value},
         }
 
@@ -89,13 +99,29 @@ class Prepared:
         assert recipe is not None
         assert images is not None
         # First, since chains take the float model over: a part's divergence may need another's outputs.
-        divergences = task.divergences(loaded, images, recipe, self.device, self.resources.batch_size)
+        divergences = task.divergences(
+            loaded, images, recipe, self.device, self.resources.batch_size
+        )
         inputs = task.inputs(loaded, images, recipe, self.device)
         for name, chain in task.chains(loaded, recipe).items():
             # A scope that names this part alone lets runs with other scopes share the part's files.
-            own = recipe.model_copy(update={"scope": task.part_scope(name, recipe)}) if name else recipe
+            own = (
+                recipe.model_copy(update={"scope": task.part_scope(name, recipe)})
+                if name
+                else recipe
+            )
             mark = self.fingerprint.model_copy(update={"recipe": own})
-            self.parts.append(Part(chain.to(self.device), inputs[name], own, divergences[name], mark, name, dict(self.facts)))
+            self.parts.append(
+                Part(
+                    chain.to(self.device),
+                    inputs[name],
+                    own,
+                    divergences[name],
+                    mark,
+                    name,
+                    dict(self.facts),
+                )
+            )
         if self.request.mlp_checkpoint is not None:
             for part in self.parts:
                 part.teacher = copy.deepcopy(part.chain)
@@ -103,13 +129,23 @@ class Prepared:
 
     def save(self, path: Path, stage: str) -> None:
         """Write a checkpoint of the whole model after `stage`."""
-        save_checkpoint(path, whole(self.chains).state_dict(), self.fingerprint, {**self.facts, "stage": stage})
+        save_checkpoint(
+            path, whole(self.chains).state_dict(), self.fingerprint, {**self.facts, "stage": stage}
+        )
 
     def evaluate(self, chains: Chains, report: Report) -> Evaluation:
         """Measure the model with `chains` in place of the parts they stand for."""
         request = self.request
         model = self.task.assemble(self.loaded, chains).to(self.device)
-        return self.task.evaluate(model, self.loaded, request.data, self.device, request.eval_batch, request.workers, report)
+        return self.task.evaluate(
+            model,
+            self.loaded,
+            request.data,
+            self.device,
+            request.eval_batch,
+            request.workers,
+            report,
+        )
 
 
 def prepare(request: CellRequest, report: Report) -> Prepared:

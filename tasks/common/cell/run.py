@@ -94,7 +94,9 @@ def _run_stages(cell: Prepared, lease: Lease, clock: StageClock, report: Report)
     def address(stage: Stage, part: Part) -> Address:
         if not stage.kind:
             return Address()
-        if stage is RECONSTRUCT and not part.name:  # parts are shared between scopes, a whole model is not
+        if (
+            stage is RECONSTRUCT and not part.name
+        ):  # parts are shared between scopes, a whole model is not
             return Address(None, _blocks(lease))
         return Address.beside(_shared_path(cell, stage, part), stage)
 
@@ -130,14 +132,18 @@ def _shared_path(cell: Prepared, stage: Stage, part: Part) -> Path:
     """Content address of what cells share: methods with the same settings so far compute it once."""
     assert cell.images is not None
     digest = shared_digest(stage.kind, part.name, part.recipe)
-    shared = f"{digest}{cell.loaded.sha256}{cell.images.fingerprint}{NUMERICS_VERSION}{cell.built_model}"
+    shared = (
+        f"{digest}{cell.loaded.sha256}{cell.images.fingerprint}{NUMERICS_VERSION}{cell.built_model}"
+    )
     name = f"{hashlib.sha256(shared.encode()).hexdigest()[:24]}.safetensors"
     path = cell.request.results.parent / stage.kind / name
     note_shared(cell.request, stage.kind, digest, path)
     return path
 
 
-def _record(cell: Prepared, evaluation: Evaluation, full: dict[str, Metric] | None, clock: StageClock) -> ResultRecord:
+def _record(
+    cell: Prepared, evaluation: Evaluation, full: dict[str, Metric] | None, clock: StageClock
+) -> ResultRecord:
     """The record of a cell. ``full``: metrics of the full-precision model; None for that model itself."""
     request, loaded, recipe, images = cell.request, cell.loaded, cell.request.recipe, cell.images
     fields: dict[str, Any] = {"calibration": None, "modules": None}
@@ -153,7 +159,10 @@ def _record(cell: Prepared, evaluation: Evaluation, full: dict[str, Metric] | No
             "modules": whole_map(cell.chains, cell.task.untouched(loaded, cell.chains)),
             "last_loss": log.last_loss,
             "fisher_passes": log.fisher_passes,
-            "blocks": {label: BlockFigures(error=error, fisher=log.fisher.get(label)) for label, error in log.error.items()},
+            "blocks": {
+                label: BlockFigures(error=error, fisher=log.fisher.get(label))
+                for label, error in log.error.items()
+            },
             "step_engine": log.engine if recipe.reconstruct else None,
         }
     return ResultRecord(
@@ -188,7 +197,9 @@ def _calibration(cell: Prepared) -> Calibration:
     images, recipe = cell.images, cell.request.recipe
     assert recipe is not None
     assert images is not None
-    passes = (recipe.reconstruct and takes_passes(recipe.loss)) or (recipe.reconstruct_mlp and recipe.mlp_loss == "perturb_mean")
+    passes = (recipe.reconstruct and takes_passes(recipe.loss)) or (
+        recipe.reconstruct_mlp and recipe.mlp_loss == "perturb_mean"
+    )
     compares = passes and any(part.divergence.batch is not None for part in cell.parts)
     return Calibration(
         ids=images.ids,

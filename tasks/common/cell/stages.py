@@ -29,7 +29,13 @@ from tasks.common.request import CellRequest, DataRequest, ModelRequest
 from tasks.common.task import Chains, Evaluation
 
 #: Recipe fields of a model without quantizers.
-_FULL_PRECISION = {"w_bits": OFF, "a_bits": OFF, "s_bits": None, "head_bits": None, "patch_input_bits": OFF}
+_FULL_PRECISION = {
+    "w_bits": OFF,
+    "a_bits": OFF,
+    "s_bits": None,
+    "head_bits": None,
+    "patch_input_bits": OFF,
+}
 
 #: Names of models: no address such as ``hf-hub:...`` or ``local-dir:...``, no absolute path, no way up.
 _NAME = re.compile(r"(?!.*\.\.)[A-Za-z0-9_][A-Za-z0-9_.+-]*(/[A-Za-z0-9_.+-]+)*")
@@ -45,8 +51,12 @@ def mlp_stage(request: CellRequest, out: Path, report: Report) -> list[str]:
     """
     assert request.recipe is not None
     # Merged again, so that fields that do not go with MLP reconstruction are refused now.
-    recipe = make_recipe(request.recipe.method, request.recipe.model_dump(mode="json"), {"reconstruct_mlp": True})
-    cell = prepare(replace(request, recipe=recipe, mlp_checkpoint=out if out.is_file() else None), report)
+    recipe = make_recipe(
+        request.recipe.method, request.recipe.model_dump(mode="json"), {"reconstruct_mlp": True}
+    )
+    cell = prepare(
+        replace(request, recipe=recipe, mlp_checkpoint=out if out.is_file() else None), report
+    )
     cell.build()
     _run(MLPS, cell, out)
     if not out.is_file():
@@ -100,7 +110,13 @@ def _beside(path: Path, name: str) -> Path:
 
 
 def reconstruct_stage(
-    task_name: str, checkpoint: Path, out: Path, given: dict[str, Any], data: DataRequest, options: dict[str, Any], report: Report
+    task_name: str,
+    checkpoint: Path,
+    out: Path,
+    given: dict[str, Any],
+    data: DataRequest,
+    options: dict[str, Any],
+    report: Report,
 ) -> ReconstructionLog:
     """Reconstruct a calibrated checkpoint and write ``out``; until then, blocks are kept beside it.
 
@@ -114,7 +130,9 @@ def reconstruct_stage(
     """
     fingerprint, facts = read_origin(checkpoint, task_name)
     if facts["stage"] != CALIBRATE.mark:
-        raise CheckpointError(f"The checkpoint {checkpoint} is of stage '{facts['stage']}': reconstruct needs a calibrated one.")
+        raise CheckpointError(
+            f"The checkpoint {checkpoint} is of stage '{facts['stage']}': reconstruct needs a calibrated one."
+        )
     recipe = _changed(fingerprint.recipe, given, defaults(task_name))
     cell = prepare(_request(task_name, facts, data, recipe, options), report)
     cell.build()
@@ -138,7 +156,9 @@ def reconstruct_stage(
     return log
 
 
-def evaluate_stage(task_name: str, checkpoint: Path, data: DataRequest, options: dict[str, Any], report: Report) -> Evaluation:
+def evaluate_stage(
+    task_name: str, checkpoint: Path, data: DataRequest, options: dict[str, Any], report: Report
+) -> Evaluation:
     """Evaluate a checkpoint of any stage. ``options`` as in :func:`reconstruct_stage`."""
     fingerprint, facts = read_origin(checkpoint, task_name)
     cell = prepare(_request(task_name, facts, data, None, options), report)
@@ -157,14 +177,29 @@ def inspect_stage(task_name: str, checkpoint: Path, options: dict[str, Any]) -> 
     fingerprint, facts = read_origin(checkpoint, task_name)
     cell = prepare(_request(task_name, facts, DataRequest(), None, options), silent)
     chains = _restored(cell, checkpoint, fingerprint, facts)
-    inputs, untouched = cell.task.examples(cell.loaded, chains), cell.task.untouched(cell.loaded, chains)
-    measured = joined_facts({name: model_facts(chain, inputs[name]) for name, chain in chains.items()}, untouched)
+    inputs, untouched = (
+        cell.task.examples(cell.loaded, chains),
+        cell.task.untouched(cell.loaded, chains),
+    )
+    measured = joined_facts(
+        {name: model_facts(chain, inputs[name]) for name, chain in chains.items()}, untouched
+    )
     loaded = cell.loaded
-    found = loaded.tag, facts["stage"], fingerprint, measured, tuple(untouched), loaded.entry, loaded.preprocessing
+    found = (
+        loaded.tag,
+        facts["stage"],
+        fingerprint,
+        measured,
+        tuple(untouched),
+        loaded.entry,
+        loaded.preprocessing,
+    )
     return Inspection(checkpoint, task_name, *found)
 
 
-def _restored(cell: Prepared, checkpoint: Path, fingerprint: Fingerprint, facts: dict[str, Any]) -> Chains:
+def _restored(
+    cell: Prepared, checkpoint: Path, fingerprint: Fingerprint, facts: dict[str, Any]
+) -> Chains:
     """The quantized model of a checkpoint; of stage ``mlp`` in full precision, with these MLPs."""
     if fingerprint.weights != cell.loaded.sha256:
         other, own = fingerprint.weights[:12], cell.loaded.sha256[:12]
@@ -172,7 +207,9 @@ def _restored(cell: Prepared, checkpoint: Path, fingerprint: Fingerprint, facts:
             f"The checkpoint {checkpoint} was made from other weights (sha256 {other}) than those found now ({own})."
         )
     if facts["stage"] == MLPS.mark:
-        chains = cell.task.chains(cell.loaded, fingerprint.recipe.model_copy(update=_FULL_PRECISION))
+        chains = cell.task.chains(
+            cell.loaded, fingerprint.recipe.model_copy(update=_FULL_PRECISION)
+        )
         load_mlps(all_segments(chains), checkpoint, None)
         return chains
     chains = cell.task.chains(cell.loaded, fingerprint.recipe)
@@ -191,13 +228,26 @@ def _changed(recipe: Recipe, given: dict[str, Any], usual: dict[str, Any]) -> Re
     """
     ranges = {name: getattr(recipe, name) for name in (*recipe.range_fields(), "scope")}
     if given.get("scope", recipe.scope) != recipe.scope:
-        raise CheckpointError(f"The checkpoint's scope is '{recipe.scope}', not '{given['scope']}': calibrate for that one.")
+        raise CheckpointError(
+            f"The checkpoint's scope is '{recipe.scope}', not '{given['scope']}': calibrate for that one."
+        )
     method = given.get("method")
     kept = ranges if method is not None else recipe.model_dump(mode="json", exclude={"method"})
-    return make_recipe(method or recipe.method, usual, kept, {name: value for name, value in given.items() if name != "method"})
+    return make_recipe(
+        method or recipe.method,
+        usual,
+        kept,
+        {name: value for name, value in given.items() if name != "method"},
+    )
 
 
-def _request(task: str, facts: dict[str, Any], data: DataRequest, recipe: Recipe | None, options: dict[str, Any]) -> CellRequest:
+def _request(
+    task: str,
+    facts: dict[str, Any],
+    data: DataRequest,
+    recipe: Recipe | None,
+    options: dict[str, Any],
+) -> CellRequest:
     """A request for the model of a checkpoint with these ``facts``."""
     more = dict(options)
     model = ModelRequest(
@@ -241,13 +291,19 @@ def read_origin(path: Path, task: str) -> tuple[Fingerprint, dict[str, Any]]:
     """
     fingerprint, content = read_header(path)
     if content.get("task", task) != task:
-        raise CheckpointError(f"The checkpoint {path} is of task {content['task']!r}, not {task!r}.")
+        raise CheckpointError(
+            f"The checkpoint {path} is of task {content['task']!r}, not {task!r}."
+        )
     try:
         facts = _Facts.model_validate(content)
     except ValidationError as error:
-        raise CheckpointError(f"The checkpoint {path} does not say which model it is of ({first_problem(error)}).") from error
+        raise CheckpointError(
+            f"The checkpoint {path} does not say which model it is of ({first_problem(error)})."
+        ) from error
     if not _NAME.fullmatch(facts.model):
-        raise CheckpointError(f"The checkpoint {path} is of a model {facts.model!r}, which is no name of a model.")
+        raise CheckpointError(
+            f"The checkpoint {path} is of a model {facts.model!r}, which is no name of a model."
+        )
     for where, text in _texts(facts.model_args, "model_args"):
         if not _WORD.fullmatch(text):
             raise CheckpointError(
@@ -255,7 +311,9 @@ def read_origin(path: Path, task: str) -> tuple[Fingerprint, dict[str, Any]]:
             )
     scope, known = fingerprint.recipe.scope, scopes(task)
     if scope is not None and scope not in known:
-        raise CheckpointError(f"The checkpoint {path} has the scope {scope!r}, which task '{task}' does not have.")
+        raise CheckpointError(
+            f"The checkpoint {path} has the scope {scope!r}, which task '{task}' does not have."
+        )
     given = {"weights_entry": facts.weights_entry, "preprocessing": facts.preprocessing.fields()}
     own = facts.model_dump(exclude=set(given))
     return fingerprint, own | {name: value for name, value in given.items() if value}

@@ -34,18 +34,33 @@ from tasks.common.request import CellRequest, DataRequest, ModelRequest
 def build_group(task_name: str, summary: str, own: TaskOptions = TaskOptions()) -> click.Group:
     """Make the commands of a task: run, its stages one by one, and facts about models."""
 
-    @click.group(help=summary, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+    @click.group(
+        help=summary,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    )
     @click.option("--verbose", is_flag=True, help="Show the log.")
     def group(verbose: bool) -> None:
-        logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
+        logging.basicConfig(
+            level=logging.INFO if verbose else logging.ERROR,
+            format="%(levelname)s %(name)s: %(message)s",
+        )
 
-    @group.command(cls=GroupedCommand, help="Calibrate, reconstruct and evaluate one model; writes a result record.")
+    @group.command(
+        cls=GroupedCommand,
+        help="Calibrate, reconstruct and evaluate one model; writes a result record.",
+    )
     @with_options(*model_options(own), mlp_option, *recipe_options(own))
     @click.option("--variant", help="Name of this variant of the method in tables.")
     @click.option(
-        "--results", default="results/runs", show_default=True, type=click.Path(path_type=Path), help="Where records go."
+        "--results",
+        default="results/runs",
+        show_default=True,
+        type=click.Path(path_type=Path),
+        help="Where records go.",
     )
-    @click.option("--force", is_flag=True, help="Remove what is there of the cell, and measure it again.")
+    @click.option(
+        "--force", is_flag=True, help="Remove what is there of the cell, and measure it again."
+    )
     def run(**options: Any) -> None:
         from tasks.common.cell.environment import resolve_device
         from tasks.common.cell.identity import forget
@@ -54,7 +69,9 @@ def build_group(task_name: str, summary: str, own: TaskOptions = TaskOptions()) 
         from tasks.common.record import read_record
 
         force = options.pop("force")
-        request = check_request(_request(task_name, take_recipe(options, defaults(task_name)), options))
+        request = check_request(
+            _request(task_name, take_recipe(options, defaults(task_name)), options)
+        )
         if force:
             resolve_device(request.device)  # nothing is removed for a run that cannot start
             forget([request])
@@ -62,8 +79,14 @@ def build_group(task_name: str, summary: str, own: TaskOptions = TaskOptions()) 
             path = run_cell(request, report)
         record = read_record(path)
         for name, metric in record.metrics.items():
-            full = f", full precision {record.fp_metrics[name].value:.2f}" if name in record.fp_metrics else ""
-            click.echo(f"{record.model} {record.method} {name} {metric.value:.2f} ± {metric.stderr:.2f} (n = {record.n}{full})")
+            full = (
+                f", full precision {record.fp_metrics[name].value:.2f}"
+                if name in record.fp_metrics
+                else ""
+            )
+            click.echo(
+                f"{record.model} {record.method} {name} {metric.value:.2f} ± {metric.stderr:.2f} (n = {record.n}{full})"
+            )
         _echo(record.weights.notes())
         if record.preprocessing is not None:
             click.echo(f"preprocessing: {record.preprocessing.text()}")
@@ -80,7 +103,9 @@ def build_group(task_name: str, summary: str, own: TaskOptions = TaskOptions()) 
     def reconstruct_mlp(**options: Any) -> None:
         from tasks.common.cell import stages
 
-        click.echo(f"checkpoint of reconstructed MLPs: {_first_stage(task_name, stages.mlp_stage, options)}")
+        click.echo(
+            f"checkpoint of reconstructed MLPs: {_first_stage(task_name, stages.mlp_stage, options)}"
+        )
 
     @group.command(cls=GroupedCommand, help="Find the ranges only; writes a checkpoint.")
     @with_options(*model_options(own), mlp_option, *recipe_options(own))
@@ -88,7 +113,9 @@ def build_group(task_name: str, summary: str, own: TaskOptions = TaskOptions()) 
     def calibrate(**options: Any) -> None:
         from tasks.common.cell import stages
 
-        click.echo(f"calibrated checkpoint: {_first_stage(task_name, stages.calibrate_stage, options)}")
+        click.echo(
+            f"calibrated checkpoint: {_first_stage(task_name, stages.calibrate_stage, options)}"
+        )
 
     @group.command(
         cls=GroupedCommand,
@@ -101,13 +128,19 @@ def build_group(task_name: str, summary: str, own: TaskOptions = TaskOptions()) 
     def reconstruct(checkpoint: Path, **options: Any) -> None:
         from tasks.common.cell import stages
 
-        out, given, data = options.pop("out"), given_recipe(options), take(DataRequest, with_preprocessing(options))
+        out, given, data = (
+            options.pop("out"),
+            given_recipe(options),
+            take(DataRequest, with_preprocessing(options)),
+        )
         with progress_bars() as report:
             log = stages.reconstruct_stage(task_name, checkpoint, out, given, data, options, report)
         _echo(f"note: {note}" for note in log.sentences())
         click.echo(f"reconstructed checkpoint: {out}")
 
-    @group.command(help="Evaluate CHECKPOINT, of any stage (with MLPs alone reconstructed: in full precision).")
+    @group.command(
+        help="Evaluate CHECKPOINT, of any stage (with MLPs alone reconstructed: in full precision)."
+    )
     @click.argument("checkpoint", type=click.Path(path_type=Path))
     @with_options(*run_options(own), *weights_options())
     def evaluate(checkpoint: Path, **options: Any) -> None:
@@ -127,7 +160,9 @@ def build_group(task_name: str, summary: str, own: TaskOptions = TaskOptions()) 
         "what stays in full precision, sums, and where it comes from."
     )
     @click.argument("checkpoint", type=click.Path(path_type=Path))
-    @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
+    @click.option(
+        "--json", "as_json", is_flag=True, help="Print one JSON object instead of tables."
+    )
     @with_options(*weights_options())
     def inspect(checkpoint: Path, as_json: bool, **options: Any) -> None:
         from tasks.common.cell import stages
@@ -157,7 +192,9 @@ def _request(task_name: str, recipe: Recipe | None, options: dict[str, Any]) -> 
     return CellRequest(task_name, model, data, recipe, **options)
 
 
-def _first_stage(task_name: str, stage: Callable[[CellRequest, Path, Report], list[str]], options: dict[str, Any]) -> Path:
+def _first_stage(
+    task_name: str, stage: Callable[[CellRequest, Path, Report], list[str]], options: dict[str, Any]
+) -> Path:
     """Run a stage that starts from the float model; return the checkpoint it wrote."""
     recipe, out = take_recipe(options, defaults(task_name)), Path(options.pop("out"))
     if recipe is None:

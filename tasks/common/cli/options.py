@@ -95,7 +95,12 @@ def with_options(*options: Option) -> Option:
 def recipe_options(own: TaskOptions) -> list[Option]:
     """``--method``, ``--recipe`` and an option for every other recipe field."""
     found = [
-        click.option("--method", default="fimaq", show_default=True, help=f"Method: {', '.join(['fp', *METHODS])}."),
+        click.option(
+            "--method",
+            default="fimaq",
+            show_default=True,
+            help=f"Method: {', '.join(['fp', *METHODS])}.",
+        ),
         click.option(
             "--recipe",
             "recipe_file",
@@ -105,7 +110,9 @@ def recipe_options(own: TaskOptions) -> list[Option]:
     ]
     if own.scope:
         shown = f"What is quantized; the rest stays in full precision.  [{own.scopes[0]}]"
-        found.append(click.option(f"--{own.scope}", "scope", type=click.Choice(own.scopes), help=shown))
+        found.append(
+            click.option(f"--{own.scope}", "scope", type=click.Choice(own.scopes), help=shown)
+        )
     for name, field in Recipe.model_fields.items():
         if name in ("method", "scope"):
             continue
@@ -146,12 +153,16 @@ def model_options(own: TaskOptions) -> list[Option]:
     ]
 
 
-def weights_options(file: str = "The float weights, if they came from a local file.") -> list[Option]:
+def weights_options(
+    file: str = "The float weights, if they came from a local file.",
+) -> list[Option]:
     """Where the float weights are; ``file`` is the help of ``--weights``."""
     entry = "Entry of the weights file to take, such as state_dict or state_dict_ema.  [timm's choice: averaged weights first]"
     return [
         click.option("--weights", type=_PATH, help=file),
-        click.option("--weights-folder", type=_PATH, help="Folder with <model.tag>.safetensors files."),
+        click.option(
+            "--weights-folder", type=_PATH, help="Folder with <model.tag>.safetensors files."
+        ),
         click.option("--weights-entry", metavar="NAME", help=entry),
     ]
 
@@ -166,14 +177,29 @@ def run_options(own: TaskOptions) -> list[Option]:
     return [
         click.option("--data", "path", type=_PATH, help=own.data),
         *_evaluation_options(own),
-        *(click.option(f"--{name.replace('_', '-')}", name, help=HELP[name], metavar="VALUE") for name in own.preprocessing),
+        *(
+            click.option(f"--{name.replace('_', '-')}", name, help=HELP[name], metavar="VALUE")
+            for name in own.preprocessing
+        ),
         click.option("--calibration-list", type=_PATH, help=images),
         click.option("--limit", type=_POSITIVE, help=limit),
         click.option("--skip-corrupt", is_flag=True, help=corrupt),
         click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N."),
         click.option("--threads", type=_POSITIVE, help="CPU threads."),
-        click.option("--eval-batch", default=32, show_default=True, type=_POSITIVE, help="Images a forward pass."),
-        click.option("--workers", default=0, show_default=True, type=click.IntRange(min=0), help="Data-loading processes."),
+        click.option(
+            "--eval-batch",
+            default=32,
+            show_default=True,
+            type=_POSITIVE,
+            help="Images a forward pass.",
+        ),
+        click.option(
+            "--workers",
+            default=0,
+            show_default=True,
+            type=click.IntRange(min=0),
+            help="Data-loading processes.",
+        ),
         click.option(
             "--placement",
             default="device",
@@ -189,26 +215,34 @@ def _evaluation_options(own: TaskOptions) -> list[Option]:
     options = []
     if own.evaluations:
         shown = f"What is measured.  [{own.evaluations[0]}]"
-        options.append(click.option("--eval", "evaluation", type=click.Choice(own.evaluations), help=shown))
+        options.append(
+            click.option("--eval", "evaluation", type=click.Choice(own.evaluations), help=shown)
+        )
     if own.calibration_data:
         shown = "Data to calibrate on, where that is not the training part of --data."
         options.append(click.option("--calibration-data", type=_PATH, help=shown))
     if own.keep_outputs:
         options.append(click.option("--keep-outputs", is_flag=True, help=own.keep_outputs))
     if own.exif:
-        options.append(click.option("--exif", type=click.Choice(["apply", "ignore"]), help=own.exif))
+        options.append(
+            click.option("--exif", type=click.Choice(["apply", "ignore"]), help=own.exif)
+        )
     if own.class_order:
         options.append(click.option("--class-order", metavar="ORDER", help=class_order.HELP))
     return options
 
 
 #: ``--mlp-checkpoint``.
-mlp_option = click.option("--mlp-checkpoint", type=_PATH, help="Reconstructed MLPs to use instead of reconstructing them.")
+mlp_option = click.option(
+    "--mlp-checkpoint", type=_PATH, help="Reconstructed MLPs to use instead of reconstructing them."
+)
 
 
 def out_option(command: Option) -> Option:
     """Add ``--out``."""
-    return click.option("--out", required=True, type=_PATH, help="Checkpoint to write (.safetensors).")(command)
+    return click.option(
+        "--out", required=True, type=_PATH, help="Checkpoint to write (.safetensors)."
+    )(command)
 
 
 def _json_object(_: click.Context, __: click.Parameter, text: str) -> dict[str, Any]:
@@ -249,10 +283,14 @@ def given_recipe(options: dict[str, Any]) -> dict[str, Any]:
 
 def take(kind: type[_Request], options: dict[str, Any]) -> _Request:
     """Take the options that are fields of ``kind`` out of ``options``."""
-    return kind(**{field.name: options.pop(field.name) for field in fields(kind) if field.name in options})
+    return kind(
+        **{field.name: options.pop(field.name) for field in fields(kind) if field.name in options}
+    )
 
 
 def with_preprocessing(options: dict[str, Any]) -> dict[str, Any]:
     """Gather the options about preprocessing into one, ``preprocessing``. Raises RecipeError."""
-    options["preprocessing"] = parse_preprocessing({name: options.pop(name) for name in HELP if name in options})
+    options["preprocessing"] = parse_preprocessing(
+        {name: options.pop(name) for name in HELP if name in options}
+    )
     return options

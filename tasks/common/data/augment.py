@@ -46,11 +46,22 @@ class RandomDigitWarp(nn.Module):
         """Warp images ([b, ]1, rows * h, columns * h), float32 in [0, 1]."""
         batch = images if images.ndim == 4 else images[None]
         # (b, 1, rows * h, columns * h) -> (rows * columns * b, 1, h, h): from here on every digit is an image of its own.
-        digits = torch.cat([cell for row in batch.chunk(self.rows, dim=-2) for cell in row.chunk(self.columns, dim=-1)])
-        digits = F.grid_sample(digits, self._grid(digits), mode="bilinear", align_corners=False).clamp(0, 1)
+        digits = torch.cat(
+            [
+                cell
+                for row in batch.chunk(self.rows, dim=-2)
+                for cell in row.chunk(self.columns, dim=-1)
+            ]
+        )
+        digits = F.grid_sample(
+            digits, self._grid(digits), mode="bilinear", align_corners=False
+        ).clamp(0, 1)
         gamma = torch.exp2(self._uniform((len(digits), 1, 1, 1), digits) * self.contrast)
         cells = digits.pow(gamma).chunk(self.rows * self.columns)
-        rows = [torch.cat(cells[i : i + self.columns], dim=-1) for i in range(0, len(cells), self.columns)]
+        rows = [
+            torch.cat(cells[i : i + self.columns], dim=-1)
+            for i in range(0, len(cells), self.columns)
+        ]
         return torch.cat(rows, dim=-2).reshape(images.shape)
 
     def _grid(self, digits: torch.Tensor) -> torch.Tensor:

@@ -42,7 +42,9 @@ def draw(images: Images, order: Iterable[int], wanted: int, seed: int) -> Drawn:
     return Drawn(torch.stack(chosen), positions, skipped, images.notes())
 
 
-def take(images: Images, order: Iterable[int], wanted: int, seed: int) -> tuple[list[Any], list[int], list[str]]:
+def take(
+    images: Images, order: Iterable[int], wanted: int, seed: int
+) -> tuple[list[Any], list[int], list[str]]:
     """What :func:`draw` stacks, for samples that cannot be: transformed images, positions, ids of those skipped."""
     if len(images) < wanted:
         raise DataError(
@@ -61,7 +63,9 @@ def take(images: Images, order: Iterable[int], wanted: int, seed: int) -> tuple[
         chosen.append(item)
         positions.append(int(index))
     if len(chosen) < wanted:
-        raise DataError(f"Only {len(chosen)} of {wanted} calibration images could be read; {len(skipped)} are damaged.")
+        raise DataError(
+            f"Only {len(chosen)} of {wanted} calibration images could be read; {len(skipped)} are damaged."
+        )
     return chosen, positions, skipped
 
 
@@ -86,7 +90,9 @@ def positions_of(names: Sequence[str], ids: Sequence[str], path: Path, what: str
     chosen = [position for position in found if position is not None]
     twice = [ids[position] for position, count in Counter(chosen).items() if count > 1]
     if twice:
-        raise DataError(f"The calibration list {path} names {len(twice)} images more than once, such as {twice[0]!r}.")
+        raise DataError(
+            f"The calibration list {path} names {len(twice)} images more than once, such as {twice[0]!r}."
+        )
     return chosen
 
 

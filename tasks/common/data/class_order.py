@@ -101,8 +101,16 @@ def known_notes(names: Sequence[str], order: str, known: Sequence[str] | None) -
         return []
     matched = _by_known(known, names)
     if order == CHECKPOINT:
-        pairs = [(own, name) for own, name in zip(names, known, strict=True) if composed(own) != composed(name)]
-        alike = f", alike but for case, spaces and underscores, such as {pairs[0][0]!r} for {pairs[0][1]!r}" if pairs else ""
+        pairs = [
+            (own, name)
+            for own, name in zip(names, known, strict=True)
+            if composed(own) != composed(name)
+        ]
+        alike = (
+            f", alike but for case, spaces and underscores, such as {pairs[0][0]!r} for {pairs[0][1]!r}"
+            if pairs
+            else ""
+        )
         return [f"labels follow the class names in the weights file{alike}"]
     if matched and matched != [*names]:
         place = [own == other for own, other in zip(names, matched, strict=True)].index(False)
@@ -140,7 +148,9 @@ def read_class_order(path: Path) -> list[str]:
         return [line.strip() for line in text.splitlines() if line.strip()]
     content = parse_json(text, str(path))
     if isinstance(content, dict):
-        content = by_label(content.items()) or by_label((label, name) for name, label in content.items())
+        content = by_label(content.items()) or by_label(
+            (label, name) for name, label in content.items()
+        )
     if not isinstance(content, list) or not all(isinstance(name, str) for name in content):
         form = '["ant", "bee"], or an object with the labels 0, 1, 2, ... once each, {"ant": 0, "bee": 1}'
         raise DataError(f"{path} is no class order: give a JSON list of names, such as {form}.")
@@ -149,7 +159,10 @@ def read_class_order(path: Path) -> list[str]:
 
 def by_label(pairs: Iterable[tuple[Any, Any]]) -> list[str] | None:
     """Names of pairs (label, name) by label, a number or its digits; None unless labels are 0, 1, 2, ... once each."""
-    listed = [(int(label) if isinstance(label, str) and label.isdecimal() else label, name) for label, name in pairs]
+    listed = [
+        (int(label) if isinstance(label, str) and label.isdecimal() else label, name)
+        for label, name in pairs
+    ]
     sound = all(type(label) is int and isinstance(name, str) for label, name in listed)
     if not listed or not sound or {label for label, _ in listed} != {*range(len(listed))}:
         return None
@@ -170,9 +183,13 @@ def _matched(names: Sequence[str], classes: Sequence[str], where: Path, path: Pa
         if surplus:
             near = suggest(surplus[0], missing) if missing else ""
             near = f" ({near.strip()})" if 0 < len(near) < 100 else ""
-            problems.append(f"{counted(len(surplus), 'name')} without a folder, such as {surplus[0]!r}{near}")
+            problems.append(
+                f"{counted(len(surplus), 'name')} without a folder, such as {surplus[0]!r}{near}"
+            )
         if missing:
-            problems.append(f"{counted(len(missing), 'folder')} without a name in it, such as {missing[0]!r}")
+            problems.append(
+                f"{counted(len(missing), 'folder')} without a name in it, such as {missing[0]!r}"
+            )
         raise DataError(f"{path} does not list the classes of {where}: {'; '.join(problems)}.")
     return [folders[name] for name in listed]
 

@@ -51,7 +51,9 @@ def image_id(name: object, where: str, root: Path | None = None) -> str:
     # Plain string work: a path object for each of MS-COCO's images takes seconds.
     path = posixpath.normpath(name) if isinstance(name, str) else "."
     if path == "." or path.startswith("/") or ".." in str(given).split("/"):
-        raise DataError(f"{where}: {given!r} is not the path of an image below the folder of the data.")
+        raise DataError(
+            f"{where}: {given!r} is not the path of an image below the folder of the data."
+        )
     return path
 
 

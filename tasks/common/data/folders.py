@@ -52,7 +52,9 @@ class Source:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over ids and labels."""
-        content = "\n".join(f"{name}\t{label}" for name, label in zip(self.ids, self.targets, strict=True))
+        content = "\n".join(
+            f"{name}\t{label}" for name, label in zip(self.ids, self.targets, strict=True)
+        )
         return hashlib.sha256(content.encode()).hexdigest()
 
     def head(self, limit: int | None) -> "Source":
@@ -64,7 +66,10 @@ class Source:
 
     def describe(self) -> Dataset:
         """The record's entry."""
-        found = {name: getattr(self, name) for name in ("name", "split", "classes", "fingerprint", "class_order")}
+        found = {
+            name: getattr(self, name)
+            for name in ("name", "split", "classes", "fingerprint", "class_order")
+        }
         return Dataset(**found, count=len(self.ids), left_out=len(self.left_out))
 
     def notes(self) -> list[str]:
@@ -72,7 +77,9 @@ class Source:
         found = []
         if self.left_out:
             files = counted(len(self.left_out), "file")
-            found.append(f"{files} left out, since Pillow opens no image there: {named(self.left_out)}")
+            found.append(
+                f"{files} left out, since Pillow opens no image there: {named(self.left_out)}"
+            )
         return [*found, *self.label_notes]
 
 
@@ -121,7 +128,9 @@ def _class_folders(folder: Path) -> list[str]:
 
 
 @lru_cache(maxsize=4)
-def _listed_folder(root: Path, part: str, names: tuple[str, ...], order: str, changed: tuple[int, ...]) -> Source:
+def _listed_folder(
+    root: Path, part: str, names: tuple[str, ...], order: str, changed: tuple[int, ...]
+) -> Source:
     """List a folder once per process while it stays as it is: ImageNet's files take minutes."""
     folder = root / part
     prefix = os.path.join(folder, "")
@@ -142,12 +151,16 @@ def _listed_folder(root: Path, part: str, names: tuple[str, ...], order: str, ch
         labels = {name: label for label, name in enumerate(names)}
         samples = make_dataset(folder, labels, is_valid_file=is_sample)
     except FileNotFoundError as error:
-        raise DataError(f"{folder} holds no images in class folders ({error}). {LAYOUT}.") from error
+        raise DataError(
+            f"{folder} holds no images in class folders ({error}). {LAYOUT}."
+        ) from error
     paths = [Path(path) for path, _ in samples]
     ids = [path.relative_to(root).as_posix() for path in paths]
     odd = next((name for name in ids if not name.isprintable()), None)
     if odd is not None:  # records hold names as text
-        raise DataError(f"{folder} holds a file whose name is not UTF-8 or has control characters: {odd!r}. Rename it.")
+        raise DataError(
+            f"{folder} holds a file whose name is not UTF-8 or has control characters: {odd!r}. Rename it."
+        )
     targets, read = [label for _, label in samples], file_reader(paths)
     name = data_name(part, len(paths), names)
     return Source(name, part, ids, targets, len(names), read, names, order, tuple(left_out))

@@ -21,7 +21,14 @@ from fimaq_core.errors import DataError, ModelError
 from tasks.common.data.files import counted, named
 
 #: Raised by Pillow for files that it cannot read, and by :func:`as_rgb`.
-DAMAGED = (OSError, UnidentifiedImageError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError)
+DAMAGED = (
+    OSError,
+    UnidentifiedImageError,
+    SyntaxError,
+    ValueError,
+    RuntimeError,
+    Image.DecompressionBombError,
+)
 
 #: Formats whose 16-bit grey values have the full range; others store signed values in that mode.
 _WIDE_FORMATS = ("PNG", "PPM", "TIFF", "JPEG2000")
@@ -179,7 +186,9 @@ def seeded_item(images: Images, index: int, seed: int) -> Tensor | None:
     """Item ``index`` with every generator that transforms use seeded by (seed, index), and put back afterwards."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
-        own = int.from_bytes(hashlib.sha256(f"{seed}/{images.ids[index]}".encode()).digest()[:4], "big")
+        own = int.from_bytes(
+            hashlib.sha256(f"{seed}/{images.ids[index]}".encode()).digest()[:4], "big"
+        )
         random.seed(own)
         np.random.seed(own)
         torch.manual_seed(own)
@@ -193,7 +202,9 @@ def seeded_item(images: Images, index: int, seed: int) -> Tensor | None:
     return None if item is None else item[0]
 
 
-def collate(items: list[tuple[Tensor, int, int] | DataError | None]) -> tuple[Tensor, Tensor, Tensor] | DataError | None:
+def collate(
+    items: list[tuple[Tensor, int, int] | DataError | None],
+) -> tuple[Tensor, Tensor, Tensor] | DataError | None:
     """Stack items; a damaged image comes alone, and None if there is none left."""
     kept = [item for item in items if item is not None]
     damaged = next((item for item in kept if isinstance(item, DataError)), None)
@@ -218,7 +229,11 @@ class Outputs:
 
 
 def image_outputs(
-    model: Callable[[Tensor], Tensor], images: Images, device: torch.device, batch_size: int, workers: int
+    model: Callable[[Tensor], Tensor],
+    images: Images,
+    device: torch.device,
+    batch_size: int,
+    workers: int,
 ) -> Iterator[Outputs]:
     """Yield the outputs of ``model`` on ``images`` in their order; images that were skipped are missing.
 
@@ -226,7 +241,13 @@ def image_outputs(
         DataError: a damaged image (unless skipped).
         ModelError: the model does not take these images.
     """
-    loader = DataLoader(images, batch_size=batch_size, num_workers=workers, collate_fn=collate, pin_memory=device.type == "cuda")
+    loader = DataLoader(
+        images,
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=device.type == "cuda",
+    )
     done = 0
     for batch in loader:
         done = min(done + batch_size, len(images))
@@ -241,5 +262,7 @@ def image_outputs(
         except (RuntimeError, AssertionError) as error:
             if isinstance(error, torch.cuda.OutOfMemoryError):
                 raise
-            raise ModelError(f"The model does not take images of shape {tuple(pixels.shape[1:])}: {error}") from error
+            raise ModelError(
+                f"The model does not take images of shape {tuple(pixels.shape[1:])}: {error}"
+            ) from error
         yield Outputs(values, targets, positions, done)

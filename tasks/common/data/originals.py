@@ -28,7 +28,9 @@ def class_originals(root: Path, ids: Sequence[str]) -> dict[str, Image.Image]:
     """Likewise of ``<root>/val/<class>/<image>``; other ids are unknown. Raises DataError."""
     for name in ids:
         if not name.startswith("val/") or name.count("/") < 2:
-            raise DataError(f"There is no sample {name!r} among labelled images: ids there are such as 'val/<class>/<image>'.")
+            raise DataError(
+                f"There is no sample {name!r} among labelled images: ids there are such as 'val/<class>/<image>'."
+            )
     return originals_below(root, ids)
 
 
@@ -45,7 +47,9 @@ def known_originals(
     found = {}
     for name in ids:
         if name not in positions:
-            raise DataError(f"There is no sample {name!r} in {what} (ids there are such as {known[0]!r}).")
+            raise DataError(
+                f"There is no sample {name!r} in {what} (ids there are such as {known[0]!r})."
+            )
         try:
             found[name] = read(positions[name]).convert("RGB")
         except DAMAGED as error:
@@ -70,5 +74,7 @@ def read_picture(path: Path, name: str) -> Image.Image:
 def _path_below(root: Path, name: str) -> Path:
     """Where an id leads; ids may come from files that others wrote. Raises DataError."""
     if image_id(name, "A sample's id") != name:
-        raise DataError(f"There is no sample {name!r}: ids are paths below the folder of the data, in their shortest form.")
+        raise DataError(
+            f"There is no sample {name!r}: ids are paths below the folder of the data, in their shortest form."
+        )
     return file_below(root, name)

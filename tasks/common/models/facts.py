@@ -98,7 +98,11 @@ class ModelFacts:
         )
         quantized = sum(layer.macs for layer in self.layers if min(layer.factor_bits) < OFF)
         values = sum(part.values for part in self.full_precision)
-        size, full_size, full_bops = weight_bits + overhead + values * OFF, (weights + values) * OFF, macs * OFF * OFF
+        size, full_size, full_bops = (
+            weight_bits + overhead + values * OFF,
+            (weights + values) * OFF,
+            macs * OFF * OFF,
+        )
         return {
             "weights": weights,
             "weight_bits": weight_bits,
@@ -138,11 +142,17 @@ def joined_facts(parts: Mapping[str, ModelFacts], untouched: Mapping[str, nn.Mod
     Values of ``untouched`` parts count as full precision; what these compute is not counted.
     """
     layers = [
-        replace(layer, entry=layer.entry.model_copy(update={"name": part_name(part, layer.entry.name)}))
+        replace(
+            layer, entry=layer.entry.model_copy(update={"name": part_name(part, layer.entry.name)})
+        )
         for part, facts in parts.items()
         for layer in facts.layers
     ]
-    values = [replace(value, name=part_name(part, value.name)) for part, facts in parts.items() for value in facts.full_precision]
+    values = [
+        replace(value, name=part_name(part, value.name))
+        for part, facts in parts.items()
+        for value in facts.full_precision
+    ]
     for part, module in untouched.items():
         for name, child in module.named_modules(prefix=part):
             values += _own_values(name, child)
@@ -159,7 +169,9 @@ def count_macs(chain: BlockChain, image: Tensor) -> dict[str, int]:
     Raises:
         ValueError: not one image.
     """
-    if image.shape[0] != 1 and chain.segment(0).kind != "predictor":  # of which one image has many inputs
+    if (
+        image.shape[0] != 1 and chain.segment(0).kind != "predictor"
+    ):  # of which one image has many inputs
         raise ValueError(f"one image is needed, got {image.shape[0]}")
     flops = FlopCounterMode(display=False)
     macs = dict.fromkeys((name for name, _ in _multiplying_layers(chain)), 0)
@@ -207,8 +219,14 @@ def _range_bits(quantizer: Any) -> int:
     """Bits of what a quantizer keeps beside codes: zero points in its own bits, all else in 32."""
     if quantizer.off:
         return 0
-    kept = {name: tensor.numel() for name, tensor in quantizer.state_dict().items() if name not in ("codes", "folded")}
-    return sum(count * (quantizer.bits if name == "zero_point" else 32) for name, count in kept.items())
+    kept = {
+        name: tensor.numel()
+        for name, tensor in quantizer.state_dict().items()
+        if name not in ("codes", "folded")
+    }
+    return sum(
+        count * (quantizer.bits if name == "zero_point" else 32) for name, count in kept.items()
+    )
 
 
 def _full_precision(chain: BlockChain) -> Iterator[ValueFacts]:
@@ -237,7 +255,11 @@ def _bias_values(layer: nn.Linear | nn.Conv2d | nn.ConvTranspose2d) -> int:
 
 def _own_values(name: str, module: nn.Module) -> Iterator[ValueFacts]:
     """What ``module`` itself keeps: one line, or one a tensor where it has parts of its own."""
-    own = {key: value for key, value in module.state_dict().items() if "." not in key and value.is_floating_point()}
+    own = {
+        key: value
+        for key, value in module.state_dict().items()
+        if "." not in key and value.is_floating_point()
+    }
     # A buffer may be looked up from a smaller table, which is what has to be stored.
     tables: dict[str, int] = getattr(module, "looked_up", {})
     counts = {key: tables.get(key, value.numel()) for key, value in own.items()}

@@ -93,7 +93,9 @@ class Catalogue:
         """The weights, if they are not here and the hub that has them does not answer."""
         if request.name in self.demo_names and self.local_weights(request) is None:
             path = self.demo_folder / f"{request.name}.safetensors"
-            advice = "They belong to the repository; `python scripts/train_demo.py` makes them anew."
+            advice = (
+                "They belong to the repository; `python scripts/train_demo.py` makes them anew."
+            )
             return None if path.is_file() else Missing(f"the weights of {request.name}", advice)
         tag, weights = self.model_tag(request), self.local_weights(request)
         if weights is not None:
@@ -103,10 +105,16 @@ class Catalogue:
             return Missing(f"the weights of {tag}", _NOT_AT_THE_HUB)
         if cached_file(found) is not None or hub_answers():
             return None
-        folder = f"in the folder {request.weights_folder}, " if request.weights_folder is not None else ""
+        folder = (
+            f"in the folder {request.weights_folder}, "
+            if request.weights_folder is not None
+            else ""
+        )
         place = f" ({self.repositories})" if self.repositories else ""
         return Missing(
-            f"the weights of {tag}" if self.repositories else f"the weights of {tag} (repository {found.repo})",
+            f"the weights of {tag}"
+            if self.repositories
+            else f"the weights of {tag} (repository {found.repo})",
             f"Looked for {folder}in the Hugging Face cache and at its hub{place}, which does not answer. Run once with a "
             "network, or give a folder with <name>.safetensors: WEIGHTS=/path for make, --weights for a grid, --weights-folder "
             "for an adapter.",
@@ -122,7 +130,9 @@ class Catalogue:
     def _demo_metadata(self, name: str) -> dict[str, Any]:
         path = self.demo_folder / f"{name}.json"
         if not path.is_file():
-            raise ModelError(f"There are no demo weights of {name}: run `python scripts/train_demo.py`.")
+            raise ModelError(
+                f"There are no demo weights of {name}: run `python scripts/train_demo.py`."
+            )
         state = path.stat()
         return _read_metadata(path, state.st_mtime_ns, state.st_size)
 
@@ -160,8 +170,12 @@ def download(repository: Repository, what: str) -> Path:
         except RemoteEntryNotFoundError:
             continue  # the repository is there, this file is not
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            raise ModelError(f"The {what} could not be downloaded from the Hugging Face hub: {error}") from error
-    raise ModelError(f"The {what} are not in the Hugging Face repository {repository.repo}: no {' or '.join(repository.files)}.")
+            raise ModelError(
+                f"The {what} could not be downloaded from the Hugging Face hub: {error}"
+            ) from error
+    raise ModelError(
+        f"The {what} are not in the Hugging Face repository {repository.repo}: no {' or '.join(repository.files)}."
+    )
 
 
 @lru_cache(maxsize=1)
@@ -171,11 +185,15 @@ def hub_answers(seconds: float = 5.0) -> bool:
 
     if constants.HF_HUB_OFFLINE:
         return False
-    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+    if any(
+        os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
+    ):
         return True  # only a real request could tell
     address = urlparse(constants.ENDPOINT)
     try:
-        with socket.create_connection((address.hostname, address.port or (443 if address.scheme == "https" else 80)), seconds):
+        with socket.create_connection(
+            (address.hostname, address.port or (443 if address.scheme == "https" else 80)), seconds
+        ):
             return True
     except OSError:
         return False

@@ -20,7 +20,13 @@ _LAYERS = {
     "weight ranges": "left", "input bits": "right", "input quantizer": "left", "input ranges": "left", "size (bits)": "right",
     "bytes": "right", "overhead (bits)": "right", "BOPs": "right", "of full": "right",
 }  # fmt: skip
-_VALUES = {"in full precision": "left", "kind": "left", "values": "right", "size (bits)": "right", "bytes": "right"}
+_VALUES = {
+    "in full precision": "left",
+    "kind": "left",
+    "values": "right",
+    "size (bits)": "right",
+    "bytes": "right",
+}
 #: What a stage's name does not say by itself.
 _MEANINGS = {"mlp": " (MLPs reconstructed, full precision)"}
 
@@ -73,13 +79,19 @@ class Inspection:
                 "recipe": recipe.digest(),
             },
             "layers": [_layer_content(layer) for layer in self.facts.layers],
-            "full_precision": [{**asdict(part), "size_bits": 32 * part.values} for part in self.facts.full_precision],
+            "full_precision": [
+                {**asdict(part), "size_bits": 32 * part.values}
+                for part in self.facts.full_precision
+            ],
             "totals": self.facts.totals,
         }
 
     def text(self) -> str:
         """Layers, what stays in full precision, sums, and where the checkpoint comes from."""
-        values = [(part.name, part.kind, part.values, *_size(32 * part.values)) for part in self.facts.full_precision]
+        values = [
+            (part.name, part.kind, part.values, *_size(32 * part.values))
+            for part in self.facts.full_precision
+        ]
         tables = [_table(_LAYERS, map(_layer_row, self.facts.layers)), _table(_VALUES, values)]
         return "\n\n".join([*tables, "\n".join(self._sums()), "\n".join(self._origin())])
 
@@ -100,18 +112,27 @@ class Inspection:
 
     def _origin(self) -> list[str]:
         recipe, mark = self.fingerprint.recipe, self.fingerprint
-        changes = ", ".join(f"{name}={value}" for name, value in recipe.changes(defaults(self.task)).items())
+        changes = ", ".join(
+            f"{name}={value}" for name, value in recipe.changes(defaults(self.task)).items()
+        )
         return [
             f"checkpoint: {self.checkpoint}",
             f"model: {self.tag} (task {self.task})",
             f"stage: {self.stage}{_MEANINGS.get(self.stage, '')}",
             f"method: {recipe.method} {recipe.bits_name}, seed {recipe.seed}",
             *([] if recipe.scope is None else [f"scope: {recipe.scope}"]),
-            *(f"in full precision, what it computes not counted: {name}" for name in self.untouched),
+            *(
+                f"in full precision, what it computes not counted: {name}"
+                for name in self.untouched
+            ),
             f"changes: {changes or 'none'}",
             f"float weights: sha256 {mark.weights}",
             *([] if self.entry is None else [f"entry of the weights file: {self.entry}"]),
-            *([] if self.preprocessing is None else [f"preprocessing: {self.preprocessing.text()}"]),
+            *(
+                []
+                if self.preprocessing is None
+                else [f"preprocessing: {self.preprocessing.text()}"]
+            ),
             f"calibration: {mark.calibration}",
             f"numerics version: {mark.numerics} (this is {NUMERICS_VERSION})",
         ]
@@ -135,7 +156,10 @@ def _layer_row(layer: LayerFacts) -> tuple[Any, ...]:
     given: tuple[Any, ...] = entry.input_bits, entry.input_quantizer
     if entry.other_bits is not None:  # a product has no weight, but another operand
         weight = "-", "-", "-"
-        given = f"{entry.input_bits} x {entry.other_bits}", f"{entry.input_quantizer} x {entry.other_quantizer}"
+        given = (
+            f"{entry.input_bits} x {entry.other_bits}",
+            f"{entry.input_quantizer} x {entry.other_quantizer}",
+        )
     shape = "-" if layer.shape is None else "x".join(map(str, layer.shape))
     share = f"{100 * layer.bops / (32 * 32 * layer.macs):.2f} %" if layer.macs else "-"
     sizes = *_size(layer.weight_size), layer.overhead_bits, layer.bops, share
@@ -143,7 +167,15 @@ def _layer_row(layer: LayerFacts) -> tuple[Any, ...]:
 
 
 def _table(columns: dict[str, str], rows: Iterable[Sequence[Any]]) -> str:
-    return str(tabulate(rows, list(columns), tablefmt="simple", disable_numparse=True, colalign=list(columns.values())))
+    return str(
+        tabulate(
+            rows,
+            list(columns),
+            tablefmt="simple",
+            disable_numparse=True,
+            colalign=list(columns.values()),
+        )
+    )
 
 
 def _size(bits: int) -> tuple[int, int]:

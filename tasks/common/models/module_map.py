@@ -15,7 +15,11 @@ from tasks.common.record import LayerEntry, ModuleMap
 #: What multiplies: also float layers that no family swapped.
 Layer = nn.Linear | nn.Conv2d | nn.ConvTranspose2d | QuantMatMul
 
-_KINDS = {nn.Linear: "linear", nn.Conv2d: "convolution", nn.ConvTranspose2d: "transposed convolution"}
+_KINDS = {
+    nn.Linear: "linear",
+    nn.Conv2d: "convolution",
+    nn.ConvTranspose2d: "transposed convolution",
+}
 
 
 def module_map(chain: BlockChain, part: str = "") -> ModuleMap:
@@ -29,7 +33,11 @@ def module_map(chain: BlockChain, part: str = "") -> ModuleMap:
             entry = layer_entry(part_name(part, f"{segment.label}.{name}".rstrip(".")), layer)
             if not _off(entry):
                 quantized.append(entry)
-    full = [leaf for where, module in chain_parts(chain) for leaf in _leaves(module, part_name(part, where))]
+    full = [
+        leaf
+        for where, module in chain_parts(chain)
+        for leaf in _leaves(module, part_name(part, where))
+    ]
     return ModuleMap(quantized=quantized, full_precision=full)
 
 
@@ -62,7 +70,9 @@ def merge_logs(log: ReconstructionLog, part: str, own: ReconstructionLog) -> Non
     for field in fields(log):
         value = getattr(own, field.name)
         if isinstance(value, dict):
-            getattr(log, field.name).update({part_name(part, label): one for label, one in value.items()})
+            getattr(log, field.name).update(
+                {part_name(part, label): one for label, one in value.items()}
+            )
     log.notes += [part_name(part, note) for note in own.notes]
     if len(log.last_loss) > len(own.last_loss) and own.engine != log.engine:
         log.notes.append(f"{part}: reconstructed by the engine '{own.engine}'")
@@ -86,7 +96,11 @@ def layer_entry(name: str, layer: Layer) -> LayerEntry:
             other_bits=b.bits,
             other_quantizer=_kind(b),
         )
-    weight, given = (layer.weight_quantizer, layer.input_quantizer) if isinstance(layer, WeightLayer) else (None, None)
+    weight, given = (
+        (layer.weight_quantizer, layer.input_quantizer)
+        if isinstance(layer, WeightLayer)
+        else (None, None)
+    )
     return LayerEntry(
         name=name,
         kind=next(text for kind, text in _KINDS.items() if isinstance(layer, kind)),
@@ -121,6 +135,8 @@ def _leaves(module: nn.Module, prefix: str) -> list[str]:
         if isinstance(child, WeightLayer | QuantMatMul):
             if _off(layer_entry(where, child)):
                 found.append(f"{where} ({kind.removeprefix('Quant')})")
-        elif not any(True for _ in child.children()) and not isinstance(child, nn.Identity | nn.Dropout | ActivationQuantizer):
+        elif not any(True for _ in child.children()) and not isinstance(
+            child, nn.Identity | nn.Dropout | ActivationQuantizer
+        ):
             found.append(f"{where} ({kind})")
     return found

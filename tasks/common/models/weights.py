@@ -158,16 +158,25 @@ def read_weights(path: Path, entry: str | None = None) -> StoredWeights:
         if len(states) > 1 and "" in states:
             states = {name or _TOP: state for name, state in states.items()}
     if not states:
-        raise ModelError(f"The weights {path} hold no state dict (a mapping of names to tensors): they do not fit any model.")
+        raise ModelError(
+            f"The weights {path} hold no state dict (a mapping of names to tensors): they do not fit any model."
+        )
     entries = tuple(filter(None, states))
     counter = states.get("ema_state_dict", {}).get("steps")
-    if "state_dict" in states and counter is not None and counter.ndim == 0:  # of mmengine's EMAHook
+    if (
+        "state_dict" in states and counter is not None and counter.ndim == 0
+    ):  # of mmengine's EMAHook
         del states["ema_state_dict"]["steps"]
-        said = {"state_dict": " (averaged: mmengine swaps them)", "ema_state_dict": " (not averaged)"}
+        said = {
+            "state_dict": " (averaged: mmengine swaps them)",
+            "ema_state_dict": " (not averaged)",
+        }
         entries = tuple(name + said.get(name, "") for name in entries)
         entry = entry or "state_dict"
     name = _chosen(list(states), entry, path)
-    return StoredWeights(path, _renamed(states[name], path), name or None, entries, _class_names(content))
+    return StoredWeights(
+        path, _renamed(states[name], path), name or None, entries, _class_names(content)
+    )
 
 
 def _content(path: Path) -> Any:
@@ -191,7 +200,9 @@ def _content(path: Path) -> Any:
         if start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
             return load_file(path)
         if not start.startswith((b"PK", b"\x80")):
-            raise ValueError(f"give a file that ends in {', '.join(SUFFIXES)}, as safetensors or torch.save write it")
+            raise ValueError(
+                f"give a file that ends in {', '.join(SUFFIXES)}, as safetensors or torch.save write it"
+            )
         protocol = _protocol(path, start)
         if protocol in (4, 5):
             raise ModelError(
@@ -220,9 +231,18 @@ def _protocol(path: Path, start: bytes) -> int | None:
     if start.startswith(b"PK"):
         try:
             with zipfile.ZipFile(path) as archive:
-                pickles = [name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl"]
+                pickles = [
+                    name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl"
+                ]
                 start = archive.open(pickles[0]).read(2) if pickles else b""
-        except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zlib.error):
+        except (
+            OSError,
+            zipfile.BadZipFile,
+            NotImplementedError,
+            RuntimeError,
+            EOFError,
+            zlib.error,
+        ):
             return None  # torch.load says what is wrong
     return start[1] if start[:1] == b"\x80" and len(start) > 1 else None
 
@@ -235,12 +255,23 @@ def _states(content: dict[Any, Any], depth: int = 4) -> dict[str, dict[str, Tens
     """
     inner: dict[str, dict[str, Tensor]] = {}
     for name, value in content.items():
-        if depth and isinstance(name, str) and isinstance(value, dict) and not name.startswith("optim"):
+        if (
+            depth
+            and isinstance(name, str)
+            and isinstance(value, dict)
+            and not name.startswith("optim")
+        ):
             found = _states(value, depth - 1)
             inner |= {f"{name}.{rest}" if rest else name: state for rest, state in found.items()}
-    own = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    own = {
+        name: value
+        for name, value in content.items()
+        if isinstance(name, str) and isinstance(value, Tensor)
+    }
     weights = any(value.is_floating_point() and value.ndim for value in own.values())
-    weights = weights and not own.keys() & _OPTIMIZER and (not inner or any("." in name for name in own))
+    weights = (
+        weights and not own.keys() & _OPTIMIZER and (not inner or any("." in name for name in own))
+    )
     wrapped = any(name.partition(".")[0] in (*PREFERRED, *_WRAPPERS) for name in inner)
     if weights and not wrapped and not any(isinstance(value, _Array) for value in content.values()):
         return {"": own, **inner}
@@ -249,9 +280,13 @@ def _states(content: dict[Any, Any], depth: int = 4) -> dict[str, dict[str, Tens
 
 def _chosen(names: list[str], wanted: str | None, path: Path) -> str:
     """The name of the state dict to take: as wanted, else as timm prefers."""
-    given = [name for name in names if wanted is None or name == wanted or name.startswith(f"{wanted}.")]
+    given = [
+        name for name in names if wanted is None or name == wanted or name.startswith(f"{wanted}.")
+    ]
     if not given:
-        known = suggest(str(wanted), names) if any(names) else " It is one state dict: leave it out."
+        known = (
+            suggest(str(wanted), names) if any(names) else " It is one state dict: leave it out."
+        )
         raise ModelError(f"The weights {path} have no entry '{wanted}' (--weights-entry).{known}")
     best = _preferred(given)
     averaged = [name for name in given if _AVERAGED.search(name)]
@@ -373,7 +408,9 @@ def load_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
     """
     for name, tensor in state.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise NumericsError(f"The weights {where} have NaN or infinite values in '{name}': use another file.")
+            raise NumericsError(
+                f"The weights {where} have NaN or infinite values in '{name}': use another file."
+            )
     problem = _misfit(model.state_dict(), state)
     if problem is not None:
         raise ModelError(f"The weights {where} do not fit the model: {problem}")
@@ -392,7 +429,9 @@ def _misfit(expected: dict[str, Tensor], state: dict[str, Tensor]) -> str | None
     common = expected.keys() & state.keys()
     missing = [name for name in expected if name not in common]
     surplus = [name for name in state if name not in common]
-    shapes = [name for name in state if name in common and state[name].shape != expected[name].shape]
+    shapes = [
+        name for name in state if name in common and state[name].shape != expected[name].shape
+    ]
     kinds = [
         f"{name} is {_short(value.dtype)}"
         for name, value in state.items()
@@ -407,12 +446,21 @@ def _misfit(expected: dict[str, Tensor], state: dict[str, Tensor]) -> str | None
         "Shape mismatch": shapes,
         "Not floating point, as quantized weights are": kinds,
     }
-    listed = ". ".join(f"{what}: {_some(dict.fromkeys(names))}" for what, names in found.items() if names)
+    listed = ". ".join(
+        f"{what}: {_some(dict.fromkeys(names))}" for what, names in found.items() if names
+    )
     lines = [f"{listed}."]
     lines += [f"  near: the model has '{a}', the file '{b}'" for a, b in pairs[:3]]
     for name in shapes[:3]:
-        lines.append(f"  '{name}' is {tuple(state[name].shape)} in the file, {tuple(expected[name].shape)} in the model")
-    return "\n".join([*lines, "Give weights of this model, or the model (--model, --model-args) that they are of."])
+        lines.append(
+            f"  '{name}' is {tuple(state[name].shape)} in the file, {tuple(expected[name].shape)} in the model"
+        )
+    return "\n".join(
+        [
+            *lines,
+            "Give weights of this model, or the model (--model, --model-args) that they are of.",
+        ]
+    )
 
 
 def _nearest(missing: list[str], surplus: list[str]) -> list[tuple[str, str]]:

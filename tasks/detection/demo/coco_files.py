@@ -23,7 +23,9 @@ def scenes_of(part: str) -> tuple[Scene, ...]:
     """Compose the scenes of a part, once per process (about a second). Raises ValueError."""
     check_part(part, DATA)
     # One stream per part, none of them a stream of the pairs or of the captioned scenes.
-    return tuple(draw_scenes(part, SCENES[part], np.random.default_rng([SEED, PARTS.index(part), 2])))
+    return tuple(
+        draw_scenes(part, SCENES[part], np.random.default_rng([SEED, PARTS.index(part), 2]))
+    )
 
 
 def read(part: str, index: int) -> Image.Image:
@@ -37,8 +39,12 @@ def annotations_of(scenes: tuple[Scene, ...]) -> dict[str, Any]:
 
     annotations: list[dict[str, Any]] = []
     for i, scene in enumerate(scenes):
-        codes = run_lengths.encode(np.asfortranarray(scene.masks.transpose(1, 2, 0).astype(np.uint8)))
-        for label, (x1, y1, x2, y2), code in zip(scene.labels.tolist(), scene.boxes.tolist(), codes, strict=True):
+        codes = run_lengths.encode(
+            np.asfortranarray(scene.masks.transpose(1, 2, 0).astype(np.uint8))
+        )
+        for label, (x1, y1, x2, y2), code in zip(
+            scene.labels.tolist(), scene.boxes.tolist(), codes, strict=True
+        ):
             annotations.append(
                 {
                     "id": len(annotations) + 1,
@@ -47,11 +53,17 @@ def annotations_of(scenes: tuple[Scene, ...]) -> dict[str, Any]:
                     "bbox": [x1, y1, x2 - x1, y2 - y1],
                     "area": int(run_lengths.area(code)),
                     "iscrowd": 0,
-                    "segmentation": {"size": code["size"], "counts": code["counts"].decode("ascii")},
+                    "segmentation": {
+                        "size": code["size"],
+                        "counts": code["counts"].decode("ascii"),
+                    },
                 }
             )
     sizes = [scene.pixels.shape for scene in scenes]
-    images = [{"id": i + 1, "file_name": f"{i:05d}.png", "height": h, "width": w} for i, (h, w) in enumerate(sizes)]
+    images = [
+        {"id": i + 1, "file_name": f"{i:05d}.png", "height": h, "width": w}
+        for i, (h, w) in enumerate(sizes)
+    ]
     named = zip(CATEGORY_IDS, CLASSES, strict=True)
     categories = [{"id": number, "name": name, "supercategory": "digit"} for number, name in named]
     return {"images": images, "annotations": annotations, "categories": categories}

@@ -60,7 +60,9 @@ class Scene:
     boxes: np.ndarray
 
 
-def draw_scenes(part: str, count: int, rng: np.random.Generator, images: np.ndarray | None = None) -> Iterator[Scene]:
+def draw_scenes(
+    part: str, count: int, rng: np.random.Generator, images: np.ndarray | None = None
+) -> Iterator[Scene]:
     """Draw ``count`` scenes of the digits of one part, used as evenly as the count allows.
 
     ``images`` (5000, 28, 28) are composed instead of the digits, as in training. Raises ValueError.
@@ -90,7 +92,9 @@ def _draw_scene(images: np.ndarray, dealer: DigitDealer, rng: np.random.Generato
     height, width = _between(SCENE_SIZES, rng), _between(SCENE_SIZES, rng)
     ground, grain = _between(GROUNDS, rng), _between(GRAINS, rng)
     canvas = np.full((height, width), ground, dtype=np.int64)
-    owner = np.full((height, width), -1, dtype=np.int64)  # Whose pixel it is: position of the last digit put there.
+    owner = np.full(
+        (height, width), -1, dtype=np.int64
+    )  # Whose pixel it is: position of the last digit put there.
     placed: list[Placed] = []
     boxes: list[tuple[int, int, int, int]] = []
     areas: list[int] = []
@@ -114,7 +118,9 @@ def _draw_scene(images: np.ndarray, dealer: DigitDealer, rng: np.random.Generato
         areas.append(int(own.sum()))
     canvas += rng.integers(-grain, grain, size=canvas.shape, endpoint=True)
     seen = np.bincount(owner[owner >= 0], minlength=len(placed))
-    shown = tuple(i for i, area in enumerate(areas) if seen[i] * MIN_VISIBLE[1] >= area * MIN_VISIBLE[0])
+    shown = tuple(
+        i for i, area in enumerate(areas) if seen[i] * MIN_VISIBLE[1] >= area * MIN_VISIBLE[0]
+    )
     masks = owner == np.asarray(shown)[:, None, None]
     return Scene(
         pixels=canvas.clip(0, 255).astype(np.uint8),
@@ -133,7 +139,10 @@ def _between(ends: tuple[int, int], rng: np.random.Generator) -> int:
 
 
 def _find_place(
-    shape: tuple[int, ...], canvas: tuple[int, int], boxes: list[tuple[int, int, int, int]], rng: np.random.Generator
+    shape: tuple[int, ...],
+    canvas: tuple[int, int],
+    boxes: list[tuple[int, int, int, int]],
+    rng: np.random.Generator,
 ) -> tuple[int, int] | None:
     """Draw row and column of a box that overlaps no other too much; None if all tries fail."""
     height, width = shape
@@ -141,7 +150,9 @@ def _find_place(
         top = int(rng.integers(0, canvas[0] - height, endpoint=True))
         left = int(rng.integers(0, canvas[1] - width, endpoint=True))
         for x1, y1, x2, y2 in boxes:
-            common = max(0, min(x2, left + width) - max(x1, left)) * max(0, min(y2, top + height) - max(y1, top))
+            common = max(0, min(x2, left + width) - max(x1, left)) * max(
+                0, min(y2, top + height) - max(y1, top)
+            )
             smaller = min(height * width, (x2 - x1) * (y2 - y1))
             if common * MAX_OVERLAP[1] > smaller * MAX_OVERLAP[0]:
                 break

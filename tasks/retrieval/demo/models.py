@@ -9,8 +9,22 @@ from tasks.retrieval.demo.tokens import CONTEXT_LENGTH, VOCAB_SIZE
 # Vision: 6 x 6 patches and the class token, 37 tokens. Text: causal, read at the end of the text.
 _CLIP = {
     "embed_dim": 64,
-    "vision_cfg": {"image_size": CANVAS_SIZE, "patch_size": 8, "width": 64, "layers": 4, "head_width": 16},
-    "text_cfg": {"context_length": CONTEXT_LENGTH, "vocab_size": VOCAB_SIZE, "width": 64, "heads": 4, "layers": 3},
+    "vision_cfg": {
+        "image_size": CANVAS_SIZE,
+        "patch_size": 8,
+        "width": 64,
+        "layers": 4,
+        "head_width": 16,
+    },
+    "text_cfg": {
+        "context_length": CONTEXT_LENGTH,
+        "vocab_size": VOCAB_SIZE,
+        "width": 64,
+        "heads": 4,
+        "layers": 3,
+    },
 }
 
-DEMO = DemoModels({"demo_clip": DemoSpec("open_clip.model", "CLIP", _CLIP)}, Path(__file__).parent / "weights")
+DEMO = DemoModels(
+    {"demo_clip": DemoSpec("open_clip.model", "CLIP", _CLIP)}, Path(__file__).parent / "weights"
+)

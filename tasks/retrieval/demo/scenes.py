@@ -88,7 +88,11 @@ def write_caption(facts: Sequence[int], order: Sequence[int], form: int) -> str:
     for cell in order:
         if facts[cell]:
             digit, size = divmod(facts[cell] - 1, 2)
-            items.append(item.format(size=SIZE_WORDS[size], digit=DIGIT_WORDS[digit], place=PLACE_WORDS[cell]))
+            items.append(
+                item.format(
+                    size=SIZE_WORDS[size], digit=DIGIT_WORDS[digit], place=PLACE_WORDS[cell]
+                )
+            )
     return last.join([separator.join(items[:-1]), items[-1]] if items[1:] else items)
 
 
@@ -147,10 +151,15 @@ class DigitScenes(DigitSamples):
         check_part(part, _DATA)
         self.part, self.transform = part, transform
         # One stream per part, none of them a stream of the digit pairs.
-        self.plan = draw_scenes(part, _SCENES[part], np.random.default_rng([SEED, PARTS.index(part), 1]))
+        self.plan = draw_scenes(
+            part, _SCENES[part], np.random.default_rng([SEED, PARTS.index(part), 1])
+        )
         self.pixels = compose_scenes(self.plan)
         self.captions: list[str] = list(self.plan.captions)
-        names = (["____" if source < 0 else f"{source:04d}" for source in row] for row in self.plan.sources.tolist())
+        names = (
+            ["____" if source < 0 else f"{source:04d}" for source in row]
+            for row in self.plan.sources.tolist()
+        )
         self.ids = [f"{part}/{i:05d}-{'+'.join(row)}" for i, row in enumerate(names)]
 
     def told(self, index: int) -> str:
@@ -167,7 +176,9 @@ class DigitScenes(DigitSamples):
 
 def scene_warp() -> RandomDigitWarp:
     """Warp of training scenes, too mild to turn a size or a place into another."""
-    return RandomDigitWarp(degrees=10.0, scale=0.1, shear=0.15, shift=1.0, elastic=1.0, contrast=0.3, rows=2, columns=2)
+    return RandomDigitWarp(
+        degrees=10.0, scale=0.1, shear=0.15, shift=1.0, elastic=1.0, contrast=0.3, rows=2, columns=2
+    )
 
 
 def eval_transform() -> v2.Compose:

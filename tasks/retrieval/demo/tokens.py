@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 CONTEXT_LENGTH = 28
-VOCAB_SIZE = 564  # 256 bytes, each inside and at the end of a word, the merges, start and end of text
+VOCAB_SIZE = (
+    564  # 256 bytes, each inside and at the end of a word, the merges, start and end of text
+)
 MERGES_PATH = Path(__file__).parent / "merges.txt.gz"
 
 
@@ -46,7 +48,9 @@ def learn_merges(texts: Iterable[str]) -> list[tuple[str, str]]:
 
 def pack_merges(merges: list[tuple[str, str]]) -> bytes:
     """Pack merges as open_clip reads them: a line it skips, then one merge per line, gzipped."""
-    text = "\n".join(["#version: 0.2", *(" ".join(merge) for merge in merges)])  # A last newline would be one merge more.
+    text = "\n".join(
+        ["#version: 0.2", *(" ".join(merge) for merge in merges)]
+    )  # A last newline would be one merge more.
     return gzip.compress(text.encode(), mtime=0)  # Without a time, equal merges give equal files.
 
 

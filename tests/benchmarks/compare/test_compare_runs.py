@@ -25,17 +25,33 @@ def right(share: float, seed: int = 0) -> np.ndarray:
     return EASY + noise < share
 
 
-def save(root: Path, method: str, seed: int = 1, correct: np.ndarray | None = None, bits: str = "w3a3", **changes) -> Path:
+def save(
+    root: Path,
+    method: str,
+    seed: int = 1,
+    correct: np.ndarray | None = None,
+    bits: str = "w3a3",
+    **changes,
+) -> Path:
     """Write a record and outcomes; return its folder."""
     outcomes = changes.pop("outcomes_content", None)
     if outcomes is None:
         chosen = right(0.7, seed) if correct is None else correct
         outcomes = {"sample": IDS[: len(chosen)], "correct": chosen}
-        changes = {"metrics": {"top1": Metric(value=100 * float(chosen.mean()), stderr=1.0)}, **changes}
+        changes = {
+            "metrics": {"top1": Metric(value=100 * float(chosen.mean()), stderr=1.0)},
+            **changes,
+        }
     recipe = None
     if method != "fp":
         recipe = make_recipe(
-            method, {"w_bits": int(bits[1]), "a_bits": int(bits[3]), "seed": seed, "scope": changes.pop("scope", None)}
+            method,
+            {
+                "w_bits": int(bits[1]),
+                "a_bits": int(bits[3]),
+                "seed": seed,
+                "scope": changes.pop("scope", None),
+            },
         )
     record = fakes.make_record(recipe=recipe, **{"n": len(outcomes["sample"]), **changes})
     folder = (
@@ -74,7 +90,9 @@ def test_records_are_paired_by_what_they_share(tmp_path: Path):
     save(tmp_path / "fimaq", "fimaq", 1, bits="w6a6")
     pairing = pair_up(read_side(tmp_path / "fimaq"), read_side(tmp_path / "qdrop"))
     assert {(pair.label, tuple(pair.a)) for pair in pairing.pairs} == {
-        (f"{model} {bits}", (1, 2)) for model in ("demo_vit", "demo_swin") for bits in ("w3a3", "w4a4")
+        (f"{model} {bits}", (1, 2))
+        for model in ("demo_vit", "demo_swin")
+        for bits in ("w3a3", "w4a4")
     }
     assert sorted(run.label for run in pairing.alone_a) == [
         "classification demo_vit fimaq (released) w3a3 seed 3", "classification demo_vit fimaq (released) w6a6 seed 1",
@@ -93,7 +111,9 @@ def test_the_method_tells_records_apart_only_where_a_side_has_several(tmp_path: 
     assert sorted(label for label, _ in labels(tmp_path / "old", tmp_path / "new")) == [
         "demo_vit fimaq w3a3", "demo_vit fp full precision", "demo_vit rtn w3a3",
     ]  # fmt: skip
-    assert labels(tmp_path / "old" / "demo_vit" / "fimaq", tmp_path / "new" / "demo_vit" / "rtn") == [("demo_vit w3a3", [1])]
+    assert labels(
+        tmp_path / "old" / "demo_vit" / "fimaq", tmp_path / "new" / "demo_vit" / "rtn"
+    ) == [("demo_vit w3a3", [1])]
 
 
 def test_the_variant_and_the_scope_do_so_too(tmp_path: Path):
@@ -103,7 +123,9 @@ def test_the_variant_and_the_scope_do_so_too(tmp_path: Path):
                 save(tmp_path / tree, "fimaq", variant=f"{variant} [{scope}]", scope=scope)
     save(tmp_path / "other", "qdrop", variant="demo [both]", scope="both")
     assert sorted(label for label, _ in labels(tmp_path / "old", tmp_path / "new")) == sorted(
-        f"demo_vit [{scope}] {variant} w3a3" for variant in ("demo", "demo k=15") for scope in ("vision", "both")
+        f"demo_vit [{scope}] {variant} w3a3"
+        for variant in ("demo", "demo k=15")
+        for scope in ("vision", "both")
     )
     pairing = pair_up(read_side(tmp_path / "old"), read_side(tmp_path / "other"))
     assert [pair.label for pair in pairing.pairs] == ["demo_vit [both] demo w3a3"]
@@ -121,7 +143,9 @@ def test_full_precision_stands_beside_everything_of_its_model(tmp_path: Path):
     ]  # fmt: skip
     assert not pairing.alone_a
     assert not pairing.alone_b
-    assert [pair.label for pair in pair_up(read_side(full), read_side(tmp_path)).pairs] == [p.label for p in pairing.pairs]
+    assert [pair.label for pair in pair_up(read_side(full), read_side(tmp_path)).pairs] == [
+        p.label for p in pairing.pairs
+    ]
 
 
 @pytest.mark.parametrize(
@@ -130,7 +154,10 @@ def test_full_precision_stands_beside_everything_of_its_model(tmp_path: Path):
         ({"seed": 2}, "differ in seed (1; 2)"),
         ({"bits": "w4a4"}, "differ in bits (w3a3; w4a4)"),
         ({"model": "demo_swin"}, "differ in model (demo_vit; demo_swin)"),
-        ({"dataset": fakes.DIGITS.model_copy(update={"fingerprint": "a" * 64})}, "digit-pairs test (aaaaaaaaaaaa)"),
+        (
+            {"dataset": fakes.DIGITS.model_copy(update={"fingerprint": "a" * 64})},
+            "digit-pairs test (aaaaaaaaaaaa)",
+        ),
     ],
 )
 def test_unlike_runs_are_refused_with_what_differs(tmp_path: Path, changes: dict, words: str):
@@ -150,7 +177,10 @@ def test_ambiguous_and_empty_sides_are_refused(tmp_path: Path):
     with pytest.raises(CompareError, match="on both sides"):
         pair_up(read_side(a), read_side(a))
     (tmp_path / "empty").mkdir()
-    for path, words in ((tmp_path / "empty", "no record below"), (tmp_path / "nowhere", "There is no")):
+    for path, words in (
+        (tmp_path / "empty", "no record below"),
+        (tmp_path / "nowhere", "There is no"),
+    ):
         result = run(path, b)
         assert (result.exit_code, words in result.stderr) == (2, True)
 
@@ -158,7 +188,9 @@ def test_ambiguous_and_empty_sides_are_refused(tmp_path: Path):
 def test_a_damaged_record_among_several_is_told(tmp_path: Path):
     a, b = save(tmp_path / "a", "fimaq"), save(tmp_path / "b", "qdrop")
     save(tmp_path / "a", "fimaq", bits="w4a4")
-    (tmp_path / "a" / "demo_vit" / "fimaq" / "w4a4" / "seed1-released-None" / "result.json").write_text("{")
+    (
+        tmp_path / "a" / "demo_vit" / "fimaq" / "w4a4" / "seed1-released-None" / "result.json"
+    ).write_text("{")
     result = run(tmp_path / "a", b)
     assert result.exit_code == 0
     assert "Not read in A" in result.stdout
@@ -169,7 +201,10 @@ def test_a_damaged_record_among_several_is_told(tmp_path: Path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ({"sample": IDS[:150], "correct": right(0.7)[:150]}, "are of 150 samples, the record is of 200"),
+        (
+            {"sample": IDS[:150], "correct": right(0.7)[:150]},
+            "are of 150 samples, the record is of 200",
+        ),
         ({"sample": IDS, "correct": right(0.7)[:150]}, "different sizes"),
         ({"sample": IDS, "correct": right(0.2)}, "they are another run's"),
         ({"sample": np.repeat(IDS[:100], 2), "correct": right(0.7)}, "name a sample twice"),
@@ -179,7 +214,9 @@ def test_a_damaged_record_among_several_is_told(tmp_path: Path):
         (None, "There are no outcomes"),
     ],
 )
-def test_outcomes_that_do_not_fit_their_record_are_refused(tmp_path: Path, content: dict | None, words: str):
+def test_outcomes_that_do_not_fit_their_record_are_refused(
+    tmp_path: Path, content: dict | None, words: str
+):
     a, b = save(tmp_path, "fimaq", correct=right(0.7)), save(tmp_path, "qdrop")
     (a / "outcomes.npz").unlink()
     if content is not None:
@@ -197,7 +234,12 @@ def test_other_samples_are_refused(tmp_path: Path):
         kept = np.delete(np.arange(200), gone)
         value = Metric(value=100 * float(correct[kept].mean()), stderr=1.0)
         sides.append(
-            save(tmp_path, method, outcomes_content={"sample": IDS[kept], "correct": correct[kept]}, metrics={"top1": value})
+            save(
+                tmp_path,
+                method,
+                outcomes_content={"sample": IDS[kept], "correct": correct[kept]},
+                metrics={"top1": value},
+            )
         )
     result = run(*sides)
     assert result.exit_code == 2
@@ -207,7 +249,10 @@ def test_other_samples_are_refused(tmp_path: Path):
 
 
 def test_a_clear_difference_is_said_and_an_unclear_one_too(tmp_path: Path):
-    a, b, near = (save(tmp_path, m, correct=right(s)) for m, s in (("fimaq", 0.9), ("rtn", 0.5), ("qdrop", 0.89)))
+    a, b, near = (
+        save(tmp_path, m, correct=right(s))
+        for m, s in (("fimaq", 0.9), ("rtn", 0.5), ("qdrop", 0.89))
+    )
     result = run(a, b)
     assert result.exit_code == 0
     assert "top1: A is better by " in result.stdout
@@ -234,13 +279,19 @@ def test_the_order_of_samples_does_not_matter(tmp_path: Path):
 
 
 def test_several_seeds_are_averaged_and_bootstrapped(tmp_path: Path):
-    correct = {(m, s): right(share, s) for m, share in (("fimaq", 0.8), ("qdrop", 0.7)) for s in (1, 2)}
+    correct = {
+        (m, s): right(share, s) for m, share in (("fimaq", 0.8), ("qdrop", 0.7)) for s in (1, 2)
+    }
     for (method, seed), own in correct.items():
         save(tmp_path, method, seed, own)
-    pairing = pair_up(read_side(tmp_path / "demo_vit" / "fimaq"), read_side(tmp_path / "demo_vit" / "qdrop"))
+    pairing = pair_up(
+        read_side(tmp_path / "demo_vit" / "fimaq"), read_side(tmp_path / "demo_vit" / "qdrop")
+    )
     (judged,) = judge(pairing, 0.95)
     (found,) = judged.findings
-    gaps = 100 * np.mean([correct["fimaq", s].astype(float) - correct["qdrop", s] for s in (1, 2)], axis=0)
+    gaps = 100 * np.mean(
+        [correct["fimaq", s].astype(float) - correct["qdrop", s] for s in (1, 2)], axis=0
+    )
     assert found.test == "bootstrap"
     assert found.difference == pytest.approx(gaps.mean())
     assert found.se == pytest.approx(gaps.std() / np.sqrt(200), rel=0.03)
@@ -268,10 +319,15 @@ def test_holm_stands_beside_p_where_there_are_several_pairs_and_decides(tmp_path
     assert first["better"] is None
     text = run(tmp_path / "a", tmp_path / "b", "--level", "0.9").stdout
     assert "m0 w3a3, top1: no difference shown among so many pairs (A ahead by 3.00 points" in text
-    assert "top1: A is better by 3.00 points" in run(tmp_path / "a" / "m0", tmp_path / "b" / "m0", "--level", "0.9").stdout
+    assert (
+        "top1: A is better by 3.00 points"
+        in run(tmp_path / "a" / "m0", tmp_path / "b" / "m0", "--level", "0.9").stdout
+    )
 
 
-def retrieval(root: Path, method: str, i2t: np.ndarray, t2i: np.ndarray, image_of: np.ndarray) -> Path:
+def retrieval(
+    root: Path, method: str, i2t: np.ndarray, t2i: np.ndarray, image_of: np.ndarray
+) -> Path:
     n, m = len(i2t), len(t2i)
     rank = np.concatenate([i2t, t2i])
     content = {
@@ -290,23 +346,41 @@ def retrieval(root: Path, method: str, i2t: np.ndarray, t2i: np.ndarray, image_o
 def test_recalls_of_both_directions_are_compared_by_images(tmp_path: Path):
     rng = np.random.default_rng(5)
     image_of = np.sort(np.concatenate([np.arange(80), rng.integers(0, 80, 120)]))
-    ranks = {m: (rng.integers(0, top, 80), rng.integers(0, top, 200)) for m, top in (("fimaq", 8), ("rtn", 20))}
+    ranks = {
+        m: (rng.integers(0, top, 80), rng.integers(0, top, 200))
+        for m, top in (("fimaq", 8), ("rtn", 20))
+    }
     a, b = (retrieval(tmp_path, method, *own, image_of) for method, own in ranks.items())
     result = run(a, b, "--json")
     assert result.exit_code == 0, result.output
     found = {item["metric"]: item for item in json.loads(result.stdout)["pairs"][0]["metrics"]}
-    assert list(found) == ["R@1", "R@5", "R@10", "mean_recall", *(f"{side}_R@{k}" for side in ("i2t", "t2i") for k in (1, 5, 10))]
+    assert list(found) == [
+        "R@1",
+        "R@5",
+        "R@10",
+        "mean_recall",
+        *(f"{side}_R@{k}" for side in ("i2t", "t2i") for k in (1, 5, 10)),
+    ]
     for k in (1, 5, 10):
-        sides = [100 * ((ranks["fimaq"][side] < k).mean() - (ranks["rtn"][side] < k).mean()) for side in (0, 1)]
+        sides = [
+            100 * ((ranks["fimaq"][side] < k).mean() - (ranks["rtn"][side] < k).mean())
+            for side in (0, 1)
+        ]
         assert found[f"i2t_R@{k}"]["difference"] == pytest.approx(sides[0])
         assert found[f"t2i_R@{k}"]["difference"] == pytest.approx(sides[1])
         assert found[f"R@{k}"]["difference"] == pytest.approx(np.mean(sides))
     assert {item["test"] for item in found.values()} == {"bootstrap"}
-    assert (found["R@1"]["samples"], found["R@1"]["clusters"], found["t2i_R@1"]["samples"]) == (280, 80, 200)
-    assert "280 (80 images)" in run(a, b).stdout
-    assert list(json.loads(run(a, b, "--json", "--metric", "R@5,t2i_R@1").stdout)["pairs"][0]["metrics"][0]["metric"]) == list(
-        "R@5"
+    assert (found["R@1"]["samples"], found["R@1"]["clusters"], found["t2i_R@1"]["samples"]) == (
+        280,
+        80,
+        200,
     )
+    assert "280 (80 images)" in run(a, b).stdout
+    assert list(
+        json.loads(run(a, b, "--json", "--metric", "R@5,t2i_R@1").stdout)["pairs"][0]["metrics"][0][
+            "metric"
+        ]
+    ) == list("R@5")
     missing = run(a, b, "--metric", "R@7")
     assert (missing.exit_code, "Did you mean" in missing.stderr) == (2, True)
 
@@ -316,11 +390,33 @@ def test_average_precisions_are_compared_by_what_images_contribute(tmp_path: Pat
     scene = rng.normal(0.5, 0.4, 150)
     folders, shares = [], {}
     for method, shift in (("fimaq", 0.05), ("rtn", 0.0)):
-        shares[method] = own = {"AP_box": scene + shift + rng.normal(0, 0.1, 150), "AP_mask": scene + rng.normal(0, 0.1, 150)}
-        content = {"sample": np.array([str(i) for i in range(150)]), "objects": np.ones(150, dtype=np.int32), **own}
-        metrics = {name: Metric(value=100 * float(values.mean()), stderr=1.0) for name, values in own.items()}
-        folders.append(save(tmp_path, method, outcomes_content=content, task="detection", dataset=fakes.OBJECTS, metrics=metrics))
-    found = {item["metric"]: item for item in json.loads(run(*folders, "--json").stdout)["pairs"][0]["metrics"]}
+        shares[method] = own = {
+            "AP_box": scene + shift + rng.normal(0, 0.1, 150),
+            "AP_mask": scene + rng.normal(0, 0.1, 150),
+        }
+        content = {
+            "sample": np.array([str(i) for i in range(150)]),
+            "objects": np.ones(150, dtype=np.int32),
+            **own,
+        }
+        metrics = {
+            name: Metric(value=100 * float(values.mean()), stderr=1.0)
+            for name, values in own.items()
+        }
+        folders.append(
+            save(
+                tmp_path,
+                method,
+                outcomes_content=content,
+                task="detection",
+                dataset=fakes.OBJECTS,
+                metrics=metrics,
+            )
+        )
+    found = {
+        item["metric"]: item
+        for item in json.loads(run(*folders, "--json").stdout)["pairs"][0]["metrics"]
+    }
     assert list(found) == ["AP_box", "AP_mask"]
     gaps = 100 * (shares["fimaq"]["AP_box"] - shares["rtn"]["AP_box"])
     assert found["AP_box"]["difference"] == pytest.approx(gaps.mean())
@@ -333,4 +429,7 @@ def test_average_precisions_are_compared_by_what_images_contribute(tmp_path: Pat
 def test_outcomes_that_were_swapped_are_refused(tmp_path: Path):
     a, b = save(tmp_path, "fimaq", outcomes_sha256="0" * 64), save(tmp_path, "qdrop")
     result = run(a, b)
-    assert (result.exit_code, "does not belong to the record beside it" in result.stderr) == (2, True)
+    assert (result.exit_code, "does not belong to the record beside it" in result.stderr) == (
+        2,
+        True,
+    )

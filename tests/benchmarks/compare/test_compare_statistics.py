@@ -19,12 +19,20 @@ from benchmarks.results.outcomes import statistic
         (Table(1, 1, 7, 12), -0.286, -0.507, -0.026),
     ],
 )
-def test_newcombes_interval_is_that_of_other_programs(table: Table, difference: float, low: float, high: float):
+def test_newcombes_interval_is_that_of_other_programs(
+    table: Table, difference: float, low: float, high: float
+):
     digits = 5e-5 if abs(difference) < 0.1 else 5e-4
     assert table.difference == pytest.approx(difference, abs=digits)
-    assert newcombe(table, 0.95) == (pytest.approx(low, abs=digits), pytest.approx(high, abs=digits))
+    assert newcombe(table, 0.95) == (
+        pytest.approx(low, abs=digits),
+        pytest.approx(high, abs=digits),
+    )
     turned = Table(table.both, table.second, table.first, table.neither)
-    assert newcombe(turned, 0.95) == (pytest.approx(-high, abs=digits), pytest.approx(-low, abs=digits))
+    assert newcombe(turned, 0.95) == (
+        pytest.approx(-high, abs=digits),
+        pytest.approx(-low, abs=digits),
+    )
 
 
 def test_newcombes_interval_stays_within_what_is_possible_and_widens_with_the_level():
@@ -67,8 +75,15 @@ def scenes(rng: np.random.Generator, images: int, shift: float) -> np.ndarray:
     captions = rng.integers(1, 5, images)
     easy = rng.normal(0, 1, images)
     both = [np.ones(images, dtype=int), captions]
-    sums = [np.array([(shift + easy[i] + rng.normal(0, 1, count)).sum() for i, count in enumerate(counts)]) for counts in both]
-    return np.stack([np.stack([s, c], axis=-1) for s, c in zip(sums, both, strict=True)], axis=1).astype(np.float64)
+    sums = [
+        np.array(
+            [(shift + easy[i] + rng.normal(0, 1, count)).sum() for i, count in enumerate(counts)]
+        )
+        for counts in both
+    ]
+    return np.stack(
+        [np.stack([s, c], axis=-1) for s, c in zip(sums, both, strict=True)], axis=1
+    ).astype(np.float64)
 
 
 def test_the_bootstraps_interval_covers_the_truth_as_often_as_it_says():
@@ -87,7 +102,9 @@ def test_the_bootstraps_interval_covers_the_truth_as_often_as_it_says():
 
 def test_the_bootstrap_rejects_no_more_than_it_says_where_there_is_no_difference():
     rng, runs = np.random.default_rng(2), 400
-    rejected = sum(bootstrap(scenes(rng, 60, 0.0), 0.95, resamples=800).p <= 0.05 for _ in range(runs))
+    rejected = sum(
+        bootstrap(scenes(rng, 60, 0.0), 0.95, resamples=800).p <= 0.05 for _ in range(runs)
+    )
     assert 0.02 < rejected / runs < 0.09
 
 
@@ -96,14 +113,21 @@ def test_mcnemar_rejects_no_more_than_it_says_where_there_is_no_difference():
     tables = rng.multinomial(500, [0.6, 0.05, 0.05, 0.3], size=1000)
     rejected = np.mean([p_value(Table(*map(int, row))) <= 0.05 for row in tables])
     assert 0.01 < rejected <= 0.06
-    covered = np.mean([low <= 0 <= high for low, high in (newcombe(Table(*map(int, row)), 0.95) for row in tables[:300])])
+    covered = np.mean(
+        [
+            low <= 0 <= high
+            for low, high in (newcombe(Table(*map(int, row)), 0.95) for row in tables[:300])
+        ]
+    )
     assert 0.92 < covered < 0.985
 
 
 def test_the_bootstrap_is_scipys_bca():
     gaps = np.random.default_rng(4).gamma(1.0, 2.0, 40) - 1.5
     found = bootstrap(np.stack([gaps, np.ones(40)], axis=-1)[:, None], 0.9, resamples=80_000)
-    theirs = stats.bootstrap((gaps,), np.mean, confidence_level=0.9, n_resamples=80_000, method="BCa", rng=5)
+    theirs = stats.bootstrap(
+        (gaps,), np.mean, confidence_level=0.9, n_resamples=80_000, method="BCa", rng=5
+    )
     assert found.difference == pytest.approx(gaps.mean())
     assert found.low == pytest.approx(theirs.confidence_interval.low, abs=0.02)
     assert found.high == pytest.approx(theirs.confidence_interval.high, abs=0.02)
@@ -127,7 +151,10 @@ def test_kinds_of_clusters_are_drawn_as_clusters_are():
     # Too small a difference to matter makes every row its own kind.
     unlike = gaps + 1e-7 * np.arange(1000)
     many = bootstrap(np.stack([unlike, np.ones(1000)], axis=-1)[:, None], 0.95)
-    assert (few.low, few.high) == (pytest.approx(many.low, abs=2e-3), pytest.approx(many.high, abs=2e-3))
+    assert (few.low, few.high) == (
+        pytest.approx(many.low, abs=2e-3),
+        pytest.approx(many.high, abs=2e-3),
+    )
     assert few.se == pytest.approx(gaps.std() / math.sqrt(1000), rel=0.03)
     assert bootstrap(np.stack([gaps, np.ones(1000)], axis=-1)[:, None], 0.95) == few
 

@@ -16,7 +16,16 @@ FIMAQ_VIT_S_W3A3 = 64.09
 def imagenet(start: str | None, value: float, **changes):
     settings = {"seed": changes.pop("seed", 3407), **changes.pop("settings", {})}
     recipe = None if start is None else make_recipe(start, BITS, settings)
-    return make_record(**{"recipe": recipe, "model": VIT_S, "value": value, "stderr": 0.2, "dataset": IMAGENET, **changes})
+    return make_record(
+        **{
+            "recipe": recipe,
+            "model": VIT_S,
+            "value": value,
+            "stderr": 0.2,
+            "dataset": IMAGENET,
+            **changes,
+        }
+    )
 
 
 def compared(records) -> pd.DataFrame:
@@ -33,7 +42,14 @@ def own_row(records) -> pd.Series:
 
 
 @pytest.mark.parametrize(
-    ("offset", "verdict"), [(0.0, "reproduced"), (0.39, "reproduced"), (-0.39, "reproduced"), (0.5, "above"), (-0.5, "below")]
+    ("offset", "verdict"),
+    [
+        (0.0, "reproduced"),
+        (0.39, "reproduced"),
+        (-0.39, "reproduced"),
+        (0.5, "above"),
+        (-0.5, "below"),
+    ],
 )
 def test_verdicts_are_two_sided(offset: float, verdict: str):
     row = own_row([imagenet("fimaq", FIMAQ_VIT_S_W3A3 + offset)])
@@ -45,14 +61,21 @@ def test_verdicts_are_two_sided(offset: float, verdict: str):
 
 
 def test_standard_error_holds_sampling_and_seeds():
-    row = own_row([imagenet("fimaq", FIMAQ_VIT_S_W3A3 + gap, seed=seed) for seed, gap in enumerate((0.0, 0.8))])
+    row = own_row(
+        [
+            imagenet("fimaq", FIMAQ_VIT_S_W3A3 + gap, seed=seed)
+            for seed, gap in enumerate((0.0, 0.8))
+        ]
+    )
     assert row["seeds"] == 2
     assert row["measured"] == pytest.approx(FIMAQ_VIT_S_W3A3 + 0.4)
     assert row["se"] == pytest.approx((0.2**2 + 0.32 / 2) ** 0.5)
     assert row["verdict"] == "reproduced"
 
 
-@pytest.mark.parametrize(("offset", "verdict"), [(0.9, "too uncertain"), (1.3, "above"), (-1.3, "below")])
+@pytest.mark.parametrize(
+    ("offset", "verdict"), [(0.9, "too uncertain"), (1.3, "above"), (-1.3, "below")]
+)
 def test_agreement_within_more_than_a_point_is_none(offset: float, verdict: str):
     row = own_row([imagenet("fimaq", FIMAQ_VIT_S_W3A3 + offset, stderr=0.6)])
     assert row["verdict"] == verdict
@@ -62,7 +85,9 @@ def test_agreement_within_more_than_a_point_is_none(offset: float, verdict: str)
 
 
 def test_small_errors_keep_the_smallest_tolerance():
-    assert "0.30 (0.3 points)" in own_row([imagenet("fimaq", FIMAQ_VIT_S_W3A3, stderr=0.01)])["reason"]
+    assert (
+        "0.30 (0.3 points)" in own_row([imagenet("fimaq", FIMAQ_VIT_S_W3A3, stderr=0.01)])["reason"]
+    )
 
 
 def test_full_precision_checks_the_checkpoint():
@@ -86,7 +111,10 @@ def test_weak_evidence_and_other_frameworks_are_context():
     ("changes", "words"),
     [
         ({"dataset": DIGITS}, "digit-pairs"),
-        ({"dataset": IMAGENET.model_copy(update={"split": "val[:1000]", "count": 1000})}, "a part of ImageNet-1k val"),
+        (
+            {"dataset": IMAGENET.model_copy(update={"split": "val[:1000]", "count": 1000})},
+            "a part of ImageNet-1k val",
+        ),
         ({"dataset": IMAGENET.model_copy(update={"count": 49_999})}, "a part of"),
         ({"settings": {"steps": 300}}, "steps 300"),
         ({"skipped_images": ["x.jpg"]}, "damaged"),
@@ -104,7 +132,9 @@ def test_only_like_is_compared_with_like(changes: dict[str, object], words: str)
 
 def test_weights_under_a_published_name_must_be_the_published_ones():
     record = imagenet("fimaq", FIMAQ_VIT_S_W3A3)
-    other = record.model_copy(update={"weights": record.weights.model_copy(update={"tag": "vit_small_patch16_224.dino"})})
+    other = record.model_copy(
+        update={"weights": record.weights.model_copy(update={"tag": "vit_small_patch16_224.dino"})}
+    )
     table = compared([other])
     assert len(table) >= 1
     assert set(table["verdict"]) == {"not comparable"}
@@ -112,16 +142,25 @@ def test_weights_under_a_published_name_must_be_the_published_ones():
 
 
 def test_settings_that_do_not_bear_on_the_method_are_no_change():
-    assert diff.changed_settings(make_recipe("rtn", {"steps": 300, "lr_alpha": 0.1}), "classification") == {}
-    assert diff.changed_settings(make_recipe("rtn", {"calibration_transform": "eval"}), "classification") == {
-        "calibration_transform": "eval"
+    assert (
+        diff.changed_settings(make_recipe("rtn", {"steps": 300, "lr_alpha": 0.1}), "classification")
+        == {}
+    )
+    assert diff.changed_settings(
+        make_recipe("rtn", {"calibration_transform": "eval"}), "classification"
+    ) == {"calibration_transform": "eval"}
+    assert diff.changed_settings(make_recipe("fimaq", {"steps": 300}), "classification") == {
+        "steps": 300
     }
-    assert diff.changed_settings(make_recipe("fimaq", {"steps": 300}), "classification") == {"steps": 300}
 
 
 def test_runs_of_different_settings_are_not_averaged():
     found = diff.measurements(
-        [imagenet("fimaq", 60.0), imagenet("fimaq", 50.0, settings={"steps": 3}), imagenet("fimaq", 62.0, seed=1)]
+        [
+            imagenet("fimaq", 60.0),
+            imagenet("fimaq", 50.0, settings={"steps": 3}),
+            imagenet("fimaq", 62.0, seed=1),
+        ]
     )
     assert sorted((item.mean, item.seeds) for item in found) == [(50.0, 1), (61.0, 2)]
 
@@ -146,6 +185,22 @@ def test_comparable_variants_exist_in_the_published_rows():
 @pytest.mark.parametrize("name", ["accuracy", "ablation", "cost"])
 def test_published_files_parse(name: str):
     table = pd.read_csv(PUBLISHED / f"{name}.csv", dtype=str, keep_default_na=False)
-    assert {"model", "method", "variant", "w_bit", "a_bit", "metric", "value", "source", "evidence"} <= set(table.columns)
-    assert set(table["evidence"]) <= {"primary", "cited", "user-reported", "secondary", "aggregator"}
+    assert {
+        "model",
+        "method",
+        "variant",
+        "w_bit",
+        "a_bit",
+        "metric",
+        "value",
+        "source",
+        "evidence",
+    } <= set(table.columns)
+    assert set(table["evidence"]) <= {
+        "primary",
+        "cited",
+        "user-reported",
+        "secondary",
+        "aggregator",
+    }
     assert pd.to_numeric(table["value"], errors="coerce").notna().mean() > 0.9

@@ -19,14 +19,24 @@ WHOLE = "backbone+fpn+rpn+roi"
 TINY, SMALL = "mask_rcnn_swin_tiny.coco_3x", "mask_rcnn_swin_small.coco_3x"
 
 
-def measured(method: str | None, box: float, mask: float, bits: int = 4, scope: str = WHOLE, **changes: Any) -> ResultRecord:
+def measured(
+    method: str | None, box: float, mask: float, bits: int = 4, scope: str = WHOLE, **changes: Any
+) -> ResultRecord:
     settings = changes.pop("settings", {})
     own = {"w_bits": bits, "a_bits": bits, "scope": scope}
     recipe = None if method is None else make_recipe(method, tags.DEFAULTS, own, settings)
     values = {"AP_box": box, "AP50_box": 70.0, "AP_mask": mask}
     metrics = {name: Metric(value=value, stderr=0.1) for name, value in values.items()}
     return make_record(
-        **{"task": "detection", "recipe": recipe, "model": TINY, "dataset": COCO, "metrics": metrics, "fp_metrics": {}, **changes}
+        **{
+            "task": "detection",
+            "recipe": recipe,
+            "model": TINY,
+            "dataset": COCO,
+            "metrics": metrics,
+            "fp_metrics": {},
+            **changes,
+        }
     )
 
 
@@ -43,7 +53,9 @@ def judged(*records: ResultRecord) -> pd.DataFrame:
         ("fimaq", 4, SMALL, 44.2, 41.1), ("repq", 6, TINY, 45.1, 41.2),
     ],
 )  # fmt: skip
-def test_boxes_and_masks_have_their_own_verdicts(method: str | None, bits: int, model: str, box: float, mask: float):
+def test_boxes_and_masks_have_their_own_verdicts(
+    method: str | None, bits: int, model: str, box: float, mask: float
+):
     table = judged(measured(method, box + 0.2, mask - 1.0, bits, model=model)).set_index("metric")
     assert table.loc[["AP_box", "AP_mask"], "published"].tolist() == [box, mask]
     assert table.loc[["AP_box", "AP_mask"], "verdict"].tolist() == ["reproduced", "below"]
@@ -54,7 +66,11 @@ def test_boxes_and_masks_have_their_own_verdicts(method: str | None, bits: int, 
 
 
 def test_notes_say_whose_number_it_is():
-    for method, words in (("erq", "APHQ-ViT's report"), ("fimaq", "GLF-Q's report"), ("repq", "one image of val2017")):
+    for method, words in (
+        ("erq", "APHQ-ViT's report"),
+        ("fimaq", "GLF-Q's report"),
+        ("repq", "one image of val2017"),
+    ):
         reasons = judged(measured(method, 36.0, 36.0))["reason"]
         assert len(reasons) >= 2
         assert reasons.str.contains(words, regex=False).all()
@@ -63,9 +79,12 @@ def test_notes_say_whose_number_it_is():
 def test_reruns_by_others_are_context():
     table = diff.diff([measured("qdrop", 36.2, 35.4), measured("repq", 42.7, 40.1, model=SMALL)])
     reruns = table[table["variant"] != ""].dropna(subset="published")
-    assert {"rerun in APHQ framework", "rerun by I&S", "reproduced by official code", "user reproduction"} <= set(
-        reruns["variant"]
-    )
+    assert {
+        "rerun in APHQ framework",
+        "rerun by I&S",
+        "reproduced by official code",
+        "user reproduction",
+    } <= set(reruns["variant"])
     assert set(reruns["verdict"]) == {diff.NOT_COMPARABLE}
 
 
@@ -73,13 +92,25 @@ def test_reruns_by_others_are_context():
     ("changes", "words"),
     [
         ({"scope": "backbone"}, "no published number for this model, method and bits"),
-        ({"dataset": COCO.model_copy(update={"split": "val2017[:100]", "count": 100})}, "a part of COCO 2017"),
+        (
+            {"dataset": COCO.model_copy(update={"split": "val2017[:100]", "count": 100})},
+            "a part of COCO 2017",
+        ),
         ({"n": 4999, "skipped_images": ["x.jpg"]}, "a part of COCO 2017"),
-        ({"dataset": COCO.model_copy(update={"name": "instances_mine"})}, "on which nothing is published"),
+        (
+            {"dataset": COCO.model_copy(update={"name": "instances_mine"})},
+            "on which nothing is published",
+        ),
         ({"model": "mask_rcnn_swin_tiny.coco_1x"}, "no published name is mapped"),
-        ({"settings": {"calibration_images": 64}}, "settings changed from the released ones: calibration_images 64"),
+        (
+            {"settings": {"calibration_images": 64}},
+            "settings changed from the released ones: calibration_images 64",
+        ),
         # What every other task has is a change here.
-        ({"settings": {"batch_size": 32}}, "settings changed from the released ones: batch_size 32"),
+        (
+            {"settings": {"batch_size": 32}},
+            "settings changed from the released ones: batch_size 32",
+        ),
     ],
 )
 def test_only_like_is_compared_with_like(changes: dict[str, Any], words: str):
@@ -96,7 +127,9 @@ def test_settings_of_the_task_are_no_change():
 
 
 def test_other_metrics_have_no_published_number():
-    (row,) = diff.diff([measured("aphq", 38.9, 38.1)]).query("metric == 'AP50_box'").to_dict("records")
+    (row,) = (
+        diff.diff([measured("aphq", 38.9, 38.1)]).query("metric == 'AP50_box'").to_dict("records")
+    )
     assert math.isnan(row["published"])
 
 
@@ -122,7 +155,10 @@ def test_published_detectors_are_models_here():
 def test_a_scope_that_no_task_has_is_refused():
     content = load_names().model_dump()
     content["models"][TINY.partition(".")[0]]["scope"] = "backbone+neck"
-    with pytest.raises(ValidationError, match=r"scopes that no task has: \{'mask_rcnn_swin_tiny': 'backbone\+neck'\}"):
+    with pytest.raises(
+        ValidationError,
+        match=r"scopes that no task has: \{'mask_rcnn_swin_tiny': 'backbone\+neck'\}",
+    ):
         Names.model_validate(content)
 
 
@@ -131,4 +167,9 @@ def test_published_data_are_what_records_state():
     from tasks.detection.tags import SPLITS
 
     entry = load_names().datasets["detection"]["COCO val2017"]
-    assert (entry.task, entry.name, entry.split, entry.count) == ("detection", COCO_NAME, SPLITS["val"], COUNTS["val"])
+    assert (entry.task, entry.name, entry.split, entry.count) == (
+        "detection",
+        COCO_NAME,
+        SPLITS["val"],
+        COUNTS["val"],
+    )

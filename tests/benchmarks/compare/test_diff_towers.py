@@ -11,15 +11,32 @@ from benchmarks.grid.names import load_names
 from fimaq_core.recipe import make_recipe
 from tasks.common.record import Dataset, Metric
 
-COCO = Dataset(name="MS-COCO", split="Karpathy test", count=5000, classes=0, fingerprint="c" * 64, captions=25_010)
+COCO = Dataset(
+    name="MS-COCO",
+    split="Karpathy test",
+    count=5000,
+    classes=0,
+    fingerprint="c" * 64,
+    captions=25_010,
+)
 B32, B16 = "ViT-B-32-quickgelu.openai", "ViT-B-16-quickgelu.openai"
 
 
-def zero_shot(method: str | None, scope: str | None, value: float, bits: int = 6, model: str = B32, **changes):
+def zero_shot(
+    method: str | None, scope: str | None, value: float, bits: int = 6, model: str = B32, **changes
+):
     settings = {"w_bits": bits, "a_bits": bits, "scope": scope}
     recipe = None if method is None else make_recipe(method, settings, changes.pop("settings", {}))
     return make_record(
-        **{"task": "retrieval", "recipe": recipe, "model": model, "value": value, "stderr": 0.2, "dataset": IMAGENET, **changes}
+        **{
+            "task": "retrieval",
+            "recipe": recipe,
+            "model": model,
+            "value": value,
+            "stderr": 0.2,
+            "dataset": IMAGENET,
+            **changes,
+        }
     )
 
 
@@ -27,7 +44,16 @@ def coco(method: str, scope: str = "vision", **changes):
     values = {"R@1": 50.0, "i2t_R@1": 60.0, "t2i_R@1": 40.0, "i2t_median_rank": 1.0}
     metrics = {name: Metric(value=value, stderr=0.5) for name, value in values.items()}
     recipe = make_recipe(method, {"w_bits": 4, "a_bits": 4, "scope": scope})
-    return make_record(**{"task": "retrieval", "recipe": recipe, "model": B32, "dataset": COCO, "metrics": metrics, **changes})
+    return make_record(
+        **{
+            "task": "retrieval",
+            "recipe": recipe,
+            "model": B32,
+            "dataset": COCO,
+            "metrics": metrics,
+            **changes,
+        }
+    )
 
 
 def judged(records) -> pd.DataFrame:
@@ -42,12 +68,20 @@ def judged(records) -> pd.DataFrame:
         ("vision", 8, 50.0, 62.9, "below"), ("both", 8, 38.5, 38.7, "reproduced"),
     ],
 )  # fmt: skip
-def test_a_scope_is_set_against_the_rows_of_its_towers_only(scope: str, bits: int, value: float, published: float, verdict: str):
+def test_a_scope_is_set_against_the_rows_of_its_towers_only(
+    scope: str, bits: int, value: float, published: float, verdict: str
+):
     (row,) = judged([zero_shot("repq", scope, value, bits)]).to_dict("records")
     assert (row["published"], row["verdict"]) == (published, verdict)
-    assert (row["model"], row["metric"], row["dataset"]) == (f"clip_vit_b32 [{scope}]", "top1", "ImageNet-1k val")
+    assert (row["model"], row["metric"], row["dataset"]) == (
+        f"clip_vit_b32 [{scope}]",
+        "top1",
+        "ImageNet-1k val",
+    )
     assert row["difference"] == pytest.approx(value - published)
-    assert row["reason"].endswith("; the published number is QwT's baseline, run by that repository")
+    assert row["reason"].endswith(
+        "; the published number is QwT's baseline, run by that repository"
+    )
 
 
 def test_scopes_nothing_is_published_of_compare_with_nothing():
@@ -68,19 +102,31 @@ def test_other_weights_of_the_same_architecture_are_no_comparison():
     assert (row["verdict"], math.isnan(row["published"])) == ("not comparable", True)
     assert "no published name is mapped to the model ViT-B-32.laion2b_s34b_b79k" in row["reason"]
     record = zero_shot("repq", "vision", 59.2)
-    other = record.model_copy(update={"weights": record.weights.model_copy(update={"tag": "ViT-B-32.openai"})})
+    other = record.model_copy(
+        update={"weights": record.weights.model_copy(update={"tag": "ViT-B-32.openai"})}
+    )
     assert judged([other]).empty
 
 
 def test_a_source_that_leaves_the_towers_open_is_context():
     for scope in ("vision", "both"):
-        table = diff.diff([zero_shot("rtn", scope, 34.01, 8, B16), zero_shot("repq", scope, 1.83, 4, B16)])
+        table = diff.diff(
+            [zero_shot("rtn", scope, 34.01, 8, B16), zero_shot("repq", scope, 1.83, 4, B16)]
+        )
         assert table["published"].tolist() == [34.01, 1.83]
         assert set(table["verdict"]) == {"not comparable"}
-        assert table["reason"].str.contains("secondary evidence; the source does not say what of the model is quantized").all()
+        assert (
+            table["reason"]
+            .str.contains(
+                "secondary evidence; the source does not say what of the model is quantized"
+            )
+            .all()
+        )
     strong = diff.published_rows().assign(evidence="primary")
     found = diff.diff([zero_shot("repq", "both", 1.83, 4, B16)], strong)
-    assert found["reason"].tolist() == ["context only: the source does not say what of the model is quantized"]
+    assert found["reason"].tolist() == [
+        "context only: the source does not say what of the model is quantized"
+    ]
     full = diff.diff([zero_shot(None, None, 68.32, model=B16)], strong)
     assert full["verdict"].tolist() == ["reproduced"]
 
@@ -88,7 +134,9 @@ def test_a_source_that_leaves_the_towers_open_is_context():
 def test_changed_settings_still_tell_runs_apart_and_a_scope_is_none():
     assert diff.changed_settings(make_recipe("fimaq", {"scope": "vision"}), "retrieval") == {}
     table = diff.diff([zero_shot("repq", "vision", 59.2, settings={"calibration_images": 7})])
-    assert table["reason"].tolist() == ["settings changed from the released ones: calibration_images 7"]
+    assert table["reason"].tolist() == [
+        "settings changed from the released ones: calibration_images 7"
+    ]
     means = diff.measurements([zero_shot("repq", scope, 50.0) for scope in ("vision", "both")])
     assert len(means) == 2
 
@@ -135,7 +183,9 @@ def test_directions_are_mapped_to_our_metrics():
         model="clip_vit_b32 (vision tower)", w_bit=4, a_bit=4, evidence="primary", value=40.1
     )
     table = diff.diff([coco("fimaq")], stated)
-    assert table.loc[table["verdict"] == "reproduced", ["metric", "published"]].to_numpy().tolist() == [["t2i_R@1", 40.1]]
+    assert table.loc[
+        table["verdict"] == "reproduced", ["metric", "published"]
+    ].to_numpy().tolist() == [["t2i_R@1", 40.1]]
 
 
 def test_every_row_of_retrieval_and_zero_shot_has_its_names_mapped_or_listed():
@@ -153,6 +203,10 @@ def test_every_row_of_retrieval_and_zero_shot_has_its_names_mapped_or_listed():
 def test_published_models_of_towers_are_models_here():
     from tasks.retrieval.tags import SCOPES, SHORT_NAMES
 
-    towers = {name: entry for name, entry in load_names().models.items() if entry.scope in (*SCOPES, "unstated")}
+    towers = {
+        name: entry
+        for name, entry in load_names().models.items()
+        if entry.scope in (*SCOPES, "unstated")
+    }
     assert len(towers) == 5
     assert {entry.id: entry.tag for entry in towers.values()}.items() <= SHORT_NAMES.items()

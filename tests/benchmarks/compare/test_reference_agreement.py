@@ -26,28 +26,42 @@ GRID = fakes.plain_demo(seeds=(1,))
 PROCESSORS = ("a", "b", "c", "d")
 
 
-def measured_on(tmp_path: Path, processor: str, noise: float = 0.0, shift: float = 0.0, seed: int = 0) -> list[scores.Measured]:
+def measured_on(
+    tmp_path: Path, processor: str, noise: float = 0.0, shift: float = 0.0, seed: int = 0
+) -> list[scores.Measured]:
     """Cells of the grid on a processor: the usual scores, normal noise on what is quantized, and a shift of FIMA-Q's."""
     draw = np.random.default_rng([seed, *processor.encode()])
     cells = expand(GRID, Filters(), RunOptions(results=tmp_path))
 
     def value(cell) -> float:
         score = fakes.fake_value(cell.request)
-        return score if cell.method == "fp" else score + draw.normal(0, noise) + shift * (cell.method == "fimaq")
+        return (
+            score
+            if cell.method == "fp"
+            else score + draw.normal(0, noise) + shift * (cell.method == "fimaq")
+        )
 
-    where = Environment(versions={"torch": "1"}, git_revision="x", device="cpu", instructions=processor, threads=1)
+    where = Environment(
+        versions={"torch": "1"}, git_revision="x", device="cpu", instructions=processor, threads=1
+    )
     found = []
     for cell in cells:
-        record = fakes.record_of(cell.request, value(cell)).model_copy(update={"environment": where})
+        record = fakes.record_of(cell.request, value(cell)).model_copy(
+            update={"environment": where}
+        )
         if cell.method == "fimaq":
             figures = {name: BlockFigures(error=0.1, fisher=0.01) for name in ("one", "two")}
-            record = record.model_copy(update={"blocks": figures, "fisher_passes": {"one": 15, "two": 15}})
+            record = record.model_copy(
+                update={"blocks": figures, "fisher_passes": {"one": 15, "two": 15}}
+            )
         found.append(scores.Measured(cell, record))
     return found
 
 
 def table_of(tmp_path: Path, noise: float, seed: int = 0) -> pd.DataFrame:
-    return pd.concat([observations(measured_on(tmp_path, name, noise, seed=seed)) for name in PROCESSORS])
+    return pd.concat(
+        [observations(measured_on(tmp_path, name, noise, seed=seed)) for name in PROCESSORS]
+    )
 
 
 def test_the_statistic_is_students(tmp_path: Path) -> None:
@@ -61,9 +75,13 @@ def test_the_statistic_is_students(tmp_path: Path) -> None:
     one = 100 / 2000
     variance = between + one**2
     freedom *= (variance / between) ** 2
-    row = both[(both["model"] == "demo_vit") & (both["method"] == "qdrop") & (both["bits"] == "w3a3")].iloc[0]
+    row = both[
+        (both["model"] == "demo_vit") & (both["method"] == "qdrop") & (both["bits"] == "w3a3")
+    ].iloc[0]
     cell = within.get_group(("demo_vit", "qdrop"))
-    value = mine[(mine["model"] == "demo_vit") & (mine["method"] == "qdrop") & (mine["w_bit"] == 3)]["value"].item()
+    value = mine[
+        (mine["model"] == "demo_vit") & (mine["method"] == "qdrop") & (mine["w_bit"] == 3)
+    ]["value"].item()
     assert row["difference"] == pytest.approx(value - cell.mean())
     scale = math.sqrt(variance * (1 + 1 / 4))
     p = 2 * stats.t.sf(abs(row["difference"]) / scale, freedom)
@@ -74,13 +92,17 @@ def test_full_precision_may_differ_by_few_samples(tmp_path: Path) -> None:
     theirs, mine = table_of(tmp_path, 0.5), observations(measured_on(tmp_path, "new"))
     full = mine["method"] == "fp"
     for samples, off in ((2, False), (10, True)):
-        changed = mine.assign(value=mine["value"].where(~full, mine["value"] + samples * 100 / 2000))
+        changed = mine.assign(
+            value=mine["value"].where(~full, mine["value"] + samples * 100 / 2000)
+        )
         both = compared(theirs, changed)
         assert bool((both[both["method"] == "fp"]["p"] < ALPHA).all()) == off
 
 
 @pytest.mark.parametrize(("shift", "least", "most"), [(0.0, 0, 4), (4.0, 60, 60)])
-def test_intact_installations_pass_and_faulty_ones_do_not(tmp_path: Path, shift: float, least: int, most: int) -> None:
+def test_intact_installations_pass_and_faulty_ones_do_not(
+    tmp_path: Path, shift: float, least: int, most: int
+) -> None:
     # 60 references with a new processor each: at an error of 1 % five alarms among intact ones have
     # a chance of 0.03 %.
     exact, found = observations(measured_on(tmp_path, "exact")), 0
@@ -88,10 +110,16 @@ def test_intact_installations_pass_and_faulty_ones_do_not(tmp_path: Path, shift:
     faulty = exact["method"] == "fimaq"
     for _ in range(60):
         *theirs, mine = (
-            exact.assign(value=exact["value"] * np.exp(drawn.normal(0, 0.004, len(exact)) * quantized), processor=name)
+            exact.assign(
+                value=exact["value"] * np.exp(drawn.normal(0, 0.004, len(exact)) * quantized),
+                processor=name,
+            )
             for name in (*PROCESSORS, "new")
         )
-        both = compared(pd.concat(theirs), mine.assign(value=mine["value"] + shift * (faulty & (mine["metric"] == "top1"))))
+        both = compared(
+            pd.concat(theirs),
+            mine.assign(value=mine["value"] + shift * (faulty & (mine["metric"] == "top1"))),
+        )
         found += bool((both["p"] < ALPHA).any())
     assert least <= found <= most
 
@@ -111,9 +139,15 @@ def test_one_skipped_fisher_pass_is_found(tmp_path: Path) -> None:
 
 def test_missing_passes_are_found(tmp_path: Path) -> None:
     theirs, mine = table_of(tmp_path, 0.4), measured_on(tmp_path, "new", 0.4)
-    none = {"fisher_passes": {"one": 0, "two": 0}, "blocks": {name: BlockFigures(error=0.1) for name in ("one", "two")}}
+    none = {
+        "fisher_passes": {"one": 0, "two": 0},
+        "blocks": {name: BlockFigures(error=0.1) for name in ("one", "two")},
+    }
     without = [
-        replace(item, record=item.record.model_copy(update=none)) if item.cell.method == "fimaq" else item for item in mine
+        replace(item, record=item.record.model_copy(update=none))
+        if item.cell.method == "fimaq"
+        else item
+        for item in mine
     ]
     both = compared(theirs, observations(without))
     assert set(both[both["p"] < ALPHA]["metric"]) == {"fisher_passes"}
@@ -140,16 +174,22 @@ def test_a_reference_grows_by_processors(tmp_path: Path) -> None:
         reference.add_processor(other, measured_on(tmp_path, "e"), folder)
 
 
-@pytest.mark.parametrize("kind", ["round half up", "shifted zero point", "skipped pass", "unseen skipped pass"])
+@pytest.mark.parametrize(
+    "kind", ["round half up", "shifted zero point", "skipped pass", "unseen skipped pass"]
+)
 def test_known_answers_tell_changed_quantizers(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     assert known_answers.wrong() == []
     if kind == "round half up":
         monkeypatch.setattr(torch, "round", lambda x: torch.floor(x + 0.5))
         assert len(known_answers.wrong()) == 4
-        assert "-0.75, 0.25, 1.25 became -0.5, 0.5, 1.5, right is -1, 0, 1" in known_answers.wrong()[0]
+        assert (
+            "-0.75, 0.25, 1.25 became -0.5, 0.5, 1.5, right is -1, 0, 1" in known_answers.wrong()[0]
+        )
     elif kind == "skipped pass":
         steps = BlockObjective._fisher_steps
-        monkeypatch.setattr(BlockObjective, "_fisher_steps", lambda self: frozenset(sorted(steps(self))[:-1]))
+        monkeypatch.setattr(
+            BlockObjective, "_fisher_steps", lambda self: frozenset(sorted(steps(self))[:-1])
+        )
         assert known_answers.wrong() == ["  Fisher passes: [0, 3], right is [0, 3, 6]"]
     elif kind == "unseen skipped pass":
         found: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -159,10 +199,15 @@ def test_known_answers_tell_changed_quantizers(monkeypatch: pytest.MonkeyPatch, 
             return found[-1]
 
         monkeypatch.setattr(objective, "mean_gradient_and_error", stale)
-        assert "  diagonal Fisher weight: [1.6667, 1.6667], right is [2.3333, 2.3333]" in known_answers.wrong()
+        assert (
+            "  diagonal Fisher weight: [1.6667, 1.6667], right is [2.3333, 2.3333]"
+            in known_answers.wrong()
+        )
     else:
         clamp = torch.Tensor.clamp_
-        monkeypatch.setattr(torch.Tensor, "clamp_", lambda x, low, high: clamp(x.add_(1), low, high).sub_(1))
+        monkeypatch.setattr(
+            torch.Tensor, "clamp_", lambda x, low, high: clamp(x.add_(1), low, high).sub_(1)
+        )
         assert len(known_answers.wrong()) >= 1
 
 

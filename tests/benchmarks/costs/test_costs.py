@@ -26,10 +26,7 @@ README = "an unstated GPU (github:hahnyuan/PTQ4ViT:README.md@b42c790c)"
 
 
 def cell_of(
-    method: str,
-    model: str = "deit_small",
-    bits: str = "w3a3",
-    device: str = "cuda",
+    method: str, model: str = "deit_small", bits: str = "w3a3", device: str = "cuda"
 ) -> Cell:
     filters = Filters(("classification",), (model,), (method,), (bits,))
     (cell,) = expand(load_grid("paper"), filters, RunOptions(device=device))
@@ -55,7 +52,13 @@ def test_origins_come_in_their_order():
     }
     everything = list(rows.items())
     own, here = [(cell, row_of(cell, 500.0))], [(alike, row_of(alike, 400.0))]
-    known = [(own, everything), (here, everything), ([], everything), ([], everything[1:]), ([], [])]
+    known = [
+        (own, everything),
+        (here, everything),
+        ([], everything),
+        ([], everything[1:]),
+        ([], []),
+    ]
     found = [Costs(finished, others, [cell, alike]).of(cell) for finished, others in known]
     assert [(cost.source, cost.seconds, cost.memory) for cost in found if cost is not None] == [
         ("measured", 500.0, 10**9),
@@ -91,7 +94,9 @@ def test_rehearsals_are_read_here_first_and_damaged_ones_are_a_warning(tmp_path:
     assert (cost := costs.of(cell)) is not None
     assert cost.seconds == 30.0
     # The same name with other settings was not rehearsed, nor another model.
-    fewer = replace(cell.request, recipe=make_recipe("fimaq", {"steps": 9, "w_bits": 3, "a_bits": 3}))
+    fewer = replace(
+        cell.request, recipe=make_recipe("fimaq", {"steps": 9, "w_bits": 3, "a_bits": 3})
+    )
     other = replace(cell, request=fewer)
     assert Costs([], other_rows(["paper"], tmp_path, tmp_path)[0], [other]).of(other) is None
     assert (cost := costs.of(cell_of("fimaq", "vit_base"))) is not None
@@ -140,11 +145,7 @@ def test_costs_say_which_kind_of_device_they_are_from_and_the_right_kind_comes_f
     ],
 )
 def test_published_minutes_of_the_method_or_of_one_alike(
-    method: str,
-    model: str,
-    source: str,
-    minutes: float,
-    note: str,
+    method: str, model: str, source: str, minutes: float, note: str
 ):
     assert (cost := Costs([], [], []).of(cell_of(method, model))) is not None
     assert (cost.source, cost.seconds, cost.note) == (source, 60 * minutes, note)

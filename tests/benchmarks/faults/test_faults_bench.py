@@ -29,9 +29,14 @@ def test_cells_measured_twice_or_by_two_at_a_time_are_doubled():
 
 
 def test_the_witness_sees_who_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    request = CellRequest("classification", ModelRequest("demo_vit"), DataRequest(), None, results=tmp_path / "runs")
+    request = CellRequest(
+        "classification", ModelRequest("demo_vit"), DataRequest(), None, results=tmp_path / "runs"
+    )
     stages = ["evaluate"]
-    monkeypatch.setattr("tasks.common.cell.run.run_cell", lambda _, report: [report(Progress(stage, 0, 1)) for stage in stages])
+    monkeypatch.setattr(
+        "tasks.common.cell.run.run_cell",
+        lambda _, report: [report(Progress(stage, 0, 1)) for stage in stages],
+    )
     told: list[Progress] = []
     audit.run_cell(request, told.append)
     assert [event.kind for event in audit.read_events(tmp_path)] == ["begun", "measured"]
@@ -68,7 +73,13 @@ def test_two_runners_on_one_folder_measure_each_cell_once(tmp_path: Path):
     command = [sys.executable, "-m", "leased_cells", "run", "--profile", str(grid), "--jobs", "2"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     runners = [
-        subprocess.Popen([*command, "--results", str(results)], stdout=subprocess.PIPE, text=True, env=environment) for _ in "ab"
+        subprocess.Popen(
+            [*command, "--results", str(results)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for _ in "ab"
     ]
     said = [runner.communicate()[0] for runner in runners]
     assert [runner.returncode for runner in runners] == [0, 0]

@@ -46,9 +46,23 @@ def test_one_axis_at_a_time_varies_around_the_grids_settings():
     assert [cell.point for cell in cells] == ["", *POINTS]
     assert base.places == (("loss", "dplr"), ("k", "5"))
     assert (mse.places, full.places) == ((("loss", "mse"),), ())
-    settings = [(cell.request.recipe.loss, cell.request.recipe.fisher_k, cell.request.recipe.steps) for cell in cells[1:]]
-    assert settings == [("fisher_dplr", 5, 250), ("mse", 5, 250), ("fisher_dplr", 1, 250), ("fisher_dplr", 15, 250)]
-    assert [cell.request.variant for cell in cells] == [None, "demo", "demo loss=mse", "demo k=1", "demo k=15"]
+    settings = [
+        (cell.request.recipe.loss, cell.request.recipe.fisher_k, cell.request.recipe.steps)
+        for cell in cells[1:]
+    ]
+    assert settings == [
+        ("fisher_dplr", 5, 250),
+        ("mse", 5, 250),
+        ("fisher_dplr", 1, 250),
+        ("fisher_dplr", 15, 250),
+    ]
+    assert [cell.request.variant for cell in cells] == [
+        None,
+        "demo",
+        "demo loss=mse",
+        "demo k=1",
+        "demo k=15",
+    ]
     assert len({cell.key for cell in cells_of()}) == len(cells_of()) == 2 * (1 + 2 * 4)
     assert one.request.recipe.seed == many.request.recipe.seed == 1
 
@@ -62,9 +76,13 @@ def test_what_equals_the_base_depends_on_the_method():
 
 def test_points_around_released_settings_are_named_after_them():
     released = {key: value for key, value in GRID.items() if key not in ("variant", "overrides")}
-    variants = [cell.request.variant for cell in cells_of(released, models="demo_vit", seeds="1", axes="k")]
+    variants = [
+        cell.request.variant for cell in cells_of(released, models="demo_vit", seeds="1", axes="k")
+    ]
     assert variants == [None, None, "released k=1", "released k=15"]
-    changed = cells_of({**released, "overrides": {"steps": 3}}, models="demo_vit", seeds="1", axes="k")
+    changed = cells_of(
+        {**released, "overrides": {"steps": 3}}, models="demo_vit", seeds="1", axes="k"
+    )
     assert changed[2].request.variant == "steps=3 k=1"
 
 
@@ -72,7 +90,9 @@ def test_filters_choose_axes():
     assert {cell.point for cell in cells_of(axes="k")} == {"", "k=1", "k=15"}
     assert {cell.point for cell in cells_of(axes="loss")} == {"", "loss=mse"}
     assert parse_filters(parse_grid(GRID), axes="k").active
-    with pytest.raises(GridError, match=r"Unknown axis 'los' in profile 'ab'. Did you mean 'loss'\?"):
+    with pytest.raises(
+        GridError, match=r"Unknown axis 'los' in profile 'ab'. Did you mean 'loss'\?"
+    ):
         cells_of(axes="los")
     with pytest.raises(GridError, match="Profile 'demo' has no axes: leave the filter 'k' out"):
         parse_filters(load_grid("demo"), axes="k")
@@ -82,7 +102,10 @@ def test_filters_choose_axes():
     ("text", "words"),
     [
         ("{ratio: {1:0: {fisher_p2: 0.0}}}", "axes.ratio.60: write it in quotes"),
-        ("{per_token: {on: {}}}", "write it in quotes, since YAML does not read it as text (given: True)"),
+        (
+            "{per_token: {on: {}}}",
+            "write it in quotes, since YAML does not read it as text (given: True)",
+        ),
         ("{'a b': {c: {}}}", "'a b' cannot name an axis or point"),
         ("{a: {'c,d': {}}}", "'c,d' cannot name an axis or point"),
         ("{k: {}}", "axes.k: Dictionary should have at least 1 item"),
@@ -100,7 +123,13 @@ def test_bad_axes_say_what_was_meant(text: str, words: str):
 
 
 def test_extra_cells_have_no_points():
-    extra = {"task": "classification", "models": ["demo_vit"], "methods": ["fimaq"], "bits": ["w8a8"], "seeds": [1]}
+    extra = {
+        "task": "classification",
+        "models": ["demo_vit"],
+        "methods": ["fimaq"],
+        "bits": ["w8a8"],
+        "seeds": [1],
+    }
     cells = cells_of({**GRID, "extra": [extra]})
     assert [(cell.point, cell.places) for cell in cells if cell.bits == "w8a8"] == [("", ())]
 
@@ -114,7 +143,10 @@ def test_points_are_chains_of_their_own_with_the_dearest_first():
 
 
 def test_costs_grow_with_fisher_passes():
-    costs = {cell.point: expected_cost(cell) for cell in cells_of(models="demo_vit", seeds="1", methods="fimaq")}
+    costs = {
+        cell.point: expected_cost(cell)
+        for cell in cells_of(models="demo_vit", seeds="1", methods="fimaq")
+    }
     # 250 steps of 32 images, and 1024 images a pass; 640 images cost as much as full precision.
     assert costs[""] == pytest.approx(3 + (250 * 32 + 5 * 1024) / 640)
     assert costs["k=15"] - costs["k=1"] == pytest.approx(14 * 1024 / 640)
@@ -140,12 +172,17 @@ def value(cell) -> float:
     if cell.method == "fp":
         return 95.0
     gain = {"": 0.0, "loss=mse": -3.0, "k=1": -1.0, "k=15": 0.5}[cell.point]
-    noise = np.random.default_rng([cell.seed, len(cell.model), *map(ord, cell.point)]).normal(0, 0.3)
+    noise = np.random.default_rng([cell.seed, len(cell.model), *map(ord, cell.point)]).normal(
+        0, 0.3
+    )
     return 80.0 + gain + noise + (2.0 if cell.model == "demo_vit" else 0.0)
 
 
 def correct(cell) -> np.ndarray:
-    return np.random.default_rng([cell.seed or 0, len(cell.model), *map(ord, cell.point)]).random(200) < value(cell) / 100
+    return (
+        np.random.default_rng([cell.seed or 0, len(cell.model), *map(ord, cell.point)]).random(200)
+        < value(cell) / 100
+    )
 
 
 def test_tables_of_axes_have_means_and_paired_differences(tmp_path):
@@ -154,28 +191,49 @@ def test_tables_of_axes_have_means_and_paired_differences(tmp_path):
     mine = [cell for cell in cells if cell.method == "fimaq"]
     table = axis_table("k", ["1", "5", "15"], "top1", measured, mine)
     assert list(table.index) == ["1", "5", "15"]
-    assert list(table.columns) == ["demo_vit w3a3", "demo_swin w3a3", "w3a3 - base", "w3a3 se (samples)"]
+    assert list(table.columns) == [
+        "demo_vit w3a3",
+        "demo_swin w3a3",
+        "w3a3 - base",
+        "w3a3 se (samples)",
+    ]
     by = {(cell.point, cell.model, cell.seed): cell for cell in mine}
     values = [value(by["k=15", "demo_swin", seed]) for seed in (1, 2)]
-    assert table.at["15", "demo_swin w3a3"] == f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
+    assert (
+        table.at["15", "demo_swin w3a3"] == f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
+    )
     pairs = [(model, seed) for model in ("demo_vit", "demo_swin") for seed in (1, 2)]
     gaps = [value(by["k=15", *pair]) - value(by["", *pair]) for pair in pairs]
-    assert table.at["15", "w3a3 - base"] == f"{np.mean(gaps):+.2f} ± {np.std(gaps, ddof=1) / 2:.2f} (4)"
+    assert (
+        table.at["15", "w3a3 - base"]
+        == f"{np.mean(gaps):+.2f} ± {np.std(gaps, ddof=1) / 2:.2f} (4)"
+    )
     assert table.loc["5", ["w3a3 - base", "w3a3 se (samples)"]].tolist() == ["base", "-"]
     variances = []
     for model in ("demo_vit", "demo_swin"):
-        sample = np.mean([1.0 * correct(by["k=15", model, s]) - correct(by["", model, s]) for s in (1, 2)], axis=0)
+        sample = np.mean(
+            [1.0 * correct(by["k=15", model, s]) - correct(by["", model, s]) for s in (1, 2)],
+            axis=0,
+        )
         variances.append(100**2 * sample.var(ddof=1) / 200)
     assert table.at["15", "w3a3 se (samples)"] == f"{math.sqrt(sum(variances)) / 2:.2f}"
 
 
 def test_tables_of_axes_say_what_is_missing(tmp_path):
     cells = cells_of(options=RunOptions(results=tmp_path), seeds="1")
-    some = [cell for cell in cells if cell.point != "k=1" and (cell.model == "demo_vit" or cell.point != "k=15")]
+    some = [
+        cell
+        for cell in cells
+        if cell.point != "k=1" and (cell.model == "demo_vit" or cell.point != "k=15")
+    ]
     measured = fakes.write_cells(some, value)
-    table = axis_table("k", ["1", "5", "15"], "top1", measured, [cell for cell in cells if cell.method == "fimaq"])
+    table = axis_table(
+        "k", ["1", "5", "15"], "top1", measured, [cell for cell in cells if cell.method == "fimaq"]
+    )
     assert table.loc["1"].tolist() == ["-"] * 4
-    gap = value(next(c for c in some if c.point == "k=15")) - value(next(c for c in some if c.method == "fimaq" and not c.point))
+    gap = value(next(c for c in some if c.point == "k=15")) - value(
+        next(c for c in some if c.method == "fimaq" and not c.point)
+    )
     assert table.loc["15"].tolist()[1:] == ["-", f"{gap:+.2f} (1)", "-"]
     text = summary.report("T", measured, cells, axes=AXES)
     assert "3 of 10 cells are not measured" in text
@@ -186,7 +244,11 @@ def test_the_report_keeps_points_out_of_the_main_table(tmp_path):
     measured = fakes.write_cells(cells, value, correct)
     text = summary.report("T", measured, cells, axes=AXES)
     main, axes = text[: text.index("### ")], text[text.index("### ") :]
-    own = [value(cell) for cell in cells if cell.model == "demo_vit" and cell.method == "fimaq" and not cell.point]
+    own = [
+        value(cell)
+        for cell in cells
+        if cell.model == "demo_vit" and cell.method == "fimaq" and not cell.point
+    ]
     assert f"{np.mean(own):.2f} ± {np.std(own, ddof=1):.2f}" in main
     assert "fisher_k" not in main
     assert [line for line in axes.splitlines() if line.startswith("### ")] == [
@@ -218,7 +280,8 @@ def test_variants_are_apart_in_spreads_and_references(tmp_path):
     (line,) = reference.compare(grid, measured, tmp_path / "reference")
     assert line.startswith("Agrees with the reference (18 comparisons,")
     other = fakes.write_cells(
-        cells_of(options=RunOptions(results=tmp_path / "b")), lambda cell: value(cell) - (20 if cell.point == "k=15" else 0)
+        cells_of(options=RunOptions(results=tmp_path / "b")),
+        lambda cell: value(cell) - (20 if cell.point == "k=15" else 0),
     )
     lines = reference.compare(grid, other, tmp_path / "reference")
     assert lines[0].startswith("DIFFERS from the reference in 4 of 18 comparisons")
@@ -236,7 +299,9 @@ def test_the_commands_run_plan_and_filter_axes(tmp_path):
         return CliRunner().invoke(cli, command, obj=fakes.ADAPTER)
 
     plan = run("--plan")
-    (row,) = [line.split() for line in plan.output.splitlines() if "demo_swin" in line and "k=15" in line]
+    (row,) = [
+        line.split() for line in plan.output.splitlines() if "demo_swin" in line and "k=15" in line
+    ]
     assert row[1:6] == ["classification", "demo_swin", "fimaq", "w3a3", "k=15"]
     part = run("--axes", "k", "--jobs", "2")
     assert part.exit_code == 0, part.output
@@ -295,8 +360,15 @@ def test_the_papers_ablation_varies_released_settings(tmp_path):
     cells = expand(grid, Filters(), options)
     assert {cell.model for cell in cells} == {"vit_small", "deit_tiny", "swin_small"}
     assert {cell.bits for cell in cells if cell.seed is not None} == {"w3a3", "w4a4"}
-    assert all(cell.request.recipe.changes() == {} for cell in cells if cell.seed is not None and not cell.point)
+    assert all(
+        cell.request.recipe.changes() == {}
+        for cell in cells
+        if cell.seed is not None and not cell.point
+    )
     assert list(grid.axes) == list(load_grid("ablation").axes)
     folder = default_adapter().planned_folder
-    theirs = {folder(cell.request) for cell in expand(load_grid("paper"), Filters(tasks=("classification",)), options)}
+    theirs = {
+        folder(cell.request)
+        for cell in expand(load_grid("paper"), Filters(tasks=("classification",)), options)
+    }
     assert {folder(cell.request) for cell in cells if not cell.point} <= theirs

@@ -49,18 +49,28 @@ def test_the_demo_profile_has_two_detectors_and_runs_them_on_request():
     assert len(cells) == 2 * (1 + 4 * 2 * 2)
     assert {cell.model for cell in cells} == set(tags.DEMO_NAMES)
     assert {(cell.method, cell.bits, cell.seed) for cell in cells} == {("fp", "fp", None)} | {
-        (method, bits, seed) for method in ("rtn", "qdrop", "aphq", "fimaq") for bits in ("w4a4", "w3a3") for seed in (1, 2)
+        (method, bits, seed)
+        for method in ("rtn", "qdrop", "aphq", "fimaq")
+        for bits in ("w4a4", "w3a3")
+        for seed in (1, 2)
     }
-    assert {(cell.task, cell.scope, cell.request.data.path) for cell in cells} == {("detection", "", None)}
+    assert {(cell.task, cell.scope, cell.request.data.path) for cell in cells} == {
+        ("detection", "", None)
+    }
     others = demo_cells(tasks="classification,retrieval")
     assert {cell.section for cell in others} == {"classification", "retrieval"}
     assert len(others) + len(cells) == len(demo_cells())
 
 
 def test_filters_narrow_detectors_too():
-    labels = [cell.label for cell in demo_cells(models="demo_cascade", methods="fp,qdrop", bits="w3a3", seeds="2")]
+    labels = [
+        cell.label
+        for cell in demo_cells(models="demo_cascade", methods="fp,qdrop", bits="w3a3", seeds="2")
+    ]
     assert labels == ["demo_cascade fp", "demo_cascade qdrop w3a3 seed 2"]
-    assert {cell.bits for cell in demo_cells(tasks="detection", bits="w6a6", methods="rtn")} == {"w6a6"}
+    assert {cell.bits for cell in demo_cells(tasks="detection", bits="w6a6", methods="rtn")} == {
+        "w6a6"
+    }
     # What other sections run and this one does not is asked for by the section's name.
     assert "detection" not in {cell.section for cell in demo_cells(methods="lsvit,brecq")}
     assert {cell.method for cell in demo_cells(tasks="detection", methods="brecq")} == {"brecq"}
@@ -84,16 +94,29 @@ def test_the_demo_profiles_detectors_keep_what_their_task_sets_but_for_counts():
     for cell in demo_cells(tasks="detection"):
         recipe = cell.request.recipe
         if recipe is not None:
-            kept = {name: value for name, value in tags.DEFAULTS.items() if name not in ("calibration_images", "range_images")}
+            kept = {
+                name: value
+                for name, value in tags.DEFAULTS.items()
+                if name not in ("calibration_images", "range_images")
+            }
             assert {name: getattr(recipe, name) for name in kept} == kept
-            assert recipe.range_images <= recipe.calibration_images < tags.DEFAULTS["calibration_images"]
+            assert (
+                recipe.range_images
+                <= recipe.calibration_images
+                < tags.DEFAULTS["calibration_images"]
+            )
 
 
 def test_the_paper_profiles_detectors_have_released_settings(tmp_path: Path):
     grid = load_grid("paper")
     options = RunOptions(data=Places(coco=tmp_path))
     cells = expand(grid, Filters(tasks=("detection",)), options)
-    published = {"mask_rcnn_swin_tiny", "mask_rcnn_swin_small", "cascade_mask_rcnn_swin_tiny", "cascade_mask_rcnn_swin_small"}
+    published = {
+        "mask_rcnn_swin_tiny",
+        "mask_rcnn_swin_small",
+        "cascade_mask_rcnn_swin_tiny",
+        "cascade_mask_rcnn_swin_small",
+    }
     assert {cell.model for cell in cells} == published
     assert len(cells) == 4 * (2 + 7 * 2)
     assert {cell.bits for cell in cells} == {"fp", "w4a4", "w6a6"}
@@ -103,11 +126,18 @@ def test_the_paper_profiles_detectors_have_released_settings(tmp_path: Path):
     assert len({identity.planned_folder(cell.request) for cell in cells}) == len(cells)
     (base, *_) = expand(grid, parse_filters(grid, models="mask_rcnn_swin_base"), options)
     assert base.section == "detection"
-    assert {name for part in grid.tasks.values() for name in (*part.models, *part.available)} >= set(tags.SHORT_NAMES)
+    assert {
+        name for part in grid.tasks.values() for name in (*part.models, *part.available)
+    } >= set(tags.SHORT_NAMES)
 
 
 CAPTIONS = ("dataset_coco.json", "train2014/", "val2014/")
-INSTANCES = ("annotations/instances_val2017.json", "val2017/", "annotations/instances_train2017.json", "train2017/")
+INSTANCES = (
+    "annotations/instances_val2017.json",
+    "val2017/",
+    "annotations/instances_train2017.json",
+    "train2017/",
+)
 ONE_FOLDER = {
     "name": "one", "methods": ["fp"], "bits": ["w4a4"], "seeds": [1],
     "tasks": {
@@ -124,7 +154,10 @@ def one_folder(tmp_path: Path, *parts: str) -> RunOptions:
     """Options with a COCO folder of these files and folders, and with all weights."""
     for part in parts:
         path = tmp_path / "coco" / part
-        path.mkdir(parents=True) if part.endswith("/") else (path.parent.mkdir(parents=True, exist_ok=True), path.touch())
+        path.mkdir(parents=True) if part.endswith("/") else (
+            path.parent.mkdir(parents=True, exist_ok=True),
+            path.touch(),
+        )
     (tmp_path / "weights").mkdir()
     for name in ("ViT-B-32-quickgelu.openai", "mask_rcnn_swin_tiny.coco_3x"):
         (tmp_path / "weights" / f"{name}.pth").touch()
@@ -151,7 +184,9 @@ def test_a_coco_folder_for_one_of_them_says_what_the_other_lacks(
     path = tmp_path / "one.yaml"
     path.write_text(yaml.safe_dump(ONE_FOLDER, sort_keys=False))
     places = ["--coco", str(options.data.coco), "--weights", str(options.weights)]
-    result = CliRunner().invoke(cli, ["run", "--profile", str(path), *places, "--results", str(tmp_path)], obj=CHECKS)
+    result = CliRunner().invoke(
+        cli, ["run", "--profile", str(path), *places, "--results", str(tmp_path)], obj=CHECKS
+    )
     assert result.exit_code == 2
     lines = [line for line in result.output.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
@@ -171,7 +206,9 @@ def test_tables_have_boxes_and_beside_them_masks(tmp_path: Path):
     text = summary.report("T", measured, cells)
     assert "## detection: AP_box (percent), mean ± sd over seeds" in text
     (fimaq, pair, _) = [
-        [part.strip() for part in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| fimaq")
+        [part.strip() for part in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith("| fimaq")
     ]
     # Seeds half a point below and above.
     assert fimaq[3:] == ["48.00 ± 0.71", "40.00 ± 0.71", "46.00 ± 0.71", "38.00 ± 0.71"]
@@ -186,7 +223,9 @@ def test_tables_have_boxes_and_beside_them_masks(tmp_path: Path):
 
 
 def without_masks(item: scores.Measured) -> scores.Measured:
-    metrics = {name: metric for name, metric in item.record.metrics.items() if not name.endswith("_mask")}
+    metrics = {
+        name: metric for name, metric in item.record.metrics.items() if not name.endswith("_mask")
+    }
     return replace(item, record=item.record.model_copy(update={"metrics": metrics}))
 
 
@@ -201,8 +240,14 @@ def test_tables_of_boxes_alone(tmp_path: Path):
     paper = latex.report("demo", bare, cells)
     assert "48.00" in paper
     assert "AP mask" not in paper
-    mixed = [without_masks(item) if item.cell.model == "demo_cascade" else item for item in measured]
-    lines = [line for line in summary.report("T", mixed, cells).splitlines() if line.startswith("| fimaq")]
+    mixed = [
+        without_masks(item) if item.cell.model == "demo_cascade" else item for item in measured
+    ]
+    lines = [
+        line
+        for line in summary.report("T", mixed, cells).splitlines()
+        if line.startswith("| fimaq")
+    ]
     assert [part.strip() for part in lines[1].strip("|").split("|")][1:] == [
         "48.00 / 44.00", "40.00 / 36.00", "46.00 / -", "38.00 / -",
     ]  # fmt: skip
@@ -221,7 +266,9 @@ def test_settings_are_set_against_those_of_the_task(tmp_path: Path):
 def test_methods_are_compared_by_what_images_contribute(tmp_path: Path):
     cells = demo_cells(RunOptions(results=tmp_path), models="demo_cascade", bits="w4a4")
     measured = fakes.write_cells(cells, value, contributions)
-    mine, base = ([item for item in measured if item.cell.method == method] for method in ("aphq", "rtn"))
+    mine, base = (
+        [item for item in measured if item.cell.method == method] for method in ("aphq", "rtn")
+    )
     found = read_outcomes(mine[0])
     assert found is not None
     (part,) = found.metrics["AP_box"]
@@ -230,9 +277,16 @@ def test_methods_are_compared_by_what_images_contribute(tmp_path: Path):
     result = compare(mine, base)
     assert result is not None
     assert result.difference == pytest.approx(SCORES["aphq"] - SCORES["rtn"])
-    gaps = np.mean([contributions(a.cell) - contributions(b.cell) for a, b in zip(mine, base, strict=True)], axis=0)
+    gaps = np.mean(
+        [contributions(a.cell) - contributions(b.cell) for a, b in zip(mine, base, strict=True)],
+        axis=0,
+    )
     assert result.se == pytest.approx(100 * gaps.std(ddof=1) / np.sqrt(150))
-    (line,) = [line for line in order_lines(scores.scores(measured), measured) if line.startswith("No method below rtn at w4a4")]
+    (line,) = [
+        line
+        for line in order_lines(scores.scores(measured), measured)
+        if line.startswith("No method below rtn at w4a4")
+    ]
     assert "yes: lowest is qdrop on demo_cascade +25.00 ± " in line
     # Without the main metric's contributions there is nothing to compare.
     assert mine[0].folder is not None
@@ -240,7 +294,9 @@ def test_methods_are_compared_by_what_images_contribute(tmp_path: Path):
     assert read_outcomes(mine[0]) is None
 
 
-def test_what_the_task_sets_is_part_of_a_references_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_what_the_task_sets_is_part_of_a_references_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     cells = demo_cells(RunOptions(results=tmp_path), tasks="detection")
     measured = fakes.write_cells(cells, value)
     folder = tmp_path / "reference"

@@ -20,7 +20,13 @@ from benchmarks.run.plan import plan_text
 from benchmarks.tables import summary
 from fimaq_core.recipe import METHODS, make_recipe, register_method
 
-SETTINGS = {"w_bits": 32, "a_bits": 32, "reconstruct": False, "reconstruct_mlp": True, "per_token": False}
+SETTINGS = {
+    "w_bits": 32,
+    "a_bits": 32,
+    "reconstruct": False,
+    "reconstruct_mlp": True,
+    "per_token": False,
+}
 SCORES = {"fp": 95.0, "relu-fp": 94.0, "rtn": 50.0, "brecq": 80.0, "qdrop": 85.0, "fimaq": 90.0}
 GRID = {
     "name": "t", "tasks": {"classification": {"dataset": "d", "models": ["a", "b"]}}, "variant": "x",
@@ -37,7 +43,12 @@ def _method():
 
 def value(cell) -> float:
     lost = {"w3a3": 10.0}.get(cell.bits, 0.0)
-    return SCORES[cell.method] - lost + (0 if cell.seed is None else 0.5 * cell.seed) + (1.0 if cell.model == "b" else 0.0)
+    return (
+        SCORES[cell.method]
+        - lost
+        + (0 if cell.seed is None else 0.5 * cell.seed)
+        + (1.0 if cell.model == "b" else 0.0)
+    )
 
 
 def measure(tmp_path, **changes):
@@ -51,14 +62,28 @@ def test_they_are_one_cell_a_seed_whatever_the_bits():
     cells = expand(grid, Filters(), RunOptions())
     assert len(cells) == 2 * (1 + 2 * (4 * 2 + 1))
     mine = [cell for cell in cells if cell.method == "relu-fp"]
-    assert [cell.label for cell in mine if cell.model == "a"] == ["a relu-fp fp seed 1", "a relu-fp fp seed 2"]
-    assert {(cell.w_bit, cell.a_bit, cell.request.recipe.w_bits, cell.request.recipe.a_bits) for cell in mine} == {(32,) * 4}
+    assert [cell.label for cell in mine if cell.model == "a"] == [
+        "a relu-fp fp seed 1",
+        "a relu-fp fp seed 2",
+    ]
+    assert {
+        (cell.w_bit, cell.a_bit, cell.request.recipe.w_bits, cell.request.recipe.a_bits)
+        for cell in mine
+    } == {(32,) * 4}
 
 
 def test_filters_on_bits_do_not_drop_them():
-    extra = {"task": "classification", "models": ["a"], "methods": ["relu-fp"], "bits": ["w8a8"], "seeds": [3]}
+    extra = {
+        "task": "classification",
+        "models": ["a"],
+        "methods": ["relu-fp"],
+        "bits": ["w8a8"],
+        "seeds": [3],
+    }
     grid = parse_grid({**GRID, "extra": [extra]})
-    found = expand(grid, parse_filters(grid, models="a", methods="relu-fp,rtn", bits="w3a3"), RunOptions())
+    found = expand(
+        grid, parse_filters(grid, models="a", methods="relu-fp,rtn", bits="w3a3"), RunOptions()
+    )
     assert [cell.label for cell in found] == [
         "a relu-fp fp seed 1", "a rtn w3a3 seed 1", "a relu-fp fp seed 2", "a rtn w3a3 seed 2", "a relu-fp fp seed 3",
     ]  # fmt: skip
@@ -108,7 +133,9 @@ def test_the_reference_gives_them_the_spread_of_seeds(tmp_path):
     grid, _, measured = measure(tmp_path)
     table = observations(measured)
     both = compared(table, table).set_index(["model", "method", "bits", "seed"])
-    assert both.loc[("a", "relu-fp", "fp"), "variance"].tolist() == pytest.approx([np.var([0.5, 1.0], ddof=1)] * 2)
+    assert both.loc[("a", "relu-fp", "fp"), "variance"].tolist() == pytest.approx(
+        [np.var([0.5, 1.0], ddof=1)] * 2
+    )
     assert both.loc[("a", "fp", "fp"), "variance"].isna().all()
     reference.write_reference(grid, measured, "# T\n\nx", tmp_path / "reference")
     off = [
@@ -122,7 +149,9 @@ def test_the_reference_gives_them_the_spread_of_seeds(tmp_path):
 
 
 @pytest.mark.parametrize(("offset", "verdict"), [(0.1, "reproduced"), (-2.0, "below")])
-def test_diff_sets_them_against_their_own_published_row(monkeypatch: pytest.MonkeyPatch, offset: float, verdict: str):
+def test_diff_sets_them_against_their_own_published_row(
+    monkeypatch: pytest.MonkeyPatch, offset: float, verdict: str
+):
     monkeypatch.setitem(METHODS, "mlp-recon", SETTINGS)
     record = fakes.make_record(
         recipe=make_recipe("mlp-recon"), model="deit_tiny", value=71.07 + offset, stderr=0.2, dataset=fakes.IMAGENET,
@@ -145,35 +174,69 @@ def test_settings_of_mlps_bear_where_mlps_are_reconstructed():
     assert changed("relu-fp", steps=3, batch_size=4) == {}
     assert changed("rtn", mlp_steps=7, steps=3) == {}
     assert changed("fimaq", mlp_steps=7, steps=3) == {"steps": 3}
-    assert changed("rtn", refit=True, range_search="percentile") == {"refit": True, "range_search": "percentile"}
+    assert changed("rtn", refit=True, range_search="percentile") == {
+        "refit": True,
+        "range_search": "percentile",
+    }
 
 
 def test_the_command_for_failed_cells_names_no_bits_for_them():
-    cells = expand(parse_grid(GRID), parse_filters(parse_grid(GRID), models="a", seeds="1"), RunOptions())
+    cells = expand(
+        parse_grid(GRID), parse_filters(parse_grid(GRID), models="a", seeds="1"), RunOptions()
+    )
     mine = [cell for cell in cells if cell.method == "relu-fp"]
     assert "--bits" not in rerun_command("t", mine, RunOptions(), ExecutorOptions())
-    assert "--methods relu-fp --seeds 1" in rerun_command("t", mine, RunOptions(), ExecutorOptions())
+    assert "--methods relu-fp --seeds 1" in rerun_command(
+        "t", mine, RunOptions(), ExecutorOptions()
+    )
     both = rerun_command(
-        "t", [*mine, *(cell for cell in cells if cell.label == "a rtn w3a3 seed 1")], RunOptions(), ExecutorOptions()
+        "t",
+        [*mine, *(cell for cell in cells if cell.label == "a rtn w3a3 seed 1")],
+        RunOptions(),
+        ExecutorOptions(),
     )
     assert "--methods relu-fp,rtn --bits w3a3 --seeds 1" in both
 
 
 def test_the_plan_lists_steps_of_mlps(tmp_path):
-    cells = expand(parse_grid({**GRID, "overrides": {"mlp_steps": 77}}), Filters(), RunOptions(results=tmp_path))
+    cells = expand(
+        parse_grid({**GRID, "overrides": {"mlp_steps": 77}}),
+        Filters(),
+        RunOptions(results=tmp_path),
+    )
     lines = plan_text(cells, fakes.ADAPTER).splitlines()
     (row, *_) = [line.split() for line in lines if " relu-fp " in line]
-    assert row[1:] == ["classification", "a", "relu-fp", "fp", "1", "-", "77", "-", "1024", "32", "train", "no"]
+    assert row[1:] == [
+        "classification",
+        "a",
+        "relu-fp",
+        "fp",
+        "1",
+        "-",
+        "77",
+        "-",
+        "1024",
+        "32",
+        "train",
+        "no",
+    ]
     assert "MLP steps" in lines[0]
-    cells = expand(parse_grid({**GRID, "overrides": {"mlp_batch": 8}}), Filters(), RunOptions(results=tmp_path))
-    batches = {line.split()[3]: line.split()[-3] for line in plan_text(cells, fakes.ADAPTER).splitlines()[2:-3]}
+    cells = expand(
+        parse_grid({**GRID, "overrides": {"mlp_batch": 8}}), Filters(), RunOptions(results=tmp_path)
+    )
+    batches = {
+        line.split()[3]: line.split()[-3]
+        for line in plan_text(cells, fakes.ADAPTER).splitlines()[2:-3]
+    }
     assert (batches["relu-fp"], batches["fimaq"], batches["rtn"]) == ("8", "32", "-")
 
 
 def test_expected_costs_count_batches_of_mlps():
     def cost(batch: int) -> float:
         grid = parse_grid({**GRID, "overrides": {"mlp_batch": batch}})
-        (cell,) = expand(grid, parse_filters(grid, models="a", methods="relu-fp", seeds="1"), RunOptions())
+        (cell,) = expand(
+            grid, parse_filters(grid, models="a", methods="relu-fp", seeds="1"), RunOptions()
+        )
         return expected_cost(cell)
 
     large, small = cost(32), cost(16)

@@ -28,14 +28,24 @@ def test_demo_grid_has_its_cells_with_full_precision_first():
     assert len(cells) == 3 * (2 + 12 * 2 + 1) + 2
     assert len(everything) == len(cells) + (1 + 5 * 2 * 2 * 2) + 2 * (1 + 4 * 2 * 2)
     assert {cell.method for cell in cells} == {"fp", *METHODS}
-    by_model = {model: [cell for cell in cells if cell.model == model] for model in ("demo_vit", "demo_deit", "demo_swin")}
+    by_model = {
+        model: [cell for cell in cells if cell.model == model]
+        for model in ("demo_vit", "demo_deit", "demo_swin")
+    }
     for mine in by_model.values():
         assert mine[0].method == "fp"
-        assert (mine[0].w_bit, mine[0].a_bit, mine[0].seed, mine[0].request.recipe) == (32, 32, None, None)
+        assert (mine[0].w_bit, mine[0].a_bit, mine[0].seed, mine[0].request.recipe) == (
+            32,
+            32,
+            None,
+            None,
+        )
         assert len(mine) == (29 if mine[0].model == "demo_swin" else 27)
     assert {cell.request.variant for cell in cells} == {None, "demo"}
     assert len({cell.key for cell in cells}) == len(cells)
-    assert all(cell.request.threads == 1 and cell.request.results == Path("results/runs") for cell in cells)
+    assert all(
+        cell.request.threads == 1 and cell.request.results == Path("results/runs") for cell in cells
+    )
 
 
 def test_demo_overrides_are_the_same_for_all_methods():
@@ -47,7 +57,9 @@ def test_demo_overrides_are_the_same_for_all_methods():
 
 
 def test_paper_grid_uses_released_settings_and_the_given_data():
-    options = RunOptions(data=Places(imagenet=Path("/data"), coco=Path("/other")), weights=Path("/weights"))
+    options = RunOptions(
+        data=Places(imagenet=Path("/data"), coco=Path("/other")), weights=Path("/weights")
+    )
     cells = expand(load_grid("paper"), Filters(tasks=("classification",)), options)
     assert len(cells) == 7 * (2 + 13 * 3 + 3 * 3 + 3)
     assert {cell.method for cell in cells} == {"fp", *METHODS}
@@ -64,7 +76,9 @@ def test_a_grid_whose_models_bring_their_data_ignores_the_path():
 
 def test_filters_narrow_and_widen():
     grid = load_grid("paper")
-    filters = parse_filters(grid, models="vit_large, deit_tiny", methods="fp,fimaq", bits="w2a4", seeds="5,6")
+    filters = parse_filters(
+        grid, models="vit_large, deit_tiny", methods="fp,fimaq", bits="w2a4", seeds="5,6"
+    )
     cells = expand(grid, filters, RunOptions())
     assert [cell.label for cell in cells if cell.model == "vit_large"] == [
         "vit_large fp", "vit_large fimaq w2a4 seed 5", "vit_large fimaq w2a4 seed 6",
@@ -96,19 +110,45 @@ def test_bad_filters_say_what_was_meant(filters: dict[str, str], words: str):
     ("change", "words"),
     [
         ({"metods": ["fp"]}, "Unknown key 'metods'. Did you mean 'methods'?"),
-        ({"tasks": {"classification": {"dataset": "d", "models": ["m"], "avialable": []}}}, "Did you mean 'available'?"),
+        (
+            {"tasks": {"classification": {"dataset": "d", "models": ["m"], "avialable": []}}},
+            "Did you mean 'available'?",
+        ),
         ({"methods": ["fimac"]}, "Did you mean 'fimaq'?"),
         ({"bits": ["w9a9"]}, "outside 2 to 8"),
         ({"overrides": {"stpes": 3}}, "Did you mean 'steps'?"),
         ({"overrides": {"seed": 3}}, "cannot be an override"),
-        ({"extra": [{"task": "x", "models": [], "methods": [], "bits": [], "seeds": []}]}, "unknown task 'x'"),
-        ({"name": "../x"}, "name"),
-        ({"tasks": {"classification": {"dataset": "d", "models": ["m"], "data": "folder"}}}, "'imagenet', 'coco' or 'flickr'"),
-        ({"tasks": {"classification": {"dataset": "d", "models": ["m"], "methods": ["fimac"]}}}, "Did you mean 'fimaq'?"),
-        ({"tasks": {"classification": {"dataset": "d", "models": ["m"], "bits": ["w9a9"]}}}, "outside 2 to 8"),
-        ({"tasks": {"classification": {"dataset": "d", "models": ["m"], "overrides": {"stpes": 3}}}}, "Did you mean 'steps'?"),
         (
-            {"tasks": {"classification": {"dataset": "d", "models": ["m"], "overrides": {"scope": "x"}}}},
+            {"extra": [{"task": "x", "models": [], "methods": [], "bits": [], "seeds": []}]},
+            "unknown task 'x'",
+        ),
+        ({"name": "../x"}, "name"),
+        (
+            {"tasks": {"classification": {"dataset": "d", "models": ["m"], "data": "folder"}}},
+            "'imagenet', 'coco' or 'flickr'",
+        ),
+        (
+            {"tasks": {"classification": {"dataset": "d", "models": ["m"], "methods": ["fimac"]}}},
+            "Did you mean 'fimaq'?",
+        ),
+        (
+            {"tasks": {"classification": {"dataset": "d", "models": ["m"], "bits": ["w9a9"]}}},
+            "outside 2 to 8",
+        ),
+        (
+            {
+                "tasks": {
+                    "classification": {"dataset": "d", "models": ["m"], "overrides": {"stpes": 3}}
+                }
+            },
+            "Did you mean 'steps'?",
+        ),
+        (
+            {
+                "tasks": {
+                    "classification": {"dataset": "d", "models": ["m"], "overrides": {"scope": "x"}}
+                }
+            },
             "tasks.classification.overrides: 'scope' cannot be an override",
         ),
     ],
@@ -130,7 +170,13 @@ def test_profiles_are_names_or_files(tmp_path: Path):
 
 
 def test_extra_cells_are_added_once_and_obey_filters():
-    extra = {"task": "classification", "models": ["m"], "methods": ["rtn"], "bits": ["w3a3", "w8a8"], "seeds": [1, 2]}
+    extra = {
+        "task": "classification",
+        "models": ["m"],
+        "methods": ["rtn"],
+        "bits": ["w3a3", "w8a8"],
+        "seeds": [1, 2],
+    }
     grid = parse_grid({**MINIMAL, "extra": [extra]})
     assert [cell.label for cell in expand(grid, Filters(), RunOptions())] == [
         "m fp", "m rtn w3a3 seed 1", "m rtn w3a3 seed 2", "m rtn w8a8 seed 1", "m rtn w8a8 seed 2",

@@ -44,7 +44,10 @@ def cells_of(options: RunOptions = RunOptions(data=PLACES), grid=GRID, **filters
 
 
 def by_section(cells: list[Cell]) -> dict[str, list[Cell]]:
-    return {name: [cell for cell in cells if cell.section == name] for name in dict.fromkeys(cell.section for cell in cells)}
+    return {
+        name: [cell for cell in cells if cell.section == name]
+        for name in dict.fromkeys(cell.section for cell in cells)
+    }
 
 
 def test_a_section_has_its_own_lists_and_the_grids_where_it_has_none():
@@ -70,7 +73,10 @@ def test_a_section_has_its_own_lists_and_the_grids_where_it_has_none():
 def test_cells_carry_task_data_evaluation_scope_and_settings():
     cells = by_section(cells_of())
     assert {cell.task for cell in cells["coco"] + cells["zero-shot"]} == {"retrieval"}
-    found = {name: {(c.request.task, c.request.data.path, c.request.data.evaluation) for c in own} for name, own in cells.items()}
+    found = {
+        name: {(c.request.task, c.request.data.path, c.request.data.evaluation) for c in own}
+        for name, own in cells.items()
+    }
     assert found == {
         "classification": {("classification", None, None)},
         "coco": {("retrieval", Path("/coco"), None)},
@@ -79,15 +85,22 @@ def test_cells_carry_task_data_evaluation_scope_and_settings():
     for name, steps in (("classification", 5), ("coco", 9), ("zero-shot", 5)):
         recipes = [cell.request.recipe for cell in cells[name] if cell.request.recipe is not None]
         assert {(recipe.steps, recipe.batch_size) for recipe in recipes} == {(steps, 8)}
-        assert [recipe.scope or "" for recipe in recipes] == [cell.scope for cell in cells[name][1:]]
+        assert [recipe.scope or "" for recipe in recipes] == [
+            cell.scope for cell in cells[name][1:]
+        ]
     (full,) = [cell for cell in cells["coco"] if cell.request.recipe is None]
     assert (full.scope, full.subject, full.seed) == ("", "clip_b", None)
 
 
 def test_filters_on_tasks_match_sections_and_tasks():
     assert list(by_section(cells_of(tasks="retrieval"))) == ["coco", "zero-shot"]
-    assert list(by_section(cells_of(tasks="zero-shot,classification"))) == ["classification", "zero-shot"]
-    with pytest.raises(GridError, match=r"Unknown task 'retrievel' in profile 's'. Did you mean 'retrieval'\?"):
+    assert list(by_section(cells_of(tasks="zero-shot,classification"))) == [
+        "classification",
+        "zero-shot",
+    ]
+    with pytest.raises(
+        GridError, match=r"Unknown task 'retrievel' in profile 's'. Did you mean 'retrieval'\?"
+    ):
         cells_of(tasks="retrievel")
 
 
@@ -99,18 +112,33 @@ def test_filters_replace_a_sections_lists():
 
 def test_a_method_of_other_sections_is_not_added_to_one_without_it():
     # coco alone has fimaq, the others alone have qdrop; brecq is nobody's.
-    methods = {name: {cell.method for cell in own} for name, own in by_section(cells_of(methods="fimaq,qdrop,brecq")).items()}
+    methods = {
+        name: {cell.method for cell in own}
+        for name, own in by_section(cells_of(methods="fimaq,qdrop,brecq")).items()
+    }
     assert methods == {
         "classification": {"qdrop", "brecq"}, "coco": {"fimaq", "brecq"}, "zero-shot": {"qdrop", "brecq"},
     }  # fmt: skip
     # Asked for by itself, a section takes it.
     assert {cell.method for cell in cells_of(tasks="coco", methods="qdrop")} == {"qdrop"}
-    extra = {"task": "coco", "models": ["clip_b"], "methods": ["lsvit"], "bits": ["w6a6"], "seeds": [1]}
+    extra = {
+        "task": "coco",
+        "models": ["clip_b"],
+        "methods": ["lsvit"],
+        "bits": ["w6a6"],
+        "seeds": [1],
+    }
     assert list(by_section(cells_of(grid={**GRID, "extra": [extra]}, methods="lsvit"))) == ["coco"]
 
 
 def test_extra_cells_are_of_a_section_and_have_its_scopes_and_settings():
-    extra = {"task": "coco", "models": ["clip_b"], "methods": ["qdrop"], "bits": ["w6a6"], "seeds": [1]}
+    extra = {
+        "task": "coco",
+        "models": ["clip_b"],
+        "methods": ["qdrop"],
+        "bits": ["w6a6"],
+        "seeds": [1],
+    }
     cells = [cell for cell in cells_of(grid={**GRID, "extra": [extra]}) if cell.bits == "w6a6"]
     assert [(cell.section, cell.scope, cell.request.recipe.steps) for cell in cells] == [
         ("coco", "both", 9),
@@ -122,7 +150,9 @@ def test_extra_cells_are_of_a_section_and_have_its_scopes_and_settings():
 
 def test_points_of_axes_keep_their_scope_and_name_it_once():
     grid = {**GRID, "methods": ["fimaq"], "axes": {"k": {"1": {"fisher_k": 1}, "5": {}}}}
-    cells = [cell for cell in cells_of(grid=grid, tasks="coco", seeds="1") if cell.method == "fimaq"]
+    cells = [
+        cell for cell in cells_of(grid=grid, tasks="coco", seeds="1") if cell.method == "fimaq"
+    ]
     assert [(cell.scope, cell.point, cell.request.recipe.scope) for cell in cells] == [
         ("both", "", "both"), ("both", "k=1", "both"), ("vision", "", "vision"), ("vision", "k=1", "vision"),
     ]  # fmt: skip
@@ -133,7 +163,9 @@ def test_points_of_axes_keep_their_scope_and_name_it_once():
 
 
 def test_chains_keep_scopes_together_with_the_whole_model_last():
-    chains = [[cell.label for cell in chain] for chain in make_chains(cells_of(tasks="coco", seeds="1"))]
+    chains = [
+        [cell.label for cell in chain] for chain in make_chains(cells_of(tasks="coco", seeds="1"))
+    ]
     assert chains == [
         ["coco clip_b fp"],
         [
@@ -142,16 +174,27 @@ def test_chains_keep_scopes_together_with_the_whole_model_last():
         ],
     ]  # fmt: skip
     everything = make_chains(cells_of())
-    assert all(len({(c.section, c.model, c.bits, c.seed) for c in chain}) == 1 for chain in everything)
+    assert all(
+        len({(c.section, c.model, c.bits, c.seed) for c in chain}) == 1 for chain in everything
+    )
     assert [chain[0].method for chain in everything[:3]] == ["fp"] * 3
     # The same bits and seed in two sections: other data, other chains.
-    assert len(make_chains([cell for cell in cells_of(bits="w4a4", seeds="1", tasks="retrieval") if cell.scope])) == 2
+    assert (
+        len(
+            make_chains(
+                [cell for cell in cells_of(bits="w4a4", seeds="1", tasks="retrieval") if cell.scope]
+            )
+        )
+        == 2
+    )
 
 
 def test_full_precision_holds_up_its_own_section_only():
     cells = by_section(cells_of(tasks="retrieval", seeds="1", bits="w4a4"))
     schedule = Schedule([*cells["coco"], *cells["zero-shot"]])
-    full = {cell.section: cell for cell in (schedule.take("a"), schedule.take("b")) if cell is not None}
+    full = {
+        cell.section: cell for cell in (schedule.take("a"), schedule.take("b")) if cell is not None
+    }
     assert all(cell.method == "fp" for cell in full.values())
     schedule.over(full["zero-shot"])
     assert schedule.take("c").section == "zero-shot"
@@ -161,7 +204,9 @@ def test_full_precision_holds_up_its_own_section_only():
 
 
 def test_time_left_is_told_apart_by_section_and_scope():
-    cells = {cell.label: cell for cell in cells_of(methods="fp,rtn,brecq", bits="w4a4", seeds="1,2")}
+    cells = {
+        cell.label: cell for cell in cells_of(methods="fp,rtn,brecq", bits="w4a4", seeds="1,2")
+    }
     estimator = Estimator()
     for label, seconds in (
         ("coco clip_b [vision] rtn w4a4 seed 1", 10.0), ("coco clip_b [both] rtn w4a4 seed 1", 3.0),
@@ -193,19 +238,34 @@ def grid_file(tmp_path: Path) -> str:
 
 
 def invoke(tmp_path: Path, *args: str) -> Result:
-    return CliRunner().invoke(cli, [*args, "--profile", grid_file(tmp_path), "--results", str(tmp_path)], obj=fakes.ADAPTER)
+    return CliRunner().invoke(
+        cli,
+        [*args, "--profile", grid_file(tmp_path), "--results", str(tmp_path)],
+        obj=fakes.ADAPTER,
+    )
 
 
-def test_the_command_line_has_a_place_for_each_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_command_line_has_a_place_for_each_data_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     seen: list[RunOptions] = []
-    monkeypatch.setattr("benchmarks.cli.run_grid", lambda grid, profile, filters, options, *rest: seen.append(options) or 0)
-    monkeypatch.setattr("benchmarks.tables.write.make_reference", lambda grid, options, adapter, add: seen.append(options) or 0)
+    monkeypatch.setattr(
+        "benchmarks.cli.run_grid",
+        lambda grid, profile, filters, options, *rest: seen.append(options) or 0,
+    )
+    monkeypatch.setattr(
+        "benchmarks.tables.write.make_reference",
+        lambda grid, options, adapter, add: seen.append(options) or 0,
+    )
     for command in ("run", "reference"):
         result = invoke(tmp_path, command, "--imagenet", "/i", "--coco", "~/c", "--flickr", "/f")
         assert result.exit_code == 0, result.output
     places = Places(Path("/i"), Path.home() / "c", Path("/f"))
     assert [options.data for options in seen] == [places, places]
-    assert [places.of(name) for name in ("own", "imagenet", "coco", "flickr")] == [None, *map(Path, ("/i", places.coco, "/f"))]
+    assert [places.of(name) for name in ("own", "imagenet", "coco", "flickr")] == [
+        None,
+        *map(Path, ("/i", places.coco, "/f")),
+    ]
 
 
 def test_the_command_for_failed_cells_names_sections_and_places():
@@ -221,7 +281,9 @@ def test_sections_are_measured_and_tabled_apart(tmp_path: Path, monkeypatch: pyt
     for place in ("c", "i"):
         (tmp_path / place).mkdir()
     places = ["--coco", str(tmp_path / "c"), "--imagenet", str(tmp_path / "i")]
-    first = invoke(tmp_path, "run", "--jobs", "1", *places, "--tasks", "zero-shot", "--methods", "fp,rtn")
+    first = invoke(
+        tmp_path, "run", "--jobs", "1", *places, "--tasks", "zero-shot", "--methods", "fp,rtn"
+    )
     assert first.exit_code == 0, first.output
     assert "zero-shot clip_b [vision] rtn w3a3 seed 7: top1" in first.output
     rest = invoke(tmp_path, "run", "--jobs", "1", *places, "--methods", "fp,rtn")
@@ -236,7 +298,10 @@ def test_sections_are_measured_and_tabled_apart(tmp_path: Path, monkeypatch: pyt
     rows = (tmp_path / "tables/s.csv").read_text().splitlines()
     # classification 2, coco 1 + 4 with four metrics each, zero-shot 2
     assert len(rows) == 1 + 2 + 5 * 4 + 2
-    assert sum(row.startswith("retrieval,digit-scenes,clip_b,rtn,x [vision],4,4,") for row in rows) == 2 * 4
+    assert (
+        sum(row.startswith("retrieval,digit-scenes,clip_b,rtn,x [vision],4,4,") for row in rows)
+        == 2 * 4
+    )
 
 
 def test_what_is_not_given_is_named_with_a_way_around_it(tmp_path: Path):
@@ -249,7 +314,10 @@ def test_what_is_not_given_is_named_with_a_way_around_it(tmp_path: Path):
         "--tasks classification,zero-shot for a grid."
     )
     both = invoke(tmp_path, "run", "--tasks", "retrieval")
-    assert "coco (COCO=/path or --coco), zero-shot (IMAGENET=/path or --imagenet). To run one of them: TASKS=coco" in both.output
+    assert (
+        "coco (COCO=/path or --coco), zero-shot (IMAGENET=/path or --imagenet). To run one of them: TASKS=coco"
+        in both.output
+    )
     assert "Data not given" not in invoke(tmp_path, "run", "--tasks", "coco").output
 
 
@@ -286,6 +354,8 @@ def test_the_paper_profile_runs_clip_models_on_three_data_sets(tmp_path: Path):
         assert {cell.bits for cell in own} == {"fp", "w4a4", "w6a6", "w8a8"}
         assert {cell.scope for cell in own if cell.seed is not None} == {"vision", "both"}
         recipes = [cell.request.recipe for cell in own if cell.request.recipe is not None]
-        assert all(recipe.changes() == {} and recipe.gelu_quantizer == "uniform" for recipe in recipes)
+        assert all(
+            recipe.changes() == {} and recipe.gelu_quantizer == "uniform" for recipe in recipes
+        )
     folder = default_adapter().planned_folder
     assert len({folder(cell.request) for cell in cells}) == len(cells)

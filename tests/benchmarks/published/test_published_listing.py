@@ -102,7 +102,9 @@ def test_all_tables_are_listed_with_what_they_need_and_cost(options: RunOptions)
     assert "Missing: the data set ImageNet." not in done.stdout
     missing = lines[lines.index("Missing weights:") :]
     assert "  deit_tiny_patch16_224.fb_in1k: timm/deit_tiny_patch16_224.fb_in1k" in missing
-    detector = "  mask_rcnn_swin_tiny.coco_3x: no hub has them, put the file into the WEIGHTS folder"
+    detector = (
+        "  mask_rcnn_swin_tiny.coco_3x: no hub has them, put the file into the WEIGHTS folder"
+    )
     assert detector in missing
     assert not any(VIT_SMALL in line for line in missing)
     assert lines[-1] == "False"

@@ -89,7 +89,8 @@ def test_every_number_is_the_value_of_one_row(name: str):
         models = {
             model
             for model, entry in NAMES["models"].items()
-            if entry["tag"] == stated["model"] and (stated["method"] == "FP" or scope in (None, entry.get("scope")))
+            if entry["tag"] == stated["model"]
+            and (stated["method"] == "FP" or scope in (None, entry.get("scope")))
         } or {"unstated"}
         keys = ("study",) if "study" in stated else ("task", "dataset")
         found = [

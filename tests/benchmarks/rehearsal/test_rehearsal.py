@@ -22,7 +22,9 @@ from tasks.common.request import CellRequest, DataRequest, ModelRequest
 
 
 def request(method: str = "aphq", **changes: Any) -> CellRequest:
-    made = CellRequest("classification", ModelRequest("vit_small"), DataRequest(Path("data")), make_recipe(method))
+    made = CellRequest(
+        "classification", ModelRequest("vit_small"), DataRequest(Path("data")), make_recipe(method)
+    )
     return replace(made, **changes)
 
 
@@ -153,7 +155,9 @@ def test_random_data_open_as_the_real_sets_do(tmp_path: Path):
 
 
 @pytest.fixture(scope="module")
-def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+def rehearsed(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """A grid of the demo's small models, rehearsed by the command itself."""
     folder = tmp_path_factory.mktemp("rehearsal")
     content = {

@@ -24,7 +24,13 @@ MAIN = "section[data-task='classification'] table.main-table"
 def page_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     report_fakes.write_results(folder, GRID)
-    write_report(GRID, RunOptions(results=folder), fakes.ADAPTER, folder / "report.html", report_fakes.pictures)
+    write_report(
+        GRID,
+        RunOptions(results=folder),
+        fakes.ADAPTER,
+        folder / "report.html",
+        report_fakes.pictures,
+    )
     return folder / "report.html"
 
 
@@ -44,7 +50,10 @@ def opened(driver: Any, path: Path, width: int = 1200) -> Any:
     driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": "light"}]})
+    driver.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia",
+        {"features": [{"name": "prefers-color-scheme", "value": "light"}]},
+    )
     driver.get("about:blank")
     for kind in ("browser", "performance"):
         driver.get_log(kind)
@@ -115,15 +124,26 @@ def test_tables_sort_by_keyboard(page: Any):
     page.switch_to.active_element.send_keys(Keys.TAB)
     after = page.switch_to.active_element
     assert after.accessible_name == "demo_vit w3a3"
-    assert page.execute_script("return getComputedStyle(arguments[0]).outlineStyle", after) == "solid"
+    assert (
+        page.execute_script("return getComputedStyle(arguments[0]).outlineStyle", after) == "solid"
+    )
     assert outline in ("solid", "none")
 
 
 def test_what_is_not_measured_sorts_last_either_way(driver: Any, tmp_path: Path):
     report_fakes.write_results(
-        tmp_path, GRID, examples=None, keep=lambda cell: (cell.method, cell.model, cell.bits) != ("brecq", "demo_vit", "w4a4")
+        tmp_path,
+        GRID,
+        examples=None,
+        keep=lambda cell: (cell.method, cell.model, cell.bits) != ("brecq", "demo_vit", "w4a4"),
     )
-    write_report(GRID, RunOptions(results=tmp_path), fakes.ADAPTER, tmp_path / "report.html", report_fakes.pictures)
+    write_report(
+        GRID,
+        RunOptions(results=tmp_path),
+        fakes.ADAPTER,
+        tmp_path / "report.html",
+        report_fakes.pictures,
+    )
     page = opened(driver, tmp_path / "report.html")
     for _ in range(2):
         one_of(page, f"{MAIN} thead tr:last-child th button").click()
@@ -136,7 +156,10 @@ def test_filters_leave_what_they_name_everywhere(page: Any):
     method = one_of(page, "input[name=method]")
     method.send_keys("FIMA, rtn")
     assert methods(page) == ["rtn", "fimaq"]
-    assert {node.get_attribute("data-method") for node in visible(page, "#methods g.series")} == {"rtn", "fimaq"}
+    assert {node.get_attribute("data-method") for node in visible(page, "#methods g.series")} == {
+        "rtn",
+        "fimaq",
+    }
     names = """return [...document.querySelectorAll('#methods svg text')]
         .filter(text => text.getClientRects().length).map(text => text.textContent)"""
     assert {"rtn", "fimaq"} <= set(page.execute_script(names))
@@ -145,17 +168,28 @@ def test_filters_leave_what_they_name_everywhere(page: Any):
     heads = visible(page, "#examples thead th[data-method-column]")
     assert {head.text for head in heads} == {"full precision", "rtn", "fimaq"}
     Select(one_of(page, "select[name=bits]")).select_by_visible_text("w3a3")
-    assert [head.get_attribute("data-bits") for head in visible(page, f"{MAIN} thead tr:last-child th")] == ["w3a3", "w3a3"]
-    assert [group.get_attribute("colspan") for group in visible(page, f"{MAIN} th.group")] == ["1", "1"]
-    assert {node.get_attribute("data-bits") for node in visible(page, "#methods figure")} == {"w3a3"}
+    assert [
+        head.get_attribute("data-bits") for head in visible(page, f"{MAIN} thead tr:last-child th")
+    ] == ["w3a3", "w3a3"]
+    assert [group.get_attribute("colspan") for group in visible(page, f"{MAIN} th.group")] == [
+        "1",
+        "1",
+    ]
+    assert {node.get_attribute("data-bits") for node in visible(page, "#methods figure")} == {
+        "w3a3"
+    }
     Select(one_of(page, "select[name=model]")).select_by_visible_text("demo_clip [both]")
-    assert {node.get_attribute("data-task") for node in visible(page, "section.task")} == {"retrieval"}
+    assert {node.get_attribute("data-task") for node in visible(page, "section.task")} == {
+        "retrieval"
+    }
     one_of(page, ".filters button[type=reset]").click()
     page.execute_async_script("setTimeout(arguments[0], 20)")
     assert len(methods(page)) == 5
     assert len(visible(page, "#methods figure")) == 10
     Select(one_of(page, "select[name=task]")).select_by_visible_text("detection")
-    assert {node.get_attribute("data-task") for node in visible(page, "section.task")} == {"detection"}
+    assert {node.get_attribute("data-task") for node in visible(page, "section.task")} == {
+        "detection"
+    }
 
 
 def test_a_click_on_a_number_shows_where_it_is_from(page: Any):
@@ -167,9 +201,17 @@ def test_a_click_on_a_number_shows_where_it_is_from(page: Any):
     dialog = one_of(page, "dialog")
     assert dialog.get_attribute("open") is not None
     assert dialog.accessible_name == "demo_vit fimaq w4a4"
-    for words in ("sha256", "git revision", "recipe digest", "runs/classification/demo_vit/fimaq/w4a4/", "seed 2 ± se"):
+    for words in (
+        "sha256",
+        "git revision",
+        "recipe digest",
+        "runs/classification/demo_vit/fimaq/w4a4/",
+        "seed 2 ± se",
+    ):
         assert words in dialog.text
-    assert page.execute_script("return document.querySelector('dialog').contains(document.activeElement)")
+    assert page.execute_script(
+        "return document.querySelector('dialog').contains(document.activeElement)"
+    )
     page.switch_to.active_element.send_keys(Keys.ESCAPE)
     assert not dialog.is_displayed()
     assert page.switch_to.active_element == link
@@ -185,10 +227,17 @@ def test_themes_follow_the_system_and_the_switch(page: Any, page_path: Path):
         return str(page.execute_script("return getComputedStyle(document.body).backgroundColor"))
 
     def pressed() -> list[str]:
-        return [button.text for button in all_of(page, "[data-theme-choice]") if button.get_attribute("aria-pressed") == "true"]
+        return [
+            button.text
+            for button in all_of(page, "[data-theme-choice]")
+            if button.get_attribute("aria-pressed") == "true"
+        ]
 
     light = background()
-    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": "dark"}]})
+    page.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia",
+        {"features": [{"name": "prefers-color-scheme", "value": "dark"}]},
+    )
     dark = background()
     assert dark != light
     assert pressed() == ["system"]
@@ -196,7 +245,10 @@ def test_themes_follow_the_system_and_the_switch(page: Any, page_path: Path):
     assert (background(), pressed()) == (light, ["light"])
     page.refresh()
     assert (background(), pressed()) == (light, ["light"])  # it is remembered
-    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": "light"}]})
+    page.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia",
+        {"features": [{"name": "prefers-color-scheme", "value": "light"}]},
+    )
     one_of(page, "[data-theme-choice=dark]").click()
     assert background() == dark
     one_of(page, "[data-theme-choice=system]").click()
@@ -274,7 +326,8 @@ def test_nothing_is_loaded_and_nothing_is_complained_about(driver: Any, page_pat
     requests = [
         message["params"]["request"]["url"]
         for entry in page.get_log("performance")
-        if (message := json.loads(entry["message"])["message"])["method"] == "Network.requestWillBeSent"
+        if (message := json.loads(entry["message"])["message"])["method"]
+        == "Network.requestWillBeSent"
     ]
     assert page_path.as_uri() in requests
     assert {url for url in requests if not url.startswith("data:")} == {page_path.as_uri()}
@@ -285,7 +338,9 @@ def test_pictures_are_drawn(page: Any):
     board = one_of(page, "details.board svg.pic")
     page.execute_script("arguments[0].scrollIntoView()", board)
     assert board.size["width"] > 20
-    used = page.execute_script("const r = arguments[0].querySelector('use').getBBox(); return [r.width, r.height]", board)
+    used = page.execute_script(
+        "const r = arguments[0].querySelector('use').getBBox(); return [r.width, r.height]", board
+    )
     assert used == [64, 48]
 
 
@@ -299,7 +354,9 @@ def test_attacks_in_records_are_text(driver: Any, tmp_path: Path):
     assert page.execute_script("return window.hacked === undefined")
     assert page.execute_script("return document.scripts.length") == 1
     assert page.get_log("browser") == []
-    assert "<script>window.hacked=1</script>" in page.execute_script("return document.body.innerText")
+    assert "<script>window.hacked=1</script>" in page.execute_script(
+        "return document.body.innerText"
+    )
     # Were something to get in, the policy would keep it from running.
     page.execute_script(
         "const s = document.createElement('script'); s.textContent = 'window.hacked = 9'; document.body.append(s)"

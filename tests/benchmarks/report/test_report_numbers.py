@@ -30,7 +30,9 @@ def write(tmp_path: Path, grid: Grid = GRID) -> report_fakes.Node:
 def invoke(tmp_path: Path, *args: str) -> Result:
     from benchmarks.cli import cli
 
-    return CliRunner().invoke(cli, ["report", "--profile", "demo", "--results", str(tmp_path), *args], obj=fakes.ADAPTER)
+    return CliRunner().invoke(
+        cli, ["report", "--profile", "demo", "--results", str(tmp_path), *args], obj=fakes.ADAPTER
+    )
 
 
 def with_metrics(values: Callable[[Cell], dict[str, float]]) -> Callable[[Cell], ResultRecord]:
@@ -41,10 +43,16 @@ def with_metrics(values: Callable[[Cell], dict[str, float]]) -> Callable[[Cell],
     return record
 
 
-def main_cells(page: report_fakes.Node, section: str) -> dict[tuple[str, str, str], report_fakes.Node]:
+def main_cells(
+    page: report_fakes.Node, section: str
+) -> dict[tuple[str, str, str], report_fakes.Node]:
     """Cells of a section's main table by method, subject and bits."""
     table = page.one(id="results").one("section", data_task=section).one("table", css="main-table")
-    heads = [(head.attrs["data-model"], head.attrs["data-bits"]) for head in table.all("th") if "data-bits" in head.attrs]
+    heads = [
+        (head.attrs["data-model"], head.attrs["data-bits"])
+        for head in table.all("th")
+        if "data-bits" in head.attrs
+    ]
     found = {}
     for row in table.one("tbody").all("tr"):
         for (model, bits), cell in zip(heads, row.all("td")[: len(heads)], strict=True):
@@ -70,7 +78,11 @@ def test_tables_have_the_means_and_spreads_of_the_csv(whole: tuple[Path, report_
     table = scores.scores(measured)
     table["model"] = table["subject"]
     compared = 0
-    for section, metric in (("classification", "top1"), ("retrieval", "R@1"), ("detection", "AP_box")):
+    for section, metric in (
+        ("classification", "top1"),
+        ("retrieval", "R@1"),
+        ("detection", "AP_box"),
+    ):
         cells = main_cells(page, section)
         rows = table[(table["task"] == section) & (table["metric"] == metric)]
         for row in scores.over_seeds(rows).to_dict("records"):
@@ -80,16 +92,23 @@ def test_tables_have_the_means_and_spreads_of_the_csv(whole: tuple[Path, report_
                 for (method, subject, bits), cell in cells.items()
                 if method == row["method"]
                 and (bits == row["bits"] or row["bits"] == "fp")
-                and (subject == row["model"] or (method == "fp" and subject.startswith(row["model"])))
+                and (
+                    subject == row["model"] or (method == "fp" and subject.startswith(row["model"]))
+                )
             ]
             assert mine, row
             assert {number(cell) for cell in mine} == {text}
-            assert all(float(cell.attrs["data-value"]) == pytest.approx(row["mean"], abs=1e-9) for cell in mine)
+            assert all(
+                float(cell.attrs["data-value"]) == pytest.approx(row["mean"], abs=1e-9)
+                for cell in mine
+            )
             compared += 1
     assert compared == len(measured) - 40  # two seeds of each quantized cell are one
 
 
-def test_provenance_has_every_value_of_the_csv_with_its_decimals(whole: tuple[Path, report_fakes.Node]):
+def test_provenance_has_every_value_of_the_csv_with_its_decimals(
+    whole: tuple[Path, report_fakes.Node],
+):
     folder, page = whole
     measured = scores.collect(expand(GRID, Filters(), RunOptions(results=folder)), fakes.ADAPTER)
     lines = list(csv.DictReader(io.StringIO(scores.csv_text(scores.scores(measured)))))
@@ -139,7 +158,9 @@ def test_all_links_lead_somewhere_and_ids_are_unique(whole: tuple[Path, report_f
     links = [node.attrs["href"] for node in page.all() if node.tag in ("a", "use")]
     assert len(links) > 100
     assert all(link.startswith("#") and link[1:] in ids for link in links)
-    labels = [label for node in page.all() for label in node.attrs.get("aria-labelledby", "").split()]
+    labels = [
+        label for node in page.all() for label in node.attrs.get("aria-labelledby", "").split()
+    ]
     assert labels
     assert set(labels) <= set(ids)
 
@@ -147,9 +168,13 @@ def test_all_links_lead_somewhere_and_ids_are_unique(whole: tuple[Path, report_f
 def test_the_best_of_a_column_is_bold_and_so_is_what_looks_the_same(tmp_path: Path):
     grid = fakes.plain_demo(seeds=(1,))
     scores = {"fp": 95.0, "rtn": 60.0, "brecq": 70.0, "qdrop": 80.001, "fimaq": 80.004}
-    report_fakes.write_results(tmp_path, grid, with_metrics(lambda cell: {"top1": scores[cell.method]}))
+    report_fakes.write_results(
+        tmp_path, grid, with_metrics(lambda cell: {"top1": scores[cell.method]})
+    )
     cells = main_cells(write(tmp_path, grid), "classification")
-    bold = {method for (method, _, _), cell in cells.items() if "best" in cell.attrs.get("class", "")}
+    bold = {
+        method for (method, _, _), cell in cells.items() if "best" in cell.attrs.get("class", "")
+    }
     assert bold == {"qdrop", "fimaq"}  # full precision is no competitor
 
 
@@ -157,18 +182,33 @@ def test_of_ranks_the_lowest_is_best(tmp_path: Path):
     grid = fakes.plain_demo(seeds=(1,))
     ranks = {"fp": 1.0, "rtn": 9.0, "brecq": 3.0, "qdrop": 2.0, "fimaq": 4.0}
     report_fakes.write_results(
-        tmp_path, grid, with_metrics(lambda cell: {"top1": 80.0, "i2t_median_rank": ranks[cell.method]}), keep=lambda c: True
+        tmp_path,
+        grid,
+        with_metrics(lambda cell: {"top1": 80.0, "i2t_median_rank": ranks[cell.method]}),
+        keep=lambda c: True,
     )
     page = write(tmp_path, grid)
-    table = next(t for t in page.all("table", css="wide") if t.one("caption").text == "i2t_median_rank")
-    assert {row.attrs["data-method"] for row in table.one("tbody").all("tr") if row.all("td", css="best")} == {"qdrop"}
+    table = next(
+        t for t in page.all("table", css="wide") if t.one("caption").text == "i2t_median_rank"
+    )
+    assert {
+        row.attrs["data-method"]
+        for row in table.one("tbody").all("tr")
+        if row.all("td", css="best")
+    } == {"qdrop"}
 
 
 def test_what_cannot_be_told_from_the_best_on_the_same_samples_is_marked(tmp_path: Path):
     grid = fakes.plain_demo(seeds=(1,), bits=("w3a3",))
     rng = np.random.default_rng(0)
     best = rng.random(400) < 0.8
-    outcomes = {"fp": best, "fimaq": best, "qdrop": best.copy(), "brecq": best & (rng.random(400) < 0.8), "rtn": best & False}
+    outcomes = {
+        "fp": best,
+        "fimaq": best,
+        "qdrop": best.copy(),
+        "brecq": best & (rng.random(400) < 0.8),
+        "rtn": best & False,
+    }
     outcomes["qdrop"][:3] = ~best[:3]
     shares = {name: 100 * float(found.mean()) for name, found in outcomes.items()}
     shares["fimaq"] += 1.0  # the best by a little
@@ -198,18 +238,24 @@ def test_recovery_is_of_unrounded_scores(tmp_path: Path):
     assert [row.attrs["data-method"] for row in rows] == ["rtn", "brecq", "qdrop", "fimaq"]
     share = (100 * 81.98765 / full + 100 * 70 / full) / 2
     for row in rows:
-        assert {cell.text for cell in row.all("td") if "data-value" in cell.attrs} == {f"{share:.2f}"}
+        assert {cell.text for cell in row.all("td") if "data-value" in cell.attrs} == {
+            f"{share:.2f}"
+        }
     assert float(rows[0].all("td")[0].attrs["data-value"]) == pytest.approx(share, abs=1e-12)
 
 
 def test_cells_are_counted_as_done_failed_and_not_measured(tmp_path: Path):
-    cells = report_fakes.write_results(tmp_path, GRID, keep=lambda cell: cell.method in ("fp", "rtn"))
+    cells = report_fakes.write_results(
+        tmp_path, GRID, keep=lambda cell: cell.method in ("fp", "rtn")
+    )
     broken = next(cell for cell in cells if cell.method == "fimaq")
     folder = fakes.planned_folder(broken.request)
     folder.mkdir(parents=True)
     (folder / "error.log").write_text("Traceback\n  somewhere\nValueError: it <broke>\n\n")
     page = write(tmp_path)
-    counts = {node.one("dt").text: node.one("dd").text for node in page.one("dl", css="counts").all("div")}
+    counts = {
+        node.one("dt").text: node.one("dd").text for node in page.one("dl", css="counts").all("div")
+    }
     done = sum(cell.method in ("fp", "rtn") for cell in cells)
     assert counts["cells measured"] == f"{done} of {len(cells)}"
     assert counts["failed"] == "1"
@@ -231,7 +277,11 @@ def test_damaged_records_are_listed_with_their_message(tmp_path: Path):
 
 def test_records_that_filters_went_beyond_for_are_shown_and_others_are_counted(tmp_path: Path):
     report_fakes.write_results(tmp_path, GRID)
-    more = expand(GRID, Filters(methods=("rtn",), bits=("w2a8",), seeds=(7,), models=("demo_vit",)), RunOptions(results=tmp_path))
+    more = expand(
+        GRID,
+        Filters(methods=("rtn",), bits=("w2a8",), seeds=(7,), models=("demo_vit",)),
+        RunOptions(results=tmp_path),
+    )
     assert len(more) == 1
     write_record(report_fakes.full_record(more[0]), fakes.planned_folder(more[0].request))
     foreign = report_fakes.full_record(more[0]).model_copy(update={"method": "elsewhere"})
@@ -244,7 +294,9 @@ def test_records_that_filters_went_beyond_for_are_shown_and_others_are_counted(t
 
 
 def test_axes_have_rows_of_their_own_and_tables(tmp_path: Path):
-    grid = fakes.plain_demo(methods=("fp", "fimaq"), bits=("w3a3",), axes={"k": {"5": {}, "15": {"fisher_k": 15}}})
+    grid = fakes.plain_demo(
+        methods=("fp", "fimaq"), bits=("w3a3",), axes={"k": {"5": {}, "15": {"fisher_k": 15}}}
+    )
     report_fakes.write_results(tmp_path, grid)
     page = write(tmp_path, grid)
     methods = {method for method, _, _ in main_cells(page, "classification")}
@@ -264,25 +316,51 @@ def test_published_numbers_have_verdicts(tmp_path: Path):
 
     def record(cell: Cell) -> ResultRecord:
         recipe = cell.request.recipe
-        released = None if recipe is None else make_recipe(recipe.method, {"w_bits": recipe.w_bits, "a_bits": recipe.a_bits})
+        released = (
+            None
+            if recipe is None
+            else make_recipe(recipe.method, {"w_bits": recipe.w_bits, "a_bits": recipe.a_bits})
+        )
         return fakes.make_record(
-            recipe=released, model="vit_small_patch16_224.augreg_in21k_ft_in1k", value=64.1, stderr=0.2, dataset=fakes.IMAGENET
+            recipe=released,
+            model="vit_small_patch16_224.augreg_in21k_ft_in1k",
+            value=64.1,
+            stderr=0.2,
+            dataset=fakes.IMAGENET,
         )
 
     report_fakes.write_results(tmp_path, grid, record, examples=None)
     rows = write(tmp_path, grid).one("table", css="verdicts").one("tbody").all("tr")
-    mine = [row for row in rows if (row.attrs["data-method"], row.attrs["data-bits"]) == ("fimaq", "w3a3")]
+    mine = [
+        row
+        for row in rows
+        if (row.attrs["data-method"], row.attrs["data-bits"]) == ("fimaq", "w3a3")
+    ]
     assert "reproduced" in {row.one(css="verdict").text for row in mine}
-    found = {tuple(cell.text for cell in row.all("td")[3:6]) for row in mine if row.one(css="verdict").text == "reproduced"}
+    found = {
+        tuple(cell.text for cell in row.all("td")[3:6])
+        for row in mine
+        if row.one(css="verdict").text == "reproduced"
+    }
     assert ("64.10 ± 0.20", "64.09", "+0.01") in found
-    others = [row for row in rows if row.attrs["data-method"] == "rtn" and row.one(css="verdict").text == "reproduced"]
+    others = [
+        row
+        for row in rows
+        if row.attrs["data-method"] == "rtn" and row.one(css="verdict").text == "reproduced"
+    ]
     assert not others
 
 
 def test_the_command_writes_the_page_beside_the_results(tmp_path: Path):
     grid = tmp_path / "small.yaml"
-    text = (Path(fakes.__file__).parents[2] / "benchmarks/grids/quantizers.yaml").read_text(encoding="utf-8")
-    grid.write_text(text.replace("name: quantizers", "name: small").replace("[fp, repq]", "[fp, rtn]").split("axes:")[0])
+    text = (Path(fakes.__file__).parents[2] / "benchmarks/grids/quantizers.yaml").read_text(
+        encoding="utf-8"
+    )
+    grid.write_text(
+        text.replace("name: quantizers", "name: small")
+        .replace("[fp, repq]", "[fp, rtn]")
+        .split("axes:")[0]
+    )
     missing = invoke(tmp_path, "--profile", str(grid))
     assert missing.exit_code == 2
     assert "Nothing of profile 'small' is measured" in missing.output
@@ -291,7 +369,9 @@ def test_the_command_writes_the_page_beside_the_results(tmp_path: Path):
     cells = report_fakes.write_results(tmp_path, load_grid(str(grid)), examples=None)
     (tmp_path / "runs" / "x").mkdir()
     (tmp_path / "runs" / "x" / "result.json").write_text("no")
-    result = invoke(tmp_path, "--profile", str(grid), "--output", str(tmp_path / "deep" / "page.html"))
+    result = invoke(
+        tmp_path, "--profile", str(grid), "--output", str(tmp_path / "deep" / "page.html")
+    )
     assert result.exit_code == 0, result.output
     assert f"{len(cells)} of {len(cells)} cells, 0 failed." in result.output
     assert "runs/x/result.json" in result.output

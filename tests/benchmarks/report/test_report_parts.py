@@ -53,14 +53,23 @@ def spot(name: str, cost: float, value: float) -> dict[str, Any]:
 
 
 def test_the_front_is_what_nothing_beats():
-    spots = [spot("dear", 9, 80), spot("cheap", 1, 50), spot("beaten", 5, 60), spot("good", 4, 80), spot("mid", 2, 70)]
+    spots = [
+        spot("dear", 9, 80),
+        spot("cheap", 1, 50),
+        spot("beaten", 5, 60),
+        spot("good", 4, 80),
+        spot("mid", 2, 70),
+    ]
     assert pareto(spots) == ["cheap", "mid", "good"]
     assert pareto(spots, higher=False) == ["cheap"]
     rng = np.random.default_rng(1)
     many = [spot(str(i), *rng.integers(1, 20, 2).astype(float)) for i in range(200)]
     kept = set(pareto(many))
     for name, cost, value in (one.values() for one in many):
-        beaten = any((o["cost"] <= cost and o["value"] > value) or (o["cost"] < cost and o["value"] >= value) for o in many)
+        beaten = any(
+            (o["cost"] <= cost and o["value"] > value) or (o["cost"] < cost and o["value"] >= value)
+            for o in many
+        )
         assert beaten != (name in kept), name
 
 
@@ -90,7 +99,13 @@ def test_ticks_of_a_stretched_scale_are_round_and_apart():
 
 
 def test_charts_hold_any_text():
-    row = {"name": "a\0\ud800", "block": "b\x1b\\u0001", "value": 1.0, "look": "c0 circle", "title": "<t>\a"}
+    row = {
+        "name": "a\0\ud800",
+        "block": "b\x1b\\u0001",
+        "value": 1.0,
+        "look": "c0 circle",
+        "title": "<t>\a",
+    }
     chart = block_chart([row], "all")
     assert 'data-method="a��"' in chart
     assert "<title>&lt;t&gt;�</title>" in chart
@@ -99,7 +114,9 @@ def test_charts_hold_any_text():
 
 def test_error_bars_are_the_spread_of_seeds_or_the_sampling_error(tmp_path: Path):
     grid = fakes.plain_demo(seeds=(1, 2))
-    cells = report_fakes.write_results(tmp_path, grid, examples=None, keep=lambda c: not (c.method == "rtn" and c.seed == 2))
+    cells = report_fakes.write_results(
+        tmp_path, grid, examples=None, keep=lambda c: not (c.method == "rtn" and c.seed == 2)
+    )
     groups = make_groups(collect(cells, fakes.ADAPTER))
     two = next(group for group in groups if group.method == "fimaq")
     one = next(group for group in groups if group.method == "rtn")
@@ -110,14 +127,18 @@ def test_error_bars_are_the_spread_of_seeds_or_the_sampling_error(tmp_path: Path
     assert single.seeds == 1
     page = write(tmp_path, grid)
     titles = [title.text for title in page.one(id="methods").all("title")]
-    assert f"fimaq, w4a4: {score.value:.2f} ± {np.std(values, ddof=1):.2f} sd over 2 seeds" in titles
+    assert (
+        f"fimaq, w4a4: {score.value:.2f} ± {np.std(values, ddof=1):.2f} sd over 2 seeds" in titles
+    )
     assert f"rtn, w4a4: {single.value:.2f} ± 0.50 standard error over samples, one seed" in titles
 
 
 def test_charts_say_what_they_show_and_have_their_data(page: report_fakes.Node):
     charts = page.all("svg", css="chart")
     assert len(charts) > 30
-    assert all(chart.attrs["role"] == "img" and len(chart.attrs["aria-label"]) > 20 for chart in charts)
+    assert all(
+        chart.attrs["role"] == "img" and len(chart.attrs["aria-label"]) > 20 for chart in charts
+    )
     for figure in page.all("figure"):
         assert figure.one("figcaption").text
         assert figure.one("details", css="data").one("table").one("tbody").all("tr")
@@ -138,7 +159,9 @@ def test_blocks_are_shown(page: report_fakes.Node):
 
 def test_records_without_figures_of_blocks_say_so(tmp_path: Path):
     grid = fakes.plain_demo(seeds=(1,))
-    report_fakes.write_results(tmp_path, grid, lambda cell: report_fakes.full_record(cell, blocks={}), examples=None)
+    report_fakes.write_results(
+        tmp_path, grid, lambda cell: report_fakes.full_record(cell, blocks={}), examples=None
+    )
     blocks = write(tmp_path, grid).one(id="blocks")
     assert not blocks.all("svg")
     assert "18 records of reconstructed cells have no figures of blocks" in blocks.text
@@ -172,9 +195,19 @@ def test_time_and_memory_of_stages(page: report_fakes.Node):
 def test_module_maps_are_shared_by_cells_that_differ_in_bits_only(tmp_path: Path):
     grid = fakes.plain_demo(seeds=(1,))
     cells = report_fakes.write_results(tmp_path, grid, examples=None)
-    maps = [found for found in module_maps(make_groups(collect(cells, fakes.ADAPTER))) if found["subject"] == "demo_vit"]
+    maps = [
+        found
+        for found in module_maps(make_groups(collect(cells, fakes.ADAPTER)))
+        if found["subject"] == "demo_vit"
+    ]
     assert [found["used_by"] for found in maps] == [["rtn", "brecq", "qdrop"], ["fimaq"]]
-    assert maps[0]["rows"][0] == ("blocks.0.qkv", "linear", "W, uniform, 80 scales (80, 1)", "A, uniform, per tensor", "–")
+    assert maps[0]["rows"][0] == (
+        "blocks.0.qkv",
+        "linear",
+        "W, uniform, 80 scales (80, 1)",
+        "A, uniform, per tensor",
+        "–",
+    )
     assert maps[0]["rows"][1][2] == "8 bits, uniform, per tensor"
     assert maps[0]["full_precision"] == ("blocks.0.norm (LayerNorm)",)
     text = write(tmp_path, grid).one(id="modules").text
@@ -183,16 +216,33 @@ def test_module_maps_are_shared_by_cells_that_differ_in_bits_only(tmp_path: Path
 
 def test_examples_stand_beside_full_precision(page: report_fakes.Node):
     boards = page.one(id="examples").all("details", css="board")
-    assert [(b.attrs["data-model"], b.attrs["data-bits"]) for b in boards[:2]] == [("demo_vit", "w4a4"), ("demo_vit", "w3a3")]
+    assert [(b.attrs["data-model"], b.attrs["data-bits"]) for b in boards[:2]] == [
+        ("demo_vit", "w4a4"),
+        ("demo_vit", "w3a3"),
+    ]
     table = boards[0].one("table")
-    assert [cell.text for cell in table.one("thead").all("th")] == ["sample", "full precision", "rtn", "brecq", "qdrop", "fimaq"]
+    assert [cell.text for cell in table.one("thead").all("th")] == [
+        "sample",
+        "full precision",
+        "rtn",
+        "brecq",
+        "qdrop",
+        "fimaq",
+    ]
     rows = table.one("tbody").all("tr")
     assert [len(row.all(css="wrong")) for row in rows] == [0, 4]
     assert "wrong: 01" in rows[1].all("td")[1].text
     assert [cell.text for cell in table.one("tfoot").all("td")] == ["", *["1 of 2"] * 4]
     detection = next(b for b in boards if b.attrs["data-model"] == "demo_mask_rcnn").one("table")
     drawings = detection.one("tbody").all("tr")[1].all("svg", css="drawing")
-    assert [len(found.all("polygon")) for found in drawings] == [1, 1, 0, 0, 0, 0]  # the truth, full precision, methods
+    assert [len(found.all("polygon")) for found in drawings] == [
+        1,
+        1,
+        0,
+        0,
+        0,
+        0,
+    ]  # the truth, full precision, methods
     assert drawings[0].attrs["aria-label"] == "truth: seven"
     assert drawings[1].attrs["aria-label"] == "found: seven 90%"
     assert drawings[2].attrs["aria-label"] == "found: nothing"
@@ -229,7 +279,9 @@ def test_one_unknown_sample_does_not_take_the_other_pictures_away(tmp_path: Path
     assert "There is no sample test/1." in page.one(id="problems").text
 
 
-@pytest.mark.parametrize("content", ["{", '{"samples": 3}', '{"task": "x", "samples": [{"sample": "a", "truth": "b"}]}'])
+@pytest.mark.parametrize(
+    "content", ["{", '{"samples": 3}', '{"task": "x", "samples": [{"sample": "a", "truth": "b"}]}']
+)
 def test_damaged_examples_are_listed(tmp_path: Path, content: str):
     cells = report_fakes.write_results(tmp_path, SMALL)
     (fakes.planned_folder(cells[0].request) / "examples.json").write_text(content)
@@ -258,7 +310,10 @@ def hostile_record(cell: Cell) -> ResultRecord:
     if record.modules is not None:
         layers = record.modules.model_copy(
             update={
-                "quantized": [layer.model_copy(update={"name": HOSTILE, "kind": HOSTILE}) for layer in record.modules.quantized],
+                "quantized": [
+                    layer.model_copy(update={"name": HOSTILE, "kind": HOSTILE})
+                    for layer in record.modules.quantized
+                ],
                 "full_precision": [HOSTILE],
             }
         )
@@ -268,7 +323,9 @@ def hostile_record(cell: Cell) -> ResultRecord:
             "variant": HOSTILE,
             "notes": [HOSTILE, "javascript:alert(1)"],
             "dataset": record.dataset.model_copy(update={"name": HOSTILE, "split": HOSTILE}),
-            "weights": record.weights.model_copy(update={"source": HOSTILE, "tag": HOSTILE, "sha256": HOSTILE}),
+            "weights": record.weights.model_copy(
+                update={"source": HOSTILE, "tag": HOSTILE, "sha256": HOSTILE}
+            ),
             "environment": record.environment.model_copy(
                 update={"device": HOSTILE, "git_revision": HOSTILE, "versions": {HOSTILE: HOSTILE}}
             ),
@@ -294,15 +351,25 @@ def hostile_examples(cell: Cell) -> Any:
 def write_hostile(folder: Path) -> Path:
     """A page of records that attack it; return its path."""
     report_fakes.write_results(folder, GRID, hostile_record, hostile_examples)
-    cells = report_fakes.write_results(folder, GRID, hostile_record, hostile_examples, keep=lambda cell: cell.seed != 2)
+    cells = report_fakes.write_results(
+        folder, GRID, hostile_record, hostile_examples, keep=lambda cell: cell.seed != 2
+    )
     (fakes.planned_folder(cells[-1].request) / "result.json").unlink()
-    (fakes.planned_folder(cells[-1].request) / "error.log").write_text(HOSTILE.replace("\u2028", ""))
+    (fakes.planned_folder(cells[-1].request) / "error.log").write_text(
+        HOSTILE.replace("\u2028", "")
+    )
     # A folder's name may be no text at all.
     bad = Path(os.fsdecode(os.fsencode(folder / "runs" / "<script>window.hacked=3<") + b"\xff"))
     write_record(hostile_record(cells[0]), bad)
     content = json.loads((bad / "result.json").read_text())
     (bad / "result.json").write_text(json.dumps(content | {HOSTILE: 1}))
-    write_report(GRID, RunOptions(results=folder), fakes.ADAPTER, folder / "report.html", report_fakes.pictures)
+    write_report(
+        GRID,
+        RunOptions(results=folder),
+        fakes.ADAPTER,
+        folder / "report.html",
+        report_fakes.pictures,
+    )
     return folder / "report.html"
 
 
@@ -315,7 +382,9 @@ def test_what_records_say_is_text_and_nothing_else(tmp_path: Path):
     for node in page.all():
         assert not any(name.startswith("on") or name == "style" for name in node.attrs), node.attrs
         for name in ("href", "src", "action", "formaction"):
-            assert node.attrs.get(name, "#").startswith(("#", "data:image/png", "data:image/jpeg", "data:,"))
+            assert node.attrs.get(name, "#").startswith(
+                ("#", "data:image/png", "data:image/jpeg", "data:,")
+            )
     labels = [node.attrs["aria-label"] for node in page.all("svg", css="drawing")]
     assert any(HOSTILE in label for label in labels)
 

@@ -39,8 +39,12 @@ def right(*correct) -> Outcomes:
     return outcomes(np.array(correct, dtype=bool))
 
 
-@pytest.mark.parametrize(("only_first", "only_second", "both", "neither"), [(7, 3, 80, 10), (0, 5, 1, 1), (4, 4, 0, 2)])
-def test_one_seed_is_mcnemars_closed_form(only_first: int, only_second: int, both: int, neither: int):
+@pytest.mark.parametrize(
+    ("only_first", "only_second", "both", "neither"), [(7, 3, 80, 10), (0, 5, 1, 1), (4, 4, 0, 2)]
+)
+def test_one_seed_is_mcnemars_closed_form(
+    only_first: int, only_second: int, both: int, neither: int
+):
     first = [True] * only_first + [False] * only_second + [True] * both + [False] * neither
     second = [False] * only_first + [True] * only_second + [True] * both + [False] * neither
     n, b, c = len(first), only_first, only_second
@@ -79,7 +83,10 @@ def test_contributions_to_a_metric_give_its_difference_and_the_error_of_a_mean()
 
 def test_samples_are_matched_by_id():
     ids = ["c", "a", "b", "d"]
-    first, second = outcomes([True, False, True, True], ids), outcomes([False, True, True, True], list("abcd"))
+    first, second = (
+        outcomes([True, False, True, True], ids),
+        outcomes([False, True, True, True], list("abcd")),
+    )
     result = paired({1: first}, {1: second})
     assert result is not None
     # By id nothing differs; by position two samples would.
@@ -91,7 +98,9 @@ def test_what_does_not_compare_gives_nothing():
     assert paired({1: four}, {2: four}) is None
     assert paired({}, {}) is None
     assert paired({1: four}, {1: right(1, 0, 1)}) is None
-    assert paired({1: four}, {1: outcomes(np.array([1, 0, 1, 1], dtype=bool), list("abcd"))}) is None
+    assert (
+        paired({1: four}, {1: outcomes(np.array([1, 0, 1, 1], dtype=bool), list("abcd"))}) is None
+    )
     assert paired({1: right(1)}, {1: right(0)}) is None
 
 
@@ -107,11 +116,18 @@ def test_records_on_disk_are_compared_and_damaged_ones_are_not(tmp_path):
     ]  # fmt: skip
     rng = np.random.default_rng(1)
     hits = {cell.key: rng.random(40) < 0.7 for cell in cells}
-    measured = fakes.write_cells(cells, lambda cell: 100 * hits[cell.key].mean(), lambda cell: hits[cell.key])
-    mine, base = ([item for item in measured if item.cell.method == method] for method in ("fimaq", "rtn"))
+    measured = fakes.write_cells(
+        cells, lambda cell: 100 * hits[cell.key].mean(), lambda cell: hits[cell.key]
+    )
+    mine, base = (
+        [item for item in measured if item.cell.method == method] for method in ("fimaq", "rtn")
+    )
     result = compare(mine, base)
     assert result is not None
-    means = {m: np.mean([hits[item.cell.key].mean() for item in items]) for m, items in (("fimaq", mine), ("rtn", base))}
+    means = {
+        m: np.mean([hits[item.cell.key].mean() for item in items])
+        for m, items in (("fimaq", mine), ("rtn", base))
+    }
     assert result.difference == pytest.approx(100 * (means["fimaq"] - means["rtn"]))
 
     assert base[0].folder is not None
@@ -119,29 +135,49 @@ def test_records_on_disk_are_compared_and_damaged_ones_are_not(tmp_path):
     assert read_outcomes(base[0]) is None
     again = compare(mine, base)
     assert again is not None
-    assert again.difference == pytest.approx(100 * (hits[mine[1].cell.key].mean() - hits[base[1].cell.key].mean()))
+    assert again.difference == pytest.approx(
+        100 * (hits[mine[1].cell.key].mean() - hits[base[1].cell.key].mean())
+    )
     assert base[1].folder is not None
     (base[1].folder / "outcomes.npz").unlink()
     assert compare(mine, base) is None
 
 
 def test_outcomes_of_another_record_are_not_used_and_a_warning_says_so(tmp_path, caplog):
-    cells = expand(fakes.plain_demo(), Filters(models=("demo_vit",), bits=("w4a4",)), RunOptions(results=tmp_path))
+    cells = expand(
+        fakes.plain_demo(),
+        Filters(models=("demo_vit",), bits=("w4a4",)),
+        RunOptions(results=tmp_path),
+    )
     (cell,) = (cell for cell in cells if cell.method == "rtn" and cell.seed == 1)
-    (item,) = fakes.write_cells([cell], lambda cell: 75.0, lambda cell: np.array([True, True, True, False]))
+    (item,) = fakes.write_cells(
+        [cell], lambda cell: 75.0, lambda cell: np.array([True, True, True, False])
+    )
     assert item.folder is not None
-    own = replace(item, record=item.record.model_copy(update={"outcomes_sha256": file_sha256(item.folder / "outcomes.npz")}))
+    own = replace(
+        item,
+        record=item.record.model_copy(
+            update={"outcomes_sha256": file_sha256(item.folder / "outcomes.npz")}
+        ),
+    )
     assert read_outcomes(own) is not None
-    np.savez(item.folder / "outcomes.npz", sample=np.array(list("abcd")), correct=np.ones(4, dtype=bool))
+    np.savez(
+        item.folder / "outcomes.npz", sample=np.array(list("abcd")), correct=np.ones(4, dtype=bool)
+    )
     assert read_outcomes(item) is not None  # the record is of schema 1 and cannot tell
     assert not caplog.records
     assert read_outcomes(own) is None
     assert read_outcomes(own) is None
     (warning,) = caplog.records
-    assert f"{item.folder / 'outcomes.npz'} does not belong to the record beside it" in warning.getMessage()
+    assert (
+        f"{item.folder / 'outcomes.npz'} does not belong to the record beside it"
+        in warning.getMessage()
+    )
 
 
-def clustered(rng: np.random.Generator, images: int = 60) -> tuple[list[np.ndarray], np.ndarray, list[np.ndarray]]:
+def clustered(
+    rng: np.random.Generator, images: int = 60
+) -> tuple[list[np.ndarray], np.ndarray, list[np.ndarray]]:
     """Two methods' outcomes of queries by image (one) and by caption (one to four an image), dependent within an image."""
     captions = rng.integers(1, 5, images)
     cluster = np.concatenate([np.arange(images), np.repeat(np.arange(images), captions)])
@@ -152,7 +188,9 @@ def clustered(rng: np.random.Generator, images: int = 60) -> tuple[list[np.ndarr
 
 def test_parts_count_the_same_and_clusters_are_the_unit_of_the_error():
     (first, second), cluster, parts = clustered(np.random.default_rng(3))
-    result = paired({1: outcomes(first, None, cluster, parts)}, {1: outcomes(second, None, cluster, parts)})
+    result = paired(
+        {1: outcomes(first, None, cluster, parts)}, {1: outcomes(second, None, cluster, parts)}
+    )
     gaps = 100 * (first.astype(float) - second)
     images, n = int(cluster.max()) + 1, len(cluster)
     weight = np.concatenate([np.full(len(part), n / (2 * len(part))) for part in parts])
@@ -168,7 +206,9 @@ def test_parts_count_the_same_and_clusters_are_the_unit_of_the_error():
 
 def test_the_error_of_clusters_is_that_of_a_bootstrap_over_them():
     (first, second), cluster, parts = clustered(np.random.default_rng(4), images=300)
-    result = paired({1: outcomes(first, None, cluster, parts)}, {1: outcomes(second, None, cluster, parts)})
+    result = paired(
+        {1: outcomes(first, None, cluster, parts)}, {1: outcomes(second, None, cluster, parts)}
+    )
     gaps = 100 * (first.astype(float) - second)
     counts = np.random.default_rng(5).multinomial(300, np.full(300, 1 / 300), size=4000)
     drawn = np.mean([
@@ -198,7 +238,10 @@ def test_clusters_follow_their_samples_and_must_agree():
     order = np.random.default_rng(8).permutation(n)
     moved = [np.flatnonzero(np.isin(order, part)) for part in parts]
     one = outcomes(first, ids, cluster, parts)
-    other, shuffled = outcomes(second, ids, cluster, parts), outcomes(second[order], ids[order], cluster[order], moved)
+    other, shuffled = (
+        outcomes(second, ids, cluster, parts),
+        outcomes(second[order], ids[order], cluster[order], moved),
+    )
     assert paired({1: one}, {1: shuffled}) == paired({1: one}, {1: other})
     assert paired({1: one}, {1: outcomes(second, ids, cluster[order], parts)}) is None
     lone = np.zeros(n, dtype=int)
@@ -206,7 +249,9 @@ def test_clusters_follow_their_samples_and_must_agree():
 
 
 def test_clusters_and_directions_are_read_from_outcomes(tmp_path):
-    (cell, *_) = expand(fakes.plain_demo(), Filters(models=("demo_vit",)), RunOptions(results=tmp_path))
+    (cell, *_) = expand(
+        fakes.plain_demo(), Filters(models=("demo_vit",)), RunOptions(results=tmp_path)
+    )
     (item,) = fakes.write_cells([cell], lambda cell: 50.0, lambda cell: np.array([True, False]))
     plain = read_outcomes(item)
     assert plain is not None

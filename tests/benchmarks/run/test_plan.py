@@ -23,20 +23,35 @@ from tasks.common.request import CellRequest
 HERE = Environment(versions={}, git_revision="x", device="cpu Here", threads=2)
 
 
-def plan(grid: Grid, tmp_path: Path, filters: Filters = Filters(), jobs: int = 1, width: int | None = None, **more: Any) -> str:
+def plan(
+    grid: Grid,
+    tmp_path: Path,
+    filters: Filters = Filters(),
+    jobs: int = 1,
+    width: int | None = None,
+    **more: Any,
+) -> str:
     options = RunOptions(results=tmp_path)
     cells = expand(grid, filters, options)
     adapter = replace(fakes.ADAPTER, **more)
-    return plan_of(grid, filters, options, adapter, cells, jobs, width, reference=tmp_path / "reference")
+    return plan_of(
+        grid, filters, options, adapter, cells, jobs, width, reference=tmp_path / "reference"
+    )
 
 
 def cells_of(grid: Grid, tmp_path: Path) -> dict[str, Cell]:
     return {cell.label: cell for cell in expand(grid, Filters(), RunOptions(results=tmp_path))}
 
 
-def measure(cell: Cell, seconds: float, memory: int = 10**9, environment: Environment = HERE) -> None:
+def measure(
+    cell: Cell, seconds: float, memory: int = 10**9, environment: Environment = HERE
+) -> None:
     record = fakes.record_of(cell.request, 50.0).model_copy(
-        update={"seconds": {"a": seconds / 4, "b": 3 * seconds / 4}, "peak_memory_bytes": memory, "environment": environment}
+        update={
+            "seconds": {"a": seconds / 4, "b": 3 * seconds / 4},
+            "peak_memory_bytes": memory,
+            "environment": environment,
+        }
     )
     write_record(record, fakes.planned_folder(cell.request))
 
@@ -56,7 +71,9 @@ def rows(text: str) -> list[dict[str, str]]:
 
 
 def row(text: str, **wanted: str) -> dict[str, str]:
-    (found,) = [item for item in rows(text) if all(item[name] == value for name, value in wanted.items())]
+    (found,) = [
+        item for item in rows(text) if all(item[name] == value for name, value in wanted.items())
+    ]
     return found
 
 
@@ -65,10 +82,15 @@ def test_cells_are_numbered_as_they_start(tmp_path: Path):
     cells = cells_of(grid, tmp_path)
     measure(cells["demo_vit fp"], 1.0)
     found = rows(plan(grid, tmp_path))
-    wanted = [cell for chain in make_chains([c for c in cells.values() if c.label != "demo_vit fp"]) for cell in chain]
+    wanted = [
+        cell
+        for chain in make_chains([c for c in cells.values() if c.label != "demo_vit fp"])
+        for cell in chain
+    ]
     numbered = sorted((item for item in found if item["#"] != "-"), key=lambda item: int(item["#"]))
     assert [(i["model"], i["method"], i["bits"], i["seed"]) for i in numbered] == [
-        (cell.model, cell.method, cell.bits, "-" if cell.seed is None else str(cell.seed)) for cell in wanted
+        (cell.model, cell.method, cell.bits, "-" if cell.seed is None else str(cell.seed))
+        for cell in wanted
     ]
     assert [item["method"] for item in found if item["#"] == "-"] == ["fp"]
 
@@ -80,9 +102,11 @@ def test_costs_are_measured_or_estimated_from_cells_of_the_method(tmp_path: Path
     measure(cells["demo_vit rtn w3a3 seed 1"], 4.0, 2 * 10**9)
     measure(cells["demo_vit fimaq w3a3 seed 1"], 600.0, 3 * 10**9)
     text = plan(grid, tmp_path, jobs=2)
-    assert row(text, model="demo_vit", method="fimaq", seed="1") | {"time": "10 min", "memory": "3.0 GB", "done": "yes"} == row(
-        text, model="demo_vit", method="fimaq", seed="1"
-    )
+    assert row(text, model="demo_vit", method="fimaq", seed="1") | {
+        "time": "10 min",
+        "memory": "3.0 GB",
+        "done": "yes",
+    } == row(text, model="demo_vit", method="fimaq", seed="1")
     other = row(text, model="demo_swin", method="fimaq", seed="2")
     assert (other["time"], other["memory"], other["done"]) == ("~10 min", "~3.0 GB", "no")
     # nothing of their method, but they too reconstruct blocks
@@ -90,7 +114,10 @@ def test_costs_are_measured_or_estimated_from_cells_of_the_method(tmp_path: Path
     assert "Costs of finished cells here: cpu Here, 2 threads (3 cells)." in text
     # fp of two models; of vit 4 + 3 x 600, 1 + ... : chains (model, seed) of 4 cells, one of them begun
     work = 2 * 8 + 5 * 4 + 17 * 600
-    assert f"({duration(work)} of work; 24 from finished cells), largest memory of a cell 3.0 GB." in text
+    assert (
+        f"({duration(work)} of work; 24 from finished cells), largest memory of a cell 3.0 GB."
+        in text
+    )
     # 6 chains of about 30 min (one of 20) in two processes
     assert "CPU time: about 1 h 30 min at 2 jobs" in text
 
@@ -115,7 +142,9 @@ def test_costs_come_from_the_reference_where_nothing_here_tells(tmp_path: Path):
         measure(cell, 100.0 + number, (number + 1) * 10**8, other)
     from benchmarks.results.scores import collect
 
-    files = write_reference(grid, collect(theirs, fakes.ADAPTER), "# Title\n\nbody", tmp_path / "reference")
+    files = write_reference(
+        grid, collect(theirs, fakes.ADAPTER), "# Title\n\nbody", tmp_path / "reference"
+    )
     assert costs_path("demo", tmp_path / "reference") in files
     kept = read_costs(costs_path("demo", tmp_path / "reference"))
     assert [(r.model, r.method, r.seconds, r.device, r.threads) for r in kept[:2]] == [
@@ -136,12 +165,18 @@ def test_costs_come_from_the_reference_where_nothing_here_tells(tmp_path: Path):
     assert row(text, model="demo_vit", method="fimaq")["time"] == "~2 min"
     assert "Costs of finished cells here: cpu Here, 2 threads (1 cell)." in text
     # and is found where the filter leaves it out
-    assert {item["time"] for item in rows(plan(grid, tmp_path, Filters(models=("demo_vit",), methods=("rtn",))))} == {"~7 s"}
+    assert {
+        item["time"]
+        for item in rows(plan(grid, tmp_path, Filters(models=("demo_vit",), methods=("rtn",))))
+    } == {"~7 s"}
 
 
 def test_costs_survive_their_file(tmp_path: Path):
     cells = expand(load_grid("demo"), Filters(), RunOptions(results=tmp_path))
-    found = [cost_row(cell, fakes.record_of(cell.request, 1.0)) for cell in (cells[0], cells[1], cells[-1])]
+    found = [
+        cost_row(cell, fakes.record_of(cell.request, 1.0))
+        for cell in (cells[0], cells[1], cells[-1])
+    ]
     path = tmp_path / "x.costs.csv"
     path.write_text(costs_text(found))
     assert read_costs(path) == found
@@ -171,7 +206,11 @@ def test_damaged_reference_costs_are_one_line_and_the_plan_goes_on(tmp_path: Pat
 def test_what_is_there_of_unfinished_cells_is_listed(tmp_path: Path):
     def cached(request: CellRequest, folder: Path) -> list[str]:
         assert folder == fakes.planned_folder(request)
-        return ["blocks 3", "calibration"] if request.recipe is not None and request.recipe.method == "fimaq" else []
+        return (
+            ["blocks 3", "calibration"]
+            if request.recipe is not None and request.recipe.method == "fimaq"
+            else []
+        )
 
     grid = fakes.plain_demo(seeds=(1,), bits=("w3a3",))
     measure(cells_of(grid, tmp_path)["demo_vit fimaq w3a3 seed 1"], 5.0)
@@ -201,7 +240,9 @@ def test_the_real_adapter_knows_what_is_there(tmp_path: Path):
 
 @pytest.mark.parametrize("width", [40, 80, 120, 200, None])
 @pytest.mark.parametrize("profile", ["demo", "paper-ablation"])
-def test_plans_fit_their_terminal_and_say_which_cell_is_meant(tmp_path: Path, profile: str, width: int | None):
+def test_plans_fit_their_terminal_and_say_which_cell_is_meant(
+    tmp_path: Path, profile: str, width: int | None
+):
     grid = load_grid(profile)
     options = RunOptions(results=tmp_path)
     cells = expand(grid, Filters(), options)
@@ -211,7 +252,9 @@ def test_plans_fit_their_terminal_and_say_which_cell_is_meant(tmp_path: Path, pr
     assert len(table) == len(cells)
     start = text.split("\n").index(next(line for line in text.split("\n") if line.startswith("--")))
     if width in (None, 80, 120, 200):
-        assert width is None or all(len(line) <= width for line in text.split("\n")[start - 1 : start + len(cells) + 1])
+        assert width is None or all(
+            len(line) <= width for line in text.split("\n")[start - 1 : start + len(cells) + 1]
+        )
     told = {"model", "method", "bits"}
     assert all(told <= set(item) or "All cells:" in text for item in table)
     if width is None:
@@ -244,10 +287,20 @@ def test_published_minutes_and_two_kinds_of_device(tmp_path: Path):
     measure(cells_of(grid, tmp_path)["vit_small fp"], 100.0)
     text = plan(grid, tmp_path)
     assert "GPU time: about 18 h 52 min at 1 job (18 h 52 min of work; 14 published)." in text
-    assert "CPU time: about 10 min at 1 job (10 min of work; 6 from finished cells), largest memory of a cell 1.0 GB." in text
+    assert (
+        "CPU time: about 10 min at 1 job (10 min of work; 6 from finished cells), largest memory of a cell 1.0 GB."
+        in text
+    )
     assert "not in this" not in text
     assert row(text, model="vit_base", method="fp")["time"] == "~2 min (CPU)"
     # cells that are to run on a CPU have only a GPU's times, which is said
-    text = plan(grid.model_copy(update={"device": "cpu"}), tmp_path, Filters(methods=("fimaq",), models=("vit_small",)))
-    assert "(1 h 36 min of work; 2 published); 2 of these are to run on another kind of device." in text
+    text = plan(
+        grid.model_copy(update={"device": "cpu"}),
+        tmp_path,
+        Filters(methods=("fimaq",), models=("vit_small",)),
+    )
+    assert (
+        "(1 h 36 min of work; 2 published); 2 of these are to run on another kind of device."
+        in text
+    )
     assert "CPU time" not in text

@@ -43,7 +43,11 @@ def executor(tmp_path: Path) -> Iterator[LocalExecutor]:
     executor.close()
 
 
-def start(executor: LocalExecutor, cell: Cell, run_cell: Callable[[CellRequest, Report], Path] = engine_fakes.run_cell) -> None:
+def start(
+    executor: LocalExecutor,
+    cell: Cell,
+    run_cell: Callable[[CellRequest, Report], Path] = engine_fakes.run_cell,
+) -> None:
     log = fakes.planned_folder(cell.request) / "error.log"
     executor.start("worker 1", cell.label, pickle.dumps((run_cell, cell.request, log)))
 
@@ -71,7 +75,9 @@ def test_each_cell_has_its_own_process_of_one_fork_server(executor: LocalExecuto
     assert len({words[0] for words in found}) == 3
     assert len({words[1] for words in found}) == 1
     lines = (tmp_path / "logs/worker-1.log").read_text().splitlines()
-    assert [line for line in lines if line.startswith("==")] == [f"== {cell.label}" for cell in cells_of(tmp_path)[:3]]
+    assert [line for line in lines if line.startswith("==")] == [
+        f"== {cell.label}" for cell in cells_of(tmp_path)[:3]
+    ]
 
 
 def test_a_cell_has_started_before_its_progress_is_told(executor: LocalExecutor, tmp_path: Path):
@@ -97,7 +103,9 @@ def test_a_killed_process_fails_its_cell_only(executor: LocalExecutor, tmp_path:
     assert len({words[1] for words in engine_fakes.attempts(tmp_path)}) == 1
 
 
-def test_a_killed_fork_server_fails_its_cell_takes_the_process_along_and_is_replaced(executor: LocalExecutor, tmp_path: Path):
+def test_a_killed_fork_server_fails_its_cell_takes_the_process_along_and_is_replaced(
+    executor: LocalExecutor, tmp_path: Path
+):
     first, second = cells_of(tmp_path)[:2]
     plan(tmp_path, first, "kill parent")
     start(executor, first)
@@ -122,7 +130,9 @@ def name_the_temporary_folder(request: CellRequest, report: Report) -> Path:
     raise AssertionError
 
 
-def test_closing_ends_a_process_at_work_and_leaves_no_files(executor: LocalExecutor, tmp_path: Path):
+def test_closing_ends_a_process_at_work_and_leaves_no_files(
+    executor: LocalExecutor, tmp_path: Path
+):
     start(executor, cells_of(tmp_path)[0], name_the_temporary_folder)
     until((tmp_path / "told.txt").exists)
     folder, child, _ = (tmp_path / "told.txt").read_text().splitlines()
@@ -251,7 +261,9 @@ def fill_memory(request: CellRequest, report: Report) -> Path:
     raise AssertionError
 
 
-@pytest.mark.parametrize(("fault", "kind"), [("memory", "memory"), ("busy", "busy"), ("error", "error")])
+@pytest.mark.parametrize(
+    ("fault", "kind"), [("memory", "memory"), ("busy", "busy"), ("error", "error")]
+)
 def test_failures_have_a_kind(tmp_path: Path, fault: str, kind: str):
     cell = cells_of(tmp_path)[0]
     plan(tmp_path, cell, fault)
@@ -265,6 +277,8 @@ def test_failures_have_a_kind(tmp_path: Path, fault: str, kind: str):
 
 
 def test_memory_that_pytorch_does_not_find_is_told_apart_from_errors(tmp_path: Path):
-    failed = measure(pickle.dumps((fill_memory, cells_of(tmp_path)[0].request, None)), lambda _: None)
+    failed = measure(
+        pickle.dumps((fill_memory, cells_of(tmp_path)[0].request, None)), lambda _: None
+    )
     assert isinstance(failed, Failed)
     assert failed.kind == "memory"

@@ -50,7 +50,16 @@ def cluster() -> Iterator[Any]:
 
 
 def run(tmp_path: Path, address: str, *args: str) -> Result:
-    command = ["run", "--profile", small_grid(tmp_path), "--engine", "ray", "--ray-address", address, *args]
+    command = [
+        "run",
+        "--profile",
+        small_grid(tmp_path),
+        "--engine",
+        "ray",
+        "--ray-address",
+        address,
+        *args,
+    ]
     return CliRunner().invoke(cli, [*command, "--results", str(tmp_path)], obj=engine_fakes.ADAPTER)
 
 
@@ -72,16 +81,34 @@ def test_a_grid_finishes_on_ray_whatever_is_killed(cluster: Any, tmp_path: Path)
 def node_of(cluster: Any, pid: int) -> Any:
     """The node whose raylet is above a process."""
     above = {process.pid for process in psutil.Process(pid).parents()}
-    (found,) = [node for node in cluster.list_all_nodes() if node.all_processes["raylet"][0].process.pid in above]
+    (found,) = [
+        node
+        for node in cluster.list_all_nodes()
+        if node.all_processes["raylet"][0].process.pid in above
+    ]
     return found
 
 
 def test_nodes_come_and_go(cluster: Any, tmp_path: Path):
     """One goes with its cell while the other is busy; the next that comes measures it."""
-    (tmp_path / "plan.json").write_text(json.dumps({"demo_vit fp": ["sleep"], "demo_swin fp": ["flag"]}))
-    options = ["--profile", small_grid(tmp_path), "--engine", "ray", "--ray-address", cluster.address, "--results", str(tmp_path)]
+    (tmp_path / "plan.json").write_text(
+        json.dumps({"demo_vit fp": ["sleep"], "demo_swin fp": ["flag"]})
+    )
+    options = [
+        "--profile",
+        small_grid(tmp_path),
+        "--engine",
+        "ray",
+        "--ray-address",
+        cluster.address,
+        "--results",
+        str(tmp_path),
+    ]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    command, pipes = [sys.executable, "-c", DRIVER, "run", *options], {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    command, pipes = (
+        [sys.executable, "-c", DRIVER, "run", *options],
+        {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT},
+    )
     driver = subprocess.Popen(command, env=environment, text=True, **pipes)
     until(lambda: len(engine_fakes.attempts(tmp_path)) == 2)
     (pid,) = [int(words[0]) for words in engine_fakes.attempts(tmp_path) if words[2] == "demo_vit"]
@@ -95,7 +122,9 @@ def test_nodes_come_and_go(cluster: Any, tmp_path: Path):
     assert "demo_vit fp: waits again: its process on " in output
 
 
-def test_a_machine_that_does_not_see_the_results_is_named(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_machine_that_does_not_see_the_results_is_named(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     @contextmanager
     def elsewhere(path: Path) -> Iterator[Path]:
         yield tmp_path / "elsewhere"
@@ -108,7 +137,9 @@ def test_a_machine_that_does_not_see_the_results_is_named(cluster: Any, tmp_path
     assert engine_fakes.attempts(tmp_path) == []
 
 
-def test_one_machine_that_is_not_set_up_is_left_out(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_one_machine_that_is_not_set_up_is_left_out(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     real, bad = ray._task(), cluster.list_all_nodes()[-1].node_id
 
     def cell(*arguments: Any) -> Any:
@@ -134,11 +165,21 @@ def test_one_machine_that_is_not_set_up_is_left_out(cluster: Any, tmp_path: Path
         ("127.0.0.1:1", [], "error: No Ray cluster answers at 127.0.0.1:1"),
         ("head", [], "error: No Ray cluster answers at head (which is not host:port)"),
         ("ray://head:10001", [], "Give its address as host:port"),
-        ("127.0.0.1:1", ["--device", "cuda:1"], "error: Device 'cuda:1': Ray gives each cell a GPU of its own"),
-        ("127.0.0.1:1", ["--engine", "local"], "error: A Ray address is of use to the Ray engine only"),
+        (
+            "127.0.0.1:1",
+            ["--device", "cuda:1"],
+            "error: Device 'cuda:1': Ray gives each cell a GPU of its own",
+        ),
+        (
+            "127.0.0.1:1",
+            ["--engine", "local"],
+            "error: A Ray address is of use to the Ray engine only",
+        ),
     ],
 )
-def test_what_cannot_work_is_said_in_a_line(tmp_path: Path, address: str, args: list[str], words: str):
+def test_what_cannot_work_is_said_in_a_line(
+    tmp_path: Path, address: str, args: list[str], words: str
+):
     result = run(tmp_path, address, *args)
     assert result.exit_code == 2, result.output
     assert words in result.output
@@ -155,7 +196,9 @@ def test_without_ray_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Monk
 def test_the_command_for_failed_cells_keeps_the_engine(tmp_path: Path):
     how = ExecutorOptions("ray", 3, "head:6379", 0.5)
     command = rerun_command("demo", [], RunOptions(placement="disk"), how)
-    assert command.endswith("--placement disk --engine ray --ray-address head:6379 --jobs 3 --gpus-per-cell 0.5")
+    assert command.endswith(
+        "--placement disk --engine ray --ray-address head:6379 --jobs 3 --gpus-per-cell 0.5"
+    )
 
 
 @pytest.fixture
@@ -186,7 +229,11 @@ def test_no_address_is_this_machine_in_any_environment(alone: dict[str, str], tm
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("TMPDIR", "/any/" + 8 * "long-name/", "has 85 bytes, and 39 is the most for sockets in it"),
+        (
+            "TMPDIR",
+            "/any/" + 8 * "long-name/",
+            "has 85 bytes, and 39 is the most for sockets in it",
+        ),
         ("RAY_TMPDIR", "/any/" + 40 * "é", "has 85 bytes"),
         ("RAY_TMPDIR", "relative", "is not an absolute path"),
         ("RAY_TMPDIR", "", "is not an absolute path"),

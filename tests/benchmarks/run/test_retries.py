@@ -25,7 +25,16 @@ pytestmark = pytest.mark.slow
 
 def run(tmp_path: Path, plan: dict[str, list[str]], *args: str) -> Result:
     (tmp_path / "plan.json").write_text(json.dumps(plan))
-    command = ["run", "--profile", small_grid(tmp_path), "--jobs", "2", *args, "--results", str(tmp_path)]
+    command = [
+        "run",
+        "--profile",
+        small_grid(tmp_path),
+        "--jobs",
+        "2",
+        *args,
+        "--results",
+        str(tmp_path),
+    ]
     return CliRunner().invoke(cli, command, obj=engine_fakes.ADAPTER)
 
 
@@ -45,7 +54,10 @@ def test_a_grid_finishes_whatever_happens_to_its_processes(tmp_path: Path):
 
 
 def test_what_always_fails_is_given_up_and_listed_and_the_rest_is_measured(tmp_path: Path):
-    plan = {"demo_vit rtn w3a3": ["further kill"] + ["kill"] * 9, "demo_vit fimaq w3a3": ["error"] * 9}
+    plan = {
+        "demo_vit rtn w3a3": ["further kill"] + ["kill"] * 9,
+        "demo_vit fimaq w3a3": ["error"] * 9,
+    }
     result = run(tmp_path, plan)
     assert result.exit_code == 1
     assert "2 of 6 cells failed" in result.output
@@ -66,7 +78,11 @@ def test_without_retries_nothing_is_tried_again(tmp_path: Path):
 def test_memory_that_runs_out_is_saved_and_the_cell_is_measured(tmp_path: Path):
     result = run(tmp_path, {"demo_vit fimaq w3a3": ["memory", "memory"]})
     assert result.exit_code == 0, result.output
-    batches = [words[-2] for words in engine_fakes.attempts(tmp_path) if words[2:5] == ["demo_vit", "fimaq", "w3a3"]]
+    batches = [
+        words[-2]
+        for words in engine_fakes.attempts(tmp_path)
+        if words[2:5] == ["demo_vit", "fimaq", "w3a3"]
+    ]
     assert batches == ["32", "16", "8"]
 
 
@@ -99,7 +115,11 @@ def test_cells_that_others_measure_are_put_aside_and_done_last(tmp_path: Path):
     assert result.exit_code == 0, result.output
     order = [" ".join(words[2:-2]) for words in engine_fakes.attempts(tmp_path)]
     assert order[0] == "demo_vit fp"
-    assert order.index("demo_swin fimaq w3a3") < order.index("demo_vit fp", 1) < order.index("demo_vit rtn w3a3")
+    assert (
+        order.index("demo_swin fimaq w3a3")
+        < order.index("demo_vit fp", 1)
+        < order.index("demo_vit rtn w3a3")
+    )
     assert order[-1] == "demo_vit rtn w3a3"
     assert "FAILED" not in result.output
 
@@ -110,13 +130,23 @@ def measured_by_another(request: CellRequest, report: object) -> Path:
     if request.recipe is None:
         for cell in expand_small(request.results.parent):
             if cell.label == "demo_vit rtn w3a3 seed 1":
-                write_record(fakes.record_of(cell.request, 77.0), fakes.planned_folder(cell.request))
+                write_record(
+                    fakes.record_of(cell.request, 77.0), fakes.planned_folder(cell.request)
+                )
     return path
 
 
 def test_a_cell_that_another_measured_meanwhile_is_not_measured_again(tmp_path: Path):
     adapter = replace(engine_fakes.ADAPTER, run_cell=measured_by_another)
-    command = ["run", "--profile", small_grid(tmp_path), "--models", "demo_vit", "--results", str(tmp_path)]
+    command = [
+        "run",
+        "--profile",
+        small_grid(tmp_path),
+        "--models",
+        "demo_vit",
+        "--results",
+        str(tmp_path),
+    ]
     result = CliRunner().invoke(cli, command, obj=adapter)
     assert result.exit_code == 0, result.output
     assert "demo_vit rtn w3a3 seed 1: measured elsewhere: top1 77.0" in result.output
@@ -180,7 +210,10 @@ def test_the_batch_of_a_recipe_is_never_made_smaller(cell: Cell):
 
 def test_only_getting_further_counts(cell: Cell):
     rules = attempts(cell, retries=2)
-    first, second = Progress("reconstruct", 0, 9, "block 1"), Progress("reconstruct", 3, 9, "block 2", 0.5)
+    first, second = (
+        Progress("reconstruct", 0, 9, "block 1"),
+        Progress("reconstruct", 3, 9, "block 2", 0.5),
+    )
     waits = Progress("wait for process 3 on a far machine", 0, 1)
     given = [(first,), (first,), (first, second), (first, second), (first, waits)]
     assert [after(rules, "died", *places)[0] for places in given] == [True, True, True, True, False]
@@ -191,7 +224,11 @@ def test_what_the_user_must_mend_is_not_tried_again(cell: Cell):
 
 
 def chain_cells(**changes: object) -> list[Cell]:
-    return expand(fakes.plain_demo(**changes), Filters(models=("demo_vit",), bits=("w3a3",), seeds=(1,)), RunOptions())
+    return expand(
+        fakes.plain_demo(**changes),
+        Filters(models=("demo_vit",), bits=("w3a3",), seeds=(1,)),
+        RunOptions(),
+    )
 
 
 def test_idle_slots_take_from_the_end_of_a_chain_that_is_past_its_first_cell():
@@ -205,7 +242,11 @@ def test_idle_slots_take_from_the_end_of_a_chain_that_is_past_its_first_cell():
     assert first is not None
     assert schedule.take("b") is None  # the first makes what they share
     schedule.over(first)
-    order = [cell.method for cell in (first, schedule.take("b"), schedule.take("a"), schedule.take("b")) if cell is not None]
+    order = [
+        cell.method
+        for cell in (first, schedule.take("b"), schedule.take("a"), schedule.take("b"))
+        if cell is not None
+    ]
     assert order == ["rtn", "fimaq", "brecq", "qdrop"]
     assert not schedule
 

@@ -51,7 +51,9 @@ def test_a_grid_runs_once_and_its_table_is_written(tmp_path: Path):
     assert len(measured(tmp_path)) == 6
     assert (tmp_path / "tables/small.csv").read_text().splitlines() == lines
 
-    forced = invoke(tmp_path, "run", "--profile", grid, "--force", "--methods", "rtn", "--jobs", "1")
+    forced = invoke(
+        tmp_path, "run", "--profile", grid, "--force", "--methods", "rtn", "--jobs", "1"
+    )
     assert forced.exit_code == 0
     assert measured(tmp_path)[6:] == ["demo_vit rtn", "demo_swin rtn"]
 
@@ -60,7 +62,9 @@ def test_measuring_again_goes_on_without_force(tmp_path: Path):
     grid = small_grid(tmp_path)
     assert invoke(tmp_path, "run", "--profile", grid, "--jobs", "1").exit_code == 0
     (tmp_path / "faults.json").write_text(json.dumps({"fimaq": "user error"}))
-    failed = invoke(tmp_path, "run", "--profile", grid, "--force", "--methods", "rtn,fimaq", "--jobs", "1")
+    failed = invoke(
+        tmp_path, "run", "--profile", grid, "--force", "--methods", "rtn,fimaq", "--jobs", "1"
+    )
     assert failed.exit_code == 1
     assert "Without --force the same command goes on" in failed.output
     assert failed.output.count("--force") == 1
@@ -116,13 +120,20 @@ def test_missing_data_is_said_once_before_anything_runs(tmp_path: Path):
     result = invoke(tmp_path, "run", "--profile", small_grid(tmp_path))
     assert result.exit_code == 2
     assert result.output.count("error: Missing: the data. Fetch it.") == 1
-    assert result.output.count("error: Missing: the weights of demo_vit, the weights of demo_swin. Train them.") == 1
+    assert (
+        result.output.count(
+            "error: Missing: the weights of demo_vit, the weights of demo_swin. Train them."
+        )
+        == 1
+    )
     assert measured(tmp_path) == []
 
 
 def test_plan_lists_cells_and_runs_nothing(tmp_path: Path):
     (tmp_path / "no-data").touch()
-    result = invoke(tmp_path, "run", "--profile", "paper", "--plan", "--models", "vit_small", "--bits", "w3a3")
+    result = invoke(
+        tmp_path, "run", "--profile", "paper", "--plan", "--models", "vit_small", "--bits", "w3a3"
+    )
     assert result.exit_code == 0
     rows = [line.split() for line in result.output.splitlines()]
     (row,) = [row for row in rows if row[3:4] == ["fimaq"]]
@@ -149,7 +160,18 @@ def test_filtered_runs_never_shrink_the_table(tmp_path: Path):
     grid = small_grid(tmp_path)
     invoke(tmp_path, "run", "--profile", grid, "--jobs", "1")
     result = invoke(
-        tmp_path, "run", "--profile", grid, "--jobs", "1", "--models", "demo_vit", "--bits", "w2a4", "--methods", "rtn"
+        tmp_path,
+        "run",
+        "--profile",
+        grid,
+        "--jobs",
+        "1",
+        "--models",
+        "demo_vit",
+        "--bits",
+        "w2a4",
+        "--methods",
+        "rtn",
     )
     assert result.exit_code == 0, result.output
     table = (tmp_path / "tables/small.csv").read_text()
@@ -165,7 +187,10 @@ def test_filtered_runs_never_shrink_the_table(tmp_path: Path):
     [
         (["run", "--profile", "dmeo"], "error: Unknown profile 'dmeo'. Did you mean 'demo'?"),
         (["run", "--methods", "fimac"], "error: Unknown method 'fimac'. Did you mean 'fimaq'?"),
-        (["run", "--device", "gpu", "--models", "demo_vit", "--methods", "fp"], "error: Unknown device 'gpu'"),
+        (
+            ["run", "--device", "gpu", "--models", "demo_vit", "--methods", "fp"],
+            "error: Unknown device 'gpu'",
+        ),
         (["reference"], "error: Only 0 of 12 cells"),
     ],
 )
@@ -183,7 +208,10 @@ def test_diff_after_demo_numbers_alone_has_nothing_to_compare(tmp_path: Path):
     assert result.exit_code == 2
     assert "Nothing is comparable yet" in result.output
     assert invoke(tmp_path, "diff", "--allow-nothing").exit_code == 0
-    assert "6 measured values: measured on digit-pairs (test, 2000 samples), on which nothing is published." in result.output
+    assert (
+        "6 measured values: measured on digit-pairs (test, 2000 samples), on which nothing is published."
+        in result.output
+    )
     assert len((tmp_path / "tables/diff.csv").read_text().splitlines()) == 7
 
 
@@ -215,11 +243,26 @@ def test_interrupting_keeps_what_is_finished_and_leaves_no_process(tmp_path: Pat
     script = tmp_path / "main.py"
     script.write_text(code)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    command = [sys.executable, str(script), "run", "--profile", grid, "--results", str(tmp_path), "--jobs", "1"]
+    command = [
+        sys.executable,
+        str(script),
+        "run",
+        "--profile",
+        grid,
+        "--results",
+        str(tmp_path),
+        "--jobs",
+        "1",
+    ]
     # Shells let background jobs ignore this signal, and what such a job starts would ignore it too.
     restore = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=restore
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=restore,
     )
     until(lambda: "demo_vit fimaq" in measured(tmp_path))
     below = psutil.Process(process.pid).children(recursive=True)
@@ -264,7 +307,13 @@ def test_time_left_uses_measured_seconds_by_method():
     estimator.add(fast, 2.0)
     assert estimator.left([slow], {}, 1) is None
     estimator.add(slow, 30.0)
-    waiting = [cells["demo_vit rtn w3a3 seed 2"], cells["demo_swin fimaq w4a4 seed 1"], cells["demo_deit qdrop w4a4 seed 1"]]
+    waiting = [
+        cells["demo_vit rtn w3a3 seed 2"],
+        cells["demo_swin fimaq w4a4 seed 1"],
+        cells["demo_deit qdrop w4a4 seed 1"],
+    ]
     running = cells["demo_vit fimaq w4a4 seed 2"]
-    assert estimator.left(waiting, {running.key: (running, 10.0)}, 2) == pytest.approx((2 + 30 + 30 + 20) / 2)
+    assert estimator.left(waiting, {running.key: (running, 10.0)}, 2) == pytest.approx(
+        (2 + 30 + 30 + 20) / 2
+    )
     assert estimator.left([slow], {}, 8) == pytest.approx(30)

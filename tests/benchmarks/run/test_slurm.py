@@ -38,18 +38,33 @@ def job(tmp_path: Path) -> Iterator[dict[str, str]]:
         launcher = tmp_path / ".venv/bin" / name
         launcher.write_text(f'#!/bin/sh\nexec "{Path(sys.executable).with_name(name)}" "$@"\n')
         launcher.chmod(0o755)
-    for name, content in (("srun", SRUN), ("scontrol", '#!/bin/sh\nprintf "%s\\n" localhost second\n')):
+    for name, content in (
+        ("srun", SRUN),
+        ("scontrol", '#!/bin/sh\nprintf "%s\\n" localhost second\n'),
+    ):
         (shims / name).write_text(content)
         (shims / name).chmod(0o755)
     (tmp_path / "Makefile").write_text(MAKEFILE)
-    environment = {**os.environ, "PATH": f"{shims}:{os.environ['PATH']}", "SHIM_LOG": str(tmp_path / "shim.log")}
-    environment |= {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_SUBMIT_DIR": str(tmp_path)}
+    environment = {
+        **os.environ,
+        "PATH": f"{shims}:{os.environ['PATH']}",
+        "SHIM_LOG": str(tmp_path / "shim.log"),
+    }
+    environment |= {
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_JOB_NODELIST": "n[1-2]",
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+    }
     with ray_folder() as folder:
         yield environment | {"PYTHONPATH": str(SCRIPT.parents[1]), "RAY_TMPDIR": str(folder)}
 
 
-def test_a_job_starts_ray_on_all_machines_runs_the_grid_and_ends_it(job: dict[str, str], tmp_path: Path):
-    result = subprocess.run([SCRIPT, "PROFILE=paper"], env=job, capture_output=True, text=True, timeout=HANG)
+def test_a_job_starts_ray_on_all_machines_runs_the_grid_and_ends_it(
+    job: dict[str, str], tmp_path: Path
+):
+    result = subprocess.run(
+        [SCRIPT, "PROFILE=paper"], env=job, capture_output=True, text=True, timeout=HANG
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "machines: 2 cores: 2.0" in result.stdout
     assert "grid: ray paper" in result.stdout
@@ -68,11 +83,19 @@ def test_a_job_whose_time_is_up_leaves_nothing_running(job: dict[str, str], tmp_
     _, words = process.communicate(timeout=HANG)
     assert process.returncode == 143
     assert "submit the same again to go on" in words
-    until(lambda: not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in below))
+    until(
+        lambda: (
+            not any(
+                child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in below
+            )
+        )
+    )
 
 
 def test_outside_a_job_it_says_what_to_do(tmp_path: Path):
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("SLURM")
+    }
     result = subprocess.run([SCRIPT], env=environment, capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr == "error: not in a SLURM job: submit this script with sbatch.\n"

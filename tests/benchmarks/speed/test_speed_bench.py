@@ -53,7 +53,9 @@ def test_operations_and_bytes_of_a_vit_block_step_are_as_counted_by_hand() -> No
     products = batch * tokens * (weights + 2 * tokens * width)
     loss = batch * (tokens * width * rank + rank * rank)
     assert work.flops == 2 * (3 * products + 2 * loss)
-    quantized = batch * tokens * (3 * width + hidden + 3 * width + heads * tokens)  # inputs of 4 layers; q, k, v and the map
+    quantized = (
+        batch * tokens * (3 * width + hidden + 3 * width + heads * tokens)
+    )  # inputs of 4 layers; q, k, v and the map
     assert work.bytes == step_bytes(3 * batch * tokens * width, quantized, weights)
     assert set(times.wall) == {"tape", "fisher", "steps"}
     assert min(times.tape) > 0
@@ -82,7 +84,9 @@ def test_extrapolation_is_plain_arithmetic() -> None:
     found = protocol_seconds([0, 1, 1, 2], recipe, **parts, compile_s=7.0)
     assert found["calibration"] == pytest.approx(1 + 2 + 2 + 3)
     assert found["tape"] == pytest.approx(10 * (0.1 + 0.2 + 0.2 + 0.3))
-    assert found["fisher"] == pytest.approx(2 * 10 * ((0.01 + 0.04 + 0.04 + 0.05) + (0.03 + 0.04 + 0.05) + (0.03 + 0.05)))
+    assert found["fisher"] == pytest.approx(
+        2 * 10 * ((0.01 + 0.04 + 0.04 + 0.05) + (0.03 + 0.04 + 0.05) + (0.03 + 0.05))
+    )
     assert found["steps"] == pytest.approx(100 * (0.001 + 0.002 + 0.002 + 0.003))
     assert found["compile"] == 7
 
@@ -136,7 +140,9 @@ def test_the_command_writes_whole_records(records: Path) -> None:
     assert content["step_ms"].keys() == {"fused"}
     assert content["step_ms"]["fused"] > 0
     assert content["floor_ms"] > 0
-    assert content["full_protocol_min"] * 60 == pytest.approx(sum(content["full_protocol_s"].values()), rel=1e-3)
+    assert content["full_protocol_min"] * 60 == pytest.approx(
+        sum(content["full_protocol_s"].values()), rel=1e-3
+    )
     assert content["extrapolated"]
 
 

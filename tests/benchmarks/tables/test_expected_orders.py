@@ -22,7 +22,13 @@ def _methods(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setitem(METHODS, name, {"reconstruct": name == "aphq"})
 
 
-def measure(tmp_path, scores: dict[str, float], bits=("w4a4", "w3a3"), with_outcomes: bool = True, keep=lambda cell: True):
+def measure(
+    tmp_path,
+    scores: dict[str, float],
+    bits=("w4a4", "w3a3"),
+    with_outcomes: bool = True,
+    keep=lambda cell: True,
+):
     """Records whose scores are ``scores``, minus 10 points at 3 bits; the first samples are the right ones."""
     grid = parse_grid({
         "name": "t", "tasks": {"classification": {"dataset": "d", "models": ["a", "b"]}}, "methods": list(scores),
@@ -44,7 +50,9 @@ def lines(measured: list[Measured], start: str) -> list[str]:
 
 
 def test_calibration_alone_is_set_against_reconstruction_at_the_lowest_bits(tmp_path):
-    (line,) = lines(measure(tmp_path, {"rtn": 60.0, "repq": 70.0, "qdrop": 75.0, "aphq": 80.0}), CALIBRATION)
+    (line,) = lines(
+        measure(tmp_path, {"rtn": 60.0, "repq": 70.0, "qdrop": 75.0, "aphq": 80.0}), CALIBRATION
+    )
     assert line == (
         f"{CALIBRATION} w3a3 (mean over models): yes: best of rtn, repq: repq 60.00; "
         "worst of qdrop, aphq: qdrop 65.00 (2 models)."
@@ -58,40 +66,57 @@ def test_calibration_above_a_reconstruction_is_said(tmp_path):
 
 def test_only_models_with_all_methods_are_averaged(tmp_path):
     scores = {"repq": 70.0, "qdrop": 75.0}
-    (line,) = lines(measure(tmp_path, scores, keep=lambda cell: cell.model == "a" or cell.method == "repq"), CALIBRATION)
+    (line,) = lines(
+        measure(tmp_path, scores, keep=lambda cell: cell.model == "a" or cell.method == "repq"),
+        CALIBRATION,
+    )
     assert "(1 model)" in line
-    apart = measure(tmp_path / "apart", scores, keep=lambda cell: (cell.model == "a") == (cell.method == "repq"))
+    apart = measure(
+        tmp_path / "apart", scores, keep=lambda cell: (cell.model == "a") == (cell.method == "repq")
+    )
     (line,) = lines(apart, CALIBRATION)
     assert line.endswith("not judged, since no model has all of repq, qdrop.")
 
 
-@pytest.mark.parametrize("scores", [{"rtn": 60.0, "repq": 70.0}, {"qdrop": 75.0, "fimaq": 80.0}, {"fimaq": 80.0}])
+@pytest.mark.parametrize(
+    "scores", [{"rtn": 60.0, "repq": 70.0}, {"qdrop": 75.0, "fimaq": 80.0}, {"fimaq": 80.0}]
+)
 def test_an_order_without_its_methods_is_left_out(tmp_path, scores: dict[str, float]):
     assert lines(measure(tmp_path, scores), CALIBRATION) == []
 
 
 def test_the_order_of_fimaq_is_left_out_where_only_one_of_its_methods_is_measured(tmp_path):
     assert lines(measure(tmp_path / "one", {"fimaq": 80.0, "aphq": 70.0}), "Expected order") == []
-    assert len(lines(measure(tmp_path / "two", {"fimaq": 80.0, "qdrop": 70.0}), "Expected order")) == 1
+    assert (
+        len(lines(measure(tmp_path / "two", {"fimaq": 80.0, "qdrop": 70.0}), "Expected order")) == 1
+    )
 
 
 def test_methods_not_below_rounding_name_the_lowest(tmp_path):
     (line,) = lines(measure(tmp_path, {"rtn": 80.0, "repq": 79.75, "qdrop": 85.0}), ROUNDING)
     # One sample of 400 is lost on each model: its own standard error, 100/n, is as large as the difference.
-    assert line == f"{ROUNDING}, on any model: yes: lowest is repq on a -0.25 ± 0.25 points (4 comparisons)."
+    assert (
+        line
+        == f"{ROUNDING}, on any model: yes: lowest is repq on a -0.25 ± 0.25 points (4 comparisons)."
+    )
 
 
 def test_methods_below_rounding_are_all_named(tmp_path):
     (line,) = lines(measure(tmp_path, {"rtn": 80.0, "repq": 70.0, "qdrop": 85.0}), ROUNDING)
     lost, n = 40, N
     se = 100 * np.sqrt((lost - lost**2 / n) / (n - 1) / n)
-    assert f"NO: repq on a -10.00 ± {se:.2f}, repq on b -10.00 ± {se:.2f} points (4 comparisons)." in line
+    assert (
+        f"NO: repq on a -10.00 ± {se:.2f}, repq on b -10.00 ± {se:.2f} points (4 comparisons)."
+        in line
+    )
 
 
 def test_rounding_is_not_judged_without_outcomes_or_bits_or_rtn(tmp_path):
     scores = {"rtn": 80.0, "repq": 70.0}
     (line,) = lines(measure(tmp_path / "a", scores, with_outcomes=False), ROUNDING)
-    assert line.endswith("not judged, since there are no per-sample outcomes of the same samples and seeds.")
+    assert line.endswith(
+        "not judged, since there are no per-sample outcomes of the same samples and seeds."
+    )
     assert lines(measure(tmp_path / "b", scores, bits=("w3a3",)), ROUNDING) == []
     assert lines(measure(tmp_path / "c", {"repq": 70.0, "qdrop": 80.0}), ROUNDING) == []
 

@@ -30,7 +30,12 @@ SCORES = {"fp": 90.0, "rtn": 40.0, "qdrop": 70.126, "fimaq": 70.12}
 
 def value(cell: Cell) -> float:
     seed = 0.0 if cell.seed is None else cell.seed - 1.5
-    return SCORES[cell.method] - 5 * (cell.bits == "w3a8") - 3 * (cell.model == "demo_swin") + (cell.method == "rtn") * seed
+    return (
+        SCORES[cell.method]
+        - 5 * (cell.bits == "w3a8")
+        - 3 * (cell.model == "demo_swin")
+        + (cell.method == "rtn") * seed
+    )
 
 
 def measure(tmp_path: Path, grid=GRID, keep=lambda cell: True, score=value):
@@ -57,13 +62,22 @@ def tabular(text: str, label: str) -> tuple[int, list[list[str]]]:
 
 
 def test_every_row_has_the_tables_columns(tmp_path: Path):
-    parsed, cells, measured = measure(tmp_path, keep=lambda cell: cell.method != "qdrop" or cell.model != "demo_vit")
+    parsed, cells, measured = measure(
+        tmp_path, keep=lambda cell: cell.method != "qdrop" or cell.model != "demo_vit"
+    )
     text = latex.report(parsed.name, measured, cells)
     for section, width in (("classification", 4), ("retrieval", 5), ("detection", 6)):
         columns, rows = tabular(text, f"tab:my-grid-{section}")
         assert columns == width
         assert {len(row) for row in rows} == {width}
-    for command in (r"\toprule", r"\bottomrule", r"\begin{tabular}", r"\end{tabular}", r"\begin{table}", r"\end{table}"):
+    for command in (
+        r"\toprule",
+        r"\bottomrule",
+        r"\begin{tabular}",
+        r"\end{tabular}",
+        r"\begin{table}",
+        r"\end{table}",
+    ):
         assert text.count(command) == 3
     assert "|" not in re.sub(r"\\caption.*", "", text)
 
@@ -86,7 +100,9 @@ def test_rows_are_full_precision_then_methods_by_bits_and_values_are_means(tmp_p
 def test_values_that_print_alike_are_bold_alike_and_a_lone_one_is_not(tmp_path: Path):
     scores = {"fp": 90.0, "rtn": 40.0, "qdrop": 70.118, "fimaq": 70.122}
     parsed, cells, measured = measure(
-        tmp_path, keep=lambda cell: cell.bits != "w3a8" or cell.method == "rtn", score=lambda cell: scores[cell.method]
+        tmp_path,
+        keep=lambda cell: cell.bits != "w3a8" or cell.method == "rtn",
+        score=lambda cell: scores[cell.method],
     )
     _, rows = tabular(latex.report(parsed.name, measured, cells), "tab:my-grid-classification")
     assert [row[2] for row in rows[2:5]] == ["40.00", r"\textbf{70.12}", r"\textbf{70.12}"]
@@ -100,7 +116,11 @@ def test_scopes_and_metrics_have_their_places(tmp_path: Path):
     _, rows = tabular(text, "tab:my-grid-retrieval")
     assert rows[0] == ["", "", *[r"clip\_a"] * 3]
     assert rows[1][2:] == ["R@1", r"I\ensuremath{\to}T", r"T\ensuremath{\to}I"]
-    assert [row[0] for row in rows].count(r"\emph{vision}") == [row[0] for row in rows].count(r"\emph{both}") == 1
+    assert (
+        [row[0] for row in rows].count(r"\emph{vision}")
+        == [row[0] for row in rows].count(r"\emph{both}")
+        == 1
+    )
     assert [row[1] for row in rows].count("Full precision") == 1
     rtn = [row for row in rows if row[1] == "rtn"]
     assert len(rtn) == 4
@@ -115,7 +135,10 @@ def test_scopes_and_metrics_have_their_places(tmp_path: Path):
 def test_captions_say_what_the_numbers_rest_on(tmp_path: Path):
     parsed, cells, measured = measure(tmp_path)
     text = latex.report(parsed.name, measured, cells)
-    assert r"\caption{classification: Top-1 in percent on digit-pairs, split test (2000 samples). Mean over seeds 1, 2" in text
+    assert (
+        r"\caption{classification: Top-1 in percent on digit-pairs, split test (2000 samples). Mean over seeds 1, 2"
+        in text
+    )
     assert text.count("Quantization is simulated.") == 3
     _, cells, one = measure(tmp_path / "one", {**GRID, "seeds": [7]})
     assert "Seed 7." in latex.report(parsed.name, one, cells)
@@ -136,9 +159,13 @@ def test_text_is_escaped(text: str, escaped: str):
 
 
 def test_names_from_records_and_grids_are_escaped(tmp_path: Path):
-    parsed, cells, measured = measure(tmp_path, {**GRID, "tasks": {"classification": GRID["tasks"]["classification"]}})
+    parsed, cells, measured = measure(
+        tmp_path, {**GRID, "tasks": {"classification": GRID["tasks"]["classification"]}}
+    )
     data = fakes.DIGITS.model_copy(update={"name": r"50% of A&B_{x} \ #1"})
-    odd = [replace(item, record=item.record.model_copy(update={"dataset": data})) for item in measured]
+    odd = [
+        replace(item, record=item.record.model_copy(update={"dataset": data})) for item in measured
+    ]
     text = latex.report(parsed.name, odd, cells)
     assert r"on 50\% of A\&B\_\{x\} \textbackslash{} \#1, split test" in text
 
@@ -169,20 +196,29 @@ def test_axes_have_tables_of_their_points(tmp_path: Path):
         "axes": {"p1:p2": {"1:0": {"fisher_p1": 2.0, "fisher_p2": 0.0}, "1:1": {}}},
     }  # fmt: skip
     parsed, cells, measured = measure(
-        tmp_path, grid, score=lambda cell: 50.0 + 10 * bool(cell.point) + (cell.model == "demo_swin")
+        tmp_path,
+        grid,
+        score=lambda cell: 50.0 + 10 * bool(cell.point) + (cell.model == "demo_swin"),
     )
     text = latex.report(parsed.name, measured, cells, parsed.axes)
     _, rows = tabular(text, "tab:my-grid-classification-p1-p2-fimaq")
     assert rows[0][:2] == ["Bits (W/A)", "p1:p2"]
-    assert rows[1:3] == [["4/4", "1:0", r"\textbf{60.00}", r"\textbf{61.00}"], ["", "1:1", "50.00", "51.00"]]
+    assert rows[1:3] == [
+        ["4/4", "1:0", r"\textbf{60.00}", r"\textbf{61.00}"],
+        ["", "1:1", "50.00", "51.00"],
+    ]
     _, main = tabular(text, "tab:my-grid-classification")
     assert [row[2] for row in main[1:]] == ["50.00", "50.00", "50.00"]
 
 
-def test_a_run_writes_them_beside_the_other_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_run_writes_them_beside_the_other_tables(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     parsed, cells, measured = measure(tmp_path)
     write_tables(parsed, Filters(), RunOptions(results=tmp_path), fakes.ADAPTER, cells)
-    assert (tmp_path / "tables" / "my_grid.tex").read_text() == latex.report(parsed.name, measured, cells)
+    assert (tmp_path / "tables" / "my_grid.tex").read_text() == latex.report(
+        parsed.name, measured, cells
+    )
 
 
 def test_tables_are_made_anew_from_records(tmp_path: Path):
@@ -191,7 +227,11 @@ def test_tables_are_made_anew_from_records(tmp_path: Path):
     fakes.write_cells(cells, lambda cell: 50.0)
 
     def run(*arguments: str):
-        return CliRunner().invoke(cli, ["tables", "--profile", "demo", "--results", str(tmp_path), *arguments], obj=fakes.ADAPTER)
+        return CliRunner().invoke(
+            cli,
+            ["tables", "--profile", "demo", "--results", str(tmp_path), *arguments],
+            obj=fakes.ADAPTER,
+        )
 
     everything = expand(grid, Filters(), RunOptions(results=tmp_path))
     measured = scores.collect(everything, fakes.ADAPTER)
@@ -213,16 +253,22 @@ def test_tables_are_made_anew_from_records(tmp_path: Path):
 
 
 def test_no_records_is_said(tmp_path: Path):
-    result = CliRunner().invoke(cli, ["tables", "--profile", "demo", "--results", str(tmp_path)], obj=fakes.ADAPTER)
+    result = CliRunner().invoke(
+        cli, ["tables", "--profile", "demo", "--results", str(tmp_path)], obj=fakes.ADAPTER
+    )
     assert result.exit_code == 2
     assert "Nothing of the profile 'demo' is measured" in result.stderr
 
 
 def test_missing_metrics_are_dashes(tmp_path: Path):
-    parsed, cells, measured = measure(tmp_path, {**GRID, "tasks": {"detection": GRID["tasks"]["detection"]}})
+    parsed, cells, measured = measure(
+        tmp_path, {**GRID, "tasks": {"detection": GRID["tasks"]["detection"]}}
+    )
     only = {"AP_box": Metric(value=50.0, stderr=1.0)}
     bare = [
-        replace(item, record=item.record.model_copy(update={"metrics": only})) if item.cell.model == "rcnn_b" else item
+        replace(item, record=item.record.model_copy(update={"metrics": only}))
+        if item.cell.model == "rcnn_b"
+        else item
         for item in measured
     ]
     _, rows = tabular(latex.report(parsed.name, bare, cells), "tab:my-grid-detection")

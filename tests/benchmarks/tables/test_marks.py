@@ -19,7 +19,12 @@ from fimaq_core.recipe import METHODS, make_recipe
     ],
 )  # fmt: skip
 def test_special_quantizers(softmax: str, gelu: str, text: str):
-    assert special_quantizers(make_recipe("fimaq", {"softmax_quantizer": softmax, "gelu_quantizer": gelu})) == text
+    assert (
+        special_quantizers(
+            make_recipe("fimaq", {"softmax_quantizer": softmax, "gelu_quantizer": gelu})
+        )
+        == text
+    )
 
 
 @pytest.mark.parametrize(
@@ -37,9 +42,18 @@ def test_full_precision_has_no_marks():
     assert (special_quantizers(None), optimised(None)) == ("-", "-")
 
 
-def test_the_table_leads_with_marks_also_of_what_is_not_measured(tmp_path, monkeypatch: pytest.MonkeyPatch):
+def test_the_table_leads_with_marks_also_of_what_is_not_measured(
+    tmp_path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setitem(
-        METHODS, "special", {"softmax_quantizer": "log2", "reconstruct": False, "refit": True, "range_search": "percentile"}
+        METHODS,
+        "special",
+        {
+            "softmax_quantizer": "log2",
+            "reconstruct": False,
+            "refit": True,
+            "range_search": "percentile",
+        },
     )
     grid = fakes.plain_demo(methods=("fp", "special", "fimaq"))
     cells = expand(grid, Filters(), RunOptions(results=tmp_path))
@@ -48,8 +62,14 @@ def test_the_table_leads_with_marks_also_of_what_is_not_measured(tmp_path, monke
         "special": {"special quantizers": "softmax", "optimised": "weights"},
         "fimaq": {"special quantizers": "-", "optimised": "blocks"},
     }
-    measured = fakes.write_cells([cell for cell in cells if cell.method == "fimaq"], lambda cell: 80.0)
-    rows = [line for line in summary.report("Demo", measured, cells).splitlines() if line.startswith("|")]
+    measured = fakes.write_cells(
+        [cell for cell in cells if cell.method == "fimaq"], lambda cell: 80.0
+    )
+    rows = [
+        line
+        for line in summary.report("Demo", measured, cells).splitlines()
+        if line.startswith("|")
+    ]
     fields = [[part.strip() for part in row.strip("|").split("|")] for row in rows]
     assert fields[0][:4] == ["method", "special quantizers", "optimised", "demo_vit w4a4"]
     assert fields[1][1].startswith(":-")
@@ -60,7 +80,9 @@ def test_the_table_leads_with_marks_also_of_what_is_not_measured(tmp_path, monke
 def test_the_plan_shows_bits_of_attention_probabilities_where_they_differ(tmp_path):
     def headers_and_row(overrides):
         grid = fakes.plain_demo(methods=("fimaq",), bits=("w3a3",), overrides=overrides)
-        lines = plan_text(expand(grid, Filters(), RunOptions(results=tmp_path)), fakes.ADAPTER).splitlines()
+        lines = plan_text(
+            expand(grid, Filters(), RunOptions(results=tmp_path)), fakes.ADAPTER
+        ).splitlines()
         return lines[0], lines[2].split()
 
     headers, row = headers_and_row({"s_bits": 8})

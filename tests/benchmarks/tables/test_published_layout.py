@@ -94,7 +94,11 @@ def every_verdict(tmp_path: Path) -> Layout:
 
 def own(table: PublishedTable, gap: float = 0.0, **changes: object) -> list[Measured]:
     """All cells of a table, ``gap`` points from what is published; 50 where nothing is."""
-    values = {cell.name: float(cell.published["value"]) for cell in reversed(table.cells) if cell.published is not None}
+    values = {
+        cell.name: float(cell.published["value"])
+        for cell in reversed(table.cells)
+        if cell.published is not None
+    }
     return [finished(c, values.get(c.name, 50.0) + gap, **changes) for c in cells_of(table)]
 
 
@@ -326,7 +330,9 @@ def test_a_table_takes_no_profile(tmp_path: Path):
 
 def test_make_hands_the_table_on():
     command = ["make", "-n", "-o", ".venv/.setup-done", "reproduce-table"]
-    found = subprocess.run([*command, "TABLE=fimaq", "BITS=w3a3"], capture_output=True, text=True, check=True).stdout
+    found = subprocess.run(
+        [*command, "TABLE=fimaq", "BITS=w3a3"], capture_output=True, text=True, check=True
+    ).stdout
     assert "run --report --table fimaq --bits w3a3" in " ".join(found.split())
     assert "--profile" not in found
 
@@ -335,8 +341,7 @@ def test_the_report_shows_the_table_and_escapes_it(tmp_path: Path):
     hostile = "<script>x</script>&{{ 7*7 }}"
     table = load_table(written(tmp_path, title=hostile, caption=hostile, footnotes=[hostile]))
     fakes.write_cells(
-        [c for c in cells_of(table, results=tmp_path) if c.model == "vit_small"],
-        lambda cell: 64.0,
+        [c for c in cells_of(table, results=tmp_path) if c.model == "vit_small"], lambda cell: 64.0
     )
     path = tmp_path / "report.html"
     write_report(
@@ -350,7 +355,10 @@ def test_the_report_shows_the_table_and_escapes_it(tmp_path: Path):
     page = report_fakes.read_page(path)
     section = page.one("section", id="table")
     assert section.text.count(hostile) == 3
-    rows = [[cell.text for cell in line.children if not isinstance(cell, str)] for line in section.all("tr")]
+    rows = [
+        [cell.text for cell in line.children if not isinstance(cell, str)]
+        for line in section.all("tr")
+    ]
     assert rows[0] == ["bits", "method", "ViT-S", "DeiT-T"]
     assert ["W4/A4", "FIMA-Q", "64.00 ×", "66.84 °"] in rows
     assert section.all("span", "verdict") != []

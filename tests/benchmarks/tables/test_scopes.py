@@ -34,7 +34,13 @@ def value(cell) -> float:
     if cell.method == "fp":
         return 90.0
     seeds = (cell.seed - 1) * (3.0 if cell.scope == "both" else 1.0)
-    return SCORES[cell.method] - 10 * (cell.bits == "w3a3") - 20 * (cell.scope == "both") + 2 * (cell.model == "clip_b") + seeds
+    return (
+        SCORES[cell.method]
+        - 10 * (cell.bits == "w3a3")
+        - 20 * (cell.scope == "both")
+        + 2 * (cell.model == "clip_b")
+        + seeds
+    )
 
 
 def measure(tmp_path, grid=GRID, keep=lambda cell: True, correct=None):
@@ -44,7 +50,9 @@ def measure(tmp_path, grid=GRID, keep=lambda cell: True, correct=None):
 
 
 def retrieval(tmp_path, **changes):
-    parsed, cells, measured = measure(tmp_path, {**GRID, "tasks": {"retrieval": GRID["tasks"]["retrieval"]}}, **changes)
+    parsed, cells, measured = measure(
+        tmp_path, {**GRID, "tasks": {"retrieval": GRID["tasks"]["retrieval"]}}, **changes
+    )
     return parsed, cells, measured
 
 
@@ -78,14 +86,18 @@ def test_columns_are_by_subject_and_full_precision_stands_under_each(tmp_path):
 
 
 def test_both_directions_have_a_small_table(tmp_path):
-    _, cells, measured = retrieval(tmp_path, keep=lambda cell: (cell.method, cell.bits) != ("qdrop", "w3a3"))
+    _, cells, measured = retrieval(
+        tmp_path, keep=lambda cell: (cell.method, cell.bits) != ("qdrop", "w3a3")
+    )
     table = rows_of(summary.report("T", measured, cells), "Image to text / text to image R@1")
     assert table["fp"] == ["92.50 / 87.50"] * 8
     assert table["qdrop"][:4] == ["77.00 / 72.00", "-", "58.00 / 53.00", "-"]
 
 
 def test_sections_have_their_own_headings_metrics_and_notes(tmp_path):
-    _, cells, measured = measure(tmp_path, keep=lambda cell: cell.section == "classification" or cell.method == "rtn")
+    _, cells, measured = measure(
+        tmp_path, keep=lambda cell: cell.section == "classification" or cell.method == "rtn"
+    )
     text = summary.report("T", measured, cells)
     first, second = text[: text.index("## retrieval")], text[text.index("## retrieval") :]
     assert "## classification: top1 (percent)" in first
@@ -93,7 +105,9 @@ def test_sections_have_their_own_headings_metrics_and_notes(tmp_path):
     assert "Image to text" not in first
     assert "digit-scenes" not in first
     assert "demo_vit" not in second
-    none = summary.report("T", [item for item in measured if item.cell.section == "classification"], cells)
+    none = summary.report(
+        "T", [item for item in measured if item.cell.section == "classification"], cells
+    )
     assert "retrieval: nothing is measured yet." in none
 
 
@@ -101,7 +115,9 @@ def test_means_and_spreads_are_of_one_scope(tmp_path):
     _, cells, measured = retrieval(tmp_path)
     text = summary.report("T", measured, cells)
     means = rows_of(text, "Mean over models:")
-    assert means["method"] == [f"{bits} [{s}] (2 models)" for s in ("vision", "both") for bits in ("w4a4", "w3a3")]
+    assert means["method"] == [
+        f"{bits} [{s}] (2 models)" for s in ("vision", "both") for bits in ("w4a4", "w3a3")
+    ]
     assert means["qdrop"] == ["75.50", "65.50", "56.50", "46.50"]
     (spread,) = [line for line in text.splitlines() if line.startswith("- Sd over seeds")]
     each = ["rtn", "brecq", "qdrop", "fimaq"]
@@ -117,17 +133,25 @@ def test_orders_are_judged_for_each_scope(tmp_path, monkeypatch: pytest.MonkeyPa
     text = summary.report("T", measured, cells)
     for mark, lost in (("vision", 0.0), ("both", 20.0)):
         more = 1.5 if mark == "vision" else 2.5
-        numbers = ", ".join(f"{name} {score - 10 - lost + more:.2f}" for name, score in SCORES.items())
+        numbers = ", ".join(
+            f"{name} {score - 10 - lost + more:.2f}" for name, score in SCORES.items()
+        )
         assert (
             f"Expected order at w3a3 [{mark}] (rtn worst, fimaq not below qdrop and brecq, mean over models): yes "
             f"(rtn worst: yes; fimaq not below: yes): {numbers}." in text
         )
-        assert f"fimaq - qdrop at w3a3 [{mark}]: +6.00 ± 0.00 points (mean ± se over 4 pairs of model and seed)." in text
+        assert (
+            f"fimaq - qdrop at w3a3 [{mark}]: +6.00 ± 0.00 points (mean ± se over 4 pairs of model and seed)."
+            in text
+        )
         assert (
             f"No method below rtn at w4a4 [{mark}] by more than two paired standard errors, on any model: yes: lowest is "
             f"brecq on clip_a [{mark}] +20.00" in text
         )
-        assert f"Calibration alone below every reconstruction at w3a3 [{mark}] (mean over models): yes" in text
+        assert (
+            f"Calibration alone below every reconstruction at w3a3 [{mark}] (mean over models): yes"
+            in text
+        )
 
 
 def test_full_precision_alone_has_a_table(tmp_path):
@@ -136,13 +160,21 @@ def test_full_precision_alone_has_a_table(tmp_path):
     table = rows_of(summary.report("T", measured, alone), "## retrieval: R@1")
     assert (table["method"][2:], table["fp"][2:]) == (["clip_a", "clip_b"], ["90.00", "90.00"])
     # With the rest of the grid still to come its columns are there already.
-    assert rows_of(summary.report("T", measured, cells), "## retrieval: R@1")["fp"][2:] == ["90.00"] * 8
+    assert (
+        rows_of(summary.report("T", measured, cells), "## retrieval: R@1")["fp"][2:]
+        == ["90.00"] * 8
+    )
 
 
 def test_a_metric_that_is_no_percentage_is_not_called_one(tmp_path):
     _, cells, measured = retrieval(tmp_path)
-    ranks = [with_record(item, metrics={"i2t_median_rank": Metric(value=3.0, stderr=0.5)}) for item in measured]
-    assert "## retrieval: i2t_median_rank, mean ± sd over seeds" in summary.report("T", ranks, cells)
+    ranks = [
+        with_record(item, metrics={"i2t_median_rank": Metric(value=3.0, stderr=0.5)})
+        for item in measured
+    ]
+    assert "## retrieval: i2t_median_rank, mean ± sd over seeds" in summary.report(
+        "T", ranks, cells
+    )
 
 
 def test_the_csv_has_every_metric_and_the_scope_in_its_variant(tmp_path):
@@ -192,7 +224,11 @@ def test_the_reference_covers_sections_and_names_data_with_captions(tmp_path):
     folder = tmp_path / "reference"
     write(folder, grid, measured)
     origin = json.loads((folder / "r.json").read_text())
-    assert origin["settings"] == {"variant": "x", "overrides": {}, "sections": {"retrieval": {"steps": 7}}}
+    assert origin["settings"] == {
+        "variant": "x",
+        "overrides": {},
+        "sections": {"retrieval": {"steps": 7}},
+    }
     assert origin["data"] == [
         "digit-pairs, test, 2000 samples, " + "d" * 16,
         "digit-scenes, test, 1000 images, 1000 captions, " + "e" * 16,
@@ -212,12 +248,16 @@ def test_sections_with_other_settings_or_data_are_left_out_of_the_comparison(tmp
     changed = parse_grid({**GRID, "tasks": {
         **GRID["tasks"], "retrieval": {**GRID["tasks"]["retrieval"], "overrides": {"steps": 7}}}})  # fmt: skip
     lines = reference.compare(changed, measured, folder)
-    assert lines[0].startswith("Not compared with the reference in retrieval: it has other settings")
+    assert lines[0].startswith(
+        "Not compared with the reference in retrieval: it has other settings"
+    )
     assert lines[1].startswith("Agrees with the reference (")
     # A reference from before a section was there.
     write(folder, grid, [item for item in measured if item.cell.section == "classification"])
     lines = reference.compare(grid, measured, folder)
-    assert lines[0].startswith("Not compared with the reference in retrieval: it was measured on other data")
+    assert lines[0].startswith(
+        "Not compared with the reference in retrieval: it was measured on other data"
+    )
     assert lines[1].startswith("Agrees with the reference (")
 
 
@@ -226,7 +266,10 @@ def test_scopes_do_not_widen_each_others_spread_and_are_named(tmp_path):
     table = observations(measured)
     both = compared(table, table)
     rows = both[(both["method"] == "fimaq") & (both["metric"] == "R@1")]
-    spreads = [set(rows[rows["variant"] == f"x [{scope}]"]["variance"].round(6)) for scope in ("vision", "both")]
+    spreads = [
+        set(rows[rows["variant"] == f"x [{scope}]"]["variance"].round(6))
+        for scope in ("vision", "both")
+    ]
     assert spreads == [{0.5}, {4.5}]
     write(tmp_path / "reference", grid, measured)
     off = [
@@ -237,17 +280,26 @@ def test_scopes_do_not_widen_each_others_spread_and_are_named(tmp_path):
     lines = reference.compare(grid, off, tmp_path / "reference")
     assert lines[0].startswith("DIFFERS from the reference in 4 of ")
     assert len(lines) == 5
-    assert all(line.startswith("  clip_b [both] fimaq w") and "R@1 on digit-scenes: 0.00 here, " in line for line in lines[1:])
+    assert all(
+        line.startswith("  clip_b [both] fimaq w") and "R@1 on digit-scenes: 0.00 here, " in line
+        for line in lines[1:]
+    )
 
 
 def test_data_sets_do_not_share_spreads(tmp_path):
     _, _, measured = retrieval(tmp_path)
     table = scores.scores(measured)
-    noisy = table.assign(dataset="other", value=table["value"] + 30 * (table["seed"].fillna(0).astype(int) == 2))
+    noisy = table.assign(
+        dataset="other", value=table["value"] + 30 * (table["seed"].fillna(0).astype(int) == 2)
+    )
     both = pd.concat([table, noisy])
     both = both.assign(processor="")
     found = compared(both, both)
-    mine = found[(found["dataset"] == "digit-scenes") & (found["variant"] == "x [vision]") & (found["metric"] == "R@1")]
+    mine = found[
+        (found["dataset"] == "digit-scenes")
+        & (found["variant"] == "x [vision]")
+        & (found["metric"] == "R@1")
+    ]
     assert mine["variance"].tolist() == pytest.approx([0.5] * len(mine))
     # Captions cut at another length, as another model does, are no other data.
     longer = [

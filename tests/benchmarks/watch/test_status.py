@@ -54,7 +54,15 @@ def state_of(path: Path) -> Run:
 def foreign(host: str = "elsewhere", **changes: object) -> str:
     """The first line of another run's file."""
     now = time.time()
-    facts = {"kind": "begin", "time": now - 600, "host": host, "pid": 7, "process_started": now, "over": 1, "total": 9}
+    facts = {
+        "kind": "begin",
+        "time": now - 600,
+        "host": host,
+        "pid": 7,
+        "process_started": now,
+        "over": 1,
+        "total": 9,
+    }
     return json.dumps({**facts, **changes}) + "\n"
 
 
@@ -106,14 +114,18 @@ def test_a_run_is_seen_from_its_beginning_to_its_end(tmp_path: Path):
     assert "Running on" in text
     assert f"{first.label} ×2" in text
 
-    watch.tell("ended", first, outcome="failed", text="it broke", log="/logs/error.log", over=4, left=60.0)
+    watch.tell(
+        "ended", first, outcome="failed", text="it broke", log="/logs/error.log", over=4, left=60.0
+    )
     watch.tell("ended", second, outcome="elsewhere", text="measured by another", over=5, left=60.0)
     watch.close()
     (runner,) = json.loads(shown(tmp_path, "--json").output)["runners"]
     assert runner["alive"] is False
     assert runner["runner"]["finished"] is True
     assert runner["counts"] == {"done": 4, "running": 0, "failed": 1, "total": 10}
-    assert runner["failed"] == [{"label": first.label, "message": "it broke", "log": "/logs/error.log"}]
+    assert runner["failed"] == [
+        {"label": first.label, "message": "it broke", "log": "/logs/error.log"}
+    ]
     text = shown(tmp_path).output
     assert "Nothing runs on" in text
     assert "ended" in text
@@ -182,16 +194,31 @@ def test_a_killed_run_is_told_from_a_running_one(tmp_path: Path):
     (tmp_path / "faults.json").write_text(json.dumps({"fimaq": "slow"}))
     (tmp_path / "main.py").write_text(RUN)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    command = [sys.executable, str(tmp_path / "main.py"), "run", "--profile", str(tmp_path / "small.yaml"), "--jobs", "1"]
+    command = [
+        sys.executable,
+        str(tmp_path / "main.py"),
+        "run",
+        "--profile",
+        str(tmp_path / "small.yaml"),
+        "--jobs",
+        "1",
+    ]
     process = subprocess.Popen(
-        [*command, "--results", str(tmp_path)], env=environment, stdout=subprocess.DEVNULL, start_new_session=True
+        [*command, "--results", str(tmp_path)],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
     )
     try:
 
         def evaluates() -> bool:
             runs, _ = read_runs(folder_of(tmp_path))
             running = list(runs[0].state.running.values()) if runs else []
-            return bool(running) and "fimaq" in running[0].started.label and running[0].progress.stage == "evaluate"
+            return (
+                bool(running)
+                and "fimaq" in running[0].started.label
+                and running[0].progress.stage == "evaluate"
+            )
 
         until(evaluates)
         (runner,) = json.loads(shown(tmp_path, "--json").output)["runners"]
@@ -264,11 +291,26 @@ def test_torn_lines_unknown_fields_and_files_of_earlier_versions_are_no_error(tm
 
 def test_nothing_in_a_file_reaches_the_terminal_as_more_than_text(tmp_path: Path):
     nasty = "\x1b[2J[bold red]模\u202e\x9b31m\n[/]"
-    key = {"section": nasty, "model": nasty, "scope": "", "method": "", "bits": "", "seed": 1, "point": ""}
+    key = {
+        "section": nasty,
+        "model": nasty,
+        "scope": "",
+        "method": "",
+        "bits": "",
+        "seed": 1,
+        "point": "",
+    }
     events = [
         {"kind": "started", "label": nasty, "where": nasty, "key": key},
         {"kind": "progress", "label": nasty, "stage": nasty, "block": nasty},
-        {"kind": "ended", "label": "other", "outcome": "failed", "text": nasty, "log": nasty, "over": 2},
+        {
+            "kind": "ended",
+            "label": "other",
+            "outcome": "failed",
+            "text": nasty,
+            "log": nasty,
+            "over": 2,
+        },
     ]
     lines = [json.dumps({"time": time.time(), **event}) + "\n" for event in events]
     put(tmp_path, "x.jsonl", foreign(nasty, engine=nasty) + "".join(lines))
@@ -289,10 +331,17 @@ def test_old_files_go_with_the_next_run_and_those_of_running_ones_stay(tmp_path:
     quiet(tmp_path).tell("begin", over=0, total=1)
     names = {path.name for path in folder_of(tmp_path).iterdir()}
     assert len(names) == 8
-    assert names > {*(f"old{number:02d}.jsonl" for number in range(7, 12)), "running.jsonl", "bad.jsonl"}
+    assert names > {
+        *(f"old{number:02d}.jsonl" for number in range(7, 12)),
+        "running.jsonl",
+        "bad.jsonl",
+    }
 
 
-@pytest.mark.parametrize(("args", "words"), [(["--watch"], "needs a terminal"), (["--watch", "--json"], "leave --watch out")])
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [(["--watch"], "needs a terminal"), (["--watch", "--json"], "leave --watch out")],
+)
 def test_what_cannot_be_watched_is_said(tmp_path: Path, args: list[str], words: str):
     result = shown(tmp_path, *args)
     assert result.exit_code == 2
@@ -305,7 +354,11 @@ def test_watching_goes_on_until_it_is_broken_off(tmp_path: Path):
 
     put(tmp_path, "x.jsonl", foreign())
     primary, secondary = pty.openpty()
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "TERM": "xterm"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        "TERM": "xterm",
+    }
     command = [sys.executable, "-m", "benchmarks", "status", "--watch", "--results", str(tmp_path)]
     process = subprocess.Popen(
         command, stdout=secondary, stderr=secondary, env=environment, start_new_session=True,

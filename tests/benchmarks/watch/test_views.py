@@ -30,7 +30,9 @@ def cells(count: int = 40) -> list[Cell]:
 
 
 def drawn(watch: Watch, width: int, height: int) -> list[str]:
-    console = Console(file=io.StringIO(), force_terminal=True, width=width, height=height, color_system=None)
+    console = Console(
+        file=io.StringIO(), force_terminal=True, width=width, height=height, color_system=None
+    )
     console.print(watch)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue().rstrip("\n").split("\n")
@@ -55,9 +57,20 @@ def test_rows_fit_the_terminal_and_keep_their_numbers(width: int):
     assert len(rows) == 3
     if width >= 80:
         assert all(part in rows[0] for part in ("120/1500", "0.01235", "6 min"))
-        assert any("5 done, 3 running, 0 failed of 13 cells" in line and "about 2 h 05 min left" in line for line in lines)
+        assert any(
+            "5 done, 3 running, 0 failed of 13 cells" in line and "about 2 h 05 min left" in line
+            for line in lines
+        )
     if width == 200:
-        assert all(part in rows[0] for part in ("demo_vit rtn w4a4 seed 1", "node-17 cuda:3", "reconstruct vision", "blocks.11"))
+        assert all(
+            part in rows[0]
+            for part in (
+                "demo_vit rtn w4a4 seed 1",
+                "node-17 cuda:3",
+                "reconstruct vision",
+                "blocks.11",
+            )
+        )
         assert "━" in rows[0]
 
 
@@ -70,7 +83,10 @@ def test_rows_beyond_the_terminal_are_counted(height: int):
     assert lines[-1].strip() == f"… and {40 - len(shown)} more"
 
 
-@pytest.mark.parametrize(("lines", "shown", "rest"), [(1, 0, 7), (3, 2, 5), (6, 5, 2), (7, 7, 0), (9, 7, 0), (None, 7, 0)])
+@pytest.mark.parametrize(
+    ("lines", "shown", "rest"),
+    [(1, 0, 7), (3, 2, 5), (6, 5, 2), (7, 7, 0), (9, 7, 0), (None, 7, 0)],
+)
 def test_no_more_lines_than_there_is_room_for(lines: int | None, shown: int, rest: int):
     console = Console(file=io.StringIO(), width=80, color_system=None)
     console.print(running_table(busy(cells(7)).state.running.values(), time.time(), 80, lines))
@@ -103,7 +119,9 @@ def test_ended_and_retried_cells_are_counted_and_said():
     watch.tell("started", first, where="worker 2")
     assert watch.state.running[first.label].attempts == 2
     watch.tell("ended", first, outcome="failed", text="no [memory]", over=1, left=10.0)
-    watch.tell("ended", second, outcome="elsewhere", text="measured by another runner", over=2, left=5.0)
+    watch.tell(
+        "ended", second, outcome="elsewhere", text="measured by another runner", over=2, left=5.0
+    )
     watch.tell("started", third, where="worker 1")
     watch.tell("ended", third, outcome="finished", text="top1 80.0", over=3)
     assert (watch.state.done, watch.state.failures, watch.state.running) == (2, 1, {})
@@ -173,7 +191,9 @@ def test_a_real_terminal_shows_rows_and_is_left_clean():
     primary, secondary = pty.openpty()
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(part for part in sys.path if part)}
     environment |= {"TERM": "xterm", "COLUMNS": "80", "LINES": "24"}
-    with subprocess.Popen([sys.executable, "-c", SCRIPT], stdout=secondary, stderr=secondary, env=environment) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", SCRIPT], stdout=secondary, stderr=secondary, env=environment
+    ) as process:
         os.close(secondary)
         content, end = b"", time.monotonic() + HANG
         while time.monotonic() < end:

@@ -23,11 +23,15 @@ def recipe(method: str = "fimaq", **changes: object) -> Recipe:
 
 
 def conv(weight_bits: int, input_bits: int) -> QuantConv2d:
-    return QuantConv2d.from_float(nn.Conv2d(6, 5, 3, padding=1), weight_bits, input_bits).requires_grad_(False)
+    return QuantConv2d.from_float(
+        nn.Conv2d(6, 5, 3, padding=1), weight_bits, input_bits
+    ).requires_grad_(False)
 
 
 def upward(weight_bits: int, input_bits: int) -> QuantConvTranspose2d:
-    return QuantConvTranspose2d.from_float(nn.ConvTranspose2d(6, 5, 2, 2), weight_bits, input_bits).requires_grad_(False)
+    return QuantConvTranspose2d.from_float(
+        nn.ConvTranspose2d(6, 5, 2, 2), weight_bits, input_bits
+    ).requires_grad_(False)
 
 
 LAYERS: list[Callable[[int, int], Layer]] = [conv, upward]
@@ -59,7 +63,9 @@ def errors(rows: Tensor, candidates: list[tuple[float, float]], levels: int) -> 
 @pytest.mark.parametrize("method", ["fimaq", "adalog"])
 @pytest.mark.parametrize("bits", [3, 6])
 @pytest.mark.parametrize("one_sided", [False, True], ids=["both signs", "behind a ReLU"])
-def test_own_errors_by_brute_force(build: Callable[[int, int], Layer], method: str, bits: int, one_sided: bool) -> None:
+def test_own_errors_by_brute_force(
+    build: Callable[[int, int], Layer], method: str, bits: int, one_sided: bool
+) -> None:
     torch.manual_seed(bits)
     layer, parts = build(bits, bits), levels_of_a_pyramid()
     parts = [part.relu() for part in parts] if one_sided else parts
@@ -69,9 +75,15 @@ def test_own_errors_by_brute_force(build: Callable[[int, int], Layer], method: s
     grid = grid_candidates(values.sort().values[None], levels, 64)
     candidates = list(zip(grid.scale[:, 0].tolist(), grid.zero_point[:, 0].tolist(), strict=True))
     low, high = min(float(values.min()), 0), max(float(values.max()), 0)
-    candidates.append(((high - low) / (levels - 1), float(round(-low / (high - low) * (levels - 1)))))
+    candidates.append(
+        ((high - low) / (levels - 1), float(round(-low / (high - low) * (levels - 1))))
+    )
     table = errors(values, candidates, levels)
-    found = errors(values, [(float(layer.input_quantizer.scale), float(layer.input_quantizer.zero_point))], levels)
+    found = errors(
+        values,
+        [(float(layer.input_quantizer.scale), float(layer.input_quantizer.zero_point))],
+        levels,
+    )
     assert float(found) <= float(table.min()) * (1 + 1e-5)
     assert float(found) == pytest.approx(float(table.min()), rel=1e-5)
     assert layer.input_quantizer.scale.shape == (1, 1, 1, 1)
@@ -82,14 +94,20 @@ def test_own_errors_by_brute_force(build: Callable[[int, int], Layer], method: s
     matrix = layer.weight.flatten(1)
     grid = grid_candidates(matrix.sort(1).values, levels, 64, MIN_WEIGHT_SCALE)
     for row, own in enumerate(matrix):
-        candidates = list(zip(grid.scale[:, row].tolist(), grid.zero_point[:, row].tolist(), strict=True))
+        candidates = list(
+            zip(grid.scale[:, row].tolist(), grid.zero_point[:, row].tolist(), strict=True)
+        )
         quantizer = layer.weight_quantizer
         chosen = [(float(quantizer.scale[row]), float(quantizer.zero_point[row]))]
-        assert float(errors(own, chosen, levels)) == pytest.approx(float(errors(own, candidates, levels).min()), rel=1e-5)
+        assert float(errors(own, chosen, levels)) == pytest.approx(
+            float(errors(own, candidates, levels).min()), rel=1e-5
+        )
 
 
 @each_layer
-def test_min_max_and_percentiles_of_lists(build: Callable[[int, int], Layer], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_min_max_and_percentiles_of_lists(
+    build: Callable[[int, int], Layer], monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     parts = levels_of_a_pyramid()
     parts[1][0, 2, 3, 1], parts[2][0, 0, 0, 0] = 30.0, -20.0
@@ -144,7 +162,10 @@ def test_a_patch_embedding_sees_images_of_all_sizes() -> None:
     """Its choice has no larger output error over all of them than the choice by one size alone."""
     torch.manual_seed(5)
     plain = nn.Conv2d(3, 8, 4, stride=4).requires_grad_(False)
-    images = [torch.randn(2, 3, 8, 16) * torch.tensor([3.0, 0.1, 1.0])[:, None, None], torch.randn(1, 3, 12, 4) * 0.1]
+    images = [
+        torch.randn(2, 3, 8, 16) * torch.tensor([3.0, 0.1, 1.0])[:, None, None],
+        torch.randn(1, 3, 12, 4) * 0.1,
+    ]
 
     def error(x: Tensor | list[Tensor]) -> float:
         layer = QuantConv2d.from_float(plain, 3, 32)
@@ -156,7 +177,10 @@ def test_a_patch_embedding_sees_images_of_all_sizes() -> None:
     assert error([images[1], images[0]]) == pytest.approx(error(images), rel=1e-6)
 
 
-@pytest.mark.parametrize(("count", "wanted"), [(5, 9), (9, 9), (1000, 1), (1000, 7), (66_800, 256), (65_536, 256), (7, 6)])
+@pytest.mark.parametrize(
+    ("count", "wanted"),
+    [(5, 9), (9, 9), (1000, 1), (1000, 7), (66_800, 256), (65_536, 256), (7, 6)],
+)
 def test_rows_are_spread_evenly(count: int, wanted: int) -> None:
     index = spread(count, wanted)
     assert len(index) == min(count, wanted)
@@ -164,7 +188,10 @@ def test_rows_are_spread_evenly(count: int, wanted: int) -> None:
         assert index.tolist() == list(range(count))
         return
     starts = [number * count // wanted for number in range(wanted + 1)]
-    assert all(start <= row < end for start, row, end in zip(starts[:-1], index.tolist(), starts[1:], strict=True))
+    assert all(
+        start <= row < end
+        for start, row, end in zip(starts[:-1], index.tolist(), starts[1:], strict=True)
+    )
 
 
 def test_rows_of_an_image_do_not_fall_into_one_column() -> None:
@@ -187,7 +214,9 @@ def test_long_inputs_are_thinned_position_by_position(monkeypatch: pytest.Monkey
     layer, alone = conv(4, 4), conv(4, 4)
     alone.weight, alone.bias = layer.weight, layer.bias
     calibrate_conv_by_own_error(layer, parts, recipe())
-    calibrate_conv_by_own_error(alone, everything[spread(len(everything), 40)].t()[None, :, :, None], recipe())
+    calibrate_conv_by_own_error(
+        alone, everything[spread(len(everything), 40)].t()[None, :, :, None], recipe()
+    )
     assert same(layer, alone)
 
 

@@ -24,6 +24,8 @@ def test_whole_models_get_the_ranges_of_the_direct_search(name: str, bits: int) 
     calibrate(fast, data, recipe)
     calibrate_directly(slow, data, recipe)
     for (layer, one), (_, two) in zip(quant_layers(fast), quant_layers(slow), strict=True):
-        for (kind, found), (_, expected) in zip(one.named_children(), two.named_children(), strict=True):
+        for (kind, found), (_, expected) in zip(
+            one.named_children(), two.named_children(), strict=True
+        ):
             assert torch.equal(found.zero_point, expected.zero_point), (layer, kind)
             assert torch.allclose(found.scale, expected.scale, rtol=1e-6), (layer, kind)

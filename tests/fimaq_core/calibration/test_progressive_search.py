@@ -29,14 +29,20 @@ def heavy(*shape: int) -> Tensor:
 
 
 def loop(
-    error: Callable[[float, float], float], start: list[tuple[float, float]], new: int, spacing: float, floor: float
+    error: Callable[[float, float], float],
+    start: list[tuple[float, float]],
+    new: int,
+    spacing: float,
+    floor: float,
 ) -> tuple[float, float]:
     """The search of one group in plain Python, 16 kept and 6 steps: the least error of the start, and of all seen."""
     found = sorted((error(*pair), number, pair) for number, pair in enumerate(start))
     first = least = found[0][0]
     for _ in range(5):
         pairs = [
-            (max(scale + (i / (new - 1) - 0.5) * spacing, floor), zero) for _, _, (scale, zero) in found[:16] for i in range(new)
+            (max(scale + (i / (new - 1) - 0.5) * spacing, floor), zero)
+            for _, _, (scale, zero) in found[:16]
+            for i in range(new)
         ]
         spacing /= new - 0.5
         found = sorted((error(*pair), number, pair) for number, pair in enumerate(pairs))
@@ -44,7 +50,13 @@ def loop(
     return first, least
 
 
-def check(direct: Callable[[float, float], float], rows: Tensor, levels: int, found: tuple[float, float], floor: float) -> None:
+def check(
+    direct: Callable[[float, float], float],
+    rows: Tensor,
+    levels: int,
+    found: tuple[float, float],
+    floor: float,
+) -> None:
     """Compare what was found for one group, whose sorted values are ``rows``, with the loop's least direct error."""
     start = grid_candidates(rows[None], levels, 128, floor)
     pairs = list(zip(start.scale[:, 0].tolist(), start.zero_point[:, 0].tolist(), strict=True))
@@ -58,26 +70,37 @@ def check(direct: Callable[[float, float], float], rows: Tensor, levels: int, fo
 def test_convex_errors_are_followed_to_the_last_spacing(new: int) -> None:
     torch.manual_seed(new)
     groups, steps = 40, 6
-    wanted, zero = torch.rand(groups, dtype=torch.float64) * 3 + 0.5, torch.randint(0, 4, (groups,)).double()
+    wanted, zero = (
+        torch.rand(groups, dtype=torch.float64) * 3 + 0.5,
+        torch.randint(0, 4, (groups,)).double(),
+    )
 
     def errors(candidates: Candidates, _: int) -> Tensor:
         return (candidates.scale / wanted - 1).square() + (candidates.zero_point - zero).square()
 
     scales = torch.linspace(0.4, 3.6, 9, dtype=torch.float64)
-    start = Candidates(scales.repeat(4)[:, None].expand(-1, groups), torch.arange(4.0).double().repeat_interleave(9)[:, None])
+    start = Candidates(
+        scales.repeat(4)[:, None].expand(-1, groups),
+        torch.arange(4.0).double().repeat_interleave(9)[:, None],
+    )
     start = Candidates(start.scale, start.zero_point.expand(-1, groups))
     spacing = torch.full((groups,), 0.4, dtype=torch.float64)
     found, found_zero = progressive(errors, start, 16, new, steps, spacing)
     assert found.shape == found_zero.shape == (groups,)
     assert torch.equal(found_zero, zero)
     fine = torch.linspace(0.4, 3.6, 100001, dtype=torch.float64)
-    optimum = fine[errors(Candidates(fine[:, None].expand(-1, groups), zero.expand(100001, -1)), 1).argmin(0)]
+    optimum = fine[
+        errors(Candidates(fine[:, None].expand(-1, groups), zero.expand(100001, -1)), 1).argmin(0)
+    ]
     assert ((found - optimum).abs() <= 0.4 / (new - 0.5) ** (steps - 2) + 4e-5).all()
 
 
 def test_the_best_of_the_start_is_not_lost() -> None:
     # Only the start's own scales are good, and no refinement meets them again: with an even number none stays in place.
-    start = Candidates(torch.tensor([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]]), torch.tensor([[0.0, 5.0], [1.0, 6.0], [2.0, 7.0]]))
+    start = Candidates(
+        torch.tensor([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]]),
+        torch.tensor([[0.0, 5.0], [1.0, 6.0], [2.0, 7.0]]),
+    )
 
     def errors(candidates: Candidates, _: int) -> Tensor:
         off = (candidates.scale != candidates.scale.round()).double()
@@ -93,7 +116,9 @@ def test_a_middle_step_is_remembered() -> None:
         return torch.where(candidates.scale == 0.5, 0.0, candidates.scale.double() + 1)
 
     # The first refinement of 1 with spacing 1 is (0.5, 1.5); later ones move on to smaller scales, which are worse.
-    scale, _ = progressive(errors, Candidates(torch.ones(1, 1), torch.zeros(1, 1)), 1, 2, 4, torch.ones(1))
+    scale, _ = progressive(
+        errors, Candidates(torch.ones(1, 1), torch.zeros(1, 1)), 1, 2, 4, torch.ones(1)
+    )
     assert scale.tolist() == [0.5]
 
 
@@ -123,7 +148,12 @@ def test_scales_stay_positive() -> None:
 def test_too_few_new_candidates_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 2"):
         progressive(
-            lambda candidates, _: candidates.scale, Candidates(torch.ones(1, 1), torch.ones(1, 1)), 1, 1, 2, torch.ones(1)
+            lambda candidates, _: candidates.scale,
+            Candidates(torch.ones(1, 1), torch.ones(1, 1)),
+            1,
+            1,
+            2,
+            torch.ones(1),
         )
 
 
@@ -141,13 +171,21 @@ def test_rows_equal_the_loop(levels: int, own: bool) -> None:
         w = weight[row].double()
 
         def direct(scale: float, zero: float, w: Tensor = w) -> float:
-            quantized = fake_quantize(w, torch.tensor(scale).double(), torch.tensor(zero).double(), levels)
+            quantized = fake_quantize(
+                w, torch.tensor(scale).double(), torch.tensor(zero).double(), levels
+            )
             delta = quantized - w
             if own:
                 return float(delta.square().sum())
             return float((x_hat.double() @ delta + (x_hat - x).double() @ w).square().sum())
 
-        check(direct, weight[row].sort().values, levels, (float(scale[row]), float(zero[row])), MIN_WEIGHT_SCALE)
+        check(
+            direct,
+            weight[row].sort().values,
+            levels,
+            (float(scale[row]), float(zero[row])),
+            MIN_WEIGHT_SCALE,
+        )
 
 
 def test_rows_by_own_error_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +216,9 @@ def test_input_equals_the_loop(columns: int) -> None:
     assert scale.shape == zero.shape == ()
 
     def direct(scale: float, zero: float) -> float:
-        quantized = fake_quantize(x.double(), torch.tensor(scale).double(), torch.tensor(zero).double(), levels)
+        quantized = fake_quantize(
+            x.double(), torch.tensor(scale).double(), torch.tensor(zero).double(), levels
+        )
         return float((quantized @ other.double() - x.double() @ plain.double()).square().sum())
 
     check(direct, ordered, levels, (float(scale), float(zero)), MIN_SCALE)
@@ -187,16 +227,27 @@ def test_input_equals_the_loop(columns: int) -> None:
 def test_heads_equal_the_loop() -> None:
     torch.manual_seed(0)
     heads, images, levels = 3, 4, 8
-    x, plain = heavy(heads, images, 10, 6) * torch.tensor([0.3, 1.0, 4.0]).view(-1, 1, 1, 1), torch.randn(heads, images, 6, 5)
+    x, plain = (
+        heavy(heads, images, 10, 6) * torch.tensor([0.3, 1.0, 4.0]).view(-1, 1, 1, 1),
+        torch.randn(heads, images, 6, 5),
+    )
     other = plain + 0.1 * torch.randn_like(plain)
-    product = Product(x.flatten(0, 1), other.flatten(0, 1), (x @ (other - plain)).flatten(0, 1), levels)
+    product = Product(
+        x.flatten(0, 1), other.flatten(0, 1), (x @ (other - plain)).flatten(0, 1), levels
+    )
     ordered = x.flatten(1).sort(dim=1).values
     scale, zero = progressive_heads(product, heads, ordered, levels, 128)
     assert scale.shape == zero.shape == (heads,)
     for head in range(heads):
 
         def direct(scale: float, zero: float, head: int = head) -> float:
-            quantized = fake_quantize(x[head].double(), torch.tensor(scale).double(), torch.tensor(zero).double(), levels)
-            return float((quantized @ other[head].double() - x[head].double() @ plain[head].double()).square().sum())
+            quantized = fake_quantize(
+                x[head].double(), torch.tensor(scale).double(), torch.tensor(zero).double(), levels
+            )
+            return float(
+                (quantized @ other[head].double() - x[head].double() @ plain[head].double())
+                .square()
+                .sum()
+            )
 
         check(direct, ordered[head], levels, (float(scale[head]), float(zero[head])), MIN_SCALE)

@@ -41,7 +41,9 @@ def test_quantiles(count: int) -> None:
     rows = heavy(3, count).double()
     points = [0.0, 1e-5, 0.01, 0.1, 0.37, 0.9, 0.99999, 1.0]
     expected = torch.quantile(rows, torch.tensor(points, dtype=torch.float64), dim=1)
-    assert torch.allclose(quantiles(rows.sort(dim=1).values, points), expected, rtol=1e-12, atol=1e-12)
+    assert torch.allclose(
+        quantiles(rows.sort(dim=1).values, points), expected, rtol=1e-12, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("levels", [4, 8, 16, 64, 256])
@@ -57,7 +59,9 @@ def test_grid_candidates(levels: int) -> None:
     assert torch.allclose(found.scale.amin(0), inner / (levels - 1), rtol=1e-5)
     assert torch.allclose(found.scale.amax(0), full / (levels - 1), rtol=1e-5)
     for group in range(3):
-        pairs = set(zip(found.scale[:, group].tolist(), found.zero_point[:, group].tolist(), strict=True))
+        pairs = set(
+            zip(found.scale[:, group].tolist(), found.zero_point[:, group].tolist(), strict=True)
+        )
         assert len(pairs) == zeros * scales
     first = levels // 2 - zeros // 2
     assert sorted(found.zero_point[:, 0].unique().tolist()) == list(range(first, first + zeros))
@@ -113,7 +117,9 @@ def recipe(bits: int = 4, **changes: object) -> Recipe:
     return make_recipe("fimaq", {"w_bits": bits, "a_bits": bits, "range_candidates": 64, **changes})
 
 
-def output_errors(weight: Tensor, x: Tensor, x_hat: Tensor, candidates: Candidates, levels: int) -> Tensor:
+def output_errors(
+    weight: Tensor, x: Tensor, x_hat: Tensor, candidates: Candidates, levels: int
+) -> Tensor:
     """Directly, in float64: squared output error of every candidate and row."""
     out = []
     target = x.double() @ weight.double().t()
@@ -130,7 +136,9 @@ def test_weight_errors_equal_direct_output_errors(kind: str, bits: int, input_bi
     torch.manual_seed(bits)
     x = KINDS[kind](300, 24) * torch.linspace(0.1, 5, 24) + 2
     span = x.amax() - x.amin()
-    x_hat = x if input_bits == 32 else fake_quantize(x, span / 7, (-x.amin() / (span / 7)).round(), 8)
+    x_hat = (
+        x if input_bits == 32 else fake_quantize(x, span / 7, (-x.amin() / (span / 7)).round(), 8)
+    )
     weight = KINDS[kind](10, 24)
     levels = 2**bits
     candidates = grid_candidates(weight.sort(dim=1).values, levels, 64)
@@ -142,7 +150,9 @@ def test_weight_errors_equal_direct_output_errors(kind: str, bits: int, input_bi
     chosen = direct.gather(0, found.argmin(0)[None])[0]
     assert (chosen <= direct.amin(0) * CLOSE).all()
     for guess in (0, 63):
-        index = best_rows(weight, candidates, levels, *input_moments(x, x_hat, weight), torch.full((10,), guess))
+        index = best_rows(
+            weight, candidates, levels, *input_moments(x, x_hat, weight), torch.full((10,), guess)
+        )
         assert (direct.gather(0, index[None])[0] <= direct.amin(0) * (1 + 1e-6)).all()
 
 
@@ -171,7 +181,9 @@ def test_weight_search_with_dead_channels_and_rows() -> None:
     weight = heavy(6, 24)
     weight[2] = 0
     candidates = grid_candidates(weight.sort(dim=1).values, 8, 64)
-    index = best_rows(weight, candidates, 8, *input_moments(x, x, weight), torch.zeros(6, dtype=torch.long))
+    index = best_rows(
+        weight, candidates, 8, *input_moments(x, x, weight), torch.zeros(6, dtype=torch.long)
+    )
     direct = output_errors(weight, x, x, candidates, 8)
     assert (direct.gather(0, index[None])[0] <= direct.amin(0) * (1 + 1e-6)).all()
 
@@ -191,10 +203,14 @@ def test_errors_from_shared_codes_equal_direct_ones(
     lower = -4 + (2 * share if moving != "upper" else 0 * share)
     upper = 2 + (3 * share if moving != "lower" else 0 * share)
     candidates = from_bounds(lower, upper, levels)
-    found = shared_errors(x, other, target, candidates.scale[:, 0], candidates.zero_point[:, 0], levels)
+    found = shared_errors(
+        x, other, target, candidates.scale[:, 0], candidates.zero_point[:, 0], levels
+    )
     assert found is not None
     direct = [
-        (fake_quantize(x, scale, zero, levels).double() @ other.double() - target.double()).square().sum()
+        (fake_quantize(x, scale, zero, levels).double() @ other.double() - target.double())
+        .square()
+        .sum()
         for scale, zero in zip(candidates.scale[:, 0], candidates.zero_point[:, 0], strict=True)
     ]
     assert torch.allclose(found, torch.stack(direct), rtol=1e-6)
@@ -204,10 +220,15 @@ def test_shared_codes_are_left_to_a_pass_per_candidate_where_most_change() -> No
     torch.manual_seed(0)
     x, other = torch.randn(4, 7, 6), torch.randn(4, 6, 5)
     candidates = from_bounds(torch.linspace(-4, -1, 64)[:, None], torch.full((64, 1), 4.0), 256)
-    assert shared_errors(x, other, x @ other, candidates.scale[:, 0], candidates.zero_point[:, 0], 256) is None
+    assert (
+        shared_errors(x, other, x @ other, candidates.scale[:, 0], candidates.zero_point[:, 0], 256)
+        is None
+    )
 
 
-def direct_operand_errors(x: Tensor, other: Tensor, other_fp: Tensor, candidates: Candidates, levels: int) -> Tensor:
+def direct_operand_errors(
+    x: Tensor, other: Tensor, other_fp: Tensor, candidates: Candidates, levels: int
+) -> Tensor:
     """Directly, in float64: squared error of the product for every candidate."""
     target = x.double() @ other_fp.double()
     found = [
@@ -217,14 +238,21 @@ def direct_operand_errors(x: Tensor, other: Tensor, other_fp: Tensor, candidates
     return torch.stack(found)
 
 
-SHAPES = {"direct form": (20, 16, 6), "gram form": (7, 5, 40), "one image": (9, 16, 4), "square": (6, 6, 6)}
+SHAPES = {
+    "direct form": (20, 16, 6),
+    "gram form": (7, 5, 40),
+    "one image": (9, 16, 4),
+    "square": (6, 6, 6),
+}
 
 
 @pytest.mark.parametrize(("rows", "inner", "columns"), SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("batch", [1, 2, 33])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shared", [True, False], ids=["weight", "activation"])
-def test_best_operand_equals_brute_force(rows: int, inner: int, columns: int, batch: int, kind: str, shared: bool) -> None:
+def test_best_operand_equals_brute_force(
+    rows: int, inner: int, columns: int, batch: int, kind: str, shared: bool
+) -> None:
     torch.manual_seed(batch + inner)
     levels = 8
     x = KINDS[kind](batch, rows, inner)
@@ -235,7 +263,12 @@ def test_best_operand_equals_brute_force(rows: int, inner: int, columns: int, ba
     candidates = grid_candidates(x.reshape(1, -1).sort(dim=1).values, levels, 64)
     direct = direct_operand_errors(x, other, other_fp, candidates, levels)
     for guess in (0, 31, int(direct.argmin()), int(direct.argmax())):
-        index = best_operand(Product(x, other, residual, levels), candidates.scale[:, 0], candidates.zero_point[:, 0], guess)
+        index = best_operand(
+            Product(x, other, residual, levels),
+            candidates.scale[:, 0],
+            candidates.zero_point[:, 0],
+            guess,
+        )
         assert direct[index] <= direct.min() * CLOSE
 
 
@@ -266,7 +299,9 @@ def test_linear_search_equals_a_slow_one(bits: int) -> None:
     row_index = own(weight, rows, levels).argmin(0)
     input_index = int(own(flat.reshape(1, -1), inputs, levels).argmin())
     for _ in range(settings.range_rounds):
-        x_hat = fake_quantize(flat, inputs.scale[input_index], inputs.zero_point[input_index], levels)
+        x_hat = fake_quantize(
+            flat, inputs.scale[input_index], inputs.zero_point[input_index], levels
+        )
         weight_table = output_errors(weight, flat, x_hat, rows, levels)
         row_index = weight_table.argmin(0)
         scale, zero = rows.pick(row_index)
@@ -290,8 +325,20 @@ CONVOLUTIONS = {
     "patch embedding": {"in_channels": 3, "out_channels": 6, "kernel_size": 4, "stride": 4},
     "padding": {"in_channels": 3, "out_channels": 6, "kernel_size": 3, "stride": 2, "padding": 1},
     "groups": {"in_channels": 4, "out_channels": 6, "kernel_size": 3, "padding": 1, "groups": 2},
-    "same": {"in_channels": 2, "out_channels": 4, "kernel_size": 3, "padding": "same", "dilation": 2},
-    "reflect": {"in_channels": 2, "out_channels": 4, "kernel_size": 3, "padding": 2, "padding_mode": "reflect"},
+    "same": {
+        "in_channels": 2,
+        "out_channels": 4,
+        "kernel_size": 3,
+        "padding": "same",
+        "dilation": 2,
+    },
+    "reflect": {
+        "in_channels": 2,
+        "out_channels": 4,
+        "kernel_size": 3,
+        "padding": 2,
+        "padding_mode": "reflect",
+    },
 }
 
 
@@ -308,7 +355,9 @@ def test_convolution_search_equals_a_slow_one(settings: dict[str, object], input
     matrix, levels = layer.weight.detach().flatten(1), 8
     if input_bits != 32:
         span = x.max() - x.min()
-        assert float(layer.input_quantizer.scale) == pytest.approx(float(span) / (2**input_bits - 1), rel=1e-5)
+        assert float(layer.input_quantizer.scale) == pytest.approx(
+            float(span) / (2**input_bits - 1), rel=1e-5
+        )
     double = nn.Conv2d(**settings).double().requires_grad_(False)
     double.bias.zero_()
 
@@ -325,7 +374,9 @@ def test_convolution_search_equals_a_slow_one(settings: dict[str, object], input
             found.append((output - target).square().sum((0, 2, 3)))
         return torch.stack(found)
 
-    points = torch.tensor([0.99 + 0.0099 * (i / 23) ** 0.5 for i in range(24)] + [1.0], dtype=torch.float64)
+    points = torch.tensor(
+        [0.99 + 0.0099 * (i / 23) ** 0.5 for i in range(24)] + [1.0], dtype=torch.float64
+    )
     uppers = matrix.double().quantile(points, dim=1).float()
     lowers = matrix.double().quantile(1 - points, dim=1).float()
     index = errors(from_bounds(lowers, uppers, levels)).argmin(0)
@@ -362,9 +413,20 @@ def test_product_search_equals_a_slow_one(operands: str, bits: int) -> None:
         operand = {"a": a[:, head], "b": b[:, head]}
         bounds = {}
         for name, values in operand.items():
-            q = values.double().flatten().quantile(torch.tensor([0.99, 0.99999, 1e-5, 0.01], dtype=torch.float64)).float()
-            bounds[name] = (q[2] + share * (q[3] - q[2]), q[0] + share * (q[1] - q[0]))  # lowers, uppers
-        present = {name: from_bounds(lows[-1].view(1, 1), ups[-1].view(1, 1), levels) for name, (lows, ups) in bounds.items()}
+            q = (
+                values.double()
+                .flatten()
+                .quantile(torch.tensor([0.99, 0.99999, 1e-5, 0.01], dtype=torch.float64))
+                .float()
+            )
+            bounds[name] = (
+                q[2] + share * (q[3] - q[2]),
+                q[0] + share * (q[1] - q[0]),
+            )  # lowers, uppers
+        present = {
+            name: from_bounds(lows[-1].view(1, 1), ups[-1].view(1, 1), levels)
+            for name, (lows, ups) in bounds.items()
+        }
         chosen: dict[str, tuple[int, int]] = {}
 
         def hat(name: str, ranges: Candidates, operand: dict[str, Tensor] = operand) -> Tensor:
@@ -384,8 +446,12 @@ def test_product_search_equals_a_slow_one(operands: str, bits: int) -> None:
             if not left:
                 other, other_hat = other.transpose(1, 2), other_hat.transpose(1, 2)
             best = int(direct_operand_errors(x, other_hat, other, candidates, levels).argmin())
-            chosen[name] = (free[best][0] if low is None else low, free[best][1] if up is None else up)  # noqa: B023
-            present[name] = Candidates(candidates.scale[best : best + 1], candidates.zero_point[best : best + 1])  # noqa: B023
+            first, last = free[best]
+            bounds = first if low is None else low, last if up is None else up
+            chosen[name] = bounds  # noqa: B023
+            scale, zero_point = candidates.scale, candidates.zero_point
+            one = slice(best, best + 1)
+            present[name] = Candidates(scale[one], zero_point[one])  # noqa: B023
 
         same = [(i, i) for i in range(count)]
         search("a", None, None, same)
@@ -395,8 +461,13 @@ def test_product_search_equals_a_slow_one(operands: str, bits: int) -> None:
                 search(name, None, chosen[name][1], same)
                 search(name, chosen[name][0], None, same)
         for name, quantizer in (("a", layer.a_quantizer), ("b", layer.b_quantizer)):
-            assert float(quantizer.scale[0, head]) == pytest.approx(float(present[name].scale), rel=1e-5), (head, name)
-            assert float(quantizer.zero_point[0, head]) == float(present[name].zero_point), (head, name)
+            assert float(quantizer.scale[0, head]) == pytest.approx(
+                float(present[name].scale), rel=1e-5
+            ), (head, name)
+            assert float(quantizer.zero_point[0, head]) == float(present[name].zero_point), (
+                head,
+                name,
+            )
 
 
 def test_only_what_is_on_gets_a_range() -> None:
@@ -411,7 +482,9 @@ def test_only_what_is_on_gets_a_range() -> None:
     assert layer.weight_quantizer.scale.shape == (3, 1)
     assert layer.input_quantizer.scale.numel() == 0
     layer.quantized = True
-    assert torch.equal(layer(x), F.linear(x, layer.weight_quantizer.quantized(layer.weight), layer.bias))
+    assert torch.equal(
+        layer(x), F.linear(x, layer.weight_quantizer.quantized(layer.weight), layer.bias)
+    )
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -424,10 +497,14 @@ def test_minmax_ranges_of_layers(bits: int) -> None:
     weight = layer.weight.detach()
     expected = (weight.amax(1).clamp(min=0) - weight.amin(1).clamp(max=0)) / (2**bits - 1)
     assert torch.allclose(layer.weight_quantizer.scale[:, 0], expected)
-    assert float(layer.input_quantizer.scale) == pytest.approx(float((x.max() - x.min()) / (2**bits - 1)), rel=1e-6)
+    assert float(layer.input_quantizer.scale) == pytest.approx(
+        float((x.max() - x.min()) / (2**bits - 1)), rel=1e-6
+    )
     product = QuantMatMul(bits)
     a, b = torch.rand(2, 3, 4, 5), torch.randn(2, 3, 5, 4)
     calibrate_matmul(product, a, b, settings)
     assert torch.allclose(product.a_quantizer.scale.flatten(), a.amax((0, 2, 3)) / (2**bits - 1))
     assert (product.a_quantizer.zero_point == 0).all()
-    assert torch.allclose(product.b_quantizer.scale.flatten(), (b.amax((0, 2, 3)) - b.amin((0, 2, 3))) / (2**bits - 1))
+    assert torch.allclose(
+        product.b_quantizer.scale.flatten(), (b.amax((0, 2, 3)) - b.amin((0, 2, 3))) / (2**bits - 1)
+    )

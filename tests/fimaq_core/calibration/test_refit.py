@@ -65,12 +65,18 @@ def test_moments_of_many_tokens_are_those_of_float64() -> None:
         np.testing.assert_allclose(moment.numpy(), expected, rtol=1e-11)
     assert found.count == 300_001
     weight, bias = parameters(5, 8, True)
-    for made, expected in zip(ridge_refit(weight, bias, found, 1e3), explicit_refit(x, x_hat, weight, bias, 1e3), strict=True):
+    for made, expected in zip(
+        ridge_refit(weight, bias, found, 1e3),
+        explicit_refit(x, x_hat, weight, bias, 1e3),
+        strict=True,
+    ):
         np.testing.assert_allclose(made.numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("elements", [1, 40, 10**6])
-def test_pieces_of_tokens_make_the_same_moments(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
+def test_pieces_of_tokens_make_the_same_moments(
+    monkeypatch: pytest.MonkeyPatch, elements: int
+) -> None:
     monkeypatch.setattr("fimaq_core.calibration.refit.block_elements", lambda device: elements)
     torch.manual_seed(0)
     x, x_hat = inputs(37, 6)
@@ -80,7 +86,9 @@ def test_pieces_of_tokens_make_the_same_moments(monkeypatch: pytest.MonkeyPatch,
     assert torch.allclose(found.sum_plain, x.double().sum(0), rtol=1e-12)
 
 
-def explicit_refit(x: Tensor, x_hat: Tensor, weight: Tensor, bias: Tensor | None, ridge: float) -> tuple[Array, Array]:
+def explicit_refit(
+    x: Tensor, x_hat: Tensor, weight: Tensor, bias: Tensor | None, ridge: float
+) -> tuple[Array, Array]:
     """The normal equations on matrices of all tokens."""
     biased = bias is not None
     a, old = extended(x_hat, biased), joint(weight, bias)
@@ -117,8 +125,15 @@ def test_refit_without_a_ridge_is_least_squares(biased: bool, ridge: float) -> N
     x, x_hat = inputs(150, 10)
     weight, bias = parameters(6, 10, biased)
     target = torch.from_numpy(extended(x, biased) @ joint(weight, bias).T)
-    best = torch.linalg.lstsq(torch.from_numpy(extended(x_hat, biased)), target).solution.t().numpy()
-    np.testing.assert_allclose(joint(*ridge_refit(weight, bias, refit_moments(x, x_hat), ridge)), best, rtol=1e-5, atol=1e-6)
+    best = (
+        torch.linalg.lstsq(torch.from_numpy(extended(x_hat, biased)), target).solution.t().numpy()
+    )
+    np.testing.assert_allclose(
+        joint(*ridge_refit(weight, bias, refit_moments(x, x_hat), ridge)),
+        best,
+        rtol=1e-5,
+        atol=1e-6,
+    )
 
 
 @biases
@@ -129,7 +144,10 @@ def test_refit_lowers_the_output_error_of_every_row(biased: bool, ridge: float) 
     weight, bias = parameters(12, 20, biased)
     old = joint(weight, bias)
     new = joint(*ridge_refit(weight, bias, refit_moments(x, x_hat), ridge))
-    assert (output_errors(x, x_hat, old, new, biased) < 0.999 * output_errors(x, x_hat, old, old, biased)).all()
+    assert (
+        output_errors(x, x_hat, old, new, biased)
+        < 0.999 * output_errors(x, x_hat, old, old, biased)
+    ).all()
 
 
 def test_refit_leaves_weights_of_unquantized_inputs_alone() -> None:
@@ -143,7 +161,14 @@ def test_refit_leaves_weights_of_unquantized_inputs_alone() -> None:
 
 
 def slow_row(
-    row: Array, biased: bool, scale: float, zero: float, levels: int, a: Array, ridge: float, flips: int
+    row: Array,
+    biased: bool,
+    scale: float,
+    zero: float,
+    levels: int,
+    a: Array,
+    ridge: float,
+    flips: int,
 ) -> tuple[list[int], float | None, int]:
     """One row by loops over its elements and tokens; returns codes, bias and how many flips were kept."""
     current, codes, kept = row.copy(), {}, 0
@@ -169,7 +194,10 @@ def slow_row(
             gradient = 2 * moment @ delta
             best = None
             for k, i in enumerate(half):
-                below, above = clamped(np.floor(current[i] / scale) + zero), clamped(np.ceil(current[i] / scale) + zero)
+                below, above = (
+                    clamped(np.floor(current[i] / scale) + zero),
+                    clamped(np.ceil(current[i] / scale) + zero),
+                )
                 if below == above or np.sign(delta[k]) != np.sign(gradient[k]) or gradient[k] == 0:
                     continue
                 if best is None or abs(gradient[k]) > abs(gradient[best[0]]):
@@ -194,18 +222,26 @@ def slow_row(
 
 @biases
 @pytest.mark.parametrize("width", [1, 2, 3, 11, 24])
-@pytest.mark.parametrize(("levels", "share"), [(4, 1.0), (16, 0.4)], ids=["2 bits", "4 bits, clamped"])
+@pytest.mark.parametrize(
+    ("levels", "share"), [(4, 1.0), (16, 0.4)], ids=["2 bits", "4 bits, clamped"]
+)
 @pytest.mark.parametrize("flips", [0, 1, 3, 100])
-def test_rounding_equals_a_slow_version(biased: bool, width: int, levels: int, share: float, flips: int) -> None:
+def test_rounding_equals_a_slow_version(
+    biased: bool, width: int, levels: int, share: float, flips: int
+) -> None:
     torch.manual_seed(width)
     x, x_hat = inputs(60, width)
     weight, bias = parameters(12, width, biased)
     scale, zero = grid(weight, levels, share)
-    codes, new_bias = refine_rounding(weight, bias, scale, zero, levels, refit_moments(x, x_hat), 2.0, flips)
+    codes, new_bias = refine_rounding(
+        weight, bias, scale, zero, levels, refit_moments(x, x_hat), 2.0, flips
+    )
     assert codes.dtype == torch.float32
     a, old, kept = extended(x_hat, biased), joint(weight, bias), 0
     for number, row in enumerate(old):
-        found = slow_row(row, biased, float(scale[number]), float(zero[number]), levels, a, 2.0, flips)
+        found = slow_row(
+            row, biased, float(scale[number]), float(zero[number]), levels, a, 2.0, flips
+        )
         assert codes[number].tolist() == found[0]
         kept += found[2]
         if new_bias is not None:
@@ -215,7 +251,9 @@ def test_rounding_equals_a_slow_version(biased: bool, width: int, levels: int, s
     assert kept >= 4 or width < 11 or not flips
 
 
-def first_half_errors(weight: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, moments: InputMoments) -> Tensor:
+def first_half_errors(
+    weight: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, moments: InputMoments
+) -> Tensor:
     """What flips of the first half lower, (rows,)."""
     half = (weight.shape[1] + 1) // 2  # the bias counts
     delta = ((codes.double() - zero) * scale.double() - weight.double())[:, :half]
@@ -277,14 +315,19 @@ def test_zero_flips_round_to_nearest_and_compensate() -> None:
     _, x_hat = inputs(80, 2)
     weight, bias = parameters(7, 2, True)
     scale, zero = grid(weight, 4)
-    codes, new_bias = refine_rounding(weight, bias, scale, zero, 4, refit_moments(x_hat, x_hat), 0.5, 0)
+    codes, new_bias = refine_rounding(
+        weight, bias, scale, zero, 4, refit_moments(x_hat, x_hat), 0.5, 0
+    )
     a, current = torch.from_numpy(extended(x_hat, True)), torch.from_numpy(joint(weight, bias))
     for column in (0, 1):
         rounded = fake_quantize(current[:, column : column + 1], scale.double(), zero.double(), 4)
         assert torch.equal((codes[:, column : column + 1] - zero) * scale.double(), rounded)
         rest = a[:, column + 1 :]
         normal = rest.t() @ rest + 0.5 * torch.eye(rest.shape[1])
-        moved = torch.linalg.solve(normal, rest.t() @ a[:, column : column + 1] @ (rounded - current[:, column : column + 1]).t())
+        moved = torch.linalg.solve(
+            normal,
+            rest.t() @ a[:, column : column + 1] @ (rounded - current[:, column : column + 1]).t(),
+        )
         current[:, column + 1 :] -= moved.t()
     assert new_bias is not None
     assert torch.allclose(new_bias.double(), current[:, 2], rtol=1e-5, atol=1e-6)
@@ -294,8 +337,12 @@ def test_values_outside_the_grid_stay_at_its_ends() -> None:
     torch.manual_seed(6)
     moments = refit_moments(*inputs(90, 12))
     weight = torch.randn(5, 12)
-    weight[:, :6] = torch.tensor([9.0, -9.0, 7.6, -8.6, 20.0, -20.0])  # the first half; the grid is -8 to 7
-    codes, _ = refine_rounding(weight, None, torch.ones(5, 1), torch.full((5, 1), 8.0), 16, moments, 1.0)
+    weight[:, :6] = torch.tensor(
+        [9.0, -9.0, 7.6, -8.6, 20.0, -20.0]
+    )  # the first half; the grid is -8 to 7
+    codes, _ = refine_rounding(
+        weight, None, torch.ones(5, 1), torch.full((5, 1), 8.0), 16, moments, 1.0
+    )
     assert codes[:, :6].tolist() == [[15.0, 0.0, 15.0, 0.0, 15.0, 0.0]] * 5
     assert codes.min() >= 0
     assert codes.max() <= 15
@@ -306,7 +353,9 @@ def test_weights_on_the_grid_are_left_alone() -> None:
     weight = torch.randint(-8, 8, (6, 10)) * 0.37
     scale, zero = torch.full((6, 1), 0.37), torch.full((6, 1), 8.0)
     bias = torch.randn(6)
-    codes, new_bias = refine_rounding(weight, bias, scale, zero, 16, refit_moments(*inputs(50, 10)), 0.1)
+    codes, new_bias = refine_rounding(
+        weight, bias, scale, zero, 16, refit_moments(*inputs(50, 10)), 0.1
+    )
     assert torch.equal((codes - zero) * scale, weight)
     assert new_bias is not None
     assert torch.allclose(new_bias, bias, atol=1e-6)
@@ -320,7 +369,11 @@ def doubled(x: Tensor) -> Tensor:
     return torch.cat([x[:, :-1], 1.7 * x[:, -2:-1]], 1)
 
 
-@pytest.mark.parametrize("spoil", [dead, doubled, lambda x: x[:3]], ids=["dead channel", "dependent channels", "few tokens"])
+@pytest.mark.parametrize(
+    "spoil",
+    [dead, doubled, lambda x: x[:3]],
+    ids=["dead channel", "dependent channels", "few tokens"],
+)
 @pytest.mark.parametrize("seed", range(6))
 def test_a_singular_regression_asks_for_a_ridge(spoil: object, seed: int) -> None:
     torch.manual_seed(seed)  # the last pivot is zero up to rounding, of either sign
@@ -333,7 +386,10 @@ def test_a_singular_regression_asks_for_a_ridge(spoil: object, seed: int) -> Non
         ridge_refit(weight, bias, moments, 0.0)
     with pytest.raises(NumericsError, match="raise the ridge"):
         refine_rounding(weight, bias, scale, zero, 8, moments, 0.0)
-    for part in (*ridge_refit(weight, bias, moments, 0.1), *refine_rounding(weight, bias, scale, zero, 8, moments, 0.1)):
+    for part in (
+        *ridge_refit(weight, bias, moments, 0.1),
+        *refine_rounding(weight, bias, scale, zero, 8, moments, 0.1),
+    ):
         assert part is not None
         assert part.isfinite().all()
 

@@ -38,7 +38,9 @@ def test_closed_form() -> None:
         assert float(r[channel]) == pytest.approx(float(scale[channel]) / common, rel=1e-5)
         low = -float(zero[channel] * scale[channel])
         # The channel's own lower bound becomes the common one.
-        assert low / float(r[channel]) - float(b[channel]) == pytest.approx(-common_zero * common, abs=1e-4)
+        assert low / float(r[channel]) - float(b[channel]) == pytest.approx(
+            -common_zero * common, abs=1e-4
+        )
     assert torch.allclose(norm(x), before / r - b, atol=1e-5)
     assert torch.allclose(linear(norm(x)), after, atol=1e-4)
     assert torch.allclose(pad, -b)
@@ -74,7 +76,12 @@ def run_float(chain: BlockChain, x: Tensor) -> Tensor:
         return chain(x)
 
 
-MODELS = {"vit": (vit, 32), "deit": (deit, 32), "swin with padding": (lambda: swin(40), 40), "swin": (lambda: swin(32), 32)}
+MODELS = {
+    "vit": (vit, 32),
+    "deit": (deit, 32),
+    "swin with padding": (lambda: swin(40), 40),
+    "swin": (lambda: swin(32), 32),
+}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -121,10 +128,14 @@ def test_real_blocks_of_timm() -> None:
     reparameterize(swin_block.norm1, swin_block.attn.qkv, scale, zero, swin_block.get_buffer("pad"))
     assert torch.allclose(swin_block(x), expected, atol=1e-4)
     swin_block.get_buffer("pad").zero_()
-    assert not torch.allclose(swin_block(x), expected, atol=1e-2)  # what zero padding would have done
+    assert not torch.allclose(
+        swin_block(x), expected, atol=1e-2
+    )  # what zero padding would have done
 
 
-@pytest.mark.parametrize("converted", [False, True], ids=["as built", "moved to another type and back"])
+@pytest.mark.parametrize(
+    "converted", [False, True], ids=["as built", "moved to another type and back"]
+)
 def test_pad_values_follow_the_norm(monkeypatch: pytest.MonkeyPatch, converted: bool) -> None:
     """The pad value of every Swin block becomes -b; also after the model was moved, which replaces its buffers."""
     shifts: list[Tensor] = []
@@ -154,13 +165,20 @@ def test_pad_values_follow_the_norm(monkeypatch: pytest.MonkeyPatch, converted: 
 
 
 def test_no_reparameterisation_where_bits_differ_or_it_is_off() -> None:
-    for settings in (quick(w_bits=3, a_bits=4), quick(reparameterize=False), quick("rtn"), quick(w_bits=4, a_bits=32)):
+    for settings in (
+        quick(w_bits=3, a_bits=4),
+        quick(reparameterize=False),
+        quick("rtn"),
+        quick(w_bits=4, a_bits=32),
+    ):
         model = vit(1)
         weights = copy.deepcopy(model.state_dict())
         chain = chain_of(model, settings)
         calibrate(chain, images(8), settings)
         for name in ("norm1.weight", "norm1.bias", "norm2.weight", "mlp.fc1.weight"):
-            assert torch.equal(chain.segment(1).block.state_dict()[name], weights[f"blocks.0.{name}"])
+            assert torch.equal(
+                chain.segment(1).block.state_dict()[name], weights[f"blocks.0.{name}"]
+            )
 
 
 def test_every_quantizer_gets_a_range_of_its_granularity() -> None:
@@ -170,10 +188,14 @@ def test_every_quantizer_gets_a_range_of_its_granularity() -> None:
     for name, layer in quant_layers(chain):
         if isinstance(layer, QuantMatMul):
             heads = 2 if ".1." in name or ".2." in name else 4
-            assert layer.a_quantizer.scale.shape == layer.b_quantizer.scale.shape == (1, heads, 1, 1), name
+            assert (
+                layer.a_quantizer.scale.shape == layer.b_quantizer.scale.shape == (1, heads, 1, 1)
+            ), name
         else:
             assert layer.weight_quantizer.scale.shape == (layer.weight.shape[0], 1), name
-            assert layer.input_quantizer.scale.numel() == (1 if isinstance(layer, QuantLinear) else 0), name
+            assert layer.input_quantizer.scale.numel() == (
+                1 if isinstance(layer, QuantLinear) else 0
+            ), name
 
 
 def test_layers_calibrate_on_the_full_precision_model(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,12 +204,18 @@ def test_layers_calibrate_on_the_full_precision_model(monkeypatch: pytest.Monkey
     plain = chain_of(copy.deepcopy(model), quick("rtn"))
     inputs: dict[str, Tensor] = {}
     for name, layer in quant_layers(plain):
-        layer.register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, args[0].clone()))
+        layer.register_forward_pre_hook(
+            lambda _, args, name=name: inputs.__setitem__(name, args[0].clone())
+        )
     with torch.no_grad():
         plain(x)
     seen: list[Tensor] = []
     original = calibrate_module.calibrate_linear
-    monkeypatch.setattr(calibrate_module, "calibrate_linear", lambda layer, x, r: (seen.append(x), original(layer, x, r)))
+    monkeypatch.setattr(
+        calibrate_module,
+        "calibrate_linear",
+        lambda layer, x, r: (seen.append(x), original(layer, x, r)),
+    )
     chain = chain_of(model, quick("rtn"))
     calibrate(chain, x, quick("rtn"), batch_size=3)
     names = [name for name, layer in quant_layers(chain) if isinstance(layer, QuantLinear)]

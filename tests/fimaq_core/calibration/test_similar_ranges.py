@@ -25,7 +25,9 @@ def operands(columns: int, shared: bool) -> tuple[Tensor, Tensor, Tensor]:
 def near(scale: float, distance: float) -> tuple[Tensor, Tensor]:
     """40 scales in no order, neighbours ``distance`` apart, of two kinds."""
     order = torch.randperm(40)
-    return (scale * (1 + distance * torch.arange(40) / 40))[order], torch.tensor([7.0, 8.0]).repeat(20)
+    return (scale * (1 + distance * torch.arange(40) / 40))[order], torch.tensor([7.0, 8.0]).repeat(
+        20
+    )
 
 
 def check(found: Tensor, expected: Tensor, width: int) -> None:
@@ -51,7 +53,12 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("columns", [5, 14], ids=["direct form", "gram form"])
 def test_uniform_errors_equal_direct_ones(
-    columns: int, shared: bool, distance: float, block: int, way: str, monkeypatch: pytest.MonkeyPatch
+    columns: int,
+    shared: bool,
+    distance: float,
+    block: int,
+    way: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(similar_ranges, "block_elements", lambda _: block)
     x, other, plain = operands(columns, shared)
@@ -75,9 +82,18 @@ def test_adalog_errors_equal_direct_ones(distance: float, way: str) -> None:
     q = q + 11
     expected = []
     for one, numerator in zip(scale, q.int().tolist(), strict=True):
-        quantized = adalog_fake_quantize(shifted, one, *adalog_tables(numerator, LEVELS), numerator / 37, LEVELS) - GELU_SHIFT
-        expected.append((quantized.double() @ other.double() - x.double() @ plain.double()).square().sum())
-    errors = RangeErrors(shifted, other, x @ (other - plain), _adalog_points(LEVELS), _logarithm(shifted))
+        quantized = (
+            adalog_fake_quantize(
+                shifted, one, *adalog_tables(numerator, LEVELS), numerator / 37, LEVELS
+            )
+            - GELU_SHIFT
+        )
+        expected.append(
+            (quantized.double() @ other.double() - x.double() @ plain.double()).square().sum()
+        )
+    errors = RangeErrors(
+        shifted, other, x @ (other - plain), _adalog_points(LEVELS), _logarithm(shifted)
+    )
     check(errors.best(scale, q, 8), torch.stack(expected), 8)
 
 
@@ -90,20 +106,28 @@ def test_candidates_that_are_clearly_worse_are_dropped(monkeypatch: pytest.Monke
     assert int(errors.best(scale, torch.full((60,), 8.0), 4).isfinite().sum()) < 30
 
 
-@pytest.mark.parametrize("distance", [1e-4, 0.02, 1.0, 8.0], ids=["shared codes", "some shared", "more", "sieve"])
+@pytest.mark.parametrize(
+    "distance", [1e-4, 0.02, 1.0, 8.0], ids=["shared codes", "some shared", "more", "sieve"]
+)
 @pytest.mark.parametrize("width", [1, 16])
 def test_weight_errors_equal_direct_ones(distance: float, width: int) -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(200, 12), torch.randn(6, 12)
     x_hat = fake_quantize(x, torch.tensor(0.4), torch.tensor(8.0), LEVELS)
     pairs = [near(0.2 + 0.05 * row, distance) for row in range(6)]
-    candidates = Candidates(torch.stack([scale for scale, _ in pairs], 1), torch.stack([zero for _, zero in pairs], 1))
+    candidates = Candidates(
+        torch.stack([scale for scale, _ in pairs], 1), torch.stack([zero for _, zero in pairs], 1)
+    )
     square, linear = input_moments(x, x_hat, weight)
     found = best_weight_errors(weight, candidates, LEVELS, square, linear, width)
     constant = ((x_hat - x).double() @ weight.double().t()).square().sum(0)
     for row in range(6):
-        quantized = [fake_quantize(weight[row], *pair, LEVELS) for pair in zip(*pairs[row], strict=True)]
+        quantized = [
+            fake_quantize(weight[row], *pair, LEVELS) for pair in zip(*pairs[row], strict=True)
+        ]
         target = x.double() @ weight[row].double()
-        expected = torch.stack([(x_hat.double() @ one.double() - target).square().sum() for one in quantized])
+        expected = torch.stack(
+            [(x_hat.double() @ one.double() - target).square().sum() for one in quantized]
+        )
         check(found[:, row] + constant[row], expected, width)
     assert found.isinf().any() == (distance == 8.0)

@@ -98,19 +98,33 @@ def numbers(x: Tensor) -> Array:
     return x.detach().double().numpy()
 
 
-def float_inputs(model: nn.Module, recipe: Recipe, x: Tensor) -> tuple[dict[str, tuple[Tensor, ...]], dict[str, Tensor], Tensor]:
+def float_inputs(
+    model: nn.Module, recipe: Recipe, x: Tensor
+) -> tuple[dict[str, tuple[Tensor, ...]], dict[str, Tensor], Tensor]:
     """Inputs of every quantizable layer in full precision, the layers' weights, and the model's outputs."""
     chain, seen = chain_of(model, recipe), {}
     for name, layer in quant_layers(chain):
         layer.register_forward_pre_hook(lambda _, args, name=name: seen.__setitem__(name, args))
     with torch.no_grad():
         out = chain(x)
-    return seen, {name: layer.weight for name, layer in quant_layers(chain) if not isinstance(layer, QuantMatMul)}, out
+    return (
+        seen,
+        {
+            name: layer.weight
+            for name, layer in quant_layers(chain)
+            if not isinstance(layer, QuantMatMul)
+        },
+        out,
+    )
 
 
 def pairs_of(chain: BlockChain) -> set[str]:
     """Names of the linear layers behind a norm that can be reparameterised."""
-    return {f"segments.{number}.block.{pair.linear}" for number, segment in enumerate(chain) for pair in segment.pairs}
+    return {
+        f"segments.{number}.block.{pair.linear}"
+        for number, segment in enumerate(chain)
+        for pair in segment.pairs
+    }
 
 
 @pytest.mark.parametrize("bits", [(4, 4), (3, 4), (4, 8)])
@@ -130,7 +144,9 @@ def test_percentile_ranges_of_a_chain_are_repq_vits(name: str, bits: tuple[int, 
             else:
                 assert name.endswith("attention_value")
                 assert layer.a_quantizer.scale.shape == (1, 1, 1, 1)
-                assert float(layer.a_quantizer.scale) == pytest.approx(log_rule(numbers(inputs[name][0]), bits[1]), rel=1e-4)
+                assert float(layer.a_quantizer.scale) == pytest.approx(
+                    log_rule(numbers(inputs[name][0]), bits[1]), rel=1e-4
+                )
             for quantizer, operand in operands:
                 assert isinstance(quantizer, AffineQuantizer)
                 scale, zero = percentile_rule(numbers(operand).ravel(), bits[1])
@@ -157,8 +173,15 @@ def test_percentile_ranges_of_a_chain_are_repq_vits(name: str, bits: tuple[int, 
             assert float(quantizer.scale) == pytest.approx(scale, rel=1e-4)
             assert float(quantizer.zero_point) == zero
         assert torch.allclose(layer.weight, weight, rtol=1e-3)
-        rows = np.array([percentile_rule(row, bits[0]) for row in numbers(layer.weight).reshape(len(weight), -1)])
-        np.testing.assert_allclose(numbers(layer.weight_quantizer.scale)[:, 0], rows[:, 0], rtol=1e-4)
+        rows = np.array(
+            [
+                percentile_rule(row, bits[0])
+                for row in numbers(layer.weight).reshape(len(weight), -1)
+            ]
+        )
+        np.testing.assert_allclose(
+            numbers(layer.weight_quantizer.scale)[:, 0], rows[:, 0], rtol=1e-4
+        )
         np.testing.assert_array_equal(numbers(layer.weight_quantizer.zero_point)[:, 0], rows[:, 1])
     assert reparameterised == len(behind_norms) > 0
     set_quantized(chain, False)
@@ -172,12 +195,19 @@ def test_percentile_ranges_of_a_chain_are_repq_vits(name: str, bits: tuple[int, 
 def after_gelu(kind: Kind, bits: int, seed: int = 0) -> tuple[QuantLinear, Tensor]:
     torch.manual_seed(seed)
     layer = QuantLinear.from_float(nn.Linear(10, 6), bits, bits, kind).requires_grad_(False)
-    return layer, F.gelu(torch.randn(3, 12, 10) * torch.linspace(0.3, 2, 10) + torch.linspace(-1, 1, 10))
+    return layer, F.gelu(
+        torch.randn(3, 12, 10) * torch.linspace(0.3, 2, 10) + torch.linspace(-1, 1, 10)
+    )
 
 
-def after_softmax(kind: Kind, bits: int, softmax_bits: int | None = None, seed: int = 0) -> tuple[QuantMatMul, Tensor, Tensor]:
+def after_softmax(
+    kind: Kind, bits: int, softmax_bits: int | None = None, seed: int = 0
+) -> tuple[QuantMatMul, Tensor, Tensor]:
     torch.manual_seed(seed)
-    a, b = (torch.randn(3, 2, 8, 9) * 2.5).softmax(-1), torch.randn(3, 2, 9, 6) * (1 + torch.rand(1, 2, 1, 6))
+    a, b = (
+        (torch.randn(3, 2, 8, 9) * 2.5).softmax(-1),
+        torch.randn(3, 2, 9, 6) * (1 + torch.rand(1, 2, 1, 6)),
+    )
     return QuantMatMul(bits, softmax_bits, kind), a, b
 
 
@@ -206,7 +236,13 @@ def grid_of(values: Tensor, levels: int, count: int, floor: float = 1e-4) -> lis
 
 
 def refined(
-    errors: Callable[[Search], float], start: list[Search], width: int, new: int, steps: int, spacing: float, floor: float
+    errors: Callable[[Search], float],
+    start: list[Search],
+    width: int,
+    new: int,
+    steps: int,
+    spacing: float,
+    floor: float,
 ) -> Search:
     """Progressive search in plain Python: the best of all candidates seen."""
     found = sorted((errors(pair), number, pair) for number, pair in enumerate(start))
@@ -223,7 +259,9 @@ def refined(
     return best[2]
 
 
-def slow_affine(errors: Callable[[Search], float], values: Tensor, levels: int, recipe: Recipe, floor: float) -> Search:
+def slow_affine(
+    errors: Callable[[Search], float], values: Tensor, levels: int, recipe: Recipe, floor: float
+) -> Search:
     """The recipe's search of a uniform range for ``values``, candidate by candidate."""
     start = grid_of(values, levels, recipe.range_candidates, floor)
     if recipe.range_search == "output-error":
@@ -232,7 +270,9 @@ def slow_affine(errors: Callable[[Search], float], values: Tensor, levels: int, 
     return refined(errors, start, 16, new, 6, abs(start[1][0] - start[0][0]), floor)
 
 
-def slow_after_gelu(kind: Kind, layer: QuantLinear, x: Tensor, levels: int, recipe: Recipe) -> tuple[Tensor, Tensor]:
+def slow_after_gelu(
+    kind: Kind, layer: QuantLinear, x: Tensor, levels: int, recipe: Recipe
+) -> tuple[Tensor, Tensor]:
     """One round of a linear layer behind a GELU; quantized inputs and quantized weight."""
     weight, count = layer.weight, recipe.range_candidates
     flat = x.flatten(0, -2)
@@ -248,10 +288,14 @@ def slow_after_gelu(kind: Kind, layer: QuantLinear, x: Tensor, levels: int, reci
         return lambda pair: error(x_hat, affine(row.double(), pair, levels), flat, row)
 
     ranges = [slow_affine(output(row), row, levels, recipe, MIN_WEIGHT_SCALE) for row in weight]
-    return x_hat, torch.stack([affine(row, pair, levels) for row, pair in zip(weight, ranges, strict=True)])
+    return x_hat, torch.stack(
+        [affine(row, pair, levels) for row, pair in zip(weight, ranges, strict=True)]
+    )
 
 
-def slow_gelu(kind: Kind, x: Tensor, hat: Tensor, weight: Tensor, levels: int, count: int) -> Tensor:
+def slow_gelu(
+    kind: Kind, x: Tensor, hat: Tensor, weight: Tensor, levels: int, count: int
+) -> Tensor:
     """Inputs quantized as found candidate by candidate."""
 
     def quantize_by(pair: Search) -> Tensor:
@@ -259,15 +303,25 @@ def slow_gelu(kind: Kind, x: Tensor, hat: Tensor, weight: Tensor, levels: int, c
         if kind == "twin":
             return twin_gelu(x, scale, levels)
         if kind == "adalog":
-            return adalog_fake_quantize(x + GELU_SHIFT, scale, *adalog_tables(q, levels), q / 37, levels) - GELU_SHIFT
-        return log_fake_quantize(x + GELU_SHIFT, scale, 1.0 if kind == "log2" else 0.5, levels) - GELU_SHIFT
+            return (
+                adalog_fake_quantize(
+                    x + GELU_SHIFT, scale, *adalog_tables(q, levels), q / 37, levels
+                )
+                - GELU_SHIFT
+            )
+        return (
+            log_fake_quantize(x + GELU_SHIFT, scale, 1.0 if kind == "log2" else 0.5, levels)
+            - GELU_SHIFT
+        )
 
     def errors(pair: Search) -> float:
         return error(quantize_by(pair), hat.t(), x, weight.t())
 
     if kind == "twin":
         widest = float(x.max()) / (levels / 2 - 0.5)
-        return quantize_by(min([(widest * (0.01 + 1.19 * i / (count - 1)), 0.0) for i in range(count)], key=errors))
+        return quantize_by(
+            min([(widest * (0.01 + 1.19 * i / (count - 1)), 0.0) for i in range(count)], key=errors)
+        )
     positive = x[x > 0]
     low, high = float(positive.quantile(0.9)) + GELU_SHIFT, float(positive.max()) + GELU_SHIFT
 
@@ -281,22 +335,34 @@ def slow_gelu(kind: Kind, x: Tensor, hat: Tensor, weight: Tensor, levels: int, c
         found = refined(errors, start, 32, max(count // 32, 2), 6, few[1] - few[0], 1e-4)
         return quantize_by(min(look[0], found, key=errors))
     wide = scales(count)
-    return quantize_by(refined(errors, [(s, 0.0) for s in wide], 32, max(count // 32, 2), 6, wide[1] - wide[0], 1e-4))
+    return quantize_by(
+        refined(
+            errors, [(s, 0.0) for s in wide], 32, max(count // 32, 2), 6, wide[1] - wide[0], 1e-4
+        )
+    )
 
 
 @pytest.mark.parametrize("search", ["output-error", "progressive"])
 @pytest.mark.parametrize("bits", [3, 4])
 @pytest.mark.parametrize("kind", SPECIAL)
-def test_a_layer_behind_a_gelu_equals_a_slow_calibration(kind: Kind, bits: int, search: str) -> None:
+def test_a_layer_behind_a_gelu_equals_a_slow_calibration(
+    kind: Kind, bits: int, search: str
+) -> None:
     layer, x = after_gelu(kind, bits)
-    recipe = make_recipe("adalog", {"range_search": search, "range_candidates": 32, "range_rounds": 1})
+    recipe = make_recipe(
+        "adalog", {"range_search": search, "range_candidates": 32, "range_rounds": 1}
+    )
     calibrate_after_gelu(layer, x, recipe)
     x_hat, hat = slow_after_gelu(kind, layer, x, 2**bits, recipe)
     flat = x.flatten(0, -2)
     # Candidates of all but equal errors may be chosen differently.
-    assert linear_error(layer, x) == pytest.approx(error(x_hat, hat.t(), flat, layer.weight.t()), rel=2e-3)
+    assert linear_error(layer, x) == pytest.approx(
+        error(x_hat, hat.t(), flat, layer.weight.t()), rel=2e-3
+    )
     assert layer.input_quantizer.scale.shape == (1,)
-    assert (layer.input_quantizer(flat) - x_hat).square().mean() < 1e-3 * (x_hat - flat).square().mean()
+    assert (layer.input_quantizer(flat) - x_hat).square().mean() < 1e-3 * (
+        x_hat - flat
+    ).square().mean()
 
 
 @pytest.mark.parametrize("rounds", [1, 3])
@@ -306,13 +372,17 @@ def test_behind_a_gelu_no_search_ends_above_its_start(kind: Kind, search: str, r
     """The start: weights as the search's first look leaves them, and the widest range of inputs."""
     for bits in (2, 4):
         layer, x = after_gelu(kind, bits, seed=bits)
-        recipe = make_recipe("adalog", {"range_search": search, "range_candidates": 32, "range_rounds": rounds})
+        recipe = make_recipe(
+            "adalog", {"range_search": search, "range_candidates": 32, "range_rounds": rounds}
+        )
         first = copy.deepcopy(layer)
         linear = QuantLinear.from_float(copy.deepcopy(layer), bits, OFF)
         calibrate_linear(linear, x, recipe.model_copy(update={"range_rounds": 0}))
         first.weight_quantizer.load_state_dict(linear.weight_quantizer.state_dict())
         top = float(x.max())
-        first.input_quantizer.set_scale(torch.tensor([top / (2 ** (bits - 1) - 0.5) if kind == "twin" else top + GELU_SHIFT]))
+        first.input_quantizer.set_scale(
+            torch.tensor([top / (2 ** (bits - 1) - 0.5) if kind == "twin" else top + GELU_SHIFT])
+        )
         calibrate_after_gelu(layer, x, recipe)
         assert linear_error(layer, x) <= linear_error(first, x) * (1 + 1e-6)
 
@@ -325,30 +395,44 @@ def slow_left(kind: Kind, a: Tensor, b_hat: Tensor, b: Tensor, levels: int, coun
     if kind == "twin":
         made = [twin_softmax(a, torch.tensor(2.0**-i), levels) for i in range(20)]
     else:
-        made = [adalog_fake_quantize(a, one, *adalog_tables(q, levels), q / 37, levels) for q in range(10, 10 + count)]
+        made = [
+            adalog_fake_quantize(a, one, *adalog_tables(q, levels), q / 37, levels)
+            for q in range(10, 10 + count)
+        ]
     return min(made, key=lambda a_hat: error(a_hat, b_hat, a, b))
 
 
 @pytest.mark.parametrize("search", ["output-error", "progressive"])
 @pytest.mark.parametrize("bits", [(3, 3), (4, 4), (4, 8), (4, 2)])
 @pytest.mark.parametrize("kind", SPECIAL)
-def test_a_product_behind_a_softmax_equals_a_slow_calibration(kind: Kind, bits: tuple[int, int], search: str) -> None:
+def test_a_product_behind_a_softmax_equals_a_slow_calibration(
+    kind: Kind, bits: tuple[int, int], search: str
+) -> None:
     layer, a, b = after_softmax(kind, *bits)
-    recipe = make_recipe("adalog", {"range_search": search, "range_candidates": 64, "range_rounds": 1})
+    recipe = make_recipe(
+        "adalog", {"range_search": search, "range_candidates": 64, "range_rounds": 1}
+    )
     calibrate_after_softmax(layer, a, b, recipe)
     levels, heads = 2 ** bits[0], range(b.shape[1])
-    start = torch.stack([affine(b[:, head], grid_of(b[:, head], levels, 64)[-2], levels) for head in heads], 1)
+    start = torch.stack(
+        [affine(b[:, head], grid_of(b[:, head], levels, 64)[-2], levels) for head in heads], 1
+    )
     a_hat = slow_left(kind, a, start, b, 2 ** bits[1], 64)
     assert torch.equal(layer.a_quantizer(a), a_hat)
     assert layer.b_quantizer.scale.shape == (1, 2, 1, 1)
     for head in heads:
         own, hat, values = a[:, head], a_hat[:, head], b[:, head]
 
-        def errors(pair: Search, own: Tensor = own, hat: Tensor = hat, values: Tensor = values) -> float:
+        def errors(
+            pair: Search, own: Tensor = own, hat: Tensor = hat, values: Tensor = values
+        ) -> float:
             return error(hat, affine(values, pair, levels), own, values)
 
         best = slow_affine(errors, values, levels, recipe, 1e-4)
-        found = float(layer.b_quantizer.scale[0, head]), float(layer.b_quantizer.zero_point[0, head])
+        found = (
+            float(layer.b_quantizer.scale[0, head]),
+            float(layer.b_quantizer.zero_point[0, head]),
+        )
         # Candidates of all but equal errors may be chosen differently.
         assert errors(found) == pytest.approx(errors(best), rel=1e-3)
 
@@ -356,16 +440,22 @@ def test_a_product_behind_a_softmax_equals_a_slow_calibration(kind: Kind, bits: 
 @pytest.mark.parametrize("rounds", [1, 3])
 @pytest.mark.parametrize("search", ["minmax", "output-error", "progressive"])
 @pytest.mark.parametrize("kind", SPECIAL)
-def test_behind_a_softmax_no_search_ends_above_its_start(kind: Kind, search: str, rounds: int) -> None:
+def test_behind_a_softmax_no_search_ends_above_its_start(
+    kind: Kind, search: str, rounds: int
+) -> None:
     """The start: AdaLog's first base or the widest split, and the right operand's first range."""
     for bits in (2, 4):
         layer, a, b = after_softmax(kind, bits, seed=bits)
-        recipe = make_recipe("adalog", {"range_search": search, "range_candidates": 64, "range_rounds": rounds})
+        recipe = make_recipe(
+            "adalog", {"range_search": search, "range_candidates": 64, "range_rounds": rounds}
+        )
         first = copy.deepcopy(layer)
         first.a_quantizer.set_scale(torch.ones(1, 1, 1, 1))
         calibrate_after_softmax(layer, a, b, recipe)
         candidates = grid_candidates(ascending(b.transpose(0, 1).flatten(1)), 2**bits, 64)
-        first.b_quantizer.set_range(candidates.scale[-2].view(1, -1, 1, 1), candidates.zero_point[-2].view(1, -1, 1, 1))
+        first.b_quantizer.set_range(
+            candidates.scale[-2].view(1, -1, 1, 1), candidates.zero_point[-2].view(1, -1, 1, 1)
+        )
         if search == "minmax":
             first.b_quantizer.load_state_dict(layer.b_quantizer.state_dict())
         assert product_error(layer, a, b) <= product_error(first, a, b) * (1 + 1e-6)
@@ -393,7 +483,9 @@ def test_a_progressive_search_never_ends_above_the_grids(bits: tuple[int, int]) 
         least = 0.0
         for row in layer.weight:
             pairs = grid_of(row, levels, 64, MIN_WEIGHT_SCALE)
-            least += min(error(x_hat, affine(row.double(), pair, levels), flat, row) for pair in pairs)
+            least += min(
+                error(x_hat, affine(row.double(), pair, levels), flat, row) for pair in pairs
+            )
         progressive_weight(layer, flat, fine)
         assert linear_error(layer, x) <= least * (1 + 1e-9)
         better += linear_error(layer, x) < least * 0.999
@@ -421,7 +513,9 @@ def test_more_rounds_of_a_uniform_product_do_not_lose_what_was_won() -> None:
         found = {}
         for search, rounds in itertools.product(("output-error", "progressive"), (1, 3)):
             layer = QuantMatMul(4)
-            recipe = make_recipe("fimaq", {"range_search": search, "range_candidates": 64, "range_rounds": rounds})
+            recipe = make_recipe(
+                "fimaq", {"range_search": search, "range_candidates": 64, "range_rounds": rounds}
+            )
             calibrate_matmul(layer, a, b, recipe)
             found[search, rounds] = product_error(layer, a, b)
         assert found["progressive", 3] < found["progressive", 1]
@@ -439,19 +533,27 @@ def linear_for_erq(bits: int, biased: bool, shape: tuple[int, ...]) -> tuple[Qua
     """A layer with percentile ranges, on correlated inputs (*shape, 24) off zero."""
     torch.manual_seed(1)
     layer = QuantLinear.from_float(nn.Linear(24, 10, bias=biased), bits, bits).requires_grad_(False)
-    x = torch.randn(*shape, 24) @ (torch.randn(24, 24) * torch.linspace(0.1, 1, 24)[:, None]) + torch.randn(24)
+    x = torch.randn(*shape, 24) @ (
+        torch.randn(24, 24) * torch.linspace(0.1, 1, 24)[:, None]
+    ) + torch.randn(24)
     linear_percentiles(layer, x)
     return layer, x
 
 
 @pytest.mark.parametrize("biased", [True, False], ids=["bias", "no bias"])
-@pytest.mark.parametrize("shape", [(5, 30), (150,), (3, 5, 10)], ids=["tokens", "no tokens", "a grid of tokens"])
+@pytest.mark.parametrize(
+    "shape", [(5, 30), (150,), (3, 5, 10)], ids=["tokens", "no tokens", "a grid of tokens"]
+)
 @pytest.mark.parametrize("bits", [3, 4])
-def test_error_reduction_of_a_linear_layer_is_refit_and_refined_rounding(bits: int, shape: tuple[int, ...], biased: bool) -> None:
+def test_error_reduction_of_a_linear_layer_is_refit_and_refined_rounding(
+    bits: int, shape: tuple[int, ...], biased: bool
+) -> None:
     layer, x = linear_for_erq(bits, biased, shape)
     nearest = copy.deepcopy(layer)
     decide_rounding(nearest)
-    before = {name: value.clone() for name, value in layer.named_parameters() if "quantizer" not in name}
+    before = {
+        name: value.clone() for name, value in layer.named_parameters() if "quantizer" not in name
+    }
     reduce_linear_error(layer, x, erq())
 
     levels, flat = 2**bits, x.reshape(-1, 24)
@@ -460,11 +562,17 @@ def test_error_reduction_of_a_linear_layer_is_refit_and_refined_rounding(bits: i
     # Layers without tokens (the classifier) have a smaller ridge in the refit.
     weight, bias = ridge_refit(layer.weight, layer.bias, moments, 0.1 if len(shape) == 1 else 3.0)
     scale, zero = percentile_range(ascending(weight), levels, MIN_WEIGHT_SCALE)
-    codes, bias = refine_rounding(weight, bias, scale[:, None], zero[:, None], levels, moments, 3.0, 20)
+    codes, bias = refine_rounding(
+        weight, bias, scale[:, None], zero[:, None], levels, moments, 3.0, 20
+    )
     assert torch.equal(layer.weight_quantizer.scale[:, 0], scale)
     assert torch.equal(layer.weight_quantizer.zero_point[:, 0], zero)
     assert torch.equal(layer.weight_quantizer.codes, codes.to(torch.uint8))
-    assert layer.quantized_bias.numel() == 0 if bias is None else torch.equal(layer.quantized_bias, bias)
+    assert (
+        layer.quantized_bias.numel() == 0
+        if bias is None
+        else torch.equal(layer.quantized_bias, bias)
+    )
     assert (bias is not None) == biased
 
     for name, value in before.items():
@@ -481,7 +589,9 @@ def test_each_ridge_is_at_most_the_recipes() -> None:
         layer, x = linear_for_erq(4, True, (150,))
         reduce_linear_error(layer, x, erq(refit_ridge=ridge))
         flat = x.reshape(-1, 24)
-        weight, _ = ridge_refit(layer.weight, layer.bias, refit_moments(flat, layer.input_quantizer(flat)), ridge)
+        weight, _ = ridge_refit(
+            layer.weight, layer.bias, refit_moments(flat, layer.input_quantizer(flat)), ridge
+        )
         scale, _ = percentile_range(ascending(weight), 16, MIN_WEIGHT_SCALE)
         assert torch.equal(layer.weight_quantizer.scale[:, 0], scale)
         made.append(layer.quantized_bias)
@@ -495,11 +605,17 @@ def test_error_reduction_of_a_convolution_rounds_alone() -> None:
     conv_percentiles(layer, x)
     nearest = copy.deepcopy(layer)
     decide_rounding(nearest)
-    weight, bias, ranges = layer.weight.clone(), layer.bias.clone(), layer.weight_quantizer.scale.clone()  # type: ignore[union-attr]
+    weight, bias, ranges = (
+        layer.weight.clone(),
+        layer.bias.clone(),
+        layer.weight_quantizer.scale.clone(),
+    )  # type: ignore[union-attr]
     reduce_conv_error(layer, x, erq())
     patches = F.unfold(x, 4, stride=4).transpose(1, 2).reshape(-1, 48)
     scale, zero = layer.weight_quantizer.scale, layer.weight_quantizer.zero_point
-    codes, expected = refine_rounding(weight.flatten(1), bias, scale, zero, 8, refit_moments(patches, patches), 30.0, 20)
+    codes, expected = refine_rounding(
+        weight.flatten(1), bias, scale, zero, 8, refit_moments(patches, patches), 30.0, 20
+    )
     assert torch.equal(layer.weight_quantizer.codes, codes.to(torch.uint8))
     assert expected is not None
     assert torch.allclose(layer.quantized_bias, expected, atol=1e-6)
@@ -530,7 +646,9 @@ def divergence(method: str, **changes: Any) -> float:
     found = []
     x, reference = held_out()
     for seed in (1, 2):
-        recipe = make_recipe(method, {"calibration_transform": "eval", "seed": seed, "reconstruct": False}, changes)
+        recipe = make_recipe(
+            method, {"calibration_transform": "eval", "seed": seed, "reconstruct": False}, changes
+        )
         loaded = TASK.load(ModelRequest("demo_vit"))
         calibration = TASK.calibration(loaded, DataRequest(), recipe).images
         assert len(calibration) == 32
@@ -546,7 +664,11 @@ def test_special_softmax_quantizers_of_4_bits_beat_the_uniform_one_on_a_trained_
     alone: dict[str, object] = {"w_bits": OFF, "a_bits": OFF, "s_bits": 4}
     uniform = divergence("repq", softmax_quantizer="uniform", **alone)
     assert divergence("repq", softmax_quantizer="logsqrt2", **alone) < 0.7 * uniform
-    searched: dict[str, object] = {**alone, "gelu_quantizer": "uniform", "range_search": "output-error"}
+    searched: dict[str, object] = {
+        **alone,
+        "gelu_quantizer": "uniform",
+        "range_search": "output-error",
+    }
     for kind in ("adalog", "twin"):
         assert divergence("adalog", softmax_quantizer=kind, **searched) < 0.7 * uniform
 

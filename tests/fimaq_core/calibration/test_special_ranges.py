@@ -59,7 +59,12 @@ def direct_error(quantized: Tensor, other: Tensor, x: Tensor, plain: Tensor) -> 
 
 
 def by_adalog(x: Tensor, scale: float, q: int, levels: int, shift: float = 0.0) -> Tensor:
-    return adalog_fake_quantize(x + shift, torch.tensor(scale), *adalog_tables(q, levels), q / 37, levels) - shift
+    return (
+        adalog_fake_quantize(
+            x + shift, torch.tensor(scale), *adalog_tables(q, levels), q / 37, levels
+        )
+        - shift
+    )
 
 
 def gelu_scales(x: Tensor, count: int) -> list[float]:
@@ -83,7 +88,9 @@ def test_percentile_range_equals_the_loop(levels: int, size: int) -> None:
             high, low = row.quantile(point), row.quantile(1 - point)
             step = (high - low) / (levels - 1)
             ranges.append((step, -(low / step).round()))
-        errors = [float((fake_quantize(row, *pair, levels) - row).square().sum()) for pair in ranges]
+        errors = [
+            float((fake_quantize(row, *pair, levels) - row).square().sum()) for pair in ranges
+        ]
         choices.append(errors.index(min(errors)))
         assert float(found_scale) == pytest.approx(float(ranges[choices[-1]][0]), rel=1e-5)
         assert found_zero == ranges[choices[-1]][1]
@@ -104,7 +111,10 @@ def test_percentile_log_scale_equals_the_loop(step: float, size: int) -> None:
     found = percentile_log_scale(x, step, 8)
     assert found.shape == ()
     scales = [x.double().flatten().quantile(point) for point in (0.999, 0.9999, 0.99999)]
-    errors = [float((log_fake_quantize(x.double(), scale, step, 8) - x).square().sum()) for scale in scales]
+    errors = [
+        float((log_fake_quantize(x.double(), scale, step, 8) - x).square().sum())
+        for scale in scales
+    ]
     assert float(found) == pytest.approx(float(scales[errors.index(min(errors))]), rel=1e-5)
 
 
@@ -134,7 +144,11 @@ def test_adalog_softmax_equals_the_loop(levels: int) -> None:
 def test_adalog_softmax_looks_at_every_candidate(q: int) -> None:
     # q is prime, or all that divides it is below 10: no other numerator has the point 2^(-q/37).
     shifts, mantissas = adalog_tables(q, 256)
-    a = torch.tensor([1.0, float(mantissas[1] * 2 ** -shifts[1]), 1.0, 1.0]).expand(1, 1, 2, 4).contiguous()
+    a = (
+        torch.tensor([1.0, float(mantissas[1] * 2 ** -shifts[1]), 1.0, 1.0])
+        .expand(1, 1, 2, 4)
+        .contiguous()
+    )
     b = torch.eye(4)[None, None]
     assert search_adalog_softmax(a, b, b, 256, 128) == q
     assert search_adalog_softmax(a, b, b, 256, q - 9) == q
@@ -205,7 +219,10 @@ def test_twin_softmax_equals_the_loop(levels: int) -> None:
     a, b_hat, b = attention(levels + 1)
     found = search_twin_softmax(a, b_hat, b, levels)
     assert found.shape == ()
-    errors = {2.0**-i: direct_error(twin_softmax(a, torch.tensor(2.0**-i), levels), b_hat, a, b) for i in range(20)}
+    errors = {
+        2.0**-i: direct_error(twin_softmax(a, torch.tensor(2.0**-i), levels), b_hat, a, b)
+        for i in range(20)
+    }
     assert errors[float(found)] <= min(errors.values()) * CLOSE
 
 
@@ -237,4 +254,6 @@ def test_twin_gelu_equals_the_loop(levels: int, rows: int) -> None:
 def test_searches_take_operands_that_are_not_contiguous() -> None:
     a, b_hat, b = attention(0)
     turned: Callable[[Tensor], Tensor] = lambda t: t.transpose(0, 1).contiguous().transpose(0, 1)  # noqa: E731
-    assert search_adalog_softmax(turned(a), turned(b_hat), turned(b), 8, 16) == search_adalog_softmax(a, b_hat, b, 8, 16)
+    assert search_adalog_softmax(
+        turned(a), turned(b_hat), turned(b), 8, 16
+    ) == search_adalog_softmax(a, b_hat, b, 8, 16)

@@ -37,7 +37,9 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, tuple[Tensor,
     seen: dict[str, tuple[Tensor, ...]] = {}
     original = calibrate_module._calibrate_layer
 
-    def note(segment: Segment, name: str, layer: QuantLayer, inputs: tuple[Tensor, ...], recipe: Recipe) -> None:
+    def note(
+        segment: Segment, name: str, layer: QuantLayer, inputs: tuple[Tensor, ...], recipe: Recipe
+    ) -> None:
         seen[f"{segment.label}.{name}"] = inputs
         original(segment, name, layer, inputs, recipe)
 
@@ -62,7 +64,9 @@ def test_images_of_one_size_give_what_one_tensor_gives(method: str) -> None:
     scales = [name for name in expected if name.endswith("scale")]
     assert len(scales) > 30
     # Where outliers by rounding are allowed, they are few; min-max has no choice to make.
-    agree = [name for name in scales if torch.allclose(found[name], expected[name], rtol=1e-4, atol=1e-7)]
+    agree = [
+        name for name in scales if torch.allclose(found[name], expected[name], rtol=1e-4, atol=1e-7)
+    ]
     assert len(agree) >= (1.0 if method == "rtn" else 0.95) * len(scales)
     zeros = [name for name in expected if name.endswith("zero_point")]
     assert sum(torch.equal(found[name], expected[name]) for name in zeros) >= 0.95 * len(zeros)
@@ -77,7 +81,9 @@ def test_every_layer_sees_what_the_float_model_shows_it(monkeypatch: pytest.Monk
     for segment in chain:
         for name, layer in quant_layers(segment.block):
             calls = expected.setdefault(f"{segment.label}.{name}", [])
-            handles.append(layer.register_forward_pre_hook(lambda _, args, calls=calls: calls.append(args)))
+            handles.append(
+                layer.register_forward_pre_hook(lambda _, args, calls=calls: calls.append(args))
+            )
     for image in x:
         by_hand(chain, image)
     for handle in handles:
@@ -85,7 +91,11 @@ def test_every_layer_sees_what_the_float_model_shows_it(monkeypatch: pytest.Monk
     with watched(monkeypatch) as seen:
         calibrate(chain, x, recipe)
     assert seen.keys() == expected.keys()
-    kinds = {f"{segment.label}.{name}": layer for segment in chain for name, layer in quant_layers(segment.block)}
+    kinds = {
+        f"{segment.label}.{name}": layer
+        for segment in chain
+        for name, layer in quant_layers(segment.block)
+    }
     for name, inputs in seen.items():
         calls = expected[name]
         if isinstance(kinds[name], QuantMatMul):
@@ -129,7 +139,9 @@ def test_layers_see_their_share_of_every_image(monkeypatch: pytest.MonkeyPatch) 
         assert torch.equal(found[0, :, :, 0], own[0, :, :, 0][:, spread(own.shape[2], 3)])
     # A neck of twice the channels leaves half the positions; the patch embedding's images stay whole.
     assert {found.shape for found in seen["neck.0"]} == {(1, 2 * WIDTH, 1, 1)}
-    assert all(torch.equal(*pair) for pair in zip(seen["embed.proj"], whole["embed.proj"], strict=True))
+    assert all(
+        torch.equal(*pair) for pair in zip(seen["embed.proj"], whole["embed.proj"], strict=True)
+    )
     assert [part.shape for part in seen["embed.proj"]] == [image.shape for image in x]
 
 
@@ -154,7 +166,10 @@ def test_min_max_ranges_are_of_all_values(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(capture, name, 5)
     thin = pyramid(recipe)
     calibrate(thin, x, recipe)
-    assert all(torch.equal(*pair) for pair in zip(ranges(plain).values(), ranges(thin).values(), strict=True))
+    assert all(
+        torch.equal(*pair)
+        for pair in zip(ranges(plain).values(), ranges(thin).values(), strict=True)
+    )
     set_quantized(plain, False)
     fc1: list[Tensor] = []
     block = plain.segment(1).block
@@ -171,7 +186,11 @@ class Upward(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.up, self.fc = nn.Conv2d(4, 6, 3, padding=1), nn.ConvTranspose2d(6, 5, 2, 2), nn.Linear(5, 3)
+        self.conv, self.up, self.fc = (
+            nn.Conv2d(4, 6, 3, padding=1),
+            nn.ConvTranspose2d(6, 5, 2, 2),
+            nn.Linear(5, 3),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         small, large = (self.conv(level).relu() for level in (x[..., ::2, ::2], x))
@@ -209,7 +228,10 @@ def test_every_recipe_calibrates_heads_on_images_with_any_number_of_regions(meth
     again = upward(recipe)
     calibrate(again, Samples([x[0], x[2], x[3]]), recipe)
     finish(again)
-    assert all(torch.equal(*pair) for pair in zip(ranges(chain).values(), ranges(again).values(), strict=True))
+    assert all(
+        torch.equal(*pair)
+        for pair in zip(ranges(chain).values(), ranges(again).values(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("method", EVERY)
@@ -247,7 +269,9 @@ def test_a_layer_without_input_is_named() -> None:
         calibrate(chain, regions(2, 1), recipe)
 
 
-def test_not_a_number_is_named_though_it_would_be_thinned_away(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_not_a_number_is_named_though_it_would_be_thinned_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(capture, "CONV_VALUES", 1)
     x = regions(3, 2)
     x.tensors[1][1, 2, 3, 4] = float("nan")
@@ -271,10 +295,16 @@ def test_segments_that_are_off_are_walked_through(monkeypatch: pytest.MonkeyPatc
             calibrate(chain, x, recipe)
         assert {name.rpartition(".")[0].removesuffix(".mlp") for name in seen} == {label}
         for segment, other in zip(chain, full, strict=True):
-            for (_, layer), (_, same) in zip(quant_layers(segment.block), quant_layers(other.block), strict=True):
+            for (_, layer), (_, same) in zip(
+                quant_layers(segment.block), quant_layers(other.block), strict=True
+            ):
                 own, expected = layer.state_dict(), same.state_dict()
                 for name in (name for name in own if name.endswith("scale")):
-                    assert torch.equal(own[name], expected[name]) if segment.label == label else own[name].numel() == 0
+                    assert (
+                        torch.equal(own[name], expected[name])
+                        if segment.label == label
+                        else own[name].numel() == 0
+                    )
 
 
 def test_only_the_first_images_set_ranges() -> None:
@@ -282,10 +312,15 @@ def test_only_the_first_images_set_ranges() -> None:
     some, all_of_two = pyramid(recipe), pyramid(recipe)
     calibrate(some, varied(5), recipe)
     calibrate(all_of_two, Samples(varied(5).tensors[:2]), recipe)
-    assert all(torch.equal(*pair) for pair in zip(ranges(some).values(), ranges(all_of_two).values(), strict=True))
+    assert all(
+        torch.equal(*pair)
+        for pair in zip(ranges(some).values(), ranges(all_of_two).values(), strict=True)
+    )
 
 
-def test_convolutions_outside_the_patch_embedding_go_by_their_own_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_convolutions_outside_the_patch_embedding_go_by_their_own_errors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     called: list[tuple[str, int]] = []
     for kind in ("calibrate_conv", "calibrate_conv_by_own_error"):
         monkeypatch.setattr(
@@ -299,5 +334,9 @@ def test_convolutions_outside_the_patch_embedding_go_by_their_own_errors(monkeyp
     recipe = quick()
     chain = pyramid(recipe)
     calibrate(chain, varied(), recipe)
-    assert called == [("calibrate_conv", WIDTH), ("calibrate_conv_by_own_error", WIDTH), ("calibrate_conv_by_own_error", 5)]
+    assert called == [
+        ("calibrate_conv", WIDTH),
+        ("calibrate_conv_by_own_error", WIDTH),
+        ("calibrate_conv_by_own_error", 5),
+    ]
     assert all(isinstance(layer, QuantConv2d) for _, layer in quant_layers(chain.segment(3).block))

@@ -36,9 +36,13 @@ def at_block(recipe: Recipe, index: int) -> tuple[BlockChain, Tape, Tensor]:
     return chain, tape, reference
 
 
-def make(recipe: Recipe, index: int = 2, divergence: Divergence | None = None) -> tuple[BlockObjective, Tape]:
+def make(
+    recipe: Recipe, index: int = 2, divergence: Divergence | None = None
+) -> tuple[BlockObjective, Tape]:
     chain, tape, reference = at_block(recipe, index)
-    made = BlockObjective(chain, tape, recipe, reference, divergence or ClassifierDivergence(recipe.temperature), [])
+    made = BlockObjective(
+        chain, tape, recipe, reference, divergence or ClassifierDivergence(recipe.temperature), []
+    )
     set_quantized(chain.segment(index).block, True)
     return made, tape
 
@@ -56,7 +60,9 @@ def value_of(objective: BlockObjective, output: Tensor, samples: Tensor = SAMPLE
     if rest is None:
         value, starts = block_loss(objective.kind, weights, output, batch, state)
     else:
-        value, starts = prediction_loss(weights, output, batch, state.starts, rest, objective.divergence)
+        value, starts = prediction_loss(
+            weights, output, batch, state.starts, rest, objective.divergence
+        )
     state.starts.copy_(starts)
     return value
 
@@ -65,7 +71,12 @@ def value_of(objective: BlockObjective, output: Tensor, samples: Tensor = SAMPLE
 def loss(objective: BlockObjective, tape: Tape, noise: float = 0.0) -> float:
     """Loss of the first samples; ``noise`` changes the output."""
     output = objective.chain.segment(tape.index).block(tape.full.whole[SAMPLES])
-    return float(value_of(objective, output + noise * torch.randn(output.shape, generator=torch.Generator().manual_seed(0))))
+    return float(
+        value_of(
+            objective,
+            output + noise * torch.randn(output.shape, generator=torch.Generator().manual_seed(0)),
+        )
+    )
 
 
 def due_steps(monkeypatch: pytest.MonkeyPatch, recipe: Recipe) -> list[int]:
@@ -102,7 +113,10 @@ def due_steps(monkeypatch: pytest.MonkeyPatch, recipe: Recipe) -> list[int]:
 def test_schedule_of_passes(
     monkeypatch: pytest.MonkeyPatch, mode: str, steps: int, k: int, expected: list[int], name: str
 ) -> None:
-    assert due_steps(monkeypatch, quick(fisher_mode=mode, steps=steps, fisher_k=k, loss=name)) == expected
+    assert (
+        due_steps(monkeypatch, quick(fisher_mode=mode, steps=steps, fisher_k=k, loss=name))
+        == expected
+    )
 
 
 @pytest.mark.parametrize("name", ["mse", "mae"])
@@ -121,7 +135,9 @@ def test_no_passes_for_plain_errors(monkeypatch: pytest.MonkeyPatch, name: str) 
     ],
 )
 @pytest.mark.parametrize("mode", ["q", "qf"])
-def test_starts_are_taken_anew_after_each_pass(changes: dict[str, object], start: float, mode: str) -> None:
+def test_starts_are_taken_anew_after_each_pass(
+    changes: dict[str, object], start: float, mode: str
+) -> None:
     recipe = quick(fisher_k=3, steps=9, fisher_mode=mode, **changes)
     objective, tape = make(recipe)
     due = {"q": (0, 3, 6), "qf": (0, 1, 2)}[mode]
@@ -171,12 +187,18 @@ def test_value_after_the_start_equals_the_formula(name: str) -> None:
         output = chain.segment(tape.index).block(tape.full.whole[SAMPLES])
     noisy = output + 0.5 * torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
     first, second = ((out - tape.target.whole[SAMPLES]).flatten(1) for out in (output, noisy))
-    gradients = objective.weights.whole if name in ("fisher_brecq", "perturb") else objective.state.diagonal
+    gradients = (
+        objective.weights.whole if name in ("fisher_brecq", "perturb") else objective.state.diagonal
+    )
 
     def parts(delta: Tensor) -> list[Tensor]:
         if kind == "prediction":
-            logits = chain.tail(tape.index + 1, (tape.target.whole[SAMPLES].flatten(1) + delta).view_as(output))
-            divergence = kl_divergence(logits.double(), objective.reference.whole[SAMPLES].double(), 20.0)
+            logits = chain.tail(
+                tape.index + 1, (tape.target.whole[SAMPLES].flatten(1) + delta).view_as(output)
+            )
+            divergence = kl_divergence(
+                logits.double(), objective.reference.whole[SAMPLES].double(), 20.0
+            )
             return [losses.squared_error(delta), divergence]
         if kind == "mse":
             return [losses.squared_error(delta)]
@@ -195,7 +217,10 @@ def test_value_after_the_start_equals_the_formula(name: str) -> None:
         if kind == "fisher_lr":
             return [2 * losses.rank_one_loss(delta, gradients)]
         root, _ = losses.inverse_gram_root(torch.stack(objective._errors))
-        return [losses.low_rank_loss(delta, gradients[None], root), losses.diagonal_loss(delta, gradients)]
+        return [
+            losses.low_rank_loss(delta, gradients[None], root),
+            losses.diagonal_loss(delta, gradients),
+        ]
 
     doubled = ("fisher_diag", "fisher_lr", "perturb", "perturb_mean", "least_squares")
     factor = 2 if kind in doubled else 0.5 if kind == "prediction" else 1
@@ -203,11 +228,15 @@ def test_value_after_the_start_equals_the_formula(name: str) -> None:
     assert found == pytest.approx(expected, rel=1e-4)
 
 
-def test_brecq_gradient_is_taken_with_the_prefix_quantized_and_this_block_in_full_precision() -> None:
+def test_brecq_gradient_is_taken_with_the_prefix_quantized_and_this_block_in_full_precision() -> (
+    None
+):
     recipe = quick(loss="fisher_brecq")
     chain, tape, reference = at_block(recipe, 2)
     set_quantized(chain.segment(2).block, True)
-    objective = BlockObjective(chain, tape, recipe, reference, ClassifierDivergence(recipe.temperature), [])
+    objective = BlockObjective(
+        chain, tape, recipe, reference, ClassifierDivergence(recipe.temperature), []
+    )
     assert objective.kind == "fisher_brecq"
     assert tape.prefix is not None
     block = chain.segment(2).block
@@ -218,7 +247,9 @@ def test_brecq_gradient_is_taken_with_the_prefix_quantized_and_this_block_in_ful
     (expected,) = torch.autograd.grad(value, output)
     assert objective.weights is not None
     scale = float(expected.abs().max())
-    assert torch.allclose(objective.weights.whole, expected.flatten(1), rtol=1e-4, atol=1e-5 * scale)
+    assert torch.allclose(
+        objective.weights.whole, expected.flatten(1), rtol=1e-4, atol=1e-5 * scale
+    )
     assert objective.passes == 1
 
 
@@ -232,7 +263,9 @@ def test_brecq_falls_back_at_the_first_block_and_says_so() -> None:
     loss(objective, tape)
     plain, plain_tape = make(quick(loss="mse"), index=0)
     loss(plain, plain_tape)
-    assert loss(objective, tape, noise=0.3) == pytest.approx(loss(plain, plain_tape, noise=0.3), rel=1e-6)
+    assert loss(objective, tape, noise=0.3) == pytest.approx(
+        loss(plain, plain_tape, noise=0.3), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("name", ["fisher_dplr", "fisher_diag", "fisher_lr"])
@@ -258,7 +291,9 @@ def test_passes_fill_the_state_in_place(monkeypatch: pytest.MonkeyPatch, name: s
         assert torch.allclose(objective.state.diagonal, done.mean(0))
         expected = torch.zeros(3, 3)
         if name == "fisher_dplr":
-            root, damped = losses.inverse_gram_root(torch.stack([error for _, error in passes[: step + 1]]))
+            root, damped = losses.inverse_gram_root(
+                torch.stack([error for _, error in passes[: step + 1]])
+            )
             assert not damped
             expected[: step + 1, : step + 1] = root
         assert torch.equal(objective.state.root, expected)
@@ -279,7 +314,9 @@ def test_a_start_of_zero_becomes_one() -> None:
     assert starts.tolist() == [1.0, 1.0]
     later, kept = block_loss(kind, (0.5, 2.0), target + 0.1, batch, state._replace(starts=starts))
     delta = torch.full((2, 3), 0.1)
-    expected = 0.5 * losses.low_rank_loss(delta, state.gradients, state.root) + 2 * losses.diagonal_loss(delta, state.diagonal)
+    expected = 0.5 * losses.low_rank_loss(
+        delta, state.gradients, state.root
+    ) + 2 * losses.diagonal_loss(delta, state.diagonal)
     assert float(later) == pytest.approx(float(expected), rel=1e-6)
     assert torch.equal(kept, starts)
 
@@ -287,7 +324,9 @@ def test_a_start_of_zero_becomes_one() -> None:
 def test_starts_have_no_gradient() -> None:
     """A part's gradient is that of the part over a constant, at the step that takes the start too."""
     output, target = torch.randn(4, 6, requires_grad=True), torch.randn(4, 6)
-    value, starts = block_loss("mse", (1.0,), output, Batch(target, None, target), LossState(torch.zeros(1)))
+    value, starts = block_loss(
+        "mse", (1.0,), output, Batch(target, None, target), LossState(torch.zeros(1))
+    )
     assert float(value.detach()) == 1
     assert not starts.requires_grad
     (found,) = torch.autograd.grad(value, output)
@@ -298,7 +337,9 @@ def test_singular_passes_are_noted_and_stay_finite(monkeypatch: pytest.MonkeyPat
     objective, tape = make(quick(fisher_k=3, fisher_mode="qf"))
     width = tape.full[0].numel()
     same = torch.rand(width)
-    monkeypatch.setattr(objective_module, "mean_gradient_and_error", lambda *_: (torch.rand(width), same))
+    monkeypatch.setattr(
+        objective_module, "mean_gradient_and_error", lambda *_: (torch.rand(width), same)
+    )
     for step in range(3):
         before_step(objective, step)
         value = loss(objective, tape, noise=0.2)
@@ -328,7 +369,9 @@ def test_head_uses_the_plain_divergence() -> None:
 
 
 @pytest.mark.parametrize("mode", ["q", "qf"])
-def test_least_squares_takes_one_pass_before_the_first_step(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+def test_least_squares_takes_one_pass_before_the_first_step(
+    monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
     """Whatever k and mode; h and u go where they are, and later steps do not change them."""
     objective, tape = make(quick(loss="least_squares", fisher_k=4, fisher_mode=mode, steps=9))
     assert objective.update_steps == {0}
@@ -336,7 +379,9 @@ def test_least_squares_takes_one_pass_before_the_first_step(monkeypatch: pytest.
     torch.manual_seed(0)
     h, u = torch.rand(tape.full[0].numel()), torch.randn(tape.full[0].numel())
     monkeypatch.setattr(objective_module, "least_squares_hessian", lambda *_: (h, u))
-    monkeypatch.setattr(objective_module, "mean_gradient_and_error", lambda *_: pytest.fail("FIMA-Q's pass"))
+    monkeypatch.setattr(
+        objective_module, "mean_gradient_and_error", lambda *_: pytest.fail("FIMA-Q's pass")
+    )
     state = objective.state
     assert state.gradients is not None
     assert state.diagonal is not None
@@ -356,19 +401,25 @@ def perturbed_gradients(objective: BlockObjective, tape: Tape, epsilon: float) -
     assert tape.target is not None
     found = []
     for z, reference in zip(
-        tape.target.whole.split(tape.batch_size), objective.reference.whole.split(tape.batch_size), strict=True
+        tape.target.whole.split(tape.batch_size),
+        objective.reference.whole.split(tape.batch_size),
+        strict=True,
     ):
         sides = []
         for shifted in (z + epsilon, z - epsilon):
             leaf = shifted.requires_grad_(True)
-            value = kl_divergence(objective.chain.tail(tape.index + 1, leaf), reference, 20.0) * len(z)
+            value = kl_divergence(
+                objective.chain.tail(tape.index + 1, leaf), reference, 20.0
+            ) * len(z)
             sides.append(torch.autograd.grad(value, leaf)[0])
         found.append((sides[0] - sides[1]).abs().flatten(1))
     return torch.cat(found)
 
 
 @pytest.mark.parametrize("epsilon", [1e-6, 1e-2])
-def test_perturbation_hessian_of_each_sample_lies_where_the_tape_lies(monkeypatch: pytest.MonkeyPatch, epsilon: float) -> None:
+def test_perturbation_hessian_of_each_sample_lies_where_the_tape_lies(
+    monkeypatch: pytest.MonkeyPatch, epsilon: float
+) -> None:
     made: list[Tensor] = []
     original = Storage.empty
 
@@ -405,20 +456,29 @@ def test_mean_perturbation_hessian_is_the_mean_of_the_samples_own() -> None:
 
 @pytest.mark.parametrize("name", ["perturb", "perturb_mean"])
 def test_a_perturbation_hessian_of_zero_falls_back_and_says_so(name: str) -> None:
-    objective, tape = make(quick(loss=name), divergence=Measured(lambda outputs, reference: 0 * outputs.sum()))
+    objective, tape = make(
+        quick(loss=name), divergence=Measured(lambda outputs, reference: 0 * outputs.sum())
+    )
     assert objective.kind == "mse"
     assert objective.weights is None
-    assert objective.notes == ["blocks.1: the perturbation Hessian is zero; squared error used instead"]
+    assert objective.notes == [
+        "blocks.1: the perturbation Hessian is zero; squared error used instead"
+    ]
     assert loss(objective, tape) == pytest.approx(1.0, rel=1e-5)
     plain, plain_tape = make(quick(loss="mse"))
     loss(plain, plain_tape)
-    assert loss(objective, tape, noise=0.3) == pytest.approx(loss(plain, plain_tape, noise=0.3), rel=1e-6)
+    assert loss(objective, tape, noise=0.3) == pytest.approx(
+        loss(plain, plain_tape, noise=0.3), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("name", ["perturb", "perturb_mean"])
 def test_a_perturbation_hessian_that_is_no_number_is_an_error(name: str) -> None:
     with pytest.raises(NumericsError, match=r"^blocks\.1: the perturbation Hessian is nan"):
-        make(quick(loss=name), divergence=Measured(lambda outputs, reference: (outputs * torch.nan).sum()))
+        make(
+            quick(loss=name),
+            divergence=Measured(lambda outputs, reference: (outputs * torch.nan).sum()),
+        )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "tf32"])
@@ -434,7 +494,9 @@ def test_perturbation_passes_compute_as_the_frozen_parts_do(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["perturb", "perturb_mean"])
-def test_with_a_perturbation_hessian_the_head_has_twice_the_divergence_over_its_start(name: str) -> None:
+def test_with_a_perturbation_hessian_the_head_has_twice_the_divergence_over_its_start(
+    name: str,
+) -> None:
     objective, tape = make(quick(loss=name), index=3)
     assert (objective.kind, objective.passes, objective.weights) == ("head_relative", 0, None)
     before_step(objective, 0)
@@ -444,12 +506,17 @@ def test_with_a_perturbation_hessian_the_head_has_twice_the_divergence_over_its_
         output = objective.chain.segment(3).block(tape.full.whole[SAMPLES])
     noisy = output + 0.5 * torch.randn(output.shape, generator=generator)
     assert loss(objective, tape) == pytest.approx(2.0, rel=1e-5)
-    expected = 2 * float(kl_divergence(noisy.double(), target.double()) / kl_divergence(output.double(), target.double()))
+    expected = 2 * float(
+        kl_divergence(noisy.double(), target.double())
+        / kl_divergence(output.double(), target.double())
+    )
     assert expected > 3
     assert loss(objective, tape, noise=0.5) == pytest.approx(expected, rel=1e-3)
 
 
-def whole_model_terms(objective: BlockObjective, tape: Tape, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def whole_model_terms(
+    objective: BlockObjective, tape: Tape, x: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Squared error and divergence of the model with this block alone quantized, and their gradients at its output."""
     chain, block, kept = objective.chain, objective.chain.segment(tape.index).block, []
     set_quantized(chain, False)
@@ -466,11 +533,15 @@ def whole_model_terms(objective: BlockObjective, tape: Tape, x: Tensor) -> tuple
     handle = block.register_forward_hook(keep)
     logits = chain(x)
     handle.remove()
-    error = sum(((row - goal) ** 2).sum() for row, goal in zip(kept[0], target, strict=True)) / len(x)
+    error = sum(((row - goal) ** 2).sum() for row, goal in zip(kept[0], target, strict=True)) / len(
+        x
+    )
     p, q = (reference.double() / 20).softmax(-1), (logits.double() / 20).softmax(-1)
     divergence = (p * (p.log() - q.log())).sum(-1).mean()
     assert isinstance(error, Tensor)
-    slopes = [torch.autograd.grad(term, kept[0], retain_graph=True)[0] for term in (error, divergence)]
+    slopes = [
+        torch.autograd.grad(term, kept[0], retain_graph=True)[0] for term in (error, divergence)
+    ]
     return error.detach(), divergence.detach(), slopes[0], slopes[1]
 
 
@@ -484,7 +555,12 @@ def test_prediction_loss_goes_through_the_rest_in_full_precision(share: float) -
     error, divergence, error_slope, divergence_slope = whole_model_terms(objective, tape, x)
     starts = torch.tensor([0.5 * float(error), 0.25 * float(divergence)])
     objective.state.starts.copy_(starts)
-    output = objective.chain.segment(tape.index).block(tape.full.whole[SAMPLES]).detach().requires_grad_(True)
+    output = (
+        objective.chain.segment(tape.index)
+        .block(tape.full.whole[SAMPLES])
+        .detach()
+        .requires_grad_(True)
+    )
     value = value_of(objective, output)
     (slope,) = torch.autograd.grad(value, output)
     assert torch.equal(objective.state.starts, starts)
@@ -510,16 +586,25 @@ def test_prediction_share_of_zero_is_the_squared_error_and_of_one_the_divergence
     def course(name: str, share: float = 0.5) -> tuple[list[float], Tensor]:
         objective, tape = make(quick(loss=name, prediction_share=share))
         values = [loss(objective, tape, noise) for noise in (0.0, 0.2, 0.5)]
-        output = objective.chain.segment(tape.index).block(tape.full.whole[SAMPLES]).detach().requires_grad_(True)
+        output = (
+            objective.chain.segment(tape.index)
+            .block(tape.full.whole[SAMPLES])
+            .detach()
+            .requires_grad_(True)
+        )
         return values, torch.autograd.grad(value_of(objective, output), output)[0]
 
     plain, plain_slope = course("mse")
     none, none_slope = course("prediction", 0.0)
     assert none == pytest.approx(plain, rel=1e-6)
-    assert torch.allclose(none_slope, plain_slope, rtol=1e-5, atol=1e-6 * float(plain_slope.abs().max()))
+    assert torch.allclose(
+        none_slope, plain_slope, rtol=1e-5, atol=1e-6 * float(plain_slope.abs().max())
+    )
     both, _ = course("prediction", 0.5)
     alone, alone_slope = course("prediction", 1.0)
-    assert [2 * value for value in both] == pytest.approx([a + b for a, b in zip(none, alone, strict=True)], rel=1e-5)
+    assert [2 * value for value in both] == pytest.approx(
+        [a + b for a, b in zip(none, alone, strict=True)], rel=1e-5
+    )
     assert alone[2] > 1.2
     # A shift of all channels is taken away by the norms behind the block: the divergence does not push there.
     assert float(alone_slope.mean(-1).abs().max()) < 1e-4 * float(alone_slope.abs().max())

@@ -48,7 +48,9 @@ def test_gradient_is_the_fisher_matrix_times_the_error(temperature: float) -> No
     left, size = [], []
     for step in (0.1, 0.05, 0.025):
         delta = step * temperature * direction
-        sweep = Sweep(chain, 0, Samples(reference), divergence, CPU, 16).gradients((z + delta).float())
+        sweep = Sweep(chain, 0, Samples(reference), divergence, CPU, 16).gradients(
+            (z + delta).float()
+        )
         found = torch.cat([gradient for _, _, gradient in sweep]).double()
         expected = torch.einsum("bij,bj->bi", matrix, delta)
         left.append(float((found - expected).norm()))

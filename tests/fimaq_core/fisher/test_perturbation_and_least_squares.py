@@ -39,10 +39,14 @@ def itself(z: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("epsilon", "tolerance"), [(0.25, 1e-12), (1e-3, 1e-10), (1e-6, 1e-7)])
-def test_of_a_quadratic_it_is_twice_epsilon_times_the_row_sums(epsilon: float, tolerance: float) -> None:
+def test_of_a_quadratic_it_is_twice_epsilon_times_the_row_sums(
+    epsilon: float, tolerance: float
+) -> None:
     """``2 ε |H 1|``, whatever the point; differences of gradients lose digits as ε gets small."""
     half = normal(12, 12)
-    hessian = half @ half.t() - 2 * torch.eye(12, dtype=torch.float64)  # indefinite: the absolute value matters
+    hessian = half @ half.t() - 2 * torch.eye(
+        12, dtype=torch.float64
+    )  # indefinite: the absolute value matters
     assert (hessian.sum(1) < 0).any()
     z, r = normal(5, 3, 4, seed=1), normal(5, 3, 4, seed=2)
     found = perturbation_hessian(itself, z, r, quadratic(hessian), epsilon)
@@ -53,16 +57,26 @@ def test_of_a_quadratic_it_is_twice_epsilon_times_the_row_sums(epsilon: float, t
 
 def test_of_a_diagonal_quadratic_it_is_twice_epsilon_times_the_diagonal() -> None:
     diagonal = normal(7).square()
-    found = perturbation_hessian(itself, normal(4, 7, seed=1), normal(4, 7, seed=2), quadratic(diagonal.diag()), 0.125)
+    found = perturbation_hessian(
+        itself, normal(4, 7, seed=1), normal(4, 7, seed=2), quadratic(diagonal.diag()), 0.125
+    )
     assert torch.allclose(found, (0.25 * diagonal).expand(4, 7), rtol=1e-12)
 
 
 def test_each_sample_has_its_own_hessian_whatever_the_batch() -> None:
     """Behind a cube the Hessian at z is diagonal: of ½ (z³ - r)² it is 15 z⁴ - 6 r z, of which ± ε takes the mean slope."""
     z, r = normal(6, 5, seed=1), normal(6, 5, seed=2)
-    whole = perturbation_hessian(lambda x: x**3, z, r, quadratic(torch.eye(5, dtype=torch.float64)), 1e-4)
+    whole = perturbation_hessian(
+        lambda x: x**3, z, r, quadratic(torch.eye(5, dtype=torch.float64)), 1e-4
+    )
     alone = [
-        perturbation_hessian(lambda x: x**3, z[i : i + 1], r[i : i + 1], quadratic(torch.eye(5, dtype=torch.float64)), 1e-4)
+        perturbation_hessian(
+            lambda x: x**3,
+            z[i : i + 1],
+            r[i : i + 1],
+            quadratic(torch.eye(5, dtype=torch.float64)),
+            1e-4,
+        )
         for i in range(6)
     ]
     assert torch.allclose(whole, torch.cat(alone), rtol=1e-9, atol=1e-15)
@@ -74,12 +88,16 @@ def test_each_sample_has_its_own_hessian_whatever_the_batch() -> None:
 def test_it_leaves_the_output_alone() -> None:
     z = normal(3, 4)
     before = z.clone()
-    perturbation_hessian(itself, z, normal(3, 4, seed=1), quadratic(torch.eye(4, dtype=torch.float64)), 0.5)
+    perturbation_hessian(
+        itself, z, normal(3, 4, seed=1), quadratic(torch.eye(4, dtype=torch.float64)), 0.5
+    )
     assert torch.equal(z, before)
     assert not z.requires_grad
 
 
-def hessian_times(rest: Callable[[Tensor], Tensor], z: Tensor, reference: Tensor, direction: Tensor) -> Tensor:
+def hessian_times(
+    rest: Callable[[Tensor], Tensor], z: Tensor, reference: Tensor, direction: Tensor
+) -> Tensor:
     """Exact Hessian of the divergence at z times a direction, by differentiating twice."""
     leaf = z.detach().requires_grad_(True)
     value = kl_divergence(rest(leaf), reference, 2.0) * len(z)
@@ -99,7 +117,9 @@ def pre_norm_vit() -> tuple[Callable[[Tensor], Tensor], Tensor, Tensor]:
 def without_norms() -> tuple[Callable[[Tensor], Tensor], Tensor, Tensor]:
     """A network of linear layers and GELU."""
     torch.manual_seed(3)
-    chain = nn.Sequential(nn.Linear(9, 16), nn.GELU(), nn.Linear(16, 6)).double().requires_grad_(False)
+    chain = (
+        nn.Sequential(nn.Linear(9, 16), nn.GELU(), nn.Linear(16, 6)).double().requires_grad_(False)
+    )
     z = normal(4, 9)
     return chain, z, chain(z) + normal(4, 6, seed=1)
 
@@ -118,7 +138,8 @@ def test_a_shift_of_all_channels_is_a_null_direction_behind_layer_norms() -> Non
     assert float(hessian_times(rest, z, reference, channel).abs().max()) > 0.01 * size
     # Hence the size of ε does not matter, as it would for a quadratic: 2 ε |H 1| would grow by a million.
     small, large = (
-        perturbation_hessian(rest, z, reference, lambda a, b: kl_divergence(a, b, 2.0), epsilon) for epsilon in (1e-8, 1e-2)
+        perturbation_hessian(rest, z, reference, lambda a, b: kl_divergence(a, b, 2.0), epsilon)
+        for epsilon in (1e-8, 1e-2)
     )
     assert 0 < float(large.mean()) < 100 * float(small.mean()) < 1e-10 * size
 
@@ -138,7 +159,9 @@ def test_without_layer_norms_it_is_no_null_direction() -> None:
 
 def fit(delta: Tensor, gradient: Tensor, batch: int = 3) -> tuple[np.ndarray, np.ndarray]:
     """h and u where image b has output error ``delta[b]`` and gradient ``gradient[b]``, (n, N) each, as float64."""
-    chain = BlockChain([Segment("block", "block", nn.Identity()), Segment("head", "head", nn.Identity())])
+    chain = BlockChain(
+        [Segment("block", "block", nn.Identity()), Segment("head", "head", nn.Identity())]
+    )
     targets = normal(*delta.shape, seed=9)
     inputs = targets + delta
     # Of ½ |z - r|² the gradient is z - r.
@@ -207,7 +230,9 @@ def test_a_known_direction_is_found_but_for_its_sign(sign: int) -> None:
     zero = torch.zeros(6, dtype=torch.float64)
     for error in others:
         found = float(losses.least_squares_loss(error[None], zero, torch.from_numpy(u)))
-        assert found == pytest.approx(0.5 * float(error @ direction[:, None] @ direction[None] @ error), rel=1e-5)
+        assert found == pytest.approx(
+            0.5 * float(error @ direction[:, None] @ direction[None] @ error), rel=1e-5
+        )
 
 
 def test_images_whose_errors_differ_in_sign_shrink_the_direction() -> None:
@@ -245,7 +270,9 @@ def test_fit_does_not_depend_on_the_batch_size(batch: int) -> None:
 def test_inputs_of_any_shape_run_through_the_block_as_it_is_given() -> None:
     """``forward`` replaces the block, tokens and channels are one long vector."""
     torch.manual_seed(0)
-    chain = BlockChain([Segment("block", "block", nn.Identity()), Segment("head", "head", nn.Linear(4, 3))])
+    chain = BlockChain(
+        [Segment("block", "block", nn.Identity()), Segment("head", "head", nn.Linear(4, 3))]
+    )
     inputs = torch.randn(5, 2, 4)
     targets, reference = inputs.clone(), torch.randn(5, 2, 3)
     divergence: Divergence = lambda a, b: (a - b).square().flatten(1).sum(1).mean()  # noqa: E731
@@ -254,7 +281,9 @@ def test_inputs_of_any_shape_run_through_the_block_as_it_is_given() -> None:
     assert h.shape == u.shape == (8,)
     weight, bias = (part.detach() for part in chain.segment(1).block.parameters())
     gradient = 2 * (1.5 * inputs @ weight.t() + bias - reference) @ weight
-    expected_h, expected_u = by_images((0.5 * inputs).flatten(1).double(), gradient.flatten(1).double())
+    expected_h, expected_u = by_images(
+        (0.5 * inputs).flatten(1).double(), gradient.flatten(1).double()
+    )
     assert h.numpy() == pytest.approx(expected_h, rel=1e-4, abs=1e-5)
     assert u.numpy() == pytest.approx(expected_u, rel=1e-4, abs=1e-5)
 
@@ -268,7 +297,9 @@ def test_least_squares_loss_equals_a_loop() -> None:
     for row in delta.tolist():
         total += 0.5 * sum(h * d * d for h, d in zip(diagonal.tolist(), row, strict=True))
         total += 0.5 * sum(u * d for u, d in zip(direction.tolist(), row, strict=True)) ** 2
-    assert float(losses.least_squares_loss(delta, diagonal, direction)) == pytest.approx(total / 4, rel=1e-12)
+    assert float(losses.least_squares_loss(delta, diagonal, direction)) == pytest.approx(
+        total / 4, rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -282,6 +313,14 @@ def test_diagonal_loss_of_one_hessian_or_of_one_a_sample(own: bool) -> None:
 
 
 def test_their_gradients() -> None:
-    delta, diagonal, direction = normal(4, 7).requires_grad_(True), normal(7, seed=1).square(), normal(7, seed=2)
-    assert torch.autograd.gradcheck(lambda d: losses.least_squares_loss(d, diagonal, direction), (delta,))
-    assert torch.autograd.gradcheck(lambda d: losses.diagonal_loss(d, diagonal.expand(4, 7)), (delta,))
+    delta, diagonal, direction = (
+        normal(4, 7).requires_grad_(True),
+        normal(7, seed=1).square(),
+        normal(7, seed=2),
+    )
+    assert torch.autograd.gradcheck(
+        lambda d: losses.least_squares_loss(d, diagonal, direction), (delta,)
+    )
+    assert torch.autograd.gradcheck(
+        lambda d: losses.diagonal_loss(d, diagonal.expand(4, 7)), (delta,)
+    )

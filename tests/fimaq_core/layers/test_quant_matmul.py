@@ -23,8 +23,12 @@ def example(transposed: bool, columns: int = 9) -> tuple[QuantMatMul, Tensor, Te
         else torch.randn(3, 2, 5, columns, generator=generator)
     )
     layer = QuantMatMul(3)
-    layer.a_quantizer.set_range(torch.rand(1, 2, 7, 1, generator=generator) * 0.3 + 0.3, torch.full((1, 2, 1, 1), 4.0))
-    layer.b_quantizer.set_range(torch.rand(1, 2, 1, columns, generator=generator) * 0.3 + 0.3, torch.full((1, 2, 1, 1), 3.0))
+    layer.a_quantizer.set_range(
+        torch.rand(1, 2, 7, 1, generator=generator) * 0.3 + 0.3, torch.full((1, 2, 1, 1), 4.0)
+    )
+    layer.b_quantizer.set_range(
+        torch.rand(1, 2, 1, columns, generator=generator) * 0.3 + 0.3, torch.full((1, 2, 1, 1), 3.0)
+    )
     return layer, a, b
 
 
@@ -33,9 +37,9 @@ def test_values(transposed: bool) -> None:
     layer, a, b = example(transposed)
     assert torch.equal(layer(a, b), a @ b)
     layer.quantized = True
-    expected = fake_quantize(a, layer.a_quantizer.scale, layer.a_quantizer.zero_point, 8) @ fake_quantize(
-        b, layer.b_quantizer.scale, layer.b_quantizer.zero_point, 8
-    )
+    expected = fake_quantize(
+        a, layer.a_quantizer.scale, layer.a_quantizer.zero_point, 8
+    ) @ fake_quantize(b, layer.b_quantizer.scale, layer.b_quantizer.zero_point, 8)
     assert torch.allclose(layer(a, b), expected, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(expected, a @ b, atol=0.1)
 
@@ -50,7 +54,12 @@ def test_gradients_do_not_depend_on_how_b_lies(form: Form) -> None:
         for quantizer in (layer.a_quantizer, layer.b_quantizer):
             quantizer.learning = form
             quantizer.scale.requires_grad_(True)
-        leaves = [a.requires_grad_(True), b.requires_grad_(True), layer.a_quantizer.scale, layer.b_quantizer.scale]
+        leaves = [
+            a.requires_grad_(True),
+            b.requires_grad_(True),
+            layer.a_quantizer.scale,
+            layer.b_quantizer.scale,
+        ]
         upstream = torch.randn(3, 2, 7, 9, generator=torch.Generator().manual_seed(5))
         found.append(torch.autograd.grad((layer(a, b) * upstream).sum(), leaves))
         assert found[-1][1].stride() == b.stride()

@@ -59,30 +59,42 @@ def by_hand(kind: Kind, x: Tensor, scale: Tensor, levels: int, source: str) -> T
         return (twin_softmax if source == "softmax" else twin_gelu)(x, scale, levels)
     shift = GELU_SHIFT if source == "gelu" else 0.0
     if kind == "adalog":
-        return adalog_fake_quantize(x + shift, scale, *adalog_tables(Q, levels), Q / 37, levels) - shift
+        return (
+            adalog_fake_quantize(x + shift, scale, *adalog_tables(Q, levels), Q / 37, levels)
+            - shift
+        )
     return log_fake_quantize(x + shift, scale, 1.0 if kind == "log2" else 0.5, levels) - shift
 
 
 def linear(kind: Kind, biased: bool = True, bits: int = 4) -> tuple[QuantLinear, Tensor]:
     """A linear layer with its ranges, and outputs of a GELU."""
     torch.manual_seed(3)
-    layer = QuantLinear.from_float(nn.Linear(12, 7, bias=biased), bits, bits, kind).requires_grad_(False)
+    layer = QuantLinear.from_float(nn.Linear(12, 7, bias=biased), bits, bits, kind).requires_grad_(
+        False
+    )
     span = layer.weight.amax(1, keepdim=True) - layer.weight.amin(1, keepdim=True)
     scale = span / (2**bits - 1)
     layer.weight_quantizer.set_range(scale, -(layer.weight.amin(1, keepdim=True) / scale).round())
     x = F.gelu(torch.randn(5, 9, 12) * 1.5)
     top = float(x.max())
-    set_up(layer.input_quantizer, torch.tensor([top / 2 ** (bits - 1) if kind == "twin" else 0.9 * (top + GELU_SHIFT)]))
+    set_up(
+        layer.input_quantizer,
+        torch.tensor([top / 2 ** (bits - 1) if kind == "twin" else 0.9 * (top + GELU_SHIFT)]),
+    )
     return layer, x
 
 
-def product(kind: Kind, bits: int = 3, softmax_bits: int | None = None) -> tuple[QuantMatMul, Tensor, Tensor]:
+def product(
+    kind: Kind, bits: int = 3, softmax_bits: int | None = None
+) -> tuple[QuantMatMul, Tensor, Tensor]:
     """An attention product with its ranges, a softmax's outputs, and the right operand."""
     torch.manual_seed(4)
     a, b = (torch.randn(3, 2, 7, 6) * 2).softmax(-1), torch.randn(3, 2, 6, 5)
     layer = QuantMatMul(bits, softmax_bits, kind)
     set_up(layer.a_quantizer, torch.full((1, 1, 1, 1), 0.25 if kind == "twin" else 0.9))
-    layer.b_quantizer.set_range(torch.tensor([0.4, 0.6]).view(1, 2, 1, 1), torch.full((1, 2, 1, 1), float(2 ** (bits - 1))))
+    layer.b_quantizer.set_range(
+        torch.tensor([0.4, 0.6]).view(1, 2, 1, 1), torch.full((1, 2, 1, 1), float(2 ** (bits - 1)))
+    )
     return layer, a, b
 
 
@@ -94,7 +106,9 @@ def test_linear_equals_the_functions_by_hand(kind: Kind, bits: int, biased: bool
     assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
     layer.quantized = True
     levels = 2**bits
-    weight = fake_quantize(layer.weight, layer.weight_quantizer.scale, layer.weight_quantizer.zero_point, levels)
+    weight = fake_quantize(
+        layer.weight, layer.weight_quantizer.scale, layer.weight_quantizer.zero_point, levels
+    )
     x_hat = by_hand(kind, x, layer.input_quantizer.scale, levels, "gelu")
     expected = F.linear(x_hat, weight, layer.bias)
     assert torch.equal(layer(x), expected)
@@ -106,7 +120,9 @@ def test_linear_equals_the_functions_by_hand(kind: Kind, bits: int, biased: bool
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("softmax_bits", [None, 2, 8])
 @pytest.mark.parametrize("kind", SPECIAL)
-def test_product_equals_the_functions_by_hand(kind: Kind, softmax_bits: int | None, transposed: bool) -> None:
+def test_product_equals_the_functions_by_hand(
+    kind: Kind, softmax_bits: int | None, transposed: bool
+) -> None:
     """Also where the right operand lies transposed in memory; the left one has its own bits."""
     layer, a, b = product(kind, 3, softmax_bits)
     if transposed:
@@ -255,7 +271,13 @@ def calibrated(recipe: Recipe) -> tuple[BlockChain, Tensor, Tensor]:
 def trainer(engine: Engine, recipe: Recipe) -> BlockTrainer:
     """At the transformer block."""
     chain, x, reference = copy.deepcopy(calibrated(recipe))
-    tape = Tape(chain, x, Storage("device", torch.device("cpu")), with_prefix=recipe.prefix_prob > 0, batch_size=8)
+    tape = Tape(
+        chain,
+        x,
+        Storage("device", torch.device("cpu")),
+        with_prefix=recipe.prefix_prob > 0,
+        batch_size=8,
+    )
     tape.advance()
     tape.compute_target()
     objective = BlockObjective(chain, tape, recipe, reference, ClassifierDivergence(20.0), [])
@@ -264,11 +286,20 @@ def trainer(engine: Engine, recipe: Recipe) -> BlockTrainer:
 
 @pytest.mark.parametrize("method", ["qdrop", "brecq"])
 @pytest.mark.parametrize("kind", SPECIAL)
-def test_engines_learn_special_quantizers_alike(kind: Kind, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engines_learn_special_quantizers_alike(
+    kind: Kind, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By definition, fused, and in the form made for compilation; a block's loss falls."""
     monkeypatch.setattr(flat, "_compiled", lambda function, *_: function)
     recipe = quick(
-        method, softmax_quantizer=kind, gelu_quantizer=kind, steps=12, w_bits=3, a_bits=3, lr_alpha=1e-2, lr_scale=1e-3
+        method,
+        softmax_quantizer=kind,
+        gelu_quantizer=kind,
+        steps=12,
+        w_bits=3,
+        a_bits=3,
+        lr_alpha=1e-2,
+        lr_scale=1e-3,
     )
     eager, fused, traced = (trainer(engine, recipe) for engine in ("eager", "fused", "compiled"))
     scale = eager.segment.block.get_parameter("mlp.fc2.input_quantizer.scale").clone()
@@ -280,7 +311,15 @@ def test_engines_learn_special_quantizers_alike(kind: Kind, method: str, monkeyp
 
 @pytest.mark.parametrize("kind", SPECIAL)
 def test_reconstruction_with_special_quantizers_lowers_the_loss(kind: Kind) -> None:
-    recipe = quick("brecq", softmax_quantizer=kind, gelu_quantizer=kind, steps=60, w_bits=3, a_bits=4, batch_size=24)
+    recipe = quick(
+        "brecq",
+        softmax_quantizer=kind,
+        gelu_quantizer=kind,
+        steps=60,
+        w_bits=3,
+        a_bits=4,
+        batch_size=24,
+    )
     made = trainer("fused", recipe)
     losses = torch.stack([made.step(number).clone() for number in range(recipe.steps)])
     assert losses[0] == pytest.approx(1.0)
@@ -289,7 +328,9 @@ def test_reconstruction_with_special_quantizers_lowers_the_loss(kind: Kind) -> N
 
 @pytest.mark.parametrize("kind", SPECIAL)
 @pytest.mark.parametrize("make", [linear, product])
-def test_a_dropped_input_is_left_in_full_precision(kind: Kind, make: Callable[[Kind], tuple[nn.Module, Tensor]]) -> None:
+def test_a_dropped_input_is_left_in_full_precision(
+    kind: Kind, make: Callable[[Kind], tuple[nn.Module, Tensor]]
+) -> None:
     """While it is learned, an element is quantized with the given probability."""
     layer, x = make(kind)[:2]
     quantizer = layer.input_quantizer if isinstance(layer, QuantLinear) else layer.a_quantizer  # type: ignore[union-attr]
@@ -298,7 +339,9 @@ def test_a_dropped_input_is_left_in_full_precision(kind: Kind, make: Callable[[K
     quantizer.learning = "fused"
     learned = quantizer(x)
     # AdaLog's tables round what learning takes as it is.
-    assert torch.allclose(learned, whole, atol=0.05 * float(whole.abs().max()) if kind == "adalog" else 1e-6)
+    assert torch.allclose(
+        learned, whole, atol=0.05 * float(whole.abs().max()) if kind == "adalog" else 1e-6
+    )
     quantizer.keep_probability = 0.0
     assert torch.allclose(quantizer(x), x, atol=1e-6)
     quantizer.keep_probability = 0.5

@@ -20,23 +20,35 @@ from fimaq_core.quantizers.affine import fake_quantize
 SETTINGS: dict[str, dict[str, Any]] = {
     "mask head": {"kernel_size": 2, "stride": 2},
     "overlapping": {"kernel_size": 3, "stride": 2, "padding": 1, "output_padding": 1},
-    "one-sided": {"kernel_size": (1, 3), "stride": (2, 1), "padding": (0, 1), "dilation": (1, 2), "bias": False},
+    "one-sided": {
+        "kernel_size": (1, 3),
+        "stride": (2, 1),
+        "padding": (0, 1),
+        "dilation": (1, 2),
+        "bias": False,
+    },
 }
 each_setting = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
 
 
-def make(settings: dict[str, Any], bits: int = 3) -> tuple[nn.ConvTranspose2d, QuantConvTranspose2d, Tensor]:
+def make(
+    settings: dict[str, Any], bits: int = 3
+) -> tuple[nn.ConvTranspose2d, QuantConvTranspose2d, Tensor]:
     torch.manual_seed(1)
     plain = nn.ConvTranspose2d(5, 4, **settings).requires_grad_(False)
     return plain, QuantConvTranspose2d.from_float(plain, bits, bits), torch.randn(2, 5, 4, 3)
 
 
 def set_ranges(layer: QuantConvTranspose2d) -> None:
-    layer.weight_quantizer.set_range(torch.linspace(0.05, 0.2, 4)[:, None], torch.tensor([3.0, 4.0, 3.0, 5.0])[:, None])
+    layer.weight_quantizer.set_range(
+        torch.linspace(0.05, 0.2, 4)[:, None], torch.tensor([3.0, 4.0, 3.0, 5.0])[:, None]
+    )
     layer.input_quantizer.set_range(torch.full((1, 1, 1, 1), 0.4), torch.full((1, 1, 1, 1), 3.0))
 
 
-def by_definition(x: Tensor, rows: Tensor, bias: Tensor | None, layer: nn.ConvTranspose2d, shape: torch.Size) -> Tensor:
+def by_definition(
+    x: Tensor, rows: Tensor, bias: Tensor | None, layer: nn.ConvTranspose2d, shape: torch.Size
+) -> Tensor:
     """Every input value times every kernel, put where it belongs; ``rows`` (out, in x height x width)."""
     height, width = layer.kernel_size
     kernels = rows.view(len(rows), x.shape[1], height, width).double()
@@ -69,7 +81,12 @@ def test_quantized_form_by_definition(settings: dict[str, Any], decided: bool) -
     # Weights of one output channel share a range: in the float layer's layout that is the second dimension.
     weights = torch.stack(
         [
-            fake_quantize(plain.weight[:, o].flatten(), layer.weight_quantizer.scale[o], layer.weight_quantizer.zero_point[o], 8)
+            fake_quantize(
+                plain.weight[:, o].flatten(),
+                layer.weight_quantizer.scale[o],
+                layer.weight_quantizer.zero_point[o],
+                8,
+            )
             for o in range(4)
         ]
     )
@@ -92,11 +109,16 @@ def test_a_bias_of_the_quantized_form_and_the_state_survive_a_checkpoint(tmp_pat
     layer.quantized_bias = torch.arange(4.0)
     set_quantized(layer, True)
     assert torch.allclose(
-        layer(x).mean((0, 2, 3)) - torch.arange(4.0), (layer(x) - layer.quantized_bias[:, None, None]).mean((0, 2, 3))
+        layer(x).mean((0, 2, 3)) - torch.arange(4.0),
+        (layer(x) - layer.quantized_bias[:, None, None]).mean((0, 2, 3)),
     )
-    fingerprint = Fingerprint(weights="w" * 64, calibration="c" * 64, recipe=quick().model_dump(mode="json"))
+    fingerprint = Fingerprint(
+        weights="w" * 64, calibration="c" * 64, recipe=quick().model_dump(mode="json")
+    )
     save_checkpoint(tmp_path / "one.safetensors", layer.state_dict(), fingerprint, {})
-    other = QuantConvTranspose2d.from_float(nn.ConvTranspose2d(5, 4, 2, 2), 3, 3).requires_grad_(False)
+    other = QuantConvTranspose2d.from_float(nn.ConvTranspose2d(5, 4, 2, 2), 3, 3).requires_grad_(
+        False
+    )
     load_checkpoint(tmp_path / "one.safetensors", other, fingerprint)
     set_quantized(other, True)
     assert torch.equal(other(x), layer(x))
@@ -127,7 +149,9 @@ def test_gradients_reach_soft_weights(settings: dict[str, Any]) -> None:
         unit = torch.zeros(4, layer.weight[0].numel())
         unit[row, column] = 1
         expected = (by_definition(x_hat, unit, None, plain, layer_out.shape) * direction).sum()
-        assert float(found.flatten(1)[row, column]) == pytest.approx(float(expected), rel=1e-4, abs=1e-4)
+        assert float(found.flatten(1)[row, column]) == pytest.approx(
+            float(expected), rel=1e-4, abs=1e-4
+        )
 
 
 def upsampler(bits: int) -> BlockChain:
@@ -154,4 +178,7 @@ def test_a_block_with_transposed_convolutions_is_reconstructed() -> None:
     assert log.last_loss["up"] < 0.7
     codes = [layer.weight_quantizer.codes for _, layer in quant_layers(learned)]  # type: ignore[union-attr]
     assert [tuple(code.shape) for code in codes] == [(8, 24), (3, 72)]
-    assert any((a != b.weight_quantizer.codes).any() for a, (_, b) in zip(codes, quant_layers(nearest), strict=True))  # type: ignore[union-attr]
+    assert any(
+        (a != b.weight_quantizer.codes).any()
+        for a, (_, b) in zip(codes, quant_layers(nearest), strict=True)
+    )  # type: ignore[union-attr]

@@ -16,11 +16,17 @@ FORMS: tuple[Form, ...] = get_args(Form)
 KEY = draw_keys(1, torch.Generator().manual_seed(6))[0]
 
 
-def quantizer(form: Form, scale: Tensor, zero: Tensor, bits: int = 3, probability: float = 1.0) -> AffineQuantizer:
+def quantizer(
+    form: Form, scale: Tensor, zero: Tensor, bits: int = 3, probability: float = 1.0
+) -> AffineQuantizer:
     """A quantizer that learns in ``form``; scale and zero point keep their type."""
     made = AffineQuantizer(bits)
     made.set_range(scale, zero)
-    made.scale, made.zero_point, made.key = torch.nn.Parameter(scale.detach().clone()), zero.clone(), KEY.clone()
+    made.scale, made.zero_point, made.key = (
+        torch.nn.Parameter(scale.detach().clone()),
+        zero.clone(),
+        KEY.clone(),
+    )
     made.top = made.top.to(scale.dtype)
     made.learning, made.keep_probability = form, probability
     return made
@@ -38,7 +44,11 @@ def loop_quantize(x: Tensor, scale: Tensor, zero: Tensor, levels: int) -> Tensor
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("shape", [(1,), (5, 1), (1, 7), (5, 7)], ids=["per tensor", "per row", "per column", "per element"])
+@pytest.mark.parametrize(
+    "shape",
+    [(1,), (5, 1), (1, 7), (5, 7)],
+    ids=["per tensor", "per row", "per column", "per element"],
+)
 def test_fake_quantize_equals_the_loop(bits: int, shape: tuple[int, ...]) -> None:
     torch.manual_seed(bits)
     levels = 2**bits
@@ -63,7 +73,9 @@ def test_halves_go_to_even_as_round_does() -> None:
 def test_levels(bits: int) -> None:
     assert AffineQuantizer(bits).levels == 2**bits
     x = torch.linspace(-12, 12, 4001)
-    found = fake_quantize(x, torch.tensor([20 / (2**bits - 1)]), torch.tensor([float(2 ** (bits - 1))]), 2**bits)
+    found = fake_quantize(
+        x, torch.tensor([20 / (2**bits - 1)]), torch.tensor([float(2 ** (bits - 1))]), 2**bits
+    )
     assert len(found.unique()) == 2**bits
 
 
@@ -99,7 +111,9 @@ def test_gradients_of_the_learned_form(shape: tuple[int, ...], dropping: bool, f
     (out * upstream).sum().backward()
     plain = fake_quantize(x.detach(), scale.detach(), zero, levels)
     expected_out = plain if keep is None else torch.where(keep, plain, x.detach())
-    assert torch.allclose(out.detach(), expected_out, rtol=0, atol=1e-12)  # by definition the rounding is x / s plus a rest
+    assert torch.allclose(
+        out.detach(), expected_out, rtol=0, atol=1e-12
+    )  # by definition the rounding is x / s plus a rest
 
     with torch.no_grad():
         unclamped = torch.round(x / scale) + zero
@@ -121,7 +135,9 @@ def test_gradients_of_the_learned_form(shape: tuple[int, ...], dropping: bool, f
         for index in np.ndindex(tuple(scale.shape)):
             moved = torch.zeros_like(scale)
             moved[index] = step
-            numeric[index] = ((held(scale + moved) - held(scale - moved)) * upstream).sum() / (2 * step)
+            numeric[index] = ((held(scale + moved) - held(scale - moved)) * upstream).sum() / (
+                2 * step
+            )
         assert scale.grad is not None
         assert torch.allclose(scale.grad, numeric, rtol=1e-6, atol=1e-7)
 
@@ -133,18 +149,25 @@ def test_scale_gradient_of_clamped_values_is_that_of_the_true_function() -> None
     scale = torch.tensor([0.5], dtype=torch.float64, requires_grad=True)
     learned_fake_quantize(x, scale, zero, 8).sum().backward()
     with torch.no_grad():
-        numeric = (fake_quantize(x, scale + step, zero, 8).sum() - fake_quantize(x, scale - step, zero, 8).sum()) / (2 * step)
+        numeric = (
+            fake_quantize(x, scale + step, zero, 8).sum()
+            - fake_quantize(x, scale - step, zero, 8).sum()
+        ) / (2 * step)
     assert scale.grad is not None
     assert float(scale.grad) == pytest.approx(float(numeric), rel=1e-8)
     assert float(scale.grad) == pytest.approx(4 - 3 + 4)
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_no_mask_is_drawn_when_everything_is_quantized(form: Form, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_mask_is_drawn_when_everything_is_quantized(
+    form: Form, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for module, name in ((activation, "eager_mask"), (affine, "traced_mask")):
         monkeypatch.setattr(module, name, lambda *_: pytest.fail("a mask was drawn"))
     x, scale, zero = torch.randn(40), torch.tensor([0.3]), torch.tensor([4.0])
-    assert torch.allclose(quantizer(form, scale, zero)(x), fake_quantize(x, scale, zero, 8), rtol=0, atol=1e-6)
+    assert torch.allclose(
+        quantizer(form, scale, zero)(x), fake_quantize(x, scale, zero, 8), rtol=0, atol=1e-6
+    )
     with pytest.raises(pytest.fail.Exception, match="a mask was drawn"):
         quantizer(form, scale, zero, probability=0.5)(x)
 
@@ -171,7 +194,9 @@ def example(grain: str) -> tuple[Tensor, Tensor, Tensor]:
     return x, scale, zero
 
 
-def through(made: AffineQuantizer, x: Tensor, upstream: Tensor, transposed: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def through(
+    made: AffineQuantizer, x: Tensor, upstream: Tensor, transposed: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """Output and gradients in x and in the scale."""
     leaf = x.detach().requires_grad_(True)
     made.scale.requires_grad_(True)
@@ -185,11 +210,15 @@ def through(made: AffineQuantizer, x: Tensor, upstream: Tensor, transposed: bool
 def test_the_forms_agree(grain: str, probability: float) -> None:
     x, scale, zero = example(grain)
     upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(9))
-    out, grad_x, grad_scale = through(quantizer("textbook", scale, zero, probability=probability), x, upstream)
+    out, grad_x, grad_scale = through(
+        quantizer("textbook", scale, zero, probability=probability), x, upstream
+    )
     dropped = float((out == x).double().mean())
     assert abs(dropped - (1 - probability)) < 0.08
     for form in ("fused", "traced"):
-        other, other_x, other_scale = through(quantizer(form, scale, zero, probability=probability), x, upstream)
+        other, other_x, other_scale = through(
+            quantizer(form, scale, zero, probability=probability), x, upstream
+        )
         assert float((other - out).abs().max()) <= 1e-6
         assert torch.allclose(other_x, grad_x, rtol=1e-6, atol=0)
         assert other_scale.shape == scale.shape
@@ -215,7 +244,9 @@ def test_transposed_operand_has_its_own_scale(grain: str, form: Form | None) -> 
         other, other_x, other_scale = through(made, source, upstream.mT, transposed=True)
         assert torch.equal(other.mT, out)
         assert torch.allclose(other_x.mT, grad_x, rtol=1e-6, atol=0)
-        assert torch.allclose(other_scale, grad_scale, rtol=1e-5, atol=1e-5 * float(grad_scale.abs().max()))
+        assert torch.allclose(
+            other_scale, grad_scale, rtol=1e-5, atol=1e-5 * float(grad_scale.abs().max())
+        )
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -225,7 +256,9 @@ def test_gradients_on_grid_points(form: Form, probability: float) -> None:
     scale, zero = torch.tensor([0.5]), torch.tensor([3.0])
     x = (torch.arange(8.0) - 3).repeat(20) * 0.5
     upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
-    out, grad_x, grad_scale = through(quantizer(form, scale, zero, probability=probability), x, upstream)
+    out, grad_x, grad_scale = through(
+        quantizer(form, scale, zero, probability=probability), x, upstream
+    )
     assert torch.equal(out, x)
     assert torch.allclose(grad_x, upstream, rtol=1e-6, atol=0)
     assert grad_scale.tolist() == [0.0]

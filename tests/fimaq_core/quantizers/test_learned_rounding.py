@@ -18,7 +18,9 @@ from fimaq_core.quantizers.rounding import (
 )
 
 
-def problem(seed: int = 0) -> tuple[RoundingProblem, list[Tensor], list[Tensor], list[Tensor], list[int]]:
+def problem(
+    seed: int = 0,
+) -> tuple[RoundingProblem, list[Tensor], list[Tensor], list[Tensor], list[int]]:
     """A matrix and a convolution weight of different bits; ranges so narrow that both ends clamp."""
     torch.manual_seed(seed)
     weights = [torch.randn(6, 10), torch.randn(4, 3, 2, 2) * 0.5]
@@ -52,19 +54,25 @@ def test_soft_weight_equals_the_definition_element_by_element() -> None:
                 clamped += not 0 <= code <= count - 1
                 code = min(max(code, 0.0), count - 1.0)
                 assert float(h[position]) == pytest.approx(expected_h, abs=1e-6)
-                assert float(flat[i, j]) == pytest.approx(float(scale[i, 0]) * (code - float(zero[i, 0])), abs=2e-6)
+                assert float(flat[i, j]) == pytest.approx(
+                    float(scale[i, 0]) * (code - float(zero[i, 0])), abs=2e-6
+                )
                 position += 1
     assert position == rounding.alpha.numel()
     assert clamped > 10
 
 
-def gradient_by_autograd(upstream: list[Tensor], weight: float, beta: float, alpha: Tensor, seed: int) -> Tensor:
+def gradient_by_autograd(
+    upstream: list[Tensor], weight: float, beta: float, alpha: Tensor, seed: int
+) -> Tensor:
     """Gradient of ``Σ upstream · ŵ + weight · penalty`` by the definitions."""
     _, weights, scales, zeros, levels = problem(seed)
     reference = alpha.clone().requires_grad_(True)
     pieces = reference.split([part.numel() for part in weights])
     total = weight * rounding_penalty((1.2 * torch.sigmoid(reference) - 0.1).clamp(0, 1), beta)
-    for piece, part, scale, zero, count, up in zip(pieces, weights, scales, zeros, levels, upstream, strict=True):
+    for piece, part, scale, zero, count, up in zip(
+        pieces, weights, scales, zeros, levels, upstream, strict=True
+    ):
         total = total + (plain_soft(piece, part, scale, zero, count) * up).sum()
     (found,) = torch.autograd.grad(total, reference)
     return found
@@ -78,7 +86,9 @@ def test_gradient_equals_autograd_of_the_definition(weight: float, beta: float) 
     rounding.alpha[:4] = torch.tensor([0.0, 30.0, -30.0, 1e-4])
     upstream = [torch.randn_like(part) for part in weights]
     flat = torch.cat([part.flatten() for part in upstream])
-    found = alpha_gradient(rounding.alpha, rounding.gain, flat, torch.tensor(weight), torch.tensor(beta))
+    found = alpha_gradient(
+        rounding.alpha, rounding.gain, flat, torch.tensor(weight), torch.tensor(beta)
+    )
     expected = gradient_by_autograd(upstream, weight, beta, rounding.alpha, 1)
     clipped = (soft_rounding(rounding.alpha) == 0) | (soft_rounding(rounding.alpha) == 1)
     assert clipped.sum() > 10
@@ -94,17 +104,25 @@ def test_only_the_weights_need_a_gradient() -> None:
     upstream = [2 * part for part in rounding.split(rounding.soft())]
     flat = torch.cat([part.flatten() for part in upstream])
     found = alpha_gradient(rounding.alpha, rounding.gain, flat, off, beta)
-    assert torch.allclose(found, gradient_by_autograd(upstream, 0.0, 2.0, rounding.alpha, 2), rtol=1e-5, atol=1e-6)
+    assert torch.allclose(
+        found, gradient_by_autograd(upstream, 0.0, 2.0, rounding.alpha, 2), rtol=1e-5, atol=1e-6
+    )
     assert float(found.abs().max()) > 0.01
     nothing = [torch.zeros_like(part) for part in weights]
-    found = alpha_gradient(rounding.alpha, rounding.gain, torch.zeros_like(flat), torch.tensor(0.5), beta)
-    assert torch.allclose(found, gradient_by_autograd(nothing, 0.5, 2.0, rounding.alpha, 2), rtol=1e-5, atol=1e-6)
+    found = alpha_gradient(
+        rounding.alpha, rounding.gain, torch.zeros_like(flat), torch.tensor(0.5), beta
+    )
+    assert torch.allclose(
+        found, gradient_by_autograd(nothing, 0.5, 2.0, rounding.alpha, 2), rtol=1e-5, atol=1e-6
+    )
     assert float(found.abs().max()) > 0.01
 
 
 def test_soft_weight_starts_at_the_clamped_weight() -> None:
     rounding, weights, scales, zeros, levels = problem()
-    for found, weight, scale, zero, count in zip(rounding.split(rounding.soft()), weights, scales, zeros, levels, strict=True):
+    for found, weight, scale, zero, count in zip(
+        rounding.split(rounding.soft()), weights, scales, zeros, levels, strict=True
+    ):
         rows = weight.flatten(1)
         expected = ((rows / scale + zero).clamp(0, count - 1) - zero) * scale
         assert torch.allclose(found.flatten(1), expected, atol=1e-5)
@@ -121,7 +139,9 @@ def test_codes_are_floor_or_floor_plus_one_before_clamping() -> None:
     rounding, weights, scales, zeros, levels = problem()
     rounding.alpha.copy_(torch.randn_like(rounding.alpha))
     position, ups, downs = 0, 0, 0
-    for codes, weight, scale, zero, count in zip(rounding.codes(), weights, scales, zeros, levels, strict=True):
+    for codes, weight, scale, zero, count in zip(
+        rounding.codes(), weights, scales, zeros, levels, strict=True
+    ):
         rows = weight.flatten(1)
         for i in range(rows.shape[0]):
             for j in range(rows.shape[1]):
@@ -135,7 +155,9 @@ def test_codes_are_floor_or_floor_plus_one_before_clamping() -> None:
 def test_untrained_codes_round_to_nearest() -> None:
     """α = 0 stands for h = 1/2, so codes decided at the start are those of rounding to nearest."""
     rounding, weights, scales, zeros, levels = problem(5)
-    for codes, weight, scale, zero, count in zip(rounding.codes(), weights, scales, zeros, levels, strict=True):
+    for codes, weight, scale, zero, count in zip(
+        rounding.codes(), weights, scales, zeros, levels, strict=True
+    ):
         nearest = (torch.round(weight.flatten(1) / scale) + zero).clamp(0, count - 1)
         assert torch.equal(codes, nearest)
 
@@ -146,7 +168,9 @@ def test_penalty_and_its_gradient(beta: float) -> None:
     penalty = rounding_penalty(h, beta)
     penalty.backward()
     expected = sum(1 - abs(2 * value - 1) ** beta for value in h.tolist())
-    slopes = [-2 * beta * abs(2 * v - 1) ** (beta - 1) * math.copysign(1, 2 * v - 1) for v in h.tolist()]
+    slopes = [
+        -2 * beta * abs(2 * v - 1) ** (beta - 1) * math.copysign(1, 2 * v - 1) for v in h.tolist()
+    ]
     assert penalty.item() == pytest.approx(expected, rel=1e-12)
     assert h.grad is not None
     assert h.grad.tolist() == pytest.approx(slopes, rel=1e-9, abs=1e-12)

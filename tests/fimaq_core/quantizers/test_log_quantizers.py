@@ -41,7 +41,9 @@ def test_log2_by_hand() -> None:
     x = torch.tensor([2.0, 1.0, 0.71, 0.70, 0.5, 0.25, 0.125, 0.09, 0.088, 0.0625, 0.0, -1.0])
     expected = [1.0, 1.0, 1.0, 0.5, 0.5, 0.25, 0.125, 0.125, 0.0, 0.0, 0.0, 0.0]
     assert log_fake_quantize(x, torch.tensor(1.0), 1.0, 4).tolist() == expected
-    assert log_fake_quantize(x * 3, torch.tensor(3.0), 1.0, 4).tolist() == [3 * value for value in expected]
+    assert log_fake_quantize(x * 3, torch.tensor(3.0), 1.0, 4).tolist() == [
+        3 * value for value in expected
+    ]
 
 
 def test_log_root_2_by_hand() -> None:
@@ -80,7 +82,9 @@ def test_scales_and_steps_broadcast() -> None:
 
 
 def test_nan_stays_nan() -> None:
-    assert log_fake_quantize(torch.tensor([float("nan"), 0.5]), torch.tensor(1.0), 1.0, 4).isnan().tolist() == [True, False]
+    assert log_fake_quantize(
+        torch.tensor([float("nan"), 0.5]), torch.tensor(1.0), 1.0, 4
+    ).isnan().tolist() == [True, False]
 
 
 @pytest.mark.parametrize("q", [10, 11, 36, 37, 38, 74, 100, 137])
@@ -104,11 +108,18 @@ def test_adalog_by_tables(q: int, levels: int, scale: float) -> None:
     found = adalog_fake_quantize(x, torch.tensor(scale), *tables, q / 37, levels)
     codes = loop_codes(x, scale, q / 37)
     shifts, mantissas = (table.tolist() for table in tables)
-    exact = [np.float32(scale) * np.float32(2.0 ** -shifts[k] * mantissas[k]) if k < levels else 0.0 for k in codes]
+    exact = [
+        np.float32(scale) * np.float32(2.0 ** -shifts[k] * mantissas[k]) if k < levels else 0.0
+        for k in codes
+    ]
     assert found.tolist() == [float(value) for value in exact]
     # Beside the definition there is only the mantissas' rounding, to a multiple of 1 / (2L - 2).
-    definition = torch.tensor([scale * 2 ** (-q / 37 * k) if k < levels else 0.0 for k in codes], dtype=torch.float64)
-    unit = torch.tensor([scale * 2.0 ** -(k * q // 37) / (2 * levels - 2) for k in codes], dtype=torch.float64)
+    definition = torch.tensor(
+        [scale * 2 ** (-q / 37 * k) if k < levels else 0.0 for k in codes], dtype=torch.float64
+    )
+    unit = torch.tensor(
+        [scale * 2.0 ** -(k * q // 37) / (2 * levels - 2) for k in codes], dtype=torch.float64
+    )
     difference = (found.double() - definition).abs()
     assert (difference <= unit / 2 * (1 + 1e-5)).all()
     if q % 37:
@@ -129,9 +140,13 @@ def test_gelu_shift_is_gelus_minimum() -> None:
 
 @pytest.mark.parametrize("step", STEPS.values(), ids=STEPS.keys())
 @pytest.mark.parametrize("levels", [4, 16, 256])
-def test_learned_form_has_the_same_values_and_the_gradients_of_its_rules(step: float, levels: int) -> None:
+def test_learned_form_has_the_same_values_and_the_gradients_of_its_rules(
+    step: float, levels: int
+) -> None:
     torch.manual_seed(0)
-    x = torch.cat([values(), torch.tensor([0.0, -0.0, -1.0, 1e-30, 0.6, 0.60001, 5.0])]).requires_grad_()
+    x = torch.cat(
+        [values(), torch.tensor([0.0, -0.0, -1.0, 1e-30, 0.6, 0.60001, 5.0])]
+    ).requires_grad_()
     scale = torch.tensor([0.6], requires_grad=True)
     out = learned_log_fake_quantize(x, scale, step, levels)
     plain = log_fake_quantize(x.detach(), scale.detach(), step, levels)
@@ -147,7 +162,9 @@ def test_learned_form_has_the_same_values_and_the_gradients_of_its_rules(step: f
     # Only clamped values take part in the scale's gradient: with 1 at the top, with the lowest point (if any) at the bottom.
     lowest = round(-math.log2(1e-15) / step)
     bottom = 2.0 ** (-step * lowest) if lowest < levels else 0.0
-    assert float(grad_scale) == pytest.approx(float((above * weight + below * bottom * weight).sum()), rel=1e-4)
+    assert float(grad_scale) == pytest.approx(
+        float((above * weight + below * bottom * weight).sum()), rel=1e-4
+    )
     assert above.sum() > 10
     assert (plain[inside] == 0).any() or levels * step > 13
 
@@ -187,7 +204,11 @@ def test_learned_form_compiles_as_a_whole() -> None:
     x, scale = values(64).requires_grad_(), torch.tensor([0.5], requires_grad=True)
     keep = torch.rand(64) < 0.5
     compiled = torch.compile(learned_log_fake_quantize, fullgraph=True, backend="eager")
-    found, expected = (form(x, scale, 20 / 37, 8, keep) for form in (compiled, learned_log_fake_quantize))
+    found, expected = (
+        form(x, scale, 20 / 37, 8, keep) for form in (compiled, learned_log_fake_quantize)
+    )
     assert torch.equal(found, expected)
-    for mine, other in zip(*(torch.autograd.grad(out.sum(), (x, scale)) for out in (found, expected)), strict=True):
+    for mine, other in zip(
+        *(torch.autograd.grad(out.sum(), (x, scale)) for out in (found, expected)), strict=True
+    ):
         assert torch.equal(mine, other)

@@ -45,7 +45,9 @@ def mask_bytes(like: Tensor, key: Tensor) -> Tensor:
     return found.double()
 
 
-@pytest.mark.parametrize("shape", [(1,), (3,), (5,), (4, 8), (7, 3, 5), (2, 3, 17, 17), (32, 17, 33), (1021,)])
+@pytest.mark.parametrize(
+    "shape", [(1,), (3,), (5,), (4, 8), (7, 3, 5), (2, 3, 17, 17), (32, 17, 33), (1021,)]
+)
 @pytest.mark.parametrize("threshold", [0, 1, 64, 128, 255, 256])
 def test_both_forms_equal_the_definition(shape: tuple[int, ...], threshold: int) -> None:
     like = torch.empty(shape)
@@ -68,14 +70,26 @@ def test_numbers_follow_the_shape_and_not_the_memory() -> None:
 
 def test_thresholds() -> None:
     """One half is exact: 128 of the 256 values of a byte keep an element."""
-    for probability, expected in ((0.0, 0), (0.001, 0), (0.25, 64), (0.5, 128), (0.3, 77), (0.999, 256), (1.0, 256)):
+    for probability, expected in (
+        (0.0, 0),
+        (0.001, 0),
+        (0.25, 64),
+        (0.5, 128),
+        (0.3, 77),
+        (0.999, 256),
+        (1.0, 256),
+    ):
         assert threshold_of(probability) == expected
 
 
 @pytest.mark.parametrize("threshold", [1, 26, 64, 77, 128, 230, 255])
 def test_share_of_ones(threshold: int) -> None:
     count, p = LARGE.numel(), threshold / 256
-    for key in (torch.zeros(2, dtype=torch.int32), torch.tensor([-1, 1], dtype=torch.int32), *keys(6)):
+    for key in (
+        torch.zeros(2, dtype=torch.int32),
+        torch.tensor([-1, 1], dtype=torch.int32),
+        *keys(6),
+    ):
         share = float(eager_mask(LARGE, key, threshold).double().mean())
         assert abs(share - p) <= 4.5 * math.sqrt(p * (1 - p) / count)
 

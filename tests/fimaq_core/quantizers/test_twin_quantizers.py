@@ -31,7 +31,9 @@ def loop_gelu(x: Tensor, scale: float, levels: int) -> list[float]:
     half = levels // 2
     out = []
     for value in x.tolist():
-        step, lowest, highest = (scale, 0, half - 1) if value >= 0 else (GELU_SHIFT / half, -half, 0)
+        step, lowest, highest = (
+            (scale, 0, half - 1) if value >= 0 else (GELU_SHIFT / half, -half, 0)
+        )
         out.append(min(max(round(value / step), lowest), highest) * step)
     return out
 
@@ -46,21 +48,40 @@ def test_softmax_by_hand() -> None:
 def test_softmax_with_two_bits() -> None:
     # H - 1 = 1: the points are 0, the split and 1.
     x = torch.tensor([0.0, 0.05, 0.07, 0.1249, 0.126, 0.49, 0.51, 1.0])
-    assert twin_softmax(x, torch.tensor(0.125), 4).tolist() == pytest.approx([0, 0, 0.125, 0.125, 0, 0, 1, 1])
+    assert twin_softmax(x, torch.tensor(0.125), 4).tolist() == pytest.approx(
+        [0, 0, 0.125, 0.125, 0, 0, 1, 1]
+    )
 
 
 def test_gelu_by_hand() -> None:
     # H = 4: positive points 0 to 3 scales, negative ones in quarters of the shift.
     quarter = GELU_SHIFT / 4
-    x = torch.tensor([9.0, 1.3, 1.2, 0.76, 0.74, 0.2, 0.0, -0.02, -0.03, -0.06, -0.07, -0.169, -0.16997, -1.0])
-    expected = [1.5, 1.5, 1.0, 1.0, 0.5, 0, 0, 0, -quarter, -quarter, -2 * quarter, *[-4 * quarter] * 3]
+    x = torch.tensor(
+        [9.0, 1.3, 1.2, 0.76, 0.74, 0.2, 0.0, -0.02, -0.03, -0.06, -0.07, -0.169, -0.16997, -1.0]
+    )
+    expected = [
+        1.5,
+        1.5,
+        1.0,
+        1.0,
+        0.5,
+        0,
+        0,
+        0,
+        -quarter,
+        -quarter,
+        -2 * quarter,
+        *[-4 * quarter] * 3,
+    ]
     assert twin_gelu(x, torch.tensor(0.5), 8).tolist() == pytest.approx(expected)
 
 
 def test_gelu_with_two_bits() -> None:
     half = GELU_SHIFT / 2
     x = torch.tensor([4.0, 0.6, 0.4, 0.0, -0.04, -0.05, -0.13, -0.17])
-    assert twin_gelu(x, torch.tensor(1.0), 4).tolist() == pytest.approx([1, 1, 0, 0, 0, -half, -2 * half, -2 * half])
+    assert twin_gelu(x, torch.tensor(1.0), 4).tolist() == pytest.approx(
+        [1, 1, 0, 0, 0, -half, -2 * half, -2 * half]
+    )
 
 
 @pytest.mark.parametrize("levels", [4, 8, 16, 64, 256])
@@ -77,7 +98,9 @@ def test_both_equal_the_loop_and_have_the_stated_number_of_points(levels: int) -
     x = F.gelu(torch.randn(40000) * 2)
     scale = torch.tensor(7.0 / half)
     found = twin_gelu(x, scale, levels)
-    assert ((found - torch.tensor(loop_gelu(x, scale.item(), levels))).abs() < 1e-5).float().mean() > 0.999
+    assert (
+        (found - torch.tensor(loop_gelu(x, scale.item(), levels))).abs() < 1e-5
+    ).float().mean() > 0.999
     grid = torch.cat([torch.linspace(-0.2, 0, 50001), torch.linspace(0, 8, 50001)])
     assert len(twin_gelu(grid, scale, levels).unique()) == levels
     assert float(twin_gelu(grid, scale, levels).min()) == pytest.approx(-GELU_SHIFT)
@@ -88,14 +111,18 @@ def test_scales_broadcast() -> None:
     x, per_row = torch.rand(3, 50), torch.tensor([[0.5], [0.1], [0.02]])
     for row in range(3):
         assert torch.equal(twin_softmax(x, per_row, 8)[row], twin_softmax(x[row], per_row[row], 8))
-        assert torch.equal(twin_gelu(x - 0.3, per_row, 8)[row], twin_gelu(x[row] - 0.3, per_row[row], 8))
+        assert torch.equal(
+            twin_gelu(x - 0.3, per_row, 8)[row], twin_gelu(x[row] - 0.3, per_row[row], 8)
+        )
 
 
 @pytest.mark.parametrize("levels", [4, 8, 64])
 def test_gradients_of_the_softmax_form(levels: int) -> None:
     torch.manual_seed(0)
     top = levels // 2 - 1
-    x = torch.cat([torch.rand(500) * 0.3, torch.rand(500), torch.tensor([-0.9, 1.9])]).requires_grad_()
+    x = torch.cat(
+        [torch.rand(500) * 0.3, torch.rand(500), torch.tensor([-0.9, 1.9])]
+    ).requires_grad_()
     split = torch.tensor([0.23], requires_grad=True)
     out = learned_twin_softmax(x, split, levels)
     values, bound = x.detach(), split.detach()
@@ -154,5 +181,7 @@ def test_learned_forms_compile_as_a_whole(learned: Callable[..., Tensor]) -> Non
     compiled = torch.compile(learned, fullgraph=True, backend="eager")
     found, expected = (form(x, scale, 8, keep) for form in (compiled, learned))
     assert torch.equal(found, expected)
-    for mine, other in zip(*(torch.autograd.grad(out.sum(), (x, scale)) for out in (found, expected)), strict=True):
+    for mine, other in zip(
+        *(torch.autograd.grad(out.sum(), (x, scale)) for out in (found, expected)), strict=True
+    ):
         assert torch.equal(mine, other)

@@ -35,7 +35,13 @@ pytestmark = pytest.mark.slow
 
 KL = ClassifierDivergence(20.0)
 FEW: dict[str, Any] = {"mlp_batch": 8, "mlp_steps": 3}
-ONE_BY_ONE: dict[str, Any] = {"calibration_images": 5, "range_images": 5, "batch_size": 1, "mlp_batch": 1, "mlp_steps": 3}
+ONE_BY_ONE: dict[str, Any] = {
+    "calibration_images": 5,
+    "range_images": 5,
+    "batch_size": 1,
+    "mlp_batch": 1,
+    "mlp_steps": 3,
+}
 
 
 @torch.no_grad()
@@ -43,7 +49,9 @@ def block_outputs(chain: BlockChain, x: Tensor) -> dict[str, Tensor]:
     """What every block gives, by a plain forward of the whole model."""
     found: dict[str, Tensor] = {}
     handles = [
-        segment.block.register_forward_hook(lambda _, __, out, label=segment.label: found.__setitem__(label, out))
+        segment.block.register_forward_hook(
+            lambda _, __, out, label=segment.label: found.__setitem__(label, out)
+        )
         for segment in chain
     ]
     chain(x)
@@ -56,7 +64,10 @@ def direct_errors(float_chain: BlockChain, chain: BlockChain, x: Tensor) -> dict
     set_quantized(float_chain, False)
     set_quantized(chain, True)
     full, found = block_outputs(float_chain, x), block_outputs(chain, x)
-    return {label: float((found[label] - f).double().square().sum() / f.double().square().sum()) for label, f in full.items()}
+    return {
+        label: float((found[label] - f).double().square().sum() / f.double().square().sum())
+        for label, f in full.items()
+    }
 
 
 CASES: dict[str, tuple[Recipe, Callable[[], torch.nn.Module], int]] = {
@@ -82,7 +93,9 @@ def test_errors_are_those_of_the_whole_model_up_to_the_block(case: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("placement", ["device", "disk"])
-def test_errors_over_images_of_varying_shapes_with_kept_outputs_and_a_predictor(placement: Placement) -> None:
+def test_errors_over_images_of_varying_shapes_with_kept_outputs_and_a_predictor(
+    placement: Placement,
+) -> None:
     recipe, x = quick(**ONE_BY_ONE), varied()
     chain = pyramid(recipe)
     before = copy.deepcopy(chain)
@@ -90,10 +103,19 @@ def test_errors_over_images_of_varying_shapes_with_kept_outputs_and_a_predictor(
         log = quantize_chain(chain, x, recipe, Positions(), Resources(placement=placement))
     set_quantized(before, False)
     full, found = [by_hand(before, image) for image in x], [by_hand(chain, image) for image in x]
-    assert list(log.error) == ["embed", "blocks.0", "blocks.1", "neck"]  # the predictor is left as calibrated
+    assert list(log.error) == [
+        "embed",
+        "blocks.0",
+        "blocks.1",
+        "neck",
+    ]  # the predictor is left as calibrated
     for number, value in enumerate(log.error.values()):
-        error = sum(float((q[number] - f[number]).square().sum()) for q, f in zip(found, full, strict=True))
-        assert value == pytest.approx(error / sum(float(f[number].square().sum()) for f in full), rel=1e-3)
+        error = sum(
+            float((q[number] - f[number]).square().sum()) for q, f in zip(found, full, strict=True)
+        )
+        assert value == pytest.approx(
+            error / sum(float(f[number].square().sum()) for f in full), rel=1e-3
+        )
 
 
 def state_after(
@@ -106,7 +128,9 @@ def state_after(
 
 @pytest.mark.parametrize("case", ["fimaq", "brecq", "fisher_brecq", "varying"])
 def test_measuring_changes_no_bit(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = quick(**ONE_BY_ONE) if case == "varying" else quick("brecq") if case == "brecq" else quick()
+    recipe = (
+        quick(**ONE_BY_ONE) if case == "varying" else quick("brecq") if case == "brecq" else quick()
+    )
     recipe = quick(loss="fisher_brecq") if case == "fisher_brecq" else recipe
     varying = case == "varying"
     run = functools.partial(
@@ -123,28 +147,47 @@ def test_measuring_changes_no_bit(case: str, monkeypatch: pytest.MonkeyPatch) ->
         with_prefix = recipe.prefix_prob > 0 or recipe.loss == "fisher_brecq"
         original = Tape.__init__
         patch.setattr(
-            Tape, "__init__", lambda self, *args, **named: original(self, *args, **{**named, "with_prefix": with_prefix})
+            Tape,
+            "__init__",
+            lambda self, *args, **named: original(
+                self, *args, **{**named, "with_prefix": with_prefix}
+            ),
         )
         without = run()
     assert measured.keys() == without.keys()
     assert all(torch.equal(measured[name], without[name]) for name in measured)
 
 
-WEIGHTED = {"fisher_diag", "fisher_dplr", "fisher_brecq", "perturb", "perturb_mean", "least_squares"}
+WEIGHTED = {
+    "fisher_diag",
+    "fisher_dplr",
+    "fisher_brecq",
+    "perturb",
+    "perturb_mean",
+    "least_squares",
+}
 
 
 @pytest.mark.parametrize("loss", ["mse", "prediction", "fisher_lr", *sorted(WEIGHTED)])
-def test_fisher_means_are_of_the_weights_in_the_loss(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fisher_means_are_of_the_weights_in_the_loss(
+    loss: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe, made = quick(loss=loss), []
     original = reconstruct_module.make_objective
-    monkeypatch.setattr(reconstruct_module, "make_objective", lambda *args: made.append(original(*args)) or made[-1])
+    monkeypatch.setattr(
+        reconstruct_module, "make_objective", lambda *args: made.append(original(*args)) or made[-1]
+    )
     chain = chain_of(vit(), recipe)
     log = quantize_chain(chain, images(24), recipe, KL, Resources(batch_size=7))
     expected = {}
     for objective in made:
         if objective.kind == loss and loss in WEIGHTED:
-            weights = objective.state.diagonal if objective.weights is None else objective.weights.whole
-            expected[objective.label] = float((weights.square() if loss == "fisher_brecq" else weights).double().mean())
+            weights = (
+                objective.state.diagonal if objective.weights is None else objective.weights.whole
+            )
+            expected[objective.label] = float(
+                (weights.square() if loss == "fisher_brecq" else weights).double().mean()
+            )
     assert log.fisher == pytest.approx(expected)
     # The head's loss compares classes; with nothing quantized before it, the first block has no squared gradient.
     named = ["patch_embed", "blocks.0", "blocks.1"][loss == "fisher_brecq" :]
@@ -153,7 +196,9 @@ def test_fisher_means_are_of_the_weights_in_the_loss(loss: str, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("loss", ["mse", *sorted(WEIGHTED - {"perturb_mean"})])
-def test_fisher_means_of_varying_shapes_are_taken_before_samples_are_scaled(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fisher_means_of_varying_shapes_are_taken_before_samples_are_scaled(
+    loss: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe, raw = quick(loss=loss, fisher_k=2, **ONE_BY_ONE), dict[str, list[float]]()
 
     def spied(name: str, take: Callable[..., float]) -> None:
@@ -166,7 +211,12 @@ def test_fisher_means_of_varying_shapes_are_taken_before_samples_are_scaled(loss
         monkeypatch.setattr(SampleObjective, name, run)
 
     spied("_stack", lambda own, gradient, error: float(gradient.double().mean()))
-    spied("_fit", lambda own, g, d: float((g.double() * d / d.double().square().clamp(min=1e-300)).clamp(min=0).mean()))
+    spied(
+        "_fit",
+        lambda own, g, d: float(
+            (g.double() * d / d.double().square().clamp(min=1e-300)).clamp(min=0).mean()
+        ),
+    )
     hessians: list[float] = []
     sweep, perturb = Sweep.gradients, passes.perturbation_hessian
 
@@ -218,7 +268,9 @@ def test_figures_that_are_no_numbers_become_notes() -> None:
 
 
 def mark(recipe: Recipe) -> Fingerprint:
-    return Fingerprint(weights="w" * 64, calibration="c" * 64, recipe=recipe.model_dump(mode="json"))
+    return Fingerprint(
+        weights="w" * 64, calibration="c" * 64, recipe=recipe.model_dump(mode="json")
+    )
 
 
 def resumed(folder: Path, recipe: Recipe) -> tuple[BlockChain, ReconstructionLog]:
@@ -239,7 +291,9 @@ def test_a_resumed_run_has_the_figures_of_the_undisturbed_one(tmp_path: Path) ->
     assert set(log.error) == {"patch_embed", "blocks.0", "blocks.1", "head"}
 
 
-def rewrite_facts(path: Path, chain: BlockChain, recipe: Recipe, change: Callable[[dict[str, Any]], None]) -> None:
+def rewrite_facts(
+    path: Path, chain: BlockChain, recipe: Recipe, change: Callable[[dict[str, Any]], None]
+) -> None:
     """Write the checkpoint of a block anew, with other facts."""
     index = int(path.stem[-3:])
     facts = load_checkpoint(path, chain.segment(index).block, mark(recipe))
@@ -275,8 +329,13 @@ def test_blocks_from_before_the_figures_are_taken_as_they_are(tmp_path: Path) ->
 def test_facts_of_a_block_are_not_trusted(tmp_path: Path, change: dict[str, Any]) -> None:
     recipe = quick(steps=1)
     chain, _ = resumed(tmp_path, recipe)
-    rewrite_facts(tmp_path / "block-001.safetensors", chain, recipe, lambda facts: facts.update(change))
-    with pytest.raises(CheckpointError, match=rf"block-001.* does not say what was reconstructed \({next(iter(change))}"):
+    rewrite_facts(
+        tmp_path / "block-001.safetensors", chain, recipe, lambda facts: facts.update(change)
+    )
+    with pytest.raises(
+        CheckpointError,
+        match=rf"block-001.* does not say what was reconstructed \({next(iter(change))}",
+    ):
         resumed(tmp_path, recipe)
 
 
@@ -298,9 +357,17 @@ def test_a_whole_reconstruction_keeps_its_log_and_older_ones_load(tmp_path: Path
     assert set(log.error) == set(log.last_loss)
     finish(chain)
     facts = load_checkpoint(path, chain, mark(recipe))
-    for change, message in (({"error": None, "fisher": None}, None), ({"last_loss": 5}, "last_loss"), ({"notes": "x"}, "notes")):
-        kept = {name: value for name, value in {**facts["log"], **change}.items() if value is not None}
-        save_checkpoint(path, chain.state_dict(), mark(recipe), json.loads(json.dumps({**facts, "log": kept})))
+    for change, message in (
+        ({"error": None, "fisher": None}, None),
+        ({"last_loss": 5}, "last_loss"),
+        ({"notes": "x"}, "notes"),
+    ):
+        kept = {
+            name: value for name, value in {**facts["log"], **change}.items() if value is not None
+        }
+        save_checkpoint(
+            path, chain.state_dict(), mark(recipe), json.loads(json.dumps({**facts, "log": kept}))
+        )
         if message is None:
             _, older, loaded = again()
             assert loaded

@@ -129,7 +129,9 @@ def test_batches_are_uniform() -> None:
     for i in range(count):
         for j in range(count):
             expected = p if i == j else pair
-            assert abs(float(together[i, j]) - expected) < 4.5 * math.sqrt(expected * (1 - expected) / steps)
+            assert abs(float(together[i, j]) - expected) < 4.5 * math.sqrt(
+                expected * (1 - expected) / steps
+            )
     first = torch.bincount(samples[:, 0], minlength=count) / steps
     assert (first.sub(1 / count).abs() > 0).any()
 
@@ -173,7 +175,9 @@ def test_inputs_are_mixed_element_by_element(traced: bool, threshold: int) -> No
 def test_a_step_mixes_its_batch_by_the_first_stream(engine: Engine, probability: float) -> None:
     made, tape = trainer(quick("qdrop", prefix_prob=probability), engine=engine)
     inputs: list[Tensor] = []
-    made.segment.block.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach().clone()))
+    made.segment.block.register_forward_pre_hook(
+        lambda _, args: inputs.append(args[0].detach().clone())
+    )
     for number in range(3):
         made.step(number)
     assert len(inputs) == 3
@@ -199,7 +203,9 @@ def test_first_block_has_nothing_to_mix(engine: Engine) -> None:
     made, tape = trainer(quick("qdrop"), index=0, engine=engine)
     assert tape.prefix is tape.full
     inputs: list[Tensor] = []
-    made.segment.block.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach().clone()))
+    made.segment.block.register_forward_pre_hook(
+        lambda _, args: inputs.append(args[0].detach().clone())
+    )
     made.step(0)
     assert torch.equal(inputs[0], tape.full.whole[made.schedule.samples[0]])
 
@@ -210,14 +216,18 @@ def test_tf32_is_allowed_in_steps_alone(engine: Engine, dtype: str) -> None:
     """A Fisher pass's frozen parts have a setting of their own, and what was set outside comes back."""
     made, _ = trainer(quick("fimaq", step_dtype=dtype, fisher_k=1), engine=engine)
     allowed: list[bool] = []
-    made.segment.block.register_forward_pre_hook(lambda *_: allowed.append(torch.backends.cuda.matmul.allow_tf32))
+    made.segment.block.register_forward_pre_hook(
+        lambda *_: allowed.append(torch.backends.cuda.matmul.allow_tf32)
+    )
     before = torch.backends.cuda.matmul.allow_tf32
     made.step(0)
     assert allowed == [before] * 3 + [dtype == "tf32"]  # three batches of the Fisher pass
     assert torch.backends.cuda.matmul.allow_tf32 == before
 
 
-def gradients_of_step(made: BlockTrainer, number: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, Tensor]:
+def gradients_of_step(
+    made: BlockTrainer, number: int, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Tensor, Tensor]:
     """Do step ``number`` and return the whole gradient in α and that in the scales, flat."""
     step = made._step
     if isinstance(step, TextbookStep):
@@ -248,30 +258,53 @@ def gradients_of_step(made: BlockTrainer, number: int, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("engine", ENGINES)
 def test_gradient_of_a_step(number: int, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Block loss plus, once it is on, 0.01 of the regulariser; found again from the plain definition."""
-    recipe = quick("qdrop", steps=100, activation_prob=1.0, prefix_prob=0.0, batch_size=24, lr_alpha=1e-12, lr_scale=1e-12)
+    recipe = quick(
+        "qdrop",
+        steps=100,
+        activation_prob=1.0,
+        prefix_prob=0.0,
+        batch_size=24,
+        lr_alpha=1e-12,
+        lr_scale=1e-12,
+    )
     made, tape = trainer(recipe, engine=engine)
     state = made.state
     assert state.rounding is not None
     state.rounding.alpha.add_(torch.linspace(-0.3, 0.3, state.rounding.alpha.numel()))
     state.soft.copy_(state.rounding.soft())
     if isinstance(made._step, TextbookStep):
-        for leaf, value in zip(made._step.alphas, state.rounding.split(state.rounding.alpha), strict=True):
+        for leaf, value in zip(
+            made._step.alphas, state.rounding.split(state.rounding.alpha), strict=True
+        ):
             leaf.detach().copy_(value)
     found, found_scales = gradients_of_step(made, number, monkeypatch)
     assert state.rounding.alpha.numel() == found.numel()
 
     alpha = state.rounding.alpha.detach().clone().requires_grad_(True)
-    scales = [quantizer.scale.detach().clone().requires_grad_(True) for quantizer in state.quantizers]
+    scales = [
+        quantizer.scale.detach().clone().requires_grad_(True) for quantizer in state.quantizers
+    ]
     h = (1.2 * torch.sigmoid(alpha) - 0.1).clamp(0, 1)
     weights = {}
     for (name, _), layer, piece in zip(
-        state.layout.weights, state.layers, h.split([layer.weight.numel() for layer in state.layers]), strict=True
+        state.layout.weights,
+        state.layers,
+        h.split([layer.weight.numel() for layer in state.layers]),
+        strict=True,
     ):
         quantizer = layer.weight_quantizer
-        codes = torch.floor(layer.weight / quantizer.scale) + piece.view_as(layer.weight) + quantizer.zero_point
-        weights[name] = quantizer.scale * (codes.clamp(0, quantizer.levels - 1) - quantizer.zero_point)
+        codes = (
+            torch.floor(layer.weight / quantizer.scale)
+            + piece.view_as(layer.weight)
+            + quantizer.zero_point
+        )
+        weights[name] = quantizer.scale * (
+            codes.clamp(0, quantizer.levels - 1) - quantizer.zero_point
+        )
     assert tape.target is not None
-    given = weights | {name: scale for (name, _), scale in zip(state.layout.scales, scales, strict=True)}
+    given = weights | {
+        name: scale for (name, _), scale in zip(state.layout.scales, scales, strict=True)
+    }
     output = functional_call(made.segment.block, given, (tape.full.whole,))
     error = (output - tape.target.whole).flatten(1).square().sum(1).mean()
     loss: Tensor = error / error.detach()
@@ -295,7 +328,9 @@ def test_finishing_leaves_training(engine: Engine) -> None:
     for number in range(3):
         made.step(number)
         # In the block itself nothing changes before the end.
-        assert all(torch.equal(q.scale, old) for q, old in zip(state.quantizers, before, strict=True))
+        assert all(
+            torch.equal(q.scale, old) for q, old in zip(state.quantizers, before, strict=True)
+        )
     made.finish()
     for layer, weight in zip(state.layers, weights, strict=True):
         assert not layer.soft
@@ -326,7 +361,9 @@ def test_scales_that_are_not_learned_stay(engine: Engine) -> None:
     for number in range(3):
         made.step(number)
     made.finish()
-    assert all(torch.equal(q.scale, old) for q, old in zip(made.state.quantizers, before, strict=True))
+    assert all(
+        torch.equal(q.scale, old) for q, old in zip(made.state.quantizers, before, strict=True)
+    )
     assert not torch.equal(made.state.rounding.alpha, alpha)
 
 

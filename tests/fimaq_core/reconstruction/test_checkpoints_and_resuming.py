@@ -31,8 +31,12 @@ pytestmark = pytest.mark.slow
 KL = ClassifierDivergence(20.0)
 
 
-def fingerprint(recipe: Recipe, weights: str = "w" * 64, calibration: str = "c" * 64) -> Fingerprint:
-    return Fingerprint(weights=weights, calibration=calibration, recipe=recipe.model_dump(mode="json"))
+def fingerprint(
+    recipe: Recipe, weights: str = "w" * 64, calibration: str = "c" * 64
+) -> Fingerprint:
+    return Fingerprint(
+        weights=weights, calibration=calibration, recipe=recipe.model_dump(mode="json")
+    )
 
 
 @torch.no_grad()
@@ -45,7 +49,11 @@ class Broken(Exception):
 
 
 def run(
-    recipe: Recipe, folder: Path | None, build: Callable[[], nn.Module], size: int, stop_in: str | None = None
+    recipe: Recipe,
+    folder: Path | None,
+    build: Callable[[], nn.Module],
+    size: int,
+    stop_in: str | None = None,
 ) -> tuple[BlockChain, ReconstructionLog]:
     """A whole run with checkpoints; ``stop_in`` names the block in whose middle it is broken off."""
 
@@ -67,7 +75,11 @@ CASES: dict[str, tuple[Callable[[], nn.Module], int, dict[str, object]]] = {
     "swin, fimaq": (lambda: swin(40), 40, {}),
     "vit, brecq": (vit, 32, {"method": "brecq"}),
     "vit, gradients a sample": (vit, 32, {"loss": "fisher_brecq"}),
-    "vit, singular passes": (vit, 32, {"fisher_mode": "qf", "activation_prob": 1.0, "lr_alpha": 1e-9, "lr_scale": 1e-9}),
+    "vit, singular passes": (
+        vit,
+        32,
+        {"fisher_mode": "qf", "activation_prob": 1.0, "lr_alpha": 1e-9, "lr_scale": 1e-9},
+    ),
 }
 
 
@@ -98,7 +110,9 @@ def test_blocks_of_another_engine_are_named(tmp_path: Path) -> None:
     for turn, engine in enumerate(("fused", "fused", "eager")):
         part = Part(chain_of(vit(), recipe), x, recipe, KL, fingerprint(recipe))
         run_stage(CALIBRATE, part)
-        run_stage(RECONSTRUCT, part, pieces=tmp_path, resources=Resources(batch_size=8, engine=engine))
+        run_stage(
+            RECONSTRUCT, part, pieces=tmp_path, resources=Resources(batch_size=8, engine=engine)
+        )
         log = part.log
         assert log.engine == engine
         labels = list(log.last_loss)
@@ -107,12 +121,16 @@ def test_blocks_of_another_engine_are_named(tmp_path: Path) -> None:
     assert notes[2] == [f"{label}: reconstructed earlier by the engine 'fused'" for label in labels]
 
 
-def test_finished_blocks_are_not_done_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_blocks_are_not_done_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from fimaq_core.reconstruction import reconstruct as module
 
     recipe = quick()
     run(recipe, tmp_path, vit, 32)
-    monkeypatch.setattr(module, "optimise_block", lambda *_: pytest.fail("a finished block was optimised again"))
+    monkeypatch.setattr(
+        module, "optimise_block", lambda *_: pytest.fail("a finished block was optimised again")
+    )
     monkeypatch.setattr("fimaq_core.pipeline.calibrate", lambda *_: pytest.fail("calibrated again"))
     run(recipe, tmp_path, vit, 32)
 
@@ -120,7 +138,11 @@ def test_finished_blocks_are_not_done_twice(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize("name", ["vit", "swin", "no biases"])
 def test_saved_and_loaded_at_every_stage(name: str, tmp_path: Path) -> None:
     """Calibrated, each block, and the finished model: the same logits bit for bit from a new model."""
-    build: Callable[[], nn.Module] = {"vit": vit, "swin": lambda: swin(40), "no biases": lambda: vit(qkv_bias=False)}[name]
+    build: Callable[[], nn.Module] = {
+        "vit": vit,
+        "swin": lambda: swin(40),
+        "no biases": lambda: vit(qkv_bias=False),
+    }[name]
     size = 40 if name == "swin" else 32
     recipe, x, probe = quick(), images(24, size), images(6, size, seed=8)
     mark = fingerprint(recipe)
@@ -138,9 +160,13 @@ def test_saved_and_loaded_at_every_stage(name: str, tmp_path: Path) -> None:
     finish(chain)
     finish(loaded)
     assert torch.equal(logits(loaded, probe), logits(chain, probe))
-    save_checkpoint(tmp_path / "final.safetensors", chain.state_dict(), mark, {"stage": "reconstructed"})
+    save_checkpoint(
+        tmp_path / "final.safetensors", chain.state_dict(), mark, {"stage": "reconstructed"}
+    )
     final = chain_of(build(), recipe)
-    assert load_checkpoint(tmp_path / "final.safetensors", final, mark) == {"stage": "reconstructed"}
+    assert load_checkpoint(tmp_path / "final.safetensors", final, mark) == {
+        "stage": "reconstructed"
+    }
     set_quantized(final, True)
     assert torch.equal(logits(final, probe), logits(chain, probe))
     set_quantized(chain, False)
@@ -175,12 +201,16 @@ def test_another_run_is_refused_with_the_reason(saved: Path) -> None:
     chain = chain_of(vit(), recipe)
     cases = {
         r"another recipe: w_bits \(4, here 3\)": fingerprint(quick(w_bits=3)),
-        r"seed \(3407, here 5\), lr_alpha \(0.05, here 0.1\)|lr_alpha .*seed": fingerprint(quick(seed=5, lr_alpha=0.1)),
-        r"other weights \(sha256 wwwwwwwwwwww, here xxxxxxxxxxxx\)": fingerprint(recipe, weights="x" * 64),
-        "other calibration images": fingerprint(recipe, calibration="d" * 64),
-        f"numerics version {NUMERICS_VERSION}, this is version {later}": fingerprint(recipe).model_copy(
-            update={"numerics": later}
+        r"seed \(3407, here 5\), lr_alpha \(0.05, here 0.1\)|lr_alpha .*seed": fingerprint(
+            quick(seed=5, lr_alpha=0.1)
         ),
+        r"other weights \(sha256 wwwwwwwwwwww, here xxxxxxxxxxxx\)": fingerprint(
+            recipe, weights="x" * 64
+        ),
+        "other calibration images": fingerprint(recipe, calibration="d" * 64),
+        f"numerics version {NUMERICS_VERSION}, this is version {later}": fingerprint(
+            recipe
+        ).model_copy(update={"numerics": later}),
     }
     for message, expected in cases.items():
         with pytest.raises(CheckpointError, match=message) as caught:
@@ -226,7 +256,9 @@ def scramble(content: bytes) -> bytes:
     return content[:8] + b"\xff" * 60 + content[68:]
 
 
-@pytest.mark.parametrize("damage", [cut, cut_header, scramble, lambda _: b"", lambda _: b"not a checkpoint at all" * 9])
+@pytest.mark.parametrize(
+    "damage", [cut, cut_header, scramble, lambda _: b"", lambda _: b"not a checkpoint at all" * 9]
+)
 def test_damaged_files_are_refused(saved: Path, damage: Callable[[bytes], bytes]) -> None:
     saved.write_bytes(damage(saved.read_bytes()))
     recipe = quick()

@@ -40,7 +40,12 @@ pytestmark = pytest.mark.slow
 KL = ClassifierDivergence(20.0)
 PART = MlpPart("mlp")
 #: Enough to see a difference.
-SHORT: dict[str, object] = {"reconstruct_mlp": True, "mlp_steps": 12, "mlp_batch": 8, "mlp_lr": 1e-3}
+SHORT: dict[str, object] = {
+    "reconstruct_mlp": True,
+    "mlp_steps": 12,
+    "mlp_batch": 8,
+    "mlp_lr": 1e-3,
+}
 
 
 def short(**changes: object) -> Recipe:
@@ -58,7 +63,9 @@ def reconstructed(
 
 def same_state(a: nn.Module, b: nn.Module) -> bool:
     first, second = a.state_dict(), b.state_dict()
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name], second[name]) for name in first
+    )
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -68,8 +75,12 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 # Which modules.
 
 
-@pytest.mark.parametrize(("build", "size"), [(vit, 32), (lambda: swin(40), 40)], ids=["vit", "swin"])
-def test_relu_takes_the_place_of_the_mlps_activations_alone(build: Callable[[], nn.Module], size: int) -> None:
+@pytest.mark.parametrize(
+    ("build", "size"), [(vit, 32), (lambda: swin(40), 40)], ids=["vit", "swin"]
+)
+def test_relu_takes_the_place_of_the_mlps_activations_alone(
+    build: Callable[[], nn.Module], size: int
+) -> None:
     chain = chain_of(build(), quick())
     before = dict(chain.named_modules())
     parameters = {name: value.clone() for name, value in chain.state_dict().items()}
@@ -84,7 +95,9 @@ def test_relu_takes_the_place_of_the_mlps_activations_alone(build: Callable[[], 
 
 
 def test_other_activations_and_models_without_mlps_are_refused() -> None:
-    with pytest.raises(ModelError, match=r"^blocks\.0\.mlp: MLP reconstruction replaces GELU, not SiLU\.$"):
+    with pytest.raises(
+        ModelError, match=r"^blocks\.0\.mlp: MLP reconstruction replaces GELU, not SiLU\.$"
+    ):
         use_relu(chain_of(vit(act_layer=nn.SiLU), quick()))
     chain = chain_of(vit(), quick())
     use_relu(chain)
@@ -103,7 +116,9 @@ def test_an_mlp_with_a_norm_inside_is_not_one_of_them() -> None:
 
 
 def test_too_few_images() -> None:
-    with pytest.raises(RecipeError, match="16 calibration images are fewer than a batch of 17: lower mlp_batch"):
+    with pytest.raises(
+        RecipeError, match="16 calibration images are fewer than a batch of 17: lower mlp_batch"
+    ):
         reconstructed(short(mlp_batch=17))
 
 
@@ -145,7 +160,10 @@ def test_loss_equals_a_loop(weighted: bool) -> None:
             plain, low = w2 @ hidden + b2, w2 @ np.minimum(hidden, limit) + b2
             for c in range(3):
                 h = float(hessian[t, c]) if weighted else 1.0
-                total += h * (plain[c] - float(target[b, t, c])) ** 2 + 2 * h * (low[c] - float(target[b, t, c])) ** 2
+                total += (
+                    h * (plain[c] - float(target[b, t, c])) ** 2
+                    + 2 * h * (low[c] - float(target[b, t, c])) ** 2
+                )
     assert clamped > 3
     found = float(mlp_loss(mlp, PART, x, target, hessian if weighted else None, limit).detach())
     assert found == pytest.approx(total / 24, rel=1e-12)
@@ -168,7 +186,9 @@ def test_gradient_equals_finite_differences(weighted: bool) -> None:
                     parameter.view(-1)[place] = old + step
                     sides.append(float(value()))
                 parameter.view(-1)[place] = old
-                assert float(gradient.view(-1)[place]) == pytest.approx((sides[0] - sides[1]) / 2e-6, rel=1e-5, abs=1e-8)
+                assert float(gradient.view(-1)[place]) == pytest.approx(
+                    (sides[0] - sides[1]) / 2e-6, rel=1e-5, abs=1e-8
+                )
 
 
 class Mlp(nn.Module):
@@ -176,7 +196,11 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.fc1, self.act, self.fc2 = nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        self.fc1, self.act, self.fc2 = (
+            nn.Linear(width, 2 * width),
+            nn.GELU(),
+            nn.Linear(2 * width, width),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.fc2(self.act(self.fc1(x)))
@@ -204,17 +228,26 @@ def plain_chain() -> tuple[BlockChain, Tensor]:
     return BlockChain([*blocks, head]), normal(16, 3, 6, seed=4)
 
 
-def gathered(monkeypatch: pytest.MonkeyPatch, chain: BlockChain, x: Tensor, recipe: Recipe, batch: int) -> list[Any]:
+def gathered(
+    monkeypatch: pytest.MonkeyPatch, chain: BlockChain, x: Tensor, recipe: Recipe, batch: int
+) -> list[Any]:
     """What each MLP would be trained on."""
     seen: list[Any] = []
     with monkeypatch.context() as patch:
         patch.setattr(mlp_module, "_train", lambda mlp, part, lesson, *_: seen.append(lesson))
         reconstruct_mlps(chain, x, recipe, KL, batch_size=batch)
-    whole = [[part and part.whole for part in (one.inputs, one.targets, one.hessian)] for one in seen]
-    return [replace(one, inputs=x, targets=y, hessian=h) for one, (x, y, h) in zip(seen, whole, strict=True)]
+    whole = [
+        [part and part.whole for part in (one.inputs, one.targets, one.hessian)] for one in seen
+    ]
+    return [
+        replace(one, inputs=x, targets=y, hessian=h)
+        for one, (x, y, h) in zip(seen, whole, strict=True)
+    ]
 
 
-def test_inputs_targets_and_limit_are_those_of_the_model_with_gelu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inputs_targets_and_limit_are_those_of_the_model_with_gelu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     recipe, x = short(mlp_percentile=0.9), images(16)
     original, kept = chain_of(vit(), recipe), []
     for index in (1, 2):
@@ -225,19 +258,28 @@ def test_inputs_targets_and_limit_are_those_of_the_model_with_gelu(monkeypatch: 
         original(x)
     (hidden1, (in1, out1), hidden2, (in2, out2)) = kept
     seen = gathered(monkeypatch, chain_of(vit(), recipe), x, recipe, 5)
-    for samples, hidden, inputs, outputs in zip(seen, (hidden1, hidden2), (in1, in2), (out1, out2), strict=True):
+    for samples, hidden, inputs, outputs in zip(
+        seen, (hidden1, hidden2), (in1, in2), (out1, out2), strict=True
+    ):
         assert torch.allclose(samples.inputs, inputs, atol=1e-5)
         assert torch.allclose(samples.targets, outputs, atol=1e-5)
         values = hidden.numpy()
-        assert samples.limit == pytest.approx(float(np.quantile(values[values > 0], 0.9, method="inverted_cdf")), rel=1e-4)
+        assert samples.limit == pytest.approx(
+            float(np.quantile(values[values > 0], 0.9, method="inverted_cdf")), rel=1e-4
+        )
         assert samples.hessian is not None
         assert samples.hessian.shape == inputs.shape[1:]
         assert float(samples.hessian.square().mean()) == pytest.approx(1, rel=1e-4)
-    assert all(samples.hessian is None for samples in gathered(monkeypatch, chain_of(vit(), recipe), x, short(mlp_loss="mse"), 5))
+    assert all(
+        samples.hessian is None
+        for samples in gathered(monkeypatch, chain_of(vit(), recipe), x, short(mlp_loss="mse"), 5)
+    )
 
 
 @pytest.mark.parametrize("batch", [3, 16])
-def test_hessian_at_the_mlps_output_is_that_at_the_blocks(monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
+def test_hessian_at_the_mlps_output_is_that_at_the_blocks(
+    monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
     """The MLP's output is added last, so both are moved alike; the mean over images, by its root mean square."""
     chain, x = plain_chain()
     teacher = copy.deepcopy(chain)
@@ -252,7 +294,9 @@ def test_hessian_at_the_mlps_output_is_that_at_the_blocks(monkeypatch: pytest.Mo
         def rest(output: Tensor, index: int = index, double: BlockChain = double) -> Tensor:
             return double.tail(index + 1, output)
 
-        exact = perturbation_hessian(rest, z.double(), reference.double(), lambda a, b: kl_divergence(a, b, 20.0), 0.1).mean(0)
+        exact = perturbation_hessian(
+            rest, z.double(), reference.double(), lambda a, b: kl_divergence(a, b, 20.0), 0.1
+        ).mean(0)
         expected = exact / exact.square().mean().sqrt()
         assert float(expected.max() / expected.min()) > 2
         assert samples.hessian is not None
@@ -262,9 +306,13 @@ def test_hessian_at_the_mlps_output_is_that_at_the_blocks(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("wrong", [0.0, math.nan])
 def test_a_hessian_that_weights_nothing_is_an_error(wrong: float) -> None:
     chain, x = plain_chain()
-    message = r"^blocks\.0\.mlp: the perturbation Hessian is " + ("zero; use mlp_loss mse" if wrong == 0 else "not finite")
+    message = r"^blocks\.0\.mlp: the perturbation Hessian is " + (
+        "zero; use mlp_loss mse" if wrong == 0 else "not finite"
+    )
     with pytest.raises(NumericsError, match=message):
-        reconstruct_mlps(chain, x, short(), Measured(lambda outputs, reference: (wrong * outputs).sum()))
+        reconstruct_mlps(
+            chain, x, short(), Measured(lambda outputs, reference: (wrong * outputs).sum())
+        )
 
 
 # Training.
@@ -274,7 +322,10 @@ def test_a_hessian_that_weights_nothing_is_an_error(wrong: float) -> None:
 def mlp_inputs(chain: BlockChain, x: Tensor) -> list[Tensor]:
     """What the MLPs of a ViT see."""
     found: list[Tensor] = []
-    handles = [mlp.register_forward_pre_hook(lambda module, args: found.append(args[0])) for mlp in mlps(chain)]
+    handles = [
+        mlp.register_forward_pre_hook(lambda module, args: found.append(args[0]))
+        for mlp in mlps(chain)
+    ]
     chain(x)
     for handle in handles:
         handle.remove()
@@ -293,7 +344,9 @@ def test_training_lowers_the_loss_and_the_error_to_gelu(loss: str) -> None:
         if event.loss is not None:
             losses.setdefault(event.block, []).append(event.loss)
 
-    chain, teacher = reconstructed(short(mlp_steps=200, mlp_lr=5e-3, mlp_batch=16, mlp_loss=loss), report=report)
+    chain, teacher = reconstructed(
+        short(mlp_steps=200, mlp_lr=5e-3, mlp_batch=16, mlp_loss=loss), report=report
+    )
     assert list(losses) == ["blocks.0.mlp", "blocks.1.mlp"]
     for values in losses.values():
         assert len(values) == 4
@@ -305,7 +358,9 @@ def test_training_lowers_the_loss_and_the_error_to_gelu(loss: str) -> None:
             relu.act = nn.ReLU()
             inputs = seen[number][:, :1] if number == 1 and loss == "perturb_mean" else seen[number]
             with torch.no_grad():
-                before, after = ((module(inputs) - gelu(inputs)).square().mean() for module in (relu, mlp))
+                before, after = (
+                    (module(inputs) - gelu(inputs)).square().mean() for module in (relu, mlp)
+                )
             assert float(after) < share * float(before), number
 
 
@@ -321,28 +376,51 @@ def test_course_of_one_mlp_equals_a_plain_loop(loss: str, monkeypatch: pytest.Mo
     optimizer = torch.optim.Adam(expected.parameters(), lr=5e-3)
     values = []
     with torch.no_grad():
-        everything = [float(mlp_loss(expected, PART, samples.inputs, samples.targets, samples.hessian, samples.limit))]
+        everything = [
+            float(
+                mlp_loss(
+                    expected, PART, samples.inputs, samples.targets, samples.hessian, samples.limit
+                )
+            )
+        ]
     for step, rows in enumerate(draws):
         for group in optimizer.param_groups:
             group["lr"] = 5e-3 * (1 + math.cos(math.pi * step / 40)) / 2
-        value = mlp_loss(expected, PART, samples.inputs[rows], samples.targets[rows], samples.hessian, samples.limit)
+        value = mlp_loss(
+            expected,
+            PART,
+            samples.inputs[rows],
+            samples.targets[rows],
+            samples.hessian,
+            samples.limit,
+        )
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
         values.append(float(value.detach()))
     seen: list[float | None] = []
-    reconstruct_mlps(chain, x, recipe, KL, batch_size=8, report=lambda event: seen.append(event.loss))
+    reconstruct_mlps(
+        chain, x, recipe, KL, batch_size=8, report=lambda event: seen.append(event.loss)
+    )
     start = plain_chain()[0].segment(0).block.mlp
     for name, parameter in chain.segment(0).block.mlp.named_parameters():
         before = start.get_parameter(name)
         assert distance(parameter - before, expected.get_parameter(name) - before) < 1e-3, name
     assert any(loss == pytest.approx(values[-1], rel=1e-3) for loss in seen if loss is not None)
     with torch.no_grad():
-        everything.append(float(mlp_loss(expected, PART, samples.inputs, samples.targets, samples.hessian, samples.limit)))
+        everything.append(
+            float(
+                mlp_loss(
+                    expected, PART, samples.inputs, samples.targets, samples.hessian, samples.limit
+                )
+            )
+        )
     assert everything[1] < 0.7 * everything[0]
 
 
-@pytest.mark.parametrize(("build", "size"), [(vit, 32), (lambda: swin(40), 40)], ids=["vit", "swin"])
+@pytest.mark.parametrize(
+    ("build", "size"), [(vit, 32), (lambda: swin(40), 40)], ids=["vit", "swin"]
+)
 def test_only_the_mlps_linear_layers_change_and_the_teacher_is_the_model_as_it_was(
     build: Callable[[], nn.Module], size: int
 ) -> None:
@@ -356,7 +434,11 @@ def test_only_the_mlps_linear_layers_change_and_the_teacher_is_the_model_as_it_w
     before, wanted = original.state_dict(), []
     for segment in chain:
         for part in segment.mlps:
-            wanted += [f"{segment.label}.{part.name}.{layer}.{kind}" for layer in ("fc1", "fc2") for kind in ("weight", "bias")]
+            wanted += [
+                f"{segment.label}.{part.name}.{layer}.{kind}"
+                for layer in ("fc1", "fc2")
+                for kind in ("weight", "bias")
+            ]
     changed = []
     for number, segment in enumerate(chain):
         for name, value in segment.block.state_dict().items():
@@ -366,9 +448,14 @@ def test_only_the_mlps_linear_layers_change_and_the_teacher_is_the_model_as_it_w
             assert torch.equal(value, before[f"segments.{number}.before.{name}"])
     assert changed == wanted
     for model in (chain, teacher):
-        assert all(not parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+        assert all(
+            not parameter.requires_grad and parameter.grad is None
+            for parameter in model.parameters()
+        )
         assert not any(layer.quantized for _, layer in quant_layers(model))
-        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+        assert not any(
+            module._forward_hooks or module._forward_pre_hooks for module in model.modules()
+        )
         assert not model.training
 
 
@@ -412,7 +499,10 @@ def assert_moved_alike(first: BlockChain, second: BlockChain, start: BlockChain)
 
 
 def test_a_loss_that_is_no_number_names_the_mlp() -> None:
-    with pytest.raises(NumericsError, match=r"^blocks\.0\.mlp: the MLP's loss is (nan|inf); lower mlp_lr \(now 1e\+30\)\.$"):
+    with pytest.raises(
+        NumericsError,
+        match=r"^blocks\.0\.mlp: the MLP's loss is (nan|inf); lower mlp_lr \(now 1e\+30\)\.$",
+    ):
         reconstructed(short(mlp_lr=1e30))
 
 
@@ -427,7 +517,9 @@ def test_progress_runs_to_its_end() -> None:
 # Checkpoints.
 
 
-def fingerprint(recipe: Recipe, weights: str = "w" * 64, calibration: str = "c" * 64) -> Fingerprint:
+def fingerprint(
+    recipe: Recipe, weights: str = "w" * 64, calibration: str = "c" * 64
+) -> Fingerprint:
     return Fingerprint(weights=weights, calibration=calibration, recipe=recipe)
 
 
@@ -435,7 +527,9 @@ class Broken(Exception):
     """Stands for a run that was stopped."""
 
 
-def kept(recipe: Recipe, path: Path, stop_in: str | None = None) -> tuple[BlockChain, BlockChain, bool]:
+def kept(
+    recipe: Recipe, path: Path, stop_in: str | None = None
+) -> tuple[BlockChain, BlockChain, bool]:
     """Chain, teacher, and whether the MLPs were loaded; ``stop_in`` names the MLP in whose middle it is broken off."""
 
     def report(event: Progress) -> None:
@@ -450,7 +544,9 @@ def kept(recipe: Recipe, path: Path, stop_in: str | None = None) -> tuple[BlockC
     return chain, part.teacher, loaded
 
 
-def test_stopped_and_resumed_equals_undisturbed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopped_and_resumed_equals_undisturbed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = short()
     expected, teacher, loaded = kept(recipe, tmp_path / "undisturbed.safetensors")
     assert not loaded
@@ -459,12 +555,16 @@ def test_stopped_and_resumed_equals_undisturbed(tmp_path: Path, monkeypatch: pyt
         with pytest.raises(Broken):
             kept(recipe, path, stop_in)
         folder = path.with_name("mlps.mlps")
-        assert sorted(file.name for file in folder.glob("*")) == [f"mlp-{index:03d}.safetensors" for index in range(done)]
+        assert sorted(file.name for file in folder.glob("*")) == [
+            f"mlp-{index:03d}.safetensors" for index in range(done)
+        ]
         assert not path.exists()
         trained: list[str] = []
         original = mlp_module._train
 
-        def count(*args: Any, trained: list[str] = trained, original: Callable[..., None] = original) -> None:
+        def count(
+            *args: Any, trained: list[str] = trained, original: Callable[..., None] = original
+        ) -> None:
             trained.append(args[4])
             original(*args)
 
@@ -476,15 +576,21 @@ def test_stopped_and_resumed_equals_undisturbed(tmp_path: Path, monkeypatch: pyt
         assert same_state(resumed, expected)
         assert same_state(again, teacher)
         assert [file.name for file in path.parent.iterdir()] == ["mlps.safetensors"]
-        assert path.read_bytes()[-1000:] == (tmp_path / "undisturbed.safetensors").read_bytes()[-1000:]
+        assert (
+            path.read_bytes()[-1000:] == (tmp_path / "undisturbed.safetensors").read_bytes()[-1000:]
+        )
 
 
-def test_finished_mlps_are_loaded_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_mlps_are_loaded_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """For every recipe with the same MLP settings, whatever its bits; the model as it was is the teacher again."""
     recipe, path, x = short(), tmp_path / "mlps.safetensors", images(4, seed=8)
     chain, teacher, _ = kept(recipe, path)
     assert read_header(path)[1] == {"model": "small", "stage": "mlp"}
-    monkeypatch.setattr("fimaq_core.pipeline.reconstruct_mlps", lambda *_, **__: pytest.fail("reconstructed again"))
+    monkeypatch.setattr(
+        "fimaq_core.pipeline.reconstruct_mlps", lambda *_, **__: pytest.fail("reconstructed again")
+    )
     for other in (recipe, short(w_bits=3, a_bits=8, steps=99, loss="mse", range_search="minmax")):
         again, same, loaded = kept(other, path)
         assert loaded
@@ -507,7 +613,9 @@ def test_finished_mlps_are_loaded_bit_for_bit(tmp_path: Path, monkeypatch: pytes
     ],
     ids=str,
 )
-def test_mlps_of_another_run_are_refused_with_the_reason(tmp_path: Path, changes: dict[str, object], reason: str) -> None:
+def test_mlps_of_another_run_are_refused_with_the_reason(
+    tmp_path: Path, changes: dict[str, object], reason: str
+) -> None:
     """The finished file, and an MLP of a stopped run."""
     recipe = short()
     path, stopped = tmp_path / "mlps.safetensors", tmp_path / "stopped.safetensors"
@@ -515,7 +623,9 @@ def test_mlps_of_another_run_are_refused_with_the_reason(tmp_path: Path, changes
     with pytest.raises(Broken):
         kept(recipe, stopped, "blocks.1.mlp")
     for file in (path, stopped):
-        with pytest.raises(CheckpointError, match=f"does not belong to this run: it was made with .*{reason}") as caught:
+        with pytest.raises(
+            CheckpointError, match=f"does not belong to this run: it was made with .*{reason}"
+        ) as caught:
             kept(short(**changes), file)
         assert str(tmp_path) in str(caught.value)
 
@@ -535,9 +645,13 @@ def test_mlps_of_other_weights_and_images_are_refused(tmp_path: Path) -> None:
 
 def test_checkpoints_of_other_stages_hold_no_mlps(tmp_path: Path) -> None:
     recipe, path = quick(), tmp_path / "ranges.safetensors"
-    run_stage(CALIBRATE, Part(chain_of(vit(), recipe), images(8), recipe, KL, fingerprint(recipe)), path)
+    run_stage(
+        CALIBRATE, Part(chain_of(vit(), recipe), images(8), recipe, KL, fingerprint(recipe)), path
+    )
     chain = chain_of(vit(), recipe)
-    with pytest.raises(CheckpointError, match=r"holds no reconstructed MLPs but a checkpoint of stage 'calibrated'") as caught:
+    with pytest.raises(
+        CheckpointError, match=r"holds no reconstructed MLPs but a checkpoint of stage 'calibrated'"
+    ) as caught:
         load_mlps(chain, path, fingerprint(recipe))
     assert str(path) in str(caught.value)
     assert any(isinstance(module, nn.GELU) for module in chain.modules())
@@ -545,7 +659,9 @@ def test_checkpoints_of_other_stages_hold_no_mlps(tmp_path: Path) -> None:
         load_mlps(chain, tmp_path / "none.safetensors", None)
 
 
-def test_another_process_may_have_cleared_the_finished_mlps_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_process_may_have_cleared_the_finished_mlps_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Cells of other bits share the MLPs, and may come to the end at the same time."""
     path, original = tmp_path / "mlps.safetensors", Path.unlink
 
@@ -577,7 +693,9 @@ def test_quantize_does_all_stages(tmp_path: Path) -> None:
         staged = chain_of(vit(), recipe)
         part = Part(staged, x, recipe, KL, mark)
         for stage in STAGES:
-            done = run_stage(stage, part, tmp_path / f"{stage.kind}.safetensors" if stage.kind else None)
+            done = run_stage(
+                stage, part, tmp_path / f"{stage.kind}.safetensors" if stage.kind else None
+            )
             assert done == (loaded and stage.kind != "")
         assert same_state(staged, whole)
         teacher = part.teacher

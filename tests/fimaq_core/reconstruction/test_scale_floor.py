@@ -63,11 +63,16 @@ def test_scales_stop_at_their_lower_bound_on_every_engine(quantizer: str) -> Non
     recipe = quick("fimaq", lr_scale=TOO_FAST, **QUANTIZERS[quantizer])
     expected = follow(made("eager", recipe), 1)
     assert 0.1 < float(at_floor(expected).double().mean()) < 0.9
-    assert torch.equal(expected.scales[at_floor(expected)], (SCALE_FLOOR * expected.first_scales)[at_floor(expected)])
+    assert torch.equal(
+        expected.scales[at_floor(expected)],
+        (SCALE_FLOOR * expected.first_scales)[at_floor(expected)],
+    )
     for engine in ("fused", "compiled", "graph"):
         found = follow(made(engine, recipe), 1)
         same = torch.isclose(found.scales, expected.scales, rtol=1e-4)
-        assert float(same.double().mean()) > 0.99  # the sign of a gradient near zero is left to rounding
+        assert (
+            float(same.double().mean()) > 0.99
+        )  # the sign of a gradient near zero is left to rounding
 
 
 @pytest.mark.usefixtures("uncompiled")
@@ -139,7 +144,9 @@ def test_a_run_without_scales_at_the_bound_says_nothing() -> None:
 
 def test_a_resumed_run_has_the_counts_of_the_undisturbed_one(tmp_path: Path) -> None:
     recipe, x = quick("fimaq", lr_scale=1.0, steps=1), images(24)
-    mark = Fingerprint(weights="w" * 64, calibration="c" * 64, recipe=recipe.model_dump(mode="json"))
+    mark = Fingerprint(
+        weights="w" * 64, calibration="c" * 64, recipe=recipe.model_dump(mode="json")
+    )
 
     def run() -> dict[str, int]:
         chain = chain_of(vit(), recipe)
@@ -159,6 +166,10 @@ def test_a_scale_that_is_no_number_is_refused(engine: Engine) -> None:
     one = trainer(engine, quick("qdrop"))
     one.step(0)
     one._step.finish()
-    (one._step.scales[0] if engine == "eager" else one.state.scales).detach().view(-1)[0] = torch.nan
-    with pytest.raises(NumericsError, match="a learned activation scale is NaN or infinite: lower lr_scale"):
+    (one._step.scales[0] if engine == "eager" else one.state.scales).detach().view(-1)[0] = (
+        torch.nan
+    )
+    with pytest.raises(
+        NumericsError, match="a learned activation scale is NaN or infinite: lower lr_scale"
+    ):
         one.finish()

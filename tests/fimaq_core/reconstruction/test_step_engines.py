@@ -106,7 +106,9 @@ def follow(made: BlockTrainer, steps: int) -> Course:
     start, scales = made.state.rounding.alpha.clone(), made.state.scales.clone()
     losses = torch.stack([made.step(number).clone() for number in range(steps)])
     made._step.finish()
-    return Course(losses, start, made.state.rounding.alpha.clone(), scales, made.state.scales.clone())
+    return Course(
+        losses, start, made.state.rounding.alpha.clone(), scales, made.state.scales.clone()
+    )
 
 
 def assert_same_learning(a: Course, b: Course, changes: int) -> None:
@@ -135,12 +137,16 @@ def test_fused_learns_what_the_definition_learns(name: str, method: str) -> None
     assert_same_learning(by_definition(name, method), fused, changes=50)
 
 
-@pytest.mark.skipif(cpp_compiler() is None, reason="torch.compile needs a C++ compiler, and none is found")
+@pytest.mark.skipif(
+    cpp_compiler() is None, reason="torch.compile needs a C++ compiler, and none is found"
+)
 def test_compiled_learns_the_same_and_is_compiled_once_for_blocks_of_a_make() -> None:
     recipe = quick("fimaq", steps=200, **RELEASED)
     before = counters["stats"]["unique_graphs"]
     compiled = follow(trainer("compiled", recipe), 200)
-    assert counters["stats"]["unique_graphs"] == before + 2  # loss and update, and none after the second Fisher pass
+    assert (
+        counters["stats"]["unique_graphs"] == before + 2
+    )  # loss and update, and none after the second Fisher pass
     assert_same_learning(by_definition("vit", "fimaq"), compiled, changes=50)
     name = "vit, first block"
     second, fused = (trainer(engine, recipe, name) for engine in ("compiled", "fused"))
@@ -148,7 +154,9 @@ def test_compiled_learns_the_same_and_is_compiled_once_for_blocks_of_a_make() ->
     assert counters["stats"]["unique_graphs"] == before + 2
     # At a rate far above the size of the scales, both project the same scales to their lower bound.
     fast = quick("fimaq", steps=200, **{**RELEASED, "lr_scale": 10.0})
-    bounded, expected = (follow(trainer(engine, fast), 1).scales for engine in ("compiled", "fused"))
+    bounded, expected = (
+        follow(trainer(engine, fast), 1).scales for engine in ("compiled", "fused")
+    )
     assert counters["stats"]["unique_graphs"] == before + 2
     assert bool((bounded > 0).all())
     assert float(bounded.min()) < 0.1
@@ -163,7 +171,10 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 NEW_LOSSES = ("perturb", "perturb_mean", "prediction", "least_squares")
 CASES: dict[str, tuple[str, str, dict[str, object]]] = {
-    **{loss: ("vit", "fimaq", {"loss": loss}) for loss in ("mse", "mae", "fisher_brecq", "fisher_diag", "fisher_lr")},
+    **{
+        loss: ("vit", "fimaq", {"loss": loss})
+        for loss in ("mse", "mae", "fisher_brecq", "fisher_diag", "fisher_lr")
+    },
     "before each of the first steps": ("vit", "fimaq", {"fisher_mode": "qf", "fisher_k": 3}),
     "weights of parts": ("vit", "fimaq", {"fisher_p1": 0.3, "fisher_p2": 1.7}),
     "no dropping in passes": ("vit", "fimaq", {"fisher_drop": False}),
@@ -205,7 +216,9 @@ def test_bfloat16_steps_on_every_engine(engine: Engine) -> None:
     assert torch.allclose(exact.losses, rough.losses, rtol=0.05)
 
 
-def capture(step: Callable[[], Tensor], calls: list[Callable[[], Tensor]]) -> tuple[Callable[[], None], Tensor]:
+def capture(
+    step: Callable[[], Tensor], calls: list[Callable[[], Tensor]]
+) -> tuple[Callable[[], None], Tensor]:
     """Stands for the capture of a CUDA graph: does nothing yet, and what replays it leaves the result in one place."""
     calls.append(step)
     result = torch.zeros(())
@@ -250,7 +263,9 @@ FRESH = (3, 4, 9)
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("engine", ["fused", "compiled"])
 @pytest.mark.parametrize("loss", ["fisher_dplr", "fisher_brecq", "least_squares", "prediction"])
-def test_what_a_step_reads_and_writes_keeps_its_address(engine: Engine, loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_step_reads_and_writes_keeps_its_address(
+    engine: Engine, loss: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = quick("fimaq", steps=8, fisher_k=2, loss=loss)
     made = trainer(engine, recipe)
     step, block = flat_step(made), made.segment.block
@@ -267,7 +282,9 @@ def test_what_a_step_reads_and_writes_keeps_its_address(engine: Engine, loss: st
             flat = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
             pointers(flat + list(block.parameters()) + list(block.buffers()))
             return original(function, *args)
-        kept = [arg for place, arg in enumerate(args) if isinstance(arg, Tensor) and place not in FRESH]
+        kept = [
+            arg for place, arg in enumerate(args) if isinstance(arg, Tensor) and place not in FRESH
+        ]
         assert len(kept) == 9
         pointers(kept + list(args[-1]))
         values.append([tensor.clone() for tensor in (*kept, *args[-1])])
@@ -283,7 +300,11 @@ def test_what_a_step_reads_and_writes_keeps_its_address(engine: Engine, loss: st
     names = [
         "counter", "rates", "starts", "alpha", "offset", "gain", "soft", "scales", "floor", "m", "v", "m of s", "v of s",
     ]  # fmt: skip
-    changed = {name for name, first, last in zip(names, values[0], values[-1], strict=True) if not torch.equal(first, last)}
+    changed = {
+        name
+        for name, first, last in zip(names, values[0], values[-1], strict=True)
+        if not torch.equal(first, last)
+    }
     assert changed >= {"counter", "starts", "alpha", "soft", "scales", "m", "v", "m of s", "v of s"}
     assert not changed & {"rates", "offset", "gain", "floor"}
 
@@ -291,7 +312,16 @@ def test_what_a_step_reads_and_writes_keeps_its_address(engine: Engine, loss: st
 class NothingIsRead(TorchDispatchMode):
     """Refuses operations that wait for the device's numbers."""
 
-    REFUSED = ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "allclose")
+    REFUSED = (
+        "_local_scalar_dense",
+        "item",
+        "is_nonzero",
+        "equal",
+        "nonzero",
+        "masked_select",
+        "_unique2",
+        "allclose",
+    )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
@@ -380,10 +410,15 @@ def test_engine_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_engine_that_cannot_run_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     compiler(monkeypatch, "g++")
-    with pytest.raises(EngineError, match=r"'graph' needs a CUDA device, not cpu: choose 'auto', 'compiled' or 'fused'"):
+    with pytest.raises(
+        EngineError,
+        match=r"'graph' needs a CUDA device, not cpu: choose 'auto', 'compiled' or 'fused'",
+    ):
         choose_engine("graph", CPU, 20_000)
     compiler(monkeypatch, None)
-    with pytest.raises(EngineError, match=r"needs a C\+\+ compiler .*: install one or choose 'fused'"):
+    with pytest.raises(
+        EngineError, match=r"needs a C\+\+ compiler .*: install one or choose 'fused'"
+    ):
         choose_engine("compiled", CPU, 20_000)
     for engine in ("eager", "fused"):
         assert choose_engine(engine, CPU, 1) == engine
@@ -394,13 +429,17 @@ def test_step_that_cannot_be_compiled_says_what_to_do(monkeypatch: pytest.Monkey
         raise TorchDynamoException("no such operation\nand much more")
 
     monkeypatch.setattr(flat, "_compiled", lambda *_: broken)
-    with pytest.raises(EngineError, match=r"^blocks\.1: .*\(no such operation\): use the engine 'fused'"):
+    with pytest.raises(
+        EngineError, match=r"^blocks\.1: .*\(no such operation\): use the engine 'fused'"
+    ):
         trainer("compiled", quick("qdrop")).step(0)
 
 
 def test_more_makes_than_pytorch_allows_by_itself() -> None:
     """A Swin has a dozen makes of blocks; PyTorch compiles a function eight times and then gives up."""
-    with torch._dynamo.config.patch(recompile_limit=8):  # pytest's own patch would leave the setting deleted
+    with torch._dynamo.config.patch(
+        recompile_limit=8
+    ):  # pytest's own patch would leave the setting deleted
         flat._compiled.__wrapped__(flat.update, "cpu", 1)
         assert torch._dynamo.config.recompile_limit >= 100
     assert torch._dynamo.config.recompile_limit >= 8
@@ -427,7 +466,9 @@ def test_a_fisher_pass_computes_fused_and_gives_the_engine_its_form_back(
 
     def how() -> tuple[set[str | None], set[float]]:
         quantizers = made.state.quantizers
-        return {quantizer.learning for quantizer in quantizers}, {quantizer.keep_probability for quantizer in quantizers}
+        return {quantizer.learning for quantizer in quantizers}, {
+            quantizer.keep_probability for quantizer in quantizers
+        }
 
     def watch(forward: Callable[[Tensor], Tensor]) -> None:
         passes.append(how())
@@ -456,7 +497,9 @@ def test_detaching_leaves_nothing_behind(engine: Engine) -> None:
     assert not any(layer.soft for layer in state.layers)
     assert {quantizer.learning for quantizer in state.quantizers} == {None}
     assert {quantizer.keep_probability for quantizer in state.quantizers} == {1.0}
-    assert all(not parameter.requires_grad and parameter.grad is None for parameter in block.parameters())
+    assert all(
+        not parameter.requires_grad and parameter.grad is None for parameter in block.parameters()
+    )
     assert set(block.state_dict()) == names
     learned = dict(zip((name for name, _ in state.layout.scales), state.quantizers, strict=True))
     pieces = state.scales.split([quantizer.scale.numel() for quantizer in state.quantizers])

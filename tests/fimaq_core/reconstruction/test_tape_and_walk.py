@@ -35,7 +35,9 @@ def logits(chain: BlockChain, x: Tensor) -> Tensor:
     return chain(x)
 
 
-def quantized(recipe: Recipe, build: Callable[[], nn.Module] = vit, size: int = 32, **resources: Any) -> BlockChain:
+def quantized(
+    recipe: Recipe, build: Callable[[], nn.Module] = vit, size: int = 32, **resources: Any
+) -> BlockChain:
     chain = chain_of(build(), recipe)
     quantize_chain(chain, images(24, size), recipe, KL, Resources(batch_size=8, **resources))
     return chain
@@ -43,10 +45,14 @@ def quantized(recipe: Recipe, build: Callable[[], nn.Module] = vit, size: int = 
 
 def same_state(a: BlockChain, b: BlockChain) -> bool:
     first, second = a.state_dict(), b.state_dict()
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name], second[name]) for name in first
+    )
 
 
-def count_block_forwards(monkeypatch: pytest.MonkeyPatch, depth: int, recipe: Recipe) -> dict[str, Counter[str]]:
+def count_block_forwards(
+    monkeypatch: pytest.MonkeyPatch, depth: int, recipe: Recipe
+) -> dict[str, Counter[str]]:
     """Forwards of each segment's block over calibration and reconstruction: training, walk, Fisher passes."""
     counts: dict[str, Counter[str]] = {"train": Counter(), "walk": Counter(), "fisher": Counter()}
     phase = ["walk"]
@@ -69,7 +75,9 @@ def count_block_forwards(monkeypatch: pytest.MonkeyPatch, depth: int, recipe: Re
         chain = chain_of(vit(depth), recipe)
         for segment in chain:
             segment.block.register_forward_pre_hook(
-                lambda _, __, label=segment.label: counts[phase[0]].__setitem__(label, counts[phase[0]][label] + 1)
+                lambda _, __, label=segment.label: counts[phase[0]].__setitem__(
+                    label, counts[phase[0]][label] + 1
+                )
             )
         quantize_chain(chain, images(24), recipe, KL, Resources(batch_size=8))
     return counts
@@ -89,7 +97,8 @@ def test_block_forwards_grow_linearly_with_depth(monkeypatch: pytest.MonkeyPatch
         totals[depth] = counts["train"].total() + counts["walk"].total()
         # Before block i come the passes of the i blocks before it; each block but the head runs its own too.
         assert counts["fisher"] == {
-            label: recipe.fisher_k * batches * (number + (label != "head")) for number, label in enumerate(labels)
+            label: recipe.fisher_k * batches * (number + (label != "head"))
+            for number, label in enumerate(labels)
         }
         segments = depth + 2
         tails = sum(segments - index for index in range(segments - 1))
@@ -99,14 +108,20 @@ def test_block_forwards_grow_linearly_with_depth(monkeypatch: pytest.MonkeyPatch
     assert fisher[8] > 2 * fisher[4]
 
 
-def test_methods_without_fisher_information_make_no_tail_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_methods_without_fisher_information_make_no_tail_passes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     counts = count_block_forwards(monkeypatch, 2, quick("brecq"))
     assert counts["fisher"].total() == 0
     # Without per-token scales there is no look at the tokens. The quantized prefix runs for the errors' sake alone.
     assert counts["walk"]["blocks.0"] == 1 + 3 + 3 + 3
 
 
-BUILDERS: dict[str, tuple[Callable[[], nn.Module], int]] = {"vit": (vit, 32), "deit": (deit, 32), "swin": (lambda: swin(40), 40)}
+BUILDERS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "vit": (vit, 32),
+    "deit": (deit, 32),
+    "swin": (lambda: swin(40), 40),
+}
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -134,10 +149,14 @@ def test_tape_equals_whole_model_passes(monkeypatch: pytest.MonkeyPatch, name: s
     def block_inputs(quantized_before: int) -> tuple[list[Tensor], list[Tensor]]:
         """Inputs and outputs of all blocks in one pass of the whole model with its first blocks quantized."""
         inputs, outputs, handles = [], [], []
+
+        def keep(_: object, args: tuple[Tensor, ...], out: Tensor) -> None:
+            inputs.append(args[0].clone())
+            outputs.append(out.clone())
+
         for index, segment in enumerate(chain):
             set_quantized(segment, index < quantized_before)
-            hook = lambda _, args, out: (inputs.append(args[0].clone()), outputs.append(out.clone()))  # noqa: E731
-            handles.append(segment.block.register_forward_hook(lambda m, a, o, hook=hook: (hook(m, a, o), None)[1]))
+            handles.append(segment.block.register_forward_hook(keep))
         with torch.no_grad():
             chain(x)
         for handle in handles:
@@ -262,7 +281,9 @@ def test_learned_values_are_what_the_method_may_change() -> None:
     finish(chain)
     flipped = 0
     for name, value in chain.state_dict().items():
-        if name.endswith("input_quantizer.scale") or name.endswith(("a_quantizer.scale", "b_quantizer.scale")):
+        if name.endswith("input_quantizer.scale") or name.endswith(
+            ("a_quantizer.scale", "b_quantizer.scale")
+        ):
             assert value.numel() == 0 or not torch.equal(value, before[name]), name
             assert (value > 0).all(), name
         elif not name.endswith("codes"):
@@ -328,7 +349,9 @@ def test_brecq_neither_mixes_nor_drops(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("drop", [True, False])
-def test_fisher_passes_may_run_without_dropping(drop: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fisher_passes_may_run_without_dropping(
+    drop: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     watch = MaskWatch(monkeypatch)
     quantized(quick(fisher_drop=drop))
     assert {threshold for threshold, _ in watch.steps} == {128}
@@ -376,8 +399,17 @@ def test_every_loss_goes_down(monkeypatch: pytest.MonkeyPatch, loss: str, mode: 
     log = reconstruct(chain, x, recipe, KL, batch_size=8)
     assert list(course) == list(log.last_loss) == ["patch_embed", "blocks.0", "blocks.1", "head"]
     start = {"mse": 1, "mae": 1, "fisher_brecq": 1, "prediction": 1}.get(loss, 2)
-    passes = {"mse": 0, "mae": 0, "prediction": 0, "fisher_diag": 2, "fisher_lr": 2, "fisher_dplr": 2}.get(loss, 1)
-    anew = {"q": 24, "qf": 1}[mode] if passes == 2 else 0  # the step before which the second and last pass ran
+    passes = {
+        "mse": 0,
+        "mae": 0,
+        "prediction": 0,
+        "fisher_diag": 2,
+        "fisher_lr": 2,
+        "fisher_dplr": 2,
+    }.get(loss, 1)
+    anew = (
+        {"q": 24, "qf": 1}[mode] if passes == 2 else 0
+    )  # the step before which the second and last pass ran
     for label in ("blocks.0", "blocks.1"):
         values = course[label]
         assert len(values) == 48

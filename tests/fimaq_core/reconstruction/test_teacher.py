@@ -24,7 +24,10 @@ pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
 KL = ClassifierDivergence(20.0)
-BUILDERS: dict[str, tuple[Callable[[], nn.Module], int]] = {"vit": (lambda: vit(3), 32), "swin": (lambda: swin(40), 40)}
+BUILDERS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "vit": (lambda: vit(3), 32),
+    "swin": (lambda: swin(40), 40),
+}
 
 
 def pair(recipe: Recipe, name: str = "vit") -> tuple[BlockChain, BlockChain, Tensor]:
@@ -57,7 +60,9 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 @pytest.mark.parametrize("placement", ["device", "host", "disk"])
 @pytest.mark.parametrize("name", BUILDERS)
-def test_targets_and_inputs_are_the_teachers_and_the_prefix_is_the_chains(name: str, placement: Placement) -> None:
+def test_targets_and_inputs_are_the_teachers_and_the_prefix_is_the_chains(
+    name: str, placement: Placement
+) -> None:
     recipe = quick()
     chain, teacher, x = pair(recipe, name)
     expected = block_inputs(teacher, x)
@@ -90,7 +95,9 @@ def chain_of_full(chain: BlockChain) -> BlockChain:
     return copied
 
 
-def at_block(recipe: Recipe, index: int = 2) -> tuple[BlockObjective, Tape, Callable[[Tensor], Tensor]]:
+def at_block(
+    recipe: Recipe, index: int = 2
+) -> tuple[BlockObjective, Tape, Callable[[Tensor], Tensor]]:
     """The objective at a block with a teacher, and the block as a pass runs it."""
     chain, teacher, x = pair(recipe)
     with torch.no_grad():
@@ -126,7 +133,9 @@ def test_fisher_passes_go_through_the_teachers_tail() -> None:
     with torch.no_grad():
         output = block(tape.full.whole)
     reference = objective.reference.whole
-    expected, other = (slope(model, tape, output, reference).abs().mean(0) for model in (tape.teacher, tape.chain))
+    expected, other = (
+        slope(model, tape, output, reference).abs().mean(0) for model in (tape.teacher, tape.chain)
+    )
     assert objective.state.diagonal is not None
     agree(objective.state.diagonal, expected, other)
     assert tape.target is not None
@@ -141,7 +150,8 @@ def test_the_least_squares_pass_goes_through_the_teachers_tail() -> None:
     assert tape.target is not None
     delta = (output - tape.target.whole).flatten(1)
     expected, other = (
-        ((g := slope(model, tape, output, objective.reference.whole)) * delta).sum(0).clamp(min=0) / delta.square().sum(0)
+        ((g := slope(model, tape, output, objective.reference.whole)) * delta).sum(0).clamp(min=0)
+        / delta.square().sum(0)
         for model in (tape.teacher, tape.chain)
     )
     assert float(g.abs().max()) > 0
@@ -170,8 +180,12 @@ def test_perturbation_passes_go_through_the_teachers_tail(name: str) -> None:
     found = []
     for model in (tape.teacher, tape.chain):
         parts = [
-            (slope(model, tape, z + 1e-6, reference) - slope(model, tape, z - 1e-6, reference)).abs()
-            for z, reference in zip(tape.target.whole.split(8), objective.reference.whole.split(8), strict=True)
+            (
+                slope(model, tape, z + 1e-6, reference) - slope(model, tape, z - 1e-6, reference)
+            ).abs()
+            for z, reference in zip(
+                tape.target.whole.split(8), objective.reference.whole.split(8), strict=True
+            )
         ]
         found.append(torch.cat(parts))
     if name == "perturb":
@@ -190,7 +204,9 @@ def test_predictions_are_the_teachers_from_the_block_on() -> None:
     assert tape.target is not None
     with torch.no_grad():
         assert same(objective.rest(tape.target.whole, None), objective.reference.whole)
-        assert torch.equal(objective.rest(tape.target.whole, None), tape.teacher.tail(3, tape.target.whole))
+        assert torch.equal(
+            objective.rest(tape.target.whole, None), tape.teacher.tail(3, tape.target.whole)
+        )
         assert not same(tape.chain.tail(3, tape.target.whole), objective.reference.whole)
 
 
@@ -210,13 +226,19 @@ def test_a_teacher_equal_to_the_chain_changes_no_bit(changes: dict[str, Any]) ->
     set_quantized(same_as_chain, False)
     log = reconstruct(chain, x, recipe, KL, batch_size=8, teacher=same_as_chain)
     expected = reconstruct(alone, x, recipe, KL, batch_size=8)
-    assert (log.last_loss, log.fisher_passes, log.notes) == (expected.last_loss, expected.fisher_passes, expected.notes)
+    assert (log.last_loss, log.fisher_passes, log.notes) == (
+        expected.last_loss,
+        expected.fisher_passes,
+        expected.notes,
+    )
     first, second = chain.state_dict(), alone.state_dict()
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_reconstruction_aims_at_the_teacher_and_leaves_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reconstruction_aims_at_the_teacher_and_leaves_it_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Targets of all blocks and the reference are the teacher's; nothing of it changes."""
     recipe = quick(steps=2)
     chain, teacher, x = pair(recipe)
@@ -239,7 +261,9 @@ def test_reconstruction_aims_at_the_teacher_and_leaves_it_alone(monkeypatch: pyt
     after = teacher.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
-    assert all(parameter.grad is None and not parameter.requires_grad for parameter in teacher.parameters())
+    assert all(
+        parameter.grad is None and not parameter.requires_grad for parameter in teacher.parameters()
+    )
 
 
 def test_reconstruction_brings_the_chain_nearer_to_the_teacher() -> None:
@@ -249,5 +273,7 @@ def test_reconstruction_brings_the_chain_nearer_to_the_teacher() -> None:
     calibrated = copy.deepcopy(chain)
     set_quantized(calibrated, True)
     reconstruct(chain, x, recipe, KL, batch_size=8, teacher=teacher)
-    before, after = ((block_inputs(model, x)[-1] - goal).square().mean() for model in (calibrated, chain))
+    before, after = (
+        (block_inputs(model, x)[-1] - goal).square().mean() for model in (calibrated, chain)
+    )
     assert float(after) < 0.8 * float(before)

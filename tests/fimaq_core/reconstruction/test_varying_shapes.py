@@ -38,7 +38,13 @@ D = Positions()
 
 
 def one_by_one(method: str = "fimaq", **changes: object) -> Recipe:
-    few: dict[str, object] = {"calibration_images": 5, "range_images": 5, "batch_size": 1, "mlp_batch": 1, "steps": 12}
+    few: dict[str, object] = {
+        "calibration_images": 5,
+        "range_images": 5,
+        "batch_size": 1,
+        "mlp_batch": 1,
+        "steps": 12,
+    }
     return quick(method, **{**few, **changes})
 
 
@@ -49,7 +55,9 @@ def calibrated(recipe: Recipe, seed: int = 0) -> tuple[BlockChain, Samples]:
 
 
 @torch.no_grad()
-def walked(recipe: Recipe, index: int, placement: Placement = "device") -> tuple[BlockChain, Samples, Tape]:
+def walked(
+    recipe: Recipe, index: int, placement: Placement = "device"
+) -> tuple[BlockChain, Samples, Tape]:
     chain, images = calibrated(recipe)
     tape = Tape(chain, images, Storage(placement, CPU), with_prefix=True)
     for _ in range(index):
@@ -95,7 +103,9 @@ def test_the_chain_is_its_blocks_in_a_row() -> None:
         assert torch.equal(chain.rest(2, outputs[2], None, (first(outputs[1]),)), outputs[-1])
 
 
-def objective_at(recipe: Recipe, index: int) -> tuple[SampleObjective, BlockChain, Samples, Samples]:
+def objective_at(
+    recipe: Recipe, index: int
+) -> tuple[SampleObjective, BlockChain, Samples, Samples]:
     chain, images, tape = walked(recipe, index)
     set_quantized(chain, False)
     with torch.no_grad():
@@ -113,7 +123,9 @@ def gradient_by_hand(chain: BlockChain, image: Tensor, output: Tensor, reference
 
     def rest(z: Tensor) -> Tensor:
         last = chain.segment(2).block(z)
-        return chain.segment(4).block(chain.segment(3).block(torch.cat([first(z), second(last)], 1)))
+        return chain.segment(4).block(
+            chain.segment(3).block(torch.cat([first(z), second(last)], 1))
+        )
 
     return divergence_gradient(rest, output, reference, D)
 
@@ -126,7 +138,10 @@ def test_every_image_has_its_own_fisher_information(loss: str) -> None:
     outputs: list[list[Tensor]] = []
     for seed, scale in ((7, 0.03), (8, 0.05)):
         generator = torch.Generator().manual_seed(seed)
-        rows = [tape.target[i] + scale * torch.randn(tape.target[i].shape, generator=generator) for i in range(5)]
+        rows = [
+            tape.target[i] + scale * torch.randn(tape.target[i].shape, generator=generator)
+            for i in range(5)
+        ]
         outputs.append(rows)
         objective.update(lambda x, rows=rows: rows[next(i for i in range(5) if tape.full[i] is x)])  # type: ignore[misc]
     for index, image in enumerate(images):
@@ -145,21 +160,33 @@ def test_every_image_has_its_own_fisher_information(loss: str) -> None:
         if loss == "fisher_dplr":
             stacked, a = torch.stack(d).double(), torch.stack(g).double() @ delta.double()
             low = (a @ torch.linalg.inv(stacked @ stacked.T) @ a / size).float()
-        expected = {"fisher_diag": [(delta**2 * mean_g).mean()], "fisher_lr": [low]}.get(loss, [low, (delta**2 * mean_g).mean()])
+        expected = {"fisher_diag": [(delta**2 * mean_g).mean()], "fisher_lr": [low]}.get(
+            loss, [low, (delta**2 * mean_g).mean()]
+        )
         assert torch.allclose(starts, torch.stack(expected), rtol=2e-3)
         assert float(found) == pytest.approx(2.0)
 
 
 def test_hessians_are_each_images_own_with_mean_one() -> None:
     for loss in ("perturb", "perturb_mean"):
-        objective, chain, images, reference = objective_at(one_by_one(loss=loss, perturbation=1e-2), 1)
+        objective, chain, images, reference = objective_at(
+            one_by_one(loss=loss, perturbation=1e-2), 1
+        )
         assert objective.kind == "perturb"
         assert objective.weights is not None
         for index, image in enumerate(images):
             target = objective.tape.target[index]
-            above, below = (gradient_by_hand(chain, image, target + shift, reference[index]) for shift in (1e-2, -1e-2))
+            above, below = (
+                gradient_by_hand(chain, image, target + shift, reference[index])
+                for shift in (1e-2, -1e-2)
+            )
             expected = (above - below).abs()
-            assert torch.allclose(objective.weights[index], (expected / expected.mean()).view(1, -1), rtol=1e-4, atol=1e-6)
+            assert torch.allclose(
+                objective.weights[index],
+                (expected / expected.mean()).view(1, -1),
+                rtol=1e-4,
+                atol=1e-6,
+            )
 
 
 def test_squared_gradients_are_taken_behind_the_quantized_prefix() -> None:
@@ -177,13 +204,18 @@ def test_squared_gradients_are_taken_behind_the_quantized_prefix() -> None:
 def test_least_squares_of_one_image() -> None:
     objective, chain, images, reference = objective_at(one_by_one(loss="least_squares"), 1)
     tape = objective.tape
-    rows = [target + 0.05 * torch.randn(target.shape, generator=torch.Generator().manual_seed(3)) for target in tape.target]
+    rows = [
+        target + 0.05 * torch.randn(target.shape, generator=torch.Generator().manual_seed(3))
+        for target in tape.target
+    ]
     objective.update(lambda x: rows[next(i for i in range(5) if tape.full[i] is x)])
     for index, image in enumerate(images):
         g = gradient_by_hand(chain, image, rows[index], reference[index]).flatten().double()
         delta = (rows[index] - tape.target[index]).flatten().double()
         h = (g / delta).clamp(min=0)
-        expected = 0.5 * (h * delta**2).sum() + 0.5 * (g @ delta)  # u is g over the root of its product with delta
+        expected = 0.5 * (h * delta**2).sum() + 0.5 * (
+            g @ delta
+        )  # u is g over the root of its product with delta
         batch, state = objective.sample(index, mixed=False)
         _, starts = block_loss("least_squares", (2.0,), rows[index], batch, state)
         assert float(starts) == pytest.approx(float(expected / h.sum()), rel=1e-3)
@@ -221,7 +253,9 @@ def test_a_compiled_step_is_compiled_once_for_all_sizes(monkeypatch: pytest.Monk
     compiled: dict[object, object] = {}
 
     def traced(function: object, device_type: str, threads: int) -> object:
-        return compiled.setdefault(function, torch.compile(function, backend=counter, fullgraph=True, dynamic=False))  # type: ignore[call-overload]
+        return compiled.setdefault(
+            function, torch.compile(function, backend=counter, fullgraph=True, dynamic=False)
+        )  # type: ignore[call-overload]
 
     monkeypatch.setattr(flat, "_compiled", traced)
     recipe = one_by_one()
@@ -246,14 +280,22 @@ def test_methods_run_and_predictors_stay_as_calibrated(method: str) -> None:
     recipe = one_by_one(method, mlp_steps=4)
     chain = pyramid(recipe)
     log = quantize_chain(chain, varied(), recipe, D)
-    assert list(log.last_loss) == (["embed", "blocks.0", "blocks.1", "neck"] if recipe.reconstruct else [])
+    assert list(log.last_loss) == (
+        ["embed", "blocks.0", "blocks.1", "neck"] if recipe.reconstruct else []
+    )
     probe = varied(5, seed=9)
     full = pyramid(recipe)
     with torch.no_grad():
-        errors = [float((chain(image) - full(image)).square().mean() / full(image).square().mean()) for image in probe]
+        errors = [
+            float((chain(image) - full(image)).square().mean() / full(image).square().mean())
+            for image in probe
+        ]
     assert 0 < max(errors) < 0.6
     predict = chain.segment(4).block.get_submodule("conv")
-    nearest = torch.round(predict.weight.flatten(1) / predict.weight_quantizer.scale) + predict.weight_quantizer.zero_point
+    nearest = (
+        torch.round(predict.weight.flatten(1) / predict.weight_quantizer.scale)
+        + predict.weight_quantizer.zero_point
+    )
     assert torch.equal(predict.weight_quantizer.codes.flatten(1).float(), nearest.clamp(0, 15))
 
 
@@ -269,7 +311,9 @@ def test_reconstruction_goes_on_from_finished_blocks(tmp_path: Path) -> None:
                 raise KeyboardInterrupt
 
         part = Part(chain, images, recipe, D, mark)
-        run_stage(RECONSTRUCT, part, pieces=tmp_path / str(stop_at), resources=Resources(report=report))
+        run_stage(
+            RECONSTRUCT, part, pieces=tmp_path / str(stop_at), resources=Resources(report=report)
+        )
         return chain
 
     with pytest.raises(KeyboardInterrupt):
@@ -283,7 +327,9 @@ def test_reconstruction_goes_on_from_finished_blocks(tmp_path: Path) -> None:
         assert torch.equal(value, resumed[name]), name
 
 
-def test_fisher_information_of_a_block_is_gone_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fisher_information_of_a_block_is_gone_before_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     made: list[weakref.ref[SampleObjective]] = []
     original = SampleObjective.__init__
 
@@ -342,14 +388,18 @@ def test_mlps_are_trained_image_by_image_with_their_own_hessians() -> None:
             hidden.append(mlp.act(mlp.fc1(inputs[-1])).flatten())
             reference = teacher(image)
 
-        def gradient(z: Tensor, image: Tensor = image, middle: Tensor = middle, reference: Tensor = reference) -> Tensor:
+        def gradient(
+            z: Tensor, image: Tensor = image, middle: Tensor = middle, reference: Tensor = reference
+        ) -> Tensor:
             leaf = z.requires_grad_(True)
             first, second = teacher.segment(1).keep, teacher.segment(2).keep
             assert first is not None
             assert second is not None
             one = middle + leaf
             two = teacher.segment(2).block(one)
-            out = teacher.segment(4).block(teacher.segment(3).block(torch.cat([first(one), second(two)], 1)))
+            out = teacher.segment(4).block(
+                teacher.segment(3).block(torch.cat([first(one), second(two)], 1))
+            )
             return torch.autograd.grad(D(out, reference), leaf)[0]
 
         own = (gradient(targets[-1] + 1e-2) - gradient(targets[-1] - 1e-2)).abs()
@@ -372,7 +422,11 @@ def test_mlps_are_trained_image_by_image_with_their_own_hessians() -> None:
         optimizer.step()
         schedule.step()
     found = chain.segment(1).block.get_submodule("mlp")
-    for mine, other in zip(parameters, (found.fc1.weight, found.fc1.bias, found.fc2.weight, found.fc2.bias), strict=True):
+    for mine, other in zip(
+        parameters,
+        (found.fc1.weight, found.fc1.bias, found.fc2.weight, found.fc2.bias),
+        strict=True,
+    ):
         assert torch.allclose(mine, other, atol=2e-3)
         assert torch.allclose(mine, other, rtol=0.05, atol=5e-4)
 

@@ -30,7 +30,9 @@ DEMO = ModelRequest("demo_vit")
 QUICK = {"calibration_images": 4, "range_images": 4, "range_candidates": 16, "range_rounds": 1}
 
 
-def measure(logits: Tensor, targets: list[int], names: tuple[str, ...], broken: tuple[int, ...] = ()) -> Evaluation:
+def measure(
+    logits: Tensor, targets: list[int], names: tuple[str, ...], broken: tuple[int, ...] = ()
+) -> Evaluation:
     def read(index: int) -> int:
         if index in broken:
             raise OSError("truncated")
@@ -46,7 +48,10 @@ def by_hand(logits: list[float], target: int, names: tuple[str, ...]) -> dict[st
     """The answers to one image by a plain loop."""
     powers = [np.exp(value - max(logits)) for value in logits]
     order = sorted(range(len(logits)), key=lambda label: (-logits[label], label == target))[:3]
-    return {"truth": names[target], "top": [{"name": names[label], "share": powers[label] / sum(powers)} for label in order]}
+    return {
+        "truth": names[target],
+        "top": [{"name": names[label], "share": powers[label] / sum(powers)} for label in order],
+    }
 
 
 @pytest.mark.parametrize("classes", [2, 3, 40])
@@ -60,7 +65,9 @@ def test_answers_against_a_loop(classes: int) -> None:
     for strip, entry in enumerate(found):
         expected = by_hand(logits[5 * strip].double().tolist(), targets[5 * strip], names)
         assert entry["truth"] == expected["truth"]
-        assert [answer["name"] for answer in entry["top"]] == [answer["name"] for answer in expected["top"]]
+        assert [answer["name"] for answer in entry["top"]] == [
+            answer["name"] for answer in expected["top"]
+        ]
         shares = [answer["share"] for answer in entry["top"]]
         assert shares == pytest.approx([answer["share"] for answer in expected["top"]], abs=1e-12)
         assert len(shares) == min(classes, 3)
@@ -80,7 +87,12 @@ def test_ties_count_against_the_model() -> None:
 def test_damaged_images_and_classes_without_names() -> None:
     logits = torch.randn(120, 4)
     found = measure(logits, [3] * 120, (), (0, 20, 21)).examples
-    assert [entry["sample"] for entry in found] == ["s1", "s10", "s22", *(f"s{10 * strip}" for strip in range(3, 12))]
+    assert [entry["sample"] for entry in found] == [
+        "s1",
+        "s10",
+        "s22",
+        *(f"s{10 * strip}" for strip in range(3, 12)),
+    ]
     assert {entry["truth"] for entry in found} == {"3"}
 
 
@@ -90,7 +102,11 @@ def test_every_cell_of_the_demo_shows_the_same_samples(tmp_path: Path) -> None:
     loaded = TASK.load(DEMO)
     for method in ("rtn", "repq"):
         recipe = make_recipe(method, QUICK)
-        path = run_cell(CellRequest("classification", DEMO, data, recipe, results=tmp_path / "runs", eval_batch=16))
+        path = run_cell(
+            CellRequest(
+                "classification", DEMO, data, recipe, results=tmp_path / "runs", eval_batch=16
+            )
+        )
         found[method] = read_examples(path.parent, read_record(path).examples or "")
         if method == "rtn":
             full = path.parents[3] / "fp"
@@ -111,11 +127,24 @@ def test_every_cell_of_the_demo_shows_the_same_samples(tmp_path: Path) -> None:
     for entry, row in zip(found["fp"].samples, logits, strict=True):
         assert isinstance(entry, ClassSample)
         pair = entry.sample.partition("-")[2].split("+")
-        assert entry.truth == "".join(str(int(number) // 500) for number in pair)  # the digits are sorted by class
+        assert entry.truth == "".join(
+            str(int(number) // 500) for number in pair
+        )  # the digits are sorted by class
         shares, order = row.softmax(0).sort(descending=True)
-        assert [answer.name for answer in entry.top] == [f"{label:02d}" for label in order[:3].tolist()]
-        assert [answer.share for answer in entry.top] == pytest.approx(shares[:3].tolist(), abs=1e-6)
-    assert sum(entry.truth == entry.top[0].name for entry in found["fp"].samples if isinstance(entry, ClassSample)) > 8
+        assert [answer.name for answer in entry.top] == [
+            f"{label:02d}" for label in order[:3].tolist()
+        ]
+        assert [answer.share for answer in entry.top] == pytest.approx(
+            shares[:3].tolist(), abs=1e-6
+        )
+    assert (
+        sum(
+            entry.truth == entry.top[0].name
+            for entry in found["fp"].samples
+            if isinstance(entry, ClassSample)
+        )
+        > 8
+    )
 
 
 def write_folder(root: Path) -> None:
@@ -132,7 +161,9 @@ def test_pictures_and_names_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "data" / "val" / "own" / "3.png").write_bytes(b"no image")
     data = DataRequest(tmp_path / "data", skip_corrupt=True)
     loaded = replace(TASK.load(DEMO), classes=2)
-    loaded.eval_transform = lambda image: torch.tensor(float(image.width)).view(1, 1, 1).expand(1, 1, 2)
+    loaded.eval_transform = lambda image: (
+        torch.tensor(float(image.width)).view(1, 1, 1).expand(1, 1, 2)
+    )
     result = TASK.evaluate(nn.Flatten(1), loaded, data, CPU, 4, 0, silent)
     assert [entry["sample"] for entry in result.examples] == [
         f"val/{name}/{i}.png" for name in ("n01440764", "own") for i in range(3)
@@ -174,7 +205,9 @@ def test_ids_do_not_lead_out_of_the_data(tmp_path: Path, name: str) -> None:
     Image.new("RGB", (3, 3)).save(tmp_path / "secret.png")
     name = name.replace("/{root}", tmp_path.as_posix())
     with pytest.raises(DataError):
-        TASK.originals(ModelRequest("deit_tiny"), DataRequest(tmp_path / "data"), ["val/own/0.png", name])
+        TASK.originals(
+            ModelRequest("deit_tiny"), DataRequest(tmp_path / "data"), ["val/own/0.png", name]
+        )
     TASK.originals(ModelRequest("deit_tiny"), DataRequest(tmp_path / "data"), ["val/own/0.png"])
 
 

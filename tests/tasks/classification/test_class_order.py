@@ -29,7 +29,18 @@ from tasks.retrieval.zero_shot import LINES
 
 NUMBERS = [str(number) for number in range(12)]
 ARGUMENTS = {"patch_size": 56, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 12}
-QUICK = ["--w-bits", 8, "--a-bits", 8, "--calibration-images", 12, "--range-search", "minmax", "--calibration-transform", "eval"]
+QUICK = [
+    "--w-bits",
+    8,
+    "--a-bits",
+    8,
+    "--calibration-images",
+    12,
+    "--range-search",
+    "minmax",
+    "--calibration-transform",
+    "eval",
+]
 
 
 def command(*arguments: object) -> tuple[int, str, str]:
@@ -59,7 +70,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", **ARGUMENTS).eval()
     transform = create_transform(**resolve_model_data_config(model), is_training=False)
-    images = torch.stack([transform(Image.new("RGB", (40, 40), colour(label))) for label in range(12)])
+    images = torch.stack(
+        [transform(Image.new("RGB", (40, 40), colour(label))) for label in range(12)]
+    )
     with torch.no_grad():
         features = model.forward_head(model.forward_features(images), pre_logits=True).double()
         model.head.weight.copy_(torch.linalg.pinv(features, rtol=1e-3).T)
@@ -110,14 +123,23 @@ def test_a_run_says_once_what_the_weights_file_did_for_labels(place: Path, tmp_p
     assert code == 0, problem
     record = read_record(Path(said.strip().splitlines()[-1].removeprefix("record: ")))
     assert record.fp_metrics["top1"].value == 100
-    assert [note for note in record.notes if "weights file" in note] == ["labels follow the class names in the weights file"]
+    assert [note for note in record.notes if "weights file" in note] == [
+        "labels follow the class names in the weights file"
+    ]
 
 
 def test_stages_take_the_order(place: Path, tmp_path: Path) -> None:
     ranges = tmp_path / "ranges.safetensors"
     code, _, problem = command("calibrate", *options(place), *QUICK, "--out", ranges)
     assert code == 0, problem  # labels are not used
-    stage = ["evaluate", ranges, "--data", place / "data", "--weights", place / "weights.safetensors"]
+    stage = [
+        "evaluate",
+        ranges,
+        "--data",
+        place / "data",
+        "--weights",
+        place / "weights.safetensors",
+    ]
     code, _, problem = command(*stage)
     assert (code, "--class-order natural" in problem) == (2, True)
     found = {order: command(*stage, "--class-order", order) for order in ("natural", "text")}
@@ -135,7 +157,9 @@ def test_identity_holds_the_order_only_where_it_is_given(tmp_path: Path) -> None
     given = [folder(order) for order in ("text", "natural", str(file))]
     file.write_text("b\na\n")
     assert len({*given, folder(str(file)), folder(None)}) == 5
-    with pytest.raises(DataError, match=r"takes text, natural or a file.* no file natrual\. Did you mean 'natural'"):
+    with pytest.raises(
+        DataError, match=r"takes text, natural or a file.* no file natrual\. Did you mean 'natural'"
+    ):
         folder("natrual")
 
 
@@ -145,7 +169,10 @@ def test_identity_holds_the_order_only_where_it_is_given(tmp_path: Path) -> None
         (["1", "2", "10"], "label 1 is '10' in text order and '2' in natural"),
         (["class9", "class10"], "label 0 is 'class10' in text order and 'class9' in natural"),
         (["ant", "Bee"], "label 0 is 'Bee' in text order and 'ant' in natural"),
-        (["e\u0301clair", "fox"], "label 0 is 'fox' in text order and 'e\u0301clair' as the names are stored"),
+        (
+            ["e\u0301clair", "fox"],
+            "label 0 is 'fox' in text order and 'e\u0301clair' as the names are stored",
+        ),
     ],
 )
 def test_orders_that_differ(names: list[str], label: str) -> None:
@@ -155,7 +182,9 @@ def test_orders_that_differ(names: list[str], label: str) -> None:
     assert ordered(names, Path("val"), "text")[1] == "text"
 
 
-@pytest.mark.parametrize("names", [["ant", "bee"], ["00", "07", "11"], ["n01440764", "n01443537"], ["5²", "6"]])
+@pytest.mark.parametrize(
+    "names", [["ant", "bee"], ["00", "07", "11"], ["n01440764", "n01443537"], ["5²", "6"]]
+)
 def test_orders_that_do_not_differ(names: list[str]) -> None:
     assert ordered(names[::-1], Path("val"), None) == (names, "text")
 
@@ -175,14 +204,20 @@ def test_names_of_a_checkpoint_match_but_for_case_spaces_and_underscores() -> No
     (note,) = known_notes(labels, "checkpoint", known)
     assert note.endswith("alike but for case, spaces and underscores, such as 'zebra' for 'Zebra'")
     # Names that differ in case only have to match exactly.
-    assert ordered(["Ant", "ant"], Path("val"), None, ["ant", "Ant"]) == (["ant", "Ant"], "checkpoint")
+    assert ordered(["Ant", "ant"], Path("val"), None, ["ant", "Ant"]) == (
+        ["ant", "Ant"],
+        "checkpoint",
+    )
     with pytest.raises(DataError, match="do not match the folders, such as 'ANT'"):
         ordered(["Ant", "ANT"], Path("val"), None, ["ant", "aNT"])
 
 
 def test_names_of_a_checkpoint_that_do_not_match_are_asked_about_or_noted() -> None:
     folders = ["ant", "bee"]
-    with pytest.raises(DataError, match=r"weights file \(bee, wasp\) do not match the folders, such as 'ant'.*--class-order"):
+    with pytest.raises(
+        DataError,
+        match=r"weights file \(bee, wasp\) do not match the folders, such as 'ant'.*--class-order",
+    ):
         ordered(folders, Path("val"), None, ["bee", "wasp"])
     assert ordered(folders, Path("val"), None, ["bee", "wasp"], labels=False) == (folders, "text")
     ids = ["n01440764", "n01443537"]
@@ -193,14 +228,21 @@ def test_names_of_a_checkpoint_that_do_not_match_are_asked_about_or_noted() -> N
         (folders, (), "cannot be read"),
     ):
         assert ordered(names, Path("val"), None, known) == (names, "text")
-        assert known_notes(names, "text", known) == [f"the class names in the weights file {why}: labels follow text order"]
+        assert known_notes(names, "text", known) == [
+            f"the class names in the weights file {why}: labels follow text order"
+        ]
     assert known_notes(folders, "text", None) == known_notes(folders, "text", folders) == []
     (note,) = known_notes(folders, "text", ["Bee", "Ant"])
-    assert note.endswith("against the class names in the weights file: label 0 is 'ant', in the weights file 'Bee'")
+    assert note.endswith(
+        "against the class names in the weights file: label 0 is 'ant', in the weights file 'Bee'"
+    )
 
 
 def test_the_question_names_what_counts_and_a_file_to_write() -> None:
-    with pytest.raises(DataError, match=r"that the weights were trained with: .*or write it to data/class_order\.txt, which"):
+    with pytest.raises(
+        DataError,
+        match=r"that the weights were trained with: .*or write it to data/class_order\.txt, which",
+    ):
         ordered(["1", "10", "2"], Path("data/val"), None)
     with pytest.raises(DataError, match=r"Give the order of the lines in classnames\.txt: "):
         ordered(["1", "10", "2"], Path("data/val"), None, wanted=LINES)
@@ -213,7 +255,12 @@ def test_labels_by_the_weights_file_reach_the_record(place: Path) -> None:
     assert dict(zip(source.ids, source.targets, strict=True))["val/10/a.png"] == 1
     assert source.describe().class_order == "checkpoint"
     assert source.notes() == ["labels follow the class names in the weights file"]
-    assert open_source(LoadedModel(*made, class_names=turned), DataRequest(place / "data"), "train").notes() == []
+    assert (
+        open_source(
+            LoadedModel(*made, class_names=turned), DataRequest(place / "data"), "train"
+        ).notes()
+        == []
+    )
     with pytest.raises(DataError, match="--class-order"):
         open_source(LoadedModel(*made), DataRequest(place / "data"), "val")
 
@@ -243,14 +290,20 @@ def test_files_of_an_order(tmp_path: Path) -> None:
         '{"classes": ["a"]}',
     ):
         (tmp_path / "x.json").write_text(text)
-        with pytest.raises(DataError, match=r"x\.json is no(t valid| class order: give .*\{\"ant\": 0, \"bee\": 1\})"):
+        with pytest.raises(
+            DataError,
+            match=r"x\.json is no(t valid| class order: give .*\{\"ant\": 0, \"bee\": 1\})",
+        ):
             read_class_order(tmp_path / "x.json")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("ant\nbee\ncst\n", r"1 name without a folder, such as 'cst' \(Did you mean 'cat'\?\); 1 folder without a name in it"),
+        (
+            "ant\nbee\ncst\n",
+            r"1 name without a folder, such as 'cst' \(Did you mean 'cat'\?\); 1 folder without a name in it",
+        ),
         ("ant\nbee\n", "1 folder without a name in it, such as 'cat'"),
         ("ant\nbee\ncat\ndog\n", "1 name without a folder, such as 'dog'"),
         ("ant\nbee\ncat\nbee\n", "lists the class 'bee' twice"),
@@ -276,7 +329,10 @@ def test_unicode_forms_of_class_names(tmp_path: Path) -> None:
     assert train.class_names == ("zone", "étang")
     with pytest.raises(DataError, match="decomposed Unicode"):
         open_folder(tmp_path / "data", "val")
-    assert open_folder(tmp_path / "data", "val", "text").targets == [1, 0]  # of étang and zone, as they are listed
+    assert open_folder(tmp_path / "data", "val", "text").targets == [
+        1,
+        0,
+    ]  # of étang and zone, as they are listed
     file = tmp_path / "order.txt"
     for form in ("NFC", "NFD"):
         file.write_text(unicodedata.normalize(form, "étang\nzone\n"), encoding="utf-8")
@@ -301,7 +357,9 @@ def test_only_imagenets_classes_bear_its_name() -> None:
 
 
 def test_an_order_needs_class_folders() -> None:
-    loaded = LoadedModel(torch.nn.Identity(), "demo", "file", "0", 100, torch.tensor, torch.tensor, "digit-pairs")
+    loaded = LoadedModel(
+        torch.nn.Identity(), "demo", "file", "0", 100, torch.tensor, torch.tensor, "digit-pairs"
+    )
     with pytest.raises(DataError, match="--class-order is for class folders"):
         open_source(loaded, DataRequest(class_order="text"), "val")
 
@@ -309,7 +367,9 @@ def test_an_order_needs_class_folders() -> None:
 def test_a_standing_file_gives_the_order_to_all_commands(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "data", tmp_path / "data")
     model = ModelRequest("vit_tiny_patch16_224", ARGUMENTS, place / "weights.safetensors")
-    request = CellRequest("classification", model, DataRequest(tmp_path / "data"), None, results=tmp_path)
+    request = CellRequest(
+        "classification", model, DataRequest(tmp_path / "data"), None, results=tmp_path
+    )
     before = planned_folder(request)
     (tmp_path / "data" / "class_order.txt").write_text("\n".join(NUMBERS))
     source = open_folder(tmp_path / "data", "val")

@@ -30,7 +30,11 @@ def load_trained(name: str) -> nn.Module:
 def test_split_is_disjoint_and_stratified() -> None:
     _, labels = load_digits()
     split = split_digits()
-    assert {part: len(indices) for part, indices in split.items()} == {"train": 2700, "val": 500, "test": 1800}
+    assert {part: len(indices) for part, indices in split.items()} == {
+        "train": 2700,
+        "val": 500,
+        "test": 1800,
+    }
     assert len(set().union(*split.values())) == 5000
     for indices in split.values():
         assert len(set(np.bincount(labels[list(indices)], minlength=10).tolist())) == 1
@@ -161,13 +165,17 @@ def test_metadata_describe_the_committed_weights(name: str) -> None:
     for part in ("val", "test"):
         assert metadata["data_fingerprints"][part] == digit_pairs.DigitPairs(part).fingerprint
     kwargs = models.DEMO.spec(name).kwargs
-    assert {key: list(v) if isinstance(v, tuple) else v for key, v in kwargs.items()} == metadata["kwargs"]
+    assert {key: list(v) if isinstance(v, tuple) else v for key, v in kwargs.items()} == metadata[
+        "kwargs"
+    ]
 
 
 @pytest.mark.parametrize("name", models.DEMO.names)
 def test_trained_models_read_digit_pairs(name: str) -> None:
     model = load_trained(name)
-    data = Subset(digit_pairs.DigitPairs("test", transform=digit_pairs.eval_transform()), range(500))
+    data = Subset(
+        digit_pairs.DigitPairs("test", transform=digit_pairs.eval_transform()), range(500)
+    )
     hits = 0
     with torch.inference_mode():
         for images, labels in DataLoader(data, batch_size=250):

@@ -27,11 +27,22 @@ class Table(nn.Module):
         return x.flatten(1)[:, : self.classes]
 
 
-def measure(logits: Tensor, targets: list[int], batch: int = 7, model: nn.Module | None = None) -> Evaluation:
+def measure(
+    logits: Tensor, targets: list[int], batch: int = 7, model: nn.Module | None = None
+) -> Evaluation:
     """Evaluate a table of logits (n, classes)."""
     count, classes = logits.shape
-    source = Source("table", "val", [f"s{i}" for i in range(count)], targets, classes, lambda _: Image.new("L", (1, 1)))
-    images = Images(source.ids, targets, lambda index: index, lambda index: logits[index].view(1, 1, -1), False)  # type: ignore[arg-type, return-value]
+    source = Source(
+        "table",
+        "val",
+        [f"s{i}" for i in range(count)],
+        targets,
+        classes,
+        lambda _: Image.new("L", (1, 1)),
+    )
+    images = Images(
+        source.ids, targets, lambda index: index, lambda index: logits[index].view(1, 1, -1), False
+    )  # type: ignore[arg-type, return-value]
     return evaluate(model or Table(classes), images, source, CPU, batch, 0, silent)
 
 
@@ -96,7 +107,9 @@ def test_images_that_do_not_fit_the_model_are_explained() -> None:
 def test_progress_counts_images() -> None:
     seen: list[Progress] = []
     logits = torch.randn(10, 6)
-    source = Source("table", "val", [f"s{i}" for i in range(10)], [0] * 10, 6, lambda _: Image.new("L", (1, 1)))
+    source = Source(
+        "table", "val", [f"s{i}" for i in range(10)], [0] * 10, 6, lambda _: Image.new("L", (1, 1))
+    )
     images = Images(source.ids, [0] * 10, lambda i: i, lambda i: logits[i].view(1, 1, -1), False)  # type: ignore[arg-type, return-value]
     evaluate(Table(6), images, source, CPU, 4, 0, seen.append)
     assert [event.done for event in seen] == [4, 8, 10]

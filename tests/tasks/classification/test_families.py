@@ -37,7 +37,9 @@ def loaded(model: nn.Module) -> LoadedModel:
     return LoadedModel(model, "some.tag", "", "", 10, lambda image: image, lambda image: image)
 
 
-@pytest.mark.parametrize(("name", "arguments", "size"), REAL, ids=[f"{name}-{size}" for name, _, size in REAL])
+@pytest.mark.parametrize(
+    ("name", "arguments", "size"), REAL, ids=[f"{name}-{size}" for name, _, size in REAL]
+)
 def test_chain_equals_the_real_model(name: str, arguments: dict[str, Any], size: int) -> None:
     model = randomise(timm.create_model(name, pretrained=False, **arguments))
     x = images(2, size)
@@ -63,7 +65,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no position embedding": {"pos_embed": "none"},
     "attention pooling": {"global_pool": "map"},
     "patch dropout": {"patch_drop_rate": 0.5},
-    "dropout": {"proj_drop_rate": 0.5, "attn_drop_rate": 0.5, "drop_path_rate": 0.5, "pos_drop_rate": 0.5, "drop_rate": 0.5},
+    "dropout": {
+        "proj_drop_rate": 0.5,
+        "attn_drop_rate": 0.5,
+        "drop_path_rate": 0.5,
+        "pos_drop_rate": 0.5,
+        "drop_rate": 0.5,
+    },
 }
 
 
@@ -92,7 +100,11 @@ def test_every_part_of_the_model_matters(build: Any) -> None:
             if parameter.numel() == 0:  # scales before calibration
                 continue
             # Softmax does not see a shift common to all keys, so of this bias only the values' part is moved.
-            part = parameter[-parameter.numel() // 3 :] if name.endswith("attn.qkv.bias") else parameter
+            part = (
+                parameter[-parameter.numel() // 3 :]
+                if name.endswith("attn.qkv.bias")
+                else parameter
+            )
             kept = part.clone()
             part.add_(torch.linspace(-0.5, 0.7, part.numel()).view_as(part))
             assert not torch.allclose(chain(x), before, atol=1e-6), name
@@ -115,7 +127,9 @@ UNSUPPORTED: dict[str, Any] = {
     "convnext": lambda: timm.create_model("convnext_atto", pretrained=False),
     "eva": lambda: timm.create_model("eva02_tiny_patch14_224", pretrained=False, depth=1),
     "swin v2": lambda: timm.create_model("swinv2_cr_tiny_ns_224", pretrained=False),
-    "relative position vit": lambda: timm.create_model("vit_relpos_small_patch16_224", pretrained=False, depth=1),
+    "relative position vit": lambda: timm.create_model(
+        "vit_relpos_small_patch16_224", pretrained=False, depth=1
+    ),
     "parallel blocks": lambda: vit(1, block_fn=ParallelScalingBlock),
     "attention pooling without projections": lambda: vit(1, global_pool="prr"),
     "gated mlp": lambda: timm.create_model(
@@ -144,12 +158,18 @@ def test_unsupported_models_are_named(name: str) -> None:
 
 def expected_names(model: nn.Module) -> tuple[set[str], int]:
     """Linear and convolution layers of the original model, and its number of attention blocks."""
-    names = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
-    return names, sum(type(module).__name__ in ("Attention", "WindowAttention") for module in model.modules())
+    names = {
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)
+    }
+    return names, sum(
+        type(module).__name__ in ("Attention", "WindowAttention") for module in model.modules()
+    )
 
 
 @pytest.mark.parametrize(
-    ("build", "size", "head"), [(vit, 32, "head"), (deit, 32, "head"), (swin, 40, "head.fc")], ids=["vit", "deit", "swin"]
+    ("build", "size", "head"),
+    [(vit, 32, "head"), (deit, 32, "head"), (swin, 40, "head.fc")],
+    ids=["vit", "deit", "swin"],
 )
 def test_module_map_lists_everything(build: Any, size: int, head: str) -> None:
     model = build()
@@ -168,11 +188,19 @@ def test_module_map_lists_everything(build: Any, size: int, head: str) -> None:
     for entry in products:
         assert entry.name.endswith(("attn.query_key", "attn.attention_value"))
         assert (entry.input_bits, entry.other_bits) == (4, 4)
-        assert (entry.weight_quantizer, entry.input_quantizer, entry.other_quantizer) == ("none", "uniform", "uniform")
+        assert (entry.weight_quantizer, entry.input_quantizer, entry.other_quantizer) == (
+            "none",
+            "uniform",
+            "uniform",
+        )
     patch = layers["patch_embed.proj"]
     assert (patch.kind, patch.weight_bits, patch.input_bits) == ("convolution", 3, 32)
     assert patch.input_ranges == "full precision"
-    assert (patch.weight_quantizer, patch.input_quantizer, patch.other_bits) == ("uniform", "none", None)
+    assert (patch.weight_quantizer, patch.input_quantizer, patch.other_bits) == (
+        "uniform",
+        "none",
+        None,
+    )
     for name, entry in layers.items():
         assert entry.weight_bits == 3, name
         if name.startswith("head"):
@@ -195,15 +223,26 @@ def test_module_map_names_what_stays_in_full_precision() -> None:
 def test_every_linear_layer_became_quantizable() -> None:
     for build in (vit, deit, swin):
         chain = chain_of(build(), quick())
-        plain = [name for name, module in chain.named_modules() if type(module) in (nn.Linear, nn.Conv2d)]
+        plain = [
+            name for name, module in chain.named_modules() if type(module) in (nn.Linear, nn.Conv2d)
+        ]
         assert plain == []
         kinds = {type(layer) for _, layer in quant_layers(chain)}
         assert {QuantLinear, QuantMatMul} <= kinds
 
 
 def test_swin_merging_and_norms_are_paired() -> None:
-    pairs = {f"{segment.label}: {pair.linear}" for segment in chain_of(swin(40), quick()) for pair in segment.pairs}
-    blocks = {f"layers.{i}.blocks.{j}: {name}" for i in (0, 1) for j in (0, 1) for name in ("attn.qkv", "mlp.fc1")}
+    pairs = {
+        f"{segment.label}: {pair.linear}"
+        for segment in chain_of(swin(40), quick())
+        for pair in segment.pairs
+    }
+    blocks = {
+        f"layers.{i}.blocks.{j}: {name}"
+        for i in (0, 1)
+        for j in (0, 1)
+        for name in ("attn.qkv", "mlp.fc1")
+    }
     assert pairs == blocks | {"layers.1.downsample: reduction"}
     kinds = [segment.kind for segment in chain_of(swin(40), quick())]
     assert kinds == ["patch_embed", "block", "block", "merge", "block", "block", "head"]

@@ -32,7 +32,9 @@ def loaded(classes: int = 3) -> LoadedModel:
     size = (3, 24, 24)
     evaluation = create_transform(size, is_training=False, crop_pct=0.9)
     training = create_transform(size, is_training=True, color_jitter=0.4)
-    return LoadedModel(model.eval(), "some_model.tag", "file", "0" * 64, classes, evaluation, training)
+    return LoadedModel(
+        model.eval(), "some_model.tag", "file", "0" * 64, classes, evaluation, training
+    )
 
 
 def missing(data: DataRequest, brings_data: bool) -> str | None:
@@ -73,7 +75,9 @@ def cut(path: Path) -> None:
 
 def test_classes_and_order_are_those_of_the_folders(root: Path) -> None:
     source = open_source(loaded(), DataRequest(root), "val")
-    assert source.ids == [f"val/{name}/{file}" for name in ("ant", "bee", "cat") for file in ("0.jpg", "1.png")]
+    assert source.ids == [
+        f"val/{name}/{file}" for name in ("ant", "bee", "cat") for file in ("0.jpg", "1.png")
+    ]
     assert source.targets == [0, 0, 1, 1, 2, 2]
     described = source.describe()
     assert (described.split, described.count, described.classes) == ("val", 6, 3)
@@ -190,7 +194,9 @@ def test_truncated_calibration_images(root: Path) -> None:
     found = calibration_set(loaded(), DataRequest(root, skip_corrupt=True), recipe(11))
     assert found.skipped == ["train/bee/0.jpg"]
     assert found.ids == [name for name in everything.ids if name != "train/bee/0.jpg"]
-    with pytest.raises(DataError, match=r"Only 11 of 12 calibration images could be read; 1 are damaged"):
+    with pytest.raises(
+        DataError, match=r"Only 11 of 12 calibration images could be read; 1 are damaged"
+    ):
         calibration_set(loaded(), DataRequest(root, skip_corrupt=True), recipe(12))
 
 
@@ -224,9 +230,17 @@ def test_transform_is_seeded_per_image(root: Path) -> None:
     """The training transform differs between seeds and not with what else is in the sample."""
     first = calibration_set(loaded(), DataRequest(root), recipe(12, seed=0))
     second = calibration_set(loaded(), DataRequest(root), recipe(12, seed=1))
-    same = [torch.equal(first.images[first.ids.index(name)], second.images[second.ids.index(name)]) for name in first.ids]
+    same = [
+        torch.equal(first.images[first.ids.index(name)], second.images[second.ids.index(name)])
+        for name in first.ids
+    ]
     assert sum(same) <= 1
-    plain = [calibration_set(loaded(), DataRequest(root), recipe(12, seed=s, calibration_transform="eval")) for s in (0, 1)]
+    plain = [
+        calibration_set(
+            loaded(), DataRequest(root), recipe(12, seed=s, calibration_transform="eval")
+        )
+        for s in (0, 1)
+    ]
     for name in first.ids:
         assert torch.equal(*(sample.images[sample.ids.index(name)] for sample in plain))
     assert plain[0].fingerprint != first.fingerprint
@@ -257,7 +271,11 @@ def test_a_list_gives_the_very_same_tensors(root: Path, tmp_path: Path, kind: st
     drawn = calibration_set(loaded(), DataRequest(root), recipe(5))
     path = tmp_path / ("result.json" if kind == "record" else "list.txt")
     if kind == "record":
-        path.write_text(json.dumps({"schema_version": 1, "calibration": {"ids": drawn.ids, "transform": "train"}}))
+        path.write_text(
+            json.dumps(
+                {"schema_version": 1, "calibration": {"ids": drawn.ids, "transform": "train"}}
+            )
+        )
     elif kind == "relative paths":
         path.write_text("\n".join(drawn.ids) + "\n\n")
     else:
@@ -344,7 +362,9 @@ def test_images_are_told_by_content_and_other_files_are_named(root: Path) -> Non
 
 def test_a_wide_image_is_refused_or_skipped_by_name(root: Path) -> None:
     Image.fromarray(np.zeros((30, 30), np.float32)).save(root / "val" / "cat" / "9.tif")
-    with pytest.raises(DataError, match=r"val/cat/9\.tif has float values .*mode F.*convert it to 8 bits"):
+    with pytest.raises(
+        DataError, match=r"val/cat/9\.tif has float values .*mode F.*convert it to 8 bits"
+    ):
         evaluate(root)
     found = evaluate(root, skip_corrupt=True)
     assert (found.n, found.skipped) == (6, ["val/cat/9.tif"])

@@ -76,7 +76,9 @@ def test_names_that_resemble_nothing_are_refused_briefly() -> None:
 
 
 def test_untagged_names_are_refused_with_the_choices() -> None:
-    with pytest.raises(ModelError, match=r"names no weights.*vit_small_patch16_224.augreg_in21k_ft_in1k"):
+    with pytest.raises(
+        ModelError, match=r"names no weights.*vit_small_patch16_224.augreg_in21k_ft_in1k"
+    ):
         model_tag(ModelRequest("vit_small_patch16_224"))
     with pytest.raises(ModelError, match="names no weights"):
         load_model(ModelRequest("swin_tiny_patch4_window7_224"))
@@ -93,7 +95,9 @@ def test_tags(tmp_path: Path) -> None:
     assert tag == model_tag(ModelRequest("vit_tiny", ARGUMENTS, weights=local))
     other = write(randomise(model, 1), tmp_path / "other.safetensors")
     assert model_tag(ModelRequest(VIT, ARGUMENTS, weights=other)) != tag
-    untagged = write(model, tmp_path / f"{VIT}.safetensors")  # the file's name says no more than the model's
+    untagged = write(
+        model, tmp_path / f"{VIT}.safetensors"
+    )  # the file's name says no more than the model's
     assert model_tag(ModelRequest(VIT, ARGUMENTS, weights=untagged)).startswith(f"{VIT}.local-")
     for ending in (".ckpt", ".pth.tar"):
         named = write(model, tmp_path / f"{PUBLISHED}{ending}")
@@ -123,7 +127,9 @@ def test_identity_of_weights_does_not_depend_on_the_file_format(tmp_path: Path) 
     """With model arguments the hash is of the values; the tag still names the file."""
     model = tiny()
     hashes = {
-        load_model(ModelRequest(VIT, ARGUMENTS, weights=write(model, tmp_path / f"a{suffix}"))).sha256
+        load_model(
+            ModelRequest(VIT, ARGUMENTS, weights=write(model, tmp_path / f"a{suffix}"))
+        ).sha256
         for suffix in (".safetensors", ".pth")
     }
     assert len(hashes) == 1
@@ -144,7 +150,13 @@ def test_weights_folder_is_searched_by_tag(tmp_path: Path, no_hub: None) -> None
 def test_missing_weights_say_where_and_how(no_hub: None, tmp_path: Path) -> None:
     message = describe_missing(tags.preflight(ModelRequest("vit_small"), DataRequest()))
     assert message is not None
-    for part in ("vit_small_patch16_224.augreg_in21k_ft_in1k", "Hugging Face cache", "--weights-folder", "WEIGHTS=", "ImageNet"):
+    for part in (
+        "vit_small_patch16_224.augreg_in21k_ft_in1k",
+        "Hugging Face cache",
+        "--weights-folder",
+        "WEIGHTS=",
+        "ImageNet",
+    ):
         assert part in message
     with pytest.raises(ModelError, match="There is no weights file"):
         load_model(ModelRequest(VIT, ARGUMENTS, weights=tmp_path / "none.pth"))
@@ -199,7 +211,9 @@ def test_code_in_weights_does_not_run(tmp_path: Path) -> None:
     assert not trace.exists()
 
 
-@pytest.mark.parametrize("arguments", [{"no_such_argument": 1}, {"num_heads": 5}, {"img_size": "big"}])
+@pytest.mark.parametrize(
+    "arguments", [{"no_such_argument": 1}, {"num_heads": 5}, {"img_size": "big"}]
+)
 def test_arguments_the_model_does_not_take(tmp_path: Path, arguments: dict[str, Any]) -> None:
     path = write(tiny(), tmp_path / "weights.pth")
     with pytest.raises(ModelError, match=r"timm cannot build|do not fit"):

@@ -48,7 +48,9 @@ def weights(folder: Path, name: str = VIT, **arguments: Any) -> Path:
     return path
 
 
-def load(folder: Path, name: str = VIT, given: dict[str, Any] | None = None, **arguments: Any) -> Any:
+def load(
+    folder: Path, name: str = VIT, given: dict[str, Any] | None = None, **arguments: Any
+) -> Any:
     path = weights(folder, name, **arguments)
     return load_model(ModelRequest(name, {**SMALL, **arguments}, path, preprocessing=given or {}))
 
@@ -70,9 +72,21 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def run(data: Path, results: Path, name: str, path: Path, arguments: dict[str, Any], *more: object) -> tuple[ResultRecord, str]:
+def run(
+    data: Path, results: Path, name: str, path: Path, arguments: dict[str, Any], *more: object
+) -> tuple[ResultRecord, str]:
     code, out, err = command(
-        *("run", "--model", name, "--model-args", json.dumps(arguments), "--weights", path, "--data", data),
+        *(
+            "run",
+            "--model",
+            name,
+            "--model-args",
+            json.dumps(arguments),
+            "--weights",
+            path,
+            "--data",
+            data,
+        ),
         *("--results", results, "--threads", 1, *more),
     )
     assert code == 0, err
@@ -82,7 +96,9 @@ def run(data: Path, results: Path, name: str, path: Path, arguments: dict[str, A
 # Following the model
 
 
-@pytest.mark.parametrize("name", [VIT, DEIT, "swin_tiny_patch4_window7_224", "vit_small_patch14_dinov2"])
+@pytest.mark.parametrize(
+    "name", [VIT, DEIT, "swin_tiny_patch4_window7_224", "vit_small_patch14_dinov2"]
+)
 def test_a_model_as_published_has_exactly_timms_transform(tmp_path: Path, name: str) -> None:
     arguments = {"depths": (1, 1, 1, 1)} if name.startswith("swin") else {"depth": 1}
     model = timm.create_model(name, pretrained=False, num_classes=2, **arguments)
@@ -93,11 +109,17 @@ def test_a_model_as_published_has_exactly_timms_transform(tmp_path: Path, name: 
     assert repr(loaded.train_transform) == repr(create_transform(**config, is_training=True))
     assert loaded.preprocessing.model_dump() == config
     image = picture(700, 600)
-    assert torch.equal(loaded.eval_transform(image), create_transform(**config, is_training=False)(image))
+    assert torch.equal(
+        loaded.eval_transform(image), create_transform(**config, is_training=False)(image)
+    )
 
 
-@pytest.mark.parametrize(("size", "shape"), [(96, (3, 96, 96)), ([64, 96], (3, 64, 96)), ((96, 64), (3, 96, 64))])
-def test_transforms_have_the_size_that_the_model_was_built_for(tmp_path: Path, size: Any, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("size", "shape"), [(96, (3, 96, 96)), ([64, 96], (3, 64, 96)), ((96, 64), (3, 96, 64))]
+)
+def test_transforms_have_the_size_that_the_model_was_built_for(
+    tmp_path: Path, size: Any, shape: tuple[int, ...]
+) -> None:
     loaded = load(tmp_path, img_size=size)
     for transform in (loaded.eval_transform, loaded.train_transform):
         assert transform(picture()).shape == shape == loaded.input_shape
@@ -120,7 +142,17 @@ def test_a_dinov2_of_another_size_is_evaluated_and_quantized(data: Path, tmp_pat
     name, arguments = "vit_small_patch14_dinov2", {"img_size": 98, **SMALL}
     path = weights(tmp_path, name, img_size=98)
     record, out = run(
-        data, tmp_path / "runs", name, path, arguments, "--method", "rtn", "--calibration-images", 4, "--range-search", "minmax"
+        data,
+        tmp_path / "runs",
+        name,
+        path,
+        arguments,
+        "--method",
+        "rtn",
+        "--calibration-images",
+        4,
+        "--range-search",
+        "minmax",
     )
     assert record.n == 4
     assert record.preprocessing is not None
@@ -132,11 +164,26 @@ def test_models_of_one_channel_get_grey_images(data: Path, tmp_path: Path) -> No
     loaded = load(tmp_path, in_chans=1, img_size=64)
     found = loaded.eval_transform(picture())
     assert found.shape == loaded.input_shape == (1, 64, 64)
-    colour = create_transform(**resolve_model_data_config(loaded.model) | {"input_size": (3, 64, 64)}, is_training=False)
+    colour = create_transform(
+        **resolve_model_data_config(loaded.model) | {"input_size": (3, 64, 64)}, is_training=False
+    )
     grey = picture().convert("L").convert("RGB")
-    assert torch.allclose(found, colour(grey)[:1], atol=0.02)  # resized after or before rounding to grey
-    assert (loaded.preprocessing.mean, loaded.preprocessing.std) == ((0.5,), (0.5,))  # the three are equal
-    record, _ = run(data, tmp_path / "runs", VIT, weights(tmp_path, in_chans=1), {**SMALL, "in_chans": 1}, "--method", "fp")
+    assert torch.allclose(
+        found, colour(grey)[:1], atol=0.02
+    )  # resized after or before rounding to grey
+    assert (loaded.preprocessing.mean, loaded.preprocessing.std) == (
+        (0.5,),
+        (0.5,),
+    )  # the three are equal
+    record, _ = run(
+        data,
+        tmp_path / "runs",
+        VIT,
+        weights(tmp_path, in_chans=1),
+        {**SMALL, "in_chans": 1},
+        "--method",
+        "fp",
+    )
     assert record.preprocessing is not None
     assert record.preprocessing.input_size == (1, 224, 224)
 
@@ -144,7 +191,9 @@ def test_models_of_one_channel_get_grey_images(data: Path, tmp_path: Path) -> No
 def test_channels_that_images_or_normalisation_do_not_have(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"images of 4 channels.*in_chans in --model-args"):
         load(tmp_path, in_chans=4)
-    with pytest.raises(ModelError, match=r"has 3 values and the model takes 1 channel: give --mean with 1 value"):
+    with pytest.raises(
+        ModelError, match=r"has 3 values and the model takes 1 channel: give --mean with 1 value"
+    ):
         load(tmp_path, DEIT, in_chans=1)
     loaded = load(tmp_path, DEIT, {"mean": [0.45], "std": [0.25]}, in_chans=1)
     white = loaded.eval_transform(Image.new("RGB", (300, 300), "white"))
@@ -158,7 +207,12 @@ def test_given_preprocessing_replaces_the_models(tmp_path: Path) -> None:
     given = {"crop_pct": 1.0, "mean": [0.1, 0.2, 0.3], "std": [0.5], "interpolation": "bilinear"}
     loaded = load(tmp_path, given=given)
     wanted = create_transform(
-        (3, 224, 224), crop_pct=1.0, mean=(0.1, 0.2, 0.3), std=(0.5,) * 3, interpolation="bilinear", is_training=False
+        (3, 224, 224),
+        crop_pct=1.0,
+        mean=(0.1, 0.2, 0.3),
+        std=(0.5,) * 3,
+        interpolation="bilinear",
+        is_training=False,
     )
     assert torch.equal(loaded.eval_transform(picture()), wanted(picture()))
     assert loaded.preprocessing.std == (0.5, 0.5, 0.5)
@@ -168,7 +222,10 @@ def test_given_preprocessing_replaces_the_models(tmp_path: Path) -> None:
 
 
 def test_input_sizes_that_the_model_takes_or_not(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"built for inputs .* \(3, 224, 224\) .*--model-args '\{\"img_size\": \[96, 96\]\}'"):
+    with pytest.raises(
+        ModelError,
+        match=r"built for inputs .* \(3, 224, 224\) .*--model-args '\{\"img_size\": \[96, 96\]\}'",
+    ):
         load(tmp_path, given={"input_size": [96, 96]})
     with pytest.raises(ModelError, match=r"takes none of \(1, 224, 224\).*in_chans"):
         load(tmp_path, given={"input_size": [1, 224, 224]})
@@ -181,7 +238,10 @@ def test_input_sizes_that_the_model_takes_or_not(tmp_path: Path) -> None:
 def test_sizes_as_users_write_them(text: str) -> None:
     assert parse_preprocessing({"input_size": text}) == {"input_size": [96, 64]}
     assert parse_preprocessing({"input_size": "96", "mean": None}) == {"input_size": [96, 96]}
-    assert parse_preprocessing({"mean": "0.5, 0.4,0.3", "std": ".5"}) == {"mean": [0.5, 0.4, 0.3], "std": [0.5]}
+    assert parse_preprocessing({"mean": "0.5, 0.4,0.3", "std": ".5"}) == {
+        "mean": [0.5, 0.4, 0.3],
+        "std": [0.5],
+    }
 
 
 @pytest.mark.parametrize(
@@ -199,14 +259,21 @@ def test_impossible_values_are_explained(tmp_path: Path, option: str, text: str)
     assert (code, err.startswith("error: --")) == (2, True)
 
 
-@pytest.mark.parametrize(("option", "text"), [("mean", "123.675,116.28,103.53"), ("std", "58.395,57.12,57.375")])
+@pytest.mark.parametrize(
+    ("option", "text"), [("mean", "123.675,116.28,103.53"), ("std", "58.395,57.12,57.375")]
+)
 def test_values_of_0_to_255_are_to_be_divided(option: str, text: str) -> None:
-    with pytest.raises(RecipeError, match=rf"--{option} '{text}' is not possible: .*Divide values of 0\.\.255 by 255\."):
+    with pytest.raises(
+        RecipeError,
+        match=rf"--{option} '{text}' is not possible: .*Divide values of 0\.\.255 by 255\.",
+    ):
         parse_preprocessing({option: text})
 
 
 def test_demo_models_take_no_other_preprocessing(tmp_path: Path) -> None:
-    code, _, err = command("run", "--model", "demo_vit", "--mean", "0.5", "--crop-pct", "0.9", "--results", tmp_path)
+    code, _, err = command(
+        "run", "--model", "demo_vit", "--mean", "0.5", "--crop-pct", "0.9", "--results", tmp_path
+    )
     assert code == 2
     assert "Demo models take no --crop-pct, --mean" in err
 
@@ -237,28 +304,62 @@ def test_stages_keep_what_was_given(data: Path, tmp_path: Path) -> None:
     """The checkpoint tells later stages; what is given there replaces it."""
     path, out = weights(tmp_path, img_size=32), tmp_path / "a.safetensors"
     given = ["--weights", path, "--data", data, "--threads", 1]
-    quick = ["--method", "qdrop", "--range-search", "minmax", "--calibration-images", 4, "--calibration-transform", "eval"]
+    quick = [
+        "--method",
+        "qdrop",
+        "--range-search",
+        "minmax",
+        "--calibration-images",
+        4,
+        "--calibration-transform",
+        "eval",
+    ]
     arguments = json.dumps({**SMALL, "img_size": 32})
     code, said, err = command(
-        *("calibrate", "--model", VIT, "--model-args", arguments, *given, *quick, "--steps", 1, "--batch-size", 4),
+        *(
+            "calibrate",
+            "--model",
+            VIT,
+            "--model-args",
+            arguments,
+            *given,
+            *quick,
+            "--steps",
+            1,
+            "--batch-size",
+            4,
+        ),
         *("--crop-pct", 0.5, "--mean", 0.25, "--out", out),
     )
     assert code == 0, err
-    assert "note: preprocessing: 3 x 32 x 32, bicubic, crop 0.5 (center), mean 0.25, 0.25, 0.25" in said
+    assert (
+        "note: preprocessing: 3 x 32 x 32, bicubic, crop 0.5 (center), mean 0.25, 0.25, 0.25"
+        in said
+    )
     code, text, err = command("inspect", out, "--weights", path)
-    assert "preprocessing: 3 x 32 x 32, bicubic, crop 0.5 (center), mean 0.25, 0.25, 0.25, std 0.5, 0.5, 0.5" in text, err
+    assert (
+        "preprocessing: 3 x 32 x 32, bicubic, crop 0.5 (center), mean 0.25, 0.25, 0.25, std 0.5, 0.5, 0.5"
+        in text
+    ), err
     content = json.loads(command("inspect", out, "--weights", path, "--json")[1])
     assert content["preprocessing"]["crop_pct"] == 0.5
     whole = tmp_path / "b.safetensors"
     code, _, err = command("reconstruct", out, *given, "--out", whole)
     assert code == 0, err
-    code, _, err = command("reconstruct", out, *given, "--mean", 0.75, "--out", tmp_path / "c.safetensors")
+    code, _, err = command(
+        "reconstruct", out, *given, "--mean", 0.75, "--out", tmp_path / "c.safetensors"
+    )
     assert code == 2, "other calibration images"
     code, said, err = command("evaluate", whole, *given)
     assert code == 0, err
-    assert "note: preprocessing: 3 x 32 x 32, bicubic, crop 0.5 (center), mean 0.25, 0.25, 0.25" in said
+    assert (
+        "note: preprocessing: 3 x 32 x 32, bicubic, crop 0.5 (center), mean 0.25, 0.25, 0.25"
+        in said
+    )
     assert "replaces" not in said
-    code, said, err = command("evaluate", whole, *given, "--mean", 0.75, "--std", 0.25, "--crop-pct", 0.5)
+    code, said, err = command(
+        "evaluate", whole, *given, "--mean", 0.75, "--std", 0.25, "--crop-pct", 0.5
+    )
     assert code == 0, err
     assert "crop 0.5 (center), mean 0.75, 0.75, 0.75, std 0.25, 0.25, 0.25" in said
     notes = [line.split(", which")[0] for line in said.splitlines() if "replaces" in line]
@@ -292,7 +393,10 @@ def test_averaged_weights_are_evaluated_unless_said_otherwise(data: Path, tmp_pa
         assert set(record.weights.entries) == set(states)
         assert f"weights: entry '{entry}' of state_dict, state_dict_ema" in out
         found[entry] = record
-    tops = {entry: (record.fp_metrics["top1"].value, record.metrics["top1"].value) for entry, record in found.items()}
+    tops = {
+        entry: (record.fp_metrics["top1"].value, record.metrics["top1"].value)
+        for entry, record in found.items()
+    }
     assert tops == {"state_dict_ema": (75, 75), "state_dict": (25, 25)}
     assert found["state_dict"].weights.sha256 != found["state_dict_ema"].weights.sha256
     assert len(list((tmp_path / "calibration").glob("*.safetensors"))) == 2
@@ -301,9 +405,24 @@ def test_averaged_weights_are_evaluated_unless_said_otherwise(data: Path, tmp_pa
 
 def test_stages_take_the_entry_of_the_checkpoint(data: Path, tmp_path: Path) -> None:
     path, out = tmp_path / "a.pth", tmp_path / "a.safetensors"
-    torch.save({"net": built(img_size=32).state_dict(), "ema_net": built(seed=1, img_size=32).state_dict()}, path)
+    torch.save(
+        {
+            "net": built(img_size=32).state_dict(),
+            "ema_net": built(seed=1, img_size=32).state_dict(),
+        },
+        path,
+    )
     given = ["--weights", path, "--data", data, "--threads", 1]
-    start = ["calibrate", "--model", VIT, "--model-args", json.dumps({**SMALL, "img_size": 32}), *given, "--method", "rtn"]
+    start = [
+        "calibrate",
+        "--model",
+        VIT,
+        "--model-args",
+        json.dumps({**SMALL, "img_size": 32}),
+        *given,
+        "--method",
+        "rtn",
+    ]
     start += ["--range-search", "minmax", "--calibration-images", 4, "--out", out]
     code, _, err = command(*start)
     assert (code, "'net', 'ema_net'" in err) == (2, True)

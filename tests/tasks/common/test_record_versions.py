@@ -27,7 +27,12 @@ def old(tmp_path: Path) -> Path:
 
 def test_every_older_version_has_its_record() -> None:
     for version in range(1, SCHEMA_VERSION):
-        assert json.loads((DATA / f"record-v{version}.json").read_text(encoding="utf-8"))["schema_version"] == version
+        assert (
+            json.loads((DATA / f"record-v{version}.json").read_text(encoding="utf-8"))[
+                "schema_version"
+            ]
+            == version
+        )
 
 
 def test_version_1(old: Path) -> None:
@@ -35,10 +40,19 @@ def test_version_1(old: Path) -> None:
     content, record = json.loads(before), read_record(old)
     assert (old.read_bytes(), old.stat().st_mtime_ns) == (before, state)
     assert record.schema_version == SCHEMA_VERSION
-    assert (record.stage_memory_bytes, record.blocks, record.outcomes_sha256, record.examples) == ({}, {}, None, None)
+    assert (record.stage_memory_bytes, record.blocks, record.outcomes_sha256, record.examples) == (
+        {},
+        {},
+        None,
+        None,
+    )
     assert record.fingerprint == ""
     assert outcomes_problem(record, old.parent) is None
-    assert (record.method, record.n, record.peak_memory_bytes) == ("fimaq", 64, content["peak_memory_bytes"])
+    assert (record.method, record.n, record.peak_memory_bytes) == (
+        "fimaq",
+        64,
+        content["peak_memory_bytes"],
+    )
     assert record.metrics["top1"].value == content["metrics"]["top1"]["value"]
     assert record.last_loss == content["last_loss"]
     assert record.modules is not None
@@ -71,7 +85,14 @@ def test_version_2(tmp_path: Path) -> None:
 
 def test_version_1_from_before_quantizers_had_names(old: Path) -> None:
     content = json.loads(old.read_text(encoding="utf-8"))
-    entry = {"name": "a", "kind": "product", "weight_bits": 32, "input_bits": 4, "weight_ranges": "none", "input_ranges": "x; x"}
+    entry = {
+        "name": "a",
+        "kind": "product",
+        "weight_bits": 32,
+        "input_bits": 4,
+        "weight_ranges": "none",
+        "input_ranges": "x; x",
+    }
     content["modules"]["quantized"] = [entry]
     old.write_text(json.dumps(content), encoding="utf-8")
     modules = read_record(old).modules

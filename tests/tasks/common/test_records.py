@@ -63,7 +63,9 @@ def test_round_trip(tmp_path: Path) -> None:
     assert read_record(path) == sealed(original)
     assert len(read_record(path).fingerprint) == 64
     assert recipe_of(read_record(path)) == make_recipe("fimaq", {"w_bits": 3, "a_bits": 3})
-    full = record(method="fp", recipe=None, seed=None, calibration=None, modules=None, w_bit=32, a_bit=32)
+    full = record(
+        method="fp", recipe=None, seed=None, calibration=None, modules=None, w_bit=32, a_bit=32
+    )
     path = write_record(full, tmp_path / "cell")
     assert read_record(path) == sealed(full)
     assert recipe_of(full) is None
@@ -71,12 +73,22 @@ def test_round_trip(tmp_path: Path) -> None:
 
 def test_the_fingerprint_is_of_the_canonical_json_of_all_else(tmp_path: Path) -> None:
     blocks = {"head": BlockFigures(error=1e-7, fisher=4e-05), "blocks.0": BlockFigures(error=0.25)}
-    path = write_record(record(blocks=blocks, examples="examples.json", stage_memory_bytes={"load": 2**40}), tmp_path)
+    path = write_record(
+        record(blocks=blocks, examples="examples.json", stage_memory_bytes={"load": 2**40}),
+        tmp_path,
+    )
     content = json.loads(path.read_text(encoding="utf-8"))
     mark = content.pop("fingerprint")
-    assert mark == hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    assert (
+        mark
+        == hashlib.sha256(
+            json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+        ).hexdigest()
+    )
     # The file's layout and the order of its fields do not count.
-    path.write_text(json.dumps({"fingerprint": mark, **dict(reversed(content.items()))}), encoding="utf-8")
+    path.write_text(
+        json.dumps({"fingerprint": mark, **dict(reversed(content.items()))}), encoding="utf-8"
+    )
     assert read_record(path).blocks == blocks
 
 
@@ -88,7 +100,9 @@ def written(folder: Path, **changes: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize("change", ["a digit", "a note", "no fingerprint", "an empty one", "an older version"])
+@pytest.mark.parametrize(
+    "change", ["a digit", "a note", "no fingerprint", "an empty one", "an older version"]
+)
 def test_records_edited_by_hand_are_refused(tmp_path: Path, change: str) -> None:
     path = write_record(record(), tmp_path)
     text = path.read_text(encoding="utf-8")
@@ -96,13 +110,17 @@ def test_records_edited_by_hand_are_refused(tmp_path: Path, change: str) -> None
     edited = {
         "a digit": text.replace("71.25", "81.25"),
         "a note": text.replace("Δ", "δ"),
-        "no fingerprint": text.replace("fingerprint", "finger", 1).replace(f',\n "fingerprint": "{mark}"', ""),
+        "no fingerprint": text.replace("fingerprint", "finger", 1).replace(
+            f',\n "fingerprint": "{mark}"', ""
+        ),
         "an empty one": text.replace(mark, ""),
         "an older version": text.replace('"schema_version": 3', '"schema_version": 1'),
     }[change]
     assert edited != text
     path.write_text(edited, encoding="utf-8")
-    with pytest.raises(CheckpointError, match=r"changed after it was written|version 1 has no field") as caught:
+    with pytest.raises(
+        CheckpointError, match=r"changed after it was written|version 1 has no field"
+    ) as caught:
         read_record(path)
     assert str(path) in str(caught.value)
     assert "restore it, or delete it to measure that cell again" in str(caught.value)
@@ -110,7 +128,10 @@ def test_records_edited_by_hand_are_refused(tmp_path: Path, change: str) -> None
 
 
 def test_newer_schemas_and_what_is_no_record_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"schema version 4, and this version of fimaq reads up to 3: update fimaq"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"schema version 4, and this version of fimaq reads up to 3: update fimaq",
+    ):
         read_record(written(tmp_path, schema_version=4))
     for version in (None, "2", 0, True, 2.0):
         with pytest.raises(CheckpointError, match="is no record: its schema version is"):
@@ -143,7 +164,22 @@ def test_numbers_that_are_none_are_refused(tmp_path: Path, value: str) -> None:
 
 @pytest.mark.parametrize("field", ["outcomes", "examples"])
 @pytest.mark.parametrize(
-    "name", ["../x.npz", "/etc/passwd", "a/b", "a\\b", "..", ".", "", ".hidden", "a\0b", "a\n", "C:x", "é" * 3, "a" * 300]
+    "name",
+    [
+        "../x.npz",
+        "/etc/passwd",
+        "a/b",
+        "a\\b",
+        "..",
+        ".",
+        "",
+        ".hidden",
+        "a\0b",
+        "a\n",
+        "C:x",
+        "é" * 3,
+        "a" * 300,
+    ],
 )
 def test_records_name_files_beside_them_only(tmp_path: Path, field: str, name: str) -> None:
     with pytest.raises(CheckpointError, match=f"is not valid: {field}:"):
@@ -216,9 +252,13 @@ def test_proportion() -> None:
 def test_the_path_is_the_identity(tmp_path: Path) -> None:
     assert bits_name(32, 32) == "fp"
     assert bits_name(32, 4) == "w32a4"
-    folder = cell_folder(tmp_path, "classification", "vit.tag", "fimaq", 3, 4, 7, "0123456789abcdef")
+    folder = cell_folder(
+        tmp_path, "classification", "vit.tag", "fimaq", 3, 4, 7, "0123456789abcdef"
+    )
     assert folder == tmp_path / "classification" / "vit.tag" / "fimaq" / "w3a4" / "seed7-0123456789"
-    folder = cell_folder(tmp_path, "classification", "vit.tag", "fp", 32, 32, None, "0123456789abcdef")
+    folder = cell_folder(
+        tmp_path, "classification", "vit.tag", "fp", 32, 32, None, "0123456789abcdef"
+    )
     assert folder == tmp_path / "classification" / "vit.tag" / "fp" / "fp" / "0123456789"
 
 

@@ -39,21 +39,42 @@ def encoded(mask: np.ndarray) -> dict[str, Any]:
     return {"size": list(code["size"]), "counts": code["counts"].decode()}
 
 
-def annotation(number: int, image: int, category: int, box: list[float], **changes: Any) -> dict[str, Any]:
-    found = {"id": number, "image_id": image, "category_id": category, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
+def annotation(
+    number: int, image: int, category: int, box: list[float], **changes: Any
+) -> dict[str, Any]:
+    found = {
+        "id": number,
+        "image_id": image,
+        "category_id": category,
+        "bbox": box,
+        "area": box[2] * box[3],
+        "iscrowd": 0,
+    }
     return {**found, "segmentation": box_polygon(*box), **changes}
 
 
 def tiny() -> dict[str, Any]:
     """Four images: two objects and a crowd region, none, one of no size, one that reaches beyond the image."""
     images = [
-        {"id": 10 * number, "file_name": f"{number:012d}.png", "height": h, "width": w, "licence": 1}
+        {
+            "id": 10 * number,
+            "file_name": f"{number:012d}.png",
+            "height": h,
+            "width": w,
+            "licence": 1,
+        }
         for number, (h, w) in zip((4, 2, 3, 1), SIZES, strict=True)
     ]
     crowd = {"size": [60, 80], "counts": [100, 300, 60 * 80 - 400]}
     annotations = [
         annotation(5, 40, 7, [3.0, 4.0, 20.0, 30.0], keypoints=[1]),
-        annotation(9, 40, 30, [30.0, 10.0, 40.0, 40.0], segmentation=encoded(ellipse(60, 80, [30, 10, 40, 40]))),
+        annotation(
+            9,
+            40,
+            30,
+            [30.0, 10.0, 40.0, 40.0],
+            segmentation=encoded(ellipse(60, 80, [30, 10, 40, 40])),
+        ),
         annotation(0, 40, 7, [1.0, 40.0, 6.0, 60.0], iscrowd=1, segmentation=crowd),
         annotation(3, 30, 2, [5.0, 5.0, 0.0, 0.0]),
         annotation(4, 10, 2, [-5.0, 20.0, 100.0, 20.5]),
@@ -68,7 +89,9 @@ def pixels(height: int, width: int, seed: int) -> np.ndarray:
 def write_images(folder: Path, content: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for entry in content["images"]:
-        Image.fromarray(pixels(entry["height"], entry["width"], entry["id"])).save(folder / entry["file_name"])
+        Image.fromarray(pixels(entry["height"], entry["width"], entry["id"])).save(
+            folder / entry["file_name"]
+        )
 
 
 def write_json(path: Path, content: object) -> Path:
@@ -85,7 +108,9 @@ def write_root(root: Path, content: dict[str, Any]) -> Path:
     return root
 
 
-def in_memory(coco: Coco | dict[str, Any], read: Callable[[int], np.ndarray] | None = None) -> DetectionSource:
+def in_memory(
+    coco: Coco | dict[str, Any], read: Callable[[int], np.ndarray] | None = None
+) -> DetectionSource:
     coco = checked(coco, "memory")
 
     def drawn(index: int) -> np.ndarray:
@@ -96,16 +121,22 @@ def in_memory(coco: Coco | dict[str, Any], read: Callable[[int], np.ndarray] | N
     return DetectionSource("memory", "val", ids, coco, read or drawn)
 
 
-def random_coco(images: int, seed: int, categories: int = 3, crowds: float = 0.1, size: int = 128) -> dict[str, Any]:
+def random_coco(
+    images: int, seed: int, categories: int = 3, crowds: float = 0.1, size: int = 128
+) -> dict[str, Any]:
     """Up to five objects an image, of all sizes: ellipses, some of them crowd regions; some images have none."""
     rng = np.random.default_rng(seed)
     order = rng.permutation(images) + 1
-    entries = [{"id": int(n), "file_name": f"{n}.png", "height": size, "width": size + 16} for n in order]
+    entries = [
+        {"id": int(n), "file_name": f"{n}.png", "height": size, "width": size + 16} for n in order
+    ]
     annotations: list[dict[str, Any]] = []
     for entry in entries:
         for _ in range(int(rng.integers(0, 6))):
             w, h = np.exp(rng.uniform(np.log(8), np.log(size * 0.9), 2))
-            box = [float(v) for v in (rng.uniform(0, size + 16 - w), rng.uniform(0, size - h), w, h)]
+            box = [
+                float(v) for v in (rng.uniform(0, size + 16 - w), rng.uniform(0, size - h), w, h)
+            ]
             mask = ellipse(size, size + 16, box)
             crowd = bool(rng.random() < crowds)
             code = encoded(mask)
@@ -117,7 +148,15 @@ def random_coco(images: int, seed: int, categories: int = 3, crowds: float = 0.1
             number = len(annotations) + 1
             kind = int(rng.integers(categories)) + 1
             annotations.append(
-                annotation(number, entry["id"], kind, box, area=float(mask.sum()), iscrowd=int(crowd), segmentation=code)
+                annotation(
+                    number,
+                    entry["id"],
+                    kind,
+                    box,
+                    area=float(mask.sum()),
+                    iscrowd=int(crowd),
+                    segmentation=code,
+                )
             )
     names = [{"id": number + 1, "name": f"kind {number}"} for number in range(categories)]
     return {"images": entries, "annotations": annotations, "categories": names}
@@ -126,11 +165,15 @@ def random_coco(images: int, seed: int, categories: int = 3, crowds: float = 0.1
 class Instances:
     """What mmdet's ``InstanceData`` is for an evaluation."""
 
-    def __init__(self, bboxes: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor, masks: torch.Tensor) -> None:
+    def __init__(
+        self, bboxes: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor, masks: torch.Tensor
+    ) -> None:
         self.bboxes, self.scores, self.labels, self.masks = bboxes, scores, labels, masks
 
 
-def guesses(coco: dict[str, Any], index: int, seed: int, spread: float = 0.08, wrong: float = 3.0) -> Instances:
+def guesses(
+    coco: dict[str, Any], index: int, seed: int, spread: float = 0.08, wrong: float = 3.0
+) -> Instances:
     """Detections near most objects of an image, and false ones; scores come in steps, so that many are equal."""
     rng = np.random.default_rng([seed, index])
     entry = coco["images"][index]
@@ -159,7 +202,12 @@ def guesses(coco: dict[str, Any], index: int, seed: int, spread: float = 0.08, w
     )
 
 
-def loaded(classes: int = 3, names: tuple[str, ...] | None = None, transform: Any = None, data: str | None = None) -> LoadedModel:
+def loaded(
+    classes: int = 3,
+    names: tuple[str, ...] | None = None,
+    transform: Any = None,
+    data: str | None = None,
+) -> LoadedModel:
     model = nn.Identity()
     if names is not None:
         model.dataset_meta = {"classes": names}  # type: ignore[assignment]
@@ -182,7 +230,12 @@ def write_scenes(folder: Path, part: str, scenes: Any) -> Path:
 
 
 def evaluate_detector(
-    predict: Any, source: DetectionSource, *given: Any, skip_corrupt: bool = False, workers: int = 0, keep: bool = False
+    predict: Any,
+    source: DetectionSource,
+    *given: Any,
+    skip_corrupt: bool = False,
+    workers: int = 0,
+    keep: bool = False,
 ) -> Evaluation:
     """Detect, then measure."""
     return measure(source, detect(predict, source, *given, skip_corrupt, workers), keep)

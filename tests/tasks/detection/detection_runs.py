@@ -28,7 +28,11 @@ from tasks.detection.task import TASK
 
 BACKBONE = [
     "patch_embed",
-    *(f"stages.{stage}.{name}" for stage in range(3) for name in ("blocks.0", "blocks.1", "downsample")),
+    *(
+        f"stages.{stage}.{name}"
+        for stage in range(3)
+        for name in ("blocks.0", "blocks.1", "downsample")
+    ),
     "stages.3.blocks.0",
 ]
 SEGMENTS = [*(f"detector.backbone.{name}" for name in BACKBONE), "detector.neck"]
@@ -37,14 +41,26 @@ BLOCK = ["attn.qkv", "attn.query_key", "attn.attention_value", "attn.proj", "mlp
 LAYERS = {
     "backbone": {
         "detector.backbone.patch_embed.projection",
-        *(f"detector.backbone.{name}.{layer}" for name in BACKBONE if "blocks" in name for layer in BLOCK),
+        *(
+            f"detector.backbone.{name}.{layer}"
+            for name in BACKBONE
+            if "blocks" in name
+            for layer in BLOCK
+        ),
         *(f"detector.backbone.{name}.reduction" for name in BACKBONE if "downsample" in name),
     },
-    "fpn": {f"detector.neck.{kind}_convs.{level}.conv" for kind in ("lateral", "fpn") for level in range(4)},
+    "fpn": {
+        f"detector.neck.{kind}_convs.{level}.conv"
+        for kind in ("lateral", "fpn")
+        for level in range(4)
+    },
     "rpn": {f"detector.rpn_head.rpn_{name}" for name in ("conv", "cls", "reg")},
     "roi": {
         *(f"bbox.head.{name}" for name in ("shared_fcs.0", "shared_fcs.1", "fc_cls", "fc_reg")),
-        *(f"mask.head.{name}" for name in ("convs.0.conv", "convs.1.conv", "convs.2.conv", "upsample", "conv_logits")),
+        *(
+            f"mask.head.{name}"
+            for name in ("convs.0.conv", "convs.1.conv", "convs.2.conv", "upsample", "conv_logits")
+        ),
     },
 }
 
@@ -55,13 +71,17 @@ QUICK: dict[str, Any] = {
     "mlp_steps": 2,
 }  # fmt: skip
 #: The same for the command line.
-FLAGS = [text for name, value in QUICK.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+FLAGS = [
+    text for name, value in QUICK.items() for text in (f"--{name.replace('_', '-')}", str(value))
+]
 
 
 def cell(folder: Path, method: str = "fimaq", **changes: Any) -> CellRequest:
     """Its records are in ``folder/runs``, what cells share beside."""
     recipe = make_recipe(method, defaults("detection"), QUICK, changes)
-    return CellRequest("detection", MODEL, DataRequest(limit=LIMIT), recipe, results=folder / "runs")
+    return CellRequest(
+        "detection", MODEL, DataRequest(limit=LIMIT), recipe, results=folder / "runs"
+    )
 
 
 @dataclass(frozen=True)
@@ -84,7 +104,10 @@ class Done:
         """Of weights and inputs, or of a product's operands, of every quantized layer."""
         assert self.record.modules is not None
         return {
-            entry.name: (entry.weight_bits if entry.other_bits is None else entry.other_bits, entry.input_bits)
+            entry.name: (
+                entry.weight_bits if entry.other_bits is None else entry.other_bits,
+                entry.input_bits,
+            )
             for entry in self.record.modules.quantized
         }
 
@@ -108,7 +131,9 @@ def restored(cell: Done) -> tuple[LoadedModel, Chains, QuantizedDetector]:
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+    return one.keys() == other.keys() and all(
+        torch.equal(value, other[name]) for name, value in one.items()
+    )
 
 
 def command(*arguments: object, fails: bool = False) -> str:
@@ -116,7 +141,9 @@ def command(*arguments: object, fails: bool = False) -> str:
     out, err, code = io.StringIO(), io.StringIO(), 0
     with redirect_stdout(out), redirect_stderr(err):
         try:
-            main(build_group("detection", "test", OPTIONS), [str(argument) for argument in arguments])
+            main(
+                build_group("detection", "test", OPTIONS), [str(argument) for argument in arguments]
+            )
         except SystemExit as stop:
             code = int(stop.code or 0)
     assert code == (2 if fails else 0), err.getvalue()

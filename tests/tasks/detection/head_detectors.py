@@ -63,7 +63,9 @@ def build(settings: Config) -> mm.TwoStageDetector:
     return model
 
 
-def sample(height: int, width: int, factors: tuple[float, float] = (1.0, 1.0), seed: int = 0) -> tuple[Tensor, dict[str, Any]]:
+def sample(
+    height: int, width: int, factors: tuple[float, float] = (1.0, 1.0), seed: int = 0
+) -> tuple[Tensor, dict[str, Any]]:
     """A normalised and padded image (1, 3, H, W) of ``height`` x ``width`` pixels, and its meta."""
     image = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(seed))
     padded = torch.nn.functional.pad(image, (0, -width % 32, 0, -height % 32))
@@ -77,7 +79,16 @@ def sample(height: int, width: int, factors: tuple[float, float] = (1.0, 1.0), s
 
 
 def recipe(bits: int) -> Recipe:
-    return make_recipe("fimaq", {"w_bits": bits, "a_bits": bits, "range_candidates": 16, "range_rounds": 1, "reconstruct": False})
+    return make_recipe(
+        "fimaq",
+        {
+            "w_bits": bits,
+            "a_bits": bits,
+            "range_candidates": 16,
+            "range_rounds": 1,
+            "reconstruct": False,
+        },
+    )
 
 
 class PackedBackbone(torch.nn.Module):
@@ -94,4 +105,10 @@ class PackedBackbone(torch.nn.Module):
 def chain_of(model: mm.TwoStageDetector, bits: int) -> BlockChain:
     """A chain of three segments: the backbone, the neck, both in full precision, and the RPN."""
     neck = Segment("neck", "neck", ExplicitFPN(model.neck, recipe(32)))
-    return BlockChain([Segment("backbone", "block", PackedBackbone(model)), neck, rpn_segment(model, recipe(bits))])
+    return BlockChain(
+        [
+            Segment("backbone", "block", PackedBackbone(model)),
+            neck,
+            rpn_segment(model, recipe(bits)),
+        ]
+    )

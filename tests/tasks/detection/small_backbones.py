@@ -13,23 +13,46 @@ from fimaq_core.recipe import OFF, Recipe
 from tasks.detection.chain import detector_segments
 from tasks.detection.mm import CascadeRCNN, MaskRCNN
 
-SMALL: dict[str, Any] = {"embed_dims": 16, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 4, 4), "mlp_ratio": 2, "window_size": 7}
+SMALL: dict[str, Any] = {
+    "embed_dims": 16,
+    "depths": (2, 2, 2, 2),
+    "num_heads": (1, 2, 4, 4),
+    "mlp_ratio": 2,
+    "window_size": 7,
+}
 
 #: Sizes of images: all stages pad windows (the last to one window); none does; only the wide side of the first, third and last.
 SIZES = [(96, 128), (448, 224), (224, 160)]
 
 EVERYTHING: Mapping[str, Recipe] = {"backbone": quick(), "fpn": quick()}
-OFF_BITS = {"w_bits": OFF, "a_bits": OFF, "s_bits": None, "head_bits": None, "patch_input_bits": OFF}
+OFF_BITS = {
+    "w_bits": OFF,
+    "a_bits": OFF,
+    "s_bits": None,
+    "head_bits": None,
+    "patch_input_bits": OFF,
+}
 
 
 def detector(
-    backbone: Mapping[str, Any] = SMALL, neck: Mapping[str, Any] | None = None, kind: type[nn.Module] = MaskRCNN, seed: int = 0
+    backbone: Mapping[str, Any] = SMALL,
+    neck: Mapping[str, Any] | None = None,
+    kind: type[nn.Module] = MaskRCNN,
+    seed: int = 0,
 ) -> MaskRCNN | CascadeRCNN:
     """A detector without heads, every parameter random; a small Swin and FPN unless told otherwise."""
     channels = [backbone["embed_dims"] * 2**stage for stage in range(len(backbone["depths"]))]
-    fpn = {"type": "FPN", "in_channels": channels, "out_channels": 24, "num_outs": len(channels) + 1, **(neck or {})}
+    fpn = {
+        "type": "FPN",
+        "in_channels": channels,
+        "out_channels": 24,
+        "num_outs": len(channels) + 1,
+        **(neck or {}),
+    }
     swin = {"type": "SwinTransformer", "drop_path_rate": 0.3, **backbone}
-    model = kind(backbone=swin, neck=fpn, rpn_head=None, roi_head=None, train_cfg=None, test_cfg=None)
+    model = kind(
+        backbone=swin, neck=fpn, rpn_head=None, roi_head=None, train_cfg=None, test_cfg=None
+    )
     return randomise(model, seed)
 
 
@@ -46,7 +69,9 @@ def pictures(height: int, width: int, count: int = 1, seed: int = 3) -> Tensor:
 def deviation(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
     """The greatest difference between two pyramids, as a share of the greatest value of its level."""
     assert [one.shape for one in found] == [one.shape for one in expected]
-    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True))
+    return max(
+        float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True)
+    )
 
 
 class CountingBackend:

@@ -21,7 +21,11 @@ from tasks.detection.models import class_names
 def matched(names: tuple[str, ...], *categories: str, used: str = "") -> Matched:
     """Categories with the ids 0, 10, 20, ..., of which those in ``used`` (their first letters) have an annotation."""
     kinds = [{"id": 10 * number, "name": name} for number, name in enumerate(categories)]
-    marks = [annotation(n, 10, kind["id"], [1, 1, 5, 5]) for n, kind in enumerate(kinds) if kind["name"][0] in used]
+    marks = [
+        annotation(n, 10, kind["id"], [1, 1, 5, 5])
+        for n, kind in enumerate(kinds)
+        if kind["name"][0] in used
+    ]
     content = {**tiny(), "categories": kinds, "annotations": marks}
     return match_categories(checked(content, "here"), loaded(len(names), names), "data val")
 
@@ -40,7 +44,9 @@ def test_same_names_in_another_order() -> None:
 def test_names_written_otherwise() -> None:
     found = matched(("traffic light", "Dog", "owl"), "dog ", "Traffic_Light", "owl", used="dTo")
     assert found.labels == (10, 0, 20)
-    assert found.notes == ("2 categories match classes but for case, spaces and underscores, such as 'dog ' for 'Dog'",)
+    assert found.notes == (
+        "2 categories match classes but for case, spaces and underscores, such as 'dog ' for 'Dog'",
+    )
 
 
 def test_the_exact_name_comes_first() -> None:
@@ -50,9 +56,14 @@ def test_the_exact_name_comes_first() -> None:
 
 
 def test_names_that_could_be_either_are_not_guessed() -> None:
-    with pytest.raises(DataError, match=r"has 2 annotations of categories that are no class of tiny.tag: 'CAT', 'Cat'"):
+    with pytest.raises(
+        DataError,
+        match=r"has 2 annotations of categories that are no class of tiny.tag: 'CAT', 'Cat'",
+    ):
         matched(("cat", "dog"), "CAT", "Cat", "dog", used="Cd")
-    with pytest.raises(DataError, match=r"has 1 annotation of categories that are no class of tiny.tag: 'CAT'"):
+    with pytest.raises(
+        DataError, match=r"has 1 annotation of categories that are no class of tiny.tag: 'CAT'"
+    ):
         matched(("cat", "Cat"), "CAT", used="C")
 
 
@@ -66,7 +77,10 @@ def test_unused_categories_are_left_out() -> None:
 
 
 def test_used_categories_that_the_detector_does_not_know() -> None:
-    with pytest.raises(DataError, match=r"data val has 2 annotations of categories .*: 'bat', 'zebra'\. .*Did you mean 'cat'\?"):
+    with pytest.raises(
+        DataError,
+        match=r"data val has 2 annotations of categories .*: 'bat', 'zebra'\. .*Did you mean 'cat'\?",
+    ):
         matched(("cat", "dog"), "bat", "zebra", "cat", used="bzc")
 
 
@@ -84,8 +98,13 @@ def test_classes_without_a_category() -> None:
 def test_unnamed_classes_are_the_categories_in_order() -> None:
     found = match_categories(checked(tiny(), "here"), loaded(3), "data val")
     assert (found.labels, found.origin) == ((7, 2, 30), "annotations")
-    assert found.notes == ("The weights name no classes: the 3 categories are taken for them in the file's order",)
-    with pytest.raises(DataError, match=r"has 3 categories \(3 of them .*\), tiny.tag has 10 classes, whose names .*torch.save"):
+    assert found.notes == (
+        "The weights name no classes: the 3 categories are taken for them in the file's order",
+    )
+    with pytest.raises(
+        DataError,
+        match=r"has 3 categories \(3 of them .*\), tiny.tag has 10 classes, whose names .*torch.save",
+    ):
         match_categories(checked(tiny(), "here"), loaded(10), "data val")
 
 
@@ -94,11 +113,16 @@ def test_unused_categories_of_unnamed_classes() -> None:
     found = match_categories(checked(content, "here"), loaded(3), "data val")
     assert found.labels == (7, 2, 30)
     assert [entry["name"] for entry in found.coco["categories"]] == ["cat", "dog", "owl"]
-    assert found.notes[1] == "Categories without annotations are left out, since only then their number fits: 'pets'"
+    assert (
+        found.notes[1]
+        == "Categories without annotations are left out, since only then their number fits: 'pets'"
+    )
     whole = match_categories(checked(content, "here"), loaded(4), "data val")
     assert (whole.labels, len(whole.notes)) == ((0, 7, 2, 30), 1)
     content["categories"].append({"id": 31, "name": "void"})
-    with pytest.raises(DataError, match=r"has 5 categories \(3 of them with annotations\), tiny.tag has 4 classes"):
+    with pytest.raises(
+        DataError, match=r"has 5 categories \(3 of them with annotations\), tiny.tag has 4 classes"
+    ):
         match_categories(checked(content, "here"), loaded(4), "data val")
 
 
@@ -131,9 +155,14 @@ def test_eighty_unnamed_classes_are_those_of_coco(tmp_path: Path) -> None:
     described = source.describe()
     assert (described.class_names_from, described.class_categories) == ("published", names)
     content["categories"] = kinds[::-1]
-    assert open_source(loaded(80), DataRequest(write_json(path, content)), "val").ids_by_label == tuple(range(0, 160, 2))
+    assert open_source(
+        loaded(80), DataRequest(write_json(path, content)), "val"
+    ).ids_by_label == tuple(range(0, 160, 2))
     content["categories"] = [{**kinds[2], "name": "narwhal"}, *kinds[3:]]
-    with pytest.raises(DataError, match="whose weights name none, so that those of COCO 2017 are assumed: 'narwhal'"):
+    with pytest.raises(
+        DataError,
+        match="whose weights name none, so that those of COCO 2017 are assumed: 'narwhal'",
+    ):
         open_source(loaded(80), DataRequest(write_json(path, content)), "val")
 
 
@@ -158,7 +187,11 @@ def test_categories_do_not_matter_to_calibration(tmp_path: Path) -> None:
 @pytest.mark.parametrize("archive", [True, False])
 def test_names_in_files_of_mmdet(meta: Any, expected: Any, archive: bool, tmp_path: Path) -> None:
     path = tmp_path / "x.pth"
-    torch.save({"state_dict": {"w": torch.zeros(2)}, "meta": meta}, path, _use_new_zipfile_serialization=archive)
+    torch.save(
+        {"state_dict": {"w": torch.zeros(2)}, "meta": meta},
+        path,
+        _use_new_zipfile_serialization=archive,
+    )
     assert class_names(read_weights(path), 2) == expected
 
 

@@ -38,10 +38,23 @@ def test_what_is_kept() -> None:
     found = checked(content, "here")
     assert content == before
     assert [entry["id"] for entry in found["images"]] == [40, 20, 30, 10]
-    assert found["images"][0] == {"id": 40, "file_name": "000000000004.png", "height": 60, "width": 80}
+    assert found["images"][0] == {
+        "id": 40,
+        "file_name": "000000000004.png",
+        "height": 60,
+        "width": 80,
+    }
     assert found["categories"] == CATEGORIES
     assert [entry["id"] for entry in found["annotations"]] == [5, 9, 0, 3, 4]
-    assert set(found["annotations"][0]) == {"id", "image_id", "category_id", "bbox", "area", "iscrowd", "segmentation"}
+    assert set(found["annotations"][0]) == {
+        "id",
+        "image_id",
+        "category_id",
+        "bbox",
+        "area",
+        "iscrowd",
+        "segmentation",
+    }
     assert [entry["iscrowd"] for entry in found["annotations"]] == [0, 0, 1, 0, 0]
     assert found["annotations"][3]["bbox"] == [5.0, 5.0, 0.0, 0.0]
     assert checked(content, "here", annotated=False)["annotations"] == []
@@ -63,20 +76,41 @@ def first(**changes: Any) -> Change:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.pop("annotations"), "x.json has no list 'annotations' of objects: it is not a file of COCO's format"),
+        (
+            lambda c: c.pop("annotations"),
+            "x.json has no list 'annotations' of objects: it is not a file of COCO's format",
+        ),
         (lambda c: c.update(images=[]), "lists no images"),
         (lambda c: c.update(categories=[]), "lists no categories"),
         (lambda c: c["images"][1].update(id=40), "images with the same id: 40"),
-        (lambda c: c["images"][1].update(file_name="./000000000004.png"), "same file_name: '000000000004.png'"),
-        (lambda c: c["images"][2].update(file_name="../a.png"), r"image 2 \(counted from 0\): '../a.png' is not the path"),
-        (lambda c: c["images"][2].update(file_name="..\\a.png"), "image 2 .* is not the path of an image"),
-        (lambda c: c["images"][2].update(file_name="/data/../a.png"), "image 2 .* is not the path of an image"),
+        (
+            lambda c: c["images"][1].update(file_name="./000000000004.png"),
+            "same file_name: '000000000004.png'",
+        ),
+        (
+            lambda c: c["images"][2].update(file_name="../a.png"),
+            r"image 2 \(counted from 0\): '../a.png' is not the path",
+        ),
+        (
+            lambda c: c["images"][2].update(file_name="..\\a.png"),
+            "image 2 .* is not the path of an image",
+        ),
+        (
+            lambda c: c["images"][2].update(file_name="/data/../a.png"),
+            "image 2 .* is not the path of an image",
+        ),
         (lambda c: c["images"][2].update(file_name=3), "image 2 .*: 3 is not the path of an image"),
         (lambda c: c["images"][2].update(width=0), "image 2 .*: its size is 0 x 33"),
         (lambda c: c["images"][2].pop("height"), "image 2 .*: height is None"),
         (lambda c: c["images"][2].update(id="a"), "image 2 .*: id is 'a'"),
-        (lambda c: c.update(categories=[*CATEGORIES, {"id": 2, "name": "x"}]), "categories with the same id: 2"),
-        (lambda c: c.update(categories=[*CATEGORIES, {"id": 1, "name": "owl"}]), "categories with the same name: 'owl'"),
+        (
+            lambda c: c.update(categories=[*CATEGORIES, {"id": 2, "name": "x"}]),
+            "categories with the same id: 2",
+        ),
+        (
+            lambda c: c.update(categories=[*CATEGORIES, {"id": 1, "name": "owl"}]),
+            "categories with the same name: 'owl'",
+        ),
         (lambda c: c.update(categories=[{"id": 1}]), "category 0 .*: its name is None"),
         (lambda c: c["annotations"][1].update(id=5), "annotations with the same id: 5"),
         (first(image_id=11), "annotation 5: there is no image with the id 11"),
@@ -87,12 +121,21 @@ def first(**changes: Any) -> Change:
         (first(area="7"), "annotation 5 of the image 40: area is '7'"),
         (first(iscrowd=2), "annotation 5 of the image 40: iscrowd is 2"),
         (first(segmentation=[[1, 2, 3, 4]]), "holds a polygon that is not at least three pairs"),
-        (first(segmentation=[[1, 2, 3, 4, 5, 6], [1, 2, 3]]), "holds a polygon that is not at least three pairs"),
+        (
+            first(segmentation=[[1, 2, 3, 4, 5, 6], [1, 2, 3]]),
+            "holds a polygon that is not at least three pairs",
+        ),
         (first(segmentation=[1, 2, 3, 4, 5, 6]), "is no list of polygons"),
         (first(segmentation=[[1, 2, 3, 4, 5, "6"]]), "is no list of polygons"),
-        (first(segmentation={"size": [80, 60], "counts": [4800]}), r"is not of the image's size \(height, width\) \[60, 80\]"),
+        (
+            first(segmentation={"size": [80, 60], "counts": [4800]}),
+            r"is not of the image's size \(height, width\) \[60, 80\]",
+        ),
         (first(segmentation={"size": [60, 80], "counts": [4799]}), "4799 of 4800 pixels"),
-        (first(segmentation={"size": [60, 80], "counts": [4900, -100]}), "run lengths that are damaged"),
+        (
+            first(segmentation={"size": [60, 80], "counts": [4900, -100]}),
+            "run lengths that are damaged",
+        ),
         (first(segmentation={"size": [60, 80], "counts": "PPYo"}), "run lengths that are damaged"),
         (first(segmentation={"size": [60, 80]}), "run lengths that are damaged"),
         (first(segmentation=0), "is not of the image's size"),
@@ -117,7 +160,9 @@ def test_an_area_of_nothing_is_missing(given: Any) -> None:
     assert annotations[3]["area"] == 0
 
 
-@pytest.mark.parametrize("given", [None, [], [[]], [[], []], {}, "", {"size": [60, 80], "counts": []}, {"counts": ""}])
+@pytest.mark.parametrize(
+    "given", [None, [], [[]], [[], []], {}, "", {"size": [60, 80], "counts": []}, {"counts": ""}]
+)
 def test_empty_masks_are_missing(given: Any) -> None:
     content = tiny()
     first(segmentation=given)(content)
@@ -175,7 +220,10 @@ def test_pycocotools_takes_what_is_accepted() -> None:
     content = tiny()
     content["annotations"][0]["segmentation"] = [*box_polygon(3, 4, 20, 30), [1, 1, 5, 5], [2, 2]]
     found = COCO()
-    found.dataset = {name: [dict(entry) for entry in entries] for name, entries in checked(content, "here").items()}
+    found.dataset = {
+        name: [dict(entry) for entry in entries]
+        for name, entries in checked(content, "here").items()
+    }
     found.createIndex()
     areas = [int(found.annToMask(entry).sum()) for entry in found.dataset["annotations"]]
     assert areas[0] >= 600
@@ -195,15 +243,22 @@ def test_coco_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [entry["name"] for entry in source.coco["categories"]] == ["cat", "dog", "owl"]
     assert len(source.coco["annotations"]) == 5
     for index, entry in enumerate(source.images):
-        assert np.array_equal(source.read(index), pixels(entry["height"], entry["width"], entry["id"])[:, :, ::-1])
+        assert np.array_equal(
+            source.read(index), pixels(entry["height"], entry["width"], entry["id"])[:, :, ::-1]
+        )
     train = open_coco(root, "train")
     assert (train.split, train.coco["annotations"]) == ("train2017", [])
     assert train.image_ids[1] == "train2017/000000000002.png"
 
 
-def test_only_published_counts_get_the_published_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_published_counts_get_the_published_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = write_root(tmp_path / "coco", tiny())
-    with pytest.raises(DataError, match=r"has 4 images of 3 categories instead of the 5,000 of 80 of COCO 2017.*as a file"):
+    with pytest.raises(
+        DataError,
+        match=r"has 4 images of 3 categories instead of the 5,000 of 80 of COCO 2017.*as a file",
+    ):
         open_coco(root, "val")
     with pytest.raises(DataError, match="instead of the 118,287"):
         open_coco(root, "train")
@@ -215,26 +270,41 @@ def test_only_published_counts_get_the_published_name(tmp_path: Path, monkeypatc
 def test_missing_files_of_a_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(coco, "COUNTS", COUNTS)
     monkeypatch.setattr(coco, "CATEGORIES", 3)
-    with pytest.raises(DataError, match=r"There is no folder .*nowhere\. The folder of COCO 2017 is expected"):
+    with pytest.raises(
+        DataError, match=r"There is no folder .*nowhere\. The folder of COCO 2017 is expected"
+    ):
         open_coco(tmp_path / "nowhere", "val")
     (tmp_path / "coco").mkdir()
-    with pytest.raises(DataError, match=r"no file .*instances_val2017.json and no folder .*val2017\."):
+    with pytest.raises(
+        DataError, match=r"no file .*instances_val2017.json and no folder .*val2017\."
+    ):
         open_coco(tmp_path / "coco", "val")
     root = write_root(tmp_path / "coco", tiny())
     (root / "val2017" / "000000000003.png").unlink()
-    with pytest.raises(DataError, match=r"names 1 image missing from .*val2017, such as '000000000003.png'"):
+    with pytest.raises(
+        DataError, match=r"names 1 image missing from .*val2017, such as '000000000003.png'"
+    ):
         open_coco(root, "val")
 
 
 @pytest.mark.parametrize(
-    "folder", ["data/annotations/instances_val_b", "data/val_b", "data/val", "data/annotations/images", "data/annotations"]
+    "folder",
+    [
+        "data/annotations/instances_val_b",
+        "data/val_b",
+        "data/val",
+        "data/annotations/images",
+        "data/annotations",
+    ],
 )
 def test_images_beside_a_file(folder: str, tmp_path: Path) -> None:
     path = write_json(tmp_path / "data/annotations/instances_val_b.json", tiny())
     with pytest.raises(DataError) as caught:
         open_file(path)
     places = str(caught.value).partition(" was looked for in ")[2]
-    assert [Path(place.strip(". ")).relative_to(tmp_path).as_posix() for place in places.split(",")] == [
+    assert [
+        Path(place.strip(". ")).relative_to(tmp_path).as_posix() for place in places.split(",")
+    ] == [
         "data/annotations/instances_val_b",
         "data/val_b",
         "data/val",
@@ -245,7 +315,11 @@ def test_images_beside_a_file(folder: str, tmp_path: Path) -> None:
     write_images(tmp_path / folder, tiny())
     source = open_file(path)
     name = Path(folder).name
-    assert (source.name, source.split, source.image_ids[0]) == ("instances_val_b", name, f"{name}/000000000004.png")
+    assert (source.name, source.split, source.image_ids[0]) == (
+        "instances_val_b",
+        name,
+        f"{name}/000000000004.png",
+    )
     assert source.root == (tmp_path / folder).parent
     assert source.read(1).shape == (64, 48, 3)
 
@@ -325,7 +399,12 @@ def test_head_and_description() -> None:
     assert {entry["id"] for entry in head.coco["annotations"]} == {5, 9, 0}
     assert np.array_equal(head.read(1), source.read(1))
     described = head.describe()
-    assert (described.name, described.split, described.count, described.classes) == ("memory", "val[:2]", 2, 3)
+    assert (described.name, described.split, described.count, described.classes) == (
+        "memory",
+        "val[:2]",
+        2,
+        3,
+    )
     assert described.fingerprint == head.fingerprint != source.fingerprint
 
 
@@ -378,7 +457,10 @@ def test_parts_of_a_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert opened("train", path=other, calibration_data=root).split == "train2017"
     assert opened("train", path=other, calibration_data=other).coco["annotations"] == []
     assert len(opened("val", path=other).coco["annotations"]) == 5
-    with pytest.raises(DataError, match=r"other.json says nothing of images to calibrate on: give --calibration-data"):
+    with pytest.raises(
+        DataError,
+        match=r"other.json says nothing of images to calibrate on: give --calibration-data",
+    ):
         opened("train", path=other)
     with pytest.raises(DataError, match=r"tiny.tag needs data: give --data"):
         opened("val")

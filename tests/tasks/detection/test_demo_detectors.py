@@ -50,7 +50,13 @@ def test_models_are_small_detectors_of_mmdets_classes(name: str, heads: int) -> 
     assert all(head.num_classes == 10 for head in (*bbox, *mask))
     with torch.inference_mode():
         maps = model.neck(model.backbone(torch.zeros(1, 3, 96, 64)))
-    assert [tuple(x.shape) for x in maps] == [(1, 32, 24, 16), (1, 32, 12, 8), (1, 32, 6, 4), (1, 32, 3, 2), (1, 32, 2, 1)]
+    assert [tuple(x.shape) for x in maps] == [
+        (1, 32, 24, 16),
+        (1, 32, 12, 8),
+        (1, 32, 6, 4),
+        (1, 32, 3, 2),
+        (1, 32, 2, 1),
+    ]
 
 
 def test_building_leaves_the_specification_as_it_is() -> None:
@@ -67,7 +73,9 @@ def test_unknown_names_are_explained() -> None:
 
 
 def test_normalisation_constants_are_those_of_the_train_part() -> None:
-    values = torch.cat([torch.from_numpy(scene.pixels).flatten() for scene in coco_files.scenes_of("train")]).double()
+    values = torch.cat(
+        [torch.from_numpy(scene.pixels).flatten() for scene in coco_files.scenes_of("train")]
+    ).double()
     assert values.mean().item() == pytest.approx(models.PIXEL_MEAN, abs=0.05)
     assert values.std().item() == pytest.approx(models.PIXEL_STD, abs=0.05)
 
@@ -84,9 +92,13 @@ def test_metadata_describe_the_committed_weights(name: str) -> None:
     assert path.stat().st_size < 4_000_000
     state = load_file(path)
     assert state.keys() == model.state_dict().keys()
-    assert all(value.dtype == torch.float32 for value in state.values() if value.is_floating_point())
+    assert all(
+        value.dtype == torch.float32 for value in state.values() if value.is_floating_point()
+    )
     assert metadata["parameters"] == sum(parameter.numel() for parameter in model.parameters())
-    assert metadata["data_fingerprints"] == {part: coco_files.fingerprint_of(coco_files.scenes_of(part)) for part in PARTS}
+    assert metadata["data_fingerprints"] == {
+        part: coco_files.fingerprint_of(coco_files.scenes_of(part)) for part in PARTS
+    }
     assert metadata["test_count"] == 200
 
 
@@ -109,11 +121,15 @@ def test_training_scenes_are_of_the_train_part_and_repeatable(detectors: ModuleT
     again = detectors.compose(20, 5)
     assert coco_files.fingerprint_of(first) == coco_files.fingerprint_of(again)
     assert coco_files.fingerprint_of(first) != coco_files.fingerprint_of(detectors.compose(20, 6))
-    assert {digit.source for scene in first for digit in scene.placed} <= set(split_digits()["train"])
+    assert {digit.source for scene in first for digit in scene.placed} <= set(
+        split_digits()["train"]
+    )
 
 
 @pytest.mark.parametrize("name", models.DEMO.names)
-def test_training_moves_all_weights(name: str, detectors: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_moves_all_weights(
+    name: str, detectors: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     started = {}
     initialise = detectors.initialise
 

@@ -21,13 +21,18 @@ COUNT = 12
 
 
 def prepared(array: np.ndarray) -> tuple[torch.Tensor, dict[str, Any]]:
-    return torch.from_numpy(array.astype(np.float32)).permute(2, 0, 1)[None], {"ori_shape": array.shape[:2]}
+    return torch.from_numpy(array.astype(np.float32)).permute(2, 0, 1)[None], {
+        "ori_shape": array.shape[:2]
+    }
 
 
 def content() -> dict[str, Any]:
     rng = np.random.default_rng(0)
     sizes = rng.integers(20, 40, (COUNT, 2)).tolist()
-    images = [{"id": n, "file_name": f"{n}.png", "height": h, "width": w} for n, (h, w) in enumerate(sizes)]
+    images = [
+        {"id": n, "file_name": f"{n}.png", "height": h, "width": w}
+        for n, (h, w) in enumerate(sizes)
+    ]
     return {"images": images, "annotations": [], "categories": CATEGORIES}
 
 
@@ -39,7 +44,13 @@ def data(tmp_path: Path) -> DataRequest:
 
 
 def drawn(data: DataRequest, count: int = 5, seed: int = 3, **changes: Any) -> CalibrationSet:
-    recipe = Recipe(calibration_images=count, range_images=count, calibration_transform="eval", seed=seed, **changes)
+    recipe = Recipe(
+        calibration_images=count,
+        range_images=count,
+        calibration_transform="eval",
+        seed=seed,
+        **changes,
+    )
     return calibration_set(loaded(transform=prepared), data, recipe)
 
 
@@ -49,8 +60,12 @@ def test_a_seeded_draw_of_images_as_they_are(data: DataRequest) -> None:
     entries = [content()["images"][index] for index in order]
     assert found.ids == [f"images/{entry['file_name']}" for entry in entries]
     assert isinstance(found.images, Samples)
-    assert [tuple(image.shape) for image in found.images] == [(1, 3, entry["height"], entry["width"]) for entry in entries]
-    assert [meta["ori_shape"] for meta in found.metas] == [(entry["height"], entry["width"]) for entry in entries]
+    assert [tuple(image.shape) for image in found.images] == [
+        (1, 3, entry["height"], entry["width"]) for entry in entries
+    ]
+    assert [meta["ori_shape"] for meta in found.metas] == [
+        (entry["height"], entry["width"]) for entry in entries
+    ]
     assert found.inputs["detector"] is found.images
     assert found.transform == "eval"
     assert found.skipped == []
@@ -72,7 +87,10 @@ def test_fingerprint_tells_images_apart(data: DataRequest) -> None:
         return image.transpose(2, 3).contiguous().view_as(image.transpose(2, 3)), meta
 
     recipe = Recipe(calibration_images=5, range_images=5, calibration_transform="eval", seed=3)
-    others |= {calibration_set(loaded(transform=transform), data, recipe).fingerprint for transform in (brighter, flat)}
+    others |= {
+        calibration_set(loaded(transform=transform), data, recipe).fingerprint
+        for transform in (brighter, flat)
+    }
     assert len(others) == 5
 
 
@@ -93,8 +111,14 @@ def test_listed_images(data: DataRequest, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (["images/0.png", "images/x.png", "y"], "names 2 images that are not in instances_train images, such as 'images/x.png'"),
-        (["images/0.png", "images/1.png", "images/0.png"], "names 1 images more than once, such as 'images/0.png'"),
+        (
+            ["images/0.png", "images/x.png", "y"],
+            "names 2 images that are not in instances_train images, such as 'images/x.png'",
+        ),
+        (
+            ["images/0.png", "images/1.png", "images/0.png"],
+            "names 1 images more than once, such as 'images/0.png'",
+        ),
         (["images/0.png"], "5 calibration images are asked for, but there are 1"),
     ],
 )
@@ -114,7 +138,9 @@ def test_damaged_images(data: DataRequest, tmp_path: Path) -> None:
     assert found.skipped == [first.ids[1]]
     assert found.ids[:4] == [first.ids[0], *first.ids[2:]]
     assert len(found.ids) == len(found.images) == len(found.metas) == 5
-    with pytest.raises(DataError, match="Only 11 of 12 calibration images could be read; 1 are damaged"):
+    with pytest.raises(
+        DataError, match="Only 11 of 12 calibration images could be read; 1 are damaged"
+    ):
         drawn(replace(data, skip_corrupt=True), COUNT)
 
 

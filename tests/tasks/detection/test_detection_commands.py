@@ -25,7 +25,9 @@ def write(folder: Path, part: str, count: int) -> Path:
     path = write_scenes(folder, part, coco_files.scenes_of(part)[:count])
     content = json.loads(path.read_text(encoding="utf-8"))
     Image.fromarray(np.full(EMPTY, 40, np.uint8)).save(folder / part / "empty.png")
-    content["images"].insert(1, {"id": 99, "file_name": "empty.png", "height": EMPTY[0], "width": EMPTY[1]})
+    content["images"].insert(
+        1, {"id": 99, "file_name": "empty.png", "height": EMPTY[0], "width": EMPTY[1]}
+    )
     first = content["images"][0]
     height, width = first["height"], first["width"]
     crowd = {"size": [height, width], "counts": [0, 20 * height, (width - 20) * height]}
@@ -59,12 +61,19 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def files(place: Path) -> list[object]:
     annotations = place / "annotations"
-    return ["--data", annotations / "instances_val.json", "--calibration-data", annotations / "instances_train.json"]
+    return [
+        "--data",
+        annotations / "instances_val.json",
+        "--calibration-data",
+        annotations / "instances_train.json",
+    ]
 
 
 @pytest.fixture(scope="module")
 def own(place: Path) -> Done:
-    return record_of(run(*RTN, *files(place), "--results", place / "runs", "--calibration-images", 5))
+    return record_of(
+        run(*RTN, *files(place), "--results", place / "runs", "--calibration-images", 5)
+    )
 
 
 def test_run_says_every_metric(tmp_path: Path) -> None:
@@ -88,7 +97,9 @@ def test_a_file_in_cocos_format(own: Done) -> None:
     )  # fmt: skip
     assert record.n == 7
     assert record.calibration is not None
-    assert sorted(record.calibration.ids) == sorted([*(f"train/{index:05d}.png" for index in range(4)), "train/empty.png"])
+    assert sorted(record.calibration.ids) == sorted(
+        [*(f"train/{index:05d}.png" for index in range(4)), "train/empty.png"]
+    )
     assert record.fp_metrics["AP_box"].value > 40
     objects = [len(scene.labels) for scene in coco_files.scenes_of("val")[:6]]
     with np.load(own.folder / record.outcomes) as outcomes:
@@ -101,7 +112,9 @@ def test_a_file_in_cocos_format(own: Done) -> None:
         assert outcomes["objects"].tolist() == [objects[0], 0, *objects[1:]]
 
 
-def test_the_numbers_of_the_file_are_those_of_pycocotools(own: Done, place: Path, tmp_path: Path) -> None:
+def test_the_numbers_of_the_file_are_those_of_pycocotools(
+    own: Done, place: Path, tmp_path: Path
+) -> None:
     """Of the full-precision model, on what mmdet's own test step finds in the files."""
     import contextlib
     import io
@@ -118,30 +131,51 @@ def test_the_numbers_of_the_file_are_those_of_pycocotools(own: Done, place: Path
         truth = COCO(str(place / "annotations" / "instances_val.json"))
         found = []
         for entry in truth.dataset["images"]:
-            pixels = np.array(Image.open(place / "val" / entry["file_name"]).convert("RGB"))[:, :, ::-1].copy()
+            pixels = np.array(Image.open(place / "val" / entry["file_name"]).convert("RGB"))[
+                :, :, ::-1
+            ].copy()
             size = pixels.shape[:2]
-            sample = DetDataSample(metainfo={"img_shape": size, "ori_shape": size, "scale_factor": (1.0, 1.0)})
+            sample = DetDataSample(
+                metainfo={"img_shape": size, "ori_shape": size, "scale_factor": (1.0, 1.0)}
+            )
             with torch.no_grad():
-                (done,) = model.test_step({"inputs": [torch.from_numpy(pixels).permute(2, 0, 1)], "data_samples": [sample]})
+                (done,) = model.test_step(
+                    {
+                        "inputs": [torch.from_numpy(pixels).permute(2, 0, 1)],
+                        "data_samples": [sample],
+                    }
+                )
             each = done.pred_instances
             for (x1, y1, x2, y2), score, label in zip(
                 each.bboxes.tolist(), each.scores.tolist(), each.labels.tolist(), strict=True
             ):
                 category = coco_files.CATEGORY_IDS[label]
-                row = {"image_id": entry["id"], "category_id": category, "bbox": [x1, y1, x2 - x1, y2 - y1], "score": score}
+                row = {
+                    "image_id": entry["id"],
+                    "category_id": category,
+                    "bbox": [x1, y1, x2 - x1, y2 - y1],
+                    "score": score,
+                }
                 found.append(row)
         evaluation = COCOeval(truth, truth.loadRes(found), "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    assert own.record.fp_metrics["AP_box"].value == pytest.approx(100 * evaluation.stats[0], abs=1e-6)
-    assert own.record.fp_metrics["AP50_box"].value == pytest.approx(100 * evaluation.stats[1], abs=1e-6)
+    assert own.record.fp_metrics["AP_box"].value == pytest.approx(
+        100 * evaluation.stats[0], abs=1e-6
+    )
+    assert own.record.fp_metrics["AP50_box"].value == pytest.approx(
+        100 * evaluation.stats[1], abs=1e-6
+    )
 
 
 def test_models() -> None:
     said = command("models").splitlines()
     assert {line.split()[0] for line in said} == {*SHORT_NAMES, "demo_mask_rcnn", "demo_cascade"}
-    assert next(line for line in said if line.startswith("mask_rcnn_swin_tiny ")).split()[1] == "mask_rcnn_swin_tiny.coco_3x"
+    assert (
+        next(line for line in said if line.startswith("mask_rcnn_swin_tiny ")).split()[1]
+        == "mask_rcnn_swin_tiny.coco_3x"
+    )
     # a column of its own for what names mean, however long they are
     assert len({len(line) - len(line.split(maxsplit=1)[1]) for line in said}) == 1
 
@@ -180,12 +214,17 @@ def test_data_that_is_not_there(place: Path, tmp_path: Path) -> None:
 
 def test_data_that_does_not_fit(place: Path, tmp_path: Path) -> None:
     content = json.loads(Path(str(files(place)[1])).read_text(encoding="utf-8"))
-    other = {**content, "categories": [*content["categories"][:9], {**content["categories"][9], "name": "ten"}]}
+    other = {
+        **content,
+        "categories": [*content["categories"][:9], {**content["categories"][9], "name": "ten"}],
+    }
     path = rewritten(place / "annotations" / "instances_val_other.json", other)
     said = refused(place, "--data", path, *files(place)[2:])
     assert "annotations of categories that are no class of demo_mask_rcnn.digits-v1: 'ten'" in said
     small = {**content, "images": [{**content["images"][0], "height": 10}, *content["images"][1:]]}
-    small["annotations"] = [item for item in content["annotations"] if item["image_id"] != content["images"][0]["id"]]
+    small["annotations"] = [
+        item for item in content["annotations"] if item["image_id"] != content["images"][0]["id"]
+    ]
     path = rewritten(place / "annotations" / "instances_val_small.json", small)
     assert "do not belong together" in refused(place, "--data", path, *files(place)[2:])
 
@@ -193,7 +232,13 @@ def test_data_that_does_not_fit(place: Path, tmp_path: Path) -> None:
 def test_weights_that_do_not_fit(place: Path, tmp_path: Path) -> None:
     state = load_file(DEMO.weights_path(MODEL.name))
     path = tmp_path / "other.safetensors"
-    save_file({**state, "roi_head.bbox_head.fc_cls.weight": state["roi_head.bbox_head.fc_cls.weight"][:5]}, path)
+    save_file(
+        {
+            **state,
+            "roi_head.bbox_head.fc_cls.weight": state["roi_head.bbox_head.fc_cls.weight"][:5],
+        },
+        path,
+    )
     said = refused(place, "--weights", path, "--limit", LIMIT)
     assert "roi_head.bbox_head.fc_cls.weight" in said
     lost = tmp_path / "lost.safetensors"
@@ -203,6 +248,12 @@ def test_weights_that_do_not_fit(place: Path, tmp_path: Path) -> None:
 
 
 def test_settings_that_do_not_fit(place: Path) -> None:
-    assert "calibration_transform must be eval, not train" in refused(place, "--limit", LIMIT, "--calibration-transform", "train")
-    assert "one at a time: set batch_size 1" in refused(place, "--limit", LIMIT, "--method", "qdrop", "--batch-size", 2)
-    assert "Unknown model 'mask_rcnn_swin_tinny'" in refused(place, "--model", "mask_rcnn_swin_tinny")
+    assert "calibration_transform must be eval, not train" in refused(
+        place, "--limit", LIMIT, "--calibration-transform", "train"
+    )
+    assert "one at a time: set batch_size 1" in refused(
+        place, "--limit", LIMIT, "--method", "qdrop", "--batch-size", 2
+    )
+    assert "Unknown model 'mask_rcnn_swin_tinny'" in refused(
+        place, "--model", "mask_rcnn_swin_tinny"
+    )

@@ -18,14 +18,22 @@ def outputs(seed: int, proposals: int = 0) -> Samples:
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for levels in LEVELS:
-        maps = 2 * torch.randn(1, sum(levels) * 5 * ANCHORS + proposals * CLASSES, generator=generator)
+        maps = 2 * torch.randn(
+            1, sum(levels) * 5 * ANCHORS + proposals * CLASSES, generator=generator
+        )
         rows.append(maps)
     return Samples(rows)
 
 
-def terms_by_definition(found: Tensor, full: Tensor, levels: list[int], proposals: int) -> list[Tensor]:
+def terms_by_definition(
+    found: Tensor, full: Tensor, levels: list[int], proposals: int
+) -> list[Tensor]:
     """One after another: scores and boxes as (A, h w) and (A, 4, h w) maps a level."""
-    classes, boxes, start = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64), 0
+    classes, boxes, start = (
+        torch.zeros((), dtype=torch.float64),
+        torch.zeros((), dtype=torch.float64),
+        0,
+    )
     for count in levels:
         sl = slice(start * 15, (start + count) * 15)
         a, b = (part[0, sl].double().view(count, 15) for part in (found, full))
@@ -99,12 +107,15 @@ def test_equal_outputs_have_no_gradient() -> None:
 
 
 def test_binary_kl_in_closed_form() -> None:
-    a, b = torch.tensor([0.3, -4.0, 2.0], dtype=torch.float64), torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
+    a, b = (
+        torch.tensor([0.3, -4.0, 2.0], dtype=torch.float64),
+        torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64),
+    )
     p, q = torch.sigmoid(b), torch.sigmoid(a)
     expected = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
     assert torch.allclose(binary_kl(a, b), expected, atol=1e-15)
     assert float(binary_kl(torch.tensor(0.0), torch.tensor(0.0))) == 0
     assert math.isfinite(float(binary_kl(torch.tensor(80.0), torch.tensor(-80.0))))
-    assert F.binary_cross_entropy_with_logits(a, p).item() - F.binary_cross_entropy_with_logits(b, p).item() == pytest.approx(
-        float(expected.mean())
-    )
+    assert F.binary_cross_entropy_with_logits(a, p).item() - F.binary_cross_entropy_with_logits(
+        b, p
+    ).item() == pytest.approx(float(expected.mean()))

@@ -41,7 +41,9 @@ class Oracle:
     """A detector that knows images by their pixels and answers as it was told to."""
 
     def __init__(self, source: DetectionSource, answer: Callable[[int], Any]) -> None:
-        self.index = {int(source.read(index).sum()): index for index in range(len(source.image_ids))}
+        self.index = {
+            int(source.read(index).sum()): index for index in range(len(source.image_ids))
+        }
         assert len(self.index) == len(source.image_ids)
         self.answer = answer
         self.asked: list[int] = []
@@ -53,17 +55,23 @@ class Oracle:
         return self.answer(self.asked[-1])
 
 
-def evaluated(source: DetectionSource, answer: Callable[[int], Any], report: Report = silent, **changes: Any) -> Evaluation:
+def evaluated(
+    source: DetectionSource, answer: Callable[[int], Any], report: Report = silent, **changes: Any
+) -> Evaluation:
     return evaluate_detector(Oracle(source, answer), source, whole, CPU, report, **changes)
 
 
 def wrapped(found: Instances) -> Any:
-    instances = mm.InstanceData(bboxes=found.bboxes, scores=found.scores, labels=found.labels, masks=found.masks)
+    instances = mm.InstanceData(
+        bboxes=found.bboxes, scores=found.scores, labels=found.labels, masks=found.masks
+    )
     return mm.DetDataSample(pred_instances=instances)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_equals_the_metric_of_mmdet(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equals_the_metric_of_mmdet(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from mmdet.evaluation.metrics import coco_metric
 
     stats: dict[str, np.ndarray] = {}
@@ -76,7 +84,9 @@ def test_equals_the_metric_of_mmdet(seed: int, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(coco_metric, "COCOeval", Recording)
     content = random_coco(IMAGES, seed, size=400)
     source = in_memory(content)
-    metric = mm.CocoMetric(ann_file=str(write_json(tmp_path / "x.json", content)), metric=["bbox", "segm"])
+    metric = mm.CocoMetric(
+        ann_file=str(write_json(tmp_path / "x.json", content)), metric=["bbox", "segm"]
+    )
     metric.dataset_meta = {"classes": [entry["name"] for entry in source.coco["categories"]]}
     for index, entry in enumerate(source.images):
         sample = wrapped(guesses(source.coco, index, seed))
@@ -100,7 +110,11 @@ def perfect(source: DetectionSource, index: int) -> Instances:
     """What the annotations say, crowd regions left out."""
     found = guesses(source.coco, index, 0, spread=0.0, wrong=0.0)
     entry = source.images[index]
-    own = [item for item in source.coco["annotations"] if item["image_id"] == entry["id"] and not item["iscrowd"]]
+    own = [
+        item
+        for item in source.coco["annotations"]
+        if item["image_id"] == entry["id"] and not item["iscrowd"]
+    ]
     labels = {kind["id"]: label for label, kind in enumerate(source.coco["categories"])}
     boxes = torch.tensor([item["bbox"] for item in own], dtype=torch.float32).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
@@ -129,15 +143,21 @@ def test_outcomes_agree_with_metrics() -> None:
     source = in_memory(random_coco(IMAGES, 2))
     events: list[Progress] = []
     found = evaluated(source, lambda index: guesses(source.coco, index, 2), events.append)
-    assert [(event.stage, event.done, event.total) for event in events] == [("evaluate", n + 1, IMAGES) for n in range(IMAGES)]
+    assert [(event.stage, event.done, event.total) for event in events] == [
+        ("evaluate", n + 1, IMAGES) for n in range(IMAGES)
+    ]
     assert found.n == IMAGES
     assert found.outcomes["sample"].tolist() == list(source.image_ids)
     assert {len(values) for values in found.outcomes.values()} == {IMAGES}
     for name in ("AP_box", "AP_mask"):
         shares = found.outcomes[name]
         assert 100 * shares.mean() == pytest.approx(found.metrics[name].value, abs=1e-9)
-        assert 100 * shares.std(ddof=1) / np.sqrt(IMAGES) == pytest.approx(found.metrics[name].stderr)
-    assert found.outcomes["found"].sum() == sum(len(guesses(source.coco, index, 2).labels) for index in range(IMAGES))
+        assert 100 * shares.std(ddof=1) / np.sqrt(IMAGES) == pytest.approx(
+            found.metrics[name].stderr
+        )
+    assert found.outcomes["found"].sum() == sum(
+        len(guesses(source.coco, index, 2).labels) for index in range(IMAGES)
+    )
     crowds = sum(entry["iscrowd"] for entry in source.coco["annotations"])
     assert found.outcomes["objects"].sum() == len(source.coco["annotations"]) - crowds
     assert found.dataset == source.describe()
@@ -145,14 +165,20 @@ def test_outcomes_agree_with_metrics() -> None:
 
 def test_differences_of_two_methods() -> None:
     source = in_memory(random_coco(IMAGES, 3))
-    first, second = (evaluated(source, lambda index, seed=seed: guesses(source.coco, index, seed)) for seed in (0, 1))
+    first, second = (
+        evaluated(source, lambda index, seed=seed: guesses(source.coco, index, seed))
+        for seed in (0, 1)
+    )
     every = np.arange(IMAGES)
     outcomes = [
-        Outcomes(one.outcomes["sample"], every, {"AP_box": (Part(every, one.outcomes["AP_box"]),)}) for one in (first, second)
+        Outcomes(one.outcomes["sample"], every, {"AP_box": (Part(every, one.outcomes["AP_box"]),)})
+        for one in (first, second)
     ]
     found = paired({0: outcomes[0]}, {0: outcomes[1]})
     assert found is not None
-    assert found.difference == pytest.approx(first.metrics["AP_box"].value - second.metrics["AP_box"].value)
+    assert found.difference == pytest.approx(
+        first.metrics["AP_box"].value - second.metrics["AP_box"].value
+    )
     gaps = 100 * (first.outcomes["AP_box"] - second.outcomes["AP_box"])
     assert found.se == pytest.approx(gaps.std(ddof=1) / np.sqrt(IMAGES))
     same = paired({0: outcomes[0]}, {0: outcomes[0]})
@@ -170,7 +196,9 @@ def test_order_and_numbers_of_images_do_not_matter() -> None:
     for entry in other["annotations"]:
         entry["id"] -= 1  # pycocotools by itself takes an object with the id 0 for none
     turned = in_memory(other)
-    second = evaluated(turned, lambda index: guesses(source.coco, names[turned.images[index]["file_name"]], 4))
+    second = evaluated(
+        turned, lambda index: guesses(source.coco, names[turned.images[index]["file_name"]], 4)
+    )
     assert second.outcomes["sample"].tolist() == first.outcomes["sample"].tolist()[::-1]
     assert {name: item.value for name, item in second.metrics.items()} == pytest.approx(
         {name: item.value for name, item in first.metrics.items()}, abs=1e-9
@@ -183,7 +211,12 @@ def test_nothing_found() -> None:
 
     def nothing(index: int) -> Instances:
         shape = (0, source.images[index]["height"], source.images[index]["width"])
-        return Instances(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64), torch.zeros(shape).bool())
+        return Instances(
+            torch.zeros(0, 4),
+            torch.zeros(0),
+            torch.zeros(0, dtype=torch.int64),
+            torch.zeros(shape).bool(),
+        )
 
     found = evaluated(source, nothing)
     assert found.metrics["AP_box"].value == found.metrics["AP_mask"].value == 0
@@ -205,7 +238,9 @@ def test_too_few_objects(crowds: float) -> None:
     content = random_coco(IMAGES, 7, crowds=crowds)
     if crowds == 0:
         one = content["annotations"][0]["image_id"]
-        content["annotations"] = [entry for entry in content["annotations"] if entry["image_id"] == one]
+        content["annotations"] = [
+            entry for entry in content["annotations"] if entry["image_id"] == one
+        ]
     source = in_memory(content)
     with pytest.raises(DataError, match=r"memory val has objects in fewer than two of 14 images"):
         evaluated(source, lambda index: guesses(source.coco, index, 7))
@@ -222,7 +257,9 @@ def test_damaged_images() -> None:
 
     source = in_memory(content, read)
     oracle = Oracle(sound, lambda index: guesses(sound.coco, index, 8))
-    with pytest.raises(DataError, match=f"The image {source.image_ids[2]} is damaged .truncated.*--skip-corrupt"):
+    with pytest.raises(
+        DataError, match=f"The image {source.image_ids[2]} is damaged .truncated.*--skip-corrupt"
+    ):
         evaluate_detector(oracle, source, whole, CPU, silent)
     found = evaluate_detector(oracle, source, whole, CPU, silent, skip_corrupt=True)
     assert found.skipped == [source.image_ids[2], source.image_ids[5]]
@@ -254,24 +291,45 @@ def test_images_of_another_size_stop_in_one_line(workers: int) -> None:
         raise DataError("The image a.jpg is 3 x 4 pixels")
 
     with pytest.raises(DataError, match=r"^The image a.jpg is 3 x 4 pixels$"):
-        detect(lambda image, meta: None, in_memory(content, read), whole, CPU, silent, True, workers)
+        detect(
+            lambda image, meta: None, in_memory(content, read), whole, CPU, silent, True, workers
+        )
 
 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"bboxes": torch.tensor([[1.0, 2.0, float("nan"), 4.0]])}, NumericsError, "here/1.png that are NaN or infinite"),
+        (
+            {"bboxes": torch.tensor([[1.0, 2.0, float("nan"), 4.0]])},
+            NumericsError,
+            "here/1.png that are NaN or infinite",
+        ),
         ({"scores": torch.tensor([float("inf")])}, NumericsError, "NaN or infinite"),
-        ({"labels": torch.tensor([3])}, ModelError, "objects of class 3 in the image here/1.png; there are 3"),
+        (
+            {"labels": torch.tensor([3])},
+            ModelError,
+            "objects of class 3 in the image here/1.png; there are 3",
+        ),
         ({"labels": torch.tensor([-1])}, ModelError, "objects of class -1"),
-        ({"masks": torch.zeros(1, 144, 128).bool()}, ModelError, r"\(1, 144, 128\) instead of bool \(1, 128, 144\)"),
+        (
+            {"masks": torch.zeros(1, 144, 128).bool()},
+            ModelError,
+            r"\(1, 144, 128\) instead of bool \(1, 128, 144\)",
+        ),
         ({"masks": torch.zeros(1, 128, 144)}, ModelError, r"are torch.float32 \(1, 128, 144\)"),
         ({"masks": torch.zeros(2, 128, 144).bool()}, ModelError, r"\(2, 128, 144\)"),
     ],
 )
-def test_answers_that_do_not_fit(change: dict[str, Tensor], error: type[Exception], message: str) -> None:
+def test_answers_that_do_not_fit(
+    change: dict[str, Tensor], error: type[Exception], message: str
+) -> None:
     entry = {"id": 1, "height": 128, "width": 144}
-    found = Instances(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.ones(1), torch.zeros(1).long(), torch.zeros(1, 128, 144).bool())
+    found = Instances(
+        torch.tensor([[1.0, 2.0, 3.0, 4.0]]),
+        torch.ones(1),
+        torch.zeros(1).long(),
+        torch.zeros(1, 128, 144).bool(),
+    )
     coco_results(found, entry, [1, 2, 3], "here/1.png")
     for name, value in change.items():
         setattr(found, name, value)
@@ -281,7 +339,9 @@ def test_answers_that_do_not_fit(change: dict[str, Tensor], error: type[Exceptio
 
 def test_results_can_be_kept(tmp_path: Path) -> None:
     source = in_memory(random_coco(IMAGES, 10))
-    detections = detect(Oracle(source, lambda index: guesses(source.coco, index, 10)), source, whole, CPU, silent)
+    detections = detect(
+        Oracle(source, lambda index: guesses(source.coco, index, 10)), source, whole, CPU, silent
+    )
     stored = json.loads(json.dumps(detections.results))
     assert stored == detections.results
     assert set(stored[0]) == {"image_id", "category_id", "bbox", "score", "segmentation"}
@@ -297,14 +357,22 @@ def test_a_model_that_fails() -> None:
     def fails(image: Tensor, meta: dict[str, Any]) -> Any:
         raise RuntimeError("sizes must match")
 
-    with pytest.raises(ModelError, match=r"does not take the image here/.*png of shape \(1, 3, 128, 144\): sizes must match"):
+    with pytest.raises(
+        ModelError,
+        match=r"does not take the image here/.*png of shape \(1, 3, 128, 144\): sizes must match",
+    ):
         detect(fails, source, whole, CPU, silent)
 
 
 def test_annotations_as_they_come() -> None:
     # Boxes of no size and beyond the image count as objects, as in pycocotools.
     source = in_memory(tiny())
-    boxes = {40: [[3, 4, 23, 34], [30, 10, 70, 50]], 20: [], 30: [[5, 5, 5, 5]], 10: [[-5, 20, 95, 40.5]]}
+    boxes = {
+        40: [[3, 4, 23, 34], [30, 10, 70, 50]],
+        20: [],
+        30: [[5, 5, 5, 5]],
+        10: [[-5, 20, 95, 40.5]],
+    }
     labels = {40: [0, 2], 20: [], 30: [1], 10: [1]}
 
     def answer(index: int) -> Instances:
@@ -312,7 +380,12 @@ def test_annotations_as_they_come() -> None:
         n = len(labels[entry["id"]])
         corners = torch.tensor(boxes[entry["id"]], dtype=torch.float32).reshape(n, 4)
         masks = torch.zeros(n, entry["height"], entry["width"], dtype=torch.bool)
-        return Instances(corners, torch.full((n,), 0.5), torch.tensor(labels[entry["id"]], dtype=torch.int64), masks)
+        return Instances(
+            corners,
+            torch.full((n,), 0.5),
+            torch.tensor(labels[entry["id"]], dtype=torch.int64),
+            masks,
+        )
 
     found = evaluated(source, answer)
     # A box of no size overlaps nothing, itself included: of the dogs one of two is found.

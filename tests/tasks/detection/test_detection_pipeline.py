@@ -62,16 +62,29 @@ def aphq(place: Path) -> Done:
 
 def test_a_record_says_what_was_measured(fimaq: Done) -> None:
     record = fimaq.record
-    assert (record.task, record.method, record.w_bit, record.a_bit, record.n) == ("detection", "fimaq", 4, 4, LIMIT)
+    assert (record.task, record.method, record.w_bit, record.a_bit, record.n) == (
+        "detection",
+        "fimaq",
+        4,
+        4,
+        LIMIT,
+    )
     assert record.model.startswith("demo_mask_rcnn.")
     assert set(record.metrics) >= METRICS
     assert next(iter(record.metrics)) == "AP_box"
     assert set(record.fp_metrics) == set(record.metrics)
     assert record.fp_metrics["AP_box"].value > record.metrics["AP_box"].value > 0
     assert record.fp_metrics["AP_box"].value > 50
-    assert all(0 <= metric.value <= 100 and metric.stderr >= 0 for metric in record.metrics.values())
+    assert all(
+        0 <= metric.value <= 100 and metric.stderr >= 0 for metric in record.metrics.values()
+    )
     data, calibration = record.dataset, record.calibration
-    assert (data.name, data.split, data.count, data.classes) == ("digit scenes for detection", f"test[:{LIMIT}]", LIMIT, 10)
+    assert (data.name, data.split, data.count, data.classes) == (
+        "digit scenes for detection",
+        f"test[:{LIMIT}]",
+        LIMIT,
+        10,
+    )
     assert calibration is not None
     assert len(set(calibration.ids)) == QUICK["calibration_images"]
     assert all(name.startswith("train/") for name in calibration.ids)
@@ -92,10 +105,14 @@ def test_the_module_map_lists_every_layer(fimaq: Done) -> None:
     assert kinds["mask.head.upsample"] == "transposed convolution"
     assert kinds["detector.rpn_head.rpn_cls"] == "convolution"
     full = fimaq.record.modules.full_precision
-    assert {f"detector.backbone.stages.{stage}.blocks.{int(stage < 3)}.keep.norm (LayerNorm)" for stage in range(4)} < set(full)
-    assert {"detector.backbone.stages.2.downsample.norm (LayerNorm)", "detector.backbone.patch_embed.norm (LayerNorm)"} < set(
-        full
-    )
+    assert {
+        f"detector.backbone.stages.{stage}.blocks.{int(stage < 3)}.keep.norm (LayerNorm)"
+        for stage in range(4)
+    } < set(full)
+    assert {
+        "detector.backbone.stages.2.downsample.norm (LayerNorm)",
+        "detector.backbone.patch_embed.norm (LayerNorm)",
+    } < set(full)
     assert not any(kind in name for name in full for kind in ("(Linear", "(Conv", "(MatMul"))
 
 
@@ -104,7 +121,13 @@ def test_BackboneAndNeck_are_reconstructed_and_heads_are_not(fimaq: Done) -> Non
     assert list(record.last_loss) == SEGMENTS
     assert all(np.isfinite(value) for value in record.last_loss.values())
     assert record.fisher_passes == {name: int(name != "detector.neck") for name in SEGMENTS}
-    assert {"calibrate detector", "reconstruct detector", "calibrate bbox", "calibrate mask", "evaluate"} <= set(record.seconds)
+    assert {
+        "calibrate detector",
+        "reconstruct detector",
+        "calibrate bbox",
+        "calibrate mask",
+        "evaluate",
+    } <= set(record.seconds)
 
 
 def test_outcomes_add_up(fimaq: Done) -> None:
@@ -113,14 +136,20 @@ def test_outcomes_add_up(fimaq: Done) -> None:
         for name in ("AP_box", "AP_mask"):
             assert fimaq.record.metrics[name].value == pytest.approx(100 * outcomes[name].mean())
         assert outcomes["objects"].sum() > LIMIT
-        assert [str(name) for name in outcomes["sample"]] == [f"test/{index:05d}.png" for index in range(LIMIT)]
+        assert [str(name) for name in outcomes["sample"]] == [
+            f"test/{index:05d}.png" for index in range(LIMIT)
+        ]
     _, _, model = restored(fimaq)
-    again = TASK.evaluate(model, TASK.load(MODEL), DataRequest(limit=LIMIT), torch.device("cpu"), 1, 0, silent)
+    again = TASK.evaluate(
+        model, TASK.load(MODEL), DataRequest(limit=LIMIT), torch.device("cpu"), 1, 0, silent
+    )
     assert again.metrics == fimaq.record.metrics
 
 
 @pytest.mark.parametrize("method", ["fimaq", "aphq"])
-def test_run_and_stages_agree_bit_for_bit(method: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_run_and_stages_agree_bit_for_bit(
+    method: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     whole: Done = request.getfixturevalue(method)
     mlps, ranges, out = (tmp_path / f"{name}.safetensors" for name in ("mlps", "ranges", "whole"))
     common = ["--model", MODEL.name, "--method", method, *FLAGS]
@@ -136,7 +165,9 @@ def test_run_and_stages_agree_bit_for_bit(method: str, request: pytest.FixtureRe
     assert same(whole.state, load_file(out))
     assert not same(whole.state, load_file(ranges))
     left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"ranges.safetensors", "whole.safetensors"} | ({"mlps.safetensors"} if method == "aphq" else set())
+    assert left == {"ranges.safetensors", "whole.safetensors"} | (
+        {"mlps.safetensors"} if method == "aphq" else set()
+    )
     said = command("evaluate", out, "--limit", LIMIT)
     for name, metric in whole.record.metrics.items():
         assert f"{name} {metric.value:.2f} ± {metric.stderr:.2f} (n = {LIMIT})" in said.splitlines()
@@ -149,17 +180,22 @@ def test_mlps_alone(place: Path, aphq: Done, tmp_path: Path) -> None:
     whole = done(cell(place, "mlp-recon"))
     said = command("evaluate", mlps, "--limit", LIMIT).splitlines()
     assert all(
-        any(line.startswith(f"{name} {metric.value:.2f}") for line in said) for name, metric in whole.record.metrics.items()
+        any(line.startswith(f"{name} {metric.value:.2f}") for line in said)
+        for name, metric in whole.record.metrics.items()
     )
     content = json.loads(command("inspect", mlps, "--json"))
     assert (content["stage"], content["untouched"]) == ("mlp", [])
-    assert {(layer["weight_bits"], layer["input_bits"]) for layer in content["layers"]} == {(32, 32)}
+    assert {(layer["weight_bits"], layer["input_bits"]) for layer in content["layers"]} == {
+        (32, 32)
+    }
     assert {layer["name"] for layer in content["layers"]} == set().union(*LAYERS.values())
     assert content["totals"]["bops_ratio"] == 1
     assert whole.record.metrics["AP_box"].value != whole.record.fp_metrics["AP_box"].value
 
 
-def test_a_run_stopped_in_the_backbone_goes_on_to_the_same_bits(fimaq: Done, tmp_path: Path) -> None:
+def test_a_run_stopped_in_the_backbone_goes_on_to_the_same_bits(
+    fimaq: Done, tmp_path: Path
+) -> None:
     request = cell(tmp_path)
 
     def stops(event: Progress) -> None:
@@ -200,7 +236,10 @@ def ranges(place: Path) -> Path:
         ({"a_bits": 8}, "a_bits (4, here 8)"),
         ({"seed": 1}, "other calibration images"),
         ({"weights": True}, "another model (demo_mask_rcnn.digits-v1, here demo_mask_rcnn.local-"),
-        ({"model": "demo_cascade.digits-v1"}, "another model (demo_cascade.digits-v1, here demo_mask_rcnn.digits-v1)"),
+        (
+            {"model": "demo_cascade.digits-v1"},
+            "another model (demo_cascade.digits-v1, here demo_mask_rcnn.digits-v1)",
+        ),
     ],
     ids=["scope", "bits", "images", "weights", "model"],
 )
@@ -226,9 +265,13 @@ def test_checkpoints_of_other_runs_are_refused(
 
 
 def test_later_stages_refuse_what_does_not_fit(ranges: Path, tmp_path: Path) -> None:
-    said = command("reconstruct", ranges, "--scope", "roi", "--out", tmp_path / "x.safetensors", fails=True)
+    said = command(
+        "reconstruct", ranges, "--scope", "roi", "--out", tmp_path / "x.safetensors", fails=True
+    )
     assert "scope is 'backbone+fpn+rpn+roi', not 'roi'" in said
-    said = command("evaluate", ranges, "--limit", LIMIT, "--weights", other_weights(tmp_path), fails=True)
+    said = command(
+        "evaluate", ranges, "--limit", LIMIT, "--weights", other_weights(tmp_path), fails=True
+    )
     assert "was made from other weights" in said
     assert said.count("\n") == 1
 
@@ -242,7 +285,11 @@ def other_weights(folder: Path) -> Path:
 
 def test_one_model_calibrates_for_several_methods(place: Path, fimaq: Done) -> None:
     reused = done(cell(place, "brecq"))
-    assert {"calibrate detector (reused)", "calibrate bbox (reused)", "calibrate mask (reused)"} <= set(reused.record.seconds)
+    assert {
+        "calibrate detector (reused)",
+        "calibrate bbox (reused)",
+        "calibrate mask (reused)",
+    } <= set(reused.record.seconds)
     assert reused.bits == fimaq.bits
     assert set(reused.record.fisher_passes.values()) == {0}
 
@@ -257,7 +304,10 @@ def test_methods(place: Path, method: str) -> None:
     if method in OWN_RANGES:
         # AdaLog's search takes its time
         scope = {"scope": "backbone"} if method == "adalog" else {}
-        quick = {name: value for name, value in QUICK.items() if name != "range_search"} | {"range_images": 1, "range_rounds": 1}
+        quick = {name: value for name, value in QUICK.items() if name != "range_search"} | {
+            "range_images": 1,
+            "range_rounds": 1,
+        }
         request = replace(request, recipe=make_recipe(method, defaults("detection"), quick, scope))
     else:
         request = cell(place, method)
@@ -268,12 +318,18 @@ def test_methods(place: Path, method: str) -> None:
     assert modules is not None
     if method == "mlp-recon":
         assert found.bits == {}
-        assert len([name for name in modules.full_precision if name.endswith("mlp.act (ReLU)")]) == 7
+        assert (
+            len([name for name in modules.full_precision if name.endswith("mlp.act (ReLU)")]) == 7
+        )
         return
-    assert set(found.bits) == (LAYERS["backbone"] if method == "adalog" else set().union(*LAYERS.values()))
+    assert set(found.bits) == (
+        LAYERS["backbone"] if method == "adalog" else set().union(*LAYERS.values())
+    )
     assert bool(record.last_loss) == (method in ("qdrop", "lsvit"))
     kinds = {entry.name: entry.input_quantizer for entry in modules.quantized}
-    softmax = {"repq": "logsqrt2", "erq": "logsqrt2", "adalog": "adalog", "ptq4vit": "twin"}.get(method, "uniform")
+    softmax = {"repq": "logsqrt2", "erq": "logsqrt2", "adalog": "adalog", "ptq4vit": "twin"}.get(
+        method, "uniform"
+    )
     assert kinds["detector.backbone.stages.2.blocks.1.attn.attention_value"] == softmax
     gelu = softmax if method in ("adalog", "ptq4vit") else "uniform"
     assert kinds["detector.backbone.stages.2.blocks.1.mlp.fc2"] == gelu
@@ -288,7 +344,9 @@ def test_a_cascade(tmp_path: Path) -> None:
         if parameter.ndim > 1 and not name.startswith("backbone"):
             torch.nn.init.normal_(parameter, std=1.5 / parameter[0].numel() ** 0.5)
     save_file({name: value.contiguous() for name, value in model.state_dict().items()}, weights)
-    found = done(replace(cell(tmp_path, "qdrop"), model=ModelRequest("demo_cascade", weights=weights)))
+    found = done(
+        replace(cell(tmp_path, "qdrop"), model=ModelRequest("demo_cascade", weights=weights))
+    )
     assert found.record.metrics["AP_box"].value < 5
     assert list(found.record.last_loss) == SEGMENTS
     parts = {name.split(".")[0] for name in found.bits}
@@ -296,15 +354,25 @@ def test_a_cascade(tmp_path: Path) -> None:
     assert parts == {"detector"} | heads
     assert {f"calibrate {part}" for part in parts} < set(found.record.seconds)
     layers = ("shared_convs.0.conv", "shared_convs.1.conv", "shared_fcs.0", "fc_cls", "fc_reg")
-    assert {name for name in found.bits if name.startswith("bbox2")} == {f"bbox2.head.{layer}" for layer in layers}
+    assert {name for name in found.bits if name.startswith("bbox2")} == {
+        f"bbox2.head.{layer}" for layer in layers
+    }
     content = json.loads(command("inspect", found.checkpoint, "--weights", weights, "--json"))
     macs = {layer["name"]: layer["macs"] for layer in content["layers"]}
-    assert macs["bbox2.head.fc_cls"] == macs["bbox0.head.fc_cls"] == model.test_cfg.rpn.max_per_img * 64 * 11
+    assert (
+        macs["bbox2.head.fc_cls"]
+        == macs["bbox0.head.fc_cls"]
+        == model.test_cfg.rpn.max_per_img * 64 * 11
+    )
 
 
 def test_inspect(fimaq: Done) -> None:
     content = json.loads(command("inspect", fimaq.checkpoint, "--json"))
-    assert (content["task"], content["stage"], content["scope"]) == ("detection", "reconstructed", "backbone+fpn+rpn+roi")
+    assert (content["task"], content["stage"], content["scope"]) == (
+        "detection",
+        "reconstructed",
+        "backbone+fpn+rpn+roi",
+    )
     assert content["untouched"] == []
     layers = {layer["name"]: layer for layer in content["layers"]}
     assert set(layers) == set().union(*LAYERS.values())
@@ -317,53 +385,91 @@ def test_inspect(fimaq: Done) -> None:
     for name in ("convs.0.conv", "convs.2.conv", "upsample"):
         layer = layers[f"mask.head.{name}"]
         assert layer["macs"] == detections * layer["weights"] * 14 * 14
-    assert layers["mask.head.conv_logits"]["macs"] == detections * layers["mask.head.conv_logits"]["weights"] * 28 * 28
+    assert (
+        layers["mask.head.conv_logits"]["macs"]
+        == detections * layers["mask.head.conv_logits"]["weights"] * 28 * 28
+    )
     # the RPN's layers on the maps P2 to P6 of 128 x 128 pixels
     positions = sum(side**2 for side in (32, 16, 8, 4, 2))
-    assert layers["detector.rpn_head.rpn_conv"]["macs"] == positions * layers["detector.rpn_head.rpn_conv"]["weights"]
+    assert (
+        layers["detector.rpn_head.rpn_conv"]["macs"]
+        == positions * layers["detector.rpn_head.rpn_conv"]["weights"]
+    )
     sums = content["totals"]
     assert all(np.isfinite(value) and value > 0 for value in sums.values())
     assert sums["macs"] == sums["quantized_macs"] == sum(layer["macs"] for layer in layers.values())
     assert sums["bops"] == sum(
-        layer["macs"] * (16 if name.split(".")[2] != "patch_embed" else 128) for name, layer in layers.items()
+        layer["macs"] * (16 if name.split(".")[2] != "patch_embed" else 128)
+        for name, layer in layers.items()
     )
     text = command("inspect", fimaq.checkpoint)
-    assert f"MACs an image: {sums['macs']}; quantized {sums['macs']} (100.00 %)" in text.splitlines()
+    assert (
+        f"MACs an image: {sums['macs']}; quantized {sums['macs']} (100.00 %)" in text.splitlines()
+    )
     assert "scope: backbone+fpn+rpn+roi" in text.splitlines()
 
 
 def test_inspect_knows_what_is_usual_for_detectors(place: Path, ranges: Path) -> None:
     content = json.loads(command("inspect", ranges, "--json"))
     usual = make_recipe("rtn", defaults("detection")).model_dump()
-    assert content["changes"] == {name: value for name, value in QUICK.items() if usual[name] != value}
+    assert content["changes"] == {
+        name: value for name, value in QUICK.items() if usual[name] != value
+    }
     assert "calibration_transform" not in content["changes"]
-    (line,) = (text for text in command("inspect", ranges).splitlines() if text.startswith("changes: "))
-    assert line == "changes: " + ", ".join(f"{name}={value}" for name, value in content["changes"].items())
+    (line,) = (
+        text for text in command("inspect", ranges).splitlines() if text.startswith("changes: ")
+    )
+    assert line == "changes: " + ", ".join(
+        f"{name}={value}" for name, value in content["changes"].items()
+    )
     assert not any(name in line for name in ("batch_size", "mlp_percentile", "scope"))
 
 
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
-        ({"calibration_transform": "train"}, RecipeError, "calibration_transform must be eval, not train"),
+        (
+            {"calibration_transform": "train"},
+            RecipeError,
+            "calibration_transform must be eval, not train",
+        ),
         ({"batch_size": 2}, RecipeError, r"one at a time: set batch_size 1 \(now 2\)"),
-        ({"reconstruct_mlp": True, "mlp_batch": 2}, RecipeError, r"one at a time: set mlp_batch 1 \(now 2\)"),
+        (
+            {"reconstruct_mlp": True, "mlp_batch": 2},
+            RecipeError,
+            r"one at a time: set mlp_batch 1 \(now 2\)",
+        ),
         ({"temperature": 10.0}, RecipeError, "no use for temperature: leave it out"),
         ({"head_bits": 8}, RecipeError, "no use for head_bits"),
         ({"divergence_batch": 4}, RecipeError, "no use for divergence_batch"),
         ({"loss": "prediction"}, RecipeError, "choose another loss"),
         ({"calibration_images": 5000}, DataError, "1,?024"),
     ],
-    ids=["transform", "batch", "MLP batch", "temperature", "head bits", "divergence batch", "prediction", "images"],
+    ids=[
+        "transform",
+        "batch",
+        "MLP batch",
+        "temperature",
+        "head bits",
+        "divergence batch",
+        "prediction",
+        "images",
+    ],
 )
-def test_what_detectors_have_not(place: Path, changes: dict[str, Any], error: type[Exception], words: str) -> None:
+def test_what_detectors_have_not(
+    place: Path, changes: dict[str, Any], error: type[Exception], words: str
+) -> None:
     with pytest.raises(error, match=words):
         run_cell(cell(place, **changes))
 
 
 def test_a_record_serves_as_calibration_list(fimaq: Done, tmp_path: Path) -> None:
     chosen = fimaq.folder / "result.json"
-    found = done(replace(cell(tmp_path, "rtn", seed=9), data=DataRequest(limit=LIMIT, calibration_list=chosen)))
+    found = done(
+        replace(
+            cell(tmp_path, "rtn", seed=9), data=DataRequest(limit=LIMIT, calibration_list=chosen)
+        )
+    )
     assert found.record.calibration == read_record(chosen).calibration
 
 

@@ -75,16 +75,23 @@ def test_a_scope_quantizes_its_own_layers_and_no_others(cells: dict[str, Done], 
 
 def pyramid(seed: int = 0) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(seed)
-    return tuple(torch.randn(1, 32, side, side + side // 2, generator=generator) for side in (16, 8, 4, 2, 1))
+    return tuple(
+        torch.randn(1, 32, side, side + side // 2, generator=generator) for side in (16, 8, 4, 2, 1)
+    )
 
 
 @torch.no_grad()
-def outputs(model: nn.Module, detector: nn.Module | None = None, chain: object = None) -> dict[str, Tensor]:
+def outputs(
+    model: nn.Module, detector: nn.Module | None = None, chain: object = None
+) -> dict[str, Tensor]:
     """What each piece gives, by itself, for the same input: of mmdet's ``model``, or of a detector and its chain."""
     image = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(1))
     stages = model.backbone(image)
     if chain is None:
-        found = {"backbone": pack(stages), "fpn": torch.cat([one.flatten() for one in model.neck(stages)])}
+        found = {
+            "backbone": pack(stages),
+            "fpn": torch.cat([one.flatten() for one in model.neck(stages)]),
+        }
     else:
         x, kept = image, ()
         *backbone, neck, _ = chain  # type: ignore[misc, attr-defined]
@@ -98,22 +105,34 @@ def outputs(model: nn.Module, detector: nn.Module | None = None, chain: object =
     scores, boxes = heads.rpn_head(pyramid())
     found["rpn"] = torch.cat([one.flatten() for one in (*scores, *boxes)])
     inputs = {"bbox": (5, 32, 7, 7), "mask": (5, 32, 14, 14)}
-    regions = {name: torch.randn(inputs[name], generator=torch.Generator().manual_seed(2)) for name in inputs}
+    regions = {
+        name: torch.randn(inputs[name], generator=torch.Generator().manual_seed(2))
+        for name in inputs
+    }
     given = [head(regions[name]) for name, head in roi_heads(heads).items()]
-    found["roi"] = torch.cat([one.flatten() for each in given for one in (each if isinstance(each, tuple) else (each,))])
+    found["roi"] = torch.cat(
+        [one.flatten() for each in given for one in (each if isinstance(each, tuple) else (each,))]
+    )
     return found
 
 
 @pytest.mark.parametrize("scope", [FULL, *PIECES])
-def test_pieces_out_of_scope_compute_as_the_float_model_does(cells: dict[str, Done], scope: str) -> None:
+def test_pieces_out_of_scope_compute_as_the_float_model_does(
+    cells: dict[str, Done], scope: str
+) -> None:
     float_model = TASK.load(MODEL).model
     expected = outputs(float_model)
     _, chains, detector = restored(cells[scope])
-    assert set(chains) == {"roi": {"bbox", "mask"}, FULL: {DETECTOR, "bbox", "mask"}}.get(scope, {DETECTOR})
+    assert set(chains) == {"roi": {"bbox", "mask"}, FULL: {DETECTOR, "bbox", "mask"}}.get(
+        scope, {DETECTOR}
+    )
     if DETECTOR in chains:
         found = outputs(float_model, detector, chains[DETECTOR])
     else:
-        found = {**expected, **{name: outputs(float_model, detector)[name] for name in ("rpn", "roi")}}
+        found = {
+            **expected,
+            **{name: outputs(float_model, detector)[name] for name in ("rpn", "roi")},
+        }
         image = torch.randn(1, 3, 64, 96)
         with torch.no_grad():
             maps, own = detector.extract_feat(image), float_model.extract_feat(image)
@@ -128,23 +147,40 @@ def test_pieces_out_of_scope_compute_as_the_float_model_does(cells: dict[str, Do
 
 def test_scopes_share_what_is_the_same_in_both(cells: dict[str, Done], place: Path) -> None:
     """The chain of backbone, neck and RPN is calibrated once a part of it that is quantized, the RoI heads once for all."""
-    kept = {kind: len(list((place / kind).glob("*.safetensors"))) for kind in ("calibration", "reconstruction")}
+    kept = {
+        kind: len(list((place / kind).glob("*.safetensors")))
+        for kind in ("calibration", "reconstruction")
+    }
     assert kept == {"calibration": 3 + 3, "reconstruction": 3 + 3}
     shared = done(cell(place, "qdrop", scope="backbone+fpn+rpn"))
     assert {kind: len(list((place / kind).glob("*.safetensors"))) for kind in kept} == kept
     for found, parts in ((cells["roi"], ("bbox", "mask")), (shared, ("detector",))):
         seconds = set(found.record.seconds)
-        assert {f"{stage} {part} (reused)" for stage in ("calibrate", "reconstruct") for part in parts} <= seconds
-        assert not any(f"{stage} {part}" in seconds for stage in ("calibrate", "reconstruct") for part in ("detector", "bbox"))
-        whole = {name: value for name, value in cells[FULL].state.items() if name.split(".")[0] in parts}
+        assert {
+            f"{stage} {part} (reused)" for stage in ("calibrate", "reconstruct") for part in parts
+        } <= seconds
+        assert not any(
+            f"{stage} {part}" in seconds
+            for stage in ("calibrate", "reconstruct")
+            for part in ("detector", "bbox")
+        )
+        whole = {
+            name: value for name, value in cells[FULL].state.items() if name.split(".")[0] in parts
+        }
         assert same(found.state, whole)
     assert cells["fpn"].record.metrics != cells["rpn"].record.metrics
-    assert len({planned_folder(cell(place, "qdrop", scope=scope)) for scope in SCOPES}) == len(SCOPES) == 15
+    assert (
+        len({planned_folder(cell(place, "qdrop", scope=scope)) for scope in SCOPES})
+        == len(SCOPES)
+        == 15
+    )
     assert planned_folder(cell(place, "qdrop")) == planned_folder(cell(place, "qdrop", scope=FULL))
 
 
 @pytest.mark.parametrize("scope", ["fpn", "roi"])
-def test_stages_of_a_scope_give_what_its_run_gives(cells: dict[str, Done], tmp_path: Path, scope: str) -> None:
+def test_stages_of_a_scope_give_what_its_run_gives(
+    cells: dict[str, Done], tmp_path: Path, scope: str
+) -> None:
     ranges, whole = tmp_path / "ranges.safetensors", tmp_path / "whole.safetensors"
     common = ["--model", MODEL.name, "--method", "qdrop", *FLAGS, "--scope", scope]
     command("calibrate", *common, "--out", ranges)
@@ -159,7 +195,9 @@ def test_a_roi_head_out_of_scope_is_the_float_models_own(cells: dict[str, Done])
     """Not even its layers are swapped, and what is detected is the float model's where the backbone is too."""
     loaded, chains, detector = restored(cells["rpn"])
     assert set(TASK.untouched(loaded, chains)) == {"roi_head"}
-    assert not any(type(module).__name__.startswith("Quant") for module in detector.roi_head.modules())
+    assert not any(
+        type(module).__name__.startswith("Quant") for module in detector.roi_head.modules()
+    )
     source = open_demo("val")
     image, meta = loaded.eval_transform(source.read(3))  # type: ignore[misc]
     float_model = TASK.assemble(TASK.load(MODEL), {})
@@ -174,28 +212,53 @@ def test_a_roi_head_out_of_scope_is_the_float_models_own(cells: dict[str, Done])
 def test_there_are_no_mlps_without_a_backbone(scope: str, method: str) -> None:
     recipe = make_recipe(method, defaults("detection"), {"scope": scope})
     with pytest.raises(
-        RecipeError, match=rf"MLPs are in the backbone, which scope '{scope.replace('+', '[+]')}' leaves as it is"
+        RecipeError,
+        match=rf"MLPs are in the backbone, which scope '{scope.replace('+', '[+]')}' leaves as it is",
     ):
         TASK.chains(TASK.load(MODEL), recipe)
 
 
 def test_scopes_that_there_are_not(place: Path) -> None:
-    with pytest.raises(RecipeError, match=r"no scope 'backbone\+fnp'\. Did you mean 'backbone\+fpn'\?"):
+    with pytest.raises(
+        RecipeError, match=r"no scope 'backbone\+fnp'\. Did you mean 'backbone\+fpn'\?"
+    ):
         planned_folder(cell(place, "qdrop", scope="backbone+fnp"))
-    said = command("run", "--model", MODEL.name, "--scope", "neck", "--limit", LIMIT, "--results", place, fails=True)
+    said = command(
+        "run",
+        "--model",
+        MODEL.name,
+        "--scope",
+        "neck",
+        "--limit",
+        LIMIT,
+        "--results",
+        place,
+        fails=True,
+    )
     assert "Invalid value for '--scope': 'neck' is not one of 'backbone+fpn+rpn+roi'" in said
 
 
 def test_inspect_of_one_piece(cells: dict[str, Done]) -> None:
     """What has no chain counts as full precision; of the chain, what is out of scope has 32 bits."""
-    shown = {scope: json.loads(command("inspect", cells[scope].checkpoint, "--json")) for scope in (FULL, "fpn", "roi")}
+    shown = {
+        scope: json.loads(command("inspect", cells[scope].checkpoint, "--json"))
+        for scope in (FULL, "fpn", "roi")
+    }
     assert shown["fpn"]["untouched"] == ["roi_head"]
     assert shown["roi"]["untouched"] == ["backbone", "neck", "rpn_head"]
-    bits = {layer["name"]: (layer["weight_bits"], layer["input_bits"]) for layer in shown["fpn"]["layers"]}
+    bits = {
+        layer["name"]: (layer["weight_bits"], layer["input_bits"])
+        for layer in shown["fpn"]["layers"]
+    }
     assert {name for name, pair in bits.items() if pair == (4, 4)} == LAYERS["fpn"]
-    assert {name for name, pair in bits.items() if pair == (32, 32)} == LAYERS["backbone"] | LAYERS["rpn"]
+    assert {name for name, pair in bits.items() if pair == (32, 32)} == LAYERS["backbone"] | LAYERS[
+        "rpn"
+    ]
     assert {layer["name"] for layer in shown["roi"]["layers"]} == LAYERS["roi"]
-    macs = {scope: {layer["name"]: layer["macs"] for layer in content["layers"]} for scope, content in shown.items()}
+    macs = {
+        scope: {layer["name"]: layer["macs"] for layer in content["layers"]}
+        for scope, content in shown.items()
+    }
     for scope in ("fpn", "roi"):
         assert all(macs[FULL][name] == value for name, value in macs[scope].items())
     sums = shown["fpn"]["totals"]

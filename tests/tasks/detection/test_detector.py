@@ -33,8 +33,12 @@ def assert_equal(found: mm.DetDataSample, expected: mm.DetDataSample) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("size", "factors"), [((64, 96), (1.0, 1.0)), ((75, 50), (1.25, 1.5))], ids=["plain", "resized"])
-def test_the_float_model_predicts_as_mmdet_does(kind: str, size: tuple[int, int], factors: tuple[float, float]) -> None:
+@pytest.mark.parametrize(
+    ("size", "factors"), [((64, 96), (1.0, 1.0)), ((75, 50), (1.25, 1.5))], ids=["plain", "resized"]
+)
+def test_the_float_model_predicts_as_mmdet_does(
+    kind: str, size: tuple[int, int], factors: tuple[float, float]
+) -> None:
     model = build(KINDS[kind])
     image, meta = sample(*size, factors)
     with torch.no_grad():
@@ -52,12 +56,16 @@ def test_the_float_model_predicts_as_mmdet_does(kind: str, size: tuple[int, int]
 @pytest.mark.parametrize("kind", KINDS)
 def test_predictions_equal_a_test_step_on_raw_pixels(kind: str) -> None:
     model = build(KINDS[kind])
-    pixels = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (3, 200, 147), dtype=np.uint8))
+    pixels = torch.from_numpy(
+        np.random.default_rng(1).integers(0, 256, (3, 200, 147), dtype=np.uint8)
+    )
     meta = {"img_shape": (200, 147), "ori_shape": (133, 98), "scale_factor": (1.5, 200 / 133)}
     raw = {"inputs": [pixels], "data_samples": [mm.DetDataSample(metainfo=meta)]}
     with torch.no_grad():
         (expected,) = model.test_step(raw)
-    batch = model.data_preprocessor({"inputs": [pixels], "data_samples": [mm.DetDataSample(metainfo=meta)]}, False)
+    batch = model.data_preprocessor(
+        {"inputs": [pixels], "data_samples": [mm.DetDataSample(metainfo=meta)]}, False
+    )
     assert batch["inputs"].shape == (1, 3, 224, 160)
     found = QuantizedDetector(model, {}).predict(batch["inputs"], batch["data_samples"][0].metainfo)
     assert len(found.pred_instances) >= 5
@@ -131,7 +139,11 @@ def test_the_whole_chain_predicts_as_mmdet_does(kind: str) -> None:
     expected = results(QuantizedDetector(model, {}).predict(image, meta))
     recipes = {"backbone": recipe(4), "fpn": recipe(4)}
     chain = BlockChain([*detector_segments(model, recipes), rpn_segment(model, recipe(4))])
-    found = results(QuantizedDetector(model, {"detector": chain, **roi_parts(model, recipe(4))}).predict(image, meta))
+    found = results(
+        QuantizedDetector(model, {"detector": chain, **roi_parts(model, recipe(4))}).predict(
+            image, meta
+        )
+    )
     assert len(found["scores"]) >= 5
     assert torch.equal(found["labels"], expected["labels"])
     assert torch.allclose(found["scores"], expected["scores"], atol=1e-4)

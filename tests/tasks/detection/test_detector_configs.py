@@ -33,7 +33,13 @@ def from_mmdet(file: str) -> Any:
     """A configuration that mmdet brings."""
     from tasks.detection.mm import Config
 
-    return Config.fromfile(str(importlib.metadata.distribution("onedl-mmdetection").locate_file(f"mmdet/.mim/configs/{file}")))
+    return Config.fromfile(
+        str(
+            importlib.metadata.distribution("onedl-mmdetection").locate_file(
+                f"mmdet/.mim/configs/{file}"
+            )
+        )
+    )
 
 
 def plain(value: Any) -> Any:
@@ -58,8 +64,13 @@ def without_finest_scale(config: dict[str, Any]) -> dict[str, Any]:
     ],
 )
 def test_mask_rcnn_is_as_mmdet_has_it(model: str, file: str) -> None:
-    own, mmdets = plain(without_finest_scale(published_config(model))), plain(from_mmdet(f"swin/{file}").model.to_dict())
-    assert mmdets["backbone"].pop("init_cfg")["type"] == "Pretrained"  # weights to train from, and their format
+    own, mmdets = (
+        plain(without_finest_scale(published_config(model))),
+        plain(from_mmdet(f"swin/{file}").model.to_dict()),
+    )
+    assert (
+        mmdets["backbone"].pop("init_cfg")["type"] == "Pretrained"
+    )  # weights to train from, and their format
     assert mmdets["backbone"].pop("convert_weights")
     assert own == mmdets
 
@@ -70,8 +81,12 @@ def test_images_are_resized_as_mmdet_does_it() -> None:
     assert plain(dict(resize)) == {"type": "Resize", **plain(RESIZE)}
 
 
-@pytest.mark.parametrize(("model", "width", "rate"), [("tiny", 96, 0.2), ("small", 96, 0.2), ("base", 128, 0.3)])
-def test_the_cascade_is_mmdets_with_the_heads_of_the_published_checkpoints(model: str, width: int, rate: float) -> None:
+@pytest.mark.parametrize(
+    ("model", "width", "rate"), [("tiny", 96, 0.2), ("small", 96, 0.2), ("base", 128, 0.3)]
+)
+def test_the_cascade_is_mmdets_with_the_heads_of_the_published_checkpoints(
+    model: str, width: int, rate: float
+) -> None:
     own = plain(without_finest_scale(published_config(f"cascade_mask_rcnn_swin_{model}")))
     base = plain(from_mmdet("_base_/models/cascade-mask-rcnn_r50_fpn.py").model.to_dict())
     backbone = own.pop("backbone")
@@ -79,7 +94,9 @@ def test_the_cascade_is_mmdets_with_the_heads_of_the_published_checkpoints(model
     assert backbone["embed_dims"] == width
     assert backbone["window_size"] == 7
     assert backbone["depths"] == [2, 2, 6 if model == "tiny" else 18, 2]
-    assert [width * 2**stage // heads for stage, heads in enumerate(backbone["num_heads"])] == [32] * 4
+    assert [width * 2**stage // heads for stage, heads in enumerate(backbone["num_heads"])] == [
+        32
+    ] * 4
     assert backbone["drop_path_rate"] == rate
     assert own["neck"].pop("in_channels") == [width, 2 * width, 4 * width, 8 * width]
     base["neck"].pop("in_channels")
@@ -98,19 +115,35 @@ def test_the_cascade_is_mmdets_with_the_heads_of_the_published_checkpoints(model
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_published_models_have_the_papers_sizes(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "linspace", functools.partial(torch.linspace, device="cpu"))  # read for drop path rates
+def test_published_models_have_the_papers_sizes(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        torch, "linspace", functools.partial(torch.linspace, device="cpu")
+    )  # read for drop path rates
     with torch.device("meta"):
         built = build(published_config(model))
     assert not built.training
-    assert round(sum(parameter.numel() for parameter in built.parameters()) / 1e6) == PARAMETERS[model]
+    assert (
+        round(sum(parameter.numel() for parameter in built.parameters()) / 1e6) == PARAMETERS[model]
+    )
     assert all(parameter.is_meta for parameter in built.parameters())
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_small_detectors_follow_the_arguments(kind: Any) -> None:
     config = detector_config(
-        kind, 16, (2, 1, 1, 1), (2, 2, 4, 4), 4, classes=10, channels=24, fc_channels=40, box_convs=1, mask_convs=2, detections=7
+        kind,
+        16,
+        (2, 1, 1, 1),
+        (2, 2, 4, 4),
+        4,
+        classes=10,
+        channels=24,
+        fc_channels=40,
+        box_convs=1,
+        mask_convs=2,
+        detections=7,
     )
     model = build(config)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
@@ -133,12 +166,20 @@ def test_building_leaves_the_default_scope_alone() -> None:
 
     before = present()
     with DefaultScope.overwrite_default_scope("mmengine"):
-        build(detector_config("mask_rcnn", 8, (1, 1, 1, 1), (1, 1, 1, 1), 2, channels=8, fc_channels=8))
+        build(
+            detector_config(
+                "mask_rcnn", 8, (1, 1, 1, 1), (1, 1, 1, 1), 2, channels=8, fc_channels=8
+            )
+        )
         assert present() == "mmengine"
     assert present() == before
 
 
 def test_a_configuration_is_not_written_into() -> None:
-    config = detector_config("cascade_mask_rcnn", 8, (1, 1, 1, 1), (1, 1, 1, 1), 2, channels=8, fc_channels=8)
+    config = detector_config(
+        "cascade_mask_rcnn", 8, (1, 1, 1, 1), (1, 1, 1, 1), 2, channels=8, fc_channels=8
+    )
     build(config)
-    assert config == detector_config("cascade_mask_rcnn", 8, (1, 1, 1, 1), (1, 1, 1, 1), 2, channels=8, fc_channels=8)
+    assert config == detector_config(
+        "cascade_mask_rcnn", 8, (1, 1, 1, 1), (1, 1, 1, 1), 2, channels=8, fc_channels=8
+    )

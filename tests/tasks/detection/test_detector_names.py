@@ -41,7 +41,12 @@ def weights(tmp_path: Path) -> Path:
 def test_importing_the_names_imports_no_library() -> None:
     heavy = "torch", "mmdet", "mmcv", "mmengine", "cv2", "torchvision"
     code = f"import sys, tasks.detection.tags; print(sorted(set({heavy}) & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )
 
 
 def test_names() -> None:
@@ -61,11 +66,23 @@ def test_names() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("mask_rcnn_swin_tin", "Unknown model 'mask_rcnn_swin_tin'. Did you mean 'mask_rcnn_swin_tiny'?"),
+        (
+            "mask_rcnn_swin_tin",
+            "Unknown model 'mask_rcnn_swin_tin'. Did you mean 'mask_rcnn_swin_tiny'?",
+        ),
         ("demo_casade", "Unknown model 'demo_casade'. Did you mean 'demo_cascade'?"),
-        ("mask_rcnn_swin_small.coco_1x", "no published weights 'coco_1x' of mask_rcnn_swin_small. Did you mean 'coco_3x'?"),
-        ("mask_rcnn_swin_base.coco_3x", "'coco_3x' of mask_rcnn_swin_base. There are none: give a file with --weights."),
-        ("mask_rcnn_swin_base", "'mask_rcnn_swin_base' names no weights, and none were published for it: choose a local file"),
+        (
+            "mask_rcnn_swin_small.coco_1x",
+            "no published weights 'coco_1x' of mask_rcnn_swin_small. Did you mean 'coco_3x'?",
+        ),
+        (
+            "mask_rcnn_swin_base.coco_3x",
+            "'coco_3x' of mask_rcnn_swin_base. There are none: give a file with --weights.",
+        ),
+        (
+            "mask_rcnn_swin_base",
+            "'mask_rcnn_swin_base' names no weights, and none were published for it: choose a local file",
+        ),
     ],
 )
 def test_unknown_names(name: str, message: str) -> None:
@@ -77,15 +94,26 @@ def test_unknown_names(name: str, message: str) -> None:
 def test_weights_from_files_have_a_tag_of_their_own(weights: Path) -> None:
     file = weights / "mask_rcnn_swin_tiny.coco_3x.pth"
     digest = file_sha256(file)
-    assert tags.model_tag(ModelRequest("mask_rcnn_swin_tiny", weights_folder=weights)) == "mask_rcnn_swin_tiny.coco_3x"
-    assert tags.weights_digest(ModelRequest("mask_rcnn_swin_tiny", weights_folder=weights)) == digest
-    assert tags.model_tag(ModelRequest("mask_rcnn_swin_base", weights=file)) == f"mask_rcnn_swin_base.local-{digest[:12]}"
+    assert (
+        tags.model_tag(ModelRequest("mask_rcnn_swin_tiny", weights_folder=weights))
+        == "mask_rcnn_swin_tiny.coco_3x"
+    )
+    assert (
+        tags.weights_digest(ModelRequest("mask_rcnn_swin_tiny", weights_folder=weights)) == digest
+    )
+    assert (
+        tags.model_tag(ModelRequest("mask_rcnn_swin_base", weights=file))
+        == f"mask_rcnn_swin_base.local-{digest[:12]}"
+    )
 
 
 def test_scopes_are_all_that_is_not_nothing() -> None:
     assert tags.SCOPES[0] == "backbone+fpn+rpn+roi"
     found = {frozenset(scope.split("+")) for scope in tags.SCOPES}
-    choices = {frozenset(n for n, take in zip(tags.PIECES, taken, strict=True) if take) for taken in product((0, 1), repeat=4)}
+    choices = {
+        frozenset(n for n, take in zip(tags.PIECES, taken, strict=True) if take)
+        for taken in product((0, 1), repeat=4)
+    }
     assert found == choices - {frozenset()}
     assert len(tags.SCOPES) == 15
 
@@ -95,17 +123,29 @@ def test_settings_of_recipes_exist() -> None:
     assert {name: getattr(recipe, name) for name in tags.DEFAULTS} == tags.DEFAULTS
 
 
-def test_missing_weights_name_the_published_file_and_are_not_looked_for_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_weights_name_the_published_file_and_are_not_looked_for_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def asked(*_: object, **__: object) -> bool:
         raise AssertionError("the hub was asked")
 
     monkeypatch.setattr("tasks.common.models.hub.hub_answers", asked)
-    requests = [ModelRequest(name) for name in ("mask_rcnn_swin_tiny", "cascade_mask_rcnn_swin_small")]
-    missing = [item for request in requests for item in tags.preflight(request, DataRequest()) if "weights" in item.what]
+    requests = [
+        ModelRequest(name) for name in ("mask_rcnn_swin_tiny", "cascade_mask_rcnn_swin_small")
+    ]
+    missing = [
+        item
+        for request in requests
+        for item in tags.preflight(request, DataRequest())
+        if "weights" in item.what
+    ]
     text = describe_missing(missing)
     assert text is not None
     assert text.count("\n") == 0  # one line for all
-    assert "mask_rcnn_swin_tiny.coco_3x (published as v1.0.2/mask_rcnn_swin_tiny_patch4_window7.pth)" in text
+    assert (
+        "mask_rcnn_swin_tiny.coco_3x (published as v1.0.2/mask_rcnn_swin_tiny_patch4_window7.pth)"
+        in text
+    )
     assert "cascade_mask_rcnn_swin_small.coco_3x (published as" in text
     assert "WEIGHTS=/path" in text
     with pytest.raises(ModelError, match=r"Missing: the weights of mask_rcnn_swin_tiny\.coco_3x"):
@@ -114,7 +154,9 @@ def test_missing_weights_name_the_published_file_and_are_not_looked_for_elsewher
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"There is no weights file .*none\.pth"):
-        tags.preflight(ModelRequest("mask_rcnn_swin_tiny", weights=tmp_path / "none.pth"), DataRequest())
+        tags.preflight(
+            ModelRequest("mask_rcnn_swin_tiny", weights=tmp_path / "none.pth"), DataRequest()
+        )
 
 
 def test_nothing_is_missing(coco: Path, weights: Path) -> None:
@@ -132,20 +174,30 @@ def test_nothing_is_missing(coco: Path, weights: Path) -> None:
 def test_missing_data(coco: Path, weights: Path) -> None:
     def missing(**data: Path) -> str:
         return (
-            describe_missing(tags.preflight(ModelRequest("mask_rcnn_swin_tiny", weights_folder=weights), DataRequest(**data)))
+            describe_missing(
+                tags.preflight(
+                    ModelRequest("mask_rcnn_swin_tiny", weights_folder=weights), DataRequest(**data)
+                )
+            )
             or ""
         )
 
     assert missing().startswith("Missing: the data set COCO 2017. Give its folder: COCO=/path")
-    assert missing(path=coco / "none").startswith(f"Missing: the folder {coco / 'none'}. The folder of COCO 2017 is expected")
+    assert missing(path=coco / "none").startswith(
+        f"Missing: the folder {coco / 'none'}. The folder of COCO 2017 is expected"
+    )
     assert missing(path=coco / "none.json").startswith(f"Missing: the file {coco / 'none.json'}. ")
     assert missing(calibration_data=coco).startswith("Missing: the data set COCO 2017. ")
-    assert missing(path=coco, calibration_data=coco / "none.json").startswith(f"Missing: the file {coco / 'none.json'}. ")
+    assert missing(path=coco, calibration_data=coco / "none.json").startswith(
+        f"Missing: the file {coco / 'none.json'}. "
+    )
     (coco / "annotations" / "instances_val2017.json").unlink()
     (coco / "train2017").rmdir()
     file, folder = coco / "annotations" / "instances_val2017.json", coco / "train2017"
     assert missing(path=coco).startswith(f"Missing: the file {file} and the folder {folder}. ")
-    assert missing(path=coco, calibration_data=coco).startswith(f"Missing: the file {file} and the folder {folder}. ")
+    assert missing(path=coco, calibration_data=coco).startswith(
+        f"Missing: the file {file} and the folder {folder}. "
+    )
 
 
 def test_demo_models_bring_their_data() -> None:

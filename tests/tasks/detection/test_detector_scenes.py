@@ -59,7 +59,10 @@ def test_fingerprint_depends_on_pixels_and_on_masks() -> None:
 
 
 def test_parts_share_no_digit() -> None:
-    used = {part: {digit.source for scene in coco_files.scenes_of(part) for digit in scene.placed} for part in PARTS}
+    used = {
+        part: {digit.source for scene in coco_files.scenes_of(part) for digit in scene.placed}
+        for part in PARTS
+    }
     for part, sources in used.items():
         assert sources <= set(split_digits()[part])
         assert len(sources) > 400
@@ -92,7 +95,9 @@ def test_masks_are_apart_and_boxes_tight(part: str) -> None:
             inside = np.zeros_like(mask)
             inside[y1:y2, x1:x2] = True
             assert not (mask & ~inside).any()
-            assert all(edge.any() for edge in (mask[y1], mask[y2 - 1], mask[:, x1], mask[:, x2 - 1]))
+            assert all(
+                edge.any() for edge in (mask[y1], mask[y2 - 1], mask[:, x1], mask[:, x2 - 1])
+            )
 
 
 def test_masks_are_the_pixels_that_no_later_digit_hides() -> None:
@@ -108,7 +113,9 @@ def test_masks_are_the_pixels_that_no_later_digit_hides() -> None:
 
 
 def test_a_digit_that_is_mostly_hidden_is_not_annotated() -> None:
-    cases = [scene for scene in coco_files.scenes_of("train") if len(scene.shown) < len(scene.placed)]
+    cases = [
+        scene for scene in coco_files.scenes_of("train") if len(scene.shown) < len(scene.placed)
+    ]
     assert cases
     for scene in cases:
         inks = slow_layers(scene) >= 80
@@ -153,7 +160,12 @@ def test_other_pictures_of_the_digits_can_be_composed() -> None:
             assert mask.sum() <= scene.placed[i].side ** 2
         last = scene.placed[-1]  # Nothing is put over it.
         assert scene.masks[-1].sum() == last.side**2
-        assert scene.boxes[-1].tolist() == [last.left, last.top, last.left + last.side, last.top + last.side]
+        assert scene.boxes[-1].tolist() == [
+            last.left,
+            last.top,
+            last.left + last.side,
+            last.top + last.side,
+        ]
 
 
 def test_files_are_a_data_set_in_cocos_format(tmp_path: Path) -> None:
@@ -188,7 +200,9 @@ def test_files_are_a_data_set_in_cocos_format(tmp_path: Path) -> None:
 
 
 def test_unknown_parts_are_explained() -> None:
-    with pytest.raises(ValueError, match="of the digit scenes for detection; possible parts: train, val, test"):
+    with pytest.raises(
+        ValueError, match="of the digit scenes for detection; possible parts: train, val, test"
+    ):
         coco_files.scenes_of("validation")
     with pytest.raises(ValueError, match="possible parts"):
         next(scenes.draw_scenes("validation", 1, np.random.default_rng(0)))

@@ -41,14 +41,21 @@ def small(name: str = NAMES[0], **changes: Any) -> nn.Module:
     model = randomise(build(published_config(name, **{**SMALL, **changes})))
     for index, (key, value) in enumerate(model.state_dict().items()):
         if "running_" in key:
-            value.copy_(torch.rand(value.shape, generator=torch.Generator().manual_seed(index)) + 0.5)
+            value.copy_(
+                torch.rand(value.shape, generator=torch.Generator().manual_seed(index)) + 0.5
+            )
     return model
 
 
 def position_index(window: int) -> Tensor:
     """Row of the bias table of each pair of positions in a window, by their distances down and across."""
     places = [(row, column) for row in range(window) for column in range(window)]
-    return torch.tensor([[(a - c + window - 1) * (2 * window - 1) + b - d + window - 1 for c, d in places] for a, b in places])
+    return torch.tensor(
+        [
+            [(a - c + window - 1) * (2 * window - 1) + b - d + window - 1 for c, d in places]
+            for a, b in places
+        ]
+    )
 
 
 def original(state: dict[str, Tensor], window: int = 3) -> dict[str, Tensor]:
@@ -76,7 +83,9 @@ def original(state: dict[str, Tensor], window: int = 3) -> dict[str, Tensor]:
                             for channel in range(width):
                                 # x[:, row::2, column::2] in the order (0, 0), (1, 0), (0, 1), (1, 1)
                                 place = [(0, 0), (1, 0), (0, 1), (1, 1)].index((row, column))
-                                old[..., place * width + channel] = value[..., channel * 4 + row * 2 + column]
+                                old[..., place * width + channel] = value[
+                                    ..., channel * 4 + row * 2 + column
+                                ]
                     value = old
         result[".".join(parts)] = value
     return result
@@ -85,29 +94,45 @@ def original(state: dict[str, Tensor], window: int = 3) -> dict[str, Tensor]:
 class Original:
     """The backbone of the Swin repository from its weights, slowly: window by window."""
 
-    def __init__(self, state: dict[str, Tensor], depths: tuple[int, ...], heads: tuple[int, ...], window: int) -> None:
-        self.state = {name.removeprefix("backbone."): value for name, value in state.items() if name.startswith("backbone.")}
+    def __init__(
+        self, state: dict[str, Tensor], depths: tuple[int, ...], heads: tuple[int, ...], window: int
+    ) -> None:
+        self.state = {
+            name.removeprefix("backbone."): value
+            for name, value in state.items()
+            if name.startswith("backbone.")
+        }
         self.depths, self.heads, self.window = depths, heads, window
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         return functional.linear(x, self.state[f"{name}.weight"], self.state.get(f"{name}.bias"))
 
     def norm(self, name: str, x: Tensor) -> Tensor:
-        return functional.layer_norm(x, x.shape[-1:], self.state[f"{name}.weight"], self.state[f"{name}.bias"])
+        return functional.layer_norm(
+            x, x.shape[-1:], self.state[f"{name}.weight"], self.state[f"{name}.bias"]
+        )
 
     def attention(self, name: str, x: Tensor, heads: int, shift: int) -> Tensor:
         window, (height, width, channels) = self.window, x.shape
         x = functional.pad(x, (0, 0, 0, -width % window, 0, -height % window))
         rows, columns = ((torch.arange(size) + shift) % size for size in x.shape[:2])
         out = torch.zeros_like(x)
-        bias = self.state[f"{name}.relative_position_bias_table"][self.state[f"{name}.relative_position_index"]].permute(2, 0, 1)
+        bias = self.state[f"{name}.relative_position_bias_table"][
+            self.state[f"{name}.relative_position_index"]
+        ].permute(2, 0, 1)
         for top in range(0, len(rows), window):
             for left in range(0, len(columns), window):
                 r = rows[top : top + window].repeat_interleave(window)
                 c = columns[left : left + window].repeat(window)
-                q, k, v = self.linear(f"{name}.qkv", x[r, c]).reshape(window**2, 3, heads, -1).permute(1, 2, 0, 3)
+                q, k, v = (
+                    self.linear(f"{name}.qkv", x[r, c])
+                    .reshape(window**2, 3, heads, -1)
+                    .permute(1, 2, 0, 3)
+                )
                 logits = q @ k.mT / math.sqrt(channels // heads) + bias
-                region = (r < shift) * 2 + (c < shift)  # what the shift has brought over from the other side
+                region = (r < shift) * 2 + (
+                    c < shift
+                )  # what the shift has brought over from the other side
                 logits = logits - 100.0 * (region[:, None] != region[None])
                 out[r, c] = (logits.softmax(-1) @ v).transpose(0, 1).reshape(window**2, channels)
         return self.linear(f"{name}.proj", out)[:height, :width]
@@ -118,15 +143,24 @@ class Original:
         return self.linear(f"{name}.reduction", self.norm(f"{name}.norm", torch.cat(pixels, -1)))
 
     def __call__(self, image: Tensor) -> list[Tensor]:
-        x = functional.conv2d(image, self.state["patch_embed.proj.weight"], self.state["patch_embed.proj.bias"], stride=4)
+        x = functional.conv2d(
+            image,
+            self.state["patch_embed.proj.weight"],
+            self.state["patch_embed.proj.bias"],
+            stride=4,
+        )
         x = self.norm("patch_embed.norm", x[0].permute(1, 2, 0))
         outputs = []
         for i, (depth, heads) in enumerate(zip(self.depths, self.heads, strict=True)):
             for j in range(depth):
                 block = f"layers.{i}.blocks.{j}"
                 shift = self.window // 2 if j % 2 else 0
-                x = x + self.attention(f"{block}.attn", self.norm(f"{block}.norm1", x), heads, shift)
-                hidden = functional.gelu(self.linear(f"{block}.mlp.fc1", self.norm(f"{block}.norm2", x)))
+                x = x + self.attention(
+                    f"{block}.attn", self.norm(f"{block}.norm1", x), heads, shift
+                )
+                hidden = functional.gelu(
+                    self.linear(f"{block}.mlp.fc1", self.norm(f"{block}.norm2", x))
+                )
                 x = x + self.linear(f"{block}.mlp.fc2", hidden)
             outputs.append(self.norm(f"norm{i}", x).permute(2, 0, 1)[None])
             if i < len(self.depths) - 1:
@@ -135,7 +169,9 @@ class Original:
 
 
 def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+    return one.keys() == other.keys() and all(
+        torch.equal(value, other[name]) for name, value in one.items()
+    )
 
 
 def write(content: dict[str, Any], path: Path) -> Path:
@@ -155,11 +191,15 @@ def test_weights_of_the_swin_repository_compute_in_mmdet_what_they_compute_there
     # values of their own, not those that the inverse brought along
     generator = torch.Generator().manual_seed(7)
     state = {
-        name: torch.randn(value.shape, generator=generator) / 3 if value.is_floating_point() else value
+        name: torch.randn(value.shape, generator=generator) / 3
+        if value.is_floating_point()
+        else value
         for name, value in state.items()
     }
     model.load_state_dict(adapted(state, model, "a file"))
-    image = torch.randn(1, 3, 52, 76, generator=generator)  # 13 x 19 tokens: windows of 3 and merging pad, in both directions
+    image = torch.randn(
+        1, 3, 52, 76, generator=generator
+    )  # 13 x 19 tokens: windows of 3 and merging pad, in both directions
     with torch.no_grad():
         ours = model.backbone(image)
         theirs = Original(state, SMALL["depths"], SMALL["num_heads"], 3)(image)
@@ -176,7 +216,10 @@ def test_conversion_inverts_the_layout_key_by_key(name: str) -> None:
     theirs = original(state)
     assert len(theirs) == len(state)
     assert "backbone.layers.0.blocks.1.mlp.fc2.bias" in theirs
-    assert not torch.equal(theirs["backbone.layers.0.downsample.norm.weight"], state["backbone.stages.0.downsample.norm.weight"])
+    assert not torch.equal(
+        theirs["backbone.layers.0.downsample.norm.weight"],
+        state["backbone.stages.0.downsample.norm.weight"],
+    )
     assert equal(of_mmdet(theirs), state)
     assert equal(adapted(theirs, model, "a file"), state)
     assert equal(of_mmdet(state), state)
@@ -194,30 +237,60 @@ def test_merging_order_of_a_numbered_vector() -> None:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     "form",
-    ["plain", "safetensors", "state_dict", "module.", "original", "original, safetensors", "averaged", "preprocessor", "half"],
+    [
+        "plain",
+        "safetensors",
+        "state_dict",
+        "module.",
+        "original",
+        "original, safetensors",
+        "averaged",
+        "preprocessor",
+        "half",
+    ],
 )
 def test_every_format_loads_bit_for_bit(tmp_path: Path, form: str, name: str) -> None:
     state = small(name).state_dict()
     content: dict[str, Any] = dict(state)
     if form == "state_dict":
-        content = {"meta": {"epoch": 36, "CLASSES": ("a", "b", "c"), "PALETTE": [(1, 2, 3)]}, "state_dict": state}
+        content = {
+            "meta": {"epoch": 36, "CLASSES": ("a", "b", "c"), "PALETTE": [(1, 2, 3)]},
+            "state_dict": state,
+        }
     elif form == "module.":
-        content = {"state_dict": {f"module.{key}": value for key, value in state.items()}, "optimizer": {"state": {}}}
+        content = {
+            "state_dict": {f"module.{key}": value for key, value in state.items()},
+            "optimizer": {"state": {}},
+        }
     elif form.startswith("original"):
         content = original(state)
     elif form == "averaged":
-        content = {**state, **{f"ema_{key.replace('.', '_')}": value + 1 for key, value in state.items()}}
+        content = {
+            **state,
+            **{f"ema_{key.replace('.', '_')}": value + 1 for key, value in state.items()},
+        }
     elif form == "preprocessor":
-        mean, deviation = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
+        mean, deviation = (
+            torch.tensor([123.675, 116.28, 103.53]),
+            torch.tensor([58.395, 57.12, 57.375]),
+        )
         content = {
             **state,
             "data_preprocessor.mean": mean.view(3, 1, 1),
             "data_preprocessor.std": deviation.view(3, 1, 1),
         }
     elif form == "half":
-        content = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
-        state = {key: value.float() if value.is_floating_point() else value for key, value in content.items()}
-    path = write(content, tmp_path / ("weights.safetensors" if "safetensors" in form else "weights.pth"))
+        content = {
+            key: value.half() if value.is_floating_point() else value
+            for key, value in state.items()
+        }
+        state = {
+            key: value.float() if value.is_floating_point() else value
+            for key, value in content.items()
+        }
+    path = write(
+        content, tmp_path / ("weights.safetensors" if "safetensors" in form else "weights.pth")
+    )
     loaded = load_model(ModelRequest(name, SMALL, path))
     assert equal(dict(loaded.model.state_dict()), dict(state))
     assert not loaded.model.training
@@ -226,10 +299,15 @@ def test_every_format_loads_bit_for_bit(tmp_path: Path, form: str, name: str) ->
     assert loaded.sha256 == state_sha256(loaded.model)
 
 
-def test_logs_of_mmengines_training_are_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logs_of_mmengines_training_are_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     state = small().state_dict()
     history = HistoryBuffer([0.5, 0.25], [1, 1])
-    logs = {"log_scalars": {"train/loss": history}, "runtime_info": {"lr": np.float64(0.1), "best": np.array([1.0, 2.0])}}
+    logs = {
+        "log_scalars": {"train/loss": history},
+        "runtime_info": {"lr": np.float64(0.1), "best": np.array([1.0, 2.0])},
+    }
     path = write({"state_dict": state, "message_hub": logs}, tmp_path / "epoch_36.pth")
 
     def called(*_: Any) -> None:
@@ -263,14 +341,19 @@ class Found:
 @pytest.mark.parametrize("through", [None, Found()])
 def test_other_objects_are_refused_and_never_made(tmp_path: Path, through: Any) -> None:
     trace = tmp_path / "it ran"
-    path = write({"state_dict": small().state_dict(), "meta": Payload(trace, through)}, tmp_path / "weights.pth")
+    path = write(
+        {"state_dict": small().state_dict(), "meta": Payload(trace, through)},
+        tmp_path / "weights.pth",
+    )
     with pytest.raises(ModelError, match=r"more than tensors.*Convert them to safetensors"):
         load_model(ModelRequest(NAMES[0], SMALL, path))
     assert not trace.exists()
 
 
 def test_arrays_among_the_weights_are_refused(tmp_path: Path) -> None:
-    path = write({"state_dict": {**small().state_dict(), "extra": np.ones(3)}}, tmp_path / "weights.pth")
+    path = write(
+        {"state_dict": {**small().state_dict(), "extra": np.ones(3)}}, tmp_path / "weights.pth"
+    )
     with pytest.raises(ModelError, match="no state dict"):
         load_model(ModelRequest(NAMES[0], SMALL, path))
 
@@ -286,13 +369,29 @@ def test_arrays_among_the_weights_are_refused(tmp_path: Path) -> None:
             {},
             r"are of a Cascade Mask R-CNN with 3 stages for 3 classes .*model is a Mask R-CNN for 3 classes on",
         ),
-        (NAMES[0], {"depths": (2, 1, 4, 1)}, r"width 8 with 2, 1, 4, 1 blocks.*width 8 with 2, 1, 2, 1 blocks"),
+        (
+            NAMES[0],
+            {"depths": (2, 1, 4, 1)},
+            r"width 8 with 2, 1, 4, 1 blocks.*width 8 with 2, 1, 2, 1 blocks",
+        ),
         (NAMES[0], {"embed_dims": 16}, r"width 16 .*width 8 "),
         (NAMES[0], {"window_size": 4}, r"window 4.*window 3"),
         (NAMES[0], {"classes": 4}, r"for 4 classes.*for 3 classes"),
-        (NAMES[0], {"channels": 16}, r"do not fit the model: 'neck\..* and \d+ more has another shape\."),
-        (NAMES[0], {"mask_convs": 3}, r"'roi_head.mask_head.convs.3.conv.weight', \S+ is missing\."),
-        (NAMES[0], {"mask_convs": 5}, r"'roi_head.mask_head.convs.4.conv.weight', \S+ has no place\."),
+        (
+            NAMES[0],
+            {"channels": 16},
+            r"do not fit the model: 'neck\..* and \d+ more has another shape\.",
+        ),
+        (
+            NAMES[0],
+            {"mask_convs": 3},
+            r"'roi_head.mask_head.convs.3.conv.weight', \S+ is missing\.",
+        ),
+        (
+            NAMES[0],
+            {"mask_convs": 5},
+            r"'roi_head.mask_head.convs.4.conv.weight', \S+ has no place\.",
+        ),
     ],
 )
 @pytest.mark.parametrize("layout", ["mmdet", "Swin repository"])
@@ -301,7 +400,9 @@ def test_weights_of_another_model_are_named(
 ) -> None:
     state = small(name, **changes).state_dict()
     window = changes.get("window_size", 3)
-    path = write(dict(state) if layout == "mmdet" else original(state, window), tmp_path / "weights.pth")
+    path = write(
+        dict(state) if layout == "mmdet" else original(state, window), tmp_path / "weights.pth"
+    )
     with pytest.raises(ModelError, match=message) as caught:
         load_model(ModelRequest(NAMES[0], SMALL, path))
     assert str(path) in str(caught.value)
@@ -322,8 +423,13 @@ def test_one_fault_of_each_kind_is_in_one_message() -> None:
 
 
 def test_weights_of_no_detector_with_swin(tmp_path: Path) -> None:
-    backbone = {name: value for name, value in small().state_dict().items() if name.startswith("backbone.")}
-    resnet = {"backbone.conv1.weight": torch.ones(1), "roi_head.bbox_head.fc_cls.weight": torch.ones(4, 1)}
+    backbone = {
+        name: value for name, value in small().state_dict().items() if name.startswith("backbone.")
+    }
+    resnet = {
+        "backbone.conv1.weight": torch.ones(1),
+        "roi_head.bbox_head.fc_cls.weight": torch.ones(4, 1),
+    }
     for state in (backbone, resnet, {}):
         path = write(state, tmp_path / "weights.safetensors")
         with pytest.raises(ModelError, match="not those of a detector with a Swin backbone"):
@@ -351,7 +457,10 @@ def test_damaged_files(tmp_path: Path) -> None:
         load_model(ModelRequest(NAMES[0], SMALL, write(state, tmp_path / "weights.pth")))
 
 
-@pytest.mark.parametrize("arguments", [{"widths": 3}, {"kind": "retinanet"}, {"depths": (2, 2)}, {"num_heads": (3, 3, 3, 3)}])
+@pytest.mark.parametrize(
+    "arguments",
+    [{"widths": 3}, {"kind": "retinanet"}, {"depths": (2, 2)}, {"num_heads": (3, 3, 3, 3)}],
+)
 def test_arguments_that_the_model_does_not_take(tmp_path: Path, arguments: dict[str, Any]) -> None:
     path = write(dict(small().state_dict()), tmp_path / "weights.pth")
     with pytest.raises(ModelError):
@@ -362,7 +471,10 @@ def test_arguments_that_the_model_does_not_take(tmp_path: Path, arguments: dict[
 def test_demo_models_are_loaded_from_half_precision(tmp_path: Path, name: str) -> None:
     from tasks.detection.demo.models import DEMO
 
-    state = {key: value.half() if value.is_floating_point() else value for key, value in DEMO.build(name).state_dict().items()}
+    state = {
+        key: value.half() if value.is_floating_point() else value
+        for key, value in DEMO.build(name).state_dict().items()
+    }
     path = write(state, tmp_path / "weights.safetensors")
     loaded = load_model(ModelRequest(name, weights=path))
     for key, value in loaded.model.state_dict().items():
@@ -391,8 +503,12 @@ def test_detectors_find_and_cut_out_on_the_cpu(name: str, changes: dict[str, Any
     with torch.no_grad():
         for head in heads if isinstance(heads, nn.ModuleList) else [heads]:
             head.fc_cls.weight.mul_(30)  # random weights that are sure of something
-        sample = DetDataSample(metainfo={"img_shape": (90, 120), "ori_shape": (180, 240), "scale_factor": (0.5, 0.5)})
-        inputs = model.data_preprocessor({"inputs": [torch.randint(256, (3, 90, 120)).to(torch.uint8)], "data_samples": [sample]})
+        sample = DetDataSample(
+            metainfo={"img_shape": (90, 120), "ori_shape": (180, 240), "scale_factor": (0.5, 0.5)}
+        )
+        inputs = model.data_preprocessor(
+            {"inputs": [torch.randint(256, (3, 90, 120)).to(torch.uint8)], "data_samples": [sample]}
+        )
         assert inputs["inputs"].shape == (1, 3, 96, 128)
         (found,) = model.predict(inputs["inputs"], inputs["data_samples"])
     instances = found.pred_instances
@@ -412,5 +528,8 @@ def test_what_is_said_of_a_published_model(tmp_path: Path) -> None:
     image, meta = loaded.eval_transform(np.zeros((480, 640, 3), np.uint8))
     assert image.shape == (1, 3, 800, 1088)  # 800 x 1067, padded
     assert meta["img_shape"] == (800, 1067)
-    assert torch.allclose(image[0, :, 0, 0], -torch.tensor([123.675, 116.28, 103.53]) / torch.tensor([58.395, 57.12, 57.375]))
+    assert torch.allclose(
+        image[0, :, 0, 0],
+        -torch.tensor([123.675, 116.28, 103.53]) / torch.tensor([58.395, 57.12, 57.375]),
+    )
     assert bool((image[..., 1067:] == 0).all())

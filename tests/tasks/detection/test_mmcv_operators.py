@@ -20,7 +20,10 @@ mmcv_ops = pytest.importorskip("mmcv.ops")
 def boxes_and_scores(count: int, seed: int, side: float = 40.0) -> tuple[Tensor, Tensor]:
     """Boxes with many overlaps, and scores without ties."""
     generator = torch.Generator().manual_seed(seed)
-    corner, size = torch.rand(count, 2, generator=generator) * 60, torch.rand(count, 2, generator=generator) * side + 1
+    corner, size = (
+        torch.rand(count, 2, generator=generator) * 60,
+        torch.rand(count, 2, generator=generator) * side + 1,
+    )
     scores = (torch.randperm(count, generator=generator) + 1) / (count + 1)
     return torch.cat([corner, corner + size], 1), scores
 
@@ -36,7 +39,10 @@ def overlap(one: list[float], other: list[float], offset: int) -> float:
 def slow_nms(boxes: Tensor, scores: Tensor, threshold: float, offset: int = 0) -> list[int]:
     kept: list[int] = []
     for index in sorted(range(len(boxes)), key=lambda i: -float(scores[i])):
-        if all(overlap(boxes[index].tolist(), boxes[other].tolist(), offset) <= threshold for other in kept):
+        if all(
+            overlap(boxes[index].tolist(), boxes[other].tolist(), offset) <= threshold
+            for other in kept
+        ):
             kept.append(index)
     return kept
 
@@ -50,11 +56,17 @@ def bilinear(plane: Tensor, y: float, x: float) -> float:
     total = 0.0
     for row in range(height):
         for column in range(width):
-            total += max(0.0, 1 - abs(y - row)) * max(0.0, 1 - abs(x - column)) * float(plane[row, column])
+            total += (
+                max(0.0, 1 - abs(y - row))
+                * max(0.0, 1 - abs(x - column))
+                * float(plane[row, column])
+            )
     return total
 
 
-def slow_roi_align(features: Tensor, rois: Tensor, size: tuple[int, int], scale: float, ratio: int, aligned: bool) -> Tensor:
+def slow_roi_align(
+    features: Tensor, rois: Tensor, size: tuple[int, int], scale: float, ratio: int, aligned: bool
+) -> Tensor:
     out = torch.zeros(len(rois), features.shape[1], *size)
     for n, (image, *corners) in enumerate(rois.tolist()):
         x1, y1, x2, y2 = (value * scale - (0.5 if aligned else 0.0) for value in corners)
@@ -79,7 +91,9 @@ def slow_roi_align(features: Tensor, rois: Tensor, size: tuple[int, int], scale:
 
 
 @pytest.mark.parametrize("offset", [0, 1])
-@pytest.mark.parametrize(("count", "threshold"), [(60, 0.5), (60, 0.1), (60, 0.9), (1, 0.5), (0, 0.5)])
+@pytest.mark.parametrize(
+    ("count", "threshold"), [(60, 0.5), (60, 0.1), (60, 0.9), (1, 0.5), (0, 0.5)]
+)
 def test_nms_is_the_greedy_loop(count: int, threshold: float, offset: int) -> None:
     boxes, scores = boxes_and_scores(count, seed=count + offset)
     dets, kept = mmcv_ops.nms(boxes, scores, threshold, offset=offset)
@@ -96,7 +110,10 @@ def test_nms_with_a_score_threshold_and_a_limit() -> None:
 
 
 def test_nms_counts_the_offset_in() -> None:
-    boxes, scores = torch.tensor([[0.0, 0, 3, 3], [0, 0, 3, 1]]), torch.tensor([0.9, 0.8])  # overlap 3/9, or 8/16
+    boxes, scores = (
+        torch.tensor([[0.0, 0, 3, 3], [0, 0, 3, 1]]),
+        torch.tensor([0.9, 0.8]),
+    )  # overlap 3/9, or 8/16
     assert mmcv_ops.nms(boxes, scores, 0.4, offset=0)[1].tolist() == [0, 1]
     assert mmcv_ops.nms(boxes, scores, 0.4, offset=1)[1].tolist() == [0]
 
@@ -107,10 +124,14 @@ def test_batched_nms_is_nms_of_each_class(agnostic: bool, split: int) -> None:
     boxes, scores = boxes_and_scores(45, seed=5)
     classes = torch.arange(45) % 3
     settings: dict[str, Any] = {"type": "nms", "iou_threshold": 0.4}
-    dets, kept = mmcv_ops.batched_nms(boxes, scores, classes, {**settings, "split_thr": split}, class_agnostic=agnostic)
+    dets, kept = mmcv_ops.batched_nms(
+        boxes, scores, classes, {**settings, "split_thr": split}, class_agnostic=agnostic
+    )
     found: dict[int, float] = {}
     groups = [(classes == label).nonzero()[:, 0] for label in range(3)]
-    for group in [torch.arange(45)] if agnostic and split > 45 else groups:  # mmcv splits by class whether classes count or not
+    for group in (
+        [torch.arange(45)] if agnostic and split > 45 else groups
+    ):  # mmcv splits by class whether classes count or not
         taken = slow_nms(boxes[group], scores[group], 0.4)
         found.update(zip(group[taken].tolist(), scores[group][taken].tolist(), strict=True))
     expected = sorted(found, key=lambda index: -found[index])
@@ -128,7 +149,14 @@ def test_batched_nms_without_nms_sorts() -> None:
 
 #: Inside, across each border, outside, smaller than a cell, and without area; in pixels at half the scale of the maps.
 ROIS = torch.tensor(
-    [[0, 2, 3, 13, 9], [1, -6, -5, 7, 8], [1, 9, 7, 25, 21], [0, 40, 40, 50, 50], [1, 5, 5, 5.5, 5.75], [0, 4, 4, 4, 9]],
+    [
+        [0, 2, 3, 13, 9],
+        [1, -6, -5, 7, 8],
+        [1, 9, 7, 25, 21],
+        [0, 40, 40, 50, 50],
+        [1, 5, 5, 5.5, 5.75],
+        [0, 4, 4, 4, 9],
+    ],
     dtype=torch.float32,
 )
 
@@ -151,15 +179,21 @@ def test_the_gradient_of_roi_align_is_that_of_its_definition() -> None:
     leaf = features.clone().requires_grad_()
     (layer(leaf, ROIS) * weights).sum().backward()
     # the operator is linear: its gradient by a value is its answer to that value alone
-    for index in torch.randint(features.numel(), (12,), generator=torch.Generator().manual_seed(4)).tolist():
+    for index in torch.randint(
+        features.numel(), (12,), generator=torch.Generator().manual_seed(4)
+    ).tolist():
         unit = torch.zeros(features.numel())
         unit[index] = 1.0
-        expected = float((slow_roi_align(unit.view_as(features), ROIS, (2, 2), 0.5, 0, True) * weights).sum())
+        expected = float(
+            (slow_roi_align(unit.view_as(features), ROIS, (2, 2), 0.5, 0, True) * weights).sum()
+        )
         assert leaf.grad is not None
         assert float(leaf.grad.flatten()[index]) == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.skipif(not isinstance(sys.modules["mmcv._ext"], ops.Operators), reason="mmcv is compiled here")
+@pytest.mark.skipif(
+    not isinstance(sys.modules["mmcv._ext"], ops.Operators), reason="mmcv is compiled here"
+)
 def test_max_pooling_and_soft_nms_say_that_a_compiled_mmcv_has_them() -> None:
     with pytest.raises(ModelError, match="max pooling needs a compiled mmcv"):
         mmcv_ops.RoIAlign((2, 2), 0.5, 0, "max", True)(torch.randn(2, 1, 6, 7), ROIS)
@@ -167,7 +201,9 @@ def test_max_pooling_and_soft_nms_say_that_a_compiled_mmcv_has_them() -> None:
         mmcv_ops.soft_nms(*boxes_and_scores(5, seed=1))
 
 
-@pytest.mark.skipif(not isinstance(sys.modules["mmcv._ext"], ops.Operators), reason="mmcv is compiled here")
+@pytest.mark.skipif(
+    not isinstance(sys.modules["mmcv._ext"], ops.Operators), reason="mmcv is compiled here"
+)
 def test_another_operator_says_that_a_compiled_mmcv_has_it() -> None:
     with pytest.raises(ModelError, match=r"'nms_match'.*compile mmcv 2\.1"):
         mmcv_ops.nms_match(torch.rand(3, 5), 0.5)

@@ -24,11 +24,16 @@ def fpn(**changes: Any) -> FPN:
 
 def stages(height: int, width: int) -> list[Tensor]:
     """Random stage outputs, the coarsest (1, 64, height, width)."""
-    return [torch.randn(1, c, height * 2 ** (3 - i), width * 2 ** (3 - i)) for i, c in enumerate(CHANNELS)]
+    return [
+        torch.randn(1, c, height * 2 ** (3 - i), width * 2 ** (3 - i))
+        for i, c in enumerate(CHANNELS)
+    ]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("changes", [{}, {"norm_cfg": {"type": "GN", "num_groups": 3}}, {"norm_cfg": {"type": "BN"}}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"norm_cfg": {"type": "GN", "num_groups": 3}}, {"norm_cfg": {"type": "BN"}}]
+)
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 4), (5, 2)])
 def test_block_equals_the_real_neck(changes: dict[str, Any], height: int, width: int) -> None:
     neck, maps = fpn(**changes), stages(height, width)
@@ -44,7 +49,9 @@ def test_names_and_bits_of_the_convolutions() -> None:
     for bits, given in (((3, 5), recipe), ((OFF, OFF), recipe.model_copy(update=OFF_BITS))):
         block = chain_of(detector(SMALL), {"backbone": recipe, "fpn": given}).segment(-1).block
         layers = dict(quant_layers(block))
-        assert list(layers) == [f"{kind}_convs.{level}.conv" for kind in ("lateral", "fpn") for level in range(4)]
+        assert list(layers) == [
+            f"{kind}_convs.{level}.conv" for kind in ("lateral", "fpn") for level in range(4)
+        ]
         for layer in layers.values():
             assert isinstance(layer, QuantConv2d)
             assert (layer.weight_quantizer.bits, layer.input_quantizer.bits) == bits
@@ -63,5 +70,7 @@ def test_compiles_once_for_all_sizes() -> None:
 
 
 def test_other_necks_are_refused() -> None:
-    with pytest.raises(ModelError, match="neck of type Identity is not supported: it has to be FPN"):
+    with pytest.raises(
+        ModelError, match="neck of type Identity is not supported: it has to be FPN"
+    ):
         ExplicitFPN(nn.Identity(), quick())

@@ -64,7 +64,12 @@ def test_outlines_of_masks() -> None:
     mask = np.zeros((40, 60), dtype=bool)
     mask[3:10, 5:25] = True
     (polygon,) = outlines(encoded(mask), 60, 40)
-    assert sorted(zip(polygon[::2], polygon[1::2], strict=True)) == [(5, 3), (5, 10), (25, 3), (25, 10)]
+    assert sorted(zip(polygon[::2], polygon[1::2], strict=True)) == [
+        (5, 3),
+        (5, 10),
+        (25, 3),
+        (25, 10),
+    ]
     mask[20:35, 30:58] = ellipse(15, 28, [0, 0, 28, 15])
     mask[5:8, 30:31] = True  # 3 pixels: too few
     mask[38:40, 0:2] = True  # 4 pixels
@@ -96,7 +101,9 @@ def test_outlines_have_few_corners() -> None:
     assert all(6 <= len(polygon) <= 120 and len(polygon) % 2 == 0 for polygon in found)
     angles = np.linspace(0, 2 * np.pi, 1000, endpoint=False)
     radius = 100 + 20 * np.sin(40 * angles)
-    star = np.stack([150 + radius * np.cos(angles), 150 + radius * np.sin(angles)], 1).ravel().tolist()
+    star = (
+        np.stack([150 + radius * np.cos(angles), 150 + radius * np.sin(angles)], 1).ravel().tolist()
+    )
     (polygon,) = outlines([star], 300, 300)
     assert 6 <= len(polygon) <= 120
     assert overlap(filled([polygon], 300, 300), filled([star], 300, 300)) > 0.7
@@ -105,7 +112,9 @@ def test_outlines_have_few_corners() -> None:
 def test_outlines_of_polygons() -> None:
     box, dot = [5, 5, 25.5, 5, 25.5, 20, 5, 20], [1, 1, 2, 1, 2, 2]
     assert outlines([dot, box], 40, 30) == [box]
-    assert outlines([[-5, -5, 1e300, -5, 1e300, 20, -5, 20]], 40, 30) == [[0, 0, 40, 0, 40, 20, 0, 20]]
+    assert outlines([[-5, -5, 1e300, -5, 1e300, 20, -5, 20]], 40, 30) == [
+        [0, 0, 40, 0, 40, 20, 0, 20]
+    ]
 
 
 def test_truth_as_it_comes() -> None:
@@ -116,7 +125,11 @@ def test_truth_as_it_comes() -> None:
     assert [entry["size"] for entry in examples] == [[80, 60], [48, 64], [97, 33], [50, 50]]
     first, none, flat, beyond = (entry["truth"] for entry in examples)
     assert [item["name"] for item in first] == ["owl", "cat"]
-    assert first[1] == {"name": "cat", "box": [3, 4, 20, 30], "polygons": [[3, 4, 23, 4, 23, 34, 3, 34]]}
+    assert first[1] == {
+        "name": "cat",
+        "box": [3, 4, 20, 30],
+        "polygons": [[3, 4, 23, 4, 23, 34, 3, 34]],
+    }
     assert overlap(filled(first[0]["polygons"], 60, 80), ellipse(60, 80, [30, 10, 40, 40])) > 0.95
     assert none == []
     assert flat == [{"name": "dog", "box": [5, 5, 0, 0], "polygons": []}]
@@ -130,22 +143,38 @@ def test_found_against_a_loop() -> None:
     categories = [entry["id"] for entry in source.coco["categories"]]
     answers = {index: guesses(source.coco, index, 1, wrong=30.0) for index in range(30)}
     kept = [index for index in range(30) if index not in (0, 5, 6)]
-    results = [row for index in kept for row in coco_results(answers[index], source.images[index], categories, "x")]
+    results = [
+        row
+        for index in kept
+        for row in coco_results(answers[index], source.images[index], categories, "x")
+    ]
     examples = detection_examples(source, Detections(results, kept))
     shown = [1, 3, 7, 8, 10, 13, 15, 18, 20, 23, 25, 28]
     assert [entry["sample"] for entry in examples] == [source.image_ids[index] for index in shown]
     for index, entry in zip(shown, examples, strict=True):
         found = answers[index]
-        order = [n for n in sorted(range(len(found.scores)), key=lambda n: -float(found.scores[n])) if found.scores[n] >= 0.3]
-        assert [item["score"] for item in entry["found"]] == [float(found.scores[n]) for n in order[:20]]
-        assert [item["name"] for item in entry["found"]] == [f"kind {int(found.labels[n])}" for n in order[:20]]
+        order = [
+            n
+            for n in sorted(range(len(found.scores)), key=lambda n: -float(found.scores[n]))
+            if found.scores[n] >= 0.3
+        ]
+        assert [item["score"] for item in entry["found"]] == [
+            float(found.scores[n]) for n in order[:20]
+        ]
+        assert [item["name"] for item in entry["found"]] == [
+            f"kind {int(found.labels[n])}" for n in order[:20]
+        ]
         for number, item in zip(order[:20], entry["found"], strict=True):
             x1, y1, x2, y2 = found.bboxes[number].tolist()
             assert item["box"] == pytest.approx([x1, y1, x2 - x1, y2 - y1], abs=0.011)
             mask = found.masks[number].numpy()
             if mask.sum() > 100:
                 assert overlap(filled(item["polygons"], *mask.shape), mask) > 0.9
-        own = [item for item in source.coco["annotations"] if item["image_id"] == source.images[index]["id"]]
+        own = [
+            item
+            for item in source.coco["annotations"]
+            if item["image_id"] == source.images[index]["id"]
+        ]
         assert len(entry["truth"]) == sum(not item["iscrowd"] for item in own)
         ObjectSample.model_validate(entry)
     counts = [len(entry["found"]) for entry in examples]
@@ -154,7 +183,9 @@ def test_found_against_a_loop() -> None:
 
 def test_crowded_images_are_kept_readable() -> None:
     content = tiny()
-    content["annotations"] = [annotation(n, 10, 7, [1.0, 1.0, 1.0 + n % 40, 9.0]) for n in range(150)]
+    content["annotations"] = [
+        annotation(n, 10, 7, [1.0, 1.0, 1.0 + n % 40, 9.0]) for n in range(150)
+    ]
     content["categories"] = [{**CATEGORIES[0], "name": "cat" * 1000}, *CATEGORIES[1:]]
     entry = detection_examples(in_memory(content), Detections([], [0, 1, 2, 3]))[3]
     assert len(entry["truth"]) == TRUTHS
@@ -169,7 +200,10 @@ def cells(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_every_cell_of_the_demo_shows_the_same_samples(cells: dict[str, Any]) -> None:
-    files = {name: read_examples(found.folder, found.record.examples or "") for name, found in cells.items()}
+    files = {
+        name: read_examples(found.folder, found.record.examples or "")
+        for name, found in cells.items()
+    }
     (whole,) = cells["rtn"].folder.parents[2].glob("fp/**/examples.json")
     files["fp"] = read_examples(whole.parent, whole.name)
     ids = list(open_demo("val").image_ids[:8])
@@ -181,15 +215,23 @@ def test_every_cell_of_the_demo_shows_the_same_samples(cells: dict[str, Any]) ->
 def test_found_is_what_the_detector_predicts(cells: dict[str, Any]) -> None:
     found, source = read_examples(cells["rtn"].folder, "examples.json"), open_demo("val")
     loaded, _, model = restored(cells["rtn"])
-    seen = registry.originals("detection", MODEL, DataRequest(), [entry.sample for entry in found.samples])
+    seen = registry.originals(
+        "detection", MODEL, DataRequest(), [entry.sample for entry in found.samples]
+    )
     shares: list[float] = []
     for entry in found.samples:
         assert isinstance(entry, ObjectSample)
         picture = seen[entry.sample]
         assert (picture.mode, list(picture.size)) == ("RGB", entry.size)
         prepare: Any = loaded.eval_transform
-        predicted = model.predict(*prepare(np.ascontiguousarray(np.asarray(picture)[:, :, ::-1]))).pred_instances
-        order = [n for n in predicted.scores.argsort(descending=True, stable=True).tolist() if predicted.scores[n] >= 0.3]
+        predicted = model.predict(
+            *prepare(np.ascontiguousarray(np.asarray(picture)[:, :, ::-1]))
+        ).pred_instances
+        order = [
+            n
+            for n in predicted.scores.argsort(descending=True, stable=True).tolist()
+            if predicted.scores[n] >= 0.3
+        ]
         assert len(entry.found) == len(order)
         for number, item in zip(order, entry.found, strict=True):
             x1, y1, x2, y2 = predicted.bboxes[number].tolist()
@@ -223,7 +265,9 @@ def test_evaluations_are_the_same_with_examples() -> None:
     found = evaluate_detector(predict, source, prepare, torch.device("cpu"), silent, keep=True)
     assert len(calls) == 14
     assert len(found.examples) == 12
-    again = evaluate_detector(lambda *_: answer(calls.pop(0)), source, prepare, torch.device("cpu"), silent, keep=True)
+    again = evaluate_detector(
+        lambda *_: answer(calls.pop(0)), source, prepare, torch.device("cpu"), silent, keep=True
+    )
     assert found.files == again.files
     assert json.loads(json.dumps(found.examples)) == found.examples
 
@@ -241,7 +285,10 @@ def test_pictures_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert np.array_equal(np.asarray(image), np.asarray(Image.open(root / name)))
     monkeypatch.setattr("tasks.detection.coco.COUNTS", {"val": 4})
     monkeypatch.setattr("tasks.detection.coco.CATEGORIES", 3)
-    assert np.array_equal(np.asarray(originals(SWIN, DataRequest(root), ids[3:])[ids[3]]), np.asarray(Image.open(root / ids[3])))
+    assert np.array_equal(
+        np.asarray(originals(SWIN, DataRequest(root), ids[3:])[ids[3]]),
+        np.asarray(Image.open(root / ids[3])),
+    )
 
 
 def test_pictures_are_turned_as_files_say(tmp_path: Path) -> None:
@@ -262,14 +309,26 @@ def test_pictures_are_turned_as_files_say(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["../secret.png", "val2017/../../secret.png", "/{root}/secret.png", "val2017/9.png", "val2017", ""]
+    "name",
+    [
+        "../secret.png",
+        "val2017/../../secret.png",
+        "/{root}/secret.png",
+        "val2017/9.png",
+        "val2017",
+        "",
+    ],
 )
 def test_ids_do_not_lead_out_of_the_data(tmp_path: Path, name: str) -> None:
     root = write_root(tmp_path / "data", tiny())
     Image.new("RGB", (3, 3)).save(tmp_path / "secret.png")
     path = root / "annotations" / "instances_val2017.json"
     with pytest.raises(DataError, match="There is no sample"):
-        originals(SWIN, DataRequest(path), ["val2017/000000000004.png", name.replace("/{root}", tmp_path.as_posix())])
+        originals(
+            SWIN,
+            DataRequest(path),
+            ["val2017/000000000004.png", name.replace("/{root}", tmp_path.as_posix())],
+        )
 
 
 def test_missing_data_is_told(tmp_path: Path) -> None:
@@ -282,4 +341,8 @@ def test_missing_data_is_told(tmp_path: Path) -> None:
     root = write_root(tmp_path / "data", tiny())
     (root / "val2017" / "000000000004.png").write_bytes(b"no image")
     with pytest.raises(DataError, match="is damaged"):
-        TASK.originals(SWIN, DataRequest(root / "annotations" / "instances_val2017.json"), ["val2017/000000000004.png"])
+        TASK.originals(
+            SWIN,
+            DataRequest(root / "annotations" / "instances_val2017.json"),
+            ["val2017/000000000004.png"],
+        )

@@ -66,9 +66,13 @@ def test_ignored_are_the_stored_pixels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", [lambda path: path, late])
-def test_png_before_and_behind_the_pixels(place: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_png_before_and_behind_the_pixels(
+    place: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = place(save(tmp_path / "x.png", 3))
-    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("pixels were decoded"))
+    monkeypatch.setattr(
+        ImageFile.ImageFile, "load", lambda self: pytest.fail("pixels were decoded")
+    )
     assert orientation_of(path, (HEIGHT, WIDTH), None).tag == 3
 
 
@@ -93,7 +97,9 @@ def test_square_images_do_not_tell(tmp_path: Path) -> None:
     assert orientation_of(save(tmp_path / "x.jpg", 6, (50, 50)), (50, 50), None).applied is None
 
 
-@pytest.mark.parametrize("block", [b"", b"Exif\0\0", b"Exif\0\0II*\0\x08\0\0\0\xff\xff\0", b"Exif\0\0nonsense"])
+@pytest.mark.parametrize(
+    "block", [b"", b"Exif\0\0", b"Exif\0\0II*\0\x08\0\0\0\xff\xff\0", b"Exif\0\0nonsense"]
+)
 def test_damaged_blocks_have_no_orientation(block: bytes, tmp_path: Path) -> None:
     Image.fromarray(pixels(HEIGHT, WIDTH, 0)).save(tmp_path / "x.jpg", exif=block)
     assert orientation_of(tmp_path / "x.jpg", (HEIGHT, WIDTH), None).applied is False
@@ -106,11 +112,18 @@ def written(folder: Path, tags: dict[int, int], turn: bool) -> Path:
     write_images(folder / "images", content)
     for position, tag in tags.items():
         entry = content["images"][position]
-        save(folder / "images" / entry["file_name"], tag, (entry["height"], entry["width"]), entry["id"])
+        save(
+            folder / "images" / entry["file_name"],
+            tag,
+            (entry["height"], entry["width"]),
+            entry["id"],
+        )
         if turn and tag > 4:
             entry["height"], entry["width"] = entry["width"], entry["height"]
     content["annotations"] = [
-        item for item in content["annotations"] if not isinstance(item["segmentation"], dict) or "iscrowd" not in item
+        item
+        for item in content["annotations"]
+        if not isinstance(item["segmentation"], dict) or "iscrowd" not in item
     ]
     return write_json(folder / "x.json", content)
 
@@ -131,7 +144,10 @@ def test_sizes_that_tell(turn: bool, tmp_path: Path) -> None:
 def test_sizes_that_do_not_tell_are_asked_for_together(tmp_path: Path) -> None:
     path = written(tmp_path, {0: 3, 1: 6, 2: 2, 3: 8}, True)
     source = open_file(path)
-    with pytest.raises(DataError, match=r"3 images of x images \(such as images/0+4.png\) .*--exif apply .*--exif ignore"):
+    with pytest.raises(
+        DataError,
+        match=r"3 images of x images \(such as images/0+4.png\) .*--exif apply .*--exif ignore",
+    ):
         source.settled()
     with pytest.raises(DataError, match="--exif apply"):
         source.read(0)
@@ -144,27 +160,47 @@ def test_sizes_that_do_not_tell_are_asked_for_together(tmp_path: Path) -> None:
 def test_a_decision_makes_other_data(tmp_path: Path) -> None:
     path = written(tmp_path, {0: 3, 2: 2}, False)
     found = {exif: open_file(path, exif=exif).settled() for exif in ("apply", "ignore")}
-    assert found["apply"].notes[0].endswith("2 are turned by it and 0 are read as stored, by --exif apply")
-    assert found["ignore"].notes[0].endswith("0 are turned by it and 2 are read as stored, by --exif ignore")
+    assert (
+        found["apply"]
+        .notes[0]
+        .endswith("2 are turned by it and 0 are read as stored, by --exif apply")
+    )
+    assert (
+        found["ignore"]
+        .notes[0]
+        .endswith("0 are turned by it and 2 are read as stored, by --exif ignore")
+    )
     assert np.array_equal(found["apply"].read(0), found["ignore"].read(0)[::-1, ::-1])
     assert found["apply"].fingerprint != found["ignore"].fingerprint
     plain = written(tmp_path / "plain", {}, False)
-    assert open_file(plain, exif="apply").settled().fingerprint == open_file(plain).settled().fingerprint
+    assert (
+        open_file(plain, exif="apply").settled().fingerprint
+        == open_file(plain).settled().fingerprint
+    )
     assert (open_file(plain).settled().oriented, open_file(plain).settled().notes) == (0, ())
 
 
 def test_sizes_that_fit_neither_way(tmp_path: Path) -> None:
     path = save(tmp_path / "x.jpg", 6)
     read = file_reader([path], [(33, 44)], Path("x.json"))
-    with pytest.raises(DataError, match=r"40 x 60 pixels \(turned by its EXIF orientation tag 6; 60 x 40 as stored\), but"):
+    with pytest.raises(
+        DataError,
+        match=r"40 x 60 pixels \(turned by its EXIF orientation tag 6; 60 x 40 as stored\), but",
+    ):
         read(0)
     read = file_reader([path], [(60, 40)], Path("x.json"), "ignore")
-    with pytest.raises(DataError, match=r"60 x 40 pixels \(as stored; its EXIF orientation tag 6 is ignored\), but"):
+    with pytest.raises(
+        DataError, match=r"60 x 40 pixels \(as stored; its EXIF orientation tag 6 is ignored\), but"
+    ):
         read(0)
 
 
-@pytest.mark.parametrize(("wrong", "right", "size"), [("apply", "ignore", (40, 60)), ("ignore", "apply", (60, 40))])
-def test_the_other_decision_is_named_where_it_fits(wrong: Exif, right: Exif, size: tuple[int, int], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "right", "size"), [("apply", "ignore", (40, 60)), ("ignore", "apply", (60, 40))]
+)
+def test_the_other_decision_is_named_where_it_fits(
+    wrong: Exif, right: Exif, size: tuple[int, int], tmp_path: Path
+) -> None:
     path = save(tmp_path / "x.jpg", 6)
     with pytest.raises(DataError, match=f"do not belong together.*try --exif {right}"):
         file_reader([path], [size], Path("x.json"), wrong)(0)
@@ -184,7 +220,10 @@ def test_damaged_images_are_left_to_the_reader(tmp_path: Path) -> None:
 
 def test_a_decision_makes_another_cell(tmp_path: Path) -> None:
     request = cell(tmp_path)
-    folders = {exif: planned_folder(replace(request, data=DataRequest(exif=exif))) for exif in (None, "apply", "ignore")}
+    folders = {
+        exif: planned_folder(replace(request, data=DataRequest(exif=exif)))
+        for exif in (None, "apply", "ignore")
+    }
     assert len(set(folders.values())) == 3
 
 
@@ -193,7 +232,9 @@ def test_calibration_images(tmp_path: Path) -> None:
     model = loaded(transform=_plain)
 
     def drawn(path: Path, **changes: Any) -> Any:
-        return calibration_set(model, DataRequest(path=path, calibration_data=path, **changes), recipe)
+        return calibration_set(
+            model, DataRequest(path=path, calibration_data=path, **changes), recipe
+        )
 
     tagged = written(tmp_path, {0: 3, 1: 6, 2: 2}, False)
     with pytest.raises(DataError, match=r"2 images of x images .*--exif apply .*--exif ignore"):
@@ -206,7 +247,9 @@ def test_calibration_images(tmp_path: Path) -> None:
     assert applied.ids == ignored.ids
     for name, one, other in zip(applied.ids, applied.images, ignored.images, strict=True):
         tag = {"4": 3, "2": 6, "3": 2}.get(name[-5], 1)
-        assert np.array_equal(one[0].permute(1, 2, 0), turned(other[0].permute(1, 2, 0).numpy(), tag))
+        assert np.array_equal(
+            one[0].permute(1, 2, 0), turned(other[0].permute(1, 2, 0).numpy(), tag)
+        )
     assert drawn(written(tmp_path / "plain", {}, False)).notes == []
 
 

@@ -31,7 +31,11 @@ COUNT = 6
 
 @pytest.fixture(scope="module")
 def scenes() -> tuple[Any, ...]:
-    found = [scene for scene in coco_files.scenes_of("val") if scene.pixels.shape[0] != scene.pixels.shape[1]]
+    found = [
+        scene
+        for scene in coco_files.scenes_of("val")
+        if scene.pixels.shape[0] != scene.pixels.shape[1]
+    ]
     return tuple(found[:COUNT])
 
 
@@ -54,7 +58,9 @@ def model() -> LoadedModel:
 
 def evaluated(model: LoadedModel, path: Path, **changes: Any) -> Evaluation:
     device = torch.device("cpu")
-    return TASK.evaluate(TASK.assemble(model, {}), model, DataRequest(path=path, **changes), device, 1, 0, silent)
+    return TASK.evaluate(
+        TASK.assemble(model, {}), model, DataRequest(path=path, **changes), device, 1, 0, silent
+    )
 
 
 @pytest.fixture(scope="module")
@@ -86,12 +92,16 @@ def test_usual_file(usual: Evaluation) -> None:
     assert (usual.dataset.exif, usual.dataset.oriented_images) == (None, 0)
 
 
-def test_categories_in_another_order(model: LoadedModel, place: Path, content: Content, usual: Evaluation) -> None:
+def test_categories_in_another_order(
+    model: LoadedModel, place: Path, content: Content, usual: Evaluation
+) -> None:
     extra = {"id": 77, "name": "background"}
     categories = [extra, *content["categories"][::-1]]
     found = evaluated(model, written(place, "order", {**content, "categories": categories}))
     assert same(found, usual)
-    assert found.notes == ["Categories without annotations that the detector does not know are left out: 'background'"]
+    assert found.notes == [
+        "Categories without annotations that the detector does not know are left out: 'background'"
+    ]
     assert found.dataset.class_categories == CLASSES
     assert found.dataset.classes == 10
 
@@ -102,7 +112,8 @@ def permuted(order: np.ndarray) -> dict[str, torch.Tensor]:
     rows = torch.from_numpy(order)
     for kind in ("weight", "bias"):
         scores, boxes, masks = (
-            f"roi_head.{name}.{kind}" for name in ("bbox_head.fc_cls", "bbox_head.fc_reg", "mask_head.conv_logits")
+            f"roi_head.{name}.{kind}"
+            for name in ("bbox_head.fc_cls", "bbox_head.fc_reg", "mask_head.conv_logits")
         )
         state[scores] = torch.cat([state[scores][rows], state[scores][-1:]])
         state[boxes] = state[boxes].unflatten(0, (-1, 4))[rows].flatten(0, 1)
@@ -126,7 +137,9 @@ def test_classes_in_another_order(place: Path, usual: Evaluation, tmp_path: Path
     assert wrong.metrics["AP_box"].value < usual.metrics["AP_box"].value / 2
 
 
-def test_fewer_categories_than_classes(model: LoadedModel, place: Path, content: Content, usual: Evaluation) -> None:
+def test_fewer_categories_than_classes(
+    model: LoadedModel, place: Path, content: Content, usual: Evaluation
+) -> None:
     import contextlib
     import io
 
@@ -136,10 +149,14 @@ def test_fewer_categories_than_classes(model: LoadedModel, place: Path, content:
     kept = content["categories"][:4]
     numbers = [entry["id"] for entry in kept]
     fewer = [item for item in content["annotations"] if item["category_id"] in numbers]
-    found = evaluated(model, written(place, "fewer", {**content, "categories": kept, "annotations": fewer}))
+    found = evaluated(
+        model, written(place, "fewer", {**content, "categories": kept, "annotations": fewer})
+    )
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(place / "annotations" / "instances_val.json"))
-        evaluation = COCOeval(truth, truth.loadRes(copy.deepcopy(usual.files["detections.json"])), "bbox")
+        evaluation = COCOeval(
+            truth, truth.loadRes(copy.deepcopy(usual.files["detections.json"])), "bbox"
+        )
         evaluation.params.catIds = numbers
         evaluation.evaluate()
         evaluation.accumulate()
@@ -151,13 +168,20 @@ def test_fewer_categories_than_classes(model: LoadedModel, place: Path, content:
     assert found.outcomes["found"].sum() < usual.outcomes["found"].sum()
 
 
-def test_a_category_that_the_detector_cannot_find(model: LoadedModel, place: Path, content: Content) -> None:
+def test_a_category_that_the_detector_cannot_find(
+    model: LoadedModel, place: Path, content: Content
+) -> None:
     categories = [{**content["categories"][0], "name": "zero"}, *content["categories"][1:]]
-    with pytest.raises(DataError, match=r"annotations of categories that are no class of demo_mask_rcnn.digits-v1: 'zero'"):
+    with pytest.raises(
+        DataError,
+        match=r"annotations of categories that are no class of demo_mask_rcnn.digits-v1: 'zero'",
+    ):
         evaluated(model, written(place, "zero", {**content, "categories": categories}))
 
 
-def without(content: Content, *names: str, of: Callable[[int], bool] = lambda position: True) -> Content:
+def without(
+    content: Content, *names: str, of: Callable[[int], bool] = lambda position: True
+) -> Content:
     annotations = [
         {name: value for name, value in item.items() if name not in names or not of(position)}
         for position, item in enumerate(content["annotations"])
@@ -170,7 +194,9 @@ def test_boxes_alone(model: LoadedModel, place: Path, content: Content, usual: E
     total = len(bare["annotations"])
     found = evaluated(model, written(place, "boxes", bare))
     assert found.metrics["AP_box"].value == pytest.approx(usual.metrics["AP_box"].value, abs=1e-6)
-    assert found.metrics["AP50_box"].value == pytest.approx(usual.metrics["AP50_box"].value, abs=1e-6)
+    assert found.metrics["AP50_box"].value == pytest.approx(
+        usual.metrics["AP50_box"].value, abs=1e-6
+    )
     assert not values(found, "_mask")
     assert "AP_mask" not in found.outcomes
     assert found.notes == [
@@ -184,7 +210,9 @@ def test_boxes_alone(model: LoadedModel, place: Path, content: Content, usual: E
     assert values(evaluated(model, written(place, "empty", bare))) == values(found)
 
 
-def test_areas_of_masks(model: LoadedModel, place: Path, content: Content, usual: Evaluation) -> None:
+def test_areas_of_masks(
+    model: LoadedModel, place: Path, content: Content, usual: Evaluation
+) -> None:
     found = evaluated(model, written(place, "areas", without(content, "area")))
     total = len(content["annotations"])
     assert same(found, usual)
@@ -192,11 +220,15 @@ def test_areas_of_masks(model: LoadedModel, place: Path, content: Content, usual
 
 
 def test_some_masks(model: LoadedModel, place: Path, content: Content, usual: Evaluation) -> None:
-    path = written(place, "some", without(content, "segmentation", of=lambda position: position < 2))
+    path = written(
+        place, "some", without(content, "segmentation", of=lambda position: position < 2)
+    )
     found = evaluated(model, path)
     assert same(found, usual, "_box")
     total = len(content["annotations"])
-    assert found.notes == [f"2 of {total} annotations have no mask: box AP is measured, mask AP is not"]
+    assert found.notes == [
+        f"2 of {total} annotations have no mask: box AP is measured, mask AP is not"
+    ]
 
 
 def stored(place: Path, folder: str, scenes: tuple[Any, ...], tags: list[int], turn: bool) -> Path:
@@ -214,36 +246,64 @@ def stored(place: Path, folder: str, scenes: tuple[Any, ...], tags: list[int], t
     return written(place, folder, content)
 
 
-def test_orientations_that_sizes_tell(model: LoadedModel, place: Path, scenes: tuple[Any, ...], usual: Evaluation) -> None:
+def test_orientations_that_sizes_tell(
+    model: LoadedModel, place: Path, scenes: tuple[Any, ...], usual: Evaluation
+) -> None:
     for folder, turn in (("sides_turned", True), ("sides_stored", False)):
         found = evaluated(model, stored(place, folder, scenes, [1, 5, 6, 7, 8, 6], turn))
         assert same(found, usual)
         assert found.dataset.oriented_images == 5
-        assert f"{5 * turn} are turned by it and {5 * (not turn)} are read as stored" in found.notes[0]
+        assert (
+            f"{5 * turn} are turned by it and {5 * (not turn)} are read as stored" in found.notes[0]
+        )
 
 
-def test_half_turns(model: LoadedModel, place: Path, scenes: tuple[Any, ...], usual: Evaluation) -> None:
+def test_half_turns(
+    model: LoadedModel, place: Path, scenes: tuple[Any, ...], usual: Evaluation
+) -> None:
     """Which the sizes do not tell: asked for, and measured as the answer says."""
     tags = [3, 3, 2, 4, 3, 1]
-    for folder, turn, right, wrong in (("turned", True, "apply", "ignore"), ("as_stored", False, "ignore", "apply")):
+    for folder, turn, right, wrong in (
+        ("turned", True, "apply", "ignore"),
+        ("as_stored", False, "ignore", "apply"),
+    ):
         path = stored(place, folder, scenes, tags, turn)
-        with pytest.raises(DataError, match=rf"5 images of instances_val_{folder} {folder} .*--exif apply .*--exif ignore"):
+        with pytest.raises(
+            DataError,
+            match=rf"5 images of instances_val_{folder} {folder} .*--exif apply .*--exif ignore",
+        ):
             evaluated(model, path)
         found = evaluated(model, path, exif=right)
         assert same(found, usual)
         assert (found.dataset.exif, found.dataset.oriented_images) == (right, 5)
-        assert evaluated(model, path, exif=wrong).metrics["AP_box"].value < usual.metrics["AP_box"].value / 2
+        assert (
+            evaluated(model, path, exif=wrong).metrics["AP_box"].value
+            < usual.metrics["AP_box"].value / 2
+        )
 
 
-def test_the_commands(place: Path, scenes: tuple[Any, ...], usual: Evaluation, tmp_path: Path) -> None:
+def test_the_commands(
+    place: Path, scenes: tuple[Any, ...], usual: Evaluation, tmp_path: Path
+) -> None:
     """``--exif`` in every command, and another cell for each answer."""
     path = stored(place, "commands", scenes, [3] * COUNT, True)
     data = ["--data", path, "--calibration-data", path]
-    small = ["--calibration-images", 2, "--range-images", 2, "--range-search", "minmax", "--range-candidates", 16]
+    small = [
+        "--calibration-images",
+        2,
+        "--range-images",
+        2,
+        "--range-search",
+        "minmax",
+        "--range-candidates",
+        16,
+    ]
     start = ["--model", MODEL.name, *data, "--threads", 1, "--method", "rtn", *small]
     results = ["--results", tmp_path / "runs"]
     assert "6 images of" in command("run", *start[:6], "--method", "fp", *results, fails=True)
-    assert "--exif ignore" in command("calibrate", *start, "--out", tmp_path / "x.safetensors", fails=True)
+    assert "--exif ignore" in command(
+        "calibrate", *start, "--out", tmp_path / "x.safetensors", fails=True
+    )
     turned_by = ["--exif", "apply"]
     said = command("run", "--model", MODEL.name, *data, "--method", "fp", *turned_by, *results)
     record = record_of(said).record
@@ -252,7 +312,9 @@ def test_the_commands(place: Path, scenes: tuple[Any, ...], usual: Evaluation, t
     assert record.notes == [note]
     assert f"note: {note}" in said
     assert (record.dataset.exif, record.dataset.oriented_images) == ("apply", 6)
-    other = record_of(command("run", "--model", MODEL.name, *data, "--method", "fp", "--exif", "ignore", *results))
+    other = record_of(
+        command("run", "--model", MODEL.name, *data, "--method", "fp", "--exif", "ignore", *results)
+    )
     assert other.record.dataset.exif == "ignore"
     assert other.record.dataset.fingerprint != record.dataset.fingerprint
     checkpoint = tmp_path / "x.safetensors"
@@ -264,5 +326,16 @@ def test_the_commands(place: Path, scenes: tuple[Any, ...], usual: Evaluation, t
 
 
 def test_demo_scenes_are_no_files(tmp_path: Path) -> None:
-    said = command("run", "--model", MODEL.name, "--method", "fp", "--exif", "apply", "--results", tmp_path, fails=True)
+    said = command(
+        "run",
+        "--model",
+        MODEL.name,
+        "--method",
+        "fp",
+        "--exif",
+        "apply",
+        "--results",
+        tmp_path,
+        fails=True,
+    )
     assert said == "error: The demo's scenes are no files with EXIF tags: leave --exif out.\n"

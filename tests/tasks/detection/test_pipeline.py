@@ -17,14 +17,20 @@ RESIZE = {"scale": (1333, 800), "keep_ratio": True}
 
 
 def preprocessor() -> Any:
-    return mm.DetDataPreprocessor(mean=MEAN, std=STD, bgr_to_rgb=True, pad_mask=True, pad_size_divisor=32)
+    return mm.DetDataPreprocessor(
+        mean=MEAN, std=STD, bgr_to_rgb=True, pad_mask=True, pad_size_divisor=32
+    )
 
 
 def by_mmdet(path: Path, resize: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
     from mmengine.dataset import Compose
 
     keys = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")
-    steps = [{"type": "LoadImageFromFile"}, {"type": "Resize", **resize}, {"type": "PackDetInputs", "meta_keys": keys}]
+    steps = [
+        {"type": "LoadImageFromFile"},
+        {"type": "Resize", **resize},
+        {"type": "PackDetInputs", "meta_keys": keys},
+    ]
     with mm.DefaultScope.overwrite_default_scope("mmdet"):
         packed = Compose(steps)({"img_path": str(path), "img_id": 0})
     batch = {"inputs": [packed["inputs"]], "data_samples": [packed["data_samples"]]}

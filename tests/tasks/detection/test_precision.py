@@ -32,7 +32,12 @@ def setting(seed: int, **changes: Any) -> tuple[DetectionSource, Detections]:
     categories = [entry["id"] for entry in source.coco["categories"]]
     results = []
     for index, entry in enumerate(source.images):
-        results += coco_results(guesses(source.coco, index, seed, wrong=3.0 if index % 5 else 0.0), entry, categories, "x")
+        results += coco_results(
+            guesses(source.coco, index, seed, wrong=3.0 if index % 5 else 0.0),
+            entry,
+            categories,
+            "x",
+        )
     return source, Detections(results, list(range(IMAGES)))
 
 
@@ -78,7 +83,12 @@ def test_left_out_images_are_as_if_they_were_not_there(seed: int) -> None:
     expected = accumulated(source, fewer, "bbox")[..., 0]
     weights = np.isin(np.arange(IMAGES), kept).astype(int)
     for category, found in enumerate(matches):
-        assert np.abs(average_precision(drawn_out(found, weights)) - expected[:, :, category].mean(1)).max() < 1e-12
+        assert (
+            np.abs(
+                average_precision(drawn_out(found, weights)) - expected[:, :, category].mean(1)
+            ).max()
+            < 1e-12
+        )
 
 
 def drawn_out(matches: Matches, weights: np.ndarray) -> Matches:
@@ -89,7 +99,9 @@ def drawn_out(matches: Matches, weights: np.ndarray) -> Matches:
         order = [(position, True, image) for position, image in enumerate(hits)]
         order += [(place - 0.5, False, image) for place, image in zip(before, misses, strict=True)]
         order.sort(key=lambda item: item[0])
-        rows = [(right, copy) for _, right, image in order for copy in np.flatnonzero(copies == image)]
+        rows = [
+            (right, copy) for _, right, image in order for copy in np.flatnonzero(copies == image)
+        ]
         right = np.array([row[0] for row in rows], dtype=bool)
         owner = np.array([row[1] for row in rows], dtype=np.int64)
         levels.append(Level(owner[right], owner[~right], np.cumsum(right)[~right]))
@@ -99,7 +111,10 @@ def drawn_out(matches: Matches, weights: np.ndarray) -> Matches:
 def slow_area(matches: Matches, weights: np.ndarray, level: int) -> float:
     """Area under the curve by walking along all detections."""
     hits, misses, before = matches.levels[level]
-    order = sorted([(k, 1, i) for k, i in enumerate(hits)] + [(k - 0.5, 0, i) for k, i in zip(before, misses, strict=True)])
+    order = sorted(
+        [(k, 1, i) for k, i in enumerate(hits)]
+        + [(k - 0.5, 0, i) for k, i in zip(before, misses, strict=True)]
+    )
     right = wrong = 0.0
     curve = []
     for _, hit, image in order:
@@ -126,7 +141,11 @@ def test_area_without_each_image(size: str) -> None:
             if np.isnan(expected).any():
                 lost += 1
             else:
-                assert np.allclose(expected[[0, 5]], [slow_area(matches, weights, level) for level in (0, 5)], atol=1e-12)
+                assert np.allclose(
+                    expected[[0, 5]],
+                    [slow_area(matches, weights, level) for level in (0, 5)],
+                    atol=1e-12,
+                )
     assert size == "all" or lost
 
 
@@ -155,11 +174,16 @@ def test_averages_leave_out_absent_categories() -> None:
     assert np.isnan(averages([nothing]).whole).all()
     alone = next(matches for matches, count in zip(categories, owners, strict=True) if count == 1)
     single = averages([alone])
-    assert np.flatnonzero(np.isnan(single.without).all(1)).tolist() == np.flatnonzero(alone.truths).tolist()
+    assert (
+        np.flatnonzero(np.isnan(single.without).all(1)).tolist()
+        == np.flatnonzero(alone.truths).tolist()
+    )
 
 
 def by_hand(hits: list[int], misses: list[int], before: list[int], truths: list[int]) -> Matches:
-    level = Level(np.array(hits, dtype=int), np.array(misses, dtype=int), np.array(before, dtype=int))
+    level = Level(
+        np.array(hits, dtype=int), np.array(misses, dtype=int), np.array(before, dtype=int)
+    )
     return Matches(np.array(truths), (level,))
 
 

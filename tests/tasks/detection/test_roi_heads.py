@@ -21,9 +21,21 @@ from tasks.common.models.module_map import whole_map
 from tasks.detection.roi import roi_parts
 
 SHARED_2FC = ["shared_fcs.0", "shared_fcs.1", "fc_cls", "fc_reg"]
-SHARED_4CONV = [*(f"shared_convs.{index}.conv" for index in range(4)), "shared_fcs.0", "fc_cls", "fc_reg"]
+SHARED_4CONV = [
+    *(f"shared_convs.{index}.conv" for index in range(4)),
+    "shared_fcs.0",
+    "fc_cls",
+    "fc_reg",
+]
 MASK = ["convs.0.conv", "convs.1.conv", "upsample", "conv_logits"]
-BRANCHES = box_head("ConvFCBBoxHead", num_cls_convs=1, num_cls_fcs=1, num_reg_convs=2, num_reg_fcs=1, conv_out_channels=8)
+BRANCHES = box_head(
+    "ConvFCBBoxHead",
+    num_cls_convs=1,
+    num_cls_fcs=1,
+    num_reg_convs=2,
+    num_reg_fcs=1,
+    conv_out_channels=8,
+)
 
 
 def kind_of(name: str) -> type[nn.Module]:
@@ -37,11 +49,22 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, list[str]]]] = {
     "boxes only": (config(masks=False), {"bbox": SHARED_2FC}),
     "cascade": (
         config(cascade=True),
-        {f"bbox{stage}": SHARED_4CONV for stage in range(3)} | {f"mask{stage}": MASK for stage in range(3)},
+        {f"bbox{stage}": SHARED_4CONV for stage in range(3)}
+        | {f"mask{stage}": MASK for stage in range(3)},
     ),
     "branches": (
         config(masks=False, bbox_head=BRANCHES),
-        {"bbox": ["fc_cls", "fc_reg", "cls_convs.0.conv", "cls_fcs.0", "reg_convs.0.conv", "reg_convs.1.conv", "reg_fcs.0"]},
+        {
+            "bbox": [
+                "fc_cls",
+                "fc_reg",
+                "cls_convs.0.conv",
+                "cls_fcs.0",
+                "reg_convs.0.conv",
+                "reg_convs.1.conv",
+                "reg_fcs.0",
+            ]
+        },
     ),
 }
 
@@ -69,8 +92,16 @@ def test_every_layer_is_swapped_in_place(case: str) -> None:
     for name, parameter in before.items():
         # a transposed convolution is kept the other way round
         turned = name.endswith("upsample.weight")
-        assert torch.equal(after[name], parameter.transpose(0, 1)) if turned else after[name] is parameter
-    plain = [m for m in model.roi_head.modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.ConvTranspose2d)]
+        assert (
+            torch.equal(after[name], parameter.transpose(0, 1))
+            if turned
+            else after[name] is parameter
+        )
+    plain = [
+        m
+        for m in model.roi_head.modules()
+        if isinstance(m, nn.Linear | nn.Conv2d | nn.ConvTranspose2d)
+    ]
     assert len(plain) == len(found)
 
 
@@ -78,7 +109,12 @@ def test_norms_stay_in_full_precision() -> None:
     model = build(config(cascade=True))
     norms = [module for module in model.roi_head.modules() if isinstance(module, nn.BatchNorm2d)]
     parts = roi_parts(model, recipe(3))
-    kept = {id(module) for chain in parts.values() for module in chain.modules() if isinstance(module, nn.BatchNorm2d)}
+    kept = {
+        id(module)
+        for chain in parts.values()
+        for module in chain.modules()
+        if isinstance(module, nn.BatchNorm2d)
+    }
     assert len(norms) == 12
     assert kept == {id(norm) for norm in norms}
 
@@ -137,14 +173,18 @@ def test_a_copy_of_a_part_runs_its_own_layers() -> None:
         model.roi_head.bbox_head.fc_cls.weight.zero_()
         assert torch.equal(teacher(x), expected)
         assert not torch.equal(chain(x), expected)
-    assert not {id(layer) for _, layer in quant_layers(teacher)} & {id(layer) for _, layer in quant_layers(chain)}
+    assert not {id(layer) for _, layer in quant_layers(teacher)} & {
+        id(layer) for _, layer in quant_layers(chain)
+    }
 
 
 def test_the_module_map_lists_the_layers_by_their_parts() -> None:
     model = build(config())
     found = whole_map(roi_parts(model, recipe(3)), {})
     names = [entry.name for entry in found.quantized]
-    assert sorted(names) == sorted([f"bbox.head.{name}" for name in SHARED_2FC] + [f"mask.head.{name}" for name in MASK])
+    assert sorted(names) == sorted(
+        [f"bbox.head.{name}" for name in SHARED_2FC] + [f"mask.head.{name}" for name in MASK]
+    )
     # losses and activations of the heads are no layers
     assert not any("loss" in name for name in found.full_precision)
 
@@ -159,7 +199,9 @@ def test_the_first_layers_input_is_quantized() -> None:
 
 
 def test_other_heads_are_refused() -> None:
-    double = box_head("DoubleConvFCBBoxHead", num_convs=1, num_fcs=1, conv_out_channels=8, with_avg_pool=True)
+    double = box_head(
+        "DoubleConvFCBBoxHead", num_convs=1, num_fcs=1, conv_out_channels=8, with_avg_pool=True
+    )
     with pytest.raises(ModelError, match=r"\(bbox\) of type DoubleConvFCBBoxHead"):
         roi_parts(build(config(masks=False, bbox_head=double)), recipe(4))
     with pytest.raises(ModelError, match=r"\(mask\) of type CoarseMaskHead"):
@@ -174,4 +216,6 @@ def test_layers_that_nobody_can_quantize_are_refused() -> None:
     with pytest.raises(ModelError, match=r"ConvWS2d \(convs.0.conv\) in a FCNMaskHead"):
         roi_parts(build(config(mask_head=mask_head(conv_cfg={"type": "ConvWS"}))), recipe(4))
     with pytest.raises(ModelError, match=r"NormedLinear \(fc_cls\)"):
-        roi_parts(build(config(bbox_head=box_head(cls_predictor_cfg={"type": "NormedLinear"}))), recipe(4))
+        roi_parts(
+            build(config(bbox_head=box_head(cls_predictor_cfg={"type": "NormedLinear"}))), recipe(4)
+        )

@@ -59,8 +59,17 @@ def maps_of(model: nn.Module, features: tuple[Tensor, ...]) -> Tensor:
 def proposals_of(model: nn.Module, image: Tensor) -> Tensor:
     """By mmdet: of an image whose padding counts as image."""
     size = tuple(image.shape[2:])
-    sample = DetDataSample(metainfo={"img_shape": size, "ori_shape": size, "pad_shape": size, "scale_factor": (1.0, 1.0)})
-    boxes: Tensor = model.rpn_head.predict(model.extract_feat(image), [sample], rescale=False)[0].bboxes
+    sample = DetDataSample(
+        metainfo={
+            "img_shape": size,
+            "ori_shape": size,
+            "pad_shape": size,
+            "scale_factor": (1.0, 1.0),
+        }
+    )
+    boxes: Tensor = model.rpn_head.predict(model.extract_feat(image), [sample], rescale=False)[
+        0
+    ].bboxes
     return boxes
 
 
@@ -100,7 +109,9 @@ def test_quantized_features_are_looked_at_on_the_same_proposals(
     logits = logits_of(loaded.model, features, proposals_of(loaded.model, image))
     assert torch.allclose(found[:, -logits.numel() :], logits.reshape(1, -1), rtol=1e-5, atol=1e-5)
     set_quantized(chain, False)
-    assert not torch.allclose(chain(image)[:, -logits.numel() :], logits.reshape(1, -1), rtol=1e-2, atol=1e-2)
+    assert not torch.allclose(
+        chain(image)[:, -logits.numel() :], logits.reshape(1, -1), rtol=1e-2, atol=1e-2
+    )
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
@@ -108,7 +119,11 @@ def test_fisher_passes_have_the_gradient_of_mmdets_own_modules(
     loaded: LoadedModel, chain: BlockChain, images: CalibrationSet, stage: int
 ) -> None:
     """Of the divergence with respect to the last block of a stage, which feeds the neck as well as the next stage."""
-    model, image, number = loaded.model, images.images[1], len(loaded.model.backbone.stages[stage].blocks) - 1
+    model, image, number = (
+        loaded.model,
+        images.images[1],
+        len(loaded.model.backbone.stages[stage].blocks) - 1,
+    )
     labels = [segment.label for segment in chain]
     index = labels.index(f"backbone.stages.{stage}.blocks.{number}")
     one = CalibrationSet(Samples([image]), ["a"], "eval", "b")
@@ -120,7 +135,9 @@ def test_fisher_passes_have_the_gradient_of_mmdets_own_modules(
             x = segment(x, None, kept)
             kept = segment.kept_with(x, kept)
         entered = chain.segment(index).enter(x, None, kept)
-        noise = 0.05 * torch.randn(chain.segment(index).block(entered).shape, generator=torch.Generator().manual_seed(2))
+        noise = 0.05 * torch.randn(
+            chain.segment(index).block(entered).shape, generator=torch.Generator().manual_seed(2)
+        )
 
     def disturbed(batch: Tensor) -> Tensor:
         return chain.segment(index).block(batch) + noise  # type: ignore[no-any-return]
@@ -143,7 +160,9 @@ def test_fisher_passes_have_the_gradient_of_mmdets_own_modules(
     assert expected.norm() > 0
     assert (gradient - expected).norm() < 1e-3 * expected.norm()
     # the term has a share of its own
-    plain = TASK.divergences(loaded, one, RECIPE.model_copy(update={"detection_terms": "rpn"}), CPU, 1)[DETECTOR]
+    plain = TASK.divergences(
+        loaded, one, RECIPE.model_copy(update={"detection_terms": "rpn"}), CPU, 1
+    )[DETECTOR]
     maps = own.shape[1] - logits.numel()
     short = plain.reference(Samples([maps_of(model, model.extract_feat(image)).detach()]))[0]
     handle = block.register_forward_hook(lambda *_: leaf.flatten(1, 2))
@@ -166,10 +185,14 @@ def test_a_run_with_the_term(tmp_path: Path) -> None:
     assert with_term.record.last_loss != without.record.last_loss
     assert with_term.state.keys() == without.state.keys()
     assert len(list((tmp_path / "calibration").glob("*.safetensors"))) == 3
-    sizes = sorted(path.stat().st_size for path in (tmp_path / "reconstruction").glob("*.safetensors"))
+    sizes = sorted(
+        path.stat().st_size for path in (tmp_path / "reconstruction").glob("*.safetensors")
+    )
     assert len(sizes) == 6
     assert sizes[-1] < 1.01 * sizes[-2]
-    shown = [json.loads(command("inspect", one.checkpoint, "--json")) for one in (with_term, without)]
+    shown = [
+        json.loads(command("inspect", one.checkpoint, "--json")) for one in (with_term, without)
+    ]
     assert shown[0]["totals"] == shown[1]["totals"]
     assert set(shown[0]["changes"]) - set(shown[1]["changes"]) == {"detection_terms"}
 

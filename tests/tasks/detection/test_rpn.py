@@ -34,7 +34,11 @@ def test_outputs_equal_those_of_mmdet(size: tuple[int, int]) -> None:
             assert close(position[:ANCHORS], logits[level][0, :, row, column])
             assert close(position[ANCHORS:], expected)
             assert close(position[ANCHORS + 4 : ANCHORS + 8], expected.reshape(ANCHORS, 4)[1])
-        whole = torch.cat([logits[level], deltas[level]], 1).permute(0, 2, 3, 1).reshape(1, -1, 5 * ANCHORS)
+        whole = (
+            torch.cat([logits[level], deltas[level]], 1)
+            .permute(0, 2, 3, 1)
+            .reshape(1, -1, 5 * ANCHORS)
+        )
         assert close(part, whole)
 
 
@@ -46,7 +50,9 @@ def test_outputs_keep_images_of_a_batch_apart() -> None:
         packed = pack(model.extract_feat(images)[:4])
         together = segment(packed)
         for index in range(3):
-            assert torch.allclose(segment(packed[index : index + 1]), together[index : index + 1], atol=1e-5)
+            assert torch.allclose(
+                segment(packed[index : index + 1]), together[index : index + 1], atol=1e-5
+            )
 
 
 def test_layers_are_swapped_in_the_head_itself() -> None:
@@ -69,7 +75,8 @@ def test_quantized_flags_reach_the_head_of_mmdet() -> None:
     segment = rpn_segment(model, recipe(2)).eval()
     for _, layer in quant_layers(segment.block):
         layer.weight_quantizer.set_range(
-            layer.weight.detach().flatten(1).abs().amax(1, True), torch.full((len(layer.weight), 1), 1.0)
+            layer.weight.detach().flatten(1).abs().amax(1, True),
+            torch.full((len(layer.weight), 1), 1.0),
         )
         layer.input_quantizer.set_range(torch.tensor(0.5), torch.tensor(1.0))
     with torch.no_grad():
@@ -80,7 +87,9 @@ def test_quantized_flags_reach_the_head_of_mmdet() -> None:
         after = segment(packed)
         logits, deltas = model.rpn_head(features)
     assert not torch.allclose(before, after, atol=1e-2)
-    theirs = [torch.cat(pair, 1).flatten(2).transpose(1, 2) for pair in zip(logits, deltas, strict=True)]
+    theirs = [
+        torch.cat(pair, 1).flatten(2).transpose(1, 2) for pair in zip(logits, deltas, strict=True)
+    ]
     # A value between two codes may take the other one.
     assert ((after - torch.cat(theirs, 1)).abs() > 1e-4).double().mean() < 0.1
 

@@ -29,13 +29,21 @@ from tasks.detection.mm import CascadeRCNN, MaskRCNN, PatchMerging, SwinBlock
 from tasks.detection.swin import ExplicitPatchMerging, ExplicitSwinBlock
 
 #: mmdet's values of Mask R-CNN with Swin-T.
-TINY: dict[str, Any] = {"embed_dims": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24), "window_size": 7, "mlp_ratio": 4}
+TINY: dict[str, Any] = {
+    "embed_dims": 96,
+    "depths": (2, 2, 6, 2),
+    "num_heads": (3, 6, 12, 24),
+    "window_size": 7,
+    "mlp_ratio": 4,
+}
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", [MaskRCNN, CascadeRCNN])
 @pytest.mark.parametrize(("height", "width"), SIZES)
-def test_chain_equals_the_real_BackboneAndNeck(height: int, width: int, kind: type[nn.Module]) -> None:
+def test_chain_equals_the_real_BackboneAndNeck(
+    height: int, width: int, kind: type[nn.Module]
+) -> None:
     model, x = detector(kind=kind), pictures(height, width, 2)
     expected = model.extract_feat(x)
     found = BackboneAndNeck(chain_of(model))(x)
@@ -54,7 +62,14 @@ def test_the_real_size_of_swin_t() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "changes", [{"qkv_bias": False}, {"patch_norm": False}, {"window_size": 4}, {"with_cp": True}, {"qk_scale": 0.5}]
+    "changes",
+    [
+        {"qkv_bias": False},
+        {"patch_norm": False},
+        {"window_size": 4},
+        {"with_cp": True},
+        {"qk_scale": 0.5},
+    ],
 )
 def test_variants_of_swin(changes: dict[str, Any]) -> None:
     model, x = detector({**SMALL, **changes}), pictures(96, 128)
@@ -114,11 +129,20 @@ def test_what_is_offered_for_reparameterisation_and_mlps() -> None:
 
 def test_names_and_kinds_of_the_segments() -> None:
     chain = chain_of(detector({**SMALL, "depths": (1, 2, 1, 1)}))
-    stages = [["blocks.0", "downsample"], ["blocks.0", "blocks.1", "downsample"], ["blocks.0", "downsample"], ["blocks.0"]]
-    inner = [f"backbone.stages.{number}.{name}" for number, names in enumerate(stages) for name in names]
+    stages = [
+        ["blocks.0", "downsample"],
+        ["blocks.0", "blocks.1", "downsample"],
+        ["blocks.0", "downsample"],
+        ["blocks.0"],
+    ]
+    inner = [
+        f"backbone.stages.{number}.{name}" for number, names in enumerate(stages) for name in names
+    ]
     assert [segment.label for segment in chain] == ["backbone.patch_embed", *inner, "neck"]
     kinds = {"patch_embed": "patch_embed", "downsample": "merge", "neck": "neck"}
-    assert [segment.kind for segment in chain] == [kinds.get(one.label.split(".")[-1], "block") for one in chain]
+    assert [segment.kind for segment in chain] == [
+        kinds.get(one.label.split(".")[-1], "block") for one in chain
+    ]
     last = [f"backbone.stages.{number}.blocks.{1 if number == 1 else 0}" for number in range(4)]
     assert [segment.label for segment in chain if segment.keep is not None] == last
     assert [segment.label for segment in chain if segment.takes_kept] == ["neck"]
@@ -142,7 +166,9 @@ def test_shapes_that_the_layers_see() -> None:
     chain, seen = chain_of(detector()), {}
     block = chain.segment(2).block
     for name, layer in quant_layers(block):
-        layer.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: [tuple(one.shape) for one in args]}))
+        layer.register_forward_pre_hook(
+            lambda _, args, name=name: seen.update({name: [tuple(one.shape) for one in args]})
+        )
     block(torch.randn(2, 10, 15, 16))  # 2 x 3 windows an image
     assert seen["attn.qkv"] == [(12, 49, 16)]
     assert seen["attn.proj"] == [(12, 49, 16)]
@@ -165,7 +191,11 @@ def _merging() -> nn.Module:
 MAPS = [(14, 21), (15, 21), (14, 23), (30, 33), (50, 84), (8, 8)]
 
 
-@pytest.mark.parametrize("make", [lambda: _block(True), lambda: _block(False), _merging], ids=["shifted", "plain", "merging"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: _block(True), lambda: _block(False), _merging],
+    ids=["shifted", "plain", "merging"],
+)
 def test_a_block_compiles_once_for_all_sizes(make: Any) -> None:
     torch.manual_seed(0)
     block, backend = make().eval().requires_grad_(False), CountingBackend()
@@ -202,11 +232,26 @@ def _subclassed() -> nn.Module:
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
-    "subclass": (lambda: _with("backbone.stages.0.blocks.1", _subclassed()), "Swin block of type _Other"),
-    "other windows": (lambda: _with("backbone.stages.0.blocks.1.attn.w_msa", nn.Identity()), "Attention of type Identity"),
-    "other MLP": (lambda: _with("backbone.stages.0.blocks.1.ffn", nn.Identity()), "MLP of type Identity"),
-    "other merging": (lambda: _with("backbone.stages.0.downsample", nn.Identity()), "Downsampling of type Identity"),
-    "other patches": (lambda: _with("backbone.patch_embed", nn.Identity()), "patch embedding of type Identity"),
+    "subclass": (
+        lambda: _with("backbone.stages.0.blocks.1", _subclassed()),
+        "Swin block of type _Other",
+    ),
+    "other windows": (
+        lambda: _with("backbone.stages.0.blocks.1.attn.w_msa", nn.Identity()),
+        "Attention of type Identity",
+    ),
+    "other MLP": (
+        lambda: _with("backbone.stages.0.blocks.1.ffn", nn.Identity()),
+        "MLP of type Identity",
+    ),
+    "other merging": (
+        lambda: _with("backbone.stages.0.downsample", nn.Identity()),
+        "Downsampling of type Identity",
+    ),
+    "other patches": (
+        lambda: _with("backbone.patch_embed", nn.Identity()),
+        "patch embedding of type Identity",
+    ),
     "other backbone": (lambda: _with("backbone", nn.Identity()), "backbone of type Identity"),
     "other detector": (lambda: nn.Identity(), "detector of type Identity"),
     "no neck": (lambda: _with("neck", None), "neck of type NoneType"),

@@ -41,7 +41,17 @@ def loaded(context_length: int = 16, data: str | None = None) -> LoadedModel:
     training = create_transform(size, is_training=True, color_jitter=0.4)
     tokenizer = ByteTokenizer(context_length)
     return LoadedModel(
-        nn.Identity(), "some_clip.tag", "file", "0" * 64, 0, evaluation, training, data, size, tokenizer, context_length
+        nn.Identity(),
+        "some_clip.tag",
+        "file",
+        "0" * 64,
+        0,
+        evaluation,
+        training,
+        data,
+        size,
+        tokenizer,
+        context_length,
     )
 
 
@@ -64,10 +74,20 @@ def karpathy_entries(coco: bool, suffix: str = "png") -> list[dict[str, Any]]:
     entries = []
     for number, split in enumerate(SPLITS):
         sentences = [
-            {"tokens": ["caption", str(turn)], "raw": f"Caption {turn} of image {number}. ", "imgid": number, "sentid": turn}
+            {
+                "tokens": ["caption", str(turn)],
+                "raw": f"Caption {turn} of image {number}. ",
+                "imgid": number,
+                "sentid": turn,
+            }
             for turn in range(6 if number == 1 else 5)
         ]
-        entry = {"filename": f"{number}.{suffix}", "imgid": number, "split": split, "sentences": sentences}
+        entry = {
+            "filename": f"{number}.{suffix}",
+            "imgid": number,
+            "split": split,
+            "sentences": sentences,
+        }
         if coco:
             entry |= {"filepath": "train2014" if split == "train" else "val2014", "cocoid": number}
         entries.append(entry)
@@ -77,14 +97,19 @@ def karpathy_entries(coco: bool, suffix: str = "png") -> list[dict[str, Any]]:
 def write_karpathy(root: Path, file: str, folder: str = "") -> list[dict[str, Any]]:
     """Small data of Karpathy's format under the name ``file``, images below ``folder``."""
     entries = karpathy_entries(coco="coco" in file)
-    write_images(root / folder, [f"{entry.get('filepath', '.')}/{entry['filename']}" for entry in entries])
+    write_images(
+        root / folder, [f"{entry.get('filepath', '.')}/{entry['filename']}" for entry in entries]
+    )
     (root / file).write_text(json.dumps({"images": entries, "dataset": "small"}))
     return entries
 
 
 def write_csv(root: Path, images: int = 12, test: int = 3) -> dict[str, list[str]]:
     """captions.csv with distinct captions, two an image; the first images are the test part. Returns captions by image."""
-    captions = {f"img/{number}.png": [f"first of {number}", f"second of {number}"] for number in range(images)}
+    captions = {
+        f"img/{number}.png": [f"first of {number}", f"second of {number}"]
+        for number in range(images)
+    }
     write_images(root, list(captions))
     lines = ["image,caption,split"]
     for number, (image, own) in enumerate(captions.items()):

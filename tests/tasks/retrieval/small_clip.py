@@ -14,18 +14,46 @@ from tasks.retrieval.towers import build_towers
 
 #: Id of the end of a text: the highest of the vocabulary, as CLIP's tokenizers have it.
 END = 63
-VISION: dict[str, Any] = {"layers": 2, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 32, "mlp_ratio": 2.0}
-TEXT: dict[str, Any] = {"context_length": 12, "vocab_size": END + 1, "width": 32, "heads": 2, "layers": 2, "mlp_ratio": 2.0}
-SIGLIP_TEXT: dict[str, Any] = {"no_causal_mask": True, "pool_type": "last", "proj_bias": True, "norm_kwargs": {"eps": 1e-6}}
+VISION: dict[str, Any] = {
+    "layers": 2,
+    "width": 32,
+    "head_width": 16,
+    "patch_size": 8,
+    "image_size": 32,
+    "mlp_ratio": 2.0,
+}
+TEXT: dict[str, Any] = {
+    "context_length": 12,
+    "vocab_size": END + 1,
+    "width": 32,
+    "heads": 2,
+    "layers": 2,
+    "mlp_ratio": 2.0,
+}
+SIGLIP_TEXT: dict[str, Any] = {
+    "no_causal_mask": True,
+    "pool_type": "last",
+    "proj_bias": True,
+    "norm_kwargs": {"eps": 1e-6},
+}
 
 
-def clip(vision: dict[str, Any] | None = None, text: dict[str, Any] | None = None, custom: bool = False, **options: Any) -> Any:
+def clip(
+    vision: dict[str, Any] | None = None,
+    text: dict[str, Any] | None = None,
+    custom: bool = False,
+    **options: Any,
+) -> Any:
     """A ``CLIP`` (or ``CustomTextCLIP``) on 32 x 32 images and 12 tokens, embeddings of 24 values."""
-    model = (CustomTextCLIP if custom else CLIP)(24, VISION | (vision or {}), TEXT | (text or {}), **options)
+    model = (CustomTextCLIP if custom else CLIP)(
+        24, VISION | (vision or {}), TEXT | (text or {}), **options
+    )
     return _randomise(model)
 
 
-def timm_clip(name: str, pool: str, proj: str | None, text: dict[str, Any] | None = None, **vision: Any) -> Any:
+def timm_clip(
+    name: str, pool: str, proj: str | None, text: dict[str, Any] | None = None, **vision: Any
+) -> Any:
     """A ``CustomTextCLIP`` whose vision tower is one of timm's models for tests."""
     settings = {"timm_model_name": name, "timm_pool": pool, "timm_proj": proj, **vision}
     width = {"test_vit3": 96}.get(name, 64) if proj == "none" else 24

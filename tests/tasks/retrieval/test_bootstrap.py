@@ -69,7 +69,9 @@ def test_draws_are_multinomial_and_do_not_depend_on_memory(monkeypatch: pytest.M
     assert np.array_equal(np.concatenate(list(bootstrap._draws(50, 250))), whole)
     assert whole.mean() == 1
     assert whole.var() == pytest.approx(1 - 1 / 50, rel=0.02)
-    assert np.cov(whole[:, 0], whole[:, 1])[0, 1] == pytest.approx(-1 / 50, abs=4 / math.sqrt(RESAMPLES))
+    assert np.cov(whole[:, 0], whole[:, 1])[0, 1] == pytest.approx(
+        -1 / 50, abs=4 / math.sqrt(RESAMPLES)
+    )
 
 
 def test_one_caption_an_image_gives_binomial_errors() -> None:
@@ -101,7 +103,14 @@ def test_cut_offs_beyond_the_candidates_are_left_out() -> None:
     """Four images with eight captions: images look for captions up to 5, captions for images up to 1."""
     image_of = np.repeat(np.arange(4), 2)
     found = measures(np.arange(4), np.zeros(8, dtype=int), image_of, np.ones((1, 4), dtype=int))
-    assert set(found) == {"R@1", "i2t_R@1", "i2t_R@5", "t2i_R@1", "i2t_median_rank", "t2i_median_rank"}
+    assert set(found) == {
+        "R@1",
+        "i2t_R@1",
+        "i2t_R@5",
+        "t2i_R@1",
+        "i2t_median_rank",
+        "t2i_median_rank",
+    }
     assert found["i2t_R@1"][0] == 25
     assert found["R@1"][0] == 62.5
     assert found["i2t_median_rank"][0] == 2.5

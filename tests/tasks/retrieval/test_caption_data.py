@@ -49,8 +49,14 @@ def nothing(index: int) -> Image.Image:
     raise AssertionError("no image is read")
 
 
-def source(ids: Sequence[str] = ("a", "b", "c"), captions: Sequence[str] = tuple("uvwxy"), owners: Any = (0, 0, 1, 2, 2)) -> Any:
-    return PairSource("data", "test", tuple(ids), tuple(captions), np.array(owners, dtype=np.int64), nothing)
+def source(
+    ids: Sequence[str] = ("a", "b", "c"),
+    captions: Sequence[str] = tuple("uvwxy"),
+    owners: Any = (0, 0, 1, 2, 2),
+) -> Any:
+    return PairSource(
+        "data", "test", tuple(ids), tuple(captions), np.array(owners, dtype=np.int64), nothing
+    )
 
 
 def write_rows(path: Path, rows: Sequence[Sequence[str]]) -> None:
@@ -59,21 +65,36 @@ def write_rows(path: Path, rows: Sequence[Sequence[str]]) -> None:
 
 
 def pairs_of(found: PairSource) -> list[tuple[str, str]]:
-    return [(found.image_ids[owner], caption) for owner, caption in zip(found.image_of, found.captions, strict=True)]
+    return [
+        (found.image_ids[owner], caption)
+        for owner, caption in zip(found.image_of, found.captions, strict=True)
+    ]
 
 
 def test_starts_and_head() -> None:
     whole = source()
     assert whole.starts.tolist() == [0, 2, 3, 5]
     head = whole.head(2)
-    assert (head.image_ids, head.captions, head.image_of.tolist()) == (("a", "b"), ("u", "v", "w"), [0, 0, 1])
+    assert (head.image_ids, head.captions, head.image_of.tolist()) == (
+        ("a", "b"),
+        ("u", "v", "w"),
+        [0, 0, 1],
+    )
     assert head.split == "test[:2]"
     assert whole.head(3) is whole
     assert whole.head(None) is whole
     described = head.describe()
-    assert (described.name, described.split, described.count, described.captions) == ("data", "test[:2]", 2, 3)
+    assert (described.name, described.split, described.count, described.captions) == (
+        "data",
+        "test[:2]",
+        2,
+        3,
+    )
     assert (described.classes, described.fingerprint) == (0, head.fingerprint)
-    assert PairSource.of("data", "test", [("a", "uv"), ("b", "w"), ("c", "xy")], nothing).fingerprint == whole.fingerprint
+    assert (
+        PairSource.of("data", "test", [("a", "uv"), ("b", "w"), ("c", "xy")], nothing).fingerprint
+        == whole.fingerprint
+    )
 
 
 def test_fingerprints_tell_pairings_apart() -> None:
@@ -98,7 +119,10 @@ def test_fingerprints_tell_pairings_apart() -> None:
         ({"owners": (0, 0, 0, 2, 2)}, "has 1 images without a caption, such as 'b'"),
         ({"owners": (0, 1, 0, 2, 2)}, "does not keep the captions of an image together: see 'a'"),
         ({"captions": ("u", "v", " \n", "", "y")}, "has 2 empty captions, such as one of 'b'"),
-        ({"owners": (0, 0, 1, 2)}, "does not say of which of its 3 images each of its 5 captions is"),
+        (
+            {"owners": (0, 0, 1, 2)},
+            "does not say of which of its 3 images each of its 5 captions is",
+        ),
         ({"owners": (0, 0, 1, 2, 3)}, "does not say of which"),
         ({"owners": (-1, 0, 1, 2, 2)}, "does not say of which"),
     ],
@@ -129,7 +153,11 @@ def test_karpathy_files_against_a_plain_reading(
     expected = []
     for entry in json.loads((tmp_path / published.file).read_text())["images"]:
         if entry["split"] == part:
-            place = f"{entry['filepath']}/{entry['filename']}" if published is COCO else entry["filename"]
+            place = (
+                f"{entry['filepath']}/{entry['filename']}"
+                if published is COCO
+                else entry["filename"]
+            )
             expected += [(place, sentence["raw"]) for sentence in entry["sentences"]]
     assert pairs_of(found) == expected
     assert found.split == f"Karpathy {part}"
@@ -138,32 +166,45 @@ def test_karpathy_files_against_a_plain_reading(
         assert found.read(index).mode == "RGB"
 
 
-@pytest.mark.parametrize(("file", "name"), [("dataset_coco.json", "MS-COCO"), ("dataset_flickr30k.json", "Flickr30k")])
+@pytest.mark.parametrize(
+    ("file", "name"), [("dataset_coco.json", "MS-COCO"), ("dataset_flickr30k.json", "Flickr30k")]
+)
 def test_small_data_are_refused_under_published_names(tmp_path: Path, file: str, name: str) -> None:
     write_karpathy(tmp_path, file)
     images = "82,783" if name == "MS-COCO" else "29,000"
     test = "5,000" if name == "MS-COCO" else "1,000"
     wrong = rf"train has 4 images instead of {images}; .*test has 2 images instead of {test}[;.]"
-    with pytest.raises(DataError, match=rf"{file} does not hold the splits of {name}: {wrong}.*captions.json"):
+    with pytest.raises(
+        DataError, match=rf"{file} does not hold the splits of {name}: {wrong}.*captions.json"
+    ):
         open_pairs(loaded(), DataRequest(tmp_path), "test")
 
 
 def test_captions_and_unexpected_splits_are_counted_too(tmp_path: Path) -> None:
     write_karpathy(tmp_path, COCO.file)
     with pytest.raises(DataError, match="test has 11 captions instead of 10"):
-        open_published(tmp_path, replace(COCO, counts={**SMALL_COCO, "test": Counts(2, 10)}), "test")
+        open_published(
+            tmp_path, replace(COCO, counts={**SMALL_COCO, "test": Counts(2, 10)}), "test"
+        )
     fewer = {name: count for name, count in SMALL_COCO.items() if name != "restval"}
     with pytest.raises(DataError, match="restval has 1 images instead of 0"):
         open_published(tmp_path, replace(COCO, counts=fewer), "test")
 
 
 @pytest.mark.parametrize("published", [COCO, FLICKR30K])
-def test_published_counts_get_the_published_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, published: Published) -> None:
+def test_published_counts_get_the_published_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, published: Published
+) -> None:
     splits: dict[str, list[tuple[str, tuple[str, ...]]]] = {}
     for split, count in published.counts.items():
         captions = count.captions or count.images
-        shares = [captions // count.images + (number < captions % count.images) for number in range(count.images)]
-        splits[split] = [(f"{split}{number}.jpg", ("text",) * share) for number, share in enumerate(shares)]
+        shares = [
+            captions // count.images + (number < captions % count.images)
+            for number in range(count.images)
+        ]
+        splits[split] = [
+            (f"{split}{number}.jpg", ("text",) * share) for number, share in enumerate(shares)
+        ]
     monkeypatch.setattr("tasks.retrieval.captions.read_captions", lambda path: splits)
     (tmp_path / published.file).touch()
     for number in range(published.counts["test"].images):
@@ -181,18 +222,25 @@ def test_published_counts_get_the_published_name(tmp_path: Path, monkeypatch: py
         open_pairs(loaded(), DataRequest(tmp_path), "test")
 
 
-def test_a_file_is_parsed_once_while_it_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_parsed_once_while_it_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_karpathy(tmp_path, COCO.file)
     calls: list[str] = []
     parse = caption_files.parse_json
-    monkeypatch.setattr(caption_files, "parse_json", lambda *given: calls.append(given[1]) or parse(*given))
+    monkeypatch.setattr(
+        caption_files, "parse_json", lambda *given: calls.append(given[1]) or parse(*given)
+    )
     for part in ("train", "test", "train"):
         open_published(tmp_path, replace(COCO, counts=SMALL_COCO), part)
     assert len(calls) == 1
     entries = karpathy_entries(coco=True)
     entries[6]["sentences"][0]["raw"] = "Another text altogether."
     (tmp_path / COCO.file).write_text(json.dumps({"images": entries}))
-    assert "Another text altogether." in open_published(tmp_path, replace(COCO, counts=SMALL_COCO), "test").captions
+    assert (
+        "Another text altogether."
+        in open_published(tmp_path, replace(COCO, counts=SMALL_COCO), "test").captions
+    )
     assert len(calls) == 2
 
 
@@ -202,9 +250,13 @@ def test_free_counts_of_karpathys_format(tmp_path: Path) -> None:
         found = open_pairs(loaded(), DataRequest(tmp_path), part)
         mine = [entry for entry in entries if entry["split"] == part]
         assert found.image_ids == tuple(entry["filename"] for entry in mine)
-        assert found.captions == tuple(sentence["raw"] for entry in mine for sentence in entry["sentences"])
+        assert found.captions == tuple(
+            sentence["raw"] for entry in mine for sentence in entry["sentences"]
+        )
         assert (found.name, found.split) == (f"captions-{len(mine)}-images", part)
-    (tmp_path / "captions.json").write_text(json.dumps({"images": [entry for entry in entries if entry["split"] != "train"]}))
+    (tmp_path / "captions.json").write_text(
+        json.dumps({"images": [entry for entry in entries if entry["split"] != "train"]})
+    )
     with pytest.raises(DataError, match=r"captions.json has no images of the split 'train'"):
         open_pairs(loaded(), DataRequest(tmp_path), "train")
 
@@ -212,16 +264,25 @@ def test_free_counts_of_karpathys_format(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"split": "dev"}, "image 1 .*there is no split 'dev'; known are train, restval, val, test"),
+        (
+            {"split": "dev"},
+            "image 1 .*there is no split 'dev'; known are train, restval, val, test",
+        ),
         ({"filename": "../out.png"}, "image 1 .*'../out.png' is not the path of an image below"),
         ({"filename": None}, "image 1 .*must be text"),
         ({"sentences": [{"tokens": ["a"]}]}, "image 1 .*sentences with raw are expected .*'raw'"),
         ({"sentences": 3}, "image 1 .*sentences with raw are expected"),
         ({"sentences": [{"raw": 3}]}, "image 1 .*must be text"),
-        ({"sentences": []}, "captions-2-images test has 1 images without a caption, such as '1.png'"),
+        (
+            {"sentences": []},
+            "captions-2-images test has 1 images without a caption, such as '1.png'",
+        ),
         ({"sentences": [{"raw": " "}]}, "has 1 empty captions, such as one of '1.png'"),
         ({"filename": "6.png"}, "lists 1 images more than once, such as '6.png'"),
-        ({"filename": "77.png"}, "names 1 images of the split 'test' that are not in .*, such as '77.png'"),
+        (
+            {"filename": "77.png"},
+            "names 1 images of the split 'test' that are not in .*, such as '77.png'",
+        ),
     ],
 )
 def test_odd_entries_are_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -234,7 +295,11 @@ def test_odd_entries_are_named(tmp_path: Path, change: dict[str, Any], message: 
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{broken", "captions.json is not valid JSON"), ("[]", "no list 'images'"), ('{"images": {}}', "no list 'images'")],
+    [
+        ("{broken", "captions.json is not valid JSON"),
+        ("[]", "no list 'images'"),
+        ('{"images": {}}', "no list 'images'"),
+    ],
 )
 def test_files_that_are_not_of_the_format(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "captions.json").write_text(text)
@@ -258,7 +323,9 @@ def test_csv_with_a_split_column(tmp_path: Path, mark: str) -> None:
         ["val", "not used", "val.png", "4"],
     ]
     write_rows(tmp_path / "captions.csv", rows)
-    (tmp_path / "captions.csv").write_bytes(mark.encode() + (tmp_path / "captions.csv").read_bytes())
+    (tmp_path / "captions.csv").write_bytes(
+        mark.encode() + (tmp_path / "captions.csv").read_bytes()
+    )
     found = open_captions(tmp_path, "test")
     assert pairs_of(found) == [
         ("b.png", "Zwei Hunde, groß"),
@@ -276,12 +343,18 @@ def test_absolute_paths_below_the_data_are_taken(tmp_path: Path) -> None:
     write_images(root, ["a.png", "sub/b.png"])
     (tmp_path / "link").symlink_to(root)
     for place in (root, tmp_path / "link"):
-        rows = [["image", "caption", "split"], [f"{root}/a.png", "one", "test"], [f"{place}/./sub/b.png", "two", "test"]]
+        rows = [
+            ["image", "caption", "split"],
+            [f"{root}/a.png", "one", "test"],
+            [f"{place}/./sub/b.png", "two", "test"],
+        ]
         write_rows(root / "captions.csv", rows)
         assert pairs_of(open_captions(place, "test")) == [("a.png", "one"), ("sub/b.png", "two")]
     for name in (f"{tmp_path}/a.png", f"{root}/../data/a.png", str(root), f"{root}x/a.png"):
         write_rows(root / "captions.csv", [["image", "caption", "split"], [name, "one", "test"]])
-        with pytest.raises(DataError, match=f"'{name}' is not the path of an image below the folder of the data"):
+        with pytest.raises(
+            DataError, match=f"'{name}' is not the path of an image below the folder of the data"
+        ):
             open_captions(root, "test")
 
 
@@ -289,17 +362,30 @@ def test_all_formats_of_the_same_pairs_are_equal(tmp_path: Path) -> None:
     captions = {"x.png": ["one", "two"], "y.png": ["three"]}
     rows = [(image, caption) for image, own in captions.items() for caption in own]
     made: dict[str, dict[str, str]] = {
-        "csv": {"captions.csv": "image,caption,split\n" + "".join(f"{image},{text},test\n" for image, text in rows)},
-        "csv pair": {"test.csv": "image,caption\n" + "".join(f"{image},{text}\n" for image, text in rows)},
-        "jsonl": {"captions.jsonl": "".join(json.dumps({"image": i, "caption": t, "split": "test"}) + "\n" for i, t in rows)},
+        "csv": {
+            "captions.csv": "image,caption,split\n"
+            + "".join(f"{image},{text},test\n" for image, text in rows)
+        },
+        "csv pair": {
+            "test.csv": "image,caption\n" + "".join(f"{image},{text}\n" for image, text in rows)
+        },
+        "jsonl": {
+            "captions.jsonl": "".join(
+                json.dumps({"image": i, "caption": t, "split": "test"}) + "\n" for i, t in rows
+            )
+        },
         "jsonl pair": {
-            "test.jsonl": "\n".join(json.dumps({"image": i, "captions": own}) for i, own in captions.items()) + "\n\n"
+            "test.jsonl": "\n".join(
+                json.dumps({"image": i, "captions": own}) for i, own in captions.items()
+            )
+            + "\n\n"
         },
         "json": {
             "captions.json": json.dumps(
                 {
                     "images": [
-                        {"filename": i, "split": "test", "sentences": [{"raw": t} for t in own]} for i, own in captions.items()
+                        {"filename": i, "split": "test", "sentences": [{"raw": t} for t in own]}
+                        for i, own in captions.items()
                     ]
                 }
             )
@@ -333,35 +419,87 @@ GOOD = "a.png,text,test\n"
         ),
         ("captions.csv", "", "needs the columns image and caption"),
         ("captions.csv", "image,caption,caption\na.png,x,y\n", "once each"),
-        ("captions.csv", "image,caption\na.png,x\n", "line 2: there is no split; .*train.csv and test.csv"),
+        (
+            "captions.csv",
+            "image,caption\na.png,x\n",
+            "line 2: there is no split; .*train.csv and test.csv",
+        ),
         ("captions.csv", HEADER + "a.png,x,dev\n", "line 2: there is no split 'dev'; known are"),
         ("captions.csv", HEADER + "a.png,x,\n", "line 2: there is no split ''"),
         ("captions.csv", HEADER + GOOD + "b.png,one, two,test\n", "line 3: 4 columns instead of 3"),
         ("captions.csv", HEADER + GOOD + "b.png\n", "line 3: 1 columns instead of 3"),
         ("captions.csv", HEADER + GOOD + 'b.png,"open,test\n', "line 3: not valid CSV"),
-        ("captions.csv", HEADER + GOOD + "b.png,  ,test\n", "has 1 empty captions, such as one of 'b.png'"),
-        ("captions.csv", HEADER + GOOD + "b.png,y,test\n" + GOOD, "line 4 repeats image and caption of line 2"),
-        ("captions.csv", HEADER + GOOD + "a.png,other,train\n", "line 3: 'a.png' is in the splits 'test' and 'train'"),
+        (
+            "captions.csv",
+            HEADER + GOOD + "b.png,  ,test\n",
+            "has 1 empty captions, such as one of 'b.png'",
+        ),
+        (
+            "captions.csv",
+            HEADER + GOOD + "b.png,y,test\n" + GOOD,
+            "line 4 repeats image and caption of line 2",
+        ),
+        (
+            "captions.csv",
+            HEADER + GOOD + "a.png,other,train\n",
+            "line 3: 'a.png' is in the splits 'test' and 'train'",
+        ),
         ("captions.csv", HEADER + GOOD + "/a.png,x,test\n", "line 3: '/a.png' is not the path"),
         ("captions.csv", HEADER + GOOD + ",x,test\n", "line 3: '' is not the path"),
-        ("captions.csv", HEADER + GOOD + "sub/../b.png,x,test\n", "line 3: 'sub/../b.png' is not the path"),
+        (
+            "captions.csv",
+            HEADER + GOOD + "sub/../b.png,x,test\n",
+            "line 3: 'sub/../b.png' is not the path",
+        ),
         (
             "captions.csv",
             HEADER + GOOD + "no.png,x,test\nsub/no.png,y,test\n",
             "names 2 images .* are not in .*, such as 'no.png'",
         ),
-        ("captions.csv", HEADER + "a.png,x,train\n", "captions.csv has no images of the split 'test'"),
-        ("test.csv", HEADER + "a.png,x,train\n", "line 2: the split 'train' does not belong into this file"),
-        ("captions.jsonl", '{"image": "a.png", "caption": "x", "split": "test"}\n{\n', "line 2 is not valid JSON"),
-        ("test.jsonl", '\n{"image": "a.png", "captions": []}', "has 1 images without a caption, such as 'a.png'"),
-        ("test.jsonl", '{"image": "a.png", "captions": ["x", "x"]}', "line 1 repeats image and caption of line 1"),
+        (
+            "captions.csv",
+            HEADER + "a.png,x,train\n",
+            "captions.csv has no images of the split 'test'",
+        ),
+        (
+            "test.csv",
+            HEADER + "a.png,x,train\n",
+            "line 2: the split 'train' does not belong into this file",
+        ),
+        (
+            "captions.jsonl",
+            '{"image": "a.png", "caption": "x", "split": "test"}\n{\n',
+            "line 2 is not valid JSON",
+        ),
+        (
+            "test.jsonl",
+            '\n{"image": "a.png", "captions": []}',
+            "has 1 images without a caption, such as 'a.png'",
+        ),
+        (
+            "test.jsonl",
+            '{"image": "a.png", "captions": ["x", "x"]}',
+            "line 1 repeats image and caption of line 1",
+        ),
         ("test.jsonl", '{"image": "a.png", "captions": "x"}', "line 1: captions must be a list"),
         ("test.jsonl", '{"image": "a.png", "caption": ["x"]}', "line 1: the caption .*is not text"),
         ("test.jsonl", '{"image": 3, "caption": "x"}', "line 1: 3 is not the path of an image"),
-        ("test.jsonl", '{"image": "a.png"}', "line 1: an object with image and either caption or captions"),
-        ("test.jsonl", '{"image": "a.png", "caption": "x", "captions": ["y"]}', "line 1: an object with image and either"),
+        (
+            "test.jsonl",
+            '{"image": "a.png"}',
+            "line 1: an object with image and either caption or captions",
+        ),
+        (
+            "test.jsonl",
+            '{"image": "a.png", "caption": "x", "captions": ["y"]}',
+            "line 1: an object with image and either",
+        ),
         ("test.jsonl", '["a.png", "x"]', "line 1: an object with image and either"),
-        ("captions.jsonl", '{"image": "a.png", "caption": "x"}', "line 1: there is no split; .*test.jsonl"),
+        (
+            "captions.jsonl",
+            '{"image": "a.png", "caption": "x"}',
+            "line 1: there is no split; .*test.jsonl",
+        ),
     ],
 )
 def test_odd_tables_are_explained(tmp_path: Path, name: str, text: str, message: str) -> None:
@@ -374,7 +512,9 @@ def test_odd_tables_are_explained(tmp_path: Path, name: str, text: str, message:
 @pytest.mark.parametrize("name", ["captions.csv", "captions.json", "test.jsonl"])
 def test_bytes_that_are_not_utf8_are_named(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"\xef\xbb\xbfimage,caption\na.png,caf\xe9\n")
-    with pytest.raises(DataError, match=rf"{name} is not UTF-8 text: byte 26 \(counted from 0\) is 0xe9"):
+    with pytest.raises(
+        DataError, match=rf"{name} is not UTF-8 text: byte 26 \(counted from 0\) is 0xe9"
+    ):
         open_captions(tmp_path, "test")
 
 
@@ -397,7 +537,9 @@ def test_no_or_several_kinds_of_files(tmp_path: Path) -> None:
         assert name in str(caught.value)
     write_csv(tmp_path)
     (tmp_path / "test.jsonl").touch()
-    with pytest.raises(DataError, match=r"several kinds of captions: captions.csv, test.jsonl. Leave one"):
+    with pytest.raises(
+        DataError, match=r"several kinds of captions: captions.csv, test.jsonl. Leave one"
+    ):
         open_captions(tmp_path, "test")
     with pytest.raises(DataError, match="give --data"):
         open_pairs(loaded(), DataRequest(), "test")
@@ -418,7 +560,10 @@ def test_calibration_data_replace_the_training_part_only(tmp_path: Path) -> None
 def test_the_demo_brings_its_own_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     class DigitScenes:
         def __init__(self, part: str) -> None:
-            self.ids, self.captions = [f"{part}/{number}" for number in range(3)], ["one", "two", "three"]
+            self.ids, self.captions = (
+                [f"{part}/{number}" for number in range(3)],
+                ["one", "two", "three"],
+            )
 
         def __getitem__(self, index: int) -> tuple[Image.Image, str]:
             return Image.new("L", (48, 48), 10 * index), self.captions[index]
@@ -462,7 +607,9 @@ def test_pairs_of_labelled_images(tmp_path: Path) -> None:
 def test_absent_folders_of_images(tmp_path: Path) -> None:
     write_karpathy(tmp_path, COCO.file)
     shutil.rmtree(tmp_path / "train2014")
-    with pytest.raises(DataError, match=r"names 4 images of the split 'Karpathy train' .*such as 'train2014/0.png'"):
+    with pytest.raises(
+        DataError, match=r"names 4 images of the split 'Karpathy train' .*such as 'train2014/0.png'"
+    ):
         open_published(tmp_path, replace(COCO, counts=SMALL_COCO), "train")
     assert len(open_published(tmp_path, replace(COCO, counts=SMALL_COCO), "test").image_ids) == 2
 
@@ -472,10 +619,14 @@ def test_an_image_belongs_to_one_part_of_two_files(tmp_path: Path, suffix: str) 
     for part, images in (("train", ("a.png", "b.png")), ("test", ("b.png", "c.png"))):
         rows = [f"{image},{part} {image}" for image in images]
         if suffix == ".csv":
-            (tmp_path / "train.csv").with_stem(part).write_text("\n".join(["image,caption", *rows]), encoding="utf-8")
+            (tmp_path / "train.csv").with_stem(part).write_text(
+                "\n".join(["image,caption", *rows]), encoding="utf-8"
+            )
         else:
             lines = [json.dumps({"image": image, "caption": f"{part} {image}"}) for image in images]
-            (tmp_path / "train.jsonl").with_stem(part).write_text("\n".join(lines), encoding="utf-8")
+            (tmp_path / "train.jsonl").with_stem(part).write_text(
+                "\n".join(lines), encoding="utf-8"
+            )
     for name in ("a.png", "b.png", "c.png"):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
     for part in ("train", "test"):
@@ -484,7 +635,10 @@ def test_an_image_belongs_to_one_part_of_two_files(tmp_path: Path, suffix: str) 
 
 
 def test_an_image_belongs_to_one_split_of_karpathys_format(tmp_path: Path) -> None:
-    entries = [{"filename": "a.png", "split": split, "sentences": [{"raw": f"a {split} image"}]} for split in ("train", "test")]
+    entries = [
+        {"filename": "a.png", "split": split, "sentences": [{"raw": f"a {split} image"}]}
+        for split in ("train", "test")
+    ]
     (tmp_path / "captions.json").write_text(json.dumps({"images": entries}), encoding="utf-8")
     with pytest.raises(DataError, match=r"image 1 .*'a\.png' is in the splits 'train' and 'test'"):
         open_captions(tmp_path, "test")
@@ -492,14 +646,24 @@ def test_an_image_belongs_to_one_split_of_karpathys_format(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
 @pytest.mark.parametrize("file", ["captions.csv", "captions.json"])
-def test_names_in_either_unicode_form_find_their_images(tmp_path: Path, form: str, file: str) -> None:
-    listed, stored = (unicodedata.normalize(kind, "café/Zoë.png") for kind in (form, "NFD" if form == "NFC" else "NFC"))
+def test_names_in_either_unicode_form_find_their_images(
+    tmp_path: Path, form: str, file: str
+) -> None:
+    listed, stored = (
+        unicodedata.normalize(kind, "café/Zoë.png")
+        for kind in (form, "NFD" if form == "NFC" else "NFC")
+    )
     write_images(tmp_path, [stored, "b.png"])
     if file == "captions.csv":
-        write_rows(tmp_path / file, [["image", "caption", "split"], [listed, "a", "test"], ["b.png", "b", "test"]])
+        write_rows(
+            tmp_path / file,
+            [["image", "caption", "split"], [listed, "a", "test"], ["b.png", "b", "test"]],
+        )
     else:
         names = {listed: "a", "b.png": "b"}
-        entries = [{"filename": n, "split": "test", "sentences": [{"raw": c}]} for n, c in names.items()]
+        entries = [
+            {"filename": n, "split": "test", "sentences": [{"raw": c}]} for n, c in names.items()
+        ]
         (tmp_path / file).write_text(json.dumps({"images": entries}), encoding="utf-8")
     found = open_captions(tmp_path, "test")
     assert pairs_of(found) == [(listed, "a"), ("b.png", "b")]
@@ -519,7 +683,10 @@ def test_unicode_forms_of_one_name(tmp_path: Path) -> None:
         open_captions(tmp_path, "test")
     write_images(tmp_path, [decomposed])
     found = open_captions(tmp_path, "test")
-    assert [found.read(index).getpixel((3, 3)) for index in (0, 1)] == [colour_of(composed), colour_of(decomposed)]
+    assert [found.read(index).getpixel((3, 3)) for index in (0, 1)] == [
+        colour_of(composed),
+        colour_of(decomposed),
+    ]
     write_rows(tmp_path / "captions.csv", [*rows[:1], [third, "c", "test"]])
     with pytest.raises(DataError, match="2 files whose name is"):
         open_captions(tmp_path, "test")

@@ -46,21 +46,33 @@ def measure(source: PairSource, x: Tensor, y: Tensor, broken: tuple[int, ...] = 
             raise OSError("truncated")
         return index
 
-    images = Images(source.image_ids, [0] * len(x), read, lambda index: x[index].view(1, 1, -1), True)  # type: ignore[arg-type, return-value]
+    images = Images(
+        source.image_ids, [0] * len(x), read, lambda index: x[index].view(1, 1, -1), True
+    )  # type: ignore[arg-type, return-value]
 
     def tokens(texts: list[str]) -> Tensor:
         return torch.tensor([[first[text]] for text in texts])
 
-    return evaluate_pairs(lambda a: a.flatten(1), lambda ids: y[ids[:, 0]], images, source, tokens, CPU, 5, 0, silent)
+    return evaluate_pairs(
+        lambda a: a.flatten(1), lambda ids: y[ids[:, 0]], images, source, tokens, CPU, 5, 0, silent
+    )
 
 
-def by_hand(source: PairSource, x: Tensor, y: Tensor, image: int, gone: tuple[int, ...] = ()) -> list[tuple[str, float, bool]]:
+def by_hand(
+    source: PairSource, x: Tensor, y: Tensor, image: int, gone: tuple[int, ...] = ()
+) -> list[tuple[str, float, bool]]:
     """The three captions most similar to an image; among equals wrong ones first."""
     rows = []
     for number, text in enumerate(source.captions):
-        owner, one, other = int(source.image_of[number]), x[image].double(), y[source.captions.index(text)].double()
+        owner, one, other = (
+            int(source.image_of[number]),
+            x[image].double(),
+            y[source.captions.index(text)].double(),
+        )
         if owner not in gone:
-            rows.append((text, float((one * other).sum() / (one.norm() * other.norm())), owner == image))
+            rows.append(
+                (text, float((one * other).sum() / (one.norm() * other.norm())), owner == image)
+            )
     return sorted(rows, key=lambda row: (-round(row[1], 5), row[2]))[:3]
 
 
@@ -77,12 +89,23 @@ def test_captions_against_a_loop(monkeypatch: pytest.MonkeyPatch, scores_at_a_ti
     assert [entry["sample"] for entry in result.examples] == [f"i{image}.jpg" for image in shown]
     kept = [image for image in range(60) if image not in broken]
     for image, entry in zip(shown, result.examples, strict=True):
-        assert entry["truth"] == [text for text, owner in zip(source.captions, source.image_of, strict=True) if owner == image]
+        assert entry["truth"] == [
+            text
+            for text, owner in zip(source.captions, source.image_of, strict=True)
+            if owner == image
+        ]
         expected = by_hand(source, x, y, image, broken)
-        assert [(answer["caption"], answer["correct"]) for answer in entry["top"]] == [(text, own) for text, _, own in expected]
-        assert [answer["score"] for answer in entry["top"]] == pytest.approx([score for _, score, _ in expected], abs=1e-5)
+        assert [(answer["caption"], answer["correct"]) for answer in entry["top"]] == [
+            (text, own) for text, _, own in expected
+        ]
+        assert [answer["score"] for answer in entry["top"]] == pytest.approx(
+            [score for _, score, _ in expected], abs=1e-5
+        )
         assert entry["top"][0]["correct"] == result.outcomes["correct"][kept.index(image)]
-    assert {answer["correct"] for entry in result.examples for answer in entry["top"]} == {True, False}
+    assert {answer["correct"] for entry in result.examples for answer in entry["top"]} == {
+        True,
+        False,
+    }
 
 
 def test_equal_captions_of_other_images_come_first() -> None:
@@ -91,25 +114,42 @@ def test_equal_captions_of_other_images_come_first() -> None:
     x = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]])
     y = torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0], [0.0, 0.0], [0.0, 1.0]])
     result = measure(source, x, y)
-    tops = [[(answer["caption"], answer["correct"]) for answer in entry["top"]] for entry in result.examples]
+    tops = [
+        [(answer["caption"], answer["correct"]) for answer in entry["top"]]
+        for entry in result.examples
+    ]
     assert tops[0] == [("a cat", False), ("a cat", True), ("a dog", False)]
     assert tops[1] == [("a cat", False), ("a cat", True), ("a dog", False)]
     assert tops[2] == [("a bus", True), ("a dog", False), ("a dog", True)]
-    assert [top[0][1] for top in tops] == result.outcomes["correct"][:3].tolist() == [False, False, True]
+    assert (
+        [top[0][1] for top in tops]
+        == result.outcomes["correct"][:3].tolist()
+        == [False, False, True]
+    )
 
 
 def test_many_and_long_captions() -> None:
     source = source_of([14], ["long " * 1000 + str(n) for n in range(14)])
     (entry,) = measure(source, torch.ones(1, 2), torch.rand(14, 2) + 0.1).examples
     assert len(entry["truth"]) == CAPTIONS
-    assert {len(text) for text in entry["truth"]} == {1000} == {len(answer["caption"]) for answer in entry["top"]}
+    assert (
+        {len(text) for text in entry["truth"]}
+        == {1000}
+        == {len(answer["caption"]) for answer in entry["top"]}
+    )
     CaptionSample.model_validate(entry)
 
 
 @pytest.mark.slow
 def test_every_cell_of_the_demo_shows_the_same_samples(tmp_path: Path) -> None:
     data, files = DataRequest(limit=40), {}
-    quick = {"calibration_images": 4, "range_images": 4, "range_candidates": 16, "range_rounds": 1, "divergence_batch": 4}
+    quick = {
+        "calibration_images": 4,
+        "range_images": 4,
+        "range_candidates": 16,
+        "range_rounds": 1,
+        "divergence_batch": 4,
+    }
     for method in ("rtn", "repq"):
         recipe = make_recipe(method, quick)
         path = run_cell(CellRequest("retrieval", DEMO, data, recipe, results=tmp_path / "runs"))
@@ -128,15 +168,21 @@ def test_every_cell_of_the_demo_shows_the_same_samples(tmp_path: Path) -> None:
     captions = demo_scenes("test").head(40).captions
     assert model.tokenizer is not None
     with torch.no_grad():
-        x = model.model.encode_image(torch.stack([model.eval_transform(image.convert("L")) for image in pictures.values()]))
+        x = model.model.encode_image(
+            torch.stack([model.eval_transform(image.convert("L")) for image in pictures.values()])
+        )
         y = model.model.encode_text(model.tokenizer(list(captions)))
     scores = (x / x.norm(dim=1, keepdim=True)) @ (y / y.norm(dim=1, keepdim=True)).T
     for entry, row in zip(files["fp"].samples, scores.tolist(), strict=True):
         assert isinstance(entry, CaptionSample)
         order = sorted(range(40), key=lambda index: -row[index])[:3]
         assert [answer.caption for answer in entry.top] == [captions[index] for index in order]
-        assert [answer.score for answer in entry.top] == pytest.approx([row[index] for index in order], abs=1e-5)
-        assert [answer.correct for answer in entry.top] == [answer.caption in entry.truth for answer in entry.top]
+        assert [answer.score for answer in entry.top] == pytest.approx(
+            [row[index] for index in order], abs=1e-5
+        )
+        assert [answer.correct for answer in entry.top] == [
+            answer.caption in entry.truth for answer in entry.top
+        ]
         assert entry.truth == [captions[int(entry.sample[5:10])]]
 
 
@@ -158,7 +204,9 @@ class Colours(nn.Module):
 def test_zero_shot_shares(tmp_path: Path) -> None:
     """Class names are those of the texts; two of the same name are told apart by their folders."""
     for part in ("train", "val"):
-        write_images(tmp_path / part, [f"{folder}/{folder}{n}.png" for folder in "abc" for n in range(5)])
+        write_images(
+            tmp_path / part, [f"{folder}/{folder}{n}.png" for folder in "abc" for n in range(5)]
+        )
     (tmp_path / "classnames.txt").write_text("crane\nowl, the bird\ncrane\n", encoding="utf-8")
     model = replace(loaded(24), model=Colours())
     data = DataRequest(tmp_path, evaluation="zero-shot")
@@ -183,17 +231,27 @@ def test_zero_shot_shares(tmp_path: Path) -> None:
         powers = [np.exp(np.exp(2.0) * value) for value in cosines]
         shares = dict(zip(names, (power / sum(powers) for power in powers), strict=True))
         assert entry["truth"] == names["abc".index(entry["sample"][4])]
-        assert {answer["name"]: answer["share"] for answer in entry["top"]} == pytest.approx(shares, abs=1e-5)
+        assert {answer["name"]: answer["share"] for answer in entry["top"]} == pytest.approx(
+            shares, abs=1e-5
+        )
         found = [answer["share"] for answer in entry["top"]]
         assert found == sorted(found, reverse=True)
         cranes = [answer["name"] for answer in entry["top"] if "crane" in answer["name"]]
-        assert cranes == (["crane (c)", "crane (a)"] if entry["truth"] == "crane (a)" else ["crane (a)", "crane (c)"])
+        assert cranes == (
+            ["crane (c)", "crane (a)"]
+            if entry["truth"] == "crane (a)"
+            else ["crane (a)", "crane (c)"]
+        )
 
 
 def _karpathy(root: Path, file: str, folder: str = "") -> str:
     entries: list[dict[str, Any]] = write_karpathy(root, file, folder)
     entry = next(entry for entry in entries if entry["split"] == "test")
-    return f"{entry['filepath']}/{entry['filename']}" if "filepath" in entry else str(entry["filename"])
+    return (
+        f"{entry['filepath']}/{entry['filename']}"
+        if "filepath" in entry
+        else str(entry["filename"])
+    )
 
 
 def _csv(root: Path) -> str:
@@ -204,7 +262,9 @@ def _csv(root: Path) -> str:
 def _jsonl(root: Path) -> str:
     write_images(root, ["img/é.png"])
     for part in ("train", "test"):
-        (root / f"{part}.jsonl").write_text('{"image": "img/é.png", "caption": "x"}', encoding="utf-8")
+        (root / f"{part}.jsonl").write_text(
+            '{"image": "img/é.png", "caption": "x"}', encoding="utf-8"
+        )
     return "img/é.png"
 
 

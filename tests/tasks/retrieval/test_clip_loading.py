@@ -44,7 +44,14 @@ SIGLIP: dict[str, Any] = {
     "vision_cfg": {"timm_model_name": "test_vit", "image_size": 160},
     "text_cfg": {"layers": 2, "width": 64, "heads": 2, "vocab_size": 60},
 }
-WORDS = ["a photo of a cat", "two dogs, on the grass", "the man's 3 red buses - in 1984", "café menu", "quick brown fox", "joy z"]
+WORDS = [
+    "a photo of a cat",
+    "two dogs, on the grass",
+    "the man's 3 red buses - in 1984",
+    "café menu",
+    "quick brown fox",
+    "joy z",
+]
 CAPTION = "A photo of the cat."
 LONG = "two red buses and " * 60
 
@@ -52,7 +59,10 @@ LONG = "two red buses and " * 60
 def built(architecture: str, arguments: dict[str, Any]) -> nn.Module:
     """The model by open_clip alone: its configuration with ``arguments`` written into it."""
     config = open_clip.get_model_config(architecture)
-    changed = {name: {**config[name], **value} if isinstance(value, dict) else value for name, value in arguments.items()}
+    changed = {
+        name: {**config[name], **value} if isinstance(value, dict) else value
+        for name, value in arguments.items()
+    }
     return open_clip.create_model(architecture, **changed).eval()
 
 
@@ -79,13 +89,25 @@ def tokenizer_folder(folder: Path, kind: str = "T5Tokenizer") -> Path:
     """A folder with a tokenizer of 50 pieces, in the files that transformers reads."""
     folder.mkdir(parents=True)
     own = tokenizers.Tokenizer(tokenizers.models.Unigram())
-    own.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
+    own.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(
+        replacement="▁", prepend_scheme="always"
+    )
     special = ["<pad>", "</s>", "<unk>", "<s>", "<class>"]
-    trainer = tokenizers.trainers.UnigramTrainer(vocab_size=50, special_tokens=special, unk_token="<unk>")
+    trainer = tokenizers.trainers.UnigramTrainer(
+        vocab_size=50, special_tokens=special, unk_token="<unk>"
+    )
     own.train_from_iterator(WORDS * 5, trainer)
-    own.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    own.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
     own.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": kind, "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "extra_ids": 0}
+    settings = {
+        "tokenizer_class": kind,
+        "pad_token": "<pad>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "extra_ids": 0,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
 
@@ -93,7 +115,10 @@ def tokenizer_folder(folder: Path, kind: str = "T5Tokenizer") -> Path:
 def siglip_request(folder: Path, arguments: dict[str, Any] = SIGLIP) -> ModelRequest:
     """A small SigLIP with its tokenizer, from one folder."""
     tokenizer_folder(folder / "ViT-B-16-SigLIP-tokenizer")
-    write(randomise(built("ViT-B-16-SigLIP", SIGLIP)).state_dict(), folder / "ViT-B-16-SigLIP.webli.safetensors")
+    write(
+        randomise(built("ViT-B-16-SigLIP", SIGLIP)).state_dict(),
+        folder / "ViT-B-16-SigLIP.webli.safetensors",
+    )
     return ModelRequest("siglip_b16", arguments, weights_folder=folder)
 
 
@@ -107,7 +132,9 @@ def test_short_names_are_what_open_clip_has_at_the_hub() -> None:
         config = open_clip.get_model_config(model)
         assert published["hf_hub"] == f"{tags.repository(full).repo}/", short
         assert bool(published.get("quick_gelu")) == bool(config.get("quick_gelu")), short
-        assert tags.tokenizer_repository(model) == config["text_cfg"].get("hf_tokenizer_name"), short
+        assert tags.tokenizer_repository(model) == config["text_cfg"].get("hf_tokenizer_name"), (
+            short
+        )
         assert full_name(short) == model_tag(ModelRequest(short)) == full_name(full) == full
 
 
@@ -115,7 +142,9 @@ def test_every_tag_of_open_clip_means_the_model_with_its_activation() -> None:
     """A tag tells the activation; where a model has another one, the name with the tag's is meant."""
 
     def quick(model: str, tag: str | None = None) -> bool:
-        config = open_clip.get_pretrained_cfg(model, tag) if tag else open_clip.get_model_config(model)
+        config = (
+            open_clip.get_pretrained_cfg(model, tag) if tag else open_clip.get_model_config(model)
+        )
         return bool(config.get("quick_gelu"))
 
     for model, tag in open_clip.list_pretrained():
@@ -135,12 +164,17 @@ def test_repositories_with_files_of_their_own_names() -> None:
     )
     found = tags.repository("ViT-B-16.laion400m_e31")
     assert found == hub.Repository(
-        "timm/vit_base_patch16_clip_224.laion400m_e31", ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+        "timm/vit_base_patch16_clip_224.laion400m_e31",
+        ("open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
     )
 
 
 def test_weights_that_the_hub_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(open_clip.pretrained._PRETRAINED["ViT-B-16"], "only_url", {"url": "https://example.org/a.pt"})
+    monkeypatch.setitem(
+        open_clip.pretrained._PRETRAINED["ViT-B-16"],
+        "only_url",
+        {"url": "https://example.org/a.pt"},
+    )
     with pytest.raises(ModelError, match=r"ViT-B-16.only_url.*hub does not have them.*--weights"):
         load_model(ModelRequest("ViT-B-16.only_url"))
 
@@ -177,12 +211,19 @@ def test_untagged_names_are_refused_with_all_choices() -> None:
 
 def test_tags_of_files(tmp_path: Path, clip: nn.Module) -> None:
     def tag(name: str, file: str) -> str:
-        return model_tag(ModelRequest(name, CLIP, weights=write(clip.state_dict(), tmp_path / file)))
+        return model_tag(
+            ModelRequest(name, CLIP, weights=write(clip.state_dict(), tmp_path / file))
+        )
 
     local = tag("ViT-B-32", "mine.safetensors")
     assert local.startswith("ViT-B-32.local-")
-    assert tag("ViT-B-32", "ViT-B-32.safetensors") == tag("laion_vit_b32", "mine.safetensors") == local
-    assert tag("laion_vit_b32", "ViT-B-32.laion2b_s34b_b79k.safetensors") == "ViT-B-32.laion2b_s34b_b79k"
+    assert (
+        tag("ViT-B-32", "ViT-B-32.safetensors") == tag("laion_vit_b32", "mine.safetensors") == local
+    )
+    assert (
+        tag("laion_vit_b32", "ViT-B-32.laion2b_s34b_b79k.safetensors")
+        == "ViT-B-32.laion2b_s34b_b79k"
+    )
     request = ModelRequest("laion_vit_b32", CLIP, weights_folder=tmp_path)
     assert model_tag(request) == "ViT-B-32.laion2b_s34b_b79k"
     assert tags.weights_digest(request) is not None
@@ -196,7 +237,12 @@ def test_short_names_import_nothing_heavy() -> None:
         "for name in tags.SHORT_NAMES: tags.model_tag(ModelRequest(name)); tags.preflight(ModelRequest(name), DataRequest())\n"
         "print(sorted({'torch', 'timm', 'open_clip', 'transformers', 'torchvision'} & sys.modules.keys()))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
     assert done.stdout.strip() == "[]", done.stderr
 
 
@@ -204,7 +250,9 @@ def test_short_names_import_nothing_heavy() -> None:
 
 
 def test_missing_weights_tokenizer_and_data_say_where_and_how(no_hub: None, tmp_path: Path) -> None:
-    message = describe_missing(tags.preflight(ModelRequest("siglip_b16", weights_folder=tmp_path), DataRequest()))
+    message = describe_missing(
+        tags.preflight(ModelRequest("siglip_b16", weights_folder=tmp_path), DataRequest())
+    )
     assert message is not None
     for part in (
         "weights of ViT-B-16-SigLIP.webli (repository timm/ViT-B-16-SigLIP)", f"in the folder {tmp_path}", "--weights-folder",
@@ -216,7 +264,9 @@ def test_missing_weights_tokenizer_and_data_say_where_and_how(no_hub: None, tmp_
         "a data set of captions",
         "the weights of ViT-B-32-quickgelu.openai (repository timm/vit_base_patch32_clip_224.openai)",
     ]
-    with pytest.raises(ModelError, match=r"weights of ViT-B-16-SigLIP(.|\n)*tokenizer of ViT-B-16-SigLIP"):
+    with pytest.raises(
+        ModelError, match=r"weights of ViT-B-16-SigLIP(.|\n)*tokenizer of ViT-B-16-SigLIP"
+    ):
         load_model(ModelRequest("siglip_b16"))
     assert tags.missing_data(DataRequest(), True) is None
     assert tags.missing_tokenizer(ModelRequest("demo_clip")) is None
@@ -258,7 +308,10 @@ def test_folders_of_zero_shot_classification(tmp_path: Path) -> None:
     assert tags.missing_data(DataRequest(evaluation="zero-shot"), True) is None
     assert what(path=folder) == f"the folder {folder / 'train'}"
     assert what(path=folder, calibration_data=folder) is None
-    assert what(path=folder, calibration_list=tmp_path / "list.txt") == f"the folder {folder / 'train'}"
+    assert (
+        what(path=folder, calibration_list=tmp_path / "list.txt")
+        == f"the folder {folder / 'train'}"
+    )
     assert what(path=make(folder, "train")) is None
     assert what(path=tmp_path, calibration_data=folder) == f"the folder {tmp_path / 'val'}"
 
@@ -275,8 +328,13 @@ def test_files_load_as_open_clip_loads_them(tmp_path: Path, clip: nn.Module, suf
     pixels, ids = images(3, 64), loaded.tokenizer(WORDS)
     with torch.no_grad():
         assert torch.equal(loaded.model.encode_image(pixels), reference.encode_image(pixels))
-        assert torch.equal(loaded.model.encode_text(ids), reference.encode_text(open_clip.get_tokenizer("ViT-B-32")(WORDS)))
-        assert not torch.equal(loaded.model.encode_image(pixels), built("ViT-B-32", CLIP).encode_image(pixels))
+        assert torch.equal(
+            loaded.model.encode_text(ids),
+            reference.encode_text(open_clip.get_tokenizer("ViT-B-32")(WORDS)),
+        )
+        assert not torch.equal(
+            loaded.model.encode_image(pixels), built("ViT-B-32", CLIP).encode_image(pixels)
+        )
     assert isinstance(loaded.model, open_clip.CLIP)
     assert not loaded.model.training
     assert (loaded.classes, loaded.input_shape, loaded.context_length) == (0, (3, 64, 64), 77)
@@ -285,23 +343,34 @@ def test_files_load_as_open_clip_loads_them(tmp_path: Path, clip: nn.Module, suf
     assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.float32}
 
 
-def test_published_weights_come_from_the_cache(tmp_path: Path, clip: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_published_weights_come_from_the_cache(
+    tmp_path: Path, clip: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write(clip.state_dict(), tmp_path / "open_clip_model.safetensors")
     cache = {("laion/CLIP-ViT-B-32-laion2B-s34B-b79K", "open_clip_model.safetensors"): str(path)}
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repo, file: cache.get((repo, file)))
+    monkeypatch.setattr(
+        huggingface_hub, "try_to_load_from_cache", lambda repo, file: cache.get((repo, file))
+    )
     monkeypatch.setattr(hub, "hub_answers", lambda: False)
     loaded = load_model(ModelRequest("laion_vit_b32", CLIP))
-    assert (loaded.tag, loaded.source) == ("ViT-B-32.laion2b_s34b_b79k", "hub laion/CLIP-ViT-B-32-laion2B-s34B-b79K")
+    assert (loaded.tag, loaded.source) == (
+        "ViT-B-32.laion2b_s34b_b79k",
+        "hub laion/CLIP-ViT-B-32-laion2B-s34B-b79K",
+    )
     assert torch.equal(loaded.model.visual.proj, clip.visual.proj)
     with pytest.raises(ModelError, match=r"Missing: the weights of ViT-B-16\.laion2b_s34b_b88k"):
         load_model(ModelRequest("laion_vit_b16", CLIP))
 
 
-def test_towers_keep_the_settings_that_arguments_do_not_name(tmp_path: Path, clip: nn.Module) -> None:
+def test_towers_keep_the_settings_that_arguments_do_not_name(
+    tmp_path: Path, clip: nn.Module
+) -> None:
     """open_clip takes a tower's argument for the whole tower: patches would be 16 pixels here, not 32."""
     whole = open_clip.create_model("ViT-B-32", **CLIP)
     assert whole.visual.conv1.kernel_size == (16, 16)
-    loaded = load_model(ModelRequest("ViT-B-32", EXACT, weights=write(clip.state_dict(), tmp_path / "a.pth")))
+    loaded = load_model(
+        ModelRequest("ViT-B-32", EXACT, weights=write(clip.state_dict(), tmp_path / "a.pth"))
+    )
     assert loaded.model.visual.conv1.kernel_size == (32, 32)
 
 
@@ -309,7 +378,9 @@ def activations(model: nn.Module) -> set[str]:
     return {type(module).__name__ for module in model.modules()} & {"GELU", "QuickGELU"}
 
 
-def test_weights_that_do_not_tell_their_activation_ask_for_it(tmp_path: Path, clip: nn.Module) -> None:
+def test_weights_that_do_not_tell_their_activation_ask_for_it(
+    tmp_path: Path, clip: nn.Module
+) -> None:
     path = write(clip.state_dict(), tmp_path / "fine_tuned.safetensors")
     for form, wanted in (
         (ModelRequest("ViT-B-32-quickgelu", CLIP, weights=path), "QuickGELU"),
@@ -326,13 +397,17 @@ def test_weights_that_do_not_tell_their_activation_ask_for_it(tmp_path: Path, cl
 
 
 @pytest.mark.parametrize("quick", [True, False])
-def test_open_clips_own_configuration_tells_the_activation(tmp_path: Path, clip: nn.Module, quick: bool) -> None:
+def test_open_clips_own_configuration_tells_the_activation(
+    tmp_path: Path, clip: nn.Module, quick: bool
+) -> None:
     content = {"model_cfg": {"embed_dim": 32, "quick_gelu": quick}, "preprocess_cfg": {}}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(content))
     path = write(clip.state_dict(), tmp_path / "open_clip_model.safetensors")
     found = load_model(ModelRequest("ViT-B-32", CLIP, weights=path))
     assert activations(found.model) == {"QuickGELU" if quick else "GELU"}
-    other = write(clip.state_dict(), tmp_path / "other.safetensors")  # the configuration is not this file's
+    other = write(
+        clip.state_dict(), tmp_path / "other.safetensors"
+    )  # the configuration is not this file's
     with pytest.raises(ModelError, match="do not say which activation"):
         load_model(ModelRequest("ViT-B-32", CLIP, weights=other))
 
@@ -341,16 +416,23 @@ def test_open_clips_own_configuration_tells_the_activation(tmp_path: Path, clip:
 def test_quick_gelu_is_true_or_false(tmp_path: Path, clip: nn.Module, quick: object) -> None:
     """Any text is true in Python, "false" too."""
     path = write(clip.state_dict(), tmp_path / "open_clip_model.safetensors")
-    with pytest.raises(ModelError, match=rf"quick_gelu is true or false, without quotes, not {json.dumps(quick)}\."):
+    with pytest.raises(
+        ModelError, match=rf"quick_gelu is true or false, without quotes, not {json.dumps(quick)}\."
+    ):
         load_model(ModelRequest("ViT-B-32", {**CLIP, "quick_gelu": quick}, weights=path))
-    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {"quick_gelu": quick}}))
+    (tmp_path / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": {"quick_gelu": quick}})
+    )
     with pytest.raises(ModelError, match="do not say which activation"):
         load_model(ModelRequest("ViT-B-32", CLIP, weights=path))
 
 
 def test_quickgelu_is_of_the_name(tmp_path: Path, clip: nn.Module) -> None:
     path, pixels = write(clip.state_dict(), tmp_path / "a.safetensors"), images(2, 64)
-    exact, quick = (load_model(ModelRequest(name, CLIP, weights=path)).model for name in ("laion_vit_b32", "clip_vit_b32"))
+    exact, quick = (
+        load_model(ModelRequest(name, CLIP, weights=path)).model
+        for name in ("laion_vit_b32", "clip_vit_b32")
+    )
     names = {type(module).__name__ for module in quick.modules()}
     assert "QuickGELU" in names
     assert "GELU" not in names
@@ -372,7 +454,9 @@ def test_siglip_from_a_folder(tmp_path: Path, no_hub: None) -> None:
     assert (loaded.input_shape, loaded.context_length) == ((3, 160, 160), 64)
 
 
-def test_other_image_sizes_resize_position_embeddings_only_if_asked_for(tmp_path: Path, clip: nn.Module, no_hub: None) -> None:
+def test_other_image_sizes_resize_position_embeddings_only_if_asked_for(
+    tmp_path: Path, clip: nn.Module, no_hub: None
+) -> None:
     path = write(clip.state_dict(), tmp_path / "a.safetensors")
     larger = {
         **EXACT,
@@ -391,7 +475,11 @@ def test_other_image_sizes_resize_position_embeddings_only_if_asked_for(tmp_path
     with pytest.raises(ModelError, match=r"do not fit.*visual.positional_embedding"):
         load_model(ModelRequest("ViT-B-32", silent, weights=path))
 
-    timm = load_model(siglip_request(tmp_path / "s", {**SIGLIP, "vision_cfg": {**SIGLIP["vision_cfg"], "image_size": 96}}))
+    timm = load_model(
+        siglip_request(
+            tmp_path / "s", {**SIGLIP, "vision_cfg": {**SIGLIP["vision_cfg"], "image_size": 96}}
+        )
+    )
     assert timm.input_shape == (3, 96, 96)
     with torch.no_grad():
         assert timm.model.encode_image(images(2, 96)).shape == (2, 64)
@@ -439,7 +527,9 @@ def test_weights_that_do_not_fit(tmp_path: Path, clip: nn.Module) -> None:
             load_model(ModelRequest("ViT-B-32", {**CLIP, **changes}, weights=path))
     for state in ({}, {"input_resolution": torch.tensor(224)}):
         with pytest.raises(ModelError, match="do not fit"):
-            load_model(ModelRequest("ViT-B-32", EXACT, weights=write(state, tmp_path / "empty.pth")))
+            load_model(
+                ModelRequest("ViT-B-32", EXACT, weights=write(state, tmp_path / "empty.pth"))
+            )
     with pytest.raises(ModelError, match="There is no weights file"):
         load_model(ModelRequest("ViT-B-32", EXACT, weights=tmp_path / "none.pth"))
 
@@ -490,16 +580,23 @@ def test_torchscript_is_refused_for_the_safetensors_of_the_mirror(tmp_path: Path
         ({"pretrained": "openai"}, "pretrained are not"),
         ({"force_image_size": 64, "precision": "fp16"}, "force_image_size, precision are not"),
         ({"vision_cfg": {"timm_model_pretrained": True}}, "cannot ask for a pretrained tower"),
-        ({"text_cfg": {"hf_model_name": "roberta-base"}}, r"model of transformers \(roberta-base\)"),
+        (
+            {"text_cfg": {"hf_model_name": "roberta-base"}},
+            r"model of transformers \(roberta-base\)",
+        ),
     ],
 )
-def test_arguments_the_model_does_not_take(tmp_path: Path, clip: nn.Module, arguments: dict[str, Any], message: str) -> None:
+def test_arguments_the_model_does_not_take(
+    tmp_path: Path, clip: nn.Module, arguments: dict[str, Any], message: str
+) -> None:
     path = write(clip.state_dict(), tmp_path / "weights.pth")
     with pytest.raises(ModelError, match=message):
         load_model(ModelRequest("ViT-B-32", arguments, weights=path))
 
 
-def test_loading_says_nothing_of_random_weights(tmp_path: Path, clip: nn.Module, caplog: pytest.LogCaptureFixture) -> None:
+def test_loading_says_nothing_of_random_weights(
+    tmp_path: Path, clip: nn.Module, caplog: pytest.LogCaptureFixture
+) -> None:
     """open_clip's warning is of the moment before the weights are loaded; the log is as before afterwards."""
     path, filters = write(clip.state_dict(), tmp_path / "weights.pth"), list(logging.root.filters)
     load_model(ModelRequest("ViT-B-32", EXACT, weights=path))
@@ -529,39 +626,61 @@ HALF = ([0.5] * 3, [0.5] * 3)
 
 def test_transforms_are_of_the_tag(tmp_path: Path, clip: nn.Module, no_hub: None) -> None:
     path, image = write(clip.state_dict(), tmp_path / "weights.pth"), picture()
-    cut = image.resize((106, 64), Image.Resampling.BICUBIC).crop((21, 0, 85, 64))  # the shorter side, then the middle
+    cut = image.resize((106, 64), Image.Resampling.BICUBIC).crop(
+        (21, 0, 85, 64)
+    )  # the shorter side, then the middle
     squashed = image.resize((160, 160), Image.Resampling.BICUBIC)
     for request, wanted, pixels in (
         (ModelRequest("clip_vit_b32", CLIP, weights=path), OPENAI, cut),
-        (ModelRequest("ViT-B-32", EXACT, weights=path), OPENAI, cut),  # all of open_clip's weights of the model agree
+        (
+            ModelRequest("ViT-B-32", EXACT, weights=path),
+            OPENAI,
+            cut,
+        ),  # all of open_clip's weights of the model agree
         (siglip_request(tmp_path / "s"), HALF, squashed),
     ):
         loaded = load_model(request)
-        assert normalisation(loaded.eval_transform) == normalisation(loaded.train_transform) == wanted
+        assert (
+            normalisation(loaded.eval_transform) == normalisation(loaded.train_transform) == wanted
+        )
         mean, deviation = (torch.tensor(numbers)[:, None, None] for numbers in wanted)
         expected = (torch.from_numpy(np.array(pixels)).permute(2, 0, 1) / 255 - mean) / deviation
         assert torch.allclose(loaded.eval_transform(image), expected, atol=1e-6)
         assert loaded.train_transform(image).shape == loaded.input_shape
 
 
-def test_local_weights_of_a_model_whose_trainings_differ_name_their_transforms(tmp_path: Path) -> None:
+def test_local_weights_of_a_model_whose_trainings_differ_name_their_transforms(
+    tmp_path: Path,
+) -> None:
     path = write(built("ViT-L-14", CLIP).state_dict(), tmp_path / "weights.pth")
     with pytest.raises(ModelError, match=r"differ in mean.*ViT-L-14\.laion2b_s32b_b82k"):
         load_model(ModelRequest("ViT-L-14", CLIP, weights=path))
     loaded = load_model(ModelRequest("ViT-L-14.laion2b_s32b_b82k", CLIP, weights=path))
     assert normalisation(loaded.eval_transform) == HALF
     assert loaded.tag.startswith("ViT-L-14.local-")
-    assert normalisation(load_model(ModelRequest("clip_vit_l14", CLIP, weights=path)).eval_transform) == OPENAI
+    assert (
+        normalisation(load_model(ModelRequest("clip_vit_l14", CLIP, weights=path)).eval_transform)
+        == OPENAI
+    )
 
 
 def test_given_preprocessing_replaces_that_of_the_weights(tmp_path: Path, clip: nn.Module) -> None:
     path = write(built("ViT-L-14", CLIP).state_dict(), tmp_path / "weights.pth")
-    given = {"mean": [0.25, 0.5, 0.75], "std": [0.5], "input_size": [64, 64], "interpolation": "bilinear"}
+    given = {
+        "mean": [0.25, 0.5, 0.75],
+        "std": [0.5],
+        "input_size": [64, 64],
+        "interpolation": "bilinear",
+    }
     loaded = load_model(ModelRequest("ViT-L-14-quickgelu", CLIP, weights=path, preprocessing=given))
     assert normalisation(loaded.eval_transform) == ([0.25, 0.5, 0.75], [0.5] * 3)
     found = loaded.preprocessing
     assert found is not None
-    assert (found.input_size, found.interpolation, found.crop_mode) == ((3, 64, 64), "bilinear", "shortest")
+    assert (found.input_size, found.interpolation, found.crop_mode) == (
+        (3, 64, 64),
+        "bilinear",
+        "shortest",
+    )
     assert (found.mean, found.std, found.crop_pct) == ((0.25, 0.5, 0.75), (0.5, 0.5, 0.5), None)
     for wrong, message in (
         ({"input_size": [96, 96]}, r"takes none of \(96, 96\).*image_size"),
@@ -571,14 +690,20 @@ def test_given_preprocessing_replaces_that_of_the_weights(tmp_path: Path, clip: 
         ({"mean": [0.5, 0.5]}, "--mean has 2 values"),
     ):
         with pytest.raises(ModelError, match=message):
-            load_model(ModelRequest("ViT-L-14-quickgelu", CLIP, weights=path, preprocessing={**given, **wrong}))
+            load_model(
+                ModelRequest(
+                    "ViT-L-14-quickgelu", CLIP, weights=path, preprocessing={**given, **wrong}
+                )
+            )
 
 
 # Tokenizers
 
 
 def test_captions_become_the_tokens_of_open_clip(tmp_path: Path, clip: nn.Module) -> None:
-    tokenizer = load_model(ModelRequest("ViT-B-32", EXACT, weights=write(clip.state_dict(), tmp_path / "a.pth"))).tokenizer
+    tokenizer = load_model(
+        ModelRequest("ViT-B-32", EXACT, weights=write(clip.state_dict(), tmp_path / "a.pth"))
+    ).tokenizer
     captions = [CAPTION, LONG, "", "café &amp; 2 dogs", *WORDS]
     ids = tokenizer(captions)
     assert ids.dtype == torch.int64
@@ -609,7 +734,9 @@ def test_tokens_of_a_tokenizer_in_a_folder(tmp_path: Path, no_hub: None) -> None
     assert ids[0].tolist() == whole[0] + [0] * (64 - len(whole[0]))
     assert ids[1].tolist() == [*whole[1][:63], 1]
     assert tokenizer.lengths([CAPTION, LONG]) == [len(row) for row in whole]
-    assert tokenizer([CAPTION, LONG]).tolist() == ids.tolist()  # counting does not change how it cuts
+    assert (
+        tokenizer([CAPTION, LONG]).tolist() == ids.tolist()
+    )  # counting does not change how it cuts
     reference = HFTokenizer(str(folder), context_length=64, clean="canonicalize")
     assert torch.equal(ids, reference([CAPTION, LONG]))
     assert tokenizer([]).shape == (0, 64)
@@ -620,10 +747,16 @@ def test_tokenizer_with_a_class_token(tmp_path: Path) -> None:
     """open_clip's mode ``clips``: start, end and class token around the words; the class token stays last."""
     folder = tokenizer_folder(tmp_path / "t", "PreTrainedTokenizerFast")
     settings = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "bos_token": "<s>", "cls_token": "<class>"}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({**settings, "bos_token": "<s>", "cls_token": "<class>"})
+    )
     text = {"context_length": 12, "hf_tokenizer_name": "some/where", "tokenizer_mode": "clips"}
     tokenizer = captions_to_ids.build_tokenizer("x", text, folder, 60)
-    words = len(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).encode("joy z", add_special_tokens=False).ids)
+    words = len(
+        tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        .encode("joy z", add_special_tokens=False)
+        .ids
+    )
     assert words + 3 <= 12
     assert tokenizer.lengths(["joy z", LONG])[0] == words + 3
     assert tokenizer.lengths(["joy z", LONG])[1] > 12
@@ -637,7 +770,9 @@ def test_tokenizer_of_another_model(tmp_path: Path, no_hub: None) -> None:
     request = siglip_request(tmp_path)
     small = {**SIGLIP, "text_cfg": {**SIGLIP["text_cfg"], "vocab_size": 10}}
     path = write(built("ViT-B-16-SigLIP", small).state_dict(), tmp_path / "small.pth")
-    loaded = load_model(ModelRequest("siglip_b16", small, weights=path, weights_folder=request.weights_folder))
+    loaded = load_model(
+        ModelRequest("siglip_b16", small, weights=path, weights_folder=request.weights_folder)
+    )
     with pytest.raises(ModelError, match="the model knows 10 tokens"):
         loaded.tokenizer([LONG])
 
@@ -663,18 +798,26 @@ def test_tokenizers_that_transformers_rebuilds_differently(tmp_path: Path) -> No
     """Its class for Gemma puts its own pre-tokenizer in the place of the file's."""
     text = {"context_length": 12, "hf_tokenizer_name": "some/where"}
     folder = tokenizer_folder(tmp_path / "t", "GemmaTokenizer")
-    with pytest.raises(ModelError, match=r"transformers .* changes the tokenizer .*tokenizer_class"):
+    with pytest.raises(
+        ModelError, match=r"transformers .* changes the tokenizer .*tokenizer_class"
+    ):
         captions_to_ids.build_tokenizer("x", text, folder, 60)
     captions_to_ids.build_tokenizer("x", text, tokenizer_folder(tmp_path / "u"), 60)
 
 
-def test_missing_tokenizer_says_repository_and_folder(tmp_path: Path, no_hub: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_tokenizer_says_repository_and_folder(
+    tmp_path: Path, no_hub: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     request = siglip_request(tmp_path)
     (tmp_path / "ViT-B-16-SigLIP-tokenizer").rename(tmp_path / "elsewhere")
-    with pytest.raises(ModelError, match=rf"timm/ViT-B-16-SigLIP(.|\n)*<model>-tokenizer in the folder {tmp_path}"):
+    with pytest.raises(
+        ModelError, match=rf"timm/ViT-B-16-SigLIP(.|\n)*<model>-tokenizer in the folder {tmp_path}"
+    ):
         load_model(request)
     text = open_clip.get_model_config("ViT-B-16-SigLIP")["text_cfg"]
-    with pytest.raises(ModelError, match=r"timm/ViT-B-16-SigLIP; .*<folder of weights>/ViT-B-16-SigLIP-tokenizer"):
+    with pytest.raises(
+        ModelError, match=r"timm/ViT-B-16-SigLIP; .*<folder of weights>/ViT-B-16-SigLIP-tokenizer"
+    ):
         captions_to_ids.build_tokenizer("ViT-B-16-SigLIP", text, None, 32000)
     del text["hf_tokenizer_name"]
     with pytest.raises(ModelError, match="names no tokenizer"):
@@ -688,7 +831,9 @@ def test_download_tries_the_names_in_order(monkeypatch: pytest.MonkeyPatch, tmp_
     def fake(repo: str, file: str) -> str:
         asked.append(f"{repo}/{file}")
         if file not in there:
-            raise RemoteEntryNotFoundError("404", response=SimpleNamespace(headers={}, request=None))
+            raise RemoteEntryNotFoundError(
+                "404", response=SimpleNamespace(headers={}, request=None)
+            )
         return str(tmp_path / file)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fake)
@@ -696,14 +841,19 @@ def test_download_tries_the_names_in_order(monkeypatch: pytest.MonkeyPatch, tmp_
     assert hub.download(place, "weights of x") == tmp_path / "b.bin"
     assert asked == ["o/r/a.safetensors", "o/r/b.bin"]
     there.clear()
-    with pytest.raises(ModelError, match=r"weights of x are not in .*o/r: no a.safetensors or b.bin"):
+    with pytest.raises(
+        ModelError, match=r"weights of x are not in .*o/r: no a.safetensors or b.bin"
+    ):
         hub.download(place, "weights of x")
 
     def offline(repo: str, file: str) -> str:
         raise LocalEntryNotFoundError("no connection")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    with pytest.raises(ModelError, match="weights of x could not be downloaded from the Hugging Face hub: no connection"):
+    with pytest.raises(
+        ModelError,
+        match="weights of x could not be downloaded from the Hugging Face hub: no connection",
+    ):
         hub.download(place, "weights of x")
 
 

@@ -13,7 +13,9 @@ from tasks.retrieval.divergence import ContrastiveDivergence
 
 
 def embeddings(rows: int, seed: int, width: int = 6) -> Tensor:
-    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(
+        rows, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 def kl(p: Tensor, q: Tensor) -> float:
@@ -32,12 +34,16 @@ def by_definition(full: Tensor, quantized: Tensor, other: Tensor, scale: float) 
     return total / 2
 
 
-def by_definition_sigmoid(full: Tensor, quantized: Tensor, other: Tensor, scale: float, bias: float) -> float:
+def by_definition_sigmoid(
+    full: Tensor, quantized: Tensor, other: Tensor, scale: float, bias: float
+) -> float:
     unit = [F.normalize(x, dim=-1) for x in (full, quantized, other)]
     total = 0.0
     for row in range(len(full)):
         for column in range(len(full)):
-            p, q = (torch.sigmoid(scale * unit[which][row] @ unit[2][column] + bias) for which in (0, 1))
+            p, q = (
+                torch.sigmoid(scale * unit[which][row] @ unit[2][column] + bias) for which in (0, 1)
+            )
             pair, changed = torch.stack([p, 1 - p]), torch.stack([q, 1 - q])
             total += (kl(pair, changed) + kl(changed, pair)) / 2 / len(full)
     return total
@@ -56,7 +62,9 @@ def test_sigmoid_form(bias: float) -> None:
     full, quantized, other = (embeddings(5, seed) for seed in range(3))
     divergence = ContrastiveDivergence(other, 8.0, bias, 32)
     found = float(divergence(quantized, divergence.reference(Samples(full)).whole))
-    assert found == pytest.approx(by_definition_sigmoid(full, quantized, other, 8.0, bias), rel=1e-9)
+    assert found == pytest.approx(
+        by_definition_sigmoid(full, quantized, other, 8.0, bias), rel=1e-9
+    )
 
 
 @pytest.mark.parametrize("bias", [None, -5.0])
@@ -75,10 +83,15 @@ def test_a_small_change_is_not_lost_in_rounding() -> None:
     """At 8 bits and a scale of 100 the divergence is small; float32 must still give it to a few parts in a thousand."""
     full, other = embeddings(8, 0), embeddings(8, 1)
     quantized = full + 1e-4 * embeddings(8, 2)
-    exact, rounded = (ContrastiveDivergence(other.to(dtype), 100.0, None, 32) for dtype in (torch.float64, torch.float32))
+    exact, rounded = (
+        ContrastiveDivergence(other.to(dtype), 100.0, None, 32)
+        for dtype in (torch.float64, torch.float32)
+    )
     truth = float(exact(quantized, exact.reference(Samples(full)).whole))
     assert truth < 1e-3
-    assert float(rounded(quantized.float(), rounded.reference(Samples(full.float())).whole)) == pytest.approx(truth, rel=2e-2)
+    assert float(
+        rounded(quantized.float(), rounded.reference(Samples(full.float())).whole)
+    ) == pytest.approx(truth, rel=2e-2)
 
 
 def test_it_depends_on_which_pairs_share_a_batch() -> None:
@@ -89,7 +102,13 @@ def test_it_depends_on_which_pairs_share_a_batch() -> None:
     order = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
 
     def over_batches(chosen: Tensor) -> float:
-        return sum(float(divergence(quantized[part], reference[part])) for part in chosen.split(divergence.batch)) / 2
+        return (
+            sum(
+                float(divergence(quantized[part], reference[part]))
+                for part in chosen.split(divergence.batch)
+            )
+            / 2
+        )
 
     assert over_batches(torch.arange(8)) != pytest.approx(over_batches(order), rel=1e-3)
     whole = float(divergence(quantized, reference))
@@ -98,7 +117,9 @@ def test_it_depends_on_which_pairs_share_a_batch() -> None:
 
 @pytest.mark.parametrize("bias", [None, -5.0])
 @pytest.mark.parametrize("size", [0.3, 0.03])
-def test_its_own_products_do_not_take_the_models_arithmetic(bias: float | None, size: float) -> None:
+def test_its_own_products_do_not_take_the_models_arithmetic(
+    bias: float | None, size: float
+) -> None:
     """The model may compute in bfloat16; similarities times 100 would lose every small change in it."""
     full, other = embeddings(16, 0, 64).float(), embeddings(16, 1, 64).float()
     quantized = full + size * embeddings(16, 2, 64).float()
@@ -106,8 +127,15 @@ def test_its_own_products_do_not_take_the_models_arithmetic(bias: float | None, 
     reference = divergence.reference(Samples(full)).whole
 
     def rest(output: Tensor) -> Tensor:
-        return output.to(torch.bfloat16) if torch.is_autocast_enabled("cpu") else output.to(torch.bfloat16).float()
+        return (
+            output.to(torch.bfloat16)
+            if torch.is_autocast_enabled("cpu")
+            else output.to(torch.bfloat16).float()
+        )
 
-    wide, narrow = (divergence_gradient(rest, quantized, reference, divergence, dtype) for dtype in ("float32", "bfloat16"))
+    wide, narrow = (
+        divergence_gradient(rest, quantized, reference, divergence, dtype)
+        for dtype in ("float32", "bfloat16")
+    )
     assert float(torch.cosine_similarity(wide.flatten(), narrow.flatten(), dim=0)) > 0.999
     assert float(narrow.norm() / wide.norm()) == pytest.approx(1, abs=0.02)

@@ -90,9 +90,13 @@ def test_fingerprint_depends_on(change: str) -> None:
 def test_captions_tell_the_scene(part: str) -> None:
     _, labels = load_digits()
     data = part_of(part)
-    for caption, sources, sizes in zip(data.captions, data.plan.sources, data.plan.sizes, strict=True):
+    for caption, sources, sizes in zip(
+        data.captions, data.plan.sources, data.plan.sizes, strict=True
+    ):
         cells = np.flatnonzero(sources >= 0)
-        assert parse(caption) == {int(cell): (int(labels[sources[cell]]), bool(sizes[cell] >= 22)) for cell in cells}
+        assert parse(caption) == {
+            int(cell): (int(labels[sources[cell]]), bool(sizes[cell] >= 22)) for cell in cells
+        }
     assert set(np.unique(data.plan.sizes)) == {14, 15, 16, 22, 23, 24}
 
 
@@ -156,7 +160,9 @@ def test_items_and_transforms() -> None:
     assert tensor.shape == (3, 48, 48)
     assert tensor.dtype == torch.float32
     for channel in tensor.numpy():
-        assert np.allclose(channel, (plain.pixels[3] / 255 - scenes.PIXEL_MEAN) / scenes.PIXEL_STD, atol=1e-5)
+        assert np.allclose(
+            channel, (plain.pixels[3] / 255 - scenes.PIXEL_MEAN) / scenes.PIXEL_STD, atol=1e-5
+        )
     warped = scenes.train_transform()(image)
     assert warped.shape == tensor.shape
     assert warped.dtype == torch.float32
@@ -177,7 +183,9 @@ def test_warp_keeps_each_digit_in_its_cell() -> None:
     warped = scenes.scene_warp()(pixels)
     ink = warped.unfold(2, 24, 24).unfold(3, 24, 24).sum((1, 4, 5)).flatten(1)  # (64, 4)
     assert torch.equal(ink > 0, full)
-    still = RandomDigitWarp(degrees=0, scale=0, shear=0, shift=0, elastic=0, contrast=0, rows=2, columns=2)(pixels)
+    still = RandomDigitWarp(
+        degrees=0, scale=0, shear=0, shift=0, elastic=0, contrast=0, rows=2, columns=2
+    )(pixels)
     assert torch.allclose(still, pixels, atol=1e-4)
 
 
@@ -193,7 +201,9 @@ def test_every_word_is_one_token_and_nothing_is_cut() -> None:
         assert ends.tolist() == [1 + count for count in pieces]
         assert max(pieces) + 2 <= tokens.CONTEXT_LENGTH
         assert int(ids.max()) == tokenizer.eot_token_id == tokens.VOCAB_SIZE - 1
-        for text, row, end in zip(texts[::50], ids[::50].tolist(), ends[::50].tolist(), strict=True):
+        for text, row, end in zip(
+            texts[::50], ids[::50].tolist(), ends[::50].tolist(), strict=True
+        ):
             assert tokenizer.decode(row[1:end]).split() == re.findall(r"[a-z]+|[,;:]", text)
 
 
@@ -213,9 +223,16 @@ def test_merges_of_a_small_text_are_the_most_frequent_pairs() -> None:
 
 
 def test_captions_differ_where_facts_do() -> None:
-    pairs = [(0, 0, scenes.fact_of(3, 0), scenes.fact_of(7, 1)), (0, 0, scenes.fact_of(3, 1), scenes.fact_of(7, 0))]
+    pairs = [
+        (0, 0, scenes.fact_of(3, 0), scenes.fact_of(7, 1)),
+        (0, 0, scenes.fact_of(3, 1), scenes.fact_of(7, 0)),
+    ]
     order = (3, 0, 2, 1)
-    written = [scenes.write_caption(facts, order, form) for facts in pairs for form in range(scenes.NUM_FORMS)]
+    written = [
+        scenes.write_caption(facts, order, form)
+        for facts in pairs
+        for form in range(scenes.NUM_FORMS)
+    ]
     assert written[0] == "a large seven bottom right and a small three bottom left"
     assert written[3] == "bottom right: large seven; bottom left: small three"
     assert len(set(written)) == 2 * scenes.NUM_FORMS
@@ -233,7 +250,9 @@ def test_model_takes_scenes_and_captions() -> None:
     model = models.DEMO.build("demo_clip")
     assert not model.training
     with torch.inference_mode():
-        images, texts, scale = model(torch.zeros(2, 3, 48, 48), tokens.demo_tokenizer()(["a large two top left", "a"]))
+        images, texts, scale = model(
+            torch.zeros(2, 3, 48, 48), tokens.demo_tokenizer()(["a large two top left", "a"])
+        )
     assert images.shape == texts.shape == (2, 64)
     assert scale.ndim == 0
 
@@ -248,7 +267,10 @@ def test_metadata_describe_the_committed_weights() -> None:
     assert metadata["parameters"] == sum(parameter.numel() for parameter in trained().parameters())
     assert metadata["test_count"] == COUNTS["test"]
     kwargs = models.DEMO.spec("demo_clip").kwargs
-    plain = {key: dict(v, image_size=list(v["image_size"])) if key == "vision_cfg" else v for key, v in kwargs.items()}
+    plain = {
+        key: dict(v, image_size=list(v["image_size"])) if key == "vision_cfg" else v
+        for key, v in kwargs.items()
+    }
     assert plain == metadata["kwargs"]
 
 
@@ -258,7 +280,9 @@ def test_trained_model_finds_captions_and_scenes() -> None:
         pixels = torch.stack([data[i][0] for i in range(len(data))])
         images = torch.cat([trained().encode_image(batch) for batch in pixels.split(250)])
         texts = trained().encode_text(tokens.demo_tokenizer()(data.captions))
-    products = (images / images.norm(dim=1, keepdim=True)) @ (texts / texts.norm(dim=1, keepdim=True)).T
+    products = (images / images.norm(dim=1, keepdim=True)) @ (
+        texts / texts.norm(dim=1, keepdim=True)
+    ).T
     own = products.diag()
     metadata = models.DEMO.metadata("demo_clip")
     for direction, others in (("i2t", products), ("t2i", products.T)):

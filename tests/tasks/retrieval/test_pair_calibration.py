@@ -27,14 +27,24 @@ def recipe(count: int = 6, **changes: object) -> Recipe:
     return make_recipe("fimaq", {"calibration_images": count, **changes})
 
 
-def draw(root: Path, count: int = 6, seed: int = 0, transform: str = "eval", **changes: Any) -> CalibrationSet:
-    return calibration_set(loaded(), DataRequest(root, **changes), recipe(count, seed=seed, calibration_transform=transform))
+def draw(
+    root: Path, count: int = 6, seed: int = 0, transform: str = "eval", **changes: Any
+) -> CalibrationSet:
+    return calibration_set(
+        loaded(),
+        DataRequest(root, **changes),
+        recipe(count, seed=seed, calibration_transform=transform),
+    )
 
 
 def pictures(images: int) -> PairSource:
     """Images with three captions each, all distinct."""
-    listed = [(f"{number}.png", [f"{number} {turn}" for turn in range(3)]) for number in range(images)]
-    return PairSource.of("data", "train", listed, lambda index: Image.new("RGB", (8, 8), colour_of(f"{index}.png")))
+    listed = [
+        (f"{number}.png", [f"{number} {turn}" for turn in range(3)]) for number in range(images)
+    ]
+    return PairSource.of(
+        "data", "train", listed, lambda index: Image.new("RGB", (8, 8), colour_of(f"{index}.png"))
+    )
 
 
 @pytest.mark.parametrize("transform", ["train", "eval"])
@@ -45,7 +55,11 @@ def test_same_seed_same_pairs(tmp_path: Path, transform: str) -> None:
     np.random.seed(5)
     torch.manual_seed(5)
     second = draw(tmp_path, transform=transform)
-    assert (first.ids, first.captions, first.fingerprint) == (second.ids, second.captions, second.fingerprint)
+    assert (first.ids, first.captions, first.fingerprint) == (
+        second.ids,
+        second.captions,
+        second.fingerprint,
+    )
     assert torch.equal(first.images, second.images)
     assert torch.equal(first.inputs["text"], second.inputs["text"])
     assert first.images.shape == (6, 3, 24, 24)
@@ -89,10 +103,14 @@ def test_the_caption_depends_on_seed_and_image_only() -> None:
     few, many = pictures(20), pictures(300)
     for index in range(20):
         assert drawn_caption(few, index, 7) == drawn_caption(many, index, 7)
-    counts = Counter(drawn_caption(many, index, seed).split()[1] for index in range(300) for seed in range(5))
+    counts = Counter(
+        drawn_caption(many, index, seed).split()[1] for index in range(300) for seed in range(5)
+    )
     for turn in "012":  # 1500 draws of probability 1/3: five standard deviations are 91
         assert abs(counts[turn] - 500) < 92
-    assert [drawn_caption(many, index, 1) for index in range(50)] != [drawn_caption(many, index, 2) for index in range(50)]
+    assert [drawn_caption(many, index, 1) for index in range(50)] != [
+        drawn_caption(many, index, 2) for index in range(50)
+    ]
 
 
 def test_truncated_captions_are_counted(tmp_path: Path) -> None:
@@ -103,7 +121,9 @@ def test_truncated_captions_are_counted(tmp_path: Path) -> None:
     assert all(len(caption) <= 14 for own in captions.values() for caption in own)
     lengths = sorted(len(caption) for caption in found.captions)
     limit = lengths[4]  # of nine
-    short = calibration_set(loaded(limit + 2), DataRequest(tmp_path), recipe(9, seed=0, calibration_transform="eval"))
+    short = calibration_set(
+        loaded(limit + 2), DataRequest(tmp_path), recipe(9, seed=0, calibration_transform="eval")
+    )
     assert short.truncated_captions == sum(length > limit for length in lengths)
     assert short.captions == found.captions
     assert short.fingerprint != found.fingerprint  # other tokens
@@ -111,7 +131,9 @@ def test_truncated_captions_are_counted(tmp_path: Path) -> None:
     settings = recipe(9, seed=0, calibration_transform="eval")
     assert calibration_set(uncounted, DataRequest(tmp_path), settings).truncated_captions is None
     with pytest.raises(ModelError, match="has no tokenizer"):
-        calibration_set(dataclasses.replace(loaded(), tokenizer=None), DataRequest(tmp_path), settings)
+        calibration_set(
+            dataclasses.replace(loaded(), tokenizer=None), DataRequest(tmp_path), settings
+        )
 
 
 def test_rounds_against_brute_force() -> None:
@@ -120,11 +142,17 @@ def test_rounds_against_brute_force() -> None:
     for _ in range(50):
         texts = [f"text {letter}" for letter in generator.integers(0, 6, 20)]
         known = list(dict.fromkeys(texts))
-        left = {text: [position for position, other in enumerate(texts) if other == text] for text in known}
+        left = {
+            text: [position for position, other in enumerate(texts) if other == text]
+            for text in known
+        }
         used = dict.fromkeys(known, 0)
         expected = []
         while any(left.values()):
-            text = min((text for text in known if left[text]), key=lambda text: (used[text], known.index(text)))
+            text = min(
+                (text for text in known if left[text]),
+                key=lambda text: (used[text], known.index(text)),
+            )
             used[text] += 1
             expected.append(left[text].pop(0))
         assert in_rounds(texts) == expected
@@ -138,7 +166,10 @@ def test_texts_that_read_the_same_are_equal() -> None:
 
 def test_a_repeated_caption_is_passed_over(tmp_path: Path) -> None:
     write_images(tmp_path, [f"{number}.png" for number in range(12)])
-    rows = [f"{number}.png,{'The same. ' if number % 2 else f'caption {number}'},train" for number in range(12)]
+    rows = [
+        f"{number}.png,{'The same. ' if number % 2 else f'caption {number}'},train"
+        for number in range(12)
+    ]
     (tmp_path / "captions.csv").write_text("\n".join(["image,caption,split", *rows]))
     plain = np.random.default_rng(0).permutation(12).tolist()
     odd = [number for number in plain if number % 2]
@@ -151,23 +182,34 @@ def test_a_repeated_caption_is_passed_over(tmp_path: Path) -> None:
 
 def test_classes_take_turns(tmp_path: Path) -> None:
     for part in ("train", "val"):
-        write_images(tmp_path / part, [f"{name}/{number}.png" for name in "abcd" for number in range(5 if name < "d" else 2)])
+        write_images(
+            tmp_path / part,
+            [f"{name}/{number}.png" for name in "abcd" for number in range(5 if name < "d" else 2)],
+        )
     (tmp_path / "classnames.txt").write_text("ant\nbee\ncat\ndog\n")
     settings = recipe(17, seed=2, calibration_transform="eval")
     found = calibration_set(loaded(64), DataRequest(tmp_path, evaluation="zero-shot"), settings)
-    names = [caption.removeprefix("a photo of a ").removesuffix(".") for caption in found.captions or []]
-    assert [len(set(names[start:end])) for start, end in ((0, 4), (4, 8), (8, 11), (11, 14), (14, 17))] == [4, 4, 3, 3, 3]
+    names = [
+        caption.removeprefix("a photo of a ").removesuffix(".") for caption in found.captions or []
+    ]
+    assert [
+        len(set(names[start:end])) for start, end in ((0, 4), (4, 8), (8, 11), (11, 14), (14, 17))
+    ] == [4, 4, 3, 3, 3]
     assert names[:4] == names[4:8]  # the same order in each round keeps equal captions apart
     assert all(name[0] == image.split("/")[1] for name, image in zip(names, found.ids, strict=True))
     assert len(set(found.ids)) == 17
     assert all(image.startswith("train/") for image in found.ids)
     path = tmp_path / "list.json"
     path.write_text(json.dumps({"calibration": {"ids": found.ids, "captions": found.captions}}))
-    again = calibration_set(loaded(64), DataRequest(tmp_path, calibration_list=path, evaluation="zero-shot"), settings)
+    again = calibration_set(
+        loaded(64), DataRequest(tmp_path, calibration_list=path, evaluation="zero-shot"), settings
+    )
     assert again.fingerprint == found.fingerprint
     write_csv(tmp_path / "pairs")
     data = DataRequest(tmp_path, evaluation="zero-shot", calibration_data=tmp_path / "pairs")
-    assert all(image.startswith("img/") for image in calibration_set(loaded(64), data, recipe(3)).ids)
+    assert all(
+        image.startswith("img/") for image in calibration_set(loaded(64), data, recipe(3)).ids
+    )
 
 
 def test_fewer_images_than_asked_for(tmp_path: Path) -> None:
@@ -191,7 +233,9 @@ def test_damaged_images(tmp_path: Path) -> None:
     assert found.captions == [(whole.captions or [])[position] for position in kept]
     assert torch.equal(found.images, whole.images[kept])
     assert torch.equal(found.inputs["text"], whole.inputs["text"][kept])
-    with pytest.raises(DataError, match="Only 8 of 9 calibration images could be read; 1 are damaged"):
+    with pytest.raises(
+        DataError, match="Only 8 of 9 calibration images could be read; 1 are damaged"
+    ):
         draw(tmp_path, 9, skip_corrupt=True)
 
 
@@ -227,11 +271,22 @@ def test_a_list_gives_the_very_same_pairs(tmp_path: Path, kind: str) -> None:
     drawn = draw(root, 5, transform="train")
     path = tmp_path / "list"
     if kind == "record":
-        path.write_text(json.dumps({"schema_version": 1, "calibration": {"ids": drawn.ids, "captions": drawn.captions}}))
+        path.write_text(
+            json.dumps(
+                {"schema_version": 1, "calibration": {"ids": drawn.ids, "captions": drawn.captions}}
+            )
+        )
     else:
-        path.write_text("\n".join(drawn.ids if kind == "ids" else [str(root / name) for name in drawn.ids]) + "\n\n")
+        path.write_text(
+            "\n".join(drawn.ids if kind == "ids" else [str(root / name) for name in drawn.ids])
+            + "\n\n"
+        )
     listed = draw(root, 5, transform="train", calibration_list=path)
-    assert (listed.ids, listed.captions, listed.fingerprint) == (drawn.ids, drawn.captions, drawn.fingerprint)
+    assert (listed.ids, listed.captions, listed.fingerprint) == (
+        drawn.ids,
+        drawn.captions,
+        drawn.fingerprint,
+    )
     assert torch.equal(listed.images, drawn.images)
     assert draw(root, 3, transform="train", calibration_list=path).ids == drawn.ids[:3]
     if kind != "record":
@@ -246,7 +301,9 @@ def test_a_record_keeps_its_captions_and_its_order(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("\n".join(["image,caption", *rows]))
     path = tmp_path / "result.json"
     for captions in (["same", "same", "third"], ["other", "same", "third"]):
-        path.write_text(json.dumps({"calibration": {"ids": ["0.png", "1.png", "2.png"], "captions": captions}}))
+        path.write_text(
+            json.dumps({"calibration": {"ids": ["0.png", "1.png", "2.png"], "captions": captions}})
+        )
         found = draw(tmp_path, 3, calibration_list=path)
         assert found.ids == ["0.png", "1.png", "2.png"]
         assert found.captions == captions
@@ -258,14 +315,21 @@ def test_bad_lists_are_explained(tmp_path: Path) -> None:
     pairs = open_pairs(loaded(), DataRequest(tmp_path), "train")
 
     def refused(content: str | dict[str, Any], message: str, count: int = 1) -> None:
-        path.write_text(content if isinstance(content, str) else json.dumps({"calibration": content}))
+        path.write_text(
+            content if isinstance(content, str) else json.dumps({"calibration": content})
+        )
         with pytest.raises(DataError, match=message):
             draw(tmp_path, count, calibration_list=path)
 
     with pytest.raises(DataError, match="Cannot read the calibration list"):
         draw(tmp_path, calibration_list=path)
-    refused("img/3.png\nimg/99.png\nimg/0.png\n", r"names 2 images that are not in captions-9-images train, such as 'img/99.png'")
-    refused("img/3.png\nimg/4.png\nimg/3.png\n", "names 1 images more than once, such as 'img/3.png'")
+    refused(
+        "img/3.png\nimg/99.png\nimg/0.png\n",
+        r"names 2 images that are not in captions-9-images train, such as 'img/99.png'",
+    )
+    refused(
+        "img/3.png\nimg/4.png\nimg/3.png\n", "names 1 images more than once, such as 'img/3.png'"
+    )
     refused("img/3.png\n", "2 calibration images are asked for, but there are 1", 2)
     refused("", "there are 0")
     refused("{broken", "is not a result record with calibration ids")
@@ -275,9 +339,7 @@ def test_bad_lists_are_explained(tmp_path: Path) -> None:
     refused({"ids": ids}, "without a caption for each calibration image")
     refused({"ids": ids, "captions": None}, "without a caption for each calibration image")
     refused({"ids": ids, "captions": [first]}, "without a caption for each calibration image")
-    foreign = (
-        r"pairs 1 images with captions that they do not have in captions-9-images train, such as 'img/4.png' with 'first of 3'"
-    )
+    foreign = r"pairs 1 images with captions that they do not have in captions-9-images train, such as 'img/4.png' with 'first of 3'"
     refused({"ids": ids, "captions": [first, first]}, foreign)
     refused({"ids": ["img/0.png"], "captions": ["first of 0"]}, "names 1 images that are not in")
 
@@ -294,4 +356,6 @@ def test_zero_shot_names_follow_the_labels(tmp_path: Path) -> None:
     expected = [f"a photo of a thing {Path(name).parent.name}." for name in pairs.image_ids]
     assert list(pairs.captions) == expected
     other = training_pairs(loaded(), dataclasses.replace(data, class_order="text"))
-    assert [caption == right for caption, right in zip(other.captions, expected, strict=True)].count(True) == 2
+    assert [
+        caption == right for caption, right in zip(other.captions, expected, strict=True)
+    ].count(True) == 2

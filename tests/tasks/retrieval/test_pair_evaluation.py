@@ -33,7 +33,9 @@ class Pairs:
     read: Callable[[int], Image.Image] = field(default=lambda index: index)  # type: ignore[assignment, return-value]
 
     def describe(self) -> Dataset:
-        return Dataset(name=self.name, split=self.split, count=len(self.image_ids), classes=0, fingerprint="f")
+        return Dataset(
+            name=self.name, split=self.split, count=len(self.image_ids), classes=0, fingerprint="f"
+        )
 
 
 class Book:
@@ -59,13 +61,19 @@ def make(images: int = 12, seed: int = 0, noise: float = 1.0) -> tuple[Pairs, Bo
     """Pairs with one to four captions an image, which lie about it, of any length."""
     generator = torch.Generator().manual_seed(seed)
     image_of = np.repeat(np.arange(images), np.random.default_rng(seed).integers(1, 5, images))
-    source = Pairs(tuple(f"i{n}.jpg" for n in range(images)), tuple(f"text {n}" for n in range(len(image_of))), image_of)
+    source = Pairs(
+        tuple(f"i{n}.jpg" for n in range(images)),
+        tuple(f"text {n}" for n in range(len(image_of))),
+        image_of,
+    )
     x = torch.randn(images, 8, generator=generator)
     y = x[image_of] + noise * torch.randn(len(image_of), 8, generator=generator)
     return source, Book(3 * x, y * torch.linspace(0.1, 9, len(y))[:, None], source)
 
 
-def measure(source: Pairs, book: Book, batch: int = 5, broken: tuple[int, ...] = (), report: Report = silent) -> Evaluation:
+def measure(
+    source: Pairs, book: Book, batch: int = 5, broken: tuple[int, ...] = (), report: Report = silent
+) -> Evaluation:
     def read(index: int) -> int:
         if index in broken:
             raise OSError("truncated")
@@ -75,7 +83,9 @@ def measure(source: Pairs, book: Book, batch: int = 5, broken: tuple[int, ...] =
         return book.images[index].view(1, 1, -1)
 
     images = Images(source.image_ids, [0] * len(source.image_ids), read, transform, bool(broken))  # type: ignore[arg-type]
-    return evaluate_pairs(book.encode_image, book.encode_text, images, source, book.tokenize, CPU, batch, 0, report)  # type: ignore[arg-type]
+    return evaluate_pairs(
+        book.encode_image, book.encode_text, images, source, book.tokenize, CPU, batch, 0, report
+    )  # type: ignore[arg-type]
 
 
 def hits(scores: Tensor, correct: Tensor, cut: int) -> float:
@@ -88,7 +98,9 @@ def hits(scores: Tensor, correct: Tensor, cut: int) -> float:
 def test_metrics_by_hand(batch: int) -> None:
     source, book = make()
     result = measure(source, book, batch)
-    scores = F.cosine_similarity(book.images.double()[:, None], book.captions.double()[None], dim=-1)
+    scores = F.cosine_similarity(
+        book.images.double()[:, None], book.captions.double()[None], dim=-1
+    )
     correct = torch.from_numpy(source.image_of)[None] == torch.arange(12)[:, None]
     expected = {}
     for cut in (1, 5, 10):
@@ -99,7 +111,9 @@ def test_metrics_by_hand(batch: int) -> None:
     assert 0 < expected["t2i_R@1"] < expected["t2i_R@5"] < 100
     assert 0 < expected["i2t_R@1"] < 100
     values = {name: metric.value for name, metric in result.metrics.items()}
-    assert {name: value for name, value in values.items() if "median" not in name} == pytest.approx(expected)
+    assert {name: value for name, value in values.items() if "median" not in name} == pytest.approx(
+        expected
+    )
     assert next(iter(values)) == "R@1"
     assert result.metrics["R@1"].stderr > 0
     assert result.n == 12
@@ -117,7 +131,9 @@ def test_outcomes_agree_with_metrics() -> None:
     for direction, name in enumerate(("i2t", "t2i")):
         rank = rows["rank"][rows["direction"] == direction]
         for cut in (1, 5, 10):
-            assert result.metrics[f"{name}_R@{cut}"].value == pytest.approx(100 * (rank < cut).mean())
+            assert result.metrics[f"{name}_R@{cut}"].value == pytest.approx(
+                100 * (rank < cut).mean()
+            )
         assert result.metrics[f"{name}_median_rank"].value == np.median(rank) + 1
     assert np.array_equal(rows["correct"], rows["rank"] == 0)
     assert rows["sample"][:2].tolist() == ["image:i0.jpg", "image:i1.jpg"]
@@ -128,7 +144,9 @@ def test_outcomes_agree_with_metrics() -> None:
         assert rows["sample"][40 + caption] == f"caption:i{image}.jpg#{number}"
         seen[image] = number + 1
     assert len(set(rows["sample"])) == 40 + captions
-    best_right = np.concatenate([source.image_of[rows["best"][:40]] == np.arange(40), rows["best"][40:] == source.image_of])
+    best_right = np.concatenate(
+        [source.image_of[rows["best"][:40]] == np.arange(40), rows["best"][40:] == source.image_of]
+    )
     assert np.array_equal(best_right, rows["correct"])
     assert {rows["rank"].dtype, rows["best"].dtype, rows["cluster"].dtype} == {np.dtype(np.int32)}
 
@@ -159,7 +177,11 @@ def test_damaged_images_take_their_captions_along(broken: tuple[int, ...]) -> No
     rest = [index for index in range(12) if index not in broken]
     texts = [index for index, image in enumerate(source.image_of) if image in rest]
     image_of = np.array([rest.index(source.image_of[index]) for index in texts])
-    smaller = Pairs(tuple(source.image_ids[index] for index in rest), tuple(source.captions[index] for index in texts), image_of)
+    smaller = Pairs(
+        tuple(source.image_ids[index] for index in rest),
+        tuple(source.captions[index] for index in texts),
+        image_of,
+    )
     expected = measure(smaller, Book(book.images[rest], book.captions[texts], smaller), 3)
     assert result.metrics == expected.metrics
     assert result.n == len(rest)
@@ -168,9 +190,15 @@ def test_damaged_images_take_their_captions_along(broken: tuple[int, ...]) -> No
     for name in ("sample", "direction", "rank", "correct", "weight"):
         assert np.array_equal(result.outcomes[name], expected.outcomes[name]), name
     split = len(rest)
-    assert result.outcomes["best"][:split].tolist() == [texts[index] for index in expected.outcomes["best"][:split]]
-    assert result.outcomes["best"][split:].tolist() == [rest[index] for index in expected.outcomes["best"][split:]]
-    assert result.outcomes["cluster"].tolist() == [rest[index] for index in expected.outcomes["cluster"]]
+    assert result.outcomes["best"][:split].tolist() == [
+        texts[index] for index in expected.outcomes["best"][:split]
+    ]
+    assert result.outcomes["best"][split:].tolist() == [
+        rest[index] for index in expected.outcomes["best"][split:]
+    ]
+    assert result.outcomes["cluster"].tolist() == [
+        rest[index] for index in expected.outcomes["cluster"]
+    ]
 
 
 def test_damaged_images_are_an_error_unless_skipped() -> None:
@@ -179,15 +207,31 @@ def test_damaged_images_are_an_error_unless_skipped() -> None:
     def read(index: int) -> Image.Image:
         raise OSError("truncated")
 
-    for skip, message in ((False, r"i0.jpg is damaged"), (True, "None of the images could be read")):
+    for skip, message in (
+        (False, r"i0.jpg is damaged"),
+        (True, "None of the images could be read"),
+    ):
         images = Images(source.image_ids, [0] * 12, read, lambda _: torch.zeros(1, 1, 8), skip)
         with pytest.raises(DataError, match=message):
-            evaluate_pairs(book.encode_image, book.encode_text, images, source, book.tokenize, CPU, 4, 0, silent)  # type: ignore[arg-type]
+            evaluate_pairs(
+                book.encode_image,
+                book.encode_text,
+                images,
+                source,
+                book.tokenize,
+                CPU,
+                4,
+                0,
+                silent,
+            )  # type: ignore[arg-type]
 
 
 def test_constant_embeddings_do_not_score() -> None:
     source, book = make(30)
-    book.images, book.captions = book.images[:1].expand(30, -1), book.captions[:1].expand(len(source.captions), -1)
+    book.images, book.captions = (
+        book.images[:1].expand(30, -1),
+        book.captions[:1].expand(len(source.captions), -1),
+    )
     result = measure(source, book)
     recalls = [metric.value for name, metric in result.metrics.items() if "median" not in name]
     assert len(recalls) == 8
@@ -198,7 +242,9 @@ def test_constant_embeddings_do_not_score() -> None:
 def test_embeddings_that_agree_score_everything() -> None:
     source, book = make(30, noise=0)
     result = measure(source, book)
-    assert {metric.value for name, metric in result.metrics.items() if "median" not in name} == {100.0}
+    assert {metric.value for name, metric in result.metrics.items() if "median" not in name} == {
+        100.0
+    }
     assert {metric.stderr for metric in result.metrics.values()} == {0.0}
     assert result.metrics["i2t_median_rank"].value == 1
 
@@ -215,7 +261,11 @@ def test_equal_tokens_are_encoded_once_and_tie() -> None:
 
 @pytest.mark.parametrize("tower", ["images", "captions"])
 def test_embeddings_without_a_direction_are_refused(tower: str) -> None:
-    for value, message in ((0.0, "is zero"), (math.nan, "NaN or infinite"), (math.inf, "NaN or infinite")):
+    for value, message in (
+        (0.0, "is zero"),
+        (math.nan, "NaN or infinite"),
+        (math.inf, "NaN or infinite"),
+    ):
         source, book = make()
         getattr(book, tower)[7] = value
         with pytest.raises(NumericsError, match=message):
@@ -268,6 +318,10 @@ def test_captions_beyond_the_context_are_counted() -> None:
     assert truncated(Tokenizer(), ("abc",), None) is None
     assert truncated(lambda texts: torch.zeros(len(texts), 4), ("abcde",), 4) is None
     source, book = make()
-    images = Images(source.image_ids, [0] * 12, lambda i: i, lambda i: book.images[i].view(1, 1, -1), False)  # type: ignore[arg-type, return-value]
-    result = evaluate_pairs(book.encode_image, book.encode_text, images, source, book.tokenize, CPU, 4, 0, silent, 2)  # type: ignore[arg-type]
+    images = Images(
+        source.image_ids, [0] * 12, lambda i: i, lambda i: book.images[i].view(1, 1, -1), False
+    )  # type: ignore[arg-type, return-value]
+    result = evaluate_pairs(
+        book.encode_image, book.encode_text, images, source, book.tokenize, CPU, 4, 0, silent, 2
+    )  # type: ignore[arg-type]
     assert result.dataset.truncated_captions == 2

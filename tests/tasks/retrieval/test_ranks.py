@@ -10,7 +10,9 @@ from fimaq_core.errors import DataError, NumericsError
 from tasks.retrieval.ranks import Ranks, pair_ranks
 
 
-def brute_force(images: Tensor, captions: Tensor, image_of: list[int]) -> tuple[list[int], list[int]]:
+def brute_force(
+    images: Tensor, captions: Tensor, image_of: list[int]
+) -> tuple[list[int], list[int]]:
     """Ranks by sorting every query's candidates, correct ones behind wrong ones of the same score."""
     scores = (images.double() @ captions.double().T).tolist()
     forward = []
@@ -48,7 +50,9 @@ def check(found: Ranks, images: Tensor, captions: Tensor, image_of: list[int]) -
 
 @pytest.mark.parametrize("scores_at_a_time", [1, 150, 2**24])
 @pytest.mark.parametrize("images", [2, 41])
-def test_random_embeddings(monkeypatch: pytest.MonkeyPatch, images: int, scores_at_a_time: int) -> None:
+def test_random_embeddings(
+    monkeypatch: pytest.MonkeyPatch, images: int, scores_at_a_time: int
+) -> None:
     monkeypatch.setattr("tasks.retrieval.ranks._SCORES", scores_at_a_time)
     image_of = owners(images, 0)
     x, y = related(images, image_of, 16, 1)
@@ -93,13 +97,17 @@ def test_perfect_embeddings() -> None:
 
 @pytest.mark.parametrize("width", [7, 64, 100, 512])
 @pytest.mark.parametrize("rows", [1, 5, 100])
-def test_constant_embeddings_are_last(monkeypatch: pytest.MonkeyPatch, width: int, rows: int) -> None:
+def test_constant_embeddings_are_last(
+    monkeypatch: pytest.MonkeyPatch, width: int, rows: int
+) -> None:
     """A product rounds equal columns differently by their place, which must not look like a difference."""
     monkeypatch.setattr("tasks.retrieval.ranks._SCORES", rows * 303)
     generator = torch.Generator().manual_seed(width)
     vectors = F.normalize(torch.randn(2, width, generator=generator), dim=-1)
     image_of = np.repeat(np.arange(101), 3)
-    found = pair_ranks(vectors[:1].expand(101, -1).contiguous(), vectors[1:].expand(303, -1).contiguous(), image_of)
+    found = pair_ranks(
+        vectors[:1].expand(101, -1).contiguous(), vectors[1:].expand(303, -1).contiguous(), image_of
+    )
     assert (found.image_to_text == 300).all()
     assert (found.text_to_image == 100).all()
 

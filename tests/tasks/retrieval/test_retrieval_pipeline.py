@@ -44,7 +44,9 @@ def command(*arguments: object, fails: bool = False) -> str:
     out, err, code = io.StringIO(), io.StringIO(), 0
     with redirect_stdout(out), redirect_stderr(err):
         try:
-            main(build_group("retrieval", "test", OPTIONS), [str(argument) for argument in arguments])
+            main(
+                build_group("retrieval", "test", OPTIONS), [str(argument) for argument in arguments]
+            )
         except SystemExit as stop:
             code = int(stop.code or 0)
     assert code == (2 if fails else 0), err.getvalue()
@@ -56,7 +58,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights, a folder with 24 training and 10 test images, two captions each, and a folder of labelled images."""
     root = tmp_path_factory.mktemp("place")
     model = randomise(open_clip.create_model("ViT-B-32", pretrained=None, **_whole()))
-    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, root / "small.safetensors")
+    save_file(
+        {name: value.contiguous() for name, value in model.state_dict().items()},
+        root / "small.safetensors",
+    )
     pixels = ((images(34, 64) * 0.2 + 0.5).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).numpy()
     rows = ["image,caption,split"]
     for index, one in enumerate(pixels):
@@ -64,13 +69,18 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         split = "train" if index < 24 else "test"
         name = f"{NUMBERS[index % 16]} {NUMBERS[index // 16]}"
         long = " and more" * (8 if index == 30 else 0)
-        rows += [f"{index}.png,a photo of {name}{long},{split}", f"{index}.png,{name} on a table,{split}"]
+        rows += [
+            f"{index}.png,a photo of {name}{long},{split}",
+            f"{index}.png,{name} on a table,{split}",
+        ]
     (root / "captions" / "captions.csv").write_text("\n".join(rows), encoding="utf-8")
     for part in ("train", "val"):
         for label in range(4):
             for number in range(6):
                 file = root / "labelled" / part / f"class{label}" / f"{number}.png"
-                Image.fromarray(pixels[(6 * label + number + 3 * (part == "val")) % 34]).save(_made(file))
+                Image.fromarray(pixels[(6 * label + number + 3 * (part == "val")) % 34]).save(
+                    _made(file)
+                )
     (root / "labelled" / "classnames.txt").write_text("cat\ndog\nbus\ntree\n", encoding="utf-8")
     return root
 
@@ -78,7 +88,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _whole() -> dict[str, Any]:
     """open_clip replaces the settings of a tower by those given, so all are given."""
     config = open_clip.get_model_config("ViT-B-32")
-    return {name: {**config[name], **value} if isinstance(value, dict) else value for name, value in ARGUMENTS.items()}
+    return {
+        name: {**config[name], **value} if isinstance(value, dict) else value
+        for name, value in ARGUMENTS.items()
+    }
 
 
 def _made(path: Path) -> Path:
@@ -87,26 +100,56 @@ def _made(path: Path) -> Path:
 
 
 def model(place: Path) -> list[object]:
-    return ["--model", "ViT-B-32", "--model-args", json.dumps(ARGUMENTS), "--weights", place / "small.safetensors"]
+    return [
+        "--model",
+        "ViT-B-32",
+        "--model-args",
+        json.dumps(ARGUMENTS),
+        "--weights",
+        place / "small.safetensors",
+    ]
 
 
-def run(place: Path, results: Path, *arguments: object, data: str = "captions") -> tuple[ResultRecord, Path]:
+def run(
+    place: Path, results: Path, *arguments: object, data: str = "captions"
+) -> tuple[ResultRecord, Path]:
     """Run a cell; return its record and folder."""
-    said = command("run", *model(place), "--data", place / data, "--threads", 1, "--results", results, *arguments)
+    said = command(
+        "run",
+        *model(place),
+        "--data",
+        place / data,
+        "--threads",
+        1,
+        "--results",
+        results,
+        *arguments,
+    )
     path = Path(said.strip().splitlines()[-1].removeprefix("record: "))
     return read_record(path), path.parent
 
 
 def test_both_towers_are_the_two_single_ones(place: Path, tmp_path: Path) -> None:
     results = tmp_path / "runs"
-    found = {towers: run(place, results, *QUICK, "--towers", towers) for towers in ("vision", "text", "both")}
-    states = {towers: load_file(folder / "quantized.safetensors") for towers, (_, folder) in found.items()}
+    found = {
+        towers: run(place, results, *QUICK, "--towers", towers)
+        for towers in ("vision", "text", "both")
+    }
+    states = {
+        towers: load_file(folder / "quantized.safetensors") for towers, (_, folder) in found.items()
+    }
     assert set(states["both"]) == set(states["vision"]) | set(states["text"])
     assert {name.split(".")[0] for name in states["both"]} == {"vision", "text"}
     for towers in ("vision", "text"):
-        assert all(torch.equal(states["both"][name], value) for name, value in states[towers].items())
+        assert all(
+            torch.equal(states["both"][name], value) for name, value in states[towers].items()
+        )
     seconds = found["both"][0].seconds
-    assert {"reconstruct vision (reused)", "reconstruct text (reused)", "calibrate text (reused)"} <= set(seconds)
+    assert {
+        "reconstruct vision (reused)",
+        "reconstruct text (reused)",
+        "calibrate text (reused)",
+    } <= set(seconds)
     assert {"reconstruct vision", "calibrate vision"} <= set(found["vision"][0].seconds)
     alone, _ = run(place, tmp_path / "alone" / "runs", *QUICK)
     assert alone.variant.endswith("[both]")
@@ -116,7 +159,14 @@ def test_both_towers_are_the_two_single_ones(place: Path, tmp_path: Path) -> Non
 
 def test_a_name_that_leaves_the_activation_open_is_asked_for(place: Path, tmp_path: Path) -> None:
     open_ended = {name: value for name, value in ARGUMENTS.items() if name != "quick_gelu"}
-    given = ["--model-args", json.dumps(open_ended), "--data", place / "captions", "--results", tmp_path / "runs"]
+    given = [
+        "--model-args",
+        json.dumps(open_ended),
+        "--data",
+        place / "captions",
+        "--results",
+        tmp_path / "runs",
+    ]
     said = command("run", *model(place), *given, "--method", "fp", fails=True)
     assert said.startswith("error: ")
     assert "--model ViT-B-32-quickgelu" in said
@@ -147,7 +197,10 @@ def test_the_record_says_what_was_measured(place: Path, tmp_path: Path) -> None:
     modules = record.modules
     assert modules is not None
     assert all(entry.name.startswith("vision.") for entry in modules.quantized)
-    assert any(name.startswith("text.") and "MultiheadAttention" not in name for name in modules.full_precision)
+    assert any(
+        name.startswith("text.") and "MultiheadAttention" not in name
+        for name in modules.full_precision
+    )
     assert any("token_embedding" in name for name in modules.full_precision)
     assert set(record.last_loss) == {
         "vision.visual.conv1",
@@ -156,14 +209,20 @@ def test_the_record_says_what_was_measured(place: Path, tmp_path: Path) -> None:
         "vision.visual.proj",
     }
     assert set(record.fisher_passes.values()) == {2}
-    assert {"R@1", "i2t_R@1", "t2i_R@10", "mean_recall", "i2t_median_rank"} <= set(record.metrics) == set(record.fp_metrics)
+    assert (
+        {"R@1", "i2t_R@1", "t2i_R@10", "mean_recall", "i2t_median_rank"}
+        <= set(record.metrics)
+        == set(record.fp_metrics)
+    )
     with np.load(folder / record.outcomes) as outcomes:
         weighted = 100 * np.average(outcomes["correct"], weights=outcomes["weight"])
     assert record.metrics["R@1"].value == pytest.approx(weighted, abs=1e-4)
 
 
 def test_run_and_stages_agree_bit_for_bit(place: Path, tmp_path: Path) -> None:
-    record, folder = run(place, tmp_path / "runs", "--method", "aphq", *QUICK, "--mlp-steps", 3, "--mlp-batch", 8)
+    record, folder = run(
+        place, tmp_path / "runs", "--method", "aphq", *QUICK, "--mlp-steps", 3, "--mlp-batch", 8
+    )
     common = ["--data", place / "captions", "--threads", 1]
     recipe = ["--method", "aphq", *QUICK, "--mlp-steps", 3, "--mlp-batch", 8]
     mlps, ranges, whole = (tmp_path / f"{name}.safetensors" for name in ("mlps", "ranges", "whole"))
@@ -189,7 +248,9 @@ def test_run_and_stages_agree_bit_for_bit(place: Path, tmp_path: Path) -> None:
     assert shown["scope"] == "both"
     assert {layer["name"].split(".")[0] for layer in shown["layers"]} == {"vision", "text"}
     assert shown["totals"]["macs"] == sum(layer["macs"] for layer in shown["layers"]) > 0
-    said = command("reconstruct", ranges, *common, *weights, "--towers", "text", "--out", whole, fails=True)
+    said = command(
+        "reconstruct", ranges, *common, *weights, "--towers", "text", "--out", whole, fails=True
+    )
     assert "scope is 'both', not 'text'" in said
 
 
@@ -198,14 +259,24 @@ def test_a_tower_that_stays_as_it_is(place: Path, tmp_path: Path) -> None:
     ranges = tmp_path / "ranges.safetensors"
     common = ["--data", place / "captions", "--threads", 1]
     command("calibrate", *model(place), *common, *QUICK, "--towers", "text", "--out", ranges)
-    shown = json.loads(command("inspect", ranges, "--weights", place / "small.safetensors", "--json"))
+    shown = json.loads(
+        command("inspect", ranges, "--weights", place / "small.safetensors", "--json")
+    )
     assert shown["untouched"] == ["vision"]
-    visual = {name: value for name, value in load_file(place / "small.safetensors").items() if name.startswith("visual.")}
-    counted = sum(part["values"] for part in shown["full_precision"] if part["name"].startswith("vision"))
+    visual = {
+        name: value
+        for name, value in load_file(place / "small.safetensors").items()
+        if name.startswith("visual.")
+    }
+    counted = sum(
+        part["values"] for part in shown["full_precision"] if part["name"].startswith("vision")
+    )
     assert counted == sum(value.numel() for value in visual.values())
 
 
-def test_a_run_that_was_stopped_goes_on(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_was_stopped_goes_on(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from fimaq_core import store
 
     whole, _ = run(place, tmp_path / "a" / "runs", *QUICK)
@@ -219,7 +290,17 @@ def test_a_run_that_was_stopped_goes_on(place: Path, tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(store, "save_checkpoint", breaks)
     results = tmp_path / "b" / "runs"
-    arguments = ["run", *model(place), "--data", place / "captions", "--threads", 1, "--results", results, *QUICK]
+    arguments = [
+        "run",
+        *model(place),
+        "--data",
+        place / "captions",
+        "--threads",
+        1,
+        "--results",
+        results,
+        *QUICK,
+    ]
     with redirect_stderr(io.StringIO()), pytest.raises(SystemExit):
         main(build_group("retrieval", "test", OPTIONS), [str(argument) for argument in arguments])
     monkeypatch.undo()
@@ -237,13 +318,24 @@ def test_a_run_that_was_stopped_goes_on(place: Path, tmp_path: Path, monkeypatch
 def test_zero_shot(place: Path, tmp_path: Path) -> None:
     """Accuracy on labelled images, calibrated on their training part with captions made of class names."""
     record, _ = run(
-        place, tmp_path / "runs", *QUICK, "--method", "rtn", "--eval", "zero-shot", "--calibration-images", 16, data="labelled"
+        place,
+        tmp_path / "runs",
+        *QUICK,
+        "--method",
+        "rtn",
+        "--eval",
+        "zero-shot",
+        "--calibration-images",
+        16,
+        data="labelled",
     )
     assert set(record.metrics) == {"top1"}
     assert (record.n, record.dataset.classes) == (24, 4)
     assert record.calibration is not None
     assert record.calibration.captions is not None
-    assert set(record.calibration.captions) == {f"a photo of a {name}." for name in ("cat", "dog", "bus", "tree")}
+    assert set(record.calibration.captions) == {
+        f"a photo of a {name}." for name in ("cat", "dog", "bus", "tree")
+    }
     assert record.calibration.batch is None
     other, _ = run(
         place, tmp_path / "runs", *QUICK, "--method", "rtn", "--eval", "zero-shot", "--calibration-data", place / "captions",
@@ -264,7 +356,9 @@ def test_one_file_in_two_architectures_is_two_models(place: Path, tmp_path: Path
     ranges = tmp_path / "ranges.safetensors"
     common = ["--data", place / "captions", "--threads", 1, *QUICK, "--out", ranges]
     command("calibrate", *model(place), *common)
-    assert "another model" in command("calibrate", *model(place), *common, "--model-args", quick, fails=True)
+    assert "another model" in command(
+        "calibrate", *model(place), *common, "--model-args", quick, fails=True
+    )
 
 
 def test_the_usual_evaluation_has_one_name(place: Path, tmp_path: Path) -> None:
@@ -272,27 +366,61 @@ def test_the_usual_evaluation_has_one_name(place: Path, tmp_path: Path) -> None:
     again, same = run(place, tmp_path / "runs", "--method", "fp", "--eval", "retrieval")
     assert folder == same
     assert first == again
-    request = CellRequest("retrieval", ModelRequest("demo_clip"), DataRequest(evaluation="zeroshot"), None)
+    request = CellRequest(
+        "retrieval", ModelRequest("demo_clip"), DataRequest(evaluation="zeroshot"), None
+    )
     with pytest.raises(RecipeError, match=r"no evaluation 'zeroshot'.*zero-shot"):
         planned_folder(request)
-    request = CellRequest("classification", ModelRequest("demo_vit"), DataRequest(evaluation="retrieval"), None)
+    request = CellRequest(
+        "classification", ModelRequest("demo_vit"), DataRequest(evaluation="retrieval"), None
+    )
     with pytest.raises(RecipeError, match="has one only"):
         planned_folder(request)
 
 
 def test_mlps_of_one_tower_are_not_the_others(place: Path, tmp_path: Path) -> None:
     mlps = tmp_path / "mlps.safetensors"
-    recipe = ["--method", "aphq", *QUICK, "--mlp-steps", 1, "--mlp-batch", 8, "--data", place / "captions", "--threads", 1]
+    recipe = [
+        "--method",
+        "aphq",
+        *QUICK,
+        "--mlp-steps",
+        1,
+        "--mlp-batch",
+        8,
+        "--data",
+        place / "captions",
+        "--threads",
+        1,
+    ]
     command("reconstruct-mlp", *model(place), *recipe, "--towers", "vision", "--out", mlps)
     said = command(
-        "run", *model(place), *recipe, "--towers", "text", "--mlp-checkpoint", mlps, "--results", tmp_path / "runs", fails=True
+        "run",
+        *model(place),
+        *recipe,
+        "--towers",
+        "text",
+        "--mlp-checkpoint",
+        mlps,
+        "--results",
+        tmp_path / "runs",
+        fails=True,
     )
     assert "scope ('vision', here 'text')" in said
 
 
 def test_other_class_names_are_other_data(place: Path, tmp_path: Path) -> None:
     def fingerprint() -> str:
-        record, _ = run(place, tmp_path / "runs", "--method", "fp", "--eval", "zero-shot", "--force", data="labelled")
+        record, _ = run(
+            place,
+            tmp_path / "runs",
+            "--method",
+            "fp",
+            "--eval",
+            "zero-shot",
+            "--force",
+            data="labelled",
+        )
         return record.dataset.fingerprint
 
     names = place / "labelled" / "classnames.txt"
@@ -310,7 +438,9 @@ def test_methods(place: Path, tmp_path: Path, method: str) -> None:
     record, _ = run(place, tmp_path / "runs", "--method", method, *QUICK, *extra)
     assert record.method == method
     assert record.modules is not None
-    assert {entry.weight_bits for entry in record.modules.quantized if entry.kind != "product"} == {4}
+    assert {entry.weight_bits for entry in record.modules.quantized if entry.kind != "product"} == {
+        4
+    }
     assert record.calibration is not None
     assert record.calibration.batch == (8 if method in ("lsvit", "fimaq-mlp") else None)
 
@@ -324,7 +454,9 @@ def test_methods(place: Path, tmp_path: Path, method: str) -> None:
         (["--divergence-batch", "1"], "divergence_batch"),
     ],
 )
-def test_what_does_not_fit_is_refused(place: Path, tmp_path: Path, arguments: list[str], words: str) -> None:
+def test_what_does_not_fit_is_refused(
+    place: Path, tmp_path: Path, arguments: list[str], words: str
+) -> None:
     said = command(
         "run", *model(place), "--data", place / "captions", "--results", tmp_path, *QUICK, *arguments,
         fails=arguments[0] != "--gelu-quantizer",
@@ -335,5 +467,8 @@ def test_what_does_not_fit_is_refused(place: Path, tmp_path: Path, arguments: li
 def test_classification_has_no_towers() -> None:
     err = io.StringIO()
     with redirect_stderr(err), redirect_stdout(io.StringIO()), pytest.raises(SystemExit):
-        main(build_group("classification", "test"), ["run", "--model", "demo_vit", "--towers", "vision"])
+        main(
+            build_group("classification", "test"),
+            ["run", "--model", "demo_vit", "--towers", "vision"],
+        )
     assert "No such option" in err.getvalue()

@@ -41,7 +41,9 @@ def pairs() -> tuple[nn.Module, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("tower", ["vision", "text"])
-def test_a_tower_in_one_call(tower: str, pairs: tuple[nn.Module, Tensor, Tensor], tmp_path: Path) -> None:
+def test_a_tower_in_one_call(
+    tower: str, pairs: tuple[nn.Module, Tensor, Tensor], tmp_path: Path
+) -> None:
     model, images, ids = pairs
     before, modules = state_sha256(model), [type(part) for part in model.modules()]
     q = quantize_tower(model, images, ids, tower=tower, w_bits=6, a_bits=6, **FEW)
@@ -62,7 +64,9 @@ def test_a_tower_in_one_call(tower: str, pairs: tuple[nn.Module, Tensor, Tensor]
 
 
 @pytest.mark.parametrize("tower", ["vision", "text"])
-def test_a_tower_learns_what_the_task_learns(tower: str, pairs: tuple[nn.Module, Tensor, Tensor]) -> None:
+def test_a_tower_learns_what_the_task_learns(
+    tower: str, pairs: tuple[nn.Module, Tensor, Tensor]
+) -> None:
     model, images, ids = pairs
     settings = {name: value for name, value in FEW.items() if name != "progress"}
     recipe = make_recipe("fimaq", settings, {"scope": tower, "calibration_transform": "eval"})

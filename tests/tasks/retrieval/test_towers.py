@@ -29,20 +29,32 @@ pytestmark = pytest.mark.slow
 MODELS: dict[str, Callable[[], Any]] = {
     "QuickGELU": lambda: clip(quick_gelu=True),
     "GELU": lambda: clip(),
-    "mean, norm last": lambda: clip({"pool_type": "avg", "final_ln_after_pool": True, "no_ln_pre": True}),
-    "mean, norm first": lambda: clip({"pool_type": "avg", "pos_embed_type": "sin_cos_2d"}, {"pool_type": "first"}),
-    "class token, norm last": lambda: clip({"final_ln_after_pool": True}, {"pool_type": "eos", "eos_id": END}),
+    "mean, norm last": lambda: clip(
+        {"pool_type": "avg", "final_ln_after_pool": True, "no_ln_pre": True}
+    ),
+    "mean, norm first": lambda: clip(
+        {"pool_type": "avg", "pos_embed_type": "sin_cos_2d"}, {"pool_type": "first"}
+    ),
+    "class token, norm last": lambda: clip(
+        {"final_ln_after_pool": True}, {"pool_type": "eos", "eos_id": END}
+    ),
     "layer scale": lambda: clip({"ls_init_value": 0.1}, {"ls_init_value": 0.1}),
     "patch dropout": lambda: clip({"patch_dropout": 0.5}),
     "norms in float32": lambda: clip(cast_dtype=torch.bfloat16),
     "CustomTextCLIP": lambda: clip(custom=True),
     "CustomTextCLIP, end": lambda: clip(text={"pool_type": "eos", "eos_id": END}, custom=True),
-    "no projection of texts": lambda: clip(text={"proj_type": "none", "pool_type": "last"}, custom=True),
+    "no projection of texts": lambda: clip(
+        text={"proj_type": "none", "pool_type": "last"}, custom=True
+    ),
     "no mask in CLIP": lambda: clip(text=SIGLIP_TEXT),
     "as SigLIP": lambda: timm_clip("test_vit3", "map", "none", SIGLIP_TEXT),
-    "as SigLIP 2": lambda: timm_clip("test_vit3", "map", "none", SIGLIP_TEXT | {"act_kwargs": {"approximate": "tanh"}}),
+    "as SigLIP 2": lambda: timm_clip(
+        "test_vit3", "map", "none", SIGLIP_TEXT | {"act_kwargs": {"approximate": "tanh"}}
+    ),
     "timm, projection": lambda: timm_clip("test_vit", "token", "linear", patch_dropout=0.5),
-    "timm, projection with bias": lambda: timm_clip("test_vit2", "avg", "linear", timm_proj_bias=True, timm_drop=0.5),
+    "timm, projection with bias": lambda: timm_clip(
+        "test_vit2", "avg", "linear", timm_proj_bias=True, timm_drop=0.5
+    ),
     "timm, MLP": lambda: timm_clip("test_vit2", "avg", "mlp"),
     "timm, classifier as projection": lambda: timm_clip("test_vit", "token", None),
     "timm, nothing behind the mean": lambda: timm_clip("test_vit2", "avg", "none"),
@@ -100,7 +112,12 @@ def test_parameters_are_taken_over() -> None:
     owned = {id(parameter) for parameter in model.parameters()}
     projections = {id(model.visual.proj), id(model.text_projection), id(model.logit_scale)}
     chains = both(model, quick())
-    taken = {id(parameter) for chain in chains.values() for parameter in chain.parameters() if parameter.numel()}
+    taken = {
+        id(parameter)
+        for chain in chains.values()
+        for parameter in chain.parameters()
+        if parameter.numel()
+    }
     assert owned - taken == projections
     assert len(taken - owned) == 2
 
@@ -116,7 +133,9 @@ def test_every_part_of_the_towers_matters(name: str) -> None:
                     continue
                 # Softmax does not see a shift common to all keys, so of these biases only the values' part is moved.
                 keys = {"qkv.bias": 2 / 3, ".kv.bias": 1 / 2}
-                share = max((value for end, value in keys.items() if key.endswith(end)), default=0.0)
+                share = max(
+                    (value for end, value in keys.items() if key.endswith(end)), default=0.0
+                )
                 part = parameter[round(share * len(parameter)) :]
                 kept = part.clone()
                 part.add_(torch.linspace(-0.5, 0.7, part.numel()).view_as(part))
@@ -202,14 +221,20 @@ def test_only_the_towers_asked_for_are_changed() -> None:
     model = clip()
     (name,) = build_towers(model, quick(), ["text"])
     assert name == "text"
-    assert not any(isinstance(module, QuantLinear | QuantConv2d) for module in model.visual.modules())
+    assert not any(
+        isinstance(module, QuantLinear | QuantConv2d) for module in model.visual.modules()
+    )
     with pytest.raises(ModelError, match=r"no tower 'visoin'.*Did you mean 'vision'"):
         build_towers(model, quick(), ["visoin"])
 
 
 def layer_names(chain: BlockChain) -> dict[str, tuple[int, int]]:
     """Weight and input bits of linear layers and convolutions by name."""
-    return {entry.name: (entry.weight_bits, entry.input_bits) for entry in module_map(chain).quantized if entry.kind != "product"}
+    return {
+        entry.name: (entry.weight_bits, entry.input_bits)
+        for entry in module_map(chain).quantized
+        if entry.kind != "product"
+    }
 
 
 def expected_blocks(prefix: str) -> dict[str, tuple[int, int]]:
@@ -222,11 +247,18 @@ def test_layers_have_their_names_in_the_model() -> None:
     chains = both(clip(), recipe)
     ends = {"visual.conv1": (3, 32), "visual.proj": (3, 8)}
     assert layer_names(chains["vision"]) == expected_blocks("visual.transformer") | ends
-    assert layer_names(chains["text"]) == expected_blocks("transformer") | {"text_projection": (3, 8)}
+    assert layer_names(chains["text"]) == expected_blocks("transformer") | {
+        "text_projection": (3, 8)
+    }
     chains = both(clip(custom=True), recipe)
-    assert layer_names(chains["text"]) == expected_blocks("text.transformer") | {"text.text_projection": (3, 8)}
+    assert layer_names(chains["text"]) == expected_blocks("text.transformer") | {
+        "text.text_projection": (3, 8)
+    }
     kinds = {tower: [segment.kind for segment in chain] for tower, chain in chains.items()}
-    assert kinds == {"vision": ["patch_embed", "block", "block", "projection"], "text": ["block", "block", "projection"]}
+    assert kinds == {
+        "vision": ["patch_embed", "block", "block", "projection"],
+        "text": ["block", "block", "projection"],
+    }
     products = [entry for entry in module_map(chains["text"]).quantized if entry.kind == "product"]
     assert [entry.name for entry in products[:2]] == [
         f"text.transformer.resblocks.0.attn.{name}" for name in ("query_key", "attention_value")
@@ -239,11 +271,17 @@ def test_names_in_timm_towers() -> None:
     assert names["visual.trunk.patch_embed.proj"] == (3, 32)
     assert names["visual.trunk.blocks.7.attn.qkv"] == (3, 4)
     assert (names["visual.head.mlp.fc1"], names["visual.head.mlp.fc2"]) == ((3, 8), (3, 4))
-    assert layer_names(both(MODELS["timm, projection"](), recipe)["vision"])["visual.head.proj"] == (3, 8)
-    assert layer_names(both(MODELS["timm, classifier as projection"](), recipe)["vision"])["visual.trunk.head"] == (3, 8)
+    assert layer_names(both(MODELS["timm, projection"](), recipe)["vision"])[
+        "visual.head.proj"
+    ] == (3, 8)
+    assert layer_names(both(MODELS["timm, classifier as projection"](), recipe)["vision"])[
+        "visual.trunk.head"
+    ] == (3, 8)
     names = layer_names(both(MODELS["as SigLIP"](), recipe)["vision"])
     pool = [name for name in names if "attn_pool" in name]
-    assert pool == [f"visual.trunk.attn_pool.{name}" for name in ("kv", "proj", "mlp.fc1", "mlp.fc2")]
+    assert pool == [
+        f"visual.trunk.attn_pool.{name}" for name in ("kv", "proj", "mlp.fc1", "mlp.fc2")
+    ]
 
 
 def test_what_stays_in_full_precision() -> None:
@@ -253,7 +291,11 @@ def test_what_stays_in_full_precision() -> None:
     assert "text_projection.before.ln_final (LayerNorm)" in text
     for name in MODELS:
         for chain in both(MODELS[name](), quick()).values():
-            left = {type(module) for module in chain.modules()} & {nn.Linear, nn.Conv2d, nn.MultiheadAttention}
+            left = {type(module) for module in chain.modules()} & {
+                nn.Linear,
+                nn.Conv2d,
+                nn.MultiheadAttention,
+            }
             assert not left, name
             kinds = {type(layer) for _, layer in quant_layers(chain)}
             assert {QuantLinear, QuantMatMul} <= kinds
@@ -279,7 +321,11 @@ def test_gelu_quantizers_need_gelu() -> None:
     with pytest.raises(ModelError, match="this MLP has QuickGELU: use uniform"):
         both(clip(quick_gelu=True), recipe)
     for chain in both(clip(), recipe).values():
-        found = {name: layer.input_quantizer.kind for name, layer in quant_layers(chain) if isinstance(layer, QuantLinear)}
+        found = {
+            name: layer.input_quantizer.kind
+            for name, layer in quant_layers(chain)
+            if isinstance(layer, QuantLinear)
+        }
         assert {kind for name, kind in found.items() if name.endswith("c_proj")} == {"log2"}
         assert {kind for name, kind in found.items() if not name.endswith("c_proj")} == {"uniform"}
 
@@ -295,12 +341,25 @@ def cross_attention(model: Any) -> None:
 
 
 def hugging_face(model: Any) -> None:
-    config = BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
-    model.text = HFTextEncoder("bert", 24, config=config, pooler_type="mean_pooler", proj_type="linear")
+    config = BertConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
+    model.text = HFTextEncoder(
+        "bert", 24, config=config, pooler_type="mean_pooler", proj_type="linear"
+    )
 
 
 def coca() -> nn.Module:
-    pooled = {"attentional_pool": True, "attn_pooler_heads": 2, "attn_pooler_queries": 4, "output_tokens": True}
+    pooled = {
+        "attentional_pool": True,
+        "attn_pooler_heads": 2,
+        "attn_pooler_queries": 4,
+        "output_tokens": True,
+    }
     text = {"embed_cls": True, "output_tokens": True, "context_length": 11}
     return open_clip.CoCa(32, TEXT | {"layers": 1}, TEXT | text, VISION | pooled)
 
@@ -318,7 +377,10 @@ UNSUPPORTED: dict[str, tuple[Callable[[], Any], str]] = {
     "another class": (lambda: vit(1), "type VisionTransformer"),
     "a class of its own": (lambda: type("MyCLIP", (CLIP,), {})(24, VISION, TEXT), "type MyCLIP"),
     "CoCa": (coca, "type CoCa"),
-    "ResNet": (lambda: clip({"layers": (1, 1, 1, 1), "width": 16, "head_width": 64}), "type ModifiedResNet"),
+    "ResNet": (
+        lambda: clip({"layers": (1, 1, 1, 1), "width": 16, "head_width": 64}),
+        "type ModifiedResNet",
+    ),
     "custom blocks": (lambda: clip({"qk_norm": True}), "type CustomResidualAttentionBlock"),
     "custom transformer": (
         lambda: changed_model(lambda m: setattr(m, "transformer", CustomTransformer(32, 1, 2))),
@@ -331,10 +393,16 @@ UNSUPPORTED: dict[str, tuple[Callable[[], Any], str]] = {
     "image tokens": (lambda: clip({"pool_type": "none"}), "pool_type 'none'"),
     "tokens put out": (lambda: clip({"output_tokens": True}), "output_tokens"),
     "text tokens": (lambda: clip(text={"pool_type": "none"}), "pool_type 'none'"),
-    "text tokens put out": (lambda: clip(text={"output_tokens": True}, custom=True), "output_tokens"),
+    "text tokens put out": (
+        lambda: clip(text={"output_tokens": True}, custom=True),
+        "output_tokens",
+    ),
     "class token of texts": (lambda: clip(text={"embed_cls": True}, custom=True), "embed_cls"),
     "class token of texts in CLIP": (lambda: clip(text={"embed_cls": True}), "embed_cls"),
-    "padding mask": (lambda: changed_model(set_attribute("text", "use_pad_mask", True), custom=True), "use_pad_mask"),
+    "padding mask": (
+        lambda: changed_model(set_attribute("text", "use_pad_mask", True), custom=True),
+        "use_pad_mask",
+    ),
     "Hugging Face": (lambda: changed_model(hugging_face, custom=True), "type HFTextEncoder"),
     "cross attention": (lambda: changed_model(cross_attention), "cross attention"),
     "attention of several widths": (
@@ -342,16 +410,28 @@ UNSUPPORTED: dict[str, tuple[Callable[[], Any], str]] = {
         "several widths",
     ),
     "keys of its own": (
-        lambda: changed_model(set_attribute("transformer.resblocks.0", "attn", nn.MultiheadAttention(32, 2, add_bias_kv=True))),
+        lambda: changed_model(
+            set_attribute(
+                "transformer.resblocks.0", "attn", nn.MultiheadAttention(32, 2, add_bias_kv=True)
+            )
+        ),
         "keys of its own",
     ),
     "MLP without linear layers": (
-        lambda: changed_model(set_attribute("visual.transformer.resblocks.1.mlp", "c_fc", nn.Identity())),
+        lambda: changed_model(
+            set_attribute("visual.transformer.resblocks.1.mlp", "c_fc", nn.Identity())
+        ),
         "two linear layers",
     ),
-    "no projection behind a token": (lambda: clip(text={"proj_type": "none"}, custom=True), "without projection"),
+    "no projection behind a token": (
+        lambda: clip(text={"proj_type": "none"}, custom=True),
+        "without projection",
+    ),
     "ConvNeXt": (lambda: timm_trunk("test_convnext", "avg"), "type ConvNeXt"),
-    "distilled": (lambda: timm_trunk("deit_tiny_distilled_patch16_224", "token"), "type VisionTransformerDistilled"),
+    "distilled": (
+        lambda: timm_trunk("deit_tiny_distilled_patch16_224", "token"),
+        "type VisionTransformerDistilled",
+    ),
     "no pooling": (lambda: timm_clip("test_vit", "", None), "does not pool"),
     "pooling in the head": (
         lambda: changed_head(nn.Sequential(nn.AdaptiveAvgPool1d(1))),
@@ -361,7 +441,9 @@ UNSUPPORTED: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 def timm_trunk(name: str, pool: str) -> nn.Module:
-    return CustomTextCLIP(24, {"timm_model_name": name, "timm_pool": pool, "timm_proj": "linear"}, TEXT)
+    return CustomTextCLIP(
+        24, {"timm_model_name": name, "timm_pool": pool, "timm_proj": "linear"}, TEXT
+    )
 
 
 def changed_head(head: nn.Module) -> nn.Module:
@@ -380,14 +462,25 @@ def test_what_is_not_supported_is_named(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["ViT-B-32", "ViT-B-32-quickgelu", "ViT-B-16", "ViT-L-14", "ViT-H-14", "ViT-B-16-SigLIP", "ViT-B-16-SigLIP2"]
+    "name",
+    [
+        "ViT-B-32",
+        "ViT-B-32-quickgelu",
+        "ViT-B-16",
+        "ViT-L-14",
+        "ViT-H-14",
+        "ViT-B-16-SigLIP",
+        "ViT-B-16-SigLIP2",
+    ],
 )
 def test_published_architectures_are_supported(name: str) -> None:
     config = open_clip.get_model_config(name)
     made = CustomTextCLIP if config.pop("custom_text", False) else CLIP
     with torch.device("meta"):  # shapes and types only
         model = made(**config)
-        counted = sum(isinstance(module, nn.Linear | nn.MultiheadAttention) for module in model.modules())
+        counted = sum(
+            isinstance(module, nn.Linear | nn.MultiheadAttention) for module in model.modules()
+        )
         chains = both(model, make_recipe("fimaq"))
     layers = [layer for chain in chains.values() for _, layer in quant_layers(chain)]
     linears = sum(isinstance(layer, QuantLinear) for layer in layers)

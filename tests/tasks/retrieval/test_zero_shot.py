@@ -18,7 +18,15 @@ from tasks.common.top_k import evaluate
 from tasks.retrieval.zero_shot import TEMPLATES, ZeroShotClassifier, class_embeddings, class_names
 
 CPU = torch.device("cpu")
-NAMES = ("tench", "goldfish", "great white shark", "tiger shark", "hammerhead shark", "electric ray", "stingray")
+NAMES = (
+    "tench",
+    "goldfish",
+    "great white shark",
+    "tiger shark",
+    "hammerhead shark",
+    "electric ray",
+    "stingray",
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +53,12 @@ def test_class_embeddings_are_open_clips(
 ) -> None:
     monkeypatch.setattr("tasks.retrieval.zero_shot._CLASSES", classes_at_a_time)
     seen: list[Progress] = []
-    found = class_embeddings(model.encode_text, tokenizer, NAMES, CPU, batch, seen.append, TEMPLATES[:5])
-    expected = open_clip.build_zero_shot_classifier(model, tokenizer, NAMES, open_clip.OPENAI_IMAGENET_TEMPLATES[:5]).T
+    found = class_embeddings(
+        model.encode_text, tokenizer, NAMES, CPU, batch, seen.append, TEMPLATES[:5]
+    )
+    expected = open_clip.build_zero_shot_classifier(
+        model, tokenizer, NAMES, open_clip.OPENAI_IMAGENET_TEMPLATES[:5]
+    ).T
     assert found.shape == (7, 16)
     assert not found.requires_grad
     assert torch.allclose(found, expected, atol=1e-5)
@@ -55,10 +67,14 @@ def test_class_embeddings_are_open_clips(
     assert (seen[-1].done, seen[-1].total) == (35, 35)
 
 
-def test_all_templates_are_the_default(model: open_clip.CLIP, tokenizer: open_clip.SimpleTokenizer) -> None:
+def test_all_templates_are_the_default(
+    model: open_clip.CLIP, tokenizer: open_clip.SimpleTokenizer
+) -> None:
     assert len(TEMPLATES) == 80
     found = class_embeddings(model.encode_text, tokenizer, NAMES[:1], CPU, 80, silent)
-    expected = open_clip.build_zero_shot_classifier(model, tokenizer, NAMES[:1], open_clip.OPENAI_IMAGENET_TEMPLATES).T
+    expected = open_clip.build_zero_shot_classifier(
+        model, tokenizer, NAMES[:1], open_clip.OPENAI_IMAGENET_TEMPLATES
+    ).T
     assert torch.allclose(found, expected, atol=1e-5)
 
 
@@ -66,7 +82,9 @@ def test_logits_are_the_models(model: open_clip.CLIP, tokenizer: open_clip.Simpl
     """With one template, those of the model's own comparison of images with texts."""
     torch.manual_seed(1)
     images = torch.randn(4, 3, 16, 16)
-    embeddings = class_embeddings(model.encode_text, tokenizer, NAMES, CPU, 8, silent, [lambda name: f"a {name}"])
+    embeddings = class_embeddings(
+        model.encode_text, tokenizer, NAMES, CPU, 8, silent, [lambda name: f"a {name}"]
+    )
     with torch.no_grad():
         found = ZeroShotClassifier(model.encode_image, embeddings, model.logit_scale)(images)
         expected, _ = model.get_logits(images, tokenizer([f"a {name}" for name in NAMES]))
@@ -77,9 +95,16 @@ def test_logits_are_the_models(model: open_clip.CLIP, tokenizer: open_clip.Simpl
 def test_top_1_by_brute_force() -> None:
     torch.manual_seed(2)
     pixels, classes = torch.randn(50, 6), torch.randn(9, 6)
-    targets = [min(range(9), key=lambda c: float((pixels[i] - classes[c]).square().sum())) for i in range(50)]
-    classifier = ZeroShotClassifier(lambda x: x.flatten(1), classes / classes.norm(dim=1, keepdim=True), torch.tensor([2.0]))
-    source = Source("table", "val", [f"s{i}" for i in range(50)], targets, 9, lambda _: Image.new("L", (1, 1)))
+    targets = [
+        min(range(9), key=lambda c: float((pixels[i] - classes[c]).square().sum()))
+        for i in range(50)
+    ]
+    classifier = ZeroShotClassifier(
+        lambda x: x.flatten(1), classes / classes.norm(dim=1, keepdim=True), torch.tensor([2.0])
+    )
+    source = Source(
+        "table", "val", [f"s{i}" for i in range(50)], targets, 9, lambda _: Image.new("L", (1, 1))
+    )
     images = Images(source.ids, targets, lambda i: i, lambda i: pixels[i].view(1, 1, -1), False)  # type: ignore[arg-type, return-value]
     result = evaluate(classifier, images, source, CPU, 7, 0, silent)
     right = five = 0
@@ -99,7 +124,10 @@ def test_top_1_by_brute_force() -> None:
 def test_classes_with_equal_embeddings_tie(width: int) -> None:
     """A text encoder that collapsed must not score, however a product rounds."""
     torch.manual_seed(width)
-    one, pixels = torch.nn.functional.normalize(torch.randn(1, width), dim=-1), torch.randn(10, width)
+    one, pixels = (
+        torch.nn.functional.normalize(torch.randn(1, width), dim=-1),
+        torch.randn(10, width),
+    )
     classifier = ZeroShotClassifier(lambda x: x, one.repeat(17, 1), torch.tensor(4.6))
     logits = torch.cat([classifier(pixels), classifier(pixels[:1])])
     assert (logits == logits[:, :1]).all()
@@ -132,7 +160,9 @@ def test_class_names(tmp_path: Path) -> None:
     imagenet = class_names(tmp_path, WORDNET)
     assert len(imagenet) == 1000
     assert (imagenet[0], imagenet[999]) == ("tench", "toilet paper")
-    with pytest.raises(DataError, match=r"names of the 3 classes: write them into .*classnames\.txt"):
+    with pytest.raises(
+        DataError, match=r"names of the 3 classes: write them into .*classnames\.txt"
+    ):
         class_names(tmp_path, THREE)
     with pytest.raises(DataError, match="names of the 1000 classes"):
         class_names(tmp_path, [f"n{n:08d}" for n in range(1000)])  # ids, but of other classes

@@ -33,7 +33,13 @@ OLD = Path(__file__).parents[1] / "old_files" / "record-v1.json"
 
 def cell(results: Path, method: str | None = "qdrop") -> CellRequest:
     recipe = None if method is None else make_recipe(method, QUICK)
-    return CellRequest("classification", ModelRequest("demo_vit"), DataRequest(limit=64), recipe, results=results / "runs")
+    return CellRequest(
+        "classification",
+        ModelRequest("demo_vit"),
+        DataRequest(limit=64),
+        recipe,
+        results=results / "runs",
+    )
 
 
 def record_path(request: CellRequest) -> Path:
@@ -42,12 +48,26 @@ def record_path(request: CellRequest) -> Path:
 
 def content(root: Path) -> dict[Path, bytes]:
     """All finished files below ``root``; hidden ones belong to what is under way."""
-    return {path: path.read_bytes() for path in root.rglob("*") if path.is_file() and not path.name.startswith(".")}
+    return {
+        path: path.read_bytes()
+        for path in root.rglob("*")
+        if path.is_file() and not path.name.startswith(".")
+    }
 
 
 def measured(record: ResultRecord) -> dict[str, Any]:
     """What of a record does not depend on when and how long it was measured."""
-    return record.model_dump(include={"metrics", "last_loss", "blocks", "outcomes_sha256", "modules", "calibration", "recipe"})
+    return record.model_dump(
+        include={
+            "metrics",
+            "last_loss",
+            "blocks",
+            "outcomes_sha256",
+            "modules",
+            "calibration",
+            "recipe",
+        }
+    )
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +90,9 @@ def no_file_above(size: int) -> Iterator[None]:
 def mounted(folder: Path, size: str) -> Iterator[Path]:
     """A file system of its own in memory; skips where this user may not mount one."""
     folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True
+    )
     if done.returncode != 0:
         pytest.skip(f"no file system can be mounted here: {done.stderr.decode().strip()}")
     try:
@@ -79,16 +101,25 @@ def mounted(folder: Path, size: str) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-@pytest.mark.parametrize(("stage", "file"), [("reconstruct", "block-002.safetensors"), ("evaluate", "outcomes.npz")])
-def test_a_file_that_may_not_grow(stage: str, file: str, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("stage", "file"), [("reconstruct", "block-002.safetensors"), ("evaluate", "outcomes.npz")]
+)
+def test_a_file_that_may_not_grow(
+    stage: str, file: str, tmp_path: Path, undisturbed: dict[str, Any]
+) -> None:
     request, finished = cell(tmp_path), run_cell(cell(tmp_path, "rtn"))
     before = content(finished.parent)
 
     def tighten(event: Progress) -> None:
         if event.stage == stage and event.block in ("", "blocks.1"):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (512, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+            resource.setrlimit(
+                resource.RLIMIT_FSIZE, (512, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+            )
 
-    with no_file_above(2**40), pytest.raises(CheckpointError, match=rf"Cannot write .*{file}.*kept") as caught:
+    with (
+        no_file_above(2**40),
+        pytest.raises(CheckpointError, match=rf"Cannot write .*{file}.*kept") as caught,
+    ):
         run_cell(request, tighten)
     assert "\n" not in str(caught.value)
     assert "File too large" in str(caught.value)
@@ -124,10 +155,14 @@ def test_a_full_disk(tmp_path: Path, undisturbed: dict[str, Any]) -> None:
                     except OSError:
                         os.ftruncate(file.fileno(), file.tell() // 65536 * 65536)
 
-        with pytest.raises(CheckpointError, match=r"Cannot write .*block-001.*No space left on device.*Free space") as caught:
+        with pytest.raises(
+            CheckpointError, match=r"Cannot write .*block-001.*No space left on device.*Free space"
+        ) as caught:
             run_cell(request, fill)
         assert "\n" not in str(caught.value)
-        assert [path.name for path in (planned_folder(request) / "blocks").iterdir()] == ["block-000.safetensors"]
+        assert [path.name for path in (planned_folder(request) / "blocks").iterdir()] == [
+            "block-000.safetensors"
+        ]
         filler.unlink()
         assert measured(read_record(run_cell(request))) == undisturbed
         assert read_record(record_path(cell(disk, None))).method == "fp"
@@ -138,7 +173,11 @@ def test_a_disk_that_is_read_only(tmp_path: Path) -> None:
         finished = run_cell(cell(disk, "rtn"))
         before = content(disk)
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        for act in (partial(run_cell, cell(disk)), partial(forget, [cell(disk, "rtn")]), partial(forget, [cell(disk, None)])):
+        for act in (
+            partial(run_cell, cell(disk)),
+            partial(forget, [cell(disk, "rtn")]),
+            partial(forget, [cell(disk, None)]),
+        ):
             with pytest.raises(FimaqError, match=r"Read-only file system") as caught:
                 act()
             assert "\n" not in str(caught.value)
@@ -180,7 +219,12 @@ def damaged(path: Path, how: str) -> None:
 
 @pytest.mark.parametrize(
     ("how", "message"),
-    [("cut", "is damaged"), ("edited", "was changed after it was written"), ("empty", "is damaged"), ("newer", "update fimaq")],
+    [
+        ("cut", "is damaged"),
+        ("edited", "was changed after it was written"),
+        ("empty", "is damaged"),
+        ("newer", "update fimaq"),
+    ],
 )
 def test_a_record_that_is_not_as_it_was_written(how: str, message: str, tmp_path: Path) -> None:
     full, quantized = cell(tmp_path, None), cell(tmp_path, "rtn")
@@ -228,7 +272,9 @@ def test_records_of_the_former_schema_are_finished_cells(tmp_path: Path) -> None
     text = full.read_text(encoding="utf-8")
     for name in ("stage_memory_bytes", "blocks", "outcomes_sha256", "examples", "fingerprint"):
         assert f'"{name}"' in text
-    old = read_record(full).model_dump(mode="json", exclude={"stage_memory_bytes", "blocks", "outcomes_sha256", "examples"})
+    old = read_record(full).model_dump(
+        mode="json", exclude={"stage_memory_bytes", "blocks", "outcomes_sha256", "examples"}
+    )
     del old["fingerprint"]
     full.write_text(json.dumps({**old, "schema_version": 1}), encoding="utf-8")
     before = full.read_bytes()

@@ -24,17 +24,34 @@ from tasks.common.cell.prediction_samples import (
 )
 from tasks.common.data.class_names import readable_names, told_apart
 
-CLASSES = {"sample": "val/a/1.png", "truth": "cat", "top": [{"name": "cat", "share": 0.75}, {"name": "dog", "share": 0.25}]}
-CAPTIONS = {"sample": "1.png", "truth": ["a cat", "cat"], "top": [{"caption": "a dog", "score": -0.2, "correct": False}]}
+CLASSES = {
+    "sample": "val/a/1.png",
+    "truth": "cat",
+    "top": [{"name": "cat", "share": 0.75}, {"name": "dog", "share": 0.25}],
+}
+CAPTIONS = {
+    "sample": "1.png",
+    "truth": ["a cat", "cat"],
+    "top": [{"caption": "a dog", "score": -0.2, "correct": False}],
+}
 OBJECT = {"name": "cat", "box": [1, 2.5, 3, 4], "polygons": [[0, 0, 4, 0, 4, 4.5]]}
-OBJECTS = {"sample": "val2017/1.jpg", "size": [64, 48], "truth": [OBJECT], "found": [{**OBJECT, "score": 0.5}]}
+OBJECTS = {
+    "sample": "val2017/1.jpg",
+    "size": [64, 48],
+    "truth": [OBJECT],
+    "found": [{**OBJECT, "score": 0.5}],
+}
 
 
 def chosen(count: int, broken: set[int] = frozenset(), batch: int = 7) -> list[int]:  # type: ignore[assignment]
     """Positions chosen of a set that comes in batches, without its damaged samples."""
     spread, found = Spread(count), []
     for start in range(0, count, batch):
-        positions = [position for position in range(start, min(start + batch, count)) if position not in broken]
+        positions = [
+            position
+            for position in range(start, min(start + batch, count))
+            if position not in broken
+        ]
         found += [positions[index] for index in spread.take(positions)]
     return found
 
@@ -61,7 +78,9 @@ def test_leaders_against_a_sorted_list() -> None:
     rng = np.random.default_rng(0)
     for count in (1, 2, 3, 50):
         scores, correct = rng.normal(size=count).round(1), rng.random(count) < 0.3
-        expected = sorted(range(count), key=lambda index: (-scores[index], correct[index], index))[:3]
+        expected = sorted(range(count), key=lambda index: (-scores[index], correct[index], index))[
+            :3
+        ]
         assert leaders(scores, correct) == expected
 
 
@@ -73,12 +92,20 @@ def test_long_texts_are_cut() -> None:
 def test_names_of_classes() -> None:
     assert readable_names(["cats", "dogs"]) == ("cats", "dogs")
     folders = ["mine", "n01440764", "n02012849", "n03126707", "n99999999"]
-    assert readable_names(folders) == ("mine", "tench", "crane (n02012849)", "crane (n03126707)", "n99999999")
+    assert readable_names(folders) == (
+        "mine",
+        "tench",
+        "crane (n02012849)",
+        "crane (n03126707)",
+        "n99999999",
+    )
     assert told_apart(["a", "b", "a"], ["x", "y", "z"]) == ("a (x)", "b", "a (z)")
 
 
 def write(folder: Path, content: object) -> None:
-    (folder / EXAMPLES_FILE).write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    (folder / EXAMPLES_FILE).write_text(
+        content if isinstance(content, str) else json.dumps(content), encoding="utf-8"
+    )
 
 
 @pytest.mark.parametrize("sample", [CLASSES, CAPTIONS, OBJECTS])
@@ -141,17 +168,23 @@ def _set(path: str, value: object) -> Callable[[dict[str, Any]], None]:
         (OBJECTS, _set("samples.0.found", [OBJECTS["found"][0]] * 21)),  # type: ignore[index]
     ],
 )
-def test_other_content_is_refused(tmp_path: Path, sample: dict[str, Any], change: Callable[[dict[str, Any]], None]) -> None:
+def test_other_content_is_refused(
+    tmp_path: Path, sample: dict[str, Any], change: Callable[[dict[str, Any]], None]
+) -> None:
     content = copy.deepcopy(example_file("mine", [sample, sample]))
     write(tmp_path, content)
     read_examples(tmp_path, EXAMPLES_FILE)
     change(content)
     write(tmp_path, content)
-    with pytest.raises(CheckpointError, match=r"examples .* are not valid: .*measure that cell again"):
+    with pytest.raises(
+        CheckpointError, match=r"examples .* are not valid: .*measure that cell again"
+    ):
         read_examples(tmp_path, EXAMPLES_FILE)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000, '{"task": "\\ud800", "samples": []}', "\x00"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "[" * 100_000, '{"task": "\\ud800", "samples": []}', "\x00"]
+)
 def test_other_files_are_refused(tmp_path: Path, text: str) -> None:
     write(tmp_path, text)
     with pytest.raises(CheckpointError, match="not valid"):
@@ -167,7 +200,9 @@ def test_files_that_are_too_large_are_not_read(tmp_path: Path) -> None:
         read_examples(tmp_path, EXAMPLES_FILE)
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "../examples.json", "a/examples.json", "/etc/passwd", "a\\b", "a\0"])
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../examples.json", "a/examples.json", "/etc/passwd", "a\\b", "a\0"]
+)
 def test_names_that_lead_elsewhere_are_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "cell" / "a").mkdir(parents=True)
     for folder in (tmp_path, tmp_path / "cell", tmp_path / "cell" / "a"):

@@ -26,7 +26,13 @@ OPTIONS = [
     *("--model", "demo_vit", "--method", "fimaq", "--w-bits", "4", "--a-bits", "4", "--steps", "3"),
     *("--calibration-images", "32", "--range-images", "32", "--limit", "64", "--threads", "1"),
 ]
-TYPES = {"F32": torch.float32, "U8": torch.uint8, "I64": torch.int64, "I32": torch.int32, "BOOL": torch.bool}
+TYPES = {
+    "F32": torch.float32,
+    "U8": torch.uint8,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "BOOL": torch.bool,
+}
 #: Images of 64 whose answer may differ on another processor: logits differ in their last bits there.
 OTHERS = 2
 CHECKPOINTS = json.loads((DATA / "checkpoints.json").read_text(encoding="utf-8"))
@@ -64,7 +70,15 @@ def test_a_finished_cell_is_not_measured_again(old: Path) -> None:
 
 def test_its_checkpoint_answers_as_it_did(old: Path) -> None:
     folder = old / "runs" / CELL
-    out = command("classification", "evaluate", folder / "quantized.safetensors", "--limit", 64, "--threads", 1)
+    out = command(
+        "classification",
+        "evaluate",
+        folder / "quantized.safetensors",
+        "--limit",
+        64,
+        "--threads",
+        1,
+    )
     (line,) = (line for line in out.splitlines() if "top1" in line)
     top1 = float(line.split("top1 ")[1].split()[0])
     correct = int(np.load(folder / "outcomes.npz", allow_pickle=False)["correct"].sum())
@@ -88,7 +102,10 @@ def test_its_ranges_are_reused(old: Path) -> None:
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_names_and_shapes_are_those_of_older_checkpoints(name: str, tmp_path: Path) -> None:
     content = CHECKPOINTS[name]
-    tensors = {key: torch.ones(shape, dtype=TYPES[dtype]) for key, (dtype, shape) in content["tensors"].items()}
+    tensors = {
+        key: torch.ones(shape, dtype=TYPES[dtype])
+        for key, (dtype, shape) in content["tensors"].items()
+    }
     metadata = {part: json.dumps(content[part]) for part in ("fingerprint", "facts")}
     save_file(tensors, tmp_path / "old.safetensors", metadata=metadata)
     out = command(content["facts"]["task"], "inspect", tmp_path / "old.safetensors")

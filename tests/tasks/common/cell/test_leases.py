@@ -17,14 +17,7 @@ from filelock import SoftFileLease
 from fimaq_core.errors import CheckpointError
 from fimaq_core.progress import Progress
 from tasks.common.cell import lease
-from tasks.common.cell.lease import (
-    Busy,
-    LeaseLost,
-    Observer,
-    acquire,
-    exclusively,
-    this_process,
-)
+from tasks.common.cell.lease import Busy, LeaseLost, Observer, acquire, exclusively, this_process
 
 pytestmark = pytest.mark.slow
 
@@ -325,8 +318,7 @@ def test_who_was_taken_for_dead_must_not_write(tmp_path: Path):
 
 @pytest.mark.usefixtures("impatient")
 def test_who_slept_on_another_machine_finds_out_when_it_wakes(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     path = tmp_path / "x"
     monkeypatch.setattr(lease, "_machine", lambda: ("elsewhere", 1))

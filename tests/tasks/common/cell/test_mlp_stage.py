@@ -28,7 +28,17 @@ MLP = [
     "--calibration-images", "16", "--calibration-transform", "eval", "--seed", "5", "--mlp-steps", "4", "--mlp-batch", "8",
     "--mlp-lr", "0.001", "--mlp-percentile", "0.99",
 ]  # fmt: skip
-QUICK = [*MLP, "--range-search", "minmax", "--range-images", "8", "--steps", "2", "--batch-size", "8"]
+QUICK = [
+    *MLP,
+    "--range-search",
+    "minmax",
+    "--range-images",
+    "8",
+    "--steps",
+    "2",
+    "--batch-size",
+    "8",
+]
 PLACE = ["--limit", "64", "--threads", "1"]
 
 
@@ -75,7 +85,9 @@ def record_of(results: Path, method: str, bits: str = "w4a4") -> tuple[Path, Res
 
 def same_tensors(a: Path, b: Path) -> bool:
     first, second = load_file(a), load_file(b)
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name], second[name]) for name in first
+    )
 
 
 @dataclass(frozen=True)
@@ -90,11 +102,28 @@ class Stages:
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory: pytest.TempPathFactory) -> Stages:
     folder = tmp_path_factory.mktemp("mlp")
-    made = Stages(folder / "mlp.safetensors", folder / "calibrated.safetensors", folder / "reconstructed.safetensors")
+    made = Stages(
+        folder / "mlp.safetensors",
+        folder / "calibrated.safetensors",
+        folder / "reconstructed.safetensors",
+    )
     well("reconstruct-mlp", *MODEL, *MLP, *PLACE, "--out", made.mlp)
-    well("calibrate", *MODEL, "--method", "aphq", *QUICK, *PLACE, "--mlp-checkpoint", made.mlp, "--out", made.calibrated)
+    well(
+        "calibrate",
+        *MODEL,
+        "--method",
+        "aphq",
+        *QUICK,
+        *PLACE,
+        "--mlp-checkpoint",
+        made.mlp,
+        "--out",
+        made.calibrated,
+    )
     well("reconstruct", made.calibrated, *PLACE, "--out", made.reconstructed)
-    assert {file.name for file in folder.iterdir()} == {path.name for path in (made.mlp, made.calibrated, made.reconstructed)}
+    assert {file.name for file in folder.iterdir()} == {
+        path.name for path in (made.mlp, made.calibrated, made.reconstructed)
+    }
     return made
 
 
@@ -118,7 +147,11 @@ def test_stages_and_runs_agree_bit_for_bit(stages: Stages, tmp_path: Path) -> No
         else:
             assert shared == []
             assert "reconstruct MLPs (reused)" in record.seconds
-        assert record.fisher_passes == {"patch_embed": 1, **{f"blocks.{i}": 1 for i in range(4)}, "head": 0}
+        assert record.fisher_passes == {
+            "patch_embed": 1,
+            **{f"blocks.{i}": 1 for i in range(4)},
+            "head": 0,
+        }
         assert any(entry == "blocks.0.mlp.act (ReLU)" for entry in record.modules.full_precision)
 
 
@@ -133,10 +166,33 @@ def test_calibrate_keeps_its_mlps_beside_its_checkpoint(stages: Stages, tmp_path
 def test_a_finished_stage_is_kept(stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mlp_module, "_train", lambda *_: pytest.fail("reconstructed again"))
     before = stages.mlp.stat().st_mtime_ns
-    well("reconstruct-mlp", *MODEL, "--method", "aphq", *MLP, *PLACE, "--w-bits", "3", "--out", stages.mlp)
+    well(
+        "reconstruct-mlp",
+        *MODEL,
+        "--method",
+        "aphq",
+        *MLP,
+        *PLACE,
+        "--w-bits",
+        "3",
+        "--out",
+        stages.mlp,
+    )
     assert stages.mlp.stat().st_mtime_ns == before
-    refused("mlp_steps (4, here 5)", "reconstruct-mlp", *MODEL, *MLP, "--mlp-steps", "5", *PLACE, "--out", stages.mlp)
-    refused("of stage 'calibrated'", "reconstruct-mlp", *MODEL, *MLP, *PLACE, "--out", stages.calibrated)
+    refused(
+        "mlp_steps (4, here 5)",
+        "reconstruct-mlp",
+        *MODEL,
+        *MLP,
+        "--mlp-steps",
+        "5",
+        *PLACE,
+        "--out",
+        stages.mlp,
+    )
+    refused(
+        "of stage 'calibrated'", "reconstruct-mlp", *MODEL, *MLP, *PLACE, "--out", stages.calibrated
+    )
 
 
 def test_the_stage_evaluates_in_full_precision_as_mlp_recon(stages: Stages, tmp_path: Path) -> None:
@@ -149,7 +205,9 @@ def test_the_stage_evaluates_in_full_precision_as_mlp_recon(stages: Stages, tmp_
     assert (record.step_engine, record.last_loss, record.fisher_passes) == (None, {}, {})
     assert record.modules is not None
     assert record.modules.quantized == []
-    assert {"blocks.1.mlp.fc1 (Linear)", "blocks.1.attn.query_key (MatMul)"} <= set(record.modules.full_precision)
+    assert {"blocks.1.mlp.fc1 (Linear)", "blocks.1.attn.query_key (MatMul)"} <= set(
+        record.modules.full_precision
+    )
     assert well("evaluate", stages.mlp, *PLACE).top1 == done.top1
     assert well("evaluate", path.parent / "quantized.safetensors", *PLACE).top1 == done.top1
     whole, part = load_file(path.parent / "quantized.safetensors"), load_file(stages.mlp)
@@ -186,7 +244,9 @@ def test_a_checkpoint_that_is_the_shared_one_survives_force(
         "mlp_lr": 0.001},
     )  # fmt: skip
     data, runs = DataRequest(limit=64), tmp_path / "runs"
-    request = CellRequest("classification", ModelRequest("demo_vit"), data, recipe, results=runs, threads=1)
+    request = CellRequest(
+        "classification", ModelRequest("demo_vit"), data, recipe, results=runs, threads=1
+    )
     run_cell(request)
     (shared,) = (tmp_path / "mlp").glob("*.safetensors")
     request = replace(request, mlp_checkpoint=shared)
@@ -198,38 +258,96 @@ def test_a_checkpoint_that_is_the_shared_one_survives_force(
 
 
 @pytest.mark.parametrize("method", ["qdrop", "rtn", "fp"])
-def test_mlps_that_would_not_be_used_are_an_error(stages: Stages, tmp_path: Path, method: str) -> None:
+def test_mlps_that_would_not_be_used_are_an_error(
+    stages: Stages, tmp_path: Path, method: str
+) -> None:
     message = f"The recipe of '{method}' has no MLP reconstruction, so --mlp-checkpoint is not used"
     refused(
         message, "run", *MODEL, "--method", method, *QUICK, *PLACE, "--mlp-checkpoint", stages.mlp, "--results", tmp_path
     )  # fmt: skip
     if method != "fp":
         out = tmp_path / "ranges.safetensors"
-        refused(message, "calibrate", *MODEL, "--method", method, *QUICK, "--mlp-checkpoint", stages.mlp, "--out", out)
+        refused(
+            message,
+            "calibrate",
+            *MODEL,
+            "--method",
+            method,
+            *QUICK,
+            "--mlp-checkpoint",
+            stages.mlp,
+            "--out",
+            out,
+        )
     assert not any(tmp_path.iterdir())
 
 
 def test_what_is_refused(stages: Stages, tmp_path: Path) -> None:
-    aphq = ["calibrate", *MODEL, "--method", "aphq", *QUICK, *PLACE, "--out", tmp_path / "out.safetensors"]
+    aphq = [
+        "calibrate",
+        *MODEL,
+        "--method",
+        "aphq",
+        *QUICK,
+        *PLACE,
+        "--out",
+        tmp_path / "out.safetensors",
+    ]
     refused("There is no checkpoint", *aphq, "--mlp-checkpoint", tmp_path / "none.safetensors")
-    refused("holds no reconstructed MLPs but a checkpoint of stage 'calibrated'", *aphq, "--mlp-checkpoint", stages.calibrated)
+    refused(
+        "holds no reconstructed MLPs but a checkpoint of stage 'calibrated'",
+        *aphq,
+        "--mlp-checkpoint",
+        stages.calibrated,
+    )
     refused("with other calibration images", *aphq, "--seed", "6", "--mlp-checkpoint", stages.mlp)
     refused("mlp_steps (4, here 5)", *aphq, "--mlp-steps", "5", "--mlp-checkpoint", stages.mlp)
-    refused("reconstruct needs a calibrated one", "reconstruct", stages.mlp, *PLACE, "--out", tmp_path / "out.safetensors")
+    refused(
+        "reconstruct needs a calibrated one",
+        "reconstruct",
+        stages.mlp,
+        *PLACE,
+        "--out",
+        tmp_path / "out.safetensors",
+    )
     refused(
         "mlp_lr (0.001, here 0.01)", "reconstruct", stages.calibrated, *PLACE, "--mlp-lr", "0.01", "--out", tmp_path / "out",
     )  # fmt: skip
     out = ["--out", tmp_path / "out.safetensors"]
     refused("Method 'fp' has no stages", "reconstruct-mlp", *MODEL, "--method", "fp", *out)
-    refused("gelu_quantizer must be uniform", "reconstruct-mlp", *MODEL, "--method", "adalog", *MLP, *out)
-    refused("fewer than a batch of 17: lower mlp_batch", "reconstruct-mlp", *MODEL, *MLP, "--mlp-batch", "17", *out)
-    refused("blocks.0.mlp: the MLP's loss is", "reconstruct-mlp", *MODEL, *MLP, "--mlp-lr", "1e30", *out)
+    refused(
+        "gelu_quantizer must be uniform",
+        "reconstruct-mlp",
+        *MODEL,
+        "--method",
+        "adalog",
+        *MLP,
+        *out,
+    )
+    refused(
+        "fewer than a batch of 17: lower mlp_batch",
+        "reconstruct-mlp",
+        *MODEL,
+        *MLP,
+        "--mlp-batch",
+        "17",
+        *out,
+    )
+    refused(
+        "blocks.0.mlp: the MLP's loss is", "reconstruct-mlp", *MODEL, *MLP, "--mlp-lr", "1e30", *out
+    )
     assert not any(tmp_path.iterdir())
 
 
 def test_a_finished_cell_is_not_shown_for_one_with_other_mlps(tmp_path: Path) -> None:
     recipe = make_recipe("rtn", {"calibration_images": 16, "range_images": 8})
-    request = CellRequest("classification", ModelRequest("demo_vit"), DataRequest(limit=64), recipe, results=tmp_path / "runs")
+    request = CellRequest(
+        "classification",
+        ModelRequest("demo_vit"),
+        DataRequest(limit=64),
+        recipe,
+        results=tmp_path / "runs",
+    )
     run_cell(request)
     with pytest.raises(RecipeError, match="has no MLP reconstruction"):
         run_cell(replace(request, mlp_checkpoint=tmp_path / "mlp.safetensors"))
@@ -244,13 +362,18 @@ def test_inspect_says_that_the_mlp_stage_is_in_full_precision(stages: Stages) ->
     found = content(stages.mlp)
     assert (found["stage"], found["method"]) == ("mlp", "fimaq")
     assert found["changes"]["reconstruct_mlp"] is True
-    assert {bits for layer in found["layers"] for bits in (layer["weight_bits"], layer["input_bits"])} == {32}
+    assert {
+        bits for layer in found["layers"] for bits in (layer["weight_bits"], layer["input_bits"])
+    } == {32}
     assert {layer["input_quantizer"] for layer in found["layers"]} == {"none"}
     sums = found["totals"]
     assert sums["bops"] == sums["full_bops"]
     assert sums["size_bits"] == sums["full_size_bits"]
     assert sums["quantized_macs"] == sums["overhead_bits"] == 0
-    assert "stage: mlp (MLPs reconstructed, full precision)" in well("inspect", stages.mlp).out.splitlines()
+    assert (
+        "stage: mlp (MLPs reconstructed, full precision)"
+        in well("inspect", stages.mlp).out.splitlines()
+    )
 
 
 def test_inspect_of_a_model_with_reconstructed_mlps(stages: Stages) -> None:
@@ -260,6 +383,8 @@ def test_inspect_of_a_model_with_reconstructed_mlps(stages: Stages) -> None:
     assert calibrated["method"] == reconstructed["method"] == "aphq"
     for name in ("layers", "full_precision", "totals"):
         assert calibrated[name] == reconstructed[name]
-    assert {layer["weight_bits"] for layer in calibrated["layers"] if layer["weight_shape"] is not None} == {4}
+    assert {
+        layer["weight_bits"] for layer in calibrated["layers"] if layer["weight_shape"] is not None
+    } == {4}
     assert calibrated["totals"]["bops_ratio"] == pytest.approx(57.96, abs=0.01)
     assert "stage: calibrated" in well("inspect", stages.calibrated).out.splitlines()

@@ -10,7 +10,9 @@ from tasks.common.models.module_map import merge_logs, whole_map
 
 def log(engine: str) -> ReconstructionLog:
     figures = {"blocks.0": 0.25}, {"blocks.0": 1e-3}, {"blocks.0": 3}
-    return ReconstructionLog({"blocks.0": 1.0}, {"blocks.0": 2}, ["blocks.0: a note"], engine, *figures)  # type: ignore[arg-type]
+    return ReconstructionLog(
+        {"blocks.0": 1.0}, {"blocks.0": 2}, ["blocks.0: a note"], engine, *figures
+    )  # type: ignore[arg-type]
 
 
 def test_logs_of_parts_name_their_part_and_an_engine_of_their_own() -> None:
@@ -34,12 +36,19 @@ def test_logs_of_parts_name_their_part_and_an_engine_of_their_own() -> None:
     assert different.engine == "compiled"
     assert different.notes[-1] == "text: reconstructed by the engine 'fused'"
     merge_logs(alone, "", log("graph"))
-    assert (alone.engine, alone.last_loss, alone.notes) == ("graph", {"blocks.0": 1.0}, ["blocks.0: a note"])
+    assert (alone.engine, alone.last_loss, alone.notes) == (
+        "graph",
+        {"blocks.0": 1.0},
+        ["blocks.0: a note"],
+    )
 
 
 def test_the_map_of_several_parts_names_what_is_left_alone() -> None:
     chains = {
-        name: BlockChain([Segment("fc", "block", nn.Sequential(QuantLinear(2, 2, True, 4, 4), nn.ReLU()))]) for name in ("a", "b")
+        name: BlockChain(
+            [Segment("fc", "block", nn.Sequential(QuantLinear(2, 2, True, 4, 4), nn.ReLU()))]
+        )
+        for name in ("a", "b")
     }
     found = whole_map(chains, {"c": nn.Sequential(nn.Linear(2, 2), nn.Dropout())})
     assert [entry.name for entry in found.quantized] == ["a.fc.0", "b.fc.0"]

@@ -39,7 +39,13 @@ QUICK: dict[str, Any] = {
 
 def cell(results: Path, method: str | None = "rtn", **changes: Any) -> CellRequest:
     recipe = None if method is None else make_recipe(method, QUICK, changes)
-    return CellRequest("classification", ModelRequest("demo_vit"), DataRequest(limit=64), recipe, results=results / "runs")
+    return CellRequest(
+        "classification",
+        ModelRequest("demo_vit"),
+        DataRequest(limit=64),
+        recipe,
+        results=results / "runs",
+    )
 
 
 def test_a_cell_that_is_only_calibrated_keeps_its_decided_codes(tmp_path: Path) -> None:
@@ -65,7 +71,11 @@ def test_a_cell_and_its_full_precision_record(tmp_path: Path) -> None:
     assert record.calibration is not None
     assert len(record.calibration.ids) == 16
     assert record.modules is not None
-    assert record.fisher_passes == {"patch_embed": 1, **{f"blocks.{i}": 1 for i in range(4)}, "head": 0}
+    assert record.fisher_passes == {
+        "patch_embed": 1,
+        **{f"blocks.{i}": 1 for i in range(4)},
+        "head": 0,
+    }
     assert record.blocks.keys() == record.last_loss.keys()
     assert all(0 < block.error < 1 for block in record.blocks.values())
     assert [label for label, block in record.blocks.items() if block.fisher is None] == ["head"]
@@ -97,11 +107,15 @@ def test_a_cell_and_its_full_precision_record(tmp_path: Path) -> None:
     assert again.metrics == record.metrics
 
 
-def test_finished_cells_are_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_cells_are_not_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = run_cell(cell(tmp_path))
     before = path.read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "prepare", lambda *_: pytest.fail("a finished cell was loaded again"))
+        patch.setattr(
+            run_module, "prepare", lambda *_: pytest.fail("a finished cell was loaded again")
+        )
         assert run_cell(cell(tmp_path)) == path
     assert path.read_bytes() == before
     forget([cell(tmp_path)])
@@ -115,7 +129,9 @@ def test_scales_at_their_lower_bound_are_in_one_note_of_the_record(tmp_path: Pat
     """One step far beyond the size of the scales takes many there; the cell is finished all the same."""
     record = read_record(run_cell(cell(tmp_path, "qdrop", lr_scale=10.0, steps=1)))
     (note,) = [note for note in record.notes if "lower bound" in note]
-    assert note.startswith("Learned activation scales that ended at or near their lower bound (below 0.02 of the ")
+    assert note.startswith(
+        "Learned activation scales that ended at or near their lower bound (below 0.02 of the "
+    )
     assert "blocks.0 " in note
     assert "blocks.3 " in note
 
@@ -129,7 +145,9 @@ def test_identity_of_cells(tmp_path: Path) -> None:
     ]  # fmt: skip
     folders = {planned_folder(request) for request in (base, *others)}
     assert len(folders) == len(others) + 1
-    assert planned_folder(replace(base, device="cuda", threads=3, eval_batch=5)) == planned_folder(base)
+    assert planned_folder(replace(base, device="cuda", threads=3, eval_batch=5)) == planned_folder(
+        base
+    )
     assert variant_name(cell(tmp_path, None)) == "fp"
     assert "steps=3" in variant_name(base)
     assert variant_name(replace(base, recipe=make_recipe("rtn"))) == "released"
@@ -169,20 +187,34 @@ sys.exit(any(os.waitpid(pid, 0)[1] for pid in pids))
 
 
 def test_cells_that_run_at_the_same_time_calibrate_once_and_none_runs_twice(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "OMP_NUM_THREADS": "1",
+    }
     cells = pickle.dumps([cell(tmp_path, method) for method in ("qdrop", "brecq", "brecq")])
-    done = subprocess.run([sys.executable, "-c", AT_ONCE], input=cells, stdout=subprocess.PIPE, env=environment, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", AT_ONCE],
+        input=cells,
+        stdout=subprocess.PIPE,
+        env=environment,
+        check=True,
+    )
     lines = [line.split(" ", 1) for line in done.stdout.decode().splitlines()]
     processes, said = {pid for pid, _ in lines}, [text for _, text in lines]
     assert len(processes) == 3
     paths = {Path(text) for text in said if not text.startswith("busy")}
     busy = [text for text in said if text.startswith("busy")]
     assert len(paths) == 2
-    assert all(text in {f"busy process {pid} on {this_process()[0]}" for pid in processes} for text in busy)
+    assert all(
+        text in {f"busy process {pid} on {this_process()[0]}" for pid in processes} for text in busy
+    )
     stages = [read_record(path).seconds for path in paths]
     assert sorted("calibrate (reused)" in own for own in stages) == [False, True]
     assert len(list((tmp_path / "calibration").glob("*.safetensors"))) == 1
-    full = read_record(planned_folder(cell(tmp_path, None)) / "result.json")  # measured by the one, found there by the other
+    full = read_record(
+        planned_folder(cell(tmp_path, None)) / "result.json"
+    )  # measured by the one, found there by the other
     assert all(read_record(path).fp_metrics == full.metrics for path in paths)
 
 
@@ -197,7 +229,9 @@ def test_what_a_killed_process_left_half_written_goes(tmp_path: Path) -> None:
 
 def test_a_record_serves_as_calibration_list(tmp_path: Path) -> None:
     first = run_cell(cell(tmp_path, "fimaq", seed=5))
-    request = replace(cell(tmp_path, "fimaq", seed=5), data=DataRequest(limit=64, calibration_list=first))
+    request = replace(
+        cell(tmp_path, "fimaq", seed=5), data=DataRequest(limit=64, calibration_list=first)
+    )
     second = run_cell(request)
     assert second != first
     a, b = read_record(first), read_record(second)
@@ -205,21 +239,27 @@ def test_a_record_serves_as_calibration_list(tmp_path: Path) -> None:
     assert (a.metrics, a.last_loss) == (b.metrics, b.last_loss)
 
 
-def test_a_full_disk_keeps_what_is_finished_and_a_later_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_keeps_what_is_finished_and_a_later_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     finished = run_cell(cell(tmp_path))
     before = finished.read_bytes()
     request = cell(tmp_path, "fimaq")
     original, written = files.os.replace, []
 
     def full_after_four(source: Any, target: Any) -> None:
-        if len(written) == 4:  # the calibration's entry in its index, the calibration and two blocks
+        if (
+            len(written) == 4
+        ):  # the calibration's entry in its index, the calibration and two blocks
             raise OSError(errno.ENOSPC, "No space left on device")
         original(source, target)
         written.append(Path(target).name)
 
     with monkeypatch.context() as patch:
         patch.setattr(files.os, "replace", full_after_four)
-        with pytest.raises(CheckpointError, match=r"Cannot write .*block-002.safetensors.*No space left"):
+        with pytest.raises(
+            CheckpointError, match=r"Cannot write .*block-002.safetensors.*No space left"
+        ):
             run_cell(request)
     assert written[2:] == ["block-000.safetensors", "block-001.safetensors"]
     assert finished.read_bytes() == before
@@ -247,7 +287,9 @@ def test_damaged_records_are_not_taken_for_finished(tmp_path: Path) -> None:
 
 def test_unknown_tasks_and_devices() -> None:
     request = replace(cell(Path("x")), task="clasification")
-    with pytest.raises(RecipeError, match=r"Unknown task 'clasification'. Did you mean 'classification'\?"):
+    with pytest.raises(
+        RecipeError, match=r"Unknown task 'clasification'. Did you mean 'classification'\?"
+    ):
         planned_folder(request)
     for name in ("gpu", "cuda:99", "xla", "meta"):
         with pytest.raises(RecipeError, match=r"Device|device"):

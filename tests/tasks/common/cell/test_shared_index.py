@@ -19,13 +19,24 @@ from tasks.common.cell.run import run_cell
 from tasks.common.registry import get_task
 from tasks.common.request import CellRequest, DataRequest, ModelRequest
 
-SETTINGS = {"calibration_images": 8, "range_images": 4, "steps": 2, "batch_size": 4, "w_bits": 4, "a_bits": 4}
+SETTINGS = {
+    "calibration_images": 8,
+    "range_images": 4,
+    "steps": 2,
+    "batch_size": 4,
+    "w_bits": 4,
+    "a_bits": 4,
+}
 
 
-def request_of(tmp_path: Path, task: str, model: str, method: str = "qdrop", **changes: object) -> CellRequest:
+def request_of(
+    tmp_path: Path, task: str, model: str, method: str = "qdrop", **changes: object
+) -> CellRequest:
     recipe = make_recipe(method, registry.defaults(task), SETTINGS, changes)
     data = DataRequest(limit=8)
-    return CellRequest(task, ModelRequest(model), data, recipe, results=tmp_path / "runs", threads=1)
+    return CellRequest(
+        task, ModelRequest(model), data, recipe, results=tmp_path / "runs", threads=1
+    )
 
 
 def cached(request: CellRequest) -> list[str]:
@@ -41,7 +52,12 @@ def test_a_run_leaves_what_a_plan_finds(tmp_path: Path):
     cell = request_of(tmp_path, "classification", "demo_vit", "aphq", mlp_steps=2, mlp_batch=4)
     assert cached(cell) == []
     run_cell(cell)
-    other = replace(cell, recipe=make_recipe("fimaq-mlp", cell.recipe.model_dump() | {"method": "fimaq-mlp", "steps": 3}))
+    other = replace(
+        cell,
+        recipe=make_recipe(
+            "fimaq-mlp", cell.recipe.model_dump() | {"method": "fimaq-mlp", "steps": 3}
+        ),
+    )
     assert cached(other) == ["calibration", "MLPs"]
     # another seed draws other images, other data are other images, and another model has other ranges
     assert cached(replace(other, recipe=other.recipe.model_copy(update={"seed": 5}))) == []
@@ -60,7 +76,9 @@ def test_parts_of_a_retrieval_model_are_found_by_other_scopes(tmp_path: Path):
     vision = replace(both, recipe=both.recipe.model_copy(update={"scope": "vision"}))
     for kind, digests in shared_digests(vision).items():
         for number, digest in enumerate(digests):
-            note_shared(vision, kind, digest, file := tmp_path / kind / f"{number:024x}.safetensors")
+            note_shared(
+                vision, kind, digest, file := tmp_path / kind / f"{number:024x}.safetensors"
+            )
             put(file)
     assert cached(vision) == ["calibration", "parts"]
     assert cached(both) == ["calibration 1 of 2", "parts 1 of 2"]
@@ -75,14 +93,19 @@ def test_blocks_are_counted_where_they_lie(tmp_path: Path):
     assert cached(plain) == ["blocks 3"]
     part = resolved(request_of(tmp_path, "detection", "demo_mask_rcnn"))
     (digest,) = shared_digests(part)["reconstruction"]
-    note_shared(part, "reconstruction", digest, tmp_path / "reconstruction" / f"{'a' * 24}.safetensors")
+    note_shared(
+        part, "reconstruction", digest, tmp_path / "reconstruction" / f"{'a' * 24}.safetensors"
+    )
     put(tmp_path / "reconstruction" / f"{'a' * 24}.blocks" / "block-000.safetensors")
     assert cached(part) == ["blocks 1"]
     put(tmp_path / "reconstruction" / f"{'a' * 24}.safetensors")
     assert cached(part) == ["parts"]
 
 
-@pytest.mark.parametrize("content", ["", "../x.safetensors", "/etc/passwd", "a" * 24, "a" * 24 + ".safetensors\n", "é", b"\xff"])
+@pytest.mark.parametrize(
+    "content",
+    ["", "../x.safetensors", "/etc/passwd", "a" * 24, "a" * 24 + ".safetensors\n", "é", b"\xff"],
+)
 def test_entries_that_name_no_such_file_say_nothing(tmp_path: Path, content: str | bytes):
     cell = resolved(request_of(tmp_path, "classification", "demo_vit"))
     (digest,) = shared_digests(cell)["calibration"]
@@ -113,10 +136,16 @@ def test_an_index_that_cannot_be_written_ends_no_run(tmp_path: Path):
         ("detection", "demo_mask_rcnn", "roi"),
     ],
 )  # fmt: skip
-def test_the_parts_that_plans_know_are_those_of_the_model(tmp_path: Path, task: str, model: str, scope: str):
+def test_the_parts_that_plans_know_are_those_of_the_model(
+    tmp_path: Path, task: str, model: str, scope: str
+):
     found = get_task(task)
     recipe = make_recipe("qdrop", registry.defaults(task), {"scope": scope})
-    names = [name for name in found.chains(found.load(ModelRequest(model)), recipe) if name not in ("bbox", "mask")]
+    names = [
+        name
+        for name in found.chains(found.load(ModelRequest(model)), recipe)
+        if name not in ("bbox", "mask")
+    ]
     assert registry.parts(task, scope) == {name: found.part_scope(name, recipe) for name in names}
     assert part_address("vision", "vision") == "vision"
     assert part_address("detector", "fpn") == "detector fpn"

@@ -59,7 +59,9 @@ def test_a_stage_that_comes_again_keeps_its_larger_peak() -> None:
 
 def test_times_of_stages_add_up_but_for_what_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter((10.0, 13.0, 13.0, 20.0, 20.0, 24.0, 34.0, 34.0))
-    monkeypatch.setattr("tasks.common.cell.environment.time", SimpleNamespace(monotonic=lambda: next(now)))
+    monkeypatch.setattr(
+        "tasks.common.cell.environment.time", SimpleNamespace(monotonic=lambda: next(now))
+    )
     clock = StageClock(CPU)
     clock.lap("load")
     clock.lap("calibrate")

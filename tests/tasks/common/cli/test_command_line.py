@@ -45,7 +45,9 @@ def only_record(results: Path) -> Path:
 
 def test_run_and_stages_agree_bit_for_bit(tmp_path: Path) -> None:
     results = tmp_path / "runs"
-    done = command("run", "--model", "demo_vit", "--method", "fimaq", *QUICK, *PLACE, "--results", results)
+    done = command(
+        "run", "--model", "demo_vit", "--method", "fimaq", *QUICK, *PLACE, "--results", results
+    )
     assert done.returncode == 0, done.stderr
     path = only_record(results)
     record = read_record(path)
@@ -59,7 +61,9 @@ def test_run_and_stages_agree_bit_for_bit(tmp_path: Path) -> None:
     ):
         stage = command(*arguments)
         assert stage.returncode == 0, stage.stderr
-    assert whole.read_bytes()[-1000:] == (path.parent / "quantized.safetensors").read_bytes()[-1000:]
+    assert (
+        whole.read_bytes()[-1000:] == (path.parent / "quantized.safetensors").read_bytes()[-1000:]
+    )
     evaluated = command("evaluate", whole, *PLACE)
     assert f"top1 {record.metrics['top1'].value:.2f}" in evaluated.stdout
 
@@ -67,7 +71,9 @@ def test_run_and_stages_agree_bit_for_bit(tmp_path: Path) -> None:
         assert outcomes["correct"].mean() * 100 == pytest.approx(record.metrics["top1"].value)
         assert len(set(outcomes["sample"])) == 64
 
-    other = command("reconstruct", ranges, *PLACE, "--w-bits", "3", "--out", tmp_path / "other.safetensors")
+    other = command(
+        "reconstruct", ranges, *PLACE, "--w-bits", "3", "--out", tmp_path / "other.safetensors"
+    )
     assert other.returncode == 2
     assert "w_bits (4, here 3)" in other.stderr
     assert "Traceback" not in other.stderr
@@ -90,7 +96,10 @@ def test_a_second_run_measures_nothing_and_a_list_repeats_the_images(tmp_path: P
     assert second.metrics == first.metrics
 
     seeded = tmp_path / "seeded"
-    assert command(*arguments[: -len(PLACE)], *PLACE, "--seed", "6", "--results", seeded).returncode == 0
+    assert (
+        command(*arguments[: -len(PLACE)], *PLACE, "--seed", "6", "--results", seeded).returncode
+        == 0
+    )
     third = read_record(only_record(seeded))
     assert third.calibration is not None
     assert set(third.calibration.ids) != set(first.calibration.ids)
@@ -124,10 +133,25 @@ def test_a_recipe_file_sets_fields_and_its_errors_are_named(tmp_path: Path) -> N
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("method: qdrop\nsteps: 2\nw_bits: 3\n", encoding="utf-8")
     quick = [*QUICK[2:-6], "--seed", "5"]
-    done = command("run", "--model", "demo_vit", "--recipe", recipe, *quick, *PLACE, "--results", tmp_path / "runs")
+    done = command(
+        "run",
+        "--model",
+        "demo_vit",
+        "--recipe",
+        recipe,
+        *quick,
+        *PLACE,
+        "--results",
+        tmp_path / "runs",
+    )
     assert done.returncode == 0, done.stderr
     record = json.loads(only_record(tmp_path / "runs").read_text())
-    assert (record["method"], record["w_bit"], record["a_bit"], record["recipe"]["steps"]) == ("qdrop", 3, 4, 2)
+    assert (record["method"], record["w_bit"], record["a_bit"], record["recipe"]["steps"]) == (
+        "qdrop",
+        3,
+        4,
+        2,
+    )
 
     recipe.write_text("stepss: 2\n", encoding="utf-8")
     done = command("run", "--model", "demo_vit", "--recipe", recipe)
@@ -143,6 +167,14 @@ def test_nan_weights_are_refused(tmp_path: Path) -> None:
     state = load_file(DEMO.weights_path("demo_vit"))
     state["blocks.1.mlp.fc1.weight"][3, 4] = torch.nan
     save_file(state, tmp_path / "nan.safetensors")
-    done = command("run", "--model", "demo_vit", "--weights", tmp_path / "nan.safetensors", "--results", tmp_path)
+    done = command(
+        "run",
+        "--model",
+        "demo_vit",
+        "--weights",
+        tmp_path / "nan.safetensors",
+        "--results",
+        tmp_path,
+    )
     assert done.returncode == 2
     assert "blocks.1.mlp.fc1.weight" in done.stderr

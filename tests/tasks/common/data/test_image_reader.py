@@ -38,14 +38,18 @@ def grey(path: Path) -> np.ndarray:
 
 
 def write_pgm(path: Path, values: np.ndarray, maximum: int) -> None:
-    path.write_bytes(b"P5 %d %d %d\n" % (*values.shape[::-1], maximum) + values.astype(">u2").tobytes())
+    path.write_bytes(
+        b"P5 %d %d %d\n" % (*values.shape[::-1], maximum) + values.astype(">u2").tobytes()
+    )
 
 
 def write_tiff(path: Path, values: np.ndarray, bits: int = 16, white_is_zero: bool = False) -> None:
     """A bare TIFF of 16-bit or packed 12-bit grey."""
     if bits == 12:
         pairs = values.reshape(-1, 2).astype(np.uint32)
-        packed = (pairs[:, 0] << 12 | pairs[:, 1]).astype(">u4").view(np.uint8).reshape(-1, 4)[:, 1:]
+        packed = (
+            (pairs[:, 0] << 12 | pairs[:, 1]).astype(">u4").view(np.uint8).reshape(-1, 4)[:, 1:]
+        )
         content = packed.tobytes()
     else:
         content = values.astype("<u2").tobytes()
@@ -106,7 +110,10 @@ def test_values_without_a_range_are_refused_by_name(tmp_path: Path, mode: str) -
         problem = images[0]
         assert isinstance(problem, DataError)
         assert f"The image a.tif has {'float' if mode == 'F' else 'integer'} values" in str(problem)
-        assert f"mode {mode}): convert it to 8 bits, or leave such images out with --skip-corrupt." in str(problem)
+        assert (
+            f"mode {mode}): convert it to 8 bits, or leave such images out with --skip-corrupt."
+            in str(problem)
+        )
         assert Images(["a.tif"], [0], read, torch.tensor, True)[0] is None
     with pytest.raises(DataError, match=r"a\.tif has .* values without a defined range"):
         originals_below(tmp_path, ["a.tif"])
@@ -166,9 +173,13 @@ def test_warnings_become_notes(
     def transform(image: Image.Image) -> torch.Tensor:
         return pil_to_tensor(image.resize((8, 8))).float()
 
-    images = Images(names, [0] * 7, file_reader([tmp_path / name for name in names]), transform, False)
+    images = Images(
+        names, [0] * 7, file_reader([tmp_path / name for name in names]), transform, False
+    )
     assert images.notes() == []
-    assert sum(len(batch.values) for batch in image_outputs(lambda x: x, images, CPU, 2, workers)) == 7
+    assert (
+        sum(len(batch.values) for batch in image_outputs(lambda x: x, images, CPU, 2, workers)) == 7
+    )
     assert images.notes() == [
         "5 images with a palette with transparency, which was dropped: 0.png, 1.png, 2.png and 2 more",
         "1 image with so many pixels that Pillow warns of a decompression bomb: 5.png",
@@ -179,7 +190,12 @@ def test_warnings_become_notes(
 
 def test_other_warnings_are_counted_too() -> None:
     def read(index: int) -> Image.Image:
-        texts = ("Corrupt EXIF data.  Expecting to read 4 bytes but only got 0. ", "Truncated File Read", "odd", "")
+        texts = (
+            "Corrupt EXIF data.  Expecting to read 4 bytes but only got 0. ",
+            "Truncated File Read",
+            "odd",
+            "",
+        )
         warnings.warn(texts[index], UserWarning if index < 3 else DeprecationWarning, stacklevel=1)
         return Image.new("RGB", (4, 4))
 
@@ -195,7 +211,19 @@ def test_other_warnings_are_counted_too() -> None:
 
 def test_content_says_what_an_image_is(tmp_path: Path) -> None:
     image = Image.new("RGB", (8, 8), (9, 99, 199))
-    for kind in ("GIF", "JPEG", "AVIF", "WEBP", "PNG", "BMP", "TGA", "JPEG2000", "ICO", "PCX", "QOI"):
+    for kind in (
+        "GIF",
+        "JPEG",
+        "AVIF",
+        "WEBP",
+        "PNG",
+        "BMP",
+        "TGA",
+        "JPEG2000",
+        "ICO",
+        "PCX",
+        "QOI",
+    ):
         image.save(tmp_path / kind, format=kind)
         assert is_image(tmp_path / kind), kind
         read = coco.file_reader([tmp_path / kind], [(8, 8)], Path("x.json"))
@@ -221,12 +249,22 @@ def test_a_tiff_on_its_side_is_turned(tmp_path: Path, mode: str, tag: int) -> No
     shape = (5, 9, len(mode)) if mode.isalpha() else (5, 9, 1)
     values = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
     stored = values.squeeze() if mode != "I;16" else values.squeeze().astype(np.uint16) << 8
-    image = Image.fromarray(stored) if mode != "CMYK" else Image.frombytes("CMYK", (9, 5), stored.tobytes())
+    image = (
+        Image.fromarray(stored)
+        if mode != "CMYK"
+        else Image.frombytes("CMYK", (9, 5), stored.tobytes())
+    )
     exif = Image.Exif()
     exif[274] = tag
     image.save(tmp_path / "a.tif", exif=exif)
     flat = np.repeat(values, 3, 2) if mode == "I;16" else np.asarray(image.convert("RGB"))
-    turned = {1: flat, 3: np.rot90(flat, 2), 5: flat.swapaxes(0, 1), 6: np.rot90(flat, -1), 8: np.rot90(flat)}
+    turned = {
+        1: flat,
+        3: np.rot90(flat, 2),
+        5: flat.swapaxes(0, 1),
+        6: np.rot90(flat, -1),
+        8: np.rot90(flat),
+    }
     turned[7] = np.rot90(flat, 2).swapaxes(0, 1)
     assert np.array_equal(np.asarray(open_rgb(tmp_path / "a.tif")), turned[tag])
 
@@ -248,6 +286,14 @@ def test_a_damaged_file_with_an_images_ending_is_an_image(tmp_path: Path) -> Non
 
 
 def test_hidden_names() -> None:
-    hidden = (".DS_Store", "._a.jpg", ".ipynb_checkpoints", "__MACOSX", "Thumbs.db", "desktop.ini", "THUMBS.DB")
+    hidden = (
+        ".DS_Store",
+        "._a.jpg",
+        ".ipynb_checkpoints",
+        "__MACOSX",
+        "Thumbs.db",
+        "desktop.ini",
+        "THUMBS.DB",
+    )
     assert all(map(is_hidden, hidden))
     assert not any(map(is_hidden, ("a.jpg", "_a.jpg", "0", "notes.txt", "thumbs")))

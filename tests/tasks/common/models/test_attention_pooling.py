@@ -47,7 +47,9 @@ def slow_pool(pool: AttentionPoolLatent, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("pool_type", ["token", "avg"])
 def test_pooling_equals_its_definition(pool_type: str) -> None:
-    pool = AttentionPoolLatent(24, num_heads=3, mlp_ratio=2.0, latent_len=2, pool_type=pool_type, norm_layer=nn.LayerNorm)
+    pool = AttentionPoolLatent(
+        24, num_heads=3, mlp_ratio=2.0, latent_len=2, pool_type=pool_type, norm_layer=nn.LayerNorm
+    )
     norm = nn.LayerNorm(24)
     randomise(nn.ModuleList([pool, norm]))
     x = torch.randn(4, 9, 24, generator=torch.Generator().manual_seed(0))
@@ -75,11 +77,15 @@ def test_variants_of_the_pooling(name: str) -> None:
         found = explicit(pool, norm)
         assert torch.allclose(found(x), expected, rtol=1e-5, atol=1e-5)
     # Behind added positions kv is not the norm's consumer, and a missing norm is none.
-    pairs = ([] if name == "positions" else ["kv"]) + (["mlp.fc1"] if "norm_layer" in POOLS[name] else [])
+    pairs = ([] if name == "positions" else ["kv"]) + (
+        ["mlp.fc1"] if "norm_layer" in POOLS[name] else []
+    )
     assert [pair.linear for pair in found.pairs] == pairs
 
 
-@pytest.mark.parametrize("build", [{"out_features": 0}, {"pool_type": ""}], ids=["no projection", "several tokens"])
+@pytest.mark.parametrize(
+    "build", [{"out_features": 0}, {"pool_type": ""}], ids=["no projection", "several tokens"]
+)
 def test_unsupported_pooling(build: dict[str, Any]) -> None:
     with pytest.raises(ModelError, match="not supported"):
         explicit(AttentionPoolLatent(24, num_heads=3, **build), nn.LayerNorm(24))
@@ -88,7 +94,12 @@ def test_unsupported_pooling(build: dict[str, Any]) -> None:
 MODELS: dict[str, dict[str, Any]] = {
     "as SigLIP": {"global_pool": "map", "class_token": False},
     "class token left out": {"global_pool": "map"},
-    "registers pooled too": {"global_pool": "map", "class_token": False, "reg_tokens": 2, "pool_include_prefix": True},
+    "registers pooled too": {
+        "global_pool": "map",
+        "class_token": False,
+        "reg_tokens": 2,
+        "pool_include_prefix": True,
+    },
     "norm behind the pooling": {"global_pool": "map", "fc_norm": True},
     "class token": {"global_pool": "token"},
     "mean": {"global_pool": "avg"},
@@ -105,7 +116,11 @@ def tower(model: nn.Module, recipe: Recipe | None = None) -> BlockChain:
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("classes", [0, 10], ids=["tower", "classifier"])
 def test_models_with_and_without_head(name: str, classes: int) -> None:
-    model, x, recipe = vit(2, classes=classes, **MODELS[name]), images(6), quick("rtn", w_bits=8, a_bits=8)
+    model, x, recipe = (
+        vit(2, classes=classes, **MODELS[name]),
+        images(6),
+        quick("rtn", w_bits=8, a_bits=8),
+    )
     with torch.no_grad():
         expected = copy.deepcopy(model)(x)
         chain = chain_of(model, recipe) if classes else tower(model, recipe)
@@ -113,7 +128,9 @@ def test_models_with_and_without_head(name: str, classes: int) -> None:
     assert expected.shape == (6, classes or 32)
     kinds = [segment.kind for segment in chain]
     pooled = MODELS[name]["global_pool"] == "map"
-    assert kinds == ["patch_embed", "block", "block"] + ["block"] * pooled + ["head"] * bool(classes)
+    assert kinds == ["patch_embed", "block", "block"] + ["block"] * pooled + ["head"] * bool(
+        classes
+    )
     # Every segment has something to calibrate and to learn.
     assert all(any(True for _ in quant_layers(segment.block)) for segment in chain)
     calibrate(chain, x, recipe)

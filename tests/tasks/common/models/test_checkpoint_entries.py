@@ -33,7 +33,10 @@ def network() -> nn.Module:
 
 def state(seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(value.shape, generator=generator) for name, value in network().state_dict().items()}
+    return {
+        name: torch.randn(value.shape, generator=generator)
+        for name, value in network().state_dict().items()
+    }
 
 
 def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -83,7 +86,9 @@ def extras(folder: Path) -> dict[str, Any]:
         (("model", "net"), "model"),
     ],
 )
-def test_entries_are_chosen_as_timm_chooses_them(tmp_path: Path, entries: tuple[str, ...], taken: str) -> None:
+def test_entries_are_chosen_as_timm_chooses_them(
+    tmp_path: Path, entries: tuple[str, ...], taken: str
+) -> None:
     content = {name: state(seed) for seed, name in enumerate(entries)}
     path = saved({**content, "epoch": 1}, tmp_path / "weights.pth")
     found = read_weights(path)
@@ -127,7 +132,9 @@ def test_one_entry_of_any_name_is_found(tmp_path: Path, name: str) -> None:
         ("state_dict", "callbacks.EMACallback.weights"),
     ],
 )  # fmt: skip
-def test_entries_of_no_known_preference_are_asked_for(tmp_path: Path, names: tuple[str, str]) -> None:
+def test_entries_of_no_known_preference_are_asked_for(
+    tmp_path: Path, names: tuple[str, str]
+) -> None:
     contents: dict[str, Any] = {}
     for seed, name in enumerate(names):
         head, *rest = name.split(".")
@@ -136,7 +143,9 @@ def test_entries_of_no_known_preference_are_asked_for(tmp_path: Path, names: tup
             content = {part: content}
         contents[head] = content
     path = saved(contents, tmp_path / "weights.pth")
-    with pytest.raises(ModelError, match=r"several entries with weights.*--weights-entry") as caught:
+    with pytest.raises(
+        ModelError, match=r"several entries with weights.*--weights-entry"
+    ) as caught:
         read_weights(path)
     assert all(repr(name) in str(caught.value) for name in names)
     for seed, name in enumerate(names):
@@ -145,12 +154,16 @@ def test_entries_of_no_known_preference_are_asked_for(tmp_path: Path, names: tup
 
 def test_entries_that_are_not_there(tmp_path: Path) -> None:
     path = saved({"state_dict": state(), "state_dict_ema": state(1)}, tmp_path / "a.pth")
-    with pytest.raises(ModelError, match=r"no entry 'state_dikt' \(--weights-entry\). Did you mean 'state_dict'\?"):
+    with pytest.raises(
+        ModelError, match=r"no entry 'state_dikt' \(--weights-entry\). Did you mean 'state_dict'\?"
+    ):
         read_weights(path, "state_dikt")
     save_file(state(), tmp_path / "b.safetensors")
     for plain in (saved(state(), tmp_path / "b.pth"), tmp_path / "b.safetensors"):
         assert (read_weights(plain).entry, read_weights(plain).entries) == (None, ())
-        with pytest.raises(ModelError, match=r"no entry 'model' .*It is one state dict: leave it out"):
+        with pytest.raises(
+            ModelError, match=r"no entry 'model' .*It is one state dict: leave it out"
+        ):
             read_weights(plain, "model")
 
 
@@ -182,7 +195,10 @@ def test_mmengine_keeps_averages_as_the_state_dict(tmp_path: Path) -> None:
     found = read_weights(path)
     assert equal(found.state, state())
     assert found.entry == "state_dict"
-    assert found.entries == ("state_dict (averaged: mmengine swaps them)", "ema_state_dict (not averaged)")
+    assert found.entries == (
+        "state_dict (averaged: mmengine swaps them)",
+        "ema_state_dict (not averaged)",
+    )
     assert equal(read_state(path, "ema_state_dict"), state(1))
     saved({**content, "ema_state_dict": plain}, path)
     with pytest.raises(ModelError, match="several entries"):
@@ -205,18 +221,30 @@ def test_the_identity_of_weights_is_of_the_entry(tmp_path: Path) -> None:
 # Objects beside the weights
 
 
-@pytest.mark.parametrize("ending", [".pth", ".pt", ".bin", ".ckpt", ".pth.tar", ".tar", ".weights", ""])
+@pytest.mark.parametrize(
+    "ending", [".pth", ".pt", ".bin", ".ckpt", ".pth.tar", ".tar", ".weights", ""]
+)
 @pytest.mark.parametrize("new", [True, False], ids=["zip", "old format"])
-def test_what_trainers_keep_beside_the_weights_is_passed_over(tmp_path: Path, ending: str, new: bool) -> None:
+def test_what_trainers_keep_beside_the_weights_is_passed_over(
+    tmp_path: Path, ending: str, new: bool
+) -> None:
     path = tmp_path / f"checkpoint{ending}"
-    torch.save({**extras(tmp_path), "state_dict": state()}, path, _use_new_zipfile_serialization=new)
+    torch.save(
+        {**extras(tmp_path), "state_dict": state()}, path, _use_new_zipfile_serialization=new
+    )
     before = set(torch.serialization.get_safe_globals())
     assert equal(read_state(path), state())
     assert set(torch.serialization.get_safe_globals()) == before
 
 
 def test_objects_beside_the_tensors_of_one_mapping_are_passed_over(tmp_path: Path) -> None:
-    content = {**state(), "epoch": 3, "args": argparse.Namespace(lr=1), "best": np.float32(1), "optimizer": {"state": {}}}
+    content = {
+        **state(),
+        "epoch": 3,
+        "args": argparse.Namespace(lr=1),
+        "best": np.float32(1),
+        "optimizer": {"state": {}},
+    }
     assert equal(read_state(saved(content, tmp_path / "a.pth")), state())
 
 
@@ -230,8 +258,15 @@ def test_lightnings_checkpoints(tmp_path: Path) -> None:
         "epoch": 1,
         "pytorch-lightning_version": "2.2.0",
         "state_dict": {f"model.{name}": value for name, value in state().items()},
-        "optimizer_states": [{"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]}],
-        "callbacks": {"ModelCheckpoint{'monitor': None}": {"best_model_score": torch.tensor(0.5), "dirpath": "/x"}},
+        "optimizer_states": [
+            {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]}
+        ],
+        "callbacks": {
+            "ModelCheckpoint{'monitor': None}": {
+                "best_model_score": torch.tensor(0.5),
+                "dirpath": "/x",
+            }
+        },
         "hyper_parameters": {"lr": 0.1, "folder": tmp_path, "args": argparse.Namespace(a=1)},
         "hparams_name": "kwargs",
     }
@@ -252,9 +287,16 @@ class Trap:
         Trap.touched.append(value)
 
 
-def test_allowed_names_neither_import_nor_run_what_they_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_allowed_names_neither_import_nor_run_what_they_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Stand-ins take their place: nothing of a Namespace, a path or NumPy is called."""
-    content = {"args": argparse.Namespace(a=1), "path": tmp_path, "best": np.float64(1), "state_dict": state()}
+    content = {
+        "args": argparse.Namespace(a=1),
+        "path": tmp_path,
+        "best": np.float64(1),
+        "state_dict": state(),
+    }
     path = saved(content, tmp_path / "a.pth")
     monkeypatch.setattr(argparse, "Namespace", Trap)
     monkeypatch.setattr(np, "dtype", Trap)
@@ -272,13 +314,22 @@ class Settings(dict[str, Any]):
 
 @pytest.mark.parametrize(
     ("module", "name"),
-    [("yacs.config", "CfgNode"), ("easydict", "EasyDict"), ("omegaconf.dictconfig", "DictConfig"), ("builtins", "frozenset")],
+    [
+        ("yacs.config", "CfgNode"),
+        ("easydict", "EasyDict"),
+        ("omegaconf.dictconfig", "DictConfig"),
+        ("builtins", "frozenset"),
+    ],
 )
-def test_configurations_beside_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, name: str) -> None:
+def test_configurations_beside_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, name: str
+) -> None:
     """The classes of libraries that need not be installed: others of their form have their names."""
     config: Any = frozenset({1})
     if module != "builtins":
-        form = type(name, (object,) if name == "DictConfig" else (Settings,), {"__module__": module})
+        form = type(
+            name, (object,) if name == "DictConfig" else (Settings,), {"__module__": module}
+        )
         for part in {module.partition(".")[0], module}:
             monkeypatch.setitem(sys.modules, part, types.ModuleType(part))
         monkeypatch.setattr(sys.modules[module], name, form, raising=False)
@@ -292,19 +343,32 @@ def test_configurations_beside_the_weights(tmp_path: Path, monkeypatch: pytest.M
 
 def test_other_classes_are_named_and_refused(tmp_path: Path) -> None:
     path = saved({"state_dict": state(), "trainer": Trap()}, tmp_path / "a.pth")
-    with pytest.raises(ModelError, match=rf"hold more than tensors .*{__name__}.Trap.*Convert them to safetensors"):
+    with pytest.raises(
+        ModelError, match=rf"hold more than tensors .*{__name__}.Trap.*Convert them to safetensors"
+    ):
         read_state(path)
     path = saved({"model": network()}, tmp_path / "b.pth")  # a whole module
-    with pytest.raises(ModelError, match=r"torch.nn.modules.container.Sequential.*save model.state_dict\(\) alone"):
+    with pytest.raises(
+        ModelError, match=r"torch.nn.modules.container.Sequential.*save model.state_dict\(\) alone"
+    ):
         read_state(path)
     assert Trap.touched == []
 
 
 @pytest.mark.parametrize("new", [True, False], ids=["zip", "old format"])
 @pytest.mark.parametrize("protocol", [4, 5])
-def test_a_newer_pickle_is_refused_with_the_reason(tmp_path: Path, protocol: int, new: bool) -> None:
-    torch.save({"state_dict": state()}, tmp_path / "a.pth", pickle_protocol=protocol, _use_new_zipfile_serialization=new)
-    with pytest.raises(ModelError, match=rf"pickle protocol {protocol}, .*default protocol, or as safetensors"):
+def test_a_newer_pickle_is_refused_with_the_reason(
+    tmp_path: Path, protocol: int, new: bool
+) -> None:
+    torch.save(
+        {"state_dict": state()},
+        tmp_path / "a.pth",
+        pickle_protocol=protocol,
+        _use_new_zipfile_serialization=new,
+    )
+    with pytest.raises(
+        ModelError, match=rf"pickle protocol {protocol}, .*default protocol, or as safetensors"
+    ):
         read_state(tmp_path / "a.pth")
     (tmp_path / "b.pth").write_bytes(pickle.dumps([1, 2], protocol=2))
     with pytest.raises(ModelError, match="damaged or no weights file"):
@@ -375,8 +439,12 @@ def test_names_that_differ_in_their_prefix_only_are_refused(tmp_path: Path) -> N
         ({"classes": 10}, None),
     ],
 )
-def test_names_of_classes(tmp_path: Path, content: dict[str, Any], names: tuple[str, ...] | None) -> None:
-    assert read_weights(saved({"model": state(), **content}, tmp_path / "a.pth")).class_names == names
+def test_names_of_classes(
+    tmp_path: Path, content: dict[str, Any], names: tuple[str, ...] | None
+) -> None:
+    assert (
+        read_weights(saved({"model": state(), **content}, tmp_path / "a.pth")).class_names == names
+    )
 
 
 # Weights that do not fit
@@ -405,9 +473,13 @@ def test_missing_and_surplus_names_come_with_the_nearest_pairs() -> None:
         (lambda value: value.to("meta"), "on the device 'meta', without values"),
     ],
 )
-def test_tensors_that_cannot_be_copied_are_refused(tmp_path: Path, change: Callable[[Tensor], Tensor], said: str) -> None:
+def test_tensors_that_cannot_be_copied_are_refused(
+    tmp_path: Path, change: Callable[[Tensor], Tensor], said: str
+) -> None:
     path = saved({name: change(value) for name, value in state().items()}, tmp_path / "a.pth")
-    with pytest.raises(ModelError, match=rf"'first.weight' {said}: save it as a dense tensor of float32"):
+    with pytest.raises(
+        ModelError, match=rf"'first.weight' {said}: save it as a dense tensor of float32"
+    ):
         read_state(path)
 
 
@@ -415,7 +487,10 @@ def test_tensors_that_cannot_be_copied_are_refused(tmp_path: Path, change: Calla
 def test_integers_do_not_fit_floats(dtype: torch.dtype) -> None:
     wrong = {**state(), "first.weight": torch.ones(4, 3, dtype=dtype)}
     kind = str(dtype).removeprefix("torch.")
-    with pytest.raises(ModelError, match=rf"Not floating point, as quantized weights are: 1 \('first.weight is {kind}'\)"):
+    with pytest.raises(
+        ModelError,
+        match=rf"Not floating point, as quantized weights are: 1 \('first.weight is {kind}'\)",
+    ):
         load_state(network(), wrong, "a.pth")
     half = {name: value.half() for name, value in state().items()}
     load_state(network(), half, "a.pth")

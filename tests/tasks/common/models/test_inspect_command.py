@@ -85,8 +85,13 @@ def test_text(calibrated: Path, command: Any) -> None:
         f"numerics version: {NUMERICS_VERSION} (this is {NUMERICS_VERSION})",
     ):
         assert text in lines
-    assert any(text.startswith("changes: ") and "steps=1" in text and "range_search=minmax" in text for text in lines)
-    assert any(text.startswith("BOPs an image: ") and text.endswith("ratio 57.96") for text in lines)
+    assert any(
+        text.startswith("changes: ") and "steps=1" in text and "range_search=minmax" in text
+        for text in lines
+    )
+    assert any(
+        text.startswith("BOPs an image: ") and text.endswith("ratio 57.96") for text in lines
+    )
 
 
 def test_json(calibrated: Path, command: Any) -> None:
@@ -94,7 +99,11 @@ def test_json(calibrated: Path, command: Any) -> None:
     assert done.code == 0, done.err
     content = json.loads(done.out)
     fingerprint, _ = read_header(calibrated)
-    assert (content["task"], content["stage"], content["method"]) == ("classification", "calibrated", "qdrop")
+    assert (content["task"], content["stage"], content["method"]) == (
+        "classification",
+        "calibrated",
+        "qdrop",
+    )
     assert content["changes"] == fingerprint.recipe.changes()
     assert content["fingerprint"] == {
         "weights": fingerprint.weights,
@@ -106,9 +115,15 @@ def test_json(calibrated: Path, command: Any) -> None:
     assert len(layers) == 2 + 4 * 6
     assert sums["bops"] == sum(layer["bops"] for layer in layers)
     assert sums["weight_bits"] == sum(layer["size_bits"] for layer in layers) == 1_281_280
-    assert sums["full_precision_bits"] == sum(part["size_bits"] for part in content["full_precision"])
+    assert sums["full_precision_bits"] == sum(
+        part["size_bits"] for part in content["full_precision"]
+    )
     product = next(layer for layer in layers if layer["name"] == "blocks.3.attn.attention_value")
-    assert (product["input_bits"], product["other_bits"], product["other_quantizer"]) == (4, 4, "uniform")
+    assert (product["input_bits"], product["other_bits"], product["other_quantizer"]) == (
+        4,
+        4,
+        "uniform",
+    )
     assert product["weight_shape"] is None
 
 
@@ -118,13 +133,22 @@ def test_every_stage(calibrated: Path, command: Any, tmp_path: Path) -> None:
     main_without_exit("reconstruct", str(calibrated), "--limit", "32", "--out", str(reconstructed))
     main_without_exit("run", *QUICK, "--results", str(tmp_path / "runs"))
     (whole,) = tmp_path.glob("runs/**/quantized.safetensors")
-    found = [json.loads(command("inspect", path, "--json").out) for path in (calibrated, reconstructed, whole)]
-    assert [content["stage"] for content in found] == ["calibrated", "reconstructed", "reconstructed"]
+    found = [
+        json.loads(command("inspect", path, "--json").out)
+        for path in (calibrated, reconstructed, whole)
+    ]
+    assert [content["stage"] for content in found] == [
+        "calibrated",
+        "reconstructed",
+        "reconstructed",
+    ]
     for name in ("layers", "full_precision", "totals", "fingerprint"):
         assert found[0][name] == found[1][name] == found[2][name]
 
 
-def test_what_is_refused(calibrated: Path, command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_refused(
+    calibrated: Path, command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weights = tmp_path / "other.safetensors"
     state = load_file(DEMO.weights_path("demo_vit"))
     save_file({**state, "head.bias": state["head.bias"] + 1}, weights)

@@ -20,14 +20,20 @@ from tasks.common.request import ModelRequest
 RTN = make_recipe("rtn", {"range_images": 4})
 
 
-def demo(name: str, recipe: Recipe = RTN, *, calibrated: bool = False) -> tuple[BlockChain, torch.Tensor, int]:
+def demo(
+    name: str, recipe: Recipe = RTN, *, calibrated: bool = False
+) -> tuple[BlockChain, torch.Tensor, int]:
     """A demo model as a chain, one image's worth of zeros, and the float model's number of parameters."""
     loaded = TASK.load(ModelRequest(name))
     assert loaded.input_shape is not None
     parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
     chain = TASK.build(loaded, recipe)
     if calibrated:
-        calibrate(chain, torch.rand(4, *loaded.input_shape, generator=torch.Generator().manual_seed(0)), recipe)
+        calibrate(
+            chain,
+            torch.rand(4, *loaded.input_shape, generator=torch.Generator().manual_seed(0)),
+            recipe,
+        )
     return chain, torch.zeros(1, *loaded.input_shape), parameters
 
 
@@ -55,7 +61,11 @@ def test_macs_of_a_vit_by_hand() -> None:
 def test_macs_of_padded_windows_by_formula() -> None:
     """40 pixels: 10 x 10 tokens in windows of 4 x 4, so 12 x 12; then 5 x 5 in 8 x 8. MLPs see no padding."""
     chain = chain_of(swin(40), RTN)
-    expected = {"patch_embed.proj": 10 * 10 * (4 * 4 * 3) * 16, "head.fc": 32 * 10, "layers.1.downsample.reduction": 25 * 64 * 32}
+    expected = {
+        "patch_embed.proj": 10 * 10 * (4 * 4 * 3) * 16,
+        "head.fc": 32 * 10,
+        "layers.1.downsample.reduction": 25 * 64 * 32,
+    }
     for stage, (side, width) in enumerate(((10, 16), (5, 32))):
         padded = (4 * ceil(side / 4)) ** 2
         for block in range(2):
@@ -78,7 +88,9 @@ def test_macs_agree_with_pytorchs_counter(build: object, size: int) -> None:
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         chain(image)
-    assert sum(count_macs(chain, image).values()) == counter.get_total_flops() // 2  # two operations a MAC
+    assert (
+        sum(count_macs(chain, image).values()) == counter.get_total_flops() // 2
+    )  # two operations a MAC
 
 
 def test_sizes_of_a_w4a4_vit_by_hand() -> None:
@@ -117,13 +129,19 @@ def test_bops_of_a_w4a4_vit_by_hand() -> None:
     assert sums["bops"] == patch * 4 * 32 + rest * 4 * 4
     assert sums["full_bops"] == 11_006_400 * 1024
     assert sums["bops_ratio"] == pytest.approx(57.96, abs=0.005)
-    assert sums["quantized_macs"] == sums["macs"]  # the patch embedding's weights are quantized, its input is not
+    assert (
+        sums["quantized_macs"] == sums["macs"]
+    )  # the patch embedding's weights are quantized, its input is not
 
 
 def test_what_is_off_counts_in_full() -> None:
     chain, image, _ = demo("demo_vit", make_recipe("rtn", {"w_bits": 32, "a_bits": 32}))
     sums = model_facts(chain, image).totals
-    assert (sums["bops"], sums["quantized_macs"], sums["size_bits"]) == (sums["full_bops"], 0, sums["full_size_bits"])
+    assert (sums["bops"], sums["quantized_macs"], sums["size_bits"]) == (
+        sums["full_bops"],
+        0,
+        sums["full_size_bits"],
+    )
 
     chain, image, _ = demo("demo_vit", make_recipe("rtn", {"w_bits": 3, "a_bits": 32}))
     facts = model_facts(chain, image)
@@ -148,8 +166,12 @@ def test_operands_of_different_bits() -> None:
 
 def test_what_stays_in_full_precision() -> None:
     chain, image, _ = demo("demo_vit")
-    kept = {part.name: (part.kind, part.values) for part in model_facts(chain, image).full_precision}
-    norms = {f"blocks.{block}.norm{number}" for block in range(4) for number in (1, 2)} | {"head.before.norm"}
+    kept = {
+        part.name: (part.kind, part.values) for part in model_facts(chain, image).full_precision
+    }
+    norms = {f"blocks.{block}.norm{number}" for block in range(4) for number in (1, 2)} | {
+        "head.before.norm"
+    }
     assert {name for name, (kind, _) in kept.items() if kind == "LayerNorm"} == norms
     assert all(kept[name] == ("LayerNorm", 2 * 80) for name in norms)
     assert kept["blocks.0.before.cls_token"] == ("parameter", 80)
@@ -172,7 +194,9 @@ def test_reparameterization_adds_the_biases_it_made() -> None:
     chain = chain_of(swin(32), recipe)
     before = model_facts(chain, images(1)).totals["full_precision_values"]
     calibrate(chain, images(8), recipe)
-    assert model_facts(chain, images(1)).totals["full_precision_values"] == before + 32  # the merging's reduction had none
+    assert (
+        model_facts(chain, images(1)).totals["full_precision_values"] == before + 32
+    )  # the merging's reduction had none
 
 
 def test_float_layers_are_named_and_not_taken_for_quantized() -> None:
@@ -182,11 +206,18 @@ def test_float_layers_are_named_and_not_taken_for_quantized() -> None:
     chain.segment(0).before.register_forward_hook(lambda _, args, out: out.flatten(2).mT)
     facts = model_facts(chain, torch.zeros(1, 4, 5, 7))
     positions = 3 * 5
-    macs = {"body.before": positions * 9 * 2 * 6, "body.0": positions * 6 * 5, "body.1": positions * 5 * 4}
+    macs = {
+        "body.before": positions * 9 * 2 * 6,
+        "body.0": positions * 6 * 5,
+        "body.1": positions * 5 * 4,
+    }
     assert {layer.entry.name: layer.macs for layer in facts.layers} == macs
     assert [layer.factor_bits for layer in facts.layers] == [(32, 32), (32, 32), (8, 4)]
     assert facts.totals["quantized_macs"] == macs["body.1"]
-    assert {part.name: part.values for part in facts.full_precision} == {"body.before.bias": 6, "body.1.bias": 4}
+    assert {part.name: part.values for part in facts.full_precision} == {
+        "body.before.bias": 6,
+        "body.1.bias": 4,
+    }
 
 
 @pytest.mark.parametrize("form", ["float", "quantizable"])

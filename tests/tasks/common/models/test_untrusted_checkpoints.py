@@ -34,7 +34,9 @@ Change = Callable[[dict[str, Any]], None]
 def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("calibrated") / "calibrated.safetensors"
     recipe = make_recipe("qdrop", QUICK)
-    stages.calibrate_stage(CellRequest("classification", ModelRequest("demo_vit"), DATA, recipe), path, silent)
+    stages.calibrate_stage(
+        CellRequest("classification", ModelRequest("demo_vit"), DATA, recipe), path, silent
+    )
     return path
 
 
@@ -81,29 +83,64 @@ def test_the_checkpoint_itself_is_taken(calibrated: Path, tmp_path: Path) -> Non
 
 
 ABSURD: dict[str, tuple[Change, str]] = {
-    "facts that are a list": (lambda parts: parts.update(facts=[1, 2]), "facts in its header are no object"),
-    "facts that nest without end": (lambda parts: parts.update(facts="[" * 100_000), "not a checkpoint of this project"),
-    "facts that are no JSON": (lambda parts: parts.update(facts="{"), "not a checkpoint of this project"),
-    "a fingerprint that nests": (lambda parts: parts.update(fingerprint='{"a":' * 100_000), "not a checkpoint of this project"),
-    "an endless number": (lambda parts: parts.update(facts=f'{{"stage": {"9" * 5000}}}'), "not a checkpoint of this project"),
+    "facts that are a list": (
+        lambda parts: parts.update(facts=[1, 2]),
+        "facts in its header are no object",
+    ),
+    "facts that nest without end": (
+        lambda parts: parts.update(facts="[" * 100_000),
+        "not a checkpoint of this project",
+    ),
+    "facts that are no JSON": (
+        lambda parts: parts.update(facts="{"),
+        "not a checkpoint of this project",
+    ),
+    "a fingerprint that nests": (
+        lambda parts: parts.update(fingerprint='{"a":' * 100_000),
+        "not a checkpoint of this project",
+    ),
+    "an endless number": (
+        lambda parts: parts.update(facts=f'{{"stage": {"9" * 5000}}}'),
+        "not a checkpoint of this project",
+    ),
     "an unknown field": (set_fact("surprise", 1), r"surprise: Extra inputs are not permitted"),
     "no stage": (lambda parts: parts["facts"].pop("stage"), "stage: Field required"),
-    "a stage that is none": (set_fact("stage", ["calibrated"]), "does not say which model it is of .stage"),
+    "a stage that is none": (
+        set_fact("stage", ["calibrated"]),
+        "does not say which model it is of .stage",
+    ),
     "no model": (lambda parts: parts["facts"].pop("model"), "model: Field required"),
-    "a model that is a list": (set_fact("model", ["demo_vit"]), "model: Input should be a valid string"),
+    "a model that is a list": (
+        set_fact("model", ["demo_vit"]),
+        "model: Input should be a valid string",
+    ),
     "another task": (set_fact("task", "detection"), "is of task 'detection', not 'classification'"),
     "a task that is a module": (set_fact("task", "os.path"), "is of task 'os.path'"),
-    "arguments that are a list": (set_fact("model_args", ["depth"]), "model_args: Input should be a valid dictionary"),
+    "arguments that are a list": (
+        set_fact("model_args", ["depth"]),
+        "model_args: Input should be a valid dictionary",
+    ),
     "a scope": (lambda parts: parts["fingerprint"]["recipe"].update(scope="../x"), "scope '../x'"),
-    "a recipe's field": (lambda parts: parts["fingerprint"]["recipe"].update(run="x"), r"recipe.run: Extra inputs"),
-    "a recipe's value": (lambda parts: parts["fingerprint"]["recipe"].update(w_bits=10**30), r"recipe.w_bits"),
-    "characters for a terminal": (lambda parts: parts["fingerprint"].update(calibration="\x1b[2J"), "cannot be printed"),
+    "a recipe's field": (
+        lambda parts: parts["fingerprint"]["recipe"].update(run="x"),
+        r"recipe.run: Extra inputs",
+    ),
+    "a recipe's value": (
+        lambda parts: parts["fingerprint"]["recipe"].update(w_bits=10**30),
+        r"recipe.w_bits",
+    ),
+    "characters for a terminal": (
+        lambda parts: parts["fingerprint"].update(calibration="\x1b[2J"),
+        "cannot be printed",
+    ),
     "other weights": (lambda parts: parts["fingerprint"].update(weights="0" * 64), "other weights"),
 }
 
 
 @pytest.mark.parametrize("case", ABSURD)
-def test_absurd_headers_are_refused_with_one_message(case: str, calibrated: Path, tmp_path: Path) -> None:
+def test_absurd_headers_are_refused_with_one_message(
+    case: str, calibrated: Path, tmp_path: Path
+) -> None:
     change, message = ABSURD[case]
     path = with_header(calibrated, tmp_path / "absurd.safetensors", change)
     for text in refusals(path, tmp_path):
@@ -115,12 +152,23 @@ def test_absurd_headers_are_refused_with_one_message(case: str, calibrated: Path
 
 
 @pytest.mark.parametrize(
-    "name", ["hf-hub:some/where", "local-dir:/etc", "/etc/passwd", "../demo_vit", "a\\b", "os.system(1)", ""]
+    "name",
+    [
+        "hf-hub:some/where",
+        "local-dir:/etc",
+        "/etc/passwd",
+        "../demo_vit",
+        "a\\b",
+        "os.system(1)",
+        "",
+    ],
 )
 def test_a_model_is_no_address(name: str, calibrated: Path, tmp_path: Path) -> None:
     path = with_header(calibrated, tmp_path / "named.safetensors", set_fact("model", name))
     assert all("which is no name of a model" in text for text in refusals(path, tmp_path))
-    unknown = with_header(calibrated, tmp_path / "named.safetensors", set_fact("model", "vit_of_mine"))
+    unknown = with_header(
+        calibrated, tmp_path / "named.safetensors", set_fact("model", "vit_of_mine")
+    )
     assert all("Unknown model 'vit_of_mine'" in text for text in refusals(unknown, tmp_path))
 
 
@@ -137,14 +185,19 @@ ADDRESSES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", ADDRESSES)
-def test_arguments_of_a_checkpoint_name_nothing_elsewhere(case: str, calibrated: Path, tmp_path: Path) -> None:
+def test_arguments_of_a_checkpoint_name_nothing_elsewhere(
+    case: str, calibrated: Path, tmp_path: Path
+) -> None:
     for model in ("vit_tiny_patch16_224", "demo_vit"):
 
         def change(parts: dict[str, Any], model: str = model) -> None:
             parts["facts"].update(model=model, model_args=ADDRESSES[case])
 
         path = with_header(calibrated, tmp_path / "arguments.safetensors", change)
-        assert all("a checkpoint may not name files, addresses or modules" in text for text in refusals(path, tmp_path))
+        assert all(
+            "a checkpoint may not name files, addresses or modules" in text
+            for text in refusals(path, tmp_path)
+        )
 
 
 def test_code_does_not_run(calibrated: Path, tmp_path: Path) -> None:
@@ -166,12 +219,18 @@ def test_code_does_not_run(calibrated: Path, tmp_path: Path) -> None:
 def test_headers_of_absurd_length(length: int, calibrated: Path, tmp_path: Path) -> None:
     path = tmp_path / "long.safetensors"
     path.write_bytes(struct.pack("<Q", length) + calibrated.read_bytes()[8:])
-    assert all("is damaged" in text or "not a checkpoint" in text for text in refusals(path, tmp_path))
+    assert all(
+        "is damaged" in text or "not a checkpoint" in text for text in refusals(path, tmp_path)
+    )
 
 
 def test_a_large_header_of_nothing_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "large.safetensors"
-    save_file({"a": torch.ones(1)}, path, metadata={"facts": '{"stage":"' + "x" * 20_000_000 + '"}', "fingerprint": "{}"})
+    save_file(
+        {"a": torch.ones(1)},
+        path,
+        metadata={"facts": '{"stage":"' + "x" * 20_000_000 + '"}', "fingerprint": "{}"},
+    )
     assert all("not a checkpoint of this project" in text for text in refusals(path, tmp_path))
 
 
@@ -199,9 +258,18 @@ def test_tensors_that_are_not_the_models(calibrated: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     "given",
-    [{"input_size": "huge"}, {"input_size": [1, 2, 3, 4]}, {"mean": [float("inf")]}, {"interpolation": "/x"}, {"code": "x"}, 5],
+    [
+        {"input_size": "huge"},
+        {"input_size": [1, 2, 3, 4]},
+        {"mean": [float("inf")]},
+        {"interpolation": "/x"},
+        {"code": "x"},
+        5,
+    ],
 )
-def test_preprocessing_that_none_could_give_is_refused(calibrated: Path, tmp_path: Path, given: Any) -> None:
+def test_preprocessing_that_none_could_give_is_refused(
+    calibrated: Path, tmp_path: Path, given: Any
+) -> None:
     from safetensors.torch import load_file
 
     from fimaq_core.checkpoint import save_checkpoint
@@ -213,15 +281,28 @@ def test_preprocessing_that_none_could_give_is_refused(calibrated: Path, tmp_pat
         stages.inspect_stage("classification", path, OPTIONS)
 
 
-@pytest.mark.parametrize("key", ["checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "checkpoint_path",
+        "cache_dir",
+        "pretrained_cfg",
+        "pretrained_cfg_overlay",
+        "pretrained_strict",
+    ],
+)
 def test_what_timm_takes_for_itself_is_no_argument_of_a_model(key: str, tmp_path: Path) -> None:
     """Neither on the command line: timm would read that file, whatever --weights says."""
     from tasks.classification.models import load_model
 
     weights = tmp_path / "weights.safetensors"
     save_file({"a": torch.ones(1)}, weights)
-    with pytest.raises(ModelError, match=f"--model-args are for the model's constructor, {key} are not"):
-        load_model(ModelRequest("vit_tiny_patch16_224", {key: str(tmp_path / "x.pth")}, weights=weights))
+    with pytest.raises(
+        ModelError, match=f"--model-args are for the model's constructor, {key} are not"
+    ):
+        load_model(
+            ModelRequest("vit_tiny_patch16_224", {key: str(tmp_path / "x.pth")}, weights=weights)
+        )
 
 
 @pytest.mark.parametrize("name", ["hf-hub:some/where", "local-dir:/etc"])

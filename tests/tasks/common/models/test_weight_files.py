@@ -28,7 +28,9 @@ class Payload:
 
 @pytest.mark.parametrize("suffix", [".pth", ".bin", ".pt"])
 @pytest.mark.parametrize("writer", ["torch", "torch, old format", "pickle"])
-def test_code_in_a_pickle_is_refused_and_never_run(tmp_path: Path, suffix: str, writer: str) -> None:
+def test_code_in_a_pickle_is_refused_and_never_run(
+    tmp_path: Path, suffix: str, writer: str
+) -> None:
     trace, path = tmp_path / "it ran", tmp_path / f"weights{suffix}"
     content = {"weight": torch.ones(2), "extra": Payload(trace)}
     if writer == "pickle":
@@ -71,7 +73,11 @@ def test_state_dicts_are_read(tmp_path: Path, suffix: str, wrap: str | None) -> 
         ("a.pth", b"", "damaged|no weights file|hold more"),
         ("a.pth", b"not a checkpoint", "damaged|no weights file|hold more"),
         ("a.safetensors", b"", "damaged or no weights file"),
-        ("a.safetensors", b"\x10\x00\x00\x00\x00\x00\x00\x00 not json at all", "damaged or no weights file"),
+        (
+            "a.safetensors",
+            b"\x10\x00\x00\x00\x00\x00\x00\x00 not json at all",
+            "damaged or no weights file",
+        ),
         ("a.onnx", b"", r"give a file that ends in .safetensors"),
     ],
 )
@@ -131,7 +137,9 @@ def test_weights_that_do_not_fit_are_refused() -> None:
         {"weight": torch.ones(2, 4), "bias": torch.ones(2)},
         {"weight": torch.ones(2, 3), "bias": torch.ones(2), "more": torch.ones(1)},
     ):
-        with pytest.raises(ModelError, match=r"some.pth do not fit the model: .*(Missing|mismatch|Unexpected)"):
+        with pytest.raises(
+            ModelError, match=r"some.pth do not fit the model: .*(Missing|mismatch|Unexpected)"
+        ):
             load_state(model, state, "some.pth")
 
 
