@@ -152,8 +152,8 @@ def quantize(
         model=_name(model), weights=weights, calibration=content, recipe=recipe
     )
     measure = ClassifierDivergence(recipe.temperature) if divergence is None else divergence
-    with progress_bars() if progress else nullcontext(silent) as report:
-        log = quantize_chain(chain, Samples(x), recipe, measure, Resources(report, placement))
+    with progress_bars() if progress else nullcontext(silent) as on_progress:
+        log = quantize_chain(chain, Samples(x), recipe, measure, Resources(on_progress, placement))
     log.notes[:0] = notes
     return QuantizedModel(chain, log=log, fingerprint=fingerprint, like=like)
 

@@ -46,7 +46,7 @@ class ReconstructMlps(Stage):
             part.inputs,
             part.recipe,
             part.divergence,
-            report=resources.report,
+            on_progress=resources.on_progress,
             placement=resources.placement,
             batch_size=resources.batch_size,
             restore=lambda index, mlp: pieces.load(index, mlp) is not None,
@@ -69,7 +69,7 @@ class Calibrate(Stage):
     scope = "ranges"
 
     def make(self, part: Part, resources: Resources, pieces: Pieces) -> None:
-        calibrate(part.chain, part.inputs, part.recipe, resources.report, resources.batch_size)
+        calibrate(part.chain, part.inputs, part.recipe, resources.on_progress, resources.batch_size)
 
     def load(self, part: Part, path: Path) -> None:
         load_checkpoint(path, part.chain, part.fingerprint, "ranges")
@@ -103,7 +103,7 @@ class Reconstruct(Stage):
             part.inputs,
             part.recipe,
             part.divergence,
-            report=resources.report,
+            on_progress=resources.on_progress,
             placement=resources.placement,
             batch_size=resources.batch_size,
             engine=resources.engine,

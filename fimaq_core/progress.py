@@ -29,7 +29,7 @@ class Progress:
     tape_bytes: int | None = None  # of the tape behind a finished block, else None
 
 
-Report = Callable[[Progress], None]
+OnProgress = Callable[[Progress], None]
 
 
 def silent(_: Progress) -> None:
@@ -37,7 +37,7 @@ def silent(_: Progress) -> None:
 
 
 def losses_to(
-    report: Report, begin: Progress, steps: int, what: str, advice: str
+    on_progress: OnProgress, begin: Progress, steps: int, what: str, advice: str
 ) -> Callable[[int, SupportsFloat], None]:
     """Make a function that reports the loss of a step (from 1) now and then.
 
@@ -53,13 +53,13 @@ def losses_to(
         value = float(loss)
         if not math.isfinite(value):
             raise NumericsError(f"{begin.block}: {what} is {value}; {advice}.")
-        report(Progress(begin.stage, begin.done + step, begin.total, begin.block, value))
+        on_progress(Progress(begin.stage, begin.done + step, begin.total, begin.block, value))
 
     return tick
 
 
 @contextmanager
-def progress_bars() -> Iterator[Report]:
+def progress_bars() -> Iterator[OnProgress]:
     """Show one bar per stage on a terminal or, with ipywidgets, in a notebook."""
     console = Console(stderr=True)
     drawn = console.is_jupyter and find_spec("ipywidgets") is not None
@@ -75,7 +75,7 @@ def progress_bars() -> Iterator[Report]:
     )
     tasks: dict[str, TaskID] = {}
 
-    def report(event: Progress) -> None:
+    def on_progress(event: Progress) -> None:
         if event.stage not in tasks:
             tasks[event.stage] = bars.add_task(event.stage, total=event.total, detail="")
         bars.update(
@@ -87,4 +87,4 @@ def progress_bars() -> Iterator[Report]:
         )
 
     with bars:
-        yield report
+        yield on_progress

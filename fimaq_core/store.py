@@ -13,7 +13,7 @@ from fimaq_core.chain import BlockChain
 from fimaq_core.checkpoint import Fingerprint, Scope, load_checkpoint, save_checkpoint
 from fimaq_core.files import remove
 from fimaq_core.fisher.divergence import Divergence
-from fimaq_core.progress import Report, silent
+from fimaq_core.progress import OnProgress, silent
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction.engines import EngineChoice
 from fimaq_core.reconstruction.reconstruct import ReconstructionLog
@@ -26,13 +26,13 @@ class Resources:
     """How to run, as far as it does not belong to the recipe.
 
     Attributes:
-        report: receives progress.
+        on_progress: receives progress.
         placement: where the tape lives.
         batch_size: images per forward pass of calibration, tape and Fisher passes.
         engine: how optimisation steps run, see :mod:`fimaq_core.reconstruction.engines`.
     """
 
-    report: Report = silent
+    on_progress: OnProgress = silent
     placement: Placement = "device"
     batch_size: int = 32
     engine: EngineChoice = "auto"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.grid.cell import default_adapter
-from fimaq_core.progress import Progress, Report
+from fimaq_core.progress import OnProgress, Progress
 from tasks.common.cell.lease import is_running, this_process
 from tasks.common.request import CellRequest
 
@@ -47,7 +47,7 @@ def doubled(events: Sequence[Event]) -> set[str]:
     return overlaps | {cell for cell, count in measured.items() if count > 1}
 
 
-def run_cell(request: CellRequest, report: Report) -> Path:
+def run_cell(request: CellRequest, on_progress: OnProgress) -> Path:
     """Measure a cell as the real adapter does, and note what happens."""
     from tasks.common.cell.identity import planned_folder
     from tasks.common.cell.run import run_cell as real
@@ -66,7 +66,7 @@ def run_cell(request: CellRequest, report: Report) -> Path:
                     if pid != os.getpid() and is_running(pid, started):
                         note(results, "overlap", cell)
             seen.add(progress.stage)
-        report(progress)
+        on_progress(progress)
 
     path = real(request, told)
     if "evaluate" in seen:

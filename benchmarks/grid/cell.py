@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from fimaq_core.errors import FimaqError
-from fimaq_core.progress import Report
+from fimaq_core.progress import OnProgress
 from tasks.common.cell import identity
 from tasks.common.record import ResultRecord, bits_name, read_record
 from tasks.common.request import CellRequest, Missing
@@ -121,7 +121,7 @@ class Adapter:
     """Functions of the tasks that the harness calls; tests put their own in."""
 
     #: Measures a cell and returns the path of its record. Importable by name in processes.
-    run_cell: Callable[[CellRequest, Report], Path]
+    run_cell: Callable[[CellRequest, OnProgress], Path]
     planned_folder: Callable[[CellRequest], Path]  #: of a cell, without running anything
     preflight: Callable[[CellRequest], list[Missing]]  #: what the cell needs and is not there
     #: Describes, for people, what is done of an unfinished cell with this folder.
@@ -137,10 +137,10 @@ def default_adapter() -> Adapter:
     )
 
 
-def _run_cell(request: CellRequest, report: Report) -> Path:
+def _run_cell(request: CellRequest, on_progress: OnProgress) -> Path:
     from tasks.common.cell.run import run_cell  # imports PyTorch
 
-    return run_cell(request, report)
+    return run_cell(request, on_progress)
 
 
 def _imports(request: CellRequest) -> Sequence[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.rehearsal.images import few_classes
 from fimaq_core.errors import FimaqError
-from fimaq_core.progress import Progress, Report
+from fimaq_core.progress import OnProgress, Progress
 from fimaq_core.recipe import Recipe, make_recipe
 from tasks.common.request import CellRequest
 from tasks.detection.tags import annotation_file
@@ -60,7 +60,7 @@ def _recipe_in_small(task: str, recipe: Recipe, images: int, gpu: bool) -> Recip
     return make_recipe(recipe.method, recipe.model_dump(mode="json"), changes)
 
 
-def rehearse_cell(request: CellRequest, report: Report) -> Path:
+def rehearse_cell(request: CellRequest, on_progress: OnProgress) -> Path:
     """Measure a cell in small, killing its process once in its midst; return the record's path.
 
     Raises:
@@ -72,7 +72,7 @@ def rehearse_cell(request: CellRequest, report: Report) -> Path:
     request = in_small(request)
     folder = planned_folder(request)
     folder.mkdir(parents=True, exist_ok=True)
-    return run_cell(request, _Listener(request, folder / _EVENTS, report))
+    return run_cell(request, _Listener(request, folder / _EVENTS, on_progress))
 
 
 class _Listener:
@@ -82,14 +82,14 @@ class _Listener:
     everything before was found done.
     """
 
-    def __init__(self, request: CellRequest, path: Path, report: Report) -> None:
+    def __init__(self, request: CellRequest, path: Path, on_progress: OnProgress) -> None:
         recipe = request.recipe
         self._stage = "evaluate" if recipe is None else "calibrate"
         if recipe is not None and recipe.reconstruct_mlp:
             self._stage = "reconstruct MLPs"
         if recipe is not None and recipe.reconstruct:
             self._stage = "reconstruct"
-        self._path, self._report, self._device = path, report, request.device
+        self._path, self._report, self._device = path, on_progress, request.device
         earlier = read_events(path.parent)
         self._attempt = 1 + max((event["attempt"] for event in earlier), default=0)
         # Of a stage with checkpoints, all blocks but the last that began are finished.

@@ -21,7 +21,7 @@ from pathlib import Path
 from benchmarks.run.executor import Failed, Finished, Kind, Message, Started
 from fimaq_core.errors import FimaqError
 from fimaq_core.files import replaced_whole
-from fimaq_core.progress import Progress, Report
+from fimaq_core.progress import OnProgress, Progress
 
 #: Seconds between two progress messages of the same stage and block.
 _QUIET = 0.25
@@ -136,7 +136,7 @@ def _kind(error: Exception) -> Kind:
     return "memory" if memory else "error"
 
 
-def _reporter(send: Callable[[Message], None]) -> Report:
+def _reporter(send: Callable[[Message], None]) -> OnProgress:
     last: tuple[str, str, bool] | None = None
     sent = 0.0
 

@@ -52,10 +52,10 @@ def calibration_seconds(chain: BlockChain, images: Tensor, recipe: Recipe) -> li
     """Calibrate ``chain`` on the first ``recipe.range_images``; return the seconds per segment."""
     marks: list[float] = []
 
-    def report(_: Progress) -> None:
+    def on_progress(_: Progress) -> None:
         marks.append(timer())
 
-    calibrate(chain, images, recipe, report=report)
+    calibrate(chain, images, recipe, on_progress=on_progress)
     return [end - start for start, end in itertools.pairwise(marks)]
 
 

@@ -24,7 +24,7 @@ from fimaq_core.layers import (
     quant_layers,
     set_quantized,
 )
-from fimaq_core.progress import Progress, Report, silent
+from fimaq_core.progress import OnProgress, Progress, silent
 from fimaq_core.quantizers.affine import AffineQuantizer
 from fimaq_core.recipe import OFF, Recipe
 from fimaq_core.samples import Samples
@@ -35,7 +35,7 @@ def calibrate(
     chain: BlockChain,
     images: Samples | Tensor,
     recipe: Recipe,
-    report: Report = silent,
+    on_progress: OnProgress = silent,
     batch_size: int = 32,
 ) -> None:
     """Set all ranges of ``chain``, in place, and switch its layers to their quantized form.
@@ -53,7 +53,7 @@ def calibrate(
         images: (N, ...) inputs of the chain; the first ``recipe.range_images`` are used. Where
             shapes vary a sample may have any number of rows, none included (an image without
             proposals).
-        report: receives progress, one unit per block.
+        on_progress: receives progress, one unit per block.
 
     Raises:
         NumericsError: a weight or activation is not finite, or a layer sees no input.
@@ -69,7 +69,7 @@ def calibrate(
     sides = [chain.side_of(part.to(device)) for part in x.batches(batch_size)]
     kept: list[Kept] = [()] * len(sides)
     for index, segment in enumerate(chain):
-        report(Progress("calibrate", index, len(chain), segment.label))
+        on_progress(Progress("calibrate", index, len(chain), segment.label))
         captured = Capture(segment, recipe, samples)
         outputs = []
         for number, part in enumerate(x.batches(batch_size)):
@@ -89,7 +89,7 @@ def calibrate(
         x = x.joined(outputs) if outputs else x
         if not any(chain.segment(later).takes_kept for later in range(index + 1, len(chain))):
             kept = [()] * len(sides)
-    report(Progress("calibrate", len(chain), len(chain)))
+    on_progress(Progress("calibrate", len(chain), len(chain)))
     set_quantized(chain, True)
 
 

@@ -21,7 +21,7 @@ from fimaq_core.fisher.divergence import Divergence
 from fimaq_core.fisher.passes import perturbation_hessian
 from fimaq_core.layers import set_quantized
 from fimaq_core.numerics import arithmetic
-from fimaq_core.progress import Progress, Report, losses_to, silent
+from fimaq_core.progress import OnProgress, Progress, losses_to, silent
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction.schedule import block_generator, draw_batches
 from fimaq_core.reconstruction.tape import Collected, Placement, Storage, Tape
@@ -81,7 +81,7 @@ def reconstruct_mlps(
     recipe: Recipe,
     divergence: Divergence,
     *,
-    report: Report = silent,
+    on_progress: OnProgress = silent,
     placement: Placement = "device",
     batch_size: int = 32,
     restore: Callable[[int, nn.Module], bool] = lambda index, mlp: False,
@@ -92,7 +92,7 @@ def reconstruct_mlps(
     Args:
         recipe: the ``mlp_*`` settings, temperature and seed.
         restore, save: called for each MLP, with its number.
-        chain, images, divergence, report, placement, batch_size: as in
+        chain, images, divergence, on_progress, placement, batch_size: as in
             :func:`fimaq_core.reconstruction.reconstruct.reconstruct`.
 
     Raises:
@@ -126,17 +126,17 @@ def reconstruct_mlps(
                 begin = replace(
                     begin, done=number * recipe.mlp_steps, block=f"{segment.label}.{part.name}"
                 )
-                report(begin)
+                on_progress(begin)
                 lesson = _prepare(tape, part, recipe, reference, divergence)
                 advice = f"lower mlp_lr (now {recipe.mlp_lr})"
-                tick = losses_to(report, begin, recipe.mlp_steps, "the MLP's loss", advice)
+                tick = losses_to(on_progress, begin, recipe.mlp_steps, "the MLP's loss", advice)
                 _train(mlp, part, lesson, recipe, begin.block, tick)
                 save(number, mlp)
                 del lesson  # before the next one is made
             number += 1
         if index + 1 < len(teacher):
             tape.advance()
-    report(Progress(begin.stage, begin.total, begin.total))
+    on_progress(Progress(begin.stage, begin.total, begin.total))
     return teacher
 
 

@@ -16,7 +16,7 @@ from fimaq_core.layers import (
     quant_layers,
     set_quantized,
 )
-from fimaq_core.progress import Progress, Report, losses_to, silent
+from fimaq_core.progress import OnProgress, Progress, losses_to, silent
 from fimaq_core.quantizers.affine import AffineQuantizer
 from fimaq_core.recipe import Recipe
 from fimaq_core.reconstruction.block import optimise_block
@@ -81,7 +81,7 @@ def reconstruct(
     recipe: Recipe,
     divergence: Divergence,
     *,
-    report: Report = silent,
+    on_progress: OnProgress = silent,
     placement: Placement = "device",
     batch_size: int = 32,
     engine: EngineChoice = "auto",
@@ -96,7 +96,7 @@ def reconstruct(
     Args:
         images: (n, ...) calibration inputs of the chain, on any device; where shapes vary they are
             taken one by one in their order.
-        report: receives progress, one unit per step.
+        on_progress: receives progress, one unit per step.
         placement: where the tape lives.
         batch_size: samples a forward pass of tape and Fisher passes (not of the optimisation).
         engine: how steps run, see :mod:`fimaq_core.reconstruction.engines`.
@@ -142,16 +142,20 @@ def reconstruct(
         if segment not in learning:
             decide_roundings(segment.block)  # left as calibrated
         elif not restore(index, segment):
-            report(begin)
+            on_progress(begin)
             tape.compute_target()
             objective = make_objective(chain, tape, recipe, reference, divergence, log.notes)
 
             def on_pass(starts: bool, step: int, begin: Progress = begin) -> None:
                 stage = "Fisher pass" if starts else begin.stage
-                report(replace(begin, stage=stage, done=begin.done + step))
+                on_progress(replace(begin, stage=stage, done=begin.done + step))
 
             tick = losses_to(
-                report, begin, recipe.steps, "the reconstruction loss", "lower the learning rates"
+                on_progress,
+                begin,
+                recipe.steps,
+                "the reconstruction loss",
+                "lower the learning rates",
             )
             loss, near_floor = optimise_block(
                 segment, tape, objective, recipe, log.engine, on_pass, tick
@@ -164,7 +168,7 @@ def reconstruct(
             del objective  # its Fisher information goes before the next block's is made
             log.keep(label, tape.measure(keep=segment is not learning[-1]), fisher)
             save(index, segment, log)
-            report(replace(begin, done=begin.done + recipe.steps, tape_bytes=tape.nbytes))
+            on_progress(replace(begin, done=begin.done + recipe.steps, tape_bytes=tape.nbytes))
         if segment in learning:
             begin = replace(begin, done=begin.done + recipe.steps)
         if segment is learning[-1]:
@@ -172,7 +176,7 @@ def reconstruct(
         tape.advance()
     decide_roundings(chain)  # what is behind the last of them
     set_quantized(chain, True)
-    report(Progress("reconstruct", begin.total, begin.total))
+    on_progress(Progress("reconstruct", begin.total, begin.total))
     return log
 
 

@@ -6,7 +6,7 @@ from torch import nn
 from fimaq_core.chain import BlockChain
 from fimaq_core.families import find_family
 from fimaq_core.fisher.divergence import ClassifierDivergence, Divergence
-from fimaq_core.progress import Report
+from fimaq_core.progress import OnProgress
 from fimaq_core.recipe import Recipe
 from tasks.classification import models, tags
 from tasks.classification.data import calibration_set, open_source
@@ -46,7 +46,7 @@ class ClassificationTask(Task):
         device: torch.device,
         batch_size: int,
         workers: int,
-        report: Report,
+        on_progress: OnProgress,
     ) -> Evaluation:
         """Top-1 and top-5 on the evaluation part."""
         source = open_source(loaded, data, "val").head(data.limit)
@@ -60,7 +60,7 @@ class ClassificationTask(Task):
             device,
             batch_size,
             workers,
-            report,
+            on_progress,
             readable_names(source.class_names),
         )
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fimaq_core.chain import BlockChain
 from fimaq_core.errors import ModelError
 from fimaq_core.fisher.divergence import Divergence
-from fimaq_core.progress import Report
+from fimaq_core.progress import OnProgress
 from fimaq_core.recipe import Recipe
 from fimaq_core.samples import Samples
 from tasks.common.preprocessing import Preprocessing
@@ -225,7 +225,7 @@ class Task:
         device: torch.device,
         batch_size: int,
         workers: int,
-        report: Report,
+        on_progress: OnProgress,
     ) -> Evaluation:
         """Measure ``model`` (of :meth:`assemble`) on its ``device``. Raises DataError, NumericsError."""
         raise NotImplementedError

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fimaq_core.errors import DataError, NumericsError
-from fimaq_core.progress import Progress, Report
+from fimaq_core.progress import OnProgress, Progress
 from tasks.common.cell.prediction_samples import Spread, leaders, shortened
 from tasks.common.data.folders import Source
 from tasks.common.data.images import Images, image_outputs
@@ -24,7 +24,7 @@ def evaluate(
     device: torch.device,
     batch_size: int,
     workers: int,
-    report: Report,
+    on_progress: OnProgress,
     names: Sequence[str] = (),
 ) -> Evaluation:
     """Measure ``model`` on all of ``images``, which came from ``source``.
@@ -33,7 +33,7 @@ def evaluate(
         model: on ``device``, in eval mode; (B, C, H, W) to (B, classes).
         batch_size: images per forward pass.
         workers: data-loading processes.
-        report: receives progress, one unit per image.
+        on_progress: receives progress, one unit per image.
         names: of the classes, for people; their numbers where there are none.
 
     Raises:
@@ -63,7 +63,7 @@ def evaluate(
         for row in spread.take(batch.positions.tolist()):
             example = {"sample": source.ids[int(batch.positions[row])]}
             examples.append(example | _answers(logits[row], int(batch.targets[row]), names))
-        report(Progress("evaluate", batch.done, len(images)))
+        on_progress(Progress("evaluate", batch.done, len(images)))
     if not positions:
         raise DataError(f"No image of {source.name} {source.split} could be read.")
     order = torch.cat(positions).numpy()

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fimaq_core.errors import DataError, ModelError, NumericsError
-from fimaq_core.progress import Progress, Report
+from fimaq_core.progress import OnProgress, Progress
 from tasks.common.data.images import Images
 from tasks.common.record import Metric
 from tasks.common.task import Evaluation
@@ -43,7 +43,7 @@ def detect(
     source: DetectionSource,
     prepare: Callable[[np.ndarray], tuple[Tensor, dict[str, Any]]],
     device: torch.device,
-    report: Report,
+    on_progress: OnProgress,
     skip_corrupt: bool = False,
     workers: int = 0,
 ) -> Detections:
@@ -68,7 +68,7 @@ def detect(
             found = _predicted(predict, image.to(device, non_blocking=True), meta, name)
             results += coco_results(found, source.images[position], source.ids_by_label, name)
             kept.append(position)
-        report(Progress("evaluate", index + 1, len(images)))
+        on_progress(Progress("evaluate", index + 1, len(images)))
     if not kept:
         raise DataError(f"All {len(images)} images of {source.name} {source.split} are damaged.")
     return Detections(results, kept, images.notes())

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from fimaq_core.chain import BlockChain
 from fimaq_core.errors import RecipeError
 from fimaq_core.fisher.divergence import Divergence
-from fimaq_core.progress import Report
+from fimaq_core.progress import OnProgress
 from fimaq_core.recipe import OFF, Recipe
 from fimaq_core.samples import Samples
 from tasks.common.request import DataRequest, ModelRequest
@@ -157,12 +157,12 @@ class DetectionTask(Task):
         device: torch.device,
         batch_size: int,
         workers: int,
-        report: Report,
+        on_progress: OnProgress,
     ) -> Evaluation:
         """COCO's average precisions, image by image: how an image is padded must not depend on others."""
         assert isinstance(model, QuantizedDetector)
         source = open_source(loaded, data, "val").head(data.limit).settled()
-        made = model.predict, source, loaded.eval_transform, device, report
+        made = model.predict, source, loaded.eval_transform, device, on_progress
         return measure(source, detect(*made, data.skip_corrupt, workers), data.keep_outputs)
 
 

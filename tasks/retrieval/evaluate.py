@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fimaq_core.errors import DataError, ModelError, NumericsError
-from fimaq_core.progress import Progress, Report
+from fimaq_core.progress import OnProgress, Progress
 from tasks.common.cell.prediction_samples import CAPTIONS, Spread, shortened
 from tasks.common.data.images import Images, image_outputs
 from tasks.common.record import Metric
@@ -34,7 +34,7 @@ def evaluate_pairs(
     device: torch.device,
     batch_size: int,
     workers: int,
-    report: Report,
+    on_progress: OnProgress,
     truncated_captions: int | None = None,
 ) -> Evaluation:
     """Measure two encoders on all pairs of ``source``.
@@ -56,7 +56,7 @@ def evaluate_pairs(
     for batch in image_outputs(encode_image, images, device, batch_size, workers):
         positions.append(batch.positions)
         embedded.append(normalised(batch.values))
-        report(Progress("evaluate", batch.done, total))
+        on_progress(Progress("evaluate", batch.done, total))
     if not positions:
         raise DataError("None of the images could be read.")
     kept, image_embeddings = torch.cat(positions).numpy(), torch.cat(embedded)
@@ -69,7 +69,7 @@ def evaluate_pairs(
         texts,
         device,
         batch_size,
-        lambda done: report(Progress("evaluate", before + done, total)),
+        lambda done: on_progress(Progress("evaluate", before + done, total)),
     )
     image_of = np.searchsorted(kept, source.image_of[kept_captions])
     shown = Spread(len(images)).take(kept.tolist())

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fimaq_core.errors import DataError, RecipeError
 from fimaq_core.fisher.divergence import Divergence
-from fimaq_core.progress import Report
+from fimaq_core.progress import OnProgress
 from fimaq_core.recipe import Recipe
 from fimaq_core.samples import Samples
 from tasks.common.data.class_names import told_apart
@@ -137,7 +137,7 @@ class RetrievalTask(Task):
         device: torch.device,
         batch_size: int,
         workers: int,
-        report: Report,
+        on_progress: OnProgress,
     ) -> Evaluation:
         """Recalls on the test pairs, or zero-shot accuracy on the images of a folder."""
         assert isinstance(model, TwoTowers)
@@ -152,7 +152,7 @@ class RetrievalTask(Task):
             folders = source.class_names
             names = class_names(data.path, folders)
             embedded = class_embeddings(
-                model.encode_text, loaded.tokenizer, names, device, batch_size, report
+                model.encode_text, loaded.tokenizer, names, device, batch_size, on_progress
             )
             classifier = ZeroShotClassifier(model.encode_image, embedded, model.logit_scale)
             source = source.head(data.limit)
@@ -166,7 +166,7 @@ class RetrievalTask(Task):
                 device,
                 batch_size,
                 workers,
-                report,
+                on_progress,
                 told_apart(names, folders),
             )
             return replace(found, dataset=named_classes(found.dataset, names, folders))
@@ -181,7 +181,15 @@ class RetrievalTask(Task):
         cut = truncated(loaded.tokenizer, pairs.captions, loaded.context_length)
         encoders = model.encode_image, model.encode_text
         return evaluate_pairs(
-            *encoders, images, pairs, loaded.tokenizer, device, batch_size, workers, report, cut
+            *encoders,
+            images,
+            pairs,
+            loaded.tokenizer,
+            device,
+            batch_size,
+            workers,
+            on_progress,
+            cut,
         )
 
 

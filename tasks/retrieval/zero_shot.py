@@ -13,7 +13,7 @@ from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
 from torch import Tensor, nn
 
 from fimaq_core.errors import DataError
-from fimaq_core.progress import Progress, Report
+from fimaq_core.progress import OnProgress, Progress
 from tasks.common.data.imagenet import IMAGENET, is_imagenet, wordnet_ids
 from tasks.common.record import Dataset
 from tasks.retrieval.evaluate import Encode, Tokenizer, embed_texts, normalised
@@ -73,7 +73,7 @@ def class_embeddings(
     names: Sequence[str],
     device: torch.device,
     batch_size: int,
-    report: Report,
+    on_progress: OnProgress,
     templates: Sequence[Template] = TEMPLATES,
 ) -> Tensor:
     """Unit embeddings (classes, d): means over ``templates``. Raises ModelError."""
@@ -86,7 +86,7 @@ def class_embeddings(
         before = start * len(templates)
 
         def advance(done: int, before: int = before) -> None:
-            report(Progress("embed classes", before + done, total))
+            on_progress(Progress("embed classes", before + done, total))
 
         embeddings = embed_texts(encode_text, tokenizer, texts, device, batch_size, advance)
         found.append(normalised(embeddings.view(-1, len(templates), embeddings.shape[1]).mean(1)))

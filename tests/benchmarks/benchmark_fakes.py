@@ -16,7 +16,7 @@ import yaml
 from benchmarks.grid.cell import Adapter, Cell
 from benchmarks.grid.expand import Grid, load_grid
 from fimaq_core.errors import ModelError
-from fimaq_core.progress import Progress, Report
+from fimaq_core.progress import OnProgress, Progress
 from fimaq_core.recipe import OFF
 from tasks.common.cell.identity import variant_name
 from tasks.common.record import (
@@ -143,12 +143,12 @@ def planned_folder(request: CellRequest) -> Path:
     )
 
 
-def run_cell(request: CellRequest, report: Report) -> Path:
+def run_cell(request: CellRequest, on_progress: OnProgress) -> Path:
     """Write a record, unless ``faults.json`` beside the results says otherwise for this method."""
     faults_file = request.results.parent / "faults.json"
     faults = json.loads(faults_file.read_text()) if faults_file.is_file() else {}
     fault = faults.get("fp" if request.recipe is None else request.recipe.method)
-    report(Progress("evaluate", 1, 2, "block 0", 1.0))
+    on_progress(Progress("evaluate", 1, 2, "block 0", 1.0))
     print("a library speaks")
     with (request.results.parent / "log.txt").open("a") as log:
         log.write(

@@ -15,7 +15,7 @@ from pathlib import Path
 import benchmark_fakes as fakes
 
 from benchmarks.grid.cell import Adapter
-from fimaq_core.progress import Progress, Report
+from fimaq_core.progress import OnProgress, Progress
 from tasks.common.cell.lease import Busy
 from tasks.common.request import CellRequest
 
@@ -54,7 +54,7 @@ def name_of(request: CellRequest) -> str:
     )
 
 
-def run_cell(request: CellRequest, report: Report) -> Path:
+def run_cell(request: CellRequest, on_progress: OnProgress) -> Path:
     """Measure nothing, after what the plan says for this attempt: a list of faults a cell, one an attempt, then none.
 
     Every attempt is noted in ``attempts.txt``: process id, its parent's, cell, eval_batch, placement.
@@ -69,9 +69,9 @@ def run_cell(request: CellRequest, report: Report) -> Path:
     attempt = sum(f" {name_of(request)} " in line for line in log.read_text().splitlines())
     faults = plan.get(name_of(request), [])
     fault = faults[attempt - 1] if attempt <= len(faults) else ""
-    report(Progress("calibrate", 0, 1))
+    on_progress(Progress("calibrate", 0, 1))
     if fault.startswith("further"):
-        report(Progress("reconstruct", 1, 9, f"block {attempt}", 0.5))
+        on_progress(Progress("reconstruct", 1, 9, f"block {attempt}", 0.5))
         fault = fault.removeprefix("further ")
     if fault == "kill":
         os.kill(os.getpid(), signal.SIGKILL)

@@ -7,14 +7,14 @@ import benchmark_fakes as fakes
 
 from benchmarks.faults.audit import note
 from benchmarks.grid.cell import Adapter
-from fimaq_core.progress import Report
+from fimaq_core.progress import OnProgress
 from tasks.common.cell.identity import planned_folder
 from tasks.common.cell.lease import acquire
 from tasks.common.record import write_record
 from tasks.common.request import CellRequest
 
 
-def run_cell(request: CellRequest, report: Report) -> Path:
+def run_cell(request: CellRequest, on_progress: OnProgress) -> Path:
     """Write a record under a lease, unless another process has."""
     path = planned_folder(request) / "result.json"
     results, name = request.results.parent, str(path.parent.relative_to(request.results))

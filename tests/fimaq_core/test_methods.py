@@ -299,7 +299,7 @@ def run(
     """
     work: list[tuple[str, str]] = []
 
-    def report(progress: Progress) -> None:
+    def on_progress(progress: Progress) -> None:
         here = (progress.stage, progress.block or "")
         if here == stop:
             raise Broken
@@ -307,7 +307,7 @@ def run(
             work.append(here)
 
     chain, x, mark = chain_of(vit(2), recipe), images(16), fingerprint(recipe)
-    resources = Resources(report, batch_size=8)
+    resources = Resources(on_progress, batch_size=8)
 
     def file(name: str) -> Path | None:
         return None if folder is None else folder / name
@@ -367,7 +367,7 @@ def run_mlps(
     """
     work: list[str] = []
 
-    def report(progress: Progress) -> None:
+    def on_progress(progress: Progress) -> None:
         if progress.block == stop and stop is not None:
             raise Broken
         if progress.block and progress.block not in work:
@@ -376,7 +376,7 @@ def run_mlps(
     chain, x = chain_of(vit(2), recipe), images(16)
     path = None if folder is None else folder / "mlps.safetensors"
     part = Part(chain, x, recipe, KL, fingerprint(recipe))
-    run_stage(MLPS, part, path, resources=Resources(report, batch_size=8))
+    run_stage(MLPS, part, path, resources=Resources(on_progress, batch_size=8))
     assert part.teacher is not None
     with torch.no_grad():
         assert torch.equal(part.teacher(x), chain_of(vit(2), recipe)(x))

@@ -24,7 +24,7 @@ import psutil
 from filelock import LeaseSettingsMismatch, OwnerRecord, SoftFileLease, Timeout
 
 from fimaq_core.errors import CheckpointError, FimaqError
-from fimaq_core.progress import Progress, Report, silent
+from fimaq_core.progress import OnProgress, Progress, silent
 
 #: Seconds between two touches, and seconds without one after which a holder counts as dead.
 BEAT, EXPIRY = 10.0, 90.0
@@ -232,12 +232,12 @@ def _remove_old(path: Path) -> None:
                 file.unlink()
 
 
-def awaited(path: Path, report: Report = silent) -> Lease:
+def awaited(path: Path, on_progress: OnProgress = silent) -> Lease:
     """Take the lease of `path` as soon as nobody else holds it.
 
     Args:
         path: as of `acquire`.
-        report: told about a wait.
+        on_progress: told about a wait.
 
     Raises:
         CheckpointError: the folder cannot be read or written.
@@ -248,7 +248,7 @@ def awaited(path: Path, report: Report = silent) -> Lease:
             lease = acquire(path)
         except Busy as busy:
             waited = True
-            report(Progress(f"wait for {busy.holder}", 0, 1))
+            on_progress(Progress(f"wait for {busy.holder}", 0, 1))
             time.sleep(0.5)
         else:
             lease.waited = waited
@@ -256,7 +256,7 @@ def awaited(path: Path, report: Report = silent) -> Lease:
 
 
 @contextlib.contextmanager
-def exclusively(path: Path | None, report: Report = silent) -> Iterator[Lease | None]:
+def exclusively(path: Path | None, on_progress: OnProgress = silent) -> Iterator[Lease | None]:
     """Hold the lease of `path` while it is made. Arguments and errors as of `awaited`.
 
     A file that is there is finished and needs no lease; None needs none either.
@@ -264,5 +264,5 @@ def exclusively(path: Path | None, report: Report = silent) -> Iterator[Lease | 
     if path is None or path.is_file():
         yield None
     else:
-        with awaited(path, report) as lease:
+        with awaited(path, on_progress) as lease:
             yield lease

@@ -12,7 +12,7 @@ from fimaq_core.chain import Segment
 from fimaq_core.checkpoint import Fingerprint, save_checkpoint
 from fimaq_core.errors import RecipeError
 from fimaq_core.pipeline import load_mlps
-from fimaq_core.progress import Report
+from fimaq_core.progress import OnProgress
 from fimaq_core.store import Part, Resources
 from tasks.common.cell.environment import resolve_device
 from tasks.common.cell.identity import resolved
@@ -133,7 +133,7 @@ class Prepared:
             path, whole(self.chains).state_dict(), self.fingerprint, {**self.facts, "stage": stage}
         )
 
-    def evaluate(self, chains: Chains, report: Report) -> Evaluation:
+    def evaluate(self, chains: Chains, on_progress: OnProgress) -> Evaluation:
         """Measure the model with `chains` in place of the parts they stand for."""
         request = self.request
         model = self.task.assemble(self.loaded, chains).to(self.device)
@@ -144,11 +144,11 @@ class Prepared:
             self.device,
             request.eval_batch,
             request.workers,
-            report,
+            on_progress,
         )
 
 
-def prepare(request: CellRequest, report: Report) -> Prepared:
+def prepare(request: CellRequest, on_progress: OnProgress) -> Prepared:
     """Load the model, and draw the calibration images unless it is to stay in full precision.
 
     Raises:
@@ -159,7 +159,7 @@ def prepare(request: CellRequest, report: Report) -> Prepared:
         torch.set_num_threads(request.threads)
     device = resolve_device(request.device)
     task = get_task(request.task)
-    resources = Resources(report, request.placement, request.eval_batch, request.step_engine)
+    resources = Resources(on_progress, request.placement, request.eval_batch, request.step_engine)
     cell = Prepared(request, task, device, resources, task.load(request.model))
     if request.recipe is not None:
         cell.images = task.calibration(cell.loaded, request.data, request.recipe)

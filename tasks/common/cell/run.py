@@ -15,7 +15,7 @@ from fimaq_core import NUMERICS_VERSION
 from fimaq_core.files import remove_leftovers, replaced_whole
 from fimaq_core.fisher.losses import takes_passes
 from fimaq_core.pipeline import CALIBRATE, MLPS, RECONSTRUCT, STAGES
-from fimaq_core.progress import Report, silent
+from fimaq_core.progress import OnProgress, silent
 from fimaq_core.reconstruction.reconstruct import ReconstructionLog
 from fimaq_core.store import Address, CheckpointStore, Part, Pieces, Stage
 from tasks.common.cell.environment import StageClock, describe, resolve_device
@@ -38,12 +38,12 @@ from tasks.common.request import CellRequest
 from tasks.common.task import Evaluation
 
 
-def run_cell(request: CellRequest, report: Report = silent) -> Path:
+def run_cell(request: CellRequest, on_progress: OnProgress = silent) -> Path:
     """Measure one cell and write its record; a cell that has a valid record is not measured again.
 
     Args:
         request: the cell.
-        report: receives progress.
+        on_progress: receives progress.
 
     Returns:
         Path of ``result.json``. Beside it are ``outcomes.npz`` and, of quantized models,
@@ -59,36 +59,36 @@ def run_cell(request: CellRequest, report: Report = silent) -> Path:
         with acquire(path) as lease:
             if not path.is_file():
                 remove_leftovers(path.parent)
-                _measure(request, lease, report)
+                _measure(request, lease, on_progress)
     read_record(path)
     return path
 
 
-def _measure(request: CellRequest, lease: Lease, report: Report) -> None:
+def _measure(request: CellRequest, lease: Lease, on_progress: OnProgress) -> None:
     """Measure a cell and write its record, holding its ``lease``."""
-    full = None if request.recipe is None else _full_precision(request, report)
+    full = None if request.recipe is None else _full_precision(request, on_progress)
     clock = StageClock(resolve_device(request.device))
-    cell = prepare(request, report)
+    cell = prepare(request, on_progress)
     clock.lap("load")
     if request.recipe is not None:
-        _run_stages(cell, lease, clock, report)
-    evaluation = cell.evaluate(cell.chains, report)
+        _run_stages(cell, lease, clock, on_progress)
+    evaluation = cell.evaluate(cell.chains, on_progress)
     clock.lap("evaluate")
     _write(_record(cell, evaluation, full, clock), evaluation, lease)
     Pieces(_blocks(lease), RECONSTRUCT.piece).remove()
 
 
-def _full_precision(request: CellRequest, report: Report) -> dict[str, Metric]:
+def _full_precision(request: CellRequest, on_progress: OnProgress) -> dict[str, Metric]:
     """The metrics of the full-precision model, which is measured first where it has no record."""
     request = replace(request, recipe=None, mlp_checkpoint=None, variant=None)
     path = planned_folder(request) / "result.json"
-    with exclusively(path, report) as lease:
+    with exclusively(path, on_progress) as lease:
         if lease is not None and not path.is_file():
-            _measure(request, lease, report)
+            _measure(request, lease, on_progress)
     return read_record(path).metrics
 
 
-def _run_stages(cell: Prepared, lease: Lease, clock: StageClock, report: Report) -> None:
+def _run_stages(cell: Prepared, lease: Lease, clock: StageClock, on_progress: OnProgress) -> None:
     """Run all stages, or load what is there of them, and write the checkpoint of the whole model."""
 
     def address(stage: Stage, part: Part) -> Address:
@@ -102,7 +102,7 @@ def _run_stages(cell: Prepared, lease: Lease, clock: StageClock, report: Report)
 
     @contextmanager
     def alone(path: Path | None) -> Iterator[None]:
-        with exclusively(path, report) as own:
+        with exclusively(path, on_progress) as own:
             if own is not None:
                 remove_leftovers(own.path.parent, own.path.name)
                 if own.waited:

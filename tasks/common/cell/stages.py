@@ -14,7 +14,7 @@ from fimaq_core.errors import CheckpointError, first_problem
 from fimaq_core.files import remove
 from fimaq_core.layers import set_quantized
 from fimaq_core.pipeline import CALIBRATE, MLPS, RECONSTRUCT, load_mlps
-from fimaq_core.progress import Report, silent
+from fimaq_core.progress import OnProgress, silent
 from fimaq_core.recipe import OFF, Recipe, make_recipe
 from fimaq_core.reconstruction.mlp import mlps, use_relu
 from fimaq_core.reconstruction.reconstruct import ReconstructionLog
@@ -43,7 +43,7 @@ _NAME = re.compile(r"(?!.*\.\.)[A-Za-z0-9_][A-Za-z0-9_.+-]*(/[A-Za-z0-9_.+-]+)*"
 _WORD = re.compile(r"[A-Za-z0-9_ +-]*")
 
 
-def mlp_stage(request: CellRequest, out: Path, report: Report) -> list[str]:
+def mlp_stage(request: CellRequest, out: Path, on_progress: OnProgress) -> list[str]:
     """Reconstruct the MLPs of a model and write them to ``out``; an ``out`` of the same run is kept.
 
     Returns:
@@ -55,7 +55,7 @@ def mlp_stage(request: CellRequest, out: Path, report: Report) -> list[str]:
         request.recipe.method, request.recipe.model_dump(mode="json"), {"reconstruct_mlp": True}
     )
     cell = prepare(
-        replace(request, recipe=recipe, mlp_checkpoint=out if out.is_file() else None), report
+        replace(request, recipe=recipe, mlp_checkpoint=out if out.is_file() else None), on_progress
     )
     cell.build()
     _run(MLPS, cell, out)
@@ -66,7 +66,7 @@ def mlp_stage(request: CellRequest, out: Path, report: Report) -> list[str]:
     return cell.notes
 
 
-def calibrate_stage(request: CellRequest, out: Path, report: Report) -> list[str]:
+def calibrate_stage(request: CellRequest, out: Path, on_progress: OnProgress) -> list[str]:
     """Calibrate a model and write the checkpoint ``out``; an ``out`` of the same run is kept.
 
     MLPs that are reconstructed on the way are kept beside it.
@@ -74,7 +74,7 @@ def calibrate_stage(request: CellRequest, out: Path, report: Report) -> list[str
     Returns:
         Notes on the weights and the calibration images.
     """
-    cell = prepare(request, report)
+    cell = prepare(request, on_progress)
     cell.build()
     _run(MLPS, cell, _beside(out, "mlp"))
     if out.is_file():
@@ -116,7 +116,7 @@ def reconstruct_stage(
     given: dict[str, Any],
     data: DataRequest,
     options: dict[str, Any],
-    report: Report,
+    on_progress: OnProgress,
 ) -> ReconstructionLog:
     """Reconstruct a calibrated checkpoint and write ``out``; until then, blocks are kept beside it.
 
@@ -134,7 +134,7 @@ def reconstruct_stage(
             f"The checkpoint {checkpoint} is of stage '{facts['stage']}': reconstruct needs a calibrated one."
         )
     recipe = _changed(fingerprint.recipe, given, defaults(task_name))
-    cell = prepare(_request(task_name, facts, data, recipe, options), report)
+    cell = prepare(_request(task_name, facts, data, recipe, options), on_progress)
     cell.build()
     if recipe.reconstruct_mlp:
         for part in cell.parts:
@@ -157,12 +157,16 @@ def reconstruct_stage(
 
 
 def evaluate_stage(
-    task_name: str, checkpoint: Path, data: DataRequest, options: dict[str, Any], report: Report
+    task_name: str,
+    checkpoint: Path,
+    data: DataRequest,
+    options: dict[str, Any],
+    on_progress: OnProgress,
 ) -> Evaluation:
     """Evaluate a checkpoint of any stage. ``options`` as in :func:`reconstruct_stage`."""
     fingerprint, facts = read_origin(checkpoint, task_name)
-    cell = prepare(_request(task_name, facts, data, None, options), report)
-    evaluation = cell.evaluate(_restored(cell, checkpoint, fingerprint, facts), report)
+    cell = prepare(_request(task_name, facts, data, None, options), on_progress)
+    evaluation = cell.evaluate(_restored(cell, checkpoint, fingerprint, facts), on_progress)
     said = replaced(facts.get("preprocessing", {}), options.get("preprocessing", {}))
     return replace(evaluation, notes=[*cell.notes, *said, *evaluation.notes])
 

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from fimaq_core.errors import FimaqError, RecipeError
-from fimaq_core.progress import Report, progress_bars
+from fimaq_core.progress import OnProgress, progress_bars
 from fimaq_core.recipe import Recipe
 from tasks.common.cli.options import (
     GroupedCommand,
@@ -75,8 +75,8 @@ def build_group(task_name: str, summary: str, own: TaskOptions = TaskOptions()) 
         if force:
             resolve_device(request.device)  # nothing is removed for a run that cannot start
             forget([request])
-        with progress_bars() as report:
-            path = run_cell(request, report)
+        with progress_bars() as on_progress:
+            path = run_cell(request, on_progress)
         record = read_record(path)
         for name, metric in record.metrics.items():
             full = (
@@ -133,8 +133,10 @@ def build_group(task_name: str, summary: str, own: TaskOptions = TaskOptions()) 
             given_recipe(options),
             take(DataRequest, with_preprocessing(options)),
         )
-        with progress_bars() as report:
-            log = stages.reconstruct_stage(task_name, checkpoint, out, given, data, options, report)
+        with progress_bars() as on_progress:
+            log = stages.reconstruct_stage(
+                task_name, checkpoint, out, given, data, options, on_progress
+            )
         _echo(f"note: {note}" for note in log.sentences())
         click.echo(f"reconstructed checkpoint: {out}")
 
@@ -147,8 +149,8 @@ def build_group(task_name: str, summary: str, own: TaskOptions = TaskOptions()) 
         from tasks.common.cell import stages
 
         data = take(DataRequest, with_preprocessing(options))
-        with progress_bars() as report:
-            evaluation = stages.evaluate_stage(task_name, checkpoint, data, options, report)
+        with progress_bars() as on_progress:
+            evaluation = stages.evaluate_stage(task_name, checkpoint, data, options, on_progress)
         for name, metric in evaluation.metrics.items():
             click.echo(f"{name} {metric.value:.2f} ± {metric.stderr:.2f} (n = {evaluation.n})")
         _echo(f"note: {note}" for note in evaluation.notes)
@@ -193,14 +195,16 @@ def _request(task_name: str, recipe: Recipe | None, options: dict[str, Any]) -> 
 
 
 def _first_stage(
-    task_name: str, stage: Callable[[CellRequest, Path, Report], list[str]], options: dict[str, Any]
+    task_name: str,
+    stage: Callable[[CellRequest, Path, OnProgress], list[str]],
+    options: dict[str, Any],
 ) -> Path:
     """Run a stage that starts from the float model; return the checkpoint it wrote."""
     recipe, out = take_recipe(options, defaults(task_name)), Path(options.pop("out"))
     if recipe is None:
         raise RecipeError("Method 'fp' has no stages: use run.")
-    with progress_bars() as report:
-        notes = stage(_request(task_name, recipe, options), out, report)
+    with progress_bars() as on_progress:
+        notes = stage(_request(task_name, recipe, options), out, on_progress)
     _echo(f"note: {note}" for note in notes)
     return out
 

@@ -35,7 +35,7 @@ def test_the_witness_sees_who_measures(tmp_path: Path, monkeypatch: pytest.Monke
     stages = ["evaluate"]
     monkeypatch.setattr(
         "tasks.common.cell.run.run_cell",
-        lambda _, report: [report(Progress(stage, 0, 1)) for stage in stages],
+        lambda _, on_progress: [on_progress(Progress(stage, 0, 1)) for stage in stages],
     )
     told: list[Progress] = []
     audit.run_cell(request, told.append)

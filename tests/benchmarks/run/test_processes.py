@@ -22,7 +22,7 @@ from benchmarks.run.child import measure
 from benchmarks.run.executor import Failed, Finished, Message, Started
 from benchmarks.run.local import LocalExecutor
 from benchmarks.run.preload import cuda_is_up
-from fimaq_core.progress import Progress, Report
+from fimaq_core.progress import OnProgress, Progress
 from tasks.common.request import CellRequest
 
 pytestmark = pytest.mark.slow
@@ -46,7 +46,7 @@ def executor(tmp_path: Path) -> Iterator[LocalExecutor]:
 def start(
     executor: LocalExecutor,
     cell: Cell,
-    run_cell: Callable[[CellRequest, Report], Path] = engine_fakes.run_cell,
+    run_cell: Callable[[CellRequest, OnProgress], Path] = engine_fakes.run_cell,
 ) -> None:
     log = fakes.planned_folder(cell.request) / "error.log"
     executor.start("worker 1", cell.label, pickle.dumps((run_cell, cell.request, log)))
@@ -119,7 +119,7 @@ def test_a_killed_fork_server_fails_its_cell_takes_the_process_along_and_is_repl
     assert len({words[1] for words in engine_fakes.attempts(tmp_path)}) == 2
 
 
-def name_the_temporary_folder(request: CellRequest, report: Report) -> Path:
+def name_the_temporary_folder(request: CellRequest, report: OnProgress) -> Path:
     """A cell that tells where its temporary files are, and its two process ids, and never ends."""
     import tempfile
 
@@ -159,7 +159,7 @@ def test_nothing_outlives_a_killed_runner(tmp_path: Path):
     until(lambda: not Path(folder).exists())
 
 
-def leave_a_file_and_a_process(request: CellRequest, report: Report) -> Path:
+def leave_a_file_and_a_process(request: CellRequest, report: OnProgress) -> Path:
     """A cell that is killed with a temporary file and a process of its own at hand."""
     import tempfile
 
@@ -200,7 +200,7 @@ def parallel(tmp_path: Path) -> None:
     assert "No module named 'no_such_module'" in (tmp_path / "logs/imports.log").read_text()
 
 
-def multiply(request: CellRequest, report: Report) -> Path:
+def multiply(request: CellRequest, report: OnProgress) -> Path:
     """A cell that would wait for ever if the pool of threads had been at work before the fork."""
     imported = "parallel_at_import" in sys.modules
     torch = sys.modules["torch"]
@@ -253,7 +253,7 @@ def unreached(tmp_path: Path) -> None:
     assert engine_fakes.attempts(tmp_path)[0][1] == str(os.getpid())
 
 
-def fill_memory(request: CellRequest, report: Report) -> Path:
+def fill_memory(request: CellRequest, report: OnProgress) -> Path:
     """A cell for which PyTorch finds no memory."""
     import torch
 

@@ -447,8 +447,8 @@ def test_product_search_equals_a_slow_one(operands: str, bits: int) -> None:
                 other, other_hat = other.transpose(1, 2), other_hat.transpose(1, 2)
             best = int(direct_operand_errors(x, other_hat, other, candidates, levels).argmin())
             first, last = free[best]
-            bounds = first if low is None else low, last if up is None else up
-            chosen[name] = bounds  # noqa: B023
+            pair = first if low is None else low, last if up is None else up
+            chosen[name] = pair  # noqa: B023
             scale, zero_point = candidates.scale, candidates.zero_point
             one = slice(best, best + 1)
             present[name] = Candidates(scale[one], zero_point[one])  # noqa: B023

@@ -57,12 +57,12 @@ def run(
 ) -> tuple[BlockChain, ReconstructionLog]:
     """A whole run with checkpoints; ``stop_in`` names the block in whose middle it is broken off."""
 
-    def report(progress: Progress) -> None:
+    def on_progress(progress: Progress) -> None:
         if stop_in is not None and progress.stage == "reconstruct" and progress.block == stop_in:
             raise Broken
 
     chain, x = chain_of(build(), recipe), images(24, size)
-    resources = Resources(report, batch_size=8)
+    resources = Resources(on_progress, batch_size=8)
     ranges = None if folder is None else folder / "ranges.safetensors"
     part = Part(chain, x, recipe, KL, fingerprint(recipe))
     run_stage(CALIBRATE, part, ranges, resources=resources)

@@ -340,12 +340,12 @@ def test_training_lowers_the_loss_and_the_error_to_gelu(loss: str) -> None:
     """
     losses: dict[str, list[float]] = {}
 
-    def report(event: Progress) -> None:
+    def on_progress(event: Progress) -> None:
         if event.loss is not None:
             losses.setdefault(event.block, []).append(event.loss)
 
     chain, teacher = reconstructed(
-        short(mlp_steps=200, mlp_lr=5e-3, mlp_batch=16, mlp_loss=loss), report=report
+        short(mlp_steps=200, mlp_lr=5e-3, mlp_batch=16, mlp_loss=loss), on_progress=on_progress
     )
     assert list(losses) == ["blocks.0.mlp", "blocks.1.mlp"]
     for values in losses.values():
@@ -400,7 +400,7 @@ def test_course_of_one_mlp_equals_a_plain_loop(loss: str, monkeypatch: pytest.Mo
         values.append(float(value.detach()))
     seen: list[float | None] = []
     reconstruct_mlps(
-        chain, x, recipe, KL, batch_size=8, report=lambda event: seen.append(event.loss)
+        chain, x, recipe, KL, batch_size=8, on_progress=lambda event: seen.append(event.loss)
     )
     start = plain_chain()[0].segment(0).block.mlp
     for name, parameter in chain.segment(0).block.mlp.named_parameters():
@@ -508,7 +508,7 @@ def test_a_loss_that_is_no_number_names_the_mlp() -> None:
 
 def test_progress_runs_to_its_end() -> None:
     seen: list[Progress] = []
-    reconstructed(short(mlp_steps=60), report=seen.append)
+    reconstructed(short(mlp_steps=60), on_progress=seen.append)
     assert {event.stage for event in seen} == {"reconstruct MLPs"}
     assert [event.done for event in seen] == [0, 50, 60, 60, 110, 120, 120]
     assert {event.total for event in seen} == {120}
@@ -532,12 +532,12 @@ def kept(
 ) -> tuple[BlockChain, BlockChain, bool]:
     """Chain, teacher, and whether the MLPs were loaded; ``stop_in`` names the MLP in whose middle it is broken off."""
 
-    def report(event: Progress) -> None:
+    def on_progress(event: Progress) -> None:
         if stop_in is not None and event.block == stop_in:
             raise Broken
 
     chain = chain_of(vit(3), recipe)
-    resources = Resources(report, batch_size=8)
+    resources = Resources(on_progress, batch_size=8)
     part = Part(chain, images(16), recipe, KL, fingerprint(recipe), facts={"model": "small"})
     loaded = run_stage(MLPS, part, path, resources=resources)
     assert part.teacher is not None

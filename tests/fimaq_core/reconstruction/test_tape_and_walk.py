@@ -464,7 +464,7 @@ def test_bad_settings_are_explained() -> None:
 
 def test_progress_runs_to_its_end() -> None:
     seen = []
-    quantized(quick(), report=seen.append)
+    quantized(quick(), on_progress=seen.append)
     calibration = [event for event in seen if event.stage == "calibrate"]
     steps = [event for event in seen if event.stage == "reconstruct"]
     for events in (calibration, steps):

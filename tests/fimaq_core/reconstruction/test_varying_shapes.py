@@ -306,13 +306,16 @@ def test_reconstruction_goes_on_from_finished_blocks(tmp_path: Path) -> None:
     def run(stop_at: str | None) -> BlockChain:
         chain, images = calibrated(recipe)
 
-        def report(event: object) -> None:
+        def on_progress(event: object) -> None:
             if stop_at is not None and getattr(event, "block", "") == stop_at:
                 raise KeyboardInterrupt
 
         part = Part(chain, images, recipe, D, mark)
         run_stage(
-            RECONSTRUCT, part, pieces=tmp_path / str(stop_at), resources=Resources(report=report)
+            RECONSTRUCT,
+            part,
+            pieces=tmp_path / str(stop_at),
+            resources=Resources(on_progress=on_progress),
         )
         return chain
 

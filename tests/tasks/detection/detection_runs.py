@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fimaq_core.checkpoint import load_checkpoint
 from fimaq_core.layers import set_quantized
-from fimaq_core.progress import Report, silent
+from fimaq_core.progress import OnProgress, silent
 from fimaq_core.recipe import make_recipe
 from tasks.common.cell.prepare import whole
 from tasks.common.cell.run import run_cell
@@ -112,8 +112,8 @@ class Done:
         }
 
 
-def done(request: CellRequest, report: Report = silent) -> Done:
-    path = run_cell(request, report)
+def done(request: CellRequest, on_progress: OnProgress = silent) -> Done:
+    path = run_cell(request, on_progress)
     return Done(read_record(path), path.parent)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from benchmarks.results.outcomes import Outcomes, Part, paired
 from fimaq_core.errors import DataError, ModelError, NumericsError
-from fimaq_core.progress import Progress, Report, silent
+from fimaq_core.progress import OnProgress, Progress, silent
 from tasks.common.task import Evaluation
 from tasks.detection import mm
 from tasks.detection.coco import DetectionSource
@@ -56,9 +56,12 @@ class Oracle:
 
 
 def evaluated(
-    source: DetectionSource, answer: Callable[[int], Any], report: Report = silent, **changes: Any
+    source: DetectionSource,
+    answer: Callable[[int], Any],
+    on_progress: OnProgress = silent,
+    **changes: Any,
 ) -> Evaluation:
-    return evaluate_detector(Oracle(source, answer), source, whole, CPU, report, **changes)
+    return evaluate_detector(Oracle(source, answer), source, whole, CPU, on_progress, **changes)
 
 
 def wrapped(found: Instances) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fimaq_core.errors import DataError, ModelError, NumericsError
-from fimaq_core.progress import Progress, Report, silent
+from fimaq_core.progress import OnProgress, Progress, silent
 from tasks.common.data.images import Images
 from tasks.common.record import Dataset
 from tasks.common.task import Evaluation
@@ -72,7 +72,11 @@ def make(images: int = 12, seed: int = 0, noise: float = 1.0) -> tuple[Pairs, Bo
 
 
 def measure(
-    source: Pairs, book: Book, batch: int = 5, broken: tuple[int, ...] = (), report: Report = silent
+    source: Pairs,
+    book: Book,
+    batch: int = 5,
+    broken: tuple[int, ...] = (),
+    on_progress: OnProgress = silent,
 ) -> Evaluation:
     def read(index: int) -> int:
         if index in broken:
@@ -84,7 +88,15 @@ def measure(
 
     images = Images(source.image_ids, [0] * len(source.image_ids), read, transform, bool(broken))  # type: ignore[arg-type]
     return evaluate_pairs(
-        book.encode_image, book.encode_text, images, source, book.tokenize, CPU, batch, 0, report
+        book.encode_image,
+        book.encode_text,
+        images,
+        source,
+        book.tokenize,
+        CPU,
+        batch,
+        0,
+        on_progress,
     )  # type: ignore[arg-type]
 
 
@@ -296,11 +308,11 @@ def test_progress_counts_images_then_captions() -> None:
     source, book = make(6)
     total = 6 + len(source.captions)
     seen: list[Progress] = []
-    measure(source, book, 4, report=seen.append)
+    measure(source, book, 4, on_progress=seen.append)
     assert [event.done for event in seen] == [4, 6, *range(10, total, 4), total]
     assert {(event.stage, event.total) for event in seen} == {("evaluate", total)}
     seen.clear()
-    measure(source, book, 4, broken=(1,), report=seen.append)
+    measure(source, book, 4, broken=(1,), on_progress=seen.append)
     done = [event.done for event in seen]
     assert done == sorted(done)
     assert done[-1] == total
