@@ -82,10 +82,11 @@ test-quick: $(STAMP) ## run all tests but the slow ones
 test-portable: $(STAMP) ## run all tests as other processors would (eight rounds; RUNS="avx2-1 busy" picks some)
 	@$(PY) scripts/test_portable.py --jobs $(TEST_JOBS) $(RUNS)
 
-lint: $(STAMP) ## ruff, and mypy (strict on fimaq_core)
+lint: $(STAMP) ## ruff, mypy (strict on fimaq_core), and which package may import which
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
+	@$(VENV)/bin/lint-imports --no-logo --no-cache
 
 format: $(STAMP) ## format the code
 	@$(PY) -m ruff check --fix .
