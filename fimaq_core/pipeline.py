@@ -144,7 +144,7 @@ class Finish(Stage):
 MLPS, CALIBRATE, RECONSTRUCT, FINISH = ReconstructMlps(), Calibrate(), Reconstruct(), Finish()
 
 #: All stages in order.
-STAGES: tuple[Stage, ...] = (MLPS, CALIBRATE, RECONSTRUCT, FINISH)
+STAGES: list[Stage] = [MLPS, CALIBRATE, RECONSTRUCT, FINISH]
 
 
 def load_mlps(segments: Iterable[Segment], path: Path, fingerprint: Fingerprint | None) -> None:

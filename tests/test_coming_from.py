@@ -77,9 +77,8 @@ def section(name: str) -> str:
 
 
 def commands(text: str) -> list[list[str]]:
-    lines = [
-        line for block in re.findall(r"```sh\n(.*?)```", text, re.S) for line in block.splitlines()
-    ]
+    blocks = "".join(re.findall(r"```sh\n(.*?)```", text, re.S)).replace("\\\n", " ")
+    lines = blocks.splitlines()
     words = [shlex.split(line) for line in lines]
     assert all(line[:2] == ["python", "-m"] for line in words)
     return [line[2:] for line in words]
@@ -105,7 +104,7 @@ def rows(text: str) -> list[list[str]]:
 def code(text: str) -> list[str]:
     """The words in code spans; commands of this project do not count."""
     text = re.sub(r"```sh\n.*?```", "", text, flags=re.S)
-    return " ".join(re.findall(r"`([^`\n]+)`", text)).replace(",", " ").split()
+    return " ".join(re.findall(r"`([^`]+)`", text)).replace(",", " ").split()
 
 
 def subcommands() -> dict[str, click.Command]:
