@@ -6,71 +6,82 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.setup-done
 
 PROFILE ?= quickstart
-# One more than cores, since some tests wait for processes that they start.
+# One more than the cores, since some tests wait for processes that they start.
 TEST_JOBS ?= 3
 RUN := $(PY) -m benchmarks
 
 # Filters and settings become options only where they are given.
-FILTERS := $(if $(TASKS),--tasks $(TASKS)) $(if $(MODELS),--models $(MODELS)) $(if $(METHODS),--methods $(METHODS)) \
-	$(if $(BITS),--bits $(BITS)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(AXES),--axes $(AXES))
-PLACES := $(if $(IMAGENET),--imagenet "$(IMAGENET)") $(if $(COCO),--coco "$(COCO)") $(if $(FLICKR),--flickr "$(FLICKR)") \
-	$(if $(WEIGHTS),--weights "$(WEIGHTS)")
-# Ray reads the same name in the environment: there it is another's, and only make's command line counts.
-ADDRESS := $(if $(filter command,$(origin RAY_ADDRESS)),$(if $(RAY_ADDRESS),--ray-address $(RAY_ADDRESS)))
-SETTINGS := $(if $(DEVICE),--device $(DEVICE)) $(if $(JOBS),--jobs $(JOBS)) $(if $(filter 1,$(PLAN)),--plan) $(if $(filter 1,$(REHEARSE)),--rehearse) \
-	$(if $(filter 1,$(FORCE)),--force) $(if $(PLACEMENT),--placement $(PLACEMENT)) $(if $(RETRIES),--retries $(RETRIES)) \
-	$(if $(ENGINE),--engine $(ENGINE)) $(ADDRESS) \
+FILTERS := $(if $(TASKS),--tasks $(TASKS)) $(if $(MODELS),--models $(MODELS)) \
+	$(if $(METHODS),--methods $(METHODS)) $(if $(BITS),--bits $(BITS)) \
+	$(if $(SEEDS),--seeds $(SEEDS)) $(if $(AXES),--axes $(AXES))
+PLACES := $(if $(IMAGENET),--imagenet "$(IMAGENET)") $(if $(COCO),--coco "$(COCO)") \
+	$(if $(FLICKR),--flickr "$(FLICKR)") $(if $(WEIGHTS),--weights "$(WEIGHTS)")
+# RAY_ADDRESS in the environment may belong to another program: only the one behind `make` counts.
+ADDRESS := $(if $(filter command,$(origin RAY_ADDRESS)),\
+	$(if $(RAY_ADDRESS),--ray-address $(RAY_ADDRESS)))
+SETTINGS := $(if $(DEVICE),--device $(DEVICE)) $(if $(JOBS),--jobs $(JOBS)) \
+	$(if $(filter 1,$(PLAN)),--plan) $(if $(filter 1,$(REHEARSE)),--rehearse) \
+	$(if $(filter 1,$(FORCE)),--force) $(if $(PLACEMENT),--placement $(PLACEMENT)) \
+	$(if $(RETRIES),--retries $(RETRIES)) $(if $(ENGINE),--engine $(ENGINE)) $(ADDRESS) \
 	$(if $(GPUS_PER_CELL),--gpus-per-cell $(GPUS_PER_CELL))
 
 BENCH_OUT := $(if $(filter 1,$(REFERENCE)),results/reference/speed.json,results/speed.json)
-BENCH := $(if $(DEVICE),--device $(DEVICE)) $(if $(MODELS),--models $(MODELS)) $(if $(THREADS),--threads $(THREADS)) \
-	$(if $(BUDGET),--budget $(BUDGET))
+BENCH := $(if $(DEVICE),--device $(DEVICE)) $(if $(MODELS),--models $(MODELS)) \
+	$(if $(THREADS),--threads $(THREADS)) $(if $(BUDGET),--budget $(BUDGET))
 
-.PHONY: help setup tables reproduce-table diff report doctor bench test test-quick test-portable lint format clean
+.PHONY: help setup tables reproduce-table diff report doctor bench test test-quick test-portable \
+	lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
-	@echo "  reproduce-table takes TABLE=fimaq|fimaq-ablation|aphq|aphq-coco|adalog|repq|erq|lsvit|clip-retrieval, or"
-	@echo "  PROFILE=quickstart|demo|paper|ablation|paper-ablation IMAGENET=/path COCO=/path FLICKR=/path"
-	@echo "  WEIGHTS=/path TASKS= MODELS= METHODS= BITS=w3a3,w4a4 SEEDS= AXES=k,loss DEVICE=cpu|cuda|cuda:N JOBS=N PLAN=1 REHEARSE=1 FORCE=1"
-	@echo "  PLACEMENT=device|host|disk RETRIES=N; ENGINE=ray RAY_ADDRESS=host:port GPUS_PER_CELL=0.5 run it on a Ray cluster"
+	@echo "  reproduce-table takes one of"
+	@echo "    TABLE=fimaq|fimaq-ablation|aphq|aphq-coco|adalog|repq|erq|lsvit|clip-retrieval"
+	@echo "    PROFILE=quickstart|demo|paper|ablation|paper-ablation|quantizers"
+	@echo "  with data IMAGENET=/path COCO=/path FLICKR=/path WEIGHTS=/path,"
+	@echo "  filters TASKS= MODELS= METHODS= BITS=w3a3,w4a4 SEEDS= AXES=k,loss, and settings"
+	@echo "    DEVICE=cpu|cuda|cuda:N JOBS=N PLAN=1 REHEARSE=1 FORCE=1 PLACEMENT=device|host|disk"
+	@echo "    RETRIES=N"
+	@echo "    ENGINE=ray RAY_ADDRESS=host:port GPUS_PER_CELL=0.5 (on a Ray cluster)"
 	@echo "  tables takes TABLE=name IMAGENET= COCO= FLICKR= WEIGHTS= DEVICE="
-	@echo "  bench takes DEVICE= MODELS= THREADS=N BUDGET=seconds; it writes results/speed.json, with REFERENCE=1"
-	@echo "  results/reference/speed.json"
+	@echo "  bench takes DEVICE= MODELS= THREADS=N BUDGET=seconds; it writes results/speed.json,"
+	@echo "    or with REFERENCE=1 results/reference/speed.json"
 
 setup: $(STAMP) ## make the virtual environment in .venv
 
-# The stamp is made last, so that a set-up that was broken off is done again.
+# The stamp is written last, so that an interrupted set-up is repeated.
 $(STAMP): requirements/lock.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 2; }
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@$(PY) -m pip install --quiet --disable-pip-version-check uv
 	@echo "installing packages into $(VENV)"
-	@$(PY) -m uv pip install --quiet --compile-bytecode --python $(PY) --no-deps -r requirements/lock.txt
+	@$(PY) -m uv pip install --quiet --compile-bytecode --python $(PY) --no-deps \
+		-r requirements/lock.txt
 	@$(PY) -m uv pip install --quiet --python $(PY) --no-deps --no-build-isolation --editable .
 	@touch $@
 
 tables: $(STAMP) ## list the published tables: cells, data, weights, expected time and memory
 	@$(RUN) published $(if $(TABLE),--table $(TABLE)) $(PLACES) $(if $(DEVICE),--device $(DEVICE))
 
-reproduce-table: $(STAMP) ## measure a published table (TABLE=fimaq) or a profile's grid, print its table, write its report
-	@$(RUN) run --report $(if $(TABLE),--table $(TABLE),--profile $(PROFILE)) $(FILTERS) $(PLACES) $(SETTINGS)
+reproduce-table: $(STAMP) ## measure a published table (TABLE=fimaq) or a profile
+	@$(RUN) run --report $(if $(TABLE),--table $(TABLE),--profile $(PROFILE)) $(FILTERS) $(PLACES) \
+		$(SETTINGS)
 
-# That nothing is comparable is an answer here, not a failure; that results differ is one (1).
-diff: $(STAMP) ## set measured tables against published numbers
+# Exit code 1 if results differ. Without comparable results the exit code is 0.
+diff: $(STAMP) ## compare measured with published numbers
 	@$(RUN) diff --allow-nothing
 
-report: $(STAMP) ## write results/report.html: measured tables, charts and example predictions in one file
+report: $(STAMP) ## write results/report.html: tables, charts, example predictions
 	@$(RUN) report --profile $(PROFILE) $(PLACES)
 
 doctor: $(STAMP) ## say what this machine can run, and what to do about the rest
 	@$(RUN) doctor --profile $(PROFILE) $(PLACES)
 
-bench: $(STAMP) ## time every stage and engine beside the machine's floors
+bench: $(STAMP) ## time every stage and step engine, beside the limits of the machine
 	@$(PY) -m benchmarks.speed $(BENCH) --output $(BENCH_OUT)
 
-# Neighbours share fixtures: each worker takes one half in order, and steals from the other when it is done.
+# Tests of one file share fixtures: each worker takes its share in order, then steals from others.
 TESTS := $(PY) -m pytest -n $(TEST_JOBS) --dist worksteal
 
 test: $(STAMP) ## run all tests
@@ -79,7 +90,7 @@ test: $(STAMP) ## run all tests
 test-quick: $(STAMP) ## run all tests but the slow ones
 	@$(TESTS) -m "not slow"
 
-test-portable: $(STAMP) ## run all tests as other processors would (eight rounds; RUNS="avx2-1 busy" picks some)
+test-portable: $(STAMP) ## run all tests as on other processors (RUNS="avx2-1 busy")
 	@$(PY) scripts/test_portable.py --jobs $(TEST_JOBS) $(RUNS)
 
 lint: $(STAMP) ## ruff, mypy (strict on fimaq_core), and which package may import which
@@ -93,4 +104,5 @@ format: $(STAMP) ## format the code
 	@$(PY) -m ruff format .
 
 clean: ## remove the virtual environment and everything that runs wrote
-	rm -rf $(VENV) results/runs results/tables results/calibration results/mlp results/reconstruction results/rehearsal results/speed.json results/report.html
+	rm -rf $(VENV) $(addprefix results/,runs tables calibration mlp reconstruction rehearsal \
+		speed.json report.html)
