@@ -56,7 +56,7 @@ def rehearsed(cell: Cell) -> dict[str, object]:
 def published(options: RunOptions, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the command without the hub; its last line says whether PyTorch was imported."""
     # What is committed changes, so it is left out here.
-    code = "import sys, pathlib\nfrom benchmarks import cli\nfrom benchmarks.published import cli as listing\n"
+    code = "import sys, pathlib\nfrom benchmarks import cli\nfrom benchmarks.published import command as listing\n"
     code += "listing.REFERENCE = pathlib.Path('none')\n"
     code += "try: cli.cli()\nfinally: print('torch' in sys.modules)"
     root = Path(__file__).resolve().parents[3]
