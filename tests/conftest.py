@@ -23,7 +23,7 @@ torch.set_num_threads(THREADS)
 def pytest_configure(config: pytest.Config) -> None:
     """Keep compiled kernels in pytest's cache, apart for each instruction set.
 
-    PyTorch would take those of one set for another, and fixes their folder while tests are collected.
+    PyTorch would mix up kernels of different sets. It fixes their folder during collection.
     """
     if hasattr(config, "cache"):
         capability = os.environ.get("ATEN_CPU_CAPABILITY", "native")
@@ -42,7 +42,7 @@ def _threads() -> Iterator[None]:
 def pytest_collection() -> Generator[None, object, object]:
     """Import the tests without garbage collection, and look through what they import never again.
 
-    Modules of three model libraries are millions of objects: each later collection would visit them all.
+    Three model libraries make millions of objects, which each later collection would visit.
     """
     gc.disable()
     try:

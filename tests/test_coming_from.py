@@ -1,5 +1,4 @@
-"""docs/coming-from.md: its commands run, its options exist, it leaves out no flag of the released code, and its config
-files are the recipes they were."""
+"""docs/coming-from.md: its commands run, its options exist, no released flag is missing."""
 
 import re
 import shlex
@@ -26,7 +25,8 @@ DEMO = {"vit_small": "demo_vit", "deit_tiny": "demo_deit", "mask_rcnn_swin_tiny"
 REAL = ("--data", "--device", "--weights")
 #: Settings small enough for a test, given where a command takes them.
 SMALL = {
-    "--steps": "2", "--mlp-steps": "2", "--calibration-images": "32", "--range-images": "4", "--range-candidates": "32",
+    "--steps": "2", "--mlp-steps": "2", "--calibration-images": "32", "--range-images": "4",
+    "--range-candidates": "32",
     "--range-rounds": "1", "--batch-size": "8", "--limit": "64", "--threads": "1",
 }  # fmt: skip
 #: What is other for a task: images one by one.
@@ -39,29 +39,35 @@ SMALLER = {
     }
 }
 
-#: Flags of the three parsers (test_quant.py) and READMEs, earlier and misspelt ones included, and the config fields.
+#: Flags of the three parsers (test_quant.py), flags in READMEs (earlier and misspelt ones included), and
+#: config fields.
 SHARED_FLAGS = """
-    --model --config --dataset --calib-size --calib-batch-size --val-batch-size --num-workers --device --calibrate
-    --load-calibrate-checkpoint --test-calibrate-checkpoint --optimize --load-optimize-checkpoint --test-optimize-checkpoint
-    --print-freq --seed --w_bit --a_bit
-    optim_size calib_size optim_batch_size calib_batch_size w_bit a_bit qconv_a_bit qhead_a_bit matmul_head_channel_wise eq_n
-    search_round keep_gpu
+    --model --config --dataset --calib-size --calib-batch-size --val-batch-size --num-workers
+    --device --calibrate --load-calibrate-checkpoint --test-calibrate-checkpoint --optimize
+    --load-optimize-checkpoint --test-optimize-checkpoint --print-freq --seed --w_bit --a_bit
+    optim_size calib_size optim_batch_size calib_batch_size w_bit a_bit qconv_a_bit qhead_a_bit
+    matmul_head_channel_wise eq_n search_round keep_gpu
 """
 OWN_FLAGS = {
     "FIMA-Q": """
-        --optim-size --optim-batch-size --calib-metric --optim-metric --optim-mode --drop-prob --k --p1 --p2 --dis-mode
+        --optim-size --optim-batch-size --calib-metric --optim-metric --optim-mode --drop-prob --k
+        --p1 --p2 --dis-mode
         calib_metric token_channel_wise optim_metric temp k p1 p2 dis_mode optim_mode drop_prob
     """,
     "APHQ-ViT": """
-        --reconstruct-mlp --load-reconstruct-checkpoint --test-reconstruct-checkpoint --recon-metric --calib-metric
-        --optim-metric --optim-mode --drop-prob --pct
-        calib_metric token_channel_wise optim_metric use_mean_hessian temp recon_metric pct optim_mode drop_prob
+        --reconstruct-mlp --load-reconstruct-checkpoint --test-reconstruct-checkpoint --recon-metric
+        --calib-metric --optim-metric --optim-mode --drop-prob --pct
+        calib_metric token_channel_wise optim_metric use_mean_hessian temp recon_metric pct
+        optim_mode drop_prob
     """,
     "AdaLog": "--s_bit s_bit post_softmax_quantizer post_gelu_quantizer fpcs steps train_act",
 }
 #: Values these flags and fields take or took there, and flags that never were.
 OTHER_NAMES = {
-    "FIMA-Q": "fisher_dplr fisher_lr fisher_lr+diag mae mse qinp rinp qdrop --reconstruct-mlp --load-reconstruct-checkpoint",
+    "FIMA-Q": (
+        "fisher_dplr fisher_lr fisher_lr+diag mae mse qinp rinp qdrop"
+        " --reconstruct-mlp --load-reconstruct-checkpoint"
+    ),
     "APHQ-ViT": "--val-batchsize hessian hessian_perturb hessian_brecq mae mse qinp rinp qdrop",
     "AdaLog": "log2 logsqrt2 adalog ptq4vit",
 }
@@ -208,10 +214,14 @@ def test_no_flag_of_theirs_is_left_out(name: str) -> None:
 def _settings(bits: int, **others: Any) -> dict[str, Any]:
     """What all their configs say, in the names here, changed by ``others``."""
     same = {
-        "w_bits": bits, "a_bits": bits, "classifier_bits": bits, "softmax_bits": bits, "patch_input_bits": OFF,
-        "calibration_images": 1024, "range_images": 128, "batch_size": 32, "range_candidates": 128, "range_rounds": 3,
-        "range_search": "output-error", "softmax_quantizer": "uniform", "gelu_quantizer": "uniform", "per_token": False,
-        "loss": "mse", "prefix_prob": 0.5, "activation_prob": 0.5, "temperature": 20.0, "learn_scales": True,
+        "w_bits": bits, "a_bits": bits, "classifier_bits": bits, "softmax_bits": bits,
+        "patch_input_bits": OFF,
+        "calibration_images": 1024, "range_images": 128, "batch_size": 32, "range_candidates": 128,
+        "range_rounds": 3,
+        "range_search": "output-error", "softmax_quantizer": "uniform",
+        "gelu_quantizer": "uniform", "per_token": False,
+        "loss": "mse", "prefix_prob": 0.5, "activation_prob": 0.5, "temperature": 20.0,
+        "learn_scales": True,
         "reconstruct_mlp": False, "reconstruct": True, "steps": 20_000, "reparameterize": True,
     }  # fmt: skip
     return same | others
