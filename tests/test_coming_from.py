@@ -39,7 +39,7 @@ SMALLER = {
     }
 }
 
-#: Flags of the three parsers (test_quant.py), flags in READMEs (earlier and misspelt ones included), and
+#: Flags of the three parsers (test_quant.py) and of READMEs (earlier and misspelt ones too), and
 #: config fields.
 SHARED_FLAGS = """
     --model --config --dataset --calib-size --calib-batch-size --val-batch-size --num-workers
