@@ -1,4 +1,4 @@
-"""Decisions after a failed attempt at a cell: try again, with less memory, or give up."""
+"""Attempts at a cell: after a failure, try again, try with less memory, or give up."""
 
 import time
 from dataclasses import dataclass, field, replace
@@ -8,95 +8,86 @@ from benchmarks.run.executor import Failed
 from fimaq_core.progress import Progress
 from tasks.common.request import CellRequest
 
-#: Stages whose progress has a loss: in optimisation steps, whose batch decides the result.
+#: Stages whose progress has the loss of an optimisation step.
 _OPTIMISING = ("reconstruct", "reconstruct MLPs")
+_ADVICE = (
+    "Keep less in memory (PLACEMENT=disk or --placement disk), run fewer cells at a time "
+    "(JOBS=1 or --jobs 1), or use a device with more memory."
+)
 
 
 @dataclass
 class Attempts:
-    """All attempts at one cell so far.
+    """All attempts at one cell.
 
     Attributes:
         cell: the cell.
-        retries: attempts in a row whose process may die without getting further; 0 gives up at the
+        retries: limit of attempts in a row whose process dies without progress; 0 gives up at the
             first failure.
-        request: of the next attempt. Memory that ran out has changed it, without any effect on the
-            result.
-        since: when the present attempt started.
+        request: request of the next attempt. Less memory may be asked for, with equal results.
+        since: start of the present attempt, by `time.monotonic`.
     """
 
     cell: Cell
     retries: int
     request: CellRequest
     since: float = 0.0
-    _places: set[tuple[str, str]] = field(default_factory=set)
-    _grew: bool = False
-    _last: tuple[str, str] = ("", "")
-    _stepping: bool = False
+    _reached: set[tuple[str, str]] = field(default_factory=set)  # stages and blocks so far
+    _is_further: bool = False
+    _place: tuple[str, str] = ("", "")
+    _is_stepping: bool = False
     _fruitless: int = 0
     _errors: int = 0
 
     def begin(self) -> None:
-        """An attempt starts."""
-        self._grew, self._last, self._stepping = False, ("", ""), False
+        """Begin the next attempt."""
+        self._is_further, self._place, self._is_stepping = False, ("", ""), False
         self.since = time.monotonic()
 
     def heard(self, progress: Progress) -> None:
-        """The attempt has come this far."""
+        """Note the progress of the present attempt."""
         place = (progress.stage, progress.block)
-        if place != self._last:
-            self._last, self._stepping = place, False
-        self._stepping |= progress.loss is not None
-        if place not in self._places and not progress.stage.startswith("wait for "):
-            self._places.add(place)
-            self._grew = True
+        self._is_stepping = progress.loss is not None or (
+            self._is_stepping and place == self._place
+        )
+        self._place = place
+        if place not in self._reached and not progress.stage.startswith("wait for "):
+            self._reached.add(place)
+            self._is_further = True
 
     def failed(self, failure: Failed) -> tuple[bool, str]:
-        """Return whether the cell is tried again after a failed attempt, and the reason."""
+        """Return True to try the cell again after a failure, and the reason for people."""
         again, reason = False, failure.message
         if failure.kind == "memory":
-            return self._lighter(reason)
+            return self._with_less_memory(reason)
         if failure.kind == "error":
             self._errors += 1
             again = bool(self.retries) and self._errors == 1
-            reason += "; tried once more in a fresh process" if again else ""
+            reason += "; tried once more in a new process" if again else ""
         elif failure.kind == "died":
-            # An attempt that got further goes on from its last block: however often, that ends.
-            self._fruitless = 0 if self._grew else self._fruitless + 1
-            again = bool(self.retries) and self._fruitless < self.retries
+            # Attempts with progress are not counted: each goes on after the last finished block.
+            self._fruitless = 0 if self._is_further else self._fruitless + 1
+            again = self._fruitless < self.retries
             if not again and self._fruitless > 1:
-                reason += f", {self._fruitless} times without getting further"
+                reason += f", {self._fruitless} times without progress"
         return again, reason
 
-    def _lighter(self, reason: str) -> tuple[bool, str]:
-        """Take the next step to less memory."""
-        request, reason = self.request, f"memory ran out ({reason})"
-        batch = request.eval_batch // 2
+    def _with_less_memory(self, reason: str) -> tuple[bool, str]:
+        """Change the request so that it needs less memory; see `failed`."""
+        request, batch = self.request, self.request.eval_batch // 2
         if request.device.startswith("cuda") and request.placement == "device":
-            what = "what blocks take in and give is kept in host memory"
+            note = "memory ran out: inputs and outputs of blocks are kept in host memory"
             request = replace(request, placement="host")
-        elif self._stepping and self._last[0] in _OPTIMISING:
-            place = " ".join(part for part in self._last if part)
+        elif self._is_stepping and self._place[0] in _OPTIMISING:
             return False, (
-                f"{reason} in an optimisation step ({place}). The recipe's batch decides the "
-                f"result, so it is not made smaller. {self._ways_out()} Another batch_size is "
-                "another recipe with other results."
+                f"memory ran out ({reason}) in an optimisation step "
+                f"({' '.join(self._place).strip()}). The recipe's batch_size is kept: another one "
+                f"gives other results, so it is another recipe. {_ADVICE}"
             )
         elif batch:
-            images = "one image" if batch == 1 else f"{batch} images"
-            what = f"forward passes take {images} at a time"
+            note = f"memory ran out: the batch of forward passes is reduced to {batch}"
             request = replace(request, eval_batch=batch)
         else:
-            return False, f"{reason}, even one image at a time. {self._ways_out()}"
-        note = f"memory ran out: {what}"
+            return False, f"memory ran out ({reason}), even for one image. {_ADVICE}"
         self.request = replace(request, notes=(*request.notes, note))
         return True, note
-
-    def _ways_out(self) -> str:
-        ways = ["run fewer cells at a time (JOBS=1 or --jobs 1)"]
-        if self.request.placement != "disk":
-            ways.insert(0, "keep less in memory (PLACEMENT=disk or --placement disk)")
-        if self.request.device.startswith("cuda"):
-            ways.append("use a GPU with more memory")
-        text = ", ".join(ways[:-1]) + (", or " if len(ways) > 1 else "") + ways[-1]
-        return f"{text[0].upper()}{text[1:]}."
