@@ -21,8 +21,8 @@ from rich.console import Console
 from benchmarks.cli import cli
 from benchmarks.grid.cell import RunOptions
 from benchmarks.grid.expand import Filters, expand
+from benchmarks.watch.events import Run, read_runs
 from benchmarks.watch.live import Watch
-from benchmarks.watch.log import Run, read_runs
 from fimaq_core.progress import Progress
 
 CELLS = expand(fakes.plain_demo(), Filters(), RunOptions())[3:]
@@ -213,11 +213,9 @@ def test_a_killed_run_is_told_from_a_running_one(tmp_path: Path):
 
         def evaluates() -> bool:
             runs, _ = read_runs(folder_of(tmp_path))
-            running = list(runs[0].state.running.values()) if runs else []
-            return (
-                bool(running)
-                and "fimaq" in running[0].started.label
-                and running[0].progress.stage == "evaluate"
+            labels = list(runs[0].state.running) if runs else []
+            return bool(labels and "fimaq" in labels[0]) and (
+                runs[0].state.progress[labels[0]].stage == "evaluate"
             )
 
         until(evaluates)
@@ -232,7 +230,7 @@ def test_a_killed_run_is_told_from_a_running_one(tmp_path: Path):
     until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE)
     assert json.loads(shown(tmp_path, "--json").output)["runners"][0]["alive"] is False
     process.wait()
-    assert "did not end by itself" in shown(tmp_path).output
+    assert "it was killed, or its machine is gone" in shown(tmp_path).output
 
 
 def test_runs_elsewhere_go_by_their_heartbeat_and_those_here_by_their_process(tmp_path: Path):
