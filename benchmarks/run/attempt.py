@@ -33,24 +33,19 @@ class Attempts:
     request: CellRequest
     since: float = 0.0
     _reached: set[tuple[str, str]] = field(default_factory=set)  # stages and blocks so far
-    _is_further: bool = False
-    _place: tuple[str, str] = ("", "")
-    _is_stepping: bool = False
+    _is_further: bool = False  # the present attempt has reached a new one
+    _last: Progress | None = None
     _fruitless: int = 0
     _errors: int = 0
 
     def begin(self) -> None:
         """Begin the next attempt."""
-        self._is_further, self._place, self._is_stepping = False, ("", ""), False
-        self.since = time.monotonic()
+        self._is_further, self._last, self.since = False, None, time.monotonic()
 
     def heard(self, progress: Progress) -> None:
         """Note the progress of the present attempt."""
         place = (progress.stage, progress.block)
-        self._is_stepping = progress.loss is not None or (
-            self._is_stepping and place == self._place
-        )
-        self._place = place
+        self._last = progress
         if place not in self._reached and not progress.stage.startswith("wait for "):
             self._reached.add(place)
             self._is_further = True
@@ -78,11 +73,11 @@ class Attempts:
         if request.device.startswith("cuda") and request.placement == "device":
             note = "memory ran out: inputs and outputs of blocks are kept in host memory"
             request = replace(request, placement="host")
-        elif self._is_stepping and self._place[0] in _OPTIMISING:
+        elif self._last and self._last.loss is not None and self._last.stage in _OPTIMISING:
             return False, (
-                f"memory ran out ({reason}) in an optimisation step "
-                f"({' '.join(self._place).strip()}). The recipe's batch_size is kept: another one "
-                f"gives other results, so it is another recipe. {_ADVICE}"
+                f"memory ran out ({reason}) in an optimisation step ({self._last.stage} "
+                f"{self._last.block}). The recipe's batch_size is kept: another one gives other "
+                f"results, so it is another recipe. {_ADVICE}"
             )
         elif batch:
             note = f"memory ran out: the batch of forward passes is reduced to {batch}"

@@ -50,15 +50,10 @@ def serve(
     label: str, work: bytes, connection: Connection, where: str, log: Path, temporary: Path,
     environment: dict[str, str],
 ) -> None:  # fmt: skip
-    """Run one cell in this process.
+    """Run one cell in this process, which ends when the executor closes `connection`.
 
-    Args:
-        label, work: the cell; see `benchmarks.run.executor.Executor`.
-        connection: connection to the executor; this process ends when the executor closes it.
-        where: name of the slot.
-        log: file for the output.
-        temporary: folder for temporary files; the executor removes it.
-        environment: environment variables of the executor.
+    The output goes to `log`, and temporary files to the folder `temporary`, which the executor
+    removes. `environment` has the executor's variables. The rest: see `Executor.start`.
     """
     os.setpgid(0, 0)  # the executor kills this group, which includes all processes of the cell
     executor = multiprocessing.parent_process()
@@ -156,13 +151,14 @@ def _on_progress(send: Callable[[Message], None]) -> OnProgress:
 
     def on_progress(progress: Progress) -> None:
         nonlocal last, sent
-        now, place = time.monotonic(), (progress.stage, progress.block, progress.loss is not None)
-        if place != last or now - sent >= _QUIET:
-            last, sent = place, now
-            try:
-                send(progress)
-            except OSError as error:
-                raise SystemExit(0) from error  # the executor is gone
+        place = (progress.stage, progress.block, progress.loss is not None)
+        if place == last and time.monotonic() - sent < _QUIET:
+            return
+        last, sent = place, time.monotonic()
+        try:
+            send(progress)
+        except OSError as error:
+            raise SystemExit(0) from error  # the executor is gone
 
     return on_progress
 
@@ -170,10 +166,8 @@ def _on_progress(send: Callable[[Message], None]) -> OnProgress:
 def uses_cuda(open_files: Path = Path("/proc/self/fd")) -> bool:
     """Return True if this process uses the CUDA driver, which does not work after a fork.
 
-    The driver opens the device of unified memory. Counting the GPUs through NVML does not.
-
-    Args:
-        open_files: folder of links to the open files of the process.
+    The driver opens the device of unified memory, one of the links in `open_files`. Counting the
+    GPUs through NVML does not open it.
     """
     for link in open_files.iterdir() if open_files.is_dir() else ():
         with contextlib.suppress(OSError):

@@ -51,12 +51,9 @@ class Executor(Protocol):
         """Return the idle and the busy slots. The result may change during a run."""
 
     def start(self, slot: str, label: str, work: bytes) -> None:
-        """Start a cell in an idle slot; `wait` returns its messages.
+        """Start the cell `label` in an idle slot; `wait` returns its messages.
 
-        Args:
-            slot: the slot.
-            label: name of the cell in the log of its output.
-            work: pickled tuple of a function, its request, and the path of the error log or None.
+        `work` is a pickled tuple: a function, its request, and the path of the error log or None.
         """
 
     def wait(self, timeout: float) -> list[tuple[str, Message]]:

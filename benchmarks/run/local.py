@@ -69,20 +69,16 @@ class LocalExecutor(Executor):
 
     The process is forked from a server that has imported the large libraries, which takes
     milliseconds instead of seconds. It is spawned where a fork is not safe: on systems other than
-    Linux, and if an import uses CUDA.
+    Linux, if an import uses CUDA, and where `fork` is False.
     """
 
     def __init__(
         self, slots: Mapping[str, Path], threads: int | None, imports: Sequence[str] = (), *,
         fork: bool = True,
     ) -> None:  # fmt: skip
-        """Make an executor. Its first cell starts the fork server.
+        """Make an executor with the log file of each slot, and the modules that cells import.
 
-        Args:
-            slots: log file of each slot.
-            threads: CPU threads of a cell; None keeps the default of the libraries.
-            imports: modules that the fork server imports.
-            fork: False spawns all processes.
+        `threads` are CPU threads of a cell; None keeps the default of the libraries.
         """
         self._logs = dict(slots)
         self._forks = fork and sys.platform == "linux"

@@ -1,7 +1,6 @@
 """Order of the cells: cells that share costly parts follow each other, and no slot is idle."""
 
 from bisect import bisect_left
-from collections import Counter, defaultdict
 from collections.abc import Collection, Hashable, Iterator, Sequence
 
 from benchmarks.costs.estimate import expected_cost
@@ -28,7 +27,7 @@ def make_chains(cells: Sequence[Cell]) -> list[list[Cell]]:
         shared = (cell.section, cell.model, cell.w_bit, cell.a_bit, cell.seed, cell.point)
         chains.setdefault(shared, []).append(cell)
     for chain in chains.values():
-        chain.sort(key=_is_whole)
+        chain.sort(key=lambda cell: cell.scope in registry.scopes(cell.task)[:1])
 
     def order(chain: list[Cell]) -> tuple[bool, bool, float]:
         first = chain[0]
@@ -36,10 +35,6 @@ def make_chains(cells: Sequence[Cell]) -> list[list[Cell]]:
         return first.request.recipe is not None, first.bits != bits_name(OFF, OFF), cost
 
     return sorted(chains.values(), key=order)
-
-
-def _is_whole(cell: Cell) -> bool:
-    return cell.scope in registry.scopes(cell.task)[:1]
 
 
 class CellQueue:
@@ -52,51 +47,38 @@ class CellQueue:
         chains = make_chains(cells)
         self._chain = {cell.key: index for index, chain in enumerate(chains) for cell in chain}
         self._waiting = [cell for chain in chains for cell in chain]
+        self._running: dict[Key, int] = {}  # chains of the running cells
+        self._opened: set[int] = set()  # chains with a cell that has run: shared parts are made
+        self._at: dict[Hashable, int] = {}  # chain of each slot
         self._aside: dict[Key, Cell] = {}
-        #: Chains of the running cells, and chains with a cell that has run: their shared parts
-        #: exist, or no process makes them.
-        self._running: dict[Key, int] = {}
-        self._opened: set[int] = set()
-        #: Chain that each slot works on.
-        self._at: dict[Hashable, int] = {}
-        #: Cells that others wait for: full precision, by (section, model); parts of a model, by
-        #: (chain, method).
+        #: (section, model) of full-precision cells, which the other cells of the model wait for.
         full = [cell for cell in cells if cell.request.recipe is None]
-        parts = [cell for cell in cells if not _is_whole(cell)]
         self._full = {(cell.section, cell.model) for cell in full}
-        self._parts = Counter((self._chain[cell.key], cell.method) for cell in parts)
 
     def take(self, slot: Hashable) -> Cell | None:
         """Return the next cell of `slot`, which runs from now on; None if all cells must wait.
 
-        The first choice is the next cell of the slot's chain, then the first cell of a chain
-        without a slot. The last choice is the last cell of the costliest chain of another slot,
-        once one cell of this chain has run.
+        The first choice is a cell of the slot's chain, then a cell of a chain without a slot. The
+        last choice is a cell of any chain in which one cell has run.
         """
-        ready = [(cell, self._chain[cell.key]) for cell in self._waiting if self._is_ready(cell)]
-        for cell, chain in ready:
-            if chain == self._at.get(slot):
-                return self._start(cell)
         owned, running = set(self._at.values()), set(self._running.values())
-        for cell, chain in ready:
-            if chain not in owned and (chain in self._opened or chain not in running):
-                self._at[slot] = chain
-                return self._start(cell)
-        costs: dict[int, float] = defaultdict(float)
-        for cell in self._waiting:
-            costs[self._chain[cell.key]] += expected_cost(cell)
-        others = [item for item in reversed(ready) if item[1] in self._opened]
-        cell, _ = max(others, key=lambda item: costs[item[1]], default=(None, 0))
-        return cell and self._start(cell)
 
-    def _is_ready(self, cell: Cell) -> bool:
-        if _is_whole(cell) and self._parts[self._chain[cell.key], cell.method]:
-            return False
-        return cell.request.recipe is None or (cell.section, cell.model) not in self._full
+        def rank(cell: Cell) -> int:
+            chain = self._chain[cell.key]
+            if cell.request.recipe is not None and (cell.section, cell.model) in self._full:
+                return 3
+            if chain == self._at.get(slot):
+                return 0
+            is_free = chain not in owned and chain not in running
+            return 1 if is_free else 2 if chain in self._opened else 3
 
-    def _start(self, cell: Cell) -> Cell:
+        cell = min(self._waiting, key=rank, default=None)  # the first one of the lowest rank
+        if cell is None or (found := rank(cell)) == 3:
+            return None
         self._waiting.remove(cell)
         self._running[cell.key] = self._chain[cell.key]
+        if found == 1:
+            self._at[slot] = self._chain[cell.key]
         return cell
 
     def _stop(self, cell: Cell) -> None:
@@ -109,8 +91,6 @@ class CellQueue:
         self._stop(cell)
         if cell.request.recipe is None:
             self._full.discard((cell.section, cell.model))
-        if not _is_whole(cell):
-            self._parts[self._chain[cell.key], cell.method] -= 1
 
     def back(self, cell: Cell) -> None:
         """Let a cell that ran or was put aside wait again, before the others of its chain."""

@@ -35,12 +35,6 @@ class Node(NamedTuple):
     cpus: float
     gpus: float
 
-    def room(self, gpus: float, threads: int | None) -> int:
-        """Return how many cells fit at a time; `gpus` of a cell is 0 on CPU."""
-        if 0 < gpus < 1:  # the share of a cell lies on one GPU
-            return int(self.gpus) * int(1 / gpus + 1e-6)
-        return int((self.gpus / gpus if gpus else self.cpus / (threads or 1)) + 1e-6)
-
 
 def nodes() -> list[Node]:
     """Return the machines that are alive now."""
@@ -78,18 +72,18 @@ def connect(address: str, cpus: int | None, gpus: int | None = None) -> None:
         ) from error
     if ray.is_initialized():
         return
-    what, advice = "start on this machine", f"See {_folder()[1]}/ray/session_latest/logs."
+    what, advice = "start on this machine", "Its logs are in ray/session_latest of its folder."
     if address:
         _check_address(address)
-        what, advice = f"join the cluster at {address}", (
+        what = f"join the cluster at {address}"
+        advice = (
             "A run must start on a machine of the cluster (ray start "
             f"--address={address}), with the same versions of Python and Ray."
-        )  # fmt: skip
+        )
     elif os.environ.get("RAY_ADDRESS"):
         print(
             f"RAY_ADDRESS ({os.environ['RAY_ADDRESS']}) in the environment is not used: Ray starts "
-            "on this machine. To join that cluster, give --ray-address (for make: "
-            "RAY_ADDRESS=host:port after it).",
+            "on this machine. To join that cluster, give --ray-address (make: RAY_ADDRESS=...).",
             file=sys.stderr,
         )
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
@@ -101,7 +95,9 @@ def connect(address: str, cpus: int | None, gpus: int | None = None) -> None:
 
 def check_folder() -> None:
     """Raise EngineError if Ray cannot keep its sockets and logs on this machine."""
-    name, folder = _folder()
+    names = ("RAY_TMPDIR", "TMPDIR") if sys.platform == "linux" else ("RAY_TMPDIR",)
+    name = next((name for name in names if name in os.environ), "the default")
+    folder = os.environ.get(name, "/tmp")
     length, most = len(os.fsencode(folder)), _LONGEST - len(_SOCKET)
     problem = ""
     if not os.path.isabs(folder):
@@ -119,13 +115,6 @@ def check_folder() -> None:
             f"Ray cannot start: its folder {name}={folder} {problem}. Set RAY_TMPDIR to the short "
             "absolute path of a folder that can be written in, such as RAY_TMPDIR=/tmp."
         )
-
-
-def _folder() -> tuple[str, str]:
-    """Return the variable that Ray takes its folder from, and the folder."""
-    names = ("RAY_TMPDIR", "TMPDIR") if sys.platform == "linux" else ("RAY_TMPDIR",)
-    name = next((name for name in names if name in os.environ), "the default")
-    return name, os.environ.get(name, "/tmp")
 
 
 def _check_address(address: str) -> None:
@@ -175,14 +164,9 @@ def _task() -> Any:
         except (ImportError, OSError) as error:
             yield f"{host} cannot import the code ({error})"
             return
-        threads, gpus = setup["threads"], setup["gpus"]
-        if not threads and gpus:  # as many cores as its share of the GPUs
-            node = ray.get_runtime_context().get_node_id()
-            has = next(n["Resources"] for n in ray.nodes() if n["NodeID"] == node)
-            threads = int(has.get("CPU", 1) * gpus / has["GPU"])
         where = f"{host} gpu {','.join(map(str, given))}" if given else f"{host} {slot}"
         log = Path(setup["logs"]) / f"{host}-{slot}.log".replace(" ", "-")
-        executor = LocalExecutor({where: log}, max(1, threads or 1), fork=False)
+        executor = LocalExecutor({where: log}, setup["threads"], fork=False)
         executor.start(where, label, work)
         message = None
         while not isinstance(message, Finished | Failed):
@@ -198,14 +182,12 @@ class RayExecutor(Executor):
     def __init__(
         self, runs: Path, logs: Path, threads: int | None, gpus: float, most: int
     ) -> None:  # fmt: skip
-        """Make an executor.
+        """Make an executor of at most `most` cells at a time.
 
         Args:
-            runs: folder of records, at the same path on each machine.
-            logs: folder for the output of cells, inside `runs`.
-            threads: CPU threads of a cell; None: one, or the share of its GPU in the machine's.
+            runs, logs: folders of records and of output, at the same paths on each machine.
+            threads: CPU threads of a cell; None: one, or on GPUs the cores per GPU.
             gpus: GPUs of a cell, or its share of one; 0 on CPU.
-            most: limit of cells at a time.
 
         Raises:
             EngineError: a cell fits on no machine of the cluster.
@@ -214,9 +196,9 @@ class RayExecutor(Executor):
         import ray
 
         self._ray, self._most = ray, most
-        self._need = gpus, threads
+        self._gpus, self._cores = gpus, 0 if gpus else threads or 1
         self._look()
-        if not self._fitting:
+        if not self._room:
             need, advice = f"{threads or 1} CPU cores", "Give a cell fewer --threads."
             if gpus:
                 advice = "Use --device cpu, or start Ray on machines with GPUs."
@@ -224,19 +206,21 @@ class RayExecutor(Executor):
             raise EngineError(
                 f"No machine of the Ray cluster has the {need} that a cell asks for. {advice}"
             )
+        if gpus and not threads:
+            threads = int(gpus * min(node.cpus / node.gpus for node in nodes() if node.gpus))
         self._token = runs / f".ray-{secrets.token_hex(8)}"
         with replaced_whole(self._token) as temporary:
             temporary.write_text("A run looks for this file from its other machines.\n", "utf-8")
         self._setup = {"token": str(self._token.absolute()), "logs": str(logs), "cwd": os.getcwd()}
-        self._setup |= {"path": sys.path, "threads": threads, "gpus": gpus}
-        resources = {"num_gpus": gpus, "num_cpus": 0 if gpus else threads or 1}
-        self._task = ray.remote(max_retries=0, num_returns="streaming", **resources)(_task())
+        self._setup |= {"path": sys.path, "threads": max(threads or 1, 1)}
+        how = {"max_retries": 0, "num_returns": "streaming", "num_gpus": gpus}
+        self._task = ray.remote(**how, num_cpus=self._cores)(_task())
         self._messages: dict[str, Any] = {}  # generator of each busy slot
         self._where: dict[str, str] = {}  # machine of each cell that has started
 
     def slots(self) -> Sequence[str]:
         names = [f"worker {number}" for number in range(1, self._most + 1)]
-        return [name for i, name in enumerate(names) if i < self._fitting or name in self._messages]
+        return [name for i, name in enumerate(names) if i < self._room or name in self._messages]
 
     def start(self, slot: str, label: str, work: bytes) -> None:
         self._messages[slot] = self._task.remote(label, work, slot, self._setup)
@@ -274,9 +258,10 @@ class RayExecutor(Executor):
         return message
 
     def _look(self) -> None:
-        """Count the cells that fit on the machines of the cluster."""
+        """Count the cells that fit on the machines of the cluster now."""
         self._looked = time.monotonic()
-        self._fitting = sum(node.room(*self._need) for node in nodes())
+        shares = [n.gpus / self._gpus if self._gpus else n.cpus / self._cores for n in nodes()]
+        self._room = sum(int(share + 1e-6) for share in shares)
 
     def close(self) -> None:
         self._token.unlink(missing_ok=True)

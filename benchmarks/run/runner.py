@@ -38,15 +38,7 @@ class Runner:
     def __init__(
         self, adapter: Adapter, watch: Watch, make_executor: MakeExecutor, done: int, retries: int
     ) -> None:  # fmt: skip
-        """Make a runner.
-
-        Args:
-            adapter: measures the cells.
-            watch: shows the events.
-            make_executor: makes the executor of the cells.
-            done: number of cells of the grid that had a record before.
-            retries: see `benchmarks.run.attempt.Attempts`.
-        """
+        """Make a runner for a grid that has `done` records. `retries`: see `Attempts`."""
         self._adapter, self._watch, self._make_executor = adapter, watch, make_executor
         self._over, self._retries = done, retries
         self._estimator, self._observer = Estimator(), Observer()

@@ -69,11 +69,7 @@ def page(
 ) -> RenderableType:  # fmt: skip
     """Return a page about all runs that go on, and the latest other run.
 
-    Args:
-        runs, problems: see `benchmarks.watch.events.read_runs`.
-        results: folder of the runs.
-        width: width of the terminal.
-        lines: number of lines for running cells; None: all.
+    `read_runs` returns `runs` and `problems`. `width` and `lines`: see `live.state_view`.
     """
     chosen = _chosen(runs)
     warnings = [f"warning: {plain(problem)}" for problem in problems]

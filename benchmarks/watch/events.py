@@ -134,12 +134,7 @@ class EventLog:
     """Writes the events of a run to a file."""
 
     def __init__(self, folder: Path, warn: Callable[[str], None]) -> None:
-        """Make a log. Its first event makes the file.
-
-        Args:
-            folder: folder of the files of all runs.
-            warn: prints one warning if the file is not writable.
-        """
+        """Make a log in the folder of all runs. `warn` prints one warning if that fails."""
         self.path = folder / f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(4)}.jsonl"
         self._warn: Callable[[str], None] | None = warn
         self._times: dict[str, tuple[float, float]] = {}  # first and last line, by label
@@ -210,11 +205,9 @@ class Run:
 
 
 def read_runs(folder: Path, known: dict[Path, Run] | None = None) -> tuple[list[Run], list[str]]:
-    """Return the runs, the latest first, and one problem per file that has no run.
+    """Return the runs of a folder, the latest first, and one problem per file without a run.
 
-    Args:
-        folder: folder of the files.
-        known: runs that earlier calls have read, of which only new lines are read.
+    Pass the same dict `known` again to read only the new lines of known files.
     """
     runs, found, problems = {} if known is None else known, [], []
     for path in sorted(folder.glob("*.jsonl")):

@@ -38,13 +38,10 @@ class Watch:
     def __init__(
         self, console: Console, folder: Path | None = None, engine: str = "", every: float = 60.0
     ) -> None:  # fmt: skip
-        """Make a watch.
+        """Make a watch. `folder` takes the file of events; None: no file.
 
-        Args:
-            console: console of the user.
-            folder: folder of the files of events (``<results>/runs/.state``); None: no file.
-            engine: name of the cell executor.
-            every: seconds between two lines about a running cell if there is no terminal.
+        `engine` is the name of the cell executor. Without a terminal, there are `every` seconds
+        between two lines about a running cell.
         """
         self.state = State()
         self._console, self._engine, self._every = console, engine, every
@@ -115,13 +112,9 @@ class Watch:
 
 
 def state_view(state: State, now: float, width: int, lines: int | None = None) -> RenderableType:
-    """Return the counts of a grid and the table of its running cells.
+    """Return the counts of a grid and the table of its running cells at the Unix time `now`.
 
-    Args:
-        state: state of the run.
-        now: Unix time.
-        width: width of the terminal.
-        lines: number of lines for the table; None: one per running cell.
+    The terminal has `width` columns, and `lines` lines for the table; None: one per cell.
     """
     began = now if state.begin is None else state.begin.time
     words = (
