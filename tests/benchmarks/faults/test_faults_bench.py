@@ -66,8 +66,8 @@ def test_two_runners_on_one_folder_measure_each_cell_once(tmp_path: Path):
     """Started together, two workers each; the cells only hold their lease for a moment."""
     grid = tmp_path / "grid.yaml"
     grid.write_text(yaml.safe_dump({
-        "name": "twice", "tasks": {"classification": {"dataset": "none", "models": ["demo_vit"]}}, "methods": ["rtn"],
-        "bits": ["w4a4"], "seeds": list(range(10)), "threads": 1,
+        "name": "twice", "tasks": {"classification": {"dataset": "none", "models": ["demo_vit"]}},
+        "methods": ["rtn"], "bits": ["w4a4"], "seeds": list(range(10)), "threads": 1,
     }))  # fmt: skip
     results = tmp_path / "results"
     command = [sys.executable, "-m", "leased_cells", "run", "--profile", str(grid), "--jobs", "2"]

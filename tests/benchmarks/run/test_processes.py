@@ -145,7 +145,8 @@ def test_nothing_outlives_a_killed_runner(tmp_path: Path):
     code = (
         "import sys, test_processes as tests\nfrom pathlib import Path\nroot = Path(sys.argv[1])\n"
         "executor = tests.local(root)\n"
-        "tests.start(executor, tests.cells_of(root)[0], tests.name_the_temporary_folder)\ntests.end(executor)\n"
+        "tests.start(executor, tests.cells_of(root)[0], tests.name_the_temporary_folder)\n"
+        "tests.end(executor)\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     runner = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=environment)
@@ -179,7 +180,8 @@ def test_what_a_killed_process_leaves_behind_is_removed(executor: LocalExecutor,
 
 def in_a_new_process(test: Callable[[Path], None], tmp_path: Path) -> None:
     """Run a test apart: a process has one fork server, which imports once."""
-    code = f"import sys, pathlib, test_processes as tests; tests.{test.__name__}(pathlib.Path(sys.argv[1]))"
+    code = "import sys, pathlib, test_processes as tests\n"
+    code += f"tests.{test.__name__}(pathlib.Path(sys.argv[1]))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     command = [sys.executable, "-c", code, str(tmp_path)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG)

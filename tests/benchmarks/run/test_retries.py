@@ -186,7 +186,7 @@ def test_the_batch_of_a_recipe_is_never_made_smaller(cell: Cell):
     assert "in an optimisation step (reconstruct block 1)" in message
     assert "PLACEMENT=disk or --placement disk" in message
     assert "another recipe" in message
-    # Before a block's first step its inputs and targets are computed, in passes that may be smaller.
+    # Before the first step of a block, its inputs and targets are computed: this batch may shrink.
     places = Progress("reconstruct", 3, 9, "block 1", 0.5), Progress("reconstruct", 9, 9, "block 2")
     assert after(attempts(cell), "memory", *places)[0]
 

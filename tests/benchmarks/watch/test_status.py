@@ -187,7 +187,8 @@ if __name__ == "__main__":
 
 def test_a_killed_run_is_told_from_a_running_one(tmp_path: Path):
     grid = {
-        "name": "small", "tasks": {"classification": {"dataset": "digit-pairs", "models": ["demo_vit"]}},
+        "name": "small",
+        "tasks": {"classification": {"dataset": "digit-pairs", "models": ["demo_vit"]}},
         "methods": ["fp", "fimaq"], "bits": ["w3a3"], "seeds": [1], "threads": 1,
     }  # fmt: skip
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(grid))

@@ -145,7 +145,8 @@ def test_where_there_is_no_terminal_there_are_lines():
     lines = out.getvalue().splitlines()
     label = plain(cell.label)
     assert [line.removeprefix(f"[ 0/10] {label}: ") for line in lines[:3]] == [
-        "started (cuda:1)", "reconstruct blocks.0 3/9, loss 0.5", "waits again: its worker died again"
+        "started (cuda:1)", "reconstruct blocks.0 3/9, loss 0.5",
+        "waits again: its worker died again",
     ]  # fmt: skip
     assert lines[3].startswith(f"[ 1/10] {label}: FAILED: it broke x")
     assert lines[3].endswith("x, about 60 s left")
