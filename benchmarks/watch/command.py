@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from benchmarks.watch.events import Run
 
 #: Number of failed and of ended cells of a run that are shown.
-_FAILED, _ENDED = 10, 5
+_SHOWN = 5
 
 
 @click.command()
@@ -71,43 +71,34 @@ def page(
 
     `read_runs` returns `runs` and `problems`. `width` and `lines`: see `live.state_view`.
     """
+    from benchmarks.watch.live import state_view
+
     chosen = _chosen(runs)
-    warnings = [f"warning: {plain(problem)}" for problem in problems]
-    parts: list[RenderableType] = [Text(warning, style="yellow") for warning in warnings]
+    parts: list[RenderableType] = []
+    for problem in problems:
+        parts.append(Text(f"warning: {plain(problem)}", style="yellow"))
     if not chosen:
         parts.append(Text(f"Nothing has run on {plain(str(results))} yet."))
     elif not chosen[0][1]:
         parts.append(Text(f"Nothing runs on {plain(str(results))} now."))
     for run, alive in chosen:
-        if len(parts) > len(problems):
-            parts.append(Text())
-        parts += _run(run, alive, width, lines)
+        state, now = run.state, time.time() if alive else run.heartbeat
+        parts += [Text(_headline(run, alive), style="bold"), state_view(state, now, width, lines)]
+        for title, events, style in (("failed", state.failed, "red"), ("ended", state.ended, "")):
+            parts += [Text(f"Last {title}:")] if events else []
+            for event in list(events)[-_SHOWN:]:
+                log = f" (details: {event.log})" if event.log else ""
+                text = f"  {event.label}: {event.outcome}: {event.text}{log}"
+                parts.append(Text(text, style=style))
     return Group(*parts)
-
-
-def _run(run: Run, alive: bool, width: int, lines: int | None) -> list[RenderableType]:
-    from benchmarks.watch.live import state_view
-
-    state, now = run.state, time.time() if alive else run.heartbeat
-    parts = [Text(_headline(run, alive), style="bold"), state_view(state, now, width, lines)]
-    if state.failed:
-        last = f" (the last {_FAILED})" if state.failures > _FAILED else ""
-        parts.append(Text(f"Failed{last}:"))
-        for event in list(state.failed)[-_FAILED:]:
-            log = f" (details: {event.log})" if event.log else ""
-            parts.append(Text(f"  {event.label}: {event.text}{log}", style="red"))
-    if state.ended:
-        parts.append(Text("Last ended:"))
-        for event in list(state.ended)[-_ENDED:]:
-            parts.append(Text(f"  {event.label}: {event.outcome}: {event.text}"))
-    return parts
 
 
 def _headline(run: Run, alive: bool) -> str:
     begin, heard = run.state.begin, duration(max(time.time() - run.heartbeat, 0.0))
     assert begin is not None
-    engine = f", engine {begin.engine}" if begin.engine else ""
-    who = f"{begin.host}, process {begin.pid}{engine}"
+    who = f"{begin.host}, process {begin.pid}" + (
+        f", engine {begin.engine}" if begin.engine else ""
+    )
     if alive:
         return f"Running on {who}; last sign of life {heard} ago"
     if run.state.is_finished:

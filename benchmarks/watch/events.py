@@ -22,11 +22,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from benchmarks.console import plain
 from tasks.common.cell.lease import is_running
 
-#: Seconds between two signs of life, and seconds without one after which a run is over elsewhere.
-_BEAT, SILENCE = 1.0, 30.0
-#: Seconds between two lines about a cell: at least this number, and this share of the cell's time
-#: so far, which keeps the file of a long run small.
-_EVERY, _SHARE = 1.0, 0.02
+#: Seconds between two lines about a cell, or about the clock of the run: at least this number,
+#: then this share of the run's time so far, at most this number. It keeps long files small.
+_EVERY, _SHARE, _BEAT = 1.0, 0.02, 15.0
+#: Seconds without a line after which a run on another machine is over.
+SILENCE = 45.0
 #: Number of files of ended runs that are kept.
 _KEPT = 5
 
@@ -131,46 +131,35 @@ class State:
 
 
 class EventLog:
-    """Writes the events of a run to a file."""
+    """Writes the events of a run to a file in the folder of all runs."""
 
     def __init__(self, folder: Path, warn: Callable[[str], None]) -> None:
-        """Make a log in the folder of all runs. `warn` prints one warning if that fails."""
         self.path = folder / f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(4)}.jsonl"
-        self._warn: Callable[[str], None] | None = warn
-        self._times: dict[str, tuple[float, float]] = {}  # first and last line, by label
-        self._beat = 0.0
+        self._warn, self._is_broken = warn, False
+        self._began = time.time()
+        self._last: dict[str, float] = {}  # Unix time of the last line, by label
 
     def add(self, event: Event) -> None:
         """Write an event. Most of the ``progress`` and ``tick`` events are left out."""
+        pause = min(max(_EVERY, _SHARE * (event.time - self._began)), _BEAT)
+        if event.kind in ("progress", "tick"):
+            if event.time - self._last.get(event.label, 0.0) < pause:
+                return
+            self._last[event.label] = event.time
         try:
             if event.kind == "begin":
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 remove_old(self.path.parent)
-            if self._is_due(event):
-                # Opened for each line, so that other machines see it on a network file system.
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.write(f"{event.model_dump_json(exclude_defaults=True)}\n")
-                self._beat = event.time
-            elif event.time - self._beat >= _BEAT:
-                os.utime(self.path)
-                self._beat = event.time
+            # Opened for each line, so that other machines see it on a network file system.
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(f"{event.model_dump_json(exclude_defaults=True)}\n")
         except OSError as error:
-            if self._warn is not None:
+            if not self._is_broken:
                 self._warn(
                     "warning: `python -m benchmarks status` will not show this run correctly. "
                     f"Cannot write {self.path}: {error.strerror}."
                 )
-                self._warn = None
-
-    def _is_due(self, event: Event) -> bool:
-        if event.kind not in ("progress", "tick"):
-            self._times.pop(event.label, None)
-            return True
-        first, last = self._times.get(event.label, (event.time, 0.0))
-        if event.time - last < max(_EVERY, _SHARE * (event.time - first)):
-            return False
-        self._times[event.label] = first, event.time
-        return True
+            self._is_broken = True
 
 
 @dataclass

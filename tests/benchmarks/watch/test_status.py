@@ -129,7 +129,7 @@ def test_a_run_is_seen_from_its_beginning_to_its_end(tmp_path: Path):
     text = shown(tmp_path).output
     assert "Nothing runs on" in text
     assert "ended" in text
-    assert "it broke (details: /logs/error.log)" in text
+    assert "failed: it broke (details: /logs/error.log)" in text
 
 
 def test_progress_is_written_once_in_a_while_and_each_end_at_once(tmp_path: Path):
