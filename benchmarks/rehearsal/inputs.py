@@ -57,8 +57,9 @@ def _build(task: str, full_name: str) -> nn.Module:
         from tasks.detection.configs import build, published_config
 
         model = build(published_config(architecture))
-        heads: Any = model.roi_head.bbox_head
-        for head in heads if isinstance(heads, nn.ModuleList) else [heads]:
+        heads = model.roi_head.bbox_head
+        each: Any = heads if isinstance(heads, nn.ModuleList) else [heads]
+        for head in each:
             head.fc_cls.weight.data.mul_(_CERTAIN)
     else:
         import timm

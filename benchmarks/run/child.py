@@ -186,7 +186,7 @@ def _preload(log: str, *modules: str) -> None:
         except Exception:  # noqa: BLE001 the cell imports it again and reports the error
             traceback.print_exc()
         torch = sys.modules.get("torch")
-        if _threads is None and hasattr(torch, "set_num_threads"):
+        if torch is not None and _threads is None and hasattr(torch, "set_num_threads"):
             _threads = torch.get_num_threads()
             torch.set_num_threads(1)
     if uses_cuda():

@@ -72,7 +72,7 @@ def connect(address: str, cpus: int | None, gpus: int | None = None) -> None:
         ) from error
     if ray.is_initialized():
         return
-    what, advice = "start on this machine", "Its logs are in ray/session_latest of its folder."
+    what, advice = "start on this machine", "See the logs in ray/session_latest of its folder."
     if address:
         _check_address(address)
         what = f"join the cluster at {address}"
@@ -182,7 +182,7 @@ class RayExecutor(Executor):
     def __init__(
         self, runs: Path, logs: Path, threads: int | None, gpus: float, most: int
     ) -> None:  # fmt: skip
-        """Make an executor of at most `most` cells at a time.
+        """Make an executor for at most `most` cells at a time.
 
         Args:
             runs, logs: folders of records and of output, at the same paths on each machine.
@@ -211,10 +211,14 @@ class RayExecutor(Executor):
         self._token = runs / f".ray-{secrets.token_hex(8)}"
         with replaced_whole(self._token) as temporary:
             temporary.write_text("A run looks for this file from its other machines.\n", "utf-8")
-        self._setup = {"token": str(self._token.absolute()), "logs": str(logs), "cwd": os.getcwd()}
-        self._setup |= {"path": sys.path, "threads": max(threads or 1, 1)}
-        how = {"max_retries": 0, "num_returns": "streaming", "num_gpus": gpus}
-        self._task = ray.remote(**how, num_cpus=self._cores)(_task())
+        self._setup = {
+            "token": str(self._token.absolute()), "logs": str(logs), "cwd": os.getcwd(),
+            "path": sys.path, "threads": max(threads or 1, 1),
+        }  # fmt: skip
+        options = ray.remote(
+            max_retries=0, num_returns="streaming", num_gpus=gpus, num_cpus=self._cores
+        )
+        self._task: Any = options(_task())
         self._messages: dict[str, Any] = {}  # generator of each busy slot
         self._where: dict[str, str] = {}  # machine of each cell that has started
 
@@ -283,8 +287,8 @@ def wait_for(address: str, count: int, seconds: float) -> None:
     """
     deadline = time.monotonic() + seconds
     found: list[str] = []
-    problem = ""
     while len(found) < count:
+        problem = ""
         try:
             connect(address, None)
             found = [f"{node.host} ({node.cpus:g} CPU, {node.gpus:g} GPU)" for node in nodes()]

@@ -124,7 +124,8 @@ def state_view(state: State, now: float, width: int, lines: int | None = None) -
     if state.over < state.total:
         words += f", {time_left(state.left(now))}"
     counts = Table.grid(padding=(0, 1, 0, 0))
-    bar = ProgressBar(max(state.total, 1), min(state.over, state.total), width=width // 8)
+    room = min(max(width - len(words) - 2, 4), 40)
+    bar = ProgressBar(max(state.total, 1), min(state.over, state.total), width=room)
     counts.add_row(bar, Text(words, style="bold"))
     cells = list(state.running.values())
     shown = cells if lines is None or len(cells) <= lines else cells[: max(lines - 1, 0)]
@@ -137,9 +138,10 @@ def state_view(state: State, now: float, width: int, lines: int | None = None) -
         table.add_column(no_wrap=is_number, justify="right" if is_number else "left")
     for row in rows:
         table.add_row(*(Text(row[name], no_wrap=True, overflow="ellipsis") for name in columns))
-    rest = len(cells) - len(shown)
-    parts = [(True, counts), (bool(rows), table), (bool(rest), Text(f"… and {rest} more"))]
-    return Group(*(part for is_shown, part in parts if is_shown))
+    parts: list[RenderableType] = [counts, table] if rows else [counts]
+    if len(shown) < len(cells):
+        parts.append(Text(f"… and {len(cells) - len(shown)} more"))
+    return Group(*parts)
 
 
 def _row(state: State, started: Event, now: float) -> dict[str, str]:
