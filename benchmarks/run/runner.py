@@ -4,13 +4,12 @@ import pickle
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from benchmarks.console import duration
 from benchmarks.costs.estimate import Estimator
 from benchmarks.grid.cell import MAIN_METRIC, Adapter, Cell, Key, known_folder
-from benchmarks.run.attempt import Attempts
 from benchmarks.run.executor import Executor, Failed, MakeExecutor, Message, Started
 from benchmarks.run.order import CellQueue
 from benchmarks.watch.live import Watch
@@ -18,9 +17,17 @@ from fimaq_core.errors import FimaqError
 from fimaq_core.progress import Progress
 from tasks.common.cell.lease import Observer
 from tasks.common.record import ResultRecord, read_record
+from tasks.common.request import CellRequest
 
 #: Seconds between two checks of cells that others measure, and the longest wait for messages.
 _CHECK, _WAIT = 2.0, 0.5
+
+#: Stages whose progress has the loss of an optimisation step.
+_OPTIMISING = ("reconstruct", "reconstruct MLPs")
+_ADVICE = (
+    "Keep less in memory (PLACEMENT=disk or --placement disk), run fewer cells at a time "
+    "(JOBS=1 or --jobs 1), or use a device with more memory."
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,71 @@ class Failure:
     cell: Cell
     message: str
     log: Path | None
+
+
+@dataclass
+class Attempts:
+    """All attempts at one cell."""
+
+    cell: Cell
+    #: Limit of attempts in a row whose process dies without progress; 0: no second attempt.
+    retries: int
+    request: CellRequest  #: of the next attempt, which may need less memory with equal results
+    since: float = 0.0  #: start of the present attempt, by `time.monotonic`
+    _reached: set[tuple[str, str]] = field(default_factory=set)  # stages and blocks so far
+    _is_further: bool = False  # the present attempt has reached a new one
+    _last: Progress | None = None
+    _fruitless: int = 0
+    _errors: int = 0
+
+    def begin(self) -> None:
+        """Begin the next attempt."""
+        self._is_further, self._last, self.since = False, None, time.monotonic()
+
+    def heard(self, progress: Progress) -> None:
+        """Note the progress of the present attempt."""
+        place = (progress.stage, progress.block)
+        self._last = progress
+        if place not in self._reached and not progress.stage.startswith("wait for "):
+            self._reached.add(place)
+            self._is_further = True
+
+    def failed(self, failure: Failed) -> tuple[bool, str]:
+        """Return True to try the cell again after a failure, and the reason for people."""
+        again, reason = False, failure.message
+        if failure.kind == "memory":
+            return self._with_less_memory(reason)
+        if failure.kind == "error":
+            self._errors += 1
+            again = bool(self.retries) and self._errors == 1
+            reason += "; tried once more in a new process" if again else ""
+        elif failure.kind == "died":
+            # Attempts with progress are not counted: each goes on after the last finished block.
+            self._fruitless = 0 if self._is_further else self._fruitless + 1
+            again = self._fruitless < self.retries
+            if not again and self._fruitless > 1:
+                reason += f", {self._fruitless} times without progress"
+        return again, reason
+
+    def _with_less_memory(self, reason: str) -> tuple[bool, str]:
+        """Change the request so that it needs less memory; see `failed`."""
+        request, batch = self.request, self.request.eval_batch // 2
+        if request.device.startswith("cuda") and request.placement == "device":
+            note = "memory ran out: inputs and outputs of blocks are kept in host memory"
+            request = replace(request, placement="host")
+        elif self._last and self._last.loss is not None and self._last.stage in _OPTIMISING:
+            return False, (
+                f"memory ran out ({reason}) in an optimisation step ({self._last.stage} "
+                f"{self._last.block}). The recipe's batch_size is kept: another one gives other "
+                f"results, so it is another recipe. {_ADVICE}"
+            )
+        elif batch:
+            note = f"memory ran out: the batch of forward passes is reduced to {batch}"
+            request = replace(request, eval_batch=batch)
+        else:
+            return False, f"memory ran out ({reason}), even for one image. {_ADVICE}"
+        self.request = replace(request, notes=(*request.notes, note))
+        return True, note
 
 
 class Runner:

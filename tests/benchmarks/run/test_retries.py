@@ -13,9 +13,9 @@ from click.testing import CliRunner, Result
 from benchmarks.cli import cli
 from benchmarks.grid.cell import Cell, RunOptions
 from benchmarks.grid.expand import Filters, expand
-from benchmarks.run.attempt import Attempts
 from benchmarks.run.executor import Failed, Kind
 from benchmarks.run.order import CellQueue
+from benchmarks.run.runner import Attempts
 from fimaq_core.progress import Progress
 from tasks.common.record import write_record
 from tasks.common.request import CellRequest
