@@ -1,1 +1,1 @@
-"""Results of a grid whose processes are killed, against the same grid undisturbed."""
+"""Fault bench: a grid whose processes are killed must give the results of an undisturbed grid."""

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.faults``: a small grid whose processes are killed, and its figures."""
+"""``python -m benchmarks.faults``: kills processes of a small grid and prints what it found."""
 
 import hashlib
 import json
@@ -17,32 +17,32 @@ import psutil  # type: ignore[import-untyped, unused-ignore]
 
 from benchmarks.compare.reference import machine
 from benchmarks.console import user_errors
-from benchmarks.faults.audit import doubled, read_events
+from benchmarks.faults.audit import doubled, read_notes
 from benchmarks.grid.cell import RunOptions, default_adapter, finished_record
 from benchmarks.grid.expand import Filters, expand, load_grid
 from benchmarks.run.ray import check_folder
 
 GRID = Path(__file__).with_name("grid.yaml")
-#: Relative frequency of the kinds of kills, and words in the command line of their processes.
+#: Kinds of killed processes with their relative frequencies, and words in their command lines.
 KINDS = {"cell": 6, "worker": 5, "driver": 4, "node": 2}
 WORDS = {"cell": "multiprocessing.spawn", "worker": "ray::", "driver": "benchmarks.faults.audit"}
 
 
 def start(results: Path, *more: str) -> "subprocess.Popen[bytes]":
-    """Start the grid; its output goes to ``driver.log`` beside ``results``."""
+    """Start the grid. Its output goes to ``driver.log`` beside `results`."""
     command = [sys.executable, "-m", WORDS["driver"], "run", "--profile", str(GRID), *more]
     with results.with_name("driver.log").open("ab") as log:
         return subprocess.Popen([*command, "--results", str(results)], stdout=log, stderr=log)
 
 
 def digests(folder: Path, pattern: str) -> dict[str, str]:
-    """Return the sha256 of the contents of files below ``folder``, by path."""
+    """Return the SHA-256 of the content of files in `folder`, by path."""
     files = sorted(folder.rglob(pattern))
     return {str(f.relative_to(folder)): hashlib.sha256(_content(f)).hexdigest() for f in files}
 
 
 def _content(file: Path) -> bytes:
-    """Return the bytes of a file, with sorted keys in a checkpoint's header: their order varies."""
+    """Return the bytes of a file, with sorted keys in the header of a checkpoint."""
     content = file.read_bytes()
     if file.suffix != ".safetensors":
         return content
@@ -51,7 +51,7 @@ def _content(file: Path) -> bytes:
 
 
 def victims(kind: str) -> list[psutil.Process]:
-    """Return the running processes of a kind among this process's descendants."""
+    """Return the descendants of this process that are of a kind."""
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
@@ -63,50 +63,57 @@ def victims(kind: str) -> list[psutil.Process]:
     return found
 
 
+def kill(kind: str, cluster: Any, chance: random.Random) -> bool:
+    """Kill a process or node of a kind. Return False if there is none."""
+    if kind == "node":
+        cluster.remove_node(cluster.list_all_nodes()[-1], allow_graceful=False)
+        cluster.add_node(num_cpus=1)
+        return True
+    try:
+        chance.choice(victims(kind)).kill()
+    except (IndexError, psutil.NoSuchProcess):
+        return False
+    return True
+
+
 def disturb(
     cluster: Any, results: Path, wanted: int, pause: tuple[float, float], chance: random.Random,
     kills: "Counter[str]",
 ) -> int:  # fmt: skip
-    """Run the grid to its end; kill one process per pause until ``kills`` has ``wanted``.
+    """Run the grid to its end, and kill one process per pause until `kills` has `wanted`.
 
     Returns:
-        How many times the grid gave up a cell that was killed too often, and was started again.
+        How often the grid was started again because it gave up a cell.
     """
     given_up = 0
     options = "--engine", "ray", "--ray-address", cluster.address
     driver = start(results, *options)
     while True:
-        more = kills.total() < wanted
         try:
-            code = driver.wait(timeout=chance.uniform(*pause) if more else None)
+            pause_seconds = chance.uniform(*pause) if kills.total() < wanted else None
+            code = driver.wait(timeout=pause_seconds)
         except subprocess.TimeoutExpired:
             kind = chance.choices(list(KINDS), list(KINDS.values()))[0]
-            if kind == "node":
-                cluster.remove_node(cluster.list_all_nodes()[-1], allow_graceful=False)
-                cluster.add_node(num_cpus=1)
-            else:
-                try:
-                    chance.choice(victims(kind)).kill()
-                except (IndexError, psutil.NoSuchProcess):
-                    continue  # none runs now; the next pause brings another kind
+            if not kill(kind, cluster, chance):
+                continue
             kills[kind] += 1
             print(f"kill {kills.total()}: {kind}", file=sys.stderr)
-            if kind == "driver":
-                driver.wait()
-                driver = start(results, *options)
+            if kind != "driver":
+                continue
+            driver.wait()
         else:
             if code == 0:
                 return given_up
             if code != 1:
                 raise RuntimeError(f"The grid ended with exit code {code}: see driver.log.")
             given_up += 1
-            driver = start(results, *options)
+        driver = start(results, *options)
 
 
 def measure(folder: Path, wanted: int, seed: int, pause: tuple[float, float]) -> dict[str, Any]:
-    """Run the grid undisturbed, then disturbed until ``wanted`` kills are made, and compare.
+    """Run the grid undisturbed, then disturbed until `wanted` kills are made, and compare.
 
-    ``folder``, an empty one, takes all files; ``pause`` are the seconds between two kills.
+    All files go to the empty `folder`. `pause` has the limits of the seconds between two kills.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     from ray.cluster_utils import Cluster
@@ -130,7 +137,7 @@ def measure(folder: Path, wanted: int, seed: int, pause: tuple[float, float]) ->
             cells = expand(load_grid(str(GRID)), Filters(), RunOptions(results))
             there = [cell for cell in cells if finished_record(cell, default_adapter())]
             found["cells_lost"] += len(cells) - len(there)
-            found["cells_doubled"] += len(doubled(read_events(results)))
+            found["cells_doubled"] += len(doubled(read_notes(results)))
             tables &= digests(results / "tables", "*") == digests(quiet / "tables", "*")
             mine = digests(results / "runs", "quantized.safetensors")
             checkpoints &= mine == digests(quiet / "runs", "quantized.safetensors") != {}
@@ -145,18 +152,17 @@ def measure(folder: Path, wanted: int, seed: int, pause: tuple[float, float]) ->
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@click.option("--kills", type=click.IntRange(min=1), default=30, help="Processes to kill.")
-@click.option("--seed", type=int, default=0, help="Of the kinds and times of the kills.")
+@click.option("--kills", type=click.IntRange(min=1), default=30, help="Number of kills.")
+@click.option("--seed", type=int, default=0, help="Seed of the kinds and times of the kills.")
 @click.option("--pause", type=(float, float), default=(3, 9), help="Seconds between two kills.")
-@click.option("--folder", type=click.Path(path_type=Path), help="Keep all files in this folder.")
+@click.option("--folder", type=click.Path(path_type=Path), help="Folder to keep all files in.")
 @click.pass_context
 def main(
-    context: click.Context, kills: int, seed: int, pause: tuple[float, float],
-    folder: Path | None,
-) -> None:  # fmt: skip
+    context: click.Context, kills: int, seed: int, pause: tuple[float, float], folder: Path | None
+) -> None:
     """Kill processes of a small grid on two Ray nodes, and compare with the undisturbed grid."""
     with user_errors(context, ""):
-        check_folder()  # Ray starts after minutes; complain before
+        check_folder()  # now, since Ray starts only after minutes
     with tempfile.TemporaryDirectory(prefix="fimaq-faults-") as temporary:
         place = Path(folder or temporary).absolute()
         figures = measure(place, kills, seed, pause) | {"machine": machine()}

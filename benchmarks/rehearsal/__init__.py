@@ -1,5 +1,5 @@
-"""Rehearsal: the cells of a grid end to end in small, with random weights of the real architectures.
+"""Rehearsal of a grid: each cell from end to end in small, with random weights and images.
 
-It shows before days of GPU time are spent that the code runs on this machine at the real sizes, and
-estimates seconds, memory and disk of the real run.
+It shows that the code runs on this machine at the real model sizes before days of GPU time are
+spent, and it estimates seconds, memory and disk of the real run.
 """

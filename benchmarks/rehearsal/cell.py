@@ -1,4 +1,4 @@
-"""One cell in small: what is smaller, the kill in its midst, and the times of its steps."""
+"""Rehearsal of one cell: a smaller request, one kill of its process, and times of its steps."""
 
 import json
 import os
@@ -8,14 +8,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rehearsal.images import few_classes
 from fimaq_core.errors import FimaqError
 from fimaq_core.progress import OnProgress, Progress
 from fimaq_core.recipe import Recipe, make_recipe
 from tasks.common.request import CellRequest
 from tasks.detection.tags import annotation_file
 
-#: Optimisation steps per block and per MLP; on a GPU a graph of a step is captured behind three.
+#: Optimisation steps per block and per MLP. A GPU captures a graph of a step after the third one.
 STEPS, GPU_STEPS = 2, 5
 #: Images of a rehearsal on a CPU; a detector takes minutes per image.
 _IMAGES, _DETECTOR_IMAGES = 2, 1
@@ -23,48 +22,45 @@ _EVENTS = "rehearsal.jsonl"
 
 
 def in_small(request: CellRequest) -> CellRequest:
-    """Return ``request`` with few steps per block and few images.
+    """Return `request` with few steps per block and few images.
 
-    On a GPU batches and calibration ranges keep their real number of images, so the peak of memory
-    is the real one but for what is kept of all calibration images.
+    On a GPU, batches and range images keep their real size. The peak of memory is then the real
+    one, except for what is kept of all calibration images.
     """
-    gpu, detector = request.device.startswith("cuda"), request.task == "detection"
-    recipe, data = request.recipe, request.data
-    images = _DETECTOR_IMAGES if detector else _IMAGES
-    if gpu and not detector:
+    is_gpu, is_detector = request.device.startswith("cuda"), request.task == "detection"
+    data, images = request.data, _DETECTOR_IMAGES if is_detector else _IMAGES
+    if is_gpu and not is_detector:
         images = request.eval_batch
-    if data.evaluation == "zero-shot" and not gpu and data.path is not None:
+    if data.path is not None and data.evaluation == "zero-shot" and not is_gpu:
+        from benchmarks.rehearsal.inputs import few_classes
+
         data = replace(data, path=few_classes(data.path))
-    if detector and data.path is not None:  # what goes by COCO's name must be whole
+    if data.path is not None and is_detector:  # a data set with the name of COCO must be complete
         val, train = (annotation_file(data.path, part) for part in ("val", "train"))
         data = replace(data, path=val, calibration_data=train)
-    return replace(
-        request,
-        recipe=None if recipe is None else _recipe_in_small(request.task, recipe, images, gpu),
-        data=replace(data, limit=max(images, 2)),  # standard errors need two
-        eval_batch=min(request.eval_batch, images),
-    )
+    recipe = request.recipe and _recipe_in_small(request.task, request.recipe, images, is_gpu)
+    limit = max(images, 2)  # a standard error needs two
+    batch = min(request.eval_batch, images)
+    return replace(request, recipe=recipe, data=replace(data, limit=limit), eval_batch=batch)
 
 
-def _recipe_in_small(task: str, recipe: Recipe, images: int, gpu: bool) -> Recipe:
-    if gpu:
+def _recipe_in_small(task: str, recipe: Recipe, images: int, is_gpu: bool) -> Recipe:
+    if is_gpu:
         images = max(recipe.range_images, recipe.batch_size, recipe.mlp_batch)
-    most: dict[str, int] = dict.fromkeys(("steps", "mlp_steps"), GPU_STEPS if gpu else STEPS)
-    names = ("calibration_images", "range_images", "batch_size", "mlp_batch")
-    most |= {**dict.fromkeys(names, images), "range_candidates": 16, "range_rounds": 1}
+    most: dict[str, int] = dict.fromkeys(("steps", "mlp_steps"), GPU_STEPS if is_gpu else STEPS)
+    most |= dict.fromkeys(("calibration_images", "batch_size", "mlp_batch"), images)
+    most |= {"range_images": images if is_gpu else 1, "range_candidates": 16, "range_rounds": 1}
     if task == "retrieval":
         most["divergence_batch"] = images
-    if not gpu:
-        most["range_images"] = 1
     changes = {name: min(getattr(recipe, name), value) for name, value in most.items()}
     return make_recipe(recipe.method, recipe.model_dump(mode="json"), changes)
 
 
 def rehearse_cell(request: CellRequest, on_progress: OnProgress) -> Path:
-    """Measure a cell in small, killing its process once in its midst; return the record's path.
+    """Measure a cell in small, kill its process once, and return the path of its record.
 
     Raises:
-        FimaqError: after the kill, something finished was done again.
+        FimaqError: a finished block was computed again after the kill.
     """
     from tasks.common.cell.identity import planned_folder
     from tasks.common.cell.run import run_cell
@@ -72,27 +68,25 @@ def rehearse_cell(request: CellRequest, on_progress: OnProgress) -> Path:
     request = in_small(request)
     folder = planned_folder(request)
     folder.mkdir(parents=True, exist_ok=True)
-    return run_cell(request, _Listener(request, folder / _EVENTS, on_progress))
+    return run_cell(request, _Killer(request, folder / _EVENTS, on_progress))
 
 
-class _Listener:
-    """Writes each moment of a cell into a file, and kills the process in the first attempt.
+class _Killer:
+    """Callback that writes each progress to a file, and kills the process in its first attempt.
 
-    The kill comes when the second block of the longest stage begins, or at the evaluation where
-    everything before was found done.
+    The kill comes when the second block of the longest stage begins. If an earlier cell has made
+    all blocks, the kill comes at the evaluation.
     """
 
     def __init__(self, request: CellRequest, path: Path, on_progress: OnProgress) -> None:
         recipe = request.recipe
         self._stage = "evaluate" if recipe is None else "calibrate"
-        if recipe is not None and recipe.reconstruct_mlp:
-            self._stage = "reconstruct MLPs"
-        if recipe is not None and recipe.reconstruct:
-            self._stage = "reconstruct"
-        self._path, self._report, self._device = path, on_progress, request.device
+        if recipe is not None and (recipe.reconstruct or recipe.reconstruct_mlp):
+            self._stage = "reconstruct" if recipe.reconstruct else "reconstruct MLPs"
+        self._path, self._on_progress, self._device = path, on_progress, request.device
         earlier = read_events(path.parent)
         self._attempt = 1 + max((event["attempt"] for event in earlier), default=0)
-        # Of a stage with checkpoints, all blocks but the last that began are finished.
+        # In a stage with checkpoints, all blocks before the last one that began are finished.
         begun = [event["block"] for event in earlier if event["stage"] == self._stage]
         self._finished = set(begun) - set(begun[-1:]) if self._stage != "calibrate" else set()
         self._first = ""
@@ -104,14 +98,20 @@ class _Listener:
         event = {"attempt": self._attempt, "time": self._now(), "memory": memory}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(event | asdict(progress)) + "\n")
-        if progress.stage == self._stage and not self._first:
+        is_in_stage = progress.stage == self._stage
+        if is_in_stage and not self._first:
             self._first = progress.block
             if self._first in self._finished:
-                again = f"and the stage '{self._stage}' does it again"
-                raise FimaqError(f"{self._first} was finished before the kill, {again}.")
-        if self._attempt == 1 and self._is_due(progress):
+                raise FimaqError(
+                    f"{self._first} was finished before the kill, and the stage "
+                    f"'{self._stage}' computes it again."
+                )
+        is_due = progress.stage in ("evaluate", "embed classes")
+        if is_in_stage and progress.block:
+            is_due = progress.block != self._first
+        if self._attempt == 1 and is_due:
             os.kill(os.getpid(), signal.SIGKILL)
-        self._report(progress)
+        self._on_progress(progress)
 
     def _now(self) -> float:
         if self._device.startswith("cuda"):
@@ -120,20 +120,13 @@ class _Listener:
             torch.cuda.synchronize()
         return time.monotonic()
 
-    def _is_due(self, progress: Progress) -> bool:
-        if progress.stage == self._stage and progress.block:
-            return progress.block != self._first
-        return progress.stage in ("evaluate", "embed classes")
-
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
-    """Return what the cell in ``folder`` reported, in order; a line that was cut off is left out.
+    """Return the events of the cell in `folder` in order, without a line that is not complete.
 
-    Each event has the fields of :class:`~fimaq_core.progress.Progress`, the number of its attempt
-    (from 1), its time in seconds and the peak of memory in bytes since its stage began.
+    Each event has the fields of `fimaq_core.progress.Progress`, ``attempt`` (from 1), ``time`` in
+    seconds, and ``memory``: the peak in bytes since its stage began.
     """
     path = folder / _EVENTS
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
     return [json.loads(line) for line in lines]

@@ -1,4 +1,4 @@
-"""``run --rehearse``: rehearses the cells of a grid and prints what the real run will take."""
+"""``run --rehearse``: rehearses the cells of a grid and estimates the costs of the real run."""
 
 import json
 import math
@@ -27,8 +27,10 @@ from fimaq_core.files import replaced_whole
 from tasks.common.cell.machine import container_limits
 
 FILE = "rehearsal.json"
-#: Memory that the largest models take when they are rehearsed on a CPU.
+#: Bytes of memory of the largest models in a rehearsal on a CPU.
 _CELL_BYTES = 6e9
+#: Functions of an adapter that take a request, without `run_cell`.
+_ABOUT_REQUESTS = ("planned_folder", "preflight", "cached")
 _COLUMNS = ("model", "method", "bits", "rehearsed", "peak", "per step", "real time", "real memory")
 
 
@@ -42,12 +44,11 @@ def rehearse(
     report: bool = False,
     table: PublishedTable | None = None,
 ) -> int:
-    """Rehearse a grid's cells below ``<results>/rehearsal``; return 0 if all went through, else 1.
+    """Rehearse a grid's cells in ``<results>/rehearsal``; return 0 if no cell failed, else 1.
 
     The arguments are those of :func:`benchmarks.run.command.run_grid`.
     """
-    from benchmarks.rehearsal.images import make_data
-    from benchmarks.rehearsal.weights import make_weights
+    from benchmarks.rehearsal.inputs import make_data, make_weights
     from benchmarks.run.command import run_grid
 
     folder = options.results / "rehearsal"
@@ -78,46 +79,38 @@ def rehearsing(adapter: Adapter) -> Adapter:
     def small(function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda request, *rest: function(in_small(request), *rest)
 
-    return replace(
-        adapter,
-        run_cell=rehearse_cell,
-        planned_folder=small(adapter.planned_folder),
-        preflight=small(adapter.preflight),
-        cached=small(adapter.cached),
-    )
+    changed = {name: small(getattr(adapter, name)) for name in _ABOUT_REQUESTS}
+    return replace(adapter, run_cell=rehearse_cell, **changed)
 
 
 def _conclude(grid: Grid, cells: Sequence[Cell], options: RunOptions, adapter: Adapter) -> int:
-    """Print the estimates of rehearsed ``cells`` and keep them; return the exit code."""
+    """Print and keep the estimates of rehearsed `cells`; return the exit code."""
     found = [(cell, row) for cell in cells if (row := _row(grid, cell, adapter)) is not None]
     rows = [row for _, row in found]
     if not rows:
         return 1
-    print()
-    print(tabulate([_texts(row) for row in rows], headers=_COLUMNS, disable_numparse=True))
+    texts = [list(_texts(row)) for row in rows]
+    print(f"\n{tabulate(texts, headers=_COLUMNS, disable_numparse=True)}")
     path = options.results / FILE
     _keep(path, [row for cell, row in found if has_known_settings(cell)])
-    total = sum(row["seconds"] for row in rows)
     largest = max(rows, key=lambda row: row["peak_memory_bytes"])
     tape = max(rows, key=lambda row: row["tape_bytes"])
-    disk = sum(row["disk_bytes"] for row in rows)
     print(
         f"\nRehearsed {len(rows)} of {len(cells)} cells on {rows[0]['device']}. The real run would "
-        f"take about {duration(total)} on this device, one cell at a time.\n"
-        f"Largest memory of a cell: at most {size_text(largest['peak_memory_bytes'])} "
-        f"({largest['model']} {largest['method']}). Their results take {size_text(disk)} of disk, "
-        "beside calibrations and MLPs that cells share, and "
-        f"what a cell keeps of its calibration images up to {size_text(tape['tape_bytes'])} "
-        f"({tape['model']}).\nEstimates: {path}. Nothing here counts as measured: weights and "
-        "images are random."
+        f"take about {duration(sum(row['seconds'] for row in rows))} on this device, one cell at a "
+        f"time.\nLargest memory of a cell: at most {size_text(largest['peak_memory_bytes'])} "
+        f"({largest['model']} {largest['method']}). The results take "
+        f"{size_text(sum(row['disk_bytes'] for row in rows))} of disk, not counting calibrations "
+        "and MLPs that cells share. The tape of a cell takes up to "
+        f"{size_text(tape['tape_bytes'])} ({tape['model']}).\nEstimates: {path}. Nothing here "
+        "counts as measured: weights and images are random."
     )
-    for line in _too_large(rows, str(options.device)):
-        print(line)
+    _warn(rows, str(options.device))
     return 0 if len(rows) == len(cells) else 1
 
 
 def _row(grid: Grid, cell: Cell, adapter: Adapter) -> dict[str, Any] | None:
-    """Return the estimates of a rehearsed cell, and what was measured in small."""
+    """Return the estimates and measurements of a rehearsed cell; None without a record."""
     found = finished(cell, adapter)
     if found is None:
         return None
@@ -126,7 +119,7 @@ def _row(grid: Grid, cell: Cell, adapter: Adapter) -> dict[str, Any] | None:
     times, small = spent(read_events(folder)), in_small(request).recipe
     published = load_names().published_on(cell.task, grid.tasks[cell.section].dataset)
     images = published[0][2].count if published else record.n
-    batch = 1 if cell.task == "detection" else request.eval_batch  # sizes vary: one by one
+    batch = 1 if cell.task == "detection" else request.eval_batch  # detectors take one image
     memory, tape = real_memory(record, times, real, batch, request.placement == "disk")
     return {
         **cost_row(cell, record).model_dump(),
@@ -138,8 +131,8 @@ def _row(grid: Grid, cell: Cell, adapter: Adapter) -> dict[str, Any] | None:
             "seconds": round(times.total, 1),
             "peak_memory_bytes": max(record.peak_memory_bytes, times.peak_memory_bytes),
             "seconds_per_step": round(times.step or times.mlp_step, 4) or None,
-            "batch_size": None if small is None else small.batch_size,
-            "calibration_images": None if small is None else small.calibration_images,
+            "batch_size": small and small.batch_size,
+            "calibration_images": small and small.calibration_images,
             "images": record.n,
             "placement": request.placement,
             "step_engine": record.step_engine,
@@ -147,23 +140,21 @@ def _row(grid: Grid, cell: Cell, adapter: Adapter) -> dict[str, Any] | None:
     }
 
 
-def _texts(row: dict[str, Any]) -> list[str]:
+def _texts(row: dict[str, Any]) -> Iterator[str]:
     rehearsed = row["rehearsed"]
     step = rehearsed["seconds_per_step"]
-    return [
-        f"{row['model']} [{row['scope']}]" if row["scope"] else row["model"],
-        f"{row['method']} {row['point']}".strip(),
-        row["bits"],
-        duration(rehearsed["seconds"]),
-        size_text(rehearsed["peak_memory_bytes"]),
-        "-" if step is None else f"{1000 * step:.0f} ms",
-        duration(row["seconds"]),
-        size_text(row["peak_memory_bytes"]),
-    ]
+    yield f"{row['model']} [{row['scope']}]" if row["scope"] else row["model"]
+    yield f"{row['method']} {row['point']}".strip()
+    yield row["bits"]
+    yield duration(rehearsed["seconds"])
+    yield size_text(rehearsed["peak_memory_bytes"])
+    yield "-" if step is None else f"{1000 * step:.0f} ms"
+    yield duration(row["seconds"])
+    yield size_text(row["peak_memory_bytes"])
 
 
 def _keep(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write the rows; those of other cells that the file has stay in it."""
+    """Write the rows to the file, which keeps its rows of other cells."""
     keys = ("section", "model", "scope", "method", "bits", "seed", "point", "device")
     kept = json.loads(path.read_text(encoding="utf-8"))["cells"] if path.is_file() else []
     merged = {tuple(str(row[name]) for name in keys): row for row in [*kept, *rows]}
@@ -172,27 +163,26 @@ def _keep(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def _too_large(rows: Sequence[dict[str, Any]], device: str) -> Iterator[str]:
-    """Yield warnings of what of the real run might not fit on this machine."""
+def _warn(rows: Sequence[dict[str, Any]], device: str) -> None:
+    """Warn about cells of the real run that may need more memory or disk than there is."""
     memory, temporary = _memory(device), tempfile.gettempdir()
     large = dict.fromkeys(row["model"] for row in rows if row["peak_memory_bytes"] > memory)
     if large:
-        yield (
+        print(
             f"warning: {', '.join(large)} may need more memory than the {size_text(memory)} here: "
             "PLACEMENT=host or disk keeps less of it on the device."
         )
-    on_disk = [row for row in rows if row["rehearsed"]["placement"] == "disk"]
-    most = max(on_disk, key=lambda row: int(row["tape_bytes"]), default=None)
     free = shutil.disk_usage(temporary).free
-    if most is not None and most["tape_bytes"] > free:
-        yield (
-            f"warning: {most['model']} keeps {size_text(most['tape_bytes'])} in {temporary}, where "
+    tapes = [row["tape_bytes"] for row in rows if row["rehearsed"]["placement"] == "disk"]
+    if max(tapes, default=0) > free:
+        print(
+            f"warning: A tape of {size_text(max(tapes))} does not fit in {temporary}, where "
             f"{size_text(free)} are free: set TMPDIR to a larger disk for the real run."
         )
 
 
 def _memory(device: str) -> float:
-    """Return the bytes of memory that a cell may use on ``device``."""
+    """Return the bytes of memory that a cell may use on `device`."""
     if device.startswith("cuda"):
         import torch
 

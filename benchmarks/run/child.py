@@ -1,9 +1,16 @@
-"""The process of a cell: it measures, sends messages to its executor, and ends."""
+"""The process of one cell, and the fork server that makes these processes.
+
+The fork server preloads this module, which imports there what the cells need. Threads do not
+survive a fork, so PyTorch computes with one thread in the fork server.
+"""
 
 import contextlib
 import ctypes
 import errno
 import faulthandler
+import gc
+import importlib
+import json
 import multiprocessing
 import os
 import pickle
@@ -23,44 +30,46 @@ from fimaq_core.errors import FimaqError
 from fimaq_core.files import replaced_whole
 from fimaq_core.progress import OnProgress, Progress
 
+#: Environment variable of the fork server: a JSON list of its log file and the modules to import.
+PRELOAD = "FIMAQ_PRELOAD"
+
 #: Seconds between two progress messages of the same stage and block.
 _QUIET = 0.25
 
-#: Words of PyTorch, CUDA and its libraries where they have no exception of its own for memory.
+#: Texts of errors without an exception class of their own: CUDA or a library found no memory.
 _NO_MEMORY = (
     "can't allocate memory", "not enough memory", "cannot allocate memory", "out of memory",
     "alloc_failed",
 )  # fmt: skip
+
+#: Threads that PyTorch chose in the fork server.
+_threads: int | None = None
 
 
 def serve(
     label: str, work: bytes, connection: Connection, where: str, log: Path, temporary: Path,
     environment: dict[str, str],
 ) -> None:  # fmt: skip
-    """Be the process of a cell.
+    """Run one cell in this process, which ends when the executor closes `connection`.
 
-    Args:
-        label, work: the cell; see `benchmarks.run.executor.Executor`.
-        connection: to the executor; this process ends when the other end closes.
-        where: name of the place, for people.
-        log: takes the output.
-        temporary: folder for temporary files, which the executor removes.
-        environment: variables of the executor, which may differ from those of the fork server.
+    The output goes to `log`, and temporary files to the folder `temporary`, which the executor
+    removes. `environment` has the executor's variables. The rest: see `Executor.start`.
     """
-    os.setpgid(0, 0)  # the executor ends the whole group, with all that a cell starts
+    os.setpgid(0, 0)  # the executor kills this group, which includes all processes of the cell
     executor = multiprocessing.parent_process()
     if sys.platform == "linux" and executor is not None and executor.pid != os.getppid():
-        # The death of the fork server, which the executor takes for that of the cell, ends it.
+        # If the fork server dies, the executor takes the cell for dead, so the cell must die too.
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    threading.Thread(target=_hold, args=(connection, temporary), daemon=True).start()
+    threading.Thread(target=_end_with, args=(connection, temporary), daemon=True).start()
     redirect(log)
     faulthandler.enable()
     print(f"== {label}", flush=True)
     os.environ.clear()
     os.environ.update(environment)
-    if preload := sys.modules.get("benchmarks.run.preload"):
-        preload.restore_threads()
-    # Compiled kernels are worth keeping: they stay in the usual folder.
+    if _threads is not None:
+        asked = os.environ.get("OMP_NUM_THREADS", "")
+        sys.modules["torch"].set_num_threads(int(asked) if asked.isdecimal() else _threads)
+    # All cells share the compiled kernels, in the folder that PyTorch uses by default.
     usual = os.path.join(tempfile.gettempdir(), f"torchinductor_{os.getuid()}")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", usual)
     tempfile.tempdir = str(temporary)
@@ -68,46 +77,46 @@ def serve(
     connection.send(measure(work, connection.send))
 
 
-def _hold(connection: Connection, temporary: Path) -> None:
+def _end_with(connection: Connection, temporary: Path) -> None:
     with contextlib.suppress(OSError):
-        connection.poll(None)  # nothing is ever sent here: this returns when the executor is gone
+        connection.poll(None)  # returns when the executor is gone, since it never sends anything
     shutil.rmtree(temporary, ignore_errors=True)
     os._exit(1)
 
 
 def redirect(log: Path) -> None:
-    """Append the output of this process to ``log``; drop it if ``log`` cannot be written."""
+    """Append the output of this process to `log`; drop the output if `log` is not writable."""
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
         file = log.open("ab")
     except OSError:
         file = open(os.devnull, "ab")  # noqa: SIM115
     with file:
-        for stream in (sys.stdout, sys.stderr):
+        for number, stream in enumerate((sys.stdout, sys.stderr), 1):
             stream.flush()
-            os.dup2(file.fileno(), 1 if stream is sys.stdout else 2)
+            os.dup2(file.fileno(), number)
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(line_buffering=True)
 
 
 def measure(work: bytes, send: Callable[[Message], None]) -> Finished | Failed:
-    """Measure the cell in ``work``; ``send`` takes its progress.
+    """Measure the cell in `work` and pass its progress to `send`.
 
-    The traceback of an error goes to stderr and to the cell's error log.
+    The traceback of an error goes to stderr and to the error log of the cell.
     """
     error_log: Path | None = None
     start = time.monotonic()
     try:
         run_cell, request, error_log = pickle.loads(work)  # noqa: S301 (written by our own runner)
-        path = run_cell(request, _reporter(send))
+        path = run_cell(request, _on_progress(send))
         if error_log is not None:
             error_log.unlink(missing_ok=True)
         return Finished(Path(path), time.monotonic() - start)
-    except Exception as error:  # noqa: BLE001 the cell fails, and no other
+    except Exception as error:  # noqa: BLE001 only this cell fails
         kind, text = _kind(error), traceback.format_exc()
-        known = isinstance(error, FimaqError)
-        message = str(error) if known else f"{type(error).__name__}: {error}"
-    if kind == "busy":  # nothing went wrong
+        is_known = isinstance(error, FimaqError)
+        message = str(error) if is_known else f"{type(error).__name__}: {error}"
+    if kind == "busy":
         return Failed(kind, message)
     print(text, file=sys.stderr, flush=True)
     if error_log is not None:
@@ -125,29 +134,67 @@ def _kind(error: Exception) -> Kind:
     if isinstance(error, Busy):
         return "busy"
     if isinstance(error, FimaqError):
-        # The next attempt finds out who has a lost lease.
         return "error" if isinstance(error, LeaseLost) else "user"
     torch = sys.modules.get("torch")
-    memory = isinstance(error, MemoryError) or (
-        (torch is not None and isinstance(error, torch.OutOfMemoryError))
+    is_memory = (
+        isinstance(error, MemoryError)
+        or (torch is not None and isinstance(error, torch.OutOfMemoryError))
         or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
-        or (isinstance(error, RuntimeError) and any(w in str(error).lower() for w in _NO_MEMORY))
+        or (isinstance(error, RuntimeError) and any(t in str(error).lower() for t in _NO_MEMORY))
     )
-    return "memory" if memory else "error"
+    return "memory" if is_memory else "error"
 
 
-def _reporter(send: Callable[[Message], None]) -> OnProgress:
+def _on_progress(send: Callable[[Message], None]) -> OnProgress:
     last: tuple[str, str, bool] | None = None
     sent = 0.0
 
-    def report(progress: Progress) -> None:
+    def on_progress(progress: Progress) -> None:
         nonlocal last, sent
-        now, place = time.monotonic(), (progress.stage, progress.block, progress.loss is not None)
-        if place != last or now - sent >= _QUIET:
-            last, sent = place, now
-            try:
-                send(progress)
-            except OSError as error:
-                raise SystemExit(0) from error  # the executor is gone
+        place = (progress.stage, progress.block, progress.loss is not None)
+        if place == last and time.monotonic() - sent < _QUIET:
+            return
+        last, sent = place, time.monotonic()
+        try:
+            send(progress)
+        except OSError as error:
+            raise SystemExit(0) from error  # the executor is gone
 
-    return report
+    return on_progress
+
+
+def uses_cuda(open_files: Path = Path("/proc/self/fd")) -> bool:
+    """Return True if this process uses the CUDA driver, which does not work after a fork.
+
+    The driver opens the device of unified memory, one of the links in `open_files`. Counting the
+    GPUs through NVML does not open it.
+    """
+    for link in open_files.iterdir() if open_files.is_dir() else ():
+        with contextlib.suppress(OSError):
+            if os.readlink(link).startswith("/dev/nvidia-uvm"):
+                return True
+    return False
+
+
+def _preload(log: str, *modules: str) -> None:
+    """Prepare the fork server."""
+    global _threads
+    redirect(Path(log))
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except Exception:  # noqa: BLE001 the cell imports it again and reports the error
+            traceback.print_exc()
+        torch = sys.modules.get("torch")
+        if torch is not None and _threads is None and hasattr(torch, "set_num_threads"):
+            _threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+    if uses_cuda():
+        sys.exit("An import uses CUDA, so processes are spawned, not forked.")
+    # The garbage collector would write to the imported objects, and so copy them into each cell.
+    gc.collect()
+    gc.freeze()
+
+
+if PRELOAD in os.environ:
+    _preload(*json.loads(os.environ.pop(PRELOAD)))

@@ -1,7 +1,7 @@
-"""Messages between the runner and an executor.
+"""Interface of cell executors, and their messages to the runner.
 
-An executor has slots. A slot measures one cell at a time, in a process of its own. The runner
-decides which cell runs next and what is tried again.
+An executor has named slots. A slot measures one cell at a time, each in a new process. The runner
+decides which cell comes next, and which cell is tried again.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,21 +11,22 @@ from typing import Literal, Protocol
 
 from fimaq_core.progress import Progress
 
-#: ``user``: an error that the user must mend. ``error``: any other exception. ``memory``: memory
-#: ran out. ``died``: the process ended without a word. ``busy``: another process measures the cell.
+#: Causes of a failure. ``user``: the user must correct something. ``memory``: memory ran out.
+#: ``died``: the process ended without a message. ``busy``: another process measures the cell.
+#: ``error``: any other exception.
 Kind = Literal["user", "error", "memory", "died", "busy"]
 
 
 @dataclass(frozen=True)
 class Started:
-    """The cell's process has begun; ``where`` says on what, for people."""
+    """First message of a cell. `where` names its slot or machine."""
 
     where: str
 
 
 @dataclass(frozen=True)
 class Finished:
-    """The cell is measured: its record, and how long it took."""
+    """Last message of a measured cell: the path of its record, and the seconds it took."""
 
     path: Path
     seconds: float
@@ -33,7 +34,7 @@ class Finished:
 
 @dataclass(frozen=True)
 class Failed:
-    """An attempt at the cell has failed: why, and where the details are."""
+    """Last message of a failed attempt: its cause, a text, and the file with the details."""
 
     kind: Kind
     message: str
@@ -44,26 +45,23 @@ Message = Started | Progress | Finished | Failed
 
 
 class Executor(Protocol):
-    """Runs cells in slots, which have names."""
+    """Runs cells in slots."""
 
     def slots(self) -> Sequence[str]:
-        """Return the slots that can take a cell now or are at one; they may come and go."""
+        """Return the idle and the busy slots. The result may change during a run."""
 
     def start(self, slot: str, label: str, work: bytes) -> None:
-        """Start a cell. `wait` returns its messages, the last of them Finished or Failed.
+        """Start the cell `label` in an idle slot; `wait` returns its messages.
 
-        Args:
-            slot: an idle one.
-            label: name of the cell in the log of its output.
-            work: pickled function that measures, request, and path of the error log (or None).
+        `work` is a pickled tuple: a function, its request, and the path of the error log or None.
         """
 
     def wait(self, timeout: float) -> list[tuple[str, Message]]:
-        """Wait for messages, at most ``timeout`` seconds."""
+        """Return new messages with their slots. Wait at most `timeout` seconds for the first."""
 
     def close(self) -> None:
-        """End all processes, whatever they do."""
+        """Kill all processes."""
 
 
-#: Makes an executor for so many cells, which need these modules.
+#: Makes an executor, given the number of cells and the modules that they import.
 MakeExecutor = Callable[[int, Sequence[str]], Executor]

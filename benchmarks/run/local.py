@@ -15,16 +15,15 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from benchmarks.run import preload
-from benchmarks.run.child import serve
+from benchmarks.run import child
 from benchmarks.run.executor import Executor, Failed, Finished, Message
 
-#: Read by numerical libraries when they are first imported.
+#: Variables that numerical libraries read when they are imported.
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
 
 def default_jobs(threads: int | None, device: str) -> int:
-    """Return how many cells run at a time: what the cores allow on CPU; one on a GPU."""
+    """Return the number of cells at a time: cores per `threads` on a CPU, one on a GPU."""
     if device != "cpu" or threads is None:
         return 1
     affinity = getattr(os, "sched_getaffinity", None)
@@ -33,48 +32,67 @@ def default_jobs(threads: int | None, device: str) -> int:
 
 
 @dataclass
-class _Cell:
-    """The process of a cell, its connection and temporary folder, and its last message."""
+class _CellProcess:
+    """Process of a cell, its connection, its temporary folder and its last message."""
 
     process: BaseProcess
     connection: Connection
     temporary: Path
-    outcome: Finished | Failed | None = None
+    last: Finished | Failed | None = None
+
+    def received(self) -> Iterator[Message]:
+        """Yield new messages, and keep the last one until the process has freed its memory."""
+        try:
+            while not self.connection.closed and self.connection.poll():
+                message = self.connection.recv()
+                if isinstance(message, Finished | Failed):
+                    self.last = message
+                else:
+                    yield message
+        except (EOFError, OSError):
+            self.connection.close()
+
+    def end(self) -> None:
+        """Kill the process and all that it started, and remove its temporary files."""
+        assert self.process.pid
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            # SIGTERM lets the process that tracks shared memory clean up.
+            os.killpg(self.process.pid, signal.SIGTERM)
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+        shutil.rmtree(self.temporary, ignore_errors=True)
 
 
 class LocalExecutor(Executor):
     """Runs each cell in a new process.
 
-    The processes are forked from one that has the heavy libraries loaded, which takes some ten
-    milliseconds instead of seconds. They are spawned where forking is not safe: elsewhere than on
-    Linux, and if one of the libraries calls CUDA when it is imported.
+    The process is forked from a server that has imported the large libraries, which takes
+    milliseconds instead of seconds. It is spawned where a fork is not safe: on systems other than
+    Linux, if an import uses CUDA, and where `fork` is False.
     """
 
     def __init__(
         self, slots: Mapping[str, Path], threads: int | None, imports: Sequence[str] = (), *,
         fork: bool = True,
     ) -> None:  # fmt: skip
-        """Make an executor; the first cell starts the fork server.
+        """Make an executor with the log file of each slot, and the modules that cells import.
 
-        Args:
-            slots: names of the slots, for people, and the log of the output of each.
-            threads: CPU threads of a cell; None leaves the libraries' choice.
-            imports: modules that cells need.
-            fork: whether processes are forked where that is safe.
+        `threads` are CPU threads of a cell; None keeps the default of the libraries.
         """
         self._logs = dict(slots)
         self._forks = fork and sys.platform == "linux"
         self._environment = {
             "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
-            # Libraries ask for GPUs when they are imported, before the fork.
+            # Libraries look for GPUs when they are imported, which must not start CUDA.
             "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
         }
         if threads is not None:
             self._environment |= dict.fromkeys(_THREADS, str(threads))
         log = next(iter(self._logs.values())).with_name("imports.log")
-        self._preload = {preload.VARIABLE: json.dumps([str(log), *imports])}
-        forkserver.set_forkserver_preload([preload.__name__])
-        self._cells: dict[str, _Cell] = {}
+        self._preload = {child.PRELOAD: json.dumps([str(log), *imports])}
+        forkserver.set_forkserver_preload([child.__name__])
+        self._cells: dict[str, _CellProcess] = {}
         self._unheard: list[tuple[str, Message]] = []
 
     def slots(self) -> Sequence[str]:
@@ -88,28 +106,25 @@ class LocalExecutor(Executor):
                 on_failure.callback(shutil.rmtree, temporary, ignore_errors=True)
                 ours, theirs = Pipe()
                 on_failure.callback(ours.close)
-                log = self._logs[slot]
-                arguments = label, work, theirs, slot, log, temporary, environment
+                args = label, work, theirs, slot, self._logs[slot], temporary, environment
                 context = get_context("forkserver" if self._forks else "spawn")
-                process = context.Process(target=serve, args=arguments)
-                with theirs, _inherited(environment | (self._preload if self._forks else {})):
+                process = context.Process(target=child.serve, args=args)
+                with theirs, _variables(environment | (self._preload if self._forks else {})):
                     process.start()
                 on_failure.pop_all()
-            self._cells[slot] = _Cell(process, ours, temporary)
+            self._cells[slot] = _CellProcess(process, ours, temporary)
         except (OSError, EOFError) as error:
-            # CUDA is in use, or the folder of the fork server's socket has a long name or is gone.
-            if self._forks:
-                why = str(error) or type(error).__name__
+            reason = str(error) or type(error).__name__
+            if self._forks:  # an import uses CUDA, or the path of the server's socket is too long
                 print(
-                    f"note: cells start without the fork server, seconds later each ({why})",
+                    f"note: each cell starts some seconds later, without a fork server ({reason})",
                     file=sys.stderr,
                 )
                 self._forks = False
                 self.start(slot, label, work)
-                return
-            # No memory, files or processes are left: that may pass.
-            reason = f"no process can be started: {error or type(error).__name__}"
-            self._unheard.append((slot, Failed("error", reason)))
+            else:
+                failure = Failed("error", f"no process can be started: {reason}")
+                self._unheard.append((slot, failure))
 
     def wait(self, timeout: float) -> list[tuple[str, Message]]:
         heard, self._unheard = self._unheard, []
@@ -125,41 +140,18 @@ class LocalExecutor(Executor):
         ready = wait(list(sources), timeout) if sources else []
         for slot in dict.fromkeys(sources[source] for source in ready):  # type: ignore[index]
             cell = self._cells[slot]
-            heard += [(slot, message) for message in self._received(cell)]
+            heard += [(slot, message) for message in cell.received()]
             if cell.process.sentinel in ready:
                 del self._cells[slot]
-                _end(cell)
+                cell.end()
                 reason = f"its process died ({_exit_reason(cell.process.exitcode)})"
-                heard.append((slot, cell.outcome or Failed("died", reason, self._logs[slot])))
+                heard.append((slot, cell.last or Failed("died", reason, self._logs[slot])))
         return heard
-
-    def _received(self, cell: _Cell) -> Iterator[Message]:
-        try:
-            while not cell.connection.closed and cell.connection.poll():
-                message = cell.connection.recv()
-                if isinstance(message, Finished | Failed):
-                    cell.outcome = message  # passed on when the process has given back its memory
-                else:
-                    yield message
-        except (EOFError, OSError):
-            cell.connection.close()
 
     def close(self) -> None:
         for cell in self._cells.values():
-            _end(cell)
+            cell.end()
         self._cells.clear()
-
-
-def _end(cell: _Cell) -> None:
-    """End the process of a cell, all that it started, and its temporary files."""
-    assert cell.process.pid
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        # Politely: what keeps track of shared memory cleans up when it is alone.
-        os.killpg(cell.process.pid, signal.SIGTERM)
-    cell.process.kill()
-    cell.process.join()
-    cell.connection.close()
-    shutil.rmtree(cell.temporary, ignore_errors=True)
 
 
 def _exit_reason(code: int | None) -> str:
@@ -169,8 +161,8 @@ def _exit_reason(code: int | None) -> str:
 
 
 @contextlib.contextmanager
-def _inherited(variables: Mapping[str, str]) -> Iterator[None]:
-    """Let the processes that are started in the block have these environment variables."""
+def _variables(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables for the processes that the block starts."""
     before = {name: os.environ[name] for name in variables if name in os.environ}
     os.environ.update(variables)
     try:

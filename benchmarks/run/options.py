@@ -24,7 +24,7 @@ class ExecutorOptions:
         jobs: cells at a time. None: as the profile says, else as the machine or cluster allows.
         ray_address: ``host:port`` of a running Ray cluster; empty for one that ends with the run.
         gpus_per_cell: share of a GPU that a cell gets from Ray.
-        retries: see `benchmarks.run.attempt.Attempts`.
+        retries: see `benchmarks.run.runner.Attempts`.
     """
 
     name: Literal["local", "ray"] = "local"

@@ -1,7 +1,7 @@
 """Cells on the machines of a Ray cluster. Needs the ``cluster`` packages.
 
-``python -m benchmarks.run.ray`` checks the folder of Ray's files, for ``scripts/slurm.sh``; with
-``HOST:PORT MACHINES SECONDS`` it waits until so many machines have joined.
+``python -m benchmarks.run.ray`` checks the folder of Ray's files, for ``scripts/slurm.sh``. With
+``HOST:PORT MACHINES SECONDS`` it waits until this number of machines has joined the cluster.
 """
 
 import logging
@@ -12,7 +12,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,66 +19,50 @@ from benchmarks.run.executor import Executor, Failed, Finished, Message, Started
 from fimaq_core.errors import EngineError
 from fimaq_core.files import replaced_whole
 
-#: Seconds in which a cluster must answer.
-_PATIENCE = 5.0
-
-#: Seconds between two looks at the machines, and without a running cell until that is said.
-_LOOK, _SILENT = 3.0, 30.0
-
-#: Bytes of Ray's store for objects, which carries nothing but messages here.
+#: Seconds until a cluster must answer, and seconds between two looks at its machines.
+_PATIENCE, _LOOK = 5.0, 3.0
+#: Bytes of Ray's object store, which holds only messages here.
 _STORE = 100 * 2**20
-
-#: The longest path that Ray makes in its folder, and the longest one of a socket.
+#: The longest socket name that Ray makes in its folder, and the limit of the system in bytes.
 _SOCKET = "/ray/session_2000-01-01_00-00-00_000000_4194304/sockets/plasma_store"
 _LONGEST = 103 if sys.platform == "darwin" else 107
 
 
 class Node(NamedTuple):
-    """A machine of the cluster: Ray's name for it, its name for people, and all that it has."""
+    """A machine of the cluster: its name, and all its cores and GPUs."""
 
-    id: str
     host: str
     cpus: float
     gpus: float
-
-    def room(self, gpus: float, threads: int | None) -> int:
-        """Return how many cells it can take at a time; ``gpus`` of a cell is 0 on CPU."""
-        if 0 < gpus < 1:  # a share lies on one GPU
-            return int(self.gpus) * int(1 / gpus + 1e-6)
-        return int((self.gpus / gpus if gpus else self.cpus / (threads or 1)) + 1e-6)
 
 
 def nodes() -> list[Node]:
     """Return the machines that are alive now."""
     import ray
 
-    found = []
-    for node in ray.nodes():
-        if node["Alive"]:
-            cpus, gpus = (node["Resources"].get(name, 0.0) for name in ("CPU", "GPU"))
-            found.append(Node(node["NodeID"], node["NodeManagerHostname"], cpus, gpus))
-    return found
+    found = [(n["NodeManagerHostname"], n["Resources"]) for n in ray.nodes() if n["Alive"]]
+    return [Node(host, has.get("CPU", 0.0), has.get("GPU", 0.0)) for host, has in found]
 
 
 def connect(address: str, cpus: int | None, gpus: int | None = None) -> None:
-    """Join the cluster at ``address`` (``host:port``), or start one that ends with this process.
-
-    A cluster that ``RAY_ADDRESS`` or a file of Ray names is not joined.
+    """Join the cluster at `address`, or start one that ends with this process.
 
     Args:
-        address: empty for a cluster on this machine.
-        cpus, gpus: cores and GPUs that it is told to have; None: those that Ray finds.
+        address: ``host:port``; empty to start a cluster on this machine.
+        cpus, gpus: cores and GPUs of the started cluster; None: those that Ray finds.
 
     Raises:
-        EngineError: Ray is not installed, or nothing answers there.
+        EngineError: Ray is not installed, cannot start, or does not answer.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    settings: dict[str, Any] = {"address": address}
     if not address:
         check_folder()
-        # A cluster on this machine asks for a token in any case. Given here, it leaves no file in
-        # the home folder.
+        # Without a token in the environment, Ray would write one to the home folder.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        settings = {"address": "local", "num_cpus": cpus, "num_gpus": gpus}
+        settings |= {"include_dashboard": False, "object_store_memory": _STORE}
     try:
         import ray
     except ImportError as error:
@@ -89,37 +72,32 @@ def connect(address: str, cpus: int | None, gpus: int | None = None) -> None:
         ) from error
     if ray.is_initialized():
         return
-    settings: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    settings["configure_logging"] = False
+    what, advice = "start on this machine", "See the logs in ray/session_latest of its folder."
     if address:
-        _check(address)
-        settings["address"] = address
-    else:
-        if os.environ.get("RAY_ADDRESS"):
-            print(
-                f"RAY_ADDRESS ({os.environ['RAY_ADDRESS']}) in the environment is not used: Ray "
-                "starts on this machine. To join that cluster, give --ray-address "
-                "(RAY_ADDRESS=host:port behind make).",
-                file=sys.stderr,
-            )
-        settings |= {"address": "local", "num_cpus": cpus, "num_gpus": gpus}
-        settings |= {"include_dashboard": False, "object_store_memory": _STORE}
+        _check_address(address)
+        what = f"join the cluster at {address}"
+        advice = (
+            "A run must start on a machine of the cluster (ray start "
+            f"--address={address}), with the same versions of Python and Ray."
+        )
+    elif os.environ.get("RAY_ADDRESS"):
+        print(
+            f"RAY_ADDRESS ({os.environ['RAY_ADDRESS']}) in the environment is not used: Ray starts "
+            "on this machine. To join that cluster, give --ray-address (make: RAY_ADDRESS=...).",
+            file=sys.stderr,
+        )
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     try:
-        ray.init(**settings)
-    except Exception as error:  # Ray raises bare ones too, as of a start that takes too long
-        what, advice = "start on this machine", f"See {_folder()[1]}/ray/session_latest/logs."
-        if address:
-            what = f"join the cluster at {address}"
-            advice = (
-                "A run must start on a machine of the cluster (ray start "
-                f"--address={address}), with the same versions of Python and Ray."
-            )
+        ray.init(**settings, **quiet, configure_logging=False)
+    except Exception as error:  # Ray also raises bare exceptions
         raise EngineError(f"Ray cannot {what}: {_reason(error)}. {advice}") from error
 
 
 def check_folder() -> None:
-    """Raise EngineError where Ray cannot keep the sockets and logs of this machine."""
-    name, folder = _folder()
+    """Raise EngineError if Ray cannot keep its sockets and logs on this machine."""
+    names = ("RAY_TMPDIR", "TMPDIR") if sys.platform == "linux" else ("RAY_TMPDIR",)
+    name = next((name for name in names if name in os.environ), "the default")
+    folder = os.environ.get(name, "/tmp")
     length, most = len(os.fsencode(folder)), _LONGEST - len(_SOCKET)
     problem = ""
     if not os.path.isabs(folder):
@@ -139,16 +117,8 @@ def check_folder() -> None:
         )
 
 
-def _folder() -> tuple[str, str]:
-    """Return what says where Ray keeps its folder ``ray`` on this machine, and that place."""
-    # As Ray does.
-    names = ("RAY_TMPDIR", "TMPDIR") if sys.platform == "linux" else ("RAY_TMPDIR",)
-    name = next((name for name in names if name in os.environ), "the default")
-    return name, os.environ.get(name, "/tmp")
-
-
-def _check(address: str) -> None:
-    """Raise EngineError at once where Ray would wait for long."""
+def _check_address(address: str) -> None:
+    """Raise EngineError at once if no cluster answers; Ray itself would wait for minutes."""
     host, _, port = address.rpartition(":")
     if address == "auto":
         return
@@ -167,15 +137,12 @@ def _check(address: str) -> None:
 def _task() -> Any:
     """Return the function of the Ray task that measures a cell.
 
-    It is nested, so that Ray sends its code: the other machine can import nothing of this package
-    before the function says where it is.
+    The function is nested, so that Ray sends its code: on the other machine, this package cannot be
+    imported before the function has set the path.
     """
 
-    def cell(
-        label: str, work: bytes, slot: str, token: str, logs: str, cwd: str, paths: list[str],
-        threads: int, gpus: float,
-    ) -> Any:  # fmt: skip
-        """Yield the messages of a cell, or a tuple if this machine is not set up."""
+    def cell(label: str, work: bytes, slot: str, setup: dict[str, Any]) -> Any:
+        """Yield the messages of a cell, or one text if this machine is not set up."""
         import importlib
         import os
         import platform
@@ -184,28 +151,24 @@ def _task() -> Any:
 
         import ray
 
-        node, given = ray.get_runtime_context().get_node_id(), ray.get_gpu_ids()
-        host, where = platform.node(), f"gpu {','.join(map(str, given))}" if given else slot
+        host, token, given = platform.node(), setup["token"], ray.get_gpu_ids()
         if not os.path.isfile(token):
-            yield node, f"{host} does not see the results folder {os.path.dirname(token)}"
+            yield f"{host} does not see the results folder {os.path.dirname(token)}"
             return
-        sys.path[:0] = [path for path in paths if path not in sys.path]
+        sys.path[:0] = [path for path in setup["path"] if path not in sys.path]
         importlib.invalidate_caches()
         try:
-            os.chdir(cwd)
+            os.chdir(setup["cwd"])
             from benchmarks.run.executor import Failed, Finished
             from benchmarks.run.local import LocalExecutor
         except (ImportError, OSError) as error:
-            problem = f"cannot import the code ({error}); it must be at the same path as here"
-            yield node, f"{host} {problem}"
+            yield f"{host} cannot import the code ({error})"
             return
-        if not threads and gpus:  # its share of the machine's cores
-            has = next(n["Resources"] for n in ray.nodes() if n["NodeID"] == node)
-            threads = int(has.get("CPU", 1) * gpus / has["GPU"])
-        name, message = f"{host} {where}", None
-        log = Path(logs) / f"{host}-{slot}.log".replace(" ", "-")
-        executor = LocalExecutor({name: log}, max(1, threads), fork=False)
-        executor.start(name, label, work)
+        where = f"{host} gpu {','.join(map(str, given))}" if given else f"{host} {slot}"
+        log = Path(setup["logs"]) / f"{host}-{slot}.log".replace(" ", "-")
+        executor = LocalExecutor({where: log}, setup["threads"], fork=False)
+        executor.start(where, label, work)
+        message = None
         while not isinstance(message, Finished | Failed):
             for _, message in executor.wait(60.0):
                 yield message
@@ -213,167 +176,132 @@ def _task() -> Any:
     return cell
 
 
-@dataclass
-class _Cell:
-    """A cell in a slot: its Ray task's messages, and where it runs (empty while it waits)."""
-
-    label: str
-    work: bytes
-    messages: Any
-    where: str = ""
-
-
 class RayExecutor(Executor):
-    """Runs each cell as a task of the Ray cluster that `connect` connected to."""
+    """Runs each cell as a task of the Ray cluster that `connect` joined."""
 
     def __init__(
         self, runs: Path, logs: Path, threads: int | None, gpus: float, most: int
     ) -> None:  # fmt: skip
-        """Make an executor.
+        """Make an executor for at most `most` cells at a time.
 
         Args:
-            runs: folder of records, which each machine must see at the same path.
-            logs: folder for the output of cells, below it.
-            threads: CPU threads of a cell; None: one, or the share of its GPU in the machine's.
+            runs, logs: folders of records and of output, at the same paths on each machine.
+            threads: CPU threads of a cell; None: one, or on GPUs the cores per GPU.
             gpus: GPUs of a cell, or its share of one; 0 on CPU.
-            most: cells at a time.
 
         Raises:
-            EngineError: no machine of the cluster can take a cell.
-            CheckpointError: the results folder cannot be written.
+            EngineError: a cell fits on no machine of the cluster.
+            CheckpointError: the results folder is not writable.
         """
         import ray
 
-        self._ray, self._threads, self._gpus, self._most = ray, threads, gpus, most
-        self._cells: dict[str, _Cell] = {}
-        self._left_out: dict[str, str] = {}
-        self._ran = time.monotonic()
+        self._ray, self._most = ray, most
+        self._gpus, self._cores = gpus, 0 if gpus else threads or 1
         self._look()
-        if not self._nodes:
-            need = f"{gpus:g} GPU" if gpus else f"{threads or 1} CPU cores"
-            on_gpu = "Use --device cpu, or start Ray on machines with GPUs."
+        if not self._room:
+            need, advice = f"{threads or 1} CPU cores", "Give a cell fewer --threads."
+            if gpus:
+                advice = "Use --device cpu, or start Ray on machines with GPUs."
+                need = f"{gpus:g} GPU"
             raise EngineError(
-                f"No machine of the Ray cluster has the {need} that a cell asks for. "
-                f"{on_gpu if gpus else 'Give a cell fewer --threads.'}"
+                f"No machine of the Ray cluster has the {need} that a cell asks for. {advice}"
             )
+        if gpus and not threads:
+            threads = int(gpus * min(node.cpus / node.gpus for node in nodes() if node.gpus))
         self._token = runs / f".ray-{secrets.token_hex(8)}"
         with replaced_whole(self._token) as temporary:
-            temporary.write_text("Written by a run, which its machines look for.\n", "utf-8")
-        token, cwd = str(self._token.absolute()), os.getcwd()
-        self._facts = token, str(logs), cwd, sys.path, threads or 0, gpus
-        self._options: dict[str, Any] = {"max_retries": 0, "num_returns": "streaming"}
-        self._options |= {"num_gpus": gpus, "num_cpus": 0 if gpus else threads or 1}
-        self._task = ray.remote(_task())
+            temporary.write_text("A run looks for this file from its other machines.\n", "utf-8")
+        self._setup = {
+            "token": str(self._token.absolute()), "logs": str(logs), "cwd": os.getcwd(),
+            "path": sys.path, "threads": max(threads or 1, 1),
+        }  # fmt: skip
+        options = ray.remote(
+            max_retries=0, num_returns="streaming", num_gpus=gpus, num_cpus=self._cores
+        )
+        self._task: Any = options(_task())
+        self._messages: dict[str, Any] = {}  # generator of each busy slot
+        self._where: dict[str, str] = {}  # machine of each cell that has started
 
     def slots(self) -> Sequence[str]:
-        fit = [node for node in self._nodes if node.id not in self._left_out]
-        room = min(self._most, sum(node.room(self._gpus, self._threads) for node in fit))
         names = [f"worker {number}" for number in range(1, self._most + 1)]
-        return [name for index, name in enumerate(names) if index < room or name in self._cells]
+        return [name for i, name in enumerate(names) if i < self._room or name in self._messages]
 
     def start(self, slot: str, label: str, work: bytes) -> None:
-        options = dict(self._options)
-        if self._left_out:
-            options["label_selector"] = {"ray.io/node-id": f"!in({','.join(self._left_out)})"}
-        messages = self._task.options(**options).remote(label, work, slot, *self._facts)
-        self._cells[slot] = _Cell(label, work, messages)
+        self._messages[slot] = self._task.remote(label, work, slot, self._setup)
 
     def wait(self, timeout: float) -> list[tuple[str, Message]]:
         if time.monotonic() - self._looked >= _LOOK:
             self._look()
-        slots = {cell.messages: slot for slot, cell in self._cells.items()}
+        slots = {messages: slot for slot, messages in self._messages.items()}
         if not slots:
             time.sleep(timeout)
             return []
         ready, _ = self._ray.wait(list(slots), num_returns=1, timeout=timeout)
         if ready:
             ready, _ = self._ray.wait(list(slots), num_returns=len(slots), timeout=0)
-        heard = [(slots[messages], self._next(slots[messages])) for messages in ready]
-        return [(slot, message) for slot, message in heard if message is not None]
+        return [(slots[messages], self._next(slots[messages])) for messages in ready]
 
-    def _next(self, slot: str) -> Message | None:
-        """Return the next message of a cell; None if it is to run on another machine."""
-        cell = self._cells[slot]
+    def _next(self, slot: str) -> Message:
+        """Return the next message of a cell. Raise EngineError if its machine is not set up."""
         try:
-            message = self._ray.get(next(cell.messages))
+            message: Message | str = self._ray.get(next(self._messages[slot]))
         except (StopIteration, self._ray.exceptions.RayError) as error:
-            del self._cells[slot]
-            where = f" on {cell.where}" if cell.where else ""
-            return Failed("died", f"its process{where} died ({_reason(error)})")
-        if isinstance(message, tuple):
-            self._leave_out(*message)
-            self.start(slot, cell.label, cell.work)
-            return None
+            where = f" on {self._where[slot]}" if slot in self._where else ""
+            message = Failed("died", f"its process{where} died ({_reason(error)})")
+        if isinstance(message, str):
+            raise EngineError(
+                f"A machine of the Ray cluster cannot take cells: {message}. Results, data and "
+                "this checkout must be on a file system that all machines share, at the same path. "
+                "Correct that, or stop Ray on this machine. Then run the same command again."
+            )
         if isinstance(message, Started):
-            cell.where = message.where
-        if isinstance(message, Finished | Failed):
-            del self._cells[slot]
+            self._where[slot] = message.where
+        elif isinstance(message, Finished | Failed):
+            del self._messages[slot]
+            self._where.pop(slot, None)
         return message
 
     def _look(self) -> None:
-        """See what machines there are; say it, once in a while, if none takes cells."""
+        """Count the cells that fit on the machines of the cluster now."""
         self._looked = time.monotonic()
-        self._nodes = [node for node in nodes() if node.room(self._gpus, self._threads)]
-        if any(cell.where for cell in self._cells.values()):
-            self._ran = self._looked
-        elif self._looked - self._ran >= _SILENT:
-            self._ran = self._looked
-            what = "no machine of the Ray cluster has room for a cell just now."
-            print(f"waiting: {what}", file=sys.stderr)
-        self._check_machines()
-
-    def _leave_out(self, node: str, problem: str) -> None:
-        """Do without a machine that is not set up. Raises EngineError if none is left."""
-        if node not in self._left_out:
-            self._left_out[node] = problem
-            print(f"warning: The machine {problem}: it is left out.", file=sys.stderr)
-        self._check_machines()
-
-    def _check_machines(self) -> None:
-        """Raise EngineError if all machines are left out; the last other one may just have gone."""
-        if self._nodes and all(node.id in self._left_out for node in self._nodes):
-            problems = "; ".join(dict.fromkeys(self._left_out.values()))
-            raise EngineError(
-                f"No machine of the Ray cluster can take cells: {problems}. Results, data and this "
-                "checkout must be on a file system that all machines share, at the same path."
-            )
+        shares = [n.gpus / self._gpus if self._gpus else n.cpus / self._cores for n in nodes()]
+        self._room = sum(int(share + 1e-6) for share in shares)
 
     def close(self) -> None:
         self._token.unlink(missing_ok=True)
-        self._ray.shutdown()  # ends the tasks, and these the processes of their cells
+        self._ray.shutdown()  # ends the tasks, and so the processes of their cells
 
 
 def _reason(error: BaseException) -> str:
-    """Return the first of Ray's words, which fill a screen."""
+    """Return the first line of an error of Ray, which is long."""
     if "low on memory" in str(error):
         return "ended by Ray, since the machine ran low on memory: try fewer jobs"
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def wait_for(address: str, count: int, seconds: float) -> None:
-    """Return as soon as ``count`` machines have joined the cluster at ``address``; print them.
+    """Wait until `count` machines have joined the cluster at `address`, and print them.
 
     Raises:
-        EngineError: there are fewer after ``seconds``.
+        EngineError: fewer machines are there after `seconds`.
     """
     deadline = time.monotonic() + seconds
-    while True:
-        found, problem = [], ""
+    found: list[str] = []
+    while len(found) < count:
+        problem = ""
         try:
             connect(address, None)
             found = [f"{node.host} ({node.cpus:g} CPU, {node.gpus:g} GPU)" for node in nodes()]
         except EngineError as error:
             problem = f" {error}"
-        if len(found) >= count:
-            print(f"Ray at {address}: {', '.join(found)}")
-            return
-        if time.monotonic() >= deadline:
+        if len(found) < count and time.monotonic() >= deadline:
             raise EngineError(
                 f"Only {len(found)} of {count} machines joined the Ray cluster at {address} in "
-                f"{seconds:g} s: {', '.join(found) or 'none'}.{problem} See what Ray says above, "
-                "and whether the machines reach each other."
+                f"{seconds:g} s: {', '.join(found) or 'none'}.{problem} Read Ray's output above, "
+                "and check that the machines reach each other."
             )
-        time.sleep(1.0)
+        time.sleep(0.5)
+    print(f"Ray at {address}: {', '.join(found)}")
 
 
 if __name__ == "__main__":

@@ -1,37 +1,107 @@
-"""Runs the cells of a grid in the slots of an executor, and goes on when one fails."""
+"""Runs the cells of a grid in the slots of an executor, also when some cells fail."""
 
 import pickle
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from benchmarks.console import duration
 from benchmarks.costs.estimate import Estimator
-from benchmarks.grid.cell import MAIN_METRIC, Adapter, Cell, Key
-from benchmarks.run.attempt import Attempts
+from benchmarks.grid.cell import MAIN_METRIC, Adapter, Cell, Key, known_folder
 from benchmarks.run.executor import Executor, Failed, MakeExecutor, Message, Started
-from benchmarks.run.order import Schedule
+from benchmarks.run.order import CellQueue
 from benchmarks.watch.live import Watch
 from fimaq_core.errors import FimaqError
 from fimaq_core.progress import Progress
 from tasks.common.cell.lease import Observer
 from tasks.common.record import ResultRecord, read_record
+from tasks.common.request import CellRequest
 
-#: Seconds between two looks at cells that others measure, and the longest wait for messages.
-_LOOK, _WAIT = 2.0, 0.5
+#: Seconds between two checks of cells that others measure, and the longest wait for messages.
+_CHECK, _WAIT = 2.0, 0.5
 
-#: Share of the time that may go into estimates.
-_ESTIMATING = 0.05
+#: Stages whose progress has the loss of an optimisation step.
+_OPTIMISING = ("reconstruct", "reconstruct MLPs")
+_ADVICE = (
+    "Keep less in memory (PLACEMENT=disk or --placement disk), run fewer cells at a time "
+    "(JOBS=1 or --jobs 1), or use a device with more memory."
+)
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A cell that could not be measured, why, and where the details are."""
+    """A failed cell, the reason, and the file with the details."""
 
     cell: Cell
     message: str
     log: Path | None
+
+
+@dataclass
+class Attempts:
+    """All attempts at one cell."""
+
+    cell: Cell
+    #: Limit of attempts in a row whose process dies without progress; 0: no second attempt.
+    retries: int
+    request: CellRequest  #: of the next attempt, which may need less memory with equal results
+    since: float = 0.0  #: start of the present attempt, by `time.monotonic`
+    _reached: set[tuple[str, str]] = field(default_factory=set)  # stages and blocks so far
+    _is_further: bool = False  # the present attempt has reached a new one
+    _last: Progress | None = None
+    _fruitless: int = 0
+    _errors: int = 0
+
+    def begin(self) -> None:
+        """Begin the next attempt."""
+        self._is_further, self._last, self.since = False, None, time.monotonic()
+
+    def heard(self, progress: Progress) -> None:
+        """Note the progress of the present attempt."""
+        place = (progress.stage, progress.block)
+        self._last = progress
+        if place not in self._reached and not progress.stage.startswith("wait for "):
+            self._reached.add(place)
+            self._is_further = True
+
+    def failed(self, failure: Failed) -> tuple[bool, str]:
+        """Return True to try the cell again after a failure, and the reason for people."""
+        again, reason = False, failure.message
+        if failure.kind == "memory":
+            return self._with_less_memory(reason)
+        if failure.kind == "error":
+            self._errors += 1
+            again = bool(self.retries) and self._errors == 1
+            reason += "; tried once more in a new process" if again else ""
+        elif failure.kind == "died":
+            # Attempts with progress are not counted: each goes on after the last finished block.
+            self._fruitless = 0 if self._is_further else self._fruitless + 1
+            again = self._fruitless < self.retries
+            if not again and self._fruitless > 1:
+                reason += f", {self._fruitless} times without progress"
+        return again, reason
+
+    def _with_less_memory(self, reason: str) -> tuple[bool, str]:
+        """Change the request so that it needs less memory; see `failed`."""
+        request, batch = self.request, self.request.eval_batch // 2
+        if request.device.startswith("cuda") and request.placement == "device":
+            note = "memory ran out: inputs and outputs of blocks are kept in host memory"
+            request = replace(request, placement="host")
+        elif self._last and self._last.loss is not None and self._last.stage in _OPTIMISING:
+            return False, (
+                f"memory ran out ({reason}) in an optimisation step ({self._last.stage} "
+                f"{self._last.block}). The recipe's batch_size is kept: another one gives other "
+                f"results, so it is another recipe. {_ADVICE}"
+            )
+        elif batch:
+            note = f"memory ran out: the batch of forward passes is reduced to {batch}"
+            request = replace(request, eval_batch=batch)
+        else:
+            return False, f"memory ran out ({reason}), even for one image. {_ADVICE}"
+        self.request = replace(request, notes=(*request.notes, note))
+        return True, note
 
 
 class Runner:
@@ -40,186 +110,153 @@ class Runner:
     def __init__(
         self, adapter: Adapter, watch: Watch, make_executor: MakeExecutor, done: int, retries: int
     ) -> None:  # fmt: skip
-        """Make a runner.
-
-        Args:
-            adapter: measures the cells.
-            watch: shows what happens.
-            make_executor: makes what the cells run on.
-            done: cells of the grid that were finished before, for the count shown.
-            retries: see `benchmarks.run.attempt.Attempts`.
-        """
+        """Make a runner for a grid that has `done` records. `retries`: see `Attempts`."""
         self._adapter, self._watch, self._make_executor = adapter, watch, make_executor
-        self._done, self._retries = done, retries
+        self._over, self._retries = done, retries
         self._estimator, self._observer = Estimator(), Observer()
         self._failures: list[Failure] = []
-        self._schedule = Schedule(())
+        self._queue = CellQueue(())
         self._attempts: dict[Key, Attempts] = {}
-        self._folders: dict[Key, Path] = {}
-        #: By slot.
-        self._running: dict[str, Attempts] = {}
+        self._folders: dict[Key, Path | None] = {}
         self._slots: list[str] = []
-        self._changed = False
-        self._looked = self._ticked = self._estimated = 0.0
-        self._left: float | None = None
+        self._running: dict[str, Attempts] = {}  # by slot
+        self._is_changed = False  # an idle slot may find a cell
+        self._checked = self._ticked = 0.0
 
     def learn(self, costs: Iterable[tuple[Cell, float]]) -> None:
-        """Use the seconds that cells took before to estimate the time of others."""
+        """Estimate times from the seconds that cells took before."""
         for cell, seconds in costs:
             self._estimator.add(cell, seconds)
 
     def run(self, cells: Sequence[Cell]) -> list[Failure]:
-        """Measure ``cells``; return those that failed.
+        """Measure `cells`; return the failures.
 
         Raises:
             FimaqError: the executor cannot be used.
-            KeyboardInterrupt: broken off by the user; the processes are stopped, finished cells
-                are kept.
+            KeyboardInterrupt: the user stopped the run. All processes end; finished cells are kept.
         """
-        there = {cell.key: cell for cell in cells if self._is_there(cell)}
-        rest = [cell for cell in cells if cell.key not in there]
-        self._schedule = Schedule(rest)
-        executor: Executor | None = None
-        try:
-            if rest:
-                own = self._adapter.run_cell.__module__
-                needed = [name for cell in rest for name in self._adapter.imports(cell.request)]
-                executor = self._make_executor(len(rest), list(dict.fromkeys([*needed, own])))
-            try:
-                self._watch.tell("begin", over=self._done, total=self._done + len(cells))
-                for cell in there.values():
-                    self._found(cell)
-                while executor is not None and (self._schedule or self._running):
-                    self._feed(executor)
-                    for slot, message in executor.wait(_WAIT):
-                        self._hear(slot, message)
-                    self._tick()
-            finally:
-                self._watch.close()
-        finally:
-            if executor is not None:
-                executor.close()
+        self._queue = CellQueue(cells)
+        imports = [name for cell in cells for name in self._adapter.imports(cell.request)]
+        imports = list(dict.fromkeys([*imports, self._adapter.run_cell.__module__]))
+        executor = self._make_executor(len(cells), imports)
+        with closing(executor), closing(self._watch):
+            self._watch.tell("begin", over=self._over, total=self._over + len(cells))
+            self._feed(executor)
+            while self._queue or self._running:
+                for slot, message in executor.wait(_WAIT):
+                    self._hear(slot, message)
+                self._tick()
+                self._feed(executor)
         return self._failures
 
     def _feed(self, executor: Executor) -> None:
-        """Give each idle slot its next cell."""
+        """Start the next cell in each idle slot."""
         slots = list(executor.slots())
         if slots != self._slots:
-            self._schedule.keep(slots)
-            self._slots, self._changed = slots, True
+            self._queue.keep(slots)
+            self._slots, self._is_changed = slots, True
         if len(self._running) < len(slots):
-            self._look()
-        if not self._changed:
+            self._check_aside()
+        if not self._is_changed:
             return
-        self._changed = False
+        self._is_changed = False
         for slot in slots:
             if slot not in self._running and (cell := self._next(slot)) is not None:
-                self._start(executor, slot, cell)
+                first = Attempts(cell, self._retries, cell.request)
+                attempts = self._running[slot] = self._attempts.setdefault(cell.key, first)
+                attempts.begin()
+                folder = self._folder(cell)
+                log = folder and folder / "error.log"
+                work = pickle.dumps((self._adapter.run_cell, attempts.request, log))
+                executor.start(slot, cell.label, work)
 
     def _next(self, slot: str) -> Cell | None:
-        """Return a cell for the slot; those that others measured meanwhile are over."""
-        while (cell := self._schedule.take(slot)) is not None and self._is_there(cell):
-            self._schedule.over(cell)
-            self._found(cell)
+        """Return the next cell without a record for a slot."""
+        while (cell := self._queue.take(slot)) is not None and (path := self._record(cell)):
+            try:
+                text = f"measured elsewhere: {_scores(read_record(path))}"
+            except FimaqError as error:  # damaged: the user decides about it
+                self._fail(cell, str(error), None)
+            else:
+                self._end(cell, "elsewhere", text)
         return cell
 
-    def _start(self, executor: Executor, slot: str, cell: Cell) -> None:
-        new = Attempts(cell, self._retries, cell.request)
-        attempts = self._running[slot] = self._attempts.setdefault(cell.key, new)
-        attempts.begin()
-        work = self._adapter.run_cell, attempts.request, self._beside(cell, "error.log")
-        executor.start(slot, cell.label, pickle.dumps(work))
-
-    def _look(self) -> None:
-        """See what has become of cells that others measure, since slots are idle."""
+    def _check_aside(self) -> None:
+        """Take back cells that no other process measures any more."""
         now = time.monotonic()
-        aside = self._schedule.aside
-        if not aside or now - self._looked < _LOOK:
+        if now - self._checked < _CHECK:
             return
-        self._looked = now
-        for cell in aside:
-            path = self._beside(cell, "result.json")
-            if self._is_there(cell):
-                self._schedule.over(cell)
-                self._found(cell)
-            elif path is None or self._observer.holder(path) is None:
-                self._schedule.back(cell)
-            else:
-                continue
-            self._changed = True
+        self._checked = now
+        for cell in self._queue.aside:
+            folder = self._folder(cell)
+            if (
+                not folder
+                or self._record(cell)
+                or not self._observer.holder(folder / "result.json")
+            ):
+                self._queue.back(cell)
+                self._is_changed = True
 
-    def _beside(self, cell: Cell, name: str) -> Path | None:
-        """Return a file in the cell's folder; None while that is not known."""
-        if cell.key not in self._folders:
-            try:
-                self._folders[cell.key] = self._adapter.planned_folder(cell.request)
-            except FimaqError:
-                return None
-        return self._folders[cell.key] / name
+    def _folder(self, cell: Cell) -> Path | None:
+        """Return the folder of a cell; None while its identity is not known."""
+        if self._folders.get(cell.key) is None:
+            self._folders[cell.key] = known_folder(cell, self._adapter)
+        return self._folders[cell.key]
 
-    def _is_there(self, cell: Cell) -> bool:
-        """Return whether the cell has a record, good or bad."""
-        path = self._beside(cell, "result.json")
-        return path is not None and path.is_file()
-
-    def _found(self, cell: Cell) -> None:
-        """A cell has a record that was not measured here; the user must see to a damaged one."""
-        path = self._beside(cell, "result.json")
-        assert path is not None
-        try:
-            self._ended(cell, "elsewhere", f"measured elsewhere: {_scores(read_record(path))}")
-        except FimaqError as error:
-            self._fail(cell, str(error), None)
+    def _record(self, cell: Cell) -> Path | None:
+        """Return the path of a cell's record, which may be damaged; None if there is none."""
+        folder = self._folder(cell)
+        path = folder and folder / "result.json"
+        return path if path and path.is_file() else None
 
     def _hear(self, slot: str, message: Message) -> None:
-        run = self._running[slot]
-        cell = run.cell
+        attempts = self._running[slot]
+        cell = attempts.cell
         if isinstance(message, Started):
-            run.since = time.monotonic()
+            attempts.since = time.monotonic()
             self._watch.tell("started", cell, where=message.where)
-        elif isinstance(message, Progress):
-            run.heard(message)
+            return
+        if isinstance(message, Progress):
+            attempts.heard(message)
             self._watch.progress(cell, message)
+            return
+        del self._running[slot]
+        self._is_changed = True
+        if isinstance(message, Failed):
+            self._failed(attempts, message)
+            return
+        self._estimator.add(cell, message.seconds)
+        try:
+            scores = _scores(read_record(message.path))
+        except FimaqError as error:
+            self._fail(cell, f"measured, but {error}", None)
         else:
-            del self._running[slot]
-            self._changed = True
-            if isinstance(message, Failed):
-                self._lost(run, message)
-                return
-            self._estimator.add(cell, message.seconds)
-            self._schedule.over(cell)
-            try:
-                scores = _scores(read_record(message.path))
-            except FimaqError as error:
-                self._fail(cell, f"measured, but {error}", None)
-            else:
-                self._ended(cell, "finished", f"{scores} in {duration(message.seconds)}")
+            self._end(cell, "finished", f"{scores} in {duration(message.seconds)}")
 
-    def _lost(self, run: Attempts, failure: Failed) -> None:
-        """An attempt came to nothing."""
-        cell = run.cell
+    def _failed(self, attempts: Attempts, failure: Failed) -> None:
+        cell = attempts.cell
         if failure.kind == "busy":
-            self._schedule.put_aside(cell)
-            self._looked = time.monotonic()  # whoever measures it has only just been seen
+            self._queue.put_aside(cell)
+            self._checked = time.monotonic()
             self._watch.tell("retried", cell, text=failure.message)
             return
-        again, reason = run.failed(failure)
+        again, reason = attempts.failed(failure)
         if again:
-            self._schedule.back(cell)
+            self._queue.back(cell)
             self._watch.tell("retried", cell, text=reason)
         else:
-            self._schedule.over(cell)
             self._fail(cell, reason, failure.log)
 
     def _fail(self, cell: Cell, message: str, log: Path | None) -> None:
         self._failures.append(Failure(cell, message, log))
-        self._ended(cell, "failed", message, log)
+        self._end(cell, "failed", message, log)
 
-    def _ended(self, cell: Cell, outcome: str, text: str, log: Path | None = None) -> None:
-        self._done += 1
+    def _end(self, cell: Cell, outcome: str, text: str, log: Path | None = None) -> None:
+        self._queue.over(cell)
+        self._over += 1
         self._attempts.pop(cell.key, None)
         facts = {"outcome": outcome, "text": text, "log": log and str(log)}
-        self._watch.tell("ended", cell, over=self._done, left=self._time_left(), **facts)
+        self._watch.tell("ended", cell, over=self._over, left=self._time_left(), **facts)
 
     def _tick(self) -> None:
         now = time.monotonic()
@@ -227,31 +264,25 @@ class Runner:
             return
         self._ticked = now
         cells: dict[str, float] = {}
-        for run in self._running.values():
-            expected = self._estimator.seconds(run.cell)
+        for attempts in self._running.values():
+            expected = self._estimator.seconds(attempts.cell)
             if expected is not None:
-                cells[run.cell.label] = max(expected - (now - run.since), 0.0)
+                cells[attempts.cell.label] = max(expected - (now - attempts.since), 0.0)
         self._watch.tell("tick", left=self._time_left(), cells=cells)
 
     def _time_left(self) -> float | None:
-        """Estimate the seconds for the rest of the grid; in a big grid not at each call."""
+        """Estimate the seconds until the grid is done."""
         now = time.monotonic()
-        if now >= self._estimated:
-            running = {run.cell.key: (run.cell, now - run.since) for run in self._running.values()}
-            jobs = max(1, len(self._slots))
-            self._left = self._estimator.left(self._schedule.waiting(), running, jobs)
-            end = time.monotonic()
-            self._estimated = end + (end - now) / _ESTIMATING
-        return self._left
+        running = {run.cell.key: (run.cell, now - run.since) for run in self._running.values()}
+        return self._estimator.left(self._queue.waiting(), running, max(1, len(self._slots)))
 
 
 def _scores(record: ResultRecord) -> str:
-    parts = []
     wanted = MAIN_METRIC.get(record.task)
+    parts = []
     for name, metric in record.metrics.items():
-        if wanted in record.metrics and name != wanted:
-            continue
-        full = record.fp_metrics.get(name)
-        against = "" if full is None or record.method == "fp" else f" (fp {full.value:.1f})"
-        parts.append(f"{name} {metric.value:.1f}{against}")
+        if name == wanted or wanted not in record.metrics:
+            full = None if record.method == "fp" else record.fp_metrics.get(name)
+            against = "" if full is None else f" (fp {full.value:.1f})"
+            parts.append(f"{name} {metric.value:.1f}{against}")
     return ", ".join(parts)

@@ -1,17 +1,36 @@
-"""Events of a run, and the state that follows from them.
+"""Events of a run, the state that follows from them, and their file.
 
-The view in the run's own terminal and ``python -m benchmarks status`` draw the same state.
+The terminal of a run and ``python -m benchmarks status`` show the same state. Each run appends its
+events to a file of its own, ``<results>/runs/.state/*.jsonl``, one event per line. Only ``status``
+needs the file. Its content is not trusted.
 """
 
+import os
+import secrets
+import socket
+import time
 from collections import Counter, deque
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from benchmarks.console import plain
+from tasks.common.cell.lease import is_running
 
-#: Bounds keep what is read from a file printable; they are far beyond any grid.
+#: Seconds between two lines about a cell, or about the clock of the run: at least this number,
+#: then this share of the run's time so far, at most this number. It keeps long files small.
+_EVERY, _SHARE, _BEAT = 1.0, 0.02, 15.0
+#: Seconds without a line after which a run on another machine is over.
+SILENCE = 45.0
+#: Number of files of ended runs that are kept.
+_KEPT = 5
+
+#: Fields of events have bounds that no grid reaches.
 Seconds = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, le=10**15)]
 Name = Annotated[str, AfterValidator(lambda text: plain(text, 200))]
@@ -19,105 +38,80 @@ Text = Annotated[str, AfterValidator(lambda text: plain(text, 2000))]
 
 
 class Event(BaseModel):
-    """Something that happened in a run, at a Unix time.
+    """An event of a run, or of the cell `label`.
 
-    Attributes:
-        kind: ``begin`` and ``close`` of the run, ``tick`` of its clock; of a cell: ``started``,
-            ``progress``, ``retried`` (it waits again) and ``ended``.
-        label: the cell, for people; empty for the whole run.
-        host, pid, process_started, engine: of ``begin``: where it runs. A later process may have
-            the same ``pid``, but was created at another time.
-        over: cells that are over, well or not.
-        total: cells of the grid (``begin``), or units of the stage (``progress``, 0: not known).
-        key, where: of ``started``: the cell, and what it runs on, for people.
-        stage, block, done, loss: of ``progress``; see `fimaq_core.progress.Progress`.
-        outcome: of ``ended``; ``elsewhere``: another runner measured the cell.
-        text, log: reason or result, and the file with the details of a failure.
-        left: seconds until the grid is done; None where nothing is known.
-        cells: of ``tick``: seconds until running cells are done, by label.
+    Example:
+        >>> Event(kind="started", time=1.8e9, label="vit_small rtn w4a4", where="worker 1").where
+        'worker 1'
     """
 
-    model_config = ConfigDict(frozen=True, extra="ignore")  # a newer version may have more fields
+    model_config = ConfigDict(frozen=True, extra="ignore")  # newer versions may have more fields
 
+    #: Of the run: begin, tick (twice per second), close. ``retried``: the cell waits again.
     kind: Literal["begin", "started", "progress", "retried", "ended", "tick", "close"]
-    time: Seconds
+    time: Seconds  #: Unix time
     label: Name = ""
+    #: ``begin``: process of the run. A later process may have the same id, but another start.
     host: Name = ""
     pid: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    process_started: Seconds = 0.0
+    process_started: Seconds = 0.0  #: Unix time
     engine: Name = ""
-    over: Count = 0
-    total: Count = 0
+    over: Count = 0  #: number of cells with a record and of failed cells
+    total: Count = 0  #: number of cells (``begin``), or units of the stage (``progress``)
+    #: ``started``: identity of the cell, and its slot or machine.
     key: dict[Name, int | Name | None] = {}
     where: Name = ""
+    #: ``progress``; see `fimaq_core.progress.Progress`.
     stage: Name = ""
     block: Name = ""
     done: Count = 0
     loss: float | None = Field(None, allow_inf_nan=False)
+    #: ``ended``; ``elsewhere``: another runner measured the cell.
     outcome: Literal["finished", "failed", "elsewhere"] = "finished"
-    text: Text = ""
-    log: Text | None = None
-    left: Seconds | None = None
-    cells: dict[Name, Seconds] = {}
-
-
-@dataclass
-class Running:
-    """A cell at work: its last ``progress``, how often it was started, its expected end."""
-
-    started: Event
-    attempts: int
-    progress: Event
-    until: float | None = None
+    text: Text = ""  #: result or reason
+    log: Text | None = None  #: file with the details of a failure
+    left: Seconds | None = None  #: estimated seconds until the grid is done
+    cells: dict[Name, Seconds] = {}  #: ``tick``: the same for each running cell, by label
 
 
 @dataclass
 class State:
-    """State of a run after some of its events.
-
-    Another thread may read it: each value is replaced as a whole.
-
-    Attributes:
-        begin: the first event.
-        over, total, failures: cells that are over, all cells, cells that failed.
-        running: cells at work by label, the longest at work first.
-        failed, ended: the latest of these events, oldest first.
-        until: expected end of the grid.
-        finished: the run ended by itself.
-    """
+    """State of a run after some of its events. Another thread may read it."""
 
     begin: Event | None = None
     over: int = 0
     total: int = 0
     failures: int = 0
-    running: dict[str, Running] = field(default_factory=dict)
-    attempts: Counter[str] = field(default_factory=Counter)
+    running: dict[str, Event] = field(default_factory=dict)  #: last start of each running cell
+    progress: dict[str, Event] = field(default_factory=dict)  #: last progress of these cells
+    attempts: Counter[str] = field(default_factory=Counter)  #: number of starts of each cell
     failed: deque[Event] = field(default_factory=lambda: deque(maxlen=100))
     ended: deque[Event] = field(default_factory=lambda: deque(maxlen=10))
-    until: float | None = None
-    finished: bool = False
+    #: Estimated ends of the running cells by label, and of the grid by "" (Unix time).
+    ends: dict[str, float] = field(default_factory=dict)
+    is_finished: bool = False  #: True after ``close``; a killed run has no such event
 
     def apply(self, event: Event) -> None:
-        """Change by an event."""
-        row = self.running.get(event.label)
-        if event.kind in ("tick", "ended"):
-            self.until = None if event.left is None else event.time + event.left
+        """Change the state by an event."""
+        label = event.label
         if event.kind == "begin":
             self.begin, self.over, self.total = event, event.over, event.total
         elif event.kind == "started":
-            self.attempts[event.label] += 1
-            first = event.model_copy(update={"stage": "starting"})
-            self.running[event.label] = Running(event, self.attempts[event.label], first)
-        elif event.kind == "progress" and row is not None:
-            row.progress = event
+            self.attempts[label] += 1
+            self.progress[label] = event.model_copy(update={"stage": "starting"})
+            self.running[label] = event
+        elif event.kind == "progress" and label in self.running:
+            self.progress[label] = event
         elif event.kind == "tick":
-            for label, running in self.running.items():
-                left = event.cells.get(label)
-                running.until = None if left is None else event.time + left
+            self.ends = {name: event.time + left for name, left in event.cells.items()}
         elif event.kind in ("retried", "ended"):
-            self.running.pop(event.label, None)
+            self.running.pop(label, None)
         elif event.kind == "close":
-            self.running, self.finished = {}, True
+            self.running, self.is_finished = {}, True
+        if event.kind in ("tick", "ended"):
+            self.ends.pop("", None)
+            if event.left is not None:
+                self.ends[""] = event.time + event.left
         if event.kind == "ended":
             self.over = event.over
             self.ended.append(event)
@@ -127,10 +121,103 @@ class State:
 
     @property
     def done(self) -> int:
-        """Cells with a record."""
+        """Number of cells with a record."""
         return max(self.over - self.failures, 0)
 
+    def left(self, now: float, label: str = "") -> float | None:
+        """Return the estimated seconds from `now` to the end of a cell or of the grid ("")."""
+        end = self.ends.get(label)
+        return None if end is None else max(end - now, 0.0)
 
-def left(of: State | Running, now: float) -> float | None:
-    """Return the expected seconds until the end of a grid or cell."""
-    return None if of.until is None else max(of.until - now, 0.0)
+
+class EventLog:
+    """Writes the events of a run to a file in the folder of all runs."""
+
+    def __init__(self, folder: Path, warn: Callable[[str], None]) -> None:
+        self.path = folder / f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(4)}.jsonl"
+        self._warn, self._is_broken = warn, False
+        self._began = time.time()
+        self._last: dict[str, float] = {}  # Unix time of the last line, by label
+
+    def add(self, event: Event) -> None:
+        """Write an event. Most of the ``progress`` and ``tick`` events are left out."""
+        pause = min(max(_EVERY, _SHARE * (event.time - self._began)), _BEAT)
+        if event.kind in ("progress", "tick"):
+            if event.time - self._last.get(event.label, 0.0) < pause:
+                return
+            self._last[event.label] = event.time
+        try:
+            if event.kind == "begin":
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                remove_old(self.path.parent)
+            # Opened for each line, so that other machines see it on a network file system.
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(f"{event.model_dump_json(exclude_defaults=True)}\n")
+        except OSError as error:
+            if not self._is_broken:
+                self._warn(
+                    "warning: `python -m benchmarks status` will not show this run correctly. "
+                    f"Cannot write {self.path}: {error.strerror}."
+                )
+            self._is_broken = True
+
+
+@dataclass
+class Run:
+    """A run as its file shows it, and the Unix time of its last sign of life."""
+
+    path: Path
+    state: State = field(default_factory=State)
+    heartbeat: float = 0.0
+    offset: int = 0
+
+    def read(self) -> None:
+        """Apply the new complete lines of the file. Lines that are no event are skipped."""
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            *lines, _ = file.read().split(b"\n")
+            self.heartbeat = os.fstat(file.fileno()).st_mtime
+        for line in lines:
+            self.offset += len(line) + 1
+            with suppress(ValidationError):
+                self.state.apply(Event.model_validate_json(line))
+
+    @property
+    def is_alive(self) -> bool:
+        """True while the run goes on, by its process (this machine) or its heartbeat (others)."""
+        begin = self.state.begin
+        if begin is None or self.state.is_finished:
+            return False
+        if begin.host == socket.gethostname():
+            return is_running(begin.pid, begin.process_started)
+        return time.time() - self.heartbeat < SILENCE
+
+
+def read_runs(folder: Path, known: dict[Path, Run] | None = None) -> tuple[list[Run], list[str]]:
+    """Return the runs of a folder, the latest first, and one problem per file without a run.
+
+    Pass the same dict `known` again to read only the new lines of known files.
+    """
+    runs, found, problems = {} if known is None else known, [], []
+    for path in sorted(folder.glob("*.jsonl")):
+        run = runs.setdefault(path, Run(path))
+        try:
+            run.read()
+        except FileNotFoundError:
+            continue  # a new run has just removed it
+        except OSError as error:
+            problems.append(f"Skipped {path}: {error.strerror}.")
+            continue
+        if run.state.begin is not None:
+            found.append((run.state.begin.time, path.name, run))
+        elif run.offset:
+            problems.append(f"Skipped {path}: it has no events of this version.")
+    return [run for *_, run in sorted(found, key=lambda item: item[:2], reverse=True)], problems
+
+
+def remove_old(folder: Path) -> None:
+    """Remove the files of ended runs, except the latest and files without a run."""
+    over = [run.path for run in read_runs(folder)[0] if not run.is_alive]
+    for path in over[_KEPT:]:
+        with suppress(OSError):  # another user's file, or a read-only file system
+            path.unlink(missing_ok=True)

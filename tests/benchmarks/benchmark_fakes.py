@@ -1,4 +1,4 @@
-"""A task adapter that measures nothing: quick, importable by worker processes, with faults on demand."""
+"""Task adapter that measures nothing and fails on demand. Processes of cells can import it."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def plain_demo(**changes: Any) -> Grid:
 
 
 def make_record(**changes: Any) -> ResultRecord:
-    """A record with some sense in it; ``value``, ``stderr``, ``fp`` and ``recipe`` are short for what they set."""
+    """A valid record. ``value``, ``stderr``, ``fp`` and ``recipe`` set several fields each."""
     value, stderr = changes.pop("value", 80.0), changes.pop("stderr", 0.5)
     recipe = changes.pop("recipe", None)
     fields: dict[str, Any] = {
@@ -102,8 +102,10 @@ def fake_value(request: CellRequest) -> float:
 
 
 def record_of(request: CellRequest, value: float) -> ResultRecord:
-    """The record of a cell whose main metric is ``value``; of retrieval with both directions, five points apart, and a rank, of
-    detection with masks, four points below boxes.
+    """The record of a cell whose main metric is ``value``.
+
+    Retrieval has both directions, five points apart, and a rank. Detection has masks, four points
+    below the boxes.
     """
     changes: dict[str, Any] = {
         "task": request.task,
@@ -151,9 +153,8 @@ def run_cell(request: CellRequest, on_progress: OnProgress) -> Path:
     on_progress(Progress("evaluate", 1, 2, "block 0", 1.0))
     print("a library speaks")
     with (request.results.parent / "log.txt").open("a") as log:
-        log.write(
-            f"{os.getpid()} {request.model.name} {request.recipe.method if request.recipe else 'fp'}\n"
-        )
+        method = request.recipe.method if request.recipe else "fp"
+        log.write(f"{os.getpid()} {request.model.name} {method}\n")
     if fault == "error":
         raise ValueError("it broke")
     if fault == "user error":
@@ -179,9 +180,9 @@ def write_cells(
     value: Callable[[Cell], float],
     correct: Callable[[Cell], np.ndarray] | None = None,
 ) -> list[Measured]:
-    """Write records of ``cells`` with the scores ``value`` and, if given, outcomes of samples; return them as collected.
+    """Write records of ``cells`` with the scores ``value``; return them as collected.
 
-    The outcomes are which samples were right, of detection what each contributes.
+    ``correct`` gives outcomes of samples: 1 for a right one; for detection, its contribution.
     """
     import numpy as np  # not above: worker processes import this file, and pandas takes its time
 
@@ -214,8 +215,11 @@ ADAPTER = Adapter(run_cell, planned_folder, preflight)
 def small_grid(tmp_path: Path) -> str:
     content = {
         "name": "small",
-        "tasks": {"classification": {"dataset": "digit-pairs", "models": ["demo_vit", "demo_swin"]}},
-        "methods": ["fp", "rtn", "fimaq"], "bits": ["w3a3"], "seeds": [1], "variant": "demo", "threads": 1,
+        "tasks": {
+            "classification": {"dataset": "digit-pairs", "models": ["demo_vit", "demo_swin"]}
+        },
+        "methods": ["fp", "rtn", "fimaq"], "bits": ["w3a3"], "seeds": [1],
+        "variant": "demo", "threads": 1,
     }  # fmt: skip
     path = tmp_path / "small.yaml"
     path.write_text(yaml.safe_dump(content))

@@ -1,4 +1,4 @@
-"""Cells that fail in every way there is. What happens to which is in ``plan.json`` beside the results."""
+"""Cells that fail in every possible way, as ``plan.json`` beside the results says."""
 
 from __future__ import annotations
 
@@ -55,17 +55,17 @@ def name_of(request: CellRequest) -> str:
 
 
 def run_cell(request: CellRequest, on_progress: OnProgress) -> Path:
-    """Measure nothing, after what the plan says for this attempt: a list of faults a cell, one an attempt, then none.
+    """Measure nothing, after the fault that the plan has for this attempt at this cell, if any.
 
-    Every attempt is noted in ``attempts.txt``: process id, its parent's, cell, eval_batch, placement.
+    Each attempt is a line of ``attempts.txt``: ids of the process and of its parent, cell,
+    eval_batch, placement.
     """
     root = request.results.parent
     plan = json.loads((root / "plan.json").read_text()) if (root / "plan.json").is_file() else {}
     log = root / "attempts.txt"
+    settings = f"{request.eval_batch} {request.placement}"
     with log.open("a") as file:
-        file.write(
-            f"{os.getpid()} {os.getppid()} {name_of(request)} {request.eval_batch} {request.placement}\n"
-        )
+        file.write(f"{os.getpid()} {os.getppid()} {name_of(request)} {settings}\n")
     attempt = sum(f" {name_of(request)} " in line for line in log.read_text().splitlines())
     faults = plan.get(name_of(request), [])
     fault = faults[attempt - 1] if attempt <= len(faults) else ""

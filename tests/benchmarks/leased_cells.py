@@ -5,7 +5,7 @@ from pathlib import Path
 
 import benchmark_fakes as fakes
 
-from benchmarks.faults.audit import note
+from benchmarks.faults.audit import write_note
 from benchmarks.grid.cell import Adapter
 from fimaq_core.progress import OnProgress
 from tasks.common.cell.identity import planned_folder
@@ -21,11 +21,11 @@ def run_cell(request: CellRequest, on_progress: OnProgress) -> Path:
     with acquire(path) as lease:
         if path.is_file():
             return path
-        note(results, "begun", name)
+        write_note(results, "begun", name)
         time.sleep(0.3)
         lease.check()
         write_record(fakes.record_of(request, 50.0), path.parent)
-        note(results, "measured", name)
+        write_note(results, "measured", name)
     return path
 
 

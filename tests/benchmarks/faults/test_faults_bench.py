@@ -12,7 +12,7 @@ import yaml
 from click.testing import CliRunner
 
 from benchmarks.faults import audit, kills
-from benchmarks.faults.audit import Event
+from benchmarks.faults.audit import Note
 from benchmarks.faults.kills import main
 from fimaq_core.progress import Progress, silent
 from tasks.common.cell.lease import this_process
@@ -24,8 +24,8 @@ pytestmark = pytest.mark.slow
 
 def test_cells_measured_twice_or_by_two_at_a_time_are_doubled():
     seen = {"begun": "aad", "measured": "abbd", "overlap": "c"}
-    events = [Event(kind, cell, 1, 0.0) for kind, cells in seen.items() for cell in cells]
-    assert audit.doubled(events) == {"b", "c"}
+    notes = [Note(kind, cell, 1, 0.0) for kind, cells in seen.items() for cell in cells]
+    assert audit.doubled(notes) == {"b", "c"}
 
 
 def test_the_witness_sees_who_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -39,26 +39,26 @@ def test_the_witness_sees_who_measures(tmp_path: Path, monkeypatch: pytest.Monke
     )
     told: list[Progress] = []
     audit.run_cell(request, told.append)
-    assert [event.kind for event in audit.read_events(tmp_path)] == ["begun", "measured"]
+    assert [note.kind for note in audit.read_notes(tmp_path)] == ["begun", "measured"]
     stages[:] = []  # another measured it
     audit.run_cell(request, silent)
-    assert len(audit.read_events(tmp_path)) == 2
+    assert len(audit.read_notes(tmp_path)) == 2
     stages[:] = ["wait for another", "calibrate", "evaluate"]
 
     def begun_by(pid: int, started: float) -> list[str]:
-        """The kinds of the events after another process began."""
-        event = Event("begun", audit.read_events(tmp_path)[0].cell, pid, started)
+        """The kinds of the notes after another process began."""
+        note = Note("begun", audit.read_notes(tmp_path)[0].cell, pid, started)
         with (tmp_path / "audit.jsonl").open("a") as file:
-            file.write(json.dumps(event) + "\n")
-        before = len(audit.read_events(tmp_path))
+            file.write(json.dumps(note) + "\n")
+        before = len(audit.read_notes(tmp_path))
         audit.run_cell(request, silent)
-        return [event.kind for event in audit.read_events(tmp_path)[before:]]
+        return [note.kind for note in audit.read_notes(tmp_path)[before:]]
 
     parent = psutil.Process(os.getppid())
     assert begun_by(parent.pid, parent.create_time()) == ["begun", "overlap", "measured"]
     # Another process had that id.
     assert begun_by(parent.pid, parent.create_time() - 1000) == ["begun", "measured"]
-    assert audit.read_events(tmp_path)[0].pid == this_process()[1]
+    assert audit.read_notes(tmp_path)[0].pid == this_process()[1]
     assert told[0].stage == "evaluate"
 
 
@@ -66,8 +66,8 @@ def test_two_runners_on_one_folder_measure_each_cell_once(tmp_path: Path):
     """Started together, two workers each; the cells only hold their lease for a moment."""
     grid = tmp_path / "grid.yaml"
     grid.write_text(yaml.safe_dump({
-        "name": "twice", "tasks": {"classification": {"dataset": "none", "models": ["demo_vit"]}}, "methods": ["rtn"],
-        "bits": ["w4a4"], "seeds": list(range(10)), "threads": 1,
+        "name": "twice", "tasks": {"classification": {"dataset": "none", "models": ["demo_vit"]}},
+        "methods": ["rtn"], "bits": ["w4a4"], "seeds": list(range(10)), "threads": 1,
     }))  # fmt: skip
     results = tmp_path / "results"
     command = [sys.executable, "-m", "leased_cells", "run", "--profile", str(grid), "--jobs", "2"]
@@ -83,11 +83,11 @@ def test_two_runners_on_one_folder_measure_each_cell_once(tmp_path: Path):
     ]
     said = [runner.communicate()[0] for runner in runners]
     assert [runner.returncode for runner in runners] == [0, 0]
-    events = audit.read_events(results)
+    notes = audit.read_notes(results)
     for kind in ("begun", "measured"):
-        cells = [event.cell for event in events if event.kind == kind]
+        cells = [note.cell for note in notes if note.kind == kind]
         assert len(cells) == len(set(cells)) == 10, kind
-    assert len({event.pid for event in events}) == 10  # a process a cell
+    assert len({note.pid for note in notes}) == 10  # a process a cell
     for text in said:
         assert "[10/10]" in text
     assert all(read_record(path).n == 2000 for path in results.rglob("result.json"))

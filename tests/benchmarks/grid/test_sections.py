@@ -14,7 +14,7 @@ from benchmarks.grid.expand import Filters, GridError, expand, load_grid, parse_
 from benchmarks.grid.preflight import missing
 from benchmarks.run.command import rerun_command
 from benchmarks.run.options import ExecutorOptions
-from benchmarks.run.order import Schedule, make_chains
+from benchmarks.run.order import CellQueue, make_chains
 from benchmarks.run.plan import plan_text
 from fimaq_core.errors import RecipeError
 
@@ -191,16 +191,14 @@ def test_chains_keep_scopes_together_with_the_whole_model_last():
 
 def test_full_precision_holds_up_its_own_section_only():
     cells = by_section(cells_of(tasks="retrieval", seeds="1", bits="w4a4"))
-    schedule = Schedule([*cells["coco"], *cells["zero-shot"]])
-    full = {
-        cell.section: cell for cell in (schedule.take("a"), schedule.take("b")) if cell is not None
-    }
+    queue = CellQueue([*cells["coco"], *cells["zero-shot"]])
+    full = {cell.section: cell for cell in (queue.take("a"), queue.take("b")) if cell is not None}
     assert all(cell.method == "fp" for cell in full.values())
-    schedule.over(full["zero-shot"])
-    assert schedule.take("c").section == "zero-shot"
-    assert schedule.take("d") is None
-    schedule.over(full["coco"])
-    assert schedule.take("d").section == "coco"
+    queue.over(full["zero-shot"])
+    assert queue.take("c").section == "zero-shot"
+    assert queue.take("d") is None
+    queue.over(full["coco"])
+    assert queue.take("d").section == "coco"
 
 
 def test_time_left_is_told_apart_by_section_and_scope():

@@ -14,7 +14,7 @@ import yaml
 
 from benchmarks.rehearsal.cell import in_small, read_events
 from benchmarks.rehearsal.full_cost import Spent, real_memory, real_seconds, spent
-from benchmarks.rehearsal.images import few_classes, make_data
+from benchmarks.rehearsal.inputs import few_classes, make_data
 from fimaq_core.recipe import make_recipe
 from tasks.common.data.folders import open_folder
 from tasks.common.data.imagenet import is_imagenet
@@ -99,10 +99,10 @@ def test_times_are_summed_by_what_they_are_spent_on():
     assert found.calibrate == 5
     assert found.passed == 3
     assert found.step == 2 + 1
-    # behind the calibration 3, before the pass 1, behind the last step 1; first steps and passes
-    # beyond the second ones 3 and 1 (a), 7 (b)
-    assert found.rest == 3 + 1 + 1 + 3 + 1 + 7
-    assert (found.mlp_step, found.mlp_rest) == (0.5, 0.5 + 0.5)
+    # after the calibration 3, before the pass 1, after the last step 1; first steps and passes
+    # beyond the second ones 3 and 1 (a), 7 (b); MLPs 0.5 + 0.5
+    assert found.rest == 3 + 1 + 1 + 3 + 1 + 7 + 0.5 + 0.5
+    assert found.mlp_step == 0.5
     assert (found.text, found.texts) == (4 / 20, 30)
     assert (found.tape_bytes, found.peak_memory_bytes) == (70, 50)
     assert found.total == 26 + 14
@@ -116,7 +116,7 @@ def test_the_estimate_follows_steps_images_and_passes():
         stage_memory_bytes={"load": 100}, preprocessing=None,
     )  # fmt: skip
     found = Spent(
-        calibrate=1.0, passed=2.0, step=0.5, mlp_step=0.0, rest=3.0, mlp_rest=0.0, text=0.1, texts=20,
+        calibrate=1.0, passed=2.0, step=0.5, mlp_step=0.0, rest=3.0, text=0.1, texts=20,
         total=9.0, tape_bytes=40, peak_memory_bytes=450,
     )  # fmt: skip
     real = make_recipe("fimaq")

@@ -18,10 +18,9 @@ from engine_fakes import HANG, until
 
 from benchmarks.grid.cell import Cell, RunOptions
 from benchmarks.grid.expand import Filters, expand
-from benchmarks.run.child import measure
+from benchmarks.run.child import measure, uses_cuda
 from benchmarks.run.executor import Failed, Finished, Message, Started
 from benchmarks.run.local import LocalExecutor
-from benchmarks.run.preload import cuda_is_up
 from fimaq_core.progress import OnProgress, Progress
 from tasks.common.request import CellRequest
 
@@ -146,7 +145,8 @@ def test_nothing_outlives_a_killed_runner(tmp_path: Path):
     code = (
         "import sys, test_processes as tests\nfrom pathlib import Path\nroot = Path(sys.argv[1])\n"
         "executor = tests.local(root)\n"
-        "tests.start(executor, tests.cells_of(root)[0], tests.name_the_temporary_folder)\ntests.end(executor)\n"
+        "tests.start(executor, tests.cells_of(root)[0], tests.name_the_temporary_folder)\n"
+        "tests.end(executor)\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     runner = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=environment)
@@ -180,7 +180,8 @@ def test_what_a_killed_process_leaves_behind_is_removed(executor: LocalExecutor,
 
 def in_a_new_process(test: Callable[[Path], None], tmp_path: Path) -> None:
     """Run a test apart: a process has one fork server, which imports once."""
-    code = f"import sys, pathlib, test_processes as tests; tests.{test.__name__}(pathlib.Path(sys.argv[1]))"
+    code = "import sys, pathlib, test_processes as tests\n"
+    code += f"tests.{test.__name__}(pathlib.Path(sys.argv[1]))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     command = [sys.executable, "-c", code, str(tmp_path)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG)
@@ -213,9 +214,9 @@ def multiply(request: CellRequest, report: OnProgress) -> Path:
 def test_cuda_in_use_is_seen(tmp_path: Path):
     (tmp_path / "3").symlink_to("/dev/nvidiactl")
     (tmp_path / "4").symlink_to("socket:[1]")
-    assert not cuda_is_up(tmp_path)
+    assert not uses_cuda(tmp_path)
     (tmp_path / "5").symlink_to("/dev/nvidia-uvm")
-    assert cuda_is_up(tmp_path)
+    assert uses_cuda(tmp_path)
 
 
 def test_a_cell_is_spawned_where_its_imports_use_cuda(tmp_path: Path):

@@ -13,9 +13,9 @@ from click.testing import CliRunner, Result
 from benchmarks.cli import cli
 from benchmarks.grid.cell import Cell, RunOptions
 from benchmarks.grid.expand import Filters, expand
-from benchmarks.run.attempt import Attempts
 from benchmarks.run.executor import Failed, Kind
-from benchmarks.run.order import Schedule
+from benchmarks.run.order import CellQueue
+from benchmarks.run.runner import Attempts
 from fimaq_core.progress import Progress
 from tasks.common.record import write_record
 from tasks.common.request import CellRequest
@@ -25,23 +25,14 @@ pytestmark = pytest.mark.slow
 
 def run(tmp_path: Path, plan: dict[str, list[str]], *args: str) -> Result:
     (tmp_path / "plan.json").write_text(json.dumps(plan))
-    command = [
-        "run",
-        "--profile",
-        small_grid(tmp_path),
-        "--jobs",
-        "2",
-        *args,
-        "--results",
-        str(tmp_path),
-    ]
-    return CliRunner().invoke(cli, command, obj=engine_fakes.ADAPTER)
+    command = ["run", "--profile", small_grid(tmp_path), "--results", str(tmp_path)]
+    return CliRunner().invoke(cli, [*command, "--jobs", "2", *args], obj=engine_fakes.ADAPTER)
 
 
 def test_a_grid_finishes_whatever_happens_to_its_processes(tmp_path: Path):
     plan = {
         "demo_vit fp": ["kill"],
-        "demo_vit rtn w3a3": ["kill", "kill parent"],
+        "demo_vit rtn w3a3": ["kill", "kill"],
         "demo_vit fimaq w3a3": ["error"],
         "demo_swin rtn w3a3": ["further kill"] * 4,
     }
@@ -61,7 +52,7 @@ def test_what_always_fails_is_given_up_and_listed_and_the_rest_is_measured(tmp_p
     result = run(tmp_path, plan)
     assert result.exit_code == 1
     assert "2 of 6 cells failed" in result.output
-    assert "try fewer jobs), 3 times without getting further (details: " in result.output
+    assert "try fewer jobs), 3 times without progress (details: " in result.output
     assert "ValueError: it broke (details: " in result.output
     assert [engine_fakes.tries(tmp_path, name) for name in plan] == [4, 2]
     assert len(list(tmp_path.rglob("result.json"))) == 4
@@ -138,16 +129,8 @@ def measured_by_another(request: CellRequest, report: object) -> Path:
 
 def test_a_cell_that_another_measured_meanwhile_is_not_measured_again(tmp_path: Path):
     adapter = replace(engine_fakes.ADAPTER, run_cell=measured_by_another)
-    command = [
-        "run",
-        "--profile",
-        small_grid(tmp_path),
-        "--models",
-        "demo_vit",
-        "--results",
-        str(tmp_path),
-    ]
-    result = CliRunner().invoke(cli, command, obj=adapter)
+    command = ["run", "--profile", small_grid(tmp_path), "--models", "demo_vit"]
+    result = CliRunner().invoke(cli, [*command, "--results", str(tmp_path)], obj=adapter)
     assert result.exit_code == 0, result.output
     assert "demo_vit rtn w3a3 seed 1: measured elsewhere: top1 77.0" in result.output
     assert engine_fakes.tries(tmp_path, "demo_vit rtn w3a3") == 0
@@ -178,13 +161,13 @@ def test_memory_is_saved_in_steps_that_change_no_result(cell: Cell):
         assert after(rules, "memory", Progress("calibrate", 0, 1))[0]
         assert rules.request.eval_batch == batch
     assert rules.request.notes == (
-        "memory ran out: what blocks take in and give is kept in host memory",
-        "memory ran out: forward passes take 2 images at a time",
-        "memory ran out: forward passes take one image at a time",
+        "memory ran out: inputs and outputs of blocks are kept in host memory",
+        "memory ran out: the batch of forward passes is reduced to 2",
+        "memory ran out: the batch of forward passes is reduced to 1",
     )
     again, message = after(rules, "memory", Progress("calibrate", 0, 1))
     assert not again
-    assert "even one image at a time" in message
+    assert "even for one image" in message
     assert rules.request.recipe == cell.request.recipe
 
 
@@ -203,7 +186,7 @@ def test_the_batch_of_a_recipe_is_never_made_smaller(cell: Cell):
     assert "in an optimisation step (reconstruct block 1)" in message
     assert "PLACEMENT=disk or --placement disk" in message
     assert "another recipe" in message
-    # Before a block's first step its inputs and targets are computed, in passes that may be smaller.
+    # Before the first step of a block, its inputs and targets are computed: this batch may shrink.
     places = Progress("reconstruct", 3, 9, "block 1", 0.5), Progress("reconstruct", 9, 9, "block 2")
     assert after(attempts(cell), "memory", *places)[0]
 
@@ -231,34 +214,35 @@ def chain_cells(**changes: object) -> list[Cell]:
     )
 
 
-def test_idle_slots_take_from_the_end_of_a_chain_that_is_past_its_first_cell():
-    schedule = Schedule(chain_cells())
-    full = schedule.take("a")
+def test_idle_slots_help_with_a_chain_that_is_past_its_first_cell():
+    queue = CellQueue(chain_cells())
+    full = queue.take("a")
     assert full is not None
     assert full.method == "fp"
-    assert schedule.take("b") is None
-    schedule.over(full)
-    first = schedule.take("a")
+    assert queue.take("b") is None
+    queue.over(full)
+    first = queue.take("a")
     assert first is not None
-    assert schedule.take("b") is None  # the first makes what they share
-    schedule.over(first)
+    assert queue.take("b") is None  # the first makes what they share
+    queue.over(first)
     order = [
         cell.method
-        for cell in (first, schedule.take("b"), schedule.take("a"), schedule.take("b"))
+        for cell in (first, queue.take("b"), queue.take("a"), queue.take("b"))
         if cell is not None
     ]
-    assert order == ["rtn", "fimaq", "brecq", "qdrop"]
-    assert not schedule
+    assert order == ["rtn", "brecq", "qdrop", "fimaq"]
+    assert not queue
 
 
 def test_a_chain_goes_on_where_its_first_cell_died_or_its_slot_went_away():
-    schedule = Schedule([cell for cell in chain_cells() if cell.method != "fp"])
-    first = schedule.take("a")
+    queue = CellQueue([cell for cell in chain_cells() if cell.method != "fp"])
+    first = queue.take("a")
     assert first is not None
-    schedule.back(first)
-    assert schedule.take("b") is not None  # from its end
-    assert schedule.take("a") is first
-    schedule.back(first)
-    schedule.keep(["b"])
-    assert schedule.take("b") is first
-    assert len(list(schedule.waiting())) == 2
+    queue.back(first)
+    assert queue.take("b") is first
+    second = queue.take("a")
+    assert second is not None
+    queue.back(first)
+    queue.keep(["b"])
+    assert queue.take("b") is first
+    assert len(list(queue.waiting())) == 2

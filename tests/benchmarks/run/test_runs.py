@@ -208,10 +208,8 @@ def test_diff_after_demo_numbers_alone_has_nothing_to_compare(tmp_path: Path):
     assert result.exit_code == 2
     assert "Nothing is comparable yet" in result.output
     assert invoke(tmp_path, "diff", "--allow-nothing").exit_code == 0
-    assert (
-        "6 measured values: measured on digit-pairs (test, 2000 samples), on which nothing is published."
-        in result.output
-    )
+    where = "digit-pairs (test, 2000 samples), on which nothing is published."
+    assert f"6 measured values: measured on {where}" in result.output
     assert len((tmp_path / "tables/diff.csv").read_text().splitlines()) == 7
 
 
@@ -220,10 +218,9 @@ def test_diff_exit_codes(tmp_path: Path, value: float, code: int):
     from fimaq_core.recipe import make_recipe
     from tasks.common.record import write_record
 
-    record = fakes.make_record(
-        recipe=make_recipe("fimaq", {"w_bits": 3, "a_bits": 3}), model="vit_small_patch16_224.augreg_in21k_ft_in1k",
-        value=value, stderr=0.2, dataset=fakes.IMAGENET,
-    )  # fmt: skip
+    recipe = make_recipe("fimaq", {"w_bits": 3, "a_bits": 3})
+    about = {"model": "vit_small_patch16_224.augreg_in21k_ft_in1k", "dataset": fakes.IMAGENET}
+    record = fakes.make_record(recipe=recipe, **about, value=value, stderr=0.2)
     write_record(record, tmp_path / "runs" / "x")
     (tmp_path / "runs" / "bad").mkdir()
     (tmp_path / "runs" / "bad" / "result.json").write_text("{")
@@ -281,8 +278,9 @@ def test_chains_share_calibrations_and_start_with_full_precision_and_the_dearest
     assert all(chain[0].method == "fp" for chain in chains[:3])
     for chain in chains:
         assert len({(cell.model, cell.bits, cell.seed) for cell in chain}) == 1
-    uneven = make_chains([cell for cell in expand(load_grid("demo"), Filters(), RunOptions())
-                          if cell.method == "rtn" or (cell.method == "fimaq" and cell.model == "demo_swin")])  # fmt: skip
+    demo = expand(load_grid("demo"), Filters(), RunOptions())
+    costly = [cell for cell in demo if cell.method == "fimaq" and cell.model == "demo_swin"]
+    uneven = make_chains([*(cell for cell in demo if cell.method == "rtn"), *costly])
     assert uneven[0][0].model == "demo_swin"
 
 

@@ -1,4 +1,4 @@
-"""The SLURM script, with stand-ins for srun and scontrol that take this machine for both of a job's."""
+"""The SLURM script, with stand-ins for srun and scontrol that use this machine for both nodes."""
 
 import os
 import signal
@@ -68,9 +68,9 @@ def test_a_job_starts_ray_on_all_machines_runs_the_grid_and_ends_it(
     assert result.returncode == 0, result.stdout + result.stderr
     assert "machines: 2 cores: 2.0" in result.stdout
     assert "grid: ray paper" in result.stdout
-    assert [line for line in (tmp_path / "shim.log").read_text().splitlines() if "nodelist" in line] == [
-        "--nodelist=localhost", "--nodelist=second",
-    ]  # fmt: skip
+    lines = (tmp_path / "shim.log").read_text().splitlines()
+    nodes = [line for line in lines if "nodelist" in line]
+    assert nodes == ["--nodelist=localhost", "--nodelist=second"]
 
 
 def test_a_job_whose_time_is_up_leaves_nothing_running(job: dict[str, str], tmp_path: Path):

@@ -21,8 +21,8 @@ from rich.console import Console
 from benchmarks.cli import cli
 from benchmarks.grid.cell import RunOptions
 from benchmarks.grid.expand import Filters, expand
+from benchmarks.watch.events import Run, read_runs
 from benchmarks.watch.live import Watch
-from benchmarks.watch.log import Run, read_runs
 from fimaq_core.progress import Progress
 
 CELLS = expand(fakes.plain_demo(), Filters(), RunOptions())[3:]
@@ -129,7 +129,7 @@ def test_a_run_is_seen_from_its_beginning_to_its_end(tmp_path: Path):
     text = shown(tmp_path).output
     assert "Nothing runs on" in text
     assert "ended" in text
-    assert "it broke (details: /logs/error.log)" in text
+    assert "failed: it broke (details: /logs/error.log)" in text
 
 
 def test_progress_is_written_once_in_a_while_and_each_end_at_once(tmp_path: Path):
@@ -187,7 +187,8 @@ if __name__ == "__main__":
 
 def test_a_killed_run_is_told_from_a_running_one(tmp_path: Path):
     grid = {
-        "name": "small", "tasks": {"classification": {"dataset": "digit-pairs", "models": ["demo_vit"]}},
+        "name": "small",
+        "tasks": {"classification": {"dataset": "digit-pairs", "models": ["demo_vit"]}},
         "methods": ["fp", "fimaq"], "bits": ["w3a3"], "seeds": [1], "threads": 1,
     }  # fmt: skip
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(grid))
@@ -213,11 +214,9 @@ def test_a_killed_run_is_told_from_a_running_one(tmp_path: Path):
 
         def evaluates() -> bool:
             runs, _ = read_runs(folder_of(tmp_path))
-            running = list(runs[0].state.running.values()) if runs else []
-            return (
-                bool(running)
-                and "fimaq" in running[0].started.label
-                and running[0].progress.stage == "evaluate"
+            labels = list(runs[0].state.running) if runs else []
+            return bool(labels and "fimaq" in labels[0]) and (
+                runs[0].state.progress[labels[0]].stage == "evaluate"
             )
 
         until(evaluates)
@@ -232,7 +231,7 @@ def test_a_killed_run_is_told_from_a_running_one(tmp_path: Path):
     until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE)
     assert json.loads(shown(tmp_path, "--json").output)["runners"][0]["alive"] is False
     process.wait()
-    assert "did not end by itself" in shown(tmp_path).output
+    assert "it was killed, or its machine is gone" in shown(tmp_path).output
 
 
 def test_runs_elsewhere_go_by_their_heartbeat_and_those_here_by_their_process(tmp_path: Path):

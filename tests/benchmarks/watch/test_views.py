@@ -18,7 +18,7 @@ from rich.console import Console
 from benchmarks.console import plain
 from benchmarks.grid.cell import Cell, RunOptions
 from benchmarks.grid.expand import Filters, expand
-from benchmarks.watch.live import Watch, running_table
+from benchmarks.watch.live import Watch, state_view
 from fimaq_core.progress import Progress
 
 NASTY = "模型[bold]red[/] \x1b[2J\x1b]0;title\x07 [/nothing] \u202eabc\ud800\nline"
@@ -67,11 +67,9 @@ def test_rows_fit_the_terminal_and_keep_their_numbers(width: int):
             for part in (
                 "demo_vit rtn w4a4 seed 1",
                 "node-17 cuda:3",
-                "reconstruct vision",
-                "blocks.11",
+                "reconstruct vision blocks.11",
             )
         )
-        assert "━" in rows[0]
 
 
 @pytest.mark.parametrize("height", [6, 24])
@@ -89,7 +87,7 @@ def test_rows_beyond_the_terminal_are_counted(height: int):
 )
 def test_no_more_lines_than_there_is_room_for(lines: int | None, shown: int, rest: int):
     console = Console(file=io.StringIO(), width=80, color_system=None)
-    console.print(running_table(busy(cells(7)).state.running.values(), time.time(), 80, lines))
+    console.print(state_view(busy(cells(7)).state, time.time(), 80, lines))
     assert isinstance(console.file, io.StringIO)
     found = console.file.getvalue().rstrip("\n").split("\n")
     assert sum("demo_" in line for line in found) == shown
@@ -117,7 +115,7 @@ def test_ended_and_retried_cells_are_counted_and_said():
     watch.tell("started", first, where="worker 1")
     watch.tell("retried", first, text="its machine is gone [/]")
     watch.tell("started", first, where="worker 2")
-    assert watch.state.running[first.label].attempts == 2
+    assert watch.state.attempts[first.label] == 2
     watch.tell("ended", first, outcome="failed", text="no [memory]", over=1, left=10.0)
     watch.tell(
         "ended", second, outcome="elsewhere", text="measured by another runner", over=2, left=5.0
@@ -147,7 +145,8 @@ def test_where_there_is_no_terminal_there_are_lines():
     lines = out.getvalue().splitlines()
     label = plain(cell.label)
     assert [line.removeprefix(f"[ 0/10] {label}: ") for line in lines[:3]] == [
-        "started (cuda:1)", "reconstruct blocks.0 3/9, loss 0.5", "waits again: its worker died again"
+        "started (cuda:1)", "reconstruct blocks.0 3/9, loss 0.5",
+        "waits again: its worker died again",
     ]  # fmt: skip
     assert lines[3].startswith(f"[ 1/10] {label}: FAILED: it broke x")
     assert lines[3].endswith("x, about 60 s left")

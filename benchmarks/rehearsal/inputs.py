@@ -1,5 +1,6 @@
-"""Random images in the layouts of the real data sets."""
+"""Random weights and images in the formats of the published weights and data sets."""
 
+import importlib
 import json
 import shutil
 from collections.abc import Iterable
@@ -7,41 +8,83 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
 
-from benchmarks.grid.cell import Places
+from benchmarks.grid.cell import Cell, Places
 from fimaq_core.files import replaced_whole
 from tasks.common.data.imagenet import wordnet_ids
 
-#: Width and height, mode and format of images. ImageNet has grey and CMYK images, and a PNG that
-#: is named as a JPEG.
+#: Width and height, mode and format of images. Like ImageNet, they include grey and CMYK images and
+#: a PNG with the name of a JPEG.
 _KINDS = [
     ((500, 375), "RGB", "JPEG"), ((375, 500), "RGB", "JPEG"), ((500, 333), "L", "JPEG"),
     ((640, 480), "RGB", "JPEG"), ((300, 300), "CMYK", "JPEG"), ((160, 120), "RGB", "PNG"),
     ((480, 640), "RGB", "JPEG"), ((1200, 900), "RGB", "JPEG"),
 ]  # fmt: skip
-#: Images of each part of COCO, of Flickr30k, and of ImageNet where classes are few.
+#: Number of images in each part of COCO and Flickr30k, and of classes in `few_classes`.
 _FEW = 8
+#: Factor of a detector's classification weights: random ones must find objects to predict masks of.
+_CERTAIN = 50.0
+
+
+def make_weights(folder: Path, cells: Iterable[Cell]) -> None:
+    """Write random weights of the models of `cells` where missing: ``<model.tag>.safetensors``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for task, name in dict.fromkeys((cell.task, cell.model) for cell in cells):
+        catalogue = importlib.import_module(f"tasks.{task}.tags").CATALOGUE
+        if name in catalogue.demo_names:
+            continue
+        path = folder / f"{catalogue.full_name(name)}.safetensors"
+        if not path.is_file():
+            torch.manual_seed(0)
+            state = _build(task, catalogue.full_name(name)).state_dict()
+            tensors = {key: value.clone().contiguous() for key, value in state.items()}
+            with replaced_whole(path) as temporary:
+                save_file(tensors, temporary)
+
+
+def _build(task: str, full_name: str) -> nn.Module:
+    architecture = full_name.partition(".")[0]
+    model: Any
+    if task == "retrieval":
+        import open_clip  # type: ignore[import-untyped, unused-ignore]
+
+        model = open_clip.create_model(architecture, pretrained=None)
+    elif task == "detection":
+        from tasks.detection.configs import build, published_config
+
+        model = build(published_config(architecture))
+        heads = model.roi_head.bbox_head
+        each: Any = heads if isinstance(heads, nn.ModuleList) else [heads]
+        for head in each:
+            head.fc_cls.weight.data.mul_(_CERTAIN)
+    else:
+        import timm
+
+        model = timm.create_model(architecture, pretrained=False)
+    return model  # type: ignore[no-any-return]
 
 
 def make_data(folder: Path, names: Iterable[str]) -> Places:
-    """Make data sets below ``folder`` where they are not there; return the places of all ``names``."""
+    """Make the data sets `names` in `folder` where missing; return their folders."""
     makers = {"imagenet": _imagenet, "coco": _coco, "flickr": _flickr}
-    found = {}
-    for name in sorted(names):
-        found[name] = folder / name
-        done = found[name] / "whole"
+    found = {name: folder / name for name in sorted(names)}
+    for name, place in found.items():
+        done = place / "whole"
         if not done.is_file():
-            shutil.rmtree(found[name], ignore_errors=True)
-            makers[name](found[name])
+            shutil.rmtree(place, ignore_errors=True)
+            makers[name](place)
             done.touch()
     return Places(**found)
 
 
 def few_classes(imagenet: Path) -> Path:
-    """Return the folder below ``imagenet`` with the same layout and few classes that have names.
+    """Return the folder in `imagenet` that has the same layout with few classes.
 
-    Zero-shot classification embeds 80 texts per class, which takes hours on a CPU for 1000 classes.
+    Zero-shot classification embeds 80 texts per class: hours on a CPU for 1000 classes.
     """
     return imagenet / "few-classes"
 
@@ -54,12 +97,10 @@ def _imagenet(folder: Path) -> None:
                 place = root / part / name
                 place.mkdir(parents=True)
                 shutil.copyfile(images[number % len(images)], place / f"{name}_{number}.JPEG")
-    names = "\n".join(f"thing {number}" for number in range(_FEW))
-    (few_classes(folder) / "classnames.txt").write_text(names, encoding="utf-8")
 
 
 def _coco(folder: Path) -> None:
-    """Make both layouts: annotations of COCO 2017, and the captions of COCO 2014."""
+    """Make the annotations of COCO 2017 and the captions of COCO 2014."""
     from tasks.detection import mm
 
     names = mm.CocoDataset.METAINFO["classes"]
@@ -73,12 +114,11 @@ def _coco(folder: Path) -> None:
             images.append({"id": number, "file_name": path.name, "width": width, "height": height})
             for category in range(number, len(categories), _FEW):
                 x, y = 4.0 * (category % 20), 3.0 * (category % 25)
-                box = [x, y, width / 3, height / 3]
-                corners = [x, y, x + width / 3, y, x + width / 3, y + height / 3, x, y + height / 3]
-                number_of_box = len(annotations) + 1000 * number
-                place = {"id": number_of_box, "image_id": number, "category_id": category + 1}
-                shape = {"bbox": box, "area": box[2] * box[3], "segmentation": [corners]}
-                annotations.append({**place, **shape, "iscrowd": 0})
+                w, h = width / 3, height / 3
+                place = {"id": len(annotations) + 1000 * number, "image_id": number}
+                shape = {"bbox": [x, y, w, h], "area": w * h}
+                shape["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+                annotations.append({**place, "category_id": category + 1, **shape, "iscrowd": 0})
         content = {"images": images, "annotations": annotations, "categories": categories}
         _write(folder / "annotations" / f"instances_{part}.json", content)
     _captions(folder, "dataset_coco.json", {"train": "train2014", "test": "val2014"})
@@ -105,10 +145,9 @@ def _write(path: Path, content: Any) -> None:
 
 
 def _images(folder: Path, prefix: str = "") -> list[Path]:
-    """Write smooth random images, one of each of :data:`_KINDS`."""
+    """Write smooth random images, one of each of `_KINDS`."""
     folder.mkdir(parents=True, exist_ok=True)
-    random = np.random.default_rng(0)
-    found = []
+    random, found = np.random.default_rng(0), []
     for number, (size, mode, form) in enumerate(_KINDS):
         coarse = random.integers(0, 256, (16, 16, 3), dtype=np.uint8)
         image = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).convert(mode)
