@@ -29,8 +29,9 @@ _LONGEST = 103 if sys.platform == "darwin" else 107
 
 
 class Node(NamedTuple):
-    """A machine of the cluster: its name, and all its cores and GPUs."""
+    """A machine of the cluster: its id and name, and all its cores and GPUs."""
 
+    id: str
     host: str
     cpus: float
     gpus: float
@@ -40,8 +41,10 @@ def nodes() -> list[Node]:
     """Return the machines that are alive now."""
     import ray
 
-    found = [(n["NodeManagerHostname"], n["Resources"]) for n in ray.nodes() if n["Alive"]]
-    return [Node(host, has.get("CPU", 0.0), has.get("GPU", 0.0)) for host, has in found]
+    found = [
+        (n["NodeID"], n["NodeManagerHostname"], n["Resources"]) for n in ray.nodes() if n["Alive"]
+    ]
+    return [Node(id, host, has.get("CPU", 0.0), has.get("GPU", 0.0)) for id, host, has in found]
 
 
 def connect(address: str, cpus: int | None, gpus: int | None = None) -> None:
@@ -142,7 +145,7 @@ def _task() -> Any:
     """
 
     def cell(label: str, work: bytes, slot: str, setup: dict[str, Any]) -> Any:
-        """Yield the messages of a cell, or one text if this machine is not set up."""
+        """Yield the messages of a cell, or (node, problem) if this machine is not set up."""
         import importlib
         import os
         import platform
@@ -152,8 +155,9 @@ def _task() -> Any:
         import ray
 
         host, token, given = platform.node(), setup["token"], ray.get_gpu_ids()
+        node = ray.get_runtime_context().get_node_id()
         if not os.path.isfile(token):
-            yield f"{host} does not see the results folder {os.path.dirname(token)}"
+            yield node, f"{host} does not see the results folder {os.path.dirname(token)}"
             return
         sys.path[:0] = [path for path in setup["path"] if path not in sys.path]
         importlib.invalidate_caches()
@@ -162,7 +166,7 @@ def _task() -> Any:
             from benchmarks.run.executor import Failed, Finished
             from benchmarks.run.local import LocalExecutor
         except (ImportError, OSError) as error:
-            yield f"{host} cannot import the code ({error})"
+            yield node, f"{host} cannot import the code ({error})"
             return
         where = f"{host} gpu {','.join(map(str, given))}" if given else f"{host} {slot}"
         log = Path(setup["logs"]) / f"{host}-{slot}.log".replace(" ", "-")
@@ -197,6 +201,7 @@ class RayExecutor(Executor):
 
         self._ray, self._most = ray, most
         self._gpus, self._cores = gpus, 0 if gpus else threads or 1
+        self._left_out: dict[str, str] = {}  # problems of machines that are not set up, by id
         self._look()
         if not self._room:
             need, advice = f"{threads or 1} CPU cores", "Give a cell fewer --threads."
@@ -219,6 +224,7 @@ class RayExecutor(Executor):
             max_retries=0, num_returns="streaming", num_gpus=gpus, num_cpus=self._cores
         )
         self._task: Any = options(_task())
+        self._work: dict[str, tuple[str, bytes]] = {}  # label and cell of each busy slot
         self._messages: dict[str, Any] = {}  # generator of each busy slot
         self._where: dict[str, str] = {}  # machine of each cell that has started
 
@@ -227,7 +233,11 @@ class RayExecutor(Executor):
         return [name for i, name in enumerate(names) if i < self._room or name in self._messages]
 
     def start(self, slot: str, label: str, work: bytes) -> None:
-        self._messages[slot] = self._task.remote(label, work, slot, self._setup)
+        options = {}
+        if self._left_out:
+            options = {"label_selector": {"ray.io/node-id": f"!in({','.join(self._left_out)})"}}
+        self._work[slot] = label, work
+        self._messages[slot] = self._task.options(**options).remote(label, work, slot, self._setup)
 
     def wait(self, timeout: float) -> list[tuple[str, Message]]:
         if time.monotonic() - self._looked >= _LOOK:
@@ -239,21 +249,24 @@ class RayExecutor(Executor):
         ready, _ = self._ray.wait(list(slots), num_returns=1, timeout=timeout)
         if ready:
             ready, _ = self._ray.wait(list(slots), num_returns=len(slots), timeout=0)
-        return [(slots[messages], self._next(slots[messages])) for messages in ready]
+        heard = [(slots[messages], self._next(slots[messages])) for messages in ready]
+        return [(slot, message) for slot, message in heard if message is not None]
 
-    def _next(self, slot: str) -> Message:
-        """Return the next message of a cell. Raise EngineError if its machine is not set up."""
+    def _next(self, slot: str) -> Message | None:
+        """Return the next message of a cell; None if the cell moves to another machine."""
         try:
-            message: Message | str = self._ray.get(next(self._messages[slot]))
+            message = self._ray.get(next(self._messages[slot]))
         except (StopIteration, self._ray.exceptions.RayError) as error:
             where = f" on {self._where[slot]}" if slot in self._where else ""
             message = Failed("died", f"its process{where} died ({_reason(error)})")
-        if isinstance(message, str):
-            raise EngineError(
-                f"A machine of the Ray cluster cannot take cells: {message}. Results, data and "
-                "this checkout must be on a file system that all machines share, at the same path. "
-                "Correct that, or stop Ray on this machine. Then run the same command again."
-            )
+        if isinstance(message, tuple):
+            node, problem = message
+            if node not in self._left_out:
+                self._left_out[node] = problem
+                print(f"warning: The machine {problem}: it is left out.", file=sys.stderr)
+            self._look()
+            self.start(slot, *self._work[slot])
+            return None
         if isinstance(message, Started):
             self._where[slot] = message.where
         elif isinstance(message, Finished | Failed):
@@ -262,10 +275,19 @@ class RayExecutor(Executor):
         return message
 
     def _look(self) -> None:
-        """Count the cells that fit on the machines of the cluster now."""
-        self._looked = time.monotonic()
-        shares = [n.gpus / self._gpus if self._gpus else n.cpus / self._cores for n in nodes()]
-        self._room = sum(int(share + 1e-6) for share in shares)
+        """Count the cells that fit on the machines now. Raise EngineError if all are left out."""
+        self._looked, rooms = time.monotonic(), {}
+        for node in nodes():
+            share = node.gpus / self._gpus if self._gpus else node.cpus / self._cores
+            rooms[node.id] = int(share + 1e-6)
+        fit = {node for node in rooms if rooms[node]}
+        self._room = sum(rooms[node] for node in fit - self._left_out.keys())
+        if fit and not self._room:
+            problems = "; ".join(dict.fromkeys(self._left_out.values()))
+            raise EngineError(
+                f"No machine of the Ray cluster can take cells: {problems}. Results, data and this "
+                "checkout must be on a file system that all machines share, at the same path."
+            )
 
     def close(self) -> None:
         self._token.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from engine_fakes import HANG, until
 
 from benchmarks.cli import cli
 from benchmarks.grid.cell import RunOptions
+from benchmarks.run import ray
 from benchmarks.run.command import rerun_command
 from benchmarks.run.options import ExecutorOptions
 
@@ -118,6 +119,28 @@ def test_a_machine_that_does_not_see_the_results_is_named(
     assert f"does not see the results folder {tmp_path}/runs" in result.output
     assert "on a file system that all machines share" in result.output
     assert engine_fakes.attempts(tmp_path) == []
+
+
+def test_one_machine_that_is_not_set_up_is_left_out(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    real, bad = ray._task(), cluster.list_all_nodes()[-1].node_id
+
+    def cell(*arguments: Any) -> Any:
+        from ray import get_runtime_context
+
+        node = get_runtime_context().get_node_id()
+        if node == bad:
+            yield node, "second has no disk"
+        else:
+            yield from real(*arguments)
+
+    monkeypatch.setattr(ray, "_task", lambda: cell)
+    result = run(tmp_path, cluster.address)
+    assert result.exit_code == 0, result.output
+    assert "[6/6]" in result.output
+    assert result.output.count("warning: The machine second has no disk: it is left out.") == 1
+    assert len(engine_fakes.attempts(tmp_path)) == 6
 
 
 @pytest.mark.parametrize(
