@@ -6,6 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from fimaq_core.errors import DataError
@@ -67,17 +68,14 @@ def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> C
         assert source is not None
         ids, read = source.ids, source.read
         order = np.random.default_rng(recipe.seed).permutation(len(ids))
-    drawn = draw(
-        Images(ids, [0] * len(ids), read, transform, data.skip_corrupt),
-        order,
-        recipe.calibration_images,
-        recipe.seed,
-    )
+    images = Images(ids, [0] * len(ids), read, transform, data.skip_corrupt)
+    drawn = draw(images, order, recipe.calibration_images, recipe.seed)
+    chosen = torch.stack(drawn.images)
     names = [ids[position] for position in drawn.positions]
     digest = hashlib.sha256("\n".join([recipe.calibration_transform, *names]).encode())
-    digest.update(drawn.images.numpy().tobytes())
-    notes = [*(source.notes() if source is not None else ()), *drawn.notes]
-    made = drawn.images, names, recipe.calibration_transform, digest.hexdigest()
+    digest.update(chosen.numpy().tobytes())
+    notes = [*(source.notes() if source is not None else ()), *images.notes()]
+    made = chosen, names, recipe.calibration_transform, digest.hexdigest()
     return CalibrationSet(*made, drawn.skipped, notes=notes)
 
 
@@ -86,7 +84,7 @@ def _listed(
 ) -> tuple[list[str], Callable[[int], Image.Image]]:
     """Ids and reader of the images in a calibration list or a result record."""
     assert data.calibration_list is not None
-    ids = read_list(data.calibration_list).ids
+    ids, _ = read_list(data.calibration_list)
     if source is not None:
         positions = positions_of(
             ids, source.ids, data.calibration_list, f"{source.name} {source.split}"

@@ -1,14 +1,11 @@
-"""Calibration samples as every task takes them: in a given order until there are enough, or from a list."""
+"""Calibration samples of every task: the first readable images in an order, or a list of images."""
 
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from fimaq_core.errors import DataError
 from tasks.common.data.files import composed
@@ -17,121 +14,93 @@ from tasks.common.data.images import Images, seeded_item
 
 @dataclass(frozen=True)
 class Drawn:
-    """Transformed images.
+    """Transformed images."""
 
-    Attributes:
-        images: (n, C, H, W) float32.
-        positions: of each in what was drawn from.
-        skipped: ids of damaged images that were left out.
-        notes: see :meth:`tasks.common.data.images.Images.notes`.
-    """
-
-    images: Tensor
-    positions: list[int]
-    skipped: list[str]
-    notes: list[str]
+    images: list[Any] = field(default_factory=list)  # (C, H, W) float32 each, of any size
+    positions: list[int] = field(default_factory=list)  # of each image in the data
+    skipped: list[str] = field(default_factory=list)  # ids of damaged images
 
 
 def draw(images: Images, order: Iterable[int], wanted: int, seed: int) -> Drawn:
-    """Take the first ``wanted`` readable images in ``order``, each with its random transforms seeded on its own.
+    """Take the first ``wanted`` readable images in ``order``; each has its own seed for transforms.
 
     Raises:
-        DataError: fewer images than wanted, or a damaged one that is not to be skipped.
+        DataError: there are fewer images, or an image is damaged and not to be skipped.
     """
-    chosen, positions, skipped = take(images, order, wanted, seed)
-    return Drawn(torch.stack(chosen), positions, skipped, images.notes())
-
-
-def take(
-    images: Images, order: Iterable[int], wanted: int, seed: int
-) -> tuple[list[Any], list[int], list[str]]:
-    """What :func:`draw` stacks, for samples that cannot be: transformed images, positions, ids of those skipped."""
     if len(images) < wanted:
         raise DataError(
-            f"{wanted} calibration images are asked for, but there are {len(images)}: lower --calibration-images or give more."
+            f"{wanted} calibration images are asked for, but there are {len(images)}: "
+            "lower --calibration-images or give more."
         )
-    chosen: list[Any] = []
-    positions: list[int] = []
-    skipped: list[str] = []
-    for index in order:
-        if len(chosen) == wanted:
-            break
-        item = seeded_item(images, int(index), seed)
+    found = Drawn()
+    for index in map(int, order):
+        if len(found.images) == wanted:
+            return found
+        item = seeded_item(images, index, seed)
         if item is None:
-            skipped.append(images.ids[index])
-            continue
-        chosen.append(item)
-        positions.append(int(index))
-    if len(chosen) < wanted:
+            found.skipped.append(images.ids[index])
+        else:
+            found.images.append(item)
+            found.positions.append(index)
+    if len(found.images) < wanted:
         raise DataError(
-            f"Only {len(chosen)} of {wanted} calibration images could be read; {len(skipped)} are damaged."
+            f"Only {len(found.images)} of {wanted} calibration images could be read; "
+            f"{len(found.skipped)} are damaged."
         )
-    return chosen, positions, skipped
+    return found
 
 
 def positions_of(names: Sequence[str], ids: Sequence[str], path: Path, what: str) -> list[int]:
-    """Return where the images ``names`` of the calibration list ``path`` are among ``ids``.
+    """Return the positions among ``ids`` of the images that the calibration list ``path`` names.
+
+    A name may have another Unicode form than the id.
 
     Args:
-        ids: of the data, distinct.
-        what: the data are, for people.
+        names: content of the list.
+        ids: distinct ids of the data.
+        path, what: the list and the data, for messages.
 
     Raises:
-        DataError: an image that is not there, or twice in the list.
+        DataError: an image is not in the data, or twice in the list.
     """
-    positions = id_positions(ids)
-    found = [positions.get(name, positions.get(composed(name))) for name in names]
-    unknown = [name for name, position in zip(names, found, strict=True) if position is None]
+    own = {name: place for place, name in enumerate(ids)}
+    positions = {composed(name): place for name, place in own.items()} | own
+    found = {name: positions.get(name, positions.get(composed(name))) for name in names}
+    unknown = [name for name in names if found[name] is None]
     if unknown:
         raise DataError(
-            f"The calibration list {path} names {len(unknown)} images that are not in {what}, such as {unknown[0]!r} (ids there "
-            f"are such as {ids[0]!r})."
+            f"The calibration list {path} names {len(unknown)} images that are not in {what}, such "
+            f"as {unknown[0]!r} (ids there are such as {ids[0]!r})."
         )
-    chosen = [position for position in found if position is not None]
+    chosen = [position for name in names if (position := found[name]) is not None]
     twice = [ids[position] for position, count in Counter(chosen).items() if count > 1]
     if twice:
         raise DataError(
-            f"The calibration list {path} names {len(twice)} images more than once, such as {twice[0]!r}."
+            f"The calibration list {path} names {len(twice)} images more than once, such as "
+            f"{twice[0]!r}."
         )
     return chosen
 
 
-def id_positions(ids: Sequence[str]) -> dict[str, int]:
-    """Position of each id, by its name and by the composed form of its name."""
-    own = {name: place for place, name in enumerate(ids)}
-    return {composed(name): place for name, place in own.items()} | own
+def read_list(path: Path) -> tuple[list[str], dict[str, Any] | None]:
+    """Return the ids or paths of a calibration list, and the calibration entry of a record.
 
-
-@dataclass(frozen=True)
-class Listed:
-    """Content of a calibration list.
-
-    Attributes:
-        ids: of the images, or their paths.
-        calibration: the entry of a result record; None for a text file.
-    """
-
-    ids: list[str]
-    calibration: dict[str, Any] | None
-
-
-def read_list(path: Path) -> Listed:
-    """Read a calibration list: a text file with an id or path a line, or a result record.
+    The list is a text file with one id or path per line (its entry is None) or a result record.
 
     Raises:
-        DataError: it cannot be read, or is a JSON object without calibration ids.
+        DataError: the file cannot be read, or is a JSON object without calibration ids.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"Cannot read the calibration list {path}: {error}.") from error
     if not text.lstrip().startswith("{"):
-        return Listed([line.strip() for line in text.splitlines() if line.strip()], None)
+        return [line.strip() for line in text.splitlines() if line.strip()], None
     try:
         calibration = json.loads(text)["calibration"]
         ids = calibration["ids"]
-    except (ValueError, RecursionError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is not a result record with calibration ids.") from error
-    if not isinstance(ids, list) or not all(isinstance(name, str) for name in ids):
-        raise DataError(f"{path} is not a result record with calibration ids.")
-    return Listed(ids, calibration)
+        if isinstance(ids, list) and all(isinstance(name, str) for name in ids):
+            return ids, calibration
+    except (ValueError, RecursionError, KeyError, TypeError):
+        pass
+    raise DataError(f"{path} is not a result record with calibration ids.")

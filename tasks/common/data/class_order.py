@@ -1,4 +1,4 @@
-"""Order of class folders: which label each class has. Imports nothing heavy: plans need it too."""
+"""Order of class folders, which gives each class its label. Imports nothing heavy."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -10,12 +10,11 @@ from tasks.common.data.class_names import WORDNET_ID, by_name
 from tasks.common.data.files import composed, counted, parse_json, read_text
 from tasks.common.hashing import file_sha256
 
-#: Orders with a name: by characters as torchvision sorts, by numbers within names as timm sorts.
+#: Orders with a name: by characters as torchvision sorts, by numbers in names as timm sorts.
 TEXT, NATURAL = "text", "natural"
-#: Recorded for the orders of a class-order file and of a checkpoint.
+#: Recorded names of the order of a file, and of the class names in a checkpoint.
 FILE, CHECKPOINT = "file", "checkpoint"
-
-#: File in a data folder that gives the order where the user gives none; grids have no option for it.
+#: File in a data folder with the order for users who give none; grids have no option for it.
 STANDING = "class_order.txt"
 
 HELP = (
@@ -23,16 +22,20 @@ HELP = (
     "or a file with one class name per line or a JSON object {name: label}. Needed only where text "
     f"and natural order differ, and {STANDING} in the data folder does not tell."
 )
+_FORM = (
+    'give a JSON list of names, such as ["ant", "bee"], or an object with the labels 0, 1, 2, ... '
+    'once each, {"ant": 0, "bee": 1}'
+)
 
 
 def chosen(order: str | None, root: Path | None) -> str | None:
-    """The order that the user gave, else that of the file in the data folder ``root``; None for none."""
+    """Return the order of the user, else the path of the file in the data folder ``root``."""
     standing = None if root is None else root / STANDING
     return str(standing) if order is None and standing is not None and standing.is_file() else order
 
 
 def order_identity(order: str) -> str:
-    """Identity of an order: its name, or the sha256 of its file. Raises DataError."""
+    """Return the name of an order, or the sha256 of its file. Raises DataError."""
     return order if order in (TEXT, NATURAL) else file_sha256(_file(order))
 
 
@@ -44,24 +47,25 @@ def ordered(
     labels: bool = True,
     wanted: str = "that the weights were trained with",
 ) -> tuple[list[str], str]:
-    """Sort class folders by label; return the names and the name of the order.
+    """Return the class folders by label, and the name of their order.
 
     Args:
         classes: names of the folders.
         where: the folder that holds them.
-        order: ``text``, ``natural`` or the path of a file; None where the user said nothing.
-        known: class names by label in the checkpoint. None: it has none; empty: they cannot be read.
-        labels: False where labels are not used, so that no order needs to be chosen.
-        wanted: which order the user is asked for.
+        order: ``text``, ``natural`` or the path of a file; None if the user gave no order.
+        known: class names by label in the checkpoint; None for no names, empty for unreadable ones.
+        labels: False if labels are not used, so that no order has to be chosen.
+        wanted: description of the order that the user is asked for.
 
     Raises:
-        DataError: no order was chosen and none is clear, or a file that does not fit.
+        DataError: no order is given and none is clear, or a file does not fit.
     """
     text = sorted(classes, key=composed)
-    twice = _first_twice(map(composed, text))
-    if twice is not None:
-        folders = f"several class folders called {twice!r} in different Unicode forms"
-        raise DataError(f"{where} holds {folders}: merge them or rename all but one.")
+    if (twice := _first_twice(map(composed, text))) is not None:
+        raise DataError(
+            f"{where} holds several class folders called {twice!r} in different Unicode forms: "
+            "merge them or rename all but one."
+        )
     if order not in (None, TEXT, NATURAL):
         path = _file(order)
         return _matched(read_class_order(path), text, where, path), FILE
@@ -70,53 +74,57 @@ def ordered(
     natural = sorted(text, key=_natural_key(text))
     if order == NATURAL:
         return natural, NATURAL
-    choices = (
-        f"Give the order {wanted}: --class-order text (torchvision), --class-order natural (timm), or "
-        "--class-order FILE with one class name per line, or write it to "
-        f"{where.parent / STANDING}, which all commands read."
-    )
-    if order is None and labels and known and _same_kind(known, text):
-        own = by_name([*map(composed, known)], [*map(composed, text)])
-        odd = next(name for spot, name in enumerate(text) if spot not in own)
+    problem = _unclear(text, natural, sorted(classes), known) if order is None and labels else ""
+    if problem:
         raise DataError(
-            f"The labels of the classes in {where} are not clear: the class names in the weights file "
-            f"({', '.join(known[:3])}{', ...' if len(known) > 3 else ''}) do not match the folders, such as {odd!r}. {choices}"
+            f"The labels of the classes in {where} are not clear: {problem}. Give the order "
+            f"{wanted}: --class-order text (torchvision), --class-order natural (timm), or "
+            "--class-order FILE with one class name per line, or write it to "
+            f"{where.parent / STANDING}, which all commands read."
         )
-    # Names with decomposed accents sort elsewhere than their composed forms.
-    stored = "as the names are stored (decomposed Unicode)"
-    for words, other in {"in natural order": natural, stored: sorted(classes)}.items():
-        if order is None and labels and other != text:
-            place = [mine == theirs for mine, theirs in zip(text, other, strict=True)].index(False)
-            raise DataError(
-                f"The labels of the classes in {where} are not clear: "
-                f"label {place} is {text[place]!r} in text order and {other[place]!r} {words}. "
-                f"{choices}"
-            )
     return text, TEXT
 
 
+def _unclear(
+    text: list[str], natural: list[str], stored: list[str], known: Sequence[str] | None
+) -> str:
+    """Return the reason why labels are not clear without an order; empty if they are."""
+    ids = [all(map(WORDNET_ID.fullmatch, names)) for names in (known or (), text)]
+    if known and len(known) == len(text) and ids[0] == ids[1]:  # names that should match
+        own = by_name([*map(composed, known)], [*map(composed, text)])
+        odd = next(name for spot, name in enumerate(text) if spot not in own)
+        names = ", ".join(known[:3]) + (", ..." if len(known) > 3 else "")
+        mismatch = f"do not match the folders, such as {odd!r}"
+        return f"the class names in the weights file ({names}) {mismatch}"
+    # Names with decomposed accents have another place than their composed forms.
+    decomposed = "as the names are stored (decomposed Unicode)"
+    for words, other in {"in natural order": natural, decomposed: stored}.items():
+        if other != text:
+            label = _first_difference(text, other)
+            return f"label {label} is {text[label]!r} in text order and {other[label]!r} {words}"
+    return ""
+
+
 def known_notes(names: Sequence[str], order: str, known: Sequence[str] | None) -> list[str]:
-    """Say what the class names of a checkpoint (``known``) did for labels; ``names`` and ``order`` as of :func:`ordered`."""
+    """Describe the effect on labels of the class names in a checkpoint, ``known``.
+
+    ``names`` and ``order`` are the results of :func:`ordered`.
+    """
     if known is None:
         return []
     matched = _by_known(known, names)
     if order == CHECKPOINT:
-        pairs = [
-            (own, name)
-            for own, name in zip(names, known, strict=True)
-            if composed(own) != composed(name)
-        ]
-        alike = (
-            f", alike but for case, spaces and underscores, such as {pairs[0][0]!r} for {pairs[0][1]!r}"
-            if pairs
-            else ""
-        )
-        return [f"labels follow the class names in the weights file{alike}"]
-    if matched and matched != [*names]:
-        place = [own == other for own, other in zip(names, matched, strict=True)].index(False)
+        pairs = zip(names, known, strict=True)
+        odd = next((pair for pair in pairs if composed(pair[0]) != composed(pair[1])), None)
+        alike = ", alike but for case, spaces and underscores, such as {!r} for {!r}"
         return [
-            f"labels follow the class order given ({order}), against the class names in the weights file: "
-            f"label {place} is {names[place]!r}, in the weights file {known[place]!r}"
+            f"labels follow the class names in the weights file{alike.format(*odd) if odd else ''}"
+        ]
+    if matched and matched != [*names]:
+        label = _first_difference(names, matched)
+        return [
+            f"labels follow the class order given ({order}), against the class names in the "
+            f"weights file: label {label} is {names[label]!r}, in the weights file {known[label]!r}"
         ]
     if matched or order == FILE:
         return []
@@ -125,20 +133,16 @@ def known_notes(names: Sequence[str], order: str, known: Sequence[str] | None) -
 
 
 def _by_known(known: Sequence[str] | None, folders: Sequence[str]) -> list[str]:
-    """Folders in the order of the class names of a checkpoint; empty where these are others."""
+    """Return the folders in the order of class names ``known``; empty if the names differ."""
     found = by_name([*map(composed, known or ())], [*map(composed, folders)])
     fits = known is not None and len(found) == len(folders) == len(known)
     return [folders[spot] for spot in sorted(found, key=found.__getitem__)] if fits else []
 
 
-def _same_kind(known: Sequence[str], folders: Sequence[str]) -> bool:
-    """True for names that should match: as many, and not WordNet ids on one side only."""
-    ids = [all(map(WORDNET_ID.fullmatch, names)) for names in (known, folders)]
-    return len(known) == len(folders) and ids[0] == ids[1]
-
-
 def read_class_order(path: Path) -> list[str]:
-    """Read class names by label: text with one name per line, or JSON (a list, ``{name: label}`` or ``{label: name}``).
+    """Return class names by label from text with one name per line, or from JSON.
+
+    JSON is a list, ``{name: label}`` or ``{label: name}``.
 
     Raises:
         DataError: the file cannot be read, or labels are not 0, 1, 2, ... once each.
@@ -148,17 +152,18 @@ def read_class_order(path: Path) -> list[str]:
         return [line.strip() for line in text.splitlines() if line.strip()]
     content = parse_json(text, str(path))
     if isinstance(content, dict):
-        content = by_label(content.items()) or by_label(
-            (label, name) for name, label in content.items()
-        )
+        turned = ((label, name) for name, label in content.items())
+        content = by_label(content.items()) or by_label(turned)
     if not isinstance(content, list) or not all(isinstance(name, str) for name in content):
-        form = '["ant", "bee"], or an object with the labels 0, 1, 2, ... once each, {"ant": 0, "bee": 1}'
-        raise DataError(f"{path} is no class order: give a JSON list of names, such as {form}.")
+        raise DataError(f"{path} is no class order: {_FORM}.")
     return content
 
 
 def by_label(pairs: Iterable[tuple[Any, Any]]) -> list[str] | None:
-    """Names of pairs (label, name) by label, a number or its digits; None unless labels are 0, 1, 2, ... once each."""
+    """Return the names of pairs (label, name) by label; None unless labels are 0, 1, 2, ... once.
+
+    A label is a number, or text of its digits.
+    """
     listed = [
         (int(label) if isinstance(label, str) and label.isdecimal() else label, name)
         for label, name in pairs
@@ -170,26 +175,24 @@ def by_label(pairs: Iterable[tuple[Any, Any]]) -> list[str] | None:
 
 
 def _matched(names: Sequence[str], classes: Sequence[str], where: Path, path: Path) -> list[str]:
-    """Folders in the order of ``names``, equal up to their Unicode form. Raises DataError."""
+    """Return the folders in the order of ``names``, in any Unicode form. Raises DataError."""
     folders = {composed(name): name for name in classes}
     listed = [composed(name) for name in names]
-    twice = _first_twice(listed)
-    if twice is not None:
+    if (twice := _first_twice(listed)) is not None:
         raise DataError(f"{path} lists the class {twice!r} twice.")
     surplus = [name for name in listed if name not in folders]
     missing = sorted(folders.keys() - set(listed))
-    if surplus or missing:
-        problems = []
-        if surplus:
-            near = suggest(surplus[0], missing) if missing else ""
-            near = f" ({near.strip()})" if 0 < len(near) < 100 else ""
-            problems.append(
-                f"{counted(len(surplus), 'name')} without a folder, such as {surplus[0]!r}{near}"
-            )
-        if missing:
-            problems.append(
-                f"{counted(len(missing), 'folder')} without a name in it, such as {missing[0]!r}"
-            )
+    problems = []
+    if surplus:
+        near = suggest(surplus[0], missing).strip() if missing else ""
+        near = f" ({near})" if 0 < len(near) < 100 else ""
+        problems.append(
+            f"{counted(len(surplus), 'name')} without a folder, such as {surplus[0]!r}{near}"
+        )
+    if missing:
+        without = counted(len(missing), "folder")
+        problems.append(f"{without} without a name in it, such as {missing[0]!r}")
+    if problems:
         raise DataError(f"{path} does not list the classes of {where}: {'; '.join(problems)}.")
     return [folders[name] for name in listed]
 
@@ -198,13 +201,17 @@ def _first_twice(names: Iterable[str]) -> str | None:
     return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
+def _first_difference(names: Sequence[str], others: Sequence[str]) -> int:
+    return [own == other for own, other in zip(names, others, strict=True)].index(False)
+
+
 def _natural_key(names: Sequence[str]) -> Callable[[str], Any]:
-    """Key of timm's natural order, which ignores case; of text where timm cannot sort the names."""
+    """Return the key of timm's natural order, which ignores case, or of text if timm fails."""
     from timm.utils.misc import natural_key  # heavy, and not needed by plans
 
     try:
         keys = {name: natural_key(composed(name)) for name in names}
-    except ValueError:  # a superscript digit is a digit for timm, but no number
+    except ValueError:  # timm takes a superscript digit for a number
         return composed
     return keys.__getitem__
 
@@ -212,7 +219,7 @@ def _natural_key(names: Sequence[str]) -> Callable[[str], Any]:
 def _file(order: str) -> Path:
     path = Path(order)
     if not path.is_file():
-        hint = suggest(order, (TEXT, NATURAL))
         wanted = "--class-order takes text, natural or a file"
+        hint = suggest(order, (TEXT, NATURAL))
         raise DataError(f"{wanted}, and there is no file {order}.{hint}")
     return path

@@ -1,6 +1,4 @@
-"""The demo models of a task: how they are built, where their weights are and what is recorded about them."""
-
-from __future__ import annotations
+"""Demo models of a task: architecture, weights, and facts recorded about them."""
 
 import importlib
 import json
@@ -17,24 +15,19 @@ from tasks.common.request import ModelRequest
 
 @dataclass(frozen=True)
 class DemoSpec:
-    """How to build a demo model: the module that defines its class, imported only then, the class's name and arguments."""
+    """Architecture of a demo model; its module is imported only to build the model."""
 
     module: str
-    cls: str
+    cls: str  # name of the class
     kwargs: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class DemoModels:
-    """The demo models of one task. Methods take the name of a model and raise ModelError for an unknown one.
-
-    Attributes:
-        specs: by name.
-        folder: of the weights and their metadata.
-    """
+    """Demo models of one task by name. Methods raise ModelError for an unknown name."""
 
     specs: dict[str, DemoSpec]
-    folder: Path
+    folder: Path  # of the weights and their metadata
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -42,7 +35,7 @@ class DemoModels:
         return tuple(self.specs)
 
     def spec(self, name: str) -> DemoSpec:
-        """Look up how a demo model is built."""
+        """Return the architecture of a demo model."""
         if name in self.specs:
             return self.specs[name]
         raise ModelError(f"Unknown demo model {name!r}.{suggest(name, self.specs)}")
@@ -54,15 +47,15 @@ class DemoModels:
         return model.eval()
 
     def weights_path(self, name: str) -> Path:
-        """Return where the trained weights (safetensors, float32) of a demo model are."""
+        """Return the path of the trained weights (safetensors, float32) of a demo model."""
         self.spec(name)
         return self.folder / f"{name}.safetensors"
 
     def load(self, request: ModelRequest, weights: Path | None) -> tuple[nn.Module, StoredWeights]:
-        """Build the model that is asked for with its weights, or those of another file; return also what was read.
+        """Build a model with its own weights or with the file ``weights``; return both.
 
         Raises:
-            ModelError: arguments for the constructor or the preprocessing, or weights that do not fit.
+            ModelError: the request has arguments or preprocessing, or the weights do not fit.
             NumericsError: NaN in the weights.
         """
         if request.model_args:
@@ -78,10 +71,13 @@ class DemoModels:
         return model.eval(), stored
 
     def metadata(self, name: str) -> dict[str, Any]:
-        """Read training settings, accuracies, versions and sha256 of the weights. Raises FileNotFoundError."""
+        """Return training settings, accuracies, versions and the sha256 of the weights.
+
+        Raises:
+            FileNotFoundError: there is no metadata.
+        """
         path = self.weights_path(name).with_suffix(".json")
         if not path.is_file():
-            raise FileNotFoundError(
-                f"no metadata for {name}: train it with `python scripts/train_demo.py --models {name}`"
-            )
+            command = f"python scripts/train_demo.py --models {name}"
+            raise FileNotFoundError(f"no metadata for {name}: train it with `{command}`")
         return json.loads(path.read_text(encoding="utf-8"))

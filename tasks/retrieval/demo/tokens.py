@@ -1,8 +1,8 @@
-"""The demo's tokenizer: open_clip's own, with merges of its own.
+"""Tokenizer of the demo: open_clip's class, with merges of the demo's own.
 
-With open_clip's 49,408 tokens the embedding would be thirty times as large as the rest of the demo
-model. Byte pair encoding: Sennrich et al., ACL 2016, arXiv:1508.07909. ``python -m
-tasks.retrieval.demo.tokens`` learns the merges anew; the demo model must be trained after that.
+The embedding of open_clip's 49,408 tokens would be thirty times as large as the rest of the model.
+Byte pair encoding: Sennrich et al., ACL 2016, arXiv:1508.07909. ``python -m
+tasks.retrieval.demo.tokens`` learns new merges; afterwards the demo model must be trained again.
 """
 
 import gzip
@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 CONTEXT_LENGTH = 28
-VOCAB_SIZE = (
-    564  # 256 bytes, each inside and at the end of a word, the merges, start and end of text
-)
+#: 256 bytes, each inside and at the end of a word; the merges; start and end of the text.
+VOCAB_SIZE = 564
 MERGES_PATH = Path(__file__).parent / "merges.txt.gz"
 
 
 def demo_tokenizer() -> Callable[[list[str]], Any]:
-    """Tokenizer from texts to int64 ids (n, 28); the end of text has the largest id."""
+    """Return a tokenizer of texts to int64 ids (n, 28); the end of the text has the largest id."""
     from open_clip.tokenizer import SimpleTokenizer
 
     return SimpleTokenizer(bpe_path=str(MERGES_PATH), context_length=CONTEXT_LENGTH)
@@ -39,7 +38,7 @@ def learn_merges(texts: Iterable[str]) -> list[tuple[str, str]]:
                 pairs[pair] += counts[word]
         if not pairs:
             return merges
-        # The pair itself decides ties, so the order of the texts does not matter.
+        # The pair itself breaks ties, so the order of the texts does not matter.
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         merges.append(best)
         whole = re.compile(rf"(?<!\S){re.escape(' '.join(best))}(?!\S)")
@@ -47,11 +46,13 @@ def learn_merges(texts: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def pack_merges(merges: list[tuple[str, str]]) -> bytes:
-    """Pack merges as open_clip reads them: a line it skips, then one merge per line, gzipped."""
-    text = "\n".join(
-        ["#version: 0.2", *(" ".join(merge) for merge in merges)]
-    )  # A last newline would be one merge more.
-    return gzip.compress(text.encode(), mtime=0)  # Without a time, equal merges give equal files.
+    """Return merges as open_clip reads them: a line that it skips, one line per merge, gzipped.
+
+    There is no last newline, which would be one more merge, and no time, so equal merges give equal
+    files.
+    """
+    lines = ["#version: 0.2", *(" ".join(merge) for merge in merges)]
+    return gzip.compress("\n".join(lines).encode(), mtime=0)
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def test_text(calibrated: Path, command: Any) -> None:
     assert line("head.before.norm") == ["head.before.norm", "LayerNorm", "160", "5120", "640"]
     for text in (
         "weights: 1281280 bits (160160 bytes); full precision 10250240 bits (1281280 bytes); ratio 8.00",
-        "MACs an image: 11006400; quantized 11006400 (100.00 %)",
+        "MACs per image: 11006400; quantized 11006400 (100.00 %)",
         "stage: calibrated",
         "method: qdrop w4a4, seed 5",
         f"float weights: sha256 {file_sha256(DEMO.weights_path('demo_vit'))}",
@@ -90,7 +90,7 @@ def test_text(calibrated: Path, command: Any) -> None:
         for text in lines
     )
     assert any(
-        text.startswith("BOPs an image: ") and text.endswith("ratio 57.96") for text in lines
+        text.startswith("BOPs per image: ") and text.endswith("ratio 57.96") for text in lines
     )
 
 
