@@ -1,10 +1,9 @@
-"""The image-caption pairs that go with a model: the demo's scenes, or the files of a folder."""
+"""Image-caption pairs for a model: the scenes of the demo, or the files of a folder."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from types import MappingProxyType
 from typing import NamedTuple
 
 from fimaq_core.errors import DataError
@@ -17,14 +16,14 @@ from tasks.retrieval.caption_files import read_captions
 from tasks.retrieval.pairs import PairSource
 from tasks.retrieval.tags import COCO_FILE, FLICKR30K_FILE, FREE_FILE, LAYOUT, caption_files
 
-#: Name of the data that the demo model brings along.
+#: Name of the data that come with the demo model.
 DEMO_DATA = "digit-scenes"
 #: Parts of a data set that a run uses.
 PARTS = ("train", "test")
 
 
 class Counts(NamedTuple):
-    """Images and captions of a split; None where the captions are not counted."""
+    """Images and captions of a split; None if captions are not counted."""
 
     images: int
     captions: int | None = None
@@ -32,38 +31,26 @@ class Counts(NamedTuple):
 
 @dataclass(frozen=True)
 class Published:
-    """A published data set in Karpathy's splits; its images may be in one of ``folders``."""
+    """A published data set in Karpathy's splits."""
 
     name: str
     file: str
-    counts: Mapping[str, Counts]
-    folders: tuple[str, ...] = ()
+    counts: dict[str, Counts]  # by split
+    folders: tuple[str, ...] = ()  # possible folders of the images; otherwise the root
 
     def images(self, root: Path) -> Path:
-        """The folder that ids of images are paths below."""
+        """Return the folder that ids of images are relative to."""
         return next((root / name for name in self.folders if (root / name).is_dir()), root)
 
 
-#: The part ``train`` leaves out restval, on which some train as well: calibration needs the images
-#: of train2014 only.
-COCO = Published(
-    "MS-COCO",
-    COCO_FILE,
-    MappingProxyType(
-        {
-            "train": Counts(82_783),
-            "restval": Counts(30_504),
-            "val": Counts(5_000),
-            "test": Counts(5_000, 25_010),
-        }
-    ),
-)
+_COCO_COUNTS = {"train": Counts(82_783), "restval": Counts(30_504)}
+_COCO_COUNTS |= {"val": Counts(5_000), "test": Counts(5_000, 25_010)}
+#: Some train on restval too. Calibration takes ``train`` only, which needs no images of val2014.
+COCO = Published("MS-COCO", COCO_FILE, _COCO_COUNTS)
 FLICKR30K = Published(
     "Flickr30k",
     FLICKR30K_FILE,
-    MappingProxyType(
-        {"train": Counts(29_000), "val": Counts(1_014, 5_070), "test": Counts(1_000, 5_000)}
-    ),
+    {"train": Counts(29_000), "val": Counts(1_014, 5_070), "test": Counts(1_000, 5_000)},
     ("flickr30k-images", "images"),
 )
 _PUBLISHED = {one.file: one for one in (COCO, FLICKR30K)}
@@ -84,12 +71,9 @@ def open_pairs(loaded: LoadedModel, data: DataRequest, part: str) -> PairSource:
 
 
 def pairs_root(data: DataRequest, part: str) -> Path | None:
-    """The folder that a part is read from; None where the model brings its own data."""
-    return (
-        data.calibration_data
-        if part == "train" and data.calibration_data is not None
-        else data.path
-    )
+    """Return the folder of a part; None if the model brings its own data."""
+    other = data.calibration_data if part == "train" else None
+    return data.path if other is None else other
 
 
 def open_captions(root: Path, part: str) -> PairSource:
@@ -104,11 +88,9 @@ def open_captions(root: Path, part: str) -> PairSource:
         raise DataError(f"{path} has no images of the split {part!r}.")
     sibling = path.with_name(f"{'test' if part == 'train' else 'train'}{path.suffix}")
     if own is not None and sibling.is_file():
-        others = {
-            composed(image)
-            for image, _ in read_captions(sibling, sibling.stem).get(sibling.stem, ())
-        }
-        common = [image for image, _ in listed if composed(image) in others]
+        others = read_captions(sibling, sibling.stem).get(sibling.stem, ())
+        known = {composed(image) for image, _ in others}
+        common = [image for image, _ in listed if composed(image) in known]
         if common:
             shared = f"share {len(common)} images, such as {common[0]!r}"
             raise DataError(f"{path} and {sibling} {shared}: each belongs into one of them.")
@@ -129,16 +111,15 @@ def open_published(root: Path, published: Published, part: str) -> PairSource:
             wrong.append(f"{split} has {captions:,} captions instead of {wanted.captions:,}")
     if wrong:
         raise DataError(
-            f"{path} does not hold the splits of {published.name}: {'; '.join(wrong)}. Other data of this format are read from a "
-            f"file called {FREE_FILE}."
+            f"{path} does not hold the splits of {published.name}: {'; '.join(wrong)}. "
+            f"Other data of this format are read from a file called {FREE_FILE}."
         )
-    return _file_pairs(
-        published.name, f"Karpathy {part}", published.images(root), splits.get(part, ()), path
-    )
+    name, split, folder = published.name, f"Karpathy {part}", published.images(root)
+    return _file_pairs(name, split, folder, splits.get(part, ()), path)
 
 
 def images_root(root: Path) -> Path:
-    """The folder that ids of images are paths below. Raises DataError."""
+    """Return the folder that ids of images are relative to. Raises DataError."""
     published = _PUBLISHED.get(_caption_files(root)[0])
     return root if published is None else published.images(root)
 
@@ -151,47 +132,42 @@ def _caption_files(root: Path) -> tuple[str, ...]:
         raise DataError(f"{root} holds no captions. {LAYOUT}.")
     if len(kinds) > 1:
         present = [name for kind in kinds for name in kind if (root / name).is_file()]
-        raise DataError(
-            f"{root} holds several kinds of captions: {', '.join(present)}. Leave one. {LAYOUT}."
-        )
+        several = f"several kinds of captions: {', '.join(present)}"
+        raise DataError(f"{root} holds {several}. Leave one. {LAYOUT}.")
     return kinds[0]
 
 
 def _file_pairs(
-    name: str,
-    split: str,
-    folder: Path,
-    listed: Sequence[tuple[str, Sequence[str]]],
-    captions_file: Path,
+    name: str, split: str, folder: Path, listed: Sequence[tuple[str, Sequence[str]]], path: Path
 ) -> PairSource:
-    """Pairs whose image ids are paths below ``folder``. Raises DataError."""
+    """Return the pairs of the captions file ``path``; image ids are relative to ``folder``."""
     paths, absent = found_files(folder, (image for image, _ in listed))
     if absent:
         raise DataError(
-            f"{captions_file} names {len(absent)} images of the split {split!r} that are not in {folder}, such as {absent[0]!r}."
+            f"{path} names {len(absent)} images of the split {split!r} that are not in {folder}, "
+            f"such as {absent[0]!r}."
         )
-    return PairSource.of(name, split, listed, file_reader(paths))
+    return PairSource(name, split, listed, file_reader(paths))
 
 
 @lru_cache(maxsize=2)
 def demo_scenes(part: str) -> PairSource:
-    """A part of the demo's data, composed once per process."""
-    # Only the demo model needs the demo's data.
-    from tasks.retrieval.demo.scenes import DigitScenes
+    """Return a part of the demo's data, which is composed once per process."""
+    from tasks.retrieval.demo.scenes import DigitScenes  # for the demo model only
 
     scenes = DigitScenes(part)
-    listed = ((name, [caption]) for name, caption in zip(scenes.ids, scenes.captions, strict=True))
-    return PairSource.of(DEMO_DATA, part, listed, lambda index: scenes[index][0])
+    listed = [(name, [caption]) for name, caption in zip(scenes.ids, scenes.captions, strict=True)]
+    return PairSource(DEMO_DATA, part, listed, lambda index: scenes[index][0])
 
 
 def imagenet_pairs(source: Source, classnames: Sequence[str]) -> PairSource:
-    """Labelled images with captions ``a photo of a <class name>.`` Raises DataError."""
+    """Return labelled images with captions ``a photo of a <class name>.`` Raises DataError."""
     if len(classnames) != source.classes:
         raise DataError(
-            f"{source.name} {source.split} has {source.classes} classes, but there are {len(classnames)} class names."
+            f"{source.name} {source.split} has {source.classes} classes, but there are "
+            f"{len(classnames)} class names."
         )
     captions = [[f"a photo of a {name}."] for name in classnames]
-    listed = (
-        (name, captions[label]) for name, label in zip(source.ids, source.targets, strict=True)
-    )
-    return PairSource.of(source.name, source.split, listed, source.read, source.notes())
+    samples = zip(source.ids, source.targets, strict=True)
+    listed = [(name, captions[label]) for name, label in samples]
+    return PairSource(source.name, source.split, listed, source.read, source.notes())

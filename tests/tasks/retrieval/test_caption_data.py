@@ -11,7 +11,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
 from caption_fakes import (
     colour_of,
@@ -54,9 +53,11 @@ def source(
     captions: Sequence[str] = tuple("uvwxy"),
     owners: Any = (0, 0, 1, 2, 2),
 ) -> Any:
-    return PairSource(
-        "data", "test", tuple(ids), tuple(captions), np.array(owners, dtype=np.int64), nothing
-    )
+    listed = [
+        (name, [text for text, owner in zip(captions, owners, strict=True) if owner == place])
+        for place, name in enumerate(ids)
+    ]
+    return PairSource("data", "test", listed, nothing)
 
 
 def write_rows(path: Path, rows: Sequence[Sequence[str]]) -> None:
@@ -92,7 +93,7 @@ def test_starts_and_head() -> None:
     )
     assert (described.classes, described.fingerprint) == (0, head.fingerprint)
     assert (
-        PairSource.of("data", "test", [("a", "uv"), ("b", "w"), ("c", "xy")], nothing).fingerprint
+        PairSource("data", "test", [("a", "uv"), ("b", "w"), ("c", "xy")], nothing).fingerprint
         == whole.fingerprint
     )
 
@@ -115,16 +116,9 @@ def test_fingerprints_tell_pairings_apart() -> None:
     ("changes", "message"),
     [
         ({"ids": (), "captions": (), "owners": ()}, "data test holds no images"),
-        ({"ids": "aba"}, "lists 1 images more than once, such as 'a'"),
+        ({"ids": "aba"}, "has 1 images more than once, such as 'a'"),
         ({"owners": (0, 0, 0, 2, 2)}, "has 1 images without a caption, such as 'b'"),
-        ({"owners": (0, 1, 0, 2, 2)}, "does not keep the captions of an image together: see 'a'"),
         ({"captions": ("u", "v", " \n", "", "y")}, "has 2 empty captions, such as one of 'b'"),
-        (
-            {"owners": (0, 0, 1, 2)},
-            "does not say of which of its 3 images each of its 5 captions is",
-        ),
-        ({"owners": (0, 0, 1, 2, 3)}, "does not say of which"),
-        ({"owners": (-1, 0, 1, 2, 2)}, "does not say of which"),
     ],
 )
 def test_pairs_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -278,7 +272,7 @@ def test_free_counts_of_karpathys_format(tmp_path: Path) -> None:
             "captions-2-images test has 1 images without a caption, such as '1.png'",
         ),
         ({"sentences": [{"raw": " "}]}, "has 1 empty captions, such as one of '1.png'"),
-        ({"filename": "6.png"}, "lists 1 images more than once, such as '6.png'"),
+        ({"filename": "6.png"}, "has 1 images more than once, such as '6.png'"),
         (
             {"filename": "77.png"},
             "names 1 images of the split 'test' that are not in .*, such as '77.png'",

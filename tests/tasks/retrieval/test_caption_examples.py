@@ -21,7 +21,7 @@ from tasks.common.data.images import Images
 from tasks.common.record import read_record
 from tasks.common.request import CellRequest, DataRequest, ModelRequest
 from tasks.common.task import Evaluation
-from tasks.retrieval.evaluate import evaluate_pairs
+from tasks.retrieval.evaluate import Encoders, evaluate_pairs
 from tasks.retrieval.pairs import PairSource
 from tasks.retrieval.task import TASK, TwoTowers
 
@@ -34,7 +34,7 @@ def source_of(counts: list[int], texts: list[str] | None = None) -> PairSource:
     numbers = iter(range(sum(counts)))
     listed = [(f"i{image}.jpg", [texts[n] if texts else f"text {n}" for n in (next(numbers) for _ in range(count))])
               for image, count in enumerate(counts)]  # fmt: skip
-    return PairSource.of("table", "test", listed, lambda index: index)  # type: ignore[arg-type, return-value]
+    return PairSource("table", "test", listed, lambda index: index)  # type: ignore[arg-type, return-value]
 
 
 def measure(source: PairSource, x: Tensor, y: Tensor, broken: tuple[int, ...] = ()) -> Evaluation:
@@ -53,9 +53,8 @@ def measure(source: PairSource, x: Tensor, y: Tensor, broken: tuple[int, ...] = 
     def tokens(texts: list[str]) -> Tensor:
         return torch.tensor([[first[text]] for text in texts])
 
-    return evaluate_pairs(
-        lambda a: a.flatten(1), lambda ids: y[ids[:, 0]], images, source, tokens, CPU, 5, 0, silent
-    )
+    encoders = Encoders(lambda a: a.flatten(1), lambda ids: y[ids[:, 0]], tokens, CPU)
+    return evaluate_pairs(encoders, images, source, 5, 0, silent)
 
 
 def by_hand(

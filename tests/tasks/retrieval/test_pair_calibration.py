@@ -42,7 +42,7 @@ def pictures(images: int) -> PairSource:
     listed = [
         (f"{number}.png", [f"{number} {turn}" for turn in range(3)]) for number in range(images)
     ]
-    return PairSource.of(
+    return PairSource(
         "data", "train", listed, lambda index: Image.new("RGB", (8, 8), colour_of(f"{index}.png"))
     )
 
