@@ -18,32 +18,28 @@ from tasks.retrieval.towers import build_towers, check_tower
 class _Tower(nn.Module):
     """One tower of an open_clip model. Raises ModelError for other models."""
 
-    tower = ""
+    tower, encode = "", ""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         check_tower(model, self.tower)
         self.model = model
 
+    def forward(self, inputs: Tensor) -> Tensor:
+        embeddings: Tensor = getattr(self.model, self.encode)(inputs)
+        return embeddings
+
 
 class VisionTower(_Tower):
     """Images (n, 3, H, W) to embeddings (n, d), not normalised."""
 
-    tower = "vision"
-
-    def forward(self, images: Tensor) -> Tensor:
-        embeddings: Tensor = self.model.encode_image(images)
-        return embeddings
+    tower, encode = "vision", "encode_image"
 
 
 class TextTower(_Tower):
     """Token ids (n, L) int64 to embeddings (n, d), not normalised."""
 
-    tower = "text"
-
-    def forward(self, token_ids: Tensor) -> Tensor:
-        embeddings: Tensor = self.model.encode_text(token_ids)
-        return embeddings
+    tower, encode = "text", "encode_text"
 
 
 class TowerFamily:

@@ -60,16 +60,16 @@ def load_model(request: ModelRequest) -> LoadedModel:
     if not named and told is None:
         raise ModelError(
             f"The weights {path} do not say which activation they were trained with, and open_clip "
-            f"has {name} with two. Give --model {name}-quickgelu if they come from weights with "
-            "QuickGELU (OpenAI's, DFN's, MetaCLIP's), or --model-args "
-            "'{\"quick_gelu\": false}' for the exact GELU. "
-            f"A name with a tag says it too, such as {published(name)[0]}."
+            f"has {name} with two. Give --model {name}-quickgelu for QuickGELU (weights of OpenAI, "
+            "DFN, MetaCLIP), or --model-args '{\"quick_gelu\": false}' for the exact GELU. A name "
+            f"with a tag says it too, such as {published(name)[0]}."
         )
     _resize_trunk(model, request.model_args)
     preprocess.size = _pair(model.visual.image_size)
     shape = _check_size(request.preprocessing, (3, *preprocess.size))
     origin = f"file {path.name}" if weights else f"hub {tags.repository(tag).repo}"
     activation = "" if told is None else f" ({'QuickGELU' if told else 'GELU'}, as it says)"
+    own = {key: getattr(preprocess, key) for key in ("mean", "std", "interpolation")}
     return LoadedModel(
         model=model.eval(),
         tag=tag,
@@ -83,13 +83,7 @@ def load_model(request: ModelRequest) -> LoadedModel:
         context_length=tokenizer.context_length,
         entry=stored.entry,
         entries=stored.entries,
-        preprocessing=Preprocessing(
-            input_size=shape,
-            crop_mode=preprocess.resize_mode,
-            mean=preprocess.mean,
-            std=preprocess.std,
-            interpolation=preprocess.interpolation,
-        ),
+        preprocessing=Preprocessing(input_size=shape, crop_mode=preprocess.resize_mode, **own),
     )
 
 
@@ -99,7 +93,7 @@ def _demo(request: ModelRequest, tag: str, weights: Path | None) -> LoadedModel:
     from tasks.retrieval.demo.tokens import demo_tokenizer
 
     model, stored = DEMO.load(request, weights)
-    length = int(model.context_length)
+    tokenizer = Tokenizer(demo_tokenizer(), int(model.context_length), int(model.vocab_size))
     return LoadedModel(
         model=model,
         tag=tag,
@@ -110,8 +104,8 @@ def _demo(request: ModelRequest, tag: str, weights: Path | None) -> LoadedModel:
         train_transform=scenes.train_transform(),
         data="digit-scenes",
         input_shape=(3, *scenes.CANVAS_SIZE),
-        tokenizer=Tokenizer(demo_tokenizer(), length, int(model.vocab_size)),
-        context_length=length,
+        tokenizer=tokenizer,
+        context_length=tokenizer.context_length,
         entry=stored.entry,
         entries=stored.entries,
     )
@@ -141,9 +135,8 @@ def _configuration(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
         )
     quick = arguments.get("quick_gelu", False)
     if not isinstance(quick, bool):
-        given = json.dumps(quick)
-        problem = f"quick_gelu is true or false, without quotes, not {given}"
-        raise ModelError(f"--model-args: {problem}.")
+        given = f"not {json.dumps(quick)}"
+        raise ModelError(f"--model-args: quick_gelu is true or false, without quotes, {given}.")
     for key, value in arguments.items():
         tower = key in ("vision_cfg", "text_cfg")
         if tower and not isinstance(value, dict):
@@ -155,16 +148,12 @@ def _configuration(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
             "would fetch by itself: choose a model with open_clip's own text tower."
         )
     if arguments.get("vision_cfg", {}).get("timm_model_pretrained"):
-        raise ModelError(
-            "--model-args cannot ask for a pretrained tower: weights come from --weights or from "
-            "the model's tag."
-        )
+        advice = "weights come from --weights or the model's tag"
+        raise ModelError(f"--model-args cannot ask for a pretrained tower: {advice}.")
     trunk = str(config["vision_cfg"].get("timm_model_name") or "")
     if ":" in trunk:
-        raise ModelError(
-            f"The vision tower '{trunk}' is an address, which timm would read or fetch: "
-            "give the name of a model."
-        )
+        problem = "is an address, which timm would read or fetch: give the name of a model"
+        raise ModelError(f"The vision tower '{trunk}' {problem}.")
     config["vision_cfg"].pop("timm_model_pretrained", None)
     return config
 
@@ -185,9 +174,7 @@ def _preprocess(name: str, training: str, given: dict[str, Any]) -> PreprocessCf
     if kind not in ("bicubic", "bilinear"):
         raise ModelError(f"--interpolation {kind}: open_clip has bicubic and bilinear.")
     if "crop_pct" in given:
-        raise ModelError(
-            "--crop-pct is for timm's models: open_clip resizes to the input size itself."
-        )
+        raise ModelError("--crop-pct is for timm's models: open_clip resizes by itself.")
     trainings = [training] if training else open_clip.list_pretrained_tags_by_model(name)
     known = [open_clip.get_pretrained_cfg(name, one) for one in trainings] or [{}]
     found = [merge_preprocess_dict(PreprocessCfg(), {**config, **overlay}) for config in known]
@@ -204,10 +191,10 @@ def _check_size(given: dict[str, Any], own: tuple[int, int, int]) -> tuple[int, 
     """Return the input size of the model; another size is refused."""
     wanted = tuple(given.get("input_size", own))
     if wanted != own[-len(wanted) :]:
+        advice = f'"vision_cfg": {{"image_size": {list(wanted[-2:])}}} in --model-args'
         raise ModelError(
             f"The model was built for inputs (C, H, W) of {own} and takes none of {wanted} "
-            f'(--input-size): build it for them with "vision_cfg": {{"image_size": '
-            f"{list(wanted[-2:])}}} in --model-args."
+            f"(--input-size): build it for them with {advice}."
         )
     return own
 
@@ -262,9 +249,8 @@ def _resize_trunk(model: nn.Module, arguments: dict[str, Any]) -> None:
         return
     trunk = model.visual.trunk
     if not hasattr(trunk, "set_input_size"):
-        raise ModelError(
-            f"The vision tower {type(trunk).__name__} takes images of its own size only."
-        )
+        kind = type(trunk).__name__
+        raise ModelError(f"The vision tower {kind} takes images of its own size only.")
     try:
         model.visual.set_input_size(_pair(size))
     except _MISFIT as error:

@@ -67,9 +67,7 @@ def build_tokenizer(
     """Return the tokenizer of ``model`` by the part ``text`` of its configuration.
 
     ``folder`` holds the files of the tokenizer; None takes those of the Hugging Face hub.
-
-    Raises:
-        ModelError: the tokenizer is missing, does not work, or differs from its file.
+    Raises ModelError: the tokenizer is missing, does not work, or differs from its file.
     """
     length = int(text.get("context_length", DEFAULT_CONTEXT_LENGTH))
     settings = dict(text.get("tokenizer_kwargs") or {})

@@ -36,9 +36,7 @@ def build_towers(model: nn.Module, recipe: Recipe, towers: Sequence[str]) -> dic
 
     "vision" maps images (n, 3, H, W), and "text" token ids (n, L) int64, to embeddings (n, d), not
     normalised. In full precision they equal ``encode_image`` and ``encode_text`` up to rounding.
-
-    Raises:
-        ModelError: the model or a tower is not supported.
+    Raises ModelError: the model or a tower is not supported.
     """
     for name in towers:
         check_tower(model, name)

@@ -24,8 +24,7 @@ class Drawn:
 def draw(images: Images, order: Iterable[int], wanted: int, seed: int) -> Drawn:
     """Take the first ``wanted`` readable images in ``order``; each has its own seed for transforms.
 
-    Raises:
-        DataError: there are fewer images, or an image is damaged and not to be skipped.
+    Raises DataError: there are fewer images, or an image is damaged and not to be skipped.
     """
     if len(images) < wanted:
         raise DataError(
@@ -86,9 +85,7 @@ def read_list(path: Path) -> tuple[list[str], dict[str, Any] | None]:
     """Return the ids or paths of a calibration list, and the calibration entry of a record.
 
     The list is a text file with one id or path per line (its entry is None) or a result record.
-
-    Raises:
-        DataError: the file cannot be read, or is a JSON object without calibration ids.
+    Raises DataError: the file cannot be read, or is a JSON object without calibration ids.
     """
     try:
         text = path.read_text(encoding="utf-8")

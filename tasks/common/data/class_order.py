@@ -143,35 +143,38 @@ def read_class_order(path: Path) -> list[str]:
     """Return class names by label from text with one name per line, or from JSON.
 
     JSON is a list, ``{name: label}`` or ``{label: name}``.
-
-    Raises:
-        DataError: the file cannot be read, or labels are not 0, 1, 2, ... once each.
+    Raises DataError: the file cannot be read, or labels are not 0, 1, 2, ... once each.
     """
     text = read_text(path)
     if path.suffix.lower() != ".json":
         return [line.strip() for line in text.splitlines() if line.strip()]
-    content = parse_json(text, str(path))
-    if isinstance(content, dict):
-        turned = ((label, name) for name, label in content.items())
-        content = by_label(content.items()) or by_label(turned)
-    if not isinstance(content, list) or not all(isinstance(name, str) for name in content):
+    names = names_by_label(parse_json(text, str(path)))
+    if names is None:
         raise DataError(f"{path} is no class order: {_FORM}.")
-    return content
+    return names
 
 
-def by_label(pairs: Iterable[tuple[Any, Any]]) -> list[str] | None:
-    """Return the names of pairs (label, name) by label; None unless labels are 0, 1, 2, ... once.
+def names_by_label(content: object, turned: bool = False) -> list[str] | None:
+    """Return class names by label from a list or a mapping; None if it is neither.
 
-    A label is a number, or text of its digits.
+    Labels are 0, 1, 2, ... once each, as numbers or text of digits. A mapping whose names and
+    labels look alike is ``{label: name}``, or ``{name: label}`` if it is ``turned``.
     """
-    listed = [
-        (int(label) if isinstance(label, str) and label.isdecimal() else label, name)
-        for label, name in pairs
-    ]
-    sound = all(type(label) is int and isinstance(name, str) for label, name in listed)
-    if not listed or not sound or {label for label, _ in listed} != {*range(len(listed))}:
+    if isinstance(content, list | tuple):
+        return [*content] if all(isinstance(name, str) for name in content) else None
+    if not isinstance(content, dict):
         return None
-    return [name for _, name in sorted(listed)]
+    swapped = {str(key) if type(key) is int else key: value for key, value in content.items()}
+    ways = [[*content.items()], [(label, name) for name, label in swapped.items()]]
+    for pairs in reversed(ways) if turned else ways:
+        listed = [
+            (int(label) if isinstance(label, str) and label.isdecimal() else label, name)
+            for label, name in pairs
+        ]
+        sound = all(type(label) is int and isinstance(name, str) for label, name in listed)
+        if listed and sound and {label for label, _ in listed} == {*range(len(listed))}:
+            return [name for _, name in sorted(listed)]
+    return None
 
 
 def _matched(names: Sequence[str], classes: Sequence[str], where: Path, path: Path) -> list[str]:

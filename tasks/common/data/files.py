@@ -86,8 +86,7 @@ class FilesBelow:
     def find(self, name: str) -> str | None:
         """Return the path of the file ``name`` below the folder, with slashes, or None.
 
-        Raises:
-            DataError: several files have this name, all in other Unicode forms.
+        Raises DataError: several files have this name, all in other Unicode forms.
         """
         parent, _, own = name.rpartition("/")
         if parent not in self._real:
@@ -122,8 +121,7 @@ def file_below(root: Path, name: str) -> Path:
 def found_files(folder: Path, images: Iterable[str]) -> tuple[list[Path], list[str]]:
     """Return the files of ``images`` (paths below ``folder``), and the names without a file.
 
-    Raises:
-        DataError: two names lead to one file, or one name leads to several files.
+    Raises DataError: two names lead to one file, or one name leads to several files.
     """
     below = FilesBelow(folder)
     names: dict[str, str] = {}

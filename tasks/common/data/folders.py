@@ -81,9 +81,7 @@ def open_folder(
 
     ``order``, ``known``, ``labels`` and ``wanted`` are those of
     :func:`tasks.common.data.class_order.ordered`.
-
-    Raises:
-        DataError: no folder, no images, other classes than in the other part, or unclear labels.
+    Raises DataError: no folder, no images, other classes than in the other part, or unclear labels.
     """
     folder = root / part
     if not folder.is_dir():

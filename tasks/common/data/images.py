@@ -69,9 +69,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
     """Convert an opened image to 8-bit RGB.
 
     The high byte of 16-bit grey counts, as in Pillow for 16-bit colour and in OpenCV for grey.
-
-    Raises:
-        UnknownRange: see :func:`grey_bits`.
+    Raises UnknownRange: see :func:`grey_bits`.
     """
     bits = grey_bits(image)
     if bits is None:

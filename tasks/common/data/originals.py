@@ -58,8 +58,7 @@ def known_originals(
 ) -> dict[str, Image.Image]:
     """Return the images of ``ids`` as RGB; ``read`` takes a position among the ids ``known``.
 
-    Raises:
-        DataError: an id is not in the data ``what`` (for people), or an image is damaged.
+    Raises DataError: an id is not in the data ``what`` (for people), or an image is damaged.
     """
     wanted = set(ids)
     positions = {name: position for position, name in enumerate(known) if name in wanted}

@@ -1,7 +1,6 @@
 """Demo models of a task: architecture, weights, and facts recorded about them."""
 
 import importlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from fimaq_core.errors import ModelError, suggest
+from tasks.common.models.hub import demo_metadata
 from tasks.common.models.weights import StoredWeights, load_state, read_weights
 from tasks.common.request import ModelRequest
 
@@ -71,13 +71,5 @@ class DemoModels:
         return model.eval(), stored
 
     def metadata(self, name: str) -> dict[str, Any]:
-        """Return training settings, accuracies, versions and the sha256 of the weights.
-
-        Raises:
-            FileNotFoundError: there is no metadata.
-        """
-        path = self.weights_path(name).with_suffix(".json")
-        if not path.is_file():
-            command = f"python scripts/train_demo.py --models {name}"
-            raise FileNotFoundError(f"no metadata for {name}: train it with `{command}`")
-        return json.loads(path.read_text(encoding="utf-8"))
+        """Return training settings, accuracies, versions and the sha256 of the weights."""
+        return demo_metadata(self.weights_path(name).parent, name)

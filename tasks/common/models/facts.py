@@ -134,9 +134,7 @@ def count_macs(chain: BlockChain, image: Tensor) -> dict[str, int]:
 
     PyTorch counts operations while the input passes. A layer that is used twice counts twice. Only
     the shape of the input matters. A predictor may take several inputs per image.
-
-    Raises:
-        ValueError: the input is not one image.
+    Raises ValueError: the input is not one image.
     """
     if image.shape[0] != 1 and chain.segment(0).kind != "predictor":
         raise ValueError(f"one image is needed, got {image.shape[0]}")

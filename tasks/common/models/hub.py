@@ -55,16 +55,14 @@ class Catalogue:
 
         A weights file keeps the published tag only if it has the name of that tag. Otherwise the
         tag is ``local-`` and the first 12 digits of its sha256.
-
-        Raises:
-            ModelError: the model is unknown, or its name does not name weights.
+        Raises ModelError: the model is unknown, or its name does not name weights.
         """
         weights = self.local_weights(request)
         if weights is not None and not weights.is_file():
             raise ModelError(f"There is no weights file {weights}.")
         demo = request.name in self.demo_names
         if demo and weights is None:
-            return f"{request.name}.{self._demo_metadata(request.name)['tag']}"
+            return f"{request.name}.{demo_metadata(self.demo_folder, request.name)['tag']}"
         name = request.name if demo else self.full_name(request.name)
         model, _, tag = name.partition(".")
         if weights is not None and (weights.stem.removesuffix(".pth") != name or not tag):
@@ -80,7 +78,7 @@ class Catalogue:
         if weights is not None:
             return file_sha256(weights)
         if request.name in self.demo_names:
-            return str(self._demo_metadata(request.name)["sha256"])
+            return str(demo_metadata(self.demo_folder, request.name)["sha256"])
         return None
 
     def missing_weights(self, request: ModelRequest) -> Missing | None:
@@ -115,14 +113,16 @@ class Catalogue:
             raise ModelError(f"Missing: the weights of {tag}. {_NOT_AT_THE_HUB}")
         return cached_file(found) or download(found, f"weights of {tag}")
 
-    def _demo_metadata(self, name: str) -> dict[str, Any]:
-        path = self.demo_folder / f"{name}.json"
-        if not path.is_file():
-            raise ModelError(
-                f"There are no demo weights of {name}: run `python scripts/train_demo.py`."
-            )
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return content
+
+def demo_metadata(folder: Path, name: str) -> dict[str, Any]:
+    """Return training settings, accuracies, tag and sha256 of demo weights. Raises ModelError."""
+    path = folder / f"{name}.json"
+    if not path.is_file():
+        raise ModelError(
+            f"There are no demo weights of {name}: run `python scripts/train_demo.py`."
+        )
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
 
 
 def cached_file(repository: Repository) -> Path | None:
@@ -139,8 +139,7 @@ def cached_file(repository: Repository) -> Path | None:
 def download(repository: Repository, what: str) -> Path:
     """Download the first file that the repository has; ``what`` names it in messages.
 
-    Raises:
-        ModelError: the hub does not answer, or the repository has none of the files.
+    Raises ModelError: the hub does not answer, or the repository has none of the files.
     """
     from huggingface_hub import errors, hf_hub_download
 

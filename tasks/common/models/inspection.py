@@ -1,8 +1,7 @@
 """Text and JSON of ``inspect``: facts about a checkpoint."""
 
-import math
-from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +10,10 @@ from tabulate import tabulate  # type: ignore[import-untyped, unused-ignore]
 from fimaq_core import NUMERICS_VERSION
 from fimaq_core.checkpoint import Fingerprint
 from fimaq_core.recipe import OFF
-from tasks.common.models.facts import LayerFacts, ModelFacts
+from tasks.common.models.facts import ModelFacts
 from tasks.common.preprocessing import Preprocessing
 from tasks.common.registry import defaults
 
-#: Columns of the two tables; numbers stand at the right.
-_LAYERS = (
-    "layer", "kind", "weight", "MACs", "weight bits", "weight quantizer", "weight ranges",
-    "input bits", "input quantizer", "input ranges", "size (bits)", "bytes", "overhead (bits)",
-    "BOPs", "of full",
-)  # fmt: skip
-_VALUES = ("in full precision", "kind", "values", "size (bits)", "bytes")
-_RIGHT = {
-    "MACs", "weight bits", "input bits", "size (bits)", "bytes", "overhead (bits)", "BOPs",
-    "of full", "values",
-}  # fmt: skip
 #: Explanations of stages whose name does not explain itself.
 _MEANINGS = {"mlp": " (MLPs reconstructed, full precision)"}
 
@@ -75,32 +63,30 @@ class Inspection:
 
     def text(self) -> str:
         """Return tables of layers and of values in full precision, sums, and the origin."""
-        values = [
-            (part.name, part.kind, part.values, *_size(OFF * part.values))
-            for part in self.facts.full_precision
+        content = self.content()
+        tables = [
+            tabulate(content[name], "keys", "simple", missingval="-")
+            for name in ("layers", "full_precision")
         ]
-        tables = [_table(_LAYERS, map(_layer_row, self.facts.layers)), _table(_VALUES, values)]
         return "\n\n".join([*tables, "\n".join(self._sums()), "\n".join(self._origin())])
 
     def _sums(self) -> list[str]:
         sums = self.facts.totals
-
-        def bits(name: str) -> str:
-            return "{} bits ({} bytes)".format(*_size(int(sums[name])))
-
-        def ratio(name: str) -> str:
-            return f"ratio {sums[name]:.2f}"
-
+        ratio = {name: f"ratio {sums[f'{name}_ratio']:.2f}" for name in ("weight", "size", "bops")}
+        bits = {
+            name: f"{int(value)} bits ({ceil(value / 8)} bytes)" for name, value in sums.items()
+        }
+        weights, size = (
+            f"{bits[name]}; full precision {bits[f'full_{name}']}"
+            for name in ("weight_bits", "size_bits")
+        )
         return [
-            f"weights: {bits('weight_bits')}; full precision {bits('full_weight_bits')}; "
-            + ratio("weight_ratio"),
-            f"overhead (scales and zero points): {bits('overhead_bits')}",
+            f"weights: {weights}; {ratio['weight']}",
+            f"overhead (scales and zero points): {bits['overhead_bits']}",
             f"in full precision: {sums['full_precision_values']} values, "
-            + bits("full_precision_bits"),
-            f"whole model: {bits('size_bits')}; full precision {bits('full_size_bits')}; "
-            + ratio("size_ratio"),
-            f"BOPs per image: {sums['bops']}; full precision {sums['full_bops']}; "
-            + ratio("bops_ratio"),
+            + bits["full_precision_bits"],
+            f"whole model: {size}; {ratio['size']}",
+            f"BOPs per image: {sums['bops']}; full precision {sums['full_bops']}; {ratio['bops']}",
             f"MACs per image: {sums['macs']}; quantized {sums['quantized_macs']} "
             f"({100 * sums['quantized_share']:.2f} %)",
             "not counted: softmax, norms, GELU, additions, quantizing itself; "
@@ -125,27 +111,3 @@ class Inspection:
             "numerics version": f"{mark.numerics} (this is {NUMERICS_VERSION})",
         }
         return [f"{name}: {value}" for name, value in lines.items() if value is not None]
-
-
-def _layer_row(one: LayerFacts) -> tuple[Any, ...]:
-    weight: tuple[Any, ...] = one.weight_bits, one.weight_quantizer, one.weight_ranges
-    bits, quantizer = str(one.input_bits), one.input_quantizer
-    if one.other_bits is not None:  # a product has no weight, but another operand
-        weight = "-", "-", "-"
-        bits += f" x {one.other_bits}"
-        quantizer += f" x {one.other_quantizer}"
-    shape = "-" if one.weight_shape is None else "x".join(map(str, one.weight_shape))
-    share = f"{100 * one.bops / (OFF * OFF * one.macs):.2f} %" if one.macs else "-"
-    given = bits, quantizer, one.input_ranges
-    sizes = *_size(one.size_bits), one.overhead_bits, one.bops, share
-    return one.name, one.kind, shape, one.macs, *weight, *given, *sizes
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    sides = ["right" if name in _RIGHT else "left" for name in columns]
-    return str(tabulate(rows, columns, "simple", disable_numparse=True, colalign=sides))
-
-
-def _size(bits: int) -> tuple[int, int]:
-    """Return bits, and bytes rounded up."""
-    return bits, math.ceil(bits / 8)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fimaq_core.checkpoint import state_sha256
 from fimaq_core.errors import ModelError, NumericsError, suggest
-from tasks.common.data.class_order import by_label
+from tasks.common.data.class_order import names_by_label
 from tasks.common.hashing import file_sha256
 from tasks.common.models.safe_reader import Array, Inert, read_content
 
@@ -152,11 +152,16 @@ def _renamed(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     for name, value in state.items():
         if name == "n_averaged" and value.ndim == 0:  # of torch.optim.swa_utils.AveragedModel
             continue
-        if problem := _unreadable(value):
-            raise ModelError(
-                f"The weights {path} have '{name}' {problem}: "
-                "save it as a dense tensor of float32, float16 or bfloat16."
-            )
+        problem = None
+        if value.is_meta:
+            problem = "on the device 'meta', without values"
+        elif value.layout is not torch.strided:
+            problem = f"in the layout {_short(value.layout)}"
+        elif value.is_quantized or (value.is_floating_point() and value.dtype not in _FLOATS):
+            problem = f"as {_short(value.dtype)}"
+        if problem:
+            advice = "save it as a dense tensor of float32, float16 or bfloat16"
+            raise ModelError(f"The weights {path} have '{name}' {problem}: {advice}.")
         own = name
         for part in _INSERTED:
             own = own.replace(part, "")
@@ -169,17 +174,6 @@ def _renamed(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
             )
         found[own] = value
     return found
-
-
-def _unreadable(tensor: Tensor) -> str:
-    """Return the reason why a tensor cannot be copied into a model; empty if it can."""
-    if tensor.is_meta:
-        return "on the device 'meta', without values"
-    if tensor.layout is not torch.strided:
-        return f"in the layout {_short(tensor.layout)}"
-    if tensor.is_quantized or (tensor.is_floating_point() and tensor.dtype not in _FLOATS):
-        return f"as {_short(tensor.dtype)}"
-    return ""
 
 
 def _short(kind: torch.dtype | torch.layout) -> str:
@@ -197,22 +191,12 @@ def _class_names(content: dict[Any, Any]) -> tuple[str, ...] | None:
     for holder in (content, inner, meta, content.get("dataset_meta")):
         for key in ("class_to_idx", "idx_to_class", "class_names", "classes", "CLASSES"):
             value = holder.get(key) if isinstance(holder, dict) else None
-            if names := _names(value, key):
+            if isinstance(value, str) and "_to_" not in key:
+                return (value,)
+            if names := names_by_label(value, turned=key == "class_to_idx"):
                 return tuple(names)
             unread |= isinstance(value, dict | list | tuple | Inert) and value not in ({}, [], ())
     return () if unread else None
-
-
-def _names(value: Any, key: str) -> list[str] | None:
-    if isinstance(value, str) and not key.startswith(("class_to", "idx_to")):
-        return [value]
-    if isinstance(value, dict):
-        pairs = list(value.items())
-        turned = [(label, str(name) if type(name) is int else name) for name, label in pairs]
-        first, second = (pairs, turned) if key != "class_to_idx" else (turned, pairs)
-        return by_label(first) or by_label(second)
-    listed = isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
-    return list(value) if listed else None
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
