@@ -105,7 +105,7 @@ def write_karpathy(root: Path, file: str, folder: str = "") -> list[dict[str, An
 
 
 def write_csv(root: Path, images: int = 12, test: int = 3) -> dict[str, list[str]]:
-    """captions.csv with distinct captions, two an image; the first images are the test part. Returns captions by image."""
+    """captions.csv with two captions per image, by image; the first images are for test."""
     captions = {
         f"img/{number}.png": [f"first of {number}", f"second of {number}"]
         for number in range(images)

@@ -1,4 +1,4 @@
-"""Image-caption data: pairing and order as the files say, published names for published splits only, errors that name."""
+"""Image-caption data: pairs and order of the files, names of published splits, clear errors."""
 
 import csv
 import json
@@ -208,7 +208,8 @@ def test_published_counts_get_the_published_name(
     assert found.describe().captions == {"MS-COCO": 25_010, "Flickr30k": 5_000}[published.name]
     assert found.describe().count == {"MS-COCO": 5_000, "Flickr30k": 1_000}[published.name]
     assert found.head(10).split == "Karpathy test[:10]"
-    absent = rf"names {published.counts['train'].images} images of the split 'Karpathy train' that are not in"
+    count = published.counts["train"].images
+    absent = rf"names {count} images of the split 'Karpathy train' that are not in"
     with pytest.raises(DataError, match=absent):
         open_pairs(loaded(), DataRequest(tmp_path), "train")
     splits["test"][-1] = (splits["test"][-1][0], ("text",) * 6)
@@ -666,7 +667,7 @@ def test_names_in_either_unicode_form_find_their_images(
 
 
 def test_unicode_forms_of_one_name(tmp_path: Path) -> None:
-    """Exact names win; a name that only other forms have must have one, and an image is listed once."""
+    """Exact names win; otherwise one other form must exist, and an image is listed once."""
     composed, decomposed = (unicodedata.normalize(form, "ệ.png") for form in ("NFC", "NFD"))
     third = "\u00ea\u0323.png"
     assert len({composed, decomposed, third}) == 3

@@ -1,4 +1,4 @@
-"""Examples of retrieval and zero-shot classification against plain loops, and the pictures that go with them."""
+"""Example predictions of retrieval and zero-shot against plain loops, and their images."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -32,13 +32,15 @@ DEMO = ModelRequest("demo_clip")
 def source_of(counts: list[int], texts: list[str] | None = None) -> PairSource:
     """Images with so many captions each, ``texts`` in turn."""
     numbers = iter(range(sum(counts)))
-    listed = [(f"i{image}.jpg", [texts[n] if texts else f"text {n}" for n in (next(numbers) for _ in range(count))])
-              for image, count in enumerate(counts)]  # fmt: skip
+    listed = []
+    for image, count in enumerate(counts):
+        own = [next(numbers) for _ in range(count)]
+        listed.append((f"i{image}.jpg", [texts[n] if texts else f"text {n}" for n in own]))
     return PairSource("table", "test", listed, lambda index: index)  # type: ignore[arg-type, return-value]
 
 
 def measure(source: PairSource, x: Tensor, y: Tensor, broken: tuple[int, ...] = ()) -> Evaluation:
-    """Embeddings are looked up: of images by their index, of captions by their place among equal texts' first."""
+    """Embeddings are looked up: of images by index, of captions by the first equal text."""
     first = {text: source.captions.index(text) for text in source.captions}
 
     def read(index: int) -> int:
@@ -186,7 +188,7 @@ def test_every_cell_of_the_demo_shows_the_same_samples(tmp_path: Path) -> None:
 
 
 class Colours(nn.Module):
-    """Encoders that need no training: an image is its mean colour, a text a direction by its length."""
+    """Encoders without training: an image is its mean colour, a text a direction by its length."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -139,7 +139,7 @@ def test_pixels_show_the_digits_where_the_plan_says() -> None:
                 assert data.plan.facts[i, cell] == 0
                 continue
             size, (top, left) = int(data.plan.sizes[i, cell]), data.plan.offsets[i, cell]
-            # Every old pixel repeated `size` times and every 28 of them averaged: the mean of the covered area.
+            # Every old pixel `size` times, and the mean of every 28: the mean of the covered area.
             fine = images[int(source)].astype(float).repeat(size, 0).repeat(size, 1)
             digit = fine.reshape(size, 28, size, 28).mean((1, 3))
             assert top + size <= 24

@@ -1,4 +1,4 @@
-"""Calibration pairs: the same for the same seed, each image with one of its own captions, equal texts far apart."""
+"""Calibration pairs: equal for equal seeds, each image with an own caption, equal texts apart."""
 
 import dataclasses
 import hashlib
@@ -137,7 +137,7 @@ def test_truncated_captions_are_counted(tmp_path: Path) -> None:
 
 
 def test_rounds_against_brute_force() -> None:
-    """Taking, again and again, the least used text that is left, by the order in which texts came up."""
+    """Always take the least used text that is left, in the order of first appearance."""
     generator = np.random.default_rng(0)
     for _ in range(50):
         texts = [f"text {letter}" for letter in generator.integers(0, 6, 20)]
@@ -339,13 +339,16 @@ def test_bad_lists_are_explained(tmp_path: Path) -> None:
     refused({"ids": ids}, "without a caption for each calibration image")
     refused({"ids": ids, "captions": None}, "without a caption for each calibration image")
     refused({"ids": ids, "captions": [first]}, "without a caption for each calibration image")
-    foreign = r"pairs 1 images with captions that they do not have in captions-9-images train, such as 'img/4.png' with 'first of 3'"
+    foreign = (
+        r"pairs 1 images with captions that they do not have in captions-9-images train, "
+        r"such as 'img/4.png' with 'first of 3'"
+    )
     refused({"ids": ids, "captions": [first, first]}, foreign)
     refused({"ids": ["img/0.png"], "captions": ["first of 0"]}, "names 1 images that are not in")
 
 
 def test_zero_shot_names_follow_the_labels(tmp_path: Path) -> None:
-    """The lines of classnames.txt are in the order of the labels, which numbered folders leave open."""
+    """Lines of classnames.txt have the order of labels, which numbered folders leave open."""
     folders = [str(number) for number in range(12)]
     write_images(tmp_path, [f"train/{folder}/a.png" for folder in folders])
     (tmp_path / "classnames.txt").write_text("\n".join(f"thing {folder}" for folder in folders))

@@ -1,4 +1,4 @@
-"""Retrieval from images and captions to metrics and outcomes: by hand, with ties, and with damaged images."""
+"""Retrieval from images and captions to outcomes: by hand, with ties, with damaged images."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -32,7 +32,7 @@ def pairs(captions: Sequence[str], image_of: np.ndarray, ids: Sequence[str] = ()
 
 
 class Book:
-    """A tokenizer that gives each text its number, and the encoders that look embeddings up; what is encoded is written down."""
+    """A tokenizer of texts to numbers, encoders that look up embeddings, a list of queries."""
 
     def __init__(self, images: Tensor, captions: Tensor, source: PairSource) -> None:
         self.images, self.captions = images, captions
@@ -160,7 +160,7 @@ def test_outcomes_agree_with_metrics() -> None:
 
 
 def test_weights_make_the_mean_of_outcomes_the_main_metric() -> None:
-    """And the spread of weighted sums over clusters its error: what a comparison of two methods needs."""
+    """The spread of weighted sums over clusters is its error, as a comparison of methods needs."""
     source, book = make(400, 5, 0.5)
     result = measure(source, book, 64)
     weight, correct = result.outcomes["weight"], result.outcomes["correct"]
@@ -245,7 +245,7 @@ def test_embeddings_that_agree_score_everything() -> None:
 
 
 def test_equal_tokens_are_encoded_once_and_tie() -> None:
-    """Captions 0 and 3 of different images are one to the model: neither image can be told from it."""
+    """Captions 0 and 3 of different images are equal to the model: neither finds its image."""
     source = pairs(("a dog", "a cat", "a car", "A dog"), np.arange(4), "abcd")
     book = Book(torch.eye(4), torch.eye(4), source)
     book.number["A dog"] = book.number["a dog"]

@@ -13,7 +13,7 @@ from tasks.retrieval.ranks import Ranks, pair_ranks
 def brute_force(
     images: Tensor, captions: Tensor, image_of: list[int]
 ) -> tuple[list[int], list[int]]:
-    """Ranks by sorting every query's candidates, correct ones behind wrong ones of the same score."""
+    """Ranks by sorting the candidates of a query, correct ones after wrong ones of equal score."""
     scores = (images.double() @ captions.double().T).tolist()
     forward = []
     for image, row in enumerate(scores):
@@ -69,7 +69,7 @@ def test_random_embeddings(
 @pytest.mark.parametrize("scores_at_a_time", [1, 150, 2**24])
 @pytest.mark.parametrize("seed", range(5))
 def test_ties(monkeypatch: pytest.MonkeyPatch, seed: int, scores_at_a_time: int) -> None:
-    """Few exact values, so that scores are equal within and across images; many embeddings are equal too."""
+    """Few exact values: scores are equal within and across images, and so are many embeddings."""
     monkeypatch.setattr("tasks.retrieval.ranks._SCORES", scores_at_a_time)
     image_of = owners(30, seed)
     generator = torch.Generator().manual_seed(seed)
@@ -100,7 +100,7 @@ def test_perfect_embeddings() -> None:
 def test_constant_embeddings_are_last(
     monkeypatch: pytest.MonkeyPatch, width: int, rows: int
 ) -> None:
-    """A product rounds equal columns differently by their place, which must not look like a difference."""
+    """A product rounds equal columns by their place, which must not look like a difference."""
     monkeypatch.setattr("tasks.retrieval.ranks._SCORES", rows * 303)
     generator = torch.Generator().manual_seed(width)
     vectors = F.normalize(torch.randn(2, width, generator=generator), dim=-1)

@@ -1,4 +1,4 @@
-"""Zero-shot classification against open_clip's classifier and by brute force; where class names come from."""
+"""Zero-shot classification against open_clip's classifier and brute force; class names."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Checkpoints as trainers write them: entries, wrappers of names, and objects beside the weights."""
+"""Checkpoints of trainers: entries, wrappers of names, and objects beside the weights."""
 
 import argparse
 import collections
@@ -127,8 +127,9 @@ def test_one_entry_of_any_name_is_found(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     "names",
     [
-        ("net", "ema_net"), ("student", "teacher"), ("params", "params_ema"), ("model", "ema"), ("net", "ema.module"),
-        ("model", "swa_state"), ("model", "averaged_model"), ("state_dict", "callbacks.EMA.ema_state_dict"),
+        ("net", "ema_net"), ("student", "teacher"), ("params", "params_ema"), ("model", "ema"),
+        ("net", "ema.module"), ("model", "swa_state"), ("model", "averaged_model"),
+        ("state_dict", "callbacks.EMA.ema_state_dict"),
         ("state_dict", "callbacks.EMACallback.weights"),
     ],
 )  # fmt: skip
@@ -324,7 +325,7 @@ class Settings(dict[str, Any]):
 def test_configurations_beside_the_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, name: str
 ) -> None:
-    """The classes of libraries that need not be installed: others of their form have their names."""
+    """Stand-ins have the names of classes whose libraries need not be installed."""
     config: Any = frozenset({1})
     if module != "builtins":
         form = type(

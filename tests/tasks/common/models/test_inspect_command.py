@@ -17,9 +17,9 @@ from tasks.common.hashing import file_sha256
 from tasks.common.request import ModelRequest
 
 QUICK = [
-    "--model", "demo_vit", "--method", "qdrop", "--w-bits", "4", "--a-bits", "4", "--range-search", "minmax",
-    "--calibration-images", "16", "--calibration-transform", "eval", "--steps", "1", "--batch-size", "8", "--seed", "5",
-    "--limit", "32", "--threads", "1",
+    "--model", "demo_vit", "--method", "qdrop", "--w-bits", "4", "--a-bits", "4",
+    "--range-search", "minmax", "--calibration-images", "16", "--calibration-transform", "eval",
+    "--steps", "1", "--batch-size", "8", "--seed", "5", "--limit", "32", "--threads", "1",
 ]  # fmt: skip
 
 
@@ -80,7 +80,8 @@ def test_text(calibrated: Path, command: Any) -> None:
     assert (first["input_quantizer"], first["input_ranges"]) == ("none", "full precision")
     assert line("head.before.norm") == ["head.before.norm", "LayerNorm", "160", "5120"]
     for text in (
-        "weights: 1281280 bits (160160 bytes); full precision 10250240 bits (1281280 bytes); ratio 8.00",
+        "weights: 1281280 bits (160160 bytes); full precision 10250240 bits (1281280 bytes); "
+        "ratio 8.00",
         "MACs per image: 11006400; quantized 11006400 (100.00 %)",
         "stage: calibrated",
         "method: qdrop w4a4, seed 5",

@@ -23,7 +23,7 @@ RTN = make_recipe("rtn", {"range_images": 4})
 def demo(
     name: str, recipe: Recipe = RTN, *, calibrated: bool = False
 ) -> tuple[BlockChain, torch.Tensor, int]:
-    """A demo model as a chain, one image's worth of zeros, and the float model's number of parameters."""
+    """A demo model as a chain, one image of zeros, and the parameters of the float model."""
     loaded = TASK.load(ModelRequest(name))
     assert loaded.input_shape is not None
     parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
@@ -65,7 +65,7 @@ def test_macs_of_a_vit_by_hand() -> None:
 
 
 def test_macs_of_padded_windows_by_formula() -> None:
-    """40 pixels: 10 x 10 tokens in windows of 4 x 4, so 12 x 12; then 5 x 5 in 8 x 8. MLPs see no padding."""
+    """40 pixels: 10 x 10 tokens, padded to 12 x 12; then 5 x 5 to 8 x 8. MLPs see no padding."""
     chain = chain_of(swin(40), RTN)
     expected = {
         "patch_embed.proj": 10 * 10 * (4 * 4 * 3) * 16,
@@ -106,13 +106,13 @@ def test_sizes_of_a_w4a4_vit_by_hand() -> None:
     weights = 80 * 64 + 4 * (240 * 80 + 80 * 80 + 2 * 320 * 80) + 100 * 80
     assert sums["weights"] == weights
     assert sums["weight_bits"] == 4 * weights
-    # A scale of 32 and a zero point of 4 bits: one an output channel, one a linear input, one a head and operand.
+    # A scale of 32 and a zero point of 4 bits: one per channel, input, head of operand.
     assert layers["blocks.2.attn.qkv"].overhead_bits == 36 * (240 + 1)
     assert layers["blocks.2.attn.query_key"].overhead_bits == 36 * (4 + 4)
     assert layers["patch_embed.proj"].overhead_bits == 36 * 80  # its input is not quantized
     rows = 80 + 4 * (240 + 80 + 320 + 80) + 100
     assert sums["overhead_bits"] == 36 * (rows + 4 * 4 + 1 + 4 * 2 * 8)
-    # Rounding to nearest adds no parameters: what is not a weight stays, and nothing is counted twice or forgotten.
+    # Rounding to nearest adds no parameters: every other value stays and counts once.
     assert sums["full_precision_values"] == parameters - weights
     assert sums["full_size_bits"] == 32 * parameters
     assert sums["size_bits"] == 4 * weights + sums["overhead_bits"] + 32 * (parameters - weights)

@@ -1,4 +1,4 @@
-"""Checkpoints from elsewhere: one clear message whatever their header says; nothing runs, is fetched, read or written."""
+"""Untrusted checkpoints: one clear message for any header; nothing runs, is fetched or written."""
 
 import json
 import os
@@ -20,11 +20,12 @@ from tasks.common.cell import stages
 from tasks.common.request import CellRequest, DataRequest, ModelRequest
 
 QUICK: dict[str, Any] = {
-    "calibration_images": 8, "range_images": 4, "range_candidates": 16, "range_rounds": 1, "steps": 1, "batch_size": 8,
+    "calibration_images": 8, "range_images": 4, "range_candidates": 16, "range_rounds": 1,
+    "steps": 1, "batch_size": 8,
 }  # fmt: skip
 OPTIONS: dict[str, Any] = {
-    "device": "cpu", "threads": 1, "eval_batch": 16, "workers": 0, "weights": None, "weights_folder": None,
-    "placement": "device", "step_engine": "auto",
+    "device": "cpu", "threads": 1, "eval_batch": 16, "workers": 0, "weights": None,
+    "weights_folder": None, "placement": "device", "step_engine": "auto",
 }  # fmt: skip
 DATA = DataRequest(limit=16)
 Change = Callable[[dict[str, Any]], None]
@@ -41,7 +42,7 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def with_header(source: Path, path: Path, change: Change) -> Path:
-    """A copy of a checkpoint whose header (JSON) is another one; ``change`` also gets facts and fingerprint as objects."""
+    """A copy of a checkpoint with another header; ``change`` gets facts and fingerprint."""
     raw = source.read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
     header = json.loads(raw[8 : 8 + length])
@@ -57,7 +58,7 @@ def with_header(source: Path, path: Path, change: Change) -> Path:
 
 
 def refusals(path: Path, folder: Path, task: str = "classification") -> list[str]:
-    """What every stage that takes a checkpoint says to it. Fails if one takes it, or anything but ``path`` is there after."""
+    """Messages of all stages that take a checkpoint. Fails if a stage takes it or writes a file."""
     before, texts = {entry: entry.read_bytes() for entry in folder.iterdir()}, []
     out = folder / "out.safetensors"
     for stage in (
