@@ -12,7 +12,7 @@ from PIL import Image
 from fimaq_core.errors import DataError
 from fimaq_core.recipe import Recipe
 from tasks.classification.demo.digit_pairs import DigitPairs
-from tasks.common.data.calibration import draw, positions_of, read_list
+from tasks.common.data.calibration import positions_of, read_list, take
 from tasks.common.data.files import file_below
 from tasks.common.data.folders import Source, open_folder
 from tasks.common.data.imagenet import LAYOUT
@@ -69,7 +69,7 @@ def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> C
         ids, read = source.ids, source.read
         order = np.random.default_rng(recipe.seed).permutation(len(ids))
     images = Images(ids, [0] * len(ids), read, transform, data.skip_corrupt)
-    drawn = draw(images, order, recipe.calibration_images, recipe.seed)
+    drawn = take(images, order, recipe.calibration_images, recipe.seed)
     chosen = torch.stack(drawn.images)
     names = [ids[position] for position in drawn.positions]
     digest = hashlib.sha256("\n".join([recipe.calibration_transform, *names]).encode())
@@ -84,7 +84,7 @@ def _listed(
 ) -> tuple[list[str], Callable[[int], Image.Image]]:
     """Ids and reader of the images in a calibration list or a result record."""
     assert data.calibration_list is not None
-    ids, _ = read_list(data.calibration_list)
+    ids = read_list(data.calibration_list).ids
     if source is not None:
         positions = positions_of(
             ids, source.ids, data.calibration_list, f"{source.name} {source.split}"

@@ -9,7 +9,7 @@ import numpy as np
 from fimaq_core.errors import RecipeError
 from fimaq_core.recipe import Recipe
 from fimaq_core.samples import Samples
-from tasks.common.data.calibration import draw, positions_of, read_list
+from tasks.common.data.calibration import positions_of, read_list, take
 from tasks.common.data.files import id_below
 from tasks.common.data.images import Images
 from tasks.common.request import DataRequest
@@ -32,7 +32,7 @@ def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> C
         )
     source = open_source(loaded, data, "train")
     if data.calibration_list is not None:
-        names = [id_below(name, source.root) for name in read_list(data.calibration_list)[0]]
+        names = [id_below(name, source.root) for name in read_list(data.calibration_list).ids]
         order = positions_of(
             names, source.image_ids, data.calibration_list, f"{source.name} {source.split}"
         )
@@ -45,13 +45,14 @@ def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> C
     images = Images(
         ids, labels, lambda index: source.read(order[index]), transform, data.skip_corrupt
     )
-    drawn = draw(images, range(len(ids)), recipe.calibration_images, recipe.seed)
-    positions = drawn.positions
+    drawn, positions, skipped = take(
+        images, range(len(ids)), recipe.calibration_images, recipe.seed
+    )
     chosen = [ids[position] for position in positions]
     _, notes = source.orientations(
         [order[position] for position in positions], "calibration images"
     )
-    samples = Samples([image for image, _ in drawn.images])
+    samples = Samples([image for image, _ in drawn])
     shapes: list[Any] = [list(image.shape) for image in samples]
     digest = hashlib.sha256(json.dumps([recipe.calibration_transform, chosen, shapes]).encode())
     for image in samples:
@@ -61,8 +62,8 @@ def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> C
         chosen,
         recipe.calibration_transform,
         digest.hexdigest(),
-        drawn.skipped,
+        skipped,
         {DETECTOR: samples},
-        metas=[meta for _, meta in drawn.images],
+        metas=[meta for _, meta in drawn],
         notes=[*notes, *images.notes()],
     )

@@ -11,7 +11,7 @@ import torch
 
 from fimaq_core.errors import DataError, ModelError
 from fimaq_core.recipe import Recipe
-from tasks.common.data.calibration import draw, positions_of, read_list
+from tasks.common.data.calibration import positions_of, read_list, take
 from tasks.common.data.files import id_below
 from tasks.common.data.folders import open_folder
 from tasks.common.data.images import Images
@@ -53,7 +53,7 @@ def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> C
         return pairs.read(chosen[position])
 
     images = Images(ids, [0] * len(ids), read, transform, data.skip_corrupt)
-    drawn = draw(images, order, recipe.calibration_images, seed)
+    drawn = take(images, order, recipe.calibration_images, seed)
     pixels = torch.stack(drawn.images)
     ids = [ids[position] for position in drawn.positions]
     texts = [captions[position] for position in drawn.positions]

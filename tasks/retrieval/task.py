@@ -152,17 +152,11 @@ class RetrievalTask(Task):
         names = class_names(data.path, folders)
         embedded = class_embeddings(encoders, names, batch_size, on_progress)
         classifier = ZeroShotClassifier(model.encode_image, embedded, model.logit_scale)
-        source, transform = source.head(data.limit), loaded.eval_transform
+        source = replace(source.head(data.limit), class_names=told_apart(names, folders))
+        transform = loaded.eval_transform
         images = Images(source.ids, source.targets, source.read, transform, data.skip_corrupt)
         found = evaluate(
-            classifier,
-            images,
-            source,
-            device,
-            batch_size,
-            workers,
-            on_progress,
-            told_apart(names, folders),
+            classifier, images, source, device, batch_size, workers, on_progress, source.class_names
         )
         return replace(found, dataset=named_classes(found.dataset, names, folders))
 

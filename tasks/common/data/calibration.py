@@ -3,25 +3,23 @@
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fimaq_core.errors import DataError
 from tasks.common.data.files import composed
 from tasks.common.data.images import Images, seeded_item
 
 
-@dataclass(frozen=True)
-class Drawn:
+class Taken(NamedTuple):
     """Transformed images."""
 
-    images: list[Any] = field(default_factory=list)  # (C, H, W) float32 each, of any size
-    positions: list[int] = field(default_factory=list)  # of each image in the data
-    skipped: list[str] = field(default_factory=list)  # ids of damaged images
+    images: list[Any]  # (C, H, W) float32 each, of any size
+    positions: list[int]  # of each image in the data
+    skipped: list[str]  # ids of damaged images
 
 
-def draw(images: Images, order: Iterable[int], wanted: int, seed: int) -> Drawn:
+def take(images: Images, order: Iterable[int], wanted: int, seed: int) -> Taken:
     """Take the first ``wanted`` readable images in ``order``; each has its own seed for transforms.
 
     Raises DataError: there are fewer images, or an image is damaged and not to be skipped.
@@ -31,7 +29,7 @@ def draw(images: Images, order: Iterable[int], wanted: int, seed: int) -> Drawn:
             f"{wanted} calibration images are asked for, but there are {len(images)}: "
             "lower --calibration-images or give more."
         )
-    found = Drawn()
+    found = Taken([], [], [])
     for index in map(int, order):
         if len(found.images) == wanted:
             return found
@@ -81,10 +79,16 @@ def positions_of(names: Sequence[str], ids: Sequence[str], path: Path, what: str
     return chosen
 
 
-def read_list(path: Path) -> tuple[list[str], dict[str, Any] | None]:
-    """Return the ids or paths of a calibration list, and the calibration entry of a record.
+class Listed(NamedTuple):
+    """Content of a calibration list."""
 
-    The list is a text file with one id or path per line (its entry is None) or a result record.
+    ids: list[str]  # ids or paths of the images
+    calibration: dict[str, Any] | None  # entry of a result record; None for a text file
+
+
+def read_list(path: Path) -> Listed:
+    """Read a calibration list: a text file with one id or path per line, or a result record.
+
     Raises DataError: the file cannot be read, or is a JSON object without calibration ids.
     """
     try:
@@ -92,12 +96,12 @@ def read_list(path: Path) -> tuple[list[str], dict[str, Any] | None]:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"Cannot read the calibration list {path}: {error}.") from error
     if not text.lstrip().startswith("{"):
-        return [line.strip() for line in text.splitlines() if line.strip()], None
+        return Listed([line.strip() for line in text.splitlines() if line.strip()], None)
     try:
         calibration = json.loads(text)["calibration"]
         ids = calibration["ids"]
         if isinstance(ids, list) and all(isinstance(name, str) for name in ids):
-            return ids, calibration
+            return Listed(ids, calibration)
     except (ValueError, RecursionError, KeyError, TypeError):
         pass
     raise DataError(f"{path} is not a result record with calibration ids.")

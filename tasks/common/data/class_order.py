@@ -1,9 +1,8 @@
 """Order of class folders, which gives each class its label. Imports nothing heavy."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from fimaq_core.errors import DataError, suggest
 from tasks.common.data.class_names import WORDNET_ID, by_name
@@ -71,7 +70,7 @@ def ordered(
         return _matched(read_class_order(path), text, where, path), FILE
     if order is None and (by_checkpoint := _by_known(known, text)):
         return by_checkpoint, CHECKPOINT
-    natural = sorted(text, key=_natural_key(text))
+    natural = _natural(text)
     if order == NATURAL:
         return natural, NATURAL
     problem = _unclear(text, natural, sorted(classes), known) if order is None and labels else ""
@@ -114,12 +113,10 @@ def known_notes(names: Sequence[str], order: str, known: Sequence[str] | None) -
         return []
     matched = _by_known(known, names)
     if order == CHECKPOINT:
-        pairs = zip(names, known, strict=True)
-        odd = next((pair for pair in pairs if composed(pair[0]) != composed(pair[1])), None)
         alike = ", alike but for case, spaces and underscores, such as {!r} for {!r}"
-        return [
-            f"labels follow the class names in the weights file{alike.format(*odd) if odd else ''}"
-        ]
+        pairs = zip(names, known, strict=True)
+        odd = [alike.format(*pair) for pair in pairs if composed(pair[0]) != composed(pair[1])]
+        return [f"labels follow the class names in the weights file{''.join(odd[:1])}"]
     if matched and matched != [*names]:
         label = _first_difference(names, matched)
         return [
@@ -177,24 +174,21 @@ def names_by_label(content: object, turned: bool = False) -> list[str] | None:
     return None
 
 
-def _matched(names: Sequence[str], classes: Sequence[str], where: Path, path: Path) -> list[str]:
-    """Return the folders in the order of ``names``, in any Unicode form. Raises DataError."""
+def _matched(listed: Sequence[str], classes: Sequence[str], where: Path, path: Path) -> list[str]:
+    """Return the folders in the order of ``listed``, in any Unicode form. Raises DataError."""
     folders = {composed(name): name for name in classes}
-    listed = [composed(name) for name in names]
+    listed = [*map(composed, listed)]
     if (twice := _first_twice(listed)) is not None:
         raise DataError(f"{path} lists the class {twice!r} twice.")
     surplus = [name for name in listed if name not in folders]
     missing = sorted(folders.keys() - set(listed))
     problems = []
     if surplus:
-        near = suggest(surplus[0], missing).strip() if missing else ""
-        near = f" ({near})" if 0 < len(near) < 100 else ""
-        problems.append(
-            f"{counted(len(surplus), 'name')} without a folder, such as {surplus[0]!r}{near}"
-        )
+        names = counted(len(surplus), "name")
+        problems.append(f"{names} without a folder, such as {surplus[0]!r}")
     if missing:
-        without = counted(len(missing), "folder")
-        problems.append(f"{without} without a name in it, such as {missing[0]!r}")
+        names = counted(len(missing), "folder")
+        problems.append(f"{names} without a name in it, such as {missing[0]!r}")
     if problems:
         raise DataError(f"{path} does not list the classes of {where}: {'; '.join(problems)}.")
     return [folders[name] for name in listed]
@@ -208,15 +202,14 @@ def _first_difference(names: Sequence[str], others: Sequence[str]) -> int:
     return [own == other for own, other in zip(names, others, strict=True)].index(False)
 
 
-def _natural_key(names: Sequence[str]) -> Callable[[str], Any]:
-    """Return the key of timm's natural order, which ignores case, or of text if timm fails."""
+def _natural(names: list[str]) -> list[str]:
+    """Sort names in timm's natural order, which ignores case; keep the order if timm fails."""
     from timm.utils.misc import natural_key  # heavy, and not needed by plans
 
     try:
-        keys = {name: natural_key(composed(name)) for name in names}
+        return sorted(names, key=lambda name: natural_key(composed(name)))
     except ValueError:  # timm takes a superscript digit for a number
-        return composed
-    return keys.__getitem__
+        return names
 
 
 def _file(order: str) -> Path:

@@ -14,8 +14,9 @@ hardware: quantization is simulated, so neither the checkpoint nor the running t
 numbers say what integer storage and integer arithmetic would need.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -141,17 +142,14 @@ def count_macs(chain: BlockChain, image: Tensor) -> dict[str, int]:
     flops = FlopCounterMode(display=False)
     macs = dict.fromkeys((name for name, _ in _multiplying_layers(chain)), 0)
 
-    def count(name: str, sign: int) -> Callable[..., None]:
-        def add(*_: object) -> None:
-            macs[name] += sign * flops.get_total_flops() // 2  # one MAC is two operations
-
-        return add
+    def count(name: str, sign: int, *_: object) -> None:
+        macs[name] += sign * flops.get_total_flops() // 2  # one MAC is two operations
 
     switched = [(layer, layer.quantized) for _, layer in quant_layers(chain)]
     handles = []
     for name, layer in _multiplying_layers(chain):
-        handles.append(layer.register_forward_pre_hook(count(name, -1)))
-        handles.append(layer.register_forward_hook(count(name, 1)))
+        handles.append(layer.register_forward_pre_hook(partial(count, name, -1)))
+        handles.append(layer.register_forward_hook(partial(count, name, 1)))
     try:
         set_quantized(chain, False)
         with flops:

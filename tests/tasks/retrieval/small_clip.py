@@ -84,7 +84,7 @@ def token_ids(count: int, seed: int = 0) -> Tensor:
 
 @torch.no_grad()
 def embeddings(model: nn.Module, images: Tensor, ids: Tensor) -> dict[str, Tensor]:
-    """What open_clip computes, before anything was taken over."""
+    """Outputs of open_clip, before a chain takes over its parameters."""
     model = copy.deepcopy(model)
     return {"vision": model.encode_image(images), "text": model.encode_text(ids, normalize=False)}
 

@@ -236,7 +236,8 @@ def test_short_names_import_nothing_heavy() -> None:
         "import sys; from tasks.retrieval import tags\n"
         "from tasks.common.request import DataRequest, ModelRequest\n"
         "for name in tags.SHORT_NAMES:\n"
-        "    model = ModelRequest(name); tags.model_tag(model); tags.preflight(model, DataRequest())\n"
+        "    tags.model_tag(ModelRequest(name))\n"
+        "    tags.preflight(ModelRequest(name), DataRequest())\n"
         "heavy = {'torch', 'timm', 'open_clip', 'transformers', 'torchvision'}\n"
         "print(sorted(heavy & sys.modules.keys()))"
     )

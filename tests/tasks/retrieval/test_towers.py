@@ -195,7 +195,7 @@ def test_without_mask_every_token_counts(pool: str) -> None:
 
 
 def test_texts_may_be_shorter_than_the_context() -> None:
-    """What the mask hides may as well be left out."""
+    """Tokens that the mask hides do not count."""
     chain, ids = both(clip(), quick())["text"], token_ids(3)
     with torch.no_grad():
         assert torch.allclose(chain(ids[:, :7]), chain(ids), rtol=1e-5, atol=1e-5)

@@ -12,7 +12,7 @@ from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from fimaq_core.errors import DataError
-from tasks.common.data.calibration import draw
+from tasks.common.data.calibration import take
 from tasks.common.data.files import is_hidden
 from tasks.common.data.images import (
     Images,
@@ -186,7 +186,7 @@ def test_warnings_become_notes(
         "1 image with so many pixels that Pillow warns of a decompression bomb: 5.png",
     ]
     before = images.notes()
-    draw(images, range(7), 7, 0)
+    take(images, range(7), 7, 0)
     assert images.notes() == before
     assert len(recwarn) == 0
 
