@@ -97,10 +97,8 @@ def quantize_tower(
     fields = {name: value for name, value in settings.items() if name in Recipe.model_fields}
     recipe = make_recipe(method, fields)
     if len(images) != len(token_ids) or len(images) < 2:
-        raise DataError(
-            f"{len(images)} images and {len(token_ids)} captions: give one caption per image, and "
-            "at least two of them."
-        )
+        given = f"{len(images)} images and {len(token_ids)} captions"
+        raise DataError(f"{given}: give one caption per image, and at least two of them.")
     count = min(len(images), recipe.calibration_images)
     sides = (VisionTower(model), images[:count]), (TextTower(model), token_ids[:count])
     (one, inputs), (other, others) = sides if tower == "vision" else sides[::-1]

@@ -17,9 +17,8 @@ from tasks.common.data.folders import open_folder
 from tasks.common.data.images import Images
 from tasks.common.request import DataRequest
 from tasks.common.task import CalibrationSet, LoadedModel
-from tasks.retrieval.captions import imagenet_pairs, open_pairs, pairs_root
+from tasks.retrieval.captions import PairSource, imagenet_pairs, open_pairs, pairs_root
 from tasks.retrieval.evaluate import truncated, truncation_notes
-from tasks.retrieval.pairs import PairSource
 from tasks.retrieval.zero_shot import LINES, class_names
 
 
@@ -35,9 +34,7 @@ def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> C
         ModelError: the model has no tokenizer.
     """
     if loaded.tokenizer is None:
-        raise ModelError(
-            f"{loaded.tag} has no tokenizer, so it cannot be calibrated on image-caption pairs."
-        )
+        raise ModelError(f"{loaded.tag} has no tokenizer, so captions cannot calibrate it.")
     pairs, seed, given = training_pairs(loaded, data), recipe.seed, None
     if data.calibration_list is not None:
         chosen, given = _listed(data.calibration_list, pairs, pairs_root(data, "train"))

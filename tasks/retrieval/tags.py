@@ -97,10 +97,7 @@ def full_name(name: str) -> str:
     variants = (one for one in published(model) if one.endswith(f".{tag}"))
     fitting = name if _fits_activation(model, tag) else next(variants, None)
     if fitting is None:
-        raise ModelError(
-            f"The weights '{tag}' were trained with another activation than {model} has: "
-            "use other weights."
-        )
+        raise ModelError(f"The weights '{tag}' have another activation than {model}: use others.")
     return fitting
 
 

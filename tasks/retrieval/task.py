@@ -106,10 +106,7 @@ class RetrievalTask(Task):
     ) -> dict[str, Divergence]:
         """Return the contrastive divergence of each tower; the other is in full precision."""
         if recipe.temperature != Recipe.model_fields["temperature"].default:
-            raise RecipeError(
-                "The divergence of a retrieval model takes the model's own scale: "
-                "leave temperature out."
-            )
+            raise RecipeError("The divergence takes the model's own scale: leave temperature out.")
         if not (recipe.reconstruct or recipe.reconstruct_mlp):
             return dict.fromkeys(TOWERS, Divergence())  # not used
         model = loaded.model.to(device)
@@ -144,9 +141,7 @@ class RetrievalTask(Task):
             images = Images(ids, none, pairs.read, loaded.eval_transform, data.skip_corrupt)
             return evaluate_pairs(encoders, images, pairs, batch_size, workers, on_progress)
         if data.path is None:
-            raise DataError(
-                "Zero-shot evaluation needs images in class folders: give --data /path/to/imagenet."
-            )
+            raise DataError("Zero-shot needs images in class folders: give --data /path/to/data.")
         source = open_folder(data.path, "val", data.class_order, wanted=LINES)
         folders = source.class_names
         names = class_names(data.path, folders)

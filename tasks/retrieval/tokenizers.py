@@ -77,10 +77,7 @@ def build_tokenizer(
         origin = f"; tokenizer {repo} sha256 {file_sha256(file)[:16]}"
         return Tokenizer(found, length, vocabulary, origin)
     if "siglip" in model.lower():  # open_clip would fetch a vocabulary from an address in its code
-        raise ModelError(
-            f"The configuration of {model} names no tokenizer: give hf_tokenizer_name in its "
-            "text_cfg."
-        )
+        raise ModelError(f"{model} names no tokenizer: give hf_tokenizer_name in its text_cfg.")
     try:
         return Tokenizer(SimpleTokenizer(context_length=length, **settings), length, vocabulary)
     except (TypeError, ValueError, AssertionError) as error:

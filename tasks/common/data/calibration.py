@@ -39,11 +39,9 @@ def take(images: Images, order: Iterable[int], wanted: int, seed: int) -> Taken:
         else:
             found.images.append(item)
             found.positions.append(index)
-    if len(found.images) < wanted:
-        raise DataError(
-            f"Only {len(found.images)} of {wanted} calibration images could be read; "
-            f"{len(found.skipped)} are damaged."
-        )
+    if (count := len(found.images)) < wanted:
+        damaged = f"{len(found.skipped)} are damaged"
+        raise DataError(f"Only {count} of {wanted} calibration images could be read; {damaged}.")
     return found
 
 

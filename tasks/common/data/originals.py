@@ -24,10 +24,7 @@ def originals_below(root: Path, ids: Sequence[str]) -> dict[str, Image.Image]:
     found = {}
     for name in ids:
         if image_id(name, "A sample's id") != name:
-            raise DataError(
-                f"There is no sample {name!r}: ids are paths below the folder of the data, in "
-                "their shortest form."
-            )
+            raise DataError(f"There is no sample {name!r}: ids are paths below the data folder.")
         path = file_below(root, name)
         try:
             if not path.is_file():
@@ -46,10 +43,7 @@ def class_originals(root: Path, ids: Sequence[str]) -> dict[str, Image.Image]:
     """Return the images of ids ``val/<class>/<image>`` as RGB. Raises DataError."""
     for name in ids:
         if not name.startswith("val/") or name.count("/") < 2:
-            raise DataError(
-                f"There is no sample {name!r} among labelled images: ids there are such as "
-                "'val/<class>/<image>'."
-            )
+            raise DataError(f"There is no sample {name!r}: ids are such as 'val/<class>/<image>'.")
     return originals_below(root, ids)
 
 
@@ -65,9 +59,8 @@ def known_originals(
     found = {}
     for name in ids:
         if name not in positions:
-            raise DataError(
-                f"There is no sample {name!r} in {what} (ids there are such as {known[0]!r})."
-            )
+            known_id = f"ids are such as {known[0]!r}"
+            raise DataError(f"There is no sample {name!r} in {what}: {known_id}.")
         try:
             found[name] = read(positions[name]).convert("RGB")
         except DAMAGED as error:

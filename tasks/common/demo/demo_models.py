@@ -59,9 +59,7 @@ class DemoModels:
             NumericsError: NaN in the weights.
         """
         if request.model_args:
-            raise ModelError(
-                "Demo models take no --model-args: their structure is fixed by their weights."
-            )
+            raise ModelError("Demo models take no --model-args: their weights fix the structure.")
         if request.preprocessing:
             names = ", ".join(f"--{name.replace('_', '-')}" for name in request.preprocessing)
             raise ModelError(f"Demo models take no {names}: their data are made for them.")

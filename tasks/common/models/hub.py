@@ -118,9 +118,7 @@ def demo_metadata(folder: Path, name: str) -> dict[str, Any]:
     """Return training settings, accuracies, tag and sha256 of demo weights. Raises ModelError."""
     path = folder / f"{name}.json"
     if not path.is_file():
-        raise ModelError(
-            f"There are no demo weights of {name}: run `python scripts/train_demo.py`."
-        )
+        raise ModelError(f"No demo weights of {name}: run `python scripts/train_demo.py`.")
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return content
 
@@ -153,9 +151,8 @@ def download(repository: Repository, what: str) -> Path:
                 f"The {what} could not be downloaded from the Hugging Face hub: {error}"
             ) from error
     files = " or ".join(repository.files)
-    raise ModelError(
-        f"The {what} are not in the Hugging Face repository {repository.repo}: no {files}."
-    )
+    repo = repository.repo
+    raise ModelError(f"The {what} are not in the Hugging Face repository {repo}: no {files}.")
 
 
 @lru_cache(maxsize=1)

@@ -31,13 +31,13 @@ from tasks.retrieval.captions import (
     COCO,
     FLICKR30K,
     Counts,
+    PairSource,
     Published,
     imagenet_pairs,
     open_captions,
     open_pairs,
     open_published,
 )
-from tasks.retrieval.pairs import PairSource
 from tasks.retrieval.tags import KINDS
 
 SMALL_COCO = {"train": Counts(4), "restval": Counts(1), "val": Counts(1), "test": Counts(2, 11)}

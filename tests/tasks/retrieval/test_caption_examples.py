@@ -21,8 +21,8 @@ from tasks.common.data.images import Images
 from tasks.common.record import read_record
 from tasks.common.request import CellRequest, DataRequest, ModelRequest
 from tasks.common.task import Evaluation
+from tasks.retrieval.captions import PairSource
 from tasks.retrieval.evaluate import Encoders, evaluate_pairs
-from tasks.retrieval.pairs import PairSource
 from tasks.retrieval.task import TASK, TwoTowers
 
 CPU = torch.device("cpu")

@@ -19,8 +19,7 @@ from fimaq_core.recipe import Recipe, make_recipe
 from tasks.common.request import DataRequest
 from tasks.common.task import CalibrationSet
 from tasks.retrieval.calibration import calibration_set, drawn_caption, in_rounds, training_pairs
-from tasks.retrieval.captions import open_pairs
-from tasks.retrieval.pairs import PairSource
+from tasks.retrieval.captions import PairSource, open_pairs
 
 
 def recipe(count: int = 6, **changes: object) -> Recipe:

@@ -15,8 +15,8 @@ from fimaq_core.errors import DataError, ModelError, NumericsError
 from fimaq_core.progress import OnProgress, Progress, silent
 from tasks.common.data.images import Images
 from tasks.common.task import Evaluation
+from tasks.retrieval.captions import PairSource
 from tasks.retrieval.evaluate import Encoders, evaluate_pairs, normalised, truncated
-from tasks.retrieval.pairs import PairSource
 
 CPU = torch.device("cpu")
 
