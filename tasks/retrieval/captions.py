@@ -20,10 +20,15 @@ from tasks.common.record import Dataset
 from tasks.common.request import DataRequest
 from tasks.common.task import LoadedModel
 from tasks.retrieval.caption_files import read_captions
-from tasks.retrieval.tags import COCO_FILE, FLICKR30K_FILE, FREE_FILE, LAYOUT, caption_files
+from tasks.retrieval.tags import (
+    COCO_FILE,
+    DEMO_DATA,
+    FLICKR30K_FILE,
+    FREE_FILE,
+    LAYOUT,
+    caption_files,
+)
 
-#: Name of the data that come with the demo model.
-DEMO_DATA = "digit-scenes"
 #: Parts of a data set that a run uses.
 PARTS = ("train", "test")
 

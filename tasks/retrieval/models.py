@@ -102,7 +102,7 @@ def _demo(request: ModelRequest, tag: str, weights: Path | None) -> LoadedModel:
         classes=0,
         eval_transform=scenes.eval_transform(),
         train_transform=scenes.train_transform(),
-        data="digit-scenes",
+        data=tags.DEMO_DATA,
         input_shape=(3, *scenes.CANVAS_SIZE),
         tokenizer=tokenizer,
         context_length=tokenizer.context_length,

@@ -29,37 +29,29 @@ LAYOUT = (
     "(image, caption)"
 )
 
-#: Short names, and the published checkpoints ``<open_clip model>.<open_clip's tag>``.
+#: Published checkpoints ``<open_clip model>.<open_clip's tag>`` and repositories, by short name.
 #: OpenAI trained with QuickGELU, which the ``-quickgelu`` configurations have. open_clip has the
-#: tag ``openai`` under ``ViT-B-32`` too: there it warns, and computes the exact GELU.
-SHORT_NAMES = {
-    "clip_vit_b32": "ViT-B-32-quickgelu.openai",
-    "clip_vit_b16": "ViT-B-16-quickgelu.openai",
-    "clip_vit_l14": "ViT-L-14-quickgelu.openai",
-    "laion_vit_b32": "ViT-B-32.laion2b_s34b_b79k",
-    "laion_vit_b16": "ViT-B-16.laion2b_s34b_b88k",
-    "laion_vit_h14": "ViT-H-14.laion2b_s32b_b79k",
-    "siglip_b16": "ViT-B-16-SigLIP.webli",
-    "siglip2_b16": "ViT-B-16-SigLIP2.webli",
+#: tag ``openai`` under ``ViT-B-32`` too: there it warns, and computes the exact GELU. Repositories
+#: are copied from open_clip: its import takes seconds, and the plan of a grid must not.
+_PUBLISHED = {
+    "clip_vit_b32": ("ViT-B-32-quickgelu.openai", "timm/vit_base_patch32_clip_224.openai"),
+    "clip_vit_b16": ("ViT-B-16-quickgelu.openai", "timm/vit_base_patch16_clip_224.openai"),
+    "clip_vit_l14": ("ViT-L-14-quickgelu.openai", "timm/vit_large_patch14_clip_224.openai"),
+    "laion_vit_b32": ("ViT-B-32.laion2b_s34b_b79k", "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"),
+    "laion_vit_b16": ("ViT-B-16.laion2b_s34b_b88k", "laion/CLIP-ViT-B-16-laion2B-s34B-b88K"),
+    "laion_vit_h14": ("ViT-H-14.laion2b_s32b_b79k", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
+    "siglip_b16": ("ViT-B-16-SigLIP.webli", "timm/ViT-B-16-SigLIP"),
+    "siglip2_b16": ("ViT-B-16-SigLIP2.webli", "timm/ViT-B-16-SigLIP2"),
 }
+SHORT_NAMES = {short: full for short, (full, _) in _PUBLISHED.items()}
+_REPOSITORIES = dict(_PUBLISHED.values())
+_TOKENIZERS = {name: f"timm/{name}" for name in ("ViT-B-16-SigLIP", "ViT-B-16-SigLIP2")}
 DEMO_NAMES = ("demo_clip",)
+#: Name of the data that come with the demo model.
+DEMO_DATA = "digit-scenes"
 #: Parts of a model that can be quantized, and measurements; the default first.
 SCOPES = ("both", "vision", "text")
 EVALUATIONS = ("retrieval", "zero-shot")
-
-#: Entries of open_clip's registry for the short names: its import takes seconds, and the plan of a
-#: grid must not.
-_REPOSITORIES = {
-    "ViT-B-32-quickgelu.openai": "timm/vit_base_patch32_clip_224.openai",
-    "ViT-B-16-quickgelu.openai": "timm/vit_base_patch16_clip_224.openai",
-    "ViT-L-14-quickgelu.openai": "timm/vit_large_patch14_clip_224.openai",
-    "ViT-B-32.laion2b_s34b_b79k": "laion/CLIP-ViT-B-32-laion2B-s34B-b79K",
-    "ViT-B-16.laion2b_s34b_b88k": "laion/CLIP-ViT-B-16-laion2B-s34B-b88K",
-    "ViT-H-14.laion2b_s32b_b79k": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-    "ViT-B-16-SigLIP.webli": "timm/ViT-B-16-SigLIP",
-    "ViT-B-16-SigLIP2.webli": "timm/ViT-B-16-SigLIP2",
-}
-_TOKENIZERS = {name: f"timm/{name}" for name in ("ViT-B-16-SigLIP", "ViT-B-16-SigLIP2")}
 
 #: open_clip's names of checkpoints in a repository, best first.
 FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
