@@ -184,8 +184,10 @@ def _matched(listed: Sequence[str], classes: Sequence[str], where: Path, path: P
     missing = sorted(folders.keys() - set(listed))
     problems = []
     if surplus:
+        near = suggest(surplus[0], missing).strip() if missing else ""
+        near = f" ({near})" if 0 < len(near) < 100 else ""
         names = counted(len(surplus), "name")
-        problems.append(f"{names} without a folder, such as {surplus[0]!r}")
+        problems.append(f"{names} without a folder, such as {surplus[0]!r}{near}")
     if missing:
         names = counted(len(missing), "folder")
         problems.append(f"{names} without a name in it, such as {missing[0]!r}")

@@ -302,7 +302,7 @@ def test_files_of_an_order(tmp_path: Path) -> None:
     [
         (
             "ant\nbee\ncst\n",
-            r"1 name without a folder, such as 'cst'; 1 folder without a name in it",
+            r"1 name without a folder, such as 'cst' \(Did you mean 'cat'\?\); 1 folder without a name in it",
         ),
         ("ant\nbee\n", "1 folder without a name in it, such as 'cat'"),
         ("ant\nbee\ncat\ndog\n", "1 name without a folder, such as 'dog'"),

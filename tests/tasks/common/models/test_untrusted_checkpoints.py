@@ -24,8 +24,8 @@ QUICK: dict[str, Any] = {
     "steps": 1, "batch_size": 8,
 }  # fmt: skip
 OPTIONS: dict[str, Any] = {
-    "device": "cpu", "threads": 1, "eval_batch": 16, "workers": 0, "weights": None,
-    "weights_folder": None, "placement": "device", "step_engine": "auto",
+    "device": "cpu", "threads": 1, "eval_batch": 16, "workers": 0, "weights": None, "weights_folder": None,
+    "placement": "device", "step_engine": "auto",
 }  # fmt: skip
 DATA = DataRequest(limit=16)
 Change = Callable[[dict[str, Any]], None]
