@@ -10,7 +10,7 @@ from tasks.retrieval.bootstrap import CUTS, RESAMPLES, measures, standard_errors
 
 
 def example(images: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ranks of both directions with one to five captions an image."""
+    """Ranks of both directions with one to five captions per image."""
     generator = np.random.default_rng(seed)
     image_of = np.repeat(np.arange(images), generator.integers(1, 6, images))
     forward = generator.geometric(0.3, images) - 1

@@ -30,7 +30,7 @@ DEMO = ModelRequest("demo_clip")
 
 
 def source_of(counts: list[int], texts: list[str] | None = None) -> PairSource:
-    """Images with so many captions each, ``texts`` in turn."""
+    """Images with ``counts`` captions each, taken from ``texts`` in turn."""
     numbers = iter(range(sum(counts)))
     listed = []
     for image, count in enumerate(counts):
@@ -62,7 +62,7 @@ def measure(source: PairSource, x: Tensor, y: Tensor, broken: tuple[int, ...] = 
 def by_hand(
     source: PairSource, x: Tensor, y: Tensor, image: int, gone: tuple[int, ...] = ()
 ) -> list[tuple[str, float, bool]]:
-    """The three captions most similar to an image; among equals wrong ones first."""
+    """The three captions most similar to an image; of equal ones wrong ones first."""
     rows = []
     for number, text in enumerate(source.captions):
         owner, one, other = (
@@ -110,7 +110,7 @@ def test_captions_against_a_loop(monkeypatch: pytest.MonkeyPatch, scores_at_a_ti
 
 
 def test_equal_captions_of_other_images_come_first() -> None:
-    """As in ranks: no model can tell them apart, and none shall look right by chance."""
+    """Equal captions count as wrong, as in ranks: otherwise a model looks right by chance."""
     source = source_of([1, 2, 2], ["a cat", "a cat", "a dog", "a dog", "a bus"])
     x = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]])
     y = torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0], [0.0, 0.0], [0.0, 1.0]])
@@ -203,7 +203,7 @@ class Colours(nn.Module):
 
 
 def test_zero_shot_shares(tmp_path: Path) -> None:
-    """Class names are those of the texts; two of the same name are told apart by their folders."""
+    """Class names are those of the texts; equal names get the names of their folders."""
     for part in ("train", "val"):
         write_images(
             tmp_path / part, [f"{folder}/{folder}{n}.png" for folder in "abc" for n in range(5)]

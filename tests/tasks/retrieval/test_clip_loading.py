@@ -79,7 +79,7 @@ def clip() -> nn.Module:
 
 @pytest.fixture
 def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither network nor cache."""
+    """No network and no cache."""
     for module in (hub, tags, captions_to_ids):
         monkeypatch.setattr(module, "hub_answers", lambda: False)
         monkeypatch.setattr(module, "cached_file", lambda repository: None)
@@ -231,7 +231,7 @@ def test_tags_of_files(tmp_path: Path, clip: nn.Module) -> None:
 
 
 def test_short_names_import_nothing_heavy() -> None:
-    """Planning a grid asks for tags and for what is missing."""
+    """The plan of a grid needs tags and missing parts only."""
     code = (
         "import sys; from tasks.retrieval import tags\n"
         "from tasks.common.request import DataRequest, ModelRequest\n"
@@ -623,7 +623,7 @@ def normalisation(transform: Any) -> tuple[list[float], list[float]]:
 
 
 def picture() -> Image.Image:
-    """Larger than wide models' inputs, of changing colours."""
+    """An image with changing colours, larger than the inputs of the models."""
     values = np.random.default_rng(3).integers(0, 255, (12, 20, 3), dtype=np.uint8)
     return Image.fromarray(values).resize((200, 120), Image.Resampling.BILINEAR)
 
@@ -730,7 +730,7 @@ def test_captions_become_the_tokens_of_open_clip(tmp_path: Path, clip: nn.Module
 
 
 def test_tokens_of_a_tokenizer_in_a_folder(tmp_path: Path, no_hub: None) -> None:
-    """Against the file itself, read by the tokenizers library; the end token is 1, padding 0."""
+    """Tokens equal those of the tokenizers library; the end token is 1, padding 0."""
     tokenizer = load_model(siglip_request(tmp_path)).tokenizer
     folder = tmp_path / "ViT-B-16-SigLIP-tokenizer"
     own = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -786,7 +786,7 @@ def test_tokenizer_of_another_model(tmp_path: Path, no_hub: None) -> None:
 
 
 def test_incomplete_folders_of_a_tokenizer(tmp_path: Path, no_hub: None) -> None:
-    """From the settings alone transformers builds a T5 tokenizer that knows no words."""
+    """transformers builds a T5 tokenizer without words from the settings alone."""
     request, folder = siglip_request(tmp_path), tmp_path / "ViT-B-16-SigLIP-tokenizer"
     kept = (folder / "tokenizer.json").read_bytes()
     (folder / "tokenizer.json").unlink()
@@ -803,7 +803,7 @@ def test_incomplete_folders_of_a_tokenizer(tmp_path: Path, no_hub: None) -> None
 
 
 def test_tokenizers_that_transformers_rebuilds_differently(tmp_path: Path) -> None:
-    """Its class for Gemma puts its own pre-tokenizer in the place of the file's."""
+    """The class of transformers for Gemma replaces the pre-tokenizer of the file."""
     text = {"context_length": 12, "hf_tokenizer_name": "some/where"}
     folder = tokenizer_folder(tmp_path / "t", "GemmaTokenizer")
     with pytest.raises(

@@ -45,7 +45,7 @@ def trained() -> nn.Module:
 
 
 def parse(caption: str) -> dict[int, tuple[int, bool]]:
-    """Reads a caption back, by its words only: cell to digit and whether it is large."""
+    """Read a caption by its words: digit and size (True for large) by cell."""
     shown = {}
     for item in re.split(r"; |, | and ", caption):
         place = next(place for place in PLACES if place in item)

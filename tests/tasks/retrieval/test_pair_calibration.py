@@ -294,7 +294,7 @@ def test_a_list_gives_the_very_same_pairs(tmp_path: Path, kind: str) -> None:
 
 
 def test_a_record_keeps_its_captions_and_its_order(tmp_path: Path) -> None:
-    """Also against the draw: other captions of the same images, and equal texts side by side."""
+    """A record wins over the draw: other captions of the images, equal texts side by side."""
     write_images(tmp_path, ["0.png", "1.png", "2.png"])
     rows = ["0.png,same", "0.png,other", "1.png,same", "2.png,third"]
     (tmp_path / "train.csv").write_text("\n".join(["image,caption", *rows]))

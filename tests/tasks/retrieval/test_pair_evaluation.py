@@ -68,7 +68,7 @@ class Counting:
 
 
 def make(images: int = 12, seed: int = 0, noise: float = 1.0) -> tuple[PairSource, Book]:
-    """Pairs with one to four captions an image, which lie about it, of any length."""
+    """Pairs with one to four captions per image, with embeddings near it, of any length."""
     generator = torch.Generator().manual_seed(seed)
     image_of = np.repeat(np.arange(images), np.random.default_rng(seed).integers(1, 5, images))
     source = pairs([f"text {n}" for n in range(len(image_of))], image_of)
@@ -179,7 +179,7 @@ def test_weights_make_the_mean_of_outcomes_the_main_metric() -> None:
 
 @pytest.mark.parametrize("broken", [(0,), (3, 11), (4, 5, 6, 7, 8, 9)])
 def test_damaged_images_take_their_captions_along(broken: tuple[int, ...]) -> None:
-    """As if they had never been there, but for indices, which stay those of the source."""
+    """Results equal those without these images; only indices stay those of the source."""
     source, book = make()
     result = measure(source, book, 3, broken)
     rest = [index for index in range(12) if index not in broken]

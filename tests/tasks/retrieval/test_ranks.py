@@ -1,4 +1,4 @@
-"""Ranks against sorted lists, with ties, several captions an image, and products in chunks."""
+"""Ranks against sorted lists, with ties, several captions per image, and products in chunks."""
 
 import numpy as np
 import pytest
@@ -28,13 +28,13 @@ def brute_force(
 
 
 def owners(images: int, seed: int) -> list[int]:
-    """Image of each caption: one to five captions an image."""
+    """Image of each caption: one to five captions per image."""
     counts = np.random.default_rng(seed).integers(1, 6, images)
     return np.repeat(np.arange(images), counts).tolist()
 
 
 def related(images: int, image_of: list[int], width: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Unit vectors whose captions lie about their images."""
+    """Unit vectors of images, and of captions near their images."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(images, width, generator=generator)
     y = x[image_of] + 2 * torch.randn(len(image_of), width, generator=generator)

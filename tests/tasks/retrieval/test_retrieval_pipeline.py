@@ -259,7 +259,7 @@ def test_run_and_stages_agree_bit_for_bit(place: Path, tmp_path: Path) -> None:
 
 
 def test_a_tower_that_stays_as_it_is(place: Path, tmp_path: Path) -> None:
-    """Its values count, and are those of the float model."""
+    """Values of an untouched tower count, and are those of the float model."""
     ranges = tmp_path / "ranges.safetensors"
     common = ["--data", place / "captions", "--threads", 1]
     command("calibrate", *model(place), *common, *QUICK, "--towers", "text", "--out", ranges)
@@ -351,7 +351,7 @@ def test_zero_shot(place: Path, tmp_path: Path) -> None:
 
 
 def test_one_file_in_two_architectures_is_two_models(place: Path, tmp_path: Path) -> None:
-    """The same weights with another activation: nothing of the one may serve the other."""
+    """Equal weights with another activation: the two models share no files."""
     results = tmp_path / "runs"
     first, _ = run(place, results, *QUICK, "--method", "qdrop")
     quick = json.dumps(ARGUMENTS | {"quick_gelu": True})

@@ -107,7 +107,7 @@ def test_calibration(name: str) -> None:
 
 
 def test_parameters_are_taken_over() -> None:
-    """But for the transposed projections no parameter is copied."""
+    """No parameter is copied, except transposed projections."""
     model = clip()
     owned = {id(parameter) for parameter in model.parameters()}
     projections = {id(model.visual.proj), id(model.text_projection), id(model.logit_scale)}
@@ -170,7 +170,7 @@ QUANTIZERS = ["off", "uniform", "log2", "logsqrt2", "adalog", "twin"]
 @pytest.mark.parametrize("pool", ["argmax", "eos"])
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_no_token_sees_what_follows(pool: str, quantizer: str) -> None:
-    """Also behind quantizers: none of them lets a softmax output of 0 become more."""
+    """This holds with quantizers too: none turns a softmax output of 0 into another value."""
     recipe = quick("rtn", softmax_quantizer="uniform" if quantizer == "off" else quantizer)
     chain = build_towers(clip(text={"pool_type": pool, "eos_id": END}), recipe, ["text"])["text"]
     ids = token_ids(8)

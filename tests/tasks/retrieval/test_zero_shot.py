@@ -82,7 +82,7 @@ def test_all_templates_are_the_default(
 
 
 def test_logits_are_the_models(model: open_clip.CLIP, tokenizer: open_clip.SimpleTokenizer) -> None:
-    """With one template, those of the model's own comparison of images with texts."""
+    """Logits with one template equal the model's own comparison of images with texts."""
     torch.manual_seed(1)
     images = torch.randn(4, 3, 16, 16)
     embeddings = class_embeddings(
@@ -125,7 +125,7 @@ def test_top_1_by_brute_force() -> None:
 
 @pytest.mark.parametrize("width", [7, 64, 512])
 def test_classes_with_equal_embeddings_tie(width: int) -> None:
-    """A text encoder that collapsed must not score, however a product rounds."""
+    """A collapsed text encoder must not score, for any rounding of a product."""
     torch.manual_seed(width)
     one, pixels = (
         torch.nn.functional.normalize(torch.randn(1, width), dim=-1),

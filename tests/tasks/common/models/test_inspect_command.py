@@ -1,4 +1,4 @@
-"""``inspect``: checkpoints of every stage as text and JSON, and what it refuses."""
+"""``inspect``: checkpoints of every stage as text and JSON, and refused files."""
 
 import json
 from dataclasses import dataclass, replace

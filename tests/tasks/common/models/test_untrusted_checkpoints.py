@@ -236,7 +236,7 @@ def test_a_large_header_of_nothing_is_refused(tmp_path: Path) -> None:
 
 
 def test_tensors_that_are_not_the_models(calibrated: Path, tmp_path: Path) -> None:
-    """Of another shape or type, too many, too few: a message, whichever stage meets them."""
+    """Tensors of another shape or type, too many or too few give one message in every stage."""
     fingerprint, facts = read_header(calibrated)
     from safetensors.torch import load_file
 
@@ -293,7 +293,7 @@ def test_preprocessing_that_none_could_give_is_refused(
     ],
 )
 def test_what_timm_takes_for_itself_is_no_argument_of_a_model(key: str, tmp_path: Path) -> None:
-    """Neither on the command line: timm would read that file, whatever --weights says."""
+    """timm would read that file in spite of --weights, also from the command line."""
     from tasks.classification.models import load_model
 
     weights = tmp_path / "weights.safetensors"

@@ -1,4 +1,4 @@
-"""Weight files: nothing in them runs, and what does not fit is refused."""
+"""Weight files: nothing in them runs, and weights that do not fit are refused."""
 
 import os
 import pickle
