@@ -28,10 +28,7 @@ def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> C
     Images come in a seeded permutation. Each has one caption, drawn by seed and image id alone, so
     a smaller sample is the beginning of a larger one. An image with the same caption as an earlier
     image comes later (:func:`in_rounds`): equal texts in a batch make the target ambiguous.
-
-    Raises:
-        DataError: the data or the list do not fit.
-        ModelError: the model has no tokenizer.
+    Raises DataError for data that do not fit, and ModelError for a model without a tokenizer.
     """
     if loaded.tokenizer is None:
         raise ModelError(f"{loaded.tag} has no tokenizer, so captions cannot calibrate it.")

@@ -31,11 +31,8 @@ class _Row(NamedTuple):
 def read_captions(path: Path, own: str | None = None) -> Splits:
     """Read a .json, .csv or .jsonl file of captions, once until it changes.
 
-    ``own`` is the split of a file with one split only; otherwise each row names its split.
-
-    Raises:
-        DataError: an image is in two splits, or a table has a pair twice (which would count
-            double), or the file has another form.
+    ``own`` is the split of a file with one split only; otherwise each row names its split. Raises
+    DataError for an image in two splits, a pair twice (it would count double), or another form.
     """
     return _read(path, own, state_of(path))
 

@@ -1,4 +1,4 @@
-"""Names of CLIP models, files of captions, and missing parts; light for short and demo names."""
+"""Names of CLIP models, caption files, missing parts. Short names import nothing heavy."""
 
 import os.path
 from pathlib import Path

@@ -46,17 +46,10 @@ def take(images: Images, order: Iterable[int], wanted: int, seed: int) -> Taken:
 
 
 def positions_of(names: Sequence[str], ids: Sequence[str], path: Path, what: str) -> list[int]:
-    """Return the positions among ``ids`` of the images that the calibration list ``path`` names.
+    """Return the positions among the distinct ``ids`` of the data of the images in a list.
 
-    A name may have another Unicode form than the id.
-
-    Args:
-        names: content of the list.
-        ids: distinct ids of the data.
-        path, what: the list and the data, for messages.
-
-    Raises:
-        DataError: an image is not in the data, or twice in the list.
+    The list ``names`` comes from ``path``; a name may have another Unicode form than the id.
+    Raises DataError: an image is not in the data ``what`` (for people), or twice in the list.
     """
     own = {name: place for place, name in enumerate(ids)}
     positions = {composed(name): place for name, place in own.items()} | own
@@ -70,10 +63,8 @@ def positions_of(names: Sequence[str], ids: Sequence[str], path: Path, what: str
     chosen = [position for name in names if (position := found[name]) is not None]
     twice = [ids[position] for position, count in Counter(chosen).items() if count > 1]
     if twice:
-        raise DataError(
-            f"The calibration list {path} names {len(twice)} images more than once, such as "
-            f"{twice[0]!r}."
-        )
+        several = f"{len(twice)} images more than once, such as {twice[0]!r}"
+        raise DataError(f"The calibration list {path} names {several}.")
     return chosen
 
 

@@ -148,7 +148,7 @@ def id_below(name: str, root: Path | None) -> str:
 
 
 def counted(count: int, what: str) -> str:
-    """Return such as ``1 image`` or ``2 images``."""
+    """Return a count with its noun: ``1 image``, ``2 images``."""
     return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 

@@ -51,8 +51,7 @@ class UnknownRange(ValueError):
 def grey_bits(image: Image.Image) -> int | None:
     """Return the bits of wide grey values (mode ``I``, ``I;16``, ``F``); None for other modes.
 
-    Raises:
-        UnknownRange: 32-bit integers, signed values or floats, whose range differs between writers.
+    Raises UnknownRange for 32-bit integers, signed values and floats: writers use other ranges.
     """
     if not image.mode.startswith(("I", "F")):
         return None
@@ -115,8 +114,8 @@ def file_reader(paths: Sequence[Path]) -> Callable[[int], Image.Image]:
 class Images(TorchDataset[Sample | DataError | None]):
     """Samples with stable ids. An item is (image, label, position).
 
-    The item of a damaged image is None, or the error, which the caller raises: raised in a process
-    that loads data, its message would be inside a traceback.
+    The item of a damaged image is None, or an error for the caller to raise: an error raised in a
+    process that loads data would come inside a traceback.
     """
 
     ids: Sequence[str]
@@ -126,7 +125,7 @@ class Images(TorchDataset[Sample | DataError | None]):
     skip_corrupt: bool  # damaged images become None, not an error
 
     def __post_init__(self) -> None:
-        # One bit per kind of warning, in memory that processes which load data share.
+        # One bit per kind of warning, in memory shared with the processes that load data.
         self._warned = mmap.mmap(-1, max(1, len(self.ids)))
 
     def __len__(self) -> int:
@@ -147,7 +146,7 @@ class Images(TorchDataset[Sample | DataError | None]):
             advice = "or leave such images out with --skip-corrupt"
             return DataError(f"The image {self.ids[index]} {problem}, {advice}.")
         for warning in caught:
-            if issubclass(warning.category, (UserWarning, RuntimeWarning)):  # not for programmers
+            if issubclass(warning.category, (UserWarning, RuntimeWarning)):  # for users
                 text = str(warning.message)
                 logging.getLogger(__name__).info("%s: %s", self.ids[index], text)
                 kind = [word in text.lower() for word, _ in _WARNINGS].index(True)
@@ -218,9 +217,7 @@ def image_outputs(
 ) -> Iterator[Outputs]:
     """Yield the outputs of ``model`` for ``images`` in their order, without skipped images.
 
-    Raises:
-        DataError: an image is damaged, and not to be skipped.
-        ModelError: the model does not take these images.
+    Raises DataError for a damaged image, and ModelError if the model does not take these images.
     """
     loader = DataLoader(
         images,

@@ -12,14 +12,10 @@ from tasks.common.data.images import DAMAGED, UnknownRange, open_rgb
 
 
 def originals_below(root: Path, ids: Sequence[str]) -> dict[str, Image.Image]:
-    """Return the image files with these ids as RGB.
+    """Return the image files with these ids, paths below ``root``, as RGB.
 
-    Args:
-        root: folder of the data.
-        ids: paths below ``root``, with slashes. They may come from files of others.
-
-    Raises:
-        DataError: an id leads out of the folder, has no file, or its file is no image.
+    Ids may come from files of other people. Raises DataError: an id leads out of the folder, has
+    no file, or its file is no image.
     """
     found = {}
     for name in ids:

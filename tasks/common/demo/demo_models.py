@@ -54,9 +54,7 @@ class DemoModels:
     def load(self, request: ModelRequest, weights: Path | None) -> tuple[nn.Module, StoredWeights]:
         """Build a model with its own weights or with the file ``weights``; return both.
 
-        Raises:
-            ModelError: the request has arguments or preprocessing, or the weights do not fit.
-            NumericsError: NaN in the weights.
+        Raises ModelError for arguments, preprocessing or weights that do not fit.
         """
         if request.model_args:
             raise ModelError("Demo models take no --model-args: their weights fix the structure.")

@@ -199,9 +199,7 @@ def _class_names(content: dict[Any, Any]) -> tuple[str, ...] | None:
 def load_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
     """Load ``state`` into ``model`` strictly; ``where`` names its origin in messages.
 
-    Raises:
-        ModelError: names, shapes or types differ.
-        NumericsError: a value is NaN or infinite.
+    Raises ModelError for other names, shapes or types, and NumericsError for NaN or infinity.
     """
     for name, tensor in state.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
