@@ -73,7 +73,7 @@ def read_weights(path: Path, entry: str | None = None) -> StoredWeights:
         if len(states) > 1 and "" in states:
             states = {name or _TOP: state for name, state in states.items()}
     if not states:
-        raise ModelError(f"The weights {path} hold no state dict (a mapping of names to tensors).")
+        raise ModelError(f"The weights {path} hold no state dict: they do not fit any model.")
     entries = tuple(filter(None, states))
     counter = states.get("ema_state_dict", {}).get("steps")
     if "state_dict" in states and counter is not None and counter.ndim == 0:
