@@ -116,7 +116,7 @@ def _block_segments(
         block = ExplicitBlock(original, mask, recipe, after if number == last else None)
         pairs = norm_pair(block.ln_1, "attn.qkv") + norm_pair(block.ln_2, "mlp.c_fc")
         before, label = embedding if number == 0 else None, f"{prefix}.resblocks.{number}"
-        segments.append(Segment(label, "block", block, before, pairs=pairs, mlps=(_MLP,)))
+        segments.append(Segment(label, "block", block, before=before, pairs=pairs, mlps=(_MLP,)))
     return segments
 
 
@@ -183,7 +183,7 @@ def _vision_tower(tower: nn.Module, recipe: Recipe) -> BlockChain:
     )
     if tower.proj is not None:
         layer = _projection(tower, tower.proj, recipe)
-        segments.append(Segment("visual.proj", "projection", layer, pooling))
+        segments.append(Segment("visual.proj", "projection", layer, before=pooling))
     return BlockChain(segments)
 
 
@@ -196,7 +196,7 @@ def _timm_tower(tower: TimmModel, recipe: Recipe) -> BlockChain:
     heads = _timm_heads(tower, recipe)
     segments, rest = vit_body(trunk, recipe, "visual.trunk.", ends=not heads)
     for label, head in heads:
-        segments.append(Segment(label, "projection", head, rest))
+        segments.append(Segment(label, "projection", head, before=rest))
         rest = nn.Identity()
     return BlockChain(segments)
 
@@ -291,5 +291,5 @@ def _text_tower(model: nn.Module, recipe: Recipe) -> BlockChain:
     )
     if matrix is not None:
         layer, label = _projection(tower, matrix, recipe), f"{prefix}text_projection"
-        segments.append(Segment(label, "projection", layer, pooling, takes_side=by_token))
+        segments.append(Segment(label, "projection", layer, before=pooling, takes_side=by_token))
     return BlockChain(segments, side=PooledPosition(pool_type, eos_id) if by_token else None)
