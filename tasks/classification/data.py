@@ -6,12 +6,13 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from fimaq_core.errors import DataError
 from fimaq_core.recipe import Recipe
 from tasks.classification.demo.digit_pairs import DigitPairs
-from tasks.common.data.calibration import draw, positions_of, read_list
+from tasks.common.data.calibration import positions_of, read_list, take
 from tasks.common.data.files import file_below
 from tasks.common.data.folders import Source, open_folder
 from tasks.common.data.imagenet import LAYOUT
@@ -67,17 +68,14 @@ def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> C
         assert source is not None
         ids, read = source.ids, source.read
         order = np.random.default_rng(recipe.seed).permutation(len(ids))
-    drawn = draw(
-        Images(ids, [0] * len(ids), read, transform, data.skip_corrupt),
-        order,
-        recipe.calibration_images,
-        recipe.seed,
-    )
+    images = Images(ids, [0] * len(ids), read, transform, data.skip_corrupt)
+    drawn = take(images, order, recipe.calibration_images, recipe.seed)
+    chosen = torch.stack(drawn.images)
     names = [ids[position] for position in drawn.positions]
     digest = hashlib.sha256("\n".join([recipe.calibration_transform, *names]).encode())
-    digest.update(drawn.images.numpy().tobytes())
-    notes = [*(source.notes() if source is not None else ()), *drawn.notes]
-    made = drawn.images, names, recipe.calibration_transform, digest.hexdigest()
+    digest.update(chosen.numpy().tobytes())
+    notes = [*(source.notes() if source is not None else ()), *images.notes()]
+    made = chosen, names, recipe.calibration_transform, digest.hexdigest()
     return CalibrationSet(*made, drawn.skipped, notes=notes)
 
 

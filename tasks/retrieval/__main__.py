@@ -1,4 +1,4 @@
-"""``python -m tasks.retrieval``."""
+"""Command line ``python -m tasks.retrieval``."""
 
 from tasks.common.cli.commands import build_group, main
 from tasks.common.cli.options import TaskOptions
@@ -9,16 +9,12 @@ OPTIONS = TaskOptions(
     scopes=SCOPES,
     evaluations=EVALUATIONS,
     calibration_data=True,
-    data="Data folder: MS-COCO or Flickr30k with its Karpathy JSON, or a folder with captions.csv or captions.jsonl; for "
-    "zero-shot a folder with train/ and val/ (demo models bring their own data).",
+    data="Data folder: MS-COCO or Flickr30k with its Karpathy JSON, or a folder with captions.csv "
+    "or captions.jsonl; for zero-shot a folder with train/ and val/ (demo models bring their own "
+    "data).",
     preprocessing=("input_size", "mean", "std", "interpolation"),
 )
+TEXT = "Quantize CLIP models of open_clip (simulated) and measure retrieval or zero-shot."
 
 if __name__ == "__main__":
-    main(
-        build_group(
-            "retrieval",
-            "Quantize CLIP models of open_clip (simulated) and measure retrieval or zero-shot.",
-            OPTIONS,
-        )
-    )
+    main(build_group("retrieval", TEXT, OPTIONS))

@@ -1,4 +1,4 @@
-"""Quantization of a CLIP model's tower in a few lines: see :mod:`fimaq_core.api`."""
+"""Quantization of one tower of a CLIP model in a few lines, on top of :mod:`fimaq_core.api`."""
 
 import copy
 from typing import Any
@@ -16,43 +16,39 @@ from tasks.retrieval.towers import build_towers, check_tower
 
 
 class _Tower(nn.Module):
-    """One tower of an open_clip model, ``CLIP`` or ``CustomTextCLIP``. Raises ModelError for another model."""
+    """One tower of an open_clip model. Raises ModelError for other models."""
 
-    tower = ""
+    tower, encode = "", ""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         check_tower(model, self.tower)
         self.model = model
 
+    def forward(self, inputs: Tensor) -> Tensor:
+        embeddings: Tensor = getattr(self.model, self.encode)(inputs)
+        return embeddings
+
 
 class VisionTower(_Tower):
     """Images (n, 3, H, W) to embeddings (n, d), not normalised."""
 
-    tower = "vision"
-
-    def forward(self, images: Tensor) -> Tensor:
-        embeddings: Tensor = self.model.encode_image(images)
-        return embeddings
+    tower, encode = "vision", "encode_image"
 
 
 class TextTower(_Tower):
     """Token ids (n, L) int64 to embeddings (n, d), not normalised."""
 
-    tower = "text"
-
-    def forward(self, token_ids: Tensor) -> Tensor:
-        embeddings: Tensor = self.model.encode_text(token_ids)
-        return embeddings
+    tower, encode = "text", "encode_text"
 
 
 class TowerFamily:
-    """Towers of open_clip's models."""
+    """Towers of open_clip's models, as a family of :data:`fimaq_core.families.FAMILIES`."""
 
     name = "open_clip's towers"
 
     def matches(self, model: nn.Module) -> bool:
-        """Whether ``model`` is a tower."""
+        """Return True for a tower."""
         return isinstance(model, _Tower)
 
     def build(self, model: nn.Module, recipe: Recipe) -> BlockChain:
@@ -73,7 +69,7 @@ def quantize_tower(
     method: str = "fimaq",
     **settings: Any,
 ) -> QuantizedModel:
-    """Quantize a copy of one tower, so that matches with the other tower's embeddings change least.
+    """Quantize a copy of one tower, with the least change of its matches with the other tower.
 
     Example::
 
@@ -83,35 +79,30 @@ def quantize_tower(
         q = load("q.safetensors", VisionTower(clip))
 
     Args:
-        model: open_clip's ``CLIP`` or ``CustomTextCLIP``; it stays as it is.
-        images: (n, 3, H, W) calibration images, transformed as the model takes them.
+        model: open_clip's ``CLIP`` or ``CustomTextCLIP``, which does not change.
+        images: (n, 3, H, W) calibration images, transformed for the model.
         token_ids: (n, L) int64, one caption per image.
         tower: "vision" or "text".
         method: a name from :data:`fimaq_core.recipe.METHODS`.
         settings: further arguments of :func:`fimaq_core.quantize`.
 
     Returns:
-        The quantized tower: images or token ids in, embeddings (n, d) out, not normalised.
+        The quantized tower: images or token ids to embeddings (n, d), not normalised.
 
     Raises:
         DataError: the numbers of images and captions differ, or there are fewer than two.
-        FimaqError: as :func:`fimaq_core.quantize` raises it.
+        FimaqError: see :func:`fimaq_core.quantize`.
     """
     check_tower(model, tower)
-    one: _Tower = VisionTower(model)
-    other: _Tower = TextTower(model)
     fields = {name: value for name, value in settings.items() if name in Recipe.model_fields}
     recipe = make_recipe(method, fields)
     if len(images) != len(token_ids) or len(images) < 2:
-        raise DataError(
-            f"{len(images)} images and {len(token_ids)} captions: give one caption per image, and at least two of them."
-        )
+        given = f"{len(images)} images and {len(token_ids)} captions"
+        raise DataError(f"{given}: give one caption per image, and at least two of them.")
     count = min(len(images), recipe.calibration_images)
-    inputs, others = images[:count], token_ids[:count]
-    if tower == "text":
-        one, other, inputs, others = other, one, others, inputs
+    sides = (VisionTower(model), images[:count]), (TextTower(model), token_ids[:count])
+    (one, inputs), (other, others) = sides if tower == "vision" else sides[::-1]
     other = copy.deepcopy(other).eval()
-    divergence = contrastive(
-        other.model, other, Samples(others), batch=min(recipe.divergence_batch, count)
-    )
+    batch = min(recipe.divergence_batch, count)
+    divergence = contrastive(other.model, other, Samples(others), batch=batch)
     return quantize(one, inputs, method=method, divergence=divergence, **settings)

@@ -1,8 +1,8 @@
 """Measures of retrieval from ranks, and their standard errors by bootstrap over images.
 
-One hard image fails all its captions: treated as independent samples they would give standard
-errors that are too small. The unit drawn is therefore an image with its captions (the cluster
-bootstrap; Davison and Hinkley, Bootstrap Methods and their Application, 1997, section 3.8).
+A hard image fails all its captions, so captions as independent samples would give too small
+standard errors. The drawn unit is therefore an image with its captions (the cluster bootstrap:
+Davison and Hinkley, Bootstrap Methods and their Application, 1997, section 3.8).
 """
 
 from collections.abc import Iterator
@@ -13,20 +13,23 @@ import numpy as np
 CUTS = (1, 5, 10)
 RESAMPLES = 1000
 _SEED = 0
-#: Weights of captions at a time.
+#: Number of weights of captions in memory.
 _WEIGHTS = 2**22
 
 
 def measures(
     image_to_text: np.ndarray, text_to_image: np.ndarray, image_of: np.ndarray, counts: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Every measure (b,) by name, of samples that hold image i ``counts[b, i]`` times.
+    """Return every measure (b,) by name, of samples with image i ``counts[b, i]`` times.
 
-    ``i2t_R@k`` and ``t2i_R@k`` are percentages of queries with rank < k, for those k of
-    :data:`CUTS` that are no more than the candidates; ``R@1`` is the mean of both directions and
-    ``mean_recall`` of all six, where there are six. ``*_median_rank`` are no percentages but ranks
-    counted from 1, as in papers. Ranks (n,) and (m,) count from 0; ``image_of`` (m,) is the index
-    of each caption's image.
+    ``i2t_R@k`` and ``t2i_R@k`` are percentages of queries with rank < k, for each k of :data:`CUTS`
+    up to the number of candidates. ``R@1`` is the mean of both directions, ``mean_recall`` the
+    mean of all six (if there are six). ``*_median_rank`` are ranks counted from 1, as in papers.
+
+    Args:
+        image_to_text, text_to_image: ranks (n,) and (m,), counted from 0.
+        image_of: (m,) index of the image of each caption.
+        counts: (b, n) integers.
     """
     images, captions = len(image_to_text), len(text_to_image)
     drawn_images = counts.sum(1)
@@ -50,18 +53,15 @@ def measures(
 def standard_errors(
     image_to_text: np.ndarray, text_to_image: np.ndarray, image_of: np.ndarray
 ) -> dict[str, float]:
-    """Bootstrap standard error of each of :func:`measures`, in its unit; the same on every call."""
-    parts = [
-        measures(image_to_text, text_to_image, image_of, counts)
-        for counts in _draws(len(image_to_text), len(image_of))
-    ]
-    return {
-        name: float(np.concatenate([part[name] for part in parts]).std(ddof=1)) for name in parts[0]
-    }
+    """Return the bootstrap standard error of each of :func:`measures`, equal on every call."""
+    draws = _draws(len(image_to_text), len(image_of))
+    parts = [measures(image_to_text, text_to_image, image_of, counts) for counts in draws]
+    values = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return {name: float(drawn.std(ddof=1)) for name, drawn in values.items()}
 
 
 def _draws(images: int, captions: int) -> Iterator[np.ndarray]:
-    """Multinomial counts (b, images), :data:`RESAMPLES` in all, whatever fits into memory."""
+    """Yield multinomial counts (b, images), :data:`RESAMPLES` in all, in parts for memory."""
     generator = np.random.default_rng(_SEED)
     rows = max(1, _WEIGHTS // captions)
     for start in range(0, RESAMPLES, rows):
@@ -71,7 +71,7 @@ def _draws(images: int, captions: int) -> Iterator[np.ndarray]:
 
 
 def _weighted_median(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Medians (b,) of samples that hold ``values[j]`` ``counts[b, j]`` times."""
+    """Return medians (b,) of samples with ``values[j]`` ``counts[b, j]`` times."""
     order = np.argsort(values, kind="stable")
     ordered, running = values[order].astype(np.float64), counts[:, order].cumsum(1)
     total = running[:, -1:]

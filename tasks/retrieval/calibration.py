@@ -7,85 +7,71 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from fimaq_core.errors import DataError, ModelError
 from fimaq_core.recipe import Recipe
-from tasks.common.data.calibration import draw, positions_of, read_list
+from tasks.common.data.calibration import positions_of, read_list, take
 from tasks.common.data.files import id_below
 from tasks.common.data.folders import open_folder
 from tasks.common.data.images import Images
 from tasks.common.request import DataRequest
 from tasks.common.task import CalibrationSet, LoadedModel
-from tasks.retrieval.captions import imagenet_pairs, open_pairs, pairs_root
+from tasks.retrieval.captions import PairSource, imagenet_pairs, open_pairs, pairs_root
 from tasks.retrieval.evaluate import truncated, truncation_notes
-from tasks.retrieval.pairs import PairSource
 from tasks.retrieval.zero_shot import LINES, class_names
 
 
 def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> CalibrationSet:
-    """Draw the calibration pairs, or take those of a list or a result record.
+    """Draw the calibration pairs, or take the pairs of a list or of a result record.
 
-    The images come in a seeded permutation, with a caption drawn by seed and image id alone: a
-    smaller sample is the beginning of a larger one. An image with the caption of an earlier one
-    waits (:func:`in_rounds`): equal texts in a batch would make the contrastive target ambiguous.
-    Raises DataError, and ModelError without a tokenizer.
+    Images come in a seeded permutation. Each has one caption, drawn by seed and image id alone, so
+    a smaller sample is the beginning of a larger one. An image with the same caption as an earlier
+    image comes later (:func:`in_rounds`): equal texts in a batch make the target ambiguous.
+    Raises DataError for data that do not fit, and ModelError for a model without a tokenizer.
     """
     if loaded.tokenizer is None:
-        raise ModelError(
-            f"{loaded.tag} has no tokenizer, so it cannot be calibrated on image-caption pairs."
-        )
-    pairs = training_pairs(loaded, data)
-    captions: Sequence[str]
-    order: Sequence[int]
+        raise ModelError(f"{loaded.tag} has no tokenizer, so captions cannot calibrate it.")
+    pairs, seed, given = training_pairs(loaded, data), recipe.seed, None
     if data.calibration_list is not None:
         chosen, given = _listed(data.calibration_list, pairs, pairs_root(data, "train"))
-        captions = (
-            [drawn_caption(pairs, index, recipe.seed) for index in chosen]
-            if given is None
-            else given
-        )
-        order = in_rounds(captions) if given is None else range(len(chosen))
     else:
-        chosen = np.random.default_rng(recipe.seed).permutation(len(pairs.image_ids)).tolist()
-        captions = [drawn_caption(pairs, index, recipe.seed) for index in chosen]
-        order = in_rounds(captions)
-    transform = (
-        loaded.train_transform if recipe.calibration_transform == "train" else loaded.eval_transform
-    )
+        chosen = np.random.default_rng(seed).permutation(len(pairs.image_ids)).tolist()
+    captions = given or [drawn_caption(pairs, index, seed) for index in chosen]
+    order = in_rounds(captions) if given is None else range(len(chosen))
+    kind = recipe.calibration_transform
+    transform = loaded.train_transform if kind == "train" else loaded.eval_transform
     ids = [pairs.image_ids[index] for index in chosen]
-    images = Images(
-        ids,
-        [0] * len(ids),
-        lambda position: pairs.read(chosen[position]),
-        transform,
-        data.skip_corrupt,
-    )
-    drawn = draw(images, order, recipe.calibration_images, recipe.seed)
-    ids, texts = (
-        [ids[position] for position in drawn.positions],
-        [captions[position] for position in drawn.positions],
-    )
+
+    def read(position: int) -> object:
+        return pairs.read(chosen[position])
+
+    images = Images(ids, [0] * len(ids), read, transform, data.skip_corrupt)
+    drawn = take(images, order, recipe.calibration_images, seed)
+    pixels = torch.stack(drawn.images)
+    ids = [ids[position] for position in drawn.positions]
+    texts = [captions[position] for position in drawn.positions]
     tokens = loaded.tokenizer(texts)
-    digest = hashlib.sha256(json.dumps([recipe.calibration_transform, ids, texts]).encode())
-    digest.update(drawn.images.numpy().tobytes())
+    digest = hashlib.sha256(json.dumps([kind, ids, texts]).encode())
+    digest.update(pixels.numpy().tobytes())
     digest.update(tokens.numpy().tobytes())
-    cut = truncated(loaded.tokenizer, tuple(texts), loaded.context_length)
+    cut = truncated(loaded.tokenizer, texts, loaded.context_length)
     longer = truncation_notes(cut, len(texts), "calibration captions")
     return CalibrationSet(
-        drawn.images,
-        ids,
-        recipe.calibration_transform,
-        digest.hexdigest(),
-        drawn.skipped,
-        {"vision": drawn.images, "text": tokens},
-        texts,
-        cut,
-        notes=[*pairs.notes, *drawn.notes, *longer],
+        images=pixels,
+        ids=ids,
+        transform=kind,
+        fingerprint=digest.hexdigest(),
+        skipped=drawn.skipped,
+        inputs={"vision": pixels, "text": tokens},
+        captions=texts,
+        truncated_captions=cut,
+        notes=[*pairs.notes, *images.notes(), *longer],
     )
 
 
 def training_pairs(loaded: LoadedModel, data: DataRequest) -> PairSource:
-    """The pairs to calibrate on, for zero-shot made from labelled images. Raises DataError."""
+    """Return the pairs to calibrate on, of labelled images for zero-shot. Raises DataError."""
     if data.evaluation == "zero-shot" and data.calibration_data is None and data.path is not None:
         labelled = open_folder(data.path, "train", data.class_order, wanted=LINES)
         return imagenet_pairs(labelled, class_names(data.path, labelled.class_names))
@@ -93,18 +79,16 @@ def training_pairs(loaded: LoadedModel, data: DataRequest) -> PairSource:
 
 
 def drawn_caption(pairs: PairSource, image: int, seed: int) -> str:
-    """The caption that stands for an image: a function of seed, image id and captions."""
-    start, end = (int(pairs.starts[position]) for position in (image, image + 1))
-    value = int.from_bytes(
-        hashlib.sha256(f"caption/{seed}/{pairs.image_ids[image]}".encode()).digest()[:8], "big"
-    )
-    return pairs.captions[start + value % (end - start)]
+    """Return one caption of an image, drawn by seed, image id and captions alone."""
+    name, own = pairs.listed[image]
+    digest = hashlib.sha256(f"caption/{seed}/{name}".encode()).digest()
+    return own[int.from_bytes(digest[:8], "big") % len(own)]
 
 
 def in_rounds(captions: Sequence[str]) -> list[int]:
-    """Order of positions in which a text comes again only after all others that are left.
+    """Return positions in an order where a text is repeated only after all other texts.
 
-    Texts are equal where they differ in case and white space only.
+    Texts are equal if they differ in case and white space only.
     """
     seen: Counter[str] = Counter()
     rank: dict[str, int] = {}
@@ -117,27 +101,25 @@ def in_rounds(captions: Sequence[str]) -> list[int]:
 
 
 def _listed(path: Path, pairs: PairSource, root: Path | None) -> tuple[list[int], list[str] | None]:
-    """Image indices of a calibration list, and their captions where it is a record."""
-    found = read_list(path)
-    ids = [id_below(name, root) for name in found.ids]
+    """Return image indices of a calibration list and, if it is a record, their captions."""
+    names, calibration = read_list(path)
+    ids = [id_below(name, root) for name in names]
     what = f"{pairs.name} {pairs.split}"
     chosen = positions_of(ids, pairs.image_ids, path, what)
-    if found.calibration is None:
+    if calibration is None:
         return chosen, None
-    captions = found.calibration.get("captions")
+    captions = calibration.get("captions")
     if not isinstance(captions, list) or len(captions) != len(ids):
         raise DataError(
-            f"{path} is a result record without a caption for each calibration image: it is not one of retrieval."
+            f"{path} is a result record without a caption for each calibration image: it is not "
+            "one of retrieval."
         )
-    foreign = [
-        position
-        for position, index in enumerate(chosen)
-        if captions[position] not in pairs.captions[pairs.starts[index] : pairs.starts[index + 1]]
-    ]
+    used = zip(ids, captions, chosen, strict=True)
+    foreign = [(name, text) for name, text, index in used if text not in pairs.listed[index][1]]
     if foreign:
-        first = foreign[0]
+        name, text = foreign[0]
         raise DataError(
-            f"{path} pairs {len(foreign)} images with captions that they do not have in {what}, such as {ids[first]!r} with "
-            f"{captions[first]!r}."
+            f"{path} pairs {len(foreign)} images with captions that they do not have in {what}, "
+            f"such as {name!r} with {text!r}."
         )
     return chosen, captions

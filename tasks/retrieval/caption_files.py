@@ -1,7 +1,7 @@
 """Files of captions: Karpathy's JSON, CSV with a header, or one JSON object per line.
 
 Karpathy and Fei-Fei (CVPR 2015, arXiv:1412.2306) list ``images``, each with ``filename``,
-``split``, ``sentences`` (of these ``raw``), and in MS-COCO ``filepath``.
+``split``, ``sentences`` (with ``raw``), and in MS-COCO ``filepath``.
 """
 
 import csv
@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 from fimaq_core.errors import DataError
 from tasks.common.data.files import composed, image_id, parse_json, read_text, state_of
 
-#: (Image id, its captions) in order, by split.
+#: Pairs (image id, captions) in order, by split.
 Splits = Mapping[str, tuple[tuple[str, tuple[str, ...]], ...]]
-#: Splits that a file may name; of restval and val nothing is used.
+#: Splits that a file may name; restval and val are not used.
 _SPLITS = ("train", "restval", "val", "test")
 
 
@@ -29,11 +29,10 @@ class _Row(NamedTuple):
 
 
 def read_captions(path: Path, own: str | None = None) -> Splits:
-    """Read a .json, .csv or .jsonl file of captions, once while it stays as it is.
+    """Read a .json, .csv or .jsonl file of captions, once until it changes.
 
-    ``own`` is the split of a file that holds one split only; else each row names its own. Raises
-    DataError for an image in two splits, or in a table the same pair twice (which would weigh
-    double).
+    ``own`` is the split of a file with one split only; otherwise each row names its split. Raises
+    DataError for an image in two splits, a pair twice (it would count double), or another form.
     """
     return _read(path, own, state_of(path))
 
@@ -43,32 +42,30 @@ def _read(path: Path, own: str | None, state: tuple[int, int]) -> Splits:
     splits: dict[str, dict[object, tuple[str, list[str]]]] = {}
     first: dict[tuple[str, str], int] = {}
     split_of: dict[str, str] = {}
-    table = path.suffix != ".json"
-    for number, where, name, texts, named in _ROWS[path.suffix](path):
+    kind, table = path.suffix, path.suffix != ".json"
+    for number, where, name, texts, named in _ROWS[kind](path):
         if named is None and own is None and table:
-            raise DataError(
-                f"{where}: there is no split; name it, or make two files, train{path.suffix} and test{path.suffix}."
-            )
+            files = f"name it, or make two files, train{kind} and test{kind}"
+            raise DataError(f"{where}: there is no split; {files}.")
         split = own if named is None else named
         if not isinstance(split, str) or split not in _SPLITS:
-            raise DataError(
-                f"{where}: there is no split {split!r}; known are {', '.join(_SPLITS)}."
-            )
+            known = ", ".join(_SPLITS)
+            raise DataError(f"{where}: there is no split {split!r}; known are {known}.")
         if own is not None and split != own:
             raise DataError(f"{where}: the split {split!r} does not belong into this file.")
         image = image_id(name, where, path.parent if table else None)
         if (other := split_of.setdefault(composed(image), split)) != split:
             raise DataError(f"{where}: {image!r} is in the splits {other!r} and {split!r}.")
-        _, captions = splits.setdefault(split, {}).setdefault(
-            image if table else number, (image, [])
-        )
+        key = image if table else number
+        _, captions = splits.setdefault(split, {}).setdefault(key, (image, []))
         for text in texts:
             if not isinstance(text, str):
                 raise DataError(f"{where}: the caption {text!r} is not text.")
-            if table and (
-                (before := first.setdefault((image, text), number)) != number or text in captions
-            ):
-                raise DataError(f"{where} repeats image and caption of line {before}: remove one.")
+            if table:
+                before = first.setdefault((image, text), number)
+                if before != number or text in captions:
+                    pair = f"repeats image and caption of line {before}"
+                    raise DataError(f"{where} {pair}: remove one.")
             captions.append(text)
     return {
         split: tuple((image, tuple(own)) for image, own in found.values())
@@ -87,29 +84,27 @@ def _karpathy_rows(path: Path) -> Iterator[_Row]:
             folder, file, split = entry.get("filepath", ""), entry["filename"], entry["split"]
             captions = [sentence["raw"] for sentence in entry["sentences"]]
         except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(
-                f"{where}: filename, split and sentences with raw are expected ({error!r})."
-            ) from error
+            wanted = f"filename, split and sentences with raw are expected ({error!r})"
+            raise DataError(f"{where}: {wanted}.") from error
         if not all(isinstance(text, str) for text in (folder, file, *captions)):
             raise DataError(f"{where}: names and captions must be text.")
         yield _Row(number, where, f"{folder}/{file}" if folder else file, captions, split)
 
 
 def _without_tokens(item: dict[str, Any]) -> dict[str, Any]:
-    # MS-COCO's captions cut into words take more memory than all the rest, and are not used.
+    # The captions of MS-COCO cut into words are not used, but take more memory than all the rest.
     item.pop("tokens", None)
     return item
 
 
 def _csv_rows(path: Path) -> Iterator[_Row]:
-    # The text as it is, line ends included: captions in quotes may go over several lines.
+    # Line ends stay, since captions in quotes may have several lines.
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     try:
         header = next(reader, [])
         if not {"image", "caption"} <= set(header) or len(set(header)) < len(header):
-            raise DataError(
-                f"{path} needs the columns image and caption, once each; its first line is {','.join(header)!r}."
-            )
+            wanted = "needs the columns image and caption, once each"
+            raise DataError(f"{path} {wanted}; its first line is {','.join(header)!r}.")
         for cells in filter(None, reader):
             where = f"{path}, line {reader.line_num}"
             if len(cells) != len(header):
@@ -122,20 +117,16 @@ def _csv_rows(path: Path) -> Iterator[_Row]:
 
 
 def _jsonl_rows(path: Path) -> Iterator[_Row]:
-    # Not splitlines(): JSON text may hold other characters that it takes for line ends.
+    # str.splitlines() would also split at characters that JSON text may contain.
     for line, text in enumerate(read_text(path).split("\n"), 1):
         if not text.strip():
             continue
         where = f"{path}, line {line}"
         row = parse_json(text, where)
-        if (
-            not isinstance(row, dict)
-            or "image" not in row
-            or ("caption" in row) == ("captions" in row)
-        ):
-            raise DataError(
-                f"{where}: an object with image and either caption or captions is expected."
-            )
+        sound = isinstance(row, dict) and "image" in row
+        if not sound or ("caption" in row) == ("captions" in row):
+            wanted = "an object with image and either caption or captions is expected"
+            raise DataError(f"{where}: {wanted}.")
         captions = row["captions"] if "captions" in row else [row["caption"]]
         if not isinstance(captions, list):
             raise DataError(f"{where}: captions must be a list.")

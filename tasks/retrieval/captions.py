@@ -1,30 +1,118 @@
-"""The image-caption pairs that go with a model: the demo's scenes, or the files of a folder."""
+"""Images with their captions: the scenes of the demo, or the files of a folder."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
-from types import MappingProxyType
 from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
 
 from fimaq_core.errors import DataError
 from tasks.common.data.files import composed, found_files
 from tasks.common.data.folders import Source
 from tasks.common.data.images import file_reader
+from tasks.common.record import Dataset
 from tasks.common.request import DataRequest
 from tasks.common.task import LoadedModel
 from tasks.retrieval.caption_files import read_captions
-from tasks.retrieval.pairs import PairSource
-from tasks.retrieval.tags import COCO_FILE, FLICKR30K_FILE, FREE_FILE, LAYOUT, caption_files
+from tasks.retrieval.tags import (
+    COCO_FILE,
+    DEMO_DATA,
+    FLICKR30K_FILE,
+    FREE_FILE,
+    LAYOUT,
+    caption_files,
+)
 
-#: Name of the data that the demo model brings along.
-DEMO_DATA = "digit-scenes"
 #: Parts of a data set that a run uses.
 PARTS = ("train", "test")
 
 
+@dataclass(frozen=True, eq=False)
+class PairSource:
+    """One part of an image-caption data set, such as ``Karpathy test`` of ``MS-COCO``.
+
+    Raises DataError for images without captions, listed twice, or with an empty caption.
+
+    Example:
+        >>> source = PairSource("mine", "test", [("a.jpg", ["a dog", "a pet"])], lambda index: None)
+        >>> source.captions
+        ('a dog', 'a pet')
+    """
+
+    name: str
+    split: str
+    listed: Sequence[tuple[str, Sequence[str]]]  # id of each image, and its captions as written
+    read: Callable[[int], Image.Image]  # image at a position
+    notes: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        what = f"{self.name} {self.split}"
+        if not self.listed:
+            raise DataError(f"{what} holds no images.")
+        counts = Counter(self.image_ids)
+        problems = {
+            "images more than once, such as": [name for name, n in counts.items() if n > 1],
+            "images without a caption, such as": [name for name, own in self.listed if not own],
+            "empty captions, such as one of": [
+                name for name, own in self.listed for caption in own if not caption.strip()
+            ],
+        }
+        for problem, names in problems.items():
+            if names:
+                raise DataError(f"{what} has {len(names)} {problem} {names[0]!r}.")
+
+    @cached_property
+    def image_ids(self) -> tuple[str, ...]:
+        """Ids of the images, in order."""
+        return tuple(name for name, _ in self.listed)
+
+    @cached_property
+    def captions(self) -> tuple[str, ...]:
+        """All captions; those of an image are neighbours."""
+        return tuple(caption for _, own in self.listed for caption in own)
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """(images + 1,) int64: image i has ``captions[starts[i]:starts[i + 1]]``."""
+        return np.cumsum([0, *(len(own) for _, own in self.listed)], dtype=np.int64)
+
+    @cached_property
+    def image_of(self) -> np.ndarray:
+        """(captions,) int64: index of the image of each caption."""
+        return np.repeat(np.arange(len(self.listed), dtype=np.int64), np.diff(self.starts))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Sha256 of image ids, captions and their assignment."""
+        content = json.dumps([self.image_ids, self.captions, self.starts.tolist()])
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def head(self, limit: int | None) -> "PairSource":
+        """Return the first ``limit`` images with their captions, as a split with its own name."""
+        if limit is None or limit >= len(self.listed):
+            return self
+        return replace(self, split=f"{self.split}[:{limit}]", listed=self.listed[:limit])
+
+    def describe(self) -> Dataset:
+        """Return the entry for the record."""
+        return Dataset(
+            name=self.name,
+            split=self.split,
+            count=len(self.listed),
+            classes=0,
+            fingerprint=self.fingerprint,
+            captions=len(self.captions),
+        )
+
+
 class Counts(NamedTuple):
-    """Images and captions of a split; None where the captions are not counted."""
+    """Images and captions of a split; None if captions are not counted."""
 
     images: int
     captions: int | None = None
@@ -32,38 +120,26 @@ class Counts(NamedTuple):
 
 @dataclass(frozen=True)
 class Published:
-    """A published data set in Karpathy's splits; its images may be in one of ``folders``."""
+    """A published data set in Karpathy's splits."""
 
     name: str
     file: str
-    counts: Mapping[str, Counts]
-    folders: tuple[str, ...] = ()
+    counts: dict[str, Counts]  # by split
+    folders: tuple[str, ...] = ()  # possible folders of the images; otherwise the root
 
     def images(self, root: Path) -> Path:
-        """The folder that ids of images are paths below."""
+        """Return the folder that ids of images are relative to."""
         return next((root / name for name in self.folders if (root / name).is_dir()), root)
 
 
-#: The part ``train`` leaves out restval, on which some train as well: calibration needs the images
-#: of train2014 only.
-COCO = Published(
-    "MS-COCO",
-    COCO_FILE,
-    MappingProxyType(
-        {
-            "train": Counts(82_783),
-            "restval": Counts(30_504),
-            "val": Counts(5_000),
-            "test": Counts(5_000, 25_010),
-        }
-    ),
-)
+_COCO_COUNTS = {"train": Counts(82_783), "restval": Counts(30_504)}
+_COCO_COUNTS |= {"val": Counts(5_000), "test": Counts(5_000, 25_010)}
+#: Some train on restval too. Calibration takes ``train`` only, which needs no images of val2014.
+COCO = Published("MS-COCO", COCO_FILE, _COCO_COUNTS)
 FLICKR30K = Published(
     "Flickr30k",
     FLICKR30K_FILE,
-    MappingProxyType(
-        {"train": Counts(29_000), "val": Counts(1_014, 5_070), "test": Counts(1_000, 5_000)}
-    ),
+    {"train": Counts(29_000), "val": Counts(1_014, 5_070), "test": Counts(1_000, 5_000)},
     ("flickr30k-images", "images"),
 )
 _PUBLISHED = {one.file: one for one in (COCO, FLICKR30K)}
@@ -84,12 +160,9 @@ def open_pairs(loaded: LoadedModel, data: DataRequest, part: str) -> PairSource:
 
 
 def pairs_root(data: DataRequest, part: str) -> Path | None:
-    """The folder that a part is read from; None where the model brings its own data."""
-    return (
-        data.calibration_data
-        if part == "train" and data.calibration_data is not None
-        else data.path
-    )
+    """Return the folder of a part; None if the model brings its own data."""
+    other = data.calibration_data if part == "train" else None
+    return data.path if other is None else other
 
 
 def open_captions(root: Path, part: str) -> PairSource:
@@ -104,11 +177,9 @@ def open_captions(root: Path, part: str) -> PairSource:
         raise DataError(f"{path} has no images of the split {part!r}.")
     sibling = path.with_name(f"{'test' if part == 'train' else 'train'}{path.suffix}")
     if own is not None and sibling.is_file():
-        others = {
-            composed(image)
-            for image, _ in read_captions(sibling, sibling.stem).get(sibling.stem, ())
-        }
-        common = [image for image, _ in listed if composed(image) in others]
+        others = read_captions(sibling, sibling.stem).get(sibling.stem, ())
+        known = {composed(image) for image, _ in others}
+        common = [image for image, _ in listed if composed(image) in known]
         if common:
             shared = f"share {len(common)} images, such as {common[0]!r}"
             raise DataError(f"{path} and {sibling} {shared}: each belongs into one of them.")
@@ -129,16 +200,15 @@ def open_published(root: Path, published: Published, part: str) -> PairSource:
             wrong.append(f"{split} has {captions:,} captions instead of {wanted.captions:,}")
     if wrong:
         raise DataError(
-            f"{path} does not hold the splits of {published.name}: {'; '.join(wrong)}. Other data of this format are read from a "
-            f"file called {FREE_FILE}."
+            f"{path} does not hold the splits of {published.name}: {'; '.join(wrong)}. "
+            f"Other data of this format are read from a file called {FREE_FILE}."
         )
-    return _file_pairs(
-        published.name, f"Karpathy {part}", published.images(root), splits.get(part, ()), path
-    )
+    name, split, folder = published.name, f"Karpathy {part}", published.images(root)
+    return _file_pairs(name, split, folder, splits.get(part, ()), path)
 
 
 def images_root(root: Path) -> Path:
-    """The folder that ids of images are paths below. Raises DataError."""
+    """Return the folder that ids of images are relative to. Raises DataError."""
     published = _PUBLISHED.get(_caption_files(root)[0])
     return root if published is None else published.images(root)
 
@@ -151,47 +221,40 @@ def _caption_files(root: Path) -> tuple[str, ...]:
         raise DataError(f"{root} holds no captions. {LAYOUT}.")
     if len(kinds) > 1:
         present = [name for kind in kinds for name in kind if (root / name).is_file()]
-        raise DataError(
-            f"{root} holds several kinds of captions: {', '.join(present)}. Leave one. {LAYOUT}."
-        )
+        several = f"several kinds of captions: {', '.join(present)}"
+        raise DataError(f"{root} holds {several}. Leave one. {LAYOUT}.")
     return kinds[0]
 
 
 def _file_pairs(
-    name: str,
-    split: str,
-    folder: Path,
-    listed: Sequence[tuple[str, Sequence[str]]],
-    captions_file: Path,
+    name: str, split: str, folder: Path, listed: Sequence[tuple[str, Sequence[str]]], path: Path
 ) -> PairSource:
-    """Pairs whose image ids are paths below ``folder``. Raises DataError."""
+    """Return the pairs of the captions file ``path``; image ids are relative to ``folder``."""
     paths, absent = found_files(folder, (image for image, _ in listed))
     if absent:
         raise DataError(
-            f"{captions_file} names {len(absent)} images of the split {split!r} that are not in {folder}, such as {absent[0]!r}."
+            f"{path} names {len(absent)} images of the split {split!r} that are not in {folder}, "
+            f"such as {absent[0]!r}."
         )
-    return PairSource.of(name, split, listed, file_reader(paths))
+    return PairSource(name, split, listed, file_reader(paths))
 
 
 @lru_cache(maxsize=2)
 def demo_scenes(part: str) -> PairSource:
-    """A part of the demo's data, composed once per process."""
-    # Only the demo model needs the demo's data.
-    from tasks.retrieval.demo.scenes import DigitScenes
+    """Return a part of the demo's data, which is composed once per process."""
+    from tasks.retrieval.demo.scenes import DigitScenes  # for the demo model only
 
     scenes = DigitScenes(part)
-    listed = ((name, [caption]) for name, caption in zip(scenes.ids, scenes.captions, strict=True))
-    return PairSource.of(DEMO_DATA, part, listed, lambda index: scenes[index][0])
+    listed = [(name, [caption]) for name, caption in zip(scenes.ids, scenes.captions, strict=True)]
+    return PairSource(DEMO_DATA, part, listed, lambda index: scenes[index][0])
 
 
 def imagenet_pairs(source: Source, classnames: Sequence[str]) -> PairSource:
-    """Labelled images with captions ``a photo of a <class name>.`` Raises DataError."""
+    """Return labelled images with captions ``a photo of a <class name>.`` Raises DataError."""
     if len(classnames) != source.classes:
-        raise DataError(
-            f"{source.name} {source.split} has {source.classes} classes, but there are {len(classnames)} class names."
-        )
+        what = f"{source.name} {source.split} has {source.classes} classes"
+        raise DataError(f"{what}, but there are {len(classnames)} class names.")
     captions = [[f"a photo of a {name}."] for name in classnames]
-    listed = (
-        (name, captions[label]) for name, label in zip(source.ids, source.targets, strict=True)
-    )
-    return PairSource.of(source.name, source.split, listed, source.read, source.notes())
+    samples = zip(source.ids, source.targets, strict=True)
+    listed = [(name, captions[label]) for name, label in samples]
+    return PairSource(source.name, source.split, listed, source.read, source.notes())

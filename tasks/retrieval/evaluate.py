@@ -1,6 +1,7 @@
-"""Image-caption retrieval of a model with two encoders, with the outcome of every query."""
+"""Image-caption retrieval by two encoders, with the outcome of every query."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,87 +15,97 @@ from tasks.common.data.images import Images, image_outputs
 from tasks.common.record import Metric
 from tasks.common.task import Evaluation
 from tasks.retrieval.bootstrap import measures, standard_errors
-from tasks.retrieval.pairs import PairSource
+from tasks.retrieval.captions import PairSource
 from tasks.retrieval.ranks import Ranks, pair_ranks
 
 #: Images (n, C, H, W) or token ids (n, L) to embeddings (n, d) of any length.
 Encode = Callable[[Tensor], Tensor]
 #: Texts to token ids (n, L) int64.
 Tokenizer = Callable[[list[str]], Tensor]
-#: Texts that are tokenized at a time.
+#: Number of texts that are tokenized at once.
 _TEXTS = 4096
 
 
+@dataclass(frozen=True)
+class Encoders:
+    """The encoders of a model, on ``device``, and its tokenizer."""
+
+    image: Encode
+    text: Encode
+    tokenize: Tokenizer
+    device: torch.device
+    context_length: int | None = None  # longest caption in tokens, if it is known
+
+
 def evaluate_pairs(
-    encode_image: Encode,
-    encode_text: Encode,
+    encoders: Encoders,
     images: Images,
     source: PairSource,
-    tokenizer: Tokenizer,
-    device: torch.device,
     batch_size: int,
     workers: int,
     on_progress: OnProgress,
-    truncated_captions: int | None = None,
 ) -> Evaluation:
     """Measure two encoders on all pairs of ``source``.
 
-    The encoders map (B, C, H, W), and token ids (B, L), on ``device`` to embeddings (B, d) of any
-    length. ``images`` are those of ``source`` with their transform; one that was skipped takes its
-    captions along.
+    ``images`` are the images of ``source`` with their transform. A skipped image takes its captions
+    along.
 
-    Returns the number of images, and outcomes with one row per query, images first: ``sample``
-    (``image:<id>`` or ``caption:<image id>#<number within the image>``); ``direction`` (0 image to
-    text, 1 text to image); ``rank`` of the best correct item, from 0, and ``correct`` if it is 0;
-    ``best``, index of the top-scoring item in ``source``, among equals any; ``weight``, with which
-    the mean of ``correct`` is R@1 (both directions count the same); ``cluster``, index of the
-    query's image in ``source`` (different images are independent). Raises DataError, ModelError,
-    NumericsError.
+    Returns:
+        Number of images, and outcomes with one row per query, images first. ``sample``:
+        ``image:<id>`` or ``caption:<image id>#<number within the image>``. ``direction``: 0 image
+        to text, 1 text to image. ``rank``: of the best correct item, from 0. ``correct``: rank 0.
+        ``best``: index in ``source`` of the item with the highest score, of equal ones any.
+        ``weight``: the mean of ``correct`` with it is R@1 (both directions count the same).
+        ``cluster``: index in ``source`` of the query's image; different images are independent.
+
+    Raises:
+        DataError: no image could be read, or a damaged one is not to be skipped.
+        ModelError: an encoder does not take its inputs.
+        NumericsError: an embedding is NaN, infinite or zero.
     """
     total = len(images) + len(source.captions)
     positions, embedded = [], []
-    for batch in image_outputs(encode_image, images, device, batch_size, workers):
+    for batch in image_outputs(encoders.image, images, encoders.device, batch_size, workers):
         positions.append(batch.positions)
         embedded.append(normalised(batch.values))
         on_progress(Progress("evaluate", batch.done, total))
     if not positions:
         raise DataError("None of the images could be read.")
-    kept, image_embeddings = torch.cat(positions).numpy(), torch.cat(embedded)
+    kept = torch.cat(positions).numpy()
     kept_captions = np.flatnonzero(np.isin(source.image_of, kept))
     texts = [source.captions[index] for index in kept_captions]
-    before = total - len(texts)
-    caption_embeddings = embed_texts(
-        encode_text,
-        tokenizer,
-        texts,
-        device,
-        batch_size,
-        lambda done: on_progress(Progress("evaluate", before + done, total)),
-    )
+
+    def advance(done: int) -> None:
+        on_progress(Progress("evaluate", total - len(texts) + done, total))
+
+    captions = embed_texts(encoders, texts, batch_size, advance)
     image_of = np.searchsorted(kept, source.image_of[kept_captions])
     shown = Spread(len(images)).take(kept.tolist())
-    ranks = pair_ranks(image_embeddings, caption_embeddings, image_of, shown)
-    dataset = source.describe().model_copy(
-        update={"captions": len(source.captions), "truncated_captions": truncated_captions}
+    ranks = pair_ranks(torch.cat(embedded), captions, image_of, shown)
+    cut = truncated(encoders.tokenize, source.captions, encoders.context_length)
+    sizes = {"captions": len(source.captions), "truncated_captions": cut}
+    return Evaluation(
+        metrics=_metrics(ranks, image_of),
+        n=len(kept),
+        outcomes=_outcomes(ranks, source, kept, kept_captions),
+        dataset=source.describe().model_copy(update=sizes),
+        skipped=[source.image_ids[index] for index in np.setdiff1d(np.arange(len(images)), kept)],
+        examples=_examples(ranks, source, kept[shown], kept_captions),
+        notes=[*images.notes(), *truncation_notes(cut, len(source.captions), "captions")],
     )
-    skipped = [source.image_ids[index] for index in np.setdiff1d(np.arange(len(images)), kept)]
-    examples = _examples(ranks, source, kept[shown], kept_captions)
-    outcomes = _outcomes(ranks, source, kept, kept_captions)
-    longer = truncation_notes(truncated_captions, len(source.captions), "captions")
-    measured = _metrics(ranks, image_of), len(kept), outcomes, dataset, skipped
-    return Evaluation(*measured, examples=examples, notes=[*images.notes(), *longer])
 
 
 def truncation_notes(count: int | None, among: int, what: str) -> list[str]:
+    """Return a note on the number of texts that were cut off, if there are any."""
     if not count:
         return []
     return [f"{count:,} of {among:,} {what} are longer than the model's context and were cut off"]
 
 
 def truncated(
-    tokenizer: Tokenizer, captions: tuple[str, ...], context_length: int | None
+    tokenizer: Tokenizer, captions: Sequence[str], context_length: int | None
 ) -> int | None:
-    """Number of captions longer than the model's context; None if the tokenizer cannot tell."""
+    """Return the number of captions longer than the context; None if the tokenizer cannot tell."""
     lengths = getattr(tokenizer, "lengths", None)
     if lengths is None or context_length is None:
         return None
@@ -105,36 +116,28 @@ def _metrics(ranks: Ranks, image_of: np.ndarray) -> dict[str, Metric]:
     once = np.ones((1, len(ranks.image_to_text)), dtype=np.int64)
     values = measures(ranks.image_to_text, ranks.text_to_image, image_of, once)
     errors = standard_errors(ranks.image_to_text, ranks.text_to_image, image_of)
-    return {
-        name: Metric(value=float(value[0]), stderr=errors[name]) for name, value in values.items()
-    }
+    return {name: Metric(value=float(one[0]), stderr=errors[name]) for name, one in values.items()}
 
 
 def _outcomes(
     ranks: Ranks, source: PairSource, kept: np.ndarray, kept_captions: np.ndarray
 ) -> dict[str, np.ndarray]:
-    images, captions = len(kept), len(kept_captions)
+    counts = [len(kept), len(kept_captions)]
     owner = source.image_of[kept_captions]
-    number = kept_captions - np.searchsorted(source.image_of, owner)
+    number = kept_captions - source.starts[owner]
     rank = np.concatenate([ranks.image_to_text, ranks.text_to_image])
-    names = [f"image:{source.image_ids[index]}" for index in kept]
-    names += [
-        f"caption:{source.image_ids[image]}#{index}"
-        for image, index in zip(owner, number, strict=True)
-    ]
-    queries = images + captions
+    ids = source.image_ids
+    names = [f"image:{ids[index]}" for index in kept]
+    names += [f"caption:{ids[image]}#{n}" for image, n in zip(owner, number, strict=True)]
+    best = [kept_captions[ranks.best_caption], kept[ranks.best_image]]
+    weights = np.array([sum(counts) / (2 * count) for count in counts], dtype=np.float32)
     return {
         "sample": np.array(names),
-        "direction": np.repeat(np.array([0, 1], dtype=np.int8), [images, captions]),
+        "direction": np.repeat(np.array([0, 1], dtype=np.int8), counts),
         "rank": rank,
         "correct": rank < 1,
-        "best": np.concatenate([kept_captions[ranks.best_caption], kept[ranks.best_image]]).astype(
-            np.int32
-        ),
-        "weight": np.repeat(
-            np.array([queries / (2 * images), queries / (2 * captions)], dtype=np.float32),
-            [images, captions],
-        ),
+        "best": np.concatenate(best).astype(np.int32),
+        "weight": np.repeat(weights, counts),
         "cluster": np.concatenate([kept, owner]).astype(np.int32),
     }
 
@@ -142,72 +145,53 @@ def _outcomes(
 def _examples(
     ranks: Ranks, source: PairSource, images: np.ndarray, kept_captions: np.ndarray
 ) -> list[dict[str, Any]]:
-    """The best captions of some images, which are given as indices in ``source``."""
+    """Return the best captions of some images, which are indices in ``source``."""
     found = []
     for image, leading in zip(images.tolist(), ranks.leading, strict=True):
-        answers = [(int(kept_captions[index]), score) for index, score in leading]
-        own = np.flatnonzero(source.image_of == image)[:CAPTIONS]
-        top = [
-            {
-                "caption": shortened(source.captions[index]),
-                "score": score,
-                "correct": int(source.image_of[index]) == image,
-            }
-            for index, score in answers
-        ]
-        found.append(
-            {
-                "sample": source.image_ids[image],
-                "truth": [shortened(source.captions[index]) for index in own],
-                "top": top,
-            }
-        )
+        name, own = source.listed[image]
+        top = []
+        for place, score in leading:
+            index = int(kept_captions[place])
+            correct = int(source.image_of[index]) == image
+            caption = shortened(source.captions[index])
+            top.append({"caption": caption, "score": score, "correct": correct})
+        found.append({"sample": name, "truth": [*map(shortened, own[:CAPTIONS])], "top": top})
     return found
 
 
 def normalised(embeddings: Tensor) -> Tensor:
-    """Embeddings (n, d) at unit length, in float32. Raises NumericsError."""
+    """Return embeddings (n, d) at unit length, in float32. Raises NumericsError."""
     embeddings = embeddings.float()
     lengths = embeddings.norm(dim=-1, keepdim=True)
+    advice = "check the weights and the recipe."
     if not bool(torch.isfinite(lengths).all()):
-        raise NumericsError(
-            "The embeddings have NaN or infinite values: check the weights and the recipe."
-        )
+        raise NumericsError(f"The embeddings have NaN or infinite values: {advice}")
     if not bool((lengths > 0).all()):
-        raise NumericsError(
-            "An embedding is zero, so that it is similar to nothing: check the weights and the recipe."
-        )
+        raise NumericsError(f"An embedding is zero, so that it is similar to nothing: {advice}")
     return embeddings / lengths
 
 
 @torch.no_grad()
 def embed_texts(
-    encode_text: Encode,
-    tokenizer: Tokenizer,
-    texts: Sequence[str],
-    device: torch.device,
-    batch_size: int,
-    advance: Callable[[int], None],
+    encoders: Encoders, texts: Sequence[str], batch_size: int, advance: Callable[[int], None]
 ) -> Tensor:
-    """Embed ``texts`` as (n, d) on ``device``; ``advance`` gets the number of those done.
+    """Return unit embeddings (n, d) of ``texts``; ``advance`` receives the number of texts done.
 
-    Texts of equal tokens are encoded once: the last bits of an embedding depend on its place in the
-    batch, and these shall tie. Raises ModelError, NumericsError.
+    Texts with equal tokens are encoded once, so that they tie: the last bits of an embedding depend
+    on its place in the batch. Raises ModelError, NumericsError.
     """
-    rows = torch.cat(
-        [tokenizer(list(texts[start : start + _TEXTS])) for start in range(0, len(texts), _TEXTS)]
-    )
+    parts = [list(texts[start : start + _TEXTS]) for start in range(0, len(texts), _TEXTS)]
+    rows = torch.cat([encoders.tokenize(part) for part in parts])
     distinct, place = torch.unique(rows, dim=0, return_inverse=True)
     embeddings = []
     for tokens in torch.split(distinct, batch_size):
         try:
-            values = encode_text(tokens.to(device))
+            values = encoders.text(tokens.to(encoders.device))
         except (RuntimeError, AssertionError, IndexError) as error:
             if isinstance(error, torch.cuda.OutOfMemoryError):
                 raise
-            raise ModelError(
-                f"The model does not take tokens of shape {tuple(tokens.shape[1:])}: {error}"
-            ) from error
+            shape = tuple(tokens.shape[1:])
+            raise ModelError(f"The model does not take tokens of shape {shape}: {error}") from error
         embeddings.append(normalised(values))
         advance(len(texts) - len(distinct) + sum(len(part) for part in embeddings))
-    return torch.cat(embeddings)[place.to(device)]
+    return torch.cat(embeddings)[place.to(encoders.device)]

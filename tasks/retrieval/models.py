@@ -1,4 +1,4 @@
-"""Loading CLIP models: the demo's, and any open_clip model whose text tower is open_clip's own."""
+"""Loading of CLIP models: the demo model, and open_clip models with open_clip's own text tower."""
 
 import inspect
 import json
@@ -7,237 +7,207 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
-from open_clip.convert import convert_state_dict
-from open_clip.model import (
-    convert_to_custom_text_state_dict,
-    resize_pos_embed,
-    resize_text_pos_embed,
-)
+from open_clip import convert
+from open_clip import model as clip_model
 from open_clip.timm_model import TimmModel
 from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 from torch import Tensor, nn
 
 from fimaq_core.errors import ModelError
-from tasks.common.models.weights import StoredWeights, is_torchscript, load_state, read_weights
+from tasks.common.models.safe_reader import is_torchscript
+from tasks.common.models.weights import StoredWeights, load_state, read_weights
 from tasks.common.preprocessing import Preprocessing
 from tasks.common.request import ModelRequest, describe_missing
 from tasks.common.task import LoadedModel
-from tasks.retrieval.tags import (
-    CATALOGUE,
-    DEMO_NAMES,
-    FILES,
-    full_name,
-    missing_tokenizer,
-    published,
-    repository,
-    tokenizer_folder,
-)
+from tasks.retrieval import tags
+from tasks.retrieval.tags import CATALOGUE, published
 from tasks.retrieval.tokenizers import Tokenizer, build_tokenizer
 
-#: Entries of older checkpoints that are no weights; open_clip drops them too.
-_LEGACY = (
-    "input_resolution",
-    "context_length",
-    "vocab_size",
-    "text.transformer.embeddings.position_ids",
-)
-
-#: Entries of the state dicts that OpenAI published, and of none that open_clip trained.
+#: Entries of the state dicts of OpenAI; those of open_clip never have them.
 _OPENAI = {"input_resolution", "context_length", "vocab_size"}
+#: Entries of older checkpoints that are no weights; open_clip drops them too.
+_LEGACY = _OPENAI | {"text.transformer.embeddings.position_ids"}
+#: Errors of open_clip and timm for values that do not fit.
+_MISFIT = (
+    TypeError, ValueError, AssertionError, RuntimeError, KeyError, AttributeError, ArithmeticError,
+)  # fmt: skip
 
 
 def load_model(request: ModelRequest) -> LoadedModel:
     """Load a CLIP model with weights, transforms and tokenizer. Raises ModelError."""
-    missing = [
-        item
-        for item in (CATALOGUE.missing_weights(request), missing_tokenizer(request))
-        if item is not None
-    ]
-    if missing:
-        raise ModelError(describe_missing(missing))
+    missing = CATALOGUE.missing_weights(request), tags.missing_tokenizer(request)
+    if problem := describe_missing(filter(None, missing)):
+        raise ModelError(problem)
     tag, weights = CATALOGUE.model_tag(request), CATALOGUE.local_weights(request)
-    if request.name in DEMO_NAMES:
+    if request.name in tags.DEMO_NAMES:
         return _demo(request, tag, weights)
-    architecture, _, training = full_name(request.name).partition(".")
-    config = _configuration(architecture, request.model_args)
-    preprocess = _preprocess(architecture, training, request.preprocessing)
+    name, _, training = tags.full_name(request.name).partition(".")
+    config = _configuration(name, request.model_args)
+    preprocess = _preprocess(name, training, request.preprocessing)
     path = weights or CATALOGUE.fetch(tag)
-    _refuse_torchscript(path, f"{architecture}.{training}" if training else None)
+    _refuse_torchscript(path, f"{name}.{training}" if training else None)
     stored = read_weights(path, request.weights_entry)
-    both = f"{architecture}-quickgelu" in open_clip.list_models()
+    both = f"{name}-quickgelu" in open_clip.list_models()
     named = bool(training) or "quick_gelu" in request.model_args or not both
     told = None if named else _activation(stored)
     arguments = request.model_args if told is None else {**request.model_args, "quick_gelu": told}
-    model = _create(architecture, arguments, {"quick_gelu": told, **config})
+    model = _create(name, arguments, {"quick_gelu": told, **config})
     vocabulary = int(open_clip.get_model_tokenize_cfg(model)["vocab_size"])
-    tokenizer = build_tokenizer(
-        architecture, config["text_cfg"], tokenizer_folder(request), vocabulary
-    )
-    load_state(
-        model, _adapted(stored.state, model, request.model_args), str(path) if weights else tag
-    )
+    folder = tags.tokenizer_folder(request)
+    tokenizer = build_tokenizer(name, config["text_cfg"], folder, vocabulary)
+    adapted = _adapted(stored.state, model, request.model_args)
+    load_state(model, adapted, str(path) if weights else tag)
     if not named and told is None:
         raise ModelError(
-            f"The weights {path} do not say which activation they were trained with, and open_clip has {architecture} with two. "
-            f"Give --model {architecture}-quickgelu if they come from weights with QuickGELU (OpenAI's, DFN's, MetaCLIP's), or "
-            "--model-args '{\"quick_gelu\": false}' for the exact GELU. A name with a tag says it too, such as "
-            f"{published(architecture)[0]}."
+            f"The weights {path} do not say which activation they were trained with, and open_clip "
+            f"has {name} with two. Give --model {name}-quickgelu for QuickGELU (weights of OpenAI, "
+            "DFN, MetaCLIP), or --model-args '{\"quick_gelu\": false}' for the exact GELU. A name "
+            f"with a tag says it too, such as {published(name)[0]}."
         )
     _resize_trunk(model, request.model_args)
     preprocess.size = _pair(model.visual.image_size)
     shape = _check_size(request.preprocessing, (3, *preprocess.size))
-    origin = f"file {path.name}" if weights else f"hub {repository(tag).repo}"
+    origin = f"file {path.name}" if weights else f"hub {tags.repository(tag).repo}"
     activation = "" if told is None else f" ({'QuickGELU' if told else 'GELU'}, as it says)"
+    own = {key: getattr(preprocess, key) for key in ("mean", "std", "interpolation")}
     return LoadedModel(
-        model.eval(),
-        tag,
-        origin + activation + tokenizer.origin,
-        stored.sha256(model, altered=bool(arguments)),
-        0,
-        image_transform_v2(preprocess, is_train=False),
-        image_transform_v2(preprocess, is_train=True),
+        model=model.eval(),
+        tag=tag,
+        source=origin + activation + tokenizer.origin,
+        sha256=stored.sha256(model, altered=bool(arguments)),
+        classes=0,
+        eval_transform=image_transform_v2(preprocess, is_train=False),
+        train_transform=image_transform_v2(preprocess, is_train=True),
         input_shape=shape,
         tokenizer=tokenizer,
         context_length=tokenizer.context_length,
         entry=stored.entry,
         entries=stored.entries,
-        preprocessing=Preprocessing(
-            input_size=shape,
-            crop_mode=preprocess.resize_mode,
-            mean=preprocess.mean,
-            std=preprocess.std,
-            interpolation=preprocess.interpolation,
-        ),
+        preprocessing=Preprocessing(input_size=shape, crop_mode=preprocess.resize_mode, **own),
     )
 
 
 def _demo(request: ModelRequest, tag: str, weights: Path | None) -> LoadedModel:
+    from tasks.retrieval.demo import scenes
     from tasks.retrieval.demo.models import DEMO
-    from tasks.retrieval.demo.scenes import CANVAS_SIZE, eval_transform, train_transform
     from tasks.retrieval.demo.tokens import demo_tokenizer
 
     model, stored = DEMO.load(request, weights)
-    length, digest = int(model.context_length), stored.sha256(model, altered=False)
-    tokenizer = Tokenizer(demo_tokenizer(), length, int(model.vocab_size))
-    facts = tag, f"file {stored.path.name}", digest, 0, eval_transform(), train_transform()
-    own = "digit-scenes", (3, *CANVAS_SIZE), tokenizer, length
-    return LoadedModel(model, *facts, *own, entry=stored.entry, entries=stored.entries)
+    tokenizer = Tokenizer(demo_tokenizer(), int(model.context_length), int(model.vocab_size))
+    return LoadedModel(
+        model=model,
+        tag=tag,
+        source=f"file {stored.path.name}",
+        sha256=stored.sha256(model, altered=False),
+        classes=0,
+        eval_transform=scenes.eval_transform(),
+        train_transform=scenes.train_transform(),
+        data=tags.DEMO_DATA,
+        input_shape=(3, *scenes.CANVAS_SIZE),
+        tokenizer=tokenizer,
+        context_length=tokenizer.context_length,
+        entry=stored.entry,
+        entries=stored.entries,
+    )
 
 
 def _activation(stored: StoredWeights) -> bool | None:
-    """True if the file says that its weights are for QuickGELU, False for GELU, else None."""
+    """Return True if the file says that its weights are for QuickGELU, False for GELU, or None."""
     if stored.state.keys() >= _OPENAI:
         return True
+    path = stored.path.parent / "open_clip_config.json"
     try:
-        content = json.loads(
-            (stored.path.parent / "open_clip_config.json").read_text(encoding="utf-8")
-        )
+        content = json.loads(path.read_text(encoding="utf-8"))
         told = content["model_cfg"].get("quick_gelu", False)
     except (OSError, ValueError, TypeError, LookupError, AttributeError):
         return None
-    return told if stored.path.name in FILES and isinstance(told, bool) else None
+    return told if stored.path.name in tags.FILES and isinstance(told, bool) else None
 
 
-def _configuration(architecture: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """open_clip's configuration with ``arguments``; a tower keeps its other settings."""
-    config: dict[str, Any] = open_clip.get_model_config(architecture)
-    wrong = sorted(
-        arguments.keys()
-        & {*inspect.signature(open_clip.create_model).parameters, "pretrained_hf", "cast_dtype"}
-    )
-    if wrong:
+def _configuration(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return open_clip's configuration with ``arguments``; a tower keeps its other settings."""
+    config: dict[str, Any] = open_clip.get_model_config(name)
+    own = {*inspect.signature(open_clip.create_model).parameters, "pretrained_hf", "cast_dtype"}
+    if wrong := sorted(arguments.keys() & own):
         raise ModelError(
-            f"--model-args are for the model's constructor, {', '.join(wrong)} are not: give {', '.join(config)}."
+            f"--model-args are for the model's constructor, {', '.join(wrong)} are not: "
+            f"give {', '.join(config)}."
         )
-    if not isinstance(arguments.get("quick_gelu", False), bool):
-        raise ModelError(
-            f"--model-args: quick_gelu is true or false, without quotes, not {json.dumps(arguments['quick_gelu'])}."
-        )
-    for name, value in arguments.items():
-        tower = name in ("vision_cfg", "text_cfg")
+    quick = arguments.get("quick_gelu", False)
+    if not isinstance(quick, bool):
+        given = f"not {json.dumps(quick)}"
+        raise ModelError(f"--model-args: quick_gelu is true or false, without quotes, {given}.")
+    for key, value in arguments.items():
+        tower = key in ("vision_cfg", "text_cfg")
         if tower and not isinstance(value, dict):
-            raise ModelError(f"--model-args: {name} takes an object of settings, not {value!r}.")
-        config[name] = {**config[name], **value} if tower else value
-    foreign = config["text_cfg"].get("hf_model_name")
-    if foreign:
+            raise ModelError(f"--model-args: {key} takes an object of settings, not {value!r}.")
+        config[key] = {**config[key], **value} if tower else value
+    if foreign := config["text_cfg"].get("hf_model_name"):
         raise ModelError(
-            f"The text tower of {architecture} is a model of transformers ({foreign}), which open_clip would fetch by itself: "
-            "choose a model with open_clip's own text tower."
+            f"The text tower of {name} is a model of transformers ({foreign}), which open_clip "
+            "would fetch by itself: choose a model with open_clip's own text tower."
         )
     if arguments.get("vision_cfg", {}).get("timm_model_pretrained"):
-        raise ModelError(
-            "--model-args cannot ask for a pretrained tower: weights come from --weights or the model's tag."
-        )
+        advice = "weights come from --weights or the model's tag"
+        raise ModelError(f"--model-args cannot ask for a pretrained tower: {advice}.")
     trunk = str(config["vision_cfg"].get("timm_model_name") or "")
     if ":" in trunk:
-        raise ModelError(
-            f"The vision tower '{trunk}' is an address, which timm would read or fetch: give the name of a model."
-        )
+        problem = "is an address, which timm would read or fetch: give the name of a model"
+        raise ModelError(f"The vision tower '{trunk}' {problem}.")
     config["vision_cfg"].pop("timm_model_pretrained", None)
     return config
 
 
-def _preprocess(architecture: str, training: str, given: dict[str, Any]) -> PreprocessCfg:
-    """Image transforms of the named weights, or those that all of open_clip's share.
+def _preprocess(name: str, training: str, given: dict[str, Any]) -> PreprocessCfg:
+    """Return the image transforms of the named weights, or those that all weights share.
 
-    Without any, they are open_clip's defaults. ``given`` mean, deviation and interpolation count
-    first.
+    A model without weights has open_clip's defaults. Mean, deviation and interpolation of ``given``
+    replace these.
     """
-    trainings = [training] if training else open_clip.list_pretrained_tags_by_model(architecture)
-    overlay = {name: given[name] for name in ("mean", "std", "interpolation") if name in given}
-    for name in overlay.keys() & {"mean", "std"}:
-        values = overlay[name]
+    overlay = {key: given[key] for key in ("mean", "std", "interpolation") if key in given}
+    for key in overlay.keys() & {"mean", "std"}:
+        values = overlay[key]
         if len(values) not in (1, 3):
-            raise ModelError(f"--{name} has {len(values)} values: give one, or three for RGB.")
-        overlay[name] = tuple(values if len(values) == 3 else values * 3)
-    if overlay.get("interpolation", "bicubic") not in ("bicubic", "bilinear"):
-        raise ModelError(
-            f"--interpolation {given['interpolation']}: open_clip has bicubic and bilinear."
-        )
+            raise ModelError(f"--{key} has {len(values)} values: give one, or three for RGB.")
+        overlay[key] = tuple(values if len(values) == 3 else values * 3)
+    kind = overlay.get("interpolation", "bicubic")
+    if kind not in ("bicubic", "bilinear"):
+        raise ModelError(f"--interpolation {kind}: open_clip has bicubic and bilinear.")
     if "crop_pct" in given:
-        raise ModelError(
-            "--crop-pct is for timm's models: open_clip resizes to the input size itself."
-        )
-    known = [open_clip.get_pretrained_cfg(architecture, name) for name in trainings] or [{}]
+        raise ModelError("--crop-pct is for timm's models: open_clip resizes by itself.")
+    trainings = [training] if training else open_clip.list_pretrained_tags_by_model(name)
+    known = [open_clip.get_pretrained_cfg(name, one) for one in trainings] or [{}]
     found = [merge_preprocess_dict(PreprocessCfg(), {**config, **overlay}) for config in known]
     if any(other != found[0] for other in found):
         raise ModelError(
-            f"The weights that open_clip knows of {architecture} differ in mean, deviation or size of their images: name those "
-            f"whose transforms yours were trained with, {' or '.join(published(architecture))}, or give --mean and --std."
+            f"The weights that open_clip knows of {name} differ in mean, deviation or size of "
+            "their images: name those whose transforms yours were trained with, "
+            f"{' or '.join(published(name))}, or give --mean and --std."
         )
     return PreprocessCfg(**found[0])
 
 
 def _check_size(given: dict[str, Any], own: tuple[int, int, int]) -> tuple[int, int, int]:
-    """The model's own input size; another one is refused."""
+    """Return the input size of the model; another size is refused."""
     wanted = tuple(given.get("input_size", own))
     if wanted != own[-len(wanted) :]:
+        advice = f'"vision_cfg": {{"image_size": {list(wanted[-2:])}}} in --model-args'
         raise ModelError(
-            f"The model was built for inputs (C, H, W) of {own} and takes none of {wanted} (--input-size): build it for them "
-            f'with "vision_cfg": {{"image_size": {list(wanted[-2:])}}} in --model-args.'
+            f"The model was built for inputs (C, H, W) of {own} and takes none of {wanted} "
+            f"(--input-size): build it for them with {advice}."
         )
     return own
 
 
-def _create(architecture: str, arguments: dict[str, Any], config: dict[str, Any]) -> nn.Module:
-    own = {name: config[name] for name in arguments}
+def _create(name: str, arguments: dict[str, Any], config: dict[str, Any]) -> nn.Module:
+    own = {key: config[key] for key in arguments}
+    own |= {"pretrained_image": False, "pretrained_text": False}
     # open_clip warns of the random weights, which are replaced at once.
     logging.root.addFilter(_serious)
     try:
-        own |= {"pretrained_image": False, "pretrained_text": False}
-        model: nn.Module = open_clip.create_model(architecture, **own)
-    except (
-        TypeError,
-        ValueError,
-        AssertionError,
-        RuntimeError,
-        KeyError,
-        AttributeError,
-        ArithmeticError,
-    ) as error:
-        raise ModelError(
-            f"open_clip cannot build {architecture} with {arguments}: {error}"
-        ) from error
+        model: nn.Module = open_clip.create_model(name, **own)
+    except _MISFIT as error:
+        raise ModelError(f"open_clip cannot build {name} with {arguments}: {error}") from error
     finally:
         logging.root.removeFilter(_serious)
     return model
@@ -250,57 +220,51 @@ def _serious(record: logging.LogRecord) -> bool:
 def _adapted(
     state: dict[str, Tensor], model: nn.Module, arguments: dict[str, Any]
 ) -> dict[str, Tensor]:
-    """Bring older layouts into the model's, by open_clip's own functions.
+    """Convert older layouts into the layout of the model, by functions of open_clip.
 
-    Unlike open_clip, position embeddings are resized only where ``arguments`` ask for another size,
-    and an absent ``logit_bias`` is not made up.
+    Unlike open_clip, position embeddings are resized only if ``arguments`` ask for another size,
+    and a missing ``logit_bias`` is not invented.
     """
     expected = model.state_dict()
     try:
-        adapted: dict[str, Tensor] = convert_state_dict(model, dict(state))
+        adapted: dict[str, Tensor] = convert.convert_state_dict(model, dict(state))
         if "positional_embedding" in adapted and not hasattr(model, "positional_embedding"):
-            adapted = convert_to_custom_text_state_dict(adapted)
+            adapted = clip_model.convert_to_custom_text_state_dict(adapted)
         for name in ("logit_scale", "logit_bias"):  # a number, or a vector of one
             if name in adapted and name in expected and adapted[name].numel() == 1:
                 adapted[name] = adapted[name].reshape(expected[name].shape)
         if "image_size" in arguments.get("vision_cfg", {}):
-            resize_pos_embed(adapted, model)
+            clip_model.resize_pos_embed(adapted, model)
         if "context_length" in arguments.get("text_cfg", {}):
-            resize_text_pos_embed(adapted, model)
-    except (KeyError, RuntimeError, ValueError, AssertionError, AttributeError, TypeError) as error:
+            clip_model.resize_text_pos_embed(adapted, model)
+    except _MISFIT as error:
         raise ModelError(f"The weights do not fit {type(model).__name__}: {error}") from error
-    return {
-        name: tensor for name, tensor in adapted.items() if name in expected or name not in _LEGACY
-    }
+    return {name: one for name, one in adapted.items() if name in expected or name not in _LEGACY}
 
 
 def _resize_trunk(model: nn.Module, arguments: dict[str, Any]) -> None:
-    """Set the size of a timm vision tower, which is built in its own."""
+    """Set the input size of a timm vision tower, which is built with its own size."""
     size = arguments.get("vision_cfg", {}).get("image_size")
     if size is None or not isinstance(model.visual, TimmModel):
         return
-    if not hasattr(model.visual.trunk, "set_input_size"):
-        raise ModelError(
-            f"The vision tower {type(model.visual.trunk).__name__} takes images of its own size only."
-        )
+    trunk = model.visual.trunk
+    if not hasattr(trunk, "set_input_size"):
+        kind = type(trunk).__name__
+        raise ModelError(f"The vision tower {kind} takes images of its own size only.")
     try:
         model.visual.set_input_size(_pair(size))
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+    except _MISFIT as error:
         raise ModelError(f"The vision tower takes no images of size {size}: {error}") from error
 
 
 def _refuse_torchscript(path: Path, name: str | None) -> None:
     if not is_torchscript(path):
         return
-    found = repository(name) if name is not None else None
-    instead = (
-        f"open_clip_model.safetensors of the Hugging Face repository {found.repo}"
-        if found
-        else "a safetensors file"
-    )
+    found = tags.repository(name) if name is not None else None
+    repo = f"open_clip_model.safetensors of the Hugging Face repository {found and found.repo}"
     raise ModelError(
-        f"The weights {path} are a TorchScript archive, as OpenAI publishes its models: a program with weights, which is not "
-        f"run. Give {instead} instead."
+        f"The weights {path} are a TorchScript archive, as OpenAI publishes its models: a program "
+        f"with weights, which is not run. Give {repo if found else 'a safetensors file'} instead."
     )
 
 

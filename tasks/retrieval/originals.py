@@ -1,4 +1,4 @@
-"""Original images of retrieval's samples; loads no model."""
+"""Original images of the samples of retrieval; loads no model."""
 
 from collections.abc import Sequence
 
@@ -12,14 +12,12 @@ from tasks.retrieval.tags import DEMO_NAMES, LAYOUT
 
 
 def originals(model: ModelRequest, data: DataRequest, ids: Sequence[str]) -> dict[str, Image.Image]:
-    """See :meth:`tasks.common.task.Task.originals`; of zero-shot classification, files of its evaluation part."""
+    """See :meth:`tasks.common.task.Task.originals`. Zero-shot ids are files of the part ``val``."""
     zero_shot = data.evaluation == "zero-shot"
+    if data.path is not None and zero_shot:
+        return class_originals(data.path, ids)
     if data.path is not None:
-        return (
-            class_originals(data.path, ids)
-            if zero_shot
-            else originals_below(images_root(data.path), ids)
-        )
+        return originals_below(images_root(data.path), ids)
     if zero_shot or model.name not in DEMO_NAMES:
         what = "Zero-shot evaluation" if zero_shot else model.name
         layout = "images in class folders" if zero_shot else LAYOUT

@@ -1,4 +1,4 @@
-"""The retrieval task as the pipeline sees it."""
+"""The retrieval task."""
 
 import copy
 from dataclasses import replace
@@ -21,7 +21,7 @@ from tasks.retrieval import models, tags
 from tasks.retrieval.calibration import calibration_set
 from tasks.retrieval.captions import open_pairs
 from tasks.retrieval.divergence import contrastive
-from tasks.retrieval.evaluate import evaluate_pairs, truncated
+from tasks.retrieval.evaluate import Encoders, evaluate_pairs
 from tasks.retrieval.towers import TOWERS, build_towers
 from tasks.retrieval.zero_shot import (
     LINES,
@@ -33,34 +33,28 @@ from tasks.retrieval.zero_shot import (
 
 
 class TwoTowers(nn.Module):
-    """A model as it is evaluated: chains for quantized towers, open_clip's float ``model`` for
-    others.
-    """
+    """Model for evaluation: chains of quantized towers, and the float ``model`` for others."""
 
     def __init__(self, model: nn.Module, chains: Chains) -> None:
         super().__init__()
         self.chains = nn.ModuleDict(chains)
-        # A model whose towers have all been taken over is not run any more.
+        # A model whose towers have all become chains is not run any more.
         self.model = model if len(chains) < len(TOWERS) else None
         self.register_buffer("logit_scale", model.logit_scale.detach().clone(), persistent=False)
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Embeddings (B, d), not normalised, of images (B, C, H, W)."""
-        return self._tower("vision", images)
+        """Return embeddings (B, d), not normalised, of images (B, C, H, W)."""
+        if "vision" in self.chains:
+            return self.chains["vision"](images)
+        return self.model.encode_image(images)
 
     def encode_text(self, ids: Tensor) -> Tensor:
-        """Embeddings (B, d), not normalised, of token ids (B, L)."""
-        return self._tower("text", ids)
-
-    def _tower(self, name: str, x: Tensor) -> Tensor:
-        if name in self.chains:
-            return self.chains[name](x)
-        assert self.model is not None
-        return self.model.encode_image(x) if name == "vision" else self.model.encode_text(x)
+        """Return embeddings (B, d), not normalised, of token ids (B, L)."""
+        return self.chains["text"](ids) if "text" in self.chains else self.model.encode_text(ids)
 
 
 class RetrievalTask(Task):
-    """Image-caption retrieval and zero-shot classification with open_clip; see :class:`tasks.common.task.Task`."""
+    """Image-caption retrieval and zero-shot classification with open_clip."""
 
     name = "retrieval"
     tags = tags
@@ -71,9 +65,8 @@ class RetrievalTask(Task):
         return models.load_model(request)
 
     def chains(self, loaded: LoadedModel, recipe: Recipe) -> Chains:
-        """The towers that the recipe's scope names."""
-        towers = [name for name in TOWERS if recipe.scope in (None, "both", name)]
-        return build_towers(loaded.model, recipe, towers)
+        """Build the towers of the recipe's scope."""
+        return build_towers(loaded.model, recipe, [*tags.parts(recipe.scope)])
 
     def assemble(self, loaded: LoadedModel, chains: Chains) -> nn.Module:
         return TwoTowers(loaded.model, chains)
@@ -83,12 +76,14 @@ class RetrievalTask(Task):
         found = {"vision": model.get_submodule("visual")}
         if isinstance(getattr(model, "text", None), nn.Module):
             found["text"] = model.get_submodule("text")
-        else:  # open_clip's first class keeps the text tower's parts beside the image tower
-            found["text"] = _without(model, "visual")
+        else:  # open_clip's CLIP keeps the parts of the text tower beside the image tower
+            found["text"] = copy.copy(model)
+            rest = {key: child for key, child in model.named_children() if key != "visual"}
+            found["text"]._modules = rest
         return {name: module for name, module in found.items() if name not in chains}
 
     def examples(self, loaded: LoadedModel, chains: Chains) -> dict[str, Tensor]:
-        """An image and a caption of zeros."""
+        """Return an image and a caption of zeros."""
         assert loaded.input_shape is not None
         assert loaded.context_length is not None
         inputs = {
@@ -98,7 +93,7 @@ class RetrievalTask(Task):
         return {name: inputs[name] for name in chains}
 
     def calibration(self, loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> CalibrationSet:
-        """Images with a caption each."""
+        """Return images with one caption each."""
         return calibration_set(loaded, data, recipe)
 
     def divergences(
@@ -109,24 +104,19 @@ class RetrievalTask(Task):
         device: torch.device,
         batch_size: int,
     ) -> dict[str, Divergence]:
-        """The contrastive divergence of each tower, the other in full precision."""
+        """Return the contrastive divergence of each tower; the other is in full precision."""
         if recipe.temperature != Recipe.model_fields["temperature"].default:
-            raise RecipeError(
-                "The divergence of a retrieval model takes the model's own scale: leave temperature out."
-            )
+            raise RecipeError("The divergence takes the model's own scale: leave temperature out.")
         if not (recipe.reconstruct or recipe.reconstruct_mlp):
-            return dict.fromkeys(TOWERS, Divergence())  # nobody asks it anything
+            return dict.fromkeys(TOWERS, Divergence())  # not used
         model = loaded.model.to(device)
+        encoders = {"vision": model.encode_image, "text": model.encode_text}
+        sizes = {"batch": recipe.divergence_batch, "size": batch_size}
         made: dict[str, Divergence] = {}
-        for name, other, encode in (
-            ("text", "vision", model.encode_image),
-            ("vision", "text", model.encode_text),
-        ):
-            if recipe.scope in (None, "both", name):
+        for name, other in (("text", "vision"), ("vision", "text")):
+            if name in tags.parts(recipe.scope):
                 inputs = Samples.of(images.inputs[other])
-                made[name] = contrastive(
-                    model, encode, inputs, batch=recipe.divergence_batch, size=batch_size
-                )
+                made[name] = contrastive(model, encoders[other], inputs, **sizes)
         return made
 
     def evaluate(
@@ -139,65 +129,31 @@ class RetrievalTask(Task):
         workers: int,
         on_progress: OnProgress,
     ) -> Evaluation:
-        """Recalls on the test pairs, or zero-shot accuracy on the images of a folder."""
+        """Measure recalls on the test pairs, or zero-shot accuracy on the images of a folder."""
         assert isinstance(model, TwoTowers)
         assert loaded.tokenizer is not None
-        assert loaded.context_length is not None
-        if data.evaluation == "zero-shot":
-            if data.path is None:
-                raise DataError(
-                    "Zero-shot evaluation needs images in class folders: give --data /path/to/imagenet."
-                )
-            source = open_folder(data.path, "val", data.class_order, wanted=LINES)
-            folders = source.class_names
-            names = class_names(data.path, folders)
-            embedded = class_embeddings(
-                model.encode_text, loaded.tokenizer, names, device, batch_size, on_progress
-            )
-            classifier = ZeroShotClassifier(model.encode_image, embedded, model.logit_scale)
-            source = source.head(data.limit)
-            images = Images(
-                source.ids, source.targets, source.read, loaded.eval_transform, data.skip_corrupt
-            )
-            found = evaluate(
-                classifier,
-                images,
-                source,
-                device,
-                batch_size,
-                workers,
-                on_progress,
-                told_apart(names, folders),
-            )
-            return replace(found, dataset=named_classes(found.dataset, names, folders))
-        pairs = open_pairs(loaded, data, "test").head(data.limit)
-        images = Images(
-            pairs.image_ids,
-            [0] * len(pairs.image_ids),
-            pairs.read,
-            loaded.eval_transform,
-            data.skip_corrupt,
+        encoders = Encoders(
+            model.encode_image, model.encode_text, loaded.tokenizer, device, loaded.context_length
         )
-        cut = truncated(loaded.tokenizer, pairs.captions, loaded.context_length)
-        encoders = model.encode_image, model.encode_text
-        return evaluate_pairs(
-            *encoders,
-            images,
-            pairs,
-            loaded.tokenizer,
-            device,
-            batch_size,
-            workers,
-            on_progress,
-            cut,
+        if data.evaluation != "zero-shot":
+            pairs = open_pairs(loaded, data, "test").head(data.limit)
+            ids, none = pairs.image_ids, [0] * len(pairs.image_ids)
+            images = Images(ids, none, pairs.read, loaded.eval_transform, data.skip_corrupt)
+            return evaluate_pairs(encoders, images, pairs, batch_size, workers, on_progress)
+        if data.path is None:
+            raise DataError("Zero-shot needs images in class folders: give --data /path/to/data.")
+        source = open_folder(data.path, "val", data.class_order, wanted=LINES)
+        folders = source.class_names
+        names = class_names(data.path, folders)
+        embedded = class_embeddings(encoders, names, batch_size, on_progress)
+        classifier = ZeroShotClassifier(model.encode_image, embedded, model.logit_scale)
+        source = replace(source.head(data.limit), class_names=told_apart(names, folders))
+        transform = loaded.eval_transform
+        images = Images(source.ids, source.targets, source.read, transform, data.skip_corrupt)
+        found = evaluate(
+            classifier, images, source, device, batch_size, workers, on_progress, source.class_names
         )
-
-
-def _without(model: nn.Module, name: str) -> nn.Module:
-    """``model`` without its submodule ``name``."""
-    rest = copy.copy(model)
-    rest._modules = {key: child for key, child in model.named_children() if key != name}
-    return rest
+        return replace(found, dataset=named_classes(found.dataset, names, folders))
 
 
 TASK = RetrievalTask()

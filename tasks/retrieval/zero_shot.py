@@ -1,7 +1,7 @@
 """Zero-shot classification by class names (Radford et al., ICML 2021, arXiv:2103.00020).
 
-A class is the mean direction of the embeddings of its name in several templates; an image gets the
-most similar class.
+A class is the mean direction of the embeddings of its name in several templates. An image gets the
+class with the most similar direction.
 """
 
 import hashlib
@@ -16,36 +16,37 @@ from fimaq_core.errors import DataError
 from fimaq_core.progress import OnProgress, Progress
 from tasks.common.data.imagenet import IMAGENET, is_imagenet, wordnet_ids
 from tasks.common.record import Dataset
-from tasks.retrieval.evaluate import Encode, Tokenizer, embed_texts, normalised
+from tasks.retrieval.evaluate import Encode, Encoders, embed_texts, normalised
 
 CLASSNAMES_FILE = "classnames.txt"
-#: The order of classes that counts here: the weights know none.
+#: The order of classes that counts here, since the weights know none.
 LINES = f"of the lines in {CLASSNAMES_FILE}"
 Template = Callable[[str], str]
 TEMPLATES: tuple[Template, ...] = tuple(OPENAI_IMAGENET_TEMPLATES)
 _FORM = "one name per line, in the order of the labels"
-#: Classes whose texts are in memory together.
+#: Number of classes whose texts are in memory together.
 _CLASSES = 50
 
 
 def imagenet_names(folders: Sequence[str]) -> tuple[str, ...]:
-    """Names that the CLIP authors give to the classes with these WordNet ids."""
+    """Return the names that the authors of CLIP give to classes with these WordNet ids."""
     names = dict(zip(wordnet_ids(), IMAGENET_CLASSNAMES, strict=True))
     return tuple(names[folder] for folder in folders)
 
 
 def class_names(root: Path, folders: Sequence[str]) -> tuple[str, ...]:
-    """Names of classes by their ``folders``: the lines of ``classnames.txt`` in ``root``.
+    """Return the names of the classes ``folders``: the lines of ``classnames.txt`` in ``root``.
 
-    Without that file ImageNet's classes have the names of the CLIP authors. Raises DataError.
+    Without this file, ImageNet's classes have the names of the authors of CLIP. Raises DataError.
     """
     path, classes = root / CLASSNAMES_FILE, len(folders)
     if not path.is_file():
         if is_imagenet(folders):
             return imagenet_names(folders)
         raise DataError(
-            f"Zero-shot classification needs names of the {classes} classes: write them into {path}, one a line (UTF-8), in the "
-            f"order of their labels, from {folders[0]!r} to {folders[-1]!r}."
+            f"Zero-shot classification needs names of the {classes} classes: write them into "
+            f"{path}, one name per line (UTF-8), in the order of their labels, from "
+            f"{folders[0]!r} to {folders[-1]!r}."
         )
     try:
         names = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines())
@@ -59,7 +60,7 @@ def class_names(root: Path, folders: Sequence[str]) -> tuple[str, ...]:
 
 
 def named_classes(dataset: Dataset, names: Sequence[str], folders: Sequence[str]) -> Dataset:
-    """The record's entry: names and templates count in its fingerprint."""
+    """Return the entry for the record: names and templates count in its fingerprint."""
     texts = [template(name) for name in names for template in TEMPLATES]
     fingerprint = hashlib.sha256("\n".join([dataset.fingerprint, *texts]).encode()).hexdigest()
     usual = dataset.name != IMAGENET or tuple(names) == imagenet_names(folders)
@@ -68,27 +69,23 @@ def named_classes(dataset: Dataset, names: Sequence[str], folders: Sequence[str]
 
 
 def class_embeddings(
-    encode_text: Encode,
-    tokenizer: Tokenizer,
+    encoders: Encoders,
     names: Sequence[str],
-    device: torch.device,
     batch_size: int,
     on_progress: OnProgress,
     templates: Sequence[Template] = TEMPLATES,
 ) -> Tensor:
-    """Unit embeddings (classes, d): means over ``templates``. Raises ModelError."""
+    """Return unit embeddings (classes, d): means over ``templates``. Raises ModelError."""
     total = len(names) * len(templates)
     found = []
     for start in range(0, len(names), _CLASSES):
-        texts = [
-            template(name) for name in names[start : start + _CLASSES] for template in templates
-        ]
-        before = start * len(templates)
+        chunk = names[start : start + _CLASSES]
+        texts = [template(name) for name in chunk for template in templates]
 
-        def advance(done: int, before: int = before) -> None:
+        def advance(done: int, before: int = start * len(templates)) -> None:
             on_progress(Progress("embed classes", before + done, total))
 
-        embeddings = embed_texts(encode_text, tokenizer, texts, device, batch_size, advance)
+        embeddings = embed_texts(encoders, texts, batch_size, advance)
         found.append(normalised(embeddings.view(-1, len(templates), embeddings.shape[1]).mean(1)))
     return torch.cat(found)
 
@@ -96,19 +93,18 @@ def class_embeddings(
 class ZeroShotClassifier(nn.Module):
     """Images (B, C, H, W) to logits (B, classes): cosine similarities times exp(``logit_scale``).
 
-    The factor leaves ranks alone and gives the probabilities that the model was trained for.
+    The factor does not change ranks; it gives the probabilities that the model was trained for.
     """
 
     def __init__(self, encode_image: Encode, embeddings: Tensor, logit_scale: Tensor) -> None:
         super().__init__()
         self.encode_image = encode_image
-        # Classes with equal embeddings shall tie, which columns of a product do not: it rounds by their place.
+        # Classes with equal embeddings tie as one column; a product rounds columns by their place.
         distinct, place = torch.unique(embeddings, dim=0, return_inverse=True)
-        self.register_buffer(
-            "weight", logit_scale.detach().float().exp().to(embeddings.device) * distinct.T
-        )
+        scale = logit_scale.detach().float().exp().to(embeddings.device)
+        self.register_buffer("weight", scale * distinct.T)
         self.register_buffer("place", place)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Raises NumericsError: an embedding that is NaN, infinite or zero."""
+        """Raise NumericsError for an embedding that is NaN, infinite or zero."""
         return (normalised(self.encode_image(images)) @ self.weight)[:, self.place]

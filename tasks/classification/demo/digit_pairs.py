@@ -98,10 +98,6 @@ class DigitPairs(DigitSamples):
         ]
         self.classes = [f"{label:02d}" for label in range(NUM_CLASSES)]
 
-    def told(self, index: int) -> int:
-        """The label of an image."""
-        return self.targets[index]
-
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over ids, labels and pixels."""

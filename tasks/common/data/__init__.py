@@ -1,1 +1,1 @@
-"""Images: read, ordered by class, augmented, chosen for calibration."""
+"""Images: reading, order of classes, augmentation, calibration samples."""

@@ -1,86 +1,66 @@
-"""Random warps of composed digits, per digit and on whole batches at once (per-image PIL would dominate training)."""
-
-from __future__ import annotations
+"""Random warps of images made of digits, on whole batches (PIL per image would slow training)."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor
 
 
-class RandomDigitWarp(nn.Module):
-    """Warps each cell of an image by itself: rotation, scale, shear, shift and a smooth elastic displacement.
+@dataclass(frozen=True)
+class RandomDigitWarp:
+    """Warps each cell of an image: rotation, scale, shear, shift and a smooth elastic displacement.
 
-    Cells hold one digit each, and none leaves its cell. Digits are never flipped or exchanged, so labels
-    stay valid. Randomness comes from torch's global generator; every parameter is drawn uniformly
-    from plus or minus its value.
+    Each cell holds one digit, which never leaves its cell. Digits are never flipped or exchanged,
+    so labels stay valid. The global generator of torch draws every value uniformly from plus or
+    minus its limit.
 
-    Args:
-        degrees: rotation in degrees.
-        scale: relative change of width and of height.
-        shear: horizontal shear in pixels per pixel.
-        shift: translation in pixels in each direction.
-        elastic: displacement in pixels of the 4x4 control points of the elastic warp.
-        contrast: change of the stroke's weight, as a log2 exponent of the pixel values.
-        rows: rows of cells.
-        columns: cells of a row; the default is a pair.
+    Example:
+        >>> RandomDigitWarp(degrees=5.0)(torch.rand(8, 1, 28, 56)).shape
+        torch.Size([8, 1, 28, 56])
     """
 
-    def __init__(
-        self,
-        degrees: float = 15.0,
-        scale: float = 0.15,
-        shear: float = 0.2,
-        shift: float = 2.0,
-        elastic: float = 1.5,
-        contrast: float = 0.3,
-        rows: int = 1,
-        columns: int = 2,
-    ) -> None:
-        super().__init__()
-        self.degrees, self.scale, self.shear, self.shift = degrees, scale, shear, shift
-        self.elastic, self.contrast, self.rows, self.columns = elastic, contrast, rows, columns
+    degrees: float = 15.0  # rotation
+    scale: float = 0.15  # relative change of width and of height
+    shear: float = 0.2  # horizontal, in pixels per pixel
+    shift: float = 2.0  # in pixels, in each direction
+    elastic: float = 1.5  # in pixels, of the 4 x 4 control points of the elastic warp
+    contrast: float = 0.3  # of stroke weight: log2 of the exponent of pixel values
+    rows: int = 1  # of cells
+    columns: int = 2
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def __call__(self, images: Tensor) -> Tensor:
         """Warp images ([b, ]1, rows * h, columns * h), float32 in [0, 1]."""
         batch = images if images.ndim == 4 else images[None]
-        # (b, 1, rows * h, columns * h) -> (rows * columns * b, 1, h, h): from here on every digit is an image of its own.
-        digits = torch.cat(
-            [
-                cell
-                for row in batch.chunk(self.rows, dim=-2)
-                for cell in row.chunk(self.columns, dim=-1)
-            ]
-        )
-        digits = F.grid_sample(
-            digits, self._grid(digits), mode="bilinear", align_corners=False
-        ).clamp(0, 1)
-        gamma = torch.exp2(self._uniform((len(digits), 1, 1, 1), digits) * self.contrast)
+        # (b, 1, rows * h, columns * h) -> (rows * columns * b, 1, h, h): one image per digit
+        rows = batch.chunk(self.rows, dim=-2)
+        digits = torch.cat([cell for row in rows for cell in row.chunk(self.columns, dim=-1)])
+        grid = self._grid(digits)
+        digits = F.grid_sample(digits, grid, mode="bilinear", align_corners=False).clamp(0, 1)
+        gamma = torch.exp2(_uniform((len(digits), 1, 1, 1), digits) * self.contrast)
         cells = digits.pow(gamma).chunk(self.rows * self.columns)
-        rows = [
-            torch.cat(cells[i : i + self.columns], dim=-1)
-            for i in range(0, len(cells), self.columns)
-        ]
+        starts = range(0, len(cells), self.columns)
+        rows = [torch.cat(cells[start : start + self.columns], dim=-1) for start in starts]
         return torch.cat(rows, dim=-2).reshape(images.shape)
 
-    def _grid(self, digits: torch.Tensor) -> torch.Tensor:
-        """Draw the sampling grid (n, h, h, 2) in `grid_sample` coordinates."""
+    def _grid(self, digits: Tensor) -> Tensor:
+        """Draw the sampling grid (n, h, h, 2) in coordinates of ``grid_sample``."""
         count, _, size, _ = digits.shape
         pixel = 2.0 / size
-        angle = self._uniform((count,), digits) * math.radians(self.degrees)
-        stretch = 1 + self._uniform((count, 2), digits) * self.scale
-        shear = self._uniform((count,), digits) * self.shear
+        angle = _uniform((count,), digits) * math.radians(self.degrees)
+        stretch = 1 + _uniform((count, 2), digits) * self.scale
+        shear = _uniform((count,), digits) * self.shear
         cos, sin = angle.cos(), angle.sin()
         row_x = torch.stack([cos * stretch[:, 0], shear - sin * stretch[:, 1]], dim=1)
         row_y = torch.stack([sin * stretch[:, 0], cos * stretch[:, 1]], dim=1)
-        shift = self._uniform((count, 2), digits) * self.shift * pixel
+        shift = _uniform((count, 2), digits) * self.shift * pixel
         theta = torch.cat([torch.stack([row_x, row_y], dim=1), shift[:, :, None]], dim=2)
         grid = F.affine_grid(theta, list(digits.shape), align_corners=False)
-        bumps = self._uniform((count, 2, 4, 4), digits) * self.elastic * pixel
+        bumps = _uniform((count, 2, 4, 4), digits) * self.elastic * pixel
         bumps = F.interpolate(bumps, size=(size, size), mode="bicubic", align_corners=True)
         return grid + bumps.permute(0, 2, 3, 1)
 
-    @staticmethod
-    def _uniform(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-        return torch.rand(shape, dtype=like.dtype, device=like.device) * 2 - 1
+
+def _uniform(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    return torch.rand(shape, dtype=like.dtype, device=like.device) * 2 - 1

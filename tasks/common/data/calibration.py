@@ -1,125 +1,84 @@
-"""Calibration samples as every task takes them: in a given order until there are enough, or from a list."""
+"""Calibration samples of every task: the first readable images in an order, or a list of images."""
 
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import Any, NamedTuple
 
 from fimaq_core.errors import DataError
 from tasks.common.data.files import composed
 from tasks.common.data.images import Images, seeded_item
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """Transformed images.
+class Taken(NamedTuple):
+    """Transformed images."""
 
-    Attributes:
-        images: (n, C, H, W) float32.
-        positions: of each in what was drawn from.
-        skipped: ids of damaged images that were left out.
-        notes: see :meth:`tasks.common.data.images.Images.notes`.
+    images: list[Any]  # (C, H, W) float32 each, of any size
+    positions: list[int]  # of each image in the data
+    skipped: list[str]  # ids of damaged images
+
+
+def take(images: Images, order: Iterable[int], wanted: int, seed: int) -> Taken:
+    """Take the first ``wanted`` readable images in ``order``; each has its own seed for transforms.
+
+    Raises DataError: there are fewer images, or an image is damaged and not to be skipped.
     """
-
-    images: Tensor
-    positions: list[int]
-    skipped: list[str]
-    notes: list[str]
-
-
-def draw(images: Images, order: Iterable[int], wanted: int, seed: int) -> Drawn:
-    """Take the first ``wanted`` readable images in ``order``, each with its random transforms seeded on its own.
-
-    Raises:
-        DataError: fewer images than wanted, or a damaged one that is not to be skipped.
-    """
-    chosen, positions, skipped = take(images, order, wanted, seed)
-    return Drawn(torch.stack(chosen), positions, skipped, images.notes())
-
-
-def take(
-    images: Images, order: Iterable[int], wanted: int, seed: int
-) -> tuple[list[Any], list[int], list[str]]:
-    """What :func:`draw` stacks, for samples that cannot be: transformed images, positions, ids of those skipped."""
     if len(images) < wanted:
         raise DataError(
-            f"{wanted} calibration images are asked for, but there are {len(images)}: lower --calibration-images or give more."
+            f"{wanted} calibration images are asked for, but there are {len(images)}: "
+            "lower --calibration-images or give more."
         )
-    chosen: list[Any] = []
-    positions: list[int] = []
-    skipped: list[str] = []
-    for index in order:
-        if len(chosen) == wanted:
-            break
-        item = seeded_item(images, int(index), seed)
+    found = Taken([], [], [])
+    for index in map(int, order):
+        if len(found.images) == wanted:
+            return found
+        item = seeded_item(images, index, seed)
         if item is None:
-            skipped.append(images.ids[index])
-            continue
-        chosen.append(item)
-        positions.append(int(index))
-    if len(chosen) < wanted:
-        raise DataError(
-            f"Only {len(chosen)} of {wanted} calibration images could be read; {len(skipped)} are damaged."
-        )
-    return chosen, positions, skipped
+            found.skipped.append(images.ids[index])
+        else:
+            found.images.append(item)
+            found.positions.append(index)
+    if (count := len(found.images)) < wanted:
+        damaged = f"{len(found.skipped)} are damaged"
+        raise DataError(f"Only {count} of {wanted} calibration images could be read; {damaged}.")
+    return found
 
 
 def positions_of(names: Sequence[str], ids: Sequence[str], path: Path, what: str) -> list[int]:
-    """Return where the images ``names`` of the calibration list ``path`` are among ``ids``.
+    """Return the positions among the distinct ``ids`` of the data of the images in a list.
 
-    Args:
-        ids: of the data, distinct.
-        what: the data are, for people.
-
-    Raises:
-        DataError: an image that is not there, or twice in the list.
+    The list ``names`` comes from ``path``; a name may have another Unicode form than the id.
+    Raises DataError: an image is not in the data ``what`` (for people), or twice in the list.
     """
-    positions = id_positions(ids)
-    found = [positions.get(name, positions.get(composed(name))) for name in names]
-    unknown = [name for name, position in zip(names, found, strict=True) if position is None]
+    own = {name: place for place, name in enumerate(ids)}
+    positions = {composed(name): place for name, place in own.items()} | own
+    found = {name: positions.get(name, positions.get(composed(name))) for name in names}
+    unknown = [name for name in names if found[name] is None]
     if unknown:
         raise DataError(
-            f"The calibration list {path} names {len(unknown)} images that are not in {what}, such as {unknown[0]!r} (ids there "
-            f"are such as {ids[0]!r})."
+            f"The calibration list {path} names {len(unknown)} images that are not in {what}, such "
+            f"as {unknown[0]!r} (ids there are such as {ids[0]!r})."
         )
-    chosen = [position for position in found if position is not None]
+    chosen = [position for name in names if (position := found[name]) is not None]
     twice = [ids[position] for position, count in Counter(chosen).items() if count > 1]
     if twice:
-        raise DataError(
-            f"The calibration list {path} names {len(twice)} images more than once, such as {twice[0]!r}."
-        )
+        several = f"{len(twice)} images more than once, such as {twice[0]!r}"
+        raise DataError(f"The calibration list {path} names {several}.")
     return chosen
 
 
-def id_positions(ids: Sequence[str]) -> dict[str, int]:
-    """Position of each id, by its name and by the composed form of its name."""
-    own = {name: place for place, name in enumerate(ids)}
-    return {composed(name): place for name, place in own.items()} | own
+class Listed(NamedTuple):
+    """Content of a calibration list."""
 
-
-@dataclass(frozen=True)
-class Listed:
-    """Content of a calibration list.
-
-    Attributes:
-        ids: of the images, or their paths.
-        calibration: the entry of a result record; None for a text file.
-    """
-
-    ids: list[str]
-    calibration: dict[str, Any] | None
+    ids: list[str]  # ids or paths of the images
+    calibration: dict[str, Any] | None  # entry of a result record; None for a text file
 
 
 def read_list(path: Path) -> Listed:
-    """Read a calibration list: a text file with an id or path a line, or a result record.
+    """Read a calibration list: a text file with one id or path per line, or a result record.
 
-    Raises:
-        DataError: it cannot be read, or is a JSON object without calibration ids.
+    Raises DataError: the file cannot be read, or is a JSON object without calibration ids.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -130,8 +89,8 @@ def read_list(path: Path) -> Listed:
     try:
         calibration = json.loads(text)["calibration"]
         ids = calibration["ids"]
-    except (ValueError, RecursionError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is not a result record with calibration ids.") from error
-    if not isinstance(ids, list) or not all(isinstance(name, str) for name in ids):
-        raise DataError(f"{path} is not a result record with calibration ids.")
-    return Listed(ids, calibration)
+        if isinstance(ids, list) and all(isinstance(name, str) for name in ids):
+            return Listed(ids, calibration)
+    except (ValueError, RecursionError, KeyError, TypeError):
+        pass
+    raise DataError(f"{path} is not a result record with calibration ids.")

@@ -1,16 +1,16 @@
-"""Names of classes for people, by what the folders of their images are called."""
+"""Names of classes for people, from the names of their image folders."""
 
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from unicodedata import normalize
 
-#: ImageNet's class folders are called such as n01440764.
+#: Form of the names of ImageNet's class folders, such as n01440764.
 WORDNET_ID = re.compile(r"n\d{8}")
 
 
 def readable_names(folders: Sequence[str]) -> tuple[str, ...]:
-    """A name for each class: of ImageNet-1k's WordNet ids the first English word (timm's list), else the folder's name."""
+    """Return a name per class: timm's first word for ImageNet-1k, else the name of the folder."""
     if not any(WORDNET_ID.fullmatch(folder) for folder in folders):
         return tuple(folders)
     from timm.data import ImageNetInfo  # heavy, and needed for ImageNet only
@@ -25,29 +25,26 @@ def readable_names(folders: Sequence[str]) -> tuple[str, ...]:
 
 
 def told_apart(names: Sequence[str], folders: Sequence[str]) -> tuple[str, ...]:
-    """``names``, with the folder's name behind each that several classes have: ImageNet has two cranes."""
-    shared = {name for name, count in Counter(names).items() if count > 1}
-    return tuple(
-        f"{name} ({folder})" if name in shared else name
-        for name, folder in zip(names, folders, strict=True)
-    )
+    """Return ``names``, with the folder added to equal names: ImageNet has two cranes."""
+    count = Counter(names)
+    pairs = zip(names, folders, strict=True)
+    return tuple(f"{name} ({folder})" if count[name] > 1 else name for name, folder in pairs)
 
 
 def by_name(classes: Sequence[str], others: Sequence[str]) -> dict[int, int]:
-    """Label by position in ``others``: of the same name, else of the one left that is alike."""
+    """Return the label in ``classes`` by position in ``others``: of the same name, else of the only
+    name left that differs in case, spaces and underscores alone.
+    """
     found: dict[int, int] = {}
     ways: tuple[Callable[[str], str], ...] = (str, _simplified)
     for way in ways:
-        left = {
-            label: way(name) for label, name in enumerate(classes) if label not in found.values()
-        }
+        taken = set(found.values())
+        left = {label: way(name) for label, name in enumerate(classes) if label not in taken}
         rest = {spot: way(name) for spot, name in enumerate(others) if spot not in found}
-        twice = {
-            text for texts in (left, rest) for text, n in Counter(texts.values()).items() if n > 1
-        }
+        counts = Counter(left.values()), Counter(rest.values())
         labels = {text: label for label, text in left.items()}
         for spot, text in rest.items():
-            if text in labels and text not in twice:
+            if all(count[text] == 1 for count in counts):
                 found[spot] = labels[text]
     return found
 

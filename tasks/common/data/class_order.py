@@ -1,21 +1,19 @@
-"""Order of class folders: which label each class has. Imports nothing heavy: plans need it too."""
+"""Order of class folders, which gives each class its label. Imports nothing heavy."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from fimaq_core.errors import DataError, suggest
 from tasks.common.data.class_names import WORDNET_ID, by_name
 from tasks.common.data.files import composed, counted, parse_json, read_text
 from tasks.common.hashing import file_sha256
 
-#: Orders with a name: by characters as torchvision sorts, by numbers within names as timm sorts.
+#: Orders with a name: by characters as torchvision sorts, by numbers in names as timm sorts.
 TEXT, NATURAL = "text", "natural"
-#: Recorded for the orders of a class-order file and of a checkpoint.
+#: Recorded names of the order of a file, and of the class names in a checkpoint.
 FILE, CHECKPOINT = "file", "checkpoint"
-
-#: File in a data folder that gives the order where the user gives none; grids have no option for it.
+#: File in a data folder with the order for users who give none; grids have no option for it.
 STANDING = "class_order.txt"
 
 HELP = (
@@ -26,13 +24,13 @@ HELP = (
 
 
 def chosen(order: str | None, root: Path | None) -> str | None:
-    """The order that the user gave, else that of the file in the data folder ``root``; None for none."""
+    """Return the order of the user, else the path of the file in the data folder ``root``."""
     standing = None if root is None else root / STANDING
     return str(standing) if order is None and standing is not None and standing.is_file() else order
 
 
 def order_identity(order: str) -> str:
-    """Identity of an order: its name, or the sha256 of its file. Raises DataError."""
+    """Return the name of an order, or the sha256 of its file. Raises DataError."""
     return order if order in (TEXT, NATURAL) else file_sha256(_file(order))
 
 
@@ -44,79 +42,82 @@ def ordered(
     labels: bool = True,
     wanted: str = "that the weights were trained with",
 ) -> tuple[list[str], str]:
-    """Sort class folders by label; return the names and the name of the order.
+    """Return the class folders by label, and the name of their order.
 
     Args:
         classes: names of the folders.
         where: the folder that holds them.
-        order: ``text``, ``natural`` or the path of a file; None where the user said nothing.
-        known: class names by label in the checkpoint. None: it has none; empty: they cannot be read.
-        labels: False where labels are not used, so that no order needs to be chosen.
-        wanted: which order the user is asked for.
+        order: ``text``, ``natural`` or the path of a file; None if the user gave no order.
+        known: class names by label in the checkpoint; None for no names, empty for unreadable ones.
+        labels: False if labels are not used, so that no order has to be chosen.
+        wanted: description of the order that the user is asked for.
 
     Raises:
-        DataError: no order was chosen and none is clear, or a file that does not fit.
+        DataError: no order is given and none is clear, or a file does not fit.
     """
     text = sorted(classes, key=composed)
-    twice = _first_twice(map(composed, text))
-    if twice is not None:
-        folders = f"several class folders called {twice!r} in different Unicode forms"
-        raise DataError(f"{where} holds {folders}: merge them or rename all but one.")
+    if (twice := _first_twice(map(composed, text))) is not None:
+        raise DataError(
+            f"{where} holds several class folders called {twice!r} in different Unicode forms: "
+            "merge them or rename all but one."
+        )
     if order not in (None, TEXT, NATURAL):
         path = _file(order)
         return _matched(read_class_order(path), text, where, path), FILE
     if order is None and (by_checkpoint := _by_known(known, text)):
         return by_checkpoint, CHECKPOINT
-    natural = sorted(text, key=_natural_key(text))
+    natural = _natural(text)
     if order == NATURAL:
         return natural, NATURAL
-    choices = (
-        f"Give the order {wanted}: --class-order text (torchvision), --class-order natural (timm), or "
-        "--class-order FILE with one class name per line, or write it to "
-        f"{where.parent / STANDING}, which all commands read."
-    )
-    if order is None and labels and known and _same_kind(known, text):
-        own = by_name([*map(composed, known)], [*map(composed, text)])
-        odd = next(name for spot, name in enumerate(text) if spot not in own)
+    problem = _unclear(text, natural, sorted(classes), known) if order is None and labels else ""
+    if problem:
         raise DataError(
-            f"The labels of the classes in {where} are not clear: the class names in the weights file "
-            f"({', '.join(known[:3])}{', ...' if len(known) > 3 else ''}) do not match the folders, such as {odd!r}. {choices}"
+            f"The labels of the classes in {where} are not clear: {problem}. Give the order "
+            f"{wanted}: --class-order text (torchvision), --class-order natural (timm), or "
+            "--class-order FILE with one class name per line, or write it to "
+            f"{where.parent / STANDING}, which all commands read."
         )
-    # Names with decomposed accents sort elsewhere than their composed forms.
-    stored = "as the names are stored (decomposed Unicode)"
-    for words, other in {"in natural order": natural, stored: sorted(classes)}.items():
-        if order is None and labels and other != text:
-            place = [mine == theirs for mine, theirs in zip(text, other, strict=True)].index(False)
-            raise DataError(
-                f"The labels of the classes in {where} are not clear: "
-                f"label {place} is {text[place]!r} in text order and {other[place]!r} {words}. "
-                f"{choices}"
-            )
     return text, TEXT
 
 
+def _unclear(
+    text: list[str], natural: list[str], stored: list[str], known: Sequence[str] | None
+) -> str:
+    """Return the reason why labels are not clear without an order; empty if they are."""
+    ids = [all(map(WORDNET_ID.fullmatch, names)) for names in (known or (), text)]
+    if known and len(known) == len(text) and ids[0] == ids[1]:  # names that should match
+        own = by_name([*map(composed, known)], [*map(composed, text)])
+        odd = next(name for spot, name in enumerate(text) if spot not in own)
+        names = ", ".join(known[:3]) + (", ..." if len(known) > 3 else "")
+        mismatch = f"do not match the folders, such as {odd!r}"
+        return f"the class names in the weights file ({names}) {mismatch}"
+    # Names with decomposed accents have another place than their composed forms.
+    decomposed = "as the names are stored (decomposed Unicode)"
+    for words, other in {"in natural order": natural, decomposed: stored}.items():
+        if other != text:
+            label = _first_difference(text, other)
+            return f"label {label} is {text[label]!r} in text order and {other[label]!r} {words}"
+    return ""
+
+
 def known_notes(names: Sequence[str], order: str, known: Sequence[str] | None) -> list[str]:
-    """Say what the class names of a checkpoint (``known``) did for labels; ``names`` and ``order`` as of :func:`ordered`."""
+    """Describe the effect on labels of the class names in a checkpoint, ``known``.
+
+    ``names`` and ``order`` are the results of :func:`ordered`.
+    """
     if known is None:
         return []
     matched = _by_known(known, names)
     if order == CHECKPOINT:
-        pairs = [
-            (own, name)
-            for own, name in zip(names, known, strict=True)
-            if composed(own) != composed(name)
-        ]
-        alike = (
-            f", alike but for case, spaces and underscores, such as {pairs[0][0]!r} for {pairs[0][1]!r}"
-            if pairs
-            else ""
-        )
-        return [f"labels follow the class names in the weights file{alike}"]
+        alike = ", alike but for case, spaces and underscores, such as {!r} for {!r}"
+        pairs = zip(names, known, strict=True)
+        odd = [alike.format(*pair) for pair in pairs if composed(pair[0]) != composed(pair[1])]
+        return [f"labels follow the class names in the weights file{''.join(odd[:1])}"]
     if matched and matched != [*names]:
-        place = [own == other for own, other in zip(names, matched, strict=True)].index(False)
+        label = _first_difference(names, matched)
         return [
-            f"labels follow the class order given ({order}), against the class names in the weights file: "
-            f"label {place} is {names[place]!r}, in the weights file {known[place]!r}"
+            f"labels follow the class order given ({order}), against the class names in the "
+            f"weights file: label {label} is {names[label]!r}, in the weights file {known[label]!r}"
         ]
     if matched or order == FILE:
         return []
@@ -125,71 +126,69 @@ def known_notes(names: Sequence[str], order: str, known: Sequence[str] | None) -
 
 
 def _by_known(known: Sequence[str] | None, folders: Sequence[str]) -> list[str]:
-    """Folders in the order of the class names of a checkpoint; empty where these are others."""
+    """Return the folders in the order of class names ``known``; empty if the names differ."""
     found = by_name([*map(composed, known or ())], [*map(composed, folders)])
     fits = known is not None and len(found) == len(folders) == len(known)
     return [folders[spot] for spot in sorted(found, key=found.__getitem__)] if fits else []
 
 
-def _same_kind(known: Sequence[str], folders: Sequence[str]) -> bool:
-    """True for names that should match: as many, and not WordNet ids on one side only."""
-    ids = [all(map(WORDNET_ID.fullmatch, names)) for names in (known, folders)]
-    return len(known) == len(folders) and ids[0] == ids[1]
-
-
 def read_class_order(path: Path) -> list[str]:
-    """Read class names by label: text with one name per line, or JSON (a list, ``{name: label}`` or ``{label: name}``).
+    """Return class names by label from text with one name per line, or from JSON.
 
-    Raises:
-        DataError: the file cannot be read, or labels are not 0, 1, 2, ... once each.
+    JSON is a list, ``{name: label}`` or ``{label: name}``.
+    Raises DataError: the file cannot be read, or labels are not 0, 1, 2, ... once each.
     """
     text = read_text(path)
     if path.suffix.lower() != ".json":
         return [line.strip() for line in text.splitlines() if line.strip()]
-    content = parse_json(text, str(path))
-    if isinstance(content, dict):
-        content = by_label(content.items()) or by_label(
-            (label, name) for name, label in content.items()
-        )
-    if not isinstance(content, list) or not all(isinstance(name, str) for name in content):
-        form = '["ant", "bee"], or an object with the labels 0, 1, 2, ... once each, {"ant": 0, "bee": 1}'
-        raise DataError(f"{path} is no class order: give a JSON list of names, such as {form}.")
-    return content
+    names = names_by_label(parse_json(text, str(path)))
+    if names is None:
+        form = '["ant", "bee"], or {"ant": 0, "bee": 1} with the labels 0, 1, 2, ... once each'
+        raise DataError(f"{path} is no class order: give JSON such as {form}.")
+    return names
 
 
-def by_label(pairs: Iterable[tuple[Any, Any]]) -> list[str] | None:
-    """Names of pairs (label, name) by label, a number or its digits; None unless labels are 0, 1, 2, ... once each."""
-    listed = [
-        (int(label) if isinstance(label, str) and label.isdecimal() else label, name)
-        for label, name in pairs
-    ]
-    sound = all(type(label) is int and isinstance(name, str) for label, name in listed)
-    if not listed or not sound or {label for label, _ in listed} != {*range(len(listed))}:
+def names_by_label(content: object, turned: bool = False) -> list[str] | None:
+    """Return class names by label from a list or a mapping; None if it is neither.
+
+    Labels are 0, 1, 2, ... once each, as numbers or text of digits. A mapping whose names and
+    labels look alike is ``{label: name}``, or ``{name: label}`` if it is ``turned``.
+    """
+    if isinstance(content, list | tuple):
+        return [*content] if all(isinstance(name, str) for name in content) else None
+    if not isinstance(content, dict):
         return None
-    return [name for _, name in sorted(listed)]
+    swapped = {str(key) if type(key) is int else key: value for key, value in content.items()}
+    ways = [[*content.items()], [(label, name) for name, label in swapped.items()]]
+    for pairs in reversed(ways) if turned else ways:
+        listed = [
+            (int(label) if isinstance(label, str) and label.isdecimal() else label, name)
+            for label, name in pairs
+        ]
+        sound = all(type(label) is int and isinstance(name, str) for label, name in listed)
+        if listed and sound and {label for label, _ in listed} == {*range(len(listed))}:
+            return [name for _, name in sorted(listed)]
+    return None
 
 
-def _matched(names: Sequence[str], classes: Sequence[str], where: Path, path: Path) -> list[str]:
-    """Folders in the order of ``names``, equal up to their Unicode form. Raises DataError."""
+def _matched(listed: Sequence[str], classes: Sequence[str], where: Path, path: Path) -> list[str]:
+    """Return the folders in the order of ``listed``, in any Unicode form. Raises DataError."""
     folders = {composed(name): name for name in classes}
-    listed = [composed(name) for name in names]
-    twice = _first_twice(listed)
-    if twice is not None:
+    listed = [*map(composed, listed)]
+    if (twice := _first_twice(listed)) is not None:
         raise DataError(f"{path} lists the class {twice!r} twice.")
     surplus = [name for name in listed if name not in folders]
     missing = sorted(folders.keys() - set(listed))
-    if surplus or missing:
-        problems = []
-        if surplus:
-            near = suggest(surplus[0], missing) if missing else ""
-            near = f" ({near.strip()})" if 0 < len(near) < 100 else ""
-            problems.append(
-                f"{counted(len(surplus), 'name')} without a folder, such as {surplus[0]!r}{near}"
-            )
-        if missing:
-            problems.append(
-                f"{counted(len(missing), 'folder')} without a name in it, such as {missing[0]!r}"
-            )
+    problems = []
+    if surplus:
+        near = suggest(surplus[0], missing).strip() if missing else ""
+        near = f" ({near})" if 0 < len(near) < 100 else ""
+        names = counted(len(surplus), "name")
+        problems.append(f"{names} without a folder, such as {surplus[0]!r}{near}")
+    if missing:
+        names = counted(len(missing), "folder")
+        problems.append(f"{names} without a name in it, such as {missing[0]!r}")
+    if problems:
         raise DataError(f"{path} does not list the classes of {where}: {'; '.join(problems)}.")
     return [folders[name] for name in listed]
 
@@ -198,21 +197,24 @@ def _first_twice(names: Iterable[str]) -> str | None:
     return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
-def _natural_key(names: Sequence[str]) -> Callable[[str], Any]:
-    """Key of timm's natural order, which ignores case; of text where timm cannot sort the names."""
+def _first_difference(names: Sequence[str], others: Sequence[str]) -> int:
+    return [own == other for own, other in zip(names, others, strict=True)].index(False)
+
+
+def _natural(names: list[str]) -> list[str]:
+    """Sort names in timm's natural order, which ignores case; keep the order if timm fails."""
     from timm.utils.misc import natural_key  # heavy, and not needed by plans
 
     try:
-        keys = {name: natural_key(composed(name)) for name in names}
-    except ValueError:  # a superscript digit is a digit for timm, but no number
-        return composed
-    return keys.__getitem__
+        return sorted(names, key=lambda name: natural_key(composed(name)))
+    except ValueError:  # timm takes a superscript digit for a number
+        return names
 
 
 def _file(order: str) -> Path:
     path = Path(order)
     if not path.is_file():
-        hint = suggest(order, (TEXT, NATURAL))
         wanted = "--class-order takes text, natural or a file"
+        hint = suggest(order, (TEXT, NATURAL))
         raise DataError(f"{wanted}, and there is no file {order}.{hint}")
     return path

@@ -1,18 +1,25 @@
-"""What data sets in files have in common: UTF-8 text, JSON, and names of images that must be there."""
+"""Files of data sets: UTF-8 text, JSON, and names of images that must exist."""
 
 import json
 import os
 import posixpath
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from fimaq_core.errors import DataError
 
+#: Names, in lower case, of files and folders that systems and tools leave among data.
+_LEFTOVERS = {
+    "__macosx", "icon\r", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin",
+    "system volume information", "@eadir", "lost+found", "__pycache__",
+}  # fmt: skip
+
 
 def state_of(path: Path) -> tuple[int, int]:
-    """Time of change (ns) and size of a file: while they stay, what was read of it does. Raises DataError."""
+    """Return time of change (ns) and size of a file, which tell if it changed. Raises DataError."""
     try:
         state = path.stat()
     except OSError as error:
@@ -21,19 +28,18 @@ def state_of(path: Path) -> tuple[int, int]:
 
 
 def read_text(path: Path) -> str:
-    """Text of a UTF-8 file, without a byte order mark; line ends as they are. Raises DataError."""
+    """Return UTF-8 text without a byte order mark, line ends unchanged. Raises DataError."""
     try:
         return path.read_bytes().decode("utf-8").removeprefix("\ufeff")
     except OSError as error:
         raise DataError(f"Cannot read {path}: {error.strerror}.") from error
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8 text: byte {error.start} (counted from 0) is 0x{error.object[error.start]:02x}."
-        ) from error
+        byte = f"byte {error.start} (counted from 0) is 0x{error.object[error.start]:02x}"
+        raise DataError(f"{path} is not UTF-8 text: {byte}.") from error
 
 
 def parse_json(text: str, where: str, hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
-    """Content of JSON text. Raises DataError."""
+    """Return the content of JSON text. Raises DataError."""
     try:
         return json.loads(text, object_hook=hook)
     except (json.JSONDecodeError, RecursionError) as error:
@@ -41,43 +47,35 @@ def parse_json(text: str, where: str, hook: Callable[[dict[str, Any]], Any] | No
 
 
 def image_id(name: object, where: str, root: Path | None = None) -> str:
-    """Id of an image: its path below the data's folder, with slashes. Raises DataError.
+    """Return the id of an image: its path below the folder of the data, with slashes.
 
-    Absolute paths are taken where ``root``, that folder, is given.
+    An absolute path is accepted only with ``root``, the folder of the data. Raises DataError.
     """
     given = name
     if root is not None and isinstance(name, str) and name.startswith("/"):
         name = id_below(posixpath.normpath(name), root)
-    # Plain string work: a path object for each of MS-COCO's images takes seconds.
+    # Plain text: path objects for all images of MS-COCO take seconds.
     path = posixpath.normpath(name) if isinstance(name, str) else "."
     if path == "." or path.startswith("/") or ".." in str(given).split("/"):
-        raise DataError(
-            f"{where}: {given!r} is not the path of an image below the folder of the data."
-        )
+        wanted = "is not the path of an image below the folder of the data"
+        raise DataError(f"{where}: {given!r} {wanted}.")
     return path
 
 
 def composed(name: str) -> str:
-    """Name in Unicode's composed form (NFC): systems store accents in several forms."""
+    """Return ``name`` in composed Unicode form (NFC): systems store accents in several forms."""
     return unicodedata.normalize("NFC", name)
 
 
-#: Names, in lower case, of files and folders that systems and tools leave among data.
-_LEFTOVERS = {
-    *("__macosx", "icon\r", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin"),
-    *("system volume information", "@eadir", "lost+found", "__pycache__"),
-}
-
-
 def is_hidden(name: str) -> bool:
-    """True for files and folders that are no data: ``.DS_Store``, ``._x.jpg``, ``Thumbs.db`` ..."""
+    """Return True for files and folders that are no data, such as ``.DS_Store``, ``Thumbs.db``."""
     return name.startswith(".") or name.lower() in _LEFTOVERS
 
 
 class FilesBelow:
-    """Files below a folder, found by name: as it is, else in another Unicode form (NFC, NFD).
+    """Files below a folder by name, in the given Unicode form (NFC, NFD) or else in another one.
 
-    Each folder is listed once: asking for every file takes minutes on network storage.
+    Each folder is listed once, since a check of every file takes minutes on network storage.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -86,10 +84,9 @@ class FilesBelow:
         self._listings: dict[str, dict[str, list[str]]] = {}
 
     def find(self, name: str) -> str | None:
-        """Path below the folder, with slashes, of the file ``name``; None where it is not there.
+        """Return the path of the file ``name`` below the folder, with slashes, or None.
 
-        Raises:
-            DataError: only other Unicode forms of the name are there, and several of them.
+        Raises DataError: several files have this name, all in other Unicode forms.
         """
         parent, _, own = name.rpartition("/")
         if parent not in self._real:
@@ -109,25 +106,22 @@ class FilesBelow:
     def _listing(self, place: str) -> dict[str, list[str]]:
         if place not in self._listings:
             names = self._listings[place] = {}
-            try:
+            with suppress(OSError):
                 for entry in os.listdir(self.folder / place):
                     names.setdefault(composed(entry), []).append(entry)
-            except OSError:
-                pass
         return self._listings[place]
 
 
 def file_below(root: Path, name: str) -> Path:
-    """File ``name`` below ``root``, also in another Unicode form, whether it is there or not."""
+    """Return the path of the file ``name`` below ``root``, even if no such file exists."""
     path = root / name
     return path if os.path.isfile(path) else root / (FilesBelow(root).find(name) or name)
 
 
 def found_files(folder: Path, images: Iterable[str]) -> tuple[list[Path], list[str]]:
-    """Files of ``images`` (paths below ``folder`` with slashes), and the names without a file.
+    """Return the files of ``images`` (paths below ``folder``), and the names without a file.
 
-    Raises:
-        DataError: two names lead to one file, or a name leads to several.
+    Raises DataError: two names lead to one file, or one name leads to several files.
     """
     below = FilesBelow(folder)
     names: dict[str, str] = {}
@@ -145,7 +139,7 @@ def found_files(folder: Path, images: Iterable[str]) -> tuple[list[Path], list[s
 
 
 def id_below(name: str, root: Path | None) -> str:
-    """Id behind a line of a list: a path below the data's folder is the image's id there."""
+    """Return the id of a line in a list: a path below ``root`` becomes the id of its image."""
     path = Path(name)
     if root is None or not path.is_absolute():
         return name
@@ -154,11 +148,11 @@ def id_below(name: str, root: Path | None) -> str:
 
 
 def counted(count: int, what: str) -> str:
-    """``1 image``, ``2 images``."""
+    """Return a count with its noun: ``1 image``, ``2 images``."""
     return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def named(names: Sequence[str], most: int = 3) -> str:
-    """The first names of a list, and how many more there are."""
+    """Return the first names, and the number of further names."""
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

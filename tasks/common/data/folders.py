@@ -1,4 +1,4 @@
-"""Labelled images in folders: ImageNet and whatever has its layout."""
+"""Labelled images in class folders, in the layout of ImageNet."""
 
 import hashlib
 import os
@@ -17,70 +17,56 @@ from tasks.common.data.imagenet import IMAGENET, LAYOUT, is_imagenet
 from tasks.common.data.images import file_reader, is_image
 from tasks.common.record import Dataset
 
-#: Images of ImageNet-1k by part. The published numbers are on the 50,000 of ``val``.
+#: Numbers of images of ImageNet-1k. Published results are on the 50,000 images of ``val``.
 _COUNTS = {"train": 1_281_167, "val": 50_000}
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """One part (train or val/test) of a data set.
+    """One part (train or val/test) of a data set."""
 
-    Attributes:
-        name: of the data set.
-        split: of the part.
-        ids: of the samples, in order.
-        targets: their labels.
-        classes: number of classes.
-        read: gives the image of a position.
-        class_names: names of the classes (folders) by label; empty where they have none.
-        class_order: name of the labels' order; None where classes are no folders.
-        left_out: paths of the files that are neither hidden nor images.
-        label_notes: what the class names in the weights file did for labels.
-    """
-
-    name: str
-    split: str
-    ids: list[str]
-    targets: list[int]
-    classes: int
-    read: Callable[[int], Image.Image]
-    class_names: Sequence[str] = ()
-    class_order: str | None = None
-    left_out: Sequence[str] = ()
-    label_notes: Sequence[str] = ()
+    name: str  # of the data set
+    split: str  # of the part
+    ids: list[str]  # of the samples, in order
+    targets: list[int]  # their labels
+    classes: int  # number of classes
+    read: Callable[[int], Image.Image]  # image at a position
+    class_names: Sequence[str] = ()  # names of the class folders by label
+    class_order: str | None = None  # name of the order of labels; None if classes are no folders
+    left_out: Sequence[str] = ()  # paths of files that are neither hidden nor images
+    label_notes: Sequence[str] = ()  # effects on labels of the class names in the weights file
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over ids and labels."""
-        content = "\n".join(
-            f"{name}\t{label}" for name, label in zip(self.ids, self.targets, strict=True)
-        )
+        """Sha256 of ids and labels."""
+        pairs = zip(self.ids, self.targets, strict=True)
+        content = "\n".join(f"{name}\t{label}" for name, label in pairs)
         return hashlib.sha256(content.encode()).hexdigest()
 
     def head(self, limit: int | None) -> "Source":
-        """The first ``limit`` samples, as a split of its own name."""
+        """Return the first ``limit`` samples, as a split with a name of its own."""
         if limit is None or limit >= len(self.ids):
             return self
         ids, targets = self.ids[:limit], self.targets[:limit]
         return replace(self, split=f"{self.split}[:{limit}]", ids=ids, targets=targets)
 
     def describe(self) -> Dataset:
-        """The record's entry."""
-        found = {
-            name: getattr(self, name)
-            for name in ("name", "split", "classes", "fingerprint", "class_order")
-        }
-        return Dataset(**found, count=len(self.ids), left_out=len(self.left_out))
+        """Return the entry for the record."""
+        return Dataset(
+            name=self.name,
+            split=self.split,
+            count=len(self.ids),
+            classes=self.classes,
+            fingerprint=self.fingerprint,
+            class_order=self.class_order,
+            left_out=len(self.left_out),
+        )
 
     def notes(self) -> list[str]:
         """Describe what the user did not ask for: files left out, labels by the weights file."""
-        found = []
-        if self.left_out:
-            files = counted(len(self.left_out), "file")
-            found.append(
-                f"{files} left out, since Pillow opens no image there: {named(self.left_out)}"
-            )
-        return [*found, *self.label_notes]
+        files = f"{counted(len(self.left_out), 'file')} left out"
+        left = f"{files}, since Pillow opens no image there: {named(self.left_out)}"
+        return [*([left] if self.left_out else []), *self.label_notes]
 
 
 def open_folder(
@@ -91,15 +77,11 @@ def open_folder(
     labels: bool = True,
     wanted: str = "that the weights were trained with",
 ) -> Source:
-    """Open the part ``train`` or ``val`` of a folder.
+    """Open the part ``train`` or ``val`` of the data folder ``root``.
 
-    Args:
-        root: folder of the data.
-        part: name of the folder in it.
-        order, known, labels, wanted: see :func:`tasks.common.data.class_order.ordered`.
-
-    Raises:
-        DataError: no folder, no images, other classes than the other part has, or unclear labels.
+    ``order``, ``known``, ``labels`` and ``wanted`` are those of
+    :func:`tasks.common.data.class_order.ordered`.
+    Raises DataError: no folder, no images, other classes than in the other part, or unclear labels.
     """
     folder = root / part
     if not folder.is_dir():
@@ -112,10 +94,9 @@ def open_folder(
     if sibling.is_dir():
         own, others = ({*map(composed, found)} for found in (classes, _class_folders(sibling)))
         if own != others:
-            odd = sorted(own ^ others)
-            only = f"{', '.join(odd[:5])} is in one of them only"
+            only = f"{', '.join(sorted(own ^ others)[:5])} is in one of them only"
             raise DataError(f"{folder} and {sibling} do not have the same classes: {only}.")
-    # A folder's time changes when a file comes or goes.
+    # The time of a folder changes when a file is added or removed.
     changed = tuple((folder / name).stat().st_mtime_ns for name in ("", *names))
     source = _listed_folder(root, part, tuple(names), word, changed)
     notes = known_notes(names, word, known) if labels else []
@@ -123,15 +104,14 @@ def open_folder(
 
 
 def _class_folders(folder: Path) -> list[str]:
-    entries = [entry for entry in os.scandir(folder) if not is_hidden(entry.name)]
-    return [entry.name for entry in entries if entry.is_dir()]
+    return [one.name for one in os.scandir(folder) if not is_hidden(one.name) and one.is_dir()]
 
 
 @lru_cache(maxsize=4)
 def _listed_folder(
     root: Path, part: str, names: tuple[str, ...], order: str, changed: tuple[int, ...]
 ) -> Source:
-    """List a folder once per process while it stays as it is: ImageNet's files take minutes."""
+    """List a folder once per process until it changes: the files of ImageNet take minutes."""
     folder = root / part
     prefix = os.path.join(folder, "")
     loose = sorted(entry.name for entry in os.scandir(folder) if not entry.is_dir())
@@ -141,7 +121,7 @@ def _listed_folder(
         below = path[len(prefix) :]
         if any(map(is_hidden, below.split(os.sep))):
             return False
-        # Only files with unusual endings are opened here: a damaged one is named when it is read.
+        # Only files with unusual suffixes are opened here. Reading reports damaged files.
         if is_image_file(path) or is_image(Path(path)):
             return True
         left_out.append(f"{part}/{Path(below).as_posix()}")
@@ -151,22 +131,20 @@ def _listed_folder(
         labels = {name: label for label, name in enumerate(names)}
         samples = make_dataset(folder, labels, is_valid_file=is_sample)
     except FileNotFoundError as error:
-        raise DataError(
-            f"{folder} holds no images in class folders ({error}). {LAYOUT}."
-        ) from error
+        problem = f"{folder} holds no images in class folders ({error})"
+        raise DataError(f"{problem}. {LAYOUT}.") from error
     paths = [Path(path) for path, _ in samples]
     ids = [path.relative_to(root).as_posix() for path in paths]
     odd = next((name for name in ids if not name.isprintable()), None)
     if odd is not None:  # records hold names as text
-        raise DataError(
-            f"{folder} holds a file whose name is not UTF-8 or has control characters: {odd!r}. Rename it."
-        )
+        problem = f"a file whose name is not UTF-8 or has control characters: {odd!r}"
+        raise DataError(f"{folder} holds {problem}. Rename it.")
     targets, read = [label for _, label in samples], file_reader(paths)
     name = data_name(part, len(paths), names)
     return Source(name, part, ids, targets, len(names), read, names, order, tuple(left_out))
 
 
 def data_name(part: str, count: int, classes: Sequence[str]) -> str:
-    """Name of a data set: ImageNet's for its classes (WordNet ids) and number of images only."""
+    """Return the name of a data set: ImageNet only for its WordNet ids and number of images."""
     official = count == _COUNTS.get(part) and is_imagenet(classes)
     return IMAGENET if official else f"folder-{len(classes)}-classes"

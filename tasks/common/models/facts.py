@@ -1,20 +1,23 @@
-"""What a quantized model weighs and computes: bits of its weights, and operations for one image.
+"""Sizes and operations of a quantized model: bits of its values, and MACs and BOPs per image.
 
-A layer's bit operations (BOPs) are its MACs times the bits of both factors (Bayesian Bits: van Baalen et al., NeurIPS 2020,
-arXiv:2005.07093): weight and input, or a product's two operands. A quantizer that is off counts as 32 bits, so a MAC in full
-precision is 32 x 32. "Full precision" is the same chain with all quantizers off.
+The bit operations (BOPs) of a layer are its MACs times the bits of both factors: weight and input,
+or the two operands of a product (Bayesian Bits: van Baalen et al., NeurIPS 2020, arXiv:2005.07093).
+A quantizer that is off counts as 32 bits, so a MAC in full precision counts 32 x 32 BOPs. "Full
+precision" means the same chain with all quantizers off.
 
-Counted are the MACs of linear layers, convolutions and attention products as they are computed: the windows' and convolutions'
-padding is among them. Sizes count every value of the chain: weights in their bits; scales and zero points of weights and
-activations apart (overhead); biases, norms, embeddings and tables in 32 bits.
+MACs are those of linear layers, convolutions and attention products as they are computed, so the
+padding of windows and convolutions counts. Sizes count every value of the chain: weights in their
+bits; scales and zero points as overhead; biases, norms, embeddings and tables in 32 bits.
 
-Not counted are softmax, norms, GELU, residual additions, biases' additions, and the quantizing itself. Nor is anything here
-measured on hardware: quantization is simulated, so neither the checkpoint's file nor the running time is smaller. The numbers say
-what integer storage and arithmetic would come to.
+Softmax, norms, GELU, additions and the quantization itself are not counted. Nothing is measured on
+hardware: quantization is simulated, so neither the checkpoint nor the running time is smaller. The
+numbers say what integer storage and integer arithmetic would need.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -28,81 +31,44 @@ from tasks.common.models.module_map import Layer, chain_parts, layer_entry, part
 from tasks.common.record import LayerEntry
 
 
-@dataclass(frozen=True)
-class LayerFacts:
-    """One layer that multiplies; a float layer that no family swapped is one too, with 32 bits.
+class LayerFacts(LayerEntry):
+    """Entry of a layer that multiplies in the module map, and its sizes and operations."""
 
-    Attributes:
-        entry: its line of the module map.
-        shape: of the weight; None for a product.
-        macs: multiplications with addition for one image.
-        overhead_bits: what scales and zero points of its quantizers take.
-    """
-
-    entry: LayerEntry
-    shape: tuple[int, ...] | None
-    macs: int
-    overhead_bits: int
-
-    @property
-    def weights(self) -> int:
-        """Number of weights."""
-        return 0 if self.shape is None else torch.Size(self.shape).numel()
-
-    @property
-    def weight_size(self) -> int:
-        """Bits of all weights, without the overhead."""
-        return self.weights * self.entry.weight_bits
-
-    @property
-    def factor_bits(self) -> tuple[int, int]:
-        """Bits of the two factors: input and weight, or the two operands."""
-        other = self.entry.other_bits
-        return self.entry.input_bits, self.entry.weight_bits if other is None else other
-
-    @property
-    def bops(self) -> int:
-        """Bit operations for one image."""
-        first, second = self.factor_bits
-        return self.macs * first * second
+    weight_shape: tuple[int, ...] | None  # None for a product
+    weights: int  # number of weights
+    size_bits: int  # of all weights, without the overhead
+    overhead_bits: int  # of the scales and zero points of its quantizers
+    macs: int  # per image
+    bops: int  # per image
 
 
 @dataclass(frozen=True)
 class ValueFacts:
-    """Values that stay in full precision.
+    """Values in full precision, of 32 bits each."""
 
-    Attributes:
-        name: of the module, or of the tensor where a bigger module owns it.
-        kind: class of the module, ``bias``, ``parameter`` or ``buffer``.
-        values: how many, 32 bits each.
-    """
-
-    name: str
-    kind: str
-    values: int
+    name: str  # of the module, or of the tensor if the module has children too
+    kind: str  # class of the module, bias, parameter or buffer
+    values: int  # number of values
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Layers in order, what stays in full precision, and sums."""
+    """Facts about the layers in order, about values in full precision, and their sums."""
 
     layers: list[LayerFacts]
     full_precision: list[ValueFacts]
 
     @property
     def totals(self) -> dict[str, int | float]:
-        """Sums; sizes in bits, operations for one image, ratios full precision over quantized."""
+        """Sums: sizes in bits, operations per image, ratios of full precision to quantized."""
         weights, weight_bits, overhead, macs, bops = (
             sum(getattr(layer, name) for layer in self.layers)
-            for name in ("weights", "weight_size", "overhead_bits", "macs", "bops")
+            for name in ("weights", "size_bits", "overhead_bits", "macs", "bops")
         )
-        quantized = sum(layer.macs for layer in self.layers if min(layer.factor_bits) < OFF)
+        quantized = sum(one.macs for one in self.layers if one.bops < one.macs * OFF * OFF)
         values = sum(part.values for part in self.full_precision)
-        size, full_size, full_bops = (
-            weight_bits + overhead + values * OFF,
-            (weights + values) * OFF,
-            macs * OFF * OFF,
-        )
+        size = weight_bits + overhead + values * OFF
+        full_size, full_bops = (weights + values) * OFF, macs * OFF * OFF
         return {
             "weights": weights,
             "weight_bits": weight_bits,
@@ -124,35 +90,39 @@ class ModelFacts:
 
 
 def model_facts(chain: BlockChain, image: Tensor) -> ModelFacts:
-    """Return facts about ``chain``, which is left as it was. Uncalibrated, it has no overhead.
+    """Return facts about ``chain``, which does not change. A chain not calibrated has no overhead.
 
     ``image`` and the error are those of :func:`count_macs`.
     """
     macs = count_macs(chain, image)
     layers = []
     for name, layer in _multiplying_layers(chain):
+        entry = layer_entry(name, layer)
         shape = None if isinstance(layer, QuantMatMul) else tuple(layer.weight.shape)
-        layers.append(LayerFacts(layer_entry(name, layer), shape, macs[name], _overhead(layer)))
+        weights = 0 if shape is None else prod(shape)
+        second = entry.weight_bits if entry.other_bits is None else entry.other_bits
+        own = {
+            "weight_shape": shape,
+            "weights": weights,
+            "size_bits": weights * entry.weight_bits,
+            "overhead_bits": _overhead(layer),
+            "macs": macs[name],
+            "bops": macs[name] * entry.input_bits * second,
+        }
+        layers.append(LayerFacts(**dict(entry), **own))
     return ModelFacts(layers, list(_full_precision(chain)))
 
 
 def joined_facts(parts: Mapping[str, ModelFacts], untouched: Mapping[str, nn.Module]) -> ModelFacts:
-    """Return facts about a model of several parts, by names that begin with the part's.
+    """Return facts about a model of several parts; each name starts with the name of its part.
 
-    Values of ``untouched`` parts count as full precision; what these compute is not counted.
+    Values of ``untouched`` parts count as full precision. Operations of these parts do not count.
     """
-    layers = [
-        replace(
-            layer, entry=layer.entry.model_copy(update={"name": part_name(part, layer.entry.name)})
-        )
-        for part, facts in parts.items()
-        for layer in facts.layers
-    ]
-    values = [
-        replace(value, name=part_name(part, value.name))
-        for part, facts in parts.items()
-        for value in facts.full_precision
-    ]
+    layers, values = [], []
+    for part, facts in parts.items():
+        for layer in facts.layers:
+            layers.append(layer.model_copy(update={"name": part_name(part, layer.name)}))
+        values += [replace(one, name=part_name(part, one.name)) for one in facts.full_precision]
     for part, module in untouched.items():
         for name, child in module.named_modules(prefix=part):
             values += _own_values(name, child)
@@ -163,30 +133,23 @@ def joined_facts(parts: Mapping[str, ModelFacts], untouched: Mapping[str, nn.Mod
 def count_macs(chain: BlockChain, image: Tensor) -> dict[str, int]:
     """Return the MACs of every layer of ``chain`` for one input (1, ...) in full precision.
 
-    PyTorch counts them while the input passes. A layer that is used twice counts twice. Only the
-    input's shape matters.
-
-    Raises:
-        ValueError: not one image.
+    PyTorch counts operations while the input passes. A layer that is used twice counts twice. Only
+    the shape of the input matters. A predictor may take several inputs per image.
+    Raises ValueError: the input is not one image.
     """
-    if (
-        image.shape[0] != 1 and chain.segment(0).kind != "predictor"
-    ):  # of which one image has many inputs
+    if image.shape[0] != 1 and chain.segment(0).kind != "predictor":
         raise ValueError(f"one image is needed, got {image.shape[0]}")
     flops = FlopCounterMode(display=False)
     macs = dict.fromkeys((name for name, _ in _multiplying_layers(chain)), 0)
 
-    def count(name: str, sign: int) -> Callable[..., None]:
-        def add(*_: object) -> None:
-            macs[name] += sign * flops.get_total_flops() // 2  # two operations per MAC
-
-        return add
+    def count(name: str, sign: int, *_: object) -> None:
+        macs[name] += sign * flops.get_total_flops() // 2  # one MAC is two operations
 
     switched = [(layer, layer.quantized) for _, layer in quant_layers(chain)]
     handles = []
     for name, layer in _multiplying_layers(chain):
-        handles.append(layer.register_forward_pre_hook(count(name, -1)))
-        handles.append(layer.register_forward_hook(count(name, 1)))
+        handles.append(layer.register_forward_pre_hook(partial(count, name, -1)))
+        handles.append(layer.register_forward_hook(partial(count, name, 1)))
     try:
         set_quantized(chain, False)
         with flops:
@@ -200,7 +163,7 @@ def count_macs(chain: BlockChain, image: Tensor) -> dict[str, int]:
 
 
 def _multiplying_layers(chain: BlockChain) -> Iterator[tuple[str, Layer]]:
-    """Every layer that multiplies, by its name in the module map."""
+    """Yield every layer that multiplies, by its name in the module map."""
     for prefix, part in chain_parts(chain):
         for name, module in part.named_modules(prefix=prefix):
             if isinstance(module, Layer):
@@ -208,29 +171,26 @@ def _multiplying_layers(chain: BlockChain) -> Iterator[tuple[str, Layer]]:
 
 
 def _overhead(layer: Layer) -> int:
+    """Return the bits that the quantizers of a layer keep beside codes.
+
+    Zero points have the bits of their quantizer, all other values 32 bits.
+    """
+    quantizers: tuple[Any, ...] = ()
     if isinstance(layer, QuantMatMul):
-        return _range_bits(layer.a_quantizer) + _range_bits(layer.b_quantizer)
-    if isinstance(layer, WeightLayer):
-        return _range_bits(layer.weight_quantizer) + _range_bits(layer.input_quantizer)
-    return 0
-
-
-def _range_bits(quantizer: Any) -> int:
-    """Bits of what a quantizer keeps beside codes: zero points in its own bits, all else in 32."""
-    if quantizer.off:
-        return 0
-    kept = {
-        name: tensor.numel()
+        quantizers = layer.a_quantizer, layer.b_quantizer
+    elif isinstance(layer, WeightLayer):
+        quantizers = layer.weight_quantizer, layer.input_quantizer
+    return sum(
+        tensor.numel() * (quantizer.bits if name == "zero_point" else OFF)
+        for quantizer in quantizers
+        if not quantizer.off
         for name, tensor in quantizer.state_dict().items()
         if name not in ("codes", "folded")
-    }
-    return sum(
-        count * (quantizer.bits if name == "zero_point" else 32) for name, count in kept.items()
     )
 
 
 def _full_precision(chain: BlockChain) -> Iterator[ValueFacts]:
-    """Biases of layers, and all floating-point values outside of them that a checkpoint keeps."""
+    """Yield biases of layers, and all floating-point values of a checkpoint outside layers."""
     for prefix, part in chain_parts(chain):
         inside: set[int] = set()
         for name, module in part.named_modules(prefix=prefix):
@@ -238,15 +198,14 @@ def _full_precision(chain: BlockChain) -> Iterator[ValueFacts]:
                 continue
             if isinstance(module, Layer):
                 inside.update(id(child) for child in module.modules())
-                count = 0 if isinstance(module, QuantMatMul) else _bias_values(module)
-                if count:
+                if count := 0 if isinstance(module, QuantMatMul) else _bias_values(module):
                     yield ValueFacts(f"{name}.bias", "bias", count)
                 continue
             yield from _own_values(name, module)
 
 
 def _bias_values(layer: nn.Linear | nn.Conv2d | nn.ConvTranspose2d) -> int:
-    """Values of the bias that the quantized form adds: its own, where it has one."""
+    """Return the number of values in the bias that the quantized form adds."""
     own = getattr(layer, "quantized_bias", None)
     if own is not None and own.numel():
         return int(own.numel())
@@ -254,16 +213,15 @@ def _bias_values(layer: nn.Linear | nn.Conv2d | nn.ConvTranspose2d) -> int:
 
 
 def _own_values(name: str, module: nn.Module) -> Iterator[ValueFacts]:
-    """What ``module`` itself keeps: one line, or one a tensor where it has parts of its own."""
-    own = {
-        key: value
+    """Yield the values of ``module`` itself: one entry, or one per tensor if it has children."""
+    # A buffer may be looked up from a smaller table; then only the table has to be stored.
+    tables: dict[str, int] = getattr(module, "looked_up", {})
+    counts = {
+        key: tables.get(key, value.numel())
         for key, value in module.state_dict().items()
         if "." not in key and value.is_floating_point()
     }
-    # A buffer may be looked up from a smaller table, which is what has to be stored.
-    tables: dict[str, int] = getattr(module, "looked_up", {})
-    counts = {key: tables.get(key, value.numel()) for key, value in own.items()}
-    if not any(True for _ in module.children()):
+    if not [*module.children()]:
         if sum(counts.values()):
             yield ValueFacts(name, type(module).__name__, sum(counts.values()))
         return

@@ -1,4 +1,4 @@
-"""The module map of a quantized model: what is quantized and how, what stays in full precision."""
+"""Module map of a quantized model: quantized layers, and modules left in full precision."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
@@ -12,18 +12,21 @@ from fimaq_core.recipe import OFF
 from fimaq_core.reconstruction.reconstruct import ReconstructionLog
 from tasks.common.record import LayerEntry, ModuleMap
 
-#: What multiplies: also float layers that no family swapped.
+#: Layers that multiply, including float layers that no family swapped.
 Layer = nn.Linear | nn.Conv2d | nn.ConvTranspose2d | QuantMatMul
 
 _KINDS = {
+    QuantMatMul: "product",
     nn.Linear: "linear",
     nn.Conv2d: "convolution",
     nn.ConvTranspose2d: "transposed convolution",
 }
+#: Modules without children that the map does not list.
+_NOT_LISTED = nn.Identity | nn.Dropout | ActivationQuantizer
 
 
 def module_map(chain: BlockChain, part: str = "") -> ModuleMap:
-    """List the layers of ``chain`` by their names in the original model, behind the name of its part.
+    """Return the module map of ``chain``; names are those of the original model after ``part``.
 
     A quantizable layer whose quantizers are all off is in full precision.
     """
@@ -33,16 +36,13 @@ def module_map(chain: BlockChain, part: str = "") -> ModuleMap:
             entry = layer_entry(part_name(part, f"{segment.label}.{name}".rstrip(".")), layer)
             if not _off(entry):
                 quantized.append(entry)
-    full = [
-        leaf
-        for where, module in chain_parts(chain)
-        for leaf in _leaves(module, part_name(part, where))
-    ]
+    parts = chain_parts(chain)
+    full = [leaf for name, module in parts for leaf in _leaves(module, part_name(part, name))]
     return ModuleMap(quantized=quantized, full_precision=full)
 
 
 def whole_map(chains: Mapping[str, BlockChain], untouched: Mapping[str, nn.Module]) -> ModuleMap:
-    """Return the module map of a model of several parts, and of those that are left as they are."""
+    """Return the module map of a model of several parts, including its ``untouched`` parts."""
     maps = [module_map(chain, part) for part, chain in chains.items()]
     rest = [leaf for part, module in untouched.items() for leaf in _leaves(module, part)]
     return ModuleMap(
@@ -52,7 +52,7 @@ def whole_map(chains: Mapping[str, BlockChain], untouched: Mapping[str, nn.Modul
 
 
 def chain_parts(chain: BlockChain) -> Iterator[tuple[str, nn.Module]]:
-    """Yield by name what comes before each segment's block, the block, and what keeps its output."""
+    """Yield (name, module) of each segment: the part before its block, the block, the part kept."""
     for segment in chain:
         yield f"{segment.label}.before", segment.before
         yield segment.label, segment.block
@@ -61,18 +61,17 @@ def chain_parts(chain: BlockChain) -> Iterator[tuple[str, nn.Module]]:
 
 
 def part_name(part: str, name: str) -> str:
-    """Return ``name`` inside the part of a model; parts without a name add nothing."""
+    """Return ``part.name``, or ``name`` if the part has no name."""
     return f"{part}.{name}" if part else name
 
 
 def merge_logs(log: ReconstructionLog, part: str, own: ReconstructionLog) -> None:
-    """Add to ``log`` what was done to a part of the model."""
+    """Add the log ``own`` of one part of the model to ``log``."""
     for field in fields(log):
         value = getattr(own, field.name)
         if isinstance(value, dict):
-            getattr(log, field.name).update(
-                {part_name(part, label): one for label, one in value.items()}
-            )
+            named = {part_name(part, label): one for label, one in value.items()}
+            getattr(log, field.name).update(named)
     log.notes += [part_name(part, note) for note in own.notes]
     if len(log.last_loss) > len(own.last_loss) and own.engine != log.engine:
         log.notes.append(f"{part}: reconstructed by the engine '{own.engine}'")
@@ -81,35 +80,23 @@ def merge_logs(log: ReconstructionLog, part: str, own: ReconstructionLog) -> Non
 
 
 def layer_entry(name: str, layer: Layer) -> LayerEntry:
-    """Return the line of one layer; a float layer has 32 bits and no quantizers."""
+    """Return the entry of one layer; a float layer has 32 bits and no quantizers."""
+    weight = other = given = None
     if isinstance(layer, QuantMatMul):
-        a, b = layer.a_quantizer, layer.b_quantizer
-        return LayerEntry(
-            name=name,
-            kind="product",
-            weight_bits=OFF,
-            input_bits=a.bits,
-            weight_ranges="none",
-            input_ranges=f"{_ranges(a)}; {_ranges(b)}",
-            weight_quantizer="none",
-            input_quantizer=_kind(a),
-            other_bits=b.bits,
-            other_quantizer=_kind(b),
-        )
-    weight, given = (
-        (layer.weight_quantizer, layer.input_quantizer)
-        if isinstance(layer, WeightLayer)
-        else (None, None)
-    )
+        given, other = layer.a_quantizer, layer.b_quantizer
+    elif isinstance(layer, WeightLayer):
+        weight, given = layer.weight_quantizer, layer.input_quantizer
     return LayerEntry(
         name=name,
         kind=next(text for kind, text in _KINDS.items() if isinstance(layer, kind)),
         weight_bits=weight.bits if weight else OFF,
         input_bits=given.bits if given else OFF,
-        weight_ranges=_ranges(weight),
-        input_ranges=_ranges(given),
+        weight_ranges="none" if other else _ranges(weight),
+        input_ranges=_ranges(given) + (f"; {_ranges(other)}" if other else ""),
         weight_quantizer=_kind(weight),
         input_quantizer=_kind(given),
+        other_bits=other.bits if other else None,
+        other_quantizer=_kind(other) if other else None,
     )
 
 
@@ -129,14 +116,13 @@ def _off(entry: LayerEntry) -> bool:
 
 
 def _leaves(module: nn.Module, prefix: str) -> list[str]:
+    """Return the modules in full precision without children, by name and class."""
     found = []
     for name, child in module.named_modules():
         where, kind = f"{prefix}.{name}".rstrip("."), type(child).__name__
         if isinstance(child, WeightLayer | QuantMatMul):
             if _off(layer_entry(where, child)):
                 found.append(f"{where} ({kind.removeprefix('Quant')})")
-        elif not any(True for _ in child.children()) and not isinstance(
-            child, nn.Identity | nn.Dropout | ActivationQuantizer
-        ):
+        elif not isinstance(child, _NOT_LISTED) and not [*child.children()]:
             found.append(f"{where} ({kind})")
     return found

@@ -1,8 +1,8 @@
 """Scenes of two to four real handwritten digits with captions: image-text data without a download.
 
-A scene is a 2 x 2 layout of cells, numbered row by row, with small and large digits. Scenes come in
-groups of four that differ in one digit, one size or one place: without such near misses a model
-that reads half of a scene would already find its caption.
+A scene has 2 x 2 cells, numbered row by row, with small and large digits. Scenes come in groups of
+four that differ in one digit, one size or one place: without such near misses, a model that reads
+half of a scene would find its caption.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ from tasks.common.demo.digits import (
 CELL_SIZE = 24
 CELLS = 4
 CANVAS_SIZE = (2 * CELL_SIZE, 2 * CELL_SIZE)
-# Side of a digit's image in pixels, first and last of a size class: small, large.
+#: First and last side of a digit in pixels: small, large.
 SIZES = ((14, 16), (22, 24))
 GROUP = 4
 
@@ -40,7 +40,7 @@ SIZE_WORDS = ("small", "large")
 PLACE_WORDS = ("top left", "top right", "bottom left", "bottom right")
 NUM_FACTS = 1 + 2 * 10
 
-# How one digit is told, what stands between two, and what before the last.
+#: Forms of captions: the text of one digit, the text between two, and before the last.
 _FORMS = (
     ("a {size} {digit} {place}", ", ", " and "),
     ("{place} a {size} {digit}", ", ", " and "),
@@ -49,7 +49,7 @@ _FORMS = (
 )
 NUM_FORMS = len(_FORMS)
 
-# Of the `train` part's pixels in [0, 1]; constants, so that preprocessing never drifts.
+#: Of the pixels of `train` in [0, 1]; constants, so that preprocessing never changes.
 PIXEL_MEAN = 0.0657
 PIXEL_STD = 0.2103
 
@@ -59,45 +59,37 @@ _SCENES = {"train": 4096, "val": 500, "test": 1000}
 
 @dataclass(frozen=True)
 class ScenePlan:
-    """Digits and captions of n scenes; arrays are int64 (n, 4), one column per cell.
+    """Digits and captions of n scenes; arrays are int64 (n, 4), one column per cell."""
 
-    ``facts`` are of :func:`fact_of`, ``sources`` the digits' source
-    indices (-1: empty), ``sizes`` the sides of their images in pixels, and ``offsets`` (n, 4, 2)
-    top and left inside the cell.
-    """
-
-    facts: np.ndarray
-    sources: np.ndarray
-    sizes: np.ndarray
-    offsets: np.ndarray
+    facts: np.ndarray  # see :func:`fact_of`
+    sources: np.ndarray  # indices of the digits; -1 for an empty cell
+    sizes: np.ndarray  # sides of their images in pixels
+    offsets: np.ndarray  # (n, 4, 2): top and left in the cell
     captions: tuple[str, ...]
 
 
 def fact_of(digit: int, large: int) -> int:
-    """The fact of a cell with a digit; that of an empty cell is 0."""
+    """Return the fact of a cell with a digit; the fact of an empty cell is 0."""
     return 1 + 2 * digit + large
 
 
 def write_caption(facts: Sequence[int], order: Sequence[int], form: int) -> str:
-    """Write the caption of a scene by the facts of its four cells, told in this order and form.
+    """Write the caption of the facts of four cells, in this order and form, without empty cells.
 
-    Empty cells are passed over. Different facts give different captions, whatever order and form.
+    Different facts give different captions, for every order and form.
     """
     item, separator, last = _FORMS[form]
     items = []
     for cell in order:
         if facts[cell]:
             digit, size = divmod(facts[cell] - 1, 2)
-            items.append(
-                item.format(
-                    size=SIZE_WORDS[size], digit=DIGIT_WORDS[digit], place=PLACE_WORDS[cell]
-                )
-            )
+            words = {"size": SIZE_WORDS[size], "digit": DIGIT_WORDS[digit]}
+            items.append(item.format(**words, place=PLACE_WORDS[cell]))
     return last.join([separator.join(items[:-1]), items[-1]] if items[1:] else items)
 
 
 def draw_facts(count: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw the facts (count, 4) of scenes in groups of near misses; no two scenes show the same."""
+    """Draw the distinct facts (count, 4) of scenes in groups of near misses."""
     rows: list[np.ndarray] = []
     seen: set[tuple[int, ...]] = set()
     while len(rows) < count:
@@ -111,7 +103,7 @@ def draw_facts(count: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def draw_scenes(part: str, count: int, rng: np.random.Generator) -> ScenePlan:
-    """Draw ``count`` scenes of one part's digits, used evenly; all captions are distinct."""
+    """Draw ``count`` scenes of the digits of one part, with distinct captions."""
     check_part(part, _DATA)
     facts = draw_facts(count, rng)
     dealer = DigitDealer(part, rng)
@@ -124,7 +116,7 @@ def draw_scenes(part: str, count: int, rng: np.random.Generator) -> ScenePlan:
     orders = rng.random(facts.shape).argsort(axis=1)
     forms = rng.integers(0, NUM_FORMS, size=count)
     captions = tuple(map(write_caption, facts.tolist(), orders.tolist(), forms.tolist()))
-    return ScenePlan(facts=facts, sources=sources, sizes=sizes, offsets=offsets, captions=captions)
+    return ScenePlan(facts, sources, sizes, offsets, captions)
 
 
 def compose_scenes(plan: ScenePlan) -> np.ndarray:
@@ -142,52 +134,45 @@ def compose_scenes(plan: ScenePlan) -> np.ndarray:
 
 
 class DigitScenes(DigitSamples):
-    """One fixed part: 4,096 scenes in `train`, 500 in `val`, 1,000 in `test`; else ValueError.
+    """One part: 4,096 scenes in `train`, 500 in `val`, 1,000 in `test`; ValueError for other parts.
 
-    Ids are such as ``test/00017-1234+____+0456+____``: position, then each cell's source index.
+    An id such as ``test/00017-1234+____+0456+____`` holds the position and the digit of each cell.
     """
 
     def __init__(self, part: str, transform: Callable[[Image.Image], Any] | None = None) -> None:
         check_part(part, _DATA)
         self.part, self.transform = part, transform
-        # One stream per part, none of them a stream of the digit pairs.
-        self.plan = draw_scenes(
-            part, _SCENES[part], np.random.default_rng([SEED, PARTS.index(part), 1])
-        )
+        # One stream of random numbers per part, different from the streams of the digit pairs.
+        rng = np.random.default_rng([SEED, PARTS.index(part), 1])
+        self.plan = draw_scenes(part, _SCENES[part], rng)
         self.pixels = compose_scenes(self.plan)
-        self.captions: list[str] = list(self.plan.captions)
-        names = (
-            ["____" if source < 0 else f"{source:04d}" for source in row]
-            for row in self.plan.sources.tolist()
-        )
-        self.ids = [f"{part}/{i:05d}-{'+'.join(row)}" for i, row in enumerate(names)]
-
-    def told(self, index: int) -> str:
-        """The caption of an image."""
-        return self.captions[index]
+        self.captions = self.targets = list(self.plan.captions)
+        names = ["____" if source < 0 else f"{source:04d}" for source in self.plan.sources.flat]
+        rows = ["+".join(names[start : start + CELLS]) for start in range(0, len(names), CELLS)]
+        self.ids = [f"{part}/{i:05d}-{row}" for i, row in enumerate(rows)]
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over ids, captions and pixels."""
+        """Sha256 of ids, captions and pixels."""
         digest = hashlib.sha256("\n".join([*self.ids, *self.captions]).encode())
         digest.update(self.pixels.tobytes())
         return digest.hexdigest()
 
 
 def scene_warp() -> RandomDigitWarp:
-    """Warp of training scenes, too mild to turn a size or a place into another."""
+    """Return the warp of training scenes, too mild to change a size or a place into another."""
     return RandomDigitWarp(
         degrees=10.0, scale=0.1, shear=0.15, shift=1.0, elastic=1.0, contrast=0.3, rows=2, columns=2
     )
 
 
 def eval_transform() -> v2.Compose:
-    """Preprocessing for evaluation: PIL image of mode ``L`` to normalised float32 (3, 48, 48)."""
+    """Return the preprocessing: PIL image of mode ``L`` to normalised float32 (3, 48, 48)."""
     return v2.Compose([*to_tensor(), *_normalize()])
 
 
 def train_transform() -> v2.Compose:
-    """`eval_transform` with each cell warped at random (never flipped)."""
+    """Return `eval_transform` with a random warp of each cell (never flipped)."""
     return v2.Compose([*to_tensor(), scene_warp(), *_normalize()])
 
 
@@ -199,15 +184,15 @@ def _draw_scene(rng: np.random.Generator) -> np.ndarray:
 
 
 def _change_one(row: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Change one digit or one size, or let a cell trade places with another (empty or not)."""
+    """Change one digit or one size, or exchange a cell with another (empty or not)."""
     row = row.copy()
     cell = int(rng.choice(np.flatnonzero(row)))
     kind = int(rng.integers(3))
+    digit, large = divmod(int(row[cell]) - 1, 2)
     if kind == 0:
-        digit, large = divmod(int(row[cell]) - 1, 2)
         row[cell] = fact_of((digit + int(rng.integers(1, 10))) % 10, large)
     elif kind == 1:
-        row[cell] = 1 + ((int(row[cell]) - 1) ^ 1)
+        row[cell] = fact_of(digit, 1 - large)
     else:
         other = (cell + int(rng.integers(1, CELLS))) % CELLS
         row[[cell, other]] = row[[other, cell]]

@@ -404,7 +404,7 @@ def test_inspect(fimaq: Done) -> None:
     )
     text = command("inspect", fimaq.checkpoint)
     assert (
-        f"MACs an image: {sums['macs']}; quantized {sums['macs']} (100.00 %)" in text.splitlines()
+        f"MACs per image: {sums['macs']}; quantized {sums['macs']} (100.00 %)" in text.splitlines()
     )
     assert "scope: backbone+fpn+rpn+roi" in text.splitlines()
 

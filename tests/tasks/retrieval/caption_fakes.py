@@ -56,7 +56,7 @@ def loaded(context_length: int = 16, data: str | None = None) -> LoadedModel:
 
 
 def colour_of(name: str) -> tuple[int, int, int]:
-    """The one colour of an image, by which a test knows it again."""
+    """The only colour of an image, which identifies it."""
     generator = np.random.default_rng(sum(name.encode()) * 1000 + len(name))
     red, green, blue = generator.integers(0, 256, 3).tolist()
     return red, green, blue
@@ -70,7 +70,7 @@ def write_images(root: Path, names: Sequence[str]) -> None:
 
 
 def karpathy_entries(coco: bool, suffix: str = "png") -> list[dict[str, Any]]:
-    """Entries of Karpathy's format with 5 captions an image, the second with 6."""
+    """Entries of Karpathy's format with 5 captions per image, the second with 6."""
     entries = []
     for number, split in enumerate(SPLITS):
         sentences = [
@@ -105,7 +105,7 @@ def write_karpathy(root: Path, file: str, folder: str = "") -> list[dict[str, An
 
 
 def write_csv(root: Path, images: int = 12, test: int = 3) -> dict[str, list[str]]:
-    """captions.csv with distinct captions, two an image; the first images are the test part. Returns captions by image."""
+    """captions.csv with two captions per image, by image; the first images are for test."""
     captions = {
         f"img/{number}.png": [f"first of {number}", f"second of {number}"]
         for number in range(images)

@@ -44,7 +44,7 @@ def clip(
     custom: bool = False,
     **options: Any,
 ) -> Any:
-    """A ``CLIP`` (or ``CustomTextCLIP``) on 32 x 32 images and 12 tokens, embeddings of 24 values."""
+    """A ``CLIP`` (or ``CustomTextCLIP``) for 32 x 32 images and 12 tokens; 24-value embeddings."""
     model = (CustomTextCLIP if custom else CLIP)(
         24, VISION | (vision or {}), TEXT | (text or {}), **options
     )
@@ -67,7 +67,7 @@ def _randomise(model: nn.Module) -> nn.Module:
     randomise(model)
     for module in model.modules():
         if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
-            # A weight by another name; drawn as a bias, it would let attention see single tokens only.
+            # A weight by another name; as a bias it would let attention see single tokens only.
             module.in_proj_weight.div_(0.3 * module.embed_dim**0.5)
     return model
 
@@ -84,7 +84,7 @@ def token_ids(count: int, seed: int = 0) -> Tensor:
 
 @torch.no_grad()
 def embeddings(model: nn.Module, images: Tensor, ids: Tensor) -> dict[str, Tensor]:
-    """What open_clip computes, before anything was taken over."""
+    """Outputs of open_clip, before a chain takes over its parameters."""
     model = copy.deepcopy(model)
     return {"vision": model.encode_image(images), "text": model.encode_text(ids, normalize=False)}
 

@@ -1,4 +1,4 @@
-"""Measures and their errors against explicit resampling, the binomial form and samples in clusters."""
+"""Measures and their errors against resampling, the binomial form and samples in clusters."""
 
 import math
 
@@ -10,7 +10,7 @@ from tasks.retrieval.bootstrap import CUTS, RESAMPLES, measures, standard_errors
 
 
 def example(images: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ranks of both directions with one to five captions an image."""
+    """Ranks of both directions with one to five captions per image."""
     generator = np.random.default_rng(seed)
     image_of = np.repeat(np.arange(images), generator.integers(1, 6, images))
     forward = generator.geometric(0.3, images) - 1
@@ -87,7 +87,7 @@ def test_one_caption_an_image_gives_binomial_errors() -> None:
 
 
 def test_captions_that_fail_together_are_one_sample() -> None:
-    """Five captions an image, all right or all wrong: as much information as one caption, not as five."""
+    """Five captions per image, all right or all wrong: the information of one caption."""
     right = np.arange(400) % 4 == 0
     forward, image_of = np.where(right, 0, 20), np.repeat(np.arange(400), 5)
     found = standard_errors(forward, forward[image_of], image_of)
@@ -100,7 +100,7 @@ def test_captions_that_fail_together_are_one_sample() -> None:
 
 
 def test_cut_offs_beyond_the_candidates_are_left_out() -> None:
-    """Four images with eight captions: images look for captions up to 5, captions for images up to 1."""
+    """Four images with eight captions: cut-offs up to 5 for images, up to 1 for captions."""
     image_of = np.repeat(np.arange(4), 2)
     found = measures(np.arange(4), np.zeros(8, dtype=int), image_of, np.ones((1, 4), dtype=int))
     assert set(found) == {

@@ -1,4 +1,4 @@
-"""Examples of retrieval and zero-shot classification against plain loops, and the pictures that go with them."""
+"""Example predictions of retrieval and zero-shot against plain loops, and their images."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +21,8 @@ from tasks.common.data.images import Images
 from tasks.common.record import read_record
 from tasks.common.request import CellRequest, DataRequest, ModelRequest
 from tasks.common.task import Evaluation
-from tasks.retrieval.evaluate import evaluate_pairs
-from tasks.retrieval.pairs import PairSource
+from tasks.retrieval.captions import PairSource
+from tasks.retrieval.evaluate import Encoders, evaluate_pairs
 from tasks.retrieval.task import TASK, TwoTowers
 
 CPU = torch.device("cpu")
@@ -30,15 +30,17 @@ DEMO = ModelRequest("demo_clip")
 
 
 def source_of(counts: list[int], texts: list[str] | None = None) -> PairSource:
-    """Images with so many captions each, ``texts`` in turn."""
+    """Images with ``counts`` captions each, taken from ``texts`` in turn."""
     numbers = iter(range(sum(counts)))
-    listed = [(f"i{image}.jpg", [texts[n] if texts else f"text {n}" for n in (next(numbers) for _ in range(count))])
-              for image, count in enumerate(counts)]  # fmt: skip
-    return PairSource.of("table", "test", listed, lambda index: index)  # type: ignore[arg-type, return-value]
+    listed = []
+    for image, count in enumerate(counts):
+        own = [next(numbers) for _ in range(count)]
+        listed.append((f"i{image}.jpg", [texts[n] if texts else f"text {n}" for n in own]))
+    return PairSource("table", "test", listed, lambda index: index)  # type: ignore[arg-type, return-value]
 
 
 def measure(source: PairSource, x: Tensor, y: Tensor, broken: tuple[int, ...] = ()) -> Evaluation:
-    """Embeddings are looked up: of images by their index, of captions by their place among equal texts' first."""
+    """Embeddings are looked up: of images by index, of captions by the first equal text."""
     first = {text: source.captions.index(text) for text in source.captions}
 
     def read(index: int) -> int:
@@ -53,15 +55,14 @@ def measure(source: PairSource, x: Tensor, y: Tensor, broken: tuple[int, ...] = 
     def tokens(texts: list[str]) -> Tensor:
         return torch.tensor([[first[text]] for text in texts])
 
-    return evaluate_pairs(
-        lambda a: a.flatten(1), lambda ids: y[ids[:, 0]], images, source, tokens, CPU, 5, 0, silent
-    )
+    encoders = Encoders(lambda a: a.flatten(1), lambda ids: y[ids[:, 0]], tokens, CPU)
+    return evaluate_pairs(encoders, images, source, 5, 0, silent)
 
 
 def by_hand(
     source: PairSource, x: Tensor, y: Tensor, image: int, gone: tuple[int, ...] = ()
 ) -> list[tuple[str, float, bool]]:
-    """The three captions most similar to an image; among equals wrong ones first."""
+    """The three captions most similar to an image; of equal ones wrong ones first."""
     rows = []
     for number, text in enumerate(source.captions):
         owner, one, other = (
@@ -109,7 +110,7 @@ def test_captions_against_a_loop(monkeypatch: pytest.MonkeyPatch, scores_at_a_ti
 
 
 def test_equal_captions_of_other_images_come_first() -> None:
-    """As in ranks: no model can tell them apart, and none shall look right by chance."""
+    """Equal captions count as wrong, as in ranks: otherwise a model looks right by chance."""
     source = source_of([1, 2, 2], ["a cat", "a cat", "a dog", "a dog", "a bus"])
     x = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]])
     y = torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0], [0.0, 0.0], [0.0, 1.0]])
@@ -187,7 +188,7 @@ def test_every_cell_of_the_demo_shows_the_same_samples(tmp_path: Path) -> None:
 
 
 class Colours(nn.Module):
-    """Encoders that need no training: an image is its mean colour, a text a direction by its length."""
+    """Encoders without training: an image is its mean colour, a text a direction by its length."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -202,7 +203,7 @@ class Colours(nn.Module):
 
 
 def test_zero_shot_shares(tmp_path: Path) -> None:
-    """Class names are those of the texts; two of the same name are told apart by their folders."""
+    """Class names are those of the texts; equal names get the names of their folders."""
     for part in ("train", "val"):
         write_images(
             tmp_path / part, [f"{folder}/{folder}{n}.png" for folder in "abc" for n in range(5)]

@@ -79,7 +79,7 @@ def clip() -> nn.Module:
 
 @pytest.fixture
 def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither network nor cache."""
+    """No network and no cache."""
     for module in (hub, tags, captions_to_ids):
         monkeypatch.setattr(module, "hub_answers", lambda: False)
         monkeypatch.setattr(module, "cached_file", lambda repository: None)
@@ -139,7 +139,7 @@ def test_short_names_are_what_open_clip_has_at_the_hub() -> None:
 
 
 def test_every_tag_of_open_clip_means_the_model_with_its_activation() -> None:
-    """A tag tells the activation; where a model has another one, the name with the tag's is meant."""
+    """A tag tells the activation; a model with another activation means the name with the tag's."""
 
     def quick(model: str, tag: str | None = None) -> bool:
         config = (
@@ -231,11 +231,15 @@ def test_tags_of_files(tmp_path: Path, clip: nn.Module) -> None:
 
 
 def test_short_names_import_nothing_heavy() -> None:
-    """Planning a grid asks for tags and for what is missing."""
+    """The plan of a grid needs tags and missing parts only."""
     code = (
-        "import sys; from tasks.retrieval import tags; from tasks.common.request import DataRequest, ModelRequest\n"
-        "for name in tags.SHORT_NAMES: tags.model_tag(ModelRequest(name)); tags.preflight(ModelRequest(name), DataRequest())\n"
-        "print(sorted({'torch', 'timm', 'open_clip', 'transformers', 'torchvision'} & sys.modules.keys()))"
+        "import sys; from tasks.retrieval import tags\n"
+        "from tasks.common.request import DataRequest, ModelRequest\n"
+        "for name in tags.SHORT_NAMES:\n"
+        "    tags.model_tag(ModelRequest(name))\n"
+        "    tags.preflight(ModelRequest(name), DataRequest())\n"
+        "heavy = {'torch', 'timm', 'open_clip', 'transformers', 'torchvision'}\n"
+        "print(sorted(heavy & sys.modules.keys()))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -255,14 +259,17 @@ def test_missing_weights_tokenizer_and_data_say_where_and_how(no_hub: None, tmp_
     )
     assert message is not None
     for part in (
-        "weights of ViT-B-16-SigLIP.webli (repository timm/ViT-B-16-SigLIP)", f"in the folder {tmp_path}", "--weights-folder",
-        "tokenizer of ViT-B-16-SigLIP (repository timm/ViT-B-16-SigLIP)", "<model>-tokenizer", "COCO=/path", "FLICKR=/path",
+        "weights of ViT-B-16-SigLIP.webli (repository timm/ViT-B-16-SigLIP)",
+        f"in the folder {tmp_path}", "--weights-folder",
+        "tokenizer of ViT-B-16-SigLIP (repository timm/ViT-B-16-SigLIP)",
+        "<model>-tokenizer", "COCO=/path", "FLICKR=/path",
         "dataset_coco.json", "captions.csv",
     ):  # fmt: skip
         assert part in message
     assert [item.what for item in tags.preflight(ModelRequest("clip_vit_b32"), DataRequest())] == [
         "a data set of captions",
-        "the weights of ViT-B-32-quickgelu.openai (repository timm/vit_base_patch32_clip_224.openai)",
+        "the weights of ViT-B-32-quickgelu.openai "
+        "(repository timm/vit_base_patch32_clip_224.openai)",
     ]
     with pytest.raises(
         ModelError, match=r"weights of ViT-B-16-SigLIP(.|\n)*tokenizer of ViT-B-16-SigLIP"
@@ -365,7 +372,7 @@ def test_published_weights_come_from_the_cache(
 def test_towers_keep_the_settings_that_arguments_do_not_name(
     tmp_path: Path, clip: nn.Module
 ) -> None:
-    """open_clip takes a tower's argument for the whole tower: patches would be 16 pixels here, not 32."""
+    """open_clip replaces the whole tower by an argument: patches of 16 pixels here, not 32."""
     whole = open_clip.create_model("ViT-B-32", **CLIP)
     assert whole.visual.conv1.kernel_size == (16, 16)
     loaded = load_model(
@@ -486,7 +493,7 @@ def test_other_image_sizes_resize_position_embeddings_only_if_asked_for(
 
 
 def test_older_layouts(tmp_path: Path, clip: nn.Module) -> None:
-    """OpenAI's entries that are no weights, a prefix of data-parallel training, half precision, a scale of one entry."""
+    """OpenAI's further entries, a prefix of parallel training, half precision, a scale (1,)."""
     state = {f"module.{name}": tensor.half() for name, tensor in clip.state_dict().items()}
     state["module.logit_scale"] = state["module.logit_scale"].reshape(1)
     for name in ("input_resolution", "context_length", "vocab_size"):
@@ -501,7 +508,7 @@ def test_older_layouts(tmp_path: Path, clip: nn.Module) -> None:
 
 
 def test_text_towers_without_a_module_of_their_own(tmp_path: Path, no_hub: None) -> None:
-    """A checkpoint of ``CLIP`` in a ``CustomTextCLIP``: names get ``text.``, and what that layout lacks is refused."""
+    """A checkpoint of ``CLIP`` in a ``CustomTextCLIP``: names get ``text.``; gaps are refused."""
     request = siglip_request(tmp_path)
     state = built("ViT-B-16-SigLIP", SIGLIP).state_dict()
     old = {name.removeprefix("text."): tensor for name, tensor in state.items()}
@@ -563,7 +570,8 @@ def test_code_in_weights_does_not_run(tmp_path: Path, clip: nn.Module) -> None:
 def test_torchscript_is_refused_for_the_safetensors_of_the_mirror(tmp_path: Path) -> None:
     path = tmp_path / "ViT-B-32.pt"
     torch.jit.save(torch.jit.script(nn.Linear(2, 2)), str(path))
-    mirror = r"TorchScript.*open_clip_model\.safetensors of the Hugging Face repository timm/vit_base_patch32_clip_224\.openai"
+    repo = r"timm/vit_base_patch32_clip_224\.openai"
+    mirror = rf"TorchScript.*open_clip_model\.safetensors of the Hugging Face repository {repo}"
     with pytest.raises(ModelError, match=mirror):
         load_model(ModelRequest("clip_vit_b32", CLIP, weights=path))
     with pytest.raises(ModelError, match=r"TorchScript.*safetensors"):
@@ -597,7 +605,7 @@ def test_arguments_the_model_does_not_take(
 def test_loading_says_nothing_of_random_weights(
     tmp_path: Path, clip: nn.Module, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """open_clip's warning is of the moment before the weights are loaded; the log is as before afterwards."""
+    """open_clip warns before the weights are loaded; afterwards the log is unchanged."""
     path, filters = write(clip.state_dict(), tmp_path / "weights.pth"), list(logging.root.filters)
     load_model(ModelRequest("ViT-B-32", EXACT, weights=path))
     assert "random" not in caplog.text
@@ -615,7 +623,7 @@ def normalisation(transform: Any) -> tuple[list[float], list[float]]:
 
 
 def picture() -> Image.Image:
-    """Larger than wide models' inputs, of changing colours."""
+    """An image with changing colours, larger than the inputs of the models."""
     values = np.random.default_rng(3).integers(0, 255, (12, 20, 3), dtype=np.uint8)
     return Image.fromarray(values).resize((200, 120), Image.Resampling.BILINEAR)
 
@@ -722,7 +730,7 @@ def test_captions_become_the_tokens_of_open_clip(tmp_path: Path, clip: nn.Module
 
 
 def test_tokens_of_a_tokenizer_in_a_folder(tmp_path: Path, no_hub: None) -> None:
-    """Against the file itself, read by the tokenizers library; the end token is 1, padding 0."""
+    """Tokens equal those of the tokenizers library; the end token is 1, padding 0."""
     tokenizer = load_model(siglip_request(tmp_path)).tokenizer
     folder = tmp_path / "ViT-B-16-SigLIP-tokenizer"
     own = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -744,7 +752,7 @@ def test_tokens_of_a_tokenizer_in_a_folder(tmp_path: Path, no_hub: None) -> None
 
 
 def test_tokenizer_with_a_class_token(tmp_path: Path) -> None:
-    """open_clip's mode ``clips``: start, end and class token around the words; the class token stays last."""
+    """open_clip's mode ``clips``: start, end and class token; the class token stays last."""
     folder = tokenizer_folder(tmp_path / "t", "PreTrainedTokenizerFast")
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(
@@ -778,7 +786,7 @@ def test_tokenizer_of_another_model(tmp_path: Path, no_hub: None) -> None:
 
 
 def test_incomplete_folders_of_a_tokenizer(tmp_path: Path, no_hub: None) -> None:
-    """From the settings alone transformers builds a T5 tokenizer that knows no words."""
+    """transformers builds a T5 tokenizer without words from the settings alone."""
     request, folder = siglip_request(tmp_path), tmp_path / "ViT-B-16-SigLIP-tokenizer"
     kept = (folder / "tokenizer.json").read_bytes()
     (folder / "tokenizer.json").unlink()
@@ -795,7 +803,7 @@ def test_incomplete_folders_of_a_tokenizer(tmp_path: Path, no_hub: None) -> None
 
 
 def test_tokenizers_that_transformers_rebuilds_differently(tmp_path: Path) -> None:
-    """Its class for Gemma puts its own pre-tokenizer in the place of the file's."""
+    """The class of transformers for Gemma replaces the pre-tokenizer of the file."""
     text = {"context_length": 12, "hf_tokenizer_name": "some/where"}
     folder = tokenizer_folder(tmp_path / "t", "GemmaTokenizer")
     with pytest.raises(

@@ -80,7 +80,7 @@ def test_equal_outputs_of_any_length_diverge_by_nothing(bias: float | None) -> N
 
 
 def test_a_small_change_is_not_lost_in_rounding() -> None:
-    """At 8 bits and a scale of 100 the divergence is small; float32 must still give it to a few parts in a thousand."""
+    """At 8 bits and a scale of 100 the divergence is small; float32 has to be right to 0.3 %."""
     full, other = embeddings(8, 0), embeddings(8, 1)
     quantized = full + 1e-4 * embeddings(8, 2)
     exact, rounded = (
@@ -120,7 +120,7 @@ def test_it_depends_on_which_pairs_share_a_batch() -> None:
 def test_its_own_products_do_not_take_the_models_arithmetic(
     bias: float | None, size: float
 ) -> None:
-    """The model may compute in bfloat16; similarities times 100 would lose every small change in it."""
+    """The model may compute in bfloat16, which would lose small changes of similarities."""
     full, other = embeddings(16, 0, 64).float(), embeddings(16, 1, 64).float()
     quantized = full + size * embeddings(16, 2, 64).float()
     divergence = ContrastiveDivergence(other, 100.0, bias, 32)

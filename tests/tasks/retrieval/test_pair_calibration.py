@@ -1,4 +1,4 @@
-"""Calibration pairs: the same for the same seed, each image with one of its own captions, equal texts far apart."""
+"""Calibration pairs: equal for equal seeds, each image with an own caption, equal texts apart."""
 
 import dataclasses
 import hashlib
@@ -19,8 +19,7 @@ from fimaq_core.recipe import Recipe, make_recipe
 from tasks.common.request import DataRequest
 from tasks.common.task import CalibrationSet
 from tasks.retrieval.calibration import calibration_set, drawn_caption, in_rounds, training_pairs
-from tasks.retrieval.captions import open_pairs
-from tasks.retrieval.pairs import PairSource
+from tasks.retrieval.captions import PairSource, open_pairs
 
 
 def recipe(count: int = 6, **changes: object) -> Recipe:
@@ -42,7 +41,7 @@ def pictures(images: int) -> PairSource:
     listed = [
         (f"{number}.png", [f"{number} {turn}" for turn in range(3)]) for number in range(images)
     ]
-    return PairSource.of(
+    return PairSource(
         "data", "train", listed, lambda index: Image.new("RGB", (8, 8), colour_of(f"{index}.png"))
     )
 
@@ -137,7 +136,7 @@ def test_truncated_captions_are_counted(tmp_path: Path) -> None:
 
 
 def test_rounds_against_brute_force() -> None:
-    """Taking, again and again, the least used text that is left, by the order in which texts came up."""
+    """Always take the least used text that is left, in the order of first appearance."""
     generator = np.random.default_rng(0)
     for _ in range(50):
         texts = [f"text {letter}" for letter in generator.integers(0, 6, 20)]
@@ -295,7 +294,7 @@ def test_a_list_gives_the_very_same_pairs(tmp_path: Path, kind: str) -> None:
 
 
 def test_a_record_keeps_its_captions_and_its_order(tmp_path: Path) -> None:
-    """Also against the draw: other captions of the same images, and equal texts side by side."""
+    """A record wins over the draw: other captions of the images, equal texts side by side."""
     write_images(tmp_path, ["0.png", "1.png", "2.png"])
     rows = ["0.png,same", "0.png,other", "1.png,same", "2.png,third"]
     (tmp_path / "train.csv").write_text("\n".join(["image,caption", *rows]))
@@ -339,13 +338,16 @@ def test_bad_lists_are_explained(tmp_path: Path) -> None:
     refused({"ids": ids}, "without a caption for each calibration image")
     refused({"ids": ids, "captions": None}, "without a caption for each calibration image")
     refused({"ids": ids, "captions": [first]}, "without a caption for each calibration image")
-    foreign = r"pairs 1 images with captions that they do not have in captions-9-images train, such as 'img/4.png' with 'first of 3'"
+    foreign = (
+        r"pairs 1 images with captions that they do not have in captions-9-images train, "
+        r"such as 'img/4.png' with 'first of 3'"
+    )
     refused({"ids": ids, "captions": [first, first]}, foreign)
     refused({"ids": ["img/0.png"], "captions": ["first of 0"]}, "names 1 images that are not in")
 
 
 def test_zero_shot_names_follow_the_labels(tmp_path: Path) -> None:
-    """The lines of classnames.txt are in the order of the labels, which numbered folders leave open."""
+    """Lines of classnames.txt have the order of labels, which numbered folders leave open."""
     folders = [str(number) for number in range(12)]
     write_images(tmp_path, [f"train/{folder}/a.png" for folder in folders])
     (tmp_path / "classnames.txt").write_text("\n".join(f"thing {folder}" for folder in folders))

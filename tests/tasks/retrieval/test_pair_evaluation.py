@@ -1,8 +1,8 @@
-"""Retrieval from images and captions to metrics and outcomes: by hand, with ties, and with damaged images."""
+"""Retrieval from images and captions to outcomes: by hand, with ties, with damaged images."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -14,40 +14,36 @@ from torch.nn import functional as F
 from fimaq_core.errors import DataError, ModelError, NumericsError
 from fimaq_core.progress import OnProgress, Progress, silent
 from tasks.common.data.images import Images
-from tasks.common.record import Dataset
 from tasks.common.task import Evaluation
-from tasks.retrieval.evaluate import evaluate_pairs, normalised, truncated
+from tasks.retrieval.captions import PairSource
+from tasks.retrieval.evaluate import Encoders, evaluate_pairs, normalised, truncated
 
 CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """Pairs whose images are their own embeddings, written into the pixels."""
-
-    image_ids: tuple[str, ...]
-    captions: tuple[str, ...]
-    image_of: np.ndarray
-    name: str = "table"
-    split: str = "test"
-    read: Callable[[int], Image.Image] = field(default=lambda index: index)  # type: ignore[assignment, return-value]
-
-    def describe(self) -> Dataset:
-        return Dataset(
-            name=self.name, split=self.split, count=len(self.image_ids), classes=0, fingerprint="f"
-        )
+def pairs(captions: Sequence[str], image_of: np.ndarray, ids: Sequence[str] = ()) -> PairSource:
+    """Pairs whose images are their own positions."""
+    names = ids or [f"i{n}.jpg" for n in range(image_of.max() + 1)]
+    listed = [
+        (name, [text for text, owner in zip(captions, image_of, strict=True) if owner == place])
+        for place, name in enumerate(names)
+    ]
+    return PairSource("table", "test", listed, lambda index: index)  # type: ignore[arg-type, return-value]
 
 
 class Book:
-    """A tokenizer that gives each text its number, and the encoders that look embeddings up; what is encoded is written down."""
+    """A tokenizer of texts to numbers, encoders that look up embeddings, a list of queries."""
 
-    def __init__(self, images: Tensor, captions: Tensor, source: Pairs) -> None:
+    def __init__(self, images: Tensor, captions: Tensor, source: PairSource) -> None:
         self.images, self.captions = images, captions
         self.number = {text: index for index, text in enumerate(source.captions)}
         self.asked: list[int] = []
 
     def tokenize(self, texts: list[str]) -> Tensor:
         return torch.tensor([[self.number[text]] for text in texts])
+
+    def encoders(self) -> Encoders:
+        return Encoders(self.encode_image, self.encode_text, self.tokenize, CPU)
 
     def encode_image(self, x: Tensor) -> Tensor:
         return x.flatten(1)
@@ -57,22 +53,32 @@ class Book:
         return self.captions[ids[:, 0]]
 
 
-def make(images: int = 12, seed: int = 0, noise: float = 1.0) -> tuple[Pairs, Book]:
-    """Pairs with one to four captions an image, which lie about it, of any length."""
+@dataclass(frozen=True)
+class Counting:
+    """A tokenizer that knows the number of tokens of each text."""
+
+    tokenize: Callable[[list[str]], Tensor]
+    known: dict[str, int]
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        return self.tokenize(texts)
+
+    def lengths(self, texts: list[str]) -> list[int]:
+        return [self.known[text] for text in texts]
+
+
+def make(images: int = 12, seed: int = 0, noise: float = 1.0) -> tuple[PairSource, Book]:
+    """Pairs with one to four captions per image, with embeddings near it, of any length."""
     generator = torch.Generator().manual_seed(seed)
     image_of = np.repeat(np.arange(images), np.random.default_rng(seed).integers(1, 5, images))
-    source = Pairs(
-        tuple(f"i{n}.jpg" for n in range(images)),
-        tuple(f"text {n}" for n in range(len(image_of))),
-        image_of,
-    )
+    source = pairs([f"text {n}" for n in range(len(image_of))], image_of)
     x = torch.randn(images, 8, generator=generator)
     y = x[image_of] + noise * torch.randn(len(image_of), 8, generator=generator)
     return source, Book(3 * x, y * torch.linspace(0.1, 9, len(y))[:, None], source)
 
 
 def measure(
-    source: Pairs,
+    source: PairSource,
     book: Book,
     batch: int = 5,
     broken: tuple[int, ...] = (),
@@ -87,17 +93,7 @@ def measure(
         return book.images[index].view(1, 1, -1)
 
     images = Images(source.image_ids, [0] * len(source.image_ids), read, transform, bool(broken))  # type: ignore[arg-type]
-    return evaluate_pairs(
-        book.encode_image,
-        book.encode_text,
-        images,
-        source,
-        book.tokenize,
-        CPU,
-        batch,
-        0,
-        on_progress,
-    )  # type: ignore[arg-type]
+    return evaluate_pairs(book.encoders(), images, source, batch, 0, on_progress)
 
 
 def hits(scores: Tensor, correct: Tensor, cut: int) -> float:
@@ -164,7 +160,7 @@ def test_outcomes_agree_with_metrics() -> None:
 
 
 def test_weights_make_the_mean_of_outcomes_the_main_metric() -> None:
-    """And the spread of weighted sums over clusters its error: what a comparison of two methods needs."""
+    """The spread of weighted sums over clusters is its error, as a comparison of methods needs."""
     source, book = make(400, 5, 0.5)
     result = measure(source, book, 64)
     weight, correct = result.outcomes["weight"], result.outcomes["correct"]
@@ -183,17 +179,14 @@ def test_weights_make_the_mean_of_outcomes_the_main_metric() -> None:
 
 @pytest.mark.parametrize("broken", [(0,), (3, 11), (4, 5, 6, 7, 8, 9)])
 def test_damaged_images_take_their_captions_along(broken: tuple[int, ...]) -> None:
-    """As if they had never been there, but for indices, which stay those of the source."""
+    """Results equal those without these images; only indices stay those of the source."""
     source, book = make()
     result = measure(source, book, 3, broken)
     rest = [index for index in range(12) if index not in broken]
     texts = [index for index, image in enumerate(source.image_of) if image in rest]
     image_of = np.array([rest.index(source.image_of[index]) for index in texts])
-    smaller = Pairs(
-        tuple(source.image_ids[index] for index in rest),
-        tuple(source.captions[index] for index in texts),
-        image_of,
-    )
+    ids = [source.image_ids[index] for index in rest]
+    smaller = pairs([source.captions[index] for index in texts], image_of, ids)
     expected = measure(smaller, Book(book.images[rest], book.captions[texts], smaller), 3)
     assert result.metrics == expected.metrics
     assert result.n == len(rest)
@@ -225,17 +218,7 @@ def test_damaged_images_are_an_error_unless_skipped() -> None:
     ):
         images = Images(source.image_ids, [0] * 12, read, lambda _: torch.zeros(1, 1, 8), skip)
         with pytest.raises(DataError, match=message):
-            evaluate_pairs(
-                book.encode_image,
-                book.encode_text,
-                images,
-                source,
-                book.tokenize,
-                CPU,
-                4,
-                0,
-                silent,
-            )  # type: ignore[arg-type]
+            evaluate_pairs(book.encoders(), images, source, 4, 0, silent)
 
 
 def test_constant_embeddings_do_not_score() -> None:
@@ -262,8 +245,8 @@ def test_embeddings_that_agree_score_everything() -> None:
 
 
 def test_equal_tokens_are_encoded_once_and_tie() -> None:
-    """Captions 0 and 3 of different images are one to the model: neither image can be told from it."""
-    source = Pairs(tuple("abcd"), ("a dog", "a cat", "a car", "A dog"), np.arange(4))
+    """Captions 0 and 3 of different images are equal to the model: neither finds its image."""
+    source = pairs(("a dog", "a cat", "a car", "A dog"), np.arange(4), "abcd")
     book = Book(torch.eye(4), torch.eye(4), source)
     book.number["A dog"] = book.number["a dog"]
     result = measure(source, book, 3)
@@ -319,21 +302,17 @@ def test_progress_counts_images_then_captions() -> None:
 
 
 def test_captions_beyond_the_context_are_counted() -> None:
-    class Tokenizer:
-        def __call__(self, texts: list[str]) -> Tensor:
-            raise AssertionError("not needed")
-
-        def lengths(self, texts: list[str]) -> list[int]:
-            return [len(text) for text in texts]
-
-    assert truncated(Tokenizer(), ("abc", "abcd", "abcde"), 4) == 1
-    assert truncated(Tokenizer(), ("abc",), None) is None
+    lengths = {"abc": 3, "abcd": 4, "abcde": 5}
+    tokenizer = Counting(lambda texts: torch.zeros(len(texts), 4), lengths)
+    assert truncated(tokenizer, tuple(lengths), 4) == 1
+    assert truncated(tokenizer, ("abc",), None) is None
     assert truncated(lambda texts: torch.zeros(len(texts), 4), ("abcde",), 4) is None
     source, book = make()
     images = Images(
         source.image_ids, [0] * 12, lambda i: i, lambda i: book.images[i].view(1, 1, -1), False
     )  # type: ignore[arg-type, return-value]
-    result = evaluate_pairs(
-        book.encode_image, book.encode_text, images, source, book.tokenize, CPU, 4, 0, silent, 2
-    )  # type: ignore[arg-type]
+    lengths = dict.fromkeys(source.captions, 3) | dict.fromkeys(source.captions[:2], 5)
+    tokenizer = Counting(book.tokenize, lengths)
+    encoders = replace(book.encoders(), tokenize=tokenizer, context_length=4)
+    result = evaluate_pairs(encoders, images, source, 4, 0, silent)
     assert result.dataset.truncated_captions == 2

@@ -1,4 +1,4 @@
-"""Ranks against sorted lists, with ties, several captions an image, and products in chunks."""
+"""Ranks against sorted lists, with ties, several captions per image, and products in chunks."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from tasks.retrieval.ranks import Ranks, pair_ranks
 def brute_force(
     images: Tensor, captions: Tensor, image_of: list[int]
 ) -> tuple[list[int], list[int]]:
-    """Ranks by sorting every query's candidates, correct ones behind wrong ones of the same score."""
+    """Ranks by sorting the candidates of a query, correct ones after wrong ones of equal score."""
     scores = (images.double() @ captions.double().T).tolist()
     forward = []
     for image, row in enumerate(scores):
@@ -28,13 +28,13 @@ def brute_force(
 
 
 def owners(images: int, seed: int) -> list[int]:
-    """Image of each caption: one to five captions an image."""
+    """Image of each caption: one to five captions per image."""
     counts = np.random.default_rng(seed).integers(1, 6, images)
     return np.repeat(np.arange(images), counts).tolist()
 
 
 def related(images: int, image_of: list[int], width: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Unit vectors whose captions lie about their images."""
+    """Unit vectors of images, and of captions near their images."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(images, width, generator=generator)
     y = x[image_of] + 2 * torch.randn(len(image_of), width, generator=generator)
@@ -69,7 +69,7 @@ def test_random_embeddings(
 @pytest.mark.parametrize("scores_at_a_time", [1, 150, 2**24])
 @pytest.mark.parametrize("seed", range(5))
 def test_ties(monkeypatch: pytest.MonkeyPatch, seed: int, scores_at_a_time: int) -> None:
-    """Few exact values, so that scores are equal within and across images; many embeddings are equal too."""
+    """Few exact values: scores are equal within and across images, and so are many embeddings."""
     monkeypatch.setattr("tasks.retrieval.ranks._SCORES", scores_at_a_time)
     image_of = owners(30, seed)
     generator = torch.Generator().manual_seed(seed)
@@ -100,7 +100,7 @@ def test_perfect_embeddings() -> None:
 def test_constant_embeddings_are_last(
     monkeypatch: pytest.MonkeyPatch, width: int, rows: int
 ) -> None:
-    """A product rounds equal columns differently by their place, which must not look like a difference."""
+    """A product rounds equal columns by their place, which must not look like a difference."""
     monkeypatch.setattr("tasks.retrieval.ranks._SCORES", rows * 303)
     generator = torch.Generator().manual_seed(width)
     vectors = F.normalize(torch.randn(2, width, generator=generator), dim=-1)

@@ -1,4 +1,4 @@
-"""The commands of the retrieval task, run as a user runs them, on a small CLIP model with random weights and a small folder."""
+"""Commands of the retrieval task, on a small CLIP model with random weights and a small folder."""
 
 import io
 import json
@@ -31,11 +31,15 @@ ARGUMENTS: dict[str, Any] = {
     "quick_gelu": False,
 }
 QUICK = [
-    "--w-bits", "4", "--a-bits", "4", "--range-search", "minmax", "--calibration-images", "16", "--range-images", "8",
-    "--batch-size", "8", "--divergence-batch", "8", "--calibration-transform", "eval", "--steps", "3", "--fisher-k", "2",
+    "--w-bits", "4", "--a-bits", "4", "--range-search", "minmax", "--calibration-images", "16",
+    "--range-images", "8", "--batch-size", "8", "--divergence-batch", "8",
+    "--calibration-transform", "eval", "--steps", "3", "--fisher-k", "2",
     "--seed", "5",
 ]  # fmt: skip
-WORDS = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
+WORDS = (
+    "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+    "sixteen"
+)
 NUMBERS = WORDS.split()
 
 
@@ -55,7 +59,7 @@ def command(*arguments: object, fails: bool = False) -> str:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights, a folder with 24 training and 10 test images, two captions each, and a folder of labelled images."""
+    """Weights, 24 training and 10 test images with two captions each, and labelled images."""
     root = tmp_path_factory.mktemp("place")
     model = randomise(open_clip.create_model("ViT-B-32", pretrained=None, **_whole()))
     save_file(
@@ -255,7 +259,7 @@ def test_run_and_stages_agree_bit_for_bit(place: Path, tmp_path: Path) -> None:
 
 
 def test_a_tower_that_stays_as_it_is(place: Path, tmp_path: Path) -> None:
-    """Its values count, and are those of the float model."""
+    """Values of an untouched tower count, and are those of the float model."""
     ranges = tmp_path / "ranges.safetensors"
     common = ["--data", place / "captions", "--threads", 1]
     command("calibrate", *model(place), *common, *QUICK, "--towers", "text", "--out", ranges)
@@ -316,7 +320,7 @@ def test_a_run_that_was_stopped_goes_on(
 
 
 def test_zero_shot(place: Path, tmp_path: Path) -> None:
-    """Accuracy on labelled images, calibrated on their training part with captions made of class names."""
+    """Accuracy on labelled images; captions for calibration are made of class names."""
     record, _ = run(
         place,
         tmp_path / "runs",
@@ -338,7 +342,8 @@ def test_zero_shot(place: Path, tmp_path: Path) -> None:
     }
     assert record.calibration.batch is None
     other, _ = run(
-        place, tmp_path / "runs", *QUICK, "--method", "rtn", "--eval", "zero-shot", "--calibration-data", place / "captions",
+        place, tmp_path / "runs", *QUICK, "--method", "rtn", "--eval", "zero-shot",
+        "--calibration-data", place / "captions",
         data="labelled",
     )  # fmt: skip
     assert other.calibration is not None
@@ -346,7 +351,7 @@ def test_zero_shot(place: Path, tmp_path: Path) -> None:
 
 
 def test_one_file_in_two_architectures_is_two_models(place: Path, tmp_path: Path) -> None:
-    """The same weights with another activation: nothing of the one may serve the other."""
+    """Equal weights with another activation: the two models share no files."""
     results = tmp_path / "runs"
     first, _ = run(place, results, *QUICK, "--method", "qdrop")
     quick = json.dumps(ARGUMENTS | {"quick_gelu": True})
@@ -458,7 +463,8 @@ def test_what_does_not_fit_is_refused(
     place: Path, tmp_path: Path, arguments: list[str], words: str
 ) -> None:
     said = command(
-        "run", *model(place), "--data", place / "captions", "--results", tmp_path, *QUICK, *arguments,
+        "run", *model(place), "--data", place / "captions", "--results", tmp_path, *QUICK,
+        *arguments,
         fails=arguments[0] != "--gelu-quantizer",
     )  # fmt: skip
     assert words in said

@@ -1,4 +1,4 @@
-"""open_clip's real classes as chains: the same function in full precision, everything quantizable found."""
+"""open_clip's real classes as chains: the same function in full precision, all layers found."""
 
 import copy
 from collections.abc import Callable
@@ -85,7 +85,7 @@ def test_chains_equal_the_model(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["QuickGELU", "mean, norm last", "as SigLIP", "timm, MLP"])
 def test_calibration(name: str) -> None:
-    """Reparameterisation leaves the float function alone; 8 bits come close to it, 3 bits do not."""
+    """Reparameterisation keeps the float function; 8 bits come close to it, 3 bits do not."""
     model, given = MODELS[name](), inputs(8)
     expected = embeddings(model, given["vision"], given["text"])
     for recipe in (quick(), quick("rtn", w_bits=8, a_bits=8), quick("rtn", w_bits=3, a_bits=3)):
@@ -107,7 +107,7 @@ def test_calibration(name: str) -> None:
 
 
 def test_parameters_are_taken_over() -> None:
-    """But for the transposed projections no parameter is copied."""
+    """No parameter is copied, except transposed projections."""
     model = clip()
     owned = {id(parameter) for parameter in model.parameters()}
     projections = {id(model.visual.proj), id(model.text_projection), id(model.logit_scale)}
@@ -131,7 +131,7 @@ def test_every_part_of_the_towers_matters(name: str) -> None:
             for key, parameter in chain.named_parameters():
                 if parameter.numel() == 0:  # scales before calibration
                     continue
-                # Softmax does not see a shift common to all keys, so of these biases only the values' part is moved.
+                # Softmax ignores a shift of all keys, so only the values in these biases move.
                 keys = {"qkv.bias": 2 / 3, ".kv.bias": 1 / 2}
                 share = max(
                     (value for end, value in keys.items() if key.endswith(end)), default=0.0
@@ -170,7 +170,7 @@ QUANTIZERS = ["off", "uniform", "log2", "logsqrt2", "adalog", "twin"]
 @pytest.mark.parametrize("pool", ["argmax", "eos"])
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_no_token_sees_what_follows(pool: str, quantizer: str) -> None:
-    """Also behind quantizers: none of them lets a softmax output of 0 become more."""
+    """This holds with quantizers too: none turns a softmax output of 0 into another value."""
     recipe = quick("rtn", softmax_quantizer="uniform" if quantizer == "off" else quantizer)
     chain = build_towers(clip(text={"pool_type": pool, "eos_id": END}), recipe, ["text"])["text"]
     ids = token_ids(8)
@@ -195,7 +195,7 @@ def test_without_mask_every_token_counts(pool: str) -> None:
 
 
 def test_texts_may_be_shorter_than_the_context() -> None:
-    """What the mask hides may as well be left out."""
+    """Tokens that the mask hides do not count."""
     chain, ids = both(clip(), quick())["text"], token_ids(3)
     with torch.no_grad():
         assert torch.allclose(chain(ids[:, :7]), chain(ids), rtol=1e-5, atol=1e-5)
@@ -484,7 +484,7 @@ def test_published_architectures_are_supported(name: str) -> None:
         chains = both(model, make_recipe("fimaq"))
     layers = [layer for chain in chains.values() for _, layer in quant_layers(chain)]
     linears = sum(isinstance(layer, QuantLinear) for layer in layers)
-    # An nn.MultiheadAttention counts with its output layer. Projections that are parameters become layers; SigLIP's
-    # pooling loses the layer of its queries.
+    # An nn.MultiheadAttention counts with its output layer. Projections that are parameters become
+    # layers; SigLIP's pooling loses the layer of its queries.
     assert linears == counted + (-1 if made is CustomTextCLIP else 2)
     assert sum(isinstance(layer, QuantConv2d) for layer in layers) == 1

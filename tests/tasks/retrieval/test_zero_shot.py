@@ -1,4 +1,4 @@
-"""Zero-shot classification against open_clip's classifier and by brute force; where class names come from."""
+"""Zero-shot classification against open_clip's classifier and brute force; class names."""
 
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from tasks.common.data.folders import Source
 from tasks.common.data.imagenet import wordnet_ids
 from tasks.common.data.images import Images
 from tasks.common.top_k import evaluate
+from tasks.retrieval.evaluate import Encoders
 from tasks.retrieval.zero_shot import TEMPLATES, ZeroShotClassifier, class_embeddings, class_names
 
 CPU = torch.device("cpu")
@@ -42,6 +43,10 @@ def tokenizer() -> open_clip.SimpleTokenizer:
     return open_clip.SimpleTokenizer(context_length=24)
 
 
+def encoders(model: open_clip.CLIP, tokenizer: open_clip.SimpleTokenizer) -> Encoders:
+    return Encoders(model.encode_image, model.encode_text, tokenizer, CPU)
+
+
 @pytest.mark.parametrize("batch", [1, 8, 1000])
 @pytest.mark.parametrize("classes_at_a_time", [2, 50])
 def test_class_embeddings_are_open_clips(
@@ -53,9 +58,7 @@ def test_class_embeddings_are_open_clips(
 ) -> None:
     monkeypatch.setattr("tasks.retrieval.zero_shot._CLASSES", classes_at_a_time)
     seen: list[Progress] = []
-    found = class_embeddings(
-        model.encode_text, tokenizer, NAMES, CPU, batch, seen.append, TEMPLATES[:5]
-    )
+    found = class_embeddings(encoders(model, tokenizer), NAMES, batch, seen.append, TEMPLATES[:5])
     expected = open_clip.build_zero_shot_classifier(
         model, tokenizer, NAMES, open_clip.OPENAI_IMAGENET_TEMPLATES[:5]
     ).T
@@ -71,7 +74,7 @@ def test_all_templates_are_the_default(
     model: open_clip.CLIP, tokenizer: open_clip.SimpleTokenizer
 ) -> None:
     assert len(TEMPLATES) == 80
-    found = class_embeddings(model.encode_text, tokenizer, NAMES[:1], CPU, 80, silent)
+    found = class_embeddings(encoders(model, tokenizer), NAMES[:1], 80, silent)
     expected = open_clip.build_zero_shot_classifier(
         model, tokenizer, NAMES[:1], open_clip.OPENAI_IMAGENET_TEMPLATES
     ).T
@@ -79,11 +82,11 @@ def test_all_templates_are_the_default(
 
 
 def test_logits_are_the_models(model: open_clip.CLIP, tokenizer: open_clip.SimpleTokenizer) -> None:
-    """With one template, those of the model's own comparison of images with texts."""
+    """Logits with one template equal the model's own comparison of images with texts."""
     torch.manual_seed(1)
     images = torch.randn(4, 3, 16, 16)
     embeddings = class_embeddings(
-        model.encode_text, tokenizer, NAMES, CPU, 8, silent, [lambda name: f"a {name}"]
+        encoders(model, tokenizer), NAMES, 8, silent, [lambda name: f"a {name}"]
     )
     with torch.no_grad():
         found = ZeroShotClassifier(model.encode_image, embeddings, model.logit_scale)(images)
@@ -122,7 +125,7 @@ def test_top_1_by_brute_force() -> None:
 
 @pytest.mark.parametrize("width", [7, 64, 512])
 def test_classes_with_equal_embeddings_tie(width: int) -> None:
-    """A text encoder that collapsed must not score, however a product rounds."""
+    """A collapsed text encoder must not score, for any rounding of a product."""
     torch.manual_seed(width)
     one, pixels = (
         torch.nn.functional.normalize(torch.randn(1, width), dim=-1),
@@ -143,10 +146,13 @@ def test_embeddings_of_zero_are_refused() -> None:
 
     with pytest.raises(NumericsError, match="is zero"):
         class_embeddings(
-            opposite,
-            lambda texts: torch.tensor([[len(text)] for text in texts]),
+            Encoders(
+                lambda x: x,
+                opposite,
+                lambda texts: torch.tensor([[len(text)] for text in texts]),
+                CPU,
+            ),
             ["x"],
-            CPU,
             4,
             silent,
             [lambda name: name, lambda name: name + "s"],

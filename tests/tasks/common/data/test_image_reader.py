@@ -1,4 +1,4 @@
-"""Reading image files: right values for every depth and mode, plain notes instead of warnings, content before endings."""
+"""Image files: right values for every depth and mode, notes for warnings, content before suffix."""
 
 import struct
 import warnings
@@ -12,7 +12,7 @@ from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from fimaq_core.errors import DataError
-from tasks.common.data.calibration import draw
+from tasks.common.data.calibration import take
 from tasks.common.data.files import is_hidden
 from tasks.common.data.images import (
     Images,
@@ -161,7 +161,7 @@ def transparent_palette(path: Path) -> None:
 def test_warnings_become_notes(
     tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
-    """One line per kind, whichever process read the images; none reaches the terminal with a source path."""
+    """One line per kind of warning, in every process; no source path in the terminal."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     makers: list[Callable[[Path], None]] = [transparent_palette] * 5
     makers += [lambda path: Image.new("RGB", (11, 11)).save(path, format="PNG")]
@@ -181,10 +181,13 @@ def test_warnings_become_notes(
         sum(len(batch.values) for batch in image_outputs(lambda x: x, images, CPU, 2, workers)) == 7
     )
     assert images.notes() == [
-        "5 images with a palette with transparency, which was dropped: 0.png, 1.png, 2.png and 2 more",
+        "5 images with a palette with transparency, which was dropped: "
+        "0.png, 1.png, 2.png and 2 more",
         "1 image with so many pixels that Pillow warns of a decompression bomb: 5.png",
     ]
-    assert draw(images, range(7), 7, 0).notes == images.notes()
+    before = images.notes()
+    take(images, range(7), 7, 0)
+    assert images.notes() == before
     assert len(recwarn) == 0
 
 

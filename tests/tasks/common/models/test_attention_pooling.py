@@ -1,4 +1,4 @@
-"""ViTs with attention pooling and without a head: the same function, nothing left behind, everything quantizable found."""
+"""ViTs with attention pooling and without a head: the same function, and all layers found."""
 
 import copy
 from typing import Any
@@ -175,7 +175,7 @@ def test_every_part_of_the_pooling_matters() -> None:
         for name, value in [*pool.named_parameters(), ("query", pool.get_buffer("query"))]:
             if value.numel() == 0:  # scales before calibration
                 continue
-            # Softmax does not see a shift common to all keys, so of this bias only the values' part is moved.
+            # Softmax ignores a shift of all keys, so only the part of values in this bias moves.
             part = value[value.numel() // 2 :] if name == "kv.bias" else value
             kept = part.clone()
             part.add_(torch.linspace(-0.5, 0.7, part.numel()).view_as(part))

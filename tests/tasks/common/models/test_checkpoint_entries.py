@@ -1,4 +1,4 @@
-"""Checkpoints as trainers write them: entries, wrappers of names, and objects beside the weights."""
+"""Checkpoints of trainers: entries, wrappers of names, and objects beside the weights."""
 
 import argparse
 import collections
@@ -127,8 +127,9 @@ def test_one_entry_of_any_name_is_found(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     "names",
     [
-        ("net", "ema_net"), ("student", "teacher"), ("params", "params_ema"), ("model", "ema"), ("net", "ema.module"),
-        ("model", "swa_state"), ("model", "averaged_model"), ("state_dict", "callbacks.EMA.ema_state_dict"),
+        ("net", "ema_net"), ("student", "teacher"), ("params", "params_ema"), ("model", "ema"),
+        ("net", "ema.module"), ("model", "swa_state"), ("model", "averaged_model"),
+        ("state_dict", "callbacks.EMA.ema_state_dict"),
         ("state_dict", "callbacks.EMACallback.weights"),
     ],
 )  # fmt: skip
@@ -168,7 +169,7 @@ def test_entries_that_are_not_there(tmp_path: Path) -> None:
 
 
 def test_tensors_beside_a_state_dict(tmp_path: Path) -> None:
-    """Names without a dot are no model's; with one, the file itself is the entry '.'."""
+    """Tensors without a dot in their names are no weights; others are the entry '.'."""
     path = saved({"vit": state(), "class_weights": torch.ones(3)}, tmp_path / "a.pth")
     for wanted in (None, "vit"):
         found = read_weights(path, wanted)
@@ -188,7 +189,7 @@ def test_optimizers_by_name_are_no_entries(tmp_path: Path) -> None:
 
 
 def test_mmengine_keeps_averages_as_the_state_dict(tmp_path: Path) -> None:
-    """Its EMAHook swaps both before it saves; ``steps`` tells that it did."""
+    """EMAHook of mmengine swaps both entries before it saves; ``steps`` shows that it did."""
     plain = {f"module.{name}": value for name, value in state(1).items()}
     content = {"state_dict": state(), "ema_state_dict": {"steps": torch.tensor(5), **plain}}
     path = saved(content, tmp_path / "a.pth")
@@ -276,7 +277,7 @@ def test_lightnings_checkpoints(tmp_path: Path) -> None:
 
 
 class Trap:
-    """Setting its state or an attribute would leave a trace."""
+    """An object that records each change of its state or attributes."""
 
     touched: ClassVar[list[Any]] = []
 
@@ -290,7 +291,7 @@ class Trap:
 def test_allowed_names_neither_import_nor_run_what_they_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stand-ins take their place: nothing of a Namespace, a path or NumPy is called."""
+    """Stand-ins replace a Namespace, a path and NumPy objects: nothing of them is called."""
     content = {
         "args": argparse.Namespace(a=1),
         "path": tmp_path,
@@ -324,7 +325,7 @@ class Settings(dict[str, Any]):
 def test_configurations_beside_the_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, name: str
 ) -> None:
-    """The classes of libraries that need not be installed: others of their form have their names."""
+    """Stand-ins have the names of classes whose libraries need not be installed."""
     config: Any = frozenset({1})
     if module != "builtins":
         form = type(

@@ -1,4 +1,4 @@
-"""``inspect``: checkpoints of every stage as text and JSON, and what it refuses."""
+"""``inspect``: checkpoints of every stage as text and JSON, and refused files."""
 
 import json
 from dataclasses import dataclass, replace
@@ -17,9 +17,9 @@ from tasks.common.hashing import file_sha256
 from tasks.common.request import ModelRequest
 
 QUICK = [
-    "--model", "demo_vit", "--method", "qdrop", "--w-bits", "4", "--a-bits", "4", "--range-search", "minmax",
-    "--calibration-images", "16", "--calibration-transform", "eval", "--steps", "1", "--batch-size", "8", "--seed", "5",
-    "--limit", "32", "--threads", "1",
+    "--model", "demo_vit", "--method", "qdrop", "--w-bits", "4", "--a-bits", "4",
+    "--range-search", "minmax", "--calibration-images", "16", "--calibration-transform", "eval",
+    "--steps", "1", "--batch-size", "8", "--seed", "5", "--limit", "32", "--threads", "1",
 ]  # fmt: skip
 
 
@@ -59,25 +59,30 @@ def test_text(calibrated: Path, command: Any) -> None:
     done = command("inspect", calibrated)
     assert done.code == 0, done.err
     lines = done.out.splitlines()
+    columns = lines[0].split()
 
     def line(start: str) -> list[str]:
         (found,) = (text for text in lines if text.split("  ")[0] == start)
         return [part.strip() for part in found.split("  ") if part.strip()]
 
     assert line("blocks.2.attn.qkv") == [
-        "blocks.2.attn.qkv", "linear", "240x80", "633600", "4", "uniform", "240 scales (240, 1)", "4", "uniform", "per tensor",
-        "76800", "9600", str(36 * 241), str(633600 * 16), "1.56 %",
+        "blocks.2.attn.qkv", "linear", "4", "4", "240 scales (240, 1)", "per tensor", "uniform",
+        "uniform", "-", "-", "[240, 80]", "19200", "76800", str(36 * 241), "633600",
+        str(633600 * 16),
     ]  # fmt: skip
     scales = "4 scales (1, 4, 1, 1)"
     assert line("blocks.0.attn.query_key") == [
-        "blocks.0.attn.query_key", "product", "-", "87120", "-", "-", "-", "4 x 4", "uniform x uniform", f"{scales}; {scales}",
-        "0", "0", str(36 * 8), str(87120 * 16), "1.56 %",
+        "blocks.0.attn.query_key", "product", "32", "4", "none", f"{scales}; {scales}", "none",
+        "uniform", "4", "uniform", "-", "0", "0", str(36 * 8), "87120", str(87120 * 16),
     ]  # fmt: skip
-    assert line("patch_embed.proj")[7:10] == ["32", "none", "full precision"]
-    assert line("head.before.norm") == ["head.before.norm", "LayerNorm", "160", "5120", "640"]
+    first = dict(zip(columns, line("patch_embed.proj"), strict=True))
+    assert first["input_bits"] == "32"
+    assert (first["input_quantizer"], first["input_ranges"]) == ("none", "full precision")
+    assert line("head.before.norm") == ["head.before.norm", "LayerNorm", "160", "5120"]
     for text in (
-        "weights: 1281280 bits (160160 bytes); full precision 10250240 bits (1281280 bytes); ratio 8.00",
-        "MACs an image: 11006400; quantized 11006400 (100.00 %)",
+        "weights: 1281280 bits (160160 bytes); full precision 10250240 bits (1281280 bytes); "
+        "ratio 8.00",
+        "MACs per image: 11006400; quantized 11006400 (100.00 %)",
         "stage: calibrated",
         "method: qdrop w4a4, seed 5",
         f"float weights: sha256 {file_sha256(DEMO.weights_path('demo_vit'))}",
@@ -90,7 +95,7 @@ def test_text(calibrated: Path, command: Any) -> None:
         for text in lines
     )
     assert any(
-        text.startswith("BOPs an image: ") and text.endswith("ratio 57.96") for text in lines
+        text.startswith("BOPs per image: ") and text.endswith("ratio 57.96") for text in lines
     )
 
 

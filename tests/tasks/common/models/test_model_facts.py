@@ -23,7 +23,7 @@ RTN = make_recipe("rtn", {"range_images": 4})
 def demo(
     name: str, recipe: Recipe = RTN, *, calibrated: bool = False
 ) -> tuple[BlockChain, torch.Tensor, int]:
-    """A demo model as a chain, one image's worth of zeros, and the float model's number of parameters."""
+    """A demo model as a chain, one image of zeros, and the parameters of the float model."""
     loaded = TASK.load(ModelRequest(name))
     assert loaded.input_shape is not None
     parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
@@ -38,7 +38,13 @@ def demo(
 
 
 def by_name(facts: ModelFacts) -> dict[str, LayerFacts]:
-    return {layer.entry.name: layer for layer in facts.layers}
+    return {layer.name: layer for layer in facts.layers}
+
+
+def factor_bits(layer: LayerFacts) -> tuple[int, int]:
+    """Bits of input and weight, or of the two operands of a product."""
+    other = layer.other_bits
+    return layer.input_bits, layer.weight_bits if other is None else other
 
 
 def test_macs_of_a_vit_by_hand() -> None:
@@ -59,7 +65,7 @@ def test_macs_of_a_vit_by_hand() -> None:
 
 
 def test_macs_of_padded_windows_by_formula() -> None:
-    """40 pixels: 10 x 10 tokens in windows of 4 x 4, so 12 x 12; then 5 x 5 in 8 x 8. MLPs see no padding."""
+    """40 pixels: 10 x 10 tokens, padded to 12 x 12; then 5 x 5 to 8 x 8. MLPs see no padding."""
     chain = chain_of(swin(40), RTN)
     expected = {
         "patch_embed.proj": 10 * 10 * (4 * 4 * 3) * 16,
@@ -100,13 +106,13 @@ def test_sizes_of_a_w4a4_vit_by_hand() -> None:
     weights = 80 * 64 + 4 * (240 * 80 + 80 * 80 + 2 * 320 * 80) + 100 * 80
     assert sums["weights"] == weights
     assert sums["weight_bits"] == 4 * weights
-    # A scale of 32 and a zero point of 4 bits: one an output channel, one a linear input, one a head and operand.
+    # A scale of 32 and a zero point of 4 bits: one per channel, input, head of operand.
     assert layers["blocks.2.attn.qkv"].overhead_bits == 36 * (240 + 1)
     assert layers["blocks.2.attn.query_key"].overhead_bits == 36 * (4 + 4)
     assert layers["patch_embed.proj"].overhead_bits == 36 * 80  # its input is not quantized
     rows = 80 + 4 * (240 + 80 + 320 + 80) + 100
     assert sums["overhead_bits"] == 36 * (rows + 4 * 4 + 1 + 4 * 2 * 8)
-    # Rounding to nearest adds no parameters: what is not a weight stays, and nothing is counted twice or forgotten.
+    # Rounding to nearest adds no parameters: every other value stays and counts once.
     assert sums["full_precision_values"] == parameters - weights
     assert sums["full_size_bits"] == 32 * parameters
     assert sums["size_bits"] == 4 * weights + sums["overhead_bits"] + 32 * (parameters - weights)
@@ -148,7 +154,7 @@ def test_what_is_off_counts_in_full() -> None:
     products = 8 * 87_120
     assert facts.totals["quantized_macs"] == facts.totals["macs"] - products
     assert facts.totals["bops"] == (facts.totals["macs"] - products) * 3 * 32 + products * 1024
-    entry = by_name(facts)["head"].entry
+    entry = by_name(facts)["head"]
     assert (entry.weight_quantizer, entry.input_quantizer) == ("uniform", "none")
 
 
@@ -158,10 +164,10 @@ def test_operands_of_different_bits() -> None:
     assert isinstance(product, QuantMatMul)
     product.a_quantizer = AffineQuantizer(8)
     layer = by_name(model_facts(chain, image))["blocks.1.attn.attention_value"]
-    assert (layer.entry.input_bits, layer.entry.other_bits) == (8, 4)
-    assert (layer.entry.input_quantizer, layer.entry.other_quantizer) == ("uniform", "uniform")
+    assert (layer.input_bits, layer.other_bits) == (8, 4)
+    assert (layer.input_quantizer, layer.other_quantizer) == ("uniform", "uniform")
     assert layer.bops == 87_120 * 8 * 4
-    assert (layer.weights, layer.weight_size) == (0, 0)
+    assert (layer.weights, layer.size_bits) == (0, 0)
 
 
 def test_what_stays_in_full_precision() -> None:
@@ -211,8 +217,8 @@ def test_float_layers_are_named_and_not_taken_for_quantized() -> None:
         "body.0": positions * 6 * 5,
         "body.1": positions * 5 * 4,
     }
-    assert {layer.entry.name: layer.macs for layer in facts.layers} == macs
-    assert [layer.factor_bits for layer in facts.layers] == [(32, 32), (32, 32), (8, 4)]
+    assert {layer.name: layer.macs for layer in facts.layers} == macs
+    assert [factor_bits(layer) for layer in facts.layers] == [(32, 32), (32, 32), (8, 4)]
     assert facts.totals["quantized_macs"] == macs["body.1"]
     assert {part.name: part.values for part in facts.full_precision} == {
         "body.before.bias": 6,
@@ -230,14 +236,14 @@ def test_transposed_convolutions(form: str) -> None:
     chain, image = BlockChain([Segment("body", "predictor", body)]), torch.zeros(1, 4, 3, 5)
     facts = model_facts(chain, image)
     macs = {"body.0": 4 * 15 * 6 * 6, "body.1": 6 * (6 * 11) * 2}
-    assert {layer.entry.name: layer.macs for layer in facts.layers} == macs
+    assert {layer.name: layer.macs for layer in facts.layers} == macs
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         chain(image)
     assert counter.get_total_flops() // 2 == sum(macs.values())
-    assert [layer.entry.kind for layer in facts.layers] == ["transposed convolution"] * 2
+    assert [layer.kind for layer in facts.layers] == ["transposed convolution"] * 2
     bits = (8, 3) if form == "quantizable" else (32, 32)
-    assert [layer.factor_bits for layer in facts.layers] == [bits, (32, 32)]
+    assert [factor_bits(layer) for layer in facts.layers] == [bits, (32, 32)]
     assert facts.totals["weights"] == 4 * 6 * 6 + 6 * 2
     assert {part.name: part.values for part in facts.full_precision} == {"body.0.bias": 6}
 

@@ -1,4 +1,4 @@
-"""Checkpoints from elsewhere: one clear message whatever their header says; nothing runs, is fetched, read or written."""
+"""Untrusted checkpoints: one clear message for any header; nothing runs, is fetched or written."""
 
 import json
 import os
@@ -20,7 +20,8 @@ from tasks.common.cell import stages
 from tasks.common.request import CellRequest, DataRequest, ModelRequest
 
 QUICK: dict[str, Any] = {
-    "calibration_images": 8, "range_images": 4, "range_candidates": 16, "range_rounds": 1, "steps": 1, "batch_size": 8,
+    "calibration_images": 8, "range_images": 4, "range_candidates": 16, "range_rounds": 1,
+    "steps": 1, "batch_size": 8,
 }  # fmt: skip
 OPTIONS: dict[str, Any] = {
     "device": "cpu", "threads": 1, "eval_batch": 16, "workers": 0, "weights": None, "weights_folder": None,
@@ -41,7 +42,7 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def with_header(source: Path, path: Path, change: Change) -> Path:
-    """A copy of a checkpoint whose header (JSON) is another one; ``change`` also gets facts and fingerprint as objects."""
+    """A copy of a checkpoint with another header; ``change`` gets facts and fingerprint."""
     raw = source.read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
     header = json.loads(raw[8 : 8 + length])
@@ -57,7 +58,7 @@ def with_header(source: Path, path: Path, change: Change) -> Path:
 
 
 def refusals(path: Path, folder: Path, task: str = "classification") -> list[str]:
-    """What every stage that takes a checkpoint says to it. Fails if one takes it, or anything but ``path`` is there after."""
+    """Messages of all stages that take a checkpoint. Fails if a stage takes it or writes a file."""
     before, texts = {entry: entry.read_bytes() for entry in folder.iterdir()}, []
     out = folder / "out.safetensors"
     for stage in (
@@ -235,7 +236,7 @@ def test_a_large_header_of_nothing_is_refused(tmp_path: Path) -> None:
 
 
 def test_tensors_that_are_not_the_models(calibrated: Path, tmp_path: Path) -> None:
-    """Of another shape or type, too many, too few: a message, whichever stage meets them."""
+    """Tensors of another shape or type, too many or too few give one message in every stage."""
     fingerprint, facts = read_header(calibrated)
     from safetensors.torch import load_file
 
@@ -292,7 +293,7 @@ def test_preprocessing_that_none_could_give_is_refused(
     ],
 )
 def test_what_timm_takes_for_itself_is_no_argument_of_a_model(key: str, tmp_path: Path) -> None:
-    """Neither on the command line: timm would read that file, whatever --weights says."""
+    """timm would read that file in spite of --weights, also from the command line."""
     from tasks.classification.models import load_model
 
     weights = tmp_path / "weights.safetensors"

@@ -1,4 +1,4 @@
-"""Weight files: nothing in them runs, and what does not fit is refused."""
+"""Weight files: nothing in them runs, and weights that do not fit are refused."""
 
 import os
 import pickle
@@ -13,7 +13,8 @@ from torch import nn
 from fimaq_core.checkpoint import state_sha256
 from fimaq_core.errors import FimaqError, ModelError, NumericsError
 from tasks.common.hashing import file_sha256
-from tasks.common.models.weights import is_torchscript, load_state, read_weights
+from tasks.common.models.safe_reader import is_torchscript
+from tasks.common.models.weights import load_state, read_weights
 
 
 class Payload:
