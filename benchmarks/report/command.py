@@ -4,8 +4,15 @@ from pathlib import Path
 
 import click
 
-from benchmarks.grid.cell import Places, RunOptions
-from benchmarks.grid.options import adapter, folder, places_options, profile_option, results_option
+from benchmarks.grid.cell import RunOptions
+from benchmarks.grid.options import (
+    adapter,
+    folder,
+    places,
+    places_options,
+    profile_option,
+    results_option,
+)
 
 
 @click.command()
@@ -19,13 +26,12 @@ from benchmarks.grid.options import adapter, folder, places_options, profile_opt
     help="The file to write; report.html in the results folder.",
 )
 def report(profile: str, weights: str, results: Path, output: Path | None, **data: str) -> None:
-    """Write what a grid measured as one HTML file, with charts and where every number is from."""
+    """Write one HTML file with a grid's tables, charts, and the origin of every number."""
     from benchmarks.console import size_text
     from benchmarks.grid.expand import load_grid
-    from benchmarks.report.build import write_report
+    from benchmarks.report.page import write_report
 
-    places = Places(**{name: folder(path) for name, path in data.items()})
-    options = RunOptions(results, places, folder(weights))
+    options = RunOptions(results, places(data), folder(weights))
     path = output or results / "report.html"
     found = write_report(load_grid(profile), options, adapter(), path)
     click.echo(

@@ -1,4 +1,4 @@
-"""Results to report on, with all that records can hold, and a small reader of pages."""
+"""Results for reports, with all fields that records can have, and a small reader of pages."""
 
 from __future__ import annotations
 
@@ -82,11 +82,13 @@ def full_record(cell: Cell, **changes: Any) -> ResultRecord:
 def modules(w_bit: int, a_bit: int, tokens: bool) -> ModuleMap:
     """A map of two layers, whose ranges differ by ``tokens``."""
     ranges = "33 scales (1, 33, 1)" if tokens else "per tensor"
+    shared: dict[str, Any] = {"kind": "linear", "input_bits": a_bit, "input_ranges": ranges}
+    weights = {"weight_bits": w_bit, "weight_ranges": "80 scales (80, 1)"}
+    head = {"weight_bits": 8, "weight_ranges": "per tensor"}
     layers = [
-        LayerEntry(name="blocks.0.qkv", kind="linear", weight_bits=w_bit, input_bits=a_bit, weight_ranges="80 scales (80, 1)",
-                   input_ranges=ranges),
-        LayerEntry(name="head", kind="linear", weight_bits=8, input_bits=a_bit, weight_ranges="per tensor", input_ranges=ranges),
-    ]  # fmt: skip
+        LayerEntry(name="blocks.0.qkv", **shared, **weights),
+        LayerEntry(name="head", **shared, **head),
+    ]
     return ModuleMap(quantized=layers, full_precision=["blocks.0.norm (LayerNorm)"])
 
 
@@ -156,6 +158,15 @@ def pictures(cell: Cell, ids: Sequence[str]) -> Mapping[str, Image]:
     return {name: Image.new("RGB", (64, 48), (90, 90, 90)) for name in ids}
 
 
+def write_page(folder: Path, grid: Grid, get: Any = pictures) -> Path:
+    """Write the report of the results in a folder and return its path."""
+    from benchmarks.report.page import write_report
+
+    path, options = folder / "report.html", RunOptions(results=folder)
+    write_report(grid, options, fakes.ADAPTER, path, get=get)
+    return path
+
+
 @dataclass
 class Node:
     """An element of a page."""
@@ -166,11 +177,11 @@ class Node:
 
     @property
     def text(self) -> str:
-        """Its text, as it is shown."""
+        """Text of the element and of all elements below."""
         return "".join(child if isinstance(child, str) else child.text for child in self.children)
 
     def all(self, tag: str = "", css: str = "", **attrs: str) -> list[Node]:
-        """Elements below with a tag, a class and attributes (``data_method`` is ``data-method``)."""
+        """Elements below with a tag, a class and attributes (``data_method``: ``data-method``)."""
         wanted = {name.rstrip("_").replace("_", "-"): value for name, value in attrs.items()}
         return [
             node

@@ -1,4 +1,4 @@
-"""The report's numbers are those of the records: tables, provenance, recovery, best, counts, what is missing."""
+"""Numbers of the report equal the records: tables, provenance, recovery, best, counts."""
 
 import csv
 import io
@@ -14,7 +14,6 @@ from click.testing import CliRunner, Result
 
 from benchmarks.grid.cell import Cell, RunOptions
 from benchmarks.grid.expand import Filters, Grid, expand
-from benchmarks.report.build import write_report
 from benchmarks.results import scores
 from tasks.common.record import Metric, ResultRecord, read_record, write_record
 
@@ -22,9 +21,7 @@ GRID = report_fakes.report_grid()
 
 
 def write(tmp_path: Path, grid: Grid = GRID) -> report_fakes.Node:
-    path = tmp_path / "report.html"
-    write_report(grid, RunOptions(results=tmp_path), fakes.ADAPTER, path, report_fakes.pictures)
-    return report_fakes.read_page(path)
+    return report_fakes.read_page(report_fakes.write_page(tmp_path, grid))
 
 
 def invoke(tmp_path: Path, *args: str) -> Result:
@@ -66,7 +63,7 @@ def number(node: report_fakes.Node) -> str:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, report_fakes.Node]:
-    """The report of a finished grid, for tests that only look."""
+    """The report of a finished grid, for tests that only read it."""
     folder = tmp_path_factory.mktemp("report")
     report_fakes.write_results(folder, GRID)
     return folder, write(folder)
@@ -165,7 +162,7 @@ def test_all_links_lead_somewhere_and_ids_are_unique(whole: tuple[Path, report_f
     assert set(labels) <= set(ids)
 
 
-def test_the_best_of_a_column_is_bold_and_so_is_what_looks_the_same(tmp_path: Path):
+def test_the_best_of_a_column_and_equal_looking_numbers_are_bold(tmp_path: Path):
     grid = fakes.plain_demo(seeds=(1,))
     scores = {"fp": 95.0, "rtn": 60.0, "brecq": 70.0, "qdrop": 80.001, "fimaq": 80.004}
     report_fakes.write_results(
@@ -198,7 +195,7 @@ def test_of_ranks_the_lowest_is_best(tmp_path: Path):
     } == {"qdrop"}
 
 
-def test_what_cannot_be_told_from_the_best_on_the_same_samples_is_marked(tmp_path: Path):
+def test_methods_equal_to_the_best_on_the_same_samples_are_marked(tmp_path: Path):
     grid = fakes.plain_demo(seeds=(1,), bits=("w3a3",))
     rng = np.random.default_rng(0)
     best = rng.random(400) < 0.8
@@ -275,7 +272,7 @@ def test_damaged_records_are_listed_with_their_message(tmp_path: Path):
     assert page.one("dl", css="counts").all("dd")[0].text == f"{len(cells) - 1} of {len(cells)}"
 
 
-def test_records_that_filters_went_beyond_for_are_shown_and_others_are_counted(tmp_path: Path):
+def test_records_of_filters_beyond_the_grid_are_shown_and_foreign_ones_counted(tmp_path: Path):
     report_fakes.write_results(tmp_path, GRID)
     more = expand(
         GRID,
