@@ -73,7 +73,9 @@ def _score_rows(groups: Sequence[Group], metric: str, looks: Looks) -> pd.DataFr
             row = score._asdict() | {"subject": cell.subject, "name": group.method}
             row |= {"bits": cell.bits, "look": looks[group.method]}
             row["title"] = f"{group.method}, {cell.bits}: {score.value:.2f} {score.error_text}"
-            row["cost"] = fmean(own_seconds(item.record) for item in group.items)
+            row["shown"] = f"{score.value:.2f}"
+            seconds = fmean(own_seconds(item.record) for item in group.items)
+            row["cost"] = max(seconds, 0.001)  # a logarithmic axis has no zero
             row["narrow"] = (-cell.w_bit - cell.a_bit, -(cell.w_bit % OFF))
             rows.append(row)
     return pd.DataFrame(rows)
@@ -87,31 +89,30 @@ def by_bits(rows: pd.DataFrame, metric: str, level: float | None) -> Drawn:
     alt = f"{metric} of {subject} at {', '.join(bits)}, a line each for {methods}"
     texts = [f"{row.value:.2f} ± {row.error:.2f}" for row in rows.itertuples()]
     data = rows.assign(text=texts).pivot(index="name", columns="bits", values="text")
-    return charts.line_chart(rows, level, alt), _data(data.loc[names, bits])
+    return charts.line_chart(rows, level, alt), _data(data.loc[names, bits], "method")
 
 
 def compared(rows: pd.DataFrame, metric: str, level: float | None) -> Drawn:
     """Draw the methods from the best to the worst, with error bars."""
     rows = rows.sort_values("value", ascending=not is_percent(metric), kind="stable")
     best = best_of(dict(zip(rows["name"], rows["value"], strict=True)), metric)
-    rows = rows.assign(best=rows["name"].isin(best), shown=rows["value"].map("{:.2f}".format))
-    words = rows["name"] + " with " + rows["text"]
+    rows, words = rows.assign(best=rows["name"].isin(best)), rows["name"] + " with " + rows["text"]
     alt = f"{metric} of {_where(rows)}, from {words.iat[0]} to {words.iat[-1]}"
-    data = rows.set_index("name")[["shown", "error_text", "seeds"]]
-    heads = {"shown": metric, "error_text": "error bar"}
-    return charts.dot_chart(rows, level, alt), _data(data.rename(columns=heads))
+    heads = {"name": "method", "shown": metric, "error_text": "error bar", "seeds": "seeds"}
+    data = rows.rename(columns=heads)[list(heads.values())].set_index("method")
+    return charts.dot_chart(rows, level, alt), data
 
 
 def by_cost(rows: pd.DataFrame, metric: str, level: float | None) -> Drawn:
     """Draw the scores against seconds per cell, with the Pareto front."""
     rows = rows.sort_values("cost", kind="stable")
-    front, times = pareto(rows, higher=is_percent(metric)), rows["cost"].map(duration)
-    rows = rows.assign(best=rows["name"].isin(front), title=rows["title"] + ", " + times)
+    front = pareto(rows, higher=is_percent(metric))
+    rows = rows.assign(best=rows["name"].isin(front), time=rows["cost"].map(duration))
+    rows = rows.assign(title=rows["title"] + ", " + rows["time"])
+    rows["on the front"] = rows["best"].map({True: "yes", False: "no"})
     alt = f"{metric} of {_where(rows)} against seconds; on the Pareto front: {', '.join(front)}"
-    data = {"method": rows["name"], metric: rows["value"].map("{:.2f}".format), "time": times}
-    data["on the front"] = rows["best"].map({True: "yes", False: "no"})
-    chart = charts.scatter_chart(rows, level, alt)
-    return chart, _data(pd.DataFrame(data).set_index("method"))
+    data = rows.set_index("name")[["shown", "time", "on the front"]].rename_axis("method")
+    return charts.scatter_chart(rows, level, alt), data.rename(columns={"shown": metric})
 
 
 def pareto(rows: pd.DataFrame, *, higher: bool = True) -> list[str]:
@@ -212,6 +213,6 @@ def _where(rows: pd.DataFrame) -> str:
     return f"{rows['subject'].iat[0]} at {rows['bits'].iat[0]}"
 
 
-def _data(table: pd.DataFrame, name: str = "method") -> pd.DataFrame:
+def _data(table: pd.DataFrame, name: str) -> pd.DataFrame:
     """Return texts with ``–`` for what is missing; ``name`` is the head of the index."""
     return table.astype(object).fillna("–").rename_axis(name)

@@ -15,7 +15,7 @@ from benchmarks.report import charts, examples, figures
 from benchmarks.report.gather import Gathered, gather
 from benchmarks.report.groups import Group, make_groups, rows_of
 from benchmarks.report.provenance import module_maps, origin
-from benchmarks.report.tables import diff_table, paper_table, recovery_table, score_table
+from benchmarks.report.tables import diff_table, paper_table, score_table
 from benchmarks.results.scores import (
     FULL,
     Measured,
@@ -137,7 +137,6 @@ def make_section(
         "by_bits": list(draw(own, metric, looks, figures.by_bits)),
         "compared": list(draw(own, metric, looks, figures.compared)),
         "costs": list(draw(own, metric, looks, figures.by_cost)),
-        "recovery": recovery_table(groups, cells, metric),
         "errors": list(figures.block_figures(own, looks, "error")),
         "fisher": list(figures.block_figures(own, looks, "fisher")),
         "without_blocks": sum(not record.blocks for record in rebuilt),

@@ -1,4 +1,4 @@
-"""Tables: scores and recovery of methods × (subject, bits), and published numbers."""
+"""Tables: scores of methods × (subject, bits), and published beside measured numbers."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -40,64 +40,28 @@ def score_table(
     In the ``main`` table numbers link to their provenance, and numbers that differ from the best by
     less than two standard errors are marked as ``near``.
     """
-    filled = []
-    for column in columns_of(cells):
-        found = find(groups, column)
-        scores = {name: g.scores[metric] for name, g in found.items() if metric in g.scores}
-        best = _best({name: score.value for name, score in scores.items()}, found, metric)
-        values = {}
+    columns, filled = columns_of(cells), []
+    for column in columns:
+        found = {name: g for name, g in find(groups, column).items() if metric in g.scores}
+        scores = {name: group.scores[metric] for name, group in found.items()}
+        # Full precision does not compete.
+        judged = {name: s.value for name, s in scores.items() if found[name].cell.bits != FULL}
+        best, values = best_of(judged, metric), {}
         for name, s in scores.items():
             values[name] = {"text": s.text, "number": s.value, "best": name in best}
             if main:
-                near = name not in best and _near(found[name], found[best[0]] if best else None)
-                values[name] |= {"link": found[name].id, "title": s.error_text, "near": near}
+                rival = bool(best) and name in judged and name not in best
+                values[name] |= {"link": found[name].id, "title": s.error_text}
+                values[name]["near"] = rival and _near(found, name, best[0])
         filled.append(values)
-    return _table(metric_title(metric), cells, filled, rows_of(cells))
-
-
-def recovery_table(groups: Sequence[Group], cells: Sequence[Cell], metric: str) -> Dict | None:
-    """Return percent of full precision's score; None for ranks and without quantized cells."""
-    rows = [name for name in rows_of(cells) if name != "fp"]
-    if not rows or not is_percent(metric):
-        return None
-    filled = []
-    for column in columns_of(cells):
-        found = find(groups, column)
-        full, shares = found.pop("fp", None), {}
-        for name, group in found.items():
-            base = group.items[0].record.fp_metrics.get(metric) or (
-                full and full.scores.get(metric)
-            )
-            if metric in group.scores and base and base.value > 0:
-                shares[name] = 100 * group.scores[metric].value / base.value
-        best = _best(shares, found, metric)
-        filled.append({
-            name: {"text": f"{x:.2f}", "number": x, "best": name in best, "bar": min(100.0, x)}
-            for name, x in shares.items()
-        })  # fmt: skip
-    return _table(f"Percent of full precision's {metric}", cells, filled, rows)
-
-
-def _table(
-    caption: str, cells: Sequence[Cell], filled: Sequence[Mapping[str, Dict]], rows: Sequence[str]
-) -> Dict:
-    """Return a table for the template; ``filled`` has the values of each column by row."""
     recipes = {row_name(cell): cell.request.recipe for cell in cells}
-    columns = columns_of(cells)
     return {
-        "caption": caption,
+        "caption": metric_title(metric),
         "columns": columns,
         "heads": [(name, len(list(same))) for name, same in groupby(c.subject for c in columns)],
-        "rows": [(name, [values.get(name) for values in filled]) for name in rows],
+        "rows": [(name, [values.get(name) for values in filled]) for name in rows_of(cells)],
         "marks": {name: (special_quantizers(r), optimised(r)) for name, r in recipes.items()},
     }
-
-
-def _best(numbers: Mapping[str, float], found: Mapping[str, Group], metric: str) -> list[str]:
-    """Return the best names of a column; full precision does not compete."""
-    return best_of(
-        {name: x for name, x in numbers.items() if found[name].cell.bits != FULL}, metric
-    )
 
 
 def best_of(values: Mapping[str, float], metric: str) -> list[str]:
@@ -109,12 +73,10 @@ def best_of(values: Mapping[str, float], metric: str) -> list[str]:
     return [best, *(name for name in same if name != best)]
 
 
-def _near(group: Group, best: Group | None) -> bool:
+def _near(found: Mapping[str, Group], name: str, best: str) -> bool:
     """Return True if the paired difference to the best is within two standard errors."""
-    if best is None or group.cell.bits == FULL:
-        return False
-    found = compare(best.items, group.items)
-    return found is not None and abs(found.difference) <= _ERRORS * found.se
+    pair = compare(found[best].items, found[name].items)
+    return pair is not None and abs(pair.difference) <= _ERRORS * pair.se
 
 
 def diff_table(measured: Sequence[Measured]) -> Dict:

@@ -6,10 +6,10 @@ from pathlib import Path
 import click
 
 from benchmarks.console import user_errors
-from benchmarks.speed.results import README, read_records, rewrite, tables, write_record
+from benchmarks.speed.results import read_records, tables, write_record
 from fimaq_core.errors import FimaqError
 
-#: Models by default, and seconds of a run, by the type of the device.
+#: Default models, and default seconds of a run, by the type of the device.
 MODELS = {"cpu": "demo_vit,vit_small", "cuda": "vit_small,vit_base,deit_tiny,swin_small,swin_base"}
 BUDGET = {"cpu": 280.0, "cuda": 450.0}
 _HELP = {"help_option_names": ["-h", "--help"], "show_default": True}
@@ -23,10 +23,8 @@ _PATH = click.Path(path_type=Path)
 @click.option("--budget", type=click.FloatRange(min=1), help="Seconds; the rest is left out.")
 @click.option("--quick", is_flag=True, help="Smallest sizes: only shows that it runs.")
 @click.option("--output", type=_PATH, default="results/speed.json", help="File to add records to.")
-@click.option("--table", type=_PATH, help="Only put this file's tables into README.md here.")
-@click.pass_context
+@click.option("--table", type=_PATH, help="Only print this file's tables as Markdown.")
 def main(
-    context: click.Context,
     device: str,
     models: str,
     threads: int | None,
@@ -40,13 +38,12 @@ def main(
     Ends within 5 minutes on two CPU cores and within 8 minutes on a GPU. Nothing else should run
     meanwhile.
     """
-    with user_errors(context, "Finished models are in the output file."):
+    with user_errors(click.get_current_context(), "Finished models are in the output file."):
         if table is not None:
             records = read_records(table)
             if not records:
                 raise FimaqError(f"No records in {table}: measure some with --output {table}.")
-            rewrite(records)
-            click.echo(f"wrote {README}")
+            click.echo(tables(records))
             return
         import torch
 
@@ -62,7 +59,7 @@ def main(
         if where.index is not None:
             torch.cuda.set_device(where)  # timers wait for the current device
         names = [name.strip() for name in (models or MODELS[where.type]).split(",")]
-        read_records(output)  # complains before minutes of work, not after them
+        read_records(output)  # an unusable file is an error now, not after minutes of work
         start = time.monotonic()
         end = start + (budget or BUDGET[where.type])
 

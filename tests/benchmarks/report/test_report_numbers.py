@@ -1,4 +1,4 @@
-"""Numbers of the report equal the records: tables, provenance, recovery, best, counts."""
+"""Numbers of the report equal the records: tables, provenance, best, counts."""
 
 import csv
 import io
@@ -217,28 +217,6 @@ def test_methods_equal_to_the_best_on_the_same_samples_are_marked(tmp_path: Path
     cells = main_cells(write(tmp_path, grid), "classification")
     near = {method for (method, _, _), cell in cells.items() if cell.all(css="near")}
     assert near == {"qdrop"}
-
-
-def test_recovery_is_of_unrounded_scores(tmp_path: Path):
-    grid = fakes.plain_demo(seeds=(1, 2), bits=("w3a3",))
-    full = 95.12345
-    scores = {None: full, 1: 81.98765, 2: 70.0}
-
-    def record(cell: Cell) -> ResultRecord:
-        fp = {"top1": Metric(value=full, stderr=0.5)}
-        metrics = {"top1": Metric(value=scores[cell.seed], stderr=0.5)}
-        return report_fakes.full_record(cell, metrics=metrics, fp_metrics=fp)
-
-    report_fakes.write_results(tmp_path, grid, record)
-    table = write(tmp_path, grid).one(id="recovery").one("table", css="wide")
-    rows = table.one("tbody").all("tr")
-    assert [row.attrs["data-method"] for row in rows] == ["rtn", "brecq", "qdrop", "fimaq"]
-    share = (100 * 81.98765 / full + 100 * 70 / full) / 2
-    for row in rows:
-        assert {cell.text for cell in row.all("td") if "data-value" in cell.attrs} == {
-            f"{share:.2f}"
-        }
-    assert float(rows[0].all("td")[0].attrs["data-value"]) == pytest.approx(share, abs=1e-12)
 
 
 def test_cells_are_counted_as_done_failed_and_not_measured(tmp_path: Path):
