@@ -71,7 +71,7 @@ def measure(
     say(f"{model}: {len(subject.makes)} makes of blocks, {sizes.steps} steps by each engine")
     with fresh_cache():  # an empty cache of compiled kernels
         times = walk(subject, recipe, sizes.engines, sizes.steps, deadline)
-    notes, memory = list(times.notes), None
+    notes, peak = list(times.notes), None
     # Most of the memory measurement is a Fisher pass through the whole model.
     sweep = sizes.memory_images * sum(times.segments[index].tail for index in subject.order)
     if sizes.memory_images and deadline - time.monotonic() < MEMORY_START + 3 * sweep:
@@ -80,7 +80,7 @@ def measure(
         say(f"{model}: peak memory with {sizes.memory_images} images")
         images = sizes.memory_images
         update = {"calibration_images": images, "batch_size": min(32, images)}
-        memory = measure_peak(model, recipe.model_copy(update=update), device)
+        peak = measure_peak(model, recipe.model_copy(update=update), device)
     main = times.makes[subject.main]
     choice = choose_engine("auto", device, full.steps)
     engine = choice if choice in main.step_s else min(main.step_s, key=main.step_s.__getitem__)
@@ -102,7 +102,7 @@ def measure(
         step_ms=main.step_ms,
         floor_ms=max(floors.values()),
         stages_s={"calibration": sum(large), **times.wall},
-        peak_bytes=None if memory is None else int(memory["peak_bytes"]),
+        peak_bytes=peak,
         full_protocol_min=total / 60,
         published_min=next(published, None),
         versions=environment.versions,
@@ -115,6 +115,7 @@ def measure(
             "steps": sizes.steps,
             "images": len(subject.images),
             "range_images": recipe.range_images,
+            "memory_images": sizes.memory_images,
             "whole_model": len(subject.chain) == len(subject.order),
             "step_dtype": recipe.step_dtype,
             "frozen_dtype": recipe.frozen_dtype,
@@ -124,7 +125,6 @@ def measure(
         calls_a_step=dict(main.calls),
         calls_are="operator calls",
         calibration_s={str(few.range_images): sum(small), str(recipe.range_images): sum(large)},
-        fisher_check=times.fisher_check(subject),
         step_ms_by_make=[
             {
                 "label": make.label,
@@ -139,7 +139,6 @@ def measure(
             }
             for make, one in zip(subject.makes, times.makes.values(), strict=True)
         ],
-        memory=memory,
         notes=notes,
         revision=environment.git_revision,
     )

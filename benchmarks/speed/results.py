@@ -38,9 +38,7 @@ class SpeedRecord(BaseModel):
     calls_a_step: dict[str, int]  #: operator calls by engine; kernels in older records of CUDA
     calls_are: str  #: ``operator calls`` or ``kernels``
     calibration_s: dict[str, float]  #: seconds by number of images
-    fisher_check: float | None  #: seconds of whole Fisher passes over the sum of their parts
     step_ms_by_make: list[dict[str, Any]]
-    memory: dict[str, float] | None  #: peak, formula and its parts
     notes: list[str]  #: reasons why measurements were left out
     revision: str  #: git revision of this project
 
@@ -105,10 +103,8 @@ def _stages(record: SpeedRecord) -> dict[str, str]:
         "all": _short(record.full_protocol_min),
         "engine": record.full_protocol_engine,
         "Fisher's share": f"{100 * record.fisher_share:.0f} %",
-        "Fisher check": _number(record.fisher_check),
         "published": _short(record.published_min),
         "peak, MB": _number(peak, 0),
-        "peak / formula": _number(record.memory["ratio"] if record.memory else None),
     }
 
 

@@ -81,22 +81,13 @@ class TimedObjective(BlockObjective):
     """Objective that all trainers of a block share; it takes one Fisher pass and times it."""
 
     pass_s = 0.0  #: seconds of the pass
-    own_s = 0.0  #: seconds of the block's own forward within the pass
 
     def update(self, forward: Callable[[Tensor], Tensor]) -> None:
         """See :class:`BlockObjective`; only the first call has an effect."""
-        if self.passes:
-            return
-
-        def own(x: Tensor) -> Tensor:
+        if not self.passes:
             start = timer()
-            out = forward(x)
-            self.own_s += timer() - start
-            return out
-
-        start = timer()
-        super().update(own)
-        self.pass_s = timer() - start
+            super().update(forward)
+            self.pass_s = timer() - start
 
 
 @dataclass(frozen=True)
@@ -109,7 +100,6 @@ class StepTimes:
     bytes: int  #: bytes per step, see :func:`step_bytes`
     calls: dict[Engine, int]  #: operator calls per step, of engines that need no compiler
     pass_s: float  #: seconds of a Fisher pass; 0 for a block without passes
-    own_s: float  #: seconds of the block's own forward within the pass
 
     @property
     def step_ms(self) -> dict[str, float]:
@@ -170,7 +160,7 @@ def time_steps(
     calls = {engine: count for engine, (_, _, count) in work.items()}
     compile_s = {e: max(first_s[e] - step_s[e], 0.0) for e in engines if e not in PLAIN}
     flops, moved, _ = work["fused"]
-    return StepTimes(step_s, compile_s, flops, moved, calls, objective.pass_s, objective.own_s)
+    return StepTimes(step_s, compile_s, flops, moved, calls, objective.pass_s)
 
 
 def _work(run: _Run, recipe: Recipe) -> tuple[int, int, int]:

@@ -28,7 +28,8 @@ class SegmentTimes:
 
     calibration: float = 0.0  #: with the protocol's images
     tape: float = 0.0  #: per image, two forwards
-    own: float = 0.0  #: per image, own forward in the segment's Fisher pass; 0 without passes
+    #: Per image, the segment's Fisher pass without the ``tail`` of the segments behind it.
+    own: float | None = None  # None without passes
     tail: float = 0.0  #: per image, forward and backward in the Fisher pass of an earlier block
     step: float = 0.0  #: per step
 
@@ -41,19 +42,6 @@ class WalkTimes:
     makes: dict[int, StepTimes] = field(default_factory=dict)  #: by number of the make
     wall: dict[str, float] = field(default_factory=dict)  #: seconds of whole stages
     notes: list[str] = field(default_factory=list)  #: warnings of the objectives
-
-    def fisher_check(self, subject: Subject) -> float | None:
-        """Return measured Fisher passes / sum of their parts; None without passes.
-
-        A ratio near 1 means that the extrapolation holds.
-        """
-        spent = expected = 0.0
-        for number, make in self.makes.items():
-            if make.pass_s:
-                behind = self.segments[subject.make_of.index(number) + 1 :]
-                spent += make.pass_s
-                expected += make.own_s + len(subject.images) * sum(one.tail for one in behind)
-        return spent / expected if expected else None
 
 
 def calibration_seconds(chain: BlockChain, images: Tensor, recipe: Recipe) -> list[float]:
@@ -133,7 +121,9 @@ def walk(
         start = timer()
         times.wall["tape"] += spent
         times.segments[index].tape = spent / len(images)
-        times.segments[index].own = times.makes[number].own_s / len(images)
+        if pass_s := times.makes[number].pass_s:
+            behind = sum(tails[subject.make_of.index(number) + 1 :])
+            times.segments[index].own = max(pass_s / len(images) - behind, 0.0)
     return times
 
 
@@ -163,7 +153,7 @@ def protocol_seconds(
     images, behind, fisher = recipe.calibration_images, 0.0, 0.0
     model = [segments[index] for index in order]
     for one in reversed(model):
-        if one.own:
+        if one.own is not None:
             fisher += recipe.fisher_k * images * (one.own + behind)
         behind += one.tail
     return {

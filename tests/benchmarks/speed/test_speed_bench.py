@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from torch import nn
 
 from benchmarks.speed.command import main
-from benchmarks.speed.memory import Parts, peak_of_block, saved_bytes
+from benchmarks.speed.memory import peak_of_block
 from benchmarks.speed.results import read_records, tables
 from benchmarks.speed.steps import measure_rates, step_bytes
 from benchmarks.speed.subjects import Subject, cut
@@ -62,9 +62,8 @@ def test_operations_and_bytes_of_a_vit_block_step_are_as_counted_by_hand() -> No
     assert min(segment.tape for segment in times.segments) > 0
     assert min(segment.tail for segment in times.segments) > 0
     own = [segment.own for segment in times.segments]
-    assert own[made.make_of.index(made.main)] > 0
-    assert own[-1] == 0  # the head has no Fisher passes
-    assert times.fisher_check(made) > 0
+    assert own[made.make_of.index(made.main)] is not None
+    assert own[-1] is None  # the head has no Fisher passes
 
 
 def test_segments_of_one_make_are_measured_once() -> None:
@@ -104,27 +103,9 @@ def test_calibration_is_extrapolated_along_a_line() -> None:
     assert line((8, 2.0), (8, 2.0), 16) == 4
 
 
-def test_memory_formula_takes_the_largest_phase() -> None:
-    held = 100 + 10 + 8 * 2 + 3 * 5
-    sizes = {"weights": 100, "images": 10, "rounded": 2, "tape": 5}
-    assert Parts(**sizes, step=7, tail=3).peak() == held + 10
-    assert Parts(**sizes, step=70, tail=80).peak() == held + 80
-
-
-def test_parts_of_the_peak_are_counted() -> None:
+def test_the_peak_of_a_block_is_measured() -> None:
     recipe = quick("fimaq", calibration_images=16, batch_size=8)
-    chain = chain_of(vit(2), recipe)
-    peak, parts = peak_of_block(chain, images(16), recipe)
-    assert peak > 0
-    assert parts.images == 4 * (images(16).numel() + 16 * 10)
-    assert parts.tape == 4 * 16 * 17 * 32
-    assert min(parts.step, parts.tail) > 4 * 8 * 17 * 32
-
-
-def test_saved_bytes_counts_each_storage_once() -> None:
-    x = torch.ones(100, requires_grad=True)
-    assert saved_bytes(lambda: x * x, []) == 400
-    assert saved_bytes(lambda: x * x, [x]) == 0
+    assert peak_of_block(chain_of(vit(2), recipe), images(16), recipe) > 0
 
 
 @pytest.fixture(scope="module")
