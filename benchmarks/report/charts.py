@@ -44,7 +44,6 @@ _LEVEL = {"type": "rule", "color": "var(--muted)", "strokeDash": [5, 4]}
 _STAIR = _LEVEL | {"type": "line", "interpolate": "step-after", "strokeDash": [2, 2]}
 _ERROR = {"type": "errorbar", "ticks": {"size": 6, "aria": True}}
 _STRETCHED = {"type": "pow", "exponent": 4, "padding": 0}
-_BOLD = {"expr": "datum.best ? 'bold' : 'normal'"}
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
@@ -66,23 +65,6 @@ def bar_chart(rows: pd.DataFrame, sums: pd.DataFrame, alt: str) -> Markup:
     layers = [
         _layer({"type": "bar", "size": 13}, x=stacked, y=y, order=order),
         _layer({"type": "text", "dx": 5}, sums, x=x, y=y, text={"field": "title"}),
-    ]
-    return _draw(rows, layers, alt)
-
-
-def dot_chart(rows: pd.DataFrame, level: float | None, alt: str) -> Markup:
-    """Draw one dot per row with its error bar, and ``text`` at the right edge.
-
-    The text is bold where ``best``; the error bar is dotted where ``seeds`` is one.
-    """
-    x, y = _axis("value", tickCount=4), _names("name")
-    dash = {"condition": {"test": "datum.seeds > 1", "value": [1, 0]}, "value": [2, 1.5]}
-    edge = {"type": "text", "x": {"expr": "width + 8"}, "fontWeight": _BOLD}
-    layers = [
-        _level(level, x=x),
-        _layer(_ERROR, x=x, y=y, xError={"field": "error"}, strokeDash=dash),
-        _layer("point", x=x, y=y),
-        _layer(edge, y=y, text={"field": "text"}),
     ]
     return _draw(rows, layers, alt)
 

@@ -11,7 +11,6 @@ from markupsafe import Markup
 from benchmarks.console import duration, size_text
 from benchmarks.report import charts
 from benchmarks.report.groups import Group, find
-from benchmarks.report.tables import best_of
 from benchmarks.results.scores import FULL, Column, columns_of, is_percent, unique
 from fimaq_core.recipe import OFF
 from tasks.common.record import own_seconds
@@ -25,7 +24,9 @@ _BLOCK_TITLES = {
     "fisher": "Mean diagonal Fisher weight of blocks",
 }
 Looks = Mapping[str, str]
-Drawn = tuple[Markup, pd.DataFrame]
+_SCORE_COLUMNS = [
+    "subject", "name", "bits", "value", "error", "look", "title", "shown", "cost", "narrow",
+]  # fmt: skip
 
 
 class Figure(NamedTuple):
@@ -41,27 +42,39 @@ class Figure(NamedTuple):
         return list(self.data.index if self.data.index.name == "method" else self.data.columns)
 
 
-def score_figures(
-    groups: Sequence[Group],
-    metric: str,
-    looks: Looks,
-    draw: Callable[[pd.DataFrame, str, float | None], Drawn],
-) -> Iterator[Figure]:
-    """Yield one figure of ``metric`` per subject (:func:`by_bits`), or per subject and bits.
-
-    ``draw`` takes a row per method and bits, the metric, and full precision's score.
-    """
-    rows = _score_rows(groups, metric, looks)
+def bits_figures(groups: Sequence[Group], metric: str, looks: Looks) -> Iterator[Figure]:
+    """Yield the scores of each subject from many bits to few."""
+    every = _score_rows(groups, metric, looks)
     columns = columns_of([group.cell for group in groups])
-    if draw is by_bits:
-        columns = list(dict.fromkeys(column._replace(bits=FULL) for column in columns))
-    for column in columns if len(rows) else ():
-        here = rows["bits"].eq(column.bits) | (column.bits == FULL)
-        mine = rows[here & rows["subject"].eq(column.subject)]
-        full = find(groups, column).get("fp") if is_percent(metric) else None
-        score = full and full.scores.get(metric)
-        if len(mine):
-            yield Figure(column, *draw(mine, metric, score.value if score else None))
+    for column in dict.fromkeys(column._replace(bits=FULL) for column in columns):
+        rows = every[every["subject"] == column.subject].sort_values("narrow", kind="stable")
+        if rows.empty:
+            continue
+        bits, names = unique(rows["bits"]), unique(rows["name"])
+        places, methods = ", ".join(bits), ", ".join(names)
+        alt = f"{metric} of {column.subject} at {places}, a line each for {methods}"
+        chart = charts.line_chart(rows, _level(groups, column, metric), alt)
+        data = rows.pivot(index="name", columns="bits", values="shown").loc[names, bits]
+        yield Figure(column, chart, _data(data, "method"))
+
+
+def cost_figures(groups: Sequence[Group], metric: str, looks: Looks) -> Iterator[Figure]:
+    """Yield the scores against seconds per cell, with the Pareto front."""
+    every = _score_rows(groups, metric, looks)
+    for column in columns_of([group.cell for group in groups]):
+        here = every["subject"].eq(column.subject) & every["bits"].eq(column.bits)
+        rows = every[here].sort_values("cost", kind="stable")
+        if rows.empty:
+            continue
+        front = pareto(rows, higher=is_percent(metric))
+        rows = rows.assign(best=rows["name"].isin(front), time=rows["cost"].map(duration))
+        rows = rows.assign(title=rows["title"] + ", " + rows["time"])
+        rows["on the front"] = rows["best"].map({True: "yes", False: "no"})
+        where = f"{column.subject} at {column.bits}"
+        alt = f"{metric} of {where} against seconds; on the Pareto front: {', '.join(front)}"
+        chart = charts.scatter_chart(rows, _level(groups, column, metric), alt)
+        data = rows.set_index("name")[["shown", "time", "on the front"]]
+        yield Figure(column, chart, _data(data.rename(columns={"shown": metric}), "method"))
 
 
 def _score_rows(groups: Sequence[Group], metric: str, looks: Looks) -> pd.DataFrame:
@@ -70,49 +83,22 @@ def _score_rows(groups: Sequence[Group], metric: str, looks: Looks) -> pd.DataFr
     for group in groups:
         cell, score = group.cell, group.scores.get(metric)
         if score is not None and cell.bits != FULL:
-            row = score._asdict() | {"subject": cell.subject, "name": group.method}
-            row |= {"bits": cell.bits, "look": looks[group.method]}
+            row = {"subject": cell.subject, "name": group.method, "bits": cell.bits}
+            row |= {"value": score.value, "error": score.error, "look": looks[group.method]}
             row["title"] = f"{group.method}, {cell.bits}: {score.value:.2f} {score.error_text}"
-            row["shown"] = f"{score.value:.2f}"
+            row["shown"] = f"{score.value:.2f} ± {score.error:.2f}"
             seconds = fmean(own_seconds(item.record) for item in group.items)
             row["cost"] = max(seconds, 0.001)  # a logarithmic axis has no zero
             row["narrow"] = (-cell.w_bit - cell.a_bit, -(cell.w_bit % OFF))
             rows.append(row)
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=_SCORE_COLUMNS)
 
 
-def by_bits(rows: pd.DataFrame, metric: str, level: float | None) -> Drawn:
-    """Draw the scores of a subject from many bits to few."""
-    rows = rows.sort_values("narrow", kind="stable")
-    bits, names = unique(rows["bits"]), unique(rows["name"])
-    subject, methods = rows["subject"].iat[0], ", ".join(names)
-    alt = f"{metric} of {subject} at {', '.join(bits)}, a line each for {methods}"
-    texts = [f"{row.value:.2f} ± {row.error:.2f}" for row in rows.itertuples()]
-    data = rows.assign(text=texts).pivot(index="name", columns="bits", values="text")
-    return charts.line_chart(rows, level, alt), _data(data.loc[names, bits], "method")
-
-
-def compared(rows: pd.DataFrame, metric: str, level: float | None) -> Drawn:
-    """Draw the methods from the best to the worst, with error bars."""
-    rows = rows.sort_values("value", ascending=not is_percent(metric), kind="stable")
-    best = best_of(dict(zip(rows["name"], rows["value"], strict=True)), metric)
-    rows, words = rows.assign(best=rows["name"].isin(best)), rows["name"] + " with " + rows["text"]
-    alt = f"{metric} of {_where(rows)}, from {words.iat[0]} to {words.iat[-1]}"
-    heads = {"name": "method", "shown": metric, "error_text": "error bar", "seeds": "seeds"}
-    data = rows.rename(columns=heads)[list(heads.values())].set_index("method")
-    return charts.dot_chart(rows, level, alt), data
-
-
-def by_cost(rows: pd.DataFrame, metric: str, level: float | None) -> Drawn:
-    """Draw the scores against seconds per cell, with the Pareto front."""
-    rows = rows.sort_values("cost", kind="stable")
-    front = pareto(rows, higher=is_percent(metric))
-    rows = rows.assign(best=rows["name"].isin(front), time=rows["cost"].map(duration))
-    rows = rows.assign(title=rows["title"] + ", " + rows["time"])
-    rows["on the front"] = rows["best"].map({True: "yes", False: "no"})
-    alt = f"{metric} of {_where(rows)} against seconds; on the Pareto front: {', '.join(front)}"
-    data = rows.set_index("name")[["shown", "time", "on the front"]].rename_axis("method")
-    return charts.scatter_chart(rows, level, alt), data.rename(columns={"shown": metric})
+def _level(groups: Sequence[Group], column: Column, metric: str) -> float | None:
+    """Return full precision's score; None if it is not known, and for ranks."""
+    full = find(groups, column).get("fp")
+    score = full.scores.get(metric) if full and is_percent(metric) else None
+    return None if score is None else score.value
 
 
 def pareto(rows: pd.DataFrame, *, higher: bool = True) -> list[str]:
@@ -207,10 +193,6 @@ def _stages(group: Group, memory: bool) -> dict[str, float]:
     records = [item.record for item in group.items]
     peaks = [r.stage_memory_bytes or {_WHOLE: r.peak_memory_bytes} for r in records]
     return pd.DataFrame(peaks if memory else [r.seconds for r in records]).mean().to_dict()
-
-
-def _where(rows: pd.DataFrame) -> str:
-    return f"{rows['subject'].iat[0]} at {rows['bits'].iat[0]}"
 
 
 def _data(table: pd.DataFrame, name: str) -> pd.DataFrame:

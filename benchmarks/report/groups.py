@@ -20,7 +20,6 @@ class Score(NamedTuple):
     """Mean of a metric over seeds."""
 
     value: float
-    seeds: int
     error: float  #: half an error bar: sd over seeds, or for one seed the sampling error
     text: str  #: as in tables, ``92.53 ± 0.46``
     error_text: str  #: the error and its kind
@@ -64,7 +63,7 @@ def make_groups(measured: Sequence[Measured]) -> list[Group]:
         kind = "standard error over samples, one seed"
         if seeds > 1:
             error, kind = sd, f"sd over {seeds} seeds"
-        score = Score(mean, seeds, error, value_text(mean, sd), f"± {error:.2f} {kind}")
+        score = Score(mean, error, value_text(mean, sd), f"± {error:.2f} {kind}")
         by_id[row["group"]].scores[row["metric"]] = score
     return list(groups.values())
 

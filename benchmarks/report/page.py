@@ -126,7 +126,6 @@ def make_section(
     records = [item.record for group in own for item in group.items]
     rebuilt = [r for r in records if r.recipe is not None and r.recipe.get("reconstruct")]
     by_method = {name: [c for c in cells if c.method == name] for name in rows_of(cells)}
-    draw = figures.score_figures
     return {
         "name": name,
         "metric": metric_title(metric),
@@ -134,9 +133,8 @@ def make_section(
         "table": score_table(groups, cells, metric, main=True),
         "others": [score_table(groups, cells, other) for other in others],
         "notes": note_lines(own, metric, mine),
-        "by_bits": list(draw(own, metric, looks, figures.by_bits)),
-        "compared": list(draw(own, metric, looks, figures.compared)),
-        "costs": list(draw(own, metric, looks, figures.by_cost)),
+        "by_bits": list(figures.bits_figures(own, metric, looks)),
+        "costs": list(figures.cost_figures(own, metric, looks)),
         "errors": list(figures.block_figures(own, looks, "error")),
         "fisher": list(figures.block_figures(own, looks, "fisher")),
         "without_blocks": sum(not record.blocks for record in rebuilt),

@@ -140,7 +140,7 @@ def test_filters_apply_to_all_parts(page: Any):
     method = one_of(page, "input[name=method]")
     method.send_keys("FIMA, rtn")
     assert methods(page) == ["rtn", "fimaq"]
-    assert {node.get_attribute("data-method") for node in visible(page, "#methods g.series")} == {
+    assert {node.get_attribute("data-method") for node in visible(page, "#cost g.series")} == {
         "rtn",
         "fimaq",
     }
@@ -156,9 +156,7 @@ def test_filters_apply_to_all_parts(page: Any):
         "1",
         "1",
     ]
-    assert {node.get_attribute("data-bits") for node in visible(page, "#methods figure")} == {
-        "w3a3"
-    }
+    assert {node.get_attribute("data-bits") for node in visible(page, "#cost figure")} == {"w3a3"}
     Select(one_of(page, "select[name=model]")).select_by_visible_text("demo_clip [both]")
     assert {node.get_attribute("data-task") for node in visible(page, "section.task")} == {
         "retrieval"
@@ -166,7 +164,7 @@ def test_filters_apply_to_all_parts(page: Any):
     one_of(page, ".filters button[type=reset]").click()
     page.execute_async_script("setTimeout(arguments[0], 20)")
     assert len(methods(page)) == 5
-    assert len(visible(page, "#methods figure")) == 10
+    assert len(visible(page, "#cost figure")) == 10
     Select(one_of(page, "select[name=task]")).select_by_visible_text("detection")
     assert {node.get_attribute("data-task") for node in visible(page, "section.task")} == {
         "detection"

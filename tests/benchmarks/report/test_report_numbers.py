@@ -153,7 +153,7 @@ def test_all_links_lead_somewhere_and_ids_are_unique(whole: tuple[Path, report_f
     ids = [node.attrs["id"] for node in page.all() if "id" in node.attrs]
     assert len(ids) == len(set(ids))
     links = [node.attrs["href"] for node in page.all() if node.tag in ("a", "use")]
-    assert len(links) > 100
+    assert len(links) > 90
     assert all(link.startswith("#") and link[1:] in ids for link in links)
     labels = [
         label for node in page.all() for label in node.attrs.get("aria-labelledby", "").split()
@@ -264,7 +264,7 @@ def test_records_of_filters_beyond_the_grid_are_shown_and_foreign_ones_counted(t
     page = write(tmp_path)
     assert ("rtn", "demo_vit", "w2a8") in main_cells(page, "classification")
     about = page.one("details", css="about").text
-    assert "1 of the cells are beyond the profile's own grid" in about
+    assert "1 of the cells are not in the profile's own grid" in about
     assert "1 more records" in about
 
 
@@ -278,8 +278,8 @@ def test_axes_have_rows_of_their_own_and_tables(tmp_path: Path):
     assert methods == {"fp", "fimaq", "fimaq k=15"}
     head = page.one(id="axes").one("table").one("thead").text
     assert "w3a3 - base" in head
-    assert page.one(id="methods").all("g", data_method="fimaq")
-    assert not page.one(id="methods").all("g", data_method="fimaq k=15")
+    assert page.one(id="bits").all("g", data_method="fimaq")
+    assert not page.one(id="bits").all("g", data_method="fimaq k=15")
 
 
 def test_published_numbers_have_verdicts(tmp_path: Path):
