@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # Run a table or a grid on the machines of a SLURM job, by Ray:
 #
-#   sbatch --nodes=4 --gpus-per-node=8 --time=24:00:00 scripts/slurm.sh TABLE=fimaq IMAGENET=/data/imagenet DEVICE=cuda
+#   sbatch --nodes=4 --gpus-per-node=8 --time=24:00:00 \
+#       scripts/slurm.sh TABLE=fimaq IMAGENET=/data/imagenet DEVICE=cuda
 #
-# Submit it in the checkout, after `make setup` there. Checkout, data and results must be on a file system that all machines
-# share, at the same path. The arguments are those of `make reproduce-table`. What is finished is kept: submitted again, it goes
-# on where it stopped. FIMAQ_START_SECONDS (300): how long machines may take to join.
+# Submit it in the checkout, after `make setup` there. Checkout, data and results must be on a file
+# system that all machines share, at the same path. The arguments are those of
+# `make reproduce-table`. Finished cells are kept: the same job, submitted again, continues.
+# FIMAQ_START_SECONDS (300): seconds that machines may take to join.
 #
 #SBATCH --job-name=fimaq
 #SBATCH --output=fimaq-%j.log
@@ -20,14 +22,17 @@ fail() {
     exit 2
 }
 
-[[ -n "${SLURM_JOB_ID:-}" && -n "${SLURM_JOB_NODELIST:-}" ]] || fail "not in a SLURM job: submit this script with sbatch."
+[[ -n "${SLURM_JOB_ID:-}" && -n "${SLURM_JOB_NODELIST:-}" ]] ||
+    fail "not in a SLURM job: submit this script with sbatch."
 cd "${SLURM_SUBMIT_DIR:-.}"
-[[ -x .venv/bin/ray ]] || fail "no .venv/bin/ray in $PWD: submit from the checkout, after make setup there."
+[[ -x .venv/bin/ray ]] ||
+    fail "no .venv/bin/ray in $PWD: submit from the checkout, after make setup there."
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 ((${#nodes[@]} > 0)) || fail "scontrol names no machine in '$SLURM_JOB_NODELIST'."
 head=${nodes[0]}
-# An address of the head that the others reach: its name may stand for the loopback device on itself.
+# An address of the head that other machines reach: on the head itself, its name may stand for the
+# loopback device.
 ip=$(getent ahostsv4 "$head" | awk 'NR == 1 {print $1}' || true)
 if [[ -z "$ip" || "$ip" == 127.* ]]; then
     ip=$(hostname -I | awk '{print $1}')
@@ -36,7 +41,7 @@ fi
 address="$ip:$((20000 + SLURM_JOB_ID % 10000))"  # several jobs may share a machine
 
 export RAY_USAGE_STATS_ENABLED=0 RAY_AUTH_MODE=token
-# Told to stop, Ray would wait 30 s for requests that it serves. Here there are none.
+# When it stops, Ray would wait 30 s for requests that it serves. Here there are none.
 export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0
 RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
 export RAY_AUTH_TOKEN
@@ -59,22 +64,24 @@ stop() {
     fi
 }
 trap stop EXIT
-trap 'echo "Told to stop: finished cells are kept; submit the same again to go on." >&2; exit 143' TERM INT
+kept="Stopped: finished cells are kept; submit the same job again to continue."
+trap 'echo "$kept" >&2; exit 143' TERM INT
 
-# Starts Ray on one machine, in a step that lasts as long as Ray does there. Arguments: the machine, then those of ray start.
+# Start Ray on one machine, in a job step that lasts as long as Ray.
+# Arguments: the machine, then those of ray start.
 start() {
     local node=$1
     shift
-    # The machine's own share of the job is known there only.
+    # Only the machine itself knows its share of the job.
     # shellcheck disable=SC2016
     srun --overlap --nodes=1 --ntasks=1 --nodelist="$node" --cpu-bind=none \
-        bash -c 'exec .venv/bin/ray start --block --disable-usage-stats --object-store-memory=104857600 \
-            --num-cpus="${SLURM_CPUS_ON_NODE:-1}" "$@"' ray "$@" &
+        bash -c 'exec .venv/bin/ray start --block --disable-usage-stats \
+            --object-store-memory=104857600 --num-cpus="${SLURM_CPUS_ON_NODE:-1}" "$@"' ray "$@" &
     steps+=($!)
 }
 
-# Runs a command in the background, so that this script hears signals meanwhile, and in a group of its own, so that the command
-# and what it runs can be told to stop together.
+# Run a command in the background, so that this script can handle signals meanwhile, and in its own
+# process group, so that the command and its children can be stopped together.
 follow() {
     setsid "$@" &
     driver=$!
@@ -86,5 +93,6 @@ follow .venv/bin/python -m benchmarks.run.ray "$address" 1 "${FIMAQ_START_SECOND
 for node in "${nodes[@]:1}"; do
     start "$node" --address="$address"
 done
-follow .venv/bin/python -m benchmarks.run.ray "$address" "${#nodes[@]}" "${FIMAQ_START_SECONDS:-300}"
+follow .venv/bin/python -m benchmarks.run.ray \
+    "$address" "${#nodes[@]}" "${FIMAQ_START_SECONDS:-300}"
 follow make reproduce-table ENGINE=ray RAY_ADDRESS="$address" "$@"

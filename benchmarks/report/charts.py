@@ -43,7 +43,7 @@ _SERIES: Dict = {
 _LEVEL = {"type": "rule", "color": "var(--muted)", "strokeDash": [5, 4]}
 _STAIR = _LEVEL | {"type": "line", "interpolate": "step-after", "strokeDash": [2, 2]}
 _ERROR = {"type": "errorbar", "ticks": {"size": 6, "aria": True}}
-_STRETCHED = {"type": "pow", "exponent": 4, "padding": 0}
+_STRETCHED = {"type": "pow", "exponent": 2, "padding": 0}
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 

@@ -263,7 +263,7 @@ def test_examples_outside_the_record_s_folder_are_not_read(tmp_path: Path):
 
 
 def hostile_record(cell: Cell) -> ResultRecord:
-    """A record whose every text is an attack."""
+    """Record with an attack in every text."""
     record = report_fakes.full_record(cell)
     layers = None
     if record.modules is not None:
@@ -299,7 +299,7 @@ def hostile_record(cell: Cell) -> ResultRecord:
 
 
 def hostile_examples(cell: Cell) -> Any:
-    """Examples whose every text is an attack."""
+    """Examples with an attack in every text."""
     text = json.dumps(report_fakes.examples_of(cell))
     words = json.dumps(HOSTILE)[1:-1]
     for word in ("test/0", "test/1", "seven", "07", "a one"):

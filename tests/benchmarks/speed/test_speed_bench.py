@@ -110,7 +110,7 @@ def test_the_peak_of_a_block_is_measured() -> None:
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the command writes for a demo model on the smallest sizes."""
+    """File that the command writes for a demo model at the smallest sizes."""
     path = tmp_path_factory.mktemp("speed") / "speed.json"
     sizes = "--quick --device cpu --models demo_vit"
     before = torch.get_num_threads()
