@@ -12,9 +12,6 @@ from fimaq_core.errors import FimaqError
 from fimaq_core.recipe import OFF
 from tasks.common.record import ResultRecord, bits_name, outcomes_problem, read_record
 
-#: Bytes at the end of an error log that are searched for its last line.
-_TAIL = 4096
-
 
 @dataclass
 class Gathered:
@@ -100,11 +97,9 @@ def _beyond(
 
 
 def _last_line(path: Path) -> str | None:
-    """Return the last line of a log that is not blank; None without a log."""
+    """Return the last line of a log; None without a log."""
     try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - _TAIL))
-            lines = file.read().decode("utf-8", "replace").splitlines()
+        text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return text.rstrip().rpartition("\n")[2].strip()

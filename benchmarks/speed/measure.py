@@ -93,7 +93,7 @@ def measure(
         segment.step = step_s[engine] if engine in step_s else step_s["fused"] * gain
     compile_s = len(subject.makes) * main.compile_s.get(engine, 0.0)
     stages = protocol_seconds(subject.order, times.segments, full, compile_s)
-    floors, total = rates.floors_ms(main.flops, main.bytes), sum(stages.values())
+    floors = rates.floors_ms(main.flops, main.bytes)
     published = (one.minutes for one in published_minutes().get(model, ()) if one.method == "fimaq")
     environment, cuda = describe(device), device.type == "cuda"
     return SpeedRecord(
@@ -103,14 +103,13 @@ def measure(
         floor_ms=max(floors.values()),
         stages_s={"calibration": sum(large), **times.wall},
         peak_bytes=peak,
-        full_protocol_min=total / 60,
+        full_protocol_min=sum(stages.values()) / 60,
         published_min=next(published, None),
         versions=environment.versions,
         date=datetime.now(UTC).date().isoformat(),
         extrapolated=True,
         full_protocol_s=stages,
         full_protocol_engine=engine,
-        fisher_share=stages["fisher"] / total,
         measured={
             "steps": sizes.steps,
             "images": len(subject.images),
@@ -122,8 +121,6 @@ def measure(
         },
         rates=asdict(rates),
         floors_ms=floors,
-        calls_a_step=dict(main.calls),
-        calls_are="operator calls",
         calibration_s={str(few.range_images): sum(small), str(recipe.range_images): sum(large)},
         step_ms_by_make=[
             {

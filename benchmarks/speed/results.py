@@ -31,12 +31,9 @@ class SpeedRecord(BaseModel):
     extrapolated: bool  #: True: the full protocol is calculated from its parts
     full_protocol_s: dict[str, float]  #: seconds by stage
     full_protocol_engine: str
-    fisher_share: float  #: share of the full protocol
     measured: dict[str, Any]  #: sizes of the run
     rates: dict[str, float]  #: operations and bytes per second of this machine
     floors_ms: dict[str, float]  #: by arithmetic and by bytes
-    calls_a_step: dict[str, int]  #: operator calls by engine; kernels in older records of CUDA
-    calls_are: str  #: ``operator calls`` or ``kernels``
     calibration_s: dict[str, float]  #: seconds by number of images
     step_ms_by_make: list[dict[str, Any]]
     notes: list[str]  #: reasons why measurements were left out
@@ -84,25 +81,24 @@ def _short(value: float | None) -> str:
 def _steps(record: SpeedRecord) -> dict[str, str]:
     """Return a row of the table of steps."""
     best = min(record.step_ms.values())
-    calls = " / ".join(f"{name} {count}" for name, count in record.calls_a_step.items())
     return {
         "model": record.model,
         **{name: _short(record.step_ms.get(name)) for name in _ENGINES},
         **{name: _short(record.floors_ms[name]) for name in ("arithmetic", "bytes")},
         "best / floor": _number(best / record.floor_ms, 1),
-        "kernels or calls": calls or "-",
     }
 
 
 def _stages(record: SpeedRecord) -> dict[str, str]:
     """Return a row of the table of stages."""
     peak = None if record.peak_bytes is None else record.peak_bytes / 1e6
+    share = record.full_protocol_s["fisher"] / sum(record.full_protocol_s.values())
     return {
         "model": record.model,
         **{name: _short(seconds / 60) for name, seconds in record.full_protocol_s.items()},
         "all": _short(record.full_protocol_min),
         "engine": record.full_protocol_engine,
-        "Fisher's share": f"{100 * record.fisher_share:.0f} %",
+        "Fisher's share": f"{100 * share:.0f} %",
         "published": _short(record.published_min),
         "peak, MB": _number(peak, 0),
     }

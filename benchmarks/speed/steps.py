@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.benchmark import Timer, timer
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -98,7 +97,6 @@ class StepTimes:
     compile_s: dict[Engine, float]  #: seconds of the first step, of engines that compile
     flops: int  #: operations per step
     bytes: int  #: bytes per step, see :func:`step_bytes`
-    calls: dict[Engine, int]  #: operator calls per step, of engines that need no compiler
     pass_s: float  #: seconds of a Fisher pass; 0 for a block without passes
 
     @property
@@ -156,23 +154,20 @@ def time_steps(
             run.rounds.append(timed(run.step).timeit(count).mean)
         done += count
     step_s = {engine: statistics.median(run.rounds) for engine, run in runs.items()}
-    work = {engine: _work(run, recipe) for engine, run in runs.items() if engine in PLAIN}
-    calls = {engine: count for engine, (_, _, count) in work.items()}
     compile_s = {e: max(first_s[e] - step_s[e], 0.0) for e in engines if e not in PLAIN}
-    flops, moved, _ = work["fused"]
-    return StepTimes(step_s, compile_s, flops, moved, calls, objective.pass_s)
+    flops, moved = _work(runs["fused"], recipe)
+    return StepTimes(step_s, compile_s, flops, moved, objective.pass_s)
 
 
-def _work(run: _Run, recipe: Recipe) -> tuple[int, int, int]:
-    """Do one more step, and return its operations, bytes and operator calls."""
+def _work(run: _Run, recipe: Recipe) -> tuple[int, int]:
+    """Do one more step, and return its operations and bytes."""
     trainer, sizes = run.trainer, []
 
     def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         sizes.append(args[0].numel())
 
     handles = [one.register_forward_pre_hook(keep) for one in trainer.state.quantizers]
-    calls = _CallCounter()  # type: ignore[no-untyped-call]
-    with FlopCounterMode(display=False) as flops, calls:
+    with FlopCounterMode(display=False) as flops:
         run.step()
     for handle in handles:
         handle.remove()
@@ -182,14 +177,4 @@ def _work(run: _Run, recipe: Recipe) -> tuple[int, int, int]:
     images = min(recipe.batch_size, len(tape.full))
     floats = images * (inputs * tape.full[0].numel() + tape.target[0].numel())
     moved = step_bytes(floats, sum(sizes), trainer.state.soft.numel())
-    return int(flops.get_total_flops()), moved, calls.count
-
-
-class _CallCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts calls of operators, including those of backward passes."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.count += 1
-        return func(*args, **(kwargs or {}))
+    return int(flops.get_total_flops()), moved
