@@ -84,13 +84,13 @@ def measure(
     main = times.makes[subject.main]
     choice = choose_engine("auto", device, full.steps)
     engine = choice if choice in main.step_s else min(main.step_s, key=main.step_s.__getitem__)
-    # An engine that only the main make has gains as much on other makes.
-    gain = main.step_s[engine] / main.step_s["fused"]
+    # Where only the main make was timed with the engine, other makes get the same ratio to `fused`.
+    ratio = main.step_s[engine] / main.step_s["fused"]
     for index, segment in enumerate(times.segments):
         ends = (few.range_images, small[index]), (recipe.range_images, large[index])
         segment.calibration = line(*ends, full.range_images)
         step_s = times.makes[subject.make_of[index]].step_s
-        segment.step = step_s[engine] if engine in step_s else step_s["fused"] * gain
+        segment.step = step_s[engine] if engine in step_s else step_s["fused"] * ratio
     compile_s = len(subject.makes) * main.compile_s.get(engine, 0.0)
     stages = protocol_seconds(subject.order, times.segments, full, compile_s)
     floors = rates.floors_ms(main.flops, main.bytes)
