@@ -12,12 +12,12 @@ from contextlib import contextmanager, nullcontext
 
 import click
 
-_DEFAULT = {"ATEN_CPU_CAPABILITY": "default"}
+_PLAIN = {"ATEN_CPU_CAPABILITY": "default"}
 _AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 #: Environment variables of each run. oneDNN and MKL have variables of their own.
 RUNS = {
     f"{name}-{threads}": {**capability, "OMP_NUM_THREADS": str(threads)}
-    for name, capability in {"native": {}, "avx2": _AVX2, "default": _DEFAULT}.items()
+    for name, capability in {"native": {}, "avx2": _AVX2, "default": _PLAIN}.items()
     for threads in (1, 2)
 }
 RUNS |= {"sse4": {"ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"}, "busy": {}}
@@ -51,11 +51,8 @@ def main(names: tuple[str, ...], jobs: int) -> None:
             busy_loops() if name == "busy" else nullcontext(),
         ):
             environment = {key: value for key, value in os.environ.items() if key not in VARIABLES}
-            environment |= {
-                "OMP_NUM_THREADS": "1",
-                **RUNS[name],
-                "TORCHINDUCTOR_CACHE_DIR": kernels,
-            }
+            environment |= {"OMP_NUM_THREADS": "1", **RUNS[name]}
+            environment["TORCHINDUCTOR_CACHE_DIR"] = kernels
             processes = max(jobs // int(environment["OMP_NUM_THREADS"]), 1)
             command = [*_PYTEST, str(processes)]
             streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}

@@ -79,6 +79,7 @@ def main() -> None:
 
     torch.set_num_threads(args.threads)
     for name in names:
+        print(f"training {name}", flush=True)
         trainer = TRAINERS[name]
         settings, started = trainer.SETTINGS[name] | given, time.perf_counter()
         model = trainer.train(name, settings)

@@ -2,7 +2,7 @@
 
 import base64
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from benchmarks.grid.cell import Adapter, RunOptions
 from benchmarks.grid.schema import Grid
 from benchmarks.published.table import PublishedTable
 from benchmarks.report import charts, examples, figures
+from benchmarks.report.figures import Looks
 from benchmarks.report.gather import Gathered, gather
 from benchmarks.report.groups import Group, make_groups, rows_of
 from benchmarks.report.provenance import module_maps, origin
@@ -73,16 +74,16 @@ def make_page(gathered: Gathered, get: examples.Fetch, table: PublishedTable | N
     names = unique(item.cell.section for item in measured)
     methods = [name for name in rows_of(gathered.cells) if name != "fp"]
     looks = charts.looks(methods) | {"fp": "fp"}
-    told = examples.read_all(groups, gathered)
-    pictures = examples.make_pictures(told, get, gathered)
+    answers = examples.read_all(groups, gathered)
+    pictures = examples.make_pictures(answers, get, gathered)
     stages = figures.stage_colours(groups)
     sections = []
     for name in names:
         mine = [group for group in groups if group.cell.section == name]
-        section = make_section(name, mine, gathered, looks, stages)
+        section = make_section(mine, gathered, looks, stages)
         own = [group for group in mine if not group.cell.point]
-        section["boards"] = examples.make_boards(own, told, pictures)
-        section["without_examples"] = sum(group.id not in told for group in own)
+        section["boards"] = examples.make_boards(own, answers, pictures)
+        section["without_examples"] = sum(group.id not in answers for group in own)
         sections.append(section)
     dates = sorted(item.record.finished[:10] for item in measured)
     subjects = unique(group.cell.subject for group in groups if group.cell.method != "fp")
@@ -109,14 +110,9 @@ def make_page(gathered: Gathered, get: examples.Fetch, table: PublishedTable | N
     }
 
 
-def make_section(
-    name: str,
-    groups: Sequence[Group],
-    gathered: Gathered,
-    looks: Mapping[str, str],
-    stages: Mapping[str, str],
-) -> Dict:
-    """Compute the numbers of section ``name`` of the grid, one task on one data set."""
+def make_section(groups: Sequence[Group], gathered: Gathered, looks: Looks, stages: Looks) -> Dict:
+    """Compute the numbers of a section of the grid, one task on one data set."""
+    name = groups[0].cell.section
     cells = [cell for cell in gathered.cells if cell.section == name]
     mine = [item for group in groups for item in group.items]
     metric = main_metric(cells[0].task, scores(mine))
@@ -125,7 +121,7 @@ def make_section(
     own = [group for group in groups if not group.cell.point]
     records = [item.record for group in own for item in group.items]
     rebuilt = [r for r in records if r.recipe is not None and r.recipe.get("reconstruct")]
-    by_method = {name: [c for c in cells if c.method == name] for name in rows_of(cells)}
+    by_method = {one: [c for c in cells if c.method == one] for one in rows_of(cells)}
     return {
         "name": name,
         "metric": metric_title(metric),
