@@ -78,29 +78,15 @@ def make_pictures(examples: Mapping[str, Examples], get: Fetch, gathered: Gather
         wanted.setdefault(fingerprint, (one, {}))[1].update(one.samples)
     pictures: Pictures = {}
     for fingerprint, (one, samples) in wanted.items():
-        for name, image in _images(one.item, list(samples), get, gathered).items():
+        try:
+            images = get(one.item.cell, list(samples))
+        except FimaqError as error:
+            gathered.add_problem(f"pictures of {one.item.record.dataset.name}", error)
+            continue
+        for name, image in images.items():
             side = _LARGE if isinstance(samples[name], ObjectSample) else _SMALL
             pictures[fingerprint, name] = picture(image, side) | {"id": f"i{len(pictures)}"}
     return pictures
-
-
-def _images(
-    item: Measured, ids: Sequence[str], get: Fetch, gathered: Gathered
-) -> Mapping[str, "Image"]:
-    """Return the available pictures: all at once, or one by one if some sample is unknown."""
-    found: dict[str, Image] = {}
-    errors = {}
-    for some in [ids, *([sample] for sample in ids)]:
-        try:
-            found |= get(item.cell, some)
-        except FimaqError as error:
-            errors[str(error)] = error
-        if len(found) == len(ids):
-            return found
-    # If all are missing, their messages differ only in the sample, so one message is enough.
-    for message in sorted(errors)[: None if found else 1]:
-        gathered.add_problem(f"pictures of {item.record.dataset.name}", errors[message])
-    return found
 
 
 def picture(image: "Image", side: int) -> Dict:
@@ -140,7 +126,7 @@ def make_boards(
 
 def _board(columns: Mapping[str, Examples], pictures: Pictures, colours: Mapping[str, int]) -> Dict:
     """Return a row per sample with the answer of each method, and the agreement of answers."""
-    rows, every = [], list(columns.values())
+    rows, methods, every = [], list(columns), list(columns.values())
     fingerprint = every[0].item.record.dataset.fingerprint
     same = [0] * len(every)
     for name in dict.fromkeys(name for one in every for name in one.samples):
@@ -156,10 +142,10 @@ def _board(columns: Mapping[str, Examples], pictures: Pictures, colours: Mapping
         else:
             row["truth"] = [first.truth] if isinstance(first, ClassSample) else first.truth
         rows.append(row)
-    agree = "fp" in columns and not isinstance(first, ObjectSample)
+    agree = methods[0] == "fp" and not isinstance(first, ObjectSample)
     counts = ["", *(f"{count} of {len(rows)}" for count in same[1:])] if agree else []
     kind = type(first).__name__.removesuffix("Sample").lower()
-    return {"kind": kind, "methods": list(columns), "rows": rows, "agreement": counts}
+    return {"kind": kind, "methods": methods, "rows": rows, "agreement": counts}
 
 
 def _cell(sample: Sample, colours: Mapping[str, int]) -> Dict | None:
