@@ -196,5 +196,5 @@ def _stages(group: Group, memory: bool) -> dict[str, float]:
 
 
 def _data(table: pd.DataFrame, name: str) -> pd.DataFrame:
-    """Return texts with ``–`` for what is missing; ``name`` is the head of the index."""
+    """Return texts with ``–`` for missing values; ``name`` is the head of the index."""
     return table.astype(object).fillna("–").rename_axis(name)

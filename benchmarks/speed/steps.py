@@ -109,7 +109,7 @@ class _Run:
     """Steps of one engine on its own copy of a block."""
 
     def __init__(self, segment: Segment, objective: BlockObjective, recipe: Recipe, engine: Engine):
-        # The copy lacks what the tape does before the block.
+        # A copy of the block alone: the tape has already run the parts before the block.
         own = Segment(segment.label, segment.kind, copy.deepcopy(segment.block), pairs=())
         tape = objective.tape
         self.trainer = BlockTrainer(own, tape, objective, recipe, recipe.seed, engine)

@@ -31,7 +31,7 @@ SAMPLES = ("test/0", "test/1")
 
 
 def report_grid(**changes: Any) -> Grid:
-    """All three tasks: a few models, four methods, two bits, two seeds."""
+    """Return a grid of all three tasks: a few models, four methods, two bits, two seeds."""
     demo = load_grid("demo")
     models = {
         "classification": ("demo_vit", "demo_swin"),
@@ -50,7 +50,7 @@ def report_grid(**changes: Any) -> Grid:
 
 
 def full_record(cell: Cell, **changes: Any) -> ResultRecord:
-    """The record of a cell with module map, calibration, figures of blocks and memory of stages."""
+    """Return a cell's record with module map, calibration, figures of blocks, memory of stages."""
     request = cell.request
     record = fakes.record_of(request, fakes.fake_value(request))
     full = {
@@ -80,7 +80,7 @@ def full_record(cell: Cell, **changes: Any) -> ResultRecord:
 
 
 def modules(w_bit: int, a_bit: int, tokens: bool) -> ModuleMap:
-    """A map of two layers, whose ranges differ by ``tokens``."""
+    """Return a map of two layers with ranges per tensor, or per token (``tokens``)."""
     ranges = "33 scales (1, 33, 1)" if tokens else "per tensor"
     shared: dict[str, Any] = {"kind": "linear", "input_bits": a_bit, "input_ranges": ranges}
     weights = {"weight_bits": w_bit, "weight_ranges": "80 scales (80, 1)"}
@@ -93,7 +93,7 @@ def modules(w_bit: int, a_bit: int, tokens: bool) -> ModuleMap:
 
 
 def examples_of(cell: Cell) -> dict[str, Any]:
-    """Examples of two samples in the form of the cell's task; quantized models miss the second."""
+    """Return examples of two samples; quantized models miss the second sample."""
     miss = cell.request.recipe is not None
     if cell.task == "detection":
         box = {
@@ -152,7 +152,7 @@ def write_results(
 
 
 def pictures(cell: Cell, ids: Sequence[str]) -> Mapping[str, Image]:
-    """A grey picture of each sample."""
+    """Return a grey picture of each sample."""
     from PIL import Image
 
     return {name: Image.new("RGB", (64, 48), (90, 90, 90)) for name in ids}
@@ -181,7 +181,7 @@ class Node:
         return "".join(child if isinstance(child, str) else child.text for child in self.children)
 
     def all(self, tag: str = "", css: str = "", **attrs: str) -> list[Node]:
-        """Elements below with a tag, a class and attributes (``data_method``: ``data-method``)."""
+        """Return elements below by tag, class and attributes (``data_method``: ``data-method``)."""
         wanted = {name.rstrip("_").replace("_", "-"): value for name, value in attrs.items()}
         return [
             node
@@ -192,7 +192,7 @@ class Node:
         ]
 
     def one(self, tag: str = "", css: str = "", **attrs: str) -> Node:
-        """The only such element."""
+        """Return the only element of this kind."""
         (found,) = self.all(tag, css, **attrs)
         return found
 

@@ -194,14 +194,8 @@ def test_examples_stand_beside_full_precision(page: report_fakes.Node):
     assert [cell.text for cell in table.one("tfoot").all("td")] == ["", *["1 of 2"] * 4]
     detection = next(b for b in boards if b.attrs["data-model"] == "demo_mask_rcnn").one("table")
     drawings = detection.one("tbody").all("tr")[1].all("svg", css="drawing")
-    assert [len(found.all("polygon")) for found in drawings] == [
-        1,
-        1,
-        0,
-        0,
-        0,
-        0,
-    ]  # the truth, full precision, methods
+    # The truth, full precision, four methods.
+    assert [len(found.all("polygon")) for found in drawings] == [1, 1, 0, 0, 0, 0]
     assert drawings[0].attrs["aria-label"] == "truth: seven"
     assert drawings[1].attrs["aria-label"] == "found: seven 90%"
     assert drawings[2].attrs["aria-label"] == "found: nothing"
