@@ -112,31 +112,30 @@ def module_maps(groups: Sequence[Group]) -> list[Dict]:
     """Return how the layers of quantized cells are quantized, each distinct map of a subject once.
 
     A map writes the cell's own bits as W and A, so cells that differ in their bits only share it.
-    ``used_by`` names the methods, with bits if other bits of the method have another map.
+    ``used_by`` names the methods, with bits where a method has several maps.
     """
-    users: dict[tuple[Any, ...], dict[str, dict[str, None]]] = {}  # map: method: bits
-    every: dict[tuple[str, str], set[str]] = {}  # subject and method: bits
+    found = []
     for group in groups:
-        subject, bits = group.cell.subject, group.cell.bits
         for record in (item.record for item in group.items):
             if (modules := record.modules) is not None:
-                rows = tuple(_layer(entry, record) for entry in modules.quantized)
-                methods = users.setdefault((subject, rows, tuple(modules.full_precision)), {})
-                methods.setdefault(group.method, {})[bits] = None
-                every.setdefault((subject, group.method), set()).add(bits)
+                layers = tuple(_layer(entry, record) for entry in modules.quantized)
+                both = layers, tuple(modules.full_precision)
+                found.append((group.cell.subject, group.method, group.cell.bits, both))
+    table = pd.DataFrame(found, columns=["subject", "method", "bits", "map"]).drop_duplicates()
+    number = table.groupby(["subject", "method"])["map"].nunique()
     maps = []
-    for (subject, rows, rest), methods in users.items():
-        kinds = Counter(row[1] for row in rows).most_common()
+    for (subject, (layers, rest)), users in table.groupby(["subject", "map"], sort=False):
+        kinds = Counter(layer[1] for layer in layers).most_common()
         counts = ", ".join(f"{count} {kind}" for kind, count in kinds)
-        quantized = f"{len(rows)} layers quantized ({counts})" if rows else "no layer quantized"
+        quantized = f"{len(layers)} layers quantized ({counts})" if layers else "no layer quantized"
         maps.append({
             "subject": subject,
             "used_by": [
-                name if set(mine) == every[subject, name] else f"{name} ({', '.join(mine)})"
-                for name, mine in methods.items()
+                name if number[subject, name] == 1 else f"{name} ({', '.join(bits)})"
+                for name, bits in users.groupby("method", sort=False)["bits"]
             ],
             "summary": f"{quantized}, {len(rest)} modules in full precision",
-            "layers": pd.DataFrame(rows, columns=_LAYER).set_index("layer"),
+            "layers": pd.DataFrame(layers, columns=_LAYER).set_index("layer"),
             "full_precision": rest,
         })  # fmt: skip
     return maps
