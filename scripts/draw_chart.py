@@ -20,33 +20,31 @@ PANELS = (
 
 
 def draw(table: pd.DataFrame, path: Path) -> None:
-    """Draw one panel per task: the mean of each method at W3/A3, beside full precision.
+    """Draw one panel per task: mean score of each method at W3/A3, beside full precision.
 
     Args:
         table: the demo's reference, see :func:`benchmarks.compare.agreement.observations`.
         path: the PNG file to write.
     """
     figure, axes = pyplot.subplots(1, len(PANELS), figsize=(10, 3.4), width_ratios=(1.3, 1, 1))
+    white = {"va": "center", "ha": "right", "color": "white", "fontsize": 7}
     for axis, (task, metric, variant, title) in zip(axes, PANELS, strict=True):
         rows = table[(table["task"] == task) & (table["metric"] == metric)]
         full = rows[rows["method"] == "fp"].groupby("model")["value"].mean().mean()
-        low = rows[(rows["w_bit"] == 3) & (rows["variant"].str.startswith(variant))]
+        low = rows[(rows["w_bit"] == 3) & rows["variant"].str.startswith(variant)]
         means = low.groupby(["method", "model"])["value"].mean().groupby("method").mean()
         means = means[in_order(means.index)[::-1]]
         colors = ["#1f5fa8" if method == "fimaq" else "#7390ad" for method in means.index]
         axis.barh(means.index, means, color=colors)
         for place, value in enumerate(means):
-            axis.text(
-                value - 1, place, f"{value:.1f}", va="center", ha="right", color="white", fontsize=7
-            )
+            axis.text(value - 1, place, f"{value:.1f}", **white)
         axis.axvline(full, color="#444444", linewidth=1, linestyle="--")
         axis.set_xlim(0, 100)
         axis.set_title(title, fontsize=9)
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(
-        "3-bit weights and activations, by method (dashed: full precision; percent)", fontsize=10
-    )
+    title = "3-bit weights and activations, by method (dashed: full precision; percent)"
+    figure.suptitle(title, fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 

@@ -17,7 +17,7 @@ NOTEBOOK = Path(__file__).parents[1] / "docs/notebook.ipynb"
 
 
 def run_cells(notebook: dict[str, Any]) -> dict[str, Any]:
-    """Run all code cells in one namespace, which is returned; replace their outputs."""
+    """Run all code cells, replace their outputs, and return their common namespace."""
     namespace: dict[str, Any] = {}
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     for number, cell in enumerate(cells, start=1):
@@ -27,7 +27,7 @@ def run_cells(notebook: dict[str, Any]) -> dict[str, Any]:
 
 
 def _outputs(source: str, number: int, namespace: dict[str, Any]) -> list[dict[str, Any]]:
-    """Run one cell: what it prints, the value of its last expression, and its figures."""
+    """Run one cell; return its printed text, the value of its last expression, and its figures."""
     body = ast.parse(source).body
     last = body.pop() if isinstance(body[-1], ast.Expr) else None
     printed, value = io.StringIO(), None
@@ -36,21 +36,20 @@ def _outputs(source: str, number: int, namespace: dict[str, Any]) -> list[dict[s
         if isinstance(last, ast.Expr):
             value = eval(compile(ast.Expression(last.value), f"<cell {number}>", "eval"), namespace)
     outputs: list[dict[str, Any]] = []
-    if printed.getvalue():
-        outputs.append(
-            {"name": "stdout", "output_type": "stream", "text": _lines(printed.getvalue())}
-        )
+    if text := _lines(printed.getvalue()):
+        outputs.append({"name": "stdout", "output_type": "stream", "text": text})
+    shown: dict[str, Any] = {"metadata": {}, "output_type": "display_data"}
     if value is not None:
         data = {"text/plain": _lines(repr(value))}
         if hasattr(value, "_repr_html_"):
             data["text/html"] = _lines(value._repr_html_())
-        result = {"execution_count": number, "metadata": {}, "output_type": "execute_result"}
-        outputs.append({"data": data, **result})
+        result = {"data": data, "execution_count": number, **shown}
+        outputs.append(result | {"output_type": "execute_result"})
     for figure in map(pyplot.figure, pyplot.get_fignums()):
         png = io.BytesIO()
         figure.savefig(png, format="png", dpi=80, bbox_inches="tight")
         data = {"image/png": [base64.b64encode(png.getvalue()).decode()]}
-        outputs.append({"data": data, "metadata": {}, "output_type": "display_data"})
+        outputs.append({"data": data, **shown})
     pyplot.close("all")
     return outputs
 

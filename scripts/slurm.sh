@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Run a table or a profile on the machines of a SLURM job, with Ray:
+# Run a table or a grid on the machines of a SLURM job, by Ray:
 #
-#   sbatch --nodes=4 --gpus-per-node=8 --time=24:00:00 scripts/slurm.sh TABLE=fimaq \
-#       IMAGENET=/data/imagenet DEVICE=cuda
+#   sbatch --nodes=4 --gpus-per-node=8 --time=24:00:00 \
+#       scripts/slurm.sh TABLE=fimaq IMAGENET=/data/imagenet DEVICE=cuda
 #
-# Submit it in the checkout, after `make setup`. All machines must share the file system of
-# checkout, data and results, at the same path. Arguments are those of `make reproduce-table`.
-# Finished cells are kept: the same job, submitted again, goes on where it stopped.
-# FIMAQ_START_SECONDS (300) is the time that machines have to join.
+# Submit it in the checkout, after `make setup` there. Checkout, data and results must be on a file
+# system that all machines share, at the same path. The arguments are those of
+# `make reproduce-table`. Finished cells are kept: the same job, submitted again, continues.
+# FIMAQ_START_SECONDS (300): seconds that machines may take to join.
 #
 #SBATCH --job-name=fimaq
 #SBATCH --output=fimaq-%j.log
@@ -31,7 +31,8 @@ cd "${SLURM_SUBMIT_DIR:-.}"
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 ((${#nodes[@]} > 0)) || fail "scontrol names no machine in '$SLURM_JOB_NODELIST'."
 head=${nodes[0]}
-# The head's address for the other machines. Its own name may resolve to the loopback device.
+# An address of the head that other machines reach: on the head itself, its name may stand for the
+# loopback device.
 ip=$(getent ahostsv4 "$head" | awk 'NR == 1 {print $1}' || true)
 if [[ -z "$ip" || "$ip" == 127.* ]]; then
     ip=$(hostname -I | awk '{print $1}')
@@ -40,7 +41,7 @@ fi
 address="$ip:$((20000 + SLURM_JOB_ID % 10000))"  # several jobs may share a machine
 
 export RAY_USAGE_STATS_ENABLED=0 RAY_AUTH_MODE=token
-# Before it stops, Ray would wait 30 s for requests that it serves. Here it serves none.
+# When it stops, Ray would wait 30 s for requests that it serves. Here there are none.
 export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0
 RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
 export RAY_AUTH_TOKEN
@@ -63,11 +64,11 @@ stop() {
     fi
 }
 trap stop EXIT
-stopped="Stopped: finished cells are kept; submit the same job again to go on."
-trap 'echo "$stopped" >&2; exit 143' TERM INT
+kept="Stopped: finished cells are kept; submit the same job again to continue."
+trap 'echo "$kept" >&2; exit 143' TERM INT
 
-# Starts Ray on one machine, in a job step that ends with Ray. Arguments: the machine, then those of
-# `ray start`.
+# Start Ray on one machine, in a job step that lasts as long as Ray.
+# Arguments: the machine, then those of ray start.
 start() {
     local node=$1
     shift
@@ -79,8 +80,8 @@ start() {
     steps+=($!)
 }
 
-# Runs a command in the background, so that this script receives signals meanwhile, and in its own
-# process group, so that the command and its processes can be stopped together.
+# Run a command in the background, so that this script can handle signals meanwhile, and in its own
+# process group, so that the command and its children can be stopped together.
 follow() {
     setsid "$@" &
     driver=$!
@@ -92,6 +93,6 @@ follow .venv/bin/python -m benchmarks.run.ray "$address" 1 "${FIMAQ_START_SECOND
 for node in "${nodes[@]:1}"; do
     start "$node" --address="$address"
 done
-follow .venv/bin/python -m benchmarks.run.ray "$address" "${#nodes[@]}" \
-    "${FIMAQ_START_SECONDS:-300}"
+follow .venv/bin/python -m benchmarks.run.ray \
+    "$address" "${#nodes[@]}" "${FIMAQ_START_SECONDS:-300}"
 follow make reproduce-table ENGINE=ray RAY_ADDRESS="$address" "$@"

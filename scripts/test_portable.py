@@ -1,8 +1,6 @@
-"""Runs all tests as other processors would: other instruction sets, threads, a busy machine.
+"""Run all tests under the conditions of other processors: instruction sets, threads, load.
 
-    python scripts/test_portable.py --jobs 2 avx2-1 busy
-
-Every run has its own folder for compiled kernels, since these hold the instructions of one setting.
+python scripts/test_portable.py --jobs 2 avx2-1 busy
 """
 
 import os
@@ -14,17 +12,18 @@ from contextlib import contextmanager, nullcontext
 
 import click
 
-_DEFAULT = {"ATEN_CPU_CAPABILITY": "default"}
+_PLAIN = {"ATEN_CPU_CAPABILITY": "default"}
 _AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
-#: Environment of each run. oneDNN and MKL follow switches of their own.
+#: Environment variables of each run. oneDNN and MKL have variables of their own.
 RUNS = {
     f"{name}-{threads}": {**capability, "OMP_NUM_THREADS": str(threads)}
-    for name, capability in {"native": {}, "avx2": _AVX2, "default": _DEFAULT}.items()
+    for name, capability in {"native": {}, "avx2": _AVX2, "default": _PLAIN}.items()
     for threads in (1, 2)
 }
 RUNS |= {"sse4": {"ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"}, "busy": {}}
-#: The variables that the runs set; what the caller has set does not count.
+#: Variables that the runs set; the caller's values do not count.
 VARIABLES = {variable for run in RUNS.values() for variable in run}
+_PYTEST = (sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", "--dist", "worksteal", "-n")
 
 
 @contextmanager
@@ -41,11 +40,12 @@ def busy_loops(count: int = 2) -> Iterator[None]:
 
 @click.command()
 @click.argument("names", nargs=-1, type=click.Choice(list(RUNS)))
-@click.option("--jobs", default=2, show_default=True, help="Threads of a run.")
+@click.option("--jobs", default=2, show_default=True, help="Processes x threads per run.")
 def main(names: tuple[str, ...], jobs: int) -> None:
     """Run the tests once per setting (all, or those of NAMES) and print one line of counts each."""
     failed = False
     for name in names or RUNS:
+        # Compiled kernels hold the instructions of one setting, so each run has its own folder.
         with (
             tempfile.TemporaryDirectory(prefix="fimaq-kernels-") as kernels,
             busy_loops() if name == "busy" else nullcontext(),
@@ -54,10 +54,9 @@ def main(names: tuple[str, ...], jobs: int) -> None:
             environment |= {"OMP_NUM_THREADS": "1", **RUNS[name]}
             environment["TORCHINDUCTOR_CACHE_DIR"] = kernels
             processes = max(jobs // int(environment["OMP_NUM_THREADS"]), 1)
-            run = subprocess.run(
-                [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", "-n", str(processes), "--dist", "worksteal"],
-                env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            )  # fmt: skip
+            command = [*_PYTEST, str(processes)]
+            streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+            run = subprocess.run(command, env=environment, **streams)
         failed |= run.returncode != 0
         if run.returncode:
             click.echo(run.stdout)

@@ -1,1 +1,1 @@
-"""The report: one HTML file of what a profile measured, which opens from disk without a network."""
+"""Report of a profile's results: one HTML file that opens from disk without a network."""

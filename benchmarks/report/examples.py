@@ -2,7 +2,6 @@
 
 import base64
 import io
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,7 +9,7 @@ from benchmarks.grid.cell import Cell
 from benchmarks.report.charts import COLOURS, px
 from benchmarks.report.gather import Gathered
 from benchmarks.report.groups import Group, find
-from benchmarks.results.scores import FULL, Column, Measured, columns_of
+from benchmarks.results.scores import FULL, Measured, columns_of
 from fimaq_core.errors import CheckpointError, FimaqError
 from tasks.common import registry
 from tasks.common.cell.prediction_samples import (
@@ -25,45 +24,42 @@ from tasks.common.cell.prediction_samples import (
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-#: Pixels of the longest side of pictures: with objects, of others, and of those kept as they are.
+#: Pixels of the longest side of pictures with objects and of others; smaller ones stay as they are.
 _LARGE, _SMALL, _TINY = 480, 176, 96
 #: Pixels of a drawing's longer side and of its letters; a letter's width as a share of its size.
 SIDE, _LETTERS, _LETTER = 190, 10, 0.62
-#: How far an outline may be off, as a share of a picture's longer side and in its pixels.
+#: Tolerance of an outline, as a share of the picture's longer side and in its pixels.
 _OFF, _OFF_PIXELS = 1 / 500, 0.75
 
 #: Fetches the original pictures of a cell's samples.
 Fetch = Callable[[Cell, Sequence[str]], Mapping[str, "Image"]]
 Dict = dict[str, Any]
-#: Pictures on the page by data set's fingerprint and sample.
+#: Pictures on the page by fingerprint of the data set and sample.
 Pictures = dict[tuple[str, str], Dict]
 Sample = ClassSample | CaptionSample | ObjectSample
 _Box = tuple[float, float, float, float]
 
 
-class Told(NamedTuple):
-    """The examples of a cell, by sample."""
+class Examples(NamedTuple):
+    """Prediction samples of a cell by name of the sample."""
 
     item: Measured
     samples: dict[str, Sample]
 
 
-def read_all(groups: Sequence[Group], gathered: Gathered) -> dict[str, Told]:
+def read_all(groups: Sequence[Group], gathered: Gathered) -> dict[str, Examples]:
     """Return the examples of each group's first seed that has some, by the group's id."""
-    found: dict[str, Told] = {}
+    found: dict[str, Examples] = {}
     for group in groups:
         for item in group.items:
             name, folder = item.record.examples, item.folder
             if group.id in found or folder is None or name is None:
                 continue
             try:
-                if os.path.islink(folder / name):
-                    raise CheckpointError(
-                        "It leads out of the record's own folder, so it is not read."
-                    )
-                samples = read_examples(folder, name).samples
-                if samples:
-                    found[group.id] = Told(item, {sample.sample: sample for sample in samples})
+                if (folder / name).is_symlink():
+                    raise CheckpointError("It is a link, so it is not read.")
+                if samples := read_examples(folder, name).samples:
+                    found[group.id] = Examples(item, {one.sample: one for one in samples})
             except FimaqError as error:
                 gathered.add_problem(f"{gathered.relative(folder)}/{name}", error)
     return found
@@ -74,38 +70,23 @@ def fetch(cell: Cell, ids: Sequence[str]) -> Mapping[str, "Image"]:
     return registry.originals(cell.task, cell.request.model, cell.request.data, list(ids))
 
 
-def make_pictures(told: Mapping[str, Told], get: Fetch, gathered: Gathered) -> Pictures:
-    """Return the pictures of all samples, once each. Missing data are a problem to list."""
-    wanted: dict[str, tuple[Told, dict[str, None]]] = {}
-    for one in told.values():
-        _, ids = wanted.setdefault(one.item.record.dataset.fingerprint, (one, {}))
-        ids.update(dict.fromkeys(one.samples))
+def make_pictures(examples: Mapping[str, Examples], get: Fetch, gathered: Gathered) -> Pictures:
+    """Return the pictures of all samples, each once; missing data become a problem of the page."""
+    wanted: dict[str, tuple[Examples, dict[str, Sample]]] = {}
+    for one in examples.values():
+        fingerprint = one.item.record.dataset.fingerprint
+        wanted.setdefault(fingerprint, (one, {}))[1].update(one.samples)
     pictures: Pictures = {}
-    for fingerprint, (one, ids) in wanted.items():
-        objects = any(isinstance(sample, ObjectSample) for sample in one.samples.values())
-        for sample, image in _images(one.item, list(ids), get, gathered).items():
-            content = picture(image, _LARGE if objects else _SMALL)
-            pictures[fingerprint, sample] = content | {"id": f"i{len(pictures)}"}
-    return pictures
-
-
-def _images(
-    item: Measured, ids: Sequence[str], get: Fetch, gathered: Gathered
-) -> Mapping[str, "Image"]:
-    """Return the pictures that can be had, even if some samples are unknown."""
-    found: dict[str, Image] = {}
-    errors = {}
-    for some in [ids, *([sample] for sample in ids)]:
+    for fingerprint, (one, samples) in wanted.items():
         try:
-            found |= get(item.cell, some)
+            images = get(one.item.cell, list(samples))
         except FimaqError as error:
-            errors[str(error)] = error
-        if len(found) == len(ids):
-            return found
-    # Where none is there, the messages differ in samples only: one says it all.
-    for message in sorted(errors)[: None if found else 1]:
-        gathered.add_problem(f"pictures of {item.record.dataset.name}", errors[message])
-    return found
+            gathered.add_problem(f"pictures of {one.item.record.dataset.name}", error)
+            continue
+        for name, image in images.items():
+            side = _LARGE if isinstance(samples[name], ObjectSample) else _SMALL
+            pictures[fingerprint, name] = picture(image, side) | {"id": f"i{len(pictures)}"}
+    return pictures
 
 
 def picture(image: "Image", side: int) -> Dict:
@@ -124,33 +105,32 @@ def picture(image: "Image", side: int) -> Dict:
 
 
 def make_boards(
-    groups: Sequence[Group], told: Mapping[str, Told], pictures: Pictures
+    groups: Sequence[Group], examples: Mapping[str, Examples], pictures: Pictures
 ) -> list[Dict]:
     """Return a board per subject and bits: full precision first, then the methods."""
-    here = [told[group.id].samples.values() for group in groups if group.id in told]
-    objects = [one for samples in here for one in samples if isinstance(one, ObjectSample)]
-    names = sorted({found.name for one in objects for found in [*one.truth, *one.found]})
+    every = [examples[group.id].samples.values() for group in groups if group.id in examples]
+    objects = [one for samples in every for one in samples if isinstance(one, ObjectSample)]
+    names = sorted({found.name for one in objects for found in (*one.truth, *one.found)})
     colours = {name: index % COLOURS for index, name in enumerate(names)}
     boards = []
     for column in columns_of([group.cell for group in groups]):
         columns = {
-            name: told[group.id]
+            name: examples[group.id]
             for name, group in find(groups, column).items()
-            if group.id in told and (name == "fp" or group.cell.bits != FULL)
+            if group.id in examples and (name == "fp" or group.cell.bits != FULL)
         }
         if any(name != "fp" for name in columns):
-            boards.append(_board(column, columns, pictures, colours))
+            boards.append({"column": column} | _board(columns, pictures, colours))
     return boards
 
 
-def _board(
-    column: Column, told: Mapping[str, Told], pictures: Pictures, colours: Mapping[str, int]
-) -> Dict:
-    rows, columns, methods = [], list(told.values()), list(told)
-    fingerprint = columns[0].item.record.dataset.fingerprint
-    same = [0] * len(columns)
-    for name in dict.fromkeys(name for one in columns for name in one.samples):
-        found = [one.samples.get(name) for one in columns]
+def _board(columns: Mapping[str, Examples], pictures: Pictures, colours: Mapping[str, int]) -> Dict:
+    """Return a row per sample with the answer of each method, and the agreement of answers."""
+    rows, methods, every = [], list(columns), list(columns.values())
+    fingerprint = every[0].item.record.dataset.fingerprint
+    same = [0] * len(every)
+    for name in dict.fromkeys(name for one in every for name in one.samples):
+        found = [one.samples.get(name) for one in every]
         first = next(sample for sample in found if sample is not None)
         cells = [_cell(one, colours) if isinstance(one, type(first)) else None for one in found]
         answers = [cell.get("text") if cell else None for cell in cells]
@@ -165,11 +145,11 @@ def _board(
     agree = methods[0] == "fp" and not isinstance(first, ObjectSample)
     counts = ["", *(f"{count} of {len(rows)}" for count in same[1:])] if agree else []
     kind = type(first).__name__.removesuffix("Sample").lower()
-    return {"column": column, "kind": kind, "methods": methods, "rows": rows, "agreement": counts}
+    return {"kind": kind, "methods": methods, "rows": rows, "agreement": counts}
 
 
 def _cell(sample: Sample, colours: Mapping[str, int]) -> Dict | None:
-    """Return what a model said of a sample: a drawing, or an answer with the runners-up."""
+    """Return a model's drawing, or its first answer with the runners-up."""
     if isinstance(sample, ObjectSample):
         return drawing(sample, sample.found, colours, "found")
     if not sample.top:
@@ -189,7 +169,10 @@ def _cell(sample: Sample, colours: Mapping[str, int]) -> Dict | None:
 def drawing(
     sample: ObjectSample, objects: Sequence[TrueObject], colours: Mapping[str, int], word: str
 ) -> Dict:
-    """Return ``objects`` over the picture of ``sample``, the surest on top; ``word`` says what."""
+    """Return ``objects`` over the picture of ``sample``, the surest on top.
+
+    ``word`` begins the description.
+    """
     longest = max(sample.size)
     letters = longest * _LETTERS / SIDE
     taken: list[_Box] = []
@@ -209,7 +192,7 @@ def drawing(
 def _place(
     label: str, box: _Box, letters: float, size: Sequence[int], taken: list[_Box]
 ) -> tuple[float, float] | None:
-    """Return where a label fits: above its box, below, or just inside; add it to ``taken``."""
+    """Return the place of a label: above its box, below, or just inside; add it to ``taken``."""
     width = letters * _LETTER * len(label)
     left = min(max(box[0], 0.0), max(0.0, size[0] - width))
     right = left + width
@@ -223,9 +206,9 @@ def _place(
 
 
 def outline(polygon: Sequence[float], side: int) -> str:
-    """Return an outline as SVG points without those that do not show.
+    """Return an outline as SVG points, without the points that do not show.
 
-    The stairs along the pixels of a picture, whose longer side is ``side``, are no part of it.
+    The steps along single pixels of a mask disappear; ``side`` is the picture's longer side.
     """
     import cv2
     import numpy as np

@@ -1,8 +1,10 @@
-"""Where every number is from: what the records of a group say, once where seeds agree."""
+"""Provenance of every number: facts of a group's records, stated once where seeds agree."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import pandas as pd
 
 from benchmarks.compare.published import changed_settings
 from benchmarks.console import duration, size_text
@@ -13,9 +15,13 @@ from fimaq_core.errors import FimaqError
 from fimaq_core.recipe import OFF
 from tasks.common.record import LayerEntry, ResultRecord, recipe_of
 
+Dict = dict[str, Any]
+#: Columns of the table of a module map.
+_LAYER = ["layer", "kind", "weights", "input", "second input"]
 
-def origin(group: Group, metric: str, gathered: Gathered) -> dict[str, Any]:
-    """Return the provenance of ``group``, whose tables show ``metric``."""
+
+def origin(group: Group, metric: str, gathered: Gathered) -> Dict:
+    """Return the provenance of ``group``; ``metric`` is the metric of the main table."""
     cell, records = group.cell, [item.record for item in group.items]
     facts = [_facts(item, gathered) for item in group.items]
     notes = [(record.seed, note) for record in records for note in record.notes]
@@ -29,16 +35,17 @@ def origin(group: Group, metric: str, gathered: Gathered) -> dict[str, Any]:
             (name, score.text, [_value(record, name) for record in records])
             for name, score in group.scores.items()
         ],
-        "facts": {  # one value where all seeds have the same
+        "facts": {
             heading: {name: _same([str(found[heading][name]) for found in facts]) for name in part}
             for heading, part in facts[0].items()
         },
-        "recipe": "\n\n".join(unique(_recipe(r) for r in records if r.recipe is not None)),
+        "recipe": "\n\n".join(unique(_recipe(r.recipe) for r in records if r.recipe is not None)),
         "notes": unique(f"seed {seed}: {note}" if several else note for seed, note in notes),
     }
 
 
 def _same(values: list[str]) -> list[str]:
+    """Return one value if all seeds have the same."""
     return values[:1] if len(set(values)) == 1 else values
 
 
@@ -47,7 +54,7 @@ def _value(record: ResultRecord, metric: str) -> str:
     return "–" if found is None else f"{found.value:.4f} ± {found.stderr:.4f}"
 
 
-def _facts(item: Measured, gathered: Gathered) -> dict[str, dict[str, object]]:
+def _facts(item: Measured, gathered: Gathered) -> dict[str, Dict]:
     """Return facts of a record by heading and name."""
     r, machine, inputs = item.record, item.record.environment, item.record.calibration
     stages = ", ".join(f"{stage} {value:.1f} s" for stage, value in r.seconds.items())
@@ -85,7 +92,7 @@ def _facts(item: Measured, gathered: Gathered) -> dict[str, dict[str, object]]:
 
 
 def _changes(record: ResultRecord) -> str:
-    """Return what is not the method's released setting and bears on the result."""
+    """Return the settings that differ from the method's released ones and affect the result."""
     try:
         recipe = recipe_of(record)
         changes = {} if recipe is None else changed_settings(recipe, record.task)
@@ -94,44 +101,41 @@ def _changes(record: ResultRecord) -> str:
     return ", ".join(f"{name} {value}" for name, value in changes.items()) or "none"
 
 
-def _recipe(record: ResultRecord) -> str:
+def _recipe(settings: Mapping[str, Any]) -> str:
     """Return all settings but the seed, one per line."""
-    settings = {name: value for name, value in (record.recipe or {}).items() if name != "seed"}
     words = {"None": "–", "True": "yes", "False": "no"}
-    return "\n".join(f"{name}: {words.get(str(value), value)}" for name, value in settings.items())
+    lines = (f"{k}: {words.get(str(v), v)}" for k, v in settings.items() if k != "seed")
+    return "\n".join(lines)
 
 
-def module_maps(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """Return which layers of quantized cells are quantized how, each map of a subject once.
+def module_maps(groups: Sequence[Group]) -> list[Dict]:
+    """Return how the layers of quantized cells are quantized, each distinct map of a subject once.
 
-    Cells whose maps differ only in the cells' own bits share one, with these bits written W and A.
+    A map writes the cell's own bits as W and A, so cells that differ in their bits only share it.
+    ``used_by`` names the methods, with bits where a method has several maps.
     """
-    found: dict[tuple[Any, ...], list[Group]] = {}
-    every: dict[tuple[str, str], set[str]] = {}
+    found = []
     for group in groups:
-        subject = group.cell.subject
         for record in (item.record for item in group.items):
             if (modules := record.modules) is not None:
-                rows = tuple(_layer(entry, record) for entry in modules.quantized)
-                key = subject, rows, tuple(modules.full_precision)
-                found.setdefault(key, []).append(group)
-                every.setdefault((subject, group.method), set()).add(group.cell.bits)
+                layers = tuple(_layer(entry, record) for entry in modules.quantized)
+                both = layers, tuple(modules.full_precision)
+                found.append((group.cell.subject, group.method, group.cell.bits, both))
+    table = pd.DataFrame(found, columns=["subject", "method", "bits", "map"]).drop_duplicates()
+    number = table.groupby(["subject", "method"])["map"].nunique()
     maps = []
-    for (subject, rows, rest), users in found.items():
-        bits: dict[str, dict[str, None]] = {}
-        for group in users:
-            bits.setdefault(group.method, {})[group.cell.bits] = None
-        kinds = Counter(row[1] for row in rows).most_common()
+    for (subject, (layers, rest)), users in table.groupby(["subject", "map"], sort=False):
+        kinds = Counter(layer[1] for layer in layers).most_common()
         counts = ", ".join(f"{count} {kind}" for kind, count in kinds)
-        quantized = f"{len(rows)} layers quantized ({counts})" if rows else "no layer quantized"
+        quantized = f"{len(layers)} layers quantized ({counts})" if layers else "no layer quantized"
         maps.append({
             "subject": subject,
-            "used_by": [  # with bits where others of the same method have another map
-                name if set(mine) == every[subject, name] else f"{name} ({', '.join(mine)})"
-                for name, mine in bits.items()
+            "used_by": [
+                name if number[subject, name] == 1 else f"{name} ({', '.join(bits)})"
+                for name, bits in users.groupby("method", sort=False)["bits"]
             ],
             "summary": f"{quantized}, {len(rest)} modules in full precision",
-            "rows": rows,
+            "layers": pd.DataFrame(layers, columns=_LAYER).set_index("layer"),
             "full_precision": rest,
         })  # fmt: skip
     return maps

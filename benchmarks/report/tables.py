@@ -1,95 +1,71 @@
-"""Tables of methods × (subject, bits): scores, and what share of full precision's is left."""
+"""Tables: scores of methods × (subject, bits), and published beside measured numbers."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any
 
+import pandas as pd
+
+from benchmarks.compare import published as diff
 from benchmarks.grid.cell import Cell
+from benchmarks.published.table import head_pair
 from benchmarks.report.groups import Group, find, row_name, rows_of
 from benchmarks.results.outcomes import compare
-from benchmarks.results.scores import FULL, columns_of, is_percent, metric_title
+from benchmarks.results.scores import FULL, Measured, columns_of, is_percent, metric_title
+from benchmarks.tables.published import Layout, bits_text
 from benchmarks.tables.settings import optimised, special_quantizers
 
-#: Standard errors of a paired difference within which a method cannot be told from the best.
+#: Standard errors of a paired difference below which a method counts as equal to the best.
 _ERRORS = 2.0
+#: Style of a verdict; other verdicts have the style ``none``.
+_STYLES = {
+    diff.REPRODUCED: "good",
+    diff.ABOVE: "above",
+    diff.BELOW: "below",
+    diff.UNCERTAIN: "unsure",
+}
+_DIFF_HEAD = (
+    "model", "method", "bits", "metric", "measured", "published", "difference", "verdict",
+    "source", "reason",
+)  # fmt: skip
+Dict = dict[str, Any]
 
 
-class Value(NamedTuple):
-    """A number in a table."""
-
-    text: str
-    number: float  # what it sorts by
-    best: bool
-    near: bool = False  # cannot be told from the best
-    link: str = ""  # id of its provenance
-    title: str = ""  # more of it in words
-    share: float | None = None  # length of the bar beneath it, up to 100
-
-
-def wide_table(
-    groups: Sequence[Group], cells: Sequence[Cell], metric: str, main: bool = False
-) -> dict[str, Any]:
+def score_table(
+    groups: Sequence[Group], cells: Sequence[Cell], metric: str, *, main: bool = False
+) -> Dict:
     """Return mean ± sd of ``metric`` over seeds for all cells, measured or not.
 
-    In the ``main`` table numbers lead to their provenance, and those that cannot be told from the
-    best are marked.
+    In the ``main`` table numbers link to their provenance, and numbers that differ from the best by
+    less than two standard errors are marked as ``near``.
     """
-
-    def column(found: Mapping[str, Group]) -> dict[str, Value]:
-        scores = {name: g.scores[metric] for name, g in found.items() if metric in g.scores}
+    columns, filled = columns_of(cells), []
+    for column in columns:
+        found = {name: g for name, g in find(groups, column).items() if metric in g.scores}
+        scores = {name: group.scores[metric] for name, group in found.items()}
+        # Full precision does not compete.
         judged = {name: s.value for name, s in scores.items() if found[name].cell.bits != FULL}
-        best = best_of(judged, metric)
-        values = {}
-        for name, score in scores.items():
-            near = main and _near(name, best, found)
-            link = found[name].id if main else ""
-            values[name] = Value(
-                score.text, score.value, name in best, near, link, score.error_text
-            )
-        return values
-
-    columns = [column(find(groups, place)) for place in columns_of(cells)]
-    return _table(metric_title(metric), cells, columns, rows_of(cells))
-
-
-def recovery_table(
-    groups: Sequence[Group], cells: Sequence[Cell], metric: str
-) -> dict[str, Any] | None:
-    """Return the percentage of full precision's score that is left; None for ranks."""
-
-    def column(found: Mapping[str, Group]) -> dict[str, Value]:
-        every = {name: recovery(group, found.get("fp"), metric) for name, group in found.items()}
-        shares = {name: share for name, share in every.items() if share is not None}
-        judged = {name: shares[name] for name in shares if found[name].cell.bits != FULL}
-        best = best_of(judged, metric)
-        return {
-            name: Value(f"{share:.2f}", share, name in best, share=min(100.0, max(0.0, share)))
-            for name, share in shares.items()
-        }
-
-    columns = [column(find(groups, place)) for place in columns_of(cells)]
-    rows = [name for name in rows_of(cells) if name != "fp"] if is_percent(metric) else []
-    caption = f"Percent of full precision's {metric}"
-    return _table(caption, cells, columns, rows) if rows else None
-
-
-def _table(
-    caption: str, cells: Sequence[Cell], filled: Sequence[Mapping[str, Value]], rows: Sequence[str]
-) -> dict[str, Any]:
-    """Return what the template shows; ``filled`` has the values of each column by row."""
+        best, values = best_of(judged, metric), {}
+        for name, s in scores.items():
+            values[name] = {"text": s.text, "number": s.value, "best": name in best}
+            if main:
+                rival = bool(best) and name in judged and name not in best
+                values[name] |= {"link": found[name].id, "title": s.error_text}
+                values[name]["near"] = rival and _near(found, name, best[0])
+        filled.append(values)
     recipes = {row_name(cell): cell.request.recipe for cell in cells}
-    columns = columns_of(cells)
     return {
-        "caption": caption,
+        "caption": metric_title(metric),
         "columns": columns,
         "heads": [(name, len(list(same))) for name, same in groupby(c.subject for c in columns)],
-        "rows": [(name, [values.get(name) for values in filled]) for name in rows],
+        "rows": [(name, [values.get(name) for values in filled]) for name in rows_of(cells)],
         "marks": {name: (special_quantizers(r), optimised(r)) for name, r in recipes.items()},
     }
 
 
 def best_of(values: Mapping[str, float], metric: str) -> list[str]:
-    """Return the best and all that two decimals do not tell from it; none of fewer than two."""
+    """Return the best and all names that look the same at two decimals; none of fewer than two."""
     if len(values) < 2:
         return []
     best = (max if is_percent(metric) else min)(values, key=lambda name: values[name])
@@ -97,28 +73,68 @@ def best_of(values: Mapping[str, float], metric: str) -> list[str]:
     return [best, *(name for name in same if name != best)]
 
 
-def _near(name: str, best: Sequence[str], found: Mapping[str, Group]) -> bool:
-    """Return whether a difference to the best is within two standard errors over the samples.
+def _near(found: Mapping[str, Group], name: str, best: str) -> bool:
+    """Return True if the paired difference to the best is within two standard errors."""
+    pair = compare(found[best].items, found[name].items)
+    return pair is not None and abs(pair.difference) <= _ERRORS * pair.se
 
-    No where it is not known.
+
+def diff_table(measured: Sequence[Measured]) -> Dict:
+    """Compare records with published numbers, as ``python -m benchmarks diff`` does.
+
+    ``hidden`` counts the measured values without a published number by reason.
     """
-    if not best or name in best or found[name].cell.bits == FULL:
-        return False
-    difference = compare(found[best[0]].items, found[name].items)
-    return difference is not None and abs(difference.difference) <= _ERRORS * difference.se
+    found = diff.diff([item.record for item in measured])
+    known = found["published"].notna()
+    counts = Counter(found["verdict"][known])
+    judged = counts.total() - counts[diff.NOT_COMPARABLE]
+    parts = ", ".join(f"{number} {verdict}" for verdict, number in counts.items())
+    nothing = (
+        "No measured number has the same data, weights, settings and bits as a published number, "
+        "so there is no verdict."
+    )
+    rows = found[known].to_dict("records")
+    return {
+        "summary": f"{judged} comparisons: {parts}." if judged else nothing,
+        "head": _DIFF_HEAD,
+        "rows": [(_diff_texts(row), _style(row["verdict"])) for row in rows],
+        "hidden": Counter(found["reason"][~known]).most_common(),
+    }
 
 
-def recovery(group: Group, full: Group | None, metric: str) -> float | None:
-    """Return percent of full precision's score, from unrounded scores, mean over seeds.
+def _style(verdict: str) -> str:
+    return _STYLES.get(verdict, "none") if verdict else ""
 
-    None for full precision itself, or without its score.
+
+def _diff_texts(row: dict[Any, Any]) -> list[str]:
+    evidence = f"{row['variant']}, {row['evidence']}" if row["variant"] else row["evidence"]
+    texts = {
+        "measured": "–" if pd.isna(row["measured"]) else f"{row['measured']:.2f} ± {row['se']:.2f}",
+        "published": f"{row['published']:.2f}",
+        "difference": "–" if pd.isna(row["difference"]) else f"{row['difference']:+.2f}",
+        "source": f"{row['source']} ({evidence})",
+    }
+    return [str(texts.get(name, row[name])) for name in _DIFF_HEAD]
+
+
+def paper_table(layout: Layout) -> Dict:
+    """Return a published table in the paper's own layout, with measured numbers and verdicts.
+
+    A row is ``measured``, or ``context``, or ``beside`` (below a measured row).
     """
-    if group.cell.method == "fp":
-        return None
-    shares = []
-    beside = None if full is None else full.items[0].record.metrics.get(metric)
-    for record in (item.record for item in group.items):
-        base = record.fp_metrics.get(metric, beside)
-        if metric in record.metrics and base is not None and base.value > 0:
-            shares.append(100 * record.metrics[metric].value / base.value)
-    return sum(shares) / len(shares) if shares else None
+    heads = [head_pair(layout.table.columns[column].head) for column in layout.columns]
+    groups = [(name, len(list(members))) for name, members in groupby(above for above, _ in heads)]
+    rows = []
+    for row in layout.shown:
+        own = row.label == row.head
+        kind = "beside" if not own else "measured" if row.line.measured else "context"
+        cells = zip(row.texts, map(_style, row.verdicts), strict=True)
+        bits = bits_text(row.line.bits) if own else ""
+        rows.append((kind, bits, row.label, list(cells)))
+    return {
+        "about": layout.table,
+        "groups": groups if any(name for name, _ in groups) else [],
+        "columns": [below for _, below in heads],
+        "rows": rows,
+        "lines": [layout.conclusion()[0], layout.legend, *layout.notes],
+    }

@@ -114,7 +114,7 @@ def run_grid(
     else:
         layout = write_published(table, grid, options, adapter, cells)
     if report:
-        from benchmarks.report.build import write_report
+        from benchmarks.report.page import write_report
 
         path = options.results / "report.html"
         write_report(grid, options, adapter, path, table=table)

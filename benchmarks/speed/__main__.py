@@ -1,6 +1,84 @@
-"""``python -m benchmarks.speed``; the process that measures memory imports this file too."""
+"""``python -m benchmarks.speed``. Exit codes: 0 done, 2 cannot run, 130 interrupted."""
 
-if __name__ == "__main__":
-    from benchmarks.speed.command import main
+import time
+from pathlib import Path
 
+import click
+
+from benchmarks.console import user_errors
+from benchmarks.speed.results import read_records, tables, write_record
+from fimaq_core.errors import FimaqError
+
+#: Default models, and default seconds of a run, by the type of the device.
+MODELS = {"cpu": "demo_vit,vit_small", "cuda": "vit_small,vit_base,deit_tiny,swin_small,swin_base"}
+BUDGET = {"cpu": 280.0, "cuda": 450.0}
+_HELP = {"help_option_names": ["-h", "--help"], "show_default": True}
+_PATH = click.Path(path_type=Path)
+
+
+@click.command(context_settings=_HELP)
+@click.option("--device", default="auto", help="cpu, cuda, cuda:N, or auto: a GPU if there is one.")
+@click.option("--models", default="", help="Short names; real sizes get random weights and images.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.")
+@click.option("--budget", type=click.FloatRange(min=1), help="Seconds; the rest is left out.")
+@click.option("--quick", is_flag=True, help="Smallest sizes: only shows that it runs.")
+@click.option("--output", type=_PATH, default="results/speed.json", help="File to add records to.")
+@click.option("--table", type=_PATH, help="Only print this file's tables as Markdown.")
+def main(
+    device: str,
+    models: str,
+    threads: int | None,
+    budget: float | None,
+    quick: bool,
+    output: Path,
+    table: Path | None,
+) -> None:
+    """Measure how fast quantization runs here, beside the limits of the machine.
+
+    Ends within 5 minutes on two CPU cores and within 8 minutes on a GPU. Nothing else should run
+    meanwhile.
+    """
+    with user_errors(click.get_current_context(), "Finished models are in the output file."):
+        if table is not None:
+            records = read_records(table)
+            if not records:
+                raise FimaqError(f"No records in {table}: measure some with --output {table}.")
+            click.echo(tables(records))
+            return
+        import torch
+
+        from benchmarks.speed.measure import Sizes, default_sizes, measure
+        from benchmarks.speed.steps import measure_rates
+        from tasks.common.cell.environment import resolve_device
+
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        where = resolve_device(device)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        if where.index is not None:
+            torch.cuda.set_device(where)  # timers wait for the current device
+        names = [name.strip() for name in (models or MODELS[where.type]).split(",")]
+        read_records(output)  # an unusable file is an error now, not after minutes of work
+        start = time.monotonic()
+        end = start + (budget or BUDGET[where.type])
+
+        def say(text: str) -> None:
+            click.echo(f"[{time.monotonic() - start:4.0f} s] {text}")
+
+        rates = measure_rates(where)
+        say(f"products: {rates.flops / 1e9:.0f} GFLOP/s, copies: {rates.bytes / 1e9:.1f} GB/s")
+        done = []
+        for index, name in enumerate(names):
+            sizes = default_sizes(name, where)
+            if quick:
+                sizes = Sizes(("fused",), steps=2, images=32, range_images=2, memory_images=0)
+            now = time.monotonic()
+            deadline = now + max(end - now, 0.0) / (len(names) - index)
+            done.append(measure(name, sizes, rates, where, deadline, say))
+            write_record(output, done[-1])
+        click.echo(f"\n{tables(done, 'simple')}\n\nRecords: {output}")
+
+
+if __name__ == "__main__":  # false in the process that measures memory, which imports this file
     main(prog_name="python -m benchmarks.speed")

@@ -11,60 +11,40 @@ from tabulate import tabulate  # type: ignore[import-untyped, unused-ignore]
 from fimaq_core.errors import CheckpointError
 from fimaq_core.files import replaced_whole
 
-README = Path(__file__).with_name("README.md")
-BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
+#: Columns of the table of steps, in this order.
+_ENGINES = ("eager", "fused", "compiled", "graph")
 
 
 class SpeedRecord(BaseModel):
     """Measured speed of a model on a device, and the full protocol extrapolated from it."""
 
-    device: str  #: with the threads of a CPU
+    device: str  #: name, with the number of threads of a CPU
     model: str  #: short name
-    step_ms: dict[str, float]  #: of the most frequent block, by engine
+    step_ms: dict[str, float]  #: milliseconds of the most frequent block's step by engine
     floor_ms: float  #: limit of such a step, the larger of ``floors_ms``
     stages_s: dict[str, float]  #: seconds of this run, at its sizes
     peak_bytes: int | None  #: memory of reconstructing a block
     full_protocol_min: float
-    published_min: float | None  #: on another device
+    published_min: float | None  #: minutes on another device
     versions: dict[str, str]
     date: str
-    extrapolated: bool  #: whether the full protocol was calculated from parts
-    full_protocol_s: dict[str, float]  #: by stage
+    extrapolated: bool  #: True: the full protocol is calculated from its parts
+    full_protocol_s: dict[str, float]  #: seconds by stage
     full_protocol_engine: str
-    fisher_share: float  #: of the full protocol
     measured: dict[str, Any]  #: sizes of the run
     rates: dict[str, float]  #: operations and bytes per second of this machine
     floors_ms: dict[str, float]  #: by arithmetic and by bytes
-    calls_a_step: dict[str, int]  #: CUDA kernels, or operator calls, by engine
-    calls_are: str  #: ``kernels`` or ``operator calls``
-    calibration_s: dict[str, float]  #: by number of images
-    fisher_check: float | None  #: seconds of whole Fisher passes over the sum of their parts
+    calibration_s: dict[str, float]  #: seconds by number of images
     step_ms_by_make: list[dict[str, Any]]
-    memory: dict[str, float] | None  #: peak, formula and its parts
-    notes: list[str]  #: what was left out
-    revision: str  #: of this project
-
-    def ratios(self) -> dict[str, str]:
-        """Return the measured ratios by name."""
-        found: dict[str, str] = {}
-        others = {name: ms for name, ms in self.step_ms.items() if name != "eager"}
-        if "eager" in self.step_ms and others:
-            best = min(others, key=lambda name: others[name])
-            found[f"step: eager / {best}"] = _number(self.step_ms["eager"] / others[best])
-        (few, few_s), (many, many_s) = self.calibration_s.items()
-        found[f"calibration: {many} / {few} images"] = _number(many_s / few_s)
-        found["Fisher pass: measured / sum of its parts"] = _number(self.fisher_check)
-        if self.memory is not None:
-            images = f"{self.memory['images']:.0f} images"
-            found[f"peak memory / formula, {images}"] = _number(self.memory["ratio"])
-        return found
+    notes: list[str]  #: reasons why measurements were left out
+    revision: str  #: git revision of this project
 
 
 _LIST = TypeAdapter(list[SpeedRecord])
 
 
 def read_records(path: Path) -> list[SpeedRecord]:
-    """Return all records of a file; none where there is no file.
+    """Return all records of a file; an empty list if there is no file.
 
     Raises:
         CheckpointError: the file holds something else.
@@ -79,7 +59,7 @@ def read_records(path: Path) -> list[SpeedRecord]:
 
 
 def write_record(path: Path, record: SpeedRecord) -> None:
-    """Add a record to a file; it replaces the one of the same device and model."""
+    """Add a record to a file; it replaces the record of the same device and model."""
     key = (record.device, record.model)
     kept = [other for other in read_records(path) if (other.device, other.model) != key]
     text = _LIST.dump_json([*kept, record])
@@ -99,37 +79,35 @@ def _short(value: float | None) -> str:
 
 
 def _steps(record: SpeedRecord) -> dict[str, str]:
-    from fimaq_core.reconstruction.engines import FORMS
-
+    """Return a row of the table of steps."""
     best = min(record.step_ms.values())
-    calls = " / ".join(f"{name} {count}" for name, count in record.calls_a_step.items())
     return {
         "model": record.model,
-        **{name: _short(record.step_ms.get(name)) for name in FORMS},
+        **{name: _short(record.step_ms.get(name)) for name in _ENGINES},
         **{name: _short(record.floors_ms[name]) for name in ("arithmetic", "bytes")},
         "best / floor": _number(best / record.floor_ms, 1),
-        "kernels or calls": calls or "-",
     }
 
 
 def _stages(record: SpeedRecord) -> dict[str, str]:
+    """Return a row of the table of stages."""
     peak = None if record.peak_bytes is None else record.peak_bytes / 1e6
+    share = record.full_protocol_s["fisher"] / sum(record.full_protocol_s.values())
     return {
         "model": record.model,
         **{name: _short(seconds / 60) for name, seconds in record.full_protocol_s.items()},
         "all": _short(record.full_protocol_min),
         "engine": record.full_protocol_engine,
-        "Fisher's share": f"{100 * record.fisher_share:.0f} %",
+        "Fisher's share": f"{100 * share:.0f} %",
         "published": _short(record.published_min),
         "peak, MB": _number(peak, 0),
-        "peak / formula": _number(record.memory["ratio"] if record.memory else None),
     }
 
 
 def tables(records: Sequence[SpeedRecord], form: str = "github") -> str:
     """Return all tables, device by device; ``form`` is tabulate's name of the layout."""
 
-    def grid(rows: Sequence[dict[str, str]]) -> str:
+    def grid(rows: list[dict[str, str]]) -> str:
         settings = {"disable_numparse": True, "stralign": "right"}
         return str(tabulate(rows, headers="keys", tablefmt=form, **settings))
 
@@ -139,32 +117,12 @@ def tables(records: Sequence[SpeedRecord], form: str = "github") -> str:
         dates = sorted(record.date for record in mine)
         torch = ", ".join(sorted({record.versions["torch"] for record in mine}))
         when = " to ".join(dict.fromkeys((dates[0], dates[-1])))
-        pairs = [(record.model, *pair) for record in mine for pair in record.ratios().items()]
-        ratios = [dict(zip(("model", "ratio", "found"), each, strict=True)) for each in pairs]
         parts += [
             f"{'### ' if form == 'github' else ''}{device} ({when}, torch {torch})",
             "Milliseconds of a step of the most frequent block, and its floors:",
             grid([_steps(record) for record in mine]),
             "Minutes of the full protocol, extrapolated, by stage:",
             grid([_stages(record) for record in mine]),
-            "Ratios:",
-            grid(ratios),
             *(f"{record.model}: {note}." for record in mine for note in record.notes),
         ]
     return "\n\n".join(parts)
-
-
-def rewrite(records: Sequence[SpeedRecord], path: Path = README) -> None:
-    """Put the tables between the markers of a Markdown file.
-
-    Raises:
-        CheckpointError: the file has no such markers.
-    """
-    text = path.read_text(encoding="utf-8")
-    before, found, rest = text.partition(BEGIN)
-    _, closed, after = rest.partition(END)
-    if not found or not closed:
-        raise CheckpointError(f"{path} has no lines {BEGIN} and {END} to put the tables between.")
-    with replaced_whole(path) as temporary:
-        content = f"{before}{BEGIN}\n\n{tables(records)}\n\n{END}{after}"
-        temporary.write_text(content, encoding="utf-8")

@@ -1,7 +1,7 @@
 """Seconds of an optimisation step by each engine, the work of a step, and its floors.
 
-Floors are the times that a step cannot go below: its arithmetic at the machine's rate of matrix
-products, and its bytes at the machine's rate of copies.
+A floor is a time that a step cannot go below: its arithmetic at the machine's rate of matrix
+products, or its bytes at the machine's rate of copies.
 """
 
 import copy
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.benchmark import Timer, timer
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -26,17 +25,13 @@ from fimaq_core.reconstruction.objective import BlockObjective
 
 #: Engines that need no compiler.
 PLAIN: tuple[Engine, ...] = ("fused", "eager")
-#: Steps of one engine before the next one has its turn.
+#: Steps of one engine before the next engine has its turn.
 ROUND = 10
-#: Steps after the first that are not counted: they compile, capture and fill caches.
+#: Uncounted steps after the first step: they compile, capture and fill caches.
 WARM_UP = {"cpu": 1, "cuda": 6}
-#: Bytes of a float32.
-FLOAT = 4
-#: Passes of a step over all rounded weights: soft weights read forward and backward and written;
-#: their gradient written and read; α and two moments read and written; offset and gain read.
-WEIGHT_PASSES = 13
-#: Passes over a quantized activation: read and written forward, its gradient read and written.
-ACTIVATION_PASSES = 4
+#: Bytes of a float32, and passes of a step over rounded weights and over quantized activations,
+#: see README.md.
+FLOAT, WEIGHT_PASSES, ACTIVATION_PASSES = 4, 13, 4
 
 
 def timed(work: Callable[[], object]) -> Timer:
@@ -49,10 +44,10 @@ class Rates:
     """Measured limits of the machine, per second."""
 
     flops: float  #: operations of large matrix products
-    bytes: float  #: bytes of large copies; read and written bytes both count
+    bytes: float  #: bytes read and bytes written by large copies
 
     def floors_ms(self, flops: int, moved: int) -> dict[str, float]:
-        """Return the milliseconds of so many operations and bytes."""
+        """Return the milliseconds that the operations and the bytes take at these rates."""
         return {"arithmetic": 1000 * flops / self.flops, "bytes": 1000 * moved / self.bytes}
 
 
@@ -71,46 +66,38 @@ def measure_rates(device: torch.device, size: int | None = None) -> Rates:
 
 
 def step_bytes(batch: int, quantized: int, weights: int) -> int:
-    """Return the bytes that a step moves at least: each tensor once per pass that fusion keeps.
+    """Return the least bytes of a step: each tensor once per pass that fusion cannot remove.
 
-    Activations between quantizers (norms, GELU, softmax) could all be fused and do not count.
-    Given are the floats of the batch (inputs, twice if two kinds are mixed, and target), of all
-    quantized activations, and of all rounded weights.
+    Args:
+        batch: floats of inputs (twice if two kinds of inputs are mixed) and target.
+        quantized: floats of all quantized activations.
+        weights: number of rounded weights.
     """
     return FLOAT * (batch + ACTIVATION_PASSES * quantized + WEIGHT_PASSES * weights)
 
 
 class TimedObjective(BlockObjective):
-    """Objective that several trainers of one block share: takes one Fisher pass and times it."""
+    """Objective that all trainers of a block share; it takes one Fisher pass and times it."""
 
     pass_s = 0.0  #: seconds of the pass
-    own_s = 0.0  #: seconds of it in the block's own forward
 
     def update(self, forward: Callable[[Tensor], Tensor]) -> None:
         """See :class:`BlockObjective`; only the first call has an effect."""
-        if self.passes:
-            return
-
-        def own(x: Tensor) -> Tensor:
+        if not self.passes:
             start = timer()
-            out = forward(x)
-            self.own_s += timer() - start
-            return out
-
-        start = timer()
-        super().update(own)
-        self.pass_s = timer() - start
+            super().update(forward)
+            self.pass_s = timer() - start
 
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Steps of one make of blocks."""
+    """Steps and Fisher pass of one make of blocks."""
 
-    step_s: dict[Engine, float]  #: by engine
-    compile_s: dict[Engine, float]  #: in the first step, of engines that compile
-    flops: int  #: operations of a step
-    bytes: int  #: of a step, see :func:`step_bytes`
-    calls: dict[Engine, int]  #: operators of a step; kernels on CUDA
+    step_s: dict[Engine, float]  #: seconds per step by engine
+    compile_s: dict[Engine, float]  #: seconds of the first step, of engines that compile
+    flops: int  #: operations per step
+    bytes: int  #: bytes per step, see :func:`step_bytes`
+    pass_s: float  #: seconds of a Fisher pass; 0 for a block without passes
 
     @property
     def step_ms(self) -> dict[str, float]:
@@ -122,15 +109,14 @@ class _Run:
     """Steps of one engine on its own copy of a block."""
 
     def __init__(self, segment: Segment, objective: BlockObjective, recipe: Recipe, engine: Engine):
-        # A copy without what the tape has done before the block.
+        # A copy of the block alone: the tape has already run the parts before the block.
         own = Segment(segment.label, segment.kind, copy.deepcopy(segment.block), pairs=())
         tape = objective.tape
         self.trainer = BlockTrainer(own, tape, objective, recipe, recipe.seed, engine)
-        self._numbers = itertools.count()
-        self.rounds: list[float] = []
+        self.numbers, self.rounds = itertools.count(), list[float]()
 
     def step(self) -> None:
-        self.trainer.step(next(self._numbers))
+        self.trainer.step(next(self.numbers))
 
 
 def time_steps(
@@ -143,13 +129,15 @@ def time_steps(
 ) -> StepTimes:
     """Time a block's steps by each engine, in turns of :data:`ROUND` steps, and count their work.
 
-    Machines change their speed; in turns they change it for all engines. The median of the turns
-    counts: machines freeze now and then, and a mean would count that.
+    A machine that changes its speed changes it for all engines. The median of the turns counts,
+    since a mean would include moments in which the machine stands still.
 
     Args:
-        segment, objective: the block, which stays unchanged; the target of its tape is computed.
+        segment: the block, which stays unchanged.
+        objective: its tape stands at the block, with the target computed.
         engines: in order of their turns; ``fused`` is one of them.
-        steps: counted steps of each; after ``deadline`` (``time.monotonic``) at least one turn.
+        steps: counted steps per engine.
+        deadline: end by ``time.monotonic``; one turn per engine is taken in any case.
     """
     device, runs, first_s = objective.tape.storage.device.type, {}, {}
     for engine in engines:
@@ -166,26 +154,20 @@ def time_steps(
             run.rounds.append(timed(run.step).timeit(count).mean)
         done += count
     step_s = {engine: statistics.median(run.rounds) for engine, run in runs.items()}
-    compiling = (engine for engine in engines if engine not in PLAIN)
-    work = {engine: _work(runs[engine], recipe) for engine in engines if engine in PLAIN}
-    calls = {engine: count for engine, (_, _, count) in work.items()}
-    if device == "cuda":
-        calls = {engine: _kernels(run) for engine, run in runs.items()}
-    flops, moved, _ = work["fused"]
-    compile_s = {engine: max(first_s[engine] - step_s[engine], 0.0) for engine in compiling}
-    return StepTimes(step_s, compile_s, flops, moved, calls)
+    compile_s = {e: max(first_s[e] - step_s[e], 0.0) for e in engines if e not in PLAIN}
+    flops, moved = _work(runs["fused"], recipe)
+    return StepTimes(step_s, compile_s, flops, moved, objective.pass_s)
 
 
-def _work(run: _Run, recipe: Recipe) -> tuple[int, int, int]:
-    """Do one more step, and return its operations, bytes and operator calls."""
+def _work(run: _Run, recipe: Recipe) -> tuple[int, int]:
+    """Do one more step, and return its operations and bytes."""
     trainer, sizes = run.trainer, []
 
     def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         sizes.append(args[0].numel())
 
     handles = [one.register_forward_pre_hook(keep) for one in trainer.state.quantizers]
-    calls = _CallCounter()  # type: ignore[no-untyped-call]
-    with FlopCounterMode(display=False) as flops, calls:
+    with FlopCounterMode(display=False) as flops:
         run.step()
     for handle in handles:
         handle.remove()
@@ -195,26 +177,4 @@ def _work(run: _Run, recipe: Recipe) -> tuple[int, int, int]:
     images = min(recipe.batch_size, len(tape.full))
     floats = images * (inputs * tape.full[0].numel() + tape.target[0].numel())
     moved = step_bytes(floats, sum(sizes), trainer.state.soft.numel())
-    return int(flops.get_total_flops()), moved, calls.count
-
-
-class _CallCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts calls of operators, those of backward passes too."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.count += 1
-        return func(*args, **(kwargs or {}))
-
-
-def _kernels(run: _Run) -> int:
-    """Do one more step, and return its CUDA kernels, copies and fills included."""
-    from torch._C._autograd import DeviceType
-    from torch.profiler import profile
-
-    torch.cuda.synchronize()
-    with profile() as profiler:
-        run.step()
-        torch.cuda.synchronize()
-    return sum(event.device_type == DeviceType.CUDA for event in profiler.events() or ())
+    return int(flops.get_total_flops()), moved

@@ -1,1 +1,1 @@
-"""Training of the demo models, a module a task."""
+"""Training of the demo models, one module per task."""

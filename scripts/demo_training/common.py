@@ -1,59 +1,60 @@
-"""Shared by the training of all demo models: hyperparameters, initial weights and the loop."""
+"""Training loop of all demo models, and the settings that they share."""
 
 import math
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tasks.common.demo.demo_models import DemoModels
 
-@dataclass(frozen=True)
-class Recipe:
-    """Hyperparameters, chosen on the val part: AdamW with linear warmup and cosine.
+Settings = dict[str, Any]
+#: Maps the rows of a batch to the loss of the batch.
+BatchLoss = Callable[[slice], Tensor]
 
-    An epoch is a pass over as many images as the train part has; ``weight_decay`` is for weight
+
+def settings(**own: Any) -> Settings:
+    """Return hyperparameters of AdamW with linear warmup and cosine decay, chosen on the val part.
+
+    An epoch is a pass over as many images as the train part has. ``weight_decay`` is for weight
     matrices only.
     """
-
-    epochs: int
-    batch_size: int
-    lr: float
-    weight_decay: float = 0.05
-    warmup_epochs: float = 3
-    grad_clip: float = 1.0
+    shared = {"seed": 0, "epochs": 0, "batch_size": 64, "lr": 0.0}
+    return shared | {"weight_decay": 0.05, "warmup_epochs": 3, "grad_clip": 1.0} | own
 
 
-def seed_everything(seed: int) -> None:
-    """Seed python, numpy and torch."""
+def start(demo: DemoModels, name: str, seed: int) -> Any:
+    """Seed all generators and return the model with random weights."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+    return demo.build(name)
 
 
 def widen(model: nn.Module) -> None:
-    """Enlarge initial weights: these narrow models would hardly start to learn."""
+    """Enlarge initial weights, since these narrow models would hardly start to learn."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
 
 
 def fit(
-    name: str,
-    recipe: Recipe,
     model: nn.Module,
+    chosen: Settings,
+    draw: Callable[[np.random.Generator], BatchLoss],
+    *,
+    count: int,
     exempt: tuple[str, ...],
-    steps: int,
-    batches: Callable[[int], Callable[[slice], Tensor]],
-    validate: Callable[[], object] | None = None,
+    validate: Callable[[], object] = lambda: "",
 ) -> None:
     """Train by AdamW; biases, norms, scales and ``exempt`` parts of names do not decay.
 
-    ``steps`` are those of an epoch; ``batches`` maps an epoch's number to a function from a batch's
-    slice to its loss; ``validate`` measures the model for the printed lines, every fifth epoch.
+    ``draw`` makes the data of an epoch of ``count`` images and returns their loss. ``validate``
+    measures the model every fifth epoch, for the printed lines.
     """
     decay: list[nn.Parameter] = []
     keep: list[nn.Parameter] = []
@@ -61,11 +62,13 @@ def fit(
         free = parameter.ndim <= 1 or any(part in key for part in exempt)
         (keep if free else decay).append(parameter)
     groups = [
-        {"params": decay, "weight_decay": recipe.weight_decay},
+        {"params": decay, "weight_decay": chosen["weight_decay"]},
         {"params": keep, "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.lr)
-    warmup, total = max(1, round(recipe.warmup_epochs * steps)), recipe.epochs * steps
+    optimizer = torch.optim.AdamW(groups, lr=chosen["lr"])
+    epochs, size = chosen["epochs"], chosen["batch_size"]
+    steps = count // size
+    warmup, total = max(1, round(chosen["warmup_epochs"] * steps)), epochs * steps
 
     def factor(step: int) -> float:
         if step < warmup:
@@ -73,19 +76,18 @@ def fit(
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    for epoch in range(recipe.epochs):
+    for epoch in range(epochs):
         started, losses = time.perf_counter(), 0.0
-        loss_of = batches(epoch)
+        loss_of = draw(np.random.default_rng([chosen["seed"], epoch]))
         model.train()
         for step in range(steps):
-            loss = loss_of(slice(step * recipe.batch_size, (step + 1) * recipe.batch_size))
+            loss = loss_of(slice(step * size, (step + 1) * size))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)
+            nn.utils.clip_grad_norm_(model.parameters(), chosen["grad_clip"])
             optimizer.step()
             scheduler.step()
             losses += loss.item()
-        line = f"{name} epoch {epoch + 1}/{recipe.epochs} loss {losses / steps:.3f}"
-        if validate is not None and ((epoch + 1) % 5 == 0 or epoch + 1 == recipe.epochs):
-            line += f" {validate()}"
-        print(f"{line} ({time.perf_counter() - started:.1f} s)", flush=True)
+        found = validate() if (epoch + 1) % 5 == 0 or epoch + 1 == epochs else ""
+        spent = f"({time.perf_counter() - started:.1f} s)"
+        print(f"epoch {epoch + 1}/{epochs} loss {losses / steps:.3f} {found} {spent}", flush=True)

@@ -1,12 +1,11 @@
-"""Training of the detection task's demo models on the digit scenes."""
+"""Training of the detection task's demo models on scenes of digits."""
 
 import contextlib
 import io
 import json
 import logging
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,40 +25,23 @@ from tasks.detection.demo.models import DEMO
 from tasks.detection.demo.scenes import Scene, draw_scenes
 
 VERSIONS = {name: version(name) for name in ("onedl-mmdetection", "onedl-mmengine", "mmcv-lite")}
-
-# Scenes of the same warped digits: about one scene per warp, as each shows four digits.
+_SHARED = {"batch_size": 8, "warmup_epochs": 0.1, "grad_clip": 10.0, "scenes": 6000}
+#: An epoch is a pass over all ``scenes``. Backbone, FPN and RPN are those of ``starts_from``.
+SETTINGS = {
+    "demo_mask_rcnn": common.settings(epochs=4, lr=2e-3, **_SHARED, starts_from=None),
+    "demo_cascade": common.settings(epochs=2, lr=1e-3, **_SHARED, starts_from="demo_mask_rcnn"),
+}
+#: Scenes of the same warped digits: about one scene per warp, since each scene shows four digits.
 _BLOCK = 675
 
 
-@dataclass(frozen=True)
-class DetectorRecipe(common.Recipe):
-    """Hyperparameters; an epoch is a pass over all ``scenes``.
-
-    Backbone, FPN and RPN are those of the demo model ``starts_from``, if it is not None.
-    """
-
-    epochs: int = 4
-    batch_size: int = 8
-    lr: float = 2e-3
-    warmup_epochs: float = 0.1
-    grad_clip: float = 10.0
-    scenes: int = 6000
-    starts_from: str | None = None
-
-
-RECIPES = {
-    "demo_mask_rcnn": DetectorRecipe(),
-    "demo_cascade": DetectorRecipe(epochs=2, lr=1e-3, starts_from="demo_mask_rcnn"),
-}
-
-
 def fingerprint(part: str) -> str:
-    """Fingerprint of a part of the data."""
+    """Return the fingerprint of a part of the data."""
     return coco_files.fingerprint_of(coco_files.scenes_of(part))
 
 
 def compose(count: int, seed: int) -> tuple[Scene, ...]:
-    """Compose training scenes of the train part's digits, warped anew for every 675 scenes."""
+    """Compose training scenes of the train part's digits, warped again for every 675 scenes."""
     images, chosen = load_digits()[0].copy(), np.asarray(split_digits()["train"])
     plain = torch.from_numpy(images[chosen])[:, None].float() / 255
     warp = RandomDigitWarp(degrees=12.0, rows=1, columns=1)
@@ -71,26 +53,20 @@ def compose(count: int, seed: int) -> tuple[Scene, ...]:
     return tuple(scenes)
 
 
-def initialise(model: nn.Module, starts_from: str | None) -> None:
-    """Set mmdet's initial weights, but a wider backbone, or take a demo model's."""
-    MMLogger.get_current_instance().setLevel(
-        logging.ERROR
-    )  # mmengine tells of every single weight.
+def initialise(model: Any, starts_from: str | None) -> None:
+    """Set mmdet's initial weights with a wider backbone, or a demo model's weights."""
+    MMLogger.get_current_instance().setLevel(logging.ERROR)  # mmengine logs every single weight
     model.init_weights()
     common.widen(model.backbone)
     if starts_from is not None:
         taken = load_file(DEMO.weights_path(starts_from))
-        for piece in ("backbone", "neck", "rpn_head"):
-            own = {
-                key.removeprefix(f"{piece}."): value
-                for key, value in taken.items()
-                if key.startswith(f"{piece}.")
-            }
-            getattr(model, piece).load_state_dict(own)
+        for piece in ("backbone.", "neck.", "rpn_head."):
+            own = {key.removeprefix(piece): x for key, x in taken.items() if key.startswith(piece)}
+            model.get_submodule(piece[:-1]).load_state_dict(own)
 
 
-def batch_of(scenes: tuple[Scene, ...], first: int = 0) -> dict[str, list[Any]]:
-    """Images and annotations of scenes as mmdet takes them; ids begin at ``first`` + 1."""
+def batch_of(scenes: Sequence[Scene], first: int = 0) -> dict[str, list[Any]]:
+    """Return images and annotations of scenes as mmdet takes them; ids begin at ``first`` + 1."""
     samples = []
     for number, scene in enumerate(scenes, first + 1):
         size = scene.pixels.shape
@@ -103,8 +79,8 @@ def batch_of(scenes: tuple[Scene, ...], first: int = 0) -> dict[str, list[Any]]:
     return {"inputs": images, "data_samples": samples}
 
 
-def measure(model: nn.Module, part: str) -> dict[str, Any]:
-    """AP of boxes and masks in percent by mmdet's CocoMetric, and the number of scenes."""
+def measure(model: Any, part: str) -> dict[str, Any]:
+    """Return AP of boxes and masks in percent by mmdet's CocoMetric, and the number of scenes."""
     model.eval()
     scenes = coco_files.scenes_of(part)
     # pycocotools prints tables.
@@ -118,30 +94,28 @@ def measure(model: nn.Module, part: str) -> dict[str, Any]:
                 batch = batch_of((scene,), number)
                 metric.process(batch, [sample.to_dict() for sample in model.test_step(batch)])
         values = metric.evaluate(len(scenes))
-    named = {"AP_box": "bbox_mAP", "AP_mask": "segm_mAP"}
-    measured = {
-        f"{part}_{ours}": round(100 * values[f"coco/{theirs}"], 1) for ours, theirs in named.items()
-    }
-    return {**measured, f"{part}_count": len(scenes)}
+    found = {"AP_box": values["coco/bbox_mAP"], "AP_mask": values["coco/segm_mAP"]}
+    scores = {f"{part}_{name}": round(100 * value, 1) for name, value in found.items()}
+    return {**scores, f"{part}_count": len(scenes)}
 
 
-def train(name: str, recipe: DetectorRecipe, seed: int) -> nn.Module:
-    """Train a demo model; it is returned in eval mode."""
-    common.seed_everything(seed)
-    model = DEMO.build(name)
-    initialise(model, recipe.starts_from)
-    scenes = compose(recipe.scenes, seed)
+def train(name: str, settings: common.Settings) -> nn.Module:
+    """Train a demo model and return it in eval mode."""
+    model = common.start(DEMO, name, settings["seed"])
+    initialise(model, settings["starts_from"])
+    scenes = compose(settings["scenes"], settings["seed"])
 
-    def batches(epoch: int) -> Callable[[slice], Tensor]:
-        order = np.random.default_rng([seed, epoch]).permutation(len(scenes))
+    def draw(rng: np.random.Generator) -> common.BatchLoss:
+        order = rng.permutation(len(scenes))
 
         def loss(batch: slice) -> Tensor:
-            chosen = batch_of(tuple(scenes[index] for index in order[batch]))
-            given = model.data_preprocessor(chosen, training=True)
+            given = model.data_preprocessor(
+                batch_of([scenes[i] for i in order[batch]]), training=True
+            )
             return model.parse_losses(model.loss(given["inputs"], given["data_samples"]))[0]
 
         return loss
 
     exempt = ("relative_position_bias_table",)
-    common.fit(name, recipe, model, exempt, len(scenes) // recipe.batch_size, batches)
+    common.fit(model, settings, draw, count=len(scenes), exempt=exempt)
     return model.eval()

@@ -1,8 +1,7 @@
-"""Training of the retrieval task's demo models on the digit scenes."""
+"""Training of the retrieval task's demo models on scenes of digits."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,26 +17,14 @@ from tasks.retrieval.demo.models import DEMO
 from tasks.retrieval.demo.tokens import demo_tokenizer
 
 VERSIONS = {"open_clip": open_clip.__version__}
-
-# Largest logit of features of norm 1; Radford et al., ICML 2021, arXiv:2103.00020, section 2.5.
+#: No more epochs: a model that reads every scene would not show the cost of quantization.
+SETTINGS = dict.fromkeys(DEMO.names, common.settings(epochs=50, lr=2e-3, facts_weight=1.0))
+#: Largest logit of features of norm 1; Radford et al., ICML 2021, arXiv:2103.00020, section 2.5.
 _MAX_LOGIT_SCALE = 100.0
 
 
-@dataclass(frozen=True)
-class SceneRecipe(common.Recipe):
-    """Hyperparameters, with the weight of the loss of the facts beside the contrastive loss."""
-
-    epochs: int = 50  # No more: a model that reads every scene would hide what quantization costs.
-    batch_size: int = 64
-    lr: float = 2e-3
-    facts_weight: float = 1.0
-
-
-RECIPES = dict.fromkeys(DEMO.names, SceneRecipe())
-
-
 def fingerprint(part: str) -> str:
-    """Fingerprint of a part of the data."""
+    """Return the fingerprint of a part of the data."""
     return scenes.DigitScenes(part).fingerprint
 
 
@@ -47,14 +34,14 @@ def to_input(pixels: Tensor) -> Tensor:
 
 
 class FactHeads(nn.Module):
-    """Reads what each cell shows, in training only.
+    """Heads that read the content of each cell of a scene, in training only.
 
-    While a model still confuses most scenes, a cell it does know is rewarded at once; that saves
-    many epochs. One head reads the features of both towers, another a cell's own patches: the class
-    token alone hardly tells the early blocks how to read digits.
+    A model that confuses most scenes is rewarded at once for the cells that it knows, which saves
+    many epochs. One head reads the features of both towers. Another head reads a cell's own
+    patches, since the class token alone hardly teaches the early blocks to read digits.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.features = nn.Linear(model.visual.output_dim, scenes.NUM_FACTS * scenes.CELLS)
         self.patches = nn.Linear(model.visual.ln_post.normalized_shape[0], scenes.NUM_FACTS)
@@ -63,14 +50,13 @@ class FactHeads(nn.Module):
         self.listener = model.visual.transformer.register_forward_hook(self._keep)
 
     def forward(self, images: Tensor, texts: Tensor, facts: Tensor) -> Tensor:
-        """Sum of the mean cross entropies, over scenes and cells, of images, texts and patches."""
-        scale = images.shape[1] ** 0.5  # Features of norm 1 would hardly move the head.
+        """Return the sum of the mean cross entropies of images, texts and patches."""
+        scale = images.shape[1] ** 0.5  # features of norm 1 would hardly move the head
         shape = (scenes.NUM_FACTS, -1)
         found = [self.features(x * scale).unflatten(1, shape) for x in (images, texts)]
         rows, columns = self._grid
-        cells = (
-            self._tokens[:, 1:].unflatten(1, (2, rows // 2, 2, columns // 2)).mean((2, 4))
-        )  # (b, 2, 2, width)
+        grid = self._tokens[:, 1:].unflatten(1, (2, rows // 2, 2, columns // 2))
+        cells = grid.mean((2, 4))  # (b, 2, 2, width)
         patches = F.cross_entropy(self.patches(cells).flatten(0, 2), facts.flatten())
         return F.cross_entropy(found[0], facts) + F.cross_entropy(found[1], facts) + patches
 
@@ -79,61 +65,50 @@ class FactHeads(nn.Module):
 
 
 @torch.inference_mode()
-def measure(model: nn.Module, part: str) -> dict[str, Any]:
-    """Recall at 1 in percent, each query against the whole part, and the number of scenes."""
+def measure(model: Any, part: str) -> dict[str, Any]:
+    """Return recall at 1 in percent, each query against the whole part, and the scenes."""
     model.eval()
     data = scenes.DigitScenes(part)
     pixels = torch.from_numpy(data.pixels)[:, None].float() / 255
-    images = torch.cat(
-        [model.encode_image(to_input(batch), normalize=True) for batch in pixels.split(250)]
-    )
-    texts = torch.cat(
-        [
-            model.encode_text(batch, normalize=True)
-            for batch in demo_tokenizer()(data.captions).split(250)
-        ]
-    )
-    products = images @ texts.T
-    right = torch.arange(len(data))
+    tokens = demo_tokenizer()(data.captions)
+    images = [model.encode_image(to_input(batch), normalize=True) for batch in pixels.split(250)]
+    texts = [model.encode_text(batch, normalize=True) for batch in tokens.split(250)]
+    products, right = torch.cat(images) @ torch.cat(texts).T, torch.arange(len(data))
     recalls = [100 * float((products.argmax(dim=1 - d) == right).double().mean()) for d in (0, 1)]
-    return {
-        f"{part}_i2t_r1": round(recalls[0], 4),
-        f"{part}_t2i_r1": round(recalls[1], 4),
-        f"{part}_count": len(data),
-    }
+    found = {f"{part}_i2t_r1": round(recalls[0], 4), f"{part}_t2i_r1": round(recalls[1], 4)}
+    return {**found, f"{part}_count": len(data)}
 
 
-def train(name: str, recipe: SceneRecipe, seed: int) -> nn.Module:
-    """Train a demo model from scratch; it is returned in eval mode."""
-    common.seed_everything(seed)
-    model = DEMO.build(name)
+def train(name: str, settings: common.Settings) -> nn.Module:
+    """Train a demo model from scratch and return it in eval mode."""
+    model = common.start(DEMO, name, settings["seed"])
     common.widen(model)
-    # What is shown depends on where a digit or a word is, so positions must be seen from the first step.
+    # Content depends on the place of a digit or a word, so positions must count from the start.
     positions = model.visual.positional_embedding, model.positional_embedding
     for embedding in (*positions, model.token_embedding.weight):
         nn.init.normal_(embedding, std=0.3)
     heads = FactHeads(model)
     warp, tokenizer, contrast = scenes.scene_warp(), demo_tokenizer(), ClipLoss()
+    limit = partial(model.logit_scale.data.clamp_, max=math.log(_MAX_LOGIT_SCALE))
     count = len(scenes.DigitScenes("train"))
 
-    def batches(epoch: int) -> Callable[[slice], Tensor]:
-        # In random order but for the groups, which should share a batch.
-        plan = scenes.draw_scenes("train", count, np.random.default_rng([seed, epoch]))
+    def draw(rng: np.random.Generator) -> common.BatchLoss:
+        # In random order, except that the scenes of a group follow each other, to share a batch.
+        plan = scenes.draw_scenes("train", count, rng)
         pixels = torch.from_numpy(scenes.compose_scenes(plan))[:, None]
-        facts = torch.from_numpy(plan.facts)
-        tokens = tokenizer(list(plan.captions))
+        facts, tokens = torch.from_numpy(plan.facts), tokenizer(list(plan.captions))
 
         def loss(batch: slice) -> Tensor:
-            model.logit_scale.data.clamp_(max=math.log(_MAX_LOGIT_SCALE))
+            limit()
             images, texts, scale = model(to_input(warp(pixels[batch].float() / 255)), tokens[batch])
             read = heads(images, texts, facts[batch])
-            return contrast(images, texts, scale) + recipe.facts_weight * read
+            return contrast(images, texts, scale) + settings["facts_weight"] * read
 
         return loss
 
-    exempt = ("token_embedding", "positional_embedding")
-    both, steps = nn.ModuleList([model, heads]), count // recipe.batch_size
-    common.fit(name, recipe, both, exempt, steps, batches, lambda: measure(model, "val"))
-    model.logit_scale.data.clamp_(max=math.log(_MAX_LOGIT_SCALE))
+    exempt, both = ("token_embedding", "positional_embedding"), nn.ModuleList([model, heads])
+    validate = partial(measure, model, "val")
+    common.fit(both, settings, draw, count=count, exempt=exempt, validate=validate)
+    limit()
     heads.listener.remove()
     return model.eval()

@@ -10,33 +10,28 @@ from typing import Any
 import pytest
 
 _FLAGS = (
-    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--window-size=1200,900",
+    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--window-size=1200,900",
 )  # fmt: skip
 
 
 @contextmanager
 def chromium(profile: Path) -> Iterator[Any]:
-    """Start Chromium on a fresh profile and yield its driver; skip the test where there is none.
+    """Start Chromium with the folder ``profile`` and yield its driver.
 
-    Args:
-        profile: folder for what it keeps.
+    The test is skipped where Chromium is not installed.
     """
     try:
         from selenium import webdriver
         from selenium.webdriver.chrome.service import Service
     except ImportError:
         _absent("selenium is not installed (pip install selenium)")
-    browser = (
-        shutil.which("chromium")
-        or shutil.which("chromium-browser")
-        or shutil.which("google-chrome")
-    )
+    names = ("chromium", "chromium-browser", "google-chrome")
+    browser = next((path for name in names if (path := shutil.which(name))), None)
     driver = shutil.which("chromedriver")
     if browser is None or driver is None:
-        _absent(
-            "Chromium and its driver are not installed (Debian: apt-get install chromium chromium-driver)"
-        )
+        _absent("Chromium is not installed (Debian: apt-get install chromium chromium-driver)")
     options = webdriver.ChromeOptions()
     options.binary_location = browser
     for flag in (*_FLAGS, f"--user-data-dir={profile}"):

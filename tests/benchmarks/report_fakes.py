@@ -1,4 +1,4 @@
-"""Results to report on, with all that records can hold, and a small reader of pages."""
+"""Results for reports, with all fields that records can have, and a small reader of pages."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SAMPLES = ("test/0", "test/1")
 
 
 def report_grid(**changes: Any) -> Grid:
-    """All three tasks: a few models, four methods, two bits, two seeds."""
+    """Return a grid of all three tasks: a few models, four methods, two bits, two seeds."""
     demo = load_grid("demo")
     models = {
         "classification": ("demo_vit", "demo_swin"),
@@ -50,7 +50,7 @@ def report_grid(**changes: Any) -> Grid:
 
 
 def full_record(cell: Cell, **changes: Any) -> ResultRecord:
-    """The record of a cell with module map, calibration, figures of blocks and memory of stages."""
+    """Return a cell's record with module map, calibration, figures of blocks, memory of stages."""
     request = cell.request
     record = fakes.record_of(request, fakes.fake_value(request))
     full = {
@@ -80,18 +80,20 @@ def full_record(cell: Cell, **changes: Any) -> ResultRecord:
 
 
 def modules(w_bit: int, a_bit: int, tokens: bool) -> ModuleMap:
-    """A map of two layers, whose ranges differ by ``tokens``."""
+    """Return a map of two layers with ranges per tensor, or per token (``tokens``)."""
     ranges = "33 scales (1, 33, 1)" if tokens else "per tensor"
+    shared: dict[str, Any] = {"kind": "linear", "input_bits": a_bit, "input_ranges": ranges}
+    weights = {"weight_bits": w_bit, "weight_ranges": "80 scales (80, 1)"}
+    head = {"weight_bits": 8, "weight_ranges": "per tensor"}
     layers = [
-        LayerEntry(name="blocks.0.qkv", kind="linear", weight_bits=w_bit, input_bits=a_bit, weight_ranges="80 scales (80, 1)",
-                   input_ranges=ranges),
-        LayerEntry(name="head", kind="linear", weight_bits=8, input_bits=a_bit, weight_ranges="per tensor", input_ranges=ranges),
-    ]  # fmt: skip
+        LayerEntry(name="blocks.0.qkv", **shared, **weights),
+        LayerEntry(name="head", **shared, **head),
+    ]
     return ModuleMap(quantized=layers, full_precision=["blocks.0.norm (LayerNorm)"])
 
 
 def examples_of(cell: Cell) -> dict[str, Any]:
-    """Examples of two samples in the form of the cell's task; quantized models miss the second."""
+    """Return examples of two samples; quantized models miss the second sample."""
     miss = cell.request.recipe is not None
     if cell.task == "detection":
         box = {
@@ -150,10 +152,19 @@ def write_results(
 
 
 def pictures(cell: Cell, ids: Sequence[str]) -> Mapping[str, Image]:
-    """A grey picture of each sample."""
+    """Return a grey picture of each sample."""
     from PIL import Image
 
     return {name: Image.new("RGB", (64, 48), (90, 90, 90)) for name in ids}
+
+
+def write_page(folder: Path, grid: Grid, get: Any = pictures) -> Path:
+    """Write the report of the results in a folder and return its path."""
+    from benchmarks.report.page import write_report
+
+    path, options = folder / "report.html", RunOptions(results=folder)
+    write_report(grid, options, fakes.ADAPTER, path, get=get)
+    return path
 
 
 @dataclass
@@ -166,11 +177,11 @@ class Node:
 
     @property
     def text(self) -> str:
-        """Its text, as it is shown."""
+        """Text of the element and of all elements below."""
         return "".join(child if isinstance(child, str) else child.text for child in self.children)
 
     def all(self, tag: str = "", css: str = "", **attrs: str) -> list[Node]:
-        """Elements below with a tag, a class and attributes (``data_method`` is ``data-method``)."""
+        """Return elements below by tag, class and attributes (``data_method``: ``data-method``)."""
         wanted = {name.rstrip("_").replace("_", "-"): value for name, value in attrs.items()}
         return [
             node
@@ -181,7 +192,7 @@ class Node:
         ]
 
     def one(self, tag: str = "", css: str = "", **attrs: str) -> Node:
-        """The only such element."""
+        """Return the only element of this kind."""
         (found,) = self.all(tag, css, **attrs)
         return found
 

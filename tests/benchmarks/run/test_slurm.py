@@ -82,7 +82,7 @@ def test_a_job_whose_time_is_up_leaves_nothing_running(job: dict[str, str], tmp_
     process.send_signal(signal.SIGTERM)
     _, words = process.communicate(timeout=HANG)
     assert process.returncode == 143
-    assert "submit the same again to go on" in words
+    assert "submit the same job again to continue" in words
     until(
         lambda: (
             not any(

@@ -1,4 +1,4 @@
-"""The speed benchmark: its floors, its arithmetic, its records, and the command on the smallest sizes."""
+"""The speed benchmark: floors, extrapolation, records, and the command at its smallest sizes."""
 
 import json
 import time
@@ -9,25 +9,26 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from benchmarks.speed.command import main
-from benchmarks.speed.memory import Parts, peak_of_block, saved_bytes
-from benchmarks.speed.results import BEGIN, END, README, read_records, rewrite, tables
+from benchmarks.speed.__main__ import main
+from benchmarks.speed.memory import peak_of_block
+from benchmarks.speed.results import read_records, tables
 from benchmarks.speed.steps import measure_rates, step_bytes
 from benchmarks.speed.subjects import Subject, cut
-from benchmarks.speed.walk import line, protocol_seconds, walk
+from benchmarks.speed.walk import SegmentTimes, line, protocol_seconds, walk
 from fimaq_core.calibration.calibrate import calibrate
-from fimaq_core.errors import CheckpointError
 from fimaq_core.recipe import Recipe, make_recipe
 from tests.small_models import chain_of, images, quick, swin, vit
 
 CPU = torch.device("cpu")
+README = Path(__file__).parents[3] / "benchmarks/speed/README.md"
 REQUIRED = {
-    "device", "model", "step_ms", "floor_ms", "stages_s", "peak_bytes", "full_protocol_min", "published_min", "versions", "date",
+    "device", "model", "step_ms", "floor_ms", "stages_s", "peak_bytes", "full_protocol_min",
+    "published_min", "versions", "date",
 }  # fmt: skip
 
 
 def subject(model: nn.Module, recipe: Recipe, thin: bool = True) -> Subject:
-    return cut(chain_of(model, recipe), images(recipe.calibration_images), thin)
+    return cut(chain_of(model, recipe), images(recipe.calibration_images), thin=thin)
 
 
 def test_rates_are_positive_and_floors_follow_from_them() -> None:
@@ -39,9 +40,10 @@ def test_rates_are_positive_and_floors_follow_from_them() -> None:
 
 
 def test_operations_and_bytes_of_a_vit_block_step_are_as_counted_by_hand() -> None:
-    """Products of a block: qkv, projection, two attention products, two of the MLP; each once forward, twice backward.
+    """Count a block's products: qkv, projection, two of attention, two of the MLP.
 
-    The loss has two of its own, by the Fisher gradients and by the root of their Gram matrix, once each way.
+    Each product is taken once forward and twice backward. The loss has two products of its own, by
+    the Fisher gradients and by the root of their Gram matrix, once forward and once backward.
     """
     batch, tokens, width, hidden, heads, rank = 8, 17, 32, 64, 2, 2
     recipe = quick("fimaq", range_search="minmax", calibration_images=16, fisher_k=rank, steps=50)
@@ -53,13 +55,15 @@ def test_operations_and_bytes_of_a_vit_block_step_are_as_counted_by_hand() -> No
     products = batch * tokens * (weights + 2 * tokens * width)
     loss = batch * (tokens * width * rank + rank * rank)
     assert work.flops == 2 * (3 * products + 2 * loss)
-    quantized = (
-        batch * tokens * (3 * width + hidden + 3 * width + heads * tokens)
-    )  # inputs of 4 layers; q, k, v and the map
+    # Inputs of 4 layers; q, k, v and the attention map.
+    quantized = batch * tokens * (3 * width + hidden + 3 * width + heads * tokens)
     assert work.bytes == step_bytes(3 * batch * tokens * width, quantized, weights)
     assert set(times.wall) == {"tape", "fisher", "steps"}
-    assert min(times.tape) > 0
-    assert min(times.tail) > 0
+    assert min(segment.tape for segment in times.segments) > 0
+    assert min(segment.tail for segment in times.segments) > 0
+    own = [segment.own for segment in times.segments]
+    assert own[made.make_of.index(made.main)] is not None
+    assert own[-1] is None  # the head has no Fisher passes
 
 
 def test_segments_of_one_make_are_measured_once() -> None:
@@ -77,16 +81,18 @@ def test_segments_of_one_make_are_measured_once() -> None:
     assert sum(make.count for make in windows.makes) == len(windows.order)
 
 
-def test_extrapolation_is_plain_arithmetic() -> None:
+def test_the_protocol_is_the_sum_of_its_parts() -> None:
     recipe = make_recipe("fimaq", {"steps": 100, "calibration_images": 10, "fisher_k": 2})
-    parts = {"calibration": [1.0, 2.0, 3.0], "tape": [0.1, 0.2, 0.3], "own": [0.01, 0.03, None]}
-    parts |= {"tail": [0.02, 0.04, 0.05], "step": [0.001, 0.002, 0.003]}
-    found = protocol_seconds([0, 1, 1, 2], recipe, **parts, compile_s=7.0)
+    segments = [
+        SegmentTimes(calibration=1, tape=0.1, own=0.01, tail=0.02, step=0.001),
+        SegmentTimes(calibration=2, tape=0.2, own=0.03, tail=0.04, step=0.002),
+        SegmentTimes(calibration=3, tape=0.3, tail=0.05, step=0.003),
+    ]
+    found = protocol_seconds([0, 1, 1, 2], segments, recipe, compile_s=7.0)
     assert found["calibration"] == pytest.approx(1 + 2 + 2 + 3)
     assert found["tape"] == pytest.approx(10 * (0.1 + 0.2 + 0.2 + 0.3))
-    assert found["fisher"] == pytest.approx(
-        2 * 10 * ((0.01 + 0.04 + 0.04 + 0.05) + (0.03 + 0.04 + 0.05) + (0.03 + 0.05))
-    )
+    passes = (0.01 + 0.04 + 0.04 + 0.05) + (0.03 + 0.04 + 0.05) + (0.03 + 0.05)
+    assert found["fisher"] == pytest.approx(2 * 10 * passes)
     assert found["steps"] == pytest.approx(100 * (0.001 + 0.002 + 0.002 + 0.003))
     assert found["compile"] == 7
 
@@ -97,32 +103,14 @@ def test_calibration_is_extrapolated_along_a_line() -> None:
     assert line((8, 2.0), (8, 2.0), 16) == 4
 
 
-def test_memory_formula_takes_the_largest_phase() -> None:
-    held = 100 + 10 + 8 * 2 + 3 * 5
-    sizes = {"weights": 100, "images": 10, "rounded": 2, "tape": 5}
-    assert Parts(**sizes, step=7, tail=3).peak() == held + 10
-    assert Parts(**sizes, step=70, tail=80).peak() == held + 80
-
-
-def test_parts_of_the_peak_are_counted() -> None:
+def test_the_peak_of_a_block_is_measured() -> None:
     recipe = quick("fimaq", calibration_images=16, batch_size=8)
-    chain = chain_of(vit(2), recipe)
-    peak, parts = peak_of_block(chain, images(16), recipe)
-    assert peak > 0
-    assert parts.images == 4 * (images(16).numel() + 16 * 10)
-    assert parts.tape == 4 * 16 * 17 * 32
-    assert min(parts.step, parts.tail) > 4 * 8 * 17 * 32
-
-
-def test_saved_bytes_counts_each_storage_once() -> None:
-    x = torch.ones(100, requires_grad=True)
-    assert saved_bytes(lambda: x * x, []) == 400
-    assert saved_bytes(lambda: x * x, [x]) == 0
+    assert peak_of_block(chain_of(vit(2), recipe), images(16), recipe) > 0
 
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the command writes for a demo model on the smallest sizes."""
+    """File that the command writes for a demo model at the smallest sizes."""
     path = tmp_path_factory.mktemp("speed") / "speed.json"
     sizes = "--quick --device cpu --models demo_vit"
     before = torch.get_num_threads()
@@ -146,18 +134,11 @@ def test_the_command_writes_whole_records(records: Path) -> None:
     assert content["extrapolated"]
 
 
-def test_tables_go_between_the_markers(records: Path, tmp_path: Path) -> None:
-    found = read_records(records)
-    readme = tmp_path / "README.md"
-    readme.write_text(f"above\n{BEGIN}\nold\n{END}\nbelow\n")
-    rewrite(found, readme)
-    rewrite(found, readme)
-    text = readme.read_text()
-    assert text == f"above\n{BEGIN}\n\n{tables(found)}\n\n{END}\nbelow\n"
-    assert "demo_vit" in text
-    readme.write_text("nothing")
-    with pytest.raises(CheckpointError):
-        rewrite(found, readme)
+def test_the_tables_of_a_file_are_printed(records: Path) -> None:
+    found = CliRunner().invoke(main, ["--table", str(records)])
+    assert found.exit_code == 0
+    assert found.output == f"{tables(read_records(records))}\n"
+    assert "demo_vit" in found.output
 
 
 def test_unusable_requests_are_one_line(tmp_path: Path) -> None:

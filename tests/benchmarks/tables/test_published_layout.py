@@ -18,7 +18,7 @@ from published_fakes import cells_of, finished, row, written
 from benchmarks.cli import cli
 from benchmarks.grid.cell import RunOptions
 from benchmarks.published.table import PublishedTable, load_table
-from benchmarks.report.build import write_report
+from benchmarks.report.page import write_report
 from benchmarks.results.scores import Measured
 from benchmarks.tables import published as text
 from benchmarks.tables.published import Layout
@@ -349,8 +349,8 @@ def test_the_report_shows_the_table_and_escapes_it(tmp_path: Path):
         RunOptions(results=tmp_path),
         fakes.ADAPTER,
         path,
-        report_fakes.pictures,
-        table,
+        get=report_fakes.pictures,
+        table=table,
     )
     page = report_fakes.read_page(path)
     section = page.one("section", id="table")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -25,11 +24,11 @@ SCRIPTS = Path(__file__).parents[3] / "scripts"
 
 @pytest.fixture
 def detectors(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The training of the demo detectors, which is no package but a script's."""
+    """The training of the demo detectors, a module of a script."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
-    from demo_training import detection as detectors
+    from demo_training import detection
 
-    return detectors
+    return detection
 
 
 @pytest.mark.parametrize(("name", "heads"), [("demo_mask_rcnn", 1), ("demo_cascade", 3)])
@@ -138,8 +137,8 @@ def test_training_moves_all_weights(
         started.update({key: value.clone() for key, value in model.named_parameters()})
 
     monkeypatch.setattr(detectors, "initialise", keep)
-    recipe = dataclasses.replace(detectors.RECIPES[name], scenes=8, batch_size=4, epochs=1, lr=0.01)
-    model = detectors.train(name, recipe, 0)
+    small = {"scenes": 8, "batch_size": 4, "epochs": 1, "lr": 0.01}
+    model = detectors.train(name, detectors.SETTINGS[name] | small)
     assert not model.training
     still = [key for key, value in model.named_parameters() if torch.equal(value, started[key])]
     assert still == []

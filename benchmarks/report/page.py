@@ -1,8 +1,8 @@
-"""From records to the page: gathers, computes every part, renders with all texts escaped."""
+"""The page: gathers records, computes every part, and renders HTML with all texts escaped."""
 
 import base64
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,29 @@ from benchmarks.grid.cell import Adapter, RunOptions
 from benchmarks.grid.schema import Grid
 from benchmarks.published.table import PublishedTable
 from benchmarks.report import charts, examples, figures
-from benchmarks.report.differences import published, published_table
+from benchmarks.report.figures import Looks
 from benchmarks.report.gather import Gathered, gather
 from benchmarks.report.groups import Group, make_groups, rows_of
-from benchmarks.report.notes import axis_tables, data_lines, facts, note_lines
 from benchmarks.report.provenance import module_maps, origin
-from benchmarks.report.tables import recovery_table, wide_table
-from benchmarks.results.scores import FULL, main_metric, metric_title, scores, unique, write_text
+from benchmarks.report.tables import diff_table, paper_table, score_table
+from benchmarks.results.scores import (
+    FULL,
+    Measured,
+    main_metric,
+    metric_title,
+    sample_counts,
+    scores,
+    unique,
+    write_text,
+)
+from benchmarks.tables.ablation import axis_table, methods_on
+from benchmarks.tables.expected_orders import order_lines
 from benchmarks.tables.published import Layout
+from benchmarks.tables.settings import settings_lines
+from benchmarks.tables.summary import sampling_line
 from fimaq_core.errors import FimaqError
+
+Dict = dict[str, Any]
 
 
 def write_report(
@@ -28,15 +42,16 @@ def write_report(
     options: RunOptions,
     adapter: Adapter,
     path: Path,
+    *,
     get: examples.Fetch = examples.fetch,
     table: PublishedTable | None = None,
 ) -> Gathered:
-    """Write the report of what ``grid`` measured to ``path`` and return what was read.
+    """Write the report of the measured cells of ``grid`` to ``path`` and return its content.
 
     ``get`` fetches the pictures of samples; ``table`` is the published table of the grid.
 
     Raises:
-        FimaqError: nothing is measured, or the file cannot be written.
+        FimaqError: no cell is measured, or the file cannot be written.
     """
     gathered = gather(grid, options, adapter)
     if not gathered.measured:
@@ -47,31 +62,28 @@ def write_report(
             f"run `make reproduce-table {kind.upper()}={grid.name}` first.{unread}"
         )
     page = render(make_page(gathered, get, table))
-    # A record may hold half of a surrogate pair, which no file can.
+    # Records may hold half of a surrogate pair, which a file cannot hold.
     write_text(path, page.encode("utf-8", "replace").decode("utf-8"))
     return gathered
 
 
-def make_page(
-    gathered: Gathered, get: examples.Fetch, table: PublishedTable | None
-) -> dict[str, Any]:
-    """Compute everything the page shows."""
+def make_page(gathered: Gathered, get: examples.Fetch, table: PublishedTable | None) -> Dict:
+    """Compute all content of the page."""
     grid, measured = gathered.grid, gathered.measured
     groups = make_groups(measured)
     names = unique(item.cell.section for item in measured)
     methods = [name for name in rows_of(gathered.cells) if name != "fp"]
     looks = charts.looks(methods) | {"fp": "fp"}
-    told = examples.read_all(groups, gathered)
-    pictures = examples.make_pictures(told, get, gathered)
+    answers = examples.read_all(groups, gathered)
+    pictures = examples.make_pictures(answers, get, gathered)
     stages = figures.stage_colours(groups)
     sections = []
     for name in names:
         mine = [group for group in groups if group.cell.section == name]
-        section = make_section(name, mine, gathered, looks, stages)
-        # Axis points have their rows in tables, and tables of their own.
+        section = make_section(mine, gathered, looks, stages)
         own = [group for group in mine if not group.cell.point]
-        section["boards"] = examples.make_boards(own, told, pictures)
-        section["without_examples"] = sum(group.id not in told for group in own)
+        section["boards"] = examples.make_boards(own, answers, pictures)
+        section["without_examples"] = sum(group.id not in answers for group in own)
         sections.append(section)
     dates = sorted(item.record.finished[:10] for item in measured)
     subjects = unique(group.cell.subject for group in groups if group.cell.method != "fp")
@@ -83,8 +95,8 @@ def make_page(
         "facts": facts(measured),
         "sections": sections,
         "empty": [name for name in grid.tasks if name not in names],
-        "published": published(measured),
-        "table": None if table is None else published_table(Layout(table, measured)),
+        "published": diff_table(measured),
+        "table": None if table is None else paper_table(Layout(table, measured)),
         "pictures": list(pictures.values()),
         "filters": {
             "task": names,
@@ -98,46 +110,80 @@ def make_page(
     }
 
 
-def make_section(
-    name: str,
-    groups: Sequence[Group],
-    gathered: Gathered,
-    looks: Mapping[str, str],
-    stages: Mapping[str, str],
-) -> dict[str, Any]:
-    """Compute the numbers of section ``name`` of the grid, one task on one data set."""
+def make_section(groups: Sequence[Group], gathered: Gathered, looks: Looks, stages: Looks) -> Dict:
+    """Compute the numbers of a section of the grid, one task on one data set."""
+    name = groups[0].cell.section
     cells = [cell for cell in gathered.cells if cell.section == name]
     mine = [item for group in groups for item in group.items]
     metric = main_metric(cells[0].task, scores(mine))
     others = unique(other for group in groups for other in group.scores if other != metric)
-    # Charts are about the grid's own settings.
+    # Charts show the grid's own settings only; axis points have tables.
     own = [group for group in groups if not group.cell.point]
     records = [item.record for group in own for item in group.items]
     rebuilt = [r for r in records if r.recipe is not None and r.recipe.get("reconstruct")]
+    by_method = {one: [c for c in cells if c.method == one] for one in rows_of(cells)}
     return {
         "name": name,
         "metric": metric_title(metric),
         "data": data_lines(mine),
-        "table": wide_table(groups, cells, metric, main=True),
-        "others": [wide_table(groups, cells, other) for other in others],
+        "table": score_table(groups, cells, metric, main=True),
+        "others": [score_table(groups, cells, other) for other in others],
         "notes": note_lines(own, metric, mine),
         "by_bits": list(figures.bits_figures(own, metric, looks)),
-        "compared": list(figures.dot_figures(own, metric, looks)),
-        "recovery": recovery_table(groups, cells, metric),
+        "costs": list(figures.cost_figures(own, metric, looks)),
         "errors": list(figures.block_figures(own, looks, "error")),
         "fisher": list(figures.block_figures(own, looks, "fisher")),
         "without_blocks": sum(not record.blocks for record in rebuilt),
         "times": list(figures.stage_figures(own, stages)),
         "memory": list(figures.stage_figures(own, stages, memory=True)),
-        "costs": list(figures.cost_figures(own, metric, looks)),
         "modules": module_maps(groups),
         "origins": [origin(group, metric, gathered) for group in groups],
-        "axes": axis_tables(gathered.grid, cells, mine, metric),
+        "axes": [
+            (f"{axis}: {method}", axis_table(axis, list(points), metric, mine, by_method[method]))
+            for axis, points in gathered.grid.axes.items()
+            for method in methods_on(axis, cells)
+        ],
     }
 
 
-def render(page: dict[str, Any]) -> str:
-    """Return the page as HTML, with a policy that lets it load and run nothing from elsewhere."""
+def data_lines(measured: Sequence[Measured]) -> list[str]:
+    """Return data set, split and number of samples."""
+    sets = ((item.record.dataset, item.record.n) for item in measured)
+    return unique(f"{d.name}, split {d.split}, {sample_counts(n, d.captions)}" for d, n in sets)
+
+
+def note_lines(groups: Sequence[Group], metric: str, measured: Sequence[Measured]) -> list[str]:
+    """Return settings of ``groups``, the sampling error, and the agreement with expected orders."""
+    mine = [item for group in groups for item in group.items]
+    try:
+        lines = settings_lines(mine)
+    except FimaqError as error:  # for example, a recipe of another version
+        lines = [str(error)]
+    table = scores(measured)
+    lines.append(sampling_line(table.loc[table["metric"] == metric, "stderr"]))
+    for mark in unique(item.cell.mark for item in mine if item.cell.method != "fp"):
+        items = [item for item in mine if item.cell.mark == mark]
+        table = scores(items)
+        lines += order_lines(table[table["metric"] == metric], items, mark)
+    return lines
+
+
+def facts(measured: Sequence[Measured]) -> dict[str, list[str]]:
+    """Return the distinct data sets, machines, versions and revisions of all records."""
+    machines = [item.record.environment for item in measured]
+    versions: dict[str, dict[str, None]] = {}
+    for name, version in (pair for machine in machines for pair in machine.versions.items()):
+        versions.setdefault(name, {})[version] = None
+    return {
+        "Data": data_lines(measured),
+        "Machines": unique(machine.device for machine in machines),
+        "Versions": [f"{name} {' / '.join(found)}" for name, found in versions.items()],
+        "Git revisions": unique(machine.git_revision[:19] for machine in machines),
+    }
+
+
+def render(page: Dict) -> str:
+    """Return the page as HTML; its policy lets it load and run nothing from elsewhere."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -149,12 +195,14 @@ def render(page: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     templates.filters["px"] = charts.px
-    # The only texts that are not escaped are our own files, which the policy names by their hash.
     folder = Path(__file__).parent / "templates"
-    texts, rules = {}, {}
+    # Only these two files are not escaped; the policy names them by their hashes.
+    texts, rules = {}, ["default-src 'none'"]
     for kind, file in (("style", "page.css"), ("script", "page.js")):
         text = (folder / file).read_text(encoding="utf-8")
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        texts[kind], rules[kind] = Markup(text), f"{kind}-src 'sha256-{digest}'"
-    policy = f"default-src 'none'; {rules['style']}; {rules['script']}; img-src data:; base-uri 'none'; form-action 'none'"
-    return templates.get_template("page.html.j2").render(page=page, policy=policy, **texts)
+        texts[kind] = Markup(text)
+        rules.append(f"{kind}-src 'sha256-{digest}'")
+    rules += ["img-src data:", "base-uri 'none'", "form-action 'none'"]
+    template = templates.get_template("page.html.j2")
+    return template.render(page=page, policy="; ".join(rules), **texts)
