@@ -1,61 +1,86 @@
-"""Options that several commands share."""
+"""Command line options that several commands share."""
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from benchmarks.grid.cell import Adapter, Places, default_adapter
+from benchmarks.grid.cell import Adapter, Places, RunOptions, default_adapter
+
+_PROFILE = "quickstart, demo, paper, ablation, paper-ablation, or a .yaml file."
+_IMAGENET = "ImageNet-1k folder with val/ and train/."
+_COCO = (
+    "COCO folder with dataset_coco.json, train2014/ and val2014/ (captions), or annotations/, "
+    "train2017/ and val2017/ (detection), or all of them."
+)
+_FLICKR = "Flickr30k folder with dataset_flickr30k.json and the images."
+_WEIGHTS = "Folder with checkpoints named <model.tag>.safetensors, .pth or .bin."
+
+profile_option = click.option("--profile", default="quickstart", show_default=True, help=_PROFILE)
+results_option = click.option(
+    "--results", type=click.Path(path_type=Path), default="results", show_default=True,
+    help="Folder of runs and tables.",
+)  # fmt: skip
 
 
-def profile_option(command: Any) -> Any:
-    """``--profile``."""
-    words = "quickstart, demo, paper, ablation, paper-ablation, or a .yaml file."
-    return click.option("--profile", default="quickstart", show_default=True, help=words)(command)
+def collected(name: str, make: Callable[..., Any], *options: Callable[[Any], Any]) -> Any:
+    """Return a decorator that adds click options, whose values the command gets as one argument.
 
-
-def results_option(command: Any) -> Any:
-    """``--results``."""
-    path, words = click.Path(path_type=Path), "Folder of runs and tables."
-    option = click.option("--results", type=path, default="results", show_default=True, help=words)
-    return option(command)
-
-
-def text_options(texts: Mapping[str, str], metavar: str | None = None) -> Callable[[Any], Any]:
-    """Options of text, empty by default, with their help."""
+    Example:
+        >>> @click.command()
+        ... @collected("size", Size, click.option("--width"), click.option("--height"))
+        ... def draw(size: Size) -> None: ...  # size = Size(width=..., height=...)
+    """
 
     def add(command: Any) -> Any:
-        for name, words in reversed(texts.items()):
-            command = click.option(f"--{name}", default="", metavar=metavar, help=words)(command)
-        return command
+        return functools.reduce(lambda result, option: option(result), reversed(options), command)
 
-    return add
+    def names() -> None:
+        """Carry the options, so that click tells their names."""
+
+    own = [option.name for option in add(names).__click_params__]
+
+    def decorate(command: Callable[..., Any]) -> Any:
+        @functools.wraps(command)
+        def collect(**values: Any) -> Any:
+            made = make(**{key: values.pop(key) for key in own})
+            return command(**values, **{name: made})
+
+        return add(collect)
+
+    return decorate
 
 
-#: ``--imagenet``, ``--coco`` and ``--flickr``, as :class:`~benchmarks.grid.cell.Places` takes them.
-places_options = text_options(
-    {
-        "imagenet": "ImageNet-1k folder that holds val/ and train/.",
-        "coco": "COCO folder that holds dataset_coco.json, train2014/ and val2014/ (captions), or "
-        "annotations/, train2017/ and val2017/ (detection), or all of them.",
-        "flickr": "Flickr30k folder that holds dataset_flickr30k.json and the images.",
-    },
-    "PATH",
+def _options(
+    results: Path, weights: Path | None, imagenet: Path | None, coco: Path | None,
+    flickr: Path | None,
+) -> RunOptions:  # fmt: skip
+    return RunOptions(results, Places(imagenet, coco, flickr), weights)
+
+
+class _Folder(click.ParamType):
+    """A folder; ``~`` is the home folder, and an empty text is no folder."""
+
+    name = "path"
+
+    def convert(self, value: Any, *_: object) -> Any:
+        return Path(value).expanduser() if value else None
+
+
+folder_options = collected(
+    "options",
+    _options,
+    click.option("--imagenet", type=_Folder(), help=_IMAGENET),
+    click.option("--coco", type=_Folder(), help=_COCO),
+    click.option("--flickr", type=_Folder(), help=_FLICKR),
+    click.option("--weights", type=_Folder(), metavar="DIR", help=_WEIGHTS),
+    results_option,
 )
 
 
 def adapter() -> Adapter:
-    """The adapter that a command uses: the real one, but in tests."""
+    """Return the adapter of the running command; tests put in their own."""
     found = click.get_current_context().obj
     return found if isinstance(found, Adapter) else default_adapter()
-
-
-def folder(text: str) -> Path | None:
-    """A folder that was given as text; None for none."""
-    return Path(text).expanduser() if text else None
-
-
-def places(texts: Mapping[str, str]) -> Places:
-    """Return the folders that :data:`places_options` were given."""
-    return Places(**{name: folder(text) for name, text in texts.items()})

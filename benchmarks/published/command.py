@@ -1,8 +1,7 @@
 """``python -m benchmarks published``: published tables, what they need, what they will cost."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import click
 from rich import box
@@ -10,51 +9,69 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 from benchmarks.console import duration, size_text
-from benchmarks.costs.sources import REFERENCE, Cost, Costs, cost_row, origins, other_rows
-from benchmarks.grid.cell import Adapter, Cell, Key, RunOptions, finished_record
+from benchmarks.costs.sources import MEASURED, Cost, gather, sources_text
+from benchmarks.grid.cell import Adapter, Cell, Key, RunOptions
 from benchmarks.grid.expand import Filters, expand
-from benchmarks.grid.options import adapter, folder, places, places_options, results_option
+from benchmarks.grid.options import adapter, folder_options
 from benchmarks.grid.preflight import WeightsPlace, missing_data, weights_place
 from benchmarks.published.table import PublishedTable, load_table, table_names
 from tasks.common import registry
 from tasks.common.request import Missing, describe_missing
 
-#: Columns of a listing that is no terminal's.
+#: Width of the listing where the output is no terminal.
 _WIDE = 200
 
 
 @click.command()
 @click.option("--table", default="", help="Only this table, with all its cells; or a .yaml file.")
-@click.option("--device", default="", help="As for run.")
-@places_options
-@click.option("--weights", default="", metavar="DIR", help="As for run.")
-@results_option
-def published(table: str, device: str, weights: str, results: Path, **texts: str) -> None:
+@click.option("--device", help="As for run.")
+@folder_options
+def published(table: str, device: str | None, options: RunOptions) -> None:
     """List the published tables that can be reproduced: cells, data, weights, time, memory, disk.
 
     Nothing is run, downloaded or changed.
     """
-    options = RunOptions(results, places(texts), folder(weights), device or None)
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=_WIDE)
-    for part in listing(table, options, adapter()):
+    for part in listing(table, replace(options, device=device), adapter()):
         console.print(part, markup=False, soft_wrap=isinstance(part, str))
 
 
-class _Entry(NamedTuple):
-    """A table with its cells, what they need, and what they cost or will cost."""
+@dataclass(frozen=True)
+class _Entry:
+    """A table with its cells, their costs, and the data and weights that they need."""
 
     table: PublishedTable
     cells: Sequence[Cell]
-    done: set[Key]
     costs: Mapping[Key, Cost | None]
     data: Mapping[str, Missing | None]
     weights: Mapping[str, WeightsPlace]
 
+    def is_done(self, cell: Cell) -> bool:
+        cost = self.costs[cell.key]
+        return cost is not None and cost.source == MEASURED
+
+    def totals(self) -> dict[str, str]:
+        """Return times by kind of device, memory, disk and sources of the cells to run."""
+        costs = [self.costs[cell.key] for cell in self.cells if not self.is_done(cell)]
+        known = [cost for cost in costs if cost is not None]
+        found = {}
+        for device in ("gpu", "cpu"):
+            seconds = [cost.seconds for cost in known if cost.device == device]
+            found[f"{device.upper()} time"] = duration(sum(seconds)) if seconds else ""
+        memory, disk = (
+            max((c.memory or 0 for c in known), default=0),
+            sum(c.disk or 0 for c in known),
+        )
+        found |= {"memory": memory and size_text(memory), "disk": disk and size_text(disk)}
+        unknown = len(costs) - len(known)
+        sources = [sources_text(known), f"{unknown} not known" if unknown else ""]
+        return {**found, "known from": "; ".join(filter(None, sources))}
+
 
 def listing(name: str, options: RunOptions, adapter: Adapter) -> list[RenderableType]:
-    """Return the parts of the listing: all tables, or the cells of the one called ``name``.
+    """Return the parts of the listing: all tables, or the cells of the table ``name``.
 
     Raises:
         TableError: there is no such table.
@@ -62,43 +79,40 @@ def listing(name: str, options: RunOptions, adapter: Adapter) -> list[Renderable
     tables = [load_table(each) for each in ([name] if name else table_names())]
     grids = [table.grid() for table in tables]
     cells = [expand(grid, Filters(), options) for grid in grids]
-    # Tables share cells: each is looked for once.
-    every = {cell.key: cell for each in cells for cell in each}
-    found = ((cell, finished_record(cell, adapter)) for cell in every.values())
-    finished = [(cell, cost_row(cell, record)) for cell, record in found if record is not None]
-    done = {cell.key for cell, _ in finished}
-    rows, notes = other_rows([grid.name for grid in grids], options.results, REFERENCE)
-    costs = Costs(finished, rows, every.values())
-    each = {key: costs.of(cell) for key, cell in every.items()}
+    # Tables share cells.
+    every = {cell.key: cell for own in cells for cell in own}
+    names = [grid.name for grid in grids]
+    costs, warnings = gather(list(every.values()), adapter, names, options.results)
+    known = {key: costs.of(cell) for key, cell in every.items()}
     entries = []
-    for table, grid, mine in zip(tables, grids, cells, strict=True):
+    for table, grid, own in zip(tables, grids, cells, strict=True):
         data: dict[str, Missing | None] = {}
-        for section, cell in {cell.section: cell for cell in mine}.items():
+        for section, cell in {cell.section: cell for cell in own}.items():
             place = grid.tasks[section].data.upper()
             data[place] = data.get(place) or missing_data(cell)
         weights = {
             registry.model_tag(cell.task, cell.request.model): weights_place(cell)
-            for cell in {cell.model: cell for cell in mine}.values()
+            for cell in {cell.model: cell for cell in own}.values()
         }
-        entries.append(_Entry(table, mine, done, each, data, weights))
-    shown = _one(entries[0]) if name else _all(entries)
-    return [*shown, *_missing(entries, bool(name)), *notes]
+        entries.append(_Entry(table, own, known, data, weights))
+    shown = _one_table(entries[0]) if name else _all_tables(entries)
+    return [*shown, *_missing(entries, commands=bool(name)), *warnings]
 
 
-def _all(entries: Sequence[_Entry]) -> list[RenderableType]:
+def _all_tables(entries: Sequence[_Entry]) -> list[RenderableType]:
     rows = []
     for entry in entries:
         here = sum(place.here for place in entry.weights.values())
         data = (f"{name}: {'no' if item else 'yes'}" for name, item in entry.data.items())
         row = {
             "table": entry.table.name,
-            "what it is": entry.table.title,
+            "title": entry.table.title,
             "cells": str(len(entry.cells)),
-            "done": str(sum(cell.key in entry.done for cell in entry.cells)),
+            "done": str(sum(map(entry.is_done, entry.cells))),
             "data here": ", ".join(data),
             "weights here": f"{here} of {len(entry.weights)}",
         }
-        rows.append(row | _totals(entry))
+        rows.append(row | entry.totals())
     return [
         _table(rows),
         "Times are of the cells that are not done, one at a time; memory is the largest of a cell.",
@@ -106,10 +120,10 @@ def _all(entries: Sequence[_Entry]) -> list[RenderableType]:
     ]
 
 
-def _one(entry: _Entry) -> list[RenderableType]:
+def _one_table(entry: _Entry) -> list[RenderableType]:
     rows = []
     for cell in entry.cells:
-        cost, done = entry.costs[cell.key], cell.key in entry.done
+        cost, done = entry.costs[cell.key], entry.is_done(cell)
         row = {"model": cell.subject, "method": cell.method, "bits": cell.bits, "point": cell.point}
         row |= {"done": "yes" if done else "no", "time": "not known"}
         row |= {"memory": "", "disk": "", "known from": ""}
@@ -120,7 +134,7 @@ def _one(entry: _Entry) -> list[RenderableType]:
                 row[name] = "" if size is None else f"{about}{size_text(size)}"
             row["known from"] = cost.origin
         rows.append(row)
-    totals = _totals(entry)
+    totals = entry.totals()
     origin = totals.pop("known from")
     shown = ", ".join(f"{name} {text}" for name, text in totals.items() if text) or "nothing known"
     return [
@@ -132,36 +146,18 @@ def _one(entry: _Entry) -> list[RenderableType]:
 
 
 def _table(rows: Sequence[Mapping[str, str]]) -> Table:
-    """Return a table of the columns that have something in them; sentences may wrap."""
+    """Return a table without empty columns; sentences may wrap."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     names = [name for name in rows[0] if any(row[name] for row in rows)]
     for name in names:
-        table.add_column(name, no_wrap=name not in ("what it is", "known from"), overflow="fold")
+        table.add_column(name, no_wrap=name not in ("title", "known from"), overflow="fold")
     for row in rows:
         table.add_row(*(row[name] or "-" for name in names))
     return table
 
 
-def _totals(entry: _Entry) -> dict[str, str]:
-    """Return times by kind of device, memory, disk, and the origins, of what is to run."""
-    costs = [entry.costs[cell.key] for cell in entry.cells if cell.key not in entry.done]
-    known = [cost for cost in costs if cost is not None]
-    found = {}
-    for device in ("gpu", "cpu"):
-        seconds = [cost.seconds for cost in known if cost.device == device]
-        found[f"{device.upper()} time"] = duration(sum(seconds)) if seconds else ""
-    memory = [(c.memory, c.memory_note or c.note) for c in known if c.memory is not None]
-    disk = [cost.disk for cost in known if cost.disk is not None]
-    most, machine = max(memory, default=(0, ""))
-    found["memory"] = f"{size_text(most)} ({machine})" if memory else ""
-    found["disk"] = size_text(sum(disk)) if disk else ""
-    unknown = len(costs) - len(known)
-    sources = [origins(known), f"{unknown} not known" if unknown else ""]
-    return {**found, "known from": "; ".join(filter(None, sources))}
-
-
 def _protocol(cells: Sequence[Cell]) -> list[str]:
-    """Return the settings of each method, one line for methods that share them."""
+    """Return the settings of each method; methods with the same settings share a line."""
     found: dict[str, dict[str, None]] = {}
     for cell in cells:
         recipe = cell.request.recipe
@@ -178,7 +174,7 @@ def _protocol(cells: Sequence[Cell]) -> list[str]:
 
 
 def _missing(entries: Sequence[_Entry], commands: bool) -> list[str]:
-    """Return lines on data and weights that are not here, and how they are fetched."""
+    """Return lines on missing data and weights, with ``commands`` that fetch weights."""
     data = {item.what: item for entry in entries for item in entry.data.values() if item}
     lines = (describe_missing(data.values()) or "").splitlines()
     places = {name: place for entry in entries for name, place in entry.weights.items()}
@@ -189,5 +185,5 @@ def _missing(entries: Sequence[_Entry], commands: bool) -> list[str]:
         where = where or "no hub has them, put the file into the WEIGHTS folder"
         lines.append(f"  {name}: {where}")
     if any(place.repository for place in weights.values()):
-        lines.append("Weights of the hub are fetched by the first run that needs them.")
+        lines.append("The first run that needs weights of the hub fetches them.")
     return lines

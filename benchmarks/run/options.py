@@ -1,73 +1,118 @@
-"""Where cells run, as the command line says it: the executor, its options, the device."""
+"""The request of a run, the executor that it asks for, and the device that it can have."""
 
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from benchmarks.grid.cell import RunOptions
+from benchmarks.grid.cell import Adapter, Cell, RunOptions, default_adapter
+from benchmarks.grid.expand import Filters, expand
+from benchmarks.grid.schema import Grid
+from benchmarks.published.table import PublishedTable
 from benchmarks.run.executor import Executor
+from benchmarks.run.local import LocalExecutor, default_jobs
 from fimaq_core.errors import FimaqError
 
-#: Attempts in a row that may end with a dead process and get no further.
+#: Attempts in a row that may end with a dead process and without progress.
 RETRIES = 3
 
 
 @dataclass(frozen=True)
 class ExecutorOptions:
-    """The options of ``run`` about where cells run.
+    """Options of ``run`` that say where cells run.
 
     Attributes:
-        name: ``local`` or ``ray``.
-        jobs: cells at a time. None: as the profile says, else as the machine or cluster allows.
-        ray_address: ``host:port`` of a running Ray cluster; empty for one that ends with the run.
-        gpus_per_cell: share of a GPU that a cell gets from Ray.
+        engine: ``local`` or ``ray``.
+        jobs: cells at a time. None: as the profile says, or as the machine or cluster allows.
+        ray_address: ``host:port`` of a running Ray cluster; empty: a cluster of this run.
+        gpus_per_cell: share of a GPU that Ray gives to a cell.
         retries: see `benchmarks.run.attempt.Attempts`.
     """
 
-    name: Literal["local", "ray"] = "local"
+    engine: Literal["local", "ray"] = "local"
     jobs: int | None = None
     ray_address: str = ""
     gpus_per_cell: float = 1.0
     retries: int = RETRIES
 
     @property
-    def flags(self) -> list[tuple[str, object]]:
-        """The options that differ from the defaults, as a command line gives them."""
-        given = [
-            ("--engine", self.name, "local"),
-            ("--ray-address", self.ray_address, ""),
-            ("--jobs", self.jobs, None),
-            ("--gpus-per-cell", f"{self.gpus_per_cell:g}", "1"),
-            ("--retries", self.retries, RETRIES),
-        ]
-        return [(flag, value) for flag, value, usual in given if value != usual]
+    def flags(self) -> dict[str, object]:
+        """Options that differ from the defaults, as on the command line."""
+        changed = {name: v for name, v in vars(self).items() if v != getattr(type(self), name)}
+        if "gpus_per_cell" in changed:
+            changed["gpus_per_cell"] = f"{self.gpus_per_cell:g}"
+        return {f"--{name.replace('_', '-')}": value for name, value in changed.items()}
 
 
-def settled(
-    options: RunOptions, how: ExecutorOptions, device: str, threads: int | None
-) -> RunOptions:  # fmt: skip
-    """Return ``options`` with the device that cells run on.
+@dataclass(frozen=True)
+class RunRequest:
+    """One use of the command ``run``: which cells to measure, and how.
 
-    Args:
-        options: of the run.
-        how: of its executor. Ray is started or connected to here.
-        device, threads: as the user or the profile says it.
+    Attributes:
+        grid: the profile, or the grid of the published table.
+        name: the profile or table as the user named it.
+        filters, options: narrow or change the grid.
+        adapter: measures the cells.
+        executor: where cells run.
+        table: the published table; its layout replaces the tables of a profile.
+        report: also write the HTML report.
+    """
+
+    grid: Grid
+    name: str = ""
+    filters: Filters = field(default_factory=Filters)
+    options: RunOptions = field(default_factory=RunOptions)
+    adapter: Adapter = field(default_factory=default_adapter)
+    executor: ExecutorOptions = ExecutorOptions()
+    table: PublishedTable | None = None
+    report: bool = False
+
+    @property
+    def device(self) -> str:
+        """Device of the user, or of the grid."""
+        return self.options.device or self.grid.device
+
+    @property
+    def threads(self) -> int | None:
+        """CPU threads per cell."""
+        return self.options.threads or self.grid.threads
+
+    @property
+    def jobs(self) -> int:
+        """Cells at a time on this machine."""
+        usual = default_jobs(self.threads, self.device)
+        return self.executor.jobs or self.grid.jobs or usual
+
+    def cells(self) -> list[Cell]:
+        """Return the cells that the filters leave."""
+        return expand(self.grid, self.filters, self.options)
+
+
+def settled(request: RunRequest) -> RunRequest:
+    """Return the request with the device that its cells run on. Starts Ray, or connects to it.
 
     Raises:
         FimaqError: there is no such device, or no such cluster.
     """
+    how, device = request.executor, request.device
     if not re.fullmatch(r"cpu|auto|mps|cuda(:\d+)?", device):
         raise FimaqError(f"Unknown device '{device}': use cpu, cuda, cuda:N or auto.")
-    if how.name == "local":
+    if how.engine == "local":
         if how.ray_address:
             advice = "add --engine ray (ENGINE=ray)."
             raise FimaqError(f"A Ray address is of use to the Ray engine only: {advice}")
-        return replace(options, device=_device(device))
+        device = _device(device)
+    else:
+        device = _ray_device(request, device)
+    return replace(request, options=replace(request.options, device=device))
+
+
+def _ray_device(request: RunRequest, device: str) -> str:
     from benchmarks.run.ray import connect, nodes
 
+    how = request.executor
     if device == "mps" or ":" in device:
         advice = "Ray gives each cell a GPU of its own, so say cuda, cpu or auto."
         raise FimaqError(f"Device '{device}': {advice}")
@@ -80,41 +125,37 @@ def settled(
 
             # CUDA_VISIBLE_DEVICES may hide all GPUs by -1, which Ray would count as one.
             gpus = torch.cuda.device_count()
-    # A cluster on this machine has as many cores as are asked for, whatever there are.
-    connect(how.ray_address, how.jobs and how.jobs * (threads or 1), gpus)
+    # A cluster on this machine gets as many cores as the run asks for, even if there are fewer.
+    connect(how.ray_address, how.jobs and how.jobs * (request.threads or 1), gpus)
     if device == "auto":
         device = "cuda" if any(node.gpus for node in nodes()) else "cpu"
         print(f"Device: {device}.")
-    return replace(options, device=device)
+    return device
 
 
-def make_executor(
-    options: RunOptions, how: ExecutorOptions, threads: int | None, jobs: int | None, logs: Path,
-    cells: int, imports: Sequence[str],
-) -> Executor:  # fmt: skip
-    """Return the executor for so many ``cells``, which need the modules ``imports``.
+def make_executor(request: RunRequest, logs: Path, cells: int, imports: Sequence[str]) -> Executor:
+    """Return the executor of a settled request.
 
     Args:
-        options, how: of the run, settled, and of its executor.
-        threads, jobs: CPU threads of a cell, and cells at a time as the profile says it.
+        request: the request.
         logs: folder for the output of cells.
+        cells: number of cells to run.
+        imports: modules that the cells need.
     """
-    device = str(options.device)
-    if how.name == "ray":
+    how, device = request.executor, request.device
+    if how.engine == "ray":
         from benchmarks.run.ray import RayExecutor
 
         gpus = how.gpus_per_cell if device == "cuda" else 0.0
         most = min(how.jobs or cells, cells)
-        return RayExecutor(options.results / "runs", logs, threads, gpus, most)
-    from benchmarks.run.local import LocalExecutor, default_jobs
-
-    count = min(how.jobs or jobs or default_jobs(threads, device), cells)
+        return RayExecutor(request.options.results / "runs", logs, request.threads, gpus, most)
+    count = min(request.jobs, cells)
     slots = {f"worker {slot}": logs / f"worker-{slot}.log" for slot in range(1, count + 1)}
-    return LocalExecutor(slots, threads, imports)
+    return LocalExecutor(slots, request.threads, imports)
 
 
 def _device(device: str) -> str:
-    """Resolve ``auto`` and refuse a GPU that is not there. Only for runs: it imports torch."""
+    """Return the device in place of ``auto``; refuse a GPU that is not there. Imports torch."""
     if device == "cpu":
         return device
     import torch

@@ -1,11 +1,10 @@
-"""The doctor's profiles: what is missing and which command gets it, what is known of needs, and the command as a whole."""
+"""The doctor's profiles: missing data and weights, memory, and the whole command."""
 
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import benchmark_fakes as fakes
 import pytest
@@ -14,7 +13,7 @@ from click.testing import CliRunner
 
 from benchmarks.cli import cli
 from benchmarks.costs.sources import REFERENCE
-from benchmarks.doctor import Finding, examine, profile_findings
+from benchmarks.doctor import Finding, examine, guarded, profile_findings
 from benchmarks.grid.cell import Adapter, Places, RunOptions, default_adapter
 from benchmarks.grid.expand import GRIDS, Filters, expand, load_grid
 from fimaq_core.errors import ModelError
@@ -53,9 +52,13 @@ def run(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def findings(
-    name: str, options: RunOptions, adapter: Adapter = fakes.ADAPTER, **more: Any
+    name: str,
+    options: RunOptions,
+    adapter: Adapter = fakes.ADAPTER,
+    cuda: bool = False,
+    memory: float = 1e12,
 ) -> list[Finding]:
-    return list(profile_findings(name, options, adapter, **{"cuda": False, "memory": 1e12, **more}))
+    return guarded(name, profile_findings, name, options, adapter, cuda, memory)
 
 
 def test_the_demo_profile_can_run_here(tmp_path: Path):
@@ -67,14 +70,7 @@ def test_the_demo_profile_can_run_here(tmp_path: Path):
     content = json.loads(result.stdout)
     assert (result.exit_code, content["can_run"]) == (0, True), result.output
     assert set(content) == {"schema", "profile", "can_run", "findings"}
-    titles = [
-        "Python and packages",
-        "Devices and programs",
-        "Disk",
-        "Results",
-        "Profile",
-        "Other profiles",
-    ]
+    titles = ["Python and packages", "Machine", "Results", "Profile", "Other profiles"]
     assert list(content["findings"]) == titles
     for found in content["findings"].values():
         for finding in found:
@@ -170,7 +166,7 @@ def test_a_check_that_fails_is_a_reason(tmp_path: Path):
     (found,) = findings("demo", options, Adapter(fakes.run_cell, fakes.planned_folder, broken))
     assert (found.state, found.text) == (
         "problem",
-        "demo: cannot run: it cannot be examined: ImportError: timm is half installed",
+        "demo cannot be examined: ImportError: timm is half installed",
     )
     found = findings("demo", options, Adapter(fakes.run_cell, fakes.planned_folder, unknown))[1]
     assert found.text == "classification, retrieval, detection: Unknown model 'x'."
@@ -219,7 +215,7 @@ def test_memory_of_real_sizes_comes_from_the_committed_rehearsal(tmp_path: Path)
     content = json.loads((REFERENCE / "rehearsal.json").read_text(encoding="utf-8"))
     largest = max(content["cells"], key=lambda row: row["peak_memory_bytes"])
     assert memory.text.startswith(f"{largest['model']} {largest['method']} {largest['bits']}")
-    assert "(rehearsed, " in memory.text
+    assert "rehearsed, " in memory.text
     assert "no GPU is visible" in gpu.text
 
 

@@ -302,7 +302,7 @@ def test_the_commands_run_plan_and_filter_axes(tmp_path):
     (row,) = [
         line.split() for line in plan.output.splitlines() if "demo_swin" in line and "k=15" in line
     ]
-    assert row[1:6] == ["classification", "demo_swin", "fimaq", "w3a3", "k=15"]
+    assert row[1:5] == ["demo_swin", "fimaq", "w3a3", "k=15"]
     part = run("--axes", "k", "--jobs", "2")
     assert part.exit_code == 0, part.output
     assert "### k: fimaq" in part.output

@@ -194,7 +194,7 @@ def test_a_coco_folder_for_one_of_them_says_what_the_other_lacks(
     assert all(part.rstrip("/") in lines[0] for part in absent)
     assert not any(f"/{part.rstrip('/')}" in lines[0].split(". ")[0] for part in parts)
     assert result.output.splitlines()[-1] == (
-        f"Not all there: {lacking}. To run the rest: TASKS={rest} for make, --tasks {rest} for a grid."
+        f"Cannot run: {lacking}. To run the rest: TASKS={rest} for make, --tasks {rest} for a grid."
     )
     grid = parse_grid(ONE_FOLDER)
     assert missing(expand(grid, parse_filters(grid, tasks=rest), options), CHECKS) == []

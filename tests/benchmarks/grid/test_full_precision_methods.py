@@ -14,7 +14,7 @@ from benchmarks.grid.cell import RunOptions
 from benchmarks.grid.expand import Filters, expand, parse_filters, parse_grid
 from benchmarks.results import scores
 from benchmarks.run.command import rerun_command
-from benchmarks.run.options import ExecutorOptions
+from benchmarks.run.options import RunRequest
 from benchmarks.run.order import make_chains
 from benchmarks.run.plan import plan_text
 from benchmarks.tables import summary
@@ -181,53 +181,29 @@ def test_settings_of_mlps_bear_where_mlps_are_reconstructed():
 
 
 def test_the_command_for_failed_cells_names_no_bits_for_them():
-    cells = expand(
-        parse_grid(GRID), parse_filters(parse_grid(GRID), models="a", seeds="1"), RunOptions()
-    )
+    grid = parse_grid(GRID)
+    request = RunRequest(grid, "t")
+    cells = expand(grid, parse_filters(grid, models="a", seeds="1"), RunOptions())
     mine = [cell for cell in cells if cell.method == "relu-fp"]
-    assert "--bits" not in rerun_command("t", mine, RunOptions(), ExecutorOptions())
-    assert "--methods relu-fp --seeds 1" in rerun_command(
-        "t", mine, RunOptions(), ExecutorOptions()
-    )
-    both = rerun_command(
-        "t",
-        [*mine, *(cell for cell in cells if cell.label == "a rtn w3a3 seed 1")],
-        RunOptions(),
-        ExecutorOptions(),
-    )
+    assert "--bits" not in rerun_command(request, mine)
+    assert "--methods relu-fp --seeds 1" in rerun_command(request, mine)
+    both = rerun_command(request, [c for c in cells if c in mine or c.label == "a rtn w3a3 seed 1"])
     assert "--methods relu-fp,rtn --bits w3a3 --seeds 1" in both
 
 
 def test_the_plan_lists_steps_of_mlps(tmp_path):
-    cells = expand(
-        parse_grid({**GRID, "overrides": {"mlp_steps": 77}}),
-        Filters(),
-        RunOptions(results=tmp_path),
-    )
-    lines = plan_text(cells, fakes.ADAPTER).splitlines()
+    def lines_of(**overrides: int) -> list[str]:
+        grid = parse_grid({**GRID, "overrides": overrides})
+        request = RunRequest(grid, options=RunOptions(results=tmp_path), adapter=fakes.ADAPTER)
+        return plan_text(request, request.cells(), reference=tmp_path).splitlines()
+
+    common, _, headers, _, *lines = lines_of(mlp_steps=77)
+    assert common == "All cells: task classification."
     (row, *_) = [line.split() for line in lines if " relu-fp " in line]
-    assert row[1:] == [
-        "classification",
-        "a",
-        "relu-fp",
-        "fp",
-        "1",
-        "-",
-        "77",
-        "-",
-        "1024",
-        "32",
-        "train",
-        "no",
-    ]
-    assert "MLP steps" in lines[0]
-    cells = expand(
-        parse_grid({**GRID, "overrides": {"mlp_batch": 8}}), Filters(), RunOptions(results=tmp_path)
-    )
-    batches = {
-        line.split()[3]: line.split()[-3]
-        for line in plan_text(cells, fakes.ADAPTER).splitlines()[2:-3]
-    }
+    assert row[1:] == ["a", "relu-fp", "fp", "1", "-", "77", "-", "1024", "32", "train", "no"]
+    assert "MLP steps" in headers
+    rows = [line.split() for line in lines_of(mlp_batch=8)[4:]]
+    batches = {row[2]: row[-3] for row in rows if len(row) > 10}
     assert (batches["relu-fp"], batches["fimaq"], batches["rtn"]) == ("8", "32", "-")
 
 

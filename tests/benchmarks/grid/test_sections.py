@@ -13,7 +13,7 @@ from benchmarks.grid.cell import Adapter, Cell, Places, RunOptions, default_adap
 from benchmarks.grid.expand import Filters, GridError, expand, load_grid, parse_filters, parse_grid
 from benchmarks.grid.preflight import missing
 from benchmarks.run.command import rerun_command
-from benchmarks.run.options import ExecutorOptions
+from benchmarks.run.options import RunRequest
 from benchmarks.run.order import Schedule, make_chains
 from benchmarks.run.plan import plan_text
 from fimaq_core.errors import RecipeError
@@ -221,14 +221,20 @@ def test_time_left_is_told_apart_by_section_and_scope():
     assert estimator.seconds(cells["demo_vit brecq w4a4 seed 1"]) is None
 
 
+def plan_of(**filters: str) -> str:
+    grid = parse_grid(GRID)
+    request = RunRequest(grid, filters=parse_filters(grid, **filters), adapter=fakes.ADAPTER)
+    return plan_text(request, request.cells())
+
+
 def test_the_plan_lists_sections_and_scopes():
-    lines = plan_text(cells_of(seeds="1"), fakes.ADAPTER).splitlines()
+    lines = plan_of(seeds="1").splitlines()
     assert lines[0].split()[:6] == ["#", "task", "model", "scope", "method", "bits"]
     rows = [line.split()[1:6] for line in lines]
     assert ["coco", "clip_b", "vision", "fimaq", "w4a4"] in rows
     assert ["coco", "clip_b", "-", "fp", "fp"] in rows
     assert ["classification", "demo_vit", "-", "rtn", "w3a3"] in rows
-    assert "scope" not in plan_text(cells_of(tasks="classification"), fakes.ADAPTER)
+    assert "scope" not in plan_of(tasks="classification")
 
 
 def grid_file(tmp_path: Path) -> str:
@@ -250,8 +256,7 @@ def test_the_command_line_has_a_place_for_each_data_set(
 ):
     seen: list[RunOptions] = []
     monkeypatch.setattr(
-        "benchmarks.cli.run_grid",
-        lambda grid, profile, filters, options, *rest: seen.append(options) or 0,
+        "benchmarks.cli.run_grid", lambda request: seen.append(request.options) or 0
     )
     monkeypatch.setattr(
         "benchmarks.tables.write.make_reference",
@@ -271,7 +276,7 @@ def test_the_command_line_has_a_place_for_each_data_set(
 def test_the_command_for_failed_cells_names_sections_and_places():
     cells = [cell for cell in cells_of(tasks="coco", seeds="1") if cell.method == "fimaq"]
     options = RunOptions(data=Places(coco=Path("/my coco"), flickr=Path("/f")))
-    command = rerun_command("s", cells, options, ExecutorOptions())
+    command = rerun_command(RunRequest(parse_grid(GRID), "s", options=options), cells)
     assert "--tasks coco --models clip_b --methods fimaq --bits w4a4 --seeds 1" in command
     assert "--coco '/my coco' --flickr /f" in command
     assert "--imagenet" not in command
@@ -310,15 +315,15 @@ def test_what_is_not_given_is_named_with_a_way_around_it(tmp_path: Path):
     assert result.exit_code == 2
     assert "error: Missing: the data. Fetch it." in result.output
     assert result.output.splitlines()[-1] == (
-        "Data not given: coco (COCO=/path or --coco). To run the rest: TASKS=classification,zero-shot for make, "
-        "--tasks classification,zero-shot for a grid."
+        "Cannot run: coco (COCO=/path or --coco). To run the rest: "
+        "TASKS=classification,zero-shot for make, --tasks classification,zero-shot for a grid."
     )
     both = invoke(tmp_path, "run", "--tasks", "retrieval")
     assert (
         "coco (COCO=/path or --coco), zero-shot (IMAGENET=/path or --imagenet). To run one of them: TASKS=coco"
         in both.output
     )
-    assert "Data not given" not in invoke(tmp_path, "run", "--tasks", "coco").output
+    assert "Cannot run" not in invoke(tmp_path, "run", "--tasks", "coco").output
 
 
 def test_a_scope_that_the_task_does_not_have_is_refused_before_anything_runs():
