@@ -21,11 +21,11 @@ from benchmarks.grid.options import (
     profile_option,
     results_option,
 )
-from benchmarks.published.command import published
 from benchmarks.published.table import load_table
 from benchmarks.report.command import report
 from benchmarks.run.command import print_plan, run_grid
 from benchmarks.run.options import RETRIES, ExecutorOptions, RunRequest
+from benchmarks.run.published import published
 from benchmarks.watch.command import status
 
 

@@ -282,28 +282,22 @@ def published_minutes(path: Path = PUBLISHED / "cost.csv") -> Mapping[str, Seque
 def published_cost(cell: Cell, times: Sequence[Minutes]) -> Cost | None:
     """Return published minutes of the cell's method, or else of a method that does the same work.
 
-    The best evidence counts first, then the nearest bits, then the order of the file. Two methods
-    do the same work if both reconstruct with the same steps, or neither does. None for full
+    The best evidence counts first, then the nearest bits, then the order of the file. None for full
     precision, and where none of the model's ``times`` fits.
     """
     recipe = cell.request.recipe
     if recipe is None:
         return None
     usual, released = registry.defaults(cell.task), _is_released(cell)
-
-    def order(time: Minutes) -> tuple[bool, int, int]:
-        bits = abs(time.bits[0] - recipe.w_bits) + abs(time.bits[1] - recipe.a_bits)
-        return time.method != recipe.method, time.rank, bits
-
-    fitting = [
-        time
-        for time in times
-        if (released and time.method == recipe.method)
-        or _work(make_recipe(time.method, usual)) == _work(recipe)
-    ]
-    best = min(fitting, key=order, default=None)
-    if best is None:
+    ranked = []
+    for time in times:
+        own = time.method == recipe.method
+        if (own and released) or _work(make_recipe(time.method, usual)) == _work(recipe):
+            bits = abs(time.bits[0] - recipe.w_bits) + abs(time.bits[1] - recipe.a_bits)
+            ranked.append(((not own, time.rank, bits, len(ranked)), time))
+    if not ranked:
         return None
+    best = min(ranked)[1]
     if released and best.method == recipe.method:
         return Cost(60 * best.minutes, TIMED, "gpu", f"{TIMED}, {best.place}")
     origin = f"{TIMED} for {best.method}, {best.place}"

@@ -1,4 +1,4 @@
-"""Data and weights that a grid needs and that are not there."""
+"""Missing data and weights of a grid's cells."""
 
 import importlib
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from tasks.common.request import Missing, describe_missing
 
 
 def missing(cells: Sequence[Cell], adapter: Adapter) -> list[str]:
-    """Return one message for each kind of missing data or weights, and for each bad request."""
+    """Return one message per kind of missing data or weights, and per bad request."""
     found: list[Missing] = []
     errors: dict[str, None] = {}
     for cell in {(cell.section, cell.model): cell for cell in cells}.values():
@@ -19,7 +19,7 @@ def missing(cells: Sequence[Cell], adapter: Adapter) -> list[str]:
             found += adapter.preflight(cell.request)
         except FimaqError as error:
             errors[str(error)] = None
-    if not found and not errors:  # else a cell's folder may not be known
+    if not found and not errors:  # otherwise a cell's folder may not be known
         for cell in {(cell.section, cell.scope): cell for cell in cells}.values():
             try:
                 adapter.planned_folder(cell.request)
@@ -29,15 +29,15 @@ def missing(cells: Sequence[Cell], adapter: Adapter) -> list[str]:
 
 
 class WeightsPlace(NamedTuple):
-    """Where the weights of a cell are."""
+    """Place of the weights of a cell."""
 
-    here: bool  #: in a file of this machine
-    repository: str = ""  #: the hub's that has them, where they are not here
-    command: str = ""  #: fetches them from there
+    here: bool  #: True for a file on this machine
+    repository: str = ""  #: repository of the hub, where they are not here
+    command: str = ""  #: command that fetches them
 
 
 def weights_place(cell: Cell) -> WeightsPlace:
-    """Return where the weights are. Asks no network. Raises ModelError for an unknown model."""
+    """Return the place of the weights without network. Raises ModelError for an unknown model."""
     from tasks.common.models.hub import cached_file
 
     if cell.task not in registry.TASKS:
@@ -52,7 +52,7 @@ def weights_place(cell: Cell) -> WeightsPlace:
 
 
 def missing_data(cell: Cell) -> Missing | None:
-    """Return the data of a cell of a published model, if they are not there. Asks no network."""
+    """Return the data of a published model's cell if they are missing. Asks no network."""
     found: Missing | None = _tags(cell).missing_data(cell.request.data, False)
     return found
 

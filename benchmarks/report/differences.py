@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.compare import published as diff
-from benchmarks.published.table import head_pair
+from benchmarks.published.schema import head_pair
 from benchmarks.results.scores import Measured
 from benchmarks.tables.published import Layout, bits_text
 

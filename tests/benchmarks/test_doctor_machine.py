@@ -1,15 +1,15 @@
 """The doctor's checks of packages, devices, disks and results find what is wrong."""
 
 import os
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from benchmarks import doctor
-from benchmarks.doctor import Finding, guarded, package_findings, unmet
+from benchmarks.doctor import Check, guarded, package_findings, unmet
 from tasks.common.cell.machine import container_limits
 
 
@@ -41,7 +41,7 @@ def test_a_package_without_metadata_is_missing(
 
 def test_a_check_that_fails_keeps_what_it_found_before():
     def examine():
-        yield Finding("ok", "fine")
+        yield Check("ok", "fine")
         raise OSError("gone")
 
     found = guarded("disk", examine)
@@ -49,32 +49,34 @@ def test_a_check_that_fails_keeps_what_it_found_before():
     assert found[1].text == "disk cannot be examined: OSError: gone"
 
 
-def test_what_pytorch_sees_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-    from torch.utils import collect_env
+FACTS = """Collecting environment information...
+PyTorch version: 2.11.0+cu130
+CUDA used to build PyTorch: 13.0
+Is CUDA available: {available}
+GPU models and configuration: {gpus}
+Nvidia driver version: {driver}
+"""
 
-    gpu = SimpleNamespace(name="Fine GPU", total_memory=80e9, major=9, minor=0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    monkeypatch.setattr("fimaq_core.reconstruction.engines.cpp_compiler", lambda: None)
-    monkeypatch.setattr(collect_env, "get_nvidia_driver_version", lambda _: "580.65")
-    first, second, compiler = doctor.torch_findings()
-    assert (compiler.state, compiler.fix) == ("note", "install g++ or clang++")
-    assert (first.state, first.text.startswith(f"PyTorch {torch.__version__}, built ")) == (
-        "ok",
-        True,
-    )
-    assert (second.state, "sees no GPU" in second.text) == ("note", True)
-    # A GPU that PyTorch counts and cannot use.
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
 
-    def fails(*_: object, **__: object) -> None:
-        raise RuntimeError("no kernel image\nand more")
-
-    monkeypatch.setattr(torch, "ones", fails)
-    _, second, _ = doctor.torch_findings()
-    assert second.text == ("cuda:0: Fine GPU, 80.0 GB, 9.0; PyTorch cannot use it: no kernel image")
-    assert (second.state, second.fix.startswith("end other programs")) == ("note", True)
+@pytest.mark.parametrize(
+    ("available", "gpus", "driver", "state", "text"),
+    [
+        ("True", "GPU 0: NVIDIA H200", "580.65", "ok", "GPU 0: NVIDIA H200"),
+        ("True", "\nGPU 0: NVIDIA A\nGPU 1: NVIDIA B", "580.65", "ok", "GPU 1: NVIDIA B"),
+        ("False", "GPU 0: NVIDIA H200", "580.65", "note", "PyTorch sees no GPU"),
+        ("False", "Could not collect", "Could not collect", "ok", "built for CUDA 13.0"),
+    ],
+)
+def test_gpus_are_told(
+    monkeypatch: pytest.MonkeyPatch, available: str, gpus: str, driver: str, state: str, text: str
+):
+    output = FACTS.format(available=available, gpus=gpus, driver=driver)
+    done = subprocess.CompletedProcess((), 0, output)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    first, *found = doctor.torch_findings()
+    assert first.text.startswith("PyTorch 2.11.0+cu130, built for CUDA 13.0, NVIDIA driver")
+    last = found[-1] if found else first
+    assert (last.state, text in last.text) == (state, True)
 
 
 def test_pytorch_is_asked_in_a_process_that_may_crash(
@@ -88,7 +90,7 @@ def test_pytorch_is_asked_in_a_process_that_may_crash(
         ("import time\ntime.sleep(60)", "no answer within 1 s"),
     ):
         (tmp_path / "torch" / "__init__.py").write_text(content)
-        (finding,) = doctor.ask_torch(seconds=1.0 if "sleep" in content else 60.0)
+        (finding,) = doctor.torch_findings(seconds=1.0 if "sleep" in content else 60.0)
         assert (finding.state, finding.fix) == ("problem", "make setup")
         assert words in finding.text
 
