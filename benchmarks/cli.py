@@ -4,6 +4,7 @@ Exit codes: 0 done; 1 some cells failed, or measured numbers differ from publish
 run, or nothing is comparable (``diff`` and published tables); 130 interrupted.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,17 @@ def _request(profile: str, table: str, **filters: str) -> RunRequest:
     found = load_table(table) if table else None
     grid = load_grid(profile) if found is None else found.grid()
     chosen = parse_filters(grid, **filters)
-    return RunRequest(grid, table or profile, chosen, adapter=adapter(), table=found)
+    return RunRequest(grid, chosen, adapter=adapter(), table=found)
+
+
+def _flags(context: click.Context) -> Iterator[str]:
+    """Yield the options that the user gave, without filters and ``--force``."""
+    for option in context.command.params:
+        name, source = str(option.name), context.get_parameter_source(str(option.name))
+        if source is click.core.ParameterSource.COMMANDLINE and name not in (*_FILTERS, "force"):
+            yield option.opts[0]
+            if context.params[name] is not True:
+                yield str(context.params[name])
 
 
 _TABLE = "A published table, such as fimaq, instead of a profile; or a .yaml file."
@@ -126,8 +137,9 @@ def run(
     plan: bool, rehearse: bool, report: bool,
 ) -> None:  # fmt: skip
     """Measure a grid's cells, then print and write its table. Finished cells stay."""
-    options = replace(options, **changes)
-    request = replace(request, options=options, executor=executor, report=report)
+    context, options = click.get_current_context(), replace(options, **changes)
+    settings = {"options": options, "executor": executor, "report": report}
+    request = replace(request, **settings, flags=tuple(_flags(context)))
     if plan:
         code = print_plan(request)
     elif rehearse:
@@ -136,7 +148,7 @@ def run(
         code = rehearse_grid(request)
     else:
         code = run_grid(request)
-    click.get_current_context().exit(code)
+    context.exit(code)
 
 
 @cli.command()

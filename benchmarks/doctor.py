@@ -21,7 +21,7 @@ from benchmarks.costs.sources import gather
 from benchmarks.grid import options as given
 from benchmarks.grid.cell import Adapter, RunOptions
 from benchmarks.grid.expand import GRIDS, Filters, expand, load_grid
-from benchmarks.grid.preflight import missing, weights_place
+from benchmarks.grid.preflight import missing
 from fimaq_core.errors import FimaqError
 from tasks.common.cell.machine import container_limits, processor
 
@@ -174,12 +174,6 @@ def profile_findings(
     for message in dict.fromkeys(message for found in lacking.values() for message in found):
         labels = ", ".join(label for label in lacking if message in lacking[label])
         yield Check("problem", f"{labels}: {message}")
-    for cell in {cell.model: cell for cell in cells}.values():
-        found = lacking[cell.section]
-        if not found or any("the weights" in message for message in found):
-            command = weights_place(cell).command
-            if command:
-                yield Check("note", f"the weights of {cell.model} are at a hub", command)
     if grid.device == "auto" and not cuda:
         yield Check("note", "no GPU is visible, and this profile takes very long without one")
     costs, _ = gather(cells, adapter, [grid.name], options.results)

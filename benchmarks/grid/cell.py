@@ -53,7 +53,6 @@ class RunOptions:
     threads: int | None = None  #: CPU threads per cell
     force: bool = False  #: remove earlier results of the cells first
     placement: Literal["device", "host", "disk"] | None = None
-    rehearsal: bool = False  #: rehearse the cells, see :mod:`benchmarks.rehearsal`
 
 
 @dataclass(frozen=True)

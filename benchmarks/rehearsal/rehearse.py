@@ -41,7 +41,7 @@ def rehearse(request: RunRequest) -> int:
     weights = folder / "weights"
     if options.force:  # a rehearsal has nothing worth keeping
         shutil.rmtree(folder, ignore_errors=True)
-    options = replace(options, results=folder, weights=weights, force=False, rehearsal=True)
+    options = replace(options, results=folder, weights=weights, force=False)
     request = settled(replace(request, options=options, adapter=rehearsing(request.adapter)))
     if request.device == "cpu" and request.executor.engine == "local":
         # As many cells as cores and memory allow.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import platform
 import shlex
@@ -13,13 +12,12 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from benchmarks.console import NotReady, terminal_width
-from benchmarks.grid.cell import Cell, Key, Places, finished
+from benchmarks.grid.cell import Cell, Key, finished
 from benchmarks.grid.preflight import missing
 from benchmarks.run.options import RunRequest, make_executor, settled
 from fimaq_core.errors import FimaqError
@@ -147,61 +145,37 @@ def _interrupted_by_sigterm() -> Iterator[None]:
 
 
 def _way_around(request: RunRequest, cells: Sequence[Cell]) -> list[str]:
-    """Return a line on sections that cannot run and how to leave them out.
+    """Return a line that names the sections that cannot run, and how to run the others.
 
-    Where all sections lack something, the line names those without a data folder. A grid with one
-    section has no way around.
+    If all sections lack something, the line names those without a folder of data.
     """
-    by_section: dict[str, list[Cell]] = {}
-    for cell in cells:
-        by_section.setdefault(cell.section, []).append(cell)
-    places = {section: request.grid.tasks[section].data for section in by_section}
-    not_given = [name for name in places if _is_not_given(request, places[name])]
-    blocked = [name for name, own in by_section.items() if missing(own, request.adapter)]
-    if len(blocked) == len(by_section):
-        blocked = not_given
-    if not blocked or len(by_section) == 1:
+    data = {cell.section: request.grid.tasks[cell.section].data for cell in cells}
+    own = {name: [cell for cell in cells if cell.section == name] for name in data}
+    flags = {
+        name: f" ({place.upper()}=/path or --{place})"
+        for name, place in data.items()
+        if place != "own" and request.options.data.of(place) is None
+    }
+    blocked = [name for name in data if missing(own[name], request.adapter)]
+    blocked = blocked if len(blocked) < len(data) else list(flags)
+    rest = ",".join(name for name in data if name not in blocked)
+    if not blocked or not rest:
         return []
-    rest = ",".join(name for name in by_section if name not in blocked)
-    names, what = (rest, "the rest") if rest else (blocked[0], "one of them")
-    words = [
-        f"{name} ({places[name].upper()}=/path or --{places[name]})" if name in not_given else name
-        for name in blocked
-    ]
-    advice = f"To run {what}: TASKS={names} for make, --tasks {names} for a grid."
-    return [f"Cannot run: {', '.join(words)}. {advice}"]
-
-
-def _is_not_given(request: RunRequest, place: str) -> bool:
-    return place != "own" and request.options.data.of(place) is None
+    names = ", ".join(name + flags.get(name, "") for name in blocked)
+    advice = f"To run the rest: TASKS={rest} for make, --tasks {rest} for a grid."
+    return [f"Cannot run: {names}. {advice}"]
 
 
 def rerun_command(request: RunRequest, cells: Sequence[Cell]) -> str:
-    """Return the command that runs these cells. It skips finished cells that it names, too."""
-
-    def values(name: str) -> str:
-        found = dict.fromkeys(str(getattr(cell, name)) for cell in cells)
-        none = {"bits": "fp", "seed": "None"}.get(name)  # of full precision
-        return ",".join(value for value in found if value != none)
-
+    """Return the command that runs these cells again. It skips finished cells that it names."""
     relative = os.path.relpath(sys.executable)
     python = "python" if relative.startswith("..") else relative
-    option = "--profile" if request.table is None else "--table"
-    parts, options = [python, "-m", "benchmarks", "run", option, request.name], request.options
-    if options.rehearsal:  # which makes its own data and weights
-        parts.append("--rehearse")
-        results = options.results.parent
-        options = dataclasses.replace(options, data=Places(), weights=None, results=results)
-    names = {"tasks": "section", "models": "model", "methods": "method", "bits": "bits"}
-    flags: dict[str, object] = {f"--{flag}": values(name) for flag, name in names.items()}
-    flags |= {"--seeds": values("seed"), "--axes": ",".join(request.filters.axes or ())}
-    flags["--device"] = options.device
-    flags |= {f"--{name}": place for name, place in vars(options.data).items()}
-    for name in ("weights", "threads", "placement"):
-        flags[f"--{name}"] = getattr(options, name)
-    given = {flag: value for flag, value in flags.items() if value}
-    if options.results != Path("results"):
-        given["--results"] = options.results
-    for flag, value in (given | request.executor.flags).items():
-        parts += [flag, str(value)]
-    return shlex.join(parts)
+    words = [python, "-m", "benchmarks", "run", *request.flags]
+    fields = {"tasks": "section", "models": "model", "methods": "method"}
+    for name, field in {**fields, "bits": "bits", "seeds": "seed"}.items():
+        values = dict.fromkeys(str(getattr(cell, field)) for cell in cells)
+        none = {"bits": "fp", "seeds": "None"}.get(name)  # full precision has neither
+        text = ",".join(value for value in values if value != none)
+        words += [f"--{name}", text] if text else []
+    words += ["--axes", ",".join(request.filters.axes)] if request.filters.axes else []
+    return shlex.join(words)

@@ -37,14 +37,6 @@ class ExecutorOptions:
     gpus_per_cell: float = 1.0
     retries: int = RETRIES
 
-    @property
-    def flags(self) -> dict[str, object]:
-        """Options that differ from the defaults, as on the command line."""
-        changed = {name: v for name, v in vars(self).items() if v != getattr(type(self), name)}
-        if "gpus_per_cell" in changed:
-            changed["gpus_per_cell"] = f"{self.gpus_per_cell:g}"
-        return {f"--{name.replace('_', '-')}": value for name, value in changed.items()}
-
 
 @dataclass(frozen=True)
 class RunRequest:
@@ -52,22 +44,22 @@ class RunRequest:
 
     Attributes:
         grid: the profile, or the grid of the published table.
-        name: the profile or table as the user named it.
         filters, options: narrow or change the grid.
         adapter: measures the cells.
         executor: where cells run.
         table: the published table; its layout replaces the tables of a profile.
         report: also write the HTML report.
+        flags: options of the command line that do not filter, for the command of failed cells.
     """
 
     grid: Grid
-    name: str = ""
     filters: Filters = field(default_factory=Filters)
     options: RunOptions = field(default_factory=RunOptions)
     adapter: Adapter = field(default_factory=default_adapter)
     executor: ExecutorOptions = ExecutorOptions()
     table: PublishedTable | None = None
     report: bool = False
+    flags: tuple[str, ...] = ()
 
     @property
     def device(self) -> str:

@@ -41,7 +41,7 @@ def published(table: str, device: str | None, options: RunOptions) -> None:
         found = load_table(table)
         grid = found.grid()
         needs = [Needs.of(found, expand(grid, Filters(), options))]
-        request = RunRequest(grid, table, options=options, adapter=adapter(), table=found)
+        request = RunRequest(grid, options=options, adapter=adapter(), table=found)
         width = console.width if console.is_terminal else None
         lines = [f"{found.name}: {found.title} ({found.paper})"]
         lines += [plan_text(request, needs[0].cells, width=width)]

@@ -84,7 +84,7 @@ def test_the_demo_profile_can_run_here(tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_the_paper_profile_lacks_is_said_with_commands(tmp_path: Path):
+def test_what_the_paper_profile_lacks_is_said(tmp_path: Path):
     (tmp_path / "imagenet" / "val").mkdir(parents=True)
     (tmp_path / "imagenet" / "train").mkdir()
     done = run(tmp_path, "--profile", "paper", "--imagenet", str(tmp_path / "imagenet"), "--json")
@@ -98,8 +98,6 @@ def test_what_the_paper_profile_lacks_is_said_with_commands(tmp_path: Path):
     assert any(
         text.startswith("detection: ") and "SwinTransformer/storage" in text for text in texts
     )
-    fixes = [finding["fix"] for finding in paper]
-    assert "hf download timm/deit_tiny_patch16_224.fb_in1k model.safetensors" in fixes
     # The others are told, and do not matter.
     others = {
         finding["text"].partition(":")[0]: finding

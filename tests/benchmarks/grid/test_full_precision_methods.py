@@ -182,7 +182,7 @@ def test_settings_of_mlps_bear_where_mlps_are_reconstructed():
 
 def test_the_command_for_failed_cells_names_no_bits_for_them():
     grid = parse_grid(GRID)
-    request = RunRequest(grid, "t")
+    request = RunRequest(grid)
     cells = expand(grid, parse_filters(grid, models="a", seeds="1"), RunOptions())
     mine = [cell for cell in cells if cell.method == "relu-fp"]
     assert "--bits" not in rerun_command(request, mine)

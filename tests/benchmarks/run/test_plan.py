@@ -33,7 +33,7 @@ def plan(
     **more: Any,
 ) -> str:
     adapter, how = replace(fakes.ADAPTER, **more), ExecutorOptions(jobs=jobs)
-    request = RunRequest(grid, "x", filters, RunOptions(results=tmp_path), adapter, how)
+    request = RunRequest(grid, filters, RunOptions(results=tmp_path), adapter, how)
     return plan_text(request, request.cells(), width=width, reference=tmp_path / "reference")
 
 
@@ -226,7 +226,7 @@ def test_cells_whose_identity_is_not_known_are_planned_all_the_same(tmp_path: Pa
 
 def test_the_real_adapter_knows_what_is_there(tmp_path: Path):
     filters = Filters(("classification",), ("demo_vit",), ("fimaq",), ("w3a3",))
-    request = RunRequest(load_grid("demo"), "demo", filters, RunOptions(tmp_path))
+    request = RunRequest(load_grid("demo"), filters, RunOptions(tmp_path))
     (cell,) = request.cells()
     blocks = request.adapter.planned_folder(cell.request) / "blocks"
     blocks.mkdir(parents=True)

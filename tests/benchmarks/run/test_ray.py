@@ -17,11 +17,7 @@ from click.testing import CliRunner, Result
 from engine_fakes import HANG, until
 
 from benchmarks.cli import cli
-from benchmarks.grid.cell import RunOptions
-from benchmarks.grid.expand import load_grid
 from benchmarks.run import ray
-from benchmarks.run.command import rerun_command
-from benchmarks.run.options import ExecutorOptions, RunRequest
 
 pytestmark = pytest.mark.slow
 
@@ -192,15 +188,6 @@ def test_without_ray_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     result = run(tmp_path, "127.0.0.1:1")
     assert result.exit_code == 2
     assert "pip install 'fimaq[cluster]'" in result.output
-
-
-def test_the_command_for_failed_cells_keeps_the_engine(tmp_path: Path):
-    how = ExecutorOptions("ray", 3, "head:6379", 0.5)
-    options = RunOptions(placement="disk")
-    request = RunRequest(load_grid("demo"), "demo", options=options, executor=how)
-    assert rerun_command(request, []).endswith(
-        "--placement disk --engine ray --jobs 3 --ray-address head:6379 --gpus-per-cell 0.5"
-    )
 
 
 @pytest.fixture
