@@ -25,7 +25,7 @@ from benchmarks.grid.options import (
 from benchmarks.published.table import load_table
 from benchmarks.report.command import report
 from benchmarks.run.command import print_plan, run_grid
-from benchmarks.run.options import RETRIES, ExecutorOptions, RunRequest
+from benchmarks.run.options import RunRequest
 from benchmarks.run.published import published
 from benchmarks.watch.command import status
 
@@ -106,15 +106,13 @@ _CHANGES = (
     click.option("--threads", type=_AT_LEAST_1, help=_THREADS),
     click.option("--placement", type=_PLACES, help=_PLACEMENT),
     click.option("--force", is_flag=True, help=_FORCE),
-)
-_EXECUTOR = (
     click.option("--engine", type=_ENGINES, default="local", show_default=True, help=_ENGINE),
     click.option("--jobs", type=_AT_LEAST_1, help=_JOBS),
     click.option("--ray-address", default="", metavar="HOST:PORT", help=_RAY),
     click.option(
         "--gpus-per-cell", type=_SHARE, default=1.0, callback=_gpus, show_default=True, help=_GPUS
     ),
-    click.option("--retries", type=_COUNT, default=RETRIES, show_default=True, help=_RETRIES),
+    click.option("--retries", type=_COUNT, default=3, show_default=True, help=_RETRIES),
 )
 
 
@@ -128,18 +126,17 @@ _EXECUTOR = (
 )
 @folder_options
 @collected("changes", dict, *_CHANGES)
-@collected("executor", ExecutorOptions, *_EXECUTOR)
 @click.option("--plan", is_flag=True, help="List the cells and their settings; run nothing.")
 @click.option("--rehearse", is_flag=True, help=_REHEARSE)
 @click.option("--report", is_flag=True, help="Write the report too, as the command report does.")
 def run(
-    request: RunRequest, options: RunOptions, changes: dict[str, Any], executor: ExecutorOptions,
-    plan: bool, rehearse: bool, report: bool,
+    request: RunRequest, options: RunOptions, changes: dict[str, Any], plan: bool, rehearse: bool,
+    report: bool,
 ) -> None:  # fmt: skip
     """Measure a grid's cells, then print and write its table. Finished cells stay."""
-    context, options = click.get_current_context(), replace(options, **changes)
-    settings = {"options": options, "executor": executor, "report": report}
-    request = replace(request, **settings, flags=tuple(_flags(context)))
+    context = click.get_current_context()
+    options, flags = replace(options, **changes), tuple(_flags(context))
+    request = replace(request, options=options, report=report, flags=flags)
     if plan:
         code = print_plan(request)
     elif rehearse:

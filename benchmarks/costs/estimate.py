@@ -81,17 +81,10 @@ class Sums:
 
 
 class Estimator:
-    """Keeps measured costs, and estimates the costs of other cells.
+    """Keeps measured costs, and estimates other cells from the most similar cells among them.
 
-    The most similar cells that were measured tell: cells of the same axis point on the same model,
-    then of the same method on this model, of the same method, and of the same kind. Between axis
-    points of a method, seconds are scaled by :func:`expected_cost`.
-
-    Example:
-        >>> estimator = Estimator()
-        >>> estimator.add(cell, seconds=50.0)
-        >>> estimator.seconds(the_same_cell_with_another_seed)
-        50.0
+    The groups of :func:`groups_of` are asked in their order. Between models or axis points of a
+    method, seconds are scaled by :func:`expected_cost`.
     """
 
     def __init__(self) -> None:

@@ -161,41 +161,35 @@ class Costs:
         kind of device that the cell is to run on come before all others. Published minutes take
         memory and disk from the next of these sources.
         """
-        known = self._costs(cell)
-        best = next(known, None)
-        if best is None or best.memory is not None:
-            return best
-        other = next((cost for cost in known if cost.memory is not None), None)
-        if other is None:
+        found = [cost for cost in self._costs(cell) if cost is not None]
+        best = found[0] if found else None
+        other = next((cost for cost in found if cost.memory is not None), None)
+        if best is None or best.memory is not None or other is None:
             return best
         origin = f"{best.origin}; memory {other.origin}"
         return replace(best, memory=other.memory, disk=other.disk, origin=origin)
 
-    def _costs(self, cell: Cell) -> Iterator[Cost]:
-        devices: tuple[Device, Device] = ("cpu", "gpu")
-        if device_kind(cell) == "gpu":
-            devices = ("gpu", "cpu")
+    def _costs(self, cell: Cell) -> Iterator[Cost | None]:
+        devices: tuple[Device, ...] = ("cpu", "gpu")
+        devices = devices if device_kind(cell) == "cpu" else devices[::-1]
         for device in devices:
-            yield from self._estimates(cell, device, FINISHED, OWN)
+            yield self._estimate(cell, device, FINISHED, OWN)
         for device in devices:
-            yield from self._estimates(cell, device, FINISHED, METHOD)
-            yield from self._estimates(cell, device, COMMITTED, METHOD)
             # A rehearsal of another model tells less than published minutes.
-            yield from self._estimates(cell, device, REHEARSED, MODEL)
+            for source, depth in ((FINISHED, METHOD), (COMMITTED, METHOD), (REHEARSED, MODEL)):
+                yield self._estimate(cell, device, source, depth)
             if device == "gpu":
-                found = published_cost(cell, published_minutes().get(cell.model, ()))
-                yield from () if found is None else (found,)
-            yield from self._estimates(cell, device, FINISHED, None)
+                yield published_cost(cell, published_minutes().get(cell.model, ()))
+            yield self._estimate(cell, device, FINISHED, None)
 
-    def _estimates(
-        self, cell: Cell, device: Device, source: str, depth: int | None
-    ) -> Iterator[Cost]:
+    def _estimate(self, cell: Cell, device: Device, source: str, depth: int | None) -> Cost | None:
         found = self._known[source, device].estimate(cell, depth)
-        if found is not None:
-            seconds, sums = found
-            word = MEASURED if depth == OWN else source
-            origin = f"{word}, {'; '.join(sums.machines)}"
-            yield Cost(seconds, word, device, origin, sums.memory, sums.disk or None)
+        if found is None:
+            return None
+        seconds, sums = found
+        word = MEASURED if depth == OWN else source
+        origin = f"{word}, {'; '.join(sums.machines)}"
+        return Cost(seconds, word, device, origin, sums.memory, sums.disk or None)
 
 
 def gather(

@@ -53,6 +53,11 @@ class RunOptions:
     threads: int | None = None  #: CPU threads per cell
     force: bool = False  #: remove earlier results of the cells first
     placement: Literal["device", "host", "disk"] | None = None
+    engine: Literal["local", "ray"] = "local"  #: executor of the cells
+    jobs: int | None = None  #: cells at a time
+    ray_address: str = ""  #: ``host:port`` of a running Ray cluster; empty: a cluster of this run
+    gpus_per_cell: float = 1.0  #: share of a GPU that Ray gives to a cell
+    retries: int = 3  #: attempts in a row that may end with a dead process and no progress
 
 
 @dataclass(frozen=True)

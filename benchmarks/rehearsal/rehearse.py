@@ -43,18 +43,18 @@ def rehearse(request: RunRequest) -> int:
         shutil.rmtree(folder, ignore_errors=True)
     options = replace(options, results=folder, weights=weights, force=False)
     request = settled(replace(request, options=options, adapter=rehearsing(request.adapter)))
-    if request.device == "cpu" and request.executor.engine == "local":
+    options = request.options
+    if options.device == "cpu" and options.engine == "local":
         # As many cells as cores and memory allow.
-        threads = request.options.threads or 1
+        threads = options.threads or 1
         jobs = min(default_jobs(threads, "cpu"), max(1, int(_memory("cpu") / _CELL_BYTES)))
-        executor = replace(request.executor, jobs=request.executor.jobs or jobs)
-        options = replace(request.options, threads=threads)
-        request = replace(request, options=options, executor=executor)
+        options = replace(options, threads=threads, jobs=options.jobs or jobs)
+        request = replace(request, options=options)
     cells = request.cells()
     print(f"Making random weights and images in {folder}. Each cell's process is killed once.")
     make_weights(weights, cells)
     data = make_data(folder / "data", {grid.tasks[cell.section].data for cell in cells} - {"own"})
-    request = replace(request, options=replace(request.options, data=data))
+    request = replace(request, options=replace(options, data=data))
     run_grid(request)
     return _conclude(grid, request.cells(), request.options, request.adapter)
 

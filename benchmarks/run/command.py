@@ -85,7 +85,7 @@ def _measure(
     options, adapter, cells = request.options, request.adapter, request.cells()
     todo = [cell for cell in cells if cell.key in keys]
     runs = options.results / "runs"
-    watch = Watch(Console(highlight=False), runs / ".state", request.executor.engine)
+    watch = Watch(Console(highlight=False), runs / ".state", options.engine)
     if options.force:
         forget((cell.request for cell in todo), adapter.planned_folder)
         words = "Without --force the same command goes on where it stopped."
@@ -94,7 +94,7 @@ def _measure(
     logs = runs / ".logs" / f"{platform.node()}-{os.getpid()}"
     make = partial(make_executor, request, logs)
     with _interrupted_by_sigterm():
-        runner = Runner(adapter, watch, make, len(cells) - len(todo), request.executor.retries)
+        runner = Runner(adapter, watch, make, len(cells) - len(todo), options.retries)
         known = ((cell, measured.get(cell.key)) for cell in cells)
         runner.learn((cell, own_seconds(record)) for cell, record in known if record is not None)
         failures = runner.run(todo)

@@ -5,7 +5,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 from benchmarks.grid.cell import Adapter, Cell, RunOptions, default_adapter
 from benchmarks.grid.expand import Filters, expand
@@ -15,38 +14,15 @@ from benchmarks.run.executor import Executor
 from benchmarks.run.local import LocalExecutor, default_jobs
 from fimaq_core.errors import FimaqError
 
-#: Attempts in a row that may end with a dead process and without progress.
-RETRIES = 3
-
-
-@dataclass(frozen=True)
-class ExecutorOptions:
-    """Options of ``run`` that say where cells run.
-
-    Attributes:
-        engine: ``local`` or ``ray``.
-        jobs: cells at a time. None: as the profile says, or as the machine or cluster allows.
-        ray_address: ``host:port`` of a running Ray cluster; empty: a cluster of this run.
-        gpus_per_cell: share of a GPU that Ray gives to a cell.
-        retries: see `benchmarks.run.attempt.Attempts`.
-    """
-
-    engine: Literal["local", "ray"] = "local"
-    jobs: int | None = None
-    ray_address: str = ""
-    gpus_per_cell: float = 1.0
-    retries: int = RETRIES
-
 
 @dataclass(frozen=True)
 class RunRequest:
-    """One use of the command ``run``: which cells to measure, and how.
+    """One use of the command ``run``: which cells to measure, and options.
 
     Attributes:
         grid: the profile, or the grid of the published table.
         filters, options: narrow or change the grid.
         adapter: measures the cells.
-        executor: where cells run.
         table: the published table; its layout replaces the tables of a profile.
         report: also write the HTML report.
         flags: options of the command line that do not filter, for the command of failed cells.
@@ -56,7 +32,6 @@ class RunRequest:
     filters: Filters = field(default_factory=Filters)
     options: RunOptions = field(default_factory=RunOptions)
     adapter: Adapter = field(default_factory=default_adapter)
-    executor: ExecutorOptions = ExecutorOptions()
     table: PublishedTable | None = None
     report: bool = False
     flags: tuple[str, ...] = ()
@@ -75,7 +50,7 @@ class RunRequest:
     def jobs(self) -> int:
         """Cells at a time on this machine."""
         usual = default_jobs(self.threads, self.device)
-        return self.executor.jobs or self.grid.jobs or usual
+        return self.options.jobs or self.grid.jobs or usual
 
     def cells(self) -> list[Cell]:
         """Return the cells that the filters leave."""
@@ -88,28 +63,28 @@ def settled(request: RunRequest) -> RunRequest:
     Raises:
         FimaqError: there is no such device, or no such cluster.
     """
-    how, device = request.executor, request.device
+    options, device = request.options, request.device
     if not re.fullmatch(r"cpu|auto|mps|cuda(:\d+)?", device):
         raise FimaqError(f"Unknown device '{device}': use cpu, cuda, cuda:N or auto.")
-    if how.engine == "local":
-        if how.ray_address:
+    if options.engine == "local":
+        if options.ray_address:
             advice = "add --engine ray (ENGINE=ray)."
             raise FimaqError(f"A Ray address is of use to the Ray engine only: {advice}")
         device = _device(device)
     else:
         device = _ray_device(request, device)
-    return replace(request, options=replace(request.options, device=device))
+    return replace(request, options=replace(options, device=device))
 
 
 def _ray_device(request: RunRequest, device: str) -> str:
     from benchmarks.run.ray import connect, nodes
 
-    how = request.executor
+    options = request.options
     if device == "mps" or ":" in device:
         advice = "Ray gives each cell a GPU of its own, so say cuda, cpu or auto."
         raise FimaqError(f"Device '{device}': {advice}")
     gpus = None
-    if not how.ray_address:
+    if not options.ray_address:
         device = _device(device)
         gpus = 0
         if device == "cuda":
@@ -118,7 +93,7 @@ def _ray_device(request: RunRequest, device: str) -> str:
             # CUDA_VISIBLE_DEVICES may hide all GPUs by -1, which Ray would count as one.
             gpus = torch.cuda.device_count()
     # A cluster on this machine gets as many cores as the run asks for, even if there are fewer.
-    connect(how.ray_address, how.jobs and how.jobs * (request.threads or 1), gpus)
+    connect(options.ray_address, options.jobs and options.jobs * (request.threads or 1), gpus)
     if device == "auto":
         device = "cuda" if any(node.gpus for node in nodes()) else "cpu"
         print(f"Device: {device}.")
@@ -134,13 +109,13 @@ def make_executor(request: RunRequest, logs: Path, cells: int, imports: Sequence
         cells: number of cells to run.
         imports: modules that the cells need.
     """
-    how, device = request.executor, request.device
-    if how.engine == "ray":
+    options, device = request.options, request.device
+    if options.engine == "ray":
         from benchmarks.run.ray import RayExecutor
 
-        gpus = how.gpus_per_cell if device == "cuda" else 0.0
-        most = min(how.jobs or cells, cells)
-        return RayExecutor(request.options.results / "runs", logs, request.threads, gpus, most)
+        gpus = options.gpus_per_cell if device == "cuda" else 0.0
+        most = min(options.jobs or cells, cells)
+        return RayExecutor(options.results / "runs", logs, request.threads, gpus, most)
     count = min(request.jobs, cells)
     slots = {f"worker {slot}": logs / f"worker-{slot}.log" for slot in range(1, count + 1)}
     return LocalExecutor(slots, request.threads, imports)

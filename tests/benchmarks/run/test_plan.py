@@ -14,7 +14,7 @@ from benchmarks.grid.cell import Cell, RunOptions
 from benchmarks.grid.expand import Filters, expand, load_grid
 from benchmarks.grid.schema import Grid
 from benchmarks.published.table import load_table
-from benchmarks.run.options import ExecutorOptions, RunRequest
+from benchmarks.run.options import RunRequest
 from benchmarks.run.order import make_chains
 from benchmarks.run.plan import plan_text
 from fimaq_core.errors import FimaqError
@@ -32,8 +32,8 @@ def plan(
     width: int | None = None,
     **more: Any,
 ) -> str:
-    adapter, how = replace(fakes.ADAPTER, **more), ExecutorOptions(jobs=jobs)
-    request = RunRequest(grid, filters, RunOptions(results=tmp_path), adapter, how)
+    adapter, options = replace(fakes.ADAPTER, **more), RunOptions(results=tmp_path, jobs=jobs)
+    request = RunRequest(grid, filters, options, adapter)
     return plan_text(request, request.cells(), width=width, reference=tmp_path / "reference")
 
 
