@@ -1,4 +1,4 @@
-"""Axes of ablations: what they expand to, share and refuse, their tables, and how long they are expected to take."""
+"""Axes of ablations: their cells, shared cells, errors, tables and expected times."""
 
 import math
 
@@ -24,10 +24,16 @@ AXES = {
     "k": {"1": {"fisher_k": 1}, "5": {"fisher_k": 5}, "15": {"fisher_k": 15}},
 }
 GRID = {
-    "name": "ab", "tasks": {"classification": {"dataset": "digit-pairs", "models": ["demo_vit", "demo_swin"]}},
-    "methods": ["fp", "fimaq"], "bits": ["w3a3"], "seeds": [1, 2], "variant": "demo", "overrides": {"steps": 250},
-    "axes": AXES, "threads": 1,
-}  # fmt: skip
+    "name": "ab",
+    "tasks": {"classification": {"dataset": "digit-pairs", "models": ["demo_vit", "demo_swin"]}},
+    "methods": ["fp", "fimaq"],
+    "bits": ["w3a3"],
+    "seeds": [1, 2],
+    "variant": "demo",
+    "overrides": {"steps": 250},
+    "axes": AXES,
+    "threads": 1,
+}
 POINTS = ["", "loss=mse", "k=1", "k=15"]
 
 
@@ -39,9 +45,12 @@ def cells_of(grid=GRID, options=RunOptions(), **filters):
 def test_one_axis_at_a_time_varies_around_the_grids_settings():
     cells = cells_of(models="demo_vit", seeds="1")
     assert [cell.label for cell in cells] == [
-        "demo_vit fp", "demo_vit fimaq w3a3 seed 1", "demo_vit fimaq w3a3 loss=mse seed 1", "demo_vit fimaq w3a3 k=1 seed 1",
+        "demo_vit fp",
+        "demo_vit fimaq w3a3 seed 1",
+        "demo_vit fimaq w3a3 loss=mse seed 1",
+        "demo_vit fimaq w3a3 k=1 seed 1",
         "demo_vit fimaq w3a3 k=15 seed 1",
-    ]  # fmt: skip
+    ]
     full, base, mse, one, many = cells
     assert [cell.point for cell in cells] == ["", *POINTS]
     assert base.places == (("loss", "dplr"), ("k", "5"))
@@ -137,8 +146,11 @@ def test_extra_cells_have_no_points():
 def test_points_are_chains_of_their_own_with_the_dearest_first():
     chains = make_chains(cells_of(seeds="1"))
     assert [[cell.label for cell in chain] for chain in chains[:4]] == [
-        ["demo_vit fp"], ["demo_swin fp"], ["demo_vit fimaq w3a3 k=15 seed 1"], ["demo_swin fimaq w3a3 k=15 seed 1"],
-    ]  # fmt: skip
+        ["demo_vit fp"],
+        ["demo_swin fp"],
+        ["demo_vit fimaq w3a3 k=15 seed 1"],
+        ["demo_swin fimaq w3a3 k=15 seed 1"],
+    ]
     assert all(len(chain) == 1 for chain in chains)
 
 
@@ -252,8 +264,9 @@ def test_the_report_keeps_points_out_of_the_main_table(tmp_path):
     assert f"{np.mean(own):.2f} ± {np.std(own, ddof=1):.2f}" in main
     assert "fisher_k" not in main
     assert [line for line in axes.splitlines() if line.startswith("### ")] == [
-        "### loss: fimaq, one setting at a time", "### k: fimaq, one setting at a time",
-    ]  # fmt: skip
+        "### loss: fimaq, one setting at a time",
+        "### k: fimaq, one setting at a time",
+    ]
     assert axes.count("`- base`: difference") == 1
     narrow = summary.report("T", measured, cells, 60, AXES)
     assert max(len(line) for line in narrow.splitlines() if line.startswith("|")) <= 60

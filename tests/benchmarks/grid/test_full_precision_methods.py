@@ -1,4 +1,4 @@
-"""Methods that quantize nothing: one cell a seed, one value under all bits, and nothing takes them for ``fp``."""
+"""Methods that quantize nothing: one cell per seed, the same value at all bits, never ``fp``."""
 
 from dataclasses import replace
 
@@ -29,9 +29,13 @@ SETTINGS = {
 }
 SCORES = {"fp": 95.0, "relu-fp": 94.0, "rtn": 50.0, "brecq": 80.0, "qdrop": 85.0, "fimaq": 90.0}
 GRID = {
-    "name": "t", "tasks": {"classification": {"dataset": "d", "models": ["a", "b"]}}, "variant": "x",
-    "methods": list(SCORES), "bits": ["w4a4", "w3a3"], "seeds": [1, 2],
-}  # fmt: skip
+    "name": "t",
+    "tasks": {"classification": {"dataset": "d", "models": ["a", "b"]}},
+    "variant": "x",
+    "methods": list(SCORES),
+    "bits": ["w4a4", "w3a3"],
+    "seeds": [1, 2],
+}
 
 
 @pytest.fixture(autouse=True)
@@ -85,8 +89,12 @@ def test_filters_on_bits_do_not_drop_them():
         grid, parse_filters(grid, models="a", methods="relu-fp,rtn", bits="w3a3"), RunOptions()
     )
     assert [cell.label for cell in found] == [
-        "a relu-fp fp seed 1", "a rtn w3a3 seed 1", "a relu-fp fp seed 2", "a rtn w3a3 seed 2", "a relu-fp fp seed 3",
-    ]  # fmt: skip
+        "a relu-fp fp seed 1",
+        "a rtn w3a3 seed 1",
+        "a relu-fp fp seed 2",
+        "a rtn w3a3 seed 2",
+        "a relu-fp fp seed 3",
+    ]
 
 
 def test_tables_show_their_value_under_all_bits(tmp_path):
@@ -139,10 +147,16 @@ def test_the_reference_gives_them_the_spread_of_seeds(tmp_path):
     assert both.loc[("a", "fp", "fp"), "variance"].isna().all()
     reference.write_reference(grid, measured, "# T\n\nx", tmp_path / "reference")
     off = [
-        replace(item, record=item.record.model_copy(update={"metrics": {"top1": fakes.Metric(value=0.0, stderr=0.1)}}))
-        if item.cell.method == "relu-fp" else item
+        replace(
+            item,
+            record=item.record.model_copy(
+                update={"metrics": {"top1": fakes.Metric(value=0.0, stderr=0.1)}}
+            ),
+        )
+        if item.cell.method == "relu-fp"
+        else item
         for item in measured
-    ]  # fmt: skip
+    ]
     lines = reference.compare(grid, off, tmp_path / "reference")
     assert lines[0].startswith("DIFFERS from the reference in 4 of ")
     assert all(" relu-fp top1: 0.00 here, 9" in line for line in lines[1:])
@@ -154,9 +168,15 @@ def test_diff_sets_them_against_their_own_published_row(
 ):
     monkeypatch.setitem(METHODS, "mlp-recon", SETTINGS)
     record = fakes.make_record(
-        recipe=make_recipe("mlp-recon"), model="deit_tiny", value=71.07 + offset, stderr=0.2, dataset=fakes.IMAGENET,
-        weights=fakes.make_record().weights.model_copy(update={"tag": "deit_tiny_patch16_224.fb_in1k"}),
-    )  # fmt: skip
+        recipe=make_recipe("mlp-recon"),
+        model="deit_tiny",
+        value=71.07 + offset,
+        stderr=0.2,
+        dataset=fakes.IMAGENET,
+        weights=fakes.make_record().weights.model_copy(
+            update={"tag": "deit_tiny_patch16_224.fb_in1k"}
+        ),
+    )
     row, context = diff.diff([record]).to_dict("records")
     assert (context["model"], context["verdict"]) == ("unstated", "not comparable")
     assert (row["method"], row["published"], row["verdict"]) == ("mlp-recon", 71.07, verdict)
@@ -168,8 +188,10 @@ def test_settings_of_mlps_bear_where_mlps_are_reconstructed():
         return diff.changed_settings(make_recipe(method, settings), "classification")
 
     assert changed("relu-fp", mlp_steps=7, mlp_batch=4, perturbation=1e-5) == {
-        "mlp_steps": 7, "mlp_batch": 4, "perturbation": 1e-5,
-    }  # fmt: skip
+        "mlp_steps": 7,
+        "mlp_batch": 4,
+        "perturbation": 1e-5,
+    }
     # Batches of MLPs are their own.
     assert changed("relu-fp", steps=3, batch_size=4) == {}
     assert changed("rtn", mlp_steps=7, steps=3) == {}

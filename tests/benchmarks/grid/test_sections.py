@@ -22,18 +22,33 @@ GRID = {
     "tasks": {
         "classification": {"dataset": "digit-pairs", "models": ["demo_vit"]},
         "coco": {
-            "task": "retrieval", "dataset": "MS-COCO", "data": "coco", "models": ["clip_b"], "available": ["clip_l"],
-            "methods": ["fp", "rtn", "fimaq"], "bits": ["w4a4"], "seeds": [1, 2], "scopes": ["both", "vision"],
+            "task": "retrieval",
+            "dataset": "MS-COCO",
+            "data": "coco",
+            "models": ["clip_b"],
+            "available": ["clip_l"],
+            "methods": ["fp", "rtn", "fimaq"],
+            "bits": ["w4a4"],
+            "seeds": [1, 2],
+            "scopes": ["both", "vision"],
             "overrides": {"steps": 9},
         },
         "zero-shot": {
-            "task": "retrieval", "dataset": "ImageNet-1k val", "data": "imagenet", "evaluation": "zero-shot",
-            "models": ["clip_b"], "scopes": ["vision"],
+            "task": "retrieval",
+            "dataset": "ImageNet-1k val",
+            "data": "imagenet",
+            "evaluation": "zero-shot",
+            "models": ["clip_b"],
+            "scopes": ["vision"],
         },
     },
-    "methods": ["fp", "rtn", "qdrop"], "bits": ["w3a3"], "seeds": [7], "variant": "x", "overrides": {"steps": 5, "batch_size": 8},
+    "methods": ["fp", "rtn", "qdrop"],
+    "bits": ["w3a3"],
+    "seeds": [7],
+    "variant": "x",
+    "overrides": {"steps": 5, "batch_size": 8},
     "threads": 1,
-}  # fmt: skip
+}
 PLACES = Places(imagenet=Path("/imagenet"), coco=Path("/coco"))
 
 
@@ -53,18 +68,25 @@ def test_a_section_has_its_own_lists_and_the_grids_where_it_has_none():
     cells = by_section(cells_of())
     assert list(cells) == ["classification", "coco", "zero-shot"]
     assert [cell.label for cell in cells["classification"]] == [
-        "demo_vit fp", "demo_vit rtn w3a3 seed 7", "demo_vit qdrop w3a3 seed 7",
-    ]  # fmt: skip
+        "demo_vit fp",
+        "demo_vit rtn w3a3 seed 7",
+        "demo_vit qdrop w3a3 seed 7",
+    ]
     assert [cell.label for cell in cells["coco"]] == [
         "coco clip_b fp",
-        "coco clip_b [both] rtn w4a4 seed 1", "coco clip_b [both] fimaq w4a4 seed 1",
-        "coco clip_b [vision] rtn w4a4 seed 1", "coco clip_b [vision] fimaq w4a4 seed 1",
-        "coco clip_b [both] rtn w4a4 seed 2", "coco clip_b [both] fimaq w4a4 seed 2",
-        "coco clip_b [vision] rtn w4a4 seed 2", "coco clip_b [vision] fimaq w4a4 seed 2",
-    ]  # fmt: skip
+        "coco clip_b [both] rtn w4a4 seed 1",
+        "coco clip_b [both] fimaq w4a4 seed 1",
+        "coco clip_b [vision] rtn w4a4 seed 1",
+        "coco clip_b [vision] fimaq w4a4 seed 1",
+        "coco clip_b [both] rtn w4a4 seed 2",
+        "coco clip_b [both] fimaq w4a4 seed 2",
+        "coco clip_b [vision] rtn w4a4 seed 2",
+        "coco clip_b [vision] fimaq w4a4 seed 2",
+    ]
     assert [cell.label for cell in cells["zero-shot"]][1:] == [
-        "zero-shot clip_b [vision] rtn w3a3 seed 7", "zero-shot clip_b [vision] qdrop w3a3 seed 7",
-    ]  # fmt: skip
+        "zero-shot clip_b [vision] rtn w3a3 seed 7",
+        "zero-shot clip_b [vision] qdrop w3a3 seed 7",
+    ]
     everything = cells_of()
     assert len({cell.key for cell in everything}) == len(everything) == 3 + 9 + 3
 
@@ -116,8 +138,10 @@ def test_a_method_of_other_sections_is_not_added_to_one_without_it():
         for name, own in by_section(cells_of(methods="fimaq,qdrop,brecq")).items()
     }
     assert methods == {
-        "classification": {"qdrop", "brecq"}, "coco": {"fimaq", "brecq"}, "zero-shot": {"qdrop", "brecq"},
-    }  # fmt: skip
+        "classification": {"qdrop", "brecq"},
+        "coco": {"fimaq", "brecq"},
+        "zero-shot": {"qdrop", "brecq"},
+    }
     # Asked for by itself, a section takes it.
     assert {cell.method for cell in cells_of(tasks="coco", methods="qdrop")} == {"qdrop"}
     extra = {
@@ -153,8 +177,11 @@ def test_points_of_axes_keep_their_scope_and_name_it_once():
         cell for cell in cells_of(grid=grid, tasks="coco", seeds="1") if cell.method == "fimaq"
     ]
     assert [(cell.scope, cell.point, cell.request.recipe.scope) for cell in cells] == [
-        ("both", "", "both"), ("both", "k=1", "both"), ("vision", "", "vision"), ("vision", "k=1", "vision"),
-    ]  # fmt: skip
+        ("both", "", "both"),
+        ("both", "k=1", "both"),
+        ("vision", "", "vision"),
+        ("vision", "k=1", "vision"),
+    ]
     from tasks.common.cell.identity import variant_name
 
     assert variant_name(cells[3].request) == "x k=1 [vision]"
@@ -168,10 +195,12 @@ def test_chains_keep_scopes_together_with_the_whole_model_last():
     assert chains == [
         ["coco clip_b fp"],
         [
-            "coco clip_b [vision] rtn w4a4 seed 1", "coco clip_b [vision] fimaq w4a4 seed 1",
-            "coco clip_b [both] rtn w4a4 seed 1", "coco clip_b [both] fimaq w4a4 seed 1",
+            "coco clip_b [vision] rtn w4a4 seed 1",
+            "coco clip_b [vision] fimaq w4a4 seed 1",
+            "coco clip_b [both] rtn w4a4 seed 1",
+            "coco clip_b [both] fimaq w4a4 seed 1",
         ],
-    ]  # fmt: skip
+    ]
     everything = make_chains(cells_of())
     assert all(
         len({(c.section, c.model, c.bits, c.seed) for c in chain}) == 1 for chain in everything
@@ -208,14 +237,17 @@ def test_time_left_is_told_apart_by_section_and_scope():
     }
     estimator = Estimator()
     for label, seconds in (
-        ("coco clip_b [vision] rtn w4a4 seed 1", 10.0), ("coco clip_b [both] rtn w4a4 seed 1", 3.0),
+        ("coco clip_b [vision] rtn w4a4 seed 1", 10.0),
+        ("coco clip_b [both] rtn w4a4 seed 1", 3.0),
         ("zero-shot clip_b [vision] rtn w4a4 seed 1", 50.0),
-    ):  # fmt: skip
+    ):
         estimator.add(cells[label], seconds)
     for label, seconds in (
-        ("coco clip_b [vision] rtn w4a4 seed 2", 10.0), ("coco clip_b [both] rtn w4a4 seed 2", 3.0),
-        ("zero-shot clip_b [vision] rtn w4a4 seed 2", 50.0), ("demo_vit rtn w4a4 seed 1", 21.0),
-    ):  # fmt: skip
+        ("coco clip_b [vision] rtn w4a4 seed 2", 10.0),
+        ("coco clip_b [both] rtn w4a4 seed 2", 3.0),
+        ("zero-shot clip_b [vision] rtn w4a4 seed 2", 50.0),
+        ("demo_vit rtn w4a4 seed 1", 21.0),
+    ):
         assert estimator.seconds(cells[label]) == pytest.approx(seconds)
     assert estimator.seconds(cells["demo_vit brecq w4a4 seed 1"]) is None
 
@@ -301,9 +333,10 @@ def test_sections_are_measured_and_tabled_apart(tmp_path: Path, monkeypatch: pyt
     text = (tmp_path / "tables/s.md").read_text()
     headings = [line for line in text.splitlines() if line.startswith("## ")]
     assert headings == [
-        "## classification: top1 (percent), mean ± sd over seeds", "## coco: R@1 (percent), mean ± sd over seeds",
+        "## classification: top1 (percent), mean ± sd over seeds",
+        "## coco: R@1 (percent), mean ± sd over seeds",
         "## zero-shot: top1 (percent), mean ± sd over seeds",
-    ]  # fmt: skip
+    ]
     rows = (tmp_path / "tables/s.csv").read_text().splitlines()
     # classification 2, coco 1 + 4 with four metrics each, zero-shot 2
     assert len(rows) == 1 + 2 + 5 * 4 + 2
@@ -349,10 +382,14 @@ def test_the_paper_profile_runs_clip_models_on_three_data_sets(tmp_path: Path):
     places = Places(*(tmp_path / name for name in ("imagenet", "coco", "flickr")))
     cells = expand(load_grid("paper"), Filters(tasks=("retrieval",)), RunOptions(data=places))
     sections = by_section(cells)
-    assert {name: (own[0].request.data.path, own[0].request.data.evaluation) for name, own in sections.items()} == {
-        "retrieval-coco": (places.coco, None), "retrieval-flickr": (places.flickr, None),
+    assert {
+        name: (own[0].request.data.path, own[0].request.data.evaluation)
+        for name, own in sections.items()
+    } == {
+        "retrieval-coco": (places.coco, None),
+        "retrieval-flickr": (places.flickr, None),
         "zero-shot": (places.imagenet, "zero-shot"),
-    }  # fmt: skip
+    }
     for own in sections.values():
         assert len(own) == 8 * (1 + 6 * 3 * 2)
         assert {cell.bits for cell in own} == {"fp", "w4a4", "w6a6", "w8a8"}

@@ -144,8 +144,9 @@ def test_costs_come_from_the_reference_where_nothing_here_tells(tmp_path: Path):
     assert costs_path("demo", tmp_path / "reference") in files
     kept = read_costs(costs_path("demo", tmp_path / "reference"))
     assert [(r.model, r.method, r.seconds, r.device, r.threads) for r in kept[:2]] == [
-        ("demo_vit", "fp", 100.0, "cpu There", 1), ("demo_vit", "rtn", 101.0, "cpu There", 1)
-    ]  # fmt: skip
+        ("demo_vit", "fp", 100.0, "cpu There", 1),
+        ("demo_vit", "rtn", 101.0, "cpu There", 1),
+    ]
 
     text = plan(grid, tmp_path)
     assert row(text, model="demo_vit", method="rtn")["time"] == "~2 min"
@@ -182,11 +183,14 @@ def test_costs_survive_their_file(tmp_path: Path):
 @pytest.mark.parametrize(
     "content",
     [
-        b"section,model\na,b\n", b"\xff\xfe\x00", b'section\n"x',
-        costs_text([]).encode() + b"a,b,,fp,fp,,,nan,1,cpu,1\n", costs_text([]).encode() + b"a,b,,fp,fp,,,1,1,cpu,1,more\n",
+        b"section,model\na,b\n",
+        b"\xff\xfe\x00",
+        b'section\n"x',
+        costs_text([]).encode() + b"a,b,,fp,fp,,,nan,1,cpu,1\n",
+        costs_text([]).encode() + b"a,b,,fp,fp,,,1,1,cpu,1,more\n",
     ],
     ids=range(5),
-)  # fmt: skip
+)
 def test_damaged_reference_costs_are_one_line_and_the_plan_goes_on(tmp_path: Path, content: bytes):
     path = costs_path("demo", tmp_path / "reference")
     path.parent.mkdir()
