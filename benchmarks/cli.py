@@ -97,8 +97,6 @@ _FILTERS = {
 _PLACES = click.Choice(["device", "host", "disk"])
 _AT_LEAST_1, _COUNT = click.IntRange(min=1), click.IntRange(min=0)
 _SHARE = click.FloatRange(min=0, min_open=True)
-
-
 _ENGINES = click.Choice(["local", "ray"])
 _FILTER_OPTIONS = (click.option(f"--{n}", default="", help=words) for n, words in _FILTERS.items())
 _CHANGES = (

@@ -45,11 +45,11 @@ def guarded(check: str, examine: Callable[..., Iterable[Check]], *args: Any) -> 
     found: list[Check] = []
     try:
         found.extend(examine(*args))
-    except FimaqError as error:
-        found.append(Check("problem", f"{check}: {error}"))
     except Exception as error:  # noqa: BLE001 the doctor examines broken machines
-        text = f"{check} cannot be examined: {type(error).__name__}: {error}"
-        found.append(Check("problem", text))
+        why = (
+            "" if isinstance(error, FimaqError) else f" cannot be examined: {type(error).__name__}"
+        )
+        found.append(Check("problem", f"{check}{why}: {error}"))
     return found
 
 
@@ -86,15 +86,10 @@ def torch_findings(seconds: float = 180.0) -> Iterator[Check]:
     """Report PyTorch and its GPUs, as another process finds them: PyTorch may crash."""
     command = [sys.executable, "-m", "torch.utils.collect_env"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        why = f"no answer within {seconds:.0f} s"
-        yield Check("problem", f"PyTorch does not load: {why}", SETUP)
-        return
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines()
-        why = lines[-1] if lines else f"its process ended with {done.returncode}"
-        yield Check("problem", f"PyTorch does not load: {why}", SETUP)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=True)
+    except subprocess.SubprocessError as error:
+        lines = str(getattr(error, "stderr", None) or error).strip().splitlines()
+        yield Check("problem", f"PyTorch does not load: {lines[-1]}", SETUP)
         return
     facts = dict(re.findall(r"^([^:\n]+): (.*)$", done.stdout, re.MULTILINE))
     build = facts["CUDA used to build PyTorch"]

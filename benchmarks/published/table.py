@@ -253,6 +253,7 @@ class _Finder:
         return [row for row in rows if row["source"] in sources]
 
     def _not_one(self, found: Sequence[Mapping[str, str]]) -> str:
+        """Return the message for no published number, or for several ones."""
         fields = ("study", "method", "variant", "metric", "source")
         given = {name: self._stated[name] for name in fields if name in self._stated}
         asked = ", ".join(f"{name} '{value}'" for name, value in given.items())

@@ -85,9 +85,9 @@ def test_pytorch_is_asked_in_a_process_that_may_crash(
     (tmp_path / "torch").mkdir()
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     for content, words in (
-        ("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)", "ended with -11"),
+        ("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)", "SIGSEGV"),
         ("raise ImportError('libcudart is gone')", "libcudart is gone"),
-        ("import time\ntime.sleep(60)", "no answer within 1 s"),
+        ("import time\ntime.sleep(60)", "timed out after 1.0 seconds"),
     ):
         (tmp_path / "torch" / "__init__.py").write_text(content)
         (finding,) = doctor.torch_findings(seconds=1.0 if "sleep" in content else 60.0)

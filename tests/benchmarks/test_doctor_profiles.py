@@ -114,7 +114,7 @@ def test_a_pytorch_that_crashes_is_a_finding(tmp_path: Path):
     )
     done = run(tmp_path)
     assert done.returncode == 1, done.stderr
-    assert "PROBLEM  PyTorch does not load: its process ended with -11" in done.stdout
+    assert "PROBLEM  PyTorch does not load: Command" in done.stdout
     assert "fix: make setup" in done.stdout
     assert "Profile quickstart cannot run" in done.stdout
     assert "Traceback" not in done.stderr
