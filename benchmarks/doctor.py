@@ -143,14 +143,9 @@ def results_findings(results: Path) -> Iterator[Check]:
 def profile_findings(
     name: str, options: RunOptions, adapter: Adapter, cuda: bool, memory: float
 ) -> Iterator[Check]:
-    """Report first whether a profile can run, then what is missing, and its largest memory.
+    """Report first if a profile can run, then what is missing, and its largest memory.
 
-    Args:
-        name: the profile.
-        options: folders of data, weights and results.
-        adapter: knows what cells need.
-        cuda: True if PyTorch sees a GPU.
-        memory: bytes that may be used.
+    ``cuda`` is True if PyTorch sees a GPU, ``memory`` the bytes that may be used.
     """
     grid = load_grid(name)
     cells = expand(grid, Filters(), options)

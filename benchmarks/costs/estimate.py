@@ -34,10 +34,9 @@ def passes(recipe: Recipe) -> int:
 
 
 def expected_cost(cell: Cell) -> float:
-    """Return a rough cost of a cell; an evaluation in full precision costs 1.
+    """Return a rough cost of a cell, where an evaluation in full precision costs 1.
 
-    The number orders the cells of a run, and scales the time of one axis point to another. An
-    image in a step of a block is taken to cost as much as an image in a Fisher pass.
+    An image in a step of a block is taken to cost as much as an image in a Fisher pass.
     """
     recipe = cell.request.recipe
     if recipe is None:
@@ -103,12 +102,7 @@ class Estimator:
             sums.machines[machine] = None
 
     def estimate(self, cell: Cell, depth: int | None = None) -> tuple[float, Sums] | None:
-        """Return seconds, and the group they come from; None if no group is known.
-
-        Args:
-            cell: the cell to estimate.
-            depth: number of groups to look at: ``OWN``, ``MODEL``, ``METHOD``; None: all.
-        """
+        """Return seconds and their group; None if none of the first ``depth`` groups is known."""
         for group in groups_of(cell)[:depth]:
             if group in self._groups:
                 sums = self._groups[group]
@@ -125,12 +119,9 @@ class Estimator:
     def left(
         self, waiting: Iterable[Cell], running: Mapping[Key, tuple[Cell, float]], jobs: int
     ) -> float | None:
-        """Return the seconds until all cells are done; None if one cell cannot be estimated.
+        """Return the seconds until ``jobs`` processes are done; None if a cell is not known.
 
-        Args:
-            waiting: cells that have not started.
-            running: cells at work, each with the seconds since its start.
-            jobs: number of processes.
+        ``running`` cells come with the seconds since their start.
         """
         total = longest = 0.0
         for cell, elapsed in [*((cell, 0.0) for cell in waiting), *running.values()]:

@@ -196,14 +196,9 @@ def gather(
     cells: Sequence[Cell], adapter: Adapter, profiles: Iterable[str], results: Path,
     reference: Path = REFERENCE,
 ) -> tuple[Costs, list[str]]:  # fmt: skip
-    """Return the costs of cells from all sources, and a warning per file that cannot be read.
+    """Return the costs of whole grids from all sources, and a warning per unreadable file.
 
-    Args:
-        cells: all cells of the grids, so that finished ones help to estimate others.
-        adapter: finds the records of the cells.
-        profiles: names of the grids whose reference is read.
-        results: folder with records and rehearsals.
-        reference: folder with committed costs and the committed rehearsal.
+    The references are those of ``profiles``. Rehearsals lie below ``results`` and in ``reference``.
     """
     found = ((cell, finished(cell, adapter)) for cell in cells)
     rows = [(FINISHED, cost_row(cell, done[0])) for cell, done in found if done is not None]
@@ -244,54 +239,45 @@ class Minutes(NamedTuple):
 
     method: str  #: id of the method here
     minutes: float
-    bits: tuple[int, int]  #: (99, 99) where the source does not state them
     place: str  #: the device and the source
-    rank: int  #: of the evidence; 0 is the best
 
 
 @cache
 def published_minutes(path: Path = PUBLISHED / "cost.csv") -> Mapping[str, Sequence[Minutes]]:
-    """Return the run times of a file by the model's id and by its ``model.tag``, in file order."""
+    """Return the run times by the model's id and ``model.tag``, the best evidence first."""
     names = load_names()
-    found: dict[str, list[Minutes]] = defaultdict(list)
     with path.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            model, method = names.models.get(row["model"]), names.methods.get(row["method"])
-            if row["metric"] != "minutes" or model is None or method is None:
-                continue
-            device = names.studies.get(row["study"], "unstated GPU")
+        rows = [row for row in csv.DictReader(file) if row["metric"] == "minutes"]
+    found: dict[str, list[Minutes]] = defaultdict(list)
+    for row in sorted(rows, key=lambda row: _EVIDENCE.index(row["evidence"])):
+        model, method = names.models.get(row["model"]), names.methods.get(row["method"])
+        if model is not None and method is not None:
             source = re.sub(r" paper full text \([^)]*\)", "", row["source"])
-            time = Minutes(
-                method.comparable.get(row["variant"], method.id),
-                float(row["value"]),
-                (int(row["w_bit"] or 99), int(row["a_bit"] or 99)),
-                f"an {device} ({source})",
-                _EVIDENCE.index(row["evidence"]),
-            )
-            found[model.id].append(time)
-            found[model.tag].append(time)
+            place = f"an {names.studies.get(row['study'], 'unstated GPU')} ({source})"
+            own = method.comparable.get(row["variant"], method.id)
+            for name in (model.id, model.tag):
+                found[name].append(Minutes(own, float(row["value"]), place))
     return found
 
 
 def published_cost(cell: Cell, times: Sequence[Minutes]) -> Cost | None:
     """Return published minutes of the cell's method, or else of a method that does the same work.
 
-    The best evidence counts first, then the nearest bits, then the order of the file. None for full
-    precision, and where none of the model's ``times`` fits.
+    None for full precision, and where none of the model's ``times`` fits.
     """
     recipe = cell.request.recipe
     if recipe is None:
         return None
     usual, released = registry.defaults(cell.task), _is_released(cell)
-    ranked = []
-    for time in times:
-        own = time.method == recipe.method
-        if (own and released) or _work(make_recipe(time.method, usual)) == _work(recipe):
-            bits = abs(time.bits[0] - recipe.w_bits) + abs(time.bits[1] - recipe.a_bits)
-            ranked.append(((not own, time.rank, bits, len(ranked)), time))
-    if not ranked:
+    fitting = [
+        time
+        for time in times
+        if (released and time.method == recipe.method)
+        or _work(make_recipe(time.method, usual)) == _work(recipe)
+    ]
+    best = min(fitting, key=lambda time: time.method != recipe.method, default=None)
+    if best is None:
         return None
-    best = min(ranked)[1]
     if released and best.method == recipe.method:
         return Cost(60 * best.minutes, TIMED, "gpu", f"{TIMED}, {best.place}")
     origin = f"{TIMED} for {best.method}, {best.place}"

@@ -189,14 +189,9 @@ class _Finder:
         self._widths = (OFF, OFF) if bits in (FULL, UNSTATED) else parse_bits(bits)
 
     def facts(self, hole: str, why: str) -> tuple[Any, ...]:
-        """Return the fields of :class:`TableCell` from ``weights`` on.
+        """Return the fields of :class:`TableCell` from ``weights`` on; raise TableError.
 
-        Args:
-            hole: reason why the column alone has no number, so that it is not measured either.
-            why: reason why there is no number.
-
-        Raises:
-            TableError: a statement does not fit.
+        ``why`` is the reason for a missing number. A ``hole`` of one column is not measured either.
         """
         weights, models = self._needed("model"), self._models()
         found = self._published(models)

@@ -101,14 +101,7 @@ def _ray_device(request: RunRequest, device: str) -> str:
 
 
 def make_executor(request: RunRequest, logs: Path, cells: int, imports: Sequence[str]) -> Executor:
-    """Return the executor of a settled request.
-
-    Args:
-        request: the request.
-        logs: folder for the output of cells.
-        cells: number of cells to run.
-        imports: modules that the cells need.
-    """
+    """Return the executor of a settled request, for so many cells that need these modules."""
     options, device = request.options, request.device
     if options.engine == "ray":
         from benchmarks.run.ray import RayExecutor

@@ -33,13 +33,8 @@ def plan_text(
 
     ``#`` is the order in which the cells start. ``s bits`` are the bits of attention probabilities
     if they differ from those of other activations. ``~`` marks an estimate, with the kind of
-    device if it is another one. ``cached`` is finished work that an unfinished cell will use.
-
-    Args:
-        request: the run.
-        cells: its cells.
-        width: columns of the terminal; None: no limit.
-        reference: folder of the committed costs.
+    device if it is another one. ``cached`` is finished work that an unfinished cell will use. A
+    table wider than ``width`` leaves columns out and says so.
     """
     grid, options, adapter = request.grid, request.options, request.adapter
     known = expand(grid, Filters(), options) if request.filters.active else ()

@@ -167,26 +167,21 @@ def test_what_was_not_published_is_not_known():
     assert (cost.source, cost.seconds) == ("published, similar method", 115 * 60)
 
 
-def test_evidence_bits_and_place_decide_in_this_order(tmp_path: Path):
+def test_the_best_evidence_counts_then_the_first_row(tmp_path: Path):
     lines = [
         "study,model,method,variant,w_bit,a_bit,metric,value,source,evidence",
         "time_a,deit_small,FIMA-Q,,3,3,minutes,1,A,secondary",
-        "time_a,deit_small,FIMA-Q,,8,8,minutes,2,A,primary",
+        "time_h800,deit_small,FIMA-Q,,4,4,minutes,2,B,primary",
         "time_a,deit_small,FIMA-Q,,4,4,minutes,3,A,primary",
-        "time_h800,deit_small,FIMA-Q,,4,4,minutes,4,B,primary",
-        "time_h800,deit_small,FIMA-Q,,4,4,ms,5,B,primary",
-        "time_h800,deit_small,Unheard-of,,3,3,minutes,6,B,primary",
+        "time_h800,deit_small,FIMA-Q,,4,4,ms,4,B,primary",
+        "time_h800,deit_small,Unheard-of,,3,3,minutes,5,B,primary",
     ]
     path = tmp_path / "cost.csv"
     path.write_text("\n".join(lines) + "\n")
     times = published_minutes(path)["deit_small"]
-    assert [time.minutes for time in times] == [1, 2, 3, 4]
-
-    def minutes(bits: str) -> float | None:
-        cost = published_cost(cell_of("fimaq", bits=bits), times)
-        return None if cost is None else cost.seconds / 60
-
-    assert [minutes(bits) for bits in ("w3a3", "w4a4", "w8a8")] == [3, 3, 2]
+    assert [time.minutes for time in times] == [2, 3, 1]
+    assert (cost := published_cost(cell_of("fimaq"), times)) is not None
+    assert (cost.seconds, cost.origin) == (120, "published, an H800 (B)")
     assert published_minutes(path)["deit_small_patch16_224.fb_in1k"] == times
 
 
