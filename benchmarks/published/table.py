@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.grid.cell import CellName
-from benchmarks.grid.names import PUBLISHED, UNSTATED, load_names
+from benchmarks.grid.names import PUBLISHED, UNSTATED, ModelName, load_names
 from benchmarks.grid.schema import FP, Grid, known_method, load_grid, parse_bits
 from benchmarks.published.schema import Coordinates, Row, TableFile, head_text
 from fimaq_core.documents import read_yaml, validate
@@ -80,12 +80,13 @@ class PublishedTable:
         for index, line in enumerate(self.lines):
             where, whys = head_text(line.row.head), line.row.unpublished
             for name in whys if isinstance(whys, dict) else ():
-                _among("unknown column", name, heads, prefix=f"{where}: ")
+                _among(f"{where}: unknown column", name, heads)
             for number, column in enumerate(self.columns):
                 try:
-                    finder = _Finder((file, line.row, column), line.bits, self.base)
                     hole, why = line.row.hole(column), whys if isinstance(whys, str) else ""
-                    yield TableCell(index, number, *finder.facts(hole, why or hole))
+                    stated = _merged(file, line.row, column)
+                    facts = _facts(stated, line.bits, self.base, hole, why or hole)
+                    yield TableCell(index, number, *facts)
                 except FimaqError as error:
                     place = f"{where} {line.bits}, {head_text(column.head)}"
                     raise TableError(f"{place}: {error}") from error
@@ -151,165 +152,147 @@ def _values(names: Iterable[CellName], field: str) -> tuple[str, ...]:
     return tuple(_unique(getattr(name, field) for name in names))
 
 
-#: Columns of the CSV files that tell the numbers of one source apart.
-_KEYS = ("task", "dataset", "study", "model", "method", "variant", "w_bit", "a_bit", "metric")
-
-
 @cache
-def _numbers(file: str) -> dict[tuple[str, ...], list[dict[str, str]]]:
-    """Return the rows of a CSV file by :data:`_KEYS`; a missing column counts as empty."""
-    found: dict[tuple[str, ...], list[dict[str, str]]] = {}
+def _rows(file: str) -> list[dict[str, str]]:
     with (PUBLISHED / f"{file}.csv").open(encoding="utf-8", newline="") as lines:
-        for row in csv.DictReader(lines):
-            found.setdefault(tuple(row.get(key, "") for key in _KEYS), []).append(row)
-    return found
+        return list(csv.DictReader(lines))
 
 
-@cache
-def _known(file: str, column: str) -> set[str]:
-    return {row[column] for rows in _numbers(file).values() for row in rows}
-
-
-def _among(what: str, name: str, known: Iterable[str], where: str = "", prefix: str = "") -> None:
+def _among(what: str, name: str, known: Iterable[str], where: str = "") -> None:
     """Raise TableError, with a suggestion, if ``name`` is not among ``known``."""
     if name not in known:
-        raise TableError(f"{prefix}{what} '{name}'{where}.{suggest(name, known)}")
+        raise TableError(f"{what} '{name}'{where}.{suggest(name, known)}")
 
 
-class _Finder:
-    """Finds the CSV row and the grid cell of one table cell from what is stated about the cell."""
-
-    def __init__(self, parts: Sequence[Coordinates], bits: str, grid: Grid) -> None:
-        stated: dict[str, Any] = {}
-        for part in parts:
-            fields = set(Coordinates.model_fields)
-            stated |= part.model_dump(include=fields, exclude_none=True)
-        self._stated, self._bits, self._grid, self._names = stated, bits, grid, load_names()
-        self._variant = stated.get("variant", "")
-        self._widths = (OFF, OFF) if bits in (FULL, UNSTATED) else parse_bits(bits)
-
-    def facts(self, hole: str, why: str) -> tuple[Any, ...]:
-        """Return the fields of :class:`TableCell` from ``weights`` on; raise TableError.
-
-        ``why`` is the reason for a missing number. A ``hole`` of one column is not measured either.
-        """
-        weights, models = self._needed("model"), self._models()
-        found = self._published(models)
-        # The CSV files have no axis points: their numbers are of the method's own settings.
-        if why and found and "point" not in self._stated:
-            source = found[0]["source"]
-            raise TableError(f"is said to be unpublished ({why}), but {source} has a number.")
-        if not why and len(found) != 1:
-            raise TableError(self._not_one(found))
-        name = metric = None
-        if "measure" in self._stated and not hole:
-            name, metric = self._name(models[0]), self._metric()
-            if name.point and not why:
-                raise TableError(f"its published number is not of {name.point}: add 'unpublished'.")
-        return weights, None if why else found[0], why, name, metric
-
-    def _needed(self, field: str) -> str:
-        if field not in self._stated:
+def _merged(*parts: Coordinates) -> Coordinates:
+    """Return the statements of all parts; later parts replace those of earlier ones."""
+    stated: dict[str, Any] = {}
+    for part in parts:
+        stated |= part.model_dump(include=set(Coordinates.model_fields), exclude_none=True)
+    needed = ["model", "method", "metric", "source"]
+    needed += [] if "study" in stated else ["task", "dataset"]
+    for field in [*needed, "section"] if "measure" in stated else needed:
+        if field not in stated:
             raise TableError(f"neither table, row nor column states '{field}': add it to one.")
-        return str(self._stated[field])
+    return Coordinates(**stated)
 
-    def _models(self) -> list[str]:
-        """Return published names of the weights; in full precision those of every scope."""
-        weights, scope = self._needed("model"), self._stated.get("scope")
-        if weights == UNSTATED:
-            return [UNSTATED]
-        known = {name: entry for name, entry in self._names.models.items() if entry.tag == weights}
-        if not known:
-            tags = [entry.tag for entry in self._names.models.values()]
-            longer = [tag for tag in tags if tag.startswith(f"{weights}.")]
-            _among("unknown model", weights, longer or tags, " (full names only)")
-        if self._needed("method") == "FP":
-            return list(known)
-        chosen = [name for name, entry in known.items() if scope in (None, entry.scope)]
-        if len(chosen) != 1:
-            scopes = ", ".join(str(entry.scope) for entry in known.values())
-            raise TableError(f"{weights} needs one scope of {scopes} (given: {scope}).")
-        return chosen
 
-    def _published(self, models: Sequence[str]) -> list[dict[str, str]]:
-        """Return the rows of the CSV files that fit the statements."""
-        study, source = self._stated.get("study", ""), self._stated.get("source")
-        sources = source if isinstance(source, tuple) else (self._needed("source"),)
-        file = "ablation" if study else "accuracy"
-        for name in sources:
-            _among("unknown source", name, _known(file, "source"))
-        if study:
-            _among("unknown study", study, _known(file, "study"))
-        place = ("", "") if study else (self._needed("task"), self._needed("dataset"))
-        widths = ("", "") if self._bits == UNSTATED else tuple(map(str, self._widths))
-        rest = (self._needed("method"), self._variant, *widths, self._needed("metric"))
-        keys = [(*place, study, model, *rest) for model in models]
-        rows = [row for key in keys for row in _numbers(file).get(key, [])]
-        return [row for row in rows if row["source"] in sources]
+def _facts(c: Coordinates, bits: str, grid: Grid, hole: str, why: str) -> tuple[Any, ...]:
+    """Return the fields of :class:`TableCell` from ``weights`` on; raise TableError.
 
-    def _not_one(self, found: Sequence[Mapping[str, str]]) -> str:
-        """Return the message for no published number, or for several ones."""
+    ``why`` is the reason for a missing number. A ``hole`` of one column is not measured either.
+    """
+    models = _models(c)
+    found = _published(c, bits, models)
+    # The CSV files have no axis points: their numbers are of the method's own settings.
+    if why and found and c.point is None:
+        source = found[0]["source"]
+        raise TableError(f"is said to be unpublished ({why}), but {source} has a number.")
+    if not why and len(found) != 1:
         fields = ("study", "method", "variant", "metric", "source")
-        given = {name: self._stated[name] for name in fields if name in self._stated}
+        given = {name: getattr(c, name) for name in fields if getattr(c, name) is not None}
         asked = ", ".join(f"{name} '{value}'" for name, value in given.items())
         if not found:
-            return f"no published number for {asked}. Correct that, or say why in 'unpublished'."
+            advice = "Correct that, or say why in 'unpublished'."
+            raise TableError(f"no published number for {asked}. {advice}")
         sources = "; ".join(row["source"] for row in found)
-        return f"{len(found)} published numbers for {asked}. Name one source of: {sources}."
+        text = f"{len(found)} published numbers for {asked}. Name one source of: {sources}."
+        raise TableError(text)
+    name = metric = None
+    if c.measure is not None and not hole:
+        name, metric = _cell_name(c, bits, grid, load_names().models[models[0]]), _metric(c)
+        if name.point and not why:
+            raise TableError(f"its published number is not of {name.point}: add 'unpublished'.")
+    return c.model, None if why else found[0], why, name, metric
 
-    def _metric(self) -> str:
-        task, dataset, metric = map(self._needed, ("task", "dataset", "metric"))
-        entry = self._names.datasets.get(task, {}).get(dataset)
-        if entry is None or metric not in entry.metrics:
-            raise TableError(f"names.yaml does not map the {metric} of {dataset} ({task}).")
-        return entry.metrics[metric]
 
-    def _name(self, model: str) -> CellName:
-        """Return the identity of the grid cell; its settings must be those of the protocol."""
-        grid, section, method = self._grid, self._needed("section"), self._needed("measure")
-        where, entry = f"profile '{grid.name}' has no", self._names.models[model]
-        _among(f"{where} section", section, grid.tasks)
-        part = grid.tasks[section]
-        _among(f"{where} model", entry.id, (*part.models, *part.available), f" in {section}")
-        self._check_comparable(method)
-        if method == FP:
-            return CellName(section, entry.id, "", FP, FULL, "")
-        scope, point = str(entry.scope) if part.scopes else "", self._stated.get("point", "")
-        if scope:
-            _among(f"{where} scope", scope, part.scopes, f" in {section}")
-        bits = dict(zip(("w_bits", "a_bits"), self._widths, strict=True))
-        own = {**bits, "seed": grid.seeds[0], "scope": scope or None}
-        overrides, changes = grid.overrides_of(section), {}
-        if point:
-            axis, _, name = point.rpartition("=")
-            _among(f"{where} axis", axis, grid.axes)
-            _among(f"axis '{axis}' has no point", name, grid.axes[axis])
-            changes = grid.axes[axis][name]
-        recipe = make_recipe(method, overrides, changes, own)
-        self._check_protocol(recipe)
-        point = "" if recipe == make_recipe(method, overrides, own) else point
-        return CellName(section, entry.id, scope, method, self._bits, point)
+def _models(c: Coordinates) -> list[str]:
+    """Return published names of the weights; in full precision those of every scope."""
+    if c.model == UNSTATED:
+        return [UNSTATED]
+    models = load_names().models
+    known = {name: entry for name, entry in models.items() if entry.tag == c.model}
+    if not known:
+        tags = [entry.tag for entry in models.values()]
+        longer = [tag for tag in tags if tag.startswith(f"{c.model}.")]
+        _among("unknown model", str(c.model), longer or tags, " (full names only)")
+    chosen = [name for name, entry in known.items() if c.scope in (None, entry.scope)]
+    if c.method != "FP" and len(chosen) != 1:
+        scopes = ", ".join(str(entry.scope) for entry in known.values())
+        raise TableError(f"{c.model} needs one scope of {scopes} (given: {c.scope}).")
+    return list(known) if c.method == "FP" else chosen
 
-    def _check_comparable(self, measure: str) -> None:
-        known_method(measure)
-        method = self._needed("method")
-        entry = self._names.methods.get(method)
-        allowed = None if entry is None else entry.comparable.get(self._variant)
-        if allowed != measure:
+
+def _published(c: Coordinates, bits: str, models: Sequence[str]) -> list[dict[str, str]]:
+    """Return the rows of the CSV files that fit the statements."""
+    sources = c.source if isinstance(c.source, tuple) else (str(c.source),)
+    rows = _rows("ablation" if c.study else "accuracy")
+    for name in sources:
+        _among("unknown source", name, {row["source"] for row in rows})
+    if c.study:
+        _among("unknown study", c.study, {row["study"] for row in rows})
+    place = {"study": c.study} if c.study else {"task": c.task, "dataset": c.dataset}
+    widths = ("", "") if bits == UNSTATED else map(str, _widths(bits))
+    wanted = {"method": c.method, "metric": c.metric, "variant": c.variant or "", **place}
+    wanted |= zip(("w_bit", "a_bit"), widths, strict=True)
+    return [
+        row
+        for model in models
+        for row in rows
+        if row["model"] == model
+        and row["source"] in sources
+        and all(row[name] == value for name, value in wanted.items())
+    ]
+
+
+def _widths(bits: str) -> tuple[int, int]:
+    return (OFF, OFF) if bits in (FULL, UNSTATED) else parse_bits(bits)
+
+
+def _metric(c: Coordinates) -> str:
+    entry = load_names().datasets.get(str(c.task), {}).get(str(c.dataset))
+    if entry is None or c.metric not in entry.metrics:
+        raise TableError(f"names.yaml does not map the {c.metric} of {c.dataset} ({c.task}).")
+    return entry.metrics[c.metric]
+
+
+def _cell_name(c: Coordinates, bits: str, grid: Grid, model: ModelName) -> CellName:
+    """Return the identity of the grid cell; its settings must be those of the protocol."""
+    section, method, where = str(c.section), str(c.measure), f"profile '{grid.name}' has no"
+    _among(f"{where} section", section, grid.tasks)
+    part = grid.tasks[section]
+    _among(f"{where} model", model.id, (*part.models, *part.available), f" in {section}")
+    known_method(method)
+    entry, variant = load_names().methods.get(str(c.method)), c.variant or ""
+    allowed = None if entry is None else entry.comparable.get(variant)
+    if allowed != method:
+        raise TableError(
+            f"'{method}' cannot be measured for {c.method} (variant '{variant}'). "
+            f"names.yaml lets it compare with {allowed or 'no method here'}: correct "
+            "'measure', or leave it out."
+        )
+    if method == FP:
+        return CellName(section, model.id, "", FP, FULL, "")
+    scope = str(model.scope) if part.scopes else ""
+    if scope:
+        _among(f"{where} scope", scope, part.scopes, f" in {section}")
+    changes, (w_bits, a_bits) = {}, _widths(bits)
+    if c.point:
+        axis, _, name = c.point.rpartition("=")
+        _among(f"{where} axis", axis, grid.axes)
+        _among(f"axis '{axis}' has no point", name, grid.axes[axis])
+        changes = grid.axes[axis][name]
+    own = {"w_bits": w_bits, "a_bits": a_bits, "seed": grid.seeds[0], "scope": scope or None}
+    overrides = grid.overrides_of(section)
+    recipe = make_recipe(method, overrides, changes, own)
+    if not c.protocol:
+        raise TableError("no 'protocol': state the source's calibration as recipe fields.")
+    for field, value in c.protocol.items():
+        _among("unknown recipe field", field, Recipe.model_fields, " in protocol")
+        if getattr(recipe, field) != value:
             raise TableError(
-                f"'{measure}' cannot be measured for {method} (variant '{self._variant}'). "
-                f"names.yaml lets it compare with {allowed or 'no method here'}: correct "
-                "'measure', or leave it out."
+                f"the protocol says {field} {value}, but the recipe of {method} has "
+                f"{getattr(recipe, field)}. The source decides which of them is wrong."
             )
-
-    def _check_protocol(self, recipe: Recipe) -> None:
-        protocol = self._stated.get("protocol")
-        if not protocol:
-            raise TableError("no 'protocol': state the source's calibration as recipe fields.")
-        for field, value in protocol.items():
-            _among("unknown recipe field", field, Recipe.model_fields, " in protocol")
-            if getattr(recipe, field) != value:
-                raise TableError(
-                    f"the protocol says {field} {value}, but the recipe of {recipe.method} has "
-                    f"{getattr(recipe, field)}. The source decides which of them is wrong."
-                )
+    point = "" if recipe == make_recipe(method, overrides, own) else c.point
+    return CellName(section, model.id, scope, method, bits, point or "")
