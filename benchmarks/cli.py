@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from benchmarks.console import user_errors
+from benchmarks.console import terminal_width, user_errors
 from benchmarks.doctor import doctor
 from benchmarks.grid.cell import RunOptions
 from benchmarks.grid.expand import load_grid, parse_filters
@@ -24,8 +24,9 @@ from benchmarks.grid.options import (
 )
 from benchmarks.published.table import load_table
 from benchmarks.report.command import report
-from benchmarks.run.command import print_plan, run_grid
+from benchmarks.run.command import run_grid
 from benchmarks.run.options import RunRequest
+from benchmarks.run.plan import plan_text
 from benchmarks.run.published import published
 from benchmarks.watch.command import status
 
@@ -135,8 +136,9 @@ def run(
     context = click.get_current_context()
     options, flags = replace(options, **changes), tuple(_flags(context))
     request = replace(request, options=options, report=report, flags=flags)
+    code = 0
     if plan:
-        code = print_plan(request)
+        click.echo(plan_text(request, request.cells(), width=terminal_width()))
     elif rehearse:
         from benchmarks.rehearsal.rehearse import rehearse as rehearse_grid
 

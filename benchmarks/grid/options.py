@@ -10,13 +10,13 @@ import click
 from benchmarks.grid.cell import Adapter, Places, RunOptions, default_adapter
 
 _PROFILE = "quickstart, demo, paper, ablation, paper-ablation, or a .yaml file."
-_IMAGENET = "ImageNet-1k folder with val/ and train/."
-_COCO = (
-    "COCO folder with dataset_coco.json, train2014/ and val2014/ (captions), or annotations/, "
-    "train2017/ and val2017/ (detection), or all of them."
-)
-_FLICKR = "Flickr30k folder with dataset_flickr30k.json and the images."
-_WEIGHTS = "Folder with checkpoints named <model.tag>.safetensors, .pth or .bin."
+_FOLDERS = {
+    "imagenet": "ImageNet-1k folder with val/ and train/.",
+    "coco": "COCO folder with dataset_coco.json, train2014/ and val2014/ (captions), or "
+    "annotations/, train2017/ and val2017/ (detection), or all of them.",
+    "flickr": "Flickr30k folder with dataset_flickr30k.json and the images.",
+    "weights": "Folder with checkpoints named <model.tag>.safetensors, .pth or .bin.",
+}
 
 profile_option = click.option("--profile", default="quickstart", show_default=True, help=_PROFILE)
 results_option = click.option(
@@ -53,29 +53,18 @@ def collected(name: str, make: Callable[..., Any], *options: Callable[[Any], Any
     return decorate
 
 
-def _options(
-    results: Path, weights: Path | None, imagenet: Path | None, coco: Path | None,
-    flickr: Path | None,
-) -> RunOptions:  # fmt: skip
-    return RunOptions(results, Places(imagenet, coco, flickr), weights)
+def _folder(_: click.Context, __: click.Parameter, text: str | None) -> Path | None:
+    return Path(text).expanduser() if text else None
 
 
-class _Folder(click.ParamType):
-    """A folder; ``~`` is the home folder, and an empty text is no folder."""
-
-    name = "path"
-
-    def convert(self, value: Any, *_: object) -> Any:
-        return Path(value).expanduser() if value else None
-
-
+#: ``--imagenet``, ``--coco``, ``--flickr``, ``--weights`` and ``--results`` as `RunOptions`.
 folder_options = collected(
     "options",
-    _options,
-    click.option("--imagenet", type=_Folder(), help=_IMAGENET),
-    click.option("--coco", type=_Folder(), help=_COCO),
-    click.option("--flickr", type=_Folder(), help=_FLICKR),
-    click.option("--weights", type=_Folder(), metavar="DIR", help=_WEIGHTS),
+    lambda results, weights, **places: RunOptions(results, Places(**places), weights),
+    *(
+        click.option(f"--{name}", metavar="PATH", callback=_folder, help=words)
+        for name, words in _FOLDERS.items()
+    ),
     results_option,
 )
 

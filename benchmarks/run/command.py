@@ -1,4 +1,4 @@
-"""The commands ``run`` and ``run --plan``, behind their options."""
+"""The run of a grid, behind the options of its command."""
 
 from __future__ import annotations
 
@@ -16,31 +16,14 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from benchmarks.console import NotReady, terminal_width
+from benchmarks.console import NotReady
 from benchmarks.grid.cell import Cell, Key, finished
 from benchmarks.grid.preflight import missing
 from benchmarks.run.options import RunRequest, make_executor, settled
-from fimaq_core.errors import FimaqError
 from tasks.common.record import ResultRecord, own_seconds
 
 if TYPE_CHECKING:
     from benchmarks.run.runner import Failure
-
-
-def chosen_cells(request: RunRequest) -> list[Cell]:
-    """Return the cells of a request. Raises FimaqError where the filters leave none."""
-    cells = request.cells()
-    if not cells:
-        raise FimaqError("The filters leave no cell.")
-    return cells
-
-
-def print_plan(request: RunRequest) -> int:
-    """Print the plan of a run and return 0."""
-    from benchmarks.run.plan import plan_text
-
-    print(plan_text(request, chosen_cells(request), width=terminal_width()))
-    return 0
 
 
 def run_grid(request: RunRequest) -> int:
@@ -49,7 +32,7 @@ def run_grid(request: RunRequest) -> int:
     Returns:
         The exit code: 0, or 1 where cells failed or numbers differ from the published table.
     """
-    cells, adapter = chosen_cells(request), request.adapter
+    cells, adapter = request.cells(), request.adapter
     found = ((cell.key, finished(cell, adapter)) for cell in cells)
     measured = {key: done[0] for key, done in found if done is not None}
     todo = [cell for cell in cells if request.options.force or cell.key not in measured]

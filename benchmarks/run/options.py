@@ -53,8 +53,11 @@ class RunRequest:
         return self.options.jobs or self.grid.jobs or usual
 
     def cells(self) -> list[Cell]:
-        """Return the cells that the filters leave."""
-        return expand(self.grid, self.filters, self.options)
+        """Return the cells that the filters leave. Raises FimaqError where there is none."""
+        cells = expand(self.grid, self.filters, self.options)
+        if not cells:
+            raise FimaqError("The filters leave no cell.")
+        return cells
 
 
 def settled(request: RunRequest) -> RunRequest:
