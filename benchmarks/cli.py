@@ -32,7 +32,7 @@ from benchmarks.watch.command import status
 
 
 class _Commands(click.Group):
-    """A command group that prints user errors as one line on stderr."""
+    """Command group that prints user errors as one line on stderr."""
 
     def invoke(self, ctx: click.Context) -> Any:
         words = "the same command, without --force, goes on where it stopped"
@@ -132,13 +132,13 @@ def run(
     request: RunRequest, options: RunOptions, changes: dict[str, Any], plan: bool, rehearse: bool,
     report: bool,
 ) -> None:  # fmt: skip
-    """Measure a grid's cells, then print and write its table. Finished cells stay."""
+    """Measure the cells of a grid, then print and write its table. Finished cells are kept."""
     context = click.get_current_context()
     options, flags = replace(options, **changes), tuple(_flags(context))
     request = replace(request, options=options, report=report, flags=flags)
     code = 0
     if plan:
-        click.echo(plan_text(request, request.cells(), width=terminal_width()))
+        click.echo(plan_text(request, terminal_width()))
     elif rehearse:
         from benchmarks.rehearsal.rehearse import rehearse as rehearse_grid
 
@@ -164,9 +164,10 @@ def diff(results: Path, show_all: bool, allow_nothing: bool) -> None:
 @folder_options
 @click.option("--add", is_flag=True, help="Add these cells as those of another processor.")
 def reference(profile: str, options: RunOptions, add: bool) -> None:
-    """Make the finished grid the committed reference (results/reference/) of its profile.
+    """Write a finished grid as the committed reference (results/reference/) of its profile.
 
-    A reference says how far results differ between processors: add the same cells from several.
+    With cells from several processors (--add), the reference shows how far results differ between
+    processors.
     """
     from benchmarks.tables.write import make_reference
 
@@ -210,7 +211,7 @@ _LEVELS = click.FloatRange(0.5, 0.9999)
 @click.option("--level", type=_LEVELS, default=0.95, show_default=True, help=_LEVEL)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def compare(run_a: Path, run_b: Path, metric: str, level: float, as_json: bool) -> None:
-    """Test whether two runs differ, sample by sample.
+    """Test two runs for a difference, sample by sample.
 
     A RUN is a cell's folder, its result.json, or a folder with several records, such as that of a
     method. Two records are a pair if they share task, data, model, bits, seed and scope, and also

@@ -121,7 +121,7 @@ def _existing(path: Path) -> Path:
 
 
 def results_findings(results: Path) -> Iterator[Check]:
-    """Report whether the results folder can be written, and the free space of three folders."""
+    """Report if the results folder is writable, and the free space of three folders."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     place = _existing(results)

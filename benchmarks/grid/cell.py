@@ -62,7 +62,7 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class Cell:
-    """One measurement: a model, a method, bits and a seed.
+    """Measurement of a model with a method, bits and a seed.
 
     Full precision has 32/32 bits, no seed and no scope.
 

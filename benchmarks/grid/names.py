@@ -15,7 +15,7 @@ UNSTATED = "unstated"
 
 
 class DatasetName(Strict):
-    """A published data set: a record must state these facts to be compared with its numbers.
+    """Facts that a record must state to be compared with numbers of a published data set.
 
     Attributes:
         task, name, split, count: of the data set as records state it: the whole split.
@@ -32,7 +32,7 @@ class DatasetName(Strict):
 
 
 class ModelName(Strict):
-    """A model here, and the one checkpoint that the published numbers are of."""
+    """Model here, and the only checkpoint that published numbers are compared with."""
 
     id: str
     tag: str
@@ -42,10 +42,10 @@ class ModelName(Strict):
 
 
 class MethodName(Strict):
-    """A method here.
+    """Method here, by the name in publications.
 
-    ``comparable`` maps published variants to the id of the method whose default settings they were
-    run with. All other variants are context only.
+    ``comparable`` maps published variants to the id of the method here that has their settings. All
+    other variants are context only.
     """
 
     id: str
@@ -53,7 +53,7 @@ class MethodName(Strict):
 
 
 class Names(Strict):
-    """The whole mapping by published names; data sets by published task and name.
+    """Whole mapping by published names; data sets by published task and name.
 
     Example:
         >>> load_names().models["vit_small"].tag

@@ -20,7 +20,7 @@ _NOT_OVERRIDABLE = ("method", "seed", "w_bits", "a_bits", "scope")
 
 
 class GridError(FimaqError):
-    """A grid or a filter that does not make sense."""
+    """Grid or filter that does not make sense."""
 
 
 def parse_bits(text: str) -> tuple[int, int]:
@@ -71,7 +71,7 @@ Axes = dict[Point, Points]
 
 
 class TaskGrid(Strict):
-    """One section of a grid: a task on a data set. A task may have several sections."""
+    """Section of a grid: a task on a data set. A task may have several sections."""
 
     task: str | None = None  #: name of the task; None: the label of the section
     dataset: str  #: name of the data set in records
@@ -101,7 +101,7 @@ class Extra(Strict):
 
 
 class Grid(Strict):
-    """A profile. Its cells are the product of models, methods, bits, seeds and scopes.
+    """Profile, whose cells are the product of models, methods, bits, seeds and scopes.
 
     Full precision (``fp``) has neither bits nor seed nor scope. Methods that quantize nothing
     have no bits.

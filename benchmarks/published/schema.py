@@ -40,7 +40,7 @@ class Coordinates(Strict):
 
 
 class TableColumn(Coordinates):
-    """A column of a published table."""
+    """Column of a published table."""
 
     head: Head
 
@@ -51,12 +51,12 @@ class TableColumn(Coordinates):
 
 
 class Row(Coordinates):
-    """A row, which stands once for each of its bits."""
+    """Row of a published table; it becomes one line per bit-width."""
 
     head: Head
     bits: tuple[str, ...] | None = None  #: ``fp``, ``unstated``, ``w4a4``; None: the table's
-    #: Reason why no source has the numbers of the row, which may be measured all the same. Or
-    #: reasons by column head, or first part of a head; such cells stay empty.
+    #: Reason why no source has numbers of this row; the row may still be measured. Or reasons for
+    #: single columns, by head or first part of a head; these cells stay empty.
     unpublished: str | dict[str, str] = ""
 
     def hole(self, column: TableColumn) -> str:

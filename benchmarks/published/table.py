@@ -24,12 +24,12 @@ FULL = bits_name(OFF, OFF)
 
 
 class TableError(FimaqError):
-    """A published table that does not exist or does not make sense."""
+    """Published table that does not exist or does not make sense."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """A row at certain bits: one line of the layout."""
+    """One line of the layout: a row at certain bits."""
 
     row: Row
     bits: str
@@ -42,7 +42,7 @@ class Line:
 
 @dataclass(frozen=True)
 class TableCell:
-    """One cell of a published table."""
+    """Cell of a published table."""
 
     row: int  #: index in :attr:`PublishedTable.lines`
     column: int
@@ -54,7 +54,7 @@ class TableCell:
 
 
 class PublishedTable:
-    """A published table: its layout, its numbers, and the grid cells that are measured for it.
+    """Layout and numbers of a published table, and the grid cells that are measured for it.
 
     Columns, lines and cells go from left to right and from top to bottom.
 

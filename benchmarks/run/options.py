@@ -1,4 +1,4 @@
-"""The request of a run, the executor that it asks for, and the device that it can have."""
+"""The request of a run, its device and its executor."""
 
 import os
 import re
@@ -17,7 +17,7 @@ from fimaq_core.errors import FimaqError
 
 @dataclass(frozen=True)
 class RunRequest:
-    """One use of the command ``run``: which cells to measure, and options.
+    """Cells that a use of the command ``run`` measures, and its options.
 
     Attributes:
         grid: the profile, or the grid of the published table.

@@ -25,11 +25,8 @@ _LEAST = (
 )  # fmt: skip
 
 
-def plan_text(
-    request: RunRequest, cells: Sequence[Cell], *, width: int | None = None,
-    reference: Path = REFERENCE,
-) -> str:  # fmt: skip
-    """Return the table of ``cells``, and lines with their number, time, memory and sources.
+def plan_text(request: RunRequest, width: int | None = None, reference: Path = REFERENCE) -> str:
+    """Return the table of a run's cells, and lines with their number, time, memory and sources.
 
     ``#`` is the order in which the cells start. ``s bits`` are the bits of attention probabilities
     if they differ from those of other activations. ``~`` marks an estimate, with the kind of
@@ -37,6 +34,7 @@ def plan_text(
     table wider than ``width`` leaves columns out and says so.
     """
     grid, options, adapter = request.grid, request.options, request.adapter
+    cells = request.cells()
     known = expand(grid, Filters(), options) if request.filters.active else ()
     every = list({cell.key: cell for cell in (*cells, *known)}.values())
     costs, warnings = gather(every, adapter, [grid.name], options.results, reference)

@@ -42,9 +42,8 @@ def published(table: str, device: str | None, options: RunOptions) -> None:
         grid = found.grid()
         needs = [Needs.of(found, expand(grid, Filters(), options))]
         request = RunRequest(grid, options=options, adapter=adapter(), table=found)
-        width = console.width if console.is_terminal else None
-        lines = [f"{found.name}: {found.title} ({found.paper})"]
-        lines += [plan_text(request, needs[0].cells, width=width)]
+        plan = plan_text(request, console.width if console.is_terminal else None)
+        lines = [f"{found.name}: {found.title} ({found.paper})", plan]
     else:
         needs = [
             Needs.of(found, expand(found.grid(), Filters(), options))
@@ -66,7 +65,7 @@ def published(table: str, device: str | None, options: RunOptions) -> None:
 
 @dataclass(frozen=True)
 class Needs:
-    """A published table with its cells, and the data and weights that they need."""
+    """Cells of a published table, and the data and weights that they need."""
 
     table: PublishedTable
     cells: Sequence[Cell]

@@ -217,7 +217,7 @@ def test_the_plan_lists_steps_of_mlps(tmp_path):
     def lines_of(**overrides: int) -> list[str]:
         grid = parse_grid({**GRID, "overrides": overrides})
         request = RunRequest(grid, options=RunOptions(results=tmp_path), adapter=fakes.ADAPTER)
-        return plan_text(request, request.cells(), reference=tmp_path).splitlines()
+        return plan_text(request, reference=tmp_path).splitlines()
 
     common, _, headers, _, *lines = lines_of(mlp_steps=77)
     assert common == "All cells: task classification."

@@ -255,7 +255,7 @@ def test_time_left_is_told_apart_by_section_and_scope():
 def plan_of(**filters: str) -> str:
     grid = parse_grid(GRID)
     request = RunRequest(grid, filters=parse_filters(grid, **filters), adapter=fakes.ADAPTER)
-    return plan_text(request, request.cells())
+    return plan_text(request)
 
 
 def test_the_plan_lists_sections_and_scopes():

@@ -34,7 +34,7 @@ def plan(
 ) -> str:
     adapter, options = replace(fakes.ADAPTER, **more), RunOptions(results=tmp_path, jobs=jobs)
     request = RunRequest(grid, filters, options, adapter)
-    return plan_text(request, request.cells(), width=width, reference=tmp_path / "reference")
+    return plan_text(request, width=width, reference=tmp_path / "reference")
 
 
 def cells_of(grid: Grid, tmp_path: Path) -> dict[str, Cell]:
@@ -235,7 +235,7 @@ def test_the_real_adapter_knows_what_is_there(tmp_path: Path):
     blocks = request.adapter.planned_folder(cell.request) / "blocks"
     blocks.mkdir(parents=True)
     (blocks / "block-000.safetensors").touch()
-    assert rows(plan_text(request, [cell]))[0]["cached"] == "blocks 1"
+    assert rows(plan_text(request))[0]["cached"] == "blocks 1"
 
 
 @pytest.mark.parametrize("width", [40, 80, 120, 200, None])

@@ -82,7 +82,7 @@ def test_the_plan_shows_bits_of_attention_probabilities_where_they_differ(tmp_pa
     def headers_and_row(overrides):
         grid = fakes.plain_demo(methods=("fimaq",), bits=("w3a3",), overrides=overrides)
         request = RunRequest(grid, options=RunOptions(tmp_path), adapter=fakes.ADAPTER)
-        lines = plan_text(request, request.cells(), reference=tmp_path).splitlines()
+        lines = plan_text(request, reference=tmp_path).splitlines()
         return lines[0], lines[2], lines[4].split()
 
     common, headers, row = headers_and_row({"s_bits": 8})
