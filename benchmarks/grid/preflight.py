@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from benchmarks.grid.cell import Adapter, Cell
 from fimaq_core.errors import FimaqError
@@ -28,27 +28,23 @@ def missing(cells: Sequence[Cell], adapter: Adapter) -> list[str]:
     return [*errors, *(describe_missing(found) or "").splitlines()]
 
 
-class WeightsPlace(NamedTuple):
-    """Place of the weights of a cell."""
+def fetch_weights(cell: Cell) -> str | None:
+    """Return the command that fetches the weights from the hub, without asking the network.
 
-    here: bool  #: True for a file on this machine
-    repository: str = ""  #: repository of the hub, where they are not here
-    command: str = ""  #: command that fetches them
-
-
-def weights_place(cell: Cell) -> WeightsPlace:
-    """Return the place of the weights without network. Raises ModelError for an unknown model."""
+    None if the weights are on this machine; empty if no hub has them. Raises ModelError for an
+    unknown model.
+    """
     from tasks.common.models.hub import cached_file
 
     if cell.task not in registry.TASKS:
-        return WeightsPlace(here=True)
+        return None
     catalogue, request = _tags(cell).CATALOGUE, cell.request.model
     if request.name in catalogue.demo_names or catalogue.local_weights(request) is not None:
-        return WeightsPlace(here=True)
+        return None
     place = catalogue.repository(catalogue.model_tag(request))
-    if place is None or cached_file(place) is not None:
-        return WeightsPlace(here=place is not None)
-    return WeightsPlace(False, place.repo, f"hf download {place.repo} {place.files[0]}")
+    if place is None:
+        return ""
+    return None if cached_file(place) else f"hf download {place.repo} {place.files[0]}"
 
 
 def missing_data(cell: Cell) -> Missing | None:

@@ -13,7 +13,7 @@ from benchmarks.costs.sources import MEASURED, Cost, Costs, gather, sources_text
 from benchmarks.grid.cell import Cell, RunOptions
 from benchmarks.grid.expand import Filters, expand
 from benchmarks.grid.options import adapter, folder_options
-from benchmarks.grid.preflight import WeightsPlace, missing_data, weights_place
+from benchmarks.grid.preflight import fetch_weights, missing_data
 from benchmarks.published.table import PublishedTable, load_table, table_names
 from benchmarks.run.options import RunRequest
 from benchmarks.run.plan import plan_text
@@ -59,7 +59,7 @@ def published(table: str, device: str | None, options: RunOptions) -> None:
             "make tables TABLE=NAME shows the cells, make reproduce-table TABLE=NAME runs them.",
             *warnings,
         ]
-    for line in (*lines, *_missing(needs, commands=bool(table))):
+    for line in (*lines, *_missing(needs)):
         console.print(line, markup=False, soft_wrap=True)
 
 
@@ -70,7 +70,7 @@ class Needs:
     table: PublishedTable
     cells: Sequence[Cell]
     data: Mapping[str, Missing | None]  #: by name; None: the data are here
-    weights: Mapping[str, WeightsPlace]  #: by ``model.tag``
+    weights: Mapping[str, str | None]  #: see `fetch_weights`, by ``model.tag``
 
     @classmethod
     def of(cls, table: PublishedTable, cells: Sequence[Cell]) -> "Needs":
@@ -80,7 +80,7 @@ class Needs:
             place = table.base.tasks[section].data.upper()
             data[place] = data.get(place) or missing_data(cell)
         weights = {
-            registry.model_tag(cell.task, cell.request.model): weights_place(cell)
+            registry.model_tag(cell.task, cell.request.model): fetch_weights(cell)
             for cell in {cell.model: cell for cell in cells}.values()
         }
         return cls(table, cells, data, weights)
@@ -102,7 +102,7 @@ def _listing(needs: Sequence[Needs], costs: Costs) -> Table:
             str(len(found)),
             str(len(found) - len(todo)),
             ", ".join(f"{name}: {'no' if item else 'yes'}" for name, item in each.data.items()),
-            f"{sum(place.here for place in each.weights.values())} of {len(each.weights)}",
+            f"{list(each.weights.values()).count(None)} of {len(each.weights)}",
             *_totals([cost for cost in todo if cost is not None], todo.count(None)),
         )
     return table
@@ -120,17 +120,16 @@ def _totals(costs: Sequence[Cost], unknown: int) -> Iterator[str]:
     yield "; ".join(filter(None, sources))
 
 
-def _missing(needs: Sequence[Needs], commands: bool) -> list[str]:
-    """Return lines on missing data and weights, with ``commands`` that fetch weights."""
+def _missing(needs: Sequence[Needs]) -> Iterator[str]:
+    """Yield lines on missing data and weights, and how to get them."""
     data = {item.what: item for each in needs for item in each.data.values() if item}
-    lines = (describe_missing(data.values()) or "").splitlines()
-    places = {name: place for each in needs for name, place in each.weights.items()}
-    weights = {name: place for name, place in places.items() if not place.here}
-    lines += ["Missing weights:"] if weights else []
-    for name, place in weights.items():
-        where = place.command if commands else place.repository
-        where = where or "no hub has them, put the file into the WEIGHTS folder"
-        lines.append(f"  {name}: {where}")
-    if any(place.repository for place in weights.values()):
-        lines.append("The first run that needs weights of the hub fetches them.")
-    return lines
+    yield from (describe_missing(data.values()) or "").splitlines()
+    weights = {name: text for each in needs for name, text in each.weights.items()}
+    lines = [
+        f"  {name}: {command or 'no hub has them, put the file into the WEIGHTS folder'}"
+        for name, command in weights.items()
+        if command is not None
+    ]
+    if lines:
+        yield "Missing weights (the first run that needs weights of a hub fetches them):"
+        yield from lines
