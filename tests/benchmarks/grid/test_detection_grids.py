@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import yaml
 from click.testing import CliRunner
+from grid_fakes import ONE_FOLDER
 
 from benchmarks.cli import cli
 from benchmarks.compare import reference
@@ -149,22 +150,6 @@ INSTANCES = (
     "annotations/instances_train2017.json",
     "train2017/",
 )
-ONE_FOLDER = {
-    "name": "one",
-    "methods": ["fp"],
-    "bits": ["w4a4"],
-    "seeds": [1],
-    "tasks": {
-        "classification": {"dataset": "digit-pairs", "models": ["demo_vit"]},
-        "captions": {
-            "task": "retrieval",
-            "dataset": "MS-COCO",
-            "data": "coco",
-            "models": ["clip_vit_b32"],
-        },
-        "detection": {"dataset": "COCO 2017", "data": "coco", "models": ["mask_rcnn_swin_tiny"]},
-    },
-}
 #: Real checks ahead of a run; nothing is measured.
 CHECKS = Adapter(fakes.run_cell, fakes.planned_folder, identity.preflight)
 

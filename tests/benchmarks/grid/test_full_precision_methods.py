@@ -227,16 +227,3 @@ def test_the_plan_lists_steps_of_mlps(tmp_path):
     rows = [line.split() for line in lines_of(mlp_batch=8)[4:]]
     batches = {row[2]: row[-3] for row in rows if len(row) > 10}
     assert (batches["relu-fp"], batches["fimaq"], batches["rtn"]) == ("8", "32", "-")
-
-
-def test_expected_costs_count_batches_of_mlps():
-    def cost(batch: int) -> float:
-        grid = parse_grid({**GRID, "overrides": {"mlp_batch": batch}})
-        (cell,) = expand(
-            grid, parse_filters(grid, models="a", methods="relu-fp", seeds="1"), RunOptions()
-        )
-        return expected_cost(cell)
-
-    large, small = cost(32), cost(16)
-    # 3 for calibration and evaluation.
-    assert large - 3.0 == pytest.approx(2 * (small - 3.0))

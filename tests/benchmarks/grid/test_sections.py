@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import benchmark_fakes as fakes
+import grid_fakes
 import pytest
 import yaml
 from click.testing import CliRunner, Result
+from grid_fakes import SECTIONS_GRID
 
 from benchmarks.cli import cli
-from benchmarks.costs.estimate import Estimator
 from benchmarks.grid.cell import Adapter, Cell, Places, RunOptions, default_adapter
 from benchmarks.grid.expand import Filters, GridError, expand, load_grid, parse_filters, parse_grid
 from benchmarks.grid.preflight import missing
@@ -17,44 +18,11 @@ from benchmarks.run.order import Schedule, make_chains
 from benchmarks.run.plan import plan_text
 from fimaq_core.errors import RecipeError
 
-GRID = {
-    "name": "s",
-    "tasks": {
-        "classification": {"dataset": "digit-pairs", "models": ["demo_vit"]},
-        "coco": {
-            "task": "retrieval",
-            "dataset": "MS-COCO",
-            "data": "coco",
-            "models": ["clip_b"],
-            "available": ["clip_l"],
-            "methods": ["fp", "rtn", "fimaq"],
-            "bits": ["w4a4"],
-            "seeds": [1, 2],
-            "scopes": ["both", "vision"],
-            "overrides": {"steps": 9},
-        },
-        "zero-shot": {
-            "task": "retrieval",
-            "dataset": "ImageNet-1k val",
-            "data": "imagenet",
-            "evaluation": "zero-shot",
-            "models": ["clip_b"],
-            "scopes": ["vision"],
-        },
-    },
-    "methods": ["fp", "rtn", "qdrop"],
-    "bits": ["w3a3"],
-    "seeds": [7],
-    "variant": "x",
-    "overrides": {"steps": 5, "batch_size": 8},
-    "threads": 1,
-}
-PLACES = Places(imagenet=Path("/imagenet"), coco=Path("/coco"))
+GRID = SECTIONS_GRID
 
 
-def cells_of(options: RunOptions = RunOptions(data=PLACES), grid=GRID, **filters) -> list[Cell]:
-    parsed = parse_grid(grid)
-    return expand(parsed, parse_filters(parsed, **filters), options)
+def cells_of(grid=GRID, **more):
+    return grid_fakes.cells_of(grid, **more)
 
 
 def by_section(cells: list[Cell]) -> dict[str, list[Cell]]:
@@ -229,27 +197,6 @@ def test_full_precision_holds_up_its_own_section_only():
     assert schedule.take("d") is None
     schedule.over(full["coco"])
     assert schedule.take("d").section == "coco"
-
-
-def test_time_left_is_told_apart_by_section_and_scope():
-    cells = {
-        cell.label: cell for cell in cells_of(methods="fp,rtn,brecq", bits="w4a4", seeds="1,2")
-    }
-    estimator = Estimator()
-    for label, seconds in (
-        ("coco clip_b [vision] rtn w4a4 seed 1", 10.0),
-        ("coco clip_b [both] rtn w4a4 seed 1", 3.0),
-        ("zero-shot clip_b [vision] rtn w4a4 seed 1", 50.0),
-    ):
-        estimator.add(cells[label], seconds)
-    for label, seconds in (
-        ("coco clip_b [vision] rtn w4a4 seed 2", 10.0),
-        ("coco clip_b [both] rtn w4a4 seed 2", 3.0),
-        ("zero-shot clip_b [vision] rtn w4a4 seed 2", 50.0),
-        ("demo_vit rtn w4a4 seed 1", 21.0),
-    ):
-        assert estimator.seconds(cells[label]) == pytest.approx(seconds)
-    assert estimator.seconds(cells["demo_vit brecq w4a4 seed 1"]) is None
 
 
 def plan_of(**filters: str) -> str:
