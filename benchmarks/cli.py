@@ -16,6 +16,7 @@ from benchmarks.doctor import doctor
 from benchmarks.grid.cell import RunOptions
 from benchmarks.grid.expand import load_grid, parse_filters
 from benchmarks.grid.options import (
+    PROFILE,
     adapter,
     collected,
     folder_options,
@@ -76,17 +77,6 @@ def _flags(context: click.Context) -> Iterator[str]:
                 yield str(context.params[name])
 
 
-_TABLE = "A published table, such as fimaq, instead of a profile; or a .yaml file."
-_DEVICE = "cpu, cuda, cuda:N or auto instead of the profile's device."
-_THREADS = "CPU threads per cell, instead of the profile's."
-_PLACEMENT = "Where inputs and targets of blocks are kept meanwhile."
-_FORCE = "Remove earlier results of these cells, then measure them. Without it a run goes on."
-_ENGINE = "Where cells run."
-_JOBS = "Cells at a time. CPU: by cores and threads; GPU: 1; Ray: what fits."
-_RAY = "A running Ray cluster; by default Ray starts on this machine."
-_GPUS = "GPUs that Ray gives a cell; 0.5: two share one."
-_RETRIES = "Attempts in a row at a cell whose process dies without progress; 0: no second attempt."
-_REHEARSE = "Run the cells in small with random weights and images; estimate time and memory."
 _FILTERS = {
     "tasks": "Only these tasks, or sections of the profile (comma list).",
     "models": "Only these models; also ones the profile has but does not run by default.",
@@ -95,36 +85,40 @@ _FILTERS = {
     "seeds": "Only these seeds; also ones outside the profile.",
     "axes": "Only these axes of an ablation, such as k,loss.",
 }
-_PLACES = click.Choice(["device", "host", "disk"])
-_AT_LEAST_1, _COUNT = click.IntRange(min=1), click.IntRange(min=0)
-_SHARE = click.FloatRange(min=0, min_open=True)
-_ENGINES = click.Choice(["local", "ray"])
-_FILTER_OPTIONS = (click.option(f"--{n}", default="", help=words) for n, words in _FILTERS.items())
-_CHANGES = (
-    click.option("--device", help=_DEVICE),
-    click.option("--threads", type=_AT_LEAST_1, help=_THREADS),
-    click.option("--placement", type=_PLACES, help=_PLACEMENT),
-    click.option("--force", is_flag=True, help=_FORCE),
-    click.option("--engine", type=_ENGINES, default="local", show_default=True, help=_ENGINE),
-    click.option("--jobs", type=_AT_LEAST_1, help=_JOBS),
-    click.option("--ray-address", default="", metavar="HOST:PORT", help=_RAY),
-    click.option(
-        "--gpus-per-cell", type=_SHARE, default=1.0, callback=_gpus, show_default=True, help=_GPUS
-    ),
-    click.option("--retries", type=_COUNT, default=3, show_default=True, help=_RETRIES),
-)
+_TABLE = "A published table, such as fimaq, instead of a profile; or a .yaml file."
+_FORCE = "Remove earlier results of these cells, then measure them. Without it a run goes on."
+_JOBS = "Cells at a time. CPU: by cores and threads; GPU: 1; Ray: what fits."
+_RAY = "A running Ray cluster; by default Ray starts on this machine."
+_GPUS = "GPUs that Ray gives a cell; 0.5: two share one."
+_RETRIES = "Attempts in a row at a cell whose process dies without progress; 0: no second attempt."
+_REHEARSE = "Run the cells in small with random weights and images; estimate time and memory."
+_PLACES, _ENGINES = click.Choice(["device", "host", "disk"]), click.Choice(["local", "ray"])
+_COUNT, _SHARE = click.IntRange(min=1), click.FloatRange(min=0, min_open=True)
+_LOCAL, _ONE = {"default": "local", "show_default": True}, {"default": 1.0, "show_default": True}
+_THREE = {"default": RunOptions.retries, "show_default": True}
+_CHANGES: dict[str, dict[str, Any]] = {
+    "device": {"help": "cpu, cuda, cuda:N or auto instead of the profile's device."},
+    "threads": {"type": _COUNT, "help": "CPU threads per cell, instead of the profile's."},
+    "placement": {"type": _PLACES, "help": "Where inputs and targets of blocks are kept."},
+    "force": {"is_flag": True, "help": _FORCE},
+    "engine": {"type": _ENGINES, "help": "Where cells run.", **_LOCAL},
+    "jobs": {"type": _COUNT, "help": _JOBS},
+    "ray_address": {"default": "", "metavar": "HOST:PORT", "help": _RAY},
+    "gpus_per_cell": {"type": _SHARE, "callback": _gpus, "help": _GPUS, **_ONE},
+    "retries": {"type": click.IntRange(min=0), "help": _RETRIES, **_THREE},
+}
 
 
 @cli.command()
 @collected(
     "request",
     _request,
-    profile_option,
-    click.option("--table", default="", metavar="NAME", help=_TABLE),
-    *_FILTER_OPTIONS,
+    profile=PROFILE,
+    table={"default": "", "metavar": "NAME", "help": _TABLE},
+    **{name: {"default": "", "help": words} for name, words in _FILTERS.items()},
 )
 @folder_options
-@collected("changes", dict, *_CHANGES)
+@collected("changes", dict, **_CHANGES)
 @click.option("--plan", is_flag=True, help="List the cells and their settings; run nothing.")
 @click.option("--rehearse", is_flag=True, help=_REHEARSE)
 @click.option("--report", is_flag=True, help="Write the report too, as the command report does.")

@@ -18,37 +18,31 @@ _FOLDERS = {
     "weights": "Folder with checkpoints named <model.tag>.safetensors, .pth or .bin.",
 }
 
-profile_option = click.option("--profile", default="quickstart", show_default=True, help=_PROFILE)
-results_option = click.option(
-    "--results", type=click.Path(path_type=Path), default="results", show_default=True,
-    help="Folder of runs and tables.",
-)  # fmt: skip
+_RESULTS = {"type": click.Path(path_type=Path), "default": "results", "show_default": True}
+_RESULTS["help"] = "Folder of runs and tables."
+PROFILE = {"default": "quickstart", "show_default": True, "help": _PROFILE}
+profile_option = click.option("--profile", **PROFILE)
+results_option = click.option("--results", **_RESULTS)
 
 
-def collected(name: str, make: Callable[..., Any], *options: Callable[[Any], Any]) -> Any:
+def collected(name: str, make: Callable[..., Any], **options: dict[str, Any]) -> Any:
     """Return a decorator that adds click options, whose values the command gets as one argument.
 
     Example:
         >>> @click.command()
-        ... @collected("size", Size, click.option("--width"), click.option("--height"))
+        ... @collected("size", Size, width={"type": int}, height={"type": int})
         ... def draw(size: Size) -> None: ...  # size = Size(width=..., height=...)
     """
-
-    def add(command: Any) -> Any:
-        return functools.reduce(lambda result, option: option(result), reversed(options), command)
-
-    def names() -> None:
-        """Carry the options, so that click tells their names."""
-
-    own = [option.name for option in add(names).__click_params__]
 
     def decorate(command: Callable[..., Any]) -> Any:
         @functools.wraps(command)
         def collect(**values: Any) -> Any:
-            made = make(**{key: values.pop(key) for key in own})
+            made = make(**{key: values.pop(key) for key in options})
             return command(**values, **{name: made})
 
-        return add(collect)
+        for key, settings in reversed(options.items()):
+            collect = click.option(f"--{key.replace('_', '-')}", **settings)(collect)
+        return collect
 
     return decorate
 
@@ -61,11 +55,11 @@ def _folder(_: click.Context, __: click.Parameter, text: str | None) -> Path | N
 folder_options = collected(
     "options",
     lambda results, weights, **places: RunOptions(results, Places(**places), weights),
-    *(
-        click.option(f"--{name}", metavar="PATH", callback=_folder, help=words)
+    **{
+        name: {"metavar": "PATH", "callback": _folder, "help": words}
         for name, words in _FOLDERS.items()
-    ),
-    results_option,
+    },
+    results=_RESULTS,
 )
 
 
