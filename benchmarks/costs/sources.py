@@ -140,7 +140,7 @@ class Costs:
 
     def __init__(self, cells: Iterable[Cell], rows: Iterable[tuple[str, CostRow]]) -> None:
         """Take ``rows`` of the cells of a whole grid with their sources, the most trusted first."""
-        named = {(*cell.name, cell.seed): cell for cell in cells}
+        named: dict[tuple[object, ...], Cell] = {(*cell.name, cell.seed): cell for cell in cells}
         self._known: dict[tuple[str, str], Estimator] = defaultdict(Estimator)
         for source, row in rows:
             cell = named.get(row.name)

@@ -169,8 +169,9 @@ def known_folder(cell: Cell, adapter: Adapter) -> Path | None:
 def finished(cell: Cell, adapter: Adapter) -> tuple[ResultRecord, Path] | None:
     """Return the cell's record and its folder; None if there is no readable record."""
     folder = known_folder(cell, adapter)
-    path = folder and folder / "result.json"
+    if folder is None or not (folder / "result.json").is_file():
+        return None
     try:
-        return (read_record(path), folder) if path and path.is_file() else None
+        return read_record(folder / "result.json"), folder
     except FimaqError:
         return None

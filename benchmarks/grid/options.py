@@ -18,14 +18,16 @@ _FOLDERS = {
     "weights": "Folder with checkpoints named <model.tag>.safetensors, .pth or .bin.",
 }
 
-_RESULTS = {"type": click.Path(path_type=Path), "default": "results", "show_default": True}
-_RESULTS["help"] = "Folder of runs and tables."
-PROFILE = {"default": "quickstart", "show_default": True, "help": _PROFILE}
+_RESULTS: dict[str, Any] = {"default": "results", "show_default": True}
+_RESULTS |= {"type": click.Path(path_type=Path), "help": "Folder of runs and tables."}
+PROFILE: dict[str, Any] = {"default": "quickstart", "show_default": True, "help": _PROFILE}
 profile_option = click.option("--profile", **PROFILE)
 results_option = click.option("--results", **_RESULTS)
 
 
-def collected(name: str, make: Callable[..., Any], **options: dict[str, Any]) -> Any:
+def collected(
+    name: str, make: Callable[..., Any], **options: dict[str, Any]
+) -> Callable[[Callable[..., Any]], Any]:
     """Return a decorator that adds click options, whose values the command gets as one argument.
 
     Example:

@@ -101,6 +101,7 @@ class PublishedTable:
 
         The cells are those of the table's profile: a run of one finds the other's finished cells.
         """
+        changes: dict[str, Any]
         tasks, wanted = {}, {line.row.point for line in self.lines}
         for section in _unique(name.section for name in self.measured):
             names = [name for name in self.measured if name.section == section]
