@@ -9,7 +9,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import metadata
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,12 +19,11 @@ from benchmarks.console import size_text
 from benchmarks.costs.sources import gather
 from benchmarks.grid import options as given
 from benchmarks.grid.cell import Adapter, RunOptions
-from benchmarks.grid.expand import GRIDS, Filters, expand, load_grid
+from benchmarks.grid.expand import Filters, expand, load_grid
 from benchmarks.grid.preflight import missing
 from fimaq_core.errors import FimaqError
 from tasks.common.cell.machine import container_limits, processor
 
-LOCK = Path(__file__).resolve().parents[1] / "requirements" / "lock.txt"
 SETUP = "make setup"
 #: Free bytes below which a disk is worth a note.
 LITTLE = 5e9
@@ -53,33 +51,20 @@ def guarded(check: str, examine: Callable[..., Iterable[Check]], *args: Any) -> 
     return found
 
 
-def unmet(requirements: Iterable[str]) -> list[str]:
-    """Return the requirements that the installed packages do not meet."""
+def package_findings(requirements: Iterable[str] | None = None) -> Iterator[Check]:
+    """Report Python, and requirements (None: of fimaq) that installed packages do not meet."""
     from packaging.requirements import Requirement
 
-    found = []
-    for one in map(Requirement, requirements):
+    yield Check("ok", f"Python {platform.python_version()} ({sys.executable})")
+    for one in map(Requirement, requirements or metadata.requires("fimaq") or ()):
         if one.marker is None or one.marker.evaluate({"extra": ""}):
             try:
                 has = metadata.version(one.name)
             except metadata.PackageNotFoundError:
                 has = None
             if not has or not one.specifier.contains(has, prereleases=True):
-                found.append(f"{one.name} is {has or 'missing'}; wanted: {one.specifier or 'any'}")
-    return found
-
-
-def package_findings(lock: Path = LOCK) -> Iterator[Check]:
-    """Report Python, unmet dependencies, and other differences from the lock file."""
-    yield Check("ok", f"Python {platform.python_version()} ({sys.executable})")
-    for text in unmet(["fimaq"]) or unmet(metadata.requires("fimaq") or ()):
-        yield Check("problem", text, SETUP)
-    lines = lock.read_text(encoding="utf-8").splitlines() if lock.is_file() else []
-    wanted = [line.partition(" #")[0] for line in lines if line[:1].isalnum()]
-    others = unmet(wanted)
-    text = f"{len(wanted) - len(others)} of {len(wanted)} packages are as in {lock.name}"
-    more = f": {', '.join(others)}" if others else ""
-    yield Check("note" if others else "ok", text + more, SETUP if others else "")
+                text = f"{one.name} is {has or 'missing'}; wanted: {one.specifier or 'any'}"
+                yield Check("problem", text, SETUP)
 
 
 def torch_findings(seconds: float = 180.0) -> Iterator[Check]:
@@ -143,9 +128,9 @@ def results_findings(results: Path) -> Iterator[Check]:
 def profile_findings(
     name: str, options: RunOptions, adapter: Adapter, cuda: bool, memory: float
 ) -> Iterator[Check]:
-    """Report first if a profile can run, then what is missing, and its largest memory.
+    """Report if a profile can run, what is missing, and its largest memory.
 
-    ``cuda`` is True if PyTorch sees a GPU, ``memory`` the bytes that may be used.
+    ``cuda`` is True if PyTorch sees a GPU. ``memory`` is the number of bytes that may be used.
     """
     grid = load_grid(name)
     cells = expand(grid, Filters(), options)
@@ -177,21 +162,15 @@ def profile_findings(
 
 
 def examine(profile: str, options: RunOptions, adapter: Adapter) -> dict[str, Any]:
-    """Run all checks on the machine and on all profiles; return the content of ``--json``."""
+    """Run all checks; return the content of ``--json``."""
     torch, limits = guarded("PyTorch", torch_findings), container_limits()
-    needs = options, adapter, any(one.text.startswith("GPU ") for one in torch)
+    cuda = any(one.text.startswith("GPU ") for one in torch)
     memory = limits["memory"] or psutil.virtual_memory().total
-    others = []
-    for name in sorted({path.stem for path in GRIDS.glob("*.yaml")} - {profile}):
-        (one,) = guarded(name, lambda *args: islice(profile_findings(*args), 1), name, *needs, 0.0)
-        fix = f"doctor --profile {name} says why"
-        others.append(one if one.state == "ok" else Check("note", one.text, fix))
     findings = {
         "Python and packages": guarded("packages", package_findings) + torch[:1],
         "Machine": torch[1:] + guarded("machine", machine_findings, limits),
         "Results": guarded("results", results_findings, options.results),
-        "Profile": guarded(profile, profile_findings, profile, *needs, memory),
-        "Other profiles": others,
+        "Profile": guarded(profile, profile_findings, profile, options, adapter, cuda, memory),
     }
     vital = [*findings["Python and packages"], *findings["Results"], *findings["Profile"]]
     return {

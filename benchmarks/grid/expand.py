@@ -59,13 +59,11 @@ def parse_filters(grid: Grid, **texts: str) -> Filters:
     if chosen.axes and not grid.axes:
         filtered = ",".join(chosen.axes)
         raise GridError(f"Profile '{grid.name}' has no axes: leave the filter '{filtered}' out.")
+    tasks = dict.fromkeys([*grid.tasks, *map(grid.task_of, grid.tasks)])
+    models = [name for part in grid.tasks.values() for name in (*part.models, *part.available)]
     for what, wanted, names in (
-        ("task", chosen.tasks, dict.fromkeys([*grid.tasks, *map(grid.task_of, grid.tasks)])),
-        (
-            "model",
-            chosen.models,
-            [m for p in grid.tasks.values() for m in (*p.models, *p.available)],
-        ),
+        ("task", chosen.tasks, tasks),
+        ("model", chosen.models, models),
         ("axis", chosen.axes, grid.axes),
     ):
         for name in sorted(set(wanted or ()).difference(names)):
