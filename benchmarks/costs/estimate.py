@@ -71,9 +71,8 @@ def groups_of(cell: Cell) -> list[tuple[object, ...]]:
 class Sums:
     """Costs of the measured cells of a group."""
 
-    cells: int = 0
-    seconds: float = 0.0  #: sum
-    relative: float = 0.0  #: sum of seconds per expected cost
+    seconds: float = 0.0  #: of all cells
+    expected: float = 0.0  #: :func:`expected_cost` of all cells
     memory: int = 0  #: largest, in bytes
     disk: int = 0  #: largest, in bytes; 0 where it is not known
     machines: dict[str, None] = field(default_factory=dict)
@@ -82,8 +81,8 @@ class Sums:
 class Estimator:
     """Keeps measured costs, and estimates other cells from the most similar cells among them.
 
-    The groups of :func:`groups_of` are asked in their order. Between models or axis points of a
-    method, seconds are scaled by :func:`expected_cost`.
+    The groups of :func:`groups_of` are asked in their order. Seconds are taken to be proportional
+    to :func:`expected_cost`.
     """
 
     def __init__(self) -> None:
@@ -95,9 +94,8 @@ class Estimator:
         """Add a measured cell; ``memory`` and ``disk`` in bytes."""
         for group in groups_of(cell):
             sums = self._groups[group]
-            sums.cells += 1
             sums.seconds += seconds
-            sums.relative += seconds / expected_cost(cell)
+            sums.expected += expected_cost(cell)
             sums.memory, sums.disk = max(sums.memory, memory), max(sums.disk, disk)
             sums.machines[machine] = None
 
@@ -106,9 +104,7 @@ class Estimator:
         for group in groups_of(cell)[:depth]:
             if group in self._groups:
                 sums = self._groups[group]
-                if group[0] in ("model", "method"):
-                    return sums.relative / sums.cells * expected_cost(cell), sums
-                return sums.seconds / sums.cells, sums
+                return sums.seconds / sums.expected * expected_cost(cell), sums
         return None
 
     def seconds(self, cell: Cell) -> float | None:
