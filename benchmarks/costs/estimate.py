@@ -50,7 +50,7 @@ def expected_cost(cell: Cell) -> float:
     return 3.0 + (3.0 if recipe.refit else 0.0) + images / 640
 
 
-#: Number of :func:`groups_of` up to the cell itself, cells of its model, and cells of its method.
+#: Depths in :func:`groups_of`: the cell itself; also cells of its model; also cells of its method.
 OWN, MODEL, METHOD = 1, 3, 4
 
 

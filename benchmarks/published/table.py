@@ -68,7 +68,11 @@ class PublishedTable:
         """Find the cells of ``file``. Raises FimaqError where a cell cannot be found."""
         self.name, self.profile, self.columns = name, file.profile, file.columns
         self.title, self.caption, self.paper = file.title, file.caption, file.paper
-        self.footnotes, self._seeds, self.base = file.footnotes, file.seeds, load_grid(file.profile)
+        self.footnotes, self._seeds, self._base = (
+            file.footnotes,
+            file.seeds,
+            load_grid(file.profile),
+        )
         rows = [(row, row.bits or file.bits) for row in file.rows]
         order = _unique([FULL, *file.bits, *(width for _, widths in rows for width in widths)])
         lines = (Line(row, width) for width in order for row, widths in rows if width in widths)
@@ -85,7 +89,7 @@ class PublishedTable:
                 try:
                     hole, why = line.row.hole(column), whys if isinstance(whys, str) else ""
                     stated = _merged(file, line.row, column)
-                    facts = _facts(stated, line.bits, self.base, hole, why or hole)
+                    facts = _facts(stated, line.bits, self._base, hole, why or hole)
                     yield TableCell(index, number, *facts)
                 except FimaqError as error:
                     place = f"{where} {line.bits}, {head_text(column.head)}"
@@ -108,16 +112,16 @@ class PublishedTable:
             lists = {f"{field}s": _values(names, field) for field in ("model", "method")}
             bits = tuple(width for width in _values(names, "bits") if width != FULL)
             changes = {**lists, "bits": bits or None, "seeds": self._seeds, "available": ()}
-            tasks[section] = self.base.tasks[section].model_copy(update=changes)
+            tasks[section] = self._base.tasks[section].model_copy(update=changes)
         # Points that equal the grid's own settings are kept: their cell takes their places.
         axes = {
             axis: {point: fields for point, fields in points.items() if f"{axis}={point}" in wanted}
-            for axis, points in self.base.axes.items()
+            for axis, points in self._base.axes.items()
         }
         axes = {axis: points for axis, points in axes.items() if points}
         changes = {"name": self.name, "description": self.title, "tasks": tasks, "axes": axes}
         changes |= {"extra": (), "next": (), "only": frozenset(self.measured)}
-        return self.base.model_copy(update=changes)
+        return self._base.model_copy(update=changes)
 
 
 def table_names() -> list[str]:

@@ -1,7 +1,7 @@
 """``python -m benchmarks published``: published tables, what they need, what they will cost."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import click
 from rich import box
@@ -9,12 +9,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.console import duration, size_text
-from benchmarks.costs.sources import MEASURED, Cost, Costs, gather, sources_text
+from benchmarks.costs.sources import MEASURED, Cost, gather, sources_text
 from benchmarks.grid.cell import Cell, RunOptions
-from benchmarks.grid.expand import Filters, expand
 from benchmarks.grid.options import adapter, folder_options
 from benchmarks.grid.preflight import fetch_weights, missing_data
-from benchmarks.published.table import PublishedTable, load_table, table_names
+from benchmarks.published.table import load_table, table_names
 from benchmarks.run.options import RunRequest
 from benchmarks.run.plan import plan_text
 from tasks.common import registry
@@ -22,6 +21,10 @@ from tasks.common.request import Missing, describe_missing
 
 #: Width of the listing where the output is no terminal.
 _WIDE = 200
+_COLUMNS = (
+    "table", "title", "cells", "done", "data here", "weights here", "GPU time", "CPU time",
+    "memory", "disk", "known from",
+)  # fmt: skip
 
 
 @click.command()
@@ -33,101 +36,75 @@ def published(table: str, device: str | None, options: RunOptions) -> None:
 
     Nothing is run, downloaded or changed.
     """
-    options = replace(options, device=device)
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=_WIDE)
+    console, options = Console(highlight=False), replace(options, device=device)
+    tables = [load_table(name) for name in ([table] if table else table_names())]
+    requests = [RunRequest(t.grid(), options=options, adapter=adapter(), table=t) for t in tables]
+    cells = [request.cells() for request in requests]
+    # Tables share cells.
+    every = list({cell.key: cell for own in cells for cell in own}.values())
     if table:
-        found = load_table(table)
-        grid = found.grid()
-        needs = [Needs.of(found, expand(grid, Filters(), options))]
-        request = RunRequest(grid, options=options, adapter=adapter(), table=found)
-        plan = plan_text(request, console.width if console.is_terminal else None)
-        lines = [f"{found.name}: {found.title} ({found.paper})", plan]
+        plan = plan_text(requests[0], console.width if console.is_terminal else None)
+        lines = [f"{tables[0].name}: {tables[0].title} ({tables[0].paper})", plan]
     else:
-        needs = [
-            Needs.of(found, expand(found.grid(), Filters(), options))
-            for found in map(load_table, table_names())
-        ]
-        # Tables share cells.
-        every = list({cell.key: cell for each in needs for cell in each.cells}.values())
-        names = [each.table.name for each in needs]
-        costs, warnings = gather(every, adapter(), names, options.results)
-        console.print(_listing(needs, costs))
-        lines = [
+        costs, lines = gather(every, adapter(), [t.name for t in tables], options.results)
+        listing = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+        for name in _COLUMNS:
+            listing.add_column(name, no_wrap=name not in ("title", "known from"), overflow="fold")
+        for request, own in zip(requests, cells, strict=True):
+            listing.add_row(*_row(request, own, [costs.of(cell) for cell in own]))
+        if not console.is_terminal:
+            console = Console(highlight=False, width=_WIDE)
+        console.print(listing)
+        lines += [
             "Times are of the cells that are not done, one at a time; memory is the largest.",
             "make tables TABLE=NAME shows the cells, make reproduce-table TABLE=NAME runs them.",
-            *warnings,
         ]
-    for line in (*lines, *_missing(needs)):
+    for line in (*lines, *_missing(requests, every)):
         console.print(line, markup=False, soft_wrap=True)
 
 
-@dataclass(frozen=True)
-class Needs:
-    """Cells of a published table, and the data and weights that they need."""
-
-    table: PublishedTable
-    cells: Sequence[Cell]
-    data: Mapping[str, Missing | None]  #: by name; None: the data are here
-    weights: Mapping[str, str | None]  #: see `fetch_weights`, by ``model.tag``
-
-    @classmethod
-    def of(cls, table: PublishedTable, cells: Sequence[Cell]) -> "Needs":
-        """Look for the data and weights of ``cells``; the network is not asked."""
-        data: dict[str, Missing | None] = {}
-        for section, cell in {cell.section: cell for cell in cells}.items():
-            place = table.base.tasks[section].data.upper()
-            data[place] = data.get(place) or missing_data(cell)
-        weights = {
-            registry.model_tag(cell.task, cell.request.model): fetch_weights(cell)
-            for cell in {cell.model: cell for cell in cells}.values()
-        }
-        return cls(table, cells, data, weights)
+def _data(request: RunRequest, cells: Sequence[Cell]) -> dict[str, Missing | None]:
+    """Return the data of cells by name, with None for data that are here."""
+    found: dict[str, Missing | None] = {}
+    for section, cell in {cell.section: cell for cell in cells}.items():
+        place = request.grid.tasks[section].data.upper()
+        found[place] = found.get(place) or missing_data(cell)
+    return found
 
 
-def _listing(needs: Sequence[Needs], costs: Costs) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in (
-        "table", "title", "cells", "done", "data here", "weights here", "GPU time", "CPU time",
-        "memory", "disk", "known from",
-    ):  # fmt: skip
-        table.add_column(name, no_wrap=name not in ("title", "known from"), overflow="fold")
-    for each in needs:
-        found = [costs.of(cell) for cell in each.cells]
-        todo = [cost for cost in found if cost is None or cost.source != MEASURED]
-        table.add_row(
-            each.table.name,
-            each.table.title,
-            str(len(found)),
-            str(len(found) - len(todo)),
-            ", ".join(f"{name}: {'no' if item else 'yes'}" for name, item in each.data.items()),
-            f"{list(each.weights.values()).count(None)} of {len(each.weights)}",
-            *_totals([cost for cost in todo if cost is not None], todo.count(None)),
-        )
-    return table
+def _weights(cells: Sequence[Cell]) -> Mapping[str, str | None]:
+    """Return commands that fetch the weights, by ``model.tag``; see `fetch_weights`."""
+    models = {cell.model: cell for cell in cells}.values()
+    return {registry.model_tag(c.task, c.request.model): fetch_weights(c) for c in models}
 
 
-def _totals(costs: Sequence[Cost], unknown: int) -> Iterator[str]:
-    """Yield GPU time, CPU time, memory, disk and sources of the cells to run."""
+def _row(request: RunRequest, cells: Sequence[Cell], costs: Sequence[Cost | None]) -> list[str]:
+    """Return the row of a table; times, memory, disk and sources are of the cells to run."""
+    table, weights = request.table, _weights(cells)
+    assert table is not None
+    todo = [cost for cost in costs if cost is None or cost.source != MEASURED]
+    known = [cost for cost in todo if cost is not None]
+    data = [f"{name}: {'no' if it else 'yes'}" for name, it in _data(request, cells).items()]
+    here = f"{list(weights.values()).count(None)} of {len(weights)}"
+    row = [table.name, table.title, str(len(cells)), str(len(cells) - len(todo))]
+    row += [", ".join(data), here]
     for device in ("gpu", "cpu"):
-        seconds = sum(cost.seconds for cost in costs if cost.device == device)
-        yield duration(seconds) if seconds else "-"
-    memory = max((cost.memory or 0 for cost in costs), default=0)
-    for size in (memory, sum(cost.disk or 0 for cost in costs)):
-        yield size_text(size) if size else "-"
-    sources = [sources_text(costs), f"{unknown} not known" if unknown else ""]
-    yield "; ".join(filter(None, sources))
+        seconds = sum(cost.seconds for cost in known if cost.device == device)
+        row.append(duration(seconds) if seconds else "-")
+    memory = max((cost.memory or 0 for cost in known), default=0)
+    for size in (memory, sum(cost.disk or 0 for cost in known)):
+        row.append(size_text(size) if size else "-")
+    unknown = f"{todo.count(None)} not known" if None in todo else ""
+    return [*row, "; ".join(filter(None, (sources_text(known), unknown)))]
 
 
-def _missing(needs: Sequence[Needs]) -> Iterator[str]:
+def _missing(requests: Sequence[RunRequest], cells: Sequence[Cell]) -> Iterator[str]:
     """Yield lines on missing data and weights, and how to get them."""
-    data = {item.what: item for each in needs for item in each.data.values() if item}
-    yield from (describe_missing(data.values()) or "").splitlines()
-    weights = {name: text for each in needs for name, text in each.weights.items()}
+    data = [item for request in requests for item in _data(request, request.cells()).values()]
+    yield from (describe_missing(item for item in data if item) or "").splitlines()
     lines = [
         f"  {name}: {command or 'no hub has them, put the file into the WEIGHTS folder'}"
-        for name, command in weights.items()
+        for name, command in _weights(cells).items()
         if command is not None
     ]
     if lines:
