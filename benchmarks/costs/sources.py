@@ -8,7 +8,7 @@ import csv
 import io
 import json
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -211,12 +211,6 @@ def gather(
         except FimaqError as error:
             warnings.append(f"warning: {error}")
     return Costs(cells, rows), warnings
-
-
-def sources_text(costs: Iterable[Cost]) -> str:
-    """Return the sources of costs, each with its number of cells."""
-    counts = Counter(cost.source for cost in costs)
-    return "; ".join(f"{counts[source]} {source}" for source in SOURCES if counts[source])
 
 
 def device_kind(cell: Cell) -> Device:

@@ -205,7 +205,11 @@ def _facts(c: Coordinates, bits: str, grid: Grid, hole: str, why: str) -> tuple[
         raise TableError(text)
     name = metric = None
     if c.measure is not None and not hole:
-        name, metric = _cell_name(c, bits, grid, load_names().models[models[0]]), _metric(c)
+        name = _cell_name(c, bits, grid, load_names().models[models[0]])
+        entry = load_names().datasets.get(str(c.task), {}).get(str(c.dataset))
+        metric = None if entry is None else entry.metrics.get(str(c.metric))
+        if metric is None:
+            raise TableError(f"names.yaml does not map the {c.metric} of {c.dataset} ({c.task}).")
         if name.point and not why:
             raise TableError(f"its published number is not of {name.point}: add 'unpublished'.")
     return c.model, None if why else found[0], why, name, metric
@@ -252,13 +256,6 @@ def _published(c: Coordinates, bits: str, models: Sequence[str]) -> list[dict[st
 
 def _widths(bits: str) -> tuple[int, int]:
     return (OFF, OFF) if bits in (FULL, UNSTATED) else parse_bits(bits)
-
-
-def _metric(c: Coordinates) -> str:
-    entry = load_names().datasets.get(str(c.task), {}).get(str(c.dataset))
-    if entry is None or c.metric not in entry.metrics:
-        raise TableError(f"names.yaml does not map the {c.metric} of {c.dataset} ({c.task}).")
-    return entry.metrics[c.metric]
 
 
 def _cell_name(c: Coordinates, bits: str, grid: Grid, model: ModelName) -> CellName:

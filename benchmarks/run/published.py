@@ -1,5 +1,6 @@
 """``python -m benchmarks published``: published tables, what they need, what they will cost."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.console import duration, size_text
-from benchmarks.costs.sources import MEASURED, Cost, gather, sources_text
+from benchmarks.costs.sources import MEASURED, SOURCES, Cost, gather
 from benchmarks.grid.cell import Cell, RunOptions
 from benchmarks.grid.options import adapter, folder_options
 from benchmarks.grid.preflight import fetch_weights, missing_data
@@ -94,8 +95,9 @@ def _row(request: RunRequest, cells: Sequence[Cell], costs: Sequence[Cost | None
     memory = max((cost.memory or 0 for cost in known), default=0)
     for size in (memory, sum(cost.disk or 0 for cost in known)):
         row.append(size_text(size) if size else "-")
-    unknown = f"{todo.count(None)} not known" if None in todo else ""
-    return [*row, "; ".join(filter(None, (sources_text(known), unknown)))]
+    counts = Counter("not known" if cost is None else cost.source for cost in todo)
+    sources = [f"{counts[name]} {name}" for name in (*SOURCES, "not known") if counts[name]]
+    return [*row, "; ".join(sources)]
 
 
 def _missing(requests: Sequence[RunRequest], cells: Sequence[Cell]) -> Iterator[str]:
