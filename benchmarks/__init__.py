@@ -1,1 +1,1 @@
-"""Benchmarks: grids of cells, the runner, tables of what was measured, and their comparison with published numbers."""
+"""Benchmarks: grids of cells, their runs, tables, and comparison with published numbers."""

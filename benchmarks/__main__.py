@@ -1,4 +1,4 @@
-"""``python -m benchmarks``. Worker processes import this file too, so nothing may happen outside the guard."""
+"""``python -m benchmarks``. Worker processes import this file too, hence the guard."""
 
 if __name__ == "__main__":
     from benchmarks.cli import cli

@@ -1,4 +1,4 @@
-"""Terminal of all commands: errors with exit code 2, text from elsewhere, sizes, durations."""
+"""Terminal output of all commands: errors with exit code 2, foreign text, sizes, durations."""
 
 import os
 import sys
@@ -12,16 +12,14 @@ from fimaq_core.errors import FimaqError
 
 
 class NotReady(FimaqError):
-    """The run cannot start; the text holds whole error lines, printed as they are."""
+    """The run cannot start; the text holds whole error lines, which are printed as they are."""
 
 
 @contextmanager
-def user_errors(context: click.Context, broken_off: str) -> Iterator[None]:
-    """Turn such an error into one line on stderr and exit code 2; a command that is broken off exits with 130.
+def user_errors(context: click.Context, interrupted: str) -> Iterator[None]:
+    """Print user errors as one line on stderr and exit with 2; exit with 130 after Ctrl-C.
 
-    Args:
-        context: of the command.
-        broken_off: what is kept then.
+    ``interrupted`` is a sentence about what is kept after Ctrl-C.
     """
     try:
         yield
@@ -31,36 +29,32 @@ def user_errors(context: click.Context, broken_off: str) -> Iterator[None]:
     except FimaqError as error:
         click.echo(f"error: {error}", err=True)
     except KeyboardInterrupt:
-        click.echo(f"\nBroken off. {broken_off}", err=True)
+        click.echo(f"\nInterrupted. {interrupted}", err=True)
         context.exit(130)
     except BrokenPipeError:
-        # The reader of our output has gone (such as `| head`); Python would complain once more while it exits.
+        # The reader of the output has gone (such as `| head`); Python would complain at its exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     context.exit(2)
 
 
 def plain(text: str, most: int | None = None) -> str:
-    """Return ``text`` in one line and without control characters, cut to ``most`` characters.
-
-    Blanks of all kinds become one blank; what else is not printable (escape sequences, marks that turn the writing's direction,
-    halves of surrogate pairs) becomes U+FFFD.
-    """
+    """Return ``text`` as one printable line of at most ``most`` characters."""
     line = printable(" ".join(text.split()))
     return line if most is None or len(line) <= most else line[: most - 1] + "…"
 
 
 def printable(line: str) -> str:
-    """Return a line with U+FFFD for every character that is not printable; blanks stay as they are."""
+    """Return a line with U+FFFD in place of escape sequences and other unprintable characters."""
     return "".join(character if character.isprintable() else "\ufffd" for character in line)
 
 
 def terminal_width() -> int | None:
-    """Return the terminal's width; None where the output goes elsewhere."""
+    """Return the columns of the terminal; None where the output goes elsewhere."""
     return Console().width if sys.stdout.isatty() else None
 
 
 def size_text(size: float) -> str:
-    """Return bytes as text, such as ``1.6 GB`` (of 10⁹ bytes)."""
+    """Return bytes as text, such as ``1.6 GB`` (1 GB is 10⁹ bytes)."""
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if size >= scale:
             return f"{size / scale:.1f} {unit}"

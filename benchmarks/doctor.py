@@ -1,12 +1,8 @@
-"""``python -m benchmarks doctor``: what this machine can run, what is missing, what to do about it.
-
-PyTorch may crash while it loads, so this module asks it in another process:
-``python -m benchmarks.doctor`` prints what PyTorch finds as JSON.
-"""
+"""``python -m benchmarks doctor``: what this machine can run, what is missing, how to get it."""
 
 import json
-import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -20,150 +16,87 @@ import click
 import psutil  # type: ignore[import-untyped, unused-ignore]
 
 from benchmarks.console import size_text
-from benchmarks.costs.sources import REFERENCE, Costs, cost_row, other_rows
+from benchmarks.costs.sources import gather
 from benchmarks.grid import options as given
-from benchmarks.grid.cell import Adapter, RunOptions, finished_record
-from benchmarks.grid.expand import GRIDS, Filters, expand, load_grid
-from benchmarks.grid.preflight import missing, weights_place
+from benchmarks.grid.cell import Adapter, RunOptions
+from benchmarks.grid.expand import Filters, expand, load_grid
+from benchmarks.grid.preflight import missing
 from fimaq_core.errors import FimaqError
 from tasks.common.cell.machine import container_limits, processor
-from tasks.common.record import read_record
 
-LOCK = Path(__file__).resolve().parents[1] / "requirements" / "lock.txt"
 SETUP = "make setup"
 #: Free bytes below which a disk is worth a note.
 LITTLE = 5e9
 _COLOURS = {"ok": "green", "note": "yellow", "problem": "red"}
 
 
-class Finding(NamedTuple):
-    """Result of one check: ``note`` is worth knowing, ``problem`` prevents a run."""
+class Check(NamedTuple):
+    """Result of one check: a ``note`` is worth knowing, a ``problem`` prevents a run."""
 
     state: Literal["ok", "note", "problem"]
     text: str
     fix: str = ""
 
 
-def guarded(check: str, examine: Callable[..., Iterable[Finding]], *given: Any) -> list[Finding]:
-    """Return the findings of ``examine``; what it raises becomes a finding, after those before."""
-    found: list[Finding] = []
+def guarded(check: str, examine: Callable[..., Iterable[Check]], *args: Any) -> list[Check]:
+    """Return the findings of ``examine(*args)``; an exception becomes the last finding."""
+    found: list[Check] = []
     try:
-        found.extend(examine(*given))
-    except Exception as error:  # noqa: BLE001 a broken machine is what is examined
-        text = f"{check} cannot be examined: {type(error).__name__}: {error}"
-        found.append(Finding("problem", text))
+        found.extend(examine(*args))
+    except Exception as error:  # noqa: BLE001 the doctor examines broken machines
+        why = (
+            "" if isinstance(error, FimaqError) else f" cannot be examined: {type(error).__name__}"
+        )
+        found.append(Check("problem", f"{check}{why}: {error}"))
     return found
 
 
-def unmet(requirements: Iterable[str]) -> list[str]:
-    """Return the requirements that the installed packages do not meet."""
+def package_findings(requirements: Iterable[str] | None = None) -> Iterator[Check]:
+    """Report Python, and requirements (None: of fimaq) that installed packages do not meet."""
     from packaging.requirements import Requirement
 
-    found = []
-    for one in map(Requirement, requirements):
+    yield Check("ok", f"Python {platform.python_version()} ({sys.executable})")
+    for one in map(Requirement, requirements or metadata.requires("fimaq") or ()):
         if one.marker is None or one.marker.evaluate({"extra": ""}):
             try:
                 has = metadata.version(one.name)
             except metadata.PackageNotFoundError:
                 has = None
             if not has or not one.specifier.contains(has, prereleases=True):
-                found.append(f"{one.name} is {has or 'missing'}; wanted: {one.specifier or 'any'}")
-    return found
+                text = f"{one.name} is {has or 'missing'}; wanted: {one.specifier or 'any'}"
+                yield Check("problem", text, SETUP)
 
 
-def package_findings(lock: Path = LOCK) -> Iterator[Finding]:
-    """Report Python, dependencies that are not met, and other differences from the lock file."""
-    yield Finding("ok", f"Python {platform.python_version()} ({sys.executable})")
-    for text in unmet(["fimaq"]) or unmet(metadata.requires("fimaq") or ()):
-        yield Finding("problem", text, SETUP)
-    lines = lock.read_text(encoding="utf-8").splitlines() if lock.is_file() else []
-    wanted = [line.partition(" #")[0] for line in lines if line[:1].isalnum()]
-    others = unmet(wanted)
-    text = f"{len(wanted) - len(others)} of {len(wanted)} packages are as in {lock.name}"
-    more = f": {', '.join(others)}" if others else ""
-    yield Finding("note" if others else "ok", text + more, SETUP if others else "")
-
-
-def torch_findings() -> Iterator[Finding]:
-    """Report PyTorch and its GPUs."""
-    import torch
-    from torch.utils import collect_env as env
-
-    driver = env.get_nvidia_driver_version(env.run)  # type: ignore[no-untyped-call]
-    build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
-    level = torch.backends.cpu.get_cpu_capability()
-    yield Finding("ok", f"PyTorch {torch.__version__}, {build}, {level} on the CPU")
-    for index in range(torch.cuda.device_count()):
-        gpu = torch.cuda.get_device_properties(index)
-        text = f"cuda:{index}: {gpu.name}, {size_text(gpu.total_memory)}, "
-        text += f"capability {gpu.major}.{gpu.minor}, driver {driver}"
-        try:
-            torch.ones(1, device=f"cuda:{index}").add_(1).item()
-            free = torch.cuda.mem_get_info(index)[0]
-            yield Finding("ok", f"{text}, {size_text(free)} free")
-        except RuntimeError as error:  # no kernels for it, no free memory, or in use by others
-            text += f"; PyTorch cannot use it: {str(error).splitlines()[0]}"
-            fix = "end other programs on it, or install a PyTorch that is built for it"
-            yield Finding("note", text, fix)
-    if driver and not torch.cuda.device_count():
-        text = f"the driver {driver} is there, but PyTorch ({build}) sees no GPU"
-        yield Finding("note", text, "update the driver, or look at CUDA_VISIBLE_DEVICES")
-
-
-def ask_torch(seconds: float = 180.0) -> list[Finding]:
-    """Return :func:`torch_findings` of another process, or why there are none."""
-    command = [sys.executable, "-m", "benchmarks.doctor"]
+def torch_findings(seconds: float = 180.0) -> Iterator[Check]:
+    """Report PyTorch and its GPUs, as another process finds them: PyTorch may crash."""
+    command = [sys.executable, "-m", "torch.utils.collect_env"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        why = f"no answer within {seconds:.0f} s"
-    else:
-        if done.returncode == 0:
-            return [Finding(*each) for each in json.loads(done.stdout.splitlines()[-1])]
-        lines = done.stderr.strip().splitlines()
-        why = lines[-1] if lines else f"its process ended with {done.returncode}"
-    return [Finding("problem", f"PyTorch does not load: {why}", SETUP)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=True)
+    except subprocess.SubprocessError as error:
+        lines = str(getattr(error, "stderr", None) or error).strip().splitlines()
+        yield Check("problem", f"PyTorch does not load: {lines[-1]}", SETUP)
+        return
+    facts = dict(re.findall(r"^([^:\n]+): (.*)$", done.stdout, re.MULTILINE))
+    build = facts["CUDA used to build PyTorch"]
+    driver = facts["Nvidia driver version"].replace("Could not collect", "none")
+    text = f"PyTorch {facts['PyTorch version']}, built for CUDA {build}, NVIDIA driver {driver}"
+    yield Check("ok", text)
+    if facts["Is CUDA available"] == "True":
+        yield from (Check("ok", gpu) for gpu in re.findall(r"GPU \d+: .+", done.stdout))
+    elif driver != "none":
+        fix = "update the driver, or look at CUDA_VISIBLE_DEVICES"
+        yield Check("note", f"the driver {driver} is there, but PyTorch sees no GPU", fix)
 
 
-def machine_findings(limits: Mapping[str, float | None]) -> Iterator[Finding]:
-    """Report processor and memory, a container's limits, and programs that few parts use."""
-    linux = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count() or 1
-    memory = psutil.virtual_memory()
+def machine_findings(limits: Mapping[str, float | None]) -> Iterator[Check]:
+    """Report processor and memory, and the limits of a container."""
+    cores, memory = psutil.cpu_count() or 1, psutil.virtual_memory()
     text = f"{size_text(memory.total)} of memory, {size_text(memory.available)} available"
-    yield Finding("ok", f"{processor()}, {cores} cores, {text}")
+    yield Check("ok", f"{processor()}, {cores} cores, {text}")
     share, count = limits["memory"] or memory.total, limits["cores"] or cores
     if share < memory.total or count < cores:
         text = f"this container may use {size_text(share)} of memory and {count:g} cores"
-        yield Finding("note", text, "give --jobs: not every library sees a container's limits")
-    compilers = (os.environ.get("CXX", ""), "g++", "clang++")
-    browsers = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    for what, names, without, fix in (
-        ("compiler", compilers, "on a CPU the engine 'fused' runs instead of 'compiled'",
-         "install g++ or clang++"),
-        ("ray", ("ray",), "grids run on this machine only", SETUP),
-        ("browser", browsers, "tests of the report in a browser cannot run", "install chromium"),
-    ):  # fmt: skip
-        found = next(filter(None, (shutil.which(name, path=path) for name in names)), None)
-        if found:
-            yield Finding("ok", f"{what}: {found}")
-        else:
-            yield Finding("note", f"no {what}: {without}", fix)
-
-
-def disk_findings(results: Path) -> Iterator[Finding]:
-    """Report the free space of each folder that runs write to."""
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    for purpose, path in (
-        ("results", results),
-        ("temporary files", Path(tempfile.gettempdir())),
-        ("weights from the hub", Path(HF_HUB_CACHE)),
-    ):
-        free = shutil.disk_usage(_existing(path)).free
-        text = f"{size_text(free)} free for {purpose} ({path})"
-        yield Finding("note", text, "free space there") if free < LITTLE else Finding("ok", text)
+        yield Check("note", text, "give --jobs: not every library sees a container's limits")
 
 
 def _existing(path: Path) -> Path:
@@ -172,157 +105,103 @@ def _existing(path: Path) -> Path:
     return next(place for place in (path, *path.parents) if place.exists())
 
 
-def results_findings(results: Path) -> Iterator[Finding]:
-    """Report whether the results folder can be written, its records and its leases."""
-    from tasks.common.cell.lease import Observer
+def results_findings(results: Path) -> Iterator[Check]:
+    """Report if the results folder is writable, and the free space of three folders."""
+    from huggingface_hub.constants import HF_HUB_CACHE
 
     place = _existing(results)
     try:
         with tempfile.TemporaryFile(dir=place):
-            pass
+            yield Check("ok", f"the results folder {results} can be written")
     except OSError as error:
         text = f"the results folder {results} cannot be written: {error.strerror or error}"
         fix = f"make {place} a writable folder, or give another --results"
-        yield Finding("problem", text, fix)
-        return
-    words = "can be written" if results.is_dir() else "can be made"
-    yield Finding("ok", f"the results folder {results} {words}")
-    count = 0
-    for path in sorted((results / "runs").rglob("result.json")):
-        try:
-            read_record(path)
-            count += 1
-        except (FimaqError, OSError) as error:
-            yield Finding("note", str(error))
-    yield Finding("ok", f"{count} records can be read")
-    observer = Observer()
-    for lease in sorted(results.rglob(".*.lease")):
-        path = lease.with_name(lease.stem[1:])
-        who = observer.holder(path)
-        if who is None:
-            text = f"{path} was being made by a process that died"
-            yield Finding("note", text, "run the same command again: what is finished is kept")
-        else:
-            yield Finding("note", f"{path} is being made by {who}")
+        yield Check("problem", text, fix)
+    temporary, hub = Path(tempfile.gettempdir()), Path(HF_HUB_CACHE)
+    purposes = {"results": results, "temporary files": temporary, "weights from the hub": hub}
+    for purpose, path in purposes.items():
+        free = shutil.disk_usage(_existing(path)).free
+        text = f"{size_text(free)} free for {purpose} ({path})"
+        yield Check("note", text, "free space there") if free < LITTLE else Check("ok", text)
 
 
 def profile_findings(
-    name: str, options: RunOptions, chosen: Adapter, cuda: bool, memory: float | None = None
-) -> Iterator[Finding]:
-    """Report whether a profile can run, what is missing, and its largest memory.
+    name: str, options: RunOptions, adapter: Adapter, cuda: bool, memory: float
+) -> Iterator[Check]:
+    """Report if a profile can run, what is missing, and its largest memory.
 
-    ``cuda``: whether PyTorch sees a GPU. ``memory``: bytes that may be used; None for a profile
-    that the user did not ask for: of such a profile one note is enough.
+    ``cuda`` is True if PyTorch sees a GPU. ``memory`` is the number of bytes that may be used.
     """
-    bad: Literal["note", "problem"] = "note" if memory is None else "problem"
-    try:
-        grid = load_grid(name)
-        cells = expand(grid, Filters(), options)
-        each = {label: [cell for cell in cells if cell.section == label] for label in grid.tasks}
-        lacking = {label: missing(mine, chosen) for label, mine in each.items()}
-    except FimaqError as error:
-        yield Finding(bad, f"{name}: cannot run: {error}")
-        return
-    except Exception as error:  # noqa: BLE001 a broken package is a finding
-        text = f"{name}: cannot run: it cannot be examined: {type(error).__name__}: {error}"
-        yield Finding(bad, text)
-        return
+    grid = load_grid(name)
+    cells = expand(grid, Filters(), options)
+    sections = {label: [cell for cell in cells if cell.section == label] for label in grid.tasks}
+    lacking = {label: missing(own, adapter) for label, own in sections.items()}
     blocked = [label for label in lacking if lacking[label]]
     if blocked:
         rest = ",".join(label for label in lacking if label not in blocked)
         text = f"{name}: cannot run: {', '.join(blocked)}"
-        text += f"; can run: --tasks {rest}" if rest else ""
-        yield Finding(bad, text, "" if memory else f"doctor --profile {name} says why")
+        yield Check("problem", text + (f"; can run: --tasks {rest}" if rest else ""))
     elif grid.device.startswith("cuda") and not cuda:
         text = f"{name}: cannot run: its device is {grid.device}, and PyTorch sees no GPU"
-        yield Finding(bad, text)
+        yield Check("problem", text)
     else:
-        yield Finding("ok", f"{name}: can run ({len(cells)} cells)")
-    if memory is None:
-        return
-    messages = dict.fromkeys(message for found in lacking.values() for message in found)
-    for message in messages:
+        yield Check("ok", f"{name}: can run ({len(cells)} cells)")
+    for message in dict.fromkeys(message for found in lacking.values() for message in found):
         labels = ", ".join(label for label in lacking if message in lacking[label])
-        yield Finding(bad, f"{labels}: {message}")
-    for cell in {cell.model: cell for cell in cells}.values():
-        found = lacking[cell.section]
-        if not found or any("the weights" in message for message in found):
-            command = weights_place(cell).command
-            if command:
-                yield Finding("note", f"the weights of {cell.model} are at a hub", command)
+        yield Check("problem", f"{labels}: {message}")
     if grid.device == "auto" and not cuda:
-        yield Finding("note", "no GPU is visible, and this profile takes very long without one")
-    records = ((cell, finished_record(cell, chosen)) for cell in cells)
-    done = [(cell, cost_row(cell, record)) for cell, record in records if record is not None]
-    costs = Costs(done, other_rows([grid.name], options.results, REFERENCE)[0], cells)
-    known = [(cost.memory, cell.label, cost) for cell in cells if (cost := costs.of(cell))]
-    most, label, cost = max(known, key=lambda one: one[0] or 0, default=(None, "", None))
+        yield Check("note", "no GPU is visible, and this profile takes very long without one")
+    costs, _ = gather(cells, adapter, [grid.name], options.results)
+    known = [(cost.memory or 0, cell.label, cost) for cell in cells if (cost := costs.of(cell))]
+    most, label, cost = max(known, key=lambda one: one[0], default=(0, "", None))
     if most and cost:
-        text = f"{label} takes {size_text(most)} of memory ({cost.memory_note or cost.origin})"
+        text = f"{label} takes {size_text(most)} of memory ({cost.origin})"
         little = most > memory and not cuda
         text += f", and {size_text(memory)} may be used here" if little else ""
-        yield Finding("note" if little else "ok", text)
+        yield Check("note" if little else "ok", text)
 
 
-def examine(profile: str, options: RunOptions, chosen: Adapter) -> dict[str, Any]:
-    """Run all checks on the machine and on all profiles; return what ``--json`` prints."""
-    torch, limits = ask_torch(), container_limits()
+def examine(profile: str, options: RunOptions, adapter: Adapter) -> dict[str, Any]:
+    """Run all checks; return the content of ``--json``."""
+    torch, limits = guarded("PyTorch", torch_findings), container_limits()
+    cuda = any(one.text.startswith("GPU ") for one in torch)
     memory = limits["memory"] or psutil.virtual_memory().total
-    cuda = any(one.text.startswith("cuda:") for one in torch)
-    others = sorted({path.stem for path in GRIDS.glob("*.yaml")} - {profile})
-    few = [one for name in others for one in profile_findings(name, options, chosen, cuda)]
     findings = {
         "Python and packages": guarded("packages", package_findings) + torch[:1],
-        "Devices and programs": torch[1:] + guarded("machine", machine_findings, limits),
-        "Disk": guarded("disk", disk_findings, options.results),
+        "Machine": torch[1:] + guarded("machine", machine_findings, limits),
         "Results": guarded("results", results_findings, options.results),
-        "Profile": guarded("profile", profile_findings, profile, options, chosen, cuda, memory),
-        "Other profiles": few,
+        "Profile": guarded(profile, profile_findings, profile, options, adapter, cuda, memory),
     }
     vital = [*findings["Python and packages"], *findings["Results"], *findings["Profile"]]
     return {
-        "schema": 2,
+        "schema": 3,
         "profile": profile,
         "can_run": not any(one.state == "problem" for one in vital),
         "findings": {key: [one._asdict() for one in found] for key, found in findings.items()},
     }
 
 
-def show(report: Mapping[str, Any]) -> None:
-    """Print a report for people."""
-    for title, found in report["findings"].items():
-        click.secho(title, bold=True)
-        for one in found:
-            state = one["state"]
-            mark = state.upper() if state == "problem" else state
-            click.secho(f"  {mark:<8} {one['text']}", fg=_COLOURS[state])
-            if one["fix"]:
-                click.secho(f"{' ' * 11}fix: {one['fix']}", fg=_COLOURS[state])
-    words = "can run." if report["can_run"] else "cannot run: see what is marked PROBLEM."
-    colour = _COLOURS["ok" if report["can_run"] else "problem"]
-    click.secho(f"\nProfile {report['profile']} {words}", fg=colour)
-
-
 @click.command()
 @given.profile_option
-@given.places_options
-@click.option("--weights", default="", metavar="DIR", help="As for run.")
-@given.results_option
+@given.folder_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
-def doctor(profile: str, weights: str, results: Path, as_json: bool, **texts: str) -> None:
+def doctor(profile: str, options: RunOptions, as_json: bool) -> None:
     """Examine what this machine can run, and what is missing.
 
     Checks packages, devices, disks, data, weights and results. Nothing is run, downloaded or
     changed. Exit codes: 0 the profile can run, 1 it cannot.
     """
-    options = RunOptions(results, given.places(texts), given.folder(weights))
     report = examine(profile, options, given.adapter())
+    can_run = report["can_run"]
     if as_json:
         click.echo(json.dumps(report, indent=1))
     else:
-        show(report)
-    click.get_current_context().exit(0 if report["can_run"] else 1)
-
-
-if __name__ == "__main__":
-    print(json.dumps(list(torch_findings())))
+        for title, found in report["findings"].items():
+            click.secho(title, bold=True)
+            for one in found:
+                state = "PROBLEM" if one["state"] == "problem" else one["state"]
+                fix = f"\n{' ' * 11}fix: {one['fix']}" if one["fix"] else ""
+                click.secho(f"  {state:<8} {one['text']}{fix}", fg=_COLOURS[one["state"]])
+        words = "can run." if can_run else "cannot run: see the lines marked PROBLEM."
+        click.secho(f"\nProfile {profile} {words}", fg=_COLOURS["ok" if can_run else "problem"])
+    click.get_current_context().exit(0 if can_run else 1)

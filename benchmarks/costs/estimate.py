@@ -1,6 +1,6 @@
-"""Expected costs of cells, and estimates of seconds and memory from measured cells alike."""
+"""Estimates of seconds and memory of a cell from measured cells that are similar to it."""
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -8,16 +8,16 @@ from benchmarks.console import duration
 from benchmarks.grid.cell import Cell, Key
 from fimaq_core.recipe import Recipe
 
-#: Cost of a step with a loss against one with squared error: the rest of the network runs too.
+#: Cost of a step by loss, relative to squared error. This loss also runs the rest of the network.
 _STEP_FACTORS = {"prediction": 4.0}
-#: Cost of an MLP's step against its block's.
+#: Cost of a step of an MLP, relative to a step of its block.
 _MLP_SHARE = 0.6
-#: Losses without gradient passes, and losses with several per block.
+#: Losses without gradient passes, and losses with several passes per block.
 _NO_PASSES, _MANY_PASSES = ("mse", "mae"), ("fisher_diag", "fisher_lr", "fisher_dplr")
 
 
 def kind(cell: Cell) -> str:
-    """Return what dominates a cell's cost; ``fp`` only evaluates."""
+    """Return the part of the work that takes most of a cell's time; ``fp`` only evaluates."""
     recipe = cell.request.recipe
     if recipe is None:
         return "fp"
@@ -27,17 +27,16 @@ def kind(cell: Cell) -> str:
 
 
 def passes(recipe: Recipe) -> int:
-    """Return the gradient passes per block that a recipe's loss takes."""
+    """Return the number of gradient passes per block that the loss of a recipe takes."""
     if recipe.loss in _NO_PASSES:
         return 0
     return recipe.fisher_k if recipe.loss in _MANY_PASSES else 1
 
 
 def expected_cost(cell: Cell) -> float:
-    """Return a cell's cost against a full-precision evaluation, before anything is measured.
+    """Return a rough cost of a cell, where an evaluation in full precision costs 1.
 
-    A rough number: it orders chains, and scales the time of one axis point to another. An image in
-    a step of a block is taken to cost as much as an image in a Fisher pass.
+    An image in a step of a block is taken to cost as much as an image in a Fisher pass.
     """
     recipe = cell.request.recipe
     if recipe is None:
@@ -51,91 +50,74 @@ def expected_cost(cell: Cell) -> float:
     return 3.0 + (3.0 if recipe.refit else 0.0) + images / 640
 
 
-#: Numbers of :func:`levels`: the cell itself, cells of its model too, cells of its method too.
+#: Depths in :func:`groups_of`: the cell itself; also cells of its model; also cells of its method.
 OWN, MODEL, METHOD = 1, 3, 4
 
 
-def levels(cell: Cell) -> list[tuple[object, ...]]:
-    """Return the groups of cells that tell something of a cell's cost, the most alike first."""
+def groups_of(cell: Cell) -> list[tuple[object, ...]]:
+    """Return the groups of similar cells that a cell is in, the most similar first."""
+    section, subject, method, scope = cell.section, cell.subject, cell.method, cell.scope
     return [
         ("cell", *cell.key),
-        ("point", cell.section, cell.subject, cell.method, cell.point),
-        ("model and method", cell.section, cell.subject, cell.method),
-        ("method", cell.section, cell.scope, cell.method),
-        ("kind", cell.section, cell.scope, kind(cell)),
+        ("point", section, subject, method, cell.point),
+        ("model", section, subject, method),
+        ("method", section, scope, method),
+        ("kind in section", section, scope, kind(cell)),
         ("kind", kind(cell)),
     ]
 
 
 @dataclass
-class Group:
-    """Measured cells of a level."""
+class Sums:
+    """Costs of the measured cells of a group."""
 
-    cells: int = 0
-    seconds: float = 0.0  #: of all cells together
-    relative: float = 0.0  #: the same, against their expected costs
-    memory: int = 0  #: largest
-    disk: int | None = None  #: of a single cell
-    machines: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0  #: of all cells
+    expected: float = 0.0  #: :func:`expected_cost` of all cells
+    memory: int = 0  #: largest, in bytes
+    disk: int = 0  #: largest, in bytes; 0 where it is not known
+    machines: dict[str, None] = field(default_factory=dict)
 
 
 class Estimator:
-    """Keeps measured costs, and predicts those of other cells from cells alike.
+    """Keeps measured costs, and estimates other cells from the most similar cells among them.
 
-    Cells of the same axis point on the same model tell most, then cells of the same method on this
-    model, of the same method, and of the same kind, all in the same section and scope; at last
-    cells of the same kind anywhere. Between axis points of a method, seconds are scaled by
-    :func:`expected_cost`.
+    The groups of :func:`groups_of` are asked in their order. Seconds are taken to be proportional
+    to :func:`expected_cost`.
     """
 
     def __init__(self) -> None:
-        self._groups: dict[tuple[object, ...], Group] = defaultdict(Group)
-        self._predicted: dict[Key, float | None] = {}
-        self.machines: Counter[str] = Counter()
+        self._groups: dict[tuple[object, ...], Sums] = defaultdict(Sums)
 
     def add(
-        self,
-        cell: Cell,
-        seconds: float,
-        memory: int = 0,
-        disk: int | None = None,
-        machine: str = "",
+        self, cell: Cell, seconds: float, *, memory: int = 0, disk: int = 0, machine: str = ""
     ) -> None:
-        """Note what a cell took."""
-        for level in levels(cell):
-            group = self._groups[level]
-            group.cells += 1
-            group.seconds += seconds
-            group.relative += seconds / expected_cost(cell)
-            group.memory = max(group.memory, memory)
-            group.disk = disk if level[0] == "cell" else None
-            group.machines[machine] += 1
-        self.machines[machine] += 1
-        self._predicted.clear()
+        """Add a measured cell; ``memory`` and ``disk`` in bytes."""
+        for group in groups_of(cell):
+            sums = self._groups[group]
+            sums.seconds += seconds
+            sums.expected += expected_cost(cell)
+            sums.memory, sums.disk = max(sums.memory, memory), max(sums.disk, disk)
+            sums.machines[machine] = None
 
-    def estimate(self, cell: Cell, depth: int | None = None) -> tuple[float, Group] | None:
-        """Return seconds and group by the first known of ``depth`` levels; None if none is."""
-        for level in levels(cell)[:depth]:
-            if level in self._groups:
-                group = self._groups[level]
-                if level[0] in ("model and method", "method"):
-                    return group.relative / group.cells * expected_cost(cell), group
-                return group.seconds / group.cells, group
+    def estimate(self, cell: Cell, depth: int | None = None) -> tuple[float, Sums] | None:
+        """Return seconds and their group; None if none of the first ``depth`` groups is known."""
+        for group in groups_of(cell)[:depth]:
+            if group in self._groups:
+                sums = self._groups[group]
+                return sums.seconds / sums.expected * expected_cost(cell), sums
         return None
 
     def seconds(self, cell: Cell) -> float | None:
-        """Return the estimated seconds; None if nothing of the kind is known."""
-        if cell.key not in self._predicted:  # asked for every waiting cell twice a second
-            found = self.estimate(cell)
-            self._predicted[cell.key] = None if found is None else found[0]
-        return self._predicted[cell.key]
+        """Return the estimated seconds; None if nothing similar was measured."""
+        found = self.estimate(cell)
+        return None if found is None else found[0]
 
     def left(
         self, waiting: Iterable[Cell], running: Mapping[Key, tuple[Cell, float]], jobs: int
     ) -> float | None:
-        """Return the seconds until ``jobs`` processes are done; None if nothing tells of a cell.
+        """Return the seconds until ``jobs`` processes are done; None if a cell is not known.
 
-        ``running`` cells come with the seconds that they have taken so far.
+        ``running`` cells come with the seconds since their start.
         """
         total = longest = 0.0
         for cell, elapsed in [*((cell, 0.0) for cell in waiting), *running.values()]:
@@ -148,5 +130,5 @@ class Estimator:
 
 
 def time_left(left: float | None) -> str:
-    """Return how long something still takes, for people: ``about 6 min left``."""
+    """Return the remaining seconds as text."""
     return "time left not known yet" if left is None else f"about {duration(left)} left"

@@ -18,7 +18,7 @@ import psutil  # type: ignore[import-untyped, unused-ignore]
 from benchmarks.compare.reference import machine
 from benchmarks.console import user_errors
 from benchmarks.faults.audit import doubled, read_notes
-from benchmarks.grid.cell import RunOptions, default_adapter, finished_record
+from benchmarks.grid.cell import RunOptions, default_adapter, finished
 from benchmarks.grid.expand import Filters, expand, load_grid
 from benchmarks.run.ray import check_folder
 
@@ -135,7 +135,7 @@ def measure(folder: Path, wanted: int, seed: int, pause: tuple[float, float]) ->
             results = folder / f"disturbed-{found['runs']}"
             found["given_up"] += disturb(cluster, results, wanted, pause, chance, kills)
             cells = expand(load_grid(str(GRID)), Filters(), RunOptions(results))
-            there = [cell for cell in cells if finished_record(cell, default_adapter())]
+            there = [cell for cell in cells if finished(cell, default_adapter())]
             found["cells_lost"] += len(cells) - len(there)
             found["cells_doubled"] += len(doubled(read_notes(results)))
             tables &= digests(results / "tables", "*") == digests(quiet / "tables", "*")

@@ -1,4 +1,4 @@
-"""A cell of a grid, and the functions of a task adapter that the harness needs."""
+"""A cell of a grid, and the functions of the tasks that the benchmarks call."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from tasks.common.cell import identity
 from tasks.common.record import ResultRecord, bits_name, read_record
 from tasks.common.request import CellRequest, Missing
 
-#: The metric that a task's tables and progress show; the CSV has all.
+#: The metric that tables and progress show for each task; the CSV files have all metrics.
 MAIN_METRIC = {"classification": "top1", "retrieval": "R@1", "detection": "AP_box"}
 
 Key = tuple[str, str, str, str, int, int, int | None, str]
 
 
 class CellName(NamedTuple):
-    """Identity of a grid's cells that differ in nothing but the seed; see :class:`Cell`."""
+    """Identity in the grid of all cells that differ only in the seed; see :class:`Cell`."""
 
     section: str
     model: str
@@ -31,36 +31,45 @@ class CellName(NamedTuple):
 
 @dataclass(frozen=True)
 class Places:
-    """Folders of data sets, for sections whose models do not bring their data along."""
+    """Folders of data sets, for sections whose models have no data of their own."""
 
     imagenet: Path | None = None
     coco: Path | None = None
     flickr: Path | None = None
 
     def of(self, data: str) -> Path | None:
-        """The folder that a section asks for by name; None for ``own``, or if not given."""
+        """Return the folder that a section names; None for ``own``, and if it is not given."""
         return getattr(self, data) if data != "own" else None
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Settings of the command line. None keeps the grid's."""
+    """Settings of the command line; None takes the setting of the grid."""
 
-    results: Path = Path("results")  #: root of everything that a run writes
+    results: Path = Path("results")  #: root of all files that a run writes
     data: Places = Places()
     weights: Path | None = None  #: folder with local checkpoints
     device: str | None = None
-    threads: int | None = None
-    force: bool = False  #: remove what is there of the cells before they are measured
+    threads: int | None = None  #: CPU threads per cell
+    force: bool = False  #: remove earlier results of the cells first
     placement: Literal["device", "host", "disk"] | None = None
-    rehearsal: bool = False  #: cells are rehearsed, see :mod:`benchmarks.rehearsal`
+    engine: Literal["local", "ray"] = "local"  #: executor of the cells
+    jobs: int | None = None  #: cells at a time
+    ray_address: str = ""  #: ``host:port`` of a running Ray cluster; empty: a cluster of this run
+    gpus_per_cell: float = 1.0  #: share of a GPU that Ray gives to a cell
+    retries: int = 3  #: attempts in a row that may end with a dead process and no progress
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One measurement: a model, a method, bits and a seed.
+    """Measurement of a model with a method, bits and a seed.
 
     Full precision has 32/32 bits, no seed and no scope.
+
+    Example:
+        >>> cell = expand(load_grid("demo"), Filters(), RunOptions())[2]
+        >>> cell.label
+        'demo_vit rtn w4a4 seed 1'
     """
 
     section: str  #: label of its section in the grid
@@ -71,14 +80,14 @@ class Cell:
     a_bit: int
     seed: int | None
     request: CellRequest
-    scope: str = ""  #: what of the model is quantized; empty where the grid does not say it
+    scope: str = ""  #: quantized part of the model; empty where the grid does not name it
     point: str = ""  #: axis point (``k=15``); empty for the grid's own settings
-    #: (axis, point) of its places in the tables of axes: the own settings may lie on several.
+    #: (axis, point) pairs of the cell in tables of axes; the own settings may lie on several axes.
     places: tuple[tuple[str, str], ...] = ()
 
     @cached_property
     def key(self) -> Key:
-        """Identity of the cell within its grid."""
+        """Identity of the cell in its grid."""
         bits = self.w_bit, self.a_bit
         return self.section, self.model, self.scope, self.method, *bits, self.seed, self.point
 
@@ -94,47 +103,22 @@ class Cell:
 
     @property
     def mark(self) -> str:
-        """The scope as names end with it, ``" [vision]"``; empty without one."""
+        """End of names that states the scope, such as ``" [vision]"``; empty without scope."""
         return f" [{self.scope}]" if self.scope else ""
 
     @cached_property
     def subject(self) -> str:
-        """The model and what of it is quantized: what methods are compared on."""
+        """The model with its scope: methods are compared on the same subject."""
         return f"{self.model}{self.mark}"
 
     @property
     def label(self) -> str:
-        """Name for people."""
+        """Name in messages."""
         place = "" if self.section == self.task else f"{self.section} "
         if self.request.recipe is None:
             return f"{place}{self.model} {self.method}"
         point = f" {self.point}" if self.point else ""
         return f"{place}{self.subject} {self.method} {self.bits}{point} seed {self.seed}"
-
-
-def _nothing(*_: object) -> list[str]:
-    return []
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """Functions of the tasks that the harness calls; tests put their own in."""
-
-    #: Measures a cell and returns the path of its record. Importable by name in processes.
-    run_cell: Callable[[CellRequest, OnProgress], Path]
-    planned_folder: Callable[[CellRequest], Path]  #: of a cell, without running anything
-    preflight: Callable[[CellRequest], list[Missing]]  #: what the cell needs and is not there
-    #: Describes, for people, what is done of an unfinished cell with this folder.
-    cached: Callable[[CellRequest, Path], list[str]] = _nothing
-    #: Heavy modules that measuring the cell imports: a process may import them beforehand.
-    imports: Callable[[CellRequest], Sequence[str]] = _nothing
-
-
-def default_adapter() -> Adapter:
-    """Return the real one."""
-    return Adapter(
-        _run_cell, identity.planned_folder, identity.preflight, identity.cached, _imports
-    )
 
 
 def _run_cell(request: CellRequest, on_progress: OnProgress) -> Path:
@@ -143,38 +127,51 @@ def _run_cell(request: CellRequest, on_progress: OnProgress) -> Path:
     return run_cell(request, on_progress)
 
 
-def _imports(request: CellRequest) -> Sequence[str]:
-    return ("torch", "tasks.common.cell.run", f"tasks.{request.task}.task")
+def _nothing(*_: object) -> list[str]:
+    return []
 
 
-def finished(cell: Cell, adapter: Adapter) -> tuple[ResultRecord, Path] | None:
-    """Return the cell's record and its folder, or None if there is no record that can be read.
+@dataclass(frozen=True)
+class Adapter:
+    """Functions of the tasks that the benchmarks call; tests put in their own."""
 
-    A cell whose data or weights are missing, so that its folder is not known, is not finished.
-    """
-    folder = known_folder(cell, adapter)
-    record = folder and record_in(folder)
-    return (record, folder) if folder and record else None
+    #: Measures a cell and returns the path of its record. Processes import it by its name.
+    run_cell: Callable[[CellRequest, OnProgress], Path]
+    #: Returns the folder of a cell without running anything.
+    planned_folder: Callable[[CellRequest], Path]
+    #: Returns missing data and weights of a cell.
+    preflight: Callable[[CellRequest], list[Missing]]
+    #: Describes the finished work of an unfinished cell with this folder.
+    cached: Callable[[CellRequest, Path], list[str]] = _nothing
+    #: Heavy modules that a cell imports; a process may import them beforehand.
+    imports: Callable[[CellRequest], Sequence[str]] = _nothing
+
+
+def default_adapter() -> Adapter:
+    """Return the adapter of the real tasks."""
+    return Adapter(
+        _run_cell,
+        identity.planned_folder,
+        identity.preflight,
+        identity.cached,
+        lambda request: ("torch", "tasks.common.cell.run", f"tasks.{request.task}.task"),
+    )
 
 
 def known_folder(cell: Cell, adapter: Adapter) -> Path | None:
-    """Return the cell's folder; None while its identity cannot be known."""
+    """Return the cell's folder; None while data or weights for its identity are missing."""
     try:
         return adapter.planned_folder(cell.request)
     except FimaqError:
         return None
 
 
-def record_in(folder: Path) -> ResultRecord | None:
-    """Return the record in a cell's folder; None if there is none that can be read."""
-    path = folder / "result.json"
+def finished(cell: Cell, adapter: Adapter) -> tuple[ResultRecord, Path] | None:
+    """Return the cell's record and its folder; None if there is no readable record."""
+    folder = known_folder(cell, adapter)
+    if folder is None or not (folder / "result.json").is_file():
+        return None
     try:
-        return read_record(path) if path.is_file() else None
+        return read_record(folder / "result.json"), folder
     except FimaqError:
         return None
-
-
-def finished_record(cell: Cell, adapter: Adapter) -> ResultRecord | None:
-    """Return the cell's record, or None; see :func:`finished`."""
-    found = finished(cell, adapter)
-    return None if found is None else found[0]

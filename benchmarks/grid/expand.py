@@ -1,12 +1,12 @@
-"""Cells of a grid: filters narrow or widen it, then it expands to cells."""
+"""Cells of a grid: filters narrow or widen the grid, then it expands to cells."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from benchmarks.grid.cell import Cell, Key, RunOptions
-from benchmarks.grid.schema import (  # noqa: F401 the names of a grid, for importers
+from benchmarks.grid.schema import (  # noqa: F401 names of a grid, for other modules
     FP,
     GRIDS,
     Axes,
@@ -27,7 +27,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Filters:
-    """Lists that a run is narrowed to; None leaves the grid's own list."""
+    """Lists that replace those of a grid; None keeps the grid's own list.
+
+    Example:
+        >>> grid = load_grid("demo")
+        >>> parse_filters(grid, methods="fimaq", bits="w3a3,w4a4")
+        Filters(tasks=None, models=None, methods=('fimaq',), bits=('w3a3', 'w4a4'), ...)
+    """
 
     tasks: tuple[str, ...] | None = None
     models: tuple[str, ...] | None = None
@@ -42,29 +48,22 @@ class Filters:
         return any(value is not None for value in vars(self).values())
 
 
-def parse_filters(
-    grid: Grid,
-    tasks: str = "",
-    models: str = "",
-    methods: str = "",
-    bits: str = "",
-    seeds: str = "",
-    axes: str = "",
-) -> Filters:
-    """Turn comma lists into filters on ``grid``; an empty text leaves that side unfiltered.
+def parse_filters(grid: Grid, **texts: str) -> Filters:
+    """Turn comma lists into filters; ``texts`` are named as the fields of :class:`Filters`.
 
     Raises:
-        GridError: a value that does not exist, with a suggestion.
+        GridError: a value does not exist; the message has a suggestion.
     """
-    chosen = Filters(*map(_split, (tasks, models, methods, bits)), axes=_split(axes))
-    labels = dict.fromkeys([*grid.tasks, *map(grid.task_of, grid.tasks)])
-    known = [name for part in grid.tasks.values() for name in (*part.models, *part.available)]
+    chosen = Filters(**{name: _split(text) for name, text in texts.items()})  # type: ignore[arg-type]
     kind = "profile" if grid.only is None else "table"
     if chosen.axes and not grid.axes:
-        raise GridError(f"Profile '{grid.name}' has no axes: leave the filter '{axes}' out.")
+        filtered = ",".join(chosen.axes)
+        raise GridError(f"Profile '{grid.name}' has no axes: leave the filter '{filtered}' out.")
+    tasks = dict.fromkeys([*grid.tasks, *map(grid.task_of, grid.tasks)])
+    models = [name for part in grid.tasks.values() for name in (*part.models, *part.available)]
     for what, wanted, names in (
-        ("task", chosen.tasks, labels),
-        ("model", chosen.models, known),
+        ("task", chosen.tasks, tasks),
+        ("model", chosen.models, models),
         ("axis", chosen.axes, grid.axes),
     ):
         for name in sorted(set(wanted or ()).difference(names)):
@@ -79,11 +78,10 @@ def parse_filters(
         for name in sorted(set(wanted or ()).difference(has)) if has else ():
             text = f"Table '{grid.name}' has no {what} '{name}'. It has: {', '.join(has)}."
             raise GridError(text)
-    numbers = _split(seeds)
-    for name in numbers or ():
+    for name in map(str, chosen.seeds or ()):
         if not (name.isascii() and name.isdigit()):
             raise GridError(f"'{name}' is no seed: seeds are whole numbers from 0.")
-    return replace(chosen, seeds=None if numbers is None else tuple(map(int, numbers)))
+    return replace(chosen, seeds=chosen.seeds and tuple(map(int, chosen.seeds)))
 
 
 def _split(text: str) -> tuple[str, ...] | None:
@@ -102,39 +100,29 @@ def expand(grid: Grid, filters: Filters, options: RunOptions) -> list[Cell]:
 
     Each section and model has full precision first, then cells by bits, seed, scope and method,
     with axis points. A filter replaces the grid's list, so it may also name values that the grid
-    does not run by default; but of methods, a section takes its own and those that no other
+    does not run by default; but a section takes only its own methods, and methods that no other
     section has. Extra cells run if no filter excludes them. Methods that quantize nothing have
     one cell per seed and scope, whatever the bits.
     """
     cells: dict[Key, Cell] = {}
-    for section, model, methods, bits, seeds, axes in _products(grid, filters):
-        overrides = grid.overrides_of(section)
-        if FP in methods:
-            cell = _make_cell(grid, section, model, None, options)
+    for product in _products(grid, filters):
+        for cell in _cells(grid, product, options):
             cells.setdefault(cell.key, cell)
-        quantizing = [method for method in methods if method != FP]
-        scopes = grid.tasks[section].scopes or (None,)
-        lists = (bits or ("",), seeds, scopes, quantizing)
-        for width, seed, scope, method in itertools.product(*lists):
-            if _quantizes_nothing(method):
-                w_bits, a_bits = OFF, OFF
-            elif width:
-                w_bits, a_bits = parse_bits(width)
-            else:
-                continue
-            own = {"w_bits": w_bits, "a_bits": a_bits, "seed": seed, "scope": scope}
-            base = _make_cell(grid, section, model, make_recipe(method, overrides, own), options)
-            if base.key not in cells:
-                cells |= {cell.key: cell for cell in _with_points(base, axes, overrides)}
     return [cell for cell in cells.values() if grid.only is None or cell.name in grid.only]
 
 
-#: Section, model, methods, bits, seeds and axes.
-_Product = tuple[str, str, Sequence[str], Sequence[str], Sequence[int], Axes]
+class _Product(NamedTuple):
+    """Lists whose product are cells of one model."""
+
+    section: str
+    model: str
+    methods: Sequence[str]
+    bits: Sequence[str]
+    seeds: Sequence[int]
+    axes: Axes
 
 
 def _products(grid: Grid, filters: Filters) -> Iterator[_Product]:
-    """Yield the products of lists that the cells come from."""
     wanted, axes = filters.tasks, chosen_axes(grid, filters)
     sections = [s for s in grid.tasks if wanted is None or {s, grid.task_of(s)} & set(wanted)]
     for section in sections:
@@ -143,41 +131,18 @@ def _products(grid: Grid, filters: Filters) -> Iterator[_Product]:
         seeds = filters.seeds or part.seeds or grid.seeds
         known = part.models if filters.models is None else (*part.models, *part.available)
         for model in _keep(known, filters.models):
-            yield section, model, methods, bits, seeds, axes
+            yield _Product(section, model, methods, bits, seeds, axes)
             for extra in grid.extra:
                 if extra.task == section and model in extra.models:
                     kept = _keep(extra.methods, filters.methods), _keep(extra.bits, filters.bits)
-                    yield section, model, *kept, _keep(extra.seeds, filters.seeds), {}
-
-
-def _quantizes_nothing(method: str) -> bool:
-    """Return whether a method fixes its bits at 32/32: it measures a changed model."""
-    settings = METHODS.get(method, {})
-    return settings.get("w_bits") == OFF and settings.get("a_bits") == OFF
-
-
-def _with_points(base: Cell, axes: Axes, overrides: Mapping[str, Any]) -> list[Cell]:
-    """Return ``base`` and a cell for each point of ``axes`` that differs from it.
-
-    Points with the very recipe of ``base`` are that cell, which takes their places in the tables.
-    """
-    scope = base.scope or None
-    own = {"w_bits": base.w_bit, "a_bits": base.a_bit, "seed": base.seed, "scope": scope}
-    places, cells = [], []
-    for axis, points in axes.items():
-        for point, changes in points.items():
-            recipe = make_recipe(base.method, overrides, changes, own)
-            if recipe == base.request.recipe:
-                places.append((axis, point))
-            else:
-                cells.append(_make_point(base, axis, point, recipe))
-    return [replace(base, places=tuple(places)), *cells]
+                    seeds_kept = _keep(extra.seeds, filters.seeds)
+                    yield _Product(section, model, *kept, seeds_kept, {})
 
 
 def _methods(grid: Grid, filters: Filters, section: str, sections: list[str]) -> tuple[str, ...]:
-    """Return the section's methods; of a filter, its own or those that none of ``sections`` has.
+    """Return the methods of a section; of a filter, its own and those that no section has.
 
-    A section that leaves out what others run may have models that cannot have it.
+    A section that leaves out a method of another section may have models that cannot run it.
     """
     if filters.methods is None:
         return grid.methods_of(section)
@@ -191,6 +156,48 @@ def _methods(grid: Grid, filters: Filters, section: str, sections: list[str]) ->
 
 def _keep(values: Iterable[T], wanted: tuple[T, ...] | None) -> tuple[T, ...]:
     return tuple(value for value in values if wanted is None or value in wanted)
+
+
+def _cells(grid: Grid, product: _Product, options: RunOptions) -> Iterator[Cell]:
+    """Yield the cells of a product: full precision, then each quantized cell and its points."""
+    section, model, methods, bits, seeds, axes = product
+    if FP in methods:
+        yield _make_cell(grid, section, model, None, options)
+    overrides, scopes = grid.overrides_of(section), grid.tasks[section].scopes or (None,)
+    quantizing = [method for method in methods if method != FP]
+    for width, seed, scope, method in itertools.product(bits or ("",), seeds, scopes, quantizing):
+        settings = METHODS.get(method, {})
+        if settings.get("w_bits") == OFF and settings.get("a_bits") == OFF:
+            w_bits, a_bits = OFF, OFF  # the method measures a changed model without quantization
+        elif width:
+            w_bits, a_bits = parse_bits(width)
+        else:
+            continue
+        own = {"w_bits": w_bits, "a_bits": a_bits, "seed": seed, "scope": scope}
+        base = _make_cell(grid, section, model, make_recipe(method, overrides, own), options)
+        yield from _with_points(base, axes, overrides, own)
+
+
+def _with_points(
+    base: Cell, axes: Axes, overrides: Mapping[str, Any], own: Mapping[str, Any]
+) -> list[Cell]:
+    """Return ``base`` and a cell per point of ``axes`` that differs from it.
+
+    A point with the recipe of ``base`` is that cell, which takes the point's place in the tables.
+    """
+    places, cells = [], []
+    for axis, points in axes.items():
+        for point, changes in points.items():
+            recipe, name = make_recipe(base.method, overrides, changes, own), f"{axis}={point}"
+            if recipe == base.request.recipe:
+                places.append((axis, point))
+                continue
+            # The scope comes once in the name of a variant, at its end.
+            whole = make_recipe(base.method, overrides, own).model_copy(update={"scope": None})
+            variant = f"{identity.variant_name(replace(base.request, recipe=whole))} {name}"
+            request = replace(base.request, recipe=recipe, variant=variant)
+            cells.append(replace(base, request=request, point=name, places=((axis, point),)))
+    return [replace(base, places=tuple(places)), *cells]
 
 
 def _make_cell(
@@ -213,15 +220,3 @@ def _make_cell(
         return Cell(section, task, model, "fp", OFF, OFF, None, request)
     bits, scope = (recipe.w_bits, recipe.a_bits), recipe.scope or ""
     return Cell(section, task, model, recipe.method, *bits, recipe.seed, request, scope)
-
-
-def _make_point(base: Cell, axis: str, point: str, recipe: Recipe) -> Cell:
-    """Return the cell beside ``base`` at a point of an axis; its variant names the point."""
-    name = f"{axis}={point}"
-    assert base.request.recipe is not None
-    # The scope comes last in a variant's name, and once.
-    settings = replace(base.request, recipe=base.request.recipe.model_copy(update={"scope": None}))
-    request = replace(
-        base.request, recipe=recipe, variant=f"{identity.variant_name(settings)} {name}"
-    )
-    return replace(base, request=request, point=name, places=((axis, point),))

@@ -1,12 +1,12 @@
-"""Published names and the ids used here: reads ``published/names.yaml``, the one file that maps them."""
+"""Published names and the ids used here: reads ``published/names.yaml``, which maps them."""
 
 from functools import cache
 from pathlib import Path
 
-import yaml
 from pydantic import model_validator
 
-from fimaq_core.documents import Strict
+from fimaq_core.documents import Strict, read_yaml, validate
+from fimaq_core.errors import FimaqError
 from tasks.common import registry
 
 PUBLISHED = Path(__file__).parents[1] / "published"
@@ -15,10 +15,12 @@ UNSTATED = "unstated"
 
 
 class DatasetName(Strict):
-    """Facts that a record must state to count as measured on a published data set: its whole split.
+    """Facts that a record must state to be compared with numbers of a published data set.
 
-    ``metrics`` maps published metrics to the record's; others are never compared. ``notes`` are by
-    published method, said with every verdict.
+    Attributes:
+        task, name, split, count: of the data set as records state it: the whole split.
+        metrics: published metric to the record's metric; others are never compared.
+        notes: remarks by published method, printed with every verdict.
     """
 
     task: str
@@ -30,61 +32,52 @@ class DatasetName(Strict):
 
 
 class ModelName(Strict):
-    """The model here, and the one checkpoint of the published numbers.
-
-    ``scope`` is what of it the source quantized, as recipes say it; None where that is always the
-    whole model; ``unstated`` where the source leaves it open.
-    """
+    """Model here, and the only checkpoint that published numbers are compared with."""
 
     id: str
     tag: str
+    #: Quantized part of the model in the source, as recipes name it. None: always the whole model;
+    #: ``unstated``: the source leaves it open.
     scope: str | None = None
 
 
 class MethodName(Strict):
-    """The method here.
+    """Method here, by the name in publications.
 
-    ``comparable`` maps published variants that were run with the settings that are defaults here to
-    the id of the method; other variants are context only.
+    ``comparable`` maps published variants to the id of the method here that has their settings. All
+    other variants are context only.
     """
 
     id: str
     comparable: dict[str, str] = {}
 
 
-class StudyName(Strict):
-    """One study of run times: ``device`` that it ran on, and ``images`` it calibrated on, where its name says so."""
-
-    device: str = f"{UNSTATED} GPU"
-    images: int | None = None
-
-
 class Names(Strict):
-    """The whole mapping: data sets by published task and name, the rest by published names.
+    """Whole mapping by published names; data sets by published task and name.
 
-    ``unmapped_models`` and ``unmapped_methods`` say why a published name means nothing here.
+    Example:
+        >>> load_names().models["vit_small"].tag
+        'vit_small_patch16_224.augreg_in21k_ft_in1k'
     """
 
     datasets: dict[str, dict[str, DatasetName]]
     models: dict[str, ModelName]
     methods: dict[str, MethodName]
-    studies: dict[str, StudyName] = {}
-    unmapped_models: dict[str, str] = {}
+    studies: dict[str, str] = {}  #: GPU of each study of run times
+    unmapped_models: dict[str, str] = {}  #: why a published name is not used here
     unmapped_methods: dict[str, str] = {}
 
     @model_validator(mode="after")
     def _scopes(self) -> "Names":
         tasks = {entry.task for sets in self.datasets.values() for entry in sets.values()}
         known = {UNSTATED, None, *(scope for task in tasks for scope in registry.scopes(task))}
-        unknown = {
-            name: entry.scope for name, entry in self.models.items() if entry.scope not in known
-        }
+        unknown = {name: m.scope for name, m in self.models.items() if m.scope not in known}
         if unknown:
             raise ValueError(f"scopes that no task has: {unknown}")
         return self
 
     def published_on(self, task: str, dataset: str) -> list[tuple[str, str, DatasetName]]:
-        """Return published task, published data set and their meaning for those that are ``dataset`` of ``task`` here."""
+        """Return (published task, published data set, meaning) of ``dataset`` of ``task`` here."""
         return [
             (theirs, name, entry)
             for theirs, sets in self.datasets.items()
@@ -93,13 +86,12 @@ class Names(Strict):
         ]
 
     def models_for(self, model: str) -> list[ModelName]:
-        """Return the published models that an id or tag here stands for; several where they differ in scope."""
+        """Return the published models of an id or tag here; several differ in their scope."""
         return [entry for entry in self.models.values() if model in (entry.id, entry.tag)]
 
 
 @cache
 def load_names() -> Names:
     """Return the mapping."""
-    return Names.model_validate(
-        yaml.safe_load((PUBLISHED / "names.yaml").read_text(encoding="utf-8"))
-    )
+    path = PUBLISHED / "names.yaml"
+    return validate(Names, read_yaml(path, "mapping", FimaqError), str(path), FimaqError)

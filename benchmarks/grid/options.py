@@ -1,61 +1,71 @@
-"""Options that several commands share."""
+"""Command line options that several commands share."""
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from benchmarks.grid.cell import Adapter, Places, default_adapter
+from benchmarks.grid.cell import Adapter, Places, RunOptions, default_adapter
+
+_PROFILE = "quickstart, demo, paper, ablation, paper-ablation, or a .yaml file."
+_FOLDERS = {
+    "imagenet": "ImageNet-1k folder with val/ and train/.",
+    "coco": "COCO folder with dataset_coco.json, train2014/ and val2014/ (captions), or "
+    "annotations/, train2017/ and val2017/ (detection), or all of them.",
+    "flickr": "Flickr30k folder with dataset_flickr30k.json and the images.",
+    "weights": "Folder with checkpoints named <model.tag>.safetensors, .pth or .bin.",
+}
+
+_RESULTS: dict[str, Any] = {"default": "results", "show_default": True}
+_RESULTS |= {"type": click.Path(path_type=Path), "help": "Folder of runs and tables."}
+PROFILE: dict[str, Any] = {"default": "quickstart", "show_default": True, "help": _PROFILE}
+profile_option = click.option("--profile", **PROFILE)
+results_option = click.option("--results", **_RESULTS)
 
 
-def profile_option(command: Any) -> Any:
-    """``--profile``."""
-    words = "quickstart, demo, paper, ablation, paper-ablation, or a .yaml file."
-    return click.option("--profile", default="quickstart", show_default=True, help=words)(command)
+def collected(
+    name: str, make: Callable[..., Any], **options: dict[str, Any]
+) -> Callable[[Callable[..., Any]], Any]:
+    """Return a decorator that adds click options, whose values the command gets as one argument.
+
+    Example:
+        >>> @click.command()
+        ... @collected("size", Size, width={"type": int}, height={"type": int})
+        ... def draw(size: Size) -> None: ...  # size = Size(width=..., height=...)
+    """
+
+    def decorate(command: Callable[..., Any]) -> Any:
+        @functools.wraps(command)
+        def collect(**values: Any) -> Any:
+            made = make(**{key: values.pop(key) for key in options})
+            return command(**values, **{name: made})
+
+        for key, settings in reversed(options.items()):
+            collect = click.option(f"--{key.replace('_', '-')}", **settings)(collect)
+        return collect
+
+    return decorate
 
 
-def results_option(command: Any) -> Any:
-    """``--results``."""
-    path, words = click.Path(path_type=Path), "Folder of runs and tables."
-    option = click.option("--results", type=path, default="results", show_default=True, help=words)
-    return option(command)
+def _folder(_: click.Context, __: click.Parameter, text: str | None) -> Path | None:
+    return Path(text).expanduser() if text else None
 
 
-def text_options(texts: Mapping[str, str], metavar: str | None = None) -> Callable[[Any], Any]:
-    """Options of text, empty by default, with their help."""
-
-    def add(command: Any) -> Any:
-        for name, words in reversed(texts.items()):
-            command = click.option(f"--{name}", default="", metavar=metavar, help=words)(command)
-        return command
-
-    return add
-
-
-#: ``--imagenet``, ``--coco`` and ``--flickr``, as :class:`~benchmarks.grid.cell.Places` takes them.
-places_options = text_options(
-    {
-        "imagenet": "ImageNet-1k folder that holds val/ and train/.",
-        "coco": "COCO folder that holds dataset_coco.json, train2014/ and val2014/ (captions), or "
-        "annotations/, train2017/ and val2017/ (detection), or all of them.",
-        "flickr": "Flickr30k folder that holds dataset_flickr30k.json and the images.",
+#: ``--imagenet``, ``--coco``, ``--flickr``, ``--weights`` and ``--results`` as `RunOptions`.
+folder_options = collected(
+    "options",
+    lambda results, weights, **places: RunOptions(results, Places(**places), weights),
+    **{
+        name: {"metavar": "PATH", "callback": _folder, "help": words}
+        for name, words in _FOLDERS.items()
     },
-    "PATH",
+    results=_RESULTS,
 )
 
 
 def adapter() -> Adapter:
-    """The adapter that a command uses: the real one, but in tests."""
+    """Return the adapter of the running command; tests put in their own."""
     found = click.get_current_context().obj
     return found if isinstance(found, Adapter) else default_adapter()
-
-
-def folder(text: str) -> Path | None:
-    """A folder that was given as text; None for none."""
-    return Path(text).expanduser() if text else None
-
-
-def places(texts: Mapping[str, str]) -> Places:
-    """Return the folders that :data:`places_options` were given."""
-    return Places(**{name: folder(text) for name, text in texts.items()})

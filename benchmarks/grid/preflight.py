@@ -1,8 +1,8 @@
-"""Data and weights that a grid needs and that are not there."""
+"""Missing data and weights of a grid's cells."""
 
 import importlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from benchmarks.grid.cell import Adapter, Cell
 from fimaq_core.errors import FimaqError
@@ -11,7 +11,7 @@ from tasks.common.request import Missing, describe_missing
 
 
 def missing(cells: Sequence[Cell], adapter: Adapter) -> list[str]:
-    """Return one message for each kind of missing data or weights, and for each bad request."""
+    """Return one message per kind of missing data or weights, and per bad request."""
     found: list[Missing] = []
     errors: dict[str, None] = {}
     for cell in {(cell.section, cell.model): cell for cell in cells}.values():
@@ -19,7 +19,7 @@ def missing(cells: Sequence[Cell], adapter: Adapter) -> list[str]:
             found += adapter.preflight(cell.request)
         except FimaqError as error:
             errors[str(error)] = None
-    if not found and not errors:  # else a cell's folder may not be known
+    if not found and not errors:  # otherwise a cell's folder may not be known
         for cell in {(cell.section, cell.scope): cell for cell in cells}.values():
             try:
                 adapter.planned_folder(cell.request)
@@ -28,31 +28,27 @@ def missing(cells: Sequence[Cell], adapter: Adapter) -> list[str]:
     return [*errors, *(describe_missing(found) or "").splitlines()]
 
 
-class WeightsPlace(NamedTuple):
-    """Where the weights of a cell are."""
+def fetch_weights(cell: Cell) -> str | None:
+    """Return the command that fetches the weights from the hub, without asking the network.
 
-    here: bool  #: in a file of this machine
-    repository: str = ""  #: the hub's that has them, where they are not here
-    command: str = ""  #: fetches them from there
-
-
-def weights_place(cell: Cell) -> WeightsPlace:
-    """Return where the weights are. Asks no network. Raises ModelError for an unknown model."""
+    None if the weights are on this machine; empty if no hub has them. Raises ModelError for an
+    unknown model.
+    """
     from tasks.common.models.hub import cached_file
 
     if cell.task not in registry.TASKS:
-        return WeightsPlace(here=True)
+        return None
     catalogue, request = _tags(cell).CATALOGUE, cell.request.model
     if request.name in catalogue.demo_names or catalogue.local_weights(request) is not None:
-        return WeightsPlace(here=True)
+        return None
     place = catalogue.repository(catalogue.model_tag(request))
-    if place is None or cached_file(place) is not None:
-        return WeightsPlace(here=place is not None)
-    return WeightsPlace(False, place.repo, f"hf download {place.repo} {place.files[0]}")
+    if place is None:
+        return ""
+    return None if cached_file(place) else f"hf download {place.repo} {place.files[0]}"
 
 
 def missing_data(cell: Cell) -> Missing | None:
-    """Return the data of a cell of a published model, if they are not there. Asks no network."""
+    """Return the data of a published model's cell if they are missing. Asks no network."""
     found: Missing | None = _tags(cell).missing_data(cell.request.data, False)
     return found
 

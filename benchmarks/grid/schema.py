@@ -1,4 +1,4 @@
-"""Grids as YAML files: what a profile may hold, and how one is read and checked."""
+"""Grids as YAML files: the content of a profile, and how it is read and checked."""
 
 import re
 from pathlib import Path
@@ -15,12 +15,12 @@ from tasks.common import registry
 GRIDS = Path(__file__).parents[1] / "grids"
 #: Name of full precision among the methods.
 FP = "fp"
-#: Recipe fields that a grid's own lists say for each cell, so that its overrides may not.
+#: Recipe fields that the lists of a grid give to each cell; overrides must not change them.
 _NOT_OVERRIDABLE = ("method", "seed", "w_bits", "a_bits", "scope")
 
 
 class GridError(FimaqError):
-    """A grid, or a filter on it, that does not make sense."""
+    """Grid or filter that does not make sense."""
 
 
 def parse_bits(text: str) -> tuple[int, int]:
@@ -44,11 +44,6 @@ def known_method(name: str) -> str:
     return name
 
 
-def _bits(text: str) -> str:
-    parse_bits(text)
-    return text
-
-
 def _point(name: str) -> str:
     if not re.fullmatch(r"[^\s,|=]+", name):
         words = "cannot name an axis or point: no blanks and none of , | = please"
@@ -59,43 +54,44 @@ def _point(name: str) -> str:
 def _fields(fields: dict[str, Any]) -> dict[str, Any]:
     for name in fields:
         if name in _NOT_OVERRIDABLE:
-            words = "cannot be an override: the grid's own lists say it for each cell"
+            words = "cannot be an override: the grid's own lists give it to each cell"
             raise ValueError(f"'{name}' {words}")
     return fields
 
 
 Method = Annotated[str, AfterValidator(known_method)]
-Bits = Annotated[str, AfterValidator(_bits)]
-#: Recipe fields that change for every method alike.
+Bits = Annotated[str, AfterValidator(lambda text: parse_bits(text) and text)]
+#: Recipe fields that are changed for all methods.
 Overrides = Annotated[dict[str, Any], AfterValidator(_fields)]
-#: Name of an axis, or of a point of one.
+#: Name of an axis, or of a point on an axis.
 Point = Annotated[str, AfterValidator(_point)]
 Points = Annotated[dict[Point, Overrides], Field(min_length=1)]
-#: Axis to point to the recipe fields that the point changes, in the order of the tables.
+#: Recipe fields that each point of each axis changes, in the order of the tables.
 Axes = dict[Point, Points]
 
 
 class TaskGrid(Strict):
-    """One section of a grid: a task on a data set. A task may have several sections."""
+    """Section of a grid: a task on a data set. A task may have several sections."""
 
-    task: str | None = None  #: the task's name; None if the section's label is it
-    dataset: str  #: name of the data set, as records state it
-    #: ``own`` if the models bring their data along, else which folder must be given.
+    task: str | None = None  #: name of the task; None: the label of the section
+    dataset: str  #: name of the data set in records
+    #: Data folder that the user must give; ``own``: the models have their own data.
     data: Literal["own", "imagenet", "coco", "flickr"] = "own"
-    evaluation: str | None = None  #: where the task has a choice; None: its usual one
+    evaluation: str | None = None  #: one of the task's evaluations; None: the usual one
     models: tuple[str, ...] = Field(min_length=1)
     available: tuple[str, ...] = ()  #: models that run when a filter asks for them
-    methods: tuple[Method, ...] | None = Field(None, min_length=1)  #: instead of the grid's
+    #: Lists in place of the grid's.
+    methods: tuple[Method, ...] | None = Field(None, min_length=1)
     bits: tuple[Bits, ...] | None = Field(None, min_length=1)
     seeds: tuple[int, ...] | None = Field(None, min_length=1)
-    overrides: Overrides = {}  #: beside the grid's; the same field counts here
-    scopes: tuple[str, ...] = ()  #: one cell per scope; empty: the task's usual scope
+    overrides: Overrides = {}  #: added to the grid's; of a field in both, this one counts
+    scopes: tuple[str, ...] = ()  #: one cell per scope; empty: the usual scope of the task
     #: Where block inputs and Fisher information are cached; changes no result.
     placement: Literal["device", "host", "disk"] = "device"
 
 
 class Extra(Strict):
-    """Further cells: a small product of lists, in the scopes of the section ``task``."""
+    """Further cells: the product of these lists and the scopes of the section ``task``."""
 
     task: str
     models: tuple[str, ...]
@@ -105,7 +101,7 @@ class Extra(Strict):
 
 
 class Grid(Strict):
-    """A profile. Its cells are the product of models, methods, bits, seeds and scopes.
+    """Profile, whose cells are the product of models, methods, bits, seeds and scopes.
 
     Full precision (``fp``) has neither bits nor seed nor scope. Methods that quantize nothing
     have no bits.
@@ -113,23 +109,23 @@ class Grid(Strict):
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")  #: names the table files
     description: str = ""
-    tasks: dict[str, TaskGrid] = Field(min_length=1)  #: the sections by their labels
+    tasks: dict[str, TaskGrid] = Field(min_length=1)  #: sections by their labels
     methods: tuple[Method, ...] = Field(min_length=1)
     bits: tuple[Bits, ...] = Field(min_length=1)
     seeds: tuple[int, ...] = Field(min_length=1)
     overrides: Overrides = {}
-    variant: str | None = None  #: these settings in tables; None: released settings
+    variant: str | None = None  #: name of these settings in tables; None: released settings
     device: str = "cpu"  #: ``cpu``, ``cuda``, ``cuda:N`` or ``auto``
-    threads: int | None = Field(None, ge=1)  #: of a process; None: PyTorch's choice
-    jobs: int | None = Field(None, ge=1)  #: processes at a time; None: by cores and threads
-    extra: tuple[Extra, ...] = ()  #: further cells; they take no part in the axes
-    axes: Axes = {}  #: for ablations: one at a time varies around the settings above
+    threads: int | None = Field(None, ge=1)  #: CPU threads per cell; None: PyTorch's choice
+    jobs: int | None = Field(None, ge=1)  #: cells at a time; None: by cores and threads
+    extra: tuple[Extra, ...] = ()  #: further cells, without axis points
+    axes: Axes = {}  #: ablations: each point changes the settings above on one axis
     next: tuple[str, ...] = ()  #: commands that a run prints at its end
-    only: frozenset[CellName] | None = None  #: the cells, where they are no product of lists
+    only: frozenset[CellName] | None = None  #: the cells of a published table
 
     @model_validator(mode="after")
     def _makes_recipes(self) -> "Grid":
-        """Check that every method makes a recipe in every section, at every point."""
+        """Check that every method makes a recipe in every section and at every axis point."""
         for extra in self.extra:
             if extra.task not in self.tasks:
                 hint = suggest(extra.task, self.tasks)
@@ -142,15 +138,15 @@ class Grid(Strict):
         return self
 
     def task_of(self, section: str) -> str:
-        """Name of a section's task."""
+        """Return the name of a section's task."""
         return self.tasks[section].task or section
 
     def methods_of(self, section: str) -> tuple[str, ...]:
-        """Methods of a section, without those of its extra cells."""
+        """Return the methods of a section, without those of its extra cells."""
         return self.tasks[section].methods or self.methods
 
     def overrides_of(self, section: str) -> dict[str, Any]:
-        """Recipe fields changed in a section: by its task, the grid and the section itself."""
+        """Return the recipe fields that the task, the grid and the section itself change."""
         usual = registry.defaults(self.task_of(section))
         return {**usual, **self.overrides, **self.tasks[section].overrides}
 
@@ -159,7 +155,7 @@ def load_grid(profile: str) -> Grid:
     """Read a profile: a name (``demo``, ``paper``) or the path of a YAML file.
 
     Raises:
-        GridError: there is none, it is no YAML, or something in it does not fit.
+        GridError: there is no such profile, it is not YAML, or something in it does not fit.
     """
     path = Path(profile)
     if path.suffix not in (".yaml", ".yml"):
@@ -172,5 +168,5 @@ def load_grid(profile: str) -> Grid:
 
 
 def parse_grid(content: dict[str, Any], where: str = "the grid") -> Grid:
-    """Validate a grid's content. See :func:`load_grid`."""
+    """Return the grid with this content; see :func:`load_grid`."""
     return validate(Grid, content, where, GridError)

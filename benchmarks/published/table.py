@@ -1,4 +1,4 @@
-"""Published tables: reads ``tables/<name>.yaml`` and finds each cell's CSV row and grid cell."""
+"""Published tables: reads ``tables/<name>.yaml``, finds the CSV row and grid cell of each cell."""
 
 from __future__ import annotations
 
@@ -9,90 +9,27 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
-
 from benchmarks.grid.cell import CellName
-from benchmarks.grid.names import PUBLISHED, UNSTATED, load_names
+from benchmarks.grid.names import PUBLISHED, UNSTATED, ModelName, load_names
 from benchmarks.grid.schema import FP, Grid, known_method, load_grid, parse_bits
-from fimaq_core.documents import Strict, read_yaml, validate
+from benchmarks.published.schema import Coordinates, Row, TableFile, head_text
+from fimaq_core.documents import read_yaml, validate
 from fimaq_core.errors import FimaqError, suggest
 from fimaq_core.recipe import OFF, Recipe, make_recipe
 from tasks.common.record import bits_name
 
 TABLES = PUBLISHED / "tables"
-#: Name of the bits of what is not quantized.
+#: Bits of full precision.
 FULL = bits_name(OFF, OFF)
-
-#: A name in one part, or in two of which neighbours share the first.
-Head = str | tuple[str, str]
 
 
 class TableError(FimaqError):
-    """A published table that does not exist or does not make sense."""
-
-
-class Coordinates(Strict):
-    """Statements about cells. A row's replace the table's, and a column's replace both."""
-
-    task: str | None = None  #: as the CSV files name it, like data set, metric, method, variant
-    dataset: str | None = None
-    metric: str | None = None
-    model: str | None = None  #: full name of the weights, see ``names.yaml``, or ``unstated``
-    scope: str | None = None  #: which part of the model is quantized, where there are several
-    method: str | None = None
-    variant: str | None = None
-    source: str | tuple[str, ...] | None = None  #: of several, one has the number of a cell
-    study: str | None = None  #: of ``ablation.csv``, which has the numbers then
-    measure: str | None = None  #: id of the method that is measured here; None: context
-    section: str | None = None  #: of the profile's grid that measures the cells
-    point: str | None = None  #: of an axis of that grid, such as ``loss=mse``
-    #: Recipe fields as the source states them. Recipes of measured cells must have them.
-    protocol: dict[str, Any] | None = None
-
-
-class Column(Coordinates):
-    """A column; ``head`` names it."""
-
-    head: Head
-
-    @property
-    def names(self) -> set[str]:
-        """Names by which a row may speak of the column."""
-        return {head_text(self.head), head_pair(self.head)[0] or head_text(self.head)}
-
-
-class Row(Coordinates):
-    """A row, which stands once for each of its bits."""
-
-    head: Head
-    bits: tuple[str, ...] | None = None  #: ``fp``, ``unstated``, ``w4a4``; None: the table's
-    #: Why no source has the row's numbers; it may be measured all the same. Or why single columns
-    #: have none, by their heads or the first parts of these; such cells stay empty.
-    unpublished: str | dict[str, str] = ""
-
-    def hole(self, column: Column) -> str:
-        """Return why single columns, and this one, have no number; empty where they have one."""
-        whys = self.unpublished if isinstance(self.unpublished, dict) else {}
-        return next((why for name, why in whys.items() if name in column.names), "")
-
-
-class _File(Coordinates):
-    """Content of a table's file."""
-
-    title: str
-    caption: str
-    paper: str  #: whose table it is, with its arXiv number
-    profile: str  #: the grid that has the measured cells
-    bits: tuple[str, ...] = Field(min_length=1)  #: in order, after full precision
-    seeds: tuple[int, ...] = Field(min_length=1)  #: of the measured cells
-    columns: tuple[Column, ...] = Field(min_length=1)
-    rows: tuple[Row, ...] = Field(min_length=1)
-    footnotes: tuple[str, ...] = ()
+    """Published table that does not exist or does not make sense."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """A row at certain bits, which the layout shows as one line."""
+    """One line of the layout: a row at certain bits."""
 
     row: Row
     bits: str
@@ -105,84 +42,90 @@ class Line:
 
 @dataclass(frozen=True)
 class TableCell:
-    """One cell of a published table."""
+    """Cell of a published table."""
 
-    row: int  #: place among :attr:`PublishedTable.lines`
+    row: int  #: index in :attr:`PublishedTable.lines`
     column: int
     weights: str  #: full name of the model's weights, or ``unstated``
     published: Mapping[str, str] | None = None  #: row of the CSV file; None: no source has one
-    unpublished: str = ""  #: why there is none
-    name: CellName | None = None  #: the grid's cell that measures it; None: context
-    metric: str | None = None  #: the measured metric that compares with the number
+    unpublished: str = ""  #: reason why there is none
+    name: CellName | None = None  #: the grid cell that measures it; None: context
+    metric: str | None = None  #: measured metric that compares with the number
 
 
 class PublishedTable:
-    """A published table: its layout, its numbers, and the grid cells that are measured for it.
+    """Layout and numbers of a published table, and the grid cells that are measured for it.
 
     Columns, lines and cells go from left to right and from top to bottom.
+
+    Example:
+        >>> table = load_table("fimaq")
+        >>> len(table.lines), len(table.columns), len(table.measured)
+        (23, 7, 21)
     """
 
-    def __init__(self, name: str, file: _File) -> None:
-        """Resolve the cells of ``file``. Raises FimaqError where one cannot be resolved."""
+    def __init__(self, name: str, file: TableFile) -> None:
+        """Find the cells of ``file``. Raises FimaqError where a cell cannot be found."""
         self.name, self.profile, self.columns = name, file.profile, file.columns
         self.title, self.caption, self.paper = file.title, file.caption, file.paper
-        self.footnotes = file.footnotes
+        self.footnotes, self._seeds, self._base = (
+            file.footnotes,
+            file.seeds,
+            load_grid(file.profile),
+        )
         rows = [(row, row.bits or file.bits) for row in file.rows]
         order = _unique([FULL, *file.bits, *(width for _, widths in rows for width in widths)])
         lines = (Line(row, width) for width in order for row, widths in rows if width in widths)
         self.lines = tuple(lines)
-        self._seeds, self._base = file.seeds, load_grid(file.profile)
-        self.cells = tuple(self._resolved(file))
+        self.cells = tuple(self._find_cells(file))
 
-    def _resolved(self, file: _File) -> Iterator[TableCell]:
+    def _find_cells(self, file: TableFile) -> Iterator[TableCell]:
         heads = set().union(*(column.names for column in self.columns))
         for index, line in enumerate(self.lines):
-            where = head_text(line.row.head)
-            for name in line.row.unpublished if isinstance(line.row.unpublished, dict) else ():
-                if name not in heads:
-                    raise TableError(f"{where}: unknown column '{name}'.{suggest(name, heads)}")
+            where, whys = head_text(line.row.head), line.row.unpublished
+            for name in whys if isinstance(whys, dict) else ():
+                _among(f"{where}: unknown column", name, heads)
             for number, column in enumerate(self.columns):
                 try:
-                    yield _Resolver(file, line, column, self._base).cell(index, number)
+                    hole, why = line.row.hole(column), whys if isinstance(whys, str) else ""
+                    stated = _merged(file, line.row, column)
+                    facts = _facts(stated, line.bits, self._base, hole, why or hole)
+                    yield TableCell(index, number, *facts)
                 except FimaqError as error:
                     place = f"{where} {line.bits}, {head_text(column.head)}"
                     raise TableError(f"{place}: {error}") from error
 
     @cached_property
     def measured(self) -> tuple[CellName, ...]:
-        """Identities of the measured grid cells, each once: a detector's box and mask share one."""
+        """Measured grid cells, each once: box and mask AP of a detector are one cell."""
         return tuple(_unique(cell.name for cell in self.cells if cell.name is not None))
 
     def grid(self) -> Grid:
-        """Return the grid that has exactly the table's measured cells.
+        """Return the grid with exactly the measured cells of the table.
 
-        The cells are those of the table's profile: a run of either finds what the other finished.
+        The cells are those of the table's profile: a run of one finds the other's finished cells.
         """
+        changes: dict[str, Any]
         tasks, wanted = {}, {line.row.point for line in self.lines}
         for section in _unique(name.section for name in self.measured):
             names = [name for name in self.measured if name.section == section]
-            changes = {"models": _of(names, "model"), "methods": _of(names, "method")}
-            changes |= {"bits": _of(names, "bits") or None, "seeds": self._seeds, "available": ()}
+            lists = {f"{field}s": _values(names, field) for field in ("model", "method")}
+            bits = tuple(width for width in _values(names, "bits") if width != FULL)
+            changes = {**lists, "bits": bits or None, "seeds": self._seeds, "available": ()}
             tasks[section] = self._base.tasks[section].model_copy(update=changes)
-        # Also points that are the grid's own settings: their cell takes their places.
+        # Points that equal the grid's own settings are kept: their cell takes their places.
         axes = {
             axis: {point: fields for point, fields in points.items() if f"{axis}={point}" in wanted}
             for axis, points in self._base.axes.items()
         }
-        changes = {
-            "name": self.name,
-            "description": self.title,
-            "tasks": tasks,
-            "axes": {axis: points for axis, points in axes.items() if points},
-            "extra": (),
-            "next": (),
-            "only": frozenset(self.measured),
-        }
+        axes = {axis: points for axis, points in axes.items() if points}
+        changes = {"name": self.name, "description": self.title, "tasks": tasks, "axes": axes}
+        changes |= {"extra": (), "next": (), "only": frozenset(self.measured)}
         return self._base.model_copy(update=changes)
 
 
 def table_names() -> list[str]:
-    """Return the names of the tables that are here."""
+    """Return the names of the tables in this repository."""
     return sorted(path.stem for path in TABLES.glob("*.yaml"))
 
 
@@ -199,50 +142,25 @@ def load_table(name: str) -> PublishedTable:
             hint = f"{suggest(name, table_names())} A path that ends in .yaml works too."
             raise TableError(f"Unknown table '{name}'.{hint}")
     where = f"The table {path}"
-    file = validate(_File, read_yaml(path, "table", TableError), where, TableError)
+    file = validate(TableFile, read_yaml(path, "table", TableError), where, TableError)
     try:
         return PublishedTable(path.stem, file)
     except FimaqError as error:
         raise TableError(f"{where}: {error}") from error
 
 
-def head_pair(head: Head) -> tuple[str, str]:
-    """Return a head in two parts, of which the first may be empty."""
-    return ("", head) if isinstance(head, str) else head
-
-
-def head_text(head: Head) -> str:
-    """Return a head in one part."""
-    return " ".join(head_pair(head)).strip()
-
-
 def _unique(values: Iterable[Any]) -> list[Any]:
     return list(dict.fromkeys(values))
 
 
-def _of(names: Iterable[CellName], field: str) -> tuple[str, ...]:
-    """Return each value of a field once; of bits without full precision."""
-    values = _unique(getattr(name, field) for name in names)
-    return tuple(value for value in values if (field, value) != ("bits", FULL))
-
-
-#: Columns of the CSV files that tell apart the numbers of one source.
-_KEYS = ("task", "dataset", "study", "model", "method", "variant", "w_bit", "a_bit", "metric")
+def _values(names: Iterable[CellName], field: str) -> tuple[str, ...]:
+    return tuple(_unique(getattr(name, field) for name in names))
 
 
 @cache
-def _numbers(file: str) -> dict[tuple[str, ...], list[dict[str, str]]]:
-    """Return the rows of a CSV file by :data:`_KEYS`; a column that it does not have is empty."""
-    found: dict[tuple[str, ...], list[dict[str, str]]] = {}
+def _rows(file: str) -> list[dict[str, str]]:
     with (PUBLISHED / f"{file}.csv").open(encoding="utf-8", newline="") as lines:
-        for row in csv.DictReader(lines):
-            found.setdefault(tuple(row.get(key, "") for key in _KEYS), []).append(row)
-    return found
-
-
-@cache
-def _known(file: str, column: str) -> set[str]:
-    return {row[column] for rows in _numbers(file).values() for row in rows}
+        return list(csv.DictReader(lines))
 
 
 def _among(what: str, name: str, known: Iterable[str], where: str = "") -> None:
@@ -251,141 +169,132 @@ def _among(what: str, name: str, known: Iterable[str], where: str = "") -> None:
         raise TableError(f"{what} '{name}'{where}.{suggest(name, known)}")
 
 
-class _Resolver:
-    """Finds the CSV row and the grid cell of one table cell."""
-
-    def __init__(self, file: _File, line: Line, column: Column, grid: Grid) -> None:
-        stated: dict[str, Any] = {}
-        for part in (file, line.row, column):
-            stated |= part.model_dump(include=set(Coordinates.model_fields), exclude_none=True)
-        self._stated, self._grid, self._names = stated, grid, load_names()
-        self._line, self._bits, self._hole = line, line.bits, line.row.hole(column)
-        self._variant = stated.get("variant", "")
-        self._widths = (OFF, OFF)
-        if line.bits not in (FULL, UNSTATED):
-            self._widths = parse_bits(line.bits)
-
-    def cell(self, row: int, column: int) -> TableCell:
-        """Return the cell. Raises TableError where anything stated about it does not fit."""
-        why = self._line.row.unpublished
-        why = why if isinstance(why, str) else self._hole
-        weights, models = self._needed("model"), self._models()
-        found, point = self._published(models), self._stated.get("point")
-        # The CSV files have no points of axes: what they have is of the method's own settings.
-        if why and found and point is None:
-            source = found[0]["source"]
-            raise TableError(f"is said to be unpublished ({why}), but {source} has a number.")
-        if not why and len(found) != 1:
-            raise TableError(self._not_one(found))
-        name = metric = None
-        if "measure" in self._stated and not self._hole:
-            name, metric = self._name(models[0]), self._metric()
-            if name.point and not why:
-                raise TableError(f"its published number is not of {point}: add 'unpublished'.")
-        return TableCell(row, column, weights, None if why else found[0], why, name, metric)
-
-    def _needed(self, field: str) -> str:
-        if field not in self._stated:
+def _merged(*parts: Coordinates) -> Coordinates:
+    """Return the statements of all parts; later parts replace those of earlier ones."""
+    stated: dict[str, Any] = {}
+    for part in parts:
+        stated |= part.model_dump(include=set(Coordinates.model_fields), exclude_none=True)
+    needed = ["model", "method", "metric", "source"]
+    needed += [] if "study" in stated else ["task", "dataset"]
+    for field in [*needed, "section"] if "measure" in stated else needed:
+        if field not in stated:
             raise TableError(f"neither table, row nor column states '{field}': add it to one.")
-        return str(self._stated[field])
+    return Coordinates(**stated)
 
-    def _models(self) -> list[str]:
-        """Return published names of the weights; in full precision those of every scope."""
-        weights, scope = self._needed("model"), self._stated.get("scope")
-        if weights == UNSTATED:
-            return [UNSTATED]
-        known = {name: entry for name, entry in self._names.models.items() if entry.tag == weights}
-        if not known:
-            tags = [entry.tag for entry in self._names.models.values()]
-            longer = [tag for tag in tags if tag.startswith(f"{weights}.")]
-            _among("unknown model", weights, longer or tags, " (full names only)")
-        if self._needed("method") == "FP":
-            return list(known)
-        chosen = [name for name, entry in known.items() if scope in (None, entry.scope)]
-        if len(chosen) != 1:
-            scopes = ", ".join(str(entry.scope) for entry in known.values())
-            raise TableError(f"{weights} needs one scope of {scopes} (given: {scope}).")
-        return chosen
 
-    def _published(self, models: Sequence[str]) -> list[dict[str, str]]:
-        """Return the rows of the CSV files that are the cell's, by what is stated."""
-        study, source = self._stated.get("study", ""), self._stated.get("source")
-        sources = source if isinstance(source, tuple) else (self._needed("source"),)
-        file = "ablation" if study else "accuracy"
-        for name in sources:
-            _among("unknown source", name, _known(file, "source"))
-        if study:
-            _among("unknown study", study, _known(file, "study"))
-        place = ("", "") if study else (self._needed("task"), self._needed("dataset"))
-        widths = ("", "") if self._bits == UNSTATED else tuple(map(str, self._widths))
-        rest = (self._needed("method"), self._variant, *widths, self._needed("metric"))
-        keys = [(*place, study, model, *rest) for model in models]
-        rows = [row for key in keys for row in _numbers(file).get(key, [])]
-        return [row for row in rows if row["source"] in sources]
+def _facts(c: Coordinates, bits: str, grid: Grid, hole: str, why: str) -> tuple[Any, ...]:
+    """Return the fields of :class:`TableCell` from ``weights`` on; raise TableError.
 
-    def _not_one(self, found: Sequence[Mapping[str, str]]) -> str:
+    ``why`` is the reason for a missing number. A ``hole`` of one column is not measured either.
+    """
+    models = _models(c)
+    found = _published(c, bits, models)
+    # The CSV files have no axis points: their numbers are of the method's own settings.
+    if why and found and c.point is None:
+        source = found[0]["source"]
+        raise TableError(f"is said to be unpublished ({why}), but {source} has a number.")
+    if not why and len(found) != 1:
         fields = ("study", "method", "variant", "metric", "source")
-        given = {name: self._stated[name] for name in fields if name in self._stated}
+        given = {name: getattr(c, name) for name in fields if getattr(c, name) is not None}
         asked = ", ".join(f"{name} '{value}'" for name, value in given.items())
         if not found:
-            return f"no published number for {asked}. Correct that, or say why in 'unpublished'."
+            advice = "Correct that, or say why in 'unpublished'."
+            raise TableError(f"no published number for {asked}. {advice}")
         sources = "; ".join(row["source"] for row in found)
-        return f"{len(found)} published numbers for {asked}. Name one source of: {sources}."
+        text = f"{len(found)} published numbers for {asked}. Name one source of: {sources}."
+        raise TableError(text)
+    name = metric = None
+    if c.measure is not None and not hole:
+        name = _cell_name(c, bits, grid, load_names().models[models[0]])
+        entry = load_names().datasets.get(str(c.task), {}).get(str(c.dataset))
+        metric = None if entry is None else entry.metrics.get(str(c.metric))
+        if metric is None:
+            raise TableError(f"names.yaml does not map the {c.metric} of {c.dataset} ({c.task}).")
+        if name.point and not why:
+            raise TableError(f"its published number is not of {name.point}: add 'unpublished'.")
+    return c.model, None if why else found[0], why, name, metric
 
-    def _metric(self) -> str:
-        task, dataset, metric = map(self._needed, ("task", "dataset", "metric"))
-        entry = self._names.datasets.get(task, {}).get(dataset)
-        if entry is None or metric not in entry.metrics:
-            raise TableError(f"names.yaml does not map the {metric} of {dataset} ({task}).")
-        return entry.metrics[metric]
 
-    def _name(self, model: str) -> CellName:
-        """Return the identity of the grid's cell, once its settings are the profile's."""
-        grid, section, method = self._grid, self._needed("section"), self._needed("measure")
-        where, entry = f"profile '{grid.name}' has no", self._names.models[model]
-        _among(f"{where} section", section, grid.tasks)
-        part = grid.tasks[section]
-        _among(f"{where} model", entry.id, (*part.models, *part.available), f" in {section}")
-        self._check_comparable(method)
-        if method == FP:
-            return CellName(section, entry.id, "", FP, FULL, "")
-        scope, point = str(entry.scope) if part.scopes else "", self._stated.get("point", "")
-        if scope:
-            _among(f"{where} scope", scope, part.scopes, f" in {section}")
-        bits = dict(zip(("w_bits", "a_bits"), self._widths, strict=True))
-        own = {**bits, "seed": grid.seeds[0], "scope": scope or None}
-        overrides, changes = grid.overrides_of(section), {}
-        if point:
-            axis, _, name = point.rpartition("=")
-            _among(f"{where} axis", axis, grid.axes)
-            _among(f"axis '{axis}' has no point", name, grid.axes[axis])
-            changes = grid.axes[axis][name]
-        base = make_recipe(method, overrides, own)
-        recipe = make_recipe(method, overrides, changes, own)
-        self._check_protocol(recipe)
-        point = "" if recipe == base else point
-        return CellName(section, entry.id, scope, method, self._bits, point)
+def _models(c: Coordinates) -> list[str]:
+    """Return published names of the weights; in full precision those of every scope."""
+    if c.model == UNSTATED:
+        return [UNSTATED]
+    models = load_names().models
+    known = {name: entry for name, entry in models.items() if entry.tag == c.model}
+    if not known:
+        tags = [entry.tag for entry in models.values()]
+        longer = [tag for tag in tags if tag.startswith(f"{c.model}.")]
+        _among("unknown model", str(c.model), longer or tags, " (full names only)")
+    chosen = [name for name, entry in known.items() if c.scope in (None, entry.scope)]
+    if c.method != "FP" and len(chosen) != 1:
+        scopes = ", ".join(str(entry.scope) for entry in known.values())
+        raise TableError(f"{c.model} needs one scope of {scopes} (given: {c.scope}).")
+    return list(known) if c.method == "FP" else chosen
 
-    def _check_comparable(self, measure: str) -> None:
-        known_method(measure)
-        method = self._needed("method")
-        entry = self._names.methods.get(method)
-        allowed = None if entry is None else entry.comparable.get(self._variant)
-        if allowed != measure:
+
+def _published(c: Coordinates, bits: str, models: Sequence[str]) -> list[dict[str, str]]:
+    """Return the rows of the CSV files that fit the statements."""
+    sources = c.source if isinstance(c.source, tuple) else (str(c.source),)
+    rows = _rows("ablation" if c.study else "accuracy")
+    for name in sources:
+        _among("unknown source", name, {row["source"] for row in rows})
+    if c.study:
+        _among("unknown study", c.study, {row["study"] for row in rows})
+    place = {"study": c.study} if c.study else {"task": c.task, "dataset": c.dataset}
+    widths = ("", "") if bits == UNSTATED else map(str, _widths(bits))
+    wanted = {"method": c.method, "metric": c.metric, "variant": c.variant or "", **place}
+    wanted |= zip(("w_bit", "a_bit"), widths, strict=True)
+    return [
+        row
+        for model in models
+        for row in rows
+        if row["model"] == model
+        and row["source"] in sources
+        and all(row[name] == value for name, value in wanted.items())
+    ]
+
+
+def _widths(bits: str) -> tuple[int, int]:
+    return (OFF, OFF) if bits in (FULL, UNSTATED) else parse_bits(bits)
+
+
+def _cell_name(c: Coordinates, bits: str, grid: Grid, model: ModelName) -> CellName:
+    """Return the identity of the grid cell; its settings must be those of the protocol."""
+    section, method, where = str(c.section), str(c.measure), f"profile '{grid.name}' has no"
+    _among(f"{where} section", section, grid.tasks)
+    part = grid.tasks[section]
+    _among(f"{where} model", model.id, (*part.models, *part.available), f" in {section}")
+    known_method(method)
+    entry, variant = load_names().methods.get(str(c.method)), c.variant or ""
+    allowed = None if entry is None else entry.comparable.get(variant)
+    if allowed != method:
+        raise TableError(
+            f"'{method}' cannot be measured for {c.method} (variant '{variant}'). "
+            f"names.yaml lets it compare with {allowed or 'no method here'}: correct "
+            "'measure', or leave it out."
+        )
+    if method == FP:
+        return CellName(section, model.id, "", FP, FULL, "")
+    scope = str(model.scope) if part.scopes else ""
+    if scope:
+        _among(f"{where} scope", scope, part.scopes, f" in {section}")
+    changes, (w_bits, a_bits) = {}, _widths(bits)
+    if c.point:
+        axis, _, name = c.point.rpartition("=")
+        _among(f"{where} axis", axis, grid.axes)
+        _among(f"axis '{axis}' has no point", name, grid.axes[axis])
+        changes = grid.axes[axis][name]
+    own = {"w_bits": w_bits, "a_bits": a_bits, "seed": grid.seeds[0], "scope": scope or None}
+    overrides = grid.overrides_of(section)
+    recipe = make_recipe(method, overrides, changes, own)
+    if not c.protocol:
+        raise TableError("no 'protocol': state the source's calibration as recipe fields.")
+    for field, value in c.protocol.items():
+        _among("unknown recipe field", field, Recipe.model_fields, " in protocol")
+        if getattr(recipe, field) != value:
             raise TableError(
-                f"'{measure}' cannot be measured for {method} (variant '{self._variant}'). "
-                f"names.yaml lets it compare with {allowed or 'no method here'}: correct "
-                "'measure', or leave it out."
+                f"the protocol says {field} {value}, but the recipe of {method} has "
+                f"{getattr(recipe, field)}. The source decides which of them is wrong."
             )
-
-    def _check_protocol(self, recipe: Recipe) -> None:
-        protocol = self._stated.get("protocol")
-        if not protocol:
-            raise TableError("no 'protocol': state the source's calibration as recipe fields.")
-        for field, value in protocol.items():
-            _among("unknown recipe field", field, Recipe.model_fields, " in protocol")
-            if getattr(recipe, field) != value:
-                raise TableError(
-                    f"the protocol says {field} {value}, but the recipe of {recipe.method} has "
-                    f"{getattr(recipe, field)}. The source decides which of them is wrong."
-                )
+    point = "" if recipe == make_recipe(method, overrides, own) else c.point
+    return CellName(section, model.id, scope, method, bits, point or "")

@@ -15,14 +15,12 @@ from tabulate import tabulate  # type: ignore[import-untyped, unused-ignore]
 from benchmarks.console import duration, size_text
 from benchmarks.costs.sources import cost_row, has_known_settings
 from benchmarks.grid.cell import Adapter, Cell, RunOptions, finished
-from benchmarks.grid.expand import Filters, expand
 from benchmarks.grid.names import load_names
 from benchmarks.grid.schema import Grid
-from benchmarks.published.table import PublishedTable
 from benchmarks.rehearsal.cell import in_small, read_events, rehearse_cell
 from benchmarks.rehearsal.full_cost import real_memory, real_seconds, spent
 from benchmarks.run.local import default_jobs
-from benchmarks.run.options import ExecutorOptions, settled
+from benchmarks.run.options import RunRequest, settled
 from fimaq_core.files import replaced_whole
 from tasks.common.cell.machine import container_limits
 
@@ -34,43 +32,32 @@ _ABOUT_REQUESTS = ("planned_folder", "preflight", "cached")
 _COLUMNS = ("model", "method", "bits", "rehearsed", "peak", "per step", "real time", "real memory")
 
 
-def rehearse(
-    grid: Grid,
-    profile: str,
-    filters: Filters,
-    options: RunOptions,
-    adapter: Adapter,
-    how: ExecutorOptions,
-    report: bool = False,
-    table: PublishedTable | None = None,
-) -> int:
-    """Rehearse a grid's cells in ``<results>/rehearsal``; return 0 if no cell failed, else 1.
-
-    The arguments are those of :func:`benchmarks.run.command.run_grid`.
-    """
+def rehearse(request: RunRequest) -> int:
+    """Rehearse cells below ``<results>/rehearsal``; return 0 if all of them finished, else 1."""
     from benchmarks.rehearsal.inputs import make_data, make_weights
     from benchmarks.run.command import run_grid
 
+    grid, options = request.grid, request.options
     folder = options.results / "rehearsal"
     weights = folder / "weights"
     if options.force:  # a rehearsal has nothing worth keeping
         shutil.rmtree(folder, ignore_errors=True)
-    device, threads = options.device or grid.device, options.threads or grid.threads
-    options = replace(options, results=folder, weights=weights, force=False, rehearsal=True)
-    options = settled(options, how, device, threads)
-    if options.device == "cpu" and how.name == "local":  # as many cells as cores and memory allow
-        options = replace(options, threads=options.threads or 1)
-        most = max(1, int(_memory("cpu") / _CELL_BYTES))
-        jobs = min(default_jobs(options.threads, "cpu"), most)
-        how = replace(how, jobs=how.jobs or jobs)
-    cells = expand(grid, filters, options)
+    options = replace(options, results=folder, weights=weights, force=False)
+    request = settled(replace(request, options=options, adapter=rehearsing(request.adapter)))
+    options = request.options
+    if options.device == "cpu" and options.engine == "local":
+        # As many cells as cores and memory allow.
+        threads = options.threads or 1
+        jobs = min(default_jobs(threads, "cpu"), max(1, int(_memory("cpu") / _CELL_BYTES)))
+        options = replace(options, threads=threads, jobs=options.jobs or jobs)
+        request = replace(request, options=options)
+    cells = request.cells()
     print(f"Making random weights and images in {folder}. Each cell's process is killed once.")
     make_weights(weights, cells)
-    data = {grid.tasks[cell.section].data for cell in cells}
-    options = replace(options, data=make_data(folder / "data", data - {"own"}))
-    adapter = rehearsing(adapter)
-    run_grid(grid, profile, filters, options, adapter, how, plan=False, report=report, table=table)
-    return _conclude(grid, expand(grid, filters, options), options, adapter)
+    data = make_data(folder / "data", {grid.tasks[cell.section].data for cell in cells} - {"own"})
+    request = replace(request, options=replace(options, data=data))
+    run_grid(request)
+    return _conclude(grid, request.cells(), request.options, request.adapter)
 
 
 def rehearsing(adapter: Adapter) -> Adapter:

@@ -4,27 +4,26 @@ from pathlib import Path
 
 import click
 
-from benchmarks.grid import options as shared
 from benchmarks.grid.cell import RunOptions
-
-_FILE = click.Path(path_type=Path, dir_okay=False)
+from benchmarks.grid.options import adapter, folder_options, profile_option
 
 
 @click.command()
-@shared.profile_option
-@shared.places_options
-@click.option("--weights", default="", metavar="DIR", help="As for run.")
-@shared.results_option
-@click.option("--output", type=_FILE, help="File to write (default: report.html in the results).")
-def report(profile: str, weights: str, results: Path, output: Path | None, **data: str) -> None:
-    """Write one HTML file with a grid's tables, charts, and the origin of every number."""
+@profile_option
+@folder_options
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="The file to write; report.html in the results folder.",
+)
+def report(profile: str, options: RunOptions, output: Path | None) -> None:
+    """Write what a grid measured as one HTML file, with charts and where every number is from."""
     from benchmarks.console import size_text
     from benchmarks.grid.expand import load_grid
     from benchmarks.report.page import write_report
 
-    options = RunOptions(results, shared.places(data), shared.folder(weights))
-    path = output or results / "report.html"
-    found = write_report(load_grid(profile), options, shared.adapter(), path)
+    path = output or options.results / "report.html"
+    found = write_report(load_grid(profile), options, adapter(), path)
     click.echo(
         f"{len(found.measured)} of {len(found.cells)} cells, {len(found.failed)} failed. "
         f"Report: {path} ({size_text(path.stat().st_size)})"

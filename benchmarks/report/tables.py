@@ -9,7 +9,7 @@ import pandas as pd
 
 from benchmarks.compare import published as diff
 from benchmarks.grid.cell import Cell
-from benchmarks.published.table import head_pair
+from benchmarks.published.schema import head_pair
 from benchmarks.report.groups import Group, find, row_name, rows_of
 from benchmarks.results.outcomes import compare
 from benchmarks.results.scores import FULL, Measured, columns_of, is_percent, metric_title

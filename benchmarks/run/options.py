@@ -1,78 +1,93 @@
-"""Where cells run, as the command line says it: the executor, its options, the device."""
+"""The request of a run, its device and its executor."""
 
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
-from benchmarks.grid.cell import RunOptions
+from benchmarks.grid.cell import Adapter, Cell, RunOptions, default_adapter
+from benchmarks.grid.expand import Filters, expand
+from benchmarks.grid.schema import Grid
+from benchmarks.published.table import PublishedTable
 from benchmarks.run.executor import Executor
+from benchmarks.run.local import LocalExecutor, default_jobs
 from fimaq_core.errors import FimaqError
-
-#: Attempts in a row that may end with a dead process and get no further.
-RETRIES = 3
 
 
 @dataclass(frozen=True)
-class ExecutorOptions:
-    """The options of ``run`` about where cells run.
+class RunRequest:
+    """Cells that a use of the command ``run`` measures, and its options.
 
     Attributes:
-        name: ``local`` or ``ray``.
-        jobs: cells at a time. None: as the profile says, else as the machine or cluster allows.
-        ray_address: ``host:port`` of a running Ray cluster; empty for one that ends with the run.
-        gpus_per_cell: share of a GPU that a cell gets from Ray.
-        retries: see `benchmarks.run.runner.Attempts`.
+        grid: the profile, or the grid of the published table.
+        filters, options: narrow or change the grid.
+        adapter: measures the cells.
+        table: the published table; its layout replaces the tables of a profile.
+        report: also write the HTML report.
+        flags: options of the command line that do not filter, for the command of failed cells.
     """
 
-    name: Literal["local", "ray"] = "local"
-    jobs: int | None = None
-    ray_address: str = ""
-    gpus_per_cell: float = 1.0
-    retries: int = RETRIES
+    grid: Grid
+    filters: Filters = field(default_factory=Filters)
+    options: RunOptions = field(default_factory=RunOptions)
+    adapter: Adapter = field(default_factory=default_adapter)
+    table: PublishedTable | None = None
+    report: bool = False
+    flags: tuple[str, ...] = ()
 
     @property
-    def flags(self) -> list[tuple[str, object]]:
-        """The options that differ from the defaults, as a command line gives them."""
-        given = [
-            ("--engine", self.name, "local"),
-            ("--ray-address", self.ray_address, ""),
-            ("--jobs", self.jobs, None),
-            ("--gpus-per-cell", f"{self.gpus_per_cell:g}", "1"),
-            ("--retries", self.retries, RETRIES),
-        ]
-        return [(flag, value) for flag, value, usual in given if value != usual]
+    def device(self) -> str:
+        """Device of the user, or of the grid."""
+        return self.options.device or self.grid.device
+
+    @property
+    def threads(self) -> int | None:
+        """CPU threads per cell."""
+        return self.options.threads or self.grid.threads
+
+    @property
+    def jobs(self) -> int:
+        """Cells at a time on this machine."""
+        usual = default_jobs(self.threads, self.device)
+        return self.options.jobs or self.grid.jobs or usual
+
+    def cells(self) -> list[Cell]:
+        """Return the cells that the filters leave. Raises FimaqError where there is none."""
+        cells = expand(self.grid, self.filters, self.options)
+        if not cells:
+            raise FimaqError("The filters leave no cell.")
+        return cells
 
 
-def settled(
-    options: RunOptions, how: ExecutorOptions, device: str, threads: int | None
-) -> RunOptions:  # fmt: skip
-    """Return ``options`` with the device that cells run on.
-
-    Args:
-        options: of the run.
-        how: of its executor. Ray is started or connected to here.
-        device, threads: as the user or the profile says it.
+def settled(request: RunRequest) -> RunRequest:
+    """Return the request with the device that its cells run on. Starts Ray, or connects to it.
 
     Raises:
         FimaqError: there is no such device, or no such cluster.
     """
+    options, device = request.options, request.device
     if not re.fullmatch(r"cpu|auto|mps|cuda(:\d+)?", device):
         raise FimaqError(f"Unknown device '{device}': use cpu, cuda, cuda:N or auto.")
-    if how.name == "local":
-        if how.ray_address:
+    if options.engine == "local":
+        if options.ray_address:
             advice = "add --engine ray (ENGINE=ray)."
             raise FimaqError(f"A Ray address is of use to the Ray engine only: {advice}")
-        return replace(options, device=_device(device))
+        device = _device(device)
+    else:
+        device = _ray_device(request, device)
+    return replace(request, options=replace(options, device=device))
+
+
+def _ray_device(request: RunRequest, device: str) -> str:
     from benchmarks.run.ray import connect, nodes
 
+    options = request.options
     if device == "mps" or ":" in device:
         advice = "Ray gives each cell a GPU of its own, so say cuda, cpu or auto."
         raise FimaqError(f"Device '{device}': {advice}")
     gpus = None
-    if not how.ray_address:
+    if not options.ray_address:
         device = _device(device)
         gpus = 0
         if device == "cuda":
@@ -80,41 +95,30 @@ def settled(
 
             # CUDA_VISIBLE_DEVICES may hide all GPUs by -1, which Ray would count as one.
             gpus = torch.cuda.device_count()
-    # A cluster on this machine has as many cores as are asked for, whatever there are.
-    connect(how.ray_address, how.jobs and how.jobs * (threads or 1), gpus)
+    # A cluster on this machine gets as many cores as the run asks for, even if there are fewer.
+    connect(options.ray_address, options.jobs and options.jobs * (request.threads or 1), gpus)
     if device == "auto":
         device = "cuda" if any(node.gpus for node in nodes()) else "cpu"
         print(f"Device: {device}.")
-    return replace(options, device=device)
+    return device
 
 
-def make_executor(
-    options: RunOptions, how: ExecutorOptions, threads: int | None, jobs: int | None, logs: Path,
-    cells: int, imports: Sequence[str],
-) -> Executor:  # fmt: skip
-    """Return the executor for so many ``cells``, which need the modules ``imports``.
-
-    Args:
-        options, how: of the run, settled, and of its executor.
-        threads, jobs: CPU threads of a cell, and cells at a time as the profile says it.
-        logs: folder for the output of cells.
-    """
-    device = str(options.device)
-    if how.name == "ray":
+def make_executor(request: RunRequest, logs: Path, cells: int, imports: Sequence[str]) -> Executor:
+    """Return the executor of a settled request, for so many cells that need these modules."""
+    options, device = request.options, request.device
+    if options.engine == "ray":
         from benchmarks.run.ray import RayExecutor
 
-        gpus = how.gpus_per_cell if device == "cuda" else 0.0
-        most = min(how.jobs or cells, cells)
-        return RayExecutor(options.results / "runs", logs, threads, gpus, most)
-    from benchmarks.run.local import LocalExecutor, default_jobs
-
-    count = min(how.jobs or jobs or default_jobs(threads, device), cells)
+        gpus = options.gpus_per_cell if device == "cuda" else 0.0
+        most = min(options.jobs or cells, cells)
+        return RayExecutor(options.results / "runs", logs, request.threads, gpus, most)
+    count = min(request.jobs, cells)
     slots = {f"worker {slot}": logs / f"worker-{slot}.log" for slot in range(1, count + 1)}
-    return LocalExecutor(slots, threads, imports)
+    return LocalExecutor(slots, request.threads, imports)
 
 
 def _device(device: str) -> str:
-    """Resolve ``auto`` and refuse a GPU that is not there. Only for runs: it imports torch."""
+    """Return the device in place of ``auto``; refuse a GPU that is not there. Imports torch."""
     if device == "cpu":
         return device
     import torch

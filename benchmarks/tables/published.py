@@ -24,7 +24,8 @@ from benchmarks.compare.published import (
 )  # fmt: skip
 from benchmarks.grid.cell import CellName
 from benchmarks.grid.names import UNSTATED, load_names
-from benchmarks.published.table import FULL, Line, PublishedTable, TableCell, head_pair, head_text
+from benchmarks.published.schema import head_pair, head_text
+from benchmarks.published.table import FULL, Line, PublishedTable, TableCell
 from benchmarks.results.scores import Measured, count, csv_text, seeds_of, unique, write_text
 from benchmarks.tables.latex import typeset
 from benchmarks.tables.markdown import cut

@@ -5,13 +5,17 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import benchmark_fakes as fakes
 import pytest
 
 from benchmarks.costs.sources import (
+    COMMITTED,
+    FINISHED,
+    REHEARSED,
+    Cost,
     CostRow,
     Costs,
-    Source,
-    other_rows,
+    gather,
     published_cost,
     published_minutes,
 )
@@ -22,6 +26,7 @@ from fimaq_core.recipe import make_recipe
 
 GPU, CPU = "NVIDIA H200", "cpu Intel"
 WIDTHS = ("w3a3", "w4a4", "w6a6")
+NOTHING = Costs([], [])
 README = "an unstated GPU (github:hahnyuan/PTQ4ViT:README.md@b42c790c)"
 
 
@@ -44,27 +49,27 @@ def row_of(cell: Cell, seconds: float, device: str = GPU, memory: int = 10**9) -
     )
 
 
-def test_origins_come_in_their_order():
-    cell, alike = cell_of("fimaq"), cell_of("fimaq", bits="w4a4")
-    rows: dict[Source, list[CostRow]] = {
-        "reference": [row_of(cell, 300.0)],
-        "rehearsal": [row_of(cell, 200.0)],
-    }
-    everything = list(rows.items())
-    own, here = [(cell, row_of(cell, 500.0))], [(alike, row_of(alike, 400.0))]
-    known = [
-        (own, everything),
-        (here, everything),
-        ([], everything),
-        ([], everything[1:]),
-        ([], []),
+def found_in(folder: Path, cell: Cell) -> Cost | None:
+    """Return the cost of a cell that is not finished, by files in ``folder``."""
+    costs, warnings = gather([cell], fakes.ADAPTER, ["paper"], folder, folder)
+    assert not warnings
+    return costs.of(cell)
+
+
+def test_sources_come_in_their_order():
+    cell, similar = cell_of("fimaq"), cell_of("fimaq", bits="w4a4")
+    rows = [
+        (FINISHED, row_of(cell, 500.0)),
+        (FINISHED, row_of(similar, 400.0)),
+        (COMMITTED, row_of(cell, 300.0)),
+        (REHEARSED, row_of(cell, 200.0)),
     ]
-    found = [Costs(finished, others, [cell, alike]).of(cell) for finished, others in known]
+    found = [Costs([cell, similar], rows[start:]).of(cell) for start in range(5)]
     assert [(cost.source, cost.seconds, cost.memory) for cost in found if cost is not None] == [
         ("measured", 500.0, 10**9),
-        ("here", 400.0, 10**9),
-        ("reference", 300.0, 10**9),
-        ("rehearsal", 200.0, 10**9),
+        ("from finished cells", 400.0, 10**9),
+        ("from the reference", 300.0, 10**9),
+        ("rehearsed", 200.0, 10**9),
         ("published", 49 * 60, None),
     ]
 
@@ -72,25 +77,26 @@ def test_origins_come_in_their_order():
 def test_published_minutes_take_memory_from_a_rehearsal_on_another_device():
     cell = cell_of("fimaq")
     row = row_of(cell, 9e5, device=CPU, memory=3 * 10**9)
-    cost = Costs([], [("rehearsal", [row])], [cell]).of(cell)
+    cost = Costs([cell], [(REHEARSED, row)]).of(cell)
     assert cost is not None
     assert (cost.source, cost.seconds, cost.device) == ("published", 49 * 60, "gpu")
-    assert (cost.memory, cost.memory_note) == (3 * 10**9, "rehearsed, cpu Intel, 4 threads")
+    place = "an H800 (GLF-Q Table 7)"
+    origin = f"published, {place}; memory rehearsed, cpu Intel, 4 threads"
+    assert (cost.memory, cost.origin) == (3 * 10**9, origin)
 
 
 def test_rehearsals_are_read_here_first_and_damaged_ones_are_a_warning(tmp_path: Path):
     cell = cell_of("fimaq")
     committed = {**row_of(cell, 60.0).model_dump(), "disk_bytes": 7, "rehearsed": {"steps": 20}}
     (tmp_path / "rehearsal.json").write_text(json.dumps({"cells": [committed], "images": 64}))
-    costs = Costs([], other_rows(["paper"], tmp_path, tmp_path)[0], [cell])
-    assert (cost := costs.of(cell)) is not None
-    assert (cost.source, cost.seconds, cost.disk) == ("rehearsal", 60.0, 7)
-    assert costs.machines("rehearsal") == {"NVIDIA H200, 4 threads": 1}
+    assert (cost := found_in(tmp_path, cell)) is not None
+    assert (cost.seconds, cost.disk) == (60.0, 7)
+    assert cost.origin == "rehearsed, NVIDIA H200, 4 threads"
 
     local = tmp_path / "rehearsal" / "rehearsal.json"
     local.parent.mkdir()
     local.write_text(json.dumps({"cells": [{**committed, "seconds": 30.0}]}))
-    costs = Costs([], other_rows(["paper"], tmp_path, tmp_path)[0], [cell])
+    costs, _ = gather([cell], fakes.ADAPTER, ["paper"], tmp_path, tmp_path)
     assert (cost := costs.of(cell)) is not None
     assert cost.seconds == 30.0
     # The same name with other settings was not rehearsed, nor another model.
@@ -98,105 +104,98 @@ def test_rehearsals_are_read_here_first_and_damaged_ones_are_a_warning(tmp_path:
         cell.request, recipe=make_recipe("fimaq", {"steps": 9, "w_bits": 3, "a_bits": 3})
     )
     other = replace(cell, request=fewer)
-    assert Costs([], other_rows(["paper"], tmp_path, tmp_path)[0], [other]).of(other) is None
+    assert found_in(tmp_path, other) is None
     assert (cost := costs.of(cell_of("fimaq", "vit_base"))) is not None
     assert cost.source == "published"
     assert (cost := costs.of(cell_of("fimaq", bits="w4a4"))) is not None
-    assert (cost.source, cost.seconds) == ("rehearsal", 30.0)
+    assert (cost.source, cost.seconds) == ("rehearsed", 30.0)
 
     local.write_text('{"cells": [{}]}')
-    rows, (note,) = other_rows(["paper"], tmp_path, tmp_path)
-    assert f"Cannot read the rehearsal {local}" in note
-    assert (cost := Costs([], rows, [cell]).of(cell)) is not None
+    costs, (warning,) = gather([cell], fakes.ADAPTER, ["paper"], tmp_path, tmp_path)
+    assert f"Cannot read the rehearsal {local}" in warning
+    assert (cost := costs.of(cell)) is not None
     assert cost.seconds == 60.0
 
 
 def test_costs_say_which_kind_of_device_they_are_from_and_the_right_kind_comes_first():
-    slow: list[CostRow] = [row_of(cell_of("fimaq"), 9000.0, CPU)]
+    slow = [(COMMITTED, row_of(cell_of("fimaq"), 9000.0, CPU))]
     cells = [cell_of("fimaq", device=device) for device in ("cuda", "auto", "cpu")]
-    found = [Costs([], [("reference", slow)], [cell]).of(cell) for cell in cells]
+    found = [Costs([cell], slow).of(cell) for cell in cells]
     assert [(cost.source, cost.device, cost.seconds) for cost in found if cost is not None] == [
         ("published", "gpu", 2940.0),
         ("published", "gpu", 2940.0),
-        ("reference", "cpu", 9000.0),
+        ("from the reference", "cpu", 9000.0),
     ]
-    # Cells alike never lend a GPU's time to a CPU's cells.
+    # Similar cells never lend a GPU's time to a CPU's cells.
     first, second, wanted = (cell_of("fimaq", "vit_large", bits, "cpu") for bits in WIDTHS)
-    both = [(first, row_of(first, 9000.0, CPU)), (second, row_of(second, 10.0, GPU))]
-    assert (cost := Costs(both, [], []).of(wanted)) is not None
+    both = [(FINISHED, row_of(first, 9000.0, CPU)), (FINISHED, row_of(second, 10.0, GPU))]
+    assert (cost := Costs([first, second], both).of(wanted)) is not None
     assert (cost.device, cost.seconds) == ("cpu", 9000.0)
     # Where nothing else is known, the other kind is said to be that.
-    assert (cost := Costs([], [], []).of(cell_of("fimaq", device="cpu"))) is not None
-    assert (cost.device, cost.note) == ("gpu", "an H800 (GLF-Q Table 7)")
+    assert (cost := NOTHING.of(cell_of("fimaq", device="cpu"))) is not None
+    assert (cost.device, cost.origin) == ("gpu", "published, an H800 (GLF-Q Table 7)")
 
 
 @pytest.mark.parametrize(
-    ("method", "model", "source", "minutes", "note"),
+    ("method", "model", "minutes", "origin"),
     [
-        ("aphq", "swin_small", "published", 170, "an RTX 4090 (APHQ-ViT Table 7)"),
-        ("lsvit", "vit_base", "published", 56, "an H800 (GLF-Q Table 7)"),
+        ("aphq", "swin_small", 170, "published, an RTX 4090 (APHQ-ViT Table 7)"),
+        ("lsvit", "vit_base", 56, "published, an H800 (GLF-Q Table 7)"),
         # 32 images, as the method has them, not 128
-        ("ptq4vit", "vit_base", "published", 4, README),
-        ("erq", "deit_small", "published", 4, "an unstated GPU (survey quoting ERQ)"),
-        ("brecq", "vit_small", "alike", 48, "fimaq on an H800 (GLF-Q Table 7)"),
-        ("brecq", "deit_small", "alike", 47, "qdrop on an RTX 4090 (APHQ-ViT Table 7)"),
-        ("fimaq-mlp", "vit_base", "alike", 87, "fimaq on an H800 (GLF-Q Table 7)"),
-        ("repq", "swin_tiny", "alike", 3, f"ptq4vit on {README}"),
+        ("ptq4vit", "vit_base", 4, f"published, {README}"),
+        ("erq", "deit_small", 4, "published, an unstated GPU (survey quoting ERQ)"),
+        ("brecq", "vit_small", 48, "published for fimaq, an H800 (GLF-Q Table 7)"),
+        ("brecq", "deit_small", 47, "published for qdrop, an RTX 4090 (APHQ-ViT Table 7)"),
+        ("fimaq-mlp", "vit_base", 87, "published for fimaq, an H800 (GLF-Q Table 7)"),
+        ("repq", "swin_tiny", 3, f"published for ptq4vit, {README}"),
     ],
 )
-def test_published_minutes_of_the_method_or_of_one_alike(
-    method: str, model: str, source: str, minutes: float, note: str
+def test_published_minutes_of_the_method_or_of_a_similar_one(
+    method: str, model: str, minutes: float, origin: str
 ):
-    assert (cost := Costs([], [], []).of(cell_of(method, model))) is not None
-    assert (cost.source, cost.seconds, cost.note) == (source, 60 * minutes, note)
+    assert (cost := NOTHING.of(cell_of(method, model))) is not None
+    assert (cost.seconds, cost.origin) == (60 * minutes, origin)
     assert cost.device == "gpu"
 
 
 def test_what_was_not_published_is_not_known():
-    nothing = Costs([], [], [])
     for cell in (cell_of("fp"), cell_of("mlp-recon"), cell_of("fimaq", "vit_large")):
-        assert nothing.of(cell) is None
+        assert NOTHING.of(cell) is None
     # Other settings with the same steps take about as long, but are not what was timed.
     ablation = expand(load_grid("paper-ablation"), Filters(models=("swin_small",)), RunOptions())
-    assert (cost := nothing.of(next(cell for cell in ablation if cell.point == "k=15"))) is not None
-    assert (cost.source, cost.seconds) == ("alike", 115 * 60)
+    assert (cost := NOTHING.of(next(cell for cell in ablation if cell.point == "k=15"))) is not None
+    assert (cost.source, cost.seconds) == ("published, similar method", 115 * 60)
 
 
-def test_evidence_bits_and_study_decide_in_this_order(tmp_path: Path):
+def test_the_best_evidence_counts_then_the_first_row(tmp_path: Path):
     lines = [
         "study,model,method,variant,w_bit,a_bit,metric,value,source,evidence",
         "time_a,deit_small,FIMA-Q,,3,3,minutes,1,A,secondary",
-        "time_a,deit_small,FIMA-Q,,8,8,minutes,2,A,primary",
+        "time_h800,deit_small,FIMA-Q,,4,4,minutes,2,B,primary",
         "time_a,deit_small,FIMA-Q,,4,4,minutes,3,A,primary",
-        "time_h800,deit_small,FIMA-Q,,4,4,minutes,4,B,primary",
-        "time_h800,deit_small,FIMA-Q,,4,4,ms,5,B,primary",
-        "time_h800,deit_small,Unheard-of,,3,3,minutes,6,B,primary",
+        "time_h800,deit_small,FIMA-Q,,4,4,ms,4,B,primary",
+        "time_h800,deit_small,Unheard-of,,3,3,minutes,5,B,primary",
     ]
     path = tmp_path / "cost.csv"
     path.write_text("\n".join(lines) + "\n")
     times = published_minutes(path)["deit_small"]
-    assert [time.minutes for time in times] == [1, 2, 3, 4]
-
-    def minutes(bits: str) -> float | None:
-        cost = published_cost(cell_of("fimaq", bits=bits), times)
-        return None if cost is None else cost.seconds / 60
-
-    assert [minutes(bits) for bits in ("w3a3", "w4a4", "w6a6", "w8a8")] == [4, 4, 4, 2]
+    assert [time.minutes for time in times] == [2, 3, 1]
+    assert (cost := published_cost(cell_of("fimaq"), times)) is not None
+    assert (cost.seconds, cost.origin) == (120, "published, an H800 (B)")
     assert published_minutes(path)["deit_small_patch16_224.fb_in1k"] == times
 
 
 def test_every_method_and_model_of_the_published_times_has_a_time():
-    nothing = Costs([], [], [])
     for model, times in published_minutes().items():
         if "." not in model:
             for time in times:
-                assert nothing.of(cell_of(time.method, model)) is not None, (model, time)
+                assert NOTHING.of(cell_of(time.method, model)) is not None, (model, time)
 
 
 def test_named_studies_are_those_of_the_file():
     with (PUBLISHED / "cost.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     timed = {row["study"] for row in rows if row["metric"] == "minutes"}
-    # The one study without a name here says neither device nor number of images.
-    assert timed - set(load_names().studies) == {"time"}
+    # Studies without a name here do not say their device.
+    assert timed - set(load_names().studies) == {"time", "time_32imgs", "time_128imgs"}
     assert set(load_names().studies) <= timed

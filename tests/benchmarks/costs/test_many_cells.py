@@ -7,10 +7,11 @@ from pathlib import Path
 import benchmark_fakes as fakes
 import pytest
 
-from benchmarks.grid.cell import Places, RunOptions, default_adapter
+from benchmarks.grid.cell import Places, RunOptions
 from benchmarks.grid.expand import Filters, Grid, expand
 from benchmarks.results import scores
-from benchmarks.run.plan import plan_of
+from benchmarks.run.options import RunRequest
+from benchmarks.run.plan import plan_text
 from benchmarks.tables import summary
 
 pytestmark = pytest.mark.slow
@@ -35,7 +36,7 @@ def test_ten_thousand_cells_are_planned_in_seconds(tmp_path: Path) -> None:
     assert len(cells) > 10_000
 
     def plan() -> None:
-        text = plan_of(grid, Filters(), options, default_adapter(), cells, jobs=8)
+        text = plan_text(RunRequest(grid, options=options))
         assert f"{len(cells)} cells, 0 done, {len(cells)} to run." in text
 
     assert seconds(lambda: expand(grid, Filters(), options)) < 10

@@ -1,16 +1,18 @@
-"""Axes of ablations: what they expand to, share and refuse, their tables, and how long they are expected to take."""
+"""Axes of ablations: their cells, shared cells, errors, tables and expected times."""
 
 import math
 
 import benchmark_fakes as fakes
+import grid_fakes
 import numpy as np
 import pytest
 import yaml
 from click.testing import CliRunner
+from grid_fakes import AXES, AXES_GRID
 
 from benchmarks.cli import cli
 from benchmarks.compare import reference
-from benchmarks.costs.estimate import Estimator, expected_cost
+from benchmarks.costs.estimate import expected_cost
 from benchmarks.grid.cell import Places, RunOptions, default_adapter
 from benchmarks.grid.expand import Filters, GridError, expand, load_grid, parse_filters, parse_grid
 from benchmarks.results import scores
@@ -19,29 +21,23 @@ from benchmarks.tables import summary
 from benchmarks.tables.ablation import axis_table
 from fimaq_core.errors import FimaqError
 
-AXES = {
-    "loss": {"mse": {"loss": "mse"}, "dplr": {}},
-    "k": {"1": {"fisher_k": 1}, "5": {"fisher_k": 5}, "15": {"fisher_k": 15}},
-}
-GRID = {
-    "name": "ab", "tasks": {"classification": {"dataset": "digit-pairs", "models": ["demo_vit", "demo_swin"]}},
-    "methods": ["fp", "fimaq"], "bits": ["w3a3"], "seeds": [1, 2], "variant": "demo", "overrides": {"steps": 250},
-    "axes": AXES, "threads": 1,
-}  # fmt: skip
+GRID = AXES_GRID
 POINTS = ["", "loss=mse", "k=1", "k=15"]
 
 
-def cells_of(grid=GRID, options=RunOptions(), **filters):
-    parsed = parse_grid(grid)
-    return expand(parsed, parse_filters(parsed, **filters), options)
+def cells_of(grid=GRID, **more):
+    return grid_fakes.cells_of(grid, **more)
 
 
 def test_one_axis_at_a_time_varies_around_the_grids_settings():
     cells = cells_of(models="demo_vit", seeds="1")
     assert [cell.label for cell in cells] == [
-        "demo_vit fp", "demo_vit fimaq w3a3 seed 1", "demo_vit fimaq w3a3 loss=mse seed 1", "demo_vit fimaq w3a3 k=1 seed 1",
+        "demo_vit fp",
+        "demo_vit fimaq w3a3 seed 1",
+        "demo_vit fimaq w3a3 loss=mse seed 1",
+        "demo_vit fimaq w3a3 k=1 seed 1",
         "demo_vit fimaq w3a3 k=15 seed 1",
-    ]  # fmt: skip
+    ]
     full, base, mse, one, many = cells
     assert [cell.point for cell in cells] == ["", *POINTS]
     assert base.places == (("loss", "dplr"), ("k", "5"))
@@ -137,35 +133,12 @@ def test_extra_cells_have_no_points():
 def test_points_are_chains_of_their_own_with_the_dearest_first():
     chains = make_chains(cells_of(seeds="1"))
     assert [[cell.label for cell in chain] for chain in chains[:4]] == [
-        ["demo_vit fp"], ["demo_swin fp"], ["demo_vit fimaq w3a3 k=15 seed 1"], ["demo_swin fimaq w3a3 k=15 seed 1"],
-    ]  # fmt: skip
+        ["demo_vit fp"],
+        ["demo_swin fp"],
+        ["demo_vit fimaq w3a3 k=15 seed 1"],
+        ["demo_swin fimaq w3a3 k=15 seed 1"],
+    ]
     assert all(len(chain) == 1 for chain in chains)
-
-
-def test_costs_grow_with_fisher_passes():
-    costs = {
-        cell.point: expected_cost(cell)
-        for cell in cells_of(models="demo_vit", seeds="1", methods="fimaq")
-    }
-    # 250 steps of 32 images, and 1024 images a pass; 640 images cost as much as full precision.
-    assert costs[""] == pytest.approx(3 + (250 * 32 + 5 * 1024) / 640)
-    assert costs["k=15"] - costs["k=1"] == pytest.approx(14 * 1024 / 640)
-    assert costs["loss=mse"] == pytest.approx(3 + 250 * 32 / 640)
-
-
-def test_time_left_knows_points():
-    cells = {(cell.point, cell.model, cell.seed): cell for cell in cells_of(methods="fimaq")}
-    estimator = Estimator()
-    base, many = cells["", "demo_vit", 1], cells["k=15", "demo_vit", 1]
-    estimator.add(base, 50.0)
-    assert estimator.seconds(cells["", "demo_vit", 2]) == pytest.approx(50.0)
-    # Not measured yet: scaled by what is expected of it, on its own model and on others.
-    scaled = 50.0 * expected_cost(many) / expected_cost(base)
-    assert estimator.seconds(many) == pytest.approx(scaled)
-    assert estimator.seconds(cells["k=15", "demo_swin", 1]) == pytest.approx(scaled)
-    estimator.add(many, 80.0)
-    assert estimator.seconds(cells["k=15", "demo_vit", 2]) == pytest.approx(80.0)
-    assert estimator.seconds(cells["", "demo_vit", 2]) == pytest.approx(50.0)
 
 
 def value(cell) -> float:
@@ -252,8 +225,9 @@ def test_the_report_keeps_points_out_of_the_main_table(tmp_path):
     assert f"{np.mean(own):.2f} ± {np.std(own, ddof=1):.2f}" in main
     assert "fisher_k" not in main
     assert [line for line in axes.splitlines() if line.startswith("### ")] == [
-        "### loss: fimaq, one setting at a time", "### k: fimaq, one setting at a time",
-    ]  # fmt: skip
+        "### loss: fimaq, one setting at a time",
+        "### k: fimaq, one setting at a time",
+    ]
     assert axes.count("`- base`: difference") == 1
     narrow = summary.report("T", measured, cells, 60, AXES)
     assert max(len(line) for line in narrow.splitlines() if line.startswith("|")) <= 60
@@ -302,7 +276,7 @@ def test_the_commands_run_plan_and_filter_axes(tmp_path):
     (row,) = [
         line.split() for line in plan.output.splitlines() if "demo_swin" in line and "k=15" in line
     ]
-    assert row[1:6] == ["classification", "demo_swin", "fimaq", "w3a3", "k=15"]
+    assert row[1:5] == ["demo_swin", "fimaq", "w3a3", "k=15"]
     part = run("--axes", "k", "--jobs", "2")
     assert part.exit_code == 0, part.output
     assert "### k: fimaq" in part.output
@@ -322,7 +296,7 @@ def test_the_commands_run_plan_and_filter_axes(tmp_path):
     failed = run("--axes", "k", "--force", "--models", "demo_vit", "--jobs", "1")
     assert failed.exit_code == 1
     assert "demo_vit fimaq w3a3 k=15 seed 1: ValueError" in failed.output
-    assert "--seeds 1 --axes k --device cpu" in failed.output
+    assert "--seeds 1 --axes k" in failed.output
 
 
 def test_the_ablation_profile_shares_the_demos_settings_cells_and_time():

@@ -1,4 +1,4 @@
-"""Detectors in grids, tables, references and paired comparisons: settings of their task, two precisions, one COCO folder."""
+"""Detectors in grids, tables, references and paired comparisons, with one COCO folder."""
 
 import json
 from dataclasses import replace
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import yaml
 from click.testing import CliRunner
+from grid_fakes import ONE_FOLDER
 
 from benchmarks.cli import cli
 from benchmarks.compare import reference
@@ -78,16 +79,27 @@ def test_filters_narrow_detectors_too():
 
 def test_settings_of_the_task_stand_below_the_grids_and_the_sections():
     content = {
-        "name": "t", "methods": ["qdrop"], "bits": ["w4a4"], "seeds": [1],
+        "name": "t",
+        "methods": ["qdrop"],
+        "bits": ["w4a4"],
+        "seeds": [1],
         "overrides": {"calibration_images": 100, "range_images": 10},
-        "tasks": {"detection": {"dataset": "d", "models": ["demo_mask_rcnn"], "overrides": {"range_images": 3}}},
-    }  # fmt: skip
+        "tasks": {
+            "detection": {
+                "dataset": "d",
+                "models": ["demo_mask_rcnn"],
+                "overrides": {"range_images": 3},
+            }
+        },
+    }
     (cell,) = expand(parse_grid(content), Filters(), RunOptions())
     recipe = cell.request.recipe
     assert recipe is not None
     assert {name: getattr(recipe, name) for name in tags.DEFAULTS} == {
-        **tags.DEFAULTS, "calibration_images": 100, "range_images": 3,
-    }  # fmt: skip
+        **tags.DEFAULTS,
+        "calibration_images": 100,
+        "range_images": 3,
+    }
 
 
 def test_the_demo_profiles_detectors_keep_what_their_task_sets_but_for_counts():
@@ -138,14 +150,6 @@ INSTANCES = (
     "annotations/instances_train2017.json",
     "train2017/",
 )
-ONE_FOLDER = {
-    "name": "one", "methods": ["fp"], "bits": ["w4a4"], "seeds": [1],
-    "tasks": {
-        "classification": {"dataset": "digit-pairs", "models": ["demo_vit"]},
-        "captions": {"task": "retrieval", "dataset": "MS-COCO", "data": "coco", "models": ["clip_vit_b32"]},
-        "detection": {"dataset": "COCO 2017", "data": "coco", "models": ["mask_rcnn_swin_tiny"]},
-    },
-}  # fmt: skip
 #: Real checks ahead of a run; nothing is measured.
 CHECKS = Adapter(fakes.run_cell, fakes.planned_folder, identity.preflight)
 
@@ -194,7 +198,7 @@ def test_a_coco_folder_for_one_of_them_says_what_the_other_lacks(
     assert all(part.rstrip("/") in lines[0] for part in absent)
     assert not any(f"/{part.rstrip('/')}" in lines[0].split(". ")[0] for part in parts)
     assert result.output.splitlines()[-1] == (
-        f"Not all there: {lacking}. To run the rest: TASKS={rest} for make, --tasks {rest} for a grid."
+        f"Cannot run: {lacking}. To run the rest: TASKS={rest} for make, --tasks {rest} for a grid."
     )
     grid = parse_grid(ONE_FOLDER)
     assert missing(expand(grid, parse_filters(grid, tasks=rest), options), CHECKS) == []
@@ -249,8 +253,11 @@ def test_tables_of_boxes_alone(tmp_path: Path):
         if line.startswith("| fimaq")
     ]
     assert [part.strip() for part in lines[1].strip("|").split("|")][1:] == [
-        "48.00 / 44.00", "40.00 / 36.00", "46.00 / -", "38.00 / -",
-    ]  # fmt: skip
+        "48.00 / 44.00",
+        "40.00 / 36.00",
+        "46.00 / -",
+        "38.00 / -",
+    ]
     assert r"\textbf{46.00} & --" in latex.report("demo", mixed, cells)
 
 
@@ -316,9 +323,12 @@ def test_what_the_task_sets_is_part_of_a_references_settings(
 def test_a_chain_has_the_whole_detector_last():
     scopes = [WHOLE, "backbone", "backbone+fpn"]
     content = {
-        "name": "t", "methods": ["rtn"], "bits": ["w4a4"], "seeds": [1],
+        "name": "t",
+        "methods": ["rtn"],
+        "bits": ["w4a4"],
+        "seeds": [1],
         "tasks": {"detection": {"dataset": "d", "models": ["demo_cascade"], "scopes": scopes}},
-    }  # fmt: skip
+    }
     (chain,) = make_chains(expand(parse_grid(content), Filters(), RunOptions()))
     assert [cell.scope for cell in chain] == [*scopes[1:], WHOLE]
 

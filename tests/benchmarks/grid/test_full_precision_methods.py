@@ -1,4 +1,4 @@
-"""Methods that quantize nothing: one cell a seed, one value under all bits, and nothing takes them for ``fp``."""
+"""Methods that quantize nothing: one cell per seed, the same value at all bits, never ``fp``."""
 
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ from benchmarks.grid.cell import RunOptions
 from benchmarks.grid.expand import Filters, expand, parse_filters, parse_grid
 from benchmarks.results import scores
 from benchmarks.run.command import rerun_command
-from benchmarks.run.options import ExecutorOptions
+from benchmarks.run.options import RunRequest
 from benchmarks.run.order import make_chains
 from benchmarks.run.plan import plan_text
 from benchmarks.tables import summary
@@ -29,9 +29,13 @@ SETTINGS = {
 }
 SCORES = {"fp": 95.0, "relu-fp": 94.0, "rtn": 50.0, "brecq": 80.0, "qdrop": 85.0, "fimaq": 90.0}
 GRID = {
-    "name": "t", "tasks": {"classification": {"dataset": "d", "models": ["a", "b"]}}, "variant": "x",
-    "methods": list(SCORES), "bits": ["w4a4", "w3a3"], "seeds": [1, 2],
-}  # fmt: skip
+    "name": "t",
+    "tasks": {"classification": {"dataset": "d", "models": ["a", "b"]}},
+    "variant": "x",
+    "methods": list(SCORES),
+    "bits": ["w4a4", "w3a3"],
+    "seeds": [1, 2],
+}
 
 
 @pytest.fixture(autouse=True)
@@ -85,8 +89,12 @@ def test_filters_on_bits_do_not_drop_them():
         grid, parse_filters(grid, models="a", methods="relu-fp,rtn", bits="w3a3"), RunOptions()
     )
     assert [cell.label for cell in found] == [
-        "a relu-fp fp seed 1", "a rtn w3a3 seed 1", "a relu-fp fp seed 2", "a rtn w3a3 seed 2", "a relu-fp fp seed 3",
-    ]  # fmt: skip
+        "a relu-fp fp seed 1",
+        "a rtn w3a3 seed 1",
+        "a relu-fp fp seed 2",
+        "a rtn w3a3 seed 2",
+        "a relu-fp fp seed 3",
+    ]
 
 
 def test_tables_show_their_value_under_all_bits(tmp_path):
@@ -139,10 +147,16 @@ def test_the_reference_gives_them_the_spread_of_seeds(tmp_path):
     assert both.loc[("a", "fp", "fp"), "variance"].isna().all()
     reference.write_reference(grid, measured, "# T\n\nx", tmp_path / "reference")
     off = [
-        replace(item, record=item.record.model_copy(update={"metrics": {"top1": fakes.Metric(value=0.0, stderr=0.1)}}))
-        if item.cell.method == "relu-fp" else item
+        replace(
+            item,
+            record=item.record.model_copy(
+                update={"metrics": {"top1": fakes.Metric(value=0.0, stderr=0.1)}}
+            ),
+        )
+        if item.cell.method == "relu-fp"
+        else item
         for item in measured
-    ]  # fmt: skip
+    ]
     lines = reference.compare(grid, off, tmp_path / "reference")
     assert lines[0].startswith("DIFFERS from the reference in 4 of ")
     assert all(" relu-fp top1: 0.00 here, 9" in line for line in lines[1:])
@@ -154,9 +168,15 @@ def test_diff_sets_them_against_their_own_published_row(
 ):
     monkeypatch.setitem(METHODS, "mlp-recon", SETTINGS)
     record = fakes.make_record(
-        recipe=make_recipe("mlp-recon"), model="deit_tiny", value=71.07 + offset, stderr=0.2, dataset=fakes.IMAGENET,
-        weights=fakes.make_record().weights.model_copy(update={"tag": "deit_tiny_patch16_224.fb_in1k"}),
-    )  # fmt: skip
+        recipe=make_recipe("mlp-recon"),
+        model="deit_tiny",
+        value=71.07 + offset,
+        stderr=0.2,
+        dataset=fakes.IMAGENET,
+        weights=fakes.make_record().weights.model_copy(
+            update={"tag": "deit_tiny_patch16_224.fb_in1k"}
+        ),
+    )
     row, context = diff.diff([record]).to_dict("records")
     assert (context["model"], context["verdict"]) == ("unstated", "not comparable")
     assert (row["method"], row["published"], row["verdict"]) == ("mlp-recon", 71.07, verdict)
@@ -168,8 +188,10 @@ def test_settings_of_mlps_bear_where_mlps_are_reconstructed():
         return diff.changed_settings(make_recipe(method, settings), "classification")
 
     assert changed("relu-fp", mlp_steps=7, mlp_batch=4, perturbation=1e-5) == {
-        "mlp_steps": 7, "mlp_batch": 4, "perturbation": 1e-5,
-    }  # fmt: skip
+        "mlp_steps": 7,
+        "mlp_batch": 4,
+        "perturbation": 1e-5,
+    }
     # Batches of MLPs are their own.
     assert changed("relu-fp", steps=3, batch_size=4) == {}
     assert changed("rtn", mlp_steps=7, steps=3) == {}
@@ -181,64 +203,27 @@ def test_settings_of_mlps_bear_where_mlps_are_reconstructed():
 
 
 def test_the_command_for_failed_cells_names_no_bits_for_them():
-    cells = expand(
-        parse_grid(GRID), parse_filters(parse_grid(GRID), models="a", seeds="1"), RunOptions()
-    )
+    grid = parse_grid(GRID)
+    request = RunRequest(grid)
+    cells = expand(grid, parse_filters(grid, models="a", seeds="1"), RunOptions())
     mine = [cell for cell in cells if cell.method == "relu-fp"]
-    assert "--bits" not in rerun_command("t", mine, RunOptions(), ExecutorOptions())
-    assert "--methods relu-fp --seeds 1" in rerun_command(
-        "t", mine, RunOptions(), ExecutorOptions()
-    )
-    both = rerun_command(
-        "t",
-        [*mine, *(cell for cell in cells if cell.label == "a rtn w3a3 seed 1")],
-        RunOptions(),
-        ExecutorOptions(),
-    )
+    assert "--bits" not in rerun_command(request, mine)
+    assert "--methods relu-fp --seeds 1" in rerun_command(request, mine)
+    both = rerun_command(request, [c for c in cells if c in mine or c.label == "a rtn w3a3 seed 1"])
     assert "--methods relu-fp,rtn --bits w3a3 --seeds 1" in both
 
 
 def test_the_plan_lists_steps_of_mlps(tmp_path):
-    cells = expand(
-        parse_grid({**GRID, "overrides": {"mlp_steps": 77}}),
-        Filters(),
-        RunOptions(results=tmp_path),
-    )
-    lines = plan_text(cells, fakes.ADAPTER).splitlines()
+    def lines_of(**overrides: int) -> list[str]:
+        grid = parse_grid({**GRID, "overrides": overrides})
+        request = RunRequest(grid, options=RunOptions(results=tmp_path), adapter=fakes.ADAPTER)
+        return plan_text(request, reference=tmp_path).splitlines()
+
+    common, _, headers, _, *lines = lines_of(mlp_steps=77)
+    assert common == "All cells: task classification."
     (row, *_) = [line.split() for line in lines if " relu-fp " in line]
-    assert row[1:] == [
-        "classification",
-        "a",
-        "relu-fp",
-        "fp",
-        "1",
-        "-",
-        "77",
-        "-",
-        "1024",
-        "32",
-        "train",
-        "no",
-    ]
-    assert "MLP steps" in lines[0]
-    cells = expand(
-        parse_grid({**GRID, "overrides": {"mlp_batch": 8}}), Filters(), RunOptions(results=tmp_path)
-    )
-    batches = {
-        line.split()[3]: line.split()[-3]
-        for line in plan_text(cells, fakes.ADAPTER).splitlines()[2:-3]
-    }
+    assert row[1:] == ["a", "relu-fp", "fp", "1", "-", "77", "-", "1024", "32", "train", "no"]
+    assert "MLP steps" in headers
+    rows = [line.split() for line in lines_of(mlp_batch=8)[4:]]
+    batches = {row[2]: row[-3] for row in rows if len(row) > 10}
     assert (batches["relu-fp"], batches["fimaq"], batches["rtn"]) == ("8", "32", "-")
-
-
-def test_expected_costs_count_batches_of_mlps():
-    def cost(batch: int) -> float:
-        grid = parse_grid({**GRID, "overrides": {"mlp_batch": batch}})
-        (cell,) = expand(
-            grid, parse_filters(grid, models="a", methods="relu-fp", seeds="1"), RunOptions()
-        )
-        return expected_cost(cell)
-
-    large, small = cost(32), cost(16)
-    # 3 for calibration and evaluation.
-    assert large - 3.0 == pytest.approx(2 * (small - 3.0))

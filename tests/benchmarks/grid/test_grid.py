@@ -18,8 +18,13 @@ from benchmarks.grid.expand import (
 from fimaq_core.errors import FimaqError
 from fimaq_core.recipe import METHODS
 
-MINIMAL = {"name": "t", "tasks": {"classification": {"dataset": "d", "models": ["m"]}}, "methods": ["fp", "rtn"],
-           "bits": ["w3a3"], "seeds": [1]}  # fmt: skip
+MINIMAL = {
+    "name": "t",
+    "tasks": {"classification": {"dataset": "d", "models": ["m"]}},
+    "methods": ["fp", "rtn"],
+    "bits": ["w3a3"],
+    "seeds": [1],
+}
 
 
 def test_demo_grid_has_its_cells_with_full_precision_first():
@@ -81,8 +86,10 @@ def test_filters_narrow_and_widen():
     )
     cells = expand(grid, filters, RunOptions())
     assert [cell.label for cell in cells if cell.model == "vit_large"] == [
-        "vit_large fp", "vit_large fimaq w2a4 seed 5", "vit_large fimaq w2a4 seed 6",
-    ]  # fmt: skip
+        "vit_large fp",
+        "vit_large fimaq w2a4 seed 5",
+        "vit_large fimaq w2a4 seed 6",
+    ]
     assert {cell.model for cell in cells} == {"vit_large", "deit_tiny"}
     assert not parse_filters(grid).active
     assert filters.active
@@ -179,8 +186,12 @@ def test_extra_cells_are_added_once_and_obey_filters():
     }
     grid = parse_grid({**MINIMAL, "extra": [extra]})
     assert [cell.label for cell in expand(grid, Filters(), RunOptions())] == [
-        "m fp", "m rtn w3a3 seed 1", "m rtn w3a3 seed 2", "m rtn w8a8 seed 1", "m rtn w8a8 seed 2",
-    ]  # fmt: skip
+        "m fp",
+        "m rtn w3a3 seed 1",
+        "m rtn w3a3 seed 2",
+        "m rtn w8a8 seed 1",
+        "m rtn w8a8 seed 2",
+    ]
     narrowed = expand(grid, parse_filters(grid, bits="w8a8", seeds="2"), RunOptions())
     assert [cell.label for cell in narrowed] == ["m fp", "m rtn w8a8 seed 2"]
 

@@ -3,44 +3,26 @@
 from pathlib import Path
 
 import benchmark_fakes as fakes
+import grid_fakes
 import pytest
 import yaml
 from click.testing import CliRunner, Result
+from grid_fakes import SECTIONS_GRID
 
 from benchmarks.cli import cli
-from benchmarks.costs.estimate import Estimator
 from benchmarks.grid.cell import Adapter, Cell, Places, RunOptions, default_adapter
 from benchmarks.grid.expand import Filters, GridError, expand, load_grid, parse_filters, parse_grid
 from benchmarks.grid.preflight import missing
-from benchmarks.run.command import rerun_command
-from benchmarks.run.options import ExecutorOptions
+from benchmarks.run.options import RunRequest
 from benchmarks.run.order import CellQueue, make_chains
 from benchmarks.run.plan import plan_text
 from fimaq_core.errors import RecipeError
 
-GRID = {
-    "name": "s",
-    "tasks": {
-        "classification": {"dataset": "digit-pairs", "models": ["demo_vit"]},
-        "coco": {
-            "task": "retrieval", "dataset": "MS-COCO", "data": "coco", "models": ["clip_b"], "available": ["clip_l"],
-            "methods": ["fp", "rtn", "fimaq"], "bits": ["w4a4"], "seeds": [1, 2], "scopes": ["both", "vision"],
-            "overrides": {"steps": 9},
-        },
-        "zero-shot": {
-            "task": "retrieval", "dataset": "ImageNet-1k val", "data": "imagenet", "evaluation": "zero-shot",
-            "models": ["clip_b"], "scopes": ["vision"],
-        },
-    },
-    "methods": ["fp", "rtn", "qdrop"], "bits": ["w3a3"], "seeds": [7], "variant": "x", "overrides": {"steps": 5, "batch_size": 8},
-    "threads": 1,
-}  # fmt: skip
-PLACES = Places(imagenet=Path("/imagenet"), coco=Path("/coco"))
+GRID = SECTIONS_GRID
 
 
-def cells_of(options: RunOptions = RunOptions(data=PLACES), grid=GRID, **filters) -> list[Cell]:
-    parsed = parse_grid(grid)
-    return expand(parsed, parse_filters(parsed, **filters), options)
+def cells_of(grid=GRID, **more):
+    return grid_fakes.cells_of(grid, **more)
 
 
 def by_section(cells: list[Cell]) -> dict[str, list[Cell]]:
@@ -54,18 +36,25 @@ def test_a_section_has_its_own_lists_and_the_grids_where_it_has_none():
     cells = by_section(cells_of())
     assert list(cells) == ["classification", "coco", "zero-shot"]
     assert [cell.label for cell in cells["classification"]] == [
-        "demo_vit fp", "demo_vit rtn w3a3 seed 7", "demo_vit qdrop w3a3 seed 7",
-    ]  # fmt: skip
+        "demo_vit fp",
+        "demo_vit rtn w3a3 seed 7",
+        "demo_vit qdrop w3a3 seed 7",
+    ]
     assert [cell.label for cell in cells["coco"]] == [
         "coco clip_b fp",
-        "coco clip_b [both] rtn w4a4 seed 1", "coco clip_b [both] fimaq w4a4 seed 1",
-        "coco clip_b [vision] rtn w4a4 seed 1", "coco clip_b [vision] fimaq w4a4 seed 1",
-        "coco clip_b [both] rtn w4a4 seed 2", "coco clip_b [both] fimaq w4a4 seed 2",
-        "coco clip_b [vision] rtn w4a4 seed 2", "coco clip_b [vision] fimaq w4a4 seed 2",
-    ]  # fmt: skip
+        "coco clip_b [both] rtn w4a4 seed 1",
+        "coco clip_b [both] fimaq w4a4 seed 1",
+        "coco clip_b [vision] rtn w4a4 seed 1",
+        "coco clip_b [vision] fimaq w4a4 seed 1",
+        "coco clip_b [both] rtn w4a4 seed 2",
+        "coco clip_b [both] fimaq w4a4 seed 2",
+        "coco clip_b [vision] rtn w4a4 seed 2",
+        "coco clip_b [vision] fimaq w4a4 seed 2",
+    ]
     assert [cell.label for cell in cells["zero-shot"]][1:] == [
-        "zero-shot clip_b [vision] rtn w3a3 seed 7", "zero-shot clip_b [vision] qdrop w3a3 seed 7",
-    ]  # fmt: skip
+        "zero-shot clip_b [vision] rtn w3a3 seed 7",
+        "zero-shot clip_b [vision] qdrop w3a3 seed 7",
+    ]
     everything = cells_of()
     assert len({cell.key for cell in everything}) == len(everything) == 3 + 9 + 3
 
@@ -117,8 +106,10 @@ def test_a_method_of_other_sections_is_not_added_to_one_without_it():
         for name, own in by_section(cells_of(methods="fimaq,qdrop,brecq")).items()
     }
     assert methods == {
-        "classification": {"qdrop", "brecq"}, "coco": {"fimaq", "brecq"}, "zero-shot": {"qdrop", "brecq"},
-    }  # fmt: skip
+        "classification": {"qdrop", "brecq"},
+        "coco": {"fimaq", "brecq"},
+        "zero-shot": {"qdrop", "brecq"},
+    }
     # Asked for by itself, a section takes it.
     assert {cell.method for cell in cells_of(tasks="coco", methods="qdrop")} == {"qdrop"}
     extra = {
@@ -154,8 +145,11 @@ def test_points_of_axes_keep_their_scope_and_name_it_once():
         cell for cell in cells_of(grid=grid, tasks="coco", seeds="1") if cell.method == "fimaq"
     ]
     assert [(cell.scope, cell.point, cell.request.recipe.scope) for cell in cells] == [
-        ("both", "", "both"), ("both", "k=1", "both"), ("vision", "", "vision"), ("vision", "k=1", "vision"),
-    ]  # fmt: skip
+        ("both", "", "both"),
+        ("both", "k=1", "both"),
+        ("vision", "", "vision"),
+        ("vision", "k=1", "vision"),
+    ]
     from tasks.common.cell.identity import variant_name
 
     assert variant_name(cells[3].request) == "x k=1 [vision]"
@@ -169,10 +163,12 @@ def test_chains_keep_scopes_together_with_the_whole_model_last():
     assert chains == [
         ["coco clip_b fp"],
         [
-            "coco clip_b [vision] rtn w4a4 seed 1", "coco clip_b [vision] fimaq w4a4 seed 1",
-            "coco clip_b [both] rtn w4a4 seed 1", "coco clip_b [both] fimaq w4a4 seed 1",
+            "coco clip_b [vision] rtn w4a4 seed 1",
+            "coco clip_b [vision] fimaq w4a4 seed 1",
+            "coco clip_b [both] rtn w4a4 seed 1",
+            "coco clip_b [both] fimaq w4a4 seed 1",
         ],
-    ]  # fmt: skip
+    ]
     everything = make_chains(cells_of())
     assert all(
         len({(c.section, c.model, c.bits, c.seed) for c in chain}) == 1 for chain in everything
@@ -201,32 +197,20 @@ def test_full_precision_holds_up_its_own_section_only():
     assert queue.take("d").section == "coco"
 
 
-def test_time_left_is_told_apart_by_section_and_scope():
-    cells = {
-        cell.label: cell for cell in cells_of(methods="fp,rtn,brecq", bits="w4a4", seeds="1,2")
-    }
-    estimator = Estimator()
-    for label, seconds in (
-        ("coco clip_b [vision] rtn w4a4 seed 1", 10.0), ("coco clip_b [both] rtn w4a4 seed 1", 3.0),
-        ("zero-shot clip_b [vision] rtn w4a4 seed 1", 50.0),
-    ):  # fmt: skip
-        estimator.add(cells[label], seconds)
-    for label, seconds in (
-        ("coco clip_b [vision] rtn w4a4 seed 2", 10.0), ("coco clip_b [both] rtn w4a4 seed 2", 3.0),
-        ("zero-shot clip_b [vision] rtn w4a4 seed 2", 50.0), ("demo_vit rtn w4a4 seed 1", 21.0),
-    ):  # fmt: skip
-        assert estimator.seconds(cells[label]) == pytest.approx(seconds)
-    assert estimator.seconds(cells["demo_vit brecq w4a4 seed 1"]) is None
+def plan_of(**filters: str) -> str:
+    grid = parse_grid(GRID)
+    request = RunRequest(grid, filters=parse_filters(grid, **filters), adapter=fakes.ADAPTER)
+    return plan_text(request)
 
 
 def test_the_plan_lists_sections_and_scopes():
-    lines = plan_text(cells_of(seeds="1"), fakes.ADAPTER).splitlines()
+    lines = plan_of(seeds="1").splitlines()
     assert lines[0].split()[:6] == ["#", "task", "model", "scope", "method", "bits"]
     rows = [line.split()[1:6] for line in lines]
     assert ["coco", "clip_b", "vision", "fimaq", "w4a4"] in rows
     assert ["coco", "clip_b", "-", "fp", "fp"] in rows
     assert ["classification", "demo_vit", "-", "rtn", "w3a3"] in rows
-    assert "scope" not in plan_text(cells_of(tasks="classification"), fakes.ADAPTER)
+    assert "scope" not in plan_of(tasks="classification")
 
 
 def grid_file(tmp_path: Path) -> str:
@@ -248,8 +232,7 @@ def test_the_command_line_has_a_place_for_each_data_set(
 ):
     seen: list[RunOptions] = []
     monkeypatch.setattr(
-        "benchmarks.cli.run_grid",
-        lambda grid, profile, filters, options, *rest: seen.append(options) or 0,
+        "benchmarks.cli.run_grid", lambda request: seen.append(request.options) or 0
     )
     monkeypatch.setattr(
         "benchmarks.tables.write.make_reference",
@@ -266,13 +249,18 @@ def test_the_command_line_has_a_place_for_each_data_set(
     ]
 
 
-def test_the_command_for_failed_cells_names_sections_and_places():
-    cells = [cell for cell in cells_of(tasks="coco", seeds="1") if cell.method == "fimaq"]
-    options = RunOptions(data=Places(coco=Path("/my coco"), flickr=Path("/f")))
-    command = rerun_command("s", cells, options, ExecutorOptions())
-    assert "--tasks coco --models clip_b --methods fimaq --bits w4a4 --seeds 1" in command
-    assert "--coco '/my coco' --flickr /f" in command
-    assert "--imagenet" not in command
+def test_the_command_for_failed_cells_names_sections_and_options(tmp_path: Path):
+    (tmp_path / "my coco").mkdir()
+    (tmp_path / "faults.json").write_text('{"fimaq": "user error"}')
+    options = ["--coco", str(tmp_path / "my coco"), "--jobs", "2", "--force"]
+    result = invoke(tmp_path, "run", "--tasks", "coco", "--seeds", "1", *options)
+    assert result.exit_code == 1
+    again = result.stderr.splitlines()[-1]
+    assert again.endswith("--tasks coco --models clip_b --methods fimaq --bits w4a4 --seeds 1")
+    assert f" --profile {grid_file(tmp_path)} --coco '{tmp_path}/my coco'" in again
+    assert f" --results {tmp_path} --jobs 2 --tasks" in again
+    assert "--imagenet" not in again
+    assert "--force" not in again
 
 
 def test_sections_are_measured_and_tabled_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -290,9 +278,10 @@ def test_sections_are_measured_and_tabled_apart(tmp_path: Path, monkeypatch: pyt
     text = (tmp_path / "tables/s.md").read_text()
     headings = [line for line in text.splitlines() if line.startswith("## ")]
     assert headings == [
-        "## classification: top1 (percent), mean ± sd over seeds", "## coco: R@1 (percent), mean ± sd over seeds",
+        "## classification: top1 (percent), mean ± sd over seeds",
+        "## coco: R@1 (percent), mean ± sd over seeds",
         "## zero-shot: top1 (percent), mean ± sd over seeds",
-    ]  # fmt: skip
+    ]
     rows = (tmp_path / "tables/s.csv").read_text().splitlines()
     # classification 2, coco 1 + 4 with four metrics each, zero-shot 2
     assert len(rows) == 1 + 2 + 5 * 4 + 2
@@ -308,15 +297,10 @@ def test_what_is_not_given_is_named_with_a_way_around_it(tmp_path: Path):
     assert result.exit_code == 2
     assert "error: Missing: the data. Fetch it." in result.output
     assert result.output.splitlines()[-1] == (
-        "Data not given: coco (COCO=/path or --coco). To run the rest: TASKS=classification,zero-shot for make, "
-        "--tasks classification,zero-shot for a grid."
+        "Cannot run: coco (COCO=/path or --coco). To run the rest: "
+        "TASKS=classification,zero-shot for make, --tasks classification,zero-shot for a grid."
     )
-    both = invoke(tmp_path, "run", "--tasks", "retrieval")
-    assert (
-        "coco (COCO=/path or --coco), zero-shot (IMAGENET=/path or --imagenet). To run one of them: TASKS=coco"
-        in both.output
-    )
-    assert "Data not given" not in invoke(tmp_path, "run", "--tasks", "coco").output
+    assert "Cannot run" not in invoke(tmp_path, "run", "--tasks", "coco").output
 
 
 def test_a_scope_that_the_task_does_not_have_is_refused_before_anything_runs():
@@ -343,10 +327,14 @@ def test_the_paper_profile_runs_clip_models_on_three_data_sets(tmp_path: Path):
     places = Places(*(tmp_path / name for name in ("imagenet", "coco", "flickr")))
     cells = expand(load_grid("paper"), Filters(tasks=("retrieval",)), RunOptions(data=places))
     sections = by_section(cells)
-    assert {name: (own[0].request.data.path, own[0].request.data.evaluation) for name, own in sections.items()} == {
-        "retrieval-coco": (places.coco, None), "retrieval-flickr": (places.flickr, None),
+    assert {
+        name: (own[0].request.data.path, own[0].request.data.evaluation)
+        for name, own in sections.items()
+    } == {
+        "retrieval-coco": (places.coco, None),
+        "retrieval-flickr": (places.flickr, None),
         "zero-shot": (places.imagenet, "zero-shot"),
-    }  # fmt: skip
+    }
     for own in sections.values():
         assert len(own) == 8 * (1 + 6 * 3 * 2)
         assert {cell.bits for cell in own} == {"fp", "w4a4", "w6a6", "w8a8"}

@@ -212,7 +212,8 @@ def test_a_file_of_ones_own_is_a_table(tmp_path: Path):
         ({"rows": row(measure="fimqa")}, "Unknown method 'fimqa'. Did you mean 'fimaq'?"),
         (
             {"rows": row(measure="qdrop")},
-            "'qdrop' cannot be measured for FIMA-Q (variant ''). names.yaml lets it compare with fimaq",
+            "'qdrop' cannot be measured for FIMA-Q (variant ''). "
+            "names.yaml lets it compare with fimaq",
         ),
         (
             {

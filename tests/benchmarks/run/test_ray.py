@@ -17,10 +17,7 @@ from click.testing import CliRunner, Result
 from engine_fakes import HANG, until
 
 from benchmarks.cli import cli
-from benchmarks.grid.cell import RunOptions
 from benchmarks.run import ray
-from benchmarks.run.command import rerun_command
-from benchmarks.run.options import ExecutorOptions
 
 pytestmark = pytest.mark.slow
 
@@ -175,14 +172,6 @@ def test_without_ray_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     result = run(tmp_path, "127.0.0.1:1")
     assert result.exit_code == 2
     assert "pip install 'fimaq[cluster]'" in result.output
-
-
-def test_the_command_for_failed_cells_keeps_the_engine(tmp_path: Path):
-    how = ExecutorOptions("ray", 3, "head:6379", 0.5)
-    command = rerun_command("demo", [], RunOptions(placement="disk"), how)
-    assert command.endswith(
-        "--placement disk --engine ray --ray-address head:6379 --jobs 3 --gpus-per-cell 0.5"
-    )
 
 
 @pytest.fixture

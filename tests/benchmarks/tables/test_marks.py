@@ -5,6 +5,7 @@ import pytest
 
 from benchmarks.grid.cell import RunOptions
 from benchmarks.grid.expand import Filters, expand
+from benchmarks.run.options import RunRequest
 from benchmarks.run.plan import plan_text
 from benchmarks.tables import summary
 from benchmarks.tables.settings import marks, optimised, special_quantizers
@@ -80,15 +81,13 @@ def test_the_table_leads_with_marks_also_of_what_is_not_measured(
 def test_the_plan_shows_bits_of_attention_probabilities_where_they_differ(tmp_path):
     def headers_and_row(overrides):
         grid = fakes.plain_demo(methods=("fimaq",), bits=("w3a3",), overrides=overrides)
-        lines = plan_text(
-            expand(grid, Filters(), RunOptions(results=tmp_path)), fakes.ADAPTER
-        ).splitlines()
-        return lines[0], lines[2].split()
+        request = RunRequest(grid, options=RunOptions(tmp_path), adapter=fakes.ADAPTER)
+        lines = plan_text(request, reference=tmp_path).splitlines()
+        return lines[0], lines[2], lines[4].split()
 
-    headers, row = headers_and_row({"s_bits": 8})
-    assert "s bits" in headers
-    assert row[4:7] == ["w3a3", "8", "1"]
+    common, headers, row = headers_and_row({"s_bits": 8})
+    assert "s bits 8" in common
+    assert row[1:4] == ["demo_vit", "fimaq", "w3a3"]
     for overrides in ({}, {"s_bits": 3}):
-        headers, row = headers_and_row(overrides)
-        assert "s bits" not in headers
-        assert row[4:6] == ["w3a3", "1"]
+        common, headers, row = headers_and_row(overrides)
+        assert "s bits" not in common + headers

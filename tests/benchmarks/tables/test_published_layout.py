@@ -316,7 +316,8 @@ def test_failed_cells_are_run_again_by_the_table_s_name(tmp_path: Path):
     chosen = ("--models", "deit_tiny", "--bits", "w3a3", "--jobs", "1")
     found = invoke(tmp_path, "run", "--table", "fimaq", *chosen)
     assert found.exit_code == 1
-    assert "run --table fimaq --tasks classification --models deit_tiny" in found.output
+    assert "benchmarks run --table fimaq " in found.output
+    assert "--tasks classification --models deit_tiny --methods fimaq" in found.output
 
 
 def test_a_table_takes_no_profile(tmp_path: Path):

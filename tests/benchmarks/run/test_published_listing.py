@@ -56,8 +56,11 @@ def rehearsed(cell: Cell) -> dict[str, object]:
 def published(options: RunOptions, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the command without the hub; its last line says whether PyTorch was imported."""
     # What is committed changes, so it is left out here.
-    code = "import sys, pathlib\nfrom benchmarks import cli\nfrom benchmarks.published import command as listing\n"
-    code += "listing.REFERENCE = pathlib.Path('none')\n"
+    code = "import functools, pathlib, sys\nfrom benchmarks import cli\n"
+    code += "from benchmarks.run import plan, published\n"
+    code += "nothing = functools.partial(published.gather, reference=pathlib.Path('none'))\n"
+    code += "published.gather = nothing\n"
+    code += "plan.gather = lambda *given: nothing(*given[:4])\n"
     code += "try: cli.cli()\nfinally: print('torch' in sys.modules)"
     root = Path(__file__).resolve().parents[3]
     assert options.weights is not None
@@ -91,17 +94,18 @@ def test_all_tables_are_listed_with_what_they_need_and_cost(options: RunOptions)
         "1 of 7",
         "16 h 22 min",
         "10 min",
-        "30.0 GB (NVIDIA H200, 4 threads)",
+        "30.0 GB",
         "4.0 GB",
-        "6 from finished cells; 2 rehearsed;",
+        "6 from finished cells; 2 rehearsed; 12 published",
     ]
     # Full precision of the same models is shared by the tables.
     assert rows["aphq"][3:6] == ["1", "IMAGENET: yes", "1 of 7"]
     assert rows["aphq-coco"][3:6] == ["0", "COCO: no", "0 of 4"]
     assert "Missing: the data set COCO 2017." in done.stdout
     assert "Missing: the data set ImageNet." not in done.stdout
-    missing = lines[lines.index("Missing weights:") :]
-    assert "  deit_tiny_patch16_224.fb_in1k: timm/deit_tiny_patch16_224.fb_in1k" in missing
+    missing = lines[next(i for i, line in enumerate(lines) if line.startswith("Missing weights")) :]
+    deit = "deit_tiny_patch16_224.fb_in1k"
+    assert f"  {deit}: hf download timm/{deit} model.safetensors" in missing
     detector = (
         "  mask_rcnn_swin_tiny.coco_3x: no hub has them, put the file into the WEIGHTS folder"
     )
@@ -115,22 +119,18 @@ def test_a_table_is_shown_cell_by_cell(options: RunOptions):
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith("fimaq: FIMA-Q: ImageNet-1k top-1 accuracy (FIMA-Q (CVPR 2025), ")
-    rows = ["|".join(columns(line)) for line in lines]
-    assert "vit_small|fp|fp|yes|2 min CPU|2.0 GB|-|measured, cpu Here, 2 threads" in rows
-    estimated = "vit_base|fp|fp|no|~2 min CPU|~2.0 GB|-|from finished cells, cpu Here, 2 threads"
-    assert estimated in rows
+    assert lines[1] == "All cells: task classification."
+    rows = [" ".join(line.split()[1:]) for line in lines]
+    assert "vit_small fp fp - - - - - - yes 2 min 2.0 GB" in rows
+    assert "vit_base fp fp - - - - - - no ~2 min (CPU) ~2.0 GB" in rows
+    settings = "3407 20000 fisher_dplr 1024 32 train no"
     for bits in ("w4a4", "w3a3"):
-        origin = "published: 87 min on an H800 (GLF-Q Table 7)"
-        assert f"vit_base|fimaq|{bits}|no|~87 min GPU|-|-|{origin}" in rows
-        origin = "rehearsed, NVIDIA H200, 4 threads"
-        assert f"swin_base|fimaq|{bits}|no|~60 min GPU|~30.0 GB|~2.0 GB|{origin}" in rows
-    assert (
-        "To run: GPU time 16 h 22 min, CPU time 10 min, memory 30.0 GB (NVIDIA H200, 4 threads), "
-        "disk 4.0 GB (6 from finished cells; 2 rehearsed; 12 published)."
-    ) in lines
-    assert (
-        "Protocol of fimaq: 1024 calibration images (train transform), 20000 steps of 32 images per block, seed 3407."
-    ) in lines
+        assert f"vit_base fimaq {bits} {settings} ~87 min -" in rows
+        assert f"swin_base fimaq {bits} {settings} ~60 min ~30.0 GB" in rows
+    assert "21 cells, 1 done, 20 to run." in lines
+    assert any(line.startswith("GPU time: about 16 h 22 min with --jobs 1 ") for line in lines)
+    assert any(line.startswith("CPU time: about 10 min with --jobs 1 ") for line in lines)
+    assert "    12  published, an H800 (GLF-Q Table 7)" in lines
     commands = [line for line in lines if "hf download" in line]
     assert len(commands) == 6
     deit = "deit_tiny_patch16_224.fb_in1k"
