@@ -133,7 +133,7 @@ def run(
 @click.option("--allow-nothing", is_flag=True, help="Exit with 0 if nothing is comparable.")
 def diff(results: Path, show_all: bool, allow_nothing: bool) -> None:
     """Compare everything measured with published numbers, like with like only."""
-    from benchmarks.compare.published import run_diff
+    from benchmarks.compare.diff import run_diff
 
     click.get_current_context().exit(run_diff(results, show_all, nothing=0 if allow_nothing else 2))
 

@@ -19,7 +19,7 @@ from benchmarks.report.notes import axis_tables, data_lines, facts, note_lines
 from benchmarks.report.provenance import module_maps, origin
 from benchmarks.report.tables import recovery_table, wide_table
 from benchmarks.results.scores import FULL, main_metric, metric_title, scores, unique, write_text
-from benchmarks.tables.published import Layout
+from benchmarks.tables.reproduction import Reproduction
 from fimaq_core.errors import FimaqError
 
 
@@ -84,7 +84,7 @@ def make_page(
         "sections": sections,
         "empty": [name for name in grid.tasks if name not in names],
         "published": published(measured),
-        "table": None if table is None else published_table(Layout(table, measured)),
+        "table": None if table is None else published_table(Reproduction(table, measured)),
         "pictures": list(pictures.values()),
         "filters": {
             "task": names,

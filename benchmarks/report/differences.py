@@ -7,10 +7,10 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.compare import published as diff
+from benchmarks.compare import diff
 from benchmarks.published.table import head_pair
 from benchmarks.results.scores import Measured
-from benchmarks.tables.published import Layout, bits_text
+from benchmarks.tables.reproduction import Reproduction, bits_text
 
 #: Style of a verdict; others have ``none``.
 KINDS = {
@@ -58,7 +58,7 @@ def _cells(row: dict[Any, Any]) -> list[str]:
     return [str(texts.get(name, row[name])) for name in HEAD]
 
 
-def published_table(layout: Layout) -> dict[str, Any]:
+def published_table(layout: Reproduction) -> dict[str, Any]:
     """Return a published table in its own layout, with measured numbers and verdicts.
 
     A row is ``measured``, for ``context``, or ``beside`` (below) a measured row.

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.compare.published import changed_settings
+from benchmarks.compare.diff import changed_settings
 from benchmarks.console import duration, size_text
 from benchmarks.report.gather import Gathered
 from benchmarks.report.groups import Group

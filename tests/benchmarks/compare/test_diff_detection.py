@@ -8,7 +8,7 @@ import pytest
 from benchmark_fakes import make_record
 from pydantic import ValidationError
 
-from benchmarks.compare import published as diff
+from benchmarks.compare import diff
 from benchmarks.grid.names import Names, load_names
 from fimaq_core.recipe import make_recipe
 from tasks.common.record import Dataset, Metric, ResultRecord

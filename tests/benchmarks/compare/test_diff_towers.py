@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from benchmark_fakes import IMAGENET, make_record
 
-from benchmarks.compare import published as diff
+from benchmarks.compare import diff
 from benchmarks.grid.names import load_names
 from fimaq_core.recipe import make_recipe
 from tasks.common.record import Dataset, Metric

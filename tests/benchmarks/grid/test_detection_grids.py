@@ -203,7 +203,7 @@ def test_a_coco_folder_for_one_of_them_says_what_the_other_lacks(
 def test_tables_have_boxes_and_beside_them_masks(tmp_path: Path):
     cells = demo_cells(RunOptions(results=tmp_path), tasks="detection")
     measured = fakes.write_cells(cells, value)
-    text = summary.report("T", measured, cells)
+    text = summary.grid_markdown("T", measured, cells)
     assert "## detection: AP_box (percent), mean ± sd over seeds" in text
     (fimaq, pair, _) = [
         [part.strip() for part in line.strip("|").split("|")]
@@ -234,10 +234,10 @@ def test_tables_of_boxes_alone(tmp_path: Path):
     cells = demo_cells(RunOptions(results=tmp_path), tasks="detection")
     measured = fakes.write_cells(cells, value)
     bare = [without_masks(item) for item in measured]
-    text = summary.report("T", bare, cells)
+    text = summary.grid_markdown("T", bare, cells)
     assert "48.00 ± 0.71" in text
     assert "mask AP" not in text
-    paper = latex.report("demo", bare, cells)
+    paper = latex.grid_latex("demo", bare, cells)
     assert "48.00" in paper
     assert "AP mask" not in paper
     mixed = [
@@ -245,13 +245,13 @@ def test_tables_of_boxes_alone(tmp_path: Path):
     ]
     lines = [
         line
-        for line in summary.report("T", mixed, cells).splitlines()
+        for line in summary.grid_markdown("T", mixed, cells).splitlines()
         if line.startswith("| fimaq")
     ]
     assert [part.strip() for part in lines[1].strip("|").split("|")][1:] == [
         "48.00 / 44.00", "40.00 / 36.00", "46.00 / -", "38.00 / -",
     ]  # fmt: skip
-    assert r"\textbf{46.00} & --" in latex.report("demo", mixed, cells)
+    assert r"\textbf{46.00} & --" in latex.grid_latex("demo", mixed, cells)
 
 
 def test_settings_are_set_against_those_of_the_task(tmp_path: Path):

@@ -10,9 +10,9 @@ import pytest
 from benchmarks.grid.cell import RunOptions
 from benchmarks.grid.expand import Filters, expand
 from benchmarks.results.outcomes import (
+    MetricPart,
     Outcomes,
     Paired,
-    Part,
     compare,
     mean_difference,
     paired,
@@ -31,7 +31,7 @@ def outcomes(score, ids=None, cluster=None, parts=None) -> Outcomes:
     found = []
     for part in [np.arange(n)] if parts is None else parts:
         rows = np.flatnonzero(np.isin(order, part))
-        found.append(Part(rows, score[order][rows]))
+        found.append(MetricPart(rows, score[order][rows]))
     return Outcomes(ids[order], cluster, {"m": tuple(found)})
 
 

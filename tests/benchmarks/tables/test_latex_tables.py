@@ -12,7 +12,7 @@ from benchmarks.cli import cli
 from benchmarks.grid.cell import Cell, RunOptions
 from benchmarks.grid.expand import Filters, expand, load_grid, parse_grid
 from benchmarks.results import scores
-from benchmarks.tables import latex, summary
+from benchmarks.tables import latex, layout, summary
 from benchmarks.tables.write import title, write_tables
 from tasks.common.record import Metric
 
@@ -65,7 +65,7 @@ def test_every_row_has_the_tables_columns(tmp_path: Path):
     parsed, cells, measured = measure(
         tmp_path, keep=lambda cell: cell.method != "qdrop" or cell.model != "demo_vit"
     )
-    text = latex.report(parsed.name, measured, cells)
+    text = latex.grid_latex(parsed.name, measured, cells)
     for section, width in (("classification", 4), ("retrieval", 5), ("detection", 6)):
         columns, rows = tabular(text, f"tab:my-grid-{section}")
         assert columns == width
@@ -84,7 +84,7 @@ def test_every_row_has_the_tables_columns(tmp_path: Path):
 
 def test_rows_are_full_precision_then_methods_by_bits_and_values_are_means(tmp_path: Path):
     parsed, cells, measured = measure(tmp_path)
-    _, rows = tabular(latex.report(parsed.name, measured, cells), "tab:my-grid-classification")
+    _, rows = tabular(latex.grid_latex(parsed.name, measured, cells), "tab:my-grid-classification")
     assert rows == [
         ["Bits (W/A)", "Method", r"demo\_vit", r"demo\_swin"],
         ["32/32", "Full precision", "90.00", "87.00"],
@@ -104,7 +104,7 @@ def test_values_that_print_alike_are_bold_alike_and_a_lone_one_is_not(tmp_path: 
         keep=lambda cell: cell.bits != "w3a8" or cell.method == "rtn",
         score=lambda cell: scores[cell.method],
     )
-    _, rows = tabular(latex.report(parsed.name, measured, cells), "tab:my-grid-classification")
+    _, rows = tabular(latex.grid_latex(parsed.name, measured, cells), "tab:my-grid-classification")
     assert [row[2] for row in rows[2:5]] == ["40.00", r"\textbf{70.12}", r"\textbf{70.12}"]
     assert [row[2] for row in rows[5:]] == ["40.00", "--", "--"]
     assert r"\textbf{90" not in str(rows)
@@ -112,7 +112,7 @@ def test_values_that_print_alike_are_bold_alike_and_a_lone_one_is_not(tmp_path: 
 
 def test_scopes_and_metrics_have_their_places(tmp_path: Path):
     parsed, cells, measured = measure(tmp_path)
-    text = latex.report(parsed.name, measured, cells)
+    text = latex.grid_latex(parsed.name, measured, cells)
     _, rows = tabular(text, "tab:my-grid-retrieval")
     assert rows[0] == ["", "", *[r"clip\_a"] * 3]
     assert rows[1][2:] == ["R@1", r"I\ensuremath{\to}T", r"T\ensuremath{\to}I"]
@@ -134,14 +134,14 @@ def test_scopes_and_metrics_have_their_places(tmp_path: Path):
 
 def test_captions_say_what_the_numbers_rest_on(tmp_path: Path):
     parsed, cells, measured = measure(tmp_path)
-    text = latex.report(parsed.name, measured, cells)
+    text = latex.grid_latex(parsed.name, measured, cells)
     assert (
         r"\caption{classification: Top-1 in percent on digit-pairs, split test (2000 samples). Mean over seeds 1, 2"
         in text
     )
     assert text.count("Quantization is simulated.") == 3
     _, cells, one = measure(tmp_path / "one", {**GRID, "seeds": [7]})
-    assert "Seed 7." in latex.report(parsed.name, one, cells)
+    assert "Seed 7." in latex.grid_latex(parsed.name, one, cells)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_captions_say_what_the_numbers_rest_on(tmp_path: Path):
     ],
 )
 def test_text_is_escaped(text: str, escaped: str):
-    assert latex.escape(text) == escaped
+    assert layout.escape(text) == escaped
 
 
 def test_names_from_records_and_grids_are_escaped(tmp_path: Path):
@@ -166,28 +166,24 @@ def test_names_from_records_and_grids_are_escaped(tmp_path: Path):
     odd = [
         replace(item, record=item.record.model_copy(update={"dataset": data})) for item in measured
     ]
-    text = latex.report(parsed.name, odd, cells)
+    text = latex.grid_latex(parsed.name, odd, cells)
     assert r"on 50\% of A\&B\_\{x\} \textbackslash{} \#1, split test" in text
 
 
-def test_a_table_too_large_for_a_page_goes_on_in_another(tmp_path: Path):
+def test_a_wide_table_spans_both_columns_of_a_page(tmp_path: Path):
     models = [f"a_model_with_a_long_name_{number}" for number in range(6)]
     grid = {**GRID, "tasks": {"classification": {"dataset": "d", "models": models}}, "seeds": [1]}
-    grid["bits"] = [f"w{w}a{a}" for w in range(3, 8) for a in range(5, 8)] + ["w8a8", "w4a8"]
     parsed, cells, measured = measure(tmp_path, grid)
-    text = latex.report(parsed.name, measured, cells)
-    count = text.count(r"\begin{tabular}")
-    labels = re.findall(r"\\label\{(.*)\}", text)
-    assert count > 2
-    assert len(set(labels)) == count
-    assert text.count(" Continued.}") == count - 1
-    seen = []
-    for label in labels:
-        _, rows = tabular(text, label)
-        seen += [(row[1], model, row[0]) for model in rows[0][2:] for row in rows[1:]]
-        assert len(rows) <= latex.HEIGHT + 1
-        assert sum(map(len, rows[0][2:])) < latex.WIDTH
-    assert len(seen) == len(models) * (1 + 3 * len(grid["bits"]))
+    text = latex.grid_latex(parsed.name, measured, cells)
+    assert text.count(r"\begin{table*}[t]") == text.count(r"\end{table*}") == 1
+    columns, rows = tabular(text, "tab:my-grid-classification")
+    assert columns == 2 + len(models)
+    assert rows[0][2:] == [layout.escape(model) for model in models]
+    _, cells, few = measure(
+        tmp_path / "few",
+        {**grid, "tasks": {"classification": {"dataset": "d", "models": models[:1]}}},
+    )
+    assert r"\begin{table}[t]" in latex.grid_latex(parsed.name, few, cells)
 
 
 def test_axes_have_tables_of_their_points(tmp_path: Path):
@@ -200,7 +196,7 @@ def test_axes_have_tables_of_their_points(tmp_path: Path):
         grid,
         score=lambda cell: 50.0 + 10 * bool(cell.point) + (cell.model == "demo_swin"),
     )
-    text = latex.report(parsed.name, measured, cells, parsed.axes)
+    text = latex.grid_latex(parsed.name, measured, cells, parsed.axes)
     _, rows = tabular(text, "tab:my-grid-classification-p1-p2-fimaq")
     assert rows[0][:2] == ["Bits (W/A)", "p1:p2"]
     assert rows[1:3] == [
@@ -216,7 +212,7 @@ def test_a_run_writes_them_beside_the_other_tables(
 ):
     parsed, cells, measured = measure(tmp_path)
     write_tables(parsed, Filters(), RunOptions(results=tmp_path), fakes.ADAPTER, cells)
-    assert (tmp_path / "tables" / "my_grid.tex").read_text() == latex.report(
+    assert (tmp_path / "tables" / "my_grid.tex").read_text() == latex.grid_latex(
         parsed.name, measured, cells
     )
 
@@ -236,9 +232,9 @@ def test_tables_are_made_anew_from_records(tmp_path: Path):
     everything = expand(grid, Filters(), RunOptions(results=tmp_path))
     measured = scores.collect(everything, fakes.ADAPTER)
     texts = {
-        "md": summary.report(title(grid), measured, everything, axes=grid.axes),
+        "md": summary.grid_markdown(title(grid), measured, everything, axes=grid.axes),
         "csv": scores.csv_text(scores.scores(measured)[scores.COLUMNS]),
-        "latex": latex.report("demo", measured, everything, grid.axes),
+        "latex": latex.grid_latex("demo", measured, everything, grid.axes),
     }
     for name, text in texts.items():
         assert run("--format", name).stdout == text
@@ -271,5 +267,5 @@ def test_missing_metrics_are_dashes(tmp_path: Path):
         else item
         for item in measured
     ]
-    _, rows = tabular(latex.report(parsed.name, bare, cells), "tab:my-grid-detection")
+    _, rows = tabular(latex.grid_latex(parsed.name, bare, cells), "tab:my-grid-detection")
     assert rows[2][2:] == ["90.00", "86.00", "50.00", "--"]

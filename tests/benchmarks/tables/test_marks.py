@@ -67,7 +67,7 @@ def test_the_table_leads_with_marks_also_of_what_is_not_measured(
     )
     rows = [
         line
-        for line in summary.report("Demo", measured, cells).splitlines()
+        for line in summary.grid_markdown("Demo", measured, cells).splitlines()
         if line.startswith("|")
     ]
     fields = [[part.strip() for part in row.strip("|").split("|")] for row in rows]

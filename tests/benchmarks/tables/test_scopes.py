@@ -70,7 +70,7 @@ def rows_of(text: str, heading: str) -> dict[str, list[str]]:
 
 def test_columns_are_by_subject_and_full_precision_stands_under_each(tmp_path):
     _, cells, measured = retrieval(tmp_path)
-    text = summary.report("T", measured, cells)
+    text = summary.grid_markdown("T", measured, cells)
     table = rows_of(text, "## retrieval: R@1 (percent), mean ± sd over seeds")
     names = [f"{model} [{scope}] {bits}" for model in ("clip_a", "clip_b") for scope in ("vision", "both")
              for bits in ("w4a4", "w3a3")]  # fmt: skip
@@ -89,7 +89,9 @@ def test_both_directions_have_a_small_table(tmp_path):
     _, cells, measured = retrieval(
         tmp_path, keep=lambda cell: (cell.method, cell.bits) != ("qdrop", "w3a3")
     )
-    table = rows_of(summary.report("T", measured, cells), "Image to text / text to image R@1")
+    table = rows_of(
+        summary.grid_markdown("T", measured, cells), "Image to text / text to image R@1"
+    )
     assert table["fp"] == ["92.50 / 87.50"] * 8
     assert table["qdrop"][:4] == ["77.00 / 72.00", "-", "58.00 / 53.00", "-"]
 
@@ -98,14 +100,14 @@ def test_sections_have_their_own_headings_metrics_and_notes(tmp_path):
     _, cells, measured = measure(
         tmp_path, keep=lambda cell: cell.section == "classification" or cell.method == "rtn"
     )
-    text = summary.report("T", measured, cells)
+    text = summary.grid_markdown("T", measured, cells)
     first, second = text[: text.index("## retrieval")], text[text.index("## retrieval") :]
     assert "## classification: top1 (percent)" in first
     assert "In brackets" not in first
     assert "Image to text" not in first
     assert "digit-scenes" not in first
     assert "demo_vit" not in second
-    none = summary.report(
+    none = summary.grid_markdown(
         "T", [item for item in measured if item.cell.section == "classification"], cells
     )
     assert "retrieval: nothing is measured yet." in none
@@ -113,7 +115,7 @@ def test_sections_have_their_own_headings_metrics_and_notes(tmp_path):
 
 def test_means_and_spreads_are_of_one_scope(tmp_path):
     _, cells, measured = retrieval(tmp_path)
-    text = summary.report("T", measured, cells)
+    text = summary.grid_markdown("T", measured, cells)
     means = rows_of(text, "Mean over models:")
     assert means["method"] == [
         f"{bits} [{s}] (2 models)" for s in ("vision", "both") for bits in ("w4a4", "w3a3")
@@ -130,7 +132,7 @@ def test_orders_are_judged_for_each_scope(tmp_path, monkeypatch: pytest.MonkeyPa
         return np.arange(400) < value(cell) * 4
 
     _, cells, measured = retrieval(tmp_path, correct=correct)
-    text = summary.report("T", measured, cells)
+    text = summary.grid_markdown("T", measured, cells)
     for mark, lost in (("vision", 0.0), ("both", 20.0)):
         more = 1.5 if mark == "vision" else 2.5
         numbers = ", ".join(
@@ -157,11 +159,11 @@ def test_orders_are_judged_for_each_scope(tmp_path, monkeypatch: pytest.MonkeyPa
 def test_full_precision_alone_has_a_table(tmp_path):
     _, cells, measured = retrieval(tmp_path, keep=lambda cell: cell.method == "fp")
     alone = [item.cell for item in measured]
-    table = rows_of(summary.report("T", measured, alone), "## retrieval: R@1")
+    table = rows_of(summary.grid_markdown("T", measured, alone), "## retrieval: R@1")
     assert (table["method"][2:], table["fp"][2:]) == (["clip_a", "clip_b"], ["90.00", "90.00"])
     # With the rest of the grid still to come its columns are there already.
     assert (
-        rows_of(summary.report("T", measured, cells), "## retrieval: R@1")["fp"][2:]
+        rows_of(summary.grid_markdown("T", measured, cells), "## retrieval: R@1")["fp"][2:]
         == ["90.00"] * 8
     )
 
@@ -172,7 +174,7 @@ def test_a_metric_that_is_no_percentage_is_not_called_one(tmp_path):
         with_record(item, metrics={"i2t_median_rank": Metric(value=3.0, stderr=0.5)})
         for item in measured
     ]
-    assert "## retrieval: i2t_median_rank, mean ± sd over seeds" in summary.report(
+    assert "## retrieval: i2t_median_rank, mean ± sd over seeds" in summary.grid_markdown(
         "T", ranks, cells
     )
 

@@ -5,30 +5,18 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from benchmarks.compare.published import (
-    ABOVE,
-    BELOW,
-    NOT_COMPARABLE,
-    REPRODUCED,
-    UNCERTAIN,
-    Judgement,
-    Measurement,
-    judge,
-    measurements,
-    settings,
-)  # fmt: skip
+from benchmarks.compare import diff
+from benchmarks.compare.diff import NOT_COMPARABLE, Judgement, Measurement
 from benchmarks.grid.cell import CellName
 from benchmarks.grid.names import UNSTATED, load_names
 from benchmarks.published.table import FULL, Line, PublishedTable, TableCell, head_pair, head_text
-from benchmarks.results.scores import Measured, count, csv_text, seeds_of, unique, write_text
-from benchmarks.tables.latex import typeset
-from benchmarks.tables.markdown import cut
-from benchmarks.tables.markdown import markdown as table_text
+from benchmarks.results.scores import Measured, count, csv_text, seeds_of, unique
+from benchmarks.tables.layout import latex
+from benchmarks.tables.layout import markdown as markdown_parts
 from benchmarks.tables.summary import data_lines
 
 NOT_MEASURED = "not measured"
@@ -36,10 +24,10 @@ NOT_MEASURED = "not measured"
 NOTHING = "–"
 #: Mark behind a measured number, or behind a published one in its place, and its meaning.
 _LEGEND = {
-    REPRODUCED: ("=", "reproduced, within 0.3 points or two standard errors"),
-    ABOVE: ("↑", "above the published number"),
-    BELOW: ("↓", "below the published number"),
-    UNCERTAIN: ("?", "too uncertain, since two standard errors are more than one point"),
+    diff.REPRODUCED: ("=", "reproduced, within 0.3 points or two standard errors"),
+    diff.ABOVE: ("↑", "above the published number"),
+    diff.BELOW: ("↓", "below the published number"),
+    diff.UNCERTAIN: ("?", "too uncertain, since two standard errors are more than one point"),
     NOT_COMPARABLE: ("×", "not comparable, for the reason below"),
     NOT_MEASURED: ("°", "published number, not measured yet"),
     "": (NOTHING, "no number"),
@@ -52,68 +40,46 @@ COLUMNS = [
 
 @dataclass(frozen=True)
 class Entry:
-    """A cell of the table as it is shown.
+    """A cell of a published table with its measurement.
 
-    Attributes:
-        judgement: None where nothing is measured or nothing is published.
-        text: the measured number with its mark, or else the published one.
-        published, difference: texts below it; the difference is empty where there is none.
-        values: by the columns of the CSV file.
+    ``judgement`` is None where nothing is measured or nothing is published.
     """
 
     cell: TableCell
+    item: Measurement | None
     judgement: Judgement | None
-    mark: str
-    text: str
-    published: str
-    difference: str
-    values: dict[str, Any]
 
     @property
-    def measured(self) -> bool:
-        """True for cells with a measured number."""
-        return self.values["measured"] is not None
+    def number(self) -> float | None:
+        """The published number."""
+        return float(self.cell.published["value"]) if self.cell.published else None
 
+    @property
+    def verdict(self) -> str:
+        """The judgement's verdict, or the state of a cell without one."""
+        if self.judgement is not None:
+            return self.judgement.verdict
+        if self.cell.name is None:
+            return "context"
+        return NOT_MEASURED if self.item is None else NOT_COMPARABLE
 
-def _entry(table: PublishedTable, cell: TableCell, measured: Sequence[Measurement]) -> Entry:
-    found = [item for item in measured if item.metric == cell.metric]
-    # All seeds of a cell share data, weights and settings, unless those have changed in between.
-    item = max(found, key=lambda one: one.record.finished, default=None)
-    source, name, line = cell.published or {}, cell.name, table.lines[cell.row]
-    number = float(source["value"]) if source else None
-    judged = judge(item, source, load_names()) if item and source else None
-    gap = judged.difference if judged else math.nan
-    verdict = "context" if name is None else NOT_MEASURED if item is None else NOT_COMPARABLE
-    verdict = judged.verdict if judged else verdict
-    mark = _LEGEND[verdict][0] if source and verdict in _LEGEND else ""
-    value = item.mean if item else number
-    values = {
-        "row": head_text(line.row.head),
-        "column": head_text(table.columns[cell.column].head),
-        "model": name.model if name else source.get("model", ""),
-        "weights": cell.weights,
-        "method": name.method if name else source.get("method", ""),
-        "bits": line.bits,
-        "metric": cell.metric or source.get("metric", ""),
-        "measured": item and item.mean,
-        "se": item and item.se,
-        "seeds": item and item.seeds,
-        "n": item and item.record.n,
-        "published": number,
-        **{field: source.get(field, "") for field in ("source", "variant", "evidence")},
-        "difference": gap,
-        "verdict": verdict,
-        "reason": judged.reason if judged else cell.unpublished,
-    }
-    return Entry(
-        cell,
-        judged,
-        mark,
-        text=NOTHING if value is None else f"{value:.2f} {mark}".strip(),
-        published=NOTHING if number is None else f"{number:.2f}",
-        difference="" if item is None or math.isnan(gap) else f"{gap:+.2f} ± {item.se:.2f}",
-        values=values,
-    )
+    @property
+    def mark(self) -> str:
+        """Sign of the verdict; empty where nothing is published, and for context."""
+        return _LEGEND.get(self.verdict, ("",))[0] if self.cell.published else ""
+
+    @property
+    def text(self) -> str:
+        """The measured number with its mark, or else the published one."""
+        value = self.number if self.item is None else self.item.mean
+        return NOTHING if value is None else f"{value:.2f} {self.mark}".strip()
+
+    @property
+    def difference(self) -> str:
+        """Measured minus published with its error; empty where there is none."""
+        if self.item is None or self.judgement is None or math.isnan(self.judgement.difference):
+            return ""
+        return f"{self.judgement.difference:+.2f} ± {self.item.se:.2f}"
 
 
 @dataclass(frozen=True)
@@ -134,11 +100,14 @@ class Shown:
         return head_text(self.line.row.head)
 
 
-class Layout:
-    """A published table with its measurements.
+class Reproduction:
+    """A published table with the measurements of its cells.
 
-    ``columns`` and ``lines`` are the indices of what is shown, ``entries`` by these, ``measured``
-    the cells behind it.
+    Attributes:
+        table: the published table.
+        measured: the finished cells behind the measurements.
+        columns, lines: indices of the columns and lines that are shown.
+        entries: entries by (line, column).
     """
 
     def __init__(
@@ -147,29 +116,30 @@ class Layout:
         measured: Iterable[Measured],
         names: Collection[CellName] | None = None,
     ) -> None:
-        """Lay out a table with finished cells of its grid.
+        """Combine a table with finished cells of its grid.
 
-        Only lines and columns with grid cells of ``names`` are shown (None: all).
+        Only lines and columns with grid cells of ``names`` are shown (None: all), and context of
+        the same bits.
         """
         wanted = set(table.measured if names is None else names)
         self.table, self.measured = table, [item for item in measured if item.cell.name in wanted]
-        every = measurements(item.record for item in self.measured)
-        keys: dict[CellName | None, set[str]] = {}
-        for item in self.measured:
-            keys.setdefault(item.cell.name, set()).add(settings(item.record))
         places = [cell for cell in table.cells if names is None or cell.name in wanted]
         rows = {cell.row for cell in places}
         bits = {table.lines[row].bits for row in rows}
-        self.columns = sorted({cell.column for cell in places})
-        context = {row for row, line in enumerate(table.lines) if not line.measured}
-        self.lines = sorted(rows | {row for row in context if table.lines[row].bits in bits})
-        self.entries = {
-            (cell.row, cell.column): _entry(
-                table, cell, [it for it in every if it.settings in keys.get(cell.name, ())]
-            )
-            for cell in table.cells
-            if cell.row in self.lines and cell.column in self.columns
-        }
+        rows |= {i for i, line in enumerate(table.lines) if not line.measured and line.bits in bits}
+        self.columns, self.lines = sorted({cell.column for cell in places}), sorted(rows)
+        every = diff.measurements(item.record for item in self.measured)
+        keys = {(item.cell.name, diff.settings_key(item.record)) for item in self.measured}
+        self.entries: dict[tuple[int, int], Entry] = {}
+        for cell in table.cells:
+            if cell.row in rows and cell.column in self.columns:
+                own = [it for it in every if it.metric == cell.metric]
+                own = [it for it in own if (cell.name, it.settings) in keys]
+                # Several where data, weights or settings have changed between the seeds.
+                item = max(own, key=lambda one: one.record.finished, default=None)
+                row = cell.published
+                judged = diff.judge(item, row, load_names()) if item and row else None
+                self.entries[cell.row, cell.column] = Entry(cell, item, judged)
 
     @cached_property
     def judged(self) -> list[Entry]:
@@ -178,22 +148,20 @@ class Layout:
 
     @cached_property
     def shown(self) -> list[Shown]:
-        """The printed rows: up to three for a line with anything measured, else one."""
+        """The printed rows: up to three for a line with a measured number, else one."""
         found = []
         for index in self.lines:
             line = self.table.lines[index]
-            entries = [self.entries[index, column] for column in self.columns]
-            if not line.measured and all(entry.text == NOTHING for entry in entries):
+            own = [self.entries[index, column] for column in self.columns]
+            if not line.measured and all(entry.text == NOTHING for entry in own):
                 continue
-            verdicts = ["" if e.judgement is None else e.judgement.verdict for e in entries]
-            found.append(Shown(line, head_text(line.row.head), [e.text for e in entries], verdicts))
-            beside = {
-                "published": [e.published for e in entries],
-                "difference ± error": [e.difference for e in entries],
-            }
+            verdicts = ["" if e.judgement is None else e.judgement.verdict for e in own]
+            found.append(Shown(line, head_text(line.row.head), [e.text for e in own], verdicts))
+            numbers = [NOTHING if e.number is None else f"{e.number:.2f}" for e in own]
+            beside = {"published": numbers, "difference ± error": [e.difference for e in own]}
             for label, texts in beside.items():
-                if set(texts) - {NOTHING, ""} and any(e.measured for e in entries):
-                    found.append(Shown(line, label, texts, [""] * len(entries)))
+                if set(texts) - {NOTHING, ""} and any(e.item is not None for e in own):
+                    found.append(Shown(line, label, texts, [""] * len(own)))
         return found
 
     @property
@@ -201,7 +169,7 @@ class Layout:
         """Meaning of the marks that occur, in one line."""
         texts = " ".join(text for row in self.shown for text in row.texts)
         parts = [f"{mark} {words}" for mark, words in _LEGEND.values() if mark in texts]
-        if any(e.measured and e.judgement is None for e in self.entries.values()):
+        if any(e.item is not None and e.judgement is None for e in self.entries.values()):
             parts.append("a measured number without a mark: nothing is published beside it")
         if any(not row.line.measured for row in self.shown):
             parts.append("rows without marks: published numbers, for context")
@@ -212,7 +180,7 @@ class Layout:
         """Reasons for missing verdicts, remarks and the table's footnotes, one line each."""
         return [
             *self._grouped(lambda j: [f"× {j.rule}"] if j.verdict == NOT_COMPARABLE else []),
-            *self._grouped(lambda j: [f"? {j.rule}"] if j.verdict == UNCERTAIN else []),
+            *self._grouped(lambda j: [f"? {j.rule}"] if j.verdict == diff.UNCERTAIN else []),
             *self._grouped(lambda j: j.remarks),
             *self.table.footnotes,
         ]
@@ -245,7 +213,7 @@ class Layout:
     def conclusion(self) -> tuple[str, int]:
         """Return the sentence that closes a run, and its exit code.
 
-        0: all numbers that are comparable are reproduced; 1: some are not; 2: none is comparable.
+        0: all comparable numbers are reproduced; 1: some are not; 2: no number is comparable.
         """
         own = [entry for entry in self.entries.values() if entry.cell.name is not None]
         # A number that stands in several places of the table is one number.
@@ -253,7 +221,7 @@ class Layout:
         verdicts = Counter(e.judgement.verdict for e in numbers if e.judgement is not None)
         unlike = verdicts.pop(NOT_COMPARABLE, 0)
         if not verdicts:
-            done = [entry for entry in numbers if entry.measured]
+            done = [entry for entry in numbers if entry.item is not None]
             whys = unique(e.judgement.rule if e.judgement else e.cell.unpublished for e in done)
             why = f"{count(len(done), 'number')} measured, but {'; '.join(whys)}"
             why = why if done else "nothing is measured"
@@ -264,7 +232,7 @@ class Layout:
         rest = ", ".join(f"{number} {words}" for number, words in others if number)
         compared = count(verdicts.total(), "number")
         sentence = f"Compared {compared}: {counts}{rest and f' ({rest})'}."
-        return sentence, 0 if set(verdicts) == {REPRODUCED} else 1
+        return sentence, 0 if set(verdicts) == {diff.REPRODUCED} else 1
 
 
 def bits_text(bits: str) -> str:
@@ -277,60 +245,66 @@ def line_text(line: Line) -> str:
     return head_text(line.row.head) + ("" if line.bits == FULL else f" {bits_text(line.bits)}")
 
 
-def markdown(layout: Layout, width: int | None = None) -> str:
+def markdown(found: Reproduction, width: int | None = None) -> str:
     """Return the table with legend and notes; wider than a terminal's ``width`` in parts."""
-    table = layout.table
-    heads = [head_text(table.columns[column].head) for column in layout.columns]
-    labels = [line_text(row.line) if row.label == row.head else row.label for row in layout.shown]
+    table = found.table
+    heads = [head_text(table.columns[column].head) for column in found.columns]
+    labels = [line_text(row.line) if row.label == row.head else row.label for row in found.shown]
     index = pd.Index(labels, name="method")
-    body = pd.DataFrame([row.texts for row in layout.shown], columns=heads, index=index)
-    seeds = seeds_of(layout.measured)
-    lines = [layout.legend, *data_lines(layout.measured)]
+    body = pd.DataFrame([row.texts for row in found.shown], columns=heads, index=index)
+    seeds = seeds_of(found.measured)
+    lines = [found.legend, *data_lines(found.measured)]
     lines += [f"Seeds: {', '.join(map(str, seeds))}."] if seeds else []
     parts = [
         f"# {table.title}",
         f"{table.caption} Source: {table.paper}.",
-        # Rows without a number in a part are left out.
-        *(table_text(p[~p.isin(["", NOTHING]).all(axis=1)]) for p in cut(body, width)),
-        "\n".join(f"- {line}" for line in [*lines, *layout.notes]),
+        *markdown_parts(body, width),
+        "\n".join(f"- {line}" for line in [*lines, *found.notes]),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def csv(layout: Layout) -> str:
+def csv(found: Reproduction) -> str:
     """Return one CSV line per number of the table, measured or published."""
-    entries = layout.entries.values()
-    rows = [e.values for e in entries if e.measured or e.values["published"] is not None]
+    entries = [e for e in found.entries.values() if e.item is not None or e.number is not None]
+    rows = [_csv_row(found.table, entry) for entry in entries]
     return csv_text(pd.DataFrame(rows, columns=COLUMNS).astype({"seeds": "Int64", "n": "Int64"}))
 
 
-def tex(layout: Layout) -> str:
+def _csv_row(table: PublishedTable, entry: Entry) -> dict[str, Any]:
+    cell, item, judged = entry.cell, entry.item, entry.judgement
+    source, line = cell.published or {}, table.lines[cell.row]
+    return {
+        "row": head_text(line.row.head),
+        "column": head_text(table.columns[cell.column].head),
+        "model": cell.name.model if cell.name else source.get("model", ""),
+        "weights": cell.weights,
+        "method": cell.name.method if cell.name else source.get("method", ""),
+        "bits": line.bits,
+        "metric": cell.metric or source.get("metric", ""),
+        "measured": item and item.mean,
+        "se": item and item.se,
+        "seeds": item and item.seeds,
+        "n": item and item.record.n,
+        "published": entry.number,
+        **{field: source.get(field, "") for field in ("source", "variant", "evidence")},
+        "difference": judged.difference if judged else math.nan,
+        "verdict": entry.verdict,
+        "reason": judged.reason if judged else cell.unpublished,
+    }
+
+
+def tex(found: Reproduction) -> str:
     """Return the table as LaTeX that needs the package booktabs only."""
-    table, rows, last = layout.table, [], ""
-    for row in layout.shown:
+    table, rows, last = found.table, [], ""
+    for row in found.shown:
         own, bits = row.label == row.head, bits_text(row.line.bits)
-        rows.append(
-            [
-                bits if own and bits != last else "",
-                row.label if own else f"  {row.label}",
-                *row.texts,
-            ]
-        )
+        name = row.label if own else f"  {row.label}"
+        rows.append([bits if own and bits != last else "", name, *row.texts])
         last = bits
-    heads = [head_pair(table.columns[column].head) for column in layout.columns]
+    heads = [head_pair(table.columns[column].head) for column in found.columns]
+    columns = pd.MultiIndex.from_tuples([("", "Bits"), ("", "Method"), *heads])
     caption = f"{table.title}. {table.caption} Source: {table.paper}."
-    notes = " ".join([layout.legend, *layout.notes])
-    text = typeset(
-        [("", "Bits"), ("", "Method"), *heads], rows, caption, table.name,
-        environment="table*", notes=notes,
-    )  # fmt: skip
+    notes = " ".join([found.legend, *found.notes])
+    text = latex(pd.DataFrame(rows, columns=columns), caption, table.name, notes)
     return f"% Made from records. In the preamble: \\usepackage{{booktabs}}\n\n{text}\n"
-
-
-def write(layout: Layout, folder: Path) -> list[Path]:
-    """Write the table as Markdown, CSV and LaTeX into a folder and return the files."""
-    texts = {"md": markdown(layout), "csv": csv(layout), "tex": tex(layout)}
-    paths = [folder / f"{layout.table.name}.{ending}" for ending in texts]
-    for path, text in zip(paths, texts.values(), strict=True):
-        write_text(path, text)
-    return paths

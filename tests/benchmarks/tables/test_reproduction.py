@@ -20,8 +20,8 @@ from benchmarks.grid.cell import RunOptions
 from benchmarks.published.table import PublishedTable, load_table
 from benchmarks.report.build import write_report
 from benchmarks.results.scores import Measured
-from benchmarks.tables import published as text
-from benchmarks.tables.published import Layout
+from benchmarks.tables import reproduction as text
+from benchmarks.tables.reproduction import Reproduction
 from tasks.common.data.folders import open_folder
 from tasks.common.data.imagenet import wordnet_ids
 from tasks.common.record import Dataset
@@ -69,7 +69,7 @@ def invoke(tmp_path: Path, *args: str) -> Result:
     return CliRunner().invoke(cli, [*args, "--results", str(tmp_path)], obj=fakes.ADAPTER)
 
 
-def every_verdict(tmp_path: Path) -> Layout:
+def every_verdict(tmp_path: Path) -> Reproduction:
     context = {
         "head": "QDrop",
         "method": "QDrop",
@@ -80,7 +80,7 @@ def every_verdict(tmp_path: Path) -> Layout:
     rows = [context, row()[1]]
     table = load_table(written(tmp_path, columns=columns, rows=rows, footnotes=["A footnote."]))
     cells = cells_of(table)
-    return Layout(
+    return Reproduction(
         table,
         [
             finished(cells[0], 76.78),
@@ -149,7 +149,7 @@ def test_latex_has_every_row_and_needs_booktabs_only(tmp_path: Path):
     assert r"66.34 \ensuremath{\downarrow}" in measured
     assert r"\multirow" not in found
     assert found.isascii()
-    wide = text.tex(Layout(load_table("aphq-coco"), []))
+    wide = text.tex(Reproduction(load_table("aphq-coco"), []))
     assert r"\multicolumn{2}{c}{Mask R-CNN Swin-T}" in wide
     assert "I\\&S-ViT" in wide
 
@@ -159,7 +159,7 @@ def test_latex_has_every_row_and_needs_booktabs_only(tmp_path: Path):
 def test_latex_compiles(name: str, tmp_path: Path):
     table = load_table(name)
     head = "\\documentclass[twocolumn]{article}\\usepackage{booktabs}\\begin{document}\n"
-    body = text.tex(Layout(table, own(table, 0.1)))
+    body = text.tex(Reproduction(table, own(table, 0.1)))
     (tmp_path / "a.tex").write_text(f"{head}{body}\\end{{document}}\n", encoding="utf-8")
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "a.tex"]
     assert subprocess.run(command, cwd=tmp_path, capture_output=True, check=False).returncode == 0
@@ -181,11 +181,11 @@ def test_latex_compiles(name: str, tmp_path: Path):
 )
 def test_the_conclusion_and_its_exit_code(changes: dict[str, object], sentence: str, code: int):
     table = load_table("fimaq")
-    assert Layout(table, own(table, **changes)).conclusion() == (sentence, code)
+    assert Reproduction(table, own(table, **changes)).conclusion() == (sentence, code)
 
 
 def test_nothing_measured_is_nothing_comparable():
-    layout = Layout(load_table("fimaq"), [])
+    layout = Reproduction(load_table("fimaq"), [])
     sentence = "Nothing is comparable with the published table: nothing is measured."
     assert layout.conclusion() == (sentence, 2)
     assert "published" not in [shown.label for shown in layout.shown]
@@ -193,18 +193,18 @@ def test_nothing_measured_is_nothing_comparable():
 
 def test_all_cells_of_a_verdict_s_reason_have_one_line():
     table = load_table("fimaq")
-    notes = Layout(table, own(table, dataset=fakes.DIGITS)).notes
+    notes = Reproduction(table, own(table, dataset=fakes.DIGITS)).notes
     reason = "measured on digit-pairs (test, 2000 samples), on which nothing is published"
     assert notes[0] == f"× {reason}: all that is compared."
     assert notes[1:] == list(table.footnotes)
     remark = "one seed, so the spread over seeds is not counted"
-    assert Layout(table, own(table)).notes[0] == f"{remark}: all that is quantized."
+    assert Reproduction(table, own(table)).notes[0] == f"{remark}: all that is quantized."
 
 
 def test_seeds_are_averaged_and_counted(tmp_path: Path):
     table = load_table(written(tmp_path))
     cells = [c for c in cells_of(table, (1, 2)) if c.model == "vit_small" and c.method != "fp"]
-    layout = Layout(table, [finished(cells[0], 76.5), finished(cells[1], 76.9)])
+    layout = Reproduction(table, [finished(cells[0], 76.5), finished(cells[1], 76.9)])
     (entry,) = layout.judged
     assert (entry.text, entry.values["seeds"]) == ("76.70 =", 2)
     assert entry.difference == "+0.02 ± 0.22"
@@ -214,7 +214,7 @@ def test_seeds_are_averaged_and_counted(tmp_path: Path):
 
 def test_one_cell_in_two_places_is_one_number():
     table = load_table("fimaq-ablation")
-    layout = Layout(table, own(table))
+    layout = Reproduction(table, own(table))
     assert layout.conclusion() == ("Compared 6 numbers: 6 reproduced.", 0)
     shown = {" ".join(found.label.split()): found.texts for found in layout.shown}
     assert shown["Loss fisher_dplr"] == shown["Rank k = 5"] == ["64.09 =", "55.55 =", "77.26 ="]
@@ -225,14 +225,14 @@ def test_one_cell_in_two_places_is_one_number():
 def test_other_losses_alone_compare_with_nothing():
     table = load_table("fimaq-ablation")
     found = [item for item in own(table) if item.cell.point == "loss=mse"]
-    sentence, code = Layout(table, found, {item.cell.name for item in found}).conclusion()
+    sentence, code = Reproduction(table, found, {item.cell.name for item in found}).conclusion()
     assert code == 2
     assert sentence.endswith("3 numbers measured, but no number in text.")
 
 
 def test_weak_evidence_is_measured_and_has_no_verdict():
     table = load_table("lsvit")
-    layout = Layout(table, own(table))
+    layout = Reproduction(table, own(table))
     assert layout.conclusion() == ("Compared 21 numbers: 21 reproduced (5 not comparable).", 0)
     assert any("secondary evidence" in note for note in layout.notes)
 
@@ -242,7 +242,7 @@ def test_boxes_and_masks_are_two_numbers_of_a_cell():
     cell = next(c for c in cells_of(table) if c.method == "aphq")
     coco = Dataset(name="COCO 2017", split="val2017", count=5000, classes=80, fingerprint="c" * 64)
     item = finished(cell, 38.9, dataset=coco)
-    layout = Layout(table, [item], {cell.name})
+    layout = Reproduction(table, [item], {cell.name})
     assert [entry.text for entry in layout.judged] == ["38.90 =", "38.90 ↑"]
     assert layout.conclusion()[0] == "Compared 2 numbers: 1 reproduced, 1 above."
 
@@ -250,13 +250,13 @@ def test_boxes_and_masks_are_two_numbers_of_a_cell():
 def test_full_precision_stands_in_the_columns_of_both_towers():
     table = load_table("clip-retrieval")
     cell = next(c for c in cells_of(table) if c.method == "fp")
-    layout = Layout(table, [finished(cell, 63.4)])
+    layout = Reproduction(table, [finished(cell, 63.4)])
     assert [entry.text for entry in layout.judged] == ["63.40 =", "63.40 ="]
     assert layout.conclusion()[0].startswith("Compared 1 number: 1 reproduced")
 
 
 def test_a_terminal_s_parts_leave_out_rows_without_numbers():
-    layout = Layout(load_table("clip-retrieval"), [])
+    layout = Reproduction(load_table("clip-retrieval"), [])
     parts = text.markdown(layout, 120).split("\n\n")[2:-1]
     assert len(parts) > 1
     assert all(len(line) <= 120 for part in parts for line in part.splitlines())
@@ -281,7 +281,7 @@ def test_a_folder_that_is_not_imagenet_yields_no_verdict(tmp_path: Path):
         fingerprint="a" * 64,
     )
     table = load_table("fimaq")
-    layout = Layout(table, own(table, dataset=data))
+    layout = Reproduction(table, own(table, dataset=data))
     assert {entry.mark for entry in layout.judged} == {"×"}
     assert {entry.difference for entry in layout.judged} == {""}
     sentence, code = layout.conclusion()
