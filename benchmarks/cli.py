@@ -207,13 +207,14 @@ def compare(run_a: Path, run_b: Path, metric: str, level: float, as_json: bool) 
     Exit codes: 0 compared, whatever came out; 2 cannot compare.
     """
     from benchmarks.compare.judge import judge
-    from benchmarks.compare.sides import pair_up, read_side
-    from benchmarks.compare.text import json_text, report
+    from benchmarks.compare.pairs import pair_up, read_side
+    from benchmarks.compare.text import comparison_text, json_text
 
     pairing = pair_up(read_side(run_a), read_side(run_b))
     wanted = tuple(dict.fromkeys(name.strip() for name in metric.split(",") if name.strip()))
     judged = judge(pairing, level, wanted)
-    click.echo(json_text(pairing, judged, level) if as_json else report(pairing, judged, level))
+    text = json_text if as_json else comparison_text
+    click.echo(text(pairing, judged, level))
 
 
 for command in (published, status, doctor, report):

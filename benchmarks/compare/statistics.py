@@ -15,6 +15,17 @@ _COUNTS = 2**22
 
 
 @dataclass(frozen=True)
+class Interval:
+    """A difference with its confidence interval, two-sided p-value and standard error."""
+
+    difference: float
+    low: float
+    high: float
+    p: float
+    se: float
+
+
+@dataclass(frozen=True)
 class Table:
     """Numbers of samples that both, only the first, only the second, and neither got right."""
 
@@ -22,6 +33,11 @@ class Table:
     first: int
     second: int
     neither: int
+
+    @classmethod
+    def of(cls, x: np.ndarray, y: np.ndarray) -> "Table":
+        """Count the samples (n,) that two methods got right or wrong (bool)."""
+        return cls(*(int(each.sum()) for each in (x & y, x & ~y, ~x & y, ~x & ~y)))
 
     @property
     def n(self) -> int:
@@ -44,6 +60,12 @@ class Table:
         """Standard error of the difference."""
         gap = self.first - self.second
         return math.sqrt(self.first + self.second - gap**2 / self.n) / self.n
+
+
+def mcnemar(table: Table, level: float) -> Interval:
+    """Return McNemar's exact test with Newcombe's interval, in points."""
+    low, high = newcombe(table, level)
+    return Interval(100 * table.difference, 100 * low, 100 * high, p_value(table), 100 * table.se)
 
 
 def p_value(table: Table) -> float:
@@ -73,17 +95,6 @@ def newcombe(table: Table, level: float) -> tuple[float, float]:
     low = math.sqrt(max(down_1**2 - 2 * phi * down_1 * up_2 + up_2**2, 0.0))
     high = math.sqrt(max(up_1**2 - 2 * phi * up_1 * down_2 + down_2**2, 0.0))
     return float(table.difference - low), float(table.difference + high)
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A difference with its interval, two-sided p-value and standard error."""
-
-    difference: float
-    low: float
-    high: float
-    p: float
-    se: float
 
 
 def bootstrap(clusters: np.ndarray, level: float, resamples: int = RESAMPLES) -> Interval:

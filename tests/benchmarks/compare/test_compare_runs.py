@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from benchmarks.cli import cli
 from benchmarks.compare.judge import judge
-from benchmarks.compare.sides import CompareError, pair_up, read_side
+from benchmarks.compare.pairs import CompareError, pair_up, read_side
 from fimaq_core.recipe import make_recipe
 from tasks.common.record import Metric, ResultRecord, bits_name, write_record
 
@@ -94,10 +94,10 @@ def test_records_are_paired_by_what_they_share(tmp_path: Path):
         for model in ("demo_vit", "demo_swin")
         for bits in ("w3a3", "w4a4")
     }
-    assert sorted(run.label for run in pairing.alone_a) == [
+    assert sorted(run.label for run in pairing.a.alone) == [
         "classification demo_vit fimaq (released) w3a3 seed 3", "classification demo_vit fimaq (released) w6a6 seed 1",
     ]  # fmt: skip
-    assert not pairing.alone_b
+    assert not pairing.b.alone
     for pair in pairing.pairs:
         for seed, mine in pair.a.items():
             assert (mine.record.seed, pair.b[seed].record.seed) == (seed, seed)
@@ -129,7 +129,7 @@ def test_the_variant_and_the_scope_do_so_too(tmp_path: Path):
     )
     pairing = pair_up(read_side(tmp_path / "old"), read_side(tmp_path / "other"))
     assert [pair.label for pair in pairing.pairs] == ["demo_vit [both] demo w3a3"]
-    assert len(pairing.alone_a) == 3
+    assert len(pairing.a.alone) == 3
 
 
 def test_full_precision_stands_beside_everything_of_its_model(tmp_path: Path):
@@ -141,8 +141,8 @@ def test_full_precision_stands_beside_everything_of_its_model(tmp_path: Path):
     assert sorted((pair.label, tuple(pair.a)) for pair in pairing.pairs) == [
         ("demo_vit fimaq w3a3", (1, 2)), ("demo_vit rtn w3a3", (1, 2)),
     ]  # fmt: skip
-    assert not pairing.alone_a
-    assert not pairing.alone_b
+    assert not pairing.a.alone
+    assert not pairing.b.alone
     assert [pair.label for pair in pair_up(read_side(full), read_side(tmp_path)).pairs] == [
         p.label for p in pairing.pairs
     ]
@@ -288,7 +288,7 @@ def test_several_seeds_are_averaged_and_bootstrapped(tmp_path: Path):
         read_side(tmp_path / "demo_vit" / "fimaq"), read_side(tmp_path / "demo_vit" / "qdrop")
     )
     (judged,) = judge(pairing, 0.95)
-    (found,) = judged.findings
+    (found,) = judged.metrics
     gaps = 100 * np.mean(
         [correct["fimaq", s].astype(float) - correct["qdrop", s] for s in (1, 2)], axis=0
     )

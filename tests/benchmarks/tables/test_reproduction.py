@@ -206,7 +206,7 @@ def test_seeds_are_averaged_and_counted(tmp_path: Path):
     cells = [c for c in cells_of(table, (1, 2)) if c.model == "vit_small" and c.method != "fp"]
     layout = Reproduction(table, [finished(cells[0], 76.5), finished(cells[1], 76.9)])
     (entry,) = layout.judged
-    assert (entry.text, entry.values["seeds"]) == ("76.70 =", 2)
+    assert (entry.text, entry.item.seeds) == ("76.70 =", 2)
     assert entry.difference == "+0.02 ± 0.22"
     assert layout.notes == []
     assert "- Seeds: 1, 2." in text.markdown(layout)
