@@ -216,15 +216,11 @@ def diff(records: Sequence[ResultRecord], rows: pd.DataFrame | None = None) -> p
             "se": item.se,
             "seeds": item.seeds,
         }
-        found = _rows_for(item, rows, names).to_dict("records")
-        for row in found:
-            judged = judge(item, row, names)
+        nothing = {"variant": "", "source": "", "evidence": "", "value": math.nan}
+        for row in _rows_for(item, rows, names).to_dict("records") or [nothing]:
+            judged = judge(item, None if row is nothing else row, names)
             verdict = {name: getattr(judged, name) for name in ("difference", "verdict", "reason")}
             result.append({**row, **common, "published": row["value"], **verdict})
-        if not found:
-            reason = unlike(item, names) or "no published number for this model, method and bits"
-            nothing = dict.fromkeys(("variant", "source", "evidence"), "")
-            result.append(common | nothing | {"verdict": NOT_COMPARABLE, "reason": reason})
     for task, dataset in dict.fromkeys((record.task, record.dataset.name) for record in records):
         result += _context(task, dataset, rows, names)
     table = pd.DataFrame(result, columns=COLUMNS)
@@ -253,9 +249,15 @@ def _context(task: str, dataset: str, rows: pd.DataFrame, names: Names) -> Itera
             yield {**row, **own}
 
 
-def judge(item: Measurement, row: Mapping[Any, Any], names: Names) -> Judgement:
-    """Compare a measurement with a published row of the same cell; verdicts as in :func:`diff`."""
+def judge(item: Measurement, row: Mapping[Any, Any] | None, names: Names) -> Judgement:
+    """Compare a measurement with a published row of the same cell; verdicts as in :func:`diff`.
+
+    ``row`` is None where nothing is published.
+    """
     if why := unlike(item, names):
+        return Judgement(NOT_COMPARABLE, math.nan, why)
+    if row is None:
+        why = "no published number for this model, method and bits"
         return Judgement(NOT_COMPARABLE, math.nan, why)
     gap = item.mean - float(row["value"])
     method, variant = names.methods[row["method"]], row["variant"]

@@ -95,8 +95,9 @@ def test_records_are_paired_by_what_they_share(tmp_path: Path):
         for bits in ("w3a3", "w4a4")
     }
     assert sorted(run.label for run in pairing.a.alone) == [
-        "classification demo_vit fimaq (released) w3a3 seed 3", "classification demo_vit fimaq (released) w6a6 seed 1",
-    ]  # fmt: skip
+        "classification demo_vit fimaq (released) w3a3 seed 3",
+        "classification demo_vit fimaq (released) w6a6 seed 1",
+    ]
     assert not pairing.b.alone
     for pair in pairing.pairs:
         for seed, mine in pair.a.items():
@@ -109,8 +110,10 @@ def test_the_method_tells_records_apart_only_where_a_side_has_several(tmp_path: 
         for method in ("fp", "rtn", "fimaq"):
             save(tmp_path / tree, method)
     assert sorted(label for label, _ in labels(tmp_path / "old", tmp_path / "new")) == [
-        "demo_vit fimaq w3a3", "demo_vit fp full precision", "demo_vit rtn w3a3",
-    ]  # fmt: skip
+        "demo_vit fimaq w3a3",
+        "demo_vit fp full precision",
+        "demo_vit rtn w3a3",
+    ]
     assert labels(
         tmp_path / "old" / "demo_vit" / "fimaq", tmp_path / "new" / "demo_vit" / "rtn"
     ) == [("demo_vit w3a3", [1])]
@@ -139,8 +142,9 @@ def test_full_precision_stands_beside_everything_of_its_model(tmp_path: Path):
             save(tmp_path, method, seed)
     pairing = pair_up(read_side(tmp_path), read_side(full))
     assert sorted((pair.label, tuple(pair.a)) for pair in pairing.pairs) == [
-        ("demo_vit fimaq w3a3", (1, 2)), ("demo_vit rtn w3a3", (1, 2)),
-    ]  # fmt: skip
+        ("demo_vit fimaq w3a3", (1, 2)),
+        ("demo_vit rtn w3a3", (1, 2)),
+    ]
     assert not pairing.a.alone
     assert not pairing.b.alone
     assert [pair.label for pair in pair_up(read_side(full), read_side(tmp_path)).pairs] == [
@@ -271,9 +275,11 @@ def test_the_order_of_samples_does_not_matter(tmp_path: Path):
     correct, order = right(0.7), np.random.default_rng(9).permutation(200)
     a = save(tmp_path, "fimaq", correct=correct)
     b = save(
-        tmp_path, "qdrop", outcomes_content={"sample": IDS[order], "correct": correct[order]},
+        tmp_path,
+        "qdrop",
+        outcomes_content={"sample": IDS[order], "correct": correct[order]},
         metrics={"top1": Metric(value=100 * float(correct.mean()), stderr=1.0)},
-    )  # fmt: skip
+    )
     found = json.loads(run(a, b, "--json").stdout)["pairs"][0]["metrics"][0]
     assert (found["effect"]["only_a"], found["effect"]["only_b"], found["p"]) == (0, 0, 1)
 
@@ -339,8 +345,15 @@ def retrieval(
         "cluster": np.concatenate([np.arange(n), image_of]).astype(np.int32),
     }
     value = 50 * ((i2t < 1).mean() + (t2i < 1).mean())
-    return save(root, method, outcomes_content=content, n=n, task="retrieval", dataset=fakes.SCENES,
-                metrics={"R@1": Metric(value=float(value), stderr=1.0)})  # fmt: skip
+    return save(
+        root,
+        method,
+        outcomes_content=content,
+        n=n,
+        task="retrieval",
+        dataset=fakes.SCENES,
+        metrics={"R@1": Metric(value=float(value), stderr=1.0)},
+    )
 
 
 def test_recalls_of_both_directions_are_compared_by_images(tmp_path: Path):

@@ -1,4 +1,4 @@
-"""LaTeX tables: columns of every row, escaping, what is bold, what is missing; and the command that makes tables anew."""
+"""LaTeX tables: columns of rows, escaping, bold and missing values; the command `tables`."""
 
 import re
 from dataclasses import replace
@@ -17,14 +17,21 @@ from benchmarks.tables.write import title, write_tables
 from tasks.common.record import Metric
 
 GRID = {
-    "name": "my_grid", "variant": "x",
+    "name": "my_grid",
+    "variant": "x",
     "tasks": {
         "classification": {"dataset": "digit-pairs", "models": ["demo_vit", "demo_swin"]},
-        "retrieval": {"dataset": "digit-scenes", "models": ["clip_a"], "scopes": ["vision", "both"]},
+        "retrieval": {
+            "dataset": "digit-scenes",
+            "models": ["clip_a"],
+            "scopes": ["vision", "both"],
+        },
         "detection": {"dataset": "scenes", "models": ["rcnn_a", "rcnn_b"]},
     },
-    "methods": ["fp", "rtn", "qdrop", "fimaq"], "bits": ["w4a4", "w3a8"], "seeds": [1, 2],
-}  # fmt: skip
+    "methods": ["fp", "rtn", "qdrop", "fimaq"],
+    "bits": ["w4a4", "w3a8"],
+    "seeds": [1, 2],
+}
 SCORES = {"fp": 90.0, "rtn": 40.0, "qdrop": 70.126, "fimaq": 70.12}
 
 
@@ -45,7 +52,7 @@ def measure(tmp_path: Path, grid=GRID, keep=lambda cell: True, score=value):
 
 
 def tabular(text: str, label: str) -> tuple[int, list[list[str]]]:
-    """The number of columns of the table with a label, and its rows: cells without blanks, those of several columns spread."""
+    """Number of columns and rows of the table with a label; wide cells are repeated."""
     start = text.index(rf"\label{{{label}}}")
     body = text[start : text.index(r"\end{tabular}", start)]
     columns = re.search(r"\\begin\{tabular\}\{([lr]+)\}", body)
@@ -136,8 +143,8 @@ def test_captions_say_what_the_numbers_rest_on(tmp_path: Path):
     parsed, cells, measured = measure(tmp_path)
     text = latex.grid_latex(parsed.name, measured, cells)
     assert (
-        r"\caption{classification: Top-1 in percent on digit-pairs, split test (2000 samples). Mean over seeds 1, 2"
-        in text
+        r"\caption{classification: Top-1 in percent on digit-pairs, split test (2000 samples). "
+        r"Mean over seeds 1, 2" in text
     )
     assert text.count("Quantization is simulated.") == 3
     _, cells, one = measure(tmp_path / "one", {**GRID, "seeds": [7]})
@@ -188,9 +195,11 @@ def test_a_wide_table_spans_both_columns_of_a_page(tmp_path: Path):
 
 def test_axes_have_tables_of_their_points(tmp_path: Path):
     grid = {
-        **GRID, "tasks": {"classification": GRID["tasks"]["classification"]}, "methods": ["fp", "fimaq"],
+        **GRID,
+        "tasks": {"classification": GRID["tasks"]["classification"]},
+        "methods": ["fp", "fimaq"],
         "axes": {"p1:p2": {"1:0": {"fisher_p1": 2.0, "fisher_p2": 0.0}, "1:1": {}}},
-    }  # fmt: skip
+    }
     parsed, cells, measured = measure(
         tmp_path,
         grid,

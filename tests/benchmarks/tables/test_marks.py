@@ -14,10 +14,12 @@ from fimaq_core.recipe import METHODS, make_recipe
 @pytest.mark.parametrize(
     ("softmax", "gelu", "text"),
     [
-        ("uniform", "uniform", "-"), ("log2", "uniform", "softmax"), ("uniform", "twin", "GELU"),
+        ("uniform", "uniform", "-"),
+        ("log2", "uniform", "softmax"),
+        ("uniform", "twin", "GELU"),
         ("adalog", "twin", "softmax, GELU"),
     ],
-)  # fmt: skip
+)
 def test_special_quantizers(softmax: str, gelu: str, text: str):
     assert (
         special_quantizers(
@@ -30,10 +32,14 @@ def test_special_quantizers(softmax: str, gelu: str, text: str):
 @pytest.mark.parametrize(
     ("method", "changes", "text"),
     [
-        ("rtn", {}, "-"), ("qdrop", {}, "blocks"), ("mlp-recon", {}, "MLPs"), ("erq", {}, "weights"),
-        ("fimaq-mlp", {}, "blocks + MLPs"), ("erq", {"reconstruct_mlp": True}, "MLPs + weights"),
+        ("rtn", {}, "-"),
+        ("qdrop", {}, "blocks"),
+        ("mlp-recon", {}, "MLPs"),
+        ("erq", {}, "weights"),
+        ("fimaq-mlp", {}, "blocks + MLPs"),
+        ("erq", {"reconstruct_mlp": True}, "MLPs + weights"),
     ],
-)  # fmt: skip
+)
 def test_optimised(method: str, changes: dict[str, bool], text: str):
     assert optimised(make_recipe(method, changes)) == text
 

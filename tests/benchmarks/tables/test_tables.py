@@ -1,4 +1,4 @@
-"""Tables: exact columns and formats, means and spreads, what stands below them, and the reference."""
+"""Tables: columns and formats, means and spreads, the lines below, and the reference."""
 
 import csv
 import io
@@ -186,7 +186,8 @@ def test_reference_agrees_with_itself_and_names_its_origin(tmp_path: Path):
     assert "Reference: measured 2024-01-01 on" in (folder / "demo.md").read_text()
     (line,) = reference.compare(GRID, measured, folder)
     assert line.startswith(
-        "Agrees with the reference (51 comparisons, family-wise error 1%, 1 processor in the reference)"
+        "Agrees with the reference (51 comparisons, family-wise error 1%, 1 processor in the "
+        "reference)"
     )
     assert "Largest difference of a score: " in line
     assert "timm 2" in line
