@@ -10,14 +10,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from benchmarks.grid.names import PUBLISHED, UNSTATED, Names, load_names
-from benchmarks.results.scores import (
-    csv_text,
-    over_seeds,
-    read_records,
-    record_scores,
-    scope_of,
-    write_text,
-)
+from benchmarks.results import scores
 from fimaq_core.errors import FimaqError
 from fimaq_core.recipe import METHODS, Recipe
 from tasks.common import registry
@@ -91,10 +84,10 @@ def measurements(records: Iterable[ResultRecord]) -> list[Measurement]:
         key = (settings_key(record), record.seed)
         if latest.setdefault(key, record).finished < record.finished:
             latest[key] = record
-    table, keys = record_scores(latest.values()), [key for key, _ in latest]
+    table, keys = scores.record_scores(latest.values()), [key for key, _ in latest]
     table["settings"] = [keys[place] for place in table["item"]]
     first = {key: record for (key, _), record in reversed(latest.items())}
-    means = over_seeds(table, ["settings", "metric"])
+    means = scores.over_seeds(table, ["settings", "metric"])
     return [Measurement(first[row["settings"]], **row) for row in means.to_dict("records")]
 
 
@@ -171,7 +164,7 @@ def _rows_for(item: Measurement, rows: pd.DataFrame, names: Names) -> pd.DataFra
         for name, entry in names.methods.items()
         if record.method in {entry.id, *entry.comparable.values()}
     ]
-    own, scopes = names.models_for(record.model), (scope_of(record) or None, UNSTATED)
+    own, scopes = names.models_for(record.model), (scores.scope_of(record) or None, UNSTATED)
     models = [
         name
         for name, entry in names.models.items()
@@ -196,26 +189,19 @@ def diff(records: Sequence[ResultRecord], rows: pd.DataFrame | None = None) -> p
     framework, sources that do not name the quantized parts, and weak evidence.
 
     Returns:
-        One row per measured metric and published row (:data:`COLUMNS`); measured metrics without a
-        published number have empty published columns. Published rows that name neither model nor
+        :data:`COLUMNS`, with a row per measured metric and published row. A metric without a
+        published number has empty published columns. Published rows that name neither model nor
         bits come last, without a measured number.
     """
     rows, names = published_rows() if rows is None else rows, load_names()
     result: list[dict[str, Any]] = []
     for item in measurements(records):
         record, models = item.record, names.models_for(item.record.model)
-        scope = f" [{scope_of(record)}]" if scope_of(record) else ""
-        common = {
-            "task": record.task,
-            "dataset": record.dataset.name,
-            "model": f"{models[0].id if models else record.model}{scope}",
-            "method": record.method,
-            "bits": bits_name(record.w_bit, record.a_bit),
-            "metric": item.metric,
-            "measured": item.mean,
-            "se": item.se,
-            "seeds": item.seeds,
-        }
+        scope = f" [{scores.scope_of(record)}]" if scores.scope_of(record) else ""
+        model = f"{models[0].id if models else record.model}{scope}"
+        bits = bits_name(record.w_bit, record.a_bit)
+        cell = (record.task, record.dataset.name, model, record.method, bits, item.metric)
+        common = dict(zip(COLUMNS, (*cell, item.mean, item.se, item.seeds), strict=False))
         nothing = {"variant": "", "source": "", "evidence": "", "value": math.nan}
         for row in _rows_for(item, rows, names).to_dict("records") or [nothing]:
             judged = judge(item, None if row is nothing else row, names)
@@ -290,7 +276,7 @@ def run_diff(results: Path, show_all: bool, nothing: int = 2) -> int:
     """
     from tabulate import tabulate  # type: ignore[import-untyped, unused-ignore]
 
-    found, problems = read_records(results / "runs")
+    found, problems = scores.read_records(results / "runs")
     for problem in problems:
         print(f"warning: {problem}", file=sys.stderr)
     if not found:
@@ -299,7 +285,7 @@ def run_diff(results: Path, show_all: bool, nothing: int = 2) -> int:
         return nothing
     table = diff([record for _, record in found])
     path = results / "tables" / "diff.csv"
-    write_text(path, csv_text(table))
+    scores.write_text(path, scores.csv_text(table))
     known = table["published"].notna() | show_all
     shown = table[known].drop(columns=["task", "dataset", "seeds"])
     if not shown.empty:

@@ -135,22 +135,24 @@ def pair_up(a: Side, b: Side) -> Pairing:
     Raises:
         CompareError: nothing has a partner, or a record has several.
     """
-    swap, beside_full = a.full and not b.full, a.full != b.full
-    many, one = (b, a) if swap else (a, b)
+    if a.full and not b.full:
+        turned = pair_up(b, a)
+        swapped = [Pair(pair.key, pair.b, pair.a) for pair in turned.pairs]
+        return Pairing(turned.b, turned.a, swapped)
+    beside_full = b.full and not a.full
     if beside_full:  # the folder of a model also holds its full precision
-        paths = {file.path.resolve() for file in one.files}
-        rest = [file for file in many.files if file.path.resolve() not in paths]
-        many = replace(many, files=rest)
+        paths = {file.path.resolve() for file in b.files}
+        a = replace(a, files=[file for file in a.files if file.path.resolve() not in paths])
     choices = [
         name
         for name in _CHOICES
-        if any(len({f.fields[name] for f in s.files if not f.full}) > 1 for s in (many, one))
+        if any(len({f.fields[name] for f in s.files if not f.full}) > 1 for s in (a, b))
     ]
     fields = (*_NAMES, *choices, "seed")
     names = _NAMES[:3] if beside_full else fields
-    partners, used = one.by(names), set()
+    partners, used = b.by(names), set()
     pairs: dict[tuple[str, ...], Pair] = {}
-    for key, file in many.by(fields).items():
+    for key, file in a.by(fields).items():
         partner = partners.get(key[: len(names)])
         if partner is None:
             continue
@@ -158,16 +160,16 @@ def pair_up(a: Side, b: Side) -> Pairing:
             give = "give two runs, such as the folders of two methods"
             raise CompareError(f"{file.path} is on both sides: {give}.")
         shared = dict(zip(fields[:-1], key, strict=False))
-        pair, seed = pairs.setdefault(key[:-1], Pair(shared, {}, {})), file.record.seed
-        pair.a[seed], pair.b[seed] = (partner, file) if swap else (file, partner)
+        pair = pairs.setdefault(key[:-1], Pair(shared, {}, {}))
+        pair.a[file.record.seed], pair.b[file.record.seed] = file, partner
         used |= {file.path, partner.path}
     if not pairs:
-        raise CompareError(_nothing_common(*((one, many) if swap else (many, one)), names))
-    many, one = (
+        raise CompareError(_nothing_common(a, b, names))
+    a, b = (
         replace(side, alone=[file for file in side.files if file.path not in used])
-        for side in (many, one)
+        for side in (a, b)
     )
-    return Pairing(*((one, many) if swap else (many, one)), list(pairs.values()))
+    return Pairing(a, b, list(pairs.values()))
 
 
 def _nothing_common(a: Side, b: Side, names: Sequence[str]) -> str:

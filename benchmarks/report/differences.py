@@ -67,10 +67,9 @@ def published_table(layout: Reproduction) -> dict[str, Any]:
     groups = [(name, len(list(members))) for name, members in groupby(above for above, _ in heads)]
     rows = []
     for row in layout.shown:
-        own = row.label == row.head
-        kind = "beside" if not own else "measured" if row.line.measured else "context"
+        kind = "beside" if not row.own else "measured" if row.line.measured else "context"
         cells = zip(row.texts, map(_kind, row.verdicts), strict=True)
-        bits = bits_text(row.line.bits) if own else ""
+        bits = bits_text(row.line.bits) if row.own else ""
         rows.append((kind, bits, row.label, list(cells)))
     return {
         "about": layout.table,

@@ -4,18 +4,9 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from benchmarks.results import scores
 from benchmarks.results.outcomes import Paired, by_seed, paired
-from benchmarks.results.scores import (
-    CALIBRATION_ONLY,
-    FULL,
-    RECONSTRUCTION,
-    Items,
-    Measured,
-    count,
-    difference_text,
-    differences,
-    unique,
-)
+from benchmarks.results.scores import FULL, Items, Measured, count
 
 #: Bits at which no method should fall below rounding to nearest, by so many standard errors.
 _MILD_BITS, _ERRORS = "w4a4", 2.0
@@ -50,8 +41,8 @@ def _means(here: pd.DataFrame, methods: Sequence[str]) -> pd.DataFrame:
 
 def _calibration_lines(here: pd.DataFrame, where: str) -> list[str]:
     present = set(here["method"])
-    plain = [name for name in CALIBRATION_ONLY if name in present]
-    trained = [name for name in RECONSTRUCTION if name in present]
+    plain = [name for name in scores.CALIBRATION_ONLY if name in present]
+    trained = [name for name in scores.RECONSTRUCTION if name in present]
     if not plain or not trained:
         return []
     claim = f"Calibration alone below every reconstruction at {where} (mean over models)"
@@ -87,16 +78,17 @@ def _fimaq_lines(here: pd.DataFrame, where: str) -> list[str]:
     ]
     whole = here[here["model"].isin(means.index)]
     for other in ("qdrop", "brecq"):
-        gaps = differences(whole[whole["method"] == "fimaq"], whole[whole["method"] == other])
+        mine, theirs = (whole[whole["method"] == name] for name in ("fimaq", other))
+        gaps = scores.differences(mine, theirs)
         basis = f"(mean ± se over {count(len(gaps), 'pair')} of model and seed)"
-        lines.append(f"fimaq - {other} at {where}: {difference_text(gaps)} points {basis}.")
+        lines.append(f"fimaq - {other} at {where}: {scores.difference_text(gaps)} points {basis}.")
     return lines
 
 
 def _rounding_lines(items: Items, mark: str) -> list[str]:
     """Compare each method with rtn on the same samples, one subject after another."""
     results: dict[str, Paired | None] = {}
-    for subject in unique(item.cell.subject for item in items):
+    for subject in scores.unique(item.cell.subject for item in items):
         groups: dict[str, list[Measured]] = {}
         for item in items:
             if (item.cell.subject, item.cell.bits) == (subject, _MILD_BITS):

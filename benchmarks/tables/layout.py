@@ -93,12 +93,9 @@ def latex(table: pd.DataFrame, caption: str, label: str, notes: str = "") -> str
         environment, size, space = "table*", "scriptsize", 3
     return "\n".join([
         rf"\begin{{{environment}}}[t]",
-        r"\centering",
-        rf"\{size}",
-        rf"\setlength{{\tabcolsep}}{{{space}pt}}",
+        rf"\centering\{size}\setlength{{\tabcolsep}}{{{space}pt}}",
         rf"\caption{{{escape(caption)}}}",
-        rf"\label{{tab:{label}}}",
-        r"\smallskip",
+        rf"\label{{tab:{label}}}\smallskip",
         rf"\begin{{tabular}}{{ll{'r' * (len(heads) - 2)}}}",
         r"\toprule",
         *lines,

@@ -2,9 +2,8 @@
 
 import math
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -37,22 +36,17 @@ COLUMNS = [
 ]  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Shown:
-    """One printed row of a line: its name or ``published`` or ``difference``, texts by column.
+class Shown(NamedTuple):
+    """One printed row of a line, with a text and a verdict (empty: none) per column.
 
-    ``verdicts`` are empty where nothing is judged.
+    ``label`` is the name of the line for its ``own`` row; below it ``published``, ``difference``.
     """
 
     line: Line
+    own: bool
     label: str
     texts: Sequence[str]
     verdicts: Sequence[str]
-
-    @property
-    def head(self) -> str:
-        """Name of the line."""
-        return head_text(self.line.row.head)
 
 
 class Reproduction:
@@ -110,11 +104,13 @@ class Reproduction:
             if not line.measured and (own["text"] == NOTHING).all():
                 continue
             verdicts = own["verdict"].where(own["judged"], "").tolist()
-            found.append(Shown(line, head_text(line.row.head), own["text"].tolist(), verdicts))
+            name = head_text(line.row.head)
+            found.append(Shown(line, True, name, own["text"].tolist(), verdicts))
             beside = {"published": "published text", "difference ± error": "difference text"}
             for label, column in beside.items() if own["measured"].notna().any() else ():
                 if not own[column].isin([NOTHING, ""]).all():
-                    found.append(Shown(line, label, own[column].tolist(), [""] * len(own)))
+                    texts, none = own[column].tolist(), [""] * len(own)
+                    found.append(Shown(line, False, label, texts, none))
         return found
 
     @property
@@ -171,6 +167,47 @@ class Reproduction:
         sentence = f"Compared {count(verdicts.sum(), 'number')}: {counts}{rest and f' ({rest})'}."
         return sentence, 0 if set(verdicts.index) == {diff.REPRODUCED} else 1
 
+    def texts(self) -> dict[str, str]:
+        """Return the table by the ending of its files: Markdown, CSV and LaTeX."""
+        return {"md": self.markdown(), "csv": self.csv(), "tex": self.tex()}
+
+    def markdown(self, width: int | None = None) -> str:
+        """Return the table with legend and notes; wider than a terminal's ``width`` in parts."""
+        table, seeds = self.table, seeds_of(self.measured)
+        heads = [head_text(table.columns[column].head) for column in self.columns]
+        labels = [line_text(row.line) if row.own else row.label for row in self.shown]
+        index = pd.Index(labels, name="method")
+        body = pd.DataFrame([row.texts for row in self.shown], columns=heads, index=index)
+        lines = [self.legend, *data_lines(self.measured)]
+        lines += [f"Seeds: {', '.join(map(str, seeds))}."] if seeds else []
+        parts = [
+            f"# {table.title}",
+            f"{table.caption} Source: {table.paper}.",
+            *layout.markdown(body, width),
+            "\n".join(f"- {line}" for line in [*lines, *self.notes]),
+        ]
+        return "\n\n".join(parts) + "\n"
+
+    def csv(self) -> str:
+        """Return one CSV line per number of the table, measured or published."""
+        cells = self.cells.dropna(subset=["measured", "published"], how="all")
+        return csv_text(cells[COLUMNS].astype({"seeds": "Int64", "n": "Int64"}))
+
+    def tex(self) -> str:
+        """Return the table as LaTeX that needs the package booktabs only."""
+        table, rows, last = self.table, [], ""
+        for row in self.shown:
+            bits = bits_text(row.line.bits)
+            name = row.label if row.own else f"  {row.label}"
+            rows.append([bits if row.own and bits != last else "", name, *row.texts])
+            last = bits
+        heads = [head_pair(table.columns[column].head) for column in self.columns]
+        columns = pd.MultiIndex.from_tuples([("", "Bits"), ("", "Method"), *heads])
+        caption = f"{table.title}. {table.caption} Source: {table.paper}."
+        notes = " ".join([self.legend, *self.notes])
+        text = layout.latex(pd.DataFrame(rows, columns=columns), caption, table.name, notes)
+        return f"% Made from records. In the preamble: \\usepackage{{booktabs}}\n\n{text}\n"
+
 
 def _cell(table: PublishedTable, cell: TableCell, item: Measurement | None) -> dict[str, Any]:
     """Return a cell of a published table with its measurement.
@@ -226,43 +263,3 @@ def bits_text(bits: str) -> str:
 def line_text(line: Line) -> str:
     """Return a line's name with its bits."""
     return head_text(line.row.head) + ("" if line.bits == FULL else f" {bits_text(line.bits)}")
-
-
-def markdown(found: Reproduction, width: int | None = None) -> str:
-    """Return the table with legend and notes; wider than a terminal's ``width`` in parts."""
-    table, seeds = found.table, seeds_of(found.measured)
-    heads = [head_text(table.columns[column].head) for column in found.columns]
-    labels = [line_text(row.line) if row.label == row.head else row.label for row in found.shown]
-    index = pd.Index(labels, name="method")
-    body = pd.DataFrame([row.texts for row in found.shown], columns=heads, index=index)
-    lines = [found.legend, *data_lines(found.measured)]
-    lines += [f"Seeds: {', '.join(map(str, seeds))}."] if seeds else []
-    parts = [
-        f"# {table.title}",
-        f"{table.caption} Source: {table.paper}.",
-        *layout.markdown(body, width),
-        "\n".join(f"- {line}" for line in [*lines, *found.notes]),
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def csv(found: Reproduction) -> str:
-    """Return one CSV line per number of the table, measured or published."""
-    cells = found.cells.dropna(subset=["measured", "published"], how="all")
-    return csv_text(cells[COLUMNS].astype({"seeds": "Int64", "n": "Int64"}))
-
-
-def tex(found: Reproduction) -> str:
-    """Return the table as LaTeX that needs the package booktabs only."""
-    table, rows, last = found.table, [], ""
-    for row in found.shown:
-        own, bits = row.label == row.head, bits_text(row.line.bits)
-        name = row.label if own else f"  {row.label}"
-        rows.append([bits if own and bits != last else "", name, *row.texts])
-        last = bits
-    heads = [head_pair(table.columns[column].head) for column in found.columns]
-    columns = pd.MultiIndex.from_tuples([("", "Bits"), ("", "Method"), *heads])
-    caption = f"{table.title}. {table.caption} Source: {table.paper}."
-    notes = " ".join([found.legend, *found.notes])
-    text = layout.latex(pd.DataFrame(rows, columns=columns), caption, table.name, notes)
-    return f"% Made from records. In the preamble: \\usepackage{{booktabs}}\n\n{text}\n"

@@ -83,17 +83,14 @@ def wide(
         text: prints a mean and a standard deviation (NaN for one seed).
     """
     stats = over_seeds(table, ["subject", "method", "bits"])
-    texts = {(r.subject, r.method, r.bits): text(r.mean, r.sd) for r in stats.itertuples()}
-    methods = in_order(cell.method for cell in cells)
-    without_bits = {cell.method for cell in cells if cell.bits == FULL}
-    columns: dict[str, list[str]] = {}
+    stats["text"] = [text(row.mean, row.sd) for row in stats.itertuples()]
+    columns = {}
     for subject, model, bits in scores.columns_of(cells):
-        column = columns.setdefault(f"{subject} {bits}" if bits != FULL else subject, [])
-        for method in methods:
-            of = model if method == "fp" else subject
-            key = (of, method, FULL if method in without_bits else bits)
-            column.append(texts.get(key, "-"))
-    return pd.DataFrame(columns, index=pd.Index(methods, name="method"))
+        own = stats["subject"].isin([subject, model]) & stats["bits"].isin([bits, FULL])
+        name = f"{subject} {bits}" if bits != FULL else subject
+        columns[name] = stats[own].set_index("method")["text"]
+    methods = pd.Index(in_order(cell.method for cell in cells), name="method")
+    return pd.DataFrame(columns, index=methods).fillna("-")
 
 
 def data_lines(measured: Items) -> list[str]:

@@ -1,5 +1,6 @@
 """Table files of a profile: written by runs, made again from records, committed as a reference."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import click
@@ -11,7 +12,6 @@ from benchmarks.grid.expand import Filters, chosen_axes, expand
 from benchmarks.grid.schema import Grid
 from benchmarks.published.table import PublishedTable
 from benchmarks.results.scores import COLUMNS, Cells, Items, collect, csv_text, scores, write_text
-from benchmarks.tables import reproduction
 from benchmarks.tables.latex import grid_latex
 from benchmarks.tables.reproduction import Reproduction
 from benchmarks.tables.summary import grid_markdown
@@ -30,6 +30,13 @@ def texts(grid: Grid, measured: Items, cells: Cells) -> dict[str, str]:
         "csv": csv_text(scores(measured)[COLUMNS]),
         "tex": grid_latex(grid.name, measured, cells, grid.axes),
     }
+
+
+def _write(folder: Path, name: str, words: Mapping[str, str]) -> list[Path]:
+    paths = [folder / f"{name}.{ending}" for ending in words]
+    for path, text in zip(paths, words.values(), strict=True):
+        write_text(path, text)
+    return paths
 
 
 def remake(
@@ -51,13 +58,14 @@ def remake(
             f"with these data and weights: run `make reproduce-table PROFILE={grid.name}` first, "
             "or give --results and the folders of the run."
         )
-    for ending, words in texts(grid, measured, cells).items():
-        if chosen == ending and output is None:
-            click.echo(words, nl=False)
-        elif chosen in (ending, "all"):
-            path = (output or options.results / "tables") / f"{grid.name}.{ending}"
-            write_text(path, words)
-            click.echo(f"wrote {path}")
+    words = texts(grid, measured, cells)
+    if chosen != "all":
+        words = {chosen: words[chosen]}
+    if chosen != "all" and output is None:
+        click.echo(words[chosen], nl=False)
+        return
+    for path in _write(output or options.results / "tables", grid.name, words):
+        click.echo(f"wrote {path}")
 
 
 def write_tables(
@@ -76,16 +84,14 @@ def write_tables(
         sections = list(grid.tasks)
         models = list(dict.fromkeys(cell.model for cell in everything))
         everything.sort(key=lambda cell: (sections.index(cell.section), models.index(cell.model)))
-    measured, folder = collect(everything, adapter), options.results / "tables"
-    for ending, words in texts(grid, measured, everything).items():
-        write_text(folder / f"{grid.name}.{ending}", words)
-    keys = {cell.key for cell in cells}
-    mine = [item for item in measured if item.cell.key in keys]
-    axes = chosen_axes(grid, filters)
+    measured, keys = collect(everything, adapter), {cell.key for cell in cells}
+    words = texts(grid, measured, everything)
+    markdown, table, _ = _write(options.results / "tables", grid.name, words)
+    mine, axes = [it for it in measured if it.cell.key in keys], chosen_axes(grid, filters)
     print("", grid_markdown(title(grid), mine, cells, terminal_width(), axes), sep="\n")
     for line in reference.compare(grid, mine):
         print(line)
-    print(f"Table: {folder / f'{grid.name}.csv'} and {folder / f'{grid.name}.md'}")
+    print(f"Table: {table} and {markdown}")
 
 
 def write_published(
@@ -96,15 +102,11 @@ def write_published(
     The files cover the whole table and this run, so filters never shrink them.
     """
     measured = collect([*expand(grid, Filters(), options), *cells], adapter)
-    whole, paths = Reproduction(table, measured), []
-    writers = {"md": reproduction.markdown, "csv": reproduction.csv, "tex": reproduction.tex}
-    for ending, write in writers.items():
-        paths.append(options.results / "tables" / f"{table.name}.{ending}")
-        write_text(paths[-1], write(whole))
+    paths = _write(options.results / "tables", table.name, Reproduction(table, measured).texts())
     keys = {cell.key for cell in cells}
     mine = [item for item in measured if item.cell.key in keys]
     found = Reproduction(table, mine, {cell.name for cell in cells})
-    print("", reproduction.markdown(found, terminal_width()), sep="\n")
+    print("", found.markdown(terminal_width()), sep="\n")
     print(f"Table: {', '.join(map(str, paths))}")
     return found
 

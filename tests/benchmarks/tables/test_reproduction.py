@@ -20,14 +20,13 @@ from benchmarks.grid.cell import RunOptions
 from benchmarks.published.table import PublishedTable, load_table
 from benchmarks.report.build import write_report
 from benchmarks.results.scores import Measured
-from benchmarks.tables import reproduction as text
-from benchmarks.tables.reproduction import Reproduction
+from benchmarks.tables.reproduction import COLUMNS, Reproduction
 from tasks.common.data.folders import open_folder
 from tasks.common.data.imagenet import wordnet_ids
 from tasks.common.record import Dataset
 
 VIT_S, DEIT_T = "vit_small_patch16_224.augreg_in21k_ft_in1k", "deit_tiny_patch16_224.fb_in1k"
-COLUMNS = {
+MODELS = {
     "ViT-S": VIT_S,
     "ViT-B": "vit_base_patch16_224.augreg_in21k_ft_in1k",
     "DeiT-T": DEIT_T,
@@ -82,7 +81,7 @@ def every_verdict(tmp_path: Path) -> Reproduction:
         "variant": "rerun in FIMA-Q framework",
         "source": "GLF-Q paper full text (2026) Table 1",
     }
-    columns = [{"head": head, "model": model} for head, model in COLUMNS.items()]
+    columns = [{"head": head, "model": model} for head, model in MODELS.items()]
     rows = [context, row()[1]]
     table = load_table(written(tmp_path, columns=columns, rows=rows, footnotes=["A footnote."]))
     cells = cells_of(table)
@@ -110,7 +109,7 @@ def own(table: PublishedTable, gap: float = 0.0, **changes: object) -> list[Meas
 
 def test_the_printed_table_is_the_published_one_with_every_verdict(tmp_path: Path):
     found = every_verdict(tmp_path)
-    assert text.markdown(found) == EXPECTED
+    assert found.markdown() == EXPECTED
     sentence = (
         "Compared 4 numbers: 1 reproduced, 1 above, 1 below, 1 too uncertain (1 not comparable, "
         "1 not measured)."
@@ -119,8 +118,8 @@ def test_the_printed_table_is_the_published_one_with_every_verdict(tmp_path: Pat
 
 
 def test_csv_has_a_line_for_each_number(tmp_path: Path):
-    lines = list(csv.DictReader(io.StringIO(text.csv(every_verdict(tmp_path)))))
-    assert list(lines[0]) == text.COLUMNS
+    lines = list(csv.DictReader(io.StringIO(every_verdict(tmp_path).csv())))
+    assert list(lines[0]) == COLUMNS
     verdicts = [line["verdict"] for line in lines]
     own_ones = ["reproduced", "above", "below", "too uncertain", "not comparable", "not measured"]
     assert verdicts == ["context"] * 6 + own_ones
@@ -149,16 +148,16 @@ def test_csv_has_a_line_for_each_number(tmp_path: Path):
 
 def test_latex_has_every_row_and_needs_booktabs_only(tmp_path: Path):
     found = every_verdict(tmp_path)
-    found = text.tex(found)
+    found = found.tex()
     body = found[found.index(r"\midrule") : found.index(r"\bottomrule")]
     rows = [line.removesuffix(r"\\").split("&") for line in body.splitlines()[1:]]
-    assert [len(cells) for cells in rows] == [2 + len(COLUMNS)] * 4
+    assert [len(cells) for cells in rows] == [2 + len(MODELS)] * 4
     measured = [cell.strip() for cell in rows[1]]
     assert measured[:4] == ["", "FIMA-Q", "76.78 =", r"83.54 \ensuremath{\uparrow}"]
     assert r"66.34 \ensuremath{\downarrow}" in measured
     assert r"\multirow" not in found
     assert found.isascii()
-    wide = text.tex(Reproduction(load_table("aphq-coco"), []))
+    wide = Reproduction(load_table("aphq-coco"), []).tex()
     assert r"\multicolumn{2}{c}{Mask R-CNN Swin-T}" in wide
     assert "I\\&S-ViT" in wide
 
@@ -168,7 +167,7 @@ def test_latex_has_every_row_and_needs_booktabs_only(tmp_path: Path):
 def test_latex_compiles(name: str, tmp_path: Path):
     table = load_table(name)
     head = "\\documentclass[twocolumn]{article}\\usepackage{booktabs}\\begin{document}\n"
-    body = text.tex(Reproduction(table, own(table, 0.1)))
+    body = Reproduction(table, own(table, 0.1)).tex()
     (tmp_path / "a.tex").write_text(f"{head}{body}\\end{{document}}\n", encoding="utf-8")
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "a.tex"]
     assert subprocess.run(command, cwd=tmp_path, capture_output=True, check=False).returncode == 0
@@ -218,7 +217,7 @@ def test_seeds_are_averaged_and_counted(tmp_path: Path):
     assert (entry["text"], entry["seeds"]) == ("76.70 =", 2)
     assert entry["difference text"] == "+0.02 ± 0.22"
     assert found.notes == []
-    assert "- Seeds: 1, 2." in text.markdown(found)
+    assert "- Seeds: 1, 2." in found.markdown()
 
 
 def test_one_cell_in_two_places_is_one_number():
@@ -266,7 +265,7 @@ def test_full_precision_stands_in_the_columns_of_both_towers():
 
 def test_a_terminal_s_parts_leave_out_rows_without_numbers():
     found = Reproduction(load_table("clip-retrieval"), [])
-    parts = text.markdown(found, 120).split("\n\n")[2:-1]
+    parts = found.markdown(120).split("\n\n")[2:-1]
     assert len(parts) > 1
     assert all(len(line) <= 120 for part in parts for line in part.splitlines())
     assert "FIMA-Q" not in parts[0]
