@@ -52,12 +52,12 @@ def axis_table(
     items = [item for item in measured if item.cell.key in keys]
     table = scores.scores(items)
     table = table[table["metric"] == metric]
-    places = [items[index].cell.places for index in table["item"]]
     rows = []
     for point in points:
         on = [cell for cell in cells if (axis, point) in cell.places]
         is_base = bool(on) and not any(cell.point for cell in on)
-        mine = table[[(axis, point) in own for own in places]]
+        here = [index for index, item in enumerate(items) if (axis, point) in item.cell.places]
+        mine = table[table["item"].isin(here)]
         stats, row = scores.over_seeds(mine, ["subject", "bits"]), {}
         texts = {(r.subject, r.bits): scores.value_text(r.mean, r.sd) for r in stats.itertuples()}
         for subject, _, bits in scores.columns_of(cells):

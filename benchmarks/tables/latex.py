@@ -56,14 +56,11 @@ def _table(
     measured: Items,
 ) -> str:
     """Return a table of ``planned`` cells, each with the name of its row, in the order of rows."""
-    names: dict[object, list[str]] = {}
-    for cell, name in planned:
-        names.setdefault(cell.key, []).append(name)
-    found = [item for item in measured if item.cell.key in names]
-    table = scores.scores(found)
-    # A cell of the grid's own settings may stand for a point on each axis.
-    table["name"] = [names[found[place].cell.key] for place in table["item"]]
-    means = scores.over_seeds(table.explode("name"), [*_ROW, *_COLUMN])
+    done = {item.cell.key: item for item in measured}
+    found = [(done[cell.key], name) for cell, name in planned if cell.key in done]
+    table = scores.scores(item for item, _ in found)
+    table["name"] = [found[place][1] for place in table["item"]]
+    means = scores.over_seeds(table, [*_ROW, *_COLUMN])
     means = means.pivot(index=_ROW, columns=_COLUMN, values="mean")
     rows = pd.DataFrame([(c.scope, c.bits, name) for c, name in planned], columns=_ROW)
     rows = rows.drop_duplicates()
@@ -97,7 +94,7 @@ def _table(
         body.append([size if (scope, bits) != block else "", shown, *own])
         block = (scope, bits)
     columns = pd.MultiIndex.from_tuples([("", "Bits (W/A)"), ("", head), *heads])
-    caption = _caption(about, metrics, found or measured)
+    caption = _caption(about, metrics, [item for item, _ in found] or measured)
     if len(rows) > sum(rows["bits"] == FULL):
         caption += " Bold: the best at these bits."
     return latex(

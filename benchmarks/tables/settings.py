@@ -49,31 +49,30 @@ def settings_lines(mine: Items) -> list[str]:
     Each setting comes with the value that most methods share, then with other values and their
     methods, and with the released values where they differ.
     """
-    by_method: dict[str, list[Recipe]] = {}
     usual = registry.defaults(mine[0].cell.task) if mine else {}
+    recipes: dict[str, list[Recipe]] = {}
     for recipe in (recipe_of(item.record) for item in mine):
         if recipe is None or recipe.method not in METHODS:
             continue
         if recipe.reconstruct or recipe.reconstruct_mlp:
-            by_method.setdefault(recipe.method, []).append(recipe)
-    by_method = {name: by_method[name] for name in in_order(by_method)}
-    # Released settings depend on the bits of weights alone.
-    released = {
+            recipes.setdefault(recipe.method, []).append(recipe)
+    recipes = {name: recipes[name] for name in in_order(recipes)}
+    originals = {  # released settings depend on the bits of weights alone
         name: [make_recipe(name, usual, {"w_bits": bits}) for bits in {r.w_bits: 0 for r in own}]
-        for name, own in by_method.items()
+        for name, own in recipes.items()
     }
-    changed = [name for own in by_method.values() for r in own for name in r.changes(usual)]
+    changed = [name for own in recipes.values() for r in own for name in r.changes(usual)]
     parts = []
     for name in unique([*_ALWAYS, *changed]):
-        bearing = [method for method, own in by_method.items() if bears(own[0], name)]
-        if bearing:
-            values = _by_value({method: by_method[method] for method in bearing}, name)
-            originals = _by_value({method: released[method] for method in bearing}, name)
-            beside = "" if originals == values else f" (released: {_text(originals)})"
+        bearing = [method for method, own in recipes.items() if bears(own[0], name)]
+        values = {method: _values(recipes[method], name) for method in bearing}
+        released = {method: _values(originals[method], name) for method in bearing}
+        if values:
+            beside = "" if released == values else f" (released: {_text(released)})"
             parts.append(f"{name} {_text(values)}{beside}")
     lines = []
     if parts:
-        listed = ", ".join(by_method)
+        listed = ", ".join(recipes)
         lines.append(f"Settings of {listed}, as far as they have them: {', '.join(parts)}.")
     if seeds := seeds_of(mine):
         single = "; what has no ± ran with one" if len(seeds) > 1 else ""
@@ -81,17 +80,15 @@ def settings_lines(mine: Items) -> list[str]:
     return lines
 
 
-def _by_value(recipes: Mapping[str, Sequence[Recipe]], name: str) -> dict[str, list[str]]:
-    """Return the methods of each value of a setting, given their recipes."""
-    found: dict[str, list[str]] = {}
-    for method, own in recipes.items():
-        texts = unique(str(getattr(recipe, name)) for recipe in own)
-        found.setdefault(" or ".join(texts), []).append(method)
-    return found
+def _values(recipes: Sequence[Recipe], name: str) -> str:
+    return " or ".join(unique(str(getattr(recipe, name)) for recipe in recipes))
 
 
-def _text(groups: Mapping[str, Sequence[str]]) -> str:
-    """Return the most frequent value, then the other values with their methods."""
-    largest = max(groups, key=lambda text: len(groups[text]))
-    others = (f"{', '.join(own)} {text}" for text, own in groups.items() if text != largest)
-    return "; ".join([largest, *others])
+def _text(values: Mapping[str, str]) -> str:
+    """Return the most frequent value of methods, then other values with their methods."""
+    methods: dict[str, list[str]] = {}
+    for method, value in values.items():
+        methods.setdefault(value, []).append(method)
+    usual = max(methods, key=lambda value: len(methods[value]))
+    others = (f"{', '.join(own)} {value}" for value, own in methods.items() if value != usual)
+    return "; ".join([usual, *others])
