@@ -210,11 +210,11 @@ def compare(run_a: Path, run_b: Path, metric: str, level: float, as_json: bool) 
     from benchmarks.compare.pairs import pair_up, read_side
     from benchmarks.compare.text import comparison_text, json_text
 
-    pairing = pair_up(read_side(run_a), read_side(run_b))
+    a, b = read_side(run_a), read_side(run_b)
     wanted = tuple(dict.fromkeys(name.strip() for name in metric.split(",") if name.strip()))
-    judged = judge(pairing, level, wanted)
+    judged = judge(pair_up(a, b), level, wanted)
     text = json_text if as_json else comparison_text
-    click.echo(text(pairing, judged, level))
+    click.echo(text(a, b, judged, level))
 
 
 for command in (published, status, doctor, report):

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -214,25 +214,25 @@ def diff(records: Sequence[ResultRecord], rows: pd.DataFrame | None = None) -> p
     return table.astype({**numbers, "seeds": int})
 
 
-def _context(task: str, dataset: str, rows: pd.DataFrame, names: Names) -> Iterator[dict[str, Any]]:
-    """Yield published rows of a data set whose source names neither model nor bits."""
+def _context(task: str, dataset: str, rows: pd.DataFrame, names: Names) -> list[dict[Any, Any]]:
+    """Return published rows of a data set whose source names neither model nor bits."""
+    ids, found = {name: entry.id for name, entry in names.methods.items()}, []
     unstated = rows[(rows["model"] == UNSTATED) & (rows["w_bit"] == 0) & (rows["a_bit"] == 0)]
     for theirs, name, entry in names.published_on(task, dataset):
         here = unstated[(unstated["task"] == theirs) & (unstated["dataset"] == name)]
-        for row in here.to_dict("records"):
-            method = names.methods.get(row["method"])
-            own = {
-                "task": task,
-                "dataset": dataset,
-                "method": row["method"] if method is None else method.id,
-                "bits": UNSTATED,
-                "metric": entry.metrics.get(row["metric"], row["metric"]),
-                "seeds": 0,
-                "published": row["value"],
-                "verdict": NOT_COMPARABLE,
-                "reason": "context only: the source names neither model nor bits",
-            }
-            yield {**row, **own}
+        own = here.assign(
+            task=task,
+            dataset=dataset,
+            method=here["method"].map(lambda method: ids.get(method, method)),
+            bits=UNSTATED,
+            metric=here["metric"].map(lambda metric, own=entry.metrics: own.get(metric, metric)),
+            seeds=0,
+            published=here["value"],
+            verdict=NOT_COMPARABLE,
+            reason="context only: the source names neither model nor bits",
+        )
+        found += own.to_dict("records")
+    return found
 
 
 def judge(item: Measurement, row: Mapping[Any, Any] | None, names: Names) -> Judgement:

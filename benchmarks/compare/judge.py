@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from benchmarks.compare.pairs import Pair, Pairing, RecordFile
+from benchmarks.compare.pairs import Pair, RecordFile
 from benchmarks.compare.statistics import Table, bootstrap, holm, mcnemar
 from benchmarks.results.outcomes import CompareError, Outcomes, check_alike, cluster_sums, read
 from fimaq_core.errors import CheckpointError, suggest
@@ -75,7 +75,7 @@ class Judged:
     problem: str | None = None
 
 
-def judge(pairing: Pairing, level: float, metrics: Sequence[str] = ()) -> list[Judged]:
+def judge(pairs: Sequence[Pair], level: float, metrics: Sequence[str] = ()) -> list[Judged]:
     """Test all pairs, and correct p for the number of pairs by Holm's method in each metric.
 
     Without ``metrics``, one pair is compared in all its metrics, several pairs in :data:`MAIN`.
@@ -84,9 +84,9 @@ def judge(pairing: Pairing, level: float, metrics: Sequence[str] = ()) -> list[J
         CompareError: no pair can be compared, or none has one of ``metrics``.
     """
     judged = []
-    for pair in pairing.pairs:
+    for pair in pairs:
         try:
-            judged.append(Judged(pair, _compare(pair, level, metrics, len(pairing.pairs) > 1)))
+            judged.append(Judged(pair, _compare(pair, level, metrics, len(pairs) > 1)))
         except (CompareError, CheckpointError) as error:
             judged.append(Judged(pair, problem=str(error)))
     by_metric: dict[str, list[MetricComparison]] = {}

@@ -55,15 +55,11 @@ def _subject(fields: Mapping[str, str]) -> str:
 
 @dataclass(frozen=True)
 class Side:
-    """One side of a comparison: its path, its records, and messages on unreadable ones.
-
-    ``alone`` are the records without a partner on the other side.
-    """
+    """One side of a comparison: its path, its records, and messages on unreadable ones."""
 
     path: Path
     files: Sequence[RecordFile]
     problems: Sequence[str] = ()
-    alone: Sequence[RecordFile] = ()
 
     @property
     def full(self) -> bool:
@@ -98,15 +94,6 @@ class Pair:
         return " ".join([_subject(self.key), *own, self.key["bits"]])
 
 
-@dataclass(frozen=True)
-class Pairing:
-    """Two sides and the pairs of their records."""
-
-    a: Side
-    b: Side
-    pairs: Sequence[Pair]
-
-
 def read_side(path: Path) -> Side:
     """Read the record at ``path`` (``result.json`` or its folder) or all records below it.
 
@@ -127,7 +114,7 @@ def read_side(path: Path) -> Side:
     return Side(path, [RecordFile(record, file) for file, record in records], problems)
 
 
-def pair_up(a: Side, b: Side) -> Pairing:
+def pair_up(a: Side, b: Side) -> list[Pair]:
     """Pair the records of two sides.
 
     A side of full precision alone is paired with everything of the same model on the other side.
@@ -136,9 +123,7 @@ def pair_up(a: Side, b: Side) -> Pairing:
         CompareError: nothing has a partner, or a record has several.
     """
     if a.full and not b.full:
-        turned = pair_up(b, a)
-        swapped = [Pair(pair.key, pair.b, pair.a) for pair in turned.pairs]
-        return Pairing(turned.b, turned.a, swapped)
+        return [Pair(pair.key, pair.b, pair.a) for pair in pair_up(b, a)]
     beside_full = b.full and not a.full
     if beside_full:  # the folder of a model also holds its full precision
         paths = {file.path.resolve() for file in b.files}
@@ -150,7 +135,7 @@ def pair_up(a: Side, b: Side) -> Pairing:
     ]
     fields = (*_NAMES, *choices, "seed")
     names = _NAMES[:3] if beside_full else fields
-    partners, used = b.by(names), set()
+    partners = b.by(names)
     pairs: dict[tuple[str, ...], Pair] = {}
     for key, file in a.by(fields).items():
         partner = partners.get(key[: len(names)])
@@ -162,14 +147,16 @@ def pair_up(a: Side, b: Side) -> Pairing:
         shared = dict(zip(fields[:-1], key, strict=False))
         pair = pairs.setdefault(key[:-1], Pair(shared, {}, {}))
         pair.a[file.record.seed], pair.b[file.record.seed] = file, partner
-        used |= {file.path, partner.path}
     if not pairs:
         raise CompareError(_nothing_common(a, b, names))
-    a, b = (
-        replace(side, alone=[file for file in side.files if file.path not in used])
-        for side in (a, b)
-    )
-    return Pairing(a, b, list(pairs.values()))
+    return list(pairs.values())
+
+
+def alone(side: Side, pairs: Sequence[Pair]) -> list[RecordFile]:
+    """Return the records of a side that have no partner."""
+    files = (file for pair in pairs for own in (pair.a, pair.b) for file in own.values())
+    used = {file.path.resolve() for file in files}
+    return [file for file in side.files if file.path.resolve() not in used]
 
 
 def _nothing_common(a: Side, b: Side, names: Sequence[str]) -> str:

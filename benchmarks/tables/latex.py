@@ -62,8 +62,9 @@ def _table(
     table["name"] = [found[place][1] for place in table["item"]]
     means = scores.over_seeds(table, [*_ROW, *_COLUMN])
     means = means.pivot(index=_ROW, columns=_COLUMN, values="mean")
-    rows = pd.DataFrame([(c.scope, c.bits, name) for c, name in planned], columns=_ROW)
-    rows = rows.drop_duplicates()
+    keys = dict.fromkeys((cell.scope, cell.bits, name) for cell, name in planned)
+    rows = pd.DataFrame(list(keys), columns=_ROW)
+    # Full precision first; then in order of appearance by scope, bits and name.
     places = rows.apply(lambda column: pd.factorize(column)[0]).assign(low=rows["bits"] != FULL)
     rows = rows.loc[places.sort_values(["low", *_ROW]).index]
     models = unique(cell.model for cell, _ in planned)
@@ -95,11 +96,10 @@ def _table(
         block = (scope, bits)
     columns = pd.MultiIndex.from_tuples([("", "Bits (W/A)"), ("", head), *heads])
     caption = _caption(about, metrics, [item for item, _ in found] or measured)
-    if len(rows) > sum(rows["bits"] == FULL):
+    if (rows["bits"] != FULL).any():
         caption += " Bold: the best at these bits."
-    return latex(
-        pd.DataFrame(body, columns=columns), caption, re.sub(r"[^A-Za-z0-9-]+", "-", label)
-    )
+    label = re.sub(r"[^A-Za-z0-9-]+", "-", label)
+    return latex(pd.DataFrame(body, columns=columns), caption, label)
 
 
 def _caption(about: str, metrics: Sequence[str], items: Items) -> str:

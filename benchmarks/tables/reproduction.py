@@ -127,10 +127,9 @@ class Reproduction:
     @property
     def notes(self) -> list[str]:
         """Reasons for missing verdicts, remarks and the table's footnotes, one line each."""
-        noted = self.judged.explode("notes").dropna(subset="notes")
-        texts = sorted(unique(noted["notes"]), key=lambda text: ("×?" + text[0]).index(text[0]))
-        places = [self._places(noted[noted["notes"] == text]) for text in texts]
-        lines = [f"{text}: {place}." for text, place in zip(texts, places, strict=True)]
+        noted, order = self.judged.explode("notes").dropna(subset="notes"), {"×": 0, "?": 1}
+        texts = sorted(unique(noted["notes"]), key=lambda text: order.get(text[0], 2))
+        lines = [f"{text}: {self._places(noted[noted['notes'] == text])}." for text in texts]
         return [*lines, *self.table.footnotes]
 
     def _places(self, cells: pd.DataFrame) -> str:
@@ -224,7 +223,8 @@ def _cell(table: PublishedTable, cell: TableCell, item: Measurement | None) -> d
     verdict = "context" if name is None else NOT_MEASURED if item is None else NOT_COMPARABLE
     verdict = judged.verdict if judged else verdict
     mark = _LEGEND[verdict][0] if row and verdict in _LEGEND else ""
-    notes = [f"{mark} {judged.rule}"] if judged and mark in "×?" else []
+    unclear = judged and verdict in (NOT_COMPARABLE, diff.UNCERTAIN)
+    notes = [f"{mark} {judged.rule}"] if judged and unclear else []
     value, gap = item.mean if item else number, judged.difference if judged else math.nan
     return {
         "row": head_text(line.row.head),

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from benchmarks.cli import cli
 from benchmarks.compare.judge import judge
-from benchmarks.compare.pairs import CompareError, pair_up, read_side
+from benchmarks.compare.pairs import CompareError, alone, pair_up, read_side
 from fimaq_core.recipe import make_recipe
 from tasks.common.record import Metric, ResultRecord, bits_name, write_record
 
@@ -67,7 +67,7 @@ def save(
 
 
 def labels(a: Path, b: Path) -> list[tuple[str, list[int | None]]]:
-    return [(pair.label, list(pair.a)) for pair in pair_up(read_side(a), read_side(b)).pairs]
+    return [(pair.label, list(pair.a)) for pair in pair_up(read_side(a), read_side(b))]
 
 
 def run(*arguments: object):
@@ -88,18 +88,19 @@ def test_records_are_paired_by_what_they_share(tmp_path: Path):
                     save(tmp_path / method, method, seed, bits=bits, model=model)
     save(tmp_path / "fimaq", "fimaq", 3)
     save(tmp_path / "fimaq", "fimaq", 1, bits="w6a6")
-    pairing = pair_up(read_side(tmp_path / "fimaq"), read_side(tmp_path / "qdrop"))
-    assert {(pair.label, tuple(pair.a)) for pair in pairing.pairs} == {
+    a, b = read_side(tmp_path / "fimaq"), read_side(tmp_path / "qdrop")
+    pairs = pair_up(a, b)
+    assert {(pair.label, tuple(pair.a)) for pair in pairs} == {
         (f"{model} {bits}", (1, 2))
         for model in ("demo_vit", "demo_swin")
         for bits in ("w3a3", "w4a4")
     }
-    assert sorted(run.label for run in pairing.a.alone) == [
+    assert sorted(run.label for run in alone(a, pairs)) == [
         "classification demo_vit fimaq (released) w3a3 seed 3",
         "classification demo_vit fimaq (released) w6a6 seed 1",
     ]
-    assert not pairing.b.alone
-    for pair in pairing.pairs:
+    assert not alone(b, pairs)
+    for pair in pairs:
         for seed, mine in pair.a.items():
             assert (mine.record.seed, pair.b[seed].record.seed) == (seed, seed)
             assert (mine.record.method, pair.b[seed].record.method) == ("fimaq", "qdrop")
@@ -130,9 +131,10 @@ def test_the_variant_and_the_scope_do_so_too(tmp_path: Path):
         for variant in ("demo", "demo k=15")
         for scope in ("vision", "both")
     )
-    pairing = pair_up(read_side(tmp_path / "old"), read_side(tmp_path / "other"))
-    assert [pair.label for pair in pairing.pairs] == ["demo_vit [both] demo w3a3"]
-    assert len(pairing.a.alone) == 3
+    a, b = read_side(tmp_path / "old"), read_side(tmp_path / "other")
+    pairs = pair_up(a, b)
+    assert [pair.label for pair in pairs] == ["demo_vit [both] demo w3a3"]
+    assert len(alone(a, pairs)) == 3
 
 
 def test_full_precision_stands_beside_everything_of_its_model(tmp_path: Path):
@@ -140,15 +142,16 @@ def test_full_precision_stands_beside_everything_of_its_model(tmp_path: Path):
     for method in ("rtn", "fimaq"):
         for seed in (1, 2):
             save(tmp_path, method, seed)
-    pairing = pair_up(read_side(tmp_path), read_side(full))
-    assert sorted((pair.label, tuple(pair.a)) for pair in pairing.pairs) == [
+    a, b = read_side(tmp_path), read_side(full)
+    pairs = pair_up(a, b)
+    assert sorted((pair.label, tuple(pair.a)) for pair in pairs) == [
         ("demo_vit fimaq w3a3", (1, 2)),
         ("demo_vit rtn w3a3", (1, 2)),
     ]
-    assert not pairing.a.alone
-    assert not pairing.b.alone
-    assert [pair.label for pair in pair_up(read_side(full), read_side(tmp_path)).pairs] == [
-        p.label for p in pairing.pairs
+    assert not alone(a, pairs)
+    assert not alone(b, pairs)
+    assert [pair.label for pair in pair_up(read_side(full), read_side(tmp_path))] == [
+        p.label for p in pairs
     ]
 
 
@@ -290,10 +293,10 @@ def test_several_seeds_are_averaged_and_bootstrapped(tmp_path: Path):
     }
     for (method, seed), own in correct.items():
         save(tmp_path, method, seed, own)
-    pairing = pair_up(
+    pairs = pair_up(
         read_side(tmp_path / "demo_vit" / "fimaq"), read_side(tmp_path / "demo_vit" / "qdrop")
     )
-    (judged,) = judge(pairing, 0.95)
+    (judged,) = judge(pairs, 0.95)
     (found,) = judged.metrics
     gaps = 100 * np.mean(
         [correct["fimaq", s].astype(float) - correct["qdrop", s] for s in (1, 2)], axis=0
