@@ -1,8 +1,7 @@
 """Agreement of measured cells with a reference: one test for the whole family of comparisons.
 
 Rounding differs between processors, and hundreds of optimisation steps turn one rounding into
-another result. A reference holds the same cells from several processors, which tells the size of
-this effect.
+another result. A reference holds cells from several processors, which shows how large this is.
 """
 
 import math
@@ -85,9 +84,7 @@ def compared(reference: pd.DataFrame, mine: pd.DataFrame) -> pd.DataFrame:
     degrees of freedom. Without a cell from two processors, the variance over seeds stands in;
     without that, the standard error of a score. The p-values are Holm's, for all rows.
 
-    Args:
-        reference: table of :func:`observations`.
-        mine: the same of this installation.
+    Both tables are those of :func:`observations`.
 
     Returns:
         One row per comparison: the cell, ``mean_ref``, ``mean_mine``, ``difference``, ``p``

@@ -79,9 +79,7 @@ def judge(pairs: Sequence[Pair], level: float, metrics: Sequence[str] = ()) -> l
     """Test all pairs, and correct p for the number of pairs by Holm's method in each metric.
 
     Without ``metrics``, one pair is compared in all its metrics, several pairs in :data:`MAIN`.
-
-    Raises:
-        CompareError: no pair can be compared, or none has one of ``metrics``.
+    Raises CompareError if no pair can be compared, or none has one of ``metrics``.
     """
     judged = []
     for pair in pairs:

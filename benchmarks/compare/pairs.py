@@ -97,9 +97,8 @@ class Pair:
 def read_side(path: Path) -> Side:
     """Read the record at ``path`` (``result.json`` or its folder) or all records below it.
 
-    Raises:
-        CompareError: there is none.
-        CheckpointError: the one record cannot be read. Of several those are left out and named.
+    Raises CompareError if there is none, CheckpointError if the one record cannot be read. Of
+    several records, unreadable ones are left out and named.
     """
     single = path / "result.json" if (path / "result.json").is_file() else path
     if single.is_file():
@@ -118,9 +117,7 @@ def pair_up(a: Side, b: Side) -> list[Pair]:
     """Pair the records of two sides.
 
     A side of full precision alone is paired with everything of the same model on the other side.
-
-    Raises:
-        CompareError: nothing has a partner, or a record has several.
+    Raises CompareError if nothing has a partner, or a record has several.
     """
     if a.full and not b.full:
         return [Pair(pair.key, pair.b, pair.a) for pair in pair_up(b, a)]

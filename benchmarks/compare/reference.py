@@ -21,6 +21,9 @@ from benchmarks.results.scores import COLUMNS, FULL, Items, Measured, count
 from fimaq_core.errors import FimaqError
 from tasks.common.cell.machine import processor
 
+#: Parts of the provenance of a reference.
+_ABOUT = {"machine", "versions", "date", "settings", "data"}
+
 
 def provenance(grid: Grid, measured: Items) -> dict[str, Any]:
     """Return machine, versions, date, settings and data of measurements, without names of hosts."""
@@ -50,12 +53,10 @@ def _settings(grid: Grid) -> dict[str, Any]:
         section: {k: v for k, v in grid.overrides_of(section).items() if (k, v) not in common}
         for section in grid.tasks
     }
-    settings: dict[str, Any] = {"variant": grid.variant, "overrides": grid.overrides}
-    settings["sections"] = {section: found for section, found in own.items() if found}
-    settings["axes"] = grid.axes
-    optional = [name for name in ("sections", "axes") if not settings[name]]
-    found: dict[str, Any] = json.loads(json.dumps(settings))
-    return {name: value for name, value in found.items() if name not in optional}
+    sections = {section: found for section, found in own.items() if found}
+    settings = {"variant": grid.variant, "overrides": grid.overrides, "sections": sections}
+    found = json.loads(json.dumps({**settings, "axes": grid.axes}))
+    return {k: v for k, v in found.items() if v or k in ("variant", "overrides")}
 
 
 def _settings_of(settings: Mapping[str, Any], section: str) -> dict[str, Any]:
@@ -96,8 +97,7 @@ def write_reference(grid: Grid, measured: Items, text: str, folder: Path = REFER
 def add_processor(grid: Grid, measured: Items, folder: Path = REFERENCE) -> Path:
     """Add another processor's cells to the reference's table, in place of their former rows.
 
-    Raises:
-        FimaqError: there is no reference, or it has other settings or data.
+    Raises FimaqError if there is no reference, or if it has other settings or data.
     """
     found = _read(grid, folder)
     if found is None:
@@ -127,17 +127,14 @@ def read_csv(path: Path) -> pd.DataFrame:
 
 
 def _read(grid: Grid, folder: Path) -> tuple[pd.DataFrame, dict[str, Any]] | None:
-    """Return the table of a reference and its provenance; None without a reference.
-
-    Raises:
-        FimaqError: it cannot be read.
-    """
+    """Return the table and the provenance of a reference, if any. Raises FimaqError if damaged."""
     path, about = folder / f"{grid.name}.csv", folder / f"{grid.name}.json"
     if not path.is_file() or not about.is_file():
         return None
     try:
         content = json.loads(about.read_text(encoding="utf-8"))
-        _line(content), content["settings"].items(), list(content["data"])
+        if missing := sorted(_ABOUT - content.keys()):
+            raise ValueError(f"{about.name} lacks {', '.join(missing)}")
         return read_csv(path), content
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise FimaqError(f"The reference {path.name} cannot be read: {error}") from error
@@ -146,9 +143,8 @@ def _read(grid: Grid, folder: Path) -> tuple[pd.DataFrame, dict[str, Any]] | Non
 def compare(grid: Grid, measured: Items, folder: Path = REFERENCE) -> list[str]:
     """Compare finished cells with the committed reference of their profile.
 
-    Returns:
-        Lines, none without a reference. The first one begins with ``Agrees with the reference`` or
-        ``DIFFERS from the reference``.
+    Returns lines, none without a reference. One begins with ``Agrees with the reference`` or
+    ``DIFFERS from the reference``.
     """
     try:
         found = _read(grid, folder)

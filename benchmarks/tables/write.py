@@ -45,10 +45,8 @@ def remake(
     """Make the tables of a profile again from its records.
 
     ``chosen`` is the ending of a file, or ``all``. One table is printed, unless a folder ``output``
-    is given. All tables are written: to ``output``, or else to ``tables`` in the results.
-
-    Raises:
-        FimaqError: nothing is measured.
+    is given. All tables are written: to ``output``, or else to ``tables`` in the results. Raises
+    FimaqError if nothing is measured.
     """
     cells = expand(grid, Filters(), options)
     measured = collect(cells, adapter)
@@ -73,8 +71,7 @@ def write_tables(
 ) -> None:
     """Write the table files, print the table of ``cells`` and compare it with the reference.
 
-    The files cover the finished cells of the whole grid and of this run, so filters never shrink
-    them.
+    The files cover the whole grid and this run, so filters never shrink them.
     """
     full = expand(grid, Filters(), options)
     known = {cell.key for cell in full}
@@ -114,8 +111,7 @@ def write_published(
 def make_reference(grid: Grid, options: RunOptions, adapter: Adapter, add: bool) -> None:
     """Write the reference of a finished grid, or ``add`` another processor's cells to it.
 
-    Raises:
-        FimaqError: cells are missing, or those of ``add`` have other settings or data.
+    Raises FimaqError if cells are missing, or if those of ``add`` have other settings or data.
     """
     cells = expand(grid, Filters(), options)
     measured = collect(cells, adapter)
