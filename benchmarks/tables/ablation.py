@@ -8,9 +8,8 @@ from benchmarks.grid.schema import Axes
 from benchmarks.results import scores
 from benchmarks.results.outcomes import compare, mean_difference
 from benchmarks.results.scores import Cells, Items, unique
-from benchmarks.tables.layout import markdown
 
-_NOTE = (
+NOTE = (
     "`- base`: difference to the grid's own settings (`base`), mean ± standard error over (number "
     "of) pairs of model and seed. `se (samples)`: the standard error of the same mean from its "
     "finite number of samples, paired sample by sample within each model; it knows nothing of "
@@ -18,17 +17,15 @@ _NOTE = (
 )
 
 
-def axis_parts(
-    axes: Axes, metric: str, measured: Items, cells: Cells, width: int | None
-) -> list[str]:
-    """Return the Markdown of a section's axes: a table per axis and method, and a note."""
-    parts = []
-    for axis, points in axes.items():
-        for method in methods_on(axis, cells):
-            mine = [cell for cell in cells if cell.method == method]
-            table = axis_table(axis, list(points), metric, measured, mine)
-            parts += [f"### {axis}: {method}, one setting at a time", *markdown(table, width)]
-    return [*parts, _NOTE] if parts else []
+def axis_tables(axes: Axes, metric: str, measured: Items, cells: Cells) -> dict[str, pd.DataFrame]:
+    """Return the tables of a section's axes by their titles, one per axis and method."""
+    return {
+        f"{axis}: {method}, one setting at a time": axis_table(
+            axis, list(points), metric, measured, [cell for cell in cells if cell.method == method]
+        )
+        for axis, points in axes.items()
+        for method in methods_on(axis, cells)
+    }
 
 
 def methods_on(axis: str, cells: Cells) -> list[str]:

@@ -2,10 +2,11 @@
 
 import re
 from collections.abc import Sequence
-from itertools import groupby
 
 import pandas as pd
 
+#: Comment above LaTeX tables.
+PREAMBLE = r"% Made by python -m benchmarks. In the preamble: \usepackage{booktabs}"
 #: Characters of a line of \footnotesize in one column of an article.
 _LINE = 80
 _SPECIAL = {
@@ -52,55 +53,41 @@ def escape(text: str) -> str:
     return "".join(_SPECIAL.get(sign, plain(sign)) for sign in re.sub(r"\s+", " ", text))
 
 
-def _cell(text: str) -> str:
-    text = re.sub("^ ", r"\\quad ", escape(text))
-    return re.sub(r"^\*\*(.*)\*\*$", r"\\textbf{\1}", text)
-
-
 def latex(table: pd.DataFrame, caption: str, label: str, notes: str = "") -> str:
     r"""Return a table as LaTeX that needs the package booktabs only. Texts are escaped here.
 
     Args:
-        table: texts; the first two columns hold words. Columns are pairs of heads, and neighbours
-            share the first one. A text in the first column begins a block of rows; a row without
-            other texts is a heading. ``**70.13**`` is printed in bold, and two
-            blanks at the start indent a text.
+        table: texts. Columns are names, or pairs of names of which neighbours share the first one.
+            The index holds words; two blanks at their start indent them. ``**70.13**`` is bold.
         caption, notes: texts above and below the table.
         label: name of the label, without ``tab:``.
     """
-    heads = [(escape(above), escape(below)) for above, below in table.columns]
-    above: list[str] = []
-    rules, end = "", 0
-    for name, group in groupby(above for above, _ in heads):
-        start, width = end + 1, len(list(group))
-        end += width
-        above += [rf"\multicolumn{{{width}}}{{c}}{{{name}}}"] if name else [""] * width
-        rules += rf"\cmidrule(lr){{{start}-{end}}}" if name else ""
-    rows, lines = table.to_numpy().tolist(), [" & ".join(above) + r" \\", rules] if rules else []
-    lines += [" & ".join(below for _, below in heads) + r" \\", r"\midrule"]
-    heading = True  # no rule above the first row, and none between a heading and its block
-    for row in rows:
-        lines += [r"\midrule"] if row[0] and not heading else []
-        heading = bool(row[0]) and not any(row[1:])
-        if heading:
-            lines.append(rf"\multicolumn{{{len(row)}}}{{l}}{{\emph{{{escape(row[0])}}}}} \\")
-        else:
-            lines.append(" & ".join(map(_cell, row)) + r" \\")
-    columns = zip((below for _, below in table.columns), *rows, strict=True)
-    widths = [max(len(text.strip("*")) for text in column) + 2 for column in columns]
-    environment, size, space = "table", "footnotesize", 4
-    if sum(widths) > _LINE:  # across both columns of a page
-        environment, size, space = "table*", "scriptsize", 3
-    return "\n".join([
-        rf"\begin{{{environment}}}[t]",
-        rf"\centering\{size}\setlength{{\tabcolsep}}{{{space}pt}}",
-        rf"\caption{{{escape(caption)}}}",
-        rf"\label{{tab:{label}}}\smallskip",
-        rf"\begin{{tabular}}{{ll{'r' * (len(heads) - 2)}}}",
-        r"\toprule",
-        *lines,
-        r"\bottomrule",
-        r"\end{tabular}",
-        *(["", r"\smallskip", escape(notes)] if notes else []),
-        rf"\end{{{environment}}}",
-    ])  # fmt: skip
+
+    def cell(text: str) -> str:
+        text = re.sub("^ ", r"\\quad ", escape(text))
+        return re.sub(r"^\*\*(.*)\*\*$", r"\\textbf{\1}", text)
+
+    names = [name if isinstance(name, tuple) else ("", name) for name in table.columns]
+    heads = [("", str(name)) for name in table.index.names] + names
+    flat = table.reset_index()
+    columns = zip(heads, flat.to_numpy().T, strict=True)
+    width = sum(2 + max(map(len, (below, *texts))) for (_, below), texts in columns)
+    kind, size = ("table*", r"\scriptsize") if width > _LINE else ("table", r"\footnotesize")
+    heads = [(escape(above), escape(below)) for above, below in heads]
+    grouped = any(above for above, _ in heads)
+    flat.columns = pd.Index(heads if grouped else [below for _, below in heads])
+    style = flat.map(cell).style.hide(axis="index")
+    text = style.to_latex(
+        hrules=True,
+        column_format="l" * table.index.nlevels + "r" * len(names),
+        multicol_align="c",
+        environment=kind,
+        position="t",
+        position_float="centering",
+        caption=escape(caption),
+        label=f"tab:{re.sub('[^A-Za-z0-9-]+', '-', label)}",
+    )
+    text = text.replace(r"\centering", rf"\centering{size}\setlength{{\tabcolsep}}{{3pt}}", 1)
+    text = text.replace(r"\begin{tabular}", "\\smallskip\n\\begin{tabular}", 1)
+    below = f"\n\\smallskip\n{escape(notes)}\n" if notes else ""
+    return text.replace(rf"\end{{{kind}}}", rf"{below}\end{{{kind}}}").rstrip("\n")

@@ -194,18 +194,20 @@ class Reproduction:
 
     def tex(self) -> str:
         """Return the table as LaTeX that needs the package booktabs only."""
-        table, rows, last = self.table, [], ""
+        table, words, last = self.table, [], ""
         for row in self.shown:
             bits = bits_text(row.line.bits)
             name = row.label if row.own else f"  {row.label}"
-            rows.append([bits if row.own and bits != last else "", name, *row.texts])
+            words.append((bits if row.own and bits != last else "", name))
             last = bits
-        heads = [head_pair(table.columns[column].head) for column in self.columns]
-        columns = pd.MultiIndex.from_tuples([("", "Bits"), ("", "Method"), *heads])
+        body = pd.DataFrame(
+            [row.texts for row in self.shown],
+            index=pd.MultiIndex.from_tuples(words, names=["Bits", "Method"]),
+            columns=[head_pair(table.columns[column].head) for column in self.columns],
+        )
         caption = f"{table.title}. {table.caption} Source: {table.paper}."
-        notes = " ".join([self.legend, *self.notes])
-        text = layout.latex(pd.DataFrame(rows, columns=columns), caption, table.name, notes)
-        return f"% Made from records. In the preamble: \\usepackage{{booktabs}}\n\n{text}\n"
+        text = layout.latex(body, caption, table.name, " ".join([self.legend, *self.notes]))
+        return f"{layout.PREAMBLE}\n\n{text}\n"
 
 
 def _cell(table: PublishedTable, cell: TableCell, item: Measurement | None) -> dict[str, Any]:

@@ -1,5 +1,6 @@
-"""Text of a grid: a table per section, and below it settings, spreads, means, expected orders."""
+"""Tables of a grid: Markdown with settings, spreads, means and expected orders, and LaTeX."""
 
+import re
 from collections.abc import Callable
 
 import pandas as pd
@@ -7,9 +8,9 @@ import pandas as pd
 from benchmarks.grid.schema import Axes
 from benchmarks.results import scores
 from benchmarks.results.scores import FULL, PAIRS, Cells, Items, in_order, over_seeds, unique
-from benchmarks.tables.ablation import axis_parts
+from benchmarks.tables.ablation import NOTE, axis_tables
 from benchmarks.tables.expected_orders import order_lines
-from benchmarks.tables.layout import markdown
+from benchmarks.tables.layout import PREAMBLE, latex, markdown
 from benchmarks.tables.settings import MARKS, marks, settings_lines
 
 
@@ -30,14 +31,71 @@ def grid_markdown(
     return "\n\n".join(parts) + "\n"
 
 
+def grid_latex(name: str, measured: Items, cells: Cells, axes: Axes | None = None) -> str:
+    """Return the LaTeX of ``cells``: the tables of :func:`grid_markdown` of measured sections.
+
+    In the main table of a section, the best of each column is bold.
+    """
+    parts = [PREAMBLE]
+    for section, mine, planned in scores.by_section(measured, cells):
+        if not mine:
+            continue
+        (title, main), *rest = _tables(mine, planned).items()
+        tables = {title: _best_bold(main, planned), **dict(rest)}
+        for table in tables.values():
+            table.columns = [tuple(column.rpartition(" ")[::2]) for column in table.columns]
+        metric = _main_metric(mine)
+        for title, table in axis_tables(axes or {}, metric, mine, planned).items():
+            tables[f"{title}, {scores.metric_title(metric)}"] = table
+        seeds = f"Seeds: {', '.join(map(str, scores.seeds_of(mine)))}."
+        about = " ".join([*data_lines(mine), seeds, "Quantization is simulated."])
+        for number, (title, table) in enumerate(tables.items()):
+            label, caption = f"{name}-{section}", f"{section}: {title}. {about}"
+            if number:
+                label += f"-{re.split('[,(]', title)[0].strip()}"
+            else:
+                caption += " Bold: the best quantized method of a column."
+            parts.append(latex(table, caption, label))
+    return "\n\n".join(parts) + "\n"
+
+
+def _main_metric(mine: Items) -> str:
+    return scores.main_metric(mine[0].cell.task, scores.scores(mine))
+
+
+def _tables(mine: Items, planned: Cells) -> dict[str, pd.DataFrame]:
+    """Return the tables of a section's own settings by their titles, the main one first."""
+    table, metric = scores.scores(mine), _main_metric(mine)
+    own, cells = table[table["point"] == ""], [cell for cell in planned if not cell.point]
+    title = f"{scores.metric_title(metric)}, mean ± sd over seeds"
+    found = {title: wide(own[own["metric"] == metric], cells)}
+    for title, metrics in PAIRS.items():
+        if set(metrics) <= set(own["metric"]):
+            pair = (own[own["metric"] == name] for name in metrics)
+            first, second = (wide(rows, cells, lambda mean, _: f"{mean:.2f}") for rows in pair)
+            both = first.where(first == "-", first + " / " + second)
+            found[f"{title} (percent), mean over seeds"] = both
+    return found
+
+
+def _best_bold(table: pd.DataFrame, cells: Cells) -> pd.DataFrame:
+    """Return the table with the best quantized method of each column in bold, given a choice."""
+    full = {cell.method for cell in cells if cell.bits == FULL}
+    texts = table[~table.index.isin(full)]
+    numbers = texts.apply(lambda own: pd.to_numeric(own.str.split().str[0], errors="coerce"))
+    best = (numbers == numbers.max()) & (numbers.count() > 1)
+    best = best.reindex(table.index, fill_value=False)
+    return table.where(~best, "**" + table + "**")
+
+
 def _section_parts(
     section: str, mine: Items, planned: Cells, width: int | None, axes: Axes
 ) -> list[str]:
-    every = scores.scores(mine)
-    metric = scores.main_metric(planned[0].task, every)
     # The main table and its lines show the grid's own settings; points of axes have own tables.
-    own, cells = every[every["point"] == ""], [cell for cell in planned if not cell.point]
-    table = own[own["metric"] == metric]
+    own, cells = [it for it in mine if not it.cell.point], [c for c in planned if not c.point]
+    metric, (main, *tables) = _main_metric(mine), _tables(mine, planned).items()
+    table = scores.scores(own)
+    table = table[table["metric"] == metric]
     # Scopes share seeds and models, so each mean and each order is of one scope.
     marks_here = unique(table.loc[table["method"] != "fp", "mark"])
     by_mark = {mark: table[table["mark"] == mark] for mark in marks_here} or {"": table}
@@ -45,29 +103,23 @@ def _section_parts(
     if any(cell.scope for cell in planned):
         brackets = "In brackets what of a model is quantized"
         lines.append(f"{brackets}; full precision, the whole model, stands beside each.")
-    lines += data_lines(mine)
-    lines += settings_lines([item for item in mine if not item.cell.point])
-    lines += _spread_lines(by_mark, table)
+    lines += [*data_lines(mine), *settings_lines(own), *_spread_lines(by_mark, table)]
     for mark, rows in by_mark.items():
-        lines += order_lines(rows, mine, mark)
+        lines += order_lines(rows, own, mark)
     unfinished = len({cell.key for cell in planned}) - len(mine)
     if unfinished > 0:
         lines.append(f"{unfinished} of {len(planned)} cells are not measured: `-`.")
-    parts = [
-        f"## {section}: {scores.metric_title(metric)}, mean ± sd over seeds",
-        *markdown(marks(cells).join(wide(table, cells)), width, MARKS),
-    ]
-    for title, metrics in PAIRS.items():
-        if set(metrics) <= set(own["metric"]):
-            tables = (own[own["metric"] == name] for name in metrics)
-            first, second = (wide(rows, cells, lambda mean, _: f"{mean:.2f}") for rows in tables)
-            both = first.where(first == "-", first + " / " + second)
-            parts += [f"{title} (percent), mean over seeds:", *markdown(both, width)]
+    parts = [f"## {section}: {main[0]}", *markdown(marks(cells).join(main[1]), width, MARKS)]
+    for title, both in tables:
+        parts += [f"{title}:", *markdown(both, width)]
     parts.append("\n".join(f"- {line}" for line in lines))
     means = pd.concat([_mean_over_models(rows, mark) for mark, rows in by_mark.items()], axis=1)
     if not means.empty and len({cell.model for cell in cells}) > 1:
         parts += ["Mean over models:", *markdown(means.loc[in_order(means.index)].fillna("-"))]
-    return [*parts, *axis_parts(axes, metric, mine, planned, width)]
+    found = axis_tables(axes, metric, mine, planned)
+    for title, both in found.items():
+        parts += [f"### {title}", *markdown(both, width)]
+    return [*parts, NOTE] if found else parts
 
 
 def wide(

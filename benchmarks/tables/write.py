@@ -12,9 +12,8 @@ from benchmarks.grid.expand import Filters, chosen_axes, expand
 from benchmarks.grid.schema import Grid
 from benchmarks.published.table import PublishedTable
 from benchmarks.results.scores import COLUMNS, Cells, Items, collect, csv_text, scores, write_text
-from benchmarks.tables.latex import grid_latex
 from benchmarks.tables.reproduction import Reproduction
-from benchmarks.tables.summary import grid_markdown
+from benchmarks.tables.summary import grid_latex, grid_markdown
 from fimaq_core.errors import FimaqError
 
 
