@@ -17,7 +17,7 @@ def order_lines(table: pd.DataFrame, measured: Items = (), mark: str = "") -> li
 
     Args:
         table: scores of one section, scope (``mark``) and metric, one variant per method. Its
-            column ``item`` counts ``measured``.
+            column ``item`` is the index into ``measured``.
         measured: cells for comparisons sample by sample.
     """
     rows = table[table["bits"] != FULL]
