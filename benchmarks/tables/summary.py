@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 
+import numpy as np
 import pandas as pd
 
 from benchmarks.grid.schema import Axes
@@ -47,15 +48,15 @@ def grid_latex(name: str, measured: Items, cells: Cells, axes: Axes | None = Non
         metric = _main_metric(mine)
         for title, table in axis_tables(axes or {}, metric, mine, planned).items():
             tables[f"{title}, {scores.metric_title(metric)}"] = table
-        seeds = f"Seeds: {', '.join(map(str, scores.seeds_of(mine)))}."
-        about = " ".join([*data_lines(mine), seeds, "Quantization is simulated."])
+        seeds = ", ".join(map(str, scores.seeds_of(mine)))
+        about = [*data_lines(mine), *([f"Seeds: {seeds}."] if seeds else [])]
         for number, (title, table) in enumerate(tables.items()):
-            label, caption = f"{name}-{section}", f"{section}: {title}. {about}"
+            label, words = f"{name}-{section}", [f"{section}: {title}.", *about]
             if number:
                 label += f"-{re.split('[,(]', title)[0].strip()}"
-            else:
-                caption += " Bold: the best quantized method of a column."
-            parts.append(latex(table, caption, label))
+            if any("**" in text for text in table.to_numpy().ravel()):
+                words.append("Bold: the best quantized method of a column.")
+            parts.append(latex(table, " ".join([*words, "Quantization is simulated."]), label))
     return "\n\n".join(parts) + "\n"
 
 
@@ -138,7 +139,8 @@ def wide(
     stats["text"] = [text(row.mean, row.sd) for row in stats.itertuples()]
     columns = {}
     for subject, model, bits in scores.columns_of(cells):
-        own = stats["subject"].isin([subject, model]) & stats["bits"].isin([bits, FULL])
+        subjects = np.where(stats["method"] == "fp", model, subject)
+        own = (stats["subject"] == subjects) & stats["bits"].isin([bits, FULL])
         name = f"{subject} {bits}" if bits != FULL else subject
         columns[name] = stats[own].set_index("method")["text"]
     methods = pd.Index(in_order(cell.method for cell in cells), name="method")

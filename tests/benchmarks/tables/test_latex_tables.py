@@ -132,7 +132,7 @@ def test_captions_say_what_the_numbers_rest_on(tmp_path: Path):
     assert (
         r"\caption{classification: top1 (percent), mean \ensuremath{\pm} sd over seeds. "
         "Data: digit-pairs, split test, n = 2000 samples. Seeds: 1, 2. "
-        "Quantization is simulated. Bold: the best quantized method of a column.}" in text
+        "Bold: the best quantized method of a column. Quantization is simulated.}" in text
     )
     assert text.count("Quantization is simulated.") == 5
 
