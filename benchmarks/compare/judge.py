@@ -13,7 +13,7 @@ from fimaq_core.errors import CheckpointError, suggest
 
 #: Metrics by which many pairs are compared, unless others are asked for.
 MAIN = ("top1", "R@1", "AP_box", "AP_mask")
-#: Points by which a metric may be off its outcomes: they are stored as 32-bit numbers at least.
+#: Points by which a metric may differ from its outcomes, which are at least 32-bit numbers.
 _ROUNDING = 0.01
 
 

@@ -43,7 +43,7 @@ class RecordFile:
 
     @property
     def label(self) -> str:
-        """Name for people."""
+        """Name in messages."""
         of = self.fields
         name = f"{of['task']} {_subject(of)} {of['method']}"
         return name if self.full else f"{name} ({of['variant']}) {of['bits']} seed {of['seed']}"
@@ -89,7 +89,7 @@ class Pair:
 
     @property
     def label(self) -> str:
-        """Name for people: model, scope, bits, and the fields that tell it from other pairs."""
+        """Name in tables: model, scope, bits, and the fields that tell it from other pairs."""
         own = [self.key[name] for name in _CHOICES if name in self.key]
         return " ".join([_subject(self.key), *own, self.key["bits"]])
 

@@ -167,16 +167,15 @@ def compare(grid: Grid, measured: Items, folder: Path = REFERENCE) -> list[str]:
     if mine - known:
         lines.append(f"Not in the reference, so not compared: {count(len(mine - known), 'cell')}.")
     off = both[both["p"] < ALPHA]
-    processors = count(reference["processor"].nunique(), "processor")
-    comparisons = count(len(both), "comparison")
-    basis = f"{comparisons}, family-wise error {ALPHA:.0%}, {processors} in the reference"
+    basis = f"{count(len(both), 'comparison')}, family-wise error {ALPHA:.0%}, "
+    basis += f"{count(reference['processor'].nunique(), 'processor')} in the reference"
     if off.empty:
         score = both[~both["metric"].isin(FIGURES)]
         largest = score.iloc[int(score["difference"].abs().to_numpy().argmax())]
         unit = "points" if scores.is_percent(largest["metric"]) else "ranks"
         gap = f"{largest['difference']:+.2f} {unit} at {_name(largest, grid)}"
-        agrees = f"Agrees with the reference ({basis})."
-        return [*lines, f"{agrees} Largest difference of a score: {gap}. {where}"]
+        gap = f"Largest difference of a score: {gap}."
+        return [*lines, f"Agrees with the reference ({basis}). {gap} {where}"]
     lines.append(
         f"DIFFERS from the reference in {len(off)} of {basis}. Processors do not cause this: check "
         f"the installation with `make test`, and `git status` for changed code. {where}"

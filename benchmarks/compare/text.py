@@ -75,7 +75,7 @@ def _notes(judged: Sequence[Judged]) -> list[str]:
         )
     if any(len(item.pair.a) > 1 for item in judged):
         notes.append("Where there are several seeds, each sample's score is their mean.")
-    notes.append("All errors are of the finite number of samples; other seeds are not part of it.")
+    notes.append("Errors and p cover the finite number of samples only, not other seeds.")
     if len(judged) > 1:
         notes.append("Holm p: corrected for the number of pairs of a metric; verdicts use it.")
     return notes
