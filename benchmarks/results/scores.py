@@ -86,15 +86,14 @@ def scores(measured: Iterable[Measured]) -> pd.DataFrame:
     """Return the table of scores of finished cells.
 
     Returns:
-        The columns of :func:`record_scores`, and these of each cell: ``section``, ``model``,
-        ``scope`` as the grid states it (a record also states the default scope of its task),
-        ``subject`` (the model with its scope), ``mark`` (the scope in brackets), and ``point`` (of
-        an axis; empty for the grid's own settings).
+        The columns of :func:`record_scores`, and these of each cell: ``model``; ``subject``, the
+        model with the scope that the grid states; ``mark``, this scope in brackets; ``point`` of an
+        axis, empty for the grid's own settings.
     """
     items = list(measured)
     table = record_scores(item.record for item in items)
     cells = [items[place].cell for place in table["item"]]
-    names = ("section", "model", "scope", "subject", "mark", "point")
+    names = ("model", "subject", "mark", "point")
     return table.assign(**{name: [getattr(cell, name) for cell in cells] for name in names})
 
 
@@ -102,9 +101,9 @@ def record_scores(records: Iterable[ResultRecord]) -> pd.DataFrame:
     """Return one row per record and metric.
 
     Returns:
-        Columns: :data:`COLUMNS`; ``bits`` as a name; ``scope`` (empty without one); ``item``, the
-        index of the record in ``records``. ``value``, its standard error over samples ``stderr``
-        and ``fp_value`` (full precision) are percentages, except for median ranks.
+        :data:`COLUMNS`; ``bits`` as a name; ``item``, the index of the record in ``records``.
+        ``value``, its standard error over samples ``stderr`` and ``fp_value`` (full precision) are
+        percentages, except for median ranks.
     """
     rows = []
     for item, record in enumerate(records):
@@ -115,11 +114,10 @@ def record_scores(records: Iterable[ResultRecord]) -> pd.DataFrame:
         for name, metric in record.metrics.items():
             full = metric if record.method == "fp" else record.fp_metrics.get(name)
             score = (name, metric.value, metric.stderr, record.n, full and full.value)
-            rows.append((*shared, *score, scope_of(record), item))
-    table = pd.DataFrame(rows, columns=[*COLUMNS, "scope", "item"])
-    return with_bits(
-        table.astype({"seed": "Int64", "value": float, "stderr": float, "fp_value": float})
-    )
+            rows.append((*shared, *score, item))
+    table = pd.DataFrame(rows, columns=[*COLUMNS, "item"])
+    numbers = dict.fromkeys(("value", "stderr", "fp_value"), float)
+    return with_bits(table.astype({"seed": "Int64", **numbers}))
 
 
 def with_bits(table: pd.DataFrame) -> pd.DataFrame:

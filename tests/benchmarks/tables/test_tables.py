@@ -250,5 +250,5 @@ def test_the_scope_of_a_score_is_the_grids_not_the_default_of_the_task(tmp_path:
     stated = item.record.model_copy(
         update={"recipe": {**(item.record.recipe or {}), "scope": "backbone"}}
     )
-    assert scores.record_scores([stated])["scope"].tolist() == ["backbone"]
-    assert scores.scores([replace(item, record=stated)])["scope"].tolist() == [""]
+    assert scores.scope_of(stated) == "backbone"
+    assert scores.scores([replace(item, record=stated)])["mark"].tolist() == [""]
