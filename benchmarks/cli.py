@@ -148,7 +148,7 @@ def run(
 @click.option("--allow-nothing", is_flag=True, help="Exit with 0 if nothing is comparable.")
 def diff(results: Path, show_all: bool, allow_nothing: bool) -> None:
     """Compare all records with published numbers of the same model, data and settings."""
-    from benchmarks.compare.published import run_diff
+    from benchmarks.compare.diff import run_diff
 
     click.get_current_context().exit(run_diff(results, show_all, nothing=0 if allow_nothing else 2))
 
@@ -215,13 +215,14 @@ def compare(run_a: Path, run_b: Path, metric: str, level: float, as_json: bool) 
     Exit codes: 0 compared, whatever the result; 2 cannot compare.
     """
     from benchmarks.compare.judge import judge
-    from benchmarks.compare.sides import pair_up, read_side
-    from benchmarks.compare.text import json_text, report
+    from benchmarks.compare.pairs import pair_up, read_side
+    from benchmarks.compare.text import comparison_text, json_text
 
-    pairing = pair_up(read_side(run_a), read_side(run_b))
+    a, b = read_side(run_a), read_side(run_b)
     wanted = tuple(dict.fromkeys(name.strip() for name in metric.split(",") if name.strip()))
-    judged = judge(pairing, level, wanted)
-    click.echo(json_text(pairing, judged, level) if as_json else report(pairing, judged, level))
+    judged = judge(pair_up(a, b), level, wanted)
+    text = json_text if as_json else comparison_text
+    click.echo(text(a, b, judged, level))
 
 
 for command in (published, status, doctor, report):

@@ -1,8 +1,7 @@
 """Agreement of measured cells with a reference: one test for the whole family of comparisons.
 
 Rounding differs between processors, and hundreds of optimisation steps turn one rounding into
-another result. The size of this effect is measured: a reference holds the same cells from several
-processors.
+another result. A reference holds cells from several processors, which shows how large this is.
 """
 
 import math
@@ -17,7 +16,7 @@ from benchmarks.results.scores import CALIBRATION_ONLY, CELL, COLUMNS, PAIRS, It
 from benchmarks.results.scores import scores as score_table
 from tasks.common.record import ResultRecord
 
-#: Probability that an intact installation is said to differ in any of its comparisons.
+#: Probability that any comparison finds a difference in an intact installation.
 ALPHA = 0.01
 
 #: Figures of reconstruction, more sensitive to faults than scores. :data:`RATIOS` are compared by
@@ -33,13 +32,10 @@ _RATIO_SD, _PASSES_SD, _RANK_SD, _SEARCH_SD = 0.02, 0.1, 0.5, 0.2
 #: Stands for zero in a logarithm.
 _TINY = 1e-30
 
-#: Methods without reconstruction by the cause of spread between processors: a search of ranges has
-#: near-ties, rounding has hardly any.
-_KINDS = {
-    **dict.fromkeys(CALIBRATION_ONLY, "calibration"),
-    "rtn": "rounding",
-    "fp": "full precision",
-}
+#: Kinds of methods by the cause of spread between processors: a search of ranges has near-ties,
+#: rounding has hardly any. All other methods are reconstruction.
+_KINDS = dict.fromkeys(CALIBRATION_ONLY, "calibration")
+_KINDS |= {"rtn": "rounding", "fp": "full precision"}
 
 _POOL = ["pool", "kind", "bits", "metric"]
 
@@ -67,19 +63,18 @@ def observations(measured: Items) -> pd.DataFrame:
 
 
 def _figures(record: ResultRecord) -> dict[str, float]:
-    passes = float(sum(record.fisher_passes.values()))
+    passes, blocks = float(sum(record.fisher_passes.values())), record.blocks.values()
     found = {PASSES: passes} if record.fisher_passes else {}
-    if record.blocks:
-        weights = [block.fisher for block in record.blocks.values() if block.fisher is not None]
+    if blocks:
+        weights = [block.fisher for block in blocks if block.fisher is not None]
         if passes or weights:
             found[WEIGHT] = max(weights[0] if weights else 0.0, _TINY)
-        errors = [max(block.error, _TINY) for block in record.blocks.values()]
-        found[ERROR] = float(stats.gmean(errors))
+        found[ERROR] = float(stats.gmean([max(block.error, _TINY) for block in blocks]))
     return found
 
 
 def compared(reference: pd.DataFrame, mine: pd.DataFrame) -> pd.DataFrame:
-    """Test every cell that both tables have for a difference beyond what processors cause.
+    """Test every cell that both tables have for a difference beyond that between processors.
 
     A difference of a cell (with its seed) is ``d = mine - mean over the reference's processors``.
     Its variance is ``s² (1 + 1/k)``: k processors in the reference, and ``s²`` the variance over
@@ -89,9 +84,7 @@ def compared(reference: pd.DataFrame, mine: pd.DataFrame) -> pd.DataFrame:
     degrees of freedom. Without a cell from two processors, the variance over seeds stands in;
     without that, the standard error of a score. The p-values are Holm's, for all rows.
 
-    Args:
-        reference: table of :func:`observations`.
-        mine: the same of this installation.
+    Both tables are those of :func:`observations`.
 
     Returns:
         One row per comparison: the cell, ``mean_ref``, ``mean_mine``, ``difference``, ``p``
@@ -124,21 +117,21 @@ def _prepared(table: pd.DataFrame) -> pd.DataFrame:
     Figures share one pool for all data: another processor rarely finds other ranges in
     calibration, but then they show it.
     """
-    shown = {*MAIN_METRIC.values(), *FIGURES, *(name for pair in PAIRS.values() for name in pair)}
-    rows = table[table["metric"].isin(shown)]
+    pairs = [metric for pair in PAIRS.values() for metric in pair]
+    rows = table[table["metric"].isin([*MAIN_METRIC.values(), *FIGURES, *pairs])]
     ratios, values = rows["metric"].isin(RATIOS), rows["value"].astype(float)
-    kinds = [_KINDS.get(method, "reconstruction") for method in rows["method"]]
-    pool = (rows["dataset"] + rows["variant"]).where(~rows["metric"].isin(FIGURES), "")
-    x = np.log(values.where(ratios, 1.0)).where(ratios, values)
-    return rows.assign(pool=pool, kind=kinds, x=x)
+    return rows.assign(
+        pool=(rows["dataset"] + rows["variant"]).where(~rows["metric"].isin(FIGURES), ""),
+        kind=[_KINDS.get(method, "reconstruction") for method in rows["method"]],
+        x=np.log(values.where(ratios, 1.0)).where(ratios, values),
+    )
 
 
 def _pooled(rows: pd.DataFrame, same: list[str]) -> pd.DataFrame:
     """Return the variance of ``x`` among rows equal in ``same``, pooled to :data:`_POOL`."""
     keys = list(dict.fromkeys([*same, *_POOL]))
-    within = rows.groupby(keys, sort=False, dropna=False)["x"].agg(["var", "size"])
-    within = within[within["size"] > 1].reset_index()
-    within["freedom"] = within["size"] - 1
+    within = rows.groupby(keys, sort=False, dropna=False)["x"].agg(["var", "size"]).reset_index()
+    within = within[within["size"] > 1].assign(freedom=lambda found: found["size"] - 1)
     within["squares"] = within["var"] * within["freedom"]
     pooled = within.groupby(_POOL)[["squares", "freedom"]].sum().reset_index()
     return pooled.assign(variance=pooled["squares"] / pooled["freedom"])

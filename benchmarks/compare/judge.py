@@ -1,24 +1,24 @@
 """Tests of pairs: for each metric an interval, a p-value, an effect size, and their verdict."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Literal
 
 import numpy as np
 
-from benchmarks.compare.sides import Pair, Pairing, Run
-from benchmarks.compare.statistics import Table, bootstrap, holm, newcombe, p_value
+from benchmarks.compare.pairs import Pair, RecordFile
+from benchmarks.compare.statistics import Table, bootstrap, holm, mcnemar
 from benchmarks.results.outcomes import CompareError, Outcomes, check_alike, cluster_sums, read
 from fimaq_core.errors import CheckpointError, suggest
 
 #: Metrics by which many pairs are compared, unless others are asked for.
 MAIN = ("top1", "R@1", "AP_box", "AP_mask")
-#: Points by which a metric may be off its outcomes: they are stored as 32-bit numbers at least.
+#: Points by which a metric may differ from its outcomes, which are at least 32-bit numbers.
 _ROUNDING = 0.01
 
 
 @dataclass
-class Finding:
+class MetricComparison:
     """One metric of a pair. Values, difference (A - B), interval and error are in points.
 
     Attributes:
@@ -53,98 +53,95 @@ class Finding:
     def verdict(self, level: float) -> str:
         """Return the result in words."""
         p = f"p = {p_text(self.p)}"
-        ahead, gap, low, high = "A", self.difference, self.low, self.high
-        if gap < 0:
-            ahead, gap, low, high = "B", -gap, -high, -low
         if self.holm is not None:
             p += f", Holm = {p_text(self.holm)}"
         p = p.replace("= <", "<")
-        lead = f"by {gap:.2f} points [{low:.2f}, {high:.2f}]"
+        low, high = self.low, self.high
+        ahead, ends = ("A", (low, high)) if self.difference >= 0 else ("B", (-high, -low))
+        lead = f"by {abs(self.difference):.2f} points [{ends[0]:.2f}, {ends[1]:.2f}]"
         if self.better(level):
             return f"{ahead} is better {lead}, {p}"
-        if not self.low <= 0 <= self.high and self.p <= 1 - level:
+        if not low <= 0 <= high and self.p <= 1 - level:
             return f"no difference shown among so many pairs ({ahead} ahead {lead}, {p})"
-        interval = f"[{self.low:.2f}, {self.high:.2f}]"
-        return f"no difference shown ({self.difference:+.2f} points {interval}, {p})"
+        return f"no difference shown ({self.difference:+.2f} points [{low:.2f}, {high:.2f}], {p})"
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A pair with its findings; ``problem`` says why there are none."""
+    """A pair with its compared metrics; ``problem`` is the reason why there are none."""
 
     pair: Pair
-    findings: Sequence[Finding] = ()
+    metrics: Sequence[MetricComparison] = ()
     problem: str | None = None
 
 
-def judge(pairing: Pairing, level: float, metrics: Sequence[str] = ()) -> list[Judged]:
+def judge(pairs: Sequence[Pair], level: float, metrics: Sequence[str] = ()) -> list[Judged]:
     """Test all pairs, and correct p for the number of pairs by Holm's method in each metric.
 
-    Without ``metrics``, one pair has all its metrics, several have those of :data:`MAIN`.
-
-    Raises:
-        CompareError: no pair can be compared, or none has one of ``metrics``.
+    Without ``metrics``, one pair is compared in all its metrics, several pairs in :data:`MAIN`.
+    Raises CompareError if no pair can be compared, or none has one of ``metrics``.
     """
     judged = []
-    for pair in pairing.pairs:
+    for pair in pairs:
         try:
-            judged.append(Judged(pair, _findings(pair, level, metrics, len(pairing.pairs) > 1)))
+            judged.append(Judged(pair, _compare(pair, level, metrics, len(pairs) > 1)))
         except (CompareError, CheckpointError) as error:
             judged.append(Judged(pair, problem=str(error)))
-    by_metric: dict[str, list[Finding]] = {}
-    for finding in (finding for item in judged for finding in item.findings):
-        by_metric.setdefault(finding.metric, []).append(finding)
+    by_metric: dict[str, list[MetricComparison]] = {}
+    for found in (found for item in judged for found in item.metrics):
+        by_metric.setdefault(found.metric, []).append(found)
     if not by_metric:
         raise CompareError("\n".join(dict.fromkeys(item.problem or "" for item in judged)))
-    for found in by_metric.values():
-        if len(found) > 1:
-            corrected = holm([finding.p for finding in found])
-            for finding, p in zip(found, corrected, strict=True):
-                finding.holm = p
+    for same in by_metric.values():
+        if len(same) > 1:
+            for found, p in zip(same, holm([found.p for found in same]), strict=True):
+                found.holm = p
     return judged
 
 
-def _findings(pair: Pair, level: float, metrics: Sequence[str], short: bool) -> list[Finding]:
-    mine, theirs = ([_read(run) for run in side.values()] for side in (pair.a, pair.b))
+def _compare(
+    pair: Pair, level: float, metrics: Sequence[str], short: bool
+) -> list[MetricComparison]:
+    mine, theirs = ([_read(file) for file in side.values()] for side in (pair.a, pair.b))
     for other in (*mine, *theirs):
         check_alike(mine[0], other)
-    runs = (*mine, *theirs)
-    everywhere = [name for name in mine[0].metrics if all(name in run.metrics for run in runs)]
+    common = [name for name in mine[0].metrics if all(name in o.metrics for o in (*mine, *theirs))]
     for name in metrics:
-        if name not in everywhere:
-            hint = suggest(name, everywhere)
+        if name not in common:
+            hint = suggest(name, common)
             raise CompareError(f"There is no metric '{name}' in these outcomes.{hint}")
-    if not everywhere:
+    if not common:
         raise CompareError(f"The outcomes of {pair.label} have no metric in common.")
-    main = [name for name in everywhere if name in MAIN] if short else []
-    return [_finding(name, mine, theirs, level) for name in metrics or main or everywhere]
+    main = [name for name in common if name in MAIN] if short else []
+    return [_test(name, mine, theirs, level) for name in metrics or main or common]
 
 
-def _read(run: Run) -> Outcomes:
-    """Read the outcomes of a run and check them against its record."""
-    outcomes = read(run.record, run.path.parent)
+def _read(file: RecordFile) -> Outcomes:
+    """Read the outcomes of a record, which must agree with it."""
+    outcomes, record = read(file.record, file.path.parent), file.record
     n, clusters = len(outcomes.sample), outcomes.clusters
-    again = f"Measure {run.label} again with --force."
-    where = f"The outcomes beside {run.path}"
-    if not outcomes.metrics:
-        raise CompareError(f"{where} hold nothing that can be compared. {again}")
-    if n > 1 and (outcomes.sample[1:] == outcomes.sample[:-1]).any():
-        raise CompareError(f"{where} name a sample twice. {again}")
-    if clusters != run.record.n:
-        numbers = f"{clusters} samples, the record is of {run.record.n}"
-        raise CompareError(f"{where} are of {numbers}: they are another run's. {again}")
+
+    def check(fine: bool, problem: str) -> None:
+        if not fine:
+            again = f"Measure {file.label} again with --force."
+            raise CompareError(f"The outcomes beside {file.path} {problem}. {again}")
+
+    check(bool(outcomes.metrics), "hold nothing that can be compared")
+    check(len(np.unique(outcomes.sample)) == n, "name a sample twice")
+    numbers = f"{clusters} samples, the record is of {record.n}"
+    check(clusters == record.n, f"are of {numbers}: they are another run's")
     if clusters < 2:
-        raise CompareError(f"{where} are of one sample: there is nothing to test.")
+        raise CompareError(f"The outcomes beside {file.path} are of one sample: nothing to test.")
     for name, parts in outcomes.metrics.items():
         for part in parts:
             complete = len(np.unique(outcomes.cluster[part.rows])) == clusters
-            if not complete or not np.isfinite(part.score).all():
-                lack = f"{where} lack some images' {name}, or it is not finite"
-                raise CompareError(f"{lack}. {again}")
-        stated, found = run.record.metrics.get(name), _value(outcomes, name)
-        if stated is not None and abs(stated.value - found) > _ROUNDING:
+            whole = complete and bool(np.isfinite(part.score).all())
+            check(whole, f"lack some images' {name}, or it is not finite")
+        if (stated := record.metrics.get(name)) is not None:
+            found = _value(outcomes, name)
             values = f"{name} {found:.2f}, the record says {stated.value:.2f}"
-            raise CompareError(f"{where} give {values}: they are another run's. {again}")
+            same = abs(stated.value - found) <= _ROUNDING
+            check(same, f"give {values}: they are another run's")
     return outcomes
 
 
@@ -152,32 +149,27 @@ def _value(outcomes: Outcomes, metric: str) -> float:
     return float(np.mean([100 * part.score.mean() for part in outcomes.metrics[metric]]))
 
 
-def _finding(
+def _test(
     name: str, mine: Sequence[Outcomes], theirs: Sequence[Outcomes], level: float
-) -> Finding:
+) -> MetricComparison:
     """Test one metric.
 
-    McNemar's test takes one seed and independent samples that are right or wrong. The bootstrap
-    takes all else: means over seeds, recalls, contributions to average precision.
+    McNemar's test needs one seed and independent samples that are right or wrong. The bootstrap
+    tests all else: means over seeds, recalls, contributions to average precision.
     """
     a, b = (float(np.mean([_value(run, name) for run in side])) for side in (mine, theirs))
     parts, clusters = mine[0].metrics[name], mine[0].clusters
     samples = len(np.unique(np.concatenate([part.rows for part in parts])))
     independent = len(mine[0].sample) == clusters
+    test: Literal["McNemar", "bootstrap"] = "bootstrap"
+    effect: dict[str, float] = {}
     if len(mine) == len(parts) == 1 and parts[0].score.dtype == bool and independent:
-        x, y = parts[0].score, theirs[0].metrics[name][0].score
-        table = Table(*(int(both.sum()) for both in (x & y, x & ~y, ~x & y, ~x & ~y)))
-        low, high = newcombe(table, level)
+        test, table = "McNemar", Table.of(parts[0].score, theirs[0].metrics[name][0].score)
         effect = {"cohens_g": table.cohens_g, "only_a": table.first, "only_b": table.second}
-        return Finding(
-            name, "McNemar", a, b, 100 * table.difference, 100 * low, 100 * high, p_value(table),
-            100 * table.se, effect, samples, clusters,
-        )  # fmt: skip
-    found = bootstrap(cluster_sums(mine, theirs, name), level)
-    return Finding(
-        name, "bootstrap", a, b, found.difference, found.low, found.high, found.p, found.se, {},
-        samples, clusters,
-    )  # fmt: skip
+        found = mcnemar(table, level)
+    else:
+        found = bootstrap(cluster_sums(mine, theirs, name), level)
+    return MetricComparison(name, test, a, b, *astuple(found), effect, samples, clusters)
 
 
 def p_text(p: float | None) -> str:

@@ -6,7 +6,6 @@ import os
 import platform
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,71 +16,47 @@ from benchmarks.compare import known_answers
 from benchmarks.compare.agreement import ALPHA, FIGURES, RATIOS, compared, observations
 from benchmarks.costs.sources import REFERENCE, cost_row, costs_path, costs_text
 from benchmarks.grid.schema import Grid
-from benchmarks.results.scores import (
-    COLUMNS,
-    FULL,
-    Items,
-    Measured,
-    count,
-    is_percent,
-    sample_counts,
-    unique,
-    with_bits,
-    write_text,
-)  # fmt: skip
+from benchmarks.results import scores
+from benchmarks.results.scores import COLUMNS, FULL, Items, Measured, count
 from fimaq_core.errors import FimaqError
 from tasks.common.cell.machine import processor
 
-
-@dataclass(frozen=True)
-class Provenance:
-    """Machine, versions, date, settings and data of a reference."""
-
-    machine: str
-    versions: dict[str, str]
-    date: str
-    settings: dict[str, Any]
-    data: list[str]
-
-    def line(self) -> str:
-        """Return it in one line."""
-        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        return f"measured {self.date} on {self.machine}; {versions}"
+#: Parts of the provenance of a reference.
+_ABOUT = {"machine", "versions", "date", "settings", "data"}
 
 
-def provenance(grid: Grid, measured: Items) -> Provenance:
-    """Describe the present measurements, without host names and paths."""
+def provenance(grid: Grid, measured: Items) -> dict[str, Any]:
+    """Return machine, versions, date, settings and data of measurements, without names of hosts."""
     versions: dict[str, set[str]] = {"python": {platform.python_version()}}
     for item in measured:
         for name, version in item.record.environment.versions.items():
             versions.setdefault(name, set()).add(version)
     dates = [item.record.finished[:10] for item in measured]
-    return Provenance(
-        machine=machine(),
-        versions={name: " / ".join(sorted(found)) for name, found in sorted(versions.items())},
-        date=max(dates, default=datetime.now(UTC).date().isoformat()),
-        settings=_settings(grid),
-        data=_data(measured),
-    )
+    return {
+        "machine": machine(),
+        "versions": {name: " / ".join(sorted(found)) for name, found in sorted(versions.items())},
+        "date": max(dates, default=datetime.now(UTC).date().isoformat()),
+        "settings": _settings(grid),
+        "data": _data(measured),
+    }
+
+
+def _line(about: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    return f"measured {about['date']} on {about['machine']}; {versions}"
 
 
 def _settings(grid: Grid) -> dict[str, Any]:
-    # Settings of tasks decide numbers as much as settings of the grid.
+    """Return the settings of a grid; those of its sections decide numbers as much."""
+    common = grid.overrides.items()
     own = {
-        section: {
-            name: value
-            for name, value in grid.overrides_of(section).items()
-            if name not in grid.overrides or value != grid.overrides[name]
-        }
+        section: {k: v for k, v in grid.overrides_of(section).items() if (k, v) not in common}
         for section in grid.tasks
     }
-    named = {"variant": grid.variant, "overrides": grid.overrides}
-    parts = {
-        "sections": {section: found for section, found in own.items() if found},
-        "axes": grid.axes,
-    }
-    settings: dict[str, Any] = json.loads(json.dumps(named | {k: v for k, v in parts.items() if v}))
-    return settings
+    sections = {section: found for section, found in own.items() if found}
+    settings = {"variant": grid.variant, "overrides": grid.overrides, "sections": sections}
+    found = json.loads(json.dumps({**settings, "axes": grid.axes}))
+    return {k: v for k, v in found.items() if v or k in ("variant", "overrides")}
 
 
 def _settings_of(settings: Mapping[str, Any], section: str) -> dict[str, Any]:
@@ -94,7 +69,7 @@ def _settings_of(settings: Mapping[str, Any], section: str) -> dict[str, Any]:
 def _data(measured: Items) -> list[str]:
     sets = {item.record.dataset for item in measured}
     return sorted({
-        f"{d.name}, {d.split}, {sample_counts(d.count, d.captions)}, {d.fingerprint[:16]}"
+        f"{d.name}, {d.split}, {scores.sample_counts(d.count, d.captions)}, {d.fingerprint[:16]}"
         for d in sets
     })  # fmt: skip
 
@@ -104,44 +79,38 @@ def machine() -> str:
     return f"{processor()}, {os.cpu_count()} cores, {platform.system()}"
 
 
-def _files(grid: Grid, folder: Path) -> tuple[Path, Path]:
-    return folder / f"{grid.name}.csv", folder / f"{grid.name}.json"
-
-
 def write_reference(grid: Grid, measured: Items, text: str, folder: Path = REFERENCE) -> list[Path]:
     """Write a profile's reference (CSV, Markdown, provenance, costs) and return the files."""
-    origin = provenance(grid, measured)
+    about = provenance(grid, measured)
     title, _, body = text.partition("\n\n")
-    table, about = _files(grid, folder)
     files = {
-        table: _csv(observations(measured)),
-        folder / f"{grid.name}.md": f"{title}\n\nReference: {origin.line()}.\n\n{body}",
-        about: json.dumps(asdict(origin), indent=1) + "\n",
+        folder / f"{grid.name}.csv": _csv(observations(measured)),
+        folder / f"{grid.name}.md": f"{title}\n\nReference: {_line(about)}.\n\n{body}",
+        folder / f"{grid.name}.json": json.dumps(about, indent=1) + "\n",
         costs_path(grid.name, folder): costs_text(cost_row(it.cell, it.record) for it in measured),
     }
     for path, words in files.items():
-        write_text(path, words)
+        scores.write_text(path, words)
     return list(files)
 
 
 def add_processor(grid: Grid, measured: Items, folder: Path = REFERENCE) -> Path:
     """Add another processor's cells to the reference's table, in place of their former rows.
 
-    Raises:
-        FimaqError: there is no reference, or it has other settings or data.
+    Raises FimaqError if there is no reference, or if it has other settings or data.
     """
-    path, about = _files(grid, folder)
-    if not path.is_file() or not about.is_file():
+    found = _read(grid, folder)
+    if found is None:
         missing = f"Profile '{grid.name}' has no reference yet"
         raise FimaqError(f"{missing}: write it first, without --add.")
-    origin = Provenance(**json.loads(about.read_text(encoding="utf-8")))
-    alike, lines = _alike(grid, measured, origin)
+    kept, about = found
+    alike, lines = _alike(grid, measured, about)
     if len(alike) < len(measured):
         raise FimaqError(" ".join(lines))
-    kept, new = read_csv(path), observations(measured)
+    new, path = observations(measured), folder / f"{grid.name}.csv"
     same = [*COLUMNS[: COLUMNS.index("metric")], "processor"]
     old, own = (pd.MultiIndex.from_frame(table[same].fillna(-1)) for table in (kept, new))
-    write_text(path, _csv(pd.concat([kept[~old.isin(own)], new])))
+    scores.write_text(path, _csv(pd.concat([kept[~old.isin(own)], new])))
     return path
 
 
@@ -154,60 +123,66 @@ def read_csv(path: Path) -> pd.DataFrame:
     """Read a table of scores or of a reference, with the column ``bits``."""
     missing = {"seed": [""], "fp_value": [""]}
     table = pd.read_csv(path, dtype={"seed": "Int64"}, keep_default_na=False, na_values=missing)
-    return with_bits(table)
+    return scores.with_bits(table)
+
+
+def _read(grid: Grid, folder: Path) -> tuple[pd.DataFrame, dict[str, Any]] | None:
+    """Return the table and the provenance of a reference, if any. Raises FimaqError if damaged."""
+    path, about = folder / f"{grid.name}.csv", folder / f"{grid.name}.json"
+    if not path.is_file() or not about.is_file():
+        return None
+    try:
+        content = json.loads(about.read_text(encoding="utf-8"))
+        if missing := sorted(_ABOUT - content.keys()):
+            raise ValueError(f"{about.name} lacks {', '.join(missing)}")
+        return read_csv(path), content
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise FimaqError(f"The reference {path.name} cannot be read: {error}") from error
 
 
 def compare(grid: Grid, measured: Items, folder: Path = REFERENCE) -> list[str]:
     """Compare finished cells with the committed reference of their profile.
 
-    Returns:
-        Lines, none without a reference. The first one begins with ``Agrees with the reference`` or
-        ``DIFFERS from the reference``.
+    Returns lines, none without a reference. One begins with ``Agrees with the reference`` or
+    ``DIFFERS from the reference``.
     """
-    path, about = _files(grid, folder)
-    if not path.is_file() or not about.is_file():
-        return []
     try:
-        origin = Provenance(**json.loads(about.read_text(encoding="utf-8")))
-        reference = read_csv(path)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        unread = f"The reference {path.name} cannot be read"
-        return [f"{unread}, so nothing is compared with it: {error}"]
-    where = f"(reference: {origin.line()})"
+        found = _read(grid, folder)
+    except FimaqError as error:
+        return [f"{error}. Nothing is compared with it."]
+    if found is None:
+        return []
+    reference, about = found
     if wrong := known_answers.wrong():
         why = "the code here gives wrong answers to problems whose answers are known"
         return [f"DIFFERS from the reference: {why}.", *wrong]
-    alike, lines = _alike(grid, measured, origin)
+    where = f"(reference: {_line(about)})"
+    alike, lines = _alike(grid, measured, about)
     own = observations(alike)
     both = compared(reference, own)
     if both.empty:
-        lines = lines or ["No cell of this run is in the reference."]
-        return [f"{line} {where}" for line in lines]
+        return [f"{line} {where}" for line in lines or ["No cell of this run is in the reference."]]
     cell = ["dataset", "model", "method", "variant", "bits"]
     known, mine = (set(map(tuple, table[cell].to_numpy())) for table in (both, own))
     if mine - known:
         lines.append(f"Not in the reference, so not compared: {count(len(mine - known), 'cell')}.")
     off = both[both["p"] < ALPHA]
-    processors = count(reference["processor"].nunique(), "processor")
-    comparisons = count(len(both), "comparison")
-    basis = f"{comparisons}, family-wise error {ALPHA:.0%}, {processors} in the reference"
+    basis = f"{count(len(both), 'comparison')}, family-wise error {ALPHA:.0%}, "
+    basis += f"{count(reference['processor'].nunique(), 'processor')} in the reference"
     if off.empty:
         score = both[~both["metric"].isin(FIGURES)]
         largest = score.iloc[int(score["difference"].abs().to_numpy().argmax())]
-        unit = "points" if is_percent(largest["metric"]) else "ranks"
-        lines.append(
-            f"Agrees with the reference ({basis}). Largest difference of a score: "
-            f"{largest['difference']:+.2f} {unit} at {_name(largest, grid)}. {where}"
-        )
-        return lines
+        unit = "points" if scores.is_percent(largest["metric"]) else "ranks"
+        gap = f"{largest['difference']:+.2f} {unit} at {_name(largest, grid)}"
+        gap = f"Largest difference of a score: {gap}."
+        return [*lines, f"Agrees with the reference ({basis}). {gap} {where}"]
     lines.append(
         f"DIFFERS from the reference in {len(off)} of {basis}. Processors do not cause this: check "
         f"the installation with `make test`, and `git status` for changed code. {where}"
     )
     for row in off.sort_values("p").to_dict("records"):
-        values = (row["mean_mine"], row["mean_ref"])
-        if row["metric"] in RATIOS:
-            values = (math.exp(values[0]), math.exp(values[1]))
+        values = [row["mean_mine"], row["mean_ref"]]
+        values = [math.exp(value) if row["metric"] in RATIOS else value for value in values]
         digits = ".4g" if row["metric"] in FIGURES else ".2f"
         here, there = (f"{value:{digits}}" for value in values)
         p = f"(p = {row['p']:.1g})"
@@ -215,18 +190,20 @@ def compare(grid: Grid, measured: Items, folder: Path = REFERENCE) -> list[str]:
     return lines
 
 
-def _alike(grid: Grid, measured: Items, origin: Provenance) -> tuple[list[Measured], list[str]]:
+def _alike(
+    grid: Grid, measured: Items, about: Mapping[str, Any]
+) -> tuple[list[Measured], list[str]]:
     """Return the cells with the reference's settings and data, and a line per other section."""
     alike, lines = [], []
-    for section in unique(item.cell.section for item in measured):
+    for section in scores.unique(item.cell.section for item in measured):
         mine = [item for item in measured if item.cell.section == section]
         name = f" in {section}" if len(grid.tasks) > 1 else ""
         start = f"Not compared with the reference{name}: it"
-        theirs = _settings_of(origin.settings, section)
+        theirs = _settings_of(about["settings"], section)
         if theirs != _settings_of(_settings(grid), section):
             lines.append(f"{start} has other settings, {theirs}.")
-        elif not set(_data(mine)) <= set(origin.data):
-            lines.append(f"{start} was measured on other data, {'; '.join(origin.data)}.")
+        elif not set(_data(mine)) <= set(about["data"]):
+            lines.append(f"{start} was measured on other data, {'; '.join(about['data'])}.")
         else:
             alike += mine
     return alike, lines

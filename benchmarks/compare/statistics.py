@@ -5,13 +5,25 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import binomtest, norm
 
 from benchmarks.results.outcomes import statistic
 
 RESAMPLES = 10_000
 _SEED = 0
-#: Counts at a time.
+#: Number of counts that are drawn at a time.
 _COUNTS = 2**22
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A difference with its confidence interval, two-sided p-value and standard error."""
+
+    difference: float
+    low: float
+    high: float
+    p: float
+    se: float
 
 
 @dataclass(frozen=True)
@@ -22,6 +34,11 @@ class Table:
     first: int
     second: int
     neither: int
+
+    @classmethod
+    def of(cls, x: np.ndarray, y: np.ndarray) -> "Table":
+        """Count the samples (n,) that two methods got right or wrong (bool)."""
+        return cls(*(int(each.sum()) for each in (x & y, x & ~y, ~x & y, ~x & ~y)))
 
     @property
     def n(self) -> int:
@@ -46,10 +63,14 @@ class Table:
         return math.sqrt(self.first + self.second - gap**2 / self.n) / self.n
 
 
+def mcnemar(table: Table, level: float) -> Interval:
+    """Return McNemar's exact test with Newcombe's interval, in points."""
+    low, high = newcombe(table, level)
+    return Interval(100 * table.difference, 100 * low, 100 * high, p_value(table), 100 * table.se)
+
+
 def p_value(table: Table) -> float:
     """Return McNemar's exact two-sided p-value: binomial, of the discordant samples."""
-    from scipy.stats import binomtest
-
     discordant = table.first + table.second
     return float(binomtest(table.first, discordant).pvalue) if discordant else 1.0
 
@@ -57,11 +78,9 @@ def p_value(table: Table) -> float:
 def newcombe(table: Table, level: float) -> tuple[float, float]:
     """Return the interval of the difference by Newcombe's method 10.
 
-    (Statistics in Medicine 17, 1998, 2635-2650.) It squares and adds the distances of both shares
-    to the ends of their Wilson intervals, with their correlation φ corrected for continuity.
+    (Statistics in Medicine 17, 1998, 2635-2650.) The method squares and adds the distances of both
+    shares to the ends of their Wilson intervals, with their correlation φ corrected for continuity.
     """
-    from scipy.stats import binomtest
-
     n, right = table.n, (table.both + table.first, table.both + table.second)
     product = right[0] * (n - right[0]) * right[1] * (n - right[1])
     excess = table.both * table.neither - table.first * table.second
@@ -75,32 +94,19 @@ def newcombe(table: Table, level: float) -> tuple[float, float]:
     return float(table.difference - low), float(table.difference + high)
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A difference with its interval, two-sided p-value and standard error."""
-
-    difference: float
-    low: float
-    high: float
-    p: float
-    se: float
-
-
 def bootstrap(clusters: np.ndarray, level: float, resamples: int = RESAMPLES) -> Interval:
     """Return the bias-corrected and accelerated interval (BCa; Efron, JASA 82, 1987).
 
     The unit drawn is a cluster, such as an image with its captions. p inverts the interval: it is
     the largest 1 - level whose interval still holds 0. Its resolution is that of the resamples.
-    Of average precision the contributions of images are drawn, its linear part: the
-    interpolated curve and the categories with objects stay as they are.
+    Average precision is resampled in its linear part, the contributions of images: the interpolated
+    curve and the categories with objects stay as they are.
 
     Args:
         clusters: (G, parts, 2), see :func:`benchmarks.results.outcomes.cluster_sums`.
         level: of confidence.
-        resamples: their number. They are seeded, so that all calls return the same.
+        resamples: their number. They are seeded, so all calls return the same.
     """
-    from scipy.stats import norm
-
     groups, parts = clusters.shape[:2]
     rows, counts = np.unique(clusters.reshape(groups, -1), axis=0, return_counts=True)
     whole = counts @ rows
@@ -162,9 +168,8 @@ def _acceleration(rows: np.ndarray, counts: np.ndarray, whole: np.ndarray, parts
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Return p-values that hold for the whole family (Holm, Scand. J. of Statistics 6, 1979)."""
-    order = sorted(range(len(p_values)), key=lambda place: p_values[place])
-    corrected, highest = [0.0] * len(p_values), 0.0
-    for rank, place in enumerate(order):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[place]))
-        corrected[place] = highest
-    return corrected
+    p = np.array(p_values, dtype=np.float64)
+    order = np.argsort(p, kind="stable")
+    steps = np.minimum(1.0, np.arange(len(p), 0, -1) * p[order])
+    p[order] = np.maximum.accumulate(steps)
+    return p.tolist()

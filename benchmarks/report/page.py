@@ -29,7 +29,7 @@ from benchmarks.results.scores import (
 )
 from benchmarks.tables.ablation import axis_table, methods_on
 from benchmarks.tables.expected_orders import order_lines
-from benchmarks.tables.published import Layout
+from benchmarks.tables.reproduction import Reproduction
 from benchmarks.tables.settings import settings_lines
 from benchmarks.tables.summary import sampling_line
 from fimaq_core.errors import FimaqError
@@ -96,7 +96,7 @@ def make_page(gathered: Gathered, get: examples.Fetch, table: PublishedTable | N
         "sections": sections,
         "empty": [name for name in grid.tasks if name not in names],
         "published": diff_table(measured),
-        "table": None if table is None else paper_table(Layout(table, measured)),
+        "table": None if table is None else paper_table(Reproduction(table, measured)),
         "pictures": list(pictures.values()),
         "filters": {
             "task": names,

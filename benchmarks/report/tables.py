@@ -7,13 +7,13 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.compare import published as diff
+from benchmarks.compare import diff
 from benchmarks.grid.cell import Cell
 from benchmarks.published.schema import head_pair
 from benchmarks.report.groups import Group, find, row_name, rows_of
 from benchmarks.results.outcomes import compare
 from benchmarks.results.scores import FULL, Measured, columns_of, is_percent, metric_title
-from benchmarks.tables.published import Layout, bits_text
+from benchmarks.tables.reproduction import Reproduction, bits_text
 from benchmarks.tables.settings import optimised, special_quantizers
 
 #: Standard errors of a paired difference below which a method counts as equal to the best.
@@ -117,7 +117,7 @@ def _diff_texts(row: dict[Any, Any]) -> list[str]:
     return [str(texts.get(name, row[name])) for name in _DIFF_HEAD]
 
 
-def paper_table(layout: Layout) -> Dict:
+def paper_table(layout: Reproduction) -> Dict:
     """Return a published table in the paper's own layout, with measured numbers and verdicts.
 
     A row is ``measured``, or ``context``, or ``beside`` (below a measured row).
@@ -126,10 +126,9 @@ def paper_table(layout: Layout) -> Dict:
     groups = [(name, len(list(members))) for name, members in groupby(above for above, _ in heads)]
     rows = []
     for row in layout.shown:
-        own = row.label == row.head
-        kind = "beside" if not own else "measured" if row.line.measured else "context"
+        kind = "beside" if not row.own else "measured" if row.line.measured else "context"
         cells = zip(row.texts, map(_style, row.verdicts), strict=True)
-        bits = bits_text(row.line.bits) if own else ""
+        bits = bits_text(row.line.bits) if row.own else ""
         rows.append((kind, bits, row.label, list(cells)))
     return {
         "about": layout.table,

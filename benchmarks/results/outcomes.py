@@ -23,8 +23,8 @@ class CompareError(FimaqError):
 
 
 @dataclass(frozen=True)
-class Part:
-    """Scores of queries, whose mean is one part of a metric.
+class MetricPart:
+    """Scores whose mean is one part of a metric, such as one direction of retrieval.
 
     Attributes:
         rows: (m,) indices of the samples.
@@ -37,18 +37,18 @@ class Part:
 
 @dataclass(frozen=True)
 class Outcomes:
-    """Scores of the samples of one run, in the order of their ids.
+    """Scores of the samples of one run, sorted by the samples' ids.
 
     Attributes:
         sample: (n,) distinct ids.
         cluster: (n,) from 0, equal for dependent samples, such as captions of one image.
-        metrics: parts of a metric by its name (retrieval: both directions). The metric is the mean
-            over its parts of their mean scores, as a fraction.
+        metrics: parts of each metric. The metric, as a fraction, is the mean over its parts of
+            their mean scores.
     """
 
     sample: np.ndarray
     cluster: np.ndarray
-    metrics: Mapping[str, tuple[Part, ...]]
+    metrics: Mapping[str, tuple[MetricPart, ...]]
     folder: Path = Path()
 
     @property
@@ -68,49 +68,39 @@ class Paired:
 def read(record: ResultRecord, folder: Path) -> Outcomes:
     """Read the outcomes beside a record.
 
-    Average precision is no mean over samples; its samples have their contributions, the jackknife's
-    pseudo-values (Efron and Stein, Annals of Statistics 9, 1981), whose mean is the metric.
+    Average precision is not a mean over samples. Its samples have contributions instead, whose mean
+    is the metric: the jackknife's pseudo-values (Efron and Stein, Annals of Statistics 9, 1981).
 
     Raises:
         CheckpointError: the file is missing, damaged, of another record or of another form.
     """
     content = outcome_arrays(record, folder)
-    order, sample = _sorted(content.pop("sample"))
+    order = np.argsort(content["sample"], kind="stable")
     content = {name: array[order] for name, array in content.items()}
+    sample = content.pop("sample")
     every = cluster = np.arange(len(sample))
     if "cluster" in content:
         cluster = np.unique(content["cluster"], return_inverse=True)[1]
-    metrics: dict[str, tuple[Part, ...]] = {}
+    metrics: dict[str, tuple[MetricPart, ...]] = {}
     if "direction" in content and "rank" in content:
         metrics = _recalls(content["direction"], content["rank"])
     elif "correct" in content:
         name = "top1" if "top1" in record.metrics else MAIN_METRIC.get(record.task, "")
-        metrics[name] = (Part(every, content["correct"].astype(bool)),)
+        metrics[name] = (MetricPart(every, content["correct"].astype(bool)),)
         if "top5" in record.metrics and "rank" in content:
-            metrics["top5"] = (Part(every, content["rank"] < 5),)
+            metrics["top5"] = (MetricPart(every, content["rank"] < 5),)
     else:
         for name in record.metrics:
             if name in content:
-                metrics[name] = (Part(every, content[name].astype(np.float64)),)
+                metrics[name] = (MetricPart(every, content[name].astype(np.float64)),)
     return Outcomes(sample, cluster, metrics, folder)
 
 
-_last: list[np.ndarray] = []
-
-
-def _sorted(sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the order of ids and the sorted ids; to see that a run has the same is quicker."""
-    if not (_last and np.array_equal(_last[0], sample)):
-        order = np.argsort(sample, kind="stable")
-        _last[:] = sample, order, sample[order]
-    return _last[1], _last[2]
-
-
-def _recalls(direction: np.ndarray, rank: np.ndarray) -> dict[str, tuple[Part, ...]]:
-    """Recalls as papers print them: both directions (R@k), the mean of all six, each alone."""
+def _recalls(direction: np.ndarray, rank: np.ndarray) -> dict[str, tuple[MetricPart, ...]]:
+    """Return recalls as papers print them: R@k of both directions, their mean, each alone."""
     images, captions = np.flatnonzero(direction == 0), np.flatnonzero(direction == 1)
     each = {
-        f"{side}_R@{cut}": (Part(rows, rank[rows] < cut),)
+        f"{side}_R@{cut}": (MetricPart(rows, rank[rows] < cut),)
         for side, rows, candidates in (("i2t", images, captions), ("t2i", captions, images))
         for cut in CUTS
         if cut <= len(candidates)
@@ -126,21 +116,17 @@ def _recalls(direction: np.ndarray, rank: np.ndarray) -> dict[str, tuple[Part, .
 
 
 def check_alike(one: Outcomes, other: Outcomes) -> None:
-    """Refuse runs that were not measured on the same samples.
-
-    Raises:
-        CompareError: naming the difference.
-    """
-    if len(one.sample) != len(other.sample):
+    """Raise CompareError, naming the difference, unless both runs have the same samples."""
+    sizes = len(one.sample), len(other.sample)
+    if sizes[0] != sizes[1]:
         raise CompareError(
-            f"Other samples: {one.folder} has {len(one.sample)}, {other.folder} has "
-            f"{len(other.sample)}. Measure both with the same images: a damaged image that one "
-            "left out is missing there."
+            f"Other samples: {one.folder} has {sizes[0]}, {other.folder} has {sizes[1]}. Measure "
+            "both with the same images: a run leaves out images that were damaged."
         )
-    same = one.sample is other.sample or np.array_equal(one.sample, other.sample)
+    same = np.array_equal(one.sample, other.sample)
     if not (same and np.array_equal(one.cluster, other.cluster)):
         unlike = sorted(set(one.sample.tolist()) ^ set(other.sample.tolist()))
-        such = f", such as {unlike[0]}" if unlike else ": their images are grouped otherwise"
+        such = f", such as {unlike[0]}" if unlike else ": their images are grouped differently"
         where = f"{one.folder} and {other.folder}"
         raise CompareError(f"Other samples: {where} were not measured on the same{such}.")
 
@@ -149,7 +135,7 @@ def cluster_sums(first: Sequence[Outcomes], second: Sequence[Outcomes], metric: 
     """Return the sums over clusters of differences and of queries, for each part of a metric.
 
     ``first`` and ``second`` are two methods on the same samples, seed by seed. A query's difference
-    is the mean over seeds, so it counts once however many seeds there are.
+    is its mean over seeds, so each query counts once.
 
     Returns:
         (clusters, parts, 2): differences in points, number of queries.
@@ -171,27 +157,24 @@ def statistic(sums: np.ndarray) -> np.ndarray:
 
 
 def paired(first: Mapping[int, Outcomes], second: Mapping[int, Outcomes]) -> Paired | None:
-    """Compare the main metric of two methods: first minus second, given outcomes by seed.
+    """Compare the main metric of two methods, first minus second, given their outcomes by seed.
 
     For one seed and samples that are right or wrong this is McNemar's setting (Psychometrika 12,
     1947). The standard error is the cluster-robust one (Liang and Zeger, Biometrika 73, 1986): with
     s a cluster's sum of wᵢ(dᵢ - D), √(G/(G-1) Σs²) over G clusters; sd(d)/√n for independent
-    samples. None without a common seed, or for other samples or fewer than two clusters.
+    samples. None without a common seed, for other samples, or for fewer than two clusters.
     """
     seeds = sorted(set(first) & set(second))
-    if not seeds:
-        return None
     own, base = [first[seed] for seed in seeds], [second[seed] for seed in seeds]
-    metric = next(iter(own[0].metrics))
     try:
         for other in (*own, *base):
             check_alike(own[0], other)
     except CompareError:
         return None
-    sums = cluster_sums(own, base, metric)
-    groups, parts = sums.shape[:2]
-    if groups < 2:
+    if not own or own[0].clusters < 2:
         return None
+    sums = cluster_sums(own, base, next(iter(own[0].metrics)))
+    groups, parts = sums.shape[:2]
     total = sums.sum(axis=0)
     difference = float(statistic(total))
     residual = (sums[..., 0] - difference * sums[..., 1]) / (parts * total[:, 1])
@@ -205,15 +188,15 @@ def compare(first: Items, second: Items) -> Paired | None:
 
 
 def by_seed(items: Items) -> dict[int, Outcomes]:
-    """Read the outcomes of cells that differ in their seeds, without those that have none."""
-    found = ((item.cell.seed, read_outcomes(item)) for item in items if item.cell.seed is not None)
+    """Read the outcomes of cells that differ in their seeds; cells without outcomes are absent."""
+    found = ((item.record.seed, read_outcomes(item)) for item in items)
     return {seed: outcomes for seed, outcomes in found if seed is not None and outcomes is not None}
 
 
 def read_outcomes(item: Measured) -> Outcomes | None:
-    """Return a cell's outcomes in the main metric of its task.
+    """Return a cell's outcomes in the main metric of its task; None if there are none.
 
-    None if there are none. A warning says why a file cannot be read, once per reason.
+    If the file cannot be read, a warning gives the reason, once.
     """
     if item.folder is None:
         return None
@@ -222,14 +205,14 @@ def read_outcomes(item: Measured) -> Outcomes | None:
     except FimaqError as error:
         _warn(str(error))
         return None
-    main = MAIN_METRIC.get(item.record.task)
-    shown = {name: parts for name, parts in outcomes.metrics.items() if name in (main, "top1")}
+    wanted = (MAIN_METRIC.get(item.record.task), "top1")
+    shown = {name: parts for name, parts in outcomes.metrics.items() if name in wanted}
     return replace(outcomes, metrics=shown) if shown else None
 
 
 @cache
 def _warn(problem: str) -> None:
-    logger.warning("%s It is left out of comparisons sample by sample.", problem)
+    logger.warning("%s This cell is left out of comparisons sample by sample.", problem)
 
 
 def mean_difference(parts: Sequence[Paired]) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Scores: one table with a row per cell and metric, and all statistics over seeds made of it."""
+"""Scores: one table with a row per cell and metric, and the statistics over seeds made of it."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ from fimaq_core.files import replaced_whole
 from fimaq_core.recipe import METHODS, OFF
 from tasks.common.record import ResultRecord, bits_name, read_record
 
-#: Columns of the tables in ``results/tables``.
+#: Columns of the CSV files in ``results/tables``.
 COLUMNS = [
     "task", "dataset", "model", "method", "variant", "w_bit", "a_bit", "seed", "metric", "value",
     "stderr", "n", "fp_value",
 ]  # fmt: skip
-#: Columns that cells share which differ only in their seed.
+#: Columns that are equal for cells that differ only in their seed.
 CELL = ["task", "dataset", "model", "method", "variant", "bits", "metric"]
-#: Metrics side by side in a small table: the directions of retrieval, boxes and masks.
+#: Metrics that a small table shows side by side, by the title of that table.
 PAIRS = {
     "Image to text / text to image R@1": ("i2t_R@1", "t2i_R@1"),
     "Box / mask AP": ("AP_box", "AP_mask"),
@@ -29,7 +29,7 @@ PAIRS = {
 #: Methods that stop after calibration or a closed-form refit, and methods that optimise blocks.
 CALIBRATION_ONLY = ("rtn", "repq", "ptq4vit", "adalog", "erq")
 RECONSTRUCTION = ("brecq", "qdrop", "pdquant", "aphq", "fimaq", "lsvit", "adalog-recon")
-#: Name of the bits of what is not quantized.
+#: Name of the bits of a cell that is not quantized.
 FULL = bits_name(OFF, OFF)
 
 
@@ -65,10 +65,7 @@ def read_records(root: Path) -> tuple[list[tuple[Path, ResultRecord]], list[str]
     return records, problems
 
 
-Section = tuple[str, list[Measured], list[Cell]]
-
-
-def by_section(measured: Items, cells: Cells) -> Iterator[Section]:
+def by_section(measured: Items, cells: Cells) -> Iterator[tuple[str, list[Measured], list[Cell]]]:
     """Yield each section of ``cells`` with its finished cells and all its cells."""
     for section in unique(cell.section for cell in cells):
         mine = [item for item in measured if item.cell.section == section]
@@ -77,22 +74,26 @@ def by_section(measured: Items, cells: Cells) -> Iterator[Section]:
 
 def seeds_of(measured: Iterable[Measured]) -> list[int]:
     """Return the seeds in order."""
-    seeds = {item.record.seed for item in measured}
-    return sorted(seed for seed in seeds if seed is not None)
+    return sorted({item.record.seed for item in measured if item.record.seed is not None})
+
+
+def scope_of(record: ResultRecord) -> str:
+    """Return the scope that a record states; empty for full precision and for older records."""
+    return str((record.recipe or {}).get("scope") or "")
 
 
 def scores(measured: Iterable[Measured]) -> pd.DataFrame:
     """Return the table of scores of finished cells.
 
     Returns:
-        The columns of :func:`record_scores`, and of each cell ``section``, ``model``, ``scope`` as
-        the grid states it (records also state the default of their task), ``subject`` (the model
-        with its scope), and ``point`` (of an axis; empty without one).
+        The columns of :func:`record_scores`, and these of each cell: ``model``; ``subject``, the
+        model with the scope that the grid states; ``mark``, this scope in brackets; ``point`` of an
+        axis, empty for the grid's own settings.
     """
     items = list(measured)
     table = record_scores(item.record for item in items)
     cells = [items[place].cell for place in table["item"]]
-    names = ("section", "model", "scope", "subject", "point")
+    names = ("model", "subject", "mark", "point")
     return table.assign(**{name: [getattr(cell, name) for cell in cells] for name in names})
 
 
@@ -100,22 +101,21 @@ def record_scores(records: Iterable[ResultRecord]) -> pd.DataFrame:
     """Return one row per record and metric.
 
     Returns:
-        Columns: :data:`COLUMNS`; ``bits`` as a name; ``scope`` (empty without one); ``item``, the
-        place of the record in ``records``. ``value``, its standard error over samples ``stderr``
-        and full precision's ``fp_value`` are percentages, except for median ranks.
+        :data:`COLUMNS`; ``bits`` as a name; ``item``, the index of the record in ``records``.
+        ``value``, its standard error over samples ``stderr`` and ``fp_value`` (full precision) are
+        percentages, except for median ranks.
     """
     rows = []
-    for place, record in enumerate(records):
+    for item, record in enumerate(records):
         shared = (
             record.task, record.dataset.name, record.model, record.method, record.variant,
             record.w_bit, record.a_bit, record.seed,
         )  # fmt: skip
-        scope = (record.recipe or {}).get("scope") or ""
         for name, metric in record.metrics.items():
             full = metric if record.method == "fp" else record.fp_metrics.get(name)
             score = (name, metric.value, metric.stderr, record.n, full and full.value)
-            rows.append((*shared, *score, scope, place))
-    table = pd.DataFrame(rows, columns=[*COLUMNS, "scope", "item"])
+            rows.append((*shared, *score, item))
+    table = pd.DataFrame(rows, columns=[*COLUMNS, "item"])
     numbers = dict.fromkeys(("value", "stderr", "fp_value"), float)
     return with_bits(table.astype({"seed": "Int64", **numbers}))
 
@@ -152,7 +152,7 @@ def differences(scores: pd.DataFrame, base: pd.DataFrame) -> "pd.Series[float]":
 
 
 def difference_text(differences: "pd.Series[float]") -> str:
-    """Return the mean with its standard error (``+0.50 ± 0.10``), which one alone has not."""
+    """Return the mean with its standard error (``+0.50 ± 0.10``); of one difference the mean."""
     error = f" ± {differences.sem():.2f}" if len(differences) > 1 else ""
     return f"{differences.mean():+.2f}{error}"
 
@@ -170,7 +170,7 @@ def main_metric(task: str, table: pd.DataFrame) -> str:
 
 
 def is_percent(metric: str) -> bool:
-    """True for percentages; median ranks are none."""
+    """Return True for a percentage, False for a median rank."""
     return not metric.endswith("median_rank")
 
 

@@ -5,20 +5,11 @@ from collections.abc import Sequence
 import pandas as pd
 
 from benchmarks.grid.schema import Axes
+from benchmarks.results import scores
 from benchmarks.results.outcomes import compare, mean_difference
-from benchmarks.results.scores import (
-    Cells,
-    Items,
-    difference_text,
-    differences,
-    over_seeds,
-    scores,
-    unique,
-    value_text,
-)
-from benchmarks.tables.markdown import fitting
+from benchmarks.results.scores import Cells, Items, unique
 
-_NOTE = (
+NOTE = (
     "`- base`: difference to the grid's own settings (`base`), mean ± standard error over (number "
     "of) pairs of model and seed. `se (samples)`: the standard error of the same mean from its "
     "finite number of samples, paired sample by sample within each model; it knows nothing of "
@@ -26,17 +17,15 @@ _NOTE = (
 )
 
 
-def axis_parts(
-    axes: Axes, metric: str, measured: Items, cells: Cells, width: int | None
-) -> list[str]:
-    """Return the Markdown of a section's axes: a table per axis and method, and a note."""
-    parts = []
-    for axis, points in axes.items():
-        for method in methods_on(axis, cells):
-            mine = [cell for cell in cells if cell.method == method]
-            table = axis_table(axis, list(points), metric, measured, mine)
-            parts += [f"### {axis}: {method}, one setting at a time", *fitting(table, width)]
-    return [*parts, _NOTE] if parts else []
+def axis_tables(axes: Axes, metric: str, measured: Items, cells: Cells) -> dict[str, pd.DataFrame]:
+    """Return the tables of a section's axes by their titles, one per axis and method."""
+    return {
+        f"{axis}: {method}, one setting at a time": axis_table(
+            axis, list(points), metric, measured, [cell for cell in cells if cell.method == method]
+        )
+        for axis, points in axes.items()
+        for method in methods_on(axis, cells)
+    }
 
 
 def methods_on(axis: str, cells: Cells) -> list[str]:
@@ -47,48 +36,46 @@ def methods_on(axis: str, cells: Cells) -> list[str]:
 def axis_table(
     axis: str, points: Sequence[str], metric: str, measured: Items, cells: Cells
 ) -> pd.DataFrame:
-    """Return an axis's table of one method.
+    """Return the table of one axis and method.
 
-    Points are rows. Columns are ``subject bits``, and for bits and scope the differences, which
-    are means over models. ``cells`` are the method's, measured or not, with those of the grid's own
-    settings.
+    Args:
+        cells: all cells of the method, measured or not, with those of the grid's own settings.
+
+    Returns:
+        A row per point. Columns: ``subject bits`` with the scores; for each bits and scope the
+        difference to the grid's own settings, a mean over models, and its error over samples.
     """
     keys = {cell.key for cell in cells}
     items = [item for item in measured if item.cell.key in keys]
-    table = scores(items)
-    table["mark"] = [items[place].cell.mark for place in table["item"]]
+    table = scores.scores(items)
     table = table[table["metric"] == metric]
-    base = table[table["point"] == ""]
     rows = []
     for point in points:
         on = [cell for cell in cells if (axis, point) in cell.places]
         is_base = bool(on) and not any(cell.point for cell in on)
-        here = {place for place, item in enumerate(items) if (axis, point) in item.cell.places}
+        here = [index for index, item in enumerate(items) if (axis, point) in item.cell.places]
         mine = table[table["item"].isin(here)]
-        stats, row = over_seeds(mine, ["subject", "bits"]), {}
-        means = {(r.subject, r.bits): value_text(r.mean, r.sd) for r in stats.itertuples()}
-        for subject in unique(cell.subject for cell in cells):
-            for bits in unique(cell.bits for cell in cells if cell.subject == subject):
-                row[f"{subject} {bits}"] = means.get((subject, bits), "-")
+        stats, row = scores.over_seeds(mine, ["subject", "bits"]), {}
+        texts = {(r.subject, r.bits): scores.value_text(r.mean, r.sd) for r in stats.itertuples()}
+        for subject, _, bits in scores.columns_of(cells):
+            row[f"{subject} {bits}"] = texts.get((subject, bits), "-")
         for bits, mark in dict.fromkeys((cell.bits, cell.mark) for cell in cells):
-            found, own = (t[(t["bits"] == bits) & (t["mark"] == mark)] for t in (mine, base))
-            row[f"{bits}{mark} - base"] = "base" if is_base else _pairs(found, own)
-            row[f"{bits}{mark} se (samples)"] = "-" if is_base else _error(found, own, items)
+            same = [t[(t["bits"] == bits) & (t["mark"] == mark)] for t in (mine, table)]
+            found, base = same[0], same[1][same[1]["point"] == ""]
+            gaps = scores.differences(found, base)
+            text = f"{scores.difference_text(gaps)} ({len(gaps)})" if len(gaps) else "-"
+            row[f"{bits}{mark} - base"] = "base" if is_base else text
+            row[f"{bits}{mark} se (samples)"] = "-" if is_base else _error(found, base, items)
         rows.append(row)
     return pd.DataFrame(rows, index=pd.Index(list(points), name=axis))
 
 
-def _pairs(rows: pd.DataFrame, base: pd.DataFrame) -> str:
-    gaps = differences(rows, base)
-    return f"{difference_text(gaps)} ({len(gaps)})" if len(gaps) else "-"
-
-
 def _error(rows: pd.DataFrame, base: pd.DataFrame, items: Items) -> str:
-    """Return the error of the mean over models; ``-`` unless all models' outcomes are there."""
-    parts = []
-    for model in unique(rows["model"]):
-        places = (table.loc[table["model"] == model, "item"] for table in (rows, base))
-        mine, own = ([items[place] for place in found] for found in places)
-        parts.append(compare(mine, own))
-    known = [part for part in parts if part is not None]
-    return f"{mean_difference(known)[1]:.2f}" if known and len(known) == len(parts) else "-"
+    """Return the error of the mean over models; ``-`` unless all models have outcomes."""
+    pairs = [
+        compare([items[index] for index in own["item"]], [items[index] for index in theirs["item"]])
+        for model, own in rows.groupby("model", sort=False)
+        for theirs in [base[base["model"] == model]]
+    ]
+    known = [pair for pair in pairs if pair is not None]
+    return f"{mean_difference(known)[1]:.2f}" if known and len(known) == len(pairs) else "-"

@@ -4,35 +4,28 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from benchmarks.results.outcomes import Outcomes, Paired, by_seed, paired
-from benchmarks.results.scores import (
-    CALIBRATION_ONLY,
-    FULL,
-    RECONSTRUCTION,
-    Items,
-    Measured,
-    count,
-    difference_text,
-    differences,
-    unique,
-)
+from benchmarks.results import scores
+from benchmarks.results.outcomes import Paired, by_seed, paired
+from benchmarks.results.scores import FULL, Items, Measured, count
 
-#: Bits at which no method should fall below rounding to nearest by so many standard errors.
+#: Bits at which no method should fall below rounding to nearest, by so many standard errors.
 _MILD_BITS, _ERRORS = "w4a4", 2.0
 
 
 def order_lines(table: pd.DataFrame, measured: Items = (), mark: str = "") -> list[str]:
     """Return a line per expected order; an order without measured methods has none.
 
-    ``table`` has scores of one section, scope (``mark``) and metric, one variant per method; its
-    column ``item`` counts ``measured``, for comparisons sample by sample.
+    Args:
+        table: scores of one section, scope (``mark``) and metric, one variant per method. Its
+            column ``item`` is the index into ``measured``.
+        measured: cells for comparisons sample by sample.
     """
     rows = table[table["bits"] != FULL]
     if rows.empty:
         return []
     lowest = rows.loc[(rows["w_bit"] + rows["a_bit"]).idxmin(), "bits"]
     here, where = rows[rows["bits"] == lowest], f"{lowest}{mark}"
-    items = [measured[place] for place in unique(rows["item"])] if measured else []
+    items = [measured[place] for place in rows["item"].unique()] if measured else []
     return [
         *_calibration_lines(here, where),
         *_fimaq_lines(here, where),
@@ -48,8 +41,8 @@ def _means(here: pd.DataFrame, methods: Sequence[str]) -> pd.DataFrame:
 
 def _calibration_lines(here: pd.DataFrame, where: str) -> list[str]:
     present = set(here["method"])
-    plain = [name for name in CALIBRATION_ONLY if name in present]
-    trained = [name for name in RECONSTRUCTION if name in present]
+    plain = [name for name in scores.CALIBRATION_ONLY if name in present]
+    trained = [name for name in scores.RECONSTRUCTION if name in present]
     if not plain or not trained:
         return []
     claim = f"Calibration alone below every reconstruction at {where} (mean over models)"
@@ -70,15 +63,14 @@ def _fimaq_lines(here: pd.DataFrame, where: str) -> list[str]:
     needed, present = ["rtn", "brecq", "qdrop", "fimaq"], set(here["method"])
     if len(set(needed) & present) < 2:
         return []
-    means = _means(here, needed)
-    claim = f"Expected order at {where} (rtn worst, fimaq not below qdrop and brecq, "
-    claim += "mean over models)"
+    order = "rtn worst, fimaq not below qdrop and brecq, mean over models"
+    claim, means = f"Expected order at {where} ({order})", _means(here, needed)
     if means.empty:
         absent = ", ".join(name for name in needed if name not in present) or "some cells"
         return [f"{claim}: not judged, since no model has all four; not fully measured: {absent}."]
     mean = means.mean()
-    worst = all(mean["rtn"] < mean[name] for name in needed[1:])
-    first = all(mean["fimaq"] >= mean[name] for name in ("qdrop", "brecq"))
+    worst = mean["rtn"] < mean[needed[1:]].min()
+    first = mean["fimaq"] >= mean[["qdrop", "brecq"]].max()
     numbers = ", ".join(f"{name} {mean[name]:.2f}" for name in needed)
     lines = [
         f"{claim}: {'yes' if worst and first else 'NO'} (rtn worst: {'yes' if worst else 'no'}; "
@@ -86,24 +78,25 @@ def _fimaq_lines(here: pd.DataFrame, where: str) -> list[str]:
     ]
     whole = here[here["model"].isin(means.index)]
     for other in ("qdrop", "brecq"):
-        gaps = differences(whole[whole["method"] == "fimaq"], whole[whole["method"] == other])
+        mine, theirs = (whole[whole["method"] == name] for name in ("fimaq", other))
+        gaps = scores.differences(mine, theirs)
         basis = f"(mean ± se over {count(len(gaps), 'pair')} of model and seed)"
-        lines.append(f"fimaq - {other} at {where}: {difference_text(gaps)} points {basis}.")
+        lines.append(f"fimaq - {other} at {where}: {scores.difference_text(gaps)} points {basis}.")
     return lines
 
 
 def _rounding_lines(items: Items, mark: str) -> list[str]:
-    groups: dict[tuple[str, str], list[Measured]] = {}
-    for item in items:
-        if item.cell.bits == _MILD_BITS:
-            groups.setdefault((item.cell.subject, item.cell.method), []).append(item)
-    rounded: dict[str, dict[int, Outcomes]] = {}
+    """Compare each method with rtn on the same samples, one subject after another."""
     results: dict[str, Paired | None] = {}
-    for (subject, method), mine in groups.items():
-        if method != "rtn" and (subject, "rtn") in groups:
-            if subject not in rounded:  # methods of a subject come together; none is read twice
-                rounded = {subject: by_seed(groups[subject, "rtn"])}
-            results[f"{method} on {subject}"] = paired(by_seed(mine), rounded[subject])
+    for subject in scores.unique(item.cell.subject for item in items):
+        groups: dict[str, list[Measured]] = {}
+        for item in items:
+            if (item.cell.subject, item.cell.bits) == (subject, _MILD_BITS):
+                groups.setdefault(item.cell.method, []).append(item)
+        rounded = groups.pop("rtn", [])
+        base = by_seed(rounded) if groups else {}
+        for method, mine in groups.items() if rounded else ():
+            results[f"{method} on {subject}"] = paired(by_seed(mine), base)
     if not results:
         return []
     claim = f"No method below rtn at {_MILD_BITS}{mark} by more than two paired standard errors, "

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
+from benchmarks.compare.diff import bears
 from benchmarks.results.scores import Cells, Items, in_order, seeds_of, unique
 from fimaq_core.recipe import METHODS, Recipe, make_recipe
 from tasks.common import registry
@@ -27,7 +28,7 @@ def special_quantizers(recipe: Recipe | None) -> str:
 
 
 def optimised(recipe: Recipe | None) -> str:
-    """Return what is optimised after calibration, such as ``blocks + MLPs``, or ``-``."""
+    """Return the parts optimised after calibration, such as ``blocks + MLPs``, or ``-``."""
     if recipe is None:
         return "-"
     parts = {"blocks": recipe.reconstruct, "MLPs": recipe.reconstruct_mlp, "weights": recipe.refit}
@@ -43,34 +44,35 @@ def marks(cells: Cells) -> pd.DataFrame:
 
 
 def settings_lines(mine: Items) -> list[str]:
-    """Return lines on settings and seeds of a section: shared by all methods, then different."""
-    by_method: dict[str, list[Recipe]] = {}
+    """Return lines on the settings and the seeds of a section.
+
+    Each setting comes with the value that most methods share, then with other values and their
+    methods, and with the released values where they differ.
+    """
     usual = registry.defaults(mine[0].cell.task) if mine else {}
-    for item in mine:
-        recipe = recipe_of(item.record)
+    recipes: dict[str, list[Recipe]] = {}
+    for recipe in (recipe_of(item.record) for item in mine):
         if recipe is None or recipe.method not in METHODS:
             continue
         if recipe.reconstruct or recipe.reconstruct_mlp:
-            by_method.setdefault(recipe.method, []).append(recipe)
-    methods = in_order(by_method)
-    # Released settings depend on the bits of weights alone.
-    released: dict[str, list[Recipe]] = {}
-    for name, recipes in by_method.items():
-        bits = dict.fromkeys(recipe.w_bits for recipe in recipes)
-        released[name] = [make_recipe(name, usual, {"w_bits": width}) for width in bits]
-    every = [recipe for recipes in by_method.values() for recipe in recipes]
-    changed = [name for recipe in every for name in recipe.changes(usual)]
+            recipes.setdefault(recipe.method, []).append(recipe)
+    recipes = {name: recipes[name] for name in in_order(recipes)}
+    originals = {  # released settings depend on the bits of weights alone
+        name: [make_recipe(name, usual, {"w_bits": bits}) for bits in {r.w_bits: 0 for r in own}]
+        for name, own in recipes.items()
+    }
+    changed = [name for own in recipes.values() for r in own for name in r.changes(usual)]
     parts = []
     for name in unique([*_ALWAYS, *changed]):
-        bearing = [method for method in methods if _bears(name, by_method[method][0])]
-        if bearing:
-            values = _by_text({method: by_method[method] for method in bearing}, name)
-            originals = _by_text({method: released[method] for method in bearing}, name)
-            beside = "" if originals == values else f" (released: {_text(originals)})"
+        bearing = [method for method, own in recipes.items() if bears(own[0], name)]
+        values = {method: _values(recipes[method], name) for method in bearing}
+        released = {method: _values(originals[method], name) for method in bearing}
+        if values:
+            beside = "" if released == values else f" (released: {_text(released)})"
             parts.append(f"{name} {_text(values)}{beside}")
     lines = []
     if parts:
-        listed = ", ".join(methods)
+        listed = ", ".join(recipes)
         lines.append(f"Settings of {listed}, as far as they have them: {', '.join(parts)}.")
     if seeds := seeds_of(mine):
         single = "; what has no ± ran with one" if len(seeds) > 1 else ""
@@ -78,26 +80,15 @@ def settings_lines(mine: Items) -> list[str]:
     return lines
 
 
-def _bears(name: str, recipe: Recipe) -> bool:
-    """Return True for a setting that this recipe uses."""
-    extra = Recipe.model_fields[name].json_schema_extra
-    group = extra.get("group") if isinstance(extra, dict) else None
-    if group == "mlp":
-        return recipe.reconstruct_mlp
-    return recipe.reconstruct or group not in ("reconstruction", "loss")
+def _values(recipes: Sequence[Recipe], name: str) -> str:
+    return " or ".join(unique(str(getattr(recipe, name)) for recipe in recipes))
 
 
-def _by_text(recipes: Mapping[str, Sequence[Recipe]], name: str) -> dict[str, list[str]]:
-    """Return methods by the text of their values."""
-    found: dict[str, list[str]] = {}
-    for method, own in recipes.items():
-        texts = unique(str(getattr(recipe, name)) for recipe in own)
-        found.setdefault(" or ".join(texts), []).append(method)
-    return found
-
-
-def _text(groups: Mapping[str, Sequence[str]]) -> str:
-    """Return the most frequent value, then the other values with their methods."""
-    largest = max(groups, key=lambda text: len(groups[text]))
-    others = (f"{', '.join(own)} {text}" for text, own in groups.items() if text != largest)
-    return "; ".join([largest, *others])
+def _text(values: Mapping[str, str]) -> str:
+    """Return the most frequent value of methods, then other values with their methods."""
+    methods: dict[str, list[str]] = {}
+    for method, value in values.items():
+        methods.setdefault(value, []).append(method)
+    usual = max(methods, key=lambda value: len(methods[value]))
+    others = (f"{', '.join(own)} {value}" for value, own in methods.items() if value != usual)
+    return "; ".join([usual, *others])

@@ -1,43 +1,30 @@
-"""Text of a grid: a table per section, and below it settings, spreads, means, expected orders."""
+"""Tables of a grid: Markdown with settings, spreads, means and expected orders, and LaTeX."""
 
+import re
 from collections.abc import Callable
 
+import numpy as np
 import pandas as pd
 
 from benchmarks.grid.schema import Axes
-from benchmarks.results.scores import (
-    FULL,
-    PAIRS,
-    Cells,
-    Items,
-    by_section,
-    columns_of,
-    count,
-    in_order,
-    main_metric,
-    metric_title,
-    over_seeds,
-    sample_counts,
-    scores,
-    unique,
-    value_text,
-)
-from benchmarks.tables.ablation import axis_parts
+from benchmarks.results import scores
+from benchmarks.results.scores import FULL, PAIRS, Cells, Items, in_order, over_seeds, unique
+from benchmarks.tables.ablation import NOTE, axis_tables
 from benchmarks.tables.expected_orders import order_lines
-from benchmarks.tables.markdown import fitting, markdown
+from benchmarks.tables.layout import PREAMBLE, latex, markdown
 from benchmarks.tables.settings import MARKS, marks, settings_lines
 
 
-def report(
+def grid_markdown(
     title: str, measured: Items, cells: Cells, width: int | None = None, axes: Axes | None = None
 ) -> str:
     """Return the Markdown text of ``cells``, measured or not.
 
-    Tables wider than a terminal's ``width`` are in several parts. ``axes`` has the order of the
+    Tables wider than a terminal's ``width`` come in several parts. ``axes`` has the order of the
     grid's axes.
     """
     parts = [f"# {title}"]
-    for section, mine, planned in by_section(measured, cells):
+    for section, mine, planned in scores.by_section(measured, cells):
         if mine:
             parts += _section_parts(section, mine, planned, width, axes or {})
         else:
@@ -45,98 +32,135 @@ def report(
     return "\n\n".join(parts) + "\n"
 
 
+def grid_latex(name: str, measured: Items, cells: Cells, axes: Axes | None = None) -> str:
+    """Return the LaTeX of ``cells``: the tables of :func:`grid_markdown` of measured sections.
+
+    In the main table of a section, the best of each column is bold.
+    """
+    parts = [PREAMBLE]
+    for section, mine, planned in scores.by_section(measured, cells):
+        if not mine:
+            continue
+        (title, main), *rest = _tables(mine, planned).items()
+        tables = {title: _best_bold(main, planned), **dict(rest)}
+        for table in tables.values():
+            table.columns = [tuple(column.rpartition(" ")[::2]) for column in table.columns]
+        metric = _main_metric(mine)
+        for title, table in axis_tables(axes or {}, metric, mine, planned).items():
+            tables[f"{title}, {scores.metric_title(metric)}"] = table
+        seeds = ", ".join(map(str, scores.seeds_of(mine)))
+        about = [*data_lines(mine), *([f"Seeds: {seeds}."] if seeds else [])]
+        for number, (title, table) in enumerate(tables.items()):
+            label, words = f"{name}-{section}", [f"{section}: {title}.", *about]
+            if number:
+                label += f"-{re.split('[,(]', title)[0].strip()}"
+            if any("**" in text for text in table.to_numpy().ravel()):
+                words.append("Bold: the best quantized method of a column.")
+            parts.append(latex(table, " ".join([*words, "Quantization is simulated."]), label))
+    return "\n\n".join(parts) + "\n"
+
+
+def _main_metric(mine: Items) -> str:
+    return scores.main_metric(mine[0].cell.task, scores.scores(mine))
+
+
+def _tables(mine: Items, planned: Cells) -> dict[str, pd.DataFrame]:
+    """Return the tables of a section's own settings by their titles, the main one first."""
+    table, metric = scores.scores(mine), _main_metric(mine)
+    own, cells = table[table["point"] == ""], [cell for cell in planned if not cell.point]
+    title = f"{scores.metric_title(metric)}, mean ± sd over seeds"
+    found = {title: wide(own[own["metric"] == metric], cells)}
+    for title, metrics in PAIRS.items():
+        if set(metrics) <= set(own["metric"]):
+            pair = (own[own["metric"] == name] for name in metrics)
+            first, second = (wide(rows, cells, lambda mean, _: f"{mean:.2f}") for rows in pair)
+            both = first.where(first == "-", first + " / " + second)
+            found[f"{title} (percent), mean over seeds"] = both
+    return found
+
+
+def _best_bold(table: pd.DataFrame, cells: Cells) -> pd.DataFrame:
+    """Return the table with the best quantized method of each column in bold, given a choice."""
+    full = {cell.method for cell in cells if cell.bits == FULL}
+    texts = table[~table.index.isin(full)]
+    numbers = texts.apply(lambda own: pd.to_numeric(own.str.split().str[0], errors="coerce"))
+    best = (numbers == numbers.max()) & (numbers.count() > 1)
+    best = best.reindex(table.index, fill_value=False)
+    return table.where(~best, "**" + table + "**")
+
+
 def _section_parts(
     section: str, mine: Items, planned: Cells, width: int | None, axes: Axes
 ) -> list[str]:
-    every = scores(mine)
-    metric = main_metric(planned[0].task, every)
-    # The main table and its lines show the grid's own settings; axis points have own tables.
-    own, cells = every[every["point"] == ""], [cell for cell in planned if not cell.point]
-    table = own[own["metric"] == metric]
-    # Seeds and towers are shared between scopes, so that means and orders are of one scope each.
-    scopes = {scope: table[table["scope"] == scope] for scope in unique(_quantized(table)["scope"])}
-    by_mark = {f" [{scope}]" if scope else "": rows for scope, rows in scopes.items()}
-    by_mark = by_mark or {"": table}
-    lines = [
-        *data_lines(mine),
-        *settings_lines([item for item in mine if not item.cell.point]),
-        *_spread_lines(by_mark, table),
-    ]
+    # The main table and its lines show the grid's own settings; points of axes have own tables.
+    own, cells = [it for it in mine if not it.cell.point], [c for c in planned if not c.point]
+    metric, (main, *tables) = _main_metric(mine), _tables(mine, planned).items()
+    table = scores.scores(own)
+    table = table[table["metric"] == metric]
+    # Scopes share seeds and models, so each mean and each order is of one scope.
+    marks_here = unique(table.loc[table["method"] != "fp", "mark"])
+    by_mark = {mark: table[table["mark"] == mark] for mark in marks_here} or {"": table}
+    lines = []
     if any(cell.scope for cell in planned):
         brackets = "In brackets what of a model is quantized"
-        lines.insert(0, f"{brackets}; full precision, the whole model, stands beside each.")
+        lines.append(f"{brackets}; full precision, the whole model, stands beside each.")
+    lines += [*data_lines(mine), *settings_lines(own), *_spread_lines(by_mark, table)]
     for mark, rows in by_mark.items():
-        lines += order_lines(rows, mine, mark)
+        lines += order_lines(rows, own, mark)
     unfinished = len({cell.key for cell in planned}) - len(mine)
     if unfinished > 0:
         lines.append(f"{unfinished} of {len(planned)} cells are not measured: `-`.")
-    parts = [
-        f"## {section}: {metric_title(metric)}, mean ± sd over seeds",
-        *fitting(marks(cells).join(wide(table, cells)), width, MARKS),
-        *_pair_parts(own, cells, width),
-        "\n".join(f"- {line}" for line in lines),
-    ]
-    means = [_mean_over_models(rows, mark) for mark, rows in by_mark.items()]
-    means = [columns for columns in means if not columns.empty]
-    if means and len({cell.model for cell in cells}) > 1:
-        whole = pd.concat(means, axis=1)
-        parts += ["Mean over models:", markdown(whole.loc[in_order(whole.index)].fillna("-"))]
-    return [*parts, *axis_parts(axes, metric, mine, planned, width)]
+    parts = [f"## {section}: {main[0]}", *markdown(marks(cells).join(main[1]), width, MARKS)]
+    for title, both in tables:
+        parts += [f"{title}:", *markdown(both, width)]
+    parts.append("\n".join(f"- {line}" for line in lines))
+    means = pd.concat([_mean_over_models(rows, mark) for mark, rows in by_mark.items()], axis=1)
+    if not means.empty and len({cell.model for cell in cells}) > 1:
+        parts += ["Mean over models:", *markdown(means.loc[in_order(means.index)].fillna("-"))]
+    found = axis_tables(axes, metric, mine, planned)
+    for title, both in found.items():
+        parts += [f"### {title}", *markdown(both, width)]
+    return [*parts, NOTE] if found else parts
 
 
 def wide(
-    table: pd.DataFrame, cells: Cells, text: Callable[[float, float], str] = value_text
+    table: pd.DataFrame, cells: Cells, text: Callable[[float, float], str] = scores.value_text
 ) -> pd.DataFrame:
     """Return methods × ``subject bits``, with ``-`` where nothing is measured.
 
-    A method without bits shows its value under all bits of its subject; full precision, which has
-    no scope either, under all subjects of its model. ``table`` has one section and metric, ``text``
-    prints a mean and a standard deviation (NaN for one seed).
+    A method without bits shows its value under all bits of its subject. Full precision has no scope
+    either, so it stands under all subjects of its model.
+
+    Args:
+        table: scores of one section and metric.
+        text: prints a mean and a standard deviation (NaN for one seed).
     """
     stats = over_seeds(table, ["subject", "method", "bits"])
-    texts = {(r.subject, r.method, r.bits): text(r.mean, r.sd) for r in stats.itertuples()}
-    methods = in_order(cell.method for cell in cells)
-    without_bits = {cell.method for cell in cells if cell.bits == FULL}
-    columns: dict[str, list[str]] = {}
-    for subject, model, bits in columns_of(cells):
-        column = columns.setdefault(f"{subject} {bits}" if bits != FULL else subject, [])
-        for method in methods:
-            of = model if method == "fp" else subject
-            key = (of, method, FULL if method in without_bits else bits)
-            column.append(texts.get(key, "-"))
-    return pd.DataFrame(columns, index=pd.Index(methods, name="method"))
-
-
-def _quantized(table: pd.DataFrame) -> pd.DataFrame:
-    return table[table["method"] != "fp"]
-
-
-def _pair_parts(own: pd.DataFrame, cells: Cells, width: int | None) -> list[str]:
-    """Return the table of each measured pair of :data:`PAIRS` below its title."""
-    parts = []
-    for title, metrics in PAIRS.items():
-        if set(metrics) <= set(own["metric"]):
-            tables = (own[own["metric"] == metric] for metric in metrics)
-            first, second = (wide(t, cells, lambda mean, _: f"{mean:.2f}") for t in tables)
-            both = first.where(first == "-", first + " / " + second)
-            parts += [f"{title} (percent), mean over seeds:", *fitting(both, width)]
-    return parts
+    stats["text"] = [text(row.mean, row.sd) for row in stats.itertuples()]
+    columns = {}
+    for subject, model, bits in scores.columns_of(cells):
+        subjects = np.where(stats["method"] == "fp", model, subject)
+        own = (stats["subject"] == subjects) & stats["bits"].isin([bits, FULL])
+        name = f"{subject} {bits}" if bits != FULL else subject
+        columns[name] = stats[own].set_index("method")["text"]
+    methods = pd.Index(in_order(cell.method for cell in cells), name="method")
+    return pd.DataFrame(columns, index=methods).fillna("-")
 
 
 def data_lines(measured: Items) -> list[str]:
     """Return a line per data set and split with the numbers of samples."""
     found: dict[tuple[str, str], dict[str, None]] = {}
     for record in sorted((item.record for item in measured), key=lambda record: record.n):
-        text = sample_counts(record.n, record.dataset.captions)
+        text = scores.sample_counts(record.n, record.dataset.captions)
         found.setdefault((record.dataset.name, record.dataset.split), {})[text] = None
     return [
         f"Data: {name}, split {split}, n = {'; '.join(texts)}."
         for (name, split), texts in sorted(found.items())
-    ]  # fmt: skip
+    ]
 
 
 def _spread_lines(by_mark: dict[str, pd.DataFrame], table: pd.DataFrame) -> list[str]:
-    """Return lines on spreads by scope, and on the error of one cell of ``table``."""
+    """Return lines on spreads over seeds by scope, and on the error of one cell of ``table``."""
     if table.empty:
         return []
     texts = []
@@ -144,8 +168,8 @@ def _spread_lines(by_mark: dict[str, pd.DataFrame], table: pd.DataFrame) -> list
         stats = over_seeds(rows)
         stats = stats[stats["seeds"] > 1].assign(freedom=lambda found: found["seeds"] - 1)
         stats["squares"] = stats["freedom"] * stats["sd"] ** 2
-        for bits in unique(stats["bits"]):
-            sums = stats[stats["bits"] == bits].groupby("method")[["squares", "freedom"]].sum()
+        for bits, group in stats.groupby("bits", sort=False):
+            sums = group.groupby("method")[["squares", "freedom"]].sum()
             pooled = (sums["squares"] / sums["freedom"]) ** 0.5
             spreads = [f"{method} {pooled[method]:.2f}" for method in in_order(pooled.index)]
             name = "full precision" if bits == FULL else bits
@@ -153,7 +177,7 @@ def _spread_lines(by_mark: dict[str, pd.DataFrame], table: pd.DataFrame) -> list
     lines = []
     if texts:
         lines.append(f"Sd over seeds, pooled over models, in points: {'; '.join(texts)}.")
-    elif not _quantized(table).empty:
+    elif (table["method"] != "fp").any():
         lines.append("Sd over seeds: not known, there is one seed only.")
     return [*lines, sampling_line(table["stderr"])]
 
@@ -170,14 +194,10 @@ def sampling_line(errors: "pd.Series[float]") -> str:
 def _mean_over_models(table: pd.DataFrame, mark: str) -> pd.DataFrame:
     """Return methods × bits: means over the models that have all methods, since others mislead."""
     stats = over_seeds(table[table["bits"] != FULL])
-    columns: dict[str, dict[str, str]] = {}
-    for bits in unique(stats["bits"]):
-        here = stats[stats["bits"] == bits]
+    columns = {}
+    for bits, here in stats.groupby("bits", sort=False):
         means = here.pivot(index="model", columns="method", values="mean").dropna()
         if len(means):
-            texts = {str(name): f"{mean:.2f}" for name, mean in means.mean().items()}
-            columns[f"{bits}{mark} ({count(len(means), 'model')})"] = texts
-    if not columns:
-        return pd.DataFrame()
-    index = pd.Index(in_order(stats["method"]), name="method")
-    return pd.DataFrame(columns, index=index).fillna("-")
+            name = f"{bits}{mark} ({scores.count(len(means), 'model')})"
+            columns[name] = means.mean().map("{:.2f}".format)
+    return pd.DataFrame(columns)

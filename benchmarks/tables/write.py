@@ -1,5 +1,6 @@
-"""Table files of a profile: written by runs, made anew from records, committed as a reference."""
+"""Table files of a profile: written by runs, made again from records, committed as a reference."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import click
@@ -11,8 +12,8 @@ from benchmarks.grid.expand import Filters, chosen_axes, expand
 from benchmarks.grid.schema import Grid
 from benchmarks.published.table import PublishedTable
 from benchmarks.results.scores import COLUMNS, Cells, Items, collect, csv_text, scores, write_text
-from benchmarks.tables import latex, published, summary
-from benchmarks.tables.published import Layout
+from benchmarks.tables.reproduction import Reproduction
+from benchmarks.tables.summary import grid_latex, grid_markdown
 from fimaq_core.errors import FimaqError
 
 
@@ -24,39 +25,44 @@ def title(grid: Grid) -> str:
 def texts(grid: Grid, measured: Items, cells: Cells) -> dict[str, str]:
     """Return the tables of ``cells`` by the ending of their files."""
     return {
-        "md": summary.report(title(grid), measured, cells, axes=grid.axes),
+        "md": grid_markdown(title(grid), measured, cells, axes=grid.axes),
         "csv": csv_text(scores(measured)[COLUMNS]),
-        "tex": latex.report(grid.name, measured, cells, grid.axes),
+        "tex": grid_latex(grid.name, measured, cells, grid.axes),
     }
+
+
+def _write(folder: Path, name: str, words: Mapping[str, str]) -> list[Path]:
+    paths = [folder / f"{name}.{ending}" for ending in words]
+    for path, text in zip(paths, words.values(), strict=True):
+        write_text(path, text)
+    return paths
 
 
 def remake(
     grid: Grid, options: RunOptions, adapter: Adapter, chosen: str, output: Path | None
 ) -> None:
-    """Make the tables of a profile anew from its records.
+    """Make the tables of a profile again from its records.
 
-    ``chosen`` is the ending of a file, or ``all``. One is printed unless a folder ``output`` is
-    given; all are written, to ``tables`` in the results without that.
-
-    Raises:
-        FimaqError: nothing is measured.
+    ``chosen`` is the ending of a file, or ``all``. One table is printed, unless a folder ``output``
+    is given. All tables are written: to ``output``, or else to ``tables`` in the results. Raises
+    FimaqError if nothing is measured.
     """
     cells = expand(grid, Filters(), options)
     measured = collect(cells, adapter)
     if not measured:
         raise FimaqError(
             f"Nothing of the profile '{grid.name}' is measured under {options.results / 'runs'} "
-            "with these data and weights: run "
-            f"`make reproduce-table PROFILE={grid.name}` first, or give --results and the folders "
-            "of the run."
+            f"with these data and weights: run `make reproduce-table PROFILE={grid.name}` first, "
+            "or give --results and the folders of the run."
         )
-    for ending, words in texts(grid, measured, cells).items():
-        if chosen == ending and output is None:
-            click.echo(words, nl=False)
-        elif chosen in (ending, "all"):
-            path = (output or options.results / "tables") / f"{grid.name}.{ending}"
-            write_text(path, words)
-            click.echo(f"wrote {path}")
+    words = texts(grid, measured, cells)
+    if chosen != "all":
+        words = {chosen: words[chosen]}
+    if chosen != "all" and output is None:
+        click.echo(words[chosen], nl=False)
+        return
+    for path in _write(output or options.results / "tables", grid.name, words):
+        click.echo(f"wrote {path}")
 
 
 def write_tables(
@@ -64,64 +70,54 @@ def write_tables(
 ) -> None:
     """Write the table files, print the table of ``cells`` and compare it with the reference.
 
-    The files cover the finished cells of the whole grid and this run, so that filters never
-    shrink them.
+    The files cover the whole grid and this run, so filters never shrink them.
     """
     full = expand(grid, Filters(), options)
     known = {cell.key for cell in full}
     # The grid's own cells win: with filtered axes a run knows fewer places of the same cell.
     everything = [*full, *(cell for cell in cells if cell.key not in known)]
-    if filters.active:
-        # In the grid's order, also for a run beyond the grid: sections, then models.
-        sections, models = (
-            {name: place for place, name in enumerate(names)}
-            for names in (grid.tasks, dict.fromkeys(cell.model for cell in everything))
-        )
-        everything.sort(key=lambda cell: (sections[cell.section], models[cell.model]))
-    measured, folder = collect(everything, adapter), options.results / "tables"
-    for ending, words in texts(grid, measured, everything).items():
-        write_text(folder / f"{grid.name}.{ending}", words)
-    keys = {cell.key for cell in cells}
-    mine = [item for item in measured if item.cell.key in keys]
-    axes = chosen_axes(grid, filters)
-    print()
-    print(summary.report(title(grid), mine, cells, terminal_width(), axes))
+    if filters.active:  # back to the order of the grid: sections, then models
+        sections = list(grid.tasks)
+        models = list(dict.fromkeys(cell.model for cell in everything))
+        everything.sort(key=lambda cell: (sections.index(cell.section), models.index(cell.model)))
+    measured, keys = collect(everything, adapter), {cell.key for cell in cells}
+    words = texts(grid, measured, everything)
+    markdown, table, _ = _write(options.results / "tables", grid.name, words)
+    mine, axes = [it for it in measured if it.cell.key in keys], chosen_axes(grid, filters)
+    print("", grid_markdown(title(grid), mine, cells, terminal_width(), axes), sep="\n")
     for line in reference.compare(grid, mine):
         print(line)
-    print(f"Table: {folder / f'{grid.name}.csv'} and {folder / f'{grid.name}.md'}")
+    print(f"Table: {table} and {markdown}")
 
 
 def write_published(
     table: PublishedTable, grid: Grid, options: RunOptions, adapter: Adapter, cells: Cells
-) -> Layout:
+) -> Reproduction:
     """Write the files of a published table; print and return what ``cells`` measure of it.
 
-    The files cover the whole table and this run, so that filters never shrink them.
+    The files cover the whole table and this run, so filters never shrink them.
     """
     measured = collect([*expand(grid, Filters(), options), *cells], adapter)
-    paths = published.write(Layout(table, measured), options.results / "tables")
+    paths = _write(options.results / "tables", table.name, Reproduction(table, measured).texts())
     keys = {cell.key for cell in cells}
     mine = [item for item in measured if item.cell.key in keys]
-    layout = Layout(table, mine, {cell.name for cell in cells})
-    print()
-    print(published.markdown(layout, terminal_width()))
+    found = Reproduction(table, mine, {cell.name for cell in cells})
+    print("", found.markdown(terminal_width()), sep="\n")
     print(f"Table: {', '.join(map(str, paths))}")
-    return layout
+    return found
 
 
 def make_reference(grid: Grid, options: RunOptions, adapter: Adapter, add: bool) -> None:
     """Write the reference of a finished grid, or ``add`` another processor's cells to it.
 
-    Raises:
-        FimaqError: cells are missing, or those of ``add`` have other settings or data.
+    Raises FimaqError if cells are missing, or if those of ``add`` have other settings or data.
     """
     cells = expand(grid, Filters(), options)
     measured = collect(cells, adapter)
     if not measured if add else len(measured) < len(cells):
         raise FimaqError(
             f"Only {len(measured)} of {len(cells)} cells of '{grid.name}' are measured, and a "
-            "reference needs all: run "
-            f"`make reproduce-table PROFILE={grid.name}` first."
+            f"reference needs all: run `make reproduce-table PROFILE={grid.name}` first."
         )
     if add:
         paths = [reference.add_processor(grid, measured)]

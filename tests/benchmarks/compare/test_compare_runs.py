@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from benchmarks.cli import cli
 from benchmarks.compare.judge import judge
-from benchmarks.compare.sides import CompareError, pair_up, read_side
+from benchmarks.compare.pairs import CompareError, alone, pair_up, read_side
 from fimaq_core.recipe import make_recipe
 from tasks.common.record import Metric, ResultRecord, bits_name, write_record
 
@@ -67,7 +67,7 @@ def save(
 
 
 def labels(a: Path, b: Path) -> list[tuple[str, list[int | None]]]:
-    return [(pair.label, list(pair.a)) for pair in pair_up(read_side(a), read_side(b)).pairs]
+    return [(pair.label, list(pair.a)) for pair in pair_up(read_side(a), read_side(b))]
 
 
 def run(*arguments: object):
@@ -88,17 +88,19 @@ def test_records_are_paired_by_what_they_share(tmp_path: Path):
                     save(tmp_path / method, method, seed, bits=bits, model=model)
     save(tmp_path / "fimaq", "fimaq", 3)
     save(tmp_path / "fimaq", "fimaq", 1, bits="w6a6")
-    pairing = pair_up(read_side(tmp_path / "fimaq"), read_side(tmp_path / "qdrop"))
-    assert {(pair.label, tuple(pair.a)) for pair in pairing.pairs} == {
+    a, b = read_side(tmp_path / "fimaq"), read_side(tmp_path / "qdrop")
+    pairs = pair_up(a, b)
+    assert {(pair.label, tuple(pair.a)) for pair in pairs} == {
         (f"{model} {bits}", (1, 2))
         for model in ("demo_vit", "demo_swin")
         for bits in ("w3a3", "w4a4")
     }
-    assert sorted(run.label for run in pairing.alone_a) == [
-        "classification demo_vit fimaq (released) w3a3 seed 3", "classification demo_vit fimaq (released) w6a6 seed 1",
-    ]  # fmt: skip
-    assert not pairing.alone_b
-    for pair in pairing.pairs:
+    assert sorted(run.label for run in alone(a, pairs)) == [
+        "classification demo_vit fimaq (released) w3a3 seed 3",
+        "classification demo_vit fimaq (released) w6a6 seed 1",
+    ]
+    assert not alone(b, pairs)
+    for pair in pairs:
         for seed, mine in pair.a.items():
             assert (mine.record.seed, pair.b[seed].record.seed) == (seed, seed)
             assert (mine.record.method, pair.b[seed].record.method) == ("fimaq", "qdrop")
@@ -109,8 +111,10 @@ def test_the_method_tells_records_apart_only_where_a_side_has_several(tmp_path: 
         for method in ("fp", "rtn", "fimaq"):
             save(tmp_path / tree, method)
     assert sorted(label for label, _ in labels(tmp_path / "old", tmp_path / "new")) == [
-        "demo_vit fimaq w3a3", "demo_vit fp full precision", "demo_vit rtn w3a3",
-    ]  # fmt: skip
+        "demo_vit fimaq w3a3",
+        "demo_vit fp full precision",
+        "demo_vit rtn w3a3",
+    ]
     assert labels(
         tmp_path / "old" / "demo_vit" / "fimaq", tmp_path / "new" / "demo_vit" / "rtn"
     ) == [("demo_vit w3a3", [1])]
@@ -127,9 +131,10 @@ def test_the_variant_and_the_scope_do_so_too(tmp_path: Path):
         for variant in ("demo", "demo k=15")
         for scope in ("vision", "both")
     )
-    pairing = pair_up(read_side(tmp_path / "old"), read_side(tmp_path / "other"))
-    assert [pair.label for pair in pairing.pairs] == ["demo_vit [both] demo w3a3"]
-    assert len(pairing.alone_a) == 3
+    a, b = read_side(tmp_path / "old"), read_side(tmp_path / "other")
+    pairs = pair_up(a, b)
+    assert [pair.label for pair in pairs] == ["demo_vit [both] demo w3a3"]
+    assert len(alone(a, pairs)) == 3
 
 
 def test_full_precision_stands_beside_everything_of_its_model(tmp_path: Path):
@@ -137,14 +142,16 @@ def test_full_precision_stands_beside_everything_of_its_model(tmp_path: Path):
     for method in ("rtn", "fimaq"):
         for seed in (1, 2):
             save(tmp_path, method, seed)
-    pairing = pair_up(read_side(tmp_path), read_side(full))
-    assert sorted((pair.label, tuple(pair.a)) for pair in pairing.pairs) == [
-        ("demo_vit fimaq w3a3", (1, 2)), ("demo_vit rtn w3a3", (1, 2)),
-    ]  # fmt: skip
-    assert not pairing.alone_a
-    assert not pairing.alone_b
-    assert [pair.label for pair in pair_up(read_side(full), read_side(tmp_path)).pairs] == [
-        p.label for p in pairing.pairs
+    a, b = read_side(tmp_path), read_side(full)
+    pairs = pair_up(a, b)
+    assert sorted((pair.label, tuple(pair.a)) for pair in pairs) == [
+        ("demo_vit fimaq w3a3", (1, 2)),
+        ("demo_vit rtn w3a3", (1, 2)),
+    ]
+    assert not alone(a, pairs)
+    assert not alone(b, pairs)
+    assert [pair.label for pair in pair_up(read_side(full), read_side(tmp_path))] == [
+        p.label for p in pairs
     ]
 
 
@@ -271,9 +278,11 @@ def test_the_order_of_samples_does_not_matter(tmp_path: Path):
     correct, order = right(0.7), np.random.default_rng(9).permutation(200)
     a = save(tmp_path, "fimaq", correct=correct)
     b = save(
-        tmp_path, "qdrop", outcomes_content={"sample": IDS[order], "correct": correct[order]},
+        tmp_path,
+        "qdrop",
+        outcomes_content={"sample": IDS[order], "correct": correct[order]},
         metrics={"top1": Metric(value=100 * float(correct.mean()), stderr=1.0)},
-    )  # fmt: skip
+    )
     found = json.loads(run(a, b, "--json").stdout)["pairs"][0]["metrics"][0]
     assert (found["effect"]["only_a"], found["effect"]["only_b"], found["p"]) == (0, 0, 1)
 
@@ -284,11 +293,11 @@ def test_several_seeds_are_averaged_and_bootstrapped(tmp_path: Path):
     }
     for (method, seed), own in correct.items():
         save(tmp_path, method, seed, own)
-    pairing = pair_up(
+    pairs = pair_up(
         read_side(tmp_path / "demo_vit" / "fimaq"), read_side(tmp_path / "demo_vit" / "qdrop")
     )
-    (judged,) = judge(pairing, 0.95)
-    (found,) = judged.findings
+    (judged,) = judge(pairs, 0.95)
+    (found,) = judged.metrics
     gaps = 100 * np.mean(
         [correct["fimaq", s].astype(float) - correct["qdrop", s] for s in (1, 2)], axis=0
     )
@@ -339,8 +348,15 @@ def retrieval(
         "cluster": np.concatenate([np.arange(n), image_of]).astype(np.int32),
     }
     value = 50 * ((i2t < 1).mean() + (t2i < 1).mean())
-    return save(root, method, outcomes_content=content, n=n, task="retrieval", dataset=fakes.SCENES,
-                metrics={"R@1": Metric(value=float(value), stderr=1.0)})  # fmt: skip
+    return save(
+        root,
+        method,
+        outcomes_content=content,
+        n=n,
+        task="retrieval",
+        dataset=fakes.SCENES,
+        metrics={"R@1": Metric(value=float(value), stderr=1.0)},
+    )
 
 
 def test_recalls_of_both_directions_are_compared_by_images(tmp_path: Path):

@@ -1,4 +1,4 @@
-"""Paired tests: published examples and closed forms, and what the intervals cover and the tests reject in simulations."""
+"""Paired tests: published examples, closed forms, and rates of error in simulations."""
 
 import math
 
@@ -71,7 +71,7 @@ def test_effect_sizes_are_their_definitions():
 
 
 def scenes(rng: np.random.Generator, images: int, shift: float) -> np.ndarray:
-    """Sums of differences and counts, (images, 2, 2), of queries by image (one) and caption (one to four) that share a part."""
+    """Sums of differences and counts (images, 2, 2): one image query, one to four captions."""
     captions = rng.integers(1, 5, images)
     easy = rng.normal(0, 1, images)
     both = [np.ones(images, dtype=int), captions]

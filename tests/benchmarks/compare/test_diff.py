@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 from benchmark_fakes import DIGITS, IMAGENET, make_record
 
-from benchmarks.compare import published as diff
+from benchmarks.compare import diff
 from benchmarks.grid.names import PUBLISHED, load_names
 from fimaq_core.recipe import make_recipe
 

@@ -1,4 +1,4 @@
-"""Diff of detectors: boxes and masks against published rows, for the scope, data, weights and settings of those."""
+"""Diff of detectors: boxes and masks are compared with published rows of the same cell."""
 
 import math
 from typing import Any
@@ -8,7 +8,7 @@ import pytest
 from benchmark_fakes import make_record
 from pydantic import ValidationError
 
-from benchmarks.compare import published as diff
+from benchmarks.compare import diff
 from benchmarks.grid.names import Names, load_names
 from fimaq_core.recipe import make_recipe
 from tasks.common.record import Dataset, Metric, ResultRecord
@@ -48,11 +48,15 @@ def judged(*records: ResultRecord) -> pd.DataFrame:
 @pytest.mark.parametrize(
     ("method", "bits", "model", "box", "mask"),
     [
-        (None, 32, TINY, 46.0, 41.6), ("mlp-recon", 32, TINY, 45.8, 41.5), ("aphq", 4, TINY, 38.9, 38.1),
-        ("aphq", 4, "cascade_mask_rcnn_swin_small.coco_3x", 50.3, 43.7), ("erq", 4, SMALL, 43.4, 40.7),
-        ("fimaq", 4, SMALL, 44.2, 41.1), ("repq", 6, TINY, 45.1, 41.2),
+        (None, 32, TINY, 46.0, 41.6),
+        ("mlp-recon", 32, TINY, 45.8, 41.5),
+        ("aphq", 4, TINY, 38.9, 38.1),
+        ("aphq", 4, "cascade_mask_rcnn_swin_small.coco_3x", 50.3, 43.7),
+        ("erq", 4, SMALL, 43.4, 40.7),
+        ("fimaq", 4, SMALL, 44.2, 41.1),
+        ("repq", 6, TINY, 45.1, 41.2),
     ],
-)  # fmt: skip
+)
 def test_boxes_and_masks_have_their_own_verdicts(
     method: str | None, bits: int, model: str, box: float, mask: float
 ):

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from benchmark_fakes import IMAGENET, make_record
 
-from benchmarks.compare import published as diff
+from benchmarks.compare import diff
 from benchmarks.grid.names import load_names
 from fimaq_core.recipe import make_recipe
 from tasks.common.record import Dataset, Metric
@@ -64,10 +64,13 @@ def judged(records) -> pd.DataFrame:
 @pytest.mark.parametrize(
     ("scope", "bits", "value", "published", "verdict"),
     [
-        ("vision", 6, 59.3, 59.2, "reproduced"), ("both", 6, 59.3, 29.8, "above"), ("both", 6, 29.9, 29.8, "reproduced"),
-        ("vision", 8, 50.0, 62.9, "below"), ("both", 8, 38.5, 38.7, "reproduced"),
+        ("vision", 6, 59.3, 59.2, "reproduced"),
+        ("both", 6, 59.3, 29.8, "above"),
+        ("both", 6, 29.9, 29.8, "reproduced"),
+        ("vision", 8, 50.0, 62.9, "below"),
+        ("both", 8, 38.5, 38.7, "reproduced"),
     ],
-)  # fmt: skip
+)
 def test_a_scope_is_set_against_the_rows_of_its_towers_only(
     scope: str, bits: int, value: float, published: float, verdict: str
 ):

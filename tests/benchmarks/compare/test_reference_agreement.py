@@ -1,4 +1,4 @@
-"""Agreement with a reference: the test in closed form, its error rates by simulation, known answers, several processors."""
+"""Agreement with a reference: closed form, error rates, known answers, several processors."""
 
 import math
 from dataclasses import replace
@@ -29,7 +29,7 @@ PROCESSORS = ("a", "b", "c", "d")
 def measured_on(
     tmp_path: Path, processor: str, noise: float = 0.0, shift: float = 0.0, seed: int = 0
 ) -> list[scores.Measured]:
-    """Cells of the grid on a processor: the usual scores, normal noise on what is quantized, and a shift of FIMA-Q's."""
+    """Cells of the grid on a processor: noise on quantized cells, and a shift of FIMA-Q's."""
     draw = np.random.default_rng([seed, *processor.encode()])
     cells = expand(GRID, Filters(), RunOptions(results=tmp_path))
 
@@ -127,10 +127,15 @@ def test_intact_installations_pass_and_faulty_ones_do_not(
 def test_one_skipped_fisher_pass_is_found(tmp_path: Path) -> None:
     theirs, mine = table_of(tmp_path, 0.4), measured_on(tmp_path, "new", 0.4)
     skipped = [
-        replace(item, record=item.record.model_copy(update={"fisher_passes": {"one": 14, "two": 15}}))
-        if item.cell.method == "fimaq" and item.cell.model == "demo_vit" and item.cell.bits == "w3a3" else item
+        replace(
+            item, record=item.record.model_copy(update={"fisher_passes": {"one": 14, "two": 15}})
+        )
+        if item.cell.method == "fimaq"
+        and item.cell.model == "demo_vit"
+        and item.cell.bits == "w3a3"
+        else item
         for item in mine
-    ]  # fmt: skip
+    ]
     both = compared(theirs, observations(skipped))
     off = both[both["p"] < ALPHA]
     assert off["metric"].tolist() == ["fisher_passes"]

@@ -53,5 +53,5 @@ def test_each_finished_cell_is_collected_once_and_tables_take_milliseconds_per_c
     found: list[scores.Measured] = []
     spent = seconds(lambda: found.extend(scores.collect([*cells, *cells], fakes.ADAPTER)))
     assert [item.cell.key for item in found] == [cell.key for cell in cells]
-    spent += seconds(lambda: summary.report(grid.name, found, cells))
+    spent += seconds(lambda: summary.grid_markdown(grid.name, found, cells))
     assert spent / len(cells) < 0.02

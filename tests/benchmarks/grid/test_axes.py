@@ -208,14 +208,14 @@ def test_tables_of_axes_say_what_is_missing(tmp_path):
         next(c for c in some if c.method == "fimaq" and not c.point)
     )
     assert table.loc["15"].tolist()[1:] == ["-", f"{gap:+.2f} (1)", "-"]
-    text = summary.report("T", measured, cells, axes=AXES)
+    text = summary.grid_markdown("T", measured, cells, axes=AXES)
     assert "3 of 10 cells are not measured" in text
 
 
 def test_the_report_keeps_points_out_of_the_main_table(tmp_path):
     cells = cells_of(options=RunOptions(results=tmp_path))
     measured = fakes.write_cells(cells, value, correct)
-    text = summary.report("T", measured, cells, axes=AXES)
+    text = summary.grid_markdown("T", measured, cells, axes=AXES)
     main, axes = text[: text.index("### ")], text[text.index("### ") :]
     own = [
         value(cell)
@@ -229,14 +229,14 @@ def test_the_report_keeps_points_out_of_the_main_table(tmp_path):
         "### k: fimaq, one setting at a time",
     ]
     assert axes.count("`- base`: difference") == 1
-    narrow = summary.report("T", measured, cells, 60, AXES)
+    narrow = summary.grid_markdown("T", measured, cells, 60, AXES)
     assert max(len(line) for line in narrow.splitlines() if line.startswith("|")) <= 60
 
 
 def test_a_run_without_its_base_still_has_a_table(tmp_path):
     cells = cells_of(options=RunOptions(results=tmp_path), seeds="1")
     measured = fakes.write_cells([cell for cell in cells if cell.point == "k=1"], value)
-    text = summary.report("T", measured, cells, axes=AXES)
+    text = summary.grid_markdown("T", measured, cells, axes=AXES)
     assert "nan" not in text
     assert "8 of 10 cells are not measured" in text
 

@@ -6,8 +6,7 @@ import benchmark_fakes as fakes
 import numpy as np
 import pytest
 
-from benchmarks.compare import published as diff
-from benchmarks.compare import reference
+from benchmarks.compare import diff, reference
 from benchmarks.compare.agreement import compared, observations
 from benchmarks.costs.estimate import expected_cost, kind
 from benchmarks.grid.cell import RunOptions
@@ -110,7 +109,7 @@ def test_tables_show_their_value_under_all_bits(tmp_path):
 
 def test_means_orders_and_spreads_do_not_take_them_for_quantized(tmp_path):
     _, cells, measured = measure(tmp_path)
-    text = summary.report("T", measured, cells)
+    text = summary.grid_markdown("T", measured, cells)
     means = text[text.index("Mean over models:") :]
     assert "relu-fp" not in means
     assert "w3a3 (2 models)" in means
@@ -122,7 +121,7 @@ def test_means_orders_and_spreads_do_not_take_them_for_quantized(tmp_path):
     assert "relu-fp, as far as they have them: steps" in settings
     assert "mlp_steps" in settings
     alone = [item for item in measured if item.cell.method in ("fp", "relu-fp")]
-    text = summary.report("T", alone, [item.cell for item in alone])
+    text = summary.grid_markdown("T", alone, [item.cell for item in alone])
     assert "Mean over models" not in text
     assert "Expected order" not in text
 

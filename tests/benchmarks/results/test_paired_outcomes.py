@@ -10,9 +10,9 @@ import pytest
 from benchmarks.grid.cell import RunOptions
 from benchmarks.grid.expand import Filters, expand
 from benchmarks.results.outcomes import (
+    MetricPart,
     Outcomes,
     Paired,
-    Part,
     compare,
     mean_difference,
     paired,
@@ -31,7 +31,7 @@ def outcomes(score, ids=None, cluster=None, parts=None) -> Outcomes:
     found = []
     for part in [np.arange(n)] if parts is None else parts:
         rows = np.flatnonzero(np.isin(order, part))
-        found.append(Part(rows, score[order][rows]))
+        found.append(MetricPart(rows, score[order][rows]))
     return Outcomes(ids[order], cluster, {"m": tuple(found)})
 
 
@@ -111,9 +111,14 @@ def test_errors_of_independent_models_add_in_squares():
 
 def test_records_on_disk_are_compared_and_damaged_ones_are_not(tmp_path):
     cells = [
-        cell for cell in expand(fakes.plain_demo(), Filters(models=("demo_vit",), bits=("w4a4",)), RunOptions(results=tmp_path))
+        cell
+        for cell in expand(
+            fakes.plain_demo(),
+            Filters(models=("demo_vit",), bits=("w4a4",)),
+            RunOptions(results=tmp_path),
+        )
         if cell.method in ("rtn", "fimaq")
-    ]  # fmt: skip
+    ]
     rng = np.random.default_rng(1)
     hits = {cell.key: rng.random(40) < 0.7 for cell in cells}
     measured = fakes.write_cells(
@@ -178,7 +183,7 @@ def test_outcomes_of_another_record_are_not_used_and_a_warning_says_so(tmp_path,
 def clustered(
     rng: np.random.Generator, images: int = 60
 ) -> tuple[list[np.ndarray], np.ndarray, list[np.ndarray]]:
-    """Two methods' outcomes of queries by image (one) and by caption (one to four an image), dependent within an image."""
+    """Outcomes of two methods: per image one query and one to four dependent captions."""
     captions = rng.integers(1, 5, images)
     cluster = np.concatenate([np.arange(images), np.repeat(np.arange(images), captions)])
     hard = rng.random(images)
@@ -211,9 +216,14 @@ def test_the_error_of_clusters_is_that_of_a_bootstrap_over_them():
     )
     gaps = 100 * (first.astype(float) - second)
     counts = np.random.default_rng(5).multinomial(300, np.full(300, 1 / 300), size=4000)
-    drawn = np.mean([
-        (counts @ np.bincount(cluster[part], gaps[part])) / (counts @ np.bincount(cluster[part])) for part in parts
-    ], axis=0)  # fmt: skip
+    drawn = np.mean(
+        [
+            (counts @ np.bincount(cluster[part], gaps[part]))
+            / (counts @ np.bincount(cluster[part]))
+            for part in parts
+        ],
+        axis=0,
+    )
     assert result is not None
     assert result.se == pytest.approx(drawn.std(), rel=0.05)
     # Taken as independent, the queries of one image would look surer than they are.
@@ -223,7 +233,7 @@ def test_the_error_of_clusters_is_that_of_a_bootstrap_over_them():
 
 
 def test_whole_clusters_of_a_constant_difference_leave_no_error():
-    # Three queries of one image and one of another: first always right, second never. Every resample gives 100.
+    # Three queries of one image and one of another: first always right, second never.
     cluster = np.array([0, 0, 0, 1])
     first, second = (outcomes(np.full(4, hit), list("abcd"), cluster) for hit in (True, False))
     result = paired({1: first}, {1: second})
@@ -260,9 +270,11 @@ def test_clusters_and_directions_are_read_from_outcomes(tmp_path):
     assert item.folder is not None
     retrieval = replace(item, record=item.record.model_copy(update={"task": "retrieval"}))
     content = {
-        "sample": np.array(["b", "a", "c"]), "cluster": np.array([4, 4, 7]),
-        "direction": np.array([1, 0, 0]), "rank": np.array([0, 1, 0]),
-    }  # fmt: skip
+        "sample": np.array(["b", "a", "c"]),
+        "cluster": np.array([4, 4, 7]),
+        "direction": np.array([1, 0, 0]),
+        "rank": np.array([0, 1, 0]),
+    }
     np.savez(item.folder / item.record.outcomes, **content)
     found = read_outcomes(retrieval)
     assert found is not None

@@ -1,4 +1,4 @@
-"""Orders known from the literature: judged with numbers where the methods are measured, silent where they are not."""
+"""Orders known from the literature: judged with numbers where the methods are measured."""
 
 import benchmark_fakes as fakes
 import numpy as np
@@ -29,11 +29,17 @@ def measure(
     with_outcomes: bool = True,
     keep=lambda cell: True,
 ):
-    """Records whose scores are ``scores``, minus 10 points at 3 bits; the first samples are the right ones."""
-    grid = parse_grid({
-        "name": "t", "tasks": {"classification": {"dataset": "d", "models": ["a", "b"]}}, "methods": list(scores),
-        "bits": list(bits), "seeds": [1, 2], "variant": "x",
-    })  # fmt: skip
+    """Records with these ``scores``, 10 points less at 3 bits; the first samples are right."""
+    grid = parse_grid(
+        {
+            "name": "t",
+            "tasks": {"classification": {"dataset": "d", "models": ["a", "b"]}},
+            "methods": list(scores),
+            "bits": list(bits),
+            "seeds": [1, 2],
+            "variant": "x",
+        }
+    )
     cells = [cell for cell in expand(grid, Filters(), RunOptions(results=tmp_path)) if keep(cell)]
 
     def value(cell) -> float:
@@ -94,10 +100,10 @@ def test_the_order_of_fimaq_is_left_out_where_only_one_of_its_methods_is_measure
 
 def test_methods_not_below_rounding_name_the_lowest(tmp_path):
     (line,) = lines(measure(tmp_path, {"rtn": 80.0, "repq": 79.75, "qdrop": 85.0}), ROUNDING)
-    # One sample of 400 is lost on each model: its own standard error, 100/n, is as large as the difference.
+    # One sample of 400 is lost on each model: its standard error, 100/n, equals the difference.
     assert (
-        line
-        == f"{ROUNDING}, on any model: yes: lowest is repq on a -0.25 ± 0.25 points (4 comparisons)."
+        line == f"{ROUNDING}, on any model: yes: lowest is repq on a -0.25 ± 0.25 points "
+        "(4 comparisons)."
     )
 
 

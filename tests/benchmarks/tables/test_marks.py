@@ -15,10 +15,12 @@ from fimaq_core.recipe import METHODS, make_recipe
 @pytest.mark.parametrize(
     ("softmax", "gelu", "text"),
     [
-        ("uniform", "uniform", "-"), ("log2", "uniform", "softmax"), ("uniform", "twin", "GELU"),
+        ("uniform", "uniform", "-"),
+        ("log2", "uniform", "softmax"),
+        ("uniform", "twin", "GELU"),
         ("adalog", "twin", "softmax, GELU"),
     ],
-)  # fmt: skip
+)
 def test_special_quantizers(softmax: str, gelu: str, text: str):
     assert (
         special_quantizers(
@@ -31,10 +33,14 @@ def test_special_quantizers(softmax: str, gelu: str, text: str):
 @pytest.mark.parametrize(
     ("method", "changes", "text"),
     [
-        ("rtn", {}, "-"), ("qdrop", {}, "blocks"), ("mlp-recon", {}, "MLPs"), ("erq", {}, "weights"),
-        ("fimaq-mlp", {}, "blocks + MLPs"), ("erq", {"reconstruct_mlp": True}, "MLPs + weights"),
+        ("rtn", {}, "-"),
+        ("qdrop", {}, "blocks"),
+        ("mlp-recon", {}, "MLPs"),
+        ("erq", {}, "weights"),
+        ("fimaq-mlp", {}, "blocks + MLPs"),
+        ("erq", {"reconstruct_mlp": True}, "MLPs + weights"),
     ],
-)  # fmt: skip
+)
 def test_optimised(method: str, changes: dict[str, bool], text: str):
     assert optimised(make_recipe(method, changes)) == text
 
@@ -68,7 +74,7 @@ def test_the_table_leads_with_marks_also_of_what_is_not_measured(
     )
     rows = [
         line
-        for line in summary.report("Demo", measured, cells).splitlines()
+        for line in summary.grid_markdown("Demo", measured, cells).splitlines()
         if line.startswith("|")
     ]
     fields = [[part.strip() for part in row.strip("|").split("|")] for row in rows]

@@ -22,10 +22,17 @@ GRID = {
     "name": "r",
     "tasks": {
         "classification": {"dataset": "digit-pairs", "models": ["demo_vit"], "seeds": [1]},
-        "retrieval": {"dataset": "digit-scenes", "models": ["clip_a", "clip_b"], "scopes": ["vision", "both"]},
+        "retrieval": {
+            "dataset": "digit-scenes",
+            "models": ["clip_a", "clip_b"],
+            "scopes": ["vision", "both"],
+        },
     },
-    "methods": ["fp", "rtn", "brecq", "qdrop", "fimaq"], "bits": ["w4a4", "w3a3"], "seeds": [1, 2], "variant": "x",
-}  # fmt: skip
+    "methods": ["fp", "rtn", "brecq", "qdrop", "fimaq"],
+    "bits": ["w4a4", "w3a3"],
+    "seeds": [1, 2],
+    "variant": "x",
+}
 SCORES = {"rtn": 50.0, "brecq": 70.0, "qdrop": 74.0, "fimaq": 80.0}
 
 
@@ -70,17 +77,27 @@ def rows_of(text: str, heading: str) -> dict[str, list[str]]:
 
 def test_columns_are_by_subject_and_full_precision_stands_under_each(tmp_path):
     _, cells, measured = retrieval(tmp_path)
-    text = summary.report("T", measured, cells)
+    text = summary.grid_markdown("T", measured, cells)
     table = rows_of(text, "## retrieval: R@1 (percent), mean ± sd over seeds")
-    names = [f"{model} [{scope}] {bits}" for model in ("clip_a", "clip_b") for scope in ("vision", "both")
-             for bits in ("w4a4", "w3a3")]  # fmt: skip
+    names = [
+        f"{model} [{scope}] {bits}"
+        for model in ("clip_a", "clip_b")
+        for scope in ("vision", "both")
+        for bits in ("w4a4", "w3a3")
+    ]
     assert table["method"][2:] == names
     assert table["fp"][2:] == ["90.00"] * 8
-    # Seeds 1 and 2: the mean is half a spread above the first, the sample standard deviation that spread over √2.
+    # Seeds 1 and 2: the mean is half a spread above the first, the sd is the spread over √2.
     assert table["qdrop"][2:] == [
-        "74.50 ± 0.71", "64.50 ± 0.71", "55.50 ± 2.12", "45.50 ± 2.12",
-        "76.50 ± 0.71", "66.50 ± 0.71", "57.50 ± 2.12", "47.50 ± 2.12",
-    ]  # fmt: skip
+        "74.50 ± 0.71",
+        "64.50 ± 0.71",
+        "55.50 ± 2.12",
+        "45.50 ± 2.12",
+        "76.50 ± 0.71",
+        "66.50 ± 0.71",
+        "57.50 ± 2.12",
+        "47.50 ± 2.12",
+    ]
     assert "- In brackets what of a model is quantized" in text
     assert "- Data: digit-scenes, split test, n = 1000 images, 1000 captions." in text
 
@@ -89,7 +106,9 @@ def test_both_directions_have_a_small_table(tmp_path):
     _, cells, measured = retrieval(
         tmp_path, keep=lambda cell: (cell.method, cell.bits) != ("qdrop", "w3a3")
     )
-    table = rows_of(summary.report("T", measured, cells), "Image to text / text to image R@1")
+    table = rows_of(
+        summary.grid_markdown("T", measured, cells), "Image to text / text to image R@1"
+    )
     assert table["fp"] == ["92.50 / 87.50"] * 8
     assert table["qdrop"][:4] == ["77.00 / 72.00", "-", "58.00 / 53.00", "-"]
 
@@ -98,14 +117,14 @@ def test_sections_have_their_own_headings_metrics_and_notes(tmp_path):
     _, cells, measured = measure(
         tmp_path, keep=lambda cell: cell.section == "classification" or cell.method == "rtn"
     )
-    text = summary.report("T", measured, cells)
+    text = summary.grid_markdown("T", measured, cells)
     first, second = text[: text.index("## retrieval")], text[text.index("## retrieval") :]
     assert "## classification: top1 (percent)" in first
     assert "In brackets" not in first
     assert "Image to text" not in first
     assert "digit-scenes" not in first
     assert "demo_vit" not in second
-    none = summary.report(
+    none = summary.grid_markdown(
         "T", [item for item in measured if item.cell.section == "classification"], cells
     )
     assert "retrieval: nothing is measured yet." in none
@@ -113,7 +132,7 @@ def test_sections_have_their_own_headings_metrics_and_notes(tmp_path):
 
 def test_means_and_spreads_are_of_one_scope(tmp_path):
     _, cells, measured = retrieval(tmp_path)
-    text = summary.report("T", measured, cells)
+    text = summary.grid_markdown("T", measured, cells)
     means = rows_of(text, "Mean over models:")
     assert means["method"] == [
         f"{bits} [{s}] (2 models)" for s in ("vision", "both") for bits in ("w4a4", "w3a3")
@@ -130,22 +149,24 @@ def test_orders_are_judged_for_each_scope(tmp_path, monkeypatch: pytest.MonkeyPa
         return np.arange(400) < value(cell) * 4
 
     _, cells, measured = retrieval(tmp_path, correct=correct)
-    text = summary.report("T", measured, cells)
+    text = summary.grid_markdown("T", measured, cells)
     for mark, lost in (("vision", 0.0), ("both", 20.0)):
         more = 1.5 if mark == "vision" else 2.5
         numbers = ", ".join(
             f"{name} {score - 10 - lost + more:.2f}" for name, score in SCORES.items()
         )
         assert (
-            f"Expected order at w3a3 [{mark}] (rtn worst, fimaq not below qdrop and brecq, mean over models): yes "
+            f"Expected order at w3a3 [{mark}] (rtn worst, fimaq not below qdrop and brecq, "
+            "mean over models): yes "
             f"(rtn worst: yes; fimaq not below: yes): {numbers}." in text
         )
         assert (
-            f"fimaq - qdrop at w3a3 [{mark}]: +6.00 ± 0.00 points (mean ± se over 4 pairs of model and seed)."
-            in text
+            f"fimaq - qdrop at w3a3 [{mark}]: +6.00 ± 0.00 points (mean ± se over 4 pairs of "
+            "model and seed)." in text
         )
         assert (
-            f"No method below rtn at w4a4 [{mark}] by more than two paired standard errors, on any model: yes: lowest is "
+            f"No method below rtn at w4a4 [{mark}] by more than two paired standard errors, "
+            "on any model: yes: lowest is "
             f"brecq on clip_a [{mark}] +20.00" in text
         )
         assert (
@@ -157,11 +178,11 @@ def test_orders_are_judged_for_each_scope(tmp_path, monkeypatch: pytest.MonkeyPa
 def test_full_precision_alone_has_a_table(tmp_path):
     _, cells, measured = retrieval(tmp_path, keep=lambda cell: cell.method == "fp")
     alone = [item.cell for item in measured]
-    table = rows_of(summary.report("T", measured, alone), "## retrieval: R@1")
+    table = rows_of(summary.grid_markdown("T", measured, alone), "## retrieval: R@1")
     assert (table["method"][2:], table["fp"][2:]) == (["clip_a", "clip_b"], ["90.00", "90.00"])
     # With the rest of the grid still to come its columns are there already.
     assert (
-        rows_of(summary.report("T", measured, cells), "## retrieval: R@1")["fp"][2:]
+        rows_of(summary.grid_markdown("T", measured, cells), "## retrieval: R@1")["fp"][2:]
         == ["90.00"] * 8
     )
 
@@ -172,7 +193,7 @@ def test_a_metric_that_is_no_percentage_is_not_called_one(tmp_path):
         with_record(item, metrics={"i2t_median_rank": Metric(value=3.0, stderr=0.5)})
         for item in measured
     ]
-    assert "## retrieval: i2t_median_rank, mean ± sd over seeds" in summary.report(
+    assert "## retrieval: i2t_median_rank, mean ± sd over seeds" in summary.grid_markdown(
         "T", ranks, cells
     )
 
@@ -190,19 +211,33 @@ def test_the_csv_has_every_metric_and_the_scope_in_its_variant(tmp_path):
 
 def test_tables_of_axes_set_each_scope_against_its_own_base(tmp_path):
     grid = {
-        **GRID, "tasks": {"retrieval": GRID["tasks"]["retrieval"]}, "methods": ["fimaq"], "bits": ["w3a3"],
+        **GRID,
+        "tasks": {"retrieval": GRID["tasks"]["retrieval"]},
+        "methods": ["fimaq"],
+        "bits": ["w3a3"],
         "axes": {"k": {"1": {"fisher_k": 1}, "5": {}}},
-    }  # fmt: skip
+    }
     cells = expand(parse_grid(grid), Filters(), RunOptions(results=tmp_path))
     measured = fakes.write_cells(
-        cells, lambda cell: value(cell) - ({"vision": 1.0, "both": 4.0}[cell.scope] if cell.point else 0.0),
-        lambda cell: np.random.default_rng([len(cell.scope), len(cell.point), cell.seed]).random(50) < 0.5,
-    )  # fmt: skip
+        cells,
+        lambda cell: (
+            value(cell) - ({"vision": 1.0, "both": 4.0}[cell.scope] if cell.point else 0.0)
+        ),
+        lambda cell: (
+            np.random.default_rng([len(cell.scope), len(cell.point), cell.seed]).random(50) < 0.5
+        ),
+    )
     table = axis_table("k", ["1", "5"], "R@1", measured, cells)
     assert list(table.columns) == [
-        "clip_a [vision] w3a3", "clip_a [both] w3a3", "clip_b [vision] w3a3", "clip_b [both] w3a3",
-        "w3a3 [vision] - base", "w3a3 [vision] se (samples)", "w3a3 [both] - base", "w3a3 [both] se (samples)",
-    ]  # fmt: skip
+        "clip_a [vision] w3a3",
+        "clip_a [both] w3a3",
+        "clip_b [vision] w3a3",
+        "clip_b [both] w3a3",
+        "w3a3 [vision] - base",
+        "w3a3 [vision] se (samples)",
+        "w3a3 [both] - base",
+        "w3a3 [both] se (samples)",
+    ]
     assert table.at["1", "w3a3 [vision] - base"] == "-1.00 ± 0.00 (4)"
     assert table.at["1", "w3a3 [both] - base"] == "-4.00 ± 0.00 (4)"
     assert table.at["1", "clip_b [both] w3a3"] == "49.50 ± 2.12"
@@ -219,8 +254,16 @@ def write(folder, grid, measured):
 
 
 def test_the_reference_covers_sections_and_names_data_with_captions(tmp_path):
-    grid, _, measured = measure(tmp_path / "a", {**GRID, "tasks": {
-        **GRID["tasks"], "retrieval": {**GRID["tasks"]["retrieval"], "overrides": {"steps": 7}}}})  # fmt: skip
+    grid, _, measured = measure(
+        tmp_path / "a",
+        {
+            **GRID,
+            "tasks": {
+                **GRID["tasks"],
+                "retrieval": {**GRID["tasks"]["retrieval"], "overrides": {"steps": 7}},
+            },
+        },
+    )
     folder = tmp_path / "reference"
     write(folder, grid, measured)
     origin = json.loads((folder / "r.json").read_text())
@@ -245,8 +288,15 @@ def test_sections_with_other_settings_or_data_are_left_out_of_the_comparison(tmp
     grid, _, measured = measure(tmp_path / "a")
     folder = tmp_path / "reference"
     write(folder, grid, measured)
-    changed = parse_grid({**GRID, "tasks": {
-        **GRID["tasks"], "retrieval": {**GRID["tasks"]["retrieval"], "overrides": {"steps": 7}}}})  # fmt: skip
+    changed = parse_grid(
+        {
+            **GRID,
+            "tasks": {
+                **GRID["tasks"],
+                "retrieval": {**GRID["tasks"]["retrieval"], "overrides": {"steps": 7}},
+            },
+        }
+    )
     lines = reference.compare(changed, measured, folder)
     assert lines[0].startswith(
         "Not compared with the reference in retrieval: it has other settings"
@@ -274,9 +324,10 @@ def test_scopes_do_not_widen_each_others_spread_and_are_named(tmp_path):
     write(tmp_path / "reference", grid, measured)
     off = [
         with_record(item, metrics={**item.record.metrics, "R@1": Metric(value=0, stderr=1)})
-        if item.cell.subject == "clip_b [both]" and item.cell.method == "fimaq" else item
+        if item.cell.subject == "clip_b [both]" and item.cell.method == "fimaq"
+        else item
         for item in measured
-    ]  # fmt: skip
+    ]
     lines = reference.compare(grid, off, tmp_path / "reference")
     assert lines[0].startswith("DIFFERS from the reference in 4 of ")
     assert len(lines) == 5
@@ -304,7 +355,8 @@ def test_data_sets_do_not_share_spreads(tmp_path):
     # Captions cut at another length, as another model does, are no other data.
     longer = [
         with_record(item, dataset=fakes.SCENES.model_copy(update={"truncated_captions": 3}))
-        if item.cell.model == "clip_b" else item
+        if item.cell.model == "clip_b"
+        else item
         for item in measured
-    ]  # fmt: skip
-    assert len(reference.provenance(parse_grid(GRID), longer).data) == 1
+    ]
+    assert len(reference.provenance(parse_grid(GRID), longer)["data"]) == 1

@@ -1,4 +1,4 @@
-"""Lines on settings: what bears on a method, what methods share, and what the released settings are."""
+"""Lines on settings: those that bear on a method, shared ones, and the released ones."""
 
 import benchmark_fakes as fakes
 

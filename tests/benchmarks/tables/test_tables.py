@@ -1,4 +1,4 @@
-"""Tables: exact columns and formats, means and spreads, what stands below them, and the reference."""
+"""Tables: columns and formats, means and spreads, the lines below, and the reference."""
 
 import csv
 import io
@@ -95,7 +95,7 @@ def test_missing_cells_show_as_dashes(tmp_path: Path):
     cells, measured = measure(
         tmp_path, keep=lambda cell: cell.method != "qdrop" or cell.bits == "w4a4"
     )
-    text = summary.report("Demo", measured, cells)
+    text = summary.grid_markdown("Demo", measured, cells)
     row = next(line for line in text.splitlines() if line.startswith("| qdrop"))
     assert [part.strip() for part in row.split("|")[1:4]] == ["qdrop", "-", "blocks"]
     assert row.split("|")[5].strip() == "-"
@@ -106,7 +106,7 @@ def test_missing_cells_show_as_dashes(tmp_path: Path):
 
 def test_the_text_below_states_settings_spread_and_order(tmp_path: Path):
     cells, measured = measure(tmp_path)
-    text = summary.report("Demo", measured, cells)
+    text = summary.grid_markdown("Demo", measured, cells)
     assert "Settings of brecq, qdrop, fimaq, as far as they have them: steps" in text
     assert "mlp_steps" not in text
     assert f"steps {GRID.overrides['steps']} (released: 20000)" in text
@@ -142,7 +142,7 @@ def test_the_text_below_states_settings_spread_and_order(tmp_path: Path):
 
 def test_a_narrow_terminal_gets_the_table_in_parts(tmp_path: Path):
     cells, measured = measure(tmp_path)
-    text = summary.report("Demo", measured, cells, width=60)
+    text = summary.grid_markdown("Demo", measured, cells, width=60)
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert max(map(len, rows)) <= 60
     # The marks, then two columns at a time.
@@ -153,7 +153,9 @@ def test_a_narrow_terminal_gets_the_table_in_parts(tmp_path: Path):
 def test_an_order_that_did_not_come_out_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(fakes.LEVELS, "fimaq", 60.0)
     cells, measured = measure(tmp_path)
-    assert "NO (rtn worst: yes; fimaq not below: no)" in summary.report("Demo", measured, cells)
+    assert "NO (rtn worst: yes; fimaq not below: no)" in summary.grid_markdown(
+        "Demo", measured, cells
+    )
 
 
 def test_unreadable_records_count_as_missing(tmp_path: Path):
@@ -166,7 +168,7 @@ def test_reference_agrees_with_itself_and_names_its_origin(tmp_path: Path):
     cells, measured = measure(tmp_path / "a")
     folder = tmp_path / "reference"
     files = reference.write_reference(
-        GRID, measured, summary.report("Demo", measured, cells), folder
+        GRID, measured, summary.grid_markdown("Demo", measured, cells), folder
     )
     assert sorted(path.name for path in files) == [
         "demo.costs.csv",
@@ -184,7 +186,8 @@ def test_reference_agrees_with_itself_and_names_its_origin(tmp_path: Path):
     assert "Reference: measured 2024-01-01 on" in (folder / "demo.md").read_text()
     (line,) = reference.compare(GRID, measured, folder)
     assert line.startswith(
-        "Agrees with the reference (51 comparisons, family-wise error 1%, 1 processor in the reference)"
+        "Agrees with the reference (51 comparisons, family-wise error 1%, 1 processor in the "
+        "reference)"
     )
     assert "Largest difference of a score: " in line
     assert "timm 2" in line
@@ -236,7 +239,9 @@ def test_several_metrics_are_rows_of_the_csv_but_not_of_the_table(tmp_path: Path
     rows = list(csv.DictReader(io.StringIO(scores.csv_text(scores.scores(both)[scores.COLUMNS]))))
     assert len(rows) == 102
     assert {row["metric"] for row in rows} == {"top1", "top5"}
-    assert summary.report("Demo", both, cells) == summary.report("Demo", measured, cells)
+    assert summary.grid_markdown("Demo", both, cells) == summary.grid_markdown(
+        "Demo", measured, cells
+    )
 
 
 def test_the_scope_of_a_score_is_the_grids_not_the_default_of_the_task(tmp_path: Path):
@@ -245,5 +250,5 @@ def test_the_scope_of_a_score_is_the_grids_not_the_default_of_the_task(tmp_path:
     stated = item.record.model_copy(
         update={"recipe": {**(item.record.recipe or {}), "scope": "backbone"}}
     )
-    assert scores.record_scores([stated])["scope"].tolist() == ["backbone"]
-    assert scores.scores([replace(item, record=stated)])["scope"].tolist() == [""]
+    assert scores.scope_of(stated) == "backbone"
+    assert scores.scores([replace(item, record=stated)])["mark"].tolist() == [""]

@@ -20,7 +20,7 @@ from coco_fakes import (
 )
 from torch import Tensor
 
-from benchmarks.results.outcomes import Outcomes, Part, paired
+from benchmarks.results.outcomes import MetricPart, Outcomes, paired
 from fimaq_core.errors import DataError, ModelError, NumericsError
 from fimaq_core.progress import OnProgress, Progress, silent
 from tasks.common.task import Evaluation
@@ -174,7 +174,7 @@ def test_differences_of_two_methods() -> None:
     )
     every = np.arange(IMAGES)
     outcomes = [
-        Outcomes(one.outcomes["sample"], every, {"AP_box": (Part(every, one.outcomes["AP_box"]),)})
+        Outcomes(one.outcomes["sample"], every, {"AP_box": (MetricPart(every, one.outcomes["AP_box"]),)})
         for one in (first, second)
     ]
     found = paired({0: outcomes[0]}, {0: outcomes[1]})

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from benchmarks.grid.names import PUBLISHED, UNSTATED, Names, load_names
-from benchmarks.results.scores import csv_text, over_seeds, read_records, record_scores, write_text
+from benchmarks.results import scores
 from fimaq_core.errors import FimaqError
 from fimaq_core.recipe import METHODS, Recipe
 from tasks.common import registry
@@ -23,7 +23,7 @@ COLUMNS = [
 
 #: Points by which two runs of one recipe may differ in any case.
 TOLERANCE = 0.3
-#: Tolerance in points beyond which agreement would be claimed from noise.
+#: Largest tolerance in points: beyond it, agreement would be claimed from noise.
 WIDEST = 1.0
 REPRODUCED, ABOVE, BELOW, UNCERTAIN, NOT_COMPARABLE = (
     "reproduced", "above", "below", "too uncertain", "not comparable",
@@ -49,9 +49,9 @@ class Measurement(NamedTuple):
 
 @dataclass(frozen=True)
 class Judgement:
-    """A measurement set against a published number: one of the five verdicts.
+    """A measurement beside a published number: one of the five verdicts.
 
-    ``difference`` is measured minus published, NaN between unlike things. ``rule`` is the
+    ``difference`` is measured minus published, NaN if the two are unlike. ``rule`` is the
     tolerance, or the reason for a missing verdict.
     """
 
@@ -66,8 +66,8 @@ class Judgement:
         return "; ".join((self.rule, *self.remarks))
 
 
-def settings(record: ResultRecord) -> str:
-    """Return a key that records share which differ in nothing but the seed."""
+def settings_key(record: ResultRecord) -> str:
+    """Return a key that is equal for records that differ only in their seed."""
     recipe = {k: v for k, v in (record.recipe or {}).items() if k != "seed"}
     fields = (
         record.task, record.dataset.fingerprint, record.dataset.name, record.dataset.split,
@@ -81,13 +81,13 @@ def measurements(records: Iterable[ResultRecord]) -> list[Measurement]:
     """Average records of the same settings over seeds; of equal seeds the latest one counts."""
     latest: dict[tuple[str, int | None], ResultRecord] = {}
     for record in records:
-        key = (settings(record), record.seed)
+        key = (settings_key(record), record.seed)
         if latest.setdefault(key, record).finished < record.finished:
             latest[key] = record
-    table, keys = record_scores(latest.values()), [key for key, _ in latest]
+    table, keys = scores.record_scores(latest.values()), [key for key, _ in latest]
     table["settings"] = [keys[place] for place in table["item"]]
     first = {key: record for (key, _), record in reversed(latest.items())}
-    means = over_seeds(table, ["settings", "metric"])
+    means = scores.over_seeds(table, ["settings", "metric"])
     return [Measurement(first[row["settings"]], **row) for row in means.to_dict("records")]
 
 
@@ -99,25 +99,27 @@ def published_rows() -> pd.DataFrame:
     return table.assign(value=table["value"].astype(float))
 
 
+def bears(recipe: Recipe, name: str) -> bool:
+    """Return True if the setting ``name`` has an effect on the results of a recipe."""
+    if name in ("reconstruct", "reconstruct_mlp", "refit"):
+        return True
+    if name.startswith("mlp_"):
+        return recipe.reconstruct_mlp
+    extra = Recipe.model_fields[name].json_schema_extra
+    group = extra.get("group") if isinstance(extra, dict) else None
+    if group == "reconstruction":
+        return recipe.reconstruct
+    return group != "loss" or recipe.reconstruct or recipe.reconstruct_mlp
+
+
 def changed_settings(recipe: Recipe, task: str) -> dict[str, object]:
-    """Return the settings that are not the released ones on ``task`` and bear on the result."""
-    idle = ("reconstruction", "loss")
-    if recipe.reconstruct or recipe.reconstruct_mlp:
-        idle = () if recipe.reconstruct else ("reconstruction",)
-
-    def bears(name: str) -> bool:
-        if name in ("reconstruct", "reconstruct_mlp", "refit"):
-            return True
-        extra = Recipe.model_fields[name].json_schema_extra
-        group = extra.get("group") if isinstance(extra, dict) else None
-        return recipe.reconstruct_mlp if name.startswith("mlp_") else group not in idle
-
+    """Return the settings that bear on the result and are not the released ones of ``task``."""
     changes = recipe.changes(registry.defaults(task))
-    return {name: value for name, value in changes.items() if bears(name)}
+    return {name: value for name, value in changes.items() if bears(recipe, name)}
 
 
 def unlike(item: Measurement, names: Names) -> str | None:
-    """Say why a measurement compares with no published number at all; None if it may."""
+    """Return why a measurement compares with no published number at all; None if it may."""
     record, data = item.record, item.record.dataset
     sets = names.published_on(record.task, data.name)
     if not sets:
@@ -150,33 +152,23 @@ def unlike(item: Measurement, names: Names) -> str | None:
     return f"settings changed from the released ones: {listed}" if changes else None
 
 
-def subject_name(record: ResultRecord, names: Names) -> str:
-    """Return the short name of a record's model, with its scope where that is stated."""
-    models, scope = names.models_for(record.model), _scope(record)
-    return f"{models[0].id if models else record.model}{f' [{scope}]' if scope else ''}"
-
-
-def _scope(record: ResultRecord) -> str | None:
-    return (record.recipe or {}).get("scope")
-
-
 def _rows_for(item: Measurement, rows: pd.DataFrame, names: Names) -> pd.DataFrame:
     """Return the published rows of the same cell and metric, whatever the variant.
 
-    Full precision has no scope, so rows of all scopes are its own. Rows that leave the scope open
-    are there for all.
+    Full precision has no scope, so it compares with rows of all scopes. A row that leaves the scope
+    open compares with all scopes.
     """
     record = item.record
     methods = [
         name
         for name, entry in names.methods.items()
         if record.method in {entry.id, *entry.comparable.values()}
-    ]  # fmt: skip
-    own = names.models_for(record.model)
+    ]
+    own, scopes = names.models_for(record.model), (scores.scope_of(record) or None, UNSTATED)
     models = [
         name
         for name, entry in names.models.items()
-        if entry in own and (record.method == "fp" or entry.scope in (_scope(record), UNSTATED))
+        if entry in own and (record.method == "fp" or entry.scope in scopes)
     ]
     here = pd.Series(False, index=rows.index)
     for task, dataset, entry in names.published_on(record.task, record.dataset.name):
@@ -187,46 +179,34 @@ def _rows_for(item: Measurement, rows: pd.DataFrame, names: Names) -> pd.DataFra
 
 
 def diff(records: Sequence[ResultRecord], rows: pd.DataFrame | None = None) -> pd.DataFrame:
-    """Compare records with published numbers (``rows``; None: all).
+    """Compare records with published numbers (``rows``; None: all of them).
 
     A verdict is ``reproduced`` where the difference is within 0.3 points or two standard errors of
-    the measured mean (sampling and seeds), whichever is larger; else ``above`` or ``below``: better
-    than published is a finding too. The sampling error counts although published numbers come from
-    the very same images, so the tolerance is on the wide side. ``too uncertain`` is a difference
-    within a tolerance of more than one point: agreement would be claimed from noise.
+    the measured mean (sampling and seeds), whichever is larger; else ``above`` or ``below``. The
+    sampling error counts although published numbers come from the same images, so the tolerance is
+    rather wide. ``too uncertain`` is a difference within a tolerance of more than one point.
     ``not comparable`` covers other data, settings or weights, published variants run with another
-    framework, sources that do not say what of the model they quantized, and weak evidence, which
-    is context only.
+    framework, sources that do not name the quantized parts, and weak evidence.
 
     Returns:
-        One row per measured metric and published row (:data:`COLUMNS`); measured metrics without a
-        published number have empty published columns. Published rows that name neither model nor
+        :data:`COLUMNS`, with a row per measured metric and published row. A metric without a
+        published number has empty published columns. Published rows that name neither model nor
         bits come last, without a measured number.
     """
     rows, names = published_rows() if rows is None else rows, load_names()
     result: list[dict[str, Any]] = []
     for item in measurements(records):
-        record = item.record
-        common = {
-            "task": record.task,
-            "dataset": record.dataset.name,
-            "model": subject_name(record, names),
-            "method": record.method,
-            "bits": bits_name(record.w_bit, record.a_bit),
-            "metric": item.metric,
-            "measured": item.mean,
-            "se": item.se,
-            "seeds": item.seeds,
-        }
-        found = _rows_for(item, rows, names)
-        if found.empty:
-            reason = unlike(item, names) or "no published number for this model, method and bits"
-            nothing = {"variant": "", "source": "", "evidence": ""}
-            result.append(common | nothing | {"verdict": NOT_COMPARABLE, "reason": reason})
-        for row in found.to_dict("records"):
-            judged = judge(item, row, names)
+        record, models = item.record, names.models_for(item.record.model)
+        scope = f" [{scores.scope_of(record)}]" if scores.scope_of(record) else ""
+        model = f"{models[0].id if models else record.model}{scope}"
+        bits = bits_name(record.w_bit, record.a_bit)
+        cell = (record.task, record.dataset.name, model, record.method, bits, item.metric)
+        common = dict(zip(COLUMNS, (*cell, item.mean, item.se, item.seeds), strict=False))
+        nothing = {"variant": "", "source": "", "evidence": "", "value": math.nan}
+        for row in _rows_for(item, rows, names).to_dict("records") or [nothing]:
+            judged = judge(item, None if row is nothing else row, names)
             verdict = {name: getattr(judged, name) for name in ("difference", "verdict", "reason")}
-            result.append({**common, **_published(row), **verdict})
+            result.append({**row, **common, "published": row["value"], **verdict})
     for task, dataset in dict.fromkeys((record.task, record.dataset.name) for record in records):
         result += _context(task, dataset, rows, names)
     table = pd.DataFrame(result, columns=COLUMNS)
@@ -234,43 +214,42 @@ def diff(records: Sequence[ResultRecord], rows: pd.DataFrame | None = None) -> p
     return table.astype({**numbers, "seeds": int})
 
 
-def _published(row: Mapping[Any, Any]) -> dict[str, Any]:
-    texts = {name: row[name] for name in ("variant", "source", "evidence")}
-    return {"published": float(row["value"]), **texts}
-
-
-def _context(task: str, dataset: str, rows: pd.DataFrame, names: Names) -> list[dict[str, Any]]:
+def _context(task: str, dataset: str, rows: pd.DataFrame, names: Names) -> list[dict[Any, Any]]:
     """Return published rows of a data set whose source names neither model nor bits."""
-    found = []
+    ids, found = {name: entry.id for name, entry in names.methods.items()}, []
     unstated = rows[(rows["model"] == UNSTATED) & (rows["w_bit"] == 0) & (rows["a_bit"] == 0)]
     for theirs, name, entry in names.published_on(task, dataset):
         here = unstated[(unstated["task"] == theirs) & (unstated["dataset"] == name)]
-        for row in here.to_dict("records"):
-            method, metric = names.methods.get(str(row["method"])), str(row["metric"])
-            found.append({
-                "task": task,
-                "dataset": dataset,
-                "model": UNSTATED,
-                "method": row["method"] if method is None else method.id,
-                "bits": UNSTATED,
-                "metric": entry.metrics.get(metric, metric),
-                "seeds": 0,
-                **_published(row),
-                "verdict": NOT_COMPARABLE,
-                "reason": "context only: the source names neither model nor bits",
-            })  # fmt: skip
+        own = here.assign(
+            task=task,
+            dataset=dataset,
+            method=here["method"].map(lambda method: ids.get(method, method)),
+            bits=UNSTATED,
+            metric=here["metric"].map(lambda metric, own=entry.metrics: own.get(metric, metric)),
+            seeds=0,
+            published=here["value"],
+            verdict=NOT_COMPARABLE,
+            reason="context only: the source names neither model nor bits",
+        )
+        found += own.to_dict("records")
     return found
 
 
-def judge(item: Measurement, row: Mapping[Any, Any], names: Names) -> Judgement:
-    """Set a measurement against a published row of the same cell; verdicts as in :func:`diff`."""
+def judge(item: Measurement, row: Mapping[Any, Any] | None, names: Names) -> Judgement:
+    """Compare a measurement with a published row of the same cell; verdicts as in :func:`diff`.
+
+    ``row`` is None where nothing is published.
+    """
     if why := unlike(item, names):
         return Judgement(NOT_COMPARABLE, math.nan, why)
+    if row is None:
+        why = "no published number for this model, method and bits"
+        return Judgement(NOT_COMPARABLE, math.nan, why)
     gap = item.mean - float(row["value"])
-    method, variant = names.methods[str(row["method"])], str(row["variant"])
+    method, variant = names.methods[row["method"]], row["variant"]
     full = item.record.method == "fp"
     weak = [] if row["evidence"] in _STRONG else [f"{row['evidence']} evidence"]
-    if not full and names.models[str(row["model"])].scope == UNSTATED:
+    if not full and names.models[row["model"]].scope == UNSTATED:
         weak.append("the source does not say what of the model is quantized")
     if not weak and method.comparable.get(variant) != item.record.method:
         weak = [f"published variant '{variant}' was run with another framework or recipe"]
@@ -283,22 +262,21 @@ def judge(item: Measurement, row: Mapping[Any, Any], names: Names) -> Judgement:
     verdict = REPRODUCED if within else ABOVE if gap > 0 else BELOW
     if within and tolerance > WIDEST:
         verdict, rule = UNCERTAIN, f"{rule}, which is too wide to tell"
-    remarks = []
-    if item.seeds == 1 and not full:
-        remarks.append("one seed, so the spread over seeds is not counted")
-    note = names.datasets[str(row["task"])][str(row["dataset"])].notes.get(str(row["method"]))
-    return Judgement(verdict, gap, rule, tuple(remarks if note is None else [*remarks, note]))
+    one_seed = "one seed, so the spread over seeds is not counted"
+    note = names.datasets[row["task"]][row["dataset"]].notes.get(row["method"])
+    remarks = (one_seed if item.seeds == 1 and not full else None, note)
+    return Judgement(verdict, gap, rule, tuple(filter(None, remarks)))
 
 
 def run_diff(results: Path, show_all: bool, nothing: int = 2) -> int:
     """Compare all records with published numbers; print and write the table.
 
-    ``show_all`` lists also what has no published number. Returns the exit code, ``nothing`` if
-    nothing is comparable.
+    ``show_all`` lists also metrics without a published number. Returns the exit code, ``nothing``
+    if nothing is comparable.
     """
     from tabulate import tabulate  # type: ignore[import-untyped, unused-ignore]
 
-    found, problems = read_records(results / "runs")
+    found, problems = scores.read_records(results / "runs")
     for problem in problems:
         print(f"warning: {problem}", file=sys.stderr)
     if not found:
@@ -307,9 +285,9 @@ def run_diff(results: Path, show_all: bool, nothing: int = 2) -> int:
         return nothing
     table = diff([record for _, record in found])
     path = results / "tables" / "diff.csv"
-    write_text(path, csv_text(table))
+    scores.write_text(path, scores.csv_text(table))
     known = table["published"].notna() | show_all
-    shown = table.loc[known, [name for name in COLUMNS if name not in ("task", "dataset", "seeds")]]
+    shown = table[known].drop(columns=["task", "dataset", "seeds"])
     if not shown.empty:
         rows = shown.fillna("").values.tolist()
         print(tabulate(rows, headers=list(shown.columns), floatfmt=".2f"), end="\n\n")

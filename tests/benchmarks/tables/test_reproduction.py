@@ -20,14 +20,13 @@ from benchmarks.grid.cell import RunOptions
 from benchmarks.published.table import PublishedTable, load_table
 from benchmarks.report.page import write_report
 from benchmarks.results.scores import Measured
-from benchmarks.tables import published as text
-from benchmarks.tables.published import Layout
+from benchmarks.tables.reproduction import COLUMNS, Reproduction
 from tasks.common.data.folders import open_folder
 from tasks.common.data.imagenet import wordnet_ids
 from tasks.common.record import Dataset
 
 VIT_S, DEIT_T = "vit_small_patch16_224.augreg_in21k_ft_in1k", "deit_tiny_patch16_224.fb_in1k"
-COLUMNS = {
+MODELS = {
     "ViT-S": VIT_S,
     "ViT-B": "vit_base_patch16_224.augreg_in21k_ft_in1k",
     "DeiT-T": DEIT_T,
@@ -42,12 +41,18 @@ EXPECTED = """\
 
 Its caption. Source: A paper.
 
-| method             |        ViT-S |        ViT-B |       DeiT-T |       DeiT-S |   DeiT-B |   Swin-S |
-|:-------------------|-------------:|-------------:|-------------:|-------------:|---------:|---------:|
-| QDrop W4/A4        |        71.84 |        82.63 |        65.27 |        72.64 |    79.96 |    81.21 |
-| FIMA-Q W4/A4       |      76.78 = |      83.54 ↑ |      66.34 ↓ |      77.57 ? |  80.33 × |  81.82 ° |
-| published          |        76.68 |        83.04 |        66.84 |        76.87 |    80.33 |    81.82 |
-| difference ± error | +0.10 ± 0.10 | +0.50 ± 0.10 | -0.50 ± 0.10 | +0.70 ± 0.60 |          |          |
+| method             |        ViT-S |        ViT-B |       DeiT-T |       DeiT-S |   DeiT-B \
+|   Swin-S |
+|:-------------------|-------------:|-------------:|-------------:|-------------:|---------:\
+|---------:|
+| QDrop W4/A4        |        71.84 |        82.63 |        65.27 |        72.64 |    79.96 \
+|    81.21 |
+| FIMA-Q W4/A4       |      76.78 = |      83.54 ↑ |      66.34 ↓ |      77.57 ? |  80.33 × \
+|  81.82 ° |
+| published          |        76.68 |        83.04 |        66.84 |        76.87 |    80.33 \
+|    81.82 |
+| difference ± error | +0.10 ± 0.10 | +0.50 ± 0.10 | -0.50 ± 0.10 | +0.70 ± 0.60 |          \
+|          |
 
 - = reproduced, within 0.3 points or two standard errors; ↑ above the published number; \
 ↓ below the published number; ? too uncertain, since two standard errors are more than one point; \
@@ -69,18 +74,18 @@ def invoke(tmp_path: Path, *args: str) -> Result:
     return CliRunner().invoke(cli, [*args, "--results", str(tmp_path)], obj=fakes.ADAPTER)
 
 
-def every_verdict(tmp_path: Path) -> Layout:
+def every_verdict(tmp_path: Path) -> Reproduction:
     context = {
         "head": "QDrop",
         "method": "QDrop",
         "variant": "rerun in FIMA-Q framework",
         "source": "GLF-Q paper full text (2026) Table 1",
     }
-    columns = [{"head": head, "model": model} for head, model in COLUMNS.items()]
+    columns = [{"head": head, "model": model} for head, model in MODELS.items()]
     rows = [context, row()[1]]
     table = load_table(written(tmp_path, columns=columns, rows=rows, footnotes=["A footnote."]))
     cells = cells_of(table)
-    return Layout(
+    return Reproduction(
         table,
         [
             finished(cells[0], 76.78),
@@ -103,15 +108,18 @@ def own(table: PublishedTable, gap: float = 0.0, **changes: object) -> list[Meas
 
 
 def test_the_printed_table_is_the_published_one_with_every_verdict(tmp_path: Path):
-    layout = every_verdict(tmp_path)
-    assert text.markdown(layout) == EXPECTED
-    sentence = "Compared 4 numbers: 1 reproduced, 1 above, 1 below, 1 too uncertain (1 not comparable, 1 not measured)."
-    assert layout.conclusion() == (sentence, 1)
+    found = every_verdict(tmp_path)
+    assert found.markdown() == EXPECTED
+    sentence = (
+        "Compared 4 numbers: 1 reproduced, 1 above, 1 below, 1 too uncertain (1 not comparable, "
+        "1 not measured)."
+    )
+    assert found.conclusion() == (sentence, 1)
 
 
 def test_csv_has_a_line_for_each_number(tmp_path: Path):
-    lines = list(csv.DictReader(io.StringIO(text.csv(every_verdict(tmp_path)))))
-    assert list(lines[0]) == text.COLUMNS
+    lines = list(csv.DictReader(io.StringIO(every_verdict(tmp_path).csv())))
+    assert list(lines[0]) == COLUMNS
     verdicts = [line["verdict"] for line in lines]
     own_ones = ["reproduced", "above", "below", "too uncertain", "not comparable", "not measured"]
     assert verdicts == ["context"] * 6 + own_ones
@@ -139,17 +147,17 @@ def test_csv_has_a_line_for_each_number(tmp_path: Path):
 
 
 def test_latex_has_every_row_and_needs_booktabs_only(tmp_path: Path):
-    layout = every_verdict(tmp_path)
-    found = text.tex(layout)
+    found = every_verdict(tmp_path)
+    found = found.tex()
     body = found[found.index(r"\midrule") : found.index(r"\bottomrule")]
     rows = [line.removesuffix(r"\\").split("&") for line in body.splitlines()[1:]]
-    assert [len(cells) for cells in rows] == [2 + len(COLUMNS)] * 4
+    assert [len(cells) for cells in rows] == [2 + len(MODELS)] * 4
     measured = [cell.strip() for cell in rows[1]]
     assert measured[:4] == ["", "FIMA-Q", "76.78 =", r"83.54 \ensuremath{\uparrow}"]
     assert r"66.34 \ensuremath{\downarrow}" in measured
     assert r"\multirow" not in found
     assert found.isascii()
-    wide = text.tex(Layout(load_table("aphq-coco"), []))
+    wide = Reproduction(load_table("aphq-coco"), []).tex()
     assert r"\multicolumn{2}{c}{Mask R-CNN Swin-T}" in wide
     assert "I\\&S-ViT" in wide
 
@@ -159,7 +167,7 @@ def test_latex_has_every_row_and_needs_booktabs_only(tmp_path: Path):
 def test_latex_compiles(name: str, tmp_path: Path):
     table = load_table(name)
     head = "\\documentclass[twocolumn]{article}\\usepackage{booktabs}\\begin{document}\n"
-    body = text.tex(Layout(table, own(table, 0.1)))
+    body = Reproduction(table, own(table, 0.1)).tex()
     (tmp_path / "a.tex").write_text(f"{head}{body}\\end{{document}}\n", encoding="utf-8")
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "a.tex"]
     assert subprocess.run(command, cwd=tmp_path, capture_output=True, check=False).returncode == 0
@@ -181,60 +189,60 @@ def test_latex_compiles(name: str, tmp_path: Path):
 )
 def test_the_conclusion_and_its_exit_code(changes: dict[str, object], sentence: str, code: int):
     table = load_table("fimaq")
-    assert Layout(table, own(table, **changes)).conclusion() == (sentence, code)
+    assert Reproduction(table, own(table, **changes)).conclusion() == (sentence, code)
 
 
 def test_nothing_measured_is_nothing_comparable():
-    layout = Layout(load_table("fimaq"), [])
+    found = Reproduction(load_table("fimaq"), [])
     sentence = "Nothing is comparable with the published table: nothing is measured."
-    assert layout.conclusion() == (sentence, 2)
-    assert "published" not in [shown.label for shown in layout.shown]
+    assert found.conclusion() == (sentence, 2)
+    assert "published" not in [shown.label for shown in found.shown]
 
 
 def test_all_cells_of_a_verdict_s_reason_have_one_line():
     table = load_table("fimaq")
-    notes = Layout(table, own(table, dataset=fakes.DIGITS)).notes
+    notes = Reproduction(table, own(table, dataset=fakes.DIGITS)).notes
     reason = "measured on digit-pairs (test, 2000 samples), on which nothing is published"
     assert notes[0] == f"× {reason}: all that is compared."
     assert notes[1:] == list(table.footnotes)
     remark = "one seed, so the spread over seeds is not counted"
-    assert Layout(table, own(table)).notes[0] == f"{remark}: all that is quantized."
+    assert Reproduction(table, own(table)).notes[0] == f"{remark}: all that is quantized."
 
 
 def test_seeds_are_averaged_and_counted(tmp_path: Path):
     table = load_table(written(tmp_path))
     cells = [c for c in cells_of(table, (1, 2)) if c.model == "vit_small" and c.method != "fp"]
-    layout = Layout(table, [finished(cells[0], 76.5), finished(cells[1], 76.9)])
-    (entry,) = layout.judged
-    assert (entry.text, entry.values["seeds"]) == ("76.70 =", 2)
-    assert entry.difference == "+0.02 ± 0.22"
-    assert layout.notes == []
-    assert "- Seeds: 1, 2." in text.markdown(layout)
+    found = Reproduction(table, [finished(cells[0], 76.5), finished(cells[1], 76.9)])
+    (entry,) = found.judged.to_dict("records")
+    assert (entry["text"], entry["seeds"]) == ("76.70 =", 2)
+    assert entry["difference text"] == "+0.02 ± 0.22"
+    assert found.notes == []
+    assert "- Seeds: 1, 2." in found.markdown()
 
 
 def test_one_cell_in_two_places_is_one_number():
     table = load_table("fimaq-ablation")
-    layout = Layout(table, own(table))
-    assert layout.conclusion() == ("Compared 6 numbers: 6 reproduced.", 0)
-    shown = {" ".join(found.label.split()): found.texts for found in layout.shown}
+    found = Reproduction(table, own(table))
+    assert found.conclusion() == ("Compared 6 numbers: 6 reproduced.", 0)
+    shown = {" ".join(found.label.split()): found.texts for found in found.shown}
     assert shown["Loss fisher_dplr"] == shown["Rank k = 5"] == ["64.09 =", "55.55 =", "77.26 ="]
     assert shown["Loss mse"] == ["50.00", "50.00", "50.00"]
-    assert "a measured number without a mark: nothing is published beside it" in layout.legend
+    assert "a measured number without a mark: nothing is published beside it" in found.legend
 
 
 def test_other_losses_alone_compare_with_nothing():
     table = load_table("fimaq-ablation")
     found = [item for item in own(table) if item.cell.point == "loss=mse"]
-    sentence, code = Layout(table, found, {item.cell.name for item in found}).conclusion()
+    sentence, code = Reproduction(table, found, {item.cell.name for item in found}).conclusion()
     assert code == 2
     assert sentence.endswith("3 numbers measured, but no number in text.")
 
 
 def test_weak_evidence_is_measured_and_has_no_verdict():
     table = load_table("lsvit")
-    layout = Layout(table, own(table))
-    assert layout.conclusion() == ("Compared 21 numbers: 21 reproduced (5 not comparable).", 0)
-    assert any("secondary evidence" in note for note in layout.notes)
+    found = Reproduction(table, own(table))
+    assert found.conclusion() == ("Compared 21 numbers: 21 reproduced (5 not comparable).", 0)
+    assert any("secondary evidence" in note for note in found.notes)
 
 
 def test_boxes_and_masks_are_two_numbers_of_a_cell():
@@ -242,22 +250,22 @@ def test_boxes_and_masks_are_two_numbers_of_a_cell():
     cell = next(c for c in cells_of(table) if c.method == "aphq")
     coco = Dataset(name="COCO 2017", split="val2017", count=5000, classes=80, fingerprint="c" * 64)
     item = finished(cell, 38.9, dataset=coco)
-    layout = Layout(table, [item], {cell.name})
-    assert [entry.text for entry in layout.judged] == ["38.90 =", "38.90 ↑"]
-    assert layout.conclusion()[0] == "Compared 2 numbers: 1 reproduced, 1 above."
+    found = Reproduction(table, [item], {cell.name})
+    assert found.judged["text"].tolist() == ["38.90 =", "38.90 ↑"]
+    assert found.conclusion()[0] == "Compared 2 numbers: 1 reproduced, 1 above."
 
 
 def test_full_precision_stands_in_the_columns_of_both_towers():
     table = load_table("clip-retrieval")
     cell = next(c for c in cells_of(table) if c.method == "fp")
-    layout = Layout(table, [finished(cell, 63.4)])
-    assert [entry.text for entry in layout.judged] == ["63.40 =", "63.40 ="]
-    assert layout.conclusion()[0].startswith("Compared 1 number: 1 reproduced")
+    found = Reproduction(table, [finished(cell, 63.4)])
+    assert found.judged["text"].tolist() == ["63.40 =", "63.40 ="]
+    assert found.conclusion()[0].startswith("Compared 1 number: 1 reproduced")
 
 
 def test_a_terminal_s_parts_leave_out_rows_without_numbers():
-    layout = Layout(load_table("clip-retrieval"), [])
-    parts = text.markdown(layout, 120).split("\n\n")[2:-1]
+    found = Reproduction(load_table("clip-retrieval"), [])
+    parts = found.markdown(120).split("\n\n")[2:-1]
     assert len(parts) > 1
     assert all(len(line) <= 120 for part in parts for line in part.splitlines())
     assert "FIMA-Q" not in parts[0]
@@ -281,10 +289,10 @@ def test_a_folder_that_is_not_imagenet_yields_no_verdict(tmp_path: Path):
         fingerprint="a" * 64,
     )
     table = load_table("fimaq")
-    layout = Layout(table, own(table, dataset=data))
-    assert {entry.mark for entry in layout.judged} == {"×"}
-    assert {entry.difference for entry in layout.judged} == {""}
-    sentence, code = layout.conclusion()
+    found = Reproduction(table, own(table, dataset=data))
+    assert set(found.judged["mark"]) == {"×"}
+    assert set(found.judged["difference text"]) == {""}
+    sentence, code = found.conclusion()
     assert code == 2
     assert "2000 samples" in sentence
 
