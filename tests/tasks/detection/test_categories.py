@@ -32,7 +32,7 @@ def matched(names: tuple[str, ...], *categories: str, used: str = "") -> Matched
 
 def test_same_names_in_the_same_order() -> None:
     found = matched(("cat", "dog", "owl"), "cat", "dog", "owl", used="cdo")
-    assert (found.labels, found.origin, found.notes) == ((0, 10, 20), "model", ())
+    assert (found.labels, found.classes_from, found.notes) == ((0, 10, 20), "model", ())
 
 
 def test_same_names_in_another_order() -> None:
@@ -97,7 +97,7 @@ def test_classes_without_a_category() -> None:
 
 def test_unnamed_classes_are_the_categories_in_order() -> None:
     found = match_categories(checked(tiny(), "here"), loaded(3), "data val")
-    assert (found.labels, found.origin) == ((7, 2, 30), "annotations")
+    assert (found.labels, found.classes_from) == ((7, 2, 30), "annotations")
     assert found.notes == (
         "The weights name no classes: the 3 categories are taken for them in the file's order",
     )

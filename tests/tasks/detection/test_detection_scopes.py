@@ -213,7 +213,7 @@ def test_there_are_no_mlps_without_a_backbone(scope: str, method: str) -> None:
     recipe = make_recipe(method, defaults("detection"), {"scope": scope})
     with pytest.raises(
         RecipeError,
-        match=rf"MLPs are in the backbone, which scope '{scope.replace('+', '[+]')}' leaves as it is",
+        match=rf"MLPs are in the backbone, which scope '{scope.replace('+', '[+]')}' does not quantize",
     ):
         TASK.chains(TASK.load(MODEL), recipe)
 

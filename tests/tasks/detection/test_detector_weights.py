@@ -380,17 +380,17 @@ def test_arrays_among_the_weights_are_refused(tmp_path: Path) -> None:
         (
             NAMES[0],
             {"channels": 16},
-            r"do not fit the model: 'neck\..* and \d+ more has another shape\.",
+            r"do not fit the model: Shape mismatch: \d+ \('neck\..* and more\)\.",
         ),
         (
             NAMES[0],
             {"mask_convs": 3},
-            r"'roi_head.mask_head.convs.3.conv.weight', \S+ is missing\.",
+            r"do not fit .* Missing names: 2 \('roi_head.mask_head.convs.3.conv.weight', ",
         ),
         (
             NAMES[0],
             {"mask_convs": 5},
-            r"'roi_head.mask_head.convs.4.conv.weight', \S+ has no place\.",
+            r"do not fit .* Unexpected names: 2 \('roi_head.mask_head.convs.4.conv.weight', ",
         ),
     ],
 )
@@ -406,19 +406,20 @@ def test_weights_of_another_model_are_named(
     with pytest.raises(ModelError, match=message) as caught:
         load_model(ModelRequest(NAMES[0], SMALL, path))
     assert str(path) in str(caught.value)
-    assert len(str(caught.value)) < 500
+    assert len(str(caught.value)) < 800
 
 
-def test_one_fault_of_each_kind_is_in_one_message() -> None:
-    model = small()
-    state = dict(model.state_dict())
+def test_one_fault_of_each_kind_is_in_one_message(tmp_path: Path) -> None:
+    state = dict(small().state_dict())
     state["roi_head.extra"] = state.pop("neck.fpn_convs.2.conv.bias")
     state["rpn_head.rpn_cls.bias"] = torch.zeros(7)
+    path = write(state, tmp_path / "weights.pth")
     with pytest.raises(ModelError) as caught:
-        adapted(state, model, "a file")
-    assert str(caught.value) == (
-        "The weights a file do not fit the model: 'neck.fpn_convs.2.conv.bias' is missing; 'roi_head.extra' has no place; "
-        "'rpn_head.rpn_cls.bias' has another shape."
+        load_model(ModelRequest(NAMES[0], SMALL, path))
+    assert str(caught.value).startswith(
+        f"The weights {path} do not fit the model: Missing names: 1 "
+        "('neck.fpn_convs.2.conv.bias'). Unexpected names: 1 ('roi_head.extra'). "
+        "Shape mismatch: 1 ('rpn_head.rpn_cls.bias')."
     )
 
 
@@ -442,7 +443,7 @@ def test_weights_for_other_images_or_other_windows_are_refused() -> None:
     with pytest.raises(ModelError, match=r"another mean: \[0\.0, 0\.0, 0\.0\]"):
         adapted({**state, "data_preprocessor.mean": torch.zeros(3, 1, 1)}, model, "a file")
     name = "backbone.stages.0.blocks.0.attn.w_msa.relative_position_index"
-    with pytest.raises(ModelError, match="number the positions in a window otherwise"):
+    with pytest.raises(ModelError, match="number the positions in a window differently"):
         adapted({**state, name: state[name].flip(0)}, model, "a file")
 
 

@@ -133,7 +133,7 @@ def test_sizes_that_tell(turn: bool, tmp_path: Path) -> None:
     source = open_file(written(tmp_path, {0: 6, 2: 5}, turn)).settled()
     word = "2 are turned by it and 0 are" if turn else "0 are turned by it and 2 are"
     assert source.notes == (
-        f"2 of 4 images have an EXIF orientation tag: {word} read as stored, as their annotated sizes ask for",
+        f"2 of 4 images have an EXIF orientation tag: {word} read as stored, as their annotated sizes show",
     )
     stored = pixels(60, 80, 40)[:, :, ::-1]
     assert np.array_equal(source.read(0), turned(stored, 6) if turn else stored)
