@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from fimaq_core.chain import BlockChain, Kept, MlpPart, NormPair, Segment
+from fimaq_core.chain import BlockChain, Kept, MlpPart, Segment
 from fimaq_core.errors import ModelError
 from fimaq_core.families.parts import norm_pair
 from fimaq_core.recipe import OFF, Recipe
@@ -17,7 +17,7 @@ from tasks.detection.mm import (
     expect,
 )
 from tasks.detection.neck import ExplicitFPN, Unpack, pack
-from tasks.detection.swin import ExplicitPatchEmbed, ExplicitPatchMerging, ExplicitSwinBlock
+from tasks.detection.swin import AnySizeSwinBlock, ExplicitPatchEmbed, ExplicitPatchMerging
 
 
 class _StageOutput(nn.Module):
@@ -32,7 +32,7 @@ class _StageOutput(nn.Module):
 
 
 class _PackStages(nn.Module):
-    """The stage outputs that were kept, packed; that of the last block is among them."""
+    """Packs the outputs that the stages kept; ``x`` is the last block's output, kept as well."""
 
     def forward(self, x: Tensor, kept: Kept) -> Tensor:
         return pack(kept)
@@ -41,9 +41,9 @@ class _PackStages(nn.Module):
 def detector_segments(model: TwoStageDetector, recipes: Mapping[str, Recipe]) -> list[Segment]:
     """Cut backbone and neck of a Mask R-CNN or Cascade R-CNN; takes over their parameters.
 
-    Norms are offered for reparameterisation where the backbone is quantized; MLPs for MLP
-    reconstruction there, and wherever their recipe asks for it. ``recipes`` are for ``backbone``
-    and ``fpn``. Raises ModelError for parts of a kind that is not supported.
+    ``recipes`` are for ``backbone`` and ``fpn``. A quantized backbone offers its norms for
+    reparameterisation and its MLPs for MLP reconstruction; the MLPs also if the recipe asks for it.
+    Raises ModelError for parts of a kind that is not supported.
     """
     expect(model, "A detector", MaskRCNN, CascadeRCNN)
     expect(model.backbone, "A backbone", SwinTransformer)
@@ -62,20 +62,13 @@ def _stage_segments(
     quantized = recipe.w_bits != OFF or recipe.a_bits != OFF
     segments = []
     for number, original in enumerate(stage.blocks):
-        block = ExplicitSwinBlock(original, recipe)
-        pairs: tuple[NormPair, ...] = norm_pair(block.norm1, "attn.qkv", "pad") + norm_pair(
-            block.norm2, "mlp.fc1"
-        )
-        segments.append(
-            Segment(
-                f"{label}.blocks.{number}",
-                "block",
-                block,
-                pairs=pairs if quantized else (),
-                mlps=(MlpPart("mlp"),) if quantized or recipe.reconstruct_mlp else (),
-                keep=output if number == len(stage.blocks) - 1 else None,
-            )
-        )
+        block = AnySizeSwinBlock(original, recipe)
+        pairs = norm_pair(block.norm1, "attn.qkv", "pad") + norm_pair(block.norm2, "mlp.fc1")
+        segment = Segment(f"{label}.blocks.{number}", "block", block)
+        segment.pairs = pairs if quantized else ()
+        segment.mlps = (MlpPart("mlp"),) if quantized or recipe.reconstruct_mlp else ()
+        segments.append(segment)
+    segments[-1].keep = output
     if stage.downsample is not None:
         merging = ExplicitPatchMerging(stage.downsample, recipe)
         pairs = norm_pair(merging.norm, "reduction") if quantized else ()
@@ -84,7 +77,7 @@ def _stage_segments(
 
 
 class BackboneAndNeck(nn.Module):
-    """A chain up to its neck, in the place of mmdet's: image to maps (P2, ..., P6).
+    """A chain up to its neck, in place of mmdet's modules: images to maps (P2, ..., P6).
 
     Raises ModelError for a chain without a neck.
     """

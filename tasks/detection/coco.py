@@ -140,7 +140,10 @@ class DetectionSource:
 
 
 def open_source(loaded: LoadedModel, data: DataRequest, part: str) -> DetectionSource:
-    """Open ``train`` (images only; of ``calibration_data`` if given) or ``val``. Raises DataError."""
+    """Open ``val``, or ``train`` (images only, of ``calibration_data`` if given).
+
+    Raises DataError.
+    """
     if part not in SPLITS:
         raise DataError(f"There is no part {part!r} of annotated images: {' or '.join(SPLITS)}.")
     own = part == "train" and data.calibration_data is not None
@@ -162,7 +165,7 @@ def open_source(loaded: LoadedModel, data: DataRequest, part: str) -> DetectionS
 
 
 def open_part(path: Path | None, part: str, exif: Exif | None = None) -> DetectionSource:
-    """Open a part of COCO 2017, of a file of its format, or (None) of the demo. Raises DataError."""
+    """Open a part of COCO 2017, of a file of its format, or of the demo. Raises DataError."""
     if path is None:
         return open_demo(part)
     if path.suffix == ".json":

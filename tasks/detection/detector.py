@@ -1,8 +1,8 @@
-"""A detector put together: features by a chain or the float model, the rest by mmdet."""
+"""A complete detector: features from a chain or the float model, everything else from mmdet."""
 
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -21,10 +21,10 @@ DETECTOR = "detector"
 
 
 class QuantizedDetector(nn.Module):
-    """A two-stage detector of mmdet whose layers may be quantizable, image by image.
+    """A two-stage detector of mmdet whose layers may be quantizable; it takes one image at a time.
 
-    The chain of :data:`DETECTOR` gives the features, else the float model does. The heads' layers
-    were swapped.
+    Features come from the chain :data:`DETECTOR` if there is one, else from the float model. The
+    layers of the heads are replaced in ``model`` itself.
     """
 
     def __init__(self, model: nn.Module, chains: Mapping[str, BlockChain]) -> None:
@@ -37,7 +37,7 @@ class QuantizedDetector(nn.Module):
         self.eval()
 
     def extract_feat(self, image: Tensor) -> tuple[Tensor, ...]:
-        """Pyramid (B, C, h, w), the finest map first, of images (B, 3, H, W)."""
+        """Pyramid (B, C, h, w), finest map first, of images (B, 3, H, W)."""
         features: tuple[Tensor, ...] = self.trunk(image)
         return features
 
@@ -46,16 +46,20 @@ class QuantizedDetector(nn.Module):
         """Detect objects in one image (1, 3, H, W), normalised and padded, with its meta.
 
         ``pred_instances`` are in coordinates of the original image. Raises DataError, and
-        NumericsError for NaN or infinity, where mmdet would just find less.
+        NumericsError for NaN or infinity, which would only make mmdet find fewer objects.
         """
         if len(image) != 1:
             raise DataError(
                 f"Detectors are run on one image at a time, and this is a batch of {len(image)}."
             )
         sample = described(meta)
-        with self._checked(), warnings.catch_warnings():
-            # how mmdet copies a cascade's masks
+        parts = {"backbone and neck": self.trunk, "the RPN": self.rpn_head}
+        parts |= {f"the RoI head {name}": head for name, head in roi_heads(self).items()}
+        with ExitStack() as context, warnings.catch_warnings():
+            # mmdet copies the masks of a cascade in this way.
             warnings.filterwarnings("ignore", "To copy construct from a tensor")
+            for name, part in parts.items():
+                context.enter_context(part.register_forward_hook(partial(_check, name)))
             features = self.extract_feat(image)
             proposals = self.rpn_head.predict(features, [sample], rescale=False)
             (sample.pred_instances,) = self.roi_head.predict(
@@ -63,23 +67,10 @@ class QuantizedDetector(nn.Module):
             )
         return sample
 
-    @contextmanager
-    def _checked(self) -> Iterator[None]:
-        """Check all outputs of trunk and heads for NaN and infinity before they are used."""
-        named = {"backbone and neck give": self.trunk, "the RPN gives": self.rpn_head}
-        named |= {f"the RoI head {name} gives": head for name, head in roi_heads(self).items()}
-        handles = [
-            module.register_forward_hook(partial(_check, name)) for name, module in named.items()
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
-
-def _check(what: str, _module: nn.Module, _args: Any, output: Any) -> None:
+def _check(name: str, _module: nn.Module, _args: Any, output: Any) -> None:
+    """Refuse NaN and infinity before they are used."""
     if not all(bool(one.isfinite().all()) for one in tree_leaves(output)):
         raise NumericsError(
-            f"What {what} holds NaN or infinity, so what is found would not be what the model says."
+            f"The output of {name} holds NaN or infinity, so the objects found would be wrong."
         )

@@ -24,7 +24,7 @@ _NOTHING = 1e-30
 
 
 class ProposalDivergence(Divergence):
-    """Sum of terms of one image, each divided by its own value: the number of terms above zero.
+    """Sum of the terms of one image, each divided by its own value.
 
     Classes: sum over levels of the mean binary KL between full-precision and quantized scores.
     Boxes: sum over levels of the mean over all positions of the smooth-L1 distance of the box

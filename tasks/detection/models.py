@@ -158,13 +158,13 @@ def adapted(state: Mapping[str, Tensor], model: nn.Module, where: str) -> dict[s
             f"The weights {where} are of a {other}, and this model is a {own}: give the weights or "
             "the name of one."
         )
-    for name, value in found.items():
-        if name.endswith("relative_position_index") and name in expected:
-            if not torch.equal(value, expected[name]):
-                raise ModelError(
-                    f"The weights {where} number the positions in a window differently than mmdet: "
-                    f"'{name}'."
-                )
+    indices = [name for name in found if name.endswith("relative_position_index")]
+    for name in indices:
+        if name in expected and not torch.equal(found[name], expected[name]):
+            raise ModelError(
+                f"The weights {where} number the positions in a window differently than mmdet: "
+                f"'{name}'."
+            )
     return found
 
 

@@ -252,7 +252,7 @@ class _AppendLogits(nn.Module):
 
 
 def logits_segment(neck: Segment, proposals: FloatProposals) -> Segment:
-    """The last segment of a chain: it appends the class logits. The ``neck`` keeps its maps for it."""
+    """Make the segment that appends the class logits; ``neck`` keeps its maps for that."""
     assert isinstance(neck.block, ExplicitFPN)
     neck.keep = nn.Identity()
     append = _AppendLogits(proposals, Unpack(neck.block.channels))

@@ -171,15 +171,15 @@ def test_images_come_one_by_one_and_with_their_sizes() -> None:
     with pytest.raises(DataError, match="one image at a time, and this is a batch of 2"):
         detector.predict(torch.cat([image, image]), meta)
     del meta["scale_factor"], meta["ori_shape"]
-    with pytest.raises(DataError, match="without ori_shape, scale_factor"):
+    with pytest.raises(DataError, match="lacks ori_shape, scale_factor"):
         detector.predict(image, meta)
 
 
 WHERE = {
-    "backbone and neck give": "neck.fpn_convs.1.conv",
-    "the RPN gives": "rpn_head.rpn_cls",
-    "the RoI head bbox1 gives": "roi_head.bbox_head.1.fc_reg",
-    "the RoI head mask0 gives": "roi_head.mask_head.0.upsample",
+    "backbone and neck": "neck.fpn_convs.1.conv",
+    "the RPN": "rpn_head.rpn_cls",
+    "the RoI head bbox1": "roi_head.bbox_head.1.fc_reg",
+    "the RoI head mask0": "roi_head.mask_head.0.upsample",
 }
 
 
@@ -193,7 +193,7 @@ def test_numbers_that_are_none_are_not_less_to_find(what: str, value: float) -> 
     detector.predict(image, meta)
     layer = model.get_submodule(WHERE[what])
     layer.bias.data[0] = value
-    with pytest.raises(NumericsError, match=f"What {what} holds NaN or infinity"):
+    with pytest.raises(NumericsError, match=f"The output of {what} holds NaN or infinity"):
         detector.predict(image, meta)
     layer.bias.data[0] = 0.0
     detector.predict(image, meta)

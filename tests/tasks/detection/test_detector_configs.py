@@ -33,7 +33,7 @@ PARAMETERS = {
 
 def from_mmdet(file: str) -> Any:
     """A configuration that mmdet brings."""
-    from tasks.detection.mm import Config
+    from mmengine.config import Config
 
     return Config.fromfile(
         str(

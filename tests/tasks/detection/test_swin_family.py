@@ -26,7 +26,7 @@ from fimaq_core.layers import QuantLinear, QuantMatMul, quant_layers, set_quanti
 from fimaq_core.reconstruction.mlp import use_relu
 from tasks.detection.chain import BackboneAndNeck
 from tasks.detection.mm import CascadeRCNN, MaskRCNN, PatchMerging, SwinBlock
-from tasks.detection.swin import ExplicitPatchMerging, ExplicitSwinBlock
+from tasks.detection.swin import ExplicitPatchMerging, AnySizeSwinBlock
 
 #: mmdet's values of Mask R-CNN with Swin-T.
 TINY: dict[str, Any] = {
@@ -97,7 +97,7 @@ def test_reparameterisation_keeps_the_function_where_windows_are_padded() -> Non
     calibrate(BlockChain(list(chain)[:-1]), x, quick(w_bits=4, a_bits=4))
     set_quantized(chain, False)
     adapter = BackboneAndNeck(chain)
-    blocks = [segment.block for segment in chain if isinstance(segment.block, ExplicitSwinBlock)]
+    blocks = [segment.block for segment in chain if isinstance(segment.block, AnySizeSwinBlock)]
     assert len(blocks) == 8
     assert all(block.pad.abs().max() > 0 for block in blocks)
     for size in SIZES:
@@ -179,7 +179,7 @@ def test_shapes_that_the_layers_see() -> None:
 
 
 def _block(shift: bool) -> nn.Module:
-    block = ExplicitSwinBlock(randomise(SwinBlock(8, 2, 16, window_size=7, shift=shift)), quick())
+    block = AnySizeSwinBlock(randomise(SwinBlock(8, 2, 16, window_size=7, shift=shift)), quick())
     block.pad.normal_()
     return block
 
