@@ -161,9 +161,8 @@ class AffineQuantizer(ActivationQuantizer):
         if self.off:
             return x
         self._check_calibrated()
-        scale, zero = self.scale, self.zero_point
-        if transposed:
-            scale, zero = scale.mT, zero.mT
+        tensors: tuple[Tensor, Tensor] = self.scale, self.zero_point
+        scale, zero = (one.mT for one in tensors) if transposed else tensors
         if self.learning is None:
             return fake_quantize(x, scale, zero, self.levels)
         if self.learning == "traced":

@@ -1,4 +1,4 @@
-"""A complete detector: features from a chain or the float model, everything else from mmdet."""
+"""mmdet's two-stage detectors: cut into segments up to the neck, and put together again."""
 
 import warnings
 from collections.abc import Mapping
@@ -10,14 +10,90 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from fimaq_core.chain import BlockChain
-from fimaq_core.errors import DataError, NumericsError
-from tasks.detection.chain import BackboneAndNeck
-from tasks.detection.mm import DetDataSample
+from fimaq_core.chain import BlockChain, Kept, MlpPart, Segment
+from fimaq_core.errors import DataError, ModelError, NumericsError
+from fimaq_core.families.parts import norm_pair
+from fimaq_core.recipe import OFF, Recipe
+from tasks.detection import mm
+from tasks.detection.neck import ExplicitFPN, Unpack, pack
 from tasks.detection.roi import described, roi_heads
+from tasks.detection.swin import AnySizeSwinBlock, ExplicitPatchEmbed, ExplicitPatchMerging
 
 #: Name of the chain of backbone, neck and RPN.
 DETECTOR = "detector"
+
+
+class _StageOutput(nn.Module):
+    """Output of a stage for the neck, through its norm: (B, H, W, C) to (B, C, H, W)."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x).permute(0, 3, 1, 2).contiguous()
+
+
+class _PackStages(nn.Module):
+    """Packs the outputs that the stages kept; ``x`` is the last block's output, kept as well."""
+
+    def forward(self, x: Tensor, kept: Kept) -> Tensor:
+        return pack(kept)
+
+
+def detector_segments(model: mm.TwoStageDetector, recipes: Mapping[str, Recipe]) -> list[Segment]:
+    """Cut backbone and neck of a Mask R-CNN or Cascade R-CNN; takes over their parameters.
+
+    ``recipes`` are for ``backbone`` and ``fpn``. A quantized backbone offers its norms for
+    reparameterisation and its MLPs for MLP reconstruction; the MLPs also if the recipe asks for it.
+    Raises ModelError for parts of a kind that is not supported.
+    """
+    mm.expect(model, "A detector", mm.MaskRCNN, mm.CascadeRCNN)
+    mm.expect(model.backbone, "A backbone", mm.SwinTransformer)
+    recipe, backbone = recipes["backbone"], model.backbone
+    quantized = recipe.w_bits != OFF or recipe.a_bits != OFF
+    mlps = (MlpPart("mlp"),) if quantized or recipe.reconstruct_mlp else ()
+    embed = ExplicitPatchEmbed(backbone.patch_embed, recipe)
+    segments = [Segment("backbone.patch_embed", "patch_embed", embed)]
+    for number, stage in enumerate(backbone.stages):
+        label = f"backbone.stages.{number}"
+        for place, original in enumerate(stage.blocks):
+            block = AnySizeSwinBlock(original, recipe)
+            pairs = norm_pair(block.norm1, "attn.qkv", "pad") + norm_pair(block.norm2, "mlp.fc1")
+            segment = Segment(f"{label}.blocks.{place}", "block", block, mlps=mlps)
+            segment.pairs = pairs if quantized else ()
+            segments.append(segment)
+        segments[-1].keep = _StageOutput(getattr(backbone, f"norm{number}"))
+        if stage.downsample is not None:
+            merging = ExplicitPatchMerging(stage.downsample, recipe)
+            pairs = norm_pair(merging.norm, "reduction") if quantized else ()
+            segments.append(Segment(f"{label}.downsample", "merge", merging, pairs=pairs))
+    neck = ExplicitFPN(model.neck, recipes["fpn"])
+    return [*segments, Segment("neck", "neck", neck, before=_PackStages(), takes_kept=True)]
+
+
+class BackboneAndNeck(nn.Module):
+    """A chain up to its neck, in place of mmdet's modules: images to maps (P2, ..., P6).
+
+    Raises ModelError for a chain without a neck.
+    """
+
+    def __init__(self, chain: BlockChain) -> None:
+        super().__init__()
+        kinds = [segment.kind for segment in chain]
+        if "neck" not in kinds:
+            raise ModelError(
+                "The chain has no neck, so it does not give the maps of a detector's heads."
+            )
+        self.segments = nn.ModuleList(list(chain)[: kinds.index("neck") + 1])
+        self.unpack = Unpack(self.segments[-1].block.channels)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        kept: Kept = ()
+        for segment in self.segments:
+            x = segment(x, None, kept)
+            kept = segment.kept_with(x, kept)
+        return self.unpack(x)
 
 
 class QuantizedDetector(nn.Module):
@@ -42,7 +118,7 @@ class QuantizedDetector(nn.Module):
         return features
 
     @torch.no_grad()
-    def predict(self, image: Tensor, meta: Mapping[str, object]) -> DetDataSample:
+    def predict(self, image: Tensor, meta: Mapping[str, object]) -> mm.DetDataSample:
         """Detect objects in one image (1, 3, H, W), normalised and padded, with its meta.
 
         ``pred_instances`` are in coordinates of the original image. Raises DataError, and

@@ -5,11 +5,10 @@ The import takes seconds, so only code that needs a model does it. Operators tha
 lacks are registered first (``ops.py``).
 """
 
-import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from contextlib import ExitStack, redirect_stdout
 
 from mmengine.logging import MMLogger
 
@@ -17,24 +16,18 @@ from fimaq_core.errors import ModelError
 from tasks.detection import ops
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress mmdet's hints about optional packages that nothing here uses."""
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
-    def serious(record: logging.LogRecord) -> bool:
-        return record.levelno >= logging.ERROR
 
+with ExitStack() as quiet:
+    # The import hints at optional packages that nothing here uses.
     logger = MMLogger.get_current_instance()
-    logger.addFilter(serious)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.removeFilter(serious)
-
-
-with _quiet():
+    logger.addFilter(_is_error)
+    quiet.callback(logger.removeFilter, _is_error)
+    quiet.enter_context(redirect_stdout(io.StringIO()))
+    quiet.enter_context(warnings.catch_warnings())
+    warnings.simplefilter("ignore")
     ops.install()
     from mmcv.cnn.bricks.transformer import FFN
     from mmdet.datasets import CocoDataset

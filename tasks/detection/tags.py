@@ -17,24 +17,19 @@ LAYOUT = (
     "file of annotations in COCO's format, whose name ends in .json, with the images beside it"
 )
 
-#: By model: its published trainings (12 or 36 epochs on COCO), each with release and file name.
+#: Published trainings (36 or 12 epochs on COCO) with release and file name, and their models.
+_FILES = {"coco_3x": "v1.0.2/{}_patch4_window7.pth", "coco_1x": "v1.0.3/{}_patch4_window7_1x.pth"}
+_TRAININGS: dict[str, tuple[str, ...]] = {
+    "mask_rcnn_swin_tiny": ("coco_3x", "coco_1x"),
+    "mask_rcnn_swin_small": ("coco_3x",),
+    "mask_rcnn_swin_base": (),
+    "cascade_mask_rcnn_swin_tiny": ("coco_3x", "coco_1x"),
+    "cascade_mask_rcnn_swin_small": ("coco_3x",),
+    "cascade_mask_rcnn_swin_base": ("coco_3x",),
+}
+#: By model and training: the published file.
 PUBLISHED: dict[str, dict[str, str]] = {
-    "mask_rcnn_swin_tiny": {
-        "coco_3x": "v1.0.2/mask_rcnn_swin_tiny_patch4_window7.pth",
-        "coco_1x": "v1.0.3/mask_rcnn_swin_tiny_patch4_window7_1x.pth",
-    },
-    "mask_rcnn_swin_small": {"coco_3x": "v1.0.2/mask_rcnn_swin_small_patch4_window7.pth"},
-    "mask_rcnn_swin_base": {},
-    "cascade_mask_rcnn_swin_tiny": {
-        "coco_3x": "v1.0.2/cascade_mask_rcnn_swin_tiny_patch4_window7.pth",
-        "coco_1x": "v1.0.3/cascade_mask_rcnn_swin_tiny_patch4_window7_1x.pth",
-    },
-    "cascade_mask_rcnn_swin_small": {
-        "coco_3x": "v1.0.2/cascade_mask_rcnn_swin_small_patch4_window7.pth"
-    },
-    "cascade_mask_rcnn_swin_base": {
-        "coco_3x": "v1.0.2/cascade_mask_rcnn_swin_base_patch4_window7.pth"
-    },
+    model: {tag: _FILES[tag].format(model) for tag in tags} for model, tags in _TRAININGS.items()
 }
 
 #: A short name means the published weights of 36 epochs; without those it has no tag.

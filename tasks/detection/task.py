@@ -13,9 +13,8 @@ from tasks.common.request import DataRequest, ModelRequest
 from tasks.common.task import CalibrationSet, Chains, Evaluation, LoadedModel, Task
 from tasks.detection import models, roi, tags
 from tasks.detection.calibration import calibration_set
-from tasks.detection.chain import detector_segments
 from tasks.detection.coco import open_source
-from tasks.detection.detector import DETECTOR, QuantizedDetector
+from tasks.detection.detector import DETECTOR, QuantizedDetector, detector_segments
 from tasks.detection.divergence import ProposalDivergence
 from tasks.detection.evaluate import detect, measure
 from tasks.detection.neck import rpn_levels, rpn_segment
@@ -108,7 +107,6 @@ class DetectionTask(Task):
         return {name: found[name] for name in chains}
 
     def calibration(self, loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> CalibrationSet:
-        """Images of the training part, each with its own size."""
         return calibration_set(loaded, data, recipe)
 
     def inputs(

@@ -10,7 +10,7 @@ from torch._dynamo.backends.debugging import aot_eager
 
 from fimaq_core.chain import BlockChain
 from fimaq_core.recipe import OFF, Recipe
-from tasks.detection.chain import detector_segments
+from tasks.detection.detector import detector_segments
 from tasks.detection.mm import CascadeRCNN, MaskRCNN
 
 SMALL: dict[str, Any] = {

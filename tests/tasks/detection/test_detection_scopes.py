@@ -25,7 +25,7 @@ from fimaq_core.errors import RecipeError
 from fimaq_core.recipe import make_recipe
 from tasks.common.cell.identity import planned_folder
 from tasks.common.registry import defaults
-from tasks.detection.chain import BackboneAndNeck
+from tasks.detection.detector import BackboneAndNeck
 from tasks.detection.coco import open_demo
 from tasks.detection.detector import DETECTOR
 from tasks.detection.neck import pack

@@ -13,7 +13,7 @@ from fimaq_core.chain import BlockChain
 from fimaq_core.errors import DataError, NumericsError
 from fimaq_core.layers import quant_layers, set_quantized
 from fimaq_core.samples import Samples
-from tasks.detection.chain import detector_segments
+from tasks.detection.detector import detector_segments
 from tasks.detection.detector import QuantizedDetector
 from tasks.detection.neck import rpn_levels, rpn_segment
 from tasks.detection.roi import roi_inputs, roi_parts

@@ -367,16 +367,16 @@ def test_arrays_among_the_weights_are_refused(tmp_path: Path) -> None:
         (
             NAMES[1],
             {},
-            r"are of a Cascade Mask R-CNN with 3 stages for 3 classes .*model is a Mask R-CNN for 3 classes on",
+            r"Missing names: \d+ \('roi_head.bbox_head.shared_fcs.0.weight'.*file 'roi_head.bbox_head.0.",
         ),
         (
             NAMES[0],
             {"depths": (2, 1, 4, 1)},
-            r"width 8 with 2, 1, 4, 1 blocks.*width 8 with 2, 1, 2, 1 blocks",
+            r"Unexpected names: \d+ \('backbone.stages.2.blocks.[23].",
         ),
-        (NAMES[0], {"embed_dims": 16}, r"width 16 .*width 8 "),
-        (NAMES[0], {"window_size": 4}, r"window 4.*window 3"),
-        (NAMES[0], {"classes": 4}, r"for 4 classes.*for 3 classes"),
+        (NAMES[0], {"embed_dims": 16}, r"Shape mismatch: .* is \(16, 3, 4, 4\) in the file, \(8, "),
+        (NAMES[0], {"window_size": 4}, r"Shape mismatch: .* is \(49, 1\) in the file, \(25, 1\)"),
+        (NAMES[0], {"classes": 4}, r"Shape mismatch: .* is \(5, 12\) in the file, \(4, 12\)"),
         (
             NAMES[0],
             {"channels": 16},
@@ -403,10 +403,10 @@ def test_weights_of_another_model_are_named(
     path = write(
         dict(state) if layout == "mmdet" else original(state, window), tmp_path / "weights.pth"
     )
-    with pytest.raises(ModelError, match=message) as caught:
+    with pytest.raises(ModelError, match=f"(?s){message}") as caught:
         load_model(ModelRequest(NAMES[0], SMALL, path))
     assert str(path) in str(caught.value)
-    assert len(str(caught.value)) < 800
+    assert len(str(caught.value)) < 1000
 
 
 def test_one_fault_of_each_kind_is_in_one_message(tmp_path: Path) -> None:
@@ -433,7 +433,7 @@ def test_weights_of_no_detector_with_swin(tmp_path: Path) -> None:
     }
     for state in (backbone, resnet, {}):
         path = write(state, tmp_path / "weights.safetensors")
-        with pytest.raises(ModelError, match="not those of a detector with a Swin backbone"):
+        with pytest.raises(ModelError, match=r"do not fit the model: Missing names: \d+"):
             load_model(ModelRequest(NAMES[0], SMALL, path))
 
 

@@ -24,7 +24,7 @@ from fimaq_core.chain import BlockChain
 from fimaq_core.errors import ModelError
 from fimaq_core.layers import QuantLinear, QuantMatMul, quant_layers, set_quantized
 from fimaq_core.reconstruction.mlp import use_relu
-from tasks.detection.chain import BackboneAndNeck
+from tasks.detection.detector import BackboneAndNeck
 from tasks.detection.mm import CascadeRCNN, MaskRCNN, PatchMerging, SwinBlock
 from tasks.detection.swin import ExplicitPatchMerging, AnySizeSwinBlock
 
