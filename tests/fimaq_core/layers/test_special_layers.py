@@ -1,4 +1,4 @@
-"""Layers whose input has a quantizer made for softmax or GELU: values, folded shifts, what is saved, and how they are trained."""
+"""Layers with an input quantizer for softmax or GELU: values, folded shifts, saving, training."""
 
 import copy
 import functools

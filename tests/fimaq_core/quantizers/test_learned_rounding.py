@@ -21,7 +21,7 @@ from fimaq_core.quantizers.rounding import (
 def problem(
     seed: int = 0,
 ) -> tuple[RoundingProblem, list[Tensor], list[Tensor], list[Tensor], list[int]]:
-    """A matrix and a convolution weight of different bits; ranges so narrow that both ends clamp."""
+    """A matrix and a convolution weight of different bits, with ranges that clamp at both ends."""
     torch.manual_seed(seed)
     weights = [torch.randn(6, 10), torch.randn(4, 3, 2, 2) * 0.5]
     scales = [torch.rand(6, 1) * 0.2 + 0.1, torch.rand(4, 1) * 0.1 + 0.15]
@@ -98,7 +98,7 @@ def test_gradient_equals_autograd_of_the_definition(weight: float, beta: float) 
 
 
 def test_only_the_weights_need_a_gradient() -> None:
-    """A loss without a penalty, as during the warm-up, trains α too; and the penalty alone where no gradient comes."""
+    """α also trains by the loss alone (as in the warm-up), and by the penalty alone."""
     rounding, weights, *_ = problem(2)
     off, beta = torch.tensor(0.0), torch.tensor(2.0)
     upstream = [2 * part for part in rounding.split(rounding.soft())]

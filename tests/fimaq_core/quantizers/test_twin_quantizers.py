@@ -131,7 +131,8 @@ def test_gradients_of_the_softmax_form(levels: int) -> None:
     inside = torch.ones(len(x))
     inside[-2:] = 0
     assert torch.allclose(grad_x, weight * inside)
-    # The lower range's step is split / (H - 1): rounding error over the step where inside, the code where clamped (here 0).
+    # The lower range has the step split / (H - 1). The slope is rounding error / step inside it,
+    # and the code (here 0) where clamped.
     slope = torch.where(low, (out.detach() - values * inside) / bound, 0.0)
     assert float(grad_split) == pytest.approx(float((slope * weight).sum()), rel=1e-4)
     assert low.sum() > 100

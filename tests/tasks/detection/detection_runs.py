@@ -67,9 +67,14 @@ LAYERS = {
 MODEL = ModelRequest("demo_mask_rcnn")
 LIMIT = 8
 QUICK: dict[str, Any] = {
-    "calibration_images": 2, "range_images": 2, "range_search": "minmax", "range_candidates": 16, "steps": 2, "fisher_k": 1,
+    "calibration_images": 2,
+    "range_images": 2,
+    "range_search": "minmax",
+    "range_candidates": 16,
+    "steps": 2,
+    "fisher_k": 1,
     "mlp_steps": 2,
-}  # fmt: skip
+}
 #: The same for the command line.
 FLAGS = [
     text for name, value in QUICK.items() for text in (f"--{name.replace('_', '-')}", str(value))

@@ -1,4 +1,4 @@
-"""Small two-stage detectors of mmdet's classes, with random weights that detect something, and images for them."""
+"""Small two-stage detectors of mmdet with random weights that detect something, and images."""
 
 import copy
 from typing import Any

@@ -1,4 +1,4 @@
-"""Data in COCO's format: what counts is read as pycocotools reads it, what would go wrong later is named with file and id."""
+"""Data in COCO's format: read as pycocotools does; faults are named with file and id."""
 
 import copy
 import json

@@ -27,7 +27,7 @@ SCRIPTS = Path(__file__).parents[3] / "scripts"
 def detectors(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The training of the demo detectors, which is no package but a script's."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
-    from demo_training import detectors
+    from demo_training import detection as detectors
 
     return detectors
 

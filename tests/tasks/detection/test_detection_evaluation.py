@@ -1,4 +1,4 @@
-"""Detection from images to metrics and outcomes: as mmdet's CocoMetric, by hand, and with what can go wrong."""
+"""Detection from images to outcomes: against mmdet's CocoMetric, by hand, and errors."""
 
 import copy
 import json

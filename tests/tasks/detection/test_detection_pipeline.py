@@ -1,4 +1,4 @@
-"""The detection task as a whole, on the demo detector: records, stages, and runs that go on where they were stopped."""
+"""The whole detection task on the demo detector: records, stages, interrupted runs."""
 
 import json
 import shutil
@@ -337,7 +337,7 @@ def test_methods(place: Path, method: str) -> None:
 
 
 def test_a_cascade(tmp_path: Path) -> None:
-    """With random weights, which find nothing: three box heads and three mask heads, each a part of its own."""
+    """With random weights, which find nothing: each of six heads is a part."""
     torch.manual_seed(0)
     model, weights = DEMO.build("demo_cascade"), tmp_path / "random.safetensors"
     for name, parameter in model.named_parameters():

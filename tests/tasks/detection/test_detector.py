@@ -1,4 +1,4 @@
-"""Detectors put together again: mmdet's own predictions in full precision, and quantized layers that change them."""
+"""Complete detectors: mmdet's own predictions in full precision; quantized layers change them."""
 
 import numpy as np
 import pytest
@@ -13,8 +13,7 @@ from fimaq_core.chain import BlockChain
 from fimaq_core.errors import DataError, NumericsError
 from fimaq_core.layers import quant_layers, set_quantized
 from fimaq_core.samples import Samples
-from tasks.detection.detector import detector_segments
-from tasks.detection.detector import QuantizedDetector
+from tasks.detection.detector import QuantizedDetector, detector_segments
 from tasks.detection.neck import rpn_levels, rpn_segment
 from tasks.detection.roi import roi_inputs, roi_parts
 
@@ -88,7 +87,7 @@ def test_the_metric_of_coco_takes_the_predictions() -> None:
 
 
 def parts_of(model: mm.TwoStageDetector, bits: int, **bits_of: int) -> dict[str, BlockChain]:
-    """Chains of all parts; ``bits_of``: other bits of the chain ``detector`` or of the RoI heads ``roi``."""
+    """Chains of all parts; ``bits_of`` gives other bits to the part ``detector`` or ``roi``."""
     chain = chain_of(model, bits_of.get("detector", bits))
     return {"detector": chain, **roi_parts(model, recipe(bits_of.get("roi", bits)))}
 

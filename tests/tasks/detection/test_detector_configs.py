@@ -1,4 +1,4 @@
-"""Configurations of the detectors: equal to mmdet's own, and for the cascade to what its checkpoints were trained with."""
+"""Configurations of the detectors: mmdet's own, and for the cascade that of its checkpoints."""
 
 import functools
 import importlib.metadata
@@ -20,7 +20,7 @@ from tasks.detection.configs import (
 TINY = DetectorSizes(8, (1, 1, 1, 1), (1, 1, 1, 1), 2, channels=8, fc_channels=8)
 MODELS = [f"{kind}_{backbone}" for kind in KINDS for backbone in BACKBONES]
 
-#: Millions of parameters: of the paper's tables where they are given (rounded there), and Mask R-CNN with Swin-B.
+#: Millions of parameters, from the paper's (rounded) tables; the paper has no Mask R-CNN on Swin-B.
 PARAMETERS = {
     "mask_rcnn_swin_tiny": 48,
     "mask_rcnn_swin_small": 69,

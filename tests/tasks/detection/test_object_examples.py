@@ -1,4 +1,4 @@
-"""Examples of detection against the detector's own predictions, outlines against their masks, and the pictures."""
+"""Examples of detection against the detector's predictions, outlines against masks, originals."""
 
 import json
 from pathlib import Path

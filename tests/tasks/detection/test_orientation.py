@@ -1,4 +1,4 @@
-"""EXIF orientation: read from headers, applied as mmdet does, and asked for where sizes do not tell."""
+"""EXIF orientation: read from headers, applied as in mmdet, asked for where sizes do not tell."""
 
 import struct
 from dataclasses import replace
@@ -107,7 +107,7 @@ def test_damaged_blocks_have_no_orientation(block: bytes, tmp_path: Path) -> Non
 
 
 def written(folder: Path, tags: dict[int, int], turn: bool) -> Path:
-    """The tiny data set; images of the positions in ``tags`` have a tag, and with ``turn`` sizes of the turned image."""
+    """The tiny data set with EXIF tags by position; ``turn`` gives sizes of the turned image."""
     content = tiny()
     write_images(folder / "images", content)
     for position, tag in tags.items():
@@ -133,7 +133,8 @@ def test_sizes_that_tell(turn: bool, tmp_path: Path) -> None:
     source = open_file(written(tmp_path, {0: 6, 2: 5}, turn)).settled()
     word = "2 are turned by it and 0 are" if turn else "0 are turned by it and 2 are"
     assert source.notes == (
-        f"2 of 4 images have an EXIF orientation tag: {word} read as stored, as their annotated sizes show",
+        f"2 of 4 images have an EXIF orientation tag: {word} read as stored, as their annotated "
+        "sizes show",
     )
     stored = pixels(60, 80, 40)[:, :, ::-1]
     assert np.array_equal(source.read(0), turned(stored, 6) if turn else stored)
@@ -241,7 +242,8 @@ def test_calibration_images(tmp_path: Path) -> None:
         drawn(tagged)
     ignored = drawn(tagged, exif="ignore")
     assert ignored.notes == [
-        "3 of 4 calibration images have an EXIF orientation tag: 0 are turned by it and 3 are read as stored, by --exif ignore"
+        "3 of 4 calibration images have an EXIF orientation tag: 0 are turned by it and 3 are "
+        "read as stored, by --exif ignore"
     ]
     applied = drawn(written(tmp_path / "turned", {0: 3, 1: 6, 2: 2}, True), exif="apply")
     assert applied.ids == ignored.ids

@@ -118,7 +118,7 @@ def test_quantized_features_are_looked_at_on_the_same_proposals(
 def test_fisher_passes_have_the_gradient_of_mmdets_own_modules(
     loaded: LoadedModel, chain: BlockChain, images: CalibrationSet, stage: int
 ) -> None:
-    """Of the divergence with respect to the last block of a stage, which feeds the neck as well as the next stage."""
+    """Gradient in the last block of a stage, which feeds the neck and the next stage."""
     model, image, number = (
         loaded.model,
         images.images[1],
