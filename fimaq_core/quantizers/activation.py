@@ -29,7 +29,7 @@ class ActivationQuantizer(nn.Module):
     """Quantizer with a scale; during reconstruction it learns the scale and drops at random."""
 
     shaped: ClassVar[tuple[str, ...]] = ("scale",)  # tensors whose shapes calibration decides
-    kind: ClassVar[Kind]  # name of the quantizer in recipes and records
+    kind: Kind  # name of the quantizer in recipes and records
     scale: nn.Parameter  # float32, broadcasts to the input; empty before calibration
     key: Tensor  # (2,) int32 buffer, the key of the random dropping
 

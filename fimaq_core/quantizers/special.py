@@ -1,6 +1,6 @@
 """Activation quantizers for softmax and GELU outputs, as modules."""
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,19 +25,19 @@ Source = Literal["softmax", "gelu"]
 class LogQuantizer(ActivationQuantizer):
     """Quantizer with levels ``s * base ** -k``, after a shift that makes GELU outputs non-negative.
 
-    The output has the shift subtracted again, until :meth:`fold`; then the ``quantized_bias`` of
-    the linear layer contains its effect.
+    The base of kind ``log2`` is 2; that of ``logsqrt2`` is √2 (RepQ-ViT: Li et al., ICCV 2023,
+    arXiv:2212.08254). The output has the shift subtracted again, until :meth:`fold`; then the
+    ``quantized_bias`` of the linear layer contains its effect.
     """
 
-    step: Tensor  # float32 buffer, log2 of the base; starts as `first_step`
+    step: Tensor  # float32 buffer, log2 of the base
     folded: Tensor  # boolean buffer, True if the output keeps the shift
-    first_step: ClassVar[float] = 1.0
 
-    def __init__(self, bits: int, source: Source) -> None:
+    def __init__(self, bits: int, source: Source, kind: Kind = "log2") -> None:
         super().__init__(bits)
-        self.source = source
+        self.kind, self.source = kind, source
         self.shift = GELU_SHIFT if source == "gelu" else 0.0
-        self.register_buffer("step", torch.tensor(self.first_step))
+        self.register_buffer("step", torch.tensor(0.5 if kind == "logsqrt2" else 1.0))
         self.register_buffer("folded", torch.tensor(False))
         self._folded = False
 
@@ -68,19 +68,6 @@ class LogQuantizer(ActivationQuantizer):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class Log2Quantizer(LogQuantizer):
-    """Logarithmic quantizer of base 2."""
-
-    kind: ClassVar[Kind] = "log2"
-
-
-class LogSqrt2Quantizer(LogQuantizer):
-    """Logarithmic quantizer of base √2 (RepQ-ViT: Li et al., ICCV 2023, arXiv:2212.08254)."""
-
-    kind: ClassVar[Kind] = "logsqrt2"
-    first_step: ClassVar[float] = 0.5
-
-
 class AdaLogQuantizer(LogQuantizer):
     """Logarithmic quantizer of base ``2 ** (q / 37)``, q searched (AdaLog: Wu et al., ECCV 2024).
 
@@ -88,12 +75,11 @@ class AdaLogQuantizer(LogQuantizer):
     training uses the definition.
     """
 
-    kind: ClassVar[Kind] = "adalog"
     shifts: Tensor  # (L,) float32 buffer, as is `mantissas`: see `adalog_tables`
     mantissas: Tensor
 
     def __init__(self, bits: int, source: Source) -> None:
-        super().__init__(bits, source)
+        super().__init__(bits, source, "adalog")
         if self.off:
             return
         shifts, mantissas = adalog_tables(ADALOG_R, self.levels)
@@ -117,7 +103,7 @@ class TwinQuantizer(ActivationQuantizer):
     ``scale`` is the split of softmax outputs, or the step of the positive part of GELU outputs.
     """
 
-    kind: ClassVar[Kind] = "twin"
+    kind = "twin"
 
     def __init__(self, bits: int, source: Source) -> None:
         super().__init__(bits)
@@ -133,12 +119,10 @@ class TwinQuantizer(ActivationQuantizer):
         return learned_twin(quantize, x, self.scale, self.levels, self._kept(x))
 
 
-_SPECIAL: dict[str, type[LogQuantizer] | type[TwinQuantizer]] = {
-    quantizer.kind: quantizer
-    for quantizer in (Log2Quantizer, LogSqrt2Quantizer, AdaLogQuantizer, TwinQuantizer)
-}
-
-
 def make_quantizer(kind: Kind, bits: int, source: Source) -> ActivationQuantizer:
     """Make the activation quantizer of a kind, for outputs of ``source``."""
-    return AffineQuantizer(bits) if kind == "uniform" else _SPECIAL[kind](bits, source)
+    if kind == "uniform":
+        return AffineQuantizer(bits)
+    if kind == "twin":
+        return TwinQuantizer(bits, source)
+    return AdaLogQuantizer(bits, source) if kind == "adalog" else LogQuantizer(bits, source, kind)
