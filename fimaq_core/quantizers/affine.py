@@ -59,10 +59,9 @@ class _LearnedScale(torch.autograd.Function):
 class _TracedScale(torch.autograd.Function):
     """:func:`learned_fake_quantize` for compilation: forward and backward each fuse into one pass.
 
-    It saves input and output, which the layers around it save anyway. Backward derives from them
-    which elements were quantized, without drawing the mask again: an element that differs from its
-    input was; for an element that does not differ, both branches of the gradient agree. No boolean
-    tensor is stored, which on CPUs would cost more than all the rest.
+    It saves input and output, which the layers around it save anyway. Backward needs no mask: an
+    element that differs from its input was quantized, and for all others both branches of the
+    gradient agree. No boolean tensor is stored; on CPUs that would cost more than all the rest.
     """
 
     @staticmethod

@@ -221,45 +221,48 @@ def _of_files(
 ) -> DetectionSource:
     """Make a source of images in ``folder``; their names may also be relative to ``root``."""
     names = [entry["file_name"] for entry in coco["images"]]
-    ids, files = zip(*locate(names, folder, root, path), strict=True)
+    ids, paths = zip(*locate(names, folder, root, path), strict=True)
     sizes = [(entry["height"], entry["width"]) for entry in coco["images"]]
-    read = file_reader(files, sizes, path, exif)
-
-    def orientation(index: int) -> Orientation:
-        return orientation_of(files[index], sizes[index], exif)
-
-    return DetectionSource(name, folder.name, ids, coco, read, folder.parent, orientation, exif)
+    files, split = ImageFiles(paths, sizes, path, exif), folder.name
+    return DetectionSource(
+        name, split, ids, coco, files.read, folder.parent, files.orientation, exif
+    )
 
 
-def file_reader(
-    paths: Sequence[Path],
-    sizes: Sequence[tuple[int, int]],
-    annotations: Path,
-    exif: Exif | None = None,
-) -> Callable[[int], np.ndarray]:
-    """Return a function that reads an image by its position: (H, W, 3) uint8, blue first.
+@dataclass(frozen=True)
+class ImageFiles:
+    """Image files that an annotation file describes, with their annotated (height, width)."""
 
-    It reads as mmdet's ``LoadImageFromFile``; TIFF, PPM and wide grey values as classification
-    does.
+    paths: Sequence[Path]
+    sizes: Sequence[tuple[int, int]]
+    annotations: Path
+    exif: Exif | None = None
 
-    Raises:
-        OSError: the file is damaged.
-        UnknownRange: its values have no 8-bit form.
-        DataError: the image has another than its annotated size (height, width), or the user has to
-            decide about its EXIF orientation.
-    """
+    def orientation(self, index: int) -> Orientation:
+        """EXIF orientation of the image at a position. Raises OSError."""
+        return orientation_of(self.paths[index], self.sizes[index], self.exif)
 
-    def read(index: int) -> np.ndarray:
+    def read(self, index: int) -> np.ndarray:
+        """Read the image at a position: (H, W, 3) uint8, blue first.
+
+        This equals mmdet's ``LoadImageFromFile``; TIFF, PPM and wide grey values are read as
+        classification reads them.
+
+        Raises:
+            OSError: the file is damaged.
+            UnknownRange: its values have no 8-bit form.
+            DataError: the image does not have its annotated size, or the user has to decide about
+                its EXIF orientation.
+        """
         # Only the reading of images needs these.
         import cv2
         from PIL import Image
 
         from tasks.common.data.images import grey_bits, open_rgb
 
-        path, size = paths[index], tuple(sizes[index])
-        orientation = orientation_of(path, size, exif)
+        path, size, orientation = self.paths[index], self.sizes[index], self.orientation(index)
         if orientation.applied is None:
-            raise ask([str(path)], str(annotations))
+            raise ask([str(path)], str(self.annotations))
         # OpenCV before version 5 invents the missing rest of a truncated file; Pillow refuses such
         # a file, here while it decodes an eighth of the size.
         with Image.open(path) as image:
@@ -278,9 +281,8 @@ def file_reader(
         if array.shape[:2] != size:
             raise DataError(
                 f"The image {path} is {array.shape[1]} x {array.shape[0]} pixels"
-                f"{orientation.words}, but {annotations} says {size[1]} x {size[0]}: they do not "
-                f"belong together, so that boxes and masks would not fit.{orientation.advice(size)}"
+                f"{orientation.words}, but {self.annotations} says {size[1]} x {size[0]}: they do "
+                "not belong together, so that boxes and masks would not fit."
+                f"{orientation.advice(size)}"
             )
         return np.asarray(array)
-
-    return read

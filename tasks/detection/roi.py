@@ -207,11 +207,6 @@ def class_logits_on(model: nn.Module, features: Sequence[Tensor], proposals: Ten
     return logits
 
 
-def class_count(model: nn.Module) -> int:
-    """Number of logits per proposal: the classes and the background."""
-    return int(_first(model.roi_head.bbox_head).fc_cls.out_features)
-
-
 def _first(modules: nn.Module) -> nn.Module:
     return modules[0] if isinstance(modules, nn.ModuleList) else modules
 

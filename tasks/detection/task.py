@@ -134,7 +134,8 @@ class DetectionTask(Task):
         _check(recipe)
         model = loaded.model
         levels = [rpn_levels(image.shape[2], image.shape[3]) for image in images.images]
-        classes = roi.class_count(model) if recipe.detection_terms == "rpn+roi" else 0
+        # Each proposal has a logit per class and one for the background.
+        classes = loaded.classes + 1 if recipe.detection_terms == "rpn+roi" else 0
         made: dict[str, Divergence] = dict.fromkeys(roi.roi_heads(model), Divergence())
         made[DETECTOR] = ProposalDivergence(levels, model.rpn_head.num_base_priors, classes)
         return made

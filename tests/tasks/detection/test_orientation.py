@@ -17,7 +17,7 @@ from tasks.common.cell.identity import planned_folder
 from tasks.common.registry import defaults
 from tasks.common.request import DataRequest
 from tasks.detection.calibration import calibration_set
-from tasks.detection.coco import file_reader, open_file
+from tasks.detection.coco import ImageFiles, open_file
 from tasks.detection.orientation import Exif, orientation_of, turned
 
 HEIGHT, WIDTH = 40, 60
@@ -56,12 +56,14 @@ def test_applied_as_mmdet_does(ending: str, tag: int, tmp_path: Path) -> None:
 
     path = save(tmp_path / f"x.{ending}", tag)
     expected = LoadImageFromFile().transform({"img_path": str(path)})["img"]
-    assert np.array_equal(file_reader([path], [TURNED[tag]], Path("x.json"), "apply")(0), expected)
+    assert np.array_equal(
+        ImageFiles([path], [TURNED[tag]], Path("x.json"), "apply").read(0), expected
+    )
 
 
 def test_ignored_are_the_stored_pixels(tmp_path: Path) -> None:
     path = save(tmp_path / "x.png", 6)
-    found = file_reader([path], [(HEIGHT, WIDTH)], Path("x.json"), "ignore")(0)
+    found = ImageFiles([path], [(HEIGHT, WIDTH)], Path("x.json"), "ignore").read(0)
     assert np.array_equal(found, pixels(HEIGHT, WIDTH, 0)[:, :, ::-1])
 
 
@@ -183,13 +185,13 @@ def test_a_decision_makes_other_data(tmp_path: Path) -> None:
 
 def test_sizes_that_fit_neither_way(tmp_path: Path) -> None:
     path = save(tmp_path / "x.jpg", 6)
-    read = file_reader([path], [(33, 44)], Path("x.json"))
+    read = ImageFiles([path], [(33, 44)], Path("x.json")).read
     with pytest.raises(
         DataError,
         match=r"40 x 60 pixels \(turned by its EXIF orientation tag 6; 60 x 40 as stored\), but",
     ):
         read(0)
-    read = file_reader([path], [(60, 40)], Path("x.json"), "ignore")
+    read = ImageFiles([path], [(60, 40)], Path("x.json"), "ignore").read
     with pytest.raises(
         DataError, match=r"60 x 40 pixels \(as stored; its EXIF orientation tag 6 is ignored\), but"
     ):
@@ -204,10 +206,10 @@ def test_the_other_decision_is_named_where_it_fits(
 ) -> None:
     path = save(tmp_path / "x.jpg", 6)
     with pytest.raises(DataError, match=f"do not belong together.*try --exif {right}"):
-        file_reader([path], [size], Path("x.json"), wrong)(0)
-    assert file_reader([path], [size], Path("x.json"), right)(0).shape == (*size, 3)
+        ImageFiles([path], [size], Path("x.json"), wrong).read(0)
+    assert ImageFiles([path], [size], Path("x.json"), right).read(0).shape == (*size, 3)
     with pytest.raises(DataError, match=r"would not fit\.$"):
-        file_reader([path], [(33, 44)], Path("x.json"), wrong)(0)
+        ImageFiles([path], [(33, 44)], Path("x.json"), wrong).read(0)
 
 
 def test_damaged_images_are_left_to_the_reader(tmp_path: Path) -> None:
