@@ -6,23 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fimaq_core.errors import DataError
-from tasks.common.data.files import FilesBelow
+from tasks.common.data.files import FilesBelow, id_below
 from tasks.common.data.images import counted
-
-
-class Folder(FilesBelow):
-    """Files below a folder, by names relative to it or absolute."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        bases = (path.absolute(), path.resolve())
-        self._starts = [f"{base.as_posix().rstrip('/')}/" for base in bases]
-
-    def relative(self, name: str) -> str | None:
-        """Return ``name`` relative to the folder; None for an absolute path elsewhere."""
-        if not name.startswith("/"):
-            return name
-        return next((name.removeprefix(one) for one in self._starts if name.startswith(one)), None)
 
 
 def data_root(path: Path) -> Path:
@@ -42,16 +27,20 @@ def image_folder(path: Path, first: str) -> Path:
     parent, split, root = path.parent, path.stem.removeprefix("instances_"), data_root(path)
     beside = [parent.parent / split, parent.parent / split.partition("_")[0]]
     folders = list(dict.fromkeys([parent / path.stem, *beside, parent / "images", parent]))
-    for folder in map(Folder, folders):
-        name = folder.relative(first)
-        if name is not None and folder.find(name):
-            return folder.folder
-    name = Folder(root).relative(first)
-    found = None if name is None else Folder(root).find(name)
-    if found and "/" in found:
-        return root / found.partition("/")[0]
+    for folder in folders:
+        if _find(first, FilesBelow(folder))[1]:
+            return folder
+    _, file = _find(first, FilesBelow(root))
+    if file and "/" in file:
+        return root / file.partition("/")[0]
     places = ", ".join(map(str, dict.fromkeys([*folders, root])))
     raise DataError(f"The images of {path} are not there: {first!r} was looked for in {places}.")
+
+
+def _find(name: str, files: FilesBelow) -> tuple[str | None, str | None]:
+    """``name`` relative to the folder (None for an absolute path elsewhere), and its file there."""
+    text = id_below(name, files.folder) if name.startswith("/") else name
+    return (None, None) if text.startswith("/") else (text, files.find(text))
 
 
 def locate(
@@ -62,18 +51,18 @@ def locate(
     ``names`` are relative to ``folder`` or to the data's ``root`` (if there is one), or absolute
     and below one of them. Raises DataError unless each name has exactly one file of its own.
     """
-    places = [(Folder(folder), f"{folder.name}/")]
+    places = [(FilesBelow(folder), f"{folder.name}/")]
     if root is not None:
-        places.append((Folder(root), ""))
+        places.append((FilesBelow(root), ""))
     found: list[tuple[str, Path]] = []
     missing, outside = [], []
     for name in names:
         inside, files = False, {}
         for place, prefix in places:
-            text = place.relative(name)
+            text, file = _find(name, place)
             inside |= text is not None
-            if text is not None and (file := place.find(text)) is not None:
-                files.setdefault(place.folder / file, prefix + text)
+            if file is not None:
+                files.setdefault(place.folder / file, f"{prefix}{text}")
         if files:
             (file, image_id), *others = files.items()
             found.append((image_id, file))

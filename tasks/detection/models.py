@@ -140,11 +140,20 @@ def class_names(stored: StoredWeights, classes: int) -> tuple[str, ...] | None:
 
 
 def adapted(state: Mapping[str, Tensor], model: nn.Module, where: str) -> dict[str, Tensor]:
-    """Weights under the names and in the order of mmdet's ``model``. Raises ModelError."""
-    found = of_mmdet(_without_extras(state, model, where))
+    """Weights under the names and in the order of mmdet's ``model``. Raises ModelError.
+
+    Averaged copies (``ema_``) are dropped, and mean and deviation of images after a check.
+    """
+    found = of_mmdet({name: value for name, value in state.items() if not name.startswith("ema_")})
+    for name in ("mean", "std"):
+        value = found.pop(f"data_preprocessor.{name}", None)
+        own = getattr(model.data_preprocessor, name).flatten().float()
+        if value is not None and not torch.equal(value.flatten().float(), own):
+            raise ModelError(
+                f"The weights {where} are for images of another {name}: {value.flatten().tolist()}."
+            )
     expected = model.state_dict()
-    indices = [name for name in found if name.endswith("relative_position_index")]
-    for name in indices:
+    for name in [name for name in found if name.endswith("relative_position_index")]:
         value, own = found[name], expected.get(name)
         if own is not None and value.shape == own.shape and not torch.equal(value, own):
             raise ModelError(
@@ -173,16 +182,3 @@ def merging_order(value: Tensor) -> Tensor:
     (``nn.Unfold``) keeps the pixels of a channel together, row by row.
     """
     return value.unflatten(-1, (2, 2, -1)).transpose(-1, -3).flatten(-3)
-
-
-def _without_extras(state: Mapping[str, Tensor], model: nn.Module, where: str) -> dict[str, Tensor]:
-    """Drop averaged copies (``ema_``), and the mean and deviation of images after a check."""
-    kept = {name: value for name, value in state.items() if not name.startswith("ema_")}
-    for name in ("mean", "std"):
-        value = kept.pop(f"data_preprocessor.{name}", None)
-        own = getattr(model.data_preprocessor, name).flatten().float()
-        if value is not None and not torch.equal(value.flatten().float(), own):
-            raise ModelError(
-                f"The weights {where} are for images of another {name}: {value.flatten().tolist()}."
-            )
-    return kept
