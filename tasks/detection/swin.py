@@ -81,7 +81,11 @@ class AnySizeSwinBlock(nn.Module):
         expect(block, "A Swin block", SwinBlock)
         self.window, self.shift = block.attn.window_size, block.attn.shift_size
         self.norm1, self.norm2 = block.norm1, block.norm2
-        self.attn = _window_attention(block.attn.w_msa, recipe)
+        attention = block.attn.w_msa
+        expect(attention, "Attention", WindowMSA)
+        table, index = attention.relative_position_bias_table, attention.relative_position_index
+        bias = table[index.flatten()].view(*index.shape, -1).permute(2, 0, 1)[None]
+        self.attn = ExplicitWindowAttention(attention, bias, table, recipe)
         self.mlp = ExplicitMlp(block.ffn, recipe)
         self.register_buffer("pad", torch.zeros(block.ffn.embed_dims))
 
@@ -127,10 +131,3 @@ def _regions(count: int, size: int, shift: int, device: torch.device) -> Tensor:
     line = torch.arange(count * size, device=device)
     strip = (line >= (count - 1) * size).long() + (line >= count * size - shift).long()
     return strip.view(count, size)
-
-
-def _window_attention(attention: WindowMSA, recipe: Recipe) -> ExplicitWindowAttention:
-    expect(attention, "Attention", WindowMSA)
-    table, index = attention.relative_position_bias_table, attention.relative_position_index
-    bias = table[index.flatten()].view(*index.shape, -1).permute(2, 0, 1)[None]
-    return ExplicitWindowAttention(attention, bias, table, recipe)

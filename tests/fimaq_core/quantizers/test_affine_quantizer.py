@@ -19,7 +19,7 @@ KEY = draw_keys(1, torch.Generator().manual_seed(6))[0]
 def quantizer(
     form: Form, scale: Tensor, zero: Tensor, bits: int = 3, probability: float = 1.0
 ) -> AffineQuantizer:
-    """A quantizer that learns in ``form``; scale and zero point keep their type."""
+    """A quantizer that learns in ``form``; scale and zero point keep their dtype."""
     made = AffineQuantizer(bits)
     made.set_range(scale, zero)
     made.scale, made.zero_point, made.key = (
@@ -33,7 +33,7 @@ def quantizer(
 
 
 def loop_quantize(x: Tensor, scale: Tensor, zero: Tensor, levels: int) -> Tensor:
-    """Element by element, in Python."""
+    """Quantize element by element, in Python."""
     x, scale, zero = (np.asarray(t.numpy()) for t in torch.broadcast_tensors(x, scale, zero))
     out = np.zeros_like(x)
     for index in np.ndindex(x.shape):
@@ -252,7 +252,7 @@ def test_transposed_operand_has_its_own_scale(grain: str, form: Form | None) -> 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("probability", [0.5, 1.0])
 def test_gradients_on_grid_points(form: Form, probability: float) -> None:
-    """Where the output equals the input, the gradient passes and the scale has none."""
+    """Gradient where the output equals the input: it passes, and the scale has none."""
     scale, zero = torch.tensor([0.5]), torch.tensor([3.0])
     x = (torch.arange(8.0) - 3).repeat(20) * 0.5
     upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))

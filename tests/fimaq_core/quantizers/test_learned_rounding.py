@@ -31,7 +31,7 @@ def problem(
 
 
 def plain_soft(alpha: Tensor, weight: Tensor, scale: Tensor, zero: Tensor, levels: int) -> Tensor:
-    """The definition as it stands in the paper, differentiable by autograd."""
+    """The definition of the paper, differentiable by autograd."""
     h = (1.2 * torch.sigmoid(alpha) - 0.1).clamp(0, 1)
     rows = weight.flatten(1)
     codes = (torch.floor(rows / scale) + h.view_as(rows) + zero).clamp(0, levels - 1)

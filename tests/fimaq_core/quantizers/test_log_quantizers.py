@@ -27,12 +27,12 @@ def values(count: int = 4000) -> Tensor:
 
 
 def loop_codes(x: Tensor, scale: float, step: float) -> list[int]:
-    """Element by element, in Python's floats."""
+    """Quantize element by element, in Python's floats."""
     return [round(-math.log2(min(max(float(v) / scale, 1e-15), 1.0)) / step) for v in x]
 
 
 def far_from_ties(x: Tensor, scale: float, step: float) -> Tensor:
-    """Those of ``x`` whose code float32 cannot round the other way."""
+    """True for values of ``x`` whose code float32 cannot round to the neighbour."""
     position = -torch.log2((x.double() / scale).clamp(1e-15, 1)) / step
     return x[((position - position.floor()) - 0.5).abs() > 1e-4]
 

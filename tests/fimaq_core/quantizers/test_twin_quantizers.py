@@ -15,7 +15,7 @@ LEARNED = [partial(learned_twin, twin_softmax), partial(learned_twin, twin_gelu)
 
 
 def loop_softmax(x: Tensor, split: float, levels: int) -> list[float]:
-    """Element by element, in Python's floats."""
+    """Quantize element by element, in Python's floats."""
     top = levels // 2 - 1
     out = []
     for value in x.tolist():
@@ -25,7 +25,7 @@ def loop_softmax(x: Tensor, split: float, levels: int) -> list[float]:
 
 
 def loop_gelu(x: Tensor, scale: float, levels: int) -> list[float]:
-    """Element by element, in Python's floats."""
+    """Quantize element by element, in Python's floats."""
     half = levels // 2
     out = []
     for value in x.tolist():

@@ -1,4 +1,4 @@
-"""Small data sets in COCO's format, with everything that may be in one."""
+"""Small data sets in COCO's format, with all kinds of entries."""
 
 import json
 from collections.abc import Callable
@@ -163,7 +163,7 @@ def random_coco(
 
 
 class Instances:
-    """What mmdet's ``InstanceData`` is for an evaluation."""
+    """Objects of an image with the fields of mmdet's ``InstanceData`` that an evaluation reads."""
 
     def __init__(
         self, bboxes: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor, masks: torch.Tensor

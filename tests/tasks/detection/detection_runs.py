@@ -82,7 +82,7 @@ FLAGS = [
 
 
 def cell(folder: Path, method: str = "fimaq", **changes: Any) -> CellRequest:
-    """Its records are in ``folder/runs``, what cells share beside."""
+    """Request of a cell: records in ``folder/runs``, files that cells share in ``folder``."""
     recipe = make_recipe(method, defaults("detection"), QUICK, changes)
     return CellRequest(
         "detection", MODEL, DataRequest(limit=LIMIT), recipe, results=folder / "runs"
@@ -106,7 +106,7 @@ class Done:
 
     @property
     def bits(self) -> dict[str, tuple[int, int]]:
-        """Of weights and inputs, or of a product's operands, of every quantized layer."""
+        """Bits of every quantized layer: weight and input, or the operands of a product."""
         assert self.record.modules is not None
         return {
             entry.name: (

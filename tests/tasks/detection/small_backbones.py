@@ -76,7 +76,7 @@ def deviation(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
 
 
 class CountingBackend:
-    """A compiler's backend that counts what it is given to compile."""
+    """A compiler backend that counts graphs."""
 
     def __init__(self) -> None:
         self.graphs = 0

@@ -25,7 +25,7 @@ SCRIPTS = Path(__file__).parents[3] / "scripts"
 
 @pytest.fixture
 def detectors(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The training of the demo detectors, which is no package but a script's."""
+    """The module that trains the demo detectors; it belongs to a script."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
     from demo_training import detection as detectors
 

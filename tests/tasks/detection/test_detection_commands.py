@@ -113,7 +113,7 @@ def test_a_file_in_cocos_format(own: Done) -> None:
 def test_the_numbers_of_the_file_are_those_of_pycocotools(
     own: Done, place: Path, tmp_path: Path
 ) -> None:
-    """Of the full-precision model, on what mmdet's own test step finds in the files."""
+    """Metrics of the full-precision model against pycocotools on mmdet's own test step."""
     import contextlib
     import io
 

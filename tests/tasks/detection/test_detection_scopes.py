@@ -1,4 +1,4 @@
-"""What of a detector is quantized: exactly what the scope says, and what scopes share."""
+"""Quantized pieces of a detector: exactly those of the scope; files that scopes share."""
 
 import json
 import re
@@ -53,7 +53,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cells(place: Path) -> dict[str, Done]:
-    """Of the full scope first, then of each piece alone."""
+    """Cells of the full scope, then of each piece alone."""
     return {scope: done(cell(place, "qdrop", scope=scope)) for scope in (FULL, *PIECES)}
 
 

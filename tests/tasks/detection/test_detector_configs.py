@@ -45,7 +45,7 @@ def from_mmdet(file: str) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """Without the difference between tuples and lists."""
+    """Convert tuples to lists."""
     if isinstance(value, dict):
         return {name: plain(content) for name, content in value.items()}
     return [plain(content) for content in value] if isinstance(value, list | tuple) else value

@@ -330,7 +330,7 @@ class Payload:
 
 
 class Found:
-    """Unpickles as a function of numpy's that runs code, found by ``getattr``."""
+    """Unpickles as a numpy function that runs code, found by ``getattr``."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (np.ndarray, "dumps")

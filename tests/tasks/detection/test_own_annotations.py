@@ -262,7 +262,7 @@ def test_orientations_that_sizes_tell(
 def test_half_turns(
     model: LoadedModel, place: Path, scenes: tuple[Any, ...], usual: Evaluation
 ) -> None:
-    """Which the sizes do not tell: asked for, and measured as the answer says."""
+    """Orientations that the sizes do not tell: asked for, then measured by the answer."""
     tags = [3, 3, 2, 4, 3, 1]
     for folder, turn, right, wrong in (
         ("turned", True, "apply", "ignore"),
