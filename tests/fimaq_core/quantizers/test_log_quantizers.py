@@ -32,7 +32,7 @@ def loop_codes(x: Tensor, scale: float, step: float) -> list[int]:
 
 
 def far_from_ties(x: Tensor, scale: float, step: float) -> Tensor:
-    """True for values of ``x`` whose code float32 cannot round to the neighbour."""
+    """Values of ``x`` whose code float32 cannot round to the neighbour."""
     position = -torch.log2((x.double() / scale).clamp(1e-15, 1)) / step
     return x[((position - position.floor()) - 0.5).abs() > 1e-4]
 
