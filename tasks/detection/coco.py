@@ -31,28 +31,21 @@ _READ_BY_PILLOW = ("PPM", "TIFF")
 
 @dataclass(frozen=True, eq=False)
 class DetectionSource:
-    """One part of a data set with annotated objects, such as ``val2017`` of COCO 2017.
-
-    ``image_ids`` are paths below ``root`` in the order of ``coco["images"]``, such as
-    ``val2017/000000000139.jpg``. ``coco`` is checked, cached and not to be changed. ``read`` gives
-    the image at a position as (H, W, 3) uint8, blue first, and ``orientation`` its EXIF
-    orientation; images that are no files have no root and no orientation. ``oriented`` is the
-    number of images with an EXIF orientation, None until :meth:`settled`. ``labels`` are the
-    category ids of the detector's classes, None for a class without a category; None as a whole
-    stands for all categories in the file's order.
-    """
+    """One part of a data set with annotated objects, such as ``val2017`` of COCO 2017."""
 
     name: str
     split: str
-    image_ids: tuple[str, ...]
-    coco: Coco
-    read: Callable[[int], np.ndarray]
-    root: Path | None = None
-    orientation: Callable[[int], Orientation] | None = None
-    exif: Exif | None = None
-    oriented: int | None = None
+    image_ids: tuple[str, ...]  # paths below `root`, such as val2017/000000000139.jpg
+    coco: Coco  # checked, with images in the order of `image_ids`; cached, not to be changed
+    read: Callable[[int], np.ndarray]  # image by position, (H, W, 3) uint8, blue first
+    root: Path | None = None  # folder of the data; None if images are no files
+    orientation: Callable[[int], Orientation] | None = None  # by position; None likewise
+    exif: Exif | None = None  # the user's decision about EXIF orientations
+    oriented: int | None = None  # number of images with an EXIF orientation, from `settled`
+    #: Category id of each class of the detector, None for a class without a category; None as a
+    #: whole: all categories in the file's order.
     labels: tuple[int | None, ...] | None = None
-    classes_from: Origin | None = None
+    classes_from: Origin | None = None  # source of the class names
     notes: tuple[str, ...] = ()
 
     @property

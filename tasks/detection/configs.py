@@ -22,38 +22,24 @@ KINDS: tuple[Kind, ...] = ("mask_rcnn", "cascade_mask_rcnn")
 
 @dataclass(frozen=True)
 class DetectorSizes:
-    """Sizes of a detector; the defaults are as published.
+    """Sizes of a detector; the defaults are as published."""
 
-    Attributes:
-        embed_dims: width of the backbone's first stage; the width doubles from stage to stage.
-        depths, num_heads: blocks and attention heads of the four stages.
-        drop_path_rate: for training.
-        channels: of the FPN and of the convolutions in all heads.
-        fc_channels: width of the linear layers of the box heads.
-        box_convs: convolutions of the cascade's box heads; Mask R-CNN has two linear layers.
-        anchor_scale: side of the anchors, in strides of their level.
-        finest_scale: regions of less than twice this side are read from the finest level.
-        proposals: highest number of regions that the RPN returns per image and per level.
-        detections: highest number of objects per image.
-        pixel_mean, pixel_std: of the RGB values 0 to 255; the defaults are ImageNet's.
-    """
-
-    embed_dims: int
-    depths: Sequence[int]
-    num_heads: Sequence[int]
+    embed_dims: int  # width of the backbone's first stage; doubles from stage to stage
+    depths: Sequence[int]  # blocks of the four stages
+    num_heads: Sequence[int]  # attention heads of the four stages
     window_size: int = 7
-    drop_path_rate: float = 0.2
+    drop_path_rate: float = 0.2  # in training
     classes: int = 80
-    channels: int = 256
-    fc_channels: int = 1024
-    box_convs: int = 4
+    channels: int = 256  # of the FPN and of the convolutions in all heads
+    fc_channels: int = 1024  # width of the linear layers of the box heads
+    box_convs: int = 4  # of the cascade's box heads; Mask R-CNN has two linear layers
     mask_convs: int = 4
-    anchor_scale: int = 8
+    anchor_scale: int = 8  # side of the anchors, in strides of their level
     anchor_ratios: Sequence[float] = (0.5, 1.0, 2.0)
-    finest_scale: int = 56
-    proposals: int = 1000
-    detections: int = 100
-    pixel_mean: Sequence[float] = (123.675, 116.28, 103.53)
+    finest_scale: int = 56  # regions of less than twice this side use the finest level
+    proposals: int = 1000  # highest number of regions from the RPN, per image and per level
+    detections: int = 100  # highest number of objects per image
+    pixel_mean: Sequence[float] = (123.675, 116.28, 103.53)  # of RGB values, ImageNet's
     pixel_std: Sequence[float] = (58.395, 57.12, 57.375)
 
 
