@@ -57,10 +57,10 @@ def linear_of(
 ) -> QuantLinear:
     """A quantizable layer with a weight (out, in) and bias that belong to no ``nn.Linear``."""
     rows, columns = weight.shape
-    layer = QuantLinear(columns, rows, bias is not None, recipe.w_bits, input_bits)
+    layer = nn.Linear(columns, rows, device="meta")
     layer.weight = weight
     layer.register_parameter("bias", bias)
-    return layer
+    return QuantLinear.from_float(layer, recipe.w_bits, input_bits)
 
 
 class ExplicitMultiheadAttention(nn.Module):

@@ -29,16 +29,25 @@ class WeightLayer(nn.Module):
     quantized: bool  # False computes the float layer
     soft: bool  # True while `weight` already holds rounded values, so the quantizer is skipped
 
-    def _add_quantizers(self, weight_bits: int, input_quantizer: ActivationQuantizer) -> None:
-        self.weight_quantizer = WeightQuantizer(weight_bits)
-        self.input_quantizer = input_quantizer
-        self.register_buffer("quantized_bias", torch.empty(0))
-        self.quantized = self.soft = False
+    @classmethod
+    def from_float(
+        cls, layer: Any, weight_bits: int, input_bits: int, input_kind: Kind = "uniform"
+    ) -> Self:
+        """Take over settings, weight and bias (the same parameters) of a float ``layer``.
 
-    def _take_over(self, layer: nn.Module, weight: Tensor) -> Self:
-        """Take over the parameters of a float layer and its training mode."""
-        self.weight, self.bias = weight, cast("nn.Parameter | None", layer.bias)
-        return self.train(layer.training)
+        An ``input_kind`` other than uniform is for GELU outputs.
+        """
+        new = cls.__new__(cls)
+        nn.Module.__init__(new)  # not that of the float layer, which would make new parameters
+        own = {*vars(new), "forward"}
+        vars(new).update({name: value for name, value in vars(layer).items() if name not in own})
+        new.register_parameter("weight", layer.weight)
+        new.register_parameter("bias", layer.bias)
+        new.weight_quantizer = WeightQuantizer(weight_bits)
+        new.input_quantizer = make_quantizer(input_kind, input_bits, "gelu")
+        new.register_buffer("quantized_bias", torch.empty(0))
+        new.quantized = new.soft = False
+        return new.train(layer.training)
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The float layer's output for an input, a weight and a bias."""
@@ -59,33 +68,13 @@ class WeightLayer(nn.Module):
 
 
 class QuantLinear(WeightLayer, nn.Linear):  # type: ignore[misc]
-    """``nn.Linear`` with quantizers. An ``input_kind`` other than uniform is for GELU outputs.
+    """``nn.Linear`` with quantizers.
 
     Example:
         >>> layer = QuantLinear.from_float(nn.Linear(8, 4), weight_bits=4, input_bits=8)
         >>> layer(torch.ones(2, 8)).shape  # full precision until `layer.quantized = True`
         torch.Size([2, 4])
     """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool,
-        weight_bits: int,
-        input_bits: int,
-        input_kind: Kind = "uniform",
-    ) -> None:
-        super().__init__(in_features, out_features, bias=bias)
-        self._add_quantizers(weight_bits, make_quantizer(input_kind, input_bits, "gelu"))
-
-    @classmethod
-    def from_float(
-        cls, layer: nn.Linear, weight_bits: int, input_bits: int, input_kind: Kind = "uniform"
-    ) -> "QuantLinear":
-        """Take over weight and bias (the same parameters) of ``layer``."""
-        sizes = layer.in_features, layer.out_features, layer.bias is not None
-        return cls(*sizes, weight_bits, input_bits, input_kind)._take_over(layer, layer.weight)
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
@@ -95,13 +84,6 @@ class QuantConv2d(WeightLayer, nn.Conv2d):  # type: ignore[misc]
     """``nn.Conv2d`` with quantizers."""
 
     input_quantizer: AffineQuantizer
-
-    @classmethod
-    def from_float(cls, layer: nn.Conv2d, weight_bits: int, input_bits: int) -> "QuantConv2d":
-        """Take over weight and bias (the same parameters) of ``layer``."""
-        new = cls(**_shape(layer), padding_mode=layer.padding_mode, groups=layer.groups)
-        new._add_quantizers(weight_bits, AffineQuantizer(input_bits))
-        return new._take_over(layer, layer.weight)
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         out: Tensor = self._conv_forward(x, weight, bias)
@@ -118,9 +100,9 @@ class QuantConvTranspose2d(WeightLayer, nn.ConvTranspose2d):  # type: ignore[mis
 
     @classmethod
     def from_float(
-        cls, layer: nn.ConvTranspose2d, weight_bits: int, input_bits: int
-    ) -> "QuantConvTranspose2d":
-        """Take over the bias (the same parameter) of ``layer``, and copy its weight.
+        cls, layer: Any, weight_bits: int, input_bits: int, input_kind: Kind = "uniform"
+    ) -> Self:
+        """Take over settings and bias (the same parameter) of ``layer``, and copy its weight.
 
         Raises:
             ModelError: the layer has several groups.
@@ -130,20 +112,15 @@ class QuantConvTranspose2d(WeightLayer, nn.ConvTranspose2d):  # type: ignore[mis
                 f"A transposed convolution in {layer.groups} groups is not supported: it must have "
                 "one."
             )
-        new = cls(**_shape(layer), output_padding=cast(_Pair, layer.output_padding))
-        new._add_quantizers(weight_bits, AffineQuantizer(input_bits))
+        new = super().from_float(layer, weight_bits, input_bits, input_kind)
         weight = layer.weight.detach().transpose(0, 1).contiguous()
-        return new._take_over(layer, nn.Parameter(weight, layer.weight.requires_grad))
+        new.weight = nn.Parameter(weight, layer.weight.requires_grad)
+        return new
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         sizes = cast("tuple[_Pair, _Pair, _Pair]", (self.stride, self.padding, self.output_padding))
         weight = weight.transpose(0, 1).contiguous()
         return F.conv_transpose2d(x, weight, bias, *sizes, dilation=cast(_Pair, self.dilation))
-
-
-def _shape(layer: nn.Conv2d | nn.ConvTranspose2d) -> dict[str, Any]:
-    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
-    return {**{name: getattr(layer, name) for name in names}, "bias": layer.bias is not None}
 
 
 #: Quantizable layer by type of the float layer.

@@ -4,6 +4,8 @@ All sizes follow from the input's size by arithmetic, without branches: a block 
 with dynamic height and width runs every image. Padding therefore always uses the same operations.
 """
 
+from collections import OrderedDict
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -53,19 +55,6 @@ class ExplicitPatchMerging(nn.Module):
         return self.reduction(self.norm(x.reshape(batch, rows, columns, 4 * channels)))
 
 
-class ExplicitMlp(nn.Module):
-    """mmcv's ``FFN`` of two layers, without residual connection and dropout."""
-
-    def __init__(self, ffn: FFN, recipe: Recipe) -> None:
-        super().__init__()
-        expect(ffn, "An MLP", FFN)
-        self.fc1, self.act, self.fc2 = ffn.layers[0][0], ffn.layers[0][1], ffn.layers[1]
-        swap_linears(self, MlpPart("mlp"), recipe)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
-
-
 class AnySizeSwinBlock(nn.Module):
     """mmdet's ``SwinBlock`` on maps, with a pad value that LayerNorm reparameterisation can change.
 
@@ -86,7 +75,10 @@ class AnySizeSwinBlock(nn.Module):
         table, index = attention.relative_position_bias_table, attention.relative_position_index
         bias = table[index.flatten()].view(*index.shape, -1).permute(2, 0, 1)[None]
         self.attn = ExplicitWindowAttention(attention, bias, table, recipe)
-        self.mlp = ExplicitMlp(block.ffn, recipe)
+        expect(block.ffn, "An MLP", FFN)
+        (fc1, act, *_), fc2, *_ = block.ffn.layers
+        self.mlp = nn.Sequential(OrderedDict(fc1=fc1, act=act, fc2=fc2))
+        swap_linears(self.mlp, MlpPart("mlp"), recipe)
         self.register_buffer("pad", torch.zeros(block.ffn.embed_dims))
 
     def forward(self, x: Tensor) -> Tensor:

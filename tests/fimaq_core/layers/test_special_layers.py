@@ -221,7 +221,7 @@ def test_states_carry_ranges_and_the_folded_shift(kind: Kind, folded: bool, bias
     set_up(used.input_quantizer, torch.tensor([0.1]))
     decide_rounding(used)
     fold_shift(used)
-    new = QuantLinear(12, 7, biased, 4, 4, kind)
+    new = QuantLinear.from_float(nn.Linear(12, 7, biased), 4, 4, kind)
     for other in (used, new):
         other.load_state_dict(layer.state_dict())
         other.quantized = True

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fimaq_core.layers import QuantLinear, decide_rounding
 from fimaq_core.quantizers.affine import WeightQuantizer
@@ -197,7 +197,7 @@ def test_weight_quantizer_uses_decided_codes() -> None:
 
 def test_deciding_the_rounding_changes_nothing_but_the_storage() -> None:
     torch.manual_seed(0)
-    layer = QuantLinear(5, 4, True, 3, 4)
+    layer = QuantLinear.from_float(nn.Linear(5, 4), 3, 4)
     layer.weight_quantizer.set_range(torch.rand(4, 1) * 0.1 + 0.05, torch.full((4, 1), 3.0))
     before = layer.weight_quantizer.quantized(layer.weight.detach())
     decide_rounding(layer)
