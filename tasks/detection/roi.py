@@ -236,13 +236,15 @@ class _AppendLogits(nn.Module):
 
     def __init__(self, proposals: FloatProposals, unpack: Unpack) -> None:
         super().__init__()
-        self.proposals, self.unpack = proposals, unpack
+        self._proposals = [proposals]  # in a list: the chain's side owns it
+        self.unpack = unpack
 
     def forward(self, x: Tensor, side: Tensor, kept: Kept) -> Tensor:
         # RoIAlign works in float32 only.
         with torch.autocast(x.device.type, enabled=False):
             features = self.unpack(kept[-1].float())
-            logits = class_logits_on(self.proposals.model_on(x.device), features, side[0].float())
+            model = self._proposals[0].model_on(x.device)
+            logits = class_logits_on(model, features, side[0].float())
         return torch.cat([x.flatten(1).float(), logits.reshape(1, -1)], 1)
 
 
