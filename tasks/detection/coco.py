@@ -39,7 +39,7 @@ class DetectionSource:
     coco: Coco  # checked, with images in the order of `image_ids`; cached, not to be changed
     read: Callable[[int], np.ndarray]  # image by position, (H, W, 3) uint8, blue first
     root: Path | None = None  # folder of the data; None if images are no files
-    orientation: Callable[[int], Orientation] | None = None  # by position; None likewise
+    orientation: Callable[[int], Orientation] | None = None  # of files, by position
     exif: Exif | None = None  # the user's decision about EXIF orientations
     oriented: int | None = None  # number of images with an EXIF orientation, from `settled`
     #: Category id of each class of the detector, None for a class without a category; None as a

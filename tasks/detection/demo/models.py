@@ -40,7 +40,7 @@ def _spec(kind: Kind, fc_channels: int, mask_convs: int) -> DemoSpec:
         fc_channels=fc_channels,
         box_convs=2,
         mask_convs=mask_convs,
-        # Most digits are higher than wide, with 10 to 38 pixels; from 24 on read at stride 8.
+        # Digits are 10 to 38 pixels high and mostly narrower; those from 24 on use stride 8.
         anchor_scale=4,
         anchor_ratios=(0.8, 1.5, 3.0),
         finest_scale=12,
