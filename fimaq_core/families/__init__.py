@@ -1,4 +1,4 @@
-"""Model families: kinds of models, and how each is cut into segments."""
+"""Model families: kinds of models, and how to cut each into segments."""
 
 from typing import Protocol
 
@@ -10,16 +10,16 @@ from fimaq_core.recipe import Recipe
 
 
 class Family(Protocol):
-    """A kind of model: how to recognise it, by type and never by name, and how to cut it."""
+    """A kind of model: how to recognise it (by type, never by name) and how to cut it."""
 
     name: str
 
     def matches(self, model: nn.Module) -> bool:
-        """Whether ``model`` is of this family."""
+        """True if ``model`` is of this family."""
         ...
 
     def build(self, model: nn.Module, recipe: Recipe) -> BlockChain:
-        """Turn ``model`` into a chain, reusing its parts, with layers swapped for quantizable ones.
+        """Turn ``model`` into a chain that reuses its parts, with quantizable layers.
 
         In full precision the chain's output equals the model's to rounding.
 
@@ -29,12 +29,12 @@ class Family(Protocol):
         ...
 
 
-#: Families from elsewhere. They are asked before those of this package.
+#: Families that other packages add. They are asked before the families of this package.
 FAMILIES: list[Family] = []
 
 
 def find_family(model: nn.Module) -> Family:
-    """Find a model's family by type. A library is imported only for a model of its own.
+    """Find a model's family by type. Imports timm only for a model of timm.
 
     Raises:
         ModelError: no family knows the model.
@@ -51,6 +51,6 @@ def find_family(model: nn.Module) -> Family:
     own = "".join(f", {family.name}" for family in FAMILIES)
     raise ModelError(
         f"{type(model).__name__} is a class that no model family knows: there are timm's ViT, DeiT "
-        f"and Swin{own}. Give blocks= and head= to quantize() for a module of one's own; "
-        "CONTRIBUTING.md shows how to add a family."
+        f"and Swin{own}. Give blocks= and head= to quantize() for your own module; CONTRIBUTING.md "
+        "shows how to add a family."
     )

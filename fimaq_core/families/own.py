@@ -1,11 +1,12 @@
-"""Modules of one's own: a model as stem, blocks, rest and head, with its layers swapped by type.
+"""A user's own model as stem, blocks, rest and head, with layers replaced by type.
 
-The model's forward is watched once. In the chain, the model itself runs stem and rest: its blocks
-and its head are replaced by slots, and its forward is stopped at one of them.
+The model's forward is watched once. In the chain, the model itself runs stem and rest: slots
+replace its blocks and its head, and the forward stops at a slot.
 """
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -23,7 +24,7 @@ from fimaq_core.recipe import Recipe
 
 
 class _Arrived(Exception):
-    """Ends a forward at a slot, with the slot's input."""
+    """Ends a forward at a slot; ``x`` is the slot's input."""
 
     def __init__(self, x: Tensor) -> None:
         super().__init__()
@@ -31,24 +32,21 @@ class _Arrived(Exception):
 
 
 class _Slot(nn.Module):
-    """The place of a block or of the head in the model. The chain owns what stood there.
+    """Replaces a block or the head in the model; the model may still read its attributes."""
 
-    The model's forward may still read its attributes.
-    """
-
-    def __init__(self, stood: nn.Module) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self._stood = [stood]  # in a list: the chain must not own it twice
-        self.stops = False  # whether the model's forward ends here
-        self.given: Tensor | None = None  # the output; None to give the input
+        self._module = [module]  # in a list: the chain owns it
+        self.stops = False  # True while the model's forward ends here
+        self.given: Tensor | None = None  # the output; None returns the input
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if "_stood" not in self.__dict__:
+            if "_module" not in self.__dict__:
                 raise
-            return getattr(self._stood[0], name)
+            return getattr(self._module[0], name)
 
     def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
         if self.stops:
@@ -57,9 +55,9 @@ class _Slot(nn.Module):
 
 
 class _Frame(nn.Module):
-    """A model with slots for its blocks and, at the end of ``slots``, for its head.
+    """The stem: images (B, C, H, W), each of ``shape``, to the first block's input.
 
-    ``forward`` is the stem: images (B, C, H, W), each of ``shape``, to the first block's input.
+    It holds the model, with ``slots`` for its blocks and (the last slot) for its head.
     """
 
     def __init__(self, model: nn.Module, slots: Sequence[_Slot], shape: tuple[int, ...]) -> None:
@@ -71,7 +69,7 @@ class _Frame(nn.Module):
         return self._until(self._slots[0], images)
 
     def rest(self, x: Tensor) -> Tensor:
-        """The head's input for the last block's output ``x``. The stem sees blank images."""
+        """The head's input for the last block's output ``x``. The stem gets blank images."""
         last, head = self._slots[-2:]
         last.given = x
         try:
@@ -91,7 +89,7 @@ class _Frame(nn.Module):
 
 
 class _Rest(nn.Module):
-    """What lies between the last block and the head, run by the model itself."""
+    """The part between the last block and the head, run by the model itself."""
 
     def __init__(self, frame: _Frame) -> None:
         super().__init__()
@@ -102,7 +100,7 @@ class _Rest(nn.Module):
 
 
 class OwnBlock(nn.Module):
-    """A block whose layers are swapped, with its constant arguments and its attention's products."""
+    """A block with quantizable layers, its constant arguments and its attention's products."""
 
     def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super().__init__()
@@ -117,15 +115,16 @@ class OwnBlock(nn.Module):
         return self.run(x, RoutedProducts(self.products))
 
     def run(self, x: Tensor, mode: RoutedProducts) -> Tensor:
-        """The block's output for the input ``x`` under a mode."""
-        present = dict(self._constants)
-        present |= {
-            place: getattr(self, f"argument_{place}")
-            for place, value in present.items()
-            if isinstance(value, Tensor)
-        }
-        args = [value for place, value in present.items() if isinstance(place, int)]
-        kwargs = {place: value for place, value in present.items() if isinstance(place, str)}
+        """The block's output for the input ``x``, computed under ``mode``."""
+        args: list[Any] = []
+        kwargs: dict[str, Any] = {}
+        for place, value in self._constants.items():
+            if isinstance(value, Tensor):
+                value = getattr(self, f"argument_{place}")
+            if isinstance(place, int):
+                args.append(value)
+            else:
+                kwargs[place] = value
         with mode:
             out: Tensor = self.module(x, *args, **kwargs)
         return out
@@ -142,10 +141,10 @@ class _Call:
 
 
 def names_of(model: nn.Module, modules: Iterable[nn.Module], what: str) -> list[str]:
-    """The names of ``modules`` inside ``model``; ``what`` they are, for the message.
+    """Names of ``modules`` inside ``model``; ``what`` names the modules in messages.
 
     Raises:
-        ModelError: there is none, one is not part of the model or comes twice.
+        ModelError: there are no modules, or a module is not part of the model or comes twice.
     """
     known = {id(module): name for name, module in model.named_modules() if name}
     found = []
@@ -165,21 +164,21 @@ def names_of(model: nn.Module, modules: Iterable[nn.Module], what: str) -> list[
 def own_chain(
     model: nn.Module, labels: Sequence[str], images: Tensor, recipe: Recipe
 ) -> BlockChain:
-    """Turn a model of one's own into a chain. The chain takes the model over and changes it.
+    """Turn a user's own model into a chain, which takes the model over and changes it.
 
     Stem and rest stay in full precision. Inside blocks and head, ``nn.Linear``, ``nn.Conv2d`` and
-    ``nn.MultiheadAttention`` are swapped. Quantizable products compute
+    ``nn.MultiheadAttention`` are replaced, and quantizable products compute
     ``F.scaled_dot_product_attention`` and products of activations. A LayerNorm whose only consumer
     is one linear layer becomes a pair for reparameterisation.
 
     Args:
         model: in evaluation mode.
-        labels: names of its blocks in the order of its forward, then the name of its head.
-        images: (3, C, H, W), to watch the forward with; only their shape matters.
+        labels: names of the blocks in the order of the forward, then the name of the head.
+        images: (3, C, H, W), to watch the forward; only their shape matters.
 
     Raises:
         ModelError: the forward is not stem, blocks in a row, rest and head; or a part cannot be
-            swapped.
+            replaced.
     """
     calls, expected = _watched(model, labels, images[:2])
     others, _ = _watched(model, labels, images[2:3])
@@ -206,21 +205,17 @@ def own_chain(
 
 @torch.no_grad()
 def _watched(model: nn.Module, labels: Sequence[str], images: Tensor) -> tuple[list[_Call], Any]:
-    """The calls of the modules ``labels`` in one forward, and the model's output."""
+    """Run the forward once; return the calls of the modules ``labels`` and the model's output."""
     calls: list[_Call] = []
 
     def hook(label: str) -> Any:
         return lambda module, args, kwargs, output: calls.append(_Call(label, args, kwargs, output))
 
-    modules = {label: model.get_submodule(label) for label in labels}  # one hook per module
-    handles = [
-        one.register_forward_hook(hook(label), with_kwargs=True) for label, one in modules.items()
-    ]
-    try:
+    with ExitStack() as hooks:
+        for label in dict.fromkeys(labels):
+            module = model.get_submodule(label)
+            hooks.enter_context(module.register_forward_hook(hook(label), with_kwargs=True))
         output = model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
     found = [call.label for call in calls]
     for label in labels:
         if (times := found.count(label)) != 1:
@@ -232,13 +227,12 @@ def _watched(model: nn.Module, labels: Sequence[str], images: Tensor) -> tuple[l
 
 
 def _check_order(calls: Sequence[_Call], batch: int) -> None:
-    """Each call takes and gives a tensor, and each block takes what the one before gave."""
+    """Check that calls take and give tensors, and blocks take the output of the block before."""
     for call in calls:
         values = {"first argument": call.args[0] if call.args else None, "output": call.output}
         for what, value in values.items():
-            if not (
-                isinstance(value, Tensor) and value.is_floating_point() and len(value) == batch
-            ):
+            floats = isinstance(value, Tensor) and value.is_floating_point()
+            if not floats or len(value) != batch:
                 raise ModelError(
                     f"The {what} of {call.label} must be one float tensor with the batch as its "
                     f"first dimension ({batch} here), not {described(value)}."
@@ -252,14 +246,14 @@ def _check_order(calls: Sequence[_Call], batch: int) -> None:
 
 
 def described(value: Any) -> str:
-    """The value in a message: a tensor's dtype and shape, or a type."""
+    """Describe a value in a message: dtype and shape of a tensor, else the type."""
     if isinstance(value, Tensor):
         return f"a {value.dtype} tensor {tuple(value.shape)}"
     return f"a {type(value).__name__}"
 
 
 def _check_constants(call: _Call, other: _Call) -> None:
-    """The arguments beside the input are the same for all samples and sizes of a batch."""
+    """Check that the arguments beside the input do not depend on samples or batch size."""
     given, others = ({**dict(enumerate(one.args)), **one.kwargs} for one in (call, other))
     for place in given.keys() - {0}:
         values, structure = tree_flatten(given[place])
@@ -278,9 +272,9 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _swapped(module: nn.Module, recipe: Recipe, bits: int, memo: dict[int, nn.Module]) -> nn.Module:
-    """``module`` with its layers swapped by type, or itself, changed in place.
+    """Replace layers by type, ``module`` itself or (in place) layers inside; return the result.
 
-    ``bits`` are those of linear layers' inputs; ``memo`` holds what stands for a module.
+    ``bits`` are for the inputs of linear layers; ``memo`` holds the replacement by module.
     """
     if id(module) not in memo:
         if type(module) is nn.Linear:
@@ -297,7 +291,7 @@ def _swapped(module: nn.Module, recipe: Recipe, bits: int, memo: dict[int, nn.Mo
 
 
 def _fill(part: OwnBlock, call: _Call, recipe: Recipe) -> tuple[NormPair, ...]:
-    """Make a block's products and its quantizers behind GELU; return its pairs."""
+    """Make a block's products and its quantizers after GELU; return its pairs of norm and layer."""
     recorder = Recorder(call.label, part.module, part.products, recipe)
     called: Counter[str] = Counter()
 
@@ -305,17 +299,16 @@ def _fill(part: OwnBlock, call: _Call, recipe: Recipe) -> tuple[NormPair, ...]:
         return lambda *_: called.update([name])
 
     layers = list(quant_layers(part.module))
-    handles = [layer.register_forward_pre_hook(count(name)) for name, layer in layers]
-    with torch.no_grad():
+    with torch.no_grad(), ExitStack() as hooks:
+        for name, layer in layers:
+            hooks.enter_context(layer.register_forward_pre_hook(count(name)))
         output = part.run(call.args[0], recorder)
-    for handle in handles:
-        handle.remove()
     recorder.check_calls(called)
-    if not handles and not part.products:
+    if not layers and not part.products:
         kind = type(part.module).__name__
         raise ModelError(f"{call.label} ({kind}) has no layer that can be quantized: leave it out.")
     gelu = recipe.gelu_quantizer
-    for layer in recorder.behind_gelu() if gelu != "uniform" else ():
+    for layer in recorder.after_gelu() if gelu != "uniform" else ():
         layer.input_quantizer = make_quantizer(gelu, layer.input_quantizer.bits, "gelu")
     part.to(call.args[0].device)
     norms = recorder.norms_before(output)
@@ -324,7 +317,7 @@ def _fill(part: OwnBlock, call: _Call, recipe: Recipe) -> tuple[NormPair, ...]:
 
 @torch.no_grad()
 def _check_equal(chain: BlockChain, images: Tensor, expected: Any) -> None:
-    """The chain gives in full precision what the model gave. Raises ModelError."""
+    """Check that the chain gives the model's output in full precision. Raises ModelError."""
     wanted = getattr(expected, "logits", expected)
     found = chain(images)
     if not isinstance(wanted, Tensor) or found.shape != wanted.shape:

@@ -1,4 +1,4 @@
-"""What the families share: an MLP's layers, the patch embedding, pieces between blocks."""
+"""Parts that the families share: an MLP's layers, the patch embedding, the classifier."""
 
 from timm.layers.activations import GELUTanh
 from timm.layers.mlp import Mlp
@@ -23,10 +23,10 @@ def swap_linears(
 ) -> None:
     """Replace the two linear layers of an MLP by quantizable ones, in place.
 
-    ``input_bits`` of the first layer are by default the recipe's bits of activations.
+    ``input_bits`` are for the first layer; the default are the recipe's bits of activations.
 
     Raises:
-        ModelError: layers that are not linear, or a GELU quantizer behind another activation.
+        ModelError: a layer is not linear, or a GELU quantizer follows another activation.
     """
     fc1, act, fc2 = (getattr(mlp, name, None) for name in (part.fc1, part.act, part.fc2))
     if not isinstance(fc1, nn.Linear) or not isinstance(fc2, nn.Linear):
@@ -36,7 +36,8 @@ def swap_linears(
     kind = recipe.gelu_quantizer
     if kind != "uniform" and type(act) is not nn.GELU:
         raise ModelError(
-            f"The GELU quantizer '{kind}' is made for GELU, and this MLP has {type(act).__name__}: use uniform."
+            f"The GELU quantizer '{kind}' is made for GELU, and this MLP has "
+            f"{type(act).__name__}: use uniform."
         )
     bits = recipe.a_bits if input_bits is None else input_bits
     setattr(mlp, part.fc1, QuantLinear.from_float(fc1, recipe.w_bits, bits))
@@ -45,19 +46,15 @@ def swap_linears(
 
 def mlp_parts(name: str, mlp: nn.Module) -> tuple[MlpPart, ...]:
     """timm's ``Mlp`` as a part for MLP reconstruction; none if there is a norm before ``fc2``."""
-    # timm writes GELU by tanh as a class of its own, PyTorch as an option of nn.GELU.
+    # timm has a class for GELU by tanh, PyTorch an option of nn.GELU.
     return (MlpPart(name, gelu=(nn.GELU, GELUTanh)),) if isinstance(mlp.norm, nn.Identity) else ()
 
 
-def swap_patch_embed(patch_embed: nn.Module, recipe: Recipe) -> None:
+def swap_patch_embed(embed: nn.Module, recipe: Recipe) -> None:
     """Replace the projection of timm's ``PatchEmbed`` by a quantizable convolution, in place."""
-    if type(patch_embed) is not PatchEmbed:
-        raise ModelError(
-            f"A patch embedding of type {type(patch_embed).__name__} is not supported."
-        )
-    patch_embed.proj = QuantConv2d.from_float(
-        patch_embed.proj, recipe.w_bits, recipe.patch_input_bits
-    )
+    if type(embed) is not PatchEmbed:
+        raise ModelError(f"A patch embedding of type {type(embed).__name__} is not supported.")
+    embed.proj = QuantConv2d.from_float(embed.proj, recipe.w_bits, recipe.patch_input_bits)
 
 
 def classifier(linear: nn.Module, recipe: Recipe) -> QuantLinear:
@@ -70,7 +67,7 @@ def classifier(linear: nn.Module, recipe: Recipe) -> QuantLinear:
 
 
 def norm_pair(norm: nn.Module, linear: str, pad: str | None = None) -> tuple[NormPair, ...]:
-    """The pair, if the norm can take factors: a LayerNorm with affine parameters."""
+    """The pair, if the norm can be reparameterised: a LayerNorm with affine parameters."""
     if isinstance(norm, nn.LayerNorm) and norm.weight is not None:
         return (NormPair(norm, linear, pad),)
     return ()

@@ -1,4 +1,4 @@
-"""Attention in modules of one's own: quantizable layers compute it while a module runs."""
+"""Attention in a user's own model: quantizable products compute it while a module runs."""
 
 import math
 from collections import Counter
@@ -22,11 +22,11 @@ from fimaq_core.families.attention import (
 from fimaq_core.layers import QuantConv2d, QuantLinear, QuantMatMul, quant_layers
 from fimaq_core.recipe import Recipe
 
-#: Functions that multiply by weights. They are quantized inside quantizable layers only.
+#: Functions that multiply by weights, which only quantizable layers may call.
 _WEIGHTED = ("linear", "conv2d")
 #: Names of ``a @ b``.
 _PRODUCTS = ("matmul", "__matmul__")
-#: Further functions that multiply, for which there is no quantizable layer.
+#: Other functions that multiply. They have no quantizable form.
 _NEVER_SWAPPED = (
     *("conv1d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "bilinear"),
     *("bmm", "baddbmm", "mm", "addmm", "mv", "einsum", "tensordot"),
@@ -38,10 +38,10 @@ _Use = tuple[str, int | None]
 
 
 class RoutedProducts(TorchFunctionMode):
-    """While it is entered, quantizable products compute attention, in the order of the calls.
+    """While this mode is active, ``products`` compute attention, in the order of the calls.
 
-    Routed are ``F.scaled_dot_product_attention``, two products per call, and ``a @ b`` of
-    activations.
+    It replaces ``F.scaled_dot_product_attention`` by two products per call, and ``a @ b`` of
+    activations by one.
     """
 
     def __init__(self, products: nn.ModuleList) -> None:
@@ -51,7 +51,9 @@ class RoutedProducts(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            return self.attention(*args, **kwargs)
+            if kwargs.pop("enable_gqa", False):
+                raise ModelError("Attention with grouped queries is not supported.")
+            return self._attention(*args, **kwargs)
         if func.__name__ in _PRODUCTS:
             return _in_heads(lambda a, b: self._next()(a, b), *args)
         return func(*args, **kwargs)
@@ -62,7 +64,7 @@ class RoutedProducts(TorchFunctionMode):
         self.calls += 1
         return found
 
-    def attention(
+    def _attention(
         self,
         query: Tensor,
         key: Tensor,
@@ -71,46 +73,45 @@ class RoutedProducts(TorchFunctionMode):
         dropout_p: float = 0.0,
         is_causal: bool = False,
         scale: float | None = None,
-        enable_gqa: bool = False,
     ) -> Tensor:
         """``F.scaled_dot_product_attention`` by the next two products."""
-        if dropout_p or enable_gqa:
-            raise ModelError("Attention with dropout or grouped queries is not supported.")
-        mask, size = attn_mask, (query.shape[-2], key.shape[-2])
+        if dropout_p:
+            raise ModelError("Attention with dropout is not supported.")
         if is_causal:
-            mask = torch.ones(size, dtype=torch.bool, device=query.device).tril()
-        if mask is not None and mask.dtype == torch.bool:
-            mask = additive(mask)
+            size = query.shape[-2], key.shape[-2]
+            attn_mask = torch.ones(size, dtype=torch.bool, device=query.device).tril()
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = additive(attn_mask)
         factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
 
         def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            by = self._next(), self._next()
-            return attend(by, q, k, v, factor, mask)
+            return attend((self._next(), self._next()), q, k, v, factor, attn_mask)
 
         return _in_heads(attended, query, key, value)
 
 
 class RoutedMultiheadAttention(ExplicitMultiheadAttention):
-    """``nn.MultiheadAttention`` written out. Its products are those of :class:`RoutedProducts`."""
+    """``nn.MultiheadAttention`` written out, with the products of :class:`RoutedProducts`."""
 
     def __init__(self, attention: nn.MultiheadAttention, recipe: Recipe) -> None:
         super().__init__(attention, recipe)
         del self.query_key, self.attention_value
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """See :class:`ExplicitMultiheadAttention`."""
         return side_by_side(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
 
 
 class Recorder(RoutedProducts):
-    """Makes a block's products while the block runs in full precision; records where tensors go.
+    """Makes a block's products while it runs in full precision, and records the use of tensors.
 
-    ``label`` is the block's, for messages; its layers are swapped already; ``made`` takes the
+    ``label`` names the block in messages. Its layers are replaced already; ``products`` gets the
     products.
     """
 
-    def __init__(self, label: str, block: nn.Module, made: nn.ModuleList, recipe: Recipe) -> None:
-        super().__init__(made)
+    def __init__(
+        self, label: str, block: nn.Module, products: nn.ModuleList, recipe: Recipe
+    ) -> None:
+        super().__init__(products)
         self.label, self.recipe = label, recipe
         self._layers: dict[int, tuple[str, QuantLinear | QuantConv2d]] = {}
         for name, layer in quant_layers(block):
@@ -119,12 +120,10 @@ class Recorder(RoutedProducts):
         self._owners = {id(value): name for name, value in block.named_parameters()}
         norms = [norm for norm in block.modules() if isinstance(norm, nn.LayerNorm)]
         self._norms = {id(norm.weight): norm for norm in norms if norm.weight is not None}
-        #: By tensor: the function that made it.
-        self._origins: dict[int, _Use] = {}
-        #: By tensor: the functions that took it.
-        self._uses: dict[int, list[_Use]] = {}
+        self._origins: dict[int, _Use] = {}  # by tensor's id: the function that made it
+        self._uses: dict[int, list[_Use]] = {}  # by tensor's id: the functions that took it
         self._weight_uses: Counter[str] = Counter()
-        self._alive: list[Tensor] = []  # a tensor that is freed would leave its id to another
+        self._alive: list[Tensor] = []  # Python reuses the id of a freed tensor
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -140,7 +139,7 @@ class Recorder(RoutedProducts):
             self._add_product(name, args)
         result = super().__torch_function__(func, types, args, kwargs)
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        if made:  # not a question about a shape
+        if made:  # false for a query of a shape
             taken = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             self._alive += [*made, *taken]
             for tensor in taken:
@@ -154,8 +153,8 @@ class Recorder(RoutedProducts):
         frozen = isinstance(a, nn.Parameter) or isinstance(b, nn.Parameter)
         if frozen or a.ndim != b.ndim or a.ndim not in (3, 4):
             self._refuse(name, operands)
-        behind_softmax = self._origins.get(id(a), ("", None))[0] == "softmax"
-        self.products.append(products(self.recipe)[1 if behind_softmax else 0])
+        after_softmax = self._origins.get(id(a), ("", None))[0] == "softmax"
+        self.products.append(products(self.recipe)[1 if after_softmax else 0])
 
     def _refuse(self, name: str, operands: tuple[Any, ...]) -> None:
         names = [self._owners[id(one)] for one in operands if id(one) in self._owners]
@@ -167,7 +166,7 @@ class Recorder(RoutedProducts):
         )
 
     def check_calls(self, calls: Mapping[str, int]) -> None:
-        """Refuse a layer whose weight is used otherwise than by calling it. Raises ModelError."""
+        """Refuse a layer that is not called while its weight is used. Raises ModelError."""
         for name, _ in self._layers.values():
             if calls.get(name, 0) != self._weight_uses[name] or not calls.get(name, 0):
                 raise ModelError(
@@ -175,7 +174,7 @@ class Recorder(RoutedProducts):
                     "weight, or does without it), so this layer cannot be quantized: call it."
                 )
 
-    def behind_gelu(self) -> Iterator[QuantLinear]:
+    def after_gelu(self) -> Iterator[QuantLinear]:
         """Yield the linear layers whose input is the output of a GELU."""
         for tensor, uses in self._uses.items():
             if self._origins.get(tensor, ("", None))[0] != "gelu":
@@ -186,9 +185,9 @@ class Recorder(RoutedProducts):
                     yield layer
 
     def norms_before(self, output: Tensor) -> Iterator[tuple[nn.LayerNorm, str]]:
-        """Yield each LayerNorm that one linear layer alone consumes, and that layer's name.
+        """Yield each LayerNorm whose only consumer is one linear layer, and that layer's name.
 
-        Others consume the block's ``output``.
+        The block's ``output`` has other consumers.
         """
         calls = Counter(weight for _, weight in self._origins.values() if weight is not None)
         for tensor, (origin, weight) in self._origins.items():
@@ -202,7 +201,7 @@ class Recorder(RoutedProducts):
 
 
 def _weight(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    """The id of a call's weight."""
+    """Id of the weight of a call; None if there is none."""
     place = {"linear": 1, "conv2d": 1, "layer_norm": 2}.get(name)
     if place is None:
         return None
@@ -211,7 +210,7 @@ def _weight(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | N
 
 
 def _in_heads(function: Callable[..., Tensor], *operands: Tensor) -> Tensor:
-    """``function`` of operands (batch, heads, rows, columns). Three dimensions are one head."""
+    """Call ``function`` on operands (batch, heads, rows, columns); 3D operands are one head."""
     if operands[0].ndim == 3:
         return function(*(one.unsqueeze(1) for one in operands)).squeeze(1)
     return function(*operands)

@@ -1,5 +1,6 @@
 """Family of timm's Swin Transformer."""
 
+from collections import OrderedDict
 from collections.abc import Iterable
 from typing import cast
 
@@ -24,10 +25,10 @@ from fimaq_core.recipe import Recipe
 
 
 class ExplicitSwinBlock(nn.Module):
-    """timm's ``SwinTransformerBlock`` with a pad value that LayerNorm reparameterisation can move.
+    """timm's ``SwinTransformerBlock`` with a pad value that reparameterisation can change.
 
-    timm pads windows with zeros after the first norm. Once that norm's output has been shifted per
-    channel, ``pad`` (channels,) holds what stands for zero. x is (B, H, W, C).
+    timm pads windows with zeros after the first norm. If LayerNorm reparameterisation shifts that
+    norm's output per channel, ``pad`` (channels,) replaces zero. x is (B, H, W, C).
     """
 
     pad: Tensor
@@ -37,11 +38,18 @@ class ExplicitSwinBlock(nn.Module):
         super().__init__()
         if type(block) is not SwinTransformerBlock or block.dynamic_mask:
             raise ModelError(
-                f"A Swin block of type {type(block).__name__} (or with a dynamic mask) is not supported."
+                f"A Swin block of type {type(block).__name__} (or with a dynamic mask) is not "
+                "supported."
+            )
+        attention = block.attn
+        if type(attention) is not WindowAttention:
+            raise ModelError(
+                f"Attention of type {type(attention).__name__} is not supported for Swin models."
             )
         self.window_size, self.shift_size = block.window_size, block.shift_size
         self.norm1, self.norm2, self.mlp = block.norm1, block.norm2, block.mlp
-        self.attn = _window_attention(block.attn, recipe)
+        bias, table = attention._get_rel_pos_bias(), attention.relative_position_bias_table
+        self.attn = ExplicitWindowAttention(attention, bias, table, recipe)
         swap_mlp(self.mlp, recipe)
         self.register_buffer("pad", torch.zeros(block.dim))
         assert block.attn_mask is None or isinstance(block.attn_mask, Tensor)
@@ -60,36 +68,12 @@ class ExplicitSwinBlock(nn.Module):
             x = torch.roll(x, shifts=(-self.shift_size[0], -self.shift_size[1]), dims=(1, 2))
         down, right = -height % self.window_size[0], -width % self.window_size[1]
         if down or right:
-            # Padding (x - pad) with zeros and adding pad again pads x with pad.
+            # Pads x with pad: it pads (x - pad) with zeros and adds pad again.
             x = F.pad(x - self.pad, (0, 0, 0, right, 0, down)) + self.pad
         windows = window_partition(x, self.window_size).flatten(1, 2)
         out = self.attn(windows, self.mask).view(-1, *self.window_size, channels)
         x = window_reverse(out, self.window_size, height + down, width + right)[:, :height, :width]
         return torch.roll(x, shifts=self.shift_size, dims=(1, 2)) if shifted else x
-
-
-def _window_attention(attention: WindowAttention, recipe: Recipe) -> ExplicitWindowAttention:
-    """timm's ``WindowAttention`` written out. Takes over its parameters."""
-    if type(attention) is not WindowAttention:
-        raise ModelError(
-            f"Attention of type {type(attention).__name__} is not supported for Swin models."
-        )
-    bias, table = attention._get_rel_pos_bias(), attention.relative_position_bias_table
-    return ExplicitWindowAttention(
-        attention.qkv, attention.proj, attention.num_heads, attention.scale, bias, table, recipe
-    )
-
-
-class _Head(nn.Module):
-    """Global pooling and classifier: (B, H, W, C) to (B, classes)."""
-
-    def __init__(self, pool: nn.Module, fc: QuantLinear) -> None:
-        super().__init__()
-        self.global_pool, self.fc = pool, fc
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.fc(self.global_pool(x))
-        return logits
 
 
 class SwinFamily:
@@ -98,41 +82,34 @@ class SwinFamily:
     name = "timm-swin"
 
     def matches(self, model: nn.Module) -> bool:
-        """Whether ``model`` is exactly that class."""
+        """True for exactly that class."""
         return type(model) is SwinTransformer
 
     def build(self, model: nn.Module, recipe: Recipe) -> BlockChain:
         """Cut ``model`` into patch embedding, blocks, mergings and head. Takes over its parameters.
 
         Raises:
-            ModelError: a part of a kind that is not supported.
+            ModelError: a part is of a kind that is not supported.
         """
         assert isinstance(model, SwinTransformer)
         swap_patch_embed(model.patch_embed, recipe)
         segments = [Segment("patch_embed", "patch_embed", model.patch_embed)]
         for stage_number, stage in enumerate(model.layers):
-            if type(stage.downsample) is PatchMerging:
-                merging = stage.downsample
-                merging.reduction = QuantLinear.from_float(
-                    merging.reduction, recipe.w_bits, recipe.a_bits
-                )
-                label = f"layers.{stage_number}.downsample"
-                segments.append(
-                    Segment(label, "merge", merging, pairs=norm_pair(merging.norm, "reduction"))
-                )
-            elif not isinstance(stage.downsample, nn.Identity):
-                raise ModelError(
-                    f"Downsampling of type {type(stage.downsample).__name__} is not supported."
-                )
+            label, merging = f"layers.{stage_number}", stage.downsample
+            if type(merging) is PatchMerging:
+                linear = merging.reduction
+                merging.reduction = QuantLinear.from_float(linear, recipe.w_bits, recipe.a_bits)
+                pairs = norm_pair(merging.norm, "reduction")
+                segments.append(Segment(f"{label}.downsample", "merge", merging, pairs=pairs))
+            elif not isinstance(merging, nn.Identity):
+                raise ModelError(f"Downsampling of type {type(merging).__name__} is not supported.")
             for number, original in enumerate(cast("Iterable[SwinTransformerBlock]", stage.blocks)):
                 block = ExplicitSwinBlock(original, recipe)
-                pairs = norm_pair(block.norm1, "attn.qkv", "pad") + norm_pair(
-                    block.norm2, "mlp.fc1"
-                )
-                label = f"layers.{stage_number}.blocks.{number}"
-                segments.append(
-                    Segment(label, "block", block, pairs=pairs, mlps=mlp_parts("mlp", block.mlp))
-                )
-        head = _Head(model.head.global_pool, classifier(model.head.fc, recipe))
+                pairs = norm_pair(block.norm1, "attn.qkv", "pad")
+                pairs += norm_pair(block.norm2, "mlp.fc1")
+                mlps, name = mlp_parts("mlp", block.mlp), f"{label}.blocks.{number}"
+                segments.append(Segment(name, "block", block, pairs=pairs, mlps=mlps))
+        fc = classifier(model.head.fc, recipe)
+        head = nn.Sequential(OrderedDict(global_pool=model.head.global_pool, fc=fc))
         segments.append(Segment("head", "head", head, before=model.norm))
         return BlockChain(segments)

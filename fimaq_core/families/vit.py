@@ -1,36 +1,34 @@
-"""Family of timm's ViT and DeiT (with and without distillation), also without classifier."""
+"""Family of timm's ViT and DeiT (with and without distillation), also without classifier.
 
+The pooling is a token, a mean, or attention (SigLIP).
+"""
+
+import torch
 from timm.layers.attention import Attention
+from timm.layers.attention_pool import AttentionPoolLatent
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from fimaq_core.chain import BlockChain, Segment
+from fimaq_core.chain import BlockChain, NormPair, Segment
 from fimaq_core.errors import ModelError
-from fimaq_core.families.attention import attend, products, side_by_side
+from fimaq_core.families.attention import attend, products, side_by_side, split_heads
 from fimaq_core.families.parts import classifier, mlp_parts, norm_pair, swap_mlp, swap_patch_embed
-from fimaq_core.families.pool import ExplicitAttentionPool
 from fimaq_core.layers import QuantLinear
 from fimaq_core.recipe import Recipe
 
 
 class ExplicitAttention(nn.Module):
-    """timm's ``Attention`` (ViT, DeiT) written out, for x (B, N, C).
-
-    The keyword arguments that timm's blocks pass must be unused.
-    """
+    """timm's ``Attention`` (ViT, DeiT) written out, for x (B, N, C), without masks."""
 
     def __init__(self, attention: nn.Module, recipe: Recipe) -> None:
         super().__init__()
         if type(attention) is not Attention or attention.gate is not None:
             raise ModelError(
-                f"Attention of type {type(attention).__name__} (or with a gate) is not supported for ViT models."
+                f"Attention of type {type(attention).__name__} (or with a gate) is not supported "
+                "for ViT models."
             )
-        self.num_heads, self.head_dim, self.scale = (
-            attention.num_heads,
-            attention.head_dim,
-            attention.scale,
-        )
+        self.num_heads, self.scale = attention.num_heads, attention.scale
         self.qkv = QuantLinear.from_float(attention.qkv, recipe.w_bits, recipe.a_bits)
         self.q_norm, self.k_norm, self.norm = attention.q_norm, attention.k_norm, attention.norm
         self.query_key, self.attention_value = products(recipe)
@@ -41,17 +39,76 @@ class ExplicitAttention(nn.Module):
     ) -> Tensor:
         if attn_mask is not None or is_causal:
             raise ModelError("Attention masks are not supported for ViT models.")
-        batch, tokens, _ = x.shape
-        qkv = (
-            self.qkv(x)
-            .reshape(batch, tokens, 3, self.num_heads, self.head_dim)
-            .permute(2, 0, 3, 1, 4)
-        )
-        q, k, v = qkv.unbind(0)
-        q, k = self.q_norm(q), self.k_norm(k)
-        heads = attend((self.query_key, self.attention_value), q, k, v, self.scale)
+        q, k, v = split_heads(self.qkv(x), 3, self.num_heads)
+        by = self.query_key, self.attention_value
+        heads = attend(by, self.q_norm(q), self.k_norm(k), v, self.scale)
         projected: Tensor = self.proj(self.norm(side_by_side(heads)))
         return projected
+
+
+class ExplicitAttentionPool(nn.Module):
+    """timm's ``AttentionPoolLatent`` (SigLIP) written out, with the norm before it.
+
+    Learned queries attend to all tokens but the first ``skipped``: x (B, N, C) of the last block
+    gives (B, C). The norm is here, not in the full-precision part before the block, because
+    reparameterisation changes it together with ``kv``. ``after`` follows in full precision.
+    """
+
+    query: Tensor  # (1, heads, latents, d) buffer: the queries after their projection and norm
+    pos_embed: nn.Parameter | None
+
+    def __init__(
+        self,
+        pool: AttentionPoolLatent,
+        norm: nn.Module,
+        skipped: int,
+        recipe: Recipe,
+        after: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        if type(pool) is not AttentionPoolLatent or pool.pool not in ("token", "avg"):
+            raise ModelError(
+                f"Attention pooling of type {type(pool).__name__} (or to several tokens) is not "
+                "supported."
+            )
+        if not isinstance(pool.proj, nn.Linear):
+            raise ModelError("Attention pooling without a projection is not supported.")
+        self.num_heads, self.scale, self.pool = pool.num_heads, pool.scale, pool.pool
+        self.skipped = skipped
+        self.norm_in = norm
+        self.register_parameter("pos_embed", pool.pos_embed)
+        self.kv = QuantLinear.from_float(pool.kv, recipe.w_bits, recipe.a_bits)
+        self.k_norm = pool.k_norm
+        self.query_key, self.attention_value = products(recipe)
+        self.proj = QuantLinear.from_float(pool.proj, recipe.w_bits, recipe.a_bits)
+        self.norm, self.mlp = pool.norm, pool.mlp
+        swap_mlp(self.mlp, recipe)
+        self.after = nn.Identity() if after is None else after
+        # The queries depend on no image. Inference projects the learned latents once and keeps the
+        # result, so their projection is not quantized; the queries are, as operands of a product.
+        with torch.no_grad():
+            latents = pool.q(pool.latent).reshape(1, pool.latent_len, -1)
+            (query,) = split_heads(latents, 1, self.num_heads)
+            self.register_buffer("query", pool.q_norm(query).detach().contiguous())
+
+    @property
+    def pairs(self) -> tuple[NormPair, ...]:
+        """The norms that can be reparameterised."""
+        # Positions that are added after the norm separate it from kv.
+        first = norm_pair(self.norm_in, "kv") if self.pos_embed is None else ()
+        return first + norm_pair(self.norm, "mlp.fc1")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm_in(x)[:, self.skipped :]
+        if self.pos_embed is not None:
+            x = x + self.pos_embed
+        k, v = split_heads(self.kv(x), 2, self.num_heads)
+        by, query = (self.query_key, self.attention_value), self.query.expand(len(x), -1, -1, -1)
+        heads = attend(by, query, self.k_norm(k), v, self.scale)
+        x = self.proj(side_by_side(heads))
+        x = x + self.mlp(self.norm(x))
+        pooled: Tensor = self.after(x[:, 0] if self.pool == "token" else x.mean(dim=1))
+        return pooled
 
 
 class _Embedding(nn.Module):
@@ -85,7 +142,7 @@ class _Pooling(nn.Module):
 
 
 class _TwoTokens(nn.Module):
-    """Between last block and DeiT's two heads: norm, then class and distillation token, (B, 2, C)."""
+    """Between last block and DeiT's heads: norm, then class and distillation token, (B, 2, C)."""
 
     def __init__(self, model: VisionTransformerDistilled) -> None:
         super().__init__()
@@ -97,7 +154,7 @@ class _TwoTokens(nn.Module):
 
 
 class _TwoHeads(nn.Module):
-    """DeiT's two heads, averaged: (B, 2, C) to (B, classes)."""
+    """Mean of DeiT's two heads: (B, 2, C) to (B, classes)."""
 
     def __init__(self, head: nn.Module, head_dist: nn.Module) -> None:
         super().__init__()
@@ -109,7 +166,7 @@ class _TwoHeads(nn.Module):
 
 
 class _LastBlock(nn.Module):
-    """timm's ``Block``, and behind it what a model without a head ends with."""
+    """The last block, followed by the full-precision part that the model ends with."""
 
     def __init__(self, block: Block, after: nn.Module) -> None:
         super().__init__()
@@ -132,23 +189,28 @@ def vit_body(
     Args:
         model: of a class that :class:`ViTFamily` matches.
         prefix: of the segments' labels.
-        ends: whether nothing quantized follows. The last segment's block then goes on to the pooled
-            output, for a segment without quantizers would have nothing to calibrate or to learn.
+        ends: True if nothing quantized follows. The last block then goes on to the pooled output:
+            a segment without quantizers would have nothing to calibrate or to learn.
 
     Returns:
-        The segments, and the full-precision part from the last one's output to the head's input.
+        The segments, and the full-precision part from the output of the last segment to the head's
+        input.
 
     Raises:
-        ModelError: blocks, attention, MLP or pooling of a kind that is not supported.
+        ModelError: blocks, attention, MLP or pooling are of a kind that is not supported.
     """
     swap_patch_embed(model.patch_embed, recipe)
     segments = [Segment(f"{prefix}patch_embed", "patch_embed", model.patch_embed)]
-    rest = model.fc_norm if model.attn_pool is not None else _rest(model)
+    if model.attn_pool is not None:
+        rest: nn.Module = model.fc_norm
+    elif isinstance(model, VisionTransformerDistilled):
+        rest = _TwoTokens(model)
+    else:
+        rest = _Pooling(model)
     for number, block in enumerate(model.blocks):
         if type(block) is not Block:
-            raise ModelError(
-                f"A transformer block of type {type(block).__name__} is not supported."
-            )
+            kind = type(block).__name__
+            raise ModelError(f"A transformer block of type {kind} is not supported.")
         block.attn = ExplicitAttention(block.attn, recipe)
         swap_mlp(block.mlp, recipe)
         last = ends and model.attn_pool is None and number == len(model.blocks) - 1
@@ -164,16 +226,11 @@ def vit_body(
         )
     if model.attn_pool is not None:
         skipped = 0 if model.pool_include_prefix else model.num_prefix_tokens
-        pool = ExplicitAttentionPool(
-            model.attn_pool, model.norm, skipped, recipe, after=rest if ends else None
-        )
+        after = rest if ends else None
+        pool = ExplicitAttentionPool(model.attn_pool, model.norm, skipped, recipe, after)
         mlps = mlp_parts("mlp", pool.mlp)
         segments.append(Segment(f"{prefix}attn_pool", "block", pool, pairs=pool.pairs, mlps=mlps))
     return segments, nn.Identity() if ends else rest
-
-
-def _rest(model: VisionTransformer) -> nn.Module:
-    return _TwoTokens(model) if isinstance(model, VisionTransformerDistilled) else _Pooling(model)
 
 
 class ViTFamily:
@@ -182,11 +239,11 @@ class ViTFamily:
     name = "timm-vit"
 
     def matches(self, model: nn.Module) -> bool:
-        """Whether ``model`` is exactly one of the two classes."""
+        """True for exactly one of the two classes."""
         return type(model) in (VisionTransformer, VisionTransformerDistilled)
 
     def build(self, model: nn.Module, recipe: Recipe) -> BlockChain:
-        """Cut ``model`` into :func:`vit_body` and head; errors as there."""
+        """Cut ``model`` into :func:`vit_body` and head. Raises ModelError."""
         assert isinstance(model, VisionTransformer)
         segments, rest = vit_body(model, recipe)
         head: nn.Module = classifier(model.head, recipe)

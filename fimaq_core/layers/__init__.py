@@ -1,4 +1,4 @@
-"""Quantizable layers: a float layer (or product) plus its quantizers, and how they are found."""
+"""Quantizable layers: a float layer or a product with its quantizers; functions to find them."""
 
 from collections.abc import Iterator
 
@@ -34,20 +34,20 @@ QuantLayer = WeightLayer | QuantMatMul
 
 
 def quant_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, QuantLayer]]:
-    """Yield (name, layer) of every quantizable layer in ``module``, itself included, in order."""
+    """Yield name and layer of each quantizable layer in ``module`` (also itself), in order."""
     for name, child in module.named_modules(prefix=prefix):
         if isinstance(child, QuantLayer):
             yield name, child
 
 
 def set_quantized(module: nn.Module, on: bool) -> None:
-    """Switch every quantizable layer in ``module`` to its quantized or its full-precision form."""
+    """Switch every quantizable layer in ``module`` to its quantized or full-precision form."""
     for _, layer in quant_layers(module):
         layer.quantized = on
 
 
 def decide_roundings(module: nn.Module) -> None:
-    """Fix the codes of all weights in ``module`` that are open still to the nearest grid points."""
+    """Call :func:`decide_rounding` for every layer with a weight in ``module``."""
     for _, layer in quant_layers(module):
         if isinstance(layer, WeightLayer):
             decide_rounding(layer)

@@ -12,7 +12,7 @@ from fimaq_core.recipe import Kind
 
 
 class _TimesTransposed(torch.autograd.Function):
-    """``a @ bᵀ`` whose gradient in ``b`` has the layout of ``b`` (autograd's is its transpose)."""
+    """``a @ bᵀ``. The gradient in ``b`` has the layout of ``b``; autograd would transpose it."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
@@ -24,15 +24,20 @@ class _TimesTransposed(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         (grad,) = grads
         a, b = ctx.saved_tensors
-        # Under autocast the product's dtype is not the operands'.
+        # Under autocast, the product has another dtype than the operands.
         return (grad @ b.to(grad.dtype)).to(a.dtype), (grad.mT @ a.to(grad.dtype)).to(b.dtype)
 
 
 class QuantMatMul(nn.Module):
-    """The product of a (batch, heads, rows, inner) and b (batch, heads, inner, columns), ``a @ b``.
+    """Quantizable ``a @ b`` for a (batch, heads, rows, inner) and b (batch, heads, inner, columns).
 
-    Each has a quantizer, per head once calibrated. ``a_bits`` and ``a_kind``, where given, are for
-    a left operand that comes out of a softmax.
+    Each operand has a quantizer, per head after calibration. ``a_bits`` and ``a_kind`` are for a
+    left operand that is a softmax output.
+
+    Example:
+        >>> product = QuantMatMul(8)
+        >>> product(torch.ones(2, 4, 3, 8), torch.ones(2, 4, 8, 3)).shape  # full precision
+        torch.Size([2, 4, 3, 3])
     """
 
     def __init__(self, bits: int, a_bits: int | None = None, a_kind: Kind = "uniform") -> None:
@@ -49,7 +54,7 @@ class QuantMatMul(nn.Module):
         if b.stride(-1) <= b.stride(-2):
             b = self.b_quantizer(b)
             return a @ b
-        # A transposed operand (keys) is quantized, and gets its gradient, as it lies in memory.
+        # A transposed operand (keys) is quantized in its memory layout, which its gradient keeps.
         b_hat = self.b_quantizer(b.mT, transposed=True)
         out: Tensor = _TimesTransposed.apply(a, b_hat)  # type: ignore[no-untyped-call]
         return out

@@ -1,4 +1,4 @@
-"""Layers with a weight, a quantizer for it and one for the input; :data:`FORMS` lists them."""
+"""Layers with a quantizer for the weight and one for the input; :data:`FORMS` lists them."""
 
 from typing import Any, Self, cast
 
@@ -16,35 +16,41 @@ _Pair = tuple[int, int]
 
 
 class WeightLayer(nn.Module):
-    """Mixin of a float layer: a quantizer for its weight (per output channel) and one for its input.
+    """Mixin with a quantizer for the weight (per output channel) and one for the input.
 
     A subclass also inherits from the float layer, and defines :meth:`compute`.
     """
 
-    weight: Tensor  # its rows, the first dimension, are output channels
+    weight: Tensor  # the first dimension is output channels
     bias: nn.Parameter | None
     weight_quantizer: WeightQuantizer
     input_quantizer: ActivationQuantizer
-    #: (out,) bias of the quantized form where it differs from ``bias``; else empty
-    quantized_bias: Tensor
-    quantized: bool  # False gives the float layer
-    #: True while ``weight`` already holds its quantized form (the soft rounding of an optimisation
-    #: step), so the quantizer is skipped
-    soft: bool
+    quantized_bias: Tensor  # (out,) bias of the quantized form if it differs from `bias`, or empty
+    quantized: bool  # False computes the float layer
+    soft: bool  # True while `weight` already holds rounded values, so the quantizer is skipped
 
-    def _add_quantizers(self, weight_bits: int, input_quantizer: ActivationQuantizer) -> None:
-        self.weight_quantizer = WeightQuantizer(weight_bits)
-        self.input_quantizer = input_quantizer
-        self.register_buffer("quantized_bias", torch.empty(0))
-        self.quantized = self.soft = False
+    @classmethod
+    def from_float(
+        cls, layer: Any, weight_bits: int, input_bits: int, input_kind: Kind = "uniform"
+    ) -> Self:
+        """Take over settings, weight and bias (the same parameters) of a float ``layer``.
 
-    def _take_over(self, layer: nn.Module, weight: Tensor) -> Self:
-        """Take the parameters of a float layer, and its mode."""
-        self.weight, self.bias = weight, cast("nn.Parameter | None", layer.bias)
-        return self.train(layer.training)
+        An ``input_kind`` other than uniform is for GELU outputs.
+        """
+        new = cls.__new__(cls)
+        nn.Module.__init__(new)  # not that of the float layer, which would make new parameters
+        own = {*vars(new), "forward"}
+        vars(new).update({name: value for name, value in vars(layer).items() if name not in own})
+        new.register_parameter("weight", layer.weight)
+        new.register_parameter("bias", layer.bias)
+        new.weight_quantizer = WeightQuantizer(weight_bits)
+        new.input_quantizer = make_quantizer(input_kind, input_bits, "gelu")
+        new.register_buffer("quantized_bias", torch.empty(0))
+        new.quantized = new.soft = False
+        return new.train(layer.training)
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The layer's function of input, weight and bias."""
+        """The float layer's output for an input, a weight and a bias."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,27 +68,13 @@ class WeightLayer(nn.Module):
 
 
 class QuantLinear(WeightLayer, nn.Linear):  # type: ignore[misc]
-    """``nn.Linear`` with quantizers. An ``input_kind`` other than uniform is for GELU outputs."""
+    """``nn.Linear`` with quantizers.
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool,
-        weight_bits: int,
-        input_bits: int,
-        input_kind: Kind = "uniform",
-    ) -> None:
-        super().__init__(in_features, out_features, bias=bias)
-        self._add_quantizers(weight_bits, make_quantizer(input_kind, input_bits, "gelu"))
-
-    @classmethod
-    def from_float(
-        cls, layer: nn.Linear, weight_bits: int, input_bits: int, input_kind: Kind = "uniform"
-    ) -> "QuantLinear":
-        """Take over weight and bias (the same parameters) of ``layer``."""
-        sizes = layer.in_features, layer.out_features, layer.bias is not None
-        return cls(*sizes, weight_bits, input_bits, input_kind)._take_over(layer, layer.weight)
+    Example:
+        >>> layer = QuantLinear.from_float(nn.Linear(8, 4), weight_bits=4, input_bits=8)
+        >>> layer(torch.ones(2, 8)).shape  # full precision until `layer.quantized = True`
+        torch.Size([2, 4])
+    """
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
@@ -93,13 +85,6 @@ class QuantConv2d(WeightLayer, nn.Conv2d):  # type: ignore[misc]
 
     input_quantizer: AffineQuantizer
 
-    @classmethod
-    def from_float(cls, layer: nn.Conv2d, weight_bits: int, input_bits: int) -> "QuantConv2d":
-        """Take over weight and bias (the same parameters) of ``layer``."""
-        new = cls(**_shape(layer), padding_mode=layer.padding_mode, groups=layer.groups)
-        new._add_quantizers(weight_bits, AffineQuantizer(input_bits))
-        return new._take_over(layer, layer.weight)
-
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         out: Tensor = self._conv_forward(x, weight, bias)
         return out
@@ -108,28 +93,29 @@ class QuantConv2d(WeightLayer, nn.Conv2d):  # type: ignore[misc]
 class QuantConvTranspose2d(WeightLayer, nn.ConvTranspose2d):  # type: ignore[misc]
     """``nn.ConvTranspose2d`` without groups, with quantizers.
 
-    Its weight is (out, in, height, width); the float layer has in and out the other way round.
+    The weight is (out, in, height, width); the float layer's is (in, out, height, width).
     """
 
     input_quantizer: AffineQuantizer
 
     @classmethod
     def from_float(
-        cls, layer: nn.ConvTranspose2d, weight_bits: int, input_bits: int
-    ) -> "QuantConvTranspose2d":
-        """Take over the bias (the same parameter) of ``layer``, and its weight in this layout.
+        cls, layer: Any, weight_bits: int, input_bits: int, input_kind: Kind = "uniform"
+    ) -> Self:
+        """Take over settings and bias (the same parameter) of ``layer``, and copy its weight.
 
         Raises:
-            ModelError: the layer works in groups.
+            ModelError: the layer has several groups.
         """
         if layer.groups != 1:
             raise ModelError(
-                f"A transposed convolution in {layer.groups} groups is not supported: it must have one."
+                f"A transposed convolution in {layer.groups} groups is not supported: it must have "
+                "one."
             )
-        new = cls(**_shape(layer), output_padding=cast(_Pair, layer.output_padding))
-        new._add_quantizers(weight_bits, AffineQuantizer(input_bits))
+        new = super().from_float(layer, weight_bits, input_bits, input_kind)
         weight = layer.weight.detach().transpose(0, 1).contiguous()
-        return new._take_over(layer, nn.Parameter(weight, layer.weight.requires_grad))
+        new.weight = nn.Parameter(weight, layer.weight.requires_grad)
+        return new
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         sizes = cast("tuple[_Pair, _Pair, _Pair]", (self.stride, self.padding, self.output_padding))
@@ -137,12 +123,7 @@ class QuantConvTranspose2d(WeightLayer, nn.ConvTranspose2d):  # type: ignore[mis
         return F.conv_transpose2d(x, weight, bias, *sizes, dilation=cast(_Pair, self.dilation))
 
 
-def _shape(layer: nn.Conv2d | nn.ConvTranspose2d) -> dict[str, Any]:
-    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
-    return {**{name: getattr(layer, name) for name in names}, "bias": layer.bias is not None}
-
-
-#: By type of a float layer, the quantizable one that takes its place.
+#: Quantizable layer by type of the float layer.
 FORMS: dict[type[nn.Module], Any] = {
     nn.Linear: QuantLinear,
     nn.Conv2d: QuantConv2d,
@@ -151,7 +132,7 @@ FORMS: dict[type[nn.Module], Any] = {
 
 
 def decide_rounding(layer: WeightLayer) -> None:
-    """Fix the weight's codes to the nearest grid points, unless they are decided already."""
+    """Set the weight's codes to the nearest grid points, unless they are decided already."""
     quantizer = layer.weight_quantizer
     if quantizer.off or quantizer.codes.numel():
         return
@@ -160,18 +141,15 @@ def decide_rounding(layer: WeightLayer) -> None:
 
 
 def fold_shift(layer: QuantLinear) -> None:
-    """Move what the input quantizer's shift adds to the output into ``quantized_bias``.
+    """Fold the shift of a logarithmic input quantizer into ``quantized_bias``.
 
     The rounding must be decided. With x̂ the shifted quantized input,
     ``Ŵ (x̂ - shift) + b = Ŵ x̂ + (b - shift Ŵ 1)``.
     """
     quantizer = layer.input_quantizer
-    if (
-        not isinstance(quantizer, LogQuantizer)
-        or quantizer.off
-        or not quantizer.shift
-        or bool(quantizer.folded)
-    ):
+    if not isinstance(quantizer, LogQuantizer) or quantizer.off:
+        return
+    if not quantizer.shift or bool(quantizer.folded):
         return
     weight = layer.weight_quantizer.quantized(layer.weight.detach())
     bias = layer._quantized_form_bias()

@@ -1,1 +1,1 @@
-"""Quantizers: pure functions on tensors, and the small modules that hold their scales."""
+"""Quantizers: pure functions on tensors, and small modules that hold their scales."""

@@ -1,4 +1,4 @@
-"""What activation quantizers have in common: bits, a scale that can be learned, random dropping."""
+"""Base of the activation quantizers: bits, a scale that can be learned, random dropping."""
 
 from typing import Any, ClassVar, Literal
 
@@ -8,42 +8,38 @@ from torch import Tensor, nn
 from fimaq_core.quantizers.dropping import eager_mask, threshold_of, traced_mask
 from fimaq_core.recipe import OFF, Kind
 
-#: How a quantizer computes while its scale is learned: by definition, by hand-written passes, or for compilation.
+#: Computation while the scale is learned: by definition and autograd, by hand-written passes for
+#: plain execution, or in a form for compilation.
 Form = Literal["textbook", "fused", "traced"]
 
 
 def take_shapes(
     module: nn.Module, names: tuple[str, ...], state_dict: dict[str, Any], prefix: str
 ) -> None:
-    """Give tensors whose shapes calibration decides those that they have in a checkpoint."""
+    """Resize tensors, whose shapes calibration decides, to their shapes in a checkpoint."""
     for name in names:
         found, own = state_dict.get(prefix + name), getattr(module, name)
         if found is not None and found.shape != own.shape:
             new = torch.zeros(found.shape, dtype=own.dtype, device=own.device)
-            setattr(
-                module,
-                name,
-                nn.Parameter(new, requires_grad=False) if isinstance(own, nn.Parameter) else new,
-            )
+            frozen = isinstance(own, nn.Parameter)
+            setattr(module, name, nn.Parameter(new, requires_grad=False) if frozen else new)
 
 
 class ActivationQuantizer(nn.Module):
-    """Holds a scale, and how the quantizer behaves just now."""
+    """Quantizer with a scale; during reconstruction it learns the scale and drops at random."""
 
-    shaped: ClassVar[tuple[str, ...]] = ("scale",)  # what calibration gives its shape
-    kind: ClassVar[Kind]  # name of the quantizer in recipes and records
-    scale: nn.Parameter  # float32 parameter, broadcastable to the input; empty before calibration
-    key: Tensor  # (2,) int32 buffer, the random dropping's key
+    shaped: ClassVar[tuple[str, ...]] = ("scale",)  # tensors whose shapes calibration decides
+    kind: Kind  # name of the quantizer in recipes and records
+    scale: nn.Parameter  # float32, broadcasts to the input; empty before calibration
+    key: Tensor  # (2,) int32 buffer, the key of the random dropping
 
     def __init__(self, bits: int) -> None:
         super().__init__()
         self.bits = bits
         self.scale = nn.Parameter(torch.empty(0), requires_grad=False)
         self.register_buffer("key", torch.zeros(2, dtype=torch.int32), persistent=False)
-        #: how to compute while the scale is learned; None outside of training
-        self.learning: Form | None = None
-        #: share of elements quantized while learning, a multiple of 1/256
-        self.keep_probability = 1.0
+        self.learning: Form | None = None  # None outside of training
+        self.keep_probability = 1.0  # share of elements quantized while learning, in 1/256
 
     @property
     def levels(self) -> int:
@@ -52,7 +48,7 @@ class ActivationQuantizer(nn.Module):
 
     @property
     def off(self) -> bool:
-        """Whether the quantizer lets values pass."""
+        """True if values pass unchanged."""
         return self.bits == OFF
 
     def set_scale(self, scale: Tensor) -> None:
@@ -64,21 +60,18 @@ class ActivationQuantizer(nn.Module):
             raise RuntimeError("quantizer used before calibration")
 
     def _kept(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor | None:
-        """Mask of the elements of ``x`` that are quantized just now; None for all."""
+        """Mask of the elements of ``x`` that are quantized in this step; None for all elements."""
         threshold = threshold_of(self.keep_probability)
         if threshold >= 256:
             return None
-        return (
-            traced_mask(x, self.key, threshold)
-            if self.learning == "traced"
-            else eager_mask(x, self.key, threshold, dtype)
-        )
+        if self.learning == "traced":
+            return traced_mask(x, self.key, threshold)
+        return eager_mask(x, self.key, threshold, dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         take_shapes(self, self.shaped, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
-        return (
-            "off" if self.off else f"{self.kind}, bits={self.bits}, scale={tuple(self.scale.shape)}"
-        )
+        shape = tuple(self.scale.shape)
+        return "off" if self.off else f"{self.kind}, bits={self.bits}, scale={shape}"

@@ -1,7 +1,7 @@
 """Uniform affine quantization: ``q = clamp(round(x / s) + z, 0, L - 1)``, ``x̂ = (q - z) * s``.
 
-It is simulated: every function returns floating point values on the grid. Scales and zero points
-(integers as floating point) broadcast to x.
+Quantization is simulated: every function returns floating-point values on the grid. L is the number
+of levels. Scales and zero points (integers in floating point) broadcast to x.
 """
 
 from typing import Any, ClassVar
@@ -14,16 +14,16 @@ from fimaq_core.quantizers.dropping import threshold_of, traced_mask
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, levels: int) -> Tensor:
-    """Round ``x`` to the nearest point of the affine grid."""
+    """Round ``x`` to the nearest point of the affine grid; same shape."""
     codes = torch.round(x / scale).add_(zero_point).clamp_(0, levels - 1)
     return codes.sub_(zero_point).mul_(scale)
 
 
 class _LearnedScale(torch.autograd.Function):
-    """Fake quantization with a straight-through ``round``, learned scale and random dropping.
+    """:func:`learned_fake_quantize` for plain execution.
 
-    For plain execution: one node instead of the dozen that autograd would record. Backward needs
-    two tensors only, the scale's local derivative and where the input's gradient passes.
+    Autograd would record a dozen nodes; this is one. Backward needs two tensors only: the local
+    derivative of the scale, and a mask of where the input's gradient passes.
     """
 
     @staticmethod
@@ -33,9 +33,9 @@ class _LearnedScale(torch.autograd.Function):
         ratio = x / scale
         rounded = torch.round(ratio)
         codes = (rounded + zero_point).clamp_(0, levels - 1).sub_(zero_point)
-        # Masks are float: on CPUs boolean tensors and torch.where cost 3 to 20 times the same arithmetic in float.
+        # Masks are float: on CPUs, boolean tensors and torch.where cost 3 to 20 times as much.
         inside = torch.eq(codes, rounded, out=torch.empty_like(rounded))
-        # d x̂ / d s: the rounding error inside the range, the code itself where it is clamped.
+        # d x̂ / d s is the rounding error inside the range, and the code where it is clamped.
         slope = torch.addcmul(codes, ratio, inside, value=-1)
         out = codes.mul_(scale)
         if keep is not None:
@@ -50,20 +50,18 @@ class _LearnedScale(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         (grad,) = grads
         slope, passes = ctx.saved_tensors
-        grad_x = (grad * passes).to(ctx.dtype) if ctx.needs_input_grad[0] else None
-        grad_scale = (
-            (grad * slope).sum_to_size(ctx.scale_shape) if ctx.needs_input_grad[1] else None
-        )
+        needs_x, needs_scale, *_ = ctx.needs_input_grad
+        grad_x = (grad * passes).to(ctx.dtype) if needs_x else None
+        grad_scale = (grad * slope).sum_to_size(ctx.scale_shape) if needs_scale else None
         return grad_x, grad_scale, None, None, None
 
 
 class _TracedScale(torch.autograd.Function):
-    """The same for compilation: forward and backward each fuse into one pass.
+    """:func:`learned_fake_quantize` for compilation: forward and backward each fuse into one pass.
 
-    Saved are input and output, which the layers beside it save anyway. What was kept follows from
-    them (an element that differs from its input was quantized; where it does not differ, both
-    branches of the gradient agree), so backward draws no mask; and no boolean tensor is ever
-    stored, which on CPUs costs more than all the rest.
+    It saves input and output, which the layers around it save anyway. Backward needs no mask: an
+    element that differs from its input was quantized, and for all others both branches of the
+    gradient agree. No boolean tensor is stored; on CPUs that would cost more than all the rest.
     """
 
     @staticmethod
@@ -98,12 +96,12 @@ class _TracedScale(torch.autograd.Function):
 
 
 def _traced_codes(rounded: Tensor, zero_point: Tensor, top: Tensor) -> Tensor:
-    # The highest code is a tensor, so that one compiled step serves all bit-widths.
+    # The highest code is a tensor, so one compiled step serves all bit-widths.
     return torch.minimum((rounded + zero_point).clamp(min=0), top) - zero_point
 
 
 def _sum_in_two(values: Tensor, shape: torch.Size) -> Tensor:
-    """Sum to ``shape``, the first dimension last: the inner sum fuses with what comes before."""
+    """Sum to ``shape``, the first dimension last: the inner sum fuses with earlier operations."""
     wide = (1,) * (values.ndim - len(shape)) + tuple(shape)
     inner = [dim for dim in range(1, values.ndim) if wide[dim] == 1]
     part = values.sum(inner, keepdim=True) if inner else values
@@ -113,10 +111,10 @@ def _sum_in_two(values: Tensor, shape: torch.Size) -> Tensor:
 def learned_fake_quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor, levels: int, keep: Tensor | None = None
 ) -> Tensor:
-    """Fake quantization that can be differentiated with respect to ``x`` and ``scale``.
+    """:func:`fake_quantize` that is differentiable in ``x`` and ``scale``, not in the zero point.
 
-    ``round`` has a straight-through gradient; the zero point is not learned. Where the float mask
-    ``keep`` is 0 (not 1) the value stays in full precision (QDrop, Wei et al., ICLR 2022).
+    ``round`` has a straight-through gradient. ``keep`` is a float mask of x's shape: values stay in
+    full precision where it is 0 (QDrop, Wei et al., ICLR 2022).
     """
     out: Tensor = _LearnedScale.apply(x, scale, zero_point, levels, keep)  # type: ignore[no-untyped-call]
     return out
@@ -133,11 +131,18 @@ def textbook_fake_quantize(
 
 
 class AffineQuantizer(ActivationQuantizer):
-    """Uniform affine quantizer."""
+    """Uniform affine quantizer.
+
+    Example:
+        >>> quantizer = AffineQuantizer(bits=2)
+        >>> quantizer.set_range(torch.tensor(0.5), torch.tensor(0.0))
+        >>> quantizer(torch.tensor([-1.0, 0.2, 0.8, 3.0]))
+        tensor([0.0000, 0.0000, 1.0000, 1.5000])
+    """
 
     kind = "uniform"
     shaped: ClassVar[tuple[str, ...]] = ("scale", "zero_point")
-    zero_point: Tensor  # float32 buffer with integer values, broadcastable to the input
+    zero_point: Tensor  # float32 buffer with integer values, broadcasts to the input
     top: Tensor  # float32 buffer, the highest code
 
     def __init__(self, bits: int) -> None:
@@ -151,42 +156,39 @@ class AffineQuantizer(ActivationQuantizer):
         self.zero_point = zero_point.detach().clone().float().contiguous()
 
     def forward(self, x: Tensor, transposed: bool = False) -> Tensor:
-        """Quantize ``x``; ``transposed``: its last two dimensions are the scale's, swapped."""
+        """Quantize ``x``. If ``transposed``, its last two dimensions are swapped."""
         if self.off:
             return x
         self._check_calibrated()
-        scale, zero = (
-            (self.scale.mT, self.zero_point.mT) if transposed else (self.scale, self.zero_point)
-        )
+        tensors: tuple[Tensor, Tensor] = self.scale, self.zero_point
+        scale, zero = (one.mT for one in tensors) if transposed else tensors
         if self.learning is None:
             return fake_quantize(x, scale, zero, self.levels)
         if self.learning == "traced":
             threshold = threshold_of(self.keep_probability)
             out: Tensor = _TracedScale.apply(x, scale, zero, self.top, self.key, threshold)  # type: ignore[no-untyped-call]
             return out
-        plain = self.learning == "textbook"
-        keep = self._kept(x, torch.bool if plain else torch.float32)
-        return (textbook_fake_quantize if plain else learned_fake_quantize)(
-            x, scale, zero, self.levels, keep
-        )
+        if self.learning == "textbook":
+            keep = self._kept(x, torch.bool)
+            return textbook_fake_quantize(x, scale, zero, self.levels, keep)
+        return learned_fake_quantize(x, scale, zero, self.levels, self._kept(x))
 
 
 class WeightQuantizer(AffineQuantizer):
-    """Per-output-channel affine quantizer of a weight seen as a matrix (rows = output channels).
+    """Affine quantizer of a weight as a matrix, with a scale per row (output channel).
 
-    ``codes`` (uint8, rows x columns) hold decided roundings. The float weight stays beside them, so
-    that one model can run in full precision and quantized.
+    The layer keeps its float weight too, so one model runs in full precision and quantized.
     """
 
     shaped = ("scale", "zero_point", "codes")
-    codes: Tensor
+    codes: Tensor  # (rows, columns) uint8 buffer, the decided rounding; empty before it is decided
 
     def __init__(self, bits: int) -> None:
         super().__init__(bits)
         self.register_buffer("codes", torch.empty(0, dtype=torch.uint8))
 
     def quantized(self, weight: Tensor) -> Tensor:
-        """Return the quantized form of ``weight`` (any shape, first dimension = output channels)."""
+        """Quantize ``weight``: any shape, first dimension output channels; same shape."""
         if self.off:
             return weight
         if self.codes.numel():
@@ -196,10 +198,10 @@ class WeightQuantizer(AffineQuantizer):
         return matrix.view_as(weight)
 
     def set_range(self, scale: Tensor, zero_point: Tensor) -> None:
-        """Set scale and zero point, (rows, 1); codes decided for another range are forgotten."""
+        """Set scale and zero point, (rows, 1); this removes the codes of the range before."""
         super().set_range(scale, zero_point)
         self.codes = torch.empty(0, dtype=torch.uint8, device=self.scale.device)
 
     def set_codes(self, codes: Tensor) -> None:
-        """Fix the rounding. ``codes``: integers in [0, levels - 1], rows x columns."""
+        """Decide the rounding: ``codes`` (rows, columns) are integers in [0, levels - 1]."""
         self.codes = codes.to(torch.uint8).contiguous()

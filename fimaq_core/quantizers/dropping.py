@@ -1,13 +1,12 @@
-"""Random masks by a counter-based generator: a pure function of a key and an element's number.
+"""Random masks from a counter-based generator: a pure function of a key and an element's number.
 
-Nothing is drawn in sequence, so a mask is the same on every device, inside a compiled step and
-inside a CUDA graph, and costs a few integer operations that fuse with the arithmetic around them.
-Four neighbouring elements share one 32-bit word, a byte each; so probabilities are multiples of
-1/256.
+A mask is therefore the same on every device, inside a compiled step and inside a CUDA graph, and
+costs a few integer operations that fuse with the arithmetic around them. Four neighbouring elements
+share one 32-bit word, one byte each, so probabilities are multiples of 1/256.
 
-The word is a multiply and xor-shift hash of its number with a 64-bit key, one half of it before
-each of the first two multiplications (multipliers: the golden ratio, and those of A. Appleby's
-MurmurHash3 finalizer). It is made for dropping activations, not for cryptography.
+A word is a hash of its number and a 64-bit key by multiplications and xor-shifts; each half of the
+key enters before one of the first two multiplications. The multipliers are the golden ratio and
+those of A. Appleby's MurmurHash3 finalizer. The hash is not for cryptography.
 """
 
 import torch
@@ -18,18 +17,18 @@ _GOLDEN, _FIRST, _SECOND = -1640531527, -2048144789, -1028477387
 
 
 def threshold_of(probability: float) -> int:
-    """The number of the 256 byte values that stand for ``probability``."""
+    """Number of byte values, of 256, that stand for ``probability``."""
     return round(probability * 256)
 
 
 def draw_keys(count: int, generator: torch.Generator) -> Tensor:
-    """``count`` random keys, (count, 2) int32, on the CPU; ``generator`` is a CPU generator."""
+    """Draw ``count`` random keys (count, 2) int32 on the CPU from a CPU generator."""
     return torch.randint(-(2**31), 2**31, (count, 2), generator=generator).to(torch.int32)
 
 
 def _words(numbers: Tensor, key: Tensor) -> Tensor:
-    """Random words, int32, for word numbers (int32, any shape) and a key (2,)."""
-    # Shifts of negative numbers copy the sign; the masks take that away.
+    """Random words int32 for word numbers (int32, any shape) and a key (2,)."""
+    # A right shift of a negative number copies the sign; the bit masks remove the copies.
     h = numbers * _GOLDEN + key[0]
     h = h ^ ((h >> 15) & 0x1FFFF)
     h = h * _FIRST + key[1]
@@ -39,7 +38,10 @@ def _words(numbers: Tensor, key: Tensor) -> Tensor:
 
 
 def traced_mask(like: Tensor, key: Tensor, threshold: int) -> Tensor:
-    """Boolean mask like ``like``, true with probability ``threshold / 256``, to be compiled."""
+    """Boolean mask of the shape of ``like``, True with probability ``threshold / 256``.
+
+    This form is for compiled code.
+    """
     number = torch.arange(like.numel(), device=like.device, dtype=torch.int32)
     word = _words(number >> 2, key)
     byte = (word >> ((number & 3) * 8)) & 255
@@ -49,8 +51,8 @@ def traced_mask(like: Tensor, key: Tensor, threshold: int) -> Tensor:
 def eager_mask(
     like: Tensor, key: Tensor, threshold: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """The same mask, of ``dtype`` (float is the fastest on CPUs), with a pass per word."""
-    if threshold > 255:  # as a byte it would be 0
+    """:func:`traced_mask` as ``dtype`` (float is fastest on CPUs), with one pass per word."""
+    if threshold > 255:  # does not fit into a byte
         return torch.ones(like.shape, dtype=dtype, device=like.device)
     count = like.numel()
     number = torch.arange((count + 3) // 4, device=like.device, dtype=torch.int32)

@@ -1,6 +1,6 @@
-"""Activation quantizers made for what softmax and GELU give, as modules."""
+"""Activation quantizers for softmax and GELU outputs, as modules."""
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,39 +15,34 @@ from fimaq_core.quantizers.logarithm import (
     learned_log_fake_quantize,
     log_fake_quantize,
 )
-from fimaq_core.quantizers.twin import (
-    learned_twin_gelu,
-    learned_twin_softmax,
-    twin_gelu,
-    twin_softmax,
-)
+from fimaq_core.quantizers.twin import learned_twin, twin_gelu, twin_softmax
 from fimaq_core.recipe import Kind
 
-#: What an operand comes out of.
+#: Function whose output is quantized.
 Source = Literal["softmax", "gelu"]
 
 
 class LogQuantizer(ActivationQuantizer):
     """Quantizer with levels ``s * base ** -k``, after a shift that makes GELU outputs non-negative.
 
-    Unless it is folded, the shift is taken away again; folded, what it adds to a linear layer's
-    output is in the layer's ``quantized_bias``.
+    The base of kind ``log2`` is 2; that of ``logsqrt2`` is √2 (RepQ-ViT: Li et al., ICCV 2023,
+    arXiv:2212.08254). The output has the shift subtracted again, until :meth:`fold`; then the
+    ``quantized_bias`` of the linear layer contains its effect.
     """
 
-    step: Tensor  # log2 of the base, a float32 buffer; starts as ``first_step``
-    folded: Tensor  # whether the output keeps the shift, a boolean buffer
-    first_step: ClassVar[float] = 1.0
+    step: Tensor  # float32 buffer, log2 of the base
+    folded: Tensor  # boolean buffer, True if the output keeps the shift
 
-    def __init__(self, bits: int, source: Source) -> None:
+    def __init__(self, bits: int, source: Source, kind: Kind = "log2") -> None:
         super().__init__(bits)
-        self.source = source  # where the input comes from; softmax outputs are not shifted
+        self.kind, self.source = kind, source
         self.shift = GELU_SHIFT if source == "gelu" else 0.0
-        self.register_buffer("step", torch.tensor(self.first_step))
+        self.register_buffer("step", torch.tensor(0.5 if kind == "logsqrt2" else 1.0))
         self.register_buffer("folded", torch.tensor(False))
         self._folded = False
 
     def fold(self) -> None:
-        """Leave the shift in the output from now on."""
+        """Keep the shift in the output from now on."""
         self._folded = True
         self.folded = torch.ones_like(self.folded)
 
@@ -59,9 +54,8 @@ class LogQuantizer(ActivationQuantizer):
         if self.learning is None:
             out = self._inferred(shifted)
         else:
-            out = learned_log_fake_quantize(
-                shifted, self.scale, self.step, self.levels, self._kept(x)
-            )
+            kept = self._kept(x)
+            out = learned_log_fake_quantize(shifted, self.scale, self.step, self.levels, kept)
         return out - self.shift if self.shift and not self._folded else out
 
     def _inferred(self, x: Tensor) -> Tensor:
@@ -74,33 +68,18 @@ class LogQuantizer(ActivationQuantizer):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class Log2Quantizer(LogQuantizer):
-    """Base 2."""
-
-    kind: ClassVar[Kind] = "log2"
-
-
-class LogSqrt2Quantizer(LogQuantizer):
-    """Base √2 (RepQ-ViT: Li et al., ICCV 2023, arXiv:2212.08254)."""
-
-    kind: ClassVar[Kind] = "logsqrt2"
-    first_step: ClassVar[float] = 0.5
-
-
 class AdaLogQuantizer(LogQuantizer):
-    """Base ``2 ** (q / 37)`` with a searched q (AdaLog: Wu et al., ECCV 2024, arXiv:2407.12951).
+    """Logarithmic quantizer of base ``2 ** (q / 37)``, q searched (AdaLog: Wu et al., ECCV 2024).
 
-    Inference multiplies by table entries, a shift and a mantissa of few bits for each code;
+    arXiv:2407.12951. Inference uses tables with a shift and a mantissa of few bits per code;
     training uses the definition.
     """
 
-    kind: ClassVar[Kind] = "adalog"
-    #: (L,) float32 buffers, the tables
-    shifts: Tensor
+    shifts: Tensor  # (L,) float32 buffer, as is `mantissas`: see `adalog_tables`
     mantissas: Tensor
 
     def __init__(self, bits: int, source: Source) -> None:
-        super().__init__(bits, source)
+        super().__init__(bits, source, "adalog")
         if self.off:
             return
         shifts, mantissas = adalog_tables(ADALOG_R, self.levels)
@@ -114,18 +93,17 @@ class AdaLogQuantizer(LogQuantizer):
         self.shifts, self.mantissas = (table.to(device) for table in adalog_tables(q, self.levels))
 
     def _inferred(self, x: Tensor) -> Tensor:
-        return adalog_fake_quantize(
-            x, self.scale, self.shifts, self.mantissas, self.step, self.levels
-        )
+        tables = self.shifts, self.mantissas
+        return adalog_fake_quantize(x, self.scale, *tables, self.step, self.levels)
 
 
 class TwinQuantizer(ActivationQuantizer):
-    """Two uniform ranges (PTQ4ViT: Yuan et al., ECCV 2022, arXiv:2111.12293).
+    """Quantizer with two uniform ranges (PTQ4ViT: Yuan et al., ECCV 2022, arXiv:2111.12293).
 
-    ``scale`` is the split of softmax outputs, or the step of GELU outputs' positive part.
+    ``scale`` is the split of softmax outputs, or the step of the positive part of GELU outputs.
     """
 
-    kind: ClassVar[Kind] = "twin"
+    kind = "twin"
 
     def __init__(self, bits: int, source: Source) -> None:
         super().__init__(bits)
@@ -135,20 +113,16 @@ class TwinQuantizer(ActivationQuantizer):
         if self.off:
             return x
         self._check_calibrated()
+        quantize = twin_softmax if self.source == "softmax" else twin_gelu
         if self.learning is None:
-            return (twin_softmax if self.source == "softmax" else twin_gelu)(
-                x, self.scale, self.levels
-            )
-        learned = learned_twin_softmax if self.source == "softmax" else learned_twin_gelu
-        return learned(x, self.scale, self.levels, self._kept(x))
-
-
-_SPECIAL: dict[str, type[LogQuantizer] | type[TwinQuantizer]] = {
-    quantizer.kind: quantizer
-    for quantizer in (Log2Quantizer, LogSqrt2Quantizer, AdaLogQuantizer, TwinQuantizer)
-}
+            return quantize(x, self.scale, self.levels)
+        return learned_twin(quantize, x, self.scale, self.levels, self._kept(x))
 
 
 def make_quantizer(kind: Kind, bits: int, source: Source) -> ActivationQuantizer:
-    """The activation quantizer of a kind, for values that come out of ``source``."""
-    return AffineQuantizer(bits) if kind == "uniform" else _SPECIAL[kind](bits, source)
+    """Make the activation quantizer of a kind, for outputs of ``source``."""
+    if kind == "uniform":
+        return AffineQuantizer(bits)
+    if kind == "twin":
+        return TwinQuantizer(bits, source)
+    return AdaLogQuantizer(bits, source) if kind == "adalog" else LogQuantizer(bits, source, kind)

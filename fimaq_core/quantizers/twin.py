@@ -1,8 +1,7 @@
 """Twin uniform quantization (PTQ4ViT: Yuan et al., ECCV 2022, arXiv:2111.12293): two ranges.
 
-With L codes, ``H = L / 2`` belong to each range. L is a power of two, at least 4. Split and scale
-broadcast to x. The learned forms have a straight-through ``round``; where their mask ``keep`` is 0
-the value stays in full precision.
+Each range has ``H = L / 2`` of the L codes; L is a power of two, at least 4. Split and scale
+broadcast to x.
 """
 
 from collections.abc import Callable
@@ -16,12 +15,12 @@ from fimaq_core.quantizers.logarithm import GELU_SHIFT
 def twin_softmax(
     x: Tensor, split: Tensor, levels: int, rounded: Callable[[Tensor], Tensor] = torch.round
 ) -> Tensor:
-    """Quantize values in [0, 1]: below the split by ``split / (H - 1)``, else by ``1 / (H - 1)``.
+    """Quantize values in [0, 1]: step ``split / (H - 1)`` below the split, else ``1 / (H - 1)``.
 
-    Each range has the codes 0 … H - 1, so 0 has two, and values from the split to half a coarse
-    step become 0. This is the paper's quantizer, one range or the other. The released code adds
-    both ranges' values, each of the value clamped to its range: from the split on that is the split
-    more than here, and below it as here wherever the split is below half a coarse step.
+    Each range has the codes 0 … H - 1. So 0 has two codes, and values from the split to half a
+    coarse step become 0. This is the quantizer of the paper. The released code clamps the value to
+    each range and adds both results: above the split that is the split more than here; below the
+    split it is the same if the split is below half a coarse step.
     """
     top = levels // 2 - 1
     fine = split / top
@@ -36,10 +35,10 @@ def twin_gelu(
     levels: int,
     rounded: Callable[[Tensor], Tensor] = torch.round,
 ) -> Tensor:
-    """Quantize values behind a GELU: positive ones by their own step, others by ``GELU_SHIFT / H``.
+    """Quantize GELU outputs: positive values with their own step, others with ``GELU_SHIFT / H``.
 
-    Codes are 0 … H - 1 for the positive range and -1 … -H for the negative one, which ends at GELU's
-    minimum: L codes in all, since 0 is one code for both.
+    The codes are 0 … H - 1 for positive values and -1 … -H for negative values, down to GELU's
+    minimum; 0 is one code for both ranges.
     """
     half = levels // 2
     fine = GELU_SHIFT / half
@@ -48,28 +47,17 @@ def twin_gelu(
     return torch.where(x >= 0, positive, negative)
 
 
-def learned_twin_softmax(
-    x: Tensor, split: Tensor, levels: int, keep: Tensor | None = None
+def learned_twin(
+    quantize: Callable[..., Tensor],
+    x: Tensor,
+    scale: Tensor,
+    levels: int,
+    keep: Tensor | None = None,
 ) -> Tensor:
-    """:func:`twin_softmax` that can be differentiated with respect to ``x`` and ``split``.
+    """:func:`twin_softmax` or :func:`twin_gelu`, differentiable in ``x`` and split or scale.
 
-    The split is learned as what sets the lower range's step; that it also decides which range a
-    value belongs to has no gradient.
+    ``round`` has a straight-through gradient; the choice of the range by the split has none. Values
+    stay in full precision where the mask ``keep`` is 0.
     """
-    return _kept(twin_softmax(x, split, levels, _through), x, keep)
-
-
-def learned_twin_gelu(
-    x: Tensor, positive_scale: Tensor, levels: int, keep: Tensor | None = None
-) -> Tensor:
-    """:func:`twin_gelu` that can be differentiated with respect to ``x`` and ``positive_scale``."""
-    return _kept(twin_gelu(x, positive_scale, levels, _through), x, keep)
-
-
-def _kept(quantized: Tensor, x: Tensor, keep: Tensor | None) -> Tensor:
-    return quantized if keep is None else torch.where(keep.bool(), quantized, x)
-
-
-def _through(ratio: Tensor) -> Tensor:
-    """``round`` with a gradient of 1."""
-    return ratio + (torch.round(ratio) - ratio).detach()
+    out = quantize(x, scale, levels, lambda ratio: ratio + (torch.round(ratio) - ratio).detach())
+    return out if keep is None else torch.where(keep.bool(), out, x)

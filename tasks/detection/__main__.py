@@ -9,18 +9,15 @@ OPTIONS = TaskOptions(
     scopes=SCOPES,
     calibration_data=True,
     class_order=False,
-    keep_outputs="Keep all detections beside the record, as detections.json in COCO's format of results.",
-    exif="Turn images as their EXIF orientation tags say, or read them as stored; needed where the annotated sizes do not tell.",
-    data="COCO 2017 (a folder with annotations/, train2017/ and val2017/), or an annotation file of COCO's format (.json); demo "
-    "models bring their own data.",
+    keep_outputs="Keep all detections beside the record, as detections.json in COCO's format of "
+    "results.",
+    exif="Turn images as their EXIF orientation tags say, or read them as stored; needed where the "
+    "annotated sizes do not tell.",
+    data="COCO 2017 (a folder with annotations/, train2017/ and val2017/), or an annotation file "
+    "of COCO's format (.json); demo models bring their own data.",
     preprocessing=(),
 )
 
 if __name__ == "__main__":
-    main(
-        build_group(
-            "detection",
-            "Quantize detectors of mmdet (simulated) and measure COCO's average precisions.",
-            OPTIONS,
-        )
-    )
+    help_text = "Quantize detectors of mmdet (simulated) and measure COCO's average precisions."
+    main(build_group("detection", help_text, OPTIONS))

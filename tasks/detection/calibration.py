@@ -1,8 +1,7 @@
-"""Calibration images of a detector: of the training part, each of its own size."""
+"""Calibration images of a detector: from the training part, each with its own size."""
 
 import hashlib
 import json
-from typing import Any
 
 import numpy as np
 
@@ -19,48 +18,45 @@ from tasks.detection.detector import DETECTOR
 
 
 def calibration_set(loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> CalibrationSet:
-    """Draw the calibration images, or take those of a list.
+    """Draw the calibration images, or take the images of a list.
 
-    They come in a seeded permutation of the whole part: a smaller sample is the beginning of a
-    larger one. Each keeps its own size. Raises DataError for fewer images than asked for, a damaged
-    image or a list that does not fit, and RecipeError for a transform other than the evaluation's.
+    The draw is the beginning of a seeded permutation of the whole part, so a smaller sample is the
+    beginning of a larger one. Raises DataError for too few images, a damaged image or a list that
+    does not fit, and RecipeError for a transform other than the evaluation's.
     """
-    if recipe.calibration_transform != "eval":
+    transform = recipe.calibration_transform
+    if transform != "eval":
         raise RecipeError(
-            f"Detectors are calibrated on images as they are evaluated: calibration_transform must be eval, not "
-            f"{recipe.calibration_transform} (random crops of the training depend on annotations)."
+            "Detectors are calibrated on images as they are evaluated: calibration_transform must "
+            f"be eval, not {transform} (random crops of the training depend on annotations)."
         )
-    source = open_source(loaded, data, "train")
-    if data.calibration_list is not None:
-        names = [id_below(name, source.root) for name in read_list(data.calibration_list).ids]
-        order = positions_of(
-            names, source.image_ids, data.calibration_list, f"{source.name} {source.split}"
-        )
+    source, listed = open_source(loaded, data, "train"), data.calibration_list
+    known, count = source.image_ids, recipe.calibration_images
+    if listed is not None:
+        names = [id_below(name, source.root) for name in read_list(listed).ids]
+        order = positions_of(names, known, listed, f"{source.name} {source.split}")
     else:
-        order = np.random.default_rng(recipe.seed).permutation(len(source.image_ids)).tolist()
-    ids = [source.image_ids[index] for index in order]
-    # Asked for all at once, before the first is read.
-    source.orientations(order[: recipe.calibration_images])
-    transform, labels = loaded.eval_transform, [0] * len(ids)
-    images = Images(
-        ids, labels, lambda index: source.read(order[index]), transform, data.skip_corrupt
-    )
-    drawn, positions, skipped = take(
-        images, range(len(ids)), recipe.calibration_images, recipe.seed
-    )
+        order = np.random.default_rng(recipe.seed).permutation(len(known)).tolist()
+    source.orientations(order[:count])  # asks the user about all images at once
+    ids = [known[index] for index in order]
+
+    def read(index: int) -> np.ndarray:
+        return source.read(order[index])
+
+    images = Images(ids, [0] * len(ids), read, loaded.eval_transform, data.skip_corrupt)  # type: ignore[arg-type]
+    drawn, positions, skipped = take(images, range(len(ids)), count, recipe.seed)
     chosen = [ids[position] for position in positions]
-    _, notes = source.orientations(
-        [order[position] for position in positions], "calibration images"
-    )
+    indices = [order[position] for position in positions]
+    _, notes = source.orientations(indices, "calibration images")
     samples = Samples([image for image, _ in drawn])
-    shapes: list[Any] = [list(image.shape) for image in samples]
-    digest = hashlib.sha256(json.dumps([recipe.calibration_transform, chosen, shapes]).encode())
+    shapes = [list(image.shape) for image in samples]
+    digest = hashlib.sha256(json.dumps([transform, chosen, shapes]).encode())
     for image in samples:
         digest.update(np.ascontiguousarray(image.numpy()))
     return CalibrationSet(
         samples,
         chosen,
-        recipe.calibration_transform,
+        transform,
         digest.hexdigest(),
         skipped,
         {DETECTOR: samples},

@@ -10,9 +10,9 @@ from tasks.common.data.images import counted, named
 from tasks.common.task import LoadedModel
 from tasks.detection.annotations import Coco, Entry
 
-#: Classes of COCO 2017.
+#: Number of classes of COCO 2017.
 COCO_CLASSES = 80
-#: Where class names come from: weights or demo model, COCO 2017, or the annotations by position.
+#: Source of class names: weights or demo model, COCO 2017, or the annotations by position.
 Origin = Literal["model", "published", "annotations"]
 _NAMING = (
     " If the weights are of other classes, give them their names, in the order of the outputs: "
@@ -22,55 +22,89 @@ _NAMING = (
 
 
 class Matched(NamedTuple):
-    """Annotations matched with a detector: ``labels`` are category ids of its classes."""
+    """Annotations matched with a detector, for the fields of ``DetectionSource``."""
 
-    coco: Coco
-    labels: tuple[int | None, ...]
-    origin: Origin
+    coco: Coco  # without unused categories
+    labels: tuple[int | None, ...]  # category id of each class; None for a class without a category
+    classes_from: Origin
     notes: tuple[str, ...]
 
 
 def match_categories(coco: Coco, loaded: LoadedModel, what: str) -> Matched:
     """Find the category of each class of a detector, in the annotations called ``what``.
 
-    A detector without class names, but with 80 classes, has those of COCO 2017; otherwise they are
-    the categories in order, if need be without unused ones. Raises DataError for unknown objects.
+    A detector without class names has those of COCO 2017 if it has 80 classes. Otherwise its
+    classes are the categories in order, without the unused ones if only then the numbers agree.
+    Raises DataError.
     """
-    names, origin = _class_names(loaded)
+    # mmdet keeps a model's class names here.
+    names = (getattr(loaded.model, "dataset_meta", None) or {}).get("classes")
+    if names is not None:
+        return _by_name(coco, loaded, what, names)
+    if loaded.data is not None or loaded.classes != COCO_CLASSES:
+        return _by_position(coco, loaded, what)
+    from tasks.detection import mm
+
+    return _by_name(coco, loaded, what, mm.CocoDataset.METAINFO["classes"], published=True)
+
+
+def _by_position(coco: Coco, loaded: LoadedModel, what: str) -> Matched:
+    categories, count = coco["categories"], loaded.classes
+    used = {entry["category_id"] for entry in coco["annotations"]}
+    kept = [entry for entry in categories if entry["id"] in used]
+    if len(categories) == count:
+        kept = categories
+    elif len(kept) != count:
+        raise DataError(
+            f"{what} has {len(categories)} categories ({len(kept)} of them with annotations), "
+            f"{loaded.tag} has {count} classes, whose names its weights do not say: use data or "
+            f"weights that fit.{_NAMING}"
+        )
+    notes = [
+        f"The weights name no classes: the {count} categories are taken for them in the file's "
+        "order"
+    ]
+    unused = [entry for entry in categories if entry not in kept]
+    if unused:
+        notes.append(
+            "Categories without annotations are left out, since only then their number fits: "
+            f"{_listed(unused)}"
+        )
+    ids = tuple(entry["id"] for entry in kept)
+    return Matched({**coco, "categories": kept}, ids, "annotations", tuple(notes))
+
+
+def _by_name(
+    coco: Coco, loaded: LoadedModel, what: str, names: Sequence[str], published: bool = False
+) -> Matched:
+    """``published``: the names are those of COCO 2017, since the weights have none."""
     categories = coco["categories"]
-    if names is None:
-        used = {entry["category_id"] for entry in coco["annotations"]}
-        kept = [entry for entry in categories if entry["id"] in used]
-        if len(categories) == loaded.classes:
-            kept = categories
-        elif len(kept) != loaded.classes:
-            raise DataError(
-                f"{what} has {len(categories)} categories ({len(kept)} of them with annotations), "
-                f"{loaded.tag} has {loaded.classes} classes, whose names its weights do not say: "
-                f"use data or weights that fit.{_NAMING}"
-            )
-        notes = [
-            f"The weights name no classes: the {loaded.classes} categories are taken for them in the file's order"
-        ]
-        unused = [entry for entry in categories if entry not in kept]
-        if unused:
-            notes.append(
-                f"Categories without annotations are left out, since only then their number fits: {_listed(unused)}"
-            )
-        ids = tuple(entry["id"] for entry in kept)
-        return Matched({**coco, "categories": kept}, ids, origin, tuple(notes))
     found = by_name(names, [entry["name"] for entry in categories])
     unknown = [entry for position, entry in enumerate(categories) if position not in found]
-    _check_unused(unknown, coco, loaded, names, what, origin)
-    labels: list[int | None] = [None] * len(names)
-    for position, label in found.items():
-        labels[label] = categories[position]["id"]
-    kept = [entry for entry in categories if entry not in unknown]
-    absent = [name for name, number in zip(names, labels, strict=True) if number is None]
+    assumed = naming = ""
+    if published:
+        assumed = ", whose weights name none, so that those of COCO 2017 are assumed"
+        naming = _NAMING
+    counts = Counter(entry["category_id"] for entry in coco["annotations"])
+    used = [entry for entry in unknown if counts[entry["id"]]]
+    if used:
+        total = counted(sum(counts[entry["id"]] for entry in used), "annotation")
+        raise DataError(
+            f"{what} has {total} of categories that are no class of {loaded.tag}{assumed}: "
+            f"{_listed(used)}. Use weights that know them, or leave these annotations out."
+            f"{suggest(used[0]['name'], names)}{naming}"
+        )
+    if not found:
+        raise DataError(
+            f"{what} has no category that is a class of {loaded.tag}{assumed}: {_listed(unknown)}. "
+            f"Use data or weights that fit.{naming}"
+        )
     pairs = [(categories[position]["name"], names[label]) for position, label in found.items()]
     other = [(mine, theirs) for mine, theirs in pairs if mine != theirs]
+    ids = {label: categories[position]["id"] for position, label in found.items()}
+    absent = [name for label, name in enumerate(names) if label not in ids]
     notes = []
-    if origin == "published":
+    if published:
         notes.append("The weights name no classes: their outputs are taken for those of COCO 2017")
     if other:
         notes.append(
@@ -79,56 +113,19 @@ def match_categories(coco: Coco, loaded: LoadedModel, what: str) -> Matched:
         )
     if unknown:
         notes.append(
-            f"Categories without annotations that the detector does not know are left out: {_listed(unknown)}"
+            "Categories without annotations that the detector does not know are left out: "
+            f"{_listed(unknown)}"
         )
     if absent:
         notes.append(
             f"{what} has no category for {len(absent)} of {len(names)} classes, such as "
-            f"{absent[0]!r}: AP is over the other {len(names) - len(absent)}, and detections of these "
-            "classes do not count"
+            f"{absent[0]!r}: AP is over the other {len(ids)}, and detections of these classes do "
+            "not count"
         )
-    return Matched({**coco, "categories": kept}, tuple(labels), origin, tuple(notes))
-
-
-def _class_names(loaded: LoadedModel) -> tuple[Sequence[str] | None, Origin]:
-    # As mmdet keeps a model's class names.
-    known = (getattr(loaded.model, "dataset_meta", None) or {}).get("classes")
-    if known is not None:
-        return known, "model"
-    if loaded.data is None and loaded.classes == COCO_CLASSES:
-        from tasks.detection import mm
-
-        return mm.CocoDataset.METAINFO["classes"], "published"
-    return None, "annotations"
-
-
-def _check_unused(
-    unknown: Sequence[Entry],
-    coco: Coco,
-    loaded: LoadedModel,
-    names: Sequence[str],
-    what: str,
-    origin: Origin,
-) -> None:
-    """Refuse objects of categories that the detector does not know: it can find none of them."""
-    counts = Counter(entry["category_id"] for entry in coco["annotations"])
-    used = [entry for entry in unknown if counts[entry["id"]]]
-    assumed = naming = ""
-    if origin == "published":
-        assumed = ", whose weights name none, so that those of COCO 2017 are assumed"
-        naming = _NAMING
-    if used:
-        total = sum(counts[entry["id"]] for entry in used)
-        raise DataError(
-            f"{what} has {counted(total, 'annotation')} of categories that are no class of {loaded.tag}{assumed}: "
-            f"{_listed(used)}. Use weights that know them, or leave these annotations out."
-            f"{suggest(used[0]['name'], names)}{naming}"
-        )
-    if len(unknown) == len(coco["categories"]):
-        raise DataError(
-            f"{what} has no category that is a class of {loaded.tag}{assumed}: {_listed(unknown)}. "
-            f"Use data or weights that fit.{naming}"
-        )
+    kept = [entry for entry in categories if entry not in unknown]
+    labels = tuple(ids.get(label) for label in range(len(names)))
+    origin: Origin = "published" if published else "model"
+    return Matched({**coco, "categories": kept}, labels, origin, tuple(notes))
 
 
 def _listed(entries: Sequence[Entry]) -> str:

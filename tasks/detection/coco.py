@@ -1,4 +1,4 @@
-"""Images with annotated objects: COCO 2017, other files in its format, and the demo's scenes."""
+"""Images with annotated objects: COCO 2017, other files of its format, and the demo's scenes."""
 
 import hashlib
 import json
@@ -22,36 +22,30 @@ from tasks.detection.orientation import UNREADABLE, Exif, Orientation, ask, orie
 from tasks.detection.tags import LAYOUT, SPLITS, absent, annotation_file
 
 COCO_NAME = "COCO 2017"
-#: Images of its splits, and number of categories.
+#: Number of images by part, and number of categories.
 COUNTS: Mapping[str, int] = MappingProxyType({"train": 118_287, "val": 5_000})
 CATEGORIES = COCO_CLASSES
-#: Formats of which OpenCV scales values or blends alpha otherwise than Pillow.
-_OF_PILLOW = ("PPM", "TIFF")
+#: Formats that Pillow reads: OpenCV scales their values or blends alpha differently.
+_READ_BY_PILLOW = ("PPM", "TIFF")
 
 
 @dataclass(frozen=True, eq=False)
 class DetectionSource:
-    """One part of a data set with annotated objects, such as ``val2017`` of ``COCO 2017``.
-
-    ``image_ids`` are in the order of ``coco["images"]``, such as ``val2017/000000000139.jpg``,
-    paths below ``root``. ``coco`` is of :func:`~tasks.detection.annotations.checked` and not to be
-    changed. ``read`` gives an image as (H, W, 3) uint8, blue first; ``orientation`` its EXIF
-    orientation, of which ``oriented`` images have a tag. ``labels`` are category ids of the
-    detector's classes, None without a category (None as a whole: in the file's order). Images that
-    are no files have no root and no orientation.
-    """
+    """One part of a data set with annotated objects, such as ``val2017`` of COCO 2017."""
 
     name: str
     split: str
-    image_ids: tuple[str, ...]
-    coco: Coco
-    read: Callable[[int], np.ndarray]
-    root: Path | None = None
-    orientation: Callable[[int], Orientation] | None = None
-    exif: Exif | None = None
-    oriented: int | None = None
+    image_ids: tuple[str, ...]  # paths below `root`, such as val2017/000000000139.jpg
+    coco: Coco  # checked, with images in the order of `image_ids`; cached, not to be changed
+    read: Callable[[int], np.ndarray]  # image by position, (H, W, 3) uint8, blue first
+    root: Path | None = None  # folder of the data; None if images are no files
+    orientation: Callable[[int], Orientation] | None = None  # of files, by position
+    exif: Exif | None = None  # the user's decision about EXIF orientations
+    oriented: int | None = None  # number of images with an EXIF orientation, from `settled`
+    #: Category id of each class of the detector, None for a class without a category; None as a
+    #: whole: all categories in the file's order.
     labels: tuple[int | None, ...] | None = None
-    classes_from: Origin | None = None
+    classes_from: Origin | None = None  # source of the class names
     notes: tuple[str, ...] = ()
 
     @property
@@ -67,13 +61,11 @@ class DetectionSource:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over the data, and a decision on EXIF orientations where images have them."""
-        sizes = [
-            (name, entry["height"], entry["width"])
-            for name, entry in zip(self.image_ids, self.images, strict=True)
-        ]
+        """sha256 over the data, with the user's decision if images have EXIF orientations."""
+        named = zip(self.image_ids, self.images, strict=True)
+        sizes = [(name, entry["height"], entry["width"]) for name, entry in named]
+        # Positions replace the image ids of the file, which are arbitrary.
         place = {entry["id"]: position for position, entry in enumerate(self.images)}
-        # The numbers that a file gives its images say nothing: only whose each annotation is.
         annotations = [
             {**entry, "image_id": place[entry["image_id"]]} for entry in self.coco["annotations"]
         ]
@@ -89,50 +81,49 @@ class DetectionSource:
         images = self.images[:limit]
         kept = {entry["id"] for entry in images}
         annotations = [entry for entry in self.coco["annotations"] if entry["image_id"] in kept]
-        coco = {"images": images, "annotations": annotations, "categories": self.coco["categories"]}
-        return replace(
-            self, split=f"{self.split}[:{limit}]", image_ids=self.image_ids[:limit], coco=coco
-        )
+        coco = {**self.coco, "images": images, "annotations": annotations}
+        split = f"{self.split}[:{limit}]"
+        return replace(self, split=split, image_ids=self.image_ids[:limit], coco=coco)
 
     def orientations(self, indices: Sequence[int], images: str = "images") -> tuple[int, list[str]]:
-        """Count images with an EXIF orientation tag, with a note. Raises DataError."""
+        """Count the images with an EXIF orientation; return a note if there are any.
+
+        Raises DataError if the user has to decide. Damaged files are left to the reader.
+        """
         if self.orientation is None:
             return 0, []
         found = {}
         for index in indices:
-            # The reader names damaged images.
             with suppress(*UNREADABLE):
                 found[index] = self.orientation(index)
-        open_ones = [self.image_ids[index] for index, one in found.items() if one.applied is None]
-        if open_ones:
-            raise ask(open_ones, f"{self.name} {self.split}")
+        undecided = [self.image_ids[index] for index, one in found.items() if one.applied is None]
+        if undecided:
+            raise ask(undecided, f"{self.name} {self.split}")
         tagged = [bool(one.applied) for one in found.values() if one.tag != 1]
         if not tagged:
             return 0, []
-        reason = (
-            "as their annotated sizes ask for" if self.exif is None else f"by --exif {self.exif}"
-        )
+        reason = "as their annotated sizes show" if self.exif is None else f"by --exif {self.exif}"
         note = (
-            f"{len(tagged)} of {len(indices)} {images} have an EXIF orientation tag: {sum(tagged)} are turned by it and "
-            f"{len(tagged) - sum(tagged)} are read as stored, {reason}"
+            f"{len(tagged)} of {len(indices)} {images} have an EXIF orientation tag: "
+            f"{sum(tagged)} are turned by it and {len(tagged) - sum(tagged)} are read as stored, "
+            f"{reason}"
         )
         return len(tagged), [note]
 
     def settled(self) -> "DetectionSource":
-        """These data with :attr:`oriented` counted. Raises DataError as :meth:`orientations`."""
+        """Return these data with :attr:`oriented` counted. Raises DataError."""
         count, notes = self.orientations(range(len(self.image_ids)))
         return replace(self, oriented=count, notes=(*self.notes, *notes))
 
     def describe(self) -> Dataset:
-        """The record's entry."""
-        names: dict[int | None, str | None] = {
-            entry["id"]: entry["name"] for entry in self.coco["categories"]
-        }
+        """The entry of these data in a record."""
+        categories = self.coco["categories"]
+        names = {entry["id"]: entry["name"] for entry in categories}
         return Dataset(
             name=self.name,
             split=self.split,
             count=len(self.image_ids),
-            classes=len(self.coco["categories"]),
+            classes=len(categories),
             fingerprint=self.fingerprint,
             exif=self.exif,
             oriented_images=self.oriented,
@@ -142,54 +133,58 @@ class DetectionSource:
 
 
 def open_source(loaded: LoadedModel, data: DataRequest, part: str) -> DetectionSource:
-    """Open ``train`` (images only, maybe of ``calibration_data``) or ``val``. Raises DataError."""
+    """Open ``val``, or ``train`` (images only, of ``calibration_data`` if given).
+
+    Raises DataError.
+    """
     if part not in SPLITS:
         raise DataError(f"There is no part {part!r} of annotated images: {' or '.join(SPLITS)}.")
     own = part == "train" and data.calibration_data is not None
     path = data.calibration_data if own else data.path
-    if path is None:
-        if loaded.data is None:
-            raise DataError(f"{loaded.tag} needs data: give --data /path/to/coco. {LAYOUT}.")
-        if data.exif is not None and data.calibration_data is None:
-            raise DataError("The demo's scenes are no files with EXIF tags: leave --exif out.")
-        source = open_demo(part)
-    elif path.suffix != ".json":
-        source = open_coco(path, part, data.exif)
-    elif part == "train" and not own:
+    if path is None and loaded.data is None:
+        raise DataError(f"{loaded.tag} needs data: give --data /path/to/coco. {LAYOUT}.")
+    if path is None and data.exif is not None and data.calibration_data is None:
+        raise DataError("The demo's scenes are no files with EXIF tags: leave --exif out.")
+    if path is not None and path.suffix == ".json" and part == "train" and not own:
         raise DataError(
-            f"{path} says nothing of images to calibrate on: give --calibration-data, the folder of COCO 2017 or another file of "
-            "COCO's format."
+            f"{path} says nothing of images to calibrate on: give --calibration-data, the folder "
+            "of COCO 2017 or another file of COCO's format."
         )
-    else:
-        source = open_file(path, annotated=part == "val", exif=data.exif)
+    source = open_part(path, part, data.exif)
     if part == "train":
         return source
-    found = match_categories(source.coco, loaded, f"{source.name} {source.split}")
-    return replace(
-        source, coco=found.coco, labels=found.labels, classes_from=found.origin, notes=found.notes
-    )
+    matched = match_categories(source.coco, loaded, f"{source.name} {source.split}")
+    return replace(source, **matched._asdict())
+
+
+def open_part(path: Path | None, part: str, exif: Exif | None = None) -> DetectionSource:
+    """Open a part of COCO 2017, of a file of its format, or of the demo. Raises DataError."""
+    if path is None:
+        return open_demo(part)
+    if path.suffix == ".json":
+        return open_file(path, part == "val", exif)
+    return open_coco(path, part, exif)
 
 
 def open_coco(root: Path, part: str, exif: Exif | None = None) -> DetectionSource:
     """Open a part of COCO 2017, ``train`` without annotations. Raises DataError."""
-    missing = absent(root, part)
+    missing = [item.removeprefix("the ") for item in absent(root, part)]
     if missing:
-        raise DataError(
-            f"There is no {' and no '.join(item.removeprefix('the ') for item in missing)}. {LAYOUT}."
-        )
-    path, split = annotation_file(root, part), SPLITS[part]
+        raise DataError(f"There is no {' and no '.join(missing)}. {LAYOUT}.")
+    path = annotation_file(root, part)
     coco = read_annotations(path, part == "val")
     images, categories = len(coco["images"]), len(coco["categories"])
     if (images, categories) != (COUNTS[part], CATEGORIES):
         raise DataError(
-            f"{path} has {images:,} images of {categories} categories instead of the {COUNTS[part]:,} of {CATEGORIES} of "
-            f"{COCO_NAME}: give a part of it, or other data, as a file of their own (--data /path/to/file.json)."
+            f"{path} has {images:,} images of {categories} categories instead of the "
+            f"{COUNTS[part]:,} of {CATEGORIES} of {COCO_NAME}: give a part of it, or other data, "
+            "as a file (--data /path/to/file.json)."
         )
-    return _of_files(COCO_NAME, root / split, root, coco, path, exif)
+    return _of_files(COCO_NAME, root / SPLITS[part], root, coco, path, exif)
 
 
 def open_file(path: Path, annotated: bool = True, exif: Exif | None = None) -> DetectionSource:
-    """Open a file in COCO's format with its images. Raises DataError."""
+    """Open a file of COCO's format with its images. Raises DataError."""
     if not path.is_file():
         raise DataError(f"There is no file {path}. {LAYOUT}.")
     coco = read_annotations(path, annotated)
@@ -217,62 +212,70 @@ def open_demo(part: str) -> DetectionSource:
 def _of_files(
     name: str, folder: Path, root: Path | None, coco: Coco, path: Path, exif: Exif | None
 ) -> DetectionSource:
-    """Make a source of images in ``folder``, whose names may begin at ``root``."""
+    """Make a source of images in ``folder``; their names may also be relative to ``root``."""
     names = [entry["file_name"] for entry in coco["images"]]
-    ids, files = zip(*locate(names, folder, root, path), strict=True)
+    ids, paths = zip(*locate(names, folder, root, path), strict=True)
     sizes = [(entry["height"], entry["width"]) for entry in coco["images"]]
-    read = file_reader(files, sizes, path, exif)
-
-    def orientation(index: int) -> Orientation:
-        return orientation_of(files[index], sizes[index], exif)
-
-    return DetectionSource(name, folder.name, ids, coco, read, folder.parent, orientation, exif)
+    files, split = ImageFiles(paths, sizes, path, exif), folder.name
+    return DetectionSource(
+        name, split, ids, coco, files.read, folder.parent, files.orientation, exif
+    )
 
 
-def file_reader(
-    paths: Sequence[Path],
-    sizes: Sequence[tuple[int, int]],
-    annotations: Path,
-    exif: Exif | None = None,
-) -> Callable[[int], np.ndarray]:
-    """Read images by index as mmdet's ``LoadImageFromFile`` does: (H, W, 3) uint8, blue first.
+@dataclass(frozen=True)
+class ImageFiles:
+    """Image files that an annotation file describes, with their annotated (height, width)."""
 
-    TIFF, PPM and wide grey values are read as classification reads them. ``read`` raises OSError
-    for a damaged file, UnknownRange for values without an 8-bit form, and DataError for an image of
-    another than its annotated size, or with an EXIF orientation that may or may not count.
-    """
+    paths: Sequence[Path]
+    sizes: Sequence[tuple[int, int]]
+    annotations: Path
+    exif: Exif | None = None
 
-    def read(index: int) -> np.ndarray:
+    def orientation(self, index: int) -> Orientation:
+        """EXIF orientation of the image at a position. Raises OSError."""
+        return orientation_of(self.paths[index], self.sizes[index], self.exif)
+
+    def read(self, index: int) -> np.ndarray:
+        """Read the image at a position: (H, W, 3) uint8, blue first.
+
+        This equals mmdet's ``LoadImageFromFile``; TIFF, PPM and wide grey values are read as
+        classification reads them.
+
+        Raises:
+            OSError: the file is damaged.
+            UnknownRange: its values have no 8-bit form.
+            DataError: the image does not have its annotated size, or the user has to decide about
+                its EXIF orientation.
+        """
         # Only the reading of images needs these.
         import cv2
         from PIL import Image
 
         from tasks.common.data.images import grey_bits, open_rgb
 
-        path = paths[index]
-        orientation = orientation_of(path, sizes[index], exif)
+        path, size, orientation = self.paths[index], self.sizes[index], self.orientation(index)
         if orientation.applied is None:
-            raise ask([str(path)], str(annotations))
-        # OpenCV before version 5 fills in what a truncated file lacks; Pillow refuses, decoding an eighth of the size.
+            raise ask([str(path)], str(self.annotations))
+        # OpenCV before version 5 invents the missing rest of a truncated file; Pillow refuses such
+        # a file, here while it decodes an eighth of the size.
         with Image.open(path) as image:
-            of_pillow = grey_bits(image) is not None or image.format in _OF_PILLOW
-            if not of_pillow:
+            by_pillow = grey_bits(image) is not None or image.format in _READ_BY_PILLOW
+            if not by_pillow:
                 image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
                 image.load()
-        flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-        array = (
-            None if of_pillow else cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), flags)
-        )
-        if array is None:  # also of a format that only Pillow knows
+        array = None
+        if not by_pillow:
+            flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+            array = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), flags)
+        if array is None:  # also for formats that OpenCV does not know
             array = np.asarray(open_rgb(path))[:, :, ::-1].copy()
-        array = turned(array, orientation.tag) if orientation.applied else array
-        if array.shape[:2] != tuple(sizes[index]):
-            (height, width), (given_height, given_width) = array.shape[:2], sizes[index]
+        if orientation.applied:
+            array = turned(array, orientation.tag)
+        if array.shape[:2] != size:
             raise DataError(
-                f"The image {path} is {width} x {height} pixels{orientation.words}, but {annotations} "
-                f"says {given_width} x {given_height}: they do not belong together, so that boxes and "
-                f"masks would not fit.{orientation.advice(sizes[index])}"
+                f"The image {path} is {array.shape[1]} x {array.shape[0]} pixels"
+                f"{orientation.words}, but {self.annotations} says {size[1]} x {size[0]}: they do "
+                "not belong together, so that boxes and masks would not fit."
+                f"{orientation.advice(size)}"
             )
         return np.asarray(array)
-
-    return read

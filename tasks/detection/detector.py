@@ -1,8 +1,8 @@
-"""A detector put together: features by a chain or the float model, the rest by mmdet."""
+"""mmdet's two-stage detectors: cut into segments up to the neck, and put together again."""
 
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -10,21 +10,97 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from fimaq_core.chain import BlockChain
-from fimaq_core.errors import DataError, NumericsError
-from tasks.detection.chain import BackboneAndNeck
-from tasks.detection.mm import DetDataSample
+from fimaq_core.chain import BlockChain, Kept, MlpPart, Segment
+from fimaq_core.errors import DataError, ModelError, NumericsError
+from fimaq_core.families.parts import norm_pair
+from fimaq_core.recipe import OFF, Recipe
+from tasks.detection import mm
+from tasks.detection.neck import ExplicitFPN, Unpack, pack
 from tasks.detection.roi import described, roi_heads
+from tasks.detection.swin import AnySizeSwinBlock, ExplicitPatchEmbed, ExplicitPatchMerging
 
 #: Name of the chain of backbone, neck and RPN.
 DETECTOR = "detector"
 
 
-class QuantizedDetector(nn.Module):
-    """A two-stage detector of mmdet whose layers may be quantizable, image by image.
+class _StageOutput(nn.Module):
+    """Output of a stage for the neck, through its norm: (B, H, W, C) to (B, C, H, W)."""
 
-    The chain of :data:`DETECTOR` gives the features, else the float model does. The heads' layers
-    were swapped.
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x).permute(0, 3, 1, 2).contiguous()
+
+
+class _PackStages(nn.Module):
+    """Packs the outputs that the stages kept; ``x`` is the last block's output, kept as well."""
+
+    def forward(self, x: Tensor, kept: Kept) -> Tensor:
+        return pack(kept)
+
+
+def detector_segments(model: mm.TwoStageDetector, recipes: Mapping[str, Recipe]) -> list[Segment]:
+    """Cut backbone and neck of a Mask R-CNN or Cascade R-CNN; takes over their parameters.
+
+    ``recipes`` are for ``backbone`` and ``fpn``. A quantized backbone offers its norms for
+    reparameterisation and its MLPs for MLP reconstruction; the MLPs also if the recipe asks for it.
+    Raises ModelError for parts of a kind that is not supported.
+    """
+    mm.expect(model, "A detector", mm.MaskRCNN, mm.CascadeRCNN)
+    mm.expect(model.backbone, "A backbone", mm.SwinTransformer)
+    recipe, backbone = recipes["backbone"], model.backbone
+    quantized = recipe.w_bits != OFF or recipe.a_bits != OFF
+    mlps = (MlpPart("mlp"),) if quantized or recipe.reconstruct_mlp else ()
+    embed = ExplicitPatchEmbed(backbone.patch_embed, recipe)
+    segments = [Segment("backbone.patch_embed", "patch_embed", embed)]
+    for number, stage in enumerate(backbone.stages):
+        label = f"backbone.stages.{number}"
+        for place, original in enumerate(stage.blocks):
+            block = AnySizeSwinBlock(original, recipe)
+            pairs = norm_pair(block.norm1, "attn.qkv", "pad") + norm_pair(block.norm2, "mlp.fc1")
+            segment = Segment(f"{label}.blocks.{place}", "block", block, mlps=mlps)
+            segment.pairs = pairs if quantized else ()
+            segments.append(segment)
+        segments[-1].keep = _StageOutput(getattr(backbone, f"norm{number}"))
+        if stage.downsample is not None:
+            merging = ExplicitPatchMerging(stage.downsample, recipe)
+            pairs = norm_pair(merging.norm, "reduction") if quantized else ()
+            segments.append(Segment(f"{label}.downsample", "merge", merging, pairs=pairs))
+    neck = ExplicitFPN(model.neck, recipes["fpn"])
+    return [*segments, Segment("neck", "neck", neck, before=_PackStages(), takes_kept=True)]
+
+
+class BackboneAndNeck(nn.Module):
+    """A chain up to its neck, in place of mmdet's modules: images to maps (P2, ..., P6).
+
+    Raises ModelError for a chain without a neck.
+    """
+
+    def __init__(self, chain: BlockChain) -> None:
+        super().__init__()
+        kinds = [segment.kind for segment in chain]
+        if "neck" not in kinds:
+            raise ModelError(
+                "The chain has no neck, so it does not give the maps of a detector's heads."
+            )
+        self.segments = nn.ModuleList(list(chain)[: kinds.index("neck") + 1])
+        self.unpack = Unpack(self.segments[-1].block.channels)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        kept: Kept = ()
+        for segment in self.segments:
+            x = segment(x, None, kept)
+            kept = segment.kept_with(x, kept)
+        return self.unpack(x)
+
+
+class QuantizedDetector(nn.Module):
+    """A two-stage detector of mmdet whose layers may be quantizable; it takes one image at a time.
+
+    Features come from the chain :data:`DETECTOR` if there is one, else from the float model. The
+    layers of the heads are replaced in ``model`` itself.
     """
 
     def __init__(self, model: nn.Module, chains: Mapping[str, BlockChain]) -> None:
@@ -37,25 +113,29 @@ class QuantizedDetector(nn.Module):
         self.eval()
 
     def extract_feat(self, image: Tensor) -> tuple[Tensor, ...]:
-        """Pyramid (B, C, h, w), the finest map first, of images (B, 3, H, W)."""
+        """Pyramid (B, C, h, w), finest map first, of images (B, 3, H, W)."""
         features: tuple[Tensor, ...] = self.trunk(image)
         return features
 
     @torch.no_grad()
-    def predict(self, image: Tensor, meta: Mapping[str, object]) -> DetDataSample:
+    def predict(self, image: Tensor, meta: Mapping[str, object]) -> mm.DetDataSample:
         """Detect objects in one image (1, 3, H, W), normalised and padded, with its meta.
 
         ``pred_instances`` are in coordinates of the original image. Raises DataError, and
-        NumericsError for NaN or infinity, where mmdet would just find less.
+        NumericsError for NaN or infinity, which would only make mmdet find fewer objects.
         """
         if len(image) != 1:
             raise DataError(
                 f"Detectors are run on one image at a time, and this is a batch of {len(image)}."
             )
         sample = described(meta)
-        with self._checked(), warnings.catch_warnings():
-            # how mmdet copies a cascade's masks
+        parts = {"backbone and neck": self.trunk, "the RPN": self.rpn_head}
+        parts |= {f"the RoI head {name}": head for name, head in roi_heads(self).items()}
+        with ExitStack() as context, warnings.catch_warnings():
+            # mmdet copies the masks of a cascade in this way.
             warnings.filterwarnings("ignore", "To copy construct from a tensor")
+            for name, part in parts.items():
+                context.enter_context(part.register_forward_hook(partial(_check, name)))
             features = self.extract_feat(image)
             proposals = self.rpn_head.predict(features, [sample], rescale=False)
             (sample.pred_instances,) = self.roi_head.predict(
@@ -63,23 +143,10 @@ class QuantizedDetector(nn.Module):
             )
         return sample
 
-    @contextmanager
-    def _checked(self) -> Iterator[None]:
-        """Check all outputs of trunk and heads for NaN and infinity before they are used."""
-        named = {"backbone and neck give": self.trunk, "the RPN gives": self.rpn_head}
-        named |= {f"the RoI head {name} gives": head for name, head in roi_heads(self).items()}
-        handles = [
-            module.register_forward_hook(partial(_check, name)) for name, module in named.items()
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
-
-def _check(what: str, _module: nn.Module, _args: Any, output: Any) -> None:
+def _check(name: str, _module: nn.Module, _args: Any, output: Any) -> None:
+    """Refuse NaN and infinity before they are used."""
     if not all(bool(one.isfinite().all()) for one in tree_leaves(output)):
         raise NumericsError(
-            f"What {what} holds NaN or infinity, so what is found would not be what the model says."
+            f"The output of {name} holds NaN or infinity, so the objects found would be wrong."
         )

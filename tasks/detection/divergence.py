@@ -1,8 +1,8 @@
-"""Divergence of a detector: changes of its proposals' maps, and of proposals' classes.
+"""Divergence of a detector: changes of the RPN's maps and, optionally, of its proposals' classes.
 
 APHQ-ViT's code for detectors (Wu et al., CVPR 2025, arXiv:2504.02508) has the first form. Fisher
-passes use its gradient, not its value: each term is divided by its own value, so that neither is
-lost beside the other.
+passes use the gradient of the divergence, not its value. Each term is divided by its own value, so
+that a small term counts as much as a large one.
 """
 
 from collections.abc import Sequence
@@ -14,33 +14,32 @@ from torch.nn import functional as F
 from fimaq_core.fisher.divergence import Divergence, at_least_float32
 from fimaq_core.samples import Samples
 
-#: Full-precision score above which a position's box counts.
+#: Boxes count at positions whose full-precision score is above this.
 SCORE = 0.7
 
-#: Gap of logits up to which a divergence is computed by its difference from zero.
+#: Largest difference of two logits for which :func:`binary_kl` uses its exact form.
 _NEAR = 30.0
-#: What a term is divided by at least: less is no difference.
+#: Smallest divisor of a term.
 _NOTHING = 1e-30
 
 
 class ProposalDivergence(Divergence):
-    """Terms of one image, each over its own value; the sum counts those that are not zero.
+    """Sum of the terms of one image, each divided by its own value.
 
-    Classes: over levels, the mean binary KL between full-precision and quantized scores. Boxes:
-    over levels, the mean over all positions of smooth-L1 of the box deltas where the full-precision
-    score is above :data:`SCORE`, 0 elsewhere. With K ``classes``, also the mean KL over the
-    full-precision model's proposals of their classes by the first box head.
+    Classes: sum over levels of the mean binary KL between full-precision and quantized scores.
+    Boxes: sum over levels of the mean over all positions of the smooth-L1 distance of the box
+    deltas, which is 0 where the full-precision score is at most :data:`SCORE`. With K ``classes``
+    also the mean KL, over the full-precision proposals, of their classes by the first box head.
 
-    Outputs are flat for each image, (1, M): positions of all ``levels``, each with A = ``anchors``
-    class logits and 4 A box deltas (those of anchor a at 4 a to 4 a + 3), then K logits per
-    proposal.
+    Outputs are flat per image, (1, M): for each position of all ``levels`` A = ``anchors`` class
+    logits and 4 A box deltas (those of anchor a at 4 a to 4 a + 3), then K logits per proposal.
     """
 
     def __init__(self, levels: Sequence[Sequence[int]], anchors: int, classes: int = 0) -> None:
         self.levels, self.anchors, self.classes = levels, anchors, classes
 
     def reference(self, outputs: Samples) -> Samples:
-        """Outputs of each image, then the weight of each position: one over those of its level."""
+        """Outputs of each image, then a weight per position: 1 / the positions of its level."""
         rows = []
         for output, levels in zip(outputs, self.levels, strict=True):
             weights = torch.cat([torch.full((1, count), 1 / count) for count in levels], 1)
@@ -48,7 +47,7 @@ class ProposalDivergence(Divergence):
         return Samples(rows)
 
     def __call__(self, outputs: Tensor, reference: Tensor) -> Tensor:
-        # In float64, since both terms are differences of nearly equal numbers close to full precision.
+        # In float64: close to full precision, the terms are differences of nearly equal numbers.
         found, full = outputs.flatten(1).double(), reference.double()
         positions = full.shape[1] - found.shape[1]
         full, weights = full[:, :-positions], full[:, -positions:]
@@ -72,11 +71,10 @@ class ProposalDivergence(Divergence):
 
 
 def binary_kl(logits: Tensor, reference: Tensor) -> Tensor:
-    """``KL(p || q)``, elementwise in nats, for p = sigmoid(reference) and q = sigmoid(logits)."""
+    """``KL(p || q)`` in nats, elementwise, with p = sigmoid(reference) and q = sigmoid(logits)."""
     p, gap = reference.sigmoid(), logits - reference
-    # log(1 + p (exp(gap) - 1)) - p gap, which stays exact where the gap is small; for large ones the exponential would overflow.
+    # log(1 + p (exp(gap) - 1)) - p gap is exact for small gaps; exp overflows for large ones.
     near = gap.clamp(-_NEAR, _NEAR)
     close = torch.log1p(p * torch.expm1(near)) - p * near
-    return torch.where(
-        gap.abs() > _NEAR, F.softplus(logits) - F.softplus(reference) - p * gap, close
-    )
+    far = F.softplus(logits) - F.softplus(reference) - p * gap
+    return torch.where(gap.abs() > _NEAR, far, close)

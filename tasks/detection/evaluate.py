@@ -1,4 +1,4 @@
-"""Detection and instance segmentation as COCO measures them, with images' contributions."""
+"""Detection and instance segmentation as COCO measures them, with each image's contribution."""
 
 import contextlib
 import io
@@ -20,7 +20,8 @@ from tasks.detection.coco import DetectionSource
 from tasks.detection.example_objects import detection_examples
 from tasks.detection.precision import Matches, averages, contributions, standard_error
 
-#: Metrics by pycocotools' range of sizes and index of the IoU threshold; None: the mean over all thresholds.
+#: By metric: pycocotools' range of sizes, and the index of the IoU threshold (None: the mean over
+#: all thresholds).
 METRICS: dict[str, tuple[str, int | None]] = {
     "AP": ("all", None),
     "AP50": ("all", 0),
@@ -29,34 +30,37 @@ METRICS: dict[str, tuple[str, int | None]] = {
     "APm": ("medium", None),
     "APl": ("large", None),
 }
-#: pycocotools' names of what is compared, by the ending of metrics.
+#: By ending of a metric: pycocotools' name of the compared shapes.
 KINDS = {"box": "bbox", "mask": "segm"}
-#: Detections of an image and category at most; mmdet's own limit is as many of an image.
+#: Highest number of detections per image and category; mmdet has the same limit per image.
 MAX_DETECTIONS = 100
-#: (1, 3, H, W) on the device and mmdet's meta to mmdet's ``InstanceData``: boxes in pixels of the original image, scores, labels
-#: and masks; or a ``DetDataSample`` with that in ``pred_instances``.
+#: From an image (1, 3, H, W) on the device and its meta to mmdet's ``InstanceData``, with boxes in
+#: pixels of the original image, or to a ``DetDataSample`` with those in ``pred_instances``.
 Predict = Callable[[Tensor, dict[str, Any]], Any]
+#: From an image (H, W, 3) uint8 to the detector's input and meta.
+Prepare = Callable[[np.ndarray], tuple[Tensor, dict[str, Any]]]
 
 
 def detect(
     predict: Predict,
     source: DetectionSource,
-    prepare: Callable[[np.ndarray], tuple[Tensor, dict[str, Any]]],
+    prepare: Prepare,
     device: torch.device,
     on_progress: OnProgress,
     skip_corrupt: bool = False,
     workers: int = 0,
 ) -> Detections:
-    """Find objects, one by one; ``prepare`` gives the input and meta of an image.
+    """Find the objects in all images, one image at a time.
 
-    Raises DataError for a damaged image (unless skipped), none left, or one of another size than
-    annotated; ModelError where detector and image do not fit, and NumericsError for NaN or
-    infinity.
+    Raises:
+        DataError: an image is damaged (unless skipped) or has another than its annotated size, or
+            no image is left.
+        ModelError: the detector does not accept an image, or its output does not fit the image.
+        NumericsError: NaN or infinity in the output.
     """
-    images = Images(
-        source.image_ids, [0] * len(source.image_ids), source.read, prepare, skip_corrupt
-    )  # type: ignore[arg-type]
-    loader = DataLoader(images, batch_size=None, num_workers=workers, collate_fn=_as_it_is)
+    labels = [0] * len(source.image_ids)
+    images: Any = Images(source.image_ids, labels, source.read, prepare, skip_corrupt)  # type: ignore[arg-type]
+    loader = DataLoader(images, batch_size=None, num_workers=workers, collate_fn=_unchanged)
     results: list[Entry] = []
     kept: list[int] = []
     for index, item in enumerate(loader):
@@ -74,32 +78,32 @@ def detect(
     return Detections(results, kept, images.notes())
 
 
-def _as_it_is(item: Any) -> Any:
+def _unchanged(item: Any) -> Any:
     return item
 
 
 def _predicted(predict: Predict, image: Tensor, meta: dict[str, Any], name: str) -> Any:
+    where = f"image {name} of shape {tuple(image.shape)}"
     try:
         with torch.no_grad():
             found = predict(image, meta)
     except NumericsError as error:
-        raise NumericsError(f"The image {name} of shape {tuple(image.shape)}: {error}") from error
+        raise NumericsError(f"The {where}: {error}") from error
     except (RuntimeError, AssertionError) as error:
         if isinstance(error, torch.cuda.OutOfMemoryError) or "allocate memory" in str(error):
             raise
-        raise ModelError(
-            f"The model does not take the image {name} of shape {tuple(image.shape)}: {error}"
-        ) from error
+        raise ModelError(f"The model does not take the {where}: {error}") from error
     return getattr(found, "pred_instances", found)
 
 
 def coco_results(
     found: Any, image: Entry, categories: Sequence[int | None], name: str
 ) -> list[Entry]:
-    """Turn the objects in an image into COCO's format of results, as mmdet does.
+    """Convert the objects found in one image to COCO's format of results, as mmdet does.
 
-    ``categories`` are ids by label; objects of a class without one are left out. Raises ModelError
-    for unknown labels or masks that do not fit the image, and NumericsError for NaN or infinity.
+    ``categories`` are ids by label; objects of a class without an id are left out. Raises
+    ModelError for unknown labels or masks that do not fit the image, NumericsError for NaN or
+    infinity.
     """
     from pycocotools import mask as run_lengths
 
@@ -111,18 +115,18 @@ def coco_results(
         )
     if len(labels) and not 0 <= labels.min() <= labels.max() < len(categories):
         raise ModelError(
-            f"The model finds objects of class {labels.max()} in the image {name}; there are {len(categories)}."
+            f"The model finds objects of class {labels.max()} in the image {name}; there are "
+            f"{len(categories)}."
         )
     shape = (len(labels), image["height"], image["width"])
     if tuple(masks.shape) != shape or masks.dtype not in (torch.bool, torch.uint8):
         raise ModelError(
-            f"The model's masks of the image {name} are {masks.dtype} {tuple(masks.shape)} instead of bool {shape}."
+            f"The model's masks of the image {name} are {masks.dtype} {tuple(masks.shape)} instead "
+            f"of bool {shape}."
         )
     entries = []
-    objects = zip(
-        boxes.tolist(), scores.tolist(), labels.tolist(), masks.cpu().numpy(), strict=True
-    )
-    for (x1, y1, x2, y2), score, label, mask in objects:
+    values = boxes.tolist(), scores.tolist(), labels.tolist(), masks.cpu().numpy()
+    for (x1, y1, x2, y2), score, label, mask in zip(*values, strict=True):
         if (category := categories[label]) is None:
             continue
         code = run_lengths.encode(np.asfortranarray(mask.astype(np.uint8)))
@@ -134,15 +138,16 @@ def coco_results(
 
 
 def measure(source: DetectionSource, detections: Detections, keep: bool = False) -> Evaluation:
-    """Compare detections, which are kept as a file if asked for, with the annotations.
+    """Compare detections with the annotations; ``keep`` also writes the detections to a file.
 
-    Returns ``AP_box``, ``AP_mask`` and those of :data:`METRICS` likewise, in percent, with the
-    jackknife's standard errors over images. A metric whose objects are all in one image has no such
-    error and is left out, as mask AP is where an object has no mask. ``outcomes`` have one row per
-    image: ``sample``, its id; ``AP_box`` and ``AP_mask``, its contributions, whose means are the
-    metrics as fractions; ``objects`` (without crowd regions) and ``found``, their numbers. A
-    skipped image takes its annotations along. Raises DataError for objects in fewer than two
-    images.
+    Metrics are ``AP_box``, ``AP_mask`` and the others of :data:`METRICS`, in percent, with the
+    jackknife's standard error over images. Left out are mask AP if an object has no mask, and a
+    metric whose objects are all in one image, since it has no standard error.
+
+    Outcomes have one row per image: ``sample`` is its id; ``AP_box`` and ``AP_mask`` are its
+    contributions, whose means are the metrics as fractions; ``objects`` (without crowd regions) and
+    ``found`` are counts. The annotations of a skipped image do not count. Raises DataError for
+    objects in fewer than two images.
     """
     metrics: dict[str, Metric] = {}
     shares: dict[str, np.ndarray] = {}
@@ -152,16 +157,16 @@ def measure(source: DetectionSource, detections: Detections, keep: bool = False)
         measured = {size: averages(found) for size, found in sizes.items()}
         for name, (size, level) in METRICS.items():
             chosen = slice(None) if level is None else slice(level, level + 1)
-            found = measured[size]
-            whole, without = found.whole[chosen].mean(), found.without[:, chosen].mean(axis=1)
+            whole = float(measured[size].whole[chosen].mean())
+            without = measured[size].without[:, chosen].mean(axis=1)
             if len(without) > 1 and not np.isnan(without).any():
-                shares[f"{name}_{ending}"] = share = contributions(float(whole), without)
-                metrics[f"{name}_{ending}"] = Metric(
-                    value=100 * float(whole), stderr=100 * standard_error(share)
-                )
+                share = shares[f"{name}_{ending}"] = contributions(whole, without)
+                error = 100 * standard_error(share)
+                metrics[f"{name}_{ending}"] = Metric(value=100 * whole, stderr=error)
     if "AP_box" not in metrics:
         raise DataError(
-            f"{source.name} {source.split} has objects in fewer than two of {len(detections.kept)} images: nothing to measure."
+            f"{source.name} {source.split} has objects in fewer than two of "
+            f"{len(detections.kept)} images: nothing to measure."
         )
     kept = set(detections.kept)
     return Evaluation(
@@ -177,20 +182,22 @@ def measure(source: DetectionSource, detections: Detections, keep: bool = False)
 
 
 def _measurable(source: DetectionSource) -> tuple[dict[str, str], list[str]]:
-    """Metrics of :data:`KINDS` that annotations allow, and notes on missing parts."""
-    annotations, notes = source.coco["annotations"], []
+    """Entries of :data:`KINDS` that the annotations allow, and notes on missing data."""
+    annotations, kinds, notes = source.coco["annotations"], dict(KINDS), []
     without = sum("segmentation" not in entry for entry in annotations)
-    kinds = {ending: kind for ending, kind in KINDS.items() if not (without and ending == "mask")}
     if without:
+        del kinds["mask"]
         notes.append(
-            f"{without} of {len(annotations)} annotations have no mask: box AP is measured, mask AP is not"
+            f"{without} of {len(annotations)} annotations have no mask: box AP is measured, mask "
+            "AP is not"
         )
     areas = [entry for entry in annotations if "area" not in entry]
     if areas:
         of_masks = sum("segmentation" in entry for entry in areas)
         notes.append(
-            f"{len(areas)} of {len(annotations)} annotations have no area, by which small, medium and large objects are told: "
-            f"{of_masks} take it from their mask, {len(areas) - of_masks} from their box"
+            f"{len(areas)} of {len(annotations)} annotations have no area, which tells small, "
+            f"medium and large objects apart: {of_masks} take it from their mask, "
+            f"{len(areas) - of_masks} from their box"
         )
     return kinds, notes
 
@@ -200,21 +207,21 @@ def _outcomes(
 ) -> dict[str, np.ndarray]:
     row = {source.images[index]["id"]: number for number, index in enumerate(detections.kept)}
 
-    def counted(entries: list[Entry]) -> np.ndarray:
-        objects = [entry["image_id"] for entry in entries if not entry.get("iscrowd")]
-        owners = np.array([row[image] for image in objects if image in row], dtype=np.int64)
-        return np.bincount(owners, minlength=len(row)).astype(np.int32)
+    def counts(entries: list[Entry]) -> np.ndarray:
+        images = [entry["image_id"] for entry in entries if not entry.get("iscrowd")]
+        rows = np.array([row[image] for image in images if image in row], dtype=np.int64)
+        return np.bincount(rows, minlength=len(row)).astype(np.int32)
 
     return {
         "sample": np.array([source.image_ids[index] for index in detections.kept]),
         **{name: shares[name] for name in ("AP_box", "AP_mask") if name in shares},
-        "objects": counted(source.coco["annotations"]),
-        "found": counted(detections.results),
+        "objects": counts(source.coco["annotations"]),
+        "found": counts(detections.results),
     }
 
 
 def match(source: DetectionSource, detections: Detections, kind: str) -> dict[str, list[Matches]]:
-    """By range of sizes, detections of each category matched with objects by pycocotools."""
+    """Match detections with objects by pycocotools: by range of sizes, one entry per category."""
     from pycocotools.cocoeval import COCOeval
 
     with contextlib.redirect_stdout(io.StringIO()):
@@ -223,51 +230,39 @@ def match(source: DetectionSource, detections: Detections, kind: str) -> dict[st
         evaluation.params.maxDets = [MAX_DETECTIONS]
         evaluation.evaluate()
     params, images = evaluation.params, [source.images[index]["id"] for index in detections.kept]
-    # pycocotools has them by rising id, which decides between equal scores.
     place = {image: position for position, image in enumerate(images)}
+    # By category, range of sizes and rising image id; the id decides between equal scores.
     entries = iter(evaluation.evalImgs)
-    by_id = {
-        (category, size): [(place[image], next(entries)) for image in params.imgIds]
-        for category in params.catIds
-        for size in params.areaRngLbl
-    }
-    levels = len(params.iouThrs)
-    return {
-        size: [_gathered(by_id[category, size], levels) for category in params.catIds]
-        for size in params.areaRngLbl
-    }
+    matches: dict[str, list[Matches]] = {size: [] for size in params.areaRngLbl}
+    for _ in params.catIds:
+        for of_size in matches.values():
+            each = [(place[image], next(entries)) for image in params.imgIds]
+            of_size.append(_gathered(each, len(params.iouThrs)))
+    return matches
 
 
 def _gathered(found: list[tuple[int, Entry | None]], levels: int) -> Matches:
     """Matches of one category and range of sizes, from pycocotools' entries by image."""
-    truths = np.zeros(len(found), dtype=np.int64)
-    images, scores = [np.zeros(0, dtype=np.int64)], [np.zeros(0)]
-    matched, ignored = [np.zeros((levels, 0), dtype=bool)], [np.zeros((levels, 0), dtype=bool)]
+    truths, none = np.zeros(len(found), dtype=np.int64), np.zeros((levels, 0), dtype=bool)
+    parts = [(np.zeros(0, dtype=np.int64), np.zeros(0), none, none)]
     for image, entry in found:
         if entry is not None:
             truths[image] = np.count_nonzero(np.asarray(entry["gtIgnore"]) == 0)
-            images.append(np.full(len(entry["dtScores"]), image))
-            scores.append(np.asarray(entry["dtScores"], dtype=np.float64))
-            matched.append(entry["dtMatches"] != 0)
-            ignored.append(np.asarray(entry["dtIgnore"], dtype=bool))
-    return Matches.of(
-        np.concatenate(images),
-        np.concatenate(scores),
-        np.hstack(matched),
-        np.hstack(ignored),
-        truths,
-    )
+            scores = np.asarray(entry["dtScores"], dtype=np.float64)
+            ignored = np.asarray(entry["dtIgnore"], dtype=bool)
+            parts.append((np.full(len(scores), image), scores, entry["dtMatches"] != 0, ignored))
+    return Matches.of(*(np.concatenate(one, axis=-1) for one in zip(*parts, strict=True)), truths)
 
 
 def _objects(source: DetectionSource, detections: Detections) -> Any:
-    """Annotations of these images as pycocotools takes, and changes, them."""
+    """Annotations of the evaluated images for pycocotools, which changes them."""
     kept = {source.images[index]["id"]: source.images[index] for index in detections.kept}
-    annotations = [entry for entry in source.coco["annotations"] if entry["image_id"] in kept]
-    # It takes an object with the id 0 for none.
-    areas = [area_of(entry, kept[entry["image_id"]]) for entry in annotations]
-    pairs = enumerate(zip(annotations, areas, strict=True), 1)
-    numbered = [{**entry, "id": number, "area": area} for number, (entry, area) in pairs]
-    return _index(source, detections, numbered)
+    annotations = [
+        {**entry, "area": area_of(entry, kept[entry["image_id"]])}
+        for entry in source.coco["annotations"]
+        if entry["image_id"] in kept
+    ]
+    return _indexed(source, detections, annotations)
 
 
 def _found(source: DetectionSource, detections: Detections, kind: str) -> Any:
@@ -275,21 +270,21 @@ def _found(source: DetectionSource, detections: Detections, kind: str) -> Any:
     from pycocotools import mask as run_lengths
 
     annotations = []
-    for number, entry in enumerate(detections.results, 1):
+    for entry in detections.results:
         _, _, width, height = entry["bbox"]
         area = width * height if kind == "bbox" else run_lengths.area(entry["segmentation"])
-        annotations.append({**entry, "id": number, "iscrowd": 0, "area": area})
-    return _index(source, detections, annotations)
+        annotations.append({**entry, "iscrowd": 0, "area": area})
+    return _indexed(source, detections, annotations)
 
 
-def _index(source: DetectionSource, detections: Detections, annotations: list[Entry]) -> Any:
+def _indexed(source: DetectionSource, detections: Detections, annotations: list[Entry]) -> Any:
     from pycocotools.coco import COCO
 
+    # pycocotools takes a match with the object 0 for no match, so ids start at 1.
+    for number, entry in enumerate(annotations, 1):
+        entry["id"] = number
     found, images = COCO(), [source.images[index] for index in detections.kept]
-    found.dataset = {
-        "images": images,
-        "annotations": annotations,
-        "categories": source.coco["categories"],
-    }
+    categories = source.coco["categories"]
+    found.dataset = {"images": images, "annotations": annotations, "categories": categories}
     found.createIndex()
     return found

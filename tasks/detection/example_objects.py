@@ -1,4 +1,4 @@
-"""Objects found in a few images and the true ones, as outlines in pixels of the original image."""
+"""Detected and true objects of a few images, as outlines in pixels of the original image."""
 
 from typing import Any
 
@@ -8,22 +8,21 @@ from tasks.common.cell.prediction_samples import FOUND, LEAST_SCORE, TRUTHS, Spr
 from tasks.detection.annotations import Detections, Entry, area_of
 from tasks.detection.coco import DetectionSource
 
-#: Corners of an outline at most, outlines of an object at most, and pixels that one must enclose.
+#: Limits: corners per outline, outlines per object, pixels that each outline encloses.
 _CORNERS, _OUTLINES, _LEAST_AREA = 60, 20, 4
-#: Distance in pixels that simplifying may move an outline by at first, and by how much it grows until corners are few enough.
-#: Thin strokes lose a tenth of their area at half a pixel.
+#: Distance in pixels by which simplifying may first move an outline, and its growth until there are
+#: few enough corners. At half a pixel, thin strokes would lose a tenth of their area.
 _DISTANCE, _GROWTH = 0.3, 1.15
 
 
 def detection_examples(source: DetectionSource, detections: Detections) -> list[dict[str, Any]]:
     """Objects of up to 12 images, see :class:`tasks.common.cell.prediction_samples.Spread`.
 
-    ``found`` are the 20 detections of highest score, from 0.3 on; ``truth`` the annotated objects
-    without crowd regions, of more than 100 the largest.
+    ``found`` are the 20 detections of highest score, from 0.3 on; ``truth`` are the 100 largest
+    annotated objects without crowd regions.
     """
-    shown = [
-        detections.kept[index] for index in Spread(len(source.image_ids)).take(detections.kept)
-    ]
+    spread = Spread(len(source.image_ids))
+    shown = [detections.kept[index] for index in spread.take(detections.kept)]
     found: dict[int, list[Entry]] = {source.images[position]["id"]: [] for position in shown}
     truth: dict[int, list[Entry]] = {number: [] for number in found}
     for entry in detections.results:
@@ -36,18 +35,16 @@ def detection_examples(source: DetectionSource, detections: Detections) -> list[
     examples = []
     for position in shown:
         image = source.images[position]
-        size = image["width"], image["height"]
+        size, objects = (image["width"], image["height"]), truth[image["id"]]
         best = sorted(found[image["id"]], key=lambda entry: -entry["score"])[:FOUND]
-        areas = [-area_of(entry, image) for entry in truth[image["id"]]]
-        largest = [truth[image["id"]][place] for place in np.argsort(areas, kind="stable")[:TRUTHS]]
+        areas = [-area_of(entry, image) for entry in objects]
+        largest = [objects[place] for place in np.argsort(areas, kind="stable")[:TRUTHS]]
         examples.append(
             {
                 "sample": source.image_ids[position],
                 "size": list(size),
-                "truth": [_object(entry, names, size) for entry in largest],
-                "found": [
-                    {**_object(entry, names, size), "score": entry["score"]} for entry in best
-                ],
+                "truth": [_object(one, names, size) for one in largest],
+                "found": [{**_object(one, names, size), "score": one["score"]} for one in best],
             }
         )
     return examples
@@ -62,19 +59,16 @@ def _object(entry: Entry, names: dict[int, str], size: tuple[int, int]) -> dict[
 def outlines(
     segmentation: list[list[float]] | dict[str, Any], width: int, height: int
 ) -> list[list[float]]:
-    """Outlines x0, y0, x1, y1, ... of a mask in COCO's format, the largest first.
+    """Outlines x0, y0, x1, y1, ... of a mask in COCO's format, largest first.
 
-    Each has at most 60 corners and encloses at least 4 pixels; of more than 20 the largest are
-    kept.
+    There are at most 20; each has at most 60 corners and encloses at least 4 pixels.
     """
-    import cv2  # as pycocotools, needed for images that are looked at only
+    import cv2  # only needed for the few images that are shown
 
     if isinstance(segmentation, list):
-        # Only what is in the image is seen; and numbers that are too large for single precision would not be numbers.
-        corners = [
-            np.asarray(polygon).reshape(-1, 2).clip(0, (width, height)) for polygon in segmentation
-        ]
-        rings = [ring.astype(np.float32) for ring in corners]
+        # Clipped to the visible part; also, float32 cannot hold very large numbers.
+        corners = [np.asarray(polygon).reshape(-1, 2) for polygon in segmentation]
+        rings = [ring.clip(0, (width, height)).astype(np.float32) for ring in corners]
     else:
         rings = _traced(segmentation, width, height)
     simple = [(float(cv2.contourArea(ring)), _simplified(ring)) for ring in rings if len(ring) > 2]
@@ -88,15 +82,12 @@ def _traced(code: dict[str, Any], width: int, height: int) -> list[np.ndarray]:
     import cv2
     from pycocotools import mask as run_lengths
 
-    packed = (
-        code
-        if isinstance(code["counts"], str | bytes)
-        else run_lengths.frPyObjects(code, height, width)
-    )
-    mask = run_lengths.decode(packed)
-    x, y, w, h = (int(value) for value in run_lengths.toBbox(packed))
-    # OpenCV goes through the centres of border pixels, which takes half a pixel off every side: half of a thin stroke. With
-    # every pixel doubled, centres 2i and 2j + 1 are the edges i and j + 1.
+    if not isinstance(code["counts"], str | bytes):
+        code = run_lengths.frPyObjects(code, height, width)
+    mask = run_lengths.decode(code)
+    x, y, w, h = (int(value) for value in run_lengths.toBbox(code))
+    # OpenCV traces the centres of border pixels, which cuts half a pixel from each side: half of a
+    # thin stroke. With each pixel doubled, the centres 2i and 2j + 1 are the edges i and j + 1.
     doubled = mask[y : y + h, x : x + w].repeat(2, axis=0).repeat(2, axis=1)
     if not doubled.size:
         return []

@@ -1,14 +1,14 @@
-# ruff: noqa: F401 - imported from here by the other modules
-"""All that this package uses of mmdet and mmengine: import it from here, where a model is needed.
+# ruff: noqa: F401 - the other modules import these names from here
+"""All names of mmdet and mmengine that this package uses; import them from here.
 
-The import takes seconds. Operators that ``mmcv-lite`` lacks are registered first (``ops.py``).
+The import takes seconds, so only code that needs a model does it. Operators that ``mmcv-lite``
+lacks are registered first (``ops.py``).
 """
 
-import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from contextlib import ExitStack, redirect_stdout
 
 from mmengine.logging import MMLogger
 
@@ -16,39 +16,24 @@ from fimaq_core.errors import ModelError
 from tasks.detection import ops
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress mmdet's hints at optional packages that nothing here uses."""
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
-    def serious(record: logging.LogRecord) -> bool:
-        return record.levelno >= logging.ERROR
 
+with ExitStack() as quiet:
+    # The import hints at optional packages that nothing here uses.
     logger = MMLogger.get_current_instance()
-    logger.addFilter(serious)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.removeFilter(serious)
-
-
-with _quiet():
+    logger.addFilter(_is_error)
+    quiet.callback(logger.removeFilter, _is_error)
+    quiet.enter_context(redirect_stdout(io.StringIO()))
+    quiet.enter_context(warnings.catch_warnings())
+    warnings.simplefilter("ignore")
     ops.install()
-    from mmcv.cnn import ConvModule
     from mmcv.cnn.bricks.transformer import FFN
-    from mmcv.ops import RoIAlign, batched_nms
     from mmdet.datasets import CocoDataset
     from mmdet.datasets.transforms import PackDetInputs, Resize
     from mmdet.evaluation import CocoMetric
-    from mmdet.models.backbones.swin import (
-        ShiftWindowMSA,
-        SwinBlock,
-        SwinBlockSequence,
-        SwinTransformer,
-        WindowMSA,
-    )
-    from mmdet.models.data_preprocessors import DetDataPreprocessor
+    from mmdet.models.backbones.swin import SwinBlock, SwinBlockSequence, SwinTransformer, WindowMSA
     from mmdet.models.dense_heads import RPNHead
     from mmdet.models.detectors import CascadeRCNN, MaskRCNN, TwoStageDetector
     from mmdet.models.layers import PatchEmbed, PatchMerging
@@ -56,18 +41,17 @@ with _quiet():
     from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
     from mmdet.models.roi_heads.bbox_heads import ConvFCBBoxHead, Shared2FCBBoxHead
     from mmdet.models.roi_heads.mask_heads import FCNMaskHead
-    from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
     from mmdet.registry import MODELS
     from mmdet.structures import DetDataSample
     from mmdet.structures.bbox import bbox2roi
     from mmdet.structures.mask import BitmapMasks
-    from mmengine.config import Config, ConfigDict
+    from mmengine.config import ConfigDict
     from mmengine.registry import DefaultScope
     from mmengine.structures import InstanceData
 
 
 def expect(part: object, what: str, *kinds: type) -> None:
-    """Refuse a part of a detector of another kind: even a subclass may compute otherwise."""
+    """Refuse a part of a detector of another type, even a subclass: it may compute differently."""
     if type(part) not in kinds:
         names = " or ".join(kind.__name__ for kind in kinds)
         raise ModelError(

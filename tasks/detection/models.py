@@ -1,7 +1,7 @@
 """Loading detectors: demo models, and Mask R-CNN and Cascade Mask R-CNN on Swin.
 
 Weights come from files of mmdet (2 or 3), or of the Swin-Transformer-Object-Detection repository,
-which names the backbone's parts otherwise and merges pixels in another order. All names must fit.
+which has other names in the backbone and merges pixels in another order. All names must fit.
 """
 
 import copy
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from fimaq_core.errors import ModelError
-from tasks.common.data.images import named
 from tasks.common.models.weights import StoredWeights, load_state, read_weights
 from tasks.common.request import ModelRequest, describe_missing
 from tasks.common.task import LoadedModel
@@ -22,7 +21,7 @@ from tasks.detection import mm
 from tasks.detection.configs import RESIZE, build, published_config
 from tasks.detection.tags import CATALOGUE, DEMO_NAMES, full_name, missing_weights
 
-#: Names of the Swin repository, in order, and mmdet's.
+#: Patterns of the Swin repository's names, in order, and mmdet's names.
 _RENAMED = (
     (r"^backbone\.patch_embed\.proj\.", "backbone.patch_embed.projection."),
     (r"^backbone\.layers\.(\d+)\.", r"backbone.stages.\1."),
@@ -30,15 +29,14 @@ _RENAMED = (
     (r"(^backbone\.stages\.\d+\.blocks\.\d+)\.mlp\.fc1\.", r"\1.ffn.layers.0.0."),
     (r"(^backbone\.stages\.\d+\.blocks\.\d+)\.mlp\.fc2\.", r"\1.ffn.layers.1."),
 )
-_BLOCK = re.compile(r"^backbone\.stages\.(\d+)\.blocks\.(\d+)\.")
 _MERGING = re.compile(r"^backbone\.stages\.\d+\.downsample\.")
 
 
 class Pipeline:
-    """Turns images into inputs, each by itself: its padding depends on no other image.
+    """Turns one image into an input; the padding depends on no other image.
 
-    ``preprocessor`` is the detector's (a copy on the CPU is used); ``resize`` are keyword arguments
-    of mmdet's ``Resize``, None leaves sizes as they are.
+    ``preprocessor`` is the detector's (a copy on the CPU is used); ``resize`` are the arguments of
+    mmdet's ``Resize``, None to keep the size.
     """
 
     def __init__(self, preprocessor: nn.Module, resize: Mapping[str, Any] | None = None) -> None:
@@ -50,9 +48,9 @@ class Pipeline:
         """Prepare an image (H, W, 3) uint8, blue first.
 
         Returns:
-            (1, 3, H', W') float32, normalised, padded; and mmdet's meta: ``ori_shape``,
-            ``img_shape`` (resized), ``pad_shape``, ``batch_input_shape``, each (height, width), and
-            ``scale_factor`` (width, height).
+            The input (1, 3, H', W') float32, normalised and padded, and mmdet's meta:
+            ``ori_shape``, ``img_shape`` (resized), ``pad_shape``, ``batch_input_shape``, each
+            (height, width), and ``scale_factor`` (width, height).
         """
         size = array.shape[:2]
         results = {"img": array, "img_shape": size, "ori_shape": size, "scale_factor": (1.0, 1.0)}
@@ -68,50 +66,35 @@ def load_model(request: ModelRequest) -> LoadedModel:
     if missing is not None:
         raise ModelError(describe_missing([missing]))
     tag, path = CATALOGUE.model_tag(request), CATALOGUE.local_weights(request)
+    known: tuple[str, ...] | None = None
     if request.name in DEMO_NAMES:
-        # the demo's scenes are needed with its models only
+        # Only the demo models need the demo's scenes.
         from tasks.detection.demo.coco_files import CLASSES
         from tasks.detection.demo.models import DEMO
         from tasks.detection.demo.scenes import DATA, SCENE_SIZES
 
         model, stored = DEMO.load(request, path)
-        known: tuple[str, ...] | None = CLASSES
-        resize, data, shape = None, DATA, (3, SCENE_SIZES[1], SCENE_SIZES[1])
+        known, resize, data, shape = CLASSES, None, DATA, (3, SCENE_SIZES[1], SCENE_SIZES[1])
     else:
         if path is None:
             raise ModelError(f"There is no weights file of {tag}.")
-        if request.preprocessing:
-            raise ModelError(
-                "Detectors have a preprocessing of their own: give pixel_mean and pixel_std in --model-args."
-            )
-        name, arguments = full_name(request.name).partition(".")[0], request.model_args
-        try:
-            model = build(published_config(name, **arguments))
-        except (
-            TypeError,
-            ValueError,
-            LookupError,
-            AssertionError,
-            RuntimeError,
-            AttributeError,
-            ArithmeticError,
-        ) as error:
-            raise ModelError(f"{name} cannot be built with {arguments}: {error}") from error
-        stored = read_weights(path, request.weights_entry)
+        model, stored = _published(request), read_weights(path, request.weights_entry)
         load_state(model, adapted(stored.state, model, str(path)), str(path))
-        known, resize, data = None, RESIZE, None
-        shape = (3, 800, 1344)  # of a photograph of usual proportions, resized and padded
-    names = class_names(stored, _classes(model)) or known
+        # The shape of a photograph of usual proportions, resized and padded.
+        resize, data, shape = RESIZE, None, (3, 800, 1344)
+    head = model.roi_head.bbox_head
+    classes = int((head[0] if isinstance(head, nn.ModuleList) else head).num_classes)
+    names = class_names(stored, classes) or known
     if names is not None:
         model.dataset_meta = {"classes": names}  # type: ignore[assignment]
-    # It gives more than an image: see tasks.detection.calibration and tasks.detection.evaluate.
+    # Gives image and meta, which calibration and evaluation of this task expect.
     pipeline: Any = Pipeline(model.data_preprocessor, resize)
     return LoadedModel(
         model,
         tag,
         f"file {stored.path.name}",
         stored.sha256(model, altered=bool(request.model_args)),
-        _classes(model),
+        classes,
         pipeline,
         pipeline,
         data=data,
@@ -122,9 +105,21 @@ def load_model(request: ModelRequest) -> LoadedModel:
     )
 
 
-def _classes(model: nn.Module) -> int:
-    head = model.roi_head.bbox_head
-    return int((head[0] if isinstance(head, nn.ModuleList) else head).num_classes)
+def _published(request: ModelRequest) -> nn.Module:
+    """Build a published detector with random weights. Raises ModelError."""
+    if request.preprocessing:
+        raise ModelError(
+            "Detectors have a preprocessing of their own: give pixel_mean and pixel_std in "
+            "--model-args."
+        )
+    name, arguments = full_name(request.name).partition(".")[0], request.model_args
+    try:
+        return build(published_config(name, **arguments))
+    except (
+        *(TypeError, ValueError, LookupError, AssertionError),
+        *(RuntimeError, AttributeError, ArithmeticError),
+    ) as error:
+        raise ModelError(f"{name} cannot be built with {arguments}: {error}") from error
 
 
 def class_names(stored: StoredWeights, classes: int) -> tuple[str, ...] | None:
@@ -145,40 +140,31 @@ def class_names(stored: StoredWeights, classes: int) -> tuple[str, ...] | None:
 
 
 def adapted(state: Mapping[str, Tensor], model: nn.Module, where: str) -> dict[str, Tensor]:
-    """Weights under the names and in the order of mmdet's ``model``. Raises ModelError."""
-    found = of_mmdet(_without_extras(state, model, where))
-    expected = model.state_dict()
-    own, other = _description(expected), _description(found)
-    if other is None:
-        raise ModelError(
-            f"The weights {where} are not those of a detector with a Swin backbone, as mmdet or the Swin-Transformer-Object-"
-            "Detection repository write them: there is no backbone.patch_embed or no roi_head.bbox_head, but "
-            f"{named(list(map(repr, state))) or 'nothing'}."
-        )
-    if own != other:
-        raise ModelError(
-            f"The weights {where} are of a {other}, and this model is a {own}: give the weights or the name of one."
-        )
-    common = found.keys() & expected.keys()
-    shapes = {name: (found[name].shape, expected[name].shape) for name in found if name in common}
-    faults = [
-        ("is missing", [name for name in expected if name not in common]),
-        ("has no place", [name for name in found if name not in common]),
-        ("has another shape", [name for name, (own, wanted) in shapes.items() if own != wanted]),
-    ]
-    listed = "; ".join(f"{named(list(map(repr, names)))} {what}" for what, names in faults if names)
-    if listed:
-        raise ModelError(f"The weights {where} do not fit the model: {listed}.")
-    for name, value in found.items():
-        if name.endswith("relative_position_index") and not torch.equal(value, expected[name]):
+    """Weights under the names and in the order of mmdet's ``model``. Raises ModelError.
+
+    Averaged copies (``ema_``) are dropped, and mean and deviation of images after a check.
+    """
+    found = of_mmdet({name: value for name, value in state.items() if not name.startswith("ema_")})
+    for name in ("mean", "std"):
+        value = found.pop(f"data_preprocessor.{name}", None)
+        own = getattr(model.data_preprocessor, name).flatten().float()
+        if value is not None and not torch.equal(value.flatten().float(), own):
             raise ModelError(
-                f"The weights {where} number the positions in a window otherwise than mmdet: '{name}'."
+                f"The weights {where} are for images of another {name}: {value.flatten().tolist()}."
+            )
+    expected = model.state_dict()
+    for name in [name for name in found if name.endswith("relative_position_index")]:
+        value, own = found[name], expected.get(name)
+        if own is not None and value.shape == own.shape and not torch.equal(value, own):
+            raise ModelError(
+                f"The weights {where} number the positions in a window differently than mmdet: "
+                f"'{name}'."
             )
     return found
 
 
 def of_mmdet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Turn weights of the Swin repository's detectors into mmdet's names and order."""
+    """Convert weights of the Swin repository's detectors to mmdet's names and order."""
     if not any(name.startswith("backbone.layers.") for name in state):
         return dict(state)
     converted = {}
@@ -190,45 +176,9 @@ def of_mmdet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def merging_order(value: Tensor) -> Tensor:
-    """Bring the last dimension, 4 C, from the Swin repository's order into mmdet's.
+    """Reorder the last dimension, 4 C, from the Swin repository's order to mmdet's.
 
-    The former keeps the channels of a pixel together, pixels column by column; mmdet
-    (``nn.Unfold``) the pixels of a channel, row by row.
+    The repository keeps the channels of a pixel together, with pixels column by column. mmdet
+    (``nn.Unfold``) keeps the pixels of a channel together, row by row.
     """
     return value.unflatten(-1, (2, 2, -1)).transpose(-1, -3).flatten(-3)
-
-
-def _without_extras(state: Mapping[str, Tensor], model: nn.Module, where: str) -> dict[str, Tensor]:
-    """Drop averaged copies (``ema_``), and the images' mean and deviation."""
-    kept = {name: value for name, value in state.items() if not name.startswith("ema_")}
-    for name in ("mean", "std"):
-        value, own = (
-            kept.pop(f"data_preprocessor.{name}", None),
-            getattr(model.data_preprocessor, name),
-        )
-        if value is not None and not torch.equal(value.flatten().float(), own.flatten().float()):
-            raise ModelError(
-                f"The weights {where} are for images of another {name}: {value.flatten().tolist()}."
-            )
-    return kept
-
-
-def _description(state: Mapping[str, Tensor]) -> str | None:
-    """Describe the detector of these weights; None if it has no Swin backbone."""
-    patch = state.get("backbone.patch_embed.projection.weight")
-    heads = [name for name in state if re.search(r"^roi_head\.bbox_head\..*fc_cls\.weight$", name)]
-    if patch is None or not heads:
-        return None
-    blocks = {found.groups() for found in map(_BLOCK.match, state) if found}
-    depths = [
-        sum(stage == name for stage, _ in blocks) for name in sorted({stage for stage, _ in blocks})
-    ]
-    kind = (
-        "Mask R-CNN"
-        if heads == ["roi_head.bbox_head.fc_cls.weight"]
-        else f"Cascade Mask R-CNN with {len(heads)} stages"
-    )
-    table = state.get("backbone.stages.0.blocks.0.attn.w_msa.relative_position_bias_table")
-    window = "" if table is None else f" and window {(round(len(table) ** 0.5) + 1) // 2}"
-    classes = len(state[heads[0]]) - 1
-    return f"{kind} for {classes} classes on a Swin of width {len(patch)} with {', '.join(map(str, depths))} blocks{window}"

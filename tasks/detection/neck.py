@@ -1,7 +1,7 @@
 """mmdet's FPN (Lin et al., CVPR 2017, arXiv:1612.03144) and RPN as segments on packed maps.
 
-A chain's blocks hand one tensor on, so the maps of a pyramid are packed: at the grid of the
-coarsest one, cells of the finer maps become channels (pixel unshuffle).
+The blocks of a chain pass on one tensor, so the maps of a pyramid are packed into one: at the grid
+of the coarsest map, the cells of the finer maps become channels (pixel unshuffle).
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,8 @@ from fimaq_core.layers import QuantConv2d
 from fimaq_core.recipe import Recipe
 from tasks.detection.mm import FPN, RPNHead, expect
 
-#: Strides of the maps P2 to P6; all but the last are packed, so the sides of a padded image are multiples of the last but one.
+#: Strides of the maps P2 to P6. All but P6 are packed, so the sides of a padded image must be
+#: multiples of P5's stride.
 STRIDES = (4, 8, 16, 32, 64)
 
 _LAYERS = ("rpn_conv", "rpn_cls", "rpn_reg")
@@ -31,22 +32,23 @@ def pack(maps: Sequence[Tensor]) -> Tensor:
         if fine.shape[-2] != 2 * coarse.shape[-2] or fine.shape[-1] != 2 * coarse.shape[-1]:
             sizes = ", ".join(f"{one.shape[-2]} x {one.shape[-1]}" for one in maps)
             raise ModelError(
-                f"Maps of sizes {sizes} cannot be packed: each has to be twice as high and wide as the next. Pad the images to "
-                "multiples of the coarsest map's stride (pad_size_divisor, 32 for Swin)."
+                f"Maps of sizes {sizes} cannot be packed: each has to be twice as high and wide as "
+                "the next. Pad the images to multiples of the coarsest map's stride "
+                "(pad_size_divisor, 32 for Swin)."
             )
     last = len(maps) - 1
-    return torch.cat(
-        [F.pixel_unshuffle(one, 2 ** (last - level)) for level, one in enumerate(maps)], dim=1
-    )
+    cells = [F.pixel_unshuffle(one, 2 ** (last - level)) for level, one in enumerate(maps)]
+    return torch.cat(cells, dim=1)
 
 
 def unpack(packed: Tensor, channels: Sequence[int]) -> tuple[Tensor, ...]:
-    """Undo :func:`pack` of maps with ``channels``. Raises ModelError for others."""
+    """Undo :func:`pack` of maps with ``channels``. Raises ModelError for other channels."""
     last = len(channels) - 1
     shares = [count * 4 ** (last - level) for level, count in enumerate(channels)]
     if packed.shape[1] != sum(shares):
         raise ModelError(
-            f"{packed.shape[1]} channels are not those of maps with {list(channels)} channels, packed."
+            f"{packed.shape[1]} channels are not those of packed maps with {list(channels)} "
+            "channels."
         )
     maps = packed.split(shares, dim=1)
     return tuple(F.pixel_shuffle(one, 2 ** (last - level)) for level, one in enumerate(maps))
@@ -55,7 +57,7 @@ def unpack(packed: Tensor, channels: Sequence[int]) -> tuple[Tensor, ...]:
 class ExplicitFPN(nn.Module):
     """mmdet's ``FPN``, quantizable: packed stage outputs to packed maps P2, P3, ...
 
-    The coarsest level that mmdet adds is a part of the one before, see :class:`Unpack`.
+    :class:`Unpack` adds the coarsest level, which mmdet subsamples from the level before.
     """
 
     def __init__(self, fpn: FPN, recipe: Recipe) -> None:
@@ -68,20 +70,16 @@ class ExplicitFPN(nn.Module):
             module.conv = QuantConv2d.from_float(module.conv, recipe.w_bits, recipe.a_bits)
 
     def forward(self, x: Tensor) -> Tensor:
-        laterals = [
-            conv(one)
-            for conv, one in zip(self.lateral_convs, unpack(x, self.in_channels), strict=True)
-        ]
+        maps = unpack(x, self.in_channels)
+        laterals = [conv(one) for conv, one in zip(self.lateral_convs, maps, strict=True)]
         for level in range(len(laterals) - 1, 0, -1):
-            fine = laterals[level - 1]
-            laterals[level - 1] = fine + F.interpolate(
-                laterals[level], size=fine.shape[2:], mode="nearest"
-            )
+            fine, coarse = laterals[level - 1], laterals[level]
+            laterals[level - 1] = fine + F.interpolate(coarse, size=fine.shape[2:], mode="nearest")
         return pack([conv(one) for conv, one in zip(self.fpn_convs, laterals, strict=True)])
 
 
 class Unpack(nn.Module):
-    """The maps that mmdet's heads take: the packed ones, and half of the coarsest."""
+    """From packed maps to the maps of mmdet's heads; the last is every second pixel of P5."""
 
     def __init__(self, channels: Sequence[int]) -> None:
         super().__init__()
@@ -93,9 +91,9 @@ class Unpack(nn.Module):
 
 
 class RpnOutputs(nn.Module):
-    """mmdet's ``RPNHead`` on packed maps P2 to P5, its outputs in one tensor (B, L, 5 A).
+    """mmdet's ``RPNHead`` on packed maps P2 to P5, with its outputs in one tensor (B, L, 5 A).
 
-    Positions follow level by level, the finest first, and row by row. A position has A class
+    The L positions follow level by level, finest first, and row by row. Each position has A class
     logits, then the 4 deltas of anchor 0, of anchor 1, and so on.
     """
 
@@ -108,16 +106,13 @@ class RpnOutputs(nn.Module):
         outputs = []
         for features in self.unpack(packed):
             hidden = F.relu(self.rpn_conv(features))
-            outputs.append(
-                torch.cat([self.rpn_cls(hidden), self.rpn_reg(hidden)], 1)
-                .flatten(2)
-                .transpose(1, 2)
-            )
+            found = torch.cat([self.rpn_cls(hidden), self.rpn_reg(hidden)], 1)
+            outputs.append(found.flatten(2).transpose(1, 2))
         return torch.cat(outputs, 1)
 
 
 def rpn_segment(model: nn.Module, recipe: Recipe) -> Segment:
-    """The RPN as a segment that is calibrated only; layers of the model are swapped."""
+    """The RPN as a segment that is calibrated only. Replaces layers of the model."""
     head = model.rpn_head
     expect(head, "A region proposal network", RPNHead)
     for name in _LAYERS:
@@ -131,7 +126,8 @@ def rpn_levels(height: int, width: int) -> list[int]:
     """Positions per level in the RPN's output. Raises ModelError for images that are not padded."""
     if height % STRIDES[-2] or width % STRIDES[-2]:
         raise ModelError(
-            f"An image of {height} x {width} pixels is not padded: the sides must be multiples of {STRIDES[-2]}."
+            f"An image of {height} x {width} pixels is not padded: the sides must be multiples of "
+            f"{STRIDES[-2]}."
         )
-    # Negating twice rounds up: subsampling keeps the last position of an odd side.
+    # Rounded up (by two negations): subsampling keeps the last position of an odd side.
     return [-(-height // stride) * -(-width // stride) for stride in STRIDES]

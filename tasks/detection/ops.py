@@ -1,4 +1,4 @@
-"""The compiled operators of mmcv that the supported detectors use, by torchvision.
+"""The compiled operators of mmcv that the supported detectors use, from torchvision.
 
 :func:`install` registers them as ``mmcv._ext``, before the first import of ``mmcv.ops``.
 """
@@ -22,7 +22,7 @@ _NAME = "mmcv._ext"
 
 
 def install() -> None:
-    """Register the operators, unless done. Raises ModelError for compiled ones that do not load."""
+    """Register the operators once. Raises ModelError for compiled operators that do not load."""
     if _NAME in sys.modules:
         return
     if importlib.util.find_spec(_NAME) is None:
@@ -32,16 +32,17 @@ def install() -> None:
         importlib.import_module(_NAME)
     except (ImportError, OSError) as error:
         raise ModelError(
-            f"The installed mmcv has compiled operators that do not load with PyTorch {torch.__version__} ({error}): compile "
-            "mmcv for it, or install mmcv-lite in its place, which needs none."
+            "The installed mmcv has compiled operators that do not load with PyTorch "
+            f"{torch.__version__} ({error}): compile mmcv for it, or install mmcv-lite in its "
+            "place, which needs none."
         ) from error
 
 
 class Operators(ModuleType):
-    """The module ``mmcv._ext``; other operators raise ModelError when called."""
+    """The module ``mmcv._ext``; all other operators raise ModelError when called."""
 
     def __init__(self) -> None:
-        super().__init__(_NAME, "Operators of mmcv by torchvision.")
+        super().__init__(_NAME, "Operators of mmcv from torchvision.")
         self.__spec__ = ModuleSpec(_NAME, None)
         for operator in (nms, roi_align_forward, roi_align_backward):
             setattr(self, operator.__name__, operator)
@@ -49,52 +50,46 @@ class Operators(ModuleType):
             setattr(self, name, lambda: "none (operators of torchvision)")
 
     def __getattr__(self, name: str) -> Callable[..., NoReturn]:
-        # mmcv.ops asks at its import for all operators there are; names of Python's own machinery are none
+        # The import of mmcv.ops looks up every operator; Python looks up names such as __path__.
         if name.startswith("_"):
             raise AttributeError(f"module '{_NAME}' has no attribute '{name}'")
 
         def missing(*_: Any, **__: Any) -> NoReturn:
             raise ModelError(
-                f"mmcv's operator '{name}' is needed and there is no such operator without a compiled mmcv: the detectors of "
-                "this package use NMS and RoIAlign only. For other models compile mmcv 2.1; it is used if installed."
+                f"mmcv's operator '{name}' needs a compiled mmcv; the detectors of this package "
+                "need only NMS and RoIAlign. For other models compile mmcv 2.1: it is used if it "
+                "is installed."
             )
 
         return missing
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
-    """Indices of the boxes (n, 4) that greedy suppression keeps, by falling score."""
+    """Indices of the boxes (n, 4) that greedy suppression keeps, highest score first."""
     wider = boxes + boxes.new_tensor([0, 0, offset, offset]) if offset else boxes
     return torchvision_nms(wider, scores, iou_threshold)
 
 
 def roi_align_forward(x: Tensor, rois: Tensor, output: Tensor, *_: Tensor, **settings: Any) -> None:
-    """Write the pooled regions of ``x`` (N, C, H, W) into ``output``, see :func:`_pooled`."""
-    output.copy_(_pooled(x, rois, **settings))
+    """Write the pooled regions of ``x`` (N, C, H, W) into ``output``."""
+    output.copy_(_pooled(x, rois, settings))
 
 
 def roi_align_backward(grad_output: Tensor, rois: Tensor, *rest: Tensor, **settings: Any) -> None:
-    """Write the gradient of :func:`roi_align_forward` by its input into the last tensor."""
-    grad_input = rest[-1]
+    """Write the gradient of :func:`roi_align_forward` in its input into the last tensor."""
     with torch.enable_grad():
-        features = torch.zeros_like(grad_input).requires_grad_()
-        pooled = _pooled(features, rois, **settings)
-    (gradient,) = torch.autograd.grad(pooled, features, grad_output)
-    grad_input.copy_(gradient)
+        features = torch.zeros_like(rest[-1]).requires_grad_()
+        pooled = _pooled(features, rois, settings)
+    rest[-1].copy_(torch.autograd.grad(pooled, features, grad_output)[0])
 
 
-def _pooled(
-    features: Tensor,
-    rois: Tensor,
-    aligned_height: int,
-    aligned_width: int,
-    spatial_scale: float,
-    sampling_ratio: int,
-    pool_mode: int,
-    aligned: bool,
-) -> Tensor:
-    """RoIAlign (He et al., "Mask R-CNN", ICCV 2017) of regions (n, 5): image, x1, y1, x2, y2."""
-    if pool_mode != 1:
+def _pooled(features: Tensor, rois: Tensor, settings: dict[str, Any]) -> Tensor:
+    """RoIAlign (He et al., ICCV 2017, arXiv:1703.06870) of regions (n, 5): image, x1, y1, x2, y2.
+
+    ``settings`` are the keyword arguments of mmcv's operator.
+    """
+    if settings["pool_mode"] != 1:
         raise ModelError("RoIAlign with max pooling needs a compiled mmcv: use pool_mode 'avg'.")
-    size = (aligned_height, aligned_width)
-    return roi_align(features, rois, size, spatial_scale, sampling_ratio, aligned)
+    size = settings["aligned_height"], settings["aligned_width"]
+    scale, ratio = settings["spatial_scale"], settings["sampling_ratio"]
+    return roi_align(features, rois, size, scale, ratio, settings["aligned"])

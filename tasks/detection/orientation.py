@@ -1,7 +1,7 @@
 """EXIF orientation of image files, read from their headers.
 
-Annotations are made in the pixels as stored or in the turned image, and their file does not say
-which. Where the tag swaps the sides, the annotated size tells; otherwise the user has to.
+Annotations refer either to the stored pixels or to the turned image, and their file does not tell.
+The annotated size tells if the tag swaps the sides; otherwise the user has to decide.
 """
 
 import struct
@@ -22,24 +22,20 @@ _ORIENTATION = 0x0112
 _SWAPPED = (5, 6, 7, 8)
 #: Errors of an image file whose header cannot be read.
 UNREADABLE = (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError)
-#: Errors of a damaged EXIF block; such a block has no orientation.
+#: Errors of a damaged EXIF block, which counts as a block without orientation.
 _DAMAGED = (SyntaxError, ValueError, KeyError, TypeError, EOFError, OSError, struct.error)
 
 
 class Orientation(NamedTuple):
-    """Orientation tag of an image file: 1 to 8 as in EXIF, 1 where there is none.
+    """EXIF orientation of an image file."""
 
-    ``stored`` is (height, width) of the stored pixels. ``applied`` is True where the image is
-    turned as its tag says, and None where nothing tells.
-    """
-
-    tag: int
-    stored: tuple[int, int]
-    applied: bool | None
+    tag: int  # 1 to 8; 1 for a file without a tag
+    stored: tuple[int, int]  # (height, width) of the stored pixels
+    applied: bool | None  # True: the image is turned as the tag says; None: the user has to decide
 
     @property
     def words(self) -> str:
-        """How the image was read, for messages about its size; empty without a tag."""
+        """Describe how the image was read, for messages about its size; empty without a tag."""
         height, width = self.stored
         if self.tag == 1:
             return ""
@@ -47,8 +43,8 @@ class Orientation(NamedTuple):
             return f" (turned by its EXIF orientation tag {self.tag}; {width} x {height} as stored)"
         return f" (as stored; its EXIF orientation tag {self.tag} is ignored)"
 
-    def advice(self, size: tuple[int, int]) -> str:
-        """Advice to decide otherwise, where that fits the annotated (height, width)."""
+    def advice(self, size: tuple[int, ...]) -> str:
+        """Advise the other decision if that fits the annotated ``size`` (height, width)."""
         other = self.stored[::-1] if self.tag in _SWAPPED and not self.applied else self.stored
         if self.tag == 1 or size != other:
             return ""
@@ -56,11 +52,14 @@ class Orientation(NamedTuple):
         return f" They fit the image {way}: try --exif {option}."
 
 
-def orientation_of(path: Path, size: tuple[int, int], exif: Exif | None) -> Orientation:
-    """Read the orientation without decoding, and decide by user or size. Raises OSError."""
+def orientation_of(path: Path, size: tuple[int, ...], exif: Exif | None) -> Orientation:
+    """Read the orientation without decoding the image, and decide by ``exif`` or ``size``.
+
+    ``size`` is the annotated (height, width). Raises OSError.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        # The orientation of a TIFF is part of its format, not EXIF, and every decoder applies it.
+        # A TIFF's own orientation is no EXIF block, and every decoder applies it.
         with Image.open(path) as image:
             stored = (image.height, image.width)
             block = _png_block(path) if image.format == "PNG" else image.info.get("exif", b"")
@@ -74,11 +73,10 @@ def orientation_of(path: Path, size: tuple[int, int], exif: Exif | None) -> Orie
         return Orientation(1, stored, False)
     if exif is not None:
         return Orientation(tag, stored, exif == "apply")
-    turned = stored[::-1] if tag in _SWAPPED else stored
-    if turned == stored:
-        # A size that fits neither way is refused by the reader.
-        return Orientation(tag, stored, None if size == stored else True)
-    return Orientation(tag, stored, size != stored)
+    if tag in _SWAPPED and stored[0] != stored[1]:
+        return Orientation(tag, stored, size != stored)
+    # The reader refuses a size that fits neither way.
+    return Orientation(tag, stored, None if size == stored else True)
 
 
 def turned(array: np.ndarray, tag: int) -> np.ndarray:
@@ -91,17 +89,17 @@ def turned(array: np.ndarray, tag: int) -> np.ndarray:
 
 
 def ask(images: list[str], what: str) -> DataError:
-    """Make the error that asks the user for a decision on ``images`` of the data ``what``."""
+    """Make the error that asks the user to decide about ``images`` of the data ``what``."""
     return DataError(
-        f"{counted(len(images), 'image')} of {what} (such as {images[0]}) have an EXIF orientation tag, and their sizes do "
-        "not tell whether the annotations were made in the turned image (half a turn, mirrored or "
-        "square). Give --exif apply if boxes fit the image as viewers show it and mmdet reads it, or "
-        "--exif ignore if they fit the stored pixels."
+        f"{counted(len(images), 'image')} of {what} (such as {images[0]}) have an EXIF orientation "
+        "tag, and their sizes do not tell whether the annotations were made in the turned image "
+        "(half a turn, mirrored or square). Give --exif apply if boxes fit the image as viewers "
+        "show it and mmdet reads it, or --exif ignore if they fit the stored pixels."
     )
 
 
 def _png_block(path: Path) -> bytes:
-    """EXIF block of a PNG; Pillow finds one behind the pixels only after decoding them."""
+    """EXIF block of a PNG. Pillow finds a block behind the pixels only after it decodes them."""
     with path.open("rb", buffering=0) as file:
         file.seek(8)
         while len(head := file.read(8)) == 8:

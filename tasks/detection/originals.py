@@ -8,20 +8,15 @@ from PIL import Image
 from fimaq_core.errors import DataError
 from tasks.common.data.originals import known_originals
 from tasks.common.request import DataRequest, ModelRequest
-from tasks.detection.coco import open_coco, open_demo, open_file
+from tasks.detection.coco import open_part
 from tasks.detection.tags import DEMO_NAMES, LAYOUT
 
 
 def originals(model: ModelRequest, data: DataRequest, ids: Sequence[str]) -> dict[str, Image.Image]:
-    """See :meth:`tasks.common.task.Task.originals`; turned so that boxes fit."""
+    """See :meth:`tasks.common.task.Task.originals`; images are turned so that boxes fit."""
     if data.path is None and model.name not in DEMO_NAMES:
         raise DataError(f"{model.name} brings no data along: give --data /path/to/coco. {LAYOUT}.")
-    if data.path is None:
-        source = open_demo("val")
-    elif data.path.suffix == ".json":
-        source = open_file(data.path, exif=data.exif)
-    else:
-        source = open_coco(data.path, "val", data.exif)
+    source = open_part(data.path, "val", data.exif)
 
     def read(index: int) -> Image.Image:
         return Image.fromarray(np.ascontiguousarray(source.read(index)[:, :, ::-1]))

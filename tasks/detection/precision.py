@@ -1,15 +1,14 @@
 """COCO's average precision from matched detections, as a function of the images that count.
 
-Of the precisions at 101 recalls, each interpolated to the highest precision at that recall or
-beyond (Lin et al., ECCV 2014, arXiv:1405.0312; Everingham et al., IJCV 88, 2010), a false positive
-only lowers those behind it. Written in terms of true positives alone, it is cheap to leave out
-every image in turn, for the jackknife (Efron and Stein, Annals of Statistics 9, 1981), whose
-pseudo-values give each image a contribution.
+COCO averages the precision over 101 recalls, each interpolated to the highest precision at that
+recall or beyond (Lin et al., ECCV 2014, arXiv:1405.0312; Everingham et al., IJCV 88, 2010). A false
+positive only lowers the precisions behind it, so the sum needs precisions at true positives only.
+That makes it cheap to leave out each image in turn, for the jackknife (Efron and Stein, Annals of
+Statistics 9, 1981), whose pseudo-values are the contributions of the images.
 
-With many objects, leaving out one image moves the curve by less than the distance of two recalls: a
-precision at one recall then stays or jumps, by chance the same way for all images. The jackknife is
-therefore taken of the area under the interpolated curve, which the mean over 101 recalls
-approximates.
+The jackknife uses the area under the interpolated curve, which the mean over 101 recalls
+approximates. With many objects, one image moves the curve by less than the distance of two recalls:
+the precision at a recall then stays or jumps, by chance in the same direction for all images.
 """
 
 import math
@@ -19,32 +18,30 @@ from typing import NamedTuple
 
 import numpy as np
 
-#: The recalls at which precisions are averaged.
+#: Recalls at which precisions are averaged.
 RECALLS = np.linspace(0.0, 1.0, 101)
-#: Numbers at a time.
+#: Highest number of array elements that are computed at once.
 _CELLS = 2**21
 
+#: From running sums of true and false positives at each true positive, (B, n) each, and numbers of
+#: objects (B,) to means (B,).
 _Mean = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
 class Level(NamedTuple):
-    """Detections at one IoU threshold by falling score, without those that do not count.
+    """Detections that count at one IoU threshold, highest score first."""
 
-    ``hits`` (n,) and ``misses`` (m,) are the images of true and false positives, ``before`` (m,)
-    the number of true positives before each of the latter.
-    """
-
-    hits: np.ndarray
-    misses: np.ndarray
-    before: np.ndarray
+    hits: np.ndarray  # (n,) images of the true positives
+    misses: np.ndarray  # (m,) images of the false positives
+    before: np.ndarray  # (m,) number of true positives before each false positive
 
 
 @dataclass(frozen=True)
 class Matches:
-    """Detections of one category and range of sizes, by IoU threshold; objects (I,) by image."""
+    """Matched detections of one category and range of sizes."""
 
-    truths: np.ndarray
-    levels: tuple[Level, ...]
+    truths: np.ndarray  # (I,) number of objects by image
+    levels: tuple[Level, ...]  # by IoU threshold
 
     @classmethod
     def of(
@@ -55,7 +52,7 @@ class Matches:
         ignored: np.ndarray,
         truths: np.ndarray,
     ) -> "Matches":
-        """Make one from D detections with (T, D) flags; equal scores keep their order."""
+        """Sort D detections with flags (T, D) by score; equal scores keep their order."""
         order = np.argsort(-scores, kind="stable")
         owner, levels = images[order].astype(np.int64), []
         for right, skipped in zip(matched[:, order], ignored[:, order], strict=True):
@@ -65,12 +62,12 @@ class Matches:
 
 
 def average_precision(matches: Matches) -> np.ndarray:
-    """COCO's average precision at each IoU threshold (T,), in 0..1; NaN where no object counts."""
+    """COCO's average precision by IoU threshold (T,), in 0..1; NaN where no object counts."""
     return _by_level(matches, _sampled)
 
 
 def area(matches: Matches) -> np.ndarray:
-    """Area under the interpolated curve; arguments and shape as of :func:`average_precision`."""
+    """Area under the interpolated curve by IoU threshold (T,); NaN where no object counts."""
     return _by_level(matches, _area)
 
 
@@ -78,19 +75,17 @@ def _by_level(matches: Matches, mean: _Mean) -> np.ndarray:
     total = np.array([matches.truths.sum()], dtype=np.float64)
     values = []
     for hits, _, before in matches.levels:
-        wrong = (
-            np.bincount(before, minlength=len(hits) + 1).cumsum()[: len(hits)].astype(np.float64)
-        )
-        values.append(mean(np.arange(1.0, len(hits) + 1)[None], wrong[None], total)[0])
+        n = len(hits)
+        wrong = np.bincount(before, minlength=n + 1).cumsum()[:n].astype(np.float64)
+        values.append(mean(np.arange(1.0, n + 1)[None], wrong[None], total)[0])
     return np.array(values)
 
 
 def area_without_each(matches: Matches) -> tuple[np.ndarray, np.ndarray]:
-    """Images (B,) that have a part in the :func:`area`, and the areas (B, T) without each."""
-    involved = [
-        matches.truths.nonzero()[0],
-        *(part for level in matches.levels for part in (level.hits, level.misses)),
-    ]
+    """Images (B,) that change the :func:`area`, and the areas (B, T) without each of them."""
+    involved = [matches.truths.nonzero()[0]]
+    for level in matches.levels:
+        involved += [level.hits, level.misses]
     images = np.unique(np.concatenate(involved))
     total = (matches.truths.sum() - matches.truths[images]).astype(np.float64)
     values = np.empty((len(images), len(matches.levels)))
@@ -103,13 +98,14 @@ def area_without_each(matches: Matches) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _without(level: Level, images: np.ndarray, total: np.ndarray, count: int) -> np.ndarray:
+    """Areas (B,) without each of ``images`` (B,), of ``count`` images in all."""
     hits, misses, before = level
     n, rows = len(hits), len(images)
     row_of = np.full(count, -1)
     row_of[images] = np.arange(rows)
 
     def running(owner: np.ndarray, place: np.ndarray) -> np.ndarray:
-        """(rows, n + 1): of each image, how many at a place or before."""
+        """(rows, n + 1): for each image, its number of detections up to each place."""
         kept = row_of[owner] >= 0
         cells = row_of[owner[kept]] * (n + 1) + place[kept]
         return np.bincount(cells, minlength=rows * (n + 1)).reshape(rows, n + 1).cumsum(axis=1)
@@ -120,18 +116,16 @@ def _without(level: Level, images: np.ndarray, total: np.ndarray, count: int) ->
 
 
 def _interpolated(right: np.ndarray, wrong: np.ndarray) -> np.ndarray:
-    """Highest precision at a true positive or beyond, from running sums there, (B, n) each."""
+    """Highest precision (B, n) at each true positive or beyond."""
     precision = right / (right + wrong + np.spacing(1))
     return np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
 
 
 def _sampled(right: np.ndarray, wrong: np.ndarray, total: np.ndarray) -> np.ndarray:
-    """Means (B,) over the recalls; ``total`` (B,) are the objects."""
     objects = np.where(total > 0, total, np.nan)
     reached = np.searchsorted(RECALLS, right / objects[:, None], side="right")
-    mean = (_interpolated(right, wrong) * np.diff(reached, axis=1, prepend=0)).sum(axis=1) / len(
-        RECALLS
-    )
+    weights = np.diff(reached, axis=1, prepend=0)  # number of recalls that each precision serves
+    mean = (_interpolated(right, wrong) * weights).sum(axis=1) / len(RECALLS)
     return np.where(total > 0, mean, np.nan)
 
 
@@ -141,14 +135,14 @@ def _area(right: np.ndarray, wrong: np.ndarray, total: np.ndarray) -> np.ndarray
 
 
 class Averages(NamedTuple):
-    """Means over categories (T,) on all images, and areas (I, T) without each image."""
+    """Averages over categories."""
 
-    whole: np.ndarray
-    without: np.ndarray
+    whole: np.ndarray  # (T,) average precision on all images
+    without: np.ndarray  # (I, T) area without each image
 
 
 def averages(categories: Sequence[Matches]) -> Averages:
-    """Average over those of ``categories`` (at least one) that have objects."""
+    """Average over those ``categories`` (at least one is given) that have objects."""
     images, levels = len(categories[0].truths), len(categories[0].levels)
     present = [matches for matches in categories if matches.truths.any()]
     if not present:
@@ -167,10 +161,10 @@ def averages(categories: Sequence[Matches]) -> Averages:
 
 
 def contributions(whole: float, without: np.ndarray) -> np.ndarray:
-    """Jackknife pseudo-values (I,) from areas without each image, moved to have the mean ``whole``.
+    """Jackknife pseudo-values (I,) from areas without each image (I,), with the mean ``whole``.
 
-    A contribution is a linear part of the value: differences of two methods on the same images have
-    the mean of the differences of contributions, and the standard error of that mean.
+    Contributions are a linear form of the value: the difference of two methods on the same images
+    is the mean difference of their contributions, with the standard error of that mean.
     """
     return whole + (len(without) - 1) * (without.mean() - without)
 

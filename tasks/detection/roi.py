@@ -1,11 +1,11 @@
-"""The RoI heads of a detector as parts of their own, and their inputs in the float model.
+"""The RoI heads of a detector as chains, with their calibration inputs from the float model.
 
-Also the optional term of the divergence: classes of the full-precision model's proposals.
+The optional term of the divergence is here too: classes of the float model's proposals.
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -21,11 +21,14 @@ from fimaq_core.samples import Samples
 from tasks.detection import mm
 from tasks.detection.neck import ExplicitFPN, Unpack
 
-#: Proposals that stand for the detections of an image in which there are none; mmdet's configs keep as many detections.
+#: Number of proposals that replace the detections of an image without any; mmdet's configurations
+#: keep as many detections per image.
 STAND_INS = 100
-#: What mmdet's heads ask of an image: its size before padding and with it, the original one, and factors (x, y) to the former.
+#: Entries of an image's meta that mmdet's heads need: its size before and after padding, the size
+#: of the original image, and the factors (x, y) from the original to the resized image.
 META = ("img_shape", "pad_shape", "ori_shape", "scale_factor")
-#: Quantizable forms of layers; mmcv wraps PyTorch's for empty inputs, which PyTorch takes by itself today.
+#: Quantizable forms of layers. mmcv subclasses PyTorch's layers to accept empty inputs; PyTorch's
+#: own layers accept them too.
 _FORMS: dict[type[nn.Module], Any] = {
     **FORMS,
     Linear: QuantLinear,
@@ -35,84 +38,87 @@ _FORMS: dict[type[nn.Module], Any] = {
 
 
 class HeadOutputs(nn.Module):
-    """A RoI head on pooled features (n, C, h, w), its outputs in one tensor (n, ...).
+    """A RoI head on pooled features (n, C, h, w), with its outputs in one tensor (n, ...).
 
-    A box head gives class logits, then box deltas; a mask head its logits (n, classes, 2 h, 2 w).
-    The layers have the names that they have in the head.
+    A box head gives class logits, then box deltas; a mask head gives its logits (n, classes, 2 h,
+    2 w). The layers keep their names.
     """
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
         for name, child in head.named_children():
-            if any(True for _ in child.parameters()):
+            if _has_parameters(child):
                 self.add_module(name, child)
-        # Runs the layers; not a child, or each of them would be here twice.
-        self._head = (head,)
+        self._head = (head,)  # in a tuple: as a child, its layers would be here twice
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor | tuple[Tensor, Tensor] = self._head[0](x)
         return out if isinstance(out, Tensor) else torch.cat(out, 1)
 
 
+def _has_parameters(module: nn.Module, recurse: bool = True) -> bool:
+    return next(module.parameters(recurse), None) is not None
+
+
 def roi_heads(model: nn.Module) -> dict[str, nn.Module]:
-    """The heads in order: ``bbox`` and ``mask``, or of a cascade ``bbox0``, ..., ``mask0``, ..."""
+    """Heads in order: ``bbox`` and ``mask``; in a cascade ``bbox0``, ..., ``mask0``, ..."""
     roi_head = model.roi_head
     mm.expect(roi_head, "A RoI head", mm.StandardRoIHead, mm.CascadeRoIHead)
-    found = dict(stages("bbox", roi_head.bbox_head))
-    for name, head in found.items():
+    boxes = stages("bbox", roi_head.bbox_head)
+    masks = stages("mask", roi_head.mask_head) if roi_head.with_mask else {}
+    for name, head in boxes.items():
         mm.expect(head, f"A box head ({name})", mm.Shared2FCBBoxHead, mm.ConvFCBBoxHead)
-    masks = stages("mask", roi_head.mask_head) if roi_head.with_mask else []
-    for name, head in masks:
+    for name, head in masks.items():
         mm.expect(head, f"A mask head ({name})", mm.FCNMaskHead)
-    return {**found, **dict(masks)}
+    return boxes | masks
 
 
-def swap_layers(head: nn.Module, recipe: Recipe) -> None:
-    """Make linear layers and convolutions of ``head`` quantizable. Raises ModelError."""
+def stages(kind: str, modules: nn.Module) -> dict[str, nn.Module]:
+    """One module, or those of a cascade's stages, by the name of their RoI head."""
+    if isinstance(modules, nn.ModuleList):
+        return {f"{kind}{stage}": module for stage, module in enumerate(modules)}
+    return {kind: modules}
+
+
+def roi_parts(model: nn.Module, recipe: Recipe) -> dict[str, BlockChain]:
+    """A chain of one segment per RoI head: from pooled features (n, C, h, w) to the outputs.
+
+    The layers of ``model`` itself are replaced; norms stay in full precision. Raises ModelError.
+    """
+    heads = roi_heads(model)
+    for head in heads.values():
+        _swap_layers(head, recipe)
+    return {
+        name: BlockChain([Segment("head", "predictor", HeadOutputs(head))])
+        for name, head in heads.items()
+    }
+
+
+def _swap_layers(head: nn.Module, recipe: Recipe) -> None:
+    """Replace linear layers and convolutions of ``head`` by quantizable ones. Raises ModelError."""
     for parent_name, parent in list(head.named_modules()):
         for name, child in list(parent.named_children()):
             form = _FORMS.get(type(child))
             if form is not None:
                 setattr(parent, name, form.from_float(child, recipe.w_bits, recipe.a_bits))
-            elif any(True for _ in child.parameters(recurse=False)) and not is_norm(child):
+            elif _has_parameters(child, recurse=False) and not is_norm(child):
                 where = f"{parent_name}.{name}".lstrip(".")
                 raise ModelError(
-                    f"A layer of type {type(child).__name__} ({where}) in a {type(head).__name__} is not supported."
+                    f"A layer of type {type(child).__name__} ({where}) in a {type(head).__name__} "
+                    "is not supported."
                 )
 
 
-def stages(kind: str, heads: nn.Module) -> list[tuple[str, nn.Module]]:
-    """One head, or those of a cascade, with the names of their parts."""
-    if isinstance(heads, nn.ModuleList):
-        return [(f"{kind}{stage}", head) for stage, head in enumerate(heads)]
-    return [(kind, heads)]
-
-
 def region_examples(model: nn.Module) -> dict[str, Tensor]:
-    """Zeros that each RoI head takes for one image, to count operations, by part."""
-    roi_head, settings = model.roi_head, model.test_cfg
+    """Zeros of the shape that each RoI head gets per image, by part; used to count operations."""
+    roi_head, limits = model.roi_head, model.test_cfg
     found = {}
-    for kind, count in (("bbox", settings.rpn.max_per_img), ("mask", settings.rcnn.max_per_img)):
+    for kind, count in (("bbox", limits.rpn.max_per_img), ("mask", limits.rcnn.max_per_img)):
         extractors = getattr(roi_head, f"{kind}_roi_extractor", None)
-        for name, extractor in [] if extractors is None else stages(kind, extractors):
-            found[name] = torch.zeros(
-                count, extractor.out_channels, *extractor.roi_layers[0].output_size
-            )
+        for name, extractor in stages(kind, extractors).items() if extractors is not None else ():
+            size = extractor.roi_layers[0].output_size
+            found[name] = torch.zeros(count, extractor.out_channels, *size)
     return found
-
-
-def roi_parts(model: nn.Module, recipe: Recipe) -> dict[str, BlockChain]:
-    """A chain of one segment for every RoI head, from pooled features (n, C, h, w) to its outputs.
-
-    The layers are swapped for quantizable ones in ``model`` itself; norms stay in full precision.
-    """
-    heads = roi_heads(model)
-    for head in heads.values():
-        swap_layers(head, recipe)
-    return {
-        name: BlockChain([Segment("head", "predictor", HeadOutputs(head))])
-        for name, head in heads.items()
-    }
 
 
 @torch.no_grad()
@@ -123,13 +129,13 @@ def roi_inputs(
     device: torch.device,
     limit: int | None = None,
 ) -> dict[str, Samples]:
-    """Pooled features (regions, C, h, w) that the float model's RoI heads get per image.
+    """Pooled features (regions, C, h, w) per image for each RoI head, from the float model.
 
-    Box heads get the float RPN's proposals, refined by a cascade's stages before; mask heads get
-    the detections, or the :data:`STAND_INS` best proposals if there are none. A head keeps at most
-    ``limit`` regions of an image, at equal distances in their order.
+    Box heads get the proposals of the RPN, in a cascade refined by the stages before. Mask heads
+    get the detections, or the :data:`STAND_INS` best proposals of an image without detections. Each
+    head keeps at most ``limit`` regions per image, at equal distances in their order.
     """
-    assert not any(layer.quantized for _, layer in quant_layers(model)), "the float model is asked"
+    assert not any(layer.quantized for _, layer in quant_layers(model)), "needs the float model"
     heads = roi_heads(model)
     model.to(device)
     kept: dict[str, list[Tensor]] = {name: [] for name in heads}
@@ -141,51 +147,31 @@ def roi_inputs(
     return {name: Samples(items) for name, items in kept.items()}
 
 
-@torch.no_grad()
-def float_proposals(model: nn.Module, image: Tensor, meta: Mapping[str, object]) -> Tensor:
-    """The float RPN's proposals (P, 4) for an image (1, 3, H, W), after NMS, by falling score."""
-    boxes: Tensor = model.rpn_head.predict(
-        model.extract_feat(image), [described(meta)], rescale=False
-    )[0].bboxes
-    return boxes
-
-
-def class_logits_on(model: nn.Module, features: Sequence[Tensor], proposals: Tensor) -> Tensor:
-    """Class logits (P, classes + 1) of the (first) box head, differentiable by ``features``.
-
-    ``features`` is the pyramid of one image, ``proposals`` (P, 4) are in pixels of the padded
-    image.
-    """
-    _, extractor = stages("bbox", model.roi_head.bbox_roi_extractor)[0]
-    _, head = stages("bbox", model.roi_head.bbox_head)[0]
-    logits: Tensor = head(
-        extractor(tuple(features[: extractor.num_inputs]), mm.bbox2roi([proposals]))
-    )[0]
-    return logits
-
-
 def _pooled(
     model: nn.Module, heads: Mapping[str, nn.Module], image: Tensor, meta: Mapping[str, object]
 ) -> dict[str, Tensor]:
-    """Pooled features (regions, C, h, w) of one image for each head."""
+    """Pooled features (regions, C, h, w) of one image (1, 3, H, W) for each head."""
     sample, roi_head = described(meta), model.roi_head
     features = model.extract_feat(image)
     proposals = model.rpn_head.predict(features, [sample], rescale=False)
-    with _inputs_of(
-        {name: head for name, head in heads.items() if name.startswith("bbox")}
-    ) as seen:
+    pooled: dict[str, Tensor] = {}
+
+    def keep(name: str, _: nn.Module, args: tuple[Tensor]) -> None:
+        (pooled[name],) = args
+
+    with ExitStack() as hooks:
+        for name, head in heads.items():
+            if name.startswith("bbox"):
+                hooks.enter_context(head.register_forward_pre_hook(partial(keep, name)))
         (found,) = roi_head.predict_bbox(
             features, [sample.metainfo], proposals, rcnn_test_cfg=roi_head.test_cfg, rescale=False
         )
-    # Without proposals no head is called.
-    pooled = seen or _pool("bbox", roi_head, features, proposals[0].bboxes)
+    boxes = proposals[0].bboxes
+    if not pooled:  # mmdet calls no head for an image without proposals
+        pooled = _pool("bbox", roi_head, features, boxes)
     if roi_head.with_mask:
-        pooled |= _pool(
-            "mask",
-            roi_head,
-            features,
-            found.bboxes if len(found) else proposals[0].bboxes[:STAND_INS],
-        )
+        masked = found.bboxes if len(found) else boxes[:STAND_INS]
+        pooled |= _pool("mask", roi_head, features, masked)
     return pooled
 
 
@@ -194,95 +180,86 @@ def _pool(
 ) -> dict[str, Tensor]:
     """Features of the same ``boxes`` (n, 4) for all heads of a kind, by part."""
     regions = mm.bbox2roi([boxes])
-    pools = stages(kind, getattr(roi_head, f"{kind}_roi_extractor"))
+    extractors = stages(kind, getattr(roi_head, f"{kind}_roi_extractor"))
     return {
         name: extractor(tuple(features[: extractor.num_inputs]), regions)
-        for name, extractor in pools
+        for name, extractor in extractors.items()
     }
 
 
-@contextmanager
-def _inputs_of(heads: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Collect the input of each of ``heads``, by name, while the context lasts."""
-    seen: dict[str, Tensor] = {}
-
-    def keep(name: str, _: nn.Module, args: tuple[Tensor]) -> None:
-        (seen[name],) = args
-
-    handles = [head.register_forward_pre_hook(partial(keep, name)) for name, head in heads.items()]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
+@torch.no_grad()
+def float_proposals(model: nn.Module, image: Tensor, meta: Mapping[str, object]) -> Tensor:
+    """Proposals (P, 4) of the float RPN for an image (1, 3, H, W), after NMS, best score first."""
+    features, sample = model.extract_feat(image), described(meta)
+    boxes: Tensor = model.rpn_head.predict(features, [sample], rescale=False)[0].bboxes
+    return boxes
 
 
-class _Hidden(nn.Module):
-    """Holds a float detector outside of the chain: neither counted nor kept in checkpoints."""
+def class_logits_on(model: nn.Module, features: Sequence[Tensor], proposals: Tensor) -> Tensor:
+    """Class logits (P, classes + 1) of the first box head, differentiable in ``features``.
+
+    ``features`` is the pyramid of one image; ``proposals`` (P, 4) are in pixels of the padded
+    image.
+    """
+    extractor = _first(model.roi_head.bbox_roi_extractor)
+    pooled = extractor(tuple(features[: extractor.num_inputs]), mm.bbox2roi([proposals]))
+    logits: Tensor = _first(model.roi_head.bbox_head)(pooled)[0]
+    return logits
+
+
+def _first(modules: nn.Module) -> nn.Module:
+    return modules[0] if isinstance(modules, nn.ModuleList) else modules
+
+
+class FloatProposals(nn.Module):
+    """The side of the chain: an image (1, 3, H, W) to the float RPN's proposals (1, P, 4).
+
+    Make it before any layer is replaced: it copies the detector, which the chain neither counts
+    nor saves.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self._model = [model]
+        self._model = [copy.deepcopy(model).requires_grad_(False)]  # in a list: not a child
 
-    def there(self, device: torch.device) -> nn.Module:
+    def model_on(self, device: torch.device) -> nn.Module:
         return self._model[0].to(device)
 
-
-class _Proposals(_Hidden):
-    """The side of the chain: an image (1, 3, H, W) to the float RPN's proposals (1, P, 4)."""
-
     def forward(self, image: Tensor) -> Tensor:
-        size = tuple(image.shape[2:])  # No part of it is padding.
+        size = tuple(image.shape[2:])  # padding counts as image
         meta = {"img_shape": size, "pad_shape": size, "ori_shape": size, "scale_factor": (1.0, 1.0)}
-        return float_proposals(self.there(image.device), image, meta).unsqueeze(0)
+        return float_proposals(self.model_on(image.device), image, meta).unsqueeze(0)
 
 
-class _Terms(_Hidden):
+class _AppendLogits(nn.Module):
     """Appends the class logits of all proposals to the RPN's outputs: (1, L, 5 A) to (1, M)."""
 
-    def __init__(self, model: nn.Module, unpack: Unpack) -> None:
-        super().__init__(model)
+    def __init__(self, proposals: FloatProposals, unpack: Unpack) -> None:
+        super().__init__()
+        self._proposals = [proposals]  # in a list: the chain's side owns it
         self.unpack = unpack
 
     def forward(self, x: Tensor, side: Tensor, kept: Kept) -> Tensor:
-        # RoIAlign has no form of fewer digits.
+        # RoIAlign works in float32 only.
         with torch.autocast(x.device.type, enabled=False):
-            logits = class_logits_on(
-                self.there(x.device), self.unpack(kept[-1].float()), side[0].float()
-            )
+            features = self.unpack(kept[-1].float())
+            model = self._proposals[0].model_on(x.device)
+            logits = class_logits_on(model, features, side[0].float())
         return torch.cat([x.flatten(1).float(), logits.reshape(1, -1)], 1)
 
 
-class ProposalTerms:
-    """The optional term's modules, made from a detector before any of its layers is swapped."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = copy.deepcopy(model).requires_grad_(False)
-        self.proposals = _Proposals(self._model)
-
-    def added(self, segments: list[Segment]) -> list[Segment]:
-        """``segments`` up to the RPN, and one behind them that adds the logits to the output."""
-        (neck,) = (segment for segment in segments if segment.kind == "neck")
-        assert isinstance(neck.block, ExplicitFPN)
-        neck.keep = nn.Identity()
-        terms = _Terms(self._model, Unpack(neck.block.channels))
-        return [
-            *segments,
-            Segment(
-                "roi_terms", "predictor", nn.Identity(), terms, takes_side=True, takes_kept=True
-            ),
-        ]
-
-
-def class_count(model: nn.Module) -> int:
-    """Number of logits per proposal: the classes and the background."""
-    _, head = stages("bbox", model.roi_head.bbox_head)[0]
-    return int(head.fc_cls.out_features)
+def logits_segment(neck: Segment, proposals: FloatProposals) -> Segment:
+    """Make the segment that appends the class logits; ``neck`` keeps its maps for that."""
+    assert isinstance(neck.block, ExplicitFPN)
+    neck.keep = nn.Identity()
+    append = _AppendLogits(proposals, Unpack(neck.block.channels))
+    block = nn.Identity()
+    return Segment("roi_terms", "predictor", block, append, takes_side=True, takes_kept=True)
 
 
 def described(meta: Mapping[str, object]) -> mm.DetDataSample:
-    """``meta`` as mmdet's heads take it. Raises DataError if a part of :data:`META` is missing."""
+    """Convert ``meta`` for mmdet's heads. Raises DataError for a missing entry of :data:`META`."""
     missing = [name for name in META if name not in meta]
     if missing:
-        raise DataError(f"An image comes without {', '.join(missing)}.")
+        raise DataError(f"The meta of an image lacks {', '.join(missing)}.")
     return mm.DetDataSample(metainfo=dict(meta))

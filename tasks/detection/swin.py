@@ -1,8 +1,10 @@
 """mmdet's Swin Transformer written out on maps (B, H, W, C), quantizable, for images of any size.
 
-All sizes follow from the input's by arithmetic, and no branch asks for one: a block compiled with
-dynamic height and width runs every image. So padding always goes through the same operations.
+All sizes follow from the input's size by arithmetic, without branches: a block that is compiled
+with dynamic height and width runs every image. Padding therefore always uses the same operations.
 """
+
+from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ from fimaq_core.layers import QuantConv2d, QuantLinear
 from fimaq_core.recipe import Recipe
 from tasks.detection.mm import FFN, PatchEmbed, PatchMerging, SwinBlock, WindowMSA, expect
 
-#: What hides a key of another region from a query, as mmdet and timm have it.
+#: Added to the scores of keys from another region, as in mmdet and timm.
 _HIDDEN = -100.0
 
 
@@ -25,10 +27,9 @@ class ExplicitPatchEmbed(nn.Module):
     def __init__(self, embed: PatchEmbed, recipe: Recipe) -> None:
         super().__init__()
         expect(embed, "A patch embedding", PatchEmbed)
-        self.patch = embed.projection.kernel_size
-        self.projection = QuantConv2d.from_float(
-            embed.projection, recipe.w_bits, recipe.patch_input_bits
-        )
+        projection, bits = embed.projection, recipe.patch_input_bits
+        self.patch = projection.kernel_size
+        self.projection = QuantConv2d.from_float(projection, recipe.w_bits, bits)
         self.norm = embed.norm or nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -54,25 +55,12 @@ class ExplicitPatchMerging(nn.Module):
         return self.reduction(self.norm(x.reshape(batch, rows, columns, 4 * channels)))
 
 
-class ExplicitMlp(nn.Module):
-    """mmcv's ``FFN`` of two layers without its residual connection and dropout."""
+class AnySizeSwinBlock(nn.Module):
+    """mmdet's ``SwinBlock`` on maps, with a pad value that LayerNorm reparameterisation can change.
 
-    def __init__(self, ffn: FFN, recipe: Recipe) -> None:
-        super().__init__()
-        expect(ffn, "An MLP", FFN)
-        self.fc1, self.act, self.fc2 = ffn.layers[0][0], ffn.layers[0][1], ffn.layers[1]
-        swap_linears(self, MlpPart("mlp"), recipe)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
-
-
-class ExplicitSwinBlock(nn.Module):
-    """mmdet's ``SwinBlock`` on maps, with a pad value that LayerNorm reparameterisation can move.
-
-    Windows are padded with zeros after the first norm and then shifted (timm shifts first). Once
-    the norm's output is shifted per channel, ``pad`` (channels,) stands for zero. The MLP gets the
-    map, not tokens: their number varies, so its scales stay per tensor.
+    Windows are padded with zeros after the first norm and then shifted (timm shifts first). If
+    reparameterisation shifts that norm's output per channel, ``pad`` (channels,) replaces zero. The
+    MLP gets the map, not tokens: the number of tokens varies, so its scales are per tensor.
     """
 
     pad: Tensor
@@ -82,8 +70,15 @@ class ExplicitSwinBlock(nn.Module):
         expect(block, "A Swin block", SwinBlock)
         self.window, self.shift = block.attn.window_size, block.attn.shift_size
         self.norm1, self.norm2 = block.norm1, block.norm2
-        self.attn = _window_attention(block.attn.w_msa, recipe)
-        self.mlp = ExplicitMlp(block.ffn, recipe)
+        attention = block.attn.w_msa
+        expect(attention, "Attention", WindowMSA)
+        table, index = attention.relative_position_bias_table, attention.relative_position_index
+        bias = table[index.flatten()].view(*index.shape, -1).permute(2, 0, 1)[None]
+        self.attn = ExplicitWindowAttention(attention, bias, table, recipe)
+        expect(block.ffn, "An MLP", FFN)
+        (fc1, act, *_), fc2, *_ = block.ffn.layers
+        self.mlp = nn.Sequential(OrderedDict(fc1=fc1, act=act, fc2=fc2))
+        swap_linears(self.mlp, MlpPart("mlp"), recipe)
         self.register_buffer("pad", torch.zeros(block.ffn.embed_dims))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -92,50 +87,39 @@ class ExplicitSwinBlock(nn.Module):
 
     def _windows(self, x: Tensor) -> Tensor:
         batch, height, width, channels = x.shape
-        size = self.window
+        size, shift = self.window, self.shift
         rows, columns = (height + size - 1) // size, (width + size - 1) // size
         x = F.pad(x, (0, 0, 0, columns * size - width, 0, rows * size - height))
         below = torch.arange(rows * size, device=x.device) >= height
         beside = torch.arange(columns * size, device=x.device) >= width
         outside = below[:, None] | beside
         x = torch.addcmul(x, outside[..., None].to(x.dtype), self.pad)
-        if self.shift:
-            x = torch.roll(x, shifts=(-self.shift, -self.shift), dims=(1, 2))
+        if shift:
+            x = torch.roll(x, shifts=(-shift, -shift), dims=(1, 2))
         x = x.view(batch, rows, size, columns, size, channels).permute(0, 1, 3, 2, 4, 5)
-        x = self.attn(
-            x.reshape(batch * rows * columns, size * size, channels),
-            self._mask(rows, columns, x.device),
-        )
+        x = x.reshape(batch * rows * columns, size * size, channels)
+        x = self.attn(x, self._mask(rows, columns, x.device))
         x = x.view(batch, rows, columns, size, size, channels).permute(0, 1, 3, 2, 4, 5)
         x = x.reshape(batch, rows * size, columns * size, channels)
-        if self.shift:
-            x = torch.roll(x, shifts=(self.shift, self.shift), dims=(1, 2))
-        # A crop that may be all there is would be contiguous for some sizes, and compiled for both; this one never is.
+        if shift:
+            x = torch.roll(x, shifts=(shift, shift), dims=(1, 2))
+        # Without this padding, the crop would be contiguous for some sizes only, and the compiler
+        # would make two versions; with it, the crop is never contiguous.
         return F.pad(x, (0, 0, 0, 1))[:, :height, :width]
 
     def _mask(self, rows: int, columns: int, device: torch.device) -> Tensor | None:
-        """(windows, N, N): hides tokens that were not side by side before the shift."""
+        """Mask (windows, N, N) that hides tokens that were not adjacent before the shift."""
         if not self.shift:
             return None
-        down, across = (
-            _regions(count, self.window, self.shift, device) for count in (rows, columns)
-        )
+        down = _regions(rows, self.window, self.shift, device)
+        across = _regions(columns, self.window, self.shift, device)
         region = 3 * down[:, None, :, None] + across[None, :, None, :]
         region = region.reshape(rows * columns, self.window * self.window)
         return torch.where(region[:, :, None] == region[:, None, :], 0.0, _HIDDEN)
 
 
 def _regions(count: int, size: int, shift: int, device: torch.device) -> Tensor:
-    """Strip of each line of ``count`` windows: all but the last window, and that in two."""
+    """Region of each line in ``count`` windows: 0 before the last window, which has 1 and 2."""
     line = torch.arange(count * size, device=device)
     strip = (line >= (count - 1) * size).long() + (line >= count * size - shift).long()
     return strip.view(count, size)
-
-
-def _window_attention(attention: WindowMSA, recipe: Recipe) -> ExplicitWindowAttention:
-    expect(attention, "Attention", WindowMSA)
-    table, index = attention.relative_position_bias_table, attention.relative_position_index
-    bias = table[index.flatten()].view(*index.shape, -1).permute(2, 0, 1)[None]
-    return ExplicitWindowAttention(
-        attention.qkv, attention.proj, attention.num_heads, attention.scale, bias, table, recipe
-    )

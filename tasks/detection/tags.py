@@ -1,4 +1,4 @@
-"""Names of detectors, files of COCO 2017 (Lin et al., ECCV 2014), and what is missing."""
+"""Names of detectors, files of COCO 2017 (Lin et al., ECCV 2014), and missing weights and data."""
 
 from itertools import combinations
 from pathlib import Path
@@ -8,47 +8,43 @@ from fimaq_core.errors import ModelError, suggest
 from tasks.common.models.hub import Catalogue
 from tasks.common.request import DataRequest, Missing, ModelRequest
 
-#: Splits of COCO 2017 by part: the published numbers are on ``val2017``.
+#: Splits of COCO 2017 by part. The published numbers are on ``val2017``.
 SPLITS = {"train": "train2017", "val": "val2017"}
 
 LAYOUT = (
-    "The folder of COCO 2017 is expected, with annotations/instances_val2017.json and val2017/ (5,000 images), and "
-    "annotations/instances_train2017.json and train2017/ to calibrate on; or a file of annotations in COCO's format, whose name "
-    "ends in .json, with the images beside it"
+    "The folder of COCO 2017 is expected, with annotations/instances_val2017.json and val2017/ "
+    "(5,000 images), and annotations/instances_train2017.json and train2017/ to calibrate on; or a "
+    "file of annotations in COCO's format, whose name ends in .json, with the images beside it"
 )
 
-#: Models, the trainings that were published for them (12 or 36 epochs on COCO), and the files of these: release and name.
+#: Published trainings (36 or 12 epochs on COCO) with release and file name, and their models.
+_FILES = {"coco_3x": "v1.0.2/{}_patch4_window7.pth", "coco_1x": "v1.0.3/{}_patch4_window7_1x.pth"}
+_TRAININGS: dict[str, tuple[str, ...]] = {
+    "mask_rcnn_swin_tiny": ("coco_3x", "coco_1x"),
+    "mask_rcnn_swin_small": ("coco_3x",),
+    "mask_rcnn_swin_base": (),
+    "cascade_mask_rcnn_swin_tiny": ("coco_3x", "coco_1x"),
+    "cascade_mask_rcnn_swin_small": ("coco_3x",),
+    "cascade_mask_rcnn_swin_base": ("coco_3x",),
+}
+#: By model and training: the published file.
 PUBLISHED: dict[str, dict[str, str]] = {
-    "mask_rcnn_swin_tiny": {
-        "coco_3x": "v1.0.2/mask_rcnn_swin_tiny_patch4_window7.pth",
-        "coco_1x": "v1.0.3/mask_rcnn_swin_tiny_patch4_window7_1x.pth",
-    },
-    "mask_rcnn_swin_small": {"coco_3x": "v1.0.2/mask_rcnn_swin_small_patch4_window7.pth"},
-    "mask_rcnn_swin_base": {},
-    "cascade_mask_rcnn_swin_tiny": {
-        "coco_3x": "v1.0.2/cascade_mask_rcnn_swin_tiny_patch4_window7.pth",
-        "coco_1x": "v1.0.3/cascade_mask_rcnn_swin_tiny_patch4_window7_1x.pth",
-    },
-    "cascade_mask_rcnn_swin_small": {
-        "coco_3x": "v1.0.2/cascade_mask_rcnn_swin_small_patch4_window7.pth"
-    },
-    "cascade_mask_rcnn_swin_base": {
-        "coco_3x": "v1.0.2/cascade_mask_rcnn_swin_base_patch4_window7.pth"
-    },
+    model: {tag: _FILES[tag].format(model) for tag in tags} for model, tags in _TRAININGS.items()
 }
 
-#: Short names and the published weights they mean, those of 36 epochs; the model without a tag where there are none.
+#: A short name means the published weights of 36 epochs; without those it has no tag.
 SHORT_NAMES = {
     model: f"{model}.coco_3x" if "coco_3x" in tags else model for model, tags in PUBLISHED.items()
 }
 
 DEMO_NAMES = ("demo_mask_rcnn", "demo_cascade")
 
-#: What a detector is made of, and what of it can be quantized: all (as usual), or any of these.
+#: Pieces of a detector. Scopes are all pieces (the usual one), or any of them.
 PIECES = ("backbone", "fpn", "rpn", "roi")
 SCOPES = tuple("+".join(pieces) for count in (4, 3, 2, 1) for pieces in combinations(PIECES, count))
 
-#: Settings of recipes that are others for detectors: few large images of varying sizes, taken one by one.
+#: Settings of recipes for detectors, whose images are few, large, of varying sizes and run one by
+#: one.
 DEFAULTS: dict[str, Any] = {
     "calibration_images": 256,
     "calibration_transform": "eval",
@@ -60,8 +56,8 @@ DEFAULTS: dict[str, Any] = {
 
 
 def parts(scope: str | None) -> dict[str, str]:
-    """Chains of a scope that take long: backbone, neck and RPN are one. RoI heads are soon done."""
-    pieces = [name for name in (SCOPES[0] if scope is None else scope).split("+") if name != "roi"]
+    """Chains of a scope that take long: backbone, neck and RPN are one; RoI heads take seconds."""
+    pieces = [name for name in (scope or SCOPES[0]).split("+") if name != "roi"]
     return {"detector": "+".join(pieces)} if pieces else {}
 
 
@@ -73,11 +69,8 @@ def full_name(name: str) -> str:
     if model not in PUBLISHED:
         raise ModelError(f"Unknown model '{name}'.{suggest(name, [*SHORT_NAMES, *DEMO_NAMES])}")
     if tag not in PUBLISHED[model]:
-        known = (
-            suggest(tag, PUBLISHED[model])
-            if PUBLISHED[model]
-            else " There are none: give a file with --weights."
-        )
+        known = " There are none: give a file with --weights."
+        known = suggest(tag, PUBLISHED[model]) if PUBLISHED[model] else known
         raise ModelError(f"There are no published weights '{tag}' of {model}.{known}")
     return name
 
@@ -101,7 +94,7 @@ def preflight(model: ModelRequest, data: DataRequest) -> list[Missing]:
 
 
 def missing_weights(model: ModelRequest) -> Missing | None:
-    """The weights, if they are not here: nothing is fetched from where they were published."""
+    """Weights that are not here. Published weights are not downloaded: no hub has them."""
     found = CATALOGUE.missing_weights(model)
     if found is None or model.name in DEMO_NAMES:
         return found
@@ -109,19 +102,20 @@ def missing_weights(model: ModelRequest) -> Missing | None:
     return Missing(
         f"the weights of {name}.{tag} (published as {PUBLISHED[name][tag]})",
         "No Hugging Face repository has them: get the file from "
-        "https://github.com/SwinTransformer/storage/releases and give it with --weights, or put it, called <name>.pth, into "
-        "the folder of weights: WEIGHTS=/path for make, --weights for a grid, --weights-folder for an adapter.",
+        "https://github.com/SwinTransformer/storage/releases and give it with --weights, or put "
+        "it, called <name>.pth, into the folder of weights: WEIGHTS=/path for make, --weights for "
+        "a grid, --weights-folder for an adapter.",
     )
 
 
 def missing_data(data: DataRequest, brings_data: bool) -> Missing | None:
-    """Data to measure on and images to calibrate on, if they are not there."""
+    """Missing data to measure on or to calibrate on."""
     if data.path is None and data.calibration_data is None:
         advice = f"Give its folder: COCO=/path for make, --data for an adapter. {LAYOUT}."
         return None if brings_data else Missing("the data set COCO 2017", advice)
     lacking = [] if data.path is None else absent(data.path, "val")
     source = data.calibration_data or data.path
-    # a file of annotations to measure on says nothing of others, and without calibration none are needed
+    # A file to measure on has no images to calibrate on, and not every run calibrates.
     if source is not None and (data.calibration_data is not None or source.suffix != ".json"):
         lacking += absent(source, "train")
     if data.path is None and not brings_data:
@@ -130,7 +124,7 @@ def missing_data(data: DataRequest, brings_data: bool) -> Missing | None:
 
 
 def annotation_file(root: Path, part: str) -> Path:
-    """The annotations of a part (``train`` or ``val``) of COCO 2017."""
+    """Annotation file of a part (``train`` or ``val``) of COCO 2017."""
     return root / "annotations" / f"instances_{SPLITS[part]}.json"
 
 
@@ -140,6 +134,6 @@ def absent(path: Path, part: str) -> list[str]:
         return [] if path.is_file() else [f"the file {path}"]
     if not path.is_dir():
         return [f"the folder {path}"]
-    wanted = annotation_file(path, part)
+    wanted, folder = annotation_file(path, part), path / SPLITS[part]
     found = [] if wanted.is_file() else [f"the file {wanted}"]
-    return found + ([] if (path / SPLITS[part]).is_dir() else [f"the folder {path / SPLITS[part]}"])
+    return found + ([] if folder.is_dir() else [f"the folder {folder}"])

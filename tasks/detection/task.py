@@ -1,4 +1,4 @@
-"""The detection task as the pipeline sees it."""
+"""The detection task as the pipeline calls it."""
 
 import torch
 from torch import Tensor, nn
@@ -11,24 +11,15 @@ from fimaq_core.recipe import OFF, Recipe
 from fimaq_core.samples import Samples
 from tasks.common.request import DataRequest, ModelRequest
 from tasks.common.task import CalibrationSet, Chains, Evaluation, LoadedModel, Task
-from tasks.detection import models, tags
+from tasks.detection import models, roi, tags
 from tasks.detection.calibration import calibration_set
-from tasks.detection.chain import detector_segments
 from tasks.detection.coco import open_source
-from tasks.detection.detector import DETECTOR, QuantizedDetector
+from tasks.detection.detector import DETECTOR, QuantizedDetector, detector_segments
 from tasks.detection.divergence import ProposalDivergence
 from tasks.detection.evaluate import detect, measure
 from tasks.detection.neck import rpn_levels, rpn_segment
-from tasks.detection.roi import (
-    ProposalTerms,
-    class_count,
-    region_examples,
-    roi_heads,
-    roi_inputs,
-    roi_parts,
-)
 
-#: Settings of layers that stay as they are.
+#: Changes of a recipe for a piece that stays in full precision.
 _OFF = {
     "w_bits": OFF,
     "a_bits": OFF,
@@ -38,20 +29,20 @@ _OFF = {
     "reconstruct_mlp": False,
 }
 
-
-#: Regions that RoI heads are calibrated on, of all images.
+#: Number of regions of all images together that RoI heads are calibrated on.
 _REGIONS = 4096
 
 
 def _check(recipe: Recipe) -> None:
-    """Refuse settings that mean nothing here. Raises RecipeError."""
+    """Refuse settings that have no meaning for detectors. Raises RecipeError."""
     for name in ("temperature", "head_bits", "divergence_batch"):
         if getattr(recipe, name) != Recipe.model_fields[name].default:
             raise RecipeError(f"Detectors have no use for {name}: leave it out.")
     if recipe.reconstruct and recipe.loss == "prediction":
         raise RecipeError(
-            "The divergence of a detector has a gradient only, since its terms are each over their own value, and loss "
-            "'prediction' wants its value: choose another loss."
+            "The loss 'prediction' needs the value of the divergence, and for detectors only its "
+            "gradient has a meaning, since each term is divided by its own value: choose another "
+            "loss."
         )
 
 
@@ -73,32 +64,32 @@ class DetectionTask(Task):
         return models.load_model(request)
 
     def chains(self, loaded: LoadedModel, recipe: Recipe) -> Chains:
-        """Backbone, neck and RPN as one chain, where one of them is quantized; every RoI head as another."""
+        """One chain of backbone, neck and RPN if any is quantized; one chain per RoI head."""
         pieces, model = pieces_of(recipe), loaded.model
         if recipe.reconstruct_mlp and "backbone" not in pieces:
             raise RecipeError(
-                f"MLPs are in the backbone, which scope '{recipe.scope}' leaves as it is: leave reconstruct_mlp out."
+                f"MLPs are in the backbone, which scope '{recipe.scope}' does not quantize: leave "
+                "reconstruct_mlp out."
             )
         found: Chains = {}
         if set(pieces) - {"roi"}:
             found[DETECTOR] = self._detector(model, recipe, pieces)
-        return {**found, **roi_parts(model, recipe)} if "roi" in pieces else found
+        return {**found, **roi.roi_parts(model, recipe)} if "roi" in pieces else found
 
     def _detector(self, model: nn.Module, recipe: Recipe, pieces: tuple[str, ...]) -> BlockChain:
-        own = {
-            name: recipe if name in pieces else recipe.model_copy(update=_OFF)
-            for name in tags.PIECES
-        }
-        # Of the float detector, so before any layer is swapped.
-        terms = ProposalTerms(model) if recipe.detection_terms == "rpn+roi" else None
-        segments = [*detector_segments(model, own), rpn_segment(model, own["rpn"])]
-        return BlockChain(
-            segments if terms is None else terms.added(segments),
-            side=None if terms is None else terms.proposals,
-        )
+        off = recipe.model_copy(update=_OFF)
+        own = {name: recipe if name in pieces else off for name in tags.PIECES}
+        # A copy of the float detector, made before any layer is replaced.
+        side = roi.FloatProposals(model) if recipe.detection_terms == "rpn+roi" else None
+        segments = detector_segments(model, own)
+        neck = segments[-1]
+        segments.append(rpn_segment(model, own["rpn"]))
+        if side is not None:
+            segments.append(roi.logits_segment(neck, side))
+        return BlockChain(segments, side=side)
 
     def part_scope(self, part: str, recipe: Recipe) -> str:
-        """A RoI head's is all of them; that of the other chain what else is quantized."""
+        """``roi`` for a RoI head; the other quantized pieces for :data:`DETECTOR`."""
         return "+".join(name for name in pieces_of(recipe) if (name == "roi") == (part != DETECTOR))
 
     def assemble(self, loaded: LoadedModel, chains: Chains) -> nn.Module:
@@ -110,26 +101,25 @@ class DetectionTask(Task):
         return {name: loaded.model.get_submodule(name) for name in names}
 
     def examples(self, loaded: LoadedModel, chains: Chains) -> dict[str, Tensor]:
-        """An image; for RoI heads as many regions as an image has at most."""
+        """One image; for each RoI head the highest number of regions per image."""
         assert loaded.input_shape is not None
-        found = {DETECTOR: torch.zeros(1, *loaded.input_shape), **region_examples(loaded.model)}
+        found = {DETECTOR: torch.zeros(1, *loaded.input_shape), **roi.region_examples(loaded.model)}
         return {name: found[name] for name in chains}
 
     def calibration(self, loaded: LoadedModel, data: DataRequest, recipe: Recipe) -> CalibrationSet:
-        """Images of the training part, each of its own size."""
         return calibration_set(loaded, data, recipe)
 
     def inputs(
         self, loaded: LoadedModel, images: CalibrationSet, recipe: Recipe, device: torch.device
     ) -> dict[str, Samples]:
-        """The images, and for RoI heads what they see of those that set the ranges."""
+        """The images; for RoI heads the regions of the images that set the ranges."""
         found: dict[str, Samples] = {DETECTOR: images.images}
         if "roi" in pieces_of(recipe):
-            chosen = images.images.first(recipe.range_images), images.metas[: recipe.range_images]
-            # Searches take no more rows than this of all images, so there is no use in keeping more regions of many images.
-            found |= roi_inputs(
-                loaded.model, *chosen, device, max(_REGIONS // recipe.range_images, 1)
-            )
+            count = recipe.range_images
+            chosen = images.images.first(count), images.metas[:count]
+            # A search reads at most this many rows, so more regions per image would be wasted.
+            limit = max(_REGIONS // count, 1)
+            found |= roi.roi_inputs(loaded.model, *chosen, device, limit)
         return found
 
     def divergences(
@@ -140,13 +130,14 @@ class DetectionTask(Task):
         device: torch.device,
         batch_size: int,
     ) -> dict[str, Divergence]:
-        """Divergence of the proposals' maps. RoI heads need none: they are not reconstructed."""
+        """Divergence of the RPN's maps. RoI heads need none: they are not reconstructed."""
         _check(recipe)
-        head = loaded.model.rpn_head
+        model = loaded.model
         levels = [rpn_levels(image.shape[2], image.shape[3]) for image in images.images]
-        classes = class_count(loaded.model) if recipe.detection_terms == "rpn+roi" else 0
-        made: dict[str, Divergence] = dict.fromkeys(roi_heads(loaded.model), Divergence())
-        made[DETECTOR] = ProposalDivergence(levels, head.num_base_priors, classes)
+        # Each proposal has a logit per class and one for the background.
+        classes = loaded.classes + 1 if recipe.detection_terms == "rpn+roi" else 0
+        made: dict[str, Divergence] = dict.fromkeys(roi.roi_heads(model), Divergence())
+        made[DETECTOR] = ProposalDivergence(levels, model.rpn_head.num_base_priors, classes)
         return made
 
     def evaluate(
@@ -159,7 +150,7 @@ class DetectionTask(Task):
         workers: int,
         on_progress: OnProgress,
     ) -> Evaluation:
-        """COCO's average precisions, image by image: how an image is padded must not depend on others."""
+        """COCO's average precisions. Images run one by one: a batch would change the padding."""
         assert isinstance(model, QuantizedDetector)
         source = open_source(loaded, data, "val").head(data.limit).settled()
         made = model.predict, source, loaded.eval_transform, device, on_progress

@@ -25,9 +25,9 @@ TOKENS, WIDTH, WORDS, END = 6, 16, 20, 19
 class Mlp(nn.Module):
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
-        self.fc1 = QuantLinear(WIDTH, 2 * WIDTH, True, recipe.w_bits, recipe.a_bits)
+        self.fc1 = QuantLinear.from_float(nn.Linear(WIDTH, 2 * WIDTH), recipe.w_bits, recipe.a_bits)
         self.act = nn.GELU()
-        self.fc2 = QuantLinear(2 * WIDTH, WIDTH, True, recipe.w_bits, recipe.a_bits)
+        self.fc2 = QuantLinear.from_float(nn.Linear(2 * WIDTH, WIDTH), recipe.w_bits, recipe.a_bits)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.fc2(self.act(self.fc1(x)))
@@ -74,7 +74,9 @@ def text_chain(recipe: Recipe, depth: int = 2) -> BlockChain:
         segments.append(
             Segment(f"blocks.{number}", "block", block, before, pairs, (MlpPart("mlp"),))
         )
-    projection = QuantLinear(WIDTH, 8, False, recipe.w_bits, recipe.a_bits)
+    projection = QuantLinear.from_float(
+        nn.Linear(WIDTH, 8, bias=False), recipe.w_bits, recipe.a_bits
+    )
     segments.append(Segment("proj", "projection", projection, before=Pool(), takes_side=True))
     return BlockChain(segments, side=End())
 

@@ -1,7 +1,7 @@
 """Scenes of several real handwritten digits with their masks: detection data without a download.
 
-Digits of many sizes stand anywhere on a grainy ground, and a later one may hide parts of an earlier
-one. All of it is computed in integers, so the scenes are the same on every machine.
+Digits of many sizes stand anywhere on a grainy ground, and a later digit may hide parts of an
+earlier one. All arithmetic uses integers, so the scenes are the same on every machine.
 """
 
 from collections.abc import Iterator
@@ -12,60 +12,52 @@ import numpy as np
 from tasks.common.demo.digits import DigitDealer, check_part, load_digits, resize
 
 DATA = "digit scenes for detection"
-# First and last, both included: height and width of a scene, side of a digit's image, number of digits.
-SCENE_SIZES = (64, 128)
-DIGIT_SIDES = (22, 52)
-DIGITS = (2, 6)
-# Grey levels, first and last: of the ground, of the ink, and what the grain adds or takes at most.
-GROUNDS = (0, 80)
-INKS = (130, 255)
-GRAINS = (0, 24)
-
-# From this value of its image on, out of 255, a pixel belongs to a digit.
+#: Lowest and highest value of: height and width of a scene, side of a digit's image, number of
+#: digits; grey level of the ground and of the ink, and largest change of a pixel by the grain.
+SCENE_SIZES, DIGIT_SIDES, DIGITS = (64, 128), (22, 52), (2, 6)
+GROUNDS, INKS, GRAINS = (0, 80), (130, 255), (0, 24)
+#: Lowest value (of 255) of a pixel that belongs to its digit.
 INK_THRESHOLD = 80
-# Of two digits' boxes, at most this share of the smaller one may overlap, as numerator and denominator.
+#: Largest overlap of two digits' boxes, as a share (numerator, denominator) of the smaller box.
 MAX_OVERLAP = (1, 2)
-# A digit is annotated if at least this share of its pixels is seen.
+#: Smallest visible share (numerator, denominator) of the pixels of an annotated digit.
 MIN_VISIBLE = (1, 2)
 _TRIES = 20
+
+_Box = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
 class Placed:
-    """A digit: source index, side, place of its image's ink, level of a full pixel."""
+    """A digit in a scene."""
 
-    source: int
-    side: int
-    top: int
+    source: int  # index among all digits
+    side: int  # of its resized image
+    top: int  # place of the ink
     left: int
-    ink: int
+    ink: int  # grey level of a full pixel
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A composed scene with n annotated digits, the positions ``shown`` among all those ``placed``.
+    """A composed scene with n annotated digits."""
 
-    ``ground`` is the grey level without digits, which ``grain`` changes at most. ``masks`` (n,
-    height, width) are visible pixels, of which none belongs to two; ``boxes`` (n, 4) are x1, y1,
-    x2, y2.
-    """
-
-    pixels: np.ndarray
-    ground: int
-    grain: int
+    pixels: np.ndarray  # (height, width) uint8
+    ground: int  # grey level without digits
+    grain: int  # largest change of the ground
     placed: tuple[Placed, ...]
-    shown: tuple[int, ...]
-    labels: np.ndarray
-    masks: np.ndarray
-    boxes: np.ndarray
+    shown: tuple[int, ...]  # positions of the annotated digits among all those placed
+    labels: np.ndarray  # (n,) int64
+    masks: np.ndarray  # (n, height, width) bool, visible pixels; no pixel belongs to two digits
+    boxes: np.ndarray  # (n, 4) int64: x1, y1, x2, y2
 
 
 def draw_scenes(
     part: str, count: int, rng: np.random.Generator, images: np.ndarray | None = None
 ) -> Iterator[Scene]:
-    """Draw ``count`` scenes of the digits of one part, used as evenly as the count allows.
+    """Draw ``count`` scenes of the digits of one part, each digit used equally often up to one.
 
-    ``images`` (5000, 28, 28) are composed instead of the digits, as in training. Raises ValueError.
+    Training gives ``images`` (5000, 28, 28) to compose instead of the digits. Raises ValueError.
     """
     check_part(part, DATA)
     images = load_digits()[0] if images is None else images
@@ -75,13 +67,13 @@ def draw_scenes(
 
 
 def ink_of(image: np.ndarray, side: int) -> np.ndarray:
-    """Resize a digit and cut off the margins below the threshold: opacity, uint8 (h, w)."""
+    """Opacity (h, w) uint8 of a resized digit, without the margins below the threshold."""
     resized = resize(image[None], side)[0]
     x1, y1, x2, y2 = box_of(resized >= INK_THRESHOLD)
     return resized[y1:y2, x1:x2]
 
 
-def box_of(mask: np.ndarray) -> tuple[int, int, int, int]:
+def box_of(mask: np.ndarray) -> _Box:
     """Tight box (x1, y1, x2, y2) of a mask; x2 and y2 are one past the last pixel."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
@@ -92,15 +84,13 @@ def _draw_scene(images: np.ndarray, dealer: DigitDealer, rng: np.random.Generato
     height, width = _between(SCENE_SIZES, rng), _between(SCENE_SIZES, rng)
     ground, grain = _between(GROUNDS, rng), _between(GRAINS, rng)
     canvas = np.full((height, width), ground, dtype=np.int64)
-    owner = np.full(
-        (height, width), -1, dtype=np.int64
-    )  # Whose pixel it is: position of the last digit put there.
+    owner = np.full_like(canvas, -1)  # position of the digit that each pixel belongs to
     placed: list[Placed] = []
-    boxes: list[tuple[int, int, int, int]] = []
+    boxes: list[_Box] = []
     areas: list[int] = []
     for _ in range(_between(DIGITS, rng)):
         source = dealer.deal(int(rng.integers(10)))
-        # A digit may fill half of the shorter side: the first two always find a place.
+        # A digit fills at most half of the shorter side, so the first two always find a place.
         side = _between((DIGIT_SIDES[0], min(DIGIT_SIDES[1], min(height, width) // 2)), rng)
         ink = ink_of(images[source], side)
         place = _find_place(ink.shape, (height, width), boxes, rng)
@@ -108,30 +98,23 @@ def _draw_scene(images: np.ndarray, dealer: DigitDealer, rng: np.random.Generato
         if place is None:
             continue
         top, left = place
-        window = np.s_[top : top + ink.shape[0], left : left + ink.shape[1]]
+        bottom, right = top + ink.shape[0], left + ink.shape[1]
+        window = np.s_[top:bottom, left:right]
         opacity = ink.astype(np.int64)
         canvas[window] = (2 * (opacity * level + (255 - opacity) * canvas[window]) + 255) // 510
         own = ink >= INK_THRESHOLD
         owner[window][own] = len(placed)
         placed.append(Placed(source, side, top, left, level))
-        boxes.append((left, top, left + ink.shape[1], top + ink.shape[0]))
+        boxes.append((left, top, right, bottom))
         areas.append(int(own.sum()))
     canvas += rng.integers(-grain, grain, size=canvas.shape, endpoint=True)
     seen = np.bincount(owner[owner >= 0], minlength=len(placed))
-    shown = tuple(
-        i for i, area in enumerate(areas) if seen[i] * MIN_VISIBLE[1] >= area * MIN_VISIBLE[0]
-    )
+    least, of = MIN_VISIBLE
+    shown = tuple(i for i, area in enumerate(areas) if seen[i] * of >= area * least)
     masks = owner == np.asarray(shown)[:, None, None]
-    return Scene(
-        pixels=canvas.clip(0, 255).astype(np.uint8),
-        ground=ground,
-        grain=grain,
-        placed=tuple(placed),
-        shown=shown,
-        labels=labels[[placed[i].source for i in shown]],
-        masks=masks,
-        boxes=np.array([box_of(mask) for mask in masks], dtype=np.int64).reshape(-1, 4),
-    )
+    tight = np.array([box_of(mask) for mask in masks], dtype=np.int64).reshape(-1, 4)
+    found, pixels = labels[[placed[i].source for i in shown]], canvas.clip(0, 255).astype(np.uint8)
+    return Scene(pixels, ground, grain, tuple(placed), shown, found, masks, tight)
 
 
 def _between(ends: tuple[int, int], rng: np.random.Generator) -> int:
@@ -139,22 +122,19 @@ def _between(ends: tuple[int, int], rng: np.random.Generator) -> int:
 
 
 def _find_place(
-    shape: tuple[int, ...],
-    canvas: tuple[int, int],
-    boxes: list[tuple[int, int, int, int]],
-    rng: np.random.Generator,
+    shape: tuple[int, ...], canvas: tuple[int, int], boxes: list[_Box], rng: np.random.Generator
 ) -> tuple[int, int] | None:
     """Draw row and column of a box that overlaps no other too much; None if all tries fail."""
     height, width = shape
+    most, of = MAX_OVERLAP
     for _ in range(_TRIES):
         top = int(rng.integers(0, canvas[0] - height, endpoint=True))
         left = int(rng.integers(0, canvas[1] - width, endpoint=True))
         for x1, y1, x2, y2 in boxes:
-            common = max(0, min(x2, left + width) - max(x1, left)) * max(
-                0, min(y2, top + height) - max(y1, top)
-            )
+            across = max(0, min(x2, left + width) - max(x1, left))
+            down = max(0, min(y2, top + height) - max(y1, top))
             smaller = min(height * width, (x2 - x1) * (y2 - y1))
-            if common * MAX_OVERLAP[1] > smaller * MAX_OVERLAP[0]:
+            if across * down * of > smaller * most:
                 break
         else:
             return top, left

@@ -264,7 +264,7 @@ def test_a_layer_without_input_is_named() -> None:
     with pytest.raises(NumericsError, match=r"head\.conv.*range_images"):
         calibrate(upward(recipe), regions(0, 0), recipe)
     chain = upward(recipe)
-    chain.segment(0).block.add_module("idle", QuantLinear(3, 3, True, 4, 4))
+    chain.segment(0).block.add_module("idle", QuantLinear.from_float(nn.Linear(3, 3), 4, 4))
     with pytest.raises(NumericsError, match=r"head\.idle"):
         calibrate(chain, regions(2, 1), recipe)
 

@@ -14,7 +14,7 @@ FORMS: tuple[Form, ...] = get_args(Form)
 
 
 def example(transposed: bool, columns: int = 9) -> tuple[QuantMatMul, Tensor, Tensor]:
-    """A calibrated product with a scale per head and row of a, per head and column of b; its operands."""
+    """A product with scales per head and row of a, per head and column of b; its operands."""
     generator = torch.Generator().manual_seed(4)
     a = torch.randn(3, 2, 7, 5, generator=generator)
     b = (

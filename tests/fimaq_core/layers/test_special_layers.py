@@ -1,4 +1,4 @@
-"""Layers whose input has a quantizer made for softmax or GELU: values, folded shifts, what is saved, and how they are trained."""
+"""Layers with an input quantizer for softmax or GELU: values, folded shifts, saving, training."""
 
 import copy
 import functools
@@ -54,7 +54,7 @@ def set_up(quantizer: ActivationQuantizer, scale: Tensor) -> None:
 
 
 def by_hand(kind: Kind, x: Tensor, scale: Tensor, levels: int, source: str) -> Tensor:
-    """The quantizer as a composition of pure functions, its shift taken away again."""
+    """The quantizer as a composition of pure functions, with its shift subtracted again."""
     if kind == "twin":
         return (twin_softmax if source == "softmax" else twin_gelu)(x, scale, levels)
     shift = GELU_SHIFT if source == "gelu" else 0.0
@@ -123,7 +123,7 @@ def test_linear_equals_the_functions_by_hand(kind: Kind, bits: int, biased: bool
 def test_product_equals_the_functions_by_hand(
     kind: Kind, softmax_bits: int | None, transposed: bool
 ) -> None:
-    """Also where the right operand lies transposed in memory; the left one has its own bits."""
+    """The right operand may be transposed in memory; the left one has its own bits."""
     layer, a, b = product(kind, 3, softmax_bits)
     if transposed:
         b = b.mT.contiguous().mT
@@ -221,7 +221,7 @@ def test_states_carry_ranges_and_the_folded_shift(kind: Kind, folded: bool, bias
     set_up(used.input_quantizer, torch.tensor([0.1]))
     decide_rounding(used)
     fold_shift(used)
-    new = QuantLinear(12, 7, biased, 4, 4, kind)
+    new = QuantLinear.from_float(nn.Linear(12, 7, biased), 4, 4, kind)
     for other in (used, new):
         other.load_state_dict(layer.state_dict())
         other.quantized = True
@@ -269,7 +269,7 @@ def calibrated(recipe: Recipe) -> tuple[BlockChain, Tensor, Tensor]:
 
 
 def trainer(engine: Engine, recipe: Recipe) -> BlockTrainer:
-    """At the transformer block."""
+    """A trainer of the transformer block."""
     chain, x, reference = copy.deepcopy(calibrated(recipe))
     tape = Tape(
         chain,
@@ -289,7 +289,7 @@ def trainer(engine: Engine, recipe: Recipe) -> BlockTrainer:
 def test_engines_learn_special_quantizers_alike(
     kind: Kind, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By definition, fused, and in the form made for compilation; a block's loss falls."""
+    """The definition, the fused form and the form for compilation agree; the loss falls."""
     monkeypatch.setattr(flat, "_compiled", lambda function, *_: function)
     recipe = quick(
         method,
@@ -331,7 +331,7 @@ def test_reconstruction_with_special_quantizers_lowers_the_loss(kind: Kind) -> N
 def test_a_dropped_input_is_left_in_full_precision(
     kind: Kind, make: Callable[[Kind], tuple[nn.Module, Tensor]]
 ) -> None:
-    """While it is learned, an element is quantized with the given probability."""
+    """During learning, an element is quantized with the given probability."""
     layer, x = make(kind)[:2]
     quantizer = layer.input_quantizer if isinstance(layer, QuantLinear) else layer.a_quantizer  # type: ignore[union-attr]
     assert isinstance(quantizer, LogQuantizer | TwinQuantizer)

@@ -1,4 +1,4 @@
-"""Transposed convolutions against the float layer and against sums by their definition; as a part of a block."""
+"""Transposed convolutions against the float layer and their definition, and as part of a block."""
 
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ def set_ranges(layer: QuantConvTranspose2d) -> None:
 def by_definition(
     x: Tensor, rows: Tensor, bias: Tensor | None, layer: nn.ConvTranspose2d, shape: torch.Size
 ) -> Tensor:
-    """Every input value times every kernel, put where it belongs; ``rows`` (out, in x height x width)."""
+    """Sum of every input value times every kernel; ``rows`` is (out, in x height x width)."""
     height, width = layer.kernel_size
     kernels = rows.view(len(rows), x.shape[1], height, width).double()
     wide = torch.zeros(*shape[:2], shape[2] + 40, shape[3] + 40, dtype=torch.float64)
@@ -78,7 +78,7 @@ def test_full_precision_is_the_float_layer(settings: dict[str, Any]) -> None:
 def test_quantized_form_by_definition(settings: dict[str, Any], decided: bool) -> None:
     plain, layer, x = make(settings)
     set_ranges(layer)
-    # Weights of one output channel share a range: in the float layer's layout that is the second dimension.
+    # Weights of one output channel (second dimension of the float layer) share a range.
     weights = torch.stack(
         [
             fake_quantize(
@@ -162,7 +162,7 @@ def upsampler(bits: int) -> BlockChain:
 
 
 def test_a_block_with_transposed_convolutions_is_reconstructed() -> None:
-    """Learned roundings give a smaller output error than those to nearest, and the codes are decided."""
+    """Learned rounding has a smaller output error than nearest, and decides the codes."""
     recipe = quick("qdrop", w_bits=3, a_bits=6, steps=150, activation_prob=1.0)
     x = torch.randn(24, 6, 5, 4, generator=torch.Generator().manual_seed(0))
     learned, nearest = upsampler(3), upsampler(3)

@@ -1,4 +1,4 @@
-"""Affine quantization against loops, its straight-through gradients against finite differences, and its three forms."""
+"""Affine quantization in three forms: values against loops, gradients by finite differences."""
 
 from typing import get_args
 
@@ -19,7 +19,7 @@ KEY = draw_keys(1, torch.Generator().manual_seed(6))[0]
 def quantizer(
     form: Form, scale: Tensor, zero: Tensor, bits: int = 3, probability: float = 1.0
 ) -> AffineQuantizer:
-    """A quantizer that learns in ``form``; scale and zero point keep their type."""
+    """A quantizer that learns in ``form``; scale and zero point keep their dtype."""
     made = AffineQuantizer(bits)
     made.set_range(scale, zero)
     made.scale, made.zero_point, made.key = (
@@ -33,7 +33,7 @@ def quantizer(
 
 
 def loop_quantize(x: Tensor, scale: Tensor, zero: Tensor, levels: int) -> Tensor:
-    """Element by element, in Python."""
+    """Quantize element by element, in Python."""
     x, scale, zero = (np.asarray(t.numpy()) for t in torch.broadcast_tensors(x, scale, zero))
     out = np.zeros_like(x)
     for index in np.ndindex(x.shape):
@@ -93,7 +93,7 @@ SCALES = {"per tensor": (1,), "per token": (1, 6, 1), "per head": (4, 1, 1)}
 @pytest.mark.parametrize("dropping", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 def test_gradients_of_the_learned_form(shape: tuple[int, ...], dropping: bool, form: Form) -> None:
-    """In x: 1 inside the range and where dropped, else 0. In s: finite differences with the roundings held."""
+    """Gradient in x: 1 inside the range and where dropped, else 0; in s: finite differences."""
     torch.manual_seed(3)
     levels = 8
     x = torch.randn(4, 6, 5, dtype=torch.float64) * 2
@@ -143,7 +143,7 @@ def test_gradients_of_the_learned_form(shape: tuple[int, ...], dropping: bool, f
 
 
 def test_scale_gradient_of_clamped_values_is_that_of_the_true_function() -> None:
-    """Beyond the range the quantizer itself is smooth in s, so its own finite differences must agree."""
+    """Beyond the range, the quantizer is smooth in s: its own finite differences must agree."""
     x = torch.tensor([50.0, -50.0, 80.0], dtype=torch.float64)
     zero, step = torch.tensor([3.0], dtype=torch.float64), 1e-5
     scale = torch.tensor([0.5], dtype=torch.float64, requires_grad=True)
@@ -252,7 +252,7 @@ def test_transposed_operand_has_its_own_scale(grain: str, form: Form | None) -> 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("probability", [0.5, 1.0])
 def test_gradients_on_grid_points(form: Form, probability: float) -> None:
-    """There the output is the input, quantized or not: the gradient passes, and the scale has none."""
+    """Gradient where the output equals the input: it passes, and the scale has none."""
     scale, zero = torch.tensor([0.5]), torch.tensor([3.0])
     x = (torch.arange(8.0) - 3).repeat(20) * 0.5
     upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))

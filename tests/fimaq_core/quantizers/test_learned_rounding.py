@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fimaq_core.layers import QuantLinear, decide_rounding
 from fimaq_core.quantizers.affine import WeightQuantizer
@@ -21,7 +21,7 @@ from fimaq_core.quantizers.rounding import (
 def problem(
     seed: int = 0,
 ) -> tuple[RoundingProblem, list[Tensor], list[Tensor], list[Tensor], list[int]]:
-    """A matrix and a convolution weight of different bits; ranges so narrow that both ends clamp."""
+    """A matrix and a convolution weight of different bits, with ranges that clamp at both ends."""
     torch.manual_seed(seed)
     weights = [torch.randn(6, 10), torch.randn(4, 3, 2, 2) * 0.5]
     scales = [torch.rand(6, 1) * 0.2 + 0.1, torch.rand(4, 1) * 0.1 + 0.15]
@@ -31,7 +31,7 @@ def problem(
 
 
 def plain_soft(alpha: Tensor, weight: Tensor, scale: Tensor, zero: Tensor, levels: int) -> Tensor:
-    """The definition as it stands in the paper, differentiable by autograd."""
+    """The definition of the paper, differentiable by autograd."""
     h = (1.2 * torch.sigmoid(alpha) - 0.1).clamp(0, 1)
     rows = weight.flatten(1)
     codes = (torch.floor(rows / scale) + h.view_as(rows) + zero).clamp(0, levels - 1)
@@ -98,7 +98,7 @@ def test_gradient_equals_autograd_of_the_definition(weight: float, beta: float) 
 
 
 def test_only_the_weights_need_a_gradient() -> None:
-    """A loss without a penalty, as during the warm-up, trains α too; and the penalty alone where no gradient comes."""
+    """α also trains by the loss alone (as in the warm-up), and by the penalty alone."""
     rounding, weights, *_ = problem(2)
     off, beta = torch.tensor(0.0), torch.tensor(2.0)
     upstream = [2 * part for part in rounding.split(rounding.soft())]
@@ -197,7 +197,7 @@ def test_weight_quantizer_uses_decided_codes() -> None:
 
 def test_deciding_the_rounding_changes_nothing_but_the_storage() -> None:
     torch.manual_seed(0)
-    layer = QuantLinear(5, 4, True, 3, 4)
+    layer = QuantLinear.from_float(nn.Linear(5, 4), 3, 4)
     layer.weight_quantizer.set_range(torch.rand(4, 1) * 0.1 + 0.05, torch.full((4, 1), 3.0))
     before = layer.weight_quantizer.quantized(layer.weight.detach())
     decide_rounding(layer)

@@ -1,4 +1,4 @@
-"""Logarithmic quantizers by hand and against loops in Python's floats, AdaLog's tables, and the learned form's gradients."""
+"""Logarithmic quantizers by hand and against loops, AdaLog's tables, and learned gradients."""
 
 import math
 
@@ -27,12 +27,12 @@ def values(count: int = 4000) -> Tensor:
 
 
 def loop_codes(x: Tensor, scale: float, step: float) -> list[int]:
-    """Element by element, in Python's floats."""
+    """Quantize element by element, in Python's floats."""
     return [round(-math.log2(min(max(float(v) / scale, 1e-15), 1.0)) / step) for v in x]
 
 
 def far_from_ties(x: Tensor, scale: float, step: float) -> Tensor:
-    """Those of ``x`` whose code float32 cannot round the other way."""
+    """Values of ``x`` whose code float32 cannot round to the neighbour."""
     position = -torch.log2((x.double() / scale).clamp(1e-15, 1)) / step
     return x[((position - position.floor()) - 0.5).abs() > 1e-4]
 
@@ -159,7 +159,8 @@ def test_learned_form_has_the_same_values_and_the_gradients_of_its_rules(
     inside = ~above & ~below
     expected = torch.where(inside, plain / x.detach(), 0.0)  # includes 0 where k >= L, since x̂ is
     assert torch.allclose(grad_x, expected * weight, rtol=1e-6, atol=0)
-    # Only clamped values take part in the scale's gradient: with 1 at the top, with the lowest point (if any) at the bottom.
+    # Only clamped values add to the gradient of the scale: 1 at the top, at the bottom the lowest
+    # point (if there is one).
     lowest = round(-math.log2(1e-15) / step)
     bottom = 2.0 ** (-step * lowest) if lowest < levels else 0.0
     assert float(grad_scale) == pytest.approx(

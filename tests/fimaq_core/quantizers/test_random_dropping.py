@@ -95,7 +95,7 @@ def test_share_of_ones(threshold: int) -> None:
 
 
 def test_bytes_are_uniform() -> None:
-    """Chi-square of the bytes' histogram, for each of the four places in a word: 255 degrees of freedom."""
+    """Chi-square of the bytes' histogram for each place in a word, with 255 degrees of freedom."""
     like = torch.empty(4 * 60_000)
     for key in keys(2, seed=4):
         octets = mask_bytes(like, key).view(-1, 4)
@@ -123,7 +123,7 @@ def test_neighbours_are_independent(threshold: int, distance: int) -> None:
 
 @pytest.mark.parametrize("threshold", [64, 128])
 def test_masks_of_different_keys_are_independent(threshold: int) -> None:
-    """Keys of steps and streams as a schedule draws them, and keys whose first halves differ by a bit."""
+    """Keys as a schedule draws them, and keys whose first halves differ by one bit."""
     table = keys(6, seed=1).view(3, 2, 2)
     one = table[0, 0]
     others = [table[0, 1], table[1, 0], table[1, 1], table[2, 0], one.flip(0)]

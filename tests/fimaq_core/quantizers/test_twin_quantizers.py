@@ -1,6 +1,7 @@
 """Twin uniform quantizers by hand and against loops, and the gradients of their learned forms."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -8,16 +9,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fimaq_core.quantizers.logarithm import GELU_SHIFT
-from fimaq_core.quantizers.twin import (
-    learned_twin_gelu,
-    learned_twin_softmax,
-    twin_gelu,
-    twin_softmax,
-)
+from fimaq_core.quantizers.twin import learned_twin, twin_gelu, twin_softmax
+
+LEARNED = [partial(learned_twin, twin_softmax), partial(learned_twin, twin_gelu)]
 
 
 def loop_softmax(x: Tensor, split: float, levels: int) -> list[float]:
-    """Element by element, in Python's floats."""
+    """Quantize element by element, in Python's floats."""
     top = levels // 2 - 1
     out = []
     for value in x.tolist():
@@ -27,7 +25,7 @@ def loop_softmax(x: Tensor, split: float, levels: int) -> list[float]:
 
 
 def loop_gelu(x: Tensor, scale: float, levels: int) -> list[float]:
-    """Element by element, in Python's floats."""
+    """Quantize element by element, in Python's floats."""
     half = levels // 2
     out = []
     for value in x.tolist():
@@ -124,7 +122,7 @@ def test_gradients_of_the_softmax_form(levels: int) -> None:
         [torch.rand(500) * 0.3, torch.rand(500), torch.tensor([-0.9, 1.9])]
     ).requires_grad_()
     split = torch.tensor([0.23], requires_grad=True)
-    out = learned_twin_softmax(x, split, levels)
+    out = learned_twin(twin_softmax, x, split, levels)
     values, bound = x.detach(), split.detach()
     assert torch.equal(out, twin_softmax(values, bound, levels))
     weight = torch.randn(len(x))
@@ -133,7 +131,8 @@ def test_gradients_of_the_softmax_form(levels: int) -> None:
     inside = torch.ones(len(x))
     inside[-2:] = 0
     assert torch.allclose(grad_x, weight * inside)
-    # The lower range's step is split / (H - 1): rounding error over the step where inside, the code where clamped (here 0).
+    # The lower range has the step split / (H - 1). The slope is rounding error / step inside it,
+    # and the code (here 0) where clamped.
     slope = torch.where(low, (out.detach() - values * inside) / bound, 0.0)
     assert float(grad_split) == pytest.approx(float((slope * weight).sum()), rel=1e-4)
     assert low.sum() > 100
@@ -146,7 +145,7 @@ def test_gradients_of_the_gelu_form(levels: int) -> None:
     half = levels // 2
     x = torch.cat([F.gelu(torch.randn(1000) * 2), torch.tensor([0.0, -0.9])]).requires_grad_()
     scale = torch.tensor([3.0 / half], requires_grad=True)
-    out = learned_twin_gelu(x, scale, levels)
+    out = learned_twin(twin_gelu, x, scale, levels)
     values, step = x.detach(), scale.detach()
     assert torch.equal(out, twin_gelu(values, step, levels))
     weight = torch.randn(len(x))
@@ -159,7 +158,7 @@ def test_gradients_of_the_gelu_form(levels: int) -> None:
     assert float(grad_scale) == pytest.approx(float((slope * weight).sum()), rel=1e-4)
 
 
-@pytest.mark.parametrize("learned", [learned_twin_softmax, learned_twin_gelu])
+@pytest.mark.parametrize("learned", LEARNED)
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
 def test_values_that_are_not_kept_pass(learned: Callable[..., Tensor], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -173,7 +172,7 @@ def test_values_that_are_not_kept_pass(learned: Callable[..., Tensor], dtype: to
     assert torch.equal(found[1], expected[1])
 
 
-@pytest.mark.parametrize("learned", [learned_twin_softmax, learned_twin_gelu])
+@pytest.mark.parametrize("learned", LEARNED)
 def test_learned_forms_compile_as_a_whole(learned: Callable[..., Tensor]) -> None:
     torch.manual_seed(0)
     x, scale = torch.randn(64, requires_grad=True), torch.tensor([0.3], requires_grad=True)

@@ -1,4 +1,4 @@
-"""Small data sets in COCO's format, with everything that may be in one."""
+"""Small data sets in COCO's format, with all kinds of entries."""
 
 import json
 from collections.abc import Callable
@@ -54,7 +54,7 @@ def annotation(
 
 
 def tiny() -> dict[str, Any]:
-    """Four images: two objects and a crowd region, none, one of no size, one that reaches beyond the image."""
+    """Four images: two objects and a crowd; no object; one without size; one beyond the border."""
     images = [
         {
             "id": 10 * number,
@@ -124,7 +124,7 @@ def in_memory(
 def random_coco(
     images: int, seed: int, categories: int = 3, crowds: float = 0.1, size: int = 128
 ) -> dict[str, Any]:
-    """Up to five objects an image, of all sizes: ellipses, some of them crowd regions; some images have none."""
+    """Ellipses of all sizes, some of them crowd regions; zero to five per image."""
     rng = np.random.default_rng(seed)
     order = rng.permutation(images) + 1
     entries = [
@@ -163,7 +163,7 @@ def random_coco(
 
 
 class Instances:
-    """What mmdet's ``InstanceData`` is for an evaluation."""
+    """Objects of an image with the fields of mmdet's ``InstanceData`` that an evaluation reads."""
 
     def __init__(
         self, bboxes: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor, masks: torch.Tensor
@@ -174,7 +174,7 @@ class Instances:
 def guesses(
     coco: dict[str, Any], index: int, seed: int, spread: float = 0.08, wrong: float = 3.0
 ) -> Instances:
-    """Detections near most objects of an image, and false ones; scores come in steps, so that many are equal."""
+    """Detections near most objects of an image, and false ones; many scores are equal."""
     rng = np.random.default_rng([seed, index])
     entry = coco["images"][index]
     height, width = entry["height"], entry["width"]

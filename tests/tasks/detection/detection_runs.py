@@ -67,9 +67,14 @@ LAYERS = {
 MODEL = ModelRequest("demo_mask_rcnn")
 LIMIT = 8
 QUICK: dict[str, Any] = {
-    "calibration_images": 2, "range_images": 2, "range_search": "minmax", "range_candidates": 16, "steps": 2, "fisher_k": 1,
+    "calibration_images": 2,
+    "range_images": 2,
+    "range_search": "minmax",
+    "range_candidates": 16,
+    "steps": 2,
+    "fisher_k": 1,
     "mlp_steps": 2,
-}  # fmt: skip
+}
 #: The same for the command line.
 FLAGS = [
     text for name, value in QUICK.items() for text in (f"--{name.replace('_', '-')}", str(value))
@@ -77,7 +82,7 @@ FLAGS = [
 
 
 def cell(folder: Path, method: str = "fimaq", **changes: Any) -> CellRequest:
-    """Its records are in ``folder/runs``, what cells share beside."""
+    """Request of a cell: records in ``folder/runs``, files that cells share in ``folder``."""
     recipe = make_recipe(method, defaults("detection"), QUICK, changes)
     return CellRequest(
         "detection", MODEL, DataRequest(limit=LIMIT), recipe, results=folder / "runs"
@@ -101,7 +106,7 @@ class Done:
 
     @property
     def bits(self) -> dict[str, tuple[int, int]]:
-        """Of weights and inputs, or of a product's operands, of every quantized layer."""
+        """Bits of every quantized layer: weight and input, or the operands of a product."""
         assert self.record.modules is not None
         return {
             entry.name: (

@@ -1,4 +1,4 @@
-"""Small two-stage detectors of mmdet's classes, with random weights that detect something, and images for them."""
+"""Small two-stage detectors of mmdet with random weights that detect something, and images."""
 
 import copy
 from typing import Any
@@ -10,7 +10,7 @@ import tasks.detection.mm as mm
 from fimaq_core.chain import BlockChain, Segment
 from fimaq_core.recipe import Recipe, make_recipe
 from tasks.detection import configs
-from tasks.detection.configs import Config, detector_config
+from tasks.detection.configs import Config, DetectorSizes, detector_config
 from tasks.detection.neck import ExplicitFPN, pack, rpn_segment
 
 WIDTH, CLASSES = 8, 3
@@ -19,9 +19,8 @@ STRIDES = [4, 8, 16, 32, 64]
 
 def config(cascade: bool = False, masks: bool = True, **roi_changes: Any) -> Config:
     """A small detector's configuration, with those changes of its RoI head."""
-    settings = detector_config(
-        "cascade_mask_rcnn" if cascade else "mask_rcnn",
-        embed_dims=8,
+    sizes = DetectorSizes(
+        8,
         depths=(1, 1, 1, 1),
         num_heads=(1, 1, 2, 2),
         window_size=4,
@@ -33,6 +32,7 @@ def config(cascade: bool = False, masks: bool = True, **roi_changes: Any) -> Con
         proposals=60,
         detections=20,
     )
+    settings = detector_config("cascade_mask_rcnn" if cascade else "mask_rcnn", sizes)
     settings["roi_head"] |= roi_changes
     settings["test_cfg"]["rcnn"]["score_thr"] = 0.2
     settings["train_cfg"] = None

@@ -1,4 +1,4 @@
-"""Detectors of mmdet's classes up to the neck, small and with random weights, and how tests compare their maps."""
+"""Small detectors of mmdet up to the neck, with random weights, and a comparison of maps."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from torch._dynamo.backends.debugging import aot_eager
 
 from fimaq_core.chain import BlockChain
 from fimaq_core.recipe import OFF, Recipe
-from tasks.detection.chain import detector_segments
+from tasks.detection.detector import detector_segments
 from tasks.detection.mm import CascadeRCNN, MaskRCNN
 
 SMALL: dict[str, Any] = {
@@ -21,7 +21,8 @@ SMALL: dict[str, Any] = {
     "window_size": 7,
 }
 
-#: Sizes of images: all stages pad windows (the last to one window); none does; only the wide side of the first, third and last.
+#: Image sizes for which all stages pad windows (the last to one window); no stage does; only the
+#: first, third and last stage do, on the wide side.
 SIZES = [(96, 128), (448, 224), (224, 160)]
 
 EVERYTHING: Mapping[str, Recipe] = {"backbone": quick(), "fpn": quick()}
@@ -40,7 +41,7 @@ def detector(
     kind: type[nn.Module] = MaskRCNN,
     seed: int = 0,
 ) -> MaskRCNN | CascadeRCNN:
-    """A detector without heads, every parameter random; a small Swin and FPN unless told otherwise."""
+    """A detector without heads, with random parameters; by default a small Swin and FPN."""
     channels = [backbone["embed_dims"] * 2**stage for stage in range(len(backbone["depths"]))]
     fpn = {
         "type": "FPN",
@@ -67,7 +68,7 @@ def pictures(height: int, width: int, count: int = 1, seed: int = 3) -> Tensor:
 
 
 def deviation(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
-    """The greatest difference between two pyramids, as a share of the greatest value of its level."""
+    """Largest difference of two pyramids, as a share of the largest value of its level."""
     assert [one.shape for one in found] == [one.shape for one in expected]
     return max(
         float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True)
@@ -75,7 +76,7 @@ def deviation(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
 
 
 class CountingBackend:
-    """A compiler's backend that counts what it is given to compile."""
+    """A compiler backend that counts graphs."""
 
     def __init__(self) -> None:
         self.graphs = 0

@@ -19,7 +19,7 @@ from tasks.detection.models import class_names
 
 
 def matched(names: tuple[str, ...], *categories: str, used: str = "") -> Matched:
-    """Categories with the ids 0, 10, 20, ..., of which those in ``used`` (their first letters) have an annotation."""
+    """Categories with ids 0, 10, ...; ``used`` has the first letters of those with annotations."""
     kinds = [{"id": 10 * number, "name": name} for number, name in enumerate(categories)]
     marks = [
         annotation(n, 10, kind["id"], [1, 1, 5, 5])
@@ -32,7 +32,7 @@ def matched(names: tuple[str, ...], *categories: str, used: str = "") -> Matched
 
 def test_same_names_in_the_same_order() -> None:
     found = matched(("cat", "dog", "owl"), "cat", "dog", "owl", used="cdo")
-    assert (found.labels, found.origin, found.notes) == ((0, 10, 20), "model", ())
+    assert (found.labels, found.classes_from, found.notes) == ((0, 10, 20), "model", ())
 
 
 def test_same_names_in_another_order() -> None:
@@ -72,14 +72,15 @@ def test_unused_categories_are_left_out() -> None:
     assert found.labels == (20, 10)
     assert [entry["name"] for entry in found.coco["categories"]] == ["dog", "cat"]
     assert found.notes == (
-        "Categories without annotations that the detector does not know are left out: 'background', 'thing', 'void' and 1 more",
+        "Categories without annotations that the detector does not know are left out: "
+        "'background', 'thing', 'void' and 1 more",
     )
 
 
 def test_used_categories_that_the_detector_does_not_know() -> None:
     with pytest.raises(
         DataError,
-        match=r"data val has 2 annotations of categories .*: 'bat', 'zebra'\. .*Did you mean 'cat'\?",
+        match=r"has 2 annotations of categories .*: 'bat', 'zebra'\. .*Did you mean 'cat'\?",
     ):
         matched(("cat", "dog"), "bat", "zebra", "cat", used="bzc")
 
@@ -88,7 +89,8 @@ def test_classes_without_a_category() -> None:
     found = matched(("cat", "dog", "owl"), "owl", used="o")
     assert found.labels == (None, None, 0)
     assert found.notes == (
-        "data val has no category for 2 of 3 classes, such as 'cat': AP is over the other 1, and detections of these classes do "
+        "data val has no category for 2 of 3 classes, such as 'cat': AP is over the other 1, and "
+        "detections of these classes do "
         "not count",
     )
     with pytest.raises(DataError, match=r"has no category that is a class of tiny.tag: 'bat'"):
@@ -97,13 +99,13 @@ def test_classes_without_a_category() -> None:
 
 def test_unnamed_classes_are_the_categories_in_order() -> None:
     found = match_categories(checked(tiny(), "here"), loaded(3), "data val")
-    assert (found.labels, found.origin) == ((7, 2, 30), "annotations")
+    assert (found.labels, found.classes_from) == ((7, 2, 30), "annotations")
     assert found.notes == (
         "The weights name no classes: the 3 categories are taken for them in the file's order",
     )
     with pytest.raises(
         DataError,
-        match=r"has 3 categories \(3 of them .*\), tiny.tag has 10 classes, whose names .*torch.save",
+        match=r"3 categories \(3 of them .*\), tiny.tag has 10 classes, whose names .*torch.save",
     ):
         match_categories(checked(tiny(), "here"), loaded(10), "data val")
 

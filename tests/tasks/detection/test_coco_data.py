@@ -1,4 +1,4 @@
-"""Data in COCO's format: what counts is read as pycocotools reads it, what would go wrong later is named with file and id."""
+"""Data in COCO's format: read as pycocotools does; faults are named with file and id."""
 
 import copy
 import json
@@ -336,7 +336,7 @@ def test_reading_as_mmdet_does(tmp_path: Path) -> None:
     }
     for name, image in files.items():
         image.save(tmp_path / name)
-    read = coco.file_reader([tmp_path / name for name in files], [(40, 60)] * 4, Path("x.json"))
+    read = coco.ImageFiles([tmp_path / name for name in files], [(40, 60)] * 4, Path("x.json")).read
     for index, name in enumerate(files):
         expected = LoadImageFromFile().transform({"img_path": str(tmp_path / name)})["img"]
         found = read(index)
@@ -351,7 +351,7 @@ def test_portable_maps_are_scaled(kind: str, channels: int, largest: int, tmp_pa
     stored = (values * largest).round().astype(">u2" if largest > 255 else np.uint8)
     path = tmp_path / "x.ppm"
     path.write_bytes(f"{kind}\n60 40\n{largest}\n".encode() + stored.tobytes())
-    found = coco.file_reader([path], [(40, 60)], Path("x.json"))(0)
+    found = coco.ImageFiles([path], [(40, 60)], Path("x.json")).read(0)
     wanted = np.broadcast_to(stored * (255 / largest), (40, 60, 3))[..., ::-1]
     assert np.abs(found - wanted).max() <= 1
 
@@ -362,7 +362,7 @@ def test_tiff_is_read_as_pillow_does(mode: str, tmp_path: Path) -> None:
     if mode == "RGBA":
         image.putalpha(100)
     image.save(tmp_path / "x.tif")
-    found = coco.file_reader([tmp_path / "x.tif"], [(40, 60)], Path("x.json"))(0)
+    found = coco.ImageFiles([tmp_path / "x.tif"], [(40, 60)], Path("x.json")).read(0)
     assert np.array_equal(found[..., ::-1], np.asarray(image.convert("RGB")))
     if mode == "RGBA":
         assert np.array_equal(found[..., ::-1], pixels(40, 60, 0))
@@ -387,7 +387,7 @@ def test_truncated_jpeg_is_damaged(tmp_path: Path) -> None:
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(OSError, match="truncated"):
-        coco.file_reader([path], [(200, 300)], Path("x.json"))(0)
+        coco.ImageFiles([path], [(200, 300)], Path("x.json")).read(0)
 
 
 def test_head_and_description() -> None:

@@ -1,4 +1,4 @@
-"""Calibration images of varying size: drawn by the seed alone, or listed; damaged ones named; bad lists refused."""
+"""Calibration images of varying size: drawn by the seed or listed; damaged files, bad lists."""
 
 import json
 from dataclasses import replace

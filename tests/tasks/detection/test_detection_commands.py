@@ -1,4 +1,4 @@
-"""The commands of the detection task, run as a user runs them, on the demo's data and on a file in COCO's format."""
+"""The commands of the detection task, on the demo's data and on a file in COCO's format."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ EMPTY = (90, 130)
 
 
 def write(folder: Path, part: str, count: int) -> Path:
-    """A file and its images: the demo's scenes with their gaps in the categories' ids, an image without objects, a crowd."""
+    """A file and its images: scenes of the demo, an image without objects, a crowd region."""
     path = write_scenes(folder, part, coco_files.scenes_of(part)[:count])
     content = json.loads(path.read_text(encoding="utf-8"))
     Image.fromarray(np.full(EMPTY, 40, np.uint8)).save(folder / part / "empty.png")
@@ -91,10 +91,8 @@ def test_run_says_every_metric(tmp_path: Path) -> None:
 
 
 def test_a_file_in_cocos_format(own: Done) -> None:
-    record = own.record
-    assert (record.dataset.name, record.dataset.split, record.dataset.count, record.dataset.classes) == (
-        "instances_val", "val", 7, 10,
-    )  # fmt: skip
+    record, data = own.record, own.record.dataset
+    assert (data.name, data.split, data.count, data.classes) == ("instances_val", "val", 7, 10)
     assert record.n == 7
     assert record.calibration is not None
     assert sorted(record.calibration.ids) == sorted(
@@ -115,7 +113,7 @@ def test_a_file_in_cocos_format(own: Done) -> None:
 def test_the_numbers_of_the_file_are_those_of_pycocotools(
     own: Done, place: Path, tmp_path: Path
 ) -> None:
-    """Of the full-precision model, on what mmdet's own test step finds in the files."""
+    """Metrics of the full-precision model against pycocotools on mmdet's own test step."""
     import contextlib
     import io
 

@@ -28,7 +28,7 @@ def outputs(seed: int, proposals: int = 0) -> Samples:
 def terms_by_definition(
     found: Tensor, full: Tensor, levels: list[int], proposals: int
 ) -> list[Tensor]:
-    """One after another: scores and boxes as (A, h w) and (A, 4, h w) maps a level."""
+    """Terms one by one, from maps (A, h w) of scores and (A, 4, h w) of boxes per level."""
     classes, boxes, start = (
         torch.zeros((), dtype=torch.float64),
         torch.zeros((), dtype=torch.float64),

@@ -1,4 +1,4 @@
-"""Detection from images to metrics and outcomes: as mmdet's CocoMetric, by hand, and with what can go wrong."""
+"""Detection from images to outcomes: against mmdet's CocoMetric, by hand, and errors."""
 
 import copy
 import json
@@ -110,7 +110,7 @@ def test_equals_the_metric_of_mmdet(
 
 
 def perfect(source: DetectionSource, index: int) -> Instances:
-    """What the annotations say, crowd regions left out."""
+    """Detections equal to the annotations, without crowd regions."""
     found = guesses(source.coco, index, 0, spread=0.0, wrong=0.0)
     entry = source.images[index]
     own = [

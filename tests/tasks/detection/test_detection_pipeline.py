@@ -1,4 +1,4 @@
-"""The detection task as a whole, on the demo detector: records, stages, and runs that go on where they were stopped."""
+"""The whole detection task on the demo detector: records, stages, interrupted runs."""
 
 import json
 import shutil
@@ -174,7 +174,7 @@ def test_run_and_stages_agree_bit_for_bit(
 
 
 def test_mlps_alone(place: Path, aphq: Done, tmp_path: Path) -> None:
-    """Their stage's checkpoint is the model of the method mlp-recon, in full precision."""
+    """The checkpoint of the MLP stage is the full-precision model of the method mlp-recon."""
     mlps = tmp_path / "mlps.safetensors"
     stages.mlp_stage(cell(place, "aphq"), mlps, silent)
     whole = done(cell(place, "mlp-recon"))
@@ -246,7 +246,7 @@ def ranges(place: Path) -> Path:
 def test_checkpoints_of_other_runs_are_refused(
     place: Path, ranges: Path, tmp_path: Path, changes: dict[str, Any], reason: str
 ) -> None:
-    """With the reason, and nothing is overwritten."""
+    """The message gives the reason, and nothing is overwritten."""
     request, path = cell(place, "rtn", w_bits=3), tmp_path / "ranges.safetensors"
     shutil.copy(ranges, path)
     assert request.recipe is not None
@@ -337,7 +337,7 @@ def test_methods(place: Path, method: str) -> None:
 
 
 def test_a_cascade(tmp_path: Path) -> None:
-    """With random weights, which find nothing: three box heads and three mask heads, each a part of its own."""
+    """With random weights, which find nothing: each of six heads is a part."""
     torch.manual_seed(0)
     model, weights = DEMO.build("demo_cascade"), tmp_path / "random.safetensors"
     for name, parameter in model.named_parameters():

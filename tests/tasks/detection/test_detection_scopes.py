@@ -1,6 +1,7 @@
-"""What of a detector is quantized: exactly what the scope says, and what scopes share."""
+"""Quantized pieces of a detector: exactly those of the scope; files that scopes share."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -25,9 +26,8 @@ from fimaq_core.errors import RecipeError
 from fimaq_core.recipe import make_recipe
 from tasks.common.cell.identity import planned_folder
 from tasks.common.registry import defaults
-from tasks.detection.chain import BackboneAndNeck
 from tasks.detection.coco import open_demo
-from tasks.detection.detector import DETECTOR
+from tasks.detection.detector import DETECTOR, BackboneAndNeck
 from tasks.detection.neck import pack
 from tasks.detection.roi import roi_heads
 from tasks.detection.tags import PIECES, SCOPES
@@ -53,7 +53,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cells(place: Path) -> dict[str, Done]:
-    """Of the full scope first, then of each piece alone."""
+    """Cells of the full scope, then of each piece alone."""
     return {scope: done(cell(place, "qdrop", scope=scope)) for scope in (FULL, *PIECES)}
 
 
@@ -84,7 +84,7 @@ def pyramid(seed: int = 0) -> tuple[Tensor, ...]:
 def outputs(
     model: nn.Module, detector: nn.Module | None = None, chain: object = None
 ) -> dict[str, Tensor]:
-    """What each piece gives, by itself, for the same input: of mmdet's ``model``, or of a detector and its chain."""
+    """Output of each piece for one input: of mmdet's ``model``, or of a detector and its chain."""
     image = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(1))
     stages = model.backbone(image)
     if chain is None:
@@ -146,7 +146,7 @@ def test_pieces_out_of_scope_compute_as_the_float_model_does(
 
 
 def test_scopes_share_what_is_the_same_in_both(cells: dict[str, Done], place: Path) -> None:
-    """The chain of backbone, neck and RPN is calibrated once a part of it that is quantized, the RoI heads once for all."""
+    """The chain is calibrated once per quantized part of it, the RoI heads once for all scopes."""
     kept = {
         kind: len(list((place / kind).glob("*.safetensors")))
         for kind in ("calibration", "reconstruction")
@@ -192,7 +192,7 @@ def test_stages_of_a_scope_give_what_its_run_gives(
 
 
 def test_a_roi_head_out_of_scope_is_the_float_models_own(cells: dict[str, Done]) -> None:
-    """Not even its layers are swapped, and what is detected is the float model's where the backbone is too."""
+    """No layer is replaced, and with a float backbone the detections are the float model's."""
     loaded, chains, detector = restored(cells["rpn"])
     assert set(TASK.untouched(loaded, chains)) == {"roi_head"}
     assert not any(
@@ -213,7 +213,7 @@ def test_there_are_no_mlps_without_a_backbone(scope: str, method: str) -> None:
     recipe = make_recipe(method, defaults("detection"), {"scope": scope})
     with pytest.raises(
         RecipeError,
-        match=rf"MLPs are in the backbone, which scope '{scope.replace('+', '[+]')}' leaves as it is",
+        match=rf"MLPs are in the backbone, which scope '{re.escape(scope)}' does not quantize",
     ):
         TASK.chains(TASK.load(MODEL), recipe)
 
@@ -239,7 +239,7 @@ def test_scopes_that_there_are_not(place: Path) -> None:
 
 
 def test_inspect_of_one_piece(cells: dict[str, Done]) -> None:
-    """What has no chain counts as full precision; of the chain, what is out of scope has 32 bits."""
+    """Parts without a chain count as full precision; chain parts out of scope have 32 bits."""
     shown = {
         scope: json.loads(command("inspect", cells[scope].checkpoint, "--json"))
         for scope in (FULL, "fpn", "roi")

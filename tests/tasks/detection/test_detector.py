@@ -1,4 +1,4 @@
-"""Detectors put together again: mmdet's own predictions in full precision, and quantized layers that change them."""
+"""Complete detectors: mmdet's own predictions in full precision; quantized layers change them."""
 
 import numpy as np
 import pytest
@@ -13,8 +13,7 @@ from fimaq_core.chain import BlockChain
 from fimaq_core.errors import DataError, NumericsError
 from fimaq_core.layers import quant_layers, set_quantized
 from fimaq_core.samples import Samples
-from tasks.detection.chain import detector_segments
-from tasks.detection.detector import QuantizedDetector
+from tasks.detection.detector import QuantizedDetector, detector_segments
 from tasks.detection.neck import rpn_levels, rpn_segment
 from tasks.detection.roi import roi_inputs, roi_parts
 
@@ -88,7 +87,7 @@ def test_the_metric_of_coco_takes_the_predictions() -> None:
 
 
 def parts_of(model: mm.TwoStageDetector, bits: int, **bits_of: int) -> dict[str, BlockChain]:
-    """Chains of all parts; ``bits_of``: other bits of the chain ``detector`` or of the RoI heads ``roi``."""
+    """Chains of all parts; ``bits_of`` gives other bits to the part ``detector`` or ``roi``."""
     chain = chain_of(model, bits_of.get("detector", bits))
     return {"detector": chain, **roi_parts(model, recipe(bits_of.get("roi", bits)))}
 
@@ -171,15 +170,15 @@ def test_images_come_one_by_one_and_with_their_sizes() -> None:
     with pytest.raises(DataError, match="one image at a time, and this is a batch of 2"):
         detector.predict(torch.cat([image, image]), meta)
     del meta["scale_factor"], meta["ori_shape"]
-    with pytest.raises(DataError, match="without ori_shape, scale_factor"):
+    with pytest.raises(DataError, match="lacks ori_shape, scale_factor"):
         detector.predict(image, meta)
 
 
 WHERE = {
-    "backbone and neck give": "neck.fpn_convs.1.conv",
-    "the RPN gives": "rpn_head.rpn_cls",
-    "the RoI head bbox1 gives": "roi_head.bbox_head.1.fc_reg",
-    "the RoI head mask0 gives": "roi_head.mask_head.0.upsample",
+    "backbone and neck": "neck.fpn_convs.1.conv",
+    "the RPN": "rpn_head.rpn_cls",
+    "the RoI head bbox1": "roi_head.bbox_head.1.fc_reg",
+    "the RoI head mask0": "roi_head.mask_head.0.upsample",
 }
 
 
@@ -193,7 +192,7 @@ def test_numbers_that_are_none_are_not_less_to_find(what: str, value: float) -> 
     detector.predict(image, meta)
     layer = model.get_submodule(WHERE[what])
     layer.bias.data[0] = value
-    with pytest.raises(NumericsError, match=f"What {what} holds NaN or infinity"):
+    with pytest.raises(NumericsError, match=f"The output of {what} holds NaN or infinity"):
         detector.predict(image, meta)
     layer.bias.data[0] = 0.0
     detector.predict(image, meta)

@@ -1,4 +1,4 @@
-"""Configurations of the detectors: equal to mmdet's own, and for the cascade to what its checkpoints were trained with."""
+"""Configurations of the detectors: mmdet's own, and for the cascade that of its checkpoints."""
 
 import functools
 import importlib.metadata
@@ -11,14 +11,16 @@ from tasks.detection.configs import (
     BACKBONES,
     KINDS,
     RESIZE,
+    DetectorSizes,
     build,
     detector_config,
     published_config,
 )
 
+TINY = DetectorSizes(8, (1, 1, 1, 1), (1, 1, 1, 1), 2, channels=8, fc_channels=8)
 MODELS = [f"{kind}_{backbone}" for kind in KINDS for backbone in BACKBONES]
 
-#: Millions of parameters: of the paper's tables where they are given (rounded there), and Mask R-CNN with Swin-B.
+#: Millions of parameters, from the paper's (rounded) tables; the paper has no Mask R-CNN on Swin-B.
 PARAMETERS = {
     "mask_rcnn_swin_tiny": 48,
     "mask_rcnn_swin_small": 69,
@@ -31,7 +33,7 @@ PARAMETERS = {
 
 def from_mmdet(file: str) -> Any:
     """A configuration that mmdet brings."""
-    from tasks.detection.mm import Config
+    from mmengine.config import Config
 
     return Config.fromfile(
         str(
@@ -43,7 +45,7 @@ def from_mmdet(file: str) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """Without the difference between tuples and lists."""
+    """Convert tuples to lists."""
     if isinstance(value, dict):
         return {name: plain(content) for name, content in value.items()}
     return [plain(content) for content in value] if isinstance(value, list | tuple) else value
@@ -132,8 +134,7 @@ def test_published_models_have_the_papers_sizes(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_small_detectors_follow_the_arguments(kind: Any) -> None:
-    config = detector_config(
-        kind,
+    sizes = DetectorSizes(
         16,
         (2, 1, 1, 1),
         (2, 2, 4, 4),
@@ -145,7 +146,7 @@ def test_small_detectors_follow_the_arguments(kind: Any) -> None:
         mask_convs=2,
         detections=7,
     )
-    model = build(config)
+    model = build(detector_config(kind, sizes))
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     head = "roi_head.bbox_head.0" if kind == "cascade_mask_rcnn" else "roi_head.bbox_head"
     assert shapes["backbone.stages.0.blocks.1.attn.w_msa.relative_position_bias_table"] == (49, 2)
@@ -166,20 +167,12 @@ def test_building_leaves_the_default_scope_alone() -> None:
 
     before = present()
     with DefaultScope.overwrite_default_scope("mmengine"):
-        build(
-            detector_config(
-                "mask_rcnn", 8, (1, 1, 1, 1), (1, 1, 1, 1), 2, channels=8, fc_channels=8
-            )
-        )
+        build(detector_config("mask_rcnn", TINY))
         assert present() == "mmengine"
     assert present() == before
 
 
 def test_a_configuration_is_not_written_into() -> None:
-    config = detector_config(
-        "cascade_mask_rcnn", 8, (1, 1, 1, 1), (1, 1, 1, 1), 2, channels=8, fc_channels=8
-    )
+    config = detector_config("cascade_mask_rcnn", TINY)
     build(config)
-    assert config == detector_config(
-        "cascade_mask_rcnn", 8, (1, 1, 1, 1), (1, 1, 1, 1), 2, channels=8, fc_channels=8
-    )
+    assert config == detector_config("cascade_mask_rcnn", TINY)

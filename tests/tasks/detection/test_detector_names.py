@@ -81,7 +81,8 @@ def test_names() -> None:
         ),
         (
             "mask_rcnn_swin_base",
-            "'mask_rcnn_swin_base' names no weights, and none were published for it: choose a local file",
+            "'mask_rcnn_swin_base' names no weights, and none were published for it: choose a "
+            "local file",
         ),
     ],
 )

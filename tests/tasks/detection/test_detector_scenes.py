@@ -25,7 +25,7 @@ FINGERPRINTS = {
 
 
 def slow_ink(source: int, side: int) -> np.ndarray:
-    """A digit resized by repeating every pixel and averaging what a new one covers, without its empty margins."""
+    """A digit, resized by repeating pixels and averaging over each new pixel, without margins."""
     fine = load_digits()[0][source].astype(float).repeat(side, 0).repeat(side, 1)
     resized = np.floor(fine.reshape(side, 28, side, 28).mean((1, 3)) + 0.5)
     rows, columns = np.nonzero(resized >= 80)
@@ -135,7 +135,7 @@ def test_pixels_show_ink_over_a_grainy_ground() -> None:
         assert (scene.pixels >= (plain - scene.grain).clip(0, 255) - rounding).all()
         if scene.ground >= scene.grain:
             ground = scene.pixels[(layers == 0).all(0)]
-            # Variance of a uniform distribution over 2 g + 1 neighbouring integers; thousands of pixels.
+            # Variance of a uniform distribution over 2 g + 1 integers, from thousands of pixels.
             assert ground.var() == pytest.approx(scene.grain * (scene.grain + 1) / 3, rel=0.1)
             assert ground.mean() == pytest.approx(scene.ground, abs=1)
 

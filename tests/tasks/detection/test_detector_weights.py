@@ -48,7 +48,7 @@ def small(name: str = NAMES[0], **changes: Any) -> nn.Module:
 
 
 def position_index(window: int) -> Tensor:
-    """Row of the bias table of each pair of positions in a window, by their distances down and across."""
+    """Row of the bias table for each pair of positions in a window, by their distances."""
     places = [(row, column) for row in range(window) for column in range(window)]
     return torch.tensor(
         [
@@ -59,7 +59,7 @@ def position_index(window: int) -> Tensor:
 
 
 def original(state: dict[str, Tensor], window: int = 3) -> dict[str, Tensor]:
-    """mmdet's weights in the layout of the Swin repository: written backwards, element by element."""
+    """Convert mmdet's weights to the layout of the Swin repository, element by element."""
     result = {}
     for name, value in state.items():
         parts = name.split(".")
@@ -81,7 +81,7 @@ def original(state: dict[str, Tensor], window: int = 3) -> dict[str, Tensor]:
                     for row in range(2):
                         for column in range(2):
                             for channel in range(width):
-                                # x[:, row::2, column::2] in the order (0, 0), (1, 0), (0, 1), (1, 1)
+                                # x[:, row::2, column::2]: (0, 0), (1, 0), (0, 1), (1, 1)
                                 place = [(0, 0), (1, 0), (0, 1), (1, 1)].index((row, column))
                                 old[..., place * width + channel] = value[
                                     ..., channel * 4 + row * 2 + column
@@ -320,7 +320,7 @@ def test_logs_of_mmengines_training_are_passed_over(
 
 
 class Payload:
-    """Unpickling it would make a folder: by a function, or by what ``getattr`` finds on one of the objects of the logs."""
+    """Unpickling would make a folder, by a function or by ``getattr`` on an object of the logs."""
 
     def __init__(self, trace: Path, through: Any = None) -> None:
         self.trace, self.through = trace, through
@@ -330,7 +330,7 @@ class Payload:
 
 
 class Found:
-    """Unpickles as a function of numpy's that runs code, found by ``getattr``."""
+    """Unpickles as a numpy function that runs code, found by ``getattr``."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (np.ndarray, "dumps")
@@ -367,30 +367,30 @@ def test_arrays_among_the_weights_are_refused(tmp_path: Path) -> None:
         (
             NAMES[1],
             {},
-            r"are of a Cascade Mask R-CNN with 3 stages for 3 classes .*model is a Mask R-CNN for 3 classes on",
+            r"Missing names: \d+ \('roi_head.bbox_head.shared_fcs.*file 'roi_head.bbox_head.0.",
         ),
         (
             NAMES[0],
             {"depths": (2, 1, 4, 1)},
-            r"width 8 with 2, 1, 4, 1 blocks.*width 8 with 2, 1, 2, 1 blocks",
+            r"Unexpected names: \d+ \('backbone.stages.2.blocks.[23].",
         ),
-        (NAMES[0], {"embed_dims": 16}, r"width 16 .*width 8 "),
-        (NAMES[0], {"window_size": 4}, r"window 4.*window 3"),
-        (NAMES[0], {"classes": 4}, r"for 4 classes.*for 3 classes"),
+        (NAMES[0], {"embed_dims": 16}, r"Shape mismatch: .* is \(16, 3, 4, 4\) in the file, \(8, "),
+        (NAMES[0], {"window_size": 4}, r"Shape mismatch: .* is \(49, 1\) in the file, \(25, 1\)"),
+        (NAMES[0], {"classes": 4}, r"Shape mismatch: .* is \(5, 12\) in the file, \(4, 12\)"),
         (
             NAMES[0],
             {"channels": 16},
-            r"do not fit the model: 'neck\..* and \d+ more has another shape\.",
+            r"do not fit the model: Shape mismatch: \d+ \('neck\..* and more\)\.",
         ),
         (
             NAMES[0],
             {"mask_convs": 3},
-            r"'roi_head.mask_head.convs.3.conv.weight', \S+ is missing\.",
+            r"do not fit .* Missing names: 2 \('roi_head.mask_head.convs.3.conv.weight', ",
         ),
         (
             NAMES[0],
             {"mask_convs": 5},
-            r"'roi_head.mask_head.convs.4.conv.weight', \S+ has no place\.",
+            r"do not fit .* Unexpected names: 2 \('roi_head.mask_head.convs.4.conv.weight', ",
         ),
     ],
 )
@@ -403,22 +403,23 @@ def test_weights_of_another_model_are_named(
     path = write(
         dict(state) if layout == "mmdet" else original(state, window), tmp_path / "weights.pth"
     )
-    with pytest.raises(ModelError, match=message) as caught:
+    with pytest.raises(ModelError, match=f"(?s){message}") as caught:
         load_model(ModelRequest(NAMES[0], SMALL, path))
     assert str(path) in str(caught.value)
-    assert len(str(caught.value)) < 500
+    assert len(str(caught.value)) < 1000
 
 
-def test_one_fault_of_each_kind_is_in_one_message() -> None:
-    model = small()
-    state = dict(model.state_dict())
+def test_one_fault_of_each_kind_is_in_one_message(tmp_path: Path) -> None:
+    state = dict(small().state_dict())
     state["roi_head.extra"] = state.pop("neck.fpn_convs.2.conv.bias")
     state["rpn_head.rpn_cls.bias"] = torch.zeros(7)
+    path = write(state, tmp_path / "weights.pth")
     with pytest.raises(ModelError) as caught:
-        adapted(state, model, "a file")
-    assert str(caught.value) == (
-        "The weights a file do not fit the model: 'neck.fpn_convs.2.conv.bias' is missing; 'roi_head.extra' has no place; "
-        "'rpn_head.rpn_cls.bias' has another shape."
+        load_model(ModelRequest(NAMES[0], SMALL, path))
+    assert str(caught.value).startswith(
+        f"The weights {path} do not fit the model: Missing names: 1 "
+        "('neck.fpn_convs.2.conv.bias'). Unexpected names: 1 ('roi_head.extra'). "
+        "Shape mismatch: 1 ('rpn_head.rpn_cls.bias')."
     )
 
 
@@ -432,7 +433,7 @@ def test_weights_of_no_detector_with_swin(tmp_path: Path) -> None:
     }
     for state in (backbone, resnet, {}):
         path = write(state, tmp_path / "weights.safetensors")
-        with pytest.raises(ModelError, match="not those of a detector with a Swin backbone"):
+        with pytest.raises(ModelError, match=r"do not fit the model: Missing names: \d+"):
             load_model(ModelRequest(NAMES[0], SMALL, path))
 
 
@@ -442,7 +443,7 @@ def test_weights_for_other_images_or_other_windows_are_refused() -> None:
     with pytest.raises(ModelError, match=r"another mean: \[0\.0, 0\.0, 0\.0\]"):
         adapted({**state, "data_preprocessor.mean": torch.zeros(3, 1, 1)}, model, "a file")
     name = "backbone.stages.0.blocks.0.attn.w_msa.relative_position_index"
-    with pytest.raises(ModelError, match="number the positions in a window otherwise"):
+    with pytest.raises(ModelError, match="number the positions in a window differently"):
         adapted({**state, name: state[name].flip(0)}, model, "a file")
 
 

@@ -1,4 +1,4 @@
-"""Images that annotations name relative to their folder, to the data's folder, or absolutely: found once, and with one id."""
+"""Image names relative to their folder, to the data's folder, or absolute: one file, one id."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -48,7 +48,7 @@ def slow_nms(boxes: Tensor, scores: Tensor, threshold: float, offset: int = 0) -
 
 
 def bilinear(plane: Tensor, y: float, x: float) -> float:
-    """The plane (H, W) between its values, which are at whole coordinates; its border goes on for one step, then zero."""
+    """Interpolate the plane (H, W); beyond the border it continues for one step, then is zero."""
     height, width = plane.shape
     if not (-1 <= y <= height and -1 <= x <= width):
         return 0.0
@@ -147,7 +147,8 @@ def test_batched_nms_without_nms_sorts() -> None:
     assert torch.equal(dets[:, 4], scores[kept])
 
 
-#: Inside, across each border, outside, smaller than a cell, and without area; in pixels at half the scale of the maps.
+#: Inside, across each border, outside, smaller than a cell, and without area; in pixels, which are
+#: half as large as cells of the maps.
 ROIS = torch.tensor(
     [
         [0, 2, 3, 13, 9],

@@ -61,7 +61,7 @@ def test_compiles_once_for_all_sizes() -> None:
     block, backend = ExplicitFPN(fpn(), quick()).requires_grad_(False), CountingBackend()
     torch._dynamo.reset()
     compiled = torch.compile(block, fullgraph=True, backend=backend)
-    # Not smaller: PyTorch itself takes another convolution for inputs of at most 20480 values, and so another graph.
+    # Not smaller: PyTorch uses another convolution, so another graph, up to 20480 input values.
     for height, width in [(22, 25), (30, 21), (25, 42), (17, 40), (33, 31)]:
         x = pack(stages(height, width))
         torch._dynamo.mark_dynamic(x, (2, 3))

@@ -1,4 +1,4 @@
-"""Examples of detection against the detector's own predictions, outlines against their masks, and the pictures."""
+"""Examples of detection against the detector's predictions, outlines against masks, originals."""
 
 import json
 from pathlib import Path
@@ -292,7 +292,7 @@ def test_pictures_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_pictures_are_turned_as_files_say(tmp_path: Path) -> None:
-    """Or boxes would not fit: they are given in the turned image."""
+    """Boxes refer to the turned image."""
     content = {
         "images": [{"id": 1, "file_name": "a.jpg", "height": 40, "width": 20}],
         "categories": CATEGORIES,

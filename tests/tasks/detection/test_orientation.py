@@ -1,4 +1,4 @@
-"""EXIF orientation: read from headers, applied as mmdet does, and asked for where sizes do not tell."""
+"""EXIF orientation: read from headers, applied as in mmdet, asked for where sizes do not tell."""
 
 import struct
 from dataclasses import replace
@@ -17,7 +17,7 @@ from tasks.common.cell.identity import planned_folder
 from tasks.common.registry import defaults
 from tasks.common.request import DataRequest
 from tasks.detection.calibration import calibration_set
-from tasks.detection.coco import file_reader, open_file
+from tasks.detection.coco import ImageFiles, open_file
 from tasks.detection.orientation import Exif, orientation_of, turned
 
 HEIGHT, WIDTH = 40, 60
@@ -56,12 +56,14 @@ def test_applied_as_mmdet_does(ending: str, tag: int, tmp_path: Path) -> None:
 
     path = save(tmp_path / f"x.{ending}", tag)
     expected = LoadImageFromFile().transform({"img_path": str(path)})["img"]
-    assert np.array_equal(file_reader([path], [TURNED[tag]], Path("x.json"), "apply")(0), expected)
+    assert np.array_equal(
+        ImageFiles([path], [TURNED[tag]], Path("x.json"), "apply").read(0), expected
+    )
 
 
 def test_ignored_are_the_stored_pixels(tmp_path: Path) -> None:
     path = save(tmp_path / "x.png", 6)
-    found = file_reader([path], [(HEIGHT, WIDTH)], Path("x.json"), "ignore")(0)
+    found = ImageFiles([path], [(HEIGHT, WIDTH)], Path("x.json"), "ignore").read(0)
     assert np.array_equal(found, pixels(HEIGHT, WIDTH, 0)[:, :, ::-1])
 
 
@@ -107,7 +109,7 @@ def test_damaged_blocks_have_no_orientation(block: bytes, tmp_path: Path) -> Non
 
 
 def written(folder: Path, tags: dict[int, int], turn: bool) -> Path:
-    """The tiny data set; images of the positions in ``tags`` have a tag, and with ``turn`` sizes of the turned image."""
+    """The tiny data set with EXIF tags by position; ``turn`` gives sizes of the turned image."""
     content = tiny()
     write_images(folder / "images", content)
     for position, tag in tags.items():
@@ -133,7 +135,8 @@ def test_sizes_that_tell(turn: bool, tmp_path: Path) -> None:
     source = open_file(written(tmp_path, {0: 6, 2: 5}, turn)).settled()
     word = "2 are turned by it and 0 are" if turn else "0 are turned by it and 2 are"
     assert source.notes == (
-        f"2 of 4 images have an EXIF orientation tag: {word} read as stored, as their annotated sizes ask for",
+        f"2 of 4 images have an EXIF orientation tag: {word} read as stored, as their annotated "
+        "sizes show",
     )
     stored = pixels(60, 80, 40)[:, :, ::-1]
     assert np.array_equal(source.read(0), turned(stored, 6) if turn else stored)
@@ -182,13 +185,13 @@ def test_a_decision_makes_other_data(tmp_path: Path) -> None:
 
 def test_sizes_that_fit_neither_way(tmp_path: Path) -> None:
     path = save(tmp_path / "x.jpg", 6)
-    read = file_reader([path], [(33, 44)], Path("x.json"))
+    read = ImageFiles([path], [(33, 44)], Path("x.json")).read
     with pytest.raises(
         DataError,
         match=r"40 x 60 pixels \(turned by its EXIF orientation tag 6; 60 x 40 as stored\), but",
     ):
         read(0)
-    read = file_reader([path], [(60, 40)], Path("x.json"), "ignore")
+    read = ImageFiles([path], [(60, 40)], Path("x.json"), "ignore").read
     with pytest.raises(
         DataError, match=r"60 x 40 pixels \(as stored; its EXIF orientation tag 6 is ignored\), but"
     ):
@@ -203,10 +206,10 @@ def test_the_other_decision_is_named_where_it_fits(
 ) -> None:
     path = save(tmp_path / "x.jpg", 6)
     with pytest.raises(DataError, match=f"do not belong together.*try --exif {right}"):
-        file_reader([path], [size], Path("x.json"), wrong)(0)
-    assert file_reader([path], [size], Path("x.json"), right)(0).shape == (*size, 3)
+        ImageFiles([path], [size], Path("x.json"), wrong).read(0)
+    assert ImageFiles([path], [size], Path("x.json"), right).read(0).shape == (*size, 3)
     with pytest.raises(DataError, match=r"would not fit\.$"):
-        file_reader([path], [(33, 44)], Path("x.json"), wrong)(0)
+        ImageFiles([path], [(33, 44)], Path("x.json"), wrong).read(0)
 
 
 def test_damaged_images_are_left_to_the_reader(tmp_path: Path) -> None:
@@ -241,7 +244,8 @@ def test_calibration_images(tmp_path: Path) -> None:
         drawn(tagged)
     ignored = drawn(tagged, exif="ignore")
     assert ignored.notes == [
-        "3 of 4 calibration images have an EXIF orientation tag: 0 are turned by it and 3 are read as stored, by --exif ignore"
+        "3 of 4 calibration images have an EXIF orientation tag: 0 are turned by it and 3 are "
+        "read as stored, by --exif ignore"
     ]
     applied = drawn(written(tmp_path / "turned", {0: 3, 1: 6, 2: 2}, True), exif="apply")
     assert applied.ids == ignored.ids

@@ -1,4 +1,4 @@
-"""The demo detector on its scenes, annotated as other tools do: the average precisions stay what they are."""
+"""The demo detector on scenes annotated as other tools do: average precisions do not change."""
 
 import copy
 import json
@@ -201,7 +201,8 @@ def test_boxes_alone(model: LoadedModel, place: Path, content: Content, usual: E
     assert "AP_mask" not in found.outcomes
     assert found.notes == [
         f"{total} of {total} annotations have no mask: box AP is measured, mask AP is not",
-        f"{total} of {total} annotations have no area, by which small, medium and large objects are told: 0 take it from their "
+        f"{total} of {total} annotations have no area, which tells small, medium and large objects "
+        f"apart: 0 take it from their "
         f"mask, {total} from their box",
     ]
     assert all(item["polygons"] == [] for example in found.examples for item in example["truth"])
@@ -232,7 +233,7 @@ def test_some_masks(model: LoadedModel, place: Path, content: Content, usual: Ev
 
 
 def stored(place: Path, folder: str, scenes: tuple[Any, ...], tags: list[int], turn: bool) -> Path:
-    """Scenes as files with orientation tags: with ``turn``, they are upright when turned, else as stored."""
+    """Scenes as files with orientation tags; with ``turn``, they are upright only when turned."""
     exif = Image.Exif()
     for number, (scene, tag) in enumerate(zip(scenes, tags, strict=True)):
         back = {6: 8, 8: 6}.get(tag, tag)
@@ -261,7 +262,7 @@ def test_orientations_that_sizes_tell(
 def test_half_turns(
     model: LoadedModel, place: Path, scenes: tuple[Any, ...], usual: Evaluation
 ) -> None:
-    """Which the sizes do not tell: asked for, and measured as the answer says."""
+    """Orientations that the sizes do not tell: asked for, then measured by the answer."""
     tags = [3, 3, 2, 4, 3, 1]
     for folder, turn, right, wrong in (
         ("turned", True, "apply", "ignore"),
@@ -308,7 +309,10 @@ def test_the_commands(
     said = command("run", "--model", MODEL.name, *data, "--method", "fp", *turned_by, *results)
     record = record_of(said).record
     assert record.metrics["AP_box"].value == pytest.approx(usual.metrics["AP_box"].value, abs=1e-6)
-    note = "6 of 6 images have an EXIF orientation tag: 6 are turned by it and 0 are read as stored, by --exif apply"
+    note = (
+        "6 of 6 images have an EXIF orientation tag: 6 are turned by it and 0 are read as stored, "
+        "by --exif apply"
+    )
     assert record.notes == [note]
     assert f"note: {note}" in said
     assert (record.dataset.exif, record.dataset.oriented_images) == ("apply", 6)

@@ -1,4 +1,4 @@
-"""Packing of pyramids: exact both ways, every value where the definition puts it, clear refusals."""
+"""Packing of pyramids: exact both ways, every value at its place, clear refusals."""
 
 import pytest
 import torch

@@ -17,7 +17,9 @@ RESIZE = {"scale": (1333, 800), "keep_ratio": True}
 
 
 def preprocessor() -> Any:
-    return mm.DetDataPreprocessor(
+    from mmdet.models.data_preprocessors import DetDataPreprocessor
+
+    return DetDataPreprocessor(
         mean=MEAN, std=STD, bgr_to_rgb=True, pad_mask=True, pad_size_divisor=32
     )
 

@@ -1,4 +1,4 @@
-"""Average precision without pycocotools' accumulation, and its jackknife, against pycocotools and slow versions."""
+"""Average precision and its jackknife, against pycocotools and slow versions."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ IMAGES = 14
 
 
 def setting(seed: int, **changes: Any) -> tuple[DetectionSource, Detections]:
-    """Ellipses with crowd regions, images without objects, equal scores, and images without detections."""
+    """Ellipses with crowds, images without objects or detections, and equal scores."""
     content = random_coco(IMAGES, seed, **changes)
     source = in_memory(content)
     categories = [entry["id"] for entry in source.coco["categories"]]
@@ -200,7 +200,7 @@ def test_values_by_hand() -> None:
 
 
 def test_contributions_of_a_mean() -> None:
-    # Of a plain mean, the contribution of a sample is the sample and the standard error the usual one.
+    # For a plain mean, each contribution is the sample itself; the standard error is the usual.
     values = np.random.default_rng(0).normal(size=50)
     without = (values.sum() - values) / 49
     assert np.allclose(contributions(values.mean(), without), values)
@@ -231,5 +231,5 @@ def test_standard_error_is_the_spread_over_samples() -> None:
     for matches in drawn[:60]:
         found: Averages = averages([matches])
         errors.append(standard_error(contributions(found.whole[0], found.without[:, 0])))
-    # The spread itself is known to one part in 28 here; jackknife variances are too large rather than too small.
+    # The spread is known to one part in 28; jackknife variances tend to be too large.
     assert 0.9 < np.mean(errors) / spread < 1.2

@@ -1,4 +1,4 @@
-"""RoI heads as parts: every layer found and swapped in place, the same function, what is not supported refused."""
+"""RoI heads as parts: layers replaced in place, the same function, refusals."""
 
 import copy
 from typing import Any

@@ -1,4 +1,4 @@
-"""What RoI heads see in the float model: recorded beside mmdet's own prediction, and without a detection."""
+"""Inputs of the RoI heads in the float model, against mmdet's prediction; without detections."""
 
 from typing import Any
 
@@ -101,7 +101,7 @@ def test_without_detections_masks_are_pooled_from_the_best_proposals(
     assert len(rpn) > 7
     assert (rpn.scores[:-1] >= rpn.scores[1:]).all()
     boxes = rpn.bboxes[:7]
-    # the level of a region by its size (Lin et al., Feature Pyramid Networks, CVPR 2017), here from 56 pixels on
+    # Level of a region by its size (Lin et al., CVPR 2017, arXiv:1612.03144), from 56 pixels on.
     sides = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt()
     levels = (sides / 56).log2().floor().clamp(0, 3).long()
     with torch.no_grad():

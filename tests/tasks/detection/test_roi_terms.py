@@ -57,7 +57,7 @@ def maps_of(model: nn.Module, features: tuple[Tensor, ...]) -> Tensor:
 
 
 def proposals_of(model: nn.Module, image: Tensor) -> Tensor:
-    """By mmdet: of an image whose padding counts as image."""
+    """Proposals of mmdet for an image whose padding counts as image."""
     size = tuple(image.shape[2:])
     sample = DetDataSample(
         metainfo={
@@ -99,7 +99,7 @@ def test_behind_the_maps_are_the_class_logits_of_the_float_proposals(
 def test_quantized_features_are_looked_at_on_the_same_proposals(
     loaded: LoadedModel, chain: BlockChain, images: CalibrationSet
 ) -> None:
-    """By the float model's own head."""
+    """The float model's own head gives the classes."""
     calibrate(chain, images.images, RECIPE)
     image = images.images[0]
     set_quantized(chain, True)
@@ -118,7 +118,7 @@ def test_quantized_features_are_looked_at_on_the_same_proposals(
 def test_fisher_passes_have_the_gradient_of_mmdets_own_modules(
     loaded: LoadedModel, chain: BlockChain, images: CalibrationSet, stage: int
 ) -> None:
-    """Of the divergence with respect to the last block of a stage, which feeds the neck as well as the next stage."""
+    """Gradient in the last block of a stage, which feeds the neck and the next stage."""
     model, image, number = (
         loaded.model,
         images.images[1],
@@ -176,7 +176,7 @@ def test_fisher_passes_have_the_gradient_of_mmdets_own_modules(
 
 
 def test_a_run_with_the_term(tmp_path: Path) -> None:
-    """It changes what is learned, and checkpoints hold nothing of the float detector."""
+    """The term changes the learned values; checkpoints do not hold the float detector."""
     with_term = done(cell(tmp_path, detection_terms="rpn+roi"))
     without = done(cell(tmp_path))
     assert "detection_terms=rpn+roi" in with_term.record.variant
@@ -198,7 +198,7 @@ def test_a_run_with_the_term(tmp_path: Path) -> None:
 
 
 def test_the_term_goes_with_reconstructed_mlps(tmp_path: Path) -> None:
-    """APHQ-ViT's own gradient of it, whose teacher has a side too."""
+    """APHQ-ViT's gradient of the term; its teacher has a side too."""
     record = done(cell(tmp_path, "aphq", detection_terms="rpn+roi")).record
     assert record.notes == []
     assert all(0 < value < float("inf") for name, value in record.last_loss.items())

@@ -1,4 +1,4 @@
-"""The RPN as a segment: mmdet's outputs in one tensor, its layers quantizable, and how long it is."""
+"""The RPN as a segment: mmdet's outputs in one tensor, its length, quantizable layers."""
 
 import pytest
 import torch

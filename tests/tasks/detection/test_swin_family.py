@@ -1,4 +1,4 @@
-"""mmdet's Swin and FPN as a chain: the same function on any size, before and after reparameterisation, and compiled once."""
+"""mmdet's Swin and FPN as a chain: the same function on any size, compiled once."""
 
 import copy
 from typing import Any
@@ -24,9 +24,9 @@ from fimaq_core.chain import BlockChain
 from fimaq_core.errors import ModelError
 from fimaq_core.layers import QuantLinear, QuantMatMul, quant_layers, set_quantized
 from fimaq_core.reconstruction.mlp import use_relu
-from tasks.detection.chain import BackboneAndNeck
+from tasks.detection.detector import BackboneAndNeck
 from tasks.detection.mm import CascadeRCNN, MaskRCNN, PatchMerging, SwinBlock
-from tasks.detection.swin import ExplicitPatchMerging, ExplicitSwinBlock
+from tasks.detection.swin import AnySizeSwinBlock, ExplicitPatchMerging
 
 #: mmdet's values of Mask R-CNN with Swin-T.
 TINY: dict[str, Any] = {
@@ -97,12 +97,12 @@ def test_reparameterisation_keeps_the_function_where_windows_are_padded() -> Non
     calibrate(BlockChain(list(chain)[:-1]), x, quick(w_bits=4, a_bits=4))
     set_quantized(chain, False)
     adapter = BackboneAndNeck(chain)
-    blocks = [segment.block for segment in chain if isinstance(segment.block, ExplicitSwinBlock)]
+    blocks = [segment.block for segment in chain if isinstance(segment.block, AnySizeSwinBlock)]
     assert len(blocks) == 8
     assert all(block.pad.abs().max() > 0 for block in blocks)
     for size in SIZES:
         assert deviation(adapter(pictures(*size)), expected[size]) < 2e-5
-    # What the buffer is for: with zeros in the padding it is another function on sizes that pad, and only there.
+    # With zeros in the buffer, the function changes on sizes that pad, and only there.
     for block in blocks:
         block.pad.zero_()
     changes = [deviation(adapter(pictures(*size)), expected[size]) for size in SIZES]
@@ -162,7 +162,7 @@ def test_every_layer_of_the_backbone_is_quantizable() -> None:
 
 @torch.no_grad()
 def test_shapes_that_the_layers_see() -> None:
-    """Windows in attention, so that scales can be one per position; the map in the MLP; products with heads side by side."""
+    """Attention gets windows (scales per position), the MLP gets the map; products have heads."""
     chain, seen = chain_of(detector()), {}
     block = chain.segment(2).block
     for name, layer in quant_layers(block):
@@ -179,7 +179,7 @@ def test_shapes_that_the_layers_see() -> None:
 
 
 def _block(shift: bool) -> nn.Module:
-    block = ExplicitSwinBlock(randomise(SwinBlock(8, 2, 16, window_size=7, shift=shift)), quick())
+    block = AnySizeSwinBlock(randomise(SwinBlock(8, 2, 16, window_size=7, shift=shift)), quick())
     block.pad.normal_()
     return block
 

@@ -46,7 +46,13 @@ def test_logs_of_parts_name_their_part_and_an_engine_of_their_own() -> None:
 def test_the_map_of_several_parts_names_what_is_left_alone() -> None:
     chains = {
         name: BlockChain(
-            [Segment("fc", "block", nn.Sequential(QuantLinear(2, 2, True, 4, 4), nn.ReLU()))]
+            [
+                Segment(
+                    "fc",
+                    "block",
+                    nn.Sequential(QuantLinear.from_float(nn.Linear(2, 2), 4, 4), nn.ReLU()),
+                )
+            ]
         )
         for name in ("a", "b")
     }

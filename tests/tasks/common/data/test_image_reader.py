@@ -71,7 +71,7 @@ def test_sixteen_bit_grey_keeps_its_high_byte(tmp_path: Path) -> None:
         assert np.array_equal(grey(path), RAMP >> 8), path.name
     assert len(np.unique(RAMP >> 8)) == 256
     for name in ("a.png", "a.tif", "a.pgm"):  # as detection reads it
-        found = coco.file_reader([tmp_path / name], [(64, 64)], Path("x.json"))(0)
+        found = coco.ImageFiles([tmp_path / name], [(64, 64)], Path("x.json")).read(0)
         assert np.array_equal(found[:, :, 1], RAMP >> 8)
 
 
@@ -105,7 +105,7 @@ def test_values_without_a_range_are_refused_by_name(tmp_path: Path, mode: str) -
     for name, image in (("a.tif", plain(mode)), ("b.png", Image.new("RGB", (8, 8), (1, 2, 3)))):
         image.save(tmp_path / name)
     paths = [tmp_path / "a.tif", tmp_path / "b.png"]
-    for read in (file_reader(paths), coco.file_reader(paths, [(8, 8)] * 2, Path("x.json"))):
+    for read in (file_reader(paths), coco.ImageFiles(paths, [(8, 8)] * 2, Path("x.json")).read):
         images = Images(["a.tif", "b.png"], [0, 1], read, torch.tensor, False)  # type: ignore[arg-type]
         problem = images[0]
         assert isinstance(problem, DataError)
@@ -229,7 +229,7 @@ def test_content_says_what_an_image_is(tmp_path: Path) -> None:
     ):
         image.save(tmp_path / kind, format=kind)
         assert is_image(tmp_path / kind), kind
-        read = coco.file_reader([tmp_path / kind], [(8, 8)], Path("x.json"))
+        read = coco.ImageFiles([tmp_path / kind], [(8, 8)], Path("x.json")).read
         assert np.abs(read(0).astype(int) - [199, 99, 9]).max() <= 6, kind  # blue first
     image.save(tmp_path / "EPS", format="EPS")
     for name, content in (

@@ -13,8 +13,7 @@ from torch.nn import functional as F
 from fimaq_core.calibration.calibrate import calibrate
 from fimaq_core.chain import BlockChain
 from fimaq_core.errors import ModelError
-from fimaq_core.families.pool import ExplicitAttentionPool
-from fimaq_core.families.vit import vit_body
+from fimaq_core.families.vit import ExplicitAttentionPool, vit_body
 from fimaq_core.fisher.divergence import ClassifierDivergence
 from fimaq_core.layers import QuantLinear, quant_layers, set_quantized
 from fimaq_core.recipe import Recipe

@@ -206,7 +206,9 @@ def test_reparameterization_adds_the_biases_it_made() -> None:
 
 
 def test_float_layers_are_named_and_not_taken_for_quantized() -> None:
-    body = nn.Sequential(nn.Linear(6, 5, bias=False), QuantLinear(5, 4, False, 4, 8))
+    body = nn.Sequential(
+        nn.Linear(6, 5, bias=False), QuantLinear.from_float(nn.Linear(5, 4, bias=False), 4, 8)
+    )
     body[1].register_buffer("quantized_bias", torch.zeros(4))
     chain = BlockChain([Segment("body", "block", body, before=nn.Conv2d(4, 6, 3, groups=2))])
     chain.segment(0).before.register_forward_hook(lambda _, args, out: out.flatten(2).mT)
