@@ -35,29 +35,43 @@ def grid_markdown(
 def grid_latex(name: str, measured: Items, cells: Cells, axes: Axes | None = None) -> str:
     """Return the LaTeX of ``cells``: the tables of :func:`grid_markdown` of measured sections.
 
-    In the main table of a section, the best of each column is bold.
+    Scores have one table per bit-width, with models as columns and the best of each column bold.
     """
     parts = [PREAMBLE]
     for section, mine, planned in scores.by_section(measured, cells):
         if not mine:
             continue
         (title, main), *rest = _tables(mine, planned).items()
-        tables = {title: _best_bold(main, planned), **dict(rest)}
-        for table in tables.values():
-            table.columns = [tuple(column.rpartition(" ")[::2]) for column in table.columns]
+        tables = _by_bits("", title, _best_bold(main, planned))
+        for title, pair in rest:
+            tables += _by_bits(f"-{title.split('(')[0].strip()}", title, pair)
         metric = _main_metric(mine)
-        for title, table in axis_tables(axes or {}, metric, mine, planned).items():
-            tables[f"{title}, {scores.metric_title(metric)}"] = table
+        for title, points in axis_tables(axes or {}, metric, mine, planned).items():
+            label = f"-{re.split('[,(]', title)[0].strip()}"
+            tables.append((label, f"{title}, {scores.metric_title(metric)}", points))
         seeds = ", ".join(map(str, scores.seeds_of(mine)))
         about = [*data_lines(mine), *([f"Seeds: {seeds}."] if seeds else [])]
-        for number, (title, table) in enumerate(tables.items()):
-            label, words = f"{name}-{section}", [f"{section}: {title}.", *about]
-            if number:
-                label += f"-{re.split('[,(]', title)[0].strip()}"
+        for label, title, table in tables:
+            words = [f"{section}: {title}.", *about]
             if any("**" in text for text in table.to_numpy().ravel()):
                 words.append("Bold: the best quantized method of a column.")
-            parts.append(latex(table, " ".join([*words, "Quantization is simulated."]), label))
+            words.append("Quantization is simulated.")
+            parts.append(latex(table, " ".join(words), f"{name}-{section}{label}"))
     return "\n\n".join(parts) + "\n"
+
+
+def _by_bits(label: str, title: str, table: pd.DataFrame) -> list[tuple[str, str, pd.DataFrame]]:
+    """Return one table per bit-width, with subjects as columns, each with its label and title."""
+    found: dict[str, dict[str, pd.Series[str]]] = {}
+    for column in table.columns:
+        subject, _, bits = column.rpartition(" ")
+        found.setdefault(bits if subject else "", {})[subject or bits] = table[column]
+    parts = []
+    for bits, columns in found.items():
+        part = pd.DataFrame(columns)
+        ends = (f"-{bits}", f", {bits}") if bits else ("", "")
+        parts.append((label + ends[0], title + ends[1], part[~part.eq("-").all(axis=1)]))
+    return parts
 
 
 def _main_metric(mine: Items) -> str:

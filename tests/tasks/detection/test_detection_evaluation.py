@@ -174,7 +174,9 @@ def test_differences_of_two_methods() -> None:
     )
     every = np.arange(IMAGES)
     outcomes = [
-        Outcomes(one.outcomes["sample"], every, {"AP_box": (MetricPart(every, one.outcomes["AP_box"]),)})
+        Outcomes(
+            one.outcomes["sample"], every, {"AP_box": (MetricPart(every, one.outcomes["AP_box"]),)}
+        )
         for one in (first, second)
     ]
     found = paired({0: outcomes[0]}, {0: outcomes[1]})
