@@ -1,21 +1,30 @@
-"""From a request to the parts that stages take, for ``run`` and the commands of single stages."""
+"""From a request to a cell with model, calibration images and parts, on which stages run."""
 
 import copy
+import hashlib
 import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from fimaq_core import NUMERICS_VERSION
 from fimaq_core.chain import Segment
 from fimaq_core.checkpoint import Fingerprint, save_checkpoint
 from fimaq_core.errors import RecipeError
+from fimaq_core.files import remove_leftovers
 from fimaq_core.pipeline import load_mlps
 from fimaq_core.progress import OnProgress
-from fimaq_core.store import Part, Resources
-from tasks.common.cell.environment import resolve_device
-from tasks.common.cell.identity import resolved
+from fimaq_core.reconstruction.reconstruct import ReconstructionLog
+from fimaq_core.store import Address, CheckpointStore, Part, Resources, Stage
+from tasks.common.cell.environment import StageClock, resolve_device
+from tasks.common.cell.identity import note_shared, resolved, shared_digest
+from tasks.common.cell.lease import exclusively
+from tasks.common.models.module_map import merge_logs
+from tasks.common.record import WAIT
 from tasks.common.registry import get_task
 from tasks.common.request import CellRequest
 from tasks.common.task import CalibrationSet, Chains, Evaluation, LoadedModel, Task
@@ -23,68 +32,64 @@ from tasks.common.task import CalibrationSet, Chains, Evaluation, LoadedModel, T
 
 @dataclass
 class Prepared:
-    """A request with its model and calibration images.
+    """A cell with its model and calibration images.
 
-    Attributes:
-        request: checked, see :func:`check_request`.
-        task: of the request.
-        device: where everything runs.
-        resources: how stages run.
-        loaded: the float model.
-        images: the calibration set; None for full precision.
-        parts: of the model, filled by :meth:`build`.
+    :meth:`build` makes the parts, :meth:`run` changes them stage by stage, and :meth:`evaluate`
+    measures the result.
     """
 
-    request: CellRequest
+    request: CellRequest  # checked, see check_request
     task: Task
     device: torch.device
-    resources: Resources
-    loaded: LoadedModel
-    images: CalibrationSet | None = None
-    parts: list[Part] = field(default_factory=list)
+    resources: Resources  # how stages run
+    clock: StageClock
+    loaded: LoadedModel  # the float model
+    images: CalibrationSet | None = None  # None for full precision
+    parts: list[Part] = field(default_factory=list)  # of the model, made by build
 
     @property
     def built_model(self) -> str:
-        """The architecture and its arguments: weights of one file may fit several of them."""
+        """Architecture and its arguments: weights of one file may fit several architectures."""
         given = self.request.model.model_args
         return self.loaded.tag + (json.dumps(given, sort_keys=True) if given else "")
 
     @property
     def fingerprint(self) -> Fingerprint:
         """Fingerprint of checkpoints of the whole model."""
-        recipe, images = self.request.recipe, self.images
-        assert recipe is not None
-        assert images is not None
+        assert self.request.recipe is not None
+        assert self.images is not None
         return Fingerprint(
             model=self.built_model,
             weights=self.loaded.sha256,
-            calibration=images.fingerprint,
-            recipe=recipe,
+            calibration=self.images.fingerprint,
+            recipe=self.request.recipe,
         )
 
     @property
     def facts(self) -> dict[str, object]:
-        """Facts in a checkpoint from which a later stage builds the model."""
-        model = self.request.model
+        """Facts in a checkpoint's header, from which later commands load the model."""
+        model, task = self.request.model, self.request.task
         given = {"weights_entry": model.weights_entry, "preprocessing": model.preprocessing}
-        return {
-            **{
-                "task": self.request.task,
-                "model": model.name,
-                "model_args": model.model_args,
-                "tag": self.loaded.tag,
-            },
-            **{name: value for name, value in given.items() if value},
-        }
+        own = {"task": task, "model": model.name, "model_args": model.model_args}
+        own["tag"] = self.loaded.tag
+        return own | {name: value for name, value in given.items() if value}
 
     @property
     def chains(self) -> Chains:
-        """The chains by the names of their parts."""
+        """The chains by part."""
         return {part.name: part.chain for part in self.parts}
 
     @property
+    def log(self) -> ReconstructionLog:
+        """The logs of all parts in one."""
+        log = ReconstructionLog()
+        for part in self.parts:
+            merge_logs(log, part.name, part.log)
+        return log
+
+    @property
     def notes(self) -> list[str]:
-        """Which weights were taken, how images are prepared, and remarks on the images."""
+        """Notes on the loaded weights, the preprocessing and the calibration images."""
         own = self.loaded.preprocessing
         said = [] if own is None else [f"preprocessing: {own.text()}"]
         return [*self.loaded.weights.notes(), *said, *(self.images.notes if self.images else [])]
@@ -93,63 +98,83 @@ class Prepared:
         """Turn the float model into its parts, with the MLPs of ``mlp_checkpoint`` if it is given.
 
         Raises:
-            CheckpointError: ``mlp_checkpoint`` is missing or of another run.
+            CheckpointError: ``mlp_checkpoint`` is missing or belongs to another run.
         """
         task, loaded, images, recipe = self.task, self.loaded, self.images, self.request.recipe
         assert recipe is not None
         assert images is not None
-        # First, since chains take the float model over: a part's divergence may need another's outputs.
-        divergences = task.divergences(
-            loaded, images, recipe, self.device, self.resources.batch_size
-        )
+        batch, whole_model = self.resources.batch_size, self.fingerprint
+        # Chains take modules of the float model, so all that needs the float model comes first.
+        divergences = task.divergences(loaded, images, recipe, self.device, batch)
         inputs = task.inputs(loaded, images, recipe, self.device)
         for name, chain in task.chains(loaded, recipe).items():
-            # A scope that names this part alone lets runs with other scopes share the part's files.
-            own = (
-                recipe.model_copy(update={"scope": task.part_scope(name, recipe)})
-                if name
-                else recipe
-            )
-            mark = self.fingerprint.model_copy(update={"recipe": own})
-            self.parts.append(
-                Part(
-                    chain.to(self.device),
-                    inputs[name],
-                    own,
-                    divergences[name],
-                    mark,
-                    name,
-                    dict(self.facts),
-                )
-            )
+            own = recipe
+            if name:  # scope limited to this part, so that runs with other scopes share its files
+                own = recipe.model_copy(update={"scope": task.part_scope(name, recipe)})
+            mark = whole_model.model_copy(update={"recipe": own})
+            chain, facts = chain.to(self.device), self.facts
+            self.parts.append(Part(chain, inputs[name], own, divergences[name], mark, name, facts))
         if self.request.mlp_checkpoint is not None:
-            for part in self.parts:
-                part.teacher = copy.deepcopy(part.chain)
+            self.keep_teachers()
             load_mlps(all_segments(self.chains), self.request.mlp_checkpoint, self.fingerprint)
 
-    def save(self, path: Path, stage: str) -> None:
-        """Write a checkpoint of the whole model after `stage`."""
-        save_checkpoint(
-            path, whole(self.chains).state_dict(), self.fingerprint, {**self.facts, "stage": stage}
-        )
+    def keep_teachers(self) -> None:
+        """Keep a copy of each chain with its own MLPs, as the target of reconstruction."""
+        for part in self.parts:
+            part.teacher = copy.deepcopy(part.chain)
 
-    def evaluate(self, chains: Chains, on_progress: OnProgress) -> Evaluation:
-        """Measure the model with `chains` in place of the parts they stand for."""
-        request = self.request
+    def run(
+        self,
+        stages: Iterable[Stage],
+        address: Callable[[Stage, Part], Address],
+        alone: Callable[[Path | None], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        """Run stages on all parts, or load what earlier runs kept.
+
+        Arguments as of :class:`~fimaq_core.store.CheckpointStore`.
+        """
+        store = CheckpointStore(self.resources, address, alone)
+        for stage in stages:
+            for part in filter(stage.wanted, self.parts):
+                reused = store.run(stage, part)
+                if stage.name:
+                    self.clock.lap(stage.title(part) + (" (reused)" if reused else ""))
+
+    def shared_file(self, stage: Stage, part: Part) -> Path:
+        """Return the file of a stage that cells share: equal inputs give an equal name."""
+        assert self.images is not None
+        digest = shared_digest(stage.kind, part.name, part.recipe)
+        inputs = digest, self.loaded.sha256, self.images.fingerprint, NUMERICS_VERSION
+        name = hashlib.sha256("".join(map(str, (*inputs, self.built_model))).encode()).hexdigest()
+        path = self.request.results.parent / stage.kind / f"{name[:24]}.safetensors"
+        note_shared(self.request, stage.kind, digest, path)
+        return path
+
+    @contextmanager
+    def alone(self, path: Path | None) -> Iterator[None]:
+        """Keep other processes from making ``path``; wait if one of them is making it now."""
+        with exclusively(path, self.resources.on_progress) as lease:
+            if lease is not None:
+                remove_leftovers(lease.path.parent, lease.path.name)
+                if lease.waited:
+                    self.clock.lap(WAIT)
+            yield
+
+    def save(self, path: Path, stage: str) -> None:
+        """Write a checkpoint of the whole model after ``stage``."""
+        state = whole(self.chains).state_dict()
+        save_checkpoint(path, state, self.fingerprint, {**self.facts, "stage": stage})
+
+    def evaluate(self, chains: Chains) -> Evaluation:
+        """Measure the model with ``chains`` in place of its float parts."""
         model = self.task.assemble(self.loaded, chains).to(self.device)
-        return self.task.evaluate(
-            model,
-            self.loaded,
-            request.data,
-            self.device,
-            request.eval_batch,
-            request.workers,
-            on_progress,
-        )
+        data, how = self.request.data, (self.request.eval_batch, self.request.workers)
+        progress = self.resources.on_progress
+        return self.task.evaluate(model, self.loaded, data, self.device, *how, progress)
 
 
 def prepare(request: CellRequest, on_progress: OnProgress) -> Prepared:
-    """Load the model, and draw the calibration images unless it is to stay in full precision.
+    """Load the model, and draw the calibration images if it is to be quantized.
 
     Raises:
         FimaqError: the request makes no sense, or something is missing, damaged or does not fit.
@@ -158,20 +183,21 @@ def prepare(request: CellRequest, on_progress: OnProgress) -> Prepared:
     if request.threads is not None:
         torch.set_num_threads(request.threads)
     device = resolve_device(request.device)
-    task = get_task(request.task)
+    clock, task = StageClock(device), get_task(request.task)
     resources = Resources(on_progress, request.placement, request.eval_batch, request.step_engine)
-    cell = Prepared(request, task, device, resources, task.load(request.model))
+    cell = Prepared(request, task, device, resources, clock, task.load(request.model))
     if request.recipe is not None:
         cell.images = task.calibration(cell.loaded, request.data, request.recipe)
+    clock.lap("load")
     return cell
 
 
 def check_request(request: CellRequest) -> CellRequest:
-    """Return the request with its scope spelled out.
+    """Return the resolved request.
 
     Raises:
-        RecipeError: the task has no such scope or evaluation, or the recipe reconstructs no MLPs and
-            ``mlp_checkpoint`` is given.
+        RecipeError: the task has no such scope or evaluation, or ``mlp_checkpoint`` is given for a
+            recipe that reconstructs no MLPs.
     """
     request = resolved(request)
     recipe = request.recipe
@@ -185,7 +211,7 @@ def check_request(request: CellRequest) -> CellRequest:
 
 
 def whole(chains: Chains) -> nn.Module:
-    """Return what a checkpoint of a whole model holds: its one chain, or all of them by name."""
+    """Return the module of a whole checkpoint: the only chain, or all chains by part."""
     return chains[""] if list(chains) == [""] else nn.ModuleDict(chains)
 
 

@@ -138,7 +138,7 @@ def test_newer_schemas_and_what_is_no_record_are_refused(tmp_path: Path) -> None
             read_record(written(tmp_path, schema_version=version))
     path = tmp_path / "result.json"
     path.write_text("[1, 2]")
-    with pytest.raises(CheckpointError, match="is no record: it holds a JSON list"):
+    with pytest.raises(CheckpointError, match="is no record: its schema version is None"):
         read_record(path)
 
 
@@ -252,13 +252,10 @@ def test_proportion() -> None:
 def test_the_path_is_the_identity(tmp_path: Path) -> None:
     assert bits_name(32, 32) == "fp"
     assert bits_name(32, 4) == "w32a4"
-    folder = cell_folder(
-        tmp_path, "classification", "vit.tag", "fimaq", 3, 4, 7, "0123456789abcdef"
-    )
+    recipe = make_recipe("fimaq", {"w_bits": 3, "a_bits": 4, "seed": 7})
+    folder = cell_folder(tmp_path, "classification", "vit.tag", recipe, "0123456789abcdef")
     assert folder == tmp_path / "classification" / "vit.tag" / "fimaq" / "w3a4" / "seed7-0123456789"
-    folder = cell_folder(
-        tmp_path, "classification", "vit.tag", "fp", 32, 32, None, "0123456789abcdef"
-    )
+    folder = cell_folder(tmp_path, "classification", "vit.tag", None, "0123456789abcdef")
     assert folder == tmp_path / "classification" / "vit.tag" / "fp" / "fp" / "0123456789"
 
 
