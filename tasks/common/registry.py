@@ -45,9 +45,9 @@ def model_tag(name: str, request: ModelRequest) -> str:
 
 
 def model_identity(name: str, request: ModelRequest) -> list[str]:
-    """Return the model in a cell's identity: ``model.tag``, and the sha256 of a local weights file."""
-    tag, digest_of = model_tag(name, request), _light(name, "weights_digest", lambda _: None)
-    digest = digest_of(request)
+    """Return a model's part of a cell's identity: its tag, and the sha256 of a local file."""
+    tag = model_tag(name, request)
+    digest = _light(name, "weights_digest")(request)
     return [tag] if digest is None else [tag, digest]
 
 
@@ -87,11 +87,11 @@ def originals(
     return source.originals(model, data, ids)
 
 
-def _light(name: str, attribute: str, *default: Any) -> Any:
-    """Return an attribute of ``tags.py``, or of a registered task, where its name is lower-case."""
-    if name in _REGISTERED:
-        return getattr(_REGISTERED[name], attribute.lower(), *default)
-    return getattr(_module(name, "tags"), attribute, *default)
+def _light(name: str, attribute: str, default: Any = None) -> Any:
+    """Return an attribute of ``tags.py``; a registered task may define it in lower case itself."""
+    task = _REGISTERED.get(name)
+    tags = _module(name, "tags") if task is None else task.tags
+    return getattr(task, attribute.lower(), getattr(tags, attribute, default))
 
 
 @cache  # a plan asks for the same module several times per cell

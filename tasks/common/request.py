@@ -39,14 +39,14 @@ class DataRequest:
 
 @dataclass(frozen=True)
 class Missing:
-    """A thing that a cell needs and that is absent, with advice on how to get things of its kind."""
+    """An absent thing that a cell needs, with advice on how to get things of its kind."""
 
     what: str
     advice: str
 
 
 def describe_missing(missing: Iterable[Missing]) -> str | None:
-    """Return one line per advice, with the names of all things it is for; None if none is missing."""
+    """Return one line per advice with the names of its things; None if nothing is missing."""
     kinds: dict[str, dict[str, None]] = {}
     for item in missing:
         kinds.setdefault(item.advice, {})[item.what] = None

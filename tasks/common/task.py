@@ -19,7 +19,7 @@ from fimaq_core.recipe import Recipe
 from fimaq_core.samples import Samples
 from tasks.common.preprocessing import Preprocessing
 from tasks.common.record import Dataset, Metric, Weights
-from tasks.common.request import DataRequest, Missing, ModelRequest
+from tasks.common.request import DataRequest, ModelRequest
 
 
 @dataclass
@@ -96,19 +96,10 @@ class Task:
     name: str  # of the package
     tags: ModuleType  # the light module tags.py: names of models, missing weights and data
     demo: str  # description of the demo models
-    scopes: tuple[str, ...] = ()  # of recipes, the default first; empty: always everything
-
-    def model_tag(self, request: ModelRequest) -> str:
-        """Return ``model.tag``; loads nothing, but may hash a weights file. Raises ModelError."""
-        return self.tags.model_tag(request)
 
     def model_names(self) -> dict[str, str]:
         """Return short and demo names with their meanings."""
         return {**self.tags.SHORT_NAMES, **dict.fromkeys(self.tags.DEMO_NAMES, self.demo)}
-
-    def preflight(self, model: ModelRequest, data: DataRequest) -> list[Missing]:
-        """Return the missing weights and data. Downloads nothing."""
-        return self.tags.preflight(model, data)
 
     def load(self, request: ModelRequest) -> LoadedModel:
         """Load model, weights and transforms. Raises ModelError."""
@@ -154,7 +145,7 @@ class Task:
         return images.inputs or {"": images.images}
 
     def part_scope(self, part: str, recipe: Recipe) -> str:
-        """Return the scope of a run that quantizes the same layers of ``part``, and nothing else."""
+        """Return the scope of a run that quantizes the same layers of ``part`` and nothing else."""
         return part
 
     def divergence(self, recipe: Recipe) -> Divergence:

@@ -155,20 +155,11 @@ class RetrievalTask(Task):
                 model.encode_text, loaded.tokenizer, names, device, batch_size, on_progress
             )
             classifier = ZeroShotClassifier(model.encode_image, embedded, model.logit_scale)
-            source = source.head(data.limit)
+            source = replace(source.head(data.limit), class_names=told_apart(names, folders))
             images = Images(
                 source.ids, source.targets, source.read, loaded.eval_transform, data.skip_corrupt
             )
-            found = evaluate(
-                classifier,
-                images,
-                source,
-                device,
-                batch_size,
-                workers,
-                on_progress,
-                told_apart(names, folders),
-            )
+            found = evaluate(classifier, images, source, device, batch_size, workers, on_progress)
             return replace(found, dataset=named_classes(found.dataset, names, folders))
         pairs = open_pairs(loaded, data, "test").head(data.limit)
         images = Images(

@@ -25,7 +25,7 @@ _KINDS = {"calibration": "calibration", "mlp": "MLPs", "reconstruction": "parts"
 
 
 def planned_folder(request: CellRequest) -> Path:
-    """Return the folder of a cell: task, model.tag, method, bits, seed, and a digest of the rest."""
+    """Return the folder of a cell: task, model.tag, method, bits, seed, digest of all else."""
     request = resolved(request)
     recipe, basis = request.recipe, _basis(request)
     own = None if recipe is None else recipe.digest()
@@ -217,7 +217,7 @@ def forget(
 
 
 def _noted(request: CellRequest) -> dict[str, list[Path | None]]:
-    """Return the files that a cell shares by kind, made or not; None for a file not in the index."""
+    """Return the files that a cell shares, made or not, by kind; None for one not in the index."""
     if not any((request.results.parent / kind / ".index").is_dir() for kind in _KINDS):
         return {}
     request = resolved(request)

@@ -22,7 +22,7 @@ from fimaq_core.reconstruction.reconstruct import ReconstructionLog
 from fimaq_core.store import Address, CheckpointStore, Part, Resources, Stage
 from tasks.common.cell.environment import StageClock, resolve_device
 from tasks.common.cell.identity import note_shared, resolved, shared_digest
-from tasks.common.cell.lease import exclusively
+from tasks.common.cell.lease import awaited
 from tasks.common.models.module_map import merge_logs
 from tasks.common.record import WAIT
 from tasks.common.registry import get_task
@@ -56,8 +56,6 @@ class Prepared:
     @property
     def fingerprint(self) -> Fingerprint:
         """Fingerprint of checkpoints of the whole model."""
-        assert self.request.recipe is not None
-        assert self.images is not None
         return Fingerprint(
             model=self.built_model,
             weights=self.loaded.sha256,
@@ -69,10 +67,10 @@ class Prepared:
     def facts(self) -> dict[str, object]:
         """Facts in a checkpoint's header, from which later commands load the model."""
         model, task = self.request.model, self.request.task
-        given = {"weights_entry": model.weights_entry, "preprocessing": model.preprocessing}
         own = {"task": task, "model": model.name, "model_args": model.model_args}
-        own["tag"] = self.loaded.tag
-        return own | {name: value for name, value in given.items() if value}
+        given = {"weights_entry": model.weights_entry, "preprocessing": model.preprocessing}
+        given = {name: value for name, value in given.items() if value}
+        return {**own, "tag": self.loaded.tag, **given}
 
     @property
     def chains(self) -> Chains:
@@ -101,8 +99,6 @@ class Prepared:
             CheckpointError: ``mlp_checkpoint`` is missing or belongs to another run.
         """
         task, loaded, images, recipe = self.task, self.loaded, self.images, self.request.recipe
-        assert recipe is not None
-        assert images is not None
         batch, whole_model = self.resources.batch_size, self.fingerprint
         # Chains take modules of the float model, so all that needs the float model comes first.
         divergences = task.divergences(loaded, images, recipe, self.device, batch)
@@ -127,7 +123,7 @@ class Prepared:
         self,
         stages: Iterable[Stage],
         address: Callable[[Stage, Part], Address],
-        alone: Callable[[Path | None], AbstractContextManager[object]] = nullcontext,
+        alone: Callable[[Path], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         """Run stages on all parts, or load what earlier runs kept.
 
@@ -142,7 +138,6 @@ class Prepared:
 
     def shared_file(self, stage: Stage, part: Part) -> Path:
         """Return the file of a stage that cells share: equal inputs give an equal name."""
-        assert self.images is not None
         digest = shared_digest(stage.kind, part.name, part.recipe)
         inputs = digest, self.loaded.sha256, self.images.fingerprint, NUMERICS_VERSION
         name = hashlib.sha256("".join(map(str, (*inputs, self.built_model))).encode()).hexdigest()
@@ -151,13 +146,15 @@ class Prepared:
         return path
 
     @contextmanager
-    def alone(self, path: Path | None) -> Iterator[None]:
+    def alone(self, path: Path) -> Iterator[None]:
         """Keep other processes from making ``path``; wait if one of them is making it now."""
-        with exclusively(path, self.resources.on_progress) as lease:
-            if lease is not None:
-                remove_leftovers(lease.path.parent, lease.path.name)
-                if lease.waited:
-                    self.clock.lap(WAIT)
+        if path.is_file():
+            yield
+            return
+        with awaited(path, self.resources.on_progress) as lease:
+            remove_leftovers(path.parent, path.name)
+            if lease.waited:
+                self.clock.lap(WAIT)
             yield
 
     def save(self, path: Path, stage: str) -> None:
@@ -168,9 +165,9 @@ class Prepared:
     def evaluate(self, chains: Chains) -> Evaluation:
         """Measure the model with ``chains`` in place of its float parts."""
         model = self.task.assemble(self.loaded, chains).to(self.device)
-        data, how = self.request.data, (self.request.eval_batch, self.request.workers)
-        progress = self.resources.on_progress
-        return self.task.evaluate(model, self.loaded, data, self.device, *how, progress)
+        how = self.device, self.request.eval_batch, self.request.workers
+        data, on_progress = self.request.data, self.resources.on_progress
+        return self.task.evaluate(model, self.loaded, data, *how, on_progress)
 
 
 def prepare(request: CellRequest, on_progress: OnProgress) -> Prepared:

@@ -12,11 +12,12 @@ from fimaq_core.files import remove_leftovers, replaced_whole
 from fimaq_core.fisher.losses import takes_passes
 from fimaq_core.pipeline import RECONSTRUCT
 from fimaq_core.progress import OnProgress, silent
+from fimaq_core.recipe import OFF
 from fimaq_core.store import Pieces
 from tasks.common.cell.environment import describe
 from tasks.common.cell.identity import planned_folder, variant_name
-from tasks.common.cell.lease import Lease, acquire, exclusively
-from tasks.common.cell.prediction_samples import EXAMPLES_FILE, example_file
+from tasks.common.cell.lease import Lease, acquire, awaited
+from tasks.common.cell.prediction_samples import EXAMPLES_FILE
 from tasks.common.cell.prepare import Prepared, check_request, prepare
 from tasks.common.cell.stages import run_stages
 from tasks.common.hashing import file_sha256
@@ -33,12 +34,15 @@ from tasks.common.request import CellRequest
 from tasks.common.task import Evaluation
 
 
-def run_cell(request: CellRequest, on_progress: OnProgress = silent) -> Path:
+def run_cell(request: CellRequest, on_progress: OnProgress = silent, wait: bool = False) -> Path:
     """Measure one cell and write its record; a cell with a valid record is not measured again.
+
+    The full-precision model of a quantized cell is measured first, as a cell of its own.
 
     Args:
         request: the cell.
         on_progress: receives progress.
+        wait: wait while another process measures the cell, instead of raising Busy.
 
     Returns:
         Path of ``result.json``. Its folder also has ``outcomes.npz``, and ``quantized.safetensors``
@@ -51,7 +55,7 @@ def run_cell(request: CellRequest, on_progress: OnProgress = silent) -> Path:
     request = check_request(request)
     path = planned_folder(request) / "result.json"
     if not path.is_file():
-        with acquire(path) as lease:
+        with awaited(path, on_progress) if wait else acquire(path) as lease:
             if not path.is_file():
                 _measure(request, lease, on_progress)
     read_record(path)
@@ -60,8 +64,11 @@ def run_cell(request: CellRequest, on_progress: OnProgress = silent) -> Path:
 
 def _measure(request: CellRequest, lease: Lease, on_progress: OnProgress) -> None:
     """Measure a cell and write its record, holding its ``lease``."""
-    folder, full = lease.path.parent, _full_precision(request, on_progress)
+    folder, full = lease.path.parent, None
     remove_leftovers(folder)
+    if request.recipe is not None:
+        plain = replace(request, recipe=None, mlp_checkpoint=None, variant=None)
+        full = read_record(run_cell(plain, on_progress, wait=True)).metrics
     cell = prepare(request, on_progress)
     if request.recipe is not None:
         run_stages(cell, lease)
@@ -71,30 +78,20 @@ def _measure(request: CellRequest, lease: Lease, on_progress: OnProgress) -> Non
     Pieces(folder / "blocks", RECONSTRUCT.piece).remove()
 
 
-def _full_precision(request: CellRequest, on_progress: OnProgress) -> dict[str, Metric]:
-    """Return the metrics of the full-precision model, measured first if it has no record.
+def _record(cell: Prepared, evaluation: Evaluation, full: dict[str, Metric] | None) -> ResultRecord:
+    """Return the record of a cell, without the files beside it.
 
-    Empty where the cell is the full-precision model itself.
+    ``full``: metrics of the full-precision model; None if the cell is that model.
     """
-    if request.recipe is None:
-        return {}
-    request = replace(request, recipe=None, mlp_checkpoint=None, variant=None)
-    path = planned_folder(request) / "result.json"
-    with exclusively(path, on_progress) as lease:
-        if lease is not None and not path.is_file():
-            _measure(request, lease, on_progress)
-    return read_record(path).metrics
-
-
-def _record(cell: Prepared, evaluation: Evaluation, full: dict[str, Metric]) -> ResultRecord:
-    """Return the record of a cell without the hashes of its files; ``full`` as measured before."""
     request, loaded, recipe, images = cell.request, cell.loaded, cell.request.recipe, cell.images
     fields: dict[str, Any] = {
-        "method": "fp", "w_bit": 32, "a_bit": 32, "seed": None, "recipe": None,
-        "recipe_digest": "", "calibration": None, "modules": None,
-    }  # fmt: skip
+        "method": "fp",
+        "recipe_digest": "",
+        **dict.fromkeys(("w_bit", "a_bit"), OFF),
+        **dict.fromkeys(("seed", "recipe", "calibration", "modules")),
+    }
     notes, skipped = [], evaluation.skipped
-    if recipe is not None and images is not None:
+    if recipe is not None:
         log = cell.log
         notes = [*images.notes, *log.sentences()]
         skipped = sorted({*images.skipped, *evaluation.skipped})
@@ -122,7 +119,7 @@ def _record(cell: Prepared, evaluation: Evaluation, full: dict[str, Metric]) -> 
         variant=variant_name(request),
         metrics=evaluation.metrics,
         n=evaluation.n,
-        fp_metrics=full or evaluation.metrics,
+        fp_metrics=evaluation.metrics if full is None else full,
         weights=loaded.weights,
         preprocessing=loaded.preprocessing,
         dataset=evaluation.dataset,
@@ -140,8 +137,6 @@ def _record(cell: Prepared, evaluation: Evaluation, full: dict[str, Metric]) -> 
 
 def _calibration(cell: Prepared) -> Calibration:
     images, recipe = cell.images, cell.request.recipe
-    assert recipe is not None
-    assert images is not None
     passes = (recipe.reconstruct and takes_passes(recipe.loss)) or (
         recipe.reconstruct_mlp and recipe.mlp_loss == "perturb_mean"
     )
@@ -162,7 +157,7 @@ def _write(record: ResultRecord, evaluation: Evaluation, lease: Lease) -> None:
     beside = {"outcomes_sha256": file_sha256(folder / record.outcomes)}
     files = dict(evaluation.files)
     if evaluation.examples:
-        files[EXAMPLES_FILE] = example_file(record.task, evaluation.examples)
+        files[EXAMPLES_FILE] = {"task": record.task, "samples": evaluation.examples}
         beside["examples"] = EXAMPLES_FILE
     for name, content in files.items():
         with replaced_whole(folder / name) as temporary:

@@ -56,12 +56,11 @@ def run_stages(cell: Prepared, lease: Lease) -> None:
 
 
 def mlp_stage(request: CellRequest, out: Path, on_progress: OnProgress) -> list[str]:
-    """Reconstruct the MLPs of a model and write them to ``out``; an ``out`` of the same run is kept.
+    """Reconstruct the MLPs of a model into ``out``; an ``out`` of the same run is kept.
 
     Returns:
         Notes for the user.
     """
-    assert request.recipe is not None
     # Merged again, so that fields that do not go with MLP reconstruction are refused now.
     given = request.recipe.model_dump(mode="json")
     recipe = make_recipe(request.recipe.method, given, {"reconstruct_mlp": True})
@@ -77,7 +76,7 @@ def mlp_stage(request: CellRequest, out: Path, on_progress: OnProgress) -> list[
 
 
 def calibrate_stage(request: CellRequest, out: Path, on_progress: OnProgress) -> list[str]:
-    """Calibrate a model and write the checkpoint ``out``; an ``out`` of the same run is kept.
+    """Calibrate a model into the checkpoint ``out``; an ``out`` of the same run is kept.
 
     MLPs that this reconstructs are kept in a file beside ``out``.
 

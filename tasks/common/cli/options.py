@@ -37,17 +37,6 @@ class TaskOptions:
     preprocessing: tuple[str, ...] = tuple(HELP)  # fields of preprocessing that can be given
 
 
-_GROUPS = {
-    "method": "Method",
-    "bits": "Bits",
-    "calibration": "Calibration",
-    "mlp": "MLP reconstruction",
-    "reconstruction": "Reconstruction",
-    "loss": "Block loss",
-    "numerics": "Numerics",
-}
-
-
 class GroupedCommand(click.Command):
     """A command whose help lists recipe options under headings."""
 
@@ -56,17 +45,14 @@ class GroupedCommand(click.Command):
         for parameter in self.get_params(ctx):
             entry = parameter.get_help_record(ctx)
             if entry is not None:
-                sections.setdefault(_heading(parameter.name), []).append(entry)
+                field = Recipe.model_fields.get(parameter.name or "")
+                group = "Options"
+                if field is not None and parameter.name not in ("method", "scope"):
+                    group = f"Recipe: {field.json_schema_extra['group']}"
+                sections.setdefault(group, []).append(entry)
         for heading, entries in sections.items():
             with formatter.section(heading):
                 formatter.write_dl(entries)
-
-
-def _heading(name: str | None) -> str:
-    field = Recipe.model_fields.get(name or "")
-    if field is None or name in ("method", "scope"):
-        return "Options"
-    return f"{_GROUPS[field.json_schema_extra['group']]} (recipe)"
 
 
 def with_options(*options: Option) -> Option:

@@ -17,7 +17,6 @@ from tasks.common.cell.prediction_samples import (
     ClassSample,
     ObjectSample,
     Spread,
-    example_file,
     leaders,
     read_examples,
     shortened,
@@ -41,6 +40,10 @@ OBJECTS = {
     "truth": [OBJECT],
     "found": [{**OBJECT, "score": 0.5}],
 }
+
+
+def example_file(task: str, samples: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"task": task, "samples": samples}
 
 
 def chosen(count: int, broken: set[int] = frozenset(), batch: int = 7) -> list[int]:  # type: ignore[assignment]
@@ -196,7 +199,7 @@ def test_files_that_are_too_large_are_not_read(tmp_path: Path) -> None:
     write(tmp_path, content + " " * (5_000_000 - len(content)))
     read_examples(tmp_path, EXAMPLES_FILE)
     write(tmp_path, content + " " * (5_000_001 - len(content)))
-    with pytest.raises(CheckpointError, match="more than 5 MB"):
+    with pytest.raises(CheckpointError, match="exceed 5 MB"):
         read_examples(tmp_path, EXAMPLES_FILE)
 
 
