@@ -74,27 +74,20 @@ def resolved(request: CellRequest) -> CellRequest:
     Raises:
         RecipeError: the task has no such scope or evaluation.
     """
-    recipe, wanted, task = request.recipe, request.data.evaluation, request.task
-    if wanted is not None:
-        known = registry.evaluations(task)
-        if wanted not in known:
-            hint = suggest(wanted, known) if known else " It has only one: leave this out."
-            raise RecipeError(f"Task '{task}' has no evaluation '{wanted}'.{hint}")
-        if wanted == known[0]:
-            request = replace(request, data=replace(request.data, evaluation=None))
-    if recipe is None:
-        return request
-    known = registry.scopes(task)
-    if recipe.scope is None and known:
-        return replace(request, recipe=recipe.model_copy(update={"scope": known[0]}))
-    if recipe.scope is not None and not known:
-        raise RecipeError(
-            f"Task '{task}' always quantizes the whole model: leave scope '{recipe.scope}' out."
-        )
-    if recipe.scope is not None and recipe.scope not in known:
-        raise RecipeError(
-            f"Task '{task}' has no scope '{recipe.scope}'.{suggest(recipe.scope, known)}"
-        )
+    recipe, data = request.recipe, request.data
+    scopes, evaluations = registry.scopes(request.task), registry.evaluations(request.task)
+    scope = None if recipe is None else recipe.scope
+    for kind, wanted, known in (
+        ("evaluation", data.evaluation, evaluations),
+        ("scope", scope, scopes),
+    ):
+        if wanted is not None and wanted not in known:
+            hint = suggest(wanted, known) if known else " There is no choice: leave this out."
+            raise RecipeError(f"Task '{request.task}' has no {kind} '{wanted}'.{hint}")
+    if data.evaluation in evaluations[:1]:
+        request = replace(request, data=replace(data, evaluation=None))
+    if recipe is not None and scope is None and scopes:
+        request = replace(request, recipe=recipe.model_copy(update={"scope": scopes[0]}))
     return request
 
 

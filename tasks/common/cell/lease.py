@@ -13,7 +13,7 @@ import os
 import platform
 import socket
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -213,11 +213,7 @@ def _remove(path: Path, found: _Found) -> None:
 
 
 def awaited(path: Path, on_progress: OnProgress = silent) -> Lease:
-    """Take the lease of `path` as soon as no other process holds it.
-
-    Args:
-        path: as of `acquire`.
-        on_progress: hears of a wait.
+    """Take the lease of `path` as soon as no other process holds it; report a wait.
 
     Raises:
         CheckpointError: the folder cannot be read or written.
@@ -225,11 +221,8 @@ def awaited(path: Path, on_progress: OnProgress = silent) -> Lease:
     waited = False
     while True:
         try:
-            lease = acquire(path)
+            return replace(acquire(path), waited=waited)
         except Busy as busy:
             waited = True
             on_progress(Progress(f"wait for {busy.holder}", 0, 1))
             time.sleep(0.5)
-        else:
-            lease.waited = waited
-            return lease

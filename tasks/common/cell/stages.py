@@ -12,7 +12,7 @@ from fimaq_core.pipeline import CALIBRATE, MLPS, RECONSTRUCT, STAGES, load_mlps
 from fimaq_core.progress import OnProgress, silent
 from fimaq_core.recipe import OFF, Recipe, make_recipe
 from fimaq_core.reconstruction.mlp import mlps, use_relu
-from fimaq_core.store import Address, Part, Pieces, Stage
+from fimaq_core.store import Address, CheckpointStore, Part, Pieces, Stage
 from tasks.common.cell.lease import Lease
 from tasks.common.cell.origin import Origin, read_origin
 from tasks.common.cell.prepare import Prepared, all_segments, prepare, whole
@@ -56,10 +56,9 @@ def run_stages(cell: Prepared, lease: Lease) -> None:
 
 
 def mlp_stage(request: CellRequest, out: Path, on_progress: OnProgress) -> list[str]:
-    """Reconstruct the MLPs of a model into ``out``; an ``out`` of the same run is kept.
+    """Reconstruct the MLPs of a model into ``out``; return notes for the user.
 
-    Returns:
-        Notes for the user.
+    An ``out`` of the same run is kept.
     """
     # Merged again, so that fields that do not go with MLP reconstruction are refused now.
     given = request.recipe.model_dump(mode="json")
@@ -76,12 +75,9 @@ def mlp_stage(request: CellRequest, out: Path, on_progress: OnProgress) -> list[
 
 
 def calibrate_stage(request: CellRequest, out: Path, on_progress: OnProgress) -> list[str]:
-    """Calibrate a model into the checkpoint ``out``; an ``out`` of the same run is kept.
+    """Calibrate a model into the checkpoint ``out``; return notes for the user.
 
-    MLPs that this reconstructs are kept in a file beside ``out``.
-
-    Returns:
-        Notes for the user.
+    An ``out`` of the same run is kept. MLPs that this reconstructs are kept in a file beside it.
     """
     cell = prepare(request, on_progress)
     cell.build()
@@ -97,32 +93,27 @@ def calibrate_stage(request: CellRequest, out: Path, on_progress: OnProgress) ->
 
 
 def reconstruct_stage(
-    request: CellRequest,
-    checkpoint: Path,
-    out: Path,
-    given: dict[str, Any],
-    on_progress: OnProgress,
+    request: CellRequest, source: Path, out: Path, given: dict[str, Any], on_progress: OnProgress
 ) -> list[str]:
-    """Reconstruct a calibrated checkpoint and write ``out``; until then, blocks lie beside it.
+    """Reconstruct the calibrated checkpoint ``source`` into ``out``; return notes for the user.
+
+    Finished blocks lie beside ``out`` until it is written.
 
     Args:
         request: of the run; the checkpoint gives the model's name, its arguments and the recipe.
-        checkpoint: the calibrated model.
+        source: the calibrated checkpoint.
         out: the checkpoint to write.
         given: recipe fields that replace the checkpoint's.
         on_progress: receives progress.
 
-    Returns:
-        Notes for the user.
-
     Raises:
         CheckpointError: the checkpoint is of another run, or given fields would change its ranges.
     """
-    fingerprint, origin = read_origin(checkpoint, request.task)
+    fingerprint, origin = read_origin(source, request.task)
     if origin.stage != CALIBRATE.mark:
         raise CheckpointError(
-            f"The checkpoint {checkpoint} is of stage '{origin.stage}': reconstruct needs a "
-            "calibrated one."
+            f"The checkpoint {source} is of stage '{origin.stage}': reconstruct needs a calibrated "
+            "one."
         )
     recipe = _changed(fingerprint.recipe, given, defaults(request.task))
     cell = prepare(_of_origin(request, origin, recipe), on_progress)
@@ -130,12 +121,13 @@ def reconstruct_stage(
     if recipe.reconstruct_mlp:
         cell.keep_teachers()
         use_relu(all_segments(cell.chains))
-    load_checkpoint(checkpoint, whole(cell.chains), cell.fingerprint, CALIBRATE.scope)
+    load_checkpoint(source, whole(cell.chains), cell.fingerprint, CALIBRATE.scope)
 
     def address(stage: Stage, part: Part) -> Address:
         return Address.beside(_beside(out, part.name), stage)._replace(file=None)
 
-    cell.run([RECONSTRUCT], address)
+    for part in cell.parts:  # whatever the recipe says: the user asks for this stage
+        CheckpointStore(cell.resources, address).run(RECONSTRUCT, part)
     cell.save(out, RECONSTRUCT.mark)
     for part in cell.parts:
         Pieces(address(RECONSTRUCT, part).pieces, RECONSTRUCT.piece).remove()
@@ -216,12 +208,12 @@ def _changed(recipe: Recipe, given: dict[str, Any], usual: dict[str, Any]) -> Re
             f"The checkpoint's scope is '{recipe.scope}', not '{given['scope']}': calibrate for "
             "that one."
         )
-    method, rest = given.get("method"), {**given}
-    rest.pop("method", None)
-    kept = {name: getattr(recipe, name) for name in (*recipe.range_fields(), "scope")}
-    if method is None:
-        kept = recipe.model_dump(mode="json", exclude={"method"})
-    return make_recipe(method or recipe.method, usual, kept, rest)
+    method, rest = recipe.method, dict(given)
+    kept = recipe.model_dump(mode="json", exclude={"method"})
+    if "method" in rest:
+        method = rest.pop("method")
+        kept = {name: kept[name] for name in (*recipe.range_fields(), "scope")}
+    return make_recipe(method, usual, kept, rest)
 
 
 def _of_origin(request: CellRequest, origin: Origin, recipe: Recipe | None = None) -> CellRequest:

@@ -11,22 +11,11 @@ import click
 
 from fimaq_core.errors import FimaqError, RecipeError
 from fimaq_core.progress import progress_bars
-from tasks.common.cli.options import (
-    GroupedCommand,
-    TaskOptions,
-    cell_request,
-    given_recipe,
-    mlp_option,
-    model_options,
-    out_option,
-    recipe_options,
-    run_options,
-    take_recipe,
-    weights_options,
-)
+from tasks.common.cli import options
+from tasks.common.cli.options import TaskOptions
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
-_checkpoint = click.argument("checkpoint", type=click.Path(path_type=Path))
+_checkpoint = click.argument("checkpoint", type=options.PATH)
 
 
 def build_group(task: str, summary: str, own: TaskOptions = TaskOptions()) -> click.Group:
@@ -38,21 +27,14 @@ def build_group(task: str, summary: str, own: TaskOptions = TaskOptions()) -> cl
         level = logging.INFO if verbose else logging.ERROR
         logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
 
-    @group.command(cls=GroupedCommand)
-    @model_options(own)
-    @mlp_option
-    @recipe_options(own)
+    @group.command(cls=options.GroupedCommand)
+    @options.model(own)
+    @options.mlp_checkpoint
+    @options.recipe(own)
     @click.option("--variant", help="Name of this variant of the method in tables.")
-    @click.option(
-        "--results",
-        default="results/runs",
-        type=click.Path(path_type=Path),
-        help="Root folder of records.",
-    )
-    @click.option(
-        "--force", is_flag=True, help="Remove all files of the cell and measure it again."
-    )
-    def run(force: bool, **options: Any) -> None:
+    @click.option("--results", default="results/runs", type=options.PATH, help="Folder of records.")
+    @click.option("--force", is_flag=True, help="Remove the cell's files first.")
+    def run(force: bool, **given: Any) -> None:
         """Calibrate, reconstruct and evaluate one model; writes a result record."""
         from tasks.common.cell.environment import resolve_device
         from tasks.common.cell.identity import forget
@@ -60,8 +42,8 @@ def build_group(task: str, summary: str, own: TaskOptions = TaskOptions()) -> cl
         from tasks.common.cell.run import run_cell
         from tasks.common.record import read_record
 
-        recipe = take_recipe(task, options)
-        request = check_request(cell_request(task, options, recipe))
+        recipe = options.take_recipe(task, given)
+        request = check_request(options.cell_request(task, given, recipe))
         if force:
             resolve_device(request.device)  # nothing is removed for a run that cannot start
             forget([request])
@@ -81,57 +63,55 @@ def build_group(task: str, summary: str, own: TaskOptions = TaskOptions()) -> cl
         _echo(f"note: {note}" for note in record.notes)
         click.echo(f"record: {path}")
 
-    @group.command(cls=GroupedCommand)
-    @model_options(own)
-    @recipe_options(own)
-    @out_option
-    def reconstruct_mlp(out: Path, **options: Any) -> None:
-        """Reconstruct the MLPs only (GELU becomes ReLU), the first stage of APHQ-ViT; writes a
-        checkpoint."""
-        _first_stage(task, "mlp_stage", out, options)
+    @group.command(cls=options.GroupedCommand)
+    @options.model(own)
+    @options.recipe(own)
+    @options.out
+    def reconstruct_mlp(out: Path, **given: Any) -> None:
+        """Reconstruct only the MLPs, with ReLU, as APHQ-ViT does first; writes a checkpoint."""
+        _first_stage(task, "mlp_stage", out, given)
         click.echo(f"checkpoint of reconstructed MLPs: {out}")
 
-    @group.command(cls=GroupedCommand)
-    @model_options(own)
-    @mlp_option
-    @recipe_options(own)
-    @out_option
-    def calibrate(out: Path, **options: Any) -> None:
+    @group.command(cls=options.GroupedCommand)
+    @options.model(own)
+    @options.mlp_checkpoint
+    @options.recipe(own)
+    @options.out
+    def calibrate(out: Path, **given: Any) -> None:
         """Find the ranges only; writes a checkpoint."""
-        _first_stage(task, "calibrate_stage", out, options)
+        _first_stage(task, "calibrate_stage", out, given)
         click.echo(f"calibrated checkpoint: {out}")
 
-    @group.command(cls=GroupedCommand)
+    @group.command(cls=options.GroupedCommand)
     @_checkpoint
-    @run_options(own)
-    @weights_options()
-    @recipe_options(own)
-    @out_option
-    def reconstruct(checkpoint: Path, out: Path, **options: Any) -> None:
+    @options.run(own)
+    @options.weights()
+    @options.recipe(own)
+    @options.out
+    def reconstruct(checkpoint: Path, out: Path, **given: Any) -> None:
         """Reconstruct the calibrated CHECKPOINT; goes on where an earlier call stopped.
 
-        Recipe options given here apply to reconstruction; those that determine ranges must be the
-        checkpoint's.
+        Recipe options apply to reconstruction; options of ranges must be the checkpoint's.
         """
         from tasks.common.cell.stages import reconstruct_stage
 
-        given = given_recipe(options)
-        request = cell_request(task, options)
+        changes = options.given_recipe(given)
+        request = options.cell_request(task, given)
         with progress_bars() as on_progress:
-            notes = reconstruct_stage(request, checkpoint, out, given, on_progress)
+            notes = reconstruct_stage(request, checkpoint, out, changes, on_progress)
         _echo(f"note: {note}" for note in notes)
         click.echo(f"reconstructed checkpoint: {out}")
 
     @group.command()
     @_checkpoint
-    @run_options(own)
-    @weights_options()
-    def evaluate(checkpoint: Path, **options: Any) -> None:
+    @options.run(own)
+    @options.weights()
+    def evaluate(checkpoint: Path, **given: Any) -> None:
         """Evaluate CHECKPOINT, of any stage; reconstructed MLPs alone are in full precision."""
         from tasks.common.cell.stages import evaluate_stage
 
         with progress_bars() as on_progress:
-            found = evaluate_stage(cell_request(task, options), checkpoint, on_progress)
+            found = evaluate_stage(options.cell_request(task, given), checkpoint, on_progress)
         for name, metric in found.metrics.items():
             click.echo(f"{name} {metric.value:.2f} ± {metric.stderr:.2f} (n = {found.n})")
         _echo(f"note: {note}" for note in found.notes)
@@ -140,16 +120,12 @@ def build_group(task: str, summary: str, own: TaskOptions = TaskOptions()) -> cl
     @group.command()
     @_checkpoint
     @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
-    @weights_options()
-    def inspect(checkpoint: Path, as_json: bool, **options: Any) -> None:
-        """Show the content of CHECKPOINT, of any stage, without data.
-
-        Layers with quantizers, bits, sizes and bit operations; modules in full precision; sums;
-        origin.
-        """
+    @options.weights()
+    def inspect(checkpoint: Path, as_json: bool, **given: Any) -> None:
+        """Show layers, sizes, bit operations and origin of CHECKPOINT, of any stage."""
         from tasks.common.cell.stages import inspect_stage
 
-        found = inspect_stage(cell_request(task, options), checkpoint)
+        found = inspect_stage(options.cell_request(task, given), checkpoint)
         click.echo(json.dumps(found.content(), indent=1) if as_json else found.text())
 
     @group.command()
@@ -170,24 +146,23 @@ def _echo(lines: Iterable[str]) -> None:
         click.echo(line)
 
 
-def _first_stage(task: str, stage: str, out: Path, options: dict[str, Any]) -> None:
+def _first_stage(task: str, stage: str, out: Path, given: dict[str, Any]) -> None:
     """Run a stage that starts from the float model, and print its notes."""
     from tasks.common.cell import stages
 
-    recipe = take_recipe(task, options)
+    recipe = options.take_recipe(task, given)
     if recipe is None:
         raise RecipeError("Method 'fp' has no stages: use run.")
+    request = options.cell_request(task, given, recipe)
     with progress_bars() as on_progress:
-        notes = getattr(stages, stage)(cell_request(task, options, recipe), out, on_progress)
+        notes = getattr(stages, stage)(request, out, on_progress)
     _echo(f"note: {note}" for note in notes)
 
 
 def main(group: click.Group, arguments: list[str] | None = None) -> None:
     """Run a command group; an error for the user becomes one message and exit code 2.
 
-    Args:
-        group: the commands.
-        arguments: of the command line; None takes the process's own.
+    ``arguments`` None takes those of the process.
     """
     try:
         group.main(arguments, standalone_mode=False)

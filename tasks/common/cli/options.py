@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import click
 
@@ -16,9 +16,8 @@ from tasks.common.registry import defaults
 from tasks.common.request import CellRequest, DataRequest, ModelRequest
 
 Option = Callable[..., Any]
-_Request = TypeVar("_Request", ModelRequest, DataRequest)
 
-_PATH = click.Path(path_type=Path)
+PATH = click.Path(path_type=Path)
 _POSITIVE = click.IntRange(min=1)
 
 
@@ -55,8 +54,8 @@ class GroupedCommand(click.Command):
                 formatter.write_dl(entries)
 
 
-def with_options(*options: Option) -> Option:
-    """Return a decorator that adds the options to a command, in this order."""
+def _all(*options: Option) -> Option:
+    """Return a decorator that adds all options to a command, in this order."""
 
     def add(command: Option) -> Option:
         for option in reversed(options):
@@ -66,13 +65,13 @@ def with_options(*options: Option) -> Option:
     return add
 
 
-def recipe_options(own: TaskOptions) -> Option:
+def recipe(own: TaskOptions) -> Option:
     """Add ``--method``, ``--recipe`` and one option per other field of a recipe."""
     methods = f"Method: {', '.join(['fp', *METHODS])}."
     file = "YAML file with recipe fields ('field: value' lines); options win over it."
-    return with_options(
+    return _all(
         click.option("--method", default="fimaq", help=methods),
-        click.option("--recipe", "recipe_file", type=_PATH, help=file),
+        click.option("--recipe", "recipe_file", type=PATH, help=file),
         *_choice(own.scope, "scope", own.scopes, "Quantized part; the rest keeps full precision."),
         *(_recipe_option(name) for name in Recipe.model_fields if name not in ("method", "scope")),
     )
@@ -80,9 +79,8 @@ def recipe_options(own: TaskOptions) -> Option:
 
 def _recipe_option(name: str) -> Option:
     field, flag = Recipe.model_fields[name], name.replace("_", "-")
-    text = (
-        f"{field.description}  [fimaq: {'as a_bits' if field.default is None else field.default}]"
-    )
+    default = "as a_bits" if field.default is None else field.default
+    text = f"{field.description}  [fimaq: {default}]"
     names = f"--{flag}/--no-{flag}" if field.annotation is bool else f"--{flag}"
     return click.option(names, name, type=_type(field.annotation), default=None, help=text)
 
@@ -101,52 +99,45 @@ def _choice(flag: str, name: str, choices: tuple[str, ...], text: str) -> Iterat
         yield click.option(f"--{flag}", name, type=click.Choice(choices), help=text)
 
 
-def model_options(own: TaskOptions) -> Option:
+def model(own: TaskOptions) -> Option:
     """Add the options for the model, its weights, the data and the run."""
-    file = (
-        "Local checkpoint: safetensors, or a file of torch.save (.pth, .pt, .bin, .ckpt, .tar), "
-        "read weights-only."
-    )
+    file = "Local file: safetensors, or of torch.save (.pth, .pt, .bin, .ckpt, .tar), weights only."
     named = "Short name, demo name or the library's own 'model.tag'; see 'models'."
     arguments = "JSON object of arguments for the model's constructor."
-    return with_options(
+    return _all(
         click.option("--model", "name", required=True, help=named),
         click.option("--model-args", default="{}", callback=_json_object, help=arguments),
-        weights_options(file),
-        run_options(own),
+        weights(file),
+        run(own),
     )
 
 
-def weights_options(file: str = "The float weights, if they came from a local file.") -> Option:
+def weights(file: str = "The float weights, if they came from a local file.") -> Option:
     """Add the options for the place of the float weights; ``file`` is the help of ``--weights``."""
     folder = "Folder with <model.tag>.safetensors files."
     entry = (
-        "Entry of the weights file, such as state_dict or state_dict_ema.  "
-        "[timm's choice: averaged weights first]"
+        "Entry of the weights file, such as state_dict.  [timm's choice: averaged weights first]"
     )
-    return with_options(
-        click.option("--weights", type=_PATH, help=file),
-        click.option("--weights-folder", type=_PATH, help=folder),
+    return _all(
+        click.option("--weights", type=PATH, help=file),
+        click.option("--weights-folder", type=PATH, help=folder),
         click.option("--weights-entry", metavar="NAME", help=entry),
     )
 
 
-def run_options(own: TaskOptions) -> Option:
+def run(own: TaskOptions) -> Option:
     """Add the options for the data and the run."""
     images = "Image paths, one per line, or a result record whose images to take."
     limit = "Evaluate on the first samples only (recorded as such)."
     corrupt = "Leave damaged images out and name them in the record."
     places = click.Choice(["device", "host", "disk"])
     engines = click.Choice(["auto", "eager", "fused", "compiled", "graph"])
-    steps = (
-        "How optimisation steps run; auto: one CUDA graph, compiled for long runs on CPUs, else "
-        "fused."
-    )
+    steps = "Way of running steps; auto: a CUDA graph, compiled for long runs on CPUs, else fused."
     workers = click.IntRange(min=0)
-    return with_options(
-        click.option("--data", "path", type=_PATH, help=own.data),
+    return _all(
+        click.option("--data", "path", type=PATH, help=own.data),
         *_data_options(own),
-        click.option("--calibration-list", type=_PATH, help=images),
+        click.option("--calibration-list", type=PATH, help=images),
         click.option("--limit", type=_POSITIVE, help=limit),
         click.option("--skip-corrupt", is_flag=True, help=corrupt),
         click.option("--device", default="cpu", help="cpu, cuda or cuda:N."),
@@ -163,7 +154,7 @@ def _data_options(own: TaskOptions) -> Iterator[Option]:
     yield from _choice("eval", "evaluation", own.evaluations, "Kind of measurement.")
     if own.calibration_data:
         text = "Data to calibrate on, if not the training part of --data."
-        yield click.option("--calibration-data", type=_PATH, help=text)
+        yield click.option("--calibration-data", type=PATH, help=text)
     if own.keep_outputs:
         yield click.option("--keep-outputs", is_flag=True, help=own.keep_outputs)
     if own.exif:
@@ -175,13 +166,8 @@ def _data_options(own: TaskOptions) -> Iterator[Option]:
         yield click.option(flag, name, help=HELP[name], metavar="VALUE")
 
 
-#: ``--mlp-checkpoint`` and ``--out``.
-mlp_option = click.option(
-    "--mlp-checkpoint", type=_PATH, help="Reconstructed MLPs to use instead of reconstructing them."
-)
-out_option = click.option(
-    "--out", required=True, type=_PATH, help="Checkpoint to write (.safetensors)."
-)
+mlp_checkpoint = click.option("--mlp-checkpoint", type=PATH, help="Reconstructed MLPs to use.")
+out = click.option("--out", required=True, type=PATH, help="Checkpoint to write (.safetensors).")
 
 
 def _json_object(_: click.Context, __: click.Parameter, text: str) -> dict[str, Any]:
@@ -220,11 +206,11 @@ def cell_request(task: str, options: dict[str, Any], recipe: Recipe | None = Non
     """Make the request of a command from all its ``options``. Raises RecipeError."""
     given = {name: options.pop(name) for name in HELP if name in options}
     options["preprocessing"] = parse_preprocessing(given)
-    model, data = _taken(ModelRequest, options), _taken(DataRequest, options)
-    return CellRequest(task, model, data, recipe, **options)
+    own = _taken(ModelRequest, options), _taken(DataRequest, options)
+    return CellRequest(task, *own, recipe, **options)
 
 
-def _taken(kind: type[_Request], options: dict[str, Any]) -> _Request:
+def _taken(kind: type, options: dict[str, Any]) -> Any:
     """Take the fields of ``kind`` out of ``options``."""
     names = [field.name for field in fields(kind) if field.name in options]
     return kind(**{name: options.pop(name) for name in names})
