@@ -62,11 +62,7 @@ HELP = {
 
 
 def parse_preprocessing(texts: Mapping[str, str | None]) -> dict[str, Any]:
-    """Return fields of :class:`GivenPreprocessing` from the texts of options.
-
-    Raises:
-        RecipeError: a text is no size, number or interpolation.
-    """
+    """Return fields of :class:`GivenPreprocessing` from texts of options. Raises RecipeError."""
     content: dict[str, Any] = {name: text for name, text in texts.items() if text is not None}
     for name in ("input_size", "mean", "std"):
         if name in content:

@@ -204,12 +204,10 @@ def cell_folder(root: Path, task: str, model_tag: str, recipe: Recipe | None, di
 
 
 def fingerprint(content: dict[str, Any]) -> str:
-    """Return the sha256 (hex) of the canonical JSON of ``content`` without its own fingerprint.
+    """Return the sha256 (hex) of ``content`` without its own fingerprint.
 
-    Canonical: sorted keys, no whitespace, ASCII only. The layout of the file does not count.
-
-    Raises:
-        ValueError: a number is NaN, infinite or has thousands of digits.
+    It is that of canonical JSON (sorted keys, no whitespace, ASCII): the layout of a file does not
+    count. Raises ValueError for a number that is NaN, infinite or has thousands of digits.
     """
     rest = {name: value for name, value in content.items() if name != "fingerprint"}
     text = json.dumps(rest, sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -233,8 +231,7 @@ def write_record(record: ResultRecord, folder: Path) -> Path:
 def read_record(path: Path) -> ResultRecord:
     """Read and validate a record; convert an older schema to the present one.
 
-    Raises:
-        CheckpointError: missing, damaged, edited by hand, of a newer schema, or not a record.
+    Raises CheckpointError if it is missing, damaged, edited, of a newer schema or no record.
     """
     remedy = "restore it, or delete it to measure that cell again"
     try:
@@ -265,25 +262,23 @@ def outcomes_problem(record: ResultRecord, folder: Path) -> str | None:
     """Return why the outcomes in ``folder`` are not the record's; None if they are, or unknown."""
     if record.outcomes_sha256 is None:  # schema 1
         return None
-    path = folder / record.outcomes
+    path, wanted = folder / record.outcomes, record.outcomes_sha256
     try:
         found = file_sha256(path)
     except DataError as error:
         return str(error)
-    if found == record.outcomes_sha256:
+    if found == wanted:
         return None
     return (
         f"{path} does not belong to the record beside it (its sha256 is {found[:12]}, the record "
-        f"has {record.outcomes_sha256[:12]}): restore it, or delete the record to measure that "
-        "cell again."
+        f"has {wanted[:12]}): restore it, or delete the record to measure that cell again."
     )
 
 
 def outcome_arrays(record: ResultRecord, folder: Path) -> dict[str, np.ndarray]:
     """Return the per-sample outcomes (n,) of a record: ids in ``sample``, else numbers.
 
-    Raises:
-        CheckpointError: the file is missing, damaged, of another record or of another form.
+    Raises CheckpointError if the file is missing, damaged, of another record or of another form.
     """
     path = folder / record.outcomes
     again = f"measure {record.model} {record.method} again with --force."
@@ -302,8 +297,8 @@ def outcome_arrays(record: ResultRecord, folder: Path) -> dict[str, np.ndarray]:
         raise CheckpointError(
             f"The outcomes {path} have no 'sample', or arrays of different sizes: {found}."
         )
-    for name in content.keys() - {"sample"}:
-        if content[name].dtype.kind not in "biuf":
+    for name, array in content.items():
+        if name != "sample" and array.dtype.kind not in "biuf":
             raise CheckpointError(f"The outcomes {path} have no numbers in {name}: {again}")
     return content
 

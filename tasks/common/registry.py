@@ -24,11 +24,7 @@ _REGISTERED: dict[str, Task] = {}
 
 
 def register_task(task: Task) -> None:
-    """Make a task from outside this package known under its name.
-
-    Raises:
-        RecipeError: the name is taken.
-    """
+    """Make a task from outside this package known. Raises RecipeError if its name is taken."""
     if task.name in TASKS or task.name in _REGISTERED:
         raise RecipeError(f"A task named '{task.name}' exists already: choose another name.")
     _REGISTERED[task.name] = task
@@ -57,9 +53,9 @@ def scopes(name: str) -> tuple[str, ...]:
 
 
 def parts(name: str, scope: str | None) -> dict[str, str | None]:
-    """Return the scope of each part that is quantized on its own under ``scope``.
+    """Return the scope of each part of a model; ``{"": scope}`` for a model of one chain.
 
-    Parts that take no time are left out; a model of one chain is ``{"": scope}``.
+    Parts that take no time are left out.
     """
     return dict(_light(name, "parts", lambda scope: {"": scope})(scope))
 

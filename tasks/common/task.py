@@ -122,11 +122,7 @@ class Task:
         return {}
 
     def examples(self, loaded: LoadedModel, chains: Chains) -> dict[str, Tensor]:
-        """Return one input (1, ...) per chain, of the right shape and any values.
-
-        Raises:
-            ModelError: the shape is unknown.
-        """
+        """Return one input (1, ...) per chain, of any values. Raises ModelError."""
         if loaded.input_shape is None:
             raise ModelError(
                 f"The operations of {loaded.tag} cannot be counted, because its task does not say "
@@ -182,10 +178,7 @@ class Task:
         """Return the original RGB images of ``ids``, the samples of an evaluation's examples.
 
         Reads these images only, and no weights. Ids may come from files of other people: an id
-        never leads outside the data.
-
-        Raises:
-            DataError: the data are absent, an id is unknown, or an image is damaged.
+        never leads outside the data. Raises DataError.
         """
         module = importlib.import_module(f"{self.tags.__package__}.originals")
         return module.originals(model, data, ids)

@@ -31,7 +31,7 @@ def evaluate(
     Args:
         model: on ``device``, in eval mode; (B, C, H, W) to (B, classes).
         images: of ``source``, transformed.
-        source: data set; its class names are those that people read, or empty for numbers.
+        source: data set; its class names are for people, or empty for numbers.
         device: of the model.
         batch_size: images per forward pass.
         workers: data-loading processes.

@@ -15,16 +15,8 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from tasks.common.data.augment import RandomDigitWarp
-from tasks.common.demo.digits import (
-    DIGIT_SIZE,
-    PARTS,
-    SEED,
-    DigitDealer,
-    DigitSamples,
-    check_part,
-    load_digits,
-    to_tensor,
-)
+from tasks.common.demo import digits
+from tasks.common.demo.digits import DIGIT_SIZE
 
 HALF_SIZE = 32
 CANVAS_SIZE = (HALF_SIZE, 2 * HALF_SIZE)
@@ -51,9 +43,9 @@ class PairPlan:
 
 def draw_pairs(part: str, count: int, rng: np.random.Generator) -> PairPlan:
     """Draw ``count`` pairs in random order; classes and digits are used equally often."""
-    check_part(part, _DATA)
+    digits.check_part(part, _DATA)
     targets = rng.permutation(np.arange(count) % NUM_CLASSES)
-    dealer = DigitDealer(part, rng)
+    dealer = digits.DigitDealer(part, rng)
     left, right = np.empty((2, count), dtype=np.int64)
     for i, target in enumerate(targets.tolist()):
         left[i] = dealer.deal(target // 10)
@@ -64,7 +56,7 @@ def draw_pairs(part: str, count: int, rng: np.random.Generator) -> PairPlan:
 
 def compose_pairs(plan: PairPlan) -> np.ndarray:
     """Render the pairs of a plan, uint8 (n, 32, 64)."""
-    images, _ = load_digits()
+    images, _ = digits.load_digits()
     canvases = np.zeros((len(plan.left), *CANVAS_SIZE), dtype=np.uint8)
     for side, sources in enumerate((plan.left, plan.right)):
         for i, (top, start) in enumerate(plan.offsets[:, side].tolist()):
@@ -73,7 +65,7 @@ def compose_pairs(plan: PairPlan) -> np.ndarray:
     return canvases
 
 
-class DigitPairs(DigitSamples):
+class DigitPairs(digits.DigitSamples):
     """One fixed part: 8,192 pairs in `train`, 1,000 in `val`, 2,000 in `test`.
 
     Ids are such as ``test/00017-1234+0456``: position, then the source indices of both digits.
@@ -84,10 +76,12 @@ class DigitPairs(DigitSamples):
     """
 
     def __init__(self, part: str, transform: Callable[[Image.Image], Any] | None = None) -> None:
-        check_part(part, _DATA)
+        digits.check_part(part, _DATA)
         self.part, self.transform = part, transform
         # One random stream per part, so that the size of a part does not affect the others.
-        self.plan = draw_pairs(part, _PAIRS[part], np.random.default_rng([SEED, PARTS.index(part)]))
+        self.plan = draw_pairs(
+            part, _PAIRS[part], np.random.default_rng([digits.SEED, digits.PARTS.index(part)])
+        )
         self.pixels = compose_pairs(self.plan)
         self.targets: list[int] = self.plan.targets.tolist()
         sources = zip(self.plan.left, self.plan.right, strict=True)
@@ -111,7 +105,7 @@ class DigitPairs(DigitSamples):
 
 def eval_transform() -> v2.Compose:
     """Return the preprocessing of evaluation: PIL image ``L`` to normalized float32 (1, 32, 64)."""
-    return v2.Compose([*to_tensor(), v2.Normalize(mean=[PIXEL_MEAN], std=[PIXEL_STD])])
+    return v2.Compose([*digits.to_tensor(), v2.Normalize(mean=[PIXEL_MEAN], std=[PIXEL_STD])])
 
 
 def train_transform() -> v2.Compose:

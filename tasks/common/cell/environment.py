@@ -22,11 +22,7 @@ _LIBS = "torch", "torchvision", "timm", "open_clip_torch", "transformers", "nump
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device called ``name``. There is no fallback to another device.
-
-    Raises:
-        RecipeError: the device does not exist here or is not supported.
-    """
+    """Return the device called ``name``; never falls back to another one. Raises RecipeError."""
     try:
         device = torch.device(name)
     except RuntimeError as error:

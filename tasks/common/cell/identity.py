@@ -71,8 +71,7 @@ def _path(path: Path | None) -> str | None:
 def resolved(request: CellRequest) -> CellRequest:
     """Return the request with one spelling per choice: its scope named, the usual evaluation None.
 
-    Raises:
-        RecipeError: the task has no such scope or evaluation.
+    Raises RecipeError if the task has no such scope or evaluation.
     """
     recipe, data = request.recipe, request.data
     scopes, evaluations = registry.scopes(request.task), registry.evaluations(request.task)
@@ -108,11 +107,6 @@ def preflight(request: CellRequest) -> list[Missing]:
     return registry.preflight(request.task, request.model, request.data)
 
 
-def part_address(name: str, scope: str | None) -> str:
-    """Return the name that separates a part's shared files from other parts and other scopes."""
-    return name if scope in (None, name) or not name else f"{name} {scope}"
-
-
 def shared_digest(kind: str, part: str, recipe: Recipe) -> str:
     """Return what determines a shared file of a part, besides model and data.
 
@@ -122,7 +116,8 @@ def shared_digest(kind: str, part: str, recipe: Recipe) -> str:
         recipe: of the run, with the scope of this part only.
     """
     digests = {"calibration": recipe.calibration_digest, "mlp": recipe.mlp_digest}
-    return part_address(part, recipe.scope) + digests.get(kind, recipe.digest)()
+    address = part if recipe.scope in (None, part) or not part else f"{part} {recipe.scope}"
+    return address + digests.get(kind, recipe.digest)()
 
 
 def shared_digests(request: CellRequest) -> dict[str, list[str]]:
@@ -184,11 +179,8 @@ def forget(
 ) -> None:
     """Remove all files of cells and all files they share, so that a run starts from nothing.
 
-    Files given by ``mlp_checkpoint`` stay.
-
-    Raises:
-        Busy: another process works on a cell or a shared file; nothing is removed.
-        CheckpointError: a folder cannot be written.
+    Files given by ``mlp_checkpoint`` stay. Raises Busy, and removes nothing, if another process
+    works on one of them; raises CheckpointError if a folder cannot be written.
     """
     doomed: dict[Path, list[Path]] = {}  # by the file whose lease protects them
     for request in requests:

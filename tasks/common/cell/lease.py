@@ -142,11 +142,7 @@ class Lease:
     waited: bool = False  # True if another process held it before
 
     def check(self) -> None:
-        """Make sure that the lease is still held; call this just before writing.
-
-        Raises:
-            LeaseLost: another process took the lease over, or it cannot be read.
-        """
+        """Raise LeaseLost unless the lease is still held; call this just before writing."""
         with contextlib.suppress(OSError):  # touched first, so that nobody takes it over now
             os.utime(self.lock.lock_file)
         if (owner := self.lock.owner) is None or owner.token != self.lock.token:
@@ -171,12 +167,9 @@ class Lease:
 def acquire(path: Path) -> Lease:
     """Take the lease of `path`, which need not exist; its folder is created.
 
-    Check afterwards if `path` exists: another process may just have made it. The holder on another
-    machine is watched until it touches its lease or `EXPIRY` is over.
-
-    Raises:
-        Busy: a living process holds the lease.
-        CheckpointError: the folder cannot be read or written.
+    Check afterwards if `path` exists: another process may just have made it. A holder on another
+    machine is watched until it touches its lease or `EXPIRY` is over. Raises Busy if a living
+    process holds the lease, and CheckpointError if the folder cannot be read or written.
     """
     observer = Observer()
     first: _Found | None = None
@@ -213,11 +206,7 @@ def _remove(path: Path, found: _Found) -> None:
 
 
 def awaited(path: Path, on_progress: OnProgress = silent) -> Lease:
-    """Take the lease of `path` as soon as no other process holds it; report a wait.
-
-    Raises:
-        CheckpointError: the folder cannot be read or written.
-    """
+    """Take the lease of `path` as soon as no other process holds it. Raises CheckpointError."""
     waited = False
     while True:
         try:

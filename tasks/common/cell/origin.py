@@ -13,8 +13,7 @@ from fimaq_core.errors import CheckpointError, first_problem
 from tasks.common.preprocessing import GivenPreprocessing
 from tasks.common.registry import scopes
 
-#: Names of models: no address such as ``hf-hub:...`` or ``local-dir:...``, no absolute path, no
-#: way up.
+#: Names of models: no address such as ``hf-hub:...``, no absolute path, no way up.
 _NAME = re.compile(r"(?!.*\.\.)[A-Za-z0-9_][A-Za-z0-9_.+-]*(/[A-Za-z0-9_.+-]+)*")
 #: Texts in arguments, such as kinds of pooling: no paths, no addresses, no dotted Python names.
 _WORD = re.compile(r"[A-Za-z0-9_ +-]*")
@@ -35,9 +34,8 @@ class Origin(Strict, strict=True):
 def read_origin(path: Path, task: str) -> tuple[Fingerprint, Origin]:
     """Read fingerprint and origin of the checkpoint of a whole model of ``task``.
 
-    Raises:
-        CheckpointError: no checkpoint, one of another task or of a part of a model, or facts that
-            would make a library read files, fetch or import something.
+    Raises CheckpointError if it is no checkpoint, one of another task or of a part of a model, or
+    has facts that would make a library read files, fetch or import something.
     """
     fingerprint, content = read_header(path)
     if content.get("task", task) != task:

@@ -50,8 +50,7 @@ class Spread:
 def leaders(scores: np.ndarray, correct: np.ndarray) -> list[int]:
     """Return the indices of the :data:`ANSWERS` highest ``scores`` (n,), the highest first.
 
-    Among equal scores, ``correct`` ones (n,) come last: ties count against the model, as in its
-    metrics.
+    Among equal scores, ``correct`` ones (n,) come last: ties count against the model everywhere.
     """
     return [int(index) for index in np.lexsort((correct, -scores))[:ANSWERS]]
 
@@ -139,8 +138,7 @@ class ExampleFile(_Exact):
 def read_examples(folder: Path, name: str) -> ExampleFile:
     """Read the file ``name`` of prediction samples in ``folder``; file and name are not trusted.
 
-    Raises:
-        CheckpointError: missing, not in that folder, larger than any file of a run, or not valid.
+    Raises CheckpointError if it is missing, elsewhere, too large or not valid.
     """
     if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
         raise CheckpointError(

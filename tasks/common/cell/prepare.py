@@ -95,8 +95,7 @@ class Prepared:
     def build(self) -> None:
         """Turn the float model into its parts, with the MLPs of ``mlp_checkpoint`` if it is given.
 
-        Raises:
-            CheckpointError: ``mlp_checkpoint`` is missing or belongs to another run.
+        Raises CheckpointError if ``mlp_checkpoint`` is missing or belongs to another run.
         """
         task, loaded, images, recipe = self.task, self.loaded, self.images, self.request.recipe
         batch, whole_model = self.resources.batch_size, self.fingerprint
@@ -125,10 +124,7 @@ class Prepared:
         address: Callable[[Stage, Part], Address],
         alone: Callable[[Path], AbstractContextManager[object]] = nullcontext,
     ) -> None:
-        """Run stages on all parts, or load what earlier runs kept.
-
-        Arguments as of :class:`~fimaq_core.store.CheckpointStore`.
-        """
+        """Run stages on all parts, or load what earlier runs kept, by a ``CheckpointStore``."""
         store = CheckpointStore(self.resources, address, alone)
         for stage in stages:
             for part in filter(stage.wanted, self.parts):
@@ -173,8 +169,7 @@ class Prepared:
 def prepare(request: CellRequest, on_progress: OnProgress) -> Prepared:
     """Load the model, and draw the calibration images if it is to be quantized.
 
-    Raises:
-        FimaqError: the request makes no sense, or something is missing, damaged or does not fit.
+    Raises FimaqError if the request makes no sense, or something is missing, damaged or misfits.
     """
     request = check_request(request)
     if request.threads is not None:
@@ -192,9 +187,8 @@ def prepare(request: CellRequest, on_progress: OnProgress) -> Prepared:
 def check_request(request: CellRequest) -> CellRequest:
     """Return the resolved request.
 
-    Raises:
-        RecipeError: the task has no such scope or evaluation, or ``mlp_checkpoint`` is given for a
-            recipe that reconstructs no MLPs.
+    Raises RecipeError if the task has no such scope or evaluation, or if the recipe reconstructs no
+    MLPs and ``mlp_checkpoint`` is given.
     """
     request = resolved(request)
     recipe = request.recipe

@@ -14,6 +14,7 @@ from fimaq_core.pipeline import RECONSTRUCT
 from fimaq_core.progress import OnProgress, silent
 from fimaq_core.recipe import OFF
 from fimaq_core.store import Pieces
+from tasks.common import record as records
 from tasks.common.cell.environment import describe
 from tasks.common.cell.identity import planned_folder, variant_name
 from tasks.common.cell.lease import Lease, acquire, awaited
@@ -22,14 +23,6 @@ from tasks.common.cell.prepare import Prepared, check_request, prepare
 from tasks.common.cell.stages import run_stages
 from tasks.common.hashing import file_sha256
 from tasks.common.models.module_map import whole_map
-from tasks.common.record import (
-    BlockFigures,
-    Calibration,
-    Metric,
-    ResultRecord,
-    read_record,
-    write_record,
-)
 from tasks.common.request import CellRequest
 from tasks.common.task import Evaluation
 
@@ -49,8 +42,7 @@ def run_cell(request: CellRequest, on_progress: OnProgress = silent, wait: bool 
         unless the model stays in full precision.
 
     Raises:
-        Busy: another process measures the cell now.
-        FimaqError: a problem the user can solve; finished cells and blocks are kept.
+        FimaqError: a problem that the user can solve; finished cells and blocks are kept.
     """
     request = check_request(request)
     path = planned_folder(request) / "result.json"
@@ -58,7 +50,7 @@ def run_cell(request: CellRequest, on_progress: OnProgress = silent, wait: bool 
         with awaited(path, on_progress) if wait else acquire(path) as lease:
             if not path.is_file():
                 _measure(request, lease, on_progress)
-    read_record(path)
+    records.read_record(path)
     return path
 
 
@@ -68,7 +60,7 @@ def _measure(request: CellRequest, lease: Lease, on_progress: OnProgress) -> Non
     remove_leftovers(folder)
     if request.recipe is not None:
         plain = replace(request, recipe=None, mlp_checkpoint=None, variant=None)
-        full = read_record(run_cell(plain, on_progress, wait=True)).metrics
+        full = records.read_record(run_cell(plain, on_progress, wait=True)).metrics
     cell = prepare(request, on_progress)
     if request.recipe is not None:
         run_stages(cell, lease)
@@ -78,7 +70,9 @@ def _measure(request: CellRequest, lease: Lease, on_progress: OnProgress) -> Non
     Pieces(folder / "blocks", RECONSTRUCT.piece).remove()
 
 
-def _record(cell: Prepared, evaluation: Evaluation, full: dict[str, Metric] | None) -> ResultRecord:
+def _record(
+    cell: Prepared, evaluation: Evaluation, full: dict[str, records.Metric] | None
+) -> records.ResultRecord:
     """Return the record of a cell, without the files beside it.
 
     ``full``: metrics of the full-precision model; None if the cell is that model.
@@ -107,13 +101,13 @@ def _record(cell: Prepared, evaluation: Evaluation, full: dict[str, Metric] | No
             "last_loss": log.last_loss,
             "fisher_passes": log.fisher_passes,
             "blocks": {
-                label: BlockFigures(error=error, fisher=log.fisher.get(label))
+                label: records.BlockFigures(error=error, fisher=log.fisher.get(label))
                 for label, error in log.error.items()
             },
             "step_engine": log.engine if recipe.reconstruct else None,
         }
     clock = cell.clock
-    return ResultRecord(
+    return records.ResultRecord(
         task=request.task,
         model=loaded.tag,
         variant=variant_name(request),
@@ -135,20 +129,20 @@ def _record(cell: Prepared, evaluation: Evaluation, full: dict[str, Metric] | No
     )
 
 
-def _calibration(cell: Prepared) -> Calibration:
+def _calibration(cell: Prepared) -> records.Calibration:
     images, recipe = cell.images, cell.request.recipe
     passes = (recipe.reconstruct and takes_passes(recipe.loss)) or (
         recipe.reconstruct_mlp and recipe.mlp_loss == "perturb_mean"
     )
     compares = passes and any(part.divergence.batch is not None for part in cell.parts)
     same = ("ids", "transform", "fingerprint", "captions", "truncated_captions")
-    return Calibration(
+    return records.Calibration(
         **{name: getattr(images, name) for name in same},
         batch=recipe.divergence_batch if compares else None,
     )
 
 
-def _write(record: ResultRecord, evaluation: Evaluation, lease: Lease) -> None:
+def _write(record: records.ResultRecord, evaluation: Evaluation, lease: Lease) -> None:
     """Write outcomes, further files and then the record, while the lease is held."""
     lease.check()
     folder = lease.path.parent
@@ -163,4 +157,4 @@ def _write(record: ResultRecord, evaluation: Evaluation, lease: Lease) -> None:
         with replaced_whole(folder / name) as temporary:
             temporary.write_text(json.dumps(content), encoding="utf-8")
     lease.check()
-    write_record(record.model_copy(update=beside), folder)
+    records.write_record(record.model_copy(update=beside), folder)

@@ -98,16 +98,9 @@ def reconstruct_stage(
     """Reconstruct the calibrated checkpoint ``source`` into ``out``; return notes for the user.
 
     Finished blocks lie beside ``out`` until it is written.
-
-    Args:
-        request: of the run; the checkpoint gives the model's name, its arguments and the recipe.
-        source: the calibrated checkpoint.
-        out: the checkpoint to write.
-        given: recipe fields that replace the checkpoint's.
-        on_progress: receives progress.
-
-    Raises:
-        CheckpointError: the checkpoint is of another run, or given fields would change its ranges.
+    The checkpoint gives the model's name, its arguments and the recipe; ``given`` recipe fields
+    have priority. Raises CheckpointError if the checkpoint is of another run, or if given fields
+    would change its ranges.
     """
     fingerprint, origin = read_origin(source, request.task)
     if origin.stage != CALIBRATE.mark:
@@ -146,9 +139,8 @@ def evaluate_stage(request: CellRequest, checkpoint: Path, on_progress: OnProgre
 def inspect_stage(request: CellRequest, checkpoint: Path) -> Inspection:
     """Return facts about the model in a checkpoint of any stage. Needs its float weights, no data.
 
-    Raises:
-        CheckpointError: no checkpoint, of another task, or made from other weights.
-        ModelError: the task does not say which images the model takes.
+    Raises CheckpointError if the checkpoint is of another task or made from other weights, and
+    ModelError if the task does not say which images the model takes.
     """
     fingerprint, origin = read_origin(checkpoint, request.task)
     cell = prepare(_of_origin(request, origin), silent)

@@ -1,4 +1,4 @@
-"""Examples of classification against the model's own outputs, and the pictures that go with them."""
+"""Prediction samples of classification against the model's outputs, and their original images."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Which samples are examples, which answers come first, and what a file of examples from elsewhere may hold."""
+"""Prediction samples: their choice, the order of answers, and limits on foreign files."""
 
 import copy
 import json
@@ -229,9 +229,13 @@ def test_pictures_need_no_model_library() -> None:
         from tasks.common.registry import originals
         from tasks.common.request import DataRequest, ModelRequest
 
-        demos = {"classification": "demo_vit", "retrieval": "demo_clip", "detection": "demo_cascade"}
-        found = [originals(task, ModelRequest(model), DataRequest(), []) for task, model in demos.items()]
-        print(json.dumps([found, [name for name in ("timm", "open_clip", "mmdet", "mmcv") if name in sys.modules]]))
+        demos = [("classification", "vit"), ("retrieval", "clip"), ("detection", "cascade")]
+        found = [
+            originals(task, ModelRequest(f"demo_{model}"), DataRequest(), [])
+            for task, model in demos
+        ]
+        heavy = ("timm", "open_clip", "mmdet", "mmcv")
+        print(json.dumps([found, [name for name in heavy if name in sys.modules]]))
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == [[{}, {}, {}], []]
