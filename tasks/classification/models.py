@@ -24,7 +24,7 @@ from tasks.common.preprocessing import Preprocessing
 from tasks.common.request import ModelRequest, describe_missing
 from tasks.common.task import LoadedModel
 
-#: Exceptions by which timm refuses arguments or weights.
+#: Exceptions with which timm refuses arguments or weights.
 _REFUSALS = (
     *(TypeError, ValueError, AssertionError, RuntimeError),
     *(LookupError, AttributeError, ArithmeticError),

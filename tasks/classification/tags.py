@@ -22,9 +22,6 @@ SHORT_NAMES = {
     "swin_base_384": "swin_base_patch4_window12_384.ms_in22k_ft_in1k",
 }
 
-#: Scopes of quantization: none, since always the whole model is quantized.
-SCOPES: tuple[str, ...] = ()
-
 DEMO_NAMES = ("demo_vit", "demo_deit", "demo_swin")
 
 

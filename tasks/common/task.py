@@ -31,11 +31,11 @@ class LoadedModel:
     source: str  # place of the weights, for people
     sha256: str  # of the weights
     classes: int  # number of outputs
-    eval_transform: Callable[[Any], Tensor]  # of images, to (C, H, W) float32
+    eval_transform: Callable[[Any], Tensor]  # image to (C, H, W) float32
     train_transform: Callable[[Any], Tensor]
     data: str | None = None  # name of the data set that comes with the model
     input_shape: tuple[int, int, int] | None = None  # (C, H, W) of images, for `inspect`
-    tokenizer: Callable[[list[str]], Tensor] | None = None  # to (n, context_length) int64
+    tokenizer: Callable[[list[str]], Tensor] | None = None  # captions to (n, length) int64
     context_length: int | None = None  # largest number of tokens per caption
     entry: str | None = None  # entry of the weights file that was loaded, if it has entries
     entries: tuple[str, ...] = ()  # all entries of the file that hold weights
@@ -89,12 +89,16 @@ class Task:
     """Interface of a task; ``tasks.<name>.task.TASK`` is an object of a subclass.
 
     A task whose models are one chain defines :meth:`load`, :meth:`build`, :meth:`calibration`,
-    :meth:`divergence`, :meth:`evaluate` and :meth:`originals`. A task whose models have several
-    parts defines :meth:`chains` and the other methods that take or return chains instead.
+    :meth:`divergence` and :meth:`evaluate`. A task whose models have several parts defines
+    :meth:`chains` and the other methods that take or return chains instead of :meth:`build`.
+
+    Its module ``tags`` imports nothing heavy. It has ``SHORT_NAMES``, ``DEMO_NAMES``,
+    ``model_tag``, ``weights_digest`` and ``preflight``, and optionally ``SCOPES``, ``parts``,
+    ``EVALUATIONS`` and ``DEFAULTS``, see :mod:`tasks.common.registry`.
     """
 
     name: str  # of the package
-    tags: ModuleType  # the light module tags.py: names of models, missing weights and data
+    tags: ModuleType  # its tags.py
     demo: str  # description of the demo models
 
     def model_names(self) -> dict[str, str]:

@@ -37,10 +37,8 @@ def evaluate(
         workers: data-loading processes.
         on_progress: receives progress, one unit per image.
 
-    Raises:
-        DataError: an image is damaged and not skipped, or no image is left.
-        ModelError: the model does not take these images.
-        NumericsError: a logit is NaN or infinite.
+    Raises DataError if no image is left or a damaged one is not skipped, ModelError if the model
+    does not take these images, and NumericsError if a logit is NaN or infinite.
     """
     columns: dict[str, list[Tensor]] = {"position": [], "label": [], "predicted": [], "rank": []}
     examples: list[dict[str, Any]] = []

@@ -37,7 +37,8 @@ def planned_folder(request: CellRequest) -> Path:
 def _basis(request: CellRequest) -> dict[str, Any]:
     """Return what determines a resolved request's result, except recipe and evaluated samples."""
     recipe, model, data = request.recipe, request.model, request.data
-    images = data.calibration_list if recipe is not None else None
+    # The full-precision model needs no calibration images.
+    listed, other = (data.calibration_list, data.calibration_data) if recipe else (None, None)
     order = class_order.chosen(data.class_order, data.path)
     # Fields that came later count only where they are given, so that older cells keep their folder.
     later = {
@@ -53,19 +54,15 @@ def _basis(request: CellRequest) -> dict[str, Any]:
         # A local file may be loaded under several names, which may stand for other transforms.
         "name": None if model.weights is None else model.name,
         "model_args": model.model_args,
-        "data": _path(data.path),
-        "list": None if images is None else file_sha256(images),
+        "data": data.path and os.path.realpath(data.path),
+        "list": listed and file_sha256(listed),
         "evaluation": data.evaluation,
-        "calibration_data": None if recipe is None else _path(data.calibration_data),
+        "calibration_data": other and os.path.realpath(other),
     }
 
 
 def _digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _path(path: Path | None) -> str | None:
-    return None if path is None else os.path.realpath(path)
 
 
 def resolved(request: CellRequest) -> CellRequest:
@@ -158,20 +155,16 @@ def cached(request: CellRequest, folder: Path) -> list[str]:
 
     Nothing is loaded: only the run can tell whether the files still belong to the cell.
     """
-    blocks = _count(folder / "blocks")
-    texts = []
+    folders, texts = [folder / "blocks"], []
     for kind, files in _noted(request).items():
-        there = sum(file is not None and file.is_file() for file in files)
-        if there:
-            texts.append(_KINDS[kind] + (f" {there} of {len(files)}" if there < len(files) else ""))
+        made = [file for file in files if file and file.is_file()]
+        if made:
+            rest = f" {len(made)} of {len(files)}" if len(made) < len(files) else ""
+            texts.append(f"{_KINDS[kind]}{rest}")
         if kind == "reconstruction":  # finished blocks of a part lie beside the part's later file
-            unfinished = [file for file in files if file and not file.is_file()]
-            blocks += sum(_count(file.with_suffix(".blocks")) for file in unfinished)
+            folders += [file.with_suffix(".blocks") for file in files if file and file not in made]
+    blocks = sum(1 for place in folders for _ in place.glob("block-*.safetensors"))
     return [*([f"blocks {blocks}"] if blocks else []), *texts]
-
-
-def _count(folder: Path) -> int:
-    return sum(1 for _ in folder.glob("block-*.safetensors"))
 
 
 def forget(

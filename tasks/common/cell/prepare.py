@@ -48,16 +48,11 @@ class Prepared:
     parts: list[Part] = field(default_factory=list)  # of the model, made by build
 
     @property
-    def built_model(self) -> str:
-        """Architecture and its arguments: weights of one file may fit several architectures."""
-        given = self.request.model.model_args
-        return self.loaded.tag + (json.dumps(given, sort_keys=True) if given else "")
-
-    @property
     def fingerprint(self) -> Fingerprint:
         """Fingerprint of checkpoints of the whole model."""
+        given = self.request.model.model_args  # weights of one file may fit several architectures
         return Fingerprint(
-            model=self.built_model,
+            model=self.loaded.tag + (json.dumps(given, sort_keys=True) if given else ""),
             weights=self.loaded.sha256,
             calibration=self.images.fingerprint,
             recipe=self.request.recipe,
@@ -135,9 +130,10 @@ class Prepared:
     def shared_file(self, stage: Stage, part: Part) -> Path:
         """Return the file of a stage that cells share: equal inputs give an equal name."""
         digest = shared_digest(stage.kind, part.name, part.recipe)
-        inputs = digest, self.loaded.sha256, self.images.fingerprint, NUMERICS_VERSION
-        name = hashlib.sha256("".join(map(str, (*inputs, self.built_model))).encode()).hexdigest()
-        path = self.request.results.parent / stage.kind / f"{name[:24]}.safetensors"
+        mark = self.fingerprint
+        inputs = f"{digest}{mark.weights}{mark.calibration}{NUMERICS_VERSION}{mark.model}"
+        name = f"{hashlib.sha256(inputs.encode()).hexdigest()[:24]}.safetensors"
+        path = self.request.results.parent / stage.kind / name
         note_shared(self.request, stage.kind, digest, path)
         return path
 
@@ -153,10 +149,10 @@ class Prepared:
                 self.clock.lap(WAIT)
             yield
 
-    def save(self, path: Path, stage: str) -> None:
-        """Write a checkpoint of the whole model after ``stage``."""
-        state = whole(self.chains).state_dict()
-        save_checkpoint(path, state, self.fingerprint, {**self.facts, "stage": stage})
+    def save(self, path: Path, module: nn.Module, stage: str) -> None:
+        """Write a checkpoint of ``module``, made of all chains, after ``stage``."""
+        facts = {**self.facts, "stage": stage}
+        save_checkpoint(path, module.state_dict(), self.fingerprint, facts)
 
     def evaluate(self, chains: Chains) -> Evaluation:
         """Measure the model with ``chains`` in place of its float parts."""

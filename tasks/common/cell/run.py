@@ -32,17 +32,11 @@ def run_cell(request: CellRequest, on_progress: OnProgress = silent, wait: bool 
 
     The full-precision model of a quantized cell is measured first, as a cell of its own.
 
-    Args:
-        request: the cell.
-        on_progress: receives progress.
-        wait: wait while another process measures the cell, instead of raising Busy.
+    Returns the path of ``result.json``. Its folder also has ``outcomes.npz``, and
+    ``quantized.safetensors`` unless the model stays in full precision.
 
-    Returns:
-        Path of ``result.json``. Its folder also has ``outcomes.npz``, and ``quantized.safetensors``
-        unless the model stays in full precision.
-
-    Raises:
-        FimaqError: a problem that the user can solve; finished cells and blocks are kept.
+    Raises Busy if another process measures the cell now, unless ``wait`` is True. Raises another
+    FimaqError for a problem that the user can solve; finished cells and blocks are kept.
     """
     request = check_request(request)
     path = planned_folder(request) / "result.json"

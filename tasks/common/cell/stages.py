@@ -4,7 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fimaq_core.checkpoint import Fingerprint, load_checkpoint, save_checkpoint
+from torch import nn
+
+from fimaq_core.checkpoint import Fingerprint, load_checkpoint
 from fimaq_core.errors import CheckpointError
 from fimaq_core.files import remove, remove_leftovers
 from fimaq_core.layers import set_quantized
@@ -52,7 +54,7 @@ def run_stages(cell: Prepared, lease: Lease) -> None:
     cell.run(STAGES, address, cell.alone)
     lease.check()
     done = RECONSTRUCT if any(map(RECONSTRUCT.wanted, cell.parts)) else CALIBRATE
-    cell.save(folder / "quantized.safetensors", done.mark)
+    cell.save(folder / "quantized.safetensors", whole(cell.chains), done.mark)
 
 
 def mlp_stage(request: CellRequest, out: Path, on_progress: OnProgress) -> list[str]:
@@ -67,10 +69,7 @@ def mlp_stage(request: CellRequest, out: Path, on_progress: OnProgress) -> list[
     cell = prepare(replace(request, recipe=recipe, mlp_checkpoint=made), on_progress)
     cell.build()
     _run(MLPS, cell, out)
-    if not out.is_file():
-        tensors = mlps(all_segments(cell.chains)).state_dict()
-        save_checkpoint(out, tensors, cell.fingerprint, {**cell.facts, "stage": MLPS.mark})
-    _remove_parts(cell, out)
+    _join(cell, out, mlps(all_segments(cell.chains)), MLPS.mark)
     return cell.notes
 
 
@@ -86,9 +85,7 @@ def calibrate_stage(request: CellRequest, out: Path, on_progress: OnProgress) ->
         load_checkpoint(out, whole(cell.chains), cell.fingerprint, CALIBRATE.scope)
         return cell.notes
     _run(CALIBRATE, cell, out)
-    if not out.is_file():
-        cell.save(out, CALIBRATE.mark)
-    _remove_parts(cell, out)
+    _join(cell, out, whole(cell.chains), CALIBRATE.mark)
     return cell.notes
 
 
@@ -121,7 +118,7 @@ def reconstruct_stage(
 
     for part in cell.parts:  # whatever the recipe says: the user asks for this stage
         CheckpointStore(cell.resources, address).run(RECONSTRUCT, part)
-    cell.save(out, RECONSTRUCT.mark)
+    cell.save(out, whole(cell.chains), RECONSTRUCT.mark)
     for part in cell.parts:
         Pieces(address(RECONSTRUCT, part).pieces, RECONSTRUCT.piece).remove()
     return [*cell.notes, *cell.log.sentences()]
@@ -157,7 +154,10 @@ def _run(stage: Stage, cell: Prepared, out: Path) -> None:
     cell.run([stage], lambda stage, part: Address.beside(_beside(out, part.name), stage))
 
 
-def _remove_parts(cell: Prepared, out: Path) -> None:
+def _join(cell: Prepared, out: Path, module: nn.Module, mark: str) -> None:
+    """Write ``module`` of all parts to ``out``, unless it is there, and remove the parts' files."""
+    if not out.is_file():
+        cell.save(out, module, mark)
     for part in cell.parts:
         if part.name:
             remove(_beside(out, part.name))
